@@ -1,0 +1,217 @@
+"""Types of the configuration: one dataclass per config group, values live in `conf/`.
+
+This module is ground: it imports neither JAX nor Hydra, so that every process can read a configuration at once.
+A string that follows a field documents it; `null` in YAML is `None` here. Cross-field rules live in `checks.py`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+
+@dataclass(kw_only=True)
+class HardwareConfig:
+    """The slice that the run is for (`hardware=`). Facts about chips live in `gemma4_tpu/hardware.py`."""
+
+    name: str = "local"
+    """Key of `hardware.SLICES`, such as `v5p-8`; `local` takes whatever JAX finds."""
+    usd_per_hour: float | None = None
+    """Price of the whole slice in USD per hour; null takes the dated on-demand price of `hardware.py`, if any."""
+    spot: bool = False
+    """Take the spot price where `hardware.py` knows one (cost accounting only)."""
+
+
+@dataclass(kw_only=True)
+class MeshConfig:
+    """Device mesh with the axes `fsdp` (rows and weight shards) and `tp` (heads and hidden units) (`mesh=`)."""
+
+    fsdp: int | None = None
+    """Devices on the `fsdp` axis; null: what `tp` leaves."""
+    tp: int | None = None
+    """Devices on the `tp` axis; null: what `fsdp` leaves. Both null: the largest legal tp, the rest fsdp."""
+
+
+@dataclass(kw_only=True)
+class ModelConfig:
+    """The base model (`model=`)."""
+
+    name: str = "tiny"
+    """Key of `gemma4_tpu/architectures.py`."""
+    path: str | None = None
+    """Folder with a Hugging Face checkpoint (local or gs://), `embedded:NAME` for one that travels with the package,
+    or `random:SEED` for random weights of this architecture."""
+    tokenizer: str | None = None
+    """Folder with the tokenizer; null: the checkpoint folder (the embedded tiny one for random weights)."""
+
+
+@dataclass(kw_only=True)
+class LoraConfig:
+    """What is trained (`lora=`)."""
+
+    enabled: bool = True
+    """False trains every weight (full fine-tuning; for the small sizes)."""
+    rank: int = 16
+    """Inner dimension r of the adapters."""
+    alpha: float = 16.0
+    """The delta is scaled by alpha/r (alpha/√r with `rslora`)."""
+    dropout: float = 0.0
+    """Dropout rate on the adapter's input, in training only."""
+    targets: list[str] = field(default_factory=lambda: ["attention", "mlp"])
+    """Roles that get adapters: `attention` (q, k, v, o), `mlp` (gate, up, down)."""
+    rslora: bool = False
+    """Rank-stabilised scaling, alpha/√r."""
+    quantize: str | None = None
+    """QLoRA: hold the frozen base weights of the adapted modules as `nf4` or `int8`; null: unquantised."""
+
+
+@dataclass(kw_only=True)
+class DataSource:
+    """One place that rows come from."""
+
+    path: str = ""
+    """JSONL (.gz), Parquet, a folder of them, `hf:NAME[:SPLIT]` for a Hugging Face data set, `embedded:FILE`;
+    local or gs://."""
+    weight: float = 1.0
+    """How often an epoch visits the rows of this source; 0.5 takes half of them, 2 takes each twice."""
+
+
+@dataclass(kw_only=True)
+class DataConfig:
+    """Rows, their rendering and their packing (`data=`)."""
+
+    format: str = "chat"
+    """`chat`: `{"messages": [...]}` rows; `codev_r1`: `system`/`prompt`/`response` rows as in CodeV-R1."""
+    train: list[DataSource] = field(default_factory=list)
+    """Training sources."""
+    heldout: list[DataSource] = field(default_factory=list)
+    """Held-out sources; empty: `heldout_fraction` of the training rows is set aside."""
+    heldout_fraction: float = 0.0
+    """Share of the training rows set aside by a hash of their content, when `heldout` is empty; 0: none."""
+    max_rows: int | None = None
+    """Take only the first N training rows; null: all."""
+    sequence_length: int = 512
+    """Static length T of a packed (or padded) row, in tokens. Longer examples are dropped, never cut."""
+    packing: str = "true"
+    """`true`: first-fit packing with segment ids; `false`: pad each example to T; `buckets`: pad to a few lengths."""
+    buckets: list[int] | None = None
+    """Static lengths for `packing=buckets`; null: chosen from the length histogram (T is always the last)."""
+    thoughts: str = "drop"
+    """Thought channels in assistant turns: `drop` them; `train` keeps them in the input and trains on them.
+    Generation prompts follow the same policy."""
+    train_on: str = "all"
+    """`all` assistant turns of a conversation carry loss, or only the `last` one."""
+    max_drop_fraction: float = 0.05
+    """More dropped rows than this share is an error."""
+    check_syntax: bool = False
+    """`codev_r1` only: also drop targets that `iverilog -t null` rejects (needs iverilog)."""
+    shuffle: bool = True
+    """Visit the rows of each epoch in an order drawn from `trainer.seed`."""
+
+
+@dataclass(kw_only=True)
+class OptimizerConfig:
+    """AdamW and its learning-rate schedule (`optimizer=`)."""
+
+    learning_rate: float = 1e-4
+    """Peak learning rate."""
+    b1: float = 0.9
+    """Decay of the first moment."""
+    b2: float = 0.999
+    """Decay of the second moment."""
+    eps: float = 1e-8
+    """Added to the root of the second moment."""
+    weight_decay: float = 0.0
+    """Decoupled weight decay."""
+    schedule: str = "cosine"
+    """After the warm-up: `cosine`, `linear` or `constant`."""
+    warmup_updates: int = 0
+    """Updates of linear warm-up from 0. More than a tenth of the run is reported, never changed."""
+    end_fraction: float = 0.0
+    """Learning rate at the last update, as a fraction of the peak."""
+    max_grad_norm: float | None = 1.0
+    """Clip the global gradient norm; null: off."""
+
+
+@dataclass(kw_only=True)
+class TrainerConfig:
+    """The loop (`trainer=`)."""
+
+    max_updates: int | None = None
+    """Stop after this many updates. Exactly one of `max_updates` and `epochs` is set."""
+    epochs: float | None = None
+    """Stop after this many passes over the training rows."""
+    global_batch_tokens: int | None = None
+    """Token slots per update over all devices; a multiple of `data.sequence_length`."""
+    global_batch_sequences: int | None = None
+    """Rows of T tokens per update over all devices. Exactly one of the two batch sizes is set."""
+    microbatches: int = 1
+    """Split each update into this many sequential microbatches (gradient accumulation)."""
+    seed: int = 0
+    """Seed of LoRA's initial weights, dropout and the order of rows."""
+    eval_every: int = 0
+    """Updates between held-out evaluations (one also runs before the first and after the last update);
+    0: only those two."""
+    log_every: int = 1
+    """Updates between logged metrics."""
+    remat: str = "decoder"
+    """What the backward pass computes again: `none`, `block` (attention and MLP inputs are kept), `decoder`
+    (only each layer's input is kept)."""
+    attention: str = "auto"
+    """Attention implementation: `auto`, `splash` (TPU kernel) or `einsum`."""
+    loss_chunk_tokens: int = 512
+    """Tokens whose logits exist at one time while the loss is computed."""
+    compute_dtype: str = "bfloat16"
+    """dtype of activations and of the frozen base weights: `bfloat16` or `float32`. LoRA and optimizer are float32."""
+
+
+@dataclass(kw_only=True)
+class CheckpointConfig:
+    """Saving and resuming (`checkpoint=`)."""
+
+    every: int = 100
+    """Updates between checkpoints; the last update is always saved."""
+    keep: int = 3
+    """How many of the latest checkpoints to keep."""
+    keep_best: bool = True
+    """Also keep the checkpoint with the lowest held-out loss."""
+    resume: str = "auto"
+    """`auto`: continue from the newest checkpoint in the run folder if there is one; `never`: refuse a used folder."""
+
+
+@dataclass(kw_only=True)
+class TrackerConfig:
+    """Where metrics go besides `metrics.jsonl`, which is always written (`tracker=`)."""
+
+    kind: str = "none"
+    """`none`, `wandb` or `tensorboard`."""
+    project: str = "gemma4-tpu"
+    """W&B project."""
+    entity: str | None = None
+    """W&B entity; null: the account's default."""
+    group: str | None = None
+    """W&B group."""
+    tags: list[str] = field(default_factory=list)
+    """W&B tags."""
+    mode: str = "auto"
+    """W&B mode: `auto` (online when a key is there, else offline), `online`, `offline`."""
+
+
+@dataclass(kw_only=True)
+class TrainRoot:
+    """Everything `python -m gemma4_tpu.train` takes. Functions receive the group they need, never the root."""
+
+    hardware: HardwareConfig = field(default_factory=HardwareConfig)
+    mesh: MeshConfig = field(default_factory=MeshConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    lora: LoraConfig = field(default_factory=LoraConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    trainer: TrainerConfig = field(default_factory=TrainerConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    tracker: TrackerConfig = field(default_factory=TrackerConfig)
+    name: str = "train"
+    """Name of the run; part of the folder's name and of the tracker's."""
+    run_dir: str | None = None
+    """Run folder (local); null: `outputs/<name>/<date>_<time>`. Giving the same folder again resumes the run."""
+    preview: bool = False
+    """Show rendered rows, the length histogram, fill and drops, then stop."""
