@@ -1,0 +1,69 @@
+"""Small files that are either whole or absent: atomic writes and strict JSON."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import os
+from pathlib import Path
+from typing import Any
+
+_NOT_FINITE = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
+
+
+def write_text(path: Path, text: str) -> None:
+    """Writes through a temporary neighbour and a rename: a reader, or a restart after `kill -9`, never sees half."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    with open(temporary, "w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Writes `value` (see `jsonable`) as indented strict JSON, atomically."""
+    write_text(path, json.dumps(jsonable(value), indent=2, allow_nan=False) + "\n")
+
+
+def read_json(path: Path) -> Any:
+    """The inverse of `write_json`, NaN and the infinities included."""
+    return from_jsonable(json.loads(path.read_text(encoding="utf-8")))
+
+
+def jsonable(value: Any) -> Any:
+    """Plain JSON values: dataclasses become objects, arrays lists, NaN and the infinities the strings
+    `NaN`, `Infinity` and `-Infinity`, since strict JSON has no other word for them.
+
+    Raises:
+      TypeError: a value of any other type; guessing (by `str`) would hide a mistake.
+    """
+    match value:
+        case None | bool() | int() | str():
+            return value
+        case float():
+            return value if math.isfinite(value) else json.dumps(value)
+        case dict():
+            return {str(key): jsonable(item) for key, item in value.items()}
+        case list() | tuple():
+            return [jsonable(item) for item in value]
+        case Path():
+            return str(value)
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return jsonable(dataclasses.asdict(value))
+    if hasattr(value, "tolist"):  # NumPy and JAX scalars and arrays
+        return jsonable(value.tolist())
+    raise TypeError(f"cannot write {type(value).__name__} as JSON: {value!r}")
+
+
+def from_jsonable(value: Any) -> Any:
+    """Turns the three strings for numbers that are not finite back into floats, at any depth."""
+    match value:
+        case str():
+            return _NOT_FINITE.get(value, value)
+        case dict():
+            return {key: from_jsonable(item) for key, item in value.items()}
+        case list():
+            return [from_jsonable(item) for item in value]
+    return value

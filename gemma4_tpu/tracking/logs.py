@@ -1,0 +1,93 @@
+"""Logging of a run: short lines on the console, everything in `log.txt`."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from functools import cache
+from pathlib import Path
+
+from rich.console import Console
+from rich.logging import RichHandler
+
+from gemma4_tpu.tracking.redact import redact
+
+_OURS = ("gemma4_tpu", "__main__", "launch")
+_CLOCK = "%H:%M:%S"
+
+
+@cache
+def console() -> Console:
+    """The console that log lines and progress bars share (stderr, so that a bar stays below the lines).
+
+    Rich leaves colour out where NO_COLOR is set or stderr is no terminal.
+    """
+    return Console(stderr=True, highlight=False)
+
+
+def setup_logging(log_path: Path | None = None, level: str = "INFO", *, process: int = 0) -> None:
+    """Sends log records to the console and, where given, to the run folder's `log.txt`.
+
+    Our own records count from `level` on; those of libraries from WARNING on. Python's warnings and the traceback of
+    an exception that nobody caught go to the file. Calling it again (once the run folder is known) replaces the
+    handlers of the call before.
+
+    Args:
+      log_path: `RunFolder.log_path`; None: console only.
+      process: index of this process; all but the first are silent on the console below WARNING.
+    """
+    root = logging.getLogger()
+    for handler in [handler for handler in root.handlers if getattr(handler, "of_gemma4_tpu", False)]:
+        root.removeHandler(handler)
+        handler.close()
+    handlers = [_console_handler(process)] + ([_file_handler(log_path)] if log_path else [])
+    for handler in handlers:
+        handler.of_gemma4_tpu = True
+        handler.addFilter(_is_wanted)
+        root.addHandler(handler)
+    root.setLevel(level)
+    logging.getLogger("absl").propagate = True
+    logging.captureWarnings(True)
+    sys.excepthook = _log_uncaught
+
+
+def _is_wanted(record: logging.LogRecord) -> bool:
+    return record.levelno >= logging.WARNING or record.name.split(".")[0] in _OURS
+
+
+def _console_handler(process: int) -> logging.Handler:
+    if console().is_terminal:
+        handler = RichHandler(console=console(), show_path=False, log_time_format=_CLOCK, omit_repeated_times=False)
+    else:
+        handler = logging.StreamHandler()
+        handler.setFormatter(_WarningsNamed("%(asctime)s %(message)s", _CLOCK))
+    if process > 0:
+        handler.setLevel(logging.WARNING)
+    handler.addFilter(lambda record: record.name not in ("py.warnings", "gemma4_tpu.uncaught"))
+    return handler
+
+
+def _file_handler(log_path: Path) -> logging.Handler:
+    handler = logging.FileHandler(log_path, encoding="utf-8")
+    handler.setFormatter(_Redacted("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+    return handler
+
+
+class _WarningsNamed(logging.Formatter):
+    """Names the level from WARNING on, where it matters, and leaves the width to the message elsewhere."""
+
+    def formatMessage(self, record: logging.LogRecord) -> str:
+        if record.levelno >= logging.WARNING:
+            record.message = f"{record.levelname}: {record.message}"
+        return super().formatMessage(record)
+
+
+class _Redacted(logging.Formatter):
+    def format(self, record: logging.LogRecord) -> str:
+        return redact(super().format(record))
+
+
+def _log_uncaught(kind, error, traceback) -> None:
+    if not issubclass(kind, KeyboardInterrupt):
+        logging.getLogger("gemma4_tpu.uncaught").critical("uncaught", exc_info=(kind, error, traceback))
+    sys.__excepthook__(kind, error, traceback)

@@ -1,0 +1,99 @@
+"""`metrics.jsonl`: one JSON object per line, in the order of the updates, whatever interrupts the run.
+
+Keys that plots, progress and results understand (others are welcome):
+
+| key | unit |
+|---|---|
+| `update` | updates done so far; 0 is the state before the first one |
+| `loss`, `heldout_loss` | nats per target token |
+| `learning_rate`, `grad_norm` | the norm is global and before clipping |
+| `real_tokens`, `target_tokens` | tokens in this update |
+| `real_tokens_per_second`, `target_tokens_per_second` | |
+| `fill` | real tokens / token slots |
+| `update_seconds`, `seconds` | one update; the run so far |
+| `mfu` | model FLOP/s over the chips' peak |
+| `usd` | the run so far |
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from pathlib import Path
+from typing import Any
+
+from gemma4_tpu.tracking.files import from_jsonable, jsonable, write_text
+
+log = logging.getLogger(__name__)
+
+
+class Metrics:
+    """Append-only writer of `metrics.jsonl`. Each row is on disk (as far as the process goes) when `log` returns.
+
+    A resumed run takes up its rows where its checkpoint left off, so that there is neither gap nor duplicate. For that
+    to hold, log all rows of an update before saving its checkpoint.
+    """
+
+    def __init__(self, path: Path, *, after_update: int | None = None, write: bool = True):
+        """Keeps the rows there are up to `after_update` (the checkpoint's) and drops later ones.
+
+        Args:
+          path: the run folder's `metrics.jsonl`; need not exist.
+          after_update: the update that the run resumes from; None: it starts afresh, and no row is kept.
+          write: False on every process but the first: nothing is read or written.
+        """
+        self.path = path
+        self._last_update = -1 if after_update is None else after_update
+        self._file = None
+        if write:
+            self._drop_rows_after(self._last_update)
+            self._file = open(path, "a", encoding="utf-8")
+
+    def log(self, metrics: dict[str, Any], update: int) -> None:
+        """Appends one row. Several rows may share an update (training and held-out loss).
+
+        Raises:
+          ValueError: `update` is smaller than that of the row before.
+        """
+        if update < self._last_update:
+            raise ValueError(f"metrics of update {update} after those of update {self._last_update}")
+        self._last_update = update
+        if self._file is not None:
+            self._file.write(json.dumps(jsonable({"update": update, **metrics}), allow_nan=False) + "\n")
+            self._file.flush()
+
+    def close(self) -> None:
+        if self._file is not None:
+            self._file.close()
+            self._file = None
+
+    def _drop_rows_after(self, update: int) -> None:
+        if not self.path.exists():
+            return
+        text = self.path.read_text(encoding="utf-8")
+        rows = [row for row in _parse(text, self.path) if row["update"] <= update]
+        kept = "".join(json.dumps(jsonable(row), allow_nan=False) + "\n" for row in rows)
+        if kept != text:
+            dropped = text.count("\n") - len(rows)
+            log.info("%s: dropped %d rows after update %d, which run again", self.path.name, dropped, max(update, 0))
+            write_text(self.path, kept)
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """All rows of a `metrics.jsonl`; a torn last line (the process was killed while writing) is left out."""
+    return _parse(path.read_text(encoding="utf-8"), path) if path.exists() else []
+
+
+def _parse(text: str, path: Path) -> list[dict[str, Any]]:
+    rows = []
+    lines = text.split("\n")
+    for number, line in enumerate(lines, start=1):
+        if not line:
+            continue
+        try:
+            rows.append(from_jsonable(json.loads(line)))
+        except json.JSONDecodeError as error:
+            if number != len(lines):  # only the last line lacks its newline
+                raise ValueError(f"{path}, line {number}: not JSON ({error})") from error
+            log.warning("%s: the last line is torn and left out", path.name)
+    return rows

@@ -1,0 +1,61 @@
+"""`result.json`: what came of a run, under keys that sweeps, reports and later stages rely on."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from pathlib import Path
+
+from gemma4_tpu.tracking.files import read_json, write_json
+
+
+@dataclass(kw_only=True)
+class Result:
+    """A key that a run doesn't know is None (null). Losses are means in nats per target token."""
+
+    status: str
+    """`finished`; `preempted` (saved; the same command continues); `failed` (see `error` and log.txt)."""
+    error: str | None = None
+    """One line on why the run failed."""
+    updates: int = 0
+    """Optimizer updates done, those before a resume included."""
+    seconds: float = 0.0
+    """Wall-clock time of all updates and evaluations, compilation included, those before a resume included."""
+    real_tokens: int = 0
+    """Non-padding tokens trained on."""
+    target_tokens: int = 0
+    """Tokens with loss trained on."""
+    fill: float | None = None
+    """Real tokens over token slots."""
+    real_tokens_per_second: float | None = None
+    """Real tokens per second of update time, over all chips, without the first update (compilation)."""
+    train_loss_first: float | None = None
+    """Training loss of the first logged update."""
+    train_loss_last: float | None = None
+    """Training loss of the last logged update."""
+    heldout_loss_first: float | None = None
+    """Held-out loss before the first update."""
+    heldout_loss_last: float | None = None
+    """Held-out loss after the last update."""
+    heldout_loss_best: float | None = None
+    """Lowest held-out loss seen."""
+    heldout_update_best: int | None = None
+    """The update at which it was seen."""
+    lora_parameters: int | None = None
+    """Trained LoRA parameters; 0 for full fine-tuning."""
+    adapted_modules: int | None = None
+    """Weight matrices that carry an adapter."""
+    mfu: float | None = None
+    """Mean model FLOP/s utilisation, where the chip's peak is known."""
+    usd: float | None = None
+    """Cost of `seconds` on the slice, where its price is known."""
+
+    def write(self, path: Path) -> None:
+        """Writes `RunFolder.result_path`, atomically."""
+        write_json(path, self)
+
+    @classmethod
+    def read(cls, path: Path) -> Result:
+        """Reads a `result.json`; keys of a newer version are left out."""
+        known = {field.name for field in dataclasses.fields(cls)}
+        return cls(**{key: value for key, value in read_json(path).items() if key in known})

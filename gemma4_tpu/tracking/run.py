@@ -1,0 +1,238 @@
+"""The run folder: every entry point writes one, every later stage takes one.
+
+```
+config.yaml      the resolved configuration       log.txt        all log records
+overrides.yaml   what was given on the command    metrics.jsonl  one row per logged update
+provenance.json  code, packages, seeds, data      result.json    the outcome
+data.json        rows, drops, fill                plots/  checkpoints/
+```
+"""
+
+from __future__ import annotations
+
+import fcntl
+import logging
+import os
+from collections.abc import Iterator, Sequence
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from gemma4_tpu.errors import UserError
+from gemma4_tpu.tracking.files import jsonable, write_text
+
+log = logging.getLogger(__name__)
+
+MAY_CHANGE = (
+    "checkpoint", "hardware", "mesh", "name", "preview", "run_dir", "tracker", "trainer.attention", "trainer.epochs",
+    "trainer.eval_every", "trainer.log_every", "trainer.loss_chunk_tokens", "trainer.max_updates", "trainer.remat",
+)  # fmt: skip
+"""Keys (and groups) that a resumed run may give anew; any other would make it another run."""
+
+
+class RunFolder:
+    """Paths of one run, and the right to write there.
+
+    Only process 0 of a run writes (`write=True`); the others are handed the path it chose. While a writer lives, no
+    second one can open the folder.
+    """
+
+    def __init__(self, path: Path, *, write: bool = False):
+        self.path = path
+        self.write = write
+        self.resumed = False
+        """The writer found an earlier start of this run here."""
+        self._lock: int | None = None
+
+    @classmethod
+    def open(
+        cls,
+        root: str | Path,
+        name: str,
+        run_dir: str | None,
+        resume: str,
+        *,
+        config: dict[str, Any],
+        overrides: Sequence[str] = (),
+        write: bool = True,
+    ) -> RunFolder:
+        """Makes a new run folder, or opens the one that `run_dir` names again.
+
+        Args:
+          root: where new folders go, such as `outputs`.
+          name: `config.name`.
+          run_dir: `config.run_dir`; None: `<root>/<name>/<date>_<time>`.
+          resume: `config.checkpoint.resume`: `auto` continues in a used folder, `never` refuses it.
+          config: the resolved configuration as plain values; written to `config.yaml`.
+          overrides: the command line's overrides; written to `overrides.yaml`.
+          write: False on every process but the first; they need `run_dir`, and touch nothing.
+
+        Raises:
+          UserError: a folder that is no run folder, is in use, may not be resumed, or holds a different run.
+        """
+        if run_dir is None:
+            if not write:
+                raise ValueError("run_dir: only process 0 may choose the run folder; hand its path to the others")
+            path = _new_folder(Path(root).expanduser().absolute() / name)
+        else:
+            path = _given_folder(run_dir)
+        run = cls(path, write=write)
+        if write:
+            _make(path)
+            run._take_lock()
+            run.resumed = run.config_path.exists()
+            if run.resumed:
+                run._check_resume(resume, jsonable(config))
+            write_text(run.config_path, yaml.safe_dump(jsonable(config), sort_keys=False, allow_unicode=True))
+            write_text(run.overrides_path, yaml.safe_dump(list(overrides), allow_unicode=True))
+            run.plots.mkdir(exist_ok=True)
+            run.checkpoints.mkdir(exist_ok=True)
+        return run
+
+    @classmethod
+    def existing(cls, path: str | Path, key: str = "run") -> RunFolder:
+        """The run folder at `path`, for reading. Raises `UserError` (naming `key`) if there is none."""
+        run = cls(Path(path).expanduser().absolute())
+        if not run.config_path.is_file():
+            raise UserError(f"{key}={path}: not a run folder (it has no config.yaml)")
+        return run
+
+    @property
+    def config_path(self) -> Path:
+        return self.path / "config.yaml"
+
+    @property
+    def overrides_path(self) -> Path:
+        return self.path / "overrides.yaml"
+
+    @property
+    def provenance_path(self) -> Path:
+        return self.path / "provenance.json"
+
+    @property
+    def metrics_path(self) -> Path:
+        return self.path / "metrics.jsonl"
+
+    @property
+    def data_path(self) -> Path:
+        return self.path / "data.json"
+
+    @property
+    def log_path(self) -> Path:
+        return self.path / "log.txt"
+
+    @property
+    def result_path(self) -> Path:
+        return self.path / "result.json"
+
+    @property
+    def plots(self) -> Path:
+        return self.path / "plots"
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.path / "checkpoints"
+
+    def read_config(self) -> dict[str, Any]:
+        return yaml.safe_load(self.config_path.read_text(encoding="utf-8"))
+
+    def close(self) -> None:
+        """Gives up the right to write."""
+        if self._lock is not None:
+            os.close(self._lock)
+            self._lock = None
+
+    def _take_lock(self) -> None:
+        """A POSIX record lock: the kernel drops it when this process ends in any way, and children don't inherit it."""
+        self._lock = os.open(self.path / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
+        try:
+            fcntl.lockf(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError) as error:
+            owner = os.pread(self._lock, 20, 0).decode() or "unknown"
+            self.close()
+            raise UserError(
+                f"run_dir={self.path}: in use by a running process (pid {owner}); wait for it, or give another run_dir"
+            ) from error
+        except OSError as error:
+            log.warning("%s: no file locks here (%s); don't start this run twice at a time", self.path, error)
+            return
+        os.truncate(self._lock, 0)
+        os.pwrite(self._lock, str(os.getpid()).encode(), 0)
+
+    def _check_resume(self, resume: str, config: dict[str, Any]) -> None:
+        if resume == "never":
+            raise UserError(
+                f"checkpoint.resume=never: {self.path} already holds a run; "
+                "give another run_dir, or checkpoint.resume=auto to continue it"
+            )
+        forbidden = []
+        for key, recorded, given in config_differences(self.read_config(), config):
+            if _may_change(key):
+                log.info("resuming with %s=%s (was %s)", key, given, recorded)
+            else:
+                forbidden.append(f"  {key}: {given} (the run has {recorded})")
+        if forbidden:
+            raise UserError(
+                f"run_dir={self.path} holds a run with another configuration:\n"
+                + "\n".join(forbidden)
+                + "\ngive the run's values to resume it, or another run_dir to start afresh"
+            )
+
+
+def config_differences(recorded: dict[str, Any], given: dict[str, Any]) -> Iterator[tuple[str, Any, Any]]:
+    """Yields (dotted key, recorded value, given value) where two configurations differ.
+
+    Keys that only one of them has (it comes from another version) are left out.
+    """
+    before, now = dict(_leaves(recorded)), dict(_leaves(given))
+    return ((key, before[key], value) for key, value in now.items() if key in before and before[key] != value)
+
+
+def _leaves(config: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in config.items():
+        if isinstance(value, dict):
+            yield from _leaves(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
+
+
+def _may_change(key: str) -> bool:
+    return any(key == allowed or key.startswith(allowed + ".") for allowed in MAY_CHANGE)
+
+
+def _new_folder(parent: Path) -> Path:
+    """Makes `<parent>/<date>_<time>`; runs that start in the same second get `_2`, `_3`, …"""
+    stamp = datetime.now().strftime("%Y-%m-%d_%H-%M-%S")
+    attempt = 1
+    while True:
+        path = parent / (stamp if attempt == 1 else f"{stamp}_{attempt}")
+        try:
+            _make(path, exist_ok=False)
+            return path
+        except FileExistsError:
+            attempt += 1
+
+
+def _make(path: Path, exist_ok: bool = True) -> None:
+    try:
+        path.mkdir(parents=True, exist_ok=exist_ok)
+    except (PermissionError, NotADirectoryError) as error:
+        raise UserError(f"run_dir={path}: can't make this folder ({error.strerror}); give another run_dir") from error
+
+
+def _given_folder(run_dir: str) -> Path:
+    if "://" in run_dir:
+        raise UserError(f"run_dir={run_dir}: a run folder is local; give a path on this machine")
+    path = Path(run_dir).expanduser().absolute()
+    if path.exists() and not path.is_dir():
+        raise UserError(f"run_dir={run_dir}: there is a file of that name; give a folder")
+    if path.is_dir() and not (path / "config.yaml").exists():
+        visible = sorted(entry.name for entry in path.iterdir() if not entry.name.startswith("."))
+        if visible:
+            raise UserError(
+                f"run_dir={run_dir}: not a run folder, and not empty (it holds {', '.join(visible[:3])}"
+                f"{', …' if len(visible) > 3 else ''}); give a new or an empty folder, or a run folder to resume"
+            )
+    return path
