@@ -1,0 +1,110 @@
+"""Reads files where they lie: local ones through memory maps, gs:// (anything fsspec knows) by ranges of bytes."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import mmap
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from gemma4_tpu.errors import UserError
+
+_FETCH_BYTES = 32 << 20  # size of one remote request
+_FETCHES = 8  # remote requests under way at a time
+
+
+def is_remote(path: str) -> bool:
+    return "://" in path
+
+
+def join(folder: str, name: str) -> str:
+    return f"{folder.rstrip('/')}/{name}"
+
+
+def list_folder(folder: str) -> list[str]:
+    """Names in a folder, sorted; none if there is no such folder."""
+    if not is_remote(folder):
+        return sorted(p.name for p in Path(folder).iterdir()) if Path(folder).is_dir() else []
+    fs, path = _filesystem(folder)
+    try:
+        return sorted(Path(entry).name for entry in fs.ls(path, detail=False))
+    except FileNotFoundError:
+        return []
+
+
+def read_json(path: str) -> dict[str, Any]:
+    """A JSON object.
+
+    Raises:
+      UserError: there is no such file, or it holds no JSON object.
+    """
+    try:
+        file = open_bytes(path)
+        value = json.loads(bytes(file.read(0, file.size_bytes)))
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file") from None
+    except ValueError as error:
+        raise UserError(f"{path}: not valid JSON ({error}); copy the file again") from None
+    if not isinstance(value, dict):
+        raise UserError(f"{path}: holds a JSON {type(value).__name__}, not an object")
+    return value
+
+
+def open_bytes(path: str) -> LocalBytes | RemoteBytes:
+    """The bytes of a file. Raises FileNotFoundError."""
+    return RemoteBytes(path) if is_remote(path) else LocalBytes(path)
+
+
+class LocalBytes:
+    """Bytes of a local file."""
+
+    def __init__(self, path: str):
+        self.path = path
+        self.size_bytes = Path(path).stat().st_size
+
+    def read(self, start: int, stop: int) -> memoryview:
+        """Bytes `[start, stop)` as a view into a map of the pages they lie on, which is dropped with the view."""
+        if start == stop:
+            return memoryview(b"")
+        skip = start % mmap.ALLOCATIONGRANULARITY
+        with open(self.path, "rb") as file:
+            pages = mmap.mmap(file.fileno(), stop - start + skip, access=mmap.ACCESS_READ, offset=start - skip)
+        return memoryview(pages)[skip:]
+
+    def read_many(self, ranges: Sequence[tuple[int, int]]) -> list[memoryview]:
+        return [self.read(start, stop) for start, stop in ranges]
+
+
+class RemoteBytes:
+    """Bytes of a file that fsspec knows."""
+
+    def __init__(self, path: str):
+        self._fs, self._path = _filesystem(path)
+        self.size_bytes = int(self._fs.size(self._path))
+
+    def read(self, start: int, stop: int) -> memoryview:
+        """Bytes `[start, stop)`, fetched in several requests at a time."""
+        whole = memoryview(bytearray(stop - start))
+        cuts = [*range(start, stop, _FETCH_BYTES), stop]
+        pieces = list(itertools.pairwise(cuts))
+        for i in range(0, len(pieces), _FETCHES):
+            group = pieces[i : i + _FETCHES]
+            for (a, b), data in zip(group, self.read_many(group), strict=True):
+                whole[a - start : b - start] = data
+        return whole
+
+    def read_many(self, ranges: Sequence[tuple[int, int]]) -> list[memoryview]:
+        starts, stops = [a for a, _ in ranges], [b for _, b in ranges]
+        found = self._fs.cat_ranges([self._path] * len(ranges), starts, stops, on_error="raise")
+        return [memoryview(data) for data in found]
+
+
+def _filesystem(path: str) -> tuple[Any, str]:
+    import fsspec
+
+    try:
+        return fsspec.core.url_to_fs(path)
+    except ImportError as error:
+        raise UserError(f"{path}: {error}; gs:// paths need the extra: pip install 'gemma4-tpu[gcp]'") from None
