@@ -1,0 +1,105 @@
+"""Where every array lives: rules from tensor names to mesh axes.
+
+Two axes. `fsdp` splits the rows of a batch and one dim of each weight; `tp` splits heads, hidden units and the
+vocabulary. A dim that its axis does not divide is replicated over that axis, which is reported once by `replicated`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+FSDP, TP = "fsdp", "tp"
+
+# By the end of the tensor's Tunix (or Qwix) name. Norms, scalars and the router are small and replicated.
+_RULES: dict[str, tuple[str | None, ...]] = {
+    "embedder.input_embedding": (TP, FSDP),
+    "embedder.per_layer_model_projection.w": (FSDP, None, TP),
+    "embedder.per_layer_input_embedding": (TP, None, FSDP),
+    "q_einsum.w": (TP, FSDP, None),
+    "k_einsum.w": (TP, FSDP, None),
+    "kv_einsum.w": (None, TP, FSDP, None),
+    "attn_vec_einsum.w": (TP, None, FSDP),
+    "gate_proj.kernel": (FSDP, TP),
+    "up_proj.kernel": (FSDP, TP),
+    "down_proj.kernel": (TP, FSDP),
+    "moe.gating_einsum": (FSDP, None, TP, None),
+    "moe.linear": (FSDP, TP, None),
+    "per_layer_input_gate.w": (FSDP, TP),
+    "per_layer_projection.w": (TP, FSDP),
+    "q_einsum.w_lora_a": (FSDP, None),
+    "q_einsum.w_lora_b": (None, TP, None),
+    "k_einsum.w_lora_a": (FSDP, None),
+    "k_einsum.w_lora_b": (None, TP, None),
+    "kv_einsum.w_lora_a": (FSDP, None),
+    "kv_einsum.w_lora_b": (None, None, TP, None),
+    "attn_vec_einsum.w_lora_a": (TP, None, None),
+    "attn_vec_einsum.w_lora_b": (None, FSDP),
+    "gate_proj.kernel_lora_a": (FSDP, None),
+    "gate_proj.kernel_lora_b": (None, TP),
+    "up_proj.kernel_lora_a": (FSDP, None),
+    "up_proj.kernel_lora_b": (None, TP),
+    "down_proj.kernel_lora_a": (TP, None),
+    "down_proj.kernel_lora_b": (None, FSDP),
+}
+
+# Activations by their dims: B rows, T tokens, D model, N heads, H head width, F hidden units, V vocabulary.
+_ACTIVATIONS: dict[str, tuple[str | None, ...]] = {
+    "BT": (FSDP, None),
+    "BTD": (FSDP, None, None),
+    "BTNH": (FSDP, None, TP, None),
+    "BTF": (FSDP, None, TP),
+    "BTV": (FSDP, None, TP),
+    "MBT": (None, FSDP, None),
+}
+
+
+def make_mesh(fsdp: int, tp: int, devices: Sequence[Any] | None = None) -> Mesh:
+    """A mesh with axes (`fsdp`, `tp`) over `devices` (default: all), in an order that suits the interconnect."""
+    if devices is None:
+        return jax.make_mesh((fsdp, tp), (FSDP, TP), axis_types=(jax.sharding.AxisType.Auto,) * 2)
+    return Mesh(np.asarray(devices).reshape(fsdp, tp), (FSDP, TP))
+
+
+def rule(name: str) -> tuple[str | None, ...]:
+    """Axes for the tensor with this Tunix or Qwix name; `()` means replicated."""
+    matches = [axes for suffix, axes in _RULES.items() if name == suffix or name.endswith("." + suffix)]
+    return matches[0] if matches else ()
+
+
+def spec(name: str, shape: tuple[int, ...], mesh: Mesh, *, stacked: bool = False) -> P:
+    """PartitionSpec of the array; `shape` is that of one tensor, a stacked array has one more leading dim."""
+    axes = [a if a and shape[i] % mesh.shape[a] == 0 else None for i, a in enumerate(rule(name))]
+    return P(*([None] if stacked else []), *axes)
+
+
+def replicated(name: str, shape: tuple[int, ...], mesh: Mesh) -> list[str]:
+    """Axes larger than 1 that the rules wanted and `shape` does not allow, as `name dim 3 (6) over tp=4`."""
+    return [
+        f"{name} dim {i} ({shape[i]}) over {axis}={mesh.shape[axis]}"
+        for i, axis in enumerate(rule(name))
+        if axis and shape[i] % mesh.shape[axis]
+    ]
+
+
+def named(mesh: Mesh, name: str, shape: tuple[int, ...], *, stacked: bool = False) -> NamedSharding:
+    """`spec` bound to `mesh`."""
+    return NamedSharding(mesh, spec(name, shape, mesh, stacked=stacked))
+
+
+def batch(mesh: Mesh) -> NamedSharding:
+    """Sharding of the [M, B, T] arrays of an update."""
+    return NamedSharding(mesh, P(*_ACTIVATIONS["MBT"]))
+
+
+def constrain(x: jax.Array, dims: str, mesh: Mesh | None) -> jax.Array:
+    """Pins an activation with these dims (`"BTD"`, `"BTNH"`, …) to the mesh; a dim that does not divide is left whole."""
+    if mesh is None:
+        return x
+    axes = [a if a and x.shape[i] % mesh.shape[a] == 0 else None for i, a in enumerate(_ACTIVATIONS[dims])]
+    return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, P(*axes)))

@@ -1,0 +1,105 @@
+"""Cross-entropy over a vocabulary of 262,144 without ever holding [B, T, V].
+
+The loss is a *sum* over target tokens, so that microbatches add up exactly; whoever calls divides once by the count.
+The forward pass walks over chunks of T, and while a chunk's logits exist it takes the gradient with respect to the
+hidden states as well: two passes over the vocabulary in all (logits, gradient) where checkpointing would need three.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+
+from gemma4_tpu.models.gemma4 import softcap
+from gemma4_tpu.models.sharding import constrain
+
+
+def chunk_length(length: int, wanted: int) -> int:
+    """The largest divisor of `length` that is at most `wanted`."""
+    return next(c for c in range(min(length, max(wanted, 1)), 0, -1) if length % c == 0)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(4, 5, 6, 7))
+def summed_cross_entropy(
+    hidden: jax.Array,
+    table: jax.Array,
+    targets: jax.Array,
+    target_mask: jax.Array,
+    cap: float | None,
+    chunk_tokens: int,
+    train_table: bool,
+    mesh: Mesh | None,
+) -> jax.Array:
+    """Sum of negative log-likelihoods of the target tokens.
+
+    Args:
+      hidden: [B, T, D] final hidden states.
+      table: [V, D] embedding table, which is the output layer too.
+      targets: [B, T] int32 next tokens.
+      target_mask: [B, T] bool; only these count.
+      cap: softcap of the logits.
+      chunk_tokens: tokens per row whose logits exist at one time (rounded down to a divisor of T).
+      train_table: also take the gradient with respect to `table` (full fine-tuning); otherwise it is treated as frozen.
+      mesh: mesh for sharding constraints, or None.
+
+    Returns:
+      float32 scalar.
+    """
+    return _forward(hidden, table, targets, target_mask, cap, chunk_tokens, False, False, mesh)[0]
+
+
+def _forward(hidden, table, targets, target_mask, cap, chunk_tokens, hidden_grad, table_grad, mesh):
+    """Loss and the gradients asked for, one chunk of T at a time."""
+    b, t, d = hidden.shape
+    c = chunk_length(t, chunk_tokens)
+    weights = table.astype(hidden.dtype)
+
+    def split(x):  # [B, T, …] → [T/c, B, c, …]
+        return jnp.moveaxis(x.reshape(b, t // c, c, *x.shape[2:]), 1, 0)
+
+    def body(carry, chunk):
+        total, d_table = carry
+        h, y, m = chunk  # [B, c, D], [B, c], [B, c]
+        raw = jnp.einsum("bcd,vd->bcv", h, weights, preferred_element_type=jnp.float32)
+        capped = softcap(constrain(raw, "BTV", mesh), cap)
+        top = jax.lax.stop_gradient(capped.max(axis=-1, keepdims=True))
+        exponentials = jnp.exp(capped - top)
+        denominator = exponentials.sum(axis=-1, keepdims=True)
+        is_target = jnp.arange(capped.shape[-1]) == y[..., None]  # [B, c, V], fused into the sums
+        target_score = jnp.where(is_target, capped, 0.0).sum(axis=-1)
+        nll = jnp.log(denominator[..., 0]) + top[..., 0] - target_score
+        total += jnp.where(m, nll, 0.0).sum()
+        d_hidden = None
+        if hidden_grad:
+            d_capped = (exponentials / denominator - is_target) * m[..., None]
+            d_raw = d_capped if cap is None else d_capped * (1.0 - jnp.square(capped / cap))
+            d_raw = d_raw.astype(hidden.dtype)
+            d_hidden = constrain(jnp.einsum("bcv,vd->bcd", d_raw, weights), "BTD", mesh)
+            if table_grad:
+                d_table += jnp.einsum("bcv,bcd->vd", d_raw, h, preferred_element_type=jnp.float32)
+        return (total, d_table), d_hidden
+
+    start = jnp.zeros((), jnp.float32), jnp.zeros(table.shape if table_grad else (), jnp.float32)
+    (total, d_table), d_hidden = jax.lax.scan(body, start, (split(hidden), split(targets), split(target_mask)))
+    if hidden_grad:
+        d_hidden = jnp.moveaxis(d_hidden, 0, 1).reshape(b, t, d)
+    return total, d_hidden, d_table.astype(table.dtype) if table_grad else None
+
+
+def _vjp_forward(hidden, table, targets, target_mask, cap, chunk_tokens, train_table, mesh):
+    total, d_hidden, d_table = _forward(
+        hidden, table, targets, target_mask, cap, chunk_tokens, True, train_table, mesh
+    )
+    return total, (d_hidden, d_table)
+
+
+def _vjp_backward(cap, chunk_tokens, train_table, mesh, residuals, g):
+    d_hidden, d_table = residuals
+    d_hidden = (d_hidden * g).astype(d_hidden.dtype)
+    return d_hidden, None if d_table is None else (d_table * g).astype(d_table.dtype), None, None
+
+
+summed_cross_entropy.defvjp(_vjp_forward, _vjp_backward)

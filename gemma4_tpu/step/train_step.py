@@ -1,0 +1,114 @@
+"""The one train step: training runs it, planning compiles it for a slice that is not there, benchmarks time it.
+
+An update is M microbatches. Each adds its summed loss and gradient; one division by the global number of target tokens
+follows, so that 8 microbatches of 1 row equal 1 of 8, however unevenly the targets fall.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from gemma4_tpu.models.gemma4 import Model, hidden_states
+from gemma4_tpu.step.loss import summed_cross_entropy
+
+Batch = dict[str, jax.Array]
+"""tokens, targets, segment_ids, positions (int32) and target_mask (bool), each [M, B, T]."""
+
+
+class TrainState(NamedTuple):
+    """Everything an update changes."""
+
+    trained: Any
+    """LoRA tree, or all parameters in full fine-tuning; float32."""
+    optimizer: Any
+    update: jax.Array
+    """int32: updates done."""
+    key: jax.Array
+    """Dropout key of the run; folded with the update and the microbatch, never advanced."""
+
+
+class Metrics(NamedTuple):
+    """Scalars of one update, float32 unless said otherwise."""
+
+    loss: jax.Array
+    """Mean negative log-likelihood per target token."""
+    grad_norm: jax.Array
+    """Global norm before clipping."""
+    target_tokens: jax.Array
+    """int32."""
+
+
+@dataclass(frozen=True)
+class Step:
+    """The compiled functions' definition: what is trained, how, and on which model."""
+
+    model: Model
+    optimizer: optax.GradientTransformation
+    full: bool = False
+    """Full fine-tuning: every weight is trained and there are no adapters."""
+    chunk_tokens: int = 512
+
+    def init(self, trained: Any, key: jax.Array) -> TrainState:
+        """State before the first update."""
+        return TrainState(trained, self.optimizer.init(trained), jnp.zeros((), jnp.int32), key)
+
+    def summed_loss(self, trained: Any, base: Any, rows: Batch, key: jax.Array | None) -> jax.Array:
+        """Summed loss of the rows of one microbatch; arrays are [B, T]."""
+        params, lora = (trained, None) if self.full else (base, trained)
+        hidden = hidden_states(
+            self.model, params, lora, rows["tokens"], rows["segment_ids"], rows["positions"], key
+        )
+        return summed_cross_entropy(
+            hidden, params["embedder"]["input_embedding"], rows["targets"], rows["target_mask"],
+            self.model.arch.final_logit_softcap, self.chunk_tokens, self.full, self.model.mesh,
+        )
+
+    def gradients(self, state: TrainState, base: Any, batch: Batch) -> tuple[jax.Array, Any, jax.Array]:
+        """Mean loss, mean gradient and number of target tokens over all microbatches."""
+        update_key = jax.random.fold_in(state.key, state.update)
+
+        def microbatch(total, item):
+            index, rows = item
+            key = jax.random.fold_in(update_key, index) if self.model.lora_dropout else None
+            loss, grads = jax.value_and_grad(self.summed_loss)(state.trained, base, rows, key)
+            return jax.tree.map(jnp.add, total, (loss, grads)), None
+
+        count = batch["target_mask"].sum(dtype=jnp.int32)
+        microbatches = batch["tokens"].shape[0]
+        if microbatches == 1:
+            rows = jax.tree.map(lambda x: x[0], batch)
+            key = jax.random.fold_in(update_key, 0) if self.model.lora_dropout else None
+            total = jax.value_and_grad(self.summed_loss)(state.trained, base, rows, key)
+        else:
+            zeros = jnp.zeros((), jnp.float32), jax.tree.map(jnp.zeros_like, state.trained)
+            total, _ = jax.lax.scan(microbatch, zeros, (jnp.arange(microbatches), batch))
+        loss, grads = jax.tree.map(lambda x: x / jnp.maximum(count, 1), total)
+        return loss, grads, count
+
+    def train(self, state: TrainState, base: Any, batch: Batch) -> tuple[TrainState, Metrics]:
+        """One update. Donate `state`."""
+        loss, grads, count = self.gradients(state, base, batch)
+        changes, optimizer = self.optimizer.update(grads, state.optimizer, state.trained)
+        trained = optax.apply_updates(state.trained, changes)
+        metrics = Metrics(loss, optax.global_norm(grads), count)
+        return TrainState(trained, optimizer, state.update + 1, state.key), metrics
+
+    def evaluate(self, trained: Any, base: Any, batch: Batch) -> tuple[jax.Array, jax.Array]:
+        """Summed loss and number of target tokens of an [M, B, T] batch, dropout off."""
+        def microbatch(total, rows):
+            return total + self.summed_loss(trained, base, rows, None), None
+
+        total, _ = jax.lax.scan(microbatch, jnp.zeros((), jnp.float32), batch)
+        return total, batch["target_mask"].sum(dtype=jnp.int32)
+
+
+def compile_step(step: Step) -> tuple[Callable[..., Any], Callable[..., Any]]:
+    """(train, evaluate) under `jax.jit`; the state is donated to `train`."""
+    return jax.jit(step.train, donate_argnums=0), jax.jit(partial(Step.evaluate, step))
