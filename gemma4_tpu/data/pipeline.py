@@ -1,0 +1,207 @@
+"""From a plan to arrays: the batches of a run, read ahead by Grain, with a position that can be saved and restored."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+
+from gemma4_tpu.config.schema import DataConfig
+from gemma4_tpu.data.examples import Examples, Origin
+from gemma4_tpu.data.plan import Plan, PlannedUpdate
+from gemma4_tpu.errors import UserError
+
+STATE_VERSION = 1
+READ_AHEAD_UPDATES = 4
+
+
+@dataclass(frozen=True)
+class Update:
+    """What one update trains on. Counts are global (over all processes), arrays hold this process's rows."""
+
+    arrays: dict[str, np.ndarray]
+    """`tokens`, `targets`, `segment_ids`, `positions` int32 and `target_mask` bool, each [M, B, T]."""
+    real_tokens: int
+    """Slots that hold no padding."""
+    target_tokens: int
+    """Slots with loss."""
+    fill: float
+    """`real_tokens` by all slots."""
+    epoch: float
+    """Passes over the data once this update is done."""
+    rows: list[list[list[int]]]
+    """[M][B over all processes]: the examples in each row."""
+    examples: Examples
+
+    def origins(self, microbatch: int | None = None) -> list[list[Origin]]:
+        """Where the examples of each row came from, of one microbatch or of all, for messages."""
+        groups = self.rows if microbatch is None else [self.rows[microbatch]]
+        return [[self.examples.origin(index) for index in row] for group in groups for row in group]
+
+
+class Assembler:
+    """Turns a planned update into arrays [M, B, T] of the rows that this process owns."""
+
+    def __init__(self, examples: Examples, rows_per_update: int, microbatches: int, row_slice: tuple[int, int] | None):
+        if rows_per_update % microbatches:
+            raise UserError(
+                f"{rows_per_update} rows per update do not divide into trainer.microbatches={microbatches} equal parts"
+            )
+        self._examples = examples
+        self._targets = examples.targets
+        self._slots = examples.slots
+        self._microbatches = microbatches
+        self._rows = rows_per_update // microbatches
+        self._start, self._stop = row_slice or (0, self._rows)
+        if not 0 <= self._start < self._stop <= self._rows:
+            raise UserError(f"row_slice {row_slice} lies outside the {self._rows} rows of a microbatch")
+
+    def __call__(self, planned: PlannedUpdate) -> Update:
+        padded = planned.rows + [[]] * (self._microbatches * self._rows - len(planned.rows))
+        rows = [padded[m * self._rows : (m + 1) * self._rows] for m in range(self._microbatches)]
+        shape = (self._microbatches, self._stop - self._start, planned.length)
+        arrays = {name: np.zeros(shape, np.int32) for name in ("tokens", "targets", "segment_ids", "positions")}
+        arrays["target_mask"] = np.zeros(shape, bool)
+        for m, group in enumerate(rows):
+            for b, row in enumerate(group[self._start : self._stop]):
+                self._write({name: array[m, b] for name, array in arrays.items()}, row)
+        members = [index for row in planned.rows for index in row]
+        real_tokens = int(self._slots[members].sum())
+        return Update(
+            arrays=arrays,
+            real_tokens=real_tokens,
+            target_tokens=int(self._targets[members].sum()),
+            fill=real_tokens / (len(padded) * planned.length),
+            epoch=planned.epoch,
+            rows=rows,
+            examples=self._examples,
+        )
+
+    def _write(self, views: dict[str, np.ndarray], row: list[int]) -> None:
+        """Write the examples of one row, one after the other, into views [T]."""
+        start = 0
+        for segment, index in enumerate(row, start=1):
+            ids, flags = self._examples.example(index)
+            part = slice(start, start + len(ids) - 1)
+            views["tokens"][part] = ids[:-1]
+            views["targets"][part] = ids[1:]
+            views["target_mask"][part] = flags[1:]
+            views["segment_ids"][part] = segment
+            views["positions"][part] = np.arange(len(ids) - 1)
+            start = part.stop
+
+
+class Pipeline:
+    """Iterator over the updates of a run.
+
+    Args:
+      examples: tokenised training examples, the same in every process.
+      data: packing, lengths and shuffling.
+      rows_per_update: rows of one update over all processes and microbatches.
+      microbatches: M; row r of an update is row r % (rows / M) of microbatch r // (rows / M).
+      seed: orders the examples of each epoch, together with the epoch's number.
+      row_slice: (start, stop) of the rows of each microbatch that this process owns; None: all.
+      epochs: length of the run in passes over the data; a fraction is a fraction of the last pass's updates.
+      max_updates: length of the run in updates; with both, the shorter one holds.
+
+    Raises:
+      UserError: no limit is given, rows do not divide into microbatches, or there is nothing to visit.
+    """
+
+    def __init__(
+        self,
+        *,
+        examples: Examples,
+        data: DataConfig,
+        rows_per_update: int,
+        seed: int,
+        microbatches: int = 1,
+        row_slice: tuple[int, int] | None = None,
+        epochs: float | None = None,
+        max_updates: int | None = None,
+    ):
+        self._plan = Plan(
+            examples, data, rows_per_update=rows_per_update, seed=seed, epochs=epochs, max_updates=max_updates
+        )
+        self._assemble = Assembler(examples, rows_per_update, microbatches, row_slice)
+        self.fingerprint: dict[str, Any] = {
+            **examples.fingerprint,
+            "sequence_length": data.sequence_length,
+            "packing": self._plan.packing,
+            "buckets": self._plan.buckets,
+            "shuffle": data.shuffle,
+            "seed": seed,
+            "rows_per_update": rows_per_update,
+        }
+        """What decides the content of every update; a saved position is valid for the same fingerprint only."""
+        self._iterator: Any = None
+
+    @property
+    def total_updates(self) -> int:
+        """Updates in the whole run."""
+        return len(self._plan)
+
+    @property
+    def lengths(self) -> list[int]:
+        """Static row lengths T that updates may have; the step compiles once for each."""
+        return list(self._plan.buckets)
+
+    def __iter__(self) -> Iterator[Update]:
+        return self
+
+    def __next__(self) -> Update:
+        return next(self._reader())
+
+    def get_state(self) -> dict[str, Any]:
+        """The position, ready for JSON: the same for every process count, mesh and number of microbatches."""
+        return {"version": STATE_VERSION, "iterator": self._reader().get_state(), "fingerprint": self.fingerprint}
+
+    def set_state(self, state: dict[str, Any]) -> None:
+        """Continue where `get_state` was called, in this process or another.
+
+        Raises:
+          UserError: the state belongs to other data, another tokenizer, packing, seed or batch size.
+        """
+        saved = {"version": state.get("version"), **state.get("fingerprint", {})}
+        own = {"version": STATE_VERSION, **self.fingerprint}
+        changed = [key for key in {**saved, **own} if saved.get(key) != own.get(key)]
+        if changed:
+            lines = "".join(f"\n  {key}: saved {saved.get(key)!r}, now {own.get(key)!r}" for key in changed)
+            raise UserError(
+                f"the saved position belongs to another data pipeline:{lines}\n"
+                "Continue with the settings and files that the run began with, or start a new run folder."
+            )
+        self._reader().set_state(state["iterator"])
+
+    def close(self) -> None:
+        """Stop reading ahead."""
+        if self._iterator is not None:
+            self._iterator.close()
+            self._iterator = None
+
+    def _reader(self) -> Any:
+        """Grain's iterator over the plan, made when first needed (Grain brings JAX along)."""
+        if self._iterator is None:
+            import grain
+
+            options = grain.ReadOptions(num_threads=1, prefetch_buffer_size=READ_AHEAD_UPDATES)
+            dataset = grain.MapDataset.source(self._plan).map(self._assemble)
+            self._iterator = iter(dataset.to_iter_dataset(options))
+        return self._iterator
+
+
+def heldout_batches(
+    examples: Examples,
+    data: DataConfig,
+    *,
+    rows_per_update: int,
+    microbatches: int = 1,
+    row_slice: tuple[int, int] | None = None,
+) -> Iterator[Update]:
+    """One pass over held-out examples in a fixed order, packed like training; empty rows fill up the last batch."""
+    fixed = replace(data, shuffle=False)
+    plan = Plan(examples, fixed, rows_per_update=rows_per_update, seed=0, epochs=1)
+    assemble = Assembler(examples, rows_per_update, microbatches, row_slice)
+    return (assemble(plan[update]) for update in range(len(plan)))
