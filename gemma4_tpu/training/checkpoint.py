@@ -1,0 +1,154 @@
+"""Checkpoints of a run: trained values, Adam moments, counters, dropout key and the data position, by Orbax.
+
+On disk every tensor has its own per-layer name (`layers.7.attn.q_einsum.w_lora_a`), whatever the mesh or the stacking
+in memory, so that a run can resume on another mesh and a merge can read one layer at a time.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Iterable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+import orbax.checkpoint as ocp
+from jax.sharding import Mesh
+from orbax.checkpoint import checkpoint_managers as policies
+
+from gemma4_tpu.config.schema import CheckpointConfig
+from gemma4_tpu.models import sharding
+from gemma4_tpu.models.layout import Leaf, build_tree, get
+from gemma4_tpu.step.train_step import TrainState
+
+log = logging.getLogger(__name__)
+_MOMENTS = ("mu", "nu")  # AdamW's two moments, shaped like the trained tree
+
+
+class Checkpoints:
+    """The `checkpoints/` folder of a run.
+
+    Keeps the N latest checkpoints and, with `keep_best`, the one with the lowest held-out loss.
+    """
+
+    def __init__(self, folder: str | Path, config: CheckpointConfig, leaves: Iterable[Leaf], mesh: Mesh):
+        self._leaves = list(leaves)
+        self._mesh = mesh
+        kept: list[Any] = [policies.LatestN(config.keep)]
+        if config.keep_best:
+            best = policies.BestN(get_metric_fn=lambda m: m["heldout_loss"], reverse=True, n=1,
+                                  keep_checkpoints_without_metrics=False)  # fmt: skip
+            kept.append(best)
+        self._manager = ocp.CheckpointManager(
+            Path(folder).absolute() if "://" not in str(folder) else folder,
+            options=ocp.CheckpointManagerOptions(
+                preservation_policy=policies.AnyPreservationPolicy(kept),
+                cleanup_tmp_directories=True,
+            ),
+            item_names=("state", "position"),
+        )
+
+    @property
+    def updates(self) -> list[int]:
+        """Updates that have a checkpoint, oldest first."""
+        return sorted(self._manager.all_steps())
+
+    def save(self, state: TrainState, position: dict[str, Any], heldout_loss: float | None = None) -> None:
+        """Saves the state after an update, asynchronously: the state may be donated as soon as this returns.
+
+        Args:
+          state: the training state.
+          position: the pipeline's `get_state()`, JSON-able.
+          heldout_loss: if it was measured at this update; decides which checkpoint is the best.
+        """
+        update = int(state.update)
+        if update in self._manager.all_steps():
+            return
+        self._manager.save(
+            update,
+            args=ocp.args.Composite(
+                state=ocp.args.StandardSave(_to_disk(state, self._leaves)), position=ocp.args.JsonSave(position)
+            ),
+            metrics=None if heldout_loss is None else {"heldout_loss": heldout_loss},
+            force=True,
+        )
+        log.info("checkpoint at update %d", update)
+
+    def restore(self, update: int, state: TrainState) -> tuple[TrainState, dict[str, Any]]:
+        """The state and data position saved after `update`, on this mesh; `state` gives structure and types."""
+        abstract = jax.eval_shape(partial(_to_disk, leaves=self._leaves), state)
+        targets = {
+            group: {name: self._target(name, x) for name, x in value.items()}
+            if isinstance(value, dict)
+            else self._target("", value)  # no rule: replicated
+            for group, value in abstract.items()
+        }
+        saved = self._manager.restore(
+            update,
+            args=ocp.args.Composite(state=ocp.args.StandardRestore(targets), position=ocp.args.JsonRestore()),
+        )
+        return _from_disk(saved["state"], state, self._leaves), saved["position"]
+
+    def close(self) -> None:
+        """Waits for saves under way."""
+        self._manager.close()
+
+    def wait(self) -> None:
+        """Waits for saves under way; the folder is complete afterwards."""
+        self._manager.wait_until_finished()
+
+    def _target(self, name: str, x: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding.named(self._mesh, name, x.shape))
+
+
+def _to_disk(state: TrainState, leaves: list[Leaf]) -> dict[str, Any]:
+    """The state as flat dicts from tensor name to array."""
+    disk: dict[str, Any] = {"trained": _unstack(state.trained, leaves)}
+    for moment in _MOMENTS:
+        disk[moment] = _unstack(optax.tree.get(state.optimizer, moment), leaves)
+    return disk | {"update": state.update, "key": jax.random.key_data(state.key)}
+
+
+def _from_disk(disk: dict[str, Any], like: TrainState, leaves: list[Leaf]) -> TrainState:
+    """Inverse of `_to_disk`; every counter of the optimizer equals the number of updates."""
+    trees = {group: _stack(disk[group], leaves) for group in ("trained", *_MOMENTS)}
+    trees = {group: jax.tree.map(_like, tree, like.trained) for group, tree in trees.items()}
+    optimizer = optax.tree.set(like.optimizer, mu=trees["mu"], nu=trees["nu"], count=disk["update"])
+    key = jax.random.wrap_key_data(disk["key"], impl=jax.random.key_impl(like.key))
+    return TrainState(trees["trained"], optimizer, disk["update"], key)
+
+
+def _like(x: jax.Array, y: jax.Array) -> jax.Array:
+    return jax.device_put(x, y.sharding)
+
+
+@partial(jax.jit, static_argnums=1)
+def _slices(tree: Any, leaves: tuple[Leaf, ...]) -> dict[str, jax.Array]:
+    flat = {}
+    for leaf in leaves:
+        array = get(tree, leaf.path)
+        if leaf.stacked:
+            flat |= {name: array[r] for r, name in enumerate(leaf.tunix_names)}
+        else:
+            flat[leaf.tunix_names[0]] = array
+    return flat
+
+
+def _unstack(tree: Any, leaves: list[Leaf]) -> dict[str, jax.Array]:
+    return _slices(tree, tuple(leaves))
+
+
+def _stack(flat: dict[str, jax.Array], leaves: list[Leaf]) -> Any:
+    return build_tree(
+        (leaf.path, jnp.stack([flat[n] for n in leaf.tunix_names]) if leaf.stacked else flat[leaf.tunix_names[0]])
+        for leaf in leaves
+    )
+
+
+def state_bytes(leaves: Iterable[Leaf]) -> int:
+    """Bytes of one checkpoint: values and two moments in float32."""
+    return 3 * 4 * sum(math.prod(leaf.array_shape) for leaf in leaves)
