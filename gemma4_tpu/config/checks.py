@@ -1,0 +1,379 @@
+"""Checks across the fields of a configuration: ranges, choices, files, batch sizes and the mesh. No JAX.
+
+`check_train` finds everything that can be known before an accelerator runtime starts. `resolve_mesh`,
+`rows_per_microbatch` and `check_devices` are asked again once JAX has said which devices there are.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import math
+import re
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from gemma4_tpu.architectures import ARCHITECTURES, Architecture
+from gemma4_tpu.config.files import checkpoint_architecture, source_problem, tokenizer_problem
+from gemma4_tpu.config.keys import did_you_mean
+from gemma4_tpu.config.problems import Problem, refusal
+from gemma4_tpu.config.schema import (
+    DataConfig,
+    HardwareConfig,
+    LoraConfig,
+    MeshConfig,
+    OptimizerConfig,
+    TrackerConfig,
+    TrainerConfig,
+    TrainRoot,
+)
+from gemma4_tpu.errors import UserError
+from gemma4_tpu.hardware import LOCAL, SLICES, chip_of, price_of, slice_of
+
+LORA_TARGETS = ("attention", "mlp")
+LORA_ONLY = ("gemma4_31b", "gemma4_26b_a4b")
+"""Too large for full fine-tuning: weights, gradients and two moments in float32 are 16 bytes per parameter."""
+
+CHOICES: dict[str, tuple[str, ...]] = {
+    "lora.quantize": ("nf4", "int8"),
+    "data.format": ("chat", "codev_r1"),
+    "data.packing": ("true", "false", "buckets"),
+    "data.thoughts": ("drop", "train"),
+    "data.train_on": ("all", "last"),
+    "optimizer.schedule": ("cosine", "linear", "constant"),
+    "trainer.remat": ("none", "block", "decoder"),
+    "trainer.attention": ("auto", "splash", "einsum"),
+    "trainer.compute_dtype": ("bfloat16", "float32"),
+    "checkpoint.resume": ("auto", "never"),
+    "tracker.kind": ("none", "wandb", "tensorboard"),
+    "tracker.mode": ("auto", "online", "offline"),
+}
+
+_POSITIVE = (lambda v: 0 < v < math.inf, "more than 0")
+_FROM_0 = (lambda v: 0 <= v < math.inf, "at least 0")
+_FROM_1 = (lambda v: 1 <= v < math.inf, "at least 1")
+_DECAY = (lambda v: 0 <= v < 1, "at least 0 and less than 1")
+_SHARE = (lambda v: 0 <= v <= 1, "between 0 and 1")
+RANGES: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "hardware.usd_per_hour": _FROM_0,
+    "mesh.fsdp": _FROM_1, "mesh.tp": _FROM_1,
+    "lora.rank": _FROM_1, "lora.alpha": _POSITIVE, "lora.dropout": _DECAY,
+    "data.heldout_fraction": _DECAY, "data.max_rows": _FROM_1, "data.max_drop_fraction": _SHARE,
+    "data.sequence_length": (lambda v: v >= 2, "at least 2"),
+    "optimizer.learning_rate": _POSITIVE, "optimizer.b1": _DECAY, "optimizer.b2": _DECAY, "optimizer.eps": _POSITIVE,
+    "optimizer.weight_decay": _FROM_0, "optimizer.warmup_updates": _FROM_0, "optimizer.end_fraction": _SHARE,
+    "optimizer.max_grad_norm": (lambda v: v > 0, "more than 0 (null: off)"),
+    "trainer.max_updates": _FROM_1, "trainer.epochs": _POSITIVE, "trainer.global_batch_tokens": _FROM_1,
+    "trainer.global_batch_sequences": _FROM_1, "trainer.microbatches": _FROM_1, "trainer.eval_every": _FROM_0,
+    "trainer.seed": (lambda v: 0 <= v < 2**32, "at least 0 and less than 2**32"),
+    "trainer.log_every": _FROM_1, "trainer.loss_chunk_tokens": _FROM_1,
+    "checkpoint.every": _FROM_1, "checkpoint.keep": _FROM_1,
+}
+
+
+@dataclass(frozen=True)
+class Checked:
+    """What the checks found out on the way."""
+
+    architecture: Architecture
+    """Of the checkpoint's `config.json` where it can be read, else of `model.name`."""
+    mesh: tuple[int, int] | None
+    """Sizes of the axes (fsdp, tp); None with `hardware=local`, until JAX has counted its devices."""
+    warnings: tuple[str, ...]
+    """To report; nothing was changed."""
+
+
+def normalise(root: TrainRoot) -> TrainRoot:
+    """One spelling for what YAML and the command line write in several: `packing: false`, `quantize: none`."""
+    quantize = None if root.lora.quantize in ("none", "null") else root.lora.quantize
+    return replace(
+        root,
+        data=replace(root.data, packing=root.data.packing.strip().lower()),
+        lora=replace(root.lora, quantize=quantize),
+    )
+
+
+def check_train(root: TrainRoot) -> Checked:
+    """Everything that can be checked without JAX.
+
+    Raises:
+      UserError: all problems in one message.
+    """
+    checked, problems = examine_train(root)
+    if problems or checked is None:
+        raise refusal(problems)
+    return checked
+
+
+def examine_train(root: TrainRoot) -> tuple[Checked | None, list[Problem]]:
+    """As `check_train`, but hands the problems back; `Checked` is None when there are some."""
+    messages = _values(root)
+    messages += _lengths(root.trainer) + _batch(root.trainer, root.data) + _lora(root.lora, root.model.name)
+    messages += _data(root.data) + _tracker(root.tracker) + _run(root)
+    architecture, model_messages = checkpoint_architecture(root.model)
+    messages += model_messages
+    if not model_messages:
+        messages += tokenizer_problem(root.model)
+    mesh, mesh_messages = _mesh(root, architecture)
+    messages += mesh_messages
+    if messages or architecture is None:
+        return None, [Problem(m) for m in messages]
+    return Checked(architecture, mesh, tuple(_warnings(root))), []
+
+
+def resolve_mesh(mesh: MeshConfig, architecture: Architecture, devices: int) -> tuple[int, int]:
+    """Sizes of the axes (fsdp, tp) on `devices` devices.
+
+    Raises:
+      UserError: the sizes don't multiply to `devices`, or tp divides the heads unevenly; lists the legal meshes.
+    """
+    legal = [(devices // tp, tp) for tp in architecture.legal_tp(devices)]
+    fitting = [
+        (fsdp, tp) for fsdp, tp in legal if mesh.fsdp in (None, fsdp) and mesh.tp in (None, tp)
+    ]
+    if not fitting:
+        given = ", ".join(f"mesh.{axis}={size}" for axis, size in (("fsdp", mesh.fsdp), ("tp", mesh.tp)) if size)
+        raise UserError(
+            f"{given}: not possible for {architecture.name} on {_count(devices, 'device')} (fsdp × tp = {devices}; "
+            f"tp divides {architecture.num_heads} query heads and "
+            f"{_heads(architecture)} key/value heads); legal meshes: "
+            + "; ".join(f"mesh.fsdp={fsdp} mesh.tp={tp}" for fsdp, tp in legal)
+        )
+    return max(fitting, key=lambda sizes: sizes[1])
+
+
+def rows_per_update(trainer: TrainerConfig, data: DataConfig) -> int:
+    """Rows of T tokens in one update, over all devices."""
+    if trainer.global_batch_sequences is not None:
+        return trainer.global_batch_sequences
+    assert trainer.global_batch_tokens is not None  # check_train: exactly one is set
+    return trainer.global_batch_tokens // data.sequence_length
+
+
+def rows_per_microbatch(trainer: TrainerConfig, data: DataConfig, fsdp: int) -> int:
+    """Rows of T tokens in one microbatch, over all devices.
+
+    Raises:
+      UserError: the rows don't divide evenly among the `fsdp` devices.
+    """
+    rows = rows_per_update(trainer, data) // trainer.microbatches
+    if rows % fsdp:
+        better = trainer.microbatches * fsdp
+        raise UserError(
+            f"{_batch_key(trainer)}: {_count(rows, 'row')} per microbatch on mesh.fsdp={fsdp}, which must divide them; "
+            f"give trainer.global_batch_sequences={better * max(1, round(rows / fsdp))} (a multiple of {better}), "
+            "fewer trainer.microbatches, or a smaller mesh.fsdp"
+        )
+    return rows
+
+
+def check_devices(hardware: HardwareConfig, platform: str, device_kind: str, count: int) -> None:
+    """Compares the slice that was asked for with what JAX found (all processes' devices).
+
+    Raises:
+      UserError: it is another one; says which, and what to give instead.
+    """
+    wanted = slice_of(hardware)
+    if wanted is None:
+        return
+    chip = chip_of(platform, device_kind)
+    if chip is wanted.chip and count == wanted.chips:
+        return
+    there = [s.name for s in SLICES.values() if chip is s.chip and count == s.chips]
+    found = f"{count} × {device_kind}" + (f" ({platform})" if platform.lower() != device_kind.lower() else "")
+    raise UserError(
+        f"hardware={option_name(wanted.name)} is {wanted.chips} × {wanted.chip.name}, but JAX found {found}; give "
+        + "".join(f"hardware={option_name(name)} or " for name in there)
+        + "hardware=local (whatever is there)"
+    )
+
+
+def warmup_warning(optimizer: OptimizerConfig, updates: int) -> str | None:
+    """A line for a warm-up of more than a tenth of the run's updates; None: it is not."""
+    if optimizer.warmup_updates * 10 <= updates:
+        return None
+    return (
+        f"optimizer.warmup_updates={optimizer.warmup_updates} is more than a tenth of the run's {updates} updates"
+        + ("; the peak learning rate is never reached" if optimizer.warmup_updates >= updates else "")
+    )
+
+
+def option_name(slice_name: str) -> str:
+    """What `hardware=` calls a slice: `v5p8` for `v5p-8`."""
+    return slice_name.replace("-", "")
+
+
+def _values(root: TrainRoot) -> list[str]:
+    messages = []
+    for key, choices in CHOICES.items():
+        value = _get(root, key)
+        if value is not None and value not in choices:
+            hint = did_you_mean(str(value), choices, lambda choice, key=key: f"{key}={choice}")
+            messages.append(f"{key}={value}: not a choice{hint} (choices: {', '.join(choices)})")
+    for key, (fits, wanted) in RANGES.items():
+        value = _get(root, key)
+        if value is not None and not fits(value):
+            messages.append(f"{key}={value}: must be {wanted}")
+    return messages
+
+
+def _lengths(trainer: TrainerConfig) -> list[str]:
+    return _exactly_one("trainer.max_updates", trainer.max_updates, "trainer.epochs", trainer.epochs) + _exactly_one(
+        "trainer.global_batch_tokens", trainer.global_batch_tokens,
+        "trainer.global_batch_sequences", trainer.global_batch_sequences,
+    )
+
+
+def _batch(trainer: TrainerConfig, data: DataConfig) -> list[str]:
+    tokens, sequences = trainer.global_batch_tokens, trainer.global_batch_sequences
+    if (tokens is None) == (sequences is None) or min(tokens or 1, sequences or 1, trainer.microbatches) < 1:
+        return []
+    length = max(1, data.sequence_length)
+    if tokens is not None and tokens % length:
+        nearest = length * max(1, round(tokens / length))
+        return [
+            f"trainer.global_batch_tokens={tokens}: not a multiple of data.sequence_length={length}; "
+            f"{nearest} is ({nearest // length} rows)"
+        ]
+    rows = rows_per_update(trainer, data)
+    if rows % trainer.microbatches:
+        divisors = [n for n in range(1, rows + 1) if rows % n == 0]
+        return [
+            f"trainer.microbatches={trainer.microbatches}: does not divide the {_count(rows, 'row')} of an update "
+            f"({_batch_key(trainer)}); it could be {', '.join(map(str, divisors))}"
+        ]
+    return []
+
+
+def _lora(lora: LoraConfig, model_name: str) -> list[str]:
+    if not lora.enabled:
+        messages = []
+        if lora.quantize:
+            messages.append(
+                f"lora.quantize={lora.quantize}: quantised weights can't be trained; give lora.enabled=true (QLoRA) "
+                "or lora.quantize=null"
+            )
+        if model_name in LORA_ONLY:
+            messages.append(
+                f"lora.enabled=false: full fine-tuning is for the small sizes, not {model_name}; give lora=default "
+                "or another model"
+            )
+        return messages
+    known = ", ".join(LORA_TARGETS)
+    if not lora.targets:
+        return [f"lora.targets=[]: nothing would be trained; give some of {known}, or lora=none for full fine-tuning"]
+    return [
+        f"lora.targets: {target!r} is no role{did_you_mean(target, LORA_TARGETS)} (roles: {known})"
+        for target in lora.targets
+        if target not in LORA_TARGETS
+    ]
+
+
+def _data(data: DataConfig) -> list[str]:
+    messages = []
+    if not data.train:
+        messages.append("data.train=[]: no training rows; give data.train='[{path: rows.jsonl}]'")
+    for split, sources in (("train", data.train), ("heldout", data.heldout)):
+        for index, source in enumerate(sources):
+            messages += source_problem(f"data.{split}.{index}", source)
+    if data.heldout and data.heldout_fraction:
+        messages.append(
+            f"data.heldout_fraction={data.heldout_fraction}: data.heldout is set too; give data.heldout=[] or "
+            "data.heldout_fraction=0"
+        )
+    if data.buckets is not None:
+        if data.packing != "buckets":
+            messages.append(f"data.buckets={data.buckets}: only with data.packing=buckets (it is {data.packing})")
+        if not data.buckets or any(not 2 <= bucket <= data.sequence_length for bucket in data.buckets):
+            messages.append(
+                f"data.buckets={data.buckets}: needs lengths between 2 and data.sequence_length={data.sequence_length}"
+            )
+    if data.check_syntax and data.format != "codev_r1":
+        messages.append(f"data.check_syntax=true: only with data.format=codev_r1 (it is {data.format})")
+    return messages
+
+
+def _tracker(tracker: TrackerConfig) -> list[str]:
+    package = {"wandb": "wandb", "tensorboard": "tensorboardX"}.get(tracker.kind)
+    if package and importlib.util.find_spec(package) is None:
+        return [f"tracker.kind={tracker.kind}: the package {package} is not installed; pip install {package}"]
+    return []
+
+
+def _run(root: TrainRoot) -> list[str]:
+    messages = []
+    if root.hardware.name != LOCAL and root.hardware.name not in SLICES:
+        hint = did_you_mean(root.hardware.name, SLICES, lambda name: f"hardware={option_name(name)}")
+        messages.append(
+            f"hardware.name={root.hardware.name}: no such slice{hint} (slices: {', '.join([LOCAL, *SLICES])})"
+        )
+    wanted = slice_of(root.hardware)
+    if wanted and wanted.chip.platform != "tpu" and root.trainer.attention == "splash":
+        messages.append(f"trainer.attention=splash: a TPU kernel, but {wanted.name} has GPUs; give auto or einsum")
+    if not re.fullmatch(r"[\w.+-]*\w[\w.+-]*", root.name):
+        messages.append(f"name={root.name}: part of a folder's name; letters, digits and . _ + - only")
+    if root.run_dir is not None and "://" in root.run_dir:
+        messages.append(f"run_dir={root.run_dir}: the run folder is local")
+    elif root.run_dir is not None and Path(root.run_dir).is_file():
+        messages.append(f"run_dir={root.run_dir}: is a file; give a folder, new or of a run to resume")
+    return messages
+
+
+def _mesh(root: TrainRoot, architecture: Architecture | None) -> tuple[tuple[int, int] | None, list[str]]:
+    wanted = slice_of(root.hardware)
+    if wanted is None or architecture is None or min(root.mesh.fsdp or 1, root.mesh.tp or 1) < 1:
+        return None, []
+    try:
+        sizes = resolve_mesh(root.mesh, architecture, wanted.chips)
+    except UserError as error:
+        return None, [str(error)]
+    if _lengths(root.trainer) or _batch(root.trainer, root.data) or root.trainer.microbatches < 1:
+        return sizes, []
+    try:
+        rows_per_microbatch(root.trainer, root.data, sizes[0])
+    except UserError as error:
+        return None, [str(error)]
+    return sizes, []
+
+
+def _warnings(root: TrainRoot) -> list[str]:
+    lines = []
+    if root.trainer.max_updates is not None:
+        line = warmup_warning(root.optimizer, root.trainer.max_updates)
+        lines += [line] if line else []
+    if not root.data.heldout and not root.data.heldout_fraction:
+        lines.append("no held-out rows (data.heldout=[], data.heldout_fraction=0): no held-out loss, no best checkpoint")
+    if slice_of(root.hardware) and price_of(root.hardware) is None:
+        kind = "spot" if root.hardware.spot else "on-demand"
+        lines.append(f"no {kind} price is known for {root.hardware.name}: costs are left out; give hardware.usd_per_hour")
+    return lines
+
+
+def _exactly_one(first: str, first_value: Any, second: str, second_value: Any) -> list[str]:
+    if first_value is None and second_value is None:
+        return [f"{first}, {second}: exactly one must be set; both are null"]
+    if first_value is not None and second_value is not None:
+        return [
+            f"{first}={first_value}, {second}={second_value}: exactly one must be set; add {second}=null or {first}=null"
+        ]
+    return []
+
+
+def _batch_key(trainer: TrainerConfig) -> str:
+    if trainer.global_batch_sequences is not None:
+        return f"trainer.global_batch_sequences={trainer.global_batch_sequences}"
+    return f"trainer.global_batch_tokens={trainer.global_batch_tokens}"
+
+
+def _heads(architecture: Architecture) -> str:
+    return " and ".join(map(str, dict.fromkeys((architecture.num_kv_heads, architecture.num_global_kv_heads))))
+
+
+def _get(root: TrainRoot, key: str) -> Any:
+    group, name = key.split(".")
+    return getattr(getattr(root, group), name)
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}{'' if number == 1 else 's'}"

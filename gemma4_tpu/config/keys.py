@@ -1,0 +1,112 @@
+"""What a key of the configuration may be: a walk over the schema, its documentation, and did-you-mean.
+
+Reads types from the dataclasses of `schema.py` and documentation from the strings beneath their fields.
+"""
+
+from __future__ import annotations
+
+import ast
+import difflib
+import inspect
+import types
+import typing
+from collections.abc import Iterable
+from dataclasses import fields, is_dataclass
+from functools import cache
+from typing import Any
+
+
+@cache
+def field_types(schema: type) -> dict[str, Any]:
+    """Field name → type of a schema dataclass."""
+    return typing.get_type_hints(schema)
+
+
+@cache
+def field_docs(schema: type) -> dict[str, str]:
+    """Field name → the string beneath it, on one line."""
+    body = ast.parse(inspect.getsource(schema)).body[0].body
+    docs = {}
+    for field, text in zip(body, body[1:], strict=False):
+        if isinstance(field, ast.AnnAssign) and isinstance(text, ast.Expr) and isinstance(text.value, ast.Constant):
+            docs[field.target.id] = " ".join(text.value.value.split())
+    return docs
+
+
+def element_type(annotation: Any) -> Any | None:
+    """The element type of a `list[...]` (also of `list[...] | None`); None for anything else."""
+    for option in _options(annotation):
+        if typing.get_origin(option) is list:
+            return typing.get_args(option)[0]
+    return None
+
+
+def type_name(annotation: Any) -> str:
+    """How the help writes a type: `int or null`, `list of str`."""
+    names = []
+    for option in _options(annotation):
+        element = element_type(option)
+        if element is not None:
+            names.append(f"list of {type_name(element)}")
+        else:
+            names.append("null" if option is type(None) else option.__name__)
+    return " or ".join(names)
+
+
+def leaf_keys(schema: type, prefix: str = "") -> list[str]:
+    """Every key that holds a value, dotted: `lora.rank`."""
+    keys = []
+    for name, annotation in field_types(schema).items():
+        if is_dataclass(annotation):
+            keys += leaf_keys(annotation, f"{prefix}{name}.")
+        else:
+            keys.append(prefix + name)
+    return keys
+
+
+def unknown_key(schema: type, key: str) -> str | None:
+    """None if `key` (dotted, list items by number) is in the schema, else what is wrong and what may be meant."""
+    where, walked = schema, ""
+    for part in key.split("."):
+        if is_dataclass(where):
+            if part not in field_types(where):
+                return _no_such_key(schema, where, walked, part, key)
+            where = field_types(where)[part]
+        elif element_type(where) is not None and part.isdecimal():
+            where = element_type(where)
+        else:
+            return f"no such key; {walked} holds {type_name(where)}, nothing beneath it"
+        walked = f"{walked}.{part}" if walked else part
+    return None
+
+
+def did_you_mean(given: str, candidates: Iterable[str], write: typing.Callable[[str], str] = str) -> str:
+    """`; did you mean X or Y?` for the nearest candidates, else an empty string."""
+    near = difflib.get_close_matches(given, list(candidates), n=3, cutoff=0.6)
+    if near and near[0].casefold() == given.casefold():
+        near = near[:1]
+    return f"; did you mean {' or '.join(write(n) for n in near)}?" if near else ""
+
+
+def _no_such_key(schema: type, where: type, walked: str, part: str, key: str) -> str:
+    siblings = [f.name for f in fields(where)]
+    hint = did_you_mean(part, siblings, lambda name: f"{walked}.{name}" if walked else name)
+    if not hint:  # the right name in the wrong group, or a misspelt group
+        last = key.rsplit(".", 1)[-1]
+        leaves = leaf_keys(schema)
+        same = [leaf for leaf in leaves if leaf.rsplit(".", 1)[-1] == last]
+        hint = f"; did you mean {' or '.join(same)}?" if same else did_you_mean(key, leaves)
+    elif "." in key and not walked:  # a misspelt group: say the whole key
+        group = difflib.get_close_matches(part, siblings, n=1)[0]
+        rest = key.split(".", 1)[1]
+        if unknown_key(schema, f"{group}.{rest}") is None:
+            hint = f"; did you mean {group}.{rest}?"
+    if not hint:
+        hint = f"; {walked or 'the configuration'} has {', '.join(siblings)}"
+    return f"no such key{hint}"
+
+
+def _options(annotation: Any) -> tuple[Any, ...]:
+    if isinstance(annotation, types.UnionType) or typing.get_origin(annotation) is typing.Union:
+        return typing.get_args(annotation)
+    return (annotation,)

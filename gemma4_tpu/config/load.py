@@ -1,0 +1,216 @@
+"""From a command line to a typed, checked configuration, before JAX is imported.
+
+Hydra composes `conf/` onto the dataclasses of `schema.py`. Every word of the command line is tried on its own first, so
+that all problems come in one message.
+"""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass, is_dataclass
+from pathlib import Path
+from typing import Any, NoReturn
+
+from hydra import compose, initialize_config_dir
+from hydra._internal.utils import get_args_parser
+from hydra.core.config_store import ConfigStore
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.errors import HydraException
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+import gemma4_tpu
+from gemma4_tpu.config.checks import Checked, examine_train, normalise
+from gemma4_tpu.config.overrides import Groups, check_file, check_overrides, groups_in
+from gemma4_tpu.config.problems import Problem, refusal
+from gemma4_tpu.config.schema import TrainRoot
+from gemma4_tpu.errors import UserError
+
+_VERSION_BASE = "1.3"
+
+
+@dataclass(frozen=True)
+class EntryPoint:
+    """One `python -m gemma4_tpu.<name>`: its root schema, registered for `conf/<name>.yaml`."""
+
+    name: str
+    schema: type
+    summary: str
+    examples: tuple[tuple[str, str], ...]
+    """(arguments, what they do)"""
+
+    @property
+    def command(self) -> str:
+        return f"python -m gemma4_tpu.{self.name}"
+
+
+TRAIN = EntryPoint(
+    name="train",
+    schema=TrainRoot,
+    summary="Fine-tune Gemma 4 with LoRA, QLoRA or in full. Without arguments: a small run that a laptop does in minutes.",
+    examples=(
+        ("", "the tiny model on the data that travels with the package"),
+        ("preview=true", "look at the rows: what is trained on, lengths, fill, drops"),
+        ("data=chat_jsonl data.train.0.path=rows.jsonl", "your own conversations"),
+        ("lora.rank=8 trainer.max_updates=100", "other values"),
+        ("experiment=v5p8 model.path=gs://bucket/gemma-4-31b", "31B on a v5p-8 slice"),
+        ("run_dir=outputs/train/<run>", "go on with a run that was stopped"),
+    ),
+)
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A configuration that passed every check."""
+
+    root: TrainRoot
+    overrides: list[str]
+    """The `key=value` words of the command line, as composed."""
+    checked: Checked
+
+
+def config_dir() -> Path:
+    """The folder `conf`: beside the modules in an installed wheel, else at the root of the checkout."""
+    package = Path(gemma4_tpu.__file__).parent
+    for folder in (package / "conf", package.parent / "conf"):
+        if (folder / "train.yaml").is_file():
+            return folder.resolve()
+    raise FileNotFoundError(f"no conf/train.yaml beside or in {package}: the installation is damaged")
+
+
+def load_train(argv: list[str]) -> Loaded:
+    """Reads the command line of `python -m gemma4_tpu.train` (without the program's name).
+
+    `--help`, `--version` and Hydra's own flags (`--cfg`, `--info`, `--multirun`, …) are served here and end the process.
+
+    Raises:
+      UserError: every problem of the command line, the files it selects and the values together.
+      SystemExit: a flag was served.
+    """
+    words, flags = _split(argv, TRAIN)
+    cfg, good, problems = compose_all(words, TRAIN, multirun=bool(flags and flags.multirun))
+    if flags is not None and not problems:
+        from gemma4_tpu.config.hydra_flags import serve
+
+        serve(TRAIN, argv)
+    checked = None
+    if cfg is not None and flags is None:
+        root = normalise(OmegaConf.to_object(cfg))
+        checked, found = examine_train(root)
+        doubtful = {group for problem in problems for group in problem.groups}
+        problems += [p for p in found if not any(f"{g}." in p.message or f"{g}=" in p.message for g in doubtful)]
+    if problems or checked is None:
+        raise UserError(f"{refusal(problems)}\n({TRAIN.command} --help lists every key)")
+    for line in checked.warnings:
+        logging.getLogger(__name__).warning(line)
+    return Loaded(root, good, checked)
+
+
+def compose_all(
+    words: list[str], entry: EntryPoint, *, multirun: bool = False
+) -> tuple[DictConfig | None, list[str], list[Problem]]:
+    """Composes the words that are sound; returns (configuration, those words, problems of the others)."""
+    groups = Groups(groups_in(config_dir()), open=any(w.lstrip("+").startswith("hydra.searchpath") for w in words))
+    good, problems = check_overrides(words, schema=entry.schema, groups=groups, multirun=multirun)
+    if multirun:
+        return None, good, problems
+    register(entry)
+    with initialize_config_dir(str(config_dir()), version_base=_VERSION_BASE):
+        try:
+            return compose(entry.name, overrides=good), good, problems
+        except (HydraException, OmegaConfBaseException) as error:
+            found = _file_problems(good, entry, groups)
+            return None, good, problems + (found or [Problem(_plain(error))])
+
+
+def register(entry: EntryPoint) -> None:
+    """Makes the root schema known to Hydra under the name that `conf/<name>.yaml` starts from."""
+    ConfigStore.instance().store(name=f"{entry.name}_schema", node=entry.schema)
+
+
+def defaults(entry: EntryPoint) -> DictConfig:
+    """The composed configuration of a command line without arguments."""
+    register(entry)
+    with initialize_config_dir(str(config_dir()), version_base=_VERSION_BASE):
+        return compose(entry.name)
+
+
+def to_yaml(root: Any) -> str:
+    """The resolved configuration as YAML, every key included."""
+    return OmegaConf.to_yaml(OmegaConf.structured(root))
+
+
+def from_yaml(text: str, schema: type = TrainRoot) -> Any:
+    """The inverse of `to_yaml`.
+
+    Raises:
+      UserError: a key that the schema does not have, or a value of another type; names all of them.
+    """
+    content = OmegaConf.create(text)
+    problems = check_file(content, label="config.yaml", prefix="", schema=schema)
+    if problems:
+        raise refusal(problems)
+    return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(schema), content))
+
+
+def _split(argv: list[str], entry: EntryPoint) -> tuple[list[str], Any]:
+    """Separates `key=value` words from flags; serves --help and --version. Flags are None when there are none."""
+    if not any(word.startswith("-") for word in argv):
+        return argv, None
+    if "--version" in argv:
+        print(f"gemma4-tpu {gemma4_tpu.__version__}")
+        raise SystemExit(0)
+    if "--help" in argv or "-h" in argv:
+        from gemma4_tpu.config.help import help_text
+
+        print(help_text(entry))
+        raise SystemExit(0)
+    parser = get_args_parser()
+    parser.error = _refuse_flags
+    flags, rest = parser.parse_known_args(argv)
+    words = [*flags.overrides, *rest]
+    if not (flags.multirun or flags.cfg or flags.info or flags.hydra_help or flags.shell_completion):
+        refused = [word for word in argv if word.startswith("-") and word not in rest]
+        if refused:
+            _refuse_flags(f"{' '.join(refused)} is not supported; use run_dir=<folder> and hydra.searchpath=[file://<folder>]")
+        return words, None
+    return words, flags
+
+
+def _refuse_flags(message: str) -> NoReturn:
+    raise UserError(message)
+
+
+def _file_problems(words: list[str], entry: EntryPoint, groups: Groups) -> list[Problem]:
+    """Looks into the files that the words select, when composing them failed."""
+    chosen = [("local", "default")]
+    for word in words:
+        override = OverridesParser.create().parse_override(word)
+        if override.key_or_group in groups.options and isinstance(override.value(), str):
+            chosen.append((override.key_or_group, override.value()))
+    problems = []
+    for group, option in chosen:
+        path = config_dir() / group / f"{option}.yaml"
+        if not path.is_file():
+            continue
+        label = f"{group}/{path.name}"
+        try:
+            content = OmegaConf.load(path)
+        except Exception as error:  # noqa: BLE001 - PyYAML's and OmegaConf's errors share no base
+            problems.append(Problem(f"{label}: {' '.join(str(error).split())}"))
+            continue
+        if not isinstance(content, DictConfig):
+            continue
+        is_global = not is_dataclass(getattr(entry.schema, "__annotations__", {}).get(group)) and group in ("experiment", "local")
+        values = OmegaConf.masked_copy(content, [key for key in content if key != "defaults"])
+        problems += check_file(values, label=label, prefix="" if is_global else group, schema=entry.schema)
+    return problems
+
+
+def _plain(error: Exception) -> str:
+    """Hydra's message without its continuation lines of internals."""
+    text = str(error)
+    cause = error.__cause__
+    if cause is not None and str(cause) not in text:
+        text += f" ({str(cause).splitlines()[0]})"
+    return " ".join(line.strip() for line in text.splitlines() if not line.strip().startswith(("full_key", "object_type")))

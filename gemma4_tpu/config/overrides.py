@@ -1,0 +1,189 @@
+"""The command line's `key=value` words, each tried on its own, so that all problems are found at once."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, is_dataclass
+from pathlib import Path
+from typing import Any
+
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override
+from hydra.errors import HydraException
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from gemma4_tpu.config.keys import did_you_mean, element_type, field_types, type_name, unknown_key
+from gemma4_tpu.config.problems import Problem
+
+
+@dataclass(frozen=True)
+class Groups:
+    """The config groups on the search path."""
+
+    options: dict[str, list[str]]
+    """Group → its options."""
+    open: bool = False
+    """The user added a search path: options that are not listed may exist."""
+
+
+def groups_in(folder: Path) -> dict[str, list[str]]:
+    """Group → options, from the folders of `folder`."""
+    return {
+        group.name: sorted(option.stem for option in group.glob("*.yaml"))
+        for group in sorted(folder.iterdir())
+        if group.is_dir()
+    }
+
+
+def check_overrides(
+    words: list[str], *, schema: type, groups: Groups, multirun: bool = False
+) -> tuple[list[str], list[Problem]]:
+    """Splits the command line into words that compose and problems.
+
+    A `+` before a key or group that exists already is dropped (it means the same), so that Hydra takes it.
+    """
+    good, problems = [], []
+    for word in words:
+        try:
+            override = OverridesParser.create().parse_override(word)
+        except HydraException:
+            problems.append(Problem(_not_an_override(word, schema)))
+            continue
+        found = _check_override(word, override, schema, groups, multirun)
+        if found:
+            problems.append(found)
+        else:
+            known = override.key_or_group in groups.options or unknown_key(schema, override.key_or_group) is None
+            good.append(word.lstrip("+") if override.is_add() and known else word)
+    return good, problems
+
+
+def check_file(content: DictConfig, *, label: str, prefix: str, schema: type) -> list[Problem]:
+    """Problems of one YAML file; `prefix` is its group (empty for `# @package _global_`)."""
+    problems = []
+    for name, value in content.items():
+        key = f"{prefix}.{name}" if prefix else str(name)
+        message = unknown_key(schema, key)
+        if message:
+            problems.append(Problem(f"{label}: {key}: {message}", (key.split(".")[0],)))
+        elif is_dataclass(_type_at(schema, key)) and isinstance(value, DictConfig):
+            problems += check_file(value, label=label, prefix=key, schema=schema)
+        elif (message := _bad_value(schema, key, value)) is not None:
+            problems.append(Problem(f"{label}: {message}", (key.split(".")[0],)))
+    return problems
+
+
+def _check_override(word: str, override: Override, schema: type, groups: Groups, multirun: bool) -> Problem | None:
+    name = override.key_or_group
+    if name.partition(".")[0].partition("/")[0] == "hydra":
+        return None if multirun or name == "hydra.searchpath" else Problem(_hydra_word(word, name))
+    if override.is_sweep_override() and not multirun:
+        return Problem(
+            f"{word}: several values are a sweep; add --multirun, or write {name}=[a,b] for a list",
+            (name.split(".")[0],),
+        )
+    if name in groups.options and not (name in field_types(schema) and isinstance(override.value(), dict)):
+        return _check_option(word, override, groups)
+    message = unknown_key(schema, name)
+    if message:
+        named = did_you_mean(name, groups.options)
+        if "." not in name and "=" in word and named:
+            message = f"no such key or group{named}"
+        return Problem(f"{word}: {message}", _doubtful(message, name, groups))
+    if override.is_delete():
+        return Problem(f"{word}: every key keeps a value; write {name}=null where null is allowed")
+    for value in _values(override):
+        message = _bad_value(schema, name, value)
+        if message:
+            return Problem(message, (name.split(".")[0],))
+    return None
+
+
+def _check_option(word: str, override: Override, groups: Groups) -> Problem | None:
+    group, options = override.key_or_group, groups.options[override.key_or_group]
+    if override.is_delete() or groups.open:
+        return None
+    for value in _values(override):
+        if value is not None and str(value) not in options:
+            hint = did_you_mean(str(value), options, lambda option: f"{group}={option}")
+            return Problem(f"{word}: no such option{hint or ''} (options: {', '.join(options) or 'none'})", (group,))
+    return None
+
+
+def _values(override: Override) -> Iterator[Any]:
+    """The one value of an override, or each value of a sweep that lists its values."""
+    if not override.is_sweep_override():
+        yield override.value()
+    elif override.is_discrete_sweep():
+        for text in override.sweep_string_iterator():
+            yield OverridesParser.create().parse_override(f"x={text}").value()
+
+
+def _bad_value(schema: type, key: str, value: Any) -> str | None:
+    """None if `value` fits the type of `key`, else the refusal."""
+    probe = OmegaConf.structured(schema)
+    kind = _type_at(schema, key)
+    element = element_type(kind)
+    if element is not None and is_dataclass(element) and isinstance(value, list):
+        for index, item in enumerate(value):
+            for name in item if isinstance(item, dict) else ():
+                message = unknown_key(element, str(name))
+                if message:
+                    return f"{key}.{index}.{name}: {message}"
+    head, *rest = key.split(".")
+    list_depth = next((i for i, part in enumerate(rest) if part.isdecimal()), None)
+    if list_depth is not None:  # an item of a list: its own type is what counts
+        parent = _type_at(schema, ".".join([head, *rest[: list_depth + 1]]))
+        if not is_dataclass(parent):
+            return None
+        probe, inner = OmegaConf.structured(parent), ".".join(rest[list_depth + 1 :])
+    else:
+        inner = key
+    try:
+        if inner:
+            OmegaConf.update(probe, inner, value, merge=True)
+    except (OmegaConfBaseException, ValueError, TypeError):
+        shown = "null" if value is None else value
+        return f"{key}={shown}: not {_article(type_name(kind))}{_list_hint(key, element, value)}"
+    return None
+
+
+def _list_hint(key: str, element: Any, value: Any) -> str:
+    if element is None or isinstance(value, list):
+        return ""
+    item = f"{{path: {value}}}" if is_dataclass(element) else value
+    return f"; write '{key}=[{item}]'"
+
+
+def _type_at(schema: type, key: str) -> Any:
+    where: Any = schema
+    for part in key.split("."):
+        where = field_types(where)[part] if is_dataclass(where) else element_type(where)
+    return where
+
+
+def _not_an_override(word: str, schema: type) -> str:
+    if word.startswith("-"):
+        name = word.lstrip("-").partition("=")[0]
+        known = unknown_key(schema, name) is None
+        return f"{word}: no such flag; settings are written {name if known else 'key'}=value"
+    if "=" not in word:
+        return f"{word}: settings are written key=value, such as lora.rank=8"
+    key, _, value = word.partition("=")
+    return f"{word}: the value can't be read; quote it: \"{key}='{value}'\""
+
+
+def _hydra_word(word: str, name: str) -> str:
+    if name in ("hydra.run.dir", "hydra.output_subdir"):
+        return f"{word}: the run folder is set by run_dir=<folder>"
+    return f"{word}: takes effect with --multirun only (hydra.searchpath works always)"
+
+
+def _doubtful(message: str, name: str, groups: Groups) -> tuple[str, ...]:
+    """Groups that a misspelt key may have meant."""
+    return tuple(g for g in groups.options if f" {g}." in message or f" {g}?" in message or name.startswith(f"{g}."))
+
+
+def _article(name: str) -> str:
+    return f"{'an' if name[0] in 'aeio' else 'a'} {name}"
