@@ -25,7 +25,7 @@ ROLES = {
     "attention": ("attn.q_einsum.w", "attn.kv_einsum.w", "attn.k_einsum.w", "attn.attn_vec_einsum.w"),
     "mlp": ("mlp.gate_proj.kernel", "mlp.up_proj.kernel", "mlp.down_proj.kernel"),
 }
-# How many leading input dims each weight has in `lora_a` (contracted) and where its output dims stand.
+# Which dims of each weight are contracted with the module's input; the others are output dims.
 _INPUT_DIMS = {
     "attn.q_einsum.w": (1,), "attn.k_einsum.w": (1,), "attn.kv_einsum.w": (2,), "attn.attn_vec_einsum.w": (0, 1),
     "mlp.gate_proj.kernel": (0,), "mlp.up_proj.kernel": (0,), "mlp.down_proj.kernel": (0,),
@@ -55,6 +55,11 @@ def role_of(leaf: Leaf) -> str | None:
     return next((role for role, names in ROLES.items() if name in names), None)
 
 
+def input_dims(leaf: Leaf) -> tuple[int, ...]:
+    """Dims of one (unstacked) adaptable weight that its input is contracted with."""
+    return _INPUT_DIMS[_local_name(leaf)]
+
+
 def _local_name(leaf: Leaf) -> str:
     return leaf.tunix_names[0].split(".", 2)[2]
 
@@ -68,7 +73,7 @@ def adapters(layout: Layout, lora: LoraConfig) -> list[Adapter]:
 
 
 def _adapter(leaf: Leaf, rank: int) -> Adapter:
-    inputs = _INPUT_DIMS[_local_name(leaf)]
+    inputs = input_dims(leaf)
     in_shape = tuple(leaf.shape[i] for i in inputs)
     out_shape = tuple(n for i, n in enumerate(leaf.shape) if i not in inputs)
 
