@@ -1,0 +1,72 @@
+# Two commands for a newcomer: `make train` runs the main job on the data that travels with the package, `make test`
+# checks everything. Both set up .venv first; nothing outside the checkout changes.
+#   make train ARGS="lora.rank=8 trainer.max_updates=20"      make test ARGS="tests/config -q"
+PYTHON ?= python3
+VENV   ?= .venv
+ARGS   ?=
+
+BIN    := $(VENV)/bin
+PIP    := $(BIN)/python -m pip --disable-pip-version-check --quiet
+# The locks are complete and carry hashes, so dependencies of dependencies are already in them.
+LOCKED := $(PIP) install --require-hashes --no-deps
+
+.PHONY: train test lint lock setup setup-dev setup-tpu simulator clean
+
+train: setup
+	$(BIN)/python -m gemma4_tpu.train $(ARGS)
+
+test: setup-dev simulator
+	$(BIN)/python -m pytest $(ARGS)
+
+lint: setup-dev
+	$(BIN)/ruff check .
+	$(BIN)/codespell gemma4_tpu conf tests experiments README.md
+	$(BIN)/mypy
+
+setup: $(VENV)/.core
+setup-dev: $(VENV)/.dev
+setup-tpu: $(VENV)/.tpu          # on a TPU VM: adds libtpu and access to gs://
+
+$(VENV)/.python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
+	  || { echo "Python 3.11 or newer is needed: make PYTHON=python3.12 …"; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	@touch $@
+
+$(VENV)/.core: $(VENV)/.python requirements/core.lock pyproject.toml
+	@echo "Installing the locked dependencies into $(VENV) (about 1.5 GB, some minutes) …"
+	$(LOCKED) -r requirements/core.lock
+	$(PIP) install --no-deps --no-build-isolation --editable .
+	@touch $@
+
+$(VENV)/.dev: $(VENV)/.core requirements/dev.lock requirements/torch.txt
+	@echo "Installing the test tools …"
+	$(LOCKED) -r requirements/dev.lock
+	$(PIP) install -r requirements/torch.txt
+	@touch $@
+
+$(VENV)/.tpu: $(VENV)/.core requirements/tpu.lock
+	$(LOCKED) -r requirements/tpu.lock
+	@touch $@
+
+# Tests simulate Verilog with Icarus Verilog.
+simulator:
+	@command -v iverilog > /dev/null || { \
+	  if [ "$$(id -u)" = 0 ] && command -v apt-get > /dev/null; then \
+	    apt-get -qq update && apt-get -qq install -y iverilog; \
+	  else \
+	    echo "iverilog is missing; install it: sudo apt-get install iverilog  (macOS: brew install icarus-verilog)"; \
+	    exit 1; \
+	  fi; }
+
+# Pins stay as they are unless pyproject.toml forbids them; ARGS=--upgrade takes the newest that it allows.
+COMPILE := $(BIN)/uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-header --no-annotate \
+  --no-emit-index-url --no-emit-find-links --override requirements/no-torch.in $(ARGS) pyproject.toml requirements/build.in
+
+lock: setup-dev
+	$(COMPILE) --output-file requirements/core.lock
+	$(COMPILE) --extra tpu --extra gcp --constraint requirements/core.lock --output-file requirements/tpu.lock
+	$(COMPILE) --extra dev --constraint requirements/core.lock --output-file requirements/dev.lock
+
+clean:
+	rm -rf $(VENV) build dist .pytest_cache .ruff_cache .mypy_cache .hypothesis
