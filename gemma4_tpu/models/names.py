@@ -1,0 +1,234 @@
+"""The one name map: how each tensor is called and laid out in memory (Tunix) and on disk (Hugging Face).
+
+Every rule is a pattern such as `(n h) d -> n d h`: on the left the dims of the Hugging Face tensor, on the right those
+of the Tunix tensor. A Hugging Face weight is `[out, in]`. Since the pattern only splits and reorders dims, any slice
+of one side is a slice of the other: a device's shard is read from disk without the rest. Loading, merging and
+PEFT export all go through this table; it needs NumPy only.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache
+
+import numpy as np
+
+from gemma4_tpu.architectures import Architecture
+from gemma4_tpu.errors import UserError
+from gemma4_tpu.models.layout import layer_shapes, outer_shapes
+
+# Tunix name → (pattern, Hugging Face names). Several names: one per index of the Tunix tensor's leading dim.
+_OUTER: dict[str, tuple[str, ...]] = {
+    "embedder.input_embedding": ("v d -> v d", "embed_tokens.weight"),
+    "embedder.per_layer_input_embedding": ("v (l p) -> v l p", "embed_tokens_per_layer.weight"),
+    "embedder.per_layer_model_projection.w": ("(l p) d -> d l p", "per_layer_model_projection.weight"),
+    "embedder.per_layer_projection_norm.scale": ("p -> p", "per_layer_projection_norm.weight"),
+    "final_norm.scale": ("d -> d", "norm.weight"),
+}
+_LAYER: dict[str, tuple[str, ...]] = {  # both sides without `layers.N.`
+    "pre_attention_norm.scale": ("d -> d", "input_layernorm.weight"),
+    "attn.q_einsum.w": ("(n h) d -> n d h", "self_attn.q_proj.weight"),
+    "attn.kv_einsum.w": ("(k h) d -> k d h", "self_attn.k_proj.weight", "self_attn.v_proj.weight"),
+    "attn.k_einsum.w": ("(k h) d -> k d h", "self_attn.k_proj.weight"),
+    "attn.attn_vec_einsum.w": ("d (n h) -> n h d", "self_attn.o_proj.weight"),
+    "attn._query_norm.scale": ("h -> h", "self_attn.q_norm.weight"),
+    "attn._key_norm.scale": ("h -> h", "self_attn.k_norm.weight"),
+    "post_attention_norm.scale": ("d -> d", "post_attention_layernorm.weight"),
+    "pre_ffw_norm.scale": ("d -> d", "pre_feedforward_layernorm.weight"),
+    "mlp.gate_proj.kernel": ("f d -> d f", "mlp.gate_proj.weight"),
+    "mlp.up_proj.kernel": ("f d -> d f", "mlp.up_proj.weight"),
+    "mlp.down_proj.kernel": ("d f -> f d", "mlp.down_proj.weight"),
+    "post_ffw_norm.scale": ("d -> d", "post_feedforward_layernorm.weight"),
+    "skip_scale": ("one -> one", "layer_scalar"),
+    "dense_post_ffw_norm.scale": ("d -> d", "post_feedforward_layernorm_1.weight"),
+    "moe_pre_ffw_norm.scale": ("d -> d", "pre_feedforward_layernorm_2.weight"),
+    "moe_post_ffw_norm.scale": ("d -> d", "post_feedforward_layernorm_2.weight"),
+    "moe.router_logits": ("e d -> d e", "router.proj.weight"),
+    "moe.router_scale": ("d -> d", "router.scale"),
+    "moe.per_expert_scale": ("e -> e", "router.per_expert_scale"),
+    "moe.gating_einsum": ("e (c f) d -> e c f d", "experts.gate_up_proj"),
+    "moe.linear": ("e d f -> e f d", "experts.down_proj"),
+    "per_layer_input_gate.w": ("p d -> d p", "per_layer_input_gate.weight"),
+    "per_layer_projection.w": ("d p -> p d", "per_layer_projection.weight"),
+    "post_per_layer_input_norm.scale": ("d -> d", "post_per_layer_input_norm.weight"),
+}
+
+PREFIXES = ("model.language_model.", "model.")
+"""What stands before `layers.N…`: as Gemma4ForConditionalGeneration and as Gemma4ForCausalLM write it."""
+
+# Tensors that text training leaves alone: other modalities, the tied output matrix, buffers computed from the config.
+_PASSTHROUGH = re.compile(
+    r"(model\.)?(vision_tower|audio_tower|embed_vision|embed_audio|multi_modal_projector)\.|(model\.)?lm_head\.weight$"
+    r"|.*\brotary_emb\.|.*\bembed_scale$"
+)
+_SHARED_KV = re.compile(r"layers\.(\d+)\.self_attn\.(k_proj|v_proj|k_norm|v_norm)\.weight$")
+
+Index = Sequence[slice]
+Read = Callable[[str, Index, tuple[int, ...]], np.ndarray]
+
+
+@dataclass(frozen=True)
+class Tensor:
+    """One tensor on both sides."""
+
+    name: str
+    """In memory: `layers.3.attn.kv_einsum.w`."""
+    shape: tuple[int, ...]
+    """In memory: `[2, K, D, H]`."""
+    hf_names: tuple[str, ...]
+    """On disk, without the checkpoint's prefix: `layers.3.self_attn.k_proj.weight` and that of `v_proj`."""
+    hf_shape: tuple[int, ...]
+    """On disk, of each: `[K*H, D]`."""
+    split: tuple[int, ...]
+    """The dims on disk after splitting: `[K, H, D]`."""
+    order: tuple[int, ...]
+    """Which split dim each dim in memory is (leading dim of several sources aside): `(0, 2, 1)`."""
+
+    @property
+    def several(self) -> bool:
+        """The leading dim in memory counts sources on disk."""
+        return len(self.hf_names) > 1
+
+    def from_hf(self, read: Read, index: Index | None = None) -> np.ndarray:
+        """The slice `index` of the tensor in memory's layout (in the dtype on disk, often a view).
+
+        Args:
+          read: `read(hf_name, index, shape)` → that slice of the tensor `hf_name` (without prefix) seen with dims
+            `shape`; `Checkpoint.read` does this.
+          index: one slice per dim in memory; None: all of it.
+        """
+        index = [slice(None)] * len(self.shape) if index is None else list(index)
+        sources = self.hf_names[index.pop(0)] if self.several else self.hf_names
+        on_disk = [index[self.order.index(i)] for i in range(len(index))]
+        pieces = [read(name, on_disk, self.split).transpose(self.order) for name in sources]
+        return np.stack(pieces) if self.several else pieces[0]
+
+    def to_hf(self, array: np.ndarray) -> dict[str, np.ndarray]:
+        """The tensors on disk (without prefix) that `array`, in memory's layout, stands for."""
+        back = np.argsort(self.order)
+        parts = array if self.several else [array]
+        return {
+            name: part.transpose(back).reshape(self.hf_shape) for name, part in zip(self.hf_names, parts, strict=True)
+        }
+
+    @property
+    def lora_names(self) -> tuple[str, str]:
+        """Names of the adapter's two arrays."""
+        return f"{self.name}_lora_a", f"{self.name}_lora_b"
+
+    def lora_factors(self, lora_a: np.ndarray, lora_b: np.ndarray) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+        """The adapter as pairs (A `[r, in]`, B `[out, r]`) by Hugging Face weight name, in float32, unscaled.
+
+        The delta of a weight `[out, in]` is scale · B @ A. K and V of a fused projection share A.
+
+        Raises:
+          UserError: shapes that do not fit this weight or each other; names the tensor.
+        """
+        out_size, in_size = self.hf_shape
+        rank = lora_a.shape[-1]
+        expected = (in_size * rank, rank * out_size * len(self.hf_names))
+        if (lora_a.size, lora_b.size) != expected or lora_b.shape[0] != rank:
+            raise UserError(
+                f"{self.name}: lora_a {list(lora_a.shape)} and lora_b {list(lora_b.shape)} do not fit its weights"
+                f" {list(self.hf_names)} of shape {list(self.hf_shape)}"
+            )
+        a = np.asarray(lora_a, np.float32).reshape(in_size, rank).T
+        b = np.asarray(lora_b, np.float32).reshape(rank, len(self.hf_names), out_size)
+        return {name: (a, b[:, i].T) for i, name in enumerate(self.hf_names)}
+
+
+def delta_hf(tensor: Tensor, lora_a: np.ndarray, lora_b: np.ndarray, scale: float) -> dict[str, np.ndarray]:
+    """What the adapter adds to each Hugging Face weight `[out, in]`, in float32, by name without prefix."""
+    return {name: np.float32(scale) * (b @ a) for name, (a, b) in tensor.lora_factors(lora_a, lora_b).items()}
+
+
+def peft_tensors(tensor: Tensor, lora_a: np.ndarray, lora_b: np.ndarray, prefix: str) -> dict[str, np.ndarray]:
+    """The adapter as PEFT names and stores it, for a base checkpoint whose keys have `prefix`."""
+    found = {}
+    for name, (a, b) in tensor.lora_factors(lora_a, lora_b).items():
+        module = f"base_model.model.{prefix}{name.removesuffix('.weight')}"
+        found[f"{module}.lora_A.weight"] = np.ascontiguousarray(a)
+        found[f"{module}.lora_B.weight"] = np.ascontiguousarray(b)
+    return found
+
+
+@cache
+def name_map(arch: Architecture) -> Mapping[str, Tensor]:
+    """Every tensor of the base model by its Tunix name."""
+    shapes = [("", name, shape, _OUTER[name]) for name, shape in outer_shapes(arch).items()]
+    for layer in range(arch.num_layers):
+        prefix = f"layers.{layer}."
+        shapes += [(prefix, name, shape, _LAYER[name]) for name, shape in layer_shapes(arch, layer).items()]
+    return {prefix + name: _tensor(prefix, name, shape, *rule) for prefix, name, shape, rule in shapes}
+
+
+def _tensor(prefix: str, name: str, shape: tuple[int, ...], pattern: str, *hf_names: str) -> Tensor:
+    on_disk, in_memory = pattern.split(" -> ")
+    groups = [group.strip("()").split() for group in re.findall(r"\([^)]*\)|\w+", on_disk)]
+    split_dims = [dim for group in groups for dim in group]
+    dims = in_memory.split()
+    size = dict(zip(dims, shape[-len(dims) :], strict=True))
+    return Tensor(
+        name=prefix + name,
+        shape=shape,
+        hf_names=tuple(prefix + hf_name for hf_name in hf_names),
+        hf_shape=tuple(math.prod(size[dim] for dim in group) for group in groups),
+        split=tuple(size[dim] for dim in split_dims),
+        order=tuple(split_dims.index(dim) for dim in dims),
+    )
+
+
+@dataclass(frozen=True)
+class Match:
+    """How a checkpoint's tensors correspond to an architecture."""
+
+    prefix: str
+    """One of `PREFIXES`."""
+    passthrough: tuple[str, ...]
+    """Full names of the tensors that text training leaves alone, sorted."""
+
+
+def match(arch: Architecture, shapes: Mapping[str, tuple[int, ...]], where: str) -> Match:
+    """Pairs a checkpoint's tensors (full name → shape) with those of `arch`.
+
+    Raises:
+      UserError: tensors that are missing, unexpected or of another shape; names them all (the first ten of each kind).
+        `where` says which checkpoint.
+    """
+    prefixes = [p for p in PREFIXES if any(name.startswith(p + "layers.") for name in shapes)]
+    if len(prefixes) != 1:
+        raise UserError(
+            f"{where}: expected text weights under exactly one of {', '.join(p + 'layers.N' for p in PREFIXES)};"
+            f" found {len(prefixes)} of them among {_some(sorted(shapes))}"
+        )
+    (prefix,) = prefixes
+    expected = {prefix + name: t.hf_shape for t in name_map(arch).values() for name in t.hf_names}
+    rest = shapes.keys() - expected.keys()
+    passthrough = sorted(name for name in rest if _left_alone(arch, name, prefix))
+    problems = {
+        "missing": sorted(expected.keys() - shapes.keys()),
+        "unexpected": sorted(rest - set(passthrough)),
+        "of another shape": [
+            f"{name} {list(shapes[name])} instead of {list(shape)}"
+            for name, shape in expected.items()
+            if name in shapes and tuple(shapes[name]) != shape
+        ],
+    }
+    if any(problems.values()):
+        found = "; ".join(f"{len(names)} {kind}: {_some(names)}" for kind, names in problems.items() if names)
+        raise UserError(f"{where}: its tensors are not those of {arch.name}: {found}")
+    return Match(prefix, tuple(passthrough))
+
+
+def _left_alone(arch: Architecture, name: str, prefix: str) -> bool:
+    if _PASSTHROUGH.match(name):
+        return True
+    shared = _SHARED_KV.match(name.removeprefix(prefix))
+    return shared is not None and arch.num_unshared_layers <= int(shared[1]) < arch.num_layers
+
+
+def _some(names: Sequence[str], limit: int = 10) -> str:
+    return ", ".join(names[:limit]) + (f" and {len(names) - limit} more" if len(names) > limit else "")
