@@ -1,0 +1,1 @@
+"""From files to batches: sources, rendering with loss flags, packing, the pipeline and its preview."""

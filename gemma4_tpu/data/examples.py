@@ -21,7 +21,7 @@ class Origin(NamedTuple):
 
 @dataclass(frozen=True)
 class Examples:
-    """N tokenised examples. Example i owns `tokens[offsets[i]:offsets[i + 1]]`, n + 1 ids for n slots of a packed row."""
+    """N tokenised examples; the i-th owns `tokens[offsets[i]:offsets[i + 1]]`: n + 1 ids, n slots of a packed row."""
 
     tokens: np.ndarray
     """int32 [S]: token ids of all examples, one after the other."""

@@ -1,0 +1,243 @@
+"""CodeV-R1 rows (`system`, `prompt`, `response`) to conversations whose answer is one clean Verilog fence.
+
+The published responses read `<think>…</think> <answer>```verilog…```</answer>`, with every malformation that a sampled
+text can have. A row is kept only if what is left after cleaning is whole.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import signal
+import subprocess
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from gemma4_tpu.data.drops import RowDropped
+from gemma4_tpu.errors import UserError
+
+PROMPT_KEYS = ("prompt", "question", "problem")
+RESPONSE_KEYS = ("response", "answer")
+LANGUAGES = ("", "verilog", "systemverilog", "sv", "v")
+FENCE, FENCE_END = "```verilog\n", "\n```"
+SYNTAX_SECONDS = 10
+
+THINK_TAG = re.compile(r"<(/?)think>", re.IGNORECASE)
+ANSWER_TAG = re.compile(r"<(/?)answer>", re.IGNORECASE)
+INLINE_FENCE = re.compile(r"(?<=[^\s`])[ \t]*(```[ \t]*(?:systemverilog|verilog|sv|v)\b)", re.IGNORECASE)
+CODE_BEHIND_FENCE = re.compile(r"^([ \t]*```[ \t]*(?:systemverilog|verilog|sv|v)\b)[ \t]*(?=\S)", re.I | re.M)
+FENCE_BEHIND_CODE = re.compile(r"(\bendmodule\b[^\n`]*?)[ \t]*(```[ \t]*)$", re.MULTILINE)
+FENCE_LINE = re.compile(r"^\s*```+[ \t]*([\w+-]*)")
+NOT_CODE = re.compile(r'//[^\n]*|/\*.*?\*/|"(?:\\.|[^"\\\n])*"|(/\*|")', re.DOTALL)
+MODULE_WORD = re.compile(
+    r"(?<![\w$`.\\])(?:(endmodule)\b|module\b(?:\s+(?:automatic\s+|static\s+)?([A-Za-z_][\w$]*|\\\S+))?)"
+)
+FIRST_CODE_LINE = re.compile(r"^[ \t]*(?:`[a-z]\w*|module\b|package\b|interface\b|\(\*)", re.MULTILINE)
+DIRECTIVE = re.compile(r"^[ \t]*`(?:define|timescale|default_nettype|ifdef|ifndef)\b", re.MULTILINE)
+
+
+def to_messages(row: dict[str, Any]) -> list[dict[str, Any]]:
+    """The conversation in one row; what was thought goes to the answer's `reasoning`, for the policy to decide on.
+
+    Raises:
+      RowDropped: there is no prompt, no response, or no whole module in it.
+    """
+    turns, answered = _prompt_turns(row)
+    response = next((row[key] for key in RESPONSE_KEYS if row.get(key)), answered)
+    if isinstance(response, list):
+        response = _last_answer(response)
+    if not isinstance(response, str) or not response.strip():
+        raise RowDropped("no_response")
+    thought, answer = split_response(response)
+    code = extract_code(answer)
+    answer_turn = {"role": "assistant", "content": f"{FENCE}{code}{FENCE_END}"}
+    return [*turns, {**answer_turn, "reasoning": thought} if thought else answer_turn]
+
+
+def fenced_code(messages: list[dict[str, Any]]) -> str:
+    """The code in the answer that `to_messages` made."""
+    return messages[-1]["content"].removeprefix(FENCE).removesuffix(FENCE_END)
+
+
+def split_response(response: str) -> tuple[str, str]:
+    """(thought, answer): what stands before the last `</think>`, and the last `<answer>` behind it, closed or not.
+
+    Raises:
+      RowDropped: a `<think>` is never closed.
+    """
+    tags = list(THINK_TAG.finditer(response))
+    closed = next((i for i in reversed(range(len(tags))) if tags[i][1]), None)
+    if tags and closed != len(tags) - 1:
+        raise RowDropped("unclosed_think")
+    start = tags[closed].end() if tags else 0
+    thought = THINK_TAG.sub("", response[: tags[closed].start()]).strip() if tags else ""
+    answer = response[start:]
+    marks = list(ANSWER_TAG.finditer(answer))
+    opened = next((i for i in reversed(range(len(marks))) if not marks[i][1]), None)
+    if opened is not None:
+        stop = marks[opened + 1].start() if opened + 1 < len(marks) else len(answer)
+        answer = answer[marks[opened].end() : stop]
+    return thought, answer
+
+
+def extract_code(answer: str) -> str:
+    """The Verilog code of an answer: its fences joined where they hold different modules, else its bare modules.
+
+    A later fence replaces an earlier one that defines the same modules (a draft before the whole). Fences without a
+    module count only if they hold compiler directives.
+
+    Raises:
+      RowDropped: there is no module, the modules are not whole, or the fences contradict each other.
+    """
+    kept: list[str] = []
+    names: set[str] = set()
+    for block in reversed(_fenced(answer) or [_unfenced(answer)]):
+        try:
+            own = module_names(block) if "module" in block else set()
+        except RowDropped:
+            begun = {match[2] for match in MODULE_WORD.finditer(block) if match[2]}
+            if names and begun <= names:  # a torn draft of what follows it whole
+                continue
+            raise
+        if own and own <= names:
+            continue
+        if own & names:
+            raise RowDropped("conflicting_modules", ", ".join(sorted(own & names)))
+        if own or DIRECTIVE.search(block):
+            kept.insert(0, block.strip("\n").rstrip())
+            names |= own
+    if not names:
+        raise RowDropped("no_module")
+    return "\n\n".join(kept)
+
+
+def module_names(code: str) -> set[str]:
+    """Names of the modules that `code` defines; comments and strings do not count.
+
+    Raises:
+      RowDropped: a comment or string is not closed, modules are not whole, or two have the same name.
+    """
+    bare = []
+    position = 0
+    for match in NOT_CODE.finditer(code):
+        if match[1]:
+            raise RowDropped("unterminated_comment")
+        bare.append(code[position : match.start()])
+        position = match.end()
+    bare.append(code[position:])
+    names: set[str] = set()
+    inside = False
+    for match in MODULE_WORD.finditer(" ".join(bare)):
+        closes = bool(match[1])
+        if closes != inside:
+            raise RowDropped("unbalanced_module")
+        inside = not closes
+        if closes:
+            continue
+        if not match[2]:
+            raise RowDropped("unbalanced_module", "a module without a name")
+        if match[2] in names:
+            raise RowDropped("conflicting_modules", match[2])
+        names.add(match[2])
+    if inside:
+        raise RowDropped("unbalanced_module")
+    return names
+
+
+def find_iverilog() -> str:
+    """Path of the `iverilog` program.
+
+    Raises:
+      UserError: it is not installed.
+    """
+    program = shutil.which("iverilog")
+    if program is None:
+        raise UserError("data.check_syntax=true needs iverilog on the PATH: install Icarus Verilog, or set it to false")
+    return program
+
+
+def check_syntax(code: str, program: str) -> None:
+    """Let `iverilog -t null` read `code` (it writes no output at all).
+
+    Raises:
+      RowDropped: it is rejected, or takes longer than `SYNTAX_SECONDS`.
+    """
+    with tempfile.TemporaryDirectory() as scratch:
+        file = Path(scratch) / "design.sv"
+        file.write_text(code, encoding="utf-8")
+        command = [program, "-g2012", "-t", "null", file.name]
+        with subprocess.Popen(
+            command,
+            cwd=scratch,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            start_new_session=True,  # elaboration runs in a grandchild, which only its group reaches
+        ) as process:
+            try:
+                _, errors = process.communicate(timeout=SYNTAX_SECONDS)
+            except subprocess.TimeoutExpired:
+                os.killpg(process.pid, signal.SIGKILL)
+                raise RowDropped("syntax_error", f"no verdict in {SYNTAX_SECONDS} s") from None
+    if process.returncode:
+        raise RowDropped("syntax_error", errors.decode("utf-8", "replace").strip().split("\n")[0][:120])
+
+
+def _prompt_turns(row: dict[str, Any]) -> tuple[list[dict[str, Any]], str | None]:
+    """(turns before the answer, the answer if the prompt's own messages hold one)."""
+    prompt = next((row[key] for key in PROMPT_KEYS if row.get(key)), None)
+    system = row.get("system")
+    answered = None
+    if isinstance(prompt, list):
+        turns = [turn for turn in prompt if isinstance(turn, dict)]
+        roles = [turn.get("role") for turn in turns]
+        if "assistant" in roles:
+            answered = turns[roles.index("assistant")].get("content")
+            turns = turns[: roles.index("assistant")]
+        turns = [{"role": turn.get("role"), "content": turn.get("content")} for turn in turns]
+    else:
+        turns = [{"role": "user", "content": prompt}]
+    if not turns or not all(isinstance(turn["content"], str) and turn["content"].strip() for turn in turns):
+        raise RowDropped("no_prompt")
+    if isinstance(system, str) and system.strip() and turns[0]["role"] != "system":
+        turns = [{"role": "system", "content": system}, *turns]
+    return turns, answered
+
+
+def _last_answer(response: list[Any]) -> Any:
+    """The text of a response that comes as chat messages (or as a list of one text)."""
+    last = response[-1] if response else None
+    return last.get("content") if isinstance(last, dict) else last
+
+
+def _fenced(answer: str) -> list[str]:
+    """The insides of Verilog fences (or bare ones), the last of which may be unclosed."""
+    text = FENCE_BEHIND_CODE.sub(r"\1\n\2", CODE_BEHIND_FENCE.sub(r"\1\n", INLINE_FENCE.sub(r"\n\1", answer)))
+    blocks: list[str] = []
+    lines: list[str] | None = None  # of the fence that is open
+    wanted = False
+    for line in text.split("\n"):
+        match = FENCE_LINE.match(line)
+        if match is None:
+            if lines is not None:
+                lines.append(line)
+            continue
+        if lines is not None and wanted:
+            blocks.append("\n".join(lines))
+        language = match[1].lower()
+        opens = lines is None or bool(language)
+        lines, wanted = ([], language in LANGUAGES) if opens else (None, False)
+    if lines is not None and wanted:
+        blocks.append("\n".join(lines))
+    return [block for block in blocks if block.strip()]
+
+
+def _unfenced(answer: str) -> str:
+    """Bare code in prose: from the first line that begins like Verilog to the last `endmodule`."""
+    first = FIRST_CODE_LINE.search(answer)
+    last = answer.rfind("endmodule")
+    if first is None or last < first.start():
+        raise RowDropped("no_module")
+    return answer[first.start() : last + len("endmodule")]

@@ -1,0 +1,122 @@
+"""Rows that cannot be trained on: counted by reason, with examples of where they are."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from gemma4_tpu.data.examples import Origin
+from gemma4_tpu.errors import UserError
+
+EXAMPLES_KEPT = 5
+
+REASONS = {
+    "invalid_json": "the line is no JSON (torn or garbled)",
+    "invalid_utf8": "the line is no UTF-8, or holds half of a surrogate pair",
+    "not_an_object": "the row is no JSON object",
+    "line_too_long": "the line is longer than any example could be",
+    "no_messages": "`messages` is missing, empty or no list",
+    "bad_role": "a turn's role is none of system, user, assistant, tool, or a system turn is not the first",
+    "bad_content": "a turn's content is no text",
+    "bad_tool_call": "`tools` or `tool_calls` are malformed",
+    "bad_order": "two assistant turns follow each other",
+    "control_token": "a turn's text holds one of the tokenizer's control tokens",
+    "empty_answer": "an assistant turn is empty",
+    "template_error": "the chat template refuses the conversation",
+    "thought_lost": "the chat template leaves out a thought that `data.thoughts=train` would train on",
+    "bad_rendering": "the rendered tokens hold other turns than the conversation, or not exactly one BOS",
+    "no_target": "no token would get loss",
+    "too_long": "longer than `data.sequence_length`",
+    "no_prompt": "there is no prompt",
+    "no_response": "there is no response",
+    "unclosed_think": "`<think>` is never closed: the text is a draft",
+    "no_module": "the answer holds no Verilog module",
+    "unbalanced_module": "`module` and `endmodule` do not pair up",
+    "unterminated_comment": "a comment or string of the Verilog code is never closed",
+    "conflicting_modules": "code fences define the same module in ways that cannot be joined",
+    "syntax_error": "`iverilog -t null` rejects the code",
+}
+"""Every reason for a drop, and what it means."""
+
+
+class RowDropped(Exception):
+    """Raised inside `data/` for one row: it is counted under `reason` and left out."""
+
+    def __init__(self, reason: str, detail: str = ""):
+        assert reason in REASONS, reason
+        super().__init__(f"{reason}: {detail}" if detail else reason)
+        self.reason = reason
+        self.detail = detail
+
+
+@dataclass
+class Dropped:
+    """The rows dropped for one reason."""
+
+    count: int = 0
+    examples: list[str] = field(default_factory=list)
+    """The first few, as `file:row (detail)`."""
+
+
+@dataclass
+class DropReport:
+    """What became of the rows of one set of sources."""
+
+    rows_read: int = 0
+    dropped: dict[str, Dropped] = field(default_factory=dict)
+
+    @property
+    def rows_dropped(self) -> int:
+        return sum(drop.count for drop in self.dropped.values())
+
+    @property
+    def rows_kept(self) -> int:
+        return self.rows_read - self.rows_dropped
+
+    @property
+    def fraction(self) -> float:
+        """Dropped rows by rows read."""
+        return self.rows_dropped / max(self.rows_read, 1)
+
+    def drop(self, problem: RowDropped, origin: Origin) -> None:
+        """Count one row."""
+        entry = self.dropped.setdefault(problem.reason, Dropped())
+        entry.count += 1
+        if len(entry.examples) < EXAMPLES_KEPT:
+            entry.examples.append(f"{origin} ({problem.detail})" if problem.detail else str(origin))
+
+    def lines(self) -> list[str]:
+        """One line per reason, the most frequent first, for logs and messages."""
+        ordered = sorted(self.dropped.items(), key=lambda item: -item[1].count)
+        return [f"{drop.count} × {reason}: {REASONS[reason]}; {', '.join(drop.examples)}" for reason, drop in ordered]
+
+    def to_json(self) -> dict[str, Any]:
+        """Counts and examples by reason, for `data.json`."""
+        return {
+            "rows_read": self.rows_read,
+            "rows_kept": self.rows_kept,
+            "rows_dropped": self.rows_dropped,
+            "dropped_fraction": self.fraction,
+            "dropped": {
+                reason: {"count": drop.count, "meaning": REASONS[reason], "examples": drop.examples}
+                for reason, drop in self.dropped.items()
+            },
+        }
+
+    def check(self, name: str, max_drop_fraction: float) -> None:
+        """Refuse sources that lost too many rows, or all of them.
+
+        Raises:
+          UserError: nothing is left, or more than `max_drop_fraction` was dropped.
+        """
+        reasons = "".join(f"\n  {line}" for line in self.lines())
+        if not self.rows_read:
+            raise UserError(f"{name}: the sources hold no rows")
+        if not self.rows_kept:
+            raise UserError(f"{name}: none of the {self.rows_read} rows can be trained on:{reasons}")
+        if self.fraction > max_drop_fraction:
+            raise UserError(
+                f"{name}: {self.rows_dropped} of {self.rows_read} rows dropped ({self.fraction:.1%}), more than "
+                f"data.max_drop_fraction={max_drop_fraction}:{reasons}\nMend the rows (or, for too_long, raise "
+                "data.sequence_length), or allow the loss with a larger data.max_drop_fraction."
+            )

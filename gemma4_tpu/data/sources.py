@@ -1,0 +1,179 @@
+"""Rows from JSONL, Parquet, folders and Hugging Face data sets, local or remote, each with where it came from."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import logging
+import re
+import zlib
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+from gemma4_tpu import assets
+from gemma4_tpu.data.drops import RowDropped
+from gemma4_tpu.data.examples import Origin
+from gemma4_tpu.errors import UserError
+
+logger = logging.getLogger(__name__)
+
+HUGGING_FACE = "hf:"
+HUGGING_FACE_NAME = re.compile(r"hf:(.+?)(?::([^/:]+))?")  # hf:NAME[:SPLIT]
+MAX_LINE_BYTES = 16 * 2**20  # no example of any legal length comes near; keeps a binary file from filling memory
+PARQUET_BATCH_ROWS = 1024
+SUFFIXES = (".jsonl", ".jsonl.gz", ".parquet")
+SPLIT_NAME = re.compile(r"^(train|test|val|valid|validation|dev|eval)(?![a-z])")
+
+
+class RawRow(NamedTuple):
+    """A row as read: its value, or why it could not be read."""
+
+    origin: Origin
+    value: dict[str, Any] | None
+    problem: RowDropped | None = None
+
+
+def read_rows(path: str) -> Iterator[RawRow]:
+    """Rows of one source in a fixed order: files by name, rows as they lie in the file.
+
+    Args:
+      path: a `.jsonl`, `.jsonl.gz` or `.parquet` file, a folder of them, a data set folder saved by `datasets`,
+        `hf:NAME[:SPLIT]` or `embedded:FILE`; local or with a URL scheme such as gs://.
+
+    Raises:
+      UserError: nothing is there, the format is unknown, a file is torn, or a reader is not installed.
+    """
+    if path.startswith(HUGGING_FACE):
+        return _read_hugging_face(path)
+    path = assets.resolve(path)
+    filesystem, root = open_filesystem(path)
+    if filesystem.isdir(root):
+        if filesystem.exists(f"{root}/dataset_dict.json"):
+            raise UserError(f"{path} holds several splits: name the folder of one of them")
+        if filesystem.exists(f"{root}/state.json"):
+            return _read_saved_dataset(path)
+        files = _data_files(filesystem, root, path)
+    elif filesystem.exists(root):
+        files = [root]
+    else:
+        raise UserError(f"{path}: no such file or folder")
+    return (row for file in files for row in _read_file(filesystem, file))
+
+
+def open_filesystem(path: str) -> tuple[Any, str]:
+    import fsspec
+
+    try:
+        filesystem, root = fsspec.core.url_to_fs(path)
+    except ImportError as error:
+        hint = "pip install 'gemma4-tpu[gcp]'" if path.startswith(("gs://", "gcs://")) else str(error)
+        raise UserError(f"{path}: the package that reads this address is not installed: {hint}") from error
+    except ValueError as error:
+        raise UserError(f"{path}: {error}") from error
+    return filesystem, root.rstrip("/") or root
+
+
+def _data_files(filesystem: Any, root: str, path: str) -> list[str]:
+    """The data files of a folder by name, refusing a mixture of splits that is hardly meant."""
+    inside = {file: file[len(root) :].lstrip("/") for file in sorted(filesystem.find(root))}
+    files = [
+        file
+        for file, name in inside.items()
+        if name.endswith(SUFFIXES) and not any(part.startswith((".", "_")) for part in name.split("/"))
+    ]
+    if not files:
+        raise UserError(f"{path}: the folder holds none of {', '.join(SUFFIXES)}")
+    splits = {match[1] for file in files if (match := SPLIT_NAME.match(file.rsplit("/", 1)[-1].lower()))}
+    if len(splits) > 1:
+        raise UserError(
+            f"{path}: the folder holds files of several splits ({', '.join(sorted(splits))}); "
+            "list the files of the split you mean as sources"
+        )
+    logger.info("%s: %d files", path, len(files))
+    return files
+
+
+def _read_file(filesystem: Any, file: str) -> Iterator[RawRow]:
+    if not file.endswith(SUFFIXES):
+        raise UserError(f"{file}: unknown format; rows come from {', '.join(SUFFIXES)}")
+    with filesystem.open(file, "rb") as stream:
+        if file.endswith(".parquet"):
+            yield from _read_parquet(stream, file)
+        elif file.endswith(".gz"):
+            with gzip.open(stream, "rb") as unzipped:
+                yield from _read_json_lines(unzipped, file)
+        else:
+            yield from _read_json_lines(stream, file)
+
+
+def _read_json_lines(stream: Any, file: str) -> Iterator[RawRow]:
+    number = 0
+    while True:
+        try:
+            line = stream.readline(MAX_LINE_BYTES + 1)
+            whole = len(line) <= MAX_LINE_BYTES
+            while not whole and line and not line.endswith(b"\n"):  # skip what is left of a huge line
+                line = stream.readline(MAX_LINE_BYTES)
+        except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+            raise UserError(f"{file}: the file is torn after row {number} ({error}); copy it again") from error
+        if whole and not line:
+            return
+        number += 1
+        if whole and not line.strip():
+            continue
+        origin = Origin(file, number)
+        if not whole:
+            yield RawRow(origin, None, RowDropped("line_too_long", f"more than {MAX_LINE_BYTES} bytes"))
+            continue
+        yield _parse(line.removeprefix(b"\xef\xbb\xbf") if number == 1 else line, origin)
+
+
+def _parse(line: bytes, origin: Origin) -> RawRow:
+    try:
+        value = json.loads(line.decode("utf-8"))
+        if b"\\u" in line:
+            json.dumps(value, ensure_ascii=False).encode("utf-8")  # refuses half of a surrogate pair
+    except UnicodeError as error:
+        return RawRow(origin, None, RowDropped("invalid_utf8", str(error.reason)))
+    except (ValueError, RecursionError) as error:
+        return RawRow(origin, None, RowDropped("invalid_json", str(error)[:80]))
+    if not isinstance(value, dict):
+        return RawRow(origin, None, RowDropped("not_an_object", type(value).__name__))
+    return RawRow(origin, value)
+
+
+def _read_parquet(stream: Any, file: str) -> Iterator[RawRow]:
+    import pyarrow
+    import pyarrow.parquet
+
+    number = 0
+    try:
+        for batch in pyarrow.parquet.ParquetFile(stream).iter_batches(PARQUET_BATCH_ROWS):
+            for value in batch.to_pylist():
+                number += 1
+                yield RawRow(Origin(file, number), value)
+    except (pyarrow.ArrowException, OSError) as error:
+        raise UserError(f"{file}: unreadable after row {number} ({error}); copy it again") from error
+
+
+def _import_datasets(path: str) -> Any:
+    try:
+        import datasets
+    except ImportError as error:
+        raise UserError(f"{path}: reading Hugging Face data sets needs `pip install datasets`") from error
+    return datasets
+
+
+def _read_hugging_face(path: str) -> Iterator[RawRow]:
+    datasets = _import_datasets(path)
+    name, split = HUGGING_FACE_NAME.fullmatch(path).groups()
+    try:
+        dataset = datasets.load_dataset(name, split=split or "train")
+    except Exception as error:  # the hub client raises many kinds; all mean that this name gives no rows
+        raise UserError(f"{path}: cannot load the data set ({type(error).__name__}: {error})") from error
+    return (RawRow(Origin(path, number), value) for number, value in enumerate(dataset, start=1))
+
+
+def _read_saved_dataset(path: str) -> Iterator[RawRow]:
+    datasets = _import_datasets(path)
+    return (RawRow(Origin(path, number), value) for number, value in enumerate(datasets.load_from_disk(path), start=1))

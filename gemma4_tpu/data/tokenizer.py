@@ -1,0 +1,66 @@
+"""The checkpoint's own Hugging Face tokenizer, from a local or remote folder, and what identifies it."""
+
+from __future__ import annotations
+
+import hashlib
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from gemma4_tpu import assets
+from gemma4_tpu.errors import UserError
+
+FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template.jinja",
+    "config.json",
+)
+
+
+def load_tokenizer(folder: str) -> Any:
+    """The tokenizer in `folder` (local, gs://… or `embedded:NAME`), with its chat template.
+
+    Raises:
+      UserError: no tokenizer is there, or it has no chat template.
+    """
+    from transformers import AutoTokenizer
+
+    path = assets.resolve(folder)
+    with tempfile.TemporaryDirectory() as scratch:
+        if "://" in path:
+            _fetch(path, Path(scratch))
+            path = scratch
+        if not (Path(path) / "tokenizer.json").is_file():
+            raise UserError(f"{folder}: there is no tokenizer.json; model.tokenizer may name another folder")
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True)
+        except (OSError, ValueError, KeyError) as error:
+            raise UserError(f"{folder}: the tokenizer cannot be loaded ({error})") from error
+    if not tokenizer.chat_template:
+        raise UserError(
+            f"{folder}: the tokenizer has no chat template; take an instruction-tuned checkpoint's tokenizer "
+            "(model.tokenizer=…), or put a chat_template.jinja beside it"
+        )
+    return tokenizer
+
+
+def _fetch(folder: str, target: Path) -> None:
+    """Copy the tokenizer's files, and nothing else, from a remote folder."""
+    from gemma4_tpu.data.sources import open_filesystem
+
+    filesystem, root = open_filesystem(folder)
+    for name in FILES:
+        if filesystem.exists(f"{root}/{name}"):
+            filesystem.get_file(f"{root}/{name}", str(target / name))
+
+
+def tokenizer_fingerprint(tokenizer: Any) -> dict[str, str]:
+    """sha256 of the vocabulary with its rules, and of the chat template."""
+    backend = tokenizer.backend_tokenizer.to_str()
+    return {
+        "tokenizer": hashlib.sha256(backend.encode()).hexdigest(),
+        "chat_template": hashlib.sha256(str(tokenizer.chat_template).encode()).hexdigest(),
+    }
