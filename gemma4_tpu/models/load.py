@@ -10,7 +10,7 @@ import logging
 import os
 import time
 import zlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache, partial
 from typing import Any
@@ -37,7 +37,16 @@ Box = tuple[tuple[int, int], ...]
 """(start, stop) per dim."""
 
 
-def load_params(checkpoint: Checkpoint, arch: Architecture, layout: Layout, shardings: Any, dtype: Any) -> Any:
+Then = Callable[[Leaf, jax.Array], Any]
+
+
+def _keep(leaf: Leaf, array: jax.Array) -> jax.Array:
+    return array
+
+
+def load_params(
+    checkpoint: Checkpoint, arch: Architecture, layout: Layout, shardings: Any, dtype: Any, then: Then = _keep
+) -> Any:
     """The base parameters of `arch` as sharded arrays, in the tree and the stacking of `layout`.
 
     Args:
@@ -46,6 +55,7 @@ def load_params(checkpoint: Checkpoint, arch: Architecture, layout: Layout, shar
       layout: `Layout.of(arch)`.
       shardings: tree like the parameters, a NamedSharding for each array.
       dtype: of the arrays; weights on disk (float32, bfloat16 or float16) are converted.
+      then: what becomes of each array as soon as it is there (quantising, say), before the next one is read.
 
     Raises:
       UserError: missing, unexpected, wrongly shaped or quantised tensors (before anything is read), or weights that
@@ -65,7 +75,7 @@ def load_params(checkpoint: Checkpoint, arch: Architecture, layout: Layout, shar
             sharding = get(shardings, leaf.path)
             loaded = _load_array(leaf, sharding, np.dtype(dtype), tensors, read, readers)
             _check_finite(loaded, leaf, sharding.mesh, tensors, checkpoint.folder)
-            return loaded
+            return then(leaf, loaded)
 
         params = layout.tree(array)
     total_bytes = sum(a.nbytes for a in jax.tree.leaves(params))
@@ -148,10 +158,11 @@ def _check_finite(array: jax.Array, leaf: Leaf, mesh: Mesh, tensors: Mapping[str
         raise UserError(f"{where}: NaN or infinity in {', '.join(bad)}: a damaged file, or weights that diverged")
 
 
-def random_params(arch: Architecture, layout: Layout, shardings: Any, dtype: Any, seed: int) -> Any:
+def random_params(arch: Architecture, layout: Layout, shardings: Any, dtype: Any, seed: int, then: Then = _keep) -> Any:
     """Random base parameters made on the devices that hold them: matrices normal with variance 1/fan_in, the rest ones.
 
-    A tensor's values depend on the seed and its name only: not on mesh, stacking or the other tensors.
+    A tensor's values depend on the seed and its name only: not on mesh, stacking or the other tensors. `then` as in
+    `load_params`.
     """
     tensors = name_map(arch)
     key = jax.random.key(seed)
@@ -159,12 +170,12 @@ def random_params(arch: Architecture, layout: Layout, shardings: Any, dtype: Any
     def array(leaf: Leaf) -> jax.Array:
         names, sharding = leaf.tunix_names, get(shardings, leaf.path)
         if len(leaf.shape) == 1:
-            return jax.jit(partial(jnp.ones, leaf.array_shape, dtype), out_shardings=sharding)()
+            return then(leaf, jax.jit(partial(jnp.ones, leaf.array_shape, dtype), out_shardings=sharding)())
         keys = jax.vmap(partial(jax.random.fold_in, key))(
             jnp.array([zlib.crc32(n.encode()) for n in names], jnp.uint32)
         )
         std = tensors[names[0]].hf_shape[-1] ** -0.5
-        return _draw(leaf.array_shape, leaf.stacked, jnp.dtype(dtype), sharding)(keys, std)
+        return then(leaf, _draw(leaf.array_shape, leaf.stacked, jnp.dtype(dtype), sharding)(keys, std))
 
     return layout.tree(array)
 

@@ -136,15 +136,13 @@ class TensorFile:
         bounds = [s.indices(n) for s, n in zip(index or [slice(None)] * len(shape), shape, strict=True)]
         extent = tuple(max(0, stop - start) for start, stop, _ in bounds)
         if math.prod(extent) == 0:
-            return np.empty(extent, info.dtype)
+            return np.ndarray(extent, info.dtype, buffer=b"")
         item = info.dtype.itemsize
         strides = [item * math.prod(shape[i + 1 :]) for i in range(len(shape))]
         first = info.start + sum(start * stride for (start, _, _), stride in zip(bounds, strides, strict=True))
         length = item + sum((n - 1) * stride for n, stride in zip(extent, strides, strict=True))
-        flat = self._file.read(first, first + length)
-        view: np.ndarray = np.ndarray(extent, info.dtype, buffer=flat, strides=strides)
-        view.flags.writeable = False
-        return view
+        data = self._file.read(first, first + length).toreadonly()
+        return np.ndarray(extent, info.dtype, buffer=data, strides=strides)
 
     def samples(self, names: Iterable[str]) -> list[bytes]:
         """Some bytes from the middle of each tensor."""
