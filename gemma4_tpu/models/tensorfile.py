@@ -164,8 +164,6 @@ class Checkpoint:
     def __init__(self, folder: str):
         self.folder = folder.rstrip("/")
         present = list_folder(self.folder)
-        if not present:
-            raise UserError(f"{self.folder}: no such folder, or an empty one; expected a Hugging Face checkpoint")
         if SINGLE_NAME in present:
             self.files = {SINGLE_NAME: TensorFile(join(self.folder, SINGLE_NAME))}
             self._home = dict.fromkeys(self.files[SINGLE_NAME].tensors, SINGLE_NAME)
@@ -173,7 +171,7 @@ class Checkpoint:
             self._home = self._read_index()
             self.files = self._open_shards(present)
         else:
-            raise UserError(_no_checkpoint(self.folder, present))
+            raise UserError(no_checkpoint(self.folder, present))
 
     def _read_index(self) -> dict[str, str]:
         path = join(self.folder, INDEX_NAME)
@@ -235,15 +233,17 @@ class Checkpoint:
         return digest.hexdigest()
 
 
-def _no_checkpoint(folder: str, present: list[str]) -> str:
-    """Why a folder without safetensors weights cannot be loaded, and what to do."""
+def no_checkpoint(folder: str, present: list[str]) -> str:
+    """Why a folder that holds the files `present` is not a checkpoint that can be loaded, and what to do."""
+    if not present:
+        return f"{folder}: no such folder, or an empty one; expected a Hugging Face checkpoint"
     endings = {
         "adapter_config.json": "a PEFT adapter, not a model; give the folder of its base model",
         ".gguf": "GGUF weights, which are quantised for inference; give the original safetensors checkpoint",
         ".bin": "pickled PyTorch weights; load and save them with transformers to get safetensors",
-        ".safetensors": f"safetensors files, but neither {SINGLE_NAME} nor {INDEX_NAME}; copy the index too",
+        ".safetensors": "weights, but not all of config.json and model.safetensors or its index; copy those too",
     }
     for ending, meaning in endings.items():
         if found := [name for name in present if name.endswith(ending)]:
             return f"{folder}: holds {found[0]}: {meaning}"
-    return f"{folder}: neither {SINGLE_NAME} nor {INDEX_NAME}; found {', '.join(present[:10])}"
+    return f"{folder}: has no config.json and no {SINGLE_NAME} or {INDEX_NAME}; found {', '.join(present[:10])}"

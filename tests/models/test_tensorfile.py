@@ -179,7 +179,7 @@ def test_a_tensor_that_only_the_index_knows_is_named(sharded):
         ({"adapter_config.json": "{}", "adapter_model.safetensors": ""}, "a PEFT adapter, not a model"),
         ({"pytorch_model-00001-of-00002.bin": ""}, "pickled PyTorch weights"),
         ({"gemma-4-Q4_K_M.gguf": ""}, "GGUF weights"),
-        ({"model-00001-of-00002.safetensors": ""}, "copy the index too"),
+        ({"model-00001-of-00002.safetensors": ""}, "model.safetensors or its index; copy those too"),
         ({"README.md": ""}, "found README.md"),
         ({"model.safetensors.index.json": "{}"}, "has no weight_map"),
         ({"model.safetensors.index.json": "{"}, "not valid JSON"),
