@@ -1,7 +1,7 @@
 """Chips and slices: memory, peak rates, topology and dated prices. The only place where such facts live. No JAX here.
 
-Peak rates, bandwidths and HBM are the manufacturers' published figures: Cloud TPU's system-architecture pages (v5p, v5e,
-v6e) and NVIDIA's data sheets (H100 SXM, H200). Usable HBM of v5p (102.8 GB) and v6e (31.25 GiB) is what the paper
+Peak rates, bandwidths and HBM are the manufacturers' published figures: Cloud TPU's system-architecture pages (v5p,
+v5e, v6e) and NVIDIA's data sheets (H100 SXM, H200). Usable HBM of v5p (102.8 GB) and v6e (31.25 GiB) is what the paper
 *Fine-Tuning and Serving Gemma 4 31B on Google Cloud TPU* found on the machines. Prices that are quoted come from that
 paper (Google Cloud, on demand, 2026; it names no day); prices that it doesn't quote are derived per chip, and say so.
 """
@@ -111,9 +111,8 @@ def _on_demand(name: str, chip: Chip, chips: int) -> Price | None:
     usd, quoted_chips = _QUOTED[quoted]
     if name == quoted:
         return Price(usd_per_hour=usd, date="2026", source=_PAPER)
-    return Price(
-        usd_per_hour=round(usd / quoted_chips * chips, 4), date="2026", source=f"derived per chip from {quoted} in {_PAPER}"
-    )
+    source = f"derived per chip from {quoted} in {_PAPER}"
+    return Price(usd_per_hour=round(usd / quoted_chips * chips, 4), date="2026", source=source)
 
 
 def _tpu(name: str, chip: Chip, topology: str, chips: int, hosts: int, accelerator_type: str, runtime: str) -> Slice:

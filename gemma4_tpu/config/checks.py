@@ -7,16 +7,15 @@
 from __future__ import annotations
 
 import importlib.util
-import math
 import re
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from gemma4_tpu.architectures import ARCHITECTURES, Architecture
+from gemma4_tpu.architectures import Architecture
 from gemma4_tpu.config.files import checkpoint_architecture, source_problem, tokenizer_problem
 from gemma4_tpu.config.keys import did_you_mean
+from gemma4_tpu.config.limits import limit_problems
 from gemma4_tpu.config.problems import Problem, refusal
 from gemma4_tpu.config.schema import (
     DataConfig,
@@ -35,43 +34,6 @@ LORA_TARGETS = ("attention", "mlp")
 LORA_ONLY = ("gemma4_31b", "gemma4_26b_a4b")
 """Too large for full fine-tuning: weights, gradients and two moments in float32 are 16 bytes per parameter."""
 
-CHOICES: dict[str, tuple[str, ...]] = {
-    "lora.quantize": ("nf4", "int8"),
-    "data.format": ("chat", "codev_r1"),
-    "data.packing": ("true", "false", "buckets"),
-    "data.thoughts": ("drop", "train"),
-    "data.train_on": ("all", "last"),
-    "optimizer.schedule": ("cosine", "linear", "constant"),
-    "trainer.remat": ("none", "block", "decoder"),
-    "trainer.attention": ("auto", "splash", "einsum"),
-    "trainer.compute_dtype": ("bfloat16", "float32"),
-    "checkpoint.resume": ("auto", "never"),
-    "tracker.kind": ("none", "wandb", "tensorboard"),
-    "tracker.mode": ("auto", "online", "offline"),
-}
-
-_POSITIVE = (lambda v: 0 < v < math.inf, "more than 0")
-_FROM_0 = (lambda v: 0 <= v < math.inf, "at least 0")
-_FROM_1 = (lambda v: 1 <= v < math.inf, "at least 1")
-_DECAY = (lambda v: 0 <= v < 1, "at least 0 and less than 1")
-_SHARE = (lambda v: 0 <= v <= 1, "between 0 and 1")
-RANGES: dict[str, tuple[Callable[[Any], bool], str]] = {
-    "hardware.usd_per_hour": _FROM_0,
-    "mesh.fsdp": _FROM_1, "mesh.tp": _FROM_1,
-    "lora.rank": _FROM_1, "lora.alpha": _POSITIVE, "lora.dropout": _DECAY,
-    "data.heldout_fraction": _DECAY, "data.max_rows": _FROM_1, "data.max_drop_fraction": _SHARE,
-    "data.sequence_length": (lambda v: v >= 2, "at least 2"),
-    "optimizer.learning_rate": _POSITIVE, "optimizer.b1": _DECAY, "optimizer.b2": _DECAY, "optimizer.eps": _POSITIVE,
-    "optimizer.weight_decay": _FROM_0, "optimizer.warmup_updates": _FROM_0, "optimizer.end_fraction": _SHARE,
-    "optimizer.max_grad_norm": (lambda v: v > 0, "more than 0 (null: off)"),
-    "trainer.max_updates": _FROM_1, "trainer.epochs": _POSITIVE, "trainer.global_batch_tokens": _FROM_1,
-    "trainer.global_batch_sequences": _FROM_1, "trainer.microbatches": _FROM_1, "trainer.eval_every": _FROM_0,
-    "trainer.seed": (lambda v: 0 <= v < 2**32, "at least 0 and less than 2**32"),
-    "trainer.log_every": _FROM_1, "trainer.loss_chunk_tokens": _FROM_1,
-    "checkpoint.every": _FROM_1, "checkpoint.keep": _FROM_1,
-}
-
-
 @dataclass(frozen=True)
 class Checked:
     """What the checks found out on the way."""
@@ -85,13 +47,23 @@ class Checked:
 
 
 def normalise(root: TrainRoot) -> TrainRoot:
-    """One spelling for what YAML and the command line write in several: `packing: false`, `quantize: none`."""
+    """One spelling for what can be written in several: `packing: false`, `quantize: none`, `~/rows.jsonl`."""
     quantize = None if root.lora.quantize in ("none", "null") else root.lora.quantize
+    train, heldout = (
+        [replace(source, path=_home(source.path)) for source in sources]
+        for sources in (root.data.train, root.data.heldout)
+    )
     return replace(
         root,
-        data=replace(root.data, packing=root.data.packing.strip().lower()),
+        model=replace(root.model, path=_home(root.model.path), tokenizer=_home(root.model.tokenizer)),
+        data=replace(root.data, packing=root.data.packing.strip().lower(), train=train, heldout=heldout),
         lora=replace(root.lora, quantize=quantize),
+        run_dir=_home(root.run_dir),
     )
+
+
+def _home(path: str | None) -> Any:
+    return str(Path(path).expanduser()) if path and path.startswith("~") else path
 
 
 def check_train(root: TrainRoot) -> Checked:
@@ -108,7 +80,7 @@ def check_train(root: TrainRoot) -> Checked:
 
 def examine_train(root: TrainRoot) -> tuple[Checked | None, list[Problem]]:
     """As `check_train`, but hands the problems back; `Checked` is None when there are some."""
-    messages = _values(root)
+    messages = limit_problems(root)
     messages += _lengths(root.trainer) + _batch(root.trainer, root.data) + _lora(root.lora, root.model.name)
     messages += _data(root.data) + _tracker(root.tracker) + _run(root)
     architecture, model_messages = checkpoint_architecture(root.model)
@@ -202,20 +174,6 @@ def warmup_warning(optimizer: OptimizerConfig, updates: int) -> str | None:
 def option_name(slice_name: str) -> str:
     """What `hardware=` calls a slice: `v5p8` for `v5p-8`."""
     return slice_name.replace("-", "")
-
-
-def _values(root: TrainRoot) -> list[str]:
-    messages = []
-    for key, choices in CHOICES.items():
-        value = _get(root, key)
-        if value is not None and value not in choices:
-            hint = did_you_mean(str(value), choices, lambda choice, key=key: f"{key}={choice}")
-            messages.append(f"{key}={value}: not a choice{hint} (choices: {', '.join(choices)})")
-    for key, (fits, wanted) in RANGES.items():
-        value = _get(root, key)
-        if value is not None and not fits(value):
-            messages.append(f"{key}={value}: must be {wanted}")
-    return messages
 
 
 def _lengths(trainer: TrainerConfig) -> list[str]:
@@ -343,19 +301,21 @@ def _warnings(root: TrainRoot) -> list[str]:
         line = warmup_warning(root.optimizer, root.trainer.max_updates)
         lines += [line] if line else []
     if not root.data.heldout and not root.data.heldout_fraction:
-        lines.append("no held-out rows (data.heldout=[], data.heldout_fraction=0): no held-out loss, no best checkpoint")
+        lines.append(
+            "no held-out rows: no held-out loss, no best checkpoint (data.heldout=[], data.heldout_fraction=0)"
+        )
     if slice_of(root.hardware) and price_of(root.hardware) is None:
         kind = "spot" if root.hardware.spot else "on-demand"
-        lines.append(f"no {kind} price is known for {root.hardware.name}: costs are left out; give hardware.usd_per_hour")
+        lines.append(f"no {kind} price is known for {root.hardware.name}: costs are left out (hardware.usd_per_hour)")
     return lines
 
 
 def _exactly_one(first: str, first_value: Any, second: str, second_value: Any) -> list[str]:
     if first_value is None and second_value is None:
-        return [f"{first}, {second}: exactly one must be set; both are null"]
+        return [f"{first}, {second}: set exactly one; both are null"]
     if first_value is not None and second_value is not None:
         return [
-            f"{first}={first_value}, {second}={second_value}: exactly one must be set; add {second}=null or {first}=null"
+            f"{first}={first_value}, {second}={second_value}: set one of them; add {second}=null or {first}=null"
         ]
     return []
 
@@ -368,11 +328,6 @@ def _batch_key(trainer: TrainerConfig) -> str:
 
 def _heads(architecture: Architecture) -> str:
     return " and ".join(map(str, dict.fromkeys((architecture.num_kv_heads, architecture.num_global_kv_heads))))
-
-
-def _get(root: TrainRoot, key: str) -> Any:
-    group, name = key.split(".")
-    return getattr(getattr(root, group), name)
 
 
 def _count(number: int, noun: str) -> str:

@@ -68,8 +68,7 @@ def source_problem(key: str, source: DataSource) -> list[str]:
     messages += found
     if place is not None and not place.exists():
         messages.append(
-            f"{key}.path={path}: no such file or folder{_sibling(place)}"
-            + (" (a Hugging Face data set is written hf:NAME)" if "/" in path and not path.startswith(("/", ".")) else "")
+            f"{key}.path={path}: no such file or folder{_sibling(place)} (a Hugging Face data set is written hf:NAME)"
         )
     return messages
 
@@ -77,13 +76,14 @@ def source_problem(key: str, source: DataSource) -> list[str]:
 def _read_architecture(model: ModelConfig, named: Architecture, folder: Path) -> tuple[Architecture, list[str]]:
     given, config = f"model.path={model.path}", folder / "config.json"
     if not config.is_file():
-        return named, [f"{given}: there is no config.json; give a folder with a Hugging Face checkpoint of {named.name}"]
+        return named, [f"{given}: there is no config.json; give a folder with a checkpoint of {named.name}"]
     if not any(folder.glob("*.safetensors")):
         return named, [f"{given}: there are no *.safetensors files; give the folder that holds the weights"]
     try:
         found = from_hf_config(json.loads(config.read_text(encoding="utf-8")), name=named.name)
     except (OSError, ValueError, AttributeError, TypeError) as error:  # unreadable, no JSON, not Gemma 4
-        return named, [f"{given}: {error}"] if isinstance(error, UserError) else [f"{given}: config.json is damaged: {error}"]
+        damaged = "" if isinstance(error, UserError) else "config.json is damaged: "
+        return named, [f"{given}: {damaged}{error}"]
     differences = contradictions(named, found)
     if not differences:
         return found, []
@@ -104,15 +104,13 @@ def _folder(given: str, path: str) -> tuple[Path | None, list[str]]:
 
 
 def _place(given: str, path: str) -> tuple[Path | None, list[str]]:
-    """Where a local or embedded path lies; None for gs://, whose files show when they are read."""
-    if path.startswith(GCS):
-        if importlib.util.find_spec("gcsfs") is None:
-            return None, [f"{given}: gs:// needs gcsfs; pip install 'gemma4-tpu[gcp]'"]
-        return None, []
+    """Where a local or embedded path lies; None for gs:// and the like, whose files show when they are read."""
+    if path.startswith(GCS) and importlib.util.find_spec("gcsfs") is None:
+        return None, [f"{given}: gs:// needs gcsfs; pip install 'gemma4-tpu[gcp]'"]
     if "://" in path:
-        return None, [f"{given}: only local paths and gs:// can be read"]
+        return None, []
     try:
-        return Path(assets.resolve(path)).expanduser(), []
+        return Path(assets.resolve(path)), []
     except UserError as error:
         return None, [f"{given.split('=')[0]}={error}"]
 

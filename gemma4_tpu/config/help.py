@@ -22,18 +22,21 @@ def help_text(entry: EntryPoint) -> str:
     from gemma4_tpu.config.load import config_dir, defaults
 
     values = OmegaConf.to_container(defaults(entry))
-    lines = [*textwrap.wrap(entry.summary, _WIDTH), "", f"Usage: {entry.command} [group=option | key=value] …", "", "Examples:"]
+    lines = textwrap.wrap(entry.summary, _WIDTH)
+    lines += ["", f"Usage: {entry.command} [group=option | key=value] …", "", "Examples:"]
     for arguments, meaning in entry.examples:
         lines += [f"  {entry.command} {arguments}".rstrip(), f"      {meaning}"]
     lines += ["", "Groups (group=option):"]
     for group, options in groups_in(config_dir()).items():
         if options:
-            lines += textwrap.wrap(f"{group:<11} {', '.join(options)}", _WIDTH, initial_indent="  ", subsequent_indent=" " * 14)
+            listed = f"  {group:<11} {', '.join(options)}"
+            lines += textwrap.wrap(listed, _WIDTH, subsequent_indent=" " * 14)
     lines += ["", "Keys (key=value), with their defaults:"]
     lines += _keys(entry.schema, values, "")
     lines += [
         "",
-        "Lists are written 'key=[a,b]', nothing is null. --cfg job prints the configuration instead of running it,",
+        "Lists are written 'key=[a,b]', no value is written null.",
+        "--cfg job prints the configuration instead of running it,",
         "--multirun (-m) runs a sweep such as lora.rank=4,8, --version prints the version.",
     ]
     return "\n".join(lines)

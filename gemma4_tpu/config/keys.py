@@ -8,11 +8,13 @@ from __future__ import annotations
 import ast
 import difflib
 import inspect
+import re
 import types
 import typing
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import fields, is_dataclass
 from functools import cache
+from itertools import pairwise
 from typing import Any
 
 
@@ -27,7 +29,7 @@ def field_docs(schema: type) -> dict[str, str]:
     """Field name → the string beneath it, on one line."""
     body = ast.parse(inspect.getsource(schema)).body[0].body
     docs = {}
-    for field, text in zip(body, body[1:], strict=False):
+    for field, text in pairwise(body):
         if isinstance(field, ast.AnnAssign) and isinstance(text, ast.Expr) and isinstance(text.value, ast.Constant):
             docs[field.target.id] = " ".join(text.value.value.split())
     return docs
@@ -80,12 +82,19 @@ def unknown_key(schema: type, key: str) -> str | None:
     return None
 
 
-def did_you_mean(given: str, candidates: Iterable[str], write: typing.Callable[[str], str] = str) -> str:
+def nearest(given: str, candidates: Iterable[str]) -> list[str]:
+    """At most two candidates that `given` may have meant; one if only case and punctuation differ."""
+    plain = {re.sub(r"[^a-z0-9.]", "", candidate.lower()): candidate for candidate in candidates}
+    wanted = re.sub(r"[^a-z0-9.]", "", given.lower())
+    if wanted in plain:
+        return [plain[wanted]]
+    return [plain[near] for near in difflib.get_close_matches(wanted, plain, n=2, cutoff=0.6)]
+
+
+def did_you_mean(given: str, candidates: Iterable[str], write: Callable[[str], str] = str) -> str:
     """`; did you mean X or Y?` for the nearest candidates, else an empty string."""
-    near = difflib.get_close_matches(given, list(candidates), n=3, cutoff=0.6)
-    if near and near[0].casefold() == given.casefold():
-        near = near[:1]
-    return f"; did you mean {' or '.join(write(n) for n in near)}?" if near else ""
+    near = nearest(given, candidates)
+    return f"; did you mean {' or '.join(write(name) for name in near)}?" if near else ""
 
 
 def _no_such_key(schema: type, where: type, walked: str, part: str, key: str) -> str:
@@ -97,7 +106,7 @@ def _no_such_key(schema: type, where: type, walked: str, part: str, key: str) ->
         same = [leaf for leaf in leaves if leaf.rsplit(".", 1)[-1] == last]
         hint = f"; did you mean {' or '.join(same)}?" if same else did_you_mean(key, leaves)
     elif "." in key and not walked:  # a misspelt group: say the whole key
-        group = difflib.get_close_matches(part, siblings, n=1)[0]
+        group = nearest(part, siblings)[0]
         rest = key.split(".", 1)[1]
         if unknown_key(schema, f"{group}.{rest}") is None:
             hint = f"; did you mean {group}.{rest}?"

@@ -6,8 +6,8 @@ that all problems come in one message.
 
 from __future__ import annotations
 
-import logging
-from dataclasses import dataclass, is_dataclass
+import re
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -21,6 +21,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 import gemma4_tpu
 from gemma4_tpu.config.checks import Checked, examine_train, normalise
+from gemma4_tpu.config.keys import field_types, unknown_key
 from gemma4_tpu.config.overrides import Groups, check_file, check_overrides, groups_in
 from gemma4_tpu.config.problems import Problem, refusal
 from gemma4_tpu.config.schema import TrainRoot
@@ -47,7 +48,7 @@ class EntryPoint:
 TRAIN = EntryPoint(
     name="train",
     schema=TrainRoot,
-    summary="Fine-tune Gemma 4 with LoRA, QLoRA or in full. Without arguments: a small run that a laptop does in minutes.",
+    summary="Fine-tune Gemma 4 with LoRA, QLoRA or in full. Without arguments: a small run, minutes on a laptop.",
     examples=(
         ("", "the tiny model on the data that travels with the package"),
         ("preview=true", "look at the rows: what is trained on, lengths, fill, drops"),
@@ -81,35 +82,33 @@ def config_dir() -> Path:
 def load_train(argv: list[str]) -> Loaded:
     """Reads the command line of `python -m gemma4_tpu.train` (without the program's name).
 
-    `--help`, `--version` and Hydra's own flags (`--cfg`, `--info`, `--multirun`, …) are served here and end the process.
+    `--help`, `--version` and Hydra's own flags (`--cfg`, `--info`, `--multirun`, …) are served here and end it.
 
     Raises:
       UserError: every problem of the command line, the files it selects and the values together.
       SystemExit: a flag was served.
     """
     words, flags = _split(argv, TRAIN)
-    cfg, good, problems = compose_all(words, TRAIN, multirun=bool(flags and flags.multirun))
+    composed, good, problems = compose_all(words, TRAIN, multirun=bool(flags and flags.multirun))
     if flags is not None and not problems:
         from gemma4_tpu.config.hydra_flags import serve
 
         serve(TRAIN, argv)
     checked = None
-    if cfg is not None and flags is None:
-        root = normalise(OmegaConf.to_object(cfg))
+    if composed is not None and flags is None:
+        root = normalise(composed)
         checked, found = examine_train(root)
         doubtful = {group for problem in problems for group in problem.groups}
         problems += [p for p in found if not any(f"{g}." in p.message or f"{g}=" in p.message for g in doubtful)]
     if problems or checked is None:
         raise UserError(f"{refusal(problems)}\n({TRAIN.command} --help lists every key)")
-    for line in checked.warnings:
-        logging.getLogger(__name__).warning(line)
     return Loaded(root, good, checked)
 
 
 def compose_all(
     words: list[str], entry: EntryPoint, *, multirun: bool = False
-) -> tuple[DictConfig | None, list[str], list[Problem]]:
-    """Composes the words that are sound; returns (configuration, those words, problems of the others)."""
+) -> tuple[Any, list[str], list[Problem]]:
+    """Composes the words that are sound; returns (root dataclass or None, those words, problems of the others)."""
     groups = Groups(groups_in(config_dir()), open=any(w.lstrip("+").startswith("hydra.searchpath") for w in words))
     good, problems = check_overrides(words, schema=entry.schema, groups=groups, multirun=multirun)
     if multirun:
@@ -117,10 +116,11 @@ def compose_all(
     register(entry)
     with initialize_config_dir(str(config_dir()), version_base=_VERSION_BASE):
         try:
-            return compose(entry.name, overrides=good), good, problems
+            root = OmegaConf.to_object(compose(entry.name, overrides=good))
         except (HydraException, OmegaConfBaseException) as error:
             found = _file_problems(good, entry, groups)
-            return None, good, problems + (found or [Problem(_plain(error))])
+            return None, good, problems + (found or [Problem(_plain(error, entry.schema))])
+    return root, good, problems
 
 
 def register(entry: EntryPoint) -> None:
@@ -196,21 +196,32 @@ def _file_problems(words: list[str], entry: EntryPoint, groups: Groups) -> list[
         label = f"{group}/{path.name}"
         try:
             content = OmegaConf.load(path)
-        except Exception as error:  # noqa: BLE001 - PyYAML's and OmegaConf's errors share no base
+        except Exception as error:  # PyYAML's and OmegaConf's errors share no base
             problems.append(Problem(f"{label}: {' '.join(str(error).split())}"))
             continue
         if not isinstance(content, DictConfig):
             continue
-        is_global = not is_dataclass(getattr(entry.schema, "__annotations__", {}).get(group)) and group in ("experiment", "local")
         values = OmegaConf.masked_copy(content, [key for key in content if key != "defaults"])
-        problems += check_file(values, label=label, prefix="" if is_global else group, schema=entry.schema)
+        prefix = group if group in field_types(entry.schema) else ""  # experiment and local hold whole-tree deltas
+        problems += check_file(values, label=label, prefix=prefix, schema=entry.schema)
     return problems
 
 
-def _plain(error: Exception) -> str:
-    """Hydra's message without its continuation lines of internals."""
+def _plain(error: Exception, schema: type) -> str:
+    """What Hydra or OmegaConf found wrong, on one line and without their internals."""
     text = str(error)
-    cause = error.__cause__
-    if cause is not None and str(cause) not in text:
-        text += f" ({str(cause).splitlines()[0]})"
-    return " ".join(line.strip() for line in text.splitlines() if not line.strip().startswith(("full_key", "object_type")))
+    item = re.search(r"Error merging override \+*((\S+?)\.(\d+)\S*)", text)
+    if item:
+        word, key, index = item.groups()
+        return f"{word}: {key} has no item {index}; write the whole list: '{key}=[…]'"
+    chain = [error, error.__cause__, error.__context__]
+    key = next((found[1] for e in chain if (found := re.search(r"full_key: (\S+)", str(e)))), "")
+    file = re.match(r"In '([^']+)'", text)
+    where = f"{file[1]}.yaml: " if file else ""
+    message = unknown_key(schema, key) if key else None
+    if message:
+        return f"{where}{key}: {message}"
+    lines = [line.strip() for line in text.splitlines()]
+    internals = ("full_key", "object_type", "reference_type", "In '")
+    told = " ".join(line for line in lines if not line.startswith(internals))
+    return f"{where}{key + ': ' if key else ''}{told}"

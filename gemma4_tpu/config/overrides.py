@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass, is_dataclass
 from pathlib import Path
@@ -30,10 +31,15 @@ class Groups:
 def groups_in(folder: Path) -> dict[str, list[str]]:
     """Group → options, from the folders of `folder`."""
     return {
-        group.name: sorted(option.stem for option in group.glob("*.yaml"))
+        group.name: sorted((option.stem for option in group.glob("*.yaml")), key=_natural)
         for group in sorted(folder.iterdir())
         if group.is_dir()
     }
+
+
+def _natural(name: str) -> list[Any]:
+    """Sorts v5p8 before v5p16."""
+    return [int(part) if part.isdecimal() else part for part in re.split(r"(\d+)", name)]
 
 
 def check_overrides(
@@ -79,12 +85,11 @@ def _check_override(word: str, override: Override, schema: type, groups: Groups,
     if name.partition(".")[0].partition("/")[0] == "hydra":
         return None if multirun or name == "hydra.searchpath" else Problem(_hydra_word(word, name))
     if override.is_sweep_override() and not multirun:
-        return Problem(
-            f"{word}: several values are a sweep; add --multirun, or write {name}=[a,b] for a list",
-            (name.split(".")[0],),
-        )
-    if name in groups.options and not (name in field_types(schema) and isinstance(override.value(), dict)):
-        return _check_option(word, override, groups)
+        listed = unknown_key(schema, name) is None and element_type(_type_at(schema, name)) is not None
+        one = f"write '{name}=[a,b]'" if listed else "give one value"
+        return Problem(f"{word}: several values are a sweep; {one}, or add --multirun", (name.split(".")[0],))
+    if name in groups.options:
+        return _check_option(word, override, schema, groups)
     message = unknown_key(schema, name)
     if message:
         named = did_you_mean(name, groups.options)
@@ -100,14 +105,19 @@ def _check_override(word: str, override: Override, schema: type, groups: Groups,
     return None
 
 
-def _check_option(word: str, override: Override, groups: Groups) -> Problem | None:
+def _check_option(word: str, override: Override, schema: type, groups: Groups) -> Problem | None:
     group, options = override.key_or_group, groups.options[override.key_or_group]
     if override.is_delete() or groups.open:
         return None
+    # An experiment may set anything: without it, nothing else can be judged.
+    doubtful = (group,) if group in field_types(schema) else tuple(groups.options)
     for value in _values(override):
-        if value is not None and str(value) not in options:
+        if not isinstance(value, str | int | float) or isinstance(value, bool):
+            listed = ", ".join(options)
+            return Problem(f"{word}: a group takes one of its options ({listed}); keys: {group}.key=value", doubtful)
+        if str(value) not in options:
             hint = did_you_mean(str(value), options, lambda option: f"{group}={option}")
-            return Problem(f"{word}: no such option{hint or ''} (options: {', '.join(options) or 'none'})", (group,))
+            return Problem(f"{word}: no such option{hint} (options: {', '.join(options) or 'none'})", doubtful)
     return None
 
 

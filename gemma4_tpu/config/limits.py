@@ -1,0 +1,66 @@
+"""Choices and ranges of single values: what the types of `schema.py` can't say."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+from gemma4_tpu.config.keys import did_you_mean
+from gemma4_tpu.config.schema import TrainRoot
+
+CHOICES: dict[str, tuple[str, ...]] = {
+    "lora.quantize": ("nf4", "int8"),
+    "data.format": ("chat", "codev_r1"),
+    "data.packing": ("true", "false", "buckets"),
+    "data.thoughts": ("drop", "train"),
+    "data.train_on": ("all", "last"),
+    "optimizer.schedule": ("cosine", "linear", "constant"),
+    "trainer.remat": ("none", "block", "decoder"),
+    "trainer.attention": ("auto", "splash", "einsum"),
+    "trainer.compute_dtype": ("auto", "bfloat16", "float32"),
+    "checkpoint.resume": ("auto", "never"),
+    "tracker.kind": ("none", "wandb", "tensorboard"),
+    "tracker.mode": ("auto", "online", "offline"),
+}
+
+_POSITIVE = (lambda v: 0 < v < math.inf, "a number more than 0")
+_FROM_0 = (lambda v: 0 <= v < math.inf, "a number of at least 0")
+_FROM_1 = (lambda v: 1 <= v < math.inf, "at least 1")
+_DECAY = (lambda v: 0 <= v < 1, "at least 0 and less than 1")
+_SHARE = (lambda v: 0 <= v <= 1, "between 0 and 1")
+RANGES: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "hardware.usd_per_hour": _FROM_0,
+    "mesh.fsdp": _FROM_1, "mesh.tp": _FROM_1,
+    "lora.rank": _FROM_1, "lora.alpha": _POSITIVE, "lora.dropout": _DECAY,
+    "data.heldout_fraction": _DECAY, "data.max_rows": _FROM_1, "data.max_drop_fraction": _SHARE,
+    "data.sequence_length": (lambda v: v >= 2, "at least 2"),
+    "optimizer.learning_rate": _POSITIVE, "optimizer.b1": _DECAY, "optimizer.b2": _DECAY, "optimizer.eps": _POSITIVE,
+    "optimizer.weight_decay": _FROM_0, "optimizer.warmup_updates": _FROM_0, "optimizer.end_fraction": _SHARE,
+    "optimizer.max_grad_norm": (lambda v: v > 0, "more than 0 (null: off)"),
+    "trainer.max_updates": _FROM_1, "trainer.epochs": _POSITIVE, "trainer.global_batch_tokens": _FROM_1,
+    "trainer.global_batch_sequences": _FROM_1, "trainer.microbatches": _FROM_1, "trainer.eval_every": _FROM_0,
+    "trainer.seed": (lambda v: 0 <= v < 2**32, "at least 0 and less than 2**32"),
+    "trainer.log_every": _FROM_1, "trainer.loss_chunk_tokens": _FROM_1,
+    "checkpoint.every": _FROM_1, "checkpoint.keep": _FROM_1,
+}
+
+
+def limit_problems(root: TrainRoot) -> list[str]:
+    """One message for each value that is no choice or out of range."""
+    messages = []
+    for key, choices in CHOICES.items():
+        value = _get(root, key)
+        if value is not None and value not in choices:
+            hint = did_you_mean(str(value), choices, lambda choice, key=key: f"{key}={choice}")
+            messages.append(f"{key}={value}: not a choice{hint} (choices: {', '.join(choices)})")
+    for key, (fits, wanted) in RANGES.items():
+        value = _get(root, key)
+        if value is not None and not fits(value):
+            messages.append(f"{key}={value}: must be {wanted}")
+    return messages
+
+
+def _get(root: TrainRoot, key: str) -> Any:
+    group, name = key.split(".")
+    return getattr(getattr(root, group), name)
