@@ -103,7 +103,7 @@ class Pipeline:
       microbatches: M; row r of an update is row r % (rows / M) of microbatch r // (rows / M).
       seed: orders the examples of each epoch, together with the epoch's number.
       row_slice: (start, stop) of the rows of each microbatch that this process owns; None: all.
-      epochs: length of the run in passes over the data; a fraction is a fraction of the last pass's updates.
+      epochs: length of the run in passes over the data; a fraction of a pass ends with the update that reaches it.
       max_updates: length of the run in updates; with both, the shorter one holds.
 
     Raises:

@@ -39,8 +39,8 @@ class Plan:
     """Random access to the updates of a run: `plan[u]` depends on the examples, the data config and the seed alone.
 
     Epochs flow into each other: rows that do not fill an update lead the next epoch, and only the last update of the
-    whole run may be partial. A fraction of an epoch is a fraction of its updates, so that a longer run begins with
-    exactly the updates of a shorter one.
+    whole run may be partial. A fraction of an epoch ends with the update that reaches it, so that a longer run begins
+    with exactly the updates of a shorter one.
 
     Raises:
       UserError: no limit is given, an example is longer than a row, or the sources' weights leave nothing to visit.
@@ -99,14 +99,13 @@ class Plan:
         for epoch in range(whole):
             self._epoch(epoch)
         updates, rest = self._starts[whole], self._rests[whole]
-        fraction = epochs - whole
-        if fraction:
+        if epochs > whole:
             planned = self._epoch(whole)
-            share = math.ceil(fraction * (len(planned.updates) + bool(planned.rest)) - 1e-9)
-            updates += min(share, len(planned.updates))
-            rest = planned.rest if share > len(planned.updates) else []
+            reached = sum(update.epoch < epochs for update in planned.updates) + 1
+            updates += min(reached, len(planned.updates))
+            rest = planned.rest if reached > len(planned.updates) else []
         if rest:
-            self._last = PlannedUpdate(self._shortest_length(rest), rest, epochs)
+            self._last = PlannedUpdate(self._shortest_length(rest), rest, float(math.ceil(epochs)))
             updates += 1
         return updates
 
@@ -191,4 +190,8 @@ class Plan:
         capacity = self._data.sequence_length
         if self._data.buckets is None:
             return choose_buckets(self._slots, capacity)
+        if not all(0 < length <= capacity for length in self._data.buckets):
+            raise UserError(
+                f"data.buckets={self._data.buckets}: lengths lie between 1 and data.sequence_length={capacity}"
+            )
         return sorted({*self._data.buckets, capacity})
