@@ -7,9 +7,9 @@ from random import Random
 from gemma4_tpu.verilog_smoke.design import MODULE_NAME, Design
 
 PREAMBLES = (
-    f"Please write a Verilog module named {MODULE_NAME} with this interface. Ports without a width have one bit.",
-    f"Implement the module {MODULE_NAME}. Its ports, one bit wide unless stated, are:",
-    f"I need a Verilog module called {MODULE_NAME} with the following ports (one bit each unless given):",
+    f"Write a Verilog module named {MODULE_NAME} with these ports:",
+    f"Implement the module {MODULE_NAME} with this interface:",
+    f"I need a module called {MODULE_NAME}. Its ports are:",
 )
 DOCUMENT_NAMES = ("unit", "block", "core", "part", "logic_cell", "stage")
 
@@ -35,6 +35,15 @@ def chat_row(row_id: str, prompt: str, reply: str) -> dict:
 
 
 def document(design: Design, rng: Random) -> str:
-    """A source file as the base model reads it: a terse comment, perhaps, and a module; no specification, no chat."""
-    comment = f"// {design.summary}\n" if rng.random() < 0.8 else ""
+    """A source file as the base model reads it: comments on ports and behaviour, perhaps, and a module. No chat."""
+    notes = []
+    if rng.random() < 0.6:
+        notes.append("\n".join(
+            f"{port.name}: {'output' if port.output else 'input'}" + (f", {port.width} bits" if port.width > 1 else "")
+            for port in design.ports
+        ))
+    if rng.random() < 0.8:
+        notes.append(rng.choice((design.summary, *design.behaviours)))
+    rng.shuffle(notes)
+    comment = "".join(f"// {line}\n" for note in notes for line in note.splitlines() if line)
     return comment + design.module(rng.choice(DOCUMENT_NAMES))
