@@ -27,7 +27,7 @@ def list_folder(folder: str) -> list[str]:
     """Names in a folder, sorted; none if there is no such folder."""
     if not is_remote(folder):
         return sorted(p.name for p in Path(folder).iterdir()) if Path(folder).is_dir() else []
-    fs, path = _filesystem(folder)
+    fs, path = filesystem(folder)
     try:
         return sorted(Path(entry).name for entry in fs.ls(path, detail=False))
     except FileNotFoundError:
@@ -81,7 +81,7 @@ class RemoteBytes:
     """Bytes of a file that fsspec knows."""
 
     def __init__(self, path: str):
-        self._fs, self._path = _filesystem(path)
+        self._fs, self._path = filesystem(path)
         self.size_bytes = int(self._fs.size(self._path))
 
     def read(self, start: int, stop: int) -> memoryview:
@@ -101,10 +101,17 @@ class RemoteBytes:
         return [memoryview(data) for data in found]
 
 
-def _filesystem(path: str) -> tuple[Any, str]:
+def filesystem(path: str) -> tuple[Any, str]:
+    """(fsspec file system, path in it) of a local or remote path.
+
+    Raises:
+      UserError: the package that reads such addresses is not installed, or nothing reads them.
+    """
     import fsspec
 
     try:
         return fsspec.core.url_to_fs(path)
     except ImportError as error:
         raise UserError(f"{path}: {error}; gs:// paths need the extra: pip install 'gemma4-tpu[gcp]'") from None
+    except ValueError as error:
+        raise UserError(f"{path}: {error}") from None

@@ -63,7 +63,7 @@ class Plan:
         self._data = data
         self._rows_per_update = rows_per_update
         self._seed = seed % 2**64
-        self.packing = str(data.packing).lower()
+        self.packing = data.packing
         self.buckets = self._bucket_lengths() if self.packing == "buckets" else [data.sequence_length]
         if len(examples) and int(self._slots.max()) > self.buckets[-1]:
             raise UserError(f"an example takes {self._slots.max()} slots, but rows have {self.buckets[-1]}")

@@ -14,6 +14,7 @@ from gemma4_tpu import assets
 from gemma4_tpu.data.drops import RowDropped
 from gemma4_tpu.data.examples import Origin
 from gemma4_tpu.errors import UserError
+from gemma4_tpu.storage import filesystem
 
 logger = logging.getLogger(__name__)
 
@@ -46,36 +47,24 @@ def read_rows(path: str) -> Iterator[RawRow]:
     if path.startswith(HUGGING_FACE):
         return _read_hugging_face(path)
     path = assets.resolve(path)
-    filesystem, root = open_filesystem(path)
-    if filesystem.isdir(root):
-        if filesystem.exists(f"{root}/dataset_dict.json"):
+    store, root = filesystem(path)
+    if store.isdir(root):
+        root = root.rstrip("/")
+        if store.exists(f"{root}/dataset_dict.json"):
             raise UserError(f"{path} holds several splits: name the folder of one of them")
-        if filesystem.exists(f"{root}/state.json"):
+        if store.exists(f"{root}/state.json"):
             return _read_saved_dataset(path)
-        files = _data_files(filesystem, root, path)
-    elif filesystem.exists(root):
+        files = _data_files(store, root, path)
+    elif store.exists(root):
         files = [root]
     else:
         raise UserError(f"{path}: no such file or folder")
-    return (row for file in files for row in _read_file(filesystem, file))
+    return (row for file in files for row in _read_file(store, file))
 
 
-def open_filesystem(path: str) -> tuple[Any, str]:
-    import fsspec
-
-    try:
-        filesystem, root = fsspec.core.url_to_fs(path)
-    except ImportError as error:
-        hint = "pip install 'gemma4-tpu[gcp]'" if path.startswith(("gs://", "gcs://")) else str(error)
-        raise UserError(f"{path}: the package that reads this address is not installed: {hint}") from error
-    except ValueError as error:
-        raise UserError(f"{path}: {error}") from error
-    return filesystem, root.rstrip("/") or root
-
-
-def _data_files(filesystem: Any, root: str, path: str) -> list[str]:
+def _data_files(store: Any, root: str, path: str) -> list[str]:
     """The data files of a folder by name, refusing a mixture of splits that is hardly meant."""
-    inside = {file: file[len(root) :].lstrip("/") for file in sorted(filesystem.find(root))}
+    inside = {file: file[len(root) :].lstrip("/") for file in sorted(store.find(root))}
     files = [
         file
         for file, name in inside.items()
@@ -93,10 +82,10 @@ def _data_files(filesystem: Any, root: str, path: str) -> list[str]:
     return files
 
 
-def _read_file(filesystem: Any, file: str) -> Iterator[RawRow]:
+def _read_file(store: Any, file: str) -> Iterator[RawRow]:
     if not file.endswith(SUFFIXES):
         raise UserError(f"{file}: unknown format; rows come from {', '.join(SUFFIXES)}")
-    with filesystem.open(file, "rb") as stream:
+    with store.open(file, "rb") as stream:
         if file.endswith(".parquet"):
             yield from _read_parquet(stream, file)
         elif file.endswith(".gz"):

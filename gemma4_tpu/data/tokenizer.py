@@ -9,6 +9,7 @@ from typing import Any
 
 from gemma4_tpu import assets
 from gemma4_tpu.errors import UserError
+from gemma4_tpu.storage import is_remote, join, list_folder, open_bytes
 
 FILES = (
     "tokenizer.json",
@@ -30,7 +31,7 @@ def load_tokenizer(folder: str) -> Any:
 
     path = assets.resolve(folder)
     with tempfile.TemporaryDirectory() as scratch:
-        if "://" in path:
+        if is_remote(path):
             _fetch(path, Path(scratch))
             path = scratch
         if not (Path(path) / "tokenizer.json").is_file():
@@ -49,12 +50,11 @@ def load_tokenizer(folder: str) -> Any:
 
 def _fetch(folder: str, target: Path) -> None:
     """Copy the tokenizer's files, and nothing else, from a remote folder."""
-    from gemma4_tpu.data.sources import open_filesystem
-
-    filesystem, root = open_filesystem(folder)
+    present = list_folder(folder)
     for name in FILES:
-        if filesystem.exists(f"{root}/{name}"):
-            filesystem.get_file(f"{root}/{name}", str(target / name))
+        if name in present:
+            file = open_bytes(join(folder, name))
+            (target / name).write_bytes(file.read(0, file.size_bytes))
 
 
 def tokenizer_fingerprint(tokenizer: Any) -> dict[str, str]:

@@ -1,4 +1,4 @@
-"""A small tokenizer with Gemma 4's control tokens at Gemma 4's ids, and a chat template that behaves like the stock one.
+"""A small tokenizer with Gemma 4's control tokens at Gemma 4's ids, and a template that behaves like the stock one.
 
 The template strips thoughts from past answers, opens a non-thinking generation prompt with an empty thought channel,
 marks a thinking conversation in its system turn, and renders tools' responses inside the model's turn.
@@ -65,7 +65,9 @@ TEMPLATE = """
     {%- endif -%}
     {%- for call in message.tool_calls or [] -%}
       {{- '<|tool_call>call : ' + call.function.name -}}
-      {%- for key, value in (call.function.arguments or {}) | dictsort -%}{{- ' ' ~ key ~ ' = ' ~ value -}}{%- endfor -%}
+      {%- for key, value in (call.function.arguments or {}) | dictsort -%}
+        {{- ' ' ~ key ~ ' = ' ~ value -}}
+      {%- endfor -%}
       {{- '<tool_call|>' -}}
       {%- set at.open = true -%}
     {%- endfor -%}

@@ -13,7 +13,7 @@ MODEL = [105, 4368, 107]
 SYSTEM = [105, 9731, 107]
 EMPTY_THOUGHT = [100, 45518, 107, 101]
 END = [106, 107]
-W = {word: 6000 + number for number, word in enumerate("be brief add two and three 5 7 sum is then now call".split())}
+W = {"be": 6000, "brief": 6001, "add": 6002, "two": 6003, "three": 6005, "5": 6006, "7": 6007, "is": 6009}
 
 QUESTION = [{"role": "user", "content": "add two"}]
 CALL = {"role": "assistant", "content": "", "tool_calls": [{"function": {"name": "sum", "arguments": '{"a": 5}'}}]}
