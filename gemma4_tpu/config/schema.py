@@ -160,8 +160,9 @@ class TrainerConfig:
     """Attention implementation: `auto`, `splash` (TPU kernel) or `einsum`."""
     loss_chunk_tokens: int = 512
     """Tokens whose logits exist at one time while the loss is computed."""
-    compute_dtype: str = "bfloat16"
-    """dtype of activations and of the frozen base weights: `bfloat16` or `float32`. LoRA and optimizer are float32."""
+    compute_dtype: str = "auto"
+    """dtype of activations and of the frozen base weights: `bfloat16`, `float32` or `auto` (bfloat16, but float32 on
+    CPUs, which only emulate the other). LoRA and optimizer are float32 in any case."""
 
 
 @dataclass(kw_only=True)

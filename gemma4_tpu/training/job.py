@@ -1,0 +1,168 @@
+"""Everything a training loop needs, assembled on the devices: mesh, base weights, trained values, programs' definition."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from gemma4_tpu.architectures import Architecture
+from gemma4_tpu.config.checks import check_devices, resolve_mesh
+from gemma4_tpu.config.schema import HardwareConfig, LoraConfig, MeshConfig, OptimizerConfig, TrainerConfig
+from gemma4_tpu.models import lora as adapters
+from gemma4_tpu.models import quantize, sharding
+from gemma4_tpu.models.base import Base
+from gemma4_tpu.models.gemma4 import Model
+from gemma4_tpu.models.layout import Layout, Leaf
+from gemma4_tpu.models.load import load_params, random_params
+from gemma4_tpu.step.optimizer import make_optimizer
+from gemma4_tpu.step.train_step import Step, TrainState
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Job:
+    """A model on a mesh, ready to be trained."""
+
+    step: Step
+    mesh: Mesh
+    base: Any
+    """Frozen weights; an empty tree in full fine-tuning."""
+    state: TrainState
+    """Before the first update."""
+    trained_leaves: tuple[Leaf, ...]
+    adapted_modules: int
+    trained_parameters: int
+
+
+def start_mesh(hardware: HardwareConfig, mesh: MeshConfig, arch: Architecture) -> Mesh:
+    """Starts JAX, checks that it found what `hardware` names, and lays the mesh over all devices.
+
+    Raises:
+      UserError: another machine than asked for, or a mesh that the devices or the heads do not allow.
+    """
+    device = jax.devices()[0]
+    check_devices(hardware, device.platform, device.device_kind, jax.device_count())
+    fsdp, tp = resolve_mesh(mesh, arch, jax.device_count())
+    log.info("%d × %s, mesh fsdp=%d tp=%d", jax.device_count(), device.device_kind, fsdp, tp)
+    return sharding.make_mesh(fsdp, tp)
+
+
+def compute_dtype(trainer: TrainerConfig, platform: str) -> Any:
+    """The dtype that `trainer.compute_dtype` means on this platform (`auto`: float32 on CPUs, else bfloat16)."""
+    if trainer.compute_dtype == "auto":
+        return jnp.float32 if platform == "cpu" else jnp.bfloat16
+    return jnp.dtype(trainer.compute_dtype)
+
+
+def make_model(arch: Architecture, lora: LoraConfig, trainer: TrainerConfig, mesh: Mesh) -> Model:
+    """The model's settings for this mesh."""
+    return Model(
+        arch=arch,
+        compute_dtype=compute_dtype(trainer, mesh.devices.flat[0].platform),
+        lora_scale=adapters.scale(lora) if lora.enabled else 1.0,
+        lora_dropout=lora.dropout if lora.enabled else 0.0,
+        remat=trainer.remat,
+        mesh=mesh,
+    )
+
+
+def build_job(
+    base: Base,
+    lora: LoraConfig,
+    optimizer: OptimizerConfig,
+    trainer: TrainerConfig,
+    mesh: Mesh,
+    total_updates: int,
+) -> Job:
+    """Loads the base weights and makes the initial state, every array in its place on the mesh.
+
+    LoRA and the optimizer's state are float32; the frozen weights have the compute dtype, or are quantised (QLoRA).
+    """
+    model = make_model(base.arch, lora, trainer, mesh)
+    full = not lora.enabled
+    step = Step(model, make_optimizer(optimizer, total_updates), full, trainer.loss_chunk_tokens)
+    weights = load_weights(base, mesh, jnp.float32 if full else model.compute_dtype, _quantizing(lora, mesh))
+    init_key, dropout_key = jax.random.split(jax.random.key(trainer.seed))
+    if full:
+        trained, frozen, leaves = weights, {}, tuple(model.layout.leaves())
+    else:
+        place = adapters.shardings(model.layout, lora, mesh)
+        trained = jax.jit(partial(adapters.init, model.layout, lora), out_shardings=place)(init_key)
+        frozen, leaves = weights, tuple(adapters.leaves(model.layout, lora))
+    _log_replicated(leaves if full else (*model.layout.leaves(), *leaves), mesh)
+    state = init_state(step, trained, dropout_key, mesh)
+    counts = {} if full else adapters.module_counts(model.layout, lora)
+    job = Job(step, mesh, frozen, state, leaves, sum(counts.values()), sum(x.size for x in jax.tree.leaves(trained)))
+    if full:
+        log.info("full fine-tuning: %s parameters", f"{job.trained_parameters:,}")
+    else:
+        modules = ", ".join(f"{kind} {n}" for kind, n in counts.items())
+        log.info("LoRA: %s parameters on %d modules (%s)", f"{job.trained_parameters:,}", job.adapted_modules, modules)
+    return job
+
+
+def load_weights(base: Base, mesh: Mesh, dtype: Any, then: Callable[[Leaf, jax.Array], Any]) -> Any:
+    """The base parameters on the mesh, array by array; `then` decides what becomes of each."""
+    layout = Layout.of(base.arch)
+    places = layout.tree(lambda x: sharding.named(mesh, x.tunix_names[0], x.shape, stacked=x.stacked))
+    if base.folder is None:
+        log.info("random base weights (seed %d)", base.seed)
+        return random_params(base.arch, layout, places, dtype, base.seed, then)
+    return load_params(base.checkpoint, base.arch, layout, places, dtype, then)
+
+
+def init_state(step: Step, trained: Any, key: jax.Array, mesh: Mesh) -> TrainState:
+    """State before the first update; moments lie where the values they belong to lie, counters everywhere."""
+    everywhere = NamedSharding(mesh, P())
+    shapes = jax.eval_shape(step.init, trained, key)
+    places = jax.tree.map(lambda _: everywhere, shapes)
+    like = jax.tree.map(lambda x: x.sharding, trained)
+    places = places._replace(trained=like, optimizer=_moments_like(places.optimizer, like))
+    return jax.jit(step.init, out_shardings=places)(trained, key)
+
+
+def _moments_like(optimizer: Any, places: Any) -> Any:
+    return optax.tree.set(optimizer, mu=places, nu=places)
+
+
+def _quantizing(lora: LoraConfig, mesh: Mesh) -> Any:
+    """What becomes of a base weight once it is loaded: quantised where the configuration says so."""
+
+    def then(leaf: Leaf, array: jax.Array) -> Any:
+        if not quantize.is_quantized(leaf, lora):
+            return array
+        return quantize.quantizer(leaf, lora.quantize, mesh)(array)
+
+    return then
+
+
+def _log_replicated(leaves: Iterable[Leaf], mesh: Mesh) -> None:
+    """Names what the sharding rules would split and the shapes do not allow."""
+    lines = [line for leaf in leaves for line in sharding.replicated(leaf.tunix_names[0], leaf.shape, mesh)]
+    for line in lines:
+        log.debug("replicated: %s", line)
+    if lines:
+        log.info("%d arrays are replicated over an axis that does not divide them (log.txt lists them)", len(lines))
+
+
+def rows_here(mesh: Mesh, rows: int) -> tuple[int, int]:
+    """(start, stop) of the rows of each microbatch that this process owns: those of its places on the fsdp axis."""
+    own = [i for i, line in enumerate(mesh.devices) if any(d.process_index == jax.process_index() for d in line)]
+    per_place = rows // mesh.devices.shape[0]
+    return own[0] * per_place, (own[-1] + 1) * per_place
+
+
+def to_mesh(arrays: dict[str, Any], mesh: Mesh) -> dict[str, jax.Array]:
+    """Global [M, B, T] arrays from this process's rows."""
+    place = sharding.batch(mesh)
+    return {name: jax.make_array_from_process_local_data(place, array) for name, array in arrays.items()}

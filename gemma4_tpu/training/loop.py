@@ -1,0 +1,275 @@
+"""The training loop, top to bottom: resume, held-out loss, updates, checkpoints, result."""
+
+from __future__ import annotations
+
+import logging
+import math
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, fields
+from typing import Any, NamedTuple
+
+import optax
+
+from gemma4_tpu.config.schema import CheckpointConfig, TrainerConfig
+from gemma4_tpu.data.pipeline import Pipeline, Update
+from gemma4_tpu.errors import UserError
+from gemma4_tpu.tracking.result import Result
+from gemma4_tpu.training.checkpoint import Checkpoints
+from gemma4_tpu.training.job import Job, to_mesh
+from gemma4_tpu.step.train_step import Metrics, TrainState
+from gemma4_tpu.training.programs import Programs
+
+log = logging.getLogger(__name__)
+
+
+class Diverged(UserError):
+    """NaN or infinity in the loss or the gradient."""
+
+
+@dataclass
+class Totals:
+    """What adds up over a run, interruptions included; saved with every checkpoint."""
+
+    real_tokens: int = 0
+    target_tokens: int = 0
+    slots: int = 0
+    seconds: float = 0.0
+    timed_tokens: int = 0
+    """Real tokens of updates whose time is in `timed_seconds`: all but the first after each start (compilation)."""
+    timed_seconds: float = 0.0
+    train_loss_first: float | None = None
+    train_loss_last: float | None = None
+    heldout_loss_first: float | None = None
+    heldout_loss_last: float | None = None
+    heldout_loss_best: float | None = None
+    heldout_update_best: int | None = None
+
+
+    def count(self, update: Update, loss: float, window: Window) -> None:
+        """Adds one finished update, the last of `window`."""
+        self.real_tokens += update.real_tokens
+        self.target_tokens += update.target_tokens
+        self.slots += round(update.real_tokens / update.fill)
+        if not (window.first and window.updates == 1):
+            self.timed_tokens += update.real_tokens
+            self.timed_seconds += window.last_seconds
+        if self.train_loss_first is None:
+            self.train_loss_first = loss
+        self.train_loss_last = loss
+
+
+class Clock:
+    """Wall-clock time of the run (earlier starts included) and since the last lap, in seconds."""
+
+    def __init__(self, earlier_seconds: float) -> None:
+        self._last = time.perf_counter()
+        self._start = self._last - earlier_seconds
+
+    @property
+    def total(self) -> float:
+        return time.perf_counter() - self._start
+
+    def lap(self) -> float:
+        now = time.perf_counter()
+        lap, self._last = now - self._last, now
+        return lap
+
+
+@dataclass
+class Window:
+    """Updates since the last logged row."""
+
+    first: bool = True
+    """Begins with the first update after a start, whose time is compilation."""
+    updates: int = 0
+    real_tokens: int = 0
+    target_tokens: int = 0
+    seconds: float = 0.0
+    last_seconds: float = 0.0
+
+    def add(self, update: Update, seconds: float) -> None:
+        self.updates += 1
+        self.real_tokens += update.real_tokens
+        self.target_tokens += update.target_tokens
+        self.seconds += seconds
+        self.last_seconds = seconds
+
+
+class InFlight(NamedTuple):
+    """An update that the devices may still be working on."""
+
+    done: int
+    update: Update
+    metrics: Metrics
+
+
+class Rates(NamedTuple):
+    """What turns tokens and seconds into utilisation and cost; None where the chip or the price is unknown."""
+
+    flops_per_token: float
+    peak_flops_per_second: float | None
+    usd_per_hour: float | None
+
+
+@dataclass(frozen=True)
+class Loop:
+    """A run under way: what it trains, on what, and where it reports."""
+
+    job: Job
+    pipeline: Pipeline
+    heldout: list[Update]
+    """Batches of the held-out set, in a fixed order; empty: there is none."""
+    checkpoints: Checkpoints
+    trainer: TrainerConfig
+    checkpoint: CheckpointConfig
+    schedule: optax.Schedule
+    rates: Rates
+    report: Callable[[dict[str, Any], int], None]
+    """Takes the metrics of an update: metrics.jsonl, tracker and progress bar."""
+
+    def run(self, resume_from: int | None) -> Result:
+        """Trains to the last update and returns the result.
+
+        Args:
+          resume_from: the update whose checkpoint to continue from; None: from the start.
+
+        Raises:
+          Diverged: NaN or infinity; the checkpoints before it are kept.
+        """
+        # ── state: fresh or restored ───────────────────────────────────────────────────────────────────────────────
+        state, totals = self.job.state, Totals()
+        if resume_from is not None:
+            state, position = self.checkpoints.restore(resume_from, state)
+            self.pipeline.set_state(position["pipeline"])
+            totals = Totals(**{f.name: position["totals"][f.name] for f in fields(Totals)})
+            log.info("resumed from the checkpoint at update %d", resume_from)
+        clock = Clock(earlier_seconds=totals.seconds)
+        done, last = int(state.update), self.pipeline.total_updates
+        programs = Programs(self.job.step, sorted({*self.pipeline.lengths, *map(_length, self.heldout)}))
+
+        # ── held-out loss before the first update ──────────────────────────────────────────────────────────────────
+        if done == 0:
+            self._evaluate(programs, state, totals, 0)
+        clock.lap()
+
+        # ── updates: while the devices work on one, the host reads the metrics of the one before ───────────────────
+        window, in_flight = Window(), None
+        for done, update in enumerate(self.pipeline, start=done + 1):
+            state, metrics = programs.train(state, self.job.base, to_mesh(update.arrays, self.job.mesh))
+            if in_flight:
+                window = self._finish(in_flight, window, totals, clock)
+            in_flight = InFlight(done, update, metrics)
+            evaluates = done == last or (self.trainer.eval_every and done % self.trainer.eval_every == 0)
+            saves = done == last or done % self.checkpoint.every == 0
+            if not (evaluates or saves):
+                continue
+
+            # ── held-out loss and checkpoint: what is saved has been seen to be finite ─────────────────────────────
+            window, in_flight = self._finish(in_flight, window, totals, clock), None
+            heldout_loss = self._evaluate(programs, state, totals, done) if evaluates else None
+            if saves or (self.checkpoint.keep_best and heldout_loss is not None and totals.heldout_update_best == done):
+                totals.seconds = clock.total
+                position = {"pipeline": self.pipeline.get_state(), "totals": asdict(totals)}
+                self.checkpoints.save(state, position, heldout_loss)
+            clock.lap()
+
+        # ── result ─────────────────────────────────────────────────────────────────────────────────────────────────
+        self.checkpoints.wait()
+        totals.seconds = clock.total
+        return self._result(done, totals)
+
+    def _finish(self, flight: InFlight, window: Window, totals: Totals, clock: Clock) -> Window:
+        """Waits for an update, checks and counts it, and reports it if it is due; returns the window to go on with."""
+        loss, grad_norm = float(flight.metrics.loss), float(flight.metrics.grad_norm)
+        if not (math.isfinite(loss) and math.isfinite(grad_norm)):
+            self._stop_diverged(flight.done, flight.update, loss, grad_norm)
+        window.add(flight.update, clock.lap())
+        totals.count(flight.update, loss, window)
+        totals.seconds = clock.total
+        if flight.done % self.trainer.log_every and flight.done != self.pipeline.total_updates:
+            return window
+        self.report(self._row(flight, loss, grad_norm, totals, window), flight.done)
+        return Window(first=False)
+
+    def _evaluate(self, programs: Programs, state: TrainState, totals: Totals, update: int) -> float | None:
+        """Mean loss over the held-out set, dropout off; reported and remembered."""
+        if not self.heldout:
+            return None
+        total, count = 0.0, 0
+        for batch in self.heldout:
+            summed, targets = programs.evaluate(state.trained, self.job.base, to_mesh(batch.arrays, self.job.mesh))
+            total, count = total + float(summed), count + int(targets)
+        loss = total / count
+        self.report({"heldout_loss": loss}, update)
+        if totals.heldout_loss_first is None:
+            totals.heldout_loss_first = loss
+        totals.heldout_loss_last = loss
+        if totals.heldout_loss_best is None or loss < totals.heldout_loss_best:
+            totals.heldout_loss_best, totals.heldout_update_best = loss, update
+        return loss
+
+    def _row(self, flight: InFlight, loss: float, grad_norm: float, totals: Totals, window: Window) -> dict[str, Any]:
+        """The metrics of one logged update; rates are means since the row before."""
+        rate = window.real_tokens / window.seconds
+        return {
+            "loss": loss,
+            "learning_rate": float(self.schedule(flight.done - 1)),
+            "grad_norm": grad_norm,
+            "epoch": flight.update.epoch,
+            "real_tokens": flight.update.real_tokens,
+            "target_tokens": flight.update.target_tokens,
+            "real_tokens_per_second": rate,
+            "target_tokens_per_second": window.target_tokens / window.seconds,
+            "fill": flight.update.fill,
+            "update_seconds": window.seconds / window.updates,
+            "seconds": totals.seconds,
+            **self._utilisation(rate),
+            **({"usd": self._usd(totals.seconds)} if self.rates.usd_per_hour is not None else {}),
+        }
+
+    def _utilisation(self, tokens_per_second: float | None) -> dict[str, float]:
+        peak = self.rates.peak_flops_per_second
+        if not peak or tokens_per_second is None:
+            return {}
+        return {"mfu": tokens_per_second * self.rates.flops_per_token / peak}
+
+    def _usd(self, seconds: float) -> float | None:
+        return None if self.rates.usd_per_hour is None else self.rates.usd_per_hour * seconds / 3600
+
+    def _stop_diverged(self, done: int, update: Update, loss: float, grad_norm: float) -> None:
+        rows = sorted({str(origin) for row in update.origins() for origin in row})
+        log.error("update %d was made from the rows %s", done, ", ".join(rows))
+        shown = ", ".join(rows[:8]) + (f" and {len(rows) - 8} more (log.txt lists them)" if len(rows) > 8 else "")
+        kept = self.checkpoints.updates
+        raise Diverged(
+            f"update {done}: loss {loss:g}, gradient norm {grad_norm:g}; made from the rows {shown}. "
+            + (f"The last good checkpoint is at update {kept[-1]}. " if kept else "There is no checkpoint yet. ")
+            + "Look at these rows, or lower optimizer.learning_rate."
+        )
+
+    def _result(self, done: int, totals: Totals) -> Result:
+        rate = totals.timed_tokens / totals.timed_seconds if totals.timed_seconds else None
+        return Result(
+            status="finished",
+            updates=done,
+            seconds=totals.seconds,
+            real_tokens=totals.real_tokens,
+            target_tokens=totals.target_tokens,
+            fill=totals.real_tokens / totals.slots if totals.slots else None,
+            real_tokens_per_second=rate,
+            train_loss_first=totals.train_loss_first,
+            train_loss_last=totals.train_loss_last,
+            heldout_loss_first=totals.heldout_loss_first,
+            heldout_loss_last=totals.heldout_loss_last,
+            heldout_loss_best=totals.heldout_loss_best,
+            heldout_update_best=totals.heldout_update_best,
+            lora_parameters=0 if self.job.step.full else self.job.trained_parameters,
+            adapted_modules=self.job.adapted_modules,
+            mfu=self._utilisation(rate).get("mfu"),
+            usd=self._usd(totals.seconds),
+        )
+
+
+def _length(update: Update) -> int:
+    return update.arrays["tokens"].shape[-1]
