@@ -1,0 +1,180 @@
+"""The train step: accumulation, adapters' gradients, meshes, rematerialisation."""
+
+from dataclasses import replace
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from gemma4_tpu.architectures import ARCHITECTURES
+from gemma4_tpu.config.schema import LoraConfig, OptimizerConfig
+from gemma4_tpu.models import lora as adapters
+from gemma4_tpu.models import sharding
+from gemma4_tpu.models.gemma4 import Model
+from gemma4_tpu.models.layout import Layout
+from gemma4_tpu.models.load import random_params
+from gemma4_tpu.step.optimizer import make_optimizer
+from gemma4_tpu.step.train_step import Step
+
+LORA = LoraConfig(rank=4, alpha=8.0)
+T = 32
+
+
+def make(kind: str = "tiny", *, fsdp: int = 1, tp: int = 1, lora: LoraConfig = LORA, full: bool = False, **settings):
+    """(step, base, trained) in fp32 with non-zero lora_b, on a mesh of fake devices."""
+    arch = replace(ARCHITECTURES[kind], sliding_window=8)
+    layout = Layout.of(arch)
+    mesh = sharding.make_mesh(fsdp, tp, jax.devices()[: fsdp * tp])
+    place = layout.tree(lambda x: sharding.named(mesh, x.tunix_names[0], x.shape, stacked=x.stacked))
+    base = random_params(arch, layout, place, jnp.float32, 0)
+    model = Model(arch=arch, compute_dtype=jnp.float32, mesh=mesh, lora_scale=adapters.scale(lora), **settings)
+    step = Step(model, make_optimizer(OptimizerConfig(learning_rate=1e-2), 10), full=full, chunk_tokens=16)
+    if full:
+        return step, {}, base
+    init = jax.jit(partial(adapters.init, layout, lora), out_shardings=adapters.shardings(layout, lora, mesh))
+    trained = jax.tree.map(
+        lambda x: jax.device_put(jax.random.normal(jax.random.key(x.size), x.shape) * 0.05, x.sharding)
+        if not x.any() else x, init(jax.random.key(1)),
+    )  # fmt: skip
+    return step, base, trained
+
+
+def make_batch(rows: int = 8, seed: int = 0) -> dict[str, np.ndarray]:
+    """Packed rows [1, rows, T] with very uneven targets: from one token to all."""
+    rng = np.random.default_rng(seed)
+    cut = rng.integers(8, T - 8, rows)
+    places = np.arange(T)
+    second = places[None] >= cut[:, None]
+    batch = {
+        "tokens": rng.integers(3, 500, (rows, T)),
+        "targets": rng.integers(3, 500, (rows, T)),
+        "segment_ids": np.where(second, 2, 1),
+        "positions": np.where(second, places[None] - cut[:, None], places[None]),
+    }
+    mask = places[None] < np.maximum(1, (np.arange(rows) * T // rows))[:, None]
+    return {k: v.astype(np.int32)[None] for k, v in batch.items()} | {"target_mask": mask[None]}
+
+
+def regroup(batch, microbatches: int):
+    return {k: v.reshape(microbatches, -1, T) for k, v in batch.items()}
+
+
+def gradients(step, base, trained, batch, key=0):
+    state = step.init(trained, jax.random.key(key))
+    return jax.jit(step.gradients)(state, base, batch)
+
+
+def relative_difference(a, b) -> float:
+    """Largest difference of any two leaves over the largest value of the leaf."""
+    pairs = zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True)
+    return max(float(np.abs(np.asarray(x) - np.asarray(y)).max() / (np.abs(np.asarray(y)).max() + 1e-30)) for x, y in pairs)
+
+
+def test_eight_microbatches_of_one_row_equal_one_of_eight():
+    step, base, trained = make()
+    batch = make_batch()
+    batch["target_mask"][0, 5:] = False  # the last rows of a partial window are empty
+    batch["segment_ids"][0, 5:] = 0
+    whole = gradients(step, base, trained, batch)
+    split = gradients(step, base, trained, regroup(batch, 8))
+    assert whole[2] == split[2] == batch["target_mask"].sum()
+    np.testing.assert_allclose(split[0], whole[0], rtol=1e-6)
+    # the same products summed in another order: fp32 rounding of 160 addends
+    assert relative_difference(split[1], whole[1]) < 2e-5
+
+
+@pytest.mark.parametrize("kind", ["tiny", "tiny_moe", "tiny_e2b"])
+def test_every_adapted_module_gets_a_gradient(kind):
+    step, base, trained = make(kind)
+    layout = step.model.layout
+    _, grads, _ = gradients(step, base, trained, make_batch(4))
+    flat = {n: g for leaf in adapters.leaves(layout, LORA) for n, g in _named(leaf, grads)}
+    arch = step.model.arch
+    shared = arch.num_kv_shared_layers
+    # q, o, gate, up, down everywhere; one of kv/k where keys are computed; two arrays each
+    assert len(flat) == 2 * (5 * arch.num_layers + (arch.num_layers - shared))
+    assert any("k_einsum" in n for n in flat) == arch.k_eq_v
+    dead = [n for n, g in flat.items() if not np.abs(g).max() > 0]
+    assert not dead
+
+
+def _named(leaf, tree):
+    node = tree
+    for key in leaf.path:
+        node = node[key]
+    return zip(leaf.tunix_names, np.asarray(node), strict=True)
+
+
+@pytest.mark.parametrize("remat", ["block", "decoder"])
+@pytest.mark.parametrize("kind", ["tiny", "tiny_e2b"])
+def test_remat_changes_nothing_but_memory(kind, remat):
+    batch = make_batch(2)
+    plain = gradients(*make(kind), batch)
+    again = gradients(*make(kind, remat=remat), batch)
+    np.testing.assert_allclose(again[0], plain[0], rtol=1e-6)
+    assert relative_difference(again[1], plain[1]) < 1e-5  # recomputed in fp32, fused otherwise
+
+
+@pytest.mark.parametrize("shape", [(1, 4), (2, 4), (4, 1), (2, 2)])
+def test_losses_agree_across_meshes(shape):
+    batch = make_batch()
+    losses = []
+    for fsdp, tp in ((1, 1), shape):
+        step, base, trained = make(fsdp=fsdp, tp=tp)
+        state, train = step.init(trained, jax.random.key(0)), jax.jit(step.train)
+        run = []
+        for seed in range(3):
+            place = sharding.batch(step.model.mesh)
+            arrays = {k: jax.device_put(v, place) for k, v in make_batch(seed=seed).items()}
+            state, metrics = train(state, base, arrays)
+            run.append(float(metrics.loss))
+        losses.append(run)
+    np.testing.assert_allclose(losses[1], losses[0], atol=1e-5)
+    assert batch["tokens"].shape == (1, 8, T)
+
+
+def test_dropout_is_reproducible_and_off_in_evaluation():
+    lora = replace(LORA, dropout=0.5)
+    step, base, trained = make(lora=lora, lora_dropout=0.5)
+    batch = make_batch(4)
+    first, again, other = (float(gradients(step, base, trained, batch, key)[0]) for key in (0, 0, 1))
+    assert first == again != other
+    dry, dry_base, _ = make(lora=lora)
+    expected, count = jax.jit(dry.evaluate)(trained, dry_base, batch)
+    summed, _ = jax.jit(step.evaluate)(trained, base, batch)
+    assert summed == expected
+    assert first != pytest.approx(float(expected) / int(count), rel=1e-6)
+
+
+def test_dropout_differs_between_layers_modules_and_microbatches():
+    """With everything else equal, masks drawn from one key would repeat; the update must see independent ones."""
+    step, base, trained = make(lora_dropout=0.5)
+    row = {k: v[:, :1] for k, v in make_batch(1).items()}
+    twice = {k: np.concatenate([v, v]) for k, v in row.items()}  # two microbatches of the same row
+    state = step.init(trained, jax.random.key(0))
+    single, double = (float(jax.jit(step.gradients)(state, base, b)[0]) for b in (row, twice))
+    assert single != double
+
+
+def test_full_fine_tuning_trains_every_weight():
+    step, base, trained = make(full=True)
+    state = step.init(trained, jax.random.key(0))
+    before = jax.tree.map(np.asarray, trained)
+    state, metrics = jax.jit(step.train)(state, base, make_batch(4))
+    assert np.isfinite(metrics.loss) and metrics.grad_norm > 0
+    unmoved = [str(path) for (path, a), b in
+               zip(jax.tree_util.tree_leaves_with_path(state.trained), jax.tree.leaves(before), strict=True)
+               if (np.asarray(a) == b).all()]  # fmt: skip
+    assert not unmoved
+
+
+def test_loss_falls_on_one_batch():
+    step, base, trained = make()
+    state, train, batch = step.init(trained, jax.random.key(0)), jax.jit(step.train), make_batch(4)
+    losses = []
+    for _ in range(8):
+        state, metrics = train(state, base, batch)
+        losses.append(float(metrics.loss))
+    assert losses[-1] < losses[0] - 0.5
