@@ -34,6 +34,7 @@ def setup_logging(log_path: Path | None = None, level: str = "INFO", *, process:
 
     Args:
       log_path: `RunFolder.log_path`; None: console only.
+      level: `DEBUG`, `INFO`, `WARNING` or `ERROR`.
       process: index of this process; all but the first are silent on the console below WARNING.
     """
     root = logging.getLogger()

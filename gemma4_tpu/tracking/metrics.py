@@ -47,7 +47,7 @@ class Metrics:
         self._file = None
         if write:
             self._drop_rows_after(self._last_update)
-            self._file = open(path, "a", encoding="utf-8")
+            self._file = path.open("a", encoding="utf-8")
 
     def log(self, metrics: dict[str, Any], update: int) -> None:
         """Appends one row. Several rows may share an update (training and held-out loss).

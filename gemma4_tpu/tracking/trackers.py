@@ -40,16 +40,13 @@ class Tracker:
 
 
 def make_tracker(
-    config: TrackerConfig,
-    run: RunFolder,
-    resolved_config: dict[str, Any],
-    *,
-    name: str,
-    resume_id: str | None = None,
+    config: TrackerConfig, run: RunFolder, resolved_config: dict[str, Any], *, name: str, resume_id: str | None = None
 ) -> Tracker:
     """Builds the tracker that `config.kind` names; one that keeps nothing where `run` isn't written by this process.
 
     Args:
+      config: the tracker's group.
+      run: where W&B's or TensorBoard's own files go.
       resolved_config: the whole configuration as plain values, shown beside the run.
       name: what the tracker calls the run.
       resume_id: W&B id of the run to continue; None: the one in the run folder, else a new one, which is kept there.
@@ -104,7 +101,8 @@ class _Guarded(Tracker):
 
 
 def _warn(kind: str, error: Exception) -> None:
-    log.warning("tracker %s failed (%s: %s); the run goes on, metrics.jsonl has it all", kind, type(error).__name__, error)
+    name = type(error).__name__
+    log.warning("tracker %s failed (%s: %s); the run goes on, metrics.jsonl has it all", kind, name, error)
 
 
 class _Wandb(Tracker):
