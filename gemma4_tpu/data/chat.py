@@ -225,6 +225,8 @@ class ChatFormat:
         )
 
     def _encode(self, texts: list[str]) -> list[list[int]]:
+        if not texts:  # transformers 5.12 trips over an empty batch
+            return []
         encoded = self._tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False)
         return encoded["input_ids"]
 

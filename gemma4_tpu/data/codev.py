@@ -26,10 +26,9 @@ SYNTAX_SECONDS = 10
 
 THINK_TAG = re.compile(r"<(/?)think>", re.IGNORECASE)
 ANSWER_TAG = re.compile(r"<(/?)answer>", re.IGNORECASE)
-INLINE_FENCE = re.compile(r"(?<=[^\s`])[ \t]*(```[ \t]*(?:systemverilog|verilog|sv|v)\b)", re.IGNORECASE)
-CODE_BEHIND_FENCE = re.compile(r"^([ \t]*```[ \t]*(?:systemverilog|verilog|sv|v)\b)[ \t]*(?=\S)", re.I | re.M)
-FENCE_BEHIND_CODE = re.compile(r"(\bendmodule\b[^\n`]*?)[ \t]*(```[ \t]*)$", re.MULTILINE)
-FENCE_LINE = re.compile(r"^\s*```+[ \t]*([\w+-]*)")
+OPENING_FENCE = re.compile(r"```+[ \t]*(systemverilog|verilog|sv|v)(?=\s|$)", re.IGNORECASE)  # also behind prose
+FENCE_LINE = re.compile(r"\s*```+[ \t]*([\w+-]*)")
+FENCE_BEHIND_CODE = re.compile(r"(.*\bendmodule\b[^`]*?)[ \t]*```+\s*$")
 NOT_CODE = re.compile(r'//[^\n]*|/\*.*?\*/|"(?:\\.|[^"\\\n])*"|(/\*|")', re.DOTALL)
 MODULE_WORD = re.compile(
     r"(?<![\w$`.\\])(?:(endmodule)\b|module\b(?:\s+(?:automatic\s+|static\s+)?([A-Za-z_][\w$]*|\\\S+))?)"
@@ -50,7 +49,7 @@ def to_messages(row: dict[str, Any]) -> list[dict[str, Any]]:
         response = _last_answer(response)
     if not isinstance(response, str) or not response.strip():
         raise RowDropped("no_response")
-    thought, answer = split_response(response)
+    thought, answer = split_response(response.replace("\r\n", "\n"))
     code = extract_code(answer)
     answer_turn = {"role": "assistant", "content": f"{FENCE}{code}{FENCE_END}"}
     return [*turns, {**answer_turn, "reasoning": thought} if thought else answer_turn]
@@ -213,25 +212,23 @@ def _last_answer(response: list[Any]) -> Any:
 
 
 def _fenced(answer: str) -> list[str]:
-    """The insides of Verilog fences (or bare ones), the last of which may be unclosed."""
-    text = FENCE_BEHIND_CODE.sub(r"\1\n\2", CODE_BEHIND_FENCE.sub(r"\1\n", INLINE_FENCE.sub(r"\n\1", answer)))
-    blocks: list[str] = []
-    lines: list[str] | None = None  # of the fence that is open
-    wanted = False
-    for line in text.split("\n"):
-        match = FENCE_LINE.match(line)
-        if match is None:
-            if lines is not None:
-                lines.append(line)
-            continue
-        if lines is not None and wanted:
-            blocks.append("\n".join(lines))
-        language = match[1].lower()
-        opens = lines is None or bool(language)
-        lines, wanted = ([], language in LANGUAGES) if opens else (None, False)
-    if lines is not None and wanted:
-        blocks.append("\n".join(lines))
-    return [block for block in blocks if block.strip()]
+    """The insides of Verilog fences (or bare ones), the last of which may be unclosed; other languages' are left out."""
+    blocks: list[tuple[str, list[str]]] = []  # (language, lines)
+    inside = False
+    for line in answer.split("\n"):
+        mark = FENCE_LINE.match(line)
+        opening = mark if mark and (mark[1] or not inside) else None
+        if not mark and not inside:
+            opening = OPENING_FENCE.search(line)
+        if opening:
+            line = line[opening.end() :].lstrip()
+            blocks.append((opening[1].lower(), []))
+        inside = bool(opening or (inside and not mark))
+        if inside:
+            last_line = FENCE_BEHIND_CODE.match(line)
+            blocks[-1][1].append(last_line[1] if last_line else line)
+            inside = not last_line
+    return [text for language, lines in blocks if language in LANGUAGES and (text := "\n".join(lines)).strip()]
 
 
 def _unfenced(answer: str) -> str:

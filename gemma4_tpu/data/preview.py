@@ -1,0 +1,166 @@
+"""`python -m gemma4_tpu.data.preview`: look at what would be trained on before paying for it.
+
+Takes the command line of `gemma4_tpu.train`. Shows rendered rows with the trained tokens marked, the lengths, the fill
+of a pass and the rows dropped.
+"""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import re
+import sys
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich.console import Console
+from rich.text import Text
+
+from gemma4_tpu.config.schema import DataConfig, TrainRoot
+from gemma4_tpu.data.build import TrainingData, build_data
+from gemma4_tpu.data.examples import Examples
+from gemma4_tpu.data.plan import Plan
+from gemma4_tpu.errors import UserError
+
+ROWS_SHOWN = 3
+BINS = 16
+BAR_CELLS = 50
+PLOT = Path("outputs/preview/lengths.png")
+TRAINED_STYLE = "bold green"
+TRAINED_MARKS = "⟦", "⟧"  # where there is no colour
+UNPRINTABLE = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")  # what a row could steer the terminal with
+
+
+def preview(
+    built: TrainingData,
+    data: DataConfig,
+    tokenizer: Any,
+    *,
+    rows_per_update: int,
+    seed: int,
+    console: Console,
+    plot_path: Path | None = None,
+) -> None:
+    """Prints rendered rows, lengths, fill and drops; writes the length histogram to `plot_path` (PNG)."""
+    train = built.train
+    colour = console.is_terminal and not console.no_color
+    how = "in green" if colour else f"inside {'…'.join(TRAINED_MARKS)}"
+    console.print(Text(f"{len(train)} training examples; what is trained on is {how}\n", "bold"))
+    for index in np.linspace(0, len(train) - 1, min(ROWS_SHOWN, len(train)), dtype=int).tolist():
+        slots, targets = train.slots[index], train.targets[index]
+        console.print(Text(f"── {train.origin(index)} · {slots} tokens, {targets} with loss", "bold"))
+        console.print(rendered(train, index, tokenizer, colour), soft_wrap=True)
+    console.print(Text("── lengths in tokens", "bold"))
+    console.print(Text(histogram(train.slots, data.sequence_length)), soft_wrap=True)
+    for line in _totals(built, data, rows_per_update, seed):
+        console.print(Text(line), soft_wrap=True)
+    if plot_path is not None:
+        plot_lengths(built, data.sequence_length, plot_path)
+        console.print(Text(f"length histogram: {plot_path}"), soft_wrap=True)
+
+
+def rendered(examples: Examples, index: int, tokenizer: Any, colour: bool) -> Text:
+    """One example as text, the tokens with loss in colour or between marks."""
+    ids, flags = examples.example(index)
+    cuts = [0, *(np.flatnonzero(np.diff(flags)) + 1).tolist(), len(ids)]
+    text = Text()
+    for start, stop in itertools.pairwise(cuts):
+        piece = tokenizer.decode(ids[start:stop], skip_special_tokens=False)
+        piece = UNPRINTABLE.sub(lambda match: f"\\x{ord(match[0]):02x}", piece)
+        trained = bool(flags[start])
+        if trained and not colour:
+            piece = piece.join(TRAINED_MARKS)
+        text.append(piece, TRAINED_STYLE if trained and colour else None)
+    return text
+
+
+def histogram(slots: np.ndarray, capacity: int) -> str:
+    """Lengths up to `capacity` as lines of bars."""
+    counts, edges = np.histogram(slots, bins=min(BINS, capacity), range=(0, capacity))
+    bars = np.ceil(BAR_CELLS * counts / max(counts.max(), 1)).astype(int)
+    width = len(str(capacity))
+    return "\n".join(
+        f"{int(edges[i]):>{width}}-{int(edges[i + 1]):<{width}} {'█' * bars[i]} {counts[i]}" for i in range(len(counts))
+    )
+
+
+def plot_lengths(built: TrainingData, capacity: int, path: Path) -> None:
+    """Writes the histogram of example lengths as PNG."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8, 4), layout="constrained")
+    axes = figure.subplots()
+    for name, examples in (("train", built.train), ("held out", built.heldout)):
+        if examples is not None:
+            axes.hist(examples.slots, bins=60, range=(0, capacity), label=f"{name} ({len(examples)})", alpha=0.8)
+    axes.axvline(capacity, color="black", linestyle="--", label=f"sequence_length ({capacity})")
+    axes.set(xlabel="tokens of an example", ylabel="examples", yscale="log", title="Lengths of the examples")
+    axes.legend()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=120)
+
+
+def _totals(built: TrainingData, data: DataConfig, rows_per_update: int, seed: int) -> list[str]:
+    """Fill and updates of one pass, held-out examples, drops."""
+    train = built.train
+    plan = Plan(train, data, rows_per_update=rows_per_update, seed=seed, epochs=1)
+    updates = [plan[update] for update in range(len(plan))]
+    visits = [index for update in updates for row in update.rows for index in row]
+    real_tokens = int(train.slots[visits].sum())
+    target_tokens = int(train.targets[visits].sum())
+    slots = sum(rows_per_update * update.length for update in updates)
+    lengths = ", ".join(str(length) for length in plan.buckets)
+    lines = [
+        f"one pass: {len(updates)} updates of {rows_per_update} rows of {lengths} tokens; {len(visits)} visits, "
+        f"{real_tokens} real tokens, {target_tokens} with loss; fill {real_tokens / slots:.1%} "
+        f"(packing={data.packing})",
+        f"held out: {0 if built.heldout is None else len(built.heldout)} examples",
+    ]
+    for name, report in (("training", built.train_report), ("held-out", built.heldout_report)):
+        if report is not None:
+            lines.append(
+                f"{name} rows read: {report.rows_read}, dropped: {report.rows_dropped} ({report.fraction:.1%})"
+            )
+            lines += [f"  {line}" for line in report.lines()]
+            if report.fraction > data.max_drop_fraction:
+                lines.append(f"  more than data.max_drop_fraction={data.max_drop_fraction}: training would refuse this")
+    return lines
+
+
+def show(config: TrainRoot) -> None:
+    """Builds the data of a training configuration and previews it; too many dropped rows are shown, not refused.
+
+    Raises:
+      UserError: no base model or tokenizer, unreadable sources, or not a single row to train on.
+    """
+    from gemma4_tpu.config.checks import rows_per_update
+    from gemma4_tpu.data.tokenizer import load_tokenizer
+    from gemma4_tpu.models.base import resolve_base
+
+    logging.getLogger("gemma4_tpu.data").addHandler(logging.NullHandler())  # the preview itself tells of drops
+    tokenizer = load_tokenizer(resolve_base(config.model).tokenizer_folder)
+    built = build_data(replace(config.data, max_drop_fraction=1.0), tokenizer)
+    rows = rows_per_update(config.trainer, config.data)
+    console = Console(highlight=False)
+    preview(
+        built, config.data, tokenizer, rows_per_update=rows, seed=config.trainer.seed, console=console, plot_path=PLOT
+    )
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Exit code: 0 shown, 2 refused (one message on stderr)."""
+    from gemma4_tpu.config.load import load_train
+
+    try:
+        show(load_train(list(sys.argv[1:] if argv is None else argv)).root)
+    except UserError as refusal:
+        print(f"error: {refusal}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,215 @@
+"""From sources to examples: drops, held-out rows, weights, limits, speed, and what the run folder gets to know."""
+
+import json
+import subprocess
+import sys
+import time
+
+import pytest
+
+from gemma4_tpu.config.schema import DataConfig, DataSource
+from gemma4_tpu.data.build import build_data
+from gemma4_tpu.data.chat import ChatFormat
+from gemma4_tpu.data.tokenizer import load_tokenizer
+from gemma4_tpu.errors import UserError
+from tests.data.conftest import chat_row
+
+WORDS = ["add", "two", "three", "sum", "value", "then", "now", "call"]
+
+
+def config(*paths, **options):
+    return DataConfig(train=[DataSource(path=path) for path in paths], **{"sequence_length": 64, **options})
+
+
+def rows(count, start=0):
+    return [
+        chat_row(f"add {' '.join(WORDS[: i % 8])} x" + " y" * (i // 8), "is 5") for i in range(start, start + count)
+    ]
+
+
+def prompts(examples, tokenizer):
+    found = []
+    for index in range(len(examples)):
+        ids, flags = examples.example(index)
+        found.append(tokenizer.decode(ids[: flags.argmax()]))
+    return found
+
+
+def test_examples_are_the_rendered_rows_in_order(tokenizer, write_jsonl):
+    path = write_jsonl(rows(20))
+    built = build_data(config(path), tokenizer)
+    chat = ChatFormat(tokenizer)
+    assert len(built.train) == 20
+    assert built.heldout is None
+    for index, row in enumerate(rows(20)):
+        text = chat.render(row["messages"])
+        ids, flags = built.train.example(index)
+        assert ids.tolist() == tokenizer(text, add_special_tokens=False)["input_ids"]
+        assert flags.tolist() == chat.loss_flags(ids, text).tolist()
+        assert str(built.train.origin(index)) == f"{path}:{index + 1}"
+
+
+def test_drops_are_counted_by_reason_with_row_numbers(tokenizer, write_jsonl):
+    long = chat_row("add " + "x " * 80, "5")
+    bad = [{"messages": []}, '{"torn', "\n", long, chat_row("add <eos>", "5"), {"messages": rows(1)[0]["messages"][:1]}]
+    path = write_jsonl([*rows(3), *bad, *rows(2), long])
+    built = build_data(config(path, max_drop_fraction=0.6), tokenizer)
+    report = built.train_report
+    assert (report.rows_read, report.rows_kept, report.rows_dropped) == (11, 5, 6)
+    assert {reason: drop.count for reason, drop in report.dropped.items()} == {
+        "no_messages": 1, "invalid_json": 1, "too_long": 2, "control_token": 1, "no_target": 1,
+    }  # fmt: skip
+    assert [example.split(" ")[0] for example in report.dropped["too_long"].examples] == [f"{path}:6", f"{path}:11"]
+    assert len(built.train) == 5
+    saved = json.loads(json.dumps(built.to_json()))
+    assert saved["train"]["dropped"]["no_messages"]["examples"] == [f"{path}:4 (list)"]
+    assert saved["train"]["dropped_fraction"] == 6 / 11
+
+
+def test_an_example_is_never_cut(tokenizer, write_jsonl):
+    path = write_jsonl(rows(1))
+    whole = len(build_data(config(path), tokenizer).train.example(0)[0])
+    assert len(build_data(config(path, sequence_length=whole - 1), tokenizer).train.example(0)[0]) == whole
+    with pytest.raises(UserError, match="too_long"):
+        build_data(config(path, sequence_length=whole - 2), tokenizer)
+
+
+def test_too_many_drops_are_an_error(tokenizer, write_jsonl):
+    path = write_jsonl([*rows(9), {"messages": []}])
+    assert len(build_data(config(path, max_drop_fraction=0.1), tokenizer).train) == 9
+    with pytest.raises(
+        UserError, match=r"1 of 10 rows dropped \(10\.0%\).*data.max_drop_fraction=0\.05(?s:.*)rows.jsonl:10"
+    ):
+        build_data(config(path), tokenizer)
+
+
+def test_nothing_left_is_an_error(tokenizer, write_jsonl):
+    with pytest.raises(UserError, match=r"none of the 2 rows can be trained on(?s:.*)no_messages"):
+        build_data(config(write_jsonl([{}, {}]), max_drop_fraction=1.0), tokenizer)
+    with pytest.raises(UserError, match="the sources hold no rows"):
+        build_data(config(write_jsonl(["\n"])), tokenizer)
+    with pytest.raises(UserError, match=r"data\.train is empty"):
+        build_data(config(), tokenizer)
+
+
+def test_max_rows_takes_the_first(tokenizer, write_jsonl):
+    paths = [write_jsonl(rows(4), "a.jsonl"), write_jsonl(rows(4, start=4), "b.jsonl")]
+    built = build_data(config(*paths, max_rows=6), tokenizer)
+    assert prompts(built.train, tokenizer) == prompts(build_data(config(*paths), tokenizer).train, tokenizer)[:6]
+
+
+def test_sources_keep_their_weights(tokenizer, write_jsonl):
+    data = config()
+    data.train = [
+        DataSource(path=write_jsonl(rows(3), "a.jsonl"), weight=2.0),
+        DataSource(path=write_jsonl(rows(2), "b.jsonl")),
+    ]
+    built = build_data(data, tokenizer)
+    assert built.train.weights == (2.0, 1.0)
+    assert built.train.source.tolist() == [0, 0, 0, 1, 1]
+    data.train[1].weight = 0
+    with pytest.raises(UserError, match=r"b\.jsonl has weight 0"):
+        build_data(data, tokenizer)
+
+
+def test_equal_prompts_are_never_on_both_sides(tokenizer, write_jsonl):
+    twice = [chat_row(row["messages"][0]["content"], answer) for row in rows(200) for answer in ("is 5", "is 7")]
+    built = build_data(config(write_jsonl(twice), heldout_fraction=0.2), tokenizer)
+    train, heldout = set(prompts(built.train, tokenizer)), set(prompts(built.heldout, tokenizer))
+    assert not train & heldout
+    assert len(built.train) + len(built.heldout) == 400
+    # A hash gives each of 200 prompts a chance of 0.2: 40 ± 5.7 prompts (one standard deviation), two rows each.
+    assert 40 <= len(built.heldout) <= 120
+    more = build_data(config(write_jsonl([*rows(50, start=300), *twice]), heldout_fraction=0.2), tokenizer)
+    assert heldout <= set(prompts(more.heldout, tokenizer))  # a row's side depends on that row alone
+
+
+def test_a_share_that_leaves_nothing_is_refused(tokenizer, write_jsonl):
+    with pytest.raises(UserError, match=r"data\.heldout_fraction=1e-09 of 3 rows"):
+        build_data(config(write_jsonl(rows(3)), heldout_fraction=1e-9), tokenizer)
+
+
+def test_heldout_sources_and_shared_prompts(tokenizer, write_jsonl, caplog):
+    data = config(write_jsonl(rows(10), "train.jsonl"))
+    data.heldout = [DataSource(path=write_jsonl(rows(4, start=8), "heldout.jsonl"))]
+    with caplog.at_level("WARNING"):
+        built = build_data(data, tokenizer)
+    assert (len(built.train), len(built.heldout), built.shared_prompts) == (10, 4, 2)
+    assert "2 of 4 held-out examples have a prompt that is also trained on" in caplog.text
+    assert built.heldout_report.rows_read == 4
+
+
+def test_fingerprint_tells_what_changed(tokenizer, tiny_tokenizer, write_jsonl):
+    path = write_jsonl(rows(5))
+    base = build_data(config(path), tokenizer).train.fingerprint
+
+    def changed(data, own=tokenizer):
+        other = build_data(data, own).train.fingerprint
+        return {key for key in base if base[key] != other[key]}
+
+    assert changed(config(path)) == set()
+    assert changed(config(write_jsonl(rows(5), "copy.jsonl.gz"))) == set()  # content counts, not its place or format
+    assert changed(config(write_jsonl(rows(6), "six.jsonl"))) == {"rows", "examples"}
+    assert changed(config(path, thoughts="train")) == {"thoughts", "examples"}
+    assert changed(config(path, sequence_length=256), tiny_tokenizer) == {"tokenizer", "chat_template", "examples"}
+
+
+def test_codev_rows(tiny_tokenizer, write_jsonl):
+    whole = "<think>x</think><answer>```sv\nmodule a;\nendmodule\n```</answer>"
+    path = write_jsonl(
+        [
+            {"system": "s", "prompt": "p", "response": whole},
+            {"system": "s", "prompt": "p", "response": "<think>never"},
+            {"system": "s", "prompt": "p", "response": whole.replace("a;", "a b c;")},
+        ]
+    )
+    data = config(path, format="codev_r1", sequence_length=256, max_drop_fraction=0.9)
+    built = build_data(data, tiny_tokenizer)
+    assert {reason: drop.count for reason, drop in built.train_report.dropped.items()} == {"unclosed_think": 1}
+    ids, flags = built.train.example(0)
+    assert tiny_tokenizer.decode(ids[flags]) == "```verilog\nmodule a;\nendmodule\n```<turn|>"
+    pytest.importorskip("shutil").which("iverilog") or pytest.skip("Icarus Verilog is not installed")
+    data.check_syntax = True
+    dropped = build_data(data, tiny_tokenizer).train_report.dropped
+    assert {reason: drop.count for reason, drop in dropped.items()} == {"unclosed_think": 1, "syntax_error": 1}
+
+
+def test_embedded_rows_fit_and_are_quick_to_build(tiny_tokenizer):
+    data = DataConfig(
+        train=[DataSource(path="embedded:verilog_smoke/train.jsonl.gz")],
+        heldout=[DataSource(path="embedded:verilog_smoke/heldout.jsonl.gz")],
+    )
+    started = time.process_time()
+    built = build_data(data, tiny_tokenizer)
+    rows_per_second = (len(built.train) + len(built.heldout)) / (time.process_time() - started)
+    assert built.train_report.rows_dropped == built.heldout_report.rows_dropped == 0
+    assert built.shared_prompts == 0
+    assert rows_per_second > 300  # per core; about 3,000 on an idle one
+
+
+def test_folders_without_a_fit_tokenizer_are_refused(tokenizer, tmp_path):
+    with pytest.raises(UserError, match=r"no tokenizer\.json"):
+        load_tokenizer(str(tmp_path))
+    tokenizer.save_pretrained(tmp_path)
+    assert load_tokenizer(str(tmp_path)).chat_template == tokenizer.chat_template
+    (tmp_path / "chat_template.jinja").unlink()
+    with pytest.raises(UserError, match="no chat template"):
+        load_tokenizer(str(tmp_path))
+
+
+def test_tokenizer_from_a_remote_folder(tiny_tokenizer):
+    import fsspec
+
+    from gemma4_tpu import assets
+
+    store = fsspec.filesystem("memory")
+    store.put(assets.resolve("embedded:tiny"), "/models/tiny", recursive=True)
+    assert load_tokenizer("memory://models/tiny").get_vocab() == tiny_tokenizer.get_vocab()
+
+
+def test_building_data_brings_no_jax():
+    script = "import sys; import gemma4_tpu.data.build, gemma4_tpu.data.pipeline, gemma4_tpu.data.preview; "
+    done = subprocess.run(
+        [sys.executable, "-c", script + "print('jax' in sys.modules)"], capture_output=True, text=True
+    )
+    assert done.stdout.strip() == "False", done.stderr
