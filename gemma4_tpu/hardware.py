@@ -174,10 +174,5 @@ def price_of(hardware: HardwareConfig) -> Price | None:
     return found.spot if hardware.spot else found.on_demand
 
 
-def same_platform(chip: Chip, platform: str) -> bool:
-    """Whether a JAX platform name (`tpu`, `gpu`, `cuda`) is the kind of machine that `chip` is."""
-    return chip.platform == _family(platform)
-
-
 def _family(platform: str) -> str:
     return "gpu" if platform in ("cuda", "rocm") else platform

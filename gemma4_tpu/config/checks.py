@@ -107,8 +107,8 @@ def resolve_mesh(mesh: MeshConfig, architecture: Architecture, devices: int) -> 
     if not fitting:
         given = ", ".join(f"mesh.{axis}={size}" for axis, size in (("fsdp", mesh.fsdp), ("tp", mesh.tp)) if size)
         raise UserError(
-            f"{given}: not possible for {architecture.name} on {_count(devices, 'device')} (fsdp × tp = {devices}; "
-            f"tp divides {architecture.num_heads} query heads and "
+            f"{given}: not possible for model={architecture.name} on {_count(devices, 'device')} "
+            f"(fsdp × tp = {devices}; tp divides {architecture.num_heads} query heads and "
             f"{_heads(architecture)} key/value heads); legal meshes: "
             + "; ".join(f"mesh.fsdp={fsdp} mesh.tp={tp}" for fsdp, tp in legal)
         )
@@ -214,18 +214,20 @@ def _lora(lora: LoraConfig, model_name: str) -> list[str]:
             )
         if model_name in LORA_ONLY:
             messages.append(
-                f"lora.enabled=false: full fine-tuning is for the small sizes, not {model_name}; give lora=default "
-                "or another model"
+                f"lora.enabled=false: full fine-tuning is for the small sizes, not model={model_name}; "
+                "give lora=default or another model"
             )
         return messages
     known = ", ".join(LORA_TARGETS)
     if not lora.targets:
         return [f"lora.targets=[]: nothing would be trained; give some of {known}, or lora=none for full fine-tuning"]
-    return [
+    unknown = [
         f"lora.targets: {target!r} is no role{did_you_mean(target, LORA_TARGETS)} (roles: {known})"
         for target in lora.targets
         if target not in LORA_TARGETS
     ]
+    twice = [target for target in dict.fromkeys(lora.targets) if lora.targets.count(target) > 1]
+    return unknown + [f"lora.targets: {target!r} is given twice" for target in twice]
 
 
 def _data(data: DataConfig) -> list[str]:

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from gemma4_tpu.config.load import EntryPoint
 
 
-def serve(entry: EntryPoint, argv: list[str]) -> NoReturn:
+def serve(entry: EntryPoint, flags: list[str], overrides: list[str]) -> NoReturn:
     """Hands the command line to Hydra and ends the process. A sweep runs each job as a process of its own."""
     from gemma4_tpu.config.load import _VERSION_BASE, config_dir, register
 
@@ -28,6 +28,6 @@ def serve(entry: EntryPoint, argv: list[str]) -> NoReturn:
             command.append(f"run_dir='{job.runtime.output_dir}'")
         subprocess.run(command, check=True)
 
-    sys.argv = [sys.argv[0], *argv]
+    sys.argv = [sys.argv[0], *flags, "--", *overrides]
     run_job()
     raise SystemExit(0)

@@ -98,21 +98,14 @@ def did_you_mean(given: str, candidates: Iterable[str], write: Callable[[str], s
 
 
 def _no_such_key(schema: type, where: type, walked: str, part: str, key: str) -> str:
-    siblings = [f.name for f in fields(where)]
-    hint = did_you_mean(part, siblings, lambda name: f"{walked}.{name}" if walked else name)
-    if not hint:  # the right name in the wrong group, or a misspelt group
-        last = key.rsplit(".", 1)[-1]
-        leaves = leaf_keys(schema)
-        same = [leaf for leaf in leaves if leaf.rsplit(".", 1)[-1] == last]
-        hint = f"; did you mean {' or '.join(same)}?" if same else did_you_mean(key, leaves)
-    elif "." in key and not walked:  # a misspelt group: say the whole key
-        group = nearest(part, siblings)[0]
-        rest = key.split(".", 1)[1]
-        if unknown_key(schema, f"{group}.{rest}") is None:
-            hint = f"; did you mean {group}.{rest}?"
-    if not hint:
-        hint = f"; {walked or 'the configuration'} has {', '.join(siblings)}"
-    return f"no such key{hint}"
+    leaves = leaf_keys(schema)
+    siblings = [field.name for field in fields(where)]
+    namesakes = [leaf for leaf in leaves if leaf.rsplit(".", 1)[-1] == key.rsplit(".", 1)[-1]]
+    meant = [f"{walked}.{name}" for name in nearest(part, siblings)] if walked else []
+    meant = meant or (namesakes if len(namesakes) == 1 else nearest(key, leaves)) or nearest(part, siblings)
+    if meant:
+        return f"no such key; did you mean {' or '.join(meant)}?"
+    return f"no such key; {walked or 'the configuration'} has {', '.join(siblings)}"
 
 
 def _options(annotation: Any) -> tuple[Any, ...]:

@@ -93,13 +93,12 @@ def load_train(argv: list[str]) -> Loaded:
     if flags is not None and not problems:
         from gemma4_tpu.config.hydra_flags import serve
 
-        serve(TRAIN, argv)
+        serve(TRAIN, [word for word in argv if word not in words], good)
     checked = None
     if composed is not None and flags is None:
         root = normalise(composed)
         checked, found = examine_train(root)
-        doubtful = {group for problem in problems for group in problem.groups}
-        problems += [p for p in found if not any(f"{g}." in p.message or f"{g}=" in p.message for g in doubtful)]
+        problems += [p for p in found if not any(earlier.clouds(p.message) for earlier in problems)]
     if problems or checked is None:
         raise UserError(f"{refusal(problems)}\n({TRAIN.command} --help lists every key)")
     return Loaded(root, good, checked)

@@ -14,7 +14,7 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from gemma4_tpu.config.keys import did_you_mean, element_type, field_types, type_name, unknown_key
+from gemma4_tpu.config.keys import did_you_mean, element_type, field_types, nearest, type_name, unknown_key
 from gemma4_tpu.config.problems import Problem
 
 
@@ -72,11 +72,11 @@ def check_file(content: DictConfig, *, label: str, prefix: str, schema: type) ->
         key = f"{prefix}.{name}" if prefix else str(name)
         message = unknown_key(schema, key)
         if message:
-            problems.append(Problem(f"{label}: {key}: {message}", (key.split(".")[0],)))
+            problems.append(Problem(f"{label}: {key}: {message}", _meant(message)))
         elif is_dataclass(_type_at(schema, key)) and isinstance(value, DictConfig):
             problems += check_file(value, label=label, prefix=key, schema=schema)
         elif (message := _bad_value(schema, key, value)) is not None:
-            problems.append(Problem(f"{label}: {message}", (key.split(".")[0],)))
+            problems.append(Problem(f"{label}: {message}", (key,)))
     return problems
 
 
@@ -87,21 +87,21 @@ def _check_override(word: str, override: Override, schema: type, groups: Groups,
     if override.is_sweep_override() and not multirun:
         listed = unknown_key(schema, name) is None and element_type(_type_at(schema, name)) is not None
         one = f"write '{name}=[a,b]'" if listed else "give one value"
-        return Problem(f"{word}: several values are a sweep; {one}, or add --multirun", (name.split(".")[0],))
+        return Problem(f"{word}: several values are a sweep; {one}, or add --multirun", (name,))
     if name in groups.options:
         return _check_option(word, override, schema, groups)
     message = unknown_key(schema, name)
     if message:
-        named = did_you_mean(name, groups.options)
-        if "." not in name and "=" in word and named:
-            message = f"no such key or group{named}"
-        return Problem(f"{word}: {message}", _doubtful(message, name, groups))
+        meant = nearest(name, groups.options) if "." not in name else []
+        if meant:
+            message = f"no such key or group; did you mean {' or '.join(meant)}?"
+        return Problem(f"{word}: {message}", _meant(message))
     if override.is_delete():
         return Problem(f"{word}: every key keeps a value; write {name}=null where null is allowed")
     for value in _values(override):
         message = _bad_value(schema, name, value)
         if message:
-            return Problem(message, (name.split(".")[0],))
+            return Problem(message, (name,))
     return None
 
 
@@ -190,9 +190,10 @@ def _hydra_word(word: str, name: str) -> str:
     return f"{word}: takes effect with --multirun only (hydra.searchpath works always)"
 
 
-def _doubtful(message: str, name: str, groups: Groups) -> tuple[str, ...]:
-    """Groups that a misspelt key may have meant."""
-    return tuple(g for g in groups.options if f" {g}." in message or f" {g}?" in message or name.startswith(f"{g}."))
+def _meant(message: str) -> tuple[str, ...]:
+    """The names that a message suggests: their values are in doubt."""
+    hint = message.partition("did you mean ")[2].rstrip("?")
+    return tuple(hint.split(" or ")) if hint else ()
 
 
 def _article(name: str) -> str:

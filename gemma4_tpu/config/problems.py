@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -14,8 +15,12 @@ class Problem:
 
     message: str
     """Names the key, what was given, and what would work."""
-    groups: tuple[str, ...] = ()
-    """Config groups whose values are in doubt because of it: checks across fields say nothing about these."""
+    doubt: tuple[str, ...] = ()
+    """Groups and keys whose values are not known because of it."""
+
+    def clouds(self, message: str) -> bool:
+        """Whether `message`, about the values that are left, speaks of something in doubt."""
+        return any(re.search(rf"\b{re.escape(name)}\b", message) for name in self.doubt)
 
 
 def refusal(problems: Sequence[Problem]) -> UserError:

@@ -1,0 +1,269 @@
+"""Checks across fields: each impossible combination, and what its refusal says."""
+
+import json
+
+import pytest
+
+from gemma4_tpu.architectures import ARCHITECTURES
+from gemma4_tpu.config.checks import (
+    check_devices,
+    check_train,
+    resolve_mesh,
+    rows_per_microbatch,
+    rows_per_update,
+    warmup_warning,
+)
+from gemma4_tpu.config.limits import CHOICES, RANGES
+from gemma4_tpu.config.schema import (
+    DataConfig,
+    DataSource,
+    HardwareConfig,
+    MeshConfig,
+    ModelConfig,
+    OptimizerConfig,
+    TrainerConfig,
+    TrainRoot,
+)
+from gemma4_tpu.errors import UserError
+
+REFUSALS = [
+    # ranges and choices
+    (["lora.rank=0"], "lora.rank=0: must be at least 1"),
+    (["lora.alpha=nan"], "lora.alpha=nan: must be a number more than 0"),
+    (["lora.dropout=1"], "lora.dropout=1.0: must be at least 0 and less than 1"),
+    (["optimizer.max_grad_norm=0"], "must be more than 0 (null: off)"),
+    (["trainer.loss_chunk_tokens=0"], "trainer.loss_chunk_tokens=0: must be at least 1"),
+    (["checkpoint.every=0"], "checkpoint.every=0: must be at least 1"),
+    (["trainer.remat=full"], "trainer.remat=full: not a choice (choices: none, block, decoder)"),
+    (["optimizer.schedule=cos"], "did you mean optimizer.schedule=cosine?"),
+    (["tracker.mode=disabled"], "choices: auto, online, offline"),
+    (["checkpoint.resume=always"], "choices: auto, never"),
+    # length of the run, size of an update
+    (["trainer.epochs=2"], "trainer.max_updates=100, trainer.epochs=2.0: set one of them; add trainer.epochs=null"),
+    (["trainer.max_updates=null"], "trainer.max_updates, trainer.epochs: set exactly one; both are null"),
+    (["trainer.global_batch_tokens=4096"], "add trainer.global_batch_sequences=null"),
+    (["trainer.global_batch_sequences=null"], "set exactly one; both are null"),
+    (
+        ["trainer.global_batch_tokens=4000", "trainer.global_batch_sequences=null"],
+        "trainer.global_batch_tokens=4000: not a multiple of data.sequence_length=512; 4096 is (8 rows)",
+    ),
+    (["trainer.microbatches=3"], "does not divide the 8 rows of an update"),
+    (["hardware=v5p16", "mesh=fsdp", "trainer.global_batch_sequences=12"], "12 rows per microbatch on mesh.fsdp=8"),
+    # LoRA
+    (["lora=none", "lora.quantize=nf4"], "lora.quantize=nf4: quantised weights can't be trained"),
+    (["lora.targets=[]"], "lora.targets=[]: nothing would be trained"),
+    (["lora.targets=[attn]"], "lora.targets: 'attn' is no role; did you mean attention? (roles: attention, mlp)"),
+    (["lora.targets=[mlp,mlp]"], "lora.targets: 'mlp' is given twice"),
+    (["model=gemma4_31b", "model.path=random:0", "lora=none"], "for the small sizes, not model=gemma4_31b"),
+    (["model=gemma4_26b_a4b", "model.path=random:0", "lora=none"], "for the small sizes"),
+    # model
+    (["model=gemma4_31b"], "give model.path=<folder with the Hugging Face checkpoint> (local or gs://), or"),
+    (["model.name=tiny_mo"], "model.name=tiny_mo: no such architecture; did you mean model=tiny_moe"),
+    (["model.path=random:x"], "model.path=random:x: write random:SEED, such as random:0"),
+    (["model.path=/no/such/folder"], "model.path=/no/such/folder: no such folder (nor is there a folder /no/such)"),
+    (["model.path=embedded:tinny"], "model.path=embedded:tinny: no such embedded asset; there are: "),
+    (["model.tokenizer=/no/such"], "model.tokenizer=/no/such: no such folder"),
+    # data
+    (["data=chat_jsonl"], "data.train.0.path is empty; give data.train.0.path=<rows.jsonl"),
+    (["data.train=[]", "data.heldout=[]"], "data.train=[]: no training rows"),
+    (["data.train.0.path=/no/rows.jsonl"], "data.train.0.path=/no/rows.jsonl: no such file or folder"),
+    (["data.train.0.weight=0"], "data.train.0.weight=0.0: must be more than 0"),
+    (["data.train.0.path='hf:'"], "write hf:NAME or hf:NAME:SPLIT"),
+    (["data.heldout_fraction=0.1"], "data.heldout is set too; give data.heldout=[] or data.heldout_fraction=0"),
+    (["data.buckets=[128]"], "data.buckets=[128]: only with data.packing=buckets (it is true)"),
+    (["data.packing=buckets", "data.buckets=[128,1024]"], "lengths between 2 and data.sequence_length=512"),
+    (["data.check_syntax=true"], "only with data.format=codev_r1"),
+    # hardware and run
+    (["hardware.name=v5p9"], "hardware.name=v5p9: no such slice; did you mean hardware=v5p8"),
+    (["hardware=h200", "trainer.attention=splash"], "a TPU kernel, but h200 has GPUs"),
+    (["name=a/b"], "name=a/b: part of a folder's name"),
+    (["run_dir=gs://bucket/run"], "run_dir=gs://bucket/run: the run folder is local"),
+]
+
+
+@pytest.mark.parametrize(("words", "told"), REFUSALS, ids=[" ".join(words) for words, _ in REFUSALS])
+def test_what_cannot_work_is_refused(refused, words, told):
+    message = refused(*words)
+    assert told in message
+    assert "problems in the configuration" not in message
+
+
+def test_every_limit_names_a_key():
+    root = TrainRoot()
+    for key in [*CHOICES, *RANGES]:
+        group, name = key.split(".")
+        assert hasattr(getattr(root, group), name), key
+
+
+def test_gs_needs_gcsfs(refused, monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    message = refused("model.path=gs://bucket/model", "data.train.0.path=gs://bucket/rows.jsonl", "tracker=wandb")
+    assert "model.path=gs://bucket/model: gs:// needs gcsfs; pip install 'gemma4-tpu[gcp]'" in message
+    assert "data.train.0.path=gs://bucket/rows.jsonl: gs:// needs gcsfs" in message
+    assert "tracker.kind=wandb: the package wandb is not installed" in message
+
+
+def test_a_file_is_no_run_folder(refused, tmp_path):
+    file = tmp_path / "run"
+    file.touch()
+    assert f"run_dir={file}: is a file" in refused(f"run_dir={file}")
+
+
+def test_a_near_miss_of_a_file_is_suggested(refused, tmp_path):
+    (tmp_path / "rows.jsonl").touch()
+    told = refused(f"data.train.0.path={tmp_path}/row.jsonl")
+    assert f"no such file or folder; did you mean {tmp_path}/rows.jsonl?" in told
+
+
+# --- checkpoints
+
+
+def test_the_checkpoint_decides_the_architecture(load, checkpoint):
+    folder = checkpoint("tiny_moe", final_logit_softcapping=30.0)
+    assert load(f"model.path={folder}").checked.architecture == ARCHITECTURES["tiny_moe"]
+
+
+def test_a_checkpoint_of_another_model_is_refused_and_the_right_name_given(refused, checkpoint):
+    message = refused("model=tiny", f"model.path={checkpoint('tiny_e2b')}")
+    assert "not a checkpoint of tiny; give model=tiny_e2b (num_layers: model=tiny has 6, the checkpoint 10" in message
+
+
+def test_a_contradiction_is_named(refused, checkpoint):
+    message = refused(f"model.path={checkpoint('tiny_moe', sliding_window=32)}")
+    assert "no architecture of this project fits it (sliding_window: model=tiny_moe has 64, the checkpoint 32" in message
+
+
+@pytest.mark.parametrize(
+    ("damage", "told"),
+    [
+        (lambda folder: (folder / "config.json").unlink(), "there is no config.json"),
+        (lambda folder: (folder / "config.json").write_text("{"), "config.json is damaged: "),
+        (lambda folder: (folder / "config.json").write_text("[]"), "config.json is damaged: "),
+        (lambda folder: (folder / "config.json").write_text('{"model_type": "llama"}'), "model_type is 'llama'"),
+        (lambda folder: (folder / "config.json").write_text(json.dumps({"model_type": "gemma4"})), "is missing"),
+        (lambda folder: (folder / "model.safetensors").unlink(), "there are no *.safetensors files"),
+        (lambda folder: (folder / "tokenizer.json").unlink(), "there is no tokenizer.json; give model.tokenizer="),
+    ],
+    ids=["no config", "half a config", "a list", "another model", "no sizes", "no weights", "no tokenizer"],
+)
+def test_an_incomplete_checkpoint_is_refused(refused, checkpoint, damage, told):
+    folder = checkpoint("tiny_moe")
+    damage(folder)
+    message = refused(f"model.path={folder}")
+    assert f"model.path={folder}: " in message
+    assert told in message
+    assert "problems" not in message
+
+
+# --- mesh
+
+
+def mesh(name: str, devices: int, fsdp: int | None = None, tp: int | None = None) -> tuple[int, int]:
+    return resolve_mesh(MeshConfig(fsdp=fsdp, tp=tp), ARCHITECTURES[name], devices)
+
+
+def test_auto_takes_the_largest_legal_tp():
+    assert mesh("gemma4_31b", 4) == (1, 4)
+    assert mesh("gemma4_31b", 8) == (2, 4)  # four global key/value heads
+    assert mesh("gemma4_31b", 32) == (8, 4)
+    assert mesh("gemma4_26b_a4b", 8) == (4, 2)  # two global key/value heads
+    assert mesh("gemma4_e2b", 8) == (1, 8)  # one key/value head is held by all
+    assert mesh("tiny", 1) == (1, 1)
+
+
+def test_one_axis_leaves_the_rest_to_the_other():
+    assert mesh("gemma4_31b", 16, fsdp=8) == (8, 2)
+    assert mesh("gemma4_31b", 16, tp=1) == (16, 1)
+    assert mesh("gemma4_31b", 4, fsdp=2, tp=2) == (2, 2)
+
+
+@pytest.mark.parametrize(
+    ("name", "devices", "sizes"),
+    [
+        ("gemma4_31b", 8, {"tp": 8}), ("gemma4_26b_a4b", 4, {"tp": 4}), ("gemma4_31b", 4, {"fsdp": 2, "tp": 4}),
+        ("gemma4_31b", 4, {"fsdp": 3}), ("gemma4_31b", 4, {"fsdp": 1, "tp": 1}),
+    ],
+)  # fmt: skip
+def test_an_impossible_mesh_lists_the_legal_ones(name, devices, sizes):
+    with pytest.raises(UserError) as caught:
+        mesh(name, devices, **sizes)
+    message = str(caught.value)
+    assert all(f"mesh.{axis}={size}" in message.split(":")[0] for axis, size in sizes.items())
+    legal = message.split("legal meshes: ")[1].split("; ")
+    assert legal[0] == f"mesh.fsdp={devices} mesh.tp=1"
+    for entry in legal:  # what is listed works
+        fsdp, tp = (int(part.split("=")[1]) for part in entry.split())
+        assert mesh(name, devices, fsdp=fsdp, tp=tp) == (fsdp, tp)
+
+
+def test_the_mesh_of_a_known_slice_is_checked_without_jax(load, refused):
+    assert load("hardware=v5p8", "model=gemma4_31b", "model.path=random:0").checked.mesh == (1, 4)
+    assert load("hardware=v5p8", "mesh.fsdp=2", "mesh.tp=2").checked.mesh == (2, 2)
+    assert "legal meshes" in refused("hardware=v5p16", "model=gemma4_31b", "model.path=random:0", "mesh=tp")
+
+
+def test_rows_divide_among_the_fsdp_devices():
+    data = DataConfig(sequence_length=512)
+    assert rows_per_update(TrainerConfig(global_batch_tokens=4096), data) == 8
+    assert rows_per_microbatch(TrainerConfig(global_batch_sequences=8, microbatches=2), data, fsdp=4) == 4
+    trainer = TrainerConfig(global_batch_sequences=12, microbatches=2)
+    with pytest.raises(UserError, match=r"6 rows per microbatch on mesh\.fsdp=4.*\(a multiple of 8\)") as caught:
+        rows_per_microbatch(trainer, data, fsdp=4)
+    advised = int(str(caught.value).split("give trainer.global_batch_sequences=")[1].split()[0])
+    assert rows_per_microbatch(TrainerConfig(global_batch_sequences=advised, microbatches=2), data, fsdp=4) > 0
+
+
+# --- devices
+
+
+def test_the_slice_that_was_asked_for_is_there():
+    check_devices(HardwareConfig(name="v5p-8"), "tpu", "TPU v5p", 4)
+    check_devices(HardwareConfig(name="v5p-8"), "tpu", "TPU v5", 4)  # how libtpu names v5p
+    check_devices(HardwareConfig(name="v5e-8"), "tpu", "TPU v5 lite", 8)
+    check_devices(HardwareConfig(name="v6e-4"), "tpu", "TPU v6 lite", 4)
+    check_devices(HardwareConfig(name="h100x2"), "gpu", "NVIDIA H100 80GB HBM3", 2)
+    check_devices(HardwareConfig(name="local"), "cpu", "cpu", 1)
+
+
+@pytest.mark.parametrize(
+    ("found", "told"),
+    [
+        (("cpu", "cpu", 1), "hardware=v5p8 is 4 × v5p, but JAX found 1 × cpu; give hardware=local (whatever is there)"),
+        (("tpu", "TPU v5p", 8), "JAX found 8 × TPU v5p (tpu); give hardware=v5p16 or hardware=local"),
+        (("tpu", "TPU v6 lite", 4), "give hardware=v6e4 or hardware=local"),
+        (("gpu", "NVIDIA H200", 1), "give hardware=h200 or hardware=local"),
+    ],
+)
+def test_another_machine_is_refused_with_what_was_found(found, told):
+    with pytest.raises(UserError) as caught:
+        check_devices(HardwareConfig(name="v5p-8"), *found)
+    assert told in str(caught.value)
+
+
+# --- reported, not refused
+
+
+def test_a_long_warm_up_is_reported():
+    assert warmup_warning(OptimizerConfig(warmup_updates=10), updates=100) is None
+    assert "warmup_updates=11 is more than a tenth" in warmup_warning(OptimizerConfig(warmup_updates=11), updates=100)
+    assert "never reached" in warmup_warning(OptimizerConfig(warmup_updates=100), updates=100)
+
+
+def test_warnings_are_handed_back(load):
+    assert load().checked.warnings == ()
+    loaded = load("optimizer.warmup_updates=50", "data.heldout=[]", "hardware=v5e8")
+    for told in ("tenth", "held-out", "price"):
+        assert any(told in line for line in loaded.checked.warnings)
+    assert loaded.root.optimizer.warmup_updates == 50  # not changed
+
+
+def test_checks_work_on_dataclasses_alone():
+    root = TrainRoot(
+        model=ModelConfig(name="tiny_e2b", path="random:1"),
+        data=DataConfig(train=[DataSource(path="hf:someone/something")]),
+        trainer=TrainerConfig(max_updates=3, global_batch_sequences=4),
+    )
+    assert check_train(root).architecture.name == "tiny_e2b"
+    root.trainer.microbatches, root.lora.rank = 3, 0
+    with pytest.raises(UserError, match="2 problems in the configuration"):
+        check_train(root)

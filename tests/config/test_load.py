@@ -1,0 +1,227 @@
+"""Composition: where `conf/` is found, what the command line may say, what comes out."""
+
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from omegaconf import OmegaConf
+
+import gemma4_tpu
+from gemma4_tpu.config import load as load_module
+from gemma4_tpu.config.load import config_dir, from_yaml, load_train, to_yaml
+from gemma4_tpu.config.overrides import groups_in
+from gemma4_tpu.errors import UserError
+from gemma4_tpu.hardware import SLICES
+
+GROUPS = groups_in(config_dir())
+BIG = ("gemma4_31b", "gemma4_26b_a4b", "gemma4_e4b", "gemma4_e2b")
+OPTIONS = [(group, option) for group, options in GROUPS.items() for option in options if group != "local"]
+
+
+@pytest.mark.parametrize(("group", "option"), OPTIONS, ids=[f"{g}={o}" for g, o in OPTIONS])
+def test_every_option_composes_and_passes_the_checks(group, option, tmp_path):
+    rows = tmp_path / "rows.jsonl"
+    rows.touch()
+    needs = {
+        "data=chat_jsonl": [f"data.train.0.path={rows}"],
+        "lora=none": ["model=tiny_moe"],
+    }.get(f"{group}={option}", [])
+    words = [f"{group}={option}", *needs]
+    if f"{group}={option}" != "model=tiny":  # which has its own checkpoint
+        words.append("model.path=random:0")
+    if group == "hardware" and option != "local":  # rows must divide over the largest mesh
+        words.append("trainer.global_batch_sequences=64")
+    loaded = load_train(words)
+    assert loaded.overrides == words
+
+
+def test_every_slice_has_an_option():
+    names = {OmegaConf.load(path).name for path in (config_dir() / "hardware").glob("*.yaml")}
+    assert names == {"local", *SLICES}
+
+
+def test_options_of_the_issue_are_there():
+    assert set(GROUPS["hardware"]) == {
+        "local", "v5p8", "v5p16", "v5p32", "v5p64", "v6e1", "v6e4", "v6e8", "v6e16", "v5e8", "v5e16", "h100x2", "h200",
+    }
+    assert set(GROUPS["mesh"]) == {"auto", "fsdp", "tp"}
+    assert set(GROUPS["model"]) == {*BIG, "tiny", "tiny_moe", "tiny_e2b"}
+    assert set(GROUPS["lora"]) == {"default", "qlora_nf4", "qlora_int8", "none"}
+    assert set(GROUPS["data"]) == {"verilog_smoke", "chat_jsonl", "codev_r1"}
+    assert set(GROUPS["tracker"]) == {"none", "wandb", "tensorboard"}
+
+
+def test_overrides_reach_the_dataclasses(load):
+    loaded = load("lora=qlora_nf4", "lora.rank=8", "optimizer.b1=3e-4", "data.packing=false", "tracker.tags=[a]")
+    assert (loaded.root.lora.rank, loaded.root.lora.quantize) == (8, "nf4")
+    assert loaded.root.optimizer.b1 == 3e-4
+    assert loaded.root.data.packing == "false"
+    assert loaded.root.tracker.tags == ["a"]
+    assert loaded.checked.mesh is None  # JAX counts the devices of hardware=local
+
+
+def test_experiment_is_a_delta_that_the_command_line_overrides():
+    root = load_train(["experiment=v5p8", "model.path=random:0", "lora.rank=32"]).root
+    assert (root.hardware.name, root.model.name, root.lora.alpha, root.lora.rank) == ("v5p-8", "gemma4_31b", 64.0, 32)
+
+
+def test_plus_before_what_exists_already_is_taken_as_meant(load):
+    loaded = load("+lora.rank=3", "+experiment=smoke")
+    assert loaded.root.lora.rank == 3
+    assert "lora.rank=3" in loaded.overrides
+
+
+def test_sources_given_as_a_list(load, tmp_path):
+    first, second = tmp_path / "a.jsonl", tmp_path / "b.jsonl.gz"
+    first.touch(), second.touch()
+    root = load(f"data.train=[{{path: {first}}}, {{path: {second}, weight: 0.5}}]").root
+    assert [(source.path, source.weight) for source in root.data.train] == [(str(first), 1.0), (str(second), 0.5)]
+
+
+def test_home_folder_is_expanded(load, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "rows.jsonl").touch()
+    root = load("data.train=[{path: '~/rows.jsonl'}]", "run_dir='~/run'").root
+    assert root.data.train[0].path == str(tmp_path / "rows.jsonl")
+    assert root.run_dir == str(tmp_path / "run")
+
+
+def test_yaml_of_a_configuration_loads_again(load):
+    root = load("lora=qlora_int8", "trainer.max_updates=7").root
+    assert from_yaml(to_yaml(root)) == root
+
+
+def test_yaml_with_unknown_keys_names_all_of_them():
+    with pytest.raises(UserError) as caught:
+        from_yaml("lora: {rnk: 3, rank: x}\nmodl: {name: tiny}")
+    assert all(text in str(caught.value) for text in ("lora.rnk", "lora.rank=x", "modl"))
+
+
+def test_works_from_another_directory(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert load_train(["model=tiny_e2b"]).root.model.name == "tiny_e2b"
+
+
+def test_local_file_is_read_last_and_its_mistakes_are_named(tmp_path, monkeypatch):
+    conf = tmp_path / "conf"
+    shutil.copytree(config_dir(), conf, ignore=shutil.ignore_patterns("local"))
+    (conf / "local").mkdir()
+    monkeypatch.setattr(load_module, "config_dir", lambda: conf)
+    local = conf / "local" / "default.yaml"
+    local.write_text("# @package _global_\nmodel:\n  path: random:5\n")
+    assert load_train(["model=tiny_moe"]).root.model.path == "random:5"
+    local.write_text("# @package _global_\nlora:\n  rnk: 3\n  alpha: x\ntrainr: 1\n")
+    with pytest.raises(UserError) as caught:
+        load_train(["model=tiny_moe", "lora.dropuot=0.1"])
+    message = str(caught.value)
+    assert message.startswith("4 problems")
+    assert "lora.dropuot=0.1: no such key; did you mean lora.dropout?" in message
+    assert "local/default.yaml: lora.rnk: no such key; did you mean lora.rank?" in message
+    assert "local/default.yaml: lora.alpha=x: not a float" in message
+    assert "local/default.yaml: trainr: no such key" in message
+
+
+def test_search_path_adds_experiments(tmp_path):
+    (tmp_path / "experiment").mkdir()
+    experiment = tmp_path / "experiment" / "mine.yaml"
+    experiment.write_text("# @package _global_\nlora:\n  rank: 5\n")
+    words = [f"hydra.searchpath=[file://{tmp_path}]", "experiment=mine", "model=tiny_moe"]
+    assert load_train(words).root.lora.rank == 5
+    experiment.write_text("# @package _global_\nlora:\n  rnk: 5\n")
+    with pytest.raises(UserError, match=r"experiment/mine\.yaml: lora\.rnk: no such key; did you mean lora\.rank\?"):
+        load_train(words)
+
+
+def test_help_tells_groups_keys_meanings_and_defaults(capsys):
+    with pytest.raises(SystemExit) as caught:
+        load_train(["--help"])
+    shown = capsys.readouterr().out
+    assert caught.value.code == 0
+    assert "v5p8, v5p16, v5p32" in shown
+    assert "lora.rank=16  (int)\n      Inner dimension r of the adapters." in shown
+    assert "optimizer.max_grad_norm=1.0  (float or null)" in shown
+    assert max(map(len, shown.splitlines())) <= 120
+    undocumented = [line for line, below in zip(shown.splitlines(), shown.splitlines()[1:], strict=False)
+                    if line.startswith("  ") and line.endswith(")") and "=" in line and not below.startswith("      ")]
+    assert undocumented == []
+
+
+def test_version(capsys):
+    with pytest.raises(SystemExit):
+        load_train(["--version"])
+    assert capsys.readouterr().out == f"gemma4-tpu {gemma4_tpu.__version__}\n"
+
+
+def _python(code: str, *argv: str, cwd: Path) -> subprocess.CompletedProcess:
+    return subprocess.run([sys.executable, "-c", code, *argv], cwd=cwd, capture_output=True, text=True, timeout=60)
+
+
+HEAVY = "{'jax', 'transformers', 'numpy', 'tunix', 'flax'}"
+TIMED = f"""
+import resource, sys
+from gemma4_tpu.config.load import load_train
+try:
+    load_train(sys.argv[1:])
+except (SystemExit, ValueError) as stopped:
+    print(stopped)
+used = resource.getrusage(resource.RUSAGE_SELF)
+print("SECONDS", used.ru_utime + used.ru_stime, sorted({HEAVY} & set(sys.modules)))
+"""
+
+
+@pytest.mark.parametrize("argv", [["--help"], ["lora.rnk=3", "trainer.epochs=1", "model=tinny"], ["model=tiny_moe"]])
+def test_answers_at_once_and_without_jax(argv, tmp_path):
+    """CPU seconds rather than the clock's: the machine may be busy with other tests."""
+    done = _python(TIMED, *argv, cwd=tmp_path)
+    seconds, heavy = done.stdout.splitlines()[-1].removeprefix("SECONDS ").split(" ", 1)
+    assert heavy == "[]"
+    assert float(seconds) < 1.5, done.stdout
+
+
+def test_hydra_prints_the_job(tmp_path):
+    code = "import sys; from gemma4_tpu.config.load import load_train; load_train(sys.argv[1:])"
+    done = _python(code, "model=tiny_moe", "--cfg", "job", "lora.rank=3", cwd=tmp_path)
+    assert OmegaConf.create(done.stdout).lora.rank == 3
+    assert not list(tmp_path.iterdir())  # Hydra leaves no folder behind
+
+
+@pytest.mark.slow
+def test_the_wheel_carries_conf_and_runs_from_anywhere(tmp_path):
+    checkout = Path(gemma4_tpu.__file__).parents[1]
+    build = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation", "--no-index"]
+    subprocess.run([*build, "--wheel-dir", str(tmp_path), str(checkout)], check=True, capture_output=True, timeout=300)
+    (wheel,) = tmp_path.glob("gemma4_tpu-*.whl")
+    installed = tmp_path / "installed"
+    shutil.unpack_archive(wheel, installed, "zip")
+    code = """
+import sys
+sys.path.insert(0, sys.argv[1])
+from gemma4_tpu.config.load import config_dir, load_train
+print(config_dir())
+print(load_train(["model=tiny_moe", "experiment=smoke"]).root.name)
+"""
+    done = _python(code, str(installed), cwd=tmp_path)
+    assert done.stdout.split() == [str(installed / "gemma4_tpu" / "conf"), "smoke"], done.stderr
+    packed = {path.relative_to(installed / "gemma4_tpu/conf").as_posix() for path in installed.rglob("conf/**/*.yaml")}
+    assert packed == {path.relative_to(config_dir()).as_posix() for path in config_dir().rglob("*.yaml")
+                      if path.parent.name != "local"}
+
+
+@pytest.mark.slow
+def test_a_sweep_runs_each_job_as_its_own_process(tmp_path, monkeypatch):
+    """Records the processes instead of training in them."""
+    code = """
+import subprocess, sys
+from gemma4_tpu.config import hydra_flags
+from gemma4_tpu.config.load import load_train
+hydra_flags.subprocess.run = lambda command, check: print("JOB", *command[1:])
+load_train(sys.argv[1:])
+"""
+    done = _python(code, "-m", "model=tiny_moe,tiny_e2b", "lora.rank=4", "hydra.sweep.dir=out", cwd=tmp_path)
+    jobs = [line.split()[1:] for line in done.stdout.splitlines() if line.startswith("JOB")]
+    assert jobs == [
+        ["-m", "gemma4_tpu.train", "model=tiny_moe", "lora.rank=4", f"run_dir='{tmp_path}/out/0'"],
+        ["-m", "gemma4_tpu.train", "model=tiny_e2b", "lora.rank=4", f"run_dir='{tmp_path}/out/1'"],
+    ], done.stderr

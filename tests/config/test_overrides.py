@@ -1,0 +1,91 @@
+"""Each mistake on the command line, and what its refusal says."""
+
+import pytest
+
+MISTAKES = [
+    # key
+    ("lora.rnk=8", "lora.rnk=8: no such key; did you mean lora.rank?"),
+    ("+lora.rnk=8", "+lora.rnk=8: no such key; did you mean lora.rank?"),
+    ("++lora.rnk=8", "did you mean lora.rank?"),
+    ("Lora.Rank=8", "did you mean lora.rank?"),
+    ("lorra.rank=8", "did you mean lora.rank?"),
+    ("rank=8", "did you mean lora.rank?"),
+    ("lora.max_updates=3", "did you mean trainer.max_updates?"),
+    ("lora.rank.x=3", "lora.rank holds int, nothing beneath it"),
+    ("zzz=3", "zzz=3: no such key; the configuration has hardware, mesh, model"),
+    ("data.train.0.pth=x", "did you mean data.train.0.path?"),
+    ("data.train=[{pth: x}]", "data.train.0.pth: no such key; did you mean path?"),
+    ("data.train.7.path=x", "data.train.7.path=x: data.train has no item 7"),
+    # group and option
+    ("modl=tiny", "modl=tiny: no such key or group; did you mean model?"),
+    ("+modl=tiny", "did you mean model?"),
+    ("MODEL=tiny", "did you mean model?"),
+    ("model=tinny", "model=tinny: no such option; did you mean model=tiny"),
+    ("+experiment=smok", "+experiment=smok: no such option; did you mean experiment=smoke?"),
+    ("hardware=v5p-8", "did you mean hardware=v5p8? (options:"),
+    ("model=gemma4-31b", "did you mean model=gemma4_31b?"),
+    ("model=null", "a group takes one of its options"),
+    ("lora={rank: 4}", "keys: lora.key=value"),
+    # type
+    ("lora.rank=abc", "lora.rank=abc: not an int"),
+    ("lora.rank=1.5", "lora.rank=1.5: not an int"),
+    ("lora.rank=null", "lora.rank=null: not an int"),
+    ("lora.rslora=maybe", "lora.rslora=maybe: not a bool"),
+    ("trainer.epochs=many", "trainer.epochs=many: not a float or null"),
+    ("lora.targets=attention", "not a list of str; write 'lora.targets=[attention]'"),
+    ("data.train=a.jsonl", "write 'data.train=[{path: a.jsonl}]'"),
+    ("name=${nope}", "name: Interpolation key 'nope' not found"),
+    # form
+    ("lora.rank", "lora.rank: settings are written key=value"),
+    ("--lora.rank=8", "--lora.rank=8: no such flag; settings are written lora.rank=value"),
+    ("name=a{b", "the value can't be read; quote it: \"name='a{b'\""),
+    ("lora.rank=4,8", "several values are a sweep; give one value, or add --multirun"),
+    ("lora.targets=attention,mlp", "write 'lora.targets=[a,b]', or add --multirun"),
+    ("~lora.rank", "every key keeps a value"),
+    ("hydra.run.dir=x", "the run folder is set by run_dir=<folder>"),
+    ("hydra.verbose=true", "takes effect with --multirun only"),
+]
+
+
+@pytest.mark.parametrize(("word", "told"), MISTAKES, ids=[word for word, _ in MISTAKES])
+def test_a_mistake_is_named_with_its_remedy(refused, word, told):
+    message = refused(word)
+    assert told in message
+    assert "problems in the configuration" not in message  # nothing but this mistake is complained about
+
+
+def test_all_problems_come_in_one_message(refused):
+    message = refused(
+        "lora.rnk=8", "model=tinny", "trainer.log_every=x", "foo", "optimizer.b1=2", "data.packing=perhaps",
+        "trainer.microbatches=3",
+    )
+    assert message.startswith("7 problems in the configuration:\n  - ")
+    for told in (
+        "did you mean lora.rank?", "did you mean model=tiny", "trainer.log_every=x: not an int", "foo: settings",
+        "optimizer.b1=2.0: must be at least 0 and less than 1", "data.packing=perhaps: not a choice",
+        "trainer.microbatches=3: does not divide the 8 rows",
+    ):
+        assert told in message
+    assert message.endswith("(python -m gemma4_tpu.train --help lists every key)")
+
+
+def test_no_complaint_about_what_a_misspelt_word_was_to_settle(refused):
+    """`trainr.max_updates=null` would have made the two lengths consistent."""
+    message = refused("trainer.epochs=2", "trainr.max_updates=null")
+    assert "did you mean trainer.max_updates?" in message
+    assert "problems" not in message
+
+
+def test_nothing_else_is_judged_without_the_experiment(refused):
+    assert "problems" not in refused("experiment=v5p9", "lora.rank=0")
+
+
+def test_a_sweep_is_checked_before_it_starts(refused):
+    message = refused("--multirun", "lora.rank=4,x", "model=tiny_moe,tinz", "lora.rnk=1,2")
+    assert message.startswith("3 problems")
+    assert "lora.rank=x: not an int" in message
+    assert "lora.rnk=1,2: no such key" in message
+
+
+def test_flags_that_mean_nothing_here_are_refused(refused):
+    assert "--config-name is not supported" in refused("--config-name", "x").replace(" x ", " ")
