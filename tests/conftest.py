@@ -1,0 +1,9 @@
+"""What every test runs under: eight CPU devices, so that meshes are real, and no network."""
+
+import os
+
+# JAX reads these when it is first asked for a device; child processes inherit them.
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=8")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")

@@ -1,0 +1,58 @@
+"""The house stands: imports point downward only, and the ground floor starts without JAX."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import gemma4_tpu
+
+ROOT = Path(gemma4_tpu.__file__).parent
+FLOORS = [  # from the ground up
+    {"errors", "architectures", "hardware", "storage", "assets", "config"},
+    {"models", "data", "tracking", "verilog_smoke"},
+    {"step"},
+    {"training", "planning", "export", "evals", "serving"},
+    {"train", "plan", "merge", "evaluate", "serve", "bench", "report"},
+]
+FLOOR = {name: floor for floor, names in enumerate(FLOORS) for name in names}
+MODULES = sorted(path for path in ROOT.rglob("*.py") if path != ROOT / "__init__.py")
+
+
+def imported(path: Path) -> set[str]:
+    """The modules of this package that a file imports anywhere, by their first name: `config`, `step`."""
+    names = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module == "gemma4_tpu":
+            names |= {f"gemma4_tpu.{alias.name}" for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            names.add(node.module)
+    ours = {name.split(".")[1] for name in names if name.startswith("gemma4_tpu.")}
+    return {name for name in ours if (ROOT / name).is_dir() or (ROOT / f"{name}.py").is_file()}
+
+
+def test_every_module_has_a_floor():
+    assert {path.relative_to(ROOT).parts[0].removesuffix(".py") for path in MODULES} <= set(FLOOR)
+
+
+@pytest.mark.parametrize("path", MODULES, ids=[str(path.relative_to(ROOT)) for path in MODULES])
+def test_imports_point_downward(path):
+    own = FLOOR[path.relative_to(ROOT).parts[0].removesuffix(".py")]
+    upward = {name for name in imported(path) if FLOOR[name] > own}
+    assert not upward, f"{path.relative_to(ROOT)} imports {sorted(upward)} from a floor above its own"
+
+
+def test_the_ground_starts_without_jax():
+    names = ["gemma4_tpu"]
+    for path in MODULES:
+        parts = path.relative_to(ROOT).with_suffix("").parts
+        if FLOOR[parts[0]] == 0 and parts[-1] != "__init__":
+            names.append("gemma4_tpu." + ".".join(parts))
+    heavy = "{'jax', 'transformers', 'tunix', 'qwix', 'flax', 'numpy', 'pyarrow', 'torch'}"
+    code = f"import sys, {', '.join(names)}; print(sorted({heavy} & set(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
+    assert done.stdout.strip() == "[]"
