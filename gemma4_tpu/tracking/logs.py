@@ -14,6 +14,7 @@ from gemma4_tpu.tracking.redact import redact
 
 _OURS = ("gemma4_tpu", "__main__", "launch")
 _CLOCK = "%H:%M:%S"
+_handlers: list[logging.Handler] = []  # those that setup_logging added to the root logger
 
 
 @cache
@@ -38,16 +39,14 @@ def setup_logging(log_path: Path | None = None, level: str = "INFO", *, process:
       process: index of this process; all but the first are silent on the console below WARNING.
     """
     root = logging.getLogger()
-    for handler in [handler for handler in root.handlers if getattr(handler, "of_gemma4_tpu", False)]:
-        root.removeHandler(handler)
+    while _handlers:
+        root.removeHandler(handler := _handlers.pop())
         handler.close()
-    handlers = [_console_handler(process)] + ([_file_handler(log_path)] if log_path else [])
-    for handler in handlers:
-        handler.of_gemma4_tpu = True
+    _handlers.extend([_console_handler(process)] + ([_file_handler(log_path)] if log_path else []))
+    for handler in _handlers:
         handler.addFilter(_is_wanted)
         root.addHandler(handler)
     root.setLevel(level)
-    logging.getLogger("absl").propagate = True
     logging.captureWarnings(True)
     sys.excepthook = _log_uncaught
 
@@ -57,6 +56,7 @@ def _is_wanted(record: logging.LogRecord) -> bool:
 
 
 def _console_handler(process: int) -> logging.Handler:
+    handler: logging.Handler
     if console().is_terminal:
         handler = RichHandler(console=console(), show_path=False, log_time_format=_CLOCK, omit_repeated_times=False)
     else:

@@ -12,7 +12,7 @@ from gemma4_tpu.tracking.metrics import read_metrics
 from gemma4_tpu.tracking.run import RunFolder
 
 _TRAIN, _HELDOUT, _INK, _FAINT = "#4c78c8", "#d9692c", "#333333", "#dddddd"
-_STYLE = {
+_STYLE: Any = {
     "font.size": 10,
     "axes.edgecolor": _INK,
     "axes.labelcolor": _INK,

@@ -7,20 +7,17 @@ from __future__ import annotations
 
 import logging
 import os
-import secrets
-import ssl
-import threading
-import urllib.error
-import urllib.request
 from collections.abc import Sequence
 from typing import Any
 
 from gemma4_tpu.config.schema import TrackerConfig
 from gemma4_tpu.errors import UserError
-from gemma4_tpu.tracking.files import from_jsonable, jsonable, read_json, write_json
+from gemma4_tpu.tracking.files import from_jsonable, jsonable
 from gemma4_tpu.tracking.run import RunFolder
 
 log = logging.getLogger(__name__)
+
+_PACKAGES = {"none": "", "wandb": "wandb", "tensorboard": "tensorboardX"}
 
 
 class Tracker:
@@ -54,18 +51,20 @@ def make_tracker(
     Raises:
       UserError: unknown kind, library not installed, or `tracker.mode=online` without a key.
     """
-    kinds = {"none": None, "wandb": _Wandb, "tensorboard": _TensorBoard}
-    if config.kind not in kinds:
-        raise UserError(f"tracker.kind={config.kind}: unknown; give one of {', '.join(kinds)}")
+    if config.kind not in _PACKAGES:
+        raise UserError(f"tracker.kind={config.kind}: unknown; give {', '.join(_PACKAGES)}")
     if config.kind == "none" or not run.write:
         return Tracker()
     try:
-        return _Guarded(kinds[config.kind](config, run, resolved_config, name, resume_id), config.kind)
+        if config.kind == "tensorboard":
+            return _Guarded(_TensorBoard(run), config.kind)
+        os.environ.setdefault("WANDB_ERROR_REPORTING", "false")  # wandb's crash reports, which can also delay the exit
+        from gemma4_tpu.tracking.wandb_tracker import WandbTracker
+
+        return _Guarded(WandbTracker(config, run, resolved_config, name, resume_id), config.kind)
     except ImportError as error:
-        package = {"wandb": "wandb", "tensorboard": "tensorboardX"}[config.kind]
-        raise UserError(
-            f"tracker.kind={config.kind}: {error}; `pip install {package}`, or give tracker=none"
-        ) from error
+        remedy = f"pip install {_PACKAGES[config.kind]}, or give tracker=none"
+        raise UserError(f"tracker.kind={config.kind}: {error}; {remedy}") from error
     except UserError:
         raise
     except Exception as error:
@@ -105,130 +104,10 @@ def _warn(kind: str, error: Exception) -> None:
     log.warning("tracker %s failed (%s: %s); the run goes on, metrics.jsonl has it all", kind, name, error)
 
 
-class _Wandb(Tracker):
-    """A W&B run, online or offline, with its files in `<run folder>/wandb` and its id in `tracker.json`.
-
-    Measured with wandb 0.31: where the server hangs or answers 500, `init` gives up after `init_timeout` and leaves its
-    service holding the run id, which `teardown` frees for the offline run; 7 s in all. Asking for an answer before
-    (`_answers`) makes the usual case, no network at all, quick.
-    """
-
-    INIT_TIMEOUT_SECONDS = 5.0
-    FINISH_TIMEOUT_SECONDS = 20.0
-
-    def __init__(self, config: TrackerConfig, run: RunFolder, resolved: dict, name: str, resume_id: str | None):
-        os.environ.setdefault("WANDB_ERROR_REPORTING", "false")  # wandb's own crash reports; they can also delay exit
-        import wandb
-
-        self._wandb = wandb
-        wandb.setup(wandb.Settings(silent=True, quiet=True))
-        self._arguments = {
-            "project": config.project,
-            "entity": config.entity,
-            "group": config.group,
-            "tags": list(config.tags),
-            "name": name,
-            "config": jsonable(resolved),
-            "id": _wandb_id(run, resume_id),
-            "resume": "allow",
-            "reinit": "create_new",  # never join a run that someone else started in this process
-            "dir": str(run.path),
-        }
-        mode, reason = _wandb_mode(config, wandb)
-        try:
-            self._run = self._init(mode)
-        except Exception as error:
-            if mode != "online":
-                raise
-            reason = f"can't be reached: {str(error).splitlines()[0]}"
-            wandb.teardown()
-            self._run = self._init("offline")
-        if self._run.offline:
-            log.info("W&B is offline (%s); upload later with: wandb sync %s", reason, os.path.dirname(self._run.dir))
-        else:
-            log.info("W&B: %s", self._run.url)
-
-    def _init(self, mode: str):
-        settings = self._wandb.Settings(
-            silent=True,
-            quiet=True,
-            console="off",
-            init_timeout=self.INIT_TIMEOUT_SECONDS,
-            finish_timeout=self.FINISH_TIMEOUT_SECONDS,
-            # provenance.json has these, redacted; W&B would take the command line as it is
-            x_disable_meta=True,
-            disable_git=True,
-            disable_code=True,
-        )
-        return self._wandb.init(mode=mode, settings=settings, **self._arguments)
-
-    def log(self, metrics, update):
-        self._run.log(metrics, step=update)
-
-    def table(self, name, columns, rows, update):
-        table = self._wandb.Table(columns=list(columns), data=[list(row) for row in rows])
-        self._run.log({name: table}, step=update)
-
-    def summary(self, values):
-        self._run.summary.update(values)
-
-    def close(self, status="finished"):
-        self._run.finish(exit_code=0 if status in ("finished", "preempted") else 1)
-
-
-def _wandb_mode(config: TrackerConfig, wandb) -> tuple[str, str]:
-    """`online`, `offline` or (by WANDB_MODE) `disabled`, and why; online only with a key, so that nothing prompts."""
-    mode = os.environ.get("WANDB_MODE", "online") if config.mode == "auto" else config.mode
-    if mode not in ("online", "offline", "disabled"):
-        raise UserError(f"tracker.mode={mode}: unknown; give auto, online or offline")
-    if mode != "online":
-        return mode, "as configured"
-    try:
-        has_key, problem = wandb.login(prompt=False, verify=False), "no key: give WANDB_API_KEY or run `wandb login`"
-    except Exception as error:  # a key in the wrong form
-        has_key, problem = False, str(error)
-    if config.mode == "online":
-        if has_key:
-            return "online", ""
-        raise UserError(f"tracker.mode=online: {problem}, or tracker.mode=offline")
-    if has_key and not _answers(url := wandb.setup().settings.base_url):
-        has_key, problem = False, f"{url} doesn't answer"
-    return ("online" if has_key else "offline"), problem
-
-
-def _answers(url: str, timeout_seconds: float = 3.0) -> bool:
-    """Whether an HTTP server (or a proxy to it) answers at `url` in this time, looking up its name included."""
-    answered = threading.Event()
-
-    def ask() -> None:
-        try:
-            urllib.request.urlopen(urllib.request.Request(url, method="HEAD"), timeout=timeout_seconds).close()
-            answered.set()
-        except urllib.error.HTTPError:  # an answer all the same
-            answered.set()
-        except OSError as error:
-            if isinstance(getattr(error, "reason", error), ssl.SSLError):  # W&B brings its own certificate settings
-                answered.set()
-
-    asking = threading.Thread(target=ask, daemon=True)
-    asking.start()
-    asking.join(timeout_seconds)
-    return answered.is_set()
-
-
-def _wandb_id(run: RunFolder, resume_id: str | None) -> str:
-    path = run.path / "tracker.json"
-    if resume_id is None and path.exists():
-        return read_json(path)["wandb_id"]
-    run_id = resume_id or secrets.token_hex(4)
-    write_json(path, {"wandb_id": run_id})
-    return run_id
-
-
 class _TensorBoard(Tracker):
     """Event files in `<run folder>/tensorboard`, written without TensorFlow."""
 
-    def __init__(self, config: TrackerConfig, run: RunFolder, resolved: dict, name: str, resume_id: str | None):
+    def __init__(self, run: RunFolder):
         from tensorboardX import SummaryWriter
 
         logging.getLogger("tensorboardX.x2num").setLevel(logging.ERROR)  # a line per NaN, without its name
