@@ -129,6 +129,8 @@ def build_data(data: DataConfig, tokenizer: Any) -> TrainingData:
     built = TrainingData(
         train.build(made_of), heldout, train_report, heldout_report, shared, time.monotonic() - started
     )
+    if data.thoughts == "train" and not chat.holds_thoughts(built.train.tokens):
+        logger.warning("data.thoughts=train, but no answer holds a thought: thinking prompts with plain answers")
     logger.info("train: %s; held out: %s; %.1f s", built.train, built.heldout, built.seconds)
     return built
 
@@ -196,7 +198,9 @@ class _Tokeniser:
             return row.problem
         try:
             if self._data.format == "chat":
-                return self._chat.render(row.value.get("messages"), row.value.get("tools"))
+                if "messages" not in row.value:
+                    raise RowDropped("no_messages", f"keys: {', '.join(row.value)}"[:120])
+                return self._chat.render(row.value["messages"], row.value.get("tools"))
             messages = codev.to_messages(row.value)
             if self._iverilog:
                 codev.check_syntax(codev.fenced_code(messages), self._iverilog)

@@ -25,7 +25,8 @@ from gemma4_tpu.errors import UserError
 TURN, TURN_END = "<|turn>", "<turn|>"
 MODEL_HEADER = f"{TURN}model\n"
 THINK = "<|think|>"
-CHANNEL = re.compile(r"<\|channel>(.*?)<channel\|>", re.DOTALL)
+CHANNEL_START, CHANNEL_END = "<|channel>", "<channel|>"
+CHANNEL = re.compile(f"{re.escape(CHANNEL_START)}(.*?){re.escape(CHANNEL_END)}", re.DOTALL)
 TOOL_RESPONSE, TOOL_RESPONSE_END = "<|tool_response>", "<tool_response|>"
 ROLES = ("system", "user", "assistant", "tool")
 POLICIES = ("drop", "train")
@@ -58,6 +59,7 @@ class ChatFormat:
         if missing or tokenizer.bos_token is None:
             raise UserError(f"the tokenizer has no {' and '.join(missing) or 'BOS token'}: it is not one of Gemma 4")
         self._turn, self._turn_end = vocabulary[TURN], vocabulary[TURN_END]
+        self._channel = vocabulary.get(CHANNEL_START, -1)
         self._tool_response = vocabulary.get(TOOL_RESPONSE, -1)
         self._tool_response_end = vocabulary.get(TOOL_RESPONSE_END, -1)
         self._control_token = _control_tokens(tokenizer)
@@ -138,6 +140,10 @@ class ChatFormat:
             raise RowDropped("no_target")
         return flags
 
+    def holds_thoughts(self, ids: np.ndarray) -> bool:
+        """Whether any thought channel is among the ids (under `train`, where empty ones are left out)."""
+        return bool(np.any(ids == self._channel))
+
     def _clear_tool_responses(self, ids: np.ndarray, flags: np.ndarray, start: int, stop: int) -> None:
         inside = ids[start:stop]
         closes = np.flatnonzero(inside == self._tool_response_end) + start
@@ -169,7 +175,7 @@ class ChatFormat:
                 raise RowDropped("control_token", f"turn {position}")
             prepared.append(turn)
         for thought in thoughts.values():
-            if self._control_token.search(thought.removeprefix("<|channel>").removesuffix("<channel|>")):
+            if self._control_token.search(thought.removeprefix(CHANNEL_START).removesuffix(CHANNEL_END)):
                 raise RowDropped("control_token", "in a thought")
         return prepared, thoughts
 
@@ -186,7 +192,7 @@ class ChatFormat:
                 turn["reasoning"] = turn["reasoning_content"] = thought
         else:
             if given and not blocks:
-                turn["content"] = f"<|channel>thought\n{given.strip()}\n<channel|>{turn['content'].strip()}"
+                turn["content"] = f"{CHANNEL_START}thought\n{given.strip()}\n{CHANNEL_END}{turn['content'].strip()}"
 
             def leave_marker(match: re.Match[str]) -> str:
                 if not _thought_text(match[1]):

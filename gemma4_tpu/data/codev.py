@@ -212,7 +212,7 @@ def _last_answer(response: list[Any]) -> Any:
 
 
 def _fenced(answer: str) -> list[str]:
-    """The insides of Verilog fences (or bare ones), the last of which may be unclosed; other languages' are left out."""
+    """The insides of Verilog fences (or bare ones), the last of which may be unclosed."""
     blocks: list[tuple[str, list[str]]] = []  # (language, lines)
     inside = False
     for line in answer.split("\n"):

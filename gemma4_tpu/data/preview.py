@@ -51,7 +51,8 @@ def preview(
     console.print(Text(f"{len(train)} training examples; what is trained on is {how}\n", "bold"))
     for index in np.linspace(0, len(train) - 1, min(ROWS_SHOWN, len(train)), dtype=int).tolist():
         slots, targets = train.slots[index], train.targets[index]
-        console.print(Text(f"── {train.origin(index)} · {slots} tokens, {targets} with loss", "bold"))
+        head = f"── {train.origin(index)} · {slots} tokens, {targets} with loss"
+        console.print(Text(head, "bold"), soft_wrap=True)
         console.print(rendered(train, index, tokenizer, colour), soft_wrap=True)
     console.print(Text("── lengths in tokens", "bold"))
     console.print(Text(histogram(train.slots, data.sequence_length)), soft_wrap=True)

@@ -46,20 +46,21 @@ def read_rows(path: str) -> Iterator[RawRow]:
     """
     if path.startswith(HUGGING_FACE):
         return _read_hugging_face(path)
-    path = assets.resolve(path)
-    store, root = filesystem(path)
+    place = assets.resolve(path)
+    store, root = filesystem(place)
     if store.isdir(root):
         root = root.rstrip("/")
         if store.exists(f"{root}/dataset_dict.json"):
             raise UserError(f"{path} holds several splits: name the folder of one of them")
         if store.exists(f"{root}/state.json"):
-            return _read_saved_dataset(path)
+            return _read_saved_dataset(place)
         files = _data_files(store, root, path)
     elif store.exists(root):
         files = [root]
     else:
         raise UserError(f"{path}: no such file or folder")
-    return (row for file in files for row in _read_file(store, file))
+    names = {file: path.rstrip("/") + file[len(root) :] for file in files}  # as the user wrote it
+    return (row for file, name in names.items() for row in _read_file(store, file, name))
 
 
 def _data_files(store: Any, root: str, path: str) -> list[str]:
@@ -82,17 +83,17 @@ def _data_files(store: Any, root: str, path: str) -> list[str]:
     return files
 
 
-def _read_file(store: Any, file: str) -> Iterator[RawRow]:
+def _read_file(store: Any, file: str, name: str) -> Iterator[RawRow]:
     if not file.endswith(SUFFIXES):
-        raise UserError(f"{file}: unknown format; rows come from {', '.join(SUFFIXES)}")
+        raise UserError(f"{name}: unknown format; rows come from {', '.join(SUFFIXES)}")
     with store.open(file, "rb") as stream:
         if file.endswith(".parquet"):
-            yield from _read_parquet(stream, file)
+            yield from _read_parquet(stream, name)
         elif file.endswith(".gz"):
             with gzip.open(stream, "rb") as unzipped:
-                yield from _read_json_lines(unzipped, file)
+                yield from _read_json_lines(unzipped, name)
         else:
-            yield from _read_json_lines(stream, file)
+            yield from _read_json_lines(stream, name)
 
 
 def _read_json_lines(stream: Any, file: str) -> Iterator[RawRow]:

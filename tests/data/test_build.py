@@ -51,7 +51,14 @@ def test_examples_are_the_rendered_rows_in_order(tokenizer, write_jsonl):
 
 def test_drops_are_counted_by_reason_with_row_numbers(tokenizer, write_jsonl):
     long = chat_row("add " + "x " * 80, "5")
-    bad = [{"messages": []}, '{"torn', "\n", long, chat_row("add <eos>", "5"), {"messages": rows(1)[0]["messages"][:1]}]
+    bad = [
+        {"conversations": []},
+        '{"torn',
+        "\n",
+        long,
+        chat_row("add <eos>", "5"),
+        {"messages": rows(1)[0]["messages"][:1]},
+    ]
     path = write_jsonl([*rows(3), *bad, *rows(2), long])
     built = build_data(config(path, max_drop_fraction=0.6), tokenizer)
     report = built.train_report
@@ -62,7 +69,7 @@ def test_drops_are_counted_by_reason_with_row_numbers(tokenizer, write_jsonl):
     assert [example.split(" ")[0] for example in report.dropped["too_long"].examples] == [f"{path}:6", f"{path}:11"]
     assert len(built.train) == 5
     saved = json.loads(json.dumps(built.to_json()))
-    assert saved["train"]["dropped"]["no_messages"]["examples"] == [f"{path}:4 (list)"]
+    assert saved["train"]["dropped"]["no_messages"]["examples"] == [f"{path}:4 (keys: conversations)"]
     assert saved["train"]["dropped_fraction"] == 6 / 11
 
 
@@ -152,6 +159,18 @@ def test_fingerprint_tells_what_changed(tokenizer, tiny_tokenizer, write_jsonl):
     assert changed(config(write_jsonl(rows(6), "six.jsonl"))) == {"rows", "examples"}
     assert changed(config(path, thoughts="train")) == {"thoughts", "examples"}
     assert changed(config(path, sequence_length=256), tiny_tokenizer) == {"tokenizer", "chat_template", "examples"}
+
+
+def test_thinking_without_thoughts_is_told(tokenizer, write_jsonl, caplog):
+    plain, thinking = (
+        config(write_jsonl(rows(3)), thoughts="train"),
+        chat_row("add", "<|channel>thought\nx\n<channel|>5"),
+    )
+    build_data(plain, tokenizer)
+    assert "no answer holds a thought" in caplog.text
+    caplog.clear()
+    build_data(config(write_jsonl([thinking]), thoughts="train"), tokenizer)
+    assert "no answer holds a thought" not in caplog.text
 
 
 def test_codev_rows(tiny_tokenizer, write_jsonl):
