@@ -72,7 +72,10 @@ def resolve_base(model: ModelConfig) -> Base:
         tokenizer = assets.resolve(model.tokenizer or RANDOM_TOKENIZER)
         return Base(named, None, _seed(model.path), tokenizer)
     folder = _folder(model.path)
-    found = _architecture(read_config(folder), named)
+    try:
+        found = _architecture(read_config(folder), named)
+    except UserError as error:
+        raise UserError(f"model.path={model.path}: {error}") from None
     return Base(found, folder, None, assets.resolve(model.tokenizer) if model.tokenizer else folder)
 
 

@@ -7,19 +7,17 @@ process's part of one array (and one tensor under way per reader thread), whatev
 from __future__ import annotations
 
 import logging
+import math
 import os
 import time
 import zlib
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from functools import cache, partial
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh, NamedSharding
-from jax.sharding import PartitionSpec as P
+from jax.sharding import NamedSharding
 
 from gemma4_tpu.architectures import Architecture
 from gemma4_tpu.errors import UserError
@@ -31,13 +29,17 @@ logger = logging.getLogger(__name__)
 
 _READERS = min(4, os.cpu_count() or 1)
 _TILE = 256  # rows and columns that a transposing copy moves at a time: about what a core's cache holds
+_CHUNK = 1 << 20  # values checked at a time
 _WEIGHT_DTYPES = ("float32", "bfloat16", "float16")
 
 Box = tuple[tuple[int, int], ...]
 """(start, stop) per dim."""
 
+Source = Callable[[str, Box], np.ndarray]
+"""`source(tunix_name, box)` → that block of a tensor in memory's layout, in any dtype."""
 
 Then = Callable[[Leaf, jax.Array], Any]
+"""What becomes of an array as soon as it is there, before the next one is read (quantising, say)."""
 
 
 def _keep(leaf: Leaf, array: jax.Array) -> jax.Array:
@@ -55,11 +57,11 @@ def load_params(
       layout: `Layout.of(arch)`.
       shardings: tree like the parameters, a NamedSharding for each array.
       dtype: of the arrays; weights on disk (float32, bfloat16 or float16) are converted.
-      then: what becomes of each array as soon as it is there (quantising, say), before the next one is read.
+      then: applied to each array.
 
     Raises:
       UserError: missing, unexpected, wrongly shaped or quantised tensors (before anything is read), or weights that
-        hold NaN or infinity; names the tensors.
+        hold NaN or infinity (on the processes that read them); names the tensors.
     """
     started = time.perf_counter()
     found = match(arch, {name: checkpoint.shape(name) for name in checkpoint.names()}, checkpoint.folder)
@@ -69,36 +71,57 @@ def load_params(
     def read(hf_name: str, index: Any, shape: tuple[int, ...]) -> np.ndarray:
         return checkpoint.read(found.prefix + hf_name, index, shape)
 
-    with ThreadPoolExecutor(_READERS, thread_name_prefix="read-weights") as readers:
+    def source(name: str, box: Box) -> np.ndarray:
+        return tensors[name].from_hf(read, _slices(box))
 
-        def array(leaf: Leaf) -> jax.Array:
-            sharding = get(shardings, leaf.path)
-            loaded = _load_array(leaf, sharding, np.dtype(dtype), tensors, read, readers)
-            _check_finite(loaded, leaf, sharding.mesh, tensors, checkpoint.folder)
-            return then(leaf, loaded)
-
-        params = layout.tree(array)
-    total_bytes = sum(a.nbytes for a in jax.tree.leaves(params))
+    params = _params(layout, shardings, dtype, source, then, checkpoint.folder)
     logger.info(
-        "loaded %d tensors of %s as %s, %.2f GB in all, in %.1f s; left alone: %d tensors of other modalities, tied or"
-        " unused", len(tensors), checkpoint.folder, np.dtype(dtype).name, total_bytes / 1e9,
-        time.perf_counter() - started, len(found.passthrough),
+        "loaded %d tensors of %s as %s in %.1f s; left alone %d of other modalities, tied or unused",
+        len(tensors), checkpoint.folder, np.dtype(dtype).name, time.perf_counter() - started, len(found.passthrough),
     )  # fmt: skip
     return params
 
 
+def random_params(arch: Architecture, layout: Layout, shardings: Any, dtype: Any, seed: int, then: Then = _keep) -> Any:
+    """Random base parameters: matrices uniform around 0 with variance 1/fan_in, vectors (norms, scales) ones.
+
+    A tensor's values depend on the seed and its name only: not on mesh, stacking or the other tensors. Arguments as in
+    `load_params`.
+    """
+    tensors = name_map(arch)
+
+    def source(name: str, box: Box) -> np.ndarray:
+        tensor = tensors[name]
+        if len(tensor.shape) == 1:
+            return np.ones([stop - start for start, stop in box], np.float32)
+        values = np.random.default_rng((seed, zlib.crc32(name.encode()))).random(tensor.shape, np.float32)
+        values -= 0.5
+        values *= math.sqrt(12 / tensor.hf_shape[-1])  # [0, 1) has variance 1/12
+        return values[_slices(box)]
+
+    return _params(layout, shardings, dtype, source, then, f"random:{seed}")
+
+
 def _check_dtypes(checkpoint: Checkpoint, tensors: Mapping[str, Tensor], prefix: str) -> None:
-    for tensor in tensors.values():
-        for name in tensor.hf_names:
-            if (dtype := checkpoint.dtype(prefix + name).name) not in _WEIGHT_DTYPES:
-                raise UserError(
-                    f"{checkpoint.file_of(prefix + name).path}: {prefix + name} is stored as {dtype}: a quantised"
-                    f" checkpoint; give the original one ({', '.join(_WEIGHT_DTYPES)})"
-                )
+    for name in (prefix + hf_name for tensor in tensors.values() for hf_name in tensor.hf_names):
+        if (dtype := checkpoint.dtype(name).name) not in _WEIGHT_DTYPES:
+            raise UserError(
+                f"{checkpoint.file_of(name).path}: {name} is stored as {dtype}, not as a plain weight"
+                f" ({', '.join(_WEIGHT_DTYPES)}); a quantised checkpoint? give the original one"
+            )
 
 
-def _load_array(
-    leaf: Leaf, sharding: NamedSharding, dtype: np.dtype, tensors: Mapping[str, Tensor], read: Any, readers: Any
+def _params(layout: Layout, shardings: Any, dtype: Any, source: Source, then: Then, where: str) -> Any:
+    with ThreadPoolExecutor(_READERS, thread_name_prefix="read-weights") as readers:
+
+        def value(leaf: Leaf) -> Any:
+            return then(leaf, _array(leaf, get(shardings, leaf.path), np.dtype(dtype), source, readers, where))
+
+        return layout.tree(value)
+
+
+def _array(
+    leaf: Leaf, sharding: NamedSharding, dtype: np.dtype, source: Source, readers: ThreadPoolExecutor, where: str
 ) -> jax.Array:
     """One array: host buffers for the distinct shards of this process, filled tensor by tensor, then sent."""
     shape = leaf.array_shape
@@ -109,16 +132,26 @@ def _load_array(
         raise ValueError(f"{leaf.path}: the stacked dim cannot be sharded: {sharding.spec}")
     own = [(box[stack:], buffer if stack else buffer[None]) for box, buffer in shards.items()]
     # the smallest block of the tensor that covers every shard here, so that each byte is read once
-    cover = [(min(a for a, _ in dim), max(b for _, b in dim)) for dim in zip(*(box for box, _ in own), strict=True)]
+    cover = tuple(
+        (min(start for start, _ in dim), max(stop for _, stop in dim))
+        for dim in zip(*(box for box, _ in own), strict=True)
+    )
 
     def fill(repeat: int) -> None:
-        block = tensors[leaf.tunix_names[repeat]].from_hf(read, [slice(*bounds) for bounds in cover])
+        block = source(leaf.tunix_names[repeat], cover)
         for box, buffer in own:
             inner = tuple(slice(a - first, b - first) for (a, b), (first, _) in zip(box, cover, strict=True))
             _copy(buffer[repeat], block[inner])
+            if not _is_finite(buffer[repeat]):
+                name = leaf.tunix_names[repeat]
+                raise UserError(f"{where}: NaN or infinity in {name}: a damaged file, or a model that diverged")
 
     list(readers.map(fill, range(len(leaf.tunix_names))))
     return jax.make_array_from_callback(shape, sharding, lambda index: shards[_box(index, shape)], dtype=dtype)
+
+
+def _slices(box: Box) -> tuple[slice, ...]:
+    return tuple(slice(start, stop) for start, stop in box)
 
 
 def _box(index: tuple[slice, ...], shape: tuple[int, ...]) -> Box:
@@ -141,54 +174,13 @@ def _copy(target: np.ndarray, source: np.ndarray) -> None:
                 target[i : i + _TILE, j : j + _TILE] = source[i : i + _TILE, j : j + _TILE]
 
 
-@cache
-def _finite(mesh: Mesh, stacked: bool) -> Any:
-    """Jitted: whether all values are finite, one answer per repeat, the same on every process."""
-
-    def check(x: jax.Array) -> jax.Array:
-        return jnp.atleast_1d(jnp.isfinite(x).all(axis=tuple(range(int(stacked), x.ndim))))
-
-    return jax.jit(check, out_shardings=NamedSharding(mesh, P()))
-
-
-def _check_finite(array: jax.Array, leaf: Leaf, mesh: Mesh, tensors: Mapping[str, Tensor], where: str) -> None:
-    good = np.asarray(_finite(mesh, leaf.stacked)(array))
-    bad = [name for repeat in np.flatnonzero(~good) for name in tensors[leaf.tunix_names[repeat]].hf_names]
-    if bad:
-        raise UserError(f"{where}: NaN or infinity in {', '.join(bad)}: a damaged file, or weights that diverged")
-
-
-def random_params(arch: Architecture, layout: Layout, shardings: Any, dtype: Any, seed: int, then: Then = _keep) -> Any:
-    """Random base parameters made on the devices that hold them: matrices normal with variance 1/fan_in, the rest ones.
-
-    A tensor's values depend on the seed and its name only: not on mesh, stacking or the other tensors. `then` as in
-    `load_params`.
-    """
-    tensors = name_map(arch)
-    key = jax.random.key(seed)
-
-    def array(leaf: Leaf) -> jax.Array:
-        names, sharding = leaf.tunix_names, get(shardings, leaf.path)
-        if len(leaf.shape) == 1:
-            return then(leaf, jax.jit(partial(jnp.ones, leaf.array_shape, dtype), out_shardings=sharding)())
-        keys = jax.vmap(partial(jax.random.fold_in, key))(
-            jnp.array([zlib.crc32(n.encode()) for n in names], jnp.uint32)
-        )
-        std = tensors[names[0]].hf_shape[-1] ** -0.5
-        return then(leaf, _draw(leaf.array_shape, leaf.stacked, jnp.dtype(dtype), sharding)(keys, std))
-
-    return layout.tree(array)
-
-
-@cache
-def _draw(shape: tuple[int, ...], stacked: bool, dtype: Any, sharding: NamedSharding) -> Any:
-    """Jitted: normal values of this shape, one key per repeat."""
-
-    def draw(keys: jax.Array, std: jax.Array) -> jax.Array:
-        normal = partial(jax.random.normal, shape=shape[1:] if stacked else shape)
-        return (std * jax.vmap(normal)(keys)).reshape(shape).astype(dtype)
-
-    return jax.jit(draw, out_shardings=sharding)
+def _is_finite(values: np.ndarray) -> bool:
+    """Whether no float is NaN or infinite: as integers, sign aside, those come after all others."""
+    kind = np.dtype(f"u{values.itemsize}")
+    infinity = np.array(np.inf, values.dtype).view(kind)
+    flat = values.reshape(-1).view(kind)
+    magnitude = kind.type(np.iinfo(kind).max >> 1)
+    return all((flat[i : i + _CHUNK] & magnitude).max() < infinity for i in range(0, flat.size, _CHUNK))
 
 
 def by_name(params: Any, layout: Layout) -> dict[str, jax.Array]:

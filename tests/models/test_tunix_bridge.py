@@ -35,7 +35,7 @@ def test_dtype_covers_parameters_and_activations():
 
 
 def test_every_count_of_shared_layers_survives_tunix_fraction():
-    """Tunix turns the fraction back by truncation, off by one for pairs such as 11 of 25 layers."""
+    """Tunix turns the fraction back by truncation, off by one for pairs such as 14 of 25 layers."""
     wrong = 0
     for layers in range(4, 61, 2):
         for shared in range(0, layers - 1, 2):
