@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from random import Random
 
-from gemma4_tpu.verilog_smoke.combinational import bits
 from gemma4_tpu.verilog_smoke.design import Design, Port
+from gemma4_tpu.verilog_smoke.parts import bits
 
 DATA = ("d", "in", "x", "data", "a")
 STATES = ("q", "out", "count", "y", "state")
@@ -95,14 +95,16 @@ def flip_flop(rng: Random) -> Design:
     formal, spoken = control.sentences(q)
     thing = "a D flip-flop" if width == 1 else f"a register of {width} D flip-flops"
     return Design(
-        family="flip_flop", ports=(*control.ports, Port(name=d, width=width), _state_port(q, width)),
+        family="flip_flop",
+        ports=(*control.ports, Port(name=d, width=width), _state_port(q, width)),
         behaviours=(
             f"The module should implement {thing}: {q} takes the value of {d} at each rising edge of {control.clock}."
             + formal,
             f"At every rising edge of {control.clock}, {q} becomes {d}.{spoken}",
             f"Store {d} in {q} on the positive edge of {control.clock}.{formal}",
         ),
-        summary=f"register, {bits(width)}{control.summary}", body=control.always(q, d),
+        summary=f"register, {bits(width)}{control.summary}",
+        body=control.always(q, d),
     )
 
 
@@ -110,28 +112,33 @@ def toggle(rng: Random) -> Design:
     q, control = rng.choice(STATES), _control(rng, must_reset=True)
     formal, spoken = control.sentences(q)
     return Design(
-        family="toggle", ports=(*control.ports, _state_port(q)),
+        family="toggle",
+        ports=(*control.ports, _state_port(q)),
         behaviours=(
             f"The module should invert {q} at each rising edge of {control.clock}.{formal}",
             f"At every rising edge of {control.clock}, {q} toggles.{spoken}",
         ),
-        summary=f"toggle flip-flop{control.summary}", body=control.always(q, f"~{q}"),
+        summary=f"toggle flip-flop{control.summary}",
+        body=control.always(q, f"~{q}"),
     )
 
 
 def counter(rng: Random) -> Design:
-    q, width, control, up = rng.choice(STATES), rng.choice(WIDTHS[1:]), _control(rng, must_reset=True), rng.random() < 0.5
+    q, width = rng.choice(STATES), rng.choice(WIDTHS[1:])
+    control, up = _control(rng, must_reset=True), rng.random() < 0.5
     formal, spoken = control.sentences(q)
     word, verb, operator = ("up", "increases", "+") if up else ("down", "decreases", "-")
     return Design(
-        family="counter", ports=(*control.ports, _state_port(q, width)),
+        family="counter",
+        ports=(*control.ports, _state_port(q, width)),
         behaviours=(
             f"The module should count {word} by one at each rising edge of {control.clock} and wrap around. {q} is the "
             f"count.{formal}",
             f"Implement a {width}-bit counter that counts {word}, with its value on {q}. It wraps around.{formal}",
             f"At every rising edge of {control.clock}, {q} {verb} by 1.{spoken}",
         ),
-        summary=f"{word} counter, {bits(width)}{control.summary}", body=control.always(q, f"{q} {operator} 1"),
+        summary=f"{word} counter, {bits(width)}{control.summary}",
+        body=control.always(q, f"{q} {operator} 1"),
     )
 
 
@@ -142,37 +149,38 @@ def shift_register(rng: Random) -> Design:
     side, end = ("left", "lowest") if left else ("right", "highest")
     update = f"{{{q}[{width - 2}:0], {d}}}" if left else f"{{{d}, {q}[{width - 1}:1]}}"
     return Design(
-        family="shift_register", ports=(*control.ports, Port(name=d), _state_port(q, width)),
+        family="shift_register",
+        ports=(*control.ports, Port(name=d), _state_port(q, width)),
         behaviours=(
-            f"The module should implement a shift register: at each rising edge of {control.clock}, {q} shifts {side} by "
-            f"one place and {d} enters at the {end} bit.{formal}",
+            f"The module should implement a shift register: at each rising edge of {control.clock}, {q} shifts {side} "
+            f"by one place and {d} enters at the {end} bit.{formal}",
             f"At every rising edge of {control.clock}, shift {q} {side} and put {d} into its {end} bit.{spoken}",
         ),
-        summary=f"shift register {side}, {bits(width)}{control.summary}", body=control.always(q, update),
+        summary=f"shift register {side}, {bits(width)}{control.summary}",
+        body=control.always(q, update),
     )
 
 
 def edge_detector(rng: Random) -> Design:
     d, clock = rng.choice(DATA), rng.choice(CLOCKS)
     y, last = rng.choice(("pulse", "edge_seen", "z", "f")), "last"
-    kind, expression = rng.choice([
-        ("rising", "{d} & ~{last}"), ("falling", "~{d} & {last}"), ("any", "{d} ^ {last}"),
-    ])
+    kind, expression = rng.choice([("rising", "{d} & ~{last}"), ("falling", "~{d} & {last}"), ("any", "{d} ^ {last}")])
     edge = "an edge of either kind" if kind == "any" else f"a {kind} edge"
     return Design(
-        family="edge_detector", ports=(Port(name=clock, role="clock"), Port(name=d), _state_port(y)),
+        family="edge_detector",
+        ports=(Port(name=clock, role="clock"), Port(name=d), _state_port(y)),
         behaviours=(
-            f"The module should detect {edge} of {d}: {y} is 1 for the cycle after {d} made it between two rising edges of "
-            f"{clock}, else 0.",
-            f"At every rising edge of {clock}, compare {d} with its value at the rising edge before. {y} becomes 1 after "
-            f"{edge} of {d}, otherwise 0.",
+            f"The module should detect {edge} of {d}: {y} is 1 for the cycle after {d} made it between two rising "
+            f"edges of {clock}, else 0.",
+            f"At every rising edge of {clock}, compare {d} with its value at the rising edge before. {y} becomes 1 "
+            f"after {edge} of {d}, otherwise 0.",
         ),
         summary=f"edge detector, {kind}",
         body=(
-            f"reg {last};", f"always @(posedge {clock}) begin", f"  {last} <= {d};",
-            f"  {y} <= {expression.format(d=d, last=last)};", "end",
+            f"reg {last};",
+            f"always @(posedge {clock}) begin",
+            f"  {last} <= {d};",
+            f"  {y} <= {expression.format(d=d, last=last)};",
+            "end",
         ),
     )
-
-
-CLOCKED = (flip_flop, toggle, counter, shift_register, edge_detector)

@@ -11,7 +11,8 @@ MODULE_NAME = "TopModule"
 @dataclass(frozen=True, kw_only=True)
 class Port:
     """A port of the module. `role` steers the test bench's stimulus:
-    `data`, `clock`, `reset` (asserted at 1), `reset_low` (asserted at 0) or `enable`."""
+    `data`, `clock`, `reset` (asserted at 1), `reset_low` (asserted at 0) or `enable`.
+    """
 
     name: str
     width: int = 1

@@ -5,11 +5,18 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from random import Random
 
-from gemma4_tpu.verilog_smoke.clocked import CLOCKED
-from gemma4_tpu.verilog_smoke.combinational import COMBINATIONAL
+from gemma4_tpu.verilog_smoke.arithmetic import adder, compare, concat, extend, min_max, pick_bit, reduce, rotate, shift
+from gemma4_tpu.verilog_smoke.clocked import counter, edge_detector, flip_flop, shift_register, toggle
 from gemma4_tpu.verilog_smoke.design import Design
+from gemma4_tpu.verilog_smoke.logic import decoder, gate, gate3, mux2, mux4, truth_table, two_gates, wire
 
-FAMILIES: dict[str, Callable[[Random], Design]] = {draw.__name__: draw for draw in (*COMBINATIONAL, *CLOCKED)}
+FAMILIES: dict[str, Callable[[Random], Design]] = {
+    draw.__name__: draw
+    for draw in (
+        *(wire, gate, gate3, two_gates, mux2, mux4, adder, compare, min_max, reduce, shift, rotate, concat, pick_bit),
+        *(extend, decoder, truth_table, flip_flop, toggle, counter, shift_register, edge_detector),
+    )
+}
 
 HELDOUT_BUCKETS = 10
 """One in this many modules is reserved for held-out problems, whatever the seed: `Design.bucket` decides."""

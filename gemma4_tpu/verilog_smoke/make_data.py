@@ -1,7 +1,8 @@
 """Make the embedded `verilog_smoke` data: `python -m gemma4_tpu.verilog_smoke.make_data [--mutants]`.
 
-Writes `train.jsonl.gz`, `heldout.jsonl.gz` (chat rows) and `heldout_problems.jsonl.gz` (with test benches). Every problem
-is simulated; one whose reference does not pass its own bench is dropped and counted. The same seed gives the same bytes.
+Writes `train.jsonl.gz`, `heldout.jsonl.gz` (chat rows) and `heldout_problems.jsonl.gz` (with test benches). Every
+problem is simulated; one whose reference does not pass its own bench is dropped and counted. The same seed gives the
+same bytes.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from gemma4_tpu.verilog_smoke.families import FAMILIES, draw_designs
 from gemma4_tpu.verilog_smoke.mutants import mutants
 from gemma4_tpu.verilog_smoke.prompts import answer, chat_row, specification
 from gemma4_tpu.verilog_smoke.simulate import all_pass
-from gemma4_tpu.verilog_smoke.testbench import testbench
+from gemma4_tpu.verilog_smoke.testbench import make_testbench
 
 log = logging.getLogger(__name__)
 
@@ -33,11 +34,18 @@ def make_problems(seed: int, count: int, *, heldout: bool) -> list[tuple[Design,
     made = []
     for design in itertools.islice(draw_designs(rng, heldout=heldout), count):
         numbers[design.family] += 1
-        made.append((design, Problem(
-            id=f"{'heldout' if heldout else 'train'}_{design.family}_{numbers[design.family]:04d}",
-            family=design.family, prompt=specification(design, rng), reference=design.module(),
-            testbench=testbench(design),
-        )))
+        made.append(
+            (
+                design,
+                Problem(
+                    id=f"{'heldout' if heldout else 'train'}_{design.family}_{numbers[design.family]:04d}",
+                    family=design.family,
+                    prompt=specification(design, rng),
+                    reference=design.module(),
+                    testbench=make_testbench(design),
+                ),
+            )
+        )
     return made
 
 

@@ -6,14 +6,35 @@ import re
 
 # (what to look for, what to put instead). Each match gives one mutant.
 _RULES = (
-    (r" & ", " | "), (r" \| ", " & "), (r" \^ ", " | "), (r"~", ""), (r"= (?=\w+ [&|^] )", "= ~"),
-    (r" \+ ", " - "), (r" - ", " + "), (r" == ", " != "), (r" != ", " == "),
-    (r" < (?=\w+;)", " <= "), (r" > (?=\w+;)", " >= "), (r" < (?=\w+\))", " > "), (r" > (?=\w+\))", " < "),
-    (r" << ", " >> "), (r" >> ", " << "), (r"(= \w+) <= (?=\w+;$)", r"\1 < "), (r" >= ", " > "),
-    (r"(: \w+ = )0", r"\g<1>1"), (r"(: \w+ = )1", r"\g<1>0"), (r"= ([&|^])(?=\w)", r"= ~\1"),
-    (r"if \(!(\w+)\)", r"if (\1)"), (r"if \((\w+)\)", r"if (!\1)"), (r" or (?:posedge|negedge) \w+", ""),
-    (r"@\(posedge", "@(negedge"), (r"<= 0;", "<= 1;"), (r"\[0\]", "[1]"), (r"(\w+) \? (\w+) : (\w+)", r"\1 ? \3 : \2"),
-    (r"\{(\w+), (\w+)\}", r"{\2, \1}"), (r"(?<=<= )(\w+)(?=;$)", r"~\1"),
+    (r" & ", " | "),
+    (r" \| ", " & "),
+    (r" \^ ", " | "),
+    (r"~", ""),
+    (r"= (?=\w+ [&|^] )", "= ~"),
+    (r" \+ ", " - "),
+    (r" - ", " + "),
+    (r" == ", " != "),
+    (r" != ", " == "),
+    (r" < (?=\w+;)", " <= "),
+    (r" > (?=\w+;)", " >= "),
+    (r" < (?=\w+\))", " > "),
+    (r" > (?=\w+\))", " < "),
+    (r" << ", " >> "),
+    (r" >> ", " << "),
+    (r"(= \w+) <= (?=\w+;$)", r"\1 < "),
+    (r" >= ", " > "),
+    (r"(: \w+ = )0", r"\g<1>1"),
+    (r"(: \w+ = )1", r"\g<1>0"),
+    (r"= ([&|^])(?=\w)", r"= ~\1"),
+    (r"if \(!(\w+)\)", r"if (\1)"),
+    (r"if \((\w+)\)", r"if (!\1)"),
+    (r" or (?:posedge|negedge) \w+", ""),
+    (r"@\(posedge", "@(negedge"),
+    (r"<= 0;", "<= 1;"),
+    (r"\[0\]", "[1]"),
+    (r"(\w+) \? (\w+) : (\w+)", r"\1 ? \3 : \2"),
+    (r"\{(\w+), (\w+)\}", r"{\2, \1}"),
+    (r"(?<=<= )(\w+)(?=;$)", r"~\1"),
 )
 
 
@@ -23,6 +44,6 @@ def mutants(module: str) -> list[str]:
     found = []
     for pattern, replacement in _RULES:
         for match in re.finditer(pattern, body, re.MULTILINE):
-            changed = body[: match.start()] + match.expand(replacement) + body[match.end():]
+            changed = body[: match.start()] + match.expand(replacement) + body[match.end() :]
             found.append(head + separator + changed)
     return [mutant for mutant in dict.fromkeys(found) if mutant != module]

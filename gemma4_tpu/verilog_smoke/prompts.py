@@ -38,10 +38,13 @@ def document(design: Design, rng: Random) -> str:
     """A source file as the base model reads it: comments on ports and behaviour, perhaps, and a module. No chat."""
     notes = []
     if rng.random() < 0.6:
-        notes.append("\n".join(
-            f"{port.name}: {'output' if port.output else 'input'}" + (f", {port.width} bits" if port.width > 1 else "")
-            for port in design.ports
-        ))
+        notes.append(
+            "\n".join(
+                f"{port.name}: {'output' if port.output else 'input'}"
+                + (f", {port.width} bits" if port.width > 1 else "")
+                for port in design.ports
+            )
+        )
     if rng.random() < 0.8:
         notes.append(rng.choice((design.summary, *design.behaviours)))
     rng.shuffle(notes)

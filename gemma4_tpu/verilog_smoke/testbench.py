@@ -81,7 +81,7 @@ endmodule
 """
 
 
-def testbench(design: Design) -> str:
+def make_testbench(design: Design) -> str:
     """The bench of `design`; it needs `RefModule` and `TopModule` to be compiled beside it."""
     clock = design.clock
     driven = [port for port in design.inputs if port.role != "clock"]
@@ -96,10 +96,12 @@ def testbench(design: Design) -> str:
         stimulus=_indent(_clocked_stimulus(design, driven) if clock else _combinational_stimulus(driven), 4),
         nets=_indent(
             [f"logic {_range(port)}{port.name};" for port in driven]
-            + [f"logic {_range(port)}{port.name}_ref, {port.name}_dut;" for port in design.outputs], 2
+            + [f"logic {_range(port)}{port.name}_ref, {port.name}_dut;" for port in design.outputs],
+            2,
         ),
         stimulus_connections="".join(f", .{port.name}({port.name})" for port in driven),
-        reference_connections=pins("ref"), top_connections=pins("dut"),
+        reference_connections=pins("ref"),
+        top_connections=pins("dut"),
         ref=", ".join(f"{port.name}_ref" for port in design.outputs),
         dut=", ".join(f"{port.name}_dut" for port in design.outputs),
     )
@@ -125,8 +127,13 @@ def _combinational_stimulus(driven: list[Port]) -> list[str]:
     lines = [f"{{{names}}} = 0;"]
     if total_bits <= MAX_EXHAUSTIVE_BITS:
         return [*lines, f"for (i = 0; i < {2**total_bits}; i++) @(negedge clk) #1 {{{names}}} = i;"]
-    return [*lines, f"repeat ({RANDOM_SAMPLES}) @(negedge clk) begin", "  #1;",
-            *(f"  {line}" for line in _biased(driven)), "end"]
+    return [
+        *lines,
+        f"repeat ({RANDOM_SAMPLES}) @(negedge clk) begin",
+        "  #1;",
+        *(f"  {line}" for line in _biased(driven)),
+        "end",
+    ]
 
 
 def _clocked_stimulus(design: Design, driven: list[Port]) -> list[str]:
