@@ -103,13 +103,13 @@ def build_data(data: DataConfig, tokenizer: Any) -> TrainingData:
 
     train = ExamplesBuilder([source.weight for source in data.train])
     aside = ExamplesBuilder([1.0] * len(data.train))
-    prompts: dict[int, int] = {}  # by hash: how many training examples
+    prompts: set[int] = set()  # by hash
     for example in tokeniser.run("data.train", data.train, data.max_rows):
         if example.prompt < fraction * 2**64:
             aside.add(example.ids, example.flags, example.source, example.origin)
         else:
             train.add(example.ids, example.flags, example.source, example.origin)
-            prompts[example.prompt] = prompts.get(example.prompt, 0) + 1
+            prompts.add(example.prompt)
     made_of["rows"] = tokeniser.digest
     train_report, heldout_report, shared = tokeniser.report, None, 0
     heldout = aside.build(made_of) if len(aside) else None
@@ -155,8 +155,8 @@ class _Tokeniser:
             raise UserError(f"{name}: {bad[0].path} has weight {bad[0].weight}; a weight is above 0")
         self.report = DropReport()
         digest = hashlib.sha256()
-        rows = ((number, row) for number, source in enumerate(sources) for row in read_rows(source.path))
-        rows = itertools.islice(rows, max_rows)
+        every = ((number, row) for number, source in enumerate(sources) for row in read_rows(source.path))
+        rows = itertools.islice(every, max_rows)
         report_at = time.monotonic() + PROGRESS_SECONDS
         with ThreadPoolExecutor(os.cpu_count()) as pool:
             while chunk := list(itertools.islice(rows, CHUNK_ROWS)):
@@ -211,7 +211,7 @@ class _Tokeniser:
 
 def _canonical(row: RawRow) -> bytes:
     """What identifies a row's content, whatever file format it came in."""
-    if row.value is None:
+    if row.problem is not None:
         return str(row.problem).encode()
     return json.dumps(row.value, sort_keys=True, ensure_ascii=False, default=str).encode("utf-8", "surrogatepass")
 

@@ -5,8 +5,8 @@ encoded pieces. One policy for thought channels holds in training and generation
 
 - `drop`: thoughts are removed. The instruction checkpoints' template opens a non-thinking *generation prompt* with an
   empty thought channel, but leaves it out of assistant turns of the past. Here it stands at the head of every assistant
-  turn, without loss: so the model is trained right behind the prompt that it is going to see, and a prompt made by the
-  stock template (as a server does) continues in the same way.
+  turn, without loss, so that the model is trained right behind what it is going to see. A server with the stock
+  template makes the same prompt for a first answer; in longer conversations it leaves out only the past empty channels.
 - `train`: the template is told to enable thinking; thoughts stay in their turns, and carry loss.
 """
 
@@ -123,8 +123,8 @@ class ChatFormat:
         flags = np.zeros(len(ids), bool)
         turns = 0
         ends = np.append(np.flatnonzero(ids == self._turn_end), len(ids) - 1)
-        for start in np.flatnonzero(ids == self._turn):
-            start = _skip(ids, int(start), self._header_ids)
+        for turn in np.flatnonzero(ids == self._turn).tolist():
+            start = _skip(ids, turn, self._header_ids)
             if start is None:
                 continue
             turns += 1

@@ -67,12 +67,12 @@ def split_response(response: str) -> tuple[str, str]:
       RowDropped: a `<think>` is never closed.
     """
     tags = list(THINK_TAG.finditer(response))
-    closed = next((i for i in reversed(range(len(tags))) if tags[i][1]), None)
-    if tags and closed != len(tags) - 1:
+    if tags and not tags[-1][1]:
         raise RowDropped("unclosed_think")
-    start = tags[closed].end() if tags else 0
-    thought = THINK_TAG.sub("", response[: tags[closed].start()]).strip() if tags else ""
-    answer = response[start:]
+    thought, answer = "", response
+    if tags:
+        thought = THINK_TAG.sub("", response[: tags[-1].start()]).strip()
+        answer = response[tags[-1].end() :]
     marks = list(ANSWER_TAG.finditer(answer))
     opened = next((i for i in reversed(range(len(marks))) if not marks[i][1]), None)
     if opened is not None:

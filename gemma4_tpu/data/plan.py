@@ -72,9 +72,10 @@ class Plan:
         self._rests: list[list[Row]] = [[]]  # rows that lead each of them
         self._kept: dict[int, _Epoch] = {}
         self._last: PlannedUpdate | None = None  # the partial update that ends a run of `epochs`
-        self._length = self._count_updates(epochs) if epochs is not None else max_updates
-        if max_updates is not None and max_updates < self._length:
-            self._length, self._last = max_updates, None
+        limits = [] if epochs is None else [self._count_updates(epochs)]
+        self._length = min([*limits, max_updates] if max_updates is not None else limits)
+        if limits and self._length < limits[0]:
+            self._last = None
 
     def __len__(self) -> int:
         return self._length

@@ -27,10 +27,10 @@ SPLIT_NAME = re.compile(r"^(train|test|val|valid|validation|dev|eval)(?![a-z])")
 
 
 class RawRow(NamedTuple):
-    """A row as read: its value, or why it could not be read."""
+    """A row as read: its value, or (with an empty one) why it could not be read."""
 
     origin: Origin
-    value: dict[str, Any] | None
+    value: dict[str, Any]
     problem: RowDropped | None = None
 
 
@@ -113,7 +113,7 @@ def _read_json_lines(stream: Any, file: str) -> Iterator[RawRow]:
             continue
         origin = Origin(file, number)
         if not whole:
-            yield RawRow(origin, None, RowDropped("line_too_long", f"more than {MAX_LINE_BYTES} bytes"))
+            yield RawRow(origin, {}, RowDropped("line_too_long", f"more than {MAX_LINE_BYTES} bytes"))
             continue
         yield _parse(line.removeprefix(b"\xef\xbb\xbf") if number == 1 else line, origin)
 
@@ -123,12 +123,12 @@ def _parse(line: bytes, origin: Origin) -> RawRow:
         value = json.loads(line.decode("utf-8"))
         if b"\\u" in line:
             json.dumps(value, ensure_ascii=False).encode("utf-8")  # refuses half of a surrogate pair
-    except UnicodeError as error:
-        return RawRow(origin, None, RowDropped("invalid_utf8", str(error.reason)))
+    except (UnicodeDecodeError, UnicodeEncodeError) as error:
+        return RawRow(origin, {}, RowDropped("invalid_utf8", str(error.reason)))
     except (ValueError, RecursionError) as error:
-        return RawRow(origin, None, RowDropped("invalid_json", str(error)[:80]))
+        return RawRow(origin, {}, RowDropped("invalid_json", str(error)[:80]))
     if not isinstance(value, dict):
-        return RawRow(origin, None, RowDropped("not_an_object", type(value).__name__))
+        return RawRow(origin, {}, RowDropped("not_an_object", type(value).__name__))
     return RawRow(origin, value)
 
 
@@ -156,9 +156,11 @@ def _import_datasets(path: str) -> Any:
 
 def _read_hugging_face(path: str) -> Iterator[RawRow]:
     datasets = _import_datasets(path)
-    name, split = HUGGING_FACE_NAME.fullmatch(path).groups()
+    parts = HUGGING_FACE_NAME.fullmatch(path)
+    if parts is None:
+        raise UserError(f"{path}: write hf:NAME or hf:NAME:SPLIT")
     try:
-        dataset = datasets.load_dataset(name, split=split or "train")
+        dataset = datasets.load_dataset(parts[1], split=parts[2] or "train")
     except Exception as error:  # the hub client raises many kinds; all mean that this name gives no rows
         raise UserError(f"{path}: cannot load the data set ({type(error).__name__}: {error})") from error
     return (RawRow(Origin(path, number), value) for number, value in enumerate(dataset, start=1))

@@ -1,6 +1,7 @@
 """From sources to examples: drops, held-out rows, weights, limits, speed, and what the run folder gets to know."""
 
 import json
+import shutil
 import subprocess
 import sys
 import time
@@ -173,24 +174,28 @@ def test_thinking_without_thoughts_is_told(tokenizer, write_jsonl, caplog):
     assert "no answer holds a thought" not in caplog.text
 
 
+CODEV_ANSWER = "<think>x</think><answer>```sv\nmodule a;\nendmodule\n```</answer>"
+
+
+def codev_config(write_jsonl, *responses):
+    path = write_jsonl([{"system": "s", "prompt": "p", "response": response} for response in responses])
+    return config(path, format="codev_r1", sequence_length=256, max_drop_fraction=0.9)
+
+
 def test_codev_rows(tiny_tokenizer, write_jsonl):
-    whole = "<think>x</think><answer>```sv\nmodule a;\nendmodule\n```</answer>"
-    path = write_jsonl(
-        [
-            {"system": "s", "prompt": "p", "response": whole},
-            {"system": "s", "prompt": "p", "response": "<think>never"},
-            {"system": "s", "prompt": "p", "response": whole.replace("a;", "a b c;")},
-        ]
-    )
-    data = config(path, format="codev_r1", sequence_length=256, max_drop_fraction=0.9)
-    built = build_data(data, tiny_tokenizer)
+    built = build_data(codev_config(write_jsonl, CODEV_ANSWER, "<think>never"), tiny_tokenizer)
     assert {reason: drop.count for reason, drop in built.train_report.dropped.items()} == {"unclosed_think": 1}
     ids, flags = built.train.example(0)
     assert tiny_tokenizer.decode(ids[flags]) == "```verilog\nmodule a;\nendmodule\n```<turn|>"
-    pytest.importorskip("shutil").which("iverilog") or pytest.skip("Icarus Verilog is not installed")
+
+
+@pytest.mark.skipif(shutil.which("iverilog") is None, reason="Icarus Verilog is not installed")
+def test_codev_rows_that_do_not_compile(tiny_tokenizer, write_jsonl):
+    data = codev_config(write_jsonl, CODEV_ANSWER, CODEV_ANSWER.replace("a;", "a b c;"))
+    assert build_data(data, tiny_tokenizer).train_report.rows_dropped == 0
     data.check_syntax = True
     dropped = build_data(data, tiny_tokenizer).train_report.dropped
-    assert {reason: drop.count for reason, drop in dropped.items()} == {"unclosed_think": 1, "syntax_error": 1}
+    assert {reason: drop.count for reason, drop in dropped.items()} == {"syntax_error": 1}
 
 
 def test_embedded_rows_fit_and_are_quick_to_build(tiny_tokenizer):
