@@ -59,7 +59,8 @@ def _plot_loss(rows: list[dict[str, Any]], title: str, path: Path) -> Path:
         smooth = len(losses) >= _SMOOTH_FROM_POINTS
         if losses:
             label = None if smooth else "training"
-            axes.plot(updates, losses, color=_TRAIN, alpha=0.3 if smooth else 1, linewidth=1, label=label)
+            alpha = 0.3 if smooth else 1
+            axes.plot(updates, losses, color=_TRAIN, alpha=alpha, linewidth=1, marker=_marker(losses), label=label)
         if smooth:
             window = max(5, len(losses) // 25 | 1)
             means = _running_means(losses, window)
@@ -88,7 +89,7 @@ def _plot_throughput(rows: list[dict[str, Any]], title: str, path: Path) -> Path
 
     def draw(axes) -> None:
         median = statistics.median(rates)
-        axes.plot(updates, rates, color=_TRAIN, linewidth=1.5)
+        axes.plot(updates, rates, color=_TRAIN, linewidth=1.5, marker=_marker(rates))
         axes.axhline(median, color=_INK, linewidth=1, linestyle=(0, (4, 3)), label=f"median {median:,.0f}")
         axes.set_ylim(0, max(rates) * 1.12)
         axes.yaxis.set_major_formatter("{x:,.0f}")
@@ -120,6 +121,11 @@ def _points(rows: Sequence[dict[str, Any]], key: str) -> Points:
     """(updates, values) of the rows that have this key with a finite value."""
     having = [row for row in rows if row.get(key) is not None and math.isfinite(row[key])]
     return [row["update"] for row in having], [row[key] for row in having]
+
+
+def _marker(values: Sequence[float]) -> str:
+    """A line through a single point would not be seen."""
+    return "o" if len(values) == 1 else ""
 
 
 def _running_means(values: Sequence[float], window: int) -> list[float]:

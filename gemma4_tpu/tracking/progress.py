@@ -57,7 +57,7 @@ class Progress:
         if self._timed_from is None:  # the first update of a process compiles, so the time left counts from its end
             self._timed_from = (update, time.monotonic())
         if self._bar:
-            self._bar.update(self._task, completed=update, facts=self._facts("tok/s"))
+            self._bar.update(self._task, completed=update, facts=self._facts())
 
     def log(self, metrics: dict[str, Any], update: int) -> None:
         """Shows `loss`, `heldout_loss` and `real_tokens_per_second`, as far as `metrics` has them."""
@@ -65,10 +65,10 @@ class Progress:
         if update > self._update:
             self.advance(update)
         if self._bar:
-            self._bar.update(self._task, facts=self._facts("tok/s"))
+            self._bar.update(self._task, facts=self._facts())
         elif self._show and (self._is_line_due() or update >= self._total):
             self._last_line_at = time.monotonic()
-            log.info("update %d/%d  %s", self._update, self._total, self._facts("real tokens/s"))
+            log.info("%d/%d  %s", self._update, self._total, self._facts())
 
     def seconds_left(self) -> float | None:
         """Time to the last update, at the mean pace since the first; None before two updates."""
@@ -80,13 +80,13 @@ class Progress:
     def _is_line_due(self) -> bool:
         return time.monotonic() - self._last_line_at >= self._seconds_between_lines
 
-    def _facts(self, rate_unit: str) -> str:
+    def _facts(self) -> str:
         loss, heldout, rate = (self._metrics.get(key) for key in ("loss", "heldout_loss", "real_tokens_per_second"))
         left = self.seconds_left()
         facts = [
             f"loss {loss:.4f}" if loss is not None else "",
             f"held-out {heldout:.4f}" if heldout is not None else "",
-            f"{rate:,.0f} {rate_unit}" if rate is not None else "",
+            f"{rate:,.0f} tok/s" if rate is not None else "",
             f"ETA {_clock(left)}" if left is not None else "",
         ]
         return "  ".join(fact for fact in facts if fact)

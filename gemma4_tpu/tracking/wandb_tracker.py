@@ -23,7 +23,7 @@ from gemma4_tpu.tracking.trackers import Tracker
 
 log = logging.getLogger(__name__)
 
-INIT_TIMEOUT_SECONDS = 5.0
+INIT_TIMEOUT_SECONDS = 4.0
 FINISH_TIMEOUT_SECONDS = 20.0
 _ANSWER_TIMEOUT_SECONDS = 3.0
 
@@ -34,7 +34,7 @@ class WandbTracker(Tracker):
     """A W&B run with its files in `<run folder>/wandb` and its id in `tracker.json`.
 
     Measured with wandb 0.31: where the server hangs or answers 500, `init` gives up after `init_timeout` and leaves its
-    service holding the run id, which `teardown` frees for the offline run; 7 s in all. Asking for an answer before
+    service holding the run id, which `teardown` frees for the offline run; 5 s in all. Asking for an answer before
     (`_answers`) makes the usual case, no network at all, quick.
     """
 

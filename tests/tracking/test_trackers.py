@@ -1,0 +1,216 @@
+"""Trackers, read back with their own readers; and what happens without key, network or service."""
+
+import http.server
+import json
+import struct
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+from tensorboardX.proto.event_pb2 import Event
+
+from gemma4_tpu.config.schema import TrackerConfig
+from gemma4_tpu.errors import UserError
+from gemma4_tpu.tracking.run import RunFolder
+from gemma4_tpu.tracking.trackers import Tracker, make_tracker
+
+KEY = "0123456789abcdef" * 3
+
+WANDB = """if True:
+    import logging, os, sys, time
+    import wandb  # its import takes a second or two of processor time, which is not what is measured
+    from gemma4_tpu.config.schema import TrackerConfig
+    from gemma4_tpu.tracking.logs import setup_logging
+    from gemma4_tpu.tracking.run import RunFolder
+    from gemma4_tpu.tracking.trackers import make_tracker
+
+    config = {"name": "t", "lora": {"rank": 16}}
+    run = RunFolder.open("unused", "t", sys.argv[1], "auto", config=config)
+    setup_logging(run.log_path)
+    settings = TrackerConfig(kind="wandb", project="p", group="g", tags=["x"])
+    start = time.monotonic()
+    tracker = make_tracker(settings, run, config, name="my run")
+    started_seconds = time.monotonic() - start
+"""
+
+
+def read_wandb(run_path: Path) -> list[list[dict]]:
+    """The records of each W&B run file under a run folder, oldest first, by W&B's own reader."""
+    runs = []
+    for file in sorted(run_path.glob("wandb/offline-run-*/*.wandb")):
+        command = [sys.executable, "-m", "wandb", "leet", "inspect", "--json", str(file)]
+        done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=60)
+        runs.append([json.loads(line) for line in done.stdout.splitlines()])
+    return runs
+
+
+def history(records: list[dict]) -> dict[int, dict]:
+    """update → the metrics logged at it, without W&B's own."""
+    rows = [record["history"]["item"] for record in records if record["type"] == "history"]
+    return {row["_step"]: {k: v for k, v in row.items() if not k.startswith("_")} for row in rows}
+
+
+@pytest.fixture
+def hanging_server():
+    """Answers HEAD at once and nothing else, ever."""
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_HEAD(self):
+            self.send_response(200)
+            self.end_headers()
+
+        def do_POST(self):
+            done.wait()
+
+        def log_message(self, *arguments):
+            pass
+
+    done = threading.Event()
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    server.daemon_threads = True
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{server.server_port}"
+    done.set()
+    server.shutdown()
+    server.server_close()
+
+
+def test_none_and_other_processes_keep_nothing(run):
+    before = set(run.path.iterdir())
+    reader = RunFolder(run.path, write=False)
+    for tracker in (
+        make_tracker(TrackerConfig(), run, {}, name="t"),
+        make_tracker(TrackerConfig(kind="wandb"), reader, {}, name="t"),
+    ):
+        tracker.log({"loss": 1.0}, 1)
+        tracker.summary({"loss": 1.0})
+        tracker.table("samples", ["a"], [[1]], 1)
+        tracker.close()
+        assert type(tracker) is Tracker
+    assert set(run.path.iterdir()) == before
+
+
+def test_an_unknown_kind_is_refused(run):
+    with pytest.raises(UserError, match=r"tracker\.kind=mlflow: unknown; give none, wandb, tensorboard"):
+        make_tracker(TrackerConfig(kind="mlflow"), run, {}, name="t")
+
+
+def test_tensorboard_files_hold_the_metrics(run):
+    tracker = make_tracker(TrackerConfig(kind="tensorboard"), run, {}, name="t")
+    for update in (1, 2):
+        tracker.log({"loss": 1 / update, "grad_norm": float("nan"), "note": "text"}, update)
+    tracker.table("samples", ["prompt", "answer"], [["a|b", "c\nd"]], 2)
+    tracker.close()
+    (file,) = run.path.glob("tensorboard/events*")
+    data, at, values, texts = file.read_bytes(), 0, {}, []
+    while at < len(data):  # TFRecord: length, its checksum, the record, its checksum
+        (length,) = struct.unpack_from("<Q", data, at)
+        event = Event.FromString(data[at + 12 : at + 12 + length])
+        at += 12 + length + 4
+        for value in event.summary.value:
+            if value.HasField("simple_value"):
+                values[value.tag, event.step] = value.simple_value
+            else:
+                texts += value.tensor.string_val
+    assert values["loss", 1] == 1.0
+    assert values["loss", 2] == 0.5
+    assert {tag for tag, _ in values} == {"loss", "grad_norm"}
+    assert texts == [b"| prompt | answer |\n| --- | --- |\n| a\\|b | c<br>d |"]
+
+
+def test_a_tracker_that_breaks_warns_once_and_the_run_goes_on(run, caplog, monkeypatch):
+    tracker = make_tracker(TrackerConfig(kind="tensorboard"), run, {}, name="t")
+
+    def full(*arguments):
+        raise OSError("disk full")
+
+    monkeypatch.setattr("tensorboardX.SummaryWriter.add_scalar", full)
+    for update in range(3):
+        tracker.log({"loss": 1.0}, update)
+    tracker.close()
+    assert caplog.text.count("disk full") == 1
+
+
+@pytest.mark.slow  # starts three processes that import wandb
+def test_wandb_without_a_key_is_offline_quiet_and_continues_under_one_id(python, tmp_path):
+    body = """
+    first = int(sys.argv[2])
+    for update in range(first, first + 2):
+        tracker.log({"loss": 1 / (update + 1), "grad_norm": float("inf")}, update)
+    tracker.table("samples", ["prompt"], [["p"]], first + 1)
+    tracker.summary({"heldout_loss_last": 0.5})
+    tracker.close()
+    assert not {"jax", "tensorflow"} & set(sys.modules)
+    """
+    for first in ("0", "2"):
+        done = python(WANDB + body, str(tmp_path), first, "--api-key=planted-secret", HF_TOKEN="planted-secret-2")
+        assert done.returncode == 0, done.stderr
+        assert done.stdout == ""
+        assert [line for line in done.stderr.splitlines() if "W&B is offline (no key" not in line] == []
+    before, after = read_wandb(tmp_path)
+    start = next(record["run"] for record in before if record["type"] == "run")
+    assert (start["project"], start["run_group"], start["tags"], start["display_name"]) == ("p", "g", ["x"], "my run")
+    config = start["config"]["update"]
+    assert {key: value for key, value in config.items() if key != "_wandb"} == {"name": "t", "lora": {"rank": 16}}
+    ids = {
+        next(record["run"]["run_id"] for record in records if record["type"] == "run") for records in (before, after)
+    }
+    assert ids == {json.loads((tmp_path / "tracker.json").read_text())["wandb_id"]}
+    assert history(before)[0] == {"loss": 1.0, "grad_norm": "Infinity"}
+    assert sorted({**history(before), **history(after)}) == [0, 1, 2, 3]
+    assert {key.split(".")[0] for key in history(after)[3]} == {"loss", "grad_norm", "samples"}
+    content = b"".join(path.read_bytes() for path in tmp_path.rglob("*") if path.is_file())
+    assert b"planted-secret" not in content
+
+
+REPORT = """
+    tracker.log({"loss": 1.0}, 1)
+    tracker.close()
+    print(started_seconds)
+"""
+
+
+@pytest.mark.slow  # waits for time limits
+def test_wandb_with_a_key_but_no_network_goes_on_offline_within_ten_seconds(python, tmp_path, hanging_server):
+    for name, url in [("refuses", "http://127.0.0.1:9"), ("hangs", hanging_server)]:
+        start = time.monotonic()
+        done = python(WANDB + REPORT, str(tmp_path / name), WANDB_API_KEY=KEY, WANDB_BASE_URL=url)
+        assert done.returncode == 0, done.stderr
+        assert float(done.stdout) < 10
+        assert time.monotonic() - start < 40  # the exit does not hang either
+        assert "W&B is offline" in done.stderr
+        (records,) = read_wandb(tmp_path / name)
+        assert history(records) == {1: {"loss": 1.0}}
+        content = b"".join(path.read_bytes() for path in (tmp_path / name).rglob("*") if path.is_file())
+        assert KEY.encode() not in content
+
+
+@pytest.mark.slow
+def test_wandb_takes_no_harm_from_a_bad_key_and_its_service_dying(python, tmp_path):
+    body = """
+    import psutil
+    for child in psutil.Process().children(recursive=True):
+        child.kill()
+        child.wait(10)
+    for update in range(3):
+        tracker.log({"loss": 1.0}, update)
+        time.sleep(0.5)
+    tracker.close()
+    print("trained on")
+    """
+    done = python(WANDB + body, str(tmp_path), WANDB_API_KEY="tooshort")
+    assert done.stdout == "trained on\n", done.stderr
+    assert done.returncode == 0
+    assert "API key must have 40+ characters" in done.stderr
+    assert done.stderr.count("tracker wandb failed") == 1
+
+
+def test_online_without_a_key_is_refused_before_anything_starts(run, monkeypatch, tmp_path):
+    import wandb
+
+    monkeypatch.setattr(wandb, "login", lambda **options: False)
+    with pytest.raises(UserError, match=r"tracker\.mode=online: no key; give WANDB_API_KEY"):
+        make_tracker(TrackerConfig(kind="wandb", mode="online"), run, {}, name="t")
