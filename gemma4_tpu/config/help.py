@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import textwrap
-from dataclasses import is_dataclass
 from typing import TYPE_CHECKING, Any
 
 from omegaconf import OmegaConf
 
-from gemma4_tpu.config.keys import field_docs, field_types, type_name
+from gemma4_tpu.config.keys import field_docs, field_types, is_group, type_name
 from gemma4_tpu.config.overrides import groups_in
 
 if TYPE_CHECKING:
@@ -46,7 +45,7 @@ def _keys(schema: type, values: Any, prefix: str) -> list[str]:
     lines = []
     nested = []
     for name, annotation in field_types(schema).items():
-        if is_dataclass(annotation):
+        if is_group(annotation):
             nested += ["", f"  {(annotation.__doc__ or '').strip()}", *_keys(annotation, values[name], f"{name}.")]
             continue
         lines.append(f"  {prefix}{name}={_show(values[name])}  ({type_name(annotation)})")

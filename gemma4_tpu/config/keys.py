@@ -27,12 +27,20 @@ def field_types(schema: type) -> dict[str, Any]:
 @cache
 def field_docs(schema: type) -> dict[str, str]:
     """Field name → the string beneath it, on one line."""
-    body = ast.parse(inspect.getsource(schema)).body[0].body
+    (definition,) = ast.parse(inspect.getsource(schema)).body
+    assert isinstance(definition, ast.ClassDef)
     docs = {}
-    for field, text in pairwise(body):
-        if isinstance(field, ast.AnnAssign) and isinstance(text, ast.Expr) and isinstance(text.value, ast.Constant):
+    for field, text in pairwise(definition.body):
+        if not (isinstance(field, ast.AnnAssign) and isinstance(field.target, ast.Name)):
+            continue
+        if isinstance(text, ast.Expr) and isinstance(text.value, ast.Constant) and isinstance(text.value.value, str):
             docs[field.target.id] = " ".join(text.value.value.split())
     return docs
+
+
+def is_group(annotation: Any) -> bool:
+    """Whether a type of the schema has keys of its own."""
+    return isinstance(annotation, type) and is_dataclass(annotation)
 
 
 def element_type(annotation: Any) -> Any | None:
@@ -59,7 +67,7 @@ def leaf_keys(schema: type, prefix: str = "") -> list[str]:
     """Every key that holds a value, dotted: `lora.rank`."""
     keys = []
     for name, annotation in field_types(schema).items():
-        if is_dataclass(annotation):
+        if is_group(annotation):
             keys += leaf_keys(annotation, f"{prefix}{name}.")
         else:
             keys.append(prefix + name)
@@ -68,9 +76,10 @@ def leaf_keys(schema: type, prefix: str = "") -> list[str]:
 
 def unknown_key(schema: type, key: str) -> str | None:
     """None if `key` (dotted, list items by number) is in the schema, else what is wrong and what may be meant."""
-    where, walked = schema, ""
+    where: Any = schema
+    walked = ""
     for part in key.split("."):
-        if is_dataclass(where):
+        if is_group(where):
             if part not in field_types(where):
                 return _no_such_key(schema, where, walked, part, key)
             where = field_types(where)[part]

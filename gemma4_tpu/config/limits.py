@@ -52,7 +52,7 @@ def limit_problems(root: TrainRoot) -> list[str]:
     for key, choices in CHOICES.items():
         value = _get(root, key)
         if value is not None and value not in choices:
-            hint = did_you_mean(str(value), choices, lambda choice, key=key: f"{key}={choice}")
+            hint = did_you_mean(str(value), choices, (key + "={}").format)
             messages.append(f"{key}={value}: not a choice{hint} (choices: {', '.join(choices)})")
     for key, (fits, wanted) in RANGES.items():
         value = _get(root, key)

@@ -6,10 +6,11 @@ that all problems come in one message.
 
 from __future__ import annotations
 
+import argparse
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 from hydra import compose, initialize_config_dir
 from hydra._internal.utils import get_args_parser
@@ -18,6 +19,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
 
 import gemma4_tpu
 from gemma4_tpu.config.checks import Checked, examine_train, normalise
@@ -116,7 +118,7 @@ def compose_all(
     with initialize_config_dir(str(config_dir()), version_base=_VERSION_BASE):
         try:
             root = OmegaConf.to_object(compose(entry.name, overrides=good))
-        except (HydraException, OmegaConfBaseException) as error:
+        except (HydraException, OmegaConfBaseException, YAMLError) as error:
             found = _file_problems(good, entry, groups)
             return None, good, problems + (found or [Problem(_plain(error, entry.schema))])
     return root, good, problems
@@ -146,6 +148,8 @@ def from_yaml(text: str, schema: type = TrainRoot) -> Any:
       UserError: a key that the schema does not have, or a value of another type; names all of them.
     """
     content = OmegaConf.create(text)
+    if not isinstance(content, DictConfig):
+        raise UserError("config.yaml: holds a list, not keys")
     problems = check_file(content, label="config.yaml", prefix="", schema=schema)
     if problems:
         raise refusal(problems)
@@ -165,19 +169,18 @@ def _split(argv: list[str], entry: EntryPoint) -> tuple[list[str], Any]:
         print(help_text(entry))
         raise SystemExit(0)
     parser = get_args_parser()
-    parser.error = _refuse_flags
-    flags, rest = parser.parse_known_args(argv)
+    parser.exit_on_error = False
+    try:
+        flags, rest = parser.parse_known_args(argv)
+    except argparse.ArgumentError as error:
+        raise UserError(f"{error} ({entry.command} --help)") from None
     words = [*flags.overrides, *rest]
     if not (flags.multirun or flags.cfg or flags.info or flags.hydra_help or flags.shell_completion):
         refused = [word for word in argv if word.startswith("-") and word not in rest]
         if refused:
-            _refuse_flags(f"{' '.join(refused)} is not supported; use run_dir=<folder> and hydra.searchpath=[file://<folder>]")
+            raise UserError(f"{' '.join(refused)}: not supported; conf/ is extended by hydra.searchpath=[file://<folder>]")
         return words, None
     return words, flags
-
-
-def _refuse_flags(message: str) -> NoReturn:
-    raise UserError(message)
 
 
 def _file_problems(words: list[str], entry: EntryPoint, groups: Groups) -> list[Problem]:
@@ -185,8 +188,9 @@ def _file_problems(words: list[str], entry: EntryPoint, groups: Groups) -> list[
     chosen = [("local", "default")]
     for word in words:
         override = OverridesParser.create().parse_override(word)
-        if override.key_or_group in groups.options and isinstance(override.value(), str):
-            chosen.append((override.key_or_group, override.value()))
+        option = override.value()
+        if override.key_or_group in groups.options and isinstance(option, str):
+            chosen.append((override.key_or_group, option))
     problems = []
     for group, option in chosen:
         path = config_dir() / group / f"{option}.yaml"
@@ -195,12 +199,12 @@ def _file_problems(words: list[str], entry: EntryPoint, groups: Groups) -> list[
         label = f"{group}/{path.name}"
         try:
             content = OmegaConf.load(path)
-        except Exception as error:  # PyYAML's and OmegaConf's errors share no base
+        except (YAMLError, OmegaConfBaseException) as error:
             problems.append(Problem(f"{label}: {' '.join(str(error).split())}"))
             continue
         if not isinstance(content, DictConfig):
             continue
-        values = OmegaConf.masked_copy(content, [key for key in content if key != "defaults"])
+        values = OmegaConf.create({key: value for key, value in content.items() if key != "defaults"})
         prefix = group if group in field_types(entry.schema) else ""  # experiment and local hold whole-tree deltas
         problems += check_file(values, label=label, prefix=prefix, schema=entry.schema)
     return problems

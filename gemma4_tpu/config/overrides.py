@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass, is_dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from gemma4_tpu.config.keys import did_you_mean, element_type, field_types, nearest, type_name, unknown_key
+from gemma4_tpu.config.keys import did_you_mean, element_type, field_types, is_group, nearest, type_name, unknown_key
 from gemma4_tpu.config.problems import Problem
 
 
@@ -69,11 +69,11 @@ def check_file(content: DictConfig, *, label: str, prefix: str, schema: type) ->
     """Problems of one YAML file; `prefix` is its group (empty for `# @package _global_`)."""
     problems = []
     for name, value in content.items():
-        key = f"{prefix}.{name}" if prefix else str(name)
+        key = f"{prefix}.{name!s}" if prefix else str(name)
         message = unknown_key(schema, key)
         if message:
             problems.append(Problem(f"{label}: {key}: {message}", _meant(message)))
-        elif is_dataclass(_type_at(schema, key)) and isinstance(value, DictConfig):
+        elif is_group(_type_at(schema, key)) and isinstance(value, DictConfig):
             problems += check_file(value, label=label, prefix=key, schema=schema)
         elif (message := _bad_value(schema, key, value)) is not None:
             problems.append(Problem(f"{label}: {message}", (key,)))
@@ -135,7 +135,7 @@ def _bad_value(schema: type, key: str, value: Any) -> str | None:
     probe = OmegaConf.structured(schema)
     kind = _type_at(schema, key)
     element = element_type(kind)
-    if element is not None and is_dataclass(element) and isinstance(value, list):
+    if element is not None and is_group(element) and isinstance(value, list):
         for index, item in enumerate(value):
             for name in item if isinstance(item, dict) else ():
                 message = unknown_key(element, str(name))
@@ -145,7 +145,7 @@ def _bad_value(schema: type, key: str, value: Any) -> str | None:
     list_depth = next((i for i, part in enumerate(rest) if part.isdecimal()), None)
     if list_depth is not None:  # an item of a list: its own type is what counts
         parent = _type_at(schema, ".".join([head, *rest[: list_depth + 1]]))
-        if not is_dataclass(parent):
+        if not is_group(parent):
             return None
         probe, inner = OmegaConf.structured(parent), ".".join(rest[list_depth + 1 :])
     else:
@@ -162,14 +162,14 @@ def _bad_value(schema: type, key: str, value: Any) -> str | None:
 def _list_hint(key: str, element: Any, value: Any) -> str:
     if element is None or isinstance(value, list):
         return ""
-    item = f"{{path: {value}}}" if is_dataclass(element) else value
+    item = f"{{path: {value}}}" if is_group(element) else value
     return f"; write '{key}=[{item}]'"
 
 
 def _type_at(schema: type, key: str) -> Any:
     where: Any = schema
     for part in key.split("."):
-        where = field_types(where)[part] if is_dataclass(where) else element_type(where)
+        where = field_types(where)[part] if is_group(where) else element_type(where)
     return where
 
 
