@@ -163,7 +163,8 @@ def _python(code: str, *argv: str, cwd: Path) -> subprocess.CompletedProcess:
 
 
 @pytest.mark.parametrize(
-    ("argv", "code"), [(["--help"], 0), (["lora.rnk=3", "trainer.epochs=1", "model=tinny"], 2), (["model=gemma4_31b"], 2)]
+    ("argv", "code"),
+    [(["--help"], 0), (["lora.rnk=3", "trainer.epochs=1", "model=tinny"], 2), (["model=gemma4_31b"], 2)],
 )
 def test_the_entry_point_answers_at_once_and_without_jax(argv, code, tmp_path):
     """CPU seconds rather than the clock's: the machine may be busy with other tests."""
