@@ -42,10 +42,10 @@ def test_lines_are_rare_but_first_and_last_are_there(caplog):
 
 
 def test_time_left_counts_from_the_end_of_the_first_update(monkeypatch):
-    now = 0.0
-    monkeypatch.setattr("time.monotonic", lambda: now)
+    times = {51: 100.0, 52: 102.0, 61: 120.0}  # the first took 100 s (compilation), the others 2 s each
     progress = Progress(110, first_update=50, show=False)
-    for update, now in [(51, 100.0), (52, 102.0), (61, 120.0)]:  # the first took 100 s (compilation), the others 2 s
+    for update, seconds in times.items():
+        monkeypatch.setattr("time.monotonic", lambda seconds=seconds: seconds)
         progress.advance(update)
     assert progress.seconds_left() == pytest.approx((110 - 61) * 2.0)
 
