@@ -154,8 +154,8 @@ def _slices(box: Box) -> tuple[slice, ...]:
     return tuple(slice(start, stop) for start, stop in box)
 
 
-def _box(index: tuple[slice, ...], shape: tuple[int, ...]) -> Box:
-    return tuple(s.indices(n)[:2] for s, n in zip(index, shape, strict=True))
+def _box(index: tuple[slice, ...] | None, shape: tuple[int, ...]) -> Box:
+    return tuple(s.indices(n)[:2] for s, n in zip(index or (), shape, strict=True))
 
 
 def _copy(target: np.ndarray, source: np.ndarray) -> None:

@@ -2,6 +2,8 @@
 
 import json
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import fsspec
@@ -83,10 +85,10 @@ def test_a_path_that_leads_nowhere_is_refused(model, message):
 
 
 def test_a_contradiction_names_the_fields_and_the_fitting_model(tiny_moe):
-    with pytest.raises(
-        UserError,
-        match=r"^model\.path=/.*: the checkpoint is not a tiny; give model=tiny_moe \(embed_dim: model=tiny has 128, the",
-    ):
+    message = (
+        r"^model\.path=/.*: the checkpoint is not a tiny; give model=tiny_moe \(embed_dim: model=tiny has 128, the"
+    )
+    with pytest.raises(UserError, match=message):
         resolve_base(ModelConfig(name="tiny", path=str(tiny_moe)))
 
 
@@ -109,3 +111,9 @@ def test_an_adapter_is_not_a_base(tiny_moe):
     (tiny_moe / "adapter_config.json").write_text("{}")
     with pytest.raises(UserError, match=r"holds adapter_config\.json: a PEFT adapter, not a model"):
         resolve_base(ModelConfig(name="tiny_moe", path=str(tiny_moe)))
+
+
+def test_finding_and_reading_a_base_needs_no_jax():
+    """Merging and configuration checks do without it; starting JAX takes seconds and may claim an accelerator."""
+    code = "import sys, gemma4_tpu.models.base, gemma4_tpu.models.names; sys.exit('jax' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parents[2]).returncode == 0

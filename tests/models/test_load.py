@@ -3,7 +3,9 @@
 import dataclasses
 import json
 import logging
+import os
 import shutil
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -25,6 +27,8 @@ from gemma4_tpu.models.names import match, name_map
 from gemma4_tpu.models.tensorfile import Checkpoint, TensorFile
 from tests.models.checkpoints import KINDS, make_checkpoint
 
+ROOT = Path(__file__).parents[2]
+ENVIRONMENT = {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": "--xla_force_host_platform_device_count=8"}
 MESHES = [(1, 4), (2, 4), (4, 1), (2, 2), (1, 1)]
 
 
@@ -248,13 +252,69 @@ def test_host_memory_beyond_the_arrays_is_a_few_tensors(tmp_path):
     total_bytes = sum(w.nbytes for w in weights.values())
     save_file(weights, tmp_path / "model.safetensors")
     del weights
-    env = {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": "--xla_force_host_platform_device_count=8", "PATH": "/usr/bin:/bin"}
     run = subprocess.run(
-        [sys.executable, "-c", MEASURE, str(tmp_path)], env=env, capture_output=True, text=True, check=True,
-        cwd=Path(__file__).parents[2],
+        [sys.executable, "-c", MEASURE, str(tmp_path)], env=ENVIRONMENT, capture_output=True, text=True,
+        check=True, cwd=ROOT,
     )  # fmt: skip
     measured = json.loads(run.stdout)
     assert measured["total_bytes"] == total_bytes
     # at its peak, with the embedding: the pages of the file, the buffer, the devices' copy; and what Python and XLA
     # allocate on the way. Holding the whole model once more would be 20 of them.
     assert measured["extra_bytes"] < 5 * largest_bytes < total_bytes / 4
+
+
+PROCESS = """
+import json, sys
+import jax, jax.numpy as jnp, numpy as np
+jax.distributed.initialize(f"localhost:{sys.argv[2]}", num_processes=2, process_id=int(sys.argv[3]))
+from gemma4_tpu.architectures import from_hf_config
+from gemma4_tpu.models import sharding
+from gemma4_tpu.models.layout import Layout
+from gemma4_tpu.models.load import load_params
+from gemma4_tpu.models.tensorfile import Checkpoint, TensorFile
+
+original, read = TensorFile.read, {}
+
+def counted(self, name, index=None, shape=None):
+    block = original(self, name, index, shape)
+    read[name] = read.get(name, 0) + block.size
+    return block
+
+TensorFile.read = counted
+arch = from_hf_config(json.load(open(sys.argv[1] + "/config.json")))
+layout = Layout.of(arch)
+mesh = sharding.make_mesh(2, 4)
+places = layout.tree(lambda l: sharding.named(mesh, l.tunix_names[0], l.shape, stacked=l.stacked))
+params = load_params(Checkpoint(sys.argv[1]), arch, layout, places, jnp.float32)
+total = jax.jit(lambda p: sum(jnp.sum(jnp.abs(x)) for x in jax.tree.leaves(p)))(params)
+print(json.dumps({"sum": float(total), "up": read["model.layers.3.mlp.up_proj.weight"],
+                  "norm": read["model.norm.weight"]}))
+"""
+
+
+@pytest.mark.slow
+def test_two_processes_read_what_their_own_devices_hold(tmp_path):
+    """fsdp spans the processes: each reads its half of a matrix, and all of a replicated vector."""
+    folder = make_checkpoint("dense")
+    with socket.socket() as probe:
+        probe.bind(("localhost", 0))
+        port = probe.getsockname()[1]
+    env = ENVIRONMENT | {"XLA_FLAGS": "--xla_force_host_platform_device_count=4"}
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", PROCESS, str(folder), str(port), str(i)], env=env, cwd=ROOT, text=True,
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        )
+        for i in range(2)
+    ]  # fmt: skip
+    try:
+        outputs = [process.communicate(timeout=240) for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    found = [json.loads(out.splitlines()[-1]) if out else pytest.fail(err) for out, err in outputs]
+    assert [f["up"] for f in found] == [96 * 64 // 2] * 2
+    assert [f["norm"] for f in found] == [64] * 2
+    params, _ = load(folder)
+    expected = sum(float(np.abs(np.asarray(a, np.float64)).sum()) for a in jax.tree.leaves(params))
+    assert found[0]["sum"] == found[1]["sum"] == pytest.approx(expected, rel=1e-5)  # fp32 sum of 700,000 values
