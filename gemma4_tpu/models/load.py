@@ -147,7 +147,8 @@ def _array(
                 raise UserError(f"{where}: NaN or infinity in {name}: a damaged file, or a model that diverged")
 
     list(readers.map(fill, range(len(leaf.tunix_names))))
-    return jax.make_array_from_callback(shape, sharding, lambda index: shards[_box(index, shape)], dtype=dtype)
+    array = jax.make_array_from_callback(shape, sharding, lambda index: shards[_box(index, shape)], dtype=dtype)
+    return jax.block_until_ready(array)  # so that these buffers are free before the next ones are filled
 
 
 def _slices(box: Box) -> tuple[slice, ...]:
