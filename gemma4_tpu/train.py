@@ -1,6 +1,6 @@
 """`python -m gemma4_tpu.train`: compose a configuration, check it, build what it describes, train.
 
-Reads top to bottom: configuration (no JAX yet) → run folder → data → devices and weights → the loop → result.
+Reads top to bottom: configuration (JAX is not there yet) → run folder → data → devices and weights → loop → result.
 """
 
 from __future__ import annotations
@@ -8,28 +8,44 @@ from __future__ import annotations
 import logging
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
+from typing import TYPE_CHECKING
 
 from gemma4_tpu.config.load import Loaded, load_train
 from gemma4_tpu.config.schema import TrainRoot
 from gemma4_tpu.errors import UserError
 
+if TYPE_CHECKING:
+    from gemma4_tpu.data.build import TrainingData
+    from gemma4_tpu.models.base import Base
+    from gemma4_tpu.tracking.result import Result
+    from gemma4_tpu.tracking.run import RunFolder
+    from gemma4_tpu.training.job import Job
+
 log = logging.getLogger(__name__)
+INTERRUPTED = 130
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Exit code: 0 finished, 2 refused (one message on stderr)."""
+    """Exit code: 0 finished, 2 refused (one message on stderr), 130 interrupted."""
     try:
         loaded = load_train(list(sys.argv[1:] if argv is None else argv))
-        return _preview(loaded.root) if loaded.root.preview else _run(loaded)
+        if not loaded.root.preview:
+            return _run(loaded)
+        from gemma4_tpu.data import preview
+
+        preview.show(loaded.root)
+        return 0
     except UserError as refusal:
         print(f"error: {refusal}", file=sys.stderr)
         return 2
 
 
 def _run(loaded: Loaded) -> int:
-    """Opens the run folder, trains, and leaves a result there, whatever happens."""
+    """Opens the run folder, trains in it, and leaves a result, plots and a summary there."""
     from gemma4_tpu.tracking.logs import setup_logging
+    from gemma4_tpu.tracking.plots import plot_run
+    from gemma4_tpu.tracking.progress import print_summary
     from gemma4_tpu.tracking.result import Result
     from gemma4_tpu.tracking.run import RunFolder
 
@@ -44,62 +60,110 @@ def _run(loaded: Loaded) -> int:
     try:
         result = _train(config, folder)
         result.write(folder.result_path)
+    except KeyboardInterrupt:
+        print(f"\ninterrupted; the same command with run_dir={folder.path} goes on from its last checkpoint", file=sys.stderr)
+        return INTERRUPTED
     except Exception as error:
-        Result(status="failed", error=str(error).splitlines()[0] if str(error) else repr(error)).write(folder.result_path)
+        if not (folder.result_path.exists() and Result.read(folder.result_path).status == "finished"):
+            Result(status="failed", error=(str(error) or repr(error)).splitlines()[0]).write(folder.result_path)
         raise
     finally:
         folder.close()
+    drawn = plot_run(folder)
+    print_summary(folder, result, [f"look at {path}" for path in drawn[:1]])
     return 0
 
 
-def _train(config: TrainRoot, folder):
+def _train(config: TrainRoot, folder: RunFolder) -> Result:
     """The main job: rows to batches, weights to the mesh, updates, result."""
-    import jax
-
     from gemma4_tpu.config.checks import rows_per_microbatch, rows_per_update, warmup_warning
     from gemma4_tpu.data.build import build_data
     from gemma4_tpu.data.pipeline import Pipeline, heldout_batches
     from gemma4_tpu.data.tokenizer import load_tokenizer
     from gemma4_tpu.models.base import resolve_base
     from gemma4_tpu.step.optimizer import make_schedule
+    from gemma4_tpu.tracking import provenance
     from gemma4_tpu.tracking.files import write_json
     from gemma4_tpu.tracking.metrics import Metrics
+    from gemma4_tpu.tracking.progress import Progress
+    from gemma4_tpu.tracking.trackers import make_tracker
     from gemma4_tpu.training.checkpoint import Checkpoints
     from gemma4_tpu.training.job import build_job, rows_here, start_mesh
-    from gemma4_tpu.training.loop import Loop, Rates
+    from gemma4_tpu.training.loop import Loop
 
-    # data
+    # ── data ───────────────────────────────────────────────────────────────────────────────────────────────────────
     base = resolve_base(config.model)
     data = build_data(config.data, load_tokenizer(base.tokenizer_folder))
     write_json(folder.data_path, data.to_json())
 
-    # devices, and the rows that are this process's
+    # ── devices, and the rows that are this process's ──────────────────────────────────────────────────────────────
     mesh = start_mesh(config.hardware, config.mesh, base.arch)
-    rows = rows_per_microbatch(config.trainer, config.data, mesh.shape["fsdp"])
-    shared = {"rows_per_update": rows_per_update(config.trainer, config.data), "microbatches": config.trainer.microbatches,
-              "row_slice": rows_here(mesh, rows)}  # fmt: skip
+    batches = {
+        "rows_per_update": rows_per_update(config.trainer, config.data),
+        "microbatches": config.trainer.microbatches,
+        "row_slice": rows_here(mesh, rows_per_microbatch(config.trainer, config.data, mesh.shape["fsdp"])),
+    }
     pipeline = Pipeline(
         examples=data.train, data=config.data, seed=config.trainer.seed,
-        epochs=config.trainer.epochs, max_updates=config.trainer.max_updates, **shared,
+        epochs=config.trainer.epochs, max_updates=config.trainer.max_updates, **batches,
     )  # fmt: skip
-    heldout = list(heldout_batches(data.heldout, config.data, **shared)) if data.heldout else []
+    same_lengths = replace(config.data, buckets=pipeline.lengths)
+    heldout = list(heldout_batches(data.heldout, same_lengths, **batches)) if data.heldout else []
+    updates = pipeline.total_updates
+    log.info("%d updates of %d rows: %.2f epochs", updates, batches["rows_per_update"], pipeline.total_epochs)
+    if warning := warmup_warning(config.optimizer, updates):
+        log.warning(warning)
 
-    # weights, adapters, optimizer
-    job = build_job(base, config.lora, config.optimizer, config.trainer, mesh, pipeline.total_updates)
+    # ── weights, adapters, optimizer ───────────────────────────────────────────────────────────────────────────────
+    job = build_job(base, config.lora, config.optimizer, config.trainer, mesh, updates)
     checkpoints = Checkpoints(folder.checkpoints, config.checkpoint, job.trained_leaves, mesh)
     resume_from = checkpoints.updates[-1] if checkpoints.updates else None
-
-    # the loop
-    metrics = Metrics(folder.metrics_path, after_update=resume_from)
-    loop = Loop(
-        job, pipeline, heldout, checkpoints, config.trainer, config.checkpoint,
-        make_schedule(config.optimizer, pipeline.total_updates), Rates(0,None,None), lambda row, update: (print(update,row),metrics.log(row,update)),
+    hardware = {"slice": config.hardware.name, "devices": mesh.size, "kind": mesh.devices.flat[0].device_kind}
+    fingerprints = {"base": base.fingerprint, **pipeline.fingerprint}
+    provenance.record(
+        folder, provenance.capture(hardware=hardware, seeds={"trainer": config.trainer.seed}, fingerprints=fingerprints)
     )
-    return loop.run(resume_from)
+
+    # ── the loop ───────────────────────────────────────────────────────────────────────────────────────────────────
+    metrics = Metrics(folder.metrics_path, after_update=resume_from, write=folder.write)
+    tracker = make_tracker(config.tracker, folder, asdict(config), name=f"{config.name}/{folder.path.name}")
+    status = "failed"
+    try:
+        with Progress(updates, first_update=resume_from or 0) as progress:
+
+            def report(row: dict, update: int) -> None:
+                metrics.log(row, update)
+                tracker.log(row, update)
+                progress.log(row, update)
+
+            loop = Loop(
+                job, pipeline, heldout, checkpoints, config.trainer, config.checkpoint,
+                make_schedule(config.optimizer, updates), _rates(config, base, data, job), report,
+            )  # fmt: skip
+            result = loop.run(resume_from)
+        tracker.summary(asdict(result))
+        status = result.status
+        return result
+    finally:
+        tracker.close(status)
+        metrics.close()
+        checkpoints.close()
+        pipeline.close()
 
 
-def _preview(config: TrainRoot) -> int:
-    return 0
+def _rates(config: TrainRoot, base: Base, data: TrainingData, job: Job):
+    """What an update costs in FLOPs, and the machine in dollars, as far as chip and price are known."""
+    from gemma4_tpu.hardware import chip_of, price_of
+    from gemma4_tpu.models.flops import train_flops_per_token
+    from gemma4_tpu.training.loop import Rates
+
+    device = job.mesh.devices.flat[0]
+    chip, price = chip_of(device.platform, device.device_kind), price_of(config.hardware)
+    return Rates(
+        flops_per_token=train_flops_per_token(base.arch, config.lora, float(data.train.slots.mean())),
+        peak_flops_per_second=chip.peak_flops_per_second * job.mesh.size if chip else None,
+        usd_per_hour=price.usd_per_hour if price else None,
+    )
 
 
 if __name__ == "__main__":

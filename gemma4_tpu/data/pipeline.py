@@ -144,6 +144,11 @@ class Pipeline:
         return len(self._plan)
 
     @property
+    def total_epochs(self) -> float:
+        """Passes over the data in the whole run."""
+        return self._plan[len(self._plan) - 1].epoch
+
+    @property
     def lengths(self) -> list[int]:
         """Static row lengths T that updates may have; the step compiles once for each."""
         return list(self._plan.buckets)
