@@ -237,11 +237,6 @@ def _data(data: DataConfig) -> list[str]:
     for split, sources in (("train", data.train), ("heldout", data.heldout)):
         for index, source in enumerate(sources):
             messages += source_problem(f"data.{split}.{index}", source)
-    if data.heldout and data.heldout_fraction:
-        messages.append(
-            f"data.heldout_fraction={data.heldout_fraction}: data.heldout is set too; give data.heldout=[] or "
-            "data.heldout_fraction=0"
-        )
     if data.buckets is not None:
         if data.packing != "buckets":
             messages.append(f"data.buckets={data.buckets}: only with data.packing=buckets (it is {data.packing})")

@@ -67,9 +67,8 @@ def source_problem(key: str, source: DataSource) -> list[str]:
     place, found = _place(f"{key}.path={path}", path)
     messages += found
     if place is not None and not place.exists():
-        messages.append(
-            f"{key}.path={path}: no such file or folder{_sibling(place)} (a Hugging Face data set is written hf:NAME)"
-        )
+        hub = f"; a Hugging Face data set is written hf:{path}" if path.count("/") == 1 and not place.suffix else ""
+        messages.append(f"{key}.path={path}: no such file or folder{_sibling(place)}{hub}")
     return messages
 
 
