@@ -62,7 +62,7 @@ def source_problem(key: str, source: DataSource) -> list[str]:
     path = source.path
     if not path:
         return [*messages, f"{key}.path is empty; give {key}.path=<rows.jsonl[.gz], .parquet, a folder or hf:NAME>"]
-    if path.startswith(HUGGING_FACE):
+    if path.startswith(HUGGING_FACE) and "://" not in path:
         return messages if path != HUGGING_FACE else [*messages, f"{key}.path={path}: write hf:NAME or hf:NAME:SPLIT"]
     place, found = _place(f"{key}.path={path}", path)
     messages += found

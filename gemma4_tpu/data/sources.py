@@ -39,12 +39,12 @@ def read_rows(path: str) -> Iterator[RawRow]:
 
     Args:
       path: a `.jsonl`, `.jsonl.gz` or `.parquet` file, a folder of them, a data set folder saved by `datasets`,
-        `hf:NAME[:SPLIT]` or `embedded:FILE`; local or with a URL scheme such as gs://.
+        `hf:NAME[:SPLIT]` or `embedded:FILE`; local or with a URL scheme such as gs:// or hf://datasets/NAME/FILE.
 
     Raises:
       UserError: nothing is there, the format is unknown, a file is torn, or a reader is not installed.
     """
-    if path.startswith(HUGGING_FACE):
+    if path.startswith(HUGGING_FACE) and "://" not in path:  # hf://datasets/… is a file system's address
         return _read_hugging_face(path)
     place = assets.resolve(path)
     store, root = filesystem(place)

@@ -142,3 +142,18 @@ def test_missing_gcs_package_names_the_command():
     except ImportError:
         with pytest.raises(UserError, match=r"pip install 'gemma4-tpu\[gcp\]'"):
             values("gs://bucket/rows.jsonl")
+
+
+def test_an_address_of_the_hub_is_a_file_and_no_data_set_name(monkeypatch):
+    from gemma4_tpu.data import sources
+
+    asked = []
+
+    def filesystem(path):
+        asked.append(path)
+        raise UserError("no network here")
+
+    monkeypatch.setattr(sources, "filesystem", filesystem)
+    with pytest.raises(UserError, match="no network"):
+        list(sources.read_rows("hf://datasets/owner/name/rows.jsonl"))
+    assert asked == ["hf://datasets/owner/name/rows.jsonl"]
