@@ -8,17 +8,16 @@ from typing import TYPE_CHECKING, Any
 from omegaconf import OmegaConf
 
 from gemma4_tpu.config.keys import field_docs, field_types, is_group, type_name
-from gemma4_tpu.config.overrides import groups_in
 
 if TYPE_CHECKING:
-    from gemma4_tpu.config.load import EntryPoint
+    from gemma4_tpu.config.entries import EntryPoint
 
 _WIDTH = 110
 
 
 def help_text(entry: EntryPoint) -> str:
     """The whole help page."""
-    from gemma4_tpu.config.load import config_dir, defaults
+    from gemma4_tpu.config.load import defaults, groups_of
 
     values = OmegaConf.to_container(defaults(entry))
     lines = textwrap.wrap(entry.summary, _WIDTH)
@@ -26,7 +25,7 @@ def help_text(entry: EntryPoint) -> str:
     for arguments, meaning in entry.examples:
         lines += [f"  {entry.command} {arguments}".rstrip(), f"      {meaning}"]
     lines += ["", "Groups (group=option):"]
-    for group, options in groups_in(config_dir()).items():
+    for group, options in groups_of(entry).items():
         if options:
             listed = f"  {group:<11} {', '.join(options)}"
             lines += textwrap.wrap(listed, _WIDTH, subsequent_indent=" " * 14)

@@ -11,7 +11,7 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
 if TYPE_CHECKING:
-    from gemma4_tpu.config.load import EntryPoint
+    from gemma4_tpu.config.entries import EntryPoint
 
 
 def serve(entry: EntryPoint, flags: list[str], overrides: list[str]) -> NoReturn:

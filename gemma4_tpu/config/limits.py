@@ -7,7 +7,6 @@ from collections.abc import Callable
 from typing import Any
 
 from gemma4_tpu.config.keys import did_you_mean
-from gemma4_tpu.config.schema import TrainRoot
 
 CHOICES: dict[str, tuple[str, ...]] = {
     "lora.quantize": ("nf4", "int8"),
@@ -22,6 +21,8 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "checkpoint.resume": ("auto", "never"),
     "tracker.kind": ("none", "wandb", "tensorboard"),
     "tracker.mode": ("auto", "online", "offline"),
+    "export.format": ("merged", "peft", "both"),
+    "export.verify": ("true", "stream", "false"),
 }
 
 _POSITIVE = (lambda v: 0 < v < math.inf, "a number more than 0")
@@ -46,8 +47,8 @@ RANGES: dict[str, tuple[Callable[[Any], bool], str]] = {
 }
 
 
-def limit_problems(root: TrainRoot) -> list[str]:
-    """One message for each value that is no choice or out of range."""
+def limit_problems(root: Any) -> list[str]:
+    """One message for each value of a root configuration that is no choice or out of range."""
     messages = []
     for key, choices in CHOICES.items():
         value = _get(root, key)
@@ -61,6 +62,7 @@ def limit_problems(root: TrainRoot) -> list[str]:
     return messages
 
 
-def _get(root: TrainRoot, key: str) -> Any:
+def _get(root: Any, key: str) -> Any:
+    """The value of a key; None where this entry point does not have the group."""
     group, name = key.split(".")
-    return getattr(getattr(root, group), name)
+    return getattr(getattr(root, group, None), name, None)

@@ -10,7 +10,7 @@ import argparse
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic
 
 from hydra import compose, initialize_config_dir
 from hydra._internal.utils import get_args_parser
@@ -22,7 +22,8 @@ from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
 import gemma4_tpu
-from gemma4_tpu.config.checks import Checked, examine_train, normalise
+from gemma4_tpu.config.checks import Checked
+from gemma4_tpu.config.entries import TRAIN, Checks, EntryPoint, Root
 from gemma4_tpu.config.keys import field_types, unknown_key
 from gemma4_tpu.config.overrides import Groups, check_file, check_overrides, groups_in
 from gemma4_tpu.config.problems import Problem, refusal
@@ -33,43 +34,13 @@ _VERSION_BASE = "1.3"
 
 
 @dataclass(frozen=True)
-class EntryPoint:
-    """One `python -m gemma4_tpu.<name>`: its root schema, registered for `conf/<name>.yaml`."""
-
-    name: str
-    schema: type
-    summary: str
-    examples: tuple[tuple[str, str], ...]
-    """(arguments, what they do)"""
-
-    @property
-    def command(self) -> str:
-        return f"python -m gemma4_tpu.{self.name}"
-
-
-TRAIN = EntryPoint(
-    name="train",
-    schema=TrainRoot,
-    summary="Fine-tune Gemma 4 with LoRA, QLoRA or in full. Without arguments: a small run, minutes on a laptop.",
-    examples=(
-        ("", "the tiny model on the data that travels with the package"),
-        ("preview=true", "look at the rows: what is trained on, lengths, fill, drops"),
-        ("data=chat_jsonl data.train.0.path=rows.jsonl", "your own conversations"),
-        ("lora.rank=8 trainer.max_updates=100", "other values"),
-        ("experiment=v5p8 model.path=gs://bucket/gemma-4-31b", "31B on a v5p-8 slice"),
-        ("run_dir=outputs/train/<run>", "go on with a run that was stopped"),
-    ),
-)
-
-
-@dataclass(frozen=True)
-class Loaded:
+class Loaded(Generic[Root, Checks]):
     """A configuration that passed every check."""
 
-    root: TrainRoot
+    root: Root
     overrides: list[str]
     """The `key=value` words of the command line, as composed."""
-    checked: Checked
+    checked: Checks
 
 
 def config_dir() -> Path:
@@ -81,8 +52,13 @@ def config_dir() -> Path:
     raise FileNotFoundError(f"no conf/train.yaml beside or in {package}: the installation is damaged")
 
 
-def load_train(argv: list[str]) -> Loaded:
-    """Reads the command line of `python -m gemma4_tpu.train` (without the program's name).
+def load_train(argv: list[str]) -> Loaded[TrainRoot, Checked]:
+    """Reads the command line of `python -m gemma4_tpu.train`; see `load`."""
+    return load(argv, TRAIN)
+
+
+def load(argv: list[str], entry: EntryPoint[Root, Checks]) -> Loaded[Root, Checks]:
+    """Reads the command line of an entry point (without the program's name).
 
     `--help`, `--version` and Hydra's own flags (`--cfg`, `--info`, `--multirun`, …) are served here and end it.
 
@@ -90,19 +66,20 @@ def load_train(argv: list[str]) -> Loaded:
       UserError: every problem of the command line, the files it selects and the values together.
       SystemExit: a flag was served.
     """
-    words, flags = _split(argv, TRAIN)
-    composed, good, problems = compose_all(words, TRAIN, multirun=bool(flags and flags.multirun))
+    given, flags = _split(argv, entry)
+    words = [entry.in_full(word) for word in given]
+    composed, good, problems = compose_all(words, entry, multirun=bool(flags and flags.multirun))
     if flags is not None and not problems:
         from gemma4_tpu.config.hydra_flags import serve
 
-        serve(TRAIN, [word for word in argv if word not in words], good)
+        serve(entry, [word for word in argv if word not in given], good)
     checked = None
     if composed is not None and flags is None:
-        root = normalise(composed)
-        checked, found = examine_train(root)
+        root = entry.normalise(composed)
+        checked, found = entry.examine(root)
         problems += [p for p in found if not any(earlier.clouds(p.message) for earlier in problems)]
     if problems or checked is None:
-        raise UserError(f"{refusal(problems)}\n({TRAIN.command} --help lists every key)")
+        raise UserError(f"{refusal(problems)}\n({entry.command} --help lists every key)")
     return Loaded(root, good, checked)
 
 
@@ -110,7 +87,8 @@ def compose_all(
     words: list[str], entry: EntryPoint, *, multirun: bool = False
 ) -> tuple[Any, list[str], list[Problem]]:
     """Composes the words that are sound; returns (root dataclass or None, those words, problems of the others)."""
-    groups = Groups(groups_in(config_dir()), open=any(w.lstrip("+").startswith("hydra.searchpath") for w in words))
+    options = groups_of(entry)
+    groups = Groups(options, open=any(w.lstrip("+").startswith("hydra.searchpath") for w in words))
     good, problems = check_overrides(words, schema=entry.schema, groups=groups, multirun=multirun)
     if multirun:
         return None, good, problems
@@ -122,6 +100,13 @@ def compose_all(
             found = _file_problems(good, entry, groups)
             return None, good, problems + (found or [Problem(_plain(error, entry.schema))])
     return root, good, problems
+
+
+def groups_of(entry: EntryPoint) -> dict[str, list[str]]:
+    """The config groups that `conf/<name>.yaml` composes, each with its options."""
+    chosen = OmegaConf.load(config_dir() / f"{entry.name}.yaml").defaults
+    names = {str(group).split()[-1] for item in chosen if isinstance(item, DictConfig) for group in item}
+    return {group: options for group, options in groups_in(config_dir()).items() if group in names}
 
 
 def register(entry: EntryPoint) -> None:
@@ -192,6 +177,7 @@ def _file_problems(words: list[str], entry: EntryPoint, groups: Groups) -> list[
         if override.key_or_group in groups.options and isinstance(option, str):
             chosen.append((override.key_or_group, option))
     problems = []
+    schema: type = entry.schema
     for group, option in chosen:
         path = config_dir() / group / f"{option}.yaml"
         if not path.is_file():
@@ -205,8 +191,8 @@ def _file_problems(words: list[str], entry: EntryPoint, groups: Groups) -> list[
         if not isinstance(content, DictConfig):
             continue
         values = OmegaConf.create({key: value for key, value in content.items() if key != "defaults"})
-        prefix = group if group in field_types(entry.schema) else ""  # experiment and local hold whole-tree deltas
-        problems += check_file(values, label=label, prefix=prefix, schema=entry.schema)
+        prefix = group if group in field_types(schema) else ""  # experiment and local hold whole-tree deltas
+        problems += check_file(values, label=label, prefix=prefix, schema=schema)
     return problems
 
 

@@ -216,3 +216,43 @@ class TrainRoot:
     """Run folder (local); null: `outputs/<name>/<date>_<time>`. Giving the same folder again resumes the run."""
     preview: bool = False
     """Show rendered rows, the length histogram, fill and drops, then stop."""
+
+
+@dataclass(kw_only=True)
+class ExportConfig:
+    """What becomes of a trained run (`export=`)."""
+
+    format: str = "merged"
+    """`merged`: a Hugging Face checkpoint with the adapters merged in; `peft`: a PEFT adapter; `both`."""
+    checkpoint: str = "latest"
+    """Which checkpoint: `latest`, `best` (lowest held-out loss) or the number of an update.
+    `checkpoint=` for short."""
+    base: str | None = None
+    """Folder of the base checkpoint (local or gs://), where it is no longer the run's `model.path`; must hold the same
+    weights."""
+    target: str | None = None
+    """Folder to write (local or gs://); with `format=both` its `merged` and `adapter`, for several runs one folder
+    named after each in it. null: `merged` and `adapter` in the run folder. `target=` for short."""
+    overwrite: bool = False
+    """Replace a target that exists. `overwrite=` for short."""
+    verify: str = "true"
+    """What is compared before the merged model is published: `true`: every adapted weight, and the logits of merged
+    and LoRA model where the model fits into memory (float32, on the CPU); `stream`: the weights only; `false`:
+    nothing. `verify=` for short."""
+    push_to_hub: str | None = None
+    """`owner/name` of a Hugging Face repository (private if new) to upload to; needs HF_TOKEN in the environment.
+    `push_to_hub=` for short."""
+
+
+@dataclass(kw_only=True)
+class MergeRoot:
+    """Everything `python -m gemma4_tpu.merge` takes."""
+
+    run: str = ""
+    """Run folder of a training, or a folder of run folders (a sweep): each is exported."""
+    export: ExportConfig = field(default_factory=ExportConfig)
+    name: str = "merges"
+    """Name of the records' folder in the run folder."""
+    run_dir: str | None = None
+    """Folder for the record of this export (configuration, log, parity, delta norms); null:
+    `<run>/<name>/<date>_<time>`. With several runs one folder for each in it."""

@@ -11,12 +11,12 @@ from omegaconf import OmegaConf
 
 import gemma4_tpu
 from gemma4_tpu.config import load as load_module
-from gemma4_tpu.config.load import config_dir, from_yaml, load_train, to_yaml
-from gemma4_tpu.config.overrides import groups_in
+from gemma4_tpu.config.entries import TRAIN
+from gemma4_tpu.config.load import config_dir, from_yaml, groups_of, load_train, to_yaml
 from gemma4_tpu.errors import UserError
 from gemma4_tpu.hardware import SLICES
 
-GROUPS = groups_in(config_dir())
+GROUPS = groups_of(TRAIN)
 BIG = ("gemma4_31b", "gemma4_26b_a4b", "gemma4_e4b", "gemma4_e2b")
 OPTIONS = [(group, option) for group, options in GROUPS.items() for option in options if group != "local"]
 

@@ -1,0 +1,79 @@
+"""The entry points: `python -m gemma4_tpu.<name>`, what each one takes, and how that is checked."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Generic, TypeVar
+
+from gemma4_tpu.config.checks import Checked, examine_train, normalise
+from gemma4_tpu.config.merge_checks import MergeChecked, examine_merge, normalise_merge
+from gemma4_tpu.config.problems import Problem
+from gemma4_tpu.config.schema import MergeRoot, TrainRoot
+
+Root = TypeVar("Root")
+Checks = TypeVar("Checks")
+
+
+@dataclass(frozen=True)
+class EntryPoint(Generic[Root, Checks]):
+    """One `python -m gemma4_tpu.<name>`: its root schema, registered for `conf/<name>.yaml`, and its checks."""
+
+    name: str
+    schema: type[Root]
+    normalise: Callable[[Root], Root]
+    """One spelling for what can be written in several."""
+    examine: Callable[[Root], tuple[Checks | None, list[Problem]]]
+    """Everything that can be checked without JAX: what was found out, or the problems."""
+    summary: str
+    examples: tuple[tuple[str, str], ...]
+    """(arguments, what they do)"""
+    shorthands: Mapping[str, str] = field(default_factory=dict)
+    """Short name → key that it stands for on the command line."""
+
+    @property
+    def command(self) -> str:
+        return f"python -m gemma4_tpu.{self.name}"
+
+    def in_full(self, word: str) -> str:
+        """A word of the command line with a shorthand written out."""
+        key, equals, value = word.partition("=")
+        return f"{self.shorthands.get(key, key)}{equals}{value}"
+
+
+TRAIN: EntryPoint[TrainRoot, Checked] = EntryPoint(
+    name="train",
+    schema=TrainRoot,
+    normalise=normalise,
+    examine=examine_train,
+    summary="Fine-tune Gemma 4 with LoRA, QLoRA or in full. Without arguments: a small run, minutes on a laptop.",
+    examples=(
+        ("", "the tiny model on the data that travels with the package"),
+        ("preview=true", "look at the rows: what is trained on, lengths, fill, drops"),
+        ("data=chat_jsonl data.train.0.path=rows.jsonl", "your own conversations"),
+        ("lora.rank=8 trainer.max_updates=100", "other values"),
+        ("experiment=v5p8 model.path=gs://bucket/gemma-4-31b", "31B on a v5p-8 slice"),
+        ("run_dir=outputs/train/<run>", "go on with a run that was stopped"),
+    ),
+)
+
+MERGE: EntryPoint[MergeRoot, MergeChecked] = EntryPoint(
+    name="merge",
+    schema=MergeRoot,
+    normalise=normalise_merge,
+    examine=examine_merge,
+    summary=(
+        "Turn a trained run into a model that others can load: a merged Hugging Face checkpoint, a PEFT adapter, or"
+        " both. Written beside the target, compared with the LoRA model, then renamed."
+    ),
+    examples=(
+        ("run=outputs/train/<run>", "the run's last checkpoint, to outputs/train/<run>/merged"),
+        ("run=outputs/train/<run> export=both checkpoint=best", "merged and PEFT, at the lowest held-out loss"),
+        ("run=outputs/train/<run> target=gs://bucket/model", "to a bucket"),
+        ("run=multirun/<date>/<time>", "every run of a sweep"),
+        ("run=outputs/train/<run> push_to_hub=owner/name", "upload it too (needs HF_TOKEN)"),
+    ),
+    shorthands={
+        key: f"export.{key}" for key in ("checkpoint", "target", "overwrite", "verify", "push_to_hub")
+    },
+)

@@ -1,0 +1,98 @@
+"""Checks of `python -m gemma4_tpu.merge` before anything is read: choices, run folders, targets, the token. No JAX."""
+
+from __future__ import annotations
+
+import os
+import re
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from gemma4_tpu.config.limits import limit_problems
+from gemma4_tpu.config.problems import Problem
+from gemma4_tpu.config.schema import ExportConfig, MergeRoot
+
+TOKEN = "HF_TOKEN"
+
+
+@dataclass(frozen=True)
+class MergeChecked:
+    """What the checks found out on the way."""
+
+    runs: tuple[Path, ...]
+    """The run folders to export, sorted."""
+
+
+def normalise_merge(root: MergeRoot) -> MergeRoot:
+    """One spelling: `~` expanded, no slash at the end, `verify: yes` as `true`."""
+    export = replace(
+        root.export,
+        checkpoint=root.export.checkpoint.strip().lower(),
+        base=_home(root.export.base),
+        target=_home(root.export.target),
+        verify=root.export.verify.strip().lower(),
+    )
+    return replace(root, run=_home(root.run) or "", run_dir=_home(root.run_dir), export=export)
+
+
+def _home(path: str | None) -> str | None:
+    if not path:
+        return path
+    expanded = str(Path(path).expanduser()) if path.startswith("~") else path
+    return expanded.rstrip("/") or "/"
+
+
+def examine_merge(root: MergeRoot) -> tuple[MergeChecked | None, list[Problem]]:
+    """Everything that can be checked without reading a tensor; `MergeChecked` is None when there are problems."""
+    messages = limit_problems(root)
+    runs, run_messages = _runs(root.run)
+    messages += run_messages + _export(root.export, several=len(runs) > 1)
+    if not re.fullmatch(r"[\w.+-]*\w[\w.+-]*", root.name):
+        messages.append(f"name={root.name}: part of a folder's name; letters, digits and . _ + - only")
+    if root.run_dir is not None and "://" in root.run_dir:
+        messages.append(f"run_dir={root.run_dir}: the record of an export is local; export.target may be gs://")
+    if messages:
+        return None, [Problem(m) for m in messages]
+    return MergeChecked(tuple(runs)), []
+
+
+def _runs(run: str) -> tuple[list[Path], list[str]]:
+    if not run:
+        return [], ["run: which run? give run=<run folder>, such as run=outputs/train/<date>_<time>"]
+    if "://" in run:
+        return [], [f"run={run}: a run folder is local; copy it here first"]
+    folder = Path(run)
+    if not folder.is_dir():
+        return [], [f"run={run}: no such folder"]
+    if _is_run(folder):
+        return [folder], []
+    inside = sorted((place for place in folder.iterdir() if place.is_dir() and _is_run(place)), key=_natural)
+    if not inside:
+        return [], [f"run={run}: not the run folder of a training (config.yaml and checkpoints/), nor a folder of some"]
+    return inside, []
+
+
+def _is_run(folder: Path) -> bool:
+    return (folder / "config.yaml").is_file() and (folder / "checkpoints").is_dir()
+
+
+def _natural(place: Path) -> tuple[int, str]:
+    """Jobs of a sweep are numbered: 2 comes before 10."""
+    return (int(place.name), "") if place.name.isdecimal() else (-1, place.name)
+
+
+def _export(export: ExportConfig, *, several: bool) -> list[str]:
+    messages = []
+    if export.checkpoint not in ("best", "latest") and not export.checkpoint.isdecimal():
+        messages.append(f"export.checkpoint={export.checkpoint}: give best, latest or the number of an update")
+    if (hub := export.push_to_hub) is not None:
+        if not re.fullmatch(r"[\w.-]+/[\w.-]+", hub):
+            messages.append(f"export.push_to_hub={hub}: give owner/name")
+        if not os.environ.get(TOKEN):
+            messages.append(f"export.push_to_hub={hub}: needs a token that may write; put it into {TOKEN}")
+        if several:
+            messages.append(f"export.push_to_hub={hub}: one repository for several runs; give one run at a time")
+        if export.target is not None and "://" in export.target:
+            messages.append(f"export.push_to_hub={hub}: uploads from a local folder; give a local export.target")
+        if export.format == "both":
+            messages.append(f"export.push_to_hub={hub}: one repository holds one format; give export=merged or peft")
+    return messages
