@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from gemma4_tpu.architectures import ARCHITECTURES
+from gemma4_tpu.architectures import ARCHITECTURES, GLOBAL, SLIDING, Architecture
 from gemma4_tpu.config.schema import LoraConfig, OptimizerConfig
 from gemma4_tpu.models import lora as adapters
 from gemma4_tpu.models import sharding
@@ -22,9 +22,17 @@ LORA = LoraConfig(rank=4, alpha=8.0)
 T = 32
 
 
+def small(kind: str) -> Architecture:
+    """An architecture of `ARCHITECTURES` cut to one sliding and one global layer (two of each where KV is shared)."""
+    arch = ARCHITECTURES[kind]
+    shared = 2 if arch.num_kv_shared_layers else 0
+    types = (SLIDING, GLOBAL) * (2 if shared else 1)
+    return replace(arch, num_layers=len(types), layer_types=types, num_kv_shared_layers=shared, sliding_window=8)
+
+
 def make(kind: str = "tiny", *, fsdp: int = 1, tp: int = 1, lora: LoraConfig = LORA, full: bool = False, **settings):
     """(step, base, trained) in fp32 with non-zero lora_b, on a mesh of fake devices."""
-    arch = replace(ARCHITECTURES[kind], sliding_window=8)
+    arch = small(kind)
     layout = Layout.of(arch)
     mesh = sharding.make_mesh(fsdp, tp, jax.devices()[: fsdp * tp])
     place = layout.tree(lambda x: sharding.named(mesh, x.tunix_names[0], x.shape, stacked=x.stacked))
