@@ -119,7 +119,8 @@ def _from_disk(disk: dict[str, Any], like: TrainState, leaves: list[Leaf]) -> Tr
     trees = {group: jax.tree.map(_like, tree, like.trained) for group, tree in trees.items()}
     optimizer = optax.tree.set(like.optimizer, mu=trees["mu"], nu=trees["nu"], count=disk["update"])
     key = jax.random.wrap_key_data(disk["key"], impl=jax.random.key_impl(like.key))
-    return TrainState(trees["trained"], optimizer, disk["update"], key)
+    state = TrainState(trees["trained"], optimizer, disk["update"], key)
+    return jax.tree.map(lambda x: jnp.copy(x) if x.ndim == 0 else x, state)  # an array may be donated only once
 
 
 def _like(x: jax.Array, y: jax.Array) -> jax.Array:

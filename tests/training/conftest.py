@@ -1,0 +1,45 @@
+"""Runs of the real command line in processes of their own."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+REPO = Path(__file__).parents[2]
+
+# Everything that makes a bitwise resume hard: dropout, accumulation, packing, asynchronous saves.
+HARD = [
+    "model.path=random:0", "lora.rank=4", "lora.dropout=0.1", "data.sequence_length=256", "data.max_rows=300",
+    "trainer.global_batch_sequences=4", "trainer.microbatches=2", "trainer.max_updates=8", "trainer.eval_every=4",
+    "trainer.remat=none", "optimizer.warmup_updates=0", "checkpoint.every=2", "checkpoint.keep=4",
+]  # fmt: skip
+
+
+class Command:
+    """`python -m gemma4_tpu.train` on one CPU device, with a compilation cache that the runs of a session share."""
+
+    def __init__(self, cache: Path):
+        flags = "--xla_backend_optimization_level=0"
+        self._environment = {
+            **os.environ, "PYTHONPATH": str(REPO), "JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags,
+            "JAX_COMPILATION_CACHE_DIR": str(cache), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+        }  # fmt: skip
+
+    def start(self, *overrides: str, cwd: Path) -> subprocess.Popen:
+        return subprocess.Popen(
+            [sys.executable, "-m", "gemma4_tpu.train", *overrides], cwd=cwd, env=self._environment, text=True,
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        )  # fmt: skip
+
+    def __call__(self, *overrides: str, cwd: Path, exit_code: int = 0) -> subprocess.CompletedProcess:
+        process = self.start(*overrides, cwd=cwd)
+        out, err = process.communicate(timeout=600)
+        assert process.returncode == exit_code, f"exit {process.returncode}\n{out}\n{err}"
+        return subprocess.CompletedProcess(process.args, process.returncode, out, err)
+
+
+@pytest.fixture(scope="session")
+def train(tmp_path_factory) -> Command:
+    return Command(tmp_path_factory.mktemp("compilation-cache"))

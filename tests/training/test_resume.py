@@ -1,0 +1,80 @@
+"""A run that is killed and resumed ends with the very bits of one that was not."""
+
+import random
+import signal
+import time
+from pathlib import Path
+
+import numpy as np
+import orbax.checkpoint as ocp
+import pytest
+
+from gemma4_tpu.tracking.metrics import read_metrics
+from gemma4_tpu.tracking.result import Result
+from tests.training.conftest import HARD
+
+SAME_WHENEVER = ("update", "loss", "heldout_loss", "grad_norm", "learning_rate", "real_tokens", "epoch")
+
+
+def last_state(run: Path) -> tuple[int, dict[str, np.ndarray]]:
+    """(update, every saved array by name) of the newest checkpoint."""
+    with ocp.CheckpointManager(run / "checkpoints", item_names=("state", "position")) as manager:
+        update = manager.latest_step()
+        saved = manager.restore(update, args=ocp.args.Composite(state=ocp.args.StandardRestore()))["state"]
+    flat = {f"{group}/{name}": np.asarray(x) for group in ("trained", "mu", "nu") for name, x in saved[group].items()}
+    return update, flat
+
+
+def rows(run: Path) -> list[dict]:
+    return [{k: row[k] for k in SAME_WHENEVER if k in row} for row in read_metrics(run / "metrics.jsonl")]
+
+
+@pytest.mark.slow
+def test_killed_twice_at_random_points_and_resumed_is_bitwise_the_same(train, tmp_path):
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    train(*HARD, f"run_dir={whole}", cwd=tmp_path)
+    chance = random.Random(20)
+    for first_update in (3, 5):
+        process = train.start(*HARD, f"run_dir={broken}", cwd=tmp_path)
+        kill_when(process, broken, first_update)
+        time.sleep(chance.uniform(0.0, 0.6))
+        process.send_signal(signal.SIGKILL)
+        process.communicate()
+        assert process.returncode == -signal.SIGKILL
+    train(*HARD, f"run_dir={broken}", cwd=tmp_path)
+
+    assert rows(broken) == rows(whole)
+    (update, expected), (resumed_update, found) = last_state(whole), last_state(broken)
+    assert update == resumed_update == 8
+    assert found.keys() == expected.keys()
+    different = [name for name in expected if found[name].tobytes() != expected[name].tobytes()]
+    assert not different
+    results = [Result.read(run / "result.json") for run in (whole, broken)]
+    for key in ("updates", "real_tokens", "target_tokens", "heldout_loss_first", "heldout_loss_last", "train_loss_first"):
+        assert getattr(results[0], key) == getattr(results[1], key), key
+
+
+def kill_when(process, run: Path, update: int) -> None:
+    """Waits until that update is logged."""
+    deadline = time.monotonic() + 300
+    while time.monotonic() < deadline:
+        if (run / "metrics.jsonl").exists() and any(r["update"] >= update for r in read_metrics(run / "metrics.jsonl")):
+            return
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.02)
+    raise AssertionError("the run made no progress")
+
+
+@pytest.mark.slow
+def test_a_finished_run_stays_as_it_is(train, tmp_path):
+    run = tmp_path / "run"
+    short = [*HARD, "trainer.max_updates=2", "trainer.eval_every=0"]
+    train(*short, f"run_dir={run}", cwd=tmp_path)
+    before, result = rows(run), Result.read(run / "result.json")
+    train(*short, f"run_dir={run}", cwd=tmp_path)
+    assert rows(run) == before
+    again = Result.read(run / "result.json")
+    assert (again.updates, again.heldout_loss_last) == (result.updates, result.heldout_loss_last)
+    refused = train(*short, f"run_dir={run}", "lora.rank=8", cwd=tmp_path, exit_code=2)
+    assert "lora.rank" in refused.stderr
+    assert "Traceback" not in refused.stderr
