@@ -73,7 +73,5 @@ MERGE: EntryPoint[MergeRoot, MergeChecked] = EntryPoint(
         ("run=multirun/<date>/<time>", "every run of a sweep"),
         ("run=outputs/train/<run> push_to_hub=owner/name", "upload it too (needs HF_TOKEN)"),
     ),
-    shorthands={
-        key: f"export.{key}" for key in ("checkpoint", "target", "overwrite", "verify", "push_to_hub")
-    },
+    shorthands={key: f"export.{key}" for key in ("checkpoint", "target", "overwrite", "verify", "push_to_hub")},
 )

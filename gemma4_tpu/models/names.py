@@ -114,6 +114,17 @@ class Tensor:
             name: part.transpose(back).reshape(self.hf_shape) for name, part in zip(self.hf_names, parts, strict=True)
         }
 
+    def rows_in_memory(self, start: int, stop: int, source: int) -> tuple[slice | int, ...]:
+        """Where `[start, stop)` of the first split dim of the tensor on disk number `source` lies in memory."""
+        index: list[slice | int] = [slice(None)] * len(self.order)
+        index[self.order.index(0)] = slice(start, stop)
+        return (source, *index) if self.several else tuple(index)
+
+    def rows_to_hf(self, block: np.ndarray) -> np.ndarray:
+        """Rows `[rows, …]` on disk that a block taken at `rows_in_memory` stands for."""
+        rows = self.hf_shape[0] // self.split[0] * block.shape[self.order.index(0)]
+        return block.transpose(np.argsort(self.order)).reshape(rows, *self.hf_shape[1:])
+
     @property
     def lora_names(self) -> tuple[str, str]:
         """Names of the adapter's two arrays."""
@@ -145,13 +156,17 @@ def delta_hf(tensor: Tensor, lora_a: np.ndarray, lora_b: np.ndarray, scale: floa
     return {name: np.float32(scale) * (b @ a) for name, (a, b) in tensor.lora_factors(lora_a, lora_b).items()}
 
 
+def peft_names(hf_name: str, prefix: str) -> tuple[str, str]:
+    """What PEFT calls A and B of the weight `hf_name`, for a base checkpoint whose keys have `prefix`."""
+    module = f"base_model.model.{prefix}{hf_name.removesuffix('.weight')}"
+    return f"{module}.lora_A.weight", f"{module}.lora_B.weight"
+
+
 def peft_tensors(tensor: Tensor, lora_a: np.ndarray, lora_b: np.ndarray, prefix: str) -> dict[str, np.ndarray]:
-    """The adapter as PEFT names and stores it, for a base checkpoint whose keys have `prefix`."""
+    """The adapter as PEFT names and stores it (A `[r, in]`, B `[out, r]`), unscaled."""
     found = {}
-    for name, (a, b) in tensor.lora_factors(lora_a, lora_b).items():
-        module = f"base_model.model.{prefix}{name.removesuffix('.weight')}"
-        found[f"{module}.lora_A.weight"] = np.ascontiguousarray(a)
-        found[f"{module}.lora_B.weight"] = np.ascontiguousarray(b)
+    for name, pair in tensor.lora_factors(lora_a, lora_b).items():
+        found |= {key: np.ascontiguousarray(x) for key, x in zip(peft_names(name, prefix), pair, strict=True)}
     return found
 
 

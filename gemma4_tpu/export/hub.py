@@ -1,0 +1,32 @@
+"""Upload of a published folder to the Hugging Face Hub."""
+
+from __future__ import annotations
+
+import logging
+import os
+
+from gemma4_tpu.config.merge_checks import TOKEN
+from gemma4_tpu.errors import UserError
+from gemma4_tpu.tracking.redact import redact
+
+log = logging.getLogger(__name__)
+
+
+def push_to_hub(folder: str, repository: str) -> str:
+    """Uploads `folder` to `repository` (made private if it is new) with the token in `HF_TOKEN`; returns its address.
+
+    Raises:
+      UserError: refused by the Hub, or not reached; the token is in no message.
+    """
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HfHubHTTPError
+
+    api = HfApi(token=os.environ[TOKEN])
+    try:
+        api.create_repo(repository, private=True, exist_ok=True)
+        commit = api.upload_folder(folder_path=folder, repo_id=repository, commit_message="Upload by gemma4-tpu")
+    except (HfHubHTTPError, OSError, ValueError) as error:
+        reason = redact(str(error)).splitlines()[0]
+        raise UserError(f"push_to_hub={repository}: {reason}; the model is in {folder}, whole") from None
+    log.info("uploaded to %s", repository)
+    return str(commit)

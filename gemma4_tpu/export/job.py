@@ -1,0 +1,170 @@
+"""One run, exported: checked, written beside the target, compared, published."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import gemma4_tpu
+from gemma4_tpu.config.schema import ExportConfig
+from gemma4_tpu.errors import UserError
+from gemma4_tpu.export.hub import push_to_hub
+from gemma4_tpu.export.merge import Merger, companions, copy_file
+from gemma4_tpu.export.peft import check_peft, write_peft
+from gemma4_tpu.export.place import Place, total_bytes
+from gemma4_tpu.export.report import write_report
+from gemma4_tpu.export.trained import Trained, open_trained
+from gemma4_tpu.export.verify import refusal, verify
+from gemma4_tpu.models.tensorfile import Checkpoint
+from gemma4_tpu.storage import join
+from gemma4_tpu.tracking.files import write_json
+from gemma4_tpu.tracking.run import RunFolder
+
+log = logging.getLogger(__name__)
+
+MERGED, ADAPTER = "merged", "adapter"
+
+
+@dataclass(frozen=True)
+class Job:
+    """An export that has passed every check that needs no writing."""
+
+    trained: Trained
+    export: ExportConfig
+    places: dict[str, Place]
+    """`merged`, `adapter` or both."""
+
+    @contextmanager
+    def reserved(self) -> Iterator[None]:
+        """Holds the staging folders; raises `UserError` where there is no space or another process is at work."""
+        needed = {MERGED: _merged_bytes, ADAPTER: _adapter_bytes}
+        try:
+            for kind, place in self.places.items():
+                place.open(_identity(self.trained), needed[kind](self.trained))
+            yield
+        finally:
+            for place in self.places.values():
+                place.close()
+
+    def run(self, record: RunFolder) -> dict[str, Any]:
+        """Exports into the staging folders, compares, publishes; returns what `result.json` holds.
+
+        Raises:
+          UserError: a failed comparison, or values that are not finite; nothing is published then.
+        """
+        started = time.perf_counter()
+        trained, result = self.trained, self._about()
+        log.info("update %d of %s on %s", trained.state.update, trained.run.path, trained.base.folder)
+        if place := self.places.get(MERGED):
+            result |= _write_merged(trained, place, self.export.verify, record)
+        if place := self.places.get(ADAPTER):
+            write_peft(trained, place)
+        result["targets"] = {kind: place.publish() for kind, place in self.places.items()}
+        for kind, target in result["targets"].items():
+            log.info("%s: %s", kind, target)
+        if self.export.push_to_hub:
+            (target,) = result["targets"].values()
+            result["hub"] = push_to_hub(target, self.export.push_to_hub)
+        return result | {"seconds": time.perf_counter() - started}
+
+    def _about(self) -> dict[str, Any]:
+        trained = self.trained
+        return {
+            "status": "finished",
+            "run": str(trained.run.path),
+            "update": trained.state.update,
+            "base": trained.base.folder,
+            "base_fingerprint": trained.base.fingerprint,
+            "version": gemma4_tpu.__version__,
+        }
+
+
+def prepare(run: Path, export: ExportConfig, *, several: bool) -> Job:
+    """Opens a run and checks it, its base and the targets; writes nothing.
+
+    Raises:
+      UserError: anything that does not fit together, a target that exists, too little space.
+    """
+    trained = open_trained(run, export)
+    if export.format != "merged":
+        check_peft(trained)
+    places = {kind: Place(target) for kind, target in _targets(run, export, several).items()}
+    for place in places.values():
+        place.check(export.overwrite)
+    return Job(trained, export, places)
+
+
+def _targets(run: Path, export: ExportConfig, several: bool) -> dict[str, str]:
+    kinds = {"merged": (MERGED,), "peft": (ADAPTER,), "both": (MERGED, ADAPTER)}[export.format]
+    if export.target is None:
+        return {kind: str(run.absolute() / kind) for kind in kinds}
+    folder = join(export.target, run.name) if several else export.target
+    return {kind: join(folder, kind) if len(kinds) > 1 else folder for kind in kinds}
+
+
+def _write_merged(trained: Trained, place: Place, mode: str, record: RunFolder) -> dict[str, Any]:
+    """Merges into the staging folder and compares; all but the renaming."""
+    deltas = Merger(trained).run(place)
+    title = f"{trained.run.path.name}, update {trained.state.update}"
+    for path in write_report(deltas, record.path, record.plots, title):
+        log.info("delta norms: %s", path)
+    report: dict[str, Any] | None = None
+    if mode != "false":
+        report = verify(trained, Checkpoint(place.staging), mode)
+        write_json(record.path / "parity.json", report)
+        if not report["passed"]:
+            place.discard()
+            raise refusal(report, str(record.path / "parity.json"))
+        log.info("parity: %s", _told(report))
+    copy_file(companions(trained)["config.json"], place, "config.json")
+    return {"parity": report, "changed_weights": len(deltas)}
+
+
+def _told(report: dict[str, Any]) -> str:
+    weights, logits = report["weights"], report["logits"]
+    lines = [f"{weights['weights']} weights within {weights['worst']:.2f} of what rounding explains"]
+    if logits:
+        lines.append(
+            f"logits off by {logits['relative_rms']:.1e} (bound {logits['bound']:.1e}; the training's effect is"
+            f" {logits['base_relative_rms']:.1e}), same first token at {logits['top1_agreement']:.1%}"
+        )
+    return "; ".join(lines)
+
+
+def _identity(trained: Trained) -> dict[str, Any]:
+    """Two exports of the same identity write the same bytes."""
+    return {
+        "state": trained.state.identity,
+        "update": trained.state.update,
+        "base": trained.base.fingerprint,
+        "scale": trained.scale if trained.lora.enabled else None,
+        "version": gemma4_tpu.__version__,
+    }
+
+
+def _merged_bytes(trained: Trained) -> int:
+    shards = trained.checkpoint.files.values()
+    return sum(file.size_bytes for file in shards) + total_bytes(companions(trained).values())
+
+
+def _adapter_bytes(trained: Trained) -> int:
+    rank = trained.lora.rank
+    return sum(4 * rank * len(t.hf_names) * sum(t.hf_shape) for t in trained.tensors.values())
+
+
+def prepare_all(runs: tuple[Path, ...], export: ExportConfig) -> list[Job]:
+    """`prepare` for each run of a sweep: all problems in one message, before anything is written."""
+    jobs, problems = [], []
+    for run in runs:
+        try:
+            jobs.append(prepare(run, export, several=len(runs) > 1))
+        except UserError as problem:
+            problems.append(str(problem))
+    if problems:
+        raise UserError("\n".join(problems))
+    return jobs

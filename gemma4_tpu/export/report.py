@@ -1,0 +1,112 @@
+"""What the merge added where: a table and a picture of the deltas' norms, by layer and module."""
+
+from __future__ import annotations
+
+import re
+import statistics
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from gemma4_tpu.export.merge import Delta
+from gemma4_tpu.tracking.files import write_json, write_text
+
+_MODULES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+_INK = "#333333"
+
+
+def write_report(deltas: Sequence[Delta], folder: Path, plots: Path, title: str) -> list[Path]:
+    """Writes `deltas.json` (every weight), `deltas.md` (by module) and `deltas.png`; returns their paths."""
+    table, data, picture = folder / "deltas.md", folder / "deltas.json", plots / "deltas.png"
+    rows = [
+        {
+            "name": d.name, "delta_norm": d.norm, "base_norm": d.base_norm, "relative": d.relative,
+            "changed_fraction": d.changed_values / d.values,
+        }
+        for d in deltas
+    ]  # fmt: skip
+    write_json(data, rows)
+    write_text(table, _table(deltas, title))
+    plots.mkdir(parents=True, exist_ok=True)
+    _plot(deltas, title, picture)
+    return [table, data, picture]
+
+
+def _table(deltas: Sequence[Delta], title: str) -> str:
+    lines = [
+        f"# Delta norms: {title}",
+        "",
+        "Frobenius norm of each delta over that of its base weight; share of values that the dtype let change.",
+        "",
+        "| module | weights | median | smallest | largest | at layer | values changed |",
+        "|---|---:|---:|---:|---:|---:|---:|",
+    ]
+    for module in _modules(deltas):
+        own = [d for d in deltas if _place(d)[1] == module]
+        low, high = min(own, key=lambda d: d.relative), max(own, key=lambda d: d.relative)
+        changed = sum(d.changed_values for d in own) / sum(d.values for d in own)
+        layer = _place(high)[0]
+        lines.append(
+            f"| {module} | {len(own)} | {statistics.median(d.relative for d in own):.2e} | {low.relative:.2e} |"
+            f" {high.relative:.2e} | {'–' if layer is None else layer} | {changed:.1%} |"
+        )
+    return "\n".join(lines) + "\n"
+
+
+def _place(delta: Delta) -> tuple[int | None, str]:
+    """(layer, module): `model.layers.3.self_attn.q_proj.weight` is (3, `q_proj`)."""
+    found = re.search(r"layers\.(\d+)\.(.+)$", delta.name)
+    layer, rest = (int(found[1]), found[2]) if found else (None, delta.name)
+    rest = rest.removesuffix(".weight")
+    last = rest.rsplit(".", 1)[-1]
+    return layer, last if last in _MODULES and "experts" not in rest else rest
+
+
+def _modules(deltas: Sequence[Delta]) -> list[str]:
+    there = dict.fromkeys(_place(d)[1] for d in deltas)
+    return [m for m in _MODULES if m in there] + [m for m in there if m not in _MODULES]
+
+
+def _plot(deltas: Sequence[Delta], title: str, path: Path) -> None:
+    """A map of layers (across) and modules (down), coloured by relative norm; grey: no delta there."""
+    import matplotlib
+    from matplotlib.colors import LogNorm
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
+
+    in_layers = [d for d in deltas if _place(d)[0] is not None]
+    modules = _modules(in_layers)
+    layers = 1 + max((_place(d)[0] or 0 for d in in_layers), default=0)
+    grid = np.full((len(modules), layers), np.nan)
+    for delta in in_layers:
+        layer, module = _place(delta)
+        grid[modules.index(module), layer] = delta.relative if delta.norm else np.nan
+    seen = grid[np.isfinite(grid)]
+    low, high = (seen.min(), seen.max()) if seen.size else (1e-6, 1.0)
+    style: Any = {
+        "font.size": 10,
+        "axes.labelcolor": _INK,
+        "axes.titlelocation": "left",
+        "axes.titlesize": 11,
+        "savefig.dpi": 150,
+    }
+    with matplotlib.rc_context(style):
+        figure = Figure(figsize=(max(6.0, 3.2 + 0.16 * layers), 1.6 + 0.32 * len(modules)), layout="constrained")
+        axes = figure.subplots()
+        axes.set_facecolor("#e8e8e8")
+        scale = LogNorm(low, max(high, low * 1.01))
+        image = axes.pcolormesh(grid, cmap="viridis", norm=scale, edgecolors="white", linewidth=0.6)
+        axes.invert_yaxis()
+        axes.set_yticks(np.arange(len(modules)) + 0.5, modules)
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=16))
+        labels = [int(tick) for tick in axes.get_xticks() if 0 <= tick < layers]
+        axes.set_xticks([label + 0.5 for label in labels], [str(label) for label in labels])
+        axes.tick_params(length=0)
+        axes.set_xlabel("layer")
+        for side in axes.spines.values():
+            side.set_visible(False)
+        axes.set_title(f"‖delta‖ / ‖base weight‖: {title}")
+        figure.colorbar(image, ax=axes, pad=0.01)
+        figure.savefig(path)

@@ -1,0 +1,146 @@
+"""What is exported: a run's trained values, the base they belong to, and which tensor on disk each of them changes."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+
+import yaml
+
+from gemma4_tpu.config.load import from_yaml
+from gemma4_tpu.config.schema import ExportConfig, LoraConfig, TrainRoot
+from gemma4_tpu.errors import UserError
+from gemma4_tpu.models import lora as adapters
+from gemma4_tpu.models.base import RANDOM, Base, resolve_base
+from gemma4_tpu.models.layout import Layout
+from gemma4_tpu.models.names import Tensor, match, name_map
+from gemma4_tpu.models.tensorfile import Checkpoint
+from gemma4_tpu.tracking.files import read_json
+from gemma4_tpu.tracking.run import RunFolder
+from gemma4_tpu.training.saved import SavedState, open_saved
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Change:
+    """A tensor on disk that training changed."""
+
+    tensor: Tensor
+    source: int
+    """Which of `tensor.hf_names` it is."""
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A run's trained values beside their base."""
+
+    run: RunFolder
+    state: SavedState
+    lora: LoraConfig
+    base: Base
+    prefix: str
+    """Of the base checkpoint's names."""
+    passthrough: tuple[str, ...]
+    """Tensors of the base that text training leaves alone."""
+
+    @property
+    def checkpoint(self) -> Checkpoint:
+        return self.base.checkpoint
+
+    @property
+    def scale(self) -> float:
+        """Factor on A·B."""
+        return adapters.scale(self.lora)
+
+    @cached_property
+    def tensors(self) -> Mapping[str, Tensor]:
+        """Tunix name → the weights that were trained or adapted."""
+        trained = set(self.state.names)
+        tensors = name_map(self.base.arch).values()
+        if self.lora.enabled:
+            return {t.name: t for t in tensors if t.lora_names[0] in trained}
+        return {t.name: t for t in tensors if t.name in trained}
+
+    @cached_property
+    def changes(self) -> Mapping[str, Change]:
+        """Full name on disk → what changes it."""
+        return {
+            self.prefix + name: Change(tensor, source)
+            for tensor in self.tensors.values()
+            for source, name in enumerate(tensor.hf_names)
+        }
+
+
+def open_trained(run: str | Path, export: ExportConfig) -> Trained:
+    """Opens what a run folder holds, and checks that all of it fits together before anything is written.
+
+    Raises:
+      UserError: no checkpoint, another base than the run's, damaged base files, a rank or a set of adapters that is not
+        the configuration's.
+    """
+    folder = RunFolder.existing(run)
+    config = folder.read_config()
+    try:
+        known: TrainRoot = from_yaml(yaml.safe_dump({key: config[key] for key in ("model", "lora")}))
+    except KeyError as error:
+        raise UserError(f"run={run}: config.yaml has no {error}: not the run folder of a training") from None
+    state = open_saved(folder.path, export.checkpoint)
+    base = _base(folder, known, export)
+    checkpoint = base.checkpoint
+    found = match(base.arch, {name: checkpoint.shape(name) for name in checkpoint.names()}, checkpoint.folder)
+    _check_fingerprint(folder, base)
+    trained = Trained(folder, state, known.lora, base, found.prefix, found.passthrough)
+    _check_values(trained)
+    if known.lora.quantize and known.lora.enabled:
+        log.info("QLoRA: trained on %s weights; exported on the unquantised base", known.lora.quantize)
+    return trained
+
+
+def _base(folder: RunFolder, config: TrainRoot, export: ExportConfig) -> Base:
+    path = export.base or config.model.path
+    if path and path.startswith(RANDOM):
+        raise UserError(
+            f"run={folder.path}: trained on random weights (model.path={path}); there is no base to export with"
+        )
+    try:
+        return resolve_base(replace(config.model, path=path))
+    except UserError as refusal:
+        given = "export.base" if export.base else "the run's base"
+        hint = "" if export.base else "; if it has moved, give export.base=<folder>"
+        raise UserError(f"{given}: {refusal}{hint}") from None
+
+
+def _check_fingerprint(folder: RunFolder, base: Base) -> None:
+    try:
+        recorded = read_json(folder.provenance_path)["fingerprints"]["base"]
+    except (OSError, ValueError, KeyError):
+        raise UserError(f"{folder.provenance_path}: does not say which base the run had; copy the file again") from None
+    if recorded != base.fingerprint:
+        raise UserError(
+            f"{base.folder}: not the base that {folder.path} was trained on (fingerprint {base.fingerprint[:12]}, the"
+            f" run has {recorded[:12]}); give export.base=<folder with the original checkpoint>"
+        )
+
+
+def _check_values(trained: Trained) -> None:
+    """The checkpoint holds exactly the tensors that the configuration trains, in their shapes."""
+    layout, lora = Layout.of(trained.base.arch), trained.lora
+    leaves = adapters.leaves(layout, lora) if lora.enabled else layout.leaves()
+    expected = {name: leaf.shape for leaf in leaves for name in leaf.tunix_names}
+    where = f"{trained.state.folder}"
+    if missing := sorted(expected.keys() - set(trained.state.names)):
+        raise UserError(f"{where}: has no {_some(missing)}, though the run's config.yaml trains it")
+    if unused := sorted(set(trained.state.names) - expected.keys()):
+        raise UserError(f"{where}: {_some(unused)} would not be used: the run's config.yaml does not train it")
+    for name, shape in expected.items():
+        if (found := trained.state.shape(name)) != shape:
+            rank = f" (lora.rank={lora.rank})" if lora.enabled else ""
+            raise UserError(f"{where}: {name} has shape {list(found)}, but config.yaml asks for {list(shape)}{rank}")
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")

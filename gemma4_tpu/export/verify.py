@@ -1,0 +1,146 @@
+"""Is the merged model the one that was trained? Weight by weight, and by the logits where the model fits into memory.
+
+Both comparisons come from another direction than the merge: weights in memory's layout through the name map and the
+adapter as a tensor product; logits from the very forward pass that training ran.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+
+from gemma4_tpu.errors import UserError
+from gemma4_tpu.export.trained import Trained
+from gemma4_tpu.models import lora as adapters
+from gemma4_tpu.models.layout import Layout, Leaf
+from gemma4_tpu.models.names import Tensor
+from gemma4_tpu.models.tensorfile import Checkpoint
+
+log = logging.getLogger(__name__)
+
+SAMPLE_VALUES = 1 << 20  # of each weight that are compared; smaller weights are compared whole
+ROOM = 1.4  # times the parameters' float32 bytes that the logits need
+_FLOAT32_ROUNDING = 2.0**-24
+
+
+class ParityError(UserError):
+    """The merged model is not the trained one; nothing is published."""
+
+
+@dataclass(frozen=True)
+class WeightParity:
+    """Comparison of the merged weights with base + scale·A·B (or with the trained weights)."""
+
+    weights: int
+    values: int
+    worst: float
+    """Largest difference, in units of what rounding to the base's dtype explains: at most 1."""
+    worst_weight: str
+    passed: bool
+
+
+def compare_weights(trained: Trained, merged: Checkpoint) -> WeightParity:
+    """Compares a block of every changed weight, read in memory's layout."""
+    leaves = {name: leaf for leaf in Layout.of(trained.base.arch).leaves() for name in leaf.tunix_names}
+    rng = np.random.default_rng(0)
+    worst, worst_weight, values = 0.0, "", 0
+    for name, tensor in trained.tensors.items():
+        index = _some_block(tensor, rng)
+        expected, slack = _expected(trained, leaves[name], tensor, index)
+        found = _read(tensor, merged, trained.prefix, index)
+        allowed = _half_spacing(found.dtype) * np.abs(expected) + slack
+        off = np.abs(found.astype(np.float64) - expected) / allowed
+        ratio = float(np.max(np.where(np.isfinite(off), off, np.inf)))
+        values += off.size
+        if ratio > worst:
+            worst, worst_weight = ratio, name
+    return WeightParity(len(trained.tensors), values, worst, worst_weight, worst <= 1.0)
+
+
+def _some_block(tensor: Tensor, rng: np.random.Generator) -> tuple[slice, ...]:
+    """A random run along the dim in memory that is contiguous on disk, of about `SAMPLE_VALUES` values."""
+    dim = tensor.order.index(0) + (1 if tensor.several else 0)
+    size = tensor.shape[dim]
+    length = min(size, max(1, SAMPLE_VALUES * size // math.prod(tensor.shape)))
+    start = int(rng.integers(0, size - length + 1))
+    index = [slice(0, n) for n in tensor.shape]
+    index[dim] = slice(start, start + length)
+    return tuple(index)
+
+
+def _read(tensor: Tensor, checkpoint: Checkpoint, prefix: str, index: tuple[slice, ...]) -> np.ndarray:
+    return tensor.from_hf(lambda name, where, shape: checkpoint.read(prefix + name, where, shape), index)
+
+
+def _expected(trained: Trained, leaf: Leaf, tensor: Tensor, index: tuple[slice, ...]) -> tuple[np.ndarray, float]:
+    """(float64 values in memory's layout, what float32 arithmetic may be off by)."""
+    if not trained.lora.enabled:
+        return trained.state.read(tensor.name, index).astype(np.float64), 0.0
+    inputs = adapters.input_dims(leaf)
+    outputs = tuple(i for i in range(len(tensor.shape)) if i not in inputs)
+    lora_a, lora_b = (trained.state.read(name) for name in tensor.lora_names)
+    lora_a = lora_a[tuple(index[i] for i in inputs)]  # [inputs…, r]
+    lora_b = lora_b[(slice(None), *(index[i] for i in outputs))]  # [r, outputs…]
+    product = np.tensordot(lora_a.astype(np.float64), lora_b.astype(np.float64), axes=1)
+    delta = trained.scale * product.transpose(np.argsort([*inputs, *outputs]))
+    base = _read(tensor, trained.checkpoint, trained.prefix, index).astype(np.float64)
+    rank = lora_a.shape[-1]
+    largest = trained.scale * rank * float(np.abs(lora_a).max() * np.abs(lora_b).max()) + float(np.abs(base).max())
+    return base + delta, (rank + 4) * _FLOAT32_ROUNDING * largest
+
+
+def _half_spacing(dtype: np.dtype) -> float:
+    """Largest relative error of rounding to a dtype (1/1000 more, for values at the bound), and its subnormals."""
+    import ml_dtypes
+
+    return 1.001 * 0.5 * float(ml_dtypes.finfo(dtype).eps)
+
+
+def fits_in_memory(trained: Trained) -> bool:
+    """Whether base, adapters and logits fit as float32."""
+    import psutil
+
+    values = sum(math.prod(trained.checkpoint.shape(name)) for name in trained.checkpoint.names())
+    return 4 * ROOM * values < psutil.virtual_memory().available
+
+
+def verify(trained: Trained, merged: Checkpoint, mode: str) -> dict[str, Any]:
+    """Compares a merged checkpoint with the run; returns what `parity.json` holds, `passed` among it.
+
+    Args:
+      trained: the run.
+      merged: the staged checkpoint.
+      mode: `true` compares the logits too where the model fits into memory; `stream` the weights only.
+    """
+    weights = compare_weights(trained, merged)
+    report: dict[str, Any] = {"passed": weights.passed, "weights": asdict(weights), "logits": None}
+    if trained.lora.enabled and trained.lora.quantize:
+        report["note"] = f"trained on {trained.lora.quantize} weights; compared with the adapters on unquantised ones"
+    if mode == "true" and fits_in_memory(trained):
+        from gemma4_tpu.export.logits import compare_logits
+
+        logits = compare_logits(trained, merged)
+        report["logits"] = asdict(logits)
+        report["passed"] = weights.passed and logits.passed
+    elif mode == "true":
+        log.info("the model does not fit into memory: weights are compared, logits are not")
+    return report
+
+
+def refusal(report: dict[str, Any], where: str) -> ParityError:
+    """Why a merged model is not published."""
+    weights, logits = report["weights"], report["logits"]
+    if not weights["passed"]:
+        reason = f"{weights['worst_weight']} is off by {weights['worst']:.3g} times what rounding explains"
+    elif not logits["differs_from_base"]:
+        reason = "its logits are the base model's"
+    else:
+        reason = (
+            f"its logits are off by {logits['relative_rms']:.3g} (relative rms), more than rounding to"
+            f" {logits['dtype']} explains ({logits['bound']:.3g})"
+        )
+    return ParityError(f"the merged model is not the trained one: {reason}; nothing was published (see {where})")

@@ -1,0 +1,139 @@
+"""Saved checkpoints as files: which there are, which is the best, and their tensors, whole or in slices.
+
+Reads what `checkpoint.py` wrote (Orbax's OCDBT layout) through TensorStore alone: no JAX, no devices, and no more of a
+checkpoint in memory than is asked for.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cache, cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import tensorstore as ts
+
+from gemma4_tpu.errors import UserError
+
+TRAINED = "trained"
+
+
+@dataclass(frozen=True)
+class SavedState:
+    """The trained values of one checkpoint."""
+
+    folder: Path
+    """`checkpoints/<update>`."""
+    update: int
+
+    @cached_property
+    def names(self) -> tuple[str, ...]:
+        """Names of the trained tensors, sorted."""
+        keys = [[str(part["key"]) for part in e["key_metadata"]] for e in self._metadata["tree_metadata"].values()]
+        return tuple(sorted(key[1] for key in keys if key[0] == TRAINED))
+
+    @cached_property
+    def identity(self) -> str:
+        """Tells this save from any other, one at the same update of the same run included."""
+        parts = [self.folder / "_CHECKPOINT_METADATA", self.folder / "state" / "manifest.ocdbt"]
+        return hashlib.sha256(b"".join(part.read_bytes() for part in parts)).hexdigest()
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return tuple(self._open(name).shape)
+
+    def chunk_shape(self, name: str) -> tuple[int, ...]:
+        """What is read from disk at the least."""
+        return tuple(self._open(name).chunk_layout.read_chunk.shape)
+
+    def read(self, name: str, index: Sequence[slice | int] | None = None) -> np.ndarray:
+        """A tensor or a slice of it, in memory's layout.
+
+        Raises:
+          UserError: the files are damaged.
+        """
+        store = self._open(name)
+        try:
+            return np.asarray((store if index is None else store[tuple(index)]).read().result())
+        except (ValueError, OSError) as error:
+            raise self._damaged(name, error) from None
+
+    @cached_property
+    def _metadata(self) -> dict[str, Any]:
+        try:
+            return json.loads((self.folder / "state" / "_METADATA").read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise self._damaged("_METADATA", error) from None
+
+    def _open(self, name: str) -> Any:
+        return _open_store(self, name)
+
+    def _spec(self, name: str) -> dict[str, Any]:
+        store = {"driver": "ocdbt", "base": (self.folder / "state").as_uri() + "/", "path": f"{TRAINED}.{name}/"}
+        return {"driver": "zarr3" if self._metadata.get("use_zarr3") else "zarr", "kvstore": store}
+
+    def _damaged(self, name: str, error: Exception) -> UserError:
+        reason = str(error).splitlines()[0][:200]
+        return UserError(f"{self.folder}: a damaged checkpoint ({name}: {reason}); give another, checkpoint=<update>")
+
+
+@cache
+def _open_store(state: SavedState, name: str) -> Any:
+    if name not in state.names:
+        raise KeyError(name)
+    try:
+        return ts.open(state._spec(name), open=True, read=True).result()
+    except (ValueError, OSError) as error:
+        raise state._damaged(name, error) from None
+
+
+def saved_updates(checkpoints: Path) -> list[int]:
+    """Updates that have a whole checkpoint, oldest first."""
+    if not checkpoints.is_dir():
+        return []
+    return sorted(
+        int(place.name)
+        for place in checkpoints.iterdir()
+        if place.name.isdecimal() and (place / "_CHECKPOINT_METADATA").is_file() and (place / "state").is_dir()
+    )
+
+
+def open_saved(run: Path, which: str) -> SavedState:
+    """The checkpoint of a run folder that `which` means: `latest`, `best` or the number of an update.
+
+    Raises:
+      UserError: there is none, or not that one; lists those there are.
+    """
+    checkpoints = run / "checkpoints"
+    there = saved_updates(checkpoints)
+    if not there:
+        raise UserError(f"run={run}: has no checkpoint; train it further: run_dir={run}")
+    listed = ", ".join(map(str, there))
+    if which == "latest":
+        update = there[-1]
+    elif which == "best":
+        best = _best_update(checkpoints / str(there[-1]))
+        if best is None:
+            raise UserError(f"checkpoint=best: {run} has no held-out loss to choose by; give latest or one of {listed}")
+        if best not in there:
+            raise UserError(
+                f"checkpoint=best: the best was at update {best}, of which no checkpoint is left; {listed} are"
+            )
+        update = best
+    else:
+        update = int(which)
+        if update not in there:
+            raise UserError(f"checkpoint={which}: {run} has none of that update; there are {listed}, best and latest")
+    return SavedState(checkpoints / str(update), update)
+
+
+def _best_update(latest: Path) -> int | None:
+    """The update with the lowest held-out loss so far, as the latest checkpoint remembers it."""
+    try:
+        position = json.loads((latest / "position" / "metadata").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return position.get("totals", {}).get("heldout_update_best")
