@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -109,6 +108,11 @@ class Step:
         return total, batch["target_mask"].sum(dtype=jnp.int32)
 
 
-def compile_step(step: Step) -> tuple[Callable[..., Any], Callable[..., Any]]:
-    """(train, evaluate) under `jax.jit`; the state is donated to `train`."""
-    return jax.jit(step.train, donate_argnums=0), jax.jit(partial(Step.evaluate, step))
+def compiled_functions(step: Step, state: TrainState) -> tuple[Callable[..., Any], Callable[..., Any]]:
+    """(train, evaluate) under `jax.jit`; `train` donates its state and hands the new one back in the same places.
+
+    `state` holds arrays, or shapes with shardings (planning).
+    """
+    places = jax.tree.map(lambda x: x.sharding, state)
+    train = jax.jit(step.train, donate_argnums=0, out_shardings=(places, state.update.sharding))
+    return train, jax.jit(step.evaluate)

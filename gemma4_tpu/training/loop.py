@@ -146,7 +146,7 @@ class Loop:
             log.info("resumed from the checkpoint at update %d", resume_from)
         clock = Clock(earlier_seconds=totals.seconds)
         done, last = int(state.update), self.pipeline.total_updates
-        programs = Programs(self.job.step, sorted({*self.pipeline.lengths, *map(_length, self.heldout)}))
+        programs = Programs(self.job.step, state, sorted({*self.pipeline.lengths, *map(_length, self.heldout)}))
 
         # ── held-out loss before the first update ──────────────────────────────────────────────────────────────────
         if done == 0:

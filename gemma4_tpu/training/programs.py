@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 
-from gemma4_tpu.step.train_step import Batch, Metrics, Step, TrainState, compile_step
+from gemma4_tpu.step.train_step import Batch, Metrics, Step, TrainState, compiled_functions
 
 log = logging.getLogger(__name__)
 
@@ -19,16 +19,16 @@ class Recompilation(RuntimeError):
 
 
 class Programs:
-    """`train` and `evaluate`, compiled ahead of time at their first use for a row length.
+    """`train` and `evaluate`, each compiled at its first use for a row length.
 
     An update with other shapes, types or placements than its program was compiled for is an error, never a silent
     recompilation.
     """
 
-    def __init__(self, step: Step, lengths: Sequence[int]):
+    def __init__(self, step: Step, state: TrainState, lengths: Sequence[int]):
         self._lengths = tuple(lengths)
-        self._functions = dict(zip(("train", "evaluate"), compile_step(step), strict=True))
-        self._compiled: dict[tuple[str, int], Callable[..., Any]] = {}
+        self._functions = dict(zip(("train", "evaluate"), compiled_functions(step, state), strict=True))
+        self._shapes: dict[tuple[str, int], dict[str, tuple[int, ...]]] = {}
         self.compile_seconds = 0.0
 
     def train(self, state: TrainState, base: Any, batch: Batch) -> tuple[TrainState, Metrics]:
@@ -39,23 +39,27 @@ class Programs:
         """(summed loss, target tokens) of a held-out batch."""
         return self._run("evaluate", trained, base, batch)
 
-    def _run(self, name: str, *arguments: Any) -> Any:
-        batch = arguments[-1]
-        length = batch["tokens"].shape[-1]
-        if (name, length) not in self._compiled:
-            self._compiled[name, length] = self._compile(name, length, arguments)
-        try:
-            return self._compiled[name, length](*arguments)
-        except TypeError as error:
-            raise Recompilation(f"{name}: {error}") from error
-
-    def _compile(self, name: str, length: int, arguments: tuple[Any, ...]) -> Callable[..., Any]:
+    def _run(self, name: str, values: Any, base: Any, batch: Batch) -> Any:
+        function, shapes = self._functions[name], {key: array.shape for key, array in batch.items()}
+        length = shapes["tokens"][-1]
         if length not in self._lengths:
-            shapes = {key: value.shape for key, value in arguments[-1].items()}
             raise Recompilation(f"{name}: rows of T={length}, but the run has {self._lengths}; batch: {shapes}")
-        started = time.perf_counter()
-        compiled = self._functions[name].lower(*arguments).compile()
-        seconds = time.perf_counter() - started
+        first = self._shapes.setdefault((name, length), shapes)
+        if shapes != first:
+            raise Recompilation(f"{name}: compiled for a batch of {first}, given {shapes}")
+        compiled, started = function._cache_size(), time.perf_counter()
+        result = function(values, base, batch)
+        if function._cache_size() > compiled:
+            self._count(name, length, time.perf_counter() - started)
+        return result
+
+    def _count(self, name: str, length: int, seconds: float) -> None:
+        """A program was compiled: expected once for each row length."""
         self.compile_seconds += seconds
         log.info("compiled %s for rows of %d tokens in %.1f s", name, length, seconds)
-        return compiled
+        used = sum(program == name for program, _ in self._shapes)
+        if self._functions[name]._cache_size() > used:
+            raise Recompilation(
+                f"{name}: compiled again for rows of T={length} with a batch of {self._shapes[name, length]}: the type or"
+                " the placement of the state or the base weights changed"
+            )
