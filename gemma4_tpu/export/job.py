@@ -111,8 +111,8 @@ def _write_merged(trained: Trained, place: Place, mode: str, record: RunFolder) 
     """Merges into the staging folder and compares; all but the renaming."""
     deltas = Merger(trained).run(place)
     title = f"{trained.run.path.name}, update {trained.state.update}"
-    for path in write_report(deltas, record.path, record.plots, title):
-        log.info("delta norms: %s", path)
+    table, *_ = write_report(deltas, record.path, record.plots, title)
+    log.info("delta norms: %s", table)
     report: dict[str, Any] | None = None
     if mode != "false":
         report = verify(trained, Checkpoint(place.staging), mode)
@@ -121,7 +121,7 @@ def _write_merged(trained: Trained, place: Place, mode: str, record: RunFolder) 
             place.discard()
             raise refusal(report, str(record.path / "parity.json"))
         log.info("parity: %s", _told(report))
-    copy_file(companions(trained)["config.json"], place, "config.json")
+    copy_file(companions(trained)[0]["config.json"], place, "config.json")
     return {"parity": report, "changed_weights": len(deltas)}
 
 
@@ -130,8 +130,9 @@ def _told(report: dict[str, Any]) -> str:
     lines = [f"{weights['weights']} weights within {weights['worst']:.2f} of what rounding explains"]
     if logits:
         lines.append(
-            f"logits off by {logits['relative_rms']:.1e} (bound {logits['bound']:.1e}; the training's effect is"
-            f" {logits['base_relative_rms']:.1e}), same first token at {logits['top1_agreement']:.1%}"
+            f"logits off by {logits['merged_to_lora']:.1e} ({logits['rounded_to_lora']:.1e} is rounding to"
+            f" {logits['dtype']}; the training's effect is {logits['base_to_lora']:.1e}), same first token at"
+            f" {logits['top1_agreement']:.1%}"
         )
     return "; ".join(lines)
 
@@ -149,7 +150,7 @@ def _identity(trained: Trained) -> dict[str, Any]:
 
 def _merged_bytes(trained: Trained) -> int:
     shards = trained.checkpoint.files.values()
-    return sum(file.size_bytes for file in shards) + total_bytes(companions(trained).values())
+    return sum(file.size_bytes for file in shards) + total_bytes(companions(trained)[0].values())
 
 
 def _adapter_bytes(trained: Trained) -> int:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import math
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -18,7 +17,7 @@ from gemma4_tpu.export.trained import Trained
 from gemma4_tpu.models import lora as adapters
 from gemma4_tpu.models import sharding
 from gemma4_tpu.models.gemma4 import Model, hidden_states, logits
-from gemma4_tpu.models.layout import Layout, Leaf, build_tree
+from gemma4_tpu.models.layout import Leaf, build_tree, get
 from gemma4_tpu.models.load import load_params
 from gemma4_tpu.models.tensorfile import Checkpoint
 
@@ -31,106 +30,121 @@ PROMPTS = (
     "def fibonacci(n: int) -> int:\n    return n if n < 2 else",
 )
 TOKENS = 48
-_FLOAT32_BOUND = 2e-3  # of float32 against float32: two orders of summation through every layer; measured: under 1e-4
+FLOAT32_BOUND = 2e-3  # relative rms that two orders of summation in float32 explain; measured: under 1e-4
 
 
 @dataclass(frozen=True)
 class LogitParity:
-    """LoRA model against merged model; differences over real positions only."""
+    """LoRA model against merged model, over real positions; differences are rms relative to the LoRA model's logits.
+
+    Rounding the merged weights to the base's dtype moves the logits, and how far depends on the model (a router that
+    decides otherwise moves them a lot). So it is measured: `rounded` is the LoRA model with its weights merged and
+    rounded in memory, without any of the export's code. The file has to agree with that one.
+    """
 
     dtype: str
     """Of the merged weights; the comparison itself is in float32."""
     tokens: int
     prompts: str
     """`text`, or `random` tokens where there is no tokenizer."""
-    relative_rms: float
-    """rms(merged − LoRA) / rms(LoRA)."""
+    merged_to_rounded: float
+    """What the export is answerable for."""
     bound: float
-    """What rounding the weights explains of it."""
-    base_relative_rms: float
-    """rms(base − LoRA) / rms(LoRA): the effect of the training."""
+    """Largest `merged_to_rounded` that passes: float32 arithmetic, or a fifth of `rounded_to_lora`, as a value that
+    lies midway may round to either side."""
+    merged_to_lora: float
+    """What users of the merged model get."""
+    rounded_to_lora: float
+    """The part of it that is rounding."""
+    base_to_lora: float
+    """The effect of the training."""
     max_abs_difference: float
+    """Merged to LoRA."""
     mean_kl_nats: float
     """KL(LoRA ‖ merged) per position."""
     base_mean_kl_nats: float
     """KL(LoRA ‖ base) per position."""
     top1_agreement: float
-    """Share of positions at which both prefer the same token."""
+    """Share of positions at which merged and LoRA model prefer the same token."""
     differs_from_base: bool
     """The merged model's logits are not the base's."""
     passed: bool
 
 
 def compare_logits(trained: Trained, merged: Checkpoint) -> LogitParity:
-    """Runs the three models one after the other; one of them is in memory at a time."""
-    arch = trained.base.arch
+    """Runs the models one after the other; one of them is in memory at a time."""
+    arch, lora = trained.base.arch, trained.lora
     mesh = Mesh(np.array(jax.devices()[:1]).reshape(1, 1), (sharding.FSDP, sharding.TP))
-    model = Model(
-        arch=arch, compute_dtype=jnp.float32, lora_scale=trained.scale if trained.lora.enabled else 1.0, mesh=mesh
-    )
+    scale = trained.scale if lora.enabled else 1.0
+    model = Model(arch=arch, compute_dtype=jnp.float32, lora_scale=scale, mesh=mesh)
     tokens, mask, kind = _prompts(trained)
-    forward = jax.jit(partial(_logits, model))
-    load = partial(_load, model.layout, mesh)
-    base = load(trained.checkpoint)
-    of_base = np.asarray(forward(base, None, tokens, mask))
-    if trained.lora.enabled:
-        of_lora = np.asarray(
-            forward(base, _stacked(trained, adapters.leaves(model.layout, trained.lora)), tokens, mask)
-        )
-    else:
-        of_lora = np.asarray(forward(_stacked(trained, model.layout.leaves()), None, tokens, mask))
-    del base
-    of_merged = np.asarray(forward(load(merged), None, tokens, mask))
+    places = model.layout.tree(lambda x: sharding.named(mesh, x.tunix_names[0], x.shape, stacked=x.stacked))
     dtype = merged.dtype(trained.prefix + next(iter(trained.tensors.values())).hf_names[0])
-    rows = mask > 0
-    return _compare(of_base[rows], of_lora[rows], of_merged[rows], dtype, arch.num_layers, kind)
+
+    def run(params: Any, adapter: Any = None) -> np.ndarray:
+        return np.asarray(forward(model, params, adapter, tokens, mask))[mask > 0]  # [positions, V]
+
+    params = load_params(trained.checkpoint, arch, model.layout, places, np.float32)
+    base = run(params)
+    if lora.enabled:
+        tuned = run(params, stacked(trained, adapters.leaves(model.layout, lora)))
+        for adapter in adapters.adapters(model.layout, lora):
+            _merge_in_place(params, trained, adapter, scale, dtype)
+    else:
+        params = stacked(trained, model.layout.leaves())
+        tuned = run(params)
+        params = jax.tree.map(lambda x: x.astype(dtype).astype(jnp.float32), params)
+    rounded = run(params)
+    del params
+    final = run(load_params(merged, arch, model.layout, places, np.float32))
+    return _compare(base, tuned, rounded, final, dtype, kind)
 
 
-def _compare(base: np.ndarray, lora: np.ndarray, merged: np.ndarray, dtype: Any, layers: int, kind: str) -> LogitParity:
-    """Logits [positions, V] of the three models."""
-    size = _rms(lora)
-    relative = _rms(merged - lora) / size
-    bound = rounding_bound(dtype, layers)
-    differs = bool(np.any(merged != base))
+def _merge_in_place(params: Any, trained: Trained, adapter: adapters.Adapter, scale: float, dtype: Any) -> None:
+    """Replaces a stacked weight [R, …] of the tree by base + scale·A·B, rounded to `dtype`."""
+    leaf, inputs = adapter.base, adapters.input_dims(adapter.base)
+    outputs = tuple(i for i in range(len(leaf.shape)) if i not in inputs)
+    pairs = zip(adapter.a.tunix_names, adapter.b.tunix_names, strict=True)
+    products = [np.tensordot(trained.state.read(a), trained.state.read(b), axes=1) for a, b in pairs]
+    delta = scale * np.stack([p.transpose(np.argsort([*inputs, *outputs])) for p in products])
+    node = get(params, leaf.path[:-1])
+    node[leaf.path[-1]] = (node[leaf.path[-1]] + jnp.asarray(delta)).astype(dtype).astype(jnp.float32)
+
+
+def _compare(
+    base: np.ndarray, tuned: np.ndarray, rounded: np.ndarray, final: np.ndarray, dtype: Any, kind: str
+) -> LogitParity:
+    """Logits [positions, V] of base, LoRA model, LoRA model rounded, and the merged model on disk."""
+    size = _rms(tuned)
+    off, rounding = _rms(final - rounded) / size, _rms(rounded - tuned) / size
+    bound = max(FLOAT32_BOUND, rounding / 5)
+    differs = bool(np.any(final != base))
     return LogitParity(
         dtype=np.dtype(dtype).name,
-        tokens=len(lora),
+        tokens=len(tuned),
         prompts=kind,
-        relative_rms=relative,
+        merged_to_rounded=off,
         bound=bound,
-        base_relative_rms=_rms(base - lora) / size,
-        max_abs_difference=float(np.abs(merged - lora).max()),
-        mean_kl_nats=_mean_kl(lora, merged),
-        base_mean_kl_nats=_mean_kl(lora, base),
-        top1_agreement=float(np.mean(lora.argmax(-1) == merged.argmax(-1))),
+        merged_to_lora=_rms(final - tuned) / size,
+        rounded_to_lora=rounding,
+        base_to_lora=_rms(base - tuned) / size,
+        max_abs_difference=float(np.abs(final - tuned).max()),
+        mean_kl_nats=_mean_kl(tuned, final),
+        base_mean_kl_nats=_mean_kl(tuned, base),
+        top1_agreement=float(np.mean(tuned.argmax(-1) == final.argmax(-1))),
         differs_from_base=differs,
-        passed=bool(relative <= bound) and differs,
+        passed=bool(off <= bound) and differs,
     )
 
 
-def rounding_bound(dtype: Any, layers: int) -> float:
-    """Largest relative rms difference of logits that rounding every weight once explains.
-
-    A rounded weight is off by at most eps/2 of its value. Such errors are independent, so a layer's output is off by at
-    most eps/2 of its size, and the two blocks of each of L layers add up like √(2L); twice that for what the
-    non-linearities add.
-    """
-    import ml_dtypes
-
-    return max(_FLOAT32_BOUND, float(ml_dtypes.finfo(dtype).eps) * math.sqrt(2 * layers))
-
-
-def _logits(model: Model, params: Any, lora: Any, tokens: jax.Array, mask: jax.Array) -> jax.Array:
+@partial(jax.jit, static_argnums=0)
+def forward(model: Model, params: Any, lora: Any, tokens: Any, mask: Any) -> jax.Array:
+    """Logits [B, T, V] of tokens [B, T]; mask [B, T] is 1 where they are real."""
     positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
     return logits(model, params, hidden_states(model, params, lora, tokens, mask, positions))
 
 
-def _load(layout: Layout, mesh: Mesh, checkpoint: Checkpoint) -> Any:
-    places = layout.tree(lambda x: sharding.named(mesh, x.tunix_names[0], x.shape, stacked=x.stacked))
-    return load_params(checkpoint, layout.arch, layout, places, np.float32)
-
-
-def _stacked(trained: Trained, leaves: Any) -> Any:
+def stacked(trained: Trained, leaves: Any) -> Any:
     """The trained values as the tree that the forward pass takes."""
 
     def array(leaf: Leaf) -> jax.Array:

@@ -106,7 +106,10 @@ class Merger:
                 " (done before)" if noted else "",
             )
         _check_applied(self.trained, deltas)
-        for name, path in companions(self.trained).items():
+        found, left = companions(self.trained)
+        if left:
+            log.info("not copied from %s: %s", self.trained.base.folder, ", ".join(left))
+        for name, path in found.items():
             if name != "config.json" and place.done(name) is None:
                 copy_file(path, place, name)
         return deltas
@@ -263,8 +266,8 @@ def _check_applied(trained: Trained, deltas: list[Delta]) -> None:
     )
 
 
-def companions(trained: Trained) -> dict[str, str]:
-    """Name → path of the files that belong to the checkpoint besides its weights.
+def companions(trained: Trained) -> tuple[dict[str, str], list[str]]:
+    """Name → path of the files that belong to the checkpoint besides its weights, and what else lies beside them.
 
     The base's, but tokenizer and chat template from the folder that the run took them from.
     """
@@ -280,9 +283,7 @@ def companions(trained: Trained) -> dict[str, str]:
             found[name] = join(folder, name)
     if tokenizer != folder:
         found |= {name: join(tokenizer, name) for name in list_folder(tokenizer) if name.startswith(_TOKENIZER)}
-    if left:
-        log.info("not copied from %s: %s", folder, ", ".join(left))
-    return found
+    return found, left
 
 
 def copy_file(path: str, place: Place, name: str) -> None:

@@ -72,10 +72,9 @@ class Place:
         else:
             if leftover := [name for name in names if name not in (LOCK, JOURNAL)]:
                 log.info("%s: %d files of another export are removed", self.staging, len(leftover))
-            for name in names:
-                if name != LOCK:
-                    self._remove(name)
             self.journal = {"identity": identity, "files": {}}
+        for name in set(names) - {LOCK} - ({JOURNAL, *found["files"]} if self.journal is found else set()):
+            self._remove(name)
         self._check_space(needed_bytes - sum(entry["bytes"] for entry in self.journal["files"].values()))
 
     def _check_space(self, needed_bytes: int) -> None:

@@ -108,5 +108,7 @@ def _plot(deltas: Sequence[Delta], title: str, path: Path) -> None:
         for side in axes.spines.values():
             side.set_visible(False)
         axes.set_title(f"‖delta‖ / ‖base weight‖: {title}")
-        figure.colorbar(image, ax=axes, pad=0.01)
+        bar = figure.colorbar(image, ax=axes, pad=0.01)
+        for which in (bar.ax.yaxis.set_major_formatter, bar.ax.yaxis.set_minor_formatter):
+            which(lambda value, _: f"{100 * value:.2g}%")
         figure.savefig(path)

@@ -120,13 +120,13 @@ def verify(trained: Trained, merged: Checkpoint, mode: str) -> dict[str, Any]:
     report: dict[str, Any] = {"passed": weights.passed, "weights": asdict(weights), "logits": None}
     if trained.lora.enabled and trained.lora.quantize:
         report["note"] = f"trained on {trained.lora.quantize} weights; compared with the adapters on unquantised ones"
-    if mode == "true" and fits_in_memory(trained):
+    if mode == "true" and weights.passed and fits_in_memory(trained):
         from gemma4_tpu.export.logits import compare_logits
 
         logits = compare_logits(trained, merged)
         report["logits"] = asdict(logits)
         report["passed"] = weights.passed and logits.passed
-    elif mode == "true":
+    elif mode == "true" and weights.passed:
         log.info("the model does not fit into memory: weights are compared, logits are not")
     return report
 
@@ -140,7 +140,7 @@ def refusal(report: dict[str, Any], where: str) -> ParityError:
         reason = "its logits are the base model's"
     else:
         reason = (
-            f"its logits are off by {logits['relative_rms']:.3g} (relative rms), more than rounding to"
-            f" {logits['dtype']} explains ({logits['bound']:.3g})"
+            f"its logits are off by {logits['merged_to_rounded']:.3g} (relative rms) from those of the LoRA model in"
+            f" {logits['dtype']}; up to {logits['bound']:.3g} is explained by rounding"
         )
     return ParityError(f"the merged model is not the trained one: {reason}; nothing was published (see {where})")

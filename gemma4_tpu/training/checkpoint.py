@@ -26,6 +26,7 @@ from gemma4_tpu.models.layout import Leaf, build_tree, get
 from gemma4_tpu.step.train_step import TrainState
 
 log = logging.getLogger(__name__)
+CHUNK_BYTES = 32 << 20  # large tensors are saved in pieces, so that a merge need not hold one whole
 _MOMENTS = ("mu", "nu")  # AdamW's two moments, shaped like the trained tree
 
 
@@ -68,10 +69,13 @@ class Checkpoints:
         update = int(state.update)
         if update in self._manager.all_steps():
             return
+        disk = _to_disk(state, self._leaves)
+        chunked = ocp.SaveArgs(chunk_byte_size=CHUNK_BYTES)
         self._manager.save(
             update,
             args=ocp.args.Composite(
-                state=ocp.args.StandardSave(_to_disk(state, self._leaves)), position=ocp.args.JsonSave(position)
+                state=ocp.args.StandardSave(disk, save_args=jax.tree.map(lambda _: chunked, disk)),
+                position=ocp.args.JsonSave(position),
             ),
             metrics=None if heldout_loss is None else {"heldout_loss": heldout_loss},
             force=True,

@@ -1,0 +1,153 @@
+"""A merge that is killed: nothing that looks finished, and the next one goes on with the shard it was at."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+from safetensors.numpy import save_file
+
+from gemma4_tpu.architectures import ARCHITECTURES, to_hf_config
+from gemma4_tpu.config.schema import LoraConfig
+from gemma4_tpu.models.names import name_map
+from tests.export.conftest import tree
+from tests.export.runs import make_run
+
+MERGE = [sys.executable, "-m", "gemma4_tpu.merge", "verify=false"]
+
+
+def write_base(folder, *, shards, padding_bytes):
+    """A random `tiny` checkpoint in shards, padded by a tensor of another modality in each."""
+    arch, rng = ARCHITECTURES["tiny"], np.random.default_rng(0)
+    tensors = {}
+    for tensor in name_map(arch).values():
+        for name in tensor.hf_names:
+            tensors[f"model.{name}"] = (0.1 * rng.standard_normal(tensor.hf_shape)).astype(np.float16)
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(to_hf_config(arch)))
+    names, index = sorted(tensors), {}
+    for shard in range(shards):
+        file = f"model-{shard + 1:05}-of-{shards:05}.safetensors"
+        own = {name: tensors[name] for name in names[shard::shards]}
+        own[f"model.vision_tower.{shard}.weight"] = np.full((padding_bytes // 1024, 1024), shard, np.uint8)
+        save_file(own, folder / file)
+        index |= dict.fromkeys(own, file)
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": index}))
+    return folder
+
+
+@pytest.fixture
+def tiny_run(tmp_path):
+    base = write_base(tmp_path / "base", shards=16, padding_bytes=4 << 20)
+    return make_run(tmp_path / "run", base, lora=LoraConfig(rank=4))
+
+
+def looks_finished(run):
+    """What somebody who looks for models would find: anything with a config.json, and the target."""
+    return [*run.rglob("config.json"), *run.glob("merged")]
+
+
+@pytest.mark.slow
+def test_killed_at_random_points_it_goes_on_and_ends_with_the_same_bytes(tiny_run):
+    reference = tiny_run.parent / "reference"
+    subprocess.run([*MERGE, f"run={tiny_run}", f"target={reference}"], check=True, capture_output=True, timeout=120)
+    rng, resumed, kills = random.Random(0), 0, 0
+    staging = tiny_run / ".merged.partial"
+    while kills < 4:
+        process = subprocess.Popen(
+            [*MERGE, f"run={tiny_run}"], stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        )
+        wanted = 4 * kills + rng.randint(0, 3)  # finished shards at which to kill
+        while process.poll() is None and len(list(staging.glob("*.safetensors"))) < wanted:
+            time.sleep(0.001)
+        time.sleep(rng.random() * 0.02)
+        process.send_signal(signal.SIGKILL)
+        _, told = process.communicate(timeout=60)
+        resumed += "going on with an interrupted export" in told
+        if process.returncode == 0:
+            break
+        kills += 1
+        assert looks_finished(tiny_run) == []
+    assert kills >= 2 and resumed >= 1
+    if not (tiny_run / "merged").exists():
+        last = subprocess.run([*MERGE, f"run={tiny_run}"], check=True, capture_output=True, text=True, timeout=120)
+        assert "(done before)" in last.stderr
+    assert tree(tiny_run / "merged") == tree(reference)
+    assert not staging.exists()
+
+
+def test_what_another_checkpoint_left_behind_is_not_gone_on_with(run_of, merge, monkeypatch):
+    from gemma4_tpu.export import merge as module
+
+    run, _ = run_of(updates=(3, 6), shards=4)
+    merge(run, "verify=false", "checkpoint=6", f"target={run}/reference")
+    copy_range, calls = module.copy_range, []
+
+    def dying(*arguments):
+        calls.append(1)
+        if len(calls) == 60:
+            raise SystemExit(137)
+        copy_range(*arguments)
+
+    monkeypatch.setattr(module, "copy_range", dying)
+    with pytest.raises(SystemExit):
+        merge(run, "verify=false", "checkpoint=3")
+    assert list(run.glob(".merged.partial/*.safetensors"))
+    monkeypatch.setattr(module, "copy_range", copy_range)
+    merge(run, "verify=false", "checkpoint=6")
+    assert tree(run / "merged") == tree(run / "reference")
+
+
+def test_two_exports_to_one_target(tiny_run):
+    from gemma4_tpu.config.schema import ExportConfig
+    from gemma4_tpu.export.job import prepare
+
+    job = prepare(tiny_run, ExportConfig(), several=False)
+    with job.reserved():
+        code = "import sys; from gemma4_tpu.merge import main; sys.exit(main(sys.argv[1:]))"
+        other = subprocess.run(
+            [sys.executable, "-c", code, f"run={tiny_run}", "verify=false"], capture_output=True, text=True, timeout=60
+        )
+    assert other.returncode == 2 and "another process is exporting there" in other.stderr
+
+
+def test_a_kill_between_the_renames_of_a_replacement_puts_the_old_model_back(tiny_run, merge, monkeypatch):
+    merge(tiny_run, "verify=false")
+    before = tree(tiny_run / "merged")
+    rename = os.rename
+
+    def dying(source, target):
+        if str(source).endswith(".partial"):
+            raise SystemExit(137)
+        rename(source, target)
+
+    monkeypatch.setattr(os, "rename", dying)
+    with pytest.raises(SystemExit):
+        merge(tiny_run, "verify=false", "overwrite=true")
+    assert not (tiny_run / "merged").exists()
+    monkeypatch.undo()
+    from gemma4_tpu.merge import main
+
+    assert main([f"run={tiny_run}"]) == 2  # the target exists, as before
+    assert tree(tiny_run / "merged") == before
+
+
+def test_memory_does_not_grow_with_the_size_of_a_tensor(tmp_path):
+    """One untouched tensor of 1 GB: the process stays far below it (imports of NumPy, JAX and Orbax are 350 MB).
+
+    Linux keeps the peak of a process by its address space as VmHWM; ru_maxrss would count this test's own memory.
+    """
+    base = write_base(tmp_path / "base", shards=1, padding_bytes=1 << 30)
+    run = make_run(tmp_path / "run", base, lora=LoraConfig(rank=4))
+    code = (
+        "import re, sys; from gemma4_tpu.merge import main; code = main(sys.argv[1:]);"
+        "print(re.search(r'VmHWM:\\s+(\\d+)', open('/proc/self/status').read())[1]); sys.exit(code)"
+    )
+    command = [sys.executable, "-c", code, f"run={run}", "verify=stream"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
+    assert int(done.stdout.split()[-1]) * 1024 < 700e6
