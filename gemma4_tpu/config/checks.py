@@ -89,6 +89,8 @@ def examine_train(root: TrainRoot) -> tuple[Checked | None, list[Problem]]:
         messages += tokenizer_problem(root.model)
     mesh, mesh_messages = _mesh(root, architecture)
     messages += mesh_messages
+    if root.trainer.attention == "splash" and architecture is not None:
+        messages += _splash(architecture, root.data)
     if messages or architecture is None:
         return None, [Problem(m) for m in messages]
     return Checked(architecture, mesh, tuple(_warnings(root))), []
@@ -247,6 +249,17 @@ def _data(data: DataConfig) -> list[str]:
     if data.check_syntax and data.format != "codev_r1":
         messages.append(f"data.check_syntax=true: only with data.format=codev_r1 (it is {data.format})")
     return messages
+
+
+def _splash(architecture: Architecture, data: DataConfig) -> list[str]:
+    """The TPU kernel wants whole registers of 128 lanes."""
+    widths = sorted({architecture.head_dim, architecture.global_head_dim})
+    odd = [f"{architecture.name}'s head widths {widths}"] if any(width % 128 for width in widths) else []
+    lengths = [data.sequence_length, *(data.buckets or [])]
+    odd += [f"data.sequence_length or data.buckets {lengths}"] if any(length % 128 for length in lengths) else []
+    if not odd:
+        return []
+    return [f"trainer.attention=splash: {' and '.join(odd)} must be multiples of 128; give trainer.attention=auto"]
 
 
 def _tracker(tracker: TrackerConfig) -> list[str]:

@@ -23,6 +23,7 @@ from gemma4_tpu.models.base import Base
 from gemma4_tpu.models.gemma4 import Model
 from gemma4_tpu.models.layout import Layout, Leaf
 from gemma4_tpu.models.load import load_params, random_params
+from gemma4_tpu.models.splash import make_attention
 from gemma4_tpu.step.optimizer import make_optimizer
 from gemma4_tpu.step.train_step import Step, TrainState
 
@@ -65,13 +66,18 @@ def compute_dtype(trainer: TrainerConfig, platform: str) -> Any:
 
 
 def make_model(arch: Architecture, lora: LoraConfig, trainer: TrainerConfig, mesh: Mesh) -> Model:
-    """The model's settings for this mesh."""
+    """The model's settings for this mesh.
+
+    Raises:
+      UserError: `trainer.attention` names a kernel that cannot run here.
+    """
     return Model(
         arch=arch,
         compute_dtype=compute_dtype(trainer, mesh.devices.flat[0].platform),
         lora_scale=adapters.scale(lora) if lora.enabled else 1.0,
         lora_dropout=lora.dropout if lora.enabled else 0.0,
         remat=trainer.remat,
+        attention=make_attention(trainer.attention, mesh),
         mesh=mesh,
     )
 

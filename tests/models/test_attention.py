@@ -1,11 +1,15 @@
 """Attention paths against a definition written out token by token."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from gemma4_tpu.models import sharding
 from gemma4_tpu.models.attention import einsum_attention
+from gemma4_tpu.models.splash import make_attention, splash_attention
 
 
 def by_definition(q, k, v, segments, window):
@@ -44,3 +48,33 @@ def test_padding_gives_finite_values_and_gradients():
         return einsum_attention(q, q, q, segments, 4).sum()
 
     assert np.isfinite(jax.grad(total)(q)).all()
+
+
+@pytest.mark.parametrize(("fsdp", "tp"), [(1, 1), (2, 2)])
+@pytest.mark.parametrize(("window", "kv_heads"), [(None, 1), (None, 2), (96, 2), (200, 4)])
+def test_the_tpu_kernel_equals_einsum_in_values_and_gradients(window, kv_heads, fsdp, tp):
+    """Packed rows with padding; the kernel runs in Pallas' interpreter."""
+    mesh = sharding.make_mesh(fsdp, tp, jax.devices()[: fsdp * tp])
+    rng = np.random.default_rng(0)
+    q, weight = (jnp.asarray(rng.normal(size=(2, 256, 4, 128)), jnp.float32) for _ in range(2))
+    k, v = (jnp.asarray(rng.normal(size=(2, 256, kv_heads, 128)) / 8, jnp.float32) for _ in range(2))
+    segments = jnp.asarray([[1] * 100 + [2] * 90 + [3] * 50 + [0] * 16, [1] * 256], jnp.int32)
+
+    def total(attention, q, k, v):
+        return (attention(q, k, v, segments, window) * weight * (segments > 0)[..., None, None]).sum()
+
+    kernel = partial(splash_attention, mesh=mesh, interpret=True)
+    values, grads = zip(
+        *(jax.jit(jax.value_and_grad(partial(total, f), argnums=(0, 1, 2)))(q, k, v) for f in (kernel, einsum_attention)),
+        strict=True,
+    )
+    # fp32 both, blocks of 128 or 256 summed online: relative rounding of about 1e-6 per product
+    np.testing.assert_allclose(values[0], values[1], rtol=1e-4)
+    for got, wanted in zip(*grads, strict=True):
+        np.testing.assert_allclose(got, wanted, atol=1e-4 * float(jnp.abs(wanted).max()))
+
+
+def test_a_cpu_takes_einsum_unless_told_otherwise():
+    mesh = sharding.make_mesh(1, 1, jax.devices()[:1])
+    assert make_attention("auto", mesh) is make_attention("einsum", mesh) is einsum_attention
+    assert make_attention("splash", mesh) is not einsum_attention

@@ -42,4 +42,5 @@ class Command:
 
 @pytest.fixture(scope="session")
 def train(tmp_path_factory) -> Command:
-    return Command(tmp_path_factory.mktemp("compilation-cache"))
+    shared = tmp_path_factory.getbasetemp().parent / "compilation-cache"  # one for all test workers
+    return Command(shared)

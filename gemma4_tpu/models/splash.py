@@ -1,0 +1,95 @@
+"""Attention by JAX's splash kernels on TPU: no [T, T] scores in memory, blocks outside mask and window are skipped.
+
+Segment ids keep packed examples apart inside the kernel; KV-shared layers hand in the keys they share like any others.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+
+import jax
+from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
+from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from gemma4_tpu.errors import UserError
+from gemma4_tpu.models.attention import einsum_attention
+from gemma4_tpu.models.sharding import FSDP, TP
+
+LANES = 128
+"""The kernels want head widths and lengths in multiples of a TPU register's lanes."""
+BLOCK = 512
+"""Tokens per block; 1024 does not compile for the backward pass at head width 512 (16.7 MB of 16 MB of vector memory)."""
+
+Attention = Callable[[jax.Array, jax.Array, jax.Array, jax.Array, int | None], jax.Array]
+
+
+def make_attention(name: str, mesh: Mesh) -> Attention:
+    """The implementation that `trainer.attention` names: `einsum`, `splash`, or `auto`, which is splash on TPUs wherever
+    head width and T allow it, else einsum.
+
+    Raises:
+      UserError: splash is asked for on a machine that cannot run it.
+    """
+    platform = mesh.devices.flat[0].platform
+    if name == "splash" and platform not in ("tpu", "cpu"):
+        raise UserError(f"trainer.attention=splash: a TPU kernel, but this is {platform}; give trainer.attention=auto")
+    if name == "einsum" or (name == "auto" and platform != "tpu"):
+        return einsum_attention
+    kernel = partial(splash_attention, mesh=mesh, interpret=platform == "cpu")
+
+    def where_it_fits(q: jax.Array, k: jax.Array, v: jax.Array, segment_ids: jax.Array, window: int | None) -> jax.Array:
+        fits = not (q.shape[1] % LANES or q.shape[3] % LANES)
+        return (kernel if fits else einsum_attention)(q, k, v, segment_ids, window)
+
+    return kernel if name == "splash" else where_it_fits
+
+
+def splash_attention(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    segment_ids: jax.Array,
+    window: int | None,
+    *,
+    mesh: Mesh,
+    interpret: bool = False,
+) -> jax.Array:
+    """As `attention.einsum_attention`, by the TPU kernel; heads are split over `tp`, rows over `fsdp`.
+
+    `interpret` runs the kernel in plain Python on a CPU (tests).
+    """
+    t, heads = q.shape[1:3]
+    tp = mesh.shape[TP]
+    head_axis = TP if heads % tp == 0 else None
+    kv_axis = head_axis if k.shape[2] % tp == 0 else None
+    one = masks.CausalMask((t, t)) if window is None else masks.LocalMask((t, t), (window - 1, 0), offset=0)
+    kernel = splash.make_splash_mha(
+        masks.MultiHeadMask([one] * heads),
+        block_sizes=_blocks(t),
+        head_shards=tp if head_axis else 1,
+        q_seq_shards=1,
+        interpret=interpret,
+    )
+    kernel_spec = kernel.manual_sharding_spec(NamedSharding(mesh, P(head_axis, None)))
+    q_spec, kv_spec = P(FSDP, head_axis, None, None), P(FSDP, kv_axis, None, None)
+
+    @partial(
+        jax.shard_map, mesh=mesh, in_specs=(kernel_spec, q_spec, kv_spec, kv_spec, P(FSDP, None)), out_specs=q_spec,
+        check_vma=False,
+    )  # fmt: skip
+    def attend(kernel, q, k, v, segments):
+        return jax.vmap(kernel)(q, k, v, splash.SegmentIds(segments, segments))
+
+    q, k, v = (x.swapaxes(1, 2) for x in (q, k, v))  # [B, N, T, H]
+    return attend(kernel, q, k, v, segment_ids).swapaxes(1, 2)
+
+
+def _blocks(length: int) -> splash.BlockSizes:
+    block = next(b for b in (BLOCK, 384, 256, LANES) if length % b == 0)
+    return splash.BlockSizes(
+        block_q=block, block_kv=block, block_kv_compute=block, block_q_dkv=block, block_kv_dkv=block,
+        block_kv_dkv_compute=block, block_q_dq=block, block_kv_dq=block,
+    )  # fmt: skip
