@@ -61,7 +61,8 @@ def _run(loaded: Loaded) -> int:
         result = _train(config, folder)
         result.write(folder.result_path)
     except KeyboardInterrupt:
-        print(f"\ninterrupted; the same command with run_dir={folder.path} goes on from its last checkpoint", file=sys.stderr)
+        hint = f"the same command with run_dir={folder.path} goes on from its last checkpoint"
+        print(f"\ninterrupted; {hint}", file=sys.stderr)
         return INTERRUPTED
     except Exception as error:
         if not (folder.result_path.exists() and Result.read(folder.result_path).status == "finished"):

@@ -42,9 +42,7 @@ def mask(segments_q: jax.Array, segments_k: jax.Array, distance: jax.Array, wind
     return seen & (segments_q[..., :, None] == segments_k[..., None, :])
 
 
-def einsum_attention(
-    q: jax.Array, k: jax.Array, v: jax.Array, segment_ids: jax.Array, window: int | None
-) -> jax.Array:
+def einsum_attention(q: jax.Array, k: jax.Array, v: jax.Array, segment_ids: jax.Array, window: int | None) -> jax.Array:
     """Softmax attention by plain matrix products, scores in float32; the reference for every other path.
 
     Sliding layers work on blocks of `window` tokens, each of which sees itself and the block before it, so that their
@@ -52,7 +50,8 @@ def einsum_attention(
 
     Args:
       q: [B, T, N, H].
-      k, v: [B, T, K, H]; N is a multiple of K.
+      k: [B, T, K, H]; N is a multiple of K.
+      v: as k.
       segment_ids: [B, T] int32.
       window: tokens that a query sees, itself included; None: all before it.
 
@@ -66,7 +65,9 @@ def einsum_attention(
         return _attend(q, k, v, seen)
     blocks = -(-t // window)
     padding = blocks * window - t
-    q, k, v, segment_ids = (jnp.pad(x, [(0, 0), (0, padding)] + [(0, 0)] * (x.ndim - 2)) for x in (q, k, v, segment_ids))
+    q, k, v, segment_ids = (
+        jnp.pad(x, [(0, 0), (0, padding)] + [(0, 0)] * (x.ndim - 2)) for x in (q, k, v, segment_ids)
+    )
 
     def block(x: jax.Array) -> jax.Array:  # [B, T, …] → [B, blocks, window, …]
         return x.reshape(x.shape[0], blocks, window, *x.shape[2:])
@@ -83,7 +84,7 @@ def einsum_attention(
 
 
 def _attend(q: jax.Array, k: jax.Array, v: jax.Array, seen: jax.Array) -> jax.Array:
-    """q [B, Q, N, H], k and v [B, S, K, H], seen [B, Q, S] → [B, Q, N, H]."""
+    """Q [B, Q, N, H], k and v [B, S, K, H], seen [B, Q, S] → [B, Q, N, H]."""
     b, t, n, h = q.shape
     kv = k.shape[2]
     grouped = q.reshape(b, t, kv, n // kv, h)

@@ -1,8 +1,8 @@
 """Gemma 4's forward pass as pure functions over parameter trees.
 
-Parameters carry Tunix's names and shapes (see `layout.py`), adapters Qwix's (see `lora.py`). Tunix's own modules are the
-reference this is tested against, beside transformers; they are not run in training because they discard segment ids,
-cannot scan over layers, and see adapters only through one intercepted method.
+Parameters carry Tunix's names and shapes (see `layout.py`), adapters Qwix's (see `lora.py`). Tunix's own modules are a
+reference that this is tested against, beside transformers; training does not run them because they discard segment
+ids, cannot scan over layers, and see adapters only through one intercepted method.
 
 Dims: B rows, T tokens, D model, N query heads, K key/value heads, H head width, F hidden units, L layers,
 P per-layer embedding, V vocabulary, r adapter rank, R repeats of a stage.
@@ -79,7 +79,7 @@ class _Layer:
 
 
 def rms_norm(x: jax.Array, scale: jax.Array | None) -> jax.Array:
-    """x / rms(x) · scale, computed in float32, in x's dtype."""
+    """X / rms(x) · scale, computed in float32, in x's dtype."""
     wide = x.astype(jnp.float32)
     wide = wide * jax.lax.rsqrt(jnp.mean(jnp.square(wide), axis=-1, keepdims=True) + 1e-6)
     if scale is not None:
@@ -112,7 +112,7 @@ def _dense(weight: Any, dtype: Any) -> jax.Array:
 
 
 def _attention(layer: _Layer, x: jax.Array, shared_kv: KV | None) -> tuple[jax.Array, KV]:
-    """x [B, T, D] → output [B, T, D] and the keys and values used, [B, T, K, H] each."""
+    """X [B, T, D] → output [B, T, D] and the keys and values used, [B, T, K, H] each."""
     model, arch, p = layer.model, layer.model.arch, layer.params["attn"]
     rotate = partial(
         rope,
@@ -147,7 +147,7 @@ def _mlp(layer: _Layer, x: jax.Array) -> jax.Array:
 def _decoder_layer(
     layer: _Layer, x: jax.Array, per_layer_input: jax.Array | None, shared_kv: KV | None
 ) -> tuple[jax.Array, KV]:
-    """x [B, T, D], per_layer_input [B, T, P] → x [B, T, D] and this layer's keys and values."""
+    """X [B, T, D], per_layer_input [B, T, P] → x [B, T, D] and this layer's keys and values."""
     p, model = layer.params, layer.model
     block_remat = jax.checkpoint if model.remat == "block" else (lambda f: f)
 
@@ -174,7 +174,7 @@ def _decoder_layer(
 
 
 def _embed(model: Model, p: Params, tokens: jax.Array) -> tuple[jax.Array, jax.Array | None]:
-    """tokens [B, T] → x [B, T, D] and, for E2B/E4B, per-layer inputs [L, B, T, P]."""
+    """Tokens [B, T] → x [B, T, D] and, for E2B/E4B, per-layer inputs [L, B, T, P]."""
     dtype = model.compute_dtype
     x = jnp.take(p["input_embedding"], tokens, axis=0).astype(dtype)
     x = constrain(x * jnp.sqrt(jnp.float32(x.shape[-1])).astype(dtype), "BTD", model.mesh)
@@ -243,7 +243,7 @@ def hidden_states(
 
 
 def logits(model: Model, params: Params, hidden: jax.Array) -> jax.Array:
-    """hidden [B, T, D] → float32 logits [B, T, V]. For evaluation and tests; training never forms them whole."""
+    """Hidden [B, T, D] → float32 logits [B, T, V]. For evaluation and tests; training never forms them whole."""
     table = params["embedder"]["input_embedding"].astype(hidden.dtype)
     scores = jnp.einsum("btd,vd->btv", hidden, table, preferred_element_type=jnp.float32)
     return softcap(constrain(scores, "BTV", model.mesh), model.arch.final_logit_softcap)

@@ -27,8 +27,13 @@ ROLES = {
 }
 # Which dims of each weight are contracted with the module's input; the others are output dims.
 _INPUT_DIMS = {
-    "attn.q_einsum.w": (1,), "attn.k_einsum.w": (1,), "attn.kv_einsum.w": (2,), "attn.attn_vec_einsum.w": (0, 1),
-    "mlp.gate_proj.kernel": (0,), "mlp.up_proj.kernel": (0,), "mlp.down_proj.kernel": (0,),
+    "attn.q_einsum.w": (1,),
+    "attn.k_einsum.w": (1,),
+    "attn.kv_einsum.w": (2,),
+    "attn.attn_vec_einsum.w": (0, 1),
+    "mlp.gate_proj.kernel": (0,),
+    "mlp.up_proj.kernel": (0,),
+    "mlp.down_proj.kernel": (0,),
 }
 
 

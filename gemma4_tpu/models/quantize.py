@@ -1,7 +1,7 @@
 """QLoRA: the frozen base weights of the adapted modules in 4 or 8 bits, by Qwix.
 
-`int8` keeps one scale per output unit, `nf4` (NormalFloat-4) one per `NF4_TILE` input units of an output unit. A weight is
-dequantised to the compute dtype where it is used and nowhere else; everything that has no adapter stays as it is.
+`int8` keeps one scale per output unit, `nf4` (NormalFloat-4) one per `NF4_TILE` input units of an output unit. A weight
+is dequantised to the compute dtype where it is used and nowhere else; everything without an adapter stays as it is.
 """
 
 from __future__ import annotations

@@ -98,7 +98,7 @@ def batch(mesh: Mesh) -> NamedSharding:
 
 
 def constrain(x: jax.Array, dims: str, mesh: Mesh | None) -> jax.Array:
-    """Pins an activation with these dims (`"BTD"`, `"BTNH"`, …) to the mesh; a dim that does not divide is left whole."""
+    """Pins an activation with these dims (`"BTD"`, `"BTNH"`, …) to the mesh; a dim that does not divide stays whole."""
     if mesh is None:
         return x
     axes = [a if a and x.shape[i] % mesh.shape[a] == 0 else None for i, a in enumerate(_ACTIVATIONS[dims])]

@@ -21,14 +21,15 @@ from gemma4_tpu.models.sharding import FSDP, TP
 LANES = 128
 """The kernels want head widths and lengths in multiples of a TPU register's lanes."""
 BLOCK = 512
-"""Tokens per block; 1024 does not compile for the backward pass at head width 512 (16.7 MB of 16 MB of vector memory)."""
+"""Tokens per block; 1024 does not compile for the backward pass at head width 512 (vector memory)."""
 
 Attention = Callable[[jax.Array, jax.Array, jax.Array, jax.Array, int | None], jax.Array]
 
 
 def make_attention(name: str, mesh: Mesh) -> Attention:
-    """The implementation that `trainer.attention` names: `einsum`, `splash`, or `auto`, which is splash on TPUs wherever
-    head width and T allow it, else einsum.
+    """The implementation that `trainer.attention` names.
+
+    `auto` is splash on TPUs wherever head width and T allow it, else einsum.
 
     Raises:
       UserError: splash is asked for on a machine that cannot run it.
@@ -40,7 +41,9 @@ def make_attention(name: str, mesh: Mesh) -> Attention:
         return einsum_attention
     kernel = partial(splash_attention, mesh=mesh, interpret=platform == "cpu")
 
-    def where_it_fits(q: jax.Array, k: jax.Array, v: jax.Array, segment_ids: jax.Array, window: int | None) -> jax.Array:
+    def where_it_fits(
+        q: jax.Array, k: jax.Array, v: jax.Array, segment_ids: jax.Array, window: int | None
+    ) -> jax.Array:
         fits = not (q.shape[1] % LANES or q.shape[3] % LANES)
         return (kernel if fits else einsum_attention)(q, k, v, segment_ids, window)
 

@@ -90,9 +90,7 @@ def _forward(hidden, table, targets, target_mask, cap, chunk_tokens, hidden_grad
 
 
 def _vjp_forward(hidden, table, targets, target_mask, cap, chunk_tokens, train_table, mesh):
-    total, d_hidden, d_table = _forward(
-        hidden, table, targets, target_mask, cap, chunk_tokens, True, train_table, mesh
-    )
+    total, d_hidden, d_table = _forward(hidden, table, targets, target_mask, cap, chunk_tokens, True, train_table, mesh)
     return total, (d_hidden, d_table)
 
 

@@ -61,12 +61,16 @@ class Step:
     def summed_loss(self, trained: Any, base: Any, rows: Batch, key: jax.Array | None) -> jax.Array:
         """Summed loss of the rows of one microbatch; arrays are [B, T]."""
         params, lora = (trained, None) if self.full else (base, trained)
-        hidden = hidden_states(
-            self.model, params, lora, rows["tokens"], rows["segment_ids"], rows["positions"], key
-        )
+        hidden = hidden_states(self.model, params, lora, rows["tokens"], rows["segment_ids"], rows["positions"], key)
         return summed_cross_entropy(
-            hidden, params["embedder"]["input_embedding"], rows["targets"], rows["target_mask"],
-            self.model.arch.final_logit_softcap, self.chunk_tokens, self.full, self.model.mesh,
+            hidden,
+            params["embedder"]["input_embedding"],
+            rows["targets"],
+            rows["target_mask"],
+            self.model.arch.final_logit_softcap,
+            self.chunk_tokens,
+            self.full,
+            self.model.mesh,
         )
 
     def gradients(self, state: TrainState, base: Any, batch: Batch) -> tuple[jax.Array, Any, jax.Array]:
@@ -101,6 +105,7 @@ class Step:
 
     def evaluate(self, trained: Any, base: Any, batch: Batch) -> tuple[jax.Array, jax.Array]:
         """Summed loss and number of target tokens of an [M, B, T] batch, dropout off."""
+
         def microbatch(total, rows):
             return total + self.summed_loss(trained, base, rows, None), None
 

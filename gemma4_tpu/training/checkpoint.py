@@ -47,8 +47,7 @@ class Checkpoints:
         self._manager = ocp.CheckpointManager(
             Path(folder).absolute() if "://" not in str(folder) else folder,
             options=ocp.CheckpointManagerOptions(
-                preservation_policy=policies.AnyPreservationPolicy(kept),
-                cleanup_tmp_directories=True,
+                preservation_policy=policies.AnyPreservationPolicy(kept), cleanup_tmp_directories=True
             ),
             item_names=("state", "position"),
         )
@@ -92,8 +91,7 @@ class Checkpoints:
             for group, value in abstract.items()
         }
         saved = self._manager.restore(
-            update,
-            args=ocp.args.Composite(state=ocp.args.StandardRestore(targets), position=ocp.args.JsonRestore()),
+            update, args=ocp.args.Composite(state=ocp.args.StandardRestore(targets), position=ocp.args.JsonRestore())
         )
         return _from_disk(saved["state"], state, self._leaves), saved["position"]
 

@@ -1,4 +1,4 @@
-"""Everything a training loop needs, assembled on the devices: mesh, base weights, trained values, programs' definition."""
+"""What a training loop needs, assembled on the devices: mesh, base weights, trained values, the step's definition."""
 
 from __future__ import annotations
 
@@ -83,12 +83,7 @@ def make_model(arch: Architecture, lora: LoraConfig, trainer: TrainerConfig, mes
 
 
 def build_job(
-    base: Base,
-    lora: LoraConfig,
-    optimizer: OptimizerConfig,
-    trainer: TrainerConfig,
-    mesh: Mesh,
-    total_updates: int,
+    base: Base, lora: LoraConfig, optimizer: OptimizerConfig, trainer: TrainerConfig, mesh: Mesh, total_updates: int
 ) -> Job:
     """Loads the base weights and makes the initial state, every array in its place on the mesh.
 

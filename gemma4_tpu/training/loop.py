@@ -14,10 +14,10 @@ import optax
 from gemma4_tpu.config.schema import CheckpointConfig, TrainerConfig
 from gemma4_tpu.data.pipeline import Pipeline, Update
 from gemma4_tpu.errors import UserError
+from gemma4_tpu.step.train_step import Metrics, TrainState
 from gemma4_tpu.tracking.result import Result
 from gemma4_tpu.training.checkpoint import Checkpoints
 from gemma4_tpu.training.job import Job, to_mesh
-from gemma4_tpu.step.train_step import Metrics, TrainState
 from gemma4_tpu.training.programs import Programs
 
 log = logging.getLogger(__name__)
@@ -44,7 +44,6 @@ class Totals:
     heldout_loss_last: float | None = None
     heldout_loss_best: float | None = None
     heldout_update_best: int | None = None
-
 
     def count(self, update: Update, loss: float, window: Window) -> None:
         """Adds one finished update, the last of `window`."""
@@ -155,7 +154,8 @@ class Loop:
 
         # ── updates: while the devices work on one, the host reads the metrics of the one before ───────────────────
         window, in_flight = Window(), None
-        for done, update in enumerate(self.pipeline, start=done + 1):
+        for update in self.pipeline:
+            done += 1
             state, metrics = programs.train(state, self.job.base, to_mesh(update.arrays, self.job.mesh))
             if in_flight:
                 window = self._finish(in_flight, window, totals, clock)

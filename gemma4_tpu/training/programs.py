@@ -60,6 +60,6 @@ class Programs:
         used = sum(program == name for program, _ in self._shapes)
         if self._functions[name]._cache_size() > used:
             raise Recompilation(
-                f"{name}: compiled again for rows of T={length} with a batch of {self._shapes[name, length]}: the type or"
-                " the placement of the state or the base weights changed"
+                f"{name}: compiled again for rows of T={length} with a batch of {self._shapes[name, length]}: the type"
+                " or the placement of the state or the base weights changed"
             )

@@ -37,7 +37,7 @@ REFUSALS = [
     (["trainer.loss_chunk_tokens=0"], "trainer.loss_chunk_tokens=0: must be at least 1"),
     (["checkpoint.every=0"], "checkpoint.every=0: must be at least 1"),
     (["trainer.remat=full"], "trainer.remat=full: not a choice (choices: none, block, decoder)"),
-    (["trainer.attention=splash"], "tiny's head widths [16, 32] must be multiples of 128"),
+    (["trainer.attention=splash"], "head widths [16, 32] must be multiples of 128"),
     (["model=gemma4_31b", "model.path=random:0", "trainer.attention=splash", "data.sequence_length=500"],
      "data.sequence_length or data.buckets [500] must be multiples of 128"),
     (["optimizer.schedule=cos"], "did you mean optimizer.schedule=cosine?"),
@@ -80,7 +80,8 @@ REFUSALS = [
     (["data.check_syntax=true"], "only with data.format=codev_r1"),
     # hardware and run
     (["hardware.name=v5p9"], "hardware.name=v5p9: no such slice; did you mean hardware=v5p8"),
-    (["hardware=h200", "trainer.attention=splash"], "a TPU kernel, but h200 has GPUs"),
+    (["hardware=h200", "model=gemma4_31b", "model.path=random:0", "trainer.attention=splash"],
+     "a TPU kernel, but h200 has GPUs"),
     (["name=a/b"], "name=a/b: part of a folder's name"),
     (["run_dir=gs://bucket/run"], "run_dir=gs://bucket/run: the run folder is local"),
 ]

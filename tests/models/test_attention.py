@@ -65,7 +65,10 @@ def test_the_tpu_kernel_equals_einsum_in_values_and_gradients(window, kv_heads, 
 
     kernel = partial(splash_attention, mesh=mesh, interpret=True)
     values, grads = zip(
-        *(jax.jit(jax.value_and_grad(partial(total, f), argnums=(0, 1, 2)))(q, k, v) for f in (kernel, einsum_attention)),
+        *(
+            jax.jit(jax.value_and_grad(partial(total, f), argnums=(0, 1, 2)))(q, k, v)
+            for f in (kernel, einsum_attention)
+        ),
         strict=True,
     )
     # fp32 both, blocks of 128 or 256 summed online: relative rounding of about 1e-6 per product

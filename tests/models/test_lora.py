@@ -77,7 +77,11 @@ def test_every_adapter_of_31b_is_sharded_by_its_own_shape(shape):
         spec = get(places, leaf.path).spec
         assert len(spec) <= len(leaf.array_shape)
         assert sharding.replicated(leaf.tunix_names[0], leaf.shape, mesh) == []
-        assert any(spec) or math.prod(shape) == 1 or all(mesh.shape[a] == 1 for a in sharding.rule(leaf.tunix_names[0]) if a)
+        assert (
+            any(spec)
+            or math.prod(shape) == 1
+            or all(mesh.shape[a] == 1 for a in sharding.rule(leaf.tunix_names[0]) if a)
+        )
 
 
 def test_initial_values_do_not_depend_on_mesh_or_the_other_tensors():
@@ -122,7 +126,9 @@ def test_tunix_with_qwix_takes_our_adapters_and_computes_the_same_logits(kind):
     )  # fmt: skip
     adapted = qwix.apply_lora_to_model(theirs, provider, tokens, positions, None, causal, rngs=nnx.Rngs(0))
     state = nnx.state(adapted, nnx.LoRAParam)
-    names = {n: get(lora, leaf.path)[i] for leaf in adapters.leaves(layout, config) for i, n in enumerate(leaf.tunix_names)}
+    names = {
+        n: get(lora, leaf.path)[i] for leaf in adapters.leaves(layout, config) for i, n in enumerate(leaf.tunix_names)
+    }
     seen = set()
     for path, variable in nnx.to_flat_state(state):
         name = ".".join(map(str, path))

@@ -75,6 +75,8 @@ def test_the_whole_vocabulary_is_never_in_memory():
     assert compiled.memory_analysis().temp_size_in_bytes < rows * length * vocab * 4 / 8
 
 
-@pytest.mark.parametrize(("length", "wanted", "chunk"), [(512, 512, 512), (512, 100, 64), (7, 3, 1), (12, 5, 4), (4, 9, 4)])
+@pytest.mark.parametrize(
+    ("length", "wanted", "chunk"), [(512, 512, 512), (512, 100, 64), (7, 3, 1), (12, 5, 4), (4, 9, 4)]
+)
 def test_chunk_length_divides(length, wanted, chunk):
     assert chunk_length(length, wanted) == chunk

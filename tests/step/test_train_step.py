@@ -77,7 +77,9 @@ def gradients(step, base, trained, batch, key=0):
 def relative_difference(a, b) -> float:
     """Largest difference of any two leaves over the largest value of the leaf."""
     pairs = zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True)
-    return max(float(np.abs(np.asarray(x) - np.asarray(y)).max() / (np.abs(np.asarray(y)).max() + 1e-30)) for x, y in pairs)
+    return max(
+        float(np.abs(np.asarray(x) - np.asarray(y)).max() / (np.abs(np.asarray(y)).max() + 1e-30)) for x, y in pairs
+    )
 
 
 def test_eight_microbatches_of_one_row_equal_one_of_eight():

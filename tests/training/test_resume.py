@@ -50,7 +50,14 @@ def test_killed_twice_at_random_points_and_resumed_is_bitwise_the_same(train, tm
     different = [name for name in expected if found[name].tobytes() != expected[name].tobytes()]
     assert not different
     results = [Result.read(run / "result.json") for run in (whole, broken)]
-    for key in ("updates", "real_tokens", "target_tokens", "heldout_loss_first", "heldout_loss_last", "train_loss_first"):
+    for key in (
+        "updates",
+        "real_tokens",
+        "target_tokens",
+        "heldout_loss_first",
+        "heldout_loss_last",
+        "train_loss_first",
+    ):
         assert getattr(results[0], key) == getattr(results[1], key), key
 
 

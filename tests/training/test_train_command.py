@@ -73,7 +73,12 @@ def test_variants_train(train, tmp_path, variant):
 @pytest.mark.slow
 def test_a_run_that_diverges_stops_and_names_the_rows(train, tmp_path):
     run = tmp_path / "run"
-    wild = ["optimizer.learning_rate=1e30", "optimizer.max_grad_norm=null", "trainer.max_updates=6", "checkpoint.every=1"]
+    wild = [
+        "optimizer.learning_rate=1e30",
+        "optimizer.max_grad_norm=null",
+        "trainer.max_updates=6",
+        "checkpoint.every=1",
+    ]
     refused = train(*QUICK, *wild, f"run_dir={run}", cwd=tmp_path, exit_code=2)
     assert "embedded:verilog_smoke/train.jsonl.gz:" in refused.stderr
     assert "last good checkpoint is at update" in refused.stderr
