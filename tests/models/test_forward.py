@@ -78,11 +78,14 @@ def test_packed_rows_give_each_segment_its_own_logits(kind):
         start += len(piece)
 
 
-@pytest.mark.parametrize("shape", [(1, 4), (2, 4), (4, 1), (2, 2)])
-def test_logits_are_the_same_on_every_mesh(shape):
+@pytest.mark.parametrize(
+    ("kind", "shape"),
+    [("dense", (1, 4)), ("dense", (2, 4)), ("dense", (4, 1)), ("dense", (2, 2)), ("moe", (2, 2)), ("e2b", (2, 4))],
+)
+def test_logits_are_the_same_on_every_mesh(kind, shape):
     tokens, mask = make_batch(batch=4)
-    devices = jax.devices()[: shape[0] * shape[1]]
-    single = run(*load("dense"), tokens, segments=mask.astype(np.int32))
-    meshed = run(*load("dense", mesh=sharding.make_mesh(*shape, devices)), tokens, segments=mask.astype(np.int32))
+    mesh = sharding.make_mesh(*shape, jax.devices()[: shape[0] * shape[1]])
+    single = run(*load(kind), tokens, segments=mask.astype(np.int32))
+    meshed = run(*load(kind, mesh=mesh), tokens, segments=mask.astype(np.int32))
     # partial sums over tp meet in another order
     np.testing.assert_allclose(meshed[mask], single[mask], atol=1e-4)
