@@ -5,6 +5,7 @@ Configuration → runs, bases and targets checked → each written beside its ta
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
 import sys
@@ -32,6 +33,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _run(load(list(sys.argv[1:] if argv is None else argv), MERGE))
     except UserError as refusal:
         print(f"error: {refusal}", file=sys.stderr)
+        return 2
+    except OSError as error:
+        if error.errno != errno.ENOSPC:
+            raise
+        print(
+            "error: the disk is full; make space, and the same command goes on with the file it was at", file=sys.stderr
+        )
         return 2
     except KeyboardInterrupt:
         print("\ninterrupted; the same command goes on with the file it was at", file=sys.stderr)

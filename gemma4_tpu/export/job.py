@@ -41,12 +41,20 @@ class Job:
 
     @contextmanager
     def reserved(self) -> Iterator[None]:
-        """Holds the staging folders; raises `UserError` where there is no space or another process is at work."""
+        """Holds the staging folders; raises `UserError` where there is no space or another process is at work.
+
+        A refusal on the way removes them; after anything else the same export goes on with what is there.
+        """
         needed = {MERGED: _merged_bytes, ADAPTER: _adapter_bytes}
         try:
             for kind, place in self.places.items():
                 place.open(_identity(self.trained), needed[kind](self.trained))
-            yield
+            try:
+                yield
+            except UserError:
+                for place in self.places.values():
+                    place.discard()
+                raise
         finally:
             for place in self.places.values():
                 place.close()
@@ -118,7 +126,6 @@ def _write_merged(trained: Trained, place: Place, mode: str, record: RunFolder) 
         report = verify(trained, Checkpoint(place.staging), mode)
         write_json(record.path / "parity.json", report)
         if not report["passed"]:
-            place.discard()
             raise refusal(report, str(record.path / "parity.json"))
         log.info("parity: %s", _told(report))
     copy_file(companions(trained)[0]["config.json"], place, "config.json")

@@ -112,6 +112,7 @@ class Merger:
         for name, path in found.items():
             if name != "config.json" and place.done(name) is None:
                 copy_file(path, place, name)
+        place.wait()
         return deltas
 
     def _shard(self, name: str, file: TensorFile, place: Place) -> list[Delta]:

@@ -13,7 +13,9 @@ import json
 import logging
 import os
 import shutil
+from collections import deque
 from collections.abc import Iterable
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -40,6 +42,8 @@ class Place:
         self.remote = is_remote(target)
         self.journal: dict[str, Any] = {}
         self._lock: int | None = None
+        self._finisher = ThreadPoolExecutor(1, thread_name_prefix="finish-files")
+        self._finishing: deque[Future[None]] = deque()
 
     def check(self, overwrite: bool) -> None:
         """Raises `UserError` if the target exists and may not be replaced."""
@@ -108,7 +112,17 @@ class Place:
         return open(f"{join(self.staging, name)}.part", "wb")
 
     def finish(self, name: str, file: BinaryIO, **notes: Any) -> None:
-        """Makes a file whole: on disk, under its name, in the journal."""
+        """Makes a file whole: on disk, under its name, in the journal. While the disk writes, the caller goes on."""
+        self._finishing.append(self._finisher.submit(self._finish, name, file, notes))
+        if len(self._finishing) > 2:
+            self._finishing.popleft().result()
+
+    def wait(self) -> None:
+        """Waits until every finished file is on disk; raises what went wrong there."""
+        while self._finishing:
+            self._finishing.popleft().result()
+
+    def _finish(self, name: str, file: BinaryIO, notes: dict[str, Any]) -> None:
         size_bytes = file.tell()
         if self.remote:
             file.close()
@@ -130,6 +144,7 @@ class Place:
 
     def publish(self) -> str:
         """Renames the staging folder to the target (replacing an old one), and returns the target."""
+        self.wait()
         if self.remote:
             self._publish_remote()
         else:
@@ -146,6 +161,7 @@ class Place:
 
     def discard(self) -> None:
         """Removes what was staged."""
+        self.wait()
         if self.remote:
             for name in list_folder(self.staging):
                 self._remove(name)
@@ -154,6 +170,8 @@ class Place:
         self.close()
 
     def close(self) -> None:
+        """Gives up the right to write here."""
+        self._finisher.shutdown(wait=True)
         if self._lock is not None:
             os.close(self._lock)
             self._lock = None

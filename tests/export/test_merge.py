@@ -24,9 +24,9 @@ from tests.models.checkpoints import KINDS, hf_logits, load_hf, make_batch
 BASES = [(kind, "causal") for kind in KINDS] + [("dense", "multimodal"), ("e2b", "multimodal")]
 
 
-def lora_logits(run, tokens):
+def lora_logits(run, tokens, export=None):
     """Logits [B, T, V] of base + LoRA by the forward pass that training ran."""
-    trained = open_trained(run, ExportConfig())
+    trained = open_trained(run, export or ExportConfig())
     layout, mesh = Layout.of(trained.base.arch), Mesh(np.array(jax.devices()[:1]).reshape(1, 1), ("fsdp", "tp"))
     places = layout.tree(lambda x: named(mesh, x.tunix_names[0], x.shape, stacked=x.stacked))
     params = load_params(trained.checkpoint, layout.arch, layout, places, np.float32)

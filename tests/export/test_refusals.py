@@ -155,6 +155,7 @@ def test_deltas_that_bfloat16_rounds_away(run_of, refused):
 def test_values_that_are_not_finite(run_of, refused):
     run, _ = run_of(size=np.nan)
     assert "lora_b holds NaN or infinity" in refused(f"run={run}", "export=both")
+    assert not list(run.glob(".*partial"))
     assert not (run / "merged").exists() and not (run / "adapter").exists()
 
 
