@@ -212,7 +212,7 @@ def table(rows: list[Row], base_bytes: int, command: str) -> str:
         "# Merging a LoRA into a checkpoint",
         "",
         f"{datetime.now(UTC):%Y-%m-%d}, {os.cpu_count()} CPU cores ({platform.machine()}), {memory:.0f} GB of memory,"
-        f"shared with other work (load {os.getloadavg()[1]:.1f}). Base: 31B's layout with fewer layers, bfloat16,"
+        f" shared with other work (load {os.getloadavg()[1]:.1f}). Base: 31B's layout with fewer layers, bfloat16,"
         f" {base_bytes / 1e9:.1f} GB. *Measured* by",
         "",
         f"    {command}",

@@ -29,6 +29,7 @@ INTERRUPTED = 130
 def main(argv: Sequence[str] | None = None) -> int:
     """Exit code: 0 published, 2 refused or failed the comparison (one message on stderr), 130 interrupted."""
     os.environ["JAX_PLATFORMS"] = "cpu"  # an export leaves accelerators to others
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # blocks of rows are worked on in parallel instead
     try:
         return _run(load(list(sys.argv[1:] if argv is None else argv), MERGE))
     except UserError as refusal:

@@ -28,7 +28,7 @@ from gemma4_tpu.storage import join, list_folder, open_bytes
 log = logging.getLogger(__name__)
 
 BLOCK_VALUES = 4 << 20  # of a weight that are worked on at a time: 16 MiB in float32
-WORKERS = min(4, os.cpu_count() or 1)
+WORKERS = min(8, 2 * (os.cpu_count() or 1))  # twice the cores: some of them wait for the disk
 _TOKENIZER = ("tokenizer", "chat_template", "special_tokens_map", "added_tokens", "vocab", "merges")
 _OTHER_WEIGHTS = (
     ".bin",

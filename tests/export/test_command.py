@@ -44,7 +44,7 @@ def test_a_training_merged_generates_the_lora_models_greedy_tokens(tmp_path):
     found = model.generate(**asked, do_sample=False, max_new_tokens=NEW_TOKENS, min_new_tokens=NEW_TOKENS)[0].numpy()
     best = ExportConfig(checkpoint="best")
     # Teacher-forced on what transformers generated: at every place the LoRA model would have gone on with that token.
-    ours = lora_logits(run, found[None, :-1].astype(np.int32), best)[0, given - 1 :]
+    ours = lora_logits(run, found[None, :-1].astype(np.int32), best)[0, given - 1 :].copy()
     stops = model.generation_config.eos_token_id
     ours[:, stops] = -np.inf  # as min_new_tokens does
     assert ours.argmax(-1).tolist() == found[given:].tolist()
