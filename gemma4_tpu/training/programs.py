@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import threading
 import time
 from collections.abc import Sequence
 from typing import Any
@@ -12,6 +13,22 @@ import jax
 from gemma4_tpu.step.train_step import Batch, Metrics, Step, TrainState, compiled_functions
 
 log = logging.getLogger(__name__)
+
+
+_this_thread = threading.local()
+
+
+def _count_compilation(event: str, seconds: float, **details: Any) -> None:
+    if event == "/jax/core/compile/backend_compile_duration":  # told in the thread that compiles
+        _this_thread.compilations = _compilations() + 1
+
+
+def _compilations() -> int:
+    """Programs that this thread has compiled, or read from the compilation cache."""
+    return getattr(_this_thread, "compilations", 0)
+
+
+jax.monitoring.register_event_duration_secs_listener(_count_compilation)
 
 
 class Recompilation(RuntimeError):
@@ -29,6 +46,7 @@ class Programs:
         self._lengths = tuple(lengths)
         self._functions = dict(zip(("train", "evaluate"), compiled_functions(step, state), strict=True))
         self._shapes: dict[tuple[str, int], dict[str, tuple[int, ...]]] = {}
+        self._compiled: set[tuple[str, int]] = set()
         self.compile_seconds = 0.0
 
     def train(self, state: TrainState, base: Any, batch: Batch) -> tuple[TrainState, Metrics]:
@@ -47,9 +65,9 @@ class Programs:
         first = self._shapes.setdefault((name, length), shapes)
         if shapes != first:
             raise Recompilation(f"{name}: compiled for a batch of {first}, given {shapes}")
-        compiled, started = function._cache_size(), time.perf_counter()
+        before, started = _compilations(), time.perf_counter()
         result = function(values, base, batch)
-        if function._cache_size() > compiled:
+        if _compilations() > before:
             self._count(name, length, time.perf_counter() - started)
         return result
 
@@ -57,8 +75,9 @@ class Programs:
         """A program was compiled: expected once for each row length."""
         self.compile_seconds += seconds
         log.info("compiled %s for rows of %d tokens in %.1f s", name, length, seconds)
-        used = sum(program == name for program, _ in self._shapes)
-        if self._functions[name]._cache_size() > used:
+        expected = (name, length) not in self._compiled
+        self._compiled.add((name, length))
+        if not expected:
             raise Recompilation(
                 f"{name}: compiled again for rows of T={length} with a batch of {self._shapes[name, length]}: the type"
                 " or the placement of the state or the base weights changed"
