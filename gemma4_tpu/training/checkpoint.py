@@ -40,14 +40,15 @@ class Checkpoints:
         self._leaves = list(leaves)
         self._mesh = mesh
         kept: list[Any] = [policies.LatestN(config.keep)]
-        if config.keep_best:
-            best = policies.BestN(get_metric_fn=lambda m: m["heldout_loss"], reverse=True, n=1,
-                                  keep_checkpoints_without_metrics=False)  # fmt: skip
-            kept.append(best)
+        if config.keep_best:  # the last of those in descending order
+            best = {"reverse": True, "n": 1, "keep_checkpoints_without_metrics": False}
+            kept.append(policies.BestN(get_metric_fn=_heldout_loss, **best))
         self._manager = ocp.CheckpointManager(
             Path(folder).absolute() if "://" not in str(folder) else folder,
             options=ocp.CheckpointManagerOptions(
-                preservation_policy=policies.AnyPreservationPolicy(kept), cleanup_tmp_directories=True
+                preservation_policy=policies.AnyPreservationPolicy(kept),
+                best_fn=_heldout_loss,  # without it Orbax 0.12 does not write the metrics, and forgets them on a resume
+                cleanup_tmp_directories=True,
             ),
             item_names=("state", "position"),
         )
@@ -105,6 +106,10 @@ class Checkpoints:
 
     def _target(self, name: str, x: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding.named(self._mesh, name, x.shape))
+
+
+def _heldout_loss(metrics: dict[str, float]) -> float:
+    return metrics["heldout_loss"]
 
 
 def _to_disk(state: TrainState, leaves: list[Leaf]) -> dict[str, Any]:

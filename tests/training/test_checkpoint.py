@@ -1,0 +1,60 @@
+"""Checkpoints: which are kept, across restarts too, and that they restore exactly on any mesh."""
+
+import jax
+import numpy as np
+import pytest
+
+from gemma4_tpu.config.schema import CheckpointConfig
+from gemma4_tpu.models import lora as adapters
+from gemma4_tpu.training.checkpoint import Checkpoints
+from gemma4_tpu.training.job import init_state
+from tests.step.test_train_step import LORA, make
+
+POSITION = {"pipeline": {"place": 7}, "totals": {"seconds": 1.5}}
+
+
+def open_folder(folder, step, keep_best=True) -> Checkpoints:
+    config = CheckpointConfig(keep=2, keep_best=keep_best)
+    return Checkpoints(folder, config, adapters.leaves(step.model.layout, LORA), step.model.mesh)
+
+
+@pytest.mark.parametrize(("keep_best", "kept"), [(True, [2, 5, 6]), (False, [5, 6])])
+def test_the_latest_and_the_best_are_kept_across_restarts(tmp_path, keep_best, kept):
+    step, _, trained = make()
+    state = init_state(step, trained, jax.random.key(0), step.model.mesh)
+    for losses in ({1: 3.0, 2: 1.0, 3: 2.0}, {4: 2.5, 5: None, 6: 1.5}):
+        checkpoints = open_folder(tmp_path / "checkpoints", step, keep_best)
+        for update, loss in losses.items():
+            checkpoints.save(state._replace(update=state.update * 0 + update), POSITION, loss)
+        checkpoints.wait()
+        checkpoints.close()
+    assert open_folder(tmp_path / "checkpoints", step).updates == kept
+
+
+@pytest.mark.parametrize("shape", [(4, 1), (1, 4), (2, 2)])
+def test_restores_exactly_on_another_mesh(tmp_path, shape):
+    step, base, trained = make(fsdp=2, tp=4)
+    state = init_state(step, trained, jax.random.key(5), step.model.mesh)
+    noise = iter(range(10_000))
+    filled = jax.tree.map(
+        lambda x: x + jax.random.normal(jax.random.key(next(noise)), x.shape) if x.ndim else x, state.optimizer
+    )
+    state = state._replace(optimizer=filled, update=state.update + 3)
+    first = open_folder(tmp_path / "checkpoints", step)
+    first.save(state, POSITION, 1.0)
+    first.wait()
+    first.close()
+
+    other, _, fresh = make(fsdp=shape[0], tp=shape[1])
+    like = init_state(other, fresh, jax.random.key(0), other.model.mesh)
+    restored, position = open_folder(tmp_path / "checkpoints", other).restore(3, like)
+    assert position == POSITION
+    assert int(restored.update) == 3
+    np.testing.assert_array_equal(jax.random.key_data(restored.key), jax.random.key_data(state.key))
+    for group in ("trained", "optimizer"):
+        for mine, theirs, place in zip(
+            *(jax.tree.leaves(getattr(s, group)) for s in (restored, state, like)), strict=True
+        ):
+            assert mine.sharding.is_equivalent_to(place.sharding, mine.ndim)
+            if mine.ndim:  # AdamW's counters are those of the update
+                np.testing.assert_array_equal(np.asarray(mine), np.asarray(theirs))
