@@ -137,5 +137,6 @@ def _clock(seconds: float) -> str:
 
 
 def _short(path: os.PathLike) -> str:
-    """The path as seen from here, where that is shorter."""
-    return min(os.path.relpath(path), os.fspath(path), key=len)
+    """The path as seen from the working folder, if it lies in it."""
+    relative = os.path.relpath(path)
+    return os.fspath(path) if relative.startswith("..") else relative
