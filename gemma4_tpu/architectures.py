@@ -99,42 +99,145 @@ ARCHITECTURES: dict[str, Architecture] = {
     a.name: a
     for a in [
         Architecture(
-            name="gemma4_31b", num_layers=60, embed_dim=5376, hidden_dim=21504, num_heads=32, num_kv_heads=16,
-            num_global_kv_heads=4, sliding_window=1024, layer_types=_pattern(60), k_eq_v=True,
-        ),
-        Architecture(
-            name="gemma4_26b_a4b", num_layers=30, embed_dim=2816, hidden_dim=2112, num_heads=16, num_kv_heads=8,
-            num_global_kv_heads=2, sliding_window=1024, layer_types=_pattern(30), k_eq_v=True,
-            num_experts=128, experts_per_token=8, expert_dim=704,
-        ),
-        Architecture(
-            name="gemma4_e4b", num_layers=42, embed_dim=2560, hidden_dim=10240, num_heads=8, num_kv_heads=2,
-            num_global_kv_heads=2, sliding_window=512, layer_types=_pattern(42), per_layer_input_dim=256,
-            num_kv_shared_layers=18,
-        ),
-        Architecture(
-            name="gemma4_e2b", num_layers=35, embed_dim=1536, hidden_dim=6144, num_heads=8, num_kv_heads=1,
-            num_global_kv_heads=1, sliding_window=512, layer_types=_pattern(35, 5), per_layer_input_dim=256,
-            num_kv_shared_layers=20, kv_shared_hidden_dim=12288,
-        ),
-        # Small models for laptops and tests. `tiny` is 31B in miniature and has a trained base checkpoint.
-        Architecture(
-            name="tiny", num_layers=6, vocab_size=512, embed_dim=128, hidden_dim=384, num_heads=8, head_dim=16,
-            num_kv_heads=4, global_head_dim=32, num_global_kv_heads=1, sliding_window=64, layer_types=_pattern(6),
+            name="gemma4_31b",
+            num_layers=60,
+            embed_dim=5376,
+            hidden_dim=21504,
+            num_heads=32,
+            num_kv_heads=16,
+            num_global_kv_heads=4,
+            sliding_window=1024,
+            layer_types=_pattern(60),
             k_eq_v=True,
         ),
         Architecture(
-            name="tiny_moe", num_layers=6, vocab_size=512, embed_dim=64, hidden_dim=96, num_heads=4, head_dim=16,
-            num_kv_heads=4, global_head_dim=32, num_global_kv_heads=2, sliding_window=64, layer_types=_pattern(6),
-            k_eq_v=True, num_experts=8, experts_per_token=2, expert_dim=32,
+            name="gemma4_26b_a4b",
+            num_layers=30,
+            embed_dim=2816,
+            hidden_dim=2112,
+            num_heads=16,
+            num_kv_heads=8,
+            num_global_kv_heads=2,
+            sliding_window=1024,
+            layer_types=_pattern(30),
+            k_eq_v=True,
+            num_experts=128,
+            experts_per_token=8,
+            expert_dim=704,
         ),
         Architecture(
-            name="tiny_e2b", num_layers=10, vocab_size=512, embed_dim=64, hidden_dim=128, num_heads=4, head_dim=16,
-            num_kv_heads=1, global_head_dim=32, num_global_kv_heads=1, sliding_window=64, layer_types=_pattern(10, 5),
-            per_layer_input_dim=16, vocab_size_per_layer_input=512, num_kv_shared_layers=5, kv_shared_hidden_dim=256,
+            name="gemma4_e4b",
+            num_layers=42,
+            embed_dim=2560,
+            hidden_dim=10240,
+            num_heads=8,
+            num_kv_heads=2,
+            num_global_kv_heads=2,
+            sliding_window=512,
+            layer_types=_pattern(42),
+            per_layer_input_dim=256,
+            num_kv_shared_layers=18,
+        ),
+        Architecture(
+            name="gemma4_e2b",
+            num_layers=35,
+            embed_dim=1536,
+            hidden_dim=6144,
+            num_heads=8,
+            num_kv_heads=1,
+            num_global_kv_heads=1,
+            sliding_window=512,
+            layer_types=_pattern(35, 5),
+            per_layer_input_dim=256,
+            num_kv_shared_layers=20,
+            kv_shared_hidden_dim=12288,
+        ),
+        # Small models for laptops and tests. `tiny` is 31B in miniature and has a trained base checkpoint.
+        Architecture(
+            name="tiny",
+            num_layers=6,
+            vocab_size=512,
+            embed_dim=128,
+            hidden_dim=384,
+            num_heads=8,
+            head_dim=16,
+            num_kv_heads=4,
+            global_head_dim=32,
+            num_global_kv_heads=1,
+            sliding_window=64,
+            layer_types=_pattern(6),
+            k_eq_v=True,
+        ),
+        Architecture(
+            name="tiny_moe",
+            num_layers=6,
+            vocab_size=512,
+            embed_dim=64,
+            hidden_dim=96,
+            num_heads=4,
+            head_dim=16,
+            num_kv_heads=4,
+            global_head_dim=32,
+            num_global_kv_heads=2,
+            sliding_window=64,
+            layer_types=_pattern(6),
+            k_eq_v=True,
+            num_experts=8,
+            experts_per_token=2,
+            expert_dim=32,
+        ),
+        Architecture(
+            name="tiny_e2b",
+            num_layers=10,
+            vocab_size=512,
+            embed_dim=64,
+            hidden_dim=128,
+            num_heads=4,
+            head_dim=16,
+            num_kv_heads=1,
+            global_head_dim=32,
+            num_global_kv_heads=1,
+            sliding_window=64,
+            layer_types=_pattern(10, 5),
+            per_layer_input_dim=16,
+            vocab_size_per_layer_input=512,
+            num_kv_shared_layers=5,
+            kv_shared_hidden_dim=256,
         ),
     ]
 }
+
+
+def _check_supported(text: dict[str, Any]) -> None:
+    """Refuses another model family, and features of Gemma 4's config that have no counterpart here."""
+    if text.get("model_type") not in ("gemma4_text", "gemma4"):
+        raise ArchitectureError(
+            f"config.json: model_type is {text.get('model_type')!r}; this project trains gemma4 / gemma4_text models"
+        )
+    for key, accepted in {
+        "hidden_activation": ("gelu_pytorch_tanh",),
+        "attention_bias": (False,),
+        "rms_norm_eps": (1e-6,),
+        "tie_word_embeddings": (True,),
+        "use_bidirectional_attention": (None, "vision"),
+    }.items():
+        if key in text and text[key] not in accepted:
+            raise ArchitectureError(f"config.json: {key}={text[key]!r} is not supported; accepted: {accepted}")
+
+
+def _layer_types(given: list[str] | None, num_layers: int) -> tuple[str, ...]:
+    """`sliding` or `global` per layer; as in transformers, the last layer is always global."""
+    if given is None:
+        types = _pattern(num_layers)
+    else:
+        unknown = sorted({str(t) for t in given} - _LAYER_TYPES.keys())
+        if unknown or len(given) != num_layers:
+            raise ArchitectureError(
+                f"config.json: layer_types has {len(given)} entries (num_hidden_layers={num_layers})"
+                + (f" and unknown kinds {unknown}" if unknown else "")
+            )
+        types = tuple(_LAYER_TYPES[t] for t in given)
+    return (*types[:-1], GLOBAL)
 
 
 def from_hf_config(config: dict[str, Any], *, name: str = "checkpoint") -> Architecture:
@@ -146,37 +249,15 @@ def from_hf_config(config: dict[str, Any], *, name: str = "checkpoint") -> Archi
       ArchitectureError: not a Gemma 4 config, or one with a feature that has no counterpart here; names the key.
     """
     text = config.get("text_config", config)
-    if text.get("model_type") not in ("gemma4_text", "gemma4"):
-        raise ArchitectureError(
-            f"config.json: model_type is {text.get('model_type')!r}; this project trains gemma4 / gemma4_text models"
-        )
+    _check_supported(text)
 
     def need(key: str) -> Any:
         if text.get(key) is None:
             raise ArchitectureError(f"config.json: {key} is missing")
         return text[key]
 
-    for key, accepted in {
-        "hidden_activation": ("gelu_pytorch_tanh",), "attention_bias": (False,), "rms_norm_eps": (1e-6,),
-        "tie_word_embeddings": (True,), "use_bidirectional_attention": (None, "vision"),
-    }.items():
-        if key in text and text[key] not in accepted:
-            raise ArchitectureError(f"config.json: {key}={text[key]!r} is not supported; accepted: {accepted}")
-
     num_layers = need("num_hidden_layers")
-    raw_types = text.get("layer_types")
-    if raw_types is None:
-        layer_types = _pattern(num_layers)
-    else:
-        unknown = sorted({str(t) for t in raw_types} - _LAYER_TYPES.keys())
-        if unknown or len(raw_types) != num_layers:
-            raise ArchitectureError(
-                f"config.json: layer_types has {len(raw_types)} entries (num_hidden_layers={num_layers})"
-                + (f" and unknown kinds {unknown}" if unknown else "")
-            )
-        layer_types = tuple(_LAYER_TYPES[t] for t in raw_types)
-    layer_types = (*layer_types[:-1], GLOBAL)  # as transformers does: the last layer is always global
-
+    layer_types = _layer_types(text.get("layer_types"), num_layers)
     rope = text.get("rope_parameters") or {}
     local, global_ = rope.get("sliding_attention", {}), rope.get("full_attention", {})
     if local.get("rope_type", "default") != "default" or global_.get("rope_type", "proportional") != "proportional":
@@ -189,11 +270,19 @@ def from_hf_config(config: dict[str, Any], *, name: str = "checkpoint") -> Archi
     moe = bool(text.get("enable_moe_block", False))
     vocab = text.get("vocab_size", 262_144)
     arch = Architecture(
-        name=name, num_layers=num_layers, vocab_size=vocab, embed_dim=need("hidden_size"), hidden_dim=hidden,
-        num_heads=need("num_attention_heads"), head_dim=text.get("head_dim", 256), num_kv_heads=kv_heads,
+        name=name,
+        num_layers=num_layers,
+        vocab_size=vocab,
+        embed_dim=need("hidden_size"),
+        hidden_dim=hidden,
+        num_heads=need("num_attention_heads"),
+        head_dim=text.get("head_dim", 256),
+        num_kv_heads=kv_heads,
         global_head_dim=text.get("global_head_dim") or text.get("head_dim", 256),
         num_global_kv_heads=(text.get("num_global_key_value_heads") or kv_heads) if k_eq_v else kv_heads,
-        sliding_window=need("sliding_window"), layer_types=layer_types, k_eq_v=k_eq_v,
+        sliding_window=need("sliding_window"),
+        layer_types=layer_types,
+        k_eq_v=k_eq_v,
         local_rope_base=float(local.get("rope_theta", 10_000.0)),
         global_rope_base=float(global_.get("rope_theta", 1_000_000.0)),
         global_rope_proportion=float(global_.get("partial_rotary_factor", 0.25)),
@@ -202,7 +291,8 @@ def from_hf_config(config: dict[str, Any], *, name: str = "checkpoint") -> Archi
         vocab_size_per_layer_input=text.get("vocab_size_per_layer_input", vocab),
         num_kv_shared_layers=shared,
         kv_shared_hidden_dim=2 * hidden if shared and text.get("use_double_wide_mlp") else None,
-        num_experts=need("num_experts") if moe else 0, experts_per_token=need("top_k_experts") if moe else 0,
+        num_experts=need("num_experts") if moe else 0,
+        experts_per_token=need("top_k_experts") if moe else 0,
         expert_dim=need("moe_intermediate_size") if moe else 0,
     )
     for i in range(arch.num_unshared_layers, num_layers):
@@ -216,30 +306,46 @@ def to_hf_config(arch: Architecture) -> dict[str, Any]:
     names = {v: k for k, v in _LAYER_TYPES.items()}
     moe = arch.num_experts > 0
     return {
-        "architectures": ["Gemma4ForCausalLM"], "model_type": "gemma4_text",
-        "vocab_size": arch.vocab_size, "hidden_size": arch.embed_dim, "intermediate_size": arch.hidden_dim,
-        "num_hidden_layers": arch.num_layers, "num_attention_heads": arch.num_heads, "head_dim": arch.head_dim,
-        "num_key_value_heads": arch.num_kv_heads, "global_head_dim": arch.global_head_dim,
+        "architectures": ["Gemma4ForCausalLM"],
+        "model_type": "gemma4_text",
+        "vocab_size": arch.vocab_size,
+        "hidden_size": arch.embed_dim,
+        "intermediate_size": arch.hidden_dim,
+        "num_hidden_layers": arch.num_layers,
+        "num_attention_heads": arch.num_heads,
+        "head_dim": arch.head_dim,
+        "num_key_value_heads": arch.num_kv_heads,
+        "global_head_dim": arch.global_head_dim,
         "num_global_key_value_heads": arch.num_global_kv_heads if arch.k_eq_v else None,
-        "sliding_window": arch.sliding_window, "layer_types": [names[t] for t in arch.layer_types],
-        "attention_k_eq_v": arch.k_eq_v, "final_logit_softcapping": arch.final_logit_softcap,
+        "sliding_window": arch.sliding_window,
+        "layer_types": [names[t] for t in arch.layer_types],
+        "attention_k_eq_v": arch.k_eq_v,
+        "final_logit_softcapping": arch.final_logit_softcap,
         "hidden_size_per_layer_input": arch.per_layer_input_dim,
         "vocab_size_per_layer_input": arch.vocab_size_per_layer_input,
         "num_kv_shared_layers": arch.num_kv_shared_layers,
         "use_double_wide_mlp": arch.kv_shared_hidden_dim is not None,
-        "enable_moe_block": moe, "num_experts": arch.num_experts if moe else None,
+        "enable_moe_block": moe,
+        "num_experts": arch.num_experts if moe else None,
         "top_k_experts": arch.experts_per_token if moe else None,
         "moe_intermediate_size": arch.expert_dim if moe else None,
         "rope_parameters": {
             "sliding_attention": {"rope_type": "default", "rope_theta": arch.local_rope_base},
             "full_attention": {
-                "rope_type": "proportional", "rope_theta": arch.global_rope_base,
+                "rope_type": "proportional",
+                "rope_theta": arch.global_rope_base,
                 "partial_rotary_factor": arch.global_rope_proportion,
             },
         },
-        "hidden_activation": "gelu_pytorch_tanh", "attention_bias": False, "rms_norm_eps": 1e-6,
-        "tie_word_embeddings": True, "max_position_embeddings": 131_072, "bos_token_id": 2, "eos_token_id": [1, 106],
-        "pad_token_id": 0, "dtype": "bfloat16",
+        "hidden_activation": "gelu_pytorch_tanh",
+        "attention_bias": False,
+        "rms_norm_eps": 1e-6,
+        "tie_word_embeddings": True,
+        "max_position_embeddings": 131_072,
+        "bos_token_id": 2,
+        "eos_token_id": [1, 106],
+        "pad_token_id": 0,
+        "dtype": "bfloat16",
     }
 
 

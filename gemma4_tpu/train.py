@@ -17,10 +17,13 @@ from gemma4_tpu.errors import UserError
 
 if TYPE_CHECKING:
     from gemma4_tpu.data.build import TrainingData
+    from gemma4_tpu.data.pipeline import Pipeline, Update
     from gemma4_tpu.models.base import Base
     from gemma4_tpu.tracking.result import Result
     from gemma4_tpu.tracking.run import RunFolder
+    from gemma4_tpu.training.checkpoint import Checkpoints
     from gemma4_tpu.training.job import Job
+    from gemma4_tpu.training.loop import Rates
 
 log = logging.getLogger(__name__)
 INTERRUPTED = 130
@@ -70,8 +73,10 @@ def _run(loaded: Loaded) -> int:
         raise
     finally:
         folder.close()
-    drawn = plot_run(folder)
-    print_summary(folder, result, [f"look at {path}" for path in drawn[:1]])
+    steps = [f"look at {path}" for path in plot_run(folder)[:1]]
+    if not (config.model.path or "").startswith("random:"):
+        steps.append(f"python -m gemma4_tpu.merge run={folder.path}")
+    print_summary(folder, result, steps)
     return 0
 
 
@@ -82,15 +87,10 @@ def _train(config: TrainRoot, folder: RunFolder) -> Result:
     from gemma4_tpu.data.pipeline import Pipeline, heldout_batches
     from gemma4_tpu.data.tokenizer import load_tokenizer
     from gemma4_tpu.models.base import resolve_base
-    from gemma4_tpu.step.optimizer import make_schedule
     from gemma4_tpu.tracking import provenance
     from gemma4_tpu.tracking.files import write_json
-    from gemma4_tpu.tracking.metrics import Metrics
-    from gemma4_tpu.tracking.progress import Progress
-    from gemma4_tpu.tracking.trackers import make_tracker
     from gemma4_tpu.training.checkpoint import Checkpoints
     from gemma4_tpu.training.job import build_job, rows_here, start_mesh
-    from gemma4_tpu.training.loop import Loop
 
     # ── data ───────────────────────────────────────────────────────────────────────────────────────────────────────
     base = resolve_base(config.model)
@@ -118,14 +118,33 @@ def _train(config: TrainRoot, folder: RunFolder) -> Result:
     # ── weights, adapters, optimizer ───────────────────────────────────────────────────────────────────────────────
     job = build_job(base, config.lora, config.optimizer, config.trainer, mesh, updates)
     checkpoints = Checkpoints(folder.checkpoints, config.checkpoint, job.trained_leaves, mesh)
-    resume_from = checkpoints.updates[-1] if checkpoints.updates else None
     hardware = {"slice": config.hardware.name, "devices": mesh.size, "kind": mesh.devices.flat[0].device_kind}
     fingerprints = {"base": base.fingerprint, **pipeline.fingerprint}
     provenance.record(
         folder, provenance.capture(hardware=hardware, seeds={"trainer": config.trainer.seed}, fingerprints=fingerprints)
     )
 
-    # ── the loop ───────────────────────────────────────────────────────────────────────────────────────────────────
+    return _loop(config, folder, job, pipeline, heldout, checkpoints, _rates(config, base, data, job))
+
+
+def _loop(
+    config: TrainRoot,
+    folder: RunFolder,
+    job: Job,
+    pipeline: Pipeline,
+    heldout: list[Update],
+    checkpoints: Checkpoints,
+    rates: Rates,
+) -> Result:
+    """Runs the updates there are to run, reporting each to metrics.jsonl, the tracker and the terminal."""
+    from gemma4_tpu.step.optimizer import make_schedule
+    from gemma4_tpu.tracking.metrics import Metrics
+    from gemma4_tpu.tracking.progress import Progress
+    from gemma4_tpu.tracking.trackers import make_tracker
+    from gemma4_tpu.training.loop import Loop
+
+    updates = pipeline.total_updates
+    resume_from = checkpoints.updates[-1] if checkpoints.updates else None
     metrics = Metrics(folder.metrics_path, after_update=resume_from, write=folder.write)
     tracker = make_tracker(config.tracker, folder, asdict(config), name=f"{config.name}/{folder.path.name}")
     status = "failed"
@@ -137,11 +156,10 @@ def _train(config: TrainRoot, folder: RunFolder) -> Result:
                 tracker.log(row, update)
                 progress.log(row, update)
 
-            loop = Loop(
-                job, pipeline, heldout, checkpoints, config.trainer, config.checkpoint,
-                make_schedule(config.optimizer, updates), _rates(config, base, data, job), report,
-            )  # fmt: skip
-            result = loop.run(resume_from)
+            schedule = make_schedule(config.optimizer, updates)
+            result = Loop(
+                job, pipeline, heldout, checkpoints, config.trainer, config.checkpoint, schedule, rates, report
+            ).run(resume_from)
         tracker.summary(asdict(result))
         status = result.status
         return result
@@ -152,7 +170,7 @@ def _train(config: TrainRoot, folder: RunFolder) -> Result:
         pipeline.close()
 
 
-def _rates(config: TrainRoot, base: Base, data: TrainingData, job: Job):
+def _rates(config: TrainRoot, base: Base, data: TrainingData, job: Job) -> Rates:
     """What an update costs in FLOPs, and the machine in dollars, as far as chip and price are known."""
     from gemma4_tpu.hardware import chip_of, price_of
     from gemma4_tpu.models.flops import train_flops_per_token

@@ -33,7 +33,7 @@ def test_the_latest_and_the_best_are_kept_across_restarts(tmp_path, keep_best, k
 
 @pytest.mark.parametrize("shape", [(4, 1), (1, 4), (2, 2)])
 def test_restores_exactly_on_another_mesh(tmp_path, shape):
-    step, base, trained = make(fsdp=2, tp=4)
+    step, _, trained = make(fsdp=2, tp=4)
     state = init_state(step, trained, jax.random.key(5), step.model.mesh)
     noise = iter(range(10_000))
     filled = jax.tree.map(
