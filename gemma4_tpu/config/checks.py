@@ -15,7 +15,7 @@ from typing import Any
 from gemma4_tpu.architectures import Architecture
 from gemma4_tpu.config.files import checkpoint_architecture, source_problem, tokenizer_problem
 from gemma4_tpu.config.keys import did_you_mean
-from gemma4_tpu.config.limits import limit_problems
+from gemma4_tpu.config.limits import HIGH_LEARNING_RATE, limit_problems
 from gemma4_tpu.config.problems import Problem, refusal
 from gemma4_tpu.config.schema import (
     DataConfig,
@@ -307,6 +307,11 @@ def _mesh(root: TrainRoot, architecture: Architecture | None) -> tuple[tuple[int
 
 def _warnings(root: TrainRoot) -> list[str]:
     lines = []
+    if root.optimizer.learning_rate > HIGH_LEARNING_RATE and not root.model.name.startswith("tiny"):
+        lines.append(
+            f"optimizer.learning_rate={root.optimizer.learning_rate} suits the tiny models; LoRA on {root.model.name} "
+            "usually takes 1e-4 to 5e-4"
+        )
     if root.trainer.max_updates is not None:
         line = warmup_warning(root.optimizer, root.trainer.max_updates)
         lines += [line] if line else []

@@ -8,6 +8,9 @@ from typing import Any
 
 from gemma4_tpu.config.keys import did_you_mean
 
+HIGH_LEARNING_RATE = 1e-3
+"""More than LoRA on a released size usually bears; reported, never changed."""
+
 CHOICES: dict[str, tuple[str, ...]] = {
     "lora.quantize": ("nf4", "int8"),
     "data.format": ("chat", "codev_r1"),

@@ -253,6 +253,12 @@ def test_a_long_warm_up_is_reported():
     assert "never reached" in warmup_warning(OptimizerConfig(warmup_updates=100), updates=100)
 
 
+def test_a_learning_rate_of_the_tiny_models_is_reported_for_a_released_size(load):
+    words = ["model=gemma4_e2b", "model.path=random:0", "optimizer.learning_rate=3e-3"]
+    assert any("usually takes 1e-4 to 5e-4" in line for line in load(*words).checked.warnings)
+    assert not load(*words[:2], "optimizer.learning_rate=2e-4").checked.warnings
+
+
 def test_warnings_are_handed_back(load):
     assert load().checked.warnings == ()
     loaded = load("optimizer.warmup_updates=50", "data.heldout=[]", "hardware=v5e8")
