@@ -1,0 +1,228 @@
+"""Text from a model: a KV cache over the same layers that training runs, many sequences per step, static shapes.
+
+Tunix's sampler is not used: in 0.1.7 it draws a whole batch from one seed, so that a sample depends on its neighbours;
+its router of the mixture of experts is wrong (`tunix_bridge.py`); and it sees neither stacked layers nor our adapters.
+
+Rows are padded on the left, so that all of them stand at the same place in every step. Sliding layers keep the last
+`window` keys and values only, in a ring: place t lies in slot t mod C. Dims as in `gemma4.py`, and P places of the
+prompt, C slots of a cache.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from gemma4_tpu.models.attention import MASKED, _attend
+from gemma4_tpu.models.gemma4 import KV, Model, Params, _decoder_layer, _embed, _Layer, logits, rms_norm
+
+Cache = list[list[KV | None]]
+"""Per stage and layer of its group: keys and values [R, B, C, K, H]; None for KV-shared layers."""
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How the next token is drawn."""
+
+    temperature: float = 1.0
+    """0: the likeliest token."""
+    top_p: float = 1.0
+    """Draw from the smallest set of tokens that has this share of the probability."""
+
+
+class Generated(NamedTuple):
+    """What came of a batch."""
+
+    tokens: jax.Array
+    """[B, N]; after a sequence has ended, 0."""
+    counts: jax.Array
+    """[B] tokens generated, the one that ended the sequence included."""
+    stopped: jax.Array
+    """[B] False: cut off after N tokens."""
+
+
+@partial(jax.jit, static_argnames=("model", "max_new_tokens", "sampling", "stop_ids"))
+def generate(
+    model: Model,
+    params: Params,
+    lora: Params | None,
+    tokens: jax.Array,
+    lengths: jax.Array,
+    seeds: jax.Array,
+    *,
+    max_new_tokens: int,
+    sampling: Sampling,
+    stop_ids: Sequence[int],
+) -> Generated:
+    """Continues each row until one of `stop_ids` or for `max_new_tokens`. Compiled once per shape of `tokens`.
+
+    Args:
+      model: architecture and settings; adapters act without dropout.
+      params: base weights as laid out by `Layout`.
+      lora: adapters, or None for the base model alone.
+      tokens: [B, P] int32 prompts, padded on the left.
+      lengths: [B] int32, real tokens of each; at least 1.
+      seeds: [B] uint32; a row's draws depend on its own seed and logits only, whatever else is in the batch.
+      max_new_tokens: N.
+      sampling: how tokens are drawn.
+      stop_ids: a tuple.
+    """
+    model = replace(model, remat="none", lora_dropout=0.0)
+    b, p = tokens.shape
+    first = p - lengths  # [B] place of each row's first real token
+    places = jnp.arange(p)[None, :]
+    segments = (places >= first[:, None]).astype(jnp.int32)
+    hidden, kvs = _forward(model, params, lora, tokens, segments, jnp.maximum(places - first[:, None], 0), None)
+    cache = jax.tree.map(
+        partial(_to_cache, total=p + max_new_tokens, window=model.arch.sliding_window), kvs, _is_global(model, kvs)
+    )
+    keys = jax.vmap(jax.random.key)(seeds)
+    stops = jnp.asarray(stop_ids, jnp.int32)
+
+    def going_on(carry: Any) -> jax.Array:
+        i, _, done, *_ = carry
+        return (i < max_new_tokens) & ~jnp.all(done)
+
+    def step(carry: Any) -> Any:
+        i, scores, done, counts, out, cache = carry
+        token = jnp.where(done, 0, sample(scores, keys, i, sampling))
+        out = jax.lax.dynamic_update_slice(out, token[:, None], (0, i))
+        counts = counts + ~done
+        done = done | jnp.isin(token, stops)
+        place = p + i
+        positions = (place - first)[:, None]
+        at = _Place(place, first)
+        hidden, kvs = _forward(model, params, lora, token[:, None], jnp.ones((b, 1), jnp.int32), positions, (cache, at))
+        cache = jax.tree.map(lambda c, new: _put(c, new, place, axis=2), cache, kvs)
+        return i + 1, logits(model, params, hidden)[:, 0], done, counts, out, cache
+
+    scores = logits(model, params, hidden[:, -1:])[:, 0]
+    nothing = jnp.zeros((b, max_new_tokens), jnp.int32)
+    start = (jnp.int32(0), scores, jnp.zeros(b, bool), jnp.zeros(b, jnp.int32), nothing, cache)
+    _, _, done, counts, out, _ = jax.lax.while_loop(going_on, step, start)
+    return Generated(out, counts, done)
+
+
+def sample(scores: jax.Array, keys: jax.Array, index: jax.Array, sampling: Sampling) -> jax.Array:
+    """The next token of each row, [B] int32.
+
+    Args:
+      scores: [B, V] float32 logits.
+      keys: [B] keys, one per row.
+      index: of the token in its sequence; with the key it decides the draw.
+      sampling: temperature and top_p.
+    """
+    if sampling.temperature == 0:
+        return scores.argmax(-1).astype(jnp.int32)
+    scores = scores / sampling.temperature
+    if sampling.top_p < 1:
+        probabilities = jax.nn.softmax(scores, axis=-1)
+        ranked = jnp.sort(probabilities, axis=-1, descending=True)
+        before = jnp.cumsum(ranked, axis=-1) - ranked  # probability of everything likelier
+        least = jnp.min(jnp.where(before < sampling.top_p, ranked, jnp.inf), axis=-1, keepdims=True)
+        scores = jnp.where(probabilities >= least, scores, MASKED)
+    draw = jax.vmap(lambda key, row: jax.random.categorical(jax.random.fold_in(key, index), row))
+    return draw(keys, scores).astype(jnp.int32)
+
+
+class _Place(NamedTuple):
+    """Where a decoding step stands."""
+
+    place: jax.Array
+    """The new token's place, the same in every row."""
+    first: jax.Array
+    """[B] place of each row's first real token."""
+
+
+def _forward(
+    model: Model,
+    params: Params,
+    lora: Params | None,
+    tokens: jax.Array,
+    segment_ids: jax.Array,
+    positions: jax.Array,
+    past: tuple[Cache, _Place] | None,
+) -> tuple[jax.Array, Cache]:
+    """Final hidden states [B, T, D] and the new keys and values [R, B, T, K, H] of each layer that has its own.
+
+    `past` None: a prompt by itself; else T = 1, and the token sees what the cache holds.
+    """
+    x, per_layer = _embed(model, params["embedder"], tokens)
+    shared: dict[str, KV] = {}
+    found: Cache = []
+    for s, stage in enumerate(model.layout.stages):
+        stage_params = params["stages"][s]
+        stage_lora = lora["stages"][s] if lora else [{} for _ in stage_params]
+        numbers = jnp.asarray(stage.layers, jnp.int32)  # [R, J]
+        inputs = None if per_layer is None else per_layer[numbers]  # [R, J, B, T, P]
+        caches = past[0][s] if past else [None for _ in stage_params]
+
+        def group(x, slices, stage=stage, shared=shared):
+            weights, adapters, inputs, caches = slices
+            own: list[KV | None] = []
+            whole: dict[str, KV] = {}
+            for j, number in enumerate(stage.layers[0]):
+                kind, is_shared = model.arch.layer_types[number], model.arch.is_kv_shared(number)
+                here = model if past is None else replace(model, attention=partial(_attend_past, past[1], caches[j]))
+                layer = _Layer(here, number, weights[j], adapters[j], None, segment_ids, positions)
+                own_inputs = None if inputs is None else inputs[j]
+                x, kv = _decoder_layer(layer, x, own_inputs, shared[kind] if is_shared else None)
+                own.append(None if is_shared else kv)
+                whole[kind] = kv if past is None or is_shared else _extend(caches[j], kv, past[1].place)
+            return x, (own, whole if stage.exports_kv else {})
+
+        slices = (stage_params, stage_lora, inputs, caches)
+        if stage.repeats == 1:
+            x, (own, whole) = group(x, jax.tree.map(lambda a: a[0], slices))
+            own = jax.tree.map(lambda a: a[None], own)
+            shared = whole or shared
+        else:
+            x, (own, _) = jax.lax.scan(group, x, slices)
+        found.append(own)
+    return rms_norm(x, params["final_norm"]["scale"]), found
+
+
+def _attend_past(
+    at: _Place, cache: KV | None, q: jax.Array, k: jax.Array, v: jax.Array, _segment_ids: jax.Array, _window: int | None
+) -> jax.Array:
+    """Attention of one new token per row, q [B, 1, N, H], to the cache and itself.
+
+    `cache` None: a KV-shared layer, whose k and v are the whole cache of the layer that it shares.
+    """
+    if cache is not None:
+        k, v = _extend(cache, (k, v), at.place)
+    slots = k.shape[1]
+    places = at.place - (at.place - jnp.arange(slots)) % slots  # [C] the last place that went into each slot
+    seen = places[None, :] >= at.first[:, None]  # a ring no longer than the window holds nothing older than it
+    return _attend(q, k, v, seen[:, None, :])
+
+
+def _extend(cache: KV, new: KV, place: jax.Array) -> KV:
+    """Keys and values [B, C, K, H] with those of one more token [B, 1, K, H]."""
+    return _put(cache[0], new[0], place, axis=1), _put(cache[1], new[1], place, axis=1)
+
+
+def _put(cache: jax.Array, new: jax.Array, place: jax.Array, axis: int) -> jax.Array:
+    return jax.lax.dynamic_update_slice_in_dim(cache, new, place % cache.shape[axis], axis)
+
+
+def _is_global(model: Model, kvs: Cache) -> Any:
+    """A tree like `kvs` that says of each array whether its layer is global."""
+    return [
+        [own and (model.arch.is_global(n),) * len(own) for n, own in zip(stage.layers[0], kvs_of_stage, strict=True)]
+        for stage, kvs_of_stage in zip(model.layout.stages, kvs, strict=True)
+    ]
+
+
+def _to_cache(x: jax.Array, is_global: bool, *, total: int, window: int) -> jax.Array:
+    """A prompt's keys or values [R, B, P, K, H] as a cache [R, B, C, K, H] with each place in its slot."""
+    slots = total if is_global else min(window, total)
+    last = x.shape[2] - 1
+    places = last - (last - np.arange(slots)) % slots
+    return jnp.where(places[:, None, None] >= 0, x[:, :, np.maximum(places, 0)], 0)
