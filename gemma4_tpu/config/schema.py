@@ -245,6 +245,33 @@ class ExportConfig:
 
 
 @dataclass(kw_only=True)
+class JudgeConfig:
+    """Judging of samples by simulation (`eval.judge`). Samples are hostile code until proven otherwise."""
+
+    iverilog: str | None = None
+    """Folder with `iverilog` and `vvp`; null: the first on the PATH."""
+    workers: int | None = None
+    """Simulations at one time; null: one on each CPU core that this process may use."""
+    sandbox: str = "auto"
+    """`bubblewrap`, `landlock`, or `auto`: the first of them that works on this machine."""
+    unsafe: bool = False
+    """Where no sandbox works: judge with limits on resources alone, so that samples can read and write files.
+    `eval.unsafe=` for short."""
+    cpu_seconds: int = 20
+    """CPU time of one compilation or simulation; more is a timeout."""
+    memory_mib: int = 2048
+    """Address space of each process, in MiB."""
+    file_mib: int = 32
+    """Largest file that a process may write, in MiB."""
+    output_kib: int = 1024
+    """Text that a process may print, in KiB; more is a runtime error."""
+    processes: int = 64
+    """Processes at one time in a sandbox."""
+    cache_dir: str | None = None
+    """Folder for what the references did on this simulator; null: `gemma4_tpu` in the user's cache folder."""
+
+
+@dataclass(kw_only=True)
 class MergeRoot:
     """Everything `python -m gemma4_tpu.merge` takes."""
 

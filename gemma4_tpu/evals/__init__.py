@@ -1,0 +1,1 @@
+"""Generation, judging and pass@k."""

@@ -1,0 +1,130 @@
+"""What every benchmark has: problems, where they come from, and who judges the completions.
+
+A second benchmark is one file with a `ProblemSource`; see `verilog/rtllm.py`. This module imports nothing heavy.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from enum import StrEnum
+from pathlib import Path
+from typing import Any, Protocol
+
+
+@dataclass(frozen=True, kw_only=True)
+class Problem:
+    """One task: what the model is told, and the test bench that its answer has to pass."""
+
+    name: str
+    prompt: str
+    reference: str
+    """Source of a design that fulfils the specification; defines `reference_top`."""
+    testbench: str
+    """Source of the test bench; instantiates `top`."""
+    top: str
+    """The module that an answer has to define."""
+    reference_top: str
+    """The module that `reference` defines."""
+    bench_top: str
+    """The root module of `testbench`."""
+    bench_needs_reference: bool
+    """Whether the bench instantiates the reference beside the answer, or holds what it expects itself."""
+    result_marker: str
+    """Text inside a string of the bench's with which it announces its result. A nonce is put behind it."""
+    result_pattern: str
+    """Regular expression of the whole line; `{marker}` stands for the marker with its nonce. Groups `errors` and
+    `samples`, where there are any."""
+    official_rule: Callable[[str], bool]
+    """The benchmark's own verdict from everything that compiler and simulation printed."""
+    files: Mapping[str, str] = field(default_factory=dict)
+    """Data files that the bench reads, by name."""
+
+
+class VerdictClass(StrEnum):
+    """What became of a completion."""
+
+    PASS = "pass"
+    MISMATCH = "mismatch"
+    """The bench counted errors, or another number of samples than with the reference."""
+    SYNTAX = "syntax"
+    ELABORATION = "elaboration"
+    """Read, but not built: unknown modules, ports or names, no module of the wanted name."""
+    FORBIDDEN = "forbidden construct"
+    RUNTIME = "runtime"
+    """The simulation ended with an error, or printed too much."""
+    TIMEOUT = "timeout"
+    """Compilation or simulation used up its CPU time."""
+    NO_RESULT = "no result"
+    """No module in the completion, no completion, or no result line; also where the reference itself fails."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Verdict:
+    """The strict verdict on one completion, and beside it the benchmark's own."""
+
+    kind: VerdictClass
+    detail: str = ""
+    """Why, in one line."""
+    official: bool
+    """What the benchmark's own rule says of the same code."""
+    refused_by: str | None = None
+    """Which measure of the strict verdict refused; null for a pass."""
+    mismatches: int | None = None
+    """Errors that the bench counted."""
+    samples: int | None = None
+    """Comparisons that the bench made."""
+    cpu_seconds: float = 0.0
+
+    @property
+    def passed(self) -> bool:
+        return self.kind is VerdictClass.PASS
+
+    def to_row(self) -> dict[str, Any]:
+        """For JSON."""
+        return {**asdict(self), "kind": str(self.kind)}
+
+    @classmethod
+    def from_row(cls, row: Mapping[str, Any]) -> Verdict:
+        return cls(**{**row, "kind": VerdictClass(row["kind"])})
+
+
+class SelfCheck(Protocol):
+    """What a judge found out about itself before judging."""
+
+    simulator: str
+    """Name and version."""
+    sandbox: str
+    """Level of isolation."""
+
+    @property
+    def cannot_pass(self) -> dict[str, str]:
+        """Name → reason, of the problems whose own reference fails here."""
+
+    def table(self) -> str:
+        """For people."""
+
+    def to_row(self) -> dict[str, Any]:
+        """For JSON."""
+
+
+class ProblemSource(Protocol):
+    """A benchmark's files."""
+
+    name: str
+
+    def load(self, path: str | Path) -> list[Problem]:
+        """The problems in `path`, in their order. Raises: UserError: there are none, or one is incomplete."""
+
+
+class Judge(Protocol):
+    """Gives verdicts; thread-safe, a context manager."""
+
+    def prepare(self, problems: Sequence[Problem]) -> SelfCheck:
+        """Judges the references (or recalls what they did). Needed once before `judge`."""
+
+    def judge(self, problem: Problem, completion: str) -> Verdict:
+        """The verdict on one completion."""
+
+    def judge_all(self, samples: Iterable[tuple[Problem, str]]) -> Iterator[Verdict]:
+        """Verdicts in the order of the samples, several at work at one time."""

@@ -1,0 +1,1 @@
+"""Verilog completions: extraction, sandboxed simulation with Icarus Verilog, verdicts."""

@@ -1,0 +1,45 @@
+"""The held-out synthetic problems that travel with the package (`gemma4_tpu.verilog_smoke`)."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import re
+from pathlib import Path
+
+from gemma4_tpu.assets import ROOT
+from gemma4_tpu.errors import UserError
+from gemma4_tpu.evals.problems import Problem
+from gemma4_tpu.evals.verilog.verilog_eval import REFERENCE_TOP, TOP, make_problem
+
+EMBEDDED = ROOT / "verilog_smoke/heldout_problems.jsonl.gz"
+
+
+class VerilogSmoke:
+    """Rows of `{"id", "prompt", "reference", "testbench"}`; the reference defines `TopModule`, as answers do."""
+
+    name = "verilog-smoke"
+
+    def load(self, path: str | Path = EMBEDDED) -> list[Problem]:
+        """The problems in a JSONL file (.gz or not).
+
+        Raises:
+          UserError: a line is no such row, or there is none.
+        """
+        data = Path(path).read_bytes()
+        text = (gzip.decompress(data) if data[:2] == b"\x1f\x8b" else data).decode("utf-8")
+        problems = []
+        for number, line in enumerate(text.splitlines(), 1):
+            try:
+                row = json.loads(line)
+                reference = re.sub(rf"\b{TOP}\b", REFERENCE_TOP, row["reference"])
+                problems.append(
+                    make_problem(row["id"], prompt=row["prompt"], reference=reference, testbench=row["testbench"])
+                )
+            except (json.JSONDecodeError, KeyError, TypeError) as error:
+                raise UserError(
+                    f"{path}:{number}: no problem ({error!r}); needed are id, prompt, reference and testbench"
+                ) from None
+        if not problems:
+            raise UserError(f"{path} holds no problem")
+        return problems
