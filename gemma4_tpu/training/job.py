@@ -82,6 +82,19 @@ def make_model(arch: Architecture, lora: LoraConfig, trainer: TrainerConfig, mes
     )
 
 
+def make_step(
+    arch: Architecture, lora: LoraConfig, optimizer: OptimizerConfig, trainer: TrainerConfig, mesh: Mesh, updates: int
+) -> Step:
+    """The step's definition for a run of so many updates; planning compiles it without any weights."""
+    model = make_model(arch, lora, trainer, mesh)
+    return Step(model, make_optimizer(optimizer, updates), not lora.enabled, trainer.loss_chunk_tokens)
+
+
+def weight_dtype(step: Step) -> Any:
+    """The dtype of the base weights: float32 where they are trained, else that of the activations."""
+    return jnp.float32 if step.full else step.model.compute_dtype
+
+
 def build_job(
     base: Base, lora: LoraConfig, optimizer: OptimizerConfig, trainer: TrainerConfig, mesh: Mesh, total_updates: int
 ) -> Job:
@@ -89,10 +102,9 @@ def build_job(
 
     LoRA and the optimizer's state are float32; the frozen weights have the compute dtype, or are quantised (QLoRA).
     """
-    model = make_model(base.arch, lora, trainer, mesh)
-    full = not lora.enabled
-    step = Step(model, make_optimizer(optimizer, total_updates), full, trainer.loss_chunk_tokens)
-    weights = load_weights(base, mesh, jnp.float32 if full else model.compute_dtype, _quantizing(lora, mesh))
+    step = make_step(base.arch, lora, optimizer, trainer, mesh, total_updates)
+    model, full = step.model, step.full
+    weights = load_weights(base, mesh, weight_dtype(step), _quantizing(lora, mesh))
     init_key, dropout_key = jax.random.split(jax.random.key(trainer.seed))
     if full:
         trained, frozen, leaves = weights, {}, tuple(model.layout.leaves())
@@ -123,13 +135,19 @@ def load_weights(base: Base, mesh: Mesh, dtype: Any, then: Callable[[Leaf, jax.A
 
 
 def init_state(step: Step, trained: Any, key: jax.Array, mesh: Mesh) -> TrainState:
-    """State before the first update; moments lie where the values they belong to lie, counters everywhere."""
+    """State before the first update, each array in its place."""
+    return jax.jit(step.init, out_shardings=state_places(step, trained, key, mesh))(trained, key)
+
+
+def state_places(step: Step, trained: Any, key: Any, mesh: Mesh) -> TrainState:
+    """Sharding of every array of the state: moments lie where the values they belong to lie, counters everywhere.
+
+    `trained` and `key` are arrays, or shapes (`trained` with shardings).
+    """
     everywhere = NamedSharding(mesh, P())
-    shapes = jax.eval_shape(step.init, trained, key)
-    places = jax.tree.map(lambda _: everywhere, shapes)
+    places = jax.tree.map(lambda _: everywhere, jax.eval_shape(step.init, trained, key))
     like = jax.tree.map(lambda x: x.sharding, trained)
-    places = places._replace(trained=like, optimizer=_moments_like(places.optimizer, like))
-    return jax.jit(step.init, out_shardings=places)(trained, key)
+    return places._replace(trained=like, optimizer=_moments_like(places.optimizer, like))
 
 
 def _moments_like(optimizer: Any, places: Any) -> Any:
