@@ -7,9 +7,10 @@ from dataclasses import dataclass, field
 from typing import Generic, TypeVar
 
 from gemma4_tpu.config.checks import Checked, examine_train, normalise
+from gemma4_tpu.config.evaluate_checks import EvaluateChecked, examine_evaluate, normalise_evaluate
 from gemma4_tpu.config.merge_checks import MergeChecked, examine_merge, normalise_merge
 from gemma4_tpu.config.problems import Problem
-from gemma4_tpu.config.schema import MergeRoot, TrainRoot
+from gemma4_tpu.config.schema import EvaluateRoot, MergeRoot, TrainRoot
 
 Root = TypeVar("Root")
 Checks = TypeVar("Checks")
@@ -74,4 +75,25 @@ MERGE: EntryPoint[MergeRoot, MergeChecked] = EntryPoint(
         ("run=outputs/train/<run> push_to_hub=owner/name", "upload it too (needs HF_TOKEN)"),
     ),
     shorthands={key: f"export.{key}" for key in ("checkpoint", "target", "overwrite", "verify", "push_to_hub")},
+)
+
+EVALUATE: EntryPoint[EvaluateRoot, EvaluateChecked] = EntryPoint(
+    name="evaluate",
+    schema=EvaluateRoot,
+    normalise=normalise_evaluate,
+    examine=examine_evaluate,
+    summary=(
+        "Generate solutions to Verilog problems, judge them by simulation in a sandbox, and report pass@k with its"
+        " uncertainty. Needs Icarus Verilog."
+    ),
+    examples=(
+        ("run=outputs/train/<run>", "a run beside its base, on the synthetic problems of the package"),
+        ("run=outputs/train/<run> eval=verilog_eval eval.problems_path=<clone>", "on verilog-eval, 20 samples each"),
+        ("model=gemma4_31b model.path=<checkpoint> eval=paper eval.problems_path=<clone>", "a checkpoint, 5 samples"),
+        ("eval.endpoint=http://localhost:8000/v1 eval=verilog_eval eval.problems_path=<clone>", "a model on a server"),
+        ("eval.samples=samples.jsonl eval=verilog_eval eval.problems_path=<clone>", "judge what is generated already"),
+        ("run_dir=<evaluation> eval.resimulate=true", "judge stored samples again"),
+        ("selfcheck=true", "show what sandbox and simulator do here"),
+        ("compare=[<evaluation>,<evaluation>]", "two evaluations, problem by problem"),
+    ),
 )

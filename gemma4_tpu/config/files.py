@@ -64,7 +64,7 @@ def source_problem(key: str, source: DataSource) -> list[str]:
         return [*messages, f"{key}.path is empty; give {key}.path=<rows.jsonl[.gz], .parquet, a folder or hf:NAME>"]
     if path.startswith(HUGGING_FACE) and "://" not in path:
         return messages if path != HUGGING_FACE else [*messages, f"{key}.path={path}: write hf:NAME or hf:NAME:SPLIT"]
-    place, found = _place(f"{key}.path={path}", path)
+    place, found = local_place(f"{key}.path={path}", path)
     messages += found
     if place is not None and not place.exists():
         hub = f"; a Hugging Face data set is written hf:{path}" if path.count("/") == 1 and not place.suffix else ""
@@ -93,7 +93,7 @@ def _read_architecture(model: ModelConfig, named: Architecture, folder: Path) ->
 
 def _folder(given: str, path: str) -> tuple[Path | None, list[str]]:
     """The local folder behind `path`; None for one that is not local."""
-    place, messages = _place(given, path)
+    place, messages = local_place(given, path)
     if place is None or messages:
         return None, messages
     if place.is_dir():
@@ -102,7 +102,7 @@ def _folder(given: str, path: str) -> tuple[Path | None, list[str]]:
     return None, [f"{given}: {what}; give a local or gs:// folder, or embedded:tiny"]
 
 
-def _place(given: str, path: str) -> tuple[Path | None, list[str]]:
+def local_place(given: str, path: str) -> tuple[Path | None, list[str]]:
     """Where a local or embedded path lies; None for gs:// and the like, whose files show when they are read."""
     if path.startswith(GCS) and importlib.util.find_spec("gcsfs") is None:
         return None, [f"{given}: gs:// needs gcsfs; pip install 'gemma4-tpu[gcp]'"]

@@ -26,6 +26,10 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "tracker.mode": ("auto", "online", "offline"),
     "export.format": ("merged", "peft", "both"),
     "export.verify": ("true", "stream", "false"),
+    "eval.benchmark": ("verilog_eval", "rtllm", "verilog_smoke"),
+    "eval.adapter": ("run", "none", "both"),
+    "eval.thoughts": ("drop", "train"),
+    "eval.compute_dtype": ("auto", "bfloat16", "float32"),
 }
 
 _POSITIVE = (lambda v: 0 < v < math.inf, "a number more than 0")
@@ -47,6 +51,11 @@ RANGES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "trainer.seed": (lambda v: 0 <= v < 2**32, "at least 0 and less than 2**32"),
     "trainer.log_every": _FROM_1, "trainer.loss_chunk_tokens": _FROM_1,
     "checkpoint.every": _FROM_1, "checkpoint.keep": _FROM_1,
+    "eval.max_problems": _FROM_1, "eval.n": _FROM_1, "eval.temperature": _FROM_0,
+    "eval.top_p": (lambda v: 0 < v <= 1, "more than 0 and at most 1"),
+    "eval.max_new_tokens": _FROM_1, "eval.batch_size": _FROM_1, "eval.concurrency": _FROM_1, "eval.retries": _FROM_0,
+    "eval.seed": (lambda v: 0 <= v < 2**32, "at least 0 and less than 2**32"),
+    "eval.request_timeout_seconds": _POSITIVE, "eval.workers": _FROM_1, "eval.cpu_seconds": _POSITIVE,
 }
 
 

@@ -63,15 +63,16 @@ def _runs(run: str) -> tuple[list[Path], list[str]]:
     folder = Path(run)
     if not folder.is_dir():
         return [], [f"run={run}: no such folder"]
-    if _is_run(folder):
+    if is_run(folder):
         return [folder], []
-    inside = sorted((place for place in folder.iterdir() if place.is_dir() and _is_run(place)), key=_natural)
+    inside = sorted((place for place in folder.iterdir() if place.is_dir() and is_run(place)), key=_natural)
     if not inside:
         return [], [f"run={run}: not the run folder of a training (config.yaml and checkpoints/), nor a folder of some"]
     return inside, []
 
 
-def _is_run(folder: Path) -> bool:
+def is_run(folder: Path) -> bool:
+    """Whether a folder is the run folder of a training."""
     return (folder / "config.yaml").is_file() and (folder / "checkpoints").is_dir()
 
 

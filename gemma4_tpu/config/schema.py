@@ -283,3 +283,79 @@ class MergeRoot:
     run_dir: str | None = None
     """Folder for the record of this export (configuration, log, parity, delta norms); null:
     `<run>/<name>/<date>_<time>`. With several runs one folder for each in it."""
+
+
+@dataclass(kw_only=True)
+class EvalConfig:
+    """What is generated, and how it is judged (`eval=`)."""
+
+    benchmark: str = "verilog_eval"
+    """`verilog_eval` (version 2, specification to RTL), `rtllm` (folders in RTLLM's style), or `verilog_smoke`
+    (synthetic problems)."""
+    problems_path: str | None = None
+    """Local clone of the benchmark or its folder of problems; for `verilog_smoke` a JSONL file."""
+    max_problems: int | None = None
+    """Take only the first N problems; null: all."""
+    checkpoint: str = "latest"
+    """Which checkpoint of `run`: `latest`, `best` (lowest held-out loss) or the number of an update."""
+    adapter: str = "run"
+    """With `run`: `run` (what was trained), `none` (its base alone), or `both`, compared problem by problem."""
+    n: int = 20
+    """Samples per problem; pass@k is estimated for k up to n."""
+    temperature: float = 0.8
+    """0: the likeliest token each time."""
+    top_p: float = 0.95
+    """Draw from the smallest set of tokens with this share of the probability."""
+    max_new_tokens: int = 2048
+    """Samples are cut off here, in tokens; how many were is reported."""
+    seed: int = 0
+    """Each sample's own seed is made from this one, its problem and its number."""
+    system: str | None = None
+    """System message before each problem; null: none."""
+    thoughts: str | None = None
+    """Policy for the prompt's thought channel, `drop` or `train`; null: that of `run`, else `drop`."""
+    batch_size: int = 64
+    """Sequences in one decoding step."""
+    compute_dtype: str = "auto"
+    """As `trainer.compute_dtype`."""
+    endpoint: str | None = None
+    """Base URL of an OpenAI-compatible server, such as http://localhost:8000/v1, to generate there. A key is taken from
+    OPENAI_API_KEY."""
+    endpoint_model: str | None = None
+    """The model's name there; null: the only one that the server lists."""
+    concurrency: int = 32
+    """Requests under way at a time."""
+    retries: int = 5
+    """Further attempts at a request that failed, each after twice the wait; a sample that never comes is a failure."""
+    request_timeout_seconds: float = 600.0
+    """For one answer."""
+    samples: str | None = None
+    """JSONL file with samples from elsewhere to judge: `{"problem": …, "completion": …}` per line."""
+    resimulate: bool = False
+    """Judge the stored samples of `run_dir` again."""
+    workers: int | None = None
+    """Simulations at a time; null: one per core."""
+    cpu_seconds: float = 30.0
+    """CPU time that one compilation or simulation may take."""
+    unsafe: bool = False
+    """Simulate without a sandbox where none can be had. Completions can then read and write your files."""
+
+
+@dataclass(kw_only=True)
+class EvaluateRoot:
+    """Everything `python -m gemma4_tpu.evaluate` takes."""
+
+    hardware: HardwareConfig = field(default_factory=HardwareConfig)
+    mesh: MeshConfig = field(default_factory=MeshConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    eval: EvalConfig = field(default_factory=EvalConfig)
+    run: str = ""
+    """Run folder of a training: what it trained is evaluated."""
+    compare: list[str] = field(default_factory=list)
+    """Two folders of evaluations to compare problem by problem."""
+    selfcheck: bool = False
+    """Show what sandbox and simulator do here, then stop."""
+    name: str = "evaluations"
+    """Name of the records' folder in the run folder, or in `outputs`."""
+    run_dir: str | None = None
+    """Folder of this evaluation; null: `<run>/<name>/<date>_<time>`. Giving the same folder again goes on with it."""
