@@ -22,6 +22,19 @@ class HardwareConfig:
 
 
 @dataclass(kw_only=True)
+class DistributedConfig:
+    """Several processes of one run, one on each host (`distributed=`); every one of them is given the same command."""
+
+    coordinator_address: str | None = None
+    """`host:port` of process 0; `auto`: JAX finds it (TPU slices, SLURM, Open MPI); null: `auto` where `hardware` has
+    several hosts or TPU_WORKER_HOSTNAMES names several, else one process."""
+    num_processes: int | None = None
+    """Processes of the run, with an explicit address."""
+    process_id: int | None = None
+    """Which of them this is, from 0; with an explicit address."""
+
+
+@dataclass(kw_only=True)
 class MeshConfig:
     """Device mesh with the axes `fsdp` (rows and weight shards) and `tp` (heads and hidden units) (`mesh=`)."""
 
@@ -154,8 +167,8 @@ class TrainerConfig:
     log_every: int = 1
     """Updates between logged metrics."""
     remat: str = "decoder"
-    """What the backward pass computes again: `none`, `block` (attention and MLP inputs are kept), `decoder`
-    (only each layer's input is kept)."""
+    """What the backward pass computes again: `none`, `products` (elementwise work; matrix products are kept),
+    `attention` (the MLP; attention's products are kept), `decoder` (everything; each layer's input is kept)."""
     attention: str = "auto"
     """Attention implementation: `auto`, `splash` (TPU kernel) or `einsum`."""
     loss_chunk_tokens: int = 512
@@ -163,6 +176,13 @@ class TrainerConfig:
     compute_dtype: str = "auto"
     """dtype of activations and of the frozen base weights: `bfloat16`, `float32` or `auto` (bfloat16, but float32 on
     CPUs, which only emulate the other). LoRA and optimizer are float32 in any case."""
+    spike_factor: float | None = None
+    """Skip an update whose loss is more than this times the median of the 64 before (at least 16); null: never."""
+    stall_seconds: float | None = 1800
+    """No progress for this long (compilation apart) dumps all stacks and ends the run with code 3; null: never."""
+    compile_cache: str | None = "auto"
+    """Local folder for compiled programs; `auto`: JAX_COMPILATION_CACHE_DIR, else `gemma4_tpu/xla` in the user's cache
+    folder; null: none."""
 
 
 @dataclass(kw_only=True)
@@ -176,7 +196,10 @@ class CheckpointConfig:
     keep_best: bool = True
     """Also keep the checkpoint with the lowest held-out loss."""
     resume: str = "auto"
-    """`auto`: continue from the newest checkpoint in the run folder if there is one; `never`: refuse a used folder."""
+    """`auto`: continue from the newest checkpoint in the run folder that verifies; `never`: refuse a used folder."""
+    resume_allow: list[str] = field(default_factory=list)
+    """Differences from the recorded run to accept on a resume, by the names that the refusal shows: keys or groups of
+    the configuration, fingerprints of data, tokenizer and base."""
 
 
 @dataclass(kw_only=True)
@@ -202,6 +225,7 @@ class TrainRoot:
     """Everything `python -m gemma4_tpu.train` takes. Functions receive the group they need, never the root."""
 
     hardware: HardwareConfig = field(default_factory=HardwareConfig)
+    distributed: DistributedConfig = field(default_factory=DistributedConfig)
     mesh: MeshConfig = field(default_factory=MeshConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
     lora: LoraConfig = field(default_factory=LoraConfig)
@@ -213,7 +237,8 @@ class TrainRoot:
     name: str = "train"
     """Name of the run; part of the folder's name and of the tracker's."""
     run_dir: str | None = None
-    """Run folder (local); null: `outputs/<name>/<date>_<time>`. Giving the same folder again resumes the run."""
+    """Run folder (local or gs://); null: `outputs/<name>/<date>_<time>`. Giving the same folder again resumes the
+    run."""
     preview: bool = False
     """Show rendered rows, the length histogram, fill and drops, then stop."""
 

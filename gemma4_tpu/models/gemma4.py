@@ -5,7 +5,8 @@ reference that this is tested against, beside transformers; training does not ru
 ids, cannot scan over layers, and see adapters only through one intercepted method.
 
 Dims: B rows, T tokens, D model, N query heads, K key/value heads, H head width, F hidden units, L layers,
-P per-layer embedding, V vocabulary, r adapter rank, R repeats of a stage.
+P per-layer embedding, V vocabulary, r adapter rank, R repeats of a stage; S is T split over the `tp` axis: norms and
+residuals work on their own tokens, products on all (sequence parallelism).
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from gemma4_tpu.architectures import Architecture
 from gemma4_tpu.models.attention import einsum_attention, rope
 from gemma4_tpu.models.layout import Layout
 from gemma4_tpu.models.moe import moe
+from gemma4_tpu.models.remat import CONTEXT, keep, rematerialised
 from gemma4_tpu.models.sharding import constrain
 
 Params = dict[str, Any]
@@ -51,7 +53,7 @@ class Model:
     lora_scale: float = 1.0
     lora_dropout: float = 0.0
     remat: str = "none"
-    """`none`, `block` or `decoder`."""
+    """A policy of `remat.py`."""
     attention: Callable[..., jax.Array] = einsum_attention
     mesh: Mesh | None = None
 
@@ -87,21 +89,28 @@ def rms_norm(x: jax.Array, scale: jax.Array | None) -> jax.Array:
     return wide.astype(x.dtype)
 
 
-def _project(layer: _Layer, block: str, module: str, x: jax.Array) -> jax.Array:
-    """The adapted linear map `module` of `block` (`attn` or `mlp`) on x."""
-    model = layer.model
+def _project(layer: _Layer, block: str, module: str, x: jax.Array, whole: jax.Array | None = None) -> jax.Array:
+    """The adapted linear map `module` of `block` (`attn` or `mlp`) on x.
+
+    Maps out of the residual stream take x [B, S, D] and the same as `whole` [B, T, D]: their adapter's first half works
+    on x, so that no chip repeats it. Maps into it take x split by heads or hidden units and give [B, S, D].
+    """
+    model, inward = layer.model, whole is None
     base_eq, a_eq, b_eq = _EQUATIONS[module]
     weight = "w" if module.endswith("einsum") else "kernel"
-    y = jnp.einsum(base_eq, x, _dense(layer.params[block][module][weight], model.compute_dtype))
+    y = jnp.einsum(base_eq, x if inward else whole, _dense(layer.params[block][module][weight], model.compute_dtype))
+    y = constrain(y, "BSD", model.mesh) if inward else y
     adapter = layer.lora.get(block, {}).get(module)
     if adapter is None:
         return y
     if model.lora_dropout and layer.key is not None:
         key = jax.random.fold_in(layer.key, _MODULE_ORDER[module])
-        keep = jax.random.bernoulli(key, 1.0 - model.lora_dropout, x.shape)
-        x = jnp.where(keep, x / (1.0 - model.lora_dropout), 0).astype(x.dtype)
-    low = jnp.einsum(a_eq, x, adapter[f"{weight}_lora_a"].astype(x.dtype))  # [B, T, r]
-    return y + jnp.einsum(b_eq, low * model.lora_scale, adapter[f"{weight}_lora_b"].astype(x.dtype))
+        kept = jax.random.bernoulli(key, 1.0 - model.lora_dropout, x.shape)
+        x = jnp.where(kept, x / (1.0 - model.lora_dropout), 0).astype(x.dtype)
+    low = jnp.einsum(a_eq, x, adapter[f"{weight}_lora_a"].astype(x.dtype)) * model.lora_scale
+    low = keep(constrain(low, "BSD", model.mesh), "low")  # [B, S, r]
+    low = low if inward else constrain(low, "BTD", model.mesh)
+    return y + jnp.einsum(b_eq, low, adapter[f"{weight}_lora_b"].astype(x.dtype))
 
 
 def _dense(weight: Any, dtype: Any) -> jax.Array:
@@ -112,7 +121,7 @@ def _dense(weight: Any, dtype: Any) -> jax.Array:
 
 
 def _attention(layer: _Layer, x: jax.Array, shared_kv: KV | None) -> tuple[jax.Array, KV]:
-    """X [B, T, D] → output [B, T, D] and the keys and values used, [B, T, K, H] each."""
+    """X [B, S, D] → output [B, S, D] and the keys and values used, [B, T, K, H] each."""
     model, arch, p = layer.model, layer.model.arch, layer.params["attn"]
     rotate = partial(
         rope,
@@ -120,43 +129,41 @@ def _attention(layer: _Layer, x: jax.Array, shared_kv: KV | None) -> tuple[jax.A
         base=arch.global_rope_base if layer.is_global else arch.local_rope_base,
         proportion=arch.global_rope_proportion if layer.is_global else 1.0,
     )
-    q = constrain(_project(layer, "attn", "q_einsum", x), "BTNH", model.mesh)
+    whole = constrain(x, "BTD", model.mesh)
+    q = keep(constrain(_project(layer, "attn", "q_einsum", x, whole), "BTNH", model.mesh), "query")
     q = rotate(rms_norm(q, p["_query_norm"]["scale"]))
     if shared_kv is not None:
         k, v = shared_kv
     else:
         if "k_einsum" in p:  # the key projection is the value projection too
-            k = v = _project(layer, "attn", "k_einsum", x)
+            k = v = keep(constrain(_project(layer, "attn", "k_einsum", x, whole), "BTNH", model.mesh), "key_value")
         else:
-            k, v = _project(layer, "attn", "kv_einsum", x)
-        k, v = constrain(k, "BTNH", model.mesh), constrain(v, "BTNH", model.mesh)
+            k, v = keep(constrain(_project(layer, "attn", "kv_einsum", x, whole), "2BTNH", model.mesh), "key_value")
         k, v = rotate(rms_norm(k, p["_key_norm"]["scale"])), rms_norm(v, None)
     window = None if layer.is_global else arch.sliding_window
     out = constrain(model.attention(q, k, v, layer.segment_ids, window), "BTNH", model.mesh)
-    return constrain(_project(layer, "attn", "attn_vec_einsum", out), "BTD", model.mesh), (k, v)
+    return keep(_project(layer, "attn", "attn_vec_einsum", keep(out, CONTEXT)), "attended"), (k, v)
 
 
 def _mlp(layer: _Layer, x: jax.Array) -> jax.Array:
-    """Gated MLP, [B, T, D] → [B, T, D]."""
-    gate = constrain(_project(layer, "mlp", "gate_proj", x), "BTF", layer.model.mesh)
-    up = constrain(_project(layer, "mlp", "up_proj", x), "BTF", layer.model.mesh)
-    out = _project(layer, "mlp", "down_proj", jax.nn.gelu(gate, approximate=True) * up)
-    return constrain(out, "BTD", layer.model.mesh)
+    """Gated MLP, [B, S, D] → [B, S, D]."""
+    mesh = layer.model.mesh
+    whole = constrain(x, "BTD", mesh)
+    gate = keep(constrain(_project(layer, "mlp", "gate_proj", x, whole), "BTF", mesh), "gate_up")
+    up = keep(constrain(_project(layer, "mlp", "up_proj", x, whole), "BTF", mesh), "gate_up")
+    return keep(_project(layer, "mlp", "down_proj", jax.nn.gelu(gate, approximate=True) * up), "mlp_out")
 
 
 def _decoder_layer(
     layer: _Layer, x: jax.Array, per_layer_input: jax.Array | None, shared_kv: KV | None
 ) -> tuple[jax.Array, KV]:
-    """X [B, T, D], per_layer_input [B, T, P] → x [B, T, D] and this layer's keys and values."""
+    """X [B, S, D], per_layer_input [B, S, P] → x [B, S, D] and this layer's keys and values."""
     p, model = layer.params, layer.model
-    block_remat = jax.checkpoint if model.remat == "block" else (lambda f: f)
 
-    normed = rms_norm(x, p["pre_attention_norm"]["scale"])
-    attended, kv = block_remat(partial(_attention, layer))(normed, shared_kv)
+    attended, kv = _attention(layer, rms_norm(x, p["pre_attention_norm"]["scale"]), shared_kv)
     x = x + rms_norm(attended, p["post_attention_norm"]["scale"])
 
-    normed = rms_norm(x, p["pre_ffw_norm"]["scale"])
-    out = block_remat(partial(_mlp, layer))(normed)
+    out = _mlp(layer, rms_norm(x, p["pre_ffw_norm"]["scale"]))
     if model.arch.num_experts:
         out = rms_norm(out, p["dense_post_ffw_norm"]["scale"])
         normed = rms_norm(x, p["moe_pre_ffw_norm"]["scale"])
@@ -165,26 +172,27 @@ def _decoder_layer(
     x = x + rms_norm(out, p["post_ffw_norm"]["scale"])
 
     if per_layer_input is not None:
-        gate = jnp.einsum("btd,dp->btp", x, p["per_layer_input_gate"]["w"].astype(x.dtype))
+        gate = keep(jnp.einsum("btd,dp->btp", x, p["per_layer_input_gate"]["w"].astype(x.dtype)), "per_layer")
         gated = jax.nn.gelu(gate, approximate=True) * per_layer_input
         added = jnp.einsum("btp,pd->btd", gated, p["per_layer_projection"]["w"].astype(x.dtype))
-        x = x + rms_norm(added, p["post_per_layer_input_norm"]["scale"])
+        x = x + rms_norm(keep(added, "per_layer"), p["post_per_layer_input_norm"]["scale"])
 
-    return constrain(x * p["skip_scale"].astype(x.dtype), "BTD", model.mesh), kv
+    return constrain(x * p["skip_scale"].astype(x.dtype), "BSD", model.mesh), kv
 
 
 def _embed(model: Model, p: Params, tokens: jax.Array) -> tuple[jax.Array, jax.Array | None]:
-    """Tokens [B, T] → x [B, T, D] and, for E2B/E4B, per-layer inputs [L, B, T, P]."""
+    """Tokens [B, T] → x [B, S, D] and, for E2B/E4B, per-layer inputs [L, B, S, P]."""
     dtype = model.compute_dtype
     x = jnp.take(p["input_embedding"], tokens, axis=0).astype(dtype)
-    x = constrain(x * jnp.sqrt(jnp.float32(x.shape[-1])).astype(dtype), "BTD", model.mesh)
+    x = constrain(x * jnp.sqrt(jnp.float32(x.shape[-1])).astype(dtype), "BSD", model.mesh)
     if not model.arch.per_layer_input_dim:
         return x, None
     projected = jnp.einsum("btd,dlp->lbtp", x, p["per_layer_model_projection"]["w"].astype(dtype))
     projected = rms_norm(projected * model.arch.embed_dim**-0.5, p["per_layer_projection_norm"]["scale"])
     looked_up = jnp.take(p["per_layer_input_embedding"], tokens, axis=0).astype(dtype)  # [B, T, L, P]
     looked_up = looked_up * jnp.sqrt(jnp.float32(model.arch.per_layer_input_dim)).astype(dtype)
-    return x, (projected + jnp.moveaxis(looked_up, 2, 0)) * jnp.float32(2**-0.5).astype(dtype)
+    inputs = (projected + jnp.moveaxis(looked_up, 2, 0)) * jnp.float32(2**-0.5).astype(dtype)
+    return x, constrain(inputs, "LBSP", model.mesh)
 
 
 def hidden_states(
@@ -208,7 +216,7 @@ def hidden_states(
       dropout_key: None switches adapter dropout off (evaluation).
 
     Returns:
-      [B, T, D] in `model.compute_dtype`, normalised, ready for `logits`.
+      [B, S, D] in `model.compute_dtype`, normalised, ready for `logits`.
     """
     x, per_layer = _embed(model, params["embedder"], tokens)
     shared: dict[str, KV] = {}
@@ -225,9 +233,7 @@ def hidden_states(
                 key = None if dropout_key is None else jax.random.fold_in(dropout_key, numbers[j])
                 layer = _Layer(model, number, weights[j], adapters[j], key, segment_ids, positions)
                 kind = model.arch.layer_types[number]
-                run = partial(_decoder_layer, layer)
-                if model.remat == "decoder":
-                    run = jax.checkpoint(run, prevent_cse=stage.repeats == 1)
+                run = rematerialised(partial(_decoder_layer, layer), model.remat, in_loop=stage.repeats > 1)
                 own_inputs = None if inputs is None else inputs[j]
                 x, kvs[kind] = run(x, own_inputs, shared[kind] if model.arch.is_kv_shared(number) else None)
             return x, kvs
@@ -245,6 +251,7 @@ def hidden_states(
 def logits(model: Model, params: Params, hidden: jax.Array) -> jax.Array:
     """Hidden [B, T, D] → float32 logits [B, T, V]. For evaluation and tests; training never forms them whole."""
     table = params["embedder"]["input_embedding"].astype(hidden.dtype)
+    hidden = constrain(hidden, "BTD", model.mesh)
     scores = jnp.einsum("btd,vd->btv", hidden, table, preferred_element_type=jnp.float32)
     return softcap(constrain(scores, "BTV", model.mesh), model.arch.final_logit_softcap)
 

@@ -30,8 +30,8 @@ _RULES: dict[str, tuple[str | None, ...]] = {
     "down_proj.kernel": (TP, FSDP),
     "moe.gating_einsum": (FSDP, None, TP, None),
     "moe.linear": (FSDP, TP, None),
-    "per_layer_input_gate.w": (FSDP, TP),
-    "per_layer_projection.w": (TP, FSDP),
+    "per_layer_input_gate.w": (FSDP, None),
+    "per_layer_projection.w": (None, FSDP),
     "q_einsum.w_lora_a": (FSDP, None),
     "q_einsum.w_lora_b": (None, TP, None),
     "k_einsum.w_lora_a": (FSDP, None),
@@ -48,11 +48,16 @@ _RULES: dict[str, tuple[str | None, ...]] = {
     "down_proj.kernel_lora_b": (None, FSDP),
 }
 
-# Activations by their dims: B rows, T tokens, D model, N heads, H head width, F hidden units, V vocabulary.
+# Activations by their dims: B rows, T tokens, D model, N heads, H head width, F hidden units, V vocabulary, P per-layer
+# embedding, L layers; S: tokens split over tp (the residual stream).
 _ACTIVATIONS: dict[str, tuple[str | None, ...]] = {
     "BT": (FSDP, None),
+    "BS": (FSDP, TP),
     "BTD": (FSDP, None, None),
+    "BSD": (FSDP, TP, None),
+    "LBSP": (None, FSDP, TP, None),
     "BTNH": (FSDP, None, TP, None),
+    "2BTNH": (None, FSDP, None, TP, None),
     "BTF": (FSDP, None, TP),
     "BTV": (FSDP, None, TP),
     "MBT": (None, FSDP, None),

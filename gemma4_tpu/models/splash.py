@@ -16,6 +16,7 @@ from jax.sharding import PartitionSpec as P
 
 from gemma4_tpu.errors import UserError
 from gemma4_tpu.models.attention import einsum_attention
+from gemma4_tpu.models.remat import CONTEXT
 from gemma4_tpu.models.sharding import FSDP, TP
 
 LANES = 128
@@ -74,6 +75,7 @@ def splash_attention(
         block_sizes=_blocks(t),
         head_shards=tp if head_axis else 1,
         q_seq_shards=1,
+        residual_checkpoint_name=CONTEXT,
         interpret=interpret,
     )
     kernel_spec = kernel.manual_sharding_spec(NamedSharding(mesh, P(head_axis, None)))

@@ -14,12 +14,18 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from gemma4_tpu.models.gemma4 import softcap
-from gemma4_tpu.models.sharding import constrain
+from gemma4_tpu.models.sharding import TP, constrain
 
 
 def chunk_length(length: int, wanted: int) -> int:
     """The largest divisor of `length` that is at most `wanted`."""
     return next(c for c in range(min(length, max(wanted, 1)), 0, -1) if length % c == 0)
+
+
+def _parts(length: int, mesh: Mesh | None) -> int:
+    """Into how many parts the `tp` axis splits T in the residual stream."""
+    tp = mesh.shape[TP] if mesh is not None else 1
+    return tp if length % tp == 0 else 1
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(4, 5, 6, 7))
@@ -41,7 +47,7 @@ def summed_cross_entropy(
       targets: [B, T] int32 next tokens.
       target_mask: [B, T] bool; only these count.
       cap: softcap of the logits.
-      chunk_tokens: tokens per row whose logits exist at one time (rounded down to a divisor of T).
+      chunk_tokens: tokens per row whose logits exist at one time (rounded down to divide T evenly).
       train_table: also take the gradient with respect to `table` (full fine-tuning); otherwise it is treated as frozen.
       mesh: mesh for sharding constraints, or None.
 
@@ -53,16 +59,23 @@ def summed_cross_entropy(
 
 def _forward(hidden, table, targets, target_mask, cap, chunk_tokens, hidden_grad, table_grad, mesh):
     """Loss and the gradients asked for, one chunk of T at a time."""
-    b, t, d = hidden.shape
-    c = chunk_length(t, chunk_tokens)
+    b, t, _ = hidden.shape
+    parts = _parts(t, mesh)
+    c = chunk_length(t // parts, chunk_tokens // parts)
     weights = table.astype(hidden.dtype)
 
-    def split(x):  # [B, T, …] → [T/c, B, c, …]
-        return jnp.moveaxis(x.reshape(b, t // c, c, *x.shape[2:]), 1, 0)
+    def split(x):  # [B, T, …] → [chunks, B, parts·c, …]: each chunk takes c tokens of every chip's part of T
+        x = x.reshape(b, parts, t // parts // c, c, *x.shape[2:])
+        return jnp.moveaxis(x, 2, 0).reshape(t // parts // c, b, parts * c, *x.shape[4:])
+
+    def join(x):  # the inverse of split
+        x = x.reshape(t // parts // c, b, parts, c, *x.shape[3:])
+        return jnp.moveaxis(x, 0, 2).reshape(b, t, *x.shape[4:])
 
     def body(carry, chunk):
         total, d_table = carry
         h, y, m = chunk  # [B, c, D], [B, c], [B, c]
+        h = constrain(h, "BTD", mesh)
         raw = jnp.einsum("bcd,vd->bcv", h, weights, preferred_element_type=jnp.float32)
         capped = softcap(constrain(raw, "BTV", mesh), cap)
         top = jax.lax.stop_gradient(capped.max(axis=-1, keepdims=True))
@@ -77,7 +90,7 @@ def _forward(hidden, table, targets, target_mask, cap, chunk_tokens, hidden_grad
             d_capped = (exponentials / denominator - is_target) * m[..., None]
             d_raw = d_capped if cap is None else d_capped * (1.0 - jnp.square(capped / cap))
             d_raw = d_raw.astype(hidden.dtype)
-            d_hidden = constrain(jnp.einsum("bcv,vd->bcd", d_raw, weights), "BTD", mesh)
+            d_hidden = constrain(jnp.einsum("bcv,vd->bcd", d_raw, weights), "BSD", mesh)
             if table_grad:
                 d_table += jnp.einsum("bcv,bcd->vd", d_raw, h, preferred_element_type=jnp.float32)
         return (total, d_table), d_hidden
@@ -85,7 +98,7 @@ def _forward(hidden, table, targets, target_mask, cap, chunk_tokens, hidden_grad
     start = jnp.zeros((), jnp.float32), jnp.zeros(table.shape if table_grad else (), jnp.float32)
     (total, d_table), d_hidden = jax.lax.scan(body, start, (split(hidden), split(targets), split(target_mask)))
     if hidden_grad:
-        d_hidden = jnp.moveaxis(d_hidden, 0, 1).reshape(b, t, d)
+        d_hidden = join(d_hidden)
     return total, d_hidden, d_table.astype(table.dtype) if table_grad else None
 
 

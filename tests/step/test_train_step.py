@@ -117,7 +117,7 @@ def _named(leaf, tree):
     return zip(leaf.tunix_names, np.asarray(node), strict=True)
 
 
-@pytest.mark.parametrize("remat", ["block", "decoder"])
+@pytest.mark.parametrize("remat", ["products", "attention", "decoder"])
 @pytest.mark.parametrize("kind", ["tiny", "tiny_e2b"])
 def test_remat_changes_nothing_but_memory(kind, remat):
     batch = make_batch(2)

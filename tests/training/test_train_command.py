@@ -54,7 +54,7 @@ def test_a_run_leaves_its_whole_record(train, tmp_path):
         ["lora=qlora_nf4"],
         ["lora=qlora_int8", "data.packing=buckets", "data.buckets=[128]"],
         ["lora=none", "data.packing=false", "optimizer.learning_rate=1e-4"],
-        ["model=tiny_moe", "lora.rslora=true", "trainer.remat=block"],
+        ["model=tiny_moe", "lora.rslora=true", "trainer.remat=products"],
         ["model=tiny_e2b", "lora.targets=[attention]", "trainer.microbatches=2"],
         ["trainer.compute_dtype=bfloat16", "trainer.max_updates=null", "trainer.epochs=0.2",
          "trainer.global_batch_sequences=null", "trainer.global_batch_tokens=1024", "optimizer.schedule=linear"],
