@@ -2,6 +2,8 @@
 
 import os
 
+from tests.gcs import bucket, gcs_emulator  # noqa: F401 (fixtures)
+
 # JAX reads these when it is first asked for a device; child processes inherit them. The tests compile far more than
 # they run, so the compiler is told to hurry.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")

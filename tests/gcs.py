@@ -1,51 +1,46 @@
 """gs:// for real: an emulator of Google Cloud Storage on loopback that gcsfs and TensorStore talk to over HTTP.
 
-The fixture `bucket` gives the address of an empty bucket, such as `gs://bucket-3`. It reaches processes that are
-started while it is in use too. A file of tests that wants it says `from tests.gcs import bucket, gcs_emulator`.
+The fixture `bucket`, which every test can ask for, gives the address of an empty bucket, such as `gs://bucket-3`. It
+holds for processes that are started while it is in use too.
 """
 
 from __future__ import annotations
 
 import itertools
-import socket
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
+from functools import partial
+from http.server import HTTPServer
 
 import pytest
 
 _numbers = itertools.count(1)
 
 
+class _Listener(HTTPServer):
+    request_queue_size = 1024  # hundreds of small reads arrive at once; they are served one after the other
+
+
+def serve() -> None:
+    """Runs the emulator, its objects in memory, and says on standard output where it listens."""
+    from gcp_storage_emulator.server import RequestHandler
+    from gcp_storage_emulator.storage import Storage
+
+    listener = _Listener(("127.0.0.1", 0), partial(RequestHandler, Storage(use_memory_fs=True)))
+    print(f"http://127.0.0.1:{listener.server_port}", flush=True)
+    listener.serve_forever()
+
+
 @pytest.fixture(scope="session")
 def gcs_emulator() -> Iterator[str]:
-    """Address of an emulator in a process of its own, `http://127.0.0.1:PORT`; it keeps its objects in memory."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    words = ["start", "--host", "127.0.0.1", "--port", str(port), "--in-memory"]
-    process = subprocess.Popen(
-        [sys.executable, "-m", "gcp_storage_emulator", *words], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-    )
+    """Address of an emulator in a process of its own."""
+    process = subprocess.Popen([sys.executable, __file__], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
     try:
-        _wait_for(port, process)
-        yield f"http://127.0.0.1:{port}"
+        yield process.stdout.readline().strip()
     finally:
         process.kill()
         process.wait()
-
-
-def _wait_for(port: int, process: subprocess.Popen[bytes], seconds: float = 30) -> None:
-    deadline = time.monotonic() + seconds
-    while True:
-        try:
-            socket.create_connection(("127.0.0.1", port), timeout=1).close()
-            return
-        except OSError:
-            if process.poll() is not None or time.monotonic() > deadline:
-                raise
-            time.sleep(0.05)
 
 
 @pytest.fixture
@@ -62,3 +57,7 @@ def bucket(gcs_emulator: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     fs.mkdir(name)
     yield f"gs://{name}"
     fs.clear_instance_cache()  # holds the emulator's address
+
+
+if __name__ == "__main__":
+    serve()

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from gemma4_tpu.config.schema import LoraConfig
+from gemma4_tpu.merge import main
 from gemma4_tpu.models.tensorfile import Checkpoint
 from gemma4_tpu.storage import filesystem
 from tests.export.conftest import tree
@@ -122,19 +123,19 @@ def test_every_run_of_a_sweep(run_of, merge, tmp_path):
     assert len({(tmp_path / "models" / job / "merged/model.safetensors").read_bytes() for job in ("0", "1", "10")}) == 3
 
 
-def test_remote_base_and_remote_target(run_on, full_base, merge):
-    """fsspec's file system in memory stands for gs://: no rename, no append, no seek in what is written."""
+def test_remote_base_and_remote_target(run_on, full_base, merge, bucket):
+    """Google Cloud Storage has no rename, no append, and no seek in what is written."""
     run = run_on()
-    fs, _ = filesystem("memory://")
-    fs.put(str(full_base), "/bucket/base", recursive=True)
+    fs, root = filesystem(bucket)
+    fs.put(str(full_base), f"{root}/base", recursive=True)
     merge(run, "verify=stream", f"run_dir={run}/one")
-    words = ("export.base=memory://bucket/base", "target=memory://bucket/out")
+    words = (f"export.base={bucket}/base", f"target={bucket}/out")
     merge(run, *words, "verify=stream", f"run_dir={run}/two")
     local = tree(run / "merged")
-    assert {name: fs.cat_file(f"/bucket/out/{name}") for name in local} == local
-    assert sorted(p.rsplit("/", 1)[1] for p in fs.ls("/bucket/out", detail=False)) == sorted(local)
-    assert not [p for p in fs.find("/bucket") if "partial" in p]
-    fs.pipe_file("/bucket/out/stale.safetensors", b"")
+    assert {name: fs.cat_file(f"{root}/out/{name}") for name in local} == local
+    assert sorted(p.rsplit("/", 1)[1] for p in fs.ls(f"{root}/out", detail=False)) == sorted(local)
+    assert not [p for p in fs.find(root) if "partial" in p]
+    fs.pipe_file(f"{root}/out/stale.safetensors", b"")
+    assert main([f"run={run}", *words]) == 2
     merge(run, *words, "overwrite=true", "verify=false", f"run_dir={run}/three")
-    assert not fs.exists("/bucket/out/stale.safetensors")
-    fs.rm("/bucket", recursive=True)
+    assert not fs.exists(f"{root}/out/stale.safetensors")
