@@ -9,8 +9,9 @@ from typing import Generic, TypeVar
 from gemma4_tpu.config.checks import Checked, examine_train, normalise
 from gemma4_tpu.config.evaluate_checks import EvaluateChecked, examine_evaluate, normalise_evaluate
 from gemma4_tpu.config.merge_checks import MergeChecked, examine_merge, normalise_merge
+from gemma4_tpu.config.plan_checks import PlanChecked, examine_plan, normalise_plan
 from gemma4_tpu.config.problems import Problem
-from gemma4_tpu.config.schema import EvaluateRoot, MergeRoot, TrainRoot
+from gemma4_tpu.config.schema import EvaluateRoot, MergeRoot, PlanRoot, TrainRoot
 
 Root = TypeVar("Root")
 Checks = TypeVar("Checks")
@@ -96,4 +97,23 @@ EVALUATE: EntryPoint[EvaluateRoot, EvaluateChecked] = EntryPoint(
         ("selfcheck=true", "show what sandbox and simulator do here"),
         ("compare=[<evaluation>,<evaluation>]", "two evaluations, problem by problem"),
     ),
+)
+
+PLAN: EntryPoint[PlanRoot, PlanChecked] = EntryPoint(
+    name="plan",
+    schema=PlanRoot,
+    normalise=normalise_plan,
+    examine=examine_plan,
+    summary=(
+        "Compile the training step for a TPU slice that is not here, and say whether it fits, how fast it can be and"
+        " what the run will cost. Needs no weights. Without arguments: 31B with LoRA on a v5p-8, some minutes."
+    ),
+    examples=(
+        ("hardware=v5p8 model=gemma4_31b lora.rank=64", "31B with LoRA of rank 64 on a v5p-8"),
+        ("experiment=v5p8", "the run that train experiment=v5p8 would be"),
+        ("hardware=v6e4 lora=qlora_nf4 trainer.global_batch_sequences=2", "QLoRA on a v6e-4, two rows per update"),
+        ("hardware=v6e8 search=true", "meshes × remat × batch: dollars against headroom"),
+        ("model=gemma4_e4b model.path=<checkpoint> data.train.0.path=rows.jsonl", "lengths of your own rows"),
+    ),
+    shorthands={"search": "plan.search"},
 )

@@ -26,7 +26,14 @@ def field_types(schema: type) -> dict[str, Any]:
 
 @cache
 def field_docs(schema: type) -> dict[str, str]:
-    """Field name → the string beneath it, on one line."""
+    """Field name → the string beneath it, on one line; inherited fields too."""
+    docs: dict[str, str] = {}
+    for parent in reversed([base for base in schema.__mro__ if is_dataclass(base)]):
+        docs |= _own_docs(parent)
+    return docs
+
+
+def _own_docs(schema: type) -> dict[str, str]:
     (definition,) = ast.parse(inspect.getsource(schema)).body
     assert isinstance(definition, ast.ClassDef)
     docs = {}

@@ -36,6 +36,7 @@ _POSITIVE = (lambda v: 0 < v < math.inf, "a number more than 0")
 _FROM_0 = (lambda v: 0 <= v < math.inf, "a number of at least 0")
 _FROM_1 = (lambda v: 1 <= v < math.inf, "at least 1")
 _DECAY = (lambda v: 0 <= v < 1, "at least 0 and less than 1")
+_PART = (lambda v: 0 < v <= 1, "more than 0 and at most 1")
 _SHARE = (lambda v: 0 <= v <= 1, "between 0 and 1")
 RANGES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "hardware.usd_per_hour": _FROM_0,
@@ -54,6 +55,9 @@ RANGES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "trainer.stall_seconds": _POSITIVE,
     "distributed.num_processes": _FROM_1, "distributed.process_id": _FROM_0,
     "checkpoint.every": _FROM_1, "checkpoint.keep": _FROM_1,
+    "plan.rows": _FROM_1, "plan.mean_tokens": _FROM_1, "plan.p99_tokens": _FROM_1,
+    "plan.utilization_low": _PART, "plan.utilization_high": _PART, "plan.max_attempts": _FROM_0,
+    "plan.max_candidates": _FROM_1, "plan.parallel": _FROM_1,
     "eval.max_problems": _FROM_1, "eval.n": _FROM_1, "eval.temperature": _FROM_0,
     "eval.top_p": (lambda v: 0 < v <= 1, "more than 0 and at most 1"),
     "eval.max_new_tokens": _FROM_1, "eval.batch_size": _FROM_1, "eval.concurrency": _FROM_1, "eval.retries": _FROM_0,

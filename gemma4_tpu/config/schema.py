@@ -384,3 +384,38 @@ class EvaluateRoot:
     """Name of the records' folder in the run folder, or in `outputs`."""
     run_dir: str | None = None
     """Folder of this evaluation; null: `<run>/<name>/<date>_<time>`. Giving the same folder again goes on with it."""
+
+
+@dataclass(kw_only=True)
+class PlanConfig:
+    """What is assumed and tried (`plan=`)."""
+
+    rows: int = 9959
+    """Training examples, where the data can't be read here. The defaults are those of the paper's 10,000 rows."""
+    mean_tokens: float = 922.0
+    """Their mean length."""
+    p99_tokens: float = 2553.0
+    """Length that 99% of them do not exceed."""
+    utilization_low: float = 0.4
+    """Share of the binding roofline that a slow run reaches; the estimates' pessimistic end."""
+    utilization_high: float = 0.6
+    """Share that a fast run reaches; the estimates' optimistic end."""
+    max_attempts: int = 4
+    """When the run does not fit: changes to compile in search of some that do; 0: none."""
+    search: bool = False
+    """Compile every legal mesh with each remat policy and batch size of the slice, and show which are worth it."""
+    search_rows: list[int] = field(default_factory=lambda: [1, 2, 4])
+    """Rows of T for each place on the fsdp axis and microbatch that a search tries."""
+    max_candidates: int = 24
+    """A search compiles at most so many; the others are named as left out."""
+    parallel: int = 1
+    """Compilations at a time in a search, as far as memory permits."""
+
+
+@dataclass(kw_only=True)
+class PlanRoot(TrainRoot):
+    """Everything `python -m gemma4_tpu.plan` takes: what train takes, and what is assumed."""
+
+    plan: PlanConfig = field(default_factory=PlanConfig)
+    name: str = "plan"
+    """Name of the plan; part of the folder's name."""

@@ -1,0 +1,308 @@
+"""FLOPs, bytes and collectives of a compiled program on one chip, corrected for loops and kernels.
+
+XLA's own `cost_analysis` counts the body of a loop once and does not see inside kernels. This walks the optimized
+program from its entry and multiplies. Conventions are XLA's: a multiply-add is two FLOPs; an elementwise operation is
+one per element; transcendental functions are none; a fusion reads its operands and writes its results once; of an array
+that is only sliced, or updated in place, just the slice counts.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections import Counter
+from dataclasses import dataclass, field
+
+from gemma4_tpu.planning import kernels
+from gemma4_tpu.planning.hlo import HBM, Array, Computation, Instruction, Module
+
+COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute", "ragged-all-to-all")
+_FREE = {
+    "parameter", "constant", "tuple", "get-tuple-element", "bitcast", "after-all", "partition-id", "replica-id",
+    "opt-barrier", "while", "conditional", "call", "copy-done", "async-start", "async-done", "async-update", "domain",
+    "add-dependency",
+}  # fmt: skip
+_ELEMENTWISE = {
+    "add", "subtract", "multiply", "divide", "maximum", "minimum", "negate", "abs", "and", "or", "xor", "not", "select",
+    "compare", "clamp", "convert", "floor", "ceil", "round-nearest-even", "round-nearest-afz", "sign", "remainder",
+    "shift-left", "shift-right-logical", "shift-right-arithmetic", "is-finite",
+}  # fmt: skip
+_IN_PLACE = ("dynamic-update-slice", "scatter")
+_SLICES = ("dynamic-slice", "slice", "gather")
+
+
+@dataclass(frozen=True)
+class Traffic:
+    """Bytes that an instruction reads and writes."""
+
+    accessed: float = 0.0
+    """In any memory."""
+    hbm: float = 0.0
+    """Of them, in HBM: the compiler keeps some arrays in on-chip memory."""
+
+    def __add__(self, other: Traffic) -> Traffic:
+        return Traffic(self.accessed + other.accessed, self.hbm + other.hbm)
+
+
+@dataclass
+class Counts:
+    """What one chip does in one run of a program (or a part of it)."""
+
+    matmul_flops: float = 0.0
+    kernel_flops: float = 0.0
+    """Inside Pallas kernels."""
+    other_flops: float = 0.0
+    """Elementwise operations and reductions."""
+    traffic: Traffic = field(default_factory=Traffic)
+    collectives: Counter[str] = field(default_factory=Counter)
+    """How often each kind runs."""
+    collective_bytes: Counter[str] = field(default_factory=Counter)
+    """Bytes that a chip sends for each kind, by the usual ring algorithms."""
+    unknown_kernels: Counter[str] = field(default_factory=Counter)
+    """Calls of kernels about which nothing is known: their FLOPs are missing."""
+    unknown_loops: int = 0
+    """Loops without a readable trip count, counted once."""
+
+    @property
+    def flops(self) -> float:
+        return self.matmul_flops + self.kernel_flops + self.other_flops
+
+    def add(self, other: Counts, times: float = 1) -> None:
+        """Adds `times` runs of `other`."""
+        self.matmul_flops += other.matmul_flops * times
+        self.kernel_flops += other.kernel_flops * times
+        self.other_flops += other.other_flops * times
+        self.traffic += Traffic(other.traffic.accessed * times, other.traffic.hbm * times)
+        self.unknown_loops += other.unknown_loops
+        for name in ("collectives", "collective_bytes", "unknown_kernels"):
+            for kind, amount in getattr(other, name).items():
+                getattr(self, name)[kind] += amount * times
+
+
+def count(module: Module, *, loops_once: bool = False) -> Counts:
+    """Counts a whole program; `loops_once` counts the body of each loop once, as XLA's `cost_analysis` does."""
+    return _Counter(module, loops_once).computation(module.entry.name)
+
+
+class _Counter:
+    """Walks computations, each of them once."""
+
+    def __init__(self, module: Module, loops_once: bool):
+        self.module = module
+        self.loops_once = loops_once
+        self.known: dict[str, Counts] = {}
+        self.fused: dict[str, Counts] = {}
+
+    def computation(self, name: str, *, inside_fusion: bool = False) -> Counts:
+        """Everything in a computation; inside a fusion only arithmetic counts, traffic counts at its boundary."""
+        known = self.fused if inside_fusion else self.known
+        if name not in known:
+            total = Counts()
+            computation = self.module.computations[name]
+            for instruction in computation.instructions.values():
+                self._instruction(total, computation, instruction, inside_fusion)
+            known[name] = total
+        return known[name]
+
+    def _instruction(self, total: Counts, within: Computation, one: Instruction, inside_fusion: bool) -> None:
+        called = one.called
+        if one.opcode == "while":
+            trips = 1 if self.loops_once else self.module.trip_count(one)
+            total.unknown_loops += trips is None
+            for role in ("body", "condition"):
+                total.add(self.computation(called[role]), trips or 1)
+        elif one.opcode == "conditional":  # the dearest branch
+            total.add(max((self.computation(name) for name in called.values()), key=lambda counts: counts.flops))
+        elif one.opcode in ("call", "async-start"):
+            total.add(self.computation(called.get("calls") or called["to_apply"]))
+        elif one.opcode == "fusion":
+            total.add(self._fusion(one))
+        elif one.opcode == "dot":
+            total.matmul_flops += _dot_flops(one, self._arrays(within, one))
+        elif one.opcode == "convolution":
+            total.matmul_flops += _convolution_flops(one, self._arrays(within, one))
+        elif one.opcode in _ELEMENTWISE:
+            total.other_flops += one.arrays[0].elements
+        elif one.opcode == "reduce":
+            total.other_flops += sum(a.elements for a in self._arrays(within, one)[: len(one.arrays)])
+        if (kind := one.opcode.removesuffix("-start")) in COLLECTIVES:
+            self._collective(total, kind, one, self._arrays(within, one))
+        traffic = Traffic()
+        if not inside_fusion:
+            traffic = self._traffic(within, one)
+        if one.opcode == "custom-call" and f'"{kernels.TARGET}"' in one.attributes:
+            work = kernels.kernel_work(one, [within.instructions[name].arrays for name in one.operands])
+            if work is None:
+                total.unknown_kernels[one.name.rstrip("0123456789.")] += 1
+            else:
+                total.kernel_flops += work.flops
+                traffic = Traffic(traffic.accessed, max(traffic.hbm, work.bytes))
+        total.traffic += traffic
+
+    def _fusion(self, one: Instruction) -> Counts:
+        """The arithmetic of a fusion. An all-reduce of which each chip keeps a slice moves what a reduce-scatter does."""
+        counts = self.computation(one.called["calls"], inside_fusion=True)
+        if one.name.startswith("all-reduce-scatter") and counts.collectives["all-reduce"]:
+            renamed = Counts()
+            renamed.add(counts)
+            renamed.collectives["reduce-scatter"] += renamed.collectives.pop("all-reduce")
+            renamed.collective_bytes["reduce-scatter"] += renamed.collective_bytes.pop("all-reduce") / 2
+            return renamed
+        return counts
+
+    def _arrays(self, within: Computation, one: Instruction) -> list[Array]:
+        return [array for name in one.operands for array in within.instructions[name].arrays]
+
+    def _collective(self, total: Counts, kind: str, one: Instruction, operands: list[Array]) -> None:
+        size = _group_size(one, self.module.devices)
+        total.collectives[kind] += 1
+        given = sum(array.bytes for array in operands)
+        share = (size - 1) / size
+        sent = {
+            "all-reduce": 2 * share * given,
+            "all-gather": (size - 1) * given,
+            "reduce-scatter": share * given,
+            "all-to-all": share * given,
+            "ragged-all-to-all": share * given,
+            "collective-permute": given,
+        }[kind]
+        total.collective_bytes[kind] += sent
+
+    # ── bytes ──────────────────────────────────────────────────────────────────────────────────────────────────────
+
+    def _traffic(self, within: Computation, one: Instruction) -> Traffic:
+        """What one instruction outside fusions reads and writes."""
+        if one.opcode in _FREE or one.opcode.endswith("-done"):
+            return Traffic()
+        if one.opcode == "custom-call" and f'"{kernels.TARGET}"' not in one.attributes:
+            return Traffic()  # allocations and annotations
+        if one.opcode == "copy-start":
+            target, source = one.arrays[:2]
+            return _moved(target, target.bytes) + _moved(source, source.bytes)
+        operands = [within.instructions[name] for name in one.operands]
+        if one.opcode == "fusion":
+            fused = self.module.computations[one.called["calls"]]
+            total = Traffic()
+            for number, operand in enumerate(operands):
+                total += _moved(operand.arrays[0], self._read(fused, fused.parameters[number]))
+            written = self._written(fused, fused.instructions[fused.root])
+            for array, size in zip(one.arrays, written, strict=True):
+                total += _moved(array, size)
+            return total
+        arrays = [array for operand in operands for array in operand.arrays]
+        results = one.arrays[len(arrays) :] if one.opcode.endswith("-start") else one.arrays
+        if one.opcode.removesuffix("-start") in _SLICES:
+            return _moved(arrays[0], results[0].bytes) + _moved(results[0], results[0].bytes)
+        if one.opcode in _IN_PLACE:
+            update = arrays[-1] if one.opcode == "scatter" else arrays[1]
+            return _moved(update, update.bytes) + _moved(one.arrays[0], update.bytes)
+        total = Traffic()
+        for array in (*arrays, *results):
+            total += _moved(array, array.bytes)
+        return total
+
+    def _read(self, computation: Computation, value: Instruction) -> float:
+        """Bytes of `value`, a parameter of a fused computation, that are touched there."""
+        touched = 0.0
+        for user in computation.users.get(value.name, []):
+            if user.opcode in _SLICES and user.operands[0] == value.name:
+                touched += user.bytes
+            elif user.opcode == "dynamic-update-slice" and user.operands[0] == value.name:
+                continue
+            elif user.opcode == "bitcast":
+                touched += self._read(computation, user)
+            elif user.opcode == "fusion":
+                inner = self.module.computations[user.called["calls"]]
+                places = [i for i, name in enumerate(user.operands) if name == value.name]
+                touched += sum(self._read(inner, inner.parameters[place]) for place in places)
+            else:
+                return value.bytes
+        return min(touched, value.bytes)
+
+    def _written(self, computation: Computation, root: Instruction) -> list[float]:
+        """Bytes written for each array of a fused computation's result."""
+        if root.opcode == "tuple":
+            return [
+                size for name in root.operands for size in self._written(computation, computation.instructions[name])
+            ]
+        if root.opcode == "bitcast":
+            return self._written(computation, computation.instructions[root.operands[0]])
+        if root.opcode == "dynamic-update-slice":
+            return [computation.instructions[root.operands[1]].bytes]
+        if root.opcode == "scatter":
+            return [computation.instructions[root.operands[-1]].bytes]
+        if root.opcode == "fusion":
+            inner = self.module.computations[root.called["calls"]]
+            return self._written(inner, inner.instructions[inner.root])
+        return [array.bytes for array in root.arrays]
+
+
+def _moved(array: Array, size: float) -> Traffic:
+    return Traffic(size, size if array.space == HBM else 0.0)
+
+
+def _dot_flops(one: Instruction, operands: list[Array]) -> float:
+    contracted = math.prod(operands[0].dims[dim] for dim in one.numbers("lhs_contracting_dims"))
+    return 2.0 * one.arrays[0].elements * contracted
+
+
+def _convolution_flops(one: Instruction, operands: list[Array]) -> float:
+    """2 · batch · output features · input features · places where window and input meet.
+
+    The TPU compiler writes every matrix product as a convolution, with heads as spatial dims and padding around them:
+    products with padding are not taken.
+    """
+    labels = re.search(r"dim_labels=(\w+)_(\w+)->(\w+)", one.attributes)
+    assert labels is not None, one.name
+    left, kernel, out = (
+        dict(zip(names, array.dims, strict=True))
+        for names, array in zip(labels.groups(), (operands[0], operands[1], one.arrays[0]), strict=True)
+    )
+    window = dict(re.findall(r"(\w+)=([\dx_,-]+)", (re.search(r"window=\{([^}]*)\}", one.attributes) or [""])[0]))
+    spatial = [label for label in labels[1] if label.isdecimal()]
+    meetings = 1
+    for place, label in enumerate(sorted(spatial)):
+
+        def setting(name: str, otherwise: str, place: int = place) -> str:
+            return window[name].split("x")[place] if name in window else otherwise
+
+        meetings *= _meetings(
+            left[label],
+            int(setting("size", "1")),
+            out[label],
+            int(setting("stride", "1")),
+            int(setting("pad", "0_0").split("_")[0]),
+            int(setting("lhs_dilate", "1")),
+            int(setting("rhs_dilate", "1")),
+        )
+    batch_groups = int((re.search(r"batch_group_count=(\d+)", one.attributes) or ["", "1"])[1])
+    return 2.0 * meetings * left["b"] / batch_groups * kernel["i"] * kernel["o"]
+
+
+def _meetings(length: int, size: int, out: int, stride: int, pad: int, dilation: int, window_dilation: int) -> int:
+    """Pairs of an output place and a window place that fall onto an input element."""
+    span = (length - 1) * dilation + 1
+    if stride == dilation == 1:
+        return sum(
+            max(0, min(out, span + pad - w * window_dilation) - max(0, pad - w * window_dilation)) for w in range(size)
+        )
+    return sum(
+        0 <= place < span and place % dilation == 0
+        for o in range(out)
+        for w in range(size)
+        for place in (o * stride + w * window_dilation - pad,)
+    )
+
+
+def _group_size(one: Instruction, devices: int) -> int:
+    """Chips that take part in one collective. Knows lists, `[groups,size]<=[…]` and `mesh[…] {axes}`."""
+    text = one.attributes
+    if listed := re.search(r"replica_groups=\{\{([\d,]*)\}", text):
+        return len(listed[1].split(","))
+    if iota := re.search(r"replica_groups=\[(\d+),(\d+)\]", text):
+        return int(iota[2])
+    if mesh := re.search(r"replica_groups=mesh\[([^\]]*)\] ?\{([^}]*)\}", text):
+        sizes = dict(re.findall(r"'([^']+)'=(\d+)", mesh[1]))
+        axes = re.findall(r"'([^']+)'(?::\(\d+\)(\d+))?", mesh[2])
+        return math.prod(int(part or sizes[axis]) for axis, part in axes)
+    return devices

@@ -1,0 +1,108 @@
+"""How many real tokens an update of the configured run has, and how many updates there are.
+
+From the rows themselves where they can be read, else from stated lengths; both are packed by the code that training
+packs with.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from dataclasses import dataclass
+from statistics import NormalDist
+from typing import Any
+
+import numpy as np
+
+from gemma4_tpu.config.checks import rows_per_update
+from gemma4_tpu.config.schema import DataConfig, PlanConfig, PlanRoot, TrainerConfig
+from gemma4_tpu.data.examples import Examples
+from gemma4_tpu.data.plan import Plan
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Fill:
+    """What the data makes of a run."""
+
+    examples: int
+    mean_tokens: float
+    real_tokens_per_update: float
+    """Mean over the run, over all chips."""
+    fill: float
+    """Real tokens as a share of the slots of the compiled program, whose rows all have T."""
+    updates: int
+    source: str
+    """`measured` or `assumed`, and from what."""
+
+
+def fill_of(config: PlanRoot, data_here: bool) -> Fill:
+    """Measures or assumes the lengths of the training examples and lays them into rows.
+
+    Raises:
+      UserError: the data is here, but cannot be read.
+    """
+    if data_here:
+        examples, source = _read(config), f"measured: {', '.join(s.path for s in config.data.train)}, tokenised here"
+    else:
+        examples = _of_lengths(_stated_lengths(config.plan, config.data))
+        stated = config.plan
+        source = (
+            f"assumed: {len(examples):,} examples, lognormal lengths of mean {stated.mean_tokens:g} and 99th percentile "
+            f"{stated.p99_tokens:g} tokens (plan.rows, plan.mean_tokens, plan.p99_tokens)"
+        )
+    return _packed(examples, config.data, config.trainer, source)
+
+
+def _packed(examples: Examples, data: DataConfig, trainer: TrainerConfig, source: str) -> Fill:
+    rows = rows_per_update(trainer, data)
+    plan = Plan(
+        examples, data, rows_per_update=rows, seed=trainer.seed, epochs=trainer.epochs, max_updates=trainer.max_updates
+    )
+    # Each pass over the data packs alike, so the first ones stand for all of a long run.
+    looked_at = min(len(plan), 5000)
+    real = sum(int(examples.slots[row].sum()) for u in range(looked_at) for row in plan[u].rows)
+    mean = real / max(looked_at, 1)
+    slots = examples.slots
+    return Fill(len(examples), float(slots.mean()), mean, mean / (rows * data.sequence_length), len(plan), source)
+
+
+def _read(config: PlanRoot) -> Examples:
+    from dataclasses import replace
+
+    from gemma4_tpu.data.build import build_data
+    from gemma4_tpu.data.tokenizer import load_tokenizer
+    from gemma4_tpu.models.base import resolve_base
+
+    model: Any = config.model if config.model.path else replace(config.model, path="random:0")
+    return build_data(config.data, load_tokenizer(resolve_base(model).tokenizer_folder)).train
+
+
+def _stated_lengths(plan: PlanConfig, data: DataConfig) -> np.ndarray:
+    """int64 [rows]: quantiles of the lognormal distribution with this mean and 99th percentile, at most T."""
+    rows = plan.rows if data.max_rows is None else min(plan.rows, data.max_rows)
+    tail = NormalDist().inv_cdf(0.99)
+    spread = math.log(plan.p99_tokens / plan.mean_tokens)
+    # mean = exp(µ + σ²/2) and p99 = exp(µ + tail·σ); no lognormal is steeper than σ = tail
+    sigma = tail - math.sqrt(max(tail**2 - 2 * spread, 0.0))
+    mu = math.log(plan.mean_tokens) - sigma**2 / 2
+    normal = NormalDist(mu, sigma) if sigma else None
+    lengths = [math.exp(normal.inv_cdf((i + 0.5) / rows)) if normal else plan.mean_tokens for i in range(rows)]
+    return np.clip(np.round(lengths), 1, data.sequence_length).astype(np.int64)
+
+
+def _of_lengths(slots: np.ndarray) -> Examples:
+    """Examples with these lengths and no content."""
+    offsets = np.concatenate([[0], np.cumsum(slots + 1)])
+    total, count = int(offsets[-1]), len(slots)
+    return Examples(
+        tokens=np.zeros(total, np.int32),
+        flags=np.zeros(total, bool),
+        offsets=offsets,
+        source=np.zeros(count, np.int16),
+        weights=(1.0,),
+        files=("",),
+        file=np.zeros(count, np.int32),
+        row=np.arange(1, count + 1),
+    )

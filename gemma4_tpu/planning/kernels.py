@@ -1,0 +1,90 @@
+"""What Pallas kernels compute and move: the compiler does not look inside them.
+
+Splash attention is counted from the blocks that its mask leaves, which is how it skips work; any other kernel by the
+estimate that its author gave the compiler (`cost_estimate`), and counted as unknown where there is none.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from dataclasses import dataclass
+
+from gemma4_tpu.planning.hlo import Array, Instruction
+
+TARGET = "tpu_custom_call"
+_MATMULS = {"fwd": 2, "dq": 3, "dkv": 4}
+"""Products of [block, head width] blocks: scores and values; scores, their gradient, dq; … dk and dv as well."""
+_FUSED_BACKWARD_MATMULS = 5
+_SMALL = ("s8", "u8")
+
+
+@dataclass(frozen=True)
+class Work:
+    """What one call of a kernel does on one chip."""
+
+    flops: float
+    bytes: float
+    """Read from and written to HBM."""
+
+
+def kernel_work(call: Instruction, operands: list[tuple[Array, ...]]) -> Work | None:
+    """The work of a kernel call; None where nothing is known about this kernel."""
+    if "splash_m" in call.name or "splash_m" in call.attributes:
+        return _splash(call, [arrays[0] for arrays in operands])
+    told = re.search(r'"cost_estimate":\{([^}]*)\}', call.attributes)
+    if told is None:
+        return None
+    values = dict(re.findall(r'"(\w+)":"?(\d+)', told[1]))
+    boundary = call.bytes + sum(array.bytes for arrays in operands for array in arrays)
+    return Work(float(values.get("flops", 0)), float(values.get("bytes_accessed", boundary)))
+
+
+def _splash(call: Instruction, operands: list[Array]) -> Work | None:
+    """Splash attention, forward or backward.
+
+    Operands: block tables [heads, q blocks, kv blocks] as small integers, then q [.., N, T, H], k and v [.., K, T, H].
+    Only blocks that hold something unmasked are visited, at most the width of the tables in each line (a sliding
+    window); in each visited block all products are taken.
+    """
+    kind = next((kind for kind in _MATMULS if f"_{kind}" in call.name + _op_name(call)), None)
+    tables = [array for array in operands if array.dtype in _SMALL]
+    q, k = [array for array in operands if len(array.dims) >= 3 and array.dtype not in _SMALL][:2]
+    if kind is None or not tables:
+        return None
+    block_q, block_kv = _blocks(call, kind)
+    length, width = q.dims[-2:]
+    q_lines, kv_lines = math.ceil(length / block_q), math.ceil(k.dims[-2] / block_kv)
+    table = tables[0].dims[-2:]
+    if kind == "dkv":
+        visited = sum(min(q_lines - j * block_kv // block_q, table[0]) for j in range(kv_lines))
+    else:
+        visited = sum(min(math.ceil((i + 1) * block_q / block_kv), table[1]) for i in range(q_lines))
+    fused = kind == "dkv" and 'use_fused_bwd_kernel\\": true' in call.attributes
+    matmuls = _FUSED_BACKWARD_MATMULS if fused else _MATMULS[kind]
+    heads = math.prod(q.dims[:-2])
+    item = q.bytes / q.elements
+    # The side that stays is read once; the other side's blocks are read again for each visit.
+    moved = 2 * block_q if kind == "dkv" else 2 * block_kv
+    boundary = call.bytes + sum(array.bytes for array in operands)
+    moving_once = 2 * (q.bytes if kind == "dkv" else k.bytes)
+    traffic = boundary - moving_once + heads * visited * moved * width * item
+    return Work(2.0 * matmuls * heads * visited * block_q * block_kv * width, traffic)
+
+
+def _op_name(call: Instruction) -> str:
+    found = re.search(r'op_name="([^"]*)"', call.attributes)
+    return found[1] if found else ""
+
+
+def _blocks(call: Instruction, kind: str) -> tuple[int, int]:
+    """(tokens in a block of queries, of keys) as the kernel's own metadata tells them."""
+    suffix = "" if kind == "fwd" else f"_{kind}"
+
+    def size(name: str) -> int:
+        found = re.search(rf'\b{name}{suffix}\\": (\d+)', call.attributes)
+        if found is None:
+            raise ValueError(f"{call.name}: its metadata names no {name}{suffix}")
+        return int(found[1])
+
+    return size("block_q"), size("block_kv")

@@ -1,0 +1,64 @@
+"""Slices that are not there: libtpu describes their devices and compiles for them on any Linux machine."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import re
+from typing import Any
+
+from gemma4_tpu.errors import UserError
+from gemma4_tpu.hardware import Slice
+
+ENVIRONMENT = {
+    "JAX_PLATFORMS": "cpu",  # nothing runs on an accelerator
+    "TPU_SKIP_MDS_QUERY": "1",  # there is no metadata server to ask
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # several plans at a time
+}
+"""What a process that compiles for absent TPUs sets before it imports JAX."""
+
+
+def require_compiler() -> None:
+    """Raises `UserError` where the TPU compiler is not installed."""
+    if importlib.util.find_spec("libtpu") is None:
+        raise UserError("planning compiles with libtpu, which is not installed: pip install 'gemma4-tpu[tpu]'")
+
+
+def set_environment() -> None:
+    """Sets `ENVIRONMENT`; to be called before JAX is imported."""
+    os.environ.update(ENVIRONMENT)
+
+
+def absent_devices(wanted: Slice) -> list[Any]:
+    """The devices of a TPU slice, as the compiler sees them. JAX must run under `ENVIRONMENT`.
+
+    Raises:
+      UserError: libtpu is missing, or does not know this slice.
+    """
+    require_compiler()
+    from jax.experimental import topologies
+
+    if wanted.topology is None:
+        raise UserError(f"{wanted.name}: the compiler plans for TPUs only")
+    bounds = {"chips_per_host_bounds": [1, 1, 1]} if wanted.chips == 1 else {}
+    try:
+        described = topologies.get_topology_desc(wanted.topology, platform="tpu", **bounds)
+    except Exception as error:  # libtpu raises its own kinds
+        reason = (str(error) or repr(error)).splitlines()[0]
+        raise UserError(f"libtpu does not describe {wanted.name} ({wanted.topology}): {reason}") from error
+    devices = list(described.devices)
+    if len(devices) != wanted.chips:
+        raise UserError(f"{wanted.name} has {wanted.chips} chips, but libtpu describes {len(devices)} devices")
+    return devices
+
+
+def links_in_use(wanted: Slice) -> tuple[float, int]:
+    """(mean number of neighbours of a chip in this slice, links that a chip has).
+
+    v5p and later have a 3D torus (six links), v5e and v6e a 2D one (four). No wrap-around is assumed: small slices have
+    none, large ones do better.
+    """
+    if wanted.topology is None:
+        return 1.0, 1
+    sizes = [int(size) for size in re.findall(r"\d+", wanted.topology.partition(":")[2])]
+    return sum(2 * (size - 1) / size for size in sizes), 2 * len(sizes)
