@@ -92,7 +92,7 @@ def extract_code(answer: str) -> str:
     """
     kept: list[str] = []
     names: set[str] = set()
-    for block in reversed(_fenced(answer) or [_unfenced(answer)]):
+    for block in reversed(fenced_blocks(answer) or [_unfenced(answer)]):
         try:
             own = module_names(block) if "module" in block else set()
         except RowDropped:
@@ -211,7 +211,7 @@ def _last_answer(response: list[Any]) -> Any:
     return last.get("content") if isinstance(last, dict) else last
 
 
-def _fenced(answer: str) -> list[str]:
+def fenced_blocks(answer: str) -> list[str]:
     """The insides of Verilog fences (or bare ones), the last of which may be unclosed."""
     blocks: list[tuple[str, list[str]]] = []  # (language, lines)
     inside = False

@@ -37,6 +37,9 @@ class Problem:
     `samples`, where there are any."""
     official_rule: Callable[[str], bool]
     """The benchmark's own verdict from everything that compiler and simulation printed."""
+    failure_pattern: str | None = None
+    """Regular expression of what a bench prints instead of its result when it counted errors; null: it always prints a
+    result."""
     files: Mapping[str, str] = field(default_factory=dict)
     """Data files that the bench reads, by name."""
 

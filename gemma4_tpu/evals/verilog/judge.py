@@ -1,0 +1,88 @@
+"""The Verilog judge: completions in, verdicts out.
+
+with VerilogJudge(JudgeConfig()) as judge:
+print(judge.prepare(problems).table())
+verdicts = judge.judge_all((problem, completion) for …)
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import Future
+
+from gemma4_tpu.config.schema import JudgeConfig
+from gemma4_tpu.evals.problems import Problem, Verdict
+from gemma4_tpu.evals.verilog.extract import extract
+from gemma4_tpu.evals.verilog.iverilog import find_tools
+from gemma4_tpu.evals.verilog.pool import Pool
+from gemma4_tpu.evals.verilog.probe import choose_level, try_levels
+from gemma4_tpu.evals.verilog.selfcheck import VerilogSelfCheck, check_references
+from gemma4_tpu.evals.verilog.verdict import Golden
+
+AHEAD = 4  # samples per worker that wait to be judged
+
+
+class VerilogJudge:
+    """Judges by simulation with Icarus Verilog in a sandbox. Thread-safe; a context manager.
+
+    Raises:
+      UserError: the simulator is missing or too old, or no sandbox works and `unsafe` is false.
+    """
+
+    name = "verilog"
+
+    def __init__(self, config: JudgeConfig):
+        self._config = config
+        self.tools = find_tools(config.iverilog)
+        self._pool = Pool(config, self.tools)
+        try:
+            self._levels = try_levels(self._pool)
+            self.level = choose_level(config, self._levels)
+        except BaseException:
+            self._pool.close()
+            raise
+        self._golden: dict[str, Golden] = {}
+
+    def prepare(self, problems: Sequence[Problem], *, fresh: bool = False) -> VerilogSelfCheck:
+        """Has the references judged, or recalls what they did with this simulator; `fresh` never recalls."""
+        check = check_references(
+            problems, self._pool, self._config, self.tools, level=self.level, levels=self._levels, fresh=fresh
+        )
+        self._golden.update(check.golden)
+        return check
+
+    def submit(self, problem: Problem, completion: str) -> Future[Verdict]:
+        """A verdict to come, while others are generated."""
+        if problem.name not in self._golden:
+            raise AssertionError(f"{problem.name}: prepare() has not seen this problem")
+        code = extract(completion, problem.top)
+        return self._pool.verdict(problem, code, self._golden[problem.name], self.level)
+
+    def judge(self, problem: Problem, completion: str) -> Verdict:
+        """The verdict on one completion."""
+        return self.submit(problem, completion).result()
+
+    def judge_all(self, samples: Iterable[tuple[Problem, str]]) -> Iterator[Verdict]:
+        """Verdicts in the order of the samples, on all workers; only a few samples are taken ahead."""
+        waiting: deque[Future[Verdict]] = deque()
+        samples = iter(samples)
+        ahead = AHEAD * self._pool.workers
+        for problem, completion in itertools.islice(samples, ahead):
+            waiting.append(self.submit(problem, completion))
+        while waiting:
+            verdict = waiting.popleft().result()
+            for problem, completion in itertools.islice(samples, 1):
+                waiting.append(self.submit(problem, completion))
+            yield verdict
+
+    def __enter__(self) -> VerilogJudge:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Ends the workers."""
+        self._pool.close()

@@ -1,0 +1,142 @@
+"""The judge: worker processes that stay, each with its own sandbox and its own folder in memory.
+
+Workers are single-threaded and light, so that starting a simulation is a fork of little; no Python starts per sample.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import tempfile
+from concurrent.futures import Future, ProcessPoolExecutor
+from dataclasses import dataclass, field
+from multiprocessing import get_context
+from multiprocessing.queues import Queue
+from pathlib import Path
+
+from gemma4_tpu.config.schema import JudgeConfig
+from gemma4_tpu.evals.problems import Problem, Verdict, VerdictClass
+from gemma4_tpu.evals.verilog.iverilog import Tools
+from gemma4_tpu.evals.verilog.probe import spy
+from gemma4_tpu.evals.verilog.sandbox import Level, Sandbox
+from gemma4_tpu.evals.verilog.verdict import Golden, Trial, judge_code, reference_as_answer
+
+MEMORY_FOLDER = Path("/dev/shm")
+ORPHAN_CHECK_SECONDS = 2.0
+NO_CODE = Verdict(kind=VerdictClass.NO_RESULT, detail="no module in the completion", official=False, refused_by="text")
+
+
+def default_workers() -> int:
+    """One for each CPU core that this process may use."""
+    return len(os.sched_getaffinity(0))
+
+
+class Pool:
+    """Worker processes for judging, a context manager. Thread-safe."""
+
+    def __init__(self, config: JudgeConfig, tools: Tools):
+        self.workers = config.workers or default_workers()
+        memory = MEMORY_FOLDER if os.access(MEMORY_FOLDER, os.W_OK) else None
+        self._root = Path(tempfile.mkdtemp(prefix="gemma4_tpu_judge_", dir=memory))
+        self._root.chmod(0o711)  # workers run simulations as other users
+        context = get_context("spawn")
+        numbers = context.Queue()
+        for number in range(self.workers):
+            numbers.put(number)
+        self._executor = ProcessPoolExecutor(
+            self.workers,
+            mp_context=context,
+            initializer=_start_worker,
+            initargs=(config, tools, self._root, numbers, os.getpid()),
+        )
+
+    def spy(self, level: Level) -> Future[str | None]:
+        """Why a level of isolation does not work here; null: it does."""
+        return self._executor.submit(_spy, level)
+
+    def golden(self, problem: Problem, level: Level) -> Future[Golden]:
+        """What the reference does."""
+        return self._executor.submit(_golden, problem, level)
+
+    def verdict(self, problem: Problem, code: str | None, golden: Golden, level: Level) -> Future[Verdict]:
+        """The verdict on extracted code."""
+        if code is None:
+            future: Future[Verdict] = Future()
+            future.set_result(NO_CODE)
+            return future
+        return self._executor.submit(_verdict, problem, code, golden, level)
+
+    def __enter__(self) -> Pool:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Ends the workers and removes their folders."""
+        self._executor.shutdown(cancel_futures=True)
+        shutil.rmtree(self._root, ignore_errors=True)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Worker:
+    """What a worker process holds."""
+
+    config: JudgeConfig
+    tools: Tools
+    folder: Path
+    number: int
+    sandboxes: dict[Level, Sandbox] = field(default_factory=dict)
+
+    def sandbox(self, level: Level) -> Sandbox:
+        if level not in self.sandboxes:
+            self.sandboxes[level] = Sandbox(
+                level=level, config=self.config, readable=self.tools.readable, number=self.number
+            )
+        return self.sandboxes[level]
+
+    def empty_folder(self, sandbox: Sandbox) -> Path:
+        shutil.rmtree(self.folder, ignore_errors=True)
+        self.folder.mkdir(mode=0o700)
+        sandbox.adopt(self.folder)
+        return self.folder
+
+    def trial(self, problem: Problem, code: str, level: Level) -> Trial:
+        sandbox = self.sandbox(level)
+        folder = self.empty_folder(sandbox)
+        return Trial(problem=problem, code=code, tools=self.tools, sandbox=sandbox, folder=folder)
+
+
+_worker: _Worker | None = None  # set once in each worker process
+
+
+def _start_worker(config: JudgeConfig, tools: Tools, root: Path, numbers: Queue[int], parent: int) -> None:
+    global _worker
+    number = numbers.get()
+    _worker = _Worker(config=config, tools=tools, folder=root / str(number), number=number)
+    signal.signal(signal.SIGALRM, lambda *_: _end_with(parent))
+    signal.setitimer(signal.ITIMER_REAL, ORPHAN_CHECK_SECONDS, ORPHAN_CHECK_SECONDS)
+
+
+def _end_with(parent: int) -> None:
+    """A worker whose parent was killed ends too; the command that it runs dies with it."""
+    if os.getppid() != parent:
+        os._exit(1)
+
+
+def _spy(level: Level) -> str | None:
+    sandbox = _worker.sandbox(level)
+    return spy(_worker.tools, sandbox, _worker.empty_folder(sandbox))
+
+
+def _golden(problem: Problem, level: Level) -> Golden:
+    trial = _worker.trial(problem, reference_as_answer(problem), level)
+    outcome = trial.strict(None)
+    passed = outcome.kind is VerdictClass.PASS
+    failure = None if passed else f"{outcome.kind}: {outcome.detail}"
+    return Golden(samples=outcome.samples, failure=failure, cpu_seconds=round(trial.cpu_seconds, 3))
+
+
+def _verdict(problem: Problem, code: str, golden: Golden, level: Level) -> Verdict:
+    return judge_code(_worker.trial(problem, code, level), golden)

@@ -1,0 +1,233 @@
+"""Runs one hostile command at a time: confined, limited, and with nothing of it left when it ends.
+
+A `Sandbox` belongs to one single-threaded worker process. Levels, from the strictest:
+
+- `bubblewrap`: own namespaces (files, processes, network), only the simulator's files and the work folder are there;
+- `landlock`: the kernel refuses all other files (and, by its version, TCP, signals to others);
+- `none`: limits on resources alone; files can be read and written.
+
+All of them: own session, no input, cleared environment, limits on CPU time, memory, file size, processes and output,
+another user where the worker is root, and every process that is left is killed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import functools
+import os
+import resource
+import selectors
+import signal
+import subprocess
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from enum import StrEnum
+from pathlib import Path
+
+import psutil
+
+from gemma4_tpu.config.schema import JudgeConfig
+from gemma4_tpu.evals.verilog import landlock
+
+SYSTEM_PATHS = tuple(Path(p) for p in ("/usr", "/bin", "/lib", "/lib32", "/lib64", "/nix/store", "/etc/ld.so.cache"))
+DEVICES = (Path("/dev/null"),)
+FIRST_UID = 60800  # a range that neither distributions nor systemd give to anyone
+OTHERS_HEADROOM = 4096  # the kernel counts all processes of an ordinary user: room for what else they start meanwhile
+WALL_FACTOR, WALL_EXTRA_SECONDS = 6, 10  # on a busy machine CPU time is what counts; this ends what only sleeps
+
+_PR_SET_PDEATHSIG, _PR_SET_CHILD_SUBREAPER = 1, 36
+_libc = ctypes.CDLL(None, use_errno=True)
+
+
+class Level(StrEnum):
+    """How far a command is isolated."""
+
+    BUBBLEWRAP = "bubblewrap"
+    LANDLOCK = "landlock"
+    NONE = "none"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Finished:
+    """What a command did."""
+
+    returncode: int
+    """Negative or above 128: ended by a signal."""
+    stdout: str
+    stderr: str
+    cpu_seconds: float
+    """Of all its processes."""
+    stopped: str | None
+    """Why it was stopped: `cpu`, `wall`, `output`; null: it ended by itself."""
+
+
+@dataclass(kw_only=True)
+class Sandbox:
+    """How commands run in one worker.
+
+    `readable` are further paths that commands may read and execute; `number` tells workers apart.
+    """
+
+    level: Level
+    config: JudgeConfig
+    readable: tuple[Path, ...] = ()
+    number: int = 0
+    uid: int | None = field(init=False)
+    max_processes: int = field(init=False)
+
+    def __post_init__(self):
+        self.uid = FIRST_UID + self.number if os.getuid() == 0 else None
+        others = 0 if self.uid is not None else _own_threads() + OTHERS_HEADROOM
+        self.max_processes = self.config.processes + others
+        # Grandchildren whose parent dies become children of this process, which ends them.
+        if _libc.prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0):
+            raise OSError(ctypes.get_errno(), "prctl(PR_SET_CHILD_SUBREAPER)")
+
+    def adopt(self, *paths: Path) -> None:
+        """Gives files to the user that commands run as."""
+        if self.uid is not None:
+            for path in paths:
+                os.chown(path, self.uid, self.uid)
+
+    def run(self, command: Sequence[str], folder: Path, *, writable: Sequence[Path] = ()) -> Finished:
+        """Runs `command` in `folder`, which it may read; it may write only beneath `writable`."""
+        ruleset = None
+        if self.level is Level.BUBBLEWRAP:
+            command = [*self._bubblewrap(folder, writable), *command]
+        elif self.level is Level.LANDLOCK:
+            readable = (*SYSTEM_PATHS, *self.readable, folder)
+            ruleset = landlock.make_ruleset(readable, (*DEVICES, *writable))
+        try:
+            process = subprocess.Popen(
+                command,
+                cwd=folder,
+                env={"PATH": "/usr/bin:/bin", "LC_ALL": "C", "TMP": str(folder), "TMPDIR": str(folder)},
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                start_new_session=True,
+                user=self.uid,
+                group=self.uid,
+                extra_groups=None if self.uid is None else [],
+                preexec_fn=functools.partial(_confine, self._limits(), ruleset),
+            )
+        finally:
+            if ruleset is not None:
+                os.close(ruleset)
+        return self._supervise(process)
+
+    def _bubblewrap(self, folder: Path, writable: Sequence[Path]) -> list[str]:
+        arguments = ["bwrap", "--unshare-all", "--die-with-parent", "--new-session", "--dev", "/dev"]
+        for path in (*SYSTEM_PATHS, *self.readable):
+            if path.exists():
+                arguments += ["--ro-bind", str(path), str(path)]
+        arguments += ["--ro-bind", str(folder), str(folder)]
+        for path in writable:
+            arguments += ["--bind", str(path), str(path)]
+        return [*arguments, "--chdir", str(folder), "--"]
+
+    def _limits(self) -> list[tuple[int, int]]:
+        return [
+            (resource.RLIMIT_CPU, self.config.cpu_seconds),
+            (resource.RLIMIT_AS, self.config.memory_mib << 20),
+            (resource.RLIMIT_FSIZE, self.config.file_mib << 20),
+            (resource.RLIMIT_NPROC, self.max_processes),
+            (resource.RLIMIT_NOFILE, 64),
+            (resource.RLIMIT_CORE, 0),
+        ]
+
+    def _supervise(self, process: subprocess.Popen[bytes]) -> Finished:
+        """Collects output until the command ends or has to be stopped; then nothing of it runs any more."""
+        cap_bytes = self.config.output_kib << 10
+        deadline = time.monotonic() + WALL_FACTOR * self.config.cpu_seconds + WALL_EXTRA_SECONDS
+        pipes = {process.stdout: bytearray(), process.stderr: bytearray()}
+        stopped = None
+        ended = os.pidfd_open(process.pid)
+        try:
+            with selectors.DefaultSelector() as selector:
+                selector.register(ended, selectors.EVENT_READ)
+                for pipe in pipes:
+                    os.set_blocking(pipe.fileno(), False)
+                    selector.register(pipe, selectors.EVENT_READ)
+                over = False
+                while not over and stopped is None:
+                    ready = selector.select(max(0.0, deadline - time.monotonic()))
+                    for key, _ in ready:
+                        over |= key.fileobj == ended
+                        if key.fileobj in pipes and not _drain(key.fileobj, pipes[key.fileobj], cap_bytes):
+                            selector.unregister(key.fileobj)
+                    if any(len(text) > cap_bytes for text in pipes.values()):
+                        stopped = "output"
+                    elif not ready:
+                        stopped = "wall"
+        finally:
+            os.close(ended)
+            returncode, cpu_seconds = _end_all(process)
+            for pipe, text in pipes.items():
+                _drain(pipe, text, cap_bytes)
+                pipe.close()
+        if stopped is None and any(len(text) > cap_bytes for text in pipes.values()):
+            stopped = "output"
+        if stopped is None and returncode and cpu_seconds > 0.9 * self.config.cpu_seconds:
+            stopped = "cpu"
+        stdout, stderr = (text[:cap_bytes].decode("utf-8", "replace") for text in pipes.values())
+        return Finished(returncode=returncode, stdout=stdout, stderr=stderr, cpu_seconds=cpu_seconds, stopped=stopped)
+
+
+def _confine(limits: list[tuple[int, int]], ruleset: int | None) -> None:
+    """Between fork and exec of the command: it dies with its worker, its resources and its files are limited."""
+    _libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+    for kind, limit in limits:
+        hard = limit + 1 if kind == resource.RLIMIT_CPU else limit  # the soft limit signals, the hard one kills
+        resource.setrlimit(kind, (limit, hard))
+    if ruleset is not None:
+        landlock.restrict_self(ruleset)
+
+
+def _own_threads() -> int:
+    """How many threads this user runs: what the kernel holds against the limit on processes."""
+    mine = os.getuid()
+    found = [process.info for process in psutil.process_iter(["uids", "num_threads"])]
+    return sum(info["num_threads"] or 1 for info in found if info["uids"] and info["uids"].real == mine)
+
+
+def _drain(pipe, text: bytearray, cap_bytes: int) -> bool:
+    """Moves what the pipe holds to `text`, little more than the cap; false at the end of file."""
+    while len(text) <= cap_bytes:
+        try:
+            chunk = os.read(pipe.fileno(), 1 << 16)
+        except BlockingIOError:
+            return True
+        if not chunk:
+            return False
+        text += chunk
+    return True
+
+
+def _end_all(process: subprocess.Popen[bytes]) -> tuple[int, float]:
+    """Kills the command's group and whatever became of its children: (return code, CPU seconds of all)."""
+    returncode, cpu_seconds = 0, 0.0
+    first = True
+    while True:
+        try:
+            pid, status, usage = os.wait4(-1, os.WNOHANG)
+        except ChildProcessError:
+            break
+        if pid:
+            cpu_seconds += usage.ru_utime + usage.ru_stime
+            if pid == process.pid:
+                returncode = os.waitstatus_to_exitcode(status)
+                process.returncode = returncode
+            continue
+        if first:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            first = False
+            continue
+        for child in psutil.Process().children(recursive=True):
+            with contextlib.suppress(psutil.NoSuchProcess):
+                child.kill()
+        time.sleep(0.001)
+    return returncode, cpu_seconds

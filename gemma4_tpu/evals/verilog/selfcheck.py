@@ -1,0 +1,159 @@
+"""What the references do on this simulator: the sample counts that a pass needs, and which problems can't be passed.
+
+They are recalled from a file per simulator version; a changed problem, bench or rule is judged anew.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from gemma4_tpu.config.schema import JudgeConfig
+from gemma4_tpu.evals.problems import Problem, VerdictClass
+from gemma4_tpu.evals.verilog.iverilog import Tools
+from gemma4_tpu.evals.verilog.pool import Pool
+from gemma4_tpu.evals.verilog.sandbox import Level
+from gemma4_tpu.evals.verilog.verdict import Golden
+
+log = logging.getLogger(__name__)
+RULES_VERSION = 1
+"""Goes up with every change after which a reference could do something else."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class VerilogSelfCheck:
+    """Simulator, sandbox, and the references' results by problem name."""
+
+    simulator: str
+    sandbox: str
+    levels: dict[str, str | None]
+    """Each level of isolation, and why it does not work here (null: it works)."""
+    golden: dict[str, Golden]
+    recalled: int
+    """How many results come from the file of an earlier check."""
+    seconds: float
+    workers: int
+    limits: dict[str, Any]
+
+    @property
+    def cannot_pass(self) -> dict[str, str]:
+        """Name → reason, of the problems whose own reference fails here."""
+        return {name: golden.failure for name, golden in self.golden.items() if golden.failure}
+
+    def table(self) -> str:
+        """For people."""
+        levels = [f"  {level:<12}{reason or 'works'}" for level, reason in self.levels.items()]
+        counts = [golden.samples for golden in self.golden.values() if golden.samples is not None]
+        slowest = max(self.golden, key=lambda name: self.golden[name].cpu_seconds, default=None)
+        failing = [f"  {name}  {reason}" for name, reason in self.cannot_pass.items()]
+        limits = ", ".join(f"{key}={value}" for key, value in self.limits.items())
+        lines = [
+            f"simulator   {self.simulator}",
+            f"sandbox     {self.sandbox} (limits: {limits})",
+            *levels,
+            f"references  {len(self.golden) - len(failing)} of {len(self.golden)} pass"
+            f" ({self.seconds:.1f} s on {self.workers} workers, {self.recalled} recalled)",
+            *failing,
+        ]
+        if counts:
+            lines.append(f"samples     {min(counts)} to {max(counts)}, median {sorted(counts)[len(counts) // 2]}")
+        if slowest is not None:
+            lines.append(f"slowest     {slowest}, {self.golden[slowest].cpu_seconds:.1f} CPU seconds")
+        return "\n".join(lines)
+
+    def to_row(self) -> dict[str, Any]:
+        """For JSON."""
+        return {**asdict(self), "cannot_pass": self.cannot_pass}
+
+
+def check_references(
+    problems: Sequence[Problem],
+    pool: Pool,
+    config: JudgeConfig,
+    tools: Tools,
+    *,
+    level: Level,
+    levels: dict[Level, str | None],
+    fresh: bool,
+) -> VerilogSelfCheck:
+    """Judges the references that no earlier check has judged with this simulator (all of them, if `fresh`)."""
+    started = time.monotonic()
+    memory = _Memory(config, tools)
+    known = {} if fresh else memory.load()
+    keys = {problem.name: fingerprint(problem) for problem in problems}
+    futures = {p.name: pool.golden(p, level) for p in problems if keys[p.name] not in known}
+    judged = {name: future.result() for name, future in futures.items()}
+    memory.store(
+        {keys[name]: golden for name, golden in judged.items() if not (golden.failure or "").startswith("timeout")}
+    )
+    golden = {name: judged[name] if name in judged else known[key] for name, key in keys.items()}
+    check = VerilogSelfCheck(
+        simulator=tools.name,
+        sandbox=str(level),
+        levels={str(name): reason for name, reason in levels.items()},
+        golden=golden,
+        recalled=len(golden) - len(judged),
+        seconds=round(time.monotonic() - started, 2),
+        workers=pool.workers,
+        limits={
+            key: getattr(config, key) for key in ("cpu_seconds", "memory_mib", "file_mib", "output_kib", "processes")
+        },
+    )
+    if check.cannot_pass:
+        log.warning(
+            "%d of %d references fail with %s, so nothing can pass these problems: %s",
+            len(check.cannot_pass),
+            len(golden),
+            tools.name,
+            ", ".join(check.cannot_pass),
+        )
+    return check
+
+
+def _by_chance(golden: Golden) -> bool:
+    """Whether a slow machine may be to blame: such a result is not kept."""
+    return (golden.failure or "").startswith(VerdictClass.TIMEOUT)
+
+
+def fingerprint(problem: Problem) -> str:
+    """Of everything that a reference's result depends on."""
+    parts = {key: value for key, value in asdict(problem).items() if key not in ("name", "prompt", "official_rule")}
+    text = json.dumps([RULES_VERSION, parts], sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+class _Memory:
+    """The file of one simulator version in the cache folder: fingerprint → result."""
+
+    def __init__(self, config: JudgeConfig, tools: Tools):
+        cache = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "gemma4_tpu"
+        self._file = Path(config.cache_dir or cache).expanduser() / f"references_iverilog_{tools.version}.json"
+
+    def load(self) -> dict[str, Golden]:
+        try:
+            return {key: Golden(**row) for key, row in json.loads(self._file.read_text()).items()}
+        except FileNotFoundError:
+            return {}
+        except (ValueError, TypeError) as error:
+            log.warning("%s is unreadable (%s): the references are judged again", self._file, error)
+            return {}
+
+    def store(self, golden: dict[str, Golden]) -> None:
+        """Adds results. A file that can't be written costs time, nothing else."""
+        if not golden:
+            return
+        rows = {key: asdict(value) for key, value in {**self.load(), **golden}.items()}
+        try:
+            self._file.parent.mkdir(parents=True, exist_ok=True)
+            part = self._file.with_suffix(f".{os.getpid()}.part")
+            part.write_text(json.dumps(rows, indent=1))
+            part.replace(self._file)
+        except OSError as error:
+            log.warning("the references' results are not kept: %s", error)
