@@ -105,7 +105,7 @@ class DataConfig:
     sequence_length: int = 512
     """Static length T of a packed (or padded) row, in tokens. Longer examples are dropped, never cut."""
     packing: str = "true"
-    """`true`: first-fit packing with segment ids; `false`: pad each example to T; `buckets`: pad to a few lengths."""
+    """`true`: best-fit packing with segment ids; `false`: pad each example to T; `buckets`: pad to a few lengths."""
     buckets: list[int] | None = None
     """Static lengths for `packing=buckets`; null: chosen from the length histogram (T is always the last)."""
     thoughts: str = "drop"
@@ -358,12 +358,7 @@ class EvalConfig:
     """JSONL file with samples from elsewhere to judge: `{"problem": …, "completion": …}` per line."""
     resimulate: bool = False
     """Judge the stored samples of `run_dir` again."""
-    workers: int | None = None
-    """Simulations at a time; null: one per core."""
-    cpu_seconds: float = 30.0
-    """CPU time that one compilation or simulation may take."""
-    unsafe: bool = False
-    """Simulate without a sandbox where none can be had. Completions can then read and write your files."""
+    judge: JudgeConfig = field(default_factory=JudgeConfig)
 
 
 @dataclass(kw_only=True)

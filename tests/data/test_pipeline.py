@@ -65,7 +65,7 @@ def test_each_epoch_visits_every_example_once(packing):
 
 @pytest.mark.parametrize("packing", PACKINGS)
 def test_only_the_last_update_of_a_run_may_be_partial(packing):
-    updates = list(pipeline(data=replace(DATA, packing=packing)))
+    updates = list(pipeline(data=replace(DATA, packing=packing), rows_per_update=7))
     full = [all(row for group in update.rows for row in group) for update in updates]
     assert all(full[:-1])
     assert not full[-1]
