@@ -9,7 +9,7 @@ import logging
 import re
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -82,7 +82,7 @@ class Compiled:
     held: dict[str, int]
     """`Shapes.bytes_per_chip`."""
     counts: dict[str, Any]
-    """`counts.Counts` as plain values."""
+    """`counts.Counts.plain`."""
     raw: dict[str, float]
     """XLA's `cost_analysis`: `flops` and `bytes_accessed`, loops counted once, kernels not at all."""
     once: dict[str, float]
@@ -181,7 +181,7 @@ def compile_step(given: Shapes, options: Mapping[str, Any] | None = None, stage:
             "program": memory.generated_code_size_in_bytes,
         },
         held=given.bytes_per_chip(),
-        counts={**asdict(total), "flops": total.flops},
+        counts=total.plain(),
         raw={"flops": raw["flops"], "bytes_accessed": raw["bytes accessed"]},
         once={"flops": once.flops, "bytes_accessed": once.traffic.accessed},
         lowering_seconds=lowered_at - started,

@@ -12,6 +12,7 @@ import math
 import re
 from collections import Counter
 from dataclasses import dataclass, field
+from typing import Any
 
 from gemma4_tpu.planning import kernels
 from gemma4_tpu.planning.hlo import HBM, Array, Computation, Instruction, Module
@@ -66,6 +67,25 @@ class Counts:
     @property
     def flops(self) -> float:
         return self.matmul_flops + self.kernel_flops + self.other_flops
+
+    def plain(self) -> dict[str, Any]:
+        """Plain values, for JSON."""
+        missing = [
+            f"{kind}: {n:g} calls of a kernel without a cost estimate" for kind, n in self.unknown_kernels.items()
+        ]
+        missing += [f"{self.unknown_loops} loops counted once"] if self.unknown_loops else []
+        return {
+            "flops": self.flops,
+            "matmul_flops": self.matmul_flops,
+            "kernel_flops": self.kernel_flops,
+            "other_flops": self.other_flops,
+            "bytes_accessed": self.traffic.accessed,
+            "hbm_traffic_bytes": self.traffic.hbm,
+            "collectives": {
+                kind: {"count": n, "bytes": self.collective_bytes[kind]} for kind, n in sorted(self.collectives.items())
+            },
+            "not_counted": missing,
+        }
 
     def add(self, other: Counts, times: float = 1) -> None:
         """Adds `times` runs of `other`."""
@@ -140,7 +160,7 @@ class _Counter:
         total.traffic += traffic
 
     def _fusion(self, one: Instruction) -> Counts:
-        """The arithmetic of a fusion. An all-reduce of which each chip keeps a slice moves what a reduce-scatter does."""
+        """A fusion's arithmetic; an all-reduce of which each chip keeps a slice moves what a reduce-scatter does."""
         counts = self.computation(one.called["calls"], inside_fusion=True)
         if one.name.startswith("all-reduce-scatter") and counts.collectives["all-reduce"]:
             renamed = Counts()

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from statistics import NormalDist
 from typing import Any
 
@@ -31,7 +31,9 @@ class Fill:
     real_tokens_per_update: float
     """Mean over the run, over all chips."""
     fill: float
-    """Real tokens as a share of the slots of the compiled program, whose rows all have T."""
+    """Real tokens as a share of the slots."""
+    length_share: float
+    """Mean length of the updates' rows as a share of T; 1 unless rows have buckets."""
     updates: int
     source: str
     """`measured` or `assumed`, and from what."""
@@ -49,8 +51,8 @@ def fill_of(config: PlanRoot, data_here: bool) -> Fill:
         examples = _of_lengths(_stated_lengths(config.plan, config.data))
         stated = config.plan
         source = (
-            f"assumed: {len(examples):,} examples, lognormal lengths of mean {stated.mean_tokens:g} and 99th percentile "
-            f"{stated.p99_tokens:g} tokens (plan.rows, plan.mean_tokens, plan.p99_tokens)"
+            f"assumed: {len(examples):,} examples, lognormal lengths of mean {stated.mean_tokens:g} and 99th"
+            f" percentile {stated.p99_tokens:g} tokens (plan.rows, plan.mean_tokens, plan.p99_tokens)"
         )
     return _packed(examples, config.data, config.trainer, source)
 
@@ -62,15 +64,16 @@ def _packed(examples: Examples, data: DataConfig, trainer: TrainerConfig, source
     )
     # Each pass over the data packs alike, so the first ones stand for all of a long run.
     looked_at = min(len(plan), 5000)
-    real = sum(int(examples.slots[row].sum()) for u in range(looked_at) for row in plan[u].rows)
-    mean = real / max(looked_at, 1)
-    slots = examples.slots
-    return Fill(len(examples), float(slots.mean()), mean, mean / (rows * data.sequence_length), len(plan), source)
+    slots, real, lengths = examples.slots, 0, 0
+    for update in (plan[u] for u in range(looked_at)):
+        real += sum(int(slots[row].sum()) for row in update.rows)
+        lengths += update.length
+    mean, share = real / looked_at, lengths / looked_at / data.sequence_length
+    fill = mean / (rows * data.sequence_length * share)
+    return Fill(len(examples), float(slots.mean()), mean, fill, share, len(plan), source)
 
 
 def _read(config: PlanRoot) -> Examples:
-    from dataclasses import replace
-
     from gemma4_tpu.data.build import build_data
     from gemma4_tpu.data.tokenizer import load_tokenizer
     from gemma4_tpu.models.base import resolve_base

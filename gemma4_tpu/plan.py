@@ -1,0 +1,95 @@
+"""`python -m gemma4_tpu.plan`: will it fit, how fast can it be, what will it cost? Needs neither TPU nor weights.
+
+Configuration → lengths of the data → the step of training, compiled for the slice in a process of its own → estimates.
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict, replace
+from typing import TYPE_CHECKING
+
+from gemma4_tpu.config.entries import PLAN
+from gemma4_tpu.config.load import Loaded, load
+from gemma4_tpu.config.plan_checks import PlanChecked
+from gemma4_tpu.config.schema import PlanRoot
+from gemma4_tpu.errors import UserError
+
+if TYPE_CHECKING:
+    from gemma4_tpu.planning.attempt import Planned
+    from gemma4_tpu.tracking.run import RunFolder
+
+log = logging.getLogger(__name__)
+DOES_NOT_FIT, INTERRUPTED = 1, 130
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Exit code: 0 it fits, 1 it does not fit, 2 refused (one message on stderr), 130 interrupted."""
+    try:
+        return _run(load(list(sys.argv[1:] if argv is None else argv), PLAN))
+    except UserError as refusal:
+        print(f"error: {refusal}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("\ninterrupted", file=sys.stderr)
+        return INTERRUPTED
+
+
+def _run(loaded: Loaded[PlanRoot, PlanChecked]) -> int:
+    """Opens the plan's folder and leaves plan.json (search.json) and pictures there."""
+    from gemma4_tpu.planning.attempt import Planned
+    from gemma4_tpu.tracking.logs import setup_logging
+    from gemma4_tpu.tracking.run import RunFolder
+
+    config = loaded.root
+    setup_logging()
+    planned = Planned.of(config, loaded.checked)
+    folder = RunFolder.open(
+        "outputs", config.name, config.run_dir, "auto", config=asdict(config), overrides=loaded.overrides
+    )
+    setup_logging(folder.log_path)
+    for warning in loaded.checked.warnings:
+        log.warning(warning)
+    try:
+        return _search(planned, folder) if config.plan.search else _plan(planned, folder)
+    finally:
+        folder.close()
+
+
+def _plan(planned: Planned, folder: RunFolder) -> int:
+    """One configuration; where it does not fit, the nearest ones that do."""
+    from gemma4_tpu.planning.attempt import plan_one
+    from gemma4_tpu.planning.misfit import nearest_fits
+    from gemma4_tpu.planning.report import misfit_line, plot_hbm, print_alternatives, print_plan
+    from gemma4_tpu.tracking.files import write_json
+
+    result = plan_one(planned)
+    if not result.fits:
+        print(f"does not fit: {misfit_line(result)}", file=sys.stderr)
+        tried = nearest_fits(planned, planned.config.plan.max_attempts)
+        result = replace(result, alternatives=tried)
+    write_json(folder.path / "plan.json", result)
+    plot_hbm([result], folder.path / "hbm.png")
+    print_plan(result, folder.path)
+    print_alternatives(result)
+    return 0 if result.fits else DOES_NOT_FIT
+
+
+def _search(planned: Planned, folder: RunFolder) -> int:
+    """Every candidate of the slice; which of them nothing else beats in both dollars and headroom."""
+    from gemma4_tpu.planning.report import plot_hbm, print_search
+    from gemma4_tpu.planning.search import search
+    from gemma4_tpu.tracking.files import write_json
+
+    found = search(planned)
+    write_json(folder.path / "search.json", found)
+    if found.front:
+        plot_hbm(found.front, folder.path / "hbm.png")
+    print_search(found, folder.path)
+    return 0 if found.front else DOES_NOT_FIT
+
+
+if __name__ == "__main__":
+    sys.exit(main())

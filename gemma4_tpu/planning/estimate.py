@@ -1,0 +1,246 @@
+"""From the compiler's figures to seconds and dollars: rooflines, stated utilisation, prices. No JAX here."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from gemma4_tpu.architectures import Architecture
+from gemma4_tpu.config.schema import PlanConfig, PlanRoot
+from gemma4_tpu.hardware import Slice, price_of
+from gemma4_tpu.models.flops import train_flops_per_token
+from gemma4_tpu.planning.fill import Fill
+from gemma4_tpu.planning.topology import links_in_use
+from gemma4_tpu.tracking.cost import usd, usd_per_million_tokens
+
+PEAKS = ("compute", "hbm", "interconnect")
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlanResult:
+    """`plan.json`. Everything but `hbm_limit_bytes_per_chip` is estimated; `estimated_by` says by what."""
+
+    fits: bool
+    """The compiler found room for the step in HBM."""
+    slice: str
+    """The slice planned for, such as `v5p-8`."""
+    chips: int
+    model: str
+    trained: str
+    """`lora r=64`, `qlora nf4 r=64`, `full`."""
+    mesh: dict[str, int]
+    """Sizes of the axes `fsdp` and `tp`."""
+    remat: str
+    """The policy that was compiled (what `auto` chose)."""
+    sequence_length: int
+    """T, in tokens."""
+    rows_per_update: int
+    """Rows of T tokens, over all chips."""
+    microbatches: int
+    hbm_limit_bytes_per_chip: int
+    """What the compiler lets a program use."""
+    hbm_bytes_per_chip: int | None
+    """Arguments, temporaries, outputs and the program; when it does not fit what the compiler says it needs."""
+    hbm_parts_bytes_per_chip: dict[str, int] = field(default_factory=dict)
+    """`base` weights, `lora` (`weights` in full fine-tuning), `optimizer` state, `batch` (tokens, counters and what
+    layouts pad), `temporaries` (activations and work space), `program`."""
+    flops_per_chip: float | None = None
+    """Of one update: products, kernels and elementwise work, corrected for loops."""
+    flops_parts_per_chip: dict[str, float] = field(default_factory=dict)
+    """`matmul`, `kernel` (attention), `other` (elementwise)."""
+    analytic_flops_per_chip: float | None = None
+    """What the model's mathematics needs for the real tokens of an update, without rematerialisation."""
+    flops_over_analytic: float | None = None
+    """Their ratio: padding, rematerialisation, and blocks of the attention kernels that no token needs."""
+    hbm_traffic_bytes_per_chip: float | None = None
+    """Read from and written to HBM in one update, corrected for loops; arrays in on-chip memory left out, blocks that
+    kernels read again counted."""
+    bytes_accessed_per_chip: float | None = None
+    """XLA's own `bytes accessed` (any memory, kernels once), with loops corrected by the ratio of our counts."""
+    collectives: dict[str, dict[str, float]] = field(default_factory=dict)
+    """Kind → `count` and `bytes` that a chip sends, in one update."""
+    flops_per_real_token_and_chip: float | None = None
+    hbm_traffic_bytes_per_real_token_and_chip: float | None = None
+    bytes_accessed_per_real_token_and_chip: float | None = None
+    real_tokens_per_update: float | None = None
+    """Mean over the run, over all chips."""
+    fill: float | None = None
+    """Real tokens as a share of the slots of an update."""
+    updates: int | None = None
+    """Of the configured run."""
+    data: str = ""
+    """Where the lengths come from: `measured: …` or `assumed: …`."""
+    roofline_seconds: dict[str, float] = field(default_factory=dict)
+    """Of one update: `compute`, `hbm`, `interconnect`, each at its peak, and `update`, the largest of them."""
+    bound_by: str | None = None
+    """Which of the three is the largest."""
+    utilization: dict[str, float] = field(default_factory=dict)
+    """Share of the binding roofline assumed to be reached: `low`, `mid`, `high`."""
+    seconds_per_update: dict[str, float] = field(default_factory=dict)
+    """At each utilization."""
+    real_tokens_per_second: dict[str, float] = field(default_factory=dict)
+    """At each utilization, over all chips."""
+    hours: dict[str, float] = field(default_factory=dict)
+    """All updates of the run, at each utilization; without compilation, evaluation and checkpoints."""
+    usd_estimate: dict[str, dict[str, float]] = field(default_factory=dict)
+    """`on_demand`, and `spot` or `configured` where such a price is known: dollars at each utilization."""
+    usd_per_million_real_tokens: float | None = None
+    """At the middle utilization and the price that the configuration selects."""
+    price: dict[str, Any] = field(default_factory=dict)
+    """That price: `usd_per_hour`, `date`, `source`."""
+    lowering_seconds: float | None = None
+    compile_seconds: float | None = None
+    """Measured, on this machine."""
+    cost_analysis: dict[str, float] = field(default_factory=dict)
+    """XLA's raw `flops` and `bytes_accessed`: loops once, kernels not at all."""
+    not_counted: list[str] = field(default_factory=list)
+    """Kernels and loops that the counts know nothing about."""
+    message: str = ""
+    """Why it does not fit, in the compiler's figures."""
+    alternatives: list[dict[str, Any]] = field(default_factory=list)
+    """When it does not fit, what was tried: `overrides`, `fits`, `hbm_bytes_per_chip`,
+    `usd_per_million_real_tokens`."""
+    estimated_by: dict[str, str] = field(default_factory=dict)
+    """Group of keys → how they were obtained."""
+    versions: dict[str, str] = field(default_factory=dict)
+    """`jax` and `libtpu`."""
+
+
+ESTIMATED_BY = {
+    "hbm": "the TPU compiler's memory analysis of the whole step, compiled without a TPU",
+    "flops, traffic, collectives": "counted in the compiled program; kernels from their blocks",
+    "roofline": "the counts over the chip's published peaks; interconnect over the links that the slice uses",
+    "seconds, hours, dollars": "the largest roofline over the assumed utilization; no measurement on a TPU",
+}
+
+
+def trained_as(config: PlanRoot) -> str:
+    """`lora r=64`, `qlora nf4 r=64` or `full`."""
+    lora = config.lora
+    if not lora.enabled:
+        return "full"
+    return f"qlora {lora.quantize} r={lora.rank}" if lora.quantize else f"lora r={lora.rank}"
+
+
+def describe(config: PlanRoot, wanted: Slice, mesh: tuple[int, int]) -> dict[str, Any]:
+    """The part of a `PlanResult` that the configuration alone decides."""
+    from gemma4_tpu.config.checks import rows_per_update
+
+    return {
+        "slice": wanted.name,
+        "chips": wanted.chips,
+        "model": config.model.name,
+        "trained": trained_as(config),
+        "mesh": {"fsdp": mesh[0], "tp": mesh[1]},
+        "remat": config.trainer.remat,
+        "sequence_length": config.data.sequence_length,
+        "rows_per_update": rows_per_update(config.trainer, config.data),
+        "microbatches": config.trainer.microbatches,
+        "estimated_by": ESTIMATED_BY,
+    }
+
+
+def estimate(
+    config: PlanRoot, arch: Architecture, wanted: Slice, mesh: tuple[int, int], fill: Fill, answer: dict[str, Any]
+) -> PlanResult:
+    """Everything about a step that fits; `answer` is what the compiling process reported (see `child.py`)."""
+    compiled = answer["compiled"]
+    counts = compiled["counts"]
+    flops, traffic = counts["flops"], counts["hbm_traffic_bytes"]
+    accessed = compiled["raw"]["bytes_accessed"] * counts["bytes_accessed"] / compiled["once"]["bytes_accessed"]
+    tokens = fill.real_tokens_per_update
+    analytic = train_flops_per_token(arch, config.lora, fill.mean_tokens) * tokens / wanted.chips
+    parts = _memory_parts(compiled)
+    return PlanResult(
+        fits=True,
+        **describe(config, wanted, mesh),
+        hbm_limit_bytes_per_chip=answer["hbm_limit_bytes"],
+        hbm_bytes_per_chip=sum(parts.values()),
+        hbm_parts_bytes_per_chip=parts,
+        flops_per_chip=flops,
+        flops_parts_per_chip={name: counts[f"{name}_flops"] for name in ("matmul", "kernel", "other")},
+        analytic_flops_per_chip=analytic,
+        flops_over_analytic=flops / analytic,
+        hbm_traffic_bytes_per_chip=traffic,
+        bytes_accessed_per_chip=accessed,
+        collectives=counts["collectives"],
+        flops_per_real_token_and_chip=flops / tokens,
+        hbm_traffic_bytes_per_real_token_and_chip=traffic / tokens,
+        bytes_accessed_per_real_token_and_chip=accessed / tokens,
+        real_tokens_per_update=tokens,
+        fill=fill.fill,
+        updates=fill.updates,
+        data=fill.source,
+        **_time_and_money(config, wanted, fill, flops, traffic, counts["collectives"]),
+        lowering_seconds=compiled["lowering_seconds"],
+        compile_seconds=compiled["compile_seconds"],
+        cost_analysis=compiled["raw"],
+        not_counted=counts["not_counted"],
+        versions=answer["versions"],
+    )
+
+
+def roofline(wanted: Slice, flops: float, traffic: float, collectives: dict[str, dict[str, float]]) -> dict[str, float]:
+    """Seconds of one update at each peak: `compute`, `hbm`, `interconnect` and the largest, `update`.
+
+    A chip that sends receives as much; the published interconnect bandwidth counts both directions of all its links.
+    """
+    neighbours, links = links_in_use(wanted)
+    sent = sum(kind["bytes"] for kind in collectives.values())
+    chip = wanted.chip
+    seconds = {
+        "compute": flops / chip.peak_flops_per_second,
+        "hbm": traffic / chip.hbm_bytes_per_second,
+        "interconnect": 2 * sent / (chip.interconnect_bytes_per_second * min(1.0, neighbours / links))
+        if neighbours
+        else 0.0,
+    }
+    return {**seconds, "update": max(seconds.values())}
+
+
+def utilizations(plan: PlanConfig) -> dict[str, float]:
+    """`low`, `mid` and `high`."""
+    low, high = plan.utilization_low, plan.utilization_high
+    return {"low": low, "mid": (low + high) / 2, "high": high}
+
+
+def _time_and_money(
+    config: PlanRoot, wanted: Slice, fill: Fill, flops: float, traffic: float, collectives: dict[str, dict[str, float]]
+) -> dict[str, Any]:
+    seconds = roofline(wanted, flops, traffic, collectives)
+    reached = utilizations(config.plan)
+    per_update = {name: seconds["update"] * fill.length_share / share for name, share in reached.items()}
+    rate = {name: fill.real_tokens_per_update / value for name, value in per_update.items()}
+    run = {name: value * fill.updates for name, value in per_update.items()}
+    prices = {"on_demand": wanted.on_demand, "spot": wanted.spot}
+    chosen = price_of(config.hardware)
+    if config.hardware.usd_per_hour is not None:
+        prices = {"configured": chosen}
+    return {
+        "roofline_seconds": seconds,
+        "bound_by": max(PEAKS, key=lambda peak: seconds[peak]),
+        "utilization": reached,
+        "seconds_per_update": per_update,
+        "real_tokens_per_second": rate,
+        "hours": {name: value / 3600 for name, value in run.items()},
+        "usd_estimate": {
+            kind: {name: usd(value, price.usd_per_hour) for name, value in run.items()}
+            for kind, price in prices.items()
+            if price is not None
+        },
+        "usd_per_million_real_tokens": usd_per_million_tokens(chosen.usd_per_hour if chosen else None, rate["mid"]),
+        "price": {"usd_per_hour": chosen.usd_per_hour, "date": chosen.date, "source": chosen.source} if chosen else {},
+    }
+
+
+def _memory_parts(compiled: dict[str, Any]) -> dict[str, int]:
+    """HBM of one chip by what lies there."""
+    memory, held = compiled["memory"], compiled["held"]
+    named = {kind: size for kind, size in held.items() if kind != "batch"}
+    rest = memory["arguments"] - sum(named.values())
+    return {
+        **named,
+        "batch": max(rest, 0),
+        "temporaries": memory["temporaries"] + memory["outputs"],
+        "program": memory["program"],
+    }

@@ -1,0 +1,198 @@
+"""What a plan shows: a table on the terminal, and a picture of HBM. `plan.json` is `estimate.PlanResult`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from gemma4_tpu.planning.estimate import PlanResult
+from gemma4_tpu.tracking.cost import format_usd
+from gemma4_tpu.tracking.plots import STYLE
+from gemma4_tpu.tracking.progress import format_seconds
+
+GIB = 2**30
+_COLOURS = {
+    "base": "#4c78c8", "weights": "#4c78c8", "lora": "#54a24b", "optimizer": "#e0a63a", "batch": "#9d9d9d",
+    "temporaries": "#d9692c", "program": "#777777", "free": "#f0f0f0",
+}  # fmt: skip
+_MEANING = {
+    "base": "base weights",
+    "weights": "weights (trained)",
+    "lora": "LoRA",
+    "optimizer": "optimizer state",
+    "batch": "batch and padding",
+    "temporaries": "activations, temporaries",
+    "program": "program",
+}
+
+
+def print_plan(result: PlanResult, folder: Path) -> None:
+    """Prints the plan to stdout."""
+    out = Console(highlight=False)
+    table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
+    table.add_column(style="bold")
+    table.add_column()
+    for label, value in _rows(result):
+        table.add_row(label, Text(value))
+    out.print()
+    out.print(table)
+    out.print()
+    out.print(Text("All figures are estimated, by " + "; ".join(f"{k}: {v}" for k, v in result.estimated_by.items())))
+    out.print(Text(f"plan.json and hbm.png: {folder}"), soft_wrap=True)
+
+
+def _rows(result: PlanResult) -> list[tuple[str, str]]:
+    mesh = f"fsdp={result.mesh['fsdp']} tp={result.mesh['tp']}"
+    rows = [
+        ("Run", f"{result.model}, {result.trained}, remat {result.remat}, on {result.slice} ({mesh})"),
+        (
+            "Update",
+            f"{result.rows_per_update} rows of {result.sequence_length} in {result.microbatches} microbatch(es)",
+        ),
+    ]
+    if not result.fits:
+        return [*rows, ("Fits", "no"), ("", misfit_line(result))]
+    limit, used = result.hbm_limit_bytes_per_chip, result.hbm_bytes_per_chip or 0
+    rows.append(("Fits", f"yes: {used / GIB:.1f} of {limit / GIB:.2f} GiB HBM per chip ({1 - used / limit:.0%} free)"))
+    rows += [(f"  {_MEANING[kind]}", f"{size / GIB:.2f} GiB") for kind, size in result.hbm_parts_bytes_per_chip.items()]
+    return rows + _work(result) + _money(result)
+
+
+def _work(result: PlanResult) -> list[tuple[str, str]]:
+    assert result.flops_per_chip and result.analytic_flops_per_chip and result.real_tokens_per_update
+    assert result.hbm_traffic_bytes_per_chip and result.bytes_accessed_per_chip and result.fill is not None
+    parts = result.flops_parts_per_chip
+    tokens = result.real_tokens_per_update
+    collectives = ", ".join(
+        f"{kind} {told['count']:.0f} × ({told['bytes'] / 1e9:.2f} GB)" for kind, told in result.collectives.items()
+    )
+    seconds = result.roofline_seconds
+    return [
+        ("Real tokens", f"{tokens:,.0f} per update, fill {result.fill:.1%} ({result.data})"),
+        (
+            "FLOPs per chip",
+            f"{result.flops_per_chip / 1e12:.2f} TFLOP (products {parts['matmul'] / 1e12:.2f}, kernels "
+            f"{parts['kernel'] / 1e12:.2f}); analytic {result.analytic_flops_per_chip / 1e12:.2f}, ratio "
+            f"{result.flops_over_analytic:.2f}",
+        ),
+        (
+            "HBM traffic",
+            f"{result.hbm_traffic_bytes_per_chip / 1e9:.1f} GB per chip (the compiler's own convention: "
+            f"{result.bytes_accessed_per_chip / 1e9:.1f} GB)",
+        ),
+        ("Collectives", collectives or "none"),
+        (
+            "Per real token",
+            f"{result.flops_per_chip / tokens / 1e12:.4f} TFLOP, {result.hbm_traffic_bytes_per_chip / tokens / 1e9:.4f}"
+            " GB of HBM traffic, per chip",
+        ),
+        (
+            "Roofline",
+            ", ".join(f"{name} {format_time(seconds[name])}" for name in ("compute", "hbm", "interconnect"))
+            + f" per update; bound by {result.bound_by}",
+        ),
+        *([("Not counted", "; ".join(result.not_counted))] if result.not_counted else []),
+    ]
+
+
+def _money(result: PlanResult) -> list[tuple[str, str]]:
+    share, rate, hours = result.utilization, result.real_tokens_per_second, result.hours
+    reached = f"at {share['low']:.0%} to {share['high']:.0%} of the roofline"
+    rows = [
+        ("Speed", f"{rate['low']:,.0f} to {rate['high']:,.0f} real tokens/s {reached} (assumed)"),
+        (
+            "Run",
+            f"{result.updates:,} updates: {format_seconds(hours['high'] * 3600)} to "
+            f"{format_seconds(hours['low'] * 3600)}; {format_seconds(hours['mid'] * 3600)} at {share['mid']:.0%}",
+        ),
+    ]
+    for kind, usd in result.usd_estimate.items():
+        label = {"on_demand": "On demand", "spot": "Spot", "configured": "Cost"}[kind]
+        line = f"{format_usd(usd['high'])} to {format_usd(usd['low'])}; {format_usd(usd['mid'])} at {share['mid']:.0%}"
+        rows.append((label, line))
+    if not result.usd_estimate:
+        rows.append(("Cost", "no price is known for this slice; give hardware.usd_per_hour"))
+    if result.usd_per_million_real_tokens is not None:
+        price = result.price
+        rows.append(
+            (
+                "Per million",
+                f"${result.usd_per_million_real_tokens:.3f} per million real tokens (${price['usd_per_hour']:g}/h, "
+                f"{price['source']})",
+            )
+        )
+    took = f"lowered in {result.lowering_seconds:.0f} s, compiled in {result.compile_seconds:.0f} s on this machine"
+    return [*rows, ("Compilation", took)]
+
+
+def format_time(seconds: float) -> str:
+    """`123 ms` or `2.34 s`."""
+    return f"{seconds * 1e3:.3g} ms" if seconds < 1 else f"{seconds:.3g} s"
+
+
+def misfit_line(result: PlanResult) -> str:
+    """The compiler's figures in one line."""
+    limit = f"{result.hbm_limit_bytes_per_chip / GIB:.2f} GiB of HBM per {result.slice.partition('-')[0]} chip"
+    if result.hbm_bytes_per_chip is None:
+        return f"the compiler ran out of the {limit}: {result.message.splitlines()[0]}"
+    what = "temporaries alone" if "temporaries" in result.message.splitlines()[0] else "the step"
+    return f"{what} needs {result.hbm_bytes_per_chip / GIB:.1f} GiB, there are {limit} (the compiler's figures)"
+
+
+def plot_hbm(results: Sequence[PlanResult], path: Path) -> None:
+    """Draws one stacked bar of HBM per chip for each result, with the limit as a line."""
+    import matplotlib
+    from matplotlib.figure import Figure
+
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(8, 1.9 + 0.8 * len(results)), layout="constrained")
+        _draw_bars(figure.subplots(), results)
+        figure.savefig(path)
+
+
+def _draw_bars(axes: Any, results: Sequence[PlanResult]) -> None:
+    drawn: set[str] = set()
+    labels = []
+    for place, result in enumerate(results):
+        left = 0.0
+        parts = result.hbm_parts_bytes_per_chip if result.fits else {"temporaries": result.hbm_bytes_per_chip or 0}
+        for kind, size in parts.items():
+            label = _MEANING[kind] if kind not in drawn else None
+            axes.barh(place, size / GIB, left=left, color=_COLOURS[kind], label=label, height=0.6)
+            drawn.add(kind)
+            left += size / GIB
+        limit = result.hbm_limit_bytes_per_chip / GIB
+        axes.plot([limit, limit], [place - 0.4, place + 0.4], color="#333333", linewidth=2)
+        axes.text(limit, place + 0.42, f"{limit:.1f} GiB", ha="center", va="bottom", fontsize=8)
+        labels.append(f"{result.slice}\nfsdp={result.mesh['fsdp']} tp={result.mesh['tp']}\nremat {result.remat}")
+    axes.set_yticks(range(len(results)), labels)
+    axes.set_ylim(-0.6, len(results) - 0.2)
+    axes.set_xlabel("GiB of HBM per chip (estimated by the TPU compiler)")
+    first = results[0]
+    axes.set_title(
+        f"{first.model}, {first.trained}, {first.rows_per_update} rows of {first.sequence_length} per update"
+    )
+    axes.grid(axis="y", visible=False)
+    axes.figure.legend(loc="outside lower center", ncols=3, fontsize=9)
+
+
+def print_alternatives(result: PlanResult) -> None:
+    """Prints what was tried for a run that does not fit, those that fit first."""
+    if result.fits:
+        return
+    out = Console(highlight=False)
+    fitting = [one for one in result.alternatives if one["fits"]]
+    out.print()
+    out.print(Text("These changes fit, nearest first:" if fitting else "Nothing that was tried fits:"))
+    for one in sorted(result.alternatives, key=lambda one: not one["fits"]):
+        needed = one["hbm_bytes_per_chip"]
+        told = f"{needed / GIB:.1f} GiB per chip" if needed else "too much"
+        cost = one["usd_per_million_real_tokens"]
+        money = f", ${cost:.3f} per million real tokens" if cost is not None else ""
+        mark = "fits" if one["fits"] else "does not fit"
+        out.print(Text(f"  {' '.join(one['overrides'])}: {mark}, {told}{money}"), soft_wrap=True)
