@@ -1,4 +1,15 @@
-"""The one exception for what a user can put right."""
+"""The one exception for what a user can put right, and the exit codes of every entry point."""
+
+REFUSED = 2
+"""A `UserError`: one message on stderr."""
+STALLED = 3
+"""No progress for `trainer.stall_seconds`; all stacks are in log.txt."""
+PREEMPTED = 42
+"""Preempted and saved (or there was nothing to save yet): the same command goes on. Nothing else exits with it."""
+INTERRUPTED = 130
+"""Ctrl-C."""
+TERMINATED = 143
+"""A second SIGTERM, which does not wait for the save."""
 
 
 class UserError(ValueError):

@@ -9,11 +9,11 @@ import logging
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from gemma4_tpu.config.load import Loaded, load_train
 from gemma4_tpu.config.schema import TrainRoot
-from gemma4_tpu.errors import UserError
+from gemma4_tpu.errors import INTERRUPTED, PREEMPTED, REFUSED, UserError
 
 if TYPE_CHECKING:
     from gemma4_tpu.data.build import TrainingData
@@ -22,15 +22,16 @@ if TYPE_CHECKING:
     from gemma4_tpu.tracking.result import Result
     from gemma4_tpu.tracking.run import RunFolder
     from gemma4_tpu.training.checkpoint import Checkpoints
+    from gemma4_tpu.training.hosts import Hosts
     from gemma4_tpu.training.job import Job
     from gemma4_tpu.training.loop import Rates
+    from gemma4_tpu.training.preemption import Preemption
 
 log = logging.getLogger(__name__)
-INTERRUPTED = 130
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Exit code: 0 finished, 2 refused (one message on stderr), 130 interrupted."""
+    """Exit code: 0 finished, 2 refused (one message on stderr), 3 hung, 42 preempted and saved, 130 interrupted."""
     try:
         loaded = load_train(list(sys.argv[1:] if argv is None else argv))
         if not loaded.root.preview:
@@ -41,46 +42,76 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     except UserError as refusal:
         print(f"error: {refusal}", file=sys.stderr)
-        return 2
+        return REFUSED
 
 
 def _run(loaded: Loaded) -> int:
+    """Joins the other processes, trains, and ends this one so that the others notice where it fails alone."""
+    from gemma4_tpu.training.hosts import start_hosts
+    from gemma4_tpu.training.preemption import Preemption
+
+    with Preemption() as preemption:
+        hosts = start_hosts(loaded.root.distributed, loaded.root.hardware)
+        with hosts:
+            return _record(loaded, hosts, preemption)
+
+
+def _record(loaded: Loaded, hosts: Hosts, preemption: Preemption) -> int:
     """Opens the run folder, trains in it, and leaves a result, plots and a summary there."""
-    from gemma4_tpu.tracking.logs import setup_logging
+    from gemma4_tpu.tracking.logs import log_refusal, setup_logging
     from gemma4_tpu.tracking.plots import plot_run
     from gemma4_tpu.tracking.progress import print_summary
     from gemma4_tpu.tracking.result import Result
-    from gemma4_tpu.tracking.run import RunFolder
 
     config = loaded.root
-    folder = RunFolder.open(
-        "outputs", config.name, config.run_dir, config.checkpoint.resume,
-        config=asdict(config), overrides=loaded.overrides,
-    )  # fmt: skip
-    setup_logging(folder.log_path)
+    folder = _open_folder(loaded, hosts)
+    setup_logging(folder.log_path if folder.write else None, process=hosts.index)
+    preemption.last_words = lambda: folder.leave_result(Result(status="preempted"))
     for warning in loaded.checked.warnings:
         log.warning(warning)
     try:
-        result = _train(config, folder)
-        result.write(folder.result_path)
+        result = _train(config, folder, hosts, preemption)
+        folder.leave_result(result)
     except KeyboardInterrupt:
         hint = f"the same command with run_dir={folder.path} goes on from its last checkpoint"
         print(f"\ninterrupted; {hint}", file=sys.stderr)
         return INTERRUPTED
     except Exception as error:
-        if not (folder.result_path.exists() and Result.read(folder.result_path).status == "finished"):
-            Result(status="failed", error=(str(error) or repr(error)).splitlines()[0]).write(folder.result_path)
+        folder.leave_result(Result(status="failed", error=(str(error) or repr(error)).splitlines()[0]))
+        log_refusal(error)
         raise
     finally:
         folder.close()
-    steps = [f"look at {path}" for path in plot_run(folder)[:1]]
-    if not (config.model.path or "").startswith("random:"):
-        steps.append(f"python -m gemma4_tpu.merge run={folder.path}")
-    print_summary(folder, result, steps)
+    if result.status == "preempted":
+        log.warning("preempted and saved at update %d: run_dir=%s goes on from there", result.updates, folder.path)
+        return PREEMPTED
+    if folder.write:
+        steps = [f"look at {path}" for path in plot_run(folder)[:1]]
+        if not (config.model.path or "").startswith("random:"):
+            steps.append(f"python -m gemma4_tpu.merge run={folder.path}")
+        print_summary(folder, result, steps)
     return 0
 
 
-def _train(config: TrainRoot, folder: RunFolder) -> Result:
+def _open_folder(loaded: Loaded, hosts: Hosts) -> RunFolder:
+    """Process 0 makes or opens the run folder; the others are told which it is."""
+    from gemma4_tpu.tracking.run import RunFolder
+
+    config, opened = loaded.root, []
+
+    def choose() -> str:
+        folder = RunFolder.open(
+            "outputs", config.name, config.run_dir, config.checkpoint.resume, config=asdict(config),
+            overrides=loaded.overrides, resume_allow=config.checkpoint.resume_allow,
+        )  # fmt: skip
+        opened.append(folder)
+        return str(folder.path)
+
+    path = hosts.from_first(choose)
+    return opened[0] if opened else RunFolder.existing(path, key="run_dir (chosen by process 0)")
+
+
+def _train(config: TrainRoot, folder: RunFolder, hosts: Hosts, preemption: Preemption) -> Result:
     """The main job: rows to batches, weights to the mesh, updates, result."""
     from gemma4_tpu.config.checks import rows_per_microbatch, rows_per_update, warmup_warning
     from gemma4_tpu.data.build import build_data
@@ -89,13 +120,19 @@ def _train(config: TrainRoot, folder: RunFolder) -> Result:
     from gemma4_tpu.models.base import resolve_base
     from gemma4_tpu.tracking import provenance
     from gemma4_tpu.tracking.files import write_json
+    from gemma4_tpu.training import resume
     from gemma4_tpu.training.checkpoint import Checkpoints
-    from gemma4_tpu.training.job import build_job, rows_here, start_mesh
+    from gemma4_tpu.training.compile_cache import use_compile_cache
+    from gemma4_tpu.training.job import build_job, check_capacity, rows_here, start_mesh
+
+    use_compile_cache(config.trainer.compile_cache)
+    resume_from = hosts.from_first(lambda: resume.newest_verified(str(folder.checkpoints)))
 
     # ── data ───────────────────────────────────────────────────────────────────────────────────────────────────────
     base = resolve_base(config.model)
     data = build_data(config.data, load_tokenizer(base.tokenizer_folder))
-    write_json(folder.data_path, data.to_json())
+    if folder.write:
+        write_json(folder.data_path, data.to_json())
 
     # ── devices, and the rows that are this process's ──────────────────────────────────────────────────────────────
     mesh = start_mesh(config.hardware, config.mesh, base.arch)
@@ -115,16 +152,24 @@ def _train(config: TrainRoot, folder: RunFolder) -> Result:
     if warning := warmup_warning(config.optimizer, updates):
         log.warning(warning)
 
+    # ── the same on every host, and as the run began ───────────────────────────────────────────────────────────────
+    fingerprints = {"base": base.fingerprint, **pipeline.fingerprint}
+    hosts.check_same(fingerprints, "give every host the same files and the same command")
+    if resume_from is not None:
+        began = resume.position(str(folder.checkpoints), resume_from)["fingerprints"]
+        resume.refuse_differences(began, fingerprints, config.checkpoint.resume_allow, str(folder.path))
+
     # ── weights, adapters, optimizer ───────────────────────────────────────────────────────────────────────────────
+    check_capacity(base.arch, config.lora, config.trainer, config.checkpoint, mesh, str(folder.checkpoints))
     job = build_job(base, config.lora, config.optimizer, config.trainer, mesh, updates)
     checkpoints = Checkpoints(folder.checkpoints, config.checkpoint, job.trained_leaves, mesh)
     hardware = {"slice": config.hardware.name, "devices": mesh.size, "kind": mesh.devices.flat[0].device_kind}
-    fingerprints = {"base": base.fingerprint, **pipeline.fingerprint}
     provenance.record(
         folder, provenance.capture(hardware=hardware, seeds={"trainer": config.trainer.seed}, fingerprints=fingerprints)
     )
 
-    return _loop(config, folder, job, pipeline, heldout, checkpoints, _rates(config, base, data, job))
+    rates = _rates(config, base, data, job)
+    return _loop(config, folder, job, pipeline, heldout, checkpoints, rates, fingerprints, resume_from, preemption)
 
 
 def _loop(
@@ -135,21 +180,31 @@ def _loop(
     heldout: list[Update],
     checkpoints: Checkpoints,
     rates: Rates,
+    fingerprints: dict[str, Any],
+    resume_from: int | None,
+    preemption: Preemption,
 ) -> Result:
     """Runs the updates there are to run, reporting each to metrics.jsonl, the tracker and the terminal."""
     from gemma4_tpu.step.optimizer import make_schedule
     from gemma4_tpu.tracking.metrics import Metrics
     from gemma4_tpu.tracking.progress import Progress
+    from gemma4_tpu.tracking.result import Result
     from gemma4_tpu.tracking.trackers import make_tracker
+    from gemma4_tpu.training.compile_cache import log_compile_cache
     from gemma4_tpu.training.loop import Loop
+    from gemma4_tpu.training.watchdog import Watchdog
 
     updates = pipeline.total_updates
-    resume_from = checkpoints.updates[-1] if checkpoints.updates else None
     metrics = Metrics(folder.metrics_path, after_update=resume_from, write=folder.write)
     tracker = make_tracker(config.tracker, folder, asdict(config), name=f"{config.name}/{folder.path.name}")
+    watchdog = Watchdog(
+        config.trainer.stall_seconds,
+        folder.log_path if folder.write else None,
+        lambda reason: folder.leave_result(Result(status="failed", error=reason)),
+    )
     status = "failed"
     try:
-        with Progress(updates, first_update=resume_from or 0) as progress:
+        with watchdog, Progress(updates, first_update=resume_from or 0, show=folder.write) as progress:
 
             def report(row: dict, update: int) -> None:
                 metrics.log(row, update)
@@ -158,8 +213,10 @@ def _loop(
 
             schedule = make_schedule(config.optimizer, updates)
             result = Loop(
-                job, pipeline, heldout, checkpoints, config.trainer, config.checkpoint, schedule, rates, report
-            ).run(resume_from)
+                job, pipeline, heldout, checkpoints, config.trainer, config.checkpoint, schedule, rates, fingerprints,
+                report, preemption, watchdog,
+            ).run(resume_from)  # fmt: skip
+        log_compile_cache()
         tracker.summary(asdict(result))
         status = result.status
         return result

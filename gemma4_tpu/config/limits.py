@@ -62,7 +62,7 @@ RANGES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "eval.top_p": (lambda v: 0 < v <= 1, "more than 0 and at most 1"),
     "eval.max_new_tokens": _FROM_1, "eval.batch_size": _FROM_1, "eval.concurrency": _FROM_1, "eval.retries": _FROM_0,
     "eval.seed": (lambda v: 0 <= v < 2**32, "at least 0 and less than 2**32"),
-    "eval.request_timeout_seconds": _POSITIVE, "eval.workers": _FROM_1, "eval.cpu_seconds": _POSITIVE,
+    "eval.request_timeout_seconds": _POSITIVE,
 }
 
 
@@ -83,5 +83,7 @@ def limit_problems(root: Any) -> list[str]:
 
 def _get(root: Any, key: str) -> Any:
     """The value of a key; None where this entry point does not have the group."""
-    group, name = key.split(".")
-    return getattr(getattr(root, group, None), name, None)
+    value = root
+    for name in key.split("."):
+        value = getattr(value, name, None)
+    return value

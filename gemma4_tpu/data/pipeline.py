@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -163,20 +163,25 @@ class Pipeline:
         """The position, ready for JSON: the same for every process count, mesh and number of microbatches."""
         return {"version": STATE_VERSION, "iterator": self._reader().get_state(), "fingerprint": self.fingerprint}
 
-    def set_state(self, state: dict[str, Any]) -> None:
+    def set_state(self, state: dict[str, Any], allow: Collection[str] = ()) -> None:
         """Continue where `get_state` was called, in this process or another.
+
+        Args:
+          state: what `get_state` returned.
+          allow: keys of the fingerprint that may differ (`checkpoint.resume_allow`).
 
         Raises:
           UserError: the state belongs to other data, another tokenizer, packing, seed or batch size.
         """
         saved = {"version": state.get("version"), **state.get("fingerprint", {})}
         own = {"version": STATE_VERSION, **self.fingerprint}
-        changed = [key for key in {**saved, **own} if saved.get(key) != own.get(key)]
+        changed = [key for key in {**saved, **own} if saved.get(key) != own.get(key) and key not in allow]
         if changed:
             lines = "".join(f"\n  {key}: saved {saved.get(key)!r}, now {own.get(key)!r}" for key in changed)
             raise UserError(
                 f"the saved position belongs to another data pipeline:{lines}\n"
-                "Continue with the settings and files that the run began with, or start a new run folder."
+                "Continue with the settings and files that the run began with, start a new run folder, or accept these "
+                f"differences: checkpoint.resume_allow=[{','.join(changed)}]"
             )
         self._reader().set_state(state["iterator"])
 

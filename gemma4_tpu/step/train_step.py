@@ -95,11 +95,21 @@ class Step:
         loss, grads = jax.tree.map(lambda x: x / jnp.maximum(count, 1), total)
         return loss, grads, count
 
-    def train(self, state: TrainState, base: Any, batch: Batch) -> tuple[TrainState, Metrics]:
-        """One update. Donate `state`."""
+    def train(
+        self, state: TrainState, base: Any, batch: Batch, spike_limit: jax.Array | None = None
+    ) -> tuple[TrainState, Metrics]:
+        """One update. Donate `state`.
+
+        A loss above `spike_limit` (float32 scalar) leaves values and moments as they are; the counters go on.
+        """
         loss, grads, count = self.gradients(state, base, batch)
         changes, optimizer = self.optimizer.update(grads, state.optimizer, state.trained)
         trained = optax.apply_updates(state.trained, changes)
+        if spike_limit is not None:
+            trained = _unless(loss > spike_limit, trained, state.trained)
+            moments = {m: _unless(loss > spike_limit, *(optax.tree.get(o, m) for o in (optimizer, state.optimizer)))
+                       for m in ("mu", "nu")}  # fmt: skip
+            optimizer = optax.tree.set(optimizer, **moments)
         metrics = Metrics(loss, optax.global_norm(grads), count)
         return TrainState(trained, optimizer, state.update + 1, state.key), metrics
 
@@ -111,6 +121,10 @@ class Step:
 
         total, _ = jax.lax.scan(microbatch, jnp.zeros((), jnp.float32), batch)
         return total, batch["target_mask"].sum(dtype=jnp.int32)
+
+
+def _unless(skipped: jax.Array, new: Any, old: Any) -> Any:
+    return jax.tree.map(lambda n, o: jnp.where(skipped, o, n), new, old)
 
 
 def compiled_functions(step: Step, state: TrainState) -> tuple[Callable[..., Any], Callable[..., Any]]:

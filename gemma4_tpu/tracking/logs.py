@@ -88,6 +88,11 @@ class _Redacted(logging.Formatter):
         return redact(super().format(record))
 
 
+def log_refusal(error: Exception) -> None:
+    """Writes the message of an error that ends a run to its `log.txt`; the console is told by the entry point."""
+    logging.getLogger("gemma4_tpu.uncaught").error("%s: %s", type(error).__name__, error)
+
+
 def _log_uncaught(kind, error, traceback) -> None:
     if not issubclass(kind, KeyboardInterrupt):
         logging.getLogger("gemma4_tpu.uncaught").critical("uncaught", exc_info=(kind, error, traceback))

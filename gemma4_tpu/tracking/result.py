@@ -10,29 +10,32 @@ from gemma4_tpu.tracking.files import read_json, write_json
 
 
 @dataclass(kw_only=True)
-class Result:
-    """A key that a run doesn't know is None (null). Losses are means in nats per target token."""
+class Totals:
+    """What adds up over a run, interruptions included; saved with every checkpoint.
 
-    status: str
-    """`finished`; `preempted` (saved; the same command continues); `failed` (see `error` and log.txt)."""
-    error: str | None = None
-    """One line on why the run failed."""
+    A figure that a run doesn't know is None (null). Losses are means in nats per target token.
+    """
+
     updates: int = 0
     """Optimizer updates done, those before a resume included."""
+    skipped_updates: int = 0
+    """Of these, updates that changed nothing because their loss was a spike (`trainer.spike_factor`)."""
     seconds: float = 0.0
     """Wall-clock time of all updates and evaluations, compilation included, those before a resume included."""
     real_tokens: int = 0
     """Non-padding tokens trained on."""
     target_tokens: int = 0
     """Tokens with loss trained on."""
-    fill: float | None = None
-    """Real tokens over token slots."""
-    real_tokens_per_second: float | None = None
-    """Real tokens per second of update time, over all chips, without the first update (compilation)."""
+    slots: int = 0
+    """Token slots trained on, padding included."""
+    timed_tokens: int = 0
+    """Real tokens of updates whose time is in `timed_seconds`: all but the first after each start (compilation)."""
+    timed_seconds: float = 0.0
+    """Update time of `timed_tokens`."""
     train_loss_first: float | None = None
-    """Training loss of the first logged update."""
+    """Training loss of the first update."""
     train_loss_last: float | None = None
-    """Training loss of the last logged update."""
+    """Training loss of the last update."""
     heldout_loss_first: float | None = None
     """Held-out loss before the first update."""
     heldout_loss_last: float | None = None
@@ -41,6 +44,20 @@ class Result:
     """Lowest held-out loss seen."""
     heldout_update_best: int | None = None
     """The update at which it was seen."""
+
+
+@dataclass(kw_only=True)
+class Result(Totals):
+    """The totals of a run, how it ended, and what follows from them; None (null) where a run doesn't know."""
+
+    status: str
+    """`finished`; `preempted` (saved; the same command continues); `failed` (see `error` and log.txt)."""
+    error: str | None = None
+    """One line on why the run failed."""
+    fill: float | None = None
+    """Real tokens over token slots."""
+    real_tokens_per_second: float | None = None
+    """Real tokens per second of update time, over all chips, without the first update (compilation)."""
     lora_parameters: int | None = None
     """Trained LoRA parameters; 0 for full fine-tuning."""
     adapted_modules: int | None = None

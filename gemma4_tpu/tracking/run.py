@@ -22,12 +22,14 @@ import yaml
 
 from gemma4_tpu.errors import UserError
 from gemma4_tpu.tracking.files import jsonable, write_text
+from gemma4_tpu.tracking.result import Result
 
 log = logging.getLogger(__name__)
 
 MAY_CHANGE = (
-    "checkpoint", "hardware", "mesh", "name", "preview", "run_dir", "tracker", "trainer.attention", "trainer.epochs",
-    "trainer.eval_every", "trainer.log_every", "trainer.loss_chunk_tokens", "trainer.max_updates", "trainer.remat",
+    "checkpoint", "distributed", "hardware", "mesh", "name", "preview", "run_dir", "tracker", "trainer.attention",
+    "trainer.compile_cache", "trainer.epochs", "trainer.eval_every", "trainer.log_every", "trainer.loss_chunk_tokens",
+    "trainer.max_updates", "trainer.remat", "trainer.stall_seconds",
 )  # fmt: skip
 """Keys (and groups) that a resumed run may give anew; any other would make it another run."""
 
@@ -56,6 +58,7 @@ class RunFolder:
         *,
         config: dict[str, Any],
         overrides: Sequence[str] = (),
+        resume_allow: Sequence[str] = (),
         write: bool = True,
     ) -> RunFolder:
         """Makes a new run folder, or opens the one that `run_dir` names again.
@@ -67,6 +70,7 @@ class RunFolder:
           resume: `config.checkpoint.resume`: `auto` continues in a used folder, `never` refuses it.
           config: the resolved configuration as plain values; written to `config.yaml`.
           overrides: the command line's overrides; written to `overrides.yaml`.
+          resume_allow: `config.checkpoint.resume_allow`: keys and groups that may differ besides `MAY_CHANGE`.
           write: False on every process but the first; they need `run_dir`, and touch nothing.
 
         Raises:
@@ -84,7 +88,7 @@ class RunFolder:
             run._take_lock()
             run.resumed = run.config_path.exists()
             if run.resumed:
-                run._check_resume(resume, jsonable(config))
+                run._check_resume(resume, jsonable(config), resume_allow)
             write_text(run.config_path, yaml.safe_dump(jsonable(config), sort_keys=False, allow_unicode=True))
             write_text(run.overrides_path, yaml.safe_dump(list(overrides), allow_unicode=True))
             run.plots.mkdir(exist_ok=True)
@@ -138,6 +142,20 @@ class RunFolder:
     def read_config(self) -> dict[str, Any]:
         return yaml.safe_load(self.config_path.read_text(encoding="utf-8"))
 
+    def leave_result(self, result: Result) -> None:
+        """Writes `result.json`, where this process writes; an outcome worse than that of a finished run never replaces
+        it, and a full disk does not hide what went wrong before.
+        """
+        if not self.write:
+            return
+        if result.status == "finished":
+            return result.write(self.result_path)
+        try:
+            if not (self.result_path.exists() and Result.read(self.result_path).status == "finished"):
+                result.write(self.result_path)
+        except (OSError, ValueError) as error:
+            log.warning("%s: can't be written (%s)", self.result_path, error)
+
     def close(self) -> None:
         """Gives up the right to write."""
         if self._lock is not None:
@@ -161,23 +179,23 @@ class RunFolder:
         os.truncate(self._lock, 0)
         os.pwrite(self._lock, str(os.getpid()).encode(), 0)
 
-    def _check_resume(self, resume: str, config: dict[str, Any]) -> None:
+    def _check_resume(self, resume: str, config: dict[str, Any], allow: Sequence[str]) -> None:
         if resume == "never":
             raise UserError(
                 f"checkpoint.resume=never: {self.path} already holds a run; "
                 "give another run_dir, or checkpoint.resume=auto to continue it"
             )
-        forbidden = []
+        forbidden: dict[str, str] = {}
         for key, recorded, given in config_differences(self.read_config(), config):
-            if _may_change(key):
+            if _is_among(key, MAY_CHANGE) or _is_among(key, allow):
                 log.info("resuming with %s=%s (was %s)", key, given, recorded)
             else:
-                forbidden.append(f"  {key}: {given} (the run has {recorded})")
+                forbidden[key] = f"\n  {key}: {given} (the run has {recorded})"
         if forbidden:
             raise UserError(
-                f"run_dir={self.path} holds a run with another configuration:\n"
-                + "\n".join(forbidden)
-                + "\ngive the run's values to resume it, or another run_dir to start afresh"
+                f"run_dir={self.path} holds a run with another configuration:{''.join(forbidden.values())}\n"
+                "give the run's values to resume it, another run_dir to start afresh, or accept the differences: "
+                f"checkpoint.resume_allow=[{','.join(forbidden)}]"
             )
 
 
@@ -198,8 +216,9 @@ def _leaves(config: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any
             yield f"{prefix}{key}", value
 
 
-def _may_change(key: str) -> bool:
-    return any(key == allowed or key.startswith(allowed + ".") for allowed in MAY_CHANGE)
+def _is_among(key: str, allowed: Sequence[str]) -> bool:
+    """Whether a key or a group that it lies in is named."""
+    return any(key == name or key.startswith(name + ".") for name in allowed)
 
 
 def _new_folder(parent: Path) -> Path:

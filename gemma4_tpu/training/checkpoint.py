@@ -6,9 +6,11 @@ in memory, so that a run can resume on another mesh and a merge can read one lay
 
 from __future__ import annotations
 
+import errno
 import logging
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -21,34 +23,44 @@ from jax.sharding import Mesh
 from orbax.checkpoint import checkpoint_managers as policies
 
 from gemma4_tpu.config.schema import CheckpointConfig
+from gemma4_tpu.errors import UserError
 from gemma4_tpu.models import sharding
 from gemma4_tpu.models.layout import Leaf, build_tree, get
 from gemma4_tpu.step.train_step import TrainState
+from gemma4_tpu.storage import is_remote, join, list_folder
+from gemma4_tpu.training import checksums
 
 log = logging.getLogger(__name__)
 CHUNK_BYTES = 32 << 20  # large tensors are saved in pieces, so that a merge need not hold one whole
+_UNDER_WAY = ".orbax-checkpoint-tmp"  # ending of the folder of a save under way, until all of it is there
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_FULL_SAID = ("No space left", "Disk quota exceeded", "File too large")
 _MOMENTS = ("mu", "nu")  # AdamW's two moments, shaped like the trained tree
 
 
 class Checkpoints:
     """The `checkpoints/` folder of a run.
 
-    Keeps the N latest checkpoints and, with `keep_best`, the one with the lowest held-out loss.
+    Keeps the N latest checkpoints and, with `keep_best`, the one with the lowest held-out loss. Each holds the
+    checksums of its files.
     """
 
     def __init__(self, folder: str | Path, config: CheckpointConfig, leaves: Iterable[Leaf], mesh: Mesh):
         self._leaves = list(leaves)
         self._mesh = mesh
+        self._folder = str(folder) if is_remote(str(folder)) else str(Path(folder).absolute())
+        self._saving = 0
         kept: list[Any] = [policies.LatestN(config.keep)]
         if config.keep_best:  # the last of those in descending order
             best = {"reverse": True, "n": 1, "keep_checkpoints_without_metrics": False}
             kept.append(policies.BestN(get_metric_fn=_heldout_loss, **best))
         self._manager = ocp.CheckpointManager(
-            Path(folder).absolute() if "://" not in str(folder) else folder,
+            self._folder,
             options=ocp.CheckpointManagerOptions(
                 preservation_policy=policies.AnyPreservationPolicy(kept),
                 best_fn=_heldout_loss,  # without it Orbax 0.12 does not write the metrics, and forgets them on a resume
                 cleanup_tmp_directories=True,
+                async_options=ocp.AsyncOptions(post_finalization_callback=self._complete),
             ),
             item_names=("state", "position"),
         )
@@ -65,25 +77,42 @@ class Checkpoints:
           state: the training state.
           position: the pipeline's `get_state()`, JSON-able.
           heldout_loss: if it was measured at this update; decides which checkpoint is the best.
+
+        Raises:
+          UserError: the disk is full, now or while the checkpoint before was saved.
         """
         update = int(state.update)
         if update in self._manager.all_steps():
             return
+        self.wait()  # for the save before
+        self._saving = update
         disk = _to_disk(state, self._leaves)
         chunked = ocp.SaveArgs(chunk_byte_size=CHUNK_BYTES)
-        self._manager.save(
-            update,
-            args=ocp.args.Composite(
-                state=ocp.args.StandardSave(disk, save_args=jax.tree.map(lambda _: chunked, disk)),
-                position=ocp.args.JsonSave(position),
-            ),
-            metrics=None if heldout_loss is None else {"heldout_loss": heldout_loss},
-            force=True,
-        )
+        with self._telling_full_disks():
+            self._manager.save(
+                update,
+                args=ocp.args.Composite(
+                    state=ocp.args.StandardSave(disk, save_args=jax.tree.map(lambda _: chunked, disk)),
+                    position=ocp.args.JsonSave(position),
+                ),
+                metrics=None if heldout_loss is None else {"heldout_loss": heldout_loss},
+                force=True,
+            )
         log.info("checkpoint at update %d", update)
 
+    def _complete(self) -> None:
+        """Called by Orbax, in its own thread, when all parts are written and before the folder gets its final name."""
+        if jax.process_index() == 0:
+            names = (str(self._saving), f"{self._saving}{_UNDER_WAY}")
+            (name,) = (name for name in list_folder(self._folder) if name in names)
+            checksums.write(join(self._folder, name))
+
     def restore(self, update: int, state: TrainState) -> tuple[TrainState, dict[str, Any]]:
-        """The state and data position saved after `update`, on this mesh; `state` gives structure and types."""
+        """The state and data position saved after `update`, on this mesh; `state` gives structure and types.
+
+        Raises:
+          UserError: the checkpoint holds other tensors than this run trains.
+        """
         abstract = jax.eval_shape(partial(_to_disk, leaves=self._leaves), state)
         targets = {
             group: {name: self._target(name, x) for name, x in value.items()}
@@ -91,18 +120,45 @@ class Checkpoints:
             else self._target("", value)  # no rule: replicated
             for group, value in abstract.items()
         }
-        saved = self._manager.restore(
-            update, args=ocp.args.Composite(state=ocp.args.StandardRestore(targets), position=ocp.args.JsonRestore())
-        )
+        wanted = ocp.args.Composite(state=ocp.args.StandardRestore(targets), position=ocp.args.JsonRestore())
+        try:
+            saved = self._manager.restore(update, args=wanted)
+        except (ValueError, KeyError, TypeError) as error:  # its bytes are sound: they have been verified
+            reason = str(error).strip().splitlines()[0][:300]
+            raise UserError(
+                f"{self._folder}/{update}: does not hold what this run trains ({reason}); give the configuration that"
+                " the run began with, or another run_dir"
+            ) from error
         return _from_disk(saved["state"], state, self._leaves), saved["position"]
 
     def close(self) -> None:
         """Waits for saves under way."""
-        self._manager.close()
+        with self._telling_full_disks():
+            self._manager.close()
 
     def wait(self) -> None:
-        """Waits for saves under way; the folder is complete afterwards."""
-        self._manager.wait_until_finished()
+        """Waits for saves under way; the folder is complete afterwards.
+
+        Raises:
+          UserError: the disk is full.
+        """
+        with self._telling_full_disks():
+            self._manager.wait_until_finished()
+
+    @contextmanager
+    def _telling_full_disks(self) -> Iterator[None]:
+        """Turns the many forms of a full disk into one message."""
+        try:
+            yield
+        except Exception as error:
+            if getattr(error, "errno", None) not in _FULL and not any(said in str(error) for said in _FULL_SAID):
+                raise
+            kept = [u for u in self.updates if u != self._saving]
+            last = f"the last good checkpoint is at update {kept[-1]}" if kept else "there is no checkpoint yet"
+            raise UserError(
+                f"the disk of {self._folder} is full: the checkpoint at update {self._saving} could not be written;"
+                f" {last}. Make space, or lower checkpoint.keep, and the same command goes on"
+            ) from error
 
     def _target(self, name: str, x: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding.named(self._mesh, name, x.shape))

@@ -16,7 +16,14 @@ from jax.sharding import PartitionSpec as P
 
 from gemma4_tpu.architectures import Architecture
 from gemma4_tpu.config.checks import check_devices, resolve_mesh
-from gemma4_tpu.config.schema import HardwareConfig, LoraConfig, MeshConfig, OptimizerConfig, TrainerConfig
+from gemma4_tpu.config.schema import (
+    CheckpointConfig,
+    HardwareConfig,
+    LoraConfig,
+    MeshConfig,
+    OptimizerConfig,
+    TrainerConfig,
+)
 from gemma4_tpu.models import lora as adapters
 from gemma4_tpu.models import quantize, sharding
 from gemma4_tpu.models.base import Base
@@ -26,6 +33,7 @@ from gemma4_tpu.models.load import load_params, random_params
 from gemma4_tpu.models.splash import make_attention
 from gemma4_tpu.step.optimizer import make_optimizer
 from gemma4_tpu.step.train_step import Step, TrainState
+from gemma4_tpu.training.capacity import check_disk, check_memory
 
 log = logging.getLogger(__name__)
 
@@ -93,6 +101,23 @@ def make_step(
 def weight_dtype(step: Step) -> Any:
     """The dtype of the base weights: float32 where they are trained, else that of the activations."""
     return jnp.float32 if step.full else step.model.compute_dtype
+
+
+def check_capacity(
+    arch: Architecture,
+    lora: LoraConfig,
+    trainer: TrainerConfig,
+    checkpoint: CheckpointConfig,
+    mesh: Mesh,
+    checkpoints: str,
+) -> None:
+    """Refuses (`UserError`) a run that this machine's disk or memory can't hold."""
+    platform, layout = mesh.devices.flat[0].platform, Layout.of(arch)
+    weights = tuple(layout.leaves())
+    trained = tuple(adapters.leaves(layout, lora)) if lora.enabled else weights
+    value_bytes = jnp.dtype(compute_dtype(trainer, platform)).itemsize if lora.enabled else 0
+    check_disk(checkpoints, checkpoint, trained)
+    check_memory(platform, weights, trained, value_bytes)
 
 
 def build_job(

@@ -4,21 +4,25 @@ from __future__ import annotations
 
 import logging
 import math
-import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from typing import Any, NamedTuple
 
+import numpy as np
 import optax
 
 from gemma4_tpu.config.schema import CheckpointConfig, TrainerConfig
 from gemma4_tpu.data.pipeline import Pipeline, Update
 from gemma4_tpu.errors import UserError
 from gemma4_tpu.step.train_step import Metrics, TrainState
-from gemma4_tpu.tracking.result import Result
+from gemma4_tpu.tracking.result import Result, Totals
 from gemma4_tpu.training.checkpoint import Checkpoints
+from gemma4_tpu.training.clock import Clock, Window, count_update
 from gemma4_tpu.training.job import Job, to_mesh
+from gemma4_tpu.training.preemption import Preemption
 from gemma4_tpu.training.programs import Programs
+from gemma4_tpu.training.spikes import Spikes
+from gemma4_tpu.training.watchdog import Watchdog
 
 log = logging.getLogger(__name__)
 
@@ -27,80 +31,13 @@ class Diverged(UserError):
     """NaN or infinity in the loss or the gradient."""
 
 
-@dataclass
-class Totals:
-    """What adds up over a run, interruptions included; saved with every checkpoint."""
-
-    real_tokens: int = 0
-    target_tokens: int = 0
-    slots: int = 0
-    seconds: float = 0.0
-    timed_tokens: int = 0
-    """Real tokens of updates whose time is in `timed_seconds`: all but the first after each start (compilation)."""
-    timed_seconds: float = 0.0
-    train_loss_first: float | None = None
-    train_loss_last: float | None = None
-    heldout_loss_first: float | None = None
-    heldout_loss_last: float | None = None
-    heldout_loss_best: float | None = None
-    heldout_update_best: int | None = None
-
-    def count(self, update: Update, loss: float, window: Window) -> None:
-        """Adds one finished update, the last of `window`."""
-        self.real_tokens += update.real_tokens
-        self.target_tokens += update.target_tokens
-        self.slots += round(update.real_tokens / update.fill)
-        if not (window.first and window.updates == 1):
-            self.timed_tokens += update.real_tokens
-            self.timed_seconds += window.last_seconds
-        if self.train_loss_first is None:
-            self.train_loss_first = loss
-        self.train_loss_last = loss
-
-
-class Clock:
-    """Wall-clock time of the run (earlier starts included) and since the last lap, in seconds."""
-
-    def __init__(self, earlier_seconds: float) -> None:
-        self._last = time.perf_counter()
-        self._start = self._last - earlier_seconds
-
-    @property
-    def total(self) -> float:
-        return time.perf_counter() - self._start
-
-    def lap(self) -> float:
-        now = time.perf_counter()
-        lap, self._last = now - self._last, now
-        return lap
-
-
-@dataclass
-class Window:
-    """Updates since the last logged row."""
-
-    first: bool = True
-    """Begins with the first update after a start, whose time is compilation."""
-    updates: int = 0
-    real_tokens: int = 0
-    target_tokens: int = 0
-    seconds: float = 0.0
-    last_seconds: float = 0.0
-
-    def add(self, update: Update, seconds: float) -> None:
-        self.updates += 1
-        self.real_tokens += update.real_tokens
-        self.target_tokens += update.target_tokens
-        self.seconds += seconds
-        self.last_seconds = seconds
-
-
 class InFlight(NamedTuple):
     """An update that the devices may still be working on."""
 
     done: int
     update: Update
     metrics: Metrics
+    spike_limit: np.ndarray | None
 
 
 class Rates(NamedTuple):
@@ -124,11 +61,15 @@ class Loop:
     checkpoint: CheckpointConfig
     schedule: optax.Schedule
     rates: Rates
+    fingerprints: dict[str, Any]
+    """Of data, tokenizer and base weights; saved with every checkpoint."""
     report: Callable[[dict[str, Any], int], None]
     """Takes the metrics of an update: metrics.jsonl, tracker and progress bar."""
+    preemption: Preemption
+    watchdog: Watchdog
 
     def run(self, resume_from: int | None) -> Result:
-        """Trains to the last update and returns the result.
+        """Trains to the last update, or to the one that a preemption stops at, and returns the result.
 
         Args:
           resume_from: the update whose checkpoint to continue from; None: from the start.
@@ -137,15 +78,18 @@ class Loop:
           Diverged: NaN or infinity; the checkpoints before it are kept.
         """
         # ── state: fresh or restored ───────────────────────────────────────────────────────────────────────────────
-        state, totals = self.job.state, Totals()
+        state, totals, spikes = self.job.state, Totals(), Spikes(self.trainer.spike_factor)
         if resume_from is not None:
             state, position = self.checkpoints.restore(resume_from, state)
-            self.pipeline.set_state(position["pipeline"])
-            totals = Totals(**{f.name: position["totals"][f.name] for f in fields(Totals)})
+            self.pipeline.set_state(position["pipeline"], self.checkpoint.resume_allow)
+            totals = Totals(**position["totals"])
+            spikes = Spikes(self.trainer.spike_factor, **position["spikes"])
             log.info("resumed from the checkpoint at update %d", resume_from)
+        self.watchdog.progress()
         clock = Clock(earlier_seconds=totals.seconds)
-        done, last = int(state.update), self.pipeline.total_updates
-        programs = Programs(self.job.step, state, sorted({*self.pipeline.lengths, *map(_length, self.heldout)}))
+        done, last, stops = int(state.update), self.pipeline.total_updates, False
+        lengths = sorted({*self.pipeline.lengths, *map(_length, self.heldout)})
+        programs = Programs(self.job.step, state, lengths, self.watchdog.paused)
 
         # ── held-out loss before the first update ──────────────────────────────────────────────────────────────────
         if done == 0:
@@ -156,36 +100,57 @@ class Loop:
         window, in_flight = Window(), None
         for update in self.pipeline:
             done += 1
-            state, metrics = programs.train(state, self.job.base, to_mesh(update.arrays, self.job.mesh))
+            limit = spikes.limit(done)
+            state, metrics = programs.train(state, self.job.base, to_mesh(update.arrays, self.job.mesh), limit)
             if in_flight:
-                window = self._finish(in_flight, window, totals, clock)
-            in_flight = InFlight(done, update, metrics)
+                window = self._finish(in_flight, window, totals, spikes, clock)
+            in_flight = InFlight(done, update, metrics, limit)
+            stops = self.preemption.reached(done)
             evaluates = done == last or (self.trainer.eval_every and done % self.trainer.eval_every == 0)
-            saves = done == last or done % self.checkpoint.every == 0
+            saves = stops or done == last or done % self.checkpoint.every == 0
             if not (evaluates or saves):
                 continue
 
             # ── held-out loss and checkpoint: what is saved has been seen to be finite ─────────────────────────────
-            window, in_flight = self._finish(in_flight, window, totals, clock), None
+            window, in_flight = self._finish(in_flight, window, totals, spikes, clock), None
             heldout_loss = self._evaluate(programs, state, totals, done) if evaluates else None
             if saves or (self.checkpoint.keep_best and heldout_loss is not None and totals.heldout_update_best == done):
                 totals.seconds = clock.total
-                position = {"pipeline": self.pipeline.get_state(), "totals": asdict(totals)}
-                self.checkpoints.save(state, position, heldout_loss)
+                self.checkpoints.save(state, self._position(totals, spikes), heldout_loss)
             clock.lap()
+            if stops:
+                break
 
         # ── result ─────────────────────────────────────────────────────────────────────────────────────────────────
         self.checkpoints.wait()
         totals.seconds = clock.total
-        return self._result(done, totals)
+        return self._result("preempted" if stops and done < last else "finished", totals)
 
-    def _finish(self, flight: InFlight, window: Window, totals: Totals, clock: Clock) -> Window:
+    def _position(self, totals: Totals, spikes: Spikes) -> dict[str, Any]:
+        """What a resumed run needs besides the training state, as JSON."""
+        return {
+            "fingerprints": self.fingerprints,
+            "pipeline": self.pipeline.get_state(),
+            "totals": asdict(totals),
+            "spikes": {"losses": spikes.losses, "newest_at": spikes.newest_at},
+        }
+
+    def _finish(self, flight: InFlight, window: Window, totals: Totals, spikes: Spikes, clock: Clock) -> Window:
         """Waits for an update, checks and counts it, and reports it if it is due; returns the window to go on with."""
         loss, grad_norm = float(flight.metrics.loss), float(flight.metrics.grad_norm)
         if not (math.isfinite(loss) and math.isfinite(grad_norm)):
             self._stop_diverged(flight.done, flight.update, loss, grad_norm)
+        self.preemption.something_to_save()
+        self.watchdog.progress()
         window.add(flight.update, clock.lap())
-        totals.count(flight.update, loss, window)
+        count_update(totals, flight.update, loss, window)
+        if spikes.add(flight.done, loss, flight.spike_limit):
+            totals.skipped_updates += 1
+            rows = _row_names(flight.update)
+            log.warning(
+                "update %d skipped: loss %.4f is above %.4f (trainer.spike_factor=%g times the median); made from the"
+                " rows %s", flight.done, loss, flight.spike_limit, spikes.factor, ", ".join(rows),
+            )  # fmt: skip
         totals.seconds = clock.total
         if flight.done % self.trainer.log_every and flight.done != self.pipeline.total_updates:
             return window
@@ -200,6 +165,7 @@ class Loop:
         for batch in self.heldout:
             summed, targets = programs.evaluate(state.trained, self.job.base, to_mesh(batch.arrays, self.job.mesh))
             total, count = total + float(summed), count + int(targets)
+            self.watchdog.progress()
         loss = total / count
         self.report({"heldout_loss": loss}, update)
         if totals.heldout_loss_first is None:
@@ -224,6 +190,7 @@ class Loop:
             "fill": flight.update.fill,
             "update_seconds": window.seconds / window.updates,
             "seconds": totals.seconds,
+            **({"skipped_updates": totals.skipped_updates} if self.trainer.spike_factor is not None else {}),
             **self._utilisation(rate),
             **({"usd": self._usd(totals.seconds)} if self.rates.usd_per_hour is not None else {}),
         }
@@ -238,7 +205,7 @@ class Loop:
         return None if self.rates.usd_per_hour is None else self.rates.usd_per_hour * seconds / 3600
 
     def _stop_diverged(self, done: int, update: Update, loss: float, grad_norm: float) -> None:
-        rows = sorted({str(origin) for row in update.origins() for origin in row})
+        rows = _row_names(update)
         log.error("update %d was made from the rows %s", done, ", ".join(rows))
         shown = ", ".join(rows[:8]) + (f" and {len(rows) - 8} more (log.txt lists them)" if len(rows) > 8 else "")
         kept = self.checkpoints.updates
@@ -248,22 +215,13 @@ class Loop:
             + "Look at these rows, or lower optimizer.learning_rate."
         )
 
-    def _result(self, done: int, totals: Totals) -> Result:
+    def _result(self, status: str, totals: Totals) -> Result:
         rate = totals.timed_tokens / totals.timed_seconds if totals.timed_seconds else None
         return Result(
-            status="finished",
-            updates=done,
-            seconds=totals.seconds,
-            real_tokens=totals.real_tokens,
-            target_tokens=totals.target_tokens,
+            **asdict(totals),
+            status=status,
             fill=totals.real_tokens / totals.slots if totals.slots else None,
             real_tokens_per_second=rate,
-            train_loss_first=totals.train_loss_first,
-            train_loss_last=totals.train_loss_last,
-            heldout_loss_first=totals.heldout_loss_first,
-            heldout_loss_last=totals.heldout_loss_last,
-            heldout_loss_best=totals.heldout_loss_best,
-            heldout_update_best=totals.heldout_update_best,
             lora_parameters=0 if self.job.step.full else self.job.trained_parameters,
             adapted_modules=self.job.adapted_modules,
             mfu=self._utilisation(rate).get("mfu"),
@@ -273,3 +231,8 @@ class Loop:
 
 def _length(update: Update) -> int:
     return update.arrays["tokens"].shape[-1]
+
+
+def _row_names(update: Update) -> list[str]:
+    """Where the examples of an update came from, sorted."""
+    return sorted({str(origin) for row in update.origins() for origin in row})

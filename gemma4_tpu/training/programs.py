@@ -5,7 +5,8 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import jax
@@ -42,22 +43,30 @@ class Programs:
     recompilation.
     """
 
-    def __init__(self, step: Step, state: TrainState, lengths: Sequence[int]):
+    def __init__(
+        self,
+        step: Step,
+        state: TrainState,
+        lengths: Sequence[int],
+        compiling: Callable[[], AbstractContextManager] = nullcontext,
+    ):
+        """`compiling()` is entered around each run of a program that has not been compiled yet."""
+        self._compiling = compiling
         self._lengths = tuple(lengths)
         self._functions = dict(zip(("train", "evaluate"), compiled_functions(step, state), strict=True))
         self._shapes: dict[tuple[str, int], dict[str, tuple[int, ...]]] = {}
         self._compiled: set[tuple[str, int]] = set()
         self.compile_seconds = 0.0
 
-    def train(self, state: TrainState, base: Any, batch: Batch) -> tuple[TrainState, Metrics]:
-        """One update; `state` is donated."""
-        return self._run("train", state, base, batch)
+    def train(self, state: TrainState, base: Any, batch: Batch, spike_limit: Any = None) -> tuple[TrainState, Metrics]:
+        """One update; `state` is donated. A `spike_limit` is given at every update, or at none."""
+        return self._run("train", state, base, batch, *([] if spike_limit is None else [spike_limit]))
 
     def evaluate(self, trained: Any, base: Any, batch: Batch) -> tuple[jax.Array, jax.Array]:
         """(summed loss, target tokens) of a held-out batch."""
         return self._run("evaluate", trained, base, batch)
 
-    def _run(self, name: str, values: Any, base: Any, batch: Batch) -> Any:
+    def _run(self, name: str, values: Any, base: Any, batch: Batch, *more: Any) -> Any:
         function, shapes = self._functions[name], {key: array.shape for key, array in batch.items()}
         length = shapes["tokens"][-1]
         if length not in self._lengths:
@@ -66,7 +75,8 @@ class Programs:
         if shapes != first:
             raise Recompilation(f"{name}: compiled for a batch of {first}, given {shapes}")
         before, started = _compilations(), time.perf_counter()
-        result = function(values, base, batch)
+        with nullcontext() if (name, length) in self._compiled else self._compiling():
+            result = function(values, base, batch, *more)
         if _compilations() > before:
             self._count(name, length, time.perf_counter() - started)
         return result

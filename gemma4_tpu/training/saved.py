@@ -18,6 +18,8 @@ import numpy as np
 import tensorstore as ts
 
 from gemma4_tpu.errors import UserError
+from gemma4_tpu.storage import list_folder
+from gemma4_tpu.training import checksums
 
 TRAINED = "trained"
 
@@ -75,7 +77,7 @@ class SavedState:
         store = {"driver": "ocdbt", "base": (self.folder / "state").as_uri() + "/", "path": f"{TRAINED}.{name}/"}
         return {"driver": "zarr3" if self._metadata.get("use_zarr3") else "zarr", "kvstore": store}
 
-    def _damaged(self, name: str, error: Exception) -> UserError:
+    def _damaged(self, name: str, error: Exception | str) -> UserError:
         reason = str(error).splitlines()[0][:200]
         return UserError(f"{self.folder}: a damaged checkpoint ({name}: {reason}); give another, checkpoint=<update>")
 
@@ -90,25 +92,19 @@ def _open_store(state: SavedState, name: str) -> Any:
         raise state._damaged(name, error) from None
 
 
-def saved_updates(checkpoints: Path) -> list[int]:
-    """Updates that have a whole checkpoint, oldest first."""
-    if not checkpoints.is_dir():
-        return []
-    return sorted(
-        int(place.name)
-        for place in checkpoints.iterdir()
-        if place.name.isdecimal() and (place / "_CHECKPOINT_METADATA").is_file() and (place / "state").is_dir()
-    )
+def saved_updates(checkpoints: str | Path) -> list[int]:
+    """Updates that have a checkpoint, finished or not, oldest first."""
+    return sorted(int(name) for name in list_folder(str(checkpoints)) if name.isdecimal())
 
 
 def open_saved(run: Path, which: str) -> SavedState:
-    """The checkpoint of a run folder that `which` means: `latest`, `best` or the number of an update.
+    """The checkpoint of a run folder that `which` means: `latest`, `best` or the number of an update; verified.
 
     Raises:
-      UserError: there is none, or not that one; lists those there are.
+      UserError: there is none, or not that one (lists those there are), or its bytes are not those that were saved.
     """
     checkpoints = run / "checkpoints"
-    there = saved_updates(checkpoints)
+    there = [u for u in saved_updates(checkpoints) if checksums.is_finished(f"{checkpoints}/{u}")]
     if not there:
         raise UserError(f"run={run}: has no checkpoint; train it further: run_dir={run}")
     listed = ", ".join(map(str, there))
@@ -127,7 +123,10 @@ def open_saved(run: Path, which: str) -> SavedState:
         update = int(which)
         if update not in there:
             raise UserError(f"checkpoint={which}: {run} has none of that update; there are {listed}, best and latest")
-    return SavedState(checkpoints / str(update), update)
+    state = SavedState(checkpoints / str(update), update)
+    if problem := checksums.problem(str(state.folder)):
+        raise state._damaged("checksums", problem)
+    return state
 
 
 def _best_update(latest: Path) -> int | None:

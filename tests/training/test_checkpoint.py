@@ -13,8 +13,8 @@ from tests.step.test_train_step import LORA, make
 POSITION = {"pipeline": {"place": 7}, "totals": {"seconds": 1.5}}
 
 
-def open_folder(folder, step, keep_best=True) -> Checkpoints:
-    config = CheckpointConfig(keep=2, keep_best=keep_best)
+def open_folder(folder, step, keep_best=True, keep=2) -> Checkpoints:
+    config = CheckpointConfig(keep=keep, keep_best=keep_best)
     return Checkpoints(folder, config, adapters.leaves(step.model.layout, LORA), step.model.mesh)
 
 

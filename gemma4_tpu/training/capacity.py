@@ -1,0 +1,67 @@
+"""Whether disk and host memory can hold the run, asked before the weights are loaded."""
+
+from __future__ import annotations
+
+import math
+import shutil
+from collections.abc import Iterable
+from pathlib import Path
+
+import psutil
+
+from gemma4_tpu.config.schema import CheckpointConfig
+from gemma4_tpu.errors import UserError
+from gemma4_tpu.models.layout import Leaf
+from gemma4_tpu.storage import is_remote
+from gemma4_tpu.training.checkpoint import state_bytes
+
+_MIB = 2**20
+
+
+def check_disk(checkpoints: str, config: CheckpointConfig, leaves: Iterable[Leaf]) -> None:
+    """Compares the checkpoints that the run will keep, and one under way, with the free space.
+
+    Raises:
+      UserError: they don't fit; gs:// is never full.
+    """
+    if is_remote(checkpoints):
+        return
+    one = state_bytes(leaves)
+    wanted = one * (config.keep + config.keep_best + 1)
+    there = sum(path.stat().st_size for path in Path(checkpoints).rglob("*") if path.is_file())
+    free = shutil.disk_usage(checkpoints).free
+    if wanted - there > free:
+        raise UserError(
+            f"checkpoint.keep={config.keep}: needs {_mib(wanted)} in {checkpoints} ({_mib(one)} each, one more while it"
+            f" is saved{', and the best' if config.keep_best else ''}), but {_mib(free)} are free; make space, lower"
+            " checkpoint.keep, or give a run_dir on a larger disk"
+        )
+
+
+def check_memory(platform: str, base: Iterable[Leaf], trained: Iterable[Leaf], value_bytes: int) -> None:
+    """Compares what the host must hold at the least with its free memory.
+
+    On CPUs that is the model and its training state; elsewhere this process's part of the largest array, which is on
+    its way to the devices.
+
+    Args:
+      platform: of the devices.
+      base: the weights.
+      trained: the trained values.
+      value_bytes: of one weight on the devices.
+
+    Raises:
+      UserError: it doesn't fit.
+    """
+    sizes = [value_bytes * math.prod(leaf.array_shape) for leaf in base]
+    wanted = sum(sizes) + state_bytes(trained) if platform == "cpu" else max(sizes)
+    free = psutil.virtual_memory().available
+    if wanted > free:
+        raise UserError(
+            f"the model needs at least {_mib(wanted)} of this machine's memory, of which {_mib(free)} are free; give a"
+            " smaller model, or a machine with more memory"
+        )
+
+
+def _mib(size_bytes: int) -> str:
+    return f"{size_bytes / _MIB:,.0f} MiB"

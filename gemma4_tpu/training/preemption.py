@@ -1,0 +1,91 @@
+"""SIGTERM: save at the next update boundary and exit with code 42; a second one exits at once.
+
+The signal is read by a thread of its own, so that it is met while the main thread compiles or loads. Until there is
+something to save, the first SIGTERM ends the process at once, with code 42 too: the same command starts again.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import sys
+import threading
+from collections.abc import Callable
+from typing import Any
+
+from gemma4_tpu.errors import PREEMPTED, TERMINATED
+
+log = logging.getLogger(__name__)
+
+
+class Preemption:
+    """Watches for SIGTERM while it is open as a context manager, which only the main thread can do.
+
+    With several processes JAX's preemption service takes the signal, whichever of them it reaches, and names the update
+    at which all of them stop; a start-up is then not cut short, but ends with the first update.
+    """
+
+    def __init__(self, last_words: Callable[[], None] = lambda: None):
+        """`last_words` are called before an exit that has nothing to save."""
+        self.last_words = last_words
+        self._requested = threading.Event()
+        self._something_to_save = False
+        self._signals = 0
+        self._before: Any = None
+
+    def __enter__(self) -> Preemption:
+        self._read_end, self._write_end = os.pipe()
+        os.set_blocking(self._write_end, False)
+        self._before = signal.signal(signal.SIGTERM, lambda *_: None)  # so that Python writes it to the pipe
+        signal.set_wakeup_fd(self._write_end, warn_on_full_buffer=False)
+        threading.Thread(target=self._listen, name="sigterm", daemon=True).start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        signal.set_wakeup_fd(-1)
+        signal.signal(signal.SIGTERM, self._before)
+        os.close(self._write_end)  # ends the thread
+
+    def something_to_save(self) -> None:
+        """An update was made: from now on SIGTERM waits for a save."""
+        self._something_to_save = True
+
+    def reached(self, update: int) -> bool:
+        """Whether to save and stop now that `update` updates are done: the same answer on every process."""
+        import jax
+        from jax.experimental import multihost_utils
+
+        several = jax.process_count() > 1 and not self._requested.is_set()
+        if several and multihost_utils.reached_preemption_sync_point(update):
+            self._requested.set()
+            self._signals = 1
+            signal.signal(signal.SIGTERM, lambda *_: None)  # the next one is the second
+        return self._requested.is_set()
+
+    def _listen(self) -> None:
+        with os.fdopen(self._read_end, "rb", buffering=0) as pipe:
+            while number := pipe.read(1):
+                if number[0] == signal.SIGTERM:
+                    self._terminate()
+
+    def _terminate(self) -> None:
+        self._signals += 1
+        if self._signals > 1:
+            log.warning("a second SIGTERM: exiting at once, without waiting for the save")
+            exit_now(TERMINATED)
+        elif self._something_to_save:
+            log.warning("SIGTERM: saving at the next update boundary; another SIGTERM exits at once")
+            self._requested.set()
+        else:
+            log.warning("SIGTERM before the first update: there is nothing to save; the same command starts again")
+            self.last_words()
+            exit_now(PREEMPTED)
+
+
+def exit_now(code: int) -> None:
+    """Ends the process from any thread, without waiting for the others: what was logged is on disk."""
+    logging.shutdown()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)

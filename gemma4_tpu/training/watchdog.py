@@ -1,0 +1,71 @@
+"""What ends a run that hangs: no progress for `trainer.stall_seconds` dumps every stack and exits."""
+
+from __future__ import annotations
+
+import faulthandler
+import logging
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from gemma4_tpu.errors import STALLED
+from gemma4_tpu.training.preemption import exit_now
+
+log = logging.getLogger(__name__)
+
+
+class Watchdog:
+    """Counts the time since the last sign of progress; a context manager around the loop."""
+
+    def __init__(
+        self, stall_seconds: float | None, log_path: Path | None, last_words: Callable[[str], None] = lambda _: None
+    ):
+        """`last_words` get the reason before the process ends; None as `stall_seconds` never ends it."""
+        self._stall_seconds = stall_seconds
+        self._log_path = log_path
+        self._last_words = last_words
+        self._progress_at = time.monotonic()
+        self._paused = 0
+        self._closed = threading.Event()
+
+    def __enter__(self) -> Watchdog:
+        if self._stall_seconds is not None:
+            self.progress()
+            threading.Thread(target=self._watch, name="watchdog", daemon=True).start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._closed.set()
+
+    def progress(self) -> None:
+        """Something was finished: an update, a batch of the held-out set, a restore."""
+        self._progress_at = time.monotonic()
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Nothing counts as a stall inside: for compilation, which has no known length."""
+        self._paused += 1
+        try:
+            yield
+        finally:
+            self.progress()
+            self._paused -= 1
+
+    def _watch(self) -> None:
+        assert self._stall_seconds is not None
+        while not self._closed.wait(min(self._stall_seconds / 10, 5.0)):
+            if not self._paused and time.monotonic() - self._progress_at > self._stall_seconds:
+                self._stop()
+
+    def _stop(self) -> None:
+        reason = f"no progress for trainer.stall_seconds={self._stall_seconds:g}"
+        log.critical("%s: every thread's stack follows; exiting with code %d", reason, STALLED)
+        faulthandler.dump_traceback(sys.__stderr__, all_threads=True)
+        if self._log_path:
+            with self._log_path.open("a", encoding="utf-8") as file:
+                faulthandler.dump_traceback(file, all_threads=True)
+        self._last_words(f"{reason}; the stacks are in log.txt. The same command goes on from the last checkpoint")
+        exit_now(STALLED)
