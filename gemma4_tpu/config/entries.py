@@ -97,6 +97,7 @@ EVALUATE: EntryPoint[EvaluateRoot, EvaluateChecked] = EntryPoint(
         ("selfcheck=true", "show what sandbox and simulator do here"),
         ("compare=[<evaluation>,<evaluation>]", "two evaluations, problem by problem"),
     ),
+    shorthands={"eval.unsafe": "eval.judge.unsafe"},
 )
 
 PLAN: EntryPoint[PlanRoot, PlanChecked] = EntryPoint(

@@ -87,8 +87,8 @@ def _form(root: EvaluateRoot) -> tuple[str | None, list[str]]:
     keys = {"run": "run", "checkpoint": "model.path", "endpoint": "eval.endpoint", "samples": "eval.samples"}
     if not given:
         return None, [
-            "run: what is to be evaluated? give run=<run folder>, model.path=<checkpoint folder>, eval.endpoint=<URL> or"
-            " eval.samples=<FILE.jsonl>"
+            "run: what is to be evaluated? give run=<run folder>, model.path=<checkpoint folder>, eval.endpoint=<URL>"
+            " or eval.samples=<FILE.jsonl>"
         ]
     if len(given) > 1:
         return None, [f"{' and '.join(keys[name] for name in given)} are given; an evaluation has one subject"]

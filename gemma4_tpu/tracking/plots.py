@@ -12,7 +12,7 @@ from gemma4_tpu.tracking.metrics import read_metrics
 from gemma4_tpu.tracking.run import RunFolder
 
 _TRAIN, _HELDOUT, _INK, _FAINT = "#4c78c8", "#d9692c", "#333333", "#dddddd"
-_STYLE: Any = {
+STYLE: Any = {
     "font.size": 10,
     "axes.edgecolor": _INK,
     "axes.labelcolor": _INK,
@@ -105,7 +105,7 @@ def _save(draw, title: str, path: Path) -> Path:
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
 
-    with matplotlib.rc_context(_STYLE):
+    with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(7, 4), layout="constrained")
         axes = figure.subplots()
         draw(axes)

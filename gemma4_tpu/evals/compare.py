@@ -1,0 +1,115 @@
+"""Two evaluations, problem by problem, and in words what can and can't be claimed from them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from gemma4_tpu.errors import UserError
+from gemma4_tpu.evals.outcome import Outcome
+from gemma4_tpu.evals.passk import KS, Difference, difference
+
+_DESCRIPTIVE = ("base", "run", "checkpoint", "weights", "batch_size", "endpoint", "samples", "backend", "stop_ids")
+"""Settings that say which model it was, or how it was run: they may differ in a fair comparison."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Comparison:
+    """A minus B."""
+
+    a: str
+    b: str
+    differences: list[Difference]
+    """For each k."""
+    only_a: int
+    """Problems that B does not have; they are left out."""
+    only_b: int
+    unlike: dict[str, tuple[Any, Any]]
+    """Settings that differ though they should not."""
+
+    def claims(self) -> list[str]:
+        """Sentences for people, the cautious ones included."""
+        first = self.differences[0]
+        problems = first.better + first.worse + first.equal
+        lines = [
+            f"pass@{d.k}: {self.a} is {abs(d.value):.3f} {'above' if d.value >= 0 else 'below'} {self.b}"
+            f" (interval over problems [{d.low:+.3f}, {d.high:+.3f}]"
+            + (f", sampling error {d.sampling_error:.3f}" if d.sampling_error is not None else "")
+            + f"); better on {d.better} problems, worse on {d.worse}, equal on {d.equal}."
+            for d in self.differences
+        ]
+        lines.append(_about_these(first, problems))
+        lines.append(_about_new(first))
+        lines.append(
+            "Each side is one set of weights: what a second training with another seed, other hardware or other data"
+            " would give is not in these numbers, so a gap cannot be put down to any of them."
+        )
+        if self.unlike:
+            listed = "; ".join(f"{key}: {a} against {b}" for key, (a, b) in sorted(self.unlike.items()))
+            lines.append(f"Not a like-for-like comparison, {listed}: the gap is that of the whole setting.")
+        if self.only_a or self.only_b:
+            lines.append(
+                f"Left out: {self.only_a} problems that only {self.a} has, {self.only_b} that only {self.b} has."
+            )
+        return lines
+
+
+def _about_these(d: Difference, problems: int) -> str:
+    if d.beyond_sampling is None:
+        return (
+            "With one sample per problem the sampling error is not known: whether drawing again would change the order"
+            " can't be said."
+        )
+    if d.beyond_sampling:
+        return f"On these {problems} problems the gap at k={d.k} is more than drawing the samples again would explain."
+    return f"On these {problems} problems the gap at k={d.k} is no more than drawing the samples again could give."
+
+
+def _about_new(d: Difference) -> str:
+    if d.beyond_problems:
+        return "For new problems of the same kind it can be expected to have the same sign."
+    return "For new problems of the same kind it is undecided: the interval over problems contains 0."
+
+
+def compare(a: Outcome, b: Outcome, names: tuple[str, str] | None = None) -> Comparison:
+    """Pairs the problems that both have.
+
+    Args:
+      a: one evaluation.
+      b: another one, of the same benchmark.
+      names: what to call them.
+
+    Raises:
+      UserError: other benchmarks, or no common problem.
+    """
+    if a.benchmark != b.benchmark:
+        raise UserError(f"compare: A is on {a.benchmark}, B on {b.benchmark}; there is nothing to pair")
+    common = [name for name in a.problems if name in b.problems]
+    if not common:
+        raise UserError("compare: the two evaluations have no problem in common")
+    x = [(a.problems[name].n, a.problems[name].passed) for name in common]
+    y = [(b.problems[name].n, b.problems[name].passed) for name in common]
+    most = min(n for n, _ in [*x, *y])
+    first, second = names or (a.name, b.name)
+    return Comparison(
+        a=first,
+        b=second,
+        differences=[difference(x, y, k) for k in KS if k <= most],
+        only_a=len(a.problems) - len(common),
+        only_b=len(b.problems) - len(common),
+        unlike=_unlike(a, b),
+    )
+
+
+def _unlike(a: Outcome, b: Outcome) -> dict[str, tuple[Any, Any]]:
+    keys = sorted({*a.settings, *b.settings} - set(_DESCRIPTIVE))
+    unlike = {key: _pair(a.settings, b.settings, key) for key in keys if a.settings.get(key) != b.settings.get(key)}
+    for key in ("simulator", "sandbox"):
+        if a.selfcheck.get(key) != b.selfcheck.get(key):
+            unlike[key] = _pair(a.selfcheck, b.selfcheck, key)
+    return unlike
+
+
+def _pair(a: Mapping[str, Any], b: Mapping[str, Any], key: str) -> tuple[Any, Any]:
+    return a.get(key), b.get(key)

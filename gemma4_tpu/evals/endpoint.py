@@ -1,0 +1,193 @@
+"""Completions from an OpenAI-compatible server: bounded concurrency, retries with back-off, a seed for each sample.
+
+The server renders the prompt by its own chat template. A key comes from OPENAI_API_KEY and is never shown.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import queue
+import random
+import threading
+from collections.abc import AsyncIterator, Iterator, Sequence
+from typing import Any
+
+import httpx
+
+from gemma4_tpu.config.schema import EvalConfig
+from gemma4_tpu.errors import UserError
+from gemma4_tpu.evals.generate import Request
+from gemma4_tpu.evals.store import LENGTH, STOP, Sample
+
+log = logging.getLogger(__name__)
+
+KEY = "OPENAI_API_KEY"
+FIRST_WAIT_SECONDS, LONGEST_WAIT_SECONDS = 0.5, 30.0
+CONNECT_SECONDS = 10.0
+_TRY_AGAIN = (408, 409, 425, 429)
+"""And everything from 500 up."""
+_SHOWN = 200  # characters of a server's message
+
+
+class Refused(Exception):
+    """The server will not answer this request, however often it is asked."""
+
+
+class Endpoint:
+    """Generates on a server.
+
+    Raises:
+      UserError: it does not answer, or it lists several models and `endpoint_model` names none.
+    """
+
+    def __init__(self, config: EvalConfig):
+        self._config = config
+        self._takes_seeds = True
+        headers = {"Authorization": f"Bearer {key}"} if (key := os.environ.get(KEY)) else {}
+        timeout = httpx.Timeout(config.request_timeout_seconds, connect=CONNECT_SECONDS)
+        limits = httpx.Limits(max_connections=config.concurrency, max_keepalive_connections=config.concurrency)
+        self._options: dict[str, Any] = {"headers": headers, "timeout": timeout, "limits": limits}
+        self._model = config.endpoint_model or asyncio.run(self._only_model())
+
+    @property
+    def description(self) -> dict[str, Any]:
+        """Model and parameters, for the report."""
+        seeds = "one for each sample" if self._takes_seeds else "none: the server takes none"
+        return {"endpoint": self._config.endpoint, "model": self._model, "seeds": seeds}
+
+    def example(self, request: Request) -> str:
+        """The conversation; its markup is made by the server."""
+        return "\n".join(f"[{message['role']}]\n{message['content']}" for message in request.messages)
+
+    def generate(self, requests: Sequence[Request]) -> Iterator[Sample]:
+        """The samples as they come; one that fails after all attempts is logged and left out.
+
+        Raises:
+          UserError: the server refuses every request alike: a wrong key, no such model.
+        """
+        done: queue.SimpleQueue[Any] = queue.SimpleQueue()
+        stop = threading.Event()
+
+        async def work() -> None:
+            async for sample in self._all(requests):
+                done.put(sample)
+                if stop.is_set():
+                    return
+
+        def run() -> None:
+            try:
+                asyncio.run(work())
+                done.put(None)
+            except BaseException as error:
+                done.put(error)
+
+        thread = threading.Thread(target=run, daemon=True)
+        thread.start()
+        try:
+            while (item := done.get()) is not None:
+                if isinstance(item, BaseException):
+                    raise item
+                yield item
+        finally:
+            stop.set()
+
+    async def _all(self, requests: Sequence[Request]) -> AsyncIterator[Sample]:
+        """Samples in the order in which they are finished."""
+        gate, failures = asyncio.Semaphore(self._config.concurrency), 0
+        async with httpx.AsyncClient(**self._options) as client:
+            tasks = [asyncio.create_task(self._one(client, gate, request)) for request in requests]
+            try:
+                for number, task in enumerate(asyncio.as_completed(tasks), 1):
+                    sample = await task
+                    failures += sample is None
+                    if sample is not None:
+                        yield sample
+                    if number % 100 == 0 or number == len(tasks):
+                        log.info("%d of %d answers, %d never came", number, len(tasks), failures)
+            finally:
+                for task in tasks:
+                    task.cancel()
+
+    async def _one(self, client: httpx.AsyncClient, gate: asyncio.Semaphore, request: Request) -> Sample | None:
+        """One sample, tried `retries` times more; None: it never came."""
+        async with gate:
+            reason = ""
+            for attempt in range(self._config.retries + 1):
+                if attempt:
+                    await asyncio.sleep(_wait_seconds(attempt, random.random()))
+                try:
+                    return await self._ask(client, request)
+                except Refused as refusal:
+                    reason = str(refusal)
+                    break
+                except (httpx.HTTPError, ValueError, KeyError, IndexError, TypeError) as error:
+                    reason = str(error) or repr(error)
+                    log.debug("%s %d, attempt %d: %s", request.problem, request.sample, attempt + 1, reason)
+        log.warning("%s, sample %d never came: %s", request.problem, request.sample, reason[:_SHOWN])
+        return None
+
+    async def _ask(self, client: httpx.AsyncClient, request: Request) -> Sample:
+        """One attempt.
+
+        Raises:
+          UserError: the server refuses everything; Refused: it refuses this one; httpx.HTTPError, ValueError: it may
+            work next time.
+        """
+        with_seed = self._takes_seeds
+        response = await client.post(f"{self._config.endpoint}/chat/completions", json=self._body(request, with_seed))
+        if response.status_code in (400, 422) and with_seed and "seed" in response.text.lower():
+            if self._takes_seeds:
+                self._takes_seeds = False
+                log.warning("the server takes no seeds; none are sent, so that samples can't be drawn again alike")
+            return await self._ask(client, request)
+        self._check(response)
+        choice = response.json()["choices"][0]
+        usage = response.json().get("usage") or {}
+        return Sample(
+            problem=request.problem, sample=request.sample, completion=choice["message"].get("content") or "",
+            finish=LENGTH if choice.get("finish_reason") == "length" else STOP,
+            tokens=usage.get("completion_tokens"), seed=request.seed if with_seed else None,
+        )  # fmt: skip
+
+    def _check(self, response: httpx.Response) -> None:
+        """Sorts answers other than 200 by whether asking again can help."""
+        status = response.status_code
+        if status == 200:
+            return
+        said = f"{status}: {' '.join(response.text.split())[:_SHOWN]}"
+        if status in (401, 403):
+            raise UserError(f"eval.endpoint={self._config.endpoint}: {said}; is {KEY} in the environment right?")
+        if status == 404:
+            raise UserError(f"eval.endpoint={self._config.endpoint}: {said}; the base URL ends in /v1, usually")
+        if status >= 500 or status in _TRY_AGAIN:
+            raise httpx.HTTPStatusError(said, request=response.request, response=response)
+        raise Refused(said)
+
+    def _body(self, request: Request, with_seed: bool) -> dict[str, Any]:
+        config = self._config
+        body = {
+            "model": self._model, "messages": list(request.messages), "temperature": config.temperature,
+            "top_p": config.top_p, "max_tokens": config.max_new_tokens, "n": 1,
+        }  # fmt: skip
+        return {**body, "seed": request.seed} if with_seed else body
+
+    async def _only_model(self) -> str:
+        """The name of the one model that the server lists."""
+        given = f"eval.endpoint={self._config.endpoint}"
+        try:
+            async with httpx.AsyncClient(**self._options) as client:
+                response = await client.get(f"{self._config.endpoint}/models")
+            self._check(response)
+            names = [model["id"] for model in response.json()["data"]]
+        except (httpx.HTTPError, Refused, ValueError, KeyError, TypeError) as error:
+            raise UserError(f"{given}: lists no models ({error or repr(error)}); is a server there?") from None
+        if len(names) != 1:
+            raise UserError(f"{given}: it has {', '.join(names) or 'no model'}; give eval.endpoint_model=<one of them>")
+        return names[0]
+
+
+def _wait_seconds(attempt: int, chance: float) -> float:
+    """Twice as long each time, between half and the whole of it, so that clients don't come back all at once."""
+    return min(LONGEST_WAIT_SECONDS, FIRST_WAIT_SECONDS * 2 ** (attempt - 1)) * (0.5 + chance / 2)

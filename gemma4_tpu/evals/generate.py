@@ -1,0 +1,187 @@
+"""Completions from a model in this process: base and adapters, many problems and samples in one decoding step.
+
+Requests are sorted by the length of their prompts, so that a batch pads little, and every batch of a length has the
+same static shape: one compilation each. A sample's draws depend on its own seed only, whatever it shares a batch with.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+import zlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import jax
+import numpy as np
+
+from gemma4_tpu.config.schema import EvalConfig
+from gemma4_tpu.data.chat import CHANNEL, CHANNEL_START, ChatFormat, Message
+from gemma4_tpu.errors import UserError
+from gemma4_tpu.evals.problems import Problem
+from gemma4_tpu.evals.store import LENGTH, STOP, Sample
+from gemma4_tpu.models import sharding
+from gemma4_tpu.models.decode import Sampling, generate
+from gemma4_tpu.models.gemma4 import Model
+
+log = logging.getLogger(__name__)
+
+PROMPT_MULTIPLE = 128
+"""Prompts are padded to a multiple of this many tokens (what the TPU attention kernel takes); each is a compilation."""
+
+
+@dataclass(frozen=True)
+class Request:
+    """A sample to be drawn."""
+
+    problem: str
+    sample: int
+    messages: tuple[Message, ...]
+    seed: int
+
+
+class Backend(Protocol):
+    """Where completions come from."""
+
+    description: dict[str, Any]
+    """Model and parameters, for the report."""
+
+    def generate(self, requests: Sequence[Request]) -> Iterator[Sample]:
+        """The samples as they come, in any order; one that cannot be had is logged and left out."""
+
+    def example(self, request: Request) -> str:
+        """The prompt of a request as the model sees it, for the report."""
+
+
+def requests(problems: Sequence[Problem], config: EvalConfig) -> list[Request]:
+    """All samples of an evaluation."""
+    return [
+        Request(problem.name, i, messages(problem, config), sample_seed(config.seed, problem.name, i))
+        for problem in problems
+        for i in range(config.n)
+    ]
+
+
+def messages(problem: Problem, config: EvalConfig) -> tuple[Message, ...]:
+    """The conversation that the model is to answer."""
+    system = [{"role": "system", "content": config.system}] if config.system else []
+    return (*system, {"role": "user", "content": problem.prompt})
+
+
+def sample_seed(seed: int, problem: str, sample: int) -> int:
+    """A sample's own seed, below 2**31 (what servers take)."""
+    return zlib.crc32(f"{seed}/{problem}/{sample}".encode()) >> 1
+
+
+@dataclass(frozen=True)
+class Weights:
+    """A model in memory."""
+
+    model: Model
+    params: Any
+    lora: Any
+    """None: the base alone."""
+
+
+class InProcess:
+    """Generates with weights on this process's devices."""
+
+    def __init__(
+        self, weights: Weights, tokenizer: Any, stop_ids: Sequence[int], config: EvalConfig, policy: str,
+        description: dict[str, Any],
+    ):  # fmt: skip
+        """Args:
+        weights: model, base and adapters.
+        tokenizer: the checkpoint's own.
+        stop_ids: tokens that end an answer.
+        config: sampling and batch size.
+        policy: for thoughts, as in training (`drop` or `train`).
+        description: for the report.
+        """
+        self._weights, self._tokenizer, self._stop_ids = weights, tokenizer, tuple(stop_ids)
+        self._chat = ChatFormat(tokenizer, policy)
+        self._config = config
+        self.description = description
+
+    def example(self, request: Request) -> str:
+        """See `Backend`."""
+        return self._chat.render_prompt(list(request.messages))
+
+    def generate(self, requests: Sequence[Request]) -> Iterator[Sample]:
+        """See `Backend`."""
+        texts = {r.messages[-1]["content"]: r.messages for r in requests}
+        encoded = dict(
+            zip(texts, self._chat.encode([self._chat.render_prompt(list(m)) for m in texts.values()]), strict=True)
+        )
+        ids = [encoded[r.messages[-1]["content"]] for r in requests]
+        order = sorted(range(len(requests)), key=lambda i: (len(ids[i]), requests[i].problem, requests[i].sample))
+        size = min(self._config.batch_size, -(-len(requests) // self._rows) * self._rows)
+        tokens, started = 0, time.perf_counter()
+        for start in range(0, len(order), size):
+            batch = order[start : start + size]
+            for sample in self._batch([requests[i] for i in batch], [ids[i] for i in batch], size):
+                tokens += sample.tokens or 0
+                yield sample
+            seconds = time.perf_counter() - started
+            log.info(
+                "%d of %d samples, %d tokens in %.1f s (%.0f tokens/s, compilation included)",
+                min(start + size, len(order)), len(order), tokens, seconds, tokens / seconds,
+            )  # fmt: skip
+
+    @property
+    def _rows(self) -> int:
+        """Batches are a multiple of this."""
+        mesh = self._weights.model.mesh
+        return mesh.shape[sharding.FSDP] if mesh is not None else 1
+
+    def _batch(self, requests: Sequence[Request], ids: Sequence[np.ndarray], size: int) -> Iterator[Sample]:
+        """The samples of at most `size` requests, which are filled up with repeats of the last."""
+        width = -(-max(map(len, ids)) // PROMPT_MULTIPLE) * PROMPT_MULTIPLE
+        rows = [min(row, len(requests) - 1) for row in range(size)]
+        tokens = np.zeros((size, width), np.int32)
+        for row, i in enumerate(rows):
+            tokens[row, width - len(ids[i]) :] = ids[i]
+        lengths = np.array([len(ids[i]) for i in rows], np.int32)
+        seeds = np.array([requests[i].seed for i in rows], np.uint32)
+        weights, config = self._weights, self._config
+        made = generate(
+            weights.model, weights.params, weights.lora, *(self._on_mesh(x) for x in (tokens, lengths, seeds)),
+            max_new_tokens=config.max_new_tokens, sampling=Sampling(config.temperature, config.top_p),
+            stop_ids=self._stop_ids,
+        )  # fmt: skip
+        out, counts, stopped = (np.asarray(x) for x in made)
+        answers = [out[row, : counts[row] - int(stopped[row])] for row in range(len(requests))]
+        texts = self._tokenizer.batch_decode(answers, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+        for row, (request, text) in enumerate(zip(requests, texts, strict=True)):
+            yield Sample(
+                problem=request.problem, sample=request.sample, completion=self._answer(text), seed=request.seed,
+                finish=STOP if stopped[row] else LENGTH, tokens=int(counts[row]),
+            )  # fmt: skip
+
+    def _answer(self, text: str) -> str:
+        """What a user would see: without thoughts (a cut-off one included) and control tokens."""
+        text = CHANNEL.sub("", text).split(CHANNEL_START)[0]
+        for token in self._tokenizer.all_special_tokens:
+            text = text.replace(token, "")
+        return text
+
+    def _on_mesh(self, x: np.ndarray) -> jax.Array:
+        mesh = self._weights.model.mesh
+        if mesh is None:
+            return jax.numpy.asarray(x)
+        spec = jax.sharding.PartitionSpec(sharding.FSDP if x.shape[0] % mesh.shape[sharding.FSDP] == 0 else None)
+        return jax.device_put(x, jax.sharding.NamedSharding(mesh, spec))
+
+
+def stop_ids(generation_config: dict[str, Any], tokenizer: Any) -> tuple[int, ...]:
+    """Tokens that end an answer: `eos_token_id` of the checkpoint's `generation_config.json`.
+
+    Raises:
+      UserError: it names none, nor does the tokenizer.
+    """
+    found = generation_config.get("eos_token_id", tokenizer.eos_token_id)
+    ids = tuple(found) if isinstance(found, list) else (found,)
+    if not all(isinstance(i, int) for i in ids):
+        raise UserError(f"generation_config.json: eos_token_id is {found!r}; give the ids that end an answer")
+    return ids

@@ -1,0 +1,202 @@
+"""An evaluation from problems to outcomes: judge ready → samples drawn and stored → verdicts → counts.
+
+The judge comes first, because a missing simulator should show before hours of generation. Everything is stored as it
+comes; a second start draws and judges only what is not there yet.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import closing
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from gemma4_tpu.config.schema import EvalConfig, EvaluateRoot
+from gemma4_tpu.evals import endpoint
+from gemma4_tpu.evals.benchmarks import load_problems
+from gemma4_tpu.evals.generate import Backend, requests
+from gemma4_tpu.evals.outcome import Outcome, tally
+from gemma4_tpu.evals.problems import Judge, Problem, SelfCheck, Verdict
+from gemma4_tpu.evals.store import Key, Rows, Sample, Samples, read_foreign
+from gemma4_tpu.evals.verilog.judge import VerilogJudge
+
+log = logging.getLogger(__name__)
+
+SAMPLES_FILE, VERDICTS_FILE, RESULT_FILE = "samples.jsonl", "verdicts.jsonl", "result.json"
+PROGRESS_SECONDS = 10.0
+SETTINGS = ("n", "temperature", "top_p", "max_new_tokens", "seed", "system", "max_problems")
+
+
+@dataclass
+class Subject:
+    """Something that has samples: a model, or a file of them."""
+
+    name: str
+    folder: Path
+    """Of its samples, verdicts and result."""
+    backend: Backend | None
+    """None: the samples are there already."""
+    settings: dict[str, Any] = field(default_factory=dict)
+    fingerprints: dict[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Evaluated:
+    """What the report is made from."""
+
+    outcomes: list[Outcome]
+    """The subject first, then what it is compared with."""
+    problems: list[Problem]
+    check: SelfCheck
+    prompt: str | None
+    """An example, exactly as the model saw it."""
+    fingerprints: dict[str, str]
+    """Of problems, weights and tokenizer."""
+
+
+def evaluate(config: EvaluateRoot, form: str, folder: Path) -> Evaluated:
+    """Runs an evaluation in `folder`, from where it was.
+
+    Args:
+      config: the whole configuration; `form` says which subject counts.
+      form: `run`, `checkpoint`, `endpoint`, `samples`, or `resimulate`.
+      folder: the record's.
+
+    Raises:
+      UserError: no simulator, no sandbox, no model, damaged files.
+    """
+    problems = load_problems(config.eval)
+    log.info("%s: %d problems, %d samples of each", config.eval.benchmark, len(problems), config.eval.n)
+    with VerilogJudge(config.eval.judge) as judge:
+        check = judge.prepare(problems)
+        log.info("%s, sandbox %s; %d problems cannot pass here", check.simulator, check.sandbox, len(check.cannot_pass))
+        subjects = _subjects(config, form, folder, problems)
+        outcomes = [
+            _evaluate(subject, problems, config.eval, judge, check, again=form == "resimulate") for subject in subjects
+        ]
+    backend = subjects[0].backend
+    prompt = backend.example(requests(problems[:1], config.eval)[0]) if backend else None
+    fingerprints = {"problems": _fingerprint(problems), **subjects[0].fingerprints}
+    return Evaluated(outcomes, problems, check, prompt, fingerprints)
+
+
+def _fingerprint(problems: Sequence[Problem]) -> str:
+    text = "\0".join(part for p in problems for part in (p.name, p.prompt, p.reference, p.testbench))
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _subjects(config: EvaluateRoot, form: str, folder: Path, problems: Sequence[Problem]) -> list[Subject]:
+    """The subject in `folder` itself, what it is compared with in a folder of that name beneath."""
+    match form:
+        case "run" | "checkpoint":
+            from gemma4_tpu.evals.load import load_backends  # starts JAX
+
+            loaded = load_backends(config)
+            return [
+                Subject(name, _place(folder, i, name), backend, backend.description, loaded.fingerprints)
+                for i, (name, backend) in enumerate(loaded.backends.items())
+            ]
+        case "endpoint":
+            backend = endpoint.Endpoint(config.eval)
+            return [Subject("endpoint", folder, backend, backend.description)]
+        case "samples":
+            _take_over(config.eval, folder, problems)
+            return [Subject("samples", folder, None, {"samples": config.eval.samples})]
+    recorded = [folder, *(place for place in sorted(folder.iterdir()) if (place / SAMPLES_FILE).is_file())]
+    results = [Outcome.read(place / RESULT_FILE) for place in recorded]
+    return [Subject(result.name, place, None, result.settings) for result, place in zip(results, recorded, strict=True)]
+
+
+def _place(folder: Path, index: int, name: str) -> Path:
+    return folder / name if index else folder
+
+
+def _take_over(config: EvalConfig, folder: Path, problems: Sequence[Problem]) -> None:
+    """Foreign samples as our own `samples.jsonl`."""
+    with closing(Samples(folder / SAMPLES_FILE)) as store:
+        for sample in read_foreign(config.samples or "", [problem.name for problem in problems]):
+            if sample.key not in store.rows:
+                store.add_sample(sample)
+
+
+def _evaluate(
+    subject: Subject, problems: Sequence[Problem], config: EvalConfig, judge: Judge, check: SelfCheck, *, again: bool
+) -> Outcome:
+    """Draws, judges and counts the samples of one subject, and writes its `result.json`."""
+    subject.folder.mkdir(exist_ok=True)
+    generation_seconds = _generate(subject, problems, config) if subject.backend else None
+    if again:
+        (subject.folder / VERDICTS_FILE).unlink(missing_ok=True)
+    with closing(Samples(subject.folder / SAMPLES_FILE)) as store:
+        samples = store.samples
+    started = time.perf_counter()
+    verdicts = _judge(samples, problems, judge, subject.folder / VERDICTS_FILE)
+    counts: dict[str, int] = {}
+    for sample in samples:
+        counts[sample.problem] = counts.get(sample.problem, 0) + 1
+    n = config.n if subject.backend else max(counts.values())
+    outcome = Outcome(
+        name=subject.name,
+        benchmark=config.benchmark,
+        settings={**{key: getattr(config, key) for key in SETTINGS}, **subject.settings},
+        problems=tally([p.name for p in problems], n, samples, verdicts),
+        selfcheck={"simulator": check.simulator, "sandbox": check.sandbox},
+        cannot_pass=dict(check.cannot_pass),
+        tokens=sum(sample.tokens or 0 for sample in samples) or None,
+        generation_seconds=generation_seconds,
+        judging_seconds=time.perf_counter() - started,
+    )
+    if outcome.missing:
+        log.warning("%s: %d of %d samples were never obtained; they count as failures",
+                    subject.name, outcome.missing, outcome.samples)  # fmt: skip
+    outcome.write(subject.folder / RESULT_FILE)
+    return outcome
+
+
+def _generate(subject: Subject, problems: Sequence[Problem], config: EvalConfig) -> float:
+    """Draws what is not stored yet; returns the seconds it took."""
+    assert subject.backend is not None
+    started = time.perf_counter()
+    with closing(Samples(subject.folder / SAMPLES_FILE)) as store:
+        wanted = [r for r in requests(problems, config) if (r.problem, r.sample) not in store.rows]
+        if stored := len(store.rows):
+            log.info("%s: %d samples are stored, %d to draw", subject.name, stored, len(wanted))
+        if wanted:
+            for sample in subject.backend.generate(wanted):
+                store.add_sample(sample)
+    return time.perf_counter() - started
+
+
+def _judge(samples: Sequence[Sample], problems: Sequence[Problem], judge: Judge, path: Path) -> Mapping[Key, Verdict]:
+    """Verdicts of all samples; equal completions of a problem are simulated once."""
+    by_name = {problem.name: problem for problem in problems}
+    with closing(Rows(path)) as rows:
+        equal: dict[tuple[str, str], list[Sample]] = {}
+        for sample in samples:
+            if sample.key not in rows.rows and sample.problem in by_name:
+                equal.setdefault((sample.problem, sample.completion), []).append(sample)
+        if equal:
+            log.info("judging %d samples, %d of them distinct", sum(map(len, equal.values())), len(equal))
+        verdicts = judge.judge_all((by_name[problem], completion) for problem, completion in equal)
+        for alike, verdict in zip(_reported(equal.values(), len(equal)), verdicts, strict=True):
+            for sample in alike:
+                rows.add({"problem": sample.problem, "sample": sample.sample, **verdict.to_row()})
+        return {key: _verdict(row) for key, row in rows.rows.items()}
+
+
+def _verdict(row: Mapping[str, Any]) -> Verdict:
+    return Verdict.from_row({key: value for key, value in row.items() if key not in ("problem", "sample")})
+
+
+def _reported(groups: Iterable[list[Sample]], total: int) -> Iterable[list[Sample]]:
+    """Passes the groups on, and logs how far the judge is, now and then."""
+    last = time.perf_counter()
+    for done, group in enumerate(groups):
+        if time.perf_counter() - last > PROGRESS_SECONDS:
+            last = time.perf_counter()
+            log.info("judged %d of %d", done, total)
+        yield group

@@ -1,0 +1,127 @@
+"""The models of an evaluation, loaded: a run and its base, or a checkpoint by itself."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from gemma4_tpu.config.schema import (
+    EvalConfig,
+    EvaluateRoot,
+    ExportConfig,
+    HardwareConfig,
+    LoraConfig,
+    MeshConfig,
+    ModelConfig,
+    TrainerConfig,
+)
+from gemma4_tpu.data.tokenizer import load_tokenizer, tokenizer_fingerprint
+from gemma4_tpu.evals.generate import InProcess, Weights, stop_ids
+from gemma4_tpu.export.trained import Trained, open_trained
+from gemma4_tpu.models import lora as adapters
+from gemma4_tpu.models import quantize, sharding
+from gemma4_tpu.models.base import Base, resolve_base
+from gemma4_tpu.models.layout import Leaf, build_tree
+from gemma4_tpu.storage import join, list_folder, read_json
+from gemma4_tpu.training.job import load_weights, make_model, start_mesh
+
+log = logging.getLogger(__name__)
+
+RUN, BASE, MODEL = "run", "base", "model"
+GENERATION_CONFIG = "generation_config.json"
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """What an evaluation generates with."""
+
+    backends: dict[str, InProcess]
+    """By what they are: `run` and `base`, or `model`; the subject first."""
+    fingerprints: dict[str, str]
+
+
+def load_backends(config: EvaluateRoot) -> Loaded:
+    """The backends of `run` (and its base, where asked for) or of the checkpoint `model.path`.
+
+    Raises:
+      UserError: what is named can't be loaded or does not fit together.
+    """
+    if config.run:
+        return _of_run(config.run, config.eval, config.hardware, config.mesh)
+    return _of_checkpoint(config.model, config.eval, config.hardware, config.mesh)
+
+
+def _of_run(run: str, config: EvalConfig, hardware: HardwareConfig, mesh_config: MeshConfig) -> Loaded:
+    trained = open_trained(run, ExportConfig(checkpoint=config.checkpoint))
+    mesh = start_mesh(hardware, mesh_config, trained.base.arch)
+    policy = config.thoughts or trained.run.read_config().get("data", {}).get("thoughts", "drop")
+    base, run_weights = _weights(trained, config, mesh)
+    wanted = {"run": (RUN,), "none": (BASE,), "both": (RUN, BASE)}[config.adapter]
+    about = {"base": trained.base.folder, "run": str(trained.run.path), "checkpoint": trained.state.update}
+    backends = {
+        name: _backend(trained.base, base if name == BASE else run_weights, config, policy, {**about, "weights": name})
+        for name in wanted
+    }
+    tokenizer = tokenizer_fingerprint(load_tokenizer(trained.base.tokenizer_folder))
+    return Loaded(
+        backends, {"base": trained.base.fingerprint, "checkpoint": trained.state.identity, **tokenizer}
+    )  # fmt: skip
+
+
+def _of_checkpoint(model: ModelConfig, config: EvalConfig, hardware: HardwareConfig, mesh_config: MeshConfig) -> Loaded:
+    base = resolve_base(model)
+    mesh = start_mesh(hardware, mesh_config, base.arch)
+    settings = make_model(base.arch, LoraConfig(enabled=False), _trainer(config), mesh)
+    params = load_weights(base, mesh, settings.compute_dtype, lambda _, array: array)
+    backend = _backend(base, Weights(settings, params, None), config, config.thoughts or "drop", {"base": model.path})
+    tokenizer = tokenizer_fingerprint(load_tokenizer(base.tokenizer_folder))
+    return Loaded({MODEL: backend}, {"base": base.fingerprint, **tokenizer})
+
+
+def _weights(trained: Trained, config: EvalConfig, mesh: Mesh) -> tuple[Weights, Weights]:
+    """(base, run), in the compute dtype, adapters in float32; a base trained on in quantised form is used in that."""
+    lora, base = trained.lora, trained.base
+    model = make_model(base.arch, lora, _trainer(config), mesh)
+
+    def then(leaf: Leaf, array: jax.Array) -> Any:
+        if not (lora.enabled and quantize.is_quantized(leaf, lora)):
+            return array
+        return quantize.quantizer(leaf, lora.quantize, mesh)(array)
+
+    params = load_weights(base, mesh, model.compute_dtype, then)
+    if lora.enabled:
+        tuned = _on_mesh(trained, adapters.leaves(model.layout, lora), mesh, np.float32)
+        return Weights(model, params, None), Weights(model, params, tuned)
+    tuned = _on_mesh(trained, model.layout.leaves(), mesh, model.compute_dtype)
+    return Weights(model, params, None), Weights(model, tuned, None)
+
+
+def _on_mesh(trained: Trained, leaves: Iterable[Leaf], mesh: Mesh, dtype: Any) -> Any:
+    """The trained values as the tree that the forward pass takes, each in its place."""
+
+    def array(leaf: Leaf) -> jax.Array:
+        parts = [trained.state.read(name) for name in leaf.tunix_names]
+        value = (np.stack(parts) if leaf.stacked else parts[0]).astype(dtype)
+        return jax.device_put(value, sharding.named(mesh, leaf.tunix_names[0], leaf.shape, stacked=leaf.stacked))
+
+    return build_tree((leaf.path, array(leaf)) for leaf in leaves)
+
+
+def _backend(base: Base, weights: Weights, config: EvalConfig, policy: str, description: dict[str, Any]) -> InProcess:
+    tokenizer = load_tokenizer(base.tokenizer_folder)
+    folder = base.folder or base.tokenizer_folder
+    found = read_json(join(folder, GENERATION_CONFIG)) if GENERATION_CONFIG in list_folder(folder) else {}
+    stops = stop_ids(found, tokenizer)
+    about = {**description, "thoughts": policy, "stop_ids": list(stops), "batch_size": config.batch_size}
+    return InProcess(weights, tokenizer, stops, config, policy, about)
+
+
+def _trainer(config: EvalConfig) -> TrainerConfig:
+    """What `make_model` asks for; nothing is trained here."""
+    return replace(TrainerConfig(), compute_dtype=config.compute_dtype, remat="none")

@@ -1,0 +1,153 @@
+"""What came of an evaluation, problem by problem: the numbers that reports and comparisons are made from."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from gemma4_tpu.errors import UserError
+from gemma4_tpu.evals.passk import Score, scores
+from gemma4_tpu.evals.problems import Verdict, VerdictClass
+from gemma4_tpu.evals.store import LENGTH, Key, Sample
+from gemma4_tpu.tracking.files import read_json, write_json
+
+MISSING = "missing"
+"""The class of samples that were never obtained; they count as failures."""
+CLASSES = (*(str(kind) for kind in VerdictClass), MISSING)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ProblemOutcome:
+    """The samples of one problem."""
+
+    n: int
+    """Asked for; those never obtained included."""
+    passed: int
+    official: int
+    """Passed by the benchmark's own rule."""
+    classes: dict[str, int]
+    """Verdict class → samples."""
+    truncated: int
+
+    @property
+    def missing(self) -> int:
+        return self.classes.get(MISSING, 0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Outcome:
+    """An evaluation of one subject."""
+
+    name: str
+    """`run`, `base`, `model`, `endpoint` or `samples`."""
+    benchmark: str
+    settings: dict[str, Any]
+    """Everything that decides the samples: model, prompt, sampling."""
+    problems: dict[str, ProblemOutcome]
+    selfcheck: dict[str, Any]
+    """The judge's own row: simulator, sandbox."""
+    cannot_pass: dict[str, str] = field(default_factory=dict)
+    """Problem → why its own reference fails here."""
+    tokens: int | None = None
+    generation_seconds: float | None = None
+    """Of this start; null: nothing was generated in it."""
+    judging_seconds: float | None = None
+
+    def counts(self, *, official: bool = False, can_pass: bool = False) -> list[tuple[int, int]]:
+        """(n, passes) of each problem, in the benchmark's order."""
+        return [
+            (p.n, p.official if official else p.passed)
+            for name, p in self.problems.items()
+            if not (can_pass and name in self.cannot_pass)
+        ]
+
+    def scores(self) -> dict[str, dict[str, list[Score]]]:
+        """pass@k, strict and by the benchmark's own rule, over all problems and over those that can pass here."""
+        return {
+            rule: {
+                scope: scores(self.counts(official=rule == "official", can_pass=scope == "can_pass"))
+                for scope in ("all", "can_pass")
+            }
+            for rule in ("strict", "official")
+        }
+
+    @property
+    def classes(self) -> dict[str, int]:
+        """Verdict class → samples, over all problems."""
+        total: Counter[str] = Counter()
+        for problem in self.problems.values():
+            total.update(problem.classes)
+        return {kind: total[kind] for kind in CLASSES if total[kind]}
+
+    @property
+    def n(self) -> int:
+        """Samples per problem."""
+        return max(p.n for p in self.problems.values())
+
+    @property
+    def samples(self) -> int:
+        return sum(p.n for p in self.problems.values())
+
+    @property
+    def truncated(self) -> int:
+        return sum(p.truncated for p in self.problems.values())
+
+    @property
+    def missing(self) -> int:
+        return sum(p.missing for p in self.problems.values())
+
+    def write(self, path: Path, **more: Any) -> None:
+        """Writes `result.json`, with the scores and `more` in it."""
+        fields = {name: getattr(self, name) for name in self.__dataclass_fields__}
+        totals = {"classes": self.classes, "truncated": self.truncated, "missing": self.missing, "n": self.n}
+        problems = fields.pop("problems")
+        write_json(
+            path, {"status": "finished", "scores": self.scores(), **totals, **more, **fields, "problems": problems}
+        )
+
+    @classmethod
+    def read(cls, path: Path) -> Outcome:
+        """The inverse of `write`.
+
+        Raises:
+          UserError: the file is no finished evaluation.
+        """
+        try:
+            row = read_json(path)
+            problems = {name: ProblemOutcome(**values) for name, values in row["problems"].items()}
+            known = {name: row[name] for name in cls.__dataclass_fields__ if name in row}
+            return cls(**{**known, "problems": problems})
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            raise UserError(f"{path}: not the result of a finished evaluation ({error!r})") from None
+
+
+def tally(
+    names: Sequence[str], n: int, samples: Iterable[Sample], verdicts: Mapping[Key, Verdict]
+) -> dict[str, ProblemOutcome]:
+    """Counts of each problem; what is missing of `n` samples counts as failed.
+
+    Raises:
+      ValueError: more than n samples, or one without a verdict.
+    """
+    found: dict[str, list[Sample]] = {name: [] for name in names}
+    for sample in samples:
+        if sample.problem in found:
+            found[sample.problem].append(sample)
+    outcomes = {}
+    for name, there in found.items():
+        if len(there) > n:
+            raise ValueError(f"{name}: {len(there)} samples of {n}")
+        given = [verdicts[sample.key] for sample in there]
+        classes = Counter(str(verdict.kind) for verdict in given)
+        classes[MISSING] = n - len(there)
+        outcomes[name] = ProblemOutcome(
+            n=n,
+            passed=sum(verdict.passed for verdict in given),
+            official=sum(verdict.official for verdict in given),
+            classes={kind: classes[kind] for kind in CLASSES if classes[kind]},
+            truncated=sum(sample.finish == LENGTH for sample in there),
+        )
+    return outcomes

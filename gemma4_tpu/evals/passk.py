@@ -1,0 +1,139 @@
+"""pass@k and how far it can be trusted.
+
+Two uncertainties, never mixed: *sampling error*, what drawing the samples again would change with these problems; and
+the *interval over problems*, what other problems of the same kind would change (which contains the former).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from math import comb, sqrt
+
+import numpy as np
+
+RESAMPLES = 10_000
+LEVEL = 0.95
+KS = (1, 5, 10)
+
+
+def pass_at_k(n: int, c: int, k: int) -> float:
+    """Probability that one of k samples drawn from n without replacement is among the c that pass: the unbiased
+    estimate of passing within k attempts.
+
+    Raises:
+      ValueError: k > n, for which there is no unbiased estimate, or c outside 0…n.
+    """
+    if not 1 <= k <= n or not 0 <= c <= n:
+        raise ValueError(f"pass@{k} of {c} passes in {n} samples")
+    return 1.0 - comb(n - c, k) / comb(n, k)
+
+
+def sampling_variance(n: int, c: int, k: int) -> float | None:
+    """Variance of `pass_at_k` over redrawn samples of this problem, by the delete-one jackknife; for k = 1 that is
+    p(1 - p)/(n - 1). None where k = n leaves nothing to delete.
+    """
+    if k >= n:
+        return None
+    values = [(pass_at_k(n - 1, c - 1, k), c)] if c else []
+    values += [(pass_at_k(n - 1, c, k), n - c)] if c < n else []
+    mean = sum(value * times for value, times in values) / n
+    return (n - 1) / n * sum(times * (value - mean) ** 2 for value, times in values)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Score:
+    """Mean pass@k over problems."""
+
+    k: int
+    value: float
+    low: float
+    """Bootstrap interval over problems, 95%."""
+    high: float
+    sampling_error: float | None
+    """Standard error with the problems fixed; None: k = n, or one sample each."""
+    problems: int
+
+    def __str__(self) -> str:
+        error = "" if self.sampling_error is None else f", sampling error {self.sampling_error:.3f}"
+        return f"{self.value:.3f} [{self.low:.3f}, {self.high:.3f}]{error}"
+
+
+def score(counts: Sequence[tuple[int, int]], k: int, seed: int = 0) -> Score:
+    """Mean pass@k with its uncertainties.
+
+    Args:
+      counts: (n, c) of each problem.
+      k: at most the smallest n.
+      seed: of the bootstrap.
+    """
+    values = np.array([pass_at_k(n, c, k) for n, c in counts])
+    low, high = bootstrap(values, seed)
+    return Score(
+        k=k,
+        value=float(values.mean()),
+        low=low,
+        high=high,
+        sampling_error=_mean_error([sampling_variance(n, c, k) for n, c in counts]),
+        problems=len(counts),
+    )
+
+
+def scores(counts: Sequence[tuple[int, int]], seed: int = 0) -> list[Score]:
+    """`score` for each k of `KS` that the number of samples allows; none without problems."""
+    if not counts:
+        return []
+    return [score(counts, k, seed) for k in KS if k <= min(n for n, _ in counts)]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Difference:
+    """Mean pass@k of A minus B, problem by problem."""
+
+    k: int
+    value: float
+    low: float
+    """Paired bootstrap interval over problems, 95%."""
+    high: float
+    sampling_error: float | None
+    better: int
+    """Problems where A's estimate is higher."""
+    worse: int
+    equal: int
+
+    @property
+    def beyond_sampling(self) -> bool | None:
+        """Whether drawing the samples again could hardly undo it (1.96 standard errors); None: not known."""
+        return None if self.sampling_error is None else abs(self.value) > 1.96 * self.sampling_error
+
+    @property
+    def beyond_problems(self) -> bool:
+        """Whether the interval over problems leaves out 0."""
+        return self.low > 0 or self.high < 0
+
+
+def difference(a: Sequence[tuple[int, int]], b: Sequence[tuple[int, int]], k: int, seed: int = 0) -> Difference:
+    """A minus B; `a` and `b` are (n, c) of the same problems in the same order."""
+    gaps = np.array([pass_at_k(*x, k) - pass_at_k(*y, k) for x, y in zip(a, b, strict=True)])
+    low, high = bootstrap(gaps, seed)
+    errors = [_mean_error([sampling_variance(n, c, k) for n, c in counts]) for counts in (a, b)]
+    error = None if None in errors else sqrt(sum(e * e for e in errors if e is not None))
+    return Difference(
+        k=k, value=float(gaps.mean()), low=low, high=high, sampling_error=error,
+        better=int((gaps > 0).sum()), worse=int((gaps < 0).sum()), equal=int((gaps == 0).sum()),
+    )  # fmt: skip
+
+
+def bootstrap(values: np.ndarray, seed: int = 0) -> tuple[float, float]:
+    """95% percentile interval of the mean of `values` [problems] over resampled problems."""
+    rng = np.random.default_rng(seed)
+    weights = rng.multinomial(len(values), np.full(len(values), 1 / len(values)), size=RESAMPLES)
+    means = weights @ values / len(values)
+    low, high = np.quantile(means, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
+    return float(low), float(high)
+
+
+def _mean_error(variances: Sequence[float | None]) -> float | None:
+    """Standard error of the mean over problems, whose samples are independent."""
+    known = [v for v in variances if v is not None]
+    return sqrt(sum(known)) / len(known) if known and len(known) == len(variances) else None

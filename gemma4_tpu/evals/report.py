@@ -1,0 +1,182 @@
+"""`report.md` and its plot: everything that a reader needs to trust a score, or not to."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from gemma4_tpu.evals.compare import Comparison
+from gemma4_tpu.evals.outcome import CLASSES, MISSING, Outcome
+from gemma4_tpu.evals.passk import Score
+
+PAPER = (
+    ("the paper's TPU run", "0.641 [0.574, 0.706]", "0.795"),
+    ("the paper's GPU run", "0.697 [0.633, 0.760]", "0.814"),
+)
+"""Quoted: 31B, n = 5, temperature 0.8, top_p 0.95, by the paper's own rule, on 156 problems."""
+
+_COLORS = {
+    "pass": "#4c9a5b", "mismatch": "#d9692c", "syntax": "#8d6cab", "elaboration": "#b79fd0",
+    "forbidden construct": "#333333", "runtime": "#c9a227", "timeout": "#7a5c1e", "no result": "#999999",
+    MISSING: "#dddddd",
+}  # fmt: skip
+_WIDEST_LIST = 60  # problems whose names fit under the bars
+
+
+def write_report(
+    path: Path, outcomes: Sequence[Outcome], *, comparison: Comparison | None, prompt: str | None,
+    packages: dict[str, str], plots: Sequence[Path],
+) -> None:  # fmt: skip
+    """Writes `report.md`.
+
+    Args:
+      path: the file.
+      outcomes: the subject first.
+      comparison: of the first two, where there are two.
+      prompt: an example, exactly as the model saw it.
+      packages: name → version.
+      plots: beside the report.
+    """
+    lines = list(_report(outcomes, comparison, prompt, packages))
+    shown = [f"![{plot.stem}]({plot.relative_to(path.parent)})" for plot in plots]
+    path.write_text("\n".join([*lines[:1], "", *shown, *lines[1:]]) + "\n", encoding="utf-8")
+
+
+def summary(outcome: Outcome) -> str:
+    """The score for a terminal."""
+    lines = [f"{outcome.name}: {outcome.samples} samples of {len(outcome.problems)} problems ({outcome.benchmark})"]
+    lines += [f"  pass@{score.k}  {score}" for score in outcome.scores()["strict"]["all"]]
+    listed = ", ".join(f"{kind} {count}" for kind, count in outcome.classes.items())
+    lines.append(f"  {listed}; cut off {outcome.truncated}")
+    return "\n".join(lines)
+
+
+def _report(
+    outcomes: Sequence[Outcome], comparison: Comparison | None, prompt: str | None, packages: dict[str, str]
+) -> Iterator[str]:
+    subject = outcomes[0]
+    yield f"# {subject.benchmark}: {', '.join(outcome.name for outcome in outcomes)}"
+    yield from _scores(outcomes)
+    if comparison:
+        yield from ["", "## What can be claimed", "", *(f"- {claim}" for claim in comparison.claims())]
+    for outcome in outcomes:
+        yield from _samples(outcome)
+    yield from _settings(outcomes, packages)
+    if prompt is not None:
+        yield from ["", "## The first prompt, as the model saw it", "", "````text", prompt, "````"]
+    yield from _problems(outcomes)
+
+
+def _scores(outcomes: Sequence[Outcome]) -> Iterator[str]:
+    yield from ["", "## Scores", ""]
+    yield "| | rule | problems | pass@k | 95% interval over problems | sampling error |"
+    yield "|---|---|---|---|---|---|"
+    for outcome in outcomes:
+        for rule, scopes in outcome.scores().items():
+            for scope, found in scopes.items():
+                if scope == "can_pass" and not outcome.cannot_pass:
+                    continue
+                what = "all" if scope == "all" else "that can pass here"
+                for score in found:
+                    yield f"| {outcome.name} | {rule} | {score.problems} ({what}) | {_cells(score)} |"
+    yield ""
+    yield "Strict: no errors, the reference's own number of comparisons, and none of the ways around the test bench."
+    yield "Official: the benchmark's own rule on the same code. The estimator is unbiased (1 − C(n−c, k)/C(n, k))."
+    if outcomes[0].benchmark == "verilog_eval":
+        yield ""
+        yield "Quoted from the paper (31B, n = 5, temperature 0.8, top_p 0.95, its own rule):"
+        yield from ["", "| | pass@1 | pass@5 |", "|---|---|---|", *(f"| {' | '.join(row)} |" for row in PAPER)]
+
+
+def _cells(score: Score) -> str:
+    error = "not known" if score.sampling_error is None else f"{score.sampling_error:.4f}"
+    return f"@{score.k} **{score.value:.3f}** | {score.low:.3f} to {score.high:.3f} | {error}"
+
+
+def _samples(outcome: Outcome) -> Iterator[str]:
+    total = outcome.samples
+    yield from ["", f"## Samples: {outcome.name}", "", "| verdict | samples | share |", "|---|---|---|"]
+    for kind, count in outcome.classes.items():
+        yield f"| {kind} | {count} | {count / total:.1%} |"
+    yield ""
+    yield f"Cut off at the token limit: {outcome.truncated} of {total} ({outcome.truncated / total:.1%})."
+    if outcome.missing:
+        yield f"Never obtained, and counted as failures: {outcome.missing}."
+    if outcome.tokens:
+        seconds = outcome.generation_seconds
+        took = f" (this start: {seconds:.0f} s)" if seconds else ""
+        yield f"Generated tokens: {outcome.tokens:,}{took}."
+
+
+def _settings(outcomes: Sequence[Outcome], packages: dict[str, str]) -> Iterator[str]:
+    yield from ["", "## Settings", "", f"| | {' | '.join(outcome.name for outcome in outcomes)} |"]
+    yield "|---|" + "---|" * len(outcomes)
+    keys = list(dict.fromkeys(key for outcome in outcomes for key in outcome.settings))
+    for key in keys:
+        yield f"| {key} | {' | '.join(_cell(outcome.settings.get(key)) for outcome in outcomes)} |"
+    check = outcomes[0].selfcheck
+    yield from ["", f"Simulator {check['simulator']}, sandbox {check['sandbox']}."]
+    yield "Packages: " + ", ".join(f"{name} {version}" for name, version in sorted(packages.items())) + "."
+    if outcomes[0].cannot_pass:
+        yield from ["", "Problems whose own reference fails here:", ""]
+        yield from (f"- {name}: {reason}" for name, reason in outcomes[0].cannot_pass.items())
+
+
+def _problems(outcomes: Sequence[Outcome]) -> Iterator[str]:
+    yield from ["", "## Problems", ""]
+    heads = [f"{outcome.name}: passed of n | official | other verdicts" for outcome in outcomes]
+    yield f"| problem | {' | '.join(heads)} |"
+    yield "|---|" + "---|---|---|" * len(outcomes)
+    for name in outcomes[0].problems:
+        cells = []
+        for outcome in outcomes:
+            problem = outcome.problems[name]
+            others = ", ".join(f"{kind} {count}" for kind, count in problem.classes.items() if kind != "pass")
+            cells.append(f"{problem.passed} of {problem.n} | {problem.official} | {others}")
+        yield f"| {name} | {' | '.join(cells)} |"
+
+
+def _cell(value: Any) -> str:
+    return "" if value is None else str(value).replace("|", "\\|").replace("\n", "<br>")
+
+
+def plot_problems(outcomes: Sequence[Outcome], path: Path) -> Path:
+    """A bar per problem, its samples by verdict: one panel per outcome, problems sorted by the subject's passes."""
+    import matplotlib
+    from matplotlib.figure import Figure
+
+    from gemma4_tpu.tracking.plots import STYLE
+
+    names = sorted(
+        outcomes[0].problems, key=lambda name: [-o.problems[name].passed / o.problems[name].n for o in outcomes]
+    )
+    labelled = len(names) <= _WIDEST_LIST
+    with matplotlib.rc_context({**STYLE, "axes.grid": False}):
+        height = 2.6 * len(outcomes) + (1.6 if labelled else 0.6)
+        figure = Figure(figsize=(10, height), layout="constrained")
+        panels = figure.subplots(len(outcomes), 1, sharex=True, squeeze=False)[:, 0]
+        for axes, outcome in zip(panels, outcomes, strict=True):
+            _bars(axes, outcome, names)
+        panels[-1].set_xlabel(f"{len(names)} problems, sorted by what {outcomes[0].name} passes")
+        panels[-1].set_xticks(range(len(names)) if labelled else [], names if labelled else [], rotation=90, fontsize=6)
+        used = [kind for kind in CLASSES if any(kind in outcome.classes for outcome in outcomes)]
+        handles = [matplotlib.patches.Patch(color=_COLORS[kind], label=kind) for kind in used]
+        figure.legend(handles=handles, loc="outside lower center", ncols=min(len(used), 5))
+        path.parent.mkdir(exist_ok=True)
+        figure.savefig(path)
+    return path
+
+
+def _bars(axes: Any, outcome: Outcome, names: Sequence[str]) -> None:
+    bottom = [0.0] * len(names)
+    for kind in CLASSES:
+        shares = [outcome.problems[name].classes.get(kind, 0) / outcome.problems[name].n for name in names]
+        if any(shares):
+            axes.bar(range(len(names)), shares, bottom=bottom, width=1.0, color=_COLORS[kind], linewidth=0)
+            bottom = [low + share for low, share in zip(bottom, shares, strict=True)]
+    first = outcome.scores()["strict"]["all"][0]
+    axes.set_title(f"{outcome.name}: pass@1 {first.value:.3f} [{first.low:.3f}, {first.high:.3f}], n = {outcome.n}")
+    axes.set_xlim(-0.5, len(names) - 0.5)
+    axes.set_ylim(0, 1)
+    axes.set_ylabel("share of samples")

@@ -1,0 +1,145 @@
+"""Samples and verdicts on disk: a JSON line each, written as they come, so that a killed evaluation goes on.
+
+```
+samples.jsonl    {"problem", "sample", "completion", "finish", "tokens", …}
+verdicts.jsonl   {"problem", "sample", "kind", "official", "detail", …}
+```
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from gemma4_tpu.errors import UserError
+from gemma4_tpu.tracking.files import write_text
+
+log = logging.getLogger(__name__)
+
+Key = tuple[str, int]
+"""(problem's name, number of the sample)."""
+
+STOP, LENGTH = "stop", "length"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sample:
+    """One completion."""
+
+    problem: str
+    sample: int
+    """Its number, from 0."""
+    completion: str
+    finish: str = STOP
+    """`stop`, or `length`: cut off."""
+    tokens: int | None = None
+    """Generated, the one that ended it included; None: not known."""
+    seed: int | None = None
+    """None: the server took none."""
+
+    @property
+    def key(self) -> Key:
+        return self.problem, self.sample
+
+
+class Rows:
+    """An append-only JSONL file of rows with `problem` and `sample`; one row per key, the first one counts."""
+
+    def __init__(self, path: Path):
+        """Reads what is there; a torn last line (the writer was killed) is cut off.
+
+        Raises:
+          UserError: another line is damaged.
+        """
+        self.path = path
+        self.rows: dict[Key, dict[str, Any]] = {}
+        text = path.read_text(encoding="utf-8") if path.exists() else ""
+        whole = text[: text.rfind("\n") + 1]
+        if whole != text:
+            log.warning("%s: the last line is torn and left out", path)
+            write_text(path, whole)
+        for number, line in enumerate(whole.splitlines(), 1):
+            try:
+                row = json.loads(line)
+                self.rows.setdefault((row["problem"], int(row["sample"])), row)
+            except (ValueError, KeyError, TypeError) as error:
+                raise UserError(f"{path}, line {number}: damaged ({error}); delete that line") from None
+        self._file = path.open("a", encoding="utf-8")
+
+    def add(self, row: dict[str, Any]) -> None:
+        """Appends a row; it is on disk, as far as the process goes, when this returns."""
+        self._file.write(json.dumps(row, ensure_ascii=False) + "\n")
+        self._file.flush()
+        self.rows.setdefault((row["problem"], row["sample"]), row)
+
+    def close(self) -> None:
+        self._file.close()
+
+    def __enter__(self) -> Rows:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+class Samples(Rows):
+    """`samples.jsonl`."""
+
+    def add_sample(self, sample: Sample) -> None:
+        """Appends a completion."""
+        self.add(asdict(sample))
+
+    @property
+    def samples(self) -> list[Sample]:
+        """All there are, by problem and number."""
+        known = Sample.__dataclass_fields__
+        return [Sample(**{k: v for k, v in self.rows[key].items() if k in known}) for key in sorted(self.rows)]
+
+
+def read_foreign(path: str, problems: Sequence[str]) -> list[Sample]:
+    """Samples that come from elsewhere: `{"problem": …, "completion": …}` per line, numbered as they come.
+
+    Raises:
+      UserError: a line is no such object or names no problem of the benchmark; a few are shown.
+    """
+    samples: list[Sample] = []
+    counts: dict[str, int] = dict.fromkeys(problems, 0)
+    wrong: list[str] = []
+    lines = Path(path).read_text(encoding="utf-8").splitlines()
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        problem, completion = _foreign_row(line)
+        if problem is None or completion is None:
+            wrong.append(f'line {number}: not {{"problem": "…", "completion": "…"}}')
+        elif problem not in counts:
+            wrong.append(f"line {number}: no problem {problem!r} in this benchmark")
+        else:
+            samples.append(Sample(problem=problem, sample=counts[problem], completion=completion))
+            counts[problem] += 1
+    if wrong:
+        more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
+        raise UserError(f"eval.samples={path}: {'; '.join(wrong[:3])}{more}; problems are named {_some(problems)}")
+    if not samples:
+        raise UserError(f"eval.samples={path}: holds no sample")
+    return samples
+
+
+def _foreign_row(line: str) -> tuple[str | None, str | None]:
+    try:
+        row = json.loads(line)
+    except ValueError:
+        return None, None
+    if not isinstance(row, dict):
+        return None, None
+    problem, completion = row.get("problem"), row.get("completion")
+    return (problem if isinstance(problem, str) else None), (completion if isinstance(completion, str) else None)
+
+
+def _some(names: Iterable[str]) -> str:
+    listed = list(names)
+    return f"{listed[0]}, …" if len(listed) > 1 else "".join(listed)

@@ -1,0 +1,130 @@
+"""`python -m gemma4_tpu.evaluate run=<run folder>`: solutions generated, judged by simulation, pass@k with error bars.
+
+Configuration → judge ready → samples drawn and stored → verdicts → report. A killed evaluation goes on by run_dir=….
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+
+from gemma4_tpu.config.entries import EVALUATE
+from gemma4_tpu.config.evaluate_checks import EvaluateChecked
+from gemma4_tpu.config.load import Loaded, from_yaml, load
+from gemma4_tpu.config.schema import EvaluateRoot
+from gemma4_tpu.errors import UserError
+
+log = logging.getLogger(__name__)
+INTERRUPTED = 130
+MAY_CHANGE = ("eval.batch_size", "eval.concurrency", "eval.judge", "eval.request_timeout_seconds", "eval.retries")
+"""Keys (and groups) that a resumed evaluation may give anew."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Exit code: 0 done, 2 refused (one message on stderr), 130 interrupted."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    try:
+        loaded = load(list(sys.argv[1:] if argv is None else argv), EVALUATE)
+        match loaded.checked.form:
+            case "selfcheck":
+                return _selfcheck(loaded.root)
+            case "compare":
+                return _compare(loaded.root.compare)
+        return _run(loaded)
+    except UserError as refusal:
+        print(f"error: {refusal}", file=sys.stderr)
+        return 2
+
+
+def _run(loaded: Loaded[EvaluateRoot, EvaluateChecked]) -> int:
+    """One evaluation and its record."""
+    from gemma4_tpu.evals.job import Evaluated, evaluate
+    from gemma4_tpu.tracking.files import write_json
+    from gemma4_tpu.tracking.logs import setup_logging
+    from gemma4_tpu.tracking.run import RunFolder
+
+    setup_logging()
+    config, form = loaded.root, loaded.checked.form
+    if form == "resimulate":
+        config = _recorded(config)
+    record = RunFolder.open(
+        config.run or "outputs", config.name, config.run_dir, "auto",
+        config=asdict(config), overrides=loaded.overrides, resume_allow=MAY_CHANGE,
+    )  # fmt: skip
+    setup_logging(record.log_path)
+    try:
+        done: Evaluated = evaluate(config, form, record.path)
+        _report(record, done, config)
+    except KeyboardInterrupt:
+        print(f"\ninterrupted; the same command with run_dir={record.path} goes on", file=sys.stderr)
+        return INTERRUPTED
+    except Exception as error:
+        write_json(record.result_path, {"status": "failed", "error": (str(error) or repr(error)).splitlines()[0]})
+        raise
+    finally:
+        record.close()
+    return 0
+
+
+def _report(record, done, config: EvaluateRoot) -> None:
+    """`report.md`, the plot, provenance, and the scores on the terminal."""
+    from gemma4_tpu.evals.compare import compare
+    from gemma4_tpu.evals.report import plot_problems, summary, write_report
+    from gemma4_tpu.tracking import provenance
+
+    captured = provenance.capture(
+        hardware={"slice": config.hardware.name}, seeds={"eval": config.eval.seed}, fingerprints=done.fingerprints
+    )
+    provenance.record(record, captured)
+    comparison = compare(*done.outcomes[:2]) if len(done.outcomes) > 1 else None
+    plot = plot_problems(done.outcomes, record.plots / "problems.png")
+    write_report(
+        record.path / "report.md", done.outcomes, comparison=comparison, prompt=done.prompt,
+        packages=captured.packages, plots=[plot],
+    )  # fmt: skip
+    for outcome in done.outcomes:
+        print(summary(outcome))
+    for claim in comparison.claims() if comparison else []:
+        print(f"- {claim}")
+    print(f"report: {record.path / 'report.md'}")
+
+
+def _recorded(config: EvaluateRoot) -> EvaluateRoot:
+    """The configuration of the evaluation in `run_dir`, judged as the command line says."""
+    assert config.run_dir is not None  # the checks
+    recorded: EvaluateRoot = from_yaml(Path(config.run_dir, "config.yaml").read_text(encoding="utf-8"), EvaluateRoot)
+    evaluation = replace(recorded.eval, judge=config.eval.judge)
+    return replace(recorded, eval=evaluation, run_dir=config.run_dir)
+
+
+def _selfcheck(config: EvaluateRoot) -> int:
+    """What sandbox and simulator do here; exit code 0 where all is as it should be."""
+    from gemma4_tpu.evals.benchmarks import load_problems
+    from gemma4_tpu.evals.verilog.judge import VerilogJudge
+    from gemma4_tpu.tracking.logs import setup_logging
+
+    setup_logging()
+    with VerilogJudge(config.eval.judge) as judge:
+        print(judge.prepare(load_problems(config.eval), fresh=True).table())
+    return 0
+
+
+def _compare(folders: Sequence[str]) -> int:
+    """Two evaluations, problem by problem, in words."""
+    from gemma4_tpu.evals.compare import compare
+    from gemma4_tpu.evals.outcome import Outcome
+
+    a, b = (Outcome.read(Path(folder, "result.json")) for folder in folders)
+    names = (a.name, b.name) if a.name != b.name else ("A", "B")
+    print(f"{names[0]}: {folders[0]}\n{names[1]}: {folders[1]}")
+    for claim in compare(a, b, names).claims():
+        print(f"- {claim}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
