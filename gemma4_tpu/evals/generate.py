@@ -110,11 +110,9 @@ class InProcess:
 
     def generate(self, requests: Sequence[Request]) -> Iterator[Sample]:
         """See `Backend`."""
-        texts = {r.messages[-1]["content"]: r.messages for r in requests}
-        encoded = dict(
-            zip(texts, self._chat.encode([self._chat.render_prompt(list(m)) for m in texts.values()]), strict=True)
-        )
-        ids = [encoded[r.messages[-1]["content"]] for r in requests]
+        by_problem = {request.problem: self.example(request) for request in requests}
+        encoded = dict(zip(by_problem, self._chat.encode(list(by_problem.values())), strict=True))
+        ids = [encoded[request.problem] for request in requests]
         order = sorted(range(len(requests)), key=lambda i: (len(ids[i]), requests[i].problem, requests[i].sample))
         size = min(self._config.batch_size, -(-len(requests) // self._rows) * self._rows)
         tokens, started = 0, time.perf_counter()

@@ -149,7 +149,8 @@ def plot_problems(outcomes: Sequence[Outcome], path: Path) -> Path:
     from gemma4_tpu.tracking.plots import STYLE
 
     names = sorted(
-        outcomes[0].problems, key=lambda name: [-o.problems[name].passed / o.problems[name].n for o in outcomes]
+        outcomes[0].problems,
+        key=lambda name: [-o.problems[name].classes.get(kind, 0) for o in outcomes for kind in CLASSES],
     )
     labelled = len(names) <= _WIDEST_LIST
     with matplotlib.rc_context({**STYLE, "axes.grid": False}):
