@@ -11,7 +11,6 @@ import re
 import secrets
 from dataclasses import dataclass
 
-from gemma4_tpu.errors import UserError
 from gemma4_tpu.evals.problems import Problem
 from gemma4_tpu.evals.verilog.scan import blank, defined_modules
 
@@ -46,15 +45,9 @@ class Bench:
 
 
 def dress(problem: Problem) -> Bench:
-    """The bench of `problem` under new names.
-
-    Raises:
-      UserError: the bench never prints the text that announces a result.
-    """
+    """The bench of `problem` under new names."""
     names, result = secrets.token_hex(8), secrets.token_hex(8)
     beside = problem.reference if problem.bench_needs_reference else ""
-    if problem.result_marker not in problem.testbench:
-        raise UserError(f"{problem.name}: its test bench never prints {problem.result_marker!r}, so it gives no result")
     source = _template(problem.testbench, beside, problem.top, problem.result_marker)
     marker = f"{problem.result_marker}_{result}"
     return Bench(

@@ -37,6 +37,7 @@ FIRST_UID = 60800  # a range that neither distributions nor systemd give to anyo
 OTHERS_HEADROOM = 4096  # the kernel counts all processes of an ordinary user: room for what else they start meanwhile
 WALL_FACTOR, WALL_EXTRA_SECONDS = 6, 10  # on a busy machine CPU time is what counts; this ends what only sleeps
 
+_OUT_OF_CPU_TIME = (-signal.SIGXCPU, 128 + signal.SIGXCPU)  # the command itself, or one that it waited for
 _PR_SET_PDEATHSIG, _PR_SET_CHILD_SUBREAPER = 1, 36
 _libc = ctypes.CDLL(None, use_errno=True)
 
@@ -170,7 +171,7 @@ class Sandbox:
                 pipe.close()
         if stopped is None and any(len(text) > cap_bytes for text in pipes.values()):
             stopped = "output"
-        if stopped is None and returncode and cpu_seconds > 0.9 * self.config.cpu_seconds:
+        if stopped is None and returncode in _OUT_OF_CPU_TIME:
             stopped = "cpu"
         stdout, stderr = (text[:cap_bytes].decode("utf-8", "replace") for text in pipes.values())
         return Finished(returncode=returncode, stdout=stdout, stderr=stderr, cpu_seconds=cpu_seconds, stopped=stopped)

@@ -27,6 +27,7 @@ from gemma4_tpu.evals.verilog.sandbox import Finished, Sandbox
 DESIGN, EXPANDED, BENCH, REFERENCE, PROGRAM = "design.sv", "expanded.sv", "bench.sv", "reference.sv", "program.vvp"
 WAVES = "wave.vcd"  # the one file that a benchmark's bench may write
 DETAIL_CHARACTERS = 200
+_ELABORATION = ("during elaboration", "Elaboration failed", "root module")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -135,11 +136,12 @@ class Trial:
         if done.returncode:
             raise _Refused(VerdictClass.RUNTIME, "run", f"exit code {done.returncode}: {_complaint(done)}")
         result = bench.read(done.stdout)
+        log = build.stdout + build.stderr + done.stdout + done.stderr
+        log = log.replace(bench.marker, self.problem.result_marker)
         if isinstance(result, str):
             failed = self.problem.failure_pattern and re.search(self.problem.failure_pattern, done.stdout)
-            raise _Refused(VerdictClass.MISMATCH if failed else VerdictClass.NO_RESULT, "run", result)
-        log = build.stdout + build.stderr + done.stdout + done.stderr
-        return result.groupdict(), log.replace(bench.marker, self.problem.result_marker)
+            raise _Refused(VerdictClass.MISMATCH if failed else VerdictClass.NO_RESULT, "run", result, log)
+        return result.groupdict(), log
 
     def _count(self, found: tuple[Mapping[str, str], str], golden: Golden | None) -> Outcome:
         """Measure 6."""
@@ -216,9 +218,9 @@ def reference_as_answer(problem: Problem) -> str:
 
 
 def _build_failure(done: Finished) -> VerdictClass:
-    """Syntax or elaboration: the compiler names the phase of what it counted."""
+    """Syntax or elaboration: the compiler names the later phase when it fails there."""
     text = done.stdout + done.stderr
-    return VerdictClass.ELABORATION if "during elaboration" in text or "root module" in text else VerdictClass.SYNTAX
+    return VerdictClass.ELABORATION if any(words in text for words in _ELABORATION) else VerdictClass.SYNTAX
 
 
 def _complaint(done: Finished) -> str:

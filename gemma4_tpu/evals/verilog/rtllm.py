@@ -1,0 +1,85 @@
+"""RTLLM: folders (at any depth) of `design_description.txt`, `testbench.v`, `verified_*.v` and the bench's data files.
+
+Its benches hold what they expect and announce a pass, without a count of what was compared.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from gemma4_tpu.errors import UserError
+from gemma4_tpu.evals.problems import Problem
+from gemma4_tpu.evals.verilog.scan import blank, defined_modules
+
+DESCRIPTION, TESTBENCH, REFERENCE = "design_description.txt", "testbench.v", "verified_*.v"
+RESULT_MARKER = "Your Design Passed"
+RESULT_PATTERN = r".*{marker}.*"
+FAILURE_PATTERN = r"(?i)\b(?:failed|failures|error)\b"
+DATA_SUFFIXES = (".txt", ".dat", ".hex", ".mem")
+_NAME = re.compile(r"Module name\s*:\s*([A-Za-z_]\w*)", re.IGNORECASE)
+
+
+def official_rule(log: str) -> bool:
+    """The rule of the benchmark's own script: the word `pass` anywhere."""
+    return "Pass" in log or "pass" in log
+
+
+class RtllmFolders:
+    """Problems in folders as a clone of RTLLM has them; the folder's name is the problem's."""
+
+    name = "rtllm"
+
+    def load(self, path: str | Path) -> list[Problem]:
+        """The problems beneath `path`, sorted by their folders.
+
+        Raises:
+          UserError: there are none, a file is missing, or two have the same name.
+        """
+        folders = sorted(file.parent for file in Path(path).rglob(DESCRIPTION))
+        if not folders:
+            raise UserError(f"eval.problems_path={path}: no folder with {DESCRIPTION} in it; give a clone of RTLLM")
+        problems: dict[str, Problem] = {}
+        for folder in folders:
+            if folder.name in problems:
+                raise UserError(f"{folder}: a second problem {folder.name}; give a folder that has each problem once")
+            problems[folder.name] = _problem(folder)
+        return list(problems.values())
+
+
+def _problem(folder: Path) -> Problem:
+    references = sorted(folder.glob(REFERENCE))
+    if not references or not (folder / TESTBENCH).is_file():
+        raise UserError(f"{folder}: {TESTBENCH} or {REFERENCE} is missing beside {DESCRIPTION}")
+    prompt, testbench, reference = (_read(file) for file in (folder / DESCRIPTION, folder / TESTBENCH, references[0]))
+    named = _NAME.search(prompt)
+    top = named[1] if named else folder.name
+    data = [file for file in folder.iterdir() if file.suffix in DATA_SUFFIXES and file.name != DESCRIPTION]
+    return Problem(
+        name=folder.name,
+        prompt=prompt,
+        reference=reference,
+        testbench=testbench,
+        top=top,
+        reference_top=_root_module(reference, folder),
+        bench_top=_root_module(testbench, folder),
+        bench_needs_reference=False,
+        result_marker=RESULT_MARKER,
+        result_pattern=RESULT_PATTERN,
+        failure_pattern=FAILURE_PATTERN,
+        official_rule=official_rule,
+        files={file.name: _read(file) for file in sorted(data)},
+    )
+
+
+def _read(file: Path) -> str:
+    return file.read_text(encoding="utf-8", errors="replace")
+
+
+def _root_module(code: str, folder: Path) -> str:
+    """The module that no other one of `code` instantiates."""
+    words = re.findall(r"[A-Za-z_]\w*", blank(code)[0])
+    modules = defined_modules(code)
+    if not modules:
+        raise UserError(f"{folder}: a source file without a module")
+    return next((name for name in modules if words.count(name) == 1), modules[-1])

@@ -1,0 +1,66 @@
+"""A process that runs commands in a sandbox, as a worker of the judge does, and tells what they did.
+
+`python -m tests.evals.verilog.confined LEVEL CONFIG`: reads `{"commands", "folder", "writable"}` as JSON lines.
+"""
+
+import json
+import subprocess
+import sys
+from dataclasses import asdict
+from pathlib import Path
+
+from gemma4_tpu.config.schema import JudgeConfig
+from gemma4_tpu.evals.verilog.iverilog import find_tools
+from gemma4_tpu.evals.verilog.sandbox import Finished, Level, Sandbox
+
+REPOSITORY = Path(__file__).parents[3]
+
+
+class Confined:
+    """A sandbox of one level in a process of its own."""
+
+    def __init__(self, level, config):
+        command = [sys.executable, "-m", "tests.evals.verilog.confined", level, json.dumps(asdict(config))]
+        self._process = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=REPOSITORY
+        )
+
+    def run(self, folder, *commands, writable=()):
+        """What each of the commands did, up to the first that failed."""
+        request = {"commands": commands, "folder": str(folder), "writable": [str(path) for path in writable]}
+        self._process.stdin.write(json.dumps(request) + "\n")
+        self._process.stdin.flush()
+        return [Finished(**row) for row in json.loads(self._process.stdout.readline())]
+
+    def simulate(self, folder, source, top="hostile", writable=()):
+        """What building `source` did, and running it, if it was built; only the compiler may write to the folder."""
+        tools = find_tools(None)
+        (folder / "hostile.sv").write_text(source)
+        build = [str(tools.iverilog), "-g2012", "-s", top, "-o", "hostile.vvp", "hostile.sv"]
+        built = self.run(folder, build, writable=[folder])[-1]
+        if built.returncode or built.stopped:
+            return [built]
+        return [built, *self.run(folder, tools.simulate("hostile.vvp"), writable=writable)]
+
+    def close(self):
+        self._process.stdin.close()
+        self._process.wait(timeout=30)
+
+
+def main():
+    config = JudgeConfig(**json.loads(sys.argv[2]))
+    sandbox = Sandbox(level=Level(sys.argv[1]), config=config, readable=find_tools(None).readable)
+    for line in sys.stdin:
+        request = json.loads(line)
+        folder = Path(request["folder"])
+        sandbox.adopt(folder, *folder.rglob("*"))
+        done = []
+        for command in request["commands"]:
+            done.append(sandbox.run(command, folder, writable=[Path(path) for path in request["writable"]]))
+            if done[-1].returncode or done[-1].stopped:
+                break
+        print(json.dumps([asdict(one) for one in done]), flush=True)
+
+
+if __name__ == "__main__":
+    main()

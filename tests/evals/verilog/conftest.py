@@ -1,0 +1,18 @@
+"""Judges that the tests share: starting their workers is the slow part."""
+
+import pytest
+
+from gemma4_tpu.config.schema import JudgeConfig
+from gemma4_tpu.evals.verilog.judge import VerilogJudge
+
+
+@pytest.fixture(scope="session")
+def cache_dir(tmp_path_factory):
+    return str(tmp_path_factory.mktemp("references"))
+
+
+@pytest.fixture(scope="session")
+def judge(cache_dir):
+    """With the best sandbox of this machine and two seconds for each simulation."""
+    with VerilogJudge(JudgeConfig(cpu_seconds=2, workers=2, cache_dir=cache_dir)) as judge:
+        yield judge
