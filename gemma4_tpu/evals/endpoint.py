@@ -119,6 +119,8 @@ class Endpoint:
                     await asyncio.sleep(_wait_seconds(attempt, random.random()))
                 try:
                     return await self._ask(client, request)
+                except UserError:
+                    raise
                 except Refused as refusal:
                     reason = str(refusal)
                     break
@@ -181,6 +183,8 @@ class Endpoint:
                 response = await client.get(f"{self._config.endpoint}/models")
             self._check(response)
             names = [model["id"] for model in response.json()["data"]]
+        except UserError:
+            raise
         except (httpx.HTTPError, Refused, ValueError, KeyError, TypeError) as error:
             raise UserError(f"{given}: lists no models ({error or repr(error)}); is a server there?") from None
         if len(names) != 1:

@@ -23,10 +23,12 @@ from gemma4_tpu.evals.outcome import Outcome, tally
 from gemma4_tpu.evals.problems import Judge, Problem, SelfCheck, Verdict
 from gemma4_tpu.evals.store import Key, Rows, Sample, Samples, read_foreign
 from gemma4_tpu.evals.verilog.judge import VerilogJudge
+from gemma4_tpu.tracking.files import write_json
 
 log = logging.getLogger(__name__)
 
 SAMPLES_FILE, VERDICTS_FILE, RESULT_FILE = "samples.jsonl", "verdicts.jsonl", "result.json"
+SELFCHECK_FILE = "selfcheck.json"
 PROGRESS_SECONDS = 10.0
 SETTINGS = ("n", "temperature", "top_p", "max_new_tokens", "seed", "system", "max_problems")
 
@@ -74,6 +76,7 @@ def evaluate(config: EvaluateRoot, form: str, folder: Path) -> Evaluated:
     with VerilogJudge(config.eval.judge) as judge:
         check = judge.prepare(problems)
         log.info("%s, sandbox %s; %d problems cannot pass here", check.simulator, check.sandbox, len(check.cannot_pass))
+        write_json(folder / SELFCHECK_FILE, check.to_row())
         subjects = _subjects(config, form, folder, problems)
         outcomes = [
             _evaluate(subject, problems, config.eval, judge, check, again=form == "resimulate") for subject in subjects

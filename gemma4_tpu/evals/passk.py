@@ -127,8 +127,7 @@ def difference(a: Sequence[tuple[int, int]], b: Sequence[tuple[int, int]], k: in
 def bootstrap(values: np.ndarray, seed: int = 0) -> tuple[float, float]:
     """95% percentile interval of the mean of `values` [problems] over resampled problems."""
     rng = np.random.default_rng(seed)
-    weights = rng.multinomial(len(values), np.full(len(values), 1 / len(values)), size=RESAMPLES)
-    means = weights @ values / len(values)
+    means = values[rng.integers(len(values), size=(RESAMPLES, len(values)))].mean(axis=1)
     low, high = np.quantile(means, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
     return float(low), float(high)
 
