@@ -2,7 +2,8 @@
 
 Peak rates, bandwidths and HBM are the manufacturers' published figures: Cloud TPU's system-architecture pages (v5p,
 v5e, v6e) and NVIDIA's data sheets (H100 SXM, H200). Usable HBM of v5p (102.8 GB) and v6e (31.25 GiB) is what the paper
-*Fine-Tuning and Serving Gemma 4 31B on Google Cloud TPU* found on the machines. Prices that are quoted come from that
+*Fine-Tuning and Serving Gemma 4 31B on Google Cloud TPU* found on the machines, and what the TPU compiler lets a
+program use, as it does for v5e (15.75 GiB). Prices that are quoted come from that
 paper (Google Cloud, on demand, 2026; it names no day); prices that it doesn't quote are derived per chip, and say so.
 """
 
@@ -77,7 +78,7 @@ V5P = Chip(
     hbm_bytes_per_second=2765e9, peak_flops_per_second=459e12, interconnect_bytes_per_second=1200e9,
 )
 V5E = Chip(
-    name="v5e", platform="tpu", device_kinds=("tpu v5 lite", "tpu v5e"), hbm_bytes=16 * GB,
+    name="v5e", platform="tpu", device_kinds=("tpu v5 lite", "tpu v5e"), hbm_bytes=int(15.75 * GIB),
     hbm_bytes_per_second=819e9, peak_flops_per_second=197e12, interconnect_bytes_per_second=400e9,
 )
 V6E = Chip(

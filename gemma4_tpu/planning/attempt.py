@@ -15,7 +15,7 @@ from gemma4_tpu.config.plan_checks import PlanChecked
 from gemma4_tpu.config.schema import PlanRoot
 from gemma4_tpu.planning.child import Compilation, Request
 from gemma4_tpu.planning.estimate import PlanResult, describe, estimate
-from gemma4_tpu.planning.fill import Fill, fill_of
+from gemma4_tpu.planning.fill import Fill, Lengths, fill_of, lengths_of
 from gemma4_tpu.planning.remat import AUTO, first_that_fits
 from gemma4_tpu.tracking.logs import console
 
@@ -29,11 +29,17 @@ class Planned:
 
     config: PlanRoot
     checked: PlanChecked
+    lengths: Lengths
     fill: Fill
 
     @staticmethod
-    def of(config: PlanRoot, checked: PlanChecked) -> Planned:
-        return Planned(config, checked, fill_of(config, checked.data_here))
+    def of(config: PlanRoot, checked: PlanChecked, like: Planned | None = None) -> Planned:
+        """`like`: a plan whose lengths serve here too, if it has the same data."""
+        if like is not None and like.config.data == config.data:
+            lengths = like.lengths
+        else:
+            lengths = lengths_of(config, checked.data_here)
+        return Planned(config, checked, lengths, fill_of(lengths, config.data, config.trainer))
 
 
 def plan_one(planned: Planned) -> PlanResult:

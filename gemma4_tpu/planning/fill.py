@@ -39,38 +39,46 @@ class Fill:
     """`measured` or `assumed`, and from what."""
 
 
-def fill_of(config: PlanRoot, data_here: bool) -> Fill:
-    """Measures or assumes the lengths of the training examples and lays them into rows.
+@dataclass(frozen=True)
+class Lengths:
+    """Training examples with their real or assumed lengths."""
+
+    examples: Examples
+    source: str
+    """As `Fill.source`."""
+
+
+def lengths_of(config: PlanRoot, data_here: bool) -> Lengths:
+    """Measures the lengths of the training examples by tokenising them, or assumes those that `plan` states.
 
     Raises:
       UserError: the data is here, but cannot be read.
     """
     if data_here:
-        examples, source = _read(config), f"measured: {', '.join(s.path for s in config.data.train)}, tokenised here"
-    else:
-        examples = _of_lengths(_stated_lengths(config.plan, config.data))
-        stated = config.plan
-        source = (
-            f"assumed: {len(examples):,} examples, lognormal lengths of mean {stated.mean_tokens:g} and 99th"
-            f" percentile {stated.p99_tokens:g} tokens (plan.rows, plan.mean_tokens, plan.p99_tokens)"
-        )
-    return _packed(examples, config.data, config.trainer, source)
+        return Lengths(_read(config), f"measured: {', '.join(s.path for s in config.data.train)}, tokenised here")
+    examples, stated = _of_lengths(_stated_lengths(config.plan, config.data)), config.plan
+    return Lengths(
+        examples,
+        f"assumed: {len(examples):,} examples, lognormal lengths of mean {stated.mean_tokens:g} and 99th percentile"
+        f" {stated.p99_tokens:g} tokens (plan.rows, plan.mean_tokens, plan.p99_tokens)",
+    )
 
 
-def _packed(examples: Examples, data: DataConfig, trainer: TrainerConfig, source: str) -> Fill:
-    rows = rows_per_update(trainer, data)
+def fill_of(lengths: Lengths, data: DataConfig, trainer: TrainerConfig) -> Fill:
+    """Lays the examples into rows and updates, as training does."""
+    examples, rows = lengths.examples, rows_per_update(trainer, data)
     plan = Plan(
         examples, data, rows_per_update=rows, seed=trainer.seed, epochs=trainer.epochs, max_updates=trainer.max_updates
     )
     # Each pass over the data packs alike, so the first ones stand for all of a long run.
     looked_at = min(len(plan), 5000)
-    slots, real, lengths = examples.slots, 0, 0
+    slots, real, row_tokens = examples.slots, 0, 0
     for update in (plan[u] for u in range(looked_at)):
         real += sum(int(slots[row].sum()) for row in update.rows)
-        lengths += update.length
-    mean, share = real / looked_at, lengths / looked_at / data.sequence_length
+        row_tokens += update.length
+    mean, share = real / looked_at, row_tokens / looked_at / data.sequence_length
     fill = mean / (rows * data.sequence_length * share)
-    return Fill(len(examples), float(slots.mean()), mean, fill, share, len(plan), source)
+    return Fill(len(examples), float(slots.mean()), mean, fill, share, len(plan), lengths.source)
 
 
 def _read(config: PlanRoot) -> Examples:

@@ -84,7 +84,7 @@ def nearest_fits(planned: Planned, attempts: int) -> list[dict[str, Any]]:
         if found is None:
             log.debug("%s: %s", " ".join(change.overrides), problems)
             continue
-        result = plan_one(Planned.of(change.config, found))
+        result = plan_one(Planned.of(change.config, found, planned))
         log.info("%s: %s", " ".join(change.overrides), "fits" if result.fits else "does not fit")
         tried.append(
             {

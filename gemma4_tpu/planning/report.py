@@ -11,6 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from gemma4_tpu.planning.estimate import PlanResult
+from gemma4_tpu.planning.search import Found, cost, free
 from gemma4_tpu.tracking.cost import format_usd
 from gemma4_tpu.tracking.plots import STYLE
 from gemma4_tpu.tracking.progress import format_seconds
@@ -33,7 +34,7 @@ _MEANING = {
 
 def print_plan(result: PlanResult, folder: Path) -> None:
     """Prints the plan to stdout."""
-    out = Console(highlight=False)
+    out = _console()
     table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
     table.add_column(style="bold")
     table.add_column()
@@ -44,6 +45,12 @@ def print_plan(result: PlanResult, folder: Path) -> None:
     out.print()
     out.print(Text("All figures are estimated, by " + "; ".join(f"{k}: {v}" for k, v in result.estimated_by.items())))
     out.print(Text(f"plan.json and hbm.png: {folder}"), soft_wrap=True)
+
+
+def _console() -> Console:
+    """Stdout; where it is no terminal, lines are long enough for any row."""
+    console = Console(highlight=False)
+    return console if console.is_terminal else Console(highlight=False, width=200)
 
 
 def _rows(result: PlanResult) -> list[tuple[str, str]]:
@@ -58,8 +65,10 @@ def _rows(result: PlanResult) -> list[tuple[str, str]]:
     if not result.fits:
         return [*rows, ("Fits", "no"), ("", misfit_line(result))]
     limit, used = result.hbm_limit_bytes_per_chip, result.hbm_bytes_per_chip or 0
-    rows.append(("Fits", f"yes: {used / GIB:.1f} of {limit / GIB:.2f} GiB HBM per chip ({1 - used / limit:.0%} free)"))
-    rows += [(f"  {_MEANING[kind]}", f"{size / GIB:.2f} GiB") for kind, size in result.hbm_parts_bytes_per_chip.items()]
+    rows.append(
+        ("Fits", f"yes: {format_bytes(used)} of {format_bytes(limit)} HBM per chip ({1 - used / limit:.0%} free)")
+    )
+    rows += [(f"  {_MEANING[kind]}", format_bytes(size)) for kind, size in result.hbm_parts_bytes_per_chip.items()]
     return rows + _work(result) + _money(result)
 
 
@@ -69,27 +78,27 @@ def _work(result: PlanResult) -> list[tuple[str, str]]:
     parts = result.flops_parts_per_chip
     tokens = result.real_tokens_per_update
     collectives = ", ".join(
-        f"{kind} {told['count']:.0f} × ({told['bytes'] / 1e9:.2f} GB)" for kind, told in result.collectives.items()
+        f"{kind} {told['count']:,.0f} × ({scaled(told['bytes'])}B)" for kind, told in result.collectives.items()
     )
     seconds = result.roofline_seconds
     return [
         ("Real tokens", f"{tokens:,.0f} per update, fill {result.fill:.1%} ({result.data})"),
         (
             "FLOPs per chip",
-            f"{result.flops_per_chip / 1e12:.2f} TFLOP (products {parts['matmul'] / 1e12:.2f}, kernels "
-            f"{parts['kernel'] / 1e12:.2f}); analytic {result.analytic_flops_per_chip / 1e12:.2f}, ratio "
+            f"{scaled(result.flops_per_chip)}FLOP (products {scaled(parts['matmul'])}, kernels "
+            f"{scaled(parts['kernel'])}); analytic {scaled(result.analytic_flops_per_chip)}, ratio "
             f"{result.flops_over_analytic:.2f}",
         ),
         (
             "HBM traffic",
-            f"{result.hbm_traffic_bytes_per_chip / 1e9:.1f} GB per chip (the compiler's own convention: "
-            f"{result.bytes_accessed_per_chip / 1e9:.1f} GB)",
+            f"{scaled(result.hbm_traffic_bytes_per_chip)}B per chip (bytes accessed by XLA's convention: "
+            f"{scaled(result.bytes_accessed_per_chip)}B)",
         ),
         ("Collectives", collectives or "none"),
         (
             "Per real token",
-            f"{result.flops_per_chip / tokens / 1e12:.4f} TFLOP, {result.hbm_traffic_bytes_per_chip / tokens / 1e9:.4f}"
-            " GB of HBM traffic, per chip",
+            f"{scaled(result.flops_per_chip / tokens)}FLOP, {scaled(result.hbm_traffic_bytes_per_chip / tokens)}B of HBM"
+            f" traffic ({scaled(result.bytes_accessed_per_chip / tokens)}B by XLA's convention), per chip",
         ),
         (
             "Roofline",
@@ -133,6 +142,19 @@ def _money(result: PlanResult) -> list[tuple[str, str]]:
 def format_time(seconds: float) -> str:
     """`123 ms` or `2.34 s`."""
     return f"{seconds * 1e3:.3g} ms" if seconds < 1 else f"{seconds:.3g} s"
+
+
+def scaled(amount: float) -> str:
+    """`1.23 T`, `45.6 G`, …: three digits and a prefix of a thousand, ready for a unit."""
+    for prefix, size in (("P", 1e15), ("T", 1e12), ("G", 1e9), ("M", 1e6), ("k", 1e3)):
+        if amount >= size:
+            return f"{amount / size:.3g} {prefix}" if amount < 999.5 * size else f"{amount / size:.0f} {prefix}"
+    return f"{amount:.3g} "
+
+
+def format_bytes(size: float) -> str:
+    """`1.23 GiB`, or `4.5 MiB` below a hundredth of one."""
+    return f"{size / GIB:.2f} GiB" if size >= GIB / 100 else f"{size / 2**20:.1f} MiB"
 
 
 def misfit_line(result: PlanResult) -> str:
@@ -185,7 +207,7 @@ def print_alternatives(result: PlanResult) -> None:
     """Prints what was tried for a run that does not fit, those that fit first."""
     if result.fits:
         return
-    out = Console(highlight=False)
+    out = _console()
     fitting = [one for one in result.alternatives if one["fits"]]
     out.print()
     out.print(Text("These changes fit, nearest first:" if fitting else "Nothing that was tried fits:"))
@@ -196,3 +218,37 @@ def print_alternatives(result: PlanResult) -> None:
         money = f", ${cost:.3f} per million real tokens" if cost is not None else ""
         mark = "fits" if one["fits"] else "does not fit"
         out.print(Text(f"  {' '.join(one['overrides'])}: {mark}, {told}{money}"), soft_wrap=True)
+
+
+def print_search(found: Found, folder: Path) -> None:
+    """Prints every compiled candidate, the front marked, and what was skipped and why."""
+    out = _console()
+    table = Table(box=None, padding=(0, 2, 0, 0))
+    for title in ("", "mesh", "remat", "rows", "HBM per chip", "free", "bound by", "real tokens/s", "$ per million"):
+        table.add_column(title, justify="left" if title in ("", "mesh", "remat", "bound by") else "right")
+    front = {id(result) for result in found.front}
+    for one in sorted((item["plan"] for item in found.results), key=lambda r: (not r.fits, cost(r) if r.fits else 0)):
+        mesh = f"fsdp={one.mesh['fsdp']} tp={one.mesh['tp']}"
+        cells = ["→" if id(one) in front else "", mesh, one.remat, str(one.rows_per_update)]
+        if one.fits:
+            usd = one.usd_per_million_real_tokens
+            cells += [
+                format_bytes(one.hbm_bytes_per_chip or 0),
+                f"{free(one):.0%}",
+                one.bound_by or "",
+                f"{one.real_tokens_per_second['mid']:,.0f}",
+                f"{usd:.3f}" if usd is not None else "no price",
+            ]
+        else:
+            cells += [f"does not fit ({format_bytes(one.hbm_bytes_per_chip or 0)})"]
+        table.add_row(*cells)
+    out.print()
+    out.print(table)
+    if found.front:
+        share = found.front[0].utilization["mid"]
+        out.print(
+            Text(f"\n→ nothing else is both cheaper and has more HBM free. Estimated at {share:.0%} of the roofline.")
+        )
+    for skip in found.skipped:
+        out.print(Text(f"skipped {skip['candidate']}: {skip['reason']}"))
+    out.print(Text(f"search.json and hbm.png: {folder}"), soft_wrap=True)

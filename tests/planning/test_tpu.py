@@ -1,0 +1,104 @@
+"""The real TPU compiler on a small model with the released sizes' features: splash attention, loops, a mesh."""
+
+import importlib.util
+import os
+from dataclasses import replace
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from gemma4_tpu.architectures import ARCHITECTURES, GLOBAL, SLIDING
+from gemma4_tpu.config.schema import LoraConfig, OptimizerConfig, TrainerConfig
+from gemma4_tpu.hardware import SLICES
+from gemma4_tpu.models.sharding import make_mesh
+from gemma4_tpu.planning import compile as compiling
+from gemma4_tpu.planning.topology import ENVIRONMENT, absent_devices
+
+pytestmark = pytest.mark.skipif(
+    importlib.util.find_spec("libtpu") is None,
+    reason="libtpu is not installed: the TPU compiler is not tested (pip install -e .[tpu])",
+)
+ARCH = replace(
+    ARCHITECTURES["gemma4_31b"], num_layers=2, layer_types=(SLIDING, GLOBAL), embed_dim=256, hidden_dim=512,
+    num_heads=4, num_kv_heads=4, head_dim=128, num_global_kv_heads=2, global_head_dim=256, vocab_size=1024,
+    sliding_window=256,
+)  # fmt: skip
+T = 512
+
+
+@pytest.fixture(scope="module", autouse=True)
+def environment():
+    before = {key: os.environ.get(key) for key in ENVIRONMENT}
+    os.environ.update(ENVIRONMENT)
+    yield
+    for key, value in before.items():
+        os.environ.pop(key) if value is None else os.environ.update({key: value})
+
+
+def shapes(slice_name, *, rows=2, fsdp=2, tp=2, quantize=None):
+    mesh = make_mesh(fsdp, tp, absent_devices(SLICES[slice_name]))
+    return compiling.shapes(
+        ARCH, LoraConfig(rank=8, quantize=quantize), OptimizerConfig(), TrainerConfig(remat="none"), mesh,
+        rows=rows, length=T, updates=10,
+    )  # fmt: skip
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("slice_name", ["v5p-8", "v6e-4"])
+def test_a_real_step_compiles_for_a_slice_that_is_not_there(slice_name):
+    stages = []
+    given = shapes(slice_name)
+    told = compiling.compile_step(given, stage=stages.append)
+    assert stages == ["lowering", "compiling", "counting"]
+    held = given.bytes_per_chip()
+    assert sum(held.values()) <= told.memory["arguments"] < 1.1 * sum(held.values())  # the rest: layouts' padding
+    assert told.memory["temporaries"] > 0 and told.memory["program"] > 0
+    # No loop has more than one round here, so XLA's own count must agree, attention kernels aside.
+    arithmetic = told.counts["matmul_flops"] + told.counts["other_flops"]
+    assert arithmetic == pytest.approx(told.raw["flops"], rel=0.02)
+    # Splash: one block in the sliding and the global layer; 2 + 3 + 4 products of [T, T, width], two heads per chip.
+    assert told.counts["kernel_flops"] == 9 * 2 * 2 * T * T * (ARCH.head_dim + ARCH.global_head_dim)
+    assert told.counts["hbm_traffic_bytes"] <= told.counts["bytes_accessed"] + told.counts["kernel_flops"]
+    assert not told.counts["not_counted"]
+    assert told.counts["collectives"]
+
+
+def test_quantised_weights_take_their_own_size():
+    plain, nf4 = (shapes("v6e-4", quantize=q).bytes_per_chip() for q in (None, "nf4"))
+    table = ARCH.vocab_size * ARCH.embed_dim * 2 / 4  # bfloat16 over four chips
+    adapted = plain["base"] - table
+    assert adapted / 5 < nf4["base"] - table < adapted / 3  # 4 bits, a scale for every 64, small unadapted arrays
+    assert nf4["lora"] == plain["lora"]
+
+
+def test_out_of_memory_is_told_in_the_compilers_figures():
+    place = jax.sharding.SingleDeviceSharding(absent_devices(SLICES["v6e-4"])[0])
+    huge = jax.ShapeDtypeStruct((2**18, 2**18), jnp.float32, sharding=place)  # 256 GiB
+    with pytest.raises(compiling.OutOfMemory) as caught:
+        compiling.compile_lowered(jax.jit(lambda x: jnp.sin(x) @ x).lower(huge))
+    assert caught.value.limit_bytes == 31.25 * 2**30
+    assert 256 * 2**30 <= caught.value.needed_bytes <= 4 * 256 * 2**30
+
+
+@pytest.mark.parametrize(
+    ("message", "needed", "limit"),
+    [
+        ("total memory required for HLO temporaries (602.31G) exceeds available HBM (31.25G).", 602.31, 31.25),
+        ("Ran out of memory in memory space hbm. Used 40.12G of 31.25G hbm. Exceeded by 8.87G.", 40.12, 31.25),
+        ("the total memory required for HLO arguments (1.5T) exceeds available HBM (95.74G).", 1536, 95.74),
+    ],
+)
+def test_both_of_the_compilers_messages_are_read(message, needed, limit):
+    error = compiling.OutOfMemory(f"RESOURCE_EXHAUSTED: {message}")
+    assert error.needed_bytes == int(needed * 2**30)
+    assert error.limit_bytes == int(limit * 2**30)
+
+
+@pytest.mark.parametrize("name", [name for name, known in SLICES.items() if known.topology])
+def test_every_tpu_slice_is_known_to_the_compiler_with_its_hbm(name):
+    known = SLICES[name]
+    devices = absent_devices(known)
+    assert len(devices) == known.chips
+    assert devices[0].device_kind.lower().startswith(known.chip.device_kinds)
+    assert compiling.hbm_limit_bytes(devices[0]) == pytest.approx(known.chip.hbm_bytes, rel=0.001)
