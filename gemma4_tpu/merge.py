@@ -5,11 +5,11 @@ Configuration → runs, bases and targets checked → each written beside its ta
 
 from __future__ import annotations
 
-import errno
 import logging
 import os
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import asdict
 from typing import TYPE_CHECKING
 
@@ -34,13 +34,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _run(load(list(sys.argv[1:] if argv is None else argv), MERGE))
     except UserError as refusal:
         print(f"error: {refusal}", file=sys.stderr)
-        return 2
-    except OSError as error:
-        if error.errno != errno.ENOSPC:
-            raise
-        print(
-            "error: the disk is full; make space, and the same command goes on with the file it was at", file=sys.stderr
-        )
         return 2
     except KeyboardInterrupt:
         print("\ninterrupted; the same command goes on with the file it was at", file=sys.stderr)
@@ -84,7 +77,8 @@ def _export(job: Job, loaded: Loaded[MergeRoot, MergeChecked], *, several: bool)
             write_json(record.result_path, result)
         except Exception as error:
             failed = {"status": "failed", "error": (str(error) or repr(error)).splitlines()[0]}
-            write_json(record.result_path, failed)
+            with suppress(OSError):  # a disk that is full takes no record either
+                write_json(record.result_path, failed)
             raise
         finally:
             record.close()

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import itertools
 import json
 import mmap
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -76,6 +78,15 @@ class LocalBytes:
     def read_many(self, ranges: Sequence[tuple[int, int]]) -> list[memoryview]:
         return [self.read(start, stop) for start, stop in ranges]
 
+    def read_into(self, start: int, buffer: memoryview) -> None:
+        """Fills `buffer` with the bytes from `start` on. Raises OSError if the file ends before."""
+        with open(self.path, "rb", buffering=0) as file:
+            while buffer:
+                count = os.preadv(file.fileno(), [buffer], start)
+                if not count:
+                    raise OSError(errno.EIO, "the file has become shorter", self.path)
+                start, buffer = start + count, buffer[count:]
+
 
 class RemoteBytes:
     """Bytes of a file that fsspec knows."""
@@ -94,6 +105,10 @@ class RemoteBytes:
             for (a, b), data in zip(group, self.read_many(group), strict=True):
                 whole[a - start : b - start] = data
         return whole
+
+    def read_into(self, start: int, buffer: memoryview) -> None:
+        """As `LocalBytes.read_into`."""
+        buffer[:] = self.read(start, start + len(buffer))
 
     def read_many(self, ranges: Sequence[tuple[int, int]]) -> list[memoryview]:
         starts, stops = [a for a, _ in ranges], [b for _, b in ranges]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 import time
 from collections.abc import Iterator
@@ -16,7 +17,7 @@ from gemma4_tpu.errors import UserError
 from gemma4_tpu.export.hub import push_to_hub
 from gemma4_tpu.export.merge import Merger, companions, copy_file
 from gemma4_tpu.export.peft import check_peft, write_peft
-from gemma4_tpu.export.place import Place, total_bytes
+from gemma4_tpu.export.place import Place, Unfinished, total_bytes
 from gemma4_tpu.export.report import write_report
 from gemma4_tpu.export.trained import Trained, open_trained
 from gemma4_tpu.export.verify import refusal, verify
@@ -43,7 +44,7 @@ class Job:
     def reserved(self) -> Iterator[None]:
         """Holds the staging folders; raises `UserError` where there is no space or another process is at work.
 
-        A refusal on the way removes them; after anything else the same export goes on with what is there.
+        A refusal on the way removes them; after a full disk or a crash the same export goes on with what is there.
         """
         needed = {MERGED: _merged_bytes, ADAPTER: _adapter_bytes}
         try:
@@ -51,10 +52,19 @@ class Job:
                 place.open(_identity(self.trained), needed[kind](self.trained))
             try:
                 yield
+            except Unfinished:
+                raise
             except UserError:
                 for place in self.places.values():
                     place.discard()
                 raise
+            except OSError as error:
+                if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+                    raise
+                targets = ", ".join(place.target for place in self.places.values())
+                raise Unfinished(
+                    f"target={targets}: the disk is full; make space, and the same command goes on where it was"
+                ) from None
         finally:
             for place in self.places.values():
                 place.close()

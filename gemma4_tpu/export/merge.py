@@ -13,13 +13,13 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
-from functools import lru_cache
-from typing import Any, BinaryIO
+from functools import lru_cache, partial
+from typing import Any
 
 import numpy as np
 
 from gemma4_tpu.errors import UserError
-from gemma4_tpu.export.place import Place, copy_range
+from gemma4_tpu.export.place import Place
 from gemma4_tpu.export.trained import Change, Trained
 from gemma4_tpu.models.names import Tensor
 from gemma4_tpu.models.tensorfile import INDEX_NAME, TensorFile
@@ -28,6 +28,7 @@ from gemma4_tpu.storage import join, list_folder, open_bytes
 log = logging.getLogger(__name__)
 
 BLOCK_VALUES = 4 << 20  # of a weight that are worked on at a time: 16 MiB in float32
+COPY_BYTES = 16 << 20
 WORKERS = min(8, 2 * (os.cpu_count() or 1))  # twice the cores: some of them wait for the disk
 _TOKENIZER = ("tokenizer", "chat_template", "special_tokens_map", "added_tokens", "vocab", "merges")
 _OTHER_WEIGHTS = (
@@ -42,6 +43,10 @@ _OTHER_WEIGHTS = (
     ".safetensors",
     ".safetensors.index.json",
 )
+
+
+Piece = tuple[str | None, Callable[[], tuple[np.ndarray, np.ndarray | None]]]
+"""Consecutive bytes of a shard: the changed weight that they belong to (None: they are copied), and what makes them."""
 
 
 @dataclass(frozen=True)
@@ -92,19 +97,15 @@ class Merger:
           UserError: NaN or infinity, a change that found no tensor, or no change at all.
         """
         deltas: list[Delta] = []
-        for number, (shard, file) in enumerate(sorted(self.trained.checkpoint.files.items()), 1):
-            noted = place.done(shard)
-            if noted is None:
-                deltas += self._shard(shard, file, place)
-            else:
-                deltas += [Delta(**entry) for entry in noted["deltas"]]
-            log.info(
-                "shard %d/%d: %s%s",
-                number,
-                len(self.trained.checkpoint.files),
-                shard,
-                " (done before)" if noted else "",
-            )
+        shards = sorted(self.trained.checkpoint.files.items())
+        with ThreadPoolExecutor(WORKERS, thread_name_prefix="merge") as workers:
+            for number, (shard, file) in enumerate(shards, 1):
+                noted = place.done(shard)
+                if noted is None:
+                    deltas += self._shard(shard, file, place, workers)
+                else:
+                    deltas += [Delta(**entry) for entry in noted["deltas"]]
+                log.info("shard %d/%d: %s%s", number, len(shards), shard, " (done before)" if noted else "")
         _check_applied(self.trained, deltas)
         found, left = companions(self.trained)
         if left:
@@ -112,46 +113,49 @@ class Merger:
         for name, path in found.items():
             if name != "config.json" and place.done(name) is None:
                 copy_file(path, place, name)
-        place.wait()
         return deltas
 
-    def _shard(self, name: str, file: TensorFile, place: Place) -> list[Delta]:
+    def _shard(self, shard: str, file: TensorFile, place: Place, workers: ThreadPoolExecutor) -> list[Delta]:
         """Writes one shard, in the order of its bytes."""
-        out = place.create(name)
-        deltas: list[Delta] = []
-        written = 0
-        with ThreadPoolExecutor(WORKERS) as workers:
-            for tensor_name, info in sorted(file.tensors.items(), key=lambda item: (item[1].start, item[1].stop)):
-                change = self.trained.changes.get(tensor_name)
-                if change is None:
-                    continue
-                copy_range(file.path, written, info.start, out, place.remote)
-                deltas.append(self._weight(tensor_name, change, file, out, workers))
-                written = info.stop
-            copy_range(file.path, written, file.size_bytes, out, place.remote)
-        if out.tell() != file.size_bytes:
-            raise RuntimeError(f"{name}: {out.tell()} bytes written instead of {file.size_bytes}")
-        place.finish(name, out, deltas=[asdict(delta) for delta in deltas])
+        sums: dict[str, np.ndarray] = {}
+        with place.create(shard) as out:
+            for name, (data, of_block) in _in_order(workers, self._pieces(file)):
+                out.write(data)
+                if name is not None:
+                    sums[name] = sums.get(name, 0) + of_block
+            if out.size_bytes != file.size_bytes:
+                raise RuntimeError(f"{shard}: {out.size_bytes} bytes written instead of {file.size_bytes}")
+            deltas = [self._delta(name, *of_weight.tolist()) for name, of_weight in sums.items()]
+            place.finish(shard, out, deltas=[asdict(delta) for delta in deltas])
         return deltas
 
-    def _weight(self, name: str, change: Change, file: TensorFile, out: BinaryIO, workers: ThreadPoolExecutor) -> Delta:
-        """Appends one changed weight, block by block, several blocks at work."""
-        merge = (
-            self._lora_block(name, change, file) if self.trained.lora.enabled else self._full_block(name, change, file)
-        )
-        sums = np.zeros(4)  # delta², base², changed values, merged²
-        for block, of_block in _in_order(workers, merge, _blocks(change.tensor, self._rows_at_once(change.tensor))):
-            out.write(block)
-            sums += of_block
-        delta_squared, base_squared, changed, merged_squared = sums.tolist()
+    def _pieces(self, file: TensorFile) -> Iterator[Piece]:
+        """A shard as consecutive pieces: the blocks of changed weights, and what lies between them, copied."""
+        copied_to = 0
+        for name, info in sorted(file.tensors.items(), key=lambda item: (item[1].start, item[1].stop)):
+            change = self.trained.changes.get(name)
+            if change is None:
+                continue
+            yield from _copies(file, copied_to, info.start)
+            lora = self.trained.lora.enabled
+            merged = self._lora_block(name, change, file) if lora else self._full_block(name, change, file)
+            for start, stop in _blocks(change.tensor, self._rows_at_once(change.tensor)):
+                yield name, partial(merged, start, stop)
+            copied_to = info.stop
+        yield from _copies(file, copied_to, file.size_bytes)
+
+    def _delta(
+        self, name: str, delta_squared: float, base_squared: float, changed: float, merged_squared: float
+    ) -> Delta:
+        """What the sums over a weight's blocks say."""
         if not math.isfinite(merged_squared):
             raise UserError(f"{name}: NaN or infinity after the merge: the training diverged, or the base is damaged")
+        change = self.trained.changes[name]
+        tensor = change.tensor
         if self.trained.lora.enabled:
-            delta_squared = self._factors(change.tensor.name)[change.tensor.hf_names[change.source]].squared_norm
-        values = math.prod(change.tensor.hf_shape)
-        return Delta(
-            name, change.tensor.name, math.sqrt(max(delta_squared, 0)), math.sqrt(base_squared), values, int(changed)
-        )
+            delta_squared = self._factors(tensor.name)[tensor.hf_names[change.source]].squared_norm
+        norm, base_norm = math.sqrt(max(delta_squared, 0)), math.sqrt(base_squared)
+        return Delta(name, tensor.name, norm, base_norm, math.prod(tensor.hf_shape), int(changed))
 
     def _rows_at_once(self, tensor: Tensor) -> int:
         """Of the first split dim on disk: what a block holds, in whole chunks of the checkpoint."""
@@ -184,7 +188,7 @@ class Merger:
 
         def block(start: int, stop: int) -> tuple[np.ndarray, np.ndarray]:
             rows = slice(start * height, stop * height)
-            base = file.read(name, (rows, slice(None)))
+            base = _rows(file, name, rows)
             merged = base.astype(np.float32)
             base_squared = _squared(merged)
             merged += factors.b[rows] @ factors.a
@@ -198,8 +202,7 @@ class Merger:
         height = tensor.hf_shape[0] // tensor.split[0]
 
         def block(start: int, stop: int) -> tuple[np.ndarray, np.ndarray]:
-            rest = [slice(None)] * (len(tensor.hf_shape) - 1)
-            base = file.read(name, (slice(start * height, stop * height), *rest))
+            base = _rows(file, name, slice(start * height, stop * height))
             index = tensor.rows_in_memory(start, stop, change.source)
             merged = np.ascontiguousarray(tensor.rows_to_hf(state.read(tensor.name, index)), np.float32)
             before = base.astype(np.float32)
@@ -221,6 +224,23 @@ def _rounded(
     return rounded.reshape(-1).view(np.uint8), np.array([delta_squared, base_squared, changed, merged_squared])
 
 
+def _rows(file: TensorFile, name: str, rows: slice) -> np.ndarray:
+    """Rows of a tensor, in memory of this process."""
+    info = file.tensors[name]
+    row_bytes = (info.stop - info.start) // info.shape[0]
+    data = file.read_bytes(info.start + rows.start * row_bytes, info.start + rows.stop * row_bytes)
+    return data.view(info.dtype).reshape(-1, *info.shape[1:])
+
+
+def _copies(file: TensorFile, start: int, stop: int) -> Iterator[Piece]:
+    """Bytes `[start, stop)` of a file as they are."""
+
+    def copy(at: int) -> tuple[np.ndarray, None]:
+        return file.read_bytes(at, min(at + COPY_BYTES, stop)), None
+
+    return ((None, partial(copy, at)) for at in range(start, stop, COPY_BYTES))
+
+
 def _squared(values: np.ndarray) -> float:
     flat = values.reshape(-1)
     return float(np.dot(flat, flat))
@@ -231,15 +251,17 @@ def _blocks(tensor: Tensor, rows: int) -> Iterator[tuple[int, int]]:
     return ((start, min(start + rows, total)) for start in range(0, total, rows))
 
 
-def _in_order(workers: ThreadPoolExecutor, work: Callable[..., Any], items: Iterator[tuple[int, int]]) -> Iterator[Any]:
-    """Results in order, with only so many blocks under way that memory stays bounded."""
-    under_way: deque[Future[Any]] = deque()
-    for item in items:
-        under_way.append(workers.submit(work, *item))
+def _in_order(workers: ThreadPoolExecutor, pieces: Iterator[Piece]) -> Iterator[tuple[str | None, Any]]:
+    """Name and result of each piece, in order, with only so many under way that memory stays bounded."""
+    under_way: deque[tuple[str | None, Future[Any]]] = deque()
+    for name, make in pieces:
+        under_way.append((name, workers.submit(make)))
         if len(under_way) > WORKERS:
-            yield under_way.popleft().result()
+            name, result = under_way.popleft()
+            yield name, result.result()
     while under_way:
-        yield under_way.popleft().result()
+        name, result = under_way.popleft()
+        yield name, result.result()
 
 
 def _check_applied(trained: Trained, deltas: list[Delta]) -> None:
@@ -289,9 +311,11 @@ def companions(trained: Trained) -> tuple[dict[str, str], list[str]]:
 
 def copy_file(path: str, place: Place, name: str) -> None:
     """A file, byte for byte."""
-    out = place.create(name)
-    copy_range(path, 0, open_bytes(path).size_bytes, out, place.remote)
-    place.finish(name, out)
+    data = open_bytes(path)
+    with place.create(name) as out:
+        for at in range(0, data.size_bytes, COPY_BYTES):
+            out.write(data.read(at, min(at + COPY_BYTES, data.size_bytes)))
+        place.finish(name, out)
 
 
 def _is_file(path: str) -> bool:

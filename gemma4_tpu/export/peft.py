@@ -44,14 +44,14 @@ def vllm_warning(rank: int) -> str | None:
 
 def write_peft(trained: Trained, place: Place) -> None:
     """Writes the adapter's two files to the staging folder, in float32 as trained; the configuration comes last."""
-    out = place.create(WEIGHTS)
-    out.write(_header(trained))
-    for tensor in trained.tensors.values():
-        for name, array in _tensors(trained, tensor).items():
-            if not np.isfinite(array).all():
-                raise UserError(f"{trained.state.folder}: {name} holds NaN or infinity: the training diverged")
-            out.write(array.astype("<f4", copy=False).data)
-    place.finish(WEIGHTS, out)
+    with place.create(WEIGHTS) as out:
+        out.write(_header(trained))
+        for tensor in trained.tensors.values():
+            for name, array in _tensors(trained, tensor).items():
+                if not np.isfinite(array).all():
+                    raise UserError(f"{trained.state.folder}: {name} holds NaN or infinity: the training diverged")
+                out.write(array.astype("<f4", copy=False))
+        place.finish(WEIGHTS, out)
     place.write(CONFIG, json.dumps(peft_config(trained), indent=2) + "\n")
     log.info("PEFT adapter of rank %d on %d weights", trained.lora.rank, len(trained.changes))
 

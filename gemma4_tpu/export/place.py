@@ -1,34 +1,36 @@
 """Where an export is written: a staging folder beside the target that becomes the target in one rename.
 
-The staging folder is `.<name>.partial`. Finished files are listed in its journal, so that a killed export goes on with
-the file it was at. On gs:// a rename is a copy of each object; there `config.json`, without which nothing loads, comes
-last.
+The staging folder is `.<name>.partial`. Finished files are listed in its journal with their checksums, so that a killed
+export goes on with the file it was at. On gs:// a rename is a copy of each object; there `config.json`, without which
+nothing loads, comes last.
 """
 
 from __future__ import annotations
 
-import errno
 import fcntl
 import json
 import logging
 import os
 import shutil
-from collections import deque
 from collections.abc import Iterable
-from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 from gemma4_tpu.errors import UserError
+from gemma4_tpu.export.writer import DiskFile, Writer, checksum
 from gemma4_tpu.storage import filesystem, is_remote, join, list_folder, open_bytes, read_json
 from gemma4_tpu.tracking.files import write_text
 
 log = logging.getLogger(__name__)
 
-JOURNAL, LOCK = ".journal.json", ".lock"
+JOURNAL, LOCK, PART = ".journal.json", ".lock", ".part"
 LAST = "config.json"
-COPY_BYTES = 32 << 20
+UPLOAD_BYTES = 32 << 20  # one request
+
+
+class Unfinished(UserError):
+    """Stopped halfway: what is finished stays in the staging folder, and the same command goes on with it."""
 
 
 class Place:
@@ -42,8 +44,6 @@ class Place:
         self.remote = is_remote(target)
         self.journal: dict[str, Any] = {}
         self._lock: int | None = None
-        self._finisher = ThreadPoolExecutor(1, thread_name_prefix="finish-files")
-        self._finishing: deque[Future[None]] = deque()
 
     def check(self, overwrite: bool) -> None:
         """Raises `UserError` if the target exists and may not be replaced."""
@@ -70,16 +70,35 @@ class Place:
             self._take_lock()
         names = list_folder(self.staging)
         found = read_json(join(self.staging, JOURNAL)) if JOURNAL in names else {}
+        self.journal = {"identity": identity, "files": {}}
         if found.get("identity") == identity:
-            self.journal = found
-            log.info("going on with an interrupted export: %d files are done", len(found["files"]))
-        else:
-            if leftover := [name for name in names if name not in (LOCK, JOURNAL)]:
-                log.info("%s: %d files of another export are removed", self.staging, len(leftover))
-            self.journal = {"identity": identity, "files": {}}
-        for name in set(names) - {LOCK} - ({JOURNAL, *found["files"]} if self.journal is found else set()):
+            self.journal["files"] = self._whole(found["files"])
+            log.info("going on with an interrupted export: %d files are done", len(self.journal["files"]))
+        elif found:
+            log.info("%s: what another export left there is removed", self.staging)
+        for name in set(names) - {LOCK, JOURNAL} - set(self.journal["files"]):
             self._remove(name)
         self._check_space(needed_bytes - sum(entry["bytes"] for entry in self.journal["files"].values()))
+
+    def _whole(self, files: dict[str, Any]) -> dict[str, Any]:
+        """Those of the journal's files that still hold the bytes that were written."""
+        there = set(list_folder(self.staging))
+        whole = {}
+        for name, noted in files.items():
+            if name in there and self._stamp(name) == noted["stamp"]:
+                whole[name] = noted
+            else:
+                log.warning("%s: holds other bytes than were written; it is written again", join(self.staging, name))
+        return whole
+
+    def _stamp(self, name: str) -> str:
+        """What would be another if a file's bytes were."""
+        path = join(self.staging, name)
+        if not self.remote:
+            return checksum(path)
+        fs, place = filesystem(path)
+        about = fs.info(place)
+        return f"{about['size']} {about.get('crc32c', '')}"
 
     def _check_space(self, needed_bytes: int) -> None:
         if self.remote:
@@ -96,42 +115,21 @@ class Place:
 
     def done(self, name: str) -> dict[str, Any] | None:
         """What was noted with a finished file; None: it is still to be written."""
-        entry = self.journal["files"].get(name)
-        if entry is None:
-            return None
-        try:
-            return entry if open_bytes(join(self.staging, name)).size_bytes == entry["bytes"] else None
-        except FileNotFoundError:
-            return None
+        return self.journal["files"].get(name)
 
-    def create(self, name: str) -> BinaryIO:
-        """A file to write from start to end; `finish` it."""
+    def create(self, name: str) -> Writer:
+        """A file to write from start to end, in a `with` block; `finish` it there."""
+        path = join(self.staging, name)
+        return Writer(RemoteFile(path) if self.remote else DiskFile(path + PART))
+
+    def finish(self, name: str, file: Writer, **notes: Any) -> None:
+        """Makes a file whole: stored, under its name, in the journal with `notes`."""
+        stamp = file.finish()
         if self.remote:
-            fs, path = filesystem(join(self.staging, name))
-            return fs.open(path, "wb")
-        return open(f"{join(self.staging, name)}.part", "wb")
-
-    def finish(self, name: str, file: BinaryIO, **notes: Any) -> None:
-        """Makes a file whole: on disk, under its name, in the journal. While the disk writes, the caller goes on."""
-        self._finishing.append(self._finisher.submit(self._finish, name, file, notes))
-        if len(self._finishing) > 2:
-            self._finishing.popleft().result()
-
-    def wait(self) -> None:
-        """Waits until every finished file is on disk; raises what went wrong there."""
-        while self._finishing:
-            self._finishing.popleft().result()
-
-    def _finish(self, name: str, file: BinaryIO, notes: dict[str, Any]) -> None:
-        size_bytes = file.tell()
-        if self.remote:
-            file.close()
+            stamp = self._stamp(name)
         else:
-            file.flush()
-            os.fsync(file.fileno())
-            file.close()
-            os.replace(file.name, join(self.staging, name))
-        self.journal["files"][name] = {"bytes": size_bytes, **notes}
+            os.replace(join(self.staging, name) + PART, join(self.staging, name))
+        self.journal["files"][name] = {"bytes": file.size_bytes, "stamp": stamp, **notes}
         self.write(JOURNAL, json.dumps(self.journal))
 
     def write(self, name: str, text: str) -> None:
@@ -144,7 +142,6 @@ class Place:
 
     def publish(self) -> str:
         """Renames the staging folder to the target (replacing an old one), and returns the target."""
-        self.wait()
         if self.remote:
             self._publish_remote()
         else:
@@ -161,7 +158,6 @@ class Place:
 
     def discard(self) -> None:
         """Removes what was staged."""
-        self.wait()
         if self.remote:
             for name in list_folder(self.staging):
                 self._remove(name)
@@ -171,7 +167,6 @@ class Place:
 
     def close(self) -> None:
         """Gives up the right to write here."""
-        self._finisher.shutdown(wait=True)
         if self._lock is not None:
             os.close(self._lock)
             self._lock = None
@@ -218,34 +213,17 @@ class Place:
             log.warning("%s: no file locks here (%s); don't export there twice at a time", self.staging, error)
 
 
-def copy_range(source: str, start: int, stop: int, out: BinaryIO, remote: bool) -> None:
-    """Appends bytes `[start, stop)` of a file: inside the kernel where both are local, else in pieces."""
-    if not remote and not is_remote(source):
-        out.flush()
-        with open(source, "rb") as file:
-            done = _copy_in_kernel(file.fileno(), out.fileno(), start, stop, out.tell())
-        out.seek(0, os.SEEK_END)
-        start += done
-    if start < stop:
-        data = open_bytes(source)
-        for at in range(start, stop, COPY_BYTES):
-            out.write(data.read(at, min(at + COPY_BYTES, stop)))
+class RemoteFile:
+    """A new object, uploaded piece by piece; it is there once it is closed."""
 
+    def __init__(self, path: str):
+        fs, place = filesystem(path)
+        self._file = fs.open(place, "wb", block_size=UPLOAD_BYTES)
+        self.write, self.close = self._file.write, self._file.close
 
-def _copy_in_kernel(source: int, target: int, start: int, stop: int, at: int) -> int:
-    """Returns how many bytes were copied: fewer than asked for where the file systems do not support it."""
-    done = 0
-    while start + done < stop:
-        try:
-            count = os.copy_file_range(source, target, min(stop - start - done, 1 << 30), start + done, at + done)
-        except OSError as error:
-            if error.errno in (errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.EPERM):
-                return done
-            raise
-        if count == 0:
-            return done
-        done += count
-    return done
+    def discard(self) -> None:
+        self._file.discard()
+        self._file.closed = True  # or the end of the object's life would close, that is publish it
 
 
 def total_bytes(paths: Iterable[str]) -> int:

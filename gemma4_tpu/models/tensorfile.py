@@ -144,6 +144,12 @@ class TensorFile:
         data = self._file.read(first, first + length).toreadonly()
         return np.ndarray(extent, info.dtype, buffer=data, strides=strides)
 
+    def read_bytes(self, start: int, stop: int) -> np.ndarray:
+        """Bytes `[start, stop)` of the file, copied into an array of uint8."""
+        data = np.empty(stop - start, np.uint8)
+        self._file.read_into(start, data.data)
+        return data
+
     def samples(self, names: Iterable[str]) -> list[bytes]:
         """Some bytes from the middle of each tensor."""
         ranges = []

@@ -1,6 +1,7 @@
 """A merge that is killed: nothing that looks finished, and the next one goes on with the shard it was at."""
 
 import json
+import logging
 import os
 import random
 import signal
@@ -14,6 +15,7 @@ from safetensors.numpy import save_file
 
 from gemma4_tpu.architectures import ARCHITECTURES, to_hf_config
 from gemma4_tpu.config.schema import LoraConfig
+from gemma4_tpu.export.place import Place
 from gemma4_tpu.models.names import name_map
 from tests.export.conftest import tree
 from tests.export.runs import make_run
@@ -81,25 +83,49 @@ def test_killed_at_random_points_it_goes_on_and_ends_with_the_same_bytes(tiny_ru
     assert not staging.exists()
 
 
-def test_what_another_checkpoint_left_behind_is_not_gone_on_with(run_of, merge, monkeypatch):
-    from gemma4_tpu.export import merge as module
+@pytest.fixture
+def killed_after(merge, monkeypatch):
+    """Runs a merge that ends like a killed one after so many finished files."""
 
+    def run(files, folder, *words):
+        finish, calls = Place.finish, []
+
+        def dying(*arguments, **notes):
+            calls.append(1)
+            if len(calls) > files:
+                raise SystemExit(137)
+            finish(*arguments, **notes)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(Place, "finish", dying)
+            with pytest.raises(SystemExit):
+                merge(folder, *words)
+
+    return run
+
+
+def test_what_another_checkpoint_left_behind_is_not_gone_on_with(run_of, merge, killed_after):
     run, _ = run_of(updates=(3, 6), shards=4)
     merge(run, "verify=false", "checkpoint=6", f"target={run}/reference")
-    copy_range, calls = module.copy_range, []
-
-    def dying(*arguments):
-        calls.append(1)
-        if len(calls) == 60:
-            raise SystemExit(137)
-        copy_range(*arguments)
-
-    monkeypatch.setattr(module, "copy_range", dying)
-    with pytest.raises(SystemExit):
-        merge(run, "verify=false", "checkpoint=3")
-    assert list(run.glob(".merged.partial/*.safetensors"))
-    monkeypatch.setattr(module, "copy_range", copy_range)
+    killed_after(2, run, "verify=false", "checkpoint=3")
+    assert len(list(run.glob(".merged.partial/*.safetensors"))) == 2
     merge(run, "verify=false", "checkpoint=6")
+    assert tree(run / "merged") == tree(run / "reference")
+
+
+def test_a_finished_shard_that_holds_other_bytes_is_written_again(run_of, merge, killed_after, caplog):
+    run, _ = run_of(shards=4)
+    merge(run, "verify=false", f"target={run}/reference")
+    killed_after(3, run, "verify=false")
+    shard = sorted(run.glob(".merged.partial/*.safetensors"))[1]
+    with open(shard, "r+b") as file:  # its size stays
+        file.seek(-1000, os.SEEK_END)
+        file.write(bytes(1000))
+    with caplog.at_level(logging.INFO):
+        merge(run, "verify=false")
+    assert "going on with an interrupted export: 2 files are done" in caplog.text
+    assert f"{shard}: holds other bytes than were written" in caplog.text
+    assert caplog.text.count("(done before)") == 2
     assert tree(run / "merged") == tree(run / "reference")
 
 
