@@ -35,7 +35,7 @@ def extract(completion: str, top: str) -> str | None:
         pieces = fenced_blocks(answer) or _bare(answer)
     for wanted in (lambda piece: top in defined_modules(piece), defined_modules):
         if chosen := [piece for piece in pieces if wanted(piece)]:
-            return chosen[-1]
+            return chosen[-1].strip("\n")
     return None
 
 
@@ -46,8 +46,4 @@ def _bare(answer: str) -> list[str]:
         return []
     code = answer[first.start() :]
     whole = _LAST_END.match(code)
-    return [whole[0] if whole and not _begins_again(code[whole.end() :]) else code]
-
-
-def _begins_again(text: str) -> bool:
-    return bool(defined_modules(text))
+    return [code if whole is None or defined_modules(code[whole.end() :]) else whole[0]]

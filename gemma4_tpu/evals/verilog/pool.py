@@ -115,13 +115,14 @@ def _start_worker(config: JudgeConfig, tools: Tools, root: Path, numbers: Queue[
     global _worker
     number = numbers.get()
     _worker = _Worker(config=config, tools=tools, folder=root / str(number), number=number)
-    signal.signal(signal.SIGALRM, lambda *_: _end_with(parent))
+    signal.signal(signal.SIGALRM, lambda *_: _end_with(parent, root))
     signal.setitimer(signal.ITIMER_REAL, ORPHAN_CHECK_SECONDS, ORPHAN_CHECK_SECONDS)
 
 
-def _end_with(parent: int) -> None:
+def _end_with(parent: int, root: Path) -> None:
     """A worker whose parent was killed ends too; the command that it runs dies with it."""
     if os.getppid() != parent:
+        shutil.rmtree(root, ignore_errors=True)
         os._exit(1)
 
 

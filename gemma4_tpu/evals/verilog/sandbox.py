@@ -15,6 +15,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import functools
+import itertools
 import os
 import resource
 import selectors
@@ -35,6 +36,7 @@ SYSTEM_PATHS = tuple(Path(p) for p in ("/usr", "/bin", "/lib", "/lib32", "/lib64
 DEVICES = (Path("/dev/null"),)
 FIRST_UID = 60800  # a range that neither distributions nor systemd give to anyone
 OTHERS_HEADROOM = 4096  # the kernel counts all processes of an ordinary user: room for what else they start meanwhile
+PATIENCE = 10  # half milliseconds that killed processes get before those of other groups are looked for
 WALL_FACTOR, WALL_EXTRA_SECONDS = 6, 10  # on a busy machine CPU time is what counts; this ends what only sleeps
 
 _OUT_OF_CPU_TIME = (-signal.SIGXCPU, 128 + signal.SIGXCPU)  # the command itself, or one that it waited for
@@ -209,26 +211,23 @@ def _drain(pipe, text: bytearray, cap_bytes: int) -> bool:
 
 def _end_all(process: subprocess.Popen[bytes]) -> tuple[int, float]:
     """Kills the command's group and whatever became of its children: (return code, CPU seconds of all)."""
-    returncode, cpu_seconds = 0, 0.0
-    first = True
-    while True:
+    cpu_seconds = 0.0
+    for attempt in itertools.count():
         try:
             pid, status, usage = os.wait4(-1, os.WNOHANG)
+            while pid:
+                cpu_seconds += usage.ru_utime + usage.ru_stime
+                if pid == process.pid:
+                    process.returncode = os.waitstatus_to_exitcode(status)
+                pid, status, usage = os.wait4(-1, os.WNOHANG)
         except ChildProcessError:
-            break
-        if pid:
-            cpu_seconds += usage.ru_utime + usage.ru_stime
-            if pid == process.pid:
-                returncode = os.waitstatus_to_exitcode(status)
-                process.returncode = returncode
-            continue
-        if first:
+            return process.returncode, cpu_seconds
+        if attempt == 0:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
-            first = False
-            continue
-        for child in psutil.Process().children(recursive=True):
-            with contextlib.suppress(psutil.NoSuchProcess):
-                child.kill()
-        time.sleep(0.001)
-    return returncode, cpu_seconds
+        elif attempt >= PATIENCE:  # they left the group
+            for child in psutil.Process().children(recursive=True):
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    child.kill()
+        time.sleep(0.0005)
+    raise AssertionError("unreachable")

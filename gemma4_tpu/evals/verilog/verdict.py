@@ -107,18 +107,23 @@ class Trial:
         """Measure 1; leaves the expanded design in the folder."""
         if found := scan.unreadable(self.code):
             raise _Refused(VerdictClass.FORBIDDEN, "text", found)
+        text = self._expanded() if "`" in self.code else self.code
+        design = scan.reachable(text, self.problem.top)
+        if found := scan.forbidden(design):
+            raise _Refused(VerdictClass.FORBIDDEN, "text", found)
+        self.pruned = design != text
+        self._write({EXPANDED: design})
+
+    def _expanded(self) -> str:
+        """The design as the preprocessor leaves it, without macros."""
         self._write({DESIGN: self.code})
         done = self._run(self.tools.preprocess(DESIGN, EXPANDED), "text", writable=[self.folder])
         expanded = self.folder / EXPANDED
         if done.returncode or not expanded.is_file():
             raise _Refused(VerdictClass.SYNTAX, "text", _complaint(done))
         text = expanded.read_text(encoding="utf-8", errors="replace")
-        design = scan.reachable(text, self.problem.top)
-        if found := scan.forbidden(design):
-            raise _Refused(VerdictClass.FORBIDDEN, "text", found)
-        self.pruned = design != text
         expanded.unlink()  # it is the sandbox's user's
-        self._write({EXPANDED: design})
+        return text
 
     def _alone(self) -> None:
         """Measure 2."""

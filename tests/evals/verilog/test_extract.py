@@ -1,0 +1,100 @@
+"""Where the code is in what models write."""
+
+import pytest
+
+from gemma4_tpu.evals.verilog.extract import extract
+from gemma4_tpu.evals.verilog.scan import forbidden, reachable, unreadable
+
+TOP = "module TopModule (input a, output y);\n  assign y = a;\nendmodule"
+DRAFT = TOP.replace("= a", "= ~a")
+PART = "module part (input a, output y);\n  assign y = a;\nendmodule"
+BENCH = "module tb;\n  initial $finish;\nendmodule"
+
+
+@pytest.mark.parametrize(
+    "completion",
+    [
+        TOP,
+        f"```verilog\n{TOP}\n```",
+        f"```Verilog\n{TOP}\n```",
+        f"```systemverilog\n{TOP}\n```",
+        f"```SV\n{TOP}\n```",
+        f"```v\n{TOP}\n```",
+        f"```\n{TOP}\n```",
+        f"````verilog\n{TOP}\n````",
+        f"   ```verilog\n{TOP}\n   ```",
+        f"Here: ```verilog\n{TOP}\n```",
+        f"```verilog\n{TOP}```",
+        f"```verilog\n{TOP}",
+        f"Sure.\n\n{TOP}\n\nIt passes a through.",
+        f"```bash\niverilog top.v\n```\n```verilog\n{TOP}\n```",
+        f"```verilog\n{DRAFT}\n```\nNo, without the inversion:\n```verilog\n{TOP}\n```",
+        f"<think>\n```verilog\n{DRAFT}\n```\n</think>\n```verilog\n{TOP}\n```",
+        f"<think>maybe</think><answer>\n```verilog\n{TOP}\n```\n</answer>",
+        f"<|channel>thought\n{DRAFT}\n<channel|>```verilog\n{TOP}\n```",
+        f"<|channel>thought\n<channel|>{TOP}",
+        f"```verilog\n{TOP}\n```\nA test:\n```verilog\nmodule tb;\n  initial",
+        f"```verilog\r\n{TOP}\r\n```".replace("\n", "\r\n").replace("\r\r", "\r"),
+    ],
+)
+def test_the_module_is_found(completion):
+    assert extract(completion, "TopModule").strip() == TOP
+
+
+def test_fences_with_different_modules_are_joined():
+    both = extract(f"```verilog\n{PART}\n```\nand\n```verilog\n{TOP}\n```", "TopModule")
+    assert PART in both and TOP in both
+
+
+def test_what_stands_before_a_bare_module_belongs_to_it():
+    code = f"`timescale 1ns/1ps\n{TOP}"
+    assert extract(f"The code:\n{code}", "TopModule") == code
+
+
+def test_a_cut_off_module_is_left_to_the_compiler():
+    cut = "module TopModule (input a, output y);\n  assign y"
+    assert extract(f"```verilog\n{cut}", "TopModule") == cut
+    assert extract(f"It is\n{cut}", "TopModule") == cut
+
+
+@pytest.mark.parametrize(
+    "completion",
+    [
+        "",
+        "I can't.",
+        f"<|channel>thought\n{TOP}",
+        f"<think>{TOP}",
+        "```python\nprint('module')\n```",
+        "```verilog\n```",
+    ],
+)
+def test_there_is_no_code(completion):
+    assert extract(completion, "TopModule") is None
+
+
+def test_modules_that_the_design_does_not_use_are_left_out():
+    used = TOP.replace("assign y = a;", "part p (a, y);")
+    assert reachable(f"{used}\n{PART}\n{BENCH}", "TopModule").strip() == f"{used}\n{PART}"
+    assert "package p" in reachable(f"package p; endpackage\n{TOP}\n{BENCH}", "TopModule")
+    unbalanced = f"{TOP}\nmodule x;"
+    assert reachable(unbalanced, "TopModule") == unbalanced
+
+
+@pytest.mark.parametrize(
+    "code",
+    ["/* open", '"open', '"open\n"', '`include "x"', "` include" and "`include <x>", "x\0y", '\\a"b ', "\\a/*b "],
+)
+def test_text_that_can_be_read_in_two_ways_is_refused(code):
+    assert unreadable(f"{TOP}\n{code}")
+
+
+@pytest.mark.parametrize(
+    "code",
+    ["$finish", "#1$finish", "a$finish", "1'b0$finish", "$random", "$fopen", "$root.tb", "$unit::x", "`define X", "`X"],
+)
+def test_forbidden_constructs_are_named(code):
+    assert forbidden(f"{TOP}\n{code}")
+
+
+def test_comments_and_strings_are_no_constructs():
+    assert forbidden(f'{TOP}\n// $finish `X\n/* $fopen */ "$finish"; $display("x"); q[$]') is None

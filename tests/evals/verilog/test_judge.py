@@ -1,0 +1,161 @@
+"""The judge as a whole: what it refuses, what it remembers, and that it leaves nothing behind."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+
+from gemma4_tpu.config.schema import JudgeConfig
+from gemma4_tpu.errors import UserError
+from gemma4_tpu.evals.problems import Verdict, VerdictClass
+from gemma4_tpu.evals.verilog.iverilog import find_tools
+from gemma4_tpu.evals.verilog.judge import VerilogJudge
+from gemma4_tpu.evals.verilog.probe import choose_level
+from gemma4_tpu.evals.verilog.sandbox import Level
+from gemma4_tpu.evals.verilog.smoke import VerilogSmoke
+from gemma4_tpu.evals.verilog.verilog_eval import VerilogEval, official_rule
+from tests.evals.verilog.designs import fenced, honest, module, needs_iverilog, smoke_problem
+
+BROKEN = {Level.BUBBLEWRAP: "no bwrap", Level.LANDLOCK: "no kernel for it", Level.NONE: None}
+
+
+def test_without_a_sandbox_it_refuses_unless_told_otherwise(caplog):
+    with pytest.raises(UserError, match=r"no bwrap; landlock: no kernel for it.*bubblewrap.*eval\.unsafe=true"):
+        choose_level(JudgeConfig(), BROKEN)
+    assert choose_level(JudgeConfig(unsafe=True), BROKEN) is Level.NONE
+    assert "lets samples read and write files" in caplog.text
+
+
+def test_the_strictest_level_that_works_is_taken():
+    working = dict.fromkeys(Level)
+    assert choose_level(JudgeConfig(), working) is Level.BUBBLEWRAP
+    assert choose_level(JudgeConfig(unsafe=True), working) is Level.BUBBLEWRAP
+    assert choose_level(JudgeConfig(sandbox="landlock"), working) is Level.LANDLOCK
+    assert choose_level(JudgeConfig(), {**working, Level.BUBBLEWRAP: "no bwrap"}) is Level.LANDLOCK
+
+
+@pytest.mark.parametrize("version", ["11.0 (stable) ()", "12.0 (stable) ()", "13.0 (devel) (s20251012-33-gabc)"])
+def test_versions_are_read(tmp_path, version):
+    fake_tools(tmp_path, f"Icarus Verilog version {version}")
+    assert find_tools(str(tmp_path)).version == version[:4]
+
+
+@pytest.mark.parametrize("shown", ["Icarus Verilog version 10.3 (stable) ()", "bash: no"])
+def test_other_versions_are_refused(tmp_path, shown):
+    fake_tools(tmp_path, shown)
+    with pytest.raises(UserError, match=r"Icarus Verilog 11 or newer.*apt-get install iverilog"):
+        find_tools(str(tmp_path))
+    with pytest.raises(UserError, match=r"iverilog and vvp not found \(eval\.judge\.iverilog="):
+        find_tools(str(tmp_path / "nowhere"))
+
+
+def fake_tools(folder, shown):
+    for name in ("iverilog", "vvp"):
+        (folder / name).write_text(f"#!/bin/sh\necho '{shown}'\n")
+        (folder / name).chmod(0o755)
+
+
+@needs_iverilog
+def test_references_are_judged_once_for_each_simulator_version(tmp_path):
+    problems = VerilogSmoke().load()[:3]
+    config = JudgeConfig(workers=1, cache_dir=str(tmp_path))
+    with VerilogJudge(config) as judge:
+        first = judge.prepare(problems)
+        assert (first.recalled, judge.prepare(problems).recalled) == (0, 3)
+        assert judge.prepare(problems, fresh=True).recalled == 0
+        (file,) = tmp_path.iterdir()
+        assert judge.tools.version in file.name
+        file.write_text(file.read_text()[:-40])  # cut off: judged again
+        assert judge.prepare(problems).golden.keys() == first.golden.keys()
+        assert len(json.loads(file.read_text())) == 3
+    table = first.table()
+    assert "3 of 3 pass" in table and first.simulator in table and first.sandbox in table
+    assert json.loads(json.dumps(first.to_row()))["cannot_pass"] == {}
+
+
+@needs_iverilog
+def test_another_sample_count_than_the_references_is_no_pass(judge, monkeypatch):
+    """As if a design had ended the bench early in a way that no other measure sees."""
+    problem = smoke_problem("adder")
+    golden = judge.prepare([problem]).golden[problem.name]
+    monkeypatch.setitem(judge._golden, problem.name, type(golden)(samples=golden.samples + 1))
+    verdict = judge.judge(problem, honest(problem))
+    assert (verdict.kind, verdict.refused_by, verdict.mismatches) == (VerdictClass.MISMATCH, "count", 0)
+
+
+@needs_iverilog
+def test_verdicts_come_in_order_and_survive_json(judge):
+    problem = smoke_problem("adder")
+    judge.prepare([problem])
+    samples = [honest(problem), fenced(module(problem)), "no code"] * 6
+    verdicts = list(judge.judge_all((problem, sample) for sample in samples))
+    assert [str(verdict.kind) for verdict in verdicts] == ["pass", "mismatch", "no result"] * 6
+    assert [Verdict.from_row(json.loads(json.dumps(v.to_row()))) for v in verdicts] == verdicts
+
+
+KILLED = """
+import sys, time
+from gemma4_tpu.config.schema import JudgeConfig
+from gemma4_tpu.evals.verilog.judge import VerilogJudge
+from tests.evals.verilog.designs import fenced, module, smoke_problem
+
+if __name__ == "__main__":
+    problem = smoke_problem("adder")
+    with VerilogJudge(JudgeConfig(workers=1, cache_dir=sys.argv[1], sandbox=sys.argv[2], unsafe=True)) as judge:
+        judge.prepare([problem])
+        future = judge.submit(problem, fenced(module(problem, "reg r = 0; initial while (1) #0 r = ~r;")))
+        print("running", flush=True)
+        future.result()
+"""
+
+
+@needs_iverilog
+@pytest.mark.slow
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT])
+def test_a_killed_evaluation_leaves_nothing_running(tmp_path, judge, how):
+    script = tmp_path / "killed.py"
+    script.write_text(KILLED)
+    root = Path(__file__).parents[3]
+    command = [sys.executable, str(script), str(tmp_path), str(judge.level)]
+    environment = {**os.environ, "PYTHONPATH": str(root), "MARK": str(tmp_path)}
+    process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+    assert process.stdout.readline() == "running\n"
+    time.sleep(1)
+    family = psutil.Process(process.pid).children(recursive=True)
+    assert any(child.name() == "vvp" for child in family)
+    if how is signal.SIGKILL:
+        process.kill()
+    else:  # as a terminal does: the whole group of the foreground
+        for one in [*family, psutil.Process(process.pid)]:
+            if one.name().startswith("python"):
+                one.send_signal(signal.SIGINT)
+    process.wait(timeout=20)
+    _, alive = psutil.wait_procs(family, timeout=10)
+    assert alive == []
+
+
+def test_the_benchmarks_own_rule():
+    good = "Hint: Output 'q' has no mismatches.\nMismatches: 0 in 20 samples\n"
+    assert official_rule(good)
+    for trouble in ("Mismatches: 3 in 20 samples", "no result"):
+        assert not official_rule(trouble)
+    for line in ("x.sv:3: error: no", "x.sv:3: syntax error", "TIMEOUT", "warning: q is declared here as wire."):
+        assert not official_rule(f"{line}\n{good}")
+    assert not official_rule("Hint: Output 'error_out' has no mismatches.\nMismatches: 0 in 20 samples\n")
+
+
+def test_incomplete_problems_are_refused(tmp_path):
+    with pytest.raises(UserError, match=r"eval\.problems_path=.* holds no Prob\*_prompt\.txt"):
+        VerilogEval().load(tmp_path)
+    (tmp_path / "Prob001_a_prompt.txt").write_text("x")
+    with pytest.raises(UserError, match=r"Prob001_a_ref\.sv, Prob001_a_test\.sv missing"):
+        VerilogEval().load(tmp_path)
+    (tmp_path / "rows.jsonl").write_text('{"id": "x"}\n')
+    with pytest.raises(UserError, match=r"rows\.jsonl:1: no problem"):
+        VerilogSmoke().load(tmp_path / "rows.jsonl")
