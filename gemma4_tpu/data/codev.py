@@ -28,7 +28,7 @@ THINK_TAG = re.compile(r"<(/?)think>", re.IGNORECASE)
 ANSWER_TAG = re.compile(r"<(/?)answer>", re.IGNORECASE)
 OPENING_FENCE = re.compile(r"```+[ \t]*(systemverilog|verilog|sv|v)(?=\s|$)", re.IGNORECASE)  # also behind prose
 FENCE_LINE = re.compile(r"\s*```+[ \t]*([\w+-]*)")
-FENCE_BEHIND_CODE = re.compile(r"(.*\bendmodule\b[^`]*?)[ \t]*```+\s*$")
+FENCE_BEHIND_CODE = re.compile(r"(.*\bendmodule\b[^`]*)```+\s*$")
 NOT_CODE = re.compile(r'//[^\n]*|/\*.*?\*/|"(?:\\.|[^"\\\n])*"|(/\*|")', re.DOTALL)
 MODULE_WORD = re.compile(
     r"(?<![\w$`.\\])(?:(endmodule)\b|module\b(?:\s+(?:automatic\s+|static\s+)?([A-Za-z_][\w$]*|\\\S+))?)"
@@ -225,8 +225,8 @@ def fenced_blocks(answer: str) -> list[str]:
             blocks.append((opening[1].lower(), []))
         inside = bool(opening or (inside and not mark))
         if inside:
-            last_line = FENCE_BEHIND_CODE.match(line)
-            blocks[-1][1].append(last_line[1] if last_line else line)
+            last_line = FENCE_BEHIND_CODE.match(line) if "```" in line else None
+            blocks[-1][1].append(last_line[1].rstrip() if last_line else line)
             inside = not last_line
     return [text for language, lines in blocks if language in LANGUAGES and (text := "\n".join(lines)).strip()]
 

@@ -9,7 +9,6 @@ from gemma4_tpu.data.codev import extract_code, fenced_blocks, split_response
 from gemma4_tpu.data.drops import RowDropped
 from gemma4_tpu.evals.verilog.scan import defined_modules
 
-_CHANNEL = re.compile(re.escape(CHANNEL_START) + r".*?" + re.escape(CHANNEL_END), re.DOTALL)
 _CODE_BEGINS = re.compile(r"^[ \t]*(?:`[a-z]\w*|module\b|package\b|(?:\(\*(?!\))))", re.MULTILINE)
 _LAST_END = re.compile(r".*\bend(?:module|package)\b", re.DOTALL)
 
@@ -22,9 +21,10 @@ def extract(completion: str, top: str) -> str | None:
     with `top` is taken as it is: the compiler will say what is wrong with it. Without a fence, it is what stands
     between the first line that begins like code and the last `endmodule`.
     """
-    text = _CHANNEL.sub("", completion.replace("\r\n", "\n"))
-    if CHANNEL_START in text:
+    *thoughts, last = completion.replace("\r\n", "\n").split(CHANNEL_END)
+    if CHANNEL_START in last:
         return None  # cut off while thinking
+    text = "".join(part.partition(CHANNEL_START)[0] for part in thoughts) + last
     try:
         _, answer = split_response(text)
     except RowDropped:

@@ -21,7 +21,7 @@ _DIRECTIVES = """
 SYSTEM_TASKS, DIRECTIVES = frozenset(_SYSTEM_TASKS.split()), frozenset(_DIRECTIVES.split())
 
 _BLANKED = re.compile(
-    r"""//[^\n]*|/\*.*?\*/|(?P<open_comment>/\*)|(?P<string>"(?:\\.|[^"\\\n])*")|(?P<open_string>")"""
+    r"""//[^\n]*|/\*.*?\*/|(?P<open_comment>/\*.*)|(?P<string>"(?:\\.|[^"\\\n])*")|(?P<open_string>".*)"""
     r"""|\\(?P<escaped>\S+)""",
     re.DOTALL,
 )

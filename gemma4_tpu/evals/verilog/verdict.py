@@ -90,13 +90,14 @@ class Trial:
         """The benchmark's rule on the unchanged files in the benchmark's order, given what the measures found.
 
         Where the same simulation is known to come out, its log is judged instead: the design ran to its count, has no
-        macros that could change the bench, no module that the bench has too, and was compiled as a whole.
+        macros that could change the bench, no delays whose unit the order of files decides, no module that the bench
+        has too, and was compiled as a whole.
         """
         if outcome.kind is VerdictClass.TIMEOUT:
             return False
         bench_modules = {*scan.defined_modules(self.problem.testbench), *scan.defined_modules(self.problem.reference)}
-        independent = not (self.pruned or "`" in self.code or bench_modules & {*scan.defined_modules(self.code)})
-        if independent and outcome.kind in (VerdictClass.PASS, VerdictClass.MISMATCH):
+        alike = not (self.pruned or {*"`#"} & {*self.code} or bench_modules & {*scan.defined_modules(self.code)})
+        if alike and outcome.kind in (VerdictClass.PASS, VerdictClass.MISMATCH):
             return self.problem.official_rule(outcome.log)
         try:
             return self.problem.official_rule(self._run_officially())
