@@ -167,7 +167,7 @@ def _decoder_layer(
     if model.arch.num_experts:
         out = rms_norm(out, p["dense_post_ffw_norm"]["scale"])
         normed = rms_norm(x, p["moe_pre_ffw_norm"]["scale"])
-        mixed = moe(p["moe"], x, normed, model.arch.experts_per_token)
+        mixed = moe(p["moe"], x, normed, model.arch.experts_per_token, model.mesh)
         out = out + rms_norm(mixed, p["moe_post_ffw_norm"]["scale"])
     x = x + rms_norm(out, p["post_ffw_norm"]["scale"])
 

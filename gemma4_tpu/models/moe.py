@@ -2,14 +2,23 @@
 
 The router reads the raw residual; the experts read the normed input (as in transformers; Tunix 0.1.7 feeds the router
 the normed input).
+
+On a mesh every chip holds a slice of the hidden units of *all* experts: tokens travel (some MB), experts stay where
+they are (1.5 GB a layer), and the work is the same on every chip whatever the router chooses.
 """
 
 from __future__ import annotations
 
+import math
+from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
+
+from gemma4_tpu.models.remat import keep
+from gemma4_tpu.models.sharding import activation_spec, axes_of, spec
 
 Params = dict[str, Any]
 
@@ -31,23 +40,103 @@ def route(p: Params, residual: jax.Array, experts_per_token: int) -> tuple[jax.A
 def run_experts(p: Params, x: jax.Array, ids: jax.Array, weights: jax.Array) -> jax.Array:
     """Weighted sum of each token's experts. x [S, D], ids and weights [S, k] → [S, D].
 
-    Tokens are sorted by expert, so that `ragged_dot` multiplies each expert's rows with its own matrix.
+    Tokens are sorted by expert, so that `ragged_dot` multiplies each expert's rows with its own matrix. `p` may hold a
+    slice of the hidden units: the result is that slice's share of the sum.
     """
     experts, _, hidden, dim = p["gating_einsum"].shape
     k = ids.shape[1]
-    order = jnp.argsort(ids.reshape(-1), stable=True)  # [S*k] places in expert order
-    group_sizes = jnp.bincount(ids.reshape(-1), length=experts).astype(jnp.int32)
-    rows = x[order // k]  # [S*k, D]
+    order, back, group_sizes = (keep(a, "routing") for a in _sort(ids.reshape(-1), experts))
+    rows = _dispatch(k, x, order, back)  # [S*k, D]
     gate_up = p["gating_einsum"].reshape(experts, 2 * hidden, dim).swapaxes(1, 2)
-    both = jax.lax.ragged_dot(rows, gate_up.astype(x.dtype), group_sizes)  # [S*k, 2F]
+    both = keep(jax.lax.ragged_dot(rows, gate_up.astype(x.dtype), group_sizes), "experts_gate_up")  # [S*k, 2F]
     act = jax.nn.gelu(both[:, :hidden], approximate=True) * both[:, hidden:]
+    act = act * _permute(weights.reshape(-1), order, back).astype(act.dtype)[:, None]
     out = jax.lax.ragged_dot(act, p["linear"].astype(x.dtype), group_sizes)  # [S*k, D]
-    out = out * weights.reshape(-1)[order].astype(out.dtype)[:, None]
-    return jnp.zeros_like(out).at[order].set(out, unique_indices=True).reshape(-1, k, dim).sum(axis=1)
+    return _permute(out, back, order).reshape(-1, k, dim).sum(axis=1)
 
 
-def moe(p: Params, residual: jax.Array, normed: jax.Array, experts_per_token: int) -> jax.Array:
-    """residual, normed [B, T, D] → [B, T, D]."""
-    flat = residual.reshape(-1, residual.shape[-1])
-    ids, weights = route(p, flat, experts_per_token)
-    return run_experts(p, normed.reshape(flat.shape), ids, weights).reshape(residual.shape)
+def _sort(ids: jax.Array, experts: int) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Expert ids [N] → places in expert order [N], where each place went [N], and how many chose each expert [E].
+
+    The second is the inverse of the first. It is counted, not sorted for: a sort takes the TPU compiler six seconds.
+    """
+    chosen = (ids[:, None] == jnp.arange(experts)).astype(jnp.float32)  # [N, E]; counts are exact below 2**24
+    block = math.gcd(len(ids), 128)
+    blocks = chosen.reshape(-1, block, experts)
+    sizes = blocks.sum(axis=1)  # [N/block, E]
+    totals = sizes.sum(axis=0)  # [E]
+    earlier_in_block = jnp.einsum("ij,bje->bie", jnp.tri(block, k=-1), blocks, precision=jax.lax.Precision.HIGHEST)
+    earlier_blocks = jnp.cumsum(sizes, axis=0) - sizes
+    earlier_experts = jnp.cumsum(totals) - totals
+    before = earlier_in_block + earlier_blocks[:, None] + earlier_experts
+    back = (before.reshape(chosen.shape) * chosen).sum(axis=1).astype(jnp.int32)
+    return jnp.argsort(ids, stable=True).astype(jnp.int32), back, totals.astype(jnp.int32)
+
+
+@jax.custom_vjp
+def _permute(x: jax.Array, order: jax.Array, back: jax.Array) -> jax.Array:
+    """x[order]. Its gradient gathers too (by `back`, the inverse), where the transpose of a gather would scatter."""
+    return x[order]
+
+
+_permute.defvjp(lambda x, order, back: (x[order], back), lambda back, g: (g[back], None, None))
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _dispatch(k: int, x: jax.Array, order: jax.Array, back: jax.Array) -> jax.Array:
+    """Each token's vector k times, in expert order. x [S, D] → [S*k, D]; the gradient gathers as in `_permute`."""
+    return x[order // k]
+
+
+_dispatch.defvjp(
+    lambda k, x, order, back: (x[order // k], back),
+    lambda k, back, g: (g[back].reshape(-1, k, g.shape[-1]).sum(axis=1), None, None),
+)
+
+
+def moe(p: Params, residual: jax.Array, normed: jax.Array, experts_per_token: int, mesh: Mesh | None) -> jax.Array:
+    """residual, normed [B, S, D] → [B, S, D]."""
+    if mesh is None:
+        return _share(p, residual, normed, experts_per_token)
+    tokens = activation_spec("BSD", residual.shape, mesh)
+    weights = {name: spec(f"moe.{name}", array.shape, mesh) for name, array in p.items()}
+    hidden = axes_of(weights["linear"][1])
+    if axes_of(weights["gating_einsum"][2]) != hidden:
+        raise AssertionError(f"hidden units of experts split in two ways: {weights}")
+    gathered = tuple(a for dim in tokens[:2] for a in axes_of(dim) if a in hidden)
+    summed = tuple(a for a in hidden if a not in gathered)
+    block = partial(_share, experts_per_token=experts_per_token, gathered=gathered, summed=summed)
+    return jax.shard_map(block, mesh=mesh, in_specs=(weights, tokens, tokens), out_specs=tokens, check_vma=False)(
+        p, residual, normed
+    )
+
+
+def _share(
+    p: Params,
+    residual: jax.Array,
+    normed: jax.Array,
+    experts_per_token: int,
+    gathered: tuple[str, ...] = (),
+    summed: tuple[str, ...] = (),
+) -> jax.Array:
+    """One chip's part: routes its own tokens, runs its slice of the experts on the tokens of all, and adds up.
+
+    Args:
+      p: the router, and a slice of the experts' hidden units.
+      residual: [B, S, D] this chip's tokens.
+      normed: as residual.
+      experts_per_token: k.
+      gathered: mesh axes that split tokens and hidden units: tokens are gathered, results scattered over them.
+      summed: mesh axes that split hidden units only: results are added up over them.
+    """
+    shape = residual.shape
+    ids, weights = route(p, residual.reshape(-1, shape[-1]), experts_per_token)
+    x = normed.reshape(-1, shape[-1])
+    if gathered:
+        x, ids, weights = (jax.lax.all_gather(a, gathered, axis=0, tiled=True) for a in (x, ids, weights))
+    out = run_experts(p, x, ids, weights)
+    if summed:
+        out = jax.lax.psum(out, summed)
+    if gathered:
+        out = jax.lax.psum_scatter(out, gathered, scatter_dimension=0, tiled=True)
+    return keep(out.reshape(shape), "experts_out")

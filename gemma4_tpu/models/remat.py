@@ -16,7 +16,12 @@ CONTEXT = "context"
 
 _ATTENTION = ("query", "key_value", CONTEXT, "attended", "low")
 _MLP = ("gate_up", "mlp_out", "experts_gate_up", "experts_out", "per_layer")
-_KEPT: dict[str, tuple[str, ...]] = {"products": (*_ATTENTION, *_MLP), "attention": _ATTENTION, "decoder": ()}
+_ALWAYS = ("routing",)  # small integers that take a sort to find again
+_KEPT: dict[str, tuple[str, ...]] = {
+    "products": (*_ALWAYS, *_ATTENTION, *_MLP),
+    "attention": (*_ALWAYS, *_ATTENTION),
+    "decoder": _ALWAYS,
+}
 
 keep = checkpoint_name
 """`keep(x, name)` marks an array that a policy may keep."""

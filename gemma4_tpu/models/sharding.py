@@ -6,6 +6,7 @@ vocabulary. A dim that its axis does not divide is replicated over that axis, wh
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -16,8 +17,10 @@ from jax.sharding import PartitionSpec as P
 
 FSDP, TP = "fsdp", "tp"
 
+Axes = str | tuple[str, ...] | None
+
 # By the end of the tensor's Tunix (or Qwix) name. Norms, scalars and the router are small and replicated.
-_RULES: dict[str, tuple[str | None, ...]] = {
+_RULES: dict[str, tuple[Axes, ...]] = {
     "embedder.input_embedding": (TP, FSDP),
     "embedder.per_layer_model_projection.w": (FSDP, None, TP),
     "embedder.per_layer_input_embedding": (TP, None, FSDP),
@@ -28,8 +31,8 @@ _RULES: dict[str, tuple[str | None, ...]] = {
     "gate_proj.kernel": (FSDP, TP),
     "up_proj.kernel": (FSDP, TP),
     "down_proj.kernel": (TP, FSDP),
-    "moe.gating_einsum": (FSDP, None, TP, None),
-    "moe.linear": (FSDP, TP, None),
+    "moe.gating_einsum": (None, None, (FSDP, TP), None),
+    "moe.linear": (None, (FSDP, TP), None),
     "per_layer_input_gate.w": (FSDP, None),
     "per_layer_projection.w": (None, FSDP),
     "q_einsum.w_lora_a": (FSDP, None),
@@ -50,7 +53,7 @@ _RULES: dict[str, tuple[str | None, ...]] = {
 
 # Activations by their dims: B rows, T tokens, D model, N heads, H head width, F hidden units, V vocabulary, P per-layer
 # embedding, L layers; S: tokens split over tp (the residual stream).
-_ACTIVATIONS: dict[str, tuple[str | None, ...]] = {
+_ACTIVATIONS: dict[str, tuple[Axes, ...]] = {
     "BT": (FSDP, None),
     "BS": (FSDP, TP),
     "BTD": (FSDP, None, None),
@@ -71,7 +74,21 @@ def make_mesh(fsdp: int, tp: int, devices: Sequence[Any] | None = None) -> Mesh:
     return Mesh(np.asarray(devices).reshape(fsdp, tp), (FSDP, TP))
 
 
-def rule(name: str) -> tuple[str | None, ...]:
+def axes_of(axes: Axes) -> tuple[str, ...]:
+    """The axes of one dim as a tuple."""
+    return () if axes is None else (axes,) if isinstance(axes, str) else axes
+
+
+def _fit(axes: Sequence[Axes], shape: Sequence[int], mesh: Mesh) -> list[Axes]:
+    """`axes` where they divide their dim, None (replicated) where they don't."""
+    return [a if a and size % _size(a, mesh) == 0 else None for a, size in zip(axes, shape, strict=False)]
+
+
+def _size(axes: Axes, mesh: Mesh) -> int:
+    return math.prod(mesh.shape[a] for a in axes_of(axes))
+
+
+def rule(name: str) -> tuple[Axes, ...]:
     """Axes for the tensor with this Tunix or Qwix name; `()` means replicated."""
     matches = [axes for suffix, axes in _RULES.items() if name == suffix or name.endswith("." + suffix)]
     return matches[0] if matches else ()
@@ -79,16 +96,15 @@ def rule(name: str) -> tuple[str | None, ...]:
 
 def spec(name: str, shape: tuple[int, ...], mesh: Mesh, *, stacked: bool = False) -> P:
     """PartitionSpec of the array; `shape` is that of one tensor, a stacked array has one more leading dim."""
-    axes = [a if a and shape[i] % mesh.shape[a] == 0 else None for i, a in enumerate(rule(name))]
-    return P(*([None] if stacked else []), *axes)
+    return P(*([None] if stacked else []), *_fit(rule(name), shape, mesh))
 
 
 def replicated(name: str, shape: tuple[int, ...], mesh: Mesh) -> list[str]:
     """Axes larger than 1 that the rules wanted and `shape` does not allow, as `name dim 3 (6) over tp=4`."""
     return [
-        f"{name} dim {i} ({shape[i]}) over {axis}={mesh.shape[axis]}"
-        for i, axis in enumerate(rule(name))
-        if axis and shape[i] % mesh.shape[axis]
+        f"{name} dim {i} ({shape[i]}) over {'·'.join(axes_of(axes))}={_size(axes, mesh)}"
+        for i, axes in enumerate(rule(name))
+        if axes and shape[i] % _size(axes, mesh)
     ]
 
 
@@ -102,9 +118,13 @@ def batch(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, P(*_ACTIVATIONS["MBT"]))
 
 
+def activation_spec(dims: str, shape: Sequence[int], mesh: Mesh) -> P:
+    """PartitionSpec of an activation with these dims."""
+    return P(*_fit(_ACTIVATIONS[dims], shape, mesh))
+
+
 def constrain(x: jax.Array, dims: str, mesh: Mesh | None) -> jax.Array:
     """Pins an activation with these dims (`"BTD"`, `"BTNH"`, …) to the mesh; a dim that does not divide stays whole."""
     if mesh is None:
         return x
-    axes = [a if a and x.shape[i] % mesh.shape[a] == 0 else None for i, a in enumerate(_ACTIVATIONS[dims])]
-    return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, P(*axes)))
+    return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, activation_spec(dims, x.shape, mesh)))

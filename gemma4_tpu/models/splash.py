@@ -1,6 +1,7 @@
 """Attention by JAX's splash kernels on TPU: no [T, T] scores in memory, blocks outside mask and window are skipped.
 
-Segment ids keep packed examples apart inside the kernel; KV-shared layers hand in the keys they share like any others.
+Segment ids keep packed examples apart inside the kernel, and blocks that two examples don't share are skipped too;
+KV-shared layers hand in the keys they share like any others.
 """
 
 from __future__ import annotations
@@ -9,8 +10,10 @@ from collections.abc import Callable
 from functools import partial
 
 import jax
+import jax.numpy as jnp
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
+from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask_info as masks_info
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -86,10 +89,45 @@ def splash_attention(
         check_vma=False,
     )  # fmt: skip
     def attend(kernel, q, k, v, segments):
-        return jax.vmap(kernel)(q, k, v, splash.SegmentIds(segments, segments))
+        def row(of_row):
+            q, k, v, segments = of_row
+            return _without_foreign_blocks(kernel, segments)(q, k, v, splash.SegmentIds(segments, segments))
+
+        rows = q, k, v, segments
+        return row(jax.tree.map(lambda a: a[0], rows))[None] if len(q) == 1 else jax.lax.map(row, rows)
 
     q, k, v = (x.swapaxes(1, 2) for x in (q, k, v))  # [B, N, T, H]
     return attend(kernel, q, k, v, segment_ids).swapaxes(1, 2)
+
+
+def _without_foreign_blocks(kernel: splash.SplashAttentionKernel, segments: jax.Array) -> splash.SplashAttentionKernel:
+    """The kernel with the blocks left out that hold no pair of tokens of one segment; segments [T] of one row.
+
+    The mask is static and its tables name the blocks to visit; a zero in `block_mask` makes the kernel pass over one.
+    Segments rise along a row and padding (0) ends it, so two blocks share one exactly if their ranges meet.
+    """
+    rising = jnp.where(segments == 0, len(segments) + 1, segments)
+
+    def visited(info: masks_info.MaskInfo | None, block_q: int, block_kv: int, by_kv: bool):
+        if info is None or info.data_next is None or info.data_next.shape[-1] * info.data_next.shape[-2] == 1:
+            return info
+        first_q, last_q = (ends(rising.reshape(-1, block_q), axis=1) for ends in (jnp.min, jnp.max))
+        first_kv, last_kv = (ends(rising.reshape(-1, block_kv), axis=1) for ends in (jnp.min, jnp.max))
+        other = info.data_next.astype(jnp.int32)  # [1 or heads, lines, columns]: the block on the side that moves
+        if by_kv:
+            q, kv = other, jax.lax.broadcasted_iota(jnp.int32, other.shape, 2)
+        else:
+            q, kv = jax.lax.broadcasted_iota(jnp.int32, other.shape, 1), other
+        meet = (first_q[q] <= last_kv[kv]) & (first_kv[kv] <= last_q[q])
+        return info._replace(block_mask=jnp.where(meet, info.block_mask, 0).astype(info.block_mask.dtype))
+
+    sizes = kernel.kwargs["block_sizes"]
+    return splash.SplashAttentionKernel(
+        visited(kernel.fwd_mask_info, sizes.block_q, sizes.block_kv, by_kv=False),
+        visited(kernel.dq_mask_info, sizes.block_q_dq, sizes.block_kv_dq, by_kv=False),
+        visited(kernel.dkv_mask_info, sizes.block_q_dkv, sizes.block_kv_dkv, by_kv=True),
+        **kernel.kwargs,
+    )
 
 
 def _blocks(length: int) -> splash.BlockSizes:

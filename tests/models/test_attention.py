@@ -56,9 +56,9 @@ def test_the_tpu_kernel_equals_einsum_in_values_and_gradients(window, kv_heads, 
     """Packed rows with padding; the kernel runs in Pallas' interpreter."""
     mesh = sharding.make_mesh(fsdp, tp, jax.devices()[: fsdp * tp])
     rng = np.random.default_rng(0)
-    q, weight = (jnp.asarray(rng.normal(size=(2, 256, 4, 128)), jnp.float32) for _ in range(2))
-    k, v = (jnp.asarray(rng.normal(size=(2, 256, kv_heads, 128)) / 8, jnp.float32) for _ in range(2))
-    segments = jnp.asarray([[1] * 100 + [2] * 90 + [3] * 50 + [0] * 16, [1] * 256], jnp.int32)
+    q, weight = (jnp.asarray(rng.normal(size=(2, 640, 4, 128)), jnp.float32) for _ in range(2))
+    k, v = (jnp.asarray(rng.normal(size=(2, 640, kv_heads, 128)) / 8, jnp.float32) for _ in range(2))
+    segments = jnp.asarray([[1] * 190 + [2] * 30 + [3] * 250 + [0] * 170, [1] * 640], jnp.int32)  # 5 blocks of 128
 
     def total(attention, q, k, v):
         return (attention(q, k, v, segments, window) * weight * (segments > 0)[..., None, None]).sum()
@@ -75,6 +75,23 @@ def test_the_tpu_kernel_equals_einsum_in_values_and_gradients(window, kv_heads, 
     np.testing.assert_allclose(values[0], values[1], rtol=1e-4)
     for got, wanted in zip(*grads, strict=True):
         np.testing.assert_allclose(got, wanted, atol=1e-4 * float(jnp.abs(wanted).max()))
+
+
+@pytest.mark.parametrize("window", [None, 300])
+def test_blocks_of_other_examples_are_not_computed(window):
+    """Values of another example are not even multiplied by zero: NaN there stays there."""
+    mesh = sharding.make_mesh(1, 1, jax.devices()[:1])
+    q = jnp.asarray(np.random.default_rng(0).normal(size=(1, 640, 2, 128)), jnp.float32)
+    poisoned = q.at[:, :256].set(jnp.nan)
+    segments = jnp.asarray([[1] * 256 + [2] * 384], jnp.int32)
+
+    def total(q):
+        return jnp.where(segments[..., None, None] == 2, attend(q, poisoned, poisoned, segments, window), 0).sum()
+
+    attend = partial(splash_attention, mesh=mesh, interpret=True)
+    value, grad = jax.value_and_grad(total)(q)
+    assert np.isfinite(value)
+    assert np.isfinite(grad[:, 256:]).all()
 
 
 def test_a_cpu_takes_einsum_unless_told_otherwise():
