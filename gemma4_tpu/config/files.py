@@ -1,47 +1,114 @@
 """Whether the files and folders that a configuration names are there, and what model a checkpoint folder holds.
 
-Only looks at local files; what lies on gs:// or in a Hugging Face data set shows when it is read.
+The checks of a configuration look at local files only: what lies on gs:// or in a Hugging Face data set shows when it
+is read. No JAX.
 """
 
 from __future__ import annotations
 
 import difflib
 import importlib.util
-import json
+import re
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from gemma4_tpu import assets
 from gemma4_tpu.architectures import ARCHITECTURES, Architecture, contradictions, from_hf_config
 from gemma4_tpu.config.keys import did_you_mean
 from gemma4_tpu.config.schema import DataSource, ModelConfig
 from gemma4_tpu.errors import UserError
+from gemma4_tpu.storage import join, list_folder, read_json
 
 RANDOM = "random:"
 HUGGING_FACE = "hf:"
 GCS = "gs://"
+INDEX_NAME, SINGLE_NAME = "model.safetensors.index.json", "model.safetensors"
 
 
-def checkpoint_architecture(model: ModelConfig) -> tuple[Architecture | None, list[str]]:
-    """The architecture that `model` stands for and what is wrong with its checkpoint.
+@dataclass(frozen=True)
+class BaseFound:
+    """The base model that a configuration names."""
 
-    A readable `config.json` decides; weights that are random or not local have the named architecture.
+    arch: Architecture
+    folder: str | None
+    """Local or gs:// folder of the checkpoint; None for random weights."""
+    seed: int | None
+    """Seed of random weights; None for a checkpoint."""
+
+
+def find_base(model: ModelConfig, *, remote: bool) -> BaseFound:
+    """Finds the base model that `model` names; where there is a `config.json`, it decides the architecture.
+
+    Args:
+      model: `model.name` and `model.path`.
+      remote: whether to look into folders that are not local; otherwise those have the named architecture.
+
+    Raises:
+      UserError: no such architecture, no path, no checkpoint there (a PEFT adapter, other formats), or one that
+        contradicts `model.name`.
     """
     named = ARCHITECTURES.get(model.name)
     if named is None:
         hint = did_you_mean(model.name, ARCHITECTURES, lambda name: f"model={name}")
-        return None, [f"model.name={model.name}: no such architecture{hint} (there are: {', '.join(ARCHITECTURES)})"]
-    if model.path is None:
-        return named, [
-            f"model.path: {named.name} needs its checkpoint; give model.path=<folder with the Hugging Face checkpoint> "
-            "(local or gs://), or model.path=random:0 to try without weights"
-        ]
+        raise UserError(f"model.name={model.name}: no such architecture{hint} (there are: {', '.join(ARCHITECTURES)})")
+    if not model.path:
+        raise UserError(
+            f"model.path: {named.name} needs its checkpoint; give model.path=<folder with the Hugging Face checkpoint>"
+            f" (local or gs://), or model.path={RANDOM}0 to try without weights"
+        )
     if model.path.startswith(RANDOM):
         seed = model.path.removeprefix(RANDOM)
-        return named, [] if seed.isdecimal() else [f"model.path={model.path}: write random:SEED, such as random:0"]
-    folder, messages = _folder(f"model.path={model.path}", model.path)
-    if folder is None or messages:
-        return named, messages
-    return _read_architecture(model, named, folder)
+        if not seed.isdecimal():
+            raise UserError(f"model.path={model.path}: write {RANDOM}SEED, such as {RANDOM}0")
+        return BaseFound(named, None, int(seed))
+    place, messages = _folder(f"model.path={model.path}", model.path)
+    if messages:
+        raise UserError(messages[0])
+    folder = str(place) if place else model.path.rstrip("/")
+    if place is None and not remote:
+        return BaseFound(named, folder, None)
+    try:
+        return BaseFound(_architecture(folder, named), folder, None)
+    except UserError as error:
+        raise UserError(f"model.path={model.path}: {error}") from None
+
+
+def checkpoint_architecture(model: ModelConfig) -> tuple[Architecture | None, list[str]]:
+    """The architecture that `model` stands for and what is wrong with its checkpoint, as far as local files tell."""
+    try:
+        return find_base(model, remote=False).arch, []
+    except UserError as error:
+        return ARCHITECTURES.get(model.name), [str(error)]
+
+
+def read_config(folder: str) -> dict[str, Any]:
+    """The `config.json` of a checkpoint folder, local or gs://.
+
+    Raises:
+      UserError: there is none, or the folder holds something else than a model; says what.
+    """
+    present = list_folder(folder)
+    if "config.json" not in present or "adapter_config.json" in present:
+        raise UserError(no_checkpoint(folder, present))
+    return read_json(join(folder, "config.json"))
+
+
+def no_checkpoint(folder: str, present: list[str]) -> str:
+    """Why a folder that holds the files `present` is not a checkpoint that can be loaded, and what to do."""
+    if not present:
+        return f"{folder}: no such folder, or an empty one; expected a Hugging Face checkpoint"
+    endings = {
+        "adapter_config.json": "a PEFT adapter, not a model; give the folder of its base model",
+        ".gguf": "GGUF weights, which are quantised for inference; give the original safetensors checkpoint",
+        ".bin": "pickled PyTorch weights; load and save them with transformers to get safetensors",
+        ".safetensors": f"weights, but not all of config.json and {SINGLE_NAME} or its index; copy those too",
+    }
+    for ending, meaning in endings.items():
+        if found := [name for name in present if name.endswith(ending)]:
+            return f"{folder}: holds {found[0]}: {meaning}"
+    config = "" if "config.json" in present else "config.json and no "
+    return f"{folder}: has no {config}{SINGLE_NAME} or {INDEX_NAME}; found {', '.join(present[:10])}"
 
 
 def tokenizer_problem(model: ModelConfig) -> list[str]:
@@ -72,23 +139,25 @@ def source_problem(key: str, source: DataSource) -> list[str]:
     return messages
 
 
-def _read_architecture(model: ModelConfig, named: Architecture, folder: Path) -> tuple[Architecture, list[str]]:
-    given, config = f"model.path={model.path}", folder / "config.json"
-    if not config.is_file():
-        return named, [f"{given}: there is no config.json; give a folder with a checkpoint of {named.name}"]
-    if not any(folder.glob("*.safetensors")):
-        return named, [f"{given}: there are no *.safetensors files; give the folder that holds the weights"]
+def _architecture(folder: str, named: Architecture) -> Architecture:
+    config, present = read_config(folder), list_folder(folder)
+    if SINGLE_NAME not in present and INDEX_NAME not in present:
+        raise UserError(no_checkpoint(folder, present))
+    if quantisation := config.get("quantization_config"):
+        method = quantisation.get("quant_method", "?") if isinstance(quantisation, dict) else quantisation
+        raise UserError(
+            f"config.json: a checkpoint quantised with {method}; give the original weights (lora.quantize=nf4 or int8"
+            " quantises them when they are loaded)"
+        )
     try:
-        found = from_hf_config(json.loads(config.read_text(encoding="utf-8")), name=named.name)
-    except (OSError, ValueError, AttributeError, TypeError) as error:  # unreadable, no JSON, not Gemma 4
-        damaged = "" if isinstance(error, UserError) else "config.json is damaged: "
-        return named, [f"{given}: {damaged}{error}"]
-    differences = contradictions(named, found)
-    if not differences:
-        return found, []
-    fitting = [a.name for a in ARCHITECTURES.values() if not contradictions(a, found)]
-    advice = f"give model={fitting[0]}" if fitting else "no architecture of this project fits it"
-    return named, [f"{given}: not a checkpoint of {named.name}; {advice} ({'; '.join(differences)})"]
+        found = from_hf_config(config, name=named.name)
+    except (AttributeError, TypeError) as error:  # such as a list where an object belongs
+        raise UserError(f"config.json is damaged: {error}") from None
+    if differences := contradictions(named, found):
+        fitting = [a.name for a in ARCHITECTURES.values() if not contradictions(a, found)]
+        advice = f"give model={fitting[0]}" if fitting else "no architecture of this project fits it"
+        raise UserError(f"not a checkpoint of {named.name}; {advice} ({'; '.join(differences)})")
+    return found
 
 
 def _folder(given: str, path: str) -> tuple[Path | None, list[str]]:
@@ -99,7 +168,10 @@ def _folder(given: str, path: str) -> tuple[Path | None, list[str]]:
     if place.is_dir():
         return place, []
     what = "is a file, not a folder" if place.exists() else f"no such folder{_sibling(place)}"
-    return None, [f"{given}: {what}; give a local or gs:// folder, or embedded:tiny"]
+    advice = "give a local or gs:// folder, or embedded:tiny"
+    if re.fullmatch(r"[\w.-]+/[\w.-]+", path):
+        advice = f"if that is a model's name, download it first: hf download {path} --local-dir <folder>"
+    return None, [f"{given}: {what}; {advice}"]
 
 
 def local_place(given: str, path: str) -> tuple[Path | None, list[str]]:
@@ -109,7 +181,7 @@ def local_place(given: str, path: str) -> tuple[Path | None, list[str]]:
     if "://" in path:
         return None, []
     try:
-        return Path(assets.resolve(path)), []
+        return Path(assets.resolve(path)).expanduser(), []
     except UserError as error:
         return None, [f"{given.split('=')[0]}={error}"]
 

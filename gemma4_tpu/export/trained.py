@@ -10,11 +10,12 @@ from pathlib import Path
 
 import yaml
 
+from gemma4_tpu.config.files import RANDOM
 from gemma4_tpu.config.load import from_yaml
 from gemma4_tpu.config.schema import ExportConfig, LoraConfig, TrainRoot
 from gemma4_tpu.errors import UserError
 from gemma4_tpu.models import lora as adapters
-from gemma4_tpu.models.base import RANDOM, Base, resolve_base
+from gemma4_tpu.models.base import Base, resolve_base
 from gemma4_tpu.models.layout import Layout
 from gemma4_tpu.models.names import Tensor, match, name_map
 from gemma4_tpu.models.tensorfile import Checkpoint

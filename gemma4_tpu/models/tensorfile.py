@@ -18,10 +18,10 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
+from gemma4_tpu.config.files import INDEX_NAME, SINGLE_NAME, no_checkpoint
 from gemma4_tpu.errors import UserError
 from gemma4_tpu.storage import join, list_folder, open_bytes, read_json
 
-INDEX_NAME, SINGLE_NAME = "model.safetensors.index.json", "model.safetensors"
 DTYPES: dict[str, np.dtype[Any]] = {
     "F32": np.dtype(np.float32), "BF16": np.dtype(ml_dtypes.bfloat16), "F16": np.dtype(np.float16),
     "F64": np.dtype(np.float64), "BOOL": np.dtype(np.bool_), "U8": np.dtype(np.uint8), "I8": np.dtype(np.int8),
@@ -237,19 +237,3 @@ class Checkpoint:
         for name in self.names():
             digest.update(f"{name} {self.dtype(name)} {self.shape(name)}\n".encode() + samples[name])
         return digest.hexdigest()
-
-
-def no_checkpoint(folder: str, present: list[str]) -> str:
-    """Why a folder that holds the files `present` is not a checkpoint that can be loaded, and what to do."""
-    if not present:
-        return f"{folder}: no such folder, or an empty one; expected a Hugging Face checkpoint"
-    endings = {
-        "adapter_config.json": "a PEFT adapter, not a model; give the folder of its base model",
-        ".gguf": "GGUF weights, which are quantised for inference; give the original safetensors checkpoint",
-        ".bin": "pickled PyTorch weights; load and save them with transformers to get safetensors",
-        ".safetensors": "weights, but not all of config.json and model.safetensors or its index; copy those too",
-    }
-    for ending, meaning in endings.items():
-        if found := [name for name in present if name.endswith(ending)]:
-            return f"{folder}: holds {found[0]}: {meaning}"
-    return f"{folder}: has no config.json and no {SINGLE_NAME} or {INDEX_NAME}; found {', '.join(present[:10])}"

@@ -5,6 +5,7 @@ import json
 import pytest
 
 from gemma4_tpu.architectures import ARCHITECTURES
+from gemma4_tpu.config import entries
 from gemma4_tpu.config.checks import (
     check_devices,
     check_train,
@@ -19,7 +20,6 @@ from gemma4_tpu.config.schema import (
     DataConfig,
     DataSource,
     HardwareConfig,
-    MergeRoot,
     MeshConfig,
     ModelConfig,
     OptimizerConfig,
@@ -38,8 +38,10 @@ REFUSALS = [
     (["checkpoint.every=0"], "checkpoint.every=0: must be at least 1"),
     (["trainer.remat=full"], "trainer.remat=full: not a choice (choices: none, products, attention, decoder)"),
     (["trainer.attention=splash"], "head widths [16, 32] must be multiples of 128"),
-    (["model=gemma4_31b", "model.path=random:0", "trainer.attention=splash", "data.sequence_length=500"],
-     "data.sequence_length or data.buckets [500] must be multiples of 128"),
+    (
+        ["model=gemma4_31b", "model.path=random:0", "trainer.attention=splash", "data.sequence_length=500"],
+        "data.sequence_length or data.buckets [500] must be multiples of 128",
+    ),
     (["optimizer.schedule=cos"], "did you mean optimizer.schedule=cosine?"),
     (["tracker.mode=disabled"], "choices: auto, online, offline"),
     (["checkpoint.resume=always"], "choices: auto, never"),
@@ -80,8 +82,10 @@ REFUSALS = [
     (["data.check_syntax=true"], "only with data.format=codev_r1"),
     # hardware and run
     (["hardware.name=v5p9"], "hardware.name=v5p9: no such slice; did you mean hardware=v5p8"),
-    (["hardware=h200", "model=gemma4_31b", "model.path=random:0", "trainer.attention=splash"],
-     "a TPU kernel, but h200 has GPUs"),
+    (
+        ["hardware=h200", "model=gemma4_31b", "model.path=random:0", "trainer.attention=splash"],
+        "a TPU kernel, but h200 has GPUs",
+    ),
     (["name=a/b"], "name=a/b: part of a folder's name"),
     (["run_dir=gs://bucket/run"], "run_dir=gs://bucket/run: the run folder is local"),
 ]
@@ -95,7 +99,12 @@ def test_what_cannot_work_is_refused(refused, words, told):
 
 
 def test_every_limit_names_a_key():
-    known = {*leaf_keys(TrainRoot), *leaf_keys(MergeRoot)}
+    known = {
+        key
+        for entry in vars(entries).values()
+        if isinstance(entry, entries.EntryPoint)
+        for key in leaf_keys(entry.schema)
+    }
     assert not {*CHOICES, *RANGES} - known
 
 
@@ -140,12 +149,15 @@ def test_a_contradiction_is_named(refused, checkpoint):
 @pytest.mark.parametrize(
     ("damage", "told"),
     [
-        (lambda folder: (folder / "config.json").unlink(), "there is no config.json"),
-        (lambda folder: (folder / "config.json").write_text("{"), "config.json is damaged: "),
-        (lambda folder: (folder / "config.json").write_text("[]"), "config.json is damaged: "),
+        (lambda folder: (folder / "config.json").unlink(), "not all of config.json and model.safetensors or its index"),
+        (lambda folder: (folder / "config.json").write_text("{"), "config.json: not valid JSON"),
+        (lambda folder: (folder / "config.json").write_text("[]"), "config.json: holds a JSON list"),
         (lambda folder: (folder / "config.json").write_text('{"model_type": "llama"}'), "model_type is 'llama'"),
         (lambda folder: (folder / "config.json").write_text(json.dumps({"model_type": "gemma4"})), "is missing"),
-        (lambda folder: (folder / "model.safetensors").unlink(), "there are no *.safetensors files"),
+        (
+            lambda folder: (folder / "model.safetensors").unlink(),
+            "has no model.safetensors or model.safetensors.index.json; found",
+        ),
         (lambda folder: (folder / "tokenizer.json").unlink(), "there is no tokenizer.json; give model.tokenizer="),
     ],
     ids=["no config", "half a config", "a list", "another model", "no sizes", "no weights", "no tokenizer"],

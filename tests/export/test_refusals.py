@@ -51,7 +51,7 @@ def test_another_base(run_of, refused_unwritten, tmp_path):
 def test_another_architecture_and_no_base_at_all(run_of, refused_unwritten, tmp_path):
     run, _ = run_of()
     message = refused_unwritten(f"run={run}", f"export.base={make_checkpoint('e2b')}")
-    assert "export.base: " in message and "not a test_dense" in message
+    assert "export.base: " in message and "not a checkpoint of test_dense" in message
     assert "no such folder" in refused_unwritten(f"run={run}", f"export.base={tmp_path}/nowhere")
 
 

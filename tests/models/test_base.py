@@ -11,9 +11,10 @@ import pytest
 
 from gemma4_tpu import assets
 from gemma4_tpu.architectures import ARCHITECTURES, to_hf_config
+from gemma4_tpu.config.files import read_config
 from gemma4_tpu.config.schema import ModelConfig
 from gemma4_tpu.errors import UserError
-from gemma4_tpu.models.base import Base, read_config, resolve_base
+from gemma4_tpu.models.base import Base, resolve_base
 from gemma4_tpu.models.tensorfile import Checkpoint
 from tests.models.checkpoints import make_checkpoint
 
@@ -66,15 +67,18 @@ def test_the_fingerprint_is_that_of_the_weights(tmp_path):
 @pytest.mark.parametrize(
     ("model", "message"),
     [
-        (ModelConfig(name="gemma3_27b"), "model.name=gemma3_27b: no such architecture; there are: gemma4_31b, "),
-        (ModelConfig(name="gemma4_31b"), "model.path: gemma4_31b needs its checkpoint; give the folder"),
+        (ModelConfig(name="gemma3_27b"), "model.name=gemma3_27b: no such architecture.*there are: gemma4_31b, "),
+        (ModelConfig(name="gemma4_31b"), "model.path: gemma4_31b needs its checkpoint; give model.path=<folder"),
         (ModelConfig(path="random:x"), "model.path=random:x: write random:SEED"),
-        (ModelConfig(path="no/such/folder"), "model.path=no/such/folder: no such folder$"),
+        (
+            ModelConfig(path="no/such/folder"),
+            "model.path=no/such/folder: no such folder .nor is there a folder no/such.; give a local or gs://",
+        ),
         (
             ModelConfig(path="google/gemma-4-31b-it"),
-            "no such folder; if that is a model's name, download it first: hf download google/gemma-4-31b-it --local",
+            "no such folder.*; if that is a model's name, download it first: hf download google/gemma-4-31b-it --local",
         ),
-        (ModelConfig(path=__file__), "is a file; give the folder it lies in"),
+        (ModelConfig(path=__file__), "is a file, not a folder; give a local"),
         (ModelConfig(path="embedded:huge"), "embedded:huge: no such embedded asset"),
         (ModelConfig(path=str(Path(__file__).parent)), "has no config.json and no model.safetensors"),
     ],
@@ -85,9 +89,7 @@ def test_a_path_that_leads_nowhere_is_refused(model, message):
 
 
 def test_a_contradiction_names_the_fields_and_the_fitting_model(tiny_moe):
-    message = (
-        r"^model\.path=/.*: the checkpoint is not a tiny; give model=tiny_moe \(embed_dim: model=tiny has 128, the"
-    )
+    message = r"^model\.path=/.*: not a checkpoint of tiny; give model=tiny_moe \(embed_dim: model=tiny has 128, the"
     with pytest.raises(UserError, match=message):
         resolve_base(ModelConfig(name="tiny", path=str(tiny_moe)))
 
