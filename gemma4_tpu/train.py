@@ -18,6 +18,7 @@ from gemma4_tpu.errors import INTERRUPTED, PREEMPTED, REFUSED, UserError
 if TYPE_CHECKING:
     from gemma4_tpu.data.build import TrainingData
     from gemma4_tpu.data.pipeline import Pipeline, Update
+    from gemma4_tpu.evals.heldout import HeldoutAnswers
     from gemma4_tpu.models.base import Base
     from gemma4_tpu.tracking.result import Result
     from gemma4_tpu.tracking.run import RunFolder
@@ -117,7 +118,9 @@ def _train(config: TrainRoot, folder: RunFolder, hosts: Hosts, preemption: Preem
     from gemma4_tpu.data.build import build_data
     from gemma4_tpu.data.pipeline import Pipeline, heldout_batches
     from gemma4_tpu.data.tokenizer import load_tokenizer
+    from gemma4_tpu.evals.heldout import HeldoutAnswers
     from gemma4_tpu.models.base import resolve_base
+    from gemma4_tpu.planning.remat import resolve_remat
     from gemma4_tpu.tracking import provenance
     from gemma4_tpu.tracking.files import write_json
     from gemma4_tpu.training import resume
@@ -130,7 +133,8 @@ def _train(config: TrainRoot, folder: RunFolder, hosts: Hosts, preemption: Preem
 
     # ── data ───────────────────────────────────────────────────────────────────────────────────────────────────────
     base = resolve_base(config.model)
-    data = build_data(config.data, load_tokenizer(base.tokenizer_folder))
+    tokenizer = load_tokenizer(base.tokenizer_folder)
+    data = build_data(config.data, tokenizer)
     if folder.write:
         write_json(folder.data_path, data.to_json())
 
@@ -161,7 +165,12 @@ def _train(config: TrainRoot, folder: RunFolder, hosts: Hosts, preemption: Preem
 
     # ── weights, adapters, optimizer ───────────────────────────────────────────────────────────────────────────────
     check_capacity(base.arch, config.lora, config.trainer, config.checkpoint, mesh, str(folder.checkpoints))
-    job = build_job(base, config.lora, config.optimizer, config.trainer, mesh, updates)
+    trainer = resolve_remat(
+        base.arch, config.hardware, config.lora, config.optimizer, config.trainer, mesh,
+        rows=rows_per_microbatch(config.trainer, config.data, mesh.shape["fsdp"]), length=max(pipeline.lengths),
+        updates=updates,
+    )  # fmt: skip
+    job = build_job(base, config.lora, config.optimizer, trainer, mesh, updates, config.hardware.compiler_options)
     checkpoints = Checkpoints(folder.checkpoints, config.checkpoint, job.trained_leaves, mesh)
     hardware = {"slice": config.hardware.name, "devices": mesh.size, "kind": mesh.devices.flat[0].device_kind}
     provenance.record(
@@ -169,7 +178,12 @@ def _train(config: TrainRoot, folder: RunFolder, hosts: Hosts, preemption: Preem
     )
 
     rates = _rates(config, base, data, job)
-    return _loop(config, folder, job, pipeline, heldout, checkpoints, rates, fingerprints, resume_from, preemption)
+    answers = HeldoutAnswers(
+        data.heldout, base, tokenizer, config.trainer, folder.path, resume_from, write=folder.write
+    )  # fmt: skip
+    return _loop(
+        config, folder, job, pipeline, heldout, checkpoints, rates, fingerprints, resume_from, preemption, answers
+    )
 
 
 def _loop(
@@ -183,6 +197,7 @@ def _loop(
     fingerprints: dict[str, Any],
     resume_from: int | None,
     preemption: Preemption,
+    answers: HeldoutAnswers,
 ) -> Result:
     """Runs the updates there are to run, reporting each to metrics.jsonl, the tracker and the terminal."""
     from gemma4_tpu.step.optimizer import make_schedule
@@ -211,10 +226,13 @@ def _loop(
                 tracker.log(row, update)
                 progress.log(row, update)
 
+            def sample(trained: Any, update: int) -> None:
+                answers(job, trained, update, tracker)
+
             schedule = make_schedule(config.optimizer, updates)
             result = Loop(
                 job, pipeline, heldout, checkpoints, config.trainer, config.checkpoint, schedule, rates, fingerprints,
-                report, preemption, watchdog,
+                report, preemption, watchdog, sample,
             ).run(resume_from)  # fmt: skip
         log_compile_cache()
         tracker.summary(asdict(result))
@@ -223,6 +241,7 @@ def _loop(
     finally:
         tracker.close(status)
         metrics.close()
+        answers.close()
         checkpoints.close()
         pipeline.close()
 

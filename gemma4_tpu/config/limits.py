@@ -50,6 +50,7 @@ RANGES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "trainer.max_updates": _FROM_1, "trainer.epochs": _POSITIVE, "trainer.global_batch_tokens": _FROM_1,
     "trainer.global_batch_sequences": _FROM_1, "trainer.microbatches": _FROM_1, "trainer.eval_every": _FROM_0,
     "trainer.seed": (lambda v: 0 <= v < 2**32, "at least 0 and less than 2**32"),
+    "trainer.sample_prompts": _FROM_0, "trainer.sample_tokens": _FROM_1,
     "trainer.log_every": _FROM_1, "trainer.loss_chunk_tokens": _FROM_1,
     "trainer.spike_factor": (lambda v: 1 < v < math.inf, "more than 1 (null: off)"),
     "trainer.stall_seconds": _POSITIVE,

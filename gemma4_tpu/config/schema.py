@@ -164,6 +164,11 @@ class TrainerConfig:
     eval_every: int = 0
     """Updates between held-out evaluations (one also runs before the first and after the last update);
     0: only those two."""
+    sample_prompts: int = 0
+    """Held-out prompts to answer at each held-out evaluation, the likeliest token each time; the answers go to
+    `heldout_samples.jsonl` and the tracker. 0: none."""
+    sample_tokens: int = 256
+    """Such an answer is cut off here, in tokens."""
     log_every: int = 1
     """Updates between logged metrics."""
     remat: str = "decoder"

@@ -5,10 +5,15 @@ from __future__ import annotations
 from gemma4_tpu import assets
 from gemma4_tpu.config.schema import EvalConfig
 from gemma4_tpu.evals.problems import Problem, ProblemSource
+from gemma4_tpu.evals.verilog.rtllm import RtllmFolders
 from gemma4_tpu.evals.verilog.smoke import VerilogSmoke
 from gemma4_tpu.evals.verilog.verilog_eval import VerilogEval
 
-SOURCES: dict[str, type[ProblemSource]] = {"verilog_eval": VerilogEval, "verilog_smoke": VerilogSmoke}
+SOURCES: dict[str, type[ProblemSource]] = {
+    "verilog_eval": VerilogEval,
+    "rtllm": RtllmFolders,
+    "verilog_smoke": VerilogSmoke,
+}
 
 
 def load_problems(config: EvalConfig) -> list[Problem]:

@@ -22,11 +22,14 @@ from gemma4_tpu.errors import UserError
 from gemma4_tpu.evals.problems import Problem
 from gemma4_tpu.evals.store import LENGTH, STOP, Sample
 from gemma4_tpu.models import sharding
+from gemma4_tpu.models.base import Base
 from gemma4_tpu.models.decode import Sampling, generate
 from gemma4_tpu.models.gemma4 import Model
+from gemma4_tpu.storage import join, list_folder, read_json
 
 log = logging.getLogger(__name__)
 
+GENERATION_CONFIG = "generation_config.json"
 PROMPT_MULTIPLE = 128
 """Prompts are padded to a multiple of this many tokens (what the TPU attention kernel takes); each is a compilation."""
 
@@ -172,14 +175,17 @@ class InProcess:
         return jax.device_put(x, jax.sharding.NamedSharding(mesh, spec))
 
 
-def stop_ids(generation_config: dict[str, Any], tokenizer: Any) -> tuple[int, ...]:
-    """Tokens that end an answer: `eos_token_id` of the checkpoint's `generation_config.json`.
+def checkpoint_stop_ids(base: Base, tokenizer: Any) -> tuple[int, ...]:
+    """Tokens that end an answer: `eos_token_id` of the checkpoint's `generation_config.json`, else the tokenizer's.
 
     Raises:
-      UserError: it names none, nor does the tokenizer.
+      UserError: neither names any.
     """
-    found = generation_config.get("eos_token_id", tokenizer.eos_token_id)
+    folder = base.folder or base.tokenizer_folder
+    present = GENERATION_CONFIG in list_folder(folder)
+    config = read_json(join(folder, GENERATION_CONFIG)) if present else {}
+    found = config.get("eos_token_id", tokenizer.eos_token_id)
     ids = tuple(found) if isinstance(found, list) else (found,)
     if not all(isinstance(i, int) for i in ids):
-        raise UserError(f"generation_config.json: eos_token_id is {found!r}; give the ids that end an answer")
+        raise UserError(f"{folder}: eos_token_id in {GENERATION_CONFIG} is {found!r}; give the ids that end an answer")
     return ids

@@ -22,19 +22,17 @@ from gemma4_tpu.config.schema import (
     TrainerConfig,
 )
 from gemma4_tpu.data.tokenizer import load_tokenizer, tokenizer_fingerprint
-from gemma4_tpu.evals.generate import InProcess, Weights, stop_ids
+from gemma4_tpu.evals.generate import InProcess, Weights, checkpoint_stop_ids
 from gemma4_tpu.export.trained import Trained, open_trained
 from gemma4_tpu.models import lora as adapters
 from gemma4_tpu.models import quantize, sharding
 from gemma4_tpu.models.base import Base, resolve_base
 from gemma4_tpu.models.layout import Leaf, build_tree
-from gemma4_tpu.storage import join, list_folder, read_json
 from gemma4_tpu.training.job import load_weights, make_model, start_mesh
 
 log = logging.getLogger(__name__)
 
 RUN, BASE, MODEL = "run", "base", "model"
-GENERATION_CONFIG = "generation_config.json"
 
 
 @dataclass(frozen=True)
@@ -115,9 +113,7 @@ def _on_mesh(trained: Trained, leaves: Iterable[Leaf], mesh: Mesh, dtype: Any) -
 
 def _backend(base: Base, weights: Weights, config: EvalConfig, policy: str, description: dict[str, Any]) -> InProcess:
     tokenizer = load_tokenizer(base.tokenizer_folder)
-    folder = base.folder or base.tokenizer_folder
-    found = read_json(join(folder, GENERATION_CONFIG)) if GENERATION_CONFIG in list_folder(folder) else {}
-    stops = stop_ids(found, tokenizer)
+    stops = checkpoint_stop_ids(base, tokenizer)
     about = {**description, "thoughts": policy, "stop_ids": list(stops), "batch_size": config.batch_size}
     return InProcess(weights, tokenizer, stops, config, policy, about)
 

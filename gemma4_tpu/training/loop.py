@@ -67,6 +67,8 @@ class Loop:
     """Takes the metrics of an update: metrics.jsonl, tracker and progress bar."""
     preemption: Preemption
     watchdog: Watchdog
+    sample: Callable[[Any, int], None]
+    """Takes the trained values at each held-out evaluation: answers to held-out prompts."""
 
     def run(self, resume_from: int | None) -> Result:
         """Trains to the last update, or to the one that a preemption stops at, and returns the result.
@@ -168,6 +170,8 @@ class Loop:
             self.watchdog.progress()
         loss = total / count
         self.report({"heldout_loss": loss}, update)
+        with self.watchdog.paused():
+            self.sample(state.trained, update)
         if totals.heldout_loss_first is None:
             totals.heldout_loss_first = loss
         totals.heldout_loss_last = loss
