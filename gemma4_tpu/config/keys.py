@@ -50,6 +50,11 @@ def is_group(annotation: Any) -> bool:
     return isinstance(annotation, type) and is_dataclass(annotation)
 
 
+def is_mapping(annotation: Any) -> bool:
+    """Whether a type holds names and values that the schema does not list, as `hardware.compiler_options` does."""
+    return typing.get_origin(annotation) is dict
+
+
 def element_type(annotation: Any) -> Any | None:
     """The element type of a `list[...]` (also of `list[...] | None`); None for anything else."""
     for option in _options(annotation):
@@ -92,6 +97,8 @@ def unknown_key(schema: type, key: str) -> str | None:
             where = field_types(where)[part]
         elif element_type(where) is not None and part.isdecimal():
             where = element_type(where)
+        elif is_mapping(where):
+            return f"no such key; {walked} is given whole: '{walked}={{{part}: …}}'"
         else:
             return f"no such key; {walked} holds {type_name(where)}, nothing beneath it"
         walked = f"{walked}.{part}" if walked else part

@@ -18,7 +18,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "data.thoughts": ("drop", "train"),
     "data.train_on": ("all", "last"),
     "optimizer.schedule": ("cosine", "linear", "constant"),
-    "trainer.remat": ("none", "products", "attention", "decoder"),
+    "trainer.remat": ("none", "products", "attention", "decoder", "auto"),  # from most memory to most arithmetic
     "trainer.attention": ("auto", "splash", "einsum"),
     "trainer.compute_dtype": ("auto", "bfloat16", "float32"),
     "checkpoint.resume": ("auto", "never"),

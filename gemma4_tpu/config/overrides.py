@@ -14,7 +14,16 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from gemma4_tpu.config.keys import did_you_mean, element_type, field_types, is_group, nearest, type_name, unknown_key
+from gemma4_tpu.config.keys import (
+    did_you_mean,
+    element_type,
+    field_types,
+    is_group,
+    is_mapping,
+    nearest,
+    type_name,
+    unknown_key,
+)
 from gemma4_tpu.config.problems import Problem
 
 
@@ -61,7 +70,11 @@ def check_overrides(
             problems.append(found)
         else:
             known = override.key_or_group in groups.options or unknown_key(schema, override.key_or_group) is None
-            good.append(word.lstrip("+") if override.is_add() and known else word)
+            bare = word.lstrip("+") if override.is_add() and known else word
+            mapping = unknown_key(schema, override.key_or_group) is None and is_mapping(
+                _type_at(schema, override.key_or_group)
+            )
+            good.append(f"+{bare}" if mapping else bare)  # Hydra adds keys to a mapping only if told so
     return good, problems
 
 

@@ -7,6 +7,7 @@ A string that follows a field documents it; `null` in YAML is `None` here. Cross
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
 
 @dataclass(kw_only=True)
@@ -19,6 +20,9 @@ class HardwareConfig:
     """Price of the whole slice in USD per hour; null takes the dated on-demand price of `hardware.py`, if any."""
     spot: bool = False
     """Take the spot price where `hardware.py` knows one (cost accounting only)."""
+    compiler_options: dict[str, Any] = field(default_factory=dict)
+    """Options for XLA by name, such as `{xla_tpu_enable_latency_hiding_scheduler: true}`; planning and training compile
+    with the same. None is set by default."""
 
 
 @dataclass(kw_only=True)
@@ -173,7 +177,8 @@ class TrainerConfig:
     """Updates between logged metrics."""
     remat: str = "decoder"
     """What the backward pass computes again: `none`, `products` (elementwise work; matrix products are kept),
-    `attention` (the MLP; attention's products are kept), `decoder` (everything; each layer's input is kept)."""
+    `attention` (the MLP; attention's products are kept), `decoder` (everything; each layer's input is kept), `auto`:
+    the first of these that fits into memory by the compiler's figures (`none` on CPUs)."""
     attention: str = "auto"
     """Attention implementation: `auto`, `splash` (TPU kernel) or `einsum`."""
     loss_chunk_tokens: int = 512

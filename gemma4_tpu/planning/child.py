@@ -135,7 +135,7 @@ def _compile(config: PlanRoot, updates: int) -> dict[str, Any]:
     rows = rows_per_microbatch(config.trainer, config.data, fsdp)
     given = compiling.shapes(
         checked.architecture, config.lora, config.optimizer, config.trainer, make_mesh(fsdp, tp, devices),
-        rows=rows, length=config.data.sequence_length, updates=updates,
+        rows=rows, length=config.data.sequence_length, updates=updates, options=config.hardware.compiler_options,
     )  # fmt: skip
     try:
         answer["compiled"] = asdict(compiling.compile_step(given, stage=lambda name: print(name, flush=True)))

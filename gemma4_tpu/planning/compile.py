@@ -101,6 +101,7 @@ def shapes(
     rows: int,
     length: int,
     updates: int,
+    options: Mapping[str, Any] | None = None,
 ) -> Shapes:
     """The step of a run and the shapes of what it takes.
 
@@ -113,8 +114,9 @@ def shapes(
       rows: rows of one microbatch, over all chips.
       length: T.
       updates: of the whole run (a constant of the learning rate's schedule).
+      options: `hardware.compiler_options`.
     """
-    step = make_step(arch, lora, optimizer, trainer, mesh, updates)
+    step = make_step(arch, lora, optimizer, trainer, mesh, updates, options)
     layout, dtype = step.model.layout, weight_dtype(step)
 
     def base_leaf(leaf: Leaf) -> Any:
@@ -150,12 +152,11 @@ def _batch(microbatches: int, rows: int, length: int, mesh: Mesh) -> dict[str, j
     }
 
 
-def compile_step(given: Shapes, options: Mapping[str, Any] | None = None, stage: Stage = lambda name: None) -> Compiled:
+def compile_step(given: Shapes, stage: Stage = lambda name: None) -> Compiled:
     """Compiles the training step and reads the result.
 
     Args:
       given: step and shapes.
-      options: compiler options (`hardware.compiler_options`).
       stage: is told what begins.
 
     Raises:
@@ -164,22 +165,17 @@ def compile_step(given: Shapes, options: Mapping[str, Any] | None = None, stage:
     """
     stage("lowering")
     started = time.perf_counter()
-    lowered = compiled_functions(given.step, given.state)[0].lower(given.state, given.base, given.batch)
+    lowered = lower_step(given)
     lowered_at = time.perf_counter()
     stage("compiling")
-    compiled = compile_lowered(lowered, options)
+    compiled = compile_lowered(lowered)
     compiled_at = time.perf_counter()
     stage("counting")
-    memory, raw = compiled.memory_analysis(), compiled.cost_analysis()
+    raw = compiled.cost_analysis()
     module = hlo.parse(compiled.as_text())
     total, once = counts.count(module), counts.count(module, loops_once=True)
     return Compiled(
-        memory={
-            "arguments": memory.argument_size_in_bytes,
-            "temporaries": memory.temp_size_in_bytes,
-            "outputs": memory.output_size_in_bytes - memory.alias_size_in_bytes,
-            "program": memory.generated_code_size_in_bytes,
-        },
+        memory=memory_bytes(compiled),
         held=given.bytes_per_chip(),
         counts=total.plain(),
         raw={"flops": raw["flops"], "bytes_accessed": raw["bytes accessed"]},
@@ -189,7 +185,23 @@ def compile_step(given: Shapes, options: Mapping[str, Any] | None = None, stage:
     )
 
 
-def compile_lowered(lowered: Any, options: Mapping[str, Any] | None = None) -> Any:
+def lower_step(given: Shapes) -> Any:
+    """The training step, traced and lowered."""
+    return compiled_functions(given.step, given.state)[0].lower(given.state, given.base, given.batch)
+
+
+def memory_bytes(compiled: Any) -> dict[str, int]:
+    """Bytes of one chip: arguments, temporaries, outputs that reuse no argument, program."""
+    told = compiled.memory_analysis()
+    return {
+        "arguments": told.argument_size_in_bytes,
+        "temporaries": told.temp_size_in_bytes,
+        "outputs": told.output_size_in_bytes - told.alias_size_in_bytes,
+        "program": told.generated_code_size_in_bytes,
+    }
+
+
+def compile_lowered(lowered: Any) -> Any:
     """`lowered.compile` with the compiler's refusals as our own.
 
     Raises:
@@ -197,7 +209,7 @@ def compile_lowered(lowered: Any, options: Mapping[str, Any] | None = None) -> A
       UserError: see `compile_step`.
     """
     try:
-        return lowered.compile(compiler_options=dict(options) if options else None)
+        return lowered.compile()
     except jax.errors.JaxRuntimeError as error:
         message = str(error)
         if "RESOURCE_EXHAUSTED" in message:

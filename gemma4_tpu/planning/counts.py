@@ -14,6 +14,8 @@ from collections import Counter
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
+
 from gemma4_tpu.planning import kernels
 from gemma4_tpu.planning.hlo import HBM, Array, Computation, Instruction, Module
 
@@ -306,11 +308,10 @@ def _meetings(length: int, size: int, out: int, stride: int, pad: int, dilation:
         return sum(
             max(0, min(out, span + pad - w * window_dilation) - max(0, pad - w * window_dilation)) for w in range(size)
         )
+    places = np.arange(out) * stride - pad
     return sum(
-        0 <= place < span and place % dilation == 0
-        for o in range(out)
-        for w in range(size)
-        for place in (o * stride + w * window_dilation - pad,)
+        int(((at >= 0) & (at < span) & (at % dilation == 0)).sum())
+        for at in (places + w * window_dilation for w in range(size))
     )
 
 

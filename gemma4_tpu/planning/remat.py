@@ -4,9 +4,16 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
-from typing import TypeVar
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from gemma4_tpu.config.limits import CHOICES
+from gemma4_tpu.config.schema import HardwareConfig, LoraConfig, OptimizerConfig, TrainerConfig
+
+if TYPE_CHECKING:
+    from jax.sharding import Mesh
+
+    from gemma4_tpu.architectures import Architecture
 
 log = logging.getLogger(__name__)
 
@@ -39,6 +46,47 @@ def first_that_fits(
             break
         log.info("remat=auto: %s does not fit (%s)", policy, _sizes(needed, there))
     return result
+
+
+def resolve_remat(
+    arch: Architecture,
+    hardware: HardwareConfig,
+    lora: LoraConfig,
+    optimizer: OptimizerConfig,
+    trainer: TrainerConfig,
+    mesh: Mesh,
+    *,
+    rows: int,
+    length: int,
+    updates: int,
+) -> TrainerConfig:
+    """`trainer` with the policy that `remat=auto` stands for on this mesh; arguments as `compile.shapes` has them.
+
+    Compiles for the devices of the mesh. The policy that fits is compiled once more by the run itself, which finds it
+    in the compilation cache. Where the memory is not known (CPUs), nothing is compiled and nothing is recomputed.
+    """
+    if trainer.remat != AUTO:
+        return trainer
+    limit = (mesh.local_devices[0].memory_stats() or {}).get("bytes_limit")
+    if mesh.devices.flat[0].platform == "cpu" or limit is None:
+        log.info("remat=auto: %s (memory of this machine's devices is not known)", POLICIES[0])
+        return replace(trainer, remat=POLICIES[0])
+    from gemma4_tpu.planning import compile as compiling
+
+    def attempt(policy: str) -> tuple[TrainerConfig, int | None]:
+        tried = replace(trainer, remat=policy)
+        given = compiling.shapes(
+            arch, lora, optimizer, tried, mesh, rows=rows, length=length, updates=updates,
+            options=hardware.compiler_options,
+        )  # fmt: skip
+        try:
+            compiled = compiling.compile_lowered(compiling.lower_step(given))
+        except compiling.OutOfMemory:
+            return tried, None
+        return tried, sum(compiling.memory_bytes(compiled).values())
+
+    chosen: Any = first_that_fits(attempt, lambda result: (result[1], limit))
+    return chosen[0]
 
 
 def _sizes(needed: int | None, there: int | None) -> str:

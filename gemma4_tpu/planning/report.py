@@ -97,8 +97,9 @@ def _work(result: PlanResult) -> list[tuple[str, str]]:
         ("Collectives", collectives or "none"),
         (
             "Per real token",
-            f"{scaled(result.flops_per_chip / tokens)}FLOP, {scaled(result.hbm_traffic_bytes_per_chip / tokens)}B of HBM"
-            f" traffic ({scaled(result.bytes_accessed_per_chip / tokens)}B by XLA's convention), per chip",
+            f"{scaled(result.flops_per_chip / tokens)}FLOP, "
+            f"{scaled(result.hbm_traffic_bytes_per_chip / tokens)}B of HBM traffic "
+            f"({scaled(result.bytes_accessed_per_chip / tokens)}B accessed by XLA's convention), per chip",
         ),
         (
             "Roofline",

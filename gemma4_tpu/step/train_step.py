@@ -6,8 +6,8 @@ follows, so that 8 microbatches of 1 row equal 1 of 8, however unevenly the targ
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import jax
@@ -53,6 +53,8 @@ class Step:
     full: bool = False
     """Full fine-tuning: every weight is trained and there are no adapters."""
     chunk_tokens: int = 512
+    compiler_options: Mapping[str, Any] | None = field(default=None, hash=False)
+    """`hardware.compiler_options`."""
 
     def init(self, trained: Any, key: jax.Array) -> TrainState:
         """State before the first update."""
@@ -133,5 +135,8 @@ def compiled_functions(step: Step, state: TrainState) -> tuple[Callable[..., Any
     `state` holds arrays, or shapes with shardings (planning).
     """
     places = jax.tree.map(lambda x: x.sharding, state)
-    train = jax.jit(step.train, donate_argnums=0, out_shardings=(places, state.update.sharding))
-    return train, jax.jit(step.evaluate)
+    options = dict(step.compiler_options) if step.compiler_options else None
+    train = jax.jit(
+        step.train, donate_argnums=0, out_shardings=(places, state.update.sharding), compiler_options=options
+    )
+    return train, jax.jit(step.evaluate, compiler_options=options)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -91,11 +91,17 @@ def make_model(arch: Architecture, lora: LoraConfig, trainer: TrainerConfig, mes
 
 
 def make_step(
-    arch: Architecture, lora: LoraConfig, optimizer: OptimizerConfig, trainer: TrainerConfig, mesh: Mesh, updates: int
+    arch: Architecture,
+    lora: LoraConfig,
+    optimizer: OptimizerConfig,
+    trainer: TrainerConfig,
+    mesh: Mesh,
+    updates: int,
+    options: Mapping[str, Any] | None = None,
 ) -> Step:
     """The step's definition for a run of so many updates; planning compiles it without any weights."""
     model = make_model(arch, lora, trainer, mesh)
-    return Step(model, make_optimizer(optimizer, updates), not lora.enabled, trainer.loss_chunk_tokens)
+    return Step(model, make_optimizer(optimizer, updates), not lora.enabled, trainer.loss_chunk_tokens, options)
 
 
 def weight_dtype(step: Step) -> Any:
@@ -121,13 +127,19 @@ def check_capacity(
 
 
 def build_job(
-    base: Base, lora: LoraConfig, optimizer: OptimizerConfig, trainer: TrainerConfig, mesh: Mesh, total_updates: int
+    base: Base,
+    lora: LoraConfig,
+    optimizer: OptimizerConfig,
+    trainer: TrainerConfig,
+    mesh: Mesh,
+    total_updates: int,
+    compiler_options: Mapping[str, Any] | None = None,
 ) -> Job:
     """Loads the base weights and makes the initial state, every array in its place on the mesh.
 
     LoRA and the optimizer's state are float32; the frozen weights have the compute dtype, or are quantised (QLoRA).
     """
-    step = make_step(base.arch, lora, optimizer, trainer, mesh, total_updates)
+    step = make_step(base.arch, lora, optimizer, trainer, mesh, total_updates, compiler_options)
     model, full = step.model, step.full
     weights = load_weights(base, mesh, weight_dtype(step), _quantizing(lora, mesh))
     init_key, dropout_key = jax.random.split(jax.random.key(trainer.seed))

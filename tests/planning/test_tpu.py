@@ -49,7 +49,7 @@ def shapes(slice_name, *, rows=2, fsdp=2, tp=2, quantize=None):
 def test_a_real_step_compiles_for_a_slice_that_is_not_there(slice_name):
     stages = []
     given = shapes(slice_name)
-    told = compiling.compile_step(given, stage=stages.append)
+    told = compiling.compile_step(given, stages.append)
     assert stages == ["lowering", "compiling", "counting"]
     held = given.bytes_per_chip()
     assert sum(held.values()) <= told.memory["arguments"] < 1.1 * sum(held.values())  # the rest: layouts' padding
