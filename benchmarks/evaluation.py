@@ -41,10 +41,12 @@ class Row:
 
 def measure(level: Level, problems: list[Problem], samples: int, cache: Path) -> Row:
     """Judges every reference `samples` times at one level."""
-    before = _cpu_seconds()
     config = JudgeConfig(sandbox=level, cache_dir=str(cache))
     with VerilogJudge(config) as judge:
         check = judge.prepare(problems, fresh=True)
+    before = _cpu_seconds()
+    with VerilogJudge(config) as judge:
+        judge.prepare(problems)
         answers = [(p, f"```verilog\n{reference_as_answer(p)}\n```") for _ in range(samples) for p in problems]
         started = time.monotonic()
         kinds = Counter(verdict.kind for verdict in judge.judge_all(answers))
@@ -59,24 +61,25 @@ def _cpu_seconds() -> float:
 
 def report(rows: list[Row], simulator: str, command: str) -> str:
     """The table as Markdown."""
-    load = os.getloadavg()[0]
+    cores = len(os.sched_getaffinity(0))
     lines = [
         "# Judging by simulation",
         "",
-        f"{datetime.now(UTC):%Y-%m-%d}, {len(os.sched_getaffinity(0))} CPU cores ({platform.machine()}), {simulator},"
-        f" load {load:.1f} (the judge's own workers are {len(os.sched_getaffinity(0))} of it). *Measured* by",
+        f"{datetime.now(UTC):%Y-%m-%d}, {cores} CPU cores ({platform.machine()}), {simulator}; load over five minutes"
+        f" {os.getloadavg()[1]:.1f}, of which the judge's workers are {cores}. *Measured* by",
         "",
         f"    {command}",
         "",
-        "| level | self-check s | simulations | seconds | per second | CPU seconds with self-check | passed |",
+        "| level | self-check s | simulations | seconds | CPU seconds | idle: seconds (*estimated*) | passed |",
         "|---|---:|---:|---:|---:|---:|---:|",
         *(
-            f"| {row.level} | {row.check_seconds:.1f} | {row.simulations} | {row.seconds:.1f} |"
-            f" {row.simulations / row.seconds:.1f} | {row.cpu_seconds:.0f} | {row.passed} |"
+            f"| {row.level} | {row.check_seconds:.1f} | {row.simulations} | {row.seconds:.1f} | {row.cpu_seconds:.1f} |"
+            f" {row.cpu_seconds / cores:.1f} | {row.passed} |"
             for row in rows
         ),
         "",
         "One simulation is one verdict, strict and official: scan, design built alone, built behind the bench, run.",
+        f"The estimate is CPU seconds, the judge's own included, divided by {cores} cores.",
     ]
     return "\n".join(lines) + "\n"
 

@@ -12,7 +12,6 @@ import tempfile
 from concurrent.futures import Future, ProcessPoolExecutor
 from dataclasses import dataclass, field
 from multiprocessing import get_context
-from multiprocessing.queues import Queue
 from pathlib import Path
 
 from gemma4_tpu.config.schema import JudgeConfig
@@ -40,15 +39,11 @@ class Pool:
         memory = MEMORY_FOLDER if os.access(MEMORY_FOLDER, os.W_OK) else None
         self._root = Path(tempfile.mkdtemp(prefix="gemma4_tpu_judge_", dir=memory))
         self._root.chmod(0o711)  # workers run simulations as other users
-        context = get_context("spawn")
-        numbers = context.Queue()
-        for number in range(self.workers):
-            numbers.put(number)
         self._executor = ProcessPoolExecutor(
             self.workers,
-            mp_context=context,
+            mp_context=get_context("spawn"),
             initializer=_start_worker,
-            initargs=(config, tools, self._root, numbers, os.getpid()),
+            initargs=(config, tools, self._root, os.getpid()),
         )
 
     def spy(self, level: Level) -> Future[str | None]:
@@ -86,14 +81,11 @@ class _Worker:
     config: JudgeConfig
     tools: Tools
     folder: Path
-    number: int
     sandboxes: dict[Level, Sandbox] = field(default_factory=dict)
 
     def sandbox(self, level: Level) -> Sandbox:
         if level not in self.sandboxes:
-            self.sandboxes[level] = Sandbox(
-                level=level, config=self.config, readable=self.tools.readable, number=self.number
-            )
+            self.sandboxes[level] = Sandbox(level=level, config=self.config, readable=self.tools.readable)
         return self.sandboxes[level]
 
     def empty_folder(self, sandbox: Sandbox) -> Path:
@@ -111,10 +103,9 @@ class _Worker:
 _worker: _Worker | None = None  # set once in each worker process
 
 
-def _start_worker(config: JudgeConfig, tools: Tools, root: Path, numbers: Queue[int], parent: int) -> None:
+def _start_worker(config: JudgeConfig, tools: Tools, root: Path, parent: int) -> None:
     global _worker
-    number = numbers.get()
-    _worker = _Worker(config=config, tools=tools, folder=root / str(number), number=number)
+    _worker = _Worker(config=config, tools=tools, folder=root / str(os.getpid()))
     signal.signal(signal.SIGALRM, lambda *_: _end_with(parent, root))
     signal.setitimer(signal.ITIMER_REAL, ORPHAN_CHECK_SECONDS, ORPHAN_CHECK_SECONDS)
 

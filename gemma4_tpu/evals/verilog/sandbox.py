@@ -34,7 +34,7 @@ from gemma4_tpu.evals.verilog import landlock
 
 SYSTEM_PATHS = tuple(Path(p) for p in ("/usr", "/bin", "/lib", "/lib32", "/lib64", "/nix/store", "/etc/ld.so.cache"))
 DEVICES = (Path("/dev/null"),)
-FIRST_UID = 60800  # a range that neither distributions nor systemd give to anyone
+FIRST_UID, UIDS = 60706, 478  # a range that neither distributions nor systemd give to anyone
 OTHERS_HEADROOM = 4096  # the kernel counts all processes of an ordinary user: room for what else they start meanwhile
 PATIENCE = 10  # half milliseconds that killed processes get before those of other groups are looked for
 WALL_FACTOR, WALL_EXTRA_SECONDS = 6, 10  # on a busy machine CPU time is what counts; this ends what only sleeps
@@ -70,18 +70,18 @@ class Finished:
 class Sandbox:
     """How commands run in one worker.
 
-    `readable` are further paths that commands may read and execute; `number` tells workers apart.
+    `readable` are further paths that commands may read and execute.
     """
 
     level: Level
     config: JudgeConfig
     readable: tuple[Path, ...] = ()
-    number: int = 0
     uid: int | None = field(init=False)
     max_processes: int = field(init=False)
 
     def __post_init__(self):
-        self.uid = FIRST_UID + self.number if os.getuid() == 0 else None
+        # Workers under root use different users, so that none of them counts or reaches another's processes.
+        self.uid = FIRST_UID + os.getpid() % UIDS if os.getuid() == 0 else None
         others = 0 if self.uid is not None else _own_threads() + OTHERS_HEADROOM
         self.max_processes = self.config.processes + others
         # Grandchildren whose parent dies become children of this process, which ends them.

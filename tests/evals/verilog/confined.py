@@ -20,6 +20,7 @@ class Confined:
     """A sandbox of one level in a process of its own."""
 
     def __init__(self, level, config):
+        self.level = level
         command = [sys.executable, "-m", "tests.evals.verilog.confined", level, json.dumps(asdict(config))]
         self._process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=REPOSITORY

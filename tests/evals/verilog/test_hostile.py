@@ -3,6 +3,8 @@
 The designs are run as they are, without the scan that would refuse most of them: the sandbox has to hold by itself.
 """
 
+import os
+import subprocess
 import tempfile
 import time
 from pathlib import Path
@@ -12,6 +14,7 @@ import pytest
 
 from gemma4_tpu.config.schema import JudgeConfig
 from gemma4_tpu.evals.problems import VerdictClass
+from gemma4_tpu.evals.verilog import landlock
 from gemma4_tpu.evals.verilog.iverilog import find_tools
 from gemma4_tpu.evals.verilog.pool import Pool
 from gemma4_tpu.evals.verilog.probe import try_levels
@@ -83,7 +86,6 @@ COMMANDS = {
     "daemon": "setsid sleep 60 > /dev/null 2>&1 < /dev/null & exit 0",
     "grandchild_that_ignores_signals": "(trap '' HUP TERM INT; sleep 60 & sleep 60) & sleep 60",
     "many_sleepers": "for i in 1 2 3 4 5 6 7 8 9; do setsid sleep 60 & done; sleep 60",
-    "kill_all": "kill -9 -1; sleep 60",
 }
 
 
@@ -219,6 +221,19 @@ def test_no_process_is_left_running(confined, folder, name):
     (done,) = confined.run(folder, ["/bin/sh", "-c", f"echo alive; ({COMMANDS[name]}) & sleep 0.3"])
     assert "alive" in done.stdout
     assert time.monotonic() - started < 15
+
+
+def test_no_process_outside_is_reached(confined, folder):
+    if confined.level is Level.LANDLOCK and os.getuid() != 0 and landlock.abi_version() < 6:
+        pytest.skip("Landlock before version 6 (Linux 6.12) stops no signals to this user's processes: not exercised")
+    victim = subprocess.Popen(["sleep", "60"])
+    try:
+        (done,) = confined.run(folder, ["/bin/sh", "-c", f"echo alive; kill -9 {victim.pid}"])
+        assert (done.stdout, done.returncode) == ("alive\n", 1)
+        assert victim.poll() is None
+    finally:
+        victim.kill()
+        victim.wait()
 
 
 def test_hostile_designs_get_a_verdict_and_leave_nothing(judge, tmp_path):
