@@ -125,7 +125,8 @@ def filesystem(path: str) -> tuple[Any, str]:
     import fsspec
 
     try:
-        return fsspec.core.url_to_fs(path)
+        # what other processes and libraries wrote must show at once
+        return fsspec.core.url_to_fs(path, **({"use_listings_cache": False} if is_remote(path) else {}))
     except ImportError as error:
         raise UserError(f"{path}: {error}; gs:// paths need the extra: pip install 'gemma4-tpu[gcp]'") from None
     except ValueError as error:

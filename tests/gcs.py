@@ -7,11 +7,14 @@ holds for processes that are started while it is in use too.
 from __future__ import annotations
 
 import itertools
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
 from functools import partial
 from http.server import HTTPServer
+from typing import Any
+from urllib.parse import parse_qs, unquote, urlsplit
 
 import pytest
 
@@ -27,9 +30,32 @@ def serve() -> None:
     from gcp_storage_emulator.server import RequestHandler
     from gcp_storage_emulator.storage import Storage
 
-    listener = _Listener(("127.0.0.1", 0), partial(RequestHandler, Storage(use_memory_fs=True)))
+    storage = Storage(use_memory_fs=True)
+
+    class Handler(RequestHandler):
+        """Says which generation an object has, as Google does and the emulator does not: TensorStore wants to know."""
+
+        def end_headers(self) -> None:
+            if generation := _generation(storage, self.path):
+                self.send_header("x-goog-generation", generation)
+            super().end_headers()
+
+    listener = _Listener(("127.0.0.1", 0), partial(Handler, storage))
     print(f"http://127.0.0.1:{listener.server_port}", flush=True)
     listener.serve_forever()
+
+
+def _generation(storage: Any, path: str) -> str | None:
+    """Of the object that a request is about, if there is one."""
+    url = urlsplit(path)
+    found = re.search(r"/b/([^/]+)/o(?:/([^/]+))?$", url.path)
+    names = [found[2]] if found and found[2] else parse_qs(url.query).get("name", [])
+    if not found or not names:
+        return None
+    try:
+        return storage.get_file_obj(found[1], unquote(names[0]))["generation"]
+    except Exception:  # no such object: the emulator has its own kind for each way to say so
+        return None
 
 
 @pytest.fixture(scope="session")
@@ -50,6 +76,8 @@ def bucket(gcs_emulator: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
 
     monkeypatch.setenv("STORAGE_EMULATOR_HOST", gcs_emulator)  # for gcsfs
     monkeypatch.setenv("TENSORSTORE_GCS_HTTP_URL", gcs_emulator)
+    monkeypatch.setenv("GOOGLE_AUTH_TOKEN_FOR_TESTING", "fake")  # for TensorStore, which would look for credentials
+    monkeypatch.setenv("NO_GCE_CHECK", "true")
     monkeypatch.setenv("FSSPEC_GS_TOKEN", "anon")  # for child processes;
     monkeypatch.setitem(fsspec.config.conf, "gs", {"token": "anon"})  # this one has read its environment already
     name = f"bucket-{next(_numbers)}"
