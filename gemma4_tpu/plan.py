@@ -68,7 +68,7 @@ def _plan(planned: Planned, folder: RunFolder) -> int:
     result = plan_one(planned)
     if not result.fits:
         print(f"does not fit: {misfit_line(result)}", file=sys.stderr)
-        tried = nearest_fits(planned, planned.config.plan.max_attempts)
+        tried = nearest_fits(planned, result, planned.config.plan.max_attempts)
         result = replace(result, alternatives=tried)
     write_json(folder.path / "plan.json", result)
     plot_hbm([result], folder.path / "hbm.png")

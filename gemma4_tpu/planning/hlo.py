@@ -153,7 +153,7 @@ def parse(text: str) -> Module:
             header = _HEADER.match(line)
             if header:
                 name, is_entry, lines = header[2], bool(header[1]), []
-        elif line == "}":
+        elif line == "}" or line.startswith("}, execution_thread="):
             computations[name] = _computation(name, lines)
             entry = name if is_entry else entry
             name = ""

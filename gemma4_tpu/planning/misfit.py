@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
 from gemma4_tpu.config.checks import rows_per_update
 from gemma4_tpu.config.plan_checks import examine_plan
-from gemma4_tpu.config.schema import PlanRoot
+from gemma4_tpu.config.schema import PlanRoot, TrainerConfig
 from gemma4_tpu.planning.attempt import Planned, plan_one
+from gemma4_tpu.planning.estimate import PlanResult
 from gemma4_tpu.planning.remat import AUTO, POLICIES
 
 log = logging.getLogger(__name__)
 ENOUGH = 2
 """Changes that fit, after which no more are tried."""
+MARGIN = 1.15
+"""Temporaries don't shrink quite as the rows do."""
 
 
 @dataclass(frozen=True)
@@ -27,71 +30,100 @@ class Change:
     config: PlanRoot
 
 
-def changes(config: PlanRoot, fsdp: int, legal_meshes: list[tuple[int, int]]) -> Iterator[Change]:
-    """Changes by what they cost: more remat and microbatches cost nothing but time, then rows, mesh, quantised weights.
+def changes(
+    config: PlanRoot, fsdp: int, meshes: list[tuple[int, int]], last: Callable[[], PlanResult]
+) -> Iterator[Change]:
+    """Changes by what they cost: remat and microbatches cost time, then rows, mesh, quantised weights, length.
 
-    Each but the first is tried with the most remat, so that it is the change itself that decides.
+    From the second on each comes with the most remat, so that it is the change itself that decides.
+
+    Args:
+      config: what does not fit.
+      fsdp: its axis.
+      meshes: the legal ones, (fsdp, tp).
+      last: what came of the change before; of `config` itself at first.
     """
-    trainer, most = config.trainer, POLICIES[-1]
-    remat = () if trainer.remat in (most, AUTO) else (f"trainer.remat={most}",)
-    saving = replace(trainer, remat=most)
+    remat, saving = _most_remat(config.trainer)
     if remat:
         yield Change(remat, replace(config, trainer=saving))
-    rows = rows_per_update(trainer, config.data)
-    most_microbatches = rows // fsdp
-    if trainer.microbatches < most_microbatches:
-        changed = replace(saving, microbatches=most_microbatches)
-        yield Change((*remat, f"trainer.microbatches={most_microbatches}"), replace(config, trainer=changed))
-    elif rows > fsdp:
-        changed = replace(saving, global_batch_sequences=fsdp, global_batch_tokens=None, microbatches=1)
-        words = (*remat, f"trainer.global_batch_sequences={fsdp}", "trainer.microbatches=1")
-        yield Change(words, replace(config, trainer=changed))
-    for other_fsdp, tp in sorted(legal_meshes, key=lambda sizes: -sizes[1]):
-        if other_fsdp == fsdp:
+        if last().fits:  # less remat may do, and computes less
+            for policy in POLICIES[POLICIES.index(config.trainer.remat) + 1 : -1]:
+                trainer = replace(config.trainer, remat=policy)
+                yield Change((f"trainer.remat={policy}",), replace(config, trainer=trainer))
+    rows = rows_per_update(saving, config.data)
+    smaller = [n for n in range(saving.microbatches + 1, rows + 1) if rows % n == 0 and rows // n % fsdp == 0]
+    if smaller:
+        wanted = saving.microbatches * _times_too_much(last()) * MARGIN
+        number = next((n for n in smaller if n >= wanted), smaller[-1])
+        trainer = replace(saving, microbatches=number)
+        yield Change((*remat, f"trainer.microbatches={number}"), replace(config, trainer=trainer))
+    for other, tp in meshes:
+        if other == fsdp:
             continue
-        microbatches = max(1, rows // other_fsdp)
-        changed = replace(saving, global_batch_sequences=other_fsdp * microbatches, global_batch_tokens=None,
-                          microbatches=microbatches)  # fmt: skip
-        mesh = replace(config.mesh, fsdp=other_fsdp, tp=tp)
-        words = (*remat, f"mesh.fsdp={other_fsdp}", f"mesh.tp={tp}",
-                 f"trainer.global_batch_sequences={other_fsdp * microbatches}",
-                 f"trainer.microbatches={microbatches}")  # fmt: skip
-        yield Change(words, replace(config, trainer=changed, mesh=mesh))
-    if config.lora.enabled and config.lora.quantize is None:
-        microbatches = max(1, most_microbatches)
-        changed = replace(saving, microbatches=microbatches)
-        words = (*remat, "lora.quantize=nf4", f"trainer.microbatches={microbatches}")
-        yield Change(words, replace(config, trainer=changed, lora=replace(config.lora, quantize="nf4")))
+        words, trainer = _one_row_each(saving, rows, other)
+        mesh = replace(config.mesh, fsdp=other, tp=tp)
+        yield Change(
+            (*remat, f"mesh.fsdp={other}", f"mesh.tp={tp}", *words), replace(config, trainer=trainer, mesh=mesh)
+        )
+    words, trainer = _one_row_each(saving, rows, fsdp)
     if not config.lora.enabled:
         lora = replace(config.lora, enabled=True)
-        yield Change((*remat, "lora=default"), replace(config, trainer=saving, lora=lora))
-    if config.data.sequence_length > 1024:
-        length = config.data.sequence_length // 2
+        yield Change((*remat, "lora=default", *words), replace(config, trainer=trainer, lora=lora))
+    elif config.lora.quantize is None:
+        lora = replace(config.lora, quantize="nf4")
+        yield Change((*remat, "lora.quantize=nf4", *words), replace(config, trainer=trainer, lora=lora))
+    length = config.data.sequence_length // 2
+    if length >= 1024:
         data = replace(config.data, sequence_length=length)
-        yield Change((*remat, f"data.sequence_length={length}"), replace(config, trainer=saving, data=data))
+        word = f"data.sequence_length={length}"
+        yield Change((*remat, word, *words), replace(config, trainer=trainer, data=data))
 
 
-def nearest_fits(planned: Planned, attempts: int) -> list[dict[str, Any]]:
+def _most_remat(trainer: TrainerConfig) -> tuple[tuple[str, ...], TrainerConfig]:
+    """Overrides for the most remat (none where it is there already), and the trainer with it."""
+    most = POLICIES[-1]
+    words = () if trainer.remat in (most, AUTO) else (f"trainer.remat={most}",)
+    return words, replace(trainer, remat=most)
+
+
+def _one_row_each(trainer: TrainerConfig, rows: int, fsdp: int) -> tuple[tuple[str, ...], TrainerConfig]:
+    """About as many rows per update, one at a time on each place of the fsdp axis."""
+    microbatches = max(1, rows // fsdp)
+    words = (f"trainer.global_batch_sequences={fsdp * microbatches}", f"trainer.microbatches={microbatches}")
+    if (fsdp * microbatches, microbatches) == (rows, trainer.microbatches):
+        words = ()
+    return words, replace(
+        trainer, global_batch_sequences=fsdp * microbatches, global_batch_tokens=None, microbatches=microbatches
+    )
+
+
+def _times_too_much(result: PlanResult) -> float:
+    """How many times the HBM a result needs; 1 where the compiler does not say."""
+    return max(1.0, (result.hbm_bytes_per_chip or 0) / result.hbm_limit_bytes_per_chip)
+
+
+def nearest_fits(planned: Planned, misfit: PlanResult, attempts: int) -> list[dict[str, Any]]:
     """Tries changes until `ENOUGH` fit or `attempts` are spent; what was tried, as in `PlanResult.alternatives`."""
-    checked = planned.checked
-    chips = checked.slice.chips
-    legal = [(chips // tp, tp) for tp in checked.architecture.legal_tp(chips)]
+    chips, arch = planned.checked.slice.chips, planned.checked.architecture
+    meshes = [(chips // tp, tp) for tp in sorted(arch.legal_tp(chips), reverse=True)]
     tried: list[dict[str, Any]] = []
-    for change in changes(planned.config, checked.mesh[0], legal):
-        if len(tried) >= attempts or sum(one["fits"] for one in tried) >= ENOUGH:
-            break
+    results = [misfit]
+    for change in changes(planned.config, planned.checked.mesh[0], meshes, lambda: results[-1]):
         found, problems = examine_plan(change.config)
         if found is None:
-            log.debug("%s: %s", " ".join(change.overrides), problems)
+            log.info("%s: %s", " ".join(change.overrides), "; ".join(problem.message for problem in problems))
             continue
-        result = plan_one(Planned.of(change.config, found, planned))
-        log.info("%s: %s", " ".join(change.overrides), "fits" if result.fits else "does not fit")
+        if len(tried) >= attempts or sum(one["fits"] for one in tried) >= ENOUGH:
+            break
+        last = plan_one(Planned.of(change.config, found, planned))
+        results.append(last)
+        log.info("%s: %s", " ".join(change.overrides), "fits" if last.fits else "does not fit")
         tried.append(
             {
                 "overrides": list(change.overrides),
-                "fits": result.fits,
-                "hbm_bytes_per_chip": result.hbm_bytes_per_chip,
-                "usd_per_million_real_tokens": result.usd_per_million_real_tokens,
+                "fits": last.fits,
+                "hbm_bytes_per_chip": last.hbm_bytes_per_chip,
+                "usd_per_million_real_tokens": last.usd_per_million_real_tokens,
             }
         )
     return tried

@@ -63,7 +63,7 @@ def _rows(result: PlanResult) -> list[tuple[str, str]]:
         ),
     ]
     if not result.fits:
-        return [*rows, ("Fits", "no"), ("", misfit_line(result))]
+        return [*rows, ("Fits", f"no: {misfit_line(result)}")]
     limit, used = result.hbm_limit_bytes_per_chip, result.hbm_bytes_per_chip or 0
     rows.append(
         ("Fits", f"yes: {format_bytes(used)} of {format_bytes(limit)} HBM per chip ({1 - used / limit:.0%} free)")
@@ -163,8 +163,8 @@ def misfit_line(result: PlanResult) -> str:
     limit = f"{result.hbm_limit_bytes_per_chip / GIB:.2f} GiB of HBM per {result.slice.partition('-')[0]} chip"
     if result.hbm_bytes_per_chip is None:
         return f"the compiler ran out of the {limit}: {result.message.splitlines()[0]}"
-    what = "temporaries alone" if "temporaries" in result.message.splitlines()[0] else "the step"
-    return f"{what} needs {result.hbm_bytes_per_chip / GIB:.1f} GiB, there are {limit} (the compiler's figures)"
+    what = "temporaries alone need" if "temporaries" in result.message.splitlines()[0] else "the step needs"
+    return f"{what} {result.hbm_bytes_per_chip / GIB:.1f} GiB, there are {limit} (the compiler's figures)"
 
 
 def plot_hbm(results: Sequence[PlanResult], path: Path) -> None:
@@ -208,13 +208,16 @@ def print_alternatives(result: PlanResult) -> None:
     """Prints what was tried for a run that does not fit, those that fit first."""
     if result.fits:
         return
+    if not result.alternatives:
+        return
     out = _console()
     fitting = [one for one in result.alternatives if one["fits"]]
     out.print()
-    out.print(Text("These changes fit, nearest first:" if fitting else "Nothing that was tried fits:"))
-    for one in sorted(result.alternatives, key=lambda one: not one["fits"]):
+    out.print(Text("These changes fit, cheapest first:" if fitting else "Nothing that was tried fits:"))
+    order = sorted(result.alternatives, key=lambda one: (not one["fits"], one["usd_per_million_real_tokens"] or 0.0))
+    for one in order:
         needed = one["hbm_bytes_per_chip"]
-        told = f"{needed / GIB:.1f} GiB per chip" if needed else "too much"
+        told = f"{format_bytes(needed)} per chip" if needed else "too much"
         cost = one["usd_per_million_real_tokens"]
         money = f", ${cost:.3f} per million real tokens" if cost is not None else ""
         mark = "fits" if one["fits"] else "does not fit"

@@ -1,0 +1,209 @@
+"""`python -m gemma4_tpu.plan`: refusals at once, plan.json and pictures, misfits with what to change."""
+
+import importlib.util
+import json
+from dataclasses import replace
+
+import pytest
+
+from gemma4_tpu import plan
+from gemma4_tpu.config.entries import PLAN
+from gemma4_tpu.config.keys import field_docs, field_types
+from gemma4_tpu.config.load import load
+from gemma4_tpu.planning import misfit
+from gemma4_tpu.planning.attempt import Planned
+from gemma4_tpu.planning.estimate import PlanResult, estimate, roofline
+from gemma4_tpu.planning.remat import HEADROOM, POLICIES, first_that_fits
+from gemma4_tpu.planning.report import plot_hbm, print_plan
+from gemma4_tpu.planning.search import pareto
+
+needs_compiler = pytest.mark.skipif(
+    importlib.util.find_spec("libtpu") is None,
+    reason="libtpu is not installed: nothing is planned (pip install -e .[tpu])",
+)
+pytestmark = needs_compiler
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (["hardware=v5p9"], ["hardware=v5p9", "v5p8"]),
+        (["hardware=local"], ["hardware=local", "v6e4"]),
+        (["hardware=h200"], ["hardware=h200", "TPU slices"]),
+        (["mesh.tp=3"], ["mesh.tp=3", "mesh.fsdp=1 mesh.tp=4"]),
+        (["hardware=v6e8", "mesh.fsdp=2", "trainer.global_batch_sequences=3"], ["global_batch_sequences=3", "=4"]),
+        (["trainer.remat=most"], ["trainer.remat=most", "decoder"]),
+        (["plan.utilization_low=0.9"], ["plan.utilization_low=0.9", "plan.utilization_high=0.6"]),
+        (["model=gemma4_31b", "lora=none"], ["lora.enabled=false"]),
+        (["hardware.compiler_options.xla_tpu_x=1"], ["hardware.compiler_options={xla_tpu_x: …}"]),
+    ],
+)
+def test_what_cannot_work_is_refused_before_anything_is_compiled(words, told, capsys, tmp_path):
+    assert plan.main([*words, f"run_dir={tmp_path / 'plan'}"]) == 2
+    said = capsys.readouterr().err
+    assert said.startswith("error: ")
+    for part in told:
+        assert part in said
+    assert not (tmp_path / "plan").exists()
+
+
+def test_the_issues_own_words_plan_the_papers_rows():
+    loaded = load(["hardware=v5p8", "model=gemma4_31b", "lora.rank=64"], PLAN)
+    assert loaded.checked.mesh == (1, 4)
+    assert loaded.root.trainer.global_batch_sequences == 1
+    assert not loaded.checked.data_here
+    fill = Planned.of(loaded.root, loaded.checked).fill
+    assert fill.examples == 9959
+    assert fill.mean_tokens == pytest.approx(922, rel=0.01)
+    assert 0.94 < fill.fill <= 1
+    assert fill.updates * fill.real_tokens_per_update == pytest.approx(9959 * fill.mean_tokens, rel=0.001)
+
+
+def test_weights_and_data_need_not_be_there():
+    loaded = load(["experiment=v5p8", "model.path=/nowhere/gemma", "data.train.0.path=/nowhere/rows.jsonl"], PLAN)
+    assert loaded.checked.architecture.num_layers == 60
+    assert any("/nowhere/gemma" in warning for warning in loaded.checked.warnings)
+
+
+def test_rows_that_are_here_are_measured():
+    words = ["hardware=v6e1", "model=tiny", "model.path=embedded:tiny", "data=verilog_smoke", "data.max_rows=200"]
+    loaded = load(words, PLAN)
+    fill = Planned.of(loaded.root, loaded.checked).fill
+    assert fill.source.startswith("measured")
+    assert fill.examples <= 200
+
+
+ANSWER = {
+    "hbm_limit_bytes": 1000,
+    "versions": {},
+    "compiled": {
+        "memory": {"arguments": 400, "temporaries": 300, "outputs": 10, "program": 5},
+        "held": {"base": 300, "lora": 40, "optimizer": 50, "batch": 3},
+        "counts": {
+            "flops": 8e12, "matmul_flops": 6e12, "kernel_flops": 1.5e12, "other_flops": 0.5e12, "bytes_accessed": 9e9,
+            "hbm_traffic_bytes": 6e9, "collectives": {"all-gather": {"count": 3, "bytes": 4e9}}, "not_counted": [],
+        },
+        "raw": {"flops": 1e12, "bytes_accessed": 2e9},
+        "once": {"flops": 1e12, "bytes_accessed": 1.5e9},
+        "lowering_seconds": 1.0,
+        "compile_seconds": 2.0,
+    },
+}  # fmt: skip
+
+
+@pytest.fixture
+def planned():
+    loaded = load(["hardware=v5p8", "model=gemma4_31b", "lora.rank=64"], PLAN)
+    return Planned.of(loaded.root, loaded.checked)
+
+
+def result(planned, **changes) -> PlanResult:
+    checked = planned.checked
+    fitting = estimate(planned.config, checked.architecture, checked.slice, checked.mesh, planned.fill, ANSWER)
+    return replace(fitting, **changes)
+
+
+def test_estimates_follow_from_the_compilers_figures(planned):
+    told = result(planned)
+    seconds = told.roofline_seconds
+    assert seconds["compute"] == 8e12 / 459e12
+    assert seconds["hbm"] == 6e9 / 2765e9
+    # Two of a v5p chip's six links are in use in a 2x2x1; what is sent is received too.
+    assert seconds["interconnect"] == pytest.approx(2 * 4e9 / (1200e9 / 3))
+    assert told.bound_by == "interconnect"
+    assert told.seconds_per_update["mid"] == seconds["update"] / 0.5
+    assert told.usd_estimate["on_demand"]["mid"] == pytest.approx(told.hours["mid"] * 16.80)
+    tokens = told.updates * told.real_tokens_per_update
+    assert told.usd_per_million_real_tokens == pytest.approx(told.usd_estimate["on_demand"]["mid"] / tokens * 1e6)
+    assert sum(told.hbm_parts_bytes_per_chip.values()) == told.hbm_bytes_per_chip == 715
+    assert told.bytes_accessed_per_chip == 2e9 * 6  # the loops' share, by our own two counts
+    assert told.flops_over_analytic == told.flops_per_chip / told.analytic_flops_per_chip
+
+
+def test_interconnect_counts_the_links_of_the_slice(planned):
+    one_chip = load(["hardware=v6e1", "model=gemma4_e2b"], PLAN).checked.slice
+    assert roofline(one_chip, 1.0, 1.0, {})["interconnect"] == 0.0
+
+
+def test_every_key_of_plan_json_is_documented():
+    told = ("flops_per_real_token_and_chip", "hbm_traffic_bytes_per_real_token_and_chip", "chips", "model",
+            "bytes_accessed_per_real_token_and_chip", "microbatches", "lowering_seconds")  # fmt: skip  # by their names
+    undocumented = set(field_types(PlanResult)) - set(field_docs(PlanResult)) - set(told)
+    assert not undocumented
+
+
+def test_the_cheapest_changes_are_tried_first(planned, monkeypatch):
+    config = replace(planned.config, trainer=replace(planned.config.trainer, remat="none", global_batch_sequences=8))
+    large = replace(planned, config=config)
+    tried = []
+
+    def compiled(candidate):
+        tried.append(candidate.config)
+        saves = candidate.config.trainer.microbatches >= 4
+        return result(candidate, fits=saves, hbm_bytes_per_chip=900 if saves else 3000)
+
+    monkeypatch.setattr(misfit, "plan_one", compiled)
+    start = result(large, fits=False, hbm_bytes_per_chip=4000, hbm_limit_bytes_per_chip=1000)
+    found = misfit.nearest_fits(large, start, attempts=5)
+    assert [one["overrides"] for one in found[:2]] == [
+        ["trainer.remat=decoder"],
+        ["trainer.remat=decoder", "trainer.microbatches=4"],  # three times too much, so eight rows in fours
+    ]
+    assert [one["fits"] for one in found] == [False, True, True]
+    assert len(misfit.nearest_fits(large, start, attempts=1)) == 1
+    assert misfit.nearest_fits(large, start, attempts=0) == []
+
+
+def test_auto_takes_the_first_policy_with_room():
+    needs = dict(zip(POLICIES, (200, 98, 90, 20), strict=True))
+    chosen = first_that_fits(lambda policy: (policy, needs[policy]), lambda result: (result[1], 100))
+    assert chosen[0] == POLICIES[2]  # 98 of 100 leave less than HEADROOM
+    assert HEADROOM > 0.02
+    assert first_that_fits(lambda policy: (policy, None), lambda result: (result[1], 100))[0] == POLICIES[-1]
+
+
+def test_the_front_holds_what_nothing_beats(planned):
+    def point(usd, used, fits=True):
+        return result(planned, usd_per_million_real_tokens=usd, hbm_bytes_per_chip=used, fits=fits)
+
+    cheap, roomy, beaten, misfit_ = point(1.0, 900), point(2.0, 100), point(3.0, 500), point(0.1, 5000, fits=False)
+    assert pareto([beaten, roomy, misfit_, cheap]) == [cheap, roomy]
+
+
+def test_a_plan_is_shown_and_drawn(planned, tmp_path, capsys):
+    told = result(planned)
+    print_plan(told, tmp_path)
+    said = capsys.readouterr().out
+    for part in ("Fits", "base weights", "all-gather 3", "bound by interconnect", "assumed", "estimated", "On demand"):
+        assert part in said
+    plot_hbm([told, replace(told, fits=False, hbm_bytes_per_chip=2000)], tmp_path / "hbm.png")
+    assert (tmp_path / "hbm.png").read_bytes()[:4] == b"\x89PNG"
+
+
+SMALL = ["hardware=v6e1", "model=tiny", "lora.rank=4", "data.sequence_length=256", "trainer.remat=none"]
+
+
+@pytest.mark.slow
+def test_a_plan_from_the_command_line(tmp_path, capsys):
+    assert plan.main([*SMALL, f"run_dir={tmp_path}"]) == 0
+    told = json.loads((tmp_path / "plan.json").read_text())
+    assert told["fits"] is True
+    assert set(told) == set(field_types(PlanResult))
+    for key in (
+        "hbm_bytes_per_chip", "hbm_limit_bytes_per_chip", "flops_per_chip", "hbm_traffic_bytes_per_chip",
+        "real_tokens_per_update", "roofline_seconds", "bound_by", "compile_seconds", "usd_estimate",
+    ):  # fmt: skip
+        assert told[key], key
+    assert (tmp_path / "hbm.png").is_file() and (tmp_path / "config.yaml").is_file()
+    assert "yes: " in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_a_run_that_does_not_fit(tmp_path, capsys):
+    words = [*SMALL, "trainer.global_batch_sequences=262144", "plan.max_attempts=0", f"run_dir={tmp_path}"]
+    assert plan.main(words) == 1
+    assert "does not fit: " in (said := capsys.readouterr()).err and "31.25 GiB" in said.err
+    told = json.loads((tmp_path / "plan.json").read_text())
+    assert told["fits"] is False
+    assert told["hbm_bytes_per_chip"] > told["hbm_limit_bytes_per_chip"] == 31.25 * 2**30
+    assert "RESOURCE_EXHAUSTED" in told["message"]
