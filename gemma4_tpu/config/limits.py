@@ -30,6 +30,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "eval.adapter": ("run", "none", "both"),
     "eval.thoughts": ("drop", "train"),
     "eval.compute_dtype": ("auto", "bfloat16", "float32"),
+    "eval.judge.sandbox": ("auto", "bubblewrap", "landlock"),
 }
 
 _POSITIVE = (lambda v: 0 < v < math.inf, "a number more than 0")
@@ -64,6 +65,10 @@ RANGES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "eval.max_new_tokens": _FROM_1, "eval.batch_size": _FROM_1, "eval.concurrency": _FROM_1, "eval.retries": _FROM_0,
     "eval.seed": (lambda v: 0 <= v < 2**32, "at least 0 and less than 2**32"),
     "eval.request_timeout_seconds": _POSITIVE,
+    "eval.judge.workers": _FROM_1, "eval.judge.cpu_seconds": _FROM_1, "eval.judge.file_mib": _FROM_1,
+    "eval.judge.output_kib": _FROM_1,
+    "eval.judge.memory_mib": (lambda v: v >= 128, "at least 128, which the simulator itself needs"),
+    "eval.judge.processes": (lambda v: v >= 8, "at least 8, which the compiler itself needs"),
 }
 
 

@@ -190,7 +190,7 @@ def test_without_a_sandbox_the_same_designs_read_and_write(outside, folder):
 
 def ended_by_a_limit(done):
     assert len(done.stdout) <= LIMITS.output_kib << 10 and len(done.stderr) <= LIMITS.output_kib << 10
-    return done.stopped in ("cpu", "output") or "bad_alloc" in done.stderr
+    return done.stopped in ("cpu", "wall", "output") or "bad_alloc" in done.stderr
 
 
 @pytest.mark.parametrize("name", EXHAUSTING)
