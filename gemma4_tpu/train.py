@@ -74,7 +74,7 @@ def _record(loaded: Loaded, hosts: Hosts, preemption: Preemption) -> int:
         result = _train(config, folder, hosts, preemption)
         folder.leave_result(result)
     except KeyboardInterrupt:
-        hint = f"the same command with run_dir={folder.path} goes on from its last checkpoint"
+        hint = f"the same command with run_dir={folder.address} goes on from its last checkpoint"
         print(f"\ninterrupted; {hint}", file=sys.stderr)
         return INTERRUPTED
     except Exception as error:
@@ -84,12 +84,12 @@ def _record(loaded: Loaded, hosts: Hosts, preemption: Preemption) -> int:
     finally:
         folder.close()
     if result.status == "preempted":
-        log.warning("preempted and saved at update %d: run_dir=%s goes on from there", result.updates, folder.path)
+        log.warning("preempted and saved at update %d: run_dir=%s goes on from there", result.updates, folder.address)
         return PREEMPTED
     if folder.write:
         steps = [f"look at {path}" for path in plot_run(folder)[:1]]
         if not (config.model.path or "").startswith("random:"):
-            steps.append(f"python -m gemma4_tpu.merge run={folder.path}")
+            steps.append(f"python -m gemma4_tpu.merge run={folder.address}")
         print_summary(folder, result, steps)
     return 0
 
@@ -106,10 +106,10 @@ def _open_folder(loaded: Loaded, hosts: Hosts) -> RunFolder:
             overrides=loaded.overrides, resume_allow=config.checkpoint.resume_allow,
         )  # fmt: skip
         opened.append(folder)
-        return str(folder.path)
+        return folder.address
 
-    path = hosts.from_first(choose)
-    return opened[0] if opened else RunFolder.existing(path, key="run_dir (chosen by process 0)")
+    address = hosts.from_first(choose)
+    return opened[0] if opened else RunFolder.existing(address, key="run_dir, chosen by process 0,")
 
 
 def _train(config: TrainRoot, folder: RunFolder, hosts: Hosts, preemption: Preemption) -> Result:
@@ -129,7 +129,7 @@ def _train(config: TrainRoot, folder: RunFolder, hosts: Hosts, preemption: Preem
     from gemma4_tpu.training.job import build_job, check_capacity, rows_here, start_mesh
 
     use_compile_cache(config.trainer.compile_cache)
-    resume_from = hosts.from_first(lambda: resume.newest_verified(str(folder.checkpoints)))
+    resume_from = hosts.from_first(lambda: resume.newest_verified(folder.checkpoints))
 
     # ── data ───────────────────────────────────────────────────────────────────────────────────────────────────────
     base = resolve_base(config.model)
@@ -160,11 +160,11 @@ def _train(config: TrainRoot, folder: RunFolder, hosts: Hosts, preemption: Preem
     fingerprints = {"base": base.fingerprint, **pipeline.fingerprint}
     hosts.check_same(fingerprints, "give every host the same files and the same command")
     if resume_from is not None:
-        began = resume.position(str(folder.checkpoints), resume_from)["fingerprints"]
-        resume.refuse_differences(began, fingerprints, config.checkpoint.resume_allow, str(folder.path))
+        began = resume.position(folder.checkpoints, resume_from)["fingerprints"]
+        resume.refuse_differences(began, fingerprints, config.checkpoint.resume_allow, folder.address)
 
     # ── weights, adapters, optimizer ───────────────────────────────────────────────────────────────────────────────
-    check_capacity(base.arch, config.lora, config.trainer, config.checkpoint, mesh, str(folder.checkpoints))
+    check_capacity(base.arch, config.lora, config.trainer, config.checkpoint, mesh, folder.checkpoints)
     trainer = resolve_remat(
         base.arch, config.hardware, config.lora, config.optimizer, config.trainer, mesh,
         rows=rows_per_microbatch(config.trainer, config.data, mesh.shape["fsdp"]), length=max(pipeline.lengths),
@@ -232,7 +232,7 @@ def _loop(
             schedule = make_schedule(config.optimizer, updates)
             result = Loop(
                 job, pipeline, heldout, checkpoints, config.trainer, config.checkpoint, schedule, rates, fingerprints,
-                report, preemption, watchdog, sample,
+                report, folder.push, preemption, watchdog, sample,
             ).run(resume_from)  # fmt: skip
         log_compile_cache()
         tracker.summary(asdict(result))

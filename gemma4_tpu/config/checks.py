@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from gemma4_tpu.architectures import Architecture
-from gemma4_tpu.config.files import checkpoint_architecture, source_problem, tokenizer_problem
+from gemma4_tpu.config.files import checkpoint_architecture, remote_problem, source_problem, tokenizer_problem
 from gemma4_tpu.config.keys import did_you_mean
 from gemma4_tpu.config.limits import HIGH_LEARNING_RATE, limit_problems
 from gemma4_tpu.config.problems import Problem, refusal
@@ -282,7 +282,7 @@ def _run(root: TrainRoot) -> list[str]:
     if not re.fullmatch(r"[\w.+-]*\w[\w.+-]*", root.name):
         messages.append(f"name={root.name}: part of a folder's name; letters, digits and . _ + - only")
     if root.run_dir is not None and "://" in root.run_dir:
-        messages.append(f"run_dir={root.run_dir}: the run folder is local")
+        messages += remote_problem(f"run_dir={root.run_dir}", root.run_dir)
     elif root.run_dir is not None and Path(root.run_dir).is_file():
         messages.append(f"run_dir={root.run_dir}: is a file; give a folder, new or of a run to resume")
     return messages

@@ -193,3 +193,10 @@ def _sibling(place: Path) -> str:
         return f" (nor is there a folder {place.parent})"
     near = difflib.get_close_matches(place.name, names, n=1)
     return f"; did you mean {place.parent / near[0]}?" if near else ""
+
+
+def remote_problem(given: str, path: str) -> list[str]:
+    """What is wrong with the address of a run folder that is not local, if anything."""
+    if not path.startswith(GCS) or not path.removeprefix(GCS).strip("/"):
+        return [f"{given}: a run folder is local or on gs://<bucket>/<folder>"]
+    return local_place(given, path)[1]

@@ -7,6 +7,7 @@ import re
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from gemma4_tpu.config.files import remote_problem
 from gemma4_tpu.config.limits import limit_problems
 from gemma4_tpu.config.problems import Problem
 from gemma4_tpu.config.schema import ExportConfig, MergeRoot
@@ -18,8 +19,8 @@ TOKEN = "HF_TOKEN"
 class MergeChecked:
     """What the checks found out on the way."""
 
-    runs: tuple[Path, ...]
-    """The run folders to export, sorted."""
+    runs: tuple[Path | str, ...]
+    """The run folders to export, sorted; a str is one on gs://."""
 
 
 def normalise_merge(root: MergeRoot) -> MergeRoot:
@@ -55,11 +56,11 @@ def examine_merge(root: MergeRoot) -> tuple[MergeChecked | None, list[Problem]]:
     return MergeChecked(tuple(runs)), []
 
 
-def _runs(run: str) -> tuple[list[Path], list[str]]:
+def _runs(run: str) -> tuple[list[Path] | list[str], list[str]]:
     if not run:
         return [], ["run: which run? give run=<run folder>, such as run=outputs/train/<date>_<time>"]
     if "://" in run:
-        return [], [f"run={run}: a run folder is local; copy it here first"]
+        return [run], remote_problem(f"run={run}", run)
     folder = Path(run)
     if not folder.is_dir():
         return [], [f"run={run}: no such folder"]

@@ -89,7 +89,7 @@ def open_trained(run: str | Path, export: ExportConfig) -> Trained:
         known: TrainRoot = from_yaml(yaml.safe_dump({key: config[key] for key in ("model", "lora")}))
     except KeyError as error:
         raise UserError(f"run={run}: config.yaml has no {error}: not the run folder of a training") from None
-    state = open_saved(folder.path, export.checkpoint)
+    state = open_saved(folder.address, export.checkpoint)
     base = _base(folder, known, export)
     checkpoint = base.checkpoint
     found = match(base.arch, {name: checkpoint.shape(name) for name in checkpoint.names()}, checkpoint.folder)

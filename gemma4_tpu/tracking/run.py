@@ -21,6 +21,8 @@ from typing import Any
 import yaml
 
 from gemma4_tpu.errors import UserError
+from gemma4_tpu.storage import is_remote, join
+from gemma4_tpu.tracking.bucket import CHECKPOINTS, Bucket
 from gemma4_tpu.tracking.files import jsonable, write_text
 from gemma4_tpu.tracking.result import Result
 
@@ -42,9 +44,11 @@ class RunFolder:
     second one can open the folder.
     """
 
-    def __init__(self, path: Path, *, write: bool = False):
+    def __init__(self, path: Path, *, write: bool = False, bucket: Bucket | None = None):
         self.path = path
         self.write = write
+        self.bucket = bucket
+        """Where the folder lives, if not here: `path` is then where its small files are worked on."""
         self.resumed = False
         """The writer found an earlier start of this run here."""
         self._lock: int | None = None
@@ -67,7 +71,7 @@ class RunFolder:
         Args:
           root: where new folders go, such as `outputs`.
           name: `config.name`.
-          run_dir: `config.run_dir`; None: `<root>/<name>/<date>_<time>`.
+          run_dir: `config.run_dir`, local or gs://; None: `<root>/<name>/<date>_<time>`.
           resume: `config.checkpoint.resume`: `auto` continues in a used folder, `never` refuses it.
           config: the resolved configuration as plain values; written to `config.yaml`.
           overrides: the command line's overrides; written to `overrides.yaml`.
@@ -81,25 +85,39 @@ class RunFolder:
             if not write:
                 raise ValueError("run_dir: only process 0 may choose the run folder; hand its path to the others")
             path = _new_folder(Path(root).expanduser().absolute() / name)
+            bucket = None
+        elif is_remote(run_dir):
+            bucket = Bucket.of(run_dir, Path(root))
+            path = bucket.local
         else:
-            path = _given_folder(run_dir)
-        run = cls(path, write=write)
+            path, bucket = _given_folder(run_dir), None
+        run = cls(path, write=write, bucket=bucket)
         if write:
             _make(path)
             run._take_lock()
+            if bucket:
+                bucket.pull()
             run.resumed = run.config_path.exists()
             if run.resumed:
                 run._check_resume(resume, jsonable(config), resume_allow)
             write_text(run.config_path, yaml.safe_dump(jsonable(config), sort_keys=False, allow_unicode=True))
             write_text(run.overrides_path, yaml.safe_dump(list(overrides), allow_unicode=True))
             run.plots.mkdir(exist_ok=True)
-            run.checkpoints.mkdir(exist_ok=True)
+            if bucket:
+                bucket.push()
+            else:
+                Path(run.checkpoints).mkdir(exist_ok=True)
         return run
 
     @classmethod
     def existing(cls, path: str | Path, key: str = "run") -> RunFolder:
-        """The run folder at `path`, for reading. Raises `UserError` (naming `key`) if there is none."""
-        run = cls(Path(path).expanduser().absolute())
+        """The run folder at `path`, local or gs://, for reading. Raises `UserError` (naming `key`) if there is none."""
+        if is_remote(str(path)):
+            bucket = Bucket.of(str(path), Path("outputs"))
+            bucket.pull()
+            run = cls(bucket.local, bucket=bucket)
+        else:
+            run = cls(Path(path).expanduser().absolute())
         if not run.config_path.is_file():
             raise UserError(f"{key}={path}: not a run folder (it has no config.yaml)")
         return run
@@ -137,8 +155,18 @@ class RunFolder:
         return self.path / "plots"
 
     @property
-    def checkpoints(self) -> Path:
-        return self.path / "checkpoints"
+    def address(self) -> str:
+        """What `run_dir=` or `run=` would name it by: a local path or gs://."""
+        return self.bucket.remote if self.bucket else str(self.path)
+
+    @property
+    def checkpoints(self) -> str:
+        return join(self.address, CHECKPOINTS)
+
+    def push(self) -> None:
+        """Copies what changed to the bucket, where the folder lives in one."""
+        if self.bucket and self.write:
+            self.bucket.push()
 
     def read_config(self) -> dict[str, Any]:
         return yaml.safe_load(self.config_path.read_text(encoding="utf-8"))
@@ -158,7 +186,11 @@ class RunFolder:
             log.warning("%s: can't be written (%s)", self.result_path, error)
 
     def close(self) -> None:
-        """Gives up the right to write."""
+        """Copies what changed to the bucket, if any, and gives up the right to write."""
+        self.push()
+        self._unlock()
+
+    def _unlock(self) -> None:
         if self._lock is not None:
             os.close(self._lock)
             self._lock = None
@@ -170,9 +202,10 @@ class RunFolder:
             fcntl.lockf(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except (BlockingIOError, PermissionError) as error:
             owner = os.pread(self._lock, 20, 0).decode() or "unknown"
-            self.close()
+            self._unlock()
             raise UserError(
-                f"run_dir={self.path}: in use by a running process (pid {owner}); wait for it, or give another run_dir"
+                f"run_dir={self.address}: in use by a running process (pid {owner}); wait for it, or give another"
+                " run_dir"
             ) from error
         except OSError as error:
             log.warning("%s: no file locks here (%s); don't start this run twice at a time", self.path, error)
@@ -183,7 +216,7 @@ class RunFolder:
     def _check_resume(self, resume: str, config: dict[str, Any], allow: Sequence[str]) -> None:
         if resume == "never":
             raise UserError(
-                f"checkpoint.resume=never: {self.path} already holds a run; "
+                f"checkpoint.resume=never: {self.address} already holds a run; "
                 "give another run_dir, or checkpoint.resume=auto to continue it"
             )
         forbidden: dict[str, str] = {}
@@ -194,7 +227,7 @@ class RunFolder:
                 forbidden[key] = f"\n  {key}: {given} (the run has {recorded})"
         if forbidden:
             raise UserError(
-                f"run_dir={self.path} holds a run with another configuration:{''.join(forbidden.values())}\n"
+                f"run_dir={self.address} holds a run with another configuration:{''.join(forbidden.values())}\n"
                 "give the run's values to resume it, another run_dir to start afresh, or accept the differences: "
                 f"checkpoint.resume_allow=[{','.join(forbidden)}]"
             )
@@ -243,8 +276,6 @@ def _make(path: Path, exist_ok: bool = True) -> None:
 
 
 def _given_folder(run_dir: str) -> Path:
-    if "://" in run_dir:
-        raise UserError(f"run_dir={run_dir}: a run folder is local; give a path on this machine")
     path = Path(run_dir).expanduser().absolute()
     if path.exists() and not path.is_dir():
         raise UserError(f"run_dir={run_dir}: there is a file of that name; give a folder")

@@ -50,6 +50,12 @@ def is_finished(folder: str) -> bool:
     return fs.exists(join(root, _COMMITTED)) and fs.exists(join(root, FILE))
 
 
+def recorded(folder: str) -> bytes:
+    """The checksums of a checkpoint as they were written: no other checkpoint has the same."""
+    fs, root = filesystem(folder)
+    return fs.cat_file(join(root, FILE))
+
+
 def _files(fs: Any, root: str) -> dict[str, str]:
     """Name in the folder → path, sorted; without the two files that come after the checksums."""
     root = root.rstrip("/")

@@ -65,6 +65,8 @@ class Loop:
     """Of data, tokenizer and base weights; saved with every checkpoint."""
     report: Callable[[dict[str, Any], int], None]
     """Takes the metrics of an update: metrics.jsonl, tracker and progress bar."""
+    flush: Callable[[], None]
+    """Called before each save: what was reported is then where the checkpoint will be."""
     preemption: Preemption
     watchdog: Watchdog
     sample: Callable[[Any, int], None]
@@ -118,6 +120,7 @@ class Loop:
             heldout_loss = self._evaluate(programs, state, totals, done) if evaluates else None
             if saves or (self.checkpoint.keep_best and heldout_loss is not None and totals.heldout_update_best == done):
                 totals.seconds = clock.total
+                self.flush()
                 self.checkpoints.save(state, self._position(totals, spikes), heldout_loss)
             clock.lap()
             if stops:

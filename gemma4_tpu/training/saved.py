@@ -7,7 +7,6 @@ checkpoint in memory than is asked for.
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache, cached_property
@@ -18,7 +17,7 @@ import numpy as np
 import tensorstore as ts
 
 from gemma4_tpu.errors import UserError
-from gemma4_tpu.storage import list_folder
+from gemma4_tpu.storage import is_remote, join, list_folder, read_json
 from gemma4_tpu.training import checksums
 
 TRAINED = "trained"
@@ -28,8 +27,8 @@ TRAINED = "trained"
 class SavedState:
     """The trained values of one checkpoint."""
 
-    folder: Path
-    """`checkpoints/<update>`."""
+    folder: str
+    """`checkpoints/<update>`, local or gs://."""
     update: int
 
     @cached_property
@@ -41,8 +40,7 @@ class SavedState:
     @cached_property
     def identity(self) -> str:
         """Tells this save from any other, one at the same update of the same run included."""
-        parts = [self.folder / "_CHECKPOINT_METADATA", self.folder / "state" / "manifest.ocdbt"]
-        return hashlib.sha256(b"".join(part.read_bytes() for part in parts)).hexdigest()
+        return hashlib.sha256(checksums.recorded(self.folder)).hexdigest()
 
     def shape(self, name: str) -> tuple[int, ...]:
         return tuple(self._open(name).shape)
@@ -66,7 +64,7 @@ class SavedState:
     @cached_property
     def _metadata(self) -> dict[str, Any]:
         try:
-            return json.loads((self.folder / "state" / "_METADATA").read_text(encoding="utf-8"))
+            return read_json(join(self.folder, "state/_METADATA"))
         except (OSError, ValueError) as error:
             raise self._damaged("_METADATA", error) from None
 
@@ -74,12 +72,16 @@ class SavedState:
         return _open_store(self, name)
 
     def _spec(self, name: str) -> dict[str, Any]:
-        store = {"driver": "ocdbt", "base": (self.folder / "state").as_uri() + "/", "path": f"{TRAINED}.{name}/"}
+        store = {"driver": "ocdbt", "base": _uri(join(self.folder, "state/")), "path": f"{TRAINED}.{name}/"}
         return {"driver": "zarr3" if self._metadata.get("use_zarr3") else "zarr", "kvstore": store}
 
     def _damaged(self, name: str, error: Exception | str) -> UserError:
         reason = str(error).splitlines()[0][:200]
         return UserError(f"{self.folder}: a damaged checkpoint ({name}: {reason}); give another, checkpoint=<update>")
+
+
+def _uri(folder: str) -> str:
+    return folder if is_remote(folder) else f"{Path(folder).absolute().as_uri()}/"
 
 
 @cache
@@ -97,21 +99,21 @@ def saved_updates(checkpoints: str | Path) -> list[int]:
     return sorted(int(name) for name in list_folder(str(checkpoints)) if name.isdecimal())
 
 
-def open_saved(run: Path, which: str) -> SavedState:
+def open_saved(run: str | Path, which: str) -> SavedState:
     """The checkpoint of a run folder that `which` means: `latest`, `best` or the number of an update; verified.
 
     Raises:
       UserError: there is none, or not that one (lists those there are), or its bytes are not those that were saved.
     """
-    checkpoints = run / "checkpoints"
-    there = [u for u in saved_updates(checkpoints) if checksums.is_finished(f"{checkpoints}/{u}")]
+    checkpoints = join(str(run), "checkpoints")
+    there = [u for u in saved_updates(checkpoints) if checksums.is_finished(join(checkpoints, str(u)))]
     if not there:
         raise UserError(f"run={run}: has no checkpoint; train it further: run_dir={run}")
     listed = ", ".join(map(str, there))
     if which == "latest":
         update = there[-1]
     elif which == "best":
-        best = _best_update(checkpoints / str(there[-1]))
+        best = _best_update(join(checkpoints, str(there[-1])))
         if best is None:
             raise UserError(f"checkpoint=best: {run} has no held-out loss to choose by; give latest or one of {listed}")
         if best not in there:
@@ -123,16 +125,16 @@ def open_saved(run: Path, which: str) -> SavedState:
         update = int(which)
         if update not in there:
             raise UserError(f"checkpoint={which}: {run} has none of that update; there are {listed}, best and latest")
-    state = SavedState(checkpoints / str(update), update)
-    if problem := checksums.problem(str(state.folder)):
+    state = SavedState(join(checkpoints, str(update)), update)
+    if problem := checksums.problem(state.folder):
         raise state._damaged("checksums", problem)
     return state
 
 
-def _best_update(latest: Path) -> int | None:
+def _best_update(latest: str) -> int | None:
     """The update with the lowest held-out loss so far, as the latest checkpoint remembers it."""
     try:
-        position = json.loads((latest / "position" / "metadata").read_text(encoding="utf-8"))
+        position = read_json(join(latest, "position/metadata"))
     except (OSError, ValueError):
         return None
     return position.get("totals", {}).get("heldout_update_best")

@@ -87,7 +87,7 @@ REFUSALS = [
         "a TPU kernel, but h200 has GPUs",
     ),
     (["name=a/b"], "name=a/b: part of a folder's name"),
-    (["run_dir=gs://bucket/run"], "run_dir=gs://bucket/run: the run folder is local"),
+    (["run_dir=s3://bucket/run"], "run_dir=s3://bucket/run: a run folder is local or on gs://"),
 ]
 
 

@@ -121,7 +121,7 @@ def test_what_no_folder_is_right_for(refused_unwritten, tmp_path):
     assert "run: which run?" in refused_unwritten()
     assert "no such folder" in refused_unwritten(f"run={tmp_path}/nowhere")
     assert "not the run folder of a training" in refused_unwritten(f"run={tmp_path}")
-    assert "a run folder is local" in refused_unwritten("run=gs://bucket/run")
+    assert "local or on gs://" in refused_unwritten("run=s3://bucket/run")
 
 
 def test_no_space(run_of, refused_unwritten, monkeypatch):

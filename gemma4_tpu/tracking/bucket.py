@@ -1,0 +1,63 @@
+"""A run folder on gs://: small files are worked on in a local folder and copied, checkpoints are written directly.
+
+The bucket holds the truth. A start copies the small files here, each checkpoint and the end of the run copy those that
+changed back, so that any machine can go on with the run.
+"""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+
+from gemma4_tpu.storage import filesystem, join
+
+log = logging.getLogger(__name__)
+
+CHECKPOINTS = "checkpoints"
+
+
+class Bucket:
+    """The small files of one run folder, here and there."""
+
+    def __init__(self, remote: str, local: Path):
+        self.remote = remote.rstrip("/")
+        self.local = local
+        self._copied: dict[str, tuple[int, int]] = {}
+
+    @classmethod
+    def of(cls, remote: str, root: Path) -> Bucket:
+        """With the local folder `<root>/<bucket>/<path>`; raises `UserError` where gcsfs is not installed."""
+        filesystem(remote)
+        scheme, _, place = remote.rstrip("/").partition("://")
+        return cls(remote, root.expanduser().absolute() / scheme / place)
+
+    def pull(self) -> None:
+        """Copies the small files here, over what an earlier start left."""
+        fs, root = filesystem(self.remote)
+        root = root.rstrip("/")
+        for path in fs.find(root) if fs.exists(root) else []:
+            name = path[len(root) + 1 :]
+            if _is_small(name):
+                (self.local / name).parent.mkdir(parents=True, exist_ok=True)
+                (self.local / name).write_bytes(fs.cat_file(path))
+                self._copied[name] = _state(self.local / name)
+
+    def push(self) -> None:
+        """Copies the small files that changed since the last copy there."""
+        fs, root = filesystem(self.remote)
+        for path in sorted(self.local.rglob("*")):
+            name = path.relative_to(self.local).as_posix()
+            if path.is_file() and _is_small(name) and self._copied.get(name) != (state := _state(path)):
+                fs.pipe_file(join(root, name), path.read_bytes())
+                self._copied[name] = state
+
+
+def _is_small(name: str) -> bool:
+    """Everything but checkpoints, exports, and hidden files such as locks."""
+    parts = name.split("/")
+    return parts[0] not in (CHECKPOINTS, "merged", "adapter", "wandb") and not any(p.startswith(".") for p in parts)
+
+
+def _state(path: Path) -> tuple[int, int]:
+    about = path.stat()
+    return about.st_size, about.st_mtime_ns
