@@ -19,9 +19,16 @@ from gemma4_tpu.models.load import load_params
 from gemma4_tpu.models.sharding import named
 from gemma4_tpu.models.tensorfile import Checkpoint
 from tests.export.conftest import same
-from tests.models.checkpoints import KINDS, hf_logits, load_hf, make_batch
+from tests.models.checkpoints import hf_logits, load_hf, make_batch
 
-BASES = [(kind, "causal") for kind in KINDS] + [("dense", "multimodal"), ("e2b", "multimodal")]
+BASES = [
+    ("dense", "causal"),
+    ("dense", "multimodal"),
+    ("moe", "causal"),
+    ("moe", "multimodal"),
+    ("e2b", "causal"),
+    ("e4b", "multimodal"),
+]
 
 
 def lora_logits(run, tokens, export=None):
