@@ -22,6 +22,11 @@ from gemma4_tpu.models.sharding import activation_spec, axes_of, spec
 
 Params = dict[str, Any]
 
+_BY_LAST_DIM = jax.lax.RaggedDotDimensionNumbers(
+    dot_dimension_numbers=(((1,), (2,)), ((), ())), lhs_ragged_dimensions=[0], rhs_group_dimensions=[0]
+)
+"""rows [S, D] with experts [E, F, D]: the layout in which the weights lie, so that nothing is copied."""
+
 
 def route(p: Params, residual: jax.Array, experts_per_token: int) -> tuple[jax.Array, jax.Array]:
     """Experts of each token and their weights. residual [S, D] → ids [S, k], weights [S, k] float32.
@@ -32,7 +37,9 @@ def route(p: Params, residual: jax.Array, experts_per_token: int) -> tuple[jax.A
     x = x * jax.lax.rsqrt(jnp.mean(jnp.square(x), axis=-1, keepdims=True) + 1e-6)
     x = x * p["router_scale"].astype(jnp.float32) * x.shape[-1] ** -0.5
     probabilities = jax.nn.softmax(x @ p["router_logits"].astype(jnp.float32), axis=-1)
-    weights, ids = jax.lax.top_k(probabilities, experts_per_token)
+    _, ids = jax.lax.top_k(jax.lax.stop_gradient(probabilities), experts_per_token)
+    chosen = ids[..., None] == jnp.arange(probabilities.shape[-1])  # [S, k, E]; the gradient of top_k would scatter
+    weights = jnp.where(chosen, probabilities[:, None], 0.0).sum(axis=-1)
     weights = weights / weights.sum(axis=-1, keepdims=True)
     return ids, weights * p["per_expert_scale"].astype(jnp.float32)[ids]
 
@@ -47,12 +54,13 @@ def run_experts(p: Params, x: jax.Array, ids: jax.Array, weights: jax.Array) -> 
     k = ids.shape[1]
     order, back, group_sizes = (keep(a, "routing") for a in _sort(ids.reshape(-1), experts))
     rows = _dispatch(k, x, order, back)  # [S*k, D]
-    gate_up = p["gating_einsum"].reshape(experts, 2 * hidden, dim).swapaxes(1, 2)
-    both = keep(jax.lax.ragged_dot(rows, gate_up.astype(x.dtype), group_sizes), "experts_gate_up")  # [S*k, 2F]
+    gate_up = p["gating_einsum"].reshape(experts, 2 * hidden, dim).astype(x.dtype)
+    both = jax.lax.ragged_dot_general(rows, gate_up, group_sizes, _BY_LAST_DIM)  # [S*k, 2F]
+    both = keep(both, "experts_gate_up")
     act = jax.nn.gelu(both[:, :hidden], approximate=True) * both[:, hidden:]
     act = act * _permute(weights.reshape(-1), order, back).astype(act.dtype)[:, None]
     out = jax.lax.ragged_dot(act, p["linear"].astype(x.dtype), group_sizes)  # [S*k, D]
-    return _permute(out, back, order).reshape(-1, k, dim).sum(axis=1)
+    return _collect(k, out, order, back)
 
 
 def _sort(ids: jax.Array, experts: int) -> tuple[jax.Array, jax.Array, jax.Array]:
@@ -73,25 +81,40 @@ def _sort(ids: jax.Array, experts: int) -> tuple[jax.Array, jax.Array, jax.Array
     return jnp.argsort(ids, stable=True).astype(jnp.int32), back, totals.astype(jnp.int32)
 
 
-@jax.custom_vjp
-def _permute(x: jax.Array, order: jax.Array, back: jax.Array) -> jax.Array:
-    """x[order]. Its gradient gathers too (by `back`, the inverse), where the transpose of a gather would scatter."""
-    return x[order]
+# Dispatch and collect are each other's transpose; written out, all four directions gather where autodiff would scatter.
+def _repeat(k: int, x: jax.Array, order: jax.Array) -> jax.Array:
+    return x[order // k]
 
 
-_permute.defvjp(lambda x, order, back: (x[order], back), lambda back, g: (g[back], None, None))
+def _add_up(k: int, rows: jax.Array, back: jax.Array) -> jax.Array:
+    return rows[back].reshape(-1, k, rows.shape[-1]).sum(axis=1)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _dispatch(k: int, x: jax.Array, order: jax.Array, back: jax.Array) -> jax.Array:
-    """Each token's vector k times, in expert order. x [S, D] → [S*k, D]; the gradient gathers as in `_permute`."""
-    return x[order // k]
+    """Each token's vector k times, in expert order. x [S, D] → [S*k, D]."""
+    return _repeat(k, x, order)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _collect(k: int, rows: jax.Array, order: jax.Array, back: jax.Array) -> jax.Array:
+    """Each token's sum over its k experts. rows [S*k, D] in expert order → [S, D]."""
+    return _add_up(k, rows, back)
+
+
+@jax.custom_vjp
+def _permute(x: jax.Array, order: jax.Array, back: jax.Array) -> jax.Array:
+    """x[order]; `back` is the inverse."""
+    return x[order]
 
 
 _dispatch.defvjp(
-    lambda k, x, order, back: (x[order // k], back),
-    lambda k, back, g: (g[back].reshape(-1, k, g.shape[-1]).sum(axis=1), None, None),
+    lambda k, x, order, back: (_repeat(k, x, order), back), lambda k, back, g: (_add_up(k, g, back), None, None)
 )
+_collect.defvjp(
+    lambda k, rows, order, back: (_add_up(k, rows, back), order), lambda k, order, g: (_repeat(k, g, order), None, None)
+)
+_permute.defvjp(lambda x, order, back: (x[order], back), lambda back, g: (g[back], None, None))
 
 
 def moe(p: Params, residual: jax.Array, normed: jax.Array, experts_per_token: int, mesh: Mesh | None) -> jax.Array:

@@ -63,6 +63,7 @@ _ACTIVATIONS: dict[str, tuple[Axes, ...]] = {
     "2BTNH": (None, FSDP, None, TP, None),
     "BTF": (FSDP, None, TP),
     "BTV": (FSDP, None, TP),
+    "VD": (TP, None),
     "MBT": (None, FSDP, None),
 }
 

@@ -62,7 +62,7 @@ def _forward(hidden, table, targets, target_mask, cap, chunk_tokens, hidden_grad
     b, t, _ = hidden.shape
     parts = _parts(t, mesh)
     c = chunk_length(t // parts, chunk_tokens // parts)
-    weights = table.astype(hidden.dtype)
+    weights = constrain(table.astype(hidden.dtype), "VD", mesh)  # gathered over fsdp once, not in every chunk
 
     def split(x):  # [B, T, …] → [chunks, B, parts·c, …]: each chunk takes c tokens of every chip's part of T
         x = x.reshape(b, parts, t // parts // c, c, *x.shape[2:])

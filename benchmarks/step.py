@@ -1,0 +1,245 @@
+"""The train step side by side: ours, packed, and the published recipe's (`seed_recipe.py`), in one process.
+
+    python -m benchmarks.step cpu [--model tiny] [--updates 5]         runs both on this machine's CPU
+    python -m benchmarks.step tpu [--model gemma4_31b] [--slice v5p-8] compiles both for a slice that is not there
+
+Lengths are those of the recipe's data (log-normal, mean 922, 99th percentile 2,553), tokens are random. The recipe pads
+each example to 3,072; ours packs them into rows of 4,096. Only real tokens count. `--out` appends the table to a file.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import platform
+import statistics
+import time
+from collections.abc import Callable
+from datetime import UTC, datetime
+from pathlib import Path
+
+import numpy as np
+
+PADDED, PACKED = 3072, 4096
+MEAN_LOG, SIGMA_LOG = 6.7067, 0.4895
+
+
+def lengths(count: int, seed: int = 0) -> np.ndarray:
+    """Token counts of `count` examples that fit into the recipe's rows."""
+    drawn = np.random.default_rng(seed).lognormal(MEAN_LOG, SIGMA_LOG, 2 * count).astype(int)
+    return drawn[(drawn > 1) & (drawn <= PADDED)][:count]
+
+
+def timed(run: Callable[[], int], times: int) -> tuple[float, float]:
+    """Median real tokens per second and seconds of `times` calls after one that compiles."""
+    run()
+    rates, seconds = [], []
+    for _ in range(times):
+        start = time.perf_counter()
+        tokens = run()
+        seconds.append(time.perf_counter() - start)
+        rates.append(tokens / seconds[-1])
+    return statistics.median(rates), statistics.median(seconds)
+
+
+def on_cpu(model: str, updates: int, rank: int) -> list[str]:
+    """Runs both on the CPU, fp32, one device; updates of about eight examples each."""
+    import jax
+    import jax.numpy as jnp
+
+    from benchmarks import seed_recipe
+    from gemma4_tpu.architectures import ARCHITECTURES
+    from gemma4_tpu.data.packing import pack
+    from gemma4_tpu.models.layout import Layout
+
+    arch = ARCHITECTURES[model]
+    rng = np.random.default_rng(1)
+    of_update = [
+        [rng.integers(1, arch.vocab_size, n, dtype=np.int32) for n in lengths(seed_recipe.ROWS_PER_UPDATE, seed)]
+        for seed in range(updates + 1)
+    ]
+    ours, seed = _our_runner(arch, rank, of_update, pack), _seed_runner(arch, rank, of_update)
+    results = {"recipe": timed(seed, updates), "ours": timed(ours, updates)}
+    parameters = sum(np.prod(leaf.array_shape) for leaf in Layout.of(arch).leaves())
+    print(f"{model}: {parameters:,} parameters, {jnp.zeros(()).devices()}, JAX {jax.__version__}")
+    ratio = results["ours"][0] / results["recipe"][0]
+    return [
+        "| step | real tokens/s | seconds per update of 8 examples | ratio |",
+        "|---|---:|---:|---:|",
+        f"| Tunix's PeftTrainer as the recipe uses it | {results['recipe'][0]:,.0f} | {results['recipe'][1]:.2f} | 1.00× |",
+        f"| ours, packed | {results['ours'][0]:,.0f} | {results['ours'][1]:.2f} | {ratio:.2f}× |",
+    ]
+
+
+def _our_runner(arch, rank: int, of_update, pack) -> Callable[[], int]:
+    import jax
+
+    from gemma4_tpu.config.schema import LoraConfig, ModelConfig, OptimizerConfig, TrainerConfig
+    from gemma4_tpu.models import sharding
+    from gemma4_tpu.models.base import resolve_base
+    from gemma4_tpu.step.train_step import compiled_functions
+    from gemma4_tpu.training.job import build_job, to_mesh
+
+    mesh = sharding.make_mesh(1, 1, jax.devices()[:1])
+    base = resolve_base(ModelConfig(name=arch.name, path="random:0"))
+    job = build_job(base, LoraConfig(rank=rank, alpha=rank), OptimizerConfig(), TrainerConfig(remat="none"), mesh, 100)
+    train, _ = compiled_functions(job.step, job.state)
+    batches = iter([_packed(examples, pack) for examples in of_update])
+    state = job.state
+
+    def run() -> int:
+        nonlocal state
+        arrays, tokens = next(batches)
+        state, metrics = train(state, job.base, to_mesh(arrays, mesh))
+        jax.block_until_ready(metrics)
+        return tokens
+
+    return run
+
+
+def _packed(examples: list[np.ndarray], pack) -> tuple[dict[str, np.ndarray], int]:
+    """[M, 1, T] arrays of one update: its rows one after the other, the same number in every update."""
+    rows = pack([len(ids) - 1 for ids in examples], PACKED)
+    most = 3  # rows that eight examples of this distribution need at most
+    shape = most, 1, PACKED
+    arrays = {name: np.zeros(shape, np.int32) for name in ("tokens", "targets", "segment_ids", "positions")}
+    arrays["target_mask"] = np.zeros(shape, bool)
+    for r, members in enumerate(rows):
+        at = 0
+        for s, member in enumerate(members):
+            ids = examples[member]
+            part = r, 0, slice(at, at + len(ids) - 1)
+            arrays["tokens"][part], arrays["targets"][part] = ids[:-1], ids[1:]
+            arrays["segment_ids"][part], arrays["positions"][part] = s + 1, np.arange(len(ids) - 1)
+            arrays["target_mask"][part] = True
+            at += len(ids) - 1
+    return {name: array[: len(rows)] for name, array in arrays.items()}, sum(len(ids) - 1 for ids in examples)
+
+
+def _seed_runner(arch, rank: int, of_update) -> Callable[[], int]:
+    import jax
+    import optax
+    from flax import nnx
+    from tunix.models.gemma4 import model as tunix
+    from tunix.sft.peft_trainer import PeftTrainer, TrainingConfig
+
+    from benchmarks import seed_recipe
+    from gemma4_tpu.models.tunix_bridge import tunix_config
+
+    mesh = jax.make_mesh((1, 1), ("fsdp", "tp"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
+    config = tunix_config(arch)
+    with mesh:
+        model = seed_recipe.adapted(tunix.Gemma4(config, rngs=nnx.Rngs(0)), rank, 1)
+    config.remat_config = tunix.RematConfig.DECODER
+    settings = TrainingConfig(
+        eval_every_n_steps=1_000_000, max_steps=1, gradient_accumulation_steps=seed_recipe.ROWS_PER_UPDATE,
+        pbar_description=None,
+    )  # fmt: skip
+    trainer = PeftTrainer(model, optax.adamw(1e-4), settings).with_gen_model_input_fn(
+        lambda rows: seed_recipe.model_input(rows)
+    )
+    batches = iter(of_update)
+
+    def run() -> int:
+        examples = next(batches)
+        with mesh:
+            trainer.train(seed_recipe.padded(examples, PADDED), skip_jit=False)
+        jax.block_until_ready(nnx.state(model, nnx.LoRAParam))
+        settings.max_steps += 1
+        return sum(len(ids) - 1 for ids in examples)
+
+    return run
+
+
+def on_tpu(model: str, slice_name: str, rank: int) -> list[str]:
+    """Compiles both for a slice, one row per microbatch, all chips on the tp axis."""
+    from gemma4_tpu.planning.topology import absent_devices, set_environment
+
+    set_environment()
+    import jax
+
+    from benchmarks import seed_recipe
+    from gemma4_tpu.architectures import ARCHITECTURES
+    from gemma4_tpu.config.schema import LoraConfig, OptimizerConfig, TrainerConfig
+    from gemma4_tpu.data.packing import pack
+    from gemma4_tpu.hardware import SLICES
+    from gemma4_tpu.models import sharding
+    from gemma4_tpu.planning import compile as planning
+    from gemma4_tpu.step.train_step import compiled_functions
+
+    arch, wanted = ARCHITECTURES[model], SLICES[slice_name]
+    mesh = sharding.make_mesh(1, wanted.chips, absent_devices(wanted))
+    drawn = lengths(9_959)
+    fill = float(drawn.sum() / (len(pack(drawn, PACKED)) * PACKED))
+
+    def ours(remat: str):
+        shaped = planning.shapes(
+            arch, LoraConfig(rank=rank, alpha=rank), OptimizerConfig(), TrainerConfig(remat=remat, attention="splash"),
+            mesh, rows=1, length=PACKED, updates=1000,
+        )  # fmt: skip
+        train, _ = compiled_functions(shaped.step, shaped.state)
+        return train, (shaped.state, shaped.base, shaped.batch)
+
+    ways = {
+        "the recipe's: padded, einsum, one-hot loss, all layers again": (
+            lambda: seed_recipe.absent_step(arch, mesh, PADDED, rank), float(drawn.mean())
+        ),
+        "ours, `remat=decoder`": (lambda: ours("decoder"), fill * PACKED),
+        "ours, `remat=products`": (lambda: ours("products"), fill * PACKED),
+    }  # fmt: skip
+    lines = [
+        "| step | real tokens | HBM GiB | temporaries GiB | TFLOP: products + kernels | per real token | bytes GB |"
+        " per real token | lower + compile s |",
+        "|---|---:|---:|---:|---:|---:|---:|---:|---:|",
+    ]
+    for name, (make, tokens) in ways.items():
+        lines.append(_compiled_line(name, make, tokens))
+        print(lines[-1], flush=True)
+    print(f"{arch.name} on {slice_name}, rank {rank}, JAX {jax.__version__}; rows are {fill:.1%} full")
+    return lines
+
+
+def _compiled_line(name: str, make, tokens: float) -> str:
+    from gemma4_tpu.planning import counts, hlo
+
+    start = time.perf_counter()
+    train, given = make()
+    compiled = train.lower(*given).compile()
+    seconds = time.perf_counter() - start
+    memory = compiled.memory_analysis()
+    total = counts.count(hlo.parse(compiled.as_text()))
+    held = memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
+    return (
+        f"| {name} | {tokens:,.0f} | {(held + memory.temp_size_in_bytes) / 2**30:.1f}"
+        f" | {memory.temp_size_in_bytes / 2**30:.1f}"
+        f" | {total.matmul_flops / 1e12:.1f} + {total.kernel_flops / 1e12:.1f} | {total.flops / tokens / 1e12:.4f}"
+        f" | {total.traffic.accessed / 1e9:.0f} | {total.traffic.accessed / tokens / 1e9:.3f} | {seconds:.0f} |"
+    )
+
+
+def main() -> None:
+    """Runs the asked-for comparison and prints its table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("where", choices=("cpu", "tpu"))
+    parser.add_argument("--model")
+    parser.add_argument("--slice", default="v5p-8")
+    parser.add_argument("--rank", type=int, default=64)
+    parser.add_argument("--updates", type=int, default=5)
+    parser.add_argument("--out", type=Path)
+    asked = parser.parse_args()
+    if asked.where == "cpu":
+        os.environ.setdefault("JAX_PLATFORMS", "cpu")
+        lines = on_cpu(asked.model or "tiny", asked.updates, asked.rank)
+    else:
+        lines = on_tpu(asked.model or "gemma4_31b", asked.slice, asked.rank)
+    load = os.getloadavg()[0]
+    machine = f"{datetime.now(UTC):%Y-%m-%d}, {os.cpu_count()} CPU cores ({platform.machine()}), load {load:.1f}"
+    text = "\n".join([*lines, "", f"*{machine}*", ""])
+    print(text)
+    if asked.out:
+        with asked.out.open("a", encoding="utf-8") as file:
+            file.write(text)
+
+
+if __name__ == "__main__":
+    main()
