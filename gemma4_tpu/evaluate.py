@@ -11,12 +11,17 @@ import sys
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from gemma4_tpu.config.entries import EVALUATE
 from gemma4_tpu.config.evaluate_checks import EvaluateChecked
 from gemma4_tpu.config.load import Loaded, from_yaml, load
 from gemma4_tpu.config.schema import EvaluateRoot
 from gemma4_tpu.errors import UserError
+
+if TYPE_CHECKING:
+    from gemma4_tpu.evals.job import Evaluated
+    from gemma4_tpu.tracking.run import RunFolder
 
 log = logging.getLogger(__name__)
 INTERRUPTED = 130
@@ -42,7 +47,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _run(loaded: Loaded[EvaluateRoot, EvaluateChecked]) -> int:
     """One evaluation and its record."""
-    from gemma4_tpu.evals.job import Evaluated, evaluate
+    from gemma4_tpu.evals.job import evaluate
     from gemma4_tpu.tracking.files import write_json
     from gemma4_tpu.tracking.logs import setup_logging
     from gemma4_tpu.tracking.run import RunFolder
@@ -57,7 +62,7 @@ def _run(loaded: Loaded[EvaluateRoot, EvaluateChecked]) -> int:
     )  # fmt: skip
     setup_logging(record.log_path)
     try:
-        done: Evaluated = evaluate(config, form, record.path)
+        done = evaluate(config, form, record.path)
         _report(record, done, config)
     except KeyboardInterrupt:
         print(f"\ninterrupted; the same command with run_dir={record.path} goes on", file=sys.stderr)
@@ -70,7 +75,7 @@ def _run(loaded: Loaded[EvaluateRoot, EvaluateChecked]) -> int:
     return 0
 
 
-def _report(record, done, config: EvaluateRoot) -> None:
+def _report(record: RunFolder, done: Evaluated, config: EvaluateRoot) -> None:
     """`report.md`, the plot, provenance, and the scores on the terminal."""
     from gemma4_tpu.evals.compare import compare
     from gemma4_tpu.evals.report import plot_problems, summary, write_report

@@ -10,7 +10,18 @@ from gemma4_tpu.errors import UserError
 from gemma4_tpu.evals.outcome import Outcome
 from gemma4_tpu.evals.passk import KS, Difference, difference
 
-_DESCRIPTIVE = ("base", "run", "checkpoint", "weights", "batch_size", "endpoint", "samples", "backend", "stop_ids")
+_DESCRIPTIVE = (
+    "base",
+    "run",
+    "checkpoint",
+    "weights",
+    "batch_size",
+    "endpoint",
+    "samples",
+    "backend",
+    "stop_ids",
+    "model",
+)
 """Settings that say which model it was, or how it was run: they may differ in a fair comparison."""
 
 

@@ -18,7 +18,7 @@ import httpx
 
 from gemma4_tpu.config.schema import EvalConfig
 from gemma4_tpu.errors import UserError
-from gemma4_tpu.evals.generate import Request
+from gemma4_tpu.evals.generate import Request, without_thoughts
 from gemma4_tpu.evals.store import LENGTH, STOP, Sample
 
 log = logging.getLogger(__name__)
@@ -55,7 +55,8 @@ class Endpoint:
     def description(self) -> dict[str, Any]:
         """Model and parameters, for the report."""
         seeds = "one for each sample" if self._takes_seeds else "none: the server takes none"
-        return {"endpoint": self._config.endpoint, "model": self._model, "seeds": seeds}
+        thoughts = self._config.thoughts or "drop"
+        return {"endpoint": self._config.endpoint, "model": self._model, "seeds": seeds, "thoughts": thoughts}
 
     def example(self, request: Request) -> str:
         """The conversation; its markup is made by the server."""
@@ -146,9 +147,10 @@ class Endpoint:
             return await self._ask(client, request)
         self._check(response)
         choice = response.json()["choices"][0]
+        answer = without_thoughts(choice["message"].get("content") or "")
         usage = response.json().get("usage") or {}
         return Sample(
-            problem=request.problem, sample=request.sample, completion=choice["message"].get("content") or "",
+            problem=request.problem, sample=request.sample, completion=answer,
             finish=LENGTH if choice.get("finish_reason") == "length" else STOP,
             tokens=usage.get("completion_tokens"), seed=request.seed if with_seed else None,
         )  # fmt: skip
@@ -173,6 +175,8 @@ class Endpoint:
             "model": self._model, "messages": list(request.messages), "temperature": config.temperature,
             "top_p": config.top_p, "max_tokens": config.max_new_tokens, "n": 1,
         }  # fmt: skip
+        if config.thoughts == "train":
+            body["chat_template_kwargs"] = {"enable_thinking": True}
         return {**body, "seed": request.seed} if with_seed else body
 
     async def _only_model(self) -> str:

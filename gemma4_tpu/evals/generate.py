@@ -161,8 +161,8 @@ class InProcess:
             )  # fmt: skip
 
     def _answer(self, text: str) -> str:
-        """What a user would see: without thoughts (a cut-off one included) and control tokens."""
-        text = CHANNEL.sub("", text).split(CHANNEL_START)[0]
+        """What a user would see: without thoughts and control tokens."""
+        text = without_thoughts(text)
         for token in self._tokenizer.all_special_tokens:
             text = text.replace(token, "")
         return text
@@ -173,6 +173,11 @@ class InProcess:
             return jax.numpy.asarray(x)
         spec = jax.sharding.PartitionSpec(sharding.FSDP if x.shape[0] % mesh.shape[sharding.FSDP] == 0 else None)
         return jax.device_put(x, jax.sharding.NamedSharding(mesh, spec))
+
+
+def without_thoughts(text: str) -> str:
+    """An answer without its thought channels, one that is cut off included."""
+    return CHANNEL.sub("", text).split(CHANNEL_START)[0]
 
 
 def checkpoint_stop_ids(base: Base, tokenizer: Any) -> tuple[int, ...]:

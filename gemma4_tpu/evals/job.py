@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import time
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
@@ -42,7 +43,10 @@ class Subject:
     """Of its samples, verdicts and result."""
     backend: Backend | None
     """None: the samples are there already."""
+    n: int | None
+    """Samples asked for per problem; None: as many as the problem with the most has."""
     settings: dict[str, Any] = field(default_factory=dict)
+    """What is known of samples that are there already; a backend describes itself."""
     fingerprints: dict[str, str] = field(default_factory=dict)
 
 
@@ -100,18 +104,20 @@ def _subjects(config: EvaluateRoot, form: str, folder: Path, problems: Sequence[
 
             loaded = load_backends(config)
             return [
-                Subject(name, _place(folder, i, name), backend, backend.description, loaded.fingerprints)
-                for i, (name, backend) in enumerate(loaded.backends.items())
+                Subject(name, _place(folder, i, name), backend, config.eval.n, fingerprints=loaded.fingerprints)
+                for i, (name, backend) in enumerate(loaded.by_name.items())
             ]
         case "endpoint":
-            backend = endpoint.Endpoint(config.eval)
-            return [Subject("endpoint", folder, backend, backend.description)]
+            return [Subject("endpoint", folder, endpoint.Endpoint(config.eval), config.eval.n)]
         case "samples":
             _take_over(config.eval, folder, problems)
-            return [Subject("samples", folder, None, {"samples": config.eval.samples})]
+            return [Subject("samples", folder, None, None, {"samples": config.eval.samples})]
     recorded = [folder, *(place for place in sorted(folder.iterdir()) if (place / SAMPLES_FILE).is_file())]
     results = [Outcome.read(place / RESULT_FILE) for place in recorded]
-    return [Subject(result.name, place, None, result.settings) for result, place in zip(results, recorded, strict=True)]
+    return [
+        Subject(result.name, place, None, result.n, result.settings)
+        for result, place in zip(results, recorded, strict=True)
+    ]
 
 
 def _place(folder: Path, index: int, name: str) -> Path:
@@ -138,14 +144,16 @@ def _evaluate(
         samples = store.samples
     started = time.perf_counter()
     verdicts = _judge(samples, problems, judge, subject.folder / VERDICTS_FILE)
-    counts: dict[str, int] = {}
-    for sample in samples:
-        counts[sample.problem] = counts.get(sample.problem, 0) + 1
-    n = config.n if subject.backend else max(counts.values())
+    n = subject.n or max(Counter(sample.problem for sample in samples).values())
+    described = subject.backend.description if subject.backend else subject.settings
     outcome = Outcome(
         name=subject.name,
         benchmark=config.benchmark,
-        settings={**{key: getattr(config, key) for key in SETTINGS}, **subject.settings},
+        settings={
+            **{key: getattr(config, key) for key in SETTINGS},
+            "problems": _fingerprint(problems)[:12],
+            **described,
+        },
         problems=tally([p.name for p in problems], n, samples, verdicts),
         selfcheck={"simulator": check.simulator, "sandbox": check.sandbox},
         cannot_pass=dict(check.cannot_pass),

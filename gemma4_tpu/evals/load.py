@@ -36,15 +36,15 @@ RUN, BASE, MODEL = "run", "base", "model"
 
 
 @dataclass(frozen=True)
-class Loaded:
+class Backends:
     """What an evaluation generates with."""
 
-    backends: dict[str, InProcess]
+    by_name: dict[str, InProcess]
     """By what they are: `run` and `base`, or `model`; the subject first."""
     fingerprints: dict[str, str]
 
 
-def load_backends(config: EvaluateRoot) -> Loaded:
+def load_backends(config: EvaluateRoot) -> Backends:
     """The backends of `run` (and its base, where asked for) or of the checkpoint `model.path`.
 
     Raises:
@@ -55,7 +55,7 @@ def load_backends(config: EvaluateRoot) -> Loaded:
     return _of_checkpoint(config.model, config.eval, config.hardware, config.mesh)
 
 
-def _of_run(run: str, config: EvalConfig, hardware: HardwareConfig, mesh_config: MeshConfig) -> Loaded:
+def _of_run(run: str, config: EvalConfig, hardware: HardwareConfig, mesh_config: MeshConfig) -> Backends:
     trained = open_trained(run, ExportConfig(checkpoint=config.checkpoint))
     mesh = start_mesh(hardware, mesh_config, trained.base.arch)
     policy = config.thoughts or trained.run.read_config().get("data", {}).get("thoughts", "drop")
@@ -67,19 +67,21 @@ def _of_run(run: str, config: EvalConfig, hardware: HardwareConfig, mesh_config:
         for name in wanted
     }
     tokenizer = tokenizer_fingerprint(load_tokenizer(trained.base.tokenizer_folder))
-    return Loaded(
+    return Backends(
         backends, {"base": trained.base.fingerprint, "checkpoint": trained.state.identity, **tokenizer}
     )  # fmt: skip
 
 
-def _of_checkpoint(model: ModelConfig, config: EvalConfig, hardware: HardwareConfig, mesh_config: MeshConfig) -> Loaded:
+def _of_checkpoint(
+    model: ModelConfig, config: EvalConfig, hardware: HardwareConfig, mesh_config: MeshConfig
+) -> Backends:
     base = resolve_base(model)
     mesh = start_mesh(hardware, mesh_config, base.arch)
     settings = make_model(base.arch, LoraConfig(enabled=False), _trainer(config), mesh)
     params = load_weights(base, mesh, settings.compute_dtype, lambda _, array: array)
     backend = _backend(base, Weights(settings, params, None), config, config.thoughts or "drop", {"base": model.path})
     tokenizer = tokenizer_fingerprint(load_tokenizer(base.tokenizer_folder))
-    return Loaded({MODEL: backend}, {"base": base.fingerprint, **tokenizer})
+    return Backends({MODEL: backend}, {"base": base.fingerprint, **tokenizer})
 
 
 def _weights(trained: Trained, config: EvalConfig, mesh: Mesh) -> tuple[Weights, Weights]:
