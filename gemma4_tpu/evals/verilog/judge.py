@@ -1,18 +1,18 @@
 """The Verilog judge: completions in, verdicts out.
 
-with VerilogJudge(JudgeConfig()) as judge:
-print(judge.prepare(problems).table())
-verdicts = judge.judge_all((problem, completion) for …)
+Made from a `JudgeConfig` as a context manager; `prepare(problems)` once, then `judge_all((problem, completion), …)`.
 """
 
 from __future__ import annotations
 
 import itertools
+import sys
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future
 
 from gemma4_tpu.config.schema import JudgeConfig
+from gemma4_tpu.errors import UserError
 from gemma4_tpu.evals.problems import Problem, Verdict
 from gemma4_tpu.evals.verilog.extract import extract
 from gemma4_tpu.evals.verilog.iverilog import find_tools
@@ -34,6 +34,8 @@ class VerilogJudge:
     name = "verilog"
 
     def __init__(self, config: JudgeConfig):
+        if not sys.platform.startswith("linux"):
+            raise UserError(f"judging needs Linux, whose sandboxes it uses (this is {sys.platform}): use a container")
         self._config = config
         self.tools = find_tools(config.iverilog)
         self._pool = Pool(config, self.tools)

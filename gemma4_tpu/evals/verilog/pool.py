@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import shutil
 import signal
+import sys
 import tempfile
 from concurrent.futures import Future, ProcessPoolExecutor
 from dataclasses import dataclass, field
@@ -106,6 +107,7 @@ _worker: _Worker | None = None  # set once in each worker process
 def _start_worker(config: JudgeConfig, tools: Tools, root: Path, parent: int) -> None:
     global _worker
     _worker = _Worker(config=config, tools=tools, folder=root / str(os.getpid()))
+    signal.signal(signal.SIGINT, lambda *_: sys.exit(1))  # without a traceback; what runs is ended on the way out
     signal.signal(signal.SIGALRM, lambda *_: _end_with(parent, root))
     signal.setitimer(signal.ITIMER_REAL, ORPHAN_CHECK_SECONDS, ORPHAN_CHECK_SECONDS)
 

@@ -2,6 +2,7 @@
 
 import re
 import shutil
+import sys
 from pathlib import Path
 
 import pytest
@@ -13,8 +14,8 @@ from gemma4_tpu.evals.verilog.verilog_eval import VerilogEval
 VERILOG_EVAL = Path(__file__).parents[4] / "shared/data/verilog-eval/dataset_spec-to-rtl"
 
 needs_iverilog = pytest.mark.skipif(
-    shutil.which("iverilog") is None,
-    reason="Icarus Verilog is not installed, so no design is judged: `make simulator`, or apt-get install iverilog",
+    shutil.which("iverilog") is None or not sys.platform.startswith("linux"),
+    reason="no design is judged, which needs Linux and Icarus Verilog: `make simulator`, or apt-get install iverilog",
 )
 needs_verilog_eval = pytest.mark.skipif(
     not VERILOG_EVAL.is_dir(), reason=f"no clone of verilog-eval at {VERILOG_EVAL}: its 156 problems are not judged"
