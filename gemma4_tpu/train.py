@@ -53,6 +53,8 @@ def _run(loaded: Loaded) -> int:
 
     with Preemption() as preemption:
         hosts = start_hosts(loaded.root.distributed, loaded.root.hardware)
+        if hosts.count == 1:
+            preemption.listen()
         with hosts:
             return _record(loaded, hosts, preemption)
 

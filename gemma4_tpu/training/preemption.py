@@ -37,7 +37,8 @@ class Preemption:
     def __enter__(self) -> Preemption:
         self._read_end, self._write_end = os.pipe()
         os.set_blocking(self._write_end, False)
-        self._before = signal.signal(signal.SIGTERM, lambda *_: None)  # so that Python writes it to the pipe
+        self._before = signal.getsignal(signal.SIGTERM)
+        self.listen()
         signal.set_wakeup_fd(self._write_end, warn_on_full_buffer=False)
         threading.Thread(target=self._listen, name="sigterm", daemon=True).start()
         return self
@@ -46,6 +47,10 @@ class Preemption:
         signal.set_wakeup_fd(-1)
         signal.signal(signal.SIGTERM, self._before)
         os.close(self._write_end)  # ends the thread
+
+    def listen(self) -> None:
+        """Takes the signal, also from JAX's preemption service, which has its own handler from its start on."""
+        signal.signal(signal.SIGTERM, lambda *_: None)  # so that Python writes it to the pipe
 
     def something_to_save(self) -> None:
         """An update was made: from now on SIGTERM waits for a save."""
@@ -60,7 +65,7 @@ class Preemption:
         if several and multihost_utils.reached_preemption_sync_point(update):
             self._requested.set()
             self._signals = 1
-            signal.signal(signal.SIGTERM, lambda *_: None)  # the next one is the second
+            self.listen()  # for the second
         return self._requested.is_set()
 
     def _listen(self) -> None:

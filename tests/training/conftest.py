@@ -21,20 +21,24 @@ class Command:
     """`python -m gemma4_tpu.train` on one CPU device, with a compilation cache that the runs of a session share."""
 
     def __init__(self, cache: Path):
-        flags = "--xla_backend_optimization_level=0"
-        self._environment = {
+        self._cache = cache
+
+    def environment(self, devices: int = 1) -> dict[str, str]:
+        """Of a process with so many CPU devices."""
+        flags = f"--xla_backend_optimization_level=0 --xla_force_host_platform_device_count={devices}"
+        return {
             **os.environ, "PYTHONPATH": str(REPO), "JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags,
-            "JAX_COMPILATION_CACHE_DIR": str(cache), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+            "JAX_COMPILATION_CACHE_DIR": str(self._cache), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
         }  # fmt: skip
 
-    def start(self, *overrides: str, cwd: Path) -> subprocess.Popen:
+    def start(self, *overrides: str, cwd: Path, devices: int = 1) -> subprocess.Popen:
         return subprocess.Popen(
-            [sys.executable, "-m", "gemma4_tpu.train", *overrides], cwd=cwd, env=self._environment, text=True,
+            [sys.executable, "-m", "gemma4_tpu.train", *overrides], cwd=cwd, env=self.environment(devices), text=True,
             stdout=subprocess.PIPE, stderr=subprocess.PIPE,
         )  # fmt: skip
 
-    def __call__(self, *overrides: str, cwd: Path, exit_code: int = 0) -> subprocess.CompletedProcess:
-        process = self.start(*overrides, cwd=cwd)
+    def __call__(self, *overrides: str, cwd: Path, exit_code: int = 0, devices: int = 1) -> subprocess.CompletedProcess:
+        process = self.start(*overrides, cwd=cwd, devices=devices)
         out, err = process.communicate(timeout=600)
         assert process.returncode == exit_code, f"exit {process.returncode}\n{out}\n{err}"
         return subprocess.CompletedProcess(process.args, process.returncode, out, err)

@@ -18,7 +18,7 @@ where = [
 ]  # fmt: skip
 
 with Preemption() as preemption:
-    root = load_train(where if int(processes) > 1 else []).root
+    root = load_train(where).root
     with start_hosts(root.distributed, root.hardware) as hosts:
         for mesh in meshes:
             fsdp, tp = mesh.split("x")

@@ -9,6 +9,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 
+from gemma4_tpu.errors import PREEMPTED
 from gemma4_tpu.tracking.metrics import read_metrics
 from gemma4_tpu.tracking.result import Result
 from tests.training.conftest import HARD
@@ -29,19 +30,41 @@ def rows(run: Path) -> list[dict]:
     return [{k: row[k] for k in SAME_WHENEVER if k in row} for row in read_metrics(run / "metrics.jsonl")]
 
 
+@pytest.fixture(scope="module")
+def whole(train, tmp_path_factory):
+    """A run that nothing happened to."""
+    run = tmp_path_factory.mktemp("reference") / "whole"
+    train(*HARD, f"run_dir={run}", cwd=run.parent)
+    return run
+
+
 @pytest.mark.slow
-def test_killed_twice_at_random_points_and_resumed_is_bitwise_the_same(train, tmp_path):
-    whole, broken = tmp_path / "whole", tmp_path / "broken"
-    train(*HARD, f"run_dir={whole}", cwd=tmp_path)
-    chance = random.Random(20)
-    for first_update in (3, 5):
-        process = train.start(*HARD, f"run_dir={broken}", cwd=tmp_path)
-        kill_when(process, broken, first_update)
-        time.sleep(chance.uniform(0.0, 0.6))
-        process.send_signal(signal.SIGKILL)
-        process.communicate()
-        assert process.returncode == -signal.SIGKILL
-    train(*HARD, f"run_dir={broken}", cwd=tmp_path)
+def test_preempted_killed_and_damaged_it_ends_with_the_very_bits(train, tmp_path, whole):
+    broken, chance = tmp_path / "broken", random.Random(20)
+    process = train.start(*HARD, f"run_dir={broken}", cwd=tmp_path)
+    kill_when(process, broken, 3)
+    process.send_signal(signal.SIGTERM)
+    _, error = process.communicate(timeout=300)
+    assert process.returncode == PREEMPTED, error
+    assert "preempted and saved at update" in error
+    saved = Result.read(broken / "result.json")
+    assert saved.status == "preempted" and saved.updates == rows(broken)[-1]["update"]  # nothing was lost
+
+    process = train.start(*HARD, f"run_dir={broken}", cwd=tmp_path)
+    kill_when(process, broken, 5)
+    time.sleep(chance.uniform(0.0, 0.6))
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    assert process.returncode == -signal.SIGKILL
+
+    newest = max(int(place.name) for place in (broken / "checkpoints").iterdir() if place.name.isdecimal())
+    victim = max((broken / "checkpoints" / str(newest) / "state").rglob("*"), key=lambda path: path.stat().st_size)
+    data = bytearray(victim.read_bytes())
+    data[len(data) // 2] ^= 1
+    victim.write_bytes(data)
+    done = train(*HARD, f"run_dir={broken}", cwd=tmp_path)
+    assert f"the checkpoint at update {newest} is damaged" in done.stderr
+    assert "holds other bytes than were saved" in done.stderr and "falling back" in done.stderr
 
     assert rows(broken) == rows(whole)
     (update, expected), (resumed_update, found) = last_state(whole), last_state(broken)
