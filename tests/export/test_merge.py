@@ -65,6 +65,9 @@ def test_transformers_and_peft_have_the_logits_of_the_lora_model(kind, prefix, r
     np.testing.assert_allclose(hf_logits(run / "merged", tokens), ours, atol=2e-3)
     np.testing.assert_allclose(peft_logits(base, run / "adapter", tokens), ours, atol=2e-3)
     assert np.abs(ours - plain).max() > 0.1
+    towers = {name.split(".")[1] for name in open_trained(run, ExportConfig()).passthrough}
+    assert ("vision_tower" in towers) == (prefix == "multimodal")
+    assert ("audio_tower" in towers) == (prefix == "multimodal" and kind == "e4b")
     parity = json.loads(next(run.glob("merges/*/parity.json")).read_text())
     assert parity["passed"] and parity["weights"]["worst"] <= 1
     assert parity["logits"]["differs_from_base"] and parity["logits"]["merged_to_lora"] < 1e-4

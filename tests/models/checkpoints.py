@@ -55,6 +55,12 @@ _VISION = {
 }  # fmt: skip
 
 
+_AUDIO = {  # the small sizes hear too
+    "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "subsampling_conv_channels": [4, 4],
+    "conv_kernel_size": 3, "output_proj_dims": 16,
+}  # fmt: skip
+
+
 def _randomise(model, seed: int) -> None:
     """Matrices keep the scale of their input; vectors (norms, scalars) spread around one; in sorted order of names."""
     import torch
@@ -78,12 +84,14 @@ def make_checkpoint(
     Args:
       kind: one of `KINDS`.
       prefix: `causal` (`Gemma4ForCausalLM`, keys `model.layers.…`) or `multimodal` (`Gemma4ForConditionalGeneration`
-        with a small vision tower, keys `model.language_model.layers.…`). Same seed, not the same weights.
+        with a small vision tower, E2B and E4B with an audio tower too; keys `model.language_model.layers.…`). Same
+        seed, not the same weights.
       shards: 1 writes `model.safetensors`; more write at least that many shards and an index.
       dtype: of the saved weights, `float32` or `bfloat16`.
     """
     import torch
     from transformers import (
+        Gemma4AudioConfig,
         Gemma4Config,
         Gemma4ForCausalLM,
         Gemma4ForConditionalGeneration,
@@ -95,8 +103,9 @@ def make_checkpoint(
     if prefix == "causal":
         model = Gemma4ForCausalLM(text)
     else:
+        audio = Gemma4AudioConfig(**_AUDIO) if kind in ("e2b", "e4b") else None
         model = Gemma4ForConditionalGeneration(
-            Gemma4Config(text_config=text, vision_config=Gemma4VisionConfig(**_VISION))
+            Gemma4Config(text_config=text, vision_config=Gemma4VisionConfig(**_VISION), audio_config=audio)
         )
     with torch.no_grad():
         _randomise(model, seed)
