@@ -1,0 +1,95 @@
+"""A disk that fills up during a save: one message, and the last checkpoint is as it was."""
+
+import contextlib
+import resource
+import shutil
+import subprocess
+
+import jax
+import pytest
+
+from gemma4_tpu.config.schema import CheckpointConfig
+from gemma4_tpu.errors import UserError
+from gemma4_tpu.training.capacity import check_disk, check_memory
+from gemma4_tpu.training.job import init_state
+from gemma4_tpu.training.resume import newest_verified
+from tests.step.test_train_step import make
+from tests.training.test_checkpoint import POSITION, open_folder
+
+
+@pytest.fixture
+def almost_full(tmp_path):
+    """A folder, and a context in which no more than a few kB can be written there.
+
+    A file system of 1 MiB where this machine lets us mount one; else a limit on the size of each file.
+    """
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mounted = (
+        subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "none", disk], capture_output=True).returncode == 0
+    )
+
+    @contextlib.contextmanager
+    def full():
+        if mounted:
+            (disk / "filler").write_bytes(b"x" * _free(disk, 24 << 10))
+            yield
+            (disk / "filler").unlink()
+            return
+        before = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (2 << 10, before[1]))
+        yield
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+    yield disk, full
+    if mounted:
+        subprocess.run(["umount", "-l", disk], check=True)
+
+
+def _free(disk, leave: int) -> int:
+    return max(0, shutil.disk_usage(disk).free - leave)
+
+
+def test_a_disk_that_fills_up_stops_with_one_message_and_the_last_checkpoint_whole(almost_full):
+    disk, full = almost_full
+    step, _, trained = make()
+    state = init_state(step, trained, jax.random.key(0), step.model.mesh)
+    checkpoints = open_folder(disk / "checkpoints", step, keep_best=False)
+    checkpoints.save(state._replace(update=state.update + 2), POSITION)
+    checkpoints.wait()
+
+    def save() -> None:
+        checkpoints.save(state._replace(update=state.update + 4), POSITION)
+        checkpoints.wait()
+
+    with full(), pytest.raises(UserError) as caught:
+        save()
+    message = str(caught.value)
+    assert "is full: the checkpoint at update 4 could not be written" in message
+    assert "the last good checkpoint is at update 2" in message and "the same command goes on" in message
+    with contextlib.suppress(UserError):
+        checkpoints.close()
+    assert newest_verified(str(disk / "checkpoints")) == 2
+
+    again = open_folder(disk / "checkpoints", step, keep_best=False)  # space was made
+    again.save(state._replace(update=state.update + 4), POSITION)
+    again.close()
+    assert newest_verified(str(disk / "checkpoints")) == 4
+    assert not [path for path in (disk / "checkpoints").iterdir() if "tmp" in path.name]
+
+
+def test_a_disk_too_small_for_the_checkpoints_is_refused_at_the_start(almost_full):
+    disk, _ = almost_full
+    step, _, _ = make()
+    leaves = list(step.model.layout.leaves())
+    with pytest.raises(UserError, match=r"checkpoint.keep=100000: needs .* MiB .*are free; make space"):
+        check_disk(str(disk), CheckpointConfig(keep=100_000), leaves)
+    check_disk("gs://bucket/run/checkpoints", CheckpointConfig(keep=100_000), leaves)
+
+
+def test_a_model_larger_than_the_memory_is_refused_at_the_start():
+    step, _, _ = make()
+    leaves = list(step.model.layout.leaves())
+    check_memory("cpu", leaves, leaves, 4)
+    with pytest.raises(UserError, match=r"needs at least .* MiB of this machine's memory"):
+        check_memory("cpu", leaves, leaves, 10**9)
