@@ -192,7 +192,8 @@ def _draw_bars(axes: Any, results: Sequence[PlanResult]) -> None:
         limit = result.hbm_limit_bytes_per_chip / GIB
         axes.plot([limit, limit], [place - 0.4, place + 0.4], color="#333333", linewidth=2)
         axes.text(limit, place + 0.42, f"{limit:.1f} GiB", ha="center", va="bottom", fontsize=8)
-        labels.append(f"{result.slice}\nfsdp={result.mesh['fsdp']} tp={result.mesh['tp']}\nremat {result.remat}")
+        mesh = f"fsdp={result.mesh['fsdp']} tp={result.mesh['tp']}"
+        labels.append(f"{result.slice}, {mesh}\nremat {result.remat}, {result.rows_per_update} row(s)")
     axes.set_yticks(range(len(results)), labels)
     axes.set_ylim(-0.6, len(results) - 0.2)
     axes.set_xlabel("GiB of HBM per chip (estimated by the TPU compiler)")
