@@ -6,8 +6,8 @@
 
 Each series is one training (dropout, accumulation, packing, asynchronous saves) that is killed several times, by
 SIGKILL or SIGTERM, at moments drawn evenly over its start and its updates; then left alone; then its merge is killed in
-the same way. Reference: the same training and merge, never touched. Processes are forked from one that has imported everything,
-so that a start costs seconds; from there on each is its own.
+the same way. Reference: the same training and merge, never touched. The model is `tiny` cut to two layers, and
+processes are forked from one that has imported everything, so that a start costs little; from there on each is its own.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -34,8 +34,8 @@ import numpy as np
 EVERY = 3
 UPDATES = 18
 TRAIN = [
-    "model=tiny", "lora.rank=2", "lora.dropout=0.1", "data.sequence_length=256", "data.max_rows=120",
-    "data.heldout=[]", "trainer.global_batch_sequences=2", "trainer.microbatches=2", f"trainer.max_updates={UPDATES}",
+    "lora.rank=2", "lora.dropout=0.1", "data=chat_jsonl", "data.heldout_fraction=0", "data.sequence_length=64",
+    "trainer.global_batch_sequences=2", "trainer.microbatches=2", f"trainer.max_updates={UPDATES}",
     "trainer.remat=none", "optimizer.warmup_updates=0", f"checkpoint.every={EVERY}", "checkpoint.keep=3",
 ]  # fmt: skip
 KILLS_PER_TRAIN, KILLS_PER_MERGE = 8, 4
@@ -130,6 +130,7 @@ class Chaos:
         _import_all()
         self._train, self._merge = train, merge
         self._folder = folder
+        self._words = [f"model.path={write_base(folder / 'base')}", f"data.train.0.path={write_rows(folder)}"]
         self._random = random.Random(seed)
         self.counts = Counts()
         started = time.monotonic()
@@ -215,7 +216,7 @@ class Chaos:
     def _complete(self, name: str, words: list[str], merging: bool = False) -> None:
         before = newest(self._folder / name)
         process = Process(self._merge if merging else self._train, words, self._folder / f"{name}.txt")
-        process.wait(600)
+        process.wait(1800)
         if merging and process.code == 2 and "already" in said(process):
             return  # the last kill came after it was published
         assert process.code == 0, f"exit {process.code}: {said(process)}"
@@ -236,7 +237,12 @@ class Chaos:
         return said(process)
 
     def _train_words(self, name: str) -> list[str]:
-        return [*TRAIN, f"run_dir={self._folder / name}", f"trainer.compile_cache={self._folder / 'compiled'}"]
+        return [
+            *TRAIN,
+            *self._words,
+            f"run_dir={self._folder / name}",
+            f"trainer.compile_cache={self._folder / 'compiled'}",
+        ]
 
     def _merge_words(self, name: str) -> list[str]:
         return [f"run={self._folder / name}", "verify=stream"]
@@ -253,6 +259,37 @@ def _import_all() -> None:
     import gemma4_tpu.tracking.provenance
     import gemma4_tpu.training.compile_cache
     import gemma4_tpu.training.loop  # noqa: F401
+
+
+def write_base(folder: Path) -> Path:
+    """A checkpoint of `tiny`, cut to two layers, with random weights; `model=tiny` means that one from here on."""
+    from safetensors.numpy import save_file
+
+    from gemma4_tpu import assets
+    from gemma4_tpu.architectures import ARCHITECTURES, GLOBAL, SLIDING, to_hf_config
+    from gemma4_tpu.models.names import name_map
+
+    arch = replace(ARCHITECTURES["tiny"], num_layers=2, layer_types=(SLIDING, GLOBAL), num_kv_shared_layers=0)
+    ARCHITECTURES["tiny"] = arch
+    rng = np.random.default_rng(0)
+    shapes = {f"model.{n}": tensor.hf_shape for tensor in name_map(arch).values() for n in tensor.hf_names}
+    tensors = {n: (0.1 * rng.standard_normal(shape)).astype(np.float32) for n, shape in sorted(shapes.items())}
+    folder.mkdir()
+    save_file(tensors, folder / "model.safetensors")
+    (folder / "config.json").write_text(json.dumps(to_hf_config(arch)))
+    for file in Path(assets.resolve("embedded:tiny")).iterdir():
+        if file.suffix != ".safetensors" and not (folder / file.name).exists():
+            shutil.copy(file, folder)  # the tokenizer
+    return folder
+
+
+def write_rows(folder: Path) -> Path:
+    """Forty short conversations of different lengths."""
+    path = folder / "rows.jsonl"
+    turns = [[("user", f"{'a ' * (n % 7)}{n}"), ("assistant", f"{n + 1} {'b' * (n % 5)}")] for n in range(40)]
+    rows = [{"messages": [{"role": role, "content": text} for role, text in pair]} for pair in turns]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
 
 
 def metrics(run: Path) -> list[dict]:
@@ -323,9 +360,10 @@ def table(counts: Counts, command: str) -> str:
         "|---|---|",
         *[f"| {name} | {value} |" for name, value in rows],
         "",
-        f"Each training makes {UPDATES} updates of `model=tiny` with dropout, two microbatches, packed rows and a"
-        f" checkpoint every {EVERY} updates, written while training goes on. A kill loses what was done since the last"
-        " complete checkpoint: at most one interval, and the updates made while the next one was being written.",
+        f"Each training makes {UPDATES} updates of `tiny`, cut to two layers, with dropout, two microbatches, packed"
+        f" rows and a checkpoint every {EVERY} updates, written while training goes on. A kill loses what was done since"
+        " the last complete checkpoint: at most one interval, and the updates made while the next one was being"
+        " written.",
     ]
     return "\n".join([*lines, *[f"- {line}" for line in counts.unrecoverable + counts.different], ""])
 

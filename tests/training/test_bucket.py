@@ -3,12 +3,13 @@
 import json
 import shutil
 import signal
+import time
 
 import pytest
 
 from gemma4_tpu.merge import main as merge
 from gemma4_tpu.storage import filesystem
-from tests.training.test_resume import kill_when, rows
+from tests.training.test_resume import rows
 
 WORDS = [
     "lora.rank=2", "data.sequence_length=256", "data.max_rows=60", "data.heldout=[]", "trainer.max_updates=5",
@@ -20,15 +21,16 @@ WORDS = [
 def test_trained_killed_resumed_and_merged_on_a_bucket(train, tmp_path, bucket):
     run, here, there = f"{bucket}/runs/one", tmp_path / "here", tmp_path / "there"
     here.mkdir(), there.mkdir()
-    worked_on = here / "outputs" / "gs" / run.removeprefix("gs://")
     process = train.start(*WORDS, f"run_dir={run}", cwd=here)
-    kill_when(process, worked_on, 3)
+    fs, root = filesystem(run)
+    while not fs.exists(f"{root}/checkpoints/2/commit_success.txt"):
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.1)
     process.send_signal(signal.SIGKILL)
     process.communicate()
     shutil.rmtree(here)  # that machine is gone
 
     done = train(*WORDS, f"run_dir={run}", cwd=there)
-    fs, root = filesystem(run)
     assert "resumed from the checkpoint at update 2" in done.stderr
     assert {"2", "4", "5"} == {name.rsplit("/", 1)[1] for name in fs.ls(f"{root}/checkpoints", detail=False)}
     whole = tmp_path / "whole"
