@@ -181,7 +181,7 @@ class TrainerConfig:
     the first of these that fits into memory by the compiler's figures (`none` on CPUs)."""
     attention: str = "auto"
     """Attention implementation: `auto`, `splash` (TPU kernel) or `einsum`."""
-    loss_chunk_tokens: int = 512
+    loss_chunk_tokens: int = 1024
     """Tokens whose logits exist at one time while the loss is computed."""
     compute_dtype: str = "auto"
     """dtype of activations and of the frozen base weights: `bfloat16`, `float32` or `auto` (bfloat16, but float32 on

@@ -225,7 +225,7 @@ class _Counter:
 
     def _read(self, computation: Computation, value: Instruction) -> float:
         """Bytes of `value`, a parameter of a fused computation, that are touched there."""
-        touched = 0.0
+        touched = value.bytes if value.name == computation.root else 0.0  # handed on whole
         for user in computation.users.get(value.name, []):
             if user.opcode in _SLICES and user.operands[0] == value.name:
                 touched += user.bytes
