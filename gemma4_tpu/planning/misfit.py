@@ -47,7 +47,7 @@ def changes(
     if remat:
         yield Change(remat, replace(config, trainer=saving))
         if last().fits:  # less remat may do, and computes less
-            for policy in POLICIES[POLICIES.index(config.trainer.remat) + 1 : -1]:
+            for policy in POLICIES[_place(config.trainer.remat) : -1]:
                 trainer = replace(config.trainer, remat=policy)
                 yield Change((f"trainer.remat={policy}",), replace(config, trainer=trainer))
     rows = rows_per_update(saving, config.data)
@@ -77,6 +77,11 @@ def changes(
         data = replace(config.data, sequence_length=length)
         word = f"data.sequence_length={length}"
         yield Change((*remat, word, *words), replace(config, trainer=trainer, data=data))
+
+
+def _place(policy: str) -> int:
+    """Where the policies begin that keep less than this one."""
+    return POLICIES.index(policy) + 1 if policy in POLICIES else 0
 
 
 def _most_remat(trainer: TrainerConfig) -> tuple[tuple[str, ...], TrainerConfig]:

@@ -18,8 +18,10 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 AUTO = "auto"
-POLICIES = tuple(policy for policy in CHOICES["trainer.remat"] if policy != AUTO)
-"""From most memory to most arithmetic."""
+NONE = "none"
+POLICIES = tuple(policy for policy in CHOICES["trainer.remat"] if policy not in (AUTO, NONE))
+"""From most memory to most arithmetic. `none` is not among them: `products` computes no matrix product again and moves
+fewer bytes (31B on v5p-8: 0.64 TB of HBM traffic per update instead of 0.73), in a third of the memory."""
 HEADROOM = 0.03
 """Share of HBM to leave free: other programs (evaluation, saving) and fragmentation."""
 
@@ -69,8 +71,8 @@ def resolve_remat(
         return trainer
     limit = (mesh.local_devices[0].memory_stats() or {}).get("bytes_limit")
     if mesh.devices.flat[0].platform == "cpu" or limit is None:
-        log.info("remat=auto: %s (memory of this machine's devices is not known)", POLICIES[0])
-        return replace(trainer, remat=POLICIES[0])
+        log.info("remat=auto: %s (memory of this machine's devices is not known)", NONE)
+        return replace(trainer, remat=NONE)
     from gemma4_tpu.planning import compile as compiling
 
     def attempt(policy: str) -> tuple[TrainerConfig, int | None]:
