@@ -1,7 +1,7 @@
 """The published recipe's train step, for comparison: Tunix's model, Qwix's adapters, Tunix's default loss.
 
-As in the paper: every row padded to T, one row per microbatch, gradients accumulated over eight, einsum attention, every
-decoder layer computed again in the backward pass, adapters in the base's dtype.
+As in the paper: every row padded to T, one row per microbatch, gradients accumulated over eight, einsum attention,
+every decoder layer computed again in the backward pass, adapters in the base's dtype.
 """
 
 from __future__ import annotations

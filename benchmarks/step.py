@@ -4,7 +4,8 @@
     python -m benchmarks.step tpu [--model gemma4_31b] [--slice v5p-8] compiles both for a slice that is not there
 
 Lengths are those of the recipe's data (log-normal, mean 922, 99th percentile 2,553), tokens are random. The recipe pads
-each example to 3,072; ours packs them into rows of 4,096. Only real tokens count. `--out` appends the table to a file.
+each example to 3,072; ours packs them into rows of 4,096. On a CPU all lengths are a quarter of that. Only real tokens
+count. `--out` appends the table to a file.
 """
 
 from __future__ import annotations
@@ -12,9 +13,7 @@ from __future__ import annotations
 import argparse
 import os
 import platform
-import statistics
 import time
-from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -22,24 +21,13 @@ import numpy as np
 
 PADDED, PACKED = 3072, 4096
 MEAN_LOG, SIGMA_LOG = 6.7067, 0.4895
+CPU_SCALE = 4  # on a CPU all lengths are divided by this
 
 
 def lengths(count: int, seed: int = 0) -> np.ndarray:
     """Token counts of `count` examples that fit into the recipe's rows."""
     drawn = np.random.default_rng(seed).lognormal(MEAN_LOG, SIGMA_LOG, 2 * count).astype(int)
     return drawn[(drawn > 1) & (drawn <= PADDED)][:count]
-
-
-def timed(run: Callable[[], int], times: int) -> tuple[float, float]:
-    """Median real tokens per second and seconds of `times` calls after one that compiles."""
-    run()
-    rates, seconds = [], []
-    for _ in range(times):
-        start = time.perf_counter()
-        tokens = run()
-        seconds.append(time.perf_counter() - start)
-        rates.append(tokens / seconds[-1])
-    return statistics.median(rates), statistics.median(seconds)
 
 
 def on_cpu(model: str, updates: int, rank: int) -> list[str]:
@@ -49,29 +37,36 @@ def on_cpu(model: str, updates: int, rank: int) -> list[str]:
 
     from benchmarks import seed_recipe
     from gemma4_tpu.architectures import ARCHITECTURES
-    from gemma4_tpu.data.packing import pack
     from gemma4_tpu.models.layout import Layout
 
     arch = ARCHITECTURES[model]
     rng = np.random.default_rng(1)
-    of_update = [
-        [rng.integers(1, arch.vocab_size, n, dtype=np.int32) for n in lengths(seed_recipe.ROWS_PER_UPDATE, seed)]
-        for seed in range(updates + 1)
+    examples = [
+        rng.integers(1, arch.vocab_size, n, dtype=np.int32)
+        for n in lengths(seed_recipe.ROWS_PER_UPDATE * (updates + 1)) // CPU_SCALE + 2
     ]
-    ours, seed = _our_runner(arch, rank, of_update, pack), _seed_runner(arch, rank, of_update)
-    results = {"recipe": timed(seed, updates), "ours": timed(ours, updates)}
+    results = {way: run(arch, rank, examples) for way, run in (("recipe", _run_recipe), ("ours", _run_ours))}
     parameters = sum(np.prod(leaf.array_shape) for leaf in Layout.of(arch).leaves())
     print(f"{model}: {parameters:,} parameters, {jnp.zeros(()).devices()}, JAX {jax.__version__}")
-    ratio = results["ours"][0] / results["recipe"][0]
+    names = {"recipe": "Tunix's PeftTrainer as the recipe uses it", "ours": "ours, packed"}
     return [
-        "| step | real tokens/s | seconds per update of 8 examples | ratio |",
+        "| step | real tokens/s | seconds per update | ratio |",
         "|---|---:|---:|---:|",
-        f"| Tunix's PeftTrainer as the recipe uses it | {results['recipe'][0]:,.0f} | {results['recipe'][1]:.2f} | 1.00× |",
-        f"| ours, packed | {results['ours'][0]:,.0f} | {results['ours'][1]:.2f} | {ratio:.2f}× |",
+        *(
+            f"| {names[way]} | {rate:,.0f} | {seconds:.2f} | {rate / results['recipe'][0]:.2f}× |"
+            for way, (rate, seconds) in results.items()
+        ),
     ]
 
 
-def _our_runner(arch, rank: int, of_update, pack) -> Callable[[], int]:
+def _median(tokens: list[int], times: list[float]) -> tuple[float, float]:
+    """(real tokens per second, seconds), medians over updates; the first one compiles and does not count."""
+    seconds = np.diff(times)[1:]
+    return float(np.median(np.array(tokens)[1:] / seconds)), float(np.median(seconds))
+
+
+def _run_ours(arch, rank: int, examples: list[np.ndarray]) -> tuple[float, float]:
+    """Two packed rows per update, one per microbatch: about as many tokens as eight examples."""
     import jax
 
     from gemma4_tpu.config.schema import LoraConfig, ModelConfig, OptimizerConfig, TrainerConfig
@@ -84,39 +79,39 @@ def _our_runner(arch, rank: int, of_update, pack) -> Callable[[], int]:
     base = resolve_base(ModelConfig(name=arch.name, path="random:0"))
     job = build_job(base, LoraConfig(rank=rank, alpha=rank), OptimizerConfig(), TrainerConfig(remat="none"), mesh, 100)
     train, _ = compiled_functions(job.step, job.state)
-    batches = iter([_packed(examples, pack) for examples in of_update])
-    state = job.state
-
-    def run() -> int:
-        nonlocal state
-        arrays, tokens = next(batches)
+    state, tokens, times = job.state, [], [time.perf_counter()]
+    for arrays in _packed(examples):
         state, metrics = train(state, job.base, to_mesh(arrays, mesh))
         jax.block_until_ready(metrics)
-        return tokens
-
-    return run
-
-
-def _packed(examples: list[np.ndarray], pack) -> tuple[dict[str, np.ndarray], int]:
-    """[M, 1, T] arrays of one update: its rows one after the other, the same number in every update."""
-    rows = pack([len(ids) - 1 for ids in examples], PACKED)
-    most = 3  # rows that eight examples of this distribution need at most
-    shape = most, 1, PACKED
-    arrays = {name: np.zeros(shape, np.int32) for name in ("tokens", "targets", "segment_ids", "positions")}
-    arrays["target_mask"] = np.zeros(shape, bool)
-    for r, members in enumerate(rows):
-        at = 0
-        for s, member in enumerate(members):
-            ids = examples[member]
-            part = r, 0, slice(at, at + len(ids) - 1)
-            arrays["tokens"][part], arrays["targets"][part] = ids[:-1], ids[1:]
-            arrays["segment_ids"][part], arrays["positions"][part] = s + 1, np.arange(len(ids) - 1)
-            arrays["target_mask"][part] = True
-            at += len(ids) - 1
-    return {name: array[: len(rows)] for name, array in arrays.items()}, sum(len(ids) - 1 for ids in examples)
+        times.append(time.perf_counter())
+        tokens.append(int((arrays["segment_ids"] > 0).sum()))
+    return _median(tokens, times)
 
 
-def _seed_runner(arch, rank: int, of_update) -> Callable[[], int]:
+def _packed(examples: list[np.ndarray], rows_per_update: int = 2) -> list[dict[str, np.ndarray]]:
+    """[M, 1, T] arrays of each update; rows that do not fill an update are left out."""
+    from gemma4_tpu.data.packing import pack
+
+    rows = pack([len(ids) - 1 for ids in examples], PACKED // CPU_SCALE)
+    updates = []
+    for first in range(0, len(rows) - rows_per_update + 1, rows_per_update):
+        shape = rows_per_update, 1, PACKED // CPU_SCALE
+        arrays = {name: np.zeros(shape, np.int32) for name in ("tokens", "targets", "segment_ids", "positions")}
+        arrays["target_mask"] = np.zeros(shape, bool)
+        for r, members in enumerate(rows[first : first + rows_per_update]):
+            at = 0
+            for s, ids in enumerate(examples[member] for member in members):
+                part = r, 0, slice(at, at + len(ids) - 1)
+                arrays["tokens"][part], arrays["targets"][part] = ids[:-1], ids[1:]
+                arrays["segment_ids"][part], arrays["positions"][part] = s + 1, np.arange(len(ids) - 1)
+                arrays["target_mask"][part] = True
+                at += len(ids) - 1
+        updates.append(arrays)
+    return updates
+
+
+def _run_recipe(arch, rank: int, examples: list[np.ndarray]) -> tuple[float, float]:
+    """Eight padded rows per update, one per microbatch. An update ends where the next one's rows are asked for."""
     import jax
     import optax
     from flax import nnx
@@ -126,29 +121,33 @@ def _seed_runner(arch, rank: int, of_update) -> Callable[[], int]:
     from benchmarks import seed_recipe
     from gemma4_tpu.models.tunix_bridge import tunix_config
 
+    per_update = seed_recipe.ROWS_PER_UPDATE
     mesh = jax.make_mesh((1, 1), ("fsdp", "tp"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
     config = tunix_config(arch)
     with mesh:
         model = seed_recipe.adapted(tunix.Gemma4(config, rngs=nnx.Rngs(0)), rank, 1)
     config.remat_config = tunix.RematConfig.DECODER
     settings = TrainingConfig(
-        eval_every_n_steps=1_000_000, max_steps=1, gradient_accumulation_steps=seed_recipe.ROWS_PER_UPDATE,
+        eval_every_n_steps=1_000_000, gradient_accumulation_steps=per_update, max_inflight_computations=1,
         pbar_description=None,
     )  # fmt: skip
-    trainer = PeftTrainer(model, optax.adamw(1e-4), settings).with_gen_model_input_fn(
-        lambda rows: seed_recipe.model_input(rows)
-    )
-    batches = iter(of_update)
+    trainer = PeftTrainer(model, optax.adamw(1e-4), settings).with_gen_model_input_fn(seed_recipe.model_input)
+    times: list[float] = []
 
-    def run() -> int:
-        examples = next(batches)
-        with mesh:
-            trainer.train(seed_recipe.padded(examples, PADDED), skip_jit=False)
-        jax.block_until_ready(nnx.state(model, nnx.LoRAParam))
-        settings.max_steps += 1
-        return sum(len(ids) - 1 for ids in examples)
+    def rows():
+        for number, row in enumerate(seed_recipe.padded(examples, PADDED // CPU_SCALE + 2)):
+            if number % per_update == 0:
+                jax.block_until_ready(nnx.state(model, nnx.LoRAParam))
+                times.append(time.perf_counter())
+            yield row
 
-    return run
+    with mesh:
+        trainer.train(rows())
+    jax.block_until_ready(nnx.state(model, nnx.LoRAParam))
+    times.append(time.perf_counter())
+    sizes = [len(ids) - 1 for ids in examples]
+    tokens = [sum(sizes[i : i + per_update]) for i in range(0, len(sizes), per_update)]
+    return _median(tokens, times)
 
 
 def on_tpu(model: str, slice_name: str, rank: int) -> list[str]:
