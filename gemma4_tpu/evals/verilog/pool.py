@@ -131,7 +131,12 @@ def _golden(problem: Problem, level: Level) -> Golden:
     outcome = trial.strict(None)
     passed = outcome.kind is VerdictClass.PASS
     failure = None if passed else f"{outcome.kind}: {outcome.detail}"
-    return Golden(samples=outcome.samples, failure=failure, cpu_seconds=round(trial.cpu_seconds, 3))
+    return Golden(
+        samples=outcome.samples,
+        failure=failure,
+        cpu_seconds=round(trial.cpu_seconds, 3),
+        builds_unchanged=trial.builds_unchanged(),
+    )
 
 
 def _verdict(problem: Problem, code: str, golden: Golden, level: Level) -> Verdict:

@@ -38,6 +38,8 @@ class Golden:
     """Comparisons that the bench made; null where its result has no count."""
     failure: str | None = None
     """Why the reference itself does not pass; null: it does."""
+    builds_unchanged: bool = True
+    """Whether the bench builds as the benchmark has it (on Icarus 13, verilog-eval's don't)."""
     cpu_seconds: float = 0.0
 
 
@@ -86,21 +88,29 @@ class Trial:
         except _Refused as refusal:
             return refusal.outcome
 
-    def official(self, outcome: Outcome) -> bool:
+    def official(self, outcome: Outcome, golden: Golden) -> bool:
         """The benchmark's rule on the unchanged files in the benchmark's order, given what the measures found.
 
-        Where the same simulation is known to come out, its log is judged instead: the design ran to its count, has no
-        macros that could change the bench, no delays whose unit the order of files decides, no module that the bench
-        has too, and was compiled as a whole.
+        Where the same simulation is known to come out, its log is judged instead: the bench builds unchanged, the
+        design ran to its count, has no macros that could change the bench, no delays whose unit the order of files
+        decides, no module that the bench has too, and was compiled as a whole.
         """
         if outcome.kind is VerdictClass.TIMEOUT:
             return False
         bench_modules = {*scan.defined_modules(self.problem.testbench), *scan.defined_modules(self.problem.reference)}
         alike = not (self.pruned or {*"`#"} & {*self.code} or bench_modules & {*scan.defined_modules(self.code)})
-        if alike and outcome.kind in (VerdictClass.PASS, VerdictClass.MISMATCH):
+        if alike and golden.builds_unchanged and outcome.kind in (VerdictClass.PASS, VerdictClass.MISMATCH):
             return self.problem.official_rule(outcome.log)
         try:
-            return self.problem.official_rule(self._run_officially())
+            log, builds = self._build_officially()
+            return self.problem.official_rule(log + self._run_officially() if builds else log)
+        except _Refused:
+            return False
+
+    def builds_unchanged(self) -> bool:
+        """Whether design and bench build by the benchmark's own command."""
+        try:
+            return self._build_officially()[1]
         except _Refused:
             return False
 
@@ -168,8 +178,8 @@ class Trial:
             log=log,
         )
 
-    def _run_officially(self) -> str:
-        """Everything that the benchmark's own commands print."""
+    def _build_officially(self) -> tuple[str, bool]:
+        """(what the benchmark's own compilation printed, whether it succeeded)."""
         files = {DESIGN: self.code, BENCH: self.problem.testbench}
         if self.problem.bench_needs_reference:
             files[REFERENCE] = self.problem.reference
@@ -177,13 +187,15 @@ class Trial:
             left.unlink()
         self._write({**files, **self.problem.files})
         build = self._run(self.tools.build(self.problem.bench_top, PROGRAM, [*files]), "build", writable=[self.folder])
-        if build.returncode:
-            return build.stdout + build.stderr
+        return build.stdout + build.stderr, build.returncode == 0
+
+    def _run_officially(self) -> str:
+        """What the benchmark's own simulation prints."""
         waves = self.folder / WAVES
         waves.touch()
         self.sandbox.adopt(waves)
         done = self._run(self.tools.simulate(PROGRAM), "run", writable=[waves])
-        return build.stdout + build.stderr + done.stdout + done.stderr
+        return done.stdout + done.stderr
 
     def _write(self, files: Mapping[str, str]) -> None:
         for name, text in files.items():
@@ -206,7 +218,7 @@ def judge_code(trial: Trial, golden: Golden) -> Verdict:
         outcome = Outcome(kind=VerdictClass.NO_RESULT, measure="count", detail=detail[:DETAIL_CHARACTERS])
     else:
         outcome = trial.strict(golden)
-    official = trial.official(outcome)
+    official = trial.official(outcome, golden)
     return Verdict(
         kind=outcome.kind,
         detail=outcome.detail,

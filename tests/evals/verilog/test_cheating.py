@@ -50,8 +50,11 @@ def test_no_cheating_design_passes(judge, family):
 
 @needs_verilog_eval
 def test_no_cheating_design_passes_the_benchmark_and_its_own_rule_is_fooled(judge):
-    verdicts = verdicts_on_cheats(judge, verilog_eval_problem(35))
+    problem = verilog_eval_problem(35)
+    verdicts = verdicts_on_cheats(judge, problem)
     assert {name: verdict for name, verdict in verdicts.items() if verdict.passed} == {}
+    if not judge.judge(problem, honest(problem)).official:
+        pytest.skip(f"{judge.tools.name} does not build the benchmark's own benches: only the strict verdict is tested")
     fooled = {name for name, verdict in verdicts.items() if verdict.official}
     assert {"print_then_finish", "read_reference_net", "instantiate_reference", "finish_at_once"} <= fooled
     assert len(fooled) >= 10
