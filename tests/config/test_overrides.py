@@ -12,7 +12,7 @@ MISTAKES = [
     ("rank=8", "did you mean lora.rank?"),
     ("lora.max_updates=3", "did you mean trainer.max_updates?"),
     ("lora.rank.x=3", "lora.rank holds int, nothing beneath it"),
-    ("zzz=3", "zzz=3: no such key; the configuration has hardware, mesh, model"),
+    ("zzz=3", "zzz=3: no such key; the configuration has hardware, distributed, mesh, model"),
     ("data.train.0.pth=x", "did you mean data.train.0.path?"),
     ("data.train=[{pth: x}]", "data.train.0.pth: no such key; did you mean path?"),
     ("data.train.7.path=x", "data.train.7.path=x: data.train has no item 7"),

@@ -3,6 +3,7 @@
 import copy
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import yaml
@@ -32,7 +33,7 @@ def test_a_new_folder_holds_configuration_and_overrides(run):
     assert run.read_config() == CONFIG
     assert yaml.safe_load(run.overrides_path.read_text()) == ["name=t"]
     assert run.plots.is_dir()
-    assert run.checkpoints.is_dir()
+    assert Path(run.checkpoints).is_dir()
 
 
 def test_the_same_configuration_resumes(run):
@@ -76,7 +77,7 @@ def test_a_folder_of_something_else_is_refused_untouched(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
 
 
-@pytest.mark.parametrize("run_dir", ["gs://bucket/run", "{tmp}/file", "{tmp}/file/below"])
+@pytest.mark.parametrize("run_dir", ["{tmp}/file", "{tmp}/file/below"])
 def test_paths_that_cannot_be_a_folder_are_refused(tmp_path, run_dir):
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="run_dir="):

@@ -11,7 +11,8 @@ REPO = Path(__file__).parents[2]
 
 # Everything that makes a bitwise resume hard: dropout, accumulation, packing, asynchronous saves.
 HARD = [
-    "model.path=random:0", "lora.rank=4", "lora.dropout=0.1", "data.sequence_length=256", "data.max_rows=300",
+    "model.path=random:0", "lora.rank=4", "lora.dropout=0.1", "data.sequence_length=256", "data.max_rows=120",
+    "data.heldout=[]", "data.heldout_fraction=0.1",
     "trainer.global_batch_sequences=4", "trainer.microbatches=2", "trainer.max_updates=8", "trainer.eval_every=4",
     "trainer.remat=none", "optimizer.warmup_updates=0", "checkpoint.every=2", "checkpoint.keep=4",
 ]  # fmt: skip
