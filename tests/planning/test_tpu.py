@@ -72,6 +72,14 @@ def test_quantised_weights_take_their_own_size():
     assert nf4["lora"] == plain["lora"]
 
 
+@pytest.mark.slow
+def test_a_step_that_does_not_fit():
+    with pytest.raises(compiling.OutOfMemory) as caught:
+        compiling.compile_step(shapes("v6e-4", rows=2**18))  # 64 million tokens on each chip
+    assert caught.value.limit_bytes == 31.25 * 2**30
+    assert caught.value.needed_bytes > 100 * 2**30
+
+
 def test_out_of_memory_is_told_in_the_compilers_figures():
     place = jax.sharding.SingleDeviceSharding(absent_devices(SLICES["v6e-4"])[0])
     huge = jax.ShapeDtypeStruct((2**18, 2**18), jnp.float32, sharding=place)  # 256 GiB
