@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 from dataclasses import dataclass, replace
+from typing import cast
 
 from gemma4_tpu.architectures import ARCHITECTURES, Architecture
 from gemma4_tpu.config.checks import examine_train, normalise, option_name, resolve_mesh
@@ -30,7 +31,7 @@ class PlanChecked:
 
 def normalise_plan(root: PlanRoot) -> PlanRoot:
     """As training; a batch that is not given is one row for each place on the fsdp axis and microbatch."""
-    root = normalise(root)
+    root = cast(PlanRoot, normalise(root))
     trainer = root.trainer
     if trainer.global_batch_sequences is None and trainer.global_batch_tokens is None:
         rows = _fsdp(root) * max(1, trainer.microbatches)
