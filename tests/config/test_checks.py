@@ -36,7 +36,7 @@ REFUSALS = [
     (["optimizer.max_grad_norm=0"], "must be more than 0 (null: off)"),
     (["trainer.loss_chunk_tokens=0"], "trainer.loss_chunk_tokens=0: must be at least 1"),
     (["checkpoint.every=0"], "checkpoint.every=0: must be at least 1"),
-    (["trainer.remat=full"], "trainer.remat=full: not a choice (choices: none, products, attention, decoder)"),
+    (["trainer.remat=full"], "trainer.remat=full: not a choice (choices: none, products, attention, decoder, auto)"),
     (["trainer.attention=splash"], "head widths [16, 32] must be multiples of 128"),
     (
         ["model=gemma4_31b", "model.path=random:0", "trainer.attention=splash", "data.sequence_length=500"],
