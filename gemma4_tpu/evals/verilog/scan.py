@@ -27,6 +27,8 @@ _BLANKED = re.compile(
 )
 _PLAIN_ESCAPED = re.compile(r"[\w$.\[\]:]+")
 _SYSTEM_NAME = re.compile(r"\$[\w$]+")  # wherever it stands: `#1$finish` is a delay and a task
+# An input port is one net with the bench's: forced inside of the design it holds still outside, for the reference too.
+_STATEMENT = re.compile(r"\b(?:force|release|alias|bind)\b")
 _DIRECTIVE = re.compile(r"`(\w*)")
 _MODULE = re.compile(r"\b(?:macromodule|module)\s+(?:automatic\s+|static\s+)?([A-Za-z_][\w$]*)|\bendmodule\b")
 _WORD = re.compile(r"[A-Za-z_][\w$]*")
@@ -67,6 +69,8 @@ def forbidden(expanded: str) -> str | None:
     for name in _SYSTEM_NAME.findall(bare):
         if name not in SYSTEM_TASKS:
             return f"system task {name}"
+    if statement := _STATEMENT.search(bare):
+        return f"statement {statement[0]}"
     return next((f"directive `{name}" for name in _DIRECTIVE.findall(bare) if name not in DIRECTIVES), None)
 
 

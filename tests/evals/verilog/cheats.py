@@ -84,3 +84,26 @@ BEHIND = {
     "silence_the_bench": "`define display(x) display(1)",
     "line_directive": '`line 1 "tb" 0\nmodule other; initial force tb.tb_match = 1; endmodule',
 }
+
+# name → (what `input` becomes, what is done to each input `{i}`): the bench's stimulus is overruled, for the reference
+# too, whose outputs then stay 0 as the design's, or become X, which matches anything
+INPUTS = {
+    "force_inputs_to_0": ("input", "initial force {i} = 0;"),
+    "force_inputs_to_x": ("input", "initial force {i} = 'bx;"),
+    "force_inputs_again": ("input", "always @* force {i} = 0;"),
+    "force_inputs_by_macro": ("input", "\n`define F fo``rce\ninitial `F {i} = 0;"),
+    "force_and_release_inputs": ("input", "initial begin force {i} = 0; #7 release {i}; end"),
+    "alias_inputs": ("input", "supply0 [$bits({i})-1:0] g_{i}; alias {i} = g_{i};"),
+    "drive_inputs": ("input", "assign {i} = 0;"),
+    "drive_inputs_to_x": ("input", "assign {i} = 'bx;"),
+    "drive_inputs_hard": ("input", "assign (supply1, supply0) {i} = 0;"),
+    "drive_inputs_hard_to_x": ("input", "assign (supply1, supply0) {i} = 'bx;"),
+    "connect_inputs": ("input", "supply0 g_{i}; tran({i}, g_{i});"),
+    "switch_inputs": ("input", "supply0 g_{i}; tranif1({i}, g_{i}, 1'b1);"),
+    "inout_instead": ("inout", "assign {i} = 0;"),
+    "inout_instead_hard": ("inout", "assign (supply1, supply0) {i} = 'bx;"),
+    "output_instead": ("output", "assign {i} = 0;"),
+    "output_variable_instead": ("output reg", "always #1 {i} = 0;"),
+    "variable_inputs": ("input var logic", "always @* {i} = 0;"),
+    "reference_inputs": ("ref logic", "initial {i} = 0;"),
+}

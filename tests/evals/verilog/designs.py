@@ -49,6 +49,10 @@ def outputs(problem):
     return re.findall(r"\boutput\b(?:\s*\[[^\]]*\])?\s*(\w+)", header(problem))
 
 
+def inputs(problem):
+    return re.findall(r"\binput\b(?:\s*\[[^\]]*\])?\s*(\w+)", header(problem))
+
+
 def module(problem, body="", *, before="", after="", drive=True):
     """A design with the right ports that drives its outputs with 0, which is wrong, unless `drive` is false."""
     lines = [f"  assign {name} = 0;" for name in outputs(problem) if drive]

@@ -1,11 +1,14 @@
 """No dishonest design passes, whichever problem it is for; the benchmark's own rule is shown to be fooled."""
 
+import re
+
 import pytest
 
-from tests.evals.verilog.cheats import BEHIND, DRIVING, INSIDE
+from tests.evals.verilog.cheats import BEHIND, DRIVING, INPUTS, INSIDE
 from tests.evals.verilog.designs import (
     fenced,
     honest,
+    inputs,
     module,
     needs_iverilog,
     needs_verilog_eval,
@@ -23,7 +26,12 @@ def cheating(problem, samples):
     def fill(text):
         return text.replace("{o}", outputs(problem)[0]).replace("{n}", str(samples))
 
+    def overrule(word, text):
+        code = module(problem, "\n  ".join(text.replace("{i}", name) for name in inputs(problem)))
+        return re.sub(r"\binput\b", word, code)
+
     return {
+        **{name: fenced(overrule(word, text)) for name, (word, text) in INPUTS.items()},
         **{name: fenced(module(problem, fill(text))) for name, text in INSIDE.items()},
         **{name: fenced(module(problem, fill(text), drive=False)) for name, text in DRIVING.items()},
         **{name: fenced(module(problem, after=fill(text))) for name, text in BEHIND.items()},
