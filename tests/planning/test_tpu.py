@@ -59,7 +59,7 @@ def test_a_real_step_compiles_for_a_slice_that_is_not_there(slice_name):
     assert arithmetic == pytest.approx(told.raw["flops"], rel=0.02)
     # Splash: one block in the sliding and the global layer; 2 + 3 + 4 products of [T, T, width], two heads per chip.
     assert told.counts["kernel_flops"] == 9 * 2 * 2 * T * T * (ARCH.head_dim + ARCH.global_head_dim)
-    assert told.counts["hbm_traffic_bytes"] <= told.counts["bytes_accessed"] + told.counts["kernel_flops"]
+    assert told.counts["hbm_traffic_bytes"] > held["base"]  # every weight is read at least once
     assert not told.counts["not_counted"]
     assert told.counts["collectives"]
 
