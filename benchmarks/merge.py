@@ -1,11 +1,12 @@
 """Merging side by side: ours, a whole dictionary in memory, PEFT's `merge_and_unload`, and `cp` of the same files.
 
-    python -m benchmarks.merge [--layers 4] [--rank 64] [--work outputs/bench_merge] [--out benchmarks/merge.md]
+    python -m benchmarks.merge [--settings lora slow full] [--ways cp ours …] [--out benchmarks/merge.md]
 
-Makes a random bfloat16 checkpoint in 31B's layout with fewer layers (4: 6.7 GB) and a run on it, gives each way a
-process of its own, and removes everything again. The base's pages are dropped before each way, and each ends with
-`sync`, so that all of them read from disk and write to it. Seconds are those of the whole process, imports included.
-Run it from the root of a checkout, with twice the checkpoint's size free on disk and 20 GB of memory.
+Makes a random bfloat16 checkpoint in 31B's layout with fewer layers and a run on it, gives each way a process of its
+own, and removes everything again. The base's pages are dropped before each way, and each ends with `sync`, so that all
+of them read from disk and write to it. Seconds are those of the whole process, imports included. `slow` limits how fast
+this process group may read the disk (cgroup v1, as root). Run it from the root of a checkout, with 30 GB free on disk
+and 20 GB of memory.
 """
 
 from __future__ import annotations
@@ -15,25 +16,41 @@ import json
 import os
 import platform
 import shutil
+import statistics
 import subprocess
 import sys
 import time
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 
-NAME = "bench_31b"
-SHARD_BYTES = 2_000_000_000
+from benchmarks.merge_files import make, register
 
 
 @dataclass(frozen=True)
 class Row:
-    """One way of merging."""
+    """One way of merging, once."""
 
-    what: str
+    way: str
     seconds: float
+    cpu_seconds: float
+    """Of the process, in user and kernel."""
     peak_rss_bytes: int
     written_bytes: int
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What is merged under which conditions."""
+
+    about: str
+    layers: int
+    rank: int | None
+    """Of the LoRA; None: every weight was trained."""
+    ways: tuple[str, ...]
+    """In the order in which they run; `cp` before and after, as the machine may be shared."""
+    read_mb_per_second: int | None = None
 
 
 WAYS = {
@@ -43,86 +60,13 @@ WAYS = {
     "memory": "whole dictionary, one file",
     "peft": "PEFT `merge_and_unload`",
 }
-
-
-# ── what is merged ────────────────────────────────────────────────────────────────────────────────────────────────────
-
-
-def make_base(folder: Path, layers: int) -> None:
-    """31B's layout with fewer layers; random values, in shards as transformers writes them."""
-    import ml_dtypes
-    import numpy as np
-
-    from gemma4_tpu.architectures import to_hf_config
-    from gemma4_tpu.models.names import name_map
-
-    arch = _architecture(layers)
-    folder.mkdir(parents=True)
-    (folder / "config.json").write_text(json.dumps(to_hf_config(arch)))
-    noise = np.random.default_rng(0).standard_normal(8 << 20).astype(np.float32) * 0.02
-    noise = noise.astype(ml_dtypes.bfloat16).view(np.uint16)
-    shapes = {f"model.{name}": t.hf_shape for t in name_map(arch).values() for name in t.hf_names}
-    shards: list[dict[str, tuple[int, ...]]] = [{}]
-    held_bytes = 0
-    for name, shape in sorted(shapes.items()):
-        size_bytes = 2 * int(np.prod(shape))
-        if held_bytes and held_bytes + size_bytes > SHARD_BYTES:
-            shards.append({})
-            held_bytes = 0
-        shards[-1][name] = shape
-        held_bytes += size_bytes
-    index = {}
-    for number, own in enumerate(shards, 1):
-        file = f"model-{number:05}-of-{len(shards):05}.safetensors"
-        _write_shard(folder / file, own, noise)
-        index |= dict.fromkeys(own, file)
-    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": index}))
-
-
-def _write_shard(path: Path, shapes: dict[str, tuple[int, ...]], noise) -> None:
-    """Written by hand, as safetensors would hold the whole shard in memory."""
-    import numpy as np
-
-    header, at = {"__metadata__": {"format": "pt"}}, 0
-    for name, shape in shapes.items():
-        stop = at + 2 * int(np.prod(shape))
-        header[name], at = {"dtype": "BF16", "shape": list(shape), "data_offsets": [at, stop]}, stop
-    text = json.dumps(header).encode()
-    with open(path, "wb") as file:
-        file.write(len(text).to_bytes(8, "little") + text)
-        for shape in shapes.values():
-            left = int(np.prod(shape))
-            while left:
-                left -= file.write(noise[: min(left, len(noise))].data) // 2
-
-
-def _architecture(layers: int):
-    from dataclasses import replace
-
-    from gemma4_tpu.architectures import ARCHITECTURES
-
-    big = ARCHITECTURES["gemma4_31b"]
-    return replace(big, name=NAME, num_layers=layers, layer_types=("sliding",) * (layers - 1) + ("global",))
-
-
-def make(work: Path, layers: int, rank: int) -> None:
-    """Base, run and PEFT adapter."""
-    os.environ["JAX_PLATFORMS"] = "cpu"
-    from gemma4_tpu.config.schema import LoraConfig
-    from tests.export.runs import make_run
-
-    make_base(work / "base", layers)
-    _register(work)
-    make_run(work / "run", work / "base", lora=LoraConfig(rank=rank, alpha=rank), name=NAME, size=0.01)
-    from gemma4_tpu.merge import main
-
-    assert main([f"run={work}/run", "export=peft"]) == 0
-
-
-def _register(work: Path) -> None:
-    from gemma4_tpu.architectures import ARCHITECTURES, from_hf_config
-
-    ARCHITECTURES[NAME] = from_hf_config(json.loads((work / "base" / "config.json").read_text()), name=NAME)
+_ROUND = ("cp", "ours", "ours_verified")
+SETTINGS = {
+    "lora": Setting("LoRA of rank 64 on every linear weight", 4, 64, (*_ROUND * 2, "cp", "memory", "peft")),
+    "slow": Setting("the same, reading limited to 200 MB/s", 4, 64, (*_ROUND, "cp"), read_mb_per_second=200),
+    "full": Setting("every weight trained (`lora=none`), saved in float32", 1, None, (*_ROUND, "cp")),
+}
+CGROUP = Path("/sys/fs/cgroup/blkio/benchmark_merge")
 
 
 # ── the ways ──────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -130,7 +74,7 @@ def _register(work: Path) -> None:
 
 def ours(work: Path, verify: str) -> None:
     """`python -m gemma4_tpu.merge`."""
-    _register(work)
+    register(work / "base")
     from gemma4_tpu.merge import main
 
     assert main([f"run={work}/run", f"target={work}/out", f"verify={verify}"]) == 0
@@ -181,9 +125,9 @@ def run_way(way: str, work: Path) -> None:
 # ── side by side ──────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def measure(way: str, work: Path) -> Row:
+def measure(way: str, work: Path, read_mb_per_second: int | None) -> Row:
     """Seconds and peak memory of one way, from cold files to synced ones."""
-    for path in (work / "base").iterdir():
+    for path in (path for path in work.rglob("*") if path.is_file()):
         handle = os.open(path, os.O_RDONLY)
         os.posix_fadvise(handle, 0, 0, os.POSIX_FADV_DONTNEED)
         os.close(handle)
@@ -192,8 +136,9 @@ def measure(way: str, work: Path) -> Row:
     command = ["cp", "-r", str(work / "base"), str(work / "out")]
     if way != "cp":
         command = [sys.executable, "-m", "benchmarks.merge", "--way", way, "--work", str(work)]
+    enter = _limit(work, read_mb_per_second) if read_mb_per_second else None
     started = time.perf_counter()
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, preexec_fn=enter)
     _, status, usage = os.wait4(process.pid, 0)
     os.sync()
     seconds = time.perf_counter() - started
@@ -201,62 +146,93 @@ def measure(way: str, work: Path) -> Row:
         raise SystemExit(f"{way}: exit status {status}")
     written = sum(path.stat().st_size for path in (work / "out").iterdir())
     shutil.rmtree(work / "out")
-    return Row(WAYS[way], seconds, usage.ru_maxrss * 1024, written)
+    return Row(way, seconds, usage.ru_utime + usage.ru_stime, usage.ru_maxrss * 1024, written)
 
 
-def table(rows: list[Row], base_bytes: int, command: str) -> str:
-    """The Markdown file."""
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9
-    copied = next(row.seconds for row in rows if row.what == WAYS["cp"])
+def _limit(work: Path, mb_per_second: int) -> Callable[[], None]:
+    """Makes a process group that reads the disk of `work` no faster; what a child calls to enter it."""
+    CGROUP.mkdir(exist_ok=True)
+    device = os.stat(work).st_dev
+    rule = f"{os.major(device)}:{os.minor(device)} {mb_per_second * 1_000_000}"
+    (CGROUP / "blkio.throttle.read_bps_device").write_text(rule)
+
+    def enter() -> None:
+        (CGROUP / "tasks").write_text(str(os.getpid()))
+
+    return enter
+
+
+def table(setting: Setting, rows: list[Row], loads: list[float], base_bytes: int) -> list[str]:
+    """One setting in Markdown: medians, and how far `cp` itself varied."""
+    median = {way: statistics.median(r.seconds for r in rows if r.way == way) for way in setting.ways}
     lines = [
-        "# Merging a LoRA into a checkpoint",
+        f"## {setting.about[0].upper()}{setting.about[1:]}",
         "",
-        f"{datetime.now(UTC):%Y-%m-%d}, {os.cpu_count()} CPU cores ({platform.machine()}), {memory:.0f} GB of memory,"
-        f" shared with other work (load {os.getloadavg()[1]:.1f}). Base: 31B's layout with fewer layers, bfloat16,"
-        f" {base_bytes / 1e9:.1f} GB. *Measured* by",
+        f"{setting.layers} layers, {base_bytes / 1e9:.1f} GB; load of the machine {min(loads):.0f}–{max(loads):.0f}.",
         "",
-        f"    {command}",
-        "",
-        "| way | seconds | of `cp` | peak RSS GiB | written GB |",
-        "|---|---:|---:|---:|---:|",
+        "| way | runs | seconds: median (range) | of `cp` | CPU seconds | peak RSS GiB | written GB |",
+        "|---|---:|---:|---:|---:|---:|---:|",
     ]
-    lines += [
-        f"| {row.what} | {row.seconds:.1f} | {row.seconds / copied:.2f}× | {row.peak_rss_bytes / 2**30:.2f} |"
-        f" {row.written_bytes / 1e9:.2f} |"
-        for row in rows
-    ]
-    note = "Seconds from cold files to `sync`, process start and imports included; each way in its own process."
-    return "\n".join([*lines, "", note, ""])
+    for way in dict.fromkeys(setting.ways):
+        own = [row for row in rows if row.way == way]
+        seconds = [row.seconds for row in own]
+        lines.append(
+            f"| {WAYS[way]} | {len(own)} | {median[way]:.1f} ({min(seconds):.1f}–{max(seconds):.1f})"
+            f" | {median[way] / median['cp']:.2f}× | {statistics.median(r.cpu_seconds for r in own):.1f}"
+            f" | {max(r.peak_rss_bytes for r in own) / 2**30:.2f} | {own[0].written_bytes / 1e9:.2f} |"
+        )
+    return [*lines, ""]
+
+
+def run_setting(setting: Setting, work: Path) -> list[str]:
+    """Makes the files, runs every way, removes the files."""
+    shutil.rmtree(work, ignore_errors=True)
+    try:
+        made = ["--make", str(setting.layers), str(setting.rank or 0), "--work", str(work)]
+        subprocess.run([sys.executable, "-m", "benchmarks.merge", *made], check=True)
+        base_bytes = sum(path.stat().st_size for path in (work / "base").iterdir())
+        rows, loads = [], []
+        for way in setting.ways:
+            loads.append(os.getloadavg()[0])
+            rows.append(measure(way, work, setting.read_mb_per_second))
+            print(f"load {loads[-1]:.1f}", rows[-1], flush=True)
+        return table(setting, rows, loads, base_bytes)
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+        if setting.read_mb_per_second:
+            CGROUP.rmdir()
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--layers", type=int, default=4)
-    parser.add_argument("--rank", type=int, default=64)
+    parser.add_argument("--settings", nargs="*", default=list(SETTINGS), choices=list(SETTINGS))
+    parser.add_argument("--ways", nargs="*", default=list(WAYS), choices=list(WAYS))
     parser.add_argument("--work", type=Path, default=Path("outputs/bench_merge"))
     parser.add_argument("--out", type=Path, default=Path("benchmarks/merge.md"))
-    parser.add_argument("--ways", nargs="*", default=list(WAYS), choices=list(WAYS))
     parser.add_argument("--way", choices=list(WAYS), help=argparse.SUPPRESS)
-    parser.add_argument("--make", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("--make", nargs=2, type=int, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     work = arguments.work.absolute()
     if arguments.make:
-        return make(work, arguments.layers, arguments.rank)
+        return make(work, arguments.make[0], arguments.make[1] or None)
     if arguments.way:
         return run_way(arguments.way, work)
-    shutil.rmtree(work, ignore_errors=True)
-    try:
-        sizes = ["--layers", str(arguments.layers), "--rank", str(arguments.rank), "--work", str(work)]
-        subprocess.run([sys.executable, "-m", "benchmarks.merge", "--make", *sizes], check=True)
-        base_bytes = sum(path.stat().st_size for path in (work / "base").iterdir())
-        rows = []
-        for way in arguments.ways:
-            rows.append(measure(way, work))
-            print(rows[-1], flush=True)
-        command = f"python -m benchmarks.merge --layers {arguments.layers} --rank {arguments.rank}"
-        arguments.out.write_text(table(rows, base_bytes, command))
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9
+    lines = [
+        "# Merging a trained run into a checkpoint",
+        "",
+        f"{datetime.now(UTC):%Y-%m-%d}, {os.cpu_count()} CPU cores ({platform.machine()}), {memory:.0f} GB of memory,"
+        " local disk. Base: 31B's layout with fewer layers, bfloat16. *Measured* by",
+        "",
+        f"    python -m benchmarks.merge --settings {' '.join(arguments.settings)}",
+        "",
+        "Seconds from cold files to `sync`, process start and imports included; each way in its own process.",
+        "",
+    ]
+    for name in arguments.settings:
+        setting = SETTINGS[name]
+        lines += run_setting(replace(setting, ways=tuple(w for w in setting.ways if w in arguments.ways)), work)
+        arguments.out.write_text("\n".join(lines))
 
 
 if __name__ == "__main__":

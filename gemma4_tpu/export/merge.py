@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from functools import lru_cache, partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -29,6 +29,8 @@ log = logging.getLogger(__name__)
 
 BLOCK_VALUES = 4 << 20  # of a weight that are worked on at a time: 16 MiB in float32
 COPY_BYTES = 16 << 20
+MEMORY_BYTES = 512 << 20  # of all pieces under way
+LORA_BYTES, FULL_BYTES = 12, 24  # per value of a block: base, float32 copies, what is read of the checkpoint, result
 WORKERS = min(8, 2 * (os.cpu_count() or 1))  # twice the cores: some of them wait for the disk
 _TOKENIZER = ("tokenizer", "chat_template", "special_tokens_map", "added_tokens", "vocab", "merges")
 _OTHER_WEIGHTS = (
@@ -45,8 +47,15 @@ _OTHER_WEIGHTS = (
 )
 
 
-Piece = tuple[str | None, Callable[[], tuple[np.ndarray, np.ndarray | None]]]
-"""Consecutive bytes of a shard: the changed weight that they belong to (None: they are copied), and what makes them."""
+class Piece(NamedTuple):
+    """Consecutive bytes of a shard."""
+
+    name: str | None
+    """The changed weight that they belong to; None: they are copied."""
+    memory_bytes: int
+    """What making them takes."""
+    make: Callable[[], tuple[np.ndarray, np.ndarray | None]]
+    """Gives the bytes, and the sums over them (see `_rounded`)."""
 
 
 @dataclass(frozen=True)
@@ -139,8 +148,11 @@ class Merger:
             yield from _copies(file, copied_to, info.start)
             lora = self.trained.lora.enabled
             merged = self._lora_block(name, change, file) if lora else self._full_block(name, change, file)
-            for start, stop in _blocks(change.tensor, self._rows_at_once(change.tensor)):
-                yield name, partial(merged, start, stop)
+            rows = self._rows_at_once(change.tensor)
+            block_values = rows * math.prod(change.tensor.hf_shape) // change.tensor.split[0]
+            memory_bytes = block_values * (LORA_BYTES if lora else FULL_BYTES)
+            for start, stop in _blocks(change.tensor, rows):
+                yield Piece(name, memory_bytes, partial(merged, start, stop))
             copied_to = info.stop
         yield from _copies(file, copied_to, file.size_bytes)
 
@@ -205,8 +217,10 @@ class Merger:
             base = _rows(file, name, slice(start * height, stop * height))
             index = tensor.rows_in_memory(start, stop, change.source)
             merged = np.ascontiguousarray(tensor.rows_to_hf(state.read(tensor.name, index)), np.float32)
-            before = base.astype(np.float32)
-            return _rounded(merged, base, _squared(before), _squared(merged - before))
+            difference = base.astype(np.float32)
+            base_squared = _squared(difference)
+            np.subtract(merged, difference, out=difference)
+            return _rounded(merged, base, base_squared, _squared(difference))
 
         return block
 
@@ -238,7 +252,7 @@ def _copies(file: TensorFile, start: int, stop: int) -> Iterator[Piece]:
     def copy(at: int) -> tuple[np.ndarray, None]:
         return file.read_bytes(at, min(at + COPY_BYTES, stop)), None
 
-    return ((None, partial(copy, at)) for at in range(start, stop, COPY_BYTES))
+    return (Piece(None, COPY_BYTES, partial(copy, at)) for at in range(start, stop, COPY_BYTES))
 
 
 def _squared(values: np.ndarray) -> float:
@@ -253,15 +267,15 @@ def _blocks(tensor: Tensor, rows: int) -> Iterator[tuple[int, int]]:
 
 def _in_order(workers: ThreadPoolExecutor, pieces: Iterator[Piece]) -> Iterator[tuple[str | None, Any]]:
     """Name and result of each piece, in order, with only so many under way that memory stays bounded."""
-    under_way: deque[tuple[str | None, Future[Any]]] = deque()
-    for name, make in pieces:
-        under_way.append((name, workers.submit(make)))
-        if len(under_way) > WORKERS:
-            name, result = under_way.popleft()
-            yield name, result.result()
+    under_way: deque[tuple[Piece, Future[Any]]] = deque()
+    for piece in pieces:
+        while under_way and piece.memory_bytes + sum(other.memory_bytes for other, _ in under_way) > MEMORY_BYTES:
+            first, result = under_way.popleft()
+            yield first.name, result.result()
+        under_way.append((piece, workers.submit(piece.make)))
     while under_way:
-        name, result = under_way.popleft()
-        yield name, result.result()
+        first, result = under_way.popleft()
+        yield first.name, result.result()
 
 
 def _check_applied(trained: Trained, deltas: list[Delta]) -> None:

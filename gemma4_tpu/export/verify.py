@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import logging
 import math
+import os
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -23,6 +25,7 @@ from gemma4_tpu.models.tensorfile import Checkpoint
 log = logging.getLogger(__name__)
 
 SAMPLE_VALUES = 1 << 20  # of each weight that are compared; smaller weights are compared whole
+THREADS = min(4, os.cpu_count() or 1)  # a block takes some 40 MB at a time
 ROOM = 1.4  # times the parameters' float32 bytes that the logits need
 _FLOAT32_ROUNDING = 2.0**-24
 
@@ -47,18 +50,20 @@ def compare_weights(trained: Trained, merged: Checkpoint) -> WeightParity:
     """Compares a block of every changed weight, read in memory's layout."""
     leaves = {name: leaf for leaf in Layout.of(trained.base.arch).leaves() for name in leaf.tunix_names}
     rng = np.random.default_rng(0)
-    worst, worst_weight, values = 0.0, "", 0
-    for name, tensor in trained.tensors.items():
-        index = _some_block(tensor, rng)
-        expected, slack = _expected(trained, leaves[name], tensor, index)
+    blocks = [(tensor, _some_block(tensor, rng)) for tensor in trained.tensors.values()]
+
+    def off(tensor: Tensor, index: tuple[slice, ...]) -> tuple[float, int]:
+        expected, slack = _expected(trained, leaves[tensor.name], tensor, index)
         found = _read(tensor, merged, trained.prefix, index)
         allowed = _half_spacing(found.dtype) * np.abs(expected) + slack
-        off = np.abs(found.astype(np.float64) - expected) / allowed
-        ratio = float(np.max(np.where(np.isfinite(off), off, np.inf)))
-        values += off.size
-        if ratio > worst:
-            worst, worst_weight = ratio, name
-    return WeightParity(len(trained.tensors), values, worst, worst_weight, worst <= 1.0)
+        ratio = np.abs(found.astype(np.float64) - expected) / allowed
+        return float(np.max(np.where(np.isfinite(ratio), ratio, np.inf))), ratio.size
+
+    with ThreadPoolExecutor(THREADS, thread_name_prefix="verify") as threads:
+        ratios, values = zip(*threads.map(off, *zip(*blocks, strict=True)), strict=True)
+    worst = max(ratios)
+    worst_weight = blocks[ratios.index(worst)][0].name
+    return WeightParity(len(blocks), sum(values), worst, worst_weight if worst else "", worst <= 1.0)
 
 
 def _some_block(tensor: Tensor, rng: np.random.Generator) -> tuple[slice, ...]:

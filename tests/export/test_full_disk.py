@@ -45,14 +45,14 @@ def can_mount() -> bool:
 
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux" or not can_mount(), reason="no file system can be mounted here")
-def test_a_disk_that_fills_halfway(tmp_path):
+def test_a_disk_that_fills_halfway(tmp_path, merge):
     base = write_base(tmp_path / "base", shards=12, padding_bytes=8 * MIB)
     run = make_run(tmp_path / "run", base, lora=LoraConfig(rank=4))
-    subprocess.run([*MERGE, f"run={run}", f"target={tmp_path}/whole"], check=True, capture_output=True, timeout=120)
+    merge(run, "verify=false", f"target={tmp_path}/whole")
     disk = tmp_path / "disk"
     disk.mkdir()
-    merge = [*MERGE, f"run={run}", f"target={disk}/model", f"run_dir={run}/record"]
-    command = ["unshare", "-rm", sys.executable, "-c", INSIDE, str(disk), *merge]
+    words = [*MERGE, f"run={run}", f"target={disk}/model", f"run_dir={run}/record"]
+    command = ["unshare", "-rm", sys.executable, "-c", INSIDE, str(disk), *words]
     done = subprocess.run(command, capture_output=True, text=True, timeout=200)
     assert done.returncode == 0, done.stderr
     first, again = done.stdout.split("AGAIN")

@@ -17,6 +17,7 @@ from gemma4_tpu.architectures import ARCHITECTURES, to_hf_config
 from gemma4_tpu.config.schema import LoraConfig
 from gemma4_tpu.export.place import Place
 from gemma4_tpu.models.names import name_map
+from gemma4_tpu.storage import filesystem
 from tests.export.conftest import tree
 from tests.export.runs import make_run
 
@@ -55,16 +56,16 @@ def looks_finished(run):
 
 
 @pytest.mark.slow
-def test_killed_at_random_points_it_goes_on_and_ends_with_the_same_bytes(tiny_run):
+def test_killed_at_random_points_it_goes_on_and_ends_with_the_same_bytes(tiny_run, merge):
     reference = tiny_run.parent / "reference"
-    subprocess.run([*MERGE, f"run={tiny_run}", f"target={reference}"], check=True, capture_output=True, timeout=120)
+    merge(tiny_run, "verify=false", f"target={reference}")
     rng, resumed, kills = random.Random(0), 0, 0
     staging = tiny_run / ".merged.partial"
-    while kills < 4:
+    while kills < 3:
         process = subprocess.Popen(
             [*MERGE, f"run={tiny_run}"], stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True
         )
-        wanted = 4 * kills + rng.randint(0, 3)  # finished shards at which to kill
+        wanted = 5 * kills + rng.randint(0, 4)  # finished shards at which to kill
         while process.poll() is None and len(list(staging.glob("*.safetensors"))) < wanted:
             time.sleep(0.001)
         time.sleep(rng.random() * 0.02)
@@ -129,17 +130,37 @@ def test_a_finished_shard_that_holds_other_bytes_is_written_again(run_of, merge,
     assert tree(run / "merged") == tree(run / "reference")
 
 
-def test_two_exports_to_one_target(tiny_run):
-    from gemma4_tpu.config.schema import ExportConfig
-    from gemma4_tpu.export.job import prepare
+def test_an_upload_that_is_cut_off_goes_on_too(tmp_path, merge, killed_after, bucket, caplog):
+    base = write_base(tmp_path / "base", shards=4, padding_bytes=1 << 16)
+    run = make_run(tmp_path / "run", base, lora=LoraConfig(rank=4))
+    merge(run, "verify=false", f"target={run}/reference")
+    fs, root = filesystem(bucket)
+    killed_after(3, run, "verify=false", f"target={bucket}/model")
+    uploaded = sorted(fs.glob(f"{root}/.model.partial/*.safetensors"))
+    assert len(uploaded) == 3 and not fs.exists(f"{root}/model")
+    damaged = bytearray(fs.cat_file(uploaded[1]))
+    damaged[-1000:] = bytes(1000)
+    fs.pipe_file(uploaded[1], bytes(damaged))
+    with caplog.at_level(logging.INFO):
+        merge(run, "verify=false", f"target={bucket}/model")
+    assert "2 files are done" in caplog.text and caplog.text.count("(done before)") == 2
+    local = tree(run / "reference")
+    assert {name: fs.cat_file(f"{root}/model/{name}") for name in local} == local
 
-    job = prepare(tiny_run, ExportConfig(), several=False)
-    with job.reserved():
-        code = "import sys; from gemma4_tpu.merge import main; sys.exit(main(sys.argv[1:]))"
-        other = subprocess.run(
-            [sys.executable, "-c", code, f"run={tiny_run}", "verify=false"], capture_output=True, text=True, timeout=60
-        )
-    assert other.returncode == 2 and "another process is exporting there" in other.stderr
+
+def test_two_exports_to_one_target(tiny_run, refused):
+    """Another process holds the lock of the staging folder, as one that is exporting there does."""
+    staging = tiny_run / ".merged.partial"
+    staging.mkdir()
+    (staging / ".journal.json").write_text(json.dumps({"identity": {}, "files": {}}))
+    code = "import fcntl, sys; f = open(sys.argv[1], 'w'); fcntl.lockf(f, fcntl.LOCK_EX); print(flush=True); input()"
+    other = subprocess.Popen(
+        [sys.executable, "-c", code, staging / ".lock"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    other.stdout.readline()
+    assert "another process is exporting there" in refused(f"run={tiny_run}", "verify=false")
+    assert (staging / ".journal.json").exists()
+    other.communicate("\n", timeout=20)
 
 
 def test_a_kill_between_the_renames_of_a_replacement_puts_the_old_model_back(tiny_run, merge, monkeypatch):
