@@ -32,13 +32,20 @@ def default_workers() -> int:
     return len(os.sched_getaffinity(0))
 
 
+def _memory_folder(workers: int, config: JudgeConfig) -> Path | None:
+    """Where files lie in memory, if there is room for what all workers may write (containers often have 64 MiB)."""
+    needed_bytes = workers * 2 * (config.file_mib << 20)
+    if os.access(MEMORY_FOLDER, os.W_OK) and shutil.disk_usage(MEMORY_FOLDER).free >= needed_bytes:
+        return MEMORY_FOLDER
+    return None
+
+
 class Pool:
     """Worker processes for judging, a context manager. Thread-safe."""
 
     def __init__(self, config: JudgeConfig, tools: Tools):
         self.workers = config.workers or default_workers()
-        memory = MEMORY_FOLDER if os.access(MEMORY_FOLDER, os.W_OK) else None
-        self._root = Path(tempfile.mkdtemp(prefix="gemma4_tpu_judge_", dir=memory))
+        self._root = Path(tempfile.mkdtemp(prefix="gemma4_tpu_judge_", dir=_memory_folder(self.workers, config)))
         self._root.chmod(0o711)  # workers run simulations as other users
         self._executor = ProcessPoolExecutor(
             self.workers,
