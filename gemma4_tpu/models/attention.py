@@ -8,6 +8,8 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
+from gemma4_tpu.models.remat import CONTEXT, keep
+
 MASKED = -2.3819763e38  # Gemma's value for a masked score: finite in bfloat16 and float32
 
 
@@ -62,7 +64,7 @@ def einsum_attention(q: jax.Array, k: jax.Array, v: jax.Array, segment_ids: jax.
     if window is None or t <= 2 * window:
         places = jnp.arange(t)
         seen = mask(segment_ids, segment_ids, places[:, None] - places[None, :], window)
-        return _attend(q, k, v, seen)
+        return keep(_attend(q, k, v, seen), CONTEXT)
     blocks = -(-t // window)
     padding = blocks * window - t
     q, k, v, segment_ids = (
@@ -80,7 +82,7 @@ def einsum_attention(q: jax.Array, k: jax.Array, v: jax.Array, segment_ids: jax.
     distance = window + jnp.arange(window)[:, None] - jnp.arange(2 * window)[None, :]
     seen = mask(block(segment_ids), with_previous(segment_ids, -1), distance, window)  # nothing is of segment -1
     out = jax.vmap(_attend, in_axes=1, out_axes=1)(block(q), with_previous(k, 0), with_previous(v, 0), seen)
-    return out.reshape(q.shape)[:, :t]
+    return keep(out.reshape(q.shape)[:, :t], CONTEXT)
 
 
 def _attend(q: jax.Array, k: jax.Array, v: jax.Array, seen: jax.Array) -> jax.Array:

@@ -25,7 +25,7 @@ from gemma4_tpu.architectures import Architecture
 from gemma4_tpu.models.attention import einsum_attention, rope
 from gemma4_tpu.models.layout import Layout
 from gemma4_tpu.models.moe import moe
-from gemma4_tpu.models.remat import CONTEXT, keep, rematerialised
+from gemma4_tpu.models.remat import keep, rematerialised
 from gemma4_tpu.models.sharding import constrain
 
 Params = dict[str, Any]
@@ -142,7 +142,7 @@ def _attention(layer: _Layer, x: jax.Array, shared_kv: KV | None) -> tuple[jax.A
         k, v = rotate(rms_norm(k, p["_key_norm"]["scale"])), rms_norm(v, None)
     window = None if layer.is_global else arch.sliding_window
     out = constrain(model.attention(q, k, v, layer.segment_ids, window), "BTNH", model.mesh)
-    return keep(_project(layer, "attn", "attn_vec_einsum", keep(out, CONTEXT)), "attended"), (k, v)
+    return keep(_project(layer, "attn", "attn_vec_einsum", out), "attended"), (k, v)
 
 
 def _mlp(layer: _Layer, x: jax.Array) -> jax.Array:

@@ -12,7 +12,7 @@ import jax
 from jax.ad_checkpoint import checkpoint_name
 
 CONTEXT = "context"
-"""Attention's output (and the kernel's softmax statistics)."""
+"""Attention's output (and the kernel's softmax statistics), as each implementation marks them."""
 
 _ATTENTION = ("query", "key_value", CONTEXT, "attended", "low")
 _MLP = ("gate_up", "mlp_out", "experts_gate_up", "experts_out", "per_layer")
