@@ -121,7 +121,7 @@ ARCHITECTURES: dict[str, Architecture] = {
         # Small models for laptops and tests. `tiny` is 31B in miniature and has a trained base checkpoint.
         Architecture(
             name="tiny", num_layers=6, vocab_size=512, embed_dim=128, hidden_dim=384, num_heads=8, head_dim=16,
-            num_kv_heads=4, global_head_dim=32, num_global_kv_heads=1, sliding_window=64, layer_types=_pattern(6),
+            num_kv_heads=4, global_head_dim=32, num_global_kv_heads=1, sliding_window=128, layer_types=_pattern(6),
             k_eq_v=True,
         ),
         Architecture(

@@ -1,15 +1,19 @@
 """Pretrain the embedded tiny base: `python experiments/tiny_base/make_base.py`.
 
-Full training of `tiny` from random weights, by the project's own pipeline and step, on source files of synthetic
-Verilog: modules with comments on their ports and behaviour. No question, no chat markup, no module named `TopModule`,
-and none of the held-out modules. Saves `model.safetensors` in bfloat16, named as transformers names its tensors.
+Full training of `tiny` from random weights, by the project's own pipeline and step, in two stages: source files of
+synthetic Verilog (modules with comments on their ports and behaviour), then the same with one conversation in four
+texts that goes the other way round (module in, specification out), so that chat markup and the words of prompts are
+known. No prompt is ever answered with a module, and none of the held-out modules is among them. Saves
+`model.safetensors` in bfloat16, named as transformers names its tensors.
 """
 
 from __future__ import annotations
 
 import argparse
 import logging
+import shutil
 import time
+from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from random import Random
@@ -18,7 +22,6 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 from safetensors.numpy import save_file
-from tokenizers import Tokenizer
 
 from gemma4_tpu.assets import ROOT
 from gemma4_tpu.config.schema import (
@@ -30,8 +33,10 @@ from gemma4_tpu.config.schema import (
     OptimizerConfig,
     TrainerConfig,
 )
+from gemma4_tpu.data.chat import ChatFormat
 from gemma4_tpu.data.examples import Examples, ExamplesBuilder, Origin
 from gemma4_tpu.data.pipeline import Pipeline
+from gemma4_tpu.data.tokenizer import load_tokenizer
 from gemma4_tpu.models.base import resolve_base
 from gemma4_tpu.models.layout import Layout
 from gemma4_tpu.models.load import by_name
@@ -39,48 +44,84 @@ from gemma4_tpu.models.names import name_map
 from gemma4_tpu.training.job import build_job, start_mesh, to_mesh
 from gemma4_tpu.training.programs import Programs
 from gemma4_tpu.verilog_smoke.families import draw_designs
-from gemma4_tpu.verilog_smoke.prompts import document
+from gemma4_tpu.verilog_smoke.prompts import document, explanation
 
 SEQUENCE_LENGTH = 256
 ROWS_PER_UPDATE = 8
-OPTIMIZER = OptimizerConfig(learning_rate=4e-3, b2=0.98, weight_decay=0.01, warmup_updates=30, end_fraction=0.05)
 TRAINER = TrainerConfig(remat="none", compute_dtype="float32")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stage:
+    """What the base reads, and for how long."""
+
+    seed: int
+    texts: int
+    conversations_every: int | None
+    """One in this many texts is a conversation; None: none is."""
+    ports: float
+    """Share of source files with a comment on their ports."""
+    behaviour: float
+    """Share of source files with a comment on what they do."""
+    updates: int
+    learning_rate: float
+    warmup_updates: int
+
+
+STAGES = (
+    Stage(
+        seed=0, texts=12_000, conversations_every=None, ports=0.6, behaviour=0.8,
+        updates=700, learning_rate=4e-3, warmup_updates=30,
+    ),
+    Stage(
+        seed=1, texts=4_000, conversations_every=4, ports=0.85, behaviour=0.9,
+        updates=120, learning_rate=2e-3, warmup_updates=10,
+    ),
+)  # fmt: skip
 
 log = logging.getLogger(__name__)
 
 
-def make_documents(seed: int, count: int) -> list[str]:
-    """Source files of training designs; held-out modules are not among them."""
-    rng = Random(f"{seed}-documents")
-    return [document(design, rng) for design in islice(draw_designs(rng, heldout=False), count)]
+def make_texts(stage: Stage, chat: ChatFormat) -> list[str]:
+    """Texts on training designs; held-out modules are not among them."""
+    rng = Random(f"{stage.seed}-documents")
+    texts = []
+    for number, design in enumerate(islice(draw_designs(rng, heldout=False), stage.texts), start=1):
+        if stage.conversations_every and number % stage.conversations_every == 0:
+            texts.append(chat.render(explanation(design, rng)))
+        else:
+            texts.append(f"<bos>{document(design, rng, ports=stage.ports, behaviour=stage.behaviour)}<eos>")
+    return texts
 
 
-def encode(documents: list[str], tokenizer: Tokenizer) -> Examples:
-    """Every document between `<bos>` and `<eos>`, each of its tokens a target."""
+def encode(texts: list[str], chat: ChatFormat) -> Examples:
+    """Every text, each of its tokens a target."""
     builder = ExamplesBuilder([1.0])
-    eos = tokenizer.token_to_id("<eos>")
-    for row, text in enumerate(documents, start=1):
-        ids = np.array([*tokenizer.encode(text).ids, eos], np.int32)
-        builder.add(ids, np.ones(len(ids), bool), 0, Origin("documents", row))
+    for row, ids in enumerate(chat.encode(texts), start=1):
+        builder.add(ids, np.ones(len(ids), bool), 0, Origin("texts", row))
     return builder.build({})
 
 
-def pretrain(examples: Examples, seed: int, updates: int) -> tuple[Any, Layout]:
-    """Trains every weight; returns the parameters and their layout."""
-    base = resolve_base(ModelConfig(name="tiny", path=f"random:{seed}"))
+def pretrain(stage: Stage, examples: Examples, start: str) -> tuple[Any, Layout]:
+    """Trains every weight of the model that `start` names; returns the parameters and their layout."""
+    base = resolve_base(ModelConfig(name="tiny", path=start, tokenizer="embedded:tiny"))
     mesh = start_mesh(HardwareConfig(), MeshConfig(), base.arch)
     data = DataConfig(sequence_length=SEQUENCE_LENGTH)
-    pipeline = Pipeline(examples=examples, data=data, rows_per_update=ROWS_PER_UPDATE, seed=seed, max_updates=updates)
-    job = build_job(base, LoraConfig(enabled=False), OPTIMIZER, TRAINER, mesh, updates)
+    pipeline = Pipeline(
+        examples=examples, data=data, rows_per_update=ROWS_PER_UPDATE, seed=stage.seed, max_updates=stage.updates
+    )
+    optimizer = OptimizerConfig(
+        learning_rate=stage.learning_rate, warmup_updates=stage.warmup_updates, end_fraction=0.05, b2=0.98,
+        weight_decay=0.01,
+    )  # fmt: skip
+    job = build_job(base, LoraConfig(enabled=False), optimizer, TRAINER, mesh, stage.updates)
     programs = Programs(job.step, job.state, pipeline.lengths)
     state, started = job.state, time.perf_counter()
     for done, update in enumerate(pipeline, start=1):
         state, metrics = programs.train(state, job.base, to_mesh(update.arrays, mesh))
-        if done % 50 == 0 or done == updates:
-            seconds = time.perf_counter() - started
-            log.info(
-                "update %d of %d, epoch %.2f: loss %.4f, %.0f s", done, updates, update.epoch, metrics.loss, seconds
-            )
+        if done % 50 == 0 or done == stage.updates:
+            loss, seconds = float(metrics.loss), time.perf_counter() - started
+            log.info("update %d of %d, epoch %.2f: loss %.4f, %.0f s", done, stage.updates, update.epoch, loss, seconds)
     pipeline.close()
     return state.trained, job.step.model.layout
 
@@ -100,17 +141,20 @@ def save(params: Any, layout: Layout, folder: Path) -> Path:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=ROOT / "tiny", help="folder to write to")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--documents", type=int, default=12_000)
-    parser.add_argument("--updates", type=int, default=700)
     args = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(message)s")
 
-    tokenizer = Tokenizer.from_file(str(ROOT / "tiny" / "tokenizer.json"))
-    examples = encode(make_documents(args.seed, args.documents), tokenizer)
-    log.info("%d documents, %d tokens", len(examples), len(examples.tokens))
-    path = save(*pretrain(examples, args.seed, args.updates), args.out)
-    log.info("%s: %.1f MB", path, path.stat().st_size / 1e6)
+    chat = ChatFormat(load_tokenizer(str(ROOT / "tiny")))
+    args.out.mkdir(parents=True, exist_ok=True)
+    if args.out != ROOT / "tiny":
+        shutil.copy(ROOT / "tiny" / "config.json", args.out)
+    start = "random:0"
+    for stage in STAGES:
+        examples = encode(make_texts(stage, chat), chat)
+        log.info("%d texts, %d tokens", len(examples), len(examples.tokens))
+        path = save(*pretrain(stage, examples, start), args.out)
+        log.info("%s: %.1f MB", path, path.stat().st_size / 1e6)
+        start = str(args.out)
 
 
 if __name__ == "__main__":

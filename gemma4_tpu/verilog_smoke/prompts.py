@@ -34,10 +34,22 @@ def chat_row(row_id: str, prompt: str, reply: str) -> dict:
     return {"id": row_id, "messages": messages}
 
 
-def document(design: Design, rng: Random) -> str:
-    """A source file as the base model reads it: comments on ports and behaviour, perhaps, and a module. No chat."""
+def explanation(design: Design, rng: Random) -> list[dict[str, str]]:
+    """A conversation the other way round, module in and specification out: chat markup and the words of prompts."""
+    return chat_row("", answer(design), specification(design, rng))["messages"]
+
+
+def document(design: Design, rng: Random, *, ports: float = 0.6, behaviour: float = 0.8) -> str:
+    """A source file as the base model reads it: perhaps comments, and a module. No chat.
+
+    Args:
+      design: what the file implements.
+      rng: draws wording and order.
+      ports: share of files with a comment on their ports.
+      behaviour: share of files with a comment on what they do.
+    """
     notes = []
-    if rng.random() < 0.6:
+    if rng.random() < ports:
         notes.append(
             "\n".join(
                 f"{port.name}: {'output' if port.output else 'input'}"
@@ -45,7 +57,7 @@ def document(design: Design, rng: Random) -> str:
                 for port in design.ports
             )
         )
-    if rng.random() < 0.8:
+    if rng.random() < behaviour:
         notes.append(rng.choice((design.summary, *design.behaviours)))
     rng.shuffle(notes)
     comment = "".join(f"// {line}\n" for note in notes for line in note.splitlines() if line)
