@@ -175,7 +175,7 @@ class TrainerConfig:
     """Such an answer is cut off here, in tokens."""
     log_every: int = 1
     """Updates between logged metrics."""
-    remat: str = "decoder"
+    remat: str = "auto"
     """What the backward pass computes again: `none`, `products` (elementwise work; matrix products are kept),
     `attention` (the MLP; attention's products are kept), `decoder` (everything; each layer's input is kept), `auto`:
     the first of these that fits into memory by the compiler's figures (`none` on CPUs)."""
