@@ -75,6 +75,7 @@ def _record(loaded: Loaded, hosts: Hosts, preemption: Preemption) -> int:
     try:
         result = _train(config, folder, hosts, preemption)
         folder.leave_result(result)
+        drawn = plot_run(folder) if folder.write and result.status != "preempted" else []
     except KeyboardInterrupt:
         hint = f"the same command with run_dir={folder.address} goes on from its last checkpoint"
         print(f"\ninterrupted; {hint}", file=sys.stderr)
@@ -89,7 +90,7 @@ def _record(loaded: Loaded, hosts: Hosts, preemption: Preemption) -> int:
         log.warning("preempted and saved at update %d: run_dir=%s goes on from there", result.updates, folder.address)
         return PREEMPTED
     if folder.write:
-        steps = [f"look at {path}" for path in plot_run(folder)[:1]]
+        steps = [f"look at {path}" for path in drawn[:1]]
         if not (config.model.path or "").startswith("random:"):
             steps.append(f"python -m gemma4_tpu.merge run={folder.address}")
         print_summary(folder, result, steps)

