@@ -5,9 +5,10 @@
     python benchmarks/chaos.py --write benchmarks/chaos.md
 
 Each series is one training (dropout, accumulation, packing, asynchronous saves) that is killed several times, by
-SIGKILL or SIGTERM, at moments drawn evenly over its start and its updates; then left alone; then its merge is killed in
-the same way. Reference: the same training and merge, never touched. The model is `tiny` cut to two layers, and
-processes are forked from one that has imported everything, so that a start costs little; from there on each is its own.
+SIGKILL or SIGTERM, at random moments of its updates and now and then of its start; then left alone; then its merge is
+killed at moments drawn evenly over its duration. Reference: the same training and merge, never touched. The model is
+`tiny` cut to two layers, and processes are forked from one that has imported everything, so that a start costs little;
+from there on each is its own.
 """
 
 from __future__ import annotations
@@ -32,13 +33,15 @@ from pathlib import Path
 import numpy as np
 
 EVERY = 3
-UPDATES = 18
+UPDATES = 60
 TRAIN = [
     "lora.rank=2", "lora.dropout=0.1", "data=chat_jsonl", "data.heldout_fraction=0", "data.sequence_length=64",
     "trainer.global_batch_sequences=2", "trainer.microbatches=2", f"trainer.max_updates={UPDATES}",
     "trainer.remat=none", "optimizer.warmup_updates=0", f"checkpoint.every={EVERY}", "checkpoint.keep=3",
 ]  # fmt: skip
-KILLS_PER_TRAIN, KILLS_PER_MERGE = 8, 4
+KILLS_PER_TRAIN, KILLS_PER_MERGE = 8, 3
+SHARE_IN_START = 0.15
+"""Of the kills of trainings; the others come during updates."""
 UNDER_A_SAVE = 3
 """Updates that may pass while the checkpoint before them is still being written; they are lost with it."""
 
@@ -174,7 +177,11 @@ class Chaos:
         run, number = self._folder / name, self._random.choice((signal.SIGKILL, signal.SIGKILL, signal.SIGTERM))
         before = newest(run)
         process = Process(self._train, self._train_words(name), self._folder / f"{name}.txt")
-        process.wait(self._random.uniform(0, 1.1 * self._train_seconds))
+        if self._random.random() < SHARE_IN_START:
+            process.wait(self._random.uniform(0, 0.5 * self._train_seconds))
+        else:
+            self._wait_for_update(process, run, (before or 0) + self._random.randint(1, 4 * EVERY))
+            process.wait(self._random.uniform(0, 0.1))
         if process.poll() is not None:
             assert process.code == 0, said(process)
             return  # it was done before
@@ -190,6 +197,13 @@ class Chaos:
         self.counts.lost_updates.append(lost)
         if lost > EVERY + UNDER_A_SAVE:
             self.counts.different.append(f"{name}: {lost} updates lost")
+
+    def _wait_for_update(self, process: Process, run: Path, update: int) -> None:
+        """Until it is logged, or the process ends."""
+        until = time.monotonic() + 1800
+        while process.wait(0.01) is None and time.monotonic() < until:
+            if any(row["update"] >= update for row in metrics(run)):
+                return
 
     def _count_kill(self, what: str) -> None:
         self.counts.kills[what] = self.counts.kills.get(what, 0) + 1
