@@ -11,7 +11,8 @@ from gemma4_tpu.config.evaluate_checks import EvaluateChecked, examine_evaluate,
 from gemma4_tpu.config.merge_checks import MergeChecked, examine_merge, normalise_merge
 from gemma4_tpu.config.plan_checks import PlanChecked, examine_plan, normalise_plan
 from gemma4_tpu.config.problems import Problem
-from gemma4_tpu.config.schema import EvaluateRoot, MergeRoot, PlanRoot, TrainRoot
+from gemma4_tpu.config.report_checks import ReportChecked, examine_report, normalise_report
+from gemma4_tpu.config.schema import EvaluateRoot, MergeRoot, PlanRoot, ReportRoot, TrainRoot
 
 Root = TypeVar("Root")
 Checks = TypeVar("Checks")
@@ -72,7 +73,7 @@ MERGE: EntryPoint[MergeRoot, MergeChecked] = EntryPoint(
         ("run=outputs/train/<run>", "the run's last checkpoint, to outputs/train/<run>/merged"),
         ("run=outputs/train/<run> export=both checkpoint=best", "merged and PEFT, at the lowest held-out loss"),
         ("run=outputs/train/<run> target=gs://bucket/model", "to a bucket"),
-        ("run=multirun/<date>/<time>", "every run of a sweep"),
+        ("run=multirun/<name>/<sweep>", "every finished run of a sweep"),
         ("run=outputs/train/<run> push_to_hub=owner/name", "upload it too (needs HF_TOKEN)"),
     ),
     shorthands={key: f"export.{key}" for key in ("checkpoint", "target", "overwrite", "verify", "push_to_hub")},
@@ -117,4 +118,18 @@ PLAN: EntryPoint[PlanRoot, PlanChecked] = EntryPoint(
         ("model=gemma4_e4b model.path=<checkpoint> data.train.0.path=rows.jsonl", "lengths of your own rows"),
     ),
     shorthands={"search": "plan.search"},
+)
+
+REPORT: EntryPoint[ReportRoot, ReportChecked] = EntryPoint(
+    name="report",
+    schema=ReportRoot,
+    normalise=normalise_report,
+    examine=examine_report,
+    summary="Look back at what was recorded: a sweep's table and plots, W&B records to sync, an experiment's result.",
+    examples=(
+        ("sweep=multirun/<name>/<sweep>", "table (CSV and Markdown), best run and plots of a sweep, also while it runs"),
+        ("sweep=multirun/<name>/<sweep> metric=real_tokens_per_second", "the best by another key of result.json"),
+        ("wandb=outputs/train/<run>", "how to sync a run that W&B recorded offline"),
+        ("check=experiments/<name>", "run a committed experiment again and compare"),
+    ),
 )

@@ -424,3 +424,18 @@ class PlanRoot(TrainRoot):
     plan: PlanConfig = field(default_factory=PlanConfig)
     name: str = "plan"
     """Name of the plan; part of the folder's name."""
+
+
+@dataclass(kw_only=True)
+class ReportRoot:
+    """Everything `python -m gemma4_tpu.report` takes; exactly one of the subjects is given."""
+
+    sweep: str = ""
+    """Sweep folder, or any folder of run folders: its table, best run and plots are made anew."""
+    wandb: str = ""
+    """Run folder tracked by W&B: how its records are synced."""
+    check: str = ""
+    """Folder of a committed experiment: it is run again and compared with its recorded result."""
+    metric: str | None = None
+    """With `sweep`: the key of `result.json` that decides which run is best; null: the sweep's own, else
+    `heldout_loss_last`."""
