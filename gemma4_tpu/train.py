@@ -16,10 +16,13 @@ from gemma4_tpu.config.schema import TrainRoot
 from gemma4_tpu.errors import INTERRUPTED, PREEMPTED, REFUSED, UserError
 
 if TYPE_CHECKING:
+    from jax.sharding import Mesh
+
     from gemma4_tpu.data.build import TrainingData
     from gemma4_tpu.data.pipeline import Pipeline, Update
     from gemma4_tpu.evals.heldout import HeldoutAnswers
     from gemma4_tpu.models.base import Base
+    from gemma4_tpu.tracking.provenance import Provenance
     from gemma4_tpu.tracking.result import Result
     from gemma4_tpu.tracking.run import RunFolder
     from gemma4_tpu.training.checkpoint import Checkpoints
@@ -27,6 +30,7 @@ if TYPE_CHECKING:
     from gemma4_tpu.training.job import Job
     from gemma4_tpu.training.loop import Rates
     from gemma4_tpu.training.preemption import Preemption
+    from gemma4_tpu.training.replay import Replay
 
 log = logging.getLogger(__name__)
 
@@ -73,7 +77,7 @@ def _record(loaded: Loaded, hosts: Hosts, preemption: Preemption) -> int:
     for warning in loaded.checked.warnings:
         log.warning(warning)
     try:
-        result = _train(config, folder, hosts, preemption)
+        result = _train(loaded, folder, hosts, preemption)
         folder.leave_result(result)
         drawn = plot_run(folder) if folder.write and result.status != "preempted" else []
     except KeyboardInterrupt:
@@ -115,7 +119,7 @@ def _open_folder(loaded: Loaded, hosts: Hosts) -> RunFolder:
     return opened[0] if opened else RunFolder.existing(address, key="run_dir, chosen by process 0,")
 
 
-def _train(config: TrainRoot, folder: RunFolder, hosts: Hosts, preemption: Preemption) -> Result:
+def _train(loaded: Loaded, folder: RunFolder, hosts: Hosts, preemption: Preemption) -> Result:
     """The main job: rows to batches, weights to the mesh, updates, result."""
     from gemma4_tpu.config.checks import rows_per_microbatch, rows_per_update, warmup_warning
     from gemma4_tpu.data.build import build_data
@@ -130,7 +134,9 @@ def _train(config: TrainRoot, folder: RunFolder, hosts: Hosts, preemption: Preem
     from gemma4_tpu.training.checkpoint import Checkpoints
     from gemma4_tpu.training.compile_cache import use_compile_cache
     from gemma4_tpu.training.job import build_job, check_capacity, rows_here, start_mesh
+    from gemma4_tpu.training.replay import Replay
 
+    config = loaded.root
     use_compile_cache(config.trainer.compile_cache)
     resume_from = hosts.from_first(lambda: resume.newest_verified(folder.checkpoints))
 
@@ -162,6 +168,9 @@ def _train(config: TrainRoot, folder: RunFolder, hosts: Hosts, preemption: Preem
     # ── the same on every host, and as the run began ───────────────────────────────────────────────────────────────
     fingerprints = {"base": base.fingerprint, **pipeline.fingerprint}
     hosts.check_same(fingerprints, "give every host the same files and the same command")
+    made_of = _made_of(config, data, mesh, fingerprints)
+    replay = Replay(config.replay, folder) if config.replay and folder.write else None
+    hosts.from_first(lambda: replay and replay.check(made_of, config.replay_allow))
     if resume_from is not None:
         began = resume.position(folder.checkpoints, resume_from)["fingerprints"]
         resume.refuse_differences(began, fingerprints, config.checkpoint.resume_allow, folder.address)
@@ -175,22 +184,39 @@ def _train(config: TrainRoot, folder: RunFolder, hosts: Hosts, preemption: Preem
     )  # fmt: skip
     job = build_job(base, config.lora, config.optimizer, trainer, mesh, updates, config.hardware.compiler_options)
     checkpoints = Checkpoints(folder.checkpoints, config.checkpoint, job.trained_leaves, mesh)
-    hardware = {"slice": config.hardware.name, "devices": mesh.size, "kind": mesh.devices.flat[0].device_kind}
-    provenance.record(
-        folder, provenance.capture(hardware=hardware, seeds={"trainer": config.trainer.seed}, fingerprints=fingerprints)
-    )
+    provenance.record(folder, made_of)
 
     rates = _rates(config, base, data, job)
     answers = HeldoutAnswers(
         data.heldout, base, tokenizer, config.trainer, folder.path, resume_from, write=folder.write
     )  # fmt: skip
     return _loop(
-        config, folder, job, pipeline, heldout, checkpoints, rates, fingerprints, resume_from, preemption, answers
+        config, loaded.overrides, folder, job, pipeline, heldout, checkpoints, rates, fingerprints, resume_from,
+        preemption, answers, replay,
+    )  # fmt: skip
+
+
+def _made_of(config: TrainRoot, data: TrainingData, mesh: Mesh, fingerprints: dict[str, Any]) -> Provenance:
+    """Code, packages, machine, seeds and what came in; what a replay of the run is compared with."""
+    from gemma4_tpu.tracking import provenance
+
+    device = mesh.devices.flat[0]
+    heldout = {"heldout": data.heldout.fingerprint["examples"]} if data.heldout else {}
+    return provenance.capture(
+        hardware={
+            "slice": config.hardware.name,
+            "devices": mesh.size,
+            "kind": device.device_kind,
+            **provenance.machine(device.platform),
+        },
+        seeds={"trainer": config.trainer.seed},
+        fingerprints={**fingerprints, **heldout},
     )
 
 
 def _loop(
     config: TrainRoot,
+    overrides: list[str],
     folder: RunFolder,
     job: Job,
     pipeline: Pipeline,
@@ -201,20 +227,21 @@ def _loop(
     resume_from: int | None,
     preemption: Preemption,
     answers: HeldoutAnswers,
+    replay: Replay | None,
 ) -> Result:
     """Runs the updates there are to run, reporting each to metrics.jsonl, the tracker and the terminal."""
     from gemma4_tpu.step.optimizer import make_schedule
     from gemma4_tpu.tracking.metrics import Metrics
     from gemma4_tpu.tracking.progress import Progress
     from gemma4_tpu.tracking.result import Result
-    from gemma4_tpu.tracking.trackers import make_tracker
+    from gemma4_tpu.tracking.trackers import make_tracker, run_name
     from gemma4_tpu.training.compile_cache import log_compile_cache
     from gemma4_tpu.training.loop import Loop
     from gemma4_tpu.training.watchdog import Watchdog
 
     updates = pipeline.total_updates
     metrics = Metrics(folder.metrics_path, after_update=resume_from, write=folder.write)
-    tracker = make_tracker(config.tracker, folder, asdict(config), name=f"{config.name}/{folder.path.name}")
+    tracker = make_tracker(config.tracker, folder, asdict(config), name=run_name(config.name, overrides))
     watchdog = Watchdog(
         config.trainer.stall_seconds,
         folder.log_path if folder.write else None,
@@ -228,6 +255,8 @@ def _loop(
                 metrics.log(row, update)
                 tracker.log(row, update)
                 progress.log(row, update)
+                if replay:
+                    replay.watch(row, update)
 
             def sample(trained: Any, update: int) -> None:
                 answers(job, trained, update, tracker)
@@ -238,6 +267,12 @@ def _loop(
                 report, folder.push, preemption, watchdog, sample,
             ).run(resume_from)  # fmt: skip
         log_compile_cache()
+        if replay and result.status == "finished":
+            replay.finish()
+        for update in checkpoints.updates:
+            best = ["best"] * (update == result.heldout_update_best)
+            place = f"{folder.checkpoints}/{update}"
+            tracker.artifact("checkpoint", place, [f"update-{update}", *best], {"update": update})
         tracker.summary(asdict(result))
         status = result.status
         return result

@@ -17,6 +17,7 @@ from gemma4_tpu.config.files import checkpoint_architecture, remote_problem, sou
 from gemma4_tpu.config.keys import did_you_mean
 from gemma4_tpu.config.limits import HIGH_LEARNING_RATE, limit_problems
 from gemma4_tpu.config.problems import Problem, refusal
+from gemma4_tpu.config.replay import replay_problems
 from gemma4_tpu.config.schema import (
     DataConfig,
     HardwareConfig,
@@ -59,6 +60,7 @@ def normalise(root: TrainRoot) -> TrainRoot:
         data=replace(root.data, packing=root.data.packing.strip().lower(), train=train, heldout=heldout),
         lora=replace(root.lora, quantize=quantize),
         run_dir=_home(root.run_dir),
+        replay=_home(root.replay),
     )
 
 
@@ -281,6 +283,7 @@ def _run(root: TrainRoot) -> list[str]:
         messages.append(f"trainer.attention=splash: a TPU kernel, but {wanted.name} has GPUs; give auto or einsum")
     if not re.fullmatch(r"[\w.+-]*\w[\w.+-]*", root.name):
         messages.append(f"name={root.name}: part of a folder's name; letters, digits and . _ + - only")
+    messages += replay_problems(root.replay, root.replay_allow, root.run_dir)
     if root.run_dir is not None and "://" in root.run_dir:
         messages += remote_problem(f"run_dir={root.run_dir}", root.run_dir)
     elif root.run_dir is not None and Path(root.run_dir).is_file():

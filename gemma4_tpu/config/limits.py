@@ -22,7 +22,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "trainer.attention": ("auto", "splash", "einsum"),
     "trainer.compute_dtype": ("auto", "bfloat16", "float32"),
     "checkpoint.resume": ("auto", "never"),
-    "tracker.kind": ("none", "wandb", "tensorboard"),
+    "tracker.kind": ("none", "wandb", "tensorboard", "jsonl"),
     "tracker.mode": ("auto", "online", "offline"),
     "export.format": ("merged", "peft", "both"),
     "export.verify": ("true", "stream", "false"),

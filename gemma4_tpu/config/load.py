@@ -22,6 +22,7 @@ from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
 import gemma4_tpu
+from gemma4_tpu.config import replay
 from gemma4_tpu.config.checks import Checked
 from gemma4_tpu.config.entries import TRAIN, Checks, EntryPoint, Root
 from gemma4_tpu.config.keys import field_types, unknown_key
@@ -92,10 +93,17 @@ def compose_all(
     good, problems = check_overrides(words, schema=entry.schema, groups=groups, multirun=multirun)
     if multirun:
         return None, good, problems
+    name, taken = entry.name, good
+    if run := replay.replayed(good, entry.schema):
+        started, found = replay.start_from(run, entry.name, entry.schema, defaults(entry))
+        taken, refused = replay.over_recorded(good, groups)
+        if started is None or refused:
+            return None, good, problems + found + refused
+        name = started
     register(entry)
     with initialize_config_dir(str(config_dir()), version_base=_VERSION_BASE):
         try:
-            root = OmegaConf.to_object(compose(entry.name, overrides=good))
+            root = OmegaConf.to_object(compose(name, overrides=taken))
         except (HydraException, OmegaConfBaseException, YAMLError) as error:
             found = _file_problems(good, entry, groups)
             return None, good, problems + (found or [Problem(_plain(error, entry.schema))])

@@ -217,7 +217,7 @@ class TrackerConfig:
     """Where metrics go besides `metrics.jsonl`, which is always written (`tracker=`)."""
 
     kind: str = "none"
-    """`none`, `wandb` or `tensorboard`."""
+    """`none`, `wandb`, `tensorboard`, or `jsonl`: one file of JSON lines with all that a tracker is told."""
     project: str = "gemma4-tpu"
     """W&B project."""
     entity: str | None = None
@@ -251,6 +251,12 @@ class TrainRoot:
     run."""
     preview: bool = False
     """Show rendered rows, the length histogram, fill and drops, then stop."""
+    replay: str | None = None
+    """Run folder (local or gs://) to repeat: its recorded configuration is the one that the other words change, and its
+    losses are compared with. null: none."""
+    replay_allow: list[str] = field(default_factory=list)
+    """What may be otherwise than when that run was recorded: `code`, `packages`, `data`, `tokenizer`, `base`,
+    `hardware`."""
 
 
 @dataclass(kw_only=True)

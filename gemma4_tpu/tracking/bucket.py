@@ -53,9 +53,11 @@ class Bucket:
 
 
 def _is_small(name: str) -> bool:
-    """Everything but checkpoints, exports, and hidden files such as locks."""
+    """Everything but checkpoints, exports, hidden files such as locks, and what W&B keeps besides offline records."""
     parts = name.split("/")
-    return parts[0] not in (CHECKPOINTS, "merged", "adapter", "wandb") and not any(p.startswith(".") for p in parts)
+    if "wandb" in parts and ("logs" in parts or not any(p.startswith("offline-run-") for p in parts)):
+        return False
+    return parts[0] not in (CHECKPOINTS, "merged", "adapter") and not any(p.startswith(".") for p in parts)
 
 
 def _state(path: Path) -> tuple[int, int]:

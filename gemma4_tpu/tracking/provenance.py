@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import logging
+import os
 import platform
 import socket
 import subprocess
@@ -94,6 +95,28 @@ def capture(
         seeds=seeds,
         fingerprints=fingerprints,
     )
+
+
+def machine(platform_name: str) -> dict[str, Any]:
+    """What about this machine and the compiler's settings can change the last bits of a result.
+
+    Args:
+      platform_name: JAX's, such as `cpu` or `tpu`; the host's processor counts only where it computes.
+    """
+    flags = " ".join(redact(os.environ.get(name, "")) for name in ("XLA_FLAGS", "LIBTPU_INIT_ARGS")).strip()
+    if platform_name != "cpu":
+        return {"flags": flags}
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return {"processor": _processor(), "cores": cores, "flags": flags}
+
+
+def _processor() -> str:
+    """The processor's name, where Linux tells it."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return platform.processor()
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
 
 
 def record(run: RunFolder, provenance: Provenance) -> list[Difference]:

@@ -29,10 +29,10 @@ from gemma4_tpu.tracking.result import Result
 log = logging.getLogger(__name__)
 
 MAY_CHANGE = (
-    "checkpoint", "distributed", "hardware", "mesh", "name", "preview", "run_dir", "tracker", "trainer.attention",
-    "trainer.compile_cache", "trainer.epochs", "trainer.eval_every", "trainer.log_every", "trainer.loss_chunk_tokens",
-    "trainer.max_updates", "trainer.remat", "trainer.sample_prompts", "trainer.sample_tokens",
-    "trainer.stall_seconds",
+    "checkpoint", "distributed", "hardware", "mesh", "name", "preview", "replay", "replay_allow", "run_dir", "tracker",
+    "trainer.attention", "trainer.compile_cache", "trainer.epochs", "trainer.eval_every", "trainer.log_every",
+    "trainer.loss_chunk_tokens", "trainer.max_updates", "trainer.remat", "trainer.sample_prompts",
+    "trainer.sample_tokens", "trainer.stall_seconds",
 )  # fmt: skip
 """Keys (and groups) that a resumed run may give anew; any other would make it another run."""
 

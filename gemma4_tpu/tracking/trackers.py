@@ -1,10 +1,12 @@
-"""Where metrics go besides `metrics.jsonl`: nowhere, Weights & Biases, or TensorBoard, behind one small interface.
+"""Where metrics go besides `metrics.jsonl`: nowhere, Weights & Biases, TensorBoard or a file of JSON lines.
 
+One small interface for all.
 `metrics.jsonl` is the record; a tracker is a convenience that can never stop or delay a run for long.
 """
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 from collections.abc import Sequence
@@ -17,7 +19,9 @@ from gemma4_tpu.tracking.run import RunFolder
 
 log = logging.getLogger(__name__)
 
-_PACKAGES = {"none": "", "wandb": "wandb", "tensorboard": "tensorboardX"}
+_PACKAGES = {"none": "", "wandb": "wandb", "tensorboard": "tensorboardX", "jsonl": ""}
+_NAME_CHARACTERS = 128  # what W&B takes
+_NOT_IN_NAMES = ("name", "run_dir", "tracker", "preview", "distributed", "checkpoint", "trainer.compile_cache")
 
 
 class Tracker:
@@ -29,6 +33,16 @@ class Tracker:
     def table(self, name: str, columns: Sequence[str], rows: Sequence[Sequence[Any]], update: int) -> None:
         """A table at one update, such as held-out samples."""
 
+    def artifact(self, kind: str, place: str, aliases: Sequence[str], metadata: dict[str, Any]) -> None:
+        """A folder that came of the run, local or gs://, by reference: nothing is copied.
+
+        Args:
+          kind: `checkpoint`, `merged` or `adapter`.
+          place: the folder.
+          aliases: what it is called besides, such as `best`.
+          metadata: what there is to know about it, plain values.
+        """
+
     def summary(self, values: dict[str, Any]) -> None:
         """What came of the run, such as the fields of `Result`."""
 
@@ -37,16 +51,17 @@ class Tracker:
 
 
 def make_tracker(
-    config: TrackerConfig, run: RunFolder, resolved_config: dict[str, Any], *, name: str, resume_id: str | None = None
+    config: TrackerConfig, run: RunFolder, resolved_config: dict[str, Any], *, name: str, job: str = "train"
 ) -> Tracker:
     """Builds the tracker that `config.kind` names; one that keeps nothing where `run` isn't written by this process.
 
     Args:
       config: the tracker's group.
-      run: where W&B's or TensorBoard's own files go.
+      run: where the tracker's own files go. W&B's id of the run, and its name, are kept there too, so that a resumed
+        run goes on under them.
       resolved_config: the whole configuration as plain values, shown beside the run.
-      name: what the tracker calls the run.
-      resume_id: W&B id of the run to continue; None: the one in the run folder, else a new one, which is kept there.
+      name: what the tracker calls the run; see `run_name`.
+      job: what kind of run it is, `train` or `merge`.
 
     Raises:
       UserError: unknown kind, library not installed, or `tracker.mode=online` without a key.
@@ -58,10 +73,12 @@ def make_tracker(
     try:
         if config.kind == "tensorboard":
             return _Guarded(_TensorBoard(run), config.kind)
+        if config.kind == "jsonl":
+            return _Guarded(_JsonLines(run, resolved_config, name), config.kind)
         os.environ.setdefault("WANDB_ERROR_REPORTING", "false")  # wandb's crash reports, which can also delay the exit
         from gemma4_tpu.tracking.wandb_tracker import WandbTracker
 
-        return _Guarded(WandbTracker(config, run, resolved_config, name, resume_id), config.kind)
+        return _Guarded(WandbTracker(config, run, resolved_config, name, job), config.kind)
     except ImportError as error:
         remedy = f"pip install {_PACKAGES[config.kind]}, or give tracker=none"
         raise UserError(f"tracker.kind={config.kind}: {error}; {remedy}") from error
@@ -70,6 +87,24 @@ def make_tracker(
     except Exception as error:
         _warn(config.kind, error)
         return Tracker()
+
+
+def run_name(name: str, overrides: Sequence[str]) -> str:
+    """What tells a run from the others of a sweep: its overrides, as `lora.rank=16 trainer.seed=1`.
+
+    Overrides that change nothing about the training are left out; without any that do, it is `name`, the configured
+    one, which also stands first where it was given.
+    """
+    given = [word.lstrip("+") for word in overrides]
+    kept = [word for word in given if not _is_among(word.partition("=")[0], _NOT_IN_NAMES)]
+    if not kept or any(word.startswith("name=") for word in given):
+        kept.insert(0, name)
+    text = " ".join(kept)
+    return text if len(text) <= _NAME_CHARACTERS else text[: _NAME_CHARACTERS - 1] + "…"
+
+
+def _is_among(key: str, names: Sequence[str]) -> bool:
+    return any(key == name or key.startswith(name + ".") for name in names)
 
 
 class _Guarded(Tracker):
@@ -84,6 +119,9 @@ class _Guarded(Tracker):
 
     def table(self, name, columns, rows, update):
         self._call("table", name, columns, rows, update)
+
+    def artifact(self, kind, place, aliases, metadata):
+        self._call("artifact", kind, place, aliases, jsonable(metadata))
 
     def summary(self, values):
         self._call("summary", from_jsonable(jsonable(values)))
@@ -113,6 +151,7 @@ class _TensorBoard(Tracker):
         logging.getLogger("tensorboardX.x2num").setLevel(logging.ERROR)  # a line per NaN, without its name
         folder = run.path / "tensorboard"
         self._writer = SummaryWriter(str(folder), flush_secs=10)
+        self._artifacts: list[tuple[str, str, str]] = []
         log.info("TensorBoard: tensorboard --logdir %s", folder)
 
     def log(self, metrics, update):
@@ -124,12 +163,46 @@ class _TensorBoard(Tracker):
         lines = ["| " + " | ".join(map(_cell, row)) + " |" for row in [columns, ["---"] * len(columns), *rows]]
         self._writer.add_text(name, "\n".join(lines), update)
 
+    def artifact(self, kind, place, aliases, metadata):
+        self._artifacts.append((kind, place, ", ".join(aliases)))
+        self.table("artifacts", ["kind", "place", "aliases"], self._artifacts, 0)
+
     def summary(self, values):
         rows = [(key, value) for key, value in values.items() if value is not None]
         self.table("result", ["key", "value"], rows, 0)
 
     def close(self, status="finished"):
         self._writer.close()
+
+
+class _JsonLines(Tracker):
+    """`tracker.jsonl` in the run folder: all that a tracker is told, one JSON object per line, for other programs to
+    follow. Each has `event` (`start`, `metrics`, `table`, `artifact`, `summary`, `close`).
+    """
+
+    def __init__(self, run: RunFolder, resolved_config: dict[str, Any], name: str):
+        self._file = (run.path / "tracker.jsonl").open("a", encoding="utf-8")
+        self._write("start", name=name, config=resolved_config)
+
+    def log(self, metrics, update):
+        self._write("metrics", update=update, **metrics)
+
+    def table(self, name, columns, rows, update):
+        self._write("table", update=update, name=name, columns=columns, rows=rows)
+
+    def artifact(self, kind, place, aliases, metadata):
+        self._write("artifact", kind=kind, place=place, aliases=aliases, metadata=metadata)
+
+    def summary(self, values):
+        self._write("summary", **values)
+
+    def close(self, status="finished"):
+        self._write("close", status=status)
+        self._file.close()
+
+    def _write(self, event: str, **values: Any) -> None:
+        self._file.write(json.dumps(jsonable({"event": event, **values}), allow_nan=False) + "\n")
+        self._file.flush()
 
 
 def _cell(value: Any) -> str:

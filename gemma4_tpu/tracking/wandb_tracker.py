@@ -11,12 +11,15 @@ import threading
 import urllib.error
 import urllib.request
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, Literal
 
 import wandb
+from wandb.sdk.artifacts.artifact_manifest_entry import ArtifactManifestEntry
 
 from gemma4_tpu.config.schema import TrackerConfig
 from gemma4_tpu.errors import UserError
+from gemma4_tpu.storage import is_remote
 from gemma4_tpu.tracking.files import jsonable, read_json, write_json
 from gemma4_tpu.tracking.run import RunFolder
 from gemma4_tpu.tracking.trackers import Tracker
@@ -31,23 +34,25 @@ Mode = Literal["online", "offline", "disabled"]
 
 
 class WandbTracker(Tracker):
-    """A W&B run with its files in `<run folder>/wandb` and its id in `tracker.json`.
+    """A W&B run with its files in `<run folder>/wandb`, its id and its name in `tracker.json`.
 
     Measured with wandb 0.31: where the server hangs or answers 500, `init` gives up after `init_timeout` and leaves its
     service holding the run id, which `teardown` frees for the offline run; 5 s in all. Asking for an answer before
     (`_answers`) makes the usual case, no network at all, quick.
     """
 
-    def __init__(self, config: TrackerConfig, run: RunFolder, resolved: dict, name: str, resume_id: str | None):
+    def __init__(self, config: TrackerConfig, run: RunFolder, resolved: dict, name: str, job: str):
         wandb.setup(wandb.Settings(silent=True, quiet=True))
+        known = _identity(run, name)
         self._arguments: dict[str, Any] = {
             "project": config.project,
             "entity": config.entity,
             "group": config.group,
             "tags": list(config.tags),
-            "name": name,
+            "job_type": job,
+            "name": known["name"],
             "config": jsonable(resolved),
-            "id": _run_id(run, resume_id),
+            "id": known["wandb_id"],
             "resume": "allow",
             "reinit": "create_new",  # never join a run that someone else started in this process
             "dir": str(run.path),
@@ -88,6 +93,14 @@ class WandbTracker(Tracker):
     def table(self, name: str, columns: Sequence[str], rows: Sequence[Sequence[Any]], update: int) -> None:
         table = wandb.Table(columns=list(columns), data=[list(row) for row in rows])
         self._run.log({name: table}, step=update)
+
+    def artifact(self, kind: str, place: str, aliases: Sequence[str], metadata: dict[str, Any]) -> None:
+        artifact = wandb.Artifact(f"{kind}-{self._run.id}", type=kind, metadata=metadata)
+        if is_remote(place):  # add_reference would open a client of the bucket, though nothing is to be looked up
+            artifact.manifest.add_entry(ArtifactManifestEntry(path=Path(place).name, ref=place, digest=place))
+        else:
+            artifact.add_reference(Path(place).absolute().as_uri(), checksum=False)
+        self._run.log_artifact(artifact, aliases=["latest", *aliases])
 
     def summary(self, values: dict[str, Any]) -> None:
         self._run.summary.update(values)
@@ -139,10 +152,14 @@ def _answers(url: str) -> bool:
     return answered.is_set()
 
 
-def _run_id(run: RunFolder, resume_id: str | None) -> str:
+def _identity(run: RunFolder, name: str) -> dict[str, str]:
+    """The run's id and name at W&B: those in the run folder, where it is resumed, else new ones, which are kept there.
+
+    The folder's small files reach a bucket before each checkpoint does, so the id is there wherever the run goes on.
+    """
     path = run.path / "tracker.json"
-    if resume_id is None and path.exists():
-        return read_json(path)["wandb_id"]
-    run_id = resume_id or secrets.token_hex(4)
-    write_json(path, {"wandb_id": run_id})
-    return run_id
+    if path.exists():
+        return {"name": name, **read_json(path)}
+    identity = {"wandb_id": secrets.token_hex(4), "name": name}
+    write_json(path, identity)
+    return identity

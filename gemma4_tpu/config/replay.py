@@ -1,0 +1,92 @@
+"""`replay=<run folder>`: a recorded configuration as the one that the command line changes, instead of conf/'s."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from hydra.core.config_store import ConfigStore
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
+
+from gemma4_tpu.config.keys import did_you_mean, field_types
+from gemma4_tpu.config.overrides import Groups, check_file
+from gemma4_tpu.config.problems import Problem
+from gemma4_tpu.storage import is_remote, join, open_bytes
+
+KEY = "replay"
+PARTS = ("code", "packages", "data", "tokenizer", "base", "hardware")
+"""What a replay compares with the record, and `replay_allow` names."""
+_OF_THE_FIRST_START = ("run_dir", KEY, "replay_allow", "preview")
+
+
+def replayed(words: list[str], schema: type) -> str | None:
+    """The run folder that these words (each of them sound) ask to repeat; None: they don't."""
+    run = None
+    if KEY in field_types(schema):
+        for word in words:
+            override = OverridesParser.create().parse_override(word)
+            if override.key_or_group == KEY and not override.is_sweep_override():
+                run = override.value()
+    return run
+
+
+def start_from(run: str, name: str, schema: type, defaults: DictConfig) -> tuple[str | None, list[Problem]]:
+    """Registers the configuration recorded in `run` with Hydra; returns its name there, or the problems.
+
+    Args:
+      run: a run folder, local or gs://.
+      name: of the entry point; another's than `train` keeps its own `name`.
+      schema: of its root.
+      defaults: its configuration without arguments, for keys that the recorded version did not have.
+    """
+    try:
+        file = open_bytes(join(run, "config.yaml"))
+        content = OmegaConf.create(bytes(file.read(0, file.size_bytes)).decode())
+    except (OSError, ValueError) as error:  # UserError, from the storage, among them
+        missing = isinstance(error, FileNotFoundError | NotADirectoryError)
+        reason = "it has no config.yaml" if missing else str(error).splitlines()[0]
+        return None, [Problem(f"{KEY}={run}: not a run folder ({reason})")]
+    except (OmegaConfBaseException, YAMLError) as error:
+        return None, [Problem(f"{KEY}={run}: config.yaml can't be read ({' '.join(str(error).split())})")]
+    if not isinstance(content, DictConfig) or "trainer" not in content:
+        return None, [Problem(f"{KEY}={run}: not the run folder of a training (its config.yaml has no trainer)")]
+    if problems := check_file(content, label=join(run, "config.yaml"), prefix="", schema=schema):
+        return None, problems
+    dropped = (*_OF_THE_FIRST_START, *(() if name == "train" else ("name",)))
+    recorded = {key: value for key, value in content.items() if key not in dropped}
+    values: Any = OmegaConf.to_container(OmegaConf.merge(defaults, recorded))
+    stored = f"{name}_{KEY}"
+    ConfigStore.instance().store(name=stored, node={"defaults": [f"{name}_schema", "_self_"], **values})
+    return stored, []
+
+
+def over_recorded(words: list[str], groups: Groups) -> tuple[list[str], list[Problem]]:
+    """The words as Hydra takes them over a recorded configuration, which chose no options of groups."""
+    taken, problems = [], []
+    for word in words:
+        key = OverridesParser.create().parse_override(word).key_or_group
+        if key == "experiment":
+            problems.append(Problem(f"{word}: {KEY} has a whole recipe already; give single keys or groups"))
+        taken.append(f"+{word}" if key in groups.options else word)
+    return taken, problems
+
+
+def replay_problems(run: str | None, allow: list[str], run_dir: str | None) -> list[str]:
+    """What is wrong with `replay`, `replay_allow` and `run_dir` together, if anything."""
+    if run is None:
+        return [f"replay_allow=[{','.join(allow)}]: only with {KEY}=<run folder>"] if allow else []
+    messages = [
+        f"replay_allow: {name!r} is nothing that is compared{did_you_mean(name, PARTS)} (there are {', '.join(PARTS)})"
+        for name in allow
+        if name not in PARTS
+    ]
+    if run_dir is not None and _place(run_dir) == _place(run):
+        messages.append(f"run_dir={run_dir}: holds the run to repeat; give another run_dir")
+    return messages
+
+
+def _place(folder: str) -> str:
+    return folder.rstrip("/") if is_remote(folder) else str(Path(folder).expanduser().absolute())
