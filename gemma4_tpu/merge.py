@@ -11,16 +11,19 @@ import sys
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import asdict
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
+
+import yaml
 
 from gemma4_tpu.config.entries import MERGE
-from gemma4_tpu.config.load import Loaded, load
+from gemma4_tpu.config.load import Loaded, from_yaml, load
 from gemma4_tpu.config.merge_checks import MergeChecked
 from gemma4_tpu.config.schema import MergeRoot
 from gemma4_tpu.errors import UserError
 
 if TYPE_CHECKING:
     from gemma4_tpu.export.job import Job
+    from gemma4_tpu.tracking.run import RunFolder
 
 log = logging.getLogger(__name__)
 INTERRUPTED = 130
@@ -75,6 +78,7 @@ def _export(job: Job, loaded: Loaded[MergeRoot, MergeChecked], *, several: bool)
             provenance.record(record, provenance.capture(hardware={}, seeds={}, fingerprints=fingerprints))
             result = job.run(record)
             write_json(record.result_path, result)
+            _track(job, record, result, asdict(config))
         except Exception as error:
             failed = {"status": "failed", "error": (str(error) or repr(error)).splitlines()[0]}
             with suppress(OSError):  # a disk that is full takes no record either
@@ -84,6 +88,24 @@ def _export(job: Job, loaded: Loaded[MergeRoot, MergeChecked], *, several: bool)
             record.close()
     for kind, target in result["targets"].items():
         print(f"{kind}: {target}")
+
+
+def _track(job: Job, record: RunFolder, result: dict[str, Any], config: dict[str, Any]) -> None:
+    """Tells the tracker that followed the training where its export lies."""
+    from gemma4_tpu.tracking.trackers import make_tracker
+
+    trained = job.trained
+    known = from_yaml(yaml.safe_dump({"tracker": trained.run.read_config().get("tracker", {})})).tracker
+    try:
+        tracker = make_tracker(known, record, config, name=f"merge of {trained.run.path.name}", job="merge")
+    except UserError as refusal:  # the training had a key or a package that is not here
+        log.warning("the export is not tracked: %s", refusal)
+        return
+    about = {key: result[key] for key in ("run", "update", "base", "base_fingerprint", "parity") if key in result}
+    for kind, target in result["targets"].items():
+        tracker.artifact(kind, target, [f"update-{trained.state.update}"], about)
+    tracker.summary(about)
+    tracker.close()
 
 
 if __name__ == "__main__":

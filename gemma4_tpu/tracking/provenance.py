@@ -103,11 +103,11 @@ def machine(platform_name: str) -> dict[str, Any]:
     Args:
       platform_name: JAX's, such as `cpu` or `tpu`; the host's processor counts only where it computes.
     """
-    flags = " ".join(redact(os.environ.get(name, "")) for name in ("XLA_FLAGS", "LIBTPU_INIT_ARGS")).strip()
+    flags = {name.lower(): redact(os.environ.get(name, "")) for name in ("XLA_FLAGS", "LIBTPU_INIT_ARGS")}
     if platform_name != "cpu":
-        return {"flags": flags}
+        return flags
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return {"processor": _processor(), "cores": cores, "flags": flags}
+    return {"processor": _processor(), "cores": cores, "xla_flags": flags["xla_flags"]}
 
 
 def _processor() -> str:
