@@ -14,8 +14,9 @@ from typing import Any
 import gemma4_tpu
 from gemma4_tpu.config.schema import ExportConfig
 from gemma4_tpu.errors import UserError
+from gemma4_tpu.export.companions import companions, copy_file
 from gemma4_tpu.export.hub import push_to_hub
-from gemma4_tpu.export.merge import Merger, companions, copy_file
+from gemma4_tpu.export.merge import Merger
 from gemma4_tpu.export.peft import check_peft, write_peft
 from gemma4_tpu.export.place import Place, Unfinished, total_bytes
 from gemma4_tpu.export.report import write_report

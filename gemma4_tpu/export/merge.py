@@ -19,32 +19,19 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from gemma4_tpu.errors import UserError
+from gemma4_tpu.export.companions import COPY_BYTES, companions, copy_file
 from gemma4_tpu.export.place import Place
 from gemma4_tpu.export.trained import Change, Trained
 from gemma4_tpu.models.names import Tensor
-from gemma4_tpu.models.tensorfile import INDEX_NAME, TensorFile
-from gemma4_tpu.storage import join, list_folder, open_bytes
+from gemma4_tpu.models.tensorfile import TensorFile
 
 log = logging.getLogger(__name__)
 
 BLOCK_VALUES = 4 << 20  # of a weight that are worked on at a time: 16 MiB in float32
-COPY_BYTES = 16 << 20
 MEMORY_BYTES = 512 << 20  # of all pieces under way
-LORA_BYTES, FULL_BYTES = 12, 24  # per value of a block: base, float32 copies, what is read of the checkpoint, result
+LORA_BYTES, FULL_BYTES = 12, 6  # per value of a block: base, result, and float32 copies (of LoRA's whole block)
+PART_BYTES = 20  # per value of the part of a block that is read of a checkpoint at a time: float32 copies of it
 WORKERS = min(8, 2 * (os.cpu_count() or 1))  # twice the cores: some of them wait for the disk
-_TOKENIZER = ("tokenizer", "chat_template", "special_tokens_map", "added_tokens", "vocab", "merges")
-_OTHER_WEIGHTS = (
-    ".bin",
-    ".pth",
-    ".pt",
-    ".gguf",
-    ".h5",
-    ".msgpack",
-    ".onnx",
-    ".ot",
-    ".safetensors",
-    ".safetensors.index.json",
-)
 
 
 class Piece(NamedTuple):
@@ -151,6 +138,8 @@ class Merger:
             rows = self._rows_at_once(change.tensor)
             block_values = rows * math.prod(change.tensor.hf_shape) // change.tensor.split[0]
             memory_bytes = block_values * (LORA_BYTES if lora else FULL_BYTES)
+            if not lora:
+                memory_bytes += PART_BYTES * min(block_values, BLOCK_VALUES)
             for start, stop in _blocks(change.tensor, rows):
                 yield Piece(name, memory_bytes, partial(merged, start, stop))
             copied_to = info.stop
@@ -175,8 +164,12 @@ class Merger:
         rows = max(1, BLOCK_VALUES // per_row)
         if self.trained.lora.enabled:
             return rows
-        chunk = self.trained.state.chunk_shape(tensor.name)[tensor.order.index(0) + (1 if tensor.several else 0)]
+        chunk = self._chunk(tensor, 0)
         return min(tensor.split[0], max(1, rows // chunk) * chunk)
+
+    def _chunk(self, tensor: Tensor, dim: int) -> int:
+        """Size of the checkpoint's chunks along a split dim on disk."""
+        return self.trained.state.chunk_shape(tensor.name)[tensor.order.index(dim) + tensor.several]
 
     def _read_factors(self, tunix_name: str) -> dict[str, Factors]:
         tensor, state = self.trained.tensors[tunix_name], self.trained.state
@@ -204,23 +197,39 @@ class Merger:
             merged = base.astype(np.float32)
             base_squared = _squared(merged)
             merged += factors.b[rows] @ factors.a
-            return _rounded(merged, base, base_squared, 0.0)
+            rounded, sums = _rounded(merged, base, base_squared, 0.0)
+            return _bytes(rounded), sums
 
         return block
 
     def _full_block(self, name: str, change: Change, file: TensorFile) -> Callable[[int, int], Any]:
-        """The trained values themselves, for rows [start, stop) of the first split dim."""
+        """The trained values themselves, for rows [start, stop) of the first split dim.
+
+        A chunk of the checkpoint holds part of many rows, so a block is put together from parts of its longest dim.
+        """
         tensor, state = change.tensor, self.trained.state
         height = tensor.hf_shape[0] // tensor.split[0]
+        dim = max(range(1, len(tensor.split)), key=lambda i: tensor.split[i], default=0)
+        size = tensor.split[dim]
 
         def block(start: int, stop: int) -> tuple[np.ndarray, np.ndarray]:
-            base = _rows(file, name, slice(start * height, stop * height))
-            index = tensor.rows_in_memory(start, stop, change.source)
-            merged = np.ascontiguousarray(tensor.rows_to_hf(state.read(tensor.name, index)), np.float32)
-            difference = base.astype(np.float32)
-            base_squared = _squared(difference)
-            np.subtract(merged, difference, out=difference)
-            return _rounded(merged, base, base_squared, _squared(difference))
+            base = _rows(file, name, slice(start * height, stop * height)).reshape(stop - start, *tensor.split[1:])
+            out, sums = np.empty_like(base), np.zeros(4)
+            chunk = self._chunk(tensor, dim) if dim else size
+            step = max(1, BLOCK_VALUES * size // base.size // chunk) * chunk
+            for at in range(0, size if dim else 1, step):
+                where = [slice(start, stop), *[slice(None)] * (base.ndim - 1)]
+                if dim:
+                    where[dim] = slice(at, min(at + step, size))
+                part = (slice(None), *where[1:])
+                trained = tensor.split_on_disk(state.read(tensor.name, tensor.in_memory(where, change.source)))
+                merged, of_base = np.ascontiguousarray(trained, np.float32), np.ascontiguousarray(base[part])
+                difference = of_base.astype(np.float32)
+                base_squared = _squared(difference)
+                np.subtract(merged, difference, out=difference)
+                out[part], of_part = _rounded(merged, of_base, base_squared, _squared(difference))
+                sums += of_part
+            return _bytes(out), sums
 
         return block
 
@@ -228,14 +237,18 @@ class Merger:
 def _rounded(
     merged: np.ndarray, base: np.ndarray, base_squared: float, delta_squared: float
 ) -> tuple[np.ndarray, np.ndarray]:
-    """(bytes in the base's dtype, [delta², base², changed values, merged²])."""
+    """(values in the base's dtype, [delta², base², changed values, merged²])."""
     rounded = np.ascontiguousarray(merged.astype(base.dtype))
     merged_squared = _squared(merged)
     if base.dtype == np.float16 and not np.isfinite(rounded).all():
         merged_squared = math.inf
     bits = np.dtype(f"u{base.dtype.itemsize}")
     changed = np.count_nonzero(rounded.view(bits) != base.view(bits))
-    return rounded.reshape(-1).view(np.uint8), np.array([delta_squared, base_squared, changed, merged_squared])
+    return rounded, np.array([delta_squared, base_squared, changed, merged_squared])
+
+
+def _bytes(values: np.ndarray) -> np.ndarray:
+    return values.reshape(-1).view(np.uint8)
 
 
 def _rows(file: TensorFile, name: str, rows: slice) -> np.ndarray:
@@ -301,39 +314,3 @@ def _check_applied(trained: Trained, deltas: list[Delta]) -> None:
         len(deltas),
         100 * lost,
     )
-
-
-def companions(trained: Trained) -> tuple[dict[str, str], list[str]]:
-    """Name → path of the files that belong to the checkpoint besides its weights, and what else lies beside them.
-
-    The base's, but tokenizer and chat template from the folder that the run took them from.
-    """
-    assert trained.base.folder is not None
-    folder, tokenizer = trained.base.folder, trained.base.tokenizer_folder
-    found, left = {}, []
-    for name in list_folder(folder):
-        if name.startswith(".") or name in trained.checkpoint.files:
-            continue
-        if (name.endswith(_OTHER_WEIGHTS) and name != INDEX_NAME) or not _is_file(join(folder, name)):
-            left.append(name)
-        elif tokenizer == folder or not name.startswith(_TOKENIZER):
-            found[name] = join(folder, name)
-    if tokenizer != folder:
-        found |= {name: join(tokenizer, name) for name in list_folder(tokenizer) if name.startswith(_TOKENIZER)}
-    return found, left
-
-
-def copy_file(path: str, place: Place, name: str) -> None:
-    """A file, byte for byte."""
-    data = open_bytes(path)
-    with place.create(name) as out:
-        for at in range(0, data.size_bytes, COPY_BYTES):
-            out.write(data.read(at, min(at + COPY_BYTES, data.size_bytes)))
-        place.finish(name, out)
-
-
-def _is_file(path: str) -> bool:
-    from gemma4_tpu.storage import filesystem
-
-    fs, place = filesystem(path)
-    return bool(fs.isfile(place))

@@ -98,6 +98,7 @@ class DiskFile:
     def __init__(self, path: str):
         self._path = path
         flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC
+        self._closed = False
         try:
             self._handle, self._direct = os.open(path, flags | os.O_DIRECT, 0o666), True
         except (AttributeError, OSError):  # not Linux, or a file system in memory
@@ -117,12 +118,18 @@ class DiskFile:
 
     def close(self) -> None:
         os.fsync(self._handle)
-        os.close(self._handle)
+        self._release()
 
     def discard(self) -> None:
-        os.close(self._handle)
+        """May come after `close`, as the note that the file is finished can find the disk full."""
+        self._release()
         with suppress(FileNotFoundError):
             os.remove(self._path)
+
+    def _release(self) -> None:
+        if not self._closed:
+            os.close(self._handle)
+            self._closed = True
 
 
 def checksum(path: str) -> str:

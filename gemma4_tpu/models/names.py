@@ -114,16 +114,14 @@ class Tensor:
             name: part.transpose(back).reshape(self.hf_shape) for name, part in zip(self.hf_names, parts, strict=True)
         }
 
-    def rows_in_memory(self, start: int, stop: int, source: int) -> tuple[slice | int, ...]:
-        """Where `[start, stop)` of the first split dim of the tensor on disk number `source` lies in memory."""
-        index: list[slice | int] = [slice(None)] * len(self.order)
-        index[self.order.index(0)] = slice(start, stop)
-        return (source, *index) if self.several else tuple(index)
+    def in_memory(self, on_disk: Index, source: int) -> tuple[slice | int, ...]:
+        """Where the slice `on_disk` (one for each split dim) of the tensor on disk number `source` lies in memory."""
+        index = tuple(on_disk[dim] for dim in self.order)
+        return (source, *index) if self.several else index
 
-    def rows_to_hf(self, block: np.ndarray) -> np.ndarray:
-        """Rows `[rows, …]` on disk that a block taken at `rows_in_memory` stands for."""
-        rows = self.hf_shape[0] // self.split[0] * block.shape[self.order.index(0)]
-        return block.transpose(np.argsort(self.order)).reshape(rows, *self.hf_shape[1:])
+    def split_on_disk(self, block: np.ndarray) -> np.ndarray:
+        """A block taken at `in_memory`, with the dims on disk after splitting; a view."""
+        return block.transpose(np.argsort(self.order))
 
     @property
     def lora_names(self) -> tuple[str, str]:

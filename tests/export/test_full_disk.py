@@ -6,6 +6,8 @@ import sys
 import pytest
 
 from gemma4_tpu.config.schema import LoraConfig
+from gemma4_tpu.export.place import JOURNAL
+from gemma4_tpu.export.writer import DiskFile, Writer
 from tests.export.conftest import tree
 from tests.export.runs import make_run
 from tests.export.test_kill import MERGE, looks_finished, write_base
@@ -14,13 +16,16 @@ MIB = 1 << 20
 
 # In a mount namespace of its own: a file system of 110 MiB in memory, on which somebody else takes what is left as soon
 # as the merge, which needs 97 of them, has its first shard there; then makes room; then the same command once more.
-INSIDE = """
+INSIDE = (
+    f"JOURNAL = {JOURNAL!r}"
+    + """
 import pathlib, signal, subprocess, sys, time
 disk, merge = pathlib.Path(sys.argv[1]), sys.argv[2:]
 subprocess.run(["mount", "-t", "tmpfs", "-o", "size=110m", "tmpfs", str(disk)], check=True)
 process = subprocess.Popen(merge, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
 staging = disk / ".model.partial"
-while process.poll() is None and not list(staging.glob("*.safetensors")):
+journal = staging / JOURNAL
+while process.poll() is None and not (journal.exists() and "safetensors" in journal.read_text()):
     time.sleep(0.0005)
 process.send_signal(signal.SIGSTOP)
 with open(disk / "theirs", "wb", buffering=0) as file:
@@ -37,6 +42,7 @@ again = subprocess.run(merge, capture_output=True, text=True)
 print("AGAIN", again.stderr, again.returncode, sep="\\n")
 subprocess.run(["cp", "-r", str(disk / "model"), str(disk.parent / "kept")], check=True)
 """
+)
 
 
 def can_mount() -> bool:
@@ -63,3 +69,17 @@ def test_a_disk_that_fills_halfway(tmp_path, merge):
     assert again.rstrip().endswith("\n0") and again.count("(done before)") == finished
     assert tree(tmp_path / "kept") == tree(tmp_path / "whole")
     assert looks_finished(run) == []
+
+
+def test_a_disk_that_is_full_for_the_note_that_a_file_is_finished(tmp_path):
+    path = tmp_path / "file"
+
+    def write() -> None:
+        with Writer(DiskFile(str(path))) as out:
+            out.write(b"all of it")
+            out.finish()
+            raise OSError(28, "No space left on device")
+
+    with pytest.raises(OSError, match="No space left"):
+        write()
+    assert not path.exists()

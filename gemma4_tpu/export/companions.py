@@ -1,0 +1,57 @@
+"""The files of a checkpoint besides its weights: configuration, tokenizer, chat template, stop ids. Copied as bytes."""
+
+from __future__ import annotations
+
+from gemma4_tpu.export.place import Place
+from gemma4_tpu.export.trained import Trained
+from gemma4_tpu.models.tensorfile import INDEX_NAME
+from gemma4_tpu.storage import filesystem, join, list_folder, open_bytes
+
+COPY_BYTES = 16 << 20  # at a time
+_TOKENIZER = ("tokenizer", "chat_template", "special_tokens_map", "added_tokens", "vocab", "merges")
+_OTHER_WEIGHTS = (
+    ".bin",
+    ".pth",
+    ".pt",
+    ".gguf",
+    ".h5",
+    ".msgpack",
+    ".onnx",
+    ".ot",
+    ".safetensors",
+    ".safetensors.index.json",
+)
+
+
+def companions(trained: Trained) -> tuple[dict[str, str], list[str]]:
+    """Name → path of the files that belong to the checkpoint besides its weights, and what else lies beside them.
+
+    The base's, but tokenizer and chat template from the folder that the run took them from.
+    """
+    assert trained.base.folder is not None
+    folder, tokenizer = trained.base.folder, trained.base.tokenizer_folder
+    found, left = {}, []
+    for name in list_folder(folder):
+        if name.startswith(".") or name in trained.checkpoint.files:
+            continue
+        if (name.endswith(_OTHER_WEIGHTS) and name != INDEX_NAME) or not _is_file(join(folder, name)):
+            left.append(name)
+        elif tokenizer == folder or not name.startswith(_TOKENIZER):
+            found[name] = join(folder, name)
+    if tokenizer != folder:
+        found |= {name: join(tokenizer, name) for name in list_folder(tokenizer) if name.startswith(_TOKENIZER)}
+    return found, left
+
+
+def copy_file(path: str, place: Place, name: str) -> None:
+    """A file, byte for byte."""
+    data = open_bytes(path)
+    with place.create(name) as out:
+        for at in range(0, data.size_bytes, COPY_BYTES):
+            out.write(data.read(at, min(at + COPY_BYTES, data.size_bytes)))
+        place.finish(name, out)
+
+
+def _is_file(path: str) -> bool:
+    fs, place = filesystem(path)
+    return bool(fs.isfile(place))
