@@ -12,6 +12,7 @@ Keys that plots, progress and results understand (others are welcome):
 | `fill` | real tokens / token slots |
 | `update_seconds`, `seconds` | one update; the run so far |
 | `mfu` | model FLOP/s over the chips' peak |
+| `hbm_bytes`, `hbm_peak_bytes` | of the fullest device: now, and since the start |
 | `usd` | the run so far |
 """
 

@@ -64,6 +64,8 @@ class Result(Totals):
     """Weight matrices that carry an adapter."""
     mfu: float | None = None
     """Mean model FLOP/s utilisation, where the chip's peak is known."""
+    hbm_peak_bytes: int | None = None
+    """Most memory that the fullest device of process 0 held since the (last) start, where the backend counts it."""
     usd: float | None = None
     """Cost of `seconds` on the slice, where its price is known."""
 

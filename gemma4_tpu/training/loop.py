@@ -18,6 +18,7 @@ from gemma4_tpu.step.train_step import Metrics, TrainState
 from gemma4_tpu.tracking.result import Result, Totals
 from gemma4_tpu.training.checkpoint import Checkpoints
 from gemma4_tpu.training.clock import Clock, Window, count_update
+from gemma4_tpu.training.hbm import hbm
 from gemma4_tpu.training.job import Job, to_mesh
 from gemma4_tpu.training.preemption import Preemption
 from gemma4_tpu.training.programs import Programs
@@ -199,6 +200,7 @@ class Loop:
             "seconds": totals.seconds,
             **({"skipped_updates": totals.skipped_updates} if self.trainer.spike_factor is not None else {}),
             **self._utilisation(rate),
+            **hbm(self.job.mesh.local_devices),
             **({"usd": self._usd(totals.seconds)} if self.rates.usd_per_hour is not None else {}),
         }
 
@@ -232,6 +234,7 @@ class Loop:
             lora_parameters=0 if self.job.step.full else self.job.trained_parameters,
             adapted_modules=self.job.adapted_modules,
             mfu=self._utilisation(rate).get("mfu"),
+            hbm_peak_bytes=hbm(self.job.mesh.local_devices).get("hbm_peak_bytes"),
             usd=self._usd(totals.seconds),
         )
 
