@@ -54,7 +54,8 @@ def show(run: str) -> int:
         return 0
     print(f"{_count(len(waiting), 'offline record')} to upload. Once, if no key is set: wandb login. Then:\n")
     print("wandb sync " + " \\\n  ".join(shlex.quote(_short(place)) for place in waiting))
-    print("\nRecords of one run (it was resumed) go to the same W&B run, in this order.")
+    if len({place.name.rpartition("-")[2] for place in waiting}) < len(waiting):
+        print("\nRecords of one run, which was resumed, go to the same W&B run in this order.")
     return 0
 
 
