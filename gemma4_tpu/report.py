@@ -1,4 +1,4 @@
-"""`python -m gemma4_tpu.report sweep=|wandb=|check=<folder>`: looks back at what was recorded. No JAX in this process."""
+"""`python -m gemma4_tpu.report sweep=<folder>` and its like: looks back at what was recorded. No JAX here."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def _wandb(root: ReportRoot) -> int:
 
 
 def _check(root: ReportRoot) -> int:
-    from gemma4_tpu.training.replay import check_experiment
+    from gemma4_tpu.training.experiments import check_experiment
 
     return check_experiment(root.check)
 

@@ -127,9 +127,12 @@ REPORT: EntryPoint[ReportRoot, ReportChecked] = EntryPoint(
     examine=examine_report,
     summary="Look back at what was recorded: a sweep's table and plots, W&B records to sync, an experiment's result.",
     examples=(
-        ("sweep=multirun/<name>/<sweep>", "table (CSV and Markdown), best run and plots of a sweep, also while it runs"),
+        ("sweep=multirun/<name>/<sweep>", "table, best run and plots of a sweep, also while it runs"),
         ("sweep=multirun/<name>/<sweep> metric=real_tokens_per_second", "the best by another key of result.json"),
         ("wandb=outputs/train/<run>", "how to sync a run that W&B recorded offline"),
         ("check=experiments/<name>", "run a committed experiment again and compare"),
     ),
 )
+
+ENTRIES: dict[str, EntryPoint] = {entry.name: entry for entry in (TRAIN, MERGE, EVALUATE, PLAN, REPORT)}
+"""By name."""

@@ -1,0 +1,94 @@
+"""What a sweep's words mean before it starts: which keys are swept, and how its folders are called. No JAX.
+
+The folder of a sweep follows from its command line, and the folder of a job from the job's values, so that the same
+command finds again what it has done.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Iterable, Sequence
+
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override
+
+from gemma4_tpu.config.problems import Problem
+
+MULTIRUN = "multirun"
+SWEEPER, LAUNCHER = "hydra/sweeper", "hydra/launcher"
+_DEFAULTS = {SWEEPER: "grid", LAUNCHER: "processes", "hydra/hydra_logging": "none"}
+_OF_NO_ACCOUNT = ("hydra.launcher.", "hydra/launcher", "hydra/hydra_logging", "hydra.verbose", "hydra.sweeper.n_trials")
+"""Words that change how a sweep is run, not what it is."""
+_LONGEST_NAME = 120
+
+
+def complete(words: Sequence[str]) -> list[str]:
+    """The words of a sweep with what they leave open: our sweeper and launcher, and a folder that follows from them."""
+    given = {override.key_or_group for override in _parse(words)}
+    added = [f"{key}={value}" for key, value in _DEFAULTS.items() if key not in given]
+    if "hydra.sweep.dir" not in given:
+        added.append(f"hydra.sweep.dir='{MULTIRUN}/${{name}}/{sweep_name(words)}'")
+    return [*added, *words]
+
+
+def sweep_problems(words: Sequence[str]) -> list[Problem]:
+    """What can't be swept."""
+    overrides = _parse(words)
+    chosen = {o.key_or_group: o.value() for o in overrides if not o.is_sweep_override()}
+    problems = []
+    for override in overrides:
+        name, word = override.key_or_group, override.input_line
+        if name == "run_dir":
+            problems.append(Problem(f"{word}: each job of a sweep has its own folder; give hydra.sweep.dir=<folder>"))
+        elif override.is_interval_sweep() and chosen.get(SWEEPER, "grid") in ("grid", "basic"):
+            problems.append(Problem(f"{word}: an interval is searched, not enumerated; add {SWEEPER}=optuna", (name,)))
+    return problems
+
+
+def sweep_name(words: Sequence[str]) -> str:
+    """`<swept keys>_<hash>`: the hash is of the words that all jobs share and of the swept keys, not of their values.
+
+    So the same command with more values goes on in the same folder.
+    """
+    overrides = [o for o in _parse(words) if not (o.input_line or "").startswith(_OF_NO_ACCOUNT)]
+    keys = [o.key_or_group for o in overrides if o.is_sweep_override()]
+    shared = [o.input_line or "" for o in overrides if not o.is_sweep_override()]
+    shared = [word for word in shared if not word.startswith("hydra.sweep.dir=")]
+    readable = "+".join(keys)[:_LONGEST_NAME].replace("/", ".").rstrip("+.") or "jobs"
+    return f"{readable}_{_digest([*sorted(keys), '', *sorted(shared)])}"
+
+
+def fixed_keys(words: Sequence[str]) -> set[str]:
+    """The keys and groups that are given one value for all jobs."""
+    return {o.key_or_group for o in _parse(words) if not o.is_sweep_override()}
+
+
+def swept(job: Sequence[str], fixed: set[str]) -> dict[str, str]:
+    """Key → value, as written, of a job's words whose keys are not `fixed`."""
+    return {o.key_or_group: _plain(o.get_value_string()) for o in _parse(job) if o.key_or_group not in fixed}
+
+
+def job_name(values: dict[str, str]) -> str:
+    """`lora.rank-16+mesh-tp`: a folder's name that can be typed unquoted after `run=`, the same for the same values.
+
+    What such a name can't hold becomes `_`, and a hash of the whole is added.
+    """
+    raw = "+".join(f"{key}-{value}" for key, value in values.items())
+    safe = re.sub(r"[^\w.+-]", "_", raw)
+    if safe == raw and 0 < len(raw) <= _LONGEST_NAME:
+        return raw
+    return f"{safe[:_LONGEST_NAME] or 'job'}_{_digest([raw])}"
+
+
+def _parse(words: Iterable[str]) -> list[Override]:
+    return OverridesParser.create().parse_overrides(list(words))
+
+
+def _plain(value: str) -> str:
+    """Without the quotes around a whole string."""
+    return value[1:-1] if len(value) > 1 and value[0] == value[-1] and value[0] in "'\"" else value
+
+
+def _digest(parts: Iterable[str]) -> str:
+    return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:6]

@@ -1,0 +1,117 @@
+"""One job's process: fresh JAX, its own flags, its own session, so that Ctrl-C reaches the parent alone."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from gemma4_tpu.errors import PREEMPTED, TERMINATED
+from gemma4_tpu.tracking.files import read_json
+
+log = logging.getLogger(__name__)
+
+_STOPPED_BY_SIGNAL = (PREEMPTED, TERMINATED, -signal.SIGTERM)
+"""Exit codes after a SIGTERM: saved; not waited for; before Python could take it."""
+
+
+def command(entry: str, words: Sequence[str], run_dir: Path) -> list[str]:
+    """The command line of a job."""
+    return [sys.executable, "-m", f"gemma4_tpu.{entry}", *words, f"run_dir='{run_dir}'"]
+
+
+class Child:
+    """A job under way. What it prints goes to the end of `log_path`."""
+
+    def __init__(self, command: Sequence[str], log_path: Path, run_dir: Path, environment: Mapping[str, str]):
+        log_path.parent.mkdir(parents=True, exist_ok=True)
+        self.log_path, self.run_dir = log_path, run_dir
+        self.asked: str | None = None
+        """Why it was told to save and stop, if it was."""
+        self._metrics = Follower(run_dir / "metrics.jsonl")
+        with log_path.open("a", encoding="utf-8") as output:
+            self._log_start = output.tell()
+            self._process = subprocess.Popen(
+                list(command), stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT,
+                env={**os.environ, **environment}, start_new_session=True,
+            )  # fmt: skip
+        self.pid, self.started = self._process.pid, time.monotonic()
+
+    def poll(self) -> int | None:
+        """The exit code (negative: the signal that killed it); None while it runs."""
+        return self._process.poll()
+
+    def new_rows(self) -> list[dict[str, Any]]:
+        """Rows of `metrics.jsonl` since the last call."""
+        return self._metrics.new_rows()
+
+    def ask_to_stop(self, why: str) -> None:
+        """SIGTERM, once: a training saves at its next update and exits with code 42."""
+        if self.asked is None:
+            self.asked = why
+            self._process.terminate()
+
+    def kill(self) -> None:
+        """SIGKILL, to all of its session."""
+        if self._process.poll() is None:
+            os.killpg(self.pid, signal.SIGKILL)
+            self._process.wait()
+
+    def stopped_by_signal(self) -> bool:
+        """Whether it ended as after a SIGTERM: the same command goes on."""
+        return self._process.returncode in _STOPPED_BY_SIGNAL
+
+    def error(self) -> str:
+        """One line on why it failed: its result's, else the refusal or the exception in its log, else its exit code."""
+        code = self._process.returncode
+        if code < 0:
+            memory = " (was the machine out of memory?)" if code == -signal.SIGKILL else ""
+            return f"killed by signal {-code}{memory}"
+        result = self.run_dir / "result.json"
+        if result.is_file() and (told := read_json(result)).get("status") == "failed" and told.get("error"):
+            return str(told["error"])
+        with self.log_path.open("rb") as output:
+            output.seek(self._log_start)
+            lines = [line.strip() for line in output.read().decode(errors="replace").splitlines() if line.strip()]
+        refusals = [line.removeprefix("error: ") for line in lines if line.startswith("error: ")]
+        return (refusals or lines or [f"exit code {code}"])[-1]
+
+
+class Follower:
+    """Reads a growing `metrics.jsonl`. A resumed job drops rows that it makes again: those are told once."""
+
+    def __init__(self, path: Path):
+        self._path, self._offset = path, 0
+        self._told: set[tuple[int, bool]] = set()
+
+    def new_rows(self) -> list[dict[str, Any]]:
+        """The complete rows since the last call."""
+        try:
+            with self._path.open("rb") as file:
+                if file.seek(0, os.SEEK_END) < self._offset:
+                    self._offset = 0
+                file.seek(self._offset)
+                text = file.read()
+        except FileNotFoundError:
+            return []
+        complete = text[: text.rfind(b"\n") + 1]
+        self._offset += len(complete)
+        rows = []
+        for line in complete.splitlines():
+            try:
+                row = json.loads(line)
+            except json.JSONDecodeError:  # read while the file was being replaced
+                self._offset = 0
+                break
+            key = (row["update"], "heldout_loss" in row)
+            if key not in self._told:
+                self._told.add(key)
+                rows.append(row)
+        return rows

@@ -1,0 +1,155 @@
+"""Plan checks: which jobs can't fit into their TPU slice, found out before anything runs there.
+
+Each distinct program is compiled in a process of its own, once: `python -m gemma4_tpu.sweeping.fit <config> <answer>`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import json
+import logging
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, fields
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from gemma4_tpu.config.load import from_yaml, to_yaml
+from gemma4_tpu.config.schema import PlanConfig, PlanRoot, TrainRoot
+from gemma4_tpu.errors import UserError
+from gemma4_tpu.hardware import slice_of
+from gemma4_tpu.tracking.files import read_json, write_json, write_text
+
+log = logging.getLogger(__name__)
+
+MODES = ("auto", "true", "false")
+_KEY = "hydra.launcher.plan"
+_COUNTS = {
+    "hardware": ("name", "compiler_options"),
+    "mesh": ("fsdp", "tp"),
+    "model": ("name",),
+    "lora": ("enabled", "rank", "dropout", "targets", "quantize"),
+    "data": ("sequence_length", "packing", "buckets"),
+    "trainer": (
+        "global_batch_tokens", "global_batch_sequences", "microbatches", "remat", "attention", "loss_chunk_tokens",
+        "compute_dtype",
+    ),
+}  # fmt: skip
+"""The keys that decide how much memory a step takes: jobs that differ in others share a plan."""
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What is known of a job before it runs."""
+
+    fits: bool | None
+    """None: not checked."""
+    told: str
+    """Memory that it takes, or why it does not fit, or why that was not checked."""
+
+
+def check_fit(config: TrainRoot, mode: str, folder: Path, stopped: Callable[[], bool]) -> Verdict:
+    """Whether a job fits, from the cache in `folder` or by compiling its step (minutes for the large models).
+
+    Args:
+      config: of the job.
+      mode: `hydra.launcher.plan`: `auto` checks what can be checked here, `true` insists on it, `false` doesn't.
+      folder: of the plans of this sweep.
+      stopped: asked while a compilation is under way; True ends it.
+
+    Raises:
+      UserError: `mode` is no choice, or it is `true` and this job can't be checked here.
+    """
+    if str(mode).lower() not in MODES:
+        raise UserError(f"{_KEY}={mode}: not a choice (choices: {', '.join(MODES)})")
+    obstacle = _obstacle(config) if str(mode).lower() != "false" else f"{_KEY}=false"
+    if obstacle:
+        if str(mode).lower() == "true":
+            raise UserError(f"{_KEY}=true: a job can't be checked here ({obstacle}); give {_KEY}=auto")
+        return Verdict(None, f"not checked: {obstacle}")
+    folder.mkdir(parents=True, exist_ok=True)
+    answer = folder / f"{_key(config)}.json"
+    if not answer.is_file():
+        log.info("compiling for %s to see whether it fits …", config.hardware.name)
+        _compile(config, answer, stopped)
+    if not answer.is_file():
+        return Verdict(None, f"not checked: the compiling process failed ({answer.with_suffix('.log')})")
+    told = read_json(answer)
+    return Verdict(told["fits"], told["told"])
+
+
+def _obstacle(config: TrainRoot) -> str | None:
+    """Why this job can't be planned here."""
+    wanted = slice_of(config.hardware)
+    if wanted is None:
+        return "hardware=local is no slice that could be planned"
+    if wanted.topology is None:
+        return f"{wanted.name} has GPUs, for which there is no compiler here"
+    if importlib.util.find_spec("libtpu") is None:
+        return "libtpu is not installed (pip install 'gemma4-tpu[tpu]')"
+    return None
+
+
+def _key(config: TrainRoot) -> str:
+    values = asdict(config)
+    counted: dict[str, Any] = {group: [values[group][name] for name in names] for group, names in _COUNTS.items()}
+    for package in ("gemma4-tpu", "jax", "libtpu"):
+        try:
+            counted[package] = version(package)
+        except PackageNotFoundError:
+            counted[package] = None
+    return hashlib.sha256(json.dumps(counted, sort_keys=True).encode()).hexdigest()[:12]
+
+
+def _compile(config: TrainRoot, answer: Path, stopped: Callable[[], bool]) -> None:
+    request = answer.with_suffix(".yaml")
+    write_text(request, to_yaml(config))
+    command = [sys.executable, "-m", "gemma4_tpu.sweeping.fit", str(request), str(answer)]
+    with answer.with_suffix(".log").open("w", encoding="utf-8") as output:
+        process = subprocess.Popen(
+            command, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT, start_new_session=True
+        )
+        while True:
+            try:
+                process.wait(0.2)
+                return
+            except subprocess.TimeoutExpired:
+                if stopped():
+                    os.killpg(process.pid, signal.SIGKILL)  # with the compiler's process
+                    process.wait()
+                    return
+
+
+def main(request: Path, answer: Path) -> None:
+    """Plans what the request describes."""
+    from gemma4_tpu.config.plan_checks import examine_plan, normalise_plan
+    from gemma4_tpu.planning.attempt import Planned, plan_one
+    from gemma4_tpu.planning.report import format_bytes, misfit_line
+    from gemma4_tpu.tracking.logs import setup_logging
+
+    setup_logging()
+    config = from_yaml(request.read_text(encoding="utf-8"), TrainRoot)
+    given = {field.name: getattr(config, field.name) for field in fields(TrainRoot)}
+    root = normalise_plan(PlanRoot(**given, plan=PlanConfig(max_attempts=0)))
+    checked, problems = examine_plan(root)
+    if checked is None:
+        told = "; ".join(problem.message for problem in problems)
+        return write_json(answer, Verdict(None, f"not checked: {told}"))
+    try:
+        result = plan_one(Planned.of(root, checked))
+    except UserError as refusal:
+        return write_json(answer, Verdict(None, f"not checked: {refusal}"))
+    if not result.fits:
+        return write_json(answer, Verdict(False, misfit_line(result)))
+    used, limit = result.hbm_bytes_per_chip or 0, result.hbm_limit_bytes_per_chip
+    told = f"fits: {format_bytes(used)} of {format_bytes(limit)} HBM per chip (estimated by the TPU compiler)"
+    return write_json(answer, Verdict(True, told))
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), Path(sys.argv[2]))

@@ -1,0 +1,105 @@
+"""Between Hydra's plugins (`hydra_plugins/gemma4_tpu_sweeps.py`) and the jobs: folder, signals, report, exit code."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from hydra.core.utils import JobReturn, JobStatus
+from omegaconf import DictConfig, OmegaConf
+
+from gemma4_tpu.config.sweeps import fixed_keys, job_name, swept
+from gemma4_tpu.errors import REFUSED, UserError
+from gemma4_tpu.sweeping import record
+from gemma4_tpu.sweeping.processes import Monitor, Runner
+from gemma4_tpu.sweeping.record import Job, Sweep, SweepLock
+from gemma4_tpu.sweeping.report import show
+from gemma4_tpu.sweeping.settings import Processes
+from gemma4_tpu.sweeping.stop import Stop
+from gemma4_tpu.sweeping.table import best_metric, outcome_value
+from gemma4_tpu.tracking.logs import setup_logging
+
+log = logging.getLogger(__name__)
+
+SOME_FAILED = 1
+
+
+@dataclass
+class OpenSweep:
+    """A sweep that this process runs."""
+
+    sweep: Sweep
+    stop: Stop
+    monitor: Monitor = field(default=lambda job, row: None)
+    """Set by a search that stops jobs."""
+    launched: set[str] = field(default_factory=set)
+    """Names of the jobs that this process was given."""
+
+
+@contextmanager
+def sweeping(config: DictConfig, metric: str | None, direction: str | None = None) -> Iterator[OpenSweep]:
+    """The life of a sweep: folder and signals are held, at the end comes the report.
+
+    Raises:
+      SystemExit: 1 some jobs failed or none finished, 2 refused, 42 SIGTERM, 130 Ctrl-C; nothing if all is well.
+    """
+    setup_logging()
+    folder = Path(str(config.hydra.sweep.dir)).absolute()
+    try:
+        with SweepLock(folder), Stop() as stop:
+            sweep = Sweep.open(folder, str(config.hydra.job.config_name))
+            sweep.metric, sweep.direction = metric, direction
+            opened = OpenSweep(sweep, stop)
+            yield opened
+            show(folder, None)
+    except UserError as refusal:
+        print(f"error: {refusal}", file=sys.stderr)
+        raise SystemExit(REFUSED) from None
+    if code := stop.exit_code or _exit_code(opened):
+        raise SystemExit(code)
+
+
+def _exit_code(opened: OpenSweep) -> int:
+    statuses = {opened.sweep.jobs[name].status for name in opened.launched}
+    failed = {record.FAILED, record.PREEMPTED} & statuses
+    return SOME_FAILED if failed or record.FINISHED not in statuses else 0
+
+
+def launch(
+    opened: OpenSweep | None, config: DictConfig, settings: Mapping[str, Any], overrides: Sequence[Sequence[str]]
+) -> list[JobReturn]:
+    """Runs these jobs; each returns the value of the sweep's metric (NaN: there is none). A failing job does not raise.
+
+    Raises:
+      UserError: `settings` that can't be, or no sweep is open: the sweeper is not one of ours.
+    """
+    if opened is None:
+        raise UserError("hydra/launcher=processes: works with hydra/sweeper=grid or hydra/sweeper=optuna")
+    sweep = opened.sweep
+    given = OmegaConf.to_container(config.hydra.overrides)
+    assert isinstance(given, dict)
+    elsewhere = [word for word in given["hydra"] if word.lstrip("+").startswith("hydra.searchpath")]
+    fixed = fixed_keys([*given["task"], *elsewhere])
+    jobs = [_job(sweep, [*elsewhere, *words], fixed) for words in overrides]
+    opened.launched |= {job.name for job in jobs}
+    Runner(sweep, Processes(**settings), opened.stop, opened.monitor).run(jobs)
+    metric = best_metric(sweep, None).key
+    returns = []
+    for job, words in zip(jobs, overrides, strict=True):
+        returned = JobReturn(overrides=list(words), status=JobStatus.COMPLETED)
+        returned.return_value = outcome_value(sweep, job, metric)
+        returns.append(returned)
+    return returns
+
+
+def _job(sweep: Sweep, words: list[str], fixed: set[str]) -> Job:
+    values = swept(words, fixed)
+    job = Job(name=job_name(values), values=values, words=words)
+    if earlier := sweep.jobs.get(job.name):
+        job.starts, job.status, job.error = earlier.starts, earlier.status, earlier.error
+    return job

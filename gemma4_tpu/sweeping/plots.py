@@ -1,0 +1,202 @@
+"""Pictures of a sweep: parallel coordinates, the metric over each numeric key, held-out curves of all jobs."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from gemma4_tpu.sweeping import record
+from gemma4_tpu.sweeping.table import Metric, Row, swept_keys
+from gemma4_tpu.tracking.metrics import read_metrics
+from gemma4_tpu.tracking.plots import STYLE
+
+_BEST, _INK, _PALE = "#d9692c", "#333333", "#9db4dd"
+_COLOURS = ("#4c78c8", "#54a24b", "#e0a63a", "#8e6bbf", "#3aa6a6", "#b0567d", "#777777", "#9c7a4f")
+_MAX_LEGEND = len(_COLOURS)
+_MAX_TICKS = 9
+
+
+def plot_sweep(rows: Sequence[Row], metric: Metric, best: Row | None, folder: Path, title: str) -> list[Path]:
+    """Draws what there is to draw; returns the paths of the pictures. Jobs without the metric are left out."""
+    folder.mkdir(exist_ok=True)
+    for old in folder.glob("*.png"):
+        old.unlink()
+    known = [row for row in rows if row.value(metric.key) is not None]
+    keys = [key for key in swept_keys(rows) if len({row.job.values.get(key) for row in known}) > 1]
+    drawn = []
+    if len(known) > 1 and keys:
+        drawn.append(_parallel(known, keys, metric, best, title, folder / "parallel_coordinates.png"))
+        numeric = [key for key in keys if all(_number(row.job.values.get(key)) is not None for row in known)]
+        drawn += [_over_key(known, key, keys, metric, best, title, folder / f"{key}.png") for key in numeric]
+    if curves := _curves(rows):
+        drawn.append(_heldout(curves, best, title, folder / "heldout_loss.png"))
+    return drawn
+
+
+# ── parallel coordinates ───────────────────────────────────────────────────────────────────────────────────────────
+class _Axis:
+    """One vertical line: a key's values, or the metric's, from 0 (bottom) to 1."""
+
+    def __init__(self, label: str, values: Sequence[str | float | None], *, metric: bool = False):
+        self.label = label
+        texts = list(dict.fromkeys(str(value) for value in values))
+        numbers = [_number(value) for value in values]
+        known = [number for number in numbers if number is not None]
+        self._logarithmic = not metric and bool(known) and min(known) > 0 and max(known) >= 8 * min(known)
+        if len(known) == len(values):
+            low, high = min(map(self._scaled, known)), max(map(self._scaled, known))
+            spread = (high - low) or 1.0
+            self.places = {text: (self._scaled(float(text)) - low) / spread for text in texts}
+        else:
+            self.places = {text: i / max(1, len(texts) - 1) for i, text in enumerate(texts)}
+        few = not metric and len(texts) <= _MAX_TICKS
+        ends = sorted(texts, key=self.places.__getitem__)
+        self.ticks = texts if few else [ends[0], ends[-1]]
+        self._metric = metric
+
+    def _scaled(self, value: float) -> float:
+        return math.log(value) if self._logarithmic else value
+
+    def place(self, value: str | float | None) -> float:
+        return self.places[str(value)]
+
+    def tick(self, text: str) -> str:
+        return f"{float(text):.4g}" if self._metric else text
+
+
+def _parallel(rows: Sequence[Row], keys: list[str], metric: Metric, best: Row | None, title: str, path: Path) -> Path:
+    values = [row.value(metric.key) for row in rows]
+    axes_of = [_Axis(key, [row.job.values.get(key) for row in rows]) for key in keys]
+    axes_of.append(_Axis(metric.key, values, metric=True))
+
+    def draw(axes: Any) -> None:
+        from matplotlib import colormaps
+
+        order = sorted(rows, key=lambda row: row is best)  # the best on top
+        for row in order:
+            given = [row.job.values.get(key) for key in keys] + [row.value(metric.key)]
+            heights = [axis.place(value) for axis, value in zip(axes_of, given, strict=True)]
+            goodness = 1 - heights[-1] if metric.direction == record.LOWER_IS_BETTER else heights[-1]
+            colour = _BEST if row is best else colormaps["Blues"](0.3 + 0.6 * goodness)
+            axes.plot(range(len(heights)), heights, color=colour, linewidth=3 if row is best else 1.8, alpha=0.95)
+        for x, axis in enumerate(axes_of):
+            axes.axvline(x, color=_INK, linewidth=1)
+            last = x == len(axes_of) - 1
+            for text in axis.ticks:
+                axes.annotate(
+                    axis.tick(text), (x, axis.places[text]), xytext=(8 if last else -8, 0), textcoords="offset points",
+                    ha="left" if last else "right", va="center", color=_INK,
+                    bbox={"boxstyle": "square,pad=0.1", "facecolor": "white", "edgecolor": "none", "alpha": 0.8},
+                )  # fmt: skip
+        axes.set_xticks(range(len(axes_of)), [axis.label.replace(".", ".\n", 1) for axis in axes_of])
+        axes.tick_params(axis="x", length=0)
+        axes.set_yticks([])
+        axes.margins(x=0.14, y=0.06)
+        axes.grid(False)
+        axes.spines[["left", "bottom"]].set_visible(False)
+        if best is not None:
+            axes.plot([], [], color=_BEST, linewidth=3, label=f"best: {best.job.name}")
+            axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0))
+
+    return _save(draw, title, path, width=max(7.0, 1.9 * len(axes_of)))
+
+
+# ── the metric over one key ────────────────────────────────────────────────────────────────────────────────────────
+def _over_key(
+    rows: Sequence[Row], key: str, keys: list[str], metric: Metric, best: Row | None, title: str, path: Path
+) -> Path:
+    """One line for each combination of the other keys, as far as they can be told apart."""
+    others = [other for other in keys if other != key]
+    groups: dict[str, list[tuple[float, float]]] = {}
+    for row in rows:
+        name = ", ".join(f"{other}={row.job.values.get(other)}" for other in others)
+        x, y = _number(row.job.values.get(key)), row.value(metric.key)
+        assert x is not None and y is not None
+        groups.setdefault(name, []).append((x, y))
+    lines = len(groups) <= _MAX_LEGEND
+
+    def draw(axes: Any) -> None:
+        for number, (name, points) in enumerate(groups.items()):
+            x, y = zip(*sorted(points), strict=True)
+            colour = _COLOURS[number] if lines else _PALE
+            axes.plot(x, y, color=colour, marker="o", linewidth=1.8 if lines else 0, label=name if lines else None)
+        if best is not None:
+            at = (_number(best.job.values.get(key)), best.value(metric.key))
+            axes.plot(*[[v] for v in at], "o", markersize=13, markerfacecolor="none", color=_BEST, label="best")
+        _scale(axes, sorted({point[0] for points in groups.values() for point in points}))
+        axes.set_xlabel(key)
+        axes.set_ylabel(metric.key)
+        axes.margins(x=0.08, y=0.12)
+        axes.legend(loc="best")
+
+    return _save(draw, title, path)
+
+
+def _scale(axes: Any, values: list[float]) -> None:
+    """Powers apart: a logarithmic axis. Few values: each has its tick."""
+    from matplotlib.ticker import NullLocator
+
+    if values[0] > 0 and values[-1] >= 4 * values[0]:
+        axes.set_xscale("log")
+        axes.xaxis.set_minor_locator(NullLocator())
+    if len(values) <= _MAX_TICKS:
+        axes.set_xticks(values, [f"{value:g}" for value in values])
+
+
+# ── curves ─────────────────────────────────────────────────────────────────────────────────────────────────────────
+def _curves(rows: Sequence[Row]) -> dict[str, tuple[list[int], list[float]]]:
+    """Job → (updates, held-out losses)."""
+    curves = {}
+    for row in rows:
+        path = row.folder / "metrics.jsonl"
+        points = [
+            (told["update"], told["heldout_loss"])
+            for told in (read_metrics(path) if path.is_file() else [])
+            if isinstance(told.get("heldout_loss"), float) and math.isfinite(told["heldout_loss"])
+        ]
+        if points:
+            curves[row.job.name] = ([p[0] for p in points], [p[1] for p in points])
+    return curves
+
+
+def _heldout(curves: dict[str, tuple[list[int], list[float]]], best: Row | None, title: str, path: Path) -> Path:
+    def draw(axes: Any) -> None:
+        few = len(curves) <= _MAX_LEGEND
+        for number, (name, (updates, losses)) in enumerate(curves.items()):
+            if best is not None and name == best.job.name:
+                continue
+            colour = _COLOURS[number] if few else _PALE
+            axes.plot(updates, losses, color=colour, marker="o", markersize=4, label=name if few else None)
+        if best is not None and best.job.name in curves:
+            label = f"best: {best.job.name}"
+            axes.plot(*curves[best.job.name], color=_BEST, linewidth=2.5, marker="o", markersize=5, label=label)
+        axes.set_xlabel("update")
+        axes.set_ylabel("held-out loss (nats per target token)")
+        if axes.get_legend_handles_labels()[0]:
+            axes.legend(loc="upper right")
+
+    return _save(draw, title, path)
+
+
+def _number(value: Any) -> float | None:
+    try:
+        number = float(value)
+    except (TypeError, ValueError):
+        return None
+    return number if math.isfinite(number) else None
+
+
+def _save(draw: Any, title: str, path: Path, width: float = 7.0) -> Path:
+    """One pair of axes, drawn without pyplot: no display, no global state."""
+    import matplotlib
+    from matplotlib.figure import Figure
+
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(width, 4), layout="constrained")
+        axes = figure.subplots()
+        draw(axes)
+        figure.suptitle(title, x=0.01, ha="left", fontsize=11, color=_INK)
+        figure.savefig(path)
+    return path

@@ -1,0 +1,223 @@
+"""Runs a sweep's jobs, each as a process of its own: in order, or several at a time where devices allow."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from hydra.core.global_hydra import GlobalHydra
+
+from gemma4_tpu.config.entries import ENTRIES, EntryPoint
+from gemma4_tpu.config.load import load
+from gemma4_tpu.config.schema import TrainRoot
+from gemma4_tpu.errors import UserError
+from gemma4_tpu.sweeping import record
+from gemma4_tpu.sweeping.child import Child, command
+from gemma4_tpu.sweeping.devices import shares
+from gemma4_tpu.sweeping.display import Display
+from gemma4_tpu.sweeping.fit import check_fit
+from gemma4_tpu.sweeping.record import Job, Sweep
+from gemma4_tpu.sweeping.settings import Processes
+from gemma4_tpu.sweeping.stop import Stop
+from gemma4_tpu.tracking.files import jsonable, read_json
+from gemma4_tpu.tracking.progress import format_seconds
+from gemma4_tpu.tracking.run import config_differences
+
+log = logging.getLogger(__name__)
+
+SECONDS_BETWEEN_LOOKS = 0.2
+_SAME_RESULT = (
+    "checkpoint.", "distributed.", "name", "preview", "run_dir", "tracker.", "trainer.compile_cache",
+    "trainer.log_every", "trainer.stall_seconds",
+)  # fmt: skip
+"""A finished job is not run again because of a difference in these."""
+
+Monitor = Callable[[Job, dict[str, Any]], str | None]
+"""Takes each new row of a job's `metrics.jsonl`; a text says why the job is to be stopped."""
+
+
+@dataclass
+class _Running:
+    job: Job
+    child: Child
+    share: dict[str, str]
+
+
+class Runner:
+    """The jobs of one sweep folder. `stop` tells whether the sweep is being stopped, and with which exit code."""
+
+    def __init__(self, sweep: Sweep, settings: Processes, stop: Stop, monitor: Monitor = lambda job, row: None):
+        self.sweep, self.settings, self.stop, self._monitor = sweep, settings, stop, monitor
+        self._entry: EntryPoint = ENTRIES[sweep.entry]
+
+    def run(self, jobs: Sequence[Job]) -> None:
+        """Brings every job to an end, or to where it was stopped; its `status` tells. Saves the record as it goes.
+
+        Raises:
+          UserError: `settings` that can't be, or so many jobs at a time would fight for an accelerator.
+        """
+        if self.settings.max_restarts < 0:
+            raise UserError(f"hydra.launcher.max_restarts={self.settings.max_restarts}: must be at least 0")
+        for job in jobs:
+            self.sweep.jobs[job.name] = job
+        configs = self._checked(jobs)
+        free = shares(self.settings.parallel, [c.hardware for c in configs.values() if hasattr(c, "hardware")])
+        waiting = deque(self._prepared(jobs, configs))
+        self.sweep.save()
+        running: list[_Running] = []
+        try:
+            with Display() as display:
+                while running or (waiting and not self.stop.count):
+                    while waiting and free and not self.stop.count:
+                        running.append(self._start(waiting.popleft(), free.pop(0), display))
+                    time.sleep(SECONDS_BETWEEN_LOOKS)
+                    self._pass_stop_on(running)
+                    for one in list(running):
+                        self._follow(one, display)
+                        if one.child.poll() is not None:
+                            running.remove(one)
+                            free.append(one.share)
+                            self._end(one, waiting, display)
+        finally:
+            for one in running:
+                one.child.kill()
+        for job in waiting:
+            job.status = record.WAITING if job.starts == 0 else record.INTERRUPTED
+        self.sweep.save()
+
+    # ── before anything runs ───────────────────────────────────────────────────────────────────────────────────────
+    def _checked(self, jobs: Sequence[Job]) -> dict[str, Any]:
+        """Job → its configuration; those that the checks refuse are marked and left out."""
+        configs = {}
+        for job in jobs:
+            try:
+                with _beside_hydra():
+                    configs[job.name] = load(job.words, self._entry).root
+            except UserError as refusal:
+                job.status, job.error = record.REFUSED, _one_line(refusal)
+                log.warning("refused: %s: %s", job.name, job.error)
+        return configs
+
+    def _prepared(self, jobs: Sequence[Job], configs: dict[str, Any]) -> list[Job]:
+        """The jobs that are to run: not finished yet, and not known not to fit."""
+        wanted, finished = [], 0
+        for job in jobs:
+            if job.name not in configs or self.stop.count:
+                continue
+            if self._is_finished(job, configs[job.name]):
+                job.status, job.error = record.FINISHED, None
+                finished += 1
+                continue
+            job.status, job.error = record.WAITING, None
+            if isinstance(configs[job.name], TrainRoot) and self._entry.name == "train":
+                verdict = check_fit(
+                    configs[job.name], self.settings.plan, self.sweep.folder / "plans", lambda: self.stop.count > 0
+                )
+                job.plan = verdict.told
+                if verdict.fits is False:
+                    job.status, job.error = record.MISFIT, verdict.told
+                    log.warning("does not fit: %s: %s", job.name, verdict.told)
+                    continue
+                self._group(job, configs[job.name])
+            wanted.append(job)
+        log.info(
+            "%s: %d jobs; %d finished before, %d to run%s", self.sweep.folder, len(jobs), finished, len(wanted),
+            f", {len(jobs) - finished - len(wanted)} that can't run" if len(jobs) > finished + len(wanted) else "",
+        )  # fmt: skip
+        for told in dict.fromkeys(job.plan for job in wanted if job.plan):
+            log.info("plan check: %s", told)
+        return wanted
+
+    def _group(self, job: Job, config: TrainRoot) -> None:
+        """W&B's group of a sweep is its folder, unless the user named another."""
+        if config.tracker.group is None and not any(word.startswith("tracker.group=") for word in job.words):
+            job.words.append(f"tracker.group='{'/'.join(self.sweep.folder.parts[-2:])}'")
+
+    def _is_finished(self, job: Job, config: Any) -> bool:
+        folder = self.sweep.run_folder(job)
+        if not (folder / "result.json").is_file() or not (folder / "config.yaml").is_file():
+            return job.status == record.FINISHED and self._entry.name != "train" and folder.is_dir()
+        import yaml
+
+        recorded = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
+        different = config_differences(recorded, jsonable(asdict(config)))
+        same = all(key.startswith(_SAME_RESULT) for key, *_ in different)
+        return same and read_json(folder / "result.json").get("status") == "finished"
+
+    # ── while they run ─────────────────────────────────────────────────────────────────────────────────────────────
+    def _start(self, job: Job, share: dict[str, str], display: Display) -> _Running:
+        job.starts += 1
+        job.status = record.RUNNING
+        log_path, run_folder = self.sweep.log_path(job), self.sweep.run_folder(job)
+        child = Child(command(self.sweep.entry, job.words, run_folder), log_path, run_folder, share)
+        again = f" (start {job.starts})" if job.starts > 1 else ""
+        log.info("%s: running%s, log: %s", job.name, again, log_path)
+        self.sweep.save()
+        display.start(job.name)
+        return _Running(job, child, share)
+
+    def _follow(self, one: _Running, display: Display) -> None:
+        rows = one.child.new_rows()
+        display.rows(one.job.name, rows)
+        for row in rows:
+            if why := self._monitor(one.job, row):
+                one.child.ask_to_stop(why)
+
+    def _pass_stop_on(self, running: list[_Running]) -> None:
+        """The first Ctrl-C or SIGTERM lets jobs save; a second one kills them."""
+        if self.stop.count == 1 and any(one.child.asked is None for one in running):
+            log.warning("stopping: waiting for %d job(s) to save; once more kills them", len(running))
+        for one in running:
+            if self.stop.count > 1:
+                one.child.kill()
+            elif self.stop.count:
+                one.child.ask_to_stop(record.INTERRUPTED)
+
+    def _end(self, one: _Running, waiting: deque[Job], display: Display) -> None:
+        """What came of a process that ended: the job's status, or another start."""
+        self._follow(one, display)
+        job, child = one.job, one.child
+        display.end(job.name)
+        code = child.poll()
+        job.error = None
+        if code == 0:
+            job.status = record.FINISHED
+        elif self.stop.count:
+            job.status, job.error = record.INTERRUPTED, "the sweep was stopped; the same command goes on"
+        elif child.asked is not None and child.stopped_by_signal():
+            job.status, job.error = record.PRUNED, child.asked
+        elif child.stopped_by_signal() and job.restarts < self.settings.max_restarts:
+            job.restarts += 1
+            job.status, job.error = record.WAITING, None
+            waiting.appendleft(job)
+        elif child.stopped_by_signal():
+            job.status = record.PREEMPTED
+            job.error = f"preempted {job.restarts + 1} times (hydra.launcher.max_restarts={self.settings.max_restarts})"
+        else:
+            job.status, job.error = record.FAILED, child.error()
+        level = logging.INFO if code == 0 else logging.WARNING
+        told = "preempted; starting it again" if job.status == record.WAITING else job.status
+        took = format_seconds(time.monotonic() - child.started)
+        log.log(level, "%s: %s after %s%s", job.name, told, took, f": {job.error}" if job.error else "")
+        self.sweep.save()
+
+
+@contextmanager
+def _beside_hydra() -> Iterator[None]:
+    """Puts the Hydra that runs the sweep aside, so that a job's configuration can be composed as its process will."""
+    outer = GlobalHydra.instance().hydra
+    GlobalHydra.instance().clear()
+    try:
+        yield
+    finally:
+        GlobalHydra.instance().hydra = outer
+
+
+def _one_line(error: Exception) -> str:
+    lines = [line.strip() for line in str(error).splitlines()]
+    return " ".join(line for line in lines if line and "--help lists every key" not in line)

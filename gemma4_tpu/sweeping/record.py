@@ -1,0 +1,124 @@
+"""`sweep.json`: what a sweep knows of its jobs beyond their run folders; written anew at every change.
+
+```
+<sweep folder>/
+  <job>/           run folder of a job, named after its values: lora.rank-16+mesh-tp
+  logs/<job>.log   what the job's processes printed           sweep.csv  sweep.md  plots/
+  plans/           plan checks, kept for the next start       sweep.json  multirun.yaml
+```
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import fcntl
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from gemma4_tpu.errors import UserError
+from gemma4_tpu.tracking.files import read_json, write_json
+
+RECORD = "sweep.json"
+FINISHED, FAILED, PREEMPTED, PRUNED = "finished", "failed", "preempted", "pruned"
+REFUSED, MISFIT, INTERRUPTED, WAITING, RUNNING = "refused", "does not fit", "interrupted", "waiting", "running"
+LOWER_IS_BETTER, HIGHER_IS_BETTER = "minimize", "maximize"
+
+
+@dataclass(kw_only=True)
+class Job:
+    """One job of a sweep."""
+
+    name: str
+    """Of its run folder in the sweep folder."""
+    values: dict[str, str]
+    """Swept key → value, as written."""
+    words: list[str]
+    """Its whole command line, without `run_dir`."""
+    status: str = WAITING
+    """`waiting`, `running`; `finished`, `pruned`; `failed`, `preempted` (more often than allowed), `interrupted` (the
+    sweep was stopped; the same command goes on); never started: `refused`, `does not fit`."""
+    error: str | None = None
+    """One line on why it is not finished."""
+    starts: int = 0
+    """Processes that were started for it, over all starts of the sweep."""
+    restarts: int = 0
+    """Of these, starts after a preemption since the sweep was last started."""
+    plan: str | None = None
+    """What the plan check found, or why there was none."""
+
+
+@dataclass(kw_only=True)
+class Sweep:
+    """A sweep folder's record."""
+
+    folder: Path
+    entry: str
+    """Name of the entry point: `train`."""
+    metric: str | None = None
+    """Key of `result.json` that the sweep was for, if it said so."""
+    direction: str | None = None
+    """`minimize` or `maximize`, if it said so."""
+    jobs: dict[str, Job] = field(default_factory=dict)
+    """By name, in the order of their first mention."""
+
+    @classmethod
+    def open(cls, folder: Path, entry: str | None = None) -> Sweep:
+        """The record of a sweep folder; an empty one where there is none.
+
+        Args:
+          folder: need not exist.
+          entry: name of the entry point that is to be run; None: whichever it was.
+
+        Raises:
+          UserError: the folder belongs to a sweep of another entry point.
+        """
+        path = folder / RECORD
+        if not path.is_file():
+            return cls(folder=folder, entry=entry or "train")
+        told: dict[str, Any] = read_json(path)
+        if entry and told["entry"] != entry:
+            raise UserError(f"hydra.sweep.dir={folder}: holds a sweep of {told['entry']}; give another folder")
+        known = {f.name for f in dataclasses.fields(Job)}
+        jobs = [Job(**{k: v for k, v in job.items() if k in known}) for job in told["jobs"]]
+        given = {key: told.get(key) for key in ("metric", "direction")}
+        return cls(folder=folder, entry=told["entry"], jobs={job.name: job for job in jobs}, **given)
+
+    def save(self) -> None:
+        """Writes the record, atomically."""
+        head = {"entry": self.entry, "metric": self.metric, "direction": self.direction}
+        write_json(self.folder / RECORD, head | {"jobs": list(self.jobs.values())})
+
+    def run_folder(self, job: Job) -> Path:
+        return self.folder / job.name
+
+    def log_path(self, job: Job) -> Path:
+        return self.folder / "logs" / f"{job.name}.log"
+
+
+class SweepLock:
+    """The right to run a sweep's jobs; the kernel drops it when this process ends in any way."""
+
+    def __init__(self, folder: Path):
+        """Takes it.
+
+        Raises:
+          UserError: a running process has it.
+        """
+        folder.mkdir(parents=True, exist_ok=True)
+        self._file = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
+        try:
+            fcntl.lockf(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError) as error:
+            owner = os.pread(self._file, 20, 0).decode() or "unknown"
+            os.close(self._file)
+            raise UserError(f"{folder}: this sweep is being run by another process (pid {owner})") from error
+        os.truncate(self._file, 0)
+        os.pwrite(self._file, str(os.getpid()).encode(), 0)
+
+    def __enter__(self) -> SweepLock:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        os.close(self._file)

@@ -1,0 +1,145 @@
+"""`sweep.csv`, `sweep.md` and plots of a sweep folder, made at the end of a sweep and at any other time."""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.text import Text
+
+from gemma4_tpu.errors import UserError
+from gemma4_tpu.sweeping import record
+from gemma4_tpu.sweeping.plots import plot_sweep
+from gemma4_tpu.sweeping.record import Sweep
+from gemma4_tpu.sweeping.table import Metric, Row, best_metric, best_row, columns, rows_of, swept_keys
+from gemma4_tpu.tracking.files import write_text
+
+_LOSS = "loss"
+_MEANING = {
+    "heldout_loss_last": "held-out loss after the last update, in nats per target token",
+    "heldout_loss_best": "lowest held-out loss seen",
+    "train_loss_last": "loss of the last update",
+    "real_tokens": "non-padding tokens trained on",
+    "seconds": "wall-clock time of updates and evaluations, compilation included",
+    "real_tokens_per_second": "without the first update (compilation)",
+    "usd": "seconds × the slice's price",
+    "starts": "processes started; more than one after a preemption",
+}
+
+
+def show(folder: str | Path, metric: str | None) -> int:
+    """Writes the table and the plots of a sweep folder, and prints what came of it. Returns 0.
+
+    Args:
+      folder: the sweep's, or any folder of run folders.
+      metric: key of `result.json`; None: the sweep's own.
+
+    Raises:
+      UserError: no jobs there, or no job has that metric while some have results.
+    """
+    sweep = Sweep.open(Path(folder).absolute())
+    rows = rows_of(sweep)
+    chosen = best_metric(sweep, metric)
+    _check_metric(rows, chosen, metric)
+    best = best_row(rows, chosen)
+    write_text(sweep.folder / "sweep.csv", csv_table(rows, chosen))
+    drawn = plot_sweep(rows, chosen, best, sweep.folder / "plots", _title(sweep))
+    write_text(sweep.folder / "sweep.md", markdown(sweep, rows, chosen, best, drawn))
+    _print(sweep, rows, chosen, best)
+    return 0
+
+
+def _title(sweep: Sweep) -> str:
+    return f"{sweep.folder.parent.name} / {sweep.folder.name}"
+
+
+def _check_metric(rows: Sequence[Row], chosen: Metric, asked: str | None) -> None:
+    numbers = sorted({k for row in rows for k, v in row.result.items() if isinstance(v, int | float)})
+    if asked is not None and numbers and asked not in numbers:
+        raise UserError(f"metric={asked}: no run has it; there are {', '.join(numbers)}")
+
+
+def csv_table(rows: Sequence[Row], metric: Metric) -> str:
+    """Overrides × results, figures in full."""
+    text = io.StringIO()
+    keys, results = swept_keys(rows), columns(rows, metric)
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(["job", *keys, "status", "starts", *results, "plan", "error"])
+    for row in rows:
+        values = [row.job.values.get(key, "") for key in keys]
+        figures = ["" if row.result.get(key) is None else row.result[key] for key in results]
+        writer.writerow(
+            [row.job.name, *values, row.job.status, row.job.starts, *figures, row.job.plan or "", row.job.error or ""]
+        )
+    return text.getvalue()
+
+
+def markdown(sweep: Sweep, rows: Sequence[Row], metric: Metric, best: Row | None, drawn: Sequence[Path]) -> str:
+    """The table for people: best first, figures rounded."""
+    keys, results = swept_keys(rows), columns(rows, metric)
+    head = [*keys, "status", "starts", *results, "error"]
+    lines = [f"# {_title(sweep)}", "", _counts(rows), ""]
+    if best is not None:
+        lines += [
+            f"Best by {metric.key} ({metric.direction}d): `{best.job.name}`, {_figure(metric.key, best.result)}",
+            "",
+        ]
+    lines += [f"| {' | '.join(head)} |", f"|{'---|' * len(head)}"]
+    for row in _ranked(rows, metric):
+        values = [row.job.values.get(key, "") for key in keys]
+        cells = [*values, row.job.status, str(row.job.starts), *(_figure(key, row.result) for key in results)]
+        cells.append((row.job.error or "").replace("|", "\\|"))
+        if row is best:
+            cells = [f"**{cell}**" if cell else "" for cell in cells]
+        lines.append(f"| {' | '.join(cells)} |")
+    told = [f"`{key}`: {_MEANING[key]}" for key in [*results, "starts"] if key in _MEANING]
+    lines += ["", "; ".join(told) + ".", ""]
+    lines += [f"![{path.stem}]({path.relative_to(sweep.folder)})" for path in drawn]
+    plans = dict.fromkeys(f"- `{row.job.name}`: {row.job.plan}" for row in rows if row.job.plan)
+    lines += ["", "Plan checks before the start:", "", *plans] if plans else []
+    return "\n".join(lines).rstrip() + "\n"
+
+
+def _ranked(rows: Sequence[Row], metric: Metric) -> list[Row]:
+    """Best first; those without the metric last, in their order."""
+    sign = 1 if metric.direction == record.LOWER_IS_BETTER else -1
+
+    def rank(row: Row) -> tuple[bool, float]:
+        value = row.value(metric.key)
+        return (value is None, sign * value if value is not None else 0.0)
+
+    return sorted(rows, key=rank)
+
+
+def _counts(rows: Sequence[Row]) -> str:
+    statuses = [row.job.status for row in rows]
+    return f"{len(rows)} jobs: " + ", ".join(f"{statuses.count(s)} {s}" for s in dict.fromkeys(statuses)) + "."
+
+
+def _figure(key: str, result: dict[str, Any]) -> str:
+    value = result.get(key)
+    if value is None or isinstance(value, str):
+        return value or ""
+    if isinstance(value, int):
+        return f"{value:,}"
+    if _LOSS in key or key == "mfu":
+        return f"{value:.4f}"
+    return f"{value:,.2f}" if abs(value) < 100 else f"{value:,.0f}"
+
+
+def _print(sweep: Sweep, rows: Sequence[Row], metric: Metric, best: Row | None) -> None:
+    out = Console(highlight=False)
+    out.print()
+    told = [("Sweep", str(sweep.folder)), ("Jobs", _counts(rows))]
+    told += [(row.job.status.capitalize(), f"{row.job.name}: {row.job.error}") for row in rows if row.job.error]
+    if best is not None:
+        told.append((f"Best {metric.key}", f"{_figure(metric.key, best.result)}  {best.job.name}"))
+        told.append(("Next", f"python -m gemma4_tpu.merge run={best.folder}"))
+    told.append(("Table", f"{sweep.folder / 'sweep.md'}, sweep.csv, plots/"))
+    width = max(len(label) for label, _ in told) + 2
+    for label, value in told:
+        out.print(Text(f"{label:<{width}}", style="bold").append(value, style="not bold"), soft_wrap=True)

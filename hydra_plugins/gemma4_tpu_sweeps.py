@@ -1,0 +1,76 @@
+"""What `--multirun` is served by: Hydra finds its plugins in this namespace and accepts them from nowhere else.
+
+The work is done in `gemma4_tpu/sweeping`, imported when a sweep starts, since every start of the program loads this.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
+from hydra.core.config_store import ConfigStore
+from hydra.core.plugins import Plugins
+from hydra.core.utils import JobReturn
+from hydra.plugins.launcher import Launcher
+from hydra.plugins.sweeper import Sweeper
+from hydra.types import HydraContext, TaskFunction
+from omegaconf import DictConfig
+
+from gemma4_tpu.sweeping import settings
+
+_STORE = ConfigStore.instance()
+_STORE.store(group="hydra/launcher", name="processes", node=settings.Processes, provider="gemma4_tpu")
+_STORE.store(group="hydra/sweeper", name="grid", node=settings.Grid, provider="gemma4_tpu")
+_STORE.store(group="hydra/sweeper", name="optuna", node=settings.Optuna, provider="gemma4_tpu")
+
+
+class ProcessesLauncher(Launcher):
+    """Each job as a process of its own."""
+
+    def __init__(self, **settings: Any):
+        self.settings = settings
+        self.sweep: Any = None
+        """Set by the sweeper: the `gemma4_tpu.sweeping.launch.OpenSweep` that the jobs belong to."""
+
+    def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
+        self.config = config
+
+    def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:
+        from gemma4_tpu.sweeping.launch import launch
+
+        return launch(self.sweep, self.config, self.settings, job_overrides)
+
+
+class GridSweeper(BasicSweeper):
+    """Every combination, then the sweep's report."""
+
+    def __init__(self, metric: str | None = None, **settings: Any):
+        super().__init__(**settings)
+        self.metric = metric
+
+    def sweep(self, arguments: list[str]) -> Any:
+        from gemma4_tpu.sweeping.launch import sweeping
+
+        with sweeping(self.config, self.metric) as self.launcher.sweep:
+            return super().sweep(arguments)
+
+
+class OptunaSweeper(Sweeper):
+    """A search, then its report."""
+
+    def __init__(self, **settings: Any):
+        self.settings = settings
+
+    def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
+        self.config = config
+        self.launcher = Plugins.instance().instantiate_launcher(
+            hydra_context=hydra_context, task_function=task_function, config=config
+        )
+
+    def sweep(self, arguments: list[str]) -> Any:
+        from gemma4_tpu.sweeping.launch import sweeping
+        from gemma4_tpu.sweeping.search import Search
+
+        with sweeping(self.config, self.settings["metric"], self.settings["direction"]) as self.launcher.sweep:
+            return Search(self.launcher.sweep, self.launcher, self.settings).run(arguments)
