@@ -1,0 +1,71 @@
+"""What was launched here: listed and deleted, nothing else. Ours is what bears our name and our label."""
+
+from __future__ import annotations
+
+from gemma4_tpu.errors import UserError
+from gemma4_tpu.hardware import SLICES
+from launch import gcloud
+from launch.job import PREFIX, saved_jobs
+
+_PRICED = "ACTIVE"
+
+
+def show(places: list[tuple[str, str]]) -> str:
+    """A table of the slices and queue places that were launched here, in these (project, zone)."""
+    jobs = saved_jobs()
+    lines = []
+    for project, zone in places:
+        for resource in gcloud.queued(project, zone):
+            if not gcloud.is_ours(resource):
+                continue
+            name, state = gcloud.name_of(resource), gcloud.state_of(resource)
+            accelerator = gcloud.node_of(resource).get("acceleratorType", "?")
+            tier = "spot" if "spot" in resource else "on demand"
+            money = _money(str(accelerator), tier) if state == _PRICED else "costs nothing now"
+            lines.append(f"{name}  {state}  {accelerator} {tier}  {project} {zone}  {money}")
+            if name in jobs:
+                lines.append(f"    run folder {jobs[name].run_dir}")
+    looked = ", ".join(f"{project} {zone}" for project, zone in places)
+    return "\n".join(lines) if lines else f"nothing that was launched here is in {looked}"
+
+
+def remove(name: str, project: str, zone: str, *, dry_run: bool) -> str:
+    """Deletes one launch by its id; returns what was done.
+
+    Raises:
+      UserError: it is not ours, or Google refuses.
+    """
+    if not name.startswith(PREFIX):
+        raise UserError(f"{name}: not launched here (ids begin with {PREFIX}); python -m launch.tpu_vm list shows ours")
+    command = gcloud.delete(name, project, zone)
+    if dry_run:
+        return f"gcloud {' '.join(command)}"
+    resource = gcloud.describe(name, project, zone)
+    if resource is None:
+        return f"{name}: there is none in {project} {zone} (any more); nothing of it costs money"
+    if not gcloud.is_ours(resource):
+        raise UserError(f"{name}: its label {gcloud.LABEL} is not ours; delete it with gcloud if you are sure")
+    gcloud.gcloud(command)
+    job = saved_jobs().get(name)
+    return f"{name}: deleted" + (f"; its run folder stays: {job.run_dir}" if job else "; its run folder stays")
+
+
+def places(project: str | None, zone: str | None) -> list[tuple[str, str]]:
+    """Where to look: the place that was given, else wherever something was launched from this folder."""
+    if project and zone:
+        return [(project, zone)]
+    known = sorted({(job.project, job.zone) for job in saved_jobs().values()})
+    found = [(p, z) for p, z in known if project in (None, p) and zone in (None, z)]
+    if not found:
+        raise UserError("where? give project=<project id> zone=<zone>; nothing has been launched from this folder yet")
+    return found
+
+
+def _money(accelerator: str, tier: str) -> str:
+    found = next((s for s in SLICES.values() if s.accelerator_type == accelerator), None)
+    price = found and (found.spot if tier == "spot" else found.on_demand)
+    if price:
+        return f"${price.usd_per_hour:,.2f} per hour (estimated)"
+    if found and found.on_demand:
+        return f"${found.on_demand.usd_per_hour:,.2f} per hour on demand (estimated); spot is usually lower"
+    return "costs money; no price with a source is known"

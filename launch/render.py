@@ -1,0 +1,84 @@
+"""The start-up script of a launch: what is particular to it, quoted, followed by `startup.sh`. Holds no secret."""
+
+from __future__ import annotations
+
+import shlex
+from pathlib import Path
+
+from gemma4_tpu.errors import UserError
+from gemma4_tpu.tracking.redact import redact
+from launch.after import PROBLEMS
+from launch.job import MODEL_IN_MEMORY, Job
+
+_BODY = Path(__file__).with_name("startup.sh")
+_MAX_BYTES = 256_000  # of one metadata value
+
+
+def render(job: Job) -> str:
+    """The script.
+
+    Raises:
+      UserError: a setting holds a secret, or the script is too long for the VM's metadata.
+    """
+    config = job.config
+    git_url, _, git_ref = (config.git or "").rpartition("@")
+    values = {
+        "ID": job.id,
+        "PROJECT": job.project,
+        "ZONE": job.zone,
+        "HOSTS": job.hardware.hosts,
+        "RUN_DIR": job.run_dir,
+        "LAUNCH_DIR": job.launch_dir,
+        "GIT_URL": git_url,
+        "GIT_REF": git_ref,
+        "MODEL_SOURCE": job.model_source or "",
+        "MODEL_TARGET": MODEL_IN_MEMORY,
+        "RESTARTS": config.restarts,
+        "MAX_SECONDS": "" if config.max_hours is None else round(config.max_hours * 3600),
+        "KEEP": str(config.keep).lower(),
+        "NEEDS_SIMULATOR": str(needs_simulator(job)).lower(),
+    }
+    lines = ["#!/usr/bin/env bash", f"# {job.id}: rendered by python -m launch.tpu_vm at {job.created}"]
+    lines += [f"{name}={shlex.quote(str(value))}" for name, value in values.items()]
+    lines += [
+        f"SECRETS=({shlex.join(f'{name}={secret}' for name, secret in config.secrets.items())})",
+        f"TRAIN=({shlex.join(job.train)})",
+        *_after(job),
+        "",
+        _BODY.read_text(encoding="utf-8"),
+    ]
+    script = "\n".join(lines)
+    if redact(script) != script:
+        raise UserError(
+            "the start-up script would hold a secret, or the value of an environment variable that is named like one;"
+            " put it into Secret Manager and give secrets={NAME: <name of the secret>}"
+        )
+    if len(script.encode()) > _MAX_BYTES:
+        raise UserError(f"the start-up script takes more than {_MAX_BYTES:,} bytes; give shorter settings")
+    return script
+
+
+def needs_simulator(job: Job) -> bool:
+    """Whether Icarus Verilog is needed on the slice."""
+    return any(stage.name == "evaluate" for stage in job.stages) or "data.check_syntax=true" in job.train
+
+
+def _after(job: Job) -> list[str]:
+    """`after`: each stage, and the upload of what it leaves on the slice; the next one waits for both."""
+    lines = []
+    for number, stage in enumerate(job.stages, 1):
+        if stage.name == "merge":  # its record lies in the local copy of the run folder
+            record = f"outputs/gs/{job.run_dir.removeprefix('gs://')}/merges"
+        else:
+            record = "outputs/evaluations"
+        commands = []
+        if stage.problems:
+            place = shlex.quote(stage.problems.rstrip("/"))
+            commands += [f'mkdir -p "$ROOT/{PROBLEMS}"', f'gcloud storage cp --quiet -r {place}/* "$ROOT/{PROBLEMS}/"']
+        commands += [
+            f"run gemma4_tpu.{stage.name} {shlex.join(stage.words)}",
+            f"gcloud storage cp --quiet -r {shlex.quote(record)} {shlex.quote(job.run_dir + '/')}",
+            f"mark_done {number}",
+        ]
+        lines += [f"has_done {number} || {{", *(f"  {command} &&" for command in commands), "    true", "} || return"]
+    return ["after() {", *(f"  {line}" for line in [*lines, "true"]), "}"]
