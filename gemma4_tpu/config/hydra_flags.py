@@ -10,7 +10,9 @@ import sys
 from typing import TYPE_CHECKING, NoReturn
 
 import hydra
+from hydra import compose, initialize_config_dir
 from hydra.core.hydra_config import HydraConfig
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import DictConfig
 
 from gemma4_tpu.config.problems import refusal
@@ -29,9 +31,10 @@ def serve(entry: EntryPoint, flags: list[str], overrides: list[str]) -> NoReturn
     from gemma4_tpu.config.load import _VERSION_BASE, config_dir, register
 
     if {"-m", "--multirun"} & set(flags):
-        if problems := sweep_problems(overrides):
+        chosen = _chosen(entry, overrides)
+        if problems := sweep_problems(overrides, chosen):
             raise refusal(problems)
-        overrides = complete(overrides)
+        overrides = complete(overrides, chosen)
     register(entry)
 
     @hydra.main(version_base=_VERSION_BASE, config_path=str(config_dir()), config_name=entry.name)
@@ -45,3 +48,16 @@ def serve(entry: EntryPoint, flags: list[str], overrides: list[str]) -> NoReturn
     sys.argv = [sys.argv[0], *flags, "--", *overrides]
     run_job()
     raise SystemExit(0)
+
+
+def _chosen(entry: EntryPoint, overrides: list[str]) -> dict[str, str]:
+    """Hydra's own groups, such as `hydra/sweeper`, with the option that Hydra, an experiment or a word chose."""
+    from gemma4_tpu.config.load import _VERSION_BASE, config_dir, register
+
+    register(entry)
+    parsed = OverridesParser.create().parse_overrides(overrides)
+    words = {o.input_line or "": o.key_or_group for o in parsed if not o.is_sweep_override()}
+    # Values beneath `hydra.` belong to options that are not chosen yet.
+    single = [word for word, key in words.items() if not key.startswith("hydra.") or key == "hydra.searchpath"]
+    with initialize_config_dir(str(config_dir()), version_base=_VERSION_BASE):
+        return dict(compose(entry.name, overrides=single, return_hydra_config=True).hydra.runtime.choices)

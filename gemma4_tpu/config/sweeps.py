@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
@@ -17,31 +17,37 @@ from gemma4_tpu.config.problems import Problem
 
 MULTIRUN = "multirun"
 SWEEPER, LAUNCHER = "hydra/sweeper", "hydra/launcher"
-_DEFAULTS = {SWEEPER: "grid", LAUNCHER: "processes", "hydra/hydra_logging": "none"}
+_OURS = {SWEEPER: ("basic", "grid"), LAUNCHER: ("basic", "processes"), "hydra/hydra_logging": ("default", "none")}
+"""Group → (what Hydra chooses by itself, what takes its place)."""
 _OF_NO_ACCOUNT = ("hydra.launcher.", "hydra/launcher", "hydra/hydra_logging", "hydra.verbose", "hydra.sweeper.n_trials")
 """Words that change how a sweep is run, not what it is."""
 _LONGEST_NAME = 120
 
 
-def complete(words: Sequence[str]) -> list[str]:
-    """The words of a sweep with what they leave open: our sweeper and launcher, and a folder that follows from them."""
+def complete(words: Sequence[str], chosen: Mapping[str, str]) -> list[str]:
+    """The words of a sweep with what they leave open: our sweeper and launcher, and a folder that follows from them.
+
+    Args:
+      words: the command line.
+      chosen: group → option, as composed from the words; an experiment may have chosen, too.
+    """
     given = {override.key_or_group for override in _parse(words)}
-    added = [f"{key}={value}" for key, value in _DEFAULTS.items() if key not in given]
+    added = [
+        f"{group}={ours}" for group, (hydras, ours) in _OURS.items() if group not in given and chosen[group] == hydras
+    ]
     if "hydra.sweep.dir" not in given:
         added.append(f"hydra.sweep.dir='{MULTIRUN}/${{name}}/{sweep_name(words)}'")
     return [*added, *words]
 
 
-def sweep_problems(words: Sequence[str]) -> list[Problem]:
-    """What can't be swept."""
-    overrides = _parse(words)
-    chosen = {o.key_or_group: o.value() for o in overrides if not o.is_sweep_override()}
+def sweep_problems(words: Sequence[str], chosen: Mapping[str, str]) -> list[Problem]:
+    """What can't be swept; `chosen` as for `complete`."""
     problems = []
-    for override in overrides:
+    for override in _parse(words):
         name, word = override.key_or_group, override.input_line
         if name == "run_dir":
             problems.append(Problem(f"{word}: each job of a sweep has its own folder; give hydra.sweep.dir=<folder>"))
-        elif override.is_interval_sweep() and chosen.get(SWEEPER, "grid") in ("grid", "basic"):
+        elif override.is_interval_sweep() and chosen[SWEEPER] in _OURS[SWEEPER]:
             problems.append(Problem(f"{word}: an interval is searched, not enumerated; add {SWEEPER}=optuna", (name,)))
     return problems
 
