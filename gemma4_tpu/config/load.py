@@ -95,7 +95,7 @@ def compose_all(
         return None, good, problems
     name, taken = entry.name, good
     if run := replay.replayed(good, entry.schema):
-        started, found = replay.start_from(run, entry.name, entry.schema, defaults(entry))
+        started, found = replay.start_from(run, entry.name, entry.schema, lambda: defaults(entry))
         taken, refused = replay.over_recorded(good, groups)
         if started is None or refused:
             return None, good, problems + found + refused

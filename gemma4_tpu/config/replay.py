@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -33,14 +34,16 @@ def replayed(words: list[str], schema: type) -> str | None:
     return run
 
 
-def start_from(run: str, name: str, schema: type, defaults: DictConfig) -> tuple[str | None, list[Problem]]:
+def start_from(
+    run: str, name: str, schema: type, defaults: Callable[[], DictConfig]
+) -> tuple[str | None, list[Problem]]:
     """Registers the configuration recorded in `run` with Hydra; returns its name there, or the problems.
 
     Args:
       run: a run folder, local or gs://.
       name: of the entry point; another's than `train` keeps its own `name`.
       schema: of its root.
-      defaults: its configuration without arguments, for keys that the recorded version did not have.
+      defaults: composes its configuration without arguments, for keys that the recorded version did not have.
     """
     try:
         file = open_bytes(join(run, "config.yaml"))
@@ -57,7 +60,7 @@ def start_from(run: str, name: str, schema: type, defaults: DictConfig) -> tuple
         return None, problems
     dropped = (*_OF_THE_FIRST_START, *(() if name == "train" else ("name",)))
     recorded = {key: value for key, value in content.items() if key not in dropped}
-    values: Any = OmegaConf.to_container(OmegaConf.merge(defaults, recorded))
+    values: Any = OmegaConf.to_container(OmegaConf.merge(defaults(), recorded))
     stored = f"{name}_{KEY}"
     ConfigStore.instance().store(name=stored, node={"defaults": [f"{name}_schema", "_self_"], **values})
     return stored, []
