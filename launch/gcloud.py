@@ -114,7 +114,7 @@ def queued(project: str, zone: str) -> list[dict[str, Any]]:
 
 
 def upload(source: str, target: str) -> list[str]:
-    return ["storage", "cp", "--quiet", source, target]
+    return ["storage", "cp", source, target, "--quiet"]
 
 
 def read(address: str) -> str | None:

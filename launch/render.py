@@ -42,7 +42,9 @@ def render(job: Job) -> str:
     lines += [f"{name}={shlex.quote(str(value))}" for name, value in values.items()]
     lines += [
         f"SECRETS=({shlex.join(f'{name}={secret}' for name, secret in config.secrets.items())})",
+        "# shellcheck disable=SC1003,SC2016  # nothing in these words is meant for the shell",
         f"TRAIN=({shlex.join(job.train)})",
+        "# shellcheck disable=SC1003,SC2016",
         *_after(job),
         "",
         _BODY.read_text(encoding="utf-8"),
