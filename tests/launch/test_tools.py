@@ -1,0 +1,153 @@
+"""SkyPilot and xpk themselves, offline, on what we hand them. They live in environments of their own, made once in the
+user's cache folder where the package registry can be reached; their dependencies are many and none of ours."""
+
+import json
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from gemma4_tpu.config.load import load_train
+from gemma4_tpu.errors import PREEMPTED, STALLED
+from gemma4_tpu.hardware import SLICES
+from launch import gke
+from tests.launch.conftest import PLACE, ROOT, RUN, put_on_path
+
+CLUSTER = ["cluster=c", "image=us-docker.pkg.dev/p/r/gemma4-tpu:1"]
+SKYPILOT = ROOT / "launch/skypilot.yaml"
+
+
+def tool(requirement: str) -> Path:
+    """The `bin` folder of an environment that holds this tool; skips the test where it can't be made."""
+    root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "gemma4_tpu/tools"
+    place = root / requirement.replace("==", "-")
+    if not (place / "complete").exists():
+        uv = shutil.which("uv", path=f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
+        if uv is None:
+            pytest.skip(f"{requirement} is tried only where uv can install it")
+        shutil.rmtree(place, ignore_errors=True)
+        for command in (["venv", str(place)], ["pip", "install", "--python", str(place / "bin/python"), requirement]):
+            try:
+                done = subprocess.run([uv, "--quiet", *command], capture_output=True, text=True, timeout=150)
+            except subprocess.TimeoutExpired:
+                pytest.skip(f"{requirement} could not be installed in time")
+            if done.returncode:
+                pytest.skip(f"{requirement} could not be installed: {done.stderr.strip()[-200:]}")
+        (place / "complete").touch()
+    return place / "bin"
+
+
+@pytest.fixture
+def home(tmp_path, monkeypatch):
+    """Tools write settings into the home folder: not into the user's."""
+    monkeypatch.setenv("XDG_CACHE_HOME", os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache"))
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def test_skypilot_reads_the_managed_job(home):
+    code = f"""
+import json, sky, yaml
+config = yaml.safe_load(open({str(SKYPILOT)!r}))
+task = sky.Task.from_yaml_config(config, env_overrides=[("MODEL_PATH", "gs://b/m"), ("RUN_DIR", "gs://b/r")])
+(r,) = task.resources
+try:
+    sky.Task.from_yaml({str(SKYPILOT)!r})
+    refusal = None
+except ValueError as error:
+    refusal = str(error)
+print(json.dumps([r.accelerators, r.accelerator_args, r.use_spot, r.job_recovery, task.envs, refusal]))
+"""
+    command = [str(tool("skypilot==0.14.1") / "python"), "-c", code]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    accelerators, arguments, spot, recovery, envs, refusal = json.loads(done.stdout.splitlines()[-1])
+    assert accelerators == {"tpu-v5p-8": 1}
+    assert arguments == {"runtime_version": SLICES["v5p-8"].runtime_version}
+    assert spot and recovery["recover_on_exit_codes"] == [PREEMPTED, STALLED]
+    assert envs == {"MODEL_PATH": "gs://b/m", "RUN_DIR": "gs://b/r"}
+    assert "MODEL_PATH" in refusal and "--env" in refusal  # SkyPilot itself asks for what is not given
+
+
+def test_skypilots_command_is_one_that_train_takes(tmp_path):
+    job = yaml.safe_load(SKYPILOT.read_text())
+    words = shlex.split(job["run"].replace("$MODEL_PATH", "gs://b/m").replace("$RUN_DIR", "gs://b/r"))
+    module = words.index("gemma4_tpu.train")
+    root = load_train([word for word in words[module + 1 :] if word.strip()]).root
+    assert (root.hardware.name, root.model.path, root.run_dir) == ("v5p-8", "gs://b/m", "gs://b/r")
+    assert (ROOT / job["setup"].split()[1]).is_file()
+    if shutil.which("shellcheck") is None:
+        pytest.skip("shellcheck is not installed: sudo apt-get install shellcheck")
+    for part in ("setup", "run"):
+        script = tmp_path / f"{part}.sh"
+        script.write_text(f"#!/usr/bin/env bash\n{job[part]}")
+        assert subprocess.run(["shellcheck", str(script)], capture_output=True, text=True, check=False).stdout == ""
+
+
+def test_xpk_makes_a_jobset_of_it(home, monkeypatch, capsys):
+    monkeypatch.setenv("PATH", f"{tool('xpk==1.16.0')}{os.pathsep}{os.environ['PATH']}")
+    tags = 'tracker.tags=["it\'s","a b","x: #y"]'
+    words = ["hardware=v5p16", "mesh=auto", "trainer.global_batch_sequences=4", "spot=true", tags]
+    assert gke.main([*RUN, *CLUSTER, *words, "dry_run=true"]) == 0
+    jobset = yaml.safe_load(capsys.readouterr().out.partition("# the JobSet:\n")[2])
+    (replicated,) = jobset["spec"]["replicatedJobs"]
+    hosts = replicated["template"]["spec"]
+    assert hosts["parallelism"] == hosts["completions"] == SLICES["v5p-16"].hosts
+    assert jobset["spec"]["failurePolicy"]["maxRestarts"] == 50
+    (rule,) = hosts["podFailurePolicy"]["rules"]
+    assert {1, STALLED, PREEMPTED, 137, 143} <= set(rule["onExitCodes"]["values"]) and 2 not in rule["onExitCodes"][
+        "values"
+    ]
+    pod = hosts["template"]["spec"]
+    assert pod["nodeSelector"]["cloud.google.com/gke-tpu-topology"] == "2x2x2"
+    assert pod["terminationGracePeriodSeconds"] == 300
+    (container,) = pod["containers"]
+    assert container["image"] == "us-docker.pkg.dev/p/r/gemma4-tpu:1"
+    assert "kueue.x-k8s.io/queue-name" in jobset["metadata"]["labels"]
+
+    # what the container runs, run here: the words arrive to the letter, 42 leaves with 42
+    played = 'printf "%s\\0" "$@" > words\nexit 42\n'
+    put_on_path(monkeypatch, home / "bin", "python", f"#!/bin/sh\n{played}")
+    put_on_path(monkeypatch, home / "bin", "sleep", "#!/bin/sh\n")
+    done = subprocess.run(container["command"], capture_output=True, text=True, timeout=30, check=False)
+    assert done.returncode == PREEMPTED
+    given = (home / "words").read_text().split("\0")[:-1]
+    assert given[:2] == ["-m", "gemma4_tpu.train"]
+    root = load_train(given[2:]).root
+    assert root.tracker.tags == ["it's", "a b", "x: #y"]
+    assert root.run_dir.startswith("gs://bk/v5p8/")
+
+
+def test_without_xpk_the_install_command_is_named(monkeypatch, capsys, tmp_path):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    assert gke.main([*RUN, *CLUSTER]) == 2
+    assert "pip install 'gemma4-tpu[gke]'" in capsys.readouterr().err
+    assert gke.main([*RUN, *CLUSTER, "dry_run=true"]) == 0
+    shown = capsys.readouterr().out
+    assert "xpk workload create" in shown and "pip install 'gemma4-tpu[gke]'" in shown
+
+
+def test_gke_refuses_what_can_not_work(capsys):
+    given = [word for word in RUN if word not in PLACE]
+    assert gke.main([*given, "launch.priority=urgent", "tracker.tags=['$(x)']"]) == 2
+    error = capsys.readouterr().err
+    for told in ("launch.cluster", "launch.image", "launch.priority=urgent", "launch.project", "launch.bucket"):
+        assert told in error
+    assert gke.main([*RUN, *CLUSTER, "tracker.tags=['$(x)']", "dry_run=true"]) == 2
+    assert "a setting holds $" in capsys.readouterr().err
+
+
+def test_submits_and_says_how_to_delete(monkeypatch, capsys, tmp_path):
+    put_on_path(monkeypatch, tmp_path / "bin", "xpk", f'#!/bin/sh\necho "$@" > {tmp_path}/called\n')
+    assert gke.main([*RUN, *CLUSTER, "name=a_long_name_for_a_workload"]) == 0
+    shown, called = capsys.readouterr().out, (tmp_path / "called").read_text()
+    name = called.partition("--workload=")[2].split()[0]
+    assert len(name) <= 39 and f"xpk workload delete --workload={name}" in shown
+    assert "cost money until they are gone" in shown
