@@ -2,6 +2,7 @@
 
 import http.server
 import json
+import socket
 import struct
 import subprocess
 import sys
@@ -15,7 +16,7 @@ from tensorboardX.proto.event_pb2 import Event
 from gemma4_tpu.config.schema import TrackerConfig
 from gemma4_tpu.errors import UserError
 from gemma4_tpu.tracking.run import RunFolder
-from gemma4_tpu.tracking.trackers import Tracker, make_tracker
+from gemma4_tpu.tracking.trackers import Tracker, make_tracker, run_name
 
 KEY = "0123456789abcdef" * 3
 
@@ -54,6 +55,13 @@ def history(records: list[dict]) -> dict[int, dict]:
 
 
 @pytest.fixture
+def black_hole():
+    """Takes connections and never says a word."""
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        yield f"http://127.0.0.1:{listening.getsockname()[1]}"
+
+
+@pytest.fixture
 def hanging_server():
     """Answers HEAD at once and nothing else, ever."""
 
@@ -88,6 +96,7 @@ def test_none_and_other_processes_keep_nothing(run):
         tracker.log({"loss": 1.0}, 1)
         tracker.summary({"loss": 1.0})
         tracker.table("samples", ["a"], [[1]], 1)
+        tracker.artifact("checkpoint", "gs://bucket/run/checkpoints/1", ["best"], {})
         tracker.close()
         assert type(tracker) is Tracker
     assert set(run.path.iterdir()) == before
@@ -103,6 +112,7 @@ def test_tensorboard_files_hold_the_metrics(run):
     for update in (1, 2):
         tracker.log({"loss": 1 / update, "grad_norm": float("nan"), "note": "text"}, update)
     tracker.table("samples", ["prompt", "answer"], [["a|b", "c\nd"]], 2)
+    tracker.artifact("checkpoint", "gs://b/2", ["update-2", "best"], {"update": 2})
     tracker.close()
     (file,) = run.path.glob("tensorboard/events*")
     data, at, values, texts = file.read_bytes(), 0, {}, []
@@ -118,7 +128,62 @@ def test_tensorboard_files_hold_the_metrics(run):
     assert values["loss", 1] == 1.0
     assert values["loss", 2] == 0.5
     assert {tag for tag, _ in values} == {"loss", "grad_norm"}
-    assert texts == [b"| prompt | answer |\n| --- | --- |\n| a\\|b | c<br>d |"]
+    assert texts == [
+        b"| prompt | answer |\n| --- | --- |\n| a\\|b | c<br>d |",
+        b"| kind | place | aliases |\n| --- | --- | --- |\n| checkpoint | gs://b/2 | update-2, best |",
+    ]
+
+
+def test_json_lines_hold_all_that_a_tracker_is_told_across_restarts(run):
+    for first in (0, 2):
+        tracker = make_tracker(TrackerConfig(kind="jsonl"), run, {"lora": {"rank": 4}}, name="lora.rank=4")
+        tracker.log({"loss": float("nan") if first else 0.5}, first)
+        tracker.close()
+    tracker = make_tracker(TrackerConfig(kind="jsonl"), run, {}, name="t")
+    tracker.table("samples", ["prompt", "answer"], [["p", "a"]], 2)
+    tracker.artifact("checkpoint", "gs://b/2", ["best"], {"update": 2})
+    tracker.summary({"heldout_loss_last": 0.25})
+    tracker.close("failed")
+    lines = [json.loads(line) for line in (run.path / "tracker.jsonl").read_text().splitlines()]
+    assert lines[:6] == [
+        line
+        for update, loss in ((0, 0.5), (2, "NaN"))
+        for line in (
+            {"event": "start", "name": "lora.rank=4", "config": {"lora": {"rank": 4}}},
+            {"event": "metrics", "update": update, "loss": loss},
+            {"event": "close", "status": "finished"},
+        )
+    ]
+    assert lines[7:] == [
+        {"event": "table", "update": 2, "name": "samples", "columns": ["prompt", "answer"], "rows": [["p", "a"]]},
+        {
+            "event": "artifact",
+            "kind": "checkpoint",
+            "place": "gs://b/2",
+            "aliases": ["best"],
+            "metadata": {"update": 2},
+        },
+        {"event": "summary", "heldout_loss_last": 0.25},
+        {"event": "close", "status": "failed"},
+    ]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "name"),
+    [
+        ([], "train"),
+        (
+            ["run_dir=x", "tracker=wandb", "tracker.group=g", "checkpoint.every=5", "trainer.compile_cache=null"],
+            "train",
+        ),
+        (["lora.rank=16", "run_dir='a/lora.rank=16'", "+trainer.seed=1"], "lora.rank=16 trainer.seed=1"),
+        (["name=train", "mesh=tp"], "train mesh=tp"),
+        (["data.train.0.path=" + "x" * 200], "data.train.0.path=" + "x" * 109 + "…"),
+    ],
+)
+def test_a_run_is_named_after_what_tells_it_from_others(overrides, name):
+    assert run_name("train", overrides) == name
+    assert len(name) <= 128
 
 
 def test_a_tracker_that_breaks_warns_once_and_the_run_goes_on(run, caplog, monkeypatch):
@@ -141,6 +206,11 @@ def test_wandb_without_a_key_is_offline_quiet_and_continues_under_one_id(python,
     for update in range(first, first + 2):
         tracker.log({"loss": 1 / (update + 1), "grad_norm": float("inf")}, update)
     tracker.table("samples", ["prompt"], [["p"]], first + 1)
+    saved = run.path / "checkpoints" / str(first)
+    (saved / "state").mkdir(parents=True)
+    (saved / "state" / "weights").write_bytes(b"large")
+    tracker.artifact("checkpoint", str(saved), ["best"], {"update": first})
+    tracker.artifact("merged", "gs://bucket/model", [], {"update": first})  # looks for no credentials
     tracker.summary({"heldout_loss_last": 0.5})
     tracker.close()
     assert not {"jax", "tensorflow"} & set(sys.modules)
@@ -160,6 +230,13 @@ def test_wandb_without_a_key_is_offline_quiet_and_continues_under_one_id(python,
     }
     assert ids == {json.loads((tmp_path / "tracker.json").read_text())["wandb_id"]}
     assert history(before)[0] == {"loss": 1.0, "grad_norm": "Infinity"}
+    artifacts = {record["artifact"]["type"]: record["artifact"] for record in before if record["type"] == "artifact"}
+    checkpoint, merged = artifacts["checkpoint"], artifacts["merged"]
+    assert checkpoint["aliases"] == ["best", "latest"]
+    assert [entry["ref"] for entry in checkpoint["manifest"]["contents"]] == [
+        f"file://{tmp_path}/checkpoints/0/state/weights"
+    ]
+    assert [entry["ref"] for entry in merged["manifest"]["contents"]] == ["gs://bucket/model"]
     assert sorted({**history(before), **history(after)}) == [0, 1, 2, 3]
     assert {key.split(".")[0] for key in history(after)[3]} == {"loss", "grad_norm", "samples"}
     content = b"".join(path.read_bytes() for path in tmp_path.rglob("*") if path.is_file())
@@ -174,8 +251,10 @@ REPORT = """
 
 
 @pytest.mark.slow  # waits for time limits
-def test_wandb_with_a_key_but_no_network_goes_on_offline_within_ten_seconds(python, tmp_path, hanging_server):
-    for name, url in [("refuses", "http://127.0.0.1:9"), ("hangs", hanging_server)]:
+def test_wandb_with_a_key_but_no_network_goes_on_offline_within_ten_seconds(
+    python, tmp_path, hanging_server, black_hole
+):
+    for name, url in [("refuses", "http://127.0.0.1:9"), ("swallows", black_hole), ("hangs", hanging_server)]:
         start = time.monotonic()
         done = python(WANDB + REPORT, str(tmp_path / name), WANDB_API_KEY=KEY, WANDB_BASE_URL=url)
         assert done.returncode == 0, done.stderr
