@@ -134,7 +134,6 @@ def _train(loaded: Loaded, folder: RunFolder, hosts: Hosts, preemption: Preempti
     from gemma4_tpu.training.checkpoint import Checkpoints
     from gemma4_tpu.training.compile_cache import use_compile_cache
     from gemma4_tpu.training.job import build_job, check_capacity, rows_here, start_mesh
-    from gemma4_tpu.training.replay import Replay
 
     config = loaded.root
     use_compile_cache(config.trainer.compile_cache)
@@ -169,8 +168,7 @@ def _train(loaded: Loaded, folder: RunFolder, hosts: Hosts, preemption: Preempti
     fingerprints = {"base": base.fingerprint, **pipeline.fingerprint}
     hosts.check_same(fingerprints, "give every host the same files and the same command")
     made_of = _made_of(config, data, mesh, fingerprints)
-    replay = Replay(config.replay, folder) if config.replay and folder.write else None
-    hosts.from_first(lambda: replay and replay.check(made_of, config.replay_allow))
+    replay = _begin_replay(config, folder, hosts, made_of)
     if resume_from is not None:
         began = resume.position(folder.checkpoints, resume_from)["fingerprints"]
         resume.refuse_differences(began, fingerprints, config.checkpoint.resume_allow, folder.address)
@@ -212,6 +210,21 @@ def _made_of(config: TrainRoot, data: TrainingData, mesh: Mesh, fingerprints: di
         seeds={"trainer": config.trainer.seed},
         fingerprints={**fingerprints, **heldout},
     )
+
+
+def _begin_replay(config: TrainRoot, folder: RunFolder, hosts: Hosts, made_of: Provenance) -> Replay | None:
+    """Process 0 compares with the record of the run to repeat, where there is one; a refusal is everyone's."""
+    from gemma4_tpu.training.replay import Replay
+
+    begun: list[Replay] = []
+
+    def begin() -> None:
+        if config.replay is not None:
+            begun.append(Replay(config.replay, folder))
+            begun[0].check(made_of, config.replay_allow)
+
+    hosts.from_first(begin)
+    return begun[0] if begun else None
 
 
 def _loop(
