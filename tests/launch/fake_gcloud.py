@@ -135,6 +135,7 @@ def describe(flags: dict, words: list[str]) -> None:
             place = here(launch_dir.partition("=")[2].strip("'") + "/outcome.json")
             place.parent.mkdir(parents=True, exist_ok=True)
             place.write_text(json.dumps({"code": code, "host": 0, "reason": "played"}))
+            place.with_name("host-0.log").write_text("installing")
         fail(f"NOT_FOUND: Resource {words[0]} was not found")
     save(state)
     print(json.dumps(shown(words[0], resource, told)))
