@@ -92,7 +92,7 @@ def test_every_command_of_the_page_runs(played, tmp_path, monkeypatch):
     commands = re.findall(r"^python -m .*", "\n".join(BLOCKS), re.M)
     assert len(runs) == len(commands) >= 12
     assert played.resources == []  # nothing is left that costs
-    (run,) = [call for call in played.asked("create") if "v5p8" in call[3]][:1]
+    (run,) = [call for call in played.asked("queued-resources", "create") if "v5p8" in call[4]][:1]
     assert f"--accelerator-type={SLICES['v5p-8'].accelerator_type}" in run
     assert "nothing that was launched here is in my-gemma-project us-east5-a" in said[0]
 
