@@ -49,6 +49,8 @@ def _run(loaded: Loaded[MergeRoot, MergeChecked]) -> int:
     from gemma4_tpu.tracking.logs import setup_logging
 
     setup_logging()
+    for told in loaded.checked.skipped:
+        log.warning("left out, not finished: %s", told)
     jobs = prepare_all(loaded.checked.runs, loaded.root.export)
     failures = []
     for job in jobs:

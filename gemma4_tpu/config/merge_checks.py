@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 from dataclasses import dataclass, replace
@@ -21,6 +22,8 @@ class MergeChecked:
 
     runs: tuple[Path | str, ...]
     """The run folders to export, sorted; a str is one on gs://."""
+    skipped: tuple[str, ...] = ()
+    """Of a sweep: jobs that did not finish, each with its status."""
 
 
 def normalise_merge(root: MergeRoot) -> MergeRoot:
@@ -53,7 +56,7 @@ def examine_merge(root: MergeRoot) -> tuple[MergeChecked | None, list[Problem]]:
         messages.append(f"run_dir={root.run_dir}: the record of an export is local; export.target may be gs://")
     if messages:
         return None, [Problem(m) for m in messages]
-    return MergeChecked(tuple(runs)), []
+    return MergeChecked(tuple(runs), tuple(_unfinished(Path(root.run)).values())), []
 
 
 def _runs(run: str) -> tuple[list[Path] | list[str], list[str]]:
@@ -69,7 +72,20 @@ def _runs(run: str) -> tuple[list[Path] | list[str], list[str]]:
     inside = sorted((place for place in folder.iterdir() if place.is_dir() and is_run(place)), key=_natural)
     if not inside:
         return [], [f"run={run}: not the run folder of a training (config.yaml and checkpoints/), nor a folder of some"]
-    return inside, []
+    unfinished = _unfinished(folder)
+    finished = [place for place in inside if place.name not in unfinished]
+    if not finished:
+        return [], [f"run={run}: no job of this sweep has finished; give the folder of one to export what it has"]
+    return finished, []
+
+
+def _unfinished(folder: Path) -> dict[str, str]:
+    """Job → `job: status` of the jobs of a sweep that did not finish; none where `folder` is no sweep's."""
+    record = folder / "sweep.json"
+    if not record.is_file():
+        return {}
+    jobs = json.loads(record.read_text(encoding="utf-8"))["jobs"]
+    return {job["name"]: f"{job['name']}: {job['status']}" for job in jobs if job["status"] != "finished"}
 
 
 def is_run(folder: Path) -> bool:
@@ -77,9 +93,9 @@ def is_run(folder: Path) -> bool:
     return (folder / "config.yaml").is_file() and (folder / "checkpoints").is_dir()
 
 
-def _natural(place: Path) -> tuple[int, str]:
-    """Jobs of a sweep are numbered: 2 comes before 10."""
-    return (int(place.name), "") if place.name.isdecimal() else (-1, place.name)
+def _natural(place: Path) -> list[tuple[int, str]]:
+    """Numbers in the names of a sweep's jobs count as such: rank-8 comes before rank-16."""
+    return [(int(part), "") if part.isdecimal() else (-1, part) for part in re.split(r"(\d+)", place.name)]
 
 
 def _export(export: ExportConfig, *, several: bool) -> list[str]:

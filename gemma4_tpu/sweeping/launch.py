@@ -65,7 +65,8 @@ def sweeping(config: DictConfig, metric: str | None, direction: str | None = Non
 
 
 def _exit_code(opened: OpenSweep) -> int:
-    statuses = {opened.sweep.jobs[name].status for name in opened.launched}
+    names = opened.launched or opened.sweep.jobs  # nothing was left to do
+    statuses = {opened.sweep.jobs[name].status for name in names}
     failed = {record.FAILED, record.PREEMPTED} & statuses
     return SOME_FAILED if failed or record.FINISHED not in statuses else 0
 

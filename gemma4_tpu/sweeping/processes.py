@@ -113,6 +113,9 @@ class Runner:
                 job.status, job.error = record.FINISHED, None
                 finished += 1
                 continue
+            if job.status == record.PRUNED:  # drawn again by a search
+                finished += 1
+                continue
             job.status, job.error = record.WAITING, None
             if isinstance(configs[job.name], TrainRoot) and self._entry.name == "train":
                 verdict = check_fit(
@@ -155,6 +158,7 @@ class Runner:
         job.status = record.RUNNING
         log_path, run_folder = self.sweep.log_path(job), self.sweep.run_folder(job)
         child = Child(command(self.sweep.entry, job.words, run_folder), log_path, run_folder, share)
+        job.pid = child.pid
         again = f" (start {job.starts})" if job.starts > 1 else ""
         log.info("%s: running%s, log: %s", job.name, again, log_path)
         self.sweep.save()

@@ -45,6 +45,8 @@ class Job:
     """Processes that were started for it, over all starts of the sweep."""
     restarts: int = 0
     """Of these, starts after a preemption since the sweep was last started."""
+    pid: int | None = None
+    """Of its last process."""
     plan: str | None = None
     """What the plan check found, or why there was none."""
 

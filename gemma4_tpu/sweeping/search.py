@@ -19,7 +19,7 @@ from optuna.storages.journal import JournalFileBackend
 from optuna.trial import TrialState
 
 from gemma4_tpu.config.entries import ENTRIES
-from gemma4_tpu.config.keys import did_you_mean
+from gemma4_tpu.config.keys import did_you_mean, field_types, is_group, type_name
 from gemma4_tpu.config.load import config_dir, groups_of
 from gemma4_tpu.config.overrides import Groups, check_overrides
 from gemma4_tpu.config.problems import refusal
@@ -89,13 +89,16 @@ class Search:
     # ── the space ──────────────────────────────────────────────────────────────────────────────────────────────────
     def _space(self, arguments: list[str]) -> tuple[list[str], dict[str, BaseDistribution]]:
         """(words that every trial shares, key → what it is drawn from)."""
-        expressions = {**self._file(), **(self._settings.params or {})}
+        expressions = {**self._file(), **self._settings.params}
         given = OverridesParser.create().parse_overrides([f"{key}={text}" for key, text in expressions.items()])
         self._check_words([override.input_line or "" for override in given])
         overrides = {override.key_or_group: override for override in given}
         overrides |= {o.key_or_group: o for o in OverridesParser.create().parse_overrides(arguments)}
         fixed = [o.input_line or "" for o in overrides.values() if not o.is_sweep_override()]
-        space = {key: _distribution(o) for key, o in overrides.items() if o.is_sweep_override()}
+        schema = ENTRIES[self._opened.sweep.entry].schema
+        space = {
+            key: _distribution(o, _is_integer(schema, key)) for key, o in overrides.items() if o.is_sweep_override()
+        }
         if not space:
             raise UserError(
                 "hydra/sweeper=optuna: nothing to search; give a key several values, such as lora.rank=8,16,32 or"
@@ -107,12 +110,12 @@ class Search:
         space = self._settings.space
         if space is None:
             return {}
-        named = config_dir() / "sweep" / f"{space}.yaml"
+        named = config_dir() / "space" / f"{space}.yaml"
         path = named if named.is_file() else Path(space).expanduser()
         if not path.is_file():
             there = sorted(place.stem for place in named.parent.glob("*.yaml"))
             hint = did_you_mean(space, there)
-            raise UserError(f"hydra.sweeper.space={space}: no such file{hint} (conf/sweep has {', '.join(there)})")
+            raise UserError(f"hydra.sweeper.space={space}: no such file{hint} (conf/space has {', '.join(there)})")
         content = OmegaConf.load(path)
         if not isinstance(content, DictConfig):
             raise UserError(f"hydra.sweeper.space={space}: holds a list; give one 'key: choice(…)' in each line")
@@ -195,21 +198,28 @@ def _ended(study: optuna.Study) -> int:
     return sum(_OUTCOME in trial.user_attrs for trial in study.get_trials(deepcopy=False))
 
 
-def _distribution(override: Override) -> BaseDistribution:
-    """What a key is drawn from; integers where both ends are written as such."""
+def _is_integer(schema: type, key: str) -> bool:
+    """Whether a key holds an int (or null)."""
+    kind: Any = schema
+    for part in key.split("."):
+        kind = field_types(kind)[part] if is_group(kind) and part in field_types(kind) else None
+    return kind is not None and not is_group(kind) and type_name(kind) in ("int", "int or null")
+
+
+def _distribution(override: Override, integer: bool) -> BaseDistribution:
+    """What a key is drawn from."""
     value, name = override.value(), override.key_or_group
     try:
         if isinstance(value, RangeSweep):
             start, stop, step = value.start, value.stop, value.step
-            if all(isinstance(number, int) for number in (start, stop, step)):
-                return IntDistribution(
-                    start, stop - 1 - (stop - 1 - start) % step, step=step
-                )  # `stop` is not among them
+            if integer:
+                last = int(stop) - 1 - (int(stop) - 1 - int(start)) % int(step)  # `stop` itself is not among them
+                return IntDistribution(int(start), last, step=int(step))
             return FloatDistribution(float(start), float(stop), step=float(step))
         if isinstance(value, IntervalSweep):
             logarithmic = "log" in value.tags
-            if isinstance(value.start, int) and isinstance(value.end, int):
-                return IntDistribution(value.start, value.end, log=logarithmic)
+            if integer:
+                return IntDistribution(math.ceil(value.start), math.floor(value.end), log=logarithmic)
             return FloatDistribution(float(value.start), float(value.end), log=logarithmic)
         return CategoricalDistribution(list(override.sweep_string_iterator()))
     except (ValueError, TypeError) as error:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 PLUGINS = "hydra_plugins.gemma4_tpu_sweeps"
@@ -26,7 +26,7 @@ class Processes:
 class Grid:
     """`hydra/sweeper=grid`: every combination."""
 
-    params: dict[str, Any] | None = None
+    params: dict[str, Any] = field(default_factory=dict)
     """Key → values such as `16,32,64`, in an experiment; the command line adds to them and wins."""
     metric: str | None = None
     """Key of `result.json` that decides which run is best; null: `heldout_loss_last`."""
@@ -41,8 +41,8 @@ class Optuna:
 
     space: str | None = None
     """YAML file of `key: choice(…)`, `range(…)`, `interval(…)` or `tag(log, interval(…))`, or the name of one in
-    `conf/sweep`."""
-    params: dict[str, Any] | None = None
+    `conf/space`. Keys that hold integers are drawn as such."""
+    params: dict[str, Any] = field(default_factory=dict)
     """The same, in an experiment; the command line adds to both and wins."""
     n_trials: int = 20
     """Trials in all, those of earlier starts included."""

@@ -1,0 +1,56 @@
+"""Stands in for `python -m gemma4_tpu.train`: the same run folder and the same exit codes, without JAX.
+
+Held-out losses and what else is to happen are read from `behaviour.json` in the working folder: job → facts.
+"""
+
+import json
+import os
+import signal
+import sys
+import time
+from dataclasses import asdict
+from pathlib import Path
+
+from gemma4_tpu.config.load import load_train
+from gemma4_tpu.tracking.metrics import Metrics, read_metrics
+from gemma4_tpu.tracking.result import Result
+from gemma4_tpu.tracking.run import RunFolder
+
+
+def main() -> int:
+    loaded = load_train(sys.argv[1:])
+    config = loaded.root
+    folder = RunFolder.open(
+        "outputs", config.name, config.run_dir, "auto", config=asdict(config), overrides=loaded.overrides
+    )
+    behaviour = json.loads(Path("behaviour.json").read_text())
+    mine = {**behaviour.get("all", {}), **behaviour.get(folder.path.name, {})}
+    with Path("starts.txt").open("a") as file:
+        file.write(f"{folder.path.name} {time.time()} {os.environ.get('CUDA_VISIBLE_DEVICES', '')}\n")
+    starts = Path("starts.txt").read_text().count(f"{folder.path.name} ")
+    stop = []
+    signal.signal(signal.SIGTERM, signal.SIG_IGN if mine.get("stubborn") else lambda *_: stop.append(1))
+    done = max((row["update"] for row in read_metrics(folder.metrics_path)), default=None)
+    metrics = Metrics(folder.metrics_path, after_update=done)
+    losses = mine.get("losses", [3.0, 2.0, 1.0])
+    for update in range(0 if done is None else done + 1, len(losses)):
+        metrics.log({"heldout_loss": losses[update]}, update)
+        until = time.monotonic() + mine.get("seconds", 0)
+        while time.monotonic() < until and not stop:
+            time.sleep(0.02)
+        if stop or (update > 0 and starts <= mine.get("preempted", 0)):
+            folder.leave_result(Result(status="preempted", updates=update))
+            return 42
+    if "error" in mine:
+        print(f"error: {mine['error']}", file=sys.stderr)
+        return 2
+    result = Result(
+        status="finished", updates=len(losses) - 1, heldout_loss_last=losses[-1], heldout_loss_best=min(losses),
+        real_tokens=1000, seconds=2.0, real_tokens_per_second=mine.get("speed", 500.0),
+    )  # fmt: skip
+    folder.leave_result(result)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
