@@ -25,8 +25,8 @@ COMMAND = [
     "trainer.max_updates=80", "trainer.eval_every=20", "checkpoint.every=20",
 ]  # fmt: skip
 SIGNALS = {
-    "lora.rank-4+optimizer.learning_rate-4e-3": signal.SIGKILL,
-    "lora.rank-32+optimizer.learning_rate-1e-3": signal.SIGTERM,
+    "lora.rank-4+optimizer.learning_rate-0.004": signal.SIGKILL,
+    "lora.rank-32+optimizer.learning_rate-0.001": signal.SIGTERM,
 }
 AFTER_UPDATES = 3
 """Updates of its own that a job has made when the signal comes."""

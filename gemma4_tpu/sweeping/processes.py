@@ -128,6 +128,8 @@ class Runner:
                     continue
                 self._group(job, configs[job.name])
             wanted.append(job)
+        if len(jobs) == 1:  # a search, trial by trial
+            return wanted
         log.info(
             "%s: %d jobs; %d finished before, %d to run%s", self.sweep.folder, len(jobs), finished, len(wanted),
             f", {len(jobs) - finished - len(wanted)} that can't run" if len(jobs) > finished + len(wanted) else "",

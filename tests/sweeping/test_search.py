@@ -88,10 +88,7 @@ def test_a_stopped_search_runs_its_unfinished_trial_again(sweep):
             "did you mean heldout_loss_last or heldout_loss_best?",
         ),
         (["lora.rank=2,4", "hydra.sweeper.direction=up"], "not a choice (choices: minimize, maximize)"),
-        (
-            ["hydra.sweeper.params={lora.rnk: 'choice(1,2)'}"],
-            "lora.rnk=choice(1,2): no such key; did you mean lora.rank?",
-        ),
+        (["hydra.sweeper.space=bad.yaml"], "lora.rnk=choice(1,2): no such key; did you mean lora.rank?"),
         (["lora.rank=interval(8,2)"], "lora.rank: "),
     ],
 )

@@ -1,0 +1,88 @@
+"""The committed 2 × 2 sweep, shorter: real trainings, one preempted by a real SIGTERM, one killed; then started again."""
+
+import csv
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from gemma4_tpu.sweeping.record import Sweep
+from gemma4_tpu.tracking.metrics import read_metrics
+from gemma4_tpu.tracking.result import Result
+
+ROOT = Path(__file__).parents[2]
+SHORT = [
+    "model.path=random:0", "data.sequence_length=64", "data=chat_jsonl", "data.train.0.path=rows.jsonl",
+    "data.heldout_fraction=0.2", "trainer.global_batch_sequences=2", "trainer.max_updates=60", "trainer.eval_every=20",
+    "trainer.remat=none", "optimizer.warmup_updates=0", "checkpoint.every=5",
+]  # fmt: skip
+COMPLETE = "lora.rank-4+optimizer.learning_rate-0.001"
+KILLED = "lora.rank-4+optimizer.learning_rate-0.004"
+PREEMPTED = "lora.rank-32+optimizer.learning_rate-0.001"
+
+
+def write_rows(path: Path) -> None:
+    row = '{"messages": [{"role": "user", "content": "%s"}, {"role": "assistant", "content": "%d"}]}\n'
+    path.write_text("".join(row % ("count " + "x" * (n % 7), n % 7) for n in range(60)))
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    """Where the sweep was run; the parent's imports are in `imports.txt`."""
+    place = tmp_path_factory.mktemp("rank_sweep")
+    write_rows(place / "rows.jsonl")
+    return place
+
+
+def run(folder: Path, *command: str) -> subprocess.CompletedProcess:
+    environment = {
+        **os.environ, "PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu", "PYTHONPROFILEIMPORTTIME": "1",
+        "XLA_FLAGS": "--xla_backend_optimization_level=0 --xla_force_host_platform_device_count=1",
+        "JAX_COMPILATION_CACHE_DIR": str(folder / "compiled"), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+    }  # fmt: skip
+    words = [*SHORT, "hydra.sweep.dir=sweep", "hydra.launcher.parallel=2"]
+    return subprocess.run(
+        [sys.executable, *command, *words], cwd=folder, env=environment, capture_output=True, text=True, timeout=500
+    )
+
+
+@pytest.mark.slow
+def test_two_by_two_with_a_preempted_and_a_failing_job(folder):
+    done = run(folder, str(ROOT / "experiments" / "rank_sweep" / "interrupted.py"))
+    assert done.returncode == 1, done.stderr[-3000:]
+    sweep = Sweep.open(folder / "sweep")
+    told = {name: (job.status, job.starts) for name, job in sweep.jobs.items()}
+    assert told == {
+        COMPLETE: ("finished", 1),
+        KILLED: ("failed", 1),
+        PREEMPTED: ("finished", 2),
+        "lora.rank-32+optimizer.learning_rate-0.004": ("finished", 1),
+    }
+    assert "killed by signal 9" in sweep.jobs[KILLED].error
+    preempted = sweep.log_path(sweep.jobs[PREEMPTED]).read_text()
+    assert "SIGTERM: saving at the next update boundary" in preempted
+    assert "resumed from the checkpoint at update" in preempted
+    rows = [row["update"] for row in read_metrics(sweep.folder / PREEMPTED / "metrics.jsonl") if "loss" in row]
+    assert rows == list(range(1, 61))  # nothing is missing, nothing twice
+    imported = {line.rsplit("|", 1)[1].strip() for line in done.stderr.splitlines() if line.startswith("import time:")}
+    assert "hydra" in imported
+    assert "jax" not in imported  # the parent leaves accelerators to its jobs
+
+    # ── what the folder holds ──────────────────────────────────────────────────────────────────────────────────────
+    with (sweep.folder / "sweep.csv").open() as file:
+        table = {row["job"]: row for row in csv.DictReader(file)}
+    results = {name: Result.read(sweep.folder / name / "result.json") for name in table if name != KILLED}
+    assert all(float(table[name]["heldout_loss_last"]) == told.heldout_loss_last for name, told in results.items())
+    best = min(results, key=lambda name: results[name].heldout_loss_last)
+    assert f"`{best}`" in (sweep.folder / "sweep.md").read_text()
+    assert (sweep.folder / "plots" / "parallel_coordinates.png").stat().st_size > 10_000
+
+    # ── the same command again: only the killed job runs, from its last checkpoint ─────────────────────────────────
+    command = ["-m", "gemma4_tpu.train", "-m", "name=rank_sweep_tiny", "lora.rank=4,32"]
+    again = run(folder, *command, "optimizer.learning_rate=1e-3,4e-3")
+    assert again.returncode == 0, again.stderr[-3000:]
+    starts = {name: job.starts for name, job in Sweep.open(sweep.folder).jobs.items()}
+    assert starts == {name: count + (name == KILLED) for name, (_, count) in told.items()} | {KILLED: 2}
+    assert Result.read(sweep.folder / KILLED / "result.json").updates == 60
