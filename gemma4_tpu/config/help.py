@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import textwrap
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from omegaconf import OmegaConf
 
-from gemma4_tpu.config.keys import field_docs, field_types, is_group, type_name
+from gemma4_tpu.config.keys import field_docs, field_types, is_group, is_mapping, type_name
+from gemma4_tpu.config.sweep_settings import Grid, Optuna, Processes
 
 if TYPE_CHECKING:
     from gemma4_tpu.config.entries import EntryPoint
@@ -34,10 +36,39 @@ def help_text(entry: EntryPoint) -> str:
     lines += [
         "",
         "Lists are written 'key=[a,b]', no value is written null.",
-        "--cfg job prints the configuration instead of running it,",
-        "--multirun (-m) runs a sweep such as lora.rank=4,8, --version prints the version.",
+        "--cfg job prints the configuration instead of running it, --version prints the version.",
+        "",
+        *_sweeps(entry),
     ]
     return "\n".join(lines)
+
+
+def _sweeps(entry: EntryPoint) -> list[str]:
+    """What `--multirun` does, and its keys."""
+    about = (
+        "Sweeps: --multirun (-m) runs each combination of key=a,b,c as a process of its own, in"
+        " multirun/<name>/<swept keys>_<hash of what all jobs share>, where each job has a folder named after its"
+        " values: the same command skips what is finished and goes on with what is not. Ctrl-C lets jobs save, a"
+        " second one kills them. At the end come sweep.md, sweep.csv and plots."
+    )
+    lines = textwrap.wrap(about, _WIDTH)
+    if entry.name != "train":
+        return lines
+    lines += ["  hydra.sweep.dir=<folder>  (str)", "      Another folder for the sweep."]
+    for group, schema in (("launcher", Processes), ("sweeper", Grid), ("sweeper", Optuna)):
+        lines += ["", f"  {(schema.__doc__ or '').strip()}"]
+        values = asdict(schema())
+        for name, annotation in field_types(schema).items():
+            if not name.startswith("_"):
+                kind = "mapping" if is_mapping(annotation) else type_name(annotation)
+                lines.append(f"  hydra.{group}.{name}={_show(values[name])}  ({kind})")
+                lines += _doc(schema, name)
+    return lines
+
+
+def _doc(schema: type, name: str) -> list[str]:
+    text = field_docs(schema).get(name, "")
+    return textwrap.wrap(text, _WIDTH, initial_indent=" " * 6, subsequent_indent=" " * 6)
 
 
 def _keys(schema: type, values: Any, prefix: str) -> list[str]:
@@ -48,9 +79,7 @@ def _keys(schema: type, values: Any, prefix: str) -> list[str]:
             nested += ["", f"  {(annotation.__doc__ or '').strip()}", *_keys(annotation, values[name], f"{name}.")]
             continue
         lines.append(f"  {prefix}{name}={_show(values[name])}  ({type_name(annotation)})")
-        lines += textwrap.wrap(
-            field_docs(schema).get(name, ""), _WIDTH, initial_indent=" " * 6, subsequent_indent=" " * 6
-        )
+        lines += _doc(schema, name)
     return lines + nested
 
 

@@ -13,13 +13,13 @@ from typing import Any
 from hydra.core.utils import JobReturn, JobStatus
 from omegaconf import DictConfig, OmegaConf
 
+from gemma4_tpu.config.sweep_settings import Processes
 from gemma4_tpu.config.sweeps import fixed_keys, job_name, swept
 from gemma4_tpu.errors import REFUSED, UserError
 from gemma4_tpu.sweeping import record
 from gemma4_tpu.sweeping.processes import Monitor, Runner
 from gemma4_tpu.sweeping.record import Job, Sweep, SweepLock
 from gemma4_tpu.sweeping.report import show
-from gemma4_tpu.sweeping.settings import Processes
 from gemma4_tpu.sweeping.stop import Stop
 from gemma4_tpu.sweeping.table import best_metric, outcome_value
 from gemma4_tpu.tracking.logs import setup_logging

@@ -15,6 +15,7 @@ from hydra.core.global_hydra import GlobalHydra
 from gemma4_tpu.config.entries import ENTRIES, EntryPoint
 from gemma4_tpu.config.load import load
 from gemma4_tpu.config.schema import TrainRoot
+from gemma4_tpu.config.sweep_settings import Processes
 from gemma4_tpu.errors import UserError
 from gemma4_tpu.sweeping import record
 from gemma4_tpu.sweeping.child import Child, command
@@ -22,7 +23,6 @@ from gemma4_tpu.sweeping.devices import shares
 from gemma4_tpu.sweeping.display import Display
 from gemma4_tpu.sweeping.fit import check_fit
 from gemma4_tpu.sweeping.record import Job, Sweep
-from gemma4_tpu.sweeping.settings import Processes
 from gemma4_tpu.sweeping.stop import Stop
 from gemma4_tpu.tracking.files import jsonable, read_json
 from gemma4_tpu.tracking.progress import format_seconds

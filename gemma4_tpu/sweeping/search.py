@@ -23,11 +23,11 @@ from gemma4_tpu.config.keys import did_you_mean, field_types, is_group, type_nam
 from gemma4_tpu.config.load import config_dir, groups_of
 from gemma4_tpu.config.overrides import Groups, check_overrides
 from gemma4_tpu.config.problems import refusal
+from gemma4_tpu.config.sweep_settings import Optuna
 from gemma4_tpu.errors import UserError
 from gemma4_tpu.sweeping import record
 from gemma4_tpu.sweeping.launch import OpenSweep
 from gemma4_tpu.sweeping.record import Job
-from gemma4_tpu.sweeping.settings import Optuna
 from gemma4_tpu.sweeping.table import outcome_value
 from gemma4_tpu.tracking.result import Result
 
