@@ -13,10 +13,12 @@ import hydra
 from hydra import compose, initialize_config_dir
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.errors import MissingConfigException
 from omegaconf import DictConfig
 
 from gemma4_tpu.config.problems import refusal
 from gemma4_tpu.config.sweeps import complete, sweep_problems
+from gemma4_tpu.errors import UserError
 
 if TYPE_CHECKING:
     from gemma4_tpu.config.entries import EntryPoint
@@ -26,7 +28,7 @@ def serve(entry: EntryPoint, flags: list[str], overrides: list[str]) -> NoReturn
     """Hands the command line to Hydra and ends the process. A sweep runs each job as a process of its own.
 
     Raises:
-      UserError: something that can't be swept.
+      UserError: something that can't be swept, or a launcher that is not installed.
     """
     from gemma4_tpu.config.load import _VERSION_BASE, config_dir, register
 
@@ -60,4 +62,9 @@ def _chosen(entry: EntryPoint, overrides: list[str]) -> dict[str, str]:
     # Values beneath `hydra.` belong to options that are not chosen yet.
     single = [word for word, key in words.items() if not key.startswith("hydra.") or key == "hydra.searchpath"]
     with initialize_config_dir(str(config_dir()), version_base=_VERSION_BASE):
-        return dict(compose(entry.name, overrides=single, return_hydra_config=True).hydra.runtime.choices)
+        try:
+            return dict(compose(entry.name, overrides=single, return_hydra_config=True).hydra.runtime.choices)
+        except MissingConfigException as error:
+            if "submitit" not in str(error):
+                raise
+            raise UserError("hydra/launcher=slurm needs submitit: pip install 'gemma4-tpu[slurm]'") from None
