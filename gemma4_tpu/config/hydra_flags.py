@@ -13,8 +13,9 @@ import hydra
 from hydra import compose, initialize_config_dir
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.errors import MissingConfigException
+from hydra.errors import HydraException, MissingConfigException
 from omegaconf import DictConfig
+from omegaconf.errors import OmegaConfBaseException
 
 from gemma4_tpu.config.problems import refusal
 from gemma4_tpu.config.sweeps import complete, sweep_problems
@@ -65,6 +66,8 @@ def _chosen(entry: EntryPoint, overrides: list[str]) -> dict[str, str]:
         try:
             return dict(compose(entry.name, overrides=single, return_hydra_config=True).hydra.runtime.choices)
         except MissingConfigException as error:
-            if "submitit" not in str(error):
-                raise
-            raise UserError("hydra/launcher=slurm needs submitit: pip install 'gemma4-tpu[slurm]'") from None
+            if "submitit" in str(error):
+                raise UserError("hydra/launcher=slurm needs submitit: pip install 'gemma4-tpu[slurm]'") from None
+            raise UserError(" ".join(str(error).partition("Config search path")[0].split())) from None
+        except (HydraException, OmegaConfBaseException) as error:  # what no word does alone
+            raise UserError(" ".join(str(error).split())) from None

@@ -7,6 +7,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -24,22 +25,35 @@ SKYPILOT = ROOT / "launch/skypilot.yaml"
 
 def tool(requirement: str) -> Path:
     """The `bin` folder of an environment that holds this tool; skips the test where it can't be made."""
+    place = _made(
+        requirement, lambda at: [["venv", str(at)], ["pip", "install", "--python", f"{at}/bin/python", requirement]]
+    )
+    return place / "bin"
+
+
+def installed(*requirements: str) -> Path:
+    """A folder for PYTHONPATH that holds these packages, without what they depend on; skips as `tool` does."""
+    return _made(requirements[0], lambda at: [["pip", "install", "--no-deps", "--target", str(at), *requirements]])
+
+
+def _made(requirement: str, commands: Callable[[Path], list[list[str]]]) -> Path:
     root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "gemma4_tpu/tools"
     place = root / requirement.replace("==", "-")
-    if not (place / "complete").exists():
-        uv = shutil.which("uv", path=f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
-        if uv is None:
-            pytest.skip(f"{requirement} is tried only where uv can install it")
-        shutil.rmtree(place, ignore_errors=True)
-        for command in (["venv", str(place)], ["pip", "install", "--python", str(place / "bin/python"), requirement]):
-            try:
-                done = subprocess.run([uv, "--quiet", *command], capture_output=True, text=True, timeout=150)
-            except subprocess.TimeoutExpired:
-                pytest.skip(f"{requirement} could not be installed in time")
-            if done.returncode:
-                pytest.skip(f"{requirement} could not be installed: {done.stderr.strip()[-200:]}")
-        (place / "complete").touch()
-    return place / "bin"
+    if (place / "complete").exists():
+        return place
+    uv = shutil.which("uv", path=f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
+    if uv is None:
+        pytest.skip(f"{requirement} is tried only where uv can install it")
+    shutil.rmtree(place, ignore_errors=True)
+    for command in commands(place):
+        try:
+            done = subprocess.run([uv, "--quiet", *command], capture_output=True, text=True, timeout=150, check=False)
+        except subprocess.TimeoutExpired:
+            pytest.skip(f"{requirement} could not be installed in time")
+        if done.returncode:
+            pytest.skip(f"{requirement} could not be installed: {done.stderr.strip()[-200:]}")
+    (place / "complete").touch()
+    return place
 
 
 @pytest.fixture
