@@ -29,6 +29,7 @@ from gemma4_tpu.hardware import SLICES
 HERE = Path(__file__).resolve().parent
 RESULTS, TABLE = HERE / "results", HERE / "README.md"
 SIZES = ("gemma4_31b", "gemma4_26b_a4b", "gemma4_e4b", "gemma4_e2b")
+SMALL = ("gemma4_e4b", "gemma4_e2b")
 MACHINES = ("v5p-8", "v5p-32", "v6e-4", "v6e-8", "v5e-16")
 TRAINED = {"lora": "default", "qlora": "qlora_nf4"}
 COMMON = ("lora.rank=64", "lora.alpha=64", "data.sequence_length=4096", "trainer.remat=auto", "plan.max_attempts=0")
@@ -61,11 +62,11 @@ class Cell:
 
 
 def cells(sizes: list[str], machines: list[str], trained: list[str], meshes: int) -> Iterator[Cell]:
-    """Every cell, its legal meshes from the largest tp on."""
+    """Every cell, its likeliest meshes first: the largest tp for large models, the smallest for others."""
     for size in sizes:
         for machine in machines:
             chips = SLICES[machine].chips
-            legal = sorted(ARCHITECTURES[size].legal_tp(chips), reverse=True)
+            legal = sorted(ARCHITECTURES[size].legal_tp(chips), reverse=size not in SMALL)
             for kind in trained:
                 for tp in legal[:meshes]:
                     yield Cell(size, machine, kind, chips // tp, tp)
@@ -188,7 +189,7 @@ def main() -> None:
     parser.add_argument("--size", action="append", choices=SIZES)
     parser.add_argument("--slice", action="append", choices=[option_name(name) for name in MACHINES])
     parser.add_argument("--trained", action="append", choices=list(TRAINED))
-    parser.add_argument("--meshes", type=int, default=1, help="legal meshes to try per cell, largest tp first")
+    parser.add_argument("--meshes", type=int, default=1, help="legal meshes to try per cell")
     parser.add_argument("--render", action="store_true", help="only write the table")
     given = parser.parse_args()
     if not given.render:

@@ -50,7 +50,7 @@ class Job:
         needed = {MERGED: _merged_bytes, ADAPTER: _adapter_bytes}
         try:
             for kind, place in self.places.items():
-                place.open(_identity(self.trained), needed[kind](self.trained))
+                place.open(_identity(self.trained, kind), needed[kind](self.trained))
             try:
                 yield
             except Unfinished:
@@ -81,7 +81,7 @@ class Job:
         log.info("update %d of %s on %s", trained.state.update, trained.run.path, trained.base.folder)
         if place := self.places.get(MERGED):
             result |= _write_merged(trained, place, self.export.verify, record)
-        if place := self.places.get(ADAPTER):
+        if (place := self.places.get(ADAPTER)) and not place.published:
             write_peft(trained, place)
         result["targets"] = {kind: place.publish() for kind, place in self.places.items()}
         for kind, target in result["targets"].items():
@@ -113,8 +113,8 @@ def prepare(run: Path, export: ExportConfig, *, several: bool) -> Job:
     if export.format != "merged":
         check_peft(trained)
     places = {kind: Place(target) for kind, target in _targets(run, export, several).items()}
-    for place in places.values():
-        place.check(export.overwrite)
+    for kind, place in places.items():
+        place.check(_identity(trained, kind), export.overwrite)
     return Job(trained, export, places)
 
 
@@ -134,12 +134,13 @@ def _write_merged(trained: Trained, place: Place, mode: str, record: RunFolder) 
     log.info("delta norms: %s", table)
     report: dict[str, Any] | None = None
     if mode != "false":
-        report = verify(trained, Checkpoint(place.staging), mode)
+        report = verify(trained, Checkpoint(place.target if place.published else place.staging), mode)
         write_json(record.path / "parity.json", report)
         if not report["passed"]:
             raise refusal(report, str(record.path / "parity.json"))
         log.info("parity: %s", _told(report))
-    copy_file(companions(trained)[0]["config.json"], place, "config.json")
+    if place.done("config.json") is None:  # nothing loads without it
+        copy_file(companions(trained)[0]["config.json"], place, "config.json")
     return {"parity": report, "changed_weights": len(deltas)}
 
 
@@ -155,9 +156,10 @@ def _told(report: dict[str, Any]) -> str:
     return "; ".join(lines)
 
 
-def _identity(trained: Trained) -> dict[str, Any]:
+def _identity(trained: Trained, kind: str) -> dict[str, Any]:
     """Two exports of the same identity write the same bytes."""
     return {
+        "kind": kind,
         "state": trained.state.identity,
         "update": trained.state.update,
         "base": trained.base.fingerprint,

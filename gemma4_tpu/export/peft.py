@@ -52,7 +52,9 @@ def write_peft(trained: Trained, place: Place) -> None:
                     raise UserError(f"{trained.state.folder}: {name} holds NaN or infinity: the training diverged")
                 out.write(array.astype("<f4", copy=False))
         place.finish(WEIGHTS, out)
-    place.write(CONFIG, json.dumps(peft_config(trained), indent=2) + "\n")
+    with place.create(CONFIG) as out:
+        out.write((json.dumps(peft_config(trained), indent=2) + "\n").encode())
+        place.finish(CONFIG, out)
     log.info("PEFT adapter of rank %d on %d weights", trained.lora.rank, len(trained.changes))
 
 

@@ -1,8 +1,9 @@
 """Where an export is written: a staging folder beside the target that becomes the target in one rename.
 
 The staging folder is `.<name>.partial`. Finished files are listed in its journal with their checksums, so that a killed
-export goes on with the file it was at. On gs:// a rename is a copy of each object; there `config.json`, without which
-nothing loads, comes last.
+export goes on with the file it was at. The journal stays in the target: it says what the model was made of, and the
+same export, started again, finds itself done. On gs:// a rename is a copy of each object; there `config.json`, without
+which nothing loads, comes last.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from gemma4_tpu.tracking.files import write_text
 
 log = logging.getLogger(__name__)
 
-JOURNAL, LOCK, PART = ".journal.json", ".lock", ".part"
+JOURNAL, LOCK, PART = "gemma4_tpu.json", ".lock", ".part"
 LAST = "config.json"
 UPLOAD_BYTES = 32 << 20  # one request
 
@@ -43,13 +44,21 @@ class Place:
         self._old = join(parent, f".{name}.replaced")
         self.remote = is_remote(target)
         self.journal: dict[str, Any] = {}
+        self.published = False
+        """The target holds this very export already; nothing is written."""
         self._lock: int | None = None
 
-    def check(self, overwrite: bool) -> None:
-        """Raises `UserError` if the target exists and may not be replaced."""
+    def check(self, identity: dict[str, Any], overwrite: bool) -> None:
+        """Raises `UserError` if the target exists, is not this very export, and may not be replaced."""
         self._put_back()
-        if not overwrite and self._exists():
+        if overwrite or not self._exists():
+            return
+        found = self._read_journal(self.target)
+        same = found.get("identity") == identity and set(list_folder(self.target)) == {JOURNAL, *found["files"]}
+        if not same or self._whole(found["files"], self.target) != found["files"]:
             raise UserError(f"target={self.target}: exists; give overwrite=true to replace it, or another target")
+        log.info("%s: holds this export already, with the checksums that were noted", self.target)
+        self.journal, self.published = found, True
 
     def _exists(self) -> bool:
         if self.remote:  # without config.json it is an upload that was interrupted
@@ -62,6 +71,8 @@ class Place:
         Raises:
           UserError: another process is writing there, or there is not enough space.
         """
+        if self.published:
+            return
         if not self.remote:
             try:
                 os.makedirs(self.staging, exist_ok=True)
@@ -69,10 +80,10 @@ class Place:
                 raise UserError(f"target={self.target}: can't write there ({error.strerror})") from None
             self._take_lock()
         names = list_folder(self.staging)
-        found = read_json(join(self.staging, JOURNAL)) if JOURNAL in names else {}
+        found = self._read_journal(self.staging)
         self.journal = {"identity": identity, "files": {}}
         if found.get("identity") == identity:
-            self.journal["files"] = self._whole(found["files"])
+            self.journal["files"] = self._whole(found["files"], self.staging)
             log.info("going on with an interrupted export: %d files are done", len(self.journal["files"]))
         elif found:
             log.info("%s: what another export left there is removed", self.staging)
@@ -80,20 +91,28 @@ class Place:
             self._remove(name)
         self._check_space(needed_bytes - sum(entry["bytes"] for entry in self.journal["files"].values()))
 
-    def _whole(self, files: dict[str, Any]) -> dict[str, Any]:
-        """Those of the journal's files that still hold the bytes that were written."""
-        there = set(list_folder(self.staging))
+    def _read_journal(self, folder: str) -> dict[str, Any]:
+        """Empty where there is none, or a damaged one."""
+        try:
+            found = read_json(join(folder, JOURNAL)) if JOURNAL in list_folder(folder) else {}
+        except ValueError:
+            found = {}
+        return found if isinstance(found, dict) and isinstance(found.get("files"), dict) else {}
+
+    def _whole(self, files: dict[str, Any], folder: str) -> dict[str, Any]:
+        """Those of a journal's files that still hold the bytes that were written."""
+        there = set(list_folder(folder))
         whole = {}
         for name, noted in files.items():
-            if name in there and self._stamp(name) == noted["stamp"]:
+            if name in there and self._stamp(name, folder) == noted["stamp"]:
                 whole[name] = noted
             else:
-                log.warning("%s: holds other bytes than were written; it is written again", join(self.staging, name))
+                log.warning("%s: holds other bytes than were written", join(folder, name))
         return whole
 
-    def _stamp(self, name: str) -> str:
+    def _stamp(self, name: str, folder: str) -> str:
         """What would be another if a file's bytes were."""
-        path = join(self.staging, name)
+        path = join(folder, name)
         if not self.remote:
             return checksum(path)
         fs, place = filesystem(path)
@@ -126,11 +145,11 @@ class Place:
         """Makes a file whole: stored, under its name, in the journal with `notes`."""
         stamp = file.finish()
         if self.remote:
-            stamp = self._stamp(name)
+            stamp = self._stamp(name, self.staging)
         else:
             os.replace(join(self.staging, name) + PART, join(self.staging, name))
         self.journal["files"][name] = {"bytes": file.size_bytes, "stamp": stamp, **notes}
-        self.write(JOURNAL, json.dumps(self.journal))
+        self.write(JOURNAL, json.dumps(self.journal, sort_keys=True))
 
     def write(self, name: str, text: str) -> None:
         """A small file, at once."""
@@ -142,12 +161,13 @@ class Place:
 
     def publish(self) -> str:
         """Renames the staging folder to the target (replacing an old one), and returns the target."""
+        if self.published:
+            return self.target
         if self.remote:
             self._publish_remote()
         else:
-            for name in (JOURNAL, LOCK):
-                with suppress(FileNotFoundError):
-                    os.remove(join(self.staging, name))
+            with suppress(FileNotFoundError):
+                os.remove(join(self.staging, LOCK))
             if os.path.lexists(self.target):
                 os.rename(self.target, self._old)
             os.rename(self.staging, self.target)
@@ -158,6 +178,8 @@ class Place:
 
     def discard(self) -> None:
         """Removes what was staged."""
+        if self.published:
+            return
         if self.remote:
             for name in list_folder(self.staging):
                 self._remove(name)
@@ -177,7 +199,7 @@ class Place:
         for name in (LAST, "adapter_config.json"):  # from here on the old model is not loadable
             if name in list_folder(self.target):
                 fs.rm_file(join(target, name))
-        new = [name for name in list_folder(self.staging) if name != JOURNAL]
+        new = list_folder(self.staging)
         for name in list_folder(self.target):
             if name not in new:
                 fs.rm_file(join(target, name))

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from gemma4_tpu.config.schema import LoraConfig
+from gemma4_tpu.export.place import JOURNAL
 from gemma4_tpu.merge import main
 from gemma4_tpu.models.tensorfile import Checkpoint
 from gemma4_tpu.storage import filesystem
@@ -49,6 +50,7 @@ def test_everything_but_the_changed_weights_is_the_bases_byte_for_byte(run_on, f
     run = run_on(lora=LoraConfig(rank=4, targets=["mlp"]))
     merge(run, "verify=false")
     before, after = tree(full_base), tree(run / "merged")
+    assert json.loads(after.pop(JOURNAL))["files"].keys() == set(after)
     assert set(after) == set(before) - {"pytorch_model.bin", "consolidated.safetensors"}
     shards = [name for name in after if name.endswith(".safetensors")]
     assert len(shards) >= 4
@@ -132,7 +134,9 @@ def test_remote_base_and_remote_target(run_on, full_base, merge, bucket):
     words = (f"export.base={bucket}/base", f"target={bucket}/out")
     merge(run, *words, "verify=stream", f"run_dir={run}/two")
     local = tree(run / "merged")
+    local[JOURNAL] = fs.cat_file(f"{root}/out/{JOURNAL}")  # notes other checksums
     assert {name: fs.cat_file(f"{root}/out/{name}") for name in local} == local
+    merge(run, *words, "verify=false", f"run_dir={run}/again")  # there already: nothing to do
     assert sorted(p.rsplit("/", 1)[1] for p in fs.ls(f"{root}/out", detail=False)) == sorted(local)
     assert not [p for p in fs.find(root) if "partial" in p]
     fs.pipe_file(f"{root}/out/stale.safetensors", b"")

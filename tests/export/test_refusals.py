@@ -141,6 +141,21 @@ def test_an_existing_target_is_replaced_only_when_told(run_of, refused_unwritten
     assert [p.name for p in run.iterdir() if p.name.startswith(".")] == []
 
 
+def test_the_same_export_again_is_done_already_and_another_is_refused(run_of, refused, merge, caplog):
+    """A merge that is killed right after its model was published is started again by whoever watches over it."""
+    run, _ = run_of()
+    merge(run, "verify=false", "export=both")
+    before = tree(run / "merged")
+    with caplog.at_level("INFO"):
+        merge(run, "verify=stream", "export=both", f"run_dir={run}/again")
+    assert caplog.text.count("holds this export already") == 2 and "parity" in caplog.text
+    assert tree(run / "merged") == before
+    assert "exists; give overwrite=true" in refused(f"run={run}", "verify=false", "export=peft", f"target={run}/merged")
+    (shard,) = (run / "merged").glob("*.safetensors")
+    shard.write_bytes(shard.read_bytes()[:-1] + b"\xff")
+    assert "exists; give overwrite=true" in refused(f"run={run}", "verify=false")
+
+
 def test_deltas_of_zero(run_of, refused):
     run, _ = run_of(size=0.0)
     assert "every delta is zero" in refused(f"run={run}")
