@@ -66,6 +66,8 @@ def sweeping(config: DictConfig, metric: str | None, direction: str | None = Non
 
 def _exit_code(opened: OpenSweep) -> int:
     names = opened.launched or opened.sweep.jobs  # nothing was left to do
+    if not names:  # another launcher ran the jobs, and would have raised
+        return 0
     statuses = {opened.sweep.jobs[name].status for name in names}
     failed = {record.FAILED, record.PREEMPTED} & statuses
     return SOME_FAILED if failed or record.FINISHED not in statuses else 0
