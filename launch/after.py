@@ -39,7 +39,10 @@ def after_problems(after: list[str], model: str, *, hosts: int) -> list[str]:
                 raise UserError(
                     f"{local[0]}: lies on this machine, not on the slice; copy it to a bucket and give gs://…"
                 )
-            load(words, MERGE if stage.name == "merge" else EVALUATE)
+            if stage.name == "merge":
+                load(words, MERGE)
+            else:
+                load(words, EVALUATE)
         except (UserError, ValueError) as refusal:  # ValueError: an unbalanced quote
             messages.append(f"launch.after: '{text}': {refusal}")
     return messages

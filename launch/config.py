@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 from dataclasses import dataclass, field, replace
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 from gemma4_tpu.config.checks import Checked, examine_train, normalise
 from gemma4_tpu.config.entries import EntryPoint
@@ -110,7 +110,7 @@ class LaunchEntry(EntryPoint):
 
 def _normalise(root: Root) -> Root:
     """As for train; project and zone from the environment, no slash at the end of addresses."""
-    root = normalise(root)
+    root = cast(Root, normalise(root))
     place = root.launch
     return replace(
         root,
@@ -203,7 +203,7 @@ def _local_files(root: TrainRoot) -> list[str]:
         for kind in ("train", "heldout")
         for i, source in enumerate(getattr(root.data, kind))
     }
-    named = {"model.path": root.model.path, "model.tokenizer": root.model.tokenizer, **sources}
+    named = {"model.path": root.model.path, "model.tokenizer": root.model.tokenizer, "replay": root.replay, **sources}
     return [
         f"{key}={path}: lies on this machine, not on the slice; gcloud storage cp -r it to a bucket and give gs://…"
         for key, path in named.items()

@@ -41,14 +41,12 @@ delete_slice() {
   upload_log
 }
 
-finish() {  # CODE REASON: the run is over, for good
+finish() {  # CODE REASON: the run is over, for good and on every host
   say "$2 (exit code $1)"
-  if [[ $HOST == 0 || $1 != 0 ]]; then
-    printf '{"code": %d, "host": %d, "reason": "%s"}\n' "$1" "$HOST" "$2" > "$ROOT/outcome.json"
-    retry gcloud storage cp --quiet "$ROOT/outcome.json" "$OUTCOME"
-    [[ $HOSTS == 1 ]] || sleep "${PAUSE_SECONDS:-10}"  # the others upload their logs
-    delete_slice
-  fi
+  printf '{"code": %d, "host": %d, "reason": "%s"}\n' "$1" "$HOST" "$2" > "$ROOT/outcome.json"
+  retry gcloud storage cp --quiet "$ROOT/outcome.json" "$OUTCOME"
+  [[ $HOSTS == 1 ]] || sleep "${PAUSE_SECONDS:-10}"  # the others upload their logs
+  delete_slice
   upload_log
   exit "$1"
 }
@@ -162,8 +160,12 @@ job() {
     upload_log
     exit 42
   fi
+  if [[ $HOST != 0 ]]; then  # the first host knows how it ended, and has work to do
+    upload_log
+    exit "$code"
+  fi
   [[ $code == 0 ]] || finish "$code" "the training ended with exit code $code"
-  if [[ $HOST == 0 ]] && ! after && [[ -z $stopping ]]; then
+  if ! after && [[ -z $stopping ]]; then
     finish 1 "trained, but what follows failed"
   fi
   [[ -z $stopping ]] || exit 42
@@ -188,12 +190,17 @@ boot() {
   # Stopped by SIGTERM to this script alone, which hands it on once: a second one would not wait for the save.
   systemd-run --unit=gemma4-tpu --property=KillMode=mixed --property=TimeoutStopSec=600 \
     --setenv=HOST="$HOST" bash "$ROOT/job.sh" job
-  if [[ $HOST == 0 && -n $MAX_SECONDS ]]; then
-    systemd-run --unit=gemma4-tpu-limit --on-active="${MAX_SECONDS}s" --setenv=HOST="$HOST" bash "$ROOT/job.sh" expire
+  if [[ -n $MAX_SECONDS ]]; then  # the first host before the others
+    systemd-run --unit=gemma4-tpu-limit --on-active="$((MAX_SECONDS + 300 * HOST))s" --setenv=HOST="$HOST" \
+      bash "$ROOT/job.sh" expire
   fi
 }
 
-HOST=${HOST:-$(metadata agent-worker-number || echo 0)}
+HOST=${HOST:-$(metadata agent-worker-number)}
+if [[ -z $HOST ]]; then
+  [[ $HOSTS == 1 ]] || { say "this host's number is not known"; exit 1; }
+  HOST=0
+fi
 case ${1:-boot} in
   boot | job | expire) "${1:-boot}" ;;
   *) echo "usage: startup.sh [boot | job | expire]" >&2; exit 2 ;;

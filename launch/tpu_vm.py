@@ -16,7 +16,7 @@ from pathlib import Path
 from gemma4_tpu.config.load import load
 from gemma4_tpu.errors import INTERRUPTED, REFUSED, UserError
 from launch import gcloud, owned, source
-from launch.config import PROJECT, TPU_VM, ZONE
+from launch.config import PROJECT, TPU_VM, ZONE, TpuVmRoot
 from launch.gcloud import GcloudError
 from launch.job import Job, cost, make_job, saved_jobs
 from launch.render import render
@@ -35,7 +35,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             return _verb(words[0], words[1:])
         if "-m" in words or "--multirun" in words:
             raise UserError("--multirun: one launch is one run; give one value for each key")
-        return _launch(make_job(load(words, TPU_VM)))
+        loaded = load(words, TPU_VM)
+        return _launch(make_job(loaded), [*loaded.checked.warnings, *_offline(loaded.root)])
     except UserError as refusal:
         print(f"error: {refusal}", file=sys.stderr)
         return REFUSED
@@ -44,12 +45,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         return INTERRUPTED
 
 
-def _launch(job: Job) -> int:
+def _launch(job: Job, warnings: Sequence[str]) -> int:
     script = render(job)
     if job.config.dry_run:
         print(_shown(job, script))
         return 0
     log.info("%s: %s %s in %s; %s", job.id, job.slice, "spot" if job.spot else "on demand", job.zone, cost(job))
+    for warning in warnings:
+        log.warning(warning)
     job.save()
     (job.folder / "startup.sh").write_text(script, encoding="utf-8")
     _upload(job)
@@ -63,6 +66,13 @@ def _launch(job: Job) -> int:
     except KeyboardInterrupt:
         print(f"\ninterrupted; {still_there(job)}", file=sys.stderr)
         return INTERRUPTED
+
+
+def _offline(root: TpuVmRoot) -> list[str]:
+    """W&B's key is not on the slice unless it is fetched."""
+    if root.tracker.kind != "wandb" or "WANDB_API_KEY" in root.launch.secrets:
+        return []
+    return ["tracker=wandb without secrets={WANDB_API_KEY: <name in Secret Manager>}: W&B stays offline on the slice"]
 
 
 def _upload(job: Job) -> None:

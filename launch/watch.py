@@ -57,7 +57,8 @@ class Watcher:
             resource = gcloud.describe(job.id, job.project, job.zone)
             outcome = gcloud.read(f"{job.launch_dir}/outcome.json")  # second: it is there before the slice goes
         except GcloudError as error:
-            return self._unreachable(error)
+            self._unreachable(error)
+            return None
         self._failures = 0
         if outcome is not None:
             return self._over(json.loads(outcome), still_there=resource is not None)
@@ -136,8 +137,21 @@ class Watcher:
 
 
 def submit(job: Job) -> None:
-    """Asks for the slice of a launch, whose script is in its record."""
-    gcloud.gcloud(gcloud.create(job, str(job.folder / "startup.sh")))
+    """Asks for the slice of a launch, whose script is in its record.
+
+    Raises:
+      GcloudError: Google refuses; nothing that was asked for is left behind, or the message says so.
+    """
+    try:
+        gcloud.gcloud(gcloud.create(job, str(job.folder / "startup.sh")))
+    except GcloudError as error:
+        try:  # what failed while it was being made counts against the quota
+            if gcloud.describe(job.id, job.project, job.zone) is not None:
+                gcloud.gcloud(gcloud.delete(job.id, job.project, job.zone))
+            left = "nothing is left behind"
+        except GcloudError:
+            left = f"whether {job.id} is there can't be told; {how_to_delete(job)}"
+        raise GcloudError(f"{error}\n{left}", error.kind) from None
 
 
 def how_to_delete(job: Job) -> str:

@@ -167,10 +167,11 @@ def test_the_other_hosts_train_the_same_and_leave_the_end_to_the_first(host, pla
     words = ["hardware=v5p16", "trainer.global_batch_sequences=4", "mesh=auto", "run_dir=gs://bk/runs/one"]
     first, second = host(*words), host(*words, number=1)
     assert second.run(42, 0) == 0
+    assert second.run(2) == 2  # or what ended it: the first host may be merging
     assert second.outcome() is None and second.deletions == 0
     assert first.run(42, 0) == 0
     assert first.outcome()["code"] == 0 and first.deletions == 1
-    assert [ran[0] for ran in first.ran] == [ran[0] for ran in second.ran]
+    assert [ran[0] for ran in first.ran] == [ran[0] for ran in second.ran[:2]]
     assert "run_dir=gs://bk/runs/one" in first.ran[0][0]
 
 

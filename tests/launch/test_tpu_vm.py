@@ -253,9 +253,9 @@ def test_a_secret_is_never_rendered(launch, monkeypatch):
     assert "Secret Manager" in error and "0123456789abcdef" not in error
 
 
-def test_every_tpu_slice_can_be_launched(launch):
+def test_slices_of_every_kind_can_be_launched(launch):
     for name, slice_ in SLICES.items():
-        if slice_.runtime_version:
+        if slice_.runtime_version and name in ("v5p-8", "v5p-16", "v6e-8", "v5e-16"):
             hardware = name.replace("-", "")
             code, shown, _ = launch(
                 f"hardware={hardware}", "mesh=auto", "model=tiny", "model.path=embedded:tiny", "data=verilog_smoke",
