@@ -12,7 +12,8 @@ from gemma4_tpu.config.merge_checks import MergeChecked, examine_merge, normalis
 from gemma4_tpu.config.plan_checks import PlanChecked, examine_plan, normalise_plan
 from gemma4_tpu.config.problems import Problem
 from gemma4_tpu.config.report_checks import ReportChecked, examine_report, normalise_report
-from gemma4_tpu.config.schema import EvaluateRoot, MergeRoot, PlanRoot, ReportRoot, TrainRoot
+from gemma4_tpu.config.schema import EvaluateRoot, MergeRoot, PlanRoot, ReportRoot, ServeRoot, TrainRoot
+from gemma4_tpu.config.serve_checks import ServeChecked, examine_serve, normalise_serve
 
 Root = TypeVar("Root")
 Checks = TypeVar("Checks")
@@ -134,5 +135,22 @@ REPORT: EntryPoint[ReportRoot, ReportChecked] = EntryPoint(
     ),
 )
 
-ENTRIES: dict[str, EntryPoint] = {entry.name: entry for entry in (TRAIN, MERGE, EVALUATE, PLAN, REPORT)}
+SERVE: EntryPoint[ServeRoot, ServeChecked] = EntryPoint(
+    name="serve",
+    schema=ServeRoot,
+    normalise=normalise_serve,
+    examine=examine_serve,
+    summary=(
+        "Serve a merged checkpoint by vLLM in its container: checked first, followed while it compiles, asked if it"
+        " is the trained model, stopped and removed on Ctrl-C. Needs Docker or Podman."
+    ),
+    examples=(
+        ("serving=v6e8 run=outputs/train/<run>", "31B on v6e-8 as in the paper"),
+        ("serving=v6e8 run=<merged folder> dry_run=true", "check, and show the container command"),
+        ("serving=v6e8_tuned run=<merged folder> serving.max_model_len=8192", "two copies in fp8, shorter sequences"),
+        ("serving=v6e4_moe run=<merged folder> 'serving.flags={seed: 0}'", "26B-A4B, with a flag of vllm serve"),
+    ),
+)
+
+ENTRIES: dict[str, EntryPoint] = {entry.name: entry for entry in (TRAIN, MERGE, EVALUATE, PLAN, REPORT, SERVE)}
 """By name."""

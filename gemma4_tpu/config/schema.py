@@ -433,6 +433,75 @@ class PlanRoot(TrainRoot):
 
 
 @dataclass(kw_only=True)
+class ServingConfig:
+    """A vLLM server in its container (`serving=`). Names follow `vllm serve` where it has one."""
+
+    engine: str = "docker"
+    """Command of the container engine: `docker`, `podman`, or with words before it, such as
+    `sudo --preserve-env=HF_TOKEN docker`."""
+    image: str = ""
+    """Container image with a version tag or a digest; one that can change (`latest`, `nightly`) is refused."""
+    slice: str = "v6e-8"
+    """The machine that this runs on: key of `hardware.SLICES`. Decides memory, and how devices reach the container."""
+    tensor_parallel_size: int = 1
+    """Chips that each layer is split over."""
+    data_parallel_size: int = 1
+    """Copies of the model, each on `tensor_parallel_size` chips."""
+    max_model_len: int = 16384
+    """Longest sequence in tokens, prompt and answer together."""
+    max_num_seqs: int | None = None
+    """Sequences under way at a time; null: vLLM's default."""
+    max_num_batched_tokens: int | None = None
+    """Tokens of one step; null: vLLM's default."""
+    gpu_memory_utilization: float = 0.9
+    """Share of each chip's memory for weights and KV cache (TPUs too, whatever its name)."""
+    weight_dtype: str = "bfloat16"
+    """`bfloat16`, or `fp8`: weights are quantised when they are loaded (by Qwix on TPUs)."""
+    kv_cache_dtype: str = "auto"
+    """`auto` (the image decides; counted as bfloat16), `bfloat16` or `fp8`."""
+    flags: dict[str, Any] = field(default_factory=dict)
+    """Further flags of `vllm serve` without dashes, such as `{enable-prefix-caching: true, seed: 0}`: true is `--flag`,
+    false `--no-flag`, null leaves it out, lists and mappings become JSON. Checked against the image's flags."""
+    extra_args: list[str] = field(default_factory=list)
+    """Further words for `vllm serve`, as they are and unchecked."""
+    env: dict[str, Any] = field(default_factory=dict)
+    """Environment variables of the container. No secrets: HF_TOKEN and VLLM_API_KEY are handed on from the environment
+    by name."""
+    host: str = "127.0.0.1"
+    """Address to listen on; 0.0.0.0 opens the server to everyone who can reach this machine."""
+    port: int = 8000
+    """Port to listen on."""
+    served_model_name: str | None = None
+    """Name that clients ask for; null: the folder's name, for `<run>/merged` the run's."""
+    compile_cache: str | None = "auto"
+    """Local folder for compiled programs, kept from start to start; `auto`: `gemma4_tpu/vllm` in the user's cache
+    folder; null: none."""
+    shm_size_gib: int = 16
+    """Shared memory of the container in GiB."""
+    ready_timeout_seconds: float = 3600.0
+    """A server that does not answer after this long is stopped; compiling takes 8 to 30 minutes the first time."""
+    probe: bool = True
+    """Ask the server that has started a few stored prompts, on which merged and base model differ."""
+    warning: str | None = None
+    """What is known to go wrong with this recipe; told before the start."""
+
+
+@dataclass(kw_only=True)
+class ServeRoot:
+    """Everything `python -m gemma4_tpu.serve` takes."""
+
+    serving: ServingConfig = field(default_factory=ServingConfig)
+    run: str = ""
+    """Folder of a merged checkpoint, or the run folder of a training that has `merged` in it."""
+    dry_run: bool = False
+    """Check, show the estimate of memory and the container command, then stop."""
+    name: str = "servings"
+    """Name of the records' folder in the run folder, or in `outputs`."""
+    run_dir: str | None = None
+    """Folder for the record of this server (configuration, log, result); null: `<run>/<name>/<date>_<time>`."""
+
+
+@dataclass(kw_only=True)
 class ReportRoot:
     """Everything `python -m gemma4_tpu.report` takes; exactly one of the subjects is given."""
 

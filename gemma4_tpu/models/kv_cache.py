@@ -7,8 +7,8 @@ that later tokens can still see, so
 
 with Gemma 4's exceptions as `models/gemma4.py` and transformers' `Gemma4TextAttention` compute them: sliding layers see
 `sliding_window` tokens at most; KV-shared layers (E2B, E4B) keep nothing of their own; where `k_eq_v` drops a global
-layer's value *projection*, its key is normalised and rotated while its value is only normalised, so both are still kept:
-`k_eq_v` saves weights, not cache. Engines that split heads over `tp` chips repeat them where there are fewer than chips.
+layer's value *projection*, its key is normalised and rotated while its value is only normalised, so both are kept:
+`k_eq_v` saves weights, not cache. Engines that split heads over `tp` chips repeat them where there are fewer heads.
 """
 
 from __future__ import annotations

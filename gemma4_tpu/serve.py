@@ -1,0 +1,99 @@
+"""`python -m gemma4_tpu.serve run=<merged folder>`: a vLLM server in its container, until Ctrl-C. No JAX here.
+
+Configuration → memory estimated → container started, followed, asked if it is the trained model → stopped, removed.
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict
+from typing import TYPE_CHECKING
+
+from gemma4_tpu.config.entries import SERVE
+from gemma4_tpu.config.load import Loaded, load
+from gemma4_tpu.config.schema import ServeRoot
+from gemma4_tpu.config.serve_checks import ServeChecked
+from gemma4_tpu.errors import INTERRUPTED, REFUSED, UserError
+
+if TYPE_CHECKING:
+    from gemma4_tpu.serving.memory import MemoryEstimate
+
+log = logging.getLogger(__name__)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Exit code: 0 stopped on request, 2 refused or failed (one message on stderr), 130 or 143 stopped before ready."""
+    try:
+        return _run(load(list(sys.argv[1:] if argv is None else argv), SERVE))
+    except UserError as refusal:
+        print(f"error: {refusal}", file=sys.stderr)
+        return REFUSED
+    except KeyboardInterrupt:
+        print("\ninterrupted", file=sys.stderr)
+        return INTERRUPTED
+
+
+def _run(loaded: Loaded[ServeRoot, ServeChecked]) -> int:
+    from gemma4_tpu.serving.memory import check_memory, estimate
+    from gemma4_tpu.tracking.logs import setup_logging
+
+    setup_logging()
+    serving, checked = loaded.root.serving, loaded.checked
+    memory = estimate(checked.architecture, serving)
+    check_memory(memory, checked.architecture, serving)
+    if serving.warning:
+        log.warning("serving: %s", serving.warning)
+    for note in checked.notes:
+        log.info("%s", note)
+    return _dry_run(loaded, memory) if loaded.root.dry_run else _serve(loaded, memory)
+
+
+def _told(memory: MemoryEstimate) -> list[str]:
+    return [
+        *(f"per chip, estimated: {line}" for line in memory.formula),
+        f"room for {memory.sequences} sequences of full length, on all copies together",
+    ]
+
+
+def _dry_run(loaded: Loaded[ServeRoot, ServeChecked], memory: MemoryEstimate) -> int:
+    """The estimate as comments and the command, for a shell."""
+    from gemma4_tpu.serving.command import run_words, shown
+
+    for line in _told(memory):
+        print(f"# {line}")
+    print(f"{loaded.root.serving.engine} {shown(run_words(loaded.root.serving, loaded.checked))}")
+    return 0
+
+
+def _serve(loaded: Loaded[ServeRoot, ServeChecked], memory: MemoryEstimate) -> int:
+    """The server and its record: configuration, log, result."""
+    from gemma4_tpu.serving.launch import Server
+    from gemma4_tpu.tracking import provenance
+    from gemma4_tpu.tracking.files import write_json
+    from gemma4_tpu.tracking.logs import setup_logging
+    from gemma4_tpu.tracking.run import RunFolder
+
+    config, checked = loaded.root, loaded.checked
+    record = RunFolder.open(
+        checked.run or "outputs", config.name, config.run_dir, "auto", config=asdict(config),
+        overrides=loaded.overrides, resume_allow=("run", "serving"),
+    )  # fmt: skip
+    setup_logging(record.log_path)
+    for line in _told(memory):
+        log.info("%s", line)
+    server = Server(config.serving, checked, memory, record.path / "server.log")
+    try:
+        captured = provenance.capture(
+            hardware={"slice": config.serving.slice}, seeds={}, fingerprints={"image": config.serving.image}
+        )
+        provenance.record(record, captured)
+        return server.run()
+    finally:
+        write_json(record.result_path, server.outcome.plain())
+        record.close()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

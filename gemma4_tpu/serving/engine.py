@@ -1,0 +1,123 @@
+"""The container engine's command line (Docker's, which Podman's follows)."""
+
+from __future__ import annotations
+
+import json
+import shlex
+import shutil
+import subprocess
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from gemma4_tpu.errors import UserError
+from gemma4_tpu.tracking.redact import redact
+
+STDERR = 2
+ANSWER_SECONDS = 120.0
+"""For commands that should answer at once."""
+_REMEDIES = (
+    ("cannot connect to the docker daemon", "is it running? sudo systemctl start docker"),
+    ("permission denied", "may this user use it? sudo usermod -aG docker $USER and log in again, or"
+     " serving.engine='sudo --preserve-env=HF_TOKEN docker'"),
+    ("is already in use by container", "a server is there already, or was left by one that was killed; stop it with"
+     " docker rm -f {name}, or give another serving.port"),
+    ("could not select device driver", "GPUs reach containers through NVIDIA's container toolkit; install it"),
+    ("manifest unknown", "no such image; look for its tags and give serving.image=<name>:<version>"),
+    ("not found", "no such image; look for its tags and give serving.image=<name>:<version>"),
+    ("pull access denied", "no such image, or it is private (docker login)"),
+    ("no space left on device", "the disk is full; the image takes about 20 GB: docker system df shows what is there"),
+    ("no such host", "this machine can't reach the registry"),
+)  # fmt: skip
+"""Part of a message in lower case → what to do."""
+
+
+@dataclass(frozen=True)
+class State:
+    """What became of a container."""
+
+    running: bool
+    exit_code: int
+    out_of_memory: bool
+    """The kernel killed it for host memory (not HBM)."""
+
+
+class Engine:
+    """Runs one container; no process is left by any of its methods."""
+
+    def __init__(self, command: str):
+        self._words = shlex.split(command)
+        self._command = command
+
+    def check(self) -> None:
+        """Raises `UserError` where the engine is not installed or does not answer."""
+        if not self._words or shutil.which(self._words[0]) is None:
+            raise UserError(
+                f"serving.engine={self._command}: no such command; install Docker, or give serving.engine=podman"
+                " (dry_run=true shows the command without one)"
+            )
+        self._ask("version")
+
+    def has_image(self, image: str) -> bool:
+        """Whether the image is here already."""
+        return self._call("image", "inspect", image).returncode == 0
+
+    def pull(self, image: str) -> None:
+        """Fetches the image; the engine's own progress goes to stderr."""
+        done = subprocess.run(
+            [*self._words, "pull", image], stdin=subprocess.DEVNULL, stdout=STDERR,
+            stderr=subprocess.PIPE, text=True, errors="replace", start_new_session=True,
+        )  # fmt: skip
+        if done.returncode:
+            raise self._refusal("pull", done.stderr)
+
+    def run(self, words: Sequence[str], name: str) -> str:
+        """Starts a container (`run --detach …`) and returns its id; where that fails, nothing of it is left."""
+        done = self._call(*words)
+        made = done.stdout.strip().splitlines()
+        if done.returncode == 0 and made:
+            return made[-1]
+        if made:
+            self.remove(made[-1])
+        raise self._refusal("run", done.stderr, name)
+
+    def logs(self, container: str) -> subprocess.Popen[bytes]:
+        """Follows what the container prints, from its beginning to its end."""
+        return subprocess.Popen(
+            [*self._words, "logs", "--follow", container], stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT, start_new_session=True,
+        )  # fmt: skip
+
+    def state(self, container: str) -> State:
+        """Whether the container runs, and how it ended."""
+        told = json.loads(self._ask("inspect", "--format", "{{json .State}}", container))
+        return State(bool(told["Running"]), int(told["ExitCode"]), bool(told.get("OOMKilled")))
+
+    def stop(self, container: str, seconds: int) -> None:
+        """Asks the container to end, and kills it after so many seconds."""
+        self._call("stop", "-t", str(seconds), container, timeout=seconds + ANSWER_SECONDS)
+
+    def remove(self, container: str) -> None:
+        """Removes the container, running or not, and its volumes."""
+        self._call("rm", "--force", "--volumes", container)
+
+    def _call(self, *words: str, timeout: float = ANSWER_SECONDS) -> subprocess.CompletedProcess[str]:
+        try:
+            return subprocess.run(
+                [*self._words, *words], stdin=subprocess.DEVNULL, capture_output=True, text=True, errors="replace",
+                timeout=timeout, start_new_session=True,
+            )  # fmt: skip
+        except subprocess.TimeoutExpired:
+            raise UserError(f"{self._command} {words[0]}: no answer within {timeout:.0f} s") from None
+
+    def _ask(self, *words: str) -> str:
+        done = self._call(*words)
+        if done.returncode:
+            raise self._refusal(words[0], done.stderr)
+        return done.stdout
+
+    def _refusal(self, verb: str, said: str, name: str = "<name>") -> UserError:
+        lines = [line for line in redact(said).splitlines() if line.strip()] or ["(it said nothing)"]
+        text = said.lower()
+        remedy = next((advice for part, advice in _REMEDIES if part in text), None)
+        advice = f"; {remedy.format(name=name)}" if remedy else ""
+        return UserError(f"{self._command} {verb} failed: {' '.join(lines[:2]).strip()}{advice}")

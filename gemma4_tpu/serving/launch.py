@@ -1,0 +1,243 @@
+"""One server: its container started, followed until it answers, asked whether it is the trained model, stopped."""
+
+from __future__ import annotations
+
+import logging
+import os
+import time
+from contextlib import AbstractContextManager, ExitStack, nullcontext
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import httpx
+
+from gemma4_tpu.config.schema import ServingConfig
+from gemma4_tpu.config.serve_checks import ServeChecked
+from gemma4_tpu.errors import UserError
+from gemma4_tpu.serving.command import cache_folder, container_name, model_name, run_words, shown
+from gemma4_tpu.serving.engine import Engine
+from gemma4_tpu.serving.log import ServerLog, Stages
+from gemma4_tpu.serving.memory import MemoryEstimate
+from gemma4_tpu.serving.probe import FILE, probe
+from gemma4_tpu.serving.signals import Signals, Stopped
+from gemma4_tpu.serving.troubles import Trouble, trouble_in
+from gemma4_tpu.tracking.logs import console
+from gemma4_tpu.tracking.progress import format_seconds
+
+log = logging.getLogger(__name__)
+
+POLL_SECONDS = 0.25
+LINE_SECONDS = 30.0
+"""Between lines about a server that is still starting, where there is no terminal."""
+TROUBLE_SECONDS = 15.0
+"""A server that has printed a known error is given up after so long, if it has neither ended nor answered."""
+STOP_SECONDS = 30
+"""A server may take so long to end before it is killed."""
+KEY = "VLLM_API_KEY"
+
+
+class ServerFailed(UserError):
+    """The server did not start, or ended by itself."""
+
+
+@dataclass
+class Outcome:
+    """What `result.json` holds."""
+
+    status: str
+    """`stopped` (on request, after it had answered), `interrupted` (before) or `failed`."""
+    endpoint: str
+    model: str
+    folder: str
+    image: str
+    slice: str
+    command: str
+    memory: MemoryEstimate
+    ready_seconds: float | None = None
+    """From the container's start to its first answer."""
+    served_seconds: float | None = None
+    probe: dict[str, Any] | None = None
+    error: str | None = None
+
+    def plain(self) -> dict[str, Any]:
+        """Plain values, for JSON."""
+        return asdict(self)
+
+
+class Server:
+    """Runs one server from start to end."""
+
+    def __init__(self, serving: ServingConfig, checked: ServeChecked, memory: MemoryEstimate, log_path: Path):
+        self._serving, self._checked, self._log_path = serving, checked, log_path
+        self._words = run_words(serving, checked)
+        self._engine = Engine(serving.engine)
+        host = "127.0.0.1" if serving.host in ("0.0.0.0", "") else serving.host
+        self._url = f"http://{host}:{serving.port}"
+        self._headers = {"Authorization": f"Bearer {key}"} if (key := os.environ.get(KEY)) else {}
+        self._stop_seconds = STOP_SECONDS
+        self.outcome = Outcome(
+            status="failed", endpoint=f"{self._url}/v1", model=model_name(serving, checked), folder=str(checked.model),
+            image=serving.image, slice=serving.slice, command=f"{serving.engine} {shown(self._words)}", memory=memory,
+        )  # fmt: skip
+
+    def run(self) -> int:
+        """Exit code: 0 stopped after it answered; 130 or 143 (128 + signal) stopped before.
+
+        Raises:
+          UserError: it did not start, is not the trained model, or ended by itself.
+        """
+        with Signals() as signals:
+            try:
+                self._serve(signals)
+            except Stopped as stopped:
+                answered = self.outcome.ready_seconds is not None
+                self.outcome.status = "stopped" if answered else "interrupted"
+                log.info("%s: the server is stopped and its container removed", stopped)
+                return 0 if answered else 128 + stopped.number
+            except UserError as error:
+                self.outcome.error = str(error).splitlines()[0]
+                raise
+        raise AssertionError("a server ends by a signal or an error")
+
+    def _serve(self, signals: Signals) -> None:
+        self._prepare()
+        with ExitStack() as stack:
+            with signals.held():
+                container = self._engine.run(self._words, container_name(self._serving))
+                stack.callback(self._remove, container, signals)
+            started = time.monotonic()
+            follower = stack.enter_context(ServerLog(self._engine.logs(container), self._log_path))
+            stack.callback(self._stop, container)
+            log.info("container %s started; its log: %s", container[:12], self._log_path)
+            self._wait_until_ready(container, follower)
+            ready = time.monotonic()
+            self._confirm()
+            self.outcome.ready_seconds = ready - started
+            self._announce()
+            try:
+                self._wait_until_end(container, follower)
+            finally:
+                self.outcome.served_seconds = time.monotonic() - ready
+
+    def _prepare(self) -> None:
+        """Engine, image and the compile cache's folder."""
+        self._engine.check()
+        if not self._engine.has_image(self._serving.image):
+            log.info("fetching %s …", self._serving.image)
+            self._engine.pull(self._serving.image)
+        if cache := cache_folder(self._serving):
+            try:
+                cache.mkdir(parents=True, exist_ok=True)
+            except OSError as error:
+                raise UserError(f"serving.compile_cache={cache}: can't make this folder ({error.strerror})") from None
+
+    def _wait_until_ready(self, container: str, follower: ServerLog) -> None:
+        serving, stages = self._serving, Stages()
+        trouble: tuple[float, Trouble] | None = None
+        started = line_at = time.monotonic()
+        with self._progress() as status:
+            while True:
+                stage = stages.stage
+                for line in follower.lines(POLL_SECONDS):
+                    stages.see(line)
+                    if trouble is None and (found := trouble_in(line)):
+                        trouble = time.monotonic(), found
+                        log.warning("%s", found.line)
+                waited = time.monotonic() - started
+                told = f"{stages.stage}, {format_seconds(waited)}"
+                if status is not None:
+                    status.update(told)
+                elif stages.stage != stage or time.monotonic() - line_at > LINE_SECONDS:
+                    line_at = time.monotonic()
+                    log.info("%s", told)
+                if follower.ended:
+                    raise self._ended(container, follower, trouble[1] if trouble else None, "did not start")
+                if self._answers():
+                    return
+                if trouble and time.monotonic() - trouble[0] > TROUBLE_SECONDS:
+                    raise self._failure("will not start", follower, trouble[1])
+                if waited > serving.ready_timeout_seconds:
+                    raise self._failure(
+                        f"does not answer after {format_seconds(waited)} ({stages.stage}); give more time with"
+                        " serving.ready_timeout_seconds, and keep serving.compile_cache", follower, None,
+                    )  # fmt: skip
+
+    def _progress(self) -> AbstractContextManager[Any]:
+        return console().status("starting") if console().is_terminal else nullcontext()
+
+    def _answers(self) -> bool:
+        """Whether this very server is up: healthy, and listing its model."""
+        try:
+            if httpx.get(f"{self._url}/health", timeout=5.0).status_code != 200:
+                return False
+            models = httpx.get(f"{self._url}/v1/models", headers=self._headers, timeout=5.0).json()
+            return self.outcome.model in [model["id"] for model in models["data"]]
+        except (httpx.HTTPError, ValueError, KeyError, TypeError):
+            return False
+
+    def _confirm(self) -> None:
+        """Raises `UserError` where the server answers like the base model."""
+        if not self._serving.probe:
+            log.warning("serving.probe=false: nobody has asked whether this is the trained model")
+            return
+        found = probe(self._url, self.outcome.model, self._checked.model, self._headers)
+        if found is None:
+            log.warning(
+                "%s holds no %s with prompts on which merged and base model differ, so the server was not asked which"
+                " of them it is; merge with verify=true stores some", self._checked.model, FILE,
+            )  # fmt: skip
+            return
+        self.outcome.probe = found.plain()
+        say = log.info if found.as_merged else log.warning
+        say("the server %s", found.told)
+
+    def _announce(self) -> None:
+        assert self.outcome.ready_seconds is not None
+        print(f"ready after {format_seconds(self.outcome.ready_seconds)}: {self.outcome.endpoint}")
+        print(f"model: {self.outcome.model}")
+        print("Ctrl-C stops the server and removes its container", flush=True)
+
+    def _wait_until_end(self, container: str, follower: ServerLog) -> None:
+        seen: set[str] = set()
+        trouble = None
+        while not follower.ended:
+            for line in follower.lines(1.0):
+                found = trouble_in(line)
+                if found and found.remedy not in seen:
+                    seen.add(found.remedy)
+                    trouble = found
+                    log.warning("%s: %s", found.line, found.remedy)
+        raise self._ended(container, follower, trouble, "ended by itself")
+
+    def _ended(self, container: str, follower: ServerLog, trouble: Trouble | None, what: str) -> ServerFailed:
+        state = self._engine.state(container)
+        if state.running:  # its log broke off
+            return self._failure("can no longer be followed: the engine's log ended", follower, trouble)
+        self._stop_seconds = 0
+        if state.out_of_memory or state.exit_code == 137:
+            trouble = trouble or Trouble(
+                f"exit code {state.exit_code}", "the host's memory is exhausted; the model is loaded through it"
+            )
+        return self._failure(f"{what}: exit code {state.exit_code}", follower, trouble)
+
+    def _failure(self, what: str, follower: ServerLog, trouble: Trouble | None) -> ServerFailed:
+        told = f"the server {what}"
+        if trouble:
+            return ServerFailed(f"{told}\n  {trouble.line}\n{trouble.remedy}\n(its log: {self._log_path})")
+        last = "".join(f"\n  {line}" for line in follower.last) or "\n  (it printed nothing)"
+        return ServerFailed(f"{told}; its last lines:{last}\n(its log: {self._log_path})")
+
+    def _stop(self, container: str) -> None:
+        """Lets the server end by itself; a second signal ends it at once."""
+        if not self._stop_seconds:
+            return
+        try:
+            log.info("stopping the server (at most %d s; Ctrl-C again for at once)", self._stop_seconds)
+            self._engine.stop(container, self._stop_seconds)
+        except Stopped:
+            self._engine.remove(container)
+
+    def _remove(self, container: str, signals: Signals) -> None:
+        with signals.held(drop=True):
+            self._engine.remove(container)

@@ -1,0 +1,102 @@
+"""What a starting server prints: followed, kept, and put in a few words."""
+
+from __future__ import annotations
+
+import queue
+import re
+import subprocess
+import threading
+import time
+from collections import deque
+from collections.abc import Iterator
+from pathlib import Path
+from types import TracebackType
+
+from gemma4_tpu.tracking.redact import redact
+
+_END = object()
+_SPLIT = re.compile(rb"[\r\n]+")
+LAST_LINES = 12
+LEAVE_SECONDS = 10.0
+"""The engine's `logs` ends by itself when the container has."""
+
+
+class ServerLog:
+    """Follows a container's log: every line goes to a file at once, without secrets; use it as a context manager."""
+
+    def __init__(self, process: subprocess.Popen[bytes], path: Path):
+        self._process, self._path = process, path
+        self._lines: queue.SimpleQueue[object] = queue.SimpleQueue()
+        self._thread = threading.Thread(target=self._read, name="server-log", daemon=True)
+        self.ended = False
+        """The container has printed its last line."""
+        self.last: deque[str] = deque(maxlen=LAST_LINES)
+
+    def __enter__(self) -> ServerLog:
+        self._thread.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        try:
+            self._process.wait(LEAVE_SECONDS)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait()
+        self._thread.join()
+
+    def lines(self, seconds: float) -> Iterator[str]:
+        """The lines that come within so many seconds; ends early with the log."""
+        until = time.monotonic() + seconds
+        while not self.ended and (left := until - time.monotonic()) > 0:
+            try:
+                item = self._lines.get(timeout=left)
+            except queue.Empty:
+                return
+            if item is _END:
+                self.ended = True
+                return
+            assert isinstance(item, str)
+            self.last.append(item)
+            yield item
+
+    def _read(self) -> None:
+        assert self._process.stdout is not None
+        rest = b""
+        with open(self._path, "a", encoding="utf-8", buffering=1) as file:
+            while block := self._process.stdout.read1(65536):
+                *whole, rest = _SPLIT.split(rest + block)
+                for raw in whole:
+                    self._take(raw, file)
+            self._take(rest, file)
+        self._lines.put(_END)
+
+    def _take(self, raw: bytes, file) -> None:
+        line = redact(raw.decode(errors="replace").rstrip())
+        if line:
+            file.write(line + "\n")
+            self._lines.put(line)
+
+
+class Stages:
+    """How far a server has come, by its log."""
+
+    def __init__(self) -> None:
+        self.stage = "starting"
+        self.programs = 0
+        """Programs that were compiled or read from the cache so far."""
+
+    def see(self, line: str) -> None:
+        """Takes one line of the log."""
+        if found := re.search(r"Loading safetensors checkpoint shards:\s+(\d+)%.*?\| (\d+)/(\d+)", line):
+            self.stage = f"loading weights, {found[2]} of {found[3]} files"
+        elif found := re.search(r"Loading weights took ([\d.]+)", line):
+            self.stage = f"weights loaded in {float(found[1]):.0f} s"
+        elif re.search(r"Compilation of .* finished in", line):
+            self.programs += 1
+            self.stage = f"compiling, {self.programs} programs done"
+        elif re.search(r"Precompile |Compiling |Capturing CUDA graphs", line) and not self.programs:
+            self.stage = "compiling"
+        elif "Application startup complete" in line:
+            self.stage = "answering soon"

@@ -1,0 +1,90 @@
+"""Whether a server that has started is the trained model: a few prompts on which merged and base model differ.
+
+`merge` stores them in the merged folder (`probe.json`): the tokens of a prompt, and the likeliest next token of either
+model, in float32. A server answers with one token each; quantised weights may answer neither.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import httpx
+
+from gemma4_tpu.errors import UserError
+
+FILE = "probe.json"
+ANSWER_SECONDS = 300.0
+"""For one token; a first request may compile."""
+
+
+@dataclass(frozen=True)
+class ProbeResult:
+    """How the server answered."""
+
+    prompts: int
+    as_merged: int
+    as_base: int
+    told: str
+    """In words."""
+
+    def plain(self) -> dict[str, Any]:
+        """For `result.json`."""
+        return asdict(self)
+
+
+def probe(url: str, name: str, folder: Path, headers: dict[str, str]) -> ProbeResult | None:
+    """Asks the server that listens at `url`; None where nothing is stored to ask.
+
+    Raises:
+      UserError: it answers like the base model, or not at all.
+    """
+    path = folder / FILE
+    if not path.is_file():
+        return None
+    stored = json.loads(path.read_text(encoding="utf-8"))["prompts"]
+    if not stored:
+        return None
+    answers = []
+    with httpx.Client(headers=headers, timeout=ANSWER_SECONDS) as client:
+        for one in stored:
+            body = {
+                "model": name, "prompt": one["tokens"], "max_tokens": 1, "temperature": 0, "logprobs": 1,
+                "return_tokens_as_token_ids": True,
+            }  # fmt: skip
+            answers.append(_token(client, f"{url}/v1/completions", body))
+    return _judge(stored, answers)
+
+
+def _token(client: httpx.Client, url: str, body: dict[str, Any]) -> int:
+    """The id of the one token that the server answers with."""
+    try:
+        response = client.post(url, json=body)
+        response.raise_for_status()
+        (text,) = response.json()["choices"][0]["logprobs"]["tokens"]
+        return int(text.removeprefix("token_id:"))
+    except httpx.HTTPStatusError as error:
+        said = " ".join(error.response.text.split())[:200]
+        raise UserError(
+            f"the server refuses the probe ({error.response.status_code}: {said}); serving.probe=false leaves it out"
+        ) from None
+    except (httpx.HTTPError, KeyError, IndexError, TypeError, ValueError) as error:
+        raise UserError(
+            f"the server gives no answer to the probe ({error or repr(error)}); serving.probe=false leaves it out"
+        ) from None
+
+
+def _judge(stored: list[dict[str, Any]], answers: list[int]) -> ProbeResult:
+    as_merged = sum(answer == one["merged"] for one, answer in zip(stored, answers, strict=True))
+    as_base = sum(answer == one["base"] for one, answer in zip(stored, answers, strict=True))
+    count = f"{len(stored)} stored prompt{'s' * (len(stored) > 1)}"
+    if as_base and as_base >= as_merged:
+        raise UserError(
+            f"the server answers {as_base} of {count} like the base model and {as_merged} like the merged one: it does"
+            " not serve what was trained; is run= the merged folder, whole and unchanged? (serving.probe=false leaves"
+            " this out)"
+        )
+    told = f"answers {as_merged} of {count} like the merged model, {as_base} like the base"
+    return ProbeResult(len(stored), as_merged, as_base, told)

@@ -1,0 +1,56 @@
+"""Ctrl-C, SIGTERM and a closed terminal: one way out, and never in the middle of starting a container."""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+
+_HANDLED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
+
+class Stopped(BaseException):
+    """A signal asked for the end; not an `Exception`, so that nothing takes it for a failure."""
+
+    def __init__(self, number: int):
+        super().__init__(signal.Signals(number).name)
+        self.number = number
+
+
+class Signals:
+    """While it is open, those signals raise `Stopped` in the main thread; what they did before is put back after."""
+
+    def __init__(self) -> None:
+        self._held = 0
+        self._waiting: int | None = None
+        self._before: dict[int, object] = {}
+
+    def __enter__(self) -> Signals:
+        for number in _HANDLED:
+            if signal.getsignal(number) is not signal.SIG_IGN:  # as under nohup
+                self._before[number] = signal.signal(number, self._take)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)  # type: ignore[arg-type]
+
+    @contextmanager
+    def held(self, *, drop: bool = False) -> Iterator[None]:
+        """Signals wait until the block is over; with `drop` they are forgotten."""
+        self._held += 1
+        try:
+            yield
+        finally:
+            self._held -= 1
+        if not self._held and (number := self._waiting) is not None:
+            self._waiting = None
+            if not drop:
+                raise Stopped(number)
+
+    def _take(self, number: int, frame: FrameType | None) -> None:
+        if self._held:
+            self._waiting = number
+        else:
+            raise Stopped(number)
