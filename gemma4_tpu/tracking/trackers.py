@@ -20,6 +20,7 @@ from gemma4_tpu.tracking.run import RunFolder
 log = logging.getLogger(__name__)
 
 _PACKAGES = {"none": "", "wandb": "wandb", "tensorboard": "tensorboardX", "jsonl": ""}
+_EXTRAS = ("table", "artifact")
 _NAME_CHARACTERS = 128  # what W&B takes
 _NOT_IN_NAMES = ("name", "run_dir", "tracker", "preview", "distributed", "checkpoint", "trainer.compile_cache")
 
@@ -85,7 +86,7 @@ def make_tracker(
     except UserError:
         raise
     except Exception as error:
-        _warn(config.kind, error)
+        _warn(f"{config.kind} failed", error)
         return Tracker()
 
 
@@ -108,11 +109,16 @@ def _is_among(key: str, names: Sequence[str]) -> bool:
 
 
 class _Guarded(Tracker):
-    """Lets the run go on when its tracker fails: warns once, then keeps nothing more."""
+    """Lets the run go on when its tracker fails: warns once, then keeps nothing more.
+
+    Tables and artifacts are less robust than metrics (W&B asks its server before it takes one): where they fail, the
+    tracker goes on without them.
+    """
 
     def __init__(self, inner: Tracker, kind: str):
         self._inner = inner
         self._kind = kind
+        self._dropped: tuple[str, ...] = ()
 
     def log(self, metrics, update):
         self._call("log", from_jsonable(jsonable(metrics)), update)
@@ -130,16 +136,22 @@ class _Guarded(Tracker):
         self._call("close", status)
 
     def _call(self, method: str, *arguments: Any) -> None:
+        if method in self._dropped:
+            return
         try:
             getattr(self._inner, method)(*arguments)
         except Exception as error:
-            _warn(self._kind, error)
-            self._inner = Tracker()
+            if method in _EXTRAS:
+                self._dropped = _EXTRAS
+                _warn(f"{self._kind} takes no more samples and artifacts", error)
+            else:
+                self._inner = Tracker()
+                _warn(f"{self._kind} failed", error)
 
 
-def _warn(kind: str, error: Exception) -> None:
-    name = type(error).__name__
-    log.warning("tracker %s failed (%s: %s); the run goes on, metrics.jsonl has it all", kind, name, error)
+def _warn(what: str, error: Exception) -> None:
+    reason = (str(error).splitlines() or [""])[0]
+    log.warning("tracker %s (%s: %s); the run goes on, its folder has it all", what, type(error).__name__, reason)
 
 
 class _TensorBoard(Tracker):

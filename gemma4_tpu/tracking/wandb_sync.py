@@ -46,7 +46,8 @@ def show(run: str) -> int:
             f"wandb={run}: W&B has no record of it; runs keep one with tracker=wandb (metrics.jsonl has all there is)"
         )
     if online:
-        print(f"{_count(len(online), 'record')} went to W&B while the run trained.")
+        print(f"{_count(len(online), 'record')} went to W&B while the run trained; where its network failed:")
+        print(f"wandb sync --include-online {' '.join(shlex.quote(_short(place)) for place in sorted(online))}\n")
     if len(records) > len(waiting):
         print(f"{_count(len(records) - len(waiting), 'offline record')} uploaded before.")
     if not waiting:

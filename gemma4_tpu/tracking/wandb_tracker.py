@@ -10,7 +10,7 @@ import ssl
 import threading
 import urllib.error
 import urllib.request
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -28,7 +28,8 @@ log = logging.getLogger(__name__)
 
 INIT_TIMEOUT_SECONDS = 4.0
 FINISH_TIMEOUT_SECONDS = 20.0
-_ANSWER_TIMEOUT_SECONDS = 3.0
+ANSWER_TIMEOUT_SECONDS = 10.0
+_REACH_TIMEOUT_SECONDS = 3.0
 
 Mode = Literal["online", "offline", "disabled"]
 
@@ -92,7 +93,7 @@ class WandbTracker(Tracker):
 
     def table(self, name: str, columns: Sequence[str], rows: Sequence[Sequence[Any]], update: int) -> None:
         table = wandb.Table(columns=list(columns), data=[list(row) for row in rows])
-        self._run.log({name: table}, step=update)
+        _in_time(lambda: self._run.log({name: table}, step=update))
 
     def artifact(self, kind: str, place: str, aliases: Sequence[str], metadata: dict[str, Any]) -> None:
         artifact = wandb.Artifact(f"{kind}-{self._run.id}", type=kind, metadata=metadata)
@@ -100,13 +101,36 @@ class WandbTracker(Tracker):
             artifact.manifest.add_entry(ArtifactManifestEntry(path=Path(place).name, ref=place, digest=place))
         else:
             artifact.add_reference(Path(place).absolute().as_uri(), checksum=False)
-        self._run.log_artifact(artifact, aliases=["latest", *aliases])
+        _in_time(lambda: self._run.log_artifact(artifact, aliases=["latest", *aliases]))
 
     def summary(self, values: dict[str, Any]) -> None:
         self._run.summary.update(values)
 
     def close(self, status: str = "finished") -> None:
         self._run.finish(exit_code=0 if status in ("finished", "preempted") else 1)
+
+
+def _in_time(call: Callable[[], object]) -> None:
+    """Calls what asks W&B's server, which can take half a minute where the network has gone.
+
+    Raises:
+      TimeoutError: no answer within `ANSWER_TIMEOUT_SECONDS`; others: those of the call.
+    """
+    failures: list[Exception] = []
+
+    def run() -> None:
+        try:
+            call()
+        except Exception as error:
+            failures.append(error)
+
+    thread = threading.Thread(target=run, daemon=True)
+    thread.start()
+    thread.join(ANSWER_TIMEOUT_SECONDS)
+    if failures:
+        raise failures[0]
+    if thread.is_alive():
+        raise TimeoutError(f"no answer within {ANSWER_TIMEOUT_SECONDS:g} s")
 
 
 def _choose_mode(config: TrackerConfig) -> tuple[Mode, str]:
@@ -138,7 +162,7 @@ def _answers(url: str) -> bool:
     def ask() -> None:
         try:
             request = urllib.request.Request(url, method="HEAD")
-            urllib.request.urlopen(request, timeout=_ANSWER_TIMEOUT_SECONDS).close()
+            urllib.request.urlopen(request, timeout=_REACH_TIMEOUT_SECONDS).close()
             answered.set()
         except urllib.error.HTTPError:  # an answer all the same
             answered.set()
@@ -148,7 +172,7 @@ def _answers(url: str) -> bool:
 
     asking = threading.Thread(target=ask, daemon=True)  # a timeout of the request would not cover a slow name server
     asking.start()
-    asking.join(_ANSWER_TIMEOUT_SECONDS)
+    asking.join(_REACH_TIMEOUT_SECONDS)
     return answered.is_set()
 
 

@@ -55,6 +55,55 @@ def history(records: list[dict]) -> dict[int, dict]:
 
 
 @pytest.fixture
+def vanishing_server():
+    """As much of a W&B server as a run needs to start, until GET /vanish: then it answers nothing more.
+
+    Yields its address and the variables of the requests that it saw, by the name of the operation.
+    """
+    seen: dict[str, list[dict]] = {}
+    gone = threading.Event()
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def answer(self):
+            body = self.rfile.read(int(self.headers.get("content-length", 0)))
+            if self.path == "/vanish":
+                gone.set()
+            elif gone.is_set():
+                done.wait()
+            asked = json.loads(body) if body.startswith(b"{") else {}
+            variables = asked.get("variables") or {}
+            seen.setdefault(asked.get("query", self.path).partition("(")[0].split()[-1], []).append(variables)
+            project = {"id": "p", "name": "p", "entity": {"id": "e", "name": "e"}}
+            made = {
+                "id": "r",
+                "name": variables.get("name"),
+                "displayName": "",
+                "historyLineCount": 0,
+                "project": project,
+            }
+            data = {"upsertBucket": {"bucket": made, "inserted": True}, "viewer": {"entity": "e"}, "model": {}}
+            content = json.dumps({"data": data}).encode()
+            self.send_response(200)
+            self.send_header("content-length", str(len(content)))
+            self.end_headers()
+            self.wfile.write(content)
+
+        do_HEAD = do_GET = do_POST = do_PUT = answer
+
+        def log_message(self, *arguments):
+            pass
+
+    done = threading.Event()
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    server.daemon_threads = True
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{server.server_port}", seen
+    done.set()
+    server.shutdown()
+    server.server_close()
+
+
+@pytest.fixture
 def black_hole():
     """Takes connections and never says a word."""
     with socket.create_server(("127.0.0.1", 0)) as listening:
@@ -265,6 +314,36 @@ def test_wandb_with_a_key_but_no_network_goes_on_offline_within_ten_seconds(
         assert history(records) == {1: {"loss": 1.0}}
         content = b"".join(path.read_bytes() for path in (tmp_path / name).rglob("*") if path.is_file())
         assert KEY.encode() not in content
+
+
+@pytest.mark.slow
+def test_wandb_online_knows_the_run_and_a_network_that_goes_costs_seconds(python, tmp_path, vanishing_server):
+    url, seen = vanishing_server
+    limits = """from gemma4_tpu.tracking import wandb_tracker
+    wandb_tracker.ANSWER_TIMEOUT_SECONDS = wandb_tracker.FINISH_TIMEOUT_SECONDS = 1.5
+    start = time.monotonic()"""
+    body = """
+    import urllib.request
+    tracker.log({"loss": 1.0}, 1)
+    urllib.request.urlopen(os.environ["WANDB_BASE_URL"] + "/vanish")
+    start = time.monotonic()
+    for update in range(2, 5):
+        tracker.log({"loss": 1.0}, update)
+        tracker.table("samples", ["prompt"], [["p"]], update)
+        tracker.artifact("checkpoint", "gs://bucket/1", [], {})
+    tracker.close()
+    print(time.monotonic() - start)
+    """
+    code = WANDB.replace("start = time.monotonic()", limits) + body
+    done = python(code, str(tmp_path), WANDB_API_KEY=KEY, WANDB_BASE_URL=url)
+    assert done.returncode == 0, done.stderr
+    assert 1 < float(done.stdout) < 8  # once for the first table, once at the end
+    assert f"W&B: {url}/e/p/runs/" in done.stderr
+    assert done.stderr.count("takes no more samples and artifacts (TimeoutError: no answer within 1.5 s)") == 1
+    asked = seen["UpsertBucket"][0]
+    assert (asked["groupName"], asked["displayName"], asked["tags"]) == ("g", "my run", ["x"])
+    assert asked["name"] == json.loads((tmp_path / "tracker.json").read_text())["wandb_id"]
+    assert json.loads(asked["config"])["lora"]["value"] == {"rank": 16}
 
 
 @pytest.mark.slow
