@@ -74,7 +74,9 @@ class Server:
         self._engine = Engine(serving.engine)
         host = "127.0.0.1" if serving.host in ("0.0.0.0", "") else serving.host
         self._url = f"http://{host}:{serving.port}"
-        self._headers = {"Authorization": f"Bearer {key}"} if (key := os.environ.get(KEY)) else {}
+        headers = {"Authorization": f"Bearer {key}"} if (key := os.environ.get(KEY)) else {}
+        # Plain HTTP to this machine: no proxies, no certificates to read.
+        self._client = httpx.Client(base_url=self._url, headers=headers, trust_env=False, verify=False)
         self._stop_seconds = STOP_SECONDS
         self.outcome = Outcome(
             status="failed", endpoint=f"{self._url}/v1", model=model_name(serving, checked), folder=str(checked.model),
@@ -87,7 +89,7 @@ class Server:
         Raises:
           UserError: it did not start, is not the trained model, or ended by itself.
         """
-        with Signals() as signals:
+        with Signals() as signals, self._client:
             try:
                 self._serve(signals)
             except Stopped as stopped:
@@ -138,19 +140,19 @@ class Server:
         started = line_at = time.monotonic()
         with self._progress() as status:
             while True:
-                stage = stages.stage
                 for line in follower.lines(POLL_SECONDS):
-                    stages.see(line)
+                    if stages.see(line) and status is None:
+                        line_at = time.monotonic()
+                        log.info("%s", stages.told)
                     if trouble is None and (found := trouble_in(line)):
                         trouble = time.monotonic(), found
                         log.warning("%s", found.line)
                 waited = time.monotonic() - started
-                told = f"{stages.stage}, {format_seconds(waited)}"
                 if status is not None:
-                    status.update(told)
-                elif stages.stage != stage or time.monotonic() - line_at > LINE_SECONDS:
+                    status.update(f"{stages.told}, {format_seconds(waited)}")
+                elif time.monotonic() - line_at > LINE_SECONDS:
                     line_at = time.monotonic()
-                    log.info("%s", told)
+                    log.info("%s, %s", stages.told, format_seconds(waited))
                 if follower.ended:
                     raise self._ended(container, follower, trouble[1] if trouble else None, "did not start")
                 if self._answers():
@@ -159,7 +161,7 @@ class Server:
                     raise self._failure("will not start", follower, trouble[1])
                 if waited > serving.ready_timeout_seconds:
                     raise self._failure(
-                        f"does not answer after {format_seconds(waited)} ({stages.stage}); give more time with"
+                        f"does not answer after {format_seconds(waited)} ({stages.told}); give more time with"
                         " serving.ready_timeout_seconds, and keep serving.compile_cache", follower, None,
                     )  # fmt: skip
 
@@ -169,9 +171,9 @@ class Server:
     def _answers(self) -> bool:
         """Whether this very server is up: healthy, and listing its model."""
         try:
-            if httpx.get(f"{self._url}/health", timeout=5.0).status_code != 200:
+            if self._client.get("/health").status_code != 200:
                 return False
-            models = httpx.get(f"{self._url}/v1/models", headers=self._headers, timeout=5.0).json()
+            models = self._client.get("/v1/models").json()
             return self.outcome.model in [model["id"] for model in models["data"]]
         except (httpx.HTTPError, ValueError, KeyError, TypeError):
             return False
@@ -181,7 +183,7 @@ class Server:
         if not self._serving.probe:
             log.warning("serving.probe=false: nobody has asked whether this is the trained model")
             return
-        found = probe(self._url, self.outcome.model, self._checked.model, self._headers)
+        found = probe(self._client, self.outcome.model, self._checked.model)
         if found is None:
             log.warning(
                 "%s holds no %s with prompts on which merged and base model differ, so the server was not asked which"
@@ -194,9 +196,9 @@ class Server:
 
     def _announce(self) -> None:
         assert self.outcome.ready_seconds is not None
-        print(f"ready after {format_seconds(self.outcome.ready_seconds)}: {self.outcome.endpoint}")
-        print(f"model: {self.outcome.model}")
-        print("Ctrl-C stops the server and removes its container", flush=True)
+        ready = f"ready after {format_seconds(self.outcome.ready_seconds)}"
+        log.info("%s; Ctrl-C stops the server and removes its container", ready)
+        print(f"endpoint: {self.outcome.endpoint}\nmodel: {self.outcome.model}", flush=True)
 
     def _wait_until_end(self, container: str, follower: ServerLog) -> None:
         seen: set[str] = set()

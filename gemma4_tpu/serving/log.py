@@ -84,19 +84,24 @@ class Stages:
 
     def __init__(self) -> None:
         self.stage = "starting"
-        self.programs = 0
-        """Programs that were compiled or read from the cache so far."""
+        """`starting`, `loading weights`, `compiling`, `answering soon`."""
+        self.told = "starting"
+        """The stage, and how far it has come."""
+        self._programs = 0
 
-    def see(self, line: str) -> None:
-        """Takes one line of the log."""
-        if found := re.search(r"Loading safetensors checkpoint shards:\s+(\d+)%.*?\| (\d+)/(\d+)", line):
-            self.stage = f"loading weights, {found[2]} of {found[3]} files"
-        elif found := re.search(r"Loading weights took ([\d.]+)", line):
-            self.stage = f"weights loaded in {float(found[1]):.0f} s"
+    def see(self, line: str) -> bool:
+        """Takes one line of the log; returns whether another stage has begun."""
+        before = self.stage
+        if found := re.search(r"Loading safetensors checkpoint shards:\s+\d+%.*?\| (\d+)/(\d+)", line):
+            self._is("loading weights", f", {found[1]} of {found[2]} files")
         elif re.search(r"Compilation of .* finished in", line):
-            self.programs += 1
-            self.stage = f"compiling, {self.programs} programs done"
-        elif re.search(r"Precompile |Compiling |Capturing CUDA graphs", line) and not self.programs:
-            self.stage = "compiling"
+            self._programs += 1
+            self._is("compiling", f", {self._programs} programs done")
+        elif re.search(r"Precompile |Capturing CUDA graphs", line) and not self._programs:
+            self._is("compiling")
         elif "Application startup complete" in line:
-            self.stage = "answering soon"
+            self._is("answering soon")
+        return self.stage != before
+
+    def _is(self, stage: str, how_far: str = "") -> None:
+        self.stage, self.told = stage, stage + how_far

@@ -35,8 +35,8 @@ class ProbeResult:
         return asdict(self)
 
 
-def probe(url: str, name: str, folder: Path, headers: dict[str, str]) -> ProbeResult | None:
-    """Asks the server that listens at `url`; None where nothing is stored to ask.
+def probe(client: httpx.Client, name: str, folder: Path) -> ProbeResult | None:
+    """Asks the server behind `client`; None where nothing is stored in `folder` to ask.
 
     Raises:
       UserError: it answers like the base model, or not at all.
@@ -48,20 +48,19 @@ def probe(url: str, name: str, folder: Path, headers: dict[str, str]) -> ProbeRe
     if not stored:
         return None
     answers = []
-    with httpx.Client(headers=headers, timeout=ANSWER_SECONDS) as client:
-        for one in stored:
-            body = {
-                "model": name, "prompt": one["tokens"], "max_tokens": 1, "temperature": 0, "logprobs": 1,
-                "return_tokens_as_token_ids": True,
-            }  # fmt: skip
-            answers.append(_token(client, f"{url}/v1/completions", body))
+    for one in stored:
+        body = {
+            "model": name, "prompt": one["tokens"], "max_tokens": 1, "temperature": 0, "logprobs": 1,
+            "return_tokens_as_token_ids": True,
+        }  # fmt: skip
+        answers.append(_token(client, body))
     return _judge(stored, answers)
 
 
-def _token(client: httpx.Client, url: str, body: dict[str, Any]) -> int:
+def _token(client: httpx.Client, body: dict[str, Any]) -> int:
     """The id of the one token that the server answers with."""
     try:
-        response = client.post(url, json=body)
+        response = client.post("/v1/completions", json=body, timeout=ANSWER_SECONDS)
         response.raise_for_status()
         (text,) = response.json()["choices"][0]["logprobs"]["tokens"]
         return int(text.removeprefix("token_id:"))

@@ -1,0 +1,222 @@
+"""A container engine that is played: takes the commands and flags that Docker takes, records every call, and acts out a
+server. Run as `docker`; its folder is FAKE_DOCKER.
+
+`scenario.json`: `image`: false (it has to be pulled), `pull_error`; `run_error`; `lines`: [[seconds, line], …] that the
+container prints before it listens; `exit`: the code it ends with instead of listening; `hang`: neither; `deaf`: it
+ignores SIGTERM; `answer`: the next token that each prompt is answered with, by its first token; `dies`: exit code some
+time after it has answered. Like vLLM it ends on flags that it does not know and on a model that is not mounted.
+"""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+FOLDER = Path(os.environ["FAKE_DOCKER"])
+RUN_FLAGS = {  # name → takes a value
+    "--detach": False, "--name": True, "--label": True, "--network": True, "--shm-size": True, "--privileged": False,
+    "--gpus": True, "--mount": True, "--env": True, "--entrypoint": True,
+}  # fmt: skip
+
+
+def fail(message: str, code: int = 1) -> None:
+    print(message, file=sys.stderr)
+    sys.exit(code)
+
+
+def scenario() -> dict:
+    path = FOLDER / "scenario.json"
+    return json.loads(path.read_text()) if path.exists() else {}
+
+
+def place(name: str) -> Path:
+    """The folder of a container, by id or name."""
+    for folder in (FOLDER / "containers").glob("*"):
+        if folder.name.startswith(name) or (folder / "name").read_text() == name:
+            return folder
+    fail(f"Error response from daemon: No such container: {name}")
+    raise AssertionError
+
+
+def main() -> None:
+    words = sys.argv[1:]
+    if words[0] == "_container":
+        return container(place(words[1]))
+    with (FOLDER / "calls.jsonl").open("a") as calls:
+        calls.write(json.dumps(words) + "\n")
+    if scenario().get("daemon") is False:
+        fail("Cannot connect to the Docker daemon at unix:///var/run/docker.sock. Is the docker daemon running?")
+    match words:
+        case ["version"]:
+            print("Server: played")
+        case ["image", "inspect", image]:
+            if scenario().get("image") is False:
+                fail(f"Error: No such image: {image}")
+        case ["pull", image]:
+            if error := scenario().get("pull_error"):
+                fail(error)
+            print(f"Pulled {image}")
+        case ["run", *rest]:
+            run(rest)
+        case ["logs", "--follow", name]:
+            follow(place(name))
+        case ["inspect", "--format", "{{json .State}}", name]:
+            print(json.dumps(state(place(name))))
+        case ["stop", "-t", seconds, name]:
+            end(place(name), float(seconds))
+        case ["rm", "--force", "--volumes", name]:
+            folder = place(name)
+            end(folder, 0)
+            subprocess.run(["rm", "-r", str(folder)], check=True)
+        case _:
+            fail(f"unknown command: {words}")
+
+
+def run(words: list[str]) -> None:
+    options: dict[str, list[str]] = {}
+    while words and words[0].startswith("-"):
+        flag = words.pop(0)
+        if flag not in RUN_FLAGS:
+            fail(f"unknown flag: {flag}", 125)
+        options.setdefault(flag, []).append(words.pop(0) if RUN_FLAGS[flag] else "")
+    image, *command = words
+    if any(name.read_text() == options["--name"][0] for name in (FOLDER / "containers").glob("*/name")):
+        fail(f'Error response from daemon: Conflict. The container name "/{options["--name"][0]}" is already in use by'
+             ' container "abc".', 125)  # fmt: skip
+    mounts = {}
+    for mount in options.get("--mount", []):
+        fields = dict(field.partition("=")[::2] for field in mount.split(","))
+        if not os.path.isdir(fields["source"]):
+            fail(f"bind source path does not exist: {fields['source']}", 125)
+        mounts[fields["target"]] = fields["source"]
+    own = os.urandom(32).hex()
+    folder = FOLDER / "containers" / own
+    folder.mkdir(parents=True)
+    (folder / "name").write_text(options["--name"][0])
+    environment = {}
+    for name, equals, value in (word.partition("=") for word in options.get("--env", [])):
+        environment[name] = value if equals else os.environ[name]
+    about = {"image": image, "command": command, "mounts": mounts, "environment": environment}
+    (folder / "about.json").write_text(json.dumps(about))
+    (FOLDER / "last.json").write_text(json.dumps(about))
+    (folder / "log").touch()
+    print(own)
+    sys.stdout.flush()
+    if error := scenario().get("run_error"):
+        fail(error, 125)
+    null = subprocess.DEVNULL
+    command = [sys.executable, "-S", "-E", __file__, "_container", own]
+    process = subprocess.Popen(command, start_new_session=True, stdin=null, stdout=null, stderr=null)
+    (folder / "pid").write_text(str(process.pid))
+
+
+def alive(folder: Path) -> bool:
+    if (folder / "code").exists() or not (folder / "pid").exists():
+        return False
+    pid = (folder / "pid").read_text()
+    try:
+        return Path("/proc", pid, "stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+def state(folder: Path) -> dict:
+    code = folder / "code"
+    return {"Running": alive(folder), "ExitCode": int(code.read_text()) if code.exists() else 137, "OOMKilled": False}
+
+
+def end(folder: Path, seconds: float) -> None:
+    """SIGTERM, and SIGKILL after so many seconds."""
+    until = time.monotonic() + seconds
+    if seconds and alive(folder):
+        os.kill(int((folder / "pid").read_text()), signal.SIGTERM)
+    while alive(folder):
+        if time.monotonic() >= until:
+            os.kill(int((folder / "pid").read_text()), signal.SIGKILL)
+            (folder / "code").write_text("137")
+        time.sleep(0.01)
+
+
+def follow(folder: Path) -> None:
+    with (folder / "log").open("rb") as log:
+        while True:
+            going = alive(folder)
+            if data := log.read():
+                sys.stdout.buffer.write(data)
+                sys.stdout.flush()
+            elif not going:
+                return
+            time.sleep(0.02)
+
+
+def container(folder: Path) -> None:
+    play, about = scenario(), json.loads((folder / "about.json").read_text())
+
+    def say(line: str) -> None:
+        with (folder / "log").open("a") as log:
+            log.write(line + "\n")
+
+    def leave(code: int) -> None:
+        (folder / "code").write_text(str(code))
+        os._exit(code)
+
+    deaf = play.get("deaf", False)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN if deaf else lambda *_: (say("Shutting down"), leave(0)))
+    serve, model, *words = about["command"]
+    flags = dict(zip(words, [*words[1:], ""], strict=True))
+    known = set(Path(os.environ["FAKE_FLAGS"]).read_text().split())
+    if unknown := [word for word in words if word.startswith("--") and word[2:] not in known]:
+        say(f"vllm: error: unrecognized arguments: {' '.join(unknown)}")
+        leave(2)
+    if serve != "serve" or not os.path.isfile(about["mounts"].get(model, "/nowhere") + "/config.json"):
+        say(f"huggingface_hub.errors.HFValidationError: Repo id must be in the form 'repo_name': '{model}'")
+        leave(1)
+    for seconds, line in play.get("lines", []):
+        time.sleep(seconds)
+        say(line)
+    if (code := play.get("exit")) is not None:
+        leave(code)
+    if play.get("hang"):
+        time.sleep(600)
+    name, answers = flags["--served-model-name"], play.get("answer", {})
+
+    class Handler(BaseHTTPRequestHandler):
+        def log_message(self, *_):
+            pass
+
+        def do_GET(self):
+            body = {"data": [{"id": name}]} if self.path == "/v1/models" else {}
+            self.reply(200, body)
+
+        def do_POST(self):
+            asked = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+            if "seed" in asked:
+                return self.reply(400, {"error": "per-request seed is not supported on TPU"})
+            token = answers.get(str(asked["prompt"][0]), 0)
+            self.reply(200, {"choices": [{"text": "x", "logprobs": {"tokens": [f"token_id:{token}"]}}]})
+
+        def reply(self, status, body):
+            data = json.dumps(body).encode()
+            self.send_response(status)
+            self.send_header("Content-Length", str(len(data)))
+            self.end_headers()
+            self.wfile.write(data)
+
+    try:
+        server = ThreadingHTTPServer((flags["--host"], int(flags["--port"])), Handler)
+    except OSError as error:
+        say(f"OSError: [Errno 98] Address already in use ({error})")
+        leave(1)
+    say("INFO:     Application startup complete.")
+    if (code := play.get("dies")) is not None:
+        threading.Timer(play.get("dies_after", 1.0), lambda: (say("RuntimeError: engine died"), leave(code))).start()
+    server.serve_forever()
+
+
+if __name__ == "__main__":
+    main()

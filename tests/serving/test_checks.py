@@ -1,0 +1,196 @@
+"""Command lines in, container commands or refusals out: `python -m gemma4_tpu.serve … dry_run=true`."""
+
+import json
+import shlex
+import subprocess
+import sys
+
+import pytest
+
+from gemma4_tpu.architectures import ARCHITECTURES
+from gemma4_tpu.config.entries import SERVE
+from gemma4_tpu.config.load import groups_of, load
+from gemma4_tpu.config.serve_checks import known_flags
+from gemma4_tpu.errors import UserError
+from gemma4_tpu.hardware import GIB
+from gemma4_tpu.models.kv_cache import kv_cache_bytes, parameter_count
+from gemma4_tpu.serve import main
+from gemma4_tpu.serving.memory import estimate
+
+
+@pytest.fixture
+def dry_run(capsys, port, monkeypatch, tmp_path):
+    """The words that a dry run prints, comments left out."""
+    monkeypatch.setenv("PATH", str(tmp_path))  # there is no container engine
+    monkeypatch.delenv("HF_TOKEN", raising=False)
+
+    def run(model, *words):
+        capsys.readouterr()
+        assert main([f"run={model}", f"serving.port={port}", "dry_run=true", *words]) == 0
+        return shlex.split(capsys.readouterr().out.replace("\\\n", " "), comments=True)
+
+    return run
+
+
+@pytest.fixture
+def refused(port):
+    def run(model, *words):
+        with pytest.raises(UserError) as caught:
+            load([f"run={model}", f"serving.port={port}", *words], SERVE)
+        return str(caught.value)
+
+    return run
+
+
+def after(words, flag):
+    return words[words.index(flag) + 1]
+
+
+@pytest.mark.parametrize("option", groups_of(SERVE)["serving"])
+def test_every_recipe_passes_the_checks_and_holds_flags_that_vllm_has(option, merged, dry_run):
+    words = dry_run(merged("gemma4_26b_a4b" if "moe" in option else "gemma4_31b"), f"serving={option}")
+    serve = words[words.index("serve") :]
+    assert {word[2:] for word in serve if word.startswith("--")} <= known_flags()
+    assert len(known_flags()) == 408
+
+
+def test_the_papers_command(merged, dry_run, port):
+    model = merged()
+    words = dry_run(model, "serving=v6e8")
+    assert words[:2] == ["docker", "run"]
+    assert "--privileged" in words and after(words, "--network") == "host" and after(words, "--entrypoint") == "vllm"
+    assert f"type=bind,source={model},target=/model,readonly" in words
+    assert words[words.index("vllm/vllm-tpu:v0.32.0") :] == [
+        "vllm/vllm-tpu:v0.32.0", "serve", "/model", "--host", "127.0.0.1", "--port", str(port),
+        "--served-model-name", "model", "--tensor-parallel-size", "8", "--max-model-len", "16384",
+        "--gpu-memory-utilization", "0.9", "--disable-chunked-mm-input",
+    ]  # fmt: skip
+
+
+def test_flags_become_words(merged, dry_run, monkeypatch):
+    monkeypatch.setenv("HF_TOKEN", "hf_secret_of_this_test")
+    words = dry_run(
+        merged(), "serving=v6e8_tuned",
+        "serving.flags={enable_prefix_caching: false, seed: 3, async-scheduling: null, limit-mm-per-prompt: {image: 2}}",
+        "serving.extra_args=[--brand-new-flag,7]", "serving.env={NUM_PRECOMPILE_WORKERS: 8}",
+    )  # fmt: skip
+    assert "--no-enable-prefix-caching" in words and "--async-scheduling" not in words
+    assert (after(words, "--seed"), after(words, "--limit-mm-per-prompt")) == ("3", '{"image":2}')
+    assert words[-2:] == ["--brand-new-flag", "7"]
+    assert "NUM_PRECOMPILE_WORKERS=8" in words and "HF_TOKEN" in words
+    assert not any("hf_secret" in word for word in words)
+    rules = json.loads(after(words, "--additional-config"))["quantization"]["qwix"]["rules"]
+    assert rules[0]["weight_qtype"] == "float8_e4m3fn"
+
+
+def test_gpus_reach_the_container_their_own_way(merged, dry_run):
+    words = dry_run(merged(), "serving=h100x2", "serving.weight_dtype=fp8")
+    assert after(words, "--gpus") == "all" and "--privileged" not in words
+    assert after(words, "--quantization") == "fp8"
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (["serving.flags={max-num-seq: 3}"], "did you mean max-num-seqs"),
+        (["serving.flags={disable-log-requests: true}"], "no-enable-log-requests"),
+        (["serving.flags={port: 3}"], "serving.flags.port: give serving.port instead"),
+        (["serving.flags={enable_lora: true}"], "LoRA adapters are not served"),
+        (["serving.extra_args=['--lora-modules=a=b']"], "LoRA adapters are not served"),
+        (["serving.flags={tool-call-parser: hermes}"], "Gemma 4's is gemma4"),
+        (["serving.flags={hf-token: x}"], "put it into HF_TOKEN"),
+        (["serving.flags={seed: false}"], "has no --no-seed"),
+        (["serving.env={HF_TOKEN: x}"], "no secrets in the configuration"),
+        (["serving.image=vllm/vllm-tpu:nightly"], "the tag nightly can mean another image tomorrow"),
+        (["serving.image=vllm/vllm-tpu"], "no tag can mean another image"),
+        (["serving.tensor_parallel_size=3"], "does not divide the model's 32 query heads; it may be 1, 2, 4, 8"),
+        (["serving.data_parallel_size=2"], "× serving.data_parallel_size=2: v6e-8 has 8 chips"),
+        (["serving.slice=v6e-16"], "has 4 hosts"),
+        (["serving.slice=v6e8"], "did you mean serving.slice=v6e-8"),
+        (["serving.max_model_len=300000"], "the model's longest sequence is 131072 tokens"),
+        (["serving.compile_cache=gs://bucket/cache"], "local disk"),
+        (["serving.kv_cache_dtype=int4"], "not a choice"),
+    ],
+)  # fmt: skip
+def test_refusals_name_key_and_remedy(merged, refused, words, told):
+    assert told in refused(merged(), *words)
+
+
+def test_an_image_of_another_version_brings_its_own_flags(merged, dry_run):
+    words = dry_run(merged(), "serving.image=vllm/vllm-tpu@sha256:" + "0" * 64, "serving.flags={brand-new: 1}")
+    assert after(words, "--brand-new") == "1"
+
+
+def test_folders_that_are_not_a_merged_model(merged, refused, tmp_path):
+    adapter = merged(folder="adapter")
+    (adapter / "adapter_config.json").write_text("{}")
+    assert "LoRA adapters are not served" in refused(adapter)
+    training = tmp_path / "training"
+    (training / "checkpoints").mkdir(parents=True)
+    (training / "config.yaml").write_text("{}")
+    assert f"python -m gemma4_tpu.merge run={training}" in refused(training)
+    assert "hf download google/gemma-4-31B-it" in refused("google/gemma-4-31B-it")
+    assert "copy it to a local disk first" in refused("gs://bucket/model")
+    linked = merged(folder="linked")
+    (linked / "model.safetensors").unlink()
+    (linked / "model.safetensors").symlink_to(adapter / "model.safetensors")
+    assert "cp -rL" in refused(linked)
+    cut = merged(folder="cut")
+    index = {"weight_map": {"a": "model-00001-of-00002.safetensors", "b": "model.safetensors"}}
+    (cut / "model.safetensors.index.json").write_text(json.dumps(index))
+    assert "names model-00001-of-00002.safetensors, which is not there (1 missing)" in refused(cut)
+
+
+def test_a_run_folder_stands_for_its_merged_model(merged, dry_run, tmp_path):
+    model = merged(folder="my_run/merged")
+    (tmp_path / "my_run/checkpoints").mkdir()
+    (tmp_path / "my_run/config.yaml").write_text("{}")
+    words = dry_run(tmp_path / "my_run")
+    assert f"type=bind,source={model},target=/model,readonly" in words
+    assert after(words, "--served-model-name") == "my_run"
+
+
+def test_what_does_not_fit_is_refused_with_the_arithmetic_and_what_would(merged, capsys, port):
+    words = [f"run={merged()}", f"serving.port={port}", "dry_run=true", "serving.tensor_parallel_size=2"]
+    assert main([*words, "serving.max_model_len=100000"]) == 2
+    told = capsys.readouterr().err
+    # 30.70 G parameters × 2 bytes / 2 chips; every layer keeps all tokens on a TPU: (50·16·256 + 10·4·512)·2·2·1e5/2.
+    assert "weights 28.59 GiB = 30.70 G parameters × 2 bytes / 2 chips" in told
+    assert f"KV cache of one sequence {(50 * 16 * 256 + 10 * 4 * 512) * 2 * 2 * 100_000 / 2 / GIB:.2f} GiB" in told
+    assert "what would fit: serving.tensor_parallel_size=8 serving.data_parallel_size=1" in told
+
+
+def test_the_memory_estimate(merged, port):
+    def of(*words):
+        root = load([f"run={model}", f"serving.port={port}", *words], SERVE).root
+        return estimate(ARCHITECTURES["gemma4_31b"], root.serving)
+
+    model = merged()
+    tpu, gpu = of("serving=v6e8"), of("serving=h100x2")
+    # Four global KV heads are repeated to eight; on GPUs sliding layers keep their window of 1024 only.
+    assert tpu.kv_bytes == (50 * 16 * 256 + 10 * 8 * 512) * 2 * 2 * 16384 / 8
+    assert gpu.kv_bytes == (50 * 16 * 256 * 1024 + 10 * 4 * 512 * 16384) * 2 * 2 / 2
+    assert of("serving=v6e8_tuned").weight_bytes == parameter_count(ARCHITECTURES["gemma4_31b"]) / 4
+    longest = tpu.longest_tokens
+    fits = of("serving=v6e8", f"serving.max_model_len={min(longest, 131072)}")
+    assert fits.sequences >= 1 and longest > 131072
+    assert of("serving=v6e8", "serving.data_parallel_size=1").sequences == tpu.sequences == 11
+
+
+def test_kv_cache_bytes_count_what_layers_keep():
+    e2b = ARCHITECTURES["gemma4_e2b"]  # the last 20 of 35 layers share; of the first 15, three are global
+    assert kv_cache_bytes(e2b, 512) == 2 * 2 * 512 * (12 * 256 + 3 * 512)
+    assert kv_cache_bytes(e2b, 2048) == 2 * 2 * (12 * 256 * 512 + 3 * 512 * 2048)
+    assert kv_cache_bytes(e2b, 2048, windowed=False) == 2 * 2 * 2048 * (12 * 256 + 3 * 512)
+
+
+def test_a_dry_run_needs_no_jax(merged, port):
+    code = """
+import sys
+from gemma4_tpu.serve import main
+main(sys.argv[1:])
+print(sorted({"jax", "numpy", "transformers"} & set(sys.modules)))
+"""
+    words = [f"run={merged()}", f"serving.port={port}", "dry_run=true"]
+    done = subprocess.run([sys.executable, "-c", code, *words], capture_output=True, text=True, timeout=60, check=True)
+    assert done.stdout.splitlines()[-1] == "[]"
