@@ -129,9 +129,9 @@ def _over_key(
         axes.set_xlabel(key)
         axes.set_ylabel(metric.key)
         axes.margins(x=0.08, y=0.12)
-        axes.legend(loc="best")
+        _legend_beside(axes)
 
-    return _save(draw, title, path)
+    return _save(draw, title, path, width=9.0)
 
 
 def _scale(axes: Any, values: list[float]) -> None:
@@ -174,10 +174,15 @@ def _heldout(curves: dict[str, tuple[list[int], list[float]]], best: Row | None,
             axes.plot(*curves[best.job.name], color=_BEST, linewidth=2.5, marker="o", markersize=5, label=label)
         axes.set_xlabel("update")
         axes.set_ylabel("held-out loss (nats per target token)")
-        if axes.get_legend_handles_labels()[0]:
-            axes.legend(loc="upper right")
+        _legend_beside(axes)
 
-    return _save(draw, title, path)
+    return _save(draw, title, path, width=9.0)
+
+
+def _legend_beside(axes: Any) -> None:
+    """To the right of the axes, where it hides no line."""
+    if axes.get_legend_handles_labels()[0]:
+        axes.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0))
 
 
 def _number(value: Any) -> float | None:

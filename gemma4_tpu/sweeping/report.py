@@ -99,8 +99,12 @@ def markdown(sweep: Sweep, rows: Sequence[Row], metric: Metric, best: Row | None
     told = [f"`{key}`: {_MEANING[key]}" for key in [*results, "starts"] if key in _MEANING]
     lines += ["", "; ".join(told) + ".", ""]
     lines += [f"![{path.stem}]({path.relative_to(sweep.folder)})" for path in drawn]
-    plans = dict.fromkeys(f"- `{row.job.name}`: {row.job.plan}" for row in rows if row.job.plan)
-    lines += ["", "Plan checks before the start:", "", *plans] if plans else []
+    plans = dict.fromkeys(row.job.plan for row in rows if row.job.plan)
+    if len(plans) == 1:
+        lines += ["", f"Plan check of every job: {next(iter(plans))}."]
+    elif plans:
+        lines += ["", "Plan checks before the start:", ""]
+        lines += [f"- `{row.job.name}`: {row.job.plan}" for row in rows if row.job.plan]
     return "\n".join(lines).rstrip() + "\n"
 
 

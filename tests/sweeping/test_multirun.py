@@ -110,12 +110,13 @@ def test_a_second_ctrl_c_kills_a_job_that_does_not_listen(sweep):
 
 def test_jobs_at_a_time_share_the_gpus(sweep, monkeypatch):
     monkeypatch.setattr(devices, "gpus_here", lambda: ["0", "1", "2", "3"])
-    sweep.behave(all={"seconds": 0.4})
+    sweep.behave(all={"seconds": 0.6})
     sweep("lora.rank=2,4,8", "hydra.launcher.parallel=2")
     starts = [line.split() for line in Path("starts.txt").read_text().splitlines()]
-    assert {names[2] for names in starts} == {"0,1", "2,3"}
-    first, second, third = (float(words[1]) for words in starts)
-    assert second - first < 1.2 <= third - first  # a job takes 1.2 s: two at a time, then the third
+    assert {words[2] for words in starts[:2]} == {"0,1", "2,3"}
+    began = [float(words[1]) for words in starts]
+    ended = sorted((sweep.folder / name / "result.json").stat().st_mtime for name in RANKS)
+    assert max(began[:2]) < ended[0] < began[2]  # two at a time, then the third
 
 
 def test_one_accelerator_is_not_fought_for(monkeypatch):
@@ -144,6 +145,7 @@ def test_jobs_that_do_not_fit_are_listed_before_anything_runs(sweep, monkeypatch
         write_json(answer, fit.Verdict(told[1], told[0]))
 
     monkeypatch.setattr(fit, "_compile", compile_)
+    monkeypatch.setattr(fit, "_obstacle", lambda config: None)  # libtpu need not be there
     words = ("hardware=v6e1", "lora.rank=8,128", "optimizer.learning_rate=1e-4,2e-4")
     done = sweep(*words)
     assert compiled == [8, 128]  # the learning rate changes no memory
