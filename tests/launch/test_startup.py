@@ -12,11 +12,10 @@ import time
 
 import pytest
 
-from gemma4_tpu.config.load import load, load_train
-from launch.config import TPU_VM
+from gemma4_tpu.config.load import load_train
 from launch.job import make_job
 from launch.render import render
-from tests.launch.conftest import ROOT, RUN
+from tests.launch.conftest import ROOT, RUN, composed
 
 PYTHON = f"""#!{sys.executable} -S
 # What the slice's interpreter is asked to run; exits with the next of `codes`, or waits for a SIGTERM.
@@ -67,7 +66,7 @@ class Host:
 
 
 def rendered(*words: str) -> tuple:
-    job = make_job(load([*RUN, *words], TPU_VM))
+    job = make_job(composed((*RUN, *words)))
     return job, render(job)
 
 
