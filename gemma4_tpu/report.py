@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from collections.abc import Sequence
 
 from gemma4_tpu.config.entries import REPORT
 from gemma4_tpu.config.load import load
+from gemma4_tpu.config.report_checks import LISTED
 from gemma4_tpu.config.schema import ReportRoot
 from gemma4_tpu.errors import INTERRUPTED, REFUSED, UserError
 
@@ -14,7 +16,7 @@ from gemma4_tpu.errors import INTERRUPTED, REFUSED, UserError
 def main(argv: Sequence[str] | None = None) -> int:
     """Exit code: 0 all is well, 1 the report says otherwise, 2 refused (one message on stderr), 130 interrupted."""
     try:
-        loaded = load(list(sys.argv[1:] if argv is None else argv), REPORT)
+        loaded = load(spelt_out(sys.argv[1:] if argv is None else argv), REPORT)
         return SUBJECTS[loaded.checked.subject](loaded.root)
     except UserError as refusal:
         print(f"error: {refusal}", file=sys.stderr)
@@ -22,6 +24,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("\ninterrupted", file=sys.stderr)
         return INTERRUPTED
+
+
+def spelt_out(words: Sequence[str]) -> list[str]:
+    """`cost a b out=c` as `cost=['a','b'] out=c`: folders may follow a subject that takes several of them."""
+    if not words or words[0] not in LISTED:
+        return list(words)
+    places = [word for word in words[1:] if "=" not in word and not word.startswith("-")]
+    listed = ",".join(place if re.fullmatch(r"[\w./-]+", place) else _quoted(place) for place in places)
+    return [f"{words[0]}=[{listed}]", *(word for word in words[1:] if word not in places)]
+
+
+def _quoted(text: str) -> str:
+    escaped = text.replace("\\", "\\\\").replace("'", "\\'")
+    return f"'{escaped}'"
 
 
 def _sweep(root: ReportRoot) -> int:
@@ -42,7 +58,19 @@ def _check(root: ReportRoot) -> int:
     return check_experiment(root.check)
 
 
-SUBJECTS = {"sweep": _sweep, "wandb": _wandb, "check": _check}
+def _cost(root: ReportRoot) -> int:
+    from gemma4_tpu.costing.show import show_costs
+
+    return show_costs(root)
+
+
+def _plausibility(root: ReportRoot) -> int:
+    from gemma4_tpu.costing.show import show_plausibility
+
+    return show_plausibility(root.plausibility, root.out)
+
+
+SUBJECTS = {"sweep": _sweep, "wandb": _wandb, "check": _check, "cost": _cost, "plausibility": _plausibility}
 """What each key of the configuration is answered by."""
 
 if __name__ == "__main__":

@@ -132,6 +132,8 @@ REPORT: EntryPoint[ReportRoot, ReportChecked] = EntryPoint(
         ("sweep=multirun/<name>/<sweep> metric=real_tokens_per_second", "the best by another key of result.json"),
         ("wandb=outputs/train/<run>", "how to sync a run that W&B recorded offline"),
         ("check=experiments/<name>", "run a committed experiment again and compare"),
+        ("cost outputs/train/<run> outputs/plan/<plan> serving_slices=[v6e-8]", "dollars of training, serving, both"),
+        ("plausibility=[<benchmark>] out=plausibility.md", "throughputs beside the slice's physical ceiling"),
     ),
 )
 

@@ -511,6 +511,22 @@ class ReportRoot:
     """Run folder tracked by W&B: how its records are synced."""
     check: str = ""
     """Folder of a committed experiment: it is run again and compared with its recorded result."""
+    cost: list[str] = field(default_factory=list)
+    """Runs, plans, evaluations, benchmarks and folders with a `figures.yaml`, or folders of such: what each costs, and
+    training with serving together. Also written `report cost <folder> <folder>`."""
+    plausibility: list[str] = field(default_factory=list)
+    """The same kinds of folders: each throughput and latency beside the slice's physical ceiling."""
+    serving_hours: list[float] = field(default_factory=lambda: [1.0, 8.0, 24.0])
+    """With `cost`: hours of serving for which totals are worked out."""
+    serving_slices: list[str] = field(default_factory=list)
+    """With `cost`: slices to serve on, besides those of the benchmarks; keys of `hardware.SLICES`."""
+    prices: dict[str, float] = field(default_factory=dict)
+    """With `cost`: USD per hour on demand by slice, such as `{v6e-8: 21.5, local: 0.1}`, before those of
+    `hardware.py`."""
+    spot_prices: dict[str, float] = field(default_factory=dict)
+    """With `cost`: USD per hour on spot capacity by slice."""
+    out: str | None = None
+    """With `cost` or `plausibility`: Markdown file to write; null: the report is printed."""
     metric: str | None = None
     """With `sweep`: the key of `result.json` that decides which run is best; null: the sweep's own, else
     `heldout_loss_last`."""

@@ -1,0 +1,172 @@
+"""`figures.yaml`: figures that were not made here (or not with this project), written down with who says so.
+
+```yaml
+label: quoted                     # or given, measured, estimated
+source: whose figures these are
+setups:                           # what `setup:` below refers to
+  TPU v6e-8: {slice: v6e-8, model: gemma4_31b, kv_dtype: fp8}
+trainings:
+  - {name: TPU, slice: v5p-8, hours: 3.34, real_tokens_per_second: 763}
+points:
+  - {name: TPU short, setup: TPU v6e-8, input_tokens: 512, output_tokens_per_second: 1403}
+evaluations:
+  - {name: TPU, slice: v6e-8, seconds: 600, samples: 780, passing: 500}
+printed:                          # numbers that the source works out itself; each is compared
+  - {where: table 9, what: training, printed: "56.11", of: training/TPU/usd}
+remarks: [what a reader of the throughputs should know]
+cost_remarks: [what a reader of the costs should know]
+```
+
+A setup's model is a size (`gemma4_31b`), or a number of parameters where no more is told. Keys are the fields of
+`figures.py` and `ceiling.Serving`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import fields
+from pathlib import Path
+from typing import Any, TypeVar
+
+import yaml
+
+from gemma4_tpu.architectures import ARCHITECTURES
+from gemma4_tpu.config.keys import did_you_mean
+from gemma4_tpu.config.schema import LoraConfig
+from gemma4_tpu.costing.ceiling import Model, Serving
+from gemma4_tpu.costing.figures import LABELS, Evaluation, Figures, Point, Printed, Training
+from gemma4_tpu.errors import UserError
+from gemma4_tpu.hardware import SLICES
+from gemma4_tpu.models.kv_cache import DTYPE_BYTES
+
+NAME = "figures.yaml"
+_LISTS = ("trainings", "points", "evaluations", "printed", "remarks", "cost_remarks")
+Kind = TypeVar("Kind")
+
+
+def read_figures(path: Path) -> Figures:
+    """Reads a `figures.yaml`.
+
+    Raises:
+      UserError: no YAML, or an entry that is not what it should be; names file, entry and key.
+    """
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: no YAML: {' '.join(str(error).split())}") from None
+    top = _mapping(content, f"{path}")
+    _known(top, ("label", "source", "setups", *_LISTS), f"{path}")
+    label, source = top.get("label"), top.get("source")
+    if label not in LABELS or not isinstance(source, str):
+        raise UserError(
+            f"{path}: label={label!r} source={source!r}: label is one of {', '.join(LABELS)}, source a text"
+        )
+    own = {"label": label, "source": source}
+    setups = {
+        name: _setup(_mapping(given, f"{path}: setups.{name}"), f"{path}: setups.{name}")
+        for name, given in _mapping(top.get("setups") or {}, f"{path}: setups").items()
+    }
+    found = Figures(
+        remarks=_texts(top.get("remarks"), f"{path}: remarks"),
+        cost_remarks=_texts(top.get("cost_remarks"), f"{path}: cost_remarks"),
+    )
+    for where, given in _entries(top, "trainings", path):
+        found.trainings.append(_make(Training, _training(given, where) | own, where))
+    for where, given in _entries(top, "points", path):
+        found.points.append(_make(Point, _point(given, setups, where) | own, where))
+    for where, given in _entries(top, "evaluations", path):
+        found.evaluations.append(_make(Evaluation, given | own, where))
+    for where, given in _entries(top, "printed", path):
+        pairs = {key: tuple(given[key]) for key in ("ratio", "saving") if key in given}
+        found.printed.append(_make(Printed, given | pairs, where))
+    return found
+
+
+def _setup(given: dict[str, Any], where: str) -> Serving:
+    _known(given, [field.name for field in fields(Serving)], where)
+    for key in ("weights_dtype", "kv_dtype"):
+        if given.get(key, "bfloat16") not in DTYPE_BYTES:
+            raise UserError(f"{where}: {key}={given[key]!r}: one of {', '.join(DTYPE_BYTES)}")
+    made = given | {"model": _model(given.get("model"), where), "slice": SLICES[_slice(given, where)]}
+    return _make(Serving, made, where)
+
+
+def _training(given: dict[str, Any], where: str) -> dict[str, Any]:
+    """Real tokens from rate and hours where they aren't told; `model` and `lora_rank` as objects."""
+    made = dict(given)
+    if "lora_rank" in made:
+        made["lora"] = LoraConfig(rank=made.pop("lora_rank"))
+    if "model" in made:
+        made["model"] = _model(made["model"], where)
+    if "real_tokens" not in made and {"real_tokens_per_second", "hours"} <= made.keys():
+        made["real_tokens"] = made["real_tokens_per_second"] * made["hours"] * 3600
+    return made
+
+
+def _point(given: dict[str, Any], setups: Mapping[str, Serving], where: str) -> dict[str, Any]:
+    made = dict(given)
+    name = made.pop("setup", None)
+    if name is None:
+        return made
+    if name not in setups:
+        raise UserError(f"{where}: setup={name!r}: no such setup{did_you_mean(str(name), list(setups), str)}")
+    return made | {"serving": setups[name], "slice": setups[name].slice.name}
+
+
+def _model(given: Any, where: str) -> Model:
+    if isinstance(given, int | float) and given > 0:
+        return Model(name=f"a model of {given / 1e9:g} B parameters", parameters=float(given))
+    if given in ARCHITECTURES:
+        return Model.of(ARCHITECTURES[given])
+    raise UserError(f"{where}: model={given!r}: one of {', '.join(ARCHITECTURES)}, or a number of parameters")
+
+
+def _slice(given: Mapping[str, Any], where: str) -> str:
+    name = given.get("slice")
+    if name not in SLICES:
+        raise UserError(f"{where}: slice={name!r}: one of {', '.join(SLICES)}")
+    return str(name)
+
+
+def _entries(top: Mapping[str, Any], name: str, path: Path) -> list[tuple[str, dict[str, Any]]]:
+    """(where, entry) of one list."""
+    listed = top.get(name) or []
+    if not isinstance(listed, list):
+        raise UserError(f"{path}: {name}: holds no list")
+    return [(f"{path}: {name}.{i}", _mapping(entry, f"{path}: {name}.{i}")) for i, entry in enumerate(listed)]
+
+
+def _mapping(value: Any, where: str) -> dict[str, Any]:
+    if not isinstance(value, dict):
+        raise UserError(f"{where}: holds no keys, but {value!r}")
+    return value
+
+
+def _texts(value: Any, where: str) -> list[str]:
+    if value is not None and not (isinstance(value, list) and all(isinstance(text, str) for text in value)):
+        raise UserError(f"{where}: a list of texts is needed (in quotes, where they hold a colon)")
+    return list(value or [])
+
+
+def _known(given: Mapping[str, Any], keys: Sequence[str], where: str) -> None:
+    for key in given:
+        if key not in keys:
+            raise UserError(
+                f"{where}: no key {key!r}{did_you_mean(str(key), list(keys), str)}; there are {', '.join(keys)}"
+            )
+
+
+def _make(kind: type[Kind], given: Mapping[str, Any], where: str) -> Kind:
+    """The entry as its dataclass; every wrong key or value is named."""
+    types = {field.name: str(field.type) for field in fields(kind)}  # type: ignore[arg-type]
+    _known(given, list(types), where)
+    for key, value in given.items():
+        if "float" in types[key] or types[key].startswith("int"):
+            if value is not None and (isinstance(value, bool) or not isinstance(value, int | float)):
+                raise UserError(f"{where}: {key}={value!r}: a number is needed")
+        elif types[key].startswith("str") and value is not None and not isinstance(value, str):
+            raise UserError(f"{where}: {key}={value!r}: a text is needed (in quotes)")
+    try:
+        return kind(**given)
+    except TypeError as error:
+        raise UserError(f"{where}: {str(error).partition(') ')[2] or error}") from None

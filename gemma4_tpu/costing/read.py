@@ -1,0 +1,154 @@
+"""Figures from folders: runs, plans, evaluations, benchmarks of servers, and written-down ones (`figures.yaml`)."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from gemma4_tpu.architectures import ARCHITECTURES
+from gemma4_tpu.config.schema import LoraConfig
+from gemma4_tpu.costing import bench, quoted
+from gemma4_tpu.costing.ceiling import Model
+from gemma4_tpu.costing.figures import ESTIMATED, MEASURED, Evaluation, Figures, Training
+from gemma4_tpu.errors import UserError
+from gemma4_tpu.hardware import LOCAL
+from gemma4_tpu.tracking.files import read_json
+
+log = logging.getLogger(__name__)
+
+PLAN, RESULT, CONFIG = "plan.json", "result.json", "config.yaml"
+
+
+def read(places: Sequence[str]) -> Figures:
+    """The figures of all places; a folder that is no record itself stands for the records in it.
+
+    Raises:
+      UserError: nothing to cost there, or a damaged record.
+    """
+    return Figures.together(_place(Path(place)) for place in places)
+
+
+def _place(place: Path) -> Figures:
+    found = _record(place)
+    if found is None and place.is_dir():
+        inside = [figures for path in sorted(place.iterdir()) if (figures := _record(path)) is not None]
+        found = Figures.together(inside) if inside else None
+    if found is None:
+        raise UserError(
+            f"{place}: no run ({RESULT}, {CONFIG}), plan ({PLAN}), evaluation, benchmark or {quoted.NAME} in it"
+        )
+    return found
+
+
+def _record(path: Path) -> Figures | None:
+    """The figures of one record; None: it is none."""
+    if path.is_file():
+        if path.suffix == ".yaml":
+            return quoted.read_figures(path) if path.name.endswith(quoted.NAME) else None
+        plan = _json(path) if path.suffix == ".json" else None
+        return _plan(plan, path) if isinstance(plan, dict) and "usd_per_million_real_tokens" in plan else None
+    if (path / quoted.NAME).is_file():
+        return quoted.read_figures(path / quoted.NAME)
+    if (path / PLAN).is_file():
+        return _plan(_json(path / PLAN), path)
+    if (points := bench.read_points(path)) is not None:
+        return Figures(points=points)
+    if not (path / RESULT).is_file():
+        return None
+    result = _json(path / RESULT)
+    if "scores" in result:
+        return Figures(evaluations=[_evaluation(result, path)])
+    if "real_tokens" in result:
+        return Figures(trainings=[_run(result, path)])
+    return None
+
+
+def _json(path: Path) -> Any:
+    try:
+        return read_json(path)
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: damaged ({error})") from None
+
+
+def _config(path: Path) -> dict[str, Any]:
+    """`config.yaml` of a run folder as plain values."""
+    try:
+        return yaml.safe_load((path / CONFIG).read_text(encoding="utf-8")) or {}
+    except FileNotFoundError:
+        raise UserError(f"{path}: {CONFIG} is missing; it says which slice this ran on") from None
+    except yaml.YAMLError as error:
+        raise UserError(f"{path / CONFIG}: no YAML: {' '.join(str(error).split())}") from None
+
+
+def _short(path: Path) -> str:
+    """The last two names of a folder, such as `train/2026-11-20_12-00-00`."""
+    return "/".join(path.absolute().parts[-2:])
+
+
+def _model(name: str) -> Model | None:
+    return Model.of(ARCHITECTURES[name]) if name in ARCHITECTURES else None
+
+
+def _run(result: dict[str, Any], path: Path) -> Training:
+    config = _config(path)
+    hardware, lora = config.get("hardware", {}), config.get("lora", {})
+    if result.get("status") not in (None, "finished"):
+        log.warning("%s: %s; what it did until then is costed", path, result["status"])
+    data = _json(path / "data.json") if (path / "data.json").is_file() else {}
+    return Training(
+        name=_short(path),
+        label=MEASURED,
+        source=str(path),
+        slice=hardware.get("name", LOCAL),
+        hours=result["seconds"] / 3600,
+        real_tokens=result["real_tokens"],
+        real_tokens_per_second=result.get("real_tokens_per_second"),
+        usd_per_hour=hardware.get("usd_per_hour"),
+        spot=hardware.get("spot", False),
+        model=_model(config.get("model", {}).get("name", "")),
+        lora=LoraConfig(**{key: value for key, value in lora.items() if key in LoraConfig.__dataclass_fields__}),
+        mean_tokens=data.get("train", {}).get("length_tokens", {}).get("mean") or 1.0,
+    )
+
+
+def _plan(plan: dict[str, Any], path: Path) -> Figures:
+    """A plan, at the middle utilization; one that does not fit costs nothing and is left out."""
+    if not plan.get("fits"):
+        log.warning("%s: the plan does not fit and is left out", path)
+        return Figures()
+    configured = plan["price"] if plan["price"].get("source") == "hardware.usd_per_hour" else {}
+    rate, hours = plan["real_tokens_per_second"]["mid"], plan["hours"]["mid"]
+    trained = plan["trained"]
+    lora = LoraConfig(enabled=False) if trained == "full" else LoraConfig(rank=int(trained.rpartition("r=")[2]))
+    made = Training(
+        name=f"{plan['model']}, {trained}, {plan['slice']}",
+        label=ESTIMATED,
+        source=f"{path} (at {plan['utilization']['mid']:.0%} of the roofline)",
+        slice=plan["slice"],
+        hours=hours,
+        real_tokens=rate * hours * 3600,
+        real_tokens_per_second=rate,
+        usd_per_hour=configured.get("usd_per_hour"),
+        model=_model(plan["model"]),
+        lora=lora,
+    )
+    return Figures(trainings=[made])
+
+
+def _evaluation(result: dict[str, Any], path: Path) -> Evaluation:
+    problems = result["problems"].values()
+    return Evaluation(
+        name=f"{result['benchmark']}, {result['name']}, {_short(path)}",
+        label=MEASURED,
+        source=str(path),
+        slice=_config(path).get("hardware", {}).get("name", LOCAL),
+        seconds=result.get("generation_seconds"),
+        tokens=result.get("tokens"),
+        samples=sum(problem["n"] for problem in problems),
+        passing=sum(problem["passed"] for problem in problems),
+    )

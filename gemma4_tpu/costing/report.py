@@ -1,0 +1,294 @@
+"""The reports of costs and of plausibility, as Markdown; every figure says who measured, estimated or is quoted."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+
+from gemma4_tpu.costing.cost import (
+    KINDS,
+    NO,
+    ON_DEMAND,
+    ROUNDED,
+    SPOT,
+    YES,
+    Compared,
+    Prices,
+    compare,
+    generated_usd_per_million,
+    solved,
+    together,
+    total_usd_per_million,
+    training_usd,
+    training_usd_per_million,
+)
+from gemma4_tpu.costing.figures import Figure, Figures, Point
+from gemma4_tpu.costing.plausibility import DOUBTFUL, DOUBTFUL_FROM, IMPOSSIBLE, Judgement, judge, worst
+
+UNKNOWN = "not known"
+
+
+def cost_report(
+    figures: Figures, prices: Prices, hours: Sequence[float], *, slices: Sequence[str] = (), command: str | None = None
+) -> str:
+    """What everything costs.
+
+    Args:
+      figures: of all records.
+      prices: given ones before those of `hardware.py`.
+      hours: of serving, for the totals.
+      slices: to serve on, besides those of the loads.
+      command: that makes this report again.
+    """
+    kinds = _kinds(figures, prices, slices)
+    parts = [_head("Costs", command), _prices(figures, prices, slices, kinds)]
+    if figures.trainings:
+        parts.append(_trainings(figures, prices, kinds))
+    if figures.points:
+        parts.append(_points(figures, prices, kinds))
+    if figures.evaluations:
+        parts.append(_evaluations(figures, prices, kinds))
+    if together(figures, slices):
+        parts.append(_totals(figures, prices, hours, slices, kinds))
+    if figures.printed:
+        parts.append(_printed(compare(figures, prices, hours, slices)))
+    parts.append(_remarks(figures.cost_remarks))
+    return _text(parts)
+
+
+def plausibility_report(figures: Figures, *, command: str | None = None) -> str:
+    """Every throughput and latency beside its ceiling, with the arithmetic."""
+    judged, left = judge(figures)
+    parts = [_head("Throughputs and latencies beside the slice's ceiling", command), _ceiling_rules(judged)]
+    parts += [_judged(judged), _arithmetic(judged), _left(left), _remarks(figures.remarks)]
+    return _text(parts)
+
+
+def _text(parts: Sequence[Iterator[str]]) -> str:
+    return "\n".join(line for part in parts for line in part) + "\n"
+
+
+def _head(title: str, command: str | None) -> Iterator[str]:
+    yield from [f"# {title}", ""]
+    if command:
+        yield from ["Made by:", "", f"    {command}", ""]
+
+
+def _table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> Iterator[str]:
+    yield f"| {' | '.join(heads)} |"
+    yield "|---" * len(heads) + "|"
+    for row in rows:
+        yield "| " + " | ".join(cell.replace("|", r"\|") for cell in row) + " |"
+    yield ""
+
+
+def _said(figure: Figure) -> str:
+    return f"*{figure.label}*"
+
+
+def _sources(figures: Sequence[Figure]) -> Iterator[str]:
+    for source in dict.fromkeys(f"*{one.label}*: {one.source}" for one in figures):
+        yield f"- {source}"
+    yield ""
+
+
+def _usd(amount: float | None, places: int = 2) -> str:
+    return UNKNOWN if amount is None else f"${amount:,.{places}f}"
+
+
+def _small_usd(amount: float | None) -> str:
+    """Dollars with as many decimals as make three digits, two at least."""
+    if amount is None or amount >= 1 or amount == 0:
+        return _usd(amount)
+    return _usd(amount, max(2, 2 - math.floor(math.log10(amount))))
+
+
+def _number(amount: float | None) -> str:
+    return UNKNOWN if amount is None else f"{amount:,.0f}"
+
+
+# ── cost ───────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def _slices(figures: Figures, slices: Sequence[str]) -> list[str]:
+    every = [*figures.trainings, *figures.points, *figures.evaluations]
+    return list(dict.fromkeys([*(figure.slice for figure in every), *slices]))
+
+
+def _kinds(figures: Figures, prices: Prices, slices: Sequence[str]) -> list[str]:
+    """On demand, and spot where the price of one of the slices is known."""
+    told = any(prices.of(name, SPOT) for name in _slices(figures, slices))
+    return [*KINDS] if told or any(t.spot and t.usd_per_hour for t in figures.trainings) else [ON_DEMAND]
+
+
+def _prices(figures: Figures, prices: Prices, slices: Sequence[str], kinds: Sequence[str]) -> Iterator[str]:
+    yield from ["## Prices", ""]
+    rows = []
+    for name in _slices(figures, slices):
+        for kind in kinds:
+            price = prices.of(name, kind)
+            told = [_usd(price.usd_per_hour), price.date, price.source] if price else [UNKNOWN, "", ""]
+            rows.append([name, kind, *told])
+    for training in figures.trainings:
+        if training.usd_per_hour is not None:
+            kind = SPOT if training.spot else ON_DEMAND
+            row = [training.slice, kind, _usd(training.usd_per_hour), "", f"configuration of {training.name}"]
+            rows.append(row)
+    yield from _table(["slice", "", "USD per hour", "date", "source"], rows)
+    if SPOT not in kinds:
+        first = _slices(figures, slices)[0]
+        yield f"No spot price with a source is known here; give today's: `'spot_prices={{{first}: …}}'`."
+        yield ""
+
+
+def _trainings(figures: Figures, prices: Prices, kinds: Sequence[str]) -> Iterator[str]:
+    yield from ["## Training", ""]
+    heads = ["training", "", "slice", "hours", "real tokens/s", "million real tokens"]
+    for kind in kinds:
+        heads += [f"run, {kind}", f"per million real tokens, {kind}"]
+    rows = []
+    for training in figures.trainings:
+        tokens = training.real_tokens
+        row = [training.name, _said(training), training.slice, f"{training.hours:,.4g}"]
+        row += [_number(training.real_tokens_per_second), UNKNOWN if tokens is None else f"{tokens / 1e6:,.4g}"]
+        for kind in kinds:
+            row.append(_small_usd(training_usd(training, prices, kind)))
+            row.append(_small_usd(training_usd_per_million(training, prices, kind)))
+        rows.append(row)
+    yield from _table(heads, rows)
+    yield from _sources(figures.trainings)
+
+
+def _points(figures: Figures, prices: Prices, kinds: Sequence[str]) -> Iterator[str]:
+    yield from ["## Serving, by context length", ""]
+    judged, _ = judge(figures)
+    heads = ["load", "", "slice", "in", "out", "generated tokens/s", "share of ceiling", "million tokens per hour"]
+    for kind in kinds:
+        heads += [f"per million generated, {kind}", f"per million in and out, {kind}"]
+    rows = []
+    for point in figures.points:
+        rate = point.output_tokens_per_second
+        if rate is None:
+            continue
+        row = [point.name, _said(point), point.slice, _number(point.input_tokens), _number(point.output_tokens)]
+        row += [_number(rate), _share(worst(judged, point)), f"{rate * 3600 / 1e6:,.2f}"]
+        for kind in kinds:
+            row.append(_small_usd(generated_usd_per_million(point, prices, kind)))
+            row.append(_small_usd(total_usd_per_million(point, prices, kind)))
+        rows.append(row)
+    yield from _table(heads, rows)
+    yield "A server that is paid for around the clock and always as busy as in the load. *Per million generated* counts"
+    yield "answers only; *in and out* spreads the same dollars over prompts and answers. The share of the ceiling is"
+    yield "that of the load's figure nearest to it, latencies included."
+    yield ""
+    yield from _sources(figures.points)
+
+
+def _share(judgement: Judgement | None) -> str:
+    if judgement is None:
+        return UNKNOWN
+    mark = f" **{judgement.verdict}**" if judgement.verdict in (IMPOSSIBLE, DOUBTFUL) else ""
+    return f"{judgement.share:.0%}{mark}"
+
+
+def _evaluations(figures: Figures, prices: Prices, kinds: Sequence[str]) -> Iterator[str]:
+    yield from ["## Per solved problem", ""]
+    heads = ["evaluation", "", "samples", "that pass"]
+    for kind in kinds:
+        heads += [f"all samples, {kind}", f"per passing sample, {kind}"]
+    rows = []
+    for evaluation in figures.evaluations:
+        row = [evaluation.name, _said(evaluation), _number(evaluation.samples), _number(evaluation.passing)]
+        by = UNKNOWN
+        for kind in kinds:
+            found = solved(evaluation, figures, prices, kind)
+            row += [_small_usd(found.usd if found else None), _small_usd(found.usd_per_pass if found else None)]
+            by = found.by if found else by
+        rows.append([*row, by])
+    yield from _table([*heads, "by"], rows)
+    yield "Dollars of all samples over those that pass: what a solution costs where one tries until it passes. Training"
+    yield "is not in it."
+    yield ""
+    yield from _sources(figures.evaluations)
+
+
+def _totals(
+    figures: Figures, prices: Prices, hours: Sequence[float], slices: Sequence[str], kinds: Sequence[str]
+) -> Iterator[str]:
+    yield from ["## Training and serving together", ""]
+    heads = ["", "trained on", "served on", "", "training", "an hour of serving"]
+    rows = []
+    for pair in together(figures, slices):
+        for kind in kinds:
+            if kind == SPOT and pair.usd(0, prices, kind) is None:
+                continue
+            row = [pair.name, pair.training.slice, pair.slice, kind]
+            row += [_small_usd(training_usd(pair.training, prices, kind)), _usd(prices.hourly(pair.slice, kind))]
+            rows.append([*row, *(_usd(pair.usd(number, prices, kind)) for number in hours)])
+    yield from _table([*heads, *(f"+ {number:g} h" for number in hours)], rows)
+
+
+def _printed(found: Sequence[Compared]) -> Iterator[str]:
+    kinds = {agrees: [one for one in found if one.agrees == agrees] for agrees in (YES, ROUNDED, NO)}
+    yield from ["## What the source prints", ""]
+    yield f"Of {len(found)} printed numbers {len(kinds[YES])} follow from the inputs above, {len(kinds[ROUNDED])} once"
+    yield f"tokens or prices on the way are rounded, {len(kinds[NO])} do not."
+    yield ""
+    words = {YES: "yes", ROUNDED: "once rounded", NO: "**no**"}
+    rows = [[one.printed.where, one.printed.what, one.printed.printed, one.shown, words[one.agrees]] for one in found]
+    yield from _table(["where", "what", "printed", "from its inputs", "agrees"], rows)
+    for agrees, title in ((NO, "Where it disagrees"), (ROUNDED, "What was rounded")):
+        if kinds[agrees]:
+            yield from [f"### {title}", ""]
+            for one in kinds[agrees]:
+                where, note = f"{one.printed.where}, {one.printed.what}", one.printed.note
+                yield f"- {where}: printed {one.printed.printed}, from its inputs {one.shown}. {note}".rstrip()
+            yield ""
+
+
+def _remarks(remarks: Sequence[str]) -> Iterator[str]:
+    if remarks:
+        yield from ["## Remarks", ""]
+        yield from (f"- {remark}" for remark in dict.fromkeys(remarks))
+        yield ""
+
+
+# ── plausibility ───────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def _ceiling_rules(judged: Sequence[Judgement]) -> Iterator[str]:
+    above = sum(one.verdict == IMPOSSIBLE for one in judged)
+    yield f"{len(judged)} figures, {above} of them above what the slice could do: **impossible** as told. **Doubtful**"
+    yield f"is what lies above {DOUBTFUL_FROM:.0%} (an assumption: whole models seldom get so near to a chip's peaks)."
+    yield ""
+    yield "Ceilings are *estimated* from published peaks (`gemma4_tpu/hardware.py`) and the model's arithmetic, on the"
+    yield "assumptions of `gemma4_tpu/costing/ceiling.py`, all of which favour speed: prompts cost FLOPs, generated"
+    yield "tokens reads of weights and KV cache, and nothing else costs anything. Prompts found in a prefix cache are"
+    yield "not processed and know no ceiling: a figure above 100% may be one of those."
+    yield ""
+
+
+def _judged(judged: Sequence[Judgement]) -> Iterator[str]:
+    rows = []
+    for one in judged:
+        verdict = one.verdict if one.verdict not in (IMPOSSIBLE, DOUBTFUL) else f"**{one.verdict}**"
+        share = f"{one.share:.0%}" if one.share < 1e6 else "–"
+        rows.append(
+            [one.figure.name, _said(one.figure), one.quantity, one.told, one.limit, one.bound_by, share, verdict]
+        )
+    yield from _table(["figure", "", "quantity", "told", "ceiling", "bound by", "share", "verdict"], rows)
+    yield from _sources([one.figure for one in judged])
+
+
+def _arithmetic(judged: Sequence[Judgement]) -> Iterator[str]:
+    yield from ["## Arithmetic", ""]
+    for one in sorted(judged, key=lambda each: -each.share):
+        yield f"- {one.figure.name}, {one.quantity} (**{one.verdict}**): {one.arithmetic}."
+        if isinstance(one.figure, Point) and one.figure.note and one is worst(judged, one.figure):
+            yield f"  {one.figure.note.strip()}"
+    yield ""
+
+
+def _left(left: Sequence[str]) -> Iterator[str]:
+    if left:
+        yield from ["## Not judged", "", *(f"- {line}" for line in left), ""]
