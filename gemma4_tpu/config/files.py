@@ -24,6 +24,8 @@ RANDOM = "random:"
 HUGGING_FACE = "hf:"
 GCS = "gs://"
 INDEX_NAME, SINGLE_NAME = "model.safetensors.index.json", "model.safetensors"
+PROBE_NAME = "probe.json"
+"""In a merged folder: prompts on which it and its base differ."""
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from gemma4_tpu.config.files import PROBE_NAME
 from gemma4_tpu.export.place import Place
 from gemma4_tpu.export.trained import Trained
 from gemma4_tpu.models.tensorfile import INDEX_NAME
@@ -33,6 +34,8 @@ def companions(trained: Trained) -> tuple[dict[str, str], list[str]]:
     found, left = {}, []
     for name in list_folder(folder):
         if name.startswith(".") or name in trained.checkpoint.files:
+            continue
+        if name == PROBE_NAME:  # the base is a merged model itself; its own difference is another
             continue
         if (name.endswith(_OTHER_WEIGHTS) and name != INDEX_NAME) or not _is_file(join(folder, name)):
             left.append(name)

@@ -19,6 +19,7 @@ from gemma4_tpu.export.hub import push_to_hub
 from gemma4_tpu.export.merge import Merger
 from gemma4_tpu.export.peft import check_peft, write_peft
 from gemma4_tpu.export.place import Place, Unfinished, total_bytes
+from gemma4_tpu.export.probe import write_probes
 from gemma4_tpu.export.report import write_report
 from gemma4_tpu.export.trained import Trained, open_trained
 from gemma4_tpu.export.verify import refusal, verify
@@ -139,6 +140,7 @@ def _write_merged(trained: Trained, place: Place, mode: str, record: RunFolder) 
         if not report["passed"]:
             raise refusal(report, str(record.path / "parity.json"))
         log.info("parity: %s", _told(report))
+    write_probes(trained, place, report)
     if place.done("config.json") is None:  # nothing loads without it
         copy_file(companions(trained)[0]["config.json"], place, "config.json")
     return {"parity": report, "changed_weights": len(deltas)}

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
+from gemma4_tpu.export.probe import from_logits
 from gemma4_tpu.export.trained import Trained
 from gemma4_tpu.models import lora as adapters
 from gemma4_tpu.models import sharding
@@ -69,6 +70,8 @@ class LogitParity:
     differs_from_base: bool
     """The merged model's logits are not the base's."""
     passed: bool
+    probes: tuple[dict[str, Any], ...]
+    """Prompts on which merged and base model prefer different tokens (see `export/probe.py`)."""
 
 
 def compare_logits(trained: Trained, merged: Checkpoint) -> LogitParity:
@@ -97,7 +100,8 @@ def compare_logits(trained: Trained, merged: Checkpoint) -> LogitParity:
     rounded = run(params)
     del params
     final = run(load_params(merged, arch, model.layout, places, np.float32))
-    return _compare(base, tuned, rounded, final, dtype, kind)
+    probes = from_logits(tokens, mask, base, final)
+    return _compare(base, tuned, rounded, final, dtype, kind, tuple(probes))
 
 
 def _merge_in_place(params: Any, trained: Trained, adapter: adapters.Adapter, scale: float, dtype: Any) -> None:
@@ -112,8 +116,9 @@ def _merge_in_place(params: Any, trained: Trained, adapter: adapters.Adapter, sc
 
 
 def _compare(
-    base: np.ndarray, tuned: np.ndarray, rounded: np.ndarray, final: np.ndarray, dtype: Any, kind: str
-) -> LogitParity:
+    base: np.ndarray, tuned: np.ndarray, rounded: np.ndarray, final: np.ndarray, dtype: Any, kind: str,
+    probes: tuple[dict[str, Any], ...],
+) -> LogitParity:  # fmt: skip
     """Logits [positions, V] of base, LoRA model, LoRA model rounded, and the merged model on disk."""
     size = _rms(tuned)
     off, rounding = _rms(final - rounded) / size, _rms(rounded - tuned) / size
@@ -134,6 +139,7 @@ def _compare(
         top1_agreement=float(np.mean(tuned.argmax(-1) == final.argmax(-1))),
         differs_from_base=differs,
         passed=bool(off <= bound) and differs,
+        probes=probes,
     )
 
 

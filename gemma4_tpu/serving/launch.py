@@ -12,6 +12,7 @@ from typing import Any
 
 import httpx
 
+from gemma4_tpu.config.files import PROBE_NAME
 from gemma4_tpu.config.schema import ServingConfig
 from gemma4_tpu.config.serve_checks import ServeChecked
 from gemma4_tpu.errors import UserError
@@ -19,7 +20,7 @@ from gemma4_tpu.serving.command import cache_folder, container_name, model_name,
 from gemma4_tpu.serving.engine import Engine
 from gemma4_tpu.serving.log import ServerLog, Stages
 from gemma4_tpu.serving.memory import MemoryEstimate
-from gemma4_tpu.serving.probe import FILE, probe
+from gemma4_tpu.serving.probe import probe
 from gemma4_tpu.serving.signals import Signals, Stopped
 from gemma4_tpu.serving.troubles import Trouble, trouble_in
 from gemma4_tpu.tracking.logs import console
@@ -187,7 +188,7 @@ class Server:
         if found is None:
             log.warning(
                 "%s holds no %s with prompts on which merged and base model differ, so the server was not asked which"
-                " of them it is; merge with verify=true stores some", self._checked.model, FILE,
+                " of them it is; merge with verify=true stores some", self._checked.model, PROBE_NAME,
             )  # fmt: skip
             return
         self.outcome.probe = found.plain()

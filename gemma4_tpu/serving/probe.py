@@ -13,9 +13,9 @@ from typing import Any
 
 import httpx
 
+from gemma4_tpu.config.files import PROBE_NAME
 from gemma4_tpu.errors import UserError
 
-FILE = "probe.json"
 ANSWER_SECONDS = 300.0
 """For one token; a first request may compile."""
 
@@ -41,7 +41,7 @@ def probe(client: httpx.Client, name: str, folder: Path) -> ProbeResult | None:
     Raises:
       UserError: it answers like the base model, or not at all.
     """
-    path = folder / FILE
+    path = folder / PROBE_NAME
     if not path.is_file():
         return None
     stored = json.loads(path.read_text(encoding="utf-8"))["prompts"]

@@ -72,6 +72,11 @@ def test_transformers_and_peft_have_the_logits_of_the_lora_model(kind, prefix, r
     assert parity["passed"] and parity["weights"]["worst"] <= 1
     assert parity["logits"]["differs_from_base"] and parity["logits"]["merged_to_lora"] < 1e-4
     assert parity["logits"]["base_to_lora"] > 0.01
+    stored = json.loads((run / "merged" / "probe.json").read_text())["prompts"]
+    assert stored == parity["logits"]["probes"]
+    asked = np.array([stored[0]["tokens"]])
+    assert hf_logits(run / "merged", asked)[0, -1].argmax() == stored[0]["merged"]
+    assert hf_logits(base, asked)[0, -1].argmax() == stored[0]["base"]
 
 
 @pytest.mark.parametrize(

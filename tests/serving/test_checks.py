@@ -71,7 +71,8 @@ def test_flags_become_words(merged, dry_run, monkeypatch):
     monkeypatch.setenv("HF_TOKEN", "hf_secret_of_this_test")
     words = dry_run(
         merged(), "serving=v6e8_tuned",
-        "serving.flags={enable_prefix_caching: false, seed: 3, async-scheduling: null, limit-mm-per-prompt: {image: 2}}",
+        "serving.flags={enable_prefix_caching: false, seed: 3, async-scheduling: null}",
+        "serving.flags={limit-mm-per-prompt: {image: 2}}",
         "serving.extra_args=[--brand-new-flag,7]", "serving.env={NUM_PRECOMPILE_WORKERS: 8}",
     )  # fmt: skip
     assert "--no-enable-prefix-caching" in words and "--async-scheduling" not in words

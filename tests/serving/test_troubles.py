@@ -9,8 +9,8 @@ from gemma4_tpu.serving.troubles import trouble_in
     ("line", "advice"),
     [
         ("ValueError: To serve at least one request with the models's max seq len (40960), (5.62 GiB KV cache is"
-         " needed, which is larger than the available KV cache memory (4.50 GiB). Based on the available memory, the estimated"
-         " maximum model length is 32768.", "serving.max_model_len=32768 or less"),
+         " needed, which is larger than the available KV cache memory (4.50 GiB). Based on the available memory, the"
+         " estimated maximum model length is 32768.", "serving.max_model_len=32768 or less"),
         ("RESOURCE_EXHAUSTED: Error loading program 'jit__multi_slice': Attempting to reserve 6.14G at the bottom of"
          " memory.", "serving.gpu_memory_utilization"),
         ("RuntimeError: RESOURCE_EXHAUSTED: XLA:TPU compile permanent error. Ran out of memory in memory space smem.",

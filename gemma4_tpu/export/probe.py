@@ -1,0 +1,94 @@
+"""Prompts on which the merged model and its base answer with different tokens, stored with the merged model.
+
+A server that is started with the model is asked them (`gemma4_tpu/serving/probe.py`), so that one that serves the base
+does not go unnoticed. They come from the logits that the comparison ran, else from the held-out answers of the training
+(`trainer.sample_prompts`).
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from gemma4_tpu.config.files import PROBE_NAME
+from gemma4_tpu.export.place import Place
+from gemma4_tpu.export.trained import Trained
+
+log = logging.getLogger(__name__)
+
+MIN_MARGIN = 0.1
+"""Logits by which each model must prefer its own token; bfloat16 rounds logits near 30 by 0.06 to 0.12."""
+MIN_CONTEXT = 4
+"""Tokens before the one that is asked for."""
+MAX_PROMPTS = 4
+_SAMPLES = "heldout_samples.jsonl"
+
+
+def from_logits(tokens: np.ndarray, mask: np.ndarray, base: np.ndarray, merged: np.ndarray) -> list[dict[str, Any]]:
+    """One probe of each prompt that has a place where the models differ by `MIN_MARGIN`, the clearest place of each.
+
+    Args:
+      tokens: prompts [B, T].
+      mask: [B, T], 1 where they are real.
+      base: the base's logits over real positions [positions, V].
+      merged: the merged model's.
+    """
+    own, theirs = merged.argmax(-1), base.argmax(-1)  # [positions]
+    at = np.arange(len(own))
+    margin = np.minimum(merged[at, own] - merged[at, theirs], base[at, theirs] - base[at, own])
+    probes, start = [], 0
+    for row, length in enumerate(mask.sum(axis=1)):
+        inside = margin[start + MIN_CONTEXT - 1 : start + length]
+        if len(inside) and (best := float(inside.max())) >= MIN_MARGIN:
+            place = start + MIN_CONTEXT - 1 + int(inside.argmax())
+            context = tokens[row, : place - start + 1].tolist()
+            probes.append(
+                {"tokens": context, "merged": int(own[place]), "base": int(theirs[place]), "margin": round(best, 3)}
+            )
+        start += length
+    return probes
+
+
+def from_answers(trained: Trained) -> list[dict[str, Any]]:
+    """Probes from the answers to held-out prompts before the first update and after the exported one.
+
+    The tokens before the first at which they differ, as the tokenizer splits them again.
+    """
+    path, tokenizer_path = trained.run.path / _SAMPLES, Path(trained.base.tokenizer_folder, "tokenizer.json")
+    if not path.is_file() or not tokenizer_path.is_file():
+        return []
+    from tokenizers import Tokenizer
+
+    tokenizer = Tokenizer.from_file(str(tokenizer_path))
+    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    before = {row["prompt"]: row["answer"] for row in rows if row["update"] == 0}
+    after = {row["prompt"]: row["answer"] for row in rows if row["update"] == trained.state.update}
+    probes = []
+    for prompt in before.keys() & after.keys():
+        start, base, merged = (
+            tokenizer.encode(text, add_special_tokens=False).ids for text in (prompt, before[prompt], after[prompt])
+        )
+        shared = next((i for i, (a, b) in enumerate(zip(base, merged, strict=False)) if a != b), None)
+        if shared is not None:
+            probes.append({"tokens": start + merged[:shared], "merged": merged[shared], "base": base[shared]})
+    return sorted(probes, key=lambda probe: len(probe["tokens"]))[:MAX_PROMPTS]
+
+
+def write_probes(trained: Trained, place: Place, report: dict[str, Any] | None) -> None:
+    """Writes `probe.json` into the staging folder, where there is something to ask."""
+    logits = (report or {}).get("logits")
+    probes = logits["probes"] if logits else from_answers(trained)
+    if not probes:
+        log.warning(
+            "no prompts are known on which merged model and base differ clearly, so a server can't be asked which of"
+            " them it serves (they come from verify=true, or from trainer.sample_prompts of the training)"
+        )
+        return
+    if place.done(PROBE_NAME) is None and not place.published:
+        with place.create(PROBE_NAME) as out:
+            out.write(json.dumps({"prompts": probes}, indent=1).encode() + b"\n")
+            place.finish(PROBE_NAME, out)
