@@ -1,56 +1,136 @@
 """Points of a load from benchmark results under the key names of `vllm bench serve`: one JSON object per cell.
 
-The setup (model, slice, dtypes) comes from the configuration of the server that was asked, where its record is known.
+What was asked comes from `config.yaml` beside the cells: `serving` (as `gemma4_tpu.serve` records it, with `run`), or
+`hardware.name` and `model.name`; or from a `setup` of a `figures.yaml` that lists the folder. Without any of them the
+slice is `local` and no ceiling is known.
 """
 
 from __future__ import annotations
 
 import json
+import logging
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import yaml
+
+from gemma4_tpu.architectures import ARCHITECTURES, ArchitectureError, from_hf_config
+from gemma4_tpu.costing.ceiling import Model, Serving
 from gemma4_tpu.costing.figures import MEASURED, Point
-from gemma4_tpu.hardware import LOCAL
+from gemma4_tpu.errors import UserError
+from gemma4_tpu.hardware import LOCAL, SLICES
+from gemma4_tpu.models.kv_cache import DTYPE_BYTES
 
+log = logging.getLogger(__name__)
+
+CONFIG = "config.yaml"
 _NEEDED = {"output_throughput", "total_input_tokens", "total_output_tokens", "completed"}
+_MERGED = "merged"
 
 
-def read_points(folder: Path) -> list[Point] | None:
-    """The points of a benchmark's folder; None: it is none. Cells in which no request was completed are left out."""
+def read_points(folder: Path, *, setup: Serving | None = None, system: str | None = None) -> list[Point] | None:
+    """The points of a benchmark's folder (`*.json`, `cells/*.json`); None: it is none.
+
+    Args:
+      folder: with a JSON object for each cell. Cells in which no request was completed are left out, and logged.
+      setup: model and slice; None: as `config.yaml` says.
+      system: whose training it is added to.
+    """
     cells = [
         (path, cell)
         for path in sorted({*folder.glob("*.json"), *folder.glob("cells/*.json")})
         if (cell := _cell(path)) is not None
     ]
-    return [_point(path, cell) for path, cell in cells if cell["completed"]] if cells else None
+    if not cells:
+        return None
+    slice_, serving = (setup.slice.name, setup) if setup else _setup(folder)
+    empty = [path.name for path, cell in cells if not cell["completed"]]
+    if empty:
+        log.warning("%s: %d cells without a completed request are left out: %s", folder, len(empty), ", ".join(empty))
+    return [_point(path, cell, slice_, serving, system) for path, cell in cells if cell["completed"]]
 
 
 def _cell(path: Path) -> dict[str, Any] | None:
+    """The object, if it is a cell's."""
     try:
         cell = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError:
-        return None
+    except ValueError as error:
+        raise UserError(f"{path}: damaged ({error})") from None
     return cell if isinstance(cell, dict) and cell.keys() >= _NEEDED else None
 
 
-def _point(path: Path, cell: dict[str, Any]) -> Point:
+def _point(path: Path, cell: Mapping[str, Any], slice_: str, serving: Serving | None, system: str | None) -> Point:
     n = cell["completed"]
-    rate = cell.get("request_rate")
     mean_in, mean_out = cell["total_input_tokens"] / n, cell["total_output_tokens"] / n
+    rate = cell.get("request_rate")
+    cached = _cached(cell)
     return Point(
-        name=f"{mean_in:.0f} in, {mean_out:.0f} out, rate {rate}",
+        name=f"{mean_in:,.0f} in, {mean_out:,.0f} out" + (f", {rate} requests/s" if rate is not None else ""),
         label=MEASURED,
-        source=str(path),
-        slice=LOCAL,
+        source=str(path.parent),
+        system=system,
+        slice=slice_,
+        serving=serving,
         input_tokens=mean_in,
         output_tokens=mean_out,
         sequences=cell.get("max_concurrency") or n,
         output_tokens_per_second=cell["output_throughput"],
-        whole=True,
-        ttft_seconds=_seconds(cell.get("median_ttft_ms")),
+        whole=not cached,
+        ttft_seconds=None if cached else _seconds(cell.get("median_ttft_ms")),
         tpot_seconds=_seconds(cell.get("median_tpot_ms")),
+        note="Prompts were found in the prefix cache: they are not held against the ceiling." if cached else "",
     )
+
+
+def _cached(cell: Mapping[str, Any]) -> bool:
+    """Prompts were found in the prefix cache, as far as the client counted it."""
+    counted = [value for key, value in cell.items() if key.startswith("prefix_cache_hit")]
+    return any(isinstance(value, int | float) and value > 0 for value in counted)
 
 
 def _seconds(milliseconds: float | None) -> float | None:
     return milliseconds / 1000 if milliseconds else None
+
+
+def _setup(folder: Path) -> tuple[str, Serving | None]:
+    """(slice, model on it if known), by `config.yaml`."""
+    path = folder / CONFIG
+    if not path.is_file():
+        return LOCAL, None
+    try:
+        config = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+    except yaml.YAMLError as error:
+        raise UserError(f"{path}: no YAML: {' '.join(str(error).split())}") from None
+    serving = config.get("serving")
+    if not isinstance(serving, dict) or not serving.get("slice"):
+        name, size = (config.get(group, {}).get("name") for group in ("hardware", "model"))
+        known = name in SLICES and size in ARCHITECTURES
+        return name or LOCAL, Serving(model=Model.of(ARCHITECTURES[size]), slice=SLICES[name]) if known else None
+    name, model = serving["slice"], served_model(str(config.get("run") or ""))
+    return name, served_as(serving, model) if model is not None and name in SLICES else None
+
+
+def served_as(serving: Mapping[str, Any], model: Model) -> Serving:
+    """What `gemma4_tpu.serve` was told (`serving` of its configuration), as far as it decides a ceiling."""
+    weights, cache = serving.get("weight_dtype", "bfloat16"), serving.get("kv_cache_dtype", "auto")
+    speculation = (serving.get("flags") or {}).get("speculative-config") or {}
+    return Serving(
+        model=model,
+        slice=SLICES[serving["slice"]],
+        weights_dtype=weights,
+        kv_dtype=cache if cache in DTYPE_BYTES else "fp8",  # `auto`: the image decides; fp8 has the higher ceiling
+        replicas=serving.get("data_parallel_size", 1),
+        speculated=speculation.get("num_speculative_tokens", 0) if isinstance(speculation, dict) else 0,
+    )
+
+
+def served_model(run: str) -> Model | None:
+    """The model in a merged folder, or in the run folder that holds one; None: it isn't there."""
+    for folder in (Path(run), Path(run) / _MERGED):
+        if run and (folder / "config.json").is_file():
+            try:
+                return Model.of(from_hf_config(json.loads((folder / "config.json").read_text(encoding="utf-8"))))
+            except (ValueError, ArchitectureError) as error:
+                raise UserError(f"{folder / 'config.json'}: {error}") from None
+    return None

@@ -9,6 +9,8 @@ trainings:
   - {name: TPU, slice: v5p-8, hours: 3.34, real_tokens_per_second: 763}
 points:
   - {name: TPU short, setup: TPU v6e-8, input_tokens: 512, output_tokens_per_second: 1403}
+benchmarks:                       # folders of JSON as `vllm bench serve` writes it, beside this file
+  - {folder: results, setup: TPU v6e-8}
 evaluations:
   - {name: TPU, slice: v6e-8, seconds: 600, samples: 780, passing: 500}
 printed:                          # numbers that the source works out itself; each is compared
@@ -24,7 +26,7 @@ A setup's model is a size (`gemma4_31b`), or a number of parameters where no mor
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import fields
+from dataclasses import MISSING, fields
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -33,14 +35,15 @@ import yaml
 from gemma4_tpu.architectures import ARCHITECTURES
 from gemma4_tpu.config.keys import did_you_mean
 from gemma4_tpu.config.schema import LoraConfig
+from gemma4_tpu.costing.bench import read_points
 from gemma4_tpu.costing.ceiling import Model, Serving
 from gemma4_tpu.costing.figures import LABELS, Evaluation, Figures, Point, Printed, Training
 from gemma4_tpu.errors import UserError
-from gemma4_tpu.hardware import SLICES
+from gemma4_tpu.hardware import LOCAL, SLICES
 from gemma4_tpu.models.kv_cache import DTYPE_BYTES
 
 NAME = "figures.yaml"
-_LISTS = ("trainings", "points", "evaluations", "printed", "remarks", "cost_remarks")
+_LISTS = ("trainings", "points", "benchmarks", "evaluations", "printed", "remarks", "cost_remarks")
 Kind = TypeVar("Kind")
 
 
@@ -74,6 +77,8 @@ def read_figures(path: Path) -> Figures:
         found.trainings.append(_make(Training, _training(given, where) | own, where))
     for where, given in _entries(top, "points", path):
         found.points.append(_make(Point, _point(given, setups, where) | own, where))
+    for where, given in _entries(top, "benchmarks", path):
+        found.points += _benchmark(given, setups, path, where)
     for where, given in _entries(top, "evaluations", path):
         found.evaluations.append(_make(Evaluation, given | own, where))
     for where, given in _entries(top, "printed", path):
@@ -111,6 +116,16 @@ def _point(given: dict[str, Any], setups: Mapping[str, Serving], where: str) -> 
     if name not in setups:
         raise UserError(f"{where}: setup={name!r}: no such setup{did_you_mean(str(name), list(setups), str)}")
     return made | {"serving": setups[name], "slice": setups[name].slice.name}
+
+
+def _benchmark(given: dict[str, Any], setups: Mapping[str, Serving], path: Path, where: str) -> list[Point]:
+    """The points of a folder, relative to the file's own; measured, whatever the file's label is."""
+    _known(given, ("folder", "setup", "system"), where)
+    serving = _point({"setup": given.get("setup")}, setups, where).get("serving")
+    points = read_points(path.parent / str(given.get("folder")), setup=serving, system=given.get("system"))
+    if points is None:
+        raise UserError(f"{where}: folder={given.get('folder')!r}: no results of a benchmark in it")
+    return points
 
 
 def _model(given: Any, where: str) -> Model:
@@ -166,7 +181,9 @@ def _make(kind: type[Kind], given: Mapping[str, Any], where: str) -> Kind:
                 raise UserError(f"{where}: {key}={value!r}: a number is needed")
         elif types[key].startswith("str") and value is not None and not isinstance(value, str):
             raise UserError(f"{where}: {key}={value!r}: a text is needed (in quotes)")
-    try:
-        return kind(**given)
-    except TypeError as error:
-        raise UserError(f"{where}: {str(error).partition(') ')[2] or error}") from None
+    needed = [f.name for f in fields(kind) if f.default is MISSING and f.default_factory is MISSING]  # type: ignore[arg-type]
+    if missing := [key for key in needed if key not in given]:
+        raise UserError(f"{where}: {' and '.join(missing)} is missing")
+    if "slice" in types and given["slice"] not in (LOCAL, *SLICES, *SLICES.values()):
+        raise UserError(f"{where}: slice={given['slice']!r}: one of {', '.join(SLICES)}, {LOCAL}")
+    return kind(**given)

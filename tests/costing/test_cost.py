@@ -1,0 +1,284 @@
+"""Dollars to the cent: the paper's tables from its inputs, and what runs, plans, evaluations and loads cost."""
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+
+import pytest
+import yaml
+
+from gemma4_tpu.config.schema import ServeRoot
+from gemma4_tpu.costing.cost import NO, ROUNDED, Prices, compare, named, solved, together, total_usd_per_million
+from gemma4_tpu.costing.figures import ESTIMATED, MEASURED, Figures
+from gemma4_tpu.costing.read import read
+from gemma4_tpu.costing.report import cost_report
+from gemma4_tpu.errors import UserError
+from gemma4_tpu.report import main, spelt_out
+from gemma4_tpu.tracking.result import Result
+
+EXPERIMENTS = Path(__file__).parents[2] / "experiments"
+HOURS = (1, 8, 24)
+
+
+@pytest.fixture(scope="module")
+def paper():
+    return read([str(EXPERIMENTS / "paper_costs")])
+
+
+def cents(figures, start):
+    return {
+        name.removeprefix(start): round(usd, 2)
+        for name, usd in named(figures, Prices(), HOURS).items()
+        if name.startswith(start)
+    }
+
+
+# ── the paper ──────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_section_5_4_training(paper):
+    assert cents(paper, "training/TPU/") == {
+        "usd_per_hour": 16.80, "hours": 3.34, "real_tokens_per_second": 763, "usd": 56.11,
+        "usd_per_million_real_tokens": 6.12,
+    }  # fmt: skip
+    assert cents(paper, "training/GPU/") == {
+        "usd_per_hour": 22.12, "hours": 5.39, "real_tokens_per_second": 486, "usd": 119.23,
+        "usd_per_million_real_tokens": 12.64,
+    }  # fmt: skip
+    rounded = named(paper, Prices(), HOURS, rounded=True)  # tokens to 0.1 million, as the paper did
+    assert rounded["training/TPU/usd_per_million_real_tokens"] == 6.10
+    assert rounded["training/GPU/usd_per_million_real_tokens"] == 12.68
+
+
+def test_section_8_6_serving(paper):
+    assert cents(paper, "serving/TPU short/")["usd_per_million_generated"] == 4.26
+    assert cents(paper, "serving/GPU short/") == {
+        "usd_per_hour": 22.12, "million_tokens_per_hour": 5.36, "usd_per_million_generated": 4.12,
+    }  # fmt: skip
+    assert cents(paper, "serving/TPU long/") == {
+        "usd_per_hour": 21.52, "million_tokens_per_hour": 4.34, "usd_per_million_generated": 4.96,
+    }  # fmt: skip
+    assert cents(paper, "serving/GPU long/")["usd_per_million_generated"] == 8.44
+
+
+def test_section_9_totals(paper):
+    assert cents(paper, "total/") == {
+        "TPU/1 h": 77.63, "TPU/8 h": 228.27, "TPU/24 h": 572.59,
+        "GPU/1 h": 141.35, "GPU/8 h": 296.19, "GPU/24 h": 650.11,
+    }  # fmt: skip
+
+
+def test_where_the_paper_disagrees_with_its_own_inputs(paper):
+    found = compare(paper, Prices(), HOURS)
+    wrong = {(one.printed.what, one.printed.printed, one.shown) for one in found if one.agrees == NO}
+    assert wrong == {
+        ("TPU short, USD per million tokens", "4.27", "4.26"),
+        ("TPU long, USD per million tokens", "4.95", "4.96"),
+        ("TPU cheaper at long context (4,096 tokens and more), at 8,192, %", "41", "9"),
+        ("TPU cheaper at long context (4,096 tokens and more), at 16k, %", "41", "33"),
+        ("TPU cheaper, training and a day of serving, ×", "1.82", "1.14"),
+    }
+    (hour,) = [one for one in found if one.printed.what == "TPU cheaper, training + 1 h, ×"]
+    assert hour.shown == "1.82"
+    assert [one.printed.printed for one in found if one.agrees == ROUNDED] == ["6.10", "12.68", "2.08", "4.13"]
+
+
+def test_notes_on_the_paper_hold():
+    assert f"{56.11 / 9.2:.2f} {119.23 / 9.4:.2f} {763 * 3.34 * 3600 / 1e6:.2f}" == "6.10 12.68 9.17"
+    assert f"{21.52 / 5.05:.2f} {21.52 / (1400 * 3600 / 1e6):.2f} {21.52 / 4.34:.2f}" == "4.26 4.27 4.96"
+    assert f"{486 * 5.39 / (763 * 3.34) - 1:.1%}" == "2.8%"
+
+
+def test_the_committed_report_is_what_its_command_makes(monkeypatch, tmp_path):
+    monkeypatch.chdir(EXPERIMENTS.parent)
+    made = tmp_path / "README.md"
+    assert main(["cost", "experiments/paper_costs", f"out={made}"]) == 0
+    kept = (EXPERIMENTS / "paper_costs/README.md").read_text(encoding="utf-8")
+    assert made.read_text(encoding="utf-8").replace(str(made), "experiments/paper_costs/README.md") == kept
+
+
+# ── records ────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.fixture
+def run(tmp_path):
+    """Half an hour on a v6e-8, 6 million real tokens."""
+    folder = tmp_path / "train" / "one"
+    folder.mkdir(parents=True)
+    config = {"hardware": {"name": "v6e-8", "usd_per_hour": None, "spot": False}, "model": {"name": "gemma4_e4b"}}
+    (folder / "config.yaml").write_text(yaml.safe_dump(config | {"lora": {"enabled": True, "rank": 16}}))
+    result = Result(status="finished", seconds=1800, real_tokens=6_000_000, real_tokens_per_second=4000.0)
+    result.write(folder / "result.json")
+    return folder
+
+
+@pytest.fixture
+def evaluation(tmp_path):
+    """200 samples of which 50 pass, 100,000 tokens in 360 seconds on a v6e-4."""
+    folder = tmp_path / "evaluations" / "one"
+    folder.mkdir(parents=True)
+    (folder / "config.yaml").write_text("hardware: {name: v6e-4}")
+    problems = {"a": {"n": 100, "passed": 50}, "b": {"n": 100, "passed": 0}}
+    told = {"scores": {}, "benchmark": "verilog_smoke", "name": "run", "problems": problems, "tokens": 100_000}
+    (folder / "result.json").write_text(json.dumps(told | {"generation_seconds": 360}))
+    return folder
+
+
+@pytest.fixture
+def load(tmp_path):
+    """A server on v6e-8 that generates 1,000 tokens/s, prompts three times as long as answers."""
+    folder = tmp_path / "bench"
+    (folder / "cells").mkdir(parents=True)
+    config = asdict(ServeRoot())
+    (folder / "config.yaml").write_text(yaml.safe_dump(config))
+    cell = {"completed": 10, "total_input_tokens": 3840, "total_output_tokens": 1280, "output_throughput": 1000.0}
+    cell |= {"median_ttft_ms": 50.0, "median_tpot_ms": 10.0, "request_rate": 4.0, "max_concurrency": 8}
+    (folder / "cells" / "0.json").write_text(json.dumps(cell))
+    (folder / "cells" / "1.json").write_text(json.dumps(cell | {"completed": 0}))
+    return folder
+
+
+def test_a_run_costs_its_time_on_the_slice(run):
+    figures = read([str(run)])
+    assert figures.trainings[0].label == MEASURED
+    assert cents(figures, "training/train/one/")["usd"] == 10.76
+    assert cents(figures, "training/train/one/")["usd_per_million_real_tokens"] == 1.79
+    assert cents(figures, "training/train/one/")["usd_per_hour"] == 21.52
+
+
+def test_given_prices_come_before_configured_ones_before_the_tables(run):
+    config = yaml.safe_load((run / "config.yaml").read_text())
+    config["hardware"] |= {"usd_per_hour": 8.0, "spot": True}
+    (run / "config.yaml").write_text(yaml.safe_dump(config))
+    figures = read([str(run)])
+    (training,) = figures.trainings
+    assert Prices().hourly("v6e-8", "on demand", training) == 21.52
+    assert Prices().hourly("v6e-8", "spot", training) == 8.0
+    assert Prices(spot={"v6e-8": 7.0}).hourly("v6e-8", "spot", training) == 7.0
+    text = cost_report(figures, Prices(on_demand={"v6e-8": 20.0}), HOURS)
+    assert "| v6e-8 | on demand | $20.00 | this report | given |" in text
+    assert "| $10.00 | $1.67 | $4.00 | $0.667 |" in text  # run and per million, on demand and spot
+
+
+def test_a_plan_is_estimated_and_a_folder_of_plans_stands_for_its_plans():
+    figures = read([str(EXPERIMENTS / "plans" / "results")])
+    (plan,) = [t for t in figures.trainings if t.slice == "v5p-8" and "31b" in t.name]
+    known = json.loads((EXPERIMENTS / "plans/results/gemma4_31b_v5p8_lora_fsdp1_tp4.json").read_text())
+    found = cents(Figures(trainings=[plan]), f"training/{plan.name}/")
+    assert plan.label == ESTIMATED
+    assert found["usd"] == round(known["usd_estimate"]["on_demand"]["mid"], 2)
+    assert found["usd_per_million_real_tokens"] == round(known["usd_per_million_real_tokens"], 2)
+
+
+def test_a_load_by_context_length(load, caplog):
+    (point,) = read([str(load)]).points
+    assert (point.input_tokens, point.output_tokens, point.slice, point.sequences) == (384, 128, "v6e-8", 8)
+    assert (point.ttft_seconds, point.tpot_seconds, point.whole) == (0.05, 0.01, True)
+    assert "1 cells without a completed request are left out: 1.json" in caplog.text
+    generated = 21.52 / 3.6  # 3.6 million tokens an hour
+    assert total_usd_per_million(point, Prices(), "on demand") == pytest.approx(generated / 4)
+
+
+def test_prompts_from_the_cache_are_not_held_against_the_ceiling(load):
+    path = load / "cells" / "0.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"prefix_cache_hits": 300}))
+    (point,) = read([str(load)]).points
+    assert (point.whole, point.ttft_seconds) == (False, None)
+
+
+def test_a_solved_problem_by_time_on_the_slice(evaluation):
+    (one,) = (figures := read([str(evaluation)])).evaluations
+    found = solved(one, figures, Prices(), "on demand")
+    assert (round(found.usd, 3), round(found.usd_per_pass, 5)) == (1.076, 0.02152)
+    assert solved(one, figures, Prices(), "spot") is None
+
+
+def test_a_solved_problem_by_tokens_where_the_slice_has_no_price(evaluation, load):
+    (evaluation / "config.yaml").write_text("hardware: {name: local}")
+    figures = read([str(evaluation), str(load)])
+    found = solved(figures.evaluations[0], figures, Prices(), "on demand")
+    assert found.usd == pytest.approx(0.1 * 21.52 / 3.6)
+    assert "(estimated)" in found.by
+
+
+def test_training_and_serving_of_any_set(run, load):
+    figures = read([str(run), str(load)])
+    pairs = {pair.slice: pair for pair in together(figures, ["v6e-4", "local"])}
+    assert set(pairs) == {"v6e-8", "v6e-4", "local"}
+    assert pairs["v6e-8"].usd(24, Prices(), "on demand") == pytest.approx(10.76 + 24 * 21.52)
+    assert pairs["v6e-4"].usd(24, Prices(), "on demand") == pytest.approx(10.76 + 24 * 10.76)
+    assert pairs["local"].usd(24, Prices(), "on demand") is None
+    assert pairs["local"].usd(24, Prices(on_demand={"local": 0.1}), "on demand") == pytest.approx(10.76 + 2.4)
+
+
+# ── the command line ───────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_every_kind_of_record_in_one_report(run, evaluation, load, capsys):
+    words = [str(run), str(evaluation), str(load), "spot_prices={v6e-8: 9}", "serving_hours=[2]"]
+    assert main(["cost", *words]) == 0
+    text = capsys.readouterr().out
+    for title in ("Prices", "Training", "Serving, by context length", "Per solved problem", "Training and serving"):
+        assert f"\n## {title}" in text
+    assert "| train/one | v6e-8 | v6e-8 | on demand | $10.76 | $21.52 | $53.80 |" in text
+    assert "| train/one | v6e-8 | v6e-8 | spot | $4.50 | $9.00 | $22.50 |" in text
+
+
+def test_folders_may_follow_the_subject():
+    assert spelt_out(["cost", "a/b", "c.yaml", "out=x"]) == ["cost=[a/b,c.yaml]", "out=x"]
+    assert spelt_out(["plausibility", "it's, here"]) == ["plausibility=['it\\'s, here']"]
+    assert spelt_out(["sweep=a"]) == ["sweep=a"]
+
+
+def test_all_refusals_come_together(tmp_path, capsys):
+    words = ["cost", str(tmp_path / "nope"), "prices={v6e8: 3}", "serving_hours=[-1]", "metric=usd", f"out={tmp_path}"]
+    assert main(words) == 2
+    told = capsys.readouterr().err
+    assert "nope: no such folder" in told
+    assert "prices.v6e8=3.0: no such slice; did you mean v6e-8" in told
+    assert "serving_hours: -1.0: hours, 0 or more" in told
+    assert "metric=usd: only with sweep=<folder>" in told
+    assert "a file in a folder that is there is needed" in told
+
+
+def test_a_folder_without_a_record_is_refused(tmp_path):
+    with pytest.raises(
+        UserError, match=r"no run \(result\.json, config\.yaml\), plan \(plan\.json\), evaluation, bench"
+    ):
+        read([str(tmp_path)])
+
+
+@pytest.mark.parametrize(
+    ("entry", "message"),
+    [
+        ("label: guessed", "label='guessed' source='me': label is one of measured, estimated, quoted, given"),
+        ("point: []", "no key 'point'; did you mean points"),
+        ("setups: {a: {slice: v6e-9, model: gemma4_31b}}", "setups.a: slice='v6e-9': one of"),
+        ("setups: {a: {slice: v6e-8, model: gemma}}", "setups.a: model='gemma': one of gemma4_31b"),
+        ("setups: {a: {slice: v6e-8, model: tiny, kv_dtype: fp9}}", "setups.a: kv_dtype='fp9': one of"),
+        ("points: [{name: x, setup: b}]", "points.0: setup='b': no such setup"),
+        ("trainings: [{name: x, slice: v5p-8}]", "trainings.0: hours is missing"),
+        ("trainings: [{name: x, slice: v5p, hours: 1}]", "trainings.0: slice='v5p': one of v5p-8"),
+        ("trainings: [{name: x, slice: v5p-8, hours: long}]", "trainings.0: hours='long': a number is needed"),
+        ("benchmarks: [{folder: gone}]", "benchmarks.0: folder='gone': no results of a benchmark"),
+        ("points: [", "no YAML"),
+    ],
+)
+def test_what_is_wrong_with_written_figures_is_said(tmp_path, entry, message):
+    label = "" if entry.startswith("label") else "label: given\n"
+    (tmp_path / "figures.yaml").write_text(f"source: me\n{label}{entry}\n")
+    with pytest.raises(UserError) as refused:
+        read([str(tmp_path)])
+    assert message in str(refused.value)
+    assert str(tmp_path / "figures.yaml") in str(refused.value)
+
+
+def test_a_benchmark_is_given_a_setup_by_a_written_file(tmp_path, load):
+    (load / "config.yaml").unlink()
+    (tmp_path / "figures.yaml").write_text(
+        "label: given\nsource: me\n"
+        "setups: {tuned: {slice: v6e-8, model: gemma4_31b, weights_dtype: fp8, replicas: 2}}\n"
+        "benchmarks: [{folder: bench, setup: tuned, system: TPU}]\n"
+    )
+    (point,) = read([str(tmp_path / "figures.yaml")]).points
+    assert (point.label, point.system, point.slice, point.serving.replicas) == (MEASURED, "TPU", "v6e-8", 2)
