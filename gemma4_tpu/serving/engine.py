@@ -57,9 +57,10 @@ class Engine:
             )
         self._ask("version")
 
-    def has_image(self, image: str) -> bool:
-        """Whether the image is here already."""
-        return self._call("image", "inspect", image).returncode == 0
+    def digests(self, image: str) -> list[str] | None:
+        """`<name>@sha256:…` of an image that is here (none for one that was built here); None: it is not here."""
+        done = self._call("image", "inspect", "--format", "{{json .RepoDigests}}", image)
+        return None if done.returncode else json.loads(done.stdout) or []
 
     def pull(self, image: str) -> None:
         """Fetches the image; the engine's own progress goes to stderr."""

@@ -55,6 +55,8 @@ class Outcome:
     slice: str
     command: str
     memory: MemoryEstimate
+    image_digest: str | None = None
+    """`<name>@sha256:…`; None: the image was built here."""
     ready_seconds: float | None = None
     """From the container's start to its first answer."""
     served_seconds: float | None = None
@@ -126,9 +128,15 @@ class Server:
     def _prepare(self) -> None:
         """Engine, image and the compile cache's folder."""
         self._engine.check()
-        if not self._engine.has_image(self._serving.image):
-            log.info("fetching %s …", self._serving.image)
-            self._engine.pull(self._serving.image)
+        image = self._serving.image
+        if (digests := self._engine.digests(image)) is None:
+            log.info("fetching %s …", image)
+            self._engine.pull(image)
+            digests = self._engine.digests(image)
+        if digests:
+            self.outcome.image_digest = digests[0]
+            if "@" not in image:
+                log.info("%s is %s; serving.image=<that> pins it for good", image, digests[0])
         if cache := cache_folder(self._serving):
             try:
                 cache.mkdir(parents=True, exist_ok=True)
@@ -192,8 +200,9 @@ class Server:
             )  # fmt: skip
             return
         self.outcome.probe = found.plain()
-        say = log.info if found.as_merged else log.warning
-        say("the server %s", found.told)
+        say = log.info if found.as_merged > found.prompts / 2 else log.warning
+        hint = "" if say == log.info else ": quantised weights may do that; is it another model?"
+        say("the server %s%s", found.told, hint)
 
     def _announce(self) -> None:
         assert self.outcome.ready_seconds is not None

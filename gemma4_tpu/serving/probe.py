@@ -79,7 +79,7 @@ def _judge(stored: list[dict[str, Any]], answers: list[int]) -> ProbeResult:
     as_merged = sum(answer == one["merged"] for one, answer in zip(stored, answers, strict=True))
     as_base = sum(answer == one["base"] for one, answer in zip(stored, answers, strict=True))
     count = f"{len(stored)} stored prompt{'s' * (len(stored) > 1)}"
-    if as_base and as_base >= as_merged:
+    if as_base > len(stored) / 2:
         raise UserError(
             f"the server answers {as_base} of {count} like the base model and {as_merged} like the merged one: it does"
             " not serve what was trained; is run= the merged folder, whole and unchanged? (serving.probe=false leaves"

@@ -29,7 +29,7 @@ def test_a_server_starts_compiles_answers_and_leaves_nothing(
     secret = "hf_" + "s3cr3t" * 5
     monkeypatch.setenv("HF_TOKEN", secret)
     model = merged(probe=PROBE)
-    docker.play(lines=[*SLOW, [0.0, f"INFO the token is {secret}"]], answer={"5": 11, "8": 12})
+    docker.play(image=False, lines=[*SLOW, [0.0, f"INFO the token is {secret}"]], answer={"5": 11, "8": 12})
     before = sorted(tmp_path.glob("*"))
     stop_when_ready(signal.SIGTERM)
     assert serve(model) == 0
@@ -41,6 +41,8 @@ def test_a_server_starts_compiles_answers_and_leaves_nothing(
     assert "Precompile backbone" in (serve.record / "server.log").read_text()
     assert (done["status"], done["probe"]["as_merged"]) == ("stopped", 2)
     assert 0.4 < done["ready_seconds"] < 10
+    assert ["pull", "vllm/vllm-tpu:v0.32.0"] in docker.calls
+    assert done["image_digest"] == "vllm/vllm-tpu@sha256:" + "0" * 64
     assert docker.containers == []
     assert docker.calls[-2][:2] == ["stop", "-t"]  # asked before it is removed
     assert sorted(tmp_path.glob("*")) == sorted([*before, serve.record, tmp_path / "cache"])
