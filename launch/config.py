@@ -16,7 +16,8 @@ from launch.after import after_problems
 
 PROJECT, ZONE = "CLOUDSDK_CORE_PROJECT", "CLOUDSDK_COMPUTE_ZONE"
 """Environment variables of the Google Cloud CLI."""
-_LAST = ("embedded:", "random:", "hf:")
+_BUCKET = r"gs://[a-z0-9][a-z0-9._-]{1,61}[a-z0-9]"
+_NOT_FILES = ("embedded:", "random:", "hf:")
 
 
 @dataclass(kw_only=True)
@@ -184,12 +185,13 @@ def _place(root: TpuVmRoot | GkeRoot) -> list[str]:
         messages.append(f"launch.project={root.launch.project or 'null'}: give project=<project id>, or set {PROJECT}")
     if not root.launch.zone or not re.fullmatch(r"[a-z]+-[a-z]+\d+-[a-z]", root.launch.zone):
         messages.append(f"launch.zone={root.launch.zone or 'null'}: give zone=<zone>, as us-east5-a, or set {ZONE}")
-    if root.launch.bucket is not None and not re.fullmatch(r"gs://[a-z0-9][\w.-]+(/[\w./=-]+)?", root.launch.bucket):
+    if root.launch.bucket is not None and not re.fullmatch(rf"{_BUCKET}(/[\w./=+-]+)?", root.launch.bucket):
         messages.append(f"launch.bucket={root.launch.bucket}: give gs://<bucket> or gs://<bucket>/<folder>")
     if root.run_dir is None and root.launch.bucket is None:
         messages.append("launch.bucket: where does the run folder go? give bucket=gs://<bucket>, or run_dir=gs://…")
-    if root.run_dir is not None and not root.run_dir.startswith("gs://"):
-        messages.append(f"run_dir={root.run_dir}: a slice that is deleted takes its disk with it; give gs://…")
+    if root.run_dir is not None and not re.fullmatch(rf"{_BUCKET}/[\w./=+-]+", root.run_dir):
+        given = f"run_dir={root.run_dir}"
+        messages.append(f"{given}: a slice that is deleted takes its disk with it; give gs://<bucket>/<folder>")
     if root.preview:
         messages.append(
             "preview=true: looks at rows, for which no slice is needed: python -m gemma4_tpu.train preview=true"
@@ -207,7 +209,7 @@ def _local_files(root: TrainRoot) -> list[str]:
     return [
         f"{key}={path}: lies on this machine, not on the slice; gcloud storage cp -r it to a bucket and give gs://…"
         for key, path in named.items()
-        if path and "://" not in path and not path.startswith(_LAST)
+        if path and "://" not in path and not path.startswith(_NOT_FILES)
     ]
 
 

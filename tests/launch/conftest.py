@@ -13,8 +13,8 @@ from launch import tpu_vm
 from launch.config import TPU_VM
 
 ROOT = Path(__file__).resolve().parent.parent.parent
-PLACE = ["bucket=gs://bk", "project=my-project", "zone=us-east5-a"]
-RUN = ["experiment=v5p8", "model.path=gs://bk/gemma-4-31b", *PLACE]
+PLACE = ["bucket=gs://my-bucket", "project=my-project", "zone=us-east5-a"]
+RUN = ["experiment=v5p8", "model.path=gs://my-bucket/gemma-4-31b", *PLACE]
 GIT = "git=https://example.org/gemma4-tpu.git@main"  # uploads nothing
 
 

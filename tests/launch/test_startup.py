@@ -128,11 +128,11 @@ def test_sigterm_is_handed_on_once_and_waited_for(host):
 
 
 def test_what_follows_runs_once_even_over_two_slices(host, played, tmp_path):
-    words = ["after=['merge export=both','evaluate eval=verilog_eval eval.problems_path=gs://bk/ve']"]
+    words = ["after=['merge export=both','evaluate eval=verilog_eval eval.problems_path=gs://my-bucket/ve']"]
     first = host(*words)
     (first.folder / "outputs/gs" / first.job.run_dir.removeprefix("gs://") / "merges").mkdir(parents=True)
     (first.folder / "outputs/evaluations").mkdir(parents=True)
-    played.put("gs://bk/ve/*", "a problem")
+    played.put("gs://my-bucket/ve/*", "a problem")
     assert first.run(0, 0, 1) == 1  # evaluate fails
     assert [ran[0][0] for ran in first.ran] == ["gemma4_tpu.train", "gemma4_tpu.merge", "gemma4_tpu.evaluate"]
     merge, evaluate = first.ran[1][0], first.ran[2][0]
@@ -163,7 +163,7 @@ def test_keep_leaves_the_slice_and_says_so(host):
 
 
 def test_the_other_hosts_train_the_same_and_leave_the_end_to_the_first(host, played):
-    words = ["hardware=v5p16", "trainer.global_batch_sequences=4", "mesh=auto", "run_dir=gs://bk/runs/one"]
+    words = ["hardware=v5p16", "trainer.global_batch_sequences=4", "mesh=auto", "run_dir=gs://my-bucket/runs/one"]
     first, second = host(*words), host(*words, number=1)
     assert second.run(42, 0) == 0
     assert second.run(2) == 2  # or what ended it: the first host may be merging
@@ -171,7 +171,7 @@ def test_the_other_hosts_train_the_same_and_leave_the_end_to_the_first(host, pla
     assert first.run(42, 0) == 0
     assert first.outcome()["code"] == 0 and first.deletions == 1
     assert [ran[0] for ran in first.ran] == [ran[0] for ran in second.ran[:2]]
-    assert "run_dir=gs://bk/runs/one" in first.ran[0][0]
+    assert "run_dir=gs://my-bucket/runs/one" in first.ran[0][0]
 
 
 def test_an_installation_that_fails_costs_no_more(host, played):
@@ -222,7 +222,7 @@ SCRIPTS = {
         "hardware=v5p16", "trainer.global_batch_sequences=4", "mesh=auto", "spot=true", "launch.model_in_memory=true",
         "secrets={WANDB_API_KEY: wandb-key, HF_TOKEN: hf}", "after=[merge]", "max_hours=null", "keep=true", *NASTY,
     ],
-    "evaluated": ["after=['merge export=both','evaluate eval=verilog_eval eval.problems_path=\"gs://bk/ve x\"']",
+    "evaluated": ["after=['merge export=both','evaluate eval=verilog_eval eval.problems_path=\"gs://my-bucket/ve x\"']",
                   "git=https://example.org/x.git@main"],
 }  # fmt: skip
 
@@ -243,7 +243,9 @@ def test_shellcheck_finds_nothing(name, tmp_path):
 
 def test_the_model_can_be_copied_to_memory_first():
     job, script = rendered("launch.model_in_memory=true", "after=[merge]")
-    assert job.model_source == "gs://bk/gemma-4-31b"
-    assert "model.path=/dev/shm/gemma4-tpu-model" in job.train and "model.path=gs://bk/gemma-4-31b" not in job.train
+    assert job.model_source == "gs://my-bucket/gemma-4-31b"
+    assert (
+        "model.path=/dev/shm/gemma4-tpu-model" in job.train and "model.path=gs://my-bucket/gemma-4-31b" not in job.train
+    )
     assert f"MODEL_SOURCE={shlex.quote(job.model_source)}" in script
-    assert "export.base=gs://bk/gemma-4-31b" in job.stages[0].words
+    assert "export.base=gs://my-bucket/gemma-4-31b" in job.stages[0].words

@@ -135,7 +135,7 @@ def test_xpk_makes_a_jobset_of_it(home, monkeypatch, capsys):
     assert given[:2] == ["-m", "gemma4_tpu.train"]
     root = load_train(given[2:]).root
     assert root.tracker.tags == ["it's", "a b", "x: #y"]
-    assert root.run_dir.startswith("gs://bk/v5p8/")
+    assert root.run_dir.startswith("gs://my-bucket/v5p8/")
 
 
 def test_without_xpk_the_install_command_is_named(monkeypatch, capsys, tmp_path):

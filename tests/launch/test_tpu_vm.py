@@ -46,7 +46,7 @@ def test_a_run_from_the_command_to_no_costs(launch, played, messages):
     assert flags["--valid-until-duration"] == "6h"
     assert "--spot" in flags
     assert flags["--labels"] == f"gemma4-tpu={job.id}"
-    assert re.fullmatch(r"gs://bk/v5p8/\d{8}-\d{6}", job.run_dir)
+    assert re.fullmatch(r"gs://my-bucket/v5p8/\d{8}-\d{6}", job.run_dir)
     log = messages.text
     assert "$16.80 per hour" in log and "at most $403.20" in log and "estimated" in log
     assert log.index("waiting costs nothing") < log.index("from now on it costs") < log.index("played")
@@ -115,9 +115,9 @@ def test_a_refusal_of_google_is_one_message_that_says_what_would_work(launch, pl
 
 def test_the_exit_code_is_that_of_the_training(launch, played, messages):
     played.play({"states": ["ACTIVE", "OVER:42"]})
-    code, _, _ = launch(GIT, "run_dir=gs://bk/runs/mine")
+    code, _, _ = launch(GIT, "run_dir=gs://my-bucket/runs/mine")
     assert code == 42
-    assert "run_dir=gs://bk/runs/mine goes on" in messages.text
+    assert "run_dir=gs://my-bucket/runs/mine goes on" in messages.text
 
 
 def test_a_slice_that_could_not_delete_itself_is_deleted(launch, played, messages):
@@ -219,6 +219,8 @@ def test_without_gcloud_the_install_command_is_named(launch, monkeypatch):
         (["model.path=/models/gemma"], "lies on this machine"),
         (["run_dir=outputs/train/x"], "a slice that is deleted takes its disk with it"),
         (["bucket=bk"], "give gs://<bucket>"),
+        (["bucket=gs://b"], "give gs://<bucket>"),
+        (["run_dir=gs://my-bucket"], "give gs://<bucket>/<folder>"),
         (["zone=us-east5"], "give zone=<zone>, as us-east5-a"),
         (["queue_for=long"], "as 6h"),
         (["secrets={WANDB_API_KEY: 'a value!'}"], "never the secret itself"),
