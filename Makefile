@@ -10,17 +10,17 @@ PIP    := $(BIN)/python -m pip --disable-pip-version-check --quiet
 # The locks are complete and carry hashes, so dependencies of dependencies are already in them.
 LOCKED := $(PIP) install --require-hashes --no-deps
 
-.PHONY: train test lint lock setup setup-dev setup-tpu simulator clean
+.PHONY: train test lint lock setup setup-dev setup-tpu simulator shellcheck clean
 
 train: setup
 	$(BIN)/python -m gemma4_tpu.train $(ARGS)
 
-test: setup-dev simulator
+test: setup-dev simulator shellcheck
 	$(BIN)/python -m pytest $(ARGS)
 
 lint: setup-dev
 	$(BIN)/ruff check .
-	$(BIN)/codespell gemma4_tpu conf tests experiments README.md
+	$(BIN)/codespell gemma4_tpu launch conf tests experiments README.md
 	$(BIN)/mypy
 
 setup: $(VENV)/.core
@@ -57,6 +57,15 @@ simulator:
 	  else \
 	    echo "iverilog is missing; install it: sudo apt-get install iverilog  (macOS: brew install icarus-verilog)"; \
 	    exit 1; \
+	  fi; }
+
+# Tests of launch/ check every rendered script; without shellcheck they say what they skip.
+shellcheck:
+	@command -v shellcheck > /dev/null || { \
+	  if [ "$$(id -u)" = 0 ] && command -v apt-get > /dev/null; then \
+	    apt-get -qq update && apt-get -qq install -y shellcheck || echo "shellcheck could not be installed"; \
+	  else \
+	    echo "shellcheck is missing; install it: sudo apt-get install shellcheck  (macOS: brew install shellcheck)"; \
 	  fi; }
 
 # Pins stay as they are unless pyproject.toml forbids them; ARGS=--upgrade takes the newest that it allows.
