@@ -334,8 +334,8 @@ def print_weights(arguments: list[str]) -> int:
 
 
 def files(folder: Path) -> dict[str, bytes]:
-    """Contents by name."""
-    return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
+    """Contents of an export by name; its journal aside, which names the very save that it was made from."""
+    return {path.name: path.read_bytes() for path in sorted(folder.iterdir()) if path.name != "gemma4_tpu.json"}
 
 
 def said(process: Process) -> str:
