@@ -23,7 +23,7 @@ _KNOWN: tuple[tuple[str, str], ...] = (
      "another process holds the TPU (a training, another server); sudo lsof -w /dev/vfio/* /dev/accel* shows it"),
     (r"No accelerator found|Unable to initialize backend 'tpu'|Failed to initialize TPU|No CUDA GPUs are available",
      "the container sees no accelerator; is this machine the slice that serving.slice names?"),
-    (r"[Aa]ddress already in use|Errno 98",
+    (r"(?i:address already in use)|Errno 98",
      "another program took the port in the meantime; give another serving.port"),
     (r"HFValidationError|Repo id must be (?:in the form|a string)",
      "vLLM took the model's folder for a name on the Hub, so it is not visible in the container; is the folder on a"
