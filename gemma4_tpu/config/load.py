@@ -94,7 +94,7 @@ def compose_all(
     if multirun:
         return None, good, problems
     name, taken = entry.name, good
-    if run := replay.replayed(good, entry.schema):
+    if (run := replay.replayed(good, entry.schema)) is not None:
         started, found = replay.start_from(run, entry.name, entry.schema, lambda: defaults(entry))
         taken, refused = replay.over_recorded(good, groups)
         if started is None or refused:

@@ -30,7 +30,8 @@ def replayed(words: list[str], schema: type) -> str | None:
         for word in words:
             override = OverridesParser.create().parse_override(word)
             if override.key_or_group == KEY and not override.is_sweep_override():
-                run = override.value()
+                value = override.value()
+                run = None if value is None else str(value)
     return run
 
 

@@ -63,6 +63,7 @@ def test_a_recorded_run_can_be_planned(recorded):
     ("words", "message"),
     [
         (["replay=nowhere"], r"replay=nowhere: not a run folder \(it has no config.yaml\)"),
+        (["replay="], "replay=: not a run folder"),
         (["replay=HERE", "experiment=smoke"], "experiment=smoke: replay has a whole recipe already"),
         (["replay=HERE", "replay_allow=[cod]"], r"'cod' is nothing that is compared; did you mean code\?"),
         (["replay=HERE", "run_dir=HERE"], "holds the run to repeat; give another run_dir"),
