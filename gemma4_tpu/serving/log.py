@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import queue
 import re
 import subprocess
@@ -11,12 +12,15 @@ from collections import deque
 from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
+from typing import BinaryIO
 
 from gemma4_tpu.tracking.redact import redact
 
+log = logging.getLogger(__name__)
+
 _END = object()
 _SPLIT = re.compile(rb"[\r\n]+")
-LAST_LINES = 12
+LAST_LINES = 20
 LEAVE_SECONDS = 10.0
 """The engine's `logs` ends by itself when the container has."""
 
@@ -28,6 +32,7 @@ class ServerLog:
         self._process, self._path = process, path
         self._lines: queue.SimpleQueue[object] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._read, name="server-log", daemon=True)
+        self._kept = True
         self.ended = False
         """The container has printed its last line."""
         self.last: deque[str] = deque(maxlen=LAST_LINES)
@@ -64,7 +69,7 @@ class ServerLog:
     def _read(self) -> None:
         assert self._process.stdout is not None
         rest = b""
-        with open(self._path, "a", encoding="utf-8", buffering=1) as file:
+        with open(self._path, "ab", buffering=0) as file:
             while block := self._process.stdout.read1(65536):
                 *whole, rest = _SPLIT.split(rest + block)
                 for raw in whole:
@@ -72,11 +77,17 @@ class ServerLog:
             self._take(rest, file)
         self._lines.put(_END)
 
-    def _take(self, raw: bytes, file) -> None:
+    def _take(self, raw: bytes, file: BinaryIO) -> None:
         line = redact(raw.decode(errors="replace").rstrip())
-        if line:
-            file.write(line + "\n")
-            self._lines.put(line)
+        if not line:
+            return
+        self._lines.put(line)
+        if self._kept:
+            try:
+                file.write(f"{line}\n".encode())
+            except OSError as error:
+                self._kept = False
+                log.warning("%s: can't be written any more (%s)", self._path, error.strerror)
 
 
 class Stages:

@@ -90,18 +90,27 @@ def test_gpus_reach_the_container_their_own_way(merged, dry_run):
     assert after(words, "--quantization") == "fp8"
 
 
+def test_refusals_of_flags_name_key_and_remedy_all_at_once(merged, refused):
+    flags = {
+        "max-num-seq": (3, "did you mean max-num-seqs"),
+        "disable-log-requests": ("true", "no-enable-log-requests"),
+        "port": (3, "serving.flags.port: give serving.port instead"),
+        "enable_lora": ("true", "serving.flags.enable-lora: LoRA adapters are not served"),
+        "tool-call-parser": ("hermes", "Gemma 4's is gemma4"),
+        "hf-token": ("x", "put it into HF_TOKEN"),
+        "seed": ("false", "has no --no-seed"),
+    }
+    given = ", ".join(f"{name}: {value}" for name, (value, _) in flags.items())
+    words = [f"serving.flags={{{given}}}", "serving.extra_args=['--lora-modules=a=b']", "serving.env={HF_TOKEN: x}"]
+    message = refused(merged(), *words)
+    told = [told for _, told in flags.values()]
+    for part in (*told, "serving.extra_args: --lora-modules: LoRA", "serving.env.HF_TOKEN: no secrets", "9 problems"):
+        assert part in message, part
+
+
 @pytest.mark.parametrize(
     ("words", "told"),
     [
-        (["serving.flags={max-num-seq: 3}"], "did you mean max-num-seqs"),
-        (["serving.flags={disable-log-requests: true}"], "no-enable-log-requests"),
-        (["serving.flags={port: 3}"], "serving.flags.port: give serving.port instead"),
-        (["serving.flags={enable_lora: true}"], "LoRA adapters are not served"),
-        (["serving.extra_args=['--lora-modules=a=b']"], "LoRA adapters are not served"),
-        (["serving.flags={tool-call-parser: hermes}"], "Gemma 4's is gemma4"),
-        (["serving.flags={hf-token: x}"], "put it into HF_TOKEN"),
-        (["serving.flags={seed: false}"], "has no --no-seed"),
-        (["serving.env={HF_TOKEN: x}"], "no secrets in the configuration"),
         (["serving.image=vllm/vllm-tpu:nightly"], "the tag nightly can mean another image tomorrow"),
         (["serving.image=vllm/vllm-tpu"], "no tag can mean another image"),
         (["serving.tensor_parallel_size=3"], "does not divide the model's 32 query heads; it may be 1, 2, 4, 8"),
@@ -109,8 +118,7 @@ def test_gpus_reach_the_container_their_own_way(merged, dry_run):
         (["serving.slice=v6e-16"], "has 4 hosts"),
         (["serving.slice=v6e8"], "did you mean serving.slice=v6e-8"),
         (["serving.max_model_len=300000"], "the model's longest sequence is 131072 tokens"),
-        (["serving.compile_cache=gs://bucket/cache"], "local disk"),
-        (["serving.kv_cache_dtype=int4"], "not a choice"),
+        (["serving.compile_cache=gs://b/cache", "serving.kv_cache_dtype=int4"], "local disk"),
     ],
 )  # fmt: skip
 def test_refusals_name_key_and_remedy(merged, refused, words, told):
