@@ -1,13 +1,14 @@
 """`python -m gemma4_tpu.serve run=<merged folder>`: a vLLM server in its container, until Ctrl-C. No JAX here.
 
 Configuration → memory estimated → container started, followed, asked if it is the trained model → stopped, removed.
+`serving=local` serves small checkpoints in this process instead.
 """
 
 from __future__ import annotations
 
 import logging
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING
 
@@ -16,9 +17,13 @@ from gemma4_tpu.config.load import Loaded, load
 from gemma4_tpu.config.schema import ServeRoot
 from gemma4_tpu.config.serve_checks import ServeChecked
 from gemma4_tpu.errors import INTERRUPTED, REFUSED, UserError
+from gemma4_tpu.hardware import GIB, LOCAL
 
 if TYPE_CHECKING:
+    from gemma4_tpu.serving.launch import Server
+    from gemma4_tpu.serving.local import LocalServer
     from gemma4_tpu.serving.memory import MemoryEstimate
+    from gemma4_tpu.tracking.run import RunFolder
 
 log = logging.getLogger(__name__)
 
@@ -36,10 +41,30 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(loaded: Loaded[ServeRoot, ServeChecked]) -> int:
-    from gemma4_tpu.serving.memory import check_memory, estimate
     from gemma4_tpu.tracking.logs import setup_logging
 
     setup_logging()
+    return _run_local(loaded) if loaded.root.serving.slice == LOCAL else _run_container(loaded)
+
+
+def _run_local(loaded: Loaded[ServeRoot, ServeChecked]) -> int:
+    from gemma4_tpu.serving.local import LocalServer, check_host_memory, weight_bytes
+
+    serving, checked = loaded.root.serving, loaded.checked
+    check_host_memory(serving, checked)
+    if serving.warning:
+        log.warning("serving: %s", serving.warning)
+    told = f"weights {weight_bytes(serving, checked) / GIB:.3g} GiB in {serving.weight_dtype}, estimated"
+    if loaded.root.dry_run:
+        print(f"# {told}; no container: this process would serve on http://{serving.host}:{serving.port}/v1")
+        return 0
+    log.info("%s", told)
+    return _recorded(loaded, lambda record: LocalServer(serving, checked))
+
+
+def _run_container(loaded: Loaded[ServeRoot, ServeChecked]) -> int:
+    from gemma4_tpu.serving.memory import check_memory, estimate
+
     serving, checked = loaded.root.serving, loaded.checked
     memory = estimate(checked.architecture, serving)
     check_memory(memory, checked.architecture, serving)
@@ -68,22 +93,30 @@ def _dry_run(loaded: Loaded[ServeRoot, ServeChecked], memory: MemoryEstimate) ->
 
 
 def _serve(loaded: Loaded[ServeRoot, ServeChecked], memory: MemoryEstimate) -> int:
-    """The server and its record: configuration, log, result."""
     from gemma4_tpu.serving.launch import Server
+
+    def make(record: RunFolder) -> Server:
+        for line in _told(memory):
+            log.info("%s", line)
+        return Server(loaded.root.serving, loaded.checked, memory, record.path / "server.log")
+
+    return _recorded(loaded, make)
+
+
+def _recorded(loaded: Loaded[ServeRoot, ServeChecked], make: Callable[[RunFolder], Server | LocalServer]) -> int:
+    """A server and its record: configuration, log, result."""
     from gemma4_tpu.tracking import provenance
     from gemma4_tpu.tracking.files import write_json
     from gemma4_tpu.tracking.logs import setup_logging
     from gemma4_tpu.tracking.run import RunFolder
 
-    config, checked = loaded.root, loaded.checked
+    config = loaded.root
     record = RunFolder.open(
-        checked.run or "outputs", config.name, config.run_dir, "auto", config=asdict(config),
+        loaded.checked.run or "outputs", config.name, config.run_dir, "auto", config=asdict(config),
         overrides=loaded.overrides, resume_allow=("run", "serving"),
     )  # fmt: skip
     setup_logging(record.log_path)
-    for line in _told(memory):
-        log.info("%s", line)
-    server = Server(config.serving, checked, memory, record.path / "server.log")
+    server = make(record)
     try:
         captured = provenance.capture(
             hardware={"slice": config.serving.slice}, seeds={}, fingerprints={"image": config.serving.image}

@@ -151,6 +151,7 @@ SERVE: EntryPoint[ServeRoot, ServeChecked] = EntryPoint(
         ("serving=v6e8 run=<merged folder> dry_run=true", "check, and show the container command"),
         ("serving=v6e8_tuned run=<merged folder> serving.max_model_len=8192", "two copies in fp8, shorter sequences"),
         ("serving=v6e4_moe run=<merged folder> 'serving.flags={seed: 0}'", "26B-A4B, with a flag of vllm serve"),
+        ("serving=local run=outputs/train/<run>", "a small checkpoint on this CPU, without a container"),
     ),
 )
 

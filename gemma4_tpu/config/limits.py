@@ -31,7 +31,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "eval.thoughts": ("drop", "train"),
     "eval.compute_dtype": ("auto", "bfloat16", "float32"),
     "eval.judge.sandbox": ("auto", "bubblewrap", "landlock"),
-    "serving.weight_dtype": ("bfloat16", "fp8"),
+    "serving.weight_dtype": ("bfloat16", "fp8", "float32"),
     "serving.kv_cache_dtype": ("auto", "bfloat16", "fp8"),
 }
 

@@ -434,7 +434,7 @@ class PlanRoot(TrainRoot):
 
 @dataclass(kw_only=True)
 class ServingConfig:
-    """A vLLM server in its container (`serving=`). Names follow `vllm serve` where it has one."""
+    """A vLLM server in its container, or an embedded one (`serving=local`). Names follow `vllm serve`."""
 
     engine: str = "docker"
     """Command of the container engine: `docker`, `podman`, or with words before it, such as
@@ -442,7 +442,8 @@ class ServingConfig:
     image: str = ""
     """Container image with a version tag or a digest; one that can change (`latest`, `nightly`) is refused."""
     slice: str = "v6e-8"
-    """The machine that this runs on: key of `hardware.SLICES`. Decides memory, and how devices reach the container."""
+    """The machine that this runs on: key of `hardware.SLICES`. Decides memory, and how devices reach the container.
+    `local`: no container; PyTorch serves in this process, on the CPU."""
     tensor_parallel_size: int = 1
     """Chips that each layer is split over."""
     data_parallel_size: int = 1
@@ -450,13 +451,14 @@ class ServingConfig:
     max_model_len: int = 16384
     """Longest sequence in tokens, prompt and answer together."""
     max_num_seqs: int | None = None
-    """Sequences under way at a time; null: vLLM's default."""
+    """Sequences under way at a time; null: vLLM's default, for `serving=local` 64."""
     max_num_batched_tokens: int | None = None
-    """Tokens of one step; null: vLLM's default."""
+    """Tokens of one step; null: vLLM's default. For `serving=local` those of prompts, and 1024."""
     gpu_memory_utilization: float = 0.9
     """Share of each chip's memory for weights and KV cache (TPUs too, whatever its name)."""
     weight_dtype: str = "bfloat16"
-    """`bfloat16`, or `fp8`: weights are quantised when they are loaded (by Qwix on TPUs)."""
+    """`bfloat16`, or `fp8`: weights are quantised when they are loaded (by Qwix on TPUs). `float32` and `bfloat16` for
+    `serving=local`."""
     kv_cache_dtype: str = "auto"
     """`auto` (the image decides; counted as bfloat16), `bfloat16` or `fp8`."""
     flags: dict[str, Any] = field(default_factory=dict)

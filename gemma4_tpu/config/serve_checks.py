@@ -21,8 +21,9 @@ from gemma4_tpu.config.limits import limit_problems
 from gemma4_tpu.config.merge_checks import is_run
 from gemma4_tpu.config.problems import Problem
 from gemma4_tpu.config.schema import ServeRoot, ServingConfig
+from gemma4_tpu.config.serve_local_checks import local_problems
 from gemma4_tpu.errors import UserError
-from gemma4_tpu.hardware import SLICES
+from gemma4_tpu.hardware import LOCAL, SLICES
 
 MERGED, ADAPTER = "merged", "adapter"
 KNOWN_IMAGES = r"(.*/)?vllm/vllm-(tpu|openai):v0\.32\.\d+(@sha256:[0-9a-f]{64})?"
@@ -82,13 +83,17 @@ def examine_serve(root: ServeRoot) -> tuple[ServeChecked | None, list[Problem]]:
     """Everything that can be checked without a container engine; `ServeChecked` is None when there are problems."""
     serving = root.serving
     messages = limit_problems(root)
-    messages += _image(serving) + _flags(serving) + _environment(serving) + _told_secret(serving) + _place(serving)
-    model, architecture, found = _model(root.run)
+    local = serving.slice == LOCAL
+    messages += local_problems(serving) if local else _container(serving)
+    messages += _place(serving)
+    model, architecture, found = _model(root.run, mounted=not local)
     messages += found
     notes: list[str] = []
-    if serving.slice not in SLICES:
-        hint = did_you_mean(serving.slice, SLICES, "serving.slice={}".format)
-        messages.append(f"serving.slice={serving.slice}: no such slice{hint} (there are: {', '.join(SLICES)})")
+    if not local and serving.slice not in SLICES:
+        hint = did_you_mean(serving.slice, (LOCAL, *SLICES), "serving.slice={}".format)
+        messages.append(f"serving.slice={serving.slice}: no such slice{hint} (there are: {LOCAL}, {', '.join(SLICES)})")
+    elif local and model is not None and not messages:
+        messages += _length(serving, model)
     elif architecture is not None and model is not None and not messages:
         refused, notes = _split(serving, architecture)
         messages += refused + _length(serving, model)
@@ -107,6 +112,13 @@ def examine_serve(root: ServeRoot) -> tuple[ServeChecked | None, list[Problem]]:
 def known_flags() -> frozenset[str]:
     """Flags of `vllm serve` 0.32, without dashes in front."""
     return frozenset(Path(assets.ROOT, "vllm_0_32_flags.txt").read_text(encoding="utf-8").split())
+
+
+def _container(serving: ServingConfig) -> list[str]:
+    messages = _image(serving) + _flags(serving) + _environment(serving) + _told_secret(serving)
+    if serving.weight_dtype == "float32":
+        messages.append("serving.weight_dtype=float32: for serving=local; vLLM serves in bfloat16 or fp8")
+    return messages
 
 
 def _image(serving: ServingConfig) -> list[str]:
@@ -220,7 +232,7 @@ def _place(serving: ServingConfig) -> list[str]:
     return messages
 
 
-def _model(run: str) -> tuple[Path | None, Architecture | None, list[str]]:
+def _model(run: str, *, mounted: bool) -> tuple[Path | None, Architecture | None, list[str]]:
     """The folder to mount and its architecture, or what is wrong."""
     if not run:
         return None, None, ["run: which model? give run=<merged folder>, or run=<run folder> with merged in it"]
@@ -245,21 +257,21 @@ def _model(run: str) -> tuple[Path | None, Architecture | None, list[str]]:
         architecture = from_hf_config(json.loads((model / "config.json").read_text(encoding="utf-8")))
     except (UserError, ValueError, AttributeError, TypeError) as error:
         return None, None, [f"run={run}: {error}"]
-    return model, architecture, [f"run={run}: {told}" for told in _mountable(model, present)]
+    return model, architecture, [f"run={run}: {told}" for told in _lacking(model, present, mounted=mounted)]
 
 
-def _mountable(model: Path, present: list[str]) -> list[str]:
-    """What the container would not find in the folder."""
+def _lacking(model: Path, present: list[str], *, mounted: bool) -> list[str]:
+    """What the server would not find in the folder, be it `mounted` into a container."""
     messages = []
     if "tokenizer.json" not in present:
         messages.append("there is no tokenizer.json; copy the tokenizer's files there")
     inside = model.resolve()
     outside = [n for n in present if (model / n).is_symlink() and inside not in (model / n).resolve().parents]
-    if outside:
+    if outside and mounted:
         messages.append(
             f"{outside[0]} is a link to a place that the container doesn't see; copy the folder with cp -rL"
         )
-    if "," in str(model.absolute()):
+    if mounted and "," in str(model.absolute()):
         messages.append("a folder with a comma in its path can't be mounted; move it")
     if INDEX_NAME in present:
         index = json.loads((model / INDEX_NAME).read_text(encoding="utf-8"))

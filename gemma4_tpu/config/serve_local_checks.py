@@ -1,0 +1,31 @@
+"""Checks of `python -m gemma4_tpu.serve serving=local`: which keys count without a container, and the extra. No JAX."""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+
+from gemma4_tpu.config.schema import ServingConfig
+
+CONTAINER_ONLY = (
+    "engine", "image", "tensor_parallel_size", "data_parallel_size", "gpu_memory_utilization", "kv_cache_dtype",
+    "flags", "extra_args", "env", "compile_cache", "shm_size_gib",
+)  # fmt: skip
+"""Keys of the container and of vLLM in it."""
+NEEDED = ("fastapi", "prometheus_client", "torch", "uvicorn")
+"""Modules of the extra `local-serving`."""
+
+
+def local_problems(serving: ServingConfig) -> list[str]:
+    """What speaks against a server in this process."""
+    usual = ServingConfig()
+    messages = [
+        f"serving.{key}={value}: of vLLM's container, which serving=local does without; leave it out"
+        for key in CONTAINER_ONLY
+        if (value := getattr(serving, key)) != getattr(usual, key)
+    ]
+    if serving.weight_dtype == "fp8":
+        messages.append("serving.weight_dtype=fp8: serving=local computes in float32 or bfloat16")
+    missing = [name for name in NEEDED if find_spec(name) is None]
+    if missing:
+        messages.append(f"serving=local needs {', '.join(missing)}: pip install 'gemma4-tpu[local-serving]'")
+    return messages

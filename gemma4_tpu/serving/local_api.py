@@ -1,0 +1,264 @@
+"""The embedded server's HTTP side: OpenAI's endpoints by FastAPI, each request handed to the engine's thread."""
+
+from __future__ import annotations
+
+import asyncio
+import hmac
+import json
+import os
+import time
+import uuid
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
+from typing import Any
+
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse, Response, StreamingResponse
+from starlette.exceptions import HTTPException
+
+from gemma4_tpu.serving.local_engine import READY, Engine
+from gemma4_tpu.serving.local_metrics import Metrics
+from gemma4_tpu.serving.local_protocol import ApiError, ChatRequest, CompletionRequest, Reply
+from gemma4_tpu.serving.local_sampling import ABORT, ERROR, Answer, Piece
+
+GONE_SECONDS = 0.25
+"""Between looks whether a client is still there."""
+CHARACTERS_PER_TOKEN = 64
+"""A prompt with more characters than this for each token that fits is refused unread."""
+
+
+class Api:
+    """The endpoints around one engine."""
+
+    def __init__(self, engine: Engine, metrics: Metrics, model: str, max_model_len: int, key: str | None):
+        self._engine, self._metrics, self._model, self._longest = engine, metrics, model, max_model_len
+        self._key, self._started = key, int(time.time())
+        self._tokenizing = asyncio.Lock()
+
+    def app(self) -> FastAPI:
+        """The application; its docs pages are left out, since they load scripts from elsewhere."""
+        app = FastAPI(title="gemma4-tpu", docs_url=None, redoc_url=None, openapi_url=None)
+        app.add_exception_handler(ApiError, lambda _, error: _error(error))
+        app.add_exception_handler(RequestValidationError, lambda _, error: _error(_invalid(error)))
+        app.add_exception_handler(HTTPException, lambda _, error: _error(ApiError(error.status_code, error.detail)))
+        app.get("/health")(self.health)
+        app.get("/metrics")(self.metrics)
+        app.get("/v1/models")(self.models)
+        app.get("/v1/models/{name:path}")(self.one_model)
+        app.post("/v1/completions")(self.completions)
+        app.post("/v1/chat/completions")(self.chat)
+        return app
+
+    async def health(self) -> JSONResponse:
+        """The engine's state; 200 only if it answers."""
+        running, waiting = self._engine.counts
+        error = self._engine.error
+        told = {"status": self._engine.state, "running": running, "waiting": waiting}
+        if error is not None:
+            told["error"] = str(error) or repr(error)
+        return JSONResponse(told, 200 if self._engine.state == READY and self._engine.alive else 503)
+
+    async def metrics(self) -> Response:
+        return Response(self._metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
+
+    async def models(self, request: Request) -> dict[str, Any]:
+        self._authorise(request)
+        return {"object": "list", "data": [self._card()]}
+
+    async def one_model(self, name: str, request: Request) -> dict[str, Any]:
+        self._authorise(request)
+        self._check_model(name)
+        return self._card()
+
+    def _card(self) -> dict[str, Any]:
+        return {
+            "id": self._model, "object": "model", "created": self._started, "owned_by": "gemma4-tpu",
+            "max_model_len": self._longest,
+        }  # fmt: skip
+
+    async def completions(self, body: CompletionRequest, request: Request) -> Response:
+        self._admit(body, request)
+        self._engine_ready()
+        prompts = [await self._tokens(prompt) for prompt in body.prompts]
+        if not prompts:
+            raise ApiError(400, "prompt is empty", param="prompt")
+        return await self._answer(body, request, prompts, "text", body.return_tokens_as_token_ids)
+
+    async def chat(self, body: ChatRequest, request: Request) -> Response:
+        self._admit(body, request)
+        self._engine_ready()
+        turns = body.turns()
+        self._check_characters(sum(len(turn["content"]) for turn in turns), "messages")
+
+        def render() -> list[int]:
+            options = {**body.chat_template_kwargs, "tokenize": True, "return_dict": True}
+            options.setdefault("add_generation_prompt", True)
+            return self._engine.tokenizer.apply_chat_template(turns, **options)["input_ids"]
+
+        try:
+            async with self._tokenizing:
+                prompt = await asyncio.to_thread(render)
+        except Exception as error:  # a template may refuse its input in many ways
+            raise ApiError(400, f"the chat template refuses this: {error}", param="messages") from None
+        return await self._answer(body, request, [prompt], "chat", False)
+
+    def _admit(self, body: CompletionRequest | ChatRequest, request: Request) -> None:
+        self._authorise(request)
+        if body.model is not None:
+            self._check_model(body.model)
+        body.check_unknown()
+
+    def _authorise(self, request: Request) -> None:
+        given = request.headers.get("authorization", "").removeprefix("Bearer ")
+        if self._key and not hmac.compare_digest(given.encode(), self._key.encode()):
+            raise ApiError(401, "the API key is wrong", code="invalid_api_key")
+
+    def _check_model(self, name: str) -> None:
+        if name != self._model:
+            raise ApiError(
+                404, f"the model {name!r} does not exist; this server has {self._model!r}", param="model",
+                code="model_not_found",
+            )  # fmt: skip
+
+    def _engine_ready(self) -> None:
+        if self._engine.state != READY:
+            raise ApiError(503, f"the engine is {self._engine.state}", code="engine_not_ready")
+
+    def _check_characters(self, count: int, param: str) -> None:
+        if count > self._longest * CHARACTERS_PER_TOKEN:
+            raise self._too_long(f"the prompt has {count} characters", param)
+
+    def _too_long(self, told: str, param: str) -> ApiError:
+        message = f"this model's maximum context length is {self._longest} tokens; {told}"
+        return ApiError(400, message, param=param, code="context_length_exceeded")
+
+    async def _tokens(self, prompt: str | list[int]) -> list[int]:
+        """A prompt's tokens; of a text as the tokenizer starts one (with `<bos>`)."""
+        if not prompt:
+            raise ApiError(400, "prompt is empty", param="prompt")
+        if isinstance(prompt, str):
+            self._check_characters(len(prompt), "prompt")
+            async with self._tokenizing:
+                return await asyncio.to_thread(lambda: self._engine.tokenizer(prompt)["input_ids"])
+        if not all(0 <= token < self._engine.vocabulary for token in prompt):
+            raise ApiError(400, f"token ids are from 0 to {self._engine.vocabulary - 1}", param="prompt")
+        return prompt
+
+    async def _answer(
+        self, body: CompletionRequest | ChatRequest, request: Request, prompts: Sequence[list[int]], kind: str,
+        as_ids: bool,
+    ) -> Response:  # fmt: skip
+        """Every prompt `n` times, as one reply or a stream."""
+        param = "messages" if kind == "chat" else "prompt"
+        if len(prompts) * body.n > self._longest:
+            raise ApiError(400, f"{len(prompts)} prompts are too many", param=param)
+        for prompt in prompts:
+            wanted = body.limit or 1
+            if len(prompt) + wanted > self._longest:
+                raise self._too_long(f"the prompt has {len(prompt)} and {wanted} more are asked for", param)
+        queue: asyncio.Queue[tuple[int, Piece]] = asyncio.Queue()
+        loop = asyncio.get_running_loop()
+
+        def teller(index: int) -> Any:
+            return lambda piece: _hand_over(loop, queue, (index, piece))
+
+        answers = [
+            Answer(prompt, body.sampling(self._engine.defaults, self._longest - len(prompt), choice),
+                   teller(place * body.n + choice))
+            for place, prompt in enumerate(prompts) for choice in range(body.n)
+        ]  # fmt: skip
+        identifier = f"{'chatcmpl' if kind == 'chat' else 'cmpl'}-{uuid.uuid4().hex}"
+        tokens = sum(map(len, prompts))
+        reply = Reply(kind, identifier, self._model, tokens, self._engine.tokenizer, as_ids)
+        if body.stream:
+            events = self._stream(body, request, answers, queue, reply)
+            return StreamingResponse(events, media_type="text/event-stream", headers={"Cache-Control": "no-cache"})
+        pieces: list[list[Piece]] = [[] for _ in answers]
+        async with self._under_way(request, answers):
+            async for index, piece in _pieces(queue, len(answers)):
+                if piece.finish in (ERROR, ABORT):
+                    raise ApiError(500, piece.error or "the client is gone")
+                pieces[index].append(piece)
+                reply.completion_tokens += len(piece.tokens)
+        return JSONResponse(reply.whole(pieces))
+
+    async def _stream(
+        self, body: CompletionRequest | ChatRequest, request: Request, answers: list[Answer],
+        queue: asyncio.Queue[tuple[int, Piece]], reply: Reply,
+    ) -> AsyncIterator[str]:  # fmt: skip
+        """Server-sent events: a chunk per token, usage if wanted, `[DONE]`."""
+        wanted = body.stream_options
+        begun: set[int] = set()
+        async with self._under_way(request, answers):
+            async for index, piece in _pieces(queue, len(answers)):
+                if piece.finish in (ERROR, ABORT):
+                    yield _event(ApiError(500, piece.error or "the client is gone").plain())
+                    return
+                reply.completion_tokens += len(piece.tokens)
+                more: dict[str, Any] = {"usage": None} if wanted and wanted.include_usage else {}
+                if wanted and wanted.continuous_usage_stats:
+                    more = {"usage": reply.usage()}
+                yield _event(reply.chunk([reply.delta(index, piece, first=index not in begun)], **more))
+                begun.add(index)
+        if wanted and wanted.include_usage:
+            yield _event(reply.chunk([], usage=reply.usage()))
+        yield "data: [DONE]\n\n"
+
+    @asynccontextmanager
+    async def _under_way(self, request: Request, answers: list[Answer]) -> AsyncIterator[None]:
+        """Submits the answers; what is not finished at the end, or when the client goes, is given up."""
+
+        def give_up() -> None:
+            for answer in answers:
+                answer.aborted = True
+
+        async def watch() -> None:
+            while not await request.is_disconnected():
+                await asyncio.sleep(GONE_SECONDS)
+            give_up()
+
+        watching = asyncio.create_task(watch())
+        try:
+            for answer in answers:
+                self._engine.submit(answer)
+            yield
+        finally:
+            give_up()
+            watching.cancel()
+
+
+async def _pieces(queue: asyncio.Queue[tuple[int, Piece]], answers: int) -> AsyncIterator[tuple[int, Piece]]:
+    """What the engine tells, until every answer has ended."""
+    while answers:
+        index, piece = await queue.get()
+        answers -= piece.finish is not None
+        yield index, piece
+
+
+def _hand_over(loop: asyncio.AbstractEventLoop, queue: asyncio.Queue[tuple[int, Piece]], item: Any) -> None:
+    """From the engine's thread to the loop's; one that is closed has nobody waiting."""
+    if not loop.is_closed():
+        loop.call_soon_threadsafe(queue.put_nowait, item)
+
+
+def _event(content: dict[str, Any]) -> str:
+    return f"data: {json.dumps(content, ensure_ascii=False, separators=(',', ':'))}\n\n"
+
+
+def _error(error: ApiError) -> JSONResponse:
+    return JSONResponse(error.plain(), error.status)
+
+
+def _invalid(error: RequestValidationError) -> ApiError:
+    """What does not have the form of a request: 400, as OpenAI says it."""
+    first = error.errors()[0]
+    if first["type"] == "json_invalid":
+        return ApiError(400, f"the body is not JSON: {first.get('ctx', {}).get('error', first['msg'])}")
+    place = ".".join(str(part) for part in first["loc"] if part != "body") or None
+    return ApiError(400, f"{place or 'body'}: {first['msg']}", param=place)
+
+
+def api_key() -> str | None:
+    """The key that clients must bring, from the environment; None: everybody is let in."""
+    return os.environ.get("VLLM_API_KEY") or None

@@ -1,0 +1,277 @@
+"""The embedded server's engine: one thread in which Gemma 4 (transformers, PyTorch) answers many requests at once.
+
+Continuous batching: each step reads prompts of waiting requests, up to a budget of tokens, then makes one token for
+every request under way. Prompts are read one by one; after that the caches stand side by side, padded on the left, with
+a mask and positions of their own, so that an answer does not depend on its neighbours beyond rounding.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import secrets
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.nn.functional import pad
+from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
+
+from gemma4_tpu.serving.local_metrics import Metrics
+from gemma4_tpu.serving.local_sampling import ABORT, ERROR, LENGTH, STOP, Answer, GrowingText, Piece, choose, logprob
+
+log = logging.getLogger(__name__)
+
+LOADING, READY, FAILED, STOPPED = "loading", "ready", "failed", "stopped"
+PROMPT_TOKENS = 1024
+"""Prompt tokens read per step, where the configuration says nothing: more hold up the answers under way."""
+SEQUENCES = 64
+"""Answers under way at a time, where the configuration says nothing."""
+
+
+class Engine:
+    """Loads a checkpoint and answers; every method may be called from any thread."""
+
+    def __init__(self, folder: Path, dtype: str, metrics: Metrics, *, sequences: int | None, prompt_tokens: int | None):
+        self._folder, self._dtype, self._metrics = folder, getattr(torch, dtype), metrics
+        self._sequences, self._prompt_tokens = sequences or SEQUENCES, prompt_tokens or PROMPT_TOKENS
+        self._lock = threading.Condition()
+        self._waiting: deque[Answer] = deque()
+        self._batch = Batch()
+        self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
+        self.tokenizer: Any = None
+        self.state = LOADING
+        self.error: BaseException | None = None
+        """Why it failed."""
+
+    def start(self) -> None:
+        self._thread.start()
+
+    def submit(self, answer: Answer) -> None:
+        """Its `tell` gets a piece per token, the last one with `finish`."""
+        with self._lock:
+            if self.state != READY:
+                answer.tell(Piece("", (), ERROR, error=f"the engine is {self.state}"))
+                return
+            answer.arrived = time.monotonic()
+            self._waiting.append(answer)
+            self._lock.notify()
+
+    def stop(self) -> None:
+        """Ends every answer under way and waits for the thread."""
+        with self._lock:
+            if self.state != FAILED:
+                self.state = STOPPED
+            self._lock.notify()
+        self._thread.join()
+
+    @property
+    def alive(self) -> bool:
+        return self._thread.is_alive()
+
+    @property
+    def counts(self) -> tuple[int, int]:
+        """Answers (under way, waiting)."""
+        return len(self._batch.answers), len(self._waiting)
+
+    def _run(self) -> None:
+        try:
+            self._load()
+            with torch.inference_mode():
+                while self._wait():
+                    self._step()
+            self._end_all(ABORT, "the server is stopped")
+        except BaseException as error:
+            self.error = error
+            log.error("the engine failed: %s", error or repr(error))
+            self._end_all(ERROR, f"the engine failed: {error or repr(error)}", state=FAILED)
+
+    def _load(self) -> None:
+        if "OMP_NUM_THREADS" not in os.environ:
+            torch.set_num_threads(1)  # on a busy machine two threads wait for each other
+        tokenizer = AutoTokenizer.from_pretrained(self._folder, local_files_only=True)
+        model = AutoModelForCausalLM.from_pretrained(
+            self._folder, dtype=self._dtype, local_files_only=True, use_safetensors=True
+        )
+        self._model = model.eval()
+        eos = self._model.generation_config.eos_token_id
+        self._eos = frozenset(eos if isinstance(eos, list) else [] if eos is None else [eos])
+        self.tokenizer = tokenizer
+        with self._lock:
+            if self.state == LOADING:
+                self.state = READY
+
+    @property
+    def defaults(self) -> dict[str, float]:
+        """Sampling that the checkpoint's `generation_config.json` asks for, as vLLM takes it too."""
+        config = self._model.generation_config
+        found = {name: getattr(config, name, None) for name in ("temperature", "top_p", "top_k")}
+        return {name: value for name, value in found.items() if value is not None}
+
+    @property
+    def vocabulary(self) -> int:
+        return self._model.get_input_embeddings().num_embeddings
+
+    def _wait(self) -> bool:
+        """Until there is something to do; False: stop."""
+        with self._lock:
+            while self.state == READY and not self._waiting and not self._batch.answers:
+                self._lock.wait()
+            return self.state == READY
+
+    def _step(self) -> None:
+        self._drop(lambda answer: answer.aborted)
+        budget = self._prompt_tokens
+        while budget > 0 and len(self._batch.answers) < self._sequences and (answer := self._next()):
+            budget -= self._read(answer, budget)
+        if self._batch.answers:
+            self._decode()
+        self._metrics.under_way(*self.counts)
+
+    def _next(self) -> Answer | None:
+        with self._lock:
+            return self._waiting[0] if self._waiting else None
+
+    def _read(self, answer: Answer, budget: int) -> int:
+        """Reads up to `budget` tokens of the prompt; with its end comes the first token. Returns how many it were."""
+        cache = self._partial if answer is self._partial_of else DynamicCache()
+        start = cache.get_seq_length()
+        end = min(len(answer.prompt), start + budget)
+        logits = self._forward([answer.prompt[start:end]], cache, [start], torch.ones(1, end, dtype=torch.long))
+        self._partial, self._partial_of = (cache, answer) if end < len(answer.prompt) else (None, None)
+        if self._partial is None:
+            with self._lock:
+                self._waiting.popleft()
+            answer.text = GrowingText(self.tokenizer, answer.sampling.stop)
+            seed = answer.sampling.seed
+            answer.generator = torch.Generator().manual_seed(secrets.randbits(63) if seed is None else seed)
+            if self._add(answer, logits[0]) is None:
+                self._batch.join(answer, cache)
+        return end - start
+
+    _partial: DynamicCache | None = None
+    """Cache of the first waiting answer, whose prompt is not read to its end yet."""
+    _partial_of: Answer | None = None
+
+    def _decode(self) -> None:
+        """One token for every answer of the batch."""
+        batch = self._batch
+        tokens = [[answer.tokens[-1]] for answer in batch.answers]
+        logits = self._forward(tokens, batch.cache, [a.length - 1 for a in batch.answers], batch.mask())
+        ended = {id(a) for a, row in zip(batch.answers, logits, strict=True) if self._add(a, row) is not None}
+        batch.keep([row for row, answer in enumerate(batch.answers) if id(answer) not in ended])
+
+    def _forward(
+        self, tokens: Sequence[Sequence[int]], cache: DynamicCache, starts: Sequence[int], mask: torch.Tensor
+    ) -> torch.Tensor:
+        """Logits after the last token, [B, V] in float32. `mask`: [B, cached tokens + new tokens]."""
+        ids = torch.tensor(tokens)  # [B, T]
+        positions = torch.tensor(starts)[:, None] + torch.arange(ids.shape[1])
+        found = self._model(
+            input_ids=ids, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True,
+            logits_to_keep=1,
+        )  # fmt: skip
+        return found.logits[:, -1].float()
+
+    def _add(self, answer: Answer, logits: torch.Tensor) -> str | None:
+        """Draws a token and tells it; returns why the answer ended, if it did."""
+        sampling, text = answer.sampling, answer.text
+        assert text is not None
+        token = choose(logits, answer)
+        answer.tokens.append(token)
+        told = text.add(token)
+        finish = None
+        if (token in self._eos and not sampling.ignore_eos) or token in sampling.stop_token_ids or text.stopped:
+            finish = STOP
+        elif len(answer.tokens) >= sampling.max_tokens:
+            finish = LENGTH
+        if finish:
+            told += text.end()
+            finish = STOP if text.stopped else finish
+        chances = () if sampling.logprobs is None else (logprob(logits, token, sampling.logprobs),)
+        self._metrics.token(answer, finish)
+        answer.tell(Piece(told, (token,), finish, chances))
+        return finish
+
+    def _drop(self, wanted: Callable[[Answer], bool]) -> None:
+        """Ends answers that nobody waits for."""
+        with self._lock:
+            gone = [answer for answer in self._waiting if wanted(answer)]
+            self._waiting = deque(answer for answer in self._waiting if not wanted(answer))
+        gone += [answer for answer in self._batch.answers if wanted(answer)]
+        if any(answer is self._partial_of for answer in gone):
+            self._partial = self._partial_of = None
+        self._batch.keep([row for row, answer in enumerate(self._batch.answers) if not wanted(answer)])
+        for answer in gone:
+            self._metrics.ended(answer, ABORT)
+            answer.tell(Piece("", (), ABORT))
+
+    def _end_all(self, finish: str, error: str, state: str | None = None) -> None:
+        with self._lock:
+            self.state = state or self.state
+            left = [*self._batch.answers, *self._waiting]
+            self._waiting.clear()
+            self._batch = Batch()
+        for answer in left:
+            self._metrics.ended(answer, finish)
+            answer.tell(Piece("", (), finish, error=error))
+        self._metrics.under_way(0, 0)
+
+
+class Batch:
+    """Answers under way, a row each, and their cache: every row ends at the same column, shorter ones begin later.
+
+    Every layer keeps the whole sequence; the model's mask makes windows of it.
+    """
+
+    def __init__(self) -> None:
+        self.answers: list[Answer] = []
+        self.cache = DynamicCache()
+
+    def mask(self) -> torch.Tensor:
+        """[B, cached tokens + 1]: what each row may look at, the token to come included."""
+        width = self.cache.get_seq_length() + 1
+        lengths = torch.tensor([answer.length for answer in self.answers])
+        return (torch.arange(width)[None] >= width - lengths[:, None]).long()
+
+    def join(self, answer: Answer, cache: DynamicCache) -> None:
+        """Adds a row with the cache of its prompt."""
+        if self.answers:
+            width = max(self.cache.get_seq_length(), cache.get_seq_length())
+            rows = [[[_wide(t, width) for t in layer] for layer in _tensors(one)] for one in (self.cache, cache)]
+            cache = _cache(
+                [[torch.cat(pair) for pair in zip(*layers, strict=True)] for layers in zip(*rows, strict=True)]
+            )
+        self.answers, self.cache = [*self.answers, answer], cache
+
+    def keep(self, rows: list[int]) -> None:
+        """Leaves the other rows out, and the columns that only they had."""
+        if len(rows) == len(self.answers):
+            return
+        self.answers = [self.answers[row] for row in rows]
+        if not rows:
+            self.cache = DynamicCache()
+            return
+        width = max(answer.length for answer in self.answers) - 1  # the last token of each is not cached yet
+        chosen = torch.tensor(rows)
+        self.cache = _cache([tuple(t[chosen, :, -width:] for t in layer) for layer in _tensors(self.cache)])
+
+
+def _tensors(cache: DynamicCache) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """Keys and values of each layer, [B, KV heads, T, D]."""
+    return [(layer.keys, layer.values) for layer in cache.layers]
+
+
+def _cache(layers: Sequence[Sequence[torch.Tensor]]) -> DynamicCache:
+    cache = DynamicCache()
+    for index, (keys, values) in enumerate(layers):
+        cache.update(keys, values, index)
+    return cache
+
+
+def _wide(tensor: torch.Tensor, width: int) -> torch.Tensor:
+    return pad(tensor, (0, 0, width - tensor.shape[-2], 0))

@@ -1,0 +1,61 @@
+"""What the embedded server counts, in Prometheus' text format; names follow vLLM's where it has one."""
+
+from __future__ import annotations
+
+import time
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+
+from gemma4_tpu.serving.local_sampling import Answer
+
+_SECONDS = (0.001, 0.005, 0.01, 0.02, 0.04, 0.08, 0.16, 0.32, 0.64, 1.28, 2.56, 5.12, 10.24, 20.48, 40.96, 81.92)
+
+
+class Metrics:
+    """Counted by the engine's thread, read by requests to `/metrics`."""
+
+    def __init__(self, model: str):
+        self._registry = CollectorRegistry()
+        self._model = model
+        options = {"labelnames": ["model_name"], "registry": self._registry}
+        self._running = Gauge("vllm:num_requests_running", "Answers under way.", **options).labels(model)
+        self._waiting = Gauge("vllm:num_requests_waiting", "Requests that wait for their turn.", **options).labels(
+            model
+        )
+        self._prompt = Counter("vllm:prompt_tokens", "Prompt tokens read.", **options).labels(model)
+        self._generated = Counter("vllm:generation_tokens", "Tokens generated.", **options).labels(model)
+        self._ended = Counter(
+            "vllm:request_success", "Answers ended, by reason.", ["model_name", "finished_reason"],
+            registry=self._registry,
+        )  # fmt: skip
+        self._first = Histogram(
+            "vllm:time_to_first_token_seconds",
+            "From a request's arrival to its first token.",
+            buckets=_SECONDS,
+            **options,
+        ).labels(model)
+        self._whole = Histogram(
+            "vllm:e2e_request_latency_seconds", "From a request's arrival to its end.", buckets=_SECONDS, **options
+        ).labels(model)
+
+    def under_way(self, running: int, waiting: int) -> None:
+        self._running.set(running)
+        self._waiting.set(waiting)
+
+    def token(self, answer: Answer, finish: str | None) -> None:
+        """A token was made; with `finish` it was the last one."""
+        self._generated.inc()
+        if answer.first_token is None:
+            answer.first_token = time.monotonic()
+            self._prompt.inc(len(answer.prompt))
+            self._first.observe(answer.first_token - answer.arrived)
+        if finish:
+            self.ended(answer, finish)
+
+    def ended(self, answer: Answer, finish: str) -> None:
+        self._ended.labels(self._model, finish).inc()
+        self._whole.observe(time.monotonic() - answer.arrived)
+
+    def text(self) -> bytes:
+        """The exposition."""
+        return generate_latest(self._registry)
