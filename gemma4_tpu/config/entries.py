@@ -6,13 +6,14 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Generic, TypeVar
 
+from gemma4_tpu.config.bench_checks import BenchChecked, examine_bench, normalise_bench
 from gemma4_tpu.config.checks import Checked, examine_train, normalise
 from gemma4_tpu.config.evaluate_checks import EvaluateChecked, examine_evaluate, normalise_evaluate
 from gemma4_tpu.config.merge_checks import MergeChecked, examine_merge, normalise_merge
 from gemma4_tpu.config.plan_checks import PlanChecked, examine_plan, normalise_plan
 from gemma4_tpu.config.problems import Problem
 from gemma4_tpu.config.report_checks import ReportChecked, examine_report, normalise_report
-from gemma4_tpu.config.schema import EvaluateRoot, MergeRoot, PlanRoot, ReportRoot, ServeRoot, TrainRoot
+from gemma4_tpu.config.schema import BenchRoot, EvaluateRoot, MergeRoot, PlanRoot, ReportRoot, ServeRoot, TrainRoot
 from gemma4_tpu.config.serve_checks import ServeChecked, examine_serve, normalise_serve
 
 Root = TypeVar("Root")
@@ -155,5 +156,22 @@ SERVE: EntryPoint[ServeRoot, ServeChecked] = EntryPoint(
     ),
 )
 
-ENTRIES: dict[str, EntryPoint] = {entry.name: entry for entry in (TRAIN, MERGE, EVALUATE, PLAN, REPORT, SERVE)}
+BENCH: EntryPoint[BenchRoot, BenchChecked] = EntryPoint(
+    name="bench",
+    schema=BenchRoot,
+    normalise=normalise_bench,
+    examine=examine_bench,
+    summary=(
+        "Put load on a server and measure latency and throughput as `vllm bench serve` defines them: request rates ×"
+        " lengths, or users × context. Raw results for each cell, tables, plots, one HTML page."
+    ),
+    examples=(
+        ("endpoint=http://127.0.0.1:8000 slice=v6e-8 architecture=gemma4_31b", "rates 1 to 64 and unbounded"),
+        ("served=outputs/servings/<server> bench=matrix", "1 to 2048 users, 16 to 16,256 tokens"),
+        ("endpoint=http://127.0.0.1:8000 'bench.lengths=[[1024,128]]' 'bench.rates=[2,inf]'", "your own cells"),
+        ("endpoint=http://127.0.0.1:8000 run_dir=outputs/benchmarks/<run>", "go on; cells that are done are kept"),
+    ),
+)
+
+ENTRIES: dict[str, EntryPoint] = {entry.name: entry for entry in (TRAIN, MERGE, EVALUATE, PLAN, REPORT, SERVE, BENCH)}
 """By name."""

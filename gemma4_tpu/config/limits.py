@@ -31,6 +31,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "eval.thoughts": ("drop", "train"),
     "eval.compute_dtype": ("auto", "bfloat16", "float32"),
     "eval.judge.sandbox": ("auto", "bubblewrap", "landlock"),
+    "bench.arrivals": ("poisson", "fixed"),
     "serving.weight_dtype": ("bfloat16", "fp8", "float32"),
     "serving.kv_cache_dtype": ("auto", "bfloat16", "fp8"),
 }
@@ -70,6 +71,9 @@ RANGES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "eval.judge.workers": _FROM_1, "eval.judge.cpu_seconds": _FROM_1, "eval.judge.file_mib": _FROM_1,
     "eval.judge.output_kib": _FROM_1,
     "eval.judge.memory_mib": (lambda v: v >= 128, "at least 128, which the simulator itself needs"),
+    "bench.requests": _FROM_1, "bench.warmup_requests": _FROM_0, "bench.temperature": _FROM_0,
+    "bench.seed": (lambda v: 0 <= v < 2**32, "at least 0 and less than 2**32"),
+    "bench.max_model_len": _FROM_1, "bench.request_timeout_seconds": _POSITIVE,
     "serving.tensor_parallel_size": _FROM_1, "serving.data_parallel_size": _FROM_1, "serving.max_model_len": _FROM_1,
     "serving.max_num_seqs": _FROM_1, "serving.max_num_batched_tokens": _FROM_1, "serving.gpu_memory_utilization": _PART,
     "serving.port": (lambda v: 1 <= v <= 65535, "between 1 and 65535"), "serving.shm_size_gib": _FROM_1,

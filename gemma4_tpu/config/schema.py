@@ -504,6 +504,61 @@ class ServeRoot:
 
 
 @dataclass(kw_only=True)
+class BenchConfig:
+    """Load on a server, cell by cell (`bench=`): each of `lengths` with each of `rates`, or with each of `users`."""
+
+    lengths: list[list[int]] = field(default_factory=lambda: [[512, 256]])
+    """Pairs of tokens: prompt, answer. Answers are asked for at exactly this length (`ignore_eos`)."""
+    rates: list[float] = field(default_factory=list)
+    """Requests per second, sent whether or not earlier ones are answered; `inf`: all at once. Either `rates` or `users`
+    is given."""
+    users: list[int] = field(default_factory=list)
+    """Users at a time; each sends its next request when the last one is answered."""
+    requests: int = 30
+    """With `rates`: requests of a cell. With `users`: of each user."""
+    arrivals: str = "poisson"
+    """At a rate, requests come as a `poisson` process, or at `fixed` distances."""
+    warmup_requests: int = 2
+    """Requests before each cell, at a time and uncounted."""
+    seed: int = 0
+    """Each cell's own seed, for prompts and arrivals, is made from this one and its name. The same prompts again can
+    come from a prefix cache: restart the server, or give another seed."""
+    temperature: float = 0.0
+    """Sampling temperature; 0: the likeliest token."""
+    request_seeds: bool = False
+    """Send a seed with each request. vLLM refuses that on TPUs."""
+    served_model_name: str | None = None
+    """The model's name on the server; null: the only one that it lists."""
+    max_model_len: int | None = None
+    """Longest sequence in tokens: longer cells are infeasible. null: as the server says."""
+    request_timeout_seconds: float = 3600.0
+    """A request fails when nothing comes for this long."""
+
+
+@dataclass(kw_only=True)
+class BenchRoot:
+    """Everything `python -m gemma4_tpu.bench` takes."""
+
+    endpoint: str | None = None
+    """Base URL of an OpenAI-compatible server, with or without /v1. A key is taken from OPENAI_API_KEY. null: the
+    server of `served`."""
+    served: str | None = None
+    """Folder of the record that `python -m gemma4_tpu.serve` keeps of the server: says `slice` and which model it
+    is."""
+    slice: str = "local"
+    """Where the server runs: key of `hardware.SLICES`, for costs and ceilings; `local`: none of them."""
+    architecture: str | None = None
+    """The size that it serves: key of `architectures.ARCHITECTURES`, for ceilings, and prompts from its whole
+    vocabulary. null: that of `served`; otherwise unknown, and prompts are of the token ids 256 to 511."""
+    bench: BenchConfig = field(default_factory=BenchConfig)
+    name: str = "benchmarks"
+    """Name of the records' folder in `outputs`."""
+    run_dir: str | None = None
+    """Folder of this benchmark; null: `outputs/<name>/<date>_<time>`. Giving the same folder again goes on: cells that
+    are done are kept."""
+
+
+@dataclass(kw_only=True)
 class ReportRoot:
     """Everything `python -m gemma4_tpu.report` takes; exactly one of the subjects is given."""
 

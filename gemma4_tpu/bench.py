@@ -1,0 +1,85 @@
+"""`python -m gemma4_tpu.bench endpoint=<URL>`: load on a server, latencies and throughputs of each cell. No JAX.
+
+Configuration → the server's model → cells, each left as a file → tables, plots, page.
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict
+from typing import TYPE_CHECKING
+
+from gemma4_tpu.config.bench_checks import BenchChecked
+from gemma4_tpu.config.entries import BENCH
+from gemma4_tpu.config.load import Loaded, load
+from gemma4_tpu.config.schema import BenchRoot
+from gemma4_tpu.errors import INTERRUPTED, REFUSED, UserError
+
+if TYPE_CHECKING:
+    from gemma4_tpu.benching.sweep import Results
+    from gemma4_tpu.tracking.run import RunFolder
+
+log = logging.getLogger(__name__)
+FAILED_REQUESTS = 1
+MAY_CHANGE = ("endpoint", "served", "bench.request_timeout_seconds")
+"""Keys that a benchmark may be given anew when it goes on."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Exit code: 0 done, 1 requests failed, 2 refused (one message on stderr), 130 interrupted."""
+    try:
+        return _run(load(list(sys.argv[1:] if argv is None else argv), BENCH))
+    except UserError as refusal:
+        print(f"error: {refusal}", file=sys.stderr)
+        return REFUSED
+
+
+def _run(loaded: Loaded[BenchRoot, BenchChecked]) -> int:
+    """The benchmark and its record."""
+    from gemma4_tpu.benching.sweep import run_sweep
+    from gemma4_tpu.tracking import provenance
+    from gemma4_tpu.tracking.files import write_json
+    from gemma4_tpu.tracking.logs import setup_logging
+    from gemma4_tpu.tracking.run import RunFolder
+
+    setup_logging()
+    config, checked = loaded.root, loaded.checked
+    record = RunFolder.open(
+        "outputs", config.name, config.run_dir, "auto", config=asdict(config), overrides=loaded.overrides,
+        resume_allow=MAY_CHANGE,
+    )  # fmt: skip
+    setup_logging(record.log_path)
+    try:
+        captured = provenance.capture(
+            hardware={"slice": checked.slice}, seeds={"bench": config.bench.seed}, fingerprints={}
+        )
+        provenance.record(record, captured)
+        return _report(record, run_sweep(config.bench, checked, record.path), config)
+    except KeyboardInterrupt:
+        print(f"\ninterrupted; the same command with run_dir={record.path} goes on", file=sys.stderr)
+        return INTERRUPTED
+    except Exception as error:
+        write_json(record.result_path, {"status": "failed", "error": (str(error) or repr(error)).splitlines()[0]})
+        raise
+    finally:
+        record.close()
+
+
+def _report(record: RunFolder, results: Results, config: BenchRoot) -> int:
+    """`result.json`, `report.md`, `report.html`, and the coverage on the terminal."""
+    from gemma4_tpu.benching.report import outcome, write_report
+    from gemma4_tpu.benching.sweep import coverage_line
+    from gemma4_tpu.tracking.files import write_json
+
+    found = outcome(results)
+    write_json(record.result_path, found)
+    print(write_report(record.path, results, config))
+    print(coverage_line(results))
+    print(f"report: {record.path / 'report.html'}")
+    return FAILED_REQUESTS if found["failed_requests"] else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,81 @@
+"""The cells of a benchmark, each with its own seed: prompts that share no prefix, and when they are sent."""
+
+from __future__ import annotations
+
+import math
+import zlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+
+from gemma4_tpu.config.schema import BenchConfig
+
+_ORDINARY = (1000, 255_000)  # Gemma's vocabulary begins and ends with special tokens
+_ANYWHERE = (256, 512)  # in every vocabulary, the tiny models' too, and nothing special
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One load."""
+
+    input_tokens: int
+    output_tokens: int
+    rate: float | None = None
+    """Requests per second, `inf`: all at once; None: `users` decide."""
+    users: int | None = None
+    """Requests under way at a time; None: as many as come."""
+
+    @property
+    def name(self) -> str:
+        """Also that of its file."""
+        load = f"rate{self.rate:g}" if self.rate is not None else f"users{self.users}"
+        return f"in{self.input_tokens}_out{self.output_tokens}_{load}"
+
+    @property
+    def shown(self) -> str:
+        lengths = f"{self.input_tokens:,} in, {self.output_tokens:,} out"
+        return f"{lengths}, {rate_text(self.rate)} requests/s" if self.rate is not None else (
+            f"{lengths}, {self.users:,} user{'s' * (self.users != 1)}"
+        )  # fmt: skip
+
+    def requests(self, config: BenchConfig) -> int:
+        """How many there are altogether."""
+        return config.requests * (self.users or 1)
+
+
+def cells_of(config: BenchConfig) -> list[Cell]:
+    """All cells in the order in which they run: from little load to much, for each pair of lengths."""
+    cells = []
+    for input_tokens, output_tokens in config.lengths:
+        cells += [Cell(input_tokens, output_tokens, rate=rate) for rate in sorted(config.rates)]
+        cells += [Cell(input_tokens, output_tokens, users=users) for users in sorted(config.users)]
+    return cells
+
+
+def rate_text(rate: float) -> str:
+    return "∞" if math.isinf(rate) else f"{rate:g}"
+
+
+def generator(config: BenchConfig, cell: Cell, attempt: int) -> np.random.Generator:
+    """The cell's own randomness; a further attempt has another, so that a prefix cache doesn't know its prompts."""
+    return np.random.default_rng([config.seed, zlib.crc32(cell.name.encode()), attempt])
+
+
+def prompts(rng: np.random.Generator, count: int, tokens: int, vocabulary: int | None) -> Iterator[list[int]]:
+    """Random token ids. First tokens are different as long as there are enough ids."""
+    low, high = _ANYWHERE
+    if vocabulary is not None and vocabulary > _ORDINARY[1]:
+        low, high = _ORDINARY
+    firsts = rng.permutation(np.arange(low, high))
+    for number in range(count):
+        yield [int(firsts[number % len(firsts)]), *rng.integers(low, high, tokens - 1).tolist()]
+
+
+def arrivals_seconds(rng: np.random.Generator, count: int, rate: float, kind: str) -> list[float]:
+    """When each request is sent, from the start of the cell; the last at `count / rate`, as in `vllm bench serve`."""
+    if math.isinf(rate):
+        return [0.0] * count
+    distances = np.ones(count) if kind == "fixed" else rng.exponential(size=count)
+    times = np.cumsum(distances)
+    return (times * (count / rate / times[-1])).tolist()

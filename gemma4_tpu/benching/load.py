@@ -1,0 +1,140 @@
+"""One cell: warm-up, requests at their times or by users in turn, answers, metrics."""
+
+from __future__ import annotations
+
+import asyncio
+import re
+import time
+from collections.abc import Callable, Sequence
+from datetime import UTC, datetime
+from typing import Any
+
+import aiohttp
+
+from gemma4_tpu.benching import metrics
+from gemma4_tpu.benching.cells import Cell, arrivals_seconds, generator, prompts
+from gemma4_tpu.benching.client import Answer, Target, ask, prefix_cache_tokens, request_body, session
+from gemma4_tpu.config.schema import BenchConfig
+
+OK, INFEASIBLE, FAILED = "ok", "infeasible", "failed"
+_TOO_LONG = re.compile(r"^4\d\d: .*(context length|max_model_len|too long|longer than|maximum length)", re.IGNORECASE)
+
+Told = Callable[[int, int], None]
+"""Is told after each request how many are done, and how many of those failed."""
+
+
+async def run_cell(
+    config: BenchConfig, cell: Cell, target: Target, *, vocabulary: int | None, attempt: int, told: Told
+) -> dict[str, Any]:
+    """The cell's result, with `state` and, if it isn't ok, `reason`."""
+    about = _about(config, cell, target, attempt)
+    longest = config.max_model_len or target.max_model_len
+    if longest is not None and cell.input_tokens + cell.output_tokens > longest:
+        needed = cell.input_tokens + cell.output_tokens
+        return {**about, "state": INFEASIBLE, "reason": f"{needed:,} tokens; the longest sequence has {longest:,}"}
+    rng = generator(config, cell, attempt)
+    count, warmup = cell.requests(config), config.warmup_requests
+    seeds = rng.integers(0, 2**31, count + warmup).tolist()
+    bodies = [
+        request_body(target, prompt, cell.output_tokens, config.temperature, seed if config.request_seeds else None)
+        for prompt, seed in zip(prompts(rng, count + warmup, cell.input_tokens, vocabulary), seeds, strict=True)
+    ]
+    async with session(config.request_timeout_seconds) as client:
+        warm = await _send(client, target, cell, bodies[count:], [0.0] * warmup, lambda done, failed: None)
+        if refused := next((a.error for a in warm[1] if a.error and _TOO_LONG.match(a.error)), None):
+            return {**about, "state": INFEASIBLE, "reason": refused}
+        before = await prefix_cache_tokens(client, target.endpoint)
+        if cell.users is not None:
+            started, answers, seconds = await _take_turns(client, target, cell, bodies[:count], told)
+        else:
+            assert cell.rate is not None
+            times = arrivals_seconds(rng, count, cell.rate, config.arrivals)
+            started, answers, seconds = await _send(client, target, cell, bodies[:count], times, told)
+        after = await prefix_cache_tokens(client, target.endpoint)
+    found = metrics.summary(answers, seconds, cell.output_tokens)
+    reason = next((answer.error for answer in answers if answer.error), None)
+    return {
+        **about,
+        "state": FAILED if found["failed"] else OK,
+        **({"reason": f"{found['failed']} of {count} requests: {reason}"} if reason else {}),
+        **found,
+        "prefix_cache_hit_tokens": after[0] - before[0] if before and after else None,
+        "prefix_cache_query_tokens": after[1] - before[1] if before and after else None,
+        **metrics.raw(answers, started),
+    }
+
+
+def _about(config: BenchConfig, cell: Cell, target: Target, attempt: int) -> dict[str, Any]:
+    """What was asked, under vLLM's names where it has one."""
+    return {
+        "cell": cell.name,
+        "date": datetime.now(UTC).strftime("%Y%m%d-%H%M%S"),
+        "backend": "openai",
+        "model_id": target.model,
+        "num_prompts": cell.requests(config),
+        "request_rate": cell.rate if cell.rate is not None and cell.rate != float("inf") else "inf",
+        "burstiness": 1.0 if config.arrivals == "poisson" else "inf",
+        "max_concurrency": cell.users,
+        "random_input_len": cell.input_tokens,
+        "random_output_len": cell.output_tokens,
+        "attempt": attempt,
+    }
+
+
+async def _send(
+    client: aiohttp.ClientSession,
+    target: Target,
+    cell: Cell,
+    bodies: Sequence[bytes],
+    times: Sequence[float],
+    told: Told,
+) -> tuple[float, list[Answer], float]:
+    """Each request at its time. Returns when that began, the answers, and seconds to the last of them."""
+    started = time.perf_counter()
+    answers = [Answer(cell.input_tokens, due_at=started + seconds) for seconds in times]
+    count = _Count(told)
+
+    async def one(body: bytes, answer: Answer) -> None:
+        await ask(client, target, body, answer)
+        count.add(answer)
+
+    async with asyncio.TaskGroup() as tasks:
+        for body, answer in zip(bodies, answers, strict=True):
+            if (wait := answer.due_at - time.perf_counter()) > 0:
+                await asyncio.sleep(wait)
+            tasks.create_task(one(body, answer))
+    return started, answers, time.perf_counter() - started
+
+
+async def _take_turns(
+    client: aiohttp.ClientSession, target: Target, cell: Cell, bodies: Sequence[bytes], told: Told
+) -> tuple[float, list[Answer], float]:
+    """As `_send`, but each user sends when its last request is answered."""
+    assert cell.users is not None
+    started = time.perf_counter()
+    answers: list[Answer] = []
+    count = _Count(told)
+
+    async def user(own: Sequence[bytes]) -> None:
+        for body in own:
+            answer = Answer(cell.input_tokens, due_at=time.perf_counter())
+            answers.append(answer)
+            await ask(client, target, body, answer)
+            count.add(answer)
+
+    async with asyncio.TaskGroup() as tasks:
+        for first in range(cell.users):
+            tasks.create_task(user(bodies[first :: cell.users]))
+    return started, answers, time.perf_counter() - started
+
+
+class _Count:
+    """Requests that are done."""
+
+    def __init__(self, told: Told):
+        self._told, self._done, self._failed = told, 0, 0
+
+    def add(self, answer: Answer) -> None:
+        self._done += 1
+        self._failed += answer.error is not None
+        self._told(self._done, self._failed)

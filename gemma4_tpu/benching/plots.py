@@ -1,0 +1,130 @@
+"""Pictures of a benchmark: throughput and TTFT over the request rate; for users × context, heat maps."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from gemma4_tpu.benching.cells import Cell, rate_text
+from gemma4_tpu.benching.load import FAILED, INFEASIBLE, OK
+from gemma4_tpu.tracking.plots import STYLE
+
+_COLOURS = ("#4c78c8", "#d9692c", "#54a24b", "#8e6bbf", "#3aa6a6", "#b0567d", "#e0a63a", "#777777", "#9c7a4f")
+_INK = "#333333"
+_QUANTITIES = (  # file, key, label
+    ("throughput", "output_throughput", "output tokens per second"),
+    ("ttft", "median_ttft_ms", "median time to first token (ms)"),
+)
+
+Results = dict[Cell, dict[str, Any]]
+
+
+def plot_results(results: Results, folder: Path, title: str) -> list[Path]:
+    """Draws what there is to draw; returns the paths."""
+    folder.mkdir(exist_ok=True)
+    drawn = []
+    for name, key, label in _QUANTITIES:
+        known = {cell: r[key] for cell, r in results.items() if r["state"] == OK and r[key] is not None}
+        rates = {cell: value for cell, value in known.items() if cell.rate is not None}
+        if rates:
+            drawn.append(_over_rate(rates, label, title, folder / f"{name}.png", logarithmic=name == "ttft"))
+        if any(cell.users is not None for cell in known):
+            drawn.append(_matrix(results, key, label, title, folder / f"{name}_matrix.png"))
+    return drawn
+
+
+def _over_rate(values: dict[Cell, float], label: str, title: str, path: Path, *, logarithmic: bool) -> Path:
+    """One line for each pair of lengths; the unbounded rate stands apart at the right."""
+    rates = sorted({cell.rate for cell in values if cell.rate is not None})
+    places = {rate: place for place, rate in enumerate(rates)}
+    lines: dict[str, list[tuple[int, float]]] = {}
+    for cell, value in values.items():
+        assert cell.rate is not None
+        lines.setdefault(f"{cell.input_tokens:,} in, {cell.output_tokens:,} out", []).append((places[cell.rate], value))
+
+    def draw(axes: Any) -> None:
+        for number, (name, points) in enumerate(lines.items()):
+            x, y = zip(*sorted(points), strict=True)
+            colour = _COLOURS[number % len(_COLOURS)]
+            axes.plot(x, y, color=colour, linewidth=1.8, marker="o", markersize=5, label=name)
+        if math.isinf(rates[-1]) and len(rates) > 1:
+            axes.axvline(len(rates) - 1.5, color="#999999", linewidth=1, linestyle=(0, (2, 3)))
+        axes.set_xticks(range(len(rates)), [rate_text(rate) for rate in rates])
+        axes.set_xlabel("requests per second (∞: all at once)")
+        axes.set_ylabel(label)
+        if logarithmic and max(values.values()) > 5 * min(values.values()) > 0:
+            axes.set_yscale("log")
+        else:
+            axes.set_ylim(0, max(values.values()) * 1.12)
+        axes.yaxis.set_major_formatter(lambda value, _: f"{value:,.6g}")
+        axes.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0))
+
+    return _save(draw, title, path, (8.5, 4))
+
+
+def _matrix(results: Results, key: str, label: str, title: str, path: Path) -> Path:
+    """Users upwards, lengths to the right; cells without a value say why."""
+    cells = [cell for cell in results if cell.users is not None]
+    lengths = sorted({(cell.input_tokens, cell.output_tokens) for cell in cells})
+    users = sorted({cell.users for cell in cells if cell.users is not None})
+
+    def draw(axes: Any) -> None:
+        from matplotlib.colors import LogNorm
+
+        grid = [[math.nan] * len(lengths) for _ in users]
+        for cell in cells:
+            result = results[cell]
+            if result["state"] == OK and result[key]:
+                grid[users.index(cell.users)][lengths.index((cell.input_tokens, cell.output_tokens))] = result[key]
+        known = [value for row in grid for value in row if not math.isnan(value)]
+        apart = max(known) > 5 * min(known)
+        norm = LogNorm(min(known), max(known)) if apart else None
+        image = axes.pcolormesh(grid, cmap="viridis", norm=norm, edgecolors="white", linewidth=1.5)
+        for cell in cells:
+            at = (lengths.index((cell.input_tokens, cell.output_tokens)) + 0.5, users.index(cell.users) + 0.5)
+            _write_in(axes, at, results[cell], key, image)
+        axes.set_xticks([i + 0.5 for i in range(len(lengths))], [f"{i:,}\n{o:,}" for i, o in lengths])
+        axes.set_yticks([i + 0.5 for i in range(len(users))], [f"{n:,}" for n in users])
+        axes.set_xlabel("tokens: prompt, answer")
+        axes.set_ylabel("users at a time")
+        axes.grid(False)
+        axes.tick_params(length=0)
+        axes.spines[["left", "bottom"]].set_visible(False)
+        axes.figure.colorbar(image, ax=axes, label=label, format=lambda value, _: f"{value:,.6g}", pad=0.02)
+
+    return _save(draw, title, path, (max(6.0, 2.4 + 0.68 * len(lengths)), max(3.6, 1.6 + 0.4 * len(users))))
+
+
+def _write_in(axes: Any, at: tuple[float, float], result: dict[str, Any], key: str, image: Any) -> None:
+    state, value = result["state"], result.get(key)
+    if state == OK and value:
+        dark = sum(image.cmap(image.norm(value))[:3]) < 1.5
+        text, colour = _short(value), "white" if dark else _INK
+    else:
+        text, colour = (
+            {INFEASIBLE: "too\nlong", FAILED: "failed", OK: "–"}[state],
+            "#a33" if state == FAILED else "#888",
+        )
+    axes.text(*at, text, ha="center", va="center", fontsize=8, color=colour)
+
+
+def _short(value: float) -> str:
+    if value >= 100_000:
+        return f"{value / 1000:,.0f}k"
+    return f"{value / 1000:.1f}k" if value >= 10_000 else f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
+
+
+def _save(draw: Callable[[Any], None], title: str, path: Path, inches: Sequence[float]) -> Path:
+    """One pair of axes, drawn without pyplot: no display, no global state."""
+    import matplotlib
+    from matplotlib.figure import Figure
+
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=tuple(inches), layout="constrained")
+        axes = figure.subplots()
+        draw(axes)
+        figure.suptitle(title, x=0.01, ha="left", fontsize=11, color=_INK)
+        figure.savefig(path)
+    return path

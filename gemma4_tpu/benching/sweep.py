@@ -1,0 +1,105 @@
+"""All cells of a benchmark, one after the other; each leaves a file, and those that are done are not run again."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+from gemma4_tpu.benching.cells import Cell, cells_of
+from gemma4_tpu.benching.client import Target, find_target
+from gemma4_tpu.benching.load import FAILED, INFEASIBLE, OK, run_cell
+from gemma4_tpu.benching.show import Bar, told_of
+from gemma4_tpu.config.bench_checks import BenchChecked
+from gemma4_tpu.config.schema import BenchConfig
+from gemma4_tpu.errors import UserError
+from gemma4_tpu.tracking.files import read_json, write_compact_json
+
+log = logging.getLogger(__name__)
+
+Results = dict[Cell, dict[str, Any]]
+"""Cells that have run, in the order of the benchmark."""
+
+
+def run_sweep(config: BenchConfig, checked: BenchChecked, folder: Path) -> Results:
+    """Runs what isn't there yet.
+
+    Args:
+      config: the cells and how they are run.
+      checked: endpoint and vocabulary.
+      folder: of the benchmark; results go to `cells/<cell>.json`.
+
+    Raises:
+      UserError: the server can't be used, or is gone; cells that are done are kept.
+    """
+    target = asyncio.run(find_target(checked.endpoint, config.served_model_name))
+    cells = cells_of(config)
+    (folder / "cells").mkdir(exist_ok=True)
+    results = {cell: result for cell in cells if (result := _read(folder, cell)) is not None}
+    kept = {cell for cell, result in results.items() if result["state"] != FAILED}
+    if results:
+        log.info("%d of %d cells are done; %d that failed run again", len(kept), len(cells), len(results) - len(kept))
+    if checked.vocabulary is None:
+        log.info(
+            "the model's vocabulary is not known: prompts are of the token ids 256 to 511 (architecture=<size> says it)"
+        )
+    with Bar(len(cells)) as bar:
+        for cell in cells:
+            if cell not in kept:
+                attempt = results[cell]["attempt"] + 1 if cell in results else 0
+                told = bar.cell(cell.shown, cell.requests(config))
+                result = asyncio.run(
+                    run_cell(config, cell, target, vocabulary=checked.vocabulary, attempt=attempt, told=told)
+                )
+                write_compact_json(_path(folder, cell), result)
+                results[cell] = result
+                log.log(logging.INFO if result["state"] == OK else logging.WARNING, "%s", told_of(cell, result))
+                if result["state"] == FAILED and not result["completed"]:
+                    _still_there(target, folder)
+            bar.done()
+    return {cell: results[cell] for cell in cells}
+
+
+def coverage(results: Results) -> dict[str, int]:
+    """Cells by state."""
+    counts = Counter(result["state"] for result in results.values())
+    return {"cells": len(results), **{state: counts[state] for state in (OK, INFEASIBLE, FAILED)}}
+
+
+def coverage_line(results: Results) -> str:
+    """How much of what was asked for has been measured."""
+    counts = coverage(results)
+    missing = ", ".join(f"{counts[state]} {state}" for state in (INFEASIBLE, FAILED) if counts[state])
+    completed, failed = (sum(result.get(key, 0) for result in results.values()) for key in ("completed", "failed"))
+    return (
+        f"{counts[OK]} of {counts['cells']} cells measured{f' ({missing})' if missing else ''};"
+        f" {completed:,} requests completed, {failed:,} failed"
+    )
+
+
+def _read(folder: Path, cell: Cell) -> dict[str, Any] | None:
+    path = _path(folder, cell)
+    if not path.is_file():
+        return None
+    try:
+        result = read_json(path)
+    except ValueError:
+        result = None
+    if isinstance(result, dict) and result.get("state") in (OK, INFEASIBLE, FAILED):
+        return result
+    log.warning("%s: no result of a cell; it runs again", path)
+    return None
+
+
+def _path(folder: Path, cell: Cell) -> Path:
+    return folder / "cells" / f"{cell.name}.json"
+
+
+def _still_there(target: Target, folder: Path) -> None:
+    """Whether there is a server for the next cell."""
+    try:
+        asyncio.run(find_target(target.endpoint, target.model))
+    except UserError as gone:
+        raise UserError(f"{gone} (the same command with run_dir={folder} goes on when it is back)") from None

@@ -1,0 +1,131 @@
+"""Checks of `python -m gemma4_tpu.bench`: cells that make sense, an endpoint, a record of the server. No JAX."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+import yaml
+
+from gemma4_tpu.architectures import ARCHITECTURES
+from gemma4_tpu.config.keys import did_you_mean
+from gemma4_tpu.config.limits import limit_problems
+from gemma4_tpu.config.problems import Problem
+from gemma4_tpu.config.schema import BenchConfig, BenchRoot
+from gemma4_tpu.hardware import LOCAL, SLICES
+
+
+@dataclass(frozen=True)
+class BenchChecked:
+    """What the checks found out on the way."""
+
+    endpoint: str
+    """Base URL without /v1."""
+    slice: str
+    """Where the server runs; `local`: nowhere that is known."""
+    vocabulary: int | None
+    """Token ids of the model; None: it isn't known."""
+
+
+def normalise_bench(root: BenchRoot) -> BenchRoot:
+    """One spelling: no slash or /v1 at the end of the URL, `~` expanded."""
+    endpoint = re.sub(r"(/v1)?/*$", "", root.endpoint) if root.endpoint else None
+    return replace(root, endpoint=endpoint, served=_home(root.served), run_dir=_home(root.run_dir))
+
+
+def _home(path: str | None) -> str | None:
+    if not path:
+        return None
+    return (str(Path(path).expanduser()) if path.startswith("~") else path).rstrip("/") or "/"
+
+
+def examine_bench(root: BenchRoot) -> tuple[BenchChecked | None, list[Problem]]:
+    """Everything that can be checked without asking the server."""
+    serving: dict[str, Any] = {}
+    messages = [*limit_problems(root), *_cells(root.bench), *_names(root)]
+    if root.served is not None:
+        serving, refused = _record(root.served)
+        messages += refused
+        messages += [
+            f"{key}={value}: the record in served={root.served} says it; leave it out"
+            for key, value, default in (("slice", root.slice, LOCAL), ("architecture", root.architecture, None))
+            if value != default
+        ]
+    endpoint = root.endpoint or (f"http://{_reached(serving['host'])}:{serving['port']}" if serving else "")
+    if not endpoint and root.served is None:
+        messages.append("endpoint: which server? give endpoint=http://127.0.0.1:8000, or served=<record of serve>")
+    elif endpoint and (urlsplit(endpoint).scheme not in ("http", "https") or not urlsplit(endpoint).netloc):
+        messages.append(f"endpoint={root.endpoint}: not the address of a server; such as http://127.0.0.1:8000")
+    if messages:
+        return None, [Problem(message) for message in messages]
+    vocabulary = ARCHITECTURES[root.architecture].vocab_size if root.architecture else _vocabulary(root.served)
+    return BenchChecked(endpoint, serving.get("slice", root.slice), vocabulary), []
+
+
+def _cells(bench: BenchConfig) -> Iterator[str]:
+    if not bench.lengths:
+        yield "bench.lengths=[]: give at least one pair of prompt and answer, such as [[512,256]]"
+    for pair in bench.lengths:
+        if len(pair) != 2 or min(pair) < 1:
+            yield f"bench.lengths: {pair} is no pair of prompt and answer in tokens, such as [512,256]"
+    if bool(bench.rates) == bool(bench.users):
+        yield (
+            f"bench.rates={bench.rates}, bench.users={bench.users}: give one of them, and [] for the other"
+            " (requests per second, or users at a time)"
+        )
+    yield from (f"bench.rates: {rate} must be more than 0, or inf" for rate in bench.rates if not rate > 0)
+    yield from (f"bench.users: {users} must be at least 1" for users in bench.users if users < 1)
+    for key in ("lengths", "rates", "users"):
+        values = [tuple(v) if isinstance(v, list) else v for v in getattr(bench, key)]
+        if twice := sorted({v for v in values if values.count(v) > 1}):
+            yield f"bench.{key}: {twice[0]} stands there twice"
+    if bench.arrivals == "fixed" and bench.users:
+        yield "bench.arrivals=fixed: only with bench.rates; users send when their last request is answered"
+
+
+def _names(root: BenchRoot) -> Iterator[str]:
+    for key, value, known in (
+        ("slice", root.slice, [*SLICES, LOCAL]),
+        ("architecture", root.architecture, ARCHITECTURES),
+    ):
+        if value is not None and value not in known:
+            hint = did_you_mean(value, known, (key + "={}").format)
+            yield f"{key}={value}: there is no such {key}{hint} (there are: {', '.join(known)})"
+    if not re.fullmatch(r"[\w.+-]*\w[\w.+-]*", root.name):
+        yield f"name={root.name}: part of a folder's name; letters, digits and . _ + - only"
+    if root.run_dir is not None and "://" in root.run_dir:
+        yield f"run_dir={root.run_dir}: the record of a benchmark is local"
+
+
+def _record(folder: str) -> tuple[dict[str, Any], list[str]]:
+    """`serving` of a server's record, or what is wrong with it."""
+    path = Path(folder, "config.yaml")
+    try:
+        serving = yaml.safe_load(path.read_text(encoding="utf-8")).get("serving")
+    except (OSError, yaml.YAMLError, AttributeError):
+        serving = None
+    if not isinstance(serving, dict) or not {"slice", "host", "port"} <= serving.keys():
+        return {}, [f"served={folder}: not the record of a server (python -m gemma4_tpu.serve writes one)"]
+    return serving, []
+
+
+def _vocabulary(served: str | None) -> int | None:
+    """Of the model that a server's record names, where it lies on this machine."""
+    if served is None:
+        return None
+    run = Path(str(yaml.safe_load(Path(served, "config.yaml").read_text(encoding="utf-8")).get("run") or ""))
+    for path in (run / "config.json", run / "merged" / "config.json"):
+        if path.is_file():
+            config = json.loads(path.read_text(encoding="utf-8"))
+            return config.get("text_config", config).get("vocab_size")
+    return None
+
+
+def _reached(host: str) -> str:
+    """An address to listen on as one to ask."""
+    return "127.0.0.1" if host in ("0.0.0.0", "::") else host
