@@ -1,0 +1,233 @@
+"""The embedded server, a process of its own, driven by OpenAI's client: alone, at once, streamed, refused, left."""
+
+import asyncio
+import json
+import signal
+import subprocess
+import sys
+import threading
+import time
+
+import httpx
+import openai
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from tests.serving import TINY, free_port
+
+LONGEST = 320  # the tiny model's window is 128 tokens
+PROMPTS = ["module a", "module adder(input [3:0] a, input [3:0] b, output [4:0] y);\n" * 7, "x", "assign y ="]
+GREEDY = {"model": "tiny", "temperature": 0, "max_tokens": 24}
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory):
+    """(process, URL): three answers at a time, prompts read 50 tokens at a time."""
+    folder, port = tmp_path_factory.mktemp("local"), free_port()
+    words = ["serving=local", f"run={TINY}", f"serving.port={port}", f"run_dir={folder / 'record'}", "name=servings"]
+    words += ["serving.max_num_seqs=3", "serving.max_num_batched_tokens=50", f"serving.max_model_len={LONGEST}"]
+    with (folder / "stderr").open("w") as stderr:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "gemma4_tpu.serve", *words], stdout=subprocess.PIPE, stderr=stderr, text=True
+        )
+    try:
+        told = [process.stdout.readline(), process.stdout.readline()]
+        assert told == [f"endpoint: http://127.0.0.1:{port}/v1\n", "model: tiny\n"], (folder / "stderr").read_text()
+        process.record = folder / "record"
+        yield process, f"http://127.0.0.1:{port}"
+    finally:
+        if process.poll() is None:
+            process.kill()
+        process.communicate()
+
+
+@pytest.fixture(scope="module")
+def url(server):
+    return server[1]
+
+
+@pytest.fixture(scope="module")
+def client(url):
+    with openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0, timeout=60) as made:
+        yield made
+
+
+@pytest.fixture(scope="module")
+def reference():
+    """transformers' own greedy tokens for a prompt's tokens."""
+    torch.set_num_threads(1)
+    model = AutoModelForCausalLM.from_pretrained(TINY, dtype=torch.float32).eval()
+    model.tokenizer = AutoTokenizer.from_pretrained(TINY)
+
+    def tokens(prompt, count, **more):
+        given = torch.tensor([prompt])
+        options = {"do_sample": False, "max_new_tokens": count, **more}
+        return model.generate(given, attention_mask=torch.ones_like(given), **options)[0, len(prompt) :].tolist()
+
+    tokens.tokenizer = model.tokenizer
+    return tokens
+
+
+def ids(choice):
+    return [int(name.removeprefix("token_id:")) for name in choice.logprobs.tokens]
+
+
+WITH_IDS = {"logprobs": 1, "extra_body": {"return_tokens_as_token_ids": True, "ignore_eos": True}}
+
+
+def test_greedy_tokens_are_those_of_transformers_alone_and_among_others(client, url, reference):
+    encoded = [reference.tokenizer(prompt)["input_ids"] for prompt in PROMPTS]
+    assert max(map(len, encoded)) > 150  # longer than window and than a step's budget
+    wanted = [reference(prompt, 24, eos_token_id=[]) for prompt in encoded]
+    alone = [ids(client.completions.create(prompt=one, **GREEDY, **WITH_IDS).choices[0]) for one in PROMPTS]
+    assert alone == wanted
+
+    async def at_once():
+        async with openai.AsyncOpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0, timeout=60) as many:
+            given = [*PROMPTS, *encoded] * 2  # tokens stand for the text that they are of
+            asked = [
+                many.completions.create(prompt=p, **GREEDY | {"max_tokens": 24 - i}, **WITH_IDS)
+                for i, p in enumerate(given)
+            ]
+            return [ids(answer.choices[0]) for answer in await asyncio.gather(*asked)]
+
+    assert asyncio.run(at_once()) == [tokens[: 24 - i] for i, tokens in enumerate(wanted * 4)]
+    several = client.completions.create(prompt=PROMPTS, **GREEDY, **WITH_IDS)
+    assert [ids(choice) for choice in several.choices] == wanted
+    assert several.usage.prompt_tokens == sum(map(len, encoded))
+    assert several.usage.completion_tokens == 24 * len(PROMPTS)
+
+
+def test_chat_renders_the_template_and_ends_where_the_model_ends(client, reference):
+    turns = [{"role": "user", "content": [{"type": "text", "text": "Write a module."}]}]
+    given = reference.tokenizer.apply_chat_template(
+        [{"role": "user", "content": "Write a module."}], add_generation_prompt=True, return_dict=True
+    )["input_ids"]
+    wanted = reference(given, LONGEST - len(given))
+    answer = client.chat.completions.create(messages=turns, model="tiny", temperature=0)
+    assert answer.choices[0].message.content == reference.tokenizer.decode(wanted, skip_special_tokens=True)
+    assert answer.usage.prompt_tokens == len(given)
+    assert answer.usage.completion_tokens == len(wanted)
+    assert answer.choices[0].finish_reason == ("stop" if len(wanted) < LONGEST - len(given) else "length")
+
+
+def test_a_stream_is_the_same_answer_in_a_chunk_per_token(client, url):
+    whole = client.completions.create(prompt="module a", **GREEDY)
+    usage = {"include_usage": True}
+    chunks = list(client.completions.create(prompt="module a", **GREEDY, stream=True, stream_options=usage))
+    *parts, last = chunks
+    assert "".join(chunk.choices[0].text for chunk in parts) == whole.choices[0].text
+    assert len(parts) == whole.usage.completion_tokens == last.usage.completion_tokens
+    assert last.choices == []
+    assert parts[-1].choices[0].finish_reason == whole.choices[0].finish_reason
+    body = {"messages": [{"role": "user", "content": "hi"}], "max_tokens": 3, "stream": True}
+    raw = httpx.post(f"{url}/v1/chat/completions", json=body).text
+    assert raw.endswith("data: [DONE]\n\n")
+    first = json.loads(raw.splitlines()[0].removeprefix("data: "))
+    assert first["choices"][0]["delta"]["role"] == "assistant"
+    assert "usage" not in first
+
+
+def test_stop_strings_end_the_text_before_them(client):
+    text = client.completions.create(prompt="module a", **GREEDY).choices[0].text
+    stop = text[8:11]
+    for stream in (False, True):
+        answer = client.completions.create(prompt="module a", **GREEDY, stop=[stop, "never"], stream=stream)
+        parts = [chunk.choices[0] for chunk in answer] if stream else [answer.choices[0]]
+        assert "".join(part.text for part in parts) == text[: text.index(stop)]
+        assert parts[-1].finish_reason == "stop"
+
+
+def test_seeds_draw_the_same_again_and_choices_differ(client):
+    ask = {"model": "tiny", "prompt": "module a", "temperature": 1.5, "max_tokens": 16, "n": 3}
+    first, again = (client.completions.create(**ask, seed=7) for _ in range(2))
+    texts = [choice.text for choice in first.choices]
+    assert texts == [choice.text for choice in again.choices]
+    assert len(set(texts)) == 3
+    assert texts[1] == client.completions.create(**ask | {"n": 1}, seed=8).choices[0].text
+    assert texts != [choice.text for choice in client.completions.create(**ask, seed=70).choices]
+    likeliest = client.completions.create(prompt="module a", **GREEDY).choices[0].text
+    surely = client.completions.create(prompt="module a", **GREEDY | {"temperature": 2, "top_p": 1e-6}).choices[0].text
+    assert surely == likeliest
+
+
+@pytest.mark.parametrize(
+    ("changes", "status", "told"),
+    [
+        ({"model": "gpt-4"}, 404, "'gpt-4' does not exist; this server has 'tiny'"),
+        ({"prompt": ""}, 400, "prompt is empty"),
+        ({"prompt": []}, 400, "prompt is empty"),
+        ({"prompt": [5, 512]}, 400, "token ids are from 0 to 511"),
+        ({"prompt": [5] * (LONGEST + 1)}, 400, f"maximum context length is {LONGEST} tokens"),
+        ({"prompt": [5] * 300, "max_tokens": 21}, 400, "has 300 and 21 more"),
+        ({"prompt": "x" * 10**6}, 400, "has 1000000 characters"),
+        ({"max_tokens": 0}, 400, "max_tokens: Input should be greater"),
+        ({"temperature": -1}, 400, "temperature:"),
+        ({"frequency_penalty": 0.5}, 400, "frequency_penalty is not supported"),
+        ({"stop": 5}, 400, "stop"),
+    ],
+)
+def test_refusals_are_openais(url, changes, status, told):
+    answer = httpx.post(f"{url}/v1/completions", json={"model": "tiny", "prompt": "x"} | changes)
+    assert answer.status_code == status
+    error = answer.json()["error"]
+    assert told in error["message"]
+    assert set(error) == {"message", "type", "param", "code"}
+
+
+def test_what_is_no_request_is_refused(url, client):
+    bad = httpx.post(f"{url}/v1/completions", content=b'{"prompt": ', headers={"content-type": "application/json"})
+    assert (bad.status_code, bad.json()["error"]["type"]) == (400, "invalid_request_error")
+    assert "not JSON" in bad.json()["error"]["message"]
+    assert httpx.get(f"{url}/v1/nothing").status_code == 404
+    assert httpx.get(f"{url}/v1/completions").status_code == 405
+    with pytest.raises(openai.BadRequestError, match="reads text only"):
+        client.chat.completions.create(
+            model="tiny", messages=[{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}]
+        )
+    with pytest.raises(openai.NotFoundError):
+        client.models.retrieve("other")
+    assert [model.id for model in client.models.list()] == ["tiny"]
+
+
+def test_health_and_metrics_count(url, client):
+    before = counted(url)
+    client.completions.create(prompt="module a", **GREEDY, extra_body={"ignore_eos": True})
+    after = counted(url)
+    assert after["vllm:generation_tokens_total"] - before["vllm:generation_tokens_total"] == 24
+    assert after["vllm:prompt_tokens_total"] - before["vllm:prompt_tokens_total"] == 3
+    assert httpx.get(f"{url}/health").json() == {"status": "ready", "running": 0, "waiting": 0}
+
+
+def counted(url):
+    lines = httpx.get(f"{url}/metrics").text.splitlines()
+    return {line.split("{")[0]: float(line.split()[-1]) for line in lines if "{" in line}
+
+
+def test_a_client_that_leaves_ends_its_answer(url):
+    body = {"prompt": [5], "max_tokens": LONGEST - 1, "temperature": 0, "ignore_eos": True, "n": 40}
+    before = counted(url)["vllm:generation_tokens_total"]
+    with httpx.stream("POST", f"{url}/v1/completions", json=body | {"stream": True}) as answer:
+        next(answer.iter_lines())
+    with pytest.raises(httpx.ReadTimeout):
+        httpx.post(f"{url}/v1/completions", json=body, timeout=0.3)
+    deadline = time.monotonic() + 10
+    while any(httpx.get(f"{url}/health").json()[key] for key in ("running", "waiting")):
+        assert time.monotonic() < deadline, "still at it"
+        time.sleep(0.05)
+    assert counted(url)["vllm:generation_tokens_total"] - before < 2 * 40 * (LONGEST - 1) / 2
+
+
+def test_sigterm_ends_streams_and_server_within_seconds(server):  # the last one: it ends the module's server
+    process, url = server
+    body = {"prompt": [5], "max_tokens": LONGEST - 1, "ignore_eos": True, "n": 40, "stream": True}
+    with httpx.stream("POST", f"{url}/v1/completions", json=body, timeout=20) as answer:
+        lines = answer.iter_lines()
+        next(lines)
+        threading.Timer(0.1, process.send_signal, [signal.SIGTERM]).start()
+        rest = [line for line in lines if line]
+    assert "the server is stopped" in rest[-1]
+    assert process.wait(timeout=10) == 0
+    result = json.loads((process.record / "result.json").read_text())
+    assert (result["status"], result["slice"], result["model"]) == ("stopped", "local", "tiny")
