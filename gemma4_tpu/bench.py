@@ -56,7 +56,7 @@ def _run(loaded: Loaded[BenchRoot, BenchChecked]) -> int:
             hardware={"slice": checked.slice}, seeds={"bench": config.bench.seed}, fingerprints={}
         )
         provenance.record(record, captured)
-        return _report(record, run_sweep(config.bench, checked, record.path), config)
+        return _report(record, run_sweep(config.bench, checked, record.path), checked)
     except KeyboardInterrupt:
         print(f"\ninterrupted; the same command with run_dir={record.path} goes on", file=sys.stderr)
         return INTERRUPTED
@@ -67,7 +67,7 @@ def _run(loaded: Loaded[BenchRoot, BenchChecked]) -> int:
         record.close()
 
 
-def _report(record: RunFolder, results: Results, config: BenchRoot) -> int:
+def _report(record: RunFolder, results: Results, checked: BenchChecked) -> int:
     """`result.json`, `report.md`, `report.html`, and the coverage on the terminal."""
     from gemma4_tpu.benching.report import outcome, write_report
     from gemma4_tpu.benching.sweep import coverage_line
@@ -75,7 +75,7 @@ def _report(record: RunFolder, results: Results, config: BenchRoot) -> int:
 
     found = outcome(results)
     write_json(record.result_path, found)
-    print(write_report(record.path, results, config))
+    print(write_report(record.path, results, checked))
     print(coverage_line(results))
     print(f"report: {record.path / 'report.html'}")
     return FAILED_REQUESTS if found["failed_requests"] else 0

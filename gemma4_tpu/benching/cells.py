@@ -34,10 +34,14 @@ class Cell:
 
     @property
     def shown(self) -> str:
-        lengths = f"{self.input_tokens:,} in, {self.output_tokens:,} out"
-        return f"{lengths}, {rate_text(self.rate)} requests/s" if self.rate is not None else (
-            f"{lengths}, {self.users:,} user{'s' * (self.users != 1)}"
-        )  # fmt: skip
+        return f"{self.input_tokens:,} in, {self.output_tokens:,} out, {self.load}"
+
+    @property
+    def load(self) -> str:
+        """How many requests, without their lengths."""
+        if self.rate is not None:
+            return f"{rate_text(self.rate)} requests/s"
+        return f"{self.users:,} user{'s' * (self.users != 1)}"
 
     def requests(self, config: BenchConfig) -> int:
         """How many there are altogether."""

@@ -51,6 +51,8 @@ async def run_cell(
             times = arrivals_seconds(rng, count, cell.rate, config.arrivals)
             started, answers, seconds = await _send(client, target, cell, bodies[:count], times, told)
         after = await prefix_cache_tokens(client, target.endpoint)
+    if answers and all(a.error and _TOO_LONG.match(a.error) for a in answers):
+        return {**about, "state": INFEASIBLE, "reason": answers[0].error}
     found = metrics.summary(answers, seconds, cell.output_tokens)
     reason = next((answer.error for answer in answers if answer.error), None)
     return {

@@ -65,7 +65,7 @@ def _over_rate(values: dict[Cell, float], label: str, title: str, path: Path, *,
 
 
 def _matrix(results: Results, key: str, label: str, title: str, path: Path) -> Path:
-    """Users upwards, lengths to the right; cells without a value say why."""
+    """Users upwards, lengths to the right; each place holds its number, or why there is none."""
     cells = [cell for cell in results if cell.users is not None]
     lengths = sorted({(cell.input_tokens, cell.output_tokens) for cell in cells})
     users = sorted({cell.users for cell in cells if cell.users is not None})
@@ -92,9 +92,10 @@ def _matrix(results: Results, key: str, label: str, title: str, path: Path) -> P
         axes.grid(False)
         axes.tick_params(length=0)
         axes.spines[["left", "bottom"]].set_visible(False)
-        axes.figure.colorbar(image, ax=axes, label=label, format=lambda value, _: f"{value:,.6g}", pad=0.02)
 
-    return _save(draw, title, path, (max(6.0, 2.4 + 0.68 * len(lengths)), max(3.6, 1.6 + 0.4 * len(users))))
+    return _save(
+        draw, f"{title}: {label}", path, (max(6.0, 2.4 + 0.68 * len(lengths)), max(3.6, 1.6 + 0.4 * len(users)))
+    )
 
 
 def _write_in(axes: Any, at: tuple[float, float], result: dict[str, Any], key: str, image: Any) -> None:
@@ -113,7 +114,7 @@ def _write_in(axes: Any, at: tuple[float, float], result: dict[str, Any], key: s
 def _short(value: float) -> str:
     if value >= 100_000:
         return f"{value / 1000:,.0f}k"
-    return f"{value / 1000:.1f}k" if value >= 10_000 else f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
+    return f"{value / 1000:.1f}k" if value >= 10_000 else f"{value:,.0f}" if value >= 100 else f"{value:.1f}"
 
 
 def _save(draw: Callable[[Any], None], title: str, path: Path, inches: Sequence[float]) -> Path:

@@ -7,11 +7,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from gemma4_tpu.benching.cells import Cell, rate_text
+from gemma4_tpu.benching.cells import Cell
 from gemma4_tpu.benching.load import OK
 from gemma4_tpu.benching.plots import plot_results
 from gemma4_tpu.benching.sweep import Results, coverage, coverage_line
-from gemma4_tpu.config.schema import BenchRoot
+from gemma4_tpu.config.bench_checks import BenchChecked
 from gemma4_tpu.tracking.files import write_text
 
 _MARK = "†"
@@ -35,13 +35,13 @@ def outcome(results: Results) -> dict[str, Any]:
     }
 
 
-def write_report(folder: Path, results: Results, config: BenchRoot) -> str:
+def write_report(folder: Path, results: Results, checked: BenchChecked) -> str:
     """Writes `report.md`, `report.html` and `plots/`; returns the table as Markdown."""
-    plots = plot_results(results, folder / "plots", f"{config.name} / {folder.name}")
+    plots = plot_results(results, folder / "plots", f"{folder.parent.name} / {folder.name}")
     rows = [_row(cell, result) for cell, result in results.items()]
     model = next((result["model_id"] for result in results.values()), "")
     facts = [
-        f"Model `{model}` at `{config.endpoint or config.served}` ({config.slice}). Measured by this client;"
+        f"Model `{model}` at `{checked.endpoint}` ({checked.slice}). Measured by this client;"
         " times in ms, definitions of `vllm bench serve`.",
         f"{coverage_line(results)}.",
         f"{_MARK} of fewer than 100 values: that of the slowest one or two, not a 99th percentile to rely on.",
@@ -55,8 +55,7 @@ def write_report(folder: Path, results: Results, config: BenchRoot) -> str:
 
 
 def _row(cell: Cell, result: dict[str, Any]) -> list[str]:
-    load = f"{rate_text(cell.rate)} req/s" if cell.rate is not None else f"{cell.users:,} users"
-    first = [f"{cell.input_tokens:,}", f"{cell.output_tokens:,}", load, result["state"]]
+    first = [f"{cell.input_tokens:,}", f"{cell.output_tokens:,}", cell.load, result["state"]]
     if not result.get("completed"):
         return [*first, *["–"] * 8, result.get("reason", "")]
     throughputs = [_number(result[f"{name}_throughput"]) for name in ("output", "total_token")]

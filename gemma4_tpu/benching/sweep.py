@@ -40,7 +40,8 @@ def run_sweep(config: BenchConfig, checked: BenchChecked, folder: Path) -> Resul
     results = {cell: result for cell in cells if (result := _read(folder, cell)) is not None}
     kept = {cell for cell, result in results.items() if result["state"] != FAILED}
     if results:
-        log.info("%d of %d cells are done; %d that failed run again", len(kept), len(cells), len(results) - len(kept))
+        again = f"; {len(results) - len(kept)} that failed run again" if len(results) > len(kept) else ""
+        log.info("%d of %d cells are done%s", len(kept), len(cells), again)
     if checked.vocabulary is None:
         log.info(
             "the model's vocabulary is not known: prompts are of the token ids 256 to 511 (architecture=<size> says it)"

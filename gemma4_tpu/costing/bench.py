@@ -1,8 +1,8 @@
 """Points of a load from benchmark results under the key names of `vllm bench serve`: one JSON object per cell.
 
-What was asked comes from `config.yaml` beside the cells: `serving` (as `gemma4_tpu.serve` records it, with `run`), or
-`hardware.name` and `model.name`; or from a `setup` of a `figures.yaml` that lists the folder. Without any of them the
-slice is `local` and no ceiling is known.
+What was asked comes from `config.yaml` beside the cells: `served` (a record of `gemma4_tpu.serve`) or `slice` and
+`architecture`, as `gemma4_tpu.bench` writes them; `serving` with `run`; `hardware.name` and `model.name`; or from a
+`setup` of a `figures.yaml` that lists the folder. Without any of them the slice is `local` and no ceiling is known.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ def read_points(folder: Path, *, setup: Serving | None = None, system: str | Non
     """The points of a benchmark's folder (`*.json`, `cells/*.json`); None: it is none.
 
     Args:
-      folder: with a JSON object for each cell. Cells in which no request was completed are left out, and logged.
+      folder: with a JSON object for each cell. Cells with failed requests are left out, and logged.
       setup: model and slice; None: as `config.yaml` says.
       system: whose training it is added to.
     """
@@ -45,10 +45,20 @@ def read_points(folder: Path, *, setup: Serving | None = None, system: str | Non
     if not cells:
         return None
     slice_, serving = (setup.slice.name, setup) if setup else _setup(folder)
-    empty = [path.name for path, cell in cells if not cell["completed"]]
-    if empty:
-        log.warning("%s: %d cells without a completed request are left out: %s", folder, len(empty), ", ".join(empty))
-    return [_point(path, cell, slice_, serving, system) for path, cell in cells if cell["completed"]]
+    left_out = [path.name for path, cell in cells if not _is_whole(cell)]
+    if left_out:
+        log.warning(
+            "%s: %d cells without a completed request, or with failed ones, are left out: %s",
+            folder,
+            len(left_out),
+            ", ".join(left_out),
+        )
+    return [_point(path, cell, slice_, serving, system) for path, cell in cells if _is_whole(cell)]
+
+
+def _is_whole(cell: Mapping[str, Any]) -> bool:
+    """Something was measured, and under the load that it is said to have been."""
+    return bool(cell["completed"]) and cell.get("state", "ok") == "ok"
 
 
 def _cell(path: Path) -> dict[str, Any] | None:
@@ -63,10 +73,13 @@ def _cell(path: Path) -> dict[str, Any] | None:
 def _point(path: Path, cell: Mapping[str, Any], slice_: str, serving: Serving | None, system: str | None) -> Point:
     n = cell["completed"]
     mean_in, mean_out = cell["total_input_tokens"] / n, cell["total_output_tokens"] / n
-    rate = cell.get("request_rate")
+    rate, users = cell.get("request_rate"), cell.get("max_concurrency")
+    load = f"{rate} requests/s" if rate is not None else ""
+    if users is not None:
+        load = f"{users} users" if rate in (None, "inf") else f"{load}, {users} at a time"
     cached = _cached(cell)
     return Point(
-        name=f"{mean_in:,.0f} in, {mean_out:,.0f} out" + (f", {rate} requests/s" if rate is not None else ""),
+        name=f"{mean_in:,.0f} in, {mean_out:,.0f} out" + (f", {load}" if load else ""),
         label=MEASURED,
         source=str(path.parent),
         system=system,
@@ -74,7 +87,7 @@ def _point(path: Path, cell: Mapping[str, Any], slice_: str, serving: Serving | 
         serving=serving,
         input_tokens=mean_in,
         output_tokens=mean_out,
-        sequences=cell.get("max_concurrency") or n,
+        sequences=users or n,
         output_tokens_per_second=cell["output_throughput"],
         whole=not cached,
         ttft_seconds=None if cached else _seconds(cell.get("median_ttft_ms")),
@@ -102,9 +115,14 @@ def _setup(folder: Path) -> tuple[str, Serving | None]:
         config = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
     except yaml.YAMLError as error:
         raise UserError(f"{path}: no YAML: {' '.join(str(error).split())}") from None
+    if config.get("served"):
+        return _setup(Path(config["served"]))
     serving = config.get("serving")
     if not isinstance(serving, dict) or not serving.get("slice"):
-        name, size = (config.get(group, {}).get("name") for group in ("hardware", "model"))
+        name, size = (
+            config.get(key) or config.get(group, {}).get("name")
+            for key, group in (("slice", "hardware"), ("architecture", "model"))
+        )
         known = name in SLICES and size in ARCHITECTURES
         return name or LOCAL, Serving(model=Model.of(ARCHITECTURES[size]), slice=SLICES[name]) if known else None
     name, model = serving["slice"], served_model(str(config.get("run") or ""))

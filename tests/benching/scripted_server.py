@@ -18,6 +18,7 @@ SCRIPT = {
     "refuse_over": None,  # 400 for a longer prompt
     "fail_every": None,  # every n-th answer of a cell breaks off
     "cached": None,  # share of prompt tokens that /metrics says were in the prefix cache; None: there is no /metrics
+    "die_at": None,  # the server dies of this request
     "short": 0,  # tokens that each answer lacks
     **json.loads(sys.argv[1]),
 }
@@ -61,6 +62,8 @@ async def complete(writer, asked_for, came):
     prompt, tokens = asked_for["prompt"], asked_for["max_tokens"] - SCRIPT["short"]
     asked["requests"] += 1
     asked["prompt_tokens"] += len(prompt)
+    if asked["requests"] == SCRIPT["die_at"]:
+        sys.exit()
     if SCRIPT["refuse_over"] and len(prompt) > SCRIPT["refuse_over"]:
         return whole(writer, 400, '{"error": "This model\'s maximum context length is 64 tokens"}')
     broken = SCRIPT["fail_every"] and asked["requests"] % SCRIPT["fail_every"] == 0
