@@ -1,0 +1,153 @@
+"""The embedded server's engine in this process: every kind of Gemma 4, text as it grows, drawing, failing."""
+
+import asyncio
+import queue
+import shutil
+import time
+
+import httpx
+import pytest
+import torch
+from transformers import AutoTokenizer
+
+from gemma4_tpu.serving.local_api import Api
+from gemma4_tpu.serving.local_engine import FAILED, LOADING, READY, Engine
+from gemma4_tpu.serving.local_metrics import Metrics
+from gemma4_tpu.serving.local_sampling import ABORT, ERROR, Answer, GrowingText, Sampling, choose, logprob
+from tests.models.checkpoints import load_hf, make_checkpoint
+from tests.serving import TINY
+
+
+@pytest.fixture
+def engine():
+    made = []
+
+    def make(folder, **more):
+        made.append(Engine(folder, "float32", Metrics("m"), **{"sequences": 3, "prompt_tokens": 16} | more))
+        made[-1].start()
+        while made[-1].state == LOADING:
+            time.sleep(0.02)
+        assert made[-1].state == READY, made[-1].error
+        return made[-1]
+
+    yield make
+    for one in made:
+        one.stop()
+
+
+class Asked:
+    """An answer and what was told of it."""
+
+    def __init__(self, engine, prompt, count, **more):
+        self.told = queue.SimpleQueue()
+        sampling = Sampling(max_tokens=count, **{"temperature": 0, "ignore_eos": True} | more)
+        self.answer = Answer(prompt, sampling, self.told.put)
+        engine.submit(self.answer)
+
+    def pieces(self):
+        found = [self.told.get(timeout=30)]
+        while found[-1].finish is None:
+            found.append(self.told.get(timeout=30))
+        return found
+
+
+def test_answers_side_by_side_are_those_that_transformers_gives(engine, tmp_path):
+    """KV-shared layers, the multimodal class; prompts that join late and leave early, beyond the window."""
+    folder = tmp_path / "e2b"
+    shutil.copytree(make_checkpoint("e2b", prefix="multimodal"), folder)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(TINY / name, folder)
+    draw, model, made = torch.Generator().manual_seed(1), load_hf(folder), engine(folder)
+    prompts = [torch.randint(6, 64, (n,), generator=draw).tolist() for n in (3, 40, 1, 17)]
+    asked = [Asked(made, prompt, 4 + 3 * place) for place, prompt in enumerate(prompts)]
+    for prompt, one in zip(prompts, asked, strict=True):
+        given, count = torch.tensor([prompt]), one.answer.sampling.max_tokens
+        with torch.inference_mode():
+            wanted = model.generate(
+                given, attention_mask=torch.ones_like(given), do_sample=False, max_new_tokens=count, eos_token_id=[]
+            )
+        assert [token for piece in one.pieces() for token in piece.tokens] == wanted[0, len(prompt) :].tolist()
+    assert made.counts == (0, 0)
+
+
+def test_an_engine_that_breaks_says_so_and_everyone_hears_it(engine, monkeypatch):
+    made = engine(TINY)
+    under_way = Asked(made, [5] * 3, 10**6)
+    under_way.told.get(timeout=30)
+
+    def broken(*_, **__):
+        raise RuntimeError("out of everything")
+
+    monkeypatch.setattr(made, "_forward", broken)
+    pieces = under_way.pieces()
+    assert (pieces[-1].finish, pieces[-1].error) == (ERROR, "the engine failed: out of everything")
+    assert made.state == FAILED
+    app = Api(made, Metrics("m"), "m", 100, key="s3cret").app()
+
+    async def ask():
+        async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://local") as client:
+            health = await client.get("/health")
+            key = {"authorization": "Bearer s3cret"}
+            answers = [await client.post("/v1/completions", json={"prompt": "x"}, headers=h) for h in (key, {})]
+            return health, *answers
+
+    health, answer, stranger = asyncio.run(ask())
+    assert (health.status_code, health.json()["status"], health.json()["error"]) == (503, FAILED, "out of everything")
+    assert (answer.status_code, answer.json()["error"]["type"]) == (503, "server_error")
+    assert stranger.status_code == 401
+
+
+def test_answers_given_up_make_room_for_those_that_wait(engine):
+    made = engine(TINY, sequences=1)
+    first, waiting, half_read = (Asked(made, [5] * n, 1000) for n in (3, 3, 100))
+    last = Asked(made, [5], 2)
+    for one in (waiting, half_read, first):
+        one.answer.aborted = True
+    assert [one.pieces()[-1].finish for one in (first, waiting, half_read)] == [ABORT] * 3
+    assert len(last.pieces()) == 2
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return AutoTokenizer.from_pretrained(TINY)
+
+
+def test_text_grows_by_whole_characters_and_stops_before_a_stop_string(tokenizer):
+    text = "assign y = a ≥ b; // größer\nendmodule"
+    tokens = tokenizer(text, add_special_tokens=False)["input_ids"]
+    grown = GrowingText(tokenizer, [])
+    parts = [grown.add(token) for token in tokens]
+    assert "".join(parts) + grown.end() == text
+    assert not any("\ufffd" in part for part in parts)
+    for stop in ("≥ b", "r\nend", "e"):
+        grown, parts = GrowingText(tokenizer, [stop, "never there"]), []
+        for token in tokens:
+            parts.append(grown.add(token))
+            if grown.stopped:
+                break
+        assert "".join(parts) == text[: text.index(stop)]
+        assert grown.end() == ""
+    grown = GrowingText(tokenizer, ["endmodule;"])
+    assert "".join([*map(grown.add, tokens), grown.end()]) == text  # held back, then told
+
+
+def test_drawing_keeps_to_top_k_and_top_p_and_to_the_chances():
+    logits = torch.tensor([0.5, 0.3, 0.15, 0.05]).log()
+
+    def shares(**sampling):
+        answer = Answer([1], Sampling(max_tokens=1, **sampling), lambda piece: None)
+        answer.generator = torch.Generator().manual_seed(0)
+        drawn = torch.tensor([choose(logits, answer) for _ in range(2000)])
+        return (drawn.bincount(minlength=4) / 2000).tolist()
+
+    near = 0.045  # four standard deviations of a share of 2000 draws, at most 0.0112 each
+    assert shares() == pytest.approx([0.5, 0.3, 0.15, 0.05], abs=near)
+    assert shares(top_k=2) == pytest.approx([0.625, 0.375, 0, 0], abs=near)
+    assert shares(top_p=0.7) == pytest.approx([0.625, 0.375, 0, 0], abs=near)
+    assert shares(top_k=3, top_p=0.5) == [1, 0, 0, 0]
+    sharp = torch.tensor([0.25, 0.09, 0.0225, 0.0025])  # squared chances
+    assert shares(temperature=0.5) == pytest.approx((sharp / sharp.sum()).tolist(), abs=near)
+    assert shares(temperature=0) == [1, 0, 0, 0]
+    told = logprob(logits, 2, 2)
+    assert told.logprob == pytest.approx(float(logits[2]), abs=1e-6)
+    assert [token for token, _ in told.top] == [0, 1]
