@@ -189,7 +189,8 @@ def _embed(model: Model, p: Params, tokens: jax.Array) -> tuple[jax.Array, jax.A
         return x, None
     projected = jnp.einsum("btd,dlp->lbtp", x, p["per_layer_model_projection"]["w"].astype(dtype))
     projected = rms_norm(projected * model.arch.embed_dim**-0.5, p["per_layer_projection_norm"]["scale"])
-    looked_up = jnp.take(p["per_layer_input_embedding"], tokens, axis=0).astype(dtype)  # [B, T, L, P]
+    looked_up = jnp.take(p["per_layer_input_embedding"], tokens, axis=0).astype(dtype)  # [B, T, L * P]
+    looked_up = looked_up.reshape(*tokens.shape, model.arch.num_layers, model.arch.per_layer_input_dim)
     looked_up = looked_up * jnp.sqrt(jnp.float32(model.arch.per_layer_input_dim)).astype(dtype)
     inputs = (projected + jnp.moveaxis(looked_up, 2, 0)) * jnp.float32(2**-0.5).astype(dtype)
     return x, constrain(inputs, "LBSP", model.mesh)

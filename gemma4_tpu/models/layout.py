@@ -101,7 +101,8 @@ def outer_shapes(arch: Architecture) -> dict[str, tuple[int, ...]]:
         shapes |= {
             "embedder.per_layer_model_projection.w": (arch.embed_dim, arch.num_layers, p),
             "embedder.per_layer_projection_norm.scale": (p,),
-            "embedder.per_layer_input_embedding": (arch.vocab_size_per_layer_input, arch.num_layers, p),
+            # Tunix has [V, L, P]; in whole rows a TPU neither pads the table nor copies it for the lookup
+            "embedder.per_layer_input_embedding": (arch.vocab_size_per_layer_input, arch.num_layers * p),
         }
     return shapes
 

@@ -23,7 +23,7 @@ from gemma4_tpu.models.layout import layer_shapes, outer_shapes
 # Tunix name → (pattern, Hugging Face names). Several names: one per index of the Tunix tensor's leading dim.
 _OUTER: dict[str, tuple[str, ...]] = {
     "embedder.input_embedding": ("v d -> v d", "embed_tokens.weight"),
-    "embedder.per_layer_input_embedding": ("v (l p) -> v l p", "embed_tokens_per_layer.weight"),
+    "embedder.per_layer_input_embedding": ("v e -> v e", "embed_tokens_per_layer.weight"),
     "embedder.per_layer_model_projection.w": ("(l p) d -> d l p", "per_layer_model_projection.weight"),
     "embedder.per_layer_projection_norm.scale": ("p -> p", "per_layer_projection_norm.weight"),
     "final_norm.scale": ("d -> d", "norm.weight"),

@@ -39,4 +39,6 @@ def rematerialised(run: Callable, policy: str, *, in_loop: bool) -> Callable:
     if policy == "none":
         return run
     kept = jax.checkpoint_policies.save_only_these_names(*_KEPT[policy])
-    return jax.checkpoint(run, prevent_cse=not in_loop, policy=kept)
+    # In a loop nothing can be undone, but what runs again of all layers of a group would be ready at once, and kept
+    # until it is used: the barrier has each layer wait for the gradients behind it. Elementwise work fuses instead.
+    return jax.checkpoint(run, prevent_cse=policy != "products" or not in_loop, policy=kept)

@@ -23,7 +23,7 @@ Axes = str | tuple[str, ...] | None
 _RULES: dict[str, tuple[Axes, ...]] = {
     "embedder.input_embedding": (TP, FSDP),
     "embedder.per_layer_model_projection.w": (FSDP, None, TP),
-    "embedder.per_layer_input_embedding": (TP, None, FSDP),
+    "embedder.per_layer_input_embedding": (TP, FSDP),
     "q_einsum.w": (TP, FSDP, None),
     "k_einsum.w": (TP, FSDP, None),
     "kv_einsum.w": (None, TP, FSDP, None),

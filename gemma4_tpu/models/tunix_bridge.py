@@ -89,9 +89,11 @@ def fill(params: Mapping[str, jax.Array], arch: Architecture, dtype: Any) -> tun
     for path, leaf in nnx.to_flat_state(state):
         name = ".".join(map(str, path))
         if name in params:
-            if params[name].shape != leaf.get_value().shape:
-                raise ValueError(f"{name}: shape {params[name].shape} where Tunix has {leaf.get_value().shape}")
             value = params[name].astype(dtype)
+            if name == "embedder.per_layer_input_embedding":  # [V, L * P] here
+                value = value.reshape(-1, arch.num_layers, arch.per_layer_input_dim)
+            if value.shape != leaf.get_value().shape:
+                raise ValueError(f"{name}: shape {value.shape} where Tunix has {leaf.get_value().shape}")
             unused.discard(name)
         elif _never_read(arch, path):
             value = jnp.zeros(leaf.get_value().shape, dtype)
