@@ -144,12 +144,13 @@ class Engine:
         logits = self._forward([answer.prompt[start:end]], cache, [start], torch.ones(1, end, dtype=torch.long))
         self._partial, self._partial_of = (cache, answer) if end < len(answer.prompt) else (None, None)
         if self._partial is None:
-            with self._lock:
-                self._waiting.popleft()
             answer.text = GrowingText(self.tokenizer, answer.sampling.stop)
             seed = answer.sampling.seed
             answer.generator = torch.Generator().manual_seed(secrets.randbits(63) if seed is None else seed)
-            if self._add(answer, logits[0]) is None:
+            finish = self._add(answer, logits[0])
+            with self._lock:
+                self._waiting.popleft()
+            if finish is None:
                 self._batch.join(answer, cache)
         return end - start
 
@@ -230,7 +231,14 @@ class Batch:
 
     def __init__(self) -> None:
         self.answers: list[Answer] = []
-        self.cache = DynamicCache()
+        self._parts: list[DynamicCache] = []  # of one or more rows each, in the order of `answers`
+
+    @property
+    def cache(self) -> DynamicCache:
+        """One cache of all rows."""
+        if len(self._parts) != 1:
+            self._parts = [_side_by_side(self._parts)]
+        return self._parts[0]
 
     def mask(self) -> torch.Tensor:
         """[B, cached tokens + 1]: what each row may look at, the token to come included."""
@@ -240,25 +248,26 @@ class Batch:
 
     def join(self, answer: Answer, cache: DynamicCache) -> None:
         """Adds a row with the cache of its prompt."""
-        if self.answers:
-            width = max(self.cache.get_seq_length(), cache.get_seq_length())
-            rows = [[[_wide(t, width) for t in layer] for layer in _tensors(one)] for one in (self.cache, cache)]
-            cache = _cache(
-                [[torch.cat(pair) for pair in zip(*layers, strict=True)] for layers in zip(*rows, strict=True)]
-            )
-        self.answers, self.cache = [*self.answers, answer], cache
+        self.answers.append(answer)
+        self._parts.append(cache)
 
     def keep(self, rows: list[int]) -> None:
         """Leaves the other rows out, and the columns that only they had."""
         if len(rows) == len(self.answers):
             return
+        layers = _tensors(self.cache)
         self.answers = [self.answers[row] for row in rows]
-        if not rows:
-            self.cache = DynamicCache()
-            return
-        width = max(answer.length for answer in self.answers) - 1  # the last token of each is not cached yet
-        chosen = torch.tensor(rows)
-        self.cache = _cache([tuple(t[chosen, :, -width:] for t in layer) for layer in _tensors(self.cache)])
+        self._parts = []
+        if rows:
+            width = max(answer.length for answer in self.answers) - 1  # the last token of each is not cached yet
+            chosen = torch.tensor(rows)
+            self._parts = [_cache([[tensor[chosen, :, -width:] for tensor in layer] for layer in layers])]
+
+
+def _side_by_side(parts: Sequence[DynamicCache]) -> DynamicCache:
+    width = max((part.get_seq_length() for part in parts), default=0)
+    rows = [[[_wide(tensor, width) for tensor in layer] for layer in _tensors(part)] for part in parts]
+    return _cache([[torch.cat(pair) for pair in zip(*layers, strict=True)] for layers in zip(*rows, strict=True)])
 
 
 def _tensors(cache: DynamicCache) -> list[tuple[torch.Tensor, torch.Tensor]]:
