@@ -157,6 +157,8 @@ def render() -> str:
         "",
         "    python experiments/plans/make_table.py",
         "",
+        f"{len(plans)} of {len(SIZES) * len(MACHINES) * len(TRAINED)} cells are planned so far.",
+        "",
         "| size | slice | trained | fsdp × tp | remat | rows | fits | GiB per chip | bound by | roofline ms |"
         " real tokens/s | minutes | $ per million real tokens |",
         "|---|---|---|---|---|---|---|---|---|---|---|---|---|",
