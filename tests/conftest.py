@@ -1,6 +1,7 @@
 """What every test runs under: eight CPU devices, so that meshes are real, and no network."""
 
 import os
+import signal
 
 from tests.gcs import bucket, gcs_emulator  # noqa: F401 (fixtures)
 
@@ -12,3 +13,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 # The emulator of tests/gcs.py speaks HTTP; without this gcsfs asks over gRPC first what kind of bucket it has.
 os.environ.setdefault("GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT", "false")
+
+# What is started in the background of a script ignores Ctrl-C, and hands that on to its children; tests send it.
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)

@@ -96,7 +96,8 @@ def _open_store(state: SavedState, name: str) -> Any:
 
 def saved_updates(checkpoints: str | Path) -> list[int]:
     """Updates that have a checkpoint, finished or not, oldest first."""
-    return sorted(int(name) for name in list_folder(str(checkpoints)) if name.isdecimal())
+    names = list_folder(str(checkpoints))
+    return sorted(int(name) for name in names if name.isdecimal() and str(int(name)) == name)
 
 
 def open_saved(run: str | Path, which: str) -> SavedState:

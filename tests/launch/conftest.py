@@ -2,6 +2,7 @@
 
 import functools
 import json
+import logging
 import os
 import sys
 from pathlib import Path
@@ -92,6 +93,9 @@ def composed(words: tuple[str, ...]):
 def launch(played, capsys, monkeypatch):
     """Launches with further words; returns (exit code, standard output, standard error)."""
     monkeypatch.setattr(tpu_vm, "load", lambda words, entry: composed(tuple(words)))
+    # what an earlier test in this process set up writes to that test's standard error
+    others = [handler for handler in logging.root.handlers if type(handler) is not logging.StreamHandler]
+    monkeypatch.setattr(logging.root, "handlers", others)
 
     def launch(*words: str) -> tuple[int, str, str]:
         capsys.readouterr()
