@@ -61,7 +61,7 @@ def _sweeps(entry: EntryPoint) -> list[str]:
         for name, annotation in field_types(schema).items():
             if not name.startswith("_"):
                 kind = "mapping" if is_mapping(annotation) else type_name(annotation)
-                lines.append(f"  hydra.{group}.{name}={_show(values[name])}  ({kind})")
+                lines.append(f"  hydra.{group}.{name}={shown(values[name])}  ({kind})")
                 lines += _doc(schema, name)
     return lines
 
@@ -78,18 +78,19 @@ def _keys(schema: type, values: Any, prefix: str) -> list[str]:
         if is_group(annotation):
             nested += ["", f"  {(annotation.__doc__ or '').strip()}", *_keys(annotation, values[name], f"{name}.")]
             continue
-        lines.append(f"  {prefix}{name}={_show(values[name])}  ({type_name(annotation)})")
+        lines.append(f"  {prefix}{name}={shown(values[name])}  ({type_name(annotation)})")
         lines += _doc(schema, name)
     return lines + nested
 
 
-def _show(value: Any) -> str:
+def shown(value: Any) -> str:
+    """A value as the command line takes it."""
     if value is None:
         return "null"
     if isinstance(value, bool):
         return str(value).lower()
     if isinstance(value, list):
-        return f"[{','.join(_show(item) for item in value)}]"
+        return f"[{','.join(shown(item) for item in value)}]"
     if isinstance(value, dict):
-        return "{" + ", ".join(f"{key}: {_show(item)}" for key, item in value.items()) + "}"
+        return "{" + ", ".join(f"{key}: {shown(item)}" for key, item in value.items()) + "}"
     return str(value)

@@ -84,9 +84,7 @@ def load(argv: list[str], entry: EntryPoint[Root, Checks]) -> Loaded[Root, Check
     return Loaded(root, good, checked)
 
 
-def compose_all(
-    words: list[str], entry: EntryPoint, *, multirun: bool = False
-) -> tuple[Any, list[str], list[Problem]]:
+def compose_all(words: list[str], entry: EntryPoint, *, multirun: bool = False) -> tuple[Any, list[str], list[Problem]]:
     """Composes the words that are sound; returns (root dataclass or None, those words, problems of the others)."""
     options = groups_of(entry)
     groups = Groups(options, open=any(w.lstrip("+").startswith("hydra.searchpath") for w in words))
@@ -122,11 +120,11 @@ def register(entry: EntryPoint) -> None:
     ConfigStore.instance().store(name=f"{entry.name}_schema", node=entry.schema)
 
 
-def defaults(entry: EntryPoint) -> DictConfig:
-    """The composed configuration of a command line without arguments."""
+def defaults(entry: EntryPoint, words: list[str] | None = None) -> DictConfig:
+    """The composed configuration of a command line without arguments, or with sound `words`."""
     register(entry)
     with initialize_config_dir(str(config_dir()), version_base=_VERSION_BASE):
-        return compose(entry.name)
+        return compose(entry.name, overrides=words)
 
 
 def to_yaml(root: Any) -> str:
@@ -171,7 +169,9 @@ def _split(argv: list[str], entry: EntryPoint) -> tuple[list[str], Any]:
     if not (flags.multirun or flags.cfg or flags.info or flags.hydra_help or flags.shell_completion):
         refused = [word for word in argv if word.startswith("-") and word not in rest]
         if refused:
-            raise UserError(f"{' '.join(refused)}: not supported; conf/ is extended by hydra.searchpath=[file://<folder>]")
+            raise UserError(
+                f"{' '.join(refused)}: not supported; conf/ is extended by hydra.searchpath=[file://<folder>]"
+            )
         return words, None
     return words, flags
 

@@ -1,0 +1,68 @@
+"""docs/configuration.md says what the schema says, every key changes something, every file of conf/ composes."""
+
+from itertools import zip_longest
+
+import pytest
+from omegaconf import OmegaConf
+
+from gemma4_tpu.config import schema
+from gemma4_tpu.config.keys import field_types, is_group
+from gemma4_tpu.config.load import config_dir, defaults, groups_of
+from launch import config as launch_config
+from tests.house.reads import definer, keys_read
+from tests.house.scripts import ROOT, script
+
+CONFIGURATION = script("docs/make_configuration.py")
+COMMANDS = CONFIGURATION.COMMANDS
+CLASSES = {
+    name: cls for module in (schema, launch_config) for name, cls in vars(module).items()
+    if is_group(cls) and cls.__module__ == module.__name__
+}  # fmt: skip
+SPENT_BY_THE_CHECKS = {
+    ("TrainerConfig", "global_batch_tokens"): "checks.rows_per_update, which every caller asks",
+    ("EvalConfig", "resimulate"): "evaluate_checks: which form of evaluation it is",
+    ("EvaluateRoot", "selfcheck"): "evaluate_checks: which form of evaluation it is",
+    ("MergeRoot", "run"): "merge_checks: MergeChecked.runs",
+    ("ServeRoot", "run"): "serve_checks: ServeChecked.folder",
+    ("BenchRoot", "endpoint"): "bench_checks: BenchChecked.endpoint",
+    ("BenchRoot", "served"): "bench_checks: BenchChecked.endpoint, .slice",
+    ("BenchRoot", "slice"): "bench_checks: BenchChecked.slice",
+    ("BenchRoot", "architecture"): "bench_checks: BenchChecked.vocabulary",
+}
+"""Keys that the checks turn into what they found out, and where. Everything else must be read above them."""
+
+
+def test_the_page_is_what_the_schema_says():
+    made = CONFIGURATION.page()
+    assert made == CONFIGURATION.PAGE.read_text(encoding="utf-8"), "make it anew: python docs/make_configuration.py"
+
+
+def test_every_key_is_read_beyond_its_checks():
+    """By the types that functions declare: `config.rank` counts where `config` is a LoraConfig."""
+    files = [path for folder in ("gemma4_tpu", "launch", "hydra_plugins") for path in (ROOT / folder).rglob("*.py")]
+    checks = {path for path in files if path.parent == ROOT / "gemma4_tpu/config" or path.name == "config.py"}
+    read = keys_read([path for path in files if path not in checks], CLASSES)
+    keys = {
+        (name, field) for name, cls in CLASSES.items() for field, kind in field_types(cls).items()
+        if definer(cls, field) is cls and not is_group(kind)
+    }  # fmt: skip
+    assert len(keys) > 180
+    assert keys - read == set(SPENT_BY_THE_CHECKS), "a key that nothing reads, or an exception that is none any more"
+    assert set(SPENT_BY_THE_CHECKS) <= keys_read(sorted(checks), CLASSES)
+
+
+@pytest.mark.parametrize("name", sorted(COMMANDS))
+def test_every_file_composes_for_every_command_that_takes_it(name):
+    """The n-th options of all groups together: a file that only composes alone would be a trap, too."""
+    entry = COMMANDS[name]
+    groups = {group: options for group, options in groups_of(entry).items() if group != "local"}
+    for chosen in zip_longest(*groups.values()):
+        words = [f"{group}={option}" for group, option in zip(groups, chosen, strict=True) if option is not None]
+        root = OmegaConf.to_object(defaults(entry, words))
+        assert isinstance(root, entry.schema), words
+
+
+def test_every_file_belongs_to_a_command():
+    taken = {group for entry in COMMANDS.values() for group in groups_of(entry)} | {"hydra", "space"}
+    assert {path.name for path in config_dir().iterdir() if path.is_dir()} == taken
+    assert {path.stem for path in config_dir().glob("*.yaml")} == set(COMMANDS)
