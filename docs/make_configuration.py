@@ -36,7 +36,7 @@ before anything starts; `--help` shows the same as this page for one command, `-
 What is always wanted on one machine goes into `conf/local/default.yaml` (first line `# @package _global_`), which git
 ignores and every command that takes `local` reads last; files elsewhere are found by `hydra.searchpath=[file://<folder>]`.
 
-Completion of groups, options and keys in Bash, for the console script and for `python -m` (`zsh` after `bashcompinit`,
+Completion of groups, options and keys in Bash, of the console script (`zsh` after `bashcompinit`,
 `fish` with `=fish`):
 
 ```bash
