@@ -411,6 +411,9 @@ class PlanConfig:
     """Share of the binding roofline that a slow run reaches; the estimates' pessimistic end."""
     utilization_high: float = 0.6
     """Share that a fast run reaches; the estimates' optimistic end."""
+    generate_code: bool = False
+    """Compile to the end instead of until memory is assigned: several times slower; finds kernels that ask for too much
+    on-chip memory, and adds XLA's own counts (`cost_analysis`)."""
     max_attempts: int = 4
     """When the run does not fit: changes to compile in search of some that do; 0: none."""
     search: bool = False
@@ -533,6 +536,9 @@ class BenchConfig:
     """Longest sequence in tokens: longer cells are infeasible. null: as the server says."""
     request_timeout_seconds: float = 3600.0
     """A request fails when nothing comes for this long."""
+    cross_check: bool = False
+    """Put the same cells under the load of `vllm bench serve` too, run in the container of the server of `served`, and
+    compare its figures with ours."""
 
 
 @dataclass(kw_only=True)
@@ -551,6 +557,8 @@ class BenchRoot:
     """The size that it serves: key of `architectures.ARCHITECTURES`, for ceilings, and prompts from its whole
     vocabulary. null: that of `served`; otherwise unknown, and prompts are of the token ids 256 to 511."""
     bench: BenchConfig = field(default_factory=BenchConfig)
+    dry_run: bool = False
+    """Check, show the cells and with `bench.cross_check` the commands in the container, then stop; nobody is asked."""
     name: str = "benchmarks"
     """Name of the records' folder in `outputs`."""
     run_dir: str | None = None
@@ -562,6 +570,11 @@ class BenchRoot:
 class ReportRoot:
     """Everything `python -m gemma4_tpu.report` takes; exactly one of the subjects is given."""
 
+    run: list[str] = field(default_factory=list)
+    """Run folder of a training, or several: one page about all that is recorded of it. `run=<folder>` will do."""
+    records: list[str] = field(default_factory=list)
+    """With `run`: folders of plans, evaluations, benchmarks and the like (or folders of such), besides those that lie
+    in the run folder, or under `outputs` and name it."""
     sweep: str = ""
     """Sweep folder, or any folder of run folders: its table, best run and plots are made anew."""
     wandb: str = ""
@@ -574,16 +587,17 @@ class ReportRoot:
     plausibility: list[str] = field(default_factory=list)
     """The same kinds of folders: each throughput and latency beside the slice's physical ceiling."""
     serving_hours: list[float] = field(default_factory=lambda: [1.0, 8.0, 24.0])
-    """With `cost`: hours of serving for which totals are worked out."""
+    """With `cost` or `run`: hours of serving for which totals are worked out."""
     serving_slices: list[str] = field(default_factory=list)
-    """With `cost`: slices to serve on, besides those of the benchmarks; keys of `hardware.SLICES`."""
+    """With `cost` or `run`: slices to serve on, besides those of the benchmarks; keys of `hardware.SLICES`."""
     prices: dict[str, float] = field(default_factory=dict)
-    """With `cost`: USD per hour on demand by slice, such as `{v6e-8: 21.5, local: 0.1}`, before those of
+    """With `cost` or `run`: USD per hour on demand by slice, such as `{v6e-8: 21.5, local: 0.1}`, before those of
     `hardware.py`."""
     spot_prices: dict[str, float] = field(default_factory=dict)
-    """With `cost`: USD per hour on spot capacity by slice."""
+    """With `cost` or `run`: USD per hour on spot capacity by slice."""
     out: str | None = None
-    """With `cost` or `plausibility`: Markdown file to write; null: the report is printed."""
+    """With `cost`, `plausibility` or `run`: Markdown file to write; null: the first two are printed, the page of a run
+    goes to its folder (`report.md`), of several runs to `outputs/reports`. The HTML page lies beside it."""
     metric: str | None = None
     """With `sweep`: the key of `result.json` that decides which run is best; null: the sweep's own, else
     `heldout_loss_last`."""

@@ -7,6 +7,7 @@ goes to stdout, one word per line.
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 import tempfile
@@ -14,6 +15,7 @@ import threading
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +23,7 @@ from gemma4_tpu.config.load import from_yaml, to_yaml
 from gemma4_tpu.config.schema import PlanRoot
 from gemma4_tpu.errors import UserError
 
-REQUEST, ANSWER = "request.json", "answer.json"
+REQUEST, ANSWER, DUMP = "request.json", "answer.json", "dump"
 
 
 @dataclass(frozen=True)
@@ -108,27 +110,31 @@ def main(folder: str) -> None:
     place = Path(folder)
     content = json.loads((place / REQUEST).read_text(encoding="utf-8"))
     try:
-        answer = _compile(from_yaml(content["config"], PlanRoot), content["updates"])
+        answer = _compile(from_yaml(content["config"], PlanRoot), content["updates"], place / DUMP)
     except UserError as refusal:
         answer = {"refused": str(refusal)}
     (place / ANSWER).write_text(json.dumps(answer), encoding="utf-8")
+    sys.stdout.flush()
+    os._exit(0)  # the compiler may still be generating code, which nobody waits for
 
 
-def _compile(config: PlanRoot, updates: int) -> dict[str, Any]:
+def _compile(config: PlanRoot, updates: int, dump: Path) -> dict[str, Any]:
     from importlib.metadata import version
 
     from gemma4_tpu.config.checks import rows_per_microbatch
     from gemma4_tpu.config.plan_checks import examine_plan
     from gemma4_tpu.models.sharding import make_mesh
     from gemma4_tpu.planning import compile as compiling
+    from gemma4_tpu.planning.program import OutOfMemory, finish, until_assigned
     from gemma4_tpu.planning.topology import absent_devices
 
     checked, problems = examine_plan(config)
     if checked is None:
         raise UserError("; ".join(problem.message for problem in problems))
     devices = absent_devices(checked.slice)
+    limit = compiling.hbm_limit_bytes(devices[0])
     answer: dict[str, Any] = {
-        "hbm_limit_bytes": compiling.hbm_limit_bytes(devices[0]),
+        "hbm_limit_bytes": limit,
         "versions": {"jax": version("jax"), "libtpu": version("libtpu")},
     }
     fsdp, tp = checked.mesh
@@ -137,9 +143,12 @@ def _compile(config: PlanRoot, updates: int) -> dict[str, Any]:
         checked.architecture, config.lora, config.optimizer, config.trainer, make_mesh(fsdp, tp, devices),
         rows=rows, length=config.data.sequence_length, updates=updates, options=config.hardware.compiler_options,
     )  # fmt: skip
+    how = partial(finish, folder=dump)
+    if not config.plan.generate_code:
+        how = partial(until_assigned, folder=dump, limit_bytes=limit)
     try:
-        answer["compiled"] = asdict(compiling.compile_step(given, stage=lambda name: print(name, flush=True)))
-    except compiling.OutOfMemory as error:
+        answer["compiled"] = asdict(compiling.compile_step(given, how, lambda name: print(name, flush=True)))
+    except OutOfMemory as error:
         answer["out_of_memory"] = {"message": str(error), "needed_bytes": error.needed_bytes}
         answer["held"] = given.bytes_per_chip()
     return answer

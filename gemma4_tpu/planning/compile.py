@@ -19,38 +19,17 @@ from jax.sharding import Mesh
 
 from gemma4_tpu.architectures import Architecture
 from gemma4_tpu.config.schema import LoraConfig, OptimizerConfig, TrainerConfig
-from gemma4_tpu.errors import UserError
 from gemma4_tpu.models import lora as adapters
 from gemma4_tpu.models import quantize, sharding
 from gemma4_tpu.models.layout import Leaf
 from gemma4_tpu.planning import counts, hlo
+from gemma4_tpu.planning.program import OutOfMemory, Program, compile_lowered
 from gemma4_tpu.step.train_step import Step, TrainState, compiled_functions
 from gemma4_tpu.training.job import make_step, state_places, weight_dtype
 
 log = logging.getLogger(__name__)
 Stage = Callable[[str], None]
 """Told what begins now: `lowering`, `compiling`, `counting`."""
-
-
-class OutOfMemory(Exception):
-    """The program does not fit into a chip's HBM."""
-
-    def __init__(self, message: str):
-        super().__init__(message)
-        needed, limit = _SIZES.search(message), _LIMIT.search(message)
-        self.needed_bytes = _bytes(needed) if needed else None
-        """What the compiler says that it would need; None: it does not say."""
-        self.limit_bytes = _bytes(limit) if limit else None
-
-
-_NUMBER = r"(\d+(?:\.\d+)?)([KMGT]?)i?B?"
-_SIZES = re.compile(rf"(?:memory required for .*?\(|Used ){_NUMBER}")
-_LIMIT = re.compile(rf"(?:available HBM \(| of ){_NUMBER}")
-_UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
-
-
-def _bytes(found: re.Match[str]) -> int:
-    return int(float(found[1]) * _UNITS[found[2]])
 
 
 @dataclass(frozen=True)
@@ -77,18 +56,19 @@ class Shapes:
 class Compiled:
     """The compiler's figures for one chip; plain values, so that they can cross to another process."""
 
-    memory: dict[str, int]
-    """Bytes: arguments, temporaries, outputs that reuse no argument, program."""
+    argument_bytes: int
+    """`Program.argument_bytes`."""
+    peak_bytes: int
+    """`Program.peak_bytes`."""
     held: dict[str, int]
     """`Shapes.bytes_per_chip`."""
     counts: dict[str, Any]
     """`counts.Counts.plain`."""
-    raw: dict[str, float]
-    """XLA's `cost_analysis`: `flops` and `bytes_accessed`, loops counted once, kernels not at all."""
-    once: dict[str, float]
-    """Our own count of the same two with loops counted once."""
+    cost_analysis: dict[str, float]
+    """`Program.cost_analysis`."""
     lowering_seconds: float
     compile_seconds: float
+    """Until memory was assigned, or to the end."""
 
 
 def shapes(
@@ -152,11 +132,12 @@ def _batch(microbatches: int, rows: int, length: int, mesh: Mesh) -> dict[str, j
     }
 
 
-def compile_step(given: Shapes, stage: Stage = lambda name: None) -> Compiled:
+def compile_step(given: Shapes, compile_: Callable[[Any], Program], stage: Stage = lambda name: None) -> Compiled:
     """Compiles the training step and reads the result.
 
     Args:
       given: step and shapes.
+      compile_: what is lowered, to a program: `finish`, or `until_assigned` of `program.py`.
       stage: is told what begins.
 
     Raises:
@@ -168,18 +149,15 @@ def compile_step(given: Shapes, stage: Stage = lambda name: None) -> Compiled:
     lowered = lower_step(given)
     lowered_at = time.perf_counter()
     stage("compiling")
-    compiled = compile_lowered(lowered)
+    program = compile_(lowered)
     compiled_at = time.perf_counter()
     stage("counting")
-    raw = compiled.cost_analysis()
-    module = hlo.parse(compiled.as_text())
-    total, once = counts.count(module), counts.count(module, loops_once=True)
     return Compiled(
-        memory=memory_bytes(compiled),
+        argument_bytes=program.argument_bytes,
+        peak_bytes=program.peak_bytes,
         held=given.bytes_per_chip(),
-        counts=total.plain(),
-        raw={"flops": raw["flops"], "bytes_accessed": raw["bytes accessed"]},
-        once={"flops": once.flops, "bytes_accessed": once.traffic.accessed},
+        counts=counts.count(hlo.parse(program.text)).plain(),
+        cost_analysis=program.cost_analysis,
         lowering_seconds=lowered_at - started,
         compile_seconds=compiled_at - lowered_at,
     )
@@ -190,47 +168,15 @@ def lower_step(given: Shapes) -> Any:
     return compiled_functions(given.step, given.state)[0].lower(given.state, given.base, given.batch)
 
 
-def memory_bytes(compiled: Any) -> dict[str, int]:
-    """Bytes of one chip: arguments, temporaries, outputs that reuse no argument, program."""
-    told = compiled.memory_analysis()
-    return {
-        "arguments": told.argument_size_in_bytes,
-        "temporaries": told.temp_size_in_bytes,
-        "outputs": told.output_size_in_bytes - told.alias_size_in_bytes,
-        "program": told.generated_code_size_in_bytes,
-    }
-
-
-def compile_lowered(lowered: Any) -> Any:
-    """`lowered.compile` with the compiler's refusals as our own.
-
-    Raises:
-      OutOfMemory: see `compile_step`.
-      UserError: see `compile_step`.
-    """
-    try:
-        return lowered.compile()
-    except jax.errors.JaxRuntimeError as error:
-        message = str(error)
-        if "RESOURCE_EXHAUSTED" in message:
-            raise OutOfMemory(message) from error
-        if unknown := re.search(r"No such compile option: '([^']*)'", message):
-            raise UserError(
-                f"hardware.compiler_options: the compiler has no option {unknown[1]!r}; check its spelling"
-            ) from None
-        raise
-
-
 def hbm_limit_bytes(device: Any) -> int:
     """HBM of one chip that a program may use, as the compiler tells when a program asks for too much."""
     place = jax.sharding.SingleDeviceSharding(device)
     absurd = jax.ShapeDtypeStruct((2**20, 2**20), jnp.float32, sharding=place)
     try:
-        jax.jit(lambda x: jnp.sin(x) @ x).lower(absurd).compile()
-    except jax.errors.JaxRuntimeError as error:
-        limit = OutOfMemory(str(error)).limit_bytes
-        if limit is not None:
-            return limit
+        compile_lowered(jax.jit(lambda x: jnp.sin(x) @ x).lower(absurd))
+    except OutOfMemory as error:
+        if error.limit_bytes is not None:
+            return error.limit_bytes
     raise RuntimeError(f"{device.device_kind}: the compiler does not tell its HBM")
 
 

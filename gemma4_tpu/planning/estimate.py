@@ -40,10 +40,10 @@ class PlanResult:
     hbm_limit_bytes_per_chip: int
     """What the compiler lets a program use."""
     hbm_bytes_per_chip: int | None
-    """Arguments, temporaries, outputs and the program; when it does not fit what the compiler says it needs."""
+    """Arguments and temporaries at their peak, as the compiler holds it against the limit."""
     hbm_parts_bytes_per_chip: dict[str, int] = field(default_factory=dict)
     """`base` weights, `lora` (`weights` in full fine-tuning), `optimizer` state, `batch` (tokens, counters and what
-    layouts pad), `temporaries` (activations and work space), `program`."""
+    layouts pad), `temporaries` (activations and work space)."""
     flops_per_chip: float | None = None
     """Of one update: products, kernels and elementwise work, corrected for loops."""
     flops_parts_per_chip: dict[str, float] = field(default_factory=dict)
@@ -56,7 +56,7 @@ class PlanResult:
     """Read from and written to HBM in one update, corrected for loops; arrays in on-chip memory left out, blocks that
     kernels read again counted."""
     bytes_accessed_per_chip: float | None = None
-    """XLA's own `bytes accessed` (any memory, kernels once), with loops corrected by the ratio of our counts."""
+    """By XLA's convention of `bytes accessed` (any memory, kernels once), corrected for loops."""
     collectives: dict[str, dict[str, float]] = field(default_factory=dict)
     """Kind → `count` and `bytes` that a chip sends, in one update."""
     flops_per_real_token_and_chip: float | None = None
@@ -90,9 +90,9 @@ class PlanResult:
     """That price: `usd_per_hour`, `date`, `source`."""
     lowering_seconds: float | None = None
     compile_seconds: float | None = None
-    """Measured, on this machine."""
+    """Measured, on this machine: until memory was assigned; with `plan.generate_code=true` to the end."""
     cost_analysis: dict[str, float] = field(default_factory=dict)
-    """XLA's raw `flops` and `bytes_accessed`: loops once, kernels not at all."""
+    """XLA's own `flops` and `bytes_accessed`, loops once and kernels not at all; with `plan.generate_code=true`."""
     not_counted: list[str] = field(default_factory=list)
     """Kernels and loops that the counts know nothing about."""
     message: str = ""
@@ -107,7 +107,7 @@ class PlanResult:
 
 
 ESTIMATED_BY = {
-    "hbm": "the TPU compiler's memory analysis of the whole step, compiled without a TPU",
+    "hbm": "the memory that the TPU compiler assigns to the whole step, compiled without a TPU",
     "flops, traffic, collectives": "counted in the compiled program; kernels from their blocks",
     "roofline": "the counts over the chip's published peaks; interconnect over the links that the slice uses",
     "seconds, hours, dollars": "the largest roofline over the assumed utilization; no measurement on a TPU",
@@ -147,7 +147,7 @@ def estimate(
     compiled = answer["compiled"]
     counts = compiled["counts"]
     flops, traffic = counts["flops"], counts["hbm_traffic_bytes"]
-    accessed = compiled["raw"]["bytes_accessed"] * counts["bytes_accessed"] / compiled["once"]["bytes_accessed"]
+    accessed = counts["bytes_accessed"]
     tokens = fill.real_tokens_per_update
     analytic = train_flops_per_token(arch, config.lora, fill.mean_tokens) * tokens / wanted.chips
     parts = _memory_parts(compiled)
@@ -174,7 +174,7 @@ def estimate(
         **_time_and_money(config, wanted, fill, flops, traffic, counts["collectives"]),
         lowering_seconds=compiled["lowering_seconds"],
         compile_seconds=compiled["compile_seconds"],
-        cost_analysis=compiled["raw"],
+        cost_analysis=compiled["cost_analysis"],
         not_counted=counts["not_counted"],
         versions=answer["versions"],
     )
@@ -235,12 +235,6 @@ def _time_and_money(
 
 def _memory_parts(compiled: dict[str, Any]) -> dict[str, int]:
     """HBM of one chip by what lies there."""
-    memory, held = compiled["memory"], compiled["held"]
-    named = {kind: size for kind, size in held.items() if kind != "batch"}
-    rest = memory["arguments"] - sum(named.values())
-    return {
-        **named,
-        "batch": max(rest, 0),
-        "temporaries": memory["temporaries"] + memory["outputs"],
-        "program": memory["program"],
-    }
+    named = {kind: size for kind, size in compiled["held"].items() if kind != "batch"}
+    rest = compiled["argument_bytes"] - sum(named.values())
+    return {**named, "batch": max(rest, 0), "temporaries": compiled["peak_bytes"] - compiled["argument_bytes"]}

@@ -74,6 +74,7 @@ def resolve_remat(
         log.info("remat=auto: %s (memory of this machine's devices is not known)", NONE)
         return replace(trainer, remat=NONE)
     from gemma4_tpu.planning import compile as compiling
+    from gemma4_tpu.planning.program import OutOfMemory, compile_lowered, peak_bytes
 
     def attempt(policy: str) -> tuple[TrainerConfig, int | None]:
         tried = replace(trainer, remat=policy)
@@ -82,10 +83,10 @@ def resolve_remat(
             options=hardware.compiler_options,
         )  # fmt: skip
         try:
-            compiled = compiling.compile_lowered(compiling.lower_step(given))
-        except compiling.OutOfMemory:
+            compiled = compile_lowered(compiling.lower_step(given))
+        except OutOfMemory:
             return tried, None
-        return tried, sum(compiling.memory_bytes(compiled).values())
+        return tried, peak_bytes(compiled)
 
     chosen: Any = first_that_fits(attempt, lambda result: (result[1], limit))
     return chosen[0]

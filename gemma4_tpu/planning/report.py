@@ -19,7 +19,7 @@ from gemma4_tpu.tracking.progress import format_seconds
 GIB = 2**30
 _COLOURS = {
     "base": "#4c78c8", "weights": "#4c78c8", "lora": "#54a24b", "optimizer": "#e0a63a", "batch": "#9d9d9d",
-    "temporaries": "#d9692c", "program": "#777777", "free": "#f0f0f0",
+    "temporaries": "#d9692c", "free": "#f0f0f0",
 }  # fmt: skip
 _MEANING = {
     "base": "base weights",
@@ -28,7 +28,6 @@ _MEANING = {
     "optimizer": "optimizer state",
     "batch": "batch and padding",
     "temporaries": "activations, temporaries",
-    "program": "program",
 }
 
 
@@ -38,7 +37,7 @@ def print_plan(result: PlanResult, folder: Path) -> None:
     table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
     table.add_column(style="bold")
     table.add_column()
-    for label, value in _rows(result):
+    for label, value in plan_rows(result):
         table.add_row(label, Text(value))
     out.print()
     out.print(table)
@@ -53,7 +52,8 @@ def _console() -> Console:
     return console if console.is_terminal else Console(highlight=False, width=200)
 
 
-def _rows(result: PlanResult) -> list[tuple[str, str]]:
+def plan_rows(result: PlanResult) -> list[tuple[str, str]]:
+    """A plan in words: (what, figure)."""
     mesh = f"fsdp={result.mesh['fsdp']} tp={result.mesh['tp']}"
     rows = [
         ("Run", f"{result.model}, {result.trained}, remat {result.remat}, on {result.slice} ({mesh})"),

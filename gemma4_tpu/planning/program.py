@@ -1,0 +1,167 @@
+"""What a plan reads of a compiled program, and how to have it a tenth of the way through a compilation.
+
+The compiler optimises a program, assigns memory and refuses what does not fit within seconds; the minutes that follow
+generate code. With `DUMP_TO` it writes down what it has assigned, so that a plan need not wait.
+"""
+
+from __future__ import annotations
+
+import re
+import threading
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from gemma4_tpu.errors import UserError
+
+DUMP_TO = "xla_dump_to"
+TEXT, ASSIGNED, USED = (
+    "*after_optimizations_after_buffer_assignment.txt",
+    "*after_optimizations-buffer-assignment.txt",
+    "*after_optimizations-memory-usage-report.txt",
+)
+"""Files of a dump: the optimized program, every allocation, and their sum for each kind of memory."""
+SECONDS_BETWEEN_LOOKS = 0.1
+
+
+class OutOfMemory(Exception):
+    """The program does not fit into a chip's HBM."""
+
+    def __init__(self, message: str):
+        super().__init__(message)
+        needed, limit = _SIZES.search(message), _LIMIT.search(message)
+        self.needed_bytes = _bytes(needed) if needed else None
+        """What the compiler says that it would need; None: it does not say."""
+        self.limit_bytes = _bytes(limit) if limit else None
+
+
+_NUMBER = r"(\d+(?:\.\d+)?)([KMGT]?)i?B?"
+_SIZES = re.compile(rf"(?:memory required for .*?\(|Used ){_NUMBER}")
+_LIMIT = re.compile(rf"(?:available HBM \(| of ){_NUMBER}")
+_UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
+
+
+def _bytes(found: re.Match[str]) -> int:
+    return int(float(found[1]) * _UNITS[found[2]])
+
+
+@dataclass(frozen=True)
+class Program:
+    """An optimized program of one chip."""
+
+    text: str
+    """HLO, as `compiled.as_text()` prints it."""
+    argument_bytes: int
+    """In HBM, with what layouts pad."""
+    peak_bytes: int
+    """HBM that the program takes with its arguments: what the compiler holds against the chip's limit."""
+    cost_analysis: dict[str, float]
+    """XLA's own `flops` and `bytes_accessed`, loops counted once and kernels not at all; empty before code is
+    generated."""
+
+
+def finish(lowered: Any, folder: Path) -> Program:
+    """Compiles to the end.
+
+    Args:
+      lowered: of `jax.jit`.
+      folder: empty; files of some 30 MB are left there.
+
+    Raises:
+      OutOfMemory: the program does not fit.
+      UserError: a compiler option that does not exist.
+    """
+    return _finished(compile_lowered(lowered, {DUMP_TO: str(folder)}), folder)
+
+
+def until_assigned(lowered: Any, folder: Path, limit_bytes: int) -> Program:
+    """Compiles until memory is assigned. The compiler goes on in a thread: end the process to stop it.
+
+    Where the compiler writes no files that we know, this is `finish`.
+
+    Args:
+      lowered: see `finish`.
+      folder: see `finish`.
+      limit_bytes: HBM of a chip; a program that takes more is left to the compiler's own judgement.
+
+    Raises:
+      OutOfMemory: see `finish`.
+      UserError: see `finish`.
+    """
+    outcome: list[Any] = []
+
+    def compile_all() -> None:
+        try:
+            outcome.append(compile_lowered(lowered, {DUMP_TO: str(folder)}))
+        except Exception as error:
+            outcome.append(error)
+
+    thread = threading.Thread(target=compile_all, daemon=True)
+    thread.start()
+    while thread.is_alive():
+        program = dumped(folder)
+        if program is not None and program.peak_bytes <= limit_bytes:
+            return program
+        thread.join(SECONDS_BETWEEN_LOOKS)
+    if isinstance(outcome[0], Exception):
+        raise outcome[0]
+    return _finished(outcome[0], folder)
+
+
+def compile_lowered(lowered: Any, options: dict[str, Any] | None = None) -> Any:
+    """`lowered.compile` with the compiler's refusals as our own.
+
+    Raises:
+      OutOfMemory: see `finish`.
+      UserError: see `finish`.
+    """
+    try:
+        return lowered.compile(compiler_options=options)
+    except jax.errors.JaxRuntimeError as error:
+        message = str(error)
+        if "RESOURCE_EXHAUSTED" in message:
+            raise OutOfMemory(message) from error
+        if unknown := re.search(r"No such compile option: '([^']*)'", message):
+            raise UserError(
+                f"hardware.compiler_options: the compiler has no option {unknown[1]!r}; check its spelling"
+            ) from None
+        raise
+
+
+def peak_bytes(compiled: Any) -> int:
+    """HBM of one chip that a compiled program takes with its arguments.
+
+    Near `Program.peak_bytes`, but without fragmentation and with what lies in on-chip memory (128 MiB at most).
+    """
+    told = compiled.memory_analysis()
+    sizes = told.argument_size_in_bytes + told.temp_size_in_bytes + told.output_size_in_bytes
+    return told.peak_memory_in_bytes or sizes - told.alias_size_in_bytes  # not every compiler tells the peak
+
+
+def _finished(compiled: Any, folder: Path) -> Program:
+    raw = compiled.cost_analysis()
+    program = dumped(folder) or Program(
+        compiled.as_text(), compiled.memory_analysis().argument_size_in_bytes, peak_bytes(compiled), {}
+    )
+    return replace(program, cost_analysis={"flops": raw["flops"], "bytes_accessed": raw["bytes accessed"]})
+
+
+def dumped(folder: Path) -> Program | None:
+    """The program that a compilation wrote down in a folder; None until all of it is there."""
+    found = [sorted(folder.glob(pattern)) for pattern in (TEXT, ASSIGNED, USED)]
+    if not all(len(paths) == 1 for paths in found):
+        return None
+    text, assigned, used = (paths[0].read_text(encoding="utf-8", errors="replace") for paths in found)
+    peak = used_bytes(used)
+    if peak is None or not assigned.rstrip() or not re.search(r"^ENTRY .*^}", text, re.DOTALL | re.MULTILINE):
+        return None
+    arguments = re.findall(r"^allocation \d+: size (\d+), parameter ", assigned, re.MULTILINE)
+    return Program(text, sum(int(size) for size in arguments), peak, {})
+
+
+def used_bytes(report: str) -> int | None:
+    """HBM in a memory usage report; None where it does not say."""
+    found = re.search(r"Memory Space: default \(color=0\)\s+Total bytes: (\d+)", report)
+    return int(found[1]) if found else None
