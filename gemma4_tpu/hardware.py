@@ -73,6 +73,7 @@ class Slice:
         return self.chips * self.chip.peak_flops_per_second
 
 
+# fmt: off
 V5P = Chip(
     name="v5p", platform="tpu", device_kinds=("tpu v5p", "tpu v5"), hbm_bytes=int(102.8 * GB),
     hbm_bytes_per_second=2765e9, peak_flops_per_second=459e12, interconnect_bytes_per_second=1200e9,
@@ -93,6 +94,7 @@ H200 = Chip(
     name="h200", platform="gpu", device_kinds=("nvidia h200",), hbm_bytes=141 * GB,
     hbm_bytes_per_second=4800e9, peak_flops_per_second=989e12, interconnect_bytes_per_second=900e9,
 )
+# fmt: on
 CHIPS = {chip.name: chip for chip in (V5P, V5E, V6E, H100, H200)}
 
 _PAPER = "paper 'Fine-Tuning and Serving Gemma 4 31B on Google Cloud TPU', tables 2.1 and 2.2"
@@ -120,7 +122,7 @@ def _tpu(name: str, chip: Chip, topology: str, chips: int, hosts: int, accelerat
     return Slice(
         name=name, chip=chip, chips=chips, hosts=hosts, topology=f"{chip.name}:{topology}",
         accelerator_type=accelerator_type, runtime_version=runtime, on_demand=_on_demand(name, chip, chips),
-    )
+    )  # fmt: skip
 
 
 _V5P_RUNTIME, _V5E_RUNTIME, _V6E_RUNTIME = "v2-alpha-tpuv5", "v2-alpha-tpuv5-lite", "v2-alpha-tpuv6e"
@@ -139,8 +141,14 @@ SLICES: dict[str, Slice] = {
         _tpu("v6e-16", V6E, "4x4", 16, 4, "v6e-16", _V6E_RUNTIME),
         _tpu("v5e-8", V5E, "2x4", 8, 1, "v5litepod-8", _V5E_RUNTIME),
         _tpu("v5e-16", V5E, "4x4", 16, 4, "v5litepod-16", _V5E_RUNTIME),
-        Slice(name="h100x2", chip=H100, chips=2, hosts=1, accelerator_type="a3-highgpu-2g",
-              on_demand=_on_demand("h100x2", H100, 2)),
+        Slice(
+            name="h100x2",
+            chip=H100,
+            chips=2,
+            hosts=1,
+            accelerator_type="a3-highgpu-2g",
+            on_demand=_on_demand("h100x2", H100, 2),
+        ),
         Slice(name="h200", chip=H200, chips=1, hosts=1),
     ]
 }

@@ -53,8 +53,13 @@ def test_the_configured_price_comes_first():
 
 def test_chips_by_what_jax_calls_them():
     named = {
-        ("tpu", "TPU v5p"): "v5p", ("tpu", "TPU v5"): "v5p", ("tpu", "TPU v5 lite"): "v5e", ("tpu", "TPU v5e"): "v5e",
-        ("tpu", "TPU v6 lite"): "v6e", ("gpu", "NVIDIA H100 80GB HBM3"): "h100", ("cuda", "NVIDIA H200"): "h200",
+        ("tpu", "TPU v5p"): "v5p",
+        ("tpu", "TPU v5"): "v5p",
+        ("tpu", "TPU v5 lite"): "v5e",
+        ("tpu", "TPU v5e"): "v5e",
+        ("tpu", "TPU v6 lite"): "v6e",
+        ("gpu", "NVIDIA H100 80GB HBM3"): "h100",
+        ("cuda", "NVIDIA H200"): "h200",
     }
     assert {device: chip_of(*device).name for device in named} == named
     assert chip_of("cpu", "cpu") is None

@@ -35,6 +35,7 @@ LORA_TARGETS = ("attention", "mlp")
 LORA_ONLY = ("gemma4_31b", "gemma4_26b_a4b")
 """Too large for full fine-tuning: weights, gradients and two moments in float32 are 16 bytes per parameter."""
 
+
 @dataclass(frozen=True)
 class Checked:
     """What the checks found out on the way."""
@@ -105,9 +106,7 @@ def resolve_mesh(mesh: MeshConfig, architecture: Architecture, devices: int) -> 
       UserError: the sizes don't multiply to `devices`, or tp divides the heads unevenly; lists the legal meshes.
     """
     legal = [(devices // tp, tp) for tp in architecture.legal_tp(devices)]
-    fitting = [
-        (fsdp, tp) for fsdp, tp in legal if mesh.fsdp in (None, fsdp) and mesh.tp in (None, tp)
-    ]
+    fitting = [(fsdp, tp) for fsdp, tp in legal if mesh.fsdp in (None, fsdp) and mesh.tp in (None, tp)]
     if not fitting:
         given = ", ".join(f"mesh.{axis}={size}" for axis, size in (("fsdp", mesh.fsdp), ("tp", mesh.tp)) if size)
         raise UserError(
@@ -184,7 +183,7 @@ def _lengths(trainer: TrainerConfig) -> list[str]:
     return _exactly_one("trainer.max_updates", trainer.max_updates, "trainer.epochs", trainer.epochs) + _exactly_one(
         "trainer.global_batch_tokens", trainer.global_batch_tokens,
         "trainer.global_batch_sequences", trainer.global_batch_sequences,
-    )
+    )  # fmt: skip
 
 
 def _batch(trainer: TrainerConfig, data: DataConfig) -> list[str]:
@@ -332,9 +331,7 @@ def _exactly_one(first: str, first_value: Any, second: str, second_value: Any) -
     if first_value is None and second_value is None:
         return [f"{first}, {second}: set exactly one; both are null"]
     if first_value is not None and second_value is not None:
-        return [
-            f"{first}={first_value}, {second}={second_value}: set one of them; add {second}=null or {first}=null"
-        ]
+        return [f"{first}={first_value}, {second}={second_value}: set one of them; add {second}=null or {first}=null"]
     return []
 
 

@@ -79,7 +79,7 @@ RANGES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "serving.port": (lambda v: 1 <= v <= 65535, "between 1 and 65535"), "serving.shm_size_gib": _FROM_1,
     "serving.ready_timeout_seconds": _POSITIVE,
     "eval.judge.processes": (lambda v: v >= 8, "at least 8, which the compiler itself needs"),
-}
+}  # fmt: skip
 
 
 def limit_problems(root: Any) -> list[str]:

@@ -14,7 +14,7 @@ BASE = [
     "trainer.max_updates=100", "trainer.epochs=null",
     "trainer.global_batch_sequences=8", "trainer.global_batch_tokens=null", "trainer.microbatches=1",
     "data.sequence_length=512", "optimizer.warmup_updates=10",
-]
+]  # fmt: skip
 
 
 @pytest.fixture

@@ -44,7 +44,7 @@ def test_every_slice_has_an_option():
 def test_options_of_the_issue_are_there():
     assert set(GROUPS["hardware"]) == {
         "local", "v5p8", "v5p16", "v5p32", "v5p64", "v6e1", "v6e4", "v6e8", "v6e16", "v5e8", "v5e16", "h100x2", "h200",
-    }
+    }  # fmt: skip
     assert set(GROUPS["mesh"]) == {"auto", "fsdp", "tp"}
     assert set(GROUPS["model"]) == {*BIG, "tiny", "tiny_moe", "tiny_e2b"}
     assert set(GROUPS["lora"]) == {"default", "qlora_nf4", "qlora_int8", "none"}
@@ -145,8 +145,11 @@ def test_help_tells_groups_keys_meanings_and_defaults(capsys):
     assert "lora.rank=16  (int)\n      Inner dimension r of the adapters." in shown
     assert "optimizer.max_grad_norm=1.0  (float or null)" in shown
     assert max(map(len, shown.splitlines())) <= 120
-    undocumented = [line for line, below in zip(shown.splitlines(), shown.splitlines()[1:], strict=False)
-                    if line.startswith("  ") and line.endswith(")") and "=" in line and not below.startswith("      ")]
+    undocumented = [
+        line
+        for line, below in zip(shown.splitlines(), shown.splitlines()[1:], strict=False)
+        if line.startswith("  ") and line.endswith(")") and "=" in line and not below.startswith("      ")
+    ]
     assert undocumented == []
 
 
@@ -202,6 +205,9 @@ print(load_train(["model=tiny_moe", "experiment=smoke"]).root.name)
     done = _python(code, str(installed), cwd=tmp_path)
     assert done.stdout.split() == [str(installed / "gemma4_tpu" / "conf"), "smoke"], done.stderr
     packed = {path.relative_to(installed / "gemma4_tpu/conf").as_posix() for path in installed.rglob("conf/**/*.yaml")}
-    assert packed == {path.relative_to(config_dir()).as_posix() for path in config_dir().rglob("*.yaml")
-                      if path.parent.name != "local"}
+    assert packed == {
+        path.relative_to(config_dir()).as_posix()
+        for path in config_dir().rglob("*.yaml")
+        if path.parent.name != "local"
+    }
     assert (installed / "hydra_plugins" / "gemma4_tpu_sweeps.py").is_file()  # sweeps work from the wheel, too

@@ -56,13 +56,22 @@ def test_a_mistake_is_named_with_its_remedy(refused, word, told):
 
 def test_all_problems_come_in_one_message(refused):
     message = refused(
-        "lora.rnk=8", "model=tinny", "trainer.log_every=x", "foo", "optimizer.b1=2", "data.packing=perhaps",
+        "lora.rnk=8",
+        "model=tinny",
+        "trainer.log_every=x",
+        "foo",
+        "optimizer.b1=2",
+        "data.packing=perhaps",
         "trainer.microbatches=3",
     )
     assert message.startswith("7 problems in the configuration:\n  - ")
     for told in (
-        "did you mean lora.rank?", "did you mean model=tiny", "trainer.log_every=x: not an int", "foo: settings",
-        "optimizer.b1=2.0: must be at least 0 and less than 1", "data.packing=perhaps: not a choice",
+        "did you mean lora.rank?",
+        "did you mean model=tiny",
+        "trainer.log_every=x: not an int",
+        "foo: settings",
+        "optimizer.b1=2.0: must be at least 0 and less than 1",
+        "data.packing=perhaps: not a choice",
         "trainer.microbatches=3: does not divide the 8 rows",
     ):
         assert told in message
