@@ -1,4 +1,4 @@
-"""`python -m gemma4_tpu.report sweep=<folder>` and its like: looks back at what was recorded. No JAX here."""
+"""`python -m gemma4_tpu.report run=<run folder>` and its like: looks back at what was recorded. No JAX here."""
 
 from __future__ import annotations
 
@@ -11,6 +11,9 @@ from gemma4_tpu.config.load import load
 from gemma4_tpu.config.report_checks import LISTED
 from gemma4_tpu.config.schema import ReportRoot
 from gemma4_tpu.errors import INTERRUPTED, REFUSED, UserError
+
+_PLAIN = r"[\w./-]+"
+"""Words that need no quotes on the command line."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -27,17 +30,33 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def spelt_out(words: Sequence[str]) -> list[str]:
-    """`cost a b out=c` as `cost=['a','b'] out=c`: folders may follow a subject that takes several of them."""
-    if not words or words[0] not in LISTED:
-        return list(words)
-    places = [word for word in words[1:] if "=" not in word and not word.startswith("-")]
-    listed = ",".join(place if re.fullmatch(r"[\w./-]+", place) else _quoted(place) for place in places)
-    return [f"{words[0]}=[{listed}]", *(word for word in words[1:] if word not in places)]
+    """`cost a b out=c` as `cost=['a','b'] out=c`, `run=a` as `run=['a']`: one folder, or several, without brackets."""
+    if words and words[0] in LISTED:
+        places = [word for word in words[1:] if "=" not in word and not word.startswith("-")]
+        words = [f"{words[0]}={_listed(places)}", *(word for word in words[1:] if word not in places)]
+    return [_in_brackets(word) for word in words]
+
+
+def _in_brackets(word: str) -> str:
+    key, equals, value = word.partition("=")
+    if key not in (*LISTED, "records") or not equals or value.startswith(("[", "$")):
+        return word
+    return f"{key}={_listed([value])}"
+
+
+def _listed(places: Sequence[str]) -> str:
+    return f"[{','.join(place if re.fullmatch(_PLAIN, place) else _quoted(place) for place in places)}]"
 
 
 def _quoted(text: str) -> str:
     escaped = text.replace("\\", "\\\\").replace("'", "\\'")
     return f"'{escaped}'"
+
+
+def _run(root: ReportRoot) -> int:
+    from gemma4_tpu.reporting.show import show_runs
+
+    return show_runs(root)
 
 
 def _sweep(root: ReportRoot) -> int:
@@ -70,7 +89,9 @@ def _plausibility(root: ReportRoot) -> int:
     return show_plausibility(root.plausibility, root.out)
 
 
-SUBJECTS = {"sweep": _sweep, "wandb": _wandb, "check": _check, "cost": _cost, "plausibility": _plausibility}
+SUBJECTS = {
+    "run": _run, "sweep": _sweep, "wandb": _wandb, "check": _check, "cost": _cost, "plausibility": _plausibility,
+}  # fmt: skip
 """What each key of the configuration is answered by."""
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ FLOORS = [  # from the ground up
     {"errors", "architectures", "hardware", "storage", "assets", "config"},
     {"models", "data", "tracking", "verilog_smoke"},
     {"step"},
-    {"training", "planning", "export", "evals", "costing", "serving", "sweeping", "benching"},
+    {"training", "planning", "export", "evals", "costing", "serving", "sweeping", "benching", "reporting"},
     {"train", "plan", "merge", "evaluate", "serve", "bench", "report"},
 ]
 FLOOR = {name: floor for floor, names in enumerate(FLOORS) for name in names}

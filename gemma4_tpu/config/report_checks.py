@@ -14,9 +14,11 @@ from gemma4_tpu.hardware import LOCAL, SLICES
 
 SUBJECTS = ("sweep", "wandb", "check")
 """Keys that each are a folder."""
-LISTED = ("cost", "plausibility")
-"""Keys that each are several folders or files. Of all these exactly one is given."""
-_ONLY_COST = ("serving_hours", "serving_slices", "prices", "spot_prices")
+LISTED = ("run", "cost", "plausibility")
+"""Keys that each are several folders (the last two: or files). Of all these exactly one is given."""
+_FILES_TOO = ("cost", "plausibility")
+_WITH_COSTS = ("run", "cost")
+_ONLY_COSTS = ("serving_hours", "serving_slices", "prices", "spot_prices")
 
 
 @dataclass(frozen=True)
@@ -30,7 +32,7 @@ class ReportChecked:
 def normalise_report(root: ReportRoot) -> ReportRoot:
     """One spelling: `~` expanded, no slash at the end."""
     changed: dict[str, Any] = {name: _home(getattr(root, name)) for name in SUBJECTS}
-    changed |= {name: [_home(path) for path in getattr(root, name)] for name in LISTED}
+    changed |= {name: [_home(path) for path in getattr(root, name)] for name in (*LISTED, "records")}
     return replace(root, **changed, out=_home(root.out) if root.out else None)
 
 
@@ -51,6 +53,8 @@ def examine_report(root: ReportRoot) -> tuple[ReportChecked | None, list[Problem
     messages = [*_places(root, subject), *_costs(root, subject)]
     if root.metric is not None and subject != "sweep":
         messages.append(f"metric={root.metric}: only with sweep=<folder>")
+    if root.records and subject != "run":
+        messages.append(f"records={root.records}: only with run=<folder>")
     if messages:
         return None, [Problem(message) for message in messages]
     return ReportChecked(subject), []
@@ -58,11 +62,18 @@ def examine_report(root: ReportRoot) -> tuple[ReportChecked | None, list[Problem
 
 def _places(root: ReportRoot, subject: str) -> Iterator[str]:
     """Folders (for lists: or files) that aren't there, and a file that can't be written."""
-    places = getattr(root, subject)
-    for place in places if subject in LISTED else [places]:
-        if not (Path(place).exists() if subject in LISTED else Path(place).is_dir()):
-            yield f"{subject}={place}: no such folder" + " (a local copy is needed)" * ("://" in place)
+    given = getattr(root, subject)
+    wanted = [(subject, place) for place in (given if subject in LISTED else [given])]
+    for key, place in [*wanted, *(("records", place) for place in root.records)]:
+        if not (Path(place).exists() if key in _FILES_TOO else Path(place).is_dir()):
+            yield f"{key}={place}: no such folder" + " (a local copy is needed)" * ("://" in place)
+    yield from (
+        f"{subject}: {place} is given twice"
+        for place in sorted({p for _, p in wanted if wanted.count((subject, p)) > 1})
+    )
     if root.out is not None:
+        if subject == "run" and not root.out.endswith(".md"):
+            yield f"out={root.out}: a name that ends in .md is needed; the HTML page gets the same with .html"
         if subject not in LISTED:
             yield f"out={root.out}: only with {' or '.join(LISTED)}"
         elif Path(root.out).is_dir() or not Path(root.out).absolute().parent.is_dir():
@@ -71,9 +82,9 @@ def _places(root: ReportRoot, subject: str) -> Iterator[str]:
 
 def _costs(root: ReportRoot, subject: str) -> Iterator[str]:
     """Prices and hours that make no sense, or that nothing asks for."""
-    if subject != "cost":
-        changed = [name for name in _ONLY_COST if getattr(root, name) != getattr(ReportRoot(), name)]
-        yield from (f"{name}={getattr(root, name)}: only with cost=[<folder>,…]" for name in changed)
+    if subject not in _WITH_COSTS:
+        changed = [name for name in _ONLY_COSTS if getattr(root, name) != getattr(ReportRoot(), name)]
+        yield from (f"{name}={getattr(root, name)}: only with {' or '.join(_WITH_COSTS)}" for name in changed)
         return
     known = [*SLICES, LOCAL]
     for name in ("prices", "spot_prices"):

@@ -34,7 +34,7 @@ STYLE: Any = {
     "legend.labelcolor": _INK,
     "savefig.dpi": 150,
 }
-_SMOOTH_FROM_POINTS = 40
+SMOOTH_FROM_POINTS = 40
 
 Points = tuple[list[int], list[float]]
 
@@ -56,14 +56,14 @@ def _plot_loss(rows: list[dict[str, Any]], title: str, path: Path) -> Path:
     heldout_updates, heldout = _points(rows, "heldout_loss")
 
     def draw(axes) -> None:
-        smooth = len(losses) >= _SMOOTH_FROM_POINTS
+        smooth = len(losses) >= SMOOTH_FROM_POINTS
         if losses:
             label = None if smooth else "training"
             alpha = 0.3 if smooth else 1
             axes.plot(updates, losses, color=_TRAIN, alpha=alpha, linewidth=1, marker=_marker(losses), label=label)
         if smooth:
             window = max(5, len(losses) // 25 | 1)
-            means = _running_means(losses, window)
+            means = running_means(losses, window)
             axes.plot(updates, means, color=_TRAIN, linewidth=2, label=f"training (mean of {window} points)")
         if heldout:
             axes.plot(heldout_updates, heldout, color=_HELDOUT, linewidth=2, marker="o", markersize=4, label="held-out")
@@ -128,7 +128,7 @@ def _marker(values: Sequence[float]) -> str:
     return "o" if len(values) == 1 else ""
 
 
-def _running_means(values: Sequence[float], window: int) -> list[float]:
+def running_means(values: Sequence[float], window: int) -> list[float]:
     """The mean of the `window` values around each one (fewer at the ends)."""
     half = window // 2
     return [statistics.fmean(values[max(0, at - half) : at + half + 1]) for at in range(len(values))]

@@ -1,0 +1,246 @@
+"""Sections about what lies around a run: its plan, merged model, evaluations, servers, benchmarks, dollars."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from gemma4_tpu.config.schema import ReportRoot
+from gemma4_tpu.costing.cost import KINDS, Prices
+from gemma4_tpu.costing.figures import Figures
+from gemma4_tpu.costing.read import read
+from gemma4_tpu.costing.report import cost_report
+from gemma4_tpu.errors import UserError
+from gemma4_tpu.evals.compare import compare
+from gemma4_tpu.evals.outcome import Outcome
+from gemma4_tpu.planning.estimate import PlanResult
+from gemma4_tpu.planning.report import plan_rows
+from gemma4_tpu.reporting.markdown import BY, below, code, included, link, pictures, plain, table
+from gemma4_tpu.reporting.records import BENCHMARK, EVALUATION, MERGE, PLAN, SERVING, Records, record, result_of
+from gemma4_tpu.tracking.progress import format_seconds
+
+_MEASURED, _ESTIMATED = BY["measured"], BY["estimated"]
+BASE = "base"
+
+
+# ── plan ───────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def plans_of(records: Records) -> list[tuple[Path, PlanResult]]:
+    """Each plan with its folder."""
+    found = []
+    for folder in records.by_kind[PLAN]:
+        if not (folder / "plan.json").is_file():
+            continue
+        known = record(folder / "plan.json")
+        try:
+            values = {key: value for key, value in known.items() if key in PlanResult.__dataclass_fields__}
+            found.append((folder, PlanResult(**values)))
+        except TypeError as error:
+            raise UserError(f"{folder / 'plan.json'}: no plan ({error})") from None
+    return found
+
+
+def plan(records: Records, page: Path) -> Iterator[str]:
+    """What was expected before."""
+    yield from ["## Plan", ""]
+    plans = plans_of(records)
+    if not plans:
+        run = records.run.path
+        yield f"No plan was found; {code(f'python -m gemma4_tpu.plan replay={run} hardware=<slice>')} makes one, and"
+        yield from [f"{code('records=[<its folder>]')} adds one that is there.", ""]
+    for folder, result in plans:
+        if len(plans) > 1:
+            yield from [f"### {plain(folder.name)}", ""]
+        yield f"{_ESTIMATED} by the TPU compiler and `hardware.py`, without a TPU: {link(folder / 'plan.json', page)}."
+        yield ""
+        yield from table(["", _ESTIMATED], [[plain(label.strip()), plain(value)] for label, value in plan_rows(result)])
+        yield from pictures([folder / "hbm.png"], page)
+
+
+# ── merge ──────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def merge(records: Records, page: Path) -> Iterator[str]:
+    """Where the trained model lies, and whether it is that."""
+    yield from ["## Merged model", ""]
+    if not records.by_kind[MERGE]:
+        told = code(f"python -m gemma4_tpu.merge run={records.run.path}")
+        yield from [f"Not merged: no record of it was found; {told} does it.", ""]
+    for folder in records.by_kind[MERGE]:
+        found = result_of(folder)
+        if len(records.by_kind[MERGE]) > 1:
+            yield from [f"### {plain(folder.name)}", ""]
+        rows = [["Status", _status(found), ""]]
+        if found.get("update") is not None:
+            rows.append(["Update", f"{found['update']:,}", ""])
+        rows += [[kind.capitalize(), code(target), ""] for kind, target in (found.get("targets") or {}).items()]
+        if found.get("changed_weights") is not None:
+            rows.append(["Weights changed", f"{found['changed_weights']:,}", _MEASURED])
+        if found.get("seconds") is not None:
+            rows.append(["Time", format_seconds(found["seconds"]), _MEASURED])
+        if found.get("status") == "finished":
+            rows += _parity(found.get("parity"))
+        yield from table(["", "figure", "by"], rows)
+        yield from pictures([folder / "plots" / "deltas.png"], page)
+        if (folder / "deltas.md").is_file():
+            yield from [f"{_MEASURED}:", "", *included(folder / "deltas.md", page, 2), ""]
+
+
+def _status(found: Mapping[str, Any]) -> str:
+    """How a record's work ended."""
+    if not found:
+        return "not finished (no `result.json`)"
+    return plain(found.get("status", "")) + (f": {plain(found['error'])}" if found.get("error") else "")
+
+
+def _parity(parity: Mapping[str, Any] | None) -> list[list[str]]:
+    """How near the merged model is to base + LoRA."""
+    if not parity:
+        return [["Comparison with base + LoRA", "was not made", ""]]
+    rows = [["Comparison with base + LoRA", "passed" if parity.get("passed") else "**failed**", _MEASURED]]
+    if logits := parity.get("logits"):
+        rows += [
+            ["Logits off by", f"{logits['merged_to_lora']:.1e} ({logits['rounded_to_lora']:.1e} is rounding to"
+             f" {plain(logits['dtype'])})", _MEASURED],
+            ["Effect of the training on logits", f"{logits['base_to_lora']:.1e}", _MEASURED],
+            ["Same likeliest token", f"{logits['top1_agreement']:.1%} of {logits['tokens']}", _MEASURED],
+        ]  # fmt: skip
+    return rows
+
+
+# ── evaluation ─────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def outcomes_of(records: Records) -> list[tuple[Path, Outcome]]:
+    """Every subject of every finished evaluation, with its folder: trained models first, bases last."""
+    places = [
+        (folder, place)
+        for folder in records.by_kind[EVALUATION]
+        for place in (folder, *sorted(path for path in folder.iterdir() if path.is_dir()))
+        if "scores" in result_of(place)
+    ]
+    found = [(folder, Outcome.read(place / "result.json")) for folder, place in places]
+    return sorted(found, key=lambda pair: pair[1].name == BASE)
+
+
+def evaluation(records: Records, page: Path) -> Iterator[str]:
+    """Scores of all of them in one table, and what can be claimed against the base."""
+    yield from ["## Evaluation", ""]
+    found = outcomes_of(records)
+    for folder in records.by_kind[EVALUATION]:
+        if folder not in [known for known, _ in found]:
+            yield from [f"{plain(folder.name)}: {_status(result_of(folder))}.", ""]
+    if not records.by_kind[EVALUATION]:
+        told = code(f"python -m gemma4_tpu.evaluate run={records.run.path}")
+        yield from [f"Not evaluated: no record of it was found; {told} does it.", ""]
+    if not found:
+        return
+    yield f"{_MEASURED} by simulation; intervals (95%) are over problems, errors those of sampling. Strict: no errors,"
+    yield "the reference's own number of comparisons, no way around the test bench. Official: the benchmark's own rule."
+    yield ""
+    heads = ["evaluation", "subject", "benchmark", "problems", "n", "rule", "pass@k", "interval", "sampling error"]
+    yield from table(heads, [row for folder, outcome in found for row in _scores(folder, outcome)], "lllrrllll")
+    heads = ["evaluation", "subject", "samples", "verdicts", "cut off", "never obtained"]
+    rows = []
+    for folder, outcome in found:
+        verdicts = ", ".join(f"{plain(kind)} {count:,}" for kind, count in outcome.classes.items())
+        counts = [f"{outcome.truncated:,}", f"{outcome.missing:,}"]
+        rows.append([plain(folder.name), plain(outcome.name), f"{outcome.samples:,}", verdicts, *counts])
+    yield from table(heads, rows, "llrlrr")
+    folders = list(dict.fromkeys(folder for folder, _ in found))
+    yield from pictures([folder / "plots" / "problems.png" for folder in folders], page)
+    yield from _claims(found)
+    yield "In full: " + ", ".join(link(folder / "report.md", page, f"{folder.name}/report.md") for folder in folders)
+    yield ""
+
+
+def _scores(folder: Path, outcome: Outcome) -> Iterator[list[str]]:
+    for rule, scopes in outcome.scores().items():
+        for score in scopes["all"]:
+            error = "not known" if score.sampling_error is None else f"{score.sampling_error:.4f}"
+            first = [plain(folder.name), plain(outcome.name), plain(outcome.benchmark), str(score.problems)]
+            interval = f"{score.low:.3f} to {score.high:.3f}"
+            yield [*first, str(outcome.n), rule, f"@{score.k} **{score.value:.3f}**", interval, error]
+
+
+def _claims(found: Sequence[tuple[Path, Outcome]]) -> Iterator[str]:
+    """Each trained model beside a base on the same benchmark, its own evaluation's before another's."""
+    for folder, outcome in found:
+        bases = [
+            (place, base) for place, base in found if base.name == BASE and base.benchmark == outcome.benchmark
+        ]  # fmt: skip
+        if outcome.name == BASE or not bases:
+            continue
+        _, base = next((pair for pair in bases if pair[0] == folder), bases[0])
+        yield from [f"### {plain(folder.name)}: {plain(outcome.name)} beside the base", ""]
+        yield from (f"- {plain(claim)}" for claim in compare(outcome, base).claims())
+        yield ""
+
+
+# ── serving ────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def serving(records: Records, page: Path) -> Iterator[str]:
+    """Servers, and what they did under load."""
+    yield from ["## Serving", ""]
+    rows = []
+    for folder in records.by_kind[SERVING]:
+        found = result_of(folder)
+        probe = (found.get("probe") or {}).get("told") or ("asked" if found.get("probe") else "was not asked")
+        ready, served = (found.get(key) for key in ("ready_seconds", "served_seconds"))
+        rows.append([
+            plain(folder.name), plain(found.get("slice", "–")), _status(found),
+            "–" if ready is None else format_seconds(ready), "–" if served is None else format_seconds(served),
+            plain(probe),
+        ])  # fmt: skip
+    if rows:
+        yield from table(["server", "slice", "status", "ready after", "served for", "the trained model?"], rows)
+        yield from [f"{_MEASURED}.", ""]
+    else:
+        told = code(f"python -m gemma4_tpu.serve run={records.run.path}")
+        yield from [f"Not served: no record of a server was found; {told} starts one.", ""]
+    yield from ["### Load", ""]
+    if not records.by_kind[BENCHMARK]:
+        told = code("python -m gemma4_tpu.bench served=<record of the server>")
+        yield from [f"Not benchmarked: no record of it was found; {told} does it.", ""]
+    for folder in records.by_kind[BENCHMARK]:
+        report = folder / "report.md"
+        if not report.is_file():
+            yield from [f"{plain(folder.name)}: {_status(result_of(folder))}.", ""]
+            continue
+        yield from [f"#### {plain(folder.name)}", "", f"{_MEASURED}: {link(report, page)}, raw results beside it.", ""]
+        yield from [*included(report, page, 3), ""]
+
+
+# ── cost ───────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def cost(several: Sequence[Records], root: ReportRoot) -> Iterator[str]:
+    """Dollars of everything that is recorded, as `report cost` gives them."""
+    yield from ["## Cost", ""]
+    figures = _figures(several)
+    prices = Prices(on_demand=root.prices, spot=root.spot_prices)
+    everything = [*figures.trainings, *figures.points, *figures.evaluations]
+    slices = list(dict.fromkeys([*(figure.slice for figure in everything), *root.serving_slices]))
+    configured = any(training.usd_per_hour is not None for training in figures.trainings)
+    if not configured and not any(prices.of(name, kind) for name in slices for kind in KINDS):
+        names = ", ".join(slices) or "these records"
+        given = code(f"'prices={{{slices[0] if slices else 'local'}: <USD per hour>}}'")
+        yield from [f"No price is known for {plain(names)}, so nothing is said about dollars; give {given}.", ""]
+        return
+    yield f"{_ESTIMATED}: hours and rates as their rows say, times prices that are {BY['quoted']} below, dated."
+    yield ""
+    text = cost_report(figures, prices, root.serving_hours, slices=root.serving_slices)
+    yield from below(text, 1)
+
+
+def _figures(several: Sequence[Records]) -> Figures:
+    """Of the runs that have ended, and of the records about them that hold figures."""
+    places = [records.run.path for records in several if "real_tokens" in result_of(records.run.path)]
+    for records in several:
+        places += [folder for folder, _ in plans_of(records)]
+        places += [folder for folder in records.by_kind[EVALUATION] if "scores" in result_of(folder)]
+        places += [folder for folder in records.by_kind[BENCHMARK] if any((folder / "cells").glob("*.json"))]
+    return read(list(dict.fromkeys(map(str, places)))) if places else Figures()

@@ -1,0 +1,144 @@
+"""The page from top to bottom: at a glance, side by side where there are several runs, then each run's sections."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Iterator, Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+
+import gemma4_tpu
+from gemma4_tpu.config.schema import ReportRoot
+from gemma4_tpu.reporting import afterwards, training
+from gemma4_tpu.reporting.curves import draw_curves
+from gemma4_tpu.reporting.markdown import BY, below, code, pictures, plain, table
+from gemma4_tpu.reporting.records import BENCHMARK, MERGE, Records, result_of
+from gemma4_tpu.tracking.cost import format_usd
+
+_MEASURED, _ESTIMATED = BY["measured"], BY["estimated"]
+
+
+def markdown_page(several: Sequence[Records], root: ReportRoot, page: Path, folder: Path) -> str:
+    """The whole page.
+
+    Args:
+      several: one run, or several that are put side by side.
+      root: prices and hours of serving.
+      page: the file it will be written to; links and pictures are seen from its folder.
+      folder: for the pictures that are drawn here.
+    """
+    lines = [*_head(several, root), *(_one(several[0], page, folder) if len(several) == 1 else [])]
+    if len(several) > 1:
+        lines += _side_by_side(several, page, folder)
+        for number, records in enumerate(several, start=1):
+            lines += [f"## {plain(records.name)}", ""]
+            lines += below("\n".join(_one(records, page, folder / str(number))), 1)
+    lines += afterwards.cost(several, root)
+    lines += _last(several)
+    return "\n".join(lines).rstrip() + "\n"
+
+
+def _head(several: Sequence[Records], root: ReportRoot) -> Iterator[str]:
+    names = several[0].name if len(several) == 1 else f"{len(several)} runs"
+    words = [
+        "python",
+        "-m",
+        "gemma4_tpu.report",
+        f"run=[{','.join(root.run)}]" if len(several) > 1 else f"run={root.run[0]}",
+    ]
+    words += [f"records=[{','.join(root.records)}]"] if root.records else []
+    now = datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC")
+    yield from [
+        f"# {plain(names)}",
+        "",
+        f"Made on {now} by gemma4-tpu {gemma4_tpu.__version__}: {code(shlex.join(words))}",
+    ]
+    yield ""
+    yield f"Every figure says where it is from. {_MEASURED}: by this program, on the machine that its record names;"
+    yield f"{_ESTIMATED}: worked out, from what its row says; {BY['quoted']}: from a source that is named."
+    yield ""
+
+
+def _one(records: Records, page: Path, folder: Path) -> Iterator[str]:
+    """A run's own sections."""
+    yield from ["## At a glance", ""]
+    yield from table(["", "figure", "by"], [list(fact) for fact in _glance(records)])
+    yield from afterwards.plan(records, page)
+    yield from training.training(records, page, folder)
+    yield from afterwards.merge(records, page)
+    yield from afterwards.evaluation(records, page)
+    yield from afterwards.serving(records, page)
+
+
+def _last(several: Sequence[Records]) -> Iterator[str]:
+    """What one looks up: configuration and provenance of each run."""
+    for part in (training.configuration, training.provenance):
+        if len(several) == 1:
+            yield from part(several[0])
+            continue
+        for number, records in enumerate(several):
+            title, *lines = part(records)
+            yield from [title, ""] if number == 0 else []
+            yield from [f"### {plain(records.name)}", "", *lines]
+
+
+def _glance(records: Records) -> Iterator[tuple[str, str, str]]:
+    """The figures that people ask for first; those that aren't known are told of in their sections."""
+    result = training.result_of(records)
+    if result is None:
+        yield "Training", "has not ended", ""
+    else:
+        if result.status != "finished":
+            yield "Training", plain(result.status), ""
+        if result.heldout_loss_last is not None:
+            yield "Held-out loss", training.heldout(result), _MEASURED
+        yield "Real tokens trained", f"{result.real_tokens:,}", _MEASURED
+        if result.real_tokens_per_second:
+            yield "Real tokens per second, training", f"{result.real_tokens_per_second:,.0f}", _MEASURED
+        if result.usd is not None:
+            yield "Cost of the training", format_usd(result.usd), _ESTIMATED
+    yield from _planned(records)
+    for folder in records.by_kind[MERGE]:
+        if logits := (result_of(folder).get("parity") or {}).get("logits"):
+            yield "Merged model's logits off by", f"{logits['merged_to_lora']:.1e}", _MEASURED
+    yield from _scored(records)
+    for folder in records.by_kind[BENCHMARK]:
+        if rate := result_of(folder).get("peak_output_throughput"):
+            yield "Output tokens per second, served, at most", f"{rate:,.0f}", _MEASURED
+
+
+def _planned(records: Records) -> Iterator[tuple[str, str, str]]:
+    for _, result in afterwards.plans_of(records):
+        if not result.fits:
+            yield f"Planned on {plain(result.slice)}", "does not fit", _ESTIMATED
+        elif rate := result.real_tokens_per_second:
+            yield f"Real tokens per second, planned on {plain(result.slice)}", f"{rate['mid']:,.0f}", _ESTIMATED
+
+
+def _scored(records: Records) -> Iterator[tuple[str, str, str]]:
+    for folder, outcome in afterwards.outcomes_of(records):
+        score = outcome.scores()["strict"]["all"][0]
+        name = f"pass@{score.k} on {plain(outcome.benchmark)}, {plain(outcome.name)}"
+        yield name, f"{score.value:.3f} [{score.low:.3f}, {score.high:.3f}]", f"{_MEASURED} {plain(folder.name)}"
+
+
+def _side_by_side(several: Sequence[Records], page: Path, folder: Path) -> Iterator[str]:
+    """Where the runs differ, and what came of each."""
+    yield from ["## Side by side", ""]
+    names = [plain(records.name) for records in several]
+    if rows := training.differences(several):
+        yield from table(["configuration", *names], rows)
+    else:
+        yield from ["Their configurations are alike.", ""]
+    results = [training.result_of(records) for records in several]
+    known = [{what: (figure, by) for what, figure, by in training.facts(r)} if r else {} for r in results]
+    rows = []
+    for what in dict.fromkeys(what for one in known for what in one):
+        by = next(one[what][1] for one in known if what in one)
+        rows.append([what, *(one[what][0] if what in one else "–" for one in known), by])
+    yield from table(["result", *names, "by"], rows, "l" + "r" * len(several))
+    scores = [[plain(records.name), *fact] for records in several for fact in _scored(records)]
+    if scores:
+        yield from table(["run", "evaluation", "figure", "by"], scores)
+    drawn = draw_curves([training.followed(records) for records in several], folder)
+    yield from [f"{_MEASURED} at each update:", "", *pictures(drawn, page)] if drawn else ["No curves.", ""]

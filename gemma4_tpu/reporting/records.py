@@ -1,0 +1,167 @@
+"""Which records there are about a run: in its folder, under `outputs` where they name it, and those that are given."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from gemma4_tpu.errors import UserError
+from gemma4_tpu.tracking.files import read_json
+from gemma4_tpu.tracking.run import RunFolder
+
+log = logging.getLogger(__name__)
+
+PLAN, MERGE, EVALUATION, SERVING, BENCHMARK = KINDS = ("plan", "merge", "evaluation", "serving", "benchmark")
+_GROUPS = {"plan": PLAN, "export": MERGE, "eval": EVALUATION, "serving": SERVING, "bench": BENCHMARK}
+"""Group of the configuration that only one entry point takes → the kind of its records."""
+OUTPUTS = "outputs"
+"""Where entry points leave records that have no run folder to go to, below the working folder."""
+
+
+@dataclass(kw_only=True)
+class Records:
+    """A training and what came of it; each kind in the order of its folders' names."""
+
+    run: RunFolder
+    name: str
+    """The last two names of the folder, such as `train/2026-11-20_12-00-00`."""
+    by_kind: dict[str, list[Path]] = field(default_factory=lambda: {kind: [] for kind in KINDS})
+    """Kind → folders."""
+
+    def add(self, kind: str, folder: Path) -> None:
+        if folder not in self.by_kind[kind]:
+            self.by_kind[kind].append(folder)
+
+
+def find(runs: Sequence[str], further: Sequence[str] = ()) -> list[Records]:
+    """What is there about each run.
+
+    Args:
+      runs: their folders.
+      further: folders of records, or of such folders. One that names none of the runs is taken for the only run's.
+
+    Raises:
+      UserError: no run folder of a training; a given folder without a record, or of nobody knows which run; a damaged
+        file.
+    """
+    several = [_of_run(run) for run in runs]
+    for place in further:
+        for kind, folder in _given(Path(place).absolute()):
+            named = [records for records in several if _is_about(folder, kind, records)]
+            if not named and len(several) > 1:
+                raise UserError(f"records: {folder}: names none of the runs; make a page about its run alone")
+            (named or several)[0].add(kind, folder)
+    return several
+
+
+def _of_run(run: str) -> Records:
+    folder = RunFolder.existing(run)
+    if not (folder.metrics_path.exists() or folder.result_path.exists()) or "trainer" not in folder.read_config():
+        raise UserError(f"run={run}: not the run folder of a training (config.yaml with metrics.jsonl or result.json)")
+    found = Records(run=folder, name="/".join(folder.path.parts[-2:]))
+    for path in _below(folder.path, 2):
+        if (kind := kind_of(path)) is not None:
+            found.add(kind, path)
+    for path in _elsewhere(folder.path):
+        if (kind := kind_of(path)) is not None and _is_about(path, kind, found):
+            found.add(kind, path)
+    return found
+
+
+def kind_of(folder: Path) -> str | None:
+    """By what its configuration is of, or by its `plan.json`; None: it is no record of those kinds."""
+    if (folder / "plan.json").is_file():
+        return PLAN
+    config = config_of(folder)
+    return next((kind for group, kind in _GROUPS.items() if group in config), None)
+
+
+def result_of(folder: Path) -> dict[str, Any]:
+    """`result.json` of a record; empty where there is none: it is under way, or was killed."""
+    path = folder / "result.json"
+    return record(path) if path.is_file() else {}
+
+
+def record(path: Path) -> dict[str, Any]:
+    """A JSON object of a record.
+
+    Raises:
+      UserError: it holds none.
+    """
+    try:
+        value = read_json(path)
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: can't be read ({error})") from None
+    if not isinstance(value, dict):
+        raise UserError(f"{path}: damaged (no JSON object)")
+    return value
+
+
+def config_of(folder: Path) -> dict[str, Any]:
+    """`config.yaml` as plain values; empty where there is none."""
+    path = folder / "config.yaml"
+    try:
+        value = yaml.safe_load(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    except yaml.YAMLError as error:
+        raise UserError(f"{path}: no YAML: {' '.join(str(error).split())}") from None
+    return value if isinstance(value, dict) else {}
+
+
+def _below(folder: Path, levels: int) -> Iterator[Path]:
+    """Folders down to so many levels, by name; checkpoints and models are not looked into."""
+    if not folder.is_dir():
+        return
+    for path in sorted(folder.iterdir()):
+        if path.is_dir() and path.name not in ("checkpoints", "plots", "merged", "adapter", "cells"):
+            yield path
+            if levels > 1 and kind_of(path) is None:
+                yield from _below(path, levels - 1)
+
+
+def _elsewhere(run: Path) -> Iterator[Path]:
+    """Records under `outputs` that have the name of the run's folder somewhere in them."""
+    for config in sorted(Path(OUTPUTS).absolute().glob("*/*/config.yaml")):
+        folder = config.parent
+        texts = (path for path in (config, folder / "result.json") if path.is_file())
+        if folder != run and any(run.name in text.read_text(encoding="utf-8", errors="replace") for text in texts):
+            yield folder
+
+
+def _is_about(folder: Path, kind: str, found: Records) -> bool:
+    """Whether a record names the run: a benchmark by `served`, a plan by `replay`, others by `run` or `model.path`, and
+    an evaluation of a server by the address and the model's name that a server of the run had.
+    """
+    config = config_of(folder)
+    model = config.get("model")
+    named = [config.get(key) for key in ("run", "served", "replay")]
+    if kind == EVALUATION:
+        named.append(model.get("path") if isinstance(model, dict) else None)
+        settings = result_of(folder).get("settings") or {}
+        if settings.get("endpoint") and any(_answers(server, settings) for server in found.by_kind[SERVING]):
+            return True
+    return any(_is_in(found.run.path, place) for place in named if isinstance(place, str) and place)
+
+
+def _answers(server: Path, settings: dict[str, Any]) -> bool:
+    known = result_of(server)
+    return bool(known) and all(known.get(key) == settings.get(key) for key in ("endpoint", "model"))
+
+
+def _is_in(run: Path, place: str) -> bool:
+    path = Path(place).expanduser().absolute()
+    return path == run or run in path.parents
+
+
+def _given(place: Path) -> list[tuple[str, Path]]:
+    """(kind, folder) of the record that it is, or of those in it."""
+    found = [(kind, path) for path in (place, *_below(place, 1)) if (kind := kind_of(path)) is not None]
+    if not found:
+        raise UserError(
+            f"records: {place}: no plan (plan.json), evaluation, benchmark, merge or server (result.json) in it"
+        )
+    return found[:1] if found[0][1] == place else found

@@ -1,0 +1,190 @@
+"""Sections about a run itself: curves, result, data, configuration, provenance."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from gemma4_tpu.hardware import GIB
+from gemma4_tpu.reporting.curves import Followed, draw_curves, missing
+from gemma4_tpu.reporting.markdown import BY, code, pictures, plain, table
+from gemma4_tpu.reporting.records import Records, config_of, record
+from gemma4_tpu.tracking.cost import format_usd
+from gemma4_tpu.tracking.metrics import read_metrics
+from gemma4_tpu.tracking.progress import format_seconds
+from gemma4_tpu.tracking.result import Result
+
+_MEASURED, _ESTIMATED = BY["measured"], BY["estimated"]
+Fact = tuple[str, str, str]
+"""(what, figure, who says so)"""
+
+
+def result_of(records: Records) -> Result | None:
+    """What came of the run; None while it has not ended."""
+    path = records.run.result_path
+    return Result.read(path) if path.is_file() else None
+
+
+def followed(records: Records) -> Followed:
+    return Followed(records.name, read_metrics(records.run.metrics_path))
+
+
+def training(records: Records, page: Path, folder: Path) -> Iterator[str]:
+    """Curves, drawn into `folder`, result and data."""
+    yield from ["## Training", ""]
+    curves = followed(records)
+    if curves.rows:
+        last = max(row["update"] for row in curves.rows)
+        yield f"{_MEASURED} at each of the {last:,} updates: `metrics.jsonl`, {len(curves.rows):,} rows."
+        yield ""
+        yield from pictures(draw_curves([curves], folder), page)
+        if absent := missing([curves]):
+            yield from [f"Not recorded, so not drawn: {', '.join(absent)}{_why(absent)}.", ""]
+    else:
+        yield from ["No curves: `metrics.jsonl` has no row.", ""]
+    yield from ["### Result", ""]
+    result = result_of(records)
+    if result is None:
+        yield from ["No `result.json`: the run has not ended, or was killed.", ""]
+    else:
+        yield from table(["", "figure", "by"], [list(fact) for fact in facts(result)])
+    yield from _data(records)
+
+
+def _why(absent: Sequence[str]) -> str:
+    return " (this backend does not count its memory)" if absent == ["device memory"] else ""
+
+
+def facts(result: Result) -> list[Fact]:
+    """Everything in `result.json` that is known."""
+    ended = plain(result.status) + (f": {plain(result.error)}" if result.error else "")
+    found: list[Fact] = [("Status", ended, ""), ("Updates", f"{result.updates:,}", _MEASURED)]
+    if result.skipped_updates:
+        found.append(("Updates skipped as spikes", f"{result.skipped_updates:,}", _MEASURED))
+    if result.train_loss_last is not None:
+        found.append(("Training loss, first and last update", _pair(result.train_loss_first, result.train_loss_last),
+                      _MEASURED))  # fmt: skip
+    if result.heldout_loss_last is not None:
+        found.append(("Held-out loss, before and after", heldout(result), _MEASURED))
+    if result.heldout_loss_best is not None:
+        at = f"{result.heldout_loss_best:.4f} at update {result.heldout_update_best}"
+        found.append(("Lowest held-out loss", at, _MEASURED))
+    tokens = f"{result.real_tokens:,}, {result.target_tokens:,} of them with loss"
+    fill = f", fill {result.fill:.1%}" if result.fill is not None else ""
+    found += [("Real tokens", tokens + fill, _MEASURED), ("Time", format_seconds(result.seconds), _MEASURED)]
+    if result.real_tokens_per_second:
+        found.append(("Real tokens per second", f"{result.real_tokens_per_second:,.0f}", _MEASURED))
+    if result.mfu is not None:
+        found.append(("Model FLOP/s utilisation", f"{result.mfu:.1%}", f"{_ESTIMATED}: measured rate × counted FLOPs"))
+    peak = "not counted by this backend"
+    if result.hbm_peak_bytes is not None:
+        peak = f"{result.hbm_peak_bytes / GIB:.2f} GiB"
+    found.append(("Most device memory", peak, _MEASURED if result.hbm_peak_bytes is not None else ""))
+    if result.lora_parameters is not None:
+        trained = f"{result.lora_parameters:,} on {result.adapted_modules} matrices"
+        found.append(("LoRA parameters", trained if result.lora_parameters else "none: full fine-tuning", _MEASURED))
+    if result.usd is not None:
+        found.append(("Cost", format_usd(result.usd), f"{_ESTIMATED}: measured time × price"))
+    return found
+
+
+def heldout(result: Result) -> str:
+    return _pair(result.heldout_loss_first, result.heldout_loss_last)
+
+
+def _pair(first: float | None, last: float | None) -> str:
+    return f"{first:.4f} → {last:.4f}" if first is not None else f"{last:.4f}"
+
+
+def _data(records: Records) -> Iterator[str]:
+    yield from ["### Data", ""]
+    if not records.run.data_path.is_file():
+        yield from ["No `data.json`: what it was trained on is not recorded.", ""]
+        return
+    data = record(records.run.data_path)
+    rows = []
+    for split in ("train", "heldout"):
+        if told := data.get(split):
+            lengths = told.get("length_tokens", {})
+            rows.append([split, *(_number(told.get(key)) for key in ("examples", "real_tokens", "target_tokens")),
+                         *(_number(lengths.get(key)) for key in ("mean", "p99", "max"))])  # fmt: skip
+    heads = ["", "examples", "real tokens", "with loss", "mean length", "99% are below", "longest"]
+    yield from table(heads, rows, "lrrrrrr")
+    dropped = data.get("train", {}).get("dropped") or {}
+    told = ", ".join(f"{plain(reason)} {count:,}" for reason, count in dropped.items()) or "none"
+    yield from [f"{_MEASURED} when the data was read. Rows dropped: {told}.", ""]
+
+
+def _number(value: Any) -> str:
+    return "–" if value is None else f"{value:,.10g}"
+
+
+def configuration(records: Records) -> Iterator[str]:
+    """What was given on the command line, then everything."""
+    yield from ["## Configuration", ""]
+    path = records.run.overrides_path
+    given = yaml.safe_load(path.read_text(encoding="utf-8")) if path.is_file() else None
+    if given is None:
+        yield from ["No `overrides.yaml`: what was given on the command line is not recorded.", ""]
+    elif given:
+        yield from ["Given on the command line:", "", *(f"- {code(word)}" for word in given), ""]
+    else:
+        yield from ["Nothing was given on the command line: the defaults.", ""]
+    text = yaml.safe_dump(config_of(records.run.path), sort_keys=False, allow_unicode=True).rstrip()
+    yield from ["The resolved configuration (`config.yaml`):", "", "~~~~yaml", *text.splitlines(), "~~~~", ""]
+
+
+def provenance(records: Records) -> Iterator[str]:
+    """Code, packages, machine, seeds, fingerprints."""
+    yield from ["## Provenance", ""]
+    if not records.run.provenance_path.is_file():
+        yield from ["No `provenance.json`: code, packages and machine are not recorded.", ""]
+        return
+    told = record(records.run.provenance_path)
+    source = told.get("code", {})
+    changed = {True: ", with changes that are in `git.diff`", False: "", None: ""}[source.get("git_dirty")]
+    commit = f"commit {code(source['git_commit'][:12])}{changed}; " if source.get("git_commit") else ""
+    rows = [
+        ["Started", plain(told.get("started", ""))],
+        ["Command", code(" ".join(told.get("command", [])))],
+        ["Code", f"{commit}sha256 of the package's files {code(source.get('sha256', '')[:12])}"],
+        ["Machine", _listed({"python": told.get("python"), "platform": told.get("platform"), "host": told.get("host"),
+                             **told.get("hardware", {})})],
+        ["Seeds", _listed(told.get("seeds", {}))],
+        ["Packages", _listed(told.get("packages", {}))],
+        ["Fingerprints", _listed(told.get("fingerprints", {}))],
+        ["Starts", str(1 + len(told.get("resumed", [])))],
+    ]  # fmt: skip
+    yield from table(["", ""], rows)
+
+
+def _listed(values: dict[str, Any]) -> str:
+    """`name value, name value`; hashes are cut to twelve characters."""
+    shown = {
+        name: value[:12] if isinstance(value, str) and len(value) == 64 else value for name, value in values.items()
+    }
+    return ", ".join(f"{plain(name)} {plain(value)}" for name, value in shown.items() if value not in (None, ""))
+
+
+def differences(several: Sequence[Records]) -> list[list[str]]:
+    """A row for each key of the configuration in which runs differ: key, then its value in each run."""
+    flat = [dict(_leaves(config_of(records.run.path))) for records in several]
+    keys = list(dict.fromkeys(key for config in flat for key in config))
+    skipped = ("run_dir", "name", "replay")
+    rows = []
+    for key in keys:
+        values = [config.get(key) for config in flat]
+        if key not in skipped and any(value != values[0] for value in values[1:]):
+            rows.append([code(key), *(plain(value) for value in values)])
+    return rows
+
+
+def _leaves(config: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in config.items():
+        if isinstance(value, dict) and value:
+            yield from _leaves(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value

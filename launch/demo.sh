@@ -1,0 +1,52 @@
+#!/usr/bin/env bash
+# The whole path on this machine's CPU: train → merge → evaluate → serve → benchmark → evaluate the server → report.
+# `make demo` sets up and runs it; arguments are the training's, as in `make demo ARGS="trainer.max_updates=100"`.
+# Everything is left in one run folder: outputs/demo/<date>_<time>, or $DEMO_RUN.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+
+python=${PYTHON:-.venv/bin/python}
+run=${DEMO_RUN:-outputs/demo/$(date +%Y-%m-%d_%H-%M-%S)}
+export JAX_PLATFORMS=cpu
+server=""
+
+stop_server() {  # at the end, after a failure, on Ctrl-C: nothing is left behind
+  [ -z "$server" ] || kill "$server" 2> /dev/null || true
+  [ -z "$server" ] || wait "$server" || true
+  server=""
+}
+trap stop_server EXIT
+trap 'exit 130' INT
+trap 'exit 143' TERM
+
+say() { printf '\n== %s (%d s)\n' "$1" "$SECONDS"; }
+
+say "train: LoRA on synthetic Verilog"
+"$python" -m gemma4_tpu.train "run_dir=$run" "$@"
+
+say "merge: a checkpoint that others can load"
+"$python" -m gemma4_tpu.merge "run=$run" "run_dir=$run/merges/demo"
+
+say "evaluate: the run beside its base"
+"$python" -m gemma4_tpu.evaluate "run=$run" "run_dir=$run/evaluations/run"
+
+say "serve: the merged checkpoint"
+port=$("$python" -c 'import socket; s = socket.socket(); s.bind(("127.0.0.1", 0)); print(s.getsockname()[1])')
+endpoint=$run/endpoint.txt
+"$python" -m gemma4_tpu.serve serving=local "run=$run" "serving.port=$port" "run_dir=$run/servings/demo" > "$endpoint" &
+server=$!
+until grep -q '^endpoint: ' "$endpoint"; do
+  kill -0 "$server" 2> /dev/null || { echo "the server did not start" >&2; exit 1; }
+  sleep 0.5
+done
+
+say "bench: load on the server"
+"$python" -m gemma4_tpu.bench "served=$run/servings/demo" "run_dir=$run/benchmarks/demo" \
+  'bench.lengths=[[64,32],[256,64]]' 'bench.rates=[2,4,8,16,inf]' bench.requests=16
+
+say "evaluate: the server's answers"
+"$python" -m gemma4_tpu.evaluate "eval.endpoint=http://127.0.0.1:$port/v1" "run_dir=$run/evaluations/served"
+stop_server
+
+say "report"
+say "done"
