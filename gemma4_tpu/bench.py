@@ -1,6 +1,6 @@
 """`python -m gemma4_tpu.bench endpoint=<URL>`: load on a server, latencies and throughputs of each cell. No JAX.
 
-Configuration → the server's model → cells, each left as a file → tables, plots, page.
+Configuration → the server's model → cells, each left as a file → (the same by vLLM's own client) → tables, plots, page.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ import logging
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from gemma4_tpu.config.bench_checks import BenchChecked
 from gemma4_tpu.config.entries import BENCH
@@ -19,25 +19,51 @@ from gemma4_tpu.errors import INTERRUPTED, REFUSED, UserError
 
 if TYPE_CHECKING:
     from gemma4_tpu.benching.sweep import Results
+    from gemma4_tpu.benching.vllm_client import VllmClient
     from gemma4_tpu.tracking.run import RunFolder
 
 log = logging.getLogger(__name__)
 FAILED_REQUESTS = 1
-MAY_CHANGE = ("endpoint", "served", "bench.request_timeout_seconds")
+MAY_CHANGE = ("endpoint", "served", "bench.request_timeout_seconds", "bench.cross_check")
 """Keys that a benchmark may be given anew when it goes on."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Exit code: 0 done, 1 requests failed, 2 refused (one message on stderr), 130 interrupted."""
     try:
-        return _run(load(list(sys.argv[1:] if argv is None else argv), BENCH))
+        loaded = load(list(sys.argv[1:] if argv is None else argv), BENCH)
+        return _dry_run(loaded) if loaded.root.dry_run else _run(loaded)
     except UserError as refusal:
         print(f"error: {refusal}", file=sys.stderr)
         return REFUSED
 
 
+def _dry_run(loaded: Loaded[BenchRoot, BenchChecked]) -> int:
+    """The cells as comments, and the commands of a cross-check, for a shell."""
+    from gemma4_tpu.benching.cells import cells_of
+
+    config, client = loaded.root.bench, _client(loaded)
+    for cell in cells_of(config):
+        print(f"# {cell.shown}: {cell.requests(config):,} requests")
+        if client:
+            print(client.shown(cell, loaded.checked.model or "<model>"))
+    return 0
+
+
+def _client(loaded: Loaded[BenchRoot, BenchChecked]) -> VllmClient | None:
+    """The client of vLLM, if it is wanted."""
+    from gemma4_tpu.benching.vllm_client import VllmClient
+
+    config, checked = loaded.root.bench, loaded.checked
+    if not config.cross_check:
+        return None
+    assert checked.serving is not None  # the checks
+    return VllmClient(checked.serving, config, checked.endpoint)
+
+
 def _run(loaded: Loaded[BenchRoot, BenchChecked]) -> int:
     """The benchmark and its record."""
+    from gemma4_tpu.benching.cross_check import cross_check
     from gemma4_tpu.benching.sweep import run_sweep
     from gemma4_tpu.tracking import provenance
     from gemma4_tpu.tracking.files import write_json
@@ -45,7 +71,9 @@ def _run(loaded: Loaded[BenchRoot, BenchChecked]) -> int:
     from gemma4_tpu.tracking.run import RunFolder
 
     setup_logging()
-    config, checked = loaded.root, loaded.checked
+    config, checked, client = loaded.root, loaded.checked, _client(loaded)
+    if client:
+        client.check()
     record = RunFolder.open(
         "outputs", config.name, config.run_dir, "auto", config=asdict(config), overrides=loaded.overrides,
         resume_allow=MAY_CHANGE,
@@ -56,7 +84,9 @@ def _run(loaded: Loaded[BenchRoot, BenchChecked]) -> int:
             hardware={"slice": checked.slice}, seeds={"bench": config.bench.seed}, fingerprints={}
         )
         provenance.record(record, captured)
-        return _report(record, run_sweep(config.bench, checked, record.path), checked)
+        results = run_sweep(config.bench, checked, record.path)
+        compared = cross_check(client, config.bench, results, record.path) if client else None
+        return _report(record, results, compared, checked)
     except KeyboardInterrupt:
         print(f"\ninterrupted; the same command with run_dir={record.path} goes on", file=sys.stderr)
         return INTERRUPTED
@@ -67,18 +97,18 @@ def _run(loaded: Loaded[BenchRoot, BenchChecked]) -> int:
         record.close()
 
 
-def _report(record: RunFolder, results: Results, checked: BenchChecked) -> int:
+def _report(record: RunFolder, results: Results, compared: dict[str, Any] | None, checked: BenchChecked) -> int:
     """`result.json`, `report.md`, `report.html`, and the coverage on the terminal."""
     from gemma4_tpu.benching.report import outcome, write_report
     from gemma4_tpu.benching.sweep import coverage_line
     from gemma4_tpu.tracking.files import write_json
 
-    found = outcome(results)
+    found = outcome(results, compared)
     write_json(record.result_path, found)
-    print(write_report(record.path, results, checked))
+    print(write_report(record.path, results, compared, checked))
     print(coverage_line(results))
     print(f"report: {record.path / 'report.html'}")
-    return FAILED_REQUESTS if found["failed_requests"] else 0
+    return 0 if found["status"] == "finished" else FAILED_REQUESTS
 
 
 if __name__ == "__main__":

@@ -1,14 +1,16 @@
-"""What a benchmark came to: `result.json`, a Markdown table, and one HTML page that holds its plots."""
+"""What a benchmark came to: `result.json`, Markdown tables, and one HTML page that holds its plots."""
 
 from __future__ import annotations
 
 import base64
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from gemma4_tpu.benching.cells import Cell
-from gemma4_tpu.benching.load import OK
+from gemma4_tpu.benching.cross_check import LATENCY_BOUND, THROUGHPUT_BOUND, verdict
+from gemma4_tpu.benching.load import FAILED, OK
 from gemma4_tpu.benching.plots import plot_results
 from gemma4_tpu.benching.sweep import Results, coverage, coverage_line
 from gemma4_tpu.config.bench_checks import BenchChecked
@@ -17,45 +19,103 @@ from gemma4_tpu.tracking.files import write_text
 _MARK = "†"
 _COLUMNS = ("in", "out", "load", "state", "output tok/s", "total tok/s", "requests/s",
             "TTFT p50", "TTFT p99", "TPOT p50", "ITL p50", "E2EL p50", "notes")  # fmt: skip
+_COMPARED = {  # column → key of `cross_check.COMPARED`
+    "requests/s": "request_throughput", "output tok/s": "output_throughput", "TTFT p50": "median_ttft_ms",
+    "TPOT p50": "median_tpot_ms", "ITL p50": "median_itl_ms", "E2EL p50": "median_e2el_ms",
+}  # fmt: skip
+_WORDS = {"state", "notes", "verdict"}
+"""Columns of words; the others hold numbers."""
 _LAG_MS = 10.0  # a client that sends later than this has become part of what is measured
 
 
-def outcome(results: Results) -> dict[str, Any]:
-    """`result.json`."""
+@dataclass(frozen=True)
+class Section:
+    """A table, and what is to be known before it is read."""
+
+    title: str
+    facts: list[str]
+    """Markdown."""
+    columns: tuple[str, ...]
+    rows: list[list[str]]
+    states: list[str]
+    """Of each row: `ok`, `infeasible`, `failed`, `disagrees`."""
+
+    @property
+    def words(self) -> list[bool]:
+        """Which columns hold words."""
+        return [column in _WORDS for column in self.columns]
+
+    def markdown(self) -> str:
+        """The table."""
+        align = ["---" if words else "---:" for words in self.words]
+        safe = [[text.replace("|", "\\|") for text in row] for row in self.rows]
+        return "\n".join(f"| {' | '.join(row)} |" for row in (self.columns, align, *safe))
+
+
+def outcome(results: Results, compared: dict[str, Any] | None) -> dict[str, Any]:
+    """`result.json`. `compared`: what `cross_check` returned, if it was asked for."""
     measured = {cell: result for cell, result in results.items() if result["state"] == OK}
     best = max(measured, key=lambda cell: measured[cell]["output_throughput"], default=None)
     failed = sum(result.get("failed", 0) for result in results.values())
+    checks = compared["cells"] if compared else {}
+    unchecked = [name for name, found in checks.items() if found["state"] == FAILED]
+    crossed = {
+        "agree": sum(found["agrees"] for found in checks.values()),
+        "disagree": [name for name, found in checks.items() if not found["agrees"] and name not in unchecked],
+        "failed": unchecked,
+    }
     return {
-        "status": "failed" if failed else "finished",
+        "status": "failed" if failed or unchecked else "finished",
         **coverage(results),
         "completed_requests": sum(result.get("completed", 0) for result in results.values()),
         "failed_requests": failed,
         "peak_output_throughput": measured[best]["output_throughput"] if best else None,
         "peak_cell": best.name if best else None,
+        "cross_check": crossed if compared else None,
     }
 
 
-def write_report(folder: Path, results: Results, checked: BenchChecked) -> str:
-    """Writes `report.md`, `report.html` and `plots/`; returns the table as Markdown."""
+def write_report(folder: Path, results: Results, compared: dict[str, Any] | None, checked: BenchChecked) -> str:
+    """Writes `report.md`, `report.html` and `plots/`; returns the tables as Markdown."""
     plots = plot_results(results, folder / "plots", f"{folder.parent.name} / {folder.name}")
-    rows = [_row(cell, result) for cell, result in results.items()]
+    sections = [_measured(results, checked)] + ([_crossed(results, compared)] if compared else [])
+    parts = []
+    for section in sections:
+        parts += [*([f"## {section.title}"] if section.title else []), *section.facts, section.markdown()]
+    pictures = "\n".join(f"![{path.stem}](plots/{path.name})" for path in plots)
+    text = "\n\n".join([f"# Benchmark {folder.name}", *parts, pictures]).rstrip() + "\n"
+    write_text(folder / "report.md", text)
+    write_text(folder / "report.html", _page(folder.name, sections, plots))
+    return "\n\n".join(section.markdown() for section in sections)
+
+
+def _measured(results: Results, checked: BenchChecked) -> Section:
+    """Our own client's figures."""
     model = next((result["model_id"] for result in results.values()), "")
     facts = [
         f"Model `{model}` at `{checked.endpoint}` ({checked.slice}). Measured by this client;"
         " times in ms, definitions of `vllm bench serve`.",
-        f"{coverage_line(results)}.",
+        f"{coverage_line(results)}. {_prefix_cache(results)}",
         f"{_MARK} of fewer than 100 values: that of the slowest one or two, not a 99th percentile to rely on.",
     ]
-    table = _markdown(rows)
-    pictures = "\n".join(f"![{path.stem}](plots/{path.name})" for path in plots)
-    text = "\n\n".join([f"# Benchmark {folder.name}", *facts, table, pictures]).rstrip() + "\n"
-    write_text(folder / "report.md", text)
-    write_text(folder / "report.html", _page(folder.name, facts, rows, plots))
-    return table
+    rows = [_row(cell, result) for cell, result in results.items()]
+    return Section("", facts, _COLUMNS, rows, [result["state"] for result in results.values()])
+
+
+def _prefix_cache(results: Results) -> str:
+    """What is known of it over all cells that ran."""
+    ran = [result for result in results.values() if result.get("completed")]
+    known = [result for result in ran if result["prefix_cache_hit_tokens"] is not None]
+    if not known:
+        return "Prefix-cache hits: unknown, the server's /metrics does not count them." if ran else ""
+    hits, queries = (sum(result[f"prefix_cache_{what}_tokens"] for result in known) for what in ("hit", "query"))
+    if not queries:
+        return "Prefix-cache hits: none, the server looked nothing up (it has no prefix cache, or it is off)."
+    return f"Prefix-cache hits: {hits:,.0f} of {queries:,.0f} prompt tokens."
 
 
 def _row(cell: Cell, result: dict[str, Any]) -> list[str]:
-    first = [f"{cell.input_tokens:,}", f"{cell.output_tokens:,}", cell.load, result["state"]]
+    first = [*_asked(cell), result["state"]]
     if not result.get("completed"):
         return [*first, *["–"] * 8, result.get("reason", "")]
     throughputs = [_number(result[f"{name}_throughput"]) for name in ("output", "total_token")]
@@ -66,6 +126,10 @@ def _row(cell: Cell, result: dict[str, Any]) -> list[str]:
         _number(result["median_tpot_ms"]), _number(result["median_itl_ms"]), _number(result["median_e2el_ms"]),
         "; ".join(_notes(result)),
     ]  # fmt: skip
+
+
+def _asked(cell: Cell) -> list[str]:
+    return [f"{cell.input_tokens:,}", f"{cell.output_tokens:,}", cell.load]
 
 
 def _notes(result: dict[str, Any]) -> list[str]:
@@ -85,23 +149,43 @@ def _notes(result: dict[str, Any]) -> list[str]:
     return notes
 
 
+def _crossed(results: Results, compared: dict[str, Any]) -> Section:
+    """Both clients' figures, side by side."""
+    found = {cell: compared["cells"][cell.name] for cell in results if cell.name in compared["cells"]}
+    agree = sum(one["agrees"] for one in found.values())
+    more = f" {compared['not_run']} cells without a measurement of ours were left out." if compared["not_run"] else ""
+    facts = [
+        f"{agree} of {len(found)} cells agree.{more} Each figure is this client's / vLLM's = ratio. They agree within"
+        f" {THROUGHPUT_BOUND:.0%} of a throughput and {LATENCY_BOUND:.0%} of a median latency, or 5 ms of TTFT and E2EL"
+        " and 1 ms of TPOT and ITL, whichever is more."
+    ]
+    rows, states = [], []
+    for cell, one in found.items():
+        figures = [_both(one["figures"].get(key)) for key in _COMPARED.values()]
+        rows.append([*_asked(cell), *figures, verdict(one)])
+        states.append("ok" if one["agrees"] else "failed" if one["state"] == FAILED else "disagrees")
+    columns = ("in", "out", "load", *_COMPARED, "verdict")
+    return Section("Cross-check by `vllm bench serve`", facts, columns, rows, states)
+
+
+def _both(figure: dict[str, Any] | None) -> str:
+    if figure is None:
+        return "–"
+    return f"{_number(figure['ours'])} / {_number(figure['vllm'])} = {figure['ratio']:.2f}"
+
+
 def _number(value: float | None) -> str:
     if value is None:
         return "–"
     return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:,.1f}"
 
 
-def _markdown(rows: Sequence[Sequence[str]]) -> str:
-    align = ["---:", "---:", "---:", "---", *["---:"] * 8, "---"]
-    safe = [[text.replace("|", "\\|") for text in row] for row in rows]
-    return "\n".join(f"| {' | '.join(row)} |" for row in (_COLUMNS, align, *safe))
-
-
-def _page(name: str, facts: Sequence[str], rows: Sequence[Sequence[str]], plots: Sequence[Path]) -> str:
+def _page(name: str, sections: Sequence[Section], plots: Sequence[Path]) -> str:
     """Everything in one file: nothing is fetched."""
     import jinja2
 
     pictures = [(path.stem.replace("_", " "), base64.b64encode(path.read_bytes()).decode()) for path in plots]
-    template = jinja2.Environment(autoescape=True).from_string(Path(__file__).with_name("page.html").read_text("utf-8"))
-    plain = [fact.replace("`", "") for fact in facts]
-    return template.render(name=name, facts=plain, columns=_COLUMNS, rows=rows, pictures=pictures)
+    environment = jinja2.Environment(autoescape=True)
+    environment.filters["plain"] = lambda text: text.replace("`", "")
+    template = environment.from_string(Path(__file__).with_name("page.html").read_text("utf-8"))
+    return template.render(name=name, sections=sections, pictures=pictures)

@@ -5,9 +5,8 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Any
 from urllib.parse import urlsplit
 
 import yaml
@@ -16,7 +15,8 @@ from gemma4_tpu.architectures import ARCHITECTURES
 from gemma4_tpu.config.keys import did_you_mean
 from gemma4_tpu.config.limits import limit_problems
 from gemma4_tpu.config.problems import Problem
-from gemma4_tpu.config.schema import BenchConfig, BenchRoot
+from gemma4_tpu.config.schema import BenchConfig, BenchRoot, ServingConfig
+from gemma4_tpu.config.serve_checks import MERGED, name_of
 from gemma4_tpu.hardware import LOCAL, SLICES
 
 
@@ -30,6 +30,10 @@ class BenchChecked:
     """Where the server runs; `local`: nowhere that is known."""
     vocabulary: int | None
     """Token ids of the model; None: it isn't known."""
+    serving: ServingConfig | None
+    """How the server was started, by its record; None: there is no record."""
+    model: str | None
+    """The model's name on the server, as far as configuration and record say it."""
 
 
 def normalise_bench(root: BenchRoot) -> BenchRoot:
@@ -46,7 +50,7 @@ def _home(path: str | None) -> str | None:
 
 def examine_bench(root: BenchRoot) -> tuple[BenchChecked | None, list[Problem]]:
     """Everything that can be checked without asking the server."""
-    serving: dict[str, Any] = {}
+    serving: ServingConfig | None = None
     messages = [*limit_problems(root), *_cells(root.bench), *_names(root)]
     if root.served is not None:
         serving, refused = _record(root.served)
@@ -56,15 +60,21 @@ def examine_bench(root: BenchRoot) -> tuple[BenchChecked | None, list[Problem]]:
             for key, value, default in (("slice", root.slice, LOCAL), ("architecture", root.architecture, None))
             if value != default
         ]
-    endpoint = root.endpoint or (f"http://{_reached(serving['host'])}:{serving['port']}" if serving else "")
+    endpoint = root.endpoint or (f"http://{_reached(serving.host)}:{serving.port}" if serving else "")
     if not endpoint and root.served is None:
         messages.append("endpoint: which server? give endpoint=http://127.0.0.1:8000, or served=<record of serve>")
     elif endpoint and (urlsplit(endpoint).scheme not in ("http", "https") or not urlsplit(endpoint).netloc):
         messages.append(f"endpoint={root.endpoint}: not the address of a server; such as http://127.0.0.1:8000")
+    if root.bench.cross_check and (serving is None or serving.slice == LOCAL):
+        messages += [] if root.served and serving is None else [_no_container(root.served)]
     if messages:
         return None, [Problem(message) for message in messages]
-    vocabulary = ARCHITECTURES[root.architecture].vocab_size if root.architecture else _vocabulary(root.served)
-    return BenchChecked(endpoint, serving.get("slice", root.slice), vocabulary), []
+    run = _run(root.served) if root.served else None
+    vocabulary = ARCHITECTURES[root.architecture].vocab_size if root.architecture else _vocabulary(run)
+    model = root.bench.served_model_name
+    if model is None and serving is not None:
+        model = serving.served_model_name or (name_of(run) if run else None)
+    return BenchChecked(endpoint, serving.slice if serving else root.slice, vocabulary, serving, model), []
 
 
 def _cells(bench: BenchConfig) -> Iterator[str]:
@@ -102,24 +112,33 @@ def _names(root: BenchRoot) -> Iterator[str]:
         yield f"run_dir={root.run_dir}: the record of a benchmark is local"
 
 
-def _record(folder: str) -> tuple[dict[str, Any], list[str]]:
-    """`serving` of a server's record, or what is wrong with it."""
+def _record(folder: str) -> tuple[ServingConfig | None, list[str]]:
+    """`serving` of a server's record, or what is wrong with it. Keys of other versions are left out."""
     path = Path(folder, "config.yaml")
     try:
-        serving = yaml.safe_load(path.read_text(encoding="utf-8")).get("serving")
+        told = yaml.safe_load(path.read_text(encoding="utf-8")).get("serving")
     except (OSError, yaml.YAMLError, AttributeError):
-        serving = None
-    if not isinstance(serving, dict) or not {"slice", "host", "port"} <= serving.keys():
-        return {}, [f"served={folder}: not the record of a server (python -m gemma4_tpu.serve writes one)"]
-    return serving, []
+        told = None
+    if not isinstance(told, dict) or not {"slice", "host", "port"} <= told.keys():
+        return None, [f"served={folder}: not the record of a server (python -m gemma4_tpu.serve writes one)"]
+    known = {field.name for field in fields(ServingConfig)}
+    return ServingConfig(**{key: value for key, value in told.items() if key in known}), []
 
 
-def _vocabulary(served: str | None) -> int | None:
-    """Of the model that a server's record names, where it lies on this machine."""
-    if served is None:
-        return None
-    run = Path(str(yaml.safe_load(Path(served, "config.yaml").read_text(encoding="utf-8")).get("run") or ""))
-    for path in (run / "config.json", run / "merged" / "config.json"):
+def _no_container(served: str | None) -> str:
+    told = "the server of served= runs without a container" if served else "give served=<record of serve>"
+    return f"bench.cross_check=true: runs vLLM's own client in the server's container; {told}"
+
+
+def _run(served: str) -> Path | None:
+    """The folder that a server's record says it serves."""
+    run = yaml.safe_load(Path(served, "config.yaml").read_text(encoding="utf-8")).get("run")
+    return Path(str(run)) if run else None
+
+
+def _vocabulary(run: Path | None) -> int | None:
+    """Of the model in a folder, where it lies on this machine."""
+    for path in (run / "config.json", run / MERGED / "config.json") if run else ():
         if path.is_file():
             config = json.loads(path.read_text(encoding="utf-8"))
             return config.get("text_config", config).get("vocab_size")

@@ -63,6 +63,12 @@ class ServeChecked:
     """To report; nothing was changed."""
 
 
+def name_of(model: Path) -> str:
+    """What clients ask for where `served_model_name` is null: the folder's name, for `<run>/merged` the run's."""
+    folder = model.absolute()
+    return folder.parent.name if folder.name == MERGED and is_run(folder.parent) else folder.name
+
+
 def normalise_serve(root: ServeRoot) -> ServeRoot:
     """One spelling: `~` expanded, no slash at the end, flags with dashes and without those in front."""
     serving = root.serving

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from gemma4_tpu.config.schema import ServingConfig
-from gemma4_tpu.config.serve_checks import HANDED_ON, MERGED, ServeChecked
+from gemma4_tpu.config.serve_checks import HANDED_ON, ServeChecked, name_of
 from gemma4_tpu.hardware import SLICES
 
 MODEL_MOUNT, CACHE_MOUNT = "/model", "/cache"
@@ -25,9 +25,7 @@ def container_name(serving: ServingConfig) -> str:
 
 def model_name(serving: ServingConfig, checked: ServeChecked) -> str:
     """What clients ask for."""
-    if serving.served_model_name:
-        return serving.served_model_name
-    return checked.run.absolute().name if checked.run and checked.model.name == MERGED else checked.model.name
+    return serving.served_model_name or name_of(checked.model)
 
 
 def cache_folder(serving: ServingConfig) -> Path | None:

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import json
+import os
 import shlex
 import shutil
 import subprocess
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from gemma4_tpu.errors import UserError
 from gemma4_tpu.tracking.redact import redact
 
 STDERR = 2
+CLIENT_KEY = "OPENAI_API_KEY"
+"""Environment variable of clients; vLLM's own knows it too."""
 ANSWER_SECONDS = 120.0
 """For commands that should answer at once."""
 _REMEDIES = (
@@ -21,6 +25,7 @@ _REMEDIES = (
      " serving.engine='sudo --preserve-env=HF_TOKEN docker'"),
     ("is already in use by container", "a server is there already, or was left by one that was killed; stop it with"
      " docker rm -f {name}, or give another serving.port"),
+    ("no such container", "no server of that port runs on this machine; python -m gemma4_tpu.serve starts one"),
     ("could not select device driver", "GPUs reach containers through NVIDIA's container toolkit; install it"),
     ("manifest unknown", "no such image; look for its tags and give serving.image=<name>:<version>"),
     ("not found", "no such image; look for its tags and give serving.image=<name>:<version>"),
@@ -39,6 +44,11 @@ class State:
     exit_code: int
     out_of_memory: bool
     """The kernel killed it for host memory (not HBM)."""
+
+
+def exec_words(container: str, words: Sequence[str]) -> list[str]:
+    """What follows the engine's name for a command in a running container; secrets are handed on by name."""
+    return ["exec", *(["--env", CLIENT_KEY] if os.environ.get(CLIENT_KEY) else []), container, *words]
 
 
 class Engine:
@@ -92,6 +102,28 @@ class Engine:
         """Whether the container runs, and how it ended."""
         told = json.loads(self._ask("inspect", "--format", "{{json .State}}", container))
         return State(bool(told["Running"]), int(told["ExitCode"]), bool(told.get("OOMKilled")))
+
+    def execute(self, container: str, words: Sequence[str], output: Path) -> int:
+        """Runs a command in the container and appends what it prints to a file; returns its exit code.
+
+        What ends this process does not end the command, which belongs to the container.
+        """
+        with open(output, "ab") as file:
+            process = subprocess.Popen(
+                [*self._words, *exec_words(container, words)], stdin=subprocess.DEVNULL, stdout=file,
+                stderr=subprocess.STDOUT, start_new_session=True,
+            )  # fmt: skip
+            try:
+                return process.wait()
+            except BaseException:
+                process.kill()
+                process.wait()
+                raise
+
+    def ask_inside(self, container: str, words: Sequence[str]) -> str | None:
+        """What a short command in the container prints; None: it failed."""
+        done = self._call(*exec_words(container, words))
+        return None if done.returncode else done.stdout
 
     def stop(self, container: str, seconds: int) -> None:
         """Asks the container to end, and kills it after so many seconds."""

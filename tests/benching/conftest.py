@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from gemma4_tpu.bench import main
+from tests.serving.conftest import docker, merged, port  # noqa: F401  (fixtures)
 
 SERVER = Path(__file__).with_name("scripted_server.py")
 

@@ -4,16 +4,21 @@ server. Run as `docker`; its folder is FAKE_DOCKER.
 `scenario.json`: `image`: false (it has to be pulled), `pull_error`; `run_error`; `lines`: [[seconds, line], …] that the
 container prints before it listens; `exit`: the code it ends with instead of listening; `hang`: neither; `deaf`: it
 ignores SIGTERM; `answer`: the next token that each prompt is answered with, by its first token; `dies`: exit code some
-time after it has answered. Like vLLM it ends on flags that it does not know and on a model that is not mounted.
+time after it has answered; `bench`: how `vllm bench serve` in it goes: `exit` and `line`, `fails` (every n-th request),
+`sleep_seconds`. Like vLLM it ends on flags that it does not know and on a model that is not mounted.
 """
 
+import http.client
+import itertools
 import json
 import os
 import signal
+import statistics
 import subprocess
 import sys
 import threading
 import time
+import urllib.parse
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
@@ -47,6 +52,8 @@ def main() -> None:
     words = sys.argv[1:]
     if words[0] == "_container":
         return container(place(words[1]))
+    if words[0] == "_vllm":
+        return bench(words[1:])
     with (FOLDER / "calls.jsonl").open("a") as calls:
         calls.write(json.dumps(words) + "\n")
     if scenario().get("daemon") is False:
@@ -68,6 +75,10 @@ def main() -> None:
             follow(place(name))
         case ["inspect", "--format", "{{json .State}}", name]:
             print(json.dumps(state(place(name))))
+        case ["exec", "--env", name, container_name, *rest] if name in os.environ:
+            inside(place(container_name), rest)
+        case ["exec", container_name, *rest]:
+            inside(place(container_name), rest)
         case ["stop", "-t", seconds, name]:
             end(place(name), float(seconds))
         case ["rm", "--force", "--volumes", name]:
@@ -114,6 +125,18 @@ def run(words: list[str]) -> None:
     command = [sys.executable, "-S", "-E", __file__, "_container", own]
     process = subprocess.Popen(command, start_new_session=True, stdin=null, stdout=null, stderr=null)
     (folder / "pid").write_text(str(process.pid))
+
+
+def inside(folder: Path, words: list[str]) -> None:
+    """Runs a command with the container's own `vllm` and its own /tmp."""
+    program = folder / "bin" / "vllm"
+    program.parent.mkdir(exist_ok=True)
+    program.write_text(f'#!/bin/sh\nexec {sys.executable} -S -E {__file__} _vllm "$@"\n')
+    program.chmod(0o755)
+    os.environ["PATH"] = f"{program.parent}{os.pathsep}{os.environ['PATH']}"
+    os.environ["FAKE_MOUNTS"] = json.dumps(json.loads((folder / "about.json").read_text())["mounts"])
+    words = [word.replace("/tmp/", f"{folder}/tmp-", 1) if word.startswith("/tmp/") else word for word in words]
+    sys.exit(subprocess.run(words, check=False, start_new_session=True).returncode)
 
 
 def alive(folder: Path) -> bool:
@@ -198,8 +221,23 @@ def container(folder: Path) -> None:
             asked = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
             if "seed" in asked:
                 return self.reply(400, {"error": "per-request seed is not supported on TPU"})
+            if asked.get("stream"):
+                return self.stream(asked["max_tokens"])
             token = answers.get(str(asked["prompt"][0]), 0)
             self.reply(200, {"choices": [{"text": "x", "logprobs": {"tokens": [f"token_id:{token}"]}}]})
+
+        def stream(self, tokens):
+            self.send_response(200)
+            self.end_headers()
+            for number in range(tokens):
+                time.sleep(0.01)
+                choice = {"text": " x", "finish_reason": "length" if number + 1 == tokens else None}
+                self.event({"choices": [choice]})
+            self.event({"choices": [], "usage": {"completion_tokens": tokens}})
+            self.event("[DONE]")
+
+        def event(self, data):
+            self.wfile.write(f"data: {data if isinstance(data, str) else json.dumps(data)}\n\n".encode())
 
         def reply(self, status, body):
             data = json.dumps(body).encode()
@@ -217,6 +255,76 @@ def container(folder: Path) -> None:
     if (code := play.get("dies")) is not None:
         threading.Timer(play.get("dies_after", 1.0), lambda: (say("RuntimeError: engine died"), leave(code))).start()
     server.serve_forever()
+
+
+BENCH_FLAGS = {  # those of `vllm bench serve` that are taken here, and whether they have a value
+    **dict.fromkeys(("ignore-eos", "disable-tqdm", "save-result", "save-detailed"), False),
+    **dict.fromkeys(("backend", "base-url", "model", "served-model-name", "dataset-name", "random-input-len",
+                     "random-output-len", "num-prompts", "num-warmups", "seed", "temperature", "percentile-metrics",
+                     "metric-percentiles", "result-dir", "result-filename", "max-concurrency", "request-rate",
+                     "burstiness"), True),
+}  # fmt: skip
+
+
+def bench(words: list[str]) -> None:
+    """`vllm bench serve`: requests as asked for, and figures as it writes them; exit code 0 whatever fails."""
+    play, flags = scenario().get("bench", {}), {}
+    if words[:2] != ["bench", "serve"]:
+        fail(f"vllm: error: invalid choice: {words}", 2)
+    for word in (rest := iter(words[2:])):
+        if word.removeprefix("--") not in BENCH_FLAGS:
+            fail(f"vllm: error: unrecognized arguments: {word}", 2)
+        flags[word.removeprefix("--")] = next(rest) if BENCH_FLAGS[word.removeprefix("--")] else True
+    if not os.path.isfile(json.loads(os.environ["FAKE_MOUNTS"]).get(flags["model"], "/nowhere") + "/config.json"):
+        fail(f"OSError: {flags['model']} is not a local folder")
+    time.sleep(play.get("sleep_seconds", 0))
+    if "exit" in play:
+        fail(play["line"], play["exit"])
+    count, rate = int(flags["num-prompts"]), float(flags.get("request-rate", "inf"))
+    users = threading.Semaphore(int(flags.get("max-concurrency", count)))
+    outputs, started = [None] * count, time.perf_counter()
+    threads = [threading.Thread(target=one, args=(flags, number, users, outputs, play)) for number in range(count)]
+    for number, thread in enumerate(threads):
+        time.sleep(max(0.0, started + number / rate - time.perf_counter()))
+        thread.start()
+    for thread in threads:
+        thread.join()
+    Path(flags["result-dir"], flags["result-filename"]).write_text(json.dumps(figures(flags, outputs, started)))
+
+
+def one(flags: dict, number: int, users: threading.Semaphore, outputs: list, play: dict) -> None:
+    """One request: seconds from sending to each chunk, or why it failed."""
+    with users:
+        sent = time.perf_counter()
+        if play.get("fails") and number % play["fails"] == play["fails"] - 1:
+            outputs[number] = "Traceback (most recent call last):\nConnectionResetError: [Errno 104] reset by peer"
+            return
+        body = {"model": flags["served-model-name"], "prompt": "x", "stream": True,
+                "max_tokens": int(flags["random-output-len"])}  # fmt: skip
+        connection = http.client.HTTPConnection(urllib.parse.urlsplit(flags["base-url"]).netloc)
+        connection.request("POST", "/v1/completions", json.dumps(body))
+        chunks = (line for line in connection.getresponse() if line.startswith(b'data: {"choices": [{'))
+        outputs[number] = [time.perf_counter() - sent for _ in chunks]
+
+
+def figures(flags: dict, outputs: list, started: float) -> dict:
+    seconds, wanted = time.perf_counter() - started, int(flags["random-output-len"])
+    done = [times for times in outputs if isinstance(times, list)]
+    values = {
+        "ttft": [times[0] for times in done], "e2el": [times[-1] for times in done],
+        "tpot": [(times[-1] - times[0]) / (wanted - 1) for times in done],
+        "itl": [b - a for times in done for a, b in itertools.pairwise(times)],
+    }  # fmt: skip
+    tokens_in, tokens_out = len(done) * int(flags["random-input-len"]), len(done) * wanted
+    return {
+        "backend": flags["backend"], "num_prompts": len(outputs), "completed": len(done),
+        "failed": len(outputs) - len(done), "duration": seconds, "total_input_tokens": tokens_in,
+        "total_output_tokens": tokens_out, "request_throughput": len(done) / seconds,
+        "output_throughput": tokens_out / seconds, "total_token_throughput": (tokens_in + tokens_out) / seconds,
+        "errors": [times if isinstance(times, str) else "" for times in outputs],
+        "generated_texts": ["x"] * len(outputs),
+        **{f"median_{name}_ms": 1000 * statistics.median(found or [0]) for name, found in values.items()},
+    }  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -1,0 +1,183 @@
+"""`vllm bench serve` in a played container, beside our own client: same cells, ratios, causes, failures."""
+
+import json
+import os
+import signal
+import threading
+import time
+
+import pytest
+import yaml
+
+from gemma4_tpu.bench import main
+from gemma4_tpu.benching.cross_check import compare, verdict
+from gemma4_tpu.config.schema import ServeRoot
+from gemma4_tpu.config.serve_checks import examine_serve
+from gemma4_tpu.serving.command import container_name, run_words
+from gemma4_tpu.serving.engine import Engine
+from tests.benching.conftest import cell
+
+FEW = ["bench=vllm", "bench.requests=6", "bench.warmup_requests=0"]
+CELLS = [*FEW, "bench.lengths=[[16,6]]", "bench.rates=[20,inf]"]
+
+
+@pytest.fixture
+def record(docker, merged, port, tmp_path):
+    """A server in a played container that answers, and the record that `serve` keeps of it."""
+    root = ServeRoot(run=str(merged("gemma4_e2b")))
+    serving = root.serving
+    serving.image, serving.slice, serving.port = "vllm/vllm-tpu:v0.32.0", "v6e-1", port
+    checked, problems = examine_serve(root)
+    assert not problems
+    engine = Engine("docker")
+    serving.compile_cache = None
+    container = engine.run(run_words(serving, checked), container_name(serving))
+    folder = tmp_path / "record"
+    folder.mkdir()
+    told = {"serving": {"slice": "v6e-1", "host": "127.0.0.1", "port": port}, "run": root.run}
+    (folder / "config.yaml").write_text(yaml.safe_dump(told))
+    while "startup complete" not in (docker.folder / "containers" / container / "log").read_text():
+        time.sleep(0.02)
+    yield folder
+    if docker.containers:
+        engine.remove(container)
+
+
+def comparison(folder):
+    return json.loads((folder / "cross_check" / "comparison.json").read_text())
+
+
+def test_both_clients_see_the_same_server(record, bench, docker, port, monkeypatch):
+    monkeypatch.setenv("OPENAI_API_KEY", "s3cret-of-the-client")
+    code, folder, out, _ = bench(None, f"served={record}", *CELLS, "bench.arrivals=fixed")
+    assert code == 0
+    told = comparison(folder)["cells"]
+    assert list(told) == ["in16_out6_rate20", "in16_out6_rateinf"]
+    figures = told["in16_out6_rate20"]["figures"]
+    assert figures["median_tpot_ms"]["ratio"] == pytest.approx(1, abs=0.25)  # chunks come every 10 ms for both
+    ours, theirs = cell(folder, "in16_out6_rate20"), json.loads(
+        (folder / "cross_check" / "in16_out6_rate20.json").read_text()
+    )  # fmt: skip
+    for key, figure in figures.items():
+        assert (figure["ours"], figure["vllm"]) == (ours[key], theirs[key])
+        assert figure["ratio"] == ours[key] / theirs[key]
+    assert theirs["completed"] == 6 and "generated_texts" not in theirs
+    report, page = (folder / "report.md").read_text(), (folder / "report.html").read_text()
+    assert "## Cross-check by `vllm bench serve`" in report and out.split("\n\n")[1].splitlines()[2] in report
+    assert page.count("<table>") == 2
+    commands = [call for call in docker.calls if call[0] == "exec" and "vllm" in call]
+    assert len(commands) == 2
+    assert commands[0][:4] == ["exec", "--env", "OPENAI_API_KEY", f"gemma4-serve-{port}"]
+    flags = commands[0][commands[0].index("serve") + 1 :]
+    assert flags[flags.index("--request-rate") + 1] == "20.0" and flags[flags.index("--burstiness") + 1] == "1000000.0"
+    assert "--request-rate" not in commands[1]
+    assert "s3cret" not in json.dumps(docker.calls)
+    assert not list(docker.containers[0].glob("tmp-*"))  # nothing stays in the container
+
+    count = len(docker.calls)
+    assert bench(None, f"served={record}", *CELLS, "bench.arrivals=fixed")[0] == 0
+    assert not any("vllm" in call for call in docker.calls[count:])  # what is there is not run again
+
+
+def test_users_and_failures_that_run_again(record, bench, docker):
+    words = [f"served={record}", *FEW, "bench.lengths=[[16,4]]", "bench.rates=[]", "bench.users=[2]"]
+    docker.play(bench={"exit": 1, "line": "ValueError: the tokenizer is broken"})
+    code, folder, out, _ = bench(None, *words)
+    assert code == 1 and "vLLM's client failed: exit code 1: ValueError: the tokenizer is broken" in out
+    assert json.loads((folder / "result.json").read_text())["cross_check"]["failed"] == ["in16_out4_users2"]
+    docker.play(bench={"fails": 3})
+    code, _, out, _ = bench(None, *words)
+    assert code == 1 and "vLLM's client failed: 4 of 12 requests: ConnectionResetError" in out
+    docker.play()
+    assert bench(None, *words)[0] == 0
+    asked = [call for call in docker.calls if call[0] == "exec" and "vllm" in call]
+    assert [call[call.index("--max-concurrency") + 1] for call in asked] == ["2"] * 3
+    assert [call[call.index("--num-prompts") + 1] for call in asked] == ["12"] * 3
+    assert len({call[call.index("--seed") + 1] for call in asked}) == 3  # other prompts each time
+
+
+def test_one_that_is_interrupted_leaves_no_client_behind(record, bench, docker):
+    docker.play(bench={"sleep_seconds": 60})
+    pids = []
+
+    def interrupt():
+        until = time.monotonic() + 30
+        while not pids and time.monotonic() < until:
+            for path in docker.folder.glob("containers/*/tmp-gemma4-bench/pid"):
+                pids.extend(map(int, path.read_text().split()))
+            time.sleep(0.02)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    watcher = threading.Thread(target=interrupt)
+    watcher.start()
+    code, folder, _, err = bench(None, f"served={record}", *CELLS)
+    watcher.join()
+    assert code == 130 and f"run_dir={folder}" in err
+    until = time.monotonic() + 10
+    while is_alive(pids[0]):
+        assert time.monotonic() < until
+        time.sleep(0.02)
+    assert not list(docker.containers[0].glob("tmp-*"))
+
+
+def is_alive(pid):
+    try:
+        with open(f"/proc/{pid}/stat") as stat:
+            return stat.read().rsplit(")", 1)[1].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+def test_without_a_container(bench, docker, tmp_path):
+    folder = tmp_path / "record"
+    folder.mkdir()
+    told = {"serving": {"slice": "v6e-1", "host": "127.0.0.1", "port": 8765, "engine": "docker"}, "run": "m"}
+    (folder / "config.yaml").write_text(yaml.safe_dump(told))
+    code, _, _, err = bench(None, f"served={folder}", *CELLS)
+    assert code == 2 and "No such container: gemma4-serve-8765" in err and "no server of that port runs" in err
+    told["serving"]["slice"] = "local"
+    (folder / "config.yaml").write_text(yaml.safe_dump(told))
+    assert main([f"served={folder}", *CELLS]) == 2
+    assert main(["endpoint=http://127.0.0.1:1", *CELLS]) == 2
+
+
+def test_the_commands_can_be_seen_before(docker, tmp_path, capsys):
+    (tmp_path / "config.yaml").write_text(
+        yaml.safe_dump({"serving": {"slice": "v6e-8", "host": "0.0.0.0", "port": 8765}, "run": "outputs/train/a"})
+    )
+    assert main([f"served={tmp_path}", "bench=vllm", "dry_run=true"]) == 0
+    out = capsys.readouterr().out
+    assert out.count("docker exec gemma4-serve-8765 sh -c") == 3
+    assert "# 1,024 in, 128 out, 8 requests/s: 100 requests" in out
+    assert "--served-model-name a " in out and "--base-url http://127.0.0.1:8765 " in out
+    assert docker.calls == []
+
+
+FIGURES = {
+    "state": "ok", "completed": 200, "request_throughput": 10.0, "output_throughput": 1000.0,
+    "total_token_throughput": 9000.0, "median_ttft_ms": 100.0, "median_tpot_ms": 20.0, "median_itl_ms": 20.0,
+    "median_e2el_ms": 2000.0, "total_input_tokens": 200_000, "total_output_tokens": 25_600,
+    "prefix_cache_hit_tokens": 0.0, "prefix_cache_query_tokens": 200_000.0, "median_sending_lag_ms": 0.5,
+    "chunks_per_token": 1.0,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("ours", "theirs", "told"),
+    [
+        ({"output_throughput": 1099.0, "median_ttft_ms": 124.0}, {}, "agrees"),
+        ({"median_ttft_ms": 14.0}, {"median_ttft_ms": 9.5}, "agrees"),  # a client's own milliseconds
+        ({"median_tpot_ms": None}, {}, "agrees"),  # answers of one token
+        ({"output_throughput": 1101.0}, {}, "disagrees (output_throughput 1.10): none that is known of"),
+        ({"completed": 30, "median_ttft_ms": 126.0}, {"completed": 30}, "chance: 30 requests each"),
+        ({"median_ttft_ms": 130.0}, {"prefix_cache_hit_tokens": 80_000.0}, "0% and 40% of prompt tokens from the"),
+        ({"median_ttft_ms": 130.0, "median_sending_lag_ms": 80.0}, {}, "this client sent 80 ms late"),
+        ({"median_itl_ms": 60.0, "chunks_per_token": 0.33}, {}, "0.33 chunks per token"),
+        (
+            {"median_e2el_ms": 2600.0, "total_output_tokens": 33_000}, {},
+            "answers of 33,000 tokens here, 25,600 there",
+        ),
+    ],
+)  # fmt: skip
+def test_disagreement_is_told_with_its_likely_cause(ours, theirs, told):
+    assert told in verdict(compare(FIGURES | ours, FIGURES | theirs))
