@@ -68,7 +68,8 @@ def plan_rows(result: PlanResult) -> list[tuple[str, str]]:
     rows.append(
         ("Fits", f"yes: {format_bytes(used)} of {format_bytes(limit)} HBM per chip ({1 - used / limit:.0%} free)")
     )
-    rows += [(f"  {_MEANING[kind]}", format_bytes(size)) for kind, size in result.hbm_parts_bytes_per_chip.items()]
+    parts = result.hbm_parts_bytes_per_chip.items()  # of an earlier version, some may have other names
+    rows += [(f"  {_MEANING.get(kind, kind)}", format_bytes(size)) for kind, size in parts]
     return rows + _work(result) + _money(result)
 
 

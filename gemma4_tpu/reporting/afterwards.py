@@ -85,7 +85,7 @@ def merge(records: Records, page: Path) -> Iterator[str]:
         yield from table(["", "figure", "by"], rows)
         yield from pictures([folder / "plots" / "deltas.png"], page)
         if (folder / "deltas.md").is_file():
-            yield from [f"{_MEASURED}:", "", *included(folder / "deltas.md", page, 2), ""]
+            yield from [f"What the merge added, {_MEASURED}:", "", *included(folder / "deltas.md", page, 2), ""]
 
 
 def _status(found: Mapping[str, Any]) -> str:

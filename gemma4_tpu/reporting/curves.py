@@ -84,8 +84,8 @@ def _draw(
         if len(lines) == 1 and curve.key == "loss":
             _add_heldout(axes, runs[0])
         axes.set_xlabel("update")
-        axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=6))
-        axes.yaxis.set_major_locator(MaxNLocator(nbins=6))
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=6, steps=[1, 2, 2.5, 5, 10]))
+        axes.yaxis.set_major_locator(MaxNLocator(nbins=6, steps=[1, 2, 2.5, 5, 10]))
         if curve.key != "heldout_loss":
             axes.set_ylim(bottom=0)
         if curve.key == "learning_rate":

@@ -119,7 +119,7 @@ def _scored(records: Records) -> Iterator[tuple[str, str, str]]:
     for folder, outcome in afterwards.outcomes_of(records):
         score = outcome.scores()["strict"]["all"][0]
         name = f"pass@{score.k} on {plain(outcome.benchmark)}, {plain(outcome.name)}"
-        yield name, f"{score.value:.3f} [{score.low:.3f}, {score.high:.3f}]", f"{_MEASURED} {plain(folder.name)}"
+        yield name, f"{score.value:.3f} [{score.low:.3f}, {score.high:.3f}]", f"{_MEASURED} in {plain(folder.name)}"
 
 
 def _side_by_side(several: Sequence[Records], page: Path, folder: Path) -> Iterator[str]:

@@ -114,8 +114,8 @@ def _data(records: Records) -> Iterator[str]:
     heads = ["", "examples", "real tokens", "with loss", "mean length", "99% are below", "longest"]
     yield from table(heads, rows, "lrrrrrr")
     dropped = data.get("train", {}).get("dropped") or {}
-    told = ", ".join(f"{plain(reason)} {count:,}" for reason, count in dropped.items()) or "none"
-    yield from [f"{_MEASURED} when the data was read. Rows dropped: {told}.", ""]
+    reasons = [f"{drop['count']:,} {code(reason)} ({plain(drop['meaning'])})" for reason, drop in dropped.items()]
+    yield from [f"{_MEASURED} when the data was read. Rows dropped: {'; '.join(reasons) or 'none'}.", ""]
 
 
 def _number(value: Any) -> str:
