@@ -10,12 +10,16 @@ PIP    := $(BIN)/python -m pip --disable-pip-version-check --quiet
 # The locks are complete and carry hashes, so dependencies of dependencies are already in them.
 LOCKED := $(PIP) install --require-hashes --no-deps
 
-.PHONY: train test check coverage lock setup setup-dev setup-tpu simulator shellcheck clean
+.PHONY: train test check coverage demo lock setup setup-dev setup-tpu simulator shellcheck browser clean
 
 train: setup
 	$(BIN)/python -m gemma4_tpu.train $(ARGS)
 
-test: setup-dev simulator shellcheck
+# The whole path on this CPU: train, merge, evaluate, serve, benchmark, report; ARGS are the training's.
+demo: setup-dev simulator
+	PYTHON=$(BIN)/python launch/demo.sh $(ARGS)
+
+test: setup-dev simulator shellcheck browser
 	$(BIN)/python -m pytest $(ARGS)
 
 # What CI and the pre-commit hook run first: style, types, spelling; links, floors and pages of docs/.
@@ -28,7 +32,7 @@ check: setup-dev
 	  tests/house/test_configuration.py::test_the_page_is_what_the_schema_says
 
 # Lines that the tests reach, in child processes too; fails under 85%. Not part of `make test`: it is slower.
-coverage: setup-dev simulator shellcheck
+coverage: setup-dev simulator shellcheck browser
 	$(BIN)/coverage erase
 	COVERAGE_PROCESS_START=pyproject.toml $(BIN)/coverage run -m pytest $(ARGS)
 	$(BIN)/coverage combine --quiet
@@ -77,6 +81,16 @@ shellcheck:
 	    apt-get -qq update && apt-get -qq install -y shellcheck || echo "shellcheck could not be installed"; \
 	  else \
 	    echo "shellcheck is missing; install it: sudo apt-get install shellcheck  (macOS: brew install shellcheck)"; \
+	  fi; }
+
+# Tests open reports in it; without one they say what they skip.
+browser:
+	@command -v chromium > /dev/null || command -v google-chrome > /dev/null || { \
+	  if [ "$$(id -u)" = 0 ] && command -v apt-get > /dev/null; then \
+	    apt-get -qq update && apt-get -qq install -y --no-install-recommends chromium > /dev/null \
+	      || echo "chromium could not be installed"; \
+	  else \
+	    echo "chromium is missing; install it: sudo apt-get install chromium  (macOS: brew install --cask chromium)"; \
 	  fi; }
 
 # Pins stay as they are unless pyproject.toml forbids them; ARGS=--upgrade takes the newest that it allows.

@@ -48,5 +48,6 @@ say "evaluate: the server's answers"
 "$python" -m gemma4_tpu.evaluate "eval.endpoint=http://127.0.0.1:$port/v1" "run_dir=$run/evaluations/served"
 stop_server
 
-say "report"
+say "report: everything on one page"
+"$python" -m gemma4_tpu.report "run=$run"
 say "done"

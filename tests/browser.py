@@ -13,7 +13,7 @@ from pathlib import Path
 
 import aiohttp
 
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
 START_SECONDS, ANSWER_SECONDS = 60, 60
 FLAGS = [
     "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
@@ -131,5 +131,7 @@ class Tab:
         return said
 
     def _requested(self) -> list[str]:
-        urls = [told["params"]["request"]["url"] for told in self._told if told["method"] == "Network.requestWillBeSent"]
+        urls = [
+            told["params"]["request"]["url"] for told in self._told if told["method"] == "Network.requestWillBeSent"
+        ]
         return [url for url in urls if not url.startswith("data:")]

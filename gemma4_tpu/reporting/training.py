@@ -18,6 +18,8 @@ from gemma4_tpu.tracking.progress import format_seconds
 from gemma4_tpu.tracking.result import Result
 
 _MEASURED, _ESTIMATED = BY["measured"], BY["estimated"]
+_THEIR_OWN = ("run_dir", "name", "replay")
+"""Keys in which runs differ that are alike."""
 Fact = tuple[str, str, str]
 """(what, figure, who says so)"""
 
@@ -170,15 +172,18 @@ def _listed(values: dict[str, Any]) -> str:
 
 
 def differences(several: Sequence[Records]) -> list[list[str]]:
-    """A row for each key of the configuration in which runs differ: key, then its value in each run."""
+    """A row for each key of the configuration in which runs differ: key, then its value in each run.
+
+    Keys that only some of them have (they come from another version) are left out.
+    """
     flat = [dict(_leaves(config_of(records.run.path))) for records in several]
-    keys = list(dict.fromkeys(key for config in flat for key in config))
-    skipped = ("run_dir", "name", "replay")
     rows = []
-    for key in keys:
-        values = [config.get(key) for config in flat]
-        if key not in skipped and any(value != values[0] for value in values[1:]):
-            rows.append([code(key), *(plain(value) for value in values)])
+    for key in flat[0]:
+        if key in _THEIR_OWN or not all(key in config for config in flat):
+            continue
+        values = [config[key] for config in flat]
+        if any(value != values[0] for value in values[1:]):
+            rows.append([code(key), *(plain("null" if value is None else value) for value in values)])
     return rows
 
 
