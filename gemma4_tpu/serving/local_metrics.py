@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from typing import Any
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
@@ -17,13 +18,16 @@ class Metrics:
     def __init__(self, model: str):
         self._registry = CollectorRegistry()
         self._model = model
-        options = {"labelnames": ["model_name"], "registry": self._registry}
+        options: dict[str, Any] = {"labelnames": ["model_name"], "registry": self._registry}
         self._running = Gauge("vllm:num_requests_running", "Answers under way.", **options).labels(model)
         self._waiting = Gauge("vllm:num_requests_waiting", "Requests that wait for their turn.", **options).labels(
             model
         )
         self._prompt = Counter("vllm:prompt_tokens", "Prompt tokens read.", **options).labels(model)
         self._generated = Counter("vllm:generation_tokens", "Tokens generated.", **options).labels(model)
+        for kind, told in (("queries", "looked up in"), ("hits", "found in")):
+            # There is no prefix cache: both stay at 0, as those of a vLLM whose cache is off.
+            Counter(f"vllm:prefix_cache_{kind}", f"Prompt tokens {told} the prefix cache.", **options).labels(model)
         self._ended = Counter(
             "vllm:request_success", "Answers ended, by reason.", ["model_name", "finished_reason"],
             registry=self._registry,

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections import Counter
 
 import httpx
 import openai
@@ -14,6 +15,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from benchmarks.serving_load import drive
 from tests.serving import TINY, free_port
 
 LONGEST = 320  # the tiny model's window is 128 tokens
@@ -205,8 +207,12 @@ def test_health_and_metrics_count(url, client):
 
 
 def counted(url):
-    lines = httpx.get(f"{url}/metrics").text.splitlines()
-    return {line.split("{")[0]: float(line.split()[-1]) for line in lines if "{" in line}
+    """Each metric's name and value; those with several labels are summed."""
+    found = Counter()
+    for line in httpx.get(f"{url}/metrics").text.splitlines():
+        if "{" in line:
+            found[line.split("{")[0]] += float(line.split()[-1])
+    return found
 
 
 def test_a_client_that_leaves_ends_its_answer(url):
@@ -221,6 +227,20 @@ def test_a_client_that_leaves_ends_its_answer(url):
         assert time.monotonic() < deadline, "still at it"
         time.sleep(0.05)
     assert counted(url)["vllm:generation_tokens_total"] - before < 40 * (LONGEST - 1)  # of twice as many
+
+
+def test_many_users_at_once_and_nothing_of_them_stays(server):
+    """A short form of benchmarks/serving_load.py: too short to tell a leak of memory from a pool that fills."""
+    process, url = server
+    before = counted(url)
+    load = drive(url, process.pid, users=24, seconds=4, growth_mib=500)
+    assert load.leaks == []
+    assert load.ended["failed"] == 0, load.failures
+    assert load.ended["completed"] > 24 and load.ended["left"] and load.ended["refused"]
+    after = counted(url)
+    ended = after["vllm:request_success_total"] - before["vllm:request_success_total"]
+    assert ended == load.ended["completed"] + load.ended["left"]
+    assert {after[f"vllm:prefix_cache_{kind}_total"] for kind in ("hits", "queries")} == {0}  # there is none
 
 
 def test_sigterm_ends_streams_and_server_within_seconds(server):  # the last one: it ends the module's server
