@@ -72,7 +72,8 @@ _TABLE = ("| key | type | default | meaning |", "|---|---|---|---|")
 def _group(name: str) -> list[str]:
     """One config group: who takes it, its options, its keys."""
     takers = [entry for entry in COMMANDS.values() if name in groups_of(entry)]
-    schema = field_types(takers[0].schema).get(name)
+    takes: type = takers[0].schema
+    schema = field_types(takes).get(name)
     lines = ["", f"### {name}", ""]
     if schema is not None:
         lines += [_cell(" ".join((schema.__doc__ or "").split())), ""]
@@ -110,8 +111,8 @@ def _base(item: Any) -> str:
 def _flat(content: DictConfig, prefix: str = "") -> Iterator[tuple[str, str]]:
     """(dotted key, value as on a command line) of a YAML file, `${…}` as it stands there."""
     for key in content:
-        name = f"{prefix}{key}"
-        value = content._get_node(key)
+        name = f"{prefix}{key!s}"
+        value: Any = content._get_node(key)
         if isinstance(value, DictConfig) and not value._is_interpolation() and len(value) and prefix.count(".") < 2:
             yield from _flat(value, f"{name}.")
         elif isinstance(value, DictConfig | ListConfig):
@@ -122,16 +123,17 @@ def _flat(content: DictConfig, prefix: str = "") -> Iterator[tuple[str, str]]:
 
 def _own_keys(entry: EntryPoint) -> list[str]:
     """The keys of one command that belong to no group, and its short names."""
+    schema: type = entry.schema
     lines = [f"### {entry.name} keys", "", f"`{entry.command}`: {_cell(entry.summary)}", ""]
-    inherited = entry.schema is not TrainRoot and issubclass(entry.schema, TrainRoot)
+    inherited = schema is not TrainRoot and issubclass(schema, TrainRoot)
     known = field_docs(TrainRoot) if inherited else {}
     if inherited:
         lines += ["Besides the [keys of `train`](#train-keys):", ""]
     lines += _TABLE
-    for name, annotation in field_types(entry.schema).items():
+    for name, annotation in field_types(schema).items():
         if not is_group(annotation):
-            if field_docs(entry.schema)[name] != known.get(name):
-                lines.append(_row(entry.schema, name, name, _default(entry.name, name)))
+            if field_docs(schema)[name] != known.get(name):
+                lines.append(_row(schema, name, name, _default(entry.name, name)))
         elif name not in groups_of(entry):
             lines += _keys(annotation, name, [entry])
     if entry.shorthands:
@@ -153,7 +155,7 @@ def _keys(schema: type, prefix: str, takers: list[EntryPoint]) -> Iterator[str]:
         (first, _), *others = by_default.items()
         differing = "; ".join(f"{', '.join(names)}: `{value}`" for value, names in others)
         yield _row(schema, name, key, first, f" ({differing})" if differing else "")
-        element = element_type(annotation)
+        element: Any = element_type(annotation)
         if is_group(element):
             values = asdict(element())
             for inner in field_types(element):

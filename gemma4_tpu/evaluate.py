@@ -85,7 +85,7 @@ def _report(record: RunFolder, done: Evaluated, config: EvaluateRoot) -> None:
         hardware={"slice": config.hardware.name}, seeds={"eval": config.eval.seed}, fingerprints=done.fingerprints
     )
     provenance.record(record, captured)
-    comparison = compare(*done.outcomes[:2]) if len(done.outcomes) > 1 else None
+    comparison = compare(done.outcomes[0], done.outcomes[1]) if len(done.outcomes) > 1 else None
     plot = plot_problems(done.outcomes, record.plots / "problems.png")
     write_report(
         record.path / "report.md", done.outcomes, comparison=comparison, prompt=done.prompt,

@@ -103,7 +103,9 @@ def _track(job: Job, record: RunFolder, result: dict[str, Any], config: dict[str
     except UserError as refusal:  # the training had a key or a package that is not here
         log.warning("the export is not tracked: %s", refusal)
         return
-    about = {key: result[key] for key in ("run", "update", "base", "base_fingerprint", "parity") if key in result}
+    about: dict[str, Any] = {
+        key: result[key] for key in ("run", "update", "base", "base_fingerprint", "parity") if key in result
+    }
     for kind, target in result["targets"].items():
         tracker.artifact(kind, target, [f"update-{trained.state.update}"], about)
     tracker.summary(about)

@@ -45,6 +45,9 @@ class ProcessesLauncher(Launcher):
 class GridSweeper(BasicSweeper):
     """Every combination, then the sweep's report."""
 
+    config: DictConfig
+    launcher: Any
+
     def __init__(self, metric: str | None = None, **settings: Any):
         super().__init__(**settings)
         self.metric = metric
@@ -58,6 +61,9 @@ class GridSweeper(BasicSweeper):
 
 class OptunaSweeper(Sweeper):
     """A search, then its report."""
+
+    config: DictConfig
+    launcher: Any
 
     def __init__(self, **settings: Any):
         self.settings = settings

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -69,6 +69,7 @@ def _matrix(results: Results, key: str, label: str, title: str, path: Path) -> P
     cells = [cell for cell in results if cell.users is not None]
     lengths = sorted({(cell.input_tokens, cell.output_tokens) for cell in cells})
     users = sorted({cell.users for cell in cells if cell.users is not None})
+    lines: dict[int | None, int] = {number: line for line, number in enumerate(users)}
 
     def draw(axes: Any) -> None:
         from matplotlib.colors import LogNorm
@@ -77,13 +78,13 @@ def _matrix(results: Results, key: str, label: str, title: str, path: Path) -> P
         for cell in cells:
             result = results[cell]
             if result["state"] == OK and result[key]:
-                grid[users.index(cell.users)][lengths.index((cell.input_tokens, cell.output_tokens))] = result[key]
+                grid[lines[cell.users]][lengths.index((cell.input_tokens, cell.output_tokens))] = result[key]
         known = [value for row in grid for value in row if not math.isnan(value)]
         apart = max(known) > 5 * min(known)
         norm = LogNorm(min(known), max(known)) if apart else None
         image = axes.pcolormesh(grid, cmap="viridis", norm=norm, edgecolors="white", linewidth=1.5)
         for cell in cells:
-            at = (lengths.index((cell.input_tokens, cell.output_tokens)) + 0.5, users.index(cell.users) + 0.5)
+            at = (lengths.index((cell.input_tokens, cell.output_tokens)) + 0.5, lines[cell.users] + 0.5)
             _write_in(axes, at, results[cell], key, image)
         axes.set_xticks([i + 0.5 for i in range(len(lengths))], [f"{i:,}\n{o:,}" for i, o in lengths])
         axes.set_yticks([i + 0.5 for i in range(len(users))], [f"{n:,}" for n in users])
@@ -117,13 +118,13 @@ def _short(value: float) -> str:
     return f"{value / 1000:.1f}k" if value >= 10_000 else f"{value:,.0f}" if value >= 100 else f"{value:.1f}"
 
 
-def _save(draw: Callable[[Any], None], title: str, path: Path, inches: Sequence[float]) -> Path:
+def _save(draw: Callable[[Any], None], title: str, path: Path, inches: tuple[float, float]) -> Path:
     """One pair of axes, drawn without pyplot: no display, no global state."""
     import matplotlib
     from matplotlib.figure import Figure
 
     with matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=tuple(inches), layout="constrained")
+        figure = Figure(figsize=inches, layout="constrained")
         axes = figure.subplots()
         draw(axes)
         figure.suptitle(title, x=0.01, ha="left", fontsize=11, color=_INK)

@@ -47,8 +47,9 @@ class Request:
 class Backend(Protocol):
     """Where completions come from."""
 
-    description: dict[str, Any]
-    """Model and parameters, for the report."""
+    @property
+    def description(self) -> dict[str, Any]:
+        """Model and parameters, for the report."""
 
     def generate(self, requests: Sequence[Request]) -> Iterator[Sample]:
         """The samples as they come, in any order; one that cannot be had is logged and left out."""

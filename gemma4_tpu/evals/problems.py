@@ -95,10 +95,13 @@ class Verdict:
 class SelfCheck(Protocol):
     """What a judge found out about itself before judging."""
 
-    simulator: str
-    """Name and version."""
-    sandbox: str
-    """Level of isolation."""
+    @property
+    def simulator(self) -> str:
+        """Name and version."""
+
+    @property
+    def sandbox(self) -> str:
+        """Level of isolation."""
 
     @property
     def cannot_pass(self) -> dict[str, str]:

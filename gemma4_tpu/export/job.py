@@ -104,7 +104,7 @@ class Job:
         }
 
 
-def prepare(run: Path, export: ExportConfig, *, several: bool) -> Job:
+def prepare(run: Path | str, export: ExportConfig, *, several: bool) -> Job:
     """Opens a run and checks it, its base and the targets; writes nothing.
 
     Raises:
@@ -119,11 +119,12 @@ def prepare(run: Path, export: ExportConfig, *, several: bool) -> Job:
     return Job(trained, export, places)
 
 
-def _targets(run: Path, export: ExportConfig, several: bool) -> dict[str, str]:
+def _targets(run: Path | str, export: ExportConfig, several: bool) -> dict[str, str]:
     kinds = {"merged": (MERGED,), "peft": (ADAPTER,), "both": (MERGED, ADAPTER)}[export.format]
     if export.target is None:
-        return {kind: str(run.absolute() / kind) for kind in kinds}
-    folder = join(export.target, run.name) if several else export.target
+        place = run if isinstance(run, str) else str(run.absolute())  # a str: on gs://
+        return {kind: join(place, kind) for kind in kinds}
+    folder = join(export.target, Path(run).name) if several else export.target
     return {kind: join(folder, kind) if len(kinds) > 1 else folder for kind in kinds}
 
 
@@ -180,7 +181,7 @@ def _adapter_bytes(trained: Trained) -> int:
     return sum(4 * rank * len(t.hf_names) * sum(t.hf_shape) for t in trained.tensors.values())
 
 
-def prepare_all(runs: tuple[Path, ...], export: ExportConfig) -> list[Job]:
+def prepare_all(runs: tuple[Path | str, ...], export: ExportConfig) -> list[Job]:
     """`prepare` for each run of a sweep: all problems in one message, before anything is written."""
     jobs, problems = [], []
     for run in runs:

@@ -88,7 +88,7 @@ class Writer:
             self._under_way.popleft().result()
 
     def _store(self, data: np.ndarray) -> None:
-        self._digest.update(data)
+        self._digest.update(data.data)
         self._sink.write(data.data)
 
 
@@ -137,5 +137,5 @@ def checksum(path: str) -> str:
     digest, buffer = xxhash.xxh3_128(), np.empty(BUFFER_BYTES, np.uint8)
     with open(path, "rb", buffering=0) as file:
         while count := file.readinto(buffer.data):
-            digest.update(buffer[:count])
+            digest.update(buffer.data[:count])
     return digest.hexdigest()

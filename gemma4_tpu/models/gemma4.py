@@ -245,7 +245,11 @@ def hidden_states(
             if stage.exports_kv:
                 shared = kvs
         else:
-            x, _ = jax.lax.scan(lambda x, s, group=group: (group(x, s)[0], None), x, slices)
+
+            def once(x: jax.Array, s: Any, group: Any = group) -> tuple[jax.Array, None]:
+                return group(x, s)[0], None
+
+            x, _ = jax.lax.scan(once, x, slices)
     return rms_norm(x, params["final_norm"]["scale"])
 
 

@@ -162,7 +162,7 @@ def peft_names(hf_name: str, prefix: str) -> tuple[str, str]:
 
 def peft_tensors(tensor: Tensor, lora_a: np.ndarray, lora_b: np.ndarray, prefix: str) -> dict[str, np.ndarray]:
     """The adapter as PEFT names and stores it (A `[r, in]`, B `[out, r]`), unscaled."""
-    found = {}
+    found: dict[str, np.ndarray] = {}
     for name, pair in tensor.lora_factors(lora_a, lora_b).items():
         found |= {key: np.ascontiguousarray(x) for key, x in zip(peft_names(name, prefix), pair, strict=True)}
     return found

@@ -39,8 +39,9 @@ def quantize(leaf: Leaf, weight: jax.Array, qtype: str) -> qwix.QArray:
     return qwix.quantize(weight, "nf4", channelwise_axes=own_scale, tiled_axes={tiled: tile})
 
 
-def quantizer(leaf: Leaf, qtype: str, mesh: Mesh) -> Any:
-    """The compiled function that quantises this weight on the mesh and frees the original."""
+def quantizer(leaf: Leaf, qtype: str | None, mesh: Mesh) -> Any:
+    """The compiled function that quantises this weight (`is_quantized`) on the mesh and frees the original."""
+    assert qtype is not None
     name, shape = leaf.tunix_names[0], leaf.array_shape
     axes = (*sharding.spec(name, leaf.shape, mesh, stacked=True), *[None] * len(shape))[: len(shape)]
 

@@ -97,7 +97,13 @@ def splash_attention(
         return row(jax.tree.map(lambda a: a[0], rows))[None] if len(q) == 1 else jax.lax.map(row, rows)
 
     q, k, v = (x.swapaxes(1, 2) for x in (q, k, v))  # [B, N, T, H]
-    return attend(kernel, q, k, v, segment_ids).swapaxes(1, 2)
+    with jax.named_scope(scope(window)):
+        return attend(kernel, q, k, v, segment_ids).swapaxes(1, 2)
+
+
+def scope(window: int | None) -> str:
+    """What the kernels of a sliding (window in tokens) or global layer are called in the compiled program."""
+    return "attend_global" if window is None else f"attend_window_{window}"
 
 
 def _without_foreign_blocks(kernel: splash.SplashAttentionKernel, segments: jax.Array) -> splash.SplashAttentionKernel:
@@ -109,11 +115,13 @@ def _without_foreign_blocks(kernel: splash.SplashAttentionKernel, segments: jax.
     rising = jnp.where(segments == 0, len(segments) + 1, segments)
 
     def visited(info: masks_info.MaskInfo | None, block_q: int, block_kv: int, by_kv: bool):
-        if info is None or info.data_next is None or info.data_next.shape[-1] * info.data_next.shape[-2] == 1:
+        if info is None or info.data_next is None or info.block_mask is None:
+            return info
+        if info.data_next.shape[-1] * info.data_next.shape[-2] == 1:
             return info
         first_q, last_q = (ends(rising.reshape(-1, block_q), axis=1) for ends in (jnp.min, jnp.max))
         first_kv, last_kv = (ends(rising.reshape(-1, block_kv), axis=1) for ends in (jnp.min, jnp.max))
-        other = info.data_next.astype(jnp.int32)  # [1 or heads, lines, columns]: the block on the side that moves
+        other = jnp.asarray(info.data_next, jnp.int32)  # [1 or heads, lines, columns]: the block on the side that moves
         if by_kv:
             q, kv = other, jax.lax.broadcasted_iota(jnp.int32, other.shape, 2)
         else:
@@ -124,7 +132,7 @@ def _without_foreign_blocks(kernel: splash.SplashAttentionKernel, segments: jax.
     sizes = kernel.kwargs["block_sizes"]
     return splash.SplashAttentionKernel(
         visited(kernel.fwd_mask_info, sizes.block_q, sizes.block_kv, by_kv=False),
-        visited(kernel.dq_mask_info, sizes.block_q_dq, sizes.block_kv_dq, by_kv=False),
+        None,  # the backward pass is one kernel
         visited(kernel.dkv_mask_info, sizes.block_q_dkv, sizes.block_kv_dkv, by_kv=True),
         **kernel.kwargs,
     )
@@ -134,5 +142,5 @@ def _blocks(length: int) -> splash.BlockSizes:
     block = next(b for b in (BLOCK, 384, 256, LANES) if length % b == 0)
     return splash.BlockSizes(
         block_q=block, block_kv=block, block_kv_compute=block, block_q_dkv=block, block_kv_dkv=block,
-        block_kv_dkv_compute=block, block_q_dq=block, block_kv_dq=block,
+        block_kv_dkv_compute=block, use_fused_bwd_kernel=True,
     )  # fmt: skip

@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 import re
 from collections import Counter
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import numpy as np
@@ -54,6 +54,8 @@ class Counts:
     matmul_flops: float = 0.0
     kernel_flops: float = 0.0
     """Inside Pallas kernels."""
+    attention_flops: Counter[kernels.Mask] = field(default_factory=Counter)
+    """Of them, in attention kernels."""
     other_flops: float = 0.0
     """Elementwise operations and reductions."""
     traffic: Traffic = field(default_factory=Traffic)
@@ -81,6 +83,7 @@ class Counts:
             "matmul_flops": self.matmul_flops,
             "kernel_flops": self.kernel_flops,
             "other_flops": self.other_flops,
+            "attention": [{**asdict(mask), "flops": flops} for mask, flops in self.attention_flops.items()],
             "bytes_accessed": self.traffic.accessed,
             "hbm_traffic_bytes": self.traffic.hbm,
             "collectives": {
@@ -96,7 +99,7 @@ class Counts:
         self.other_flops += other.other_flops * times
         self.traffic += Traffic(other.traffic.accessed * times, other.traffic.hbm * times)
         self.unknown_loops += other.unknown_loops
-        for name in ("collectives", "collective_bytes", "unknown_kernels"):
+        for name in ("attention_flops", "collectives", "collective_bytes", "unknown_kernels"):
             for kind, amount in getattr(other, name).items():
                 getattr(self, name)[kind] += amount * times
 
@@ -158,6 +161,8 @@ class _Counter:
                 total.unknown_kernels[one.name.rstrip("0123456789.")] += 1
             else:
                 total.kernel_flops += work.flops
+                if work.mask is not None:
+                    total.attention_flops[work.mask] += work.flops
                 traffic = Traffic(traffic.accessed, max(traffic.hbm, work.bytes))
         total.traffic += traffic
 
@@ -168,7 +173,7 @@ class _Counter:
             renamed = Counts()
             renamed.add(counts)
             renamed.collectives["reduce-scatter"] += renamed.collectives.pop("all-reduce")
-            renamed.collective_bytes["reduce-scatter"] += renamed.collective_bytes.pop("all-reduce") / 2
+            renamed.collective_bytes["reduce-scatter"] += renamed.collective_bytes.pop("all-reduce") // 2
             return renamed
         return counts
 
@@ -188,7 +193,7 @@ class _Counter:
             "ragged-all-to-all": share * given,
             "collective-permute": given,
         }[kind]
-        total.collective_bytes[kind] += sent
+        total.collective_bytes[kind] += round(sent)
 
     # ── bytes ──────────────────────────────────────────────────────────────────────────────────────────────────────
 

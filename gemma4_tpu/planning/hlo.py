@@ -147,7 +147,8 @@ def parse(text: str) -> Module:
     """
     computations: dict[str, Computation] = {}
     entry = None
-    name, lines, is_entry = "", [], False
+    name, is_entry = "", False
+    lines: list[str] = []
     for line in text.splitlines():
         if not name:
             header = _HEADER.match(line)

@@ -94,7 +94,10 @@ def _most_remat(trainer: TrainerConfig) -> tuple[tuple[str, ...], TrainerConfig]
 def _one_row_each(trainer: TrainerConfig, rows: int, fsdp: int) -> tuple[tuple[str, ...], TrainerConfig]:
     """About as many rows per update, one at a time on each place of the fsdp axis."""
     microbatches = max(1, rows // fsdp)
-    words = (f"trainer.global_batch_sequences={fsdp * microbatches}", f"trainer.microbatches={microbatches}")
+    words: tuple[str, ...] = (
+        f"trainer.global_batch_sequences={fsdp * microbatches}",
+        f"trainer.microbatches={microbatches}",
+    )
     if (fsdp * microbatches, microbatches) == (rows, trainer.microbatches):
         words = ()
     return words, replace(

@@ -29,7 +29,8 @@ def html_page(markdown: str, folder: Path) -> str:
     """
     reader = MarkdownIt("commonmark", {"html": False}).enable("table")
     tokens = reader.parse(markdown)
-    title, sections = "Report", []
+    title = "Report"
+    sections: list[tuple[str, str]] = []
     made: list[Token] = []
     for place, token in enumerate(tokens):
         following = tokens[place + 1] if place + 1 < len(tokens) else None

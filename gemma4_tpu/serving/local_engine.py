@@ -138,7 +138,7 @@ class Engine:
 
     def _read(self, answer: Answer, budget: int) -> int:
         """Reads up to `budget` tokens of the prompt; with its end comes the first token. Returns how many it were."""
-        cache = self._partial if answer is self._partial_of else DynamicCache()
+        cache = self._partial if self._partial is not None and answer is self._partial_of else DynamicCache()
         start = cache.get_seq_length()
         end = min(len(answer.prompt), start + budget)
         logits = self._forward([answer.prompt[start:end]], cache, [start], torch.ones(1, end, dtype=torch.long))
@@ -272,7 +272,8 @@ def _side_by_side(parts: Sequence[DynamicCache]) -> DynamicCache:
 
 def _tensors(cache: DynamicCache) -> list[tuple[torch.Tensor, torch.Tensor]]:
     """Keys and values of each layer, [B, KV heads, T, D]."""
-    return [(layer.keys, layer.values) for layer in cache.layers]
+    layers: list[Any] = cache.layers  # by their type some could be without keys; Gemma 4 has none such
+    return [(layer.keys, layer.values) for layer in layers]
 
 
 def _cache(layers: Sequence[Sequence[torch.Tensor]]) -> DynamicCache:

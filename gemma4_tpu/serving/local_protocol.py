@@ -103,7 +103,7 @@ class CompletionRequest(_Request):
     def prompts(self) -> list[str] | list[list[int]]:
         """One or several, as given."""
         single = isinstance(self.prompt, str) or (bool(self.prompt) and isinstance(self.prompt[0], int))
-        return [self.prompt] if single else self.prompt  # type: ignore[list-item,return-value]
+        return [self.prompt] if single else self.prompt  # type: ignore[return-value]
 
 
 class Message(BaseModel):

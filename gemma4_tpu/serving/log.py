@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import logging
 import queue
 import re
@@ -67,10 +68,11 @@ class ServerLog:
             yield item
 
     def _read(self) -> None:
-        assert self._process.stdout is not None
+        pipe = self._process.stdout
+        assert isinstance(pipe, io.BufferedReader)
         rest = b""
         with open(self._path, "ab", buffering=0) as file:
-            while block := self._process.stdout.read1(65536):
+            while block := pipe.read1(65536):
                 *whole, rest = _SPLIT.split(rest + block)
                 for raw in whole:
                     self._take(raw, file)

@@ -6,13 +6,14 @@ follows, so that 8 microbatches of 1 row equal 1 of 8, however unevenly the targ
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
+from jax.stages import Wrapped
 
 from gemma4_tpu.models.gemma4 import Model, hidden_states
 from gemma4_tpu.step.loss import summed_cross_entropy
@@ -129,7 +130,7 @@ def _unless(skipped: jax.Array, new: Any, old: Any) -> Any:
     return jax.tree.map(lambda n, o: jnp.where(skipped, o, n), new, old)
 
 
-def compiled_functions(step: Step, state: TrainState) -> tuple[Callable[..., Any], Callable[..., Any]]:
+def compiled_functions(step: Step, state: TrainState) -> tuple[Wrapped, Wrapped]:
     """(train, evaluate) under `jax.jit`; `train` donates its state and hands the new one back in the same places.
 
     `state` holds arrays, or shapes with shardings (planning).

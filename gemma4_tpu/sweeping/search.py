@@ -16,6 +16,7 @@ from omegaconf import DictConfig, OmegaConf
 from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
 from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend
+from optuna.study import StudyDirection
 from optuna.trial import TrialState
 
 from gemma4_tpu.config.entries import ENTRIES
@@ -133,7 +134,10 @@ class Search:
         backend = JournalFileBackend(str(self._opened.sweep.folder / JOURNAL))
         optuna.logging.set_verbosity(optuna.logging.WARNING)  # the sweep has lines of its own
         study = optuna.create_study(
-            storage=JournalStorage(backend), study_name="sweep", direction=settings.direction, load_if_exists=True
+            storage=JournalStorage(backend),
+            study_name="sweep",
+            direction=StudyDirection[settings.direction.upper()],
+            load_if_exists=True,
         )
         # Another start of the search must not draw the same again.
         seed = None if settings.seed is None else settings.seed + len(study.trials)
@@ -211,16 +215,19 @@ def _distribution(override: Override, integer: bool) -> BaseDistribution:
     value, name = override.value(), override.key_or_group
     try:
         if isinstance(value, RangeSweep):
-            start, stop, step = value.start, value.stop, value.step
+            bounds: list[Any] = [value.start, value.stop, value.step]  # one that is missing is a TypeError
+            start, stop, step = bounds
             if integer:
                 last = int(stop) - 1 - (int(stop) - 1 - int(start)) % int(step)  # `stop` itself is not among them
                 return IntDistribution(int(start), last, step=int(step))
             return FloatDistribution(float(start), float(stop), step=float(step))
         if isinstance(value, IntervalSweep):
             logarithmic = "log" in value.tags
+            ends: list[Any] = [value.start, value.end]
+            low, high = ends
             if integer:
-                return IntDistribution(math.ceil(value.start), math.floor(value.end), log=logarithmic)
-            return FloatDistribution(float(value.start), float(value.end), log=logarithmic)
+                return IntDistribution(math.ceil(low), math.floor(high), log=logarithmic)
+            return FloatDistribution(float(low), float(high), log=logarithmic)
         return CategoricalDistribution(list(override.sweep_string_iterator()))
     except (ValueError, TypeError) as error:
         raise UserError(f"{name}: {error}") from None

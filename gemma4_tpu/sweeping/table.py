@@ -53,8 +53,9 @@ class Row:
         value = self.result.get(key)
         if self.job.status not in (record.FINISHED, record.PRUNED):
             return None
-        good = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-        return float(value) if good else None
+        if isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value):
+            return float(value)
+        return None
 
 
 def rows_of(sweep: Sweep) -> list[Row]:

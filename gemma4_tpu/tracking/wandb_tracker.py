@@ -16,6 +16,7 @@ from typing import Any, Literal
 
 import wandb
 from wandb.sdk.artifacts.artifact_manifest_entry import ArtifactManifestEntry
+from wandb.sdk.lib.paths import LogicalPath
 
 from gemma4_tpu.config.schema import TrackerConfig
 from gemma4_tpu.errors import UserError
@@ -98,7 +99,9 @@ class WandbTracker(Tracker):
     def artifact(self, kind: str, place: str, aliases: Sequence[str], metadata: dict[str, Any]) -> None:
         artifact = wandb.Artifact(f"{kind}-{self._run.id}", type=kind, metadata=metadata)
         if is_remote(place):  # add_reference would open a client of the bucket, though nothing is to be looked up
-            artifact.manifest.add_entry(ArtifactManifestEntry(path=Path(place).name, ref=place, digest=place))
+            artifact.manifest.add_entry(
+                ArtifactManifestEntry(path=LogicalPath(Path(place).name), ref=place, digest=place)
+            )
         else:
             artifact.add_reference(Path(place).absolute().as_uri(), checksum=False)
         _in_time(lambda: self._run.log_artifact(artifact, aliases=["latest", *aliases]))

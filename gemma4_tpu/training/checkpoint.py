@@ -192,7 +192,7 @@ def _like(x: jax.Array, y: jax.Array) -> jax.Array:
 
 @partial(jax.jit, static_argnums=1)
 def _slices(tree: Any, leaves: tuple[Leaf, ...]) -> dict[str, jax.Array]:
-    flat = {}
+    flat: dict[str, jax.Array] = {}
     for leaf in leaves:
         array = get(tree, leaf.path)
         if leaf.stacked:

@@ -166,6 +166,7 @@ def load_weights(base: Base, mesh: Mesh, dtype: Any, then: Callable[[Leaf, jax.A
     layout = Layout.of(base.arch)
     places = layout.tree(lambda x: sharding.named(mesh, x.tunix_names[0], x.shape, stacked=x.stacked))
     if base.folder is None:
+        assert base.seed is not None
         log.info("random base weights (seed %d)", base.seed)
         return random_params(base.arch, layout, places, dtype, base.seed, then)
     return load_params(base.checkpoint, base.arch, layout, places, dtype, then)

@@ -38,7 +38,7 @@ class InFlight(NamedTuple):
     done: int
     update: Update
     metrics: Metrics
-    spike_limit: np.ndarray | None
+    spike_limit: np.float32 | None
 
 
 class Rates(NamedTuple):

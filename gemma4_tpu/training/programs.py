@@ -19,7 +19,7 @@ log = logging.getLogger(__name__)
 _this_thread = threading.local()
 
 
-def _count_compilation(event: str, seconds: float, **details: Any) -> None:
+def _count_compilation(event: str, duration_secs: float, **kwargs: str | int) -> None:
     if event == "/jax/core/compile/backend_compile_duration":  # told in the thread that compiles
         _this_thread.compilations = _compilations() + 1
 

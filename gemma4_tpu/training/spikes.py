@@ -28,7 +28,7 @@ class Spikes:
     newest_at: int = 0
     """The update that the last loss was seen at."""
 
-    def limit(self, update: int) -> np.ndarray | None:
+    def limit(self, update: int) -> np.float32 | None:
         """float32 scalar: a larger loss skips `update`; None: spikes are not looked for."""
         if self.factor is None:
             return None
@@ -36,7 +36,7 @@ class Spikes:
         known = known[-WINDOW_UPDATES:]
         return np.float32(self.factor * statistics.median(known) if len(known) >= WARMUP_UPDATES else math.inf)
 
-    def add(self, update: int, loss: float, limit: np.ndarray | None) -> bool:
+    def add(self, update: int, loss: float, limit: np.float32 | None) -> bool:
         """Takes the loss of a finished update; returns whether it was skipped."""
         if limit is None:
             return False

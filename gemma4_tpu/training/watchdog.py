@@ -63,7 +63,7 @@ class Watchdog:
     def _stop(self) -> None:
         reason = f"no progress for trainer.stall_seconds={self._stall_seconds:g}"
         log.critical("%s: every thread's stack follows; exiting with code %d", reason, STALLED)
-        faulthandler.dump_traceback(sys.__stderr__, all_threads=True)
+        faulthandler.dump_traceback(sys.__stderr__ or sys.stderr, all_threads=True)
         if self._log_path:
             with self._log_path.open("a", encoding="utf-8") as file:
                 faulthandler.dump_traceback(file, all_threads=True)

@@ -30,7 +30,7 @@ log = logging.getLogger(__name__)
 def make_problems(seed: int, count: int, *, heldout: bool) -> list[tuple[Design, Problem]]:
     """`count` problems without repeats (fewer if the families run out), the families taking turns. Not simulated."""
     rng = Random(f"{seed}-{'heldout' if heldout else 'train'}")
-    numbers = Counter()
+    numbers: Counter[str] = Counter()
     made = []
     for design in itertools.islice(draw_designs(rng, heldout=heldout), count):
         numbers[design.family] += 1
@@ -61,7 +61,8 @@ def kill_rate(problems: list[Problem]) -> dict[str, tuple[int, int]]:
     """(killed, mutants) by family and under `all`."""
     cases = [(p, mutant) for p in problems for mutant in mutants(p.reference)]
     survived = all_pass((mutant, p.reference, p.testbench) for p, mutant in cases)
-    killed, total = Counter(), Counter()
+    killed: Counter[str] = Counter()
+    total: Counter[str] = Counter()
     for (problem, mutant), alive in zip(cases, survived, strict=True):
         for key in (problem.family, "all"):
             total[key] += 1

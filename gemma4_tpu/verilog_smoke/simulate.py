@@ -46,7 +46,7 @@ def passes(design: str, *, reference: str, testbench: str) -> bool:
         except subprocess.TimeoutExpired:
             return False
     result = _RESULT.search(run.stdout)
-    return bool(result) and result.group(1) == "0" and result.group(2) != "0" and "TIMEOUT" not in run.stdout
+    return result is not None and result[1] == "0" and result[2] != "0" and "TIMEOUT" not in run.stdout
 
 
 def all_pass(cases: Iterable[tuple[str, str, str]], *, workers: int | None = None) -> list[bool]:

@@ -61,7 +61,7 @@ def find_tools(folder: str | None) -> Tools:
     where = f"eval.judge.iverilog={folder}" if folder else "PATH"
     if missing := [name for name, path in found.items() if path is None]:
         raise UserError(f"{' and '.join(missing)} not found ({where}): {HOW_TO_INSTALL}")
-    iverilog, vvp = (Path(found[name]).absolute() for name in ("iverilog", "vvp"))
+    iverilog, vvp = (Path(path).absolute() for path in found.values() if path)
     shown = subprocess.run([iverilog, "-V"], capture_output=True, text=True, timeout=30).stdout
     match = re.search(r"Icarus Verilog version (\d+)\.(\d+)", shown)
     if not match or int(match[1]) < OLDEST_VERSION:

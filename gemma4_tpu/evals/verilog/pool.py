@@ -119,6 +119,12 @@ def _start_worker(config: JudgeConfig, tools: Tools, root: Path, parent: int) ->
     signal.setitimer(signal.ITIMER_REAL, ORPHAN_CHECK_SECONDS, ORPHAN_CHECK_SECONDS)
 
 
+def _here() -> _Worker:
+    """The worker of this process."""
+    assert _worker is not None
+    return _worker
+
+
 def _end_with(parent: int, root: Path) -> None:
     """A worker whose parent was killed ends too; the command that it runs dies with it."""
     if os.getppid() != parent:
@@ -127,14 +133,15 @@ def _end_with(parent: int, root: Path) -> None:
 
 
 def _spy(level: Level) -> str | None:
-    sandbox = _worker.sandbox(level)
-    return spy(_worker.tools, sandbox, _worker.empty_folder(sandbox))
+    worker = _here()
+    sandbox = worker.sandbox(level)
+    return spy(worker.tools, sandbox, worker.empty_folder(sandbox))
 
 
 def _golden(problem: Problem, level: Level) -> Golden:
     if problem.result_marker not in problem.testbench:
         return Golden(failure=f"its test bench never prints {problem.result_marker!r}")
-    trial = _worker.trial(problem, reference_as_answer(problem), level)
+    trial = _here().trial(problem, reference_as_answer(problem), level)
     outcome = trial.strict(None)
     passed = outcome.kind is VerdictClass.PASS
     failure = None if passed else f"{outcome.kind}: {outcome.detail}"
@@ -147,4 +154,4 @@ def _golden(problem: Problem, level: Level) -> Golden:
 
 
 def _verdict(problem: Problem, code: str, golden: Golden, level: Level) -> Verdict:
-    return judge_code(_worker.trial(problem, code, level), golden)
+    return judge_code(_here().trial(problem, code, level), golden)

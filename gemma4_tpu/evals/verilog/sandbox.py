@@ -145,6 +145,7 @@ class Sandbox:
         """Collects output until the command ends or has to be stopped; then nothing of it runs any more."""
         cap_bytes = self.config.output_kib << 10
         deadline = time.monotonic() + WALL_FACTOR * self.config.cpu_seconds + WALL_EXTRA_SECONDS
+        assert process.stdout is not None and process.stderr is not None
         pipes = {process.stdout: bytearray(), process.stderr: bytearray()}
         stopped = None
         ended = os.pidfd_open(process.pid)
