@@ -13,9 +13,9 @@ from gemma4_tpu.tracking.plots import STYLE
 
 _COLOURS = ("#4c78c8", "#d9692c", "#54a24b", "#8e6bbf", "#3aa6a6", "#b0567d", "#e0a63a", "#777777", "#9c7a4f")
 _INK = "#333333"
-_QUANTITIES = (  # file, key, label
-    ("throughput", "output_throughput", "output tokens per second"),
-    ("ttft", "median_ttft_ms", "median time to first token (ms)"),
+_QUANTITIES = (  # file, key, label, colours of a heat map: the brighter the better
+    ("throughput", "output_throughput", "output tokens per second", "viridis"),
+    ("ttft", "median_ttft_ms", "median time to first token (ms)", "viridis_r"),
 )
 
 Results = dict[Cell, dict[str, Any]]
@@ -25,13 +25,13 @@ def plot_results(results: Results, folder: Path, title: str) -> list[Path]:
     """Draws what there is to draw; returns the paths."""
     folder.mkdir(exist_ok=True)
     drawn = []
-    for name, key, label in _QUANTITIES:
+    for name, key, label, colours in _QUANTITIES:
         known = {cell: r[key] for cell, r in results.items() if r["state"] == OK and r[key] is not None}
         rates = {cell: value for cell, value in known.items() if cell.rate is not None}
         if rates:
             drawn.append(_over_rate(rates, label, title, folder / f"{name}.png", logarithmic=name == "ttft"))
         if any(cell.users is not None for cell in known):
-            drawn.append(_matrix(results, key, label, title, folder / f"{name}_matrix.png"))
+            drawn.append(_matrix(results, key, label, colours, title, folder / f"{name}_matrix.png"))
     return drawn
 
 
@@ -45,17 +45,24 @@ def _over_rate(values: dict[Cell, float], label: str, title: str, path: Path, *,
         lines.setdefault(f"{cell.input_tokens:,} in, {cell.output_tokens:,} out", []).append((places[cell.rate], value))
 
     def draw(axes: Any) -> None:
+        from matplotlib.ticker import LogLocator, NullLocator
+
         for number, (name, points) in enumerate(lines.items()):
-            x, y = zip(*sorted(points), strict=True)
-            colour = _COLOURS[number % len(_COLOURS)]
-            axes.plot(x, y, color=colour, linewidth=1.8, marker="o", markersize=5, label=name)
+            style = {"color": _COLOURS[number % len(_COLOURS)], "marker": "o", "markersize": 5, "linewidth": 1.8}
+            bounded = sorted(point for point in points if not math.isinf(rates[point[0]]))
+            apart = [point for point in points if math.isinf(rates[point[0]])]
+            axes.plot([x for x, _ in bounded], [y for _, y in bounded], label=name, **style)
+            axes.plot([x for x, _ in apart], [y for _, y in apart], **style)
         if math.isinf(rates[-1]) and len(rates) > 1:
             axes.axvline(len(rates) - 1.5, color="#999999", linewidth=1, linestyle=(0, (2, 3)))
+            axes.set_xlim(-0.3, len(rates) - 0.7)
         axes.set_xticks(range(len(rates)), [rate_text(rate) for rate in rates])
         axes.set_xlabel("requests per second (∞: all at once)")
         axes.set_ylabel(label)
         if logarithmic and max(values.values()) > 5 * min(values.values()) > 0:
             axes.set_yscale("log")
+            axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+            axes.yaxis.set_minor_locator(NullLocator())
         else:
             axes.set_ylim(0, max(values.values()) * 1.12)
         axes.yaxis.set_major_formatter(lambda value, _: f"{value:,.6g}")
@@ -64,7 +71,7 @@ def _over_rate(values: dict[Cell, float], label: str, title: str, path: Path, *,
     return _save(draw, title, path, (8.5, 4))
 
 
-def _matrix(results: Results, key: str, label: str, title: str, path: Path) -> Path:
+def _matrix(results: Results, key: str, label: str, colours: str, title: str, path: Path) -> Path:
     """Users upwards, lengths to the right; each place holds its number, or why there is none."""
     cells = [cell for cell in results if cell.users is not None]
     lengths = sorted({(cell.input_tokens, cell.output_tokens) for cell in cells})
@@ -82,13 +89,16 @@ def _matrix(results: Results, key: str, label: str, title: str, path: Path) -> P
         known = [value for row in grid for value in row if not math.isnan(value)]
         apart = max(known) > 5 * min(known)
         norm = LogNorm(min(known), max(known)) if apart else None
-        image = axes.pcolormesh(grid, cmap="viridis", norm=norm, edgecolors="white", linewidth=1.5)
+        image = axes.pcolormesh(grid, cmap=colours, norm=norm, edgecolors="white", linewidth=1.5)
         for cell in cells:
             at = (lengths.index((cell.input_tokens, cell.output_tokens)) + 0.5, lines[cell.users] + 0.5)
             _write_in(axes, at, results[cell], key, image)
-        axes.set_xticks([i + 0.5 for i in range(len(lengths))], [f"{i:,}\n{o:,}" for i, o in lengths])
+        answers = sorted({output_tokens for _, output_tokens in lengths})
+        names = [f"{i:,}" if len(answers) == 1 else f"{i:,}\n{o:,}" for i, o in lengths]
+        axes.set_xticks([place + 0.5 for place in range(len(lengths))], names)
         axes.set_yticks([i + 0.5 for i in range(len(users))], [f"{n:,}" for n in users])
-        axes.set_xlabel("tokens: prompt, answer")
+        told = f"answers: {answers[0]:,}" if len(answers) == 1 else "below: answer"
+        axes.set_xlabel(f"prompt tokens ({told})")
         axes.set_ylabel("users at a time")
         axes.grid(False)
         axes.tick_params(length=0)
@@ -102,7 +112,8 @@ def _matrix(results: Results, key: str, label: str, title: str, path: Path) -> P
 def _write_in(axes: Any, at: tuple[float, float], result: dict[str, Any], key: str, image: Any) -> None:
     state, value = result["state"], result.get(key)
     if state == OK and value:
-        dark = sum(image.cmap(image.norm(value))[:3]) < 1.5
+        red, green, blue, _ = image.cmap(image.norm(value))
+        dark = 0.3 * red + 0.59 * green + 0.11 * blue < 0.55
         text, colour = _short(value), "white" if dark else _INK
     else:
         text, colour = (
