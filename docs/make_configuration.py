@@ -36,12 +36,15 @@ before anything starts; `--help` shows the same as this page for one command, `-
 What is always wanted on one machine goes into `conf/local/default.yaml` (first line `# @package _global_`), which git
 ignores and every command that takes `local` reads last; files elsewhere are found by `hydra.searchpath=[file://<folder>]`.
 
-Completion of groups, options and keys in Bash, of the console script (`zsh` after `bashcompinit`,
-`fish` with `=fish`):
+`gemma4-tpu train …` is `python -m gemma4_tpu.train …`, and so on. Bash completes its commands, groups, options and keys
+after
 
 ```bash
-eval "$(gemma4-tpu train --shell-completion install=bash)"
+eval "$(gemma4-tpu --shell-completion install=bash)"
 ```
+
+(the same in zsh, after `autoload -U bashcompinit; bashcompinit`; in fish `gemma4-tpu --shell-completion install=fish |
+source`).
 """
 
 

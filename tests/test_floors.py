@@ -16,6 +16,7 @@ FLOORS = [  # from the ground up
     {"step"},
     {"training", "planning", "export", "evals", "costing", "serving", "sweeping", "benching", "reporting"},
     {"train", "plan", "merge", "evaluate", "serve", "bench", "report"},
+    {"__main__"},
 ]
 FLOOR = {name: floor for floor, names in enumerate(FLOORS) for name in names}
 MODULES = sorted(path for path in ROOT.rglob("*.py") if path != ROOT / "__init__.py")

@@ -68,6 +68,10 @@ def load(argv: list[str], entry: EntryPoint[Root, Checks]) -> Loaded[Root, Check
       SystemExit: a flag was served.
     """
     given, flags = _split(argv, entry)
+    if flags is not None and flags.shell_completion:  # its words are no keys
+        from gemma4_tpu.config.hydra_flags import serve
+
+        serve(entry, ["--shell-completion"], flags.overrides)
     words = [entry.in_full(word) for word in given]
     composed, good, problems = compose_all(words, entry, multirun=bool(flags and flags.multirun))
     if flags is not None and not problems:

@@ -1,0 +1,122 @@
+"""Wheel and sdist, and the console script in an environment of its own: from any directory, with completion."""
+
+import os
+import subprocess
+import sys
+import sysconfig
+import tarfile
+import venv
+import zipfile
+
+import pytest
+
+import gemma4_tpu
+from gemma4_tpu.config.entries import ENTRIES
+from gemma4_tpu.config.load import config_dir
+from tests.house.scripts import ROOT
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory):
+    """Folder with the wheel and the sdist of this checkout."""
+    folder = tmp_path_factory.mktemp("built")
+    build = [sys.executable, "-m", "hatchling", "build", "-t", "sdist", "-t", "wheel", "-d", str(folder)]
+    subprocess.run(build, cwd=ROOT, check=True, capture_output=True, timeout=300)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def script(built, tmp_path_factory):
+    """The console script, installed from the wheel into an environment that finds the dependencies of this one."""
+    home = tmp_path_factory.mktemp("home") / "venv"
+    venv.create(home, with_pip=False)
+    (wheel,) = built.glob("*.whl")
+    python = str(home / "bin/python")
+    install = [
+        sys.executable,
+        "-m",
+        "pip",
+        "--python",
+        python,
+        "install",
+        "--quiet",
+        "--no-deps",
+        "--no-index",
+        str(wheel),
+    ]
+    subprocess.run(install, check=True, capture_output=True, timeout=300)
+    site = sysconfig.get_path("purelib", vars={"base": str(home), "platbase": str(home)})
+    with open(f"{site}/dependencies.pth", "w") as file:  # last on the path: the editable install here stays out
+        file.write(sysconfig.get_path("purelib") + "\n")
+    return home / "bin/gemma4-tpu"
+
+
+def run(script, *words, cwd, **environment):
+    kept = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    return subprocess.run(
+        [str(script), *words], cwd=cwd, capture_output=True, text=True, timeout=300, env=kept | environment
+    )
+
+
+def test_the_wheel_holds_what_git_sees_and_no_more(built):
+    (wheel,) = built.glob("*.whl")
+    with zipfile.ZipFile(wheel) as archive:
+        names = {name for name in archive.namelist() if ".dist-info/" not in name}
+        metadata = archive.read(f"gemma4_tpu-{gemma4_tpu.__version__}.dist-info/METADATA").decode()
+    listed = subprocess.run(
+        ["git", "ls-files", "--cached", "--others", "--exclude-standard", "gemma4_tpu", "hydra_plugins", "conf"],
+        cwd=ROOT, capture_output=True, text=True, check=True,
+    ).stdout.split()  # fmt: skip
+    expected = {f"gemma4_tpu/{name}" if name.startswith("conf/") else name for name in listed}
+    assert names - {"gemma4_tpu/conf/local/.gitkeep"} == expected - {"gemma4_tpu/conf/local/.gitkeep"}
+    assert f"Version: {gemma4_tpu.__version__}\n" in metadata and "License-File: NOTICE" in metadata
+
+
+def test_the_sdist_holds_sources_tests_and_docs(built):
+    (sdist,) = built.glob("*.tar.gz")
+    with tarfile.open(sdist) as archive:
+        names = {name.partition("/")[2] for name in archive.getnames()}
+    assert {
+        "pyproject.toml", "LICENSE", "NOTICE", "CITATION.cff", "Makefile", "README.md", "docs/configuration.md",
+        "gemma4_tpu/assets/tiny/model.safetensors", "conf/train.yaml", "launch/tpu_vm.py", "tests/conftest.py",
+    } <= names  # fmt: skip
+    assert not any(name.startswith((".venv", "outputs", "conf/local/d")) for name in names)
+
+
+@pytest.mark.parametrize("name", ENTRIES)
+def test_every_command_answers_from_any_directory(script, name, tmp_path):
+    done = run(script, name, "--help", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert f"Usage: python -m gemma4_tpu.{name}" in done.stdout
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_wheel_reads_its_own_conf_and_rows(script, tmp_path):
+    """Composition, plugins for sweeps, the embedded rows and tokenizer: all from the installed files."""
+    done = run(script, "train", "preview=true", "experiment=smoke", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert str(config_dir()) not in done.stdout + done.stderr
+    refused = run(script, "train", "-m", "lora.rnk=1,2", cwd=tmp_path)
+    assert refused.returncode == 2 and "did you mean lora.rank?" in refused.stderr
+    where = run(script, "train", "--info", "searchpath", cwd=tmp_path)
+    assert str(script.parents[1]) in where.stdout and str(ROOT / "conf") not in where.stdout
+
+
+def test_completion_in_bash(script, tmp_path):
+    """As docs/configuration.md tells to switch it on; Bash asks the function when the user presses Tab."""
+    asked = {
+        "gemma4-tpu pl": {"plan"},
+        "gemma4-tpu train lora.ra": {"lora.rank="},
+        "gemma4-tpu serve serving=v6e8": {"serving=v6e8", "serving=v6e8_tuned"},
+    }
+    lines = ['eval "$(gemma4-tpu --shell-completion install=bash)"']
+    for line in asked:
+        lines += [f"COMP_LINE='{line}' COMP_POINT={len(line)} COMP_CWORD={len(line.split()) - 1}"]
+        lines += ["hydra_bash_completion", 'echo "${COMPREPLY[@]}"']
+    environment = dict(os.environ, PATH=f"{script.parent}:{os.environ['PATH']}")
+    done = subprocess.run(
+        ["bash", "-c", "\n".join(lines)], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=60
+    )
+    assert [set(line.split()) for line in done.stdout.splitlines()] == list(asked.values()), done.stderr
