@@ -10,6 +10,7 @@ from gemma4_tpu.config.schema import PlanConfig, PlanRoot
 from gemma4_tpu.hardware import Slice, price_of
 from gemma4_tpu.models.flops import train_flops_per_token
 from gemma4_tpu.planning.fill import Fill
+from gemma4_tpu.planning.kernels import Mask
 from gemma4_tpu.planning.topology import links_in_use
 from gemma4_tpu.tracking.cost import usd, usd_per_million_tokens
 
@@ -47,7 +48,10 @@ class PlanResult:
     flops_per_chip: float | None = None
     """Of one update: products, kernels and elementwise work, corrected for loops."""
     flops_parts_per_chip: dict[str, float] = field(default_factory=dict)
-    """`matmul`, `kernel` (attention), `other` (elementwise)."""
+    """`matmul`, `kernel` (attention; in the blocks that are visited), `other` (elementwise)."""
+    attention_blocks_visited: dict[str, float] = field(default_factory=dict)
+    """By mask, `global` or `window …`: of the blocks that it leaves, the share that hold a common example. The kernels
+    skip the others."""
     analytic_flops_per_chip: float | None = None
     """What the model's mathematics needs for the real tokens of an update, without rematerialisation."""
     flops_over_analytic: float | None = None
@@ -108,7 +112,7 @@ class PlanResult:
 
 ESTIMATED_BY = {
     "hbm": "the memory that the TPU compiler assigns to the whole step, compiled without a TPU",
-    "flops, traffic, collectives": "counted in the compiled program; kernels from their blocks",
+    "flops, traffic, collectives": "counted in the compiled program; attention kernels from the blocks that they visit",
     "roofline": "the counts over the chip's published peaks; interconnect over the links that the slice uses",
     "seconds, hours, dollars": "the largest roofline over the assumed utilization; no measurement on a TPU",
 }
@@ -146,7 +150,10 @@ def estimate(
     """Everything about a step that fits; `answer` is what the compiling process reported (see `child.py`)."""
     compiled = answer["compiled"]
     counts = compiled["counts"]
-    flops, traffic = counts["flops"], counts["hbm_traffic_bytes"]
+    masks = [(Mask(one["window"], one["block_q"], one["block_kv"]), one["flops"]) for one in counts["attention"]]
+    visited = {mask: fill.share_visited(mask, config.data.sequence_length) for mask, _ in masks}
+    skipped = sum(flops * (1 - visited[mask]) for mask, flops in masks)
+    flops, traffic = counts["flops"] - skipped, counts["hbm_traffic_bytes"]
     accessed = counts["bytes_accessed"]
     tokens = fill.real_tokens_per_update
     analytic = train_flops_per_token(arch, config.lora, fill.mean_tokens) * tokens / wanted.chips
@@ -158,7 +165,14 @@ def estimate(
         hbm_bytes_per_chip=sum(parts.values()),
         hbm_parts_bytes_per_chip=parts,
         flops_per_chip=flops,
-        flops_parts_per_chip={name: counts[f"{name}_flops"] for name in ("matmul", "kernel", "other")},
+        flops_parts_per_chip={
+            "matmul": counts["matmul_flops"],
+            "kernel": counts["kernel_flops"] - skipped,
+            "other": counts["other_flops"],
+        },
+        attention_blocks_visited={
+            "global" if mask.window is None else f"window {mask.window}": share for mask, share in visited.items()
+        },
         analytic_flops_per_chip=analytic,
         flops_over_analytic=flops / analytic,
         hbm_traffic_bytes_per_chip=traffic,

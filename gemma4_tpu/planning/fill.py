@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from statistics import NormalDist
 from typing import Any
 
@@ -18,8 +18,11 @@ from gemma4_tpu.config.checks import rows_per_update
 from gemma4_tpu.config.schema import DataConfig, PlanConfig, PlanRoot, TrainerConfig
 from gemma4_tpu.data.examples import Examples
 from gemma4_tpu.data.plan import Plan
+from gemma4_tpu.planning.kernels import Mask
 
 log = logging.getLogger(__name__)
+ROWS_LOOKED_AT = 500
+"""For what attention skips."""
 
 
 @dataclass(frozen=True)
@@ -37,6 +40,23 @@ class Fill:
     updates: int
     source: str
     """`measured` or `assumed`, and from what."""
+    rows: list[np.ndarray] = field(default_factory=list)
+    """Tokens of each example, for some rows of T."""
+
+    def share_visited(self, mask: Mask, length: int) -> float:
+        """Of the blocks that `mask` leaves in rows of so many tokens, the share that hold a common example.
+
+        What `splash` skips at run time: ranges of examples that do not meet. Padding is an example of its own.
+        """
+        if not self.rows:
+            return 1.0
+        blocks = mask.visited(length)
+        met = 0
+        for row in self.rows:
+            example = np.repeat(np.arange(len(row) + 1), [*row, length - row.sum()])
+            (first_q, last_q), (first_kv, last_kv) = (_ends(example, size) for size in (mask.block_q, mask.block_kv))
+            met += sum(first_q[i] <= last_kv[j] and first_kv[j] <= last_q[i] for i, j in blocks)
+        return met / (len(blocks) * len(self.rows))
 
 
 @dataclass(frozen=True)
@@ -73,12 +93,21 @@ def fill_of(lengths: Lengths, data: DataConfig, trainer: TrainerConfig) -> Fill:
     # Each pass over the data packs alike, so the first ones stand for all of a long run.
     looked_at = min(len(plan), 5000)
     slots, real, row_tokens = examples.slots, 0, 0
+    whole: list[np.ndarray] = []
     for update in (plan[u] for u in range(looked_at)):
         real += sum(int(slots[row].sum()) for row in update.rows)
         row_tokens += update.length
+        if update.length == data.sequence_length and len(whole) < ROWS_LOOKED_AT:
+            whole += [slots[row] for row in update.rows]
     mean, share = real / looked_at, row_tokens / looked_at / data.sequence_length
     fill = mean / (rows * data.sequence_length * share)
-    return Fill(len(examples), float(slots.mean()), mean, fill, share, len(plan), lengths.source)
+    return Fill(len(examples), float(slots.mean()), mean, fill, share, len(plan), lengths.source, whole)
+
+
+def _ends(example: np.ndarray, size: int) -> tuple[np.ndarray, np.ndarray]:
+    """The first and the last example in each block of `size` tokens."""
+    starts = np.arange(0, len(example), size)
+    return example[starts], example[np.minimum(starts + size, len(example)) - 1]
 
 
 def _read(config: PlanRoot) -> Examples:

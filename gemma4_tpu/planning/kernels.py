@@ -17,6 +17,28 @@ _MATMULS = {"fwd": 2, "dq": 3, "dkv": 4}
 """Products of [block, head width] blocks: scores and values; scores, their gradient, dq; … dk and dv as well."""
 _FUSED_BACKWARD_MATMULS = 5
 _SMALL = ("s8", "u8")
+_SCOPE = re.compile(r"\battend_(?:global|window_(\d+))\b")
+"""Of `splash.scope`, in the name of the operation."""
+
+
+@dataclass(frozen=True)
+class Mask:
+    """What decides which blocks an attention kernel visits; at run time it skips those without a common example."""
+
+    window: int | None
+    """In tokens; None: all that came before."""
+    block_q: int
+    block_kv: int
+
+    def visited(self, length: int) -> list[tuple[int, int]]:
+        """(block of queries, block of keys) that hold something unmasked, in a row of so many tokens."""
+        return [
+            (i, j)
+            for i in range(math.ceil(length / self.block_q))
+            for j in range(math.ceil(length / self.block_kv))
+            if j * self.block_kv < (i + 1) * self.block_q
+            and (self.window is None or i * self.block_q - (j + 1) * self.block_kv + 1 < self.window)
+        ]
 
 
 @dataclass(frozen=True)
@@ -26,6 +48,8 @@ class Work:
     flops: float
     bytes: float
     """Read from and written to HBM."""
+    mask: Mask | None = None
+    """Of an attention kernel."""
 
 
 def kernel_work(call: Instruction, operands: list[tuple[Array, ...]]) -> Work | None:
@@ -43,24 +67,20 @@ def kernel_work(call: Instruction, operands: list[tuple[Array, ...]]) -> Work | 
 def _splash(call: Instruction, operands: list[Array]) -> Work | None:
     """Splash attention, forward or backward.
 
-    Operands: block tables [heads, q blocks, kv blocks] as small integers, then q [.., N, T, H], k and v [.., K, T, H].
-    Only blocks that hold something unmasked are visited, at most the width of the tables in each line (a sliding
-    window); in each visited block all products are taken.
+    Operands: block tables as small integers, then q [.., N, T, H], k and v [.., K, T, H]. Only blocks that hold
+    something unmasked are visited; in each of them all products are taken.
     """
     kind = next((kind for kind in _MATMULS if f"_{kind}" in call.name + _op_name(call)), None)
-    tables = [array for array in operands if array.dtype in _SMALL]
-    q, k = [array for array in operands if len(array.dims) >= 3 and array.dtype not in _SMALL][:2]
-    if kind is None or not tables:
+    scope = _SCOPE.search(_op_name(call))
+    if kind is None or scope is None:
         return None
-    block_q, block_kv = _blocks(call, kind)
+    q, k = [array for array in operands if len(array.dims) >= 3 and array.dtype not in _SMALL][:2]
+    mask = Mask(int(scope[1]) if scope[1] else None, *_blocks(call, kind))
+    block_q, block_kv = mask.block_q, mask.block_kv
     length, width = q.dims[-2:]
-    q_lines, kv_lines = math.ceil(length / block_q), math.ceil(k.dims[-2] / block_kv)
-    table = tables[0].dims[-2:]
-    if kind == "dkv":
-        visited = sum(min(q_lines - j * block_kv // block_q, table[0]) for j in range(kv_lines))
-    else:
-        visited = sum(min(math.ceil((i + 1) * block_q / block_kv), table[1]) for i in range(q_lines))
-    fused = kind == "dkv" and 'use_fused_bwd_kernel\\": true' in call.attributes
+    visited = len(mask.visited(length))
+    # A backward pass in one kernel leaves a dq for each block of keys: [kv blocks, N, T, H].
+    fused = kind == "dkv" and any(array.dims[-3:] == q.dims[-3:] and len(array.dims) > 3 for array in call.arrays)
     matmuls = _FUSED_BACKWARD_MATMULS if fused else _MATMULS[kind]
     heads = math.prod(q.dims[:-2])
     item = q.bytes / q.elements
@@ -69,7 +89,7 @@ def _splash(call: Instruction, operands: list[Array]) -> Work | None:
     boundary = call.bytes + sum(array.bytes for array in operands)
     moving_once = 2 * (q.bytes if kind == "dkv" else k.bytes)
     traffic = boundary - moving_once + heads * visited * moved * width * item
-    return Work(2.0 * matmuls * heads * visited * block_q * block_kv * width, traffic)
+    return Work(2.0 * matmuls * heads * visited * block_q * block_kv * width, traffic, mask)
 
 
 def _op_name(call: Instruction) -> str:

@@ -4,6 +4,7 @@ import importlib.util
 import json
 from dataclasses import replace
 
+import numpy as np
 import pytest
 
 from gemma4_tpu import plan
@@ -13,6 +14,7 @@ from gemma4_tpu.config.load import load
 from gemma4_tpu.planning import attempt, misfit, search
 from gemma4_tpu.planning.attempt import Planned
 from gemma4_tpu.planning.estimate import PlanResult, estimate, roofline
+from gemma4_tpu.planning.kernels import Mask
 from gemma4_tpu.planning.program import OutOfMemory
 from gemma4_tpu.planning.remat import HEADROOM, POLICIES, first_that_fits
 from gemma4_tpu.planning.report import plot_hbm, print_plan
@@ -84,6 +86,7 @@ ANSWER = {
         "counts": {
             "flops": 8e12, "matmul_flops": 6e12, "kernel_flops": 1.5e12, "other_flops": 0.5e12, "bytes_accessed": 9e9,
             "hbm_traffic_bytes": 6e9, "collectives": {"all-gather": {"count": 3, "bytes": 4e9}}, "not_counted": [],
+            "attention": [{"window": None, "block_q": 512, "block_kv": 512, "flops": 1.5e12}],
         },
         "cost_analysis": {},
         "lowering_seconds": 1.0,
@@ -107,7 +110,10 @@ def result(planned, **changes) -> PlanResult:
 def test_estimates_follow_from_the_compilers_figures(planned):
     told = result(planned)
     seconds = told.roofline_seconds
-    assert seconds["compute"] == 8e12 / 459e12
+    visited = told.attention_blocks_visited["global"]
+    assert 0.3 < visited < 0.8  # examples of 922 tokens on average, in rows of 4096 and blocks of 512
+    assert told.flops_per_chip == 8e12 - (1 - visited) * 1.5e12
+    assert seconds["compute"] == told.flops_per_chip / 459e12
     assert seconds["hbm"] == 6e9 / 2765e9
     # Two of a v5p chip's six links are in use in a 2x2x1; what is sent is received too.
     assert seconds["interconnect"] == pytest.approx(2 * 4e9 / (1200e9 / 3))
@@ -124,6 +130,25 @@ def test_estimates_follow_from_the_compilers_figures(planned):
 def test_interconnect_counts_the_links_of_the_slice(planned):
     one_chip = load(["hardware=v6e1", "model=gemma4_e2b"], PLAN).checked.slice
     assert roofline(one_chip, 1.0, 1.0, {})["interconnect"] == 0.0
+
+
+@pytest.mark.parametrize("window", [None, 1024])
+def test_attention_is_planned_in_the_blocks_that_hold_a_common_example(planned, window):
+    mask, length = Mask(window, 512, 512), 4096
+    rng = np.random.default_rng(3)
+    rows = [np.diff(np.sort(rng.choice(length, 6, replace=False))) for _ in range(5)]
+    fill = replace(planned.fill, rows=rows)
+    visited = total = 0
+    for row in rows:  # by the definition: each pair of tokens
+        example = np.repeat(np.arange(len(row) + 1), [*row, length - row.sum()])
+        q, k = np.arange(length)[:, None], np.arange(length)[None, :]
+        seen = (k <= q) & (True if window is None else q - k < window)
+        total += seen.reshape(8, 512, 8, 512).any((1, 3)).sum()
+        # of blocks that the mask leaves, those whose ranges of examples meet
+        meets = (example[:, None] == example[None, :]).reshape(8, 512, 8, 512).any((1, 3))
+        visited += (seen.reshape(8, 512, 8, 512).any((1, 3)) & meets).sum()
+    assert fill.share_visited(mask, length) == visited / total
+    assert replace(fill, rows=[]).share_visited(mask, length) == 1.0
 
 
 def test_every_key_of_plan_json_is_documented():

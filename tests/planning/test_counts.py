@@ -15,6 +15,7 @@ from gemma4_tpu.config.schema import LoraConfig, OptimizerConfig, TrainerConfig
 from gemma4_tpu.models.sharding import make_mesh
 from gemma4_tpu.planning import compile as compiling
 from gemma4_tpu.planning import counts, hlo
+from gemma4_tpu.planning.kernels import Mask
 from gemma4_tpu.step.train_step import compiled_functions
 
 
@@ -160,9 +161,9 @@ def test_a_loop_that_does_not_tell_how_often_is_reported():
     assert any("counted once" in line for line in ours.plain()["not_counted"])
 
 
-@pytest.mark.parametrize(("grid", "window"), [(8, None), (3, 1024)])
-def test_attention_kernels_count_the_blocks_that_their_mask_leaves(grid, window):
-    ours = counts.count(hlo.parse(text_of("splash").replace("GRID", str(grid))))
+@pytest.mark.parametrize(("scope", "window"), [("attend_global", None), ("attend_window_1024", 1024)])
+def test_attention_kernels_count_the_blocks_that_their_mask_leaves(scope, window):
+    ours = counts.count(hlo.parse(text_of("splash").replace("SCOPE", scope)))
     blocks = 0
     for i in range(8):
         for j in range(8):
@@ -171,8 +172,11 @@ def test_attention_kernels_count_the_blocks_that_their_mask_leaves(grid, window)
             blocks += bool(seen) and (window is None or nearest < window)
     assert ours.kernel_flops == 2 * 2 * 4 * blocks * 512 * 512 * 256  # scores and values, four heads
     assert ours.traffic.hbm > 4 * blocks * 2 * 512 * 256 * 2  # keys and values come again for each visited block
+    (told,) = ours.plain()["attention"]
+    assert told == {"window": window, "block_q": 512, "block_kv": 512, "flops": ours.kernel_flops}
+    assert len(Mask(window, 512, 512).visited(4096)) == blocks
 
 
 def test_an_unknown_kernel_is_named():
-    text = text_of("splash").replace("GRID", "8").replace("splash_mha_fwd_residuals", "mystery.3")
+    text = text_of("splash").replace("splash_mha_fwd_residuals", "mystery.3")
     assert "mystery" in counts.count(hlo.parse(text)).plain()["not_counted"][0]
