@@ -16,21 +16,21 @@ import aiohttp
 CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
 START_SECONDS, ANSWER_SECONDS = 60, 60
 FLAGS = [
-    "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
-    "--disable-component-update", "--disable-sync", "--disable-extensions", "--disable-dev-shm-usage", "--hide-scrollbars",
-    "--remote-debugging-port=0",
+    "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-sync",
+    "--disable-background-networking", "--disable-component-update", "--disable-extensions", "--disable-dev-shm-usage",
+    "--hide-scrollbars", "--remote-debugging-port=0",
 ]  # fmt: skip
 FACTS = """(() => {
-  const root = document.documentElement, width = root.clientWidth;
+  const root = document.documentElement, width = root.clientWidth, box = e => e.getBoundingClientRect();
   const boxed = e => { for (let p = e.parentElement; p; p = p.parentElement)
     if (['auto', 'scroll', 'hidden'].includes(getComputedStyle(p).overflowX)) return true; return false; };
   const name = e => `${e.tagName.toLowerCase()}.${e.className} ${(e.textContent || '').trim().slice(0, 40)}`;
   return {
-    width, scroll_width: root.scrollWidth, height: root.scrollHeight, title: document.title,
+    width, scroll_width: root.scrollWidth, title: document.title,
     overflowing: [...document.body.querySelectorAll('*')]
-      .filter(e => e.getBoundingClientRect().right > width + 1 && !boxed(e)).map(name).slice(0, 5),
-    images: [...document.images].map(e => [e.alt, e.complete && e.naturalWidth > 0, Math.round(e.getBoundingClientRect().width)]),
-    tables: [...document.querySelectorAll('table')].map(e => Math.round(e.getBoundingClientRect().width)),
+      .filter(e => box(e).right > width + 1 && !boxed(e)).map(name).slice(0, 5),
+    images: [...document.images].map(e => [e.alt, e.complete && e.naturalWidth > 0, Math.round(box(e).width)]),
+    tables: [...document.querySelectorAll('table')].map(e => Math.round(box(e).width)),
     background: getComputedStyle(document.body).backgroundColor, ink: getComputedStyle(document.body).color,
   };
 })()"""
@@ -50,37 +50,42 @@ class Seen:
     """PNG of the whole page."""
 
 
-def look(page: Path, width: int, *, dark: bool = False) -> Seen:
-    """Opens a file in a browser of its own."""
-    with tempfile.TemporaryDirectory() as profile:
-        log = Path(profile, "log.txt")
+class Browser:
+    """One that runs; a context manager."""
+
+    def __enter__(self) -> "Browser":
+        self._profile = tempfile.TemporaryDirectory()
+        log = Path(self._profile.name, "log.txt")
         with log.open("wb") as file:
-            browser = subprocess.Popen(
-                [CHROMIUM, *FLAGS, f"--user-data-dir={profile}/profile", "about:blank"],
-                stdout=file, stderr=file, env={**os.environ, "HOME": profile},
+            self._process = subprocess.Popen(
+                [CHROMIUM, *FLAGS, f"--user-data-dir={self._profile.name}/profile", "about:blank"],
+                stdout=file, stderr=file, env={**os.environ, "HOME": self._profile.name},
             )  # fmt: skip
-        try:
-            port = _port(Path(profile, "profile", "DevToolsActivePort"), browser, log)
-            return asyncio.run(asyncio.wait_for(_look(port, page, width, dark), ANSWER_SECONDS))
-        finally:
-            browser.terminate()
-            browser.wait(timeout=20)
+        told = Path(self._profile.name, "profile", "DevToolsActivePort")
+        deadline = time.monotonic() + START_SECONDS
+        while not (told.is_file() and "\n" in told.read_text()):
+            if self._process.poll() is not None or time.monotonic() > deadline:
+                self.__exit__()
+                raise AssertionError(f"{CHROMIUM} does not start: {log.read_text(errors='replace')[-2000:]}")
+            time.sleep(0.05)
+        self._port = int(told.read_text().splitlines()[0])
+        return self
 
+    def __exit__(self, *error: object) -> None:
+        self._process.terminate()
+        self._process.wait(timeout=20)
+        self._profile.cleanup()
 
-def _port(path: Path, browser: subprocess.Popen, log: Path) -> int:
-    deadline = time.monotonic() + START_SECONDS
-    while not (path.is_file() and path.read_text().count("\n")):
-        assert browser.poll() is None and time.monotonic() < deadline, log.read_text(errors="replace")[-2000:]
-        time.sleep(0.05)
-    return int(path.read_text().splitlines()[0])
+    def look(self, page: Path, width: int, *, dark: bool = False) -> Seen:
+        """Opens a file."""
+        return asyncio.run(asyncio.wait_for(self._look(page, width, dark), ANSWER_SECONDS))
 
-
-async def _look(port: int, page: Path, width: int, dark: bool) -> Seen:
-    async with aiohttp.ClientSession() as session:
-        async with session.get(f"http://127.0.0.1:{port}/json/list") as answer:
-            target = next(one for one in await answer.json() if one["type"] == "page")
-        async with session.ws_connect(target["webSocketDebuggerUrl"], max_msg_size=0) as socket:
-            return await Tab(socket).look(page, width, dark)
+    async def _look(self, page: Path, width: int, dark: bool) -> Seen:
+        async with aiohttp.ClientSession() as session:
+            async with session.get(f"http://127.0.0.1:{self._port}/json/list") as answer:
+                target = next(one for one in await answer.json() if one["type"] == "page")
+            async with session.ws_connect(target["webSocketDebuggerUrl"], max_msg_size=0) as socket:
+                return await Tab(socket).look(page, width, dark)
 
 
 class Tab:

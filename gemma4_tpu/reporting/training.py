@@ -8,10 +8,12 @@ from typing import Any
 
 import yaml
 
+from gemma4_tpu.errors import UserError
 from gemma4_tpu.hardware import GIB
 from gemma4_tpu.reporting.curves import Followed, draw_curves, missing
 from gemma4_tpu.reporting.markdown import BY, code, pictures, plain, table
 from gemma4_tpu.reporting.records import Records, config_of, record
+from gemma4_tpu.reporting.records import result_of as record_of
 from gemma4_tpu.tracking.cost import format_usd
 from gemma4_tpu.tracking.metrics import read_metrics
 from gemma4_tpu.tracking.progress import format_seconds
@@ -26,12 +28,15 @@ Fact = tuple[str, str, str]
 
 def result_of(records: Records) -> Result | None:
     """What came of the run; None while it has not ended."""
-    path = records.run.result_path
-    return Result.read(path) if path.is_file() else None
+    return Result.read(records.run.result_path) if record_of(records.run.path) else None
 
 
 def followed(records: Records) -> Followed:
-    return Followed(records.name, read_metrics(records.run.metrics_path))
+    """Its rows; raises UserError where they are damaged."""
+    try:
+        return Followed(records.name, read_metrics(records.run.metrics_path))
+    except ValueError as error:
+        raise UserError(str(error)) from None
 
 
 def training(records: Records, page: Path, folder: Path) -> Iterator[str]:
