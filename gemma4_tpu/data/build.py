@@ -8,7 +8,7 @@ import json
 import logging
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -135,12 +135,26 @@ def build_data(data: DataConfig, tokenizer: Any) -> TrainingData:
     return built
 
 
+def _as_they_are(row: dict[str, Any]) -> Any:
+    """The turns of a row that holds them already."""
+    if "messages" not in row:
+        raise RowDropped("no_messages", f"keys: {', '.join(row)}"[:120])
+    return row["messages"]
+
+
+FORMATS: dict[str, Callable[[dict[str, Any]], Any]] = {
+    "chat": _as_they_are,
+    "codev_r1": codev.to_messages,
+}
+"""`data.format` → the turns of a row, `[{"role": …, "content": …}, …]`; raises RowDropped for one that has none."""
+
+
 class _Tokeniser:
     """Runs sources through cleaning, rendering and encoding. `report` and `digest` belong to the latest run."""
 
     def __init__(self, data: DataConfig, chat: ChatFormat):
-        if data.format not in ("chat", "codev_r1"):
-            raise UserError(f"data.format={data.format}: there are chat and codev_r1")
+        if data.format not in FORMATS:
+            raise UserError(f"data.format={data.format}: there are {', '.join(FORMATS)}")
         self._data = data
         self._chat = chat
         self._iverilog = codev.find_iverilog() if data.check_syntax and data.format == "codev_r1" else None
@@ -197,14 +211,10 @@ class _Tokeniser:
         if row.problem is not None:
             return row.problem
         try:
-            if self._data.format == "chat":
-                if "messages" not in row.value:
-                    raise RowDropped("no_messages", f"keys: {', '.join(row.value)}"[:120])
-                return self._chat.render(row.value["messages"], row.value.get("tools"))
-            messages = codev.to_messages(row.value)
+            messages = FORMATS[self._data.format](row.value)
             if self._iverilog:
                 codev.check_syntax(codev.fenced_code(messages), self._iverilog)
-            return self._chat.render(messages)
+            return self._chat.render(messages, row.value.get("tools") if self._data.format == "chat" else None)
         except RowDropped as problem:
             return problem
 
