@@ -65,6 +65,8 @@ def _places(root: ReportRoot, subject: str) -> Iterator[str]:
     given = getattr(root, subject)
     wanted = [(subject, place) for place in (given if subject in LISTED else [given])]
     for key, place in [*wanted, *(("records", place) for place in root.records)]:
+        if key == "run" and "://" in place:
+            continue  # its small files are copied here
         if not (Path(place).exists() if key in _FILES_TOO else Path(place).is_dir()):
             yield f"{key}={place}: no such folder" + " (a local copy is needed)" * ("://" in place)
     yield from (

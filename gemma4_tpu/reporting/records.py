@@ -11,6 +11,7 @@ from typing import Any
 import yaml
 
 from gemma4_tpu.errors import UserError
+from gemma4_tpu.storage import is_remote
 from gemma4_tpu.tracking.files import read_json
 from gemma4_tpu.tracking.run import RunFolder
 
@@ -42,7 +43,7 @@ def find(runs: Sequence[str], further: Sequence[str] = ()) -> list[Records]:
     """What is there about each run.
 
     Args:
-      runs: their folders.
+      runs: their folders; of those on gs:// the small files are copied here.
       further: folders of records, or of such folders. One that names none of the runs is taken for the only run's.
 
     Raises:
@@ -144,7 +145,7 @@ def _is_about(folder: Path, kind: str, found: Records) -> bool:
         settings = result_of(folder).get("settings") or {}
         if settings.get("endpoint") and any(_answers(server, settings) for server in found.by_kind[SERVING]):
             return True
-    return any(_is_in(found.run.path, place) for place in named if isinstance(place, str) and place)
+    return any(_is_in(found.run, place) for place in named if isinstance(place, str) and place)
 
 
 def _answers(server: Path, settings: dict[str, Any]) -> bool:
@@ -152,9 +153,11 @@ def _answers(server: Path, settings: dict[str, Any]) -> bool:
     return bool(known) and all(known.get(key) == settings.get(key) for key in ("endpoint", "model"))
 
 
-def _is_in(run: Path, place: str) -> bool:
+def _is_in(run: RunFolder, place: str) -> bool:
+    if is_remote(place):
+        return f"{place}/".startswith(f"{run.address.rstrip('/')}/")
     path = Path(place).expanduser().absolute()
-    return path == run or run in path.parents
+    return path == run.path or run.path in path.parents
 
 
 def _given(place: Path) -> list[tuple[str, Path]]:

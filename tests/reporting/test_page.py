@@ -2,6 +2,7 @@
 
 import re
 
+import gcsfs
 import pytest
 import yaml
 
@@ -128,6 +129,19 @@ def test_several_runs_side_by_side(run, tmp_path, capsys):
     assert not list(default)
     report(f"run=[{run},{second}]")
     assert len(list((tmp_path / "outputs").glob("reports/*/report.html"))) == 1
+
+
+def test_a_run_on_a_bucket(run, tmp_path, bucket, capsys):
+    place = f"{bucket}/runs/one"
+    merge(run)
+    files = gcsfs.GCSFileSystem()
+    for path in run.rglob("*"):
+        if path.is_file():
+            files.pipe_file(f"{place}/{path.relative_to(run).as_posix()}", path.read_bytes())
+    report(f"run={place}")
+    assert "1 merge" in capsys.readouterr().out
+    page = tmp_path / "outputs/gs" / place.removeprefix("gs://") / "report.md"
+    assert "0.7443 → 0.4082" in page.read_text()
 
 
 def test_refusals(run, tmp_path, capsys):
