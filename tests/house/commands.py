@@ -15,8 +15,8 @@ PAGES = sorted(
     for pattern in ("*.md", "docs/*.md", "experiments/*/README.md", "benchmarks/*.md")
     for path in ROOT.glob(pattern)
 )
-OF_ITS_OWN_TEST = {"docs/first_tpu_run.md"}
-"""Pages whose blocks another test runs in order: tests/launch/test_first_tpu_run.py."""
+OF_ITS_OWN_TEST = {"docs/first_tpu_run.md", "docs/extending.md"}
+"""Pages whose blocks another test runs: tests/launch/test_first_tpu_run.py, tests/house/test_extending.py."""
 PROGRAMS = ("python ", "make ", "gemma4-tpu ", "pip ", "git ")
 """What a block of commands begins with, if it doesn't say `bash`; other blocks show output or a formula."""
 PLACEHOLDERS = {

@@ -12,7 +12,6 @@ import pytest
 
 import gemma4_tpu
 from gemma4_tpu.config.entries import ENTRIES
-from gemma4_tpu.config.load import config_dir
 from tests.house.scripts import ROOT
 
 pytestmark = pytest.mark.slow
@@ -93,11 +92,8 @@ def test_every_command_answers_from_any_directory(script, name, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_the_wheel_reads_its_own_conf_and_rows(script, tmp_path):
-    """Composition, plugins for sweeps, the embedded rows and tokenizer: all from the installed files."""
-    done = run(script, "train", "preview=true", "experiment=smoke", cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
-    assert str(config_dir()) not in done.stdout + done.stderr
+def test_the_wheel_reads_its_own_conf(script, tmp_path):
+    """Composition and the plugins for sweeps: all from the installed files."""
     refused = run(script, "train", "-m", "lora.rnk=1,2", cwd=tmp_path)
     assert refused.returncode == 2 and "did you mean lora.rank?" in refused.stderr
     where = run(script, "train", "--info", "searchpath", cwd=tmp_path)

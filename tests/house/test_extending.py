@@ -1,0 +1,94 @@
+"""The diffs of docs/extending.md apply to the package as it is, and what they add works."""
+
+import json
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+
+import pytest
+import yaml
+
+from gemma4_tpu.evals.verilog.smoke import VerilogSmoke
+from tests.house.scripts import ROOT
+
+PAGE = (ROOT / "docs/extending.md").read_text(encoding="utf-8")
+DIFFS = re.findall(r"^```diff\n(.*?)^```", PAGE, re.M | re.S)
+COMMANDS = re.findall(r"^python -m gemma4_tpu\.(\w+) (.*)$", PAGE, re.M)
+CHECK = """
+import sys
+from gemma4_tpu.config.entries import ENTRIES
+from gemma4_tpu.config.load import load
+from gemma4_tpu.hardware import chip_of
+name, *words = sys.argv[1:]
+load(words, ENTRIES[name])
+assert chip_of("tpu", "TPU v4").name == "v4"
+"""
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def extended(tmp_path_factory):
+    """A copy of the package with the page's diffs applied, beside the files that its commands name."""
+    copy = tmp_path_factory.mktemp("extended")
+    skipped = shutil.ignore_patterns("__pycache__", "local")
+    for folder in ("gemma4_tpu", "conf"):
+        shutil.copytree(ROOT / folder, copy / folder, ignore=skipped if folder == "gemma4_tpu" else None)
+    for diff in DIFFS:
+        subprocess.run(["git", "apply", "-"], input=diff, text=True, cwd=copy, check=True, capture_output=True)
+    rows = [{"instruction": f"Add {n} to the number.", "input": str(n), "output": str(2 * n)} for n in range(60)]
+    (copy / "rows.jsonl").write_text("\n".join(map(json.dumps, [*rows, {"instruction": "no answer"}])))
+    problem = VerilogSmoke().load()[0]
+    card = {"prompt": problem.prompt, "reference": problem.reference, "testbench": problem.testbench}
+    (copy / "cards").mkdir()
+    (copy / "cards/first.yaml").write_text(yaml.safe_dump(card))
+    right = problem.reference.replace(problem.reference_top, problem.top)
+    samples = [{"problem": "first", "completion": code} for code in (right, "module TopModule; endmodule")]
+    (copy / "samples.jsonl").write_text("\n".join(map(json.dumps, samples)))
+    return copy
+
+
+def python(copy, *arguments):
+    """Runs Python in the copy, whose package then comes before the installed one; returns what it printed."""
+    one_device = os.environ | {"XLA_FLAGS": "--xla_backend_optimization_level=0"}  # compiles in a quarter of the time
+    command = [sys.executable, *arguments]
+    done = subprocess.run(command, cwd=copy, env=one_device, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout
+
+
+def words(command):
+    (found,) = [shlex.split(given) for name, given in COMMANDS if name == command or command in given]
+    return found
+
+
+def test_every_addition_has_a_diff_and_a_command():
+    assert len(DIFFS) == len(COMMANDS) == len(re.findall("^## ", PAGE, re.M)) == 4
+
+
+def test_a_chip(extended):
+    python(extended, "-c", CHECK, "plan", *words("plan"))
+
+
+def test_a_model_size_and_a_data_source(extended):
+    """Trained together, to save a start."""
+    small = [
+        "data.sequence_length=128",
+        "data.max_drop_fraction=0.1",
+        "data.heldout_fraction=0",
+        "trainer.max_updates=1",
+    ]
+    given = [*words("tiny_wide"), *words("data=instructions"), *small, "run_dir=run"]
+    python(extended, "-m", "gemma4_tpu.train", *given)
+    result = json.loads((extended / "run/result.json").read_text())
+    drops = json.loads((extended / "run/data.json").read_text())["train"]
+    assert result["status"] == "finished"
+    assert yaml.safe_load((extended / "run/config.yaml").read_text())["model"]["name"] == "tiny_wide"
+    assert "no_response" in json.dumps(drops)
+
+
+def test_a_benchmark(extended):
+    told = python(extended, "-m", "gemma4_tpu.evaluate", *words("evaluate"), "run_dir=evaluation")
+    assert "pass@1  0.500" in told
