@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import base64
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,6 +12,7 @@ from gemma4_tpu.benching.load import FAILED, OK
 from gemma4_tpu.benching.plots import plot_results
 from gemma4_tpu.benching.sweep import Results, coverage, coverage_line
 from gemma4_tpu.config.bench_checks import BenchChecked
+from gemma4_tpu.reporting.html import html_page
 from gemma4_tpu.tracking.files import write_text
 
 _MARK = "†"
@@ -37,8 +36,6 @@ class Section:
     """Markdown."""
     columns: tuple[str, ...]
     rows: list[list[str]]
-    states: list[str]
-    """Of each row: `ok`, `infeasible`, `failed`, `disagrees`."""
 
     @property
     def words(self) -> list[bool]:
@@ -85,7 +82,7 @@ def write_report(folder: Path, results: Results, compared: dict[str, Any] | None
     pictures = "\n".join(f"![{path.stem}](plots/{path.name})" for path in plots)
     text = "\n\n".join([f"# Benchmark {folder.name}", *parts, pictures]).rstrip() + "\n"
     write_text(folder / "report.md", text)
-    write_text(folder / "report.html", _page(folder.name, sections, plots))
+    write_text(folder / "report.html", html_page(text, folder))
     return "\n\n".join(section.markdown() for section in sections)
 
 
@@ -99,7 +96,7 @@ def _measured(results: Results, checked: BenchChecked) -> Section:
         f"{_MARK} of fewer than 100 values: that of the slowest one or two, not a 99th percentile to rely on.",
     ]
     rows = [_row(cell, result) for cell, result in results.items()]
-    return Section("", facts, _COLUMNS, rows, [result["state"] for result in results.values()])
+    return Section("", facts, _COLUMNS, rows)
 
 
 def _prefix_cache(results: Results) -> str:
@@ -159,13 +156,12 @@ def _crossed(results: Results, compared: dict[str, Any]) -> Section:
         f" {THROUGHPUT_BOUND:.0%} of a throughput and {LATENCY_BOUND:.0%} of a median latency, or 5 ms of TTFT and E2EL"
         " and 1 ms of TPOT and ITL, whichever is more."
     ]
-    rows, states = [], []
+    rows = []
     for cell, one in found.items():
         figures = [_both(one["figures"].get(key)) for key in _COMPARED.values()]
         rows.append([*_asked(cell), *figures, verdict(one)])
-        states.append("ok" if one["agrees"] else "failed" if one["state"] == FAILED else "disagrees")
     columns = ("in", "out", "load", *_COMPARED, "verdict")
-    return Section("Cross-check by `vllm bench serve`", facts, columns, rows, states)
+    return Section("Cross-check by `vllm bench serve`", facts, columns, rows)
 
 
 def _both(figure: dict[str, Any] | None) -> str:
@@ -178,14 +174,3 @@ def _number(value: float | None) -> str:
     if value is None:
         return "–"
     return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:,.1f}"
-
-
-def _page(name: str, sections: Sequence[Section], plots: Sequence[Path]) -> str:
-    """Everything in one file: nothing is fetched."""
-    import jinja2
-
-    pictures = [(path.stem.replace("_", " "), base64.b64encode(path.read_bytes()).decode()) for path in plots]
-    environment = jinja2.Environment(autoescape=True)
-    environment.filters["plain"] = lambda text: text.replace("`", "")
-    template = environment.from_string(Path(__file__).with_name("page.html").read_text("utf-8"))
-    return template.render(name=name, sections=sections, pictures=pictures)

@@ -17,6 +17,8 @@ from gemma4_tpu.costing.figures import LABELS
 
 _PNG = b"\x89PNG\r\n\x1a\n"
 _WIDE_PIXELS = 1100  # wider pictures scroll inside their own box on a narrow screen
+_BAD = r"\W*(failed|disagrees|impossible|doubtful)\b"
+"""What a cell begins with that a reader should not miss."""
 _TEMPLATE = Path(__file__).with_name("page.html")
 
 
@@ -47,6 +49,8 @@ def html_page(markdown: str, folder: Path) -> str:
                 token.tag = tokens[place + 2].tag = "div"
                 token.attrSet("class", "plots")
                 following.children = [child for child in following.children or [] if child.type == "image"]
+            case "td_open" if following and re.match(_BAD, following.content):
+                token.attrSet("class", "bad")
             case "inline":
                 _mark_labels(token)
         for child in token.children or []:

@@ -186,3 +186,4 @@ def test_the_html_holds_its_pictures(run):
     assert "(no picture: gone)" in made and "(no picture: net)" in made and "127.0.0.1" not in made
     assert '<em class="by measured">measured</em> and <em>so</em>' in made
     assert "<title>Title</title>" in made
+    assert html_page("| a |\n|---|\n| failed: x |\n| **impossible** |\n| ok |\n", run).count('<td class="bad">') == 2
