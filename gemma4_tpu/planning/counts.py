@@ -162,7 +162,7 @@ class _Counter:
             else:
                 total.kernel_flops += work.flops
                 if work.mask is not None:
-                    total.attention_flops[work.mask] += work.flops
+                    total.attention_flops[work.mask] += round(work.flops)
                 traffic = Traffic(traffic.accessed, max(traffic.hbm, work.bytes))
         total.traffic += traffic
 
