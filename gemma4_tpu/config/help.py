@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+import shutil
 import textwrap
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
@@ -14,7 +16,8 @@ from gemma4_tpu.config.sweep_settings import Grid, Optuna, Processes
 if TYPE_CHECKING:
     from gemma4_tpu.config.entries import EntryPoint
 
-_WIDTH = 110
+_NARROWEST, _WIDEST = 60, 110
+_WORD = re.compile(r"""(?:[^\s'"]|'[^']*'|"[^"]*")+""")
 
 
 def help_text(entry: EntryPoint) -> str:
@@ -22,21 +25,20 @@ def help_text(entry: EntryPoint) -> str:
     from gemma4_tpu.config.load import defaults, groups_of
 
     values = OmegaConf.to_container(defaults(entry))
-    lines = textwrap.wrap(entry.summary, _WIDTH)
+    lines = _wrapped(entry.summary)
     lines += ["", f"Usage: {entry.command} [group=option | key=value] …", "", "Examples:"]
     for arguments, meaning in entry.examples:
-        lines += [f"  {entry.command} {arguments}".rstrip(), f"      {meaning}"]
+        lines += [*_command(f"{entry.command} {arguments}"), *_wrapped(meaning, 6)]
     lines += ["", "Groups (group=option):"]
     for group, options in groups_of(entry).items():
         if options:
-            listed = f"  {group:<11} {', '.join(options)}"
-            lines += textwrap.wrap(listed, _WIDTH, subsequent_indent=" " * 14)
+            lines += textwrap.wrap(f"  {group:<11} {', '.join(options)}", _width(), subsequent_indent=" " * 14)
     lines += ["", "Keys (key=value), with their defaults:"]
     lines += _keys(entry.schema, values, "")
     lines += [
         "",
         "Lists are written 'key=[a,b]', no value is written null.",
-        "--cfg job prints the configuration instead of running it, --version prints the version.",
+        *_wrapped("--cfg job prints the configuration instead of running it, --version prints the version."),
         "",
         *_sweeps(entry),
     ]
@@ -51,12 +53,12 @@ def _sweeps(entry: EntryPoint) -> list[str]:
         " values: the same command skips what is finished and goes on with what is not. Ctrl-C lets jobs save, a"
         " second one kills them. At the end come sweep.md, sweep.csv and plots."
     )
-    lines = textwrap.wrap(about, _WIDTH)
+    lines = _wrapped(about)
     if entry.name != "train":
         return lines
     lines += ["  hydra.sweep.dir=<folder>  (str)", "      Another folder for the sweep."]
     for group, schema in (("launcher", Processes), ("sweeper", Grid), ("sweeper", Optuna)):
-        lines += ["", f"  {(schema.__doc__ or '').strip()}"]
+        lines += ["", *_wrapped((schema.__doc__ or "").strip(), 2)]
         values = asdict(schema())
         for name, annotation in field_types(schema).items():
             if not name.startswith("_"):
@@ -67,8 +69,28 @@ def _sweeps(entry: EntryPoint) -> list[str]:
 
 
 def _doc(schema: type, name: str) -> list[str]:
-    text = field_docs(schema).get(name, "")
-    return textwrap.wrap(text, _WIDTH, initial_indent=" " * 6, subsequent_indent=" " * 6)
+    return _wrapped(field_docs(schema).get(name, ""), 6)
+
+
+def _width() -> int:
+    """Columns of the terminal, within reason; where there is none, as many as read well."""
+    return max(_NARROWEST, min(_WIDEST, shutil.get_terminal_size((_WIDEST, 24)).columns))
+
+
+def _wrapped(text: str, indent: int = 0) -> list[str]:
+    space = " " * indent
+    return textwrap.wrap(text, _width(), initial_indent=space, subsequent_indent=space, break_on_hyphens=False)
+
+
+def _command(text: str) -> list[str]:
+    """A command that can be copied: lines that are too long go on behind a backslash."""
+    lines = [" "]
+    for word in _WORD.findall(text):
+        if len(lines[-1]) + len(word) + 3 > _width() and lines[-1].strip():
+            lines[-1] += " \\"
+            lines.append("     ")
+        lines[-1] += f" {word}"
+    return lines
 
 
 def _keys(schema: type, values: Any, prefix: str) -> list[str]:
@@ -76,9 +98,11 @@ def _keys(schema: type, values: Any, prefix: str) -> list[str]:
     nested = []
     for name, annotation in field_types(schema).items():
         if is_group(annotation):
-            nested += ["", f"  {(annotation.__doc__ or '').strip()}", *_keys(annotation, values[name], f"{name}.")]
+            about = " ".join((annotation.__doc__ or "").split())
+            nested += ["", *_wrapped(about, 2), *_keys(annotation, values[name], f"{name}.")]
             continue
-        lines.append(f"  {prefix}{name}={shown(values[name])}  ({type_name(annotation)})")
+        key = f"  {prefix}{name}={shown(values[name])}  ({type_name(annotation)})"
+        lines += [key] if len(key) <= _width() else textwrap.wrap(key, _width(), subsequent_indent=" " * 6)
         lines += _doc(schema, name)
     return lines + nested
 

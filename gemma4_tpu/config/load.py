@@ -7,10 +7,12 @@ that all problems come in one message.
 from __future__ import annotations
 
 import argparse
+import os
 import re
+import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Generic
+from typing import Any, Generic, NoReturn
 
 from hydra import compose, initialize_config_dir
 from hydra._internal.utils import get_args_parser
@@ -156,13 +158,11 @@ def _split(argv: list[str], entry: EntryPoint) -> tuple[list[str], Any]:
     if not any(word.startswith("-") for word in argv):
         return argv, None
     if "--version" in argv:
-        print(f"gemma4-tpu {gemma4_tpu.__version__}")
-        raise SystemExit(0)
+        _tell(f"gemma4-tpu {gemma4_tpu.__version__}")
     if "--help" in argv or "-h" in argv:
         from gemma4_tpu.config.help import help_text
 
-        print(help_text(entry))
-        raise SystemExit(0)
+        _tell(help_text(entry))
     parser = get_args_parser()
     parser.exit_on_error = False
     try:
@@ -178,6 +178,15 @@ def _split(argv: list[str], entry: EntryPoint) -> tuple[list[str], Any]:
             )
         return words, None
     return words, flags
+
+
+def _tell(text: str) -> NoReturn:
+    """Prints what was asked for and ends the process, also where the reader has seen enough (`| head`)."""
+    try:
+        print(text, flush=True)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    raise SystemExit(0)
 
 
 def _file_problems(words: list[str], entry: EntryPoint, groups: Groups) -> list[Problem]:
