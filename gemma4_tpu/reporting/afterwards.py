@@ -16,7 +16,7 @@ from gemma4_tpu.evals.compare import compare
 from gemma4_tpu.evals.outcome import Outcome
 from gemma4_tpu.planning.estimate import PlanResult
 from gemma4_tpu.planning.report import plan_rows
-from gemma4_tpu.reporting.markdown import BY, below, code, included, link, pictures, plain, table
+from gemma4_tpu.reporting.markdown import BY, below, code, included, link, pictures, plain, shown, table
 from gemma4_tpu.reporting.records import BENCHMARK, EVALUATION, MERGE, PLAN, SERVING, Records, record, result_of
 from gemma4_tpu.tracking.progress import format_seconds
 
@@ -47,7 +47,7 @@ def plan(records: Records, page: Path) -> Iterator[str]:
     yield from ["## Plan", ""]
     plans = plans_of(records)
     if not plans:
-        run = records.run.path
+        run = shown(records.run.address)
         yield f"No plan was found; {code(f'python -m gemma4_tpu.plan replay={run} hardware=<slice>')} makes one, and"
         yield from [f"{code('records=[<its folder>]')} adds one that is there.", ""]
     for folder, result in plans:
@@ -66,7 +66,7 @@ def merge(records: Records, page: Path) -> Iterator[str]:
     """Where the trained model lies, and whether it is that."""
     yield from ["## Merged model", ""]
     if not records.by_kind[MERGE]:
-        told = code(f"python -m gemma4_tpu.merge run={records.run.path}")
+        told = code(f"python -m gemma4_tpu.merge run={shown(records.run.address)}")
         yield from [f"Not merged: no record of it was found; {told} does it.", ""]
     for folder in records.by_kind[MERGE]:
         found = result_of(folder)
@@ -75,7 +75,7 @@ def merge(records: Records, page: Path) -> Iterator[str]:
         rows = [["Status", _status(found), ""]]
         if found.get("update") is not None:
             rows.append(["Update", f"{found['update']:,}", ""])
-        rows += [[kind.capitalize(), code(target), ""] for kind, target in (found.get("targets") or {}).items()]
+        rows += [[kind.capitalize(), code(shown(target)), ""] for kind, target in (found.get("targets") or {}).items()]
         if found.get("changed_weights") is not None:
             rows.append(["Weights changed", f"{found['changed_weights']:,}", _MEASURED])
         if found.get("seconds") is not None:
@@ -133,7 +133,7 @@ def evaluation(records: Records, page: Path) -> Iterator[str]:
         if folder not in [known for known, _ in found]:
             yield from [f"{plain(folder.name)}: {_status(result_of(folder))}.", ""]
     if not records.by_kind[EVALUATION]:
-        told = code(f"python -m gemma4_tpu.evaluate run={records.run.path}")
+        told = code(f"python -m gemma4_tpu.evaluate run={shown(records.run.address)}")
         yield from [f"Not evaluated: no record of it was found; {told} does it.", ""]
     if not found:
         return
@@ -199,7 +199,7 @@ def serving(records: Records, page: Path) -> Iterator[str]:
         yield from table(["server", "slice", "status", "ready after", "served for", "the trained model?"], rows)
         yield from [f"{_MEASURED}.", ""]
     else:
-        told = code(f"python -m gemma4_tpu.serve run={records.run.path}")
+        told = code(f"python -m gemma4_tpu.serve run={shown(records.run.address)}")
         yield from [f"Not served: no record of a server was found; {told} starts one.", ""]
     yield from ["### Load", ""]
     if not records.by_kind[BENCHMARK]:
@@ -243,4 +243,4 @@ def _figures(several: Sequence[Records]) -> Figures:
         places += [folder for folder, _ in plans_of(records)]
         places += [folder for folder in records.by_kind[EVALUATION] if "scores" in result_of(folder)]
         places += [folder for folder in records.by_kind[BENCHMARK] if any((folder / "cells").glob("*.json"))]
-    return read(list(dict.fromkeys(map(str, places)))) if places else Figures()
+    return read(list(dict.fromkeys(map(shown, places)))) if places else Figures()

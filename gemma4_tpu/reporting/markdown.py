@@ -46,6 +46,12 @@ def code(text: object) -> str:
     return f"{fence}{space}{shown}{space}{fence}"
 
 
+def shown(path: Path | str) -> str:
+    """A path as seen from the working folder, if it lies in it."""
+    here = Path.cwd()
+    return str(Path(path).relative_to(here)) if Path(path).is_relative_to(here) else str(path)
+
+
 def link(path: Path, page: Path, text: str | None = None) -> str:
     """A link to a file, as seen from the page's folder."""
     return f"[{plain(text or path.name)}]({_from(path, page)})"

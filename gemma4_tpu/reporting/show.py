@@ -8,6 +8,7 @@ from pathlib import Path
 
 from gemma4_tpu.config.schema import ReportRoot
 from gemma4_tpu.reporting.html import html_page
+from gemma4_tpu.reporting.markdown import shown
 from gemma4_tpu.reporting.page import markdown_page
 from gemma4_tpu.reporting.records import KINDS, OUTPUTS, Records, find
 from gemma4_tpu.tracking.files import write_text
@@ -28,8 +29,8 @@ def show_runs(root: ReportRoot) -> int:
     write_text(page, text)
     write_text(page.with_suffix(".html"), html_page(text, page.parent))
     for records in several:
-        print(f"{records.run.path}: {_counted(records)}")
-    print(f"report: {page}\n        {page.with_suffix('.html')}")
+        print(f"{shown(records.run.address)}: {_counted(records)}")
+    print(f"report: {shown(page)}\n        {shown(page.with_suffix('.html'))}")
     return 0
 
 
