@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import itertools
 import os
 import platform
 import random
@@ -39,7 +40,11 @@ SETTLED_PART = 1 / 3
 """Of the time, until every path of the server has run and its pools have their size."""
 GROWTH_MIB = 10.0
 """The resident set may grow by so much from then on."""
+POOL_THREADS = min(32, (os.cpu_count() or 1) + 4)
+"""Of asyncio's pool, which fills as it is needed and stays."""
 DRAIN_SECONDS = 10.0
+KINDS = ("leave", "too long", "chat", "chat", "chat", "leave", *["stream"] * 14)
+"""Of requests, in the order in which a user takes them; every user begins at another place."""
 
 
 @dataclass(frozen=True)
@@ -87,8 +92,8 @@ class Load:
         found += [f"{self.under_way} answers under way"] if self.under_way else []
         if self.after.fds > self.before.fds:
             found.append(f"{self.after.fds - self.before.fds} file descriptors")
-        if self.after.threads > self.settled.threads:
-            found.append(f"{self.after.threads - self.settled.threads} threads")
+        if self.after.threads > self.before.threads + POOL_THREADS:
+            found.append(f"{self.after.threads - self.before.threads} threads")
         return found
 
 
@@ -116,9 +121,10 @@ async def _all_users(url: str, pid: int, load: Load) -> None:
 
         async def user(number: int) -> None:
             draw = random.Random(number)
+            kinds = itertools.cycle(KINDS[number % len(KINDS) :] + KINDS[: number % len(KINDS)])
             while time.monotonic() < until:
                 try:
-                    load.ended[await _one(client, draw, load)] += 1
+                    load.ended[await _one(client, next(kinds), draw, load)] += 1
                 except (openai.OpenAIError, httpx.HTTPError, AssertionError) as error:
                     load.ended["failed"] += 1
                     load.failures[f"{type(error).__name__}: {error}"[:200]] += 1
@@ -126,9 +132,8 @@ async def _all_users(url: str, pid: int, load: Load) -> None:
         await asyncio.gather(watch(), *(user(number) for number in range(load.users)))
 
 
-async def _one(client: openai.AsyncOpenAI, draw: random.Random, load: Load) -> str:
-    """One request of a kind that is drawn; returns how it ended."""
-    kind = draw.choices(("stream", "chat", "leave", "too long"), (70, 15, 12, 3))[0]
+async def _one(client: openai.AsyncOpenAI, kind: str, draw: random.Random, load: Load) -> str:
+    """One request of a kind; returns how it ended."""
     prompt = [draw.randrange(256, 512) for _ in range(draw.randint(4, 200))]
     count = draw.randint(4, 48)
     asked = {"model": "tiny", "temperature": draw.choice((0, 0.8)), "max_tokens": count}

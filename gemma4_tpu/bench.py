@@ -15,7 +15,7 @@ from gemma4_tpu.config.bench_checks import BenchChecked
 from gemma4_tpu.config.entries import BENCH
 from gemma4_tpu.config.load import Loaded, load
 from gemma4_tpu.config.schema import BenchRoot
-from gemma4_tpu.errors import INTERRUPTED, REFUSED, UserError
+from gemma4_tpu.errors import REFUSED, UserError
 
 if TYPE_CHECKING:
     from gemma4_tpu.benching.sweep import Results
@@ -66,7 +66,6 @@ def _run(loaded: Loaded[BenchRoot, BenchChecked]) -> int:
     from gemma4_tpu.benching.cross_check import cross_check
     from gemma4_tpu.benching.sweep import run_sweep
     from gemma4_tpu.tracking import provenance
-    from gemma4_tpu.tracking.files import write_json
     from gemma4_tpu.tracking.logs import setup_logging
     from gemma4_tpu.tracking.run import RunFolder
 
@@ -79,7 +78,8 @@ def _run(loaded: Loaded[BenchRoot, BenchChecked]) -> int:
         resume_allow=MAY_CHANGE,
     )  # fmt: skip
     setup_logging(record.log_path)
-    try:
+
+    def job() -> int:
         captured = provenance.capture(
             hardware={"slice": checked.slice}, seeds={"bench": config.bench.seed}, fingerprints={}
         )
@@ -87,14 +87,8 @@ def _run(loaded: Loaded[BenchRoot, BenchChecked]) -> int:
         results = run_sweep(config.bench, checked, record.path)
         compared = cross_check(client, config.bench, results, record.path) if client else None
         return _report(record, results, compared, checked)
-    except KeyboardInterrupt:
-        print(f"\ninterrupted; the same command with run_dir={record.path} goes on", file=sys.stderr)
-        return INTERRUPTED
-    except Exception as error:
-        write_json(record.result_path, {"status": "failed", "error": (str(error) or repr(error)).splitlines()[0]})
-        raise
-    finally:
-        record.close()
+
+    return record.work(job)
 
 
 def _report(record: RunFolder, results: Results, compared: dict[str, Any] | None, checked: BenchChecked) -> int:

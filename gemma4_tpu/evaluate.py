@@ -24,7 +24,6 @@ if TYPE_CHECKING:
     from gemma4_tpu.tracking.run import RunFolder
 
 log = logging.getLogger(__name__)
-INTERRUPTED = 130
 MAY_CHANGE = ("eval.batch_size", "eval.concurrency", "eval.judge", "eval.request_timeout_seconds", "eval.retries")
 """Keys (and groups) that a resumed evaluation may give anew."""
 
@@ -48,7 +47,6 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _run(loaded: Loaded[EvaluateRoot, EvaluateChecked]) -> int:
     """One evaluation and its record."""
     from gemma4_tpu.evals.job import evaluate
-    from gemma4_tpu.tracking.files import write_json
     from gemma4_tpu.tracking.logs import setup_logging
     from gemma4_tpu.tracking.run import RunFolder
 
@@ -61,18 +59,12 @@ def _run(loaded: Loaded[EvaluateRoot, EvaluateChecked]) -> int:
         config=asdict(config), overrides=loaded.overrides, resume_allow=MAY_CHANGE,
     )  # fmt: skip
     setup_logging(record.log_path)
-    try:
-        done = evaluate(config, form, record.path)
-        _report(record, done, config)
-    except KeyboardInterrupt:
-        print(f"\ninterrupted; the same command with run_dir={record.path} goes on", file=sys.stderr)
-        return INTERRUPTED
-    except Exception as error:
-        write_json(record.result_path, {"status": "failed", "error": (str(error) or repr(error)).splitlines()[0]})
-        raise
-    finally:
-        record.close()
-    return 0
+
+    def job() -> int:
+        _report(record, evaluate(config, form, record.path), config)
+        return 0
+
+    return record.work(job)
 
 
 def _report(record: RunFolder, done: Evaluated, config: EvaluateRoot) -> None:

@@ -16,7 +16,7 @@ from gemma4_tpu.config.keys import did_you_mean
 from gemma4_tpu.config.limits import limit_problems
 from gemma4_tpu.config.problems import Problem
 from gemma4_tpu.config.schema import BenchConfig, BenchRoot, ServingConfig
-from gemma4_tpu.config.serve_checks import MERGED, name_of
+from gemma4_tpu.config.serve_checks import MERGED, name_of, url_of
 from gemma4_tpu.hardware import LOCAL, SLICES
 
 
@@ -60,7 +60,7 @@ def examine_bench(root: BenchRoot) -> tuple[BenchChecked | None, list[Problem]]:
             for key, value, default in (("slice", root.slice, LOCAL), ("architecture", root.architecture, None))
             if value != default
         ]
-    endpoint = root.endpoint or (f"http://{_reached(serving.host)}:{serving.port}" if serving else "")
+    endpoint = root.endpoint or (url_of(serving) if serving else "")
     if not endpoint and root.served is None:
         messages.append("endpoint: which server? give endpoint=http://127.0.0.1:8000, or served=<record of serve>")
     elif endpoint and (urlsplit(endpoint).scheme not in ("http", "https") or not urlsplit(endpoint).netloc):
@@ -143,8 +143,3 @@ def _vocabulary(run: Path | None) -> int | None:
             config = json.loads(path.read_text(encoding="utf-8"))
             return config.get("text_config", config).get("vocab_size")
     return None
-
-
-def _reached(host: str) -> str:
-    """An address to listen on as one to ask."""
-    return "127.0.0.1" if host in ("0.0.0.0", "::") else host

@@ -69,6 +69,12 @@ def name_of(model: Path) -> str:
     return folder.parent.name if folder.name == MERGED and is_run(folder.parent) else folder.name
 
 
+def url_of(serving: ServingConfig) -> str:
+    """Where clients on the server's own machine reach it."""
+    everywhere = serving.host in ("", "0.0.0.0", "::")
+    return f"http://{'127.0.0.1' if everywhere else serving.host}:{serving.port}"
+
+
 def normalise_serve(root: ServeRoot) -> ServeRoot:
     """One spelling: `~` expanded, no slash at the end, flags with dashes and without those in front."""
     serving = root.serving

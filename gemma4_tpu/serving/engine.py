@@ -25,7 +25,7 @@ _REMEDIES = (
      " serving.engine='sudo --preserve-env=HF_TOKEN docker'"),
     ("is already in use by container", "a server is there already, or was left by one that was killed; stop it with"
      " docker rm -f {name}, or give another serving.port"),
-    ("no such container", "no server of that port runs on this machine; python -m gemma4_tpu.serve starts one"),
+    ("no such object", "no server of that port runs on this machine; python -m gemma4_tpu.serve starts one"),
     ("could not select device driver", "GPUs reach containers through NVIDIA's container toolkit; install it"),
     ("manifest unknown", "no such image; look for its tags and give serving.image=<name>:<version>"),
     ("not found", "no such image; look for its tags and give serving.image=<name>:<version>"),

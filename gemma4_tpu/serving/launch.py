@@ -3,24 +3,22 @@
 from __future__ import annotations
 
 import logging
-import os
 import time
 from contextlib import AbstractContextManager, ExitStack, nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import httpx
 
-from gemma4_tpu.config.files import PROBE_NAME
 from gemma4_tpu.config.schema import ServingConfig
 from gemma4_tpu.config.serve_checks import ServeChecked
 from gemma4_tpu.errors import UserError
-from gemma4_tpu.serving.command import cache_folder, container_name, model_name, run_words, shown
+from gemma4_tpu.serving.command import cache_folder, container_name, run_words, shown
 from gemma4_tpu.serving.engine import Engine
 from gemma4_tpu.serving.log import ServerLog, Stages
 from gemma4_tpu.serving.memory import MemoryEstimate
-from gemma4_tpu.serving.probe import probe
+from gemma4_tpu.serving.outcome import Outcome, client_of, confirm, until_stopped
 from gemma4_tpu.serving.signals import Signals, Stopped
 from gemma4_tpu.serving.troubles import Trouble, trouble_in
 from gemma4_tpu.tracking.logs import console
@@ -35,37 +33,21 @@ TROUBLE_SECONDS = 15.0
 """A server that has printed a known error is given up after so long, if it has neither ended nor answered."""
 STOP_SECONDS = 30
 """A server may take so long to end before it is killed."""
-KEY = "VLLM_API_KEY"
 
 
 class ServerFailed(UserError):
     """The server did not start, or ended by itself."""
 
 
-@dataclass
-class Outcome:
-    """What `result.json` holds."""
+@dataclass(kw_only=True)
+class ContainerOutcome(Outcome):
+    """What `result.json` holds of a server in its container."""
 
-    status: str
-    """`stopped` (on request, after it had answered), `interrupted` (before) or `failed`."""
-    endpoint: str
-    model: str
-    folder: str
     image: str
-    slice: str
     command: str
     memory: MemoryEstimate
     image_digest: str | None = None
     """`<name>@sha256:…`; None: the image was built here."""
-    ready_seconds: float | None = None
-    """From the container's start to its first answer."""
-    served_seconds: float | None = None
-    probe: dict[str, Any] | None = None
-    error: str | None = None
-
-    def plain(self) -> dict[str, Any]:
-        """Plain values, for JSON."""
-        return asdict(self)
 
 
 class Server:
@@ -75,15 +57,11 @@ class Server:
         self._serving, self._checked, self._log_path = serving, checked, log_path
         self._words = run_words(serving, checked)
         self._engine = Engine(serving.engine)
-        host = "127.0.0.1" if serving.host in ("0.0.0.0", "") else serving.host
-        self._url = f"http://{host}:{serving.port}"
-        headers = {"Authorization": f"Bearer {key}"} if (key := os.environ.get(KEY)) else {}
-        # Plain HTTP to this machine: no proxies, no certificates to read.
-        self._client = httpx.Client(base_url=self._url, headers=headers, trust_env=False, verify=False)
+        self._client = client_of(serving)
         self._stop_seconds = STOP_SECONDS
-        self.outcome = Outcome(
-            status="failed", endpoint=f"{self._url}/v1", model=model_name(serving, checked), folder=str(checked.model),
-            image=serving.image, slice=serving.slice, command=f"{serving.engine} {shown(self._words)}", memory=memory,
+        self.outcome = ContainerOutcome(
+            **Outcome.about(serving, checked), image=serving.image, memory=memory,
+            command=f"{serving.engine} {shown(self._words)}",
         )  # fmt: skip
 
     def run(self) -> int:
@@ -92,18 +70,8 @@ class Server:
         Raises:
           UserError: it did not start, is not the trained model, or ended by itself.
         """
-        with Signals() as signals, self._client:
-            try:
-                self._serve(signals)
-            except Stopped as stopped:
-                answered = self.outcome.ready_seconds is not None
-                self.outcome.status = "stopped" if answered else "interrupted"
-                log.info("%s: the server is stopped and its container removed", stopped)
-                return 0 if answered else 128 + stopped.number
-            except UserError as error:
-                self.outcome.error = str(error).splitlines()[0]
-                raise
-        raise AssertionError("a server ends by a signal or an error")
+        with self._client:
+            return until_stopped(self.outcome, self._serve, "the server is stopped and its container removed")
 
     def _serve(self, signals: Signals) -> None:
         self._prepare()
@@ -117,9 +85,8 @@ class Server:
             log.info("container %s started; its log: %s", container[:12], self._log_path)
             self._wait_until_ready(container, follower)
             ready = time.monotonic()
-            self._confirm()
-            self.outcome.ready_seconds = ready - started
-            self._announce()
+            confirm(self._client, self._serving, self._checked, self.outcome)
+            self.outcome.announce(ready - started, "stops the server and removes its container")
             try:
                 self._wait_until_end(container, follower)
             finally:
@@ -186,29 +153,6 @@ class Server:
             return self.outcome.model in [model["id"] for model in models["data"]]
         except (httpx.HTTPError, ValueError, KeyError, TypeError):
             return False
-
-    def _confirm(self) -> None:
-        """Raises `UserError` where the server answers like the base model."""
-        if not self._serving.probe:
-            log.warning("serving.probe=false: nobody has asked whether this is the trained model")
-            return
-        found = probe(self._client, self.outcome.model, self._checked.model)
-        if found is None:
-            log.warning(
-                "%s holds no %s with prompts on which merged and base model differ, so the server was not asked which"
-                " of them it is; merge with verify=true stores some", self._checked.model, PROBE_NAME,
-            )  # fmt: skip
-            return
-        self.outcome.probe = found.plain()
-        say = log.info if found.as_merged > found.prompts / 2 else log.warning
-        hint = "" if say == log.info else ": quantised weights may do that; is it another model?"
-        say("the server %s%s", found.told, hint)
-
-    def _announce(self) -> None:
-        assert self.outcome.ready_seconds is not None
-        ready = f"ready after {format_seconds(self.outcome.ready_seconds)}"
-        log.info("%s; Ctrl-C stops the server and removes its container", ready)
-        print(f"endpoint: {self.outcome.endpoint}\nmodel: {self.outcome.model}", flush=True)
 
     def _wait_until_end(self, container: str, follower: ServerLog) -> None:
         seen: set[str] = set()

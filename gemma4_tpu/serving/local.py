@@ -10,15 +10,11 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
-from pathlib import Path
-from typing import Any
+from dataclasses import dataclass
 
-import httpx
 import psutil
 import uvicorn
 
-from gemma4_tpu.config.files import PROBE_NAME
 from gemma4_tpu.config.schema import ServingConfig
 from gemma4_tpu.config.serve_checks import ServeChecked
 from gemma4_tpu.errors import UserError
@@ -28,9 +24,8 @@ from gemma4_tpu.serving.command import model_name
 from gemma4_tpu.serving.local_api import Api, api_key
 from gemma4_tpu.serving.local_engine import LOADING, Engine
 from gemma4_tpu.serving.local_metrics import Metrics
-from gemma4_tpu.serving.probe import probe
-from gemma4_tpu.serving.signals import Signals, Stopped
-from gemma4_tpu.tracking.progress import format_seconds
+from gemma4_tpu.serving.outcome import Outcome, client_of, confirm, until_stopped
+from gemma4_tpu.serving.signals import Signals
 
 log = logging.getLogger(__name__)
 
@@ -39,27 +34,12 @@ STOP_SECONDS = 2
 """Clients may take so long to hear the end of their answers."""
 
 
-@dataclass
-class LocalOutcome:
-    """What `result.json` holds."""
+@dataclass(kw_only=True)
+class LocalOutcome(Outcome):
+    """What `result.json` holds of a server in this process."""
 
-    status: str
-    """`stopped` (on request, after it had answered), `interrupted` (before) or `failed`."""
-    endpoint: str
-    model: str
-    folder: str
-    slice: str
     weight_bytes: int
     """Estimated: parameters × bytes."""
-    ready_seconds: float | None = None
-    """From the start to the first answer."""
-    served_seconds: float | None = None
-    probe: dict[str, Any] | None = None
-    error: str | None = None
-
-    def plain(self) -> dict[str, Any]:
-        """Plain values, for JSON."""
-        return asdict(self)
 
 
 def weight_bytes(serving: ServingConfig, checked: ServeChecked) -> int:
@@ -88,20 +68,14 @@ class LocalServer:
             checked.model, serving.weight_dtype, metrics, sequences=serving.max_num_seqs,
             prompt_tokens=serving.max_num_batched_tokens,
         )  # fmt: skip
-        self._key = api_key()
-        app = Api(self._engine, metrics, name, serving.max_model_len, self._key).app()
+        app = Api(self._engine, metrics, name, serving.max_model_len, api_key()).app()
         self._http = uvicorn.Server(
             uvicorn.Config(
                 app, host=serving.host, port=serving.port, log_level="warning", access_log=False, lifespan="off",
                 timeout_graceful_shutdown=STOP_SECONDS,
             )
         )  # fmt: skip
-        host = "127.0.0.1" if serving.host in ("0.0.0.0", "") else serving.host
-        self._url = f"http://{host}:{serving.port}"
-        self.outcome = LocalOutcome(
-            status="failed", endpoint=f"{self._url}/v1", model=name, folder=str(checked.model), slice=serving.slice,
-            weight_bytes=weight_bytes(serving, checked),
-        )  # fmt: skip
+        self.outcome = LocalOutcome(**Outcome.about(serving, checked), weight_bytes=weight_bytes(serving, checked))
 
     def run(self) -> int:
         """Exit code: 0 stopped after it answered; 130 or 143 (128 + signal) stopped before.
@@ -109,19 +83,7 @@ class LocalServer:
         Raises:
           UserError: it does not start, or is not the trained model. Whatever ended the engine comes as it is.
         """
-        with Signals():
-            try:
-                with self._threads():
-                    self._serve()
-            except Stopped as stopped:
-                answered = self.outcome.ready_seconds is not None
-                self.outcome.status = "stopped" if answered else "interrupted"
-                log.info("%s: the server is stopped", stopped)
-                return 0 if answered else 128 + stopped.number
-            except Exception as error:
-                self.outcome.error = (str(error) or repr(error)).splitlines()[0]
-                raise
-        raise AssertionError("a server ends by a signal or an error")
+        return until_stopped(self.outcome, self._serve, "the server is stopped")
 
     @contextmanager
     def _threads(self) -> Iterator[None]:
@@ -149,14 +111,17 @@ class LocalServer:
         except SystemExit:  # uvicorn's way to say that it can't listen; it has logged why
             return
 
-    def _serve(self) -> None:
+    def _serve(self, signals: Signals) -> None:
+        with self._threads():
+            self._answer()
+
+    def _answer(self) -> None:
         started = time.monotonic()
         self._wait_until_ready(started + self._serving.ready_timeout_seconds)
         ready = time.monotonic()
-        self._confirm()
-        self.outcome.ready_seconds = ready - started
-        log.info("ready after %s; Ctrl-C stops the server", format_seconds(self.outcome.ready_seconds))
-        print(f"endpoint: {self.outcome.endpoint}\nmodel: {self.outcome.model}", flush=True)
+        with client_of(self._serving) as client:
+            confirm(client, self._serving, self._checked, self.outcome)
+        self.outcome.announce(ready - started, "stops the server")
         try:
             while self._engine.alive:
                 time.sleep(POLL_SECONDS)
@@ -177,17 +142,3 @@ class LocalServer:
     def _raise_error(self) -> None:
         if self._engine.error is not None:
             raise self._engine.error
-
-    def _confirm(self) -> None:
-        """Asks whether it is the trained model, where the folder holds prompts for that."""
-        if not self._serving.probe:
-            return
-        headers = {"Authorization": f"Bearer {self._key}"} if self._key else {}
-        with httpx.Client(base_url=self._url, headers=headers, trust_env=False, verify=False) as client:
-            found = probe(client, self.outcome.model, Path(self._checked.model))
-        if found is None:
-            log.warning("%s holds no prompts to ask (%s): nobody asked if it is the trained model",
-                        self._checked.model, PROBE_NAME)  # fmt: skip
-            return
-        self.outcome.probe = found.plain()
-        log.info("the server %s", found.told)

@@ -13,17 +13,18 @@ from __future__ import annotations
 import fcntl
 import logging
 import os
-from collections.abc import Iterator, Sequence
+import sys
+from collections.abc import Callable, Iterator, Sequence
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from gemma4_tpu.errors import UserError
+from gemma4_tpu.errors import INTERRUPTED, UserError
 from gemma4_tpu.storage import is_remote, join
 from gemma4_tpu.tracking.bucket import CHECKPOINTS, Bucket
-from gemma4_tpu.tracking.files import jsonable, write_text
+from gemma4_tpu.tracking.files import jsonable, write_json, write_text
 from gemma4_tpu.tracking.result import Result
 
 log = logging.getLogger(__name__)
@@ -184,6 +185,23 @@ class RunFolder:
                 result.write(self.result_path)
         except (OSError, ValueError) as error:
             log.warning("%s: can't be written (%s)", self.result_path, error)
+
+    def work(self, job: Callable[[], int]) -> int:
+        """Does a job that goes on where it was, such as an evaluation, and closes the folder; returns its exit code.
+
+        Ctrl-C is exit code 130 and a line that says how to go on. What fails leaves its reason in `result.json`.
+        """
+        try:
+            return job()
+        except KeyboardInterrupt:
+            print(f"\ninterrupted; the same command with run_dir={self.path} goes on", file=sys.stderr)
+            return INTERRUPTED
+        except Exception as error:
+            reason = (str(error) or repr(error)).splitlines()[0]
+            write_json(self.result_path, {"status": "failed", "error": reason})
+            raise
+        finally:
+            self.close()
 
     def close(self) -> None:
         """Copies what changed to the bucket, if any, and gives up the right to write."""

@@ -39,12 +39,13 @@ def scenario() -> dict:
     return json.loads(path.read_text()) if path.exists() else {}
 
 
-def place(name: str) -> Path:
-    """The folder of a container, by id or name."""
+def place(name: str, what: str = "container") -> Path:
+    """The folder of a container, by id or name; the engine's words differ where there is none."""
     for folder in (FOLDER / "containers").glob("*"):
         if folder.name.startswith(name) or (folder / "name").read_text() == name:
             return folder
-    fail(f"Error response from daemon: No such container: {name}")
+    before = "Error" if what == "object" else "Error response from daemon"
+    fail(f"{before}: No such {what}: {name}")
     raise AssertionError
 
 
@@ -74,7 +75,7 @@ def main() -> None:
         case ["logs", "--follow", name]:
             follow(place(name))
         case ["inspect", "--format", "{{json .State}}", name]:
-            print(json.dumps(state(place(name))))
+            print(json.dumps(state(place(name, "object"))))
         case ["exec", "--env", name, container_name, *rest] if name in os.environ:
             inside(place(container_name), rest)
         case ["exec", container_name, *rest]:

@@ -1,0 +1,108 @@
+"""What both kinds of server have in common: a result, an end on request, the question if it is the trained model."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import httpx
+
+from gemma4_tpu.config.files import PROBE_NAME
+from gemma4_tpu.config.schema import ServingConfig
+from gemma4_tpu.config.serve_checks import ServeChecked, url_of
+from gemma4_tpu.serving.command import model_name
+from gemma4_tpu.serving.probe import probe
+from gemma4_tpu.serving.signals import Signals, Stopped
+from gemma4_tpu.tracking.progress import format_seconds
+
+log = logging.getLogger(__name__)
+
+KEY = "VLLM_API_KEY"
+
+
+@dataclass(kw_only=True)
+class Outcome:
+    """What `result.json` holds."""
+
+    status: str = "failed"
+    """`stopped` (on request, after it had answered), `interrupted` (before) or `failed`."""
+    endpoint: str
+    model: str
+    folder: str
+    slice: str
+    ready_seconds: float | None = None
+    """From the start to the first answer."""
+    served_seconds: float | None = None
+    probe: dict[str, Any] | None = None
+    error: str | None = None
+
+    @staticmethod
+    def about(serving: ServingConfig, checked: ServeChecked) -> dict[str, Any]:
+        """The fields that are known before the start."""
+        return {
+            "endpoint": f"{url_of(serving)}/v1", "model": model_name(serving, checked), "folder": str(checked.model),
+            "slice": serving.slice,
+        }  # fmt: skip
+
+    def plain(self) -> dict[str, Any]:
+        """Plain values, for JSON."""
+        return asdict(self)
+
+    def announce(self, ready_seconds: float, stopping: str) -> None:
+        """Tells that the server answers. `stopping`: what Ctrl-C does."""
+        self.ready_seconds = ready_seconds
+        log.info("ready after %s; Ctrl-C %s", format_seconds(ready_seconds), stopping)
+        print(f"endpoint: {self.endpoint}\nmodel: {self.model}", flush=True)
+
+
+def until_stopped(outcome: Outcome, serve: Callable[[Signals], None], stopped: str) -> int:
+    """Runs `serve` until a signal ends it; returns the exit code: 0 if it had answered, else 128 + signal.
+
+    Args:
+      outcome: gets `status` and `error`; `ready_seconds` tells whether the server has answered.
+      serve: ends by a signal or an error, which goes on from here.
+      stopped: what has become of the server then.
+    """
+    with Signals() as signals:
+        try:
+            serve(signals)
+        except Stopped as signal:
+            answered = outcome.ready_seconds is not None
+            outcome.status = "stopped" if answered else "interrupted"
+            log.info("%s: %s", signal, stopped)
+            return 0 if answered else 128 + signal.number
+        except Exception as error:
+            outcome.error = (str(error) or repr(error)).splitlines()[0]
+            raise
+    raise AssertionError("a server ends by a signal or an error")
+
+
+def client_of(serving: ServingConfig) -> httpx.Client:
+    """A client of the server on this machine: plain HTTP, no proxies, no certificates to read."""
+    headers = {"Authorization": f"Bearer {key}"} if (key := os.environ.get(KEY)) else {}
+    return httpx.Client(base_url=url_of(serving), headers=headers, trust_env=False, verify=False)
+
+
+def confirm(client: httpx.Client, serving: ServingConfig, checked: ServeChecked, outcome: Outcome) -> None:
+    """Asks whether it is the trained model, where the folder holds prompts for that.
+
+    Raises:
+      UserError: it answers like the base model, or not at all.
+    """
+    if not serving.probe:
+        log.warning("serving.probe=false: nobody has asked whether this is the trained model")
+        return
+    found = probe(client, outcome.model, checked.model)
+    if found is None:
+        log.warning(
+            "%s holds no %s with prompts on which merged and base model differ, so the server was not asked which"
+            " of them it is; merge with verify=true stores some", checked.model, PROBE_NAME,
+        )  # fmt: skip
+        return
+    outcome.probe = found.plain()
+    say = log.info if found.as_merged > found.prompts / 2 else log.warning
+    hint = "" if say == log.info else ": quantised weights may do that; is it another model?"
+    say("the server %s%s", found.told, hint)
