@@ -22,6 +22,7 @@ import qwix
 from jax.sharding import Mesh
 
 from gemma4_tpu.architectures import Architecture
+from gemma4_tpu.models import quantize
 from gemma4_tpu.models.attention import einsum_attention, rope
 from gemma4_tpu.models.layout import Layout
 from gemma4_tpu.models.moe import moe
@@ -115,9 +116,7 @@ def _project(layer: _Layer, block: str, module: str, x: jax.Array, whole: jax.Ar
 
 def _dense(weight: Any, dtype: Any) -> jax.Array:
     """A base weight in the compute dtype; quantised ones (QLoRA) are dequantised for this use only."""
-    if isinstance(weight, qwix.QArray):
-        weight = qwix.dequantize(weight)
-    return weight.astype(dtype)
+    return quantize.dequantize(weight, dtype) if isinstance(weight, qwix.QArray) else weight.astype(dtype)
 
 
 def _attention(layer: _Layer, x: jax.Array, shared_kv: KV | None) -> tuple[jax.Array, KV]:

@@ -36,6 +36,8 @@ def test_adapted_weights_are_held_in_few_bits(qtype, bits, error, shape):
         assert held.qvalue.sharding.spec == sharding.spec(leaf.tunix_names[0], leaf.shape, mesh, stacked=True)
         wanted, got = np.asarray(weight, np.float32), np.asarray(qwix.dequantize(held), np.float32)
         assert np.sqrt(np.mean((got - wanted) ** 2) / np.mean(wanted**2)) < error
+        ours = quantize.dequantize(held, jnp.float32)
+        assert np.array_equal(np.asarray(ours), got)  # the bits of Qwix's values
 
 
 def test_nothing_else_is_quantised():
