@@ -21,6 +21,12 @@ def test_a_run_leaves_its_whole_record(train, tmp_path):
     (run,) = (tmp_path / "outputs" / "train").iterdir()
     assert "Held-out loss" in done.stdout and run.name in done.stdout
     assert max(map(len, (done.stdout + done.stderr).splitlines())) <= 200
+    assert max(map(len, done.stdout.replace(str(run), run.name).splitlines())) <= 80
+    told = done.stderr.splitlines()
+    assert len(told) < 30 and "warn" not in done.stderr.lower()  # libraries have no say on the console
+    assert "\x1b" not in done.stdout + done.stderr  # colours are for terminals
+    log = (run / "log.txt").read_text()
+    assert [line for line in told if line.partition(" ")[2] not in log] == []
 
     assert yaml.safe_load((run / "config.yaml").read_text())["lora"]["rank"] == 4
     assert "lora.rank=4" in yaml.safe_load((run / "overrides.yaml").read_text())
@@ -28,7 +34,7 @@ def test_a_run_leaves_its_whole_record(train, tmp_path):
     assert {"base", "train_data"} & provenance["fingerprints"].keys() and provenance["packages"]["jax"]
     assert json.loads((run / "data.json").read_text())["train"]
     assert (run / "plots" / "loss.png").stat().st_size > 10_000
-    assert "compiled train" in (run / "log.txt").read_text()
+    assert "compiled train" in log
     assert sorted(p.name for p in (run / "checkpoints").iterdir() if p.name.isdecimal()) == ["2"]
     assert list((run / "tensorboard").iterdir())
 

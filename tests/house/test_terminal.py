@@ -1,0 +1,30 @@
+"""What is read in a terminal: help that fits, and that can be cut short. Runs: tests/training, tests/tracking."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+from gemma4_tpu.config.help import help_text
+from launch.config import TPU_VM
+from tests.house.scripts import ROOT, script
+
+COMMANDS = script("docs/make_configuration.py").COMMANDS
+
+
+@pytest.mark.parametrize("name", sorted(set(COMMANDS) - {TPU_VM.name}))  # its keys are those of train and gke
+@pytest.mark.parametrize("columns", [80, 200])
+def test_help_fits_into_the_terminal(name, columns, monkeypatch):
+    monkeypatch.setenv("COLUMNS", str(columns))
+    lines = help_text(COMMANDS[name]).splitlines()
+    words_alone_too_long = [line for line in lines if len(line) > min(columns, 110) and len(line.split()) > 1]
+    assert words_alone_too_long == []
+    assert "\x1b" not in "\n".join(lines)
+
+
+def test_help_can_be_cut_short():
+    """`--help | head -1`: no traceback when the reader has seen enough."""
+    command = f"{sys.executable} -m gemma4_tpu.train --help | head -1"
+    done = subprocess.run(["bash", "-c", command], cwd=ROOT, capture_output=True, text=True, timeout=60, env=os.environ)
+    assert done.stdout.startswith("Fine-tune Gemma 4") and done.stderr == ""
