@@ -134,7 +134,7 @@ REPORT: EntryPoint[ReportRoot, ReportChecked] = EntryPoint(
     examples=(
         ("run=outputs/train/<run>", "one page: plan, training, merge, evaluation, serving, cost (Markdown and HTML)"),
         ("run=outputs/train/<run> records=[outputs/plan/<plan>]", "with a record that does not name the run"),
-        ("run=[outputs/train/<run>,outputs/train/<run>] out=both.md", "two runs side by side"),
+        ("run=[outputs/train/<run>,experiments/smoke] out=both.md", "two runs side by side"),
         ("sweep=multirun/<name>/<sweep>", "table, best run and plots of a sweep, also while it runs"),
         ("sweep=multirun/<name>/<sweep> metric=real_tokens_per_second", "the best by another key of result.json"),
         ("wandb=outputs/train/<run>", "how to sync a run that W&B recorded offline"),

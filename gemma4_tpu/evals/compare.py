@@ -21,6 +21,7 @@ _DESCRIPTIVE = (
     "backend",
     "stop_ids",
     "model",
+    "seeds",
 )
 """Settings that say which model it was, or how it was run: they may differ in a fair comparison."""
 

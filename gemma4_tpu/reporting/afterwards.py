@@ -9,6 +9,7 @@ from typing import Any
 from gemma4_tpu.config.schema import ReportRoot
 from gemma4_tpu.costing.cost import KINDS, Prices
 from gemma4_tpu.costing.figures import Figures
+from gemma4_tpu.costing.plausibility import DOUBTFUL, IMPOSSIBLE, judge
 from gemma4_tpu.costing.read import read
 from gemma4_tpu.costing.report import cost_report
 from gemma4_tpu.errors import UserError
@@ -214,13 +215,40 @@ def serving(records: Records, page: Path) -> Iterator[str]:
         yield from [*included(report, page, 3), ""]
 
 
-# ── cost ───────────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── plausibility and cost ──────────────────────────────────────────────────────────────────────────────────────────
 
 
-def cost(several: Sequence[Records], root: ReportRoot) -> Iterator[str]:
+def figures_of(records: Records) -> Figures:
+    """Of the run, if it has ended, and of the records about it that hold figures."""
+    places = [records.run.path] if "real_tokens" in result_of(records.run.path) else []
+    places += [folder for folder, _ in plans_of(records)]
+    places += [folder for folder in records.by_kind[EVALUATION] if "scores" in result_of(folder)]
+    places += [folder for folder in records.by_kind[BENCHMARK] if any((folder / "cells").glob("*.json"))]
+    return read([shown(place) for place in places]) if places else Figures()
+
+
+def plausibility(figures: Figures) -> Iterator[str]:
+    """Whether the slice can have done what is told: what lies too near to its ceiling, or above."""
+    judged, left = judge(figures)
+    if not judged:
+        reasons = "; ".join(dict.fromkeys(line.rpartition(": ")[2] for line in left)) or "no throughput is recorded"
+        yield from ["### Against the slice's ceiling", "", f"Not judged: {plain(reasons)}.", ""]
+        return
+    nearest = max(judged, key=lambda one: one.share)
+    yield from ["### Against the slice's ceiling", ""]
+    yield f"Throughputs and latencies held against it ({_ESTIMATED} from published peaks): {len(judged)}. The nearest:"
+    yield f"{plain(nearest.figure.name)}, {nearest.quantity}, {nearest.told} where {nearest.limit} is the limit,"
+    yield from [f"{nearest.share:.0%}: **{nearest.verdict}**.", ""]
+    odd = [one for one in judged if one.verdict in (IMPOSSIBLE, DOUBTFUL)]
+    if odd:
+        rows = [[plain(one.figure.name), BY.get(one.figure.label, one.figure.label), one.quantity, one.told, one.limit,
+                 f"{one.share:.0%}", one.verdict] for one in odd]  # fmt: skip
+        yield from table(["figure", "by", "quantity", "told", "ceiling", "share", "verdict"], rows)
+
+
+def cost(figures: Figures, root: ReportRoot) -> Iterator[str]:
     """Dollars of everything that is recorded, as `report cost` gives them."""
     yield from ["## Cost", ""]
-    figures = _figures(several)
     prices = Prices(on_demand=root.prices, spot=root.spot_prices)
     everything = [*figures.trainings, *figures.points, *figures.evaluations]
     slices = list(dict.fromkeys([*(figure.slice for figure in everything), *root.serving_slices]))
@@ -232,15 +260,4 @@ def cost(several: Sequence[Records], root: ReportRoot) -> Iterator[str]:
         return
     yield f"{_ESTIMATED}: hours and rates as their rows say, times prices that are {BY['quoted']} below, dated."
     yield ""
-    text = cost_report(figures, prices, root.serving_hours, slices=root.serving_slices)
-    yield from below(text, 1)
-
-
-def _figures(several: Sequence[Records]) -> Figures:
-    """Of the runs that have ended, and of the records about them that hold figures."""
-    places = [records.run.path for records in several if "real_tokens" in result_of(records.run.path)]
-    for records in several:
-        places += [folder for folder, _ in plans_of(records)]
-        places += [folder for folder in records.by_kind[EVALUATION] if "scores" in result_of(folder)]
-        places += [folder for folder in records.by_kind[BENCHMARK] if any((folder / "cells").glob("*.json"))]
-    return read(list(dict.fromkeys(map(shown, places)))) if places else Figures()
+    yield from below(cost_report(figures, prices, root.serving_hours, slices=root.serving_slices), 1)

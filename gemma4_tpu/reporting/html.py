@@ -44,7 +44,7 @@ def html_page(markdown: str, folder: Path) -> str:
                 made.append(_html(("</section>" if sections else "") + f'<section id="{_anchor(name, sections)}">'))
                 sections.append((_anchor(name, sections), name))
             case "table_open":
-                made.append(_html('<div class="wide" tabindex="0">'))
+                made.append(_html('<div class="wide" role="region" aria-label="Table" tabindex="0">'))
             case "paragraph_open" if following and _only_pictures(following):
                 token.tag = tokens[place + 2].tag = "div"
                 token.attrSet("class", "plots")

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import gemma4_tpu
 from gemma4_tpu.config.schema import ReportRoot
+from gemma4_tpu.costing.figures import Figures
 from gemma4_tpu.reporting import afterwards, training
 from gemma4_tpu.reporting.curves import draw_curves
 from gemma4_tpu.reporting.markdown import BY, below, code, pictures, plain, table
@@ -27,13 +28,16 @@ def markdown_page(several: Sequence[Records], root: ReportRoot, page: Path, fold
       page: the file it will be written to; links and pictures are seen from its folder.
       folder: for the pictures that are drawn here.
     """
-    lines = [*_head(several, root), *(_one(several[0], page, folder) if len(several) == 1 else [])]
-    if len(several) > 1:
+    figures = [afterwards.figures_of(records) for records in several]
+    lines = [*_head(several, root)]
+    if len(several) == 1:
+        lines += _one(several[0], figures[0], page, folder)
+    else:
         lines += _side_by_side(several, page, folder)
-        for number, records in enumerate(several, start=1):
+        for number, (records, own) in enumerate(zip(several, figures, strict=True), start=1):
             lines += [f"## {plain(records.name)}", ""]
-            lines += below("\n".join(_one(records, page, folder / str(number))), 1)
-    lines += afterwards.cost(several, root)
+            lines += [*below("\n".join(_one(records, own, page, folder / str(number))), 1), ""]
+    lines += afterwards.cost(Figures.together(figures), root)
     lines += _last(several)
     return "\n".join(lines).rstrip() + "\n"
 
@@ -59,7 +63,7 @@ def _head(several: Sequence[Records], root: ReportRoot) -> Iterator[str]:
     yield ""
 
 
-def _one(records: Records, page: Path, folder: Path) -> Iterator[str]:
+def _one(records: Records, figures: Figures, page: Path, folder: Path) -> Iterator[str]:
     """A run's own sections."""
     yield from ["## At a glance", ""]
     yield from table(["", "figure", "by"], [list(fact) for fact in _glance(records)])
@@ -68,6 +72,7 @@ def _one(records: Records, page: Path, folder: Path) -> Iterator[str]:
     yield from afterwards.merge(records, page)
     yield from afterwards.evaluation(records, page)
     yield from afterwards.serving(records, page)
+    yield from afterwards.plausibility(figures)
 
 
 def _last(several: Sequence[Records]) -> Iterator[str]:
