@@ -153,8 +153,9 @@ def evaluation(records: Records, page: Path) -> Iterator[str]:
     folders = list(dict.fromkeys(folder for folder, _ in found))
     yield from pictures([folder / "plots" / "problems.png" for folder in folders], page)
     yield from _claims(found)
-    yield "In full: " + ", ".join(link(folder / "report.md", page, f"{folder.name}/report.md") for folder in folders)
-    yield ""
+    whole = [folder / "report.md" for folder in folders if (folder / "report.md").is_file()]
+    if whole:
+        yield from [f"In full: {', '.join(link(path, page, f'{path.parent.name}/{path.name}') for path in whole)}", ""]
 
 
 def _scores(folder: Path, outcome: Outcome) -> Iterator[list[str]]:
