@@ -8,6 +8,7 @@ import yaml
 
 from gemma4_tpu.report import main, spelt_out
 from gemma4_tpu.reporting.html import html_page
+from gemma4_tpu.tracking.files import read_json
 from tests.reporting.conftest import ENDPOINT, evaluate, leave, merge, plan, serve, train, words_of
 
 
@@ -31,7 +32,7 @@ def everything(run):
 
 
 def test_one_page_from_plan_to_cost(everything, tmp_path, capsys):
-    plan(tmp_path / "planned")
+    planned = read_json(plan(tmp_path / "planned") / "plan.json")
     report(f"run={everything}", f"records={tmp_path / 'planned'}", "prices={local: 0.36}", "serving_hours=[2]")
     assert "1 plan, 1 merge, 1 evaluation, 1 serving, 0 benchmarks" in capsys.readouterr().out
     told = words_of(everything / "report.md")
@@ -41,7 +42,7 @@ def test_one_page_from_plan_to_cost(everything, tmp_path, capsys):
     for row in (
         "| Held-out loss, before and after | 0.7443 → 0.4082 | *measured* |",  # training
         "| Real tokens | 3,822, 1,525 of them with loss, fill 93.3% | *measured* |",
-        "| Run | gemma4_31b, qlora nf4 r=64, remat products, on v6e-8 (fsdp=2 tp=4) |",  # plan
+        f"| Run | gemma4_31b, qlora nf4 r=64, remat {planned['remat']}, on v6e-8 (",  # plan
         "| Logits off by | 3.3e-03 (3.1e-03 is rounding to bfloat16) | *measured* |",  # merge
         "| 1 | run | verilog_smoke | 4 | 2 | strict | @1 **0.625** |",  # evaluation
         "| 1 | base | verilog_smoke | 4 | 2 | strict | @1 **0.000** |",
