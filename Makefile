@@ -34,7 +34,7 @@ check: setup-dev
 # Lines that the tests reach, in child processes too; fails under 85%. Not part of `make test`: it is slower.
 coverage: setup-dev simulator shellcheck browser
 	$(BIN)/coverage erase
-	COVERAGE_PROCESS_START=pyproject.toml $(BIN)/coverage run -m pytest $(ARGS)
+	$(BIN)/coverage run -m pytest $(ARGS)
 	$(BIN)/coverage combine --quiet
 	$(BIN)/coverage report
 
