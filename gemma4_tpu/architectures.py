@@ -63,9 +63,11 @@ class Architecture:
         return self.num_layers - self.num_kv_shared_layers
 
     def is_global(self, layer: int) -> bool:
+        """Whether a layer attends to everything before it."""
         return self.layer_types[layer] == GLOBAL
 
     def is_kv_shared(self, layer: int) -> bool:
+        """Whether a layer takes keys and values of an earlier one."""
         return layer >= self.num_unshared_layers
 
     def kv_origin(self, layer: int) -> int:
@@ -75,12 +77,15 @@ class Architecture:
         return max(i for i in range(self.num_unshared_layers) if self.layer_types[i] == self.layer_types[layer])
 
     def layer_head_dim(self, layer: int) -> int:
+        """Width of a layer's heads."""
         return self.global_head_dim if self.is_global(layer) else self.head_dim
 
     def layer_kv_heads(self, layer: int) -> int:
+        """KV heads of a layer."""
         return self.num_global_kv_heads if self.is_global(layer) else self.num_kv_heads
 
     def layer_hidden_dim(self, layer: int) -> int:
+        """Hidden units of a layer's (dense) MLP."""
         if self.is_kv_shared(layer) and self.kv_shared_hidden_dim:
             return self.kv_shared_hidden_dim
         return self.hidden_dim

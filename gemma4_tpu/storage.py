@@ -18,10 +18,12 @@ _FETCHES = 8  # remote requests under way at a time
 
 
 def is_remote(path: str) -> bool:
+    """Whether a path is an address, such as gs://…."""
     return "://" in path
 
 
 def join(folder: str, name: str) -> str:
+    """A name in a folder, local or remote."""
     return f"{folder.rstrip('/')}/{name}"
 
 
@@ -76,6 +78,7 @@ class LocalBytes:
         return memoryview(pages)[skip:]
 
     def read_many(self, ranges: Sequence[tuple[int, int]]) -> list[memoryview]:
+        """Bytes of each range `[start, stop)`."""
         return [self.read(start, stop) for start, stop in ranges]
 
     def read_into(self, start: int, buffer: memoryview) -> None:
@@ -111,6 +114,7 @@ class RemoteBytes:
         buffer[:] = self.read(start, start + len(buffer))
 
     def read_many(self, ranges: Sequence[tuple[int, int]]) -> list[memoryview]:
+        """Bytes of each range `[start, stop)`."""
         starts, stops = [a for a, _ in ranges], [b for _, b in ranges]
         found = self._fs.cat_ranges([self._path] * len(ranges), starts, stops, on_error="raise")
         return [memoryview(data) for data in found]

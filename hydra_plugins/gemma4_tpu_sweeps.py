@@ -34,9 +34,11 @@ class ProcessesLauncher(Launcher):
         """Set by the sweeper: the `gemma4_tpu.sweeping.launch.OpenSweep` that the jobs belong to."""
 
     def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
+        """As Hydra asks for it."""
         self.config = config
 
     def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:
+        """Runs the jobs, each with its overrides."""
         from gemma4_tpu.sweeping.launch import launch
 
         return launch(self.sweep, self.config, self.settings, job_overrides)
@@ -53,6 +55,7 @@ class GridSweeper(BasicSweeper):
         self.metric = metric
 
     def sweep(self, arguments: list[str]) -> Any:
+        """Runs the sweep of a command line."""
         from gemma4_tpu.sweeping.launch import sweeping
 
         with sweeping(self.config, self.metric) as self.launcher.sweep:
@@ -69,12 +72,14 @@ class OptunaSweeper(Sweeper):
         self.settings = settings
 
     def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
+        """As Hydra asks for it."""
         self.config = config
         self.launcher = Plugins.instance().instantiate_launcher(
             hydra_context=hydra_context, task_function=task_function, config=config
         )
 
     def sweep(self, arguments: list[str]) -> Any:
+        """Runs the sweep of a command line."""
         from gemma4_tpu.sweeping.launch import sweeping
         from gemma4_tpu.sweeping.search import Search
 

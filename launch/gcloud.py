@@ -114,6 +114,7 @@ def queued(project: str, zone: str) -> list[dict[str, Any]]:
 
 
 def upload(source: str, target: str) -> list[str]:
+    """Words that copy a local file or folder to a bucket."""
     return ["storage", "cp", source, target, "--quiet"]
 
 
@@ -134,6 +135,7 @@ def state_of(resource: dict[str, Any]) -> str:
 
 
 def name_of(resource: dict[str, Any]) -> str:
+    """The id of a queued resource."""
     return str(resource.get("name", "")).rpartition("/")[2]
 
 

@@ -155,6 +155,7 @@ def submit(job: Job) -> None:
 
 
 def how_to_delete(job: Job) -> str:
+    """The command that deletes the slice, in a sentence."""
     return f"delete it: python -m launch.tpu_vm delete {job.id} project={job.project} zone={job.zone}"
 
 

@@ -58,6 +58,7 @@ def cells_of(config: BenchConfig) -> list[Cell]:
 
 
 def rate_text(rate: float) -> str:
+    """Requests per second, for people."""
     return "∞" if math.isinf(rate) else f"{rate:g}"
 
 

@@ -48,6 +48,7 @@ class Model:
 
     @classmethod
     def of(cls, arch: Architecture) -> Model:
+        """The model of a known architecture."""
         return cls(name=arch.name, arch=arch, parameters=parameter_count(arch))
 
     @property
@@ -144,6 +145,7 @@ class Serving:
         return self.replicas * self.weight_bytes <= self.slice.hbm_bytes
 
     def kv_bytes(self, context: float) -> float:
+        """Cache of one sequence of `context` tokens, in bytes; 0 where the model's is not known."""
         return self.model.kv_bytes(context, DTYPE_BYTES[self.kv_dtype])
 
     def room(self, context: float) -> int | None:

@@ -145,7 +145,7 @@ def _as_they_are(row: dict[str, Any]) -> Any:
 FORMATS: dict[str, Callable[[dict[str, Any]], Any]] = {
     "chat": _as_they_are,
     "codev_r1": codev.to_messages,
-}
+}  # fmt: skip
 """`data.format` → the turns of a row, `[{"role": …, "content": …}, …]`; raises RowDropped for one that has none."""
 
 

@@ -59,6 +59,7 @@ class Assembler:
             raise UserError(f"row_slice {row_slice} lies outside the {self._rows} rows of a microbatch")
 
     def __call__(self, planned: PlannedUpdate) -> Update:
+        """The arrays of an update, padded with empty rows to its full size."""
         padded = planned.rows + [[]] * (self._microbatches * self._rows - len(planned.rows))
         rows = [padded[m * self._rows : (m + 1) * self._rows] for m in range(self._microbatches)]
         shape = (self._microbatches, self._stop - self._start, planned.length)

@@ -65,6 +65,7 @@ class HeldoutAnswers:
         tracker.table("heldout_samples", COLUMNS, rows, update)
 
     def close(self) -> None:
+        """Closes the file of answers, if there is one."""
         if self._rows is not None:
             self._rows.close()
 

@@ -89,6 +89,7 @@ class Verdict:
 
     @classmethod
     def from_row(cls, row: Mapping[str, Any]) -> Verdict:
+        """The inverse of `to_row`."""
         return cls(**{**row, "kind": VerdictClass(row["kind"])})
 
 

@@ -77,6 +77,7 @@ class Rows:
         self.rows.setdefault((row["problem"], row["sample"]), row)
 
     def close(self) -> None:
+        """Closes the file; what was added is in it already."""
         self._file.close()
 
     def __enter__(self) -> Rows:

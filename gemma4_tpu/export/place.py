@@ -244,11 +244,13 @@ class RemoteFile:
         self.write, self.close = self._file.write, self._file.close
 
     def discard(self) -> None:
+        """Ends the upload so that nothing of it is published."""
         self._file.discard()
         self._file.closed = True  # or the end of the object's life would close, that is publish it
 
 
 def total_bytes(paths: Iterable[str]) -> int:
+    """Size of all files together, local or remote."""
     return sum(open_bytes(path).size_bytes for path in paths)
 
 

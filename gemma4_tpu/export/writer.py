@@ -117,6 +117,7 @@ class DiskFile:
                 fcntl.fcntl(self._handle, fcntl.F_SETFL, flags & ~os.O_DIRECT)
 
     def close(self) -> None:
+        """Closes the file once its bytes are on the disk."""
         os.fsync(self._handle)
         self._release()
 

@@ -142,6 +142,7 @@ class Layout:
     @staticmethod
     @cache
     def of(arch: Architecture) -> Layout:
+        """The layout of an architecture."""
         return Layout(arch, _stages(arch))
 
     def leaves(self) -> Iterator[Leaf]:

@@ -204,18 +204,22 @@ class Checkpoint:
         return files
 
     def names(self) -> list[str]:
+        """Every tensor, sorted."""
         return sorted(self._home)
 
     def __contains__(self, name: str) -> bool:
         return name in self._home
 
     def file_of(self, name: str) -> TensorFile:
+        """The file that holds a tensor."""
         return self.files[self._home[name]]
 
     def shape(self, name: str) -> tuple[int, ...]:
+        """Of a tensor, as stored."""
         return self.file_of(name).tensors[name].shape
 
     def dtype(self, name: str) -> np.dtype[Any]:
+        """Of a tensor, as stored."""
         return self.file_of(name).tensors[name].dtype
 
     def read(self, name: str, index: Index | None = None, shape: Sequence[int] | None = None) -> np.ndarray:

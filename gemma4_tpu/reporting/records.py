@@ -35,6 +35,7 @@ class Records:
     """Kind → folders."""
 
     def add(self, kind: str, folder: Path) -> None:
+        """Takes a folder in, once."""
         if folder not in self.by_kind[kind]:
             self.by_kind[kind].append(folder)
 

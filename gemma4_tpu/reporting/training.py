@@ -99,6 +99,7 @@ def facts(result: Result) -> list[Fact]:
 
 
 def heldout(result: Result) -> str:
+    """Held-out loss before and after, in words."""
     return _pair(result.heldout_loss_first, result.heldout_loss_last)
 
 

@@ -60,13 +60,16 @@ class Api:
         return JSONResponse(told, 200 if self._engine.state == READY and self._engine.alive else 503)
 
     async def metrics(self) -> Response:
+        """`GET /metrics`, for Prometheus."""
         return Response(self._metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
 
     async def models(self, request: Request) -> dict[str, Any]:
+        """`GET /v1/models`: the one model."""
         self._authorise(request)
         return {"object": "list", "data": [self._card()]}
 
     async def one_model(self, name: str, request: Request) -> dict[str, Any]:
+        """`GET /v1/models/<name>`."""
         self._authorise(request)
         self._check_model(name)
         return self._card()
@@ -78,6 +81,7 @@ class Api:
         }  # fmt: skip
 
     async def completions(self, body: CompletionRequest, request: Request) -> Response:
+        """`POST /v1/completions`: texts or token ids are continued."""
         self._admit(body, request)
         self._engine_ready()
         prompts = [await self._tokens(prompt) for prompt in body.prompts]
@@ -86,6 +90,7 @@ class Api:
         return await self._answer(body, request, prompts, "text", body.return_tokens_as_token_ids)
 
     async def chat(self, body: ChatRequest, request: Request) -> Response:
+        """`POST /v1/chat/completions`: the next turn of a conversation."""
         self._admit(body, request)
         self._engine_ready()
         turns = body.turns()

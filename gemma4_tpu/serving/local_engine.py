@@ -49,6 +49,7 @@ class Engine:
         """Why it failed."""
 
     def start(self) -> None:
+        """Starts the thread that computes."""
         self._thread.start()
 
     def submit(self, answer: Answer) -> None:

@@ -43,6 +43,7 @@ class Metrics:
         ).labels(model)
 
     def under_way(self, running: int, waiting: int) -> None:
+        """Answers that are computed, and that wait."""
         self._running.set(running)
         self._waiting.set(waiting)
 
@@ -57,6 +58,7 @@ class Metrics:
             self.ended(answer, finish)
 
     def ended(self, answer: Answer, finish: str) -> None:
+        """An answer ended, for the reason `finish`."""
         self._ended.labels(self._model, finish).inc()
         self._whole.observe(time.monotonic() - answer.arrived)
 

@@ -148,6 +148,7 @@ class Reply:
         self._prompt_tokens, self.completion_tokens = prompt_tokens, 0
 
     def usage(self) -> dict[str, int]:
+        """Tokens so far, as OpenAI counts them."""
         total = self._prompt_tokens + self.completion_tokens
         return {
             "prompt_tokens": self._prompt_tokens, "completion_tokens": self.completion_tokens, "total_tokens": total,

@@ -1,0 +1,1 @@
+"""The one train step: loss, optimizer, update."""

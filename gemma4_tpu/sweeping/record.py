@@ -93,9 +93,11 @@ class Sweep:
         write_json(self.folder / RECORD, head | {"jobs": list(self.jobs.values())})
 
     def run_folder(self, job: Job) -> Path:
+        """Where a job keeps its record."""
         return self.folder / job.name
 
     def log_path(self, job: Job) -> Path:
+        """What a job's processes printed."""
         return self.folder / "logs" / f"{job.name}.log"
 
 

@@ -36,6 +36,7 @@ class Metric:
     """`minimize` or `maximize`."""
 
     def best(self, values: Iterable[float]) -> float:
+        """The best of several values."""
         return (min if self.direction == LOWER_IS_BETTER else max)(values)
 
 

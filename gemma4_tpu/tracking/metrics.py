@@ -64,6 +64,7 @@ class Metrics:
             self._file.flush()
 
     def close(self) -> None:
+        """Closes the file; rows are written as they come."""
         if self._file is not None:
             self._file.close()
             self._file = None

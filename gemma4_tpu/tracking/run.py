@@ -170,6 +170,7 @@ class RunFolder:
             self.bucket.push()
 
     def read_config(self) -> dict[str, Any]:
+        """The recorded configuration, as plain values."""
         return yaml.safe_load(self.config_path.read_text(encoding="utf-8"))
 
     def leave_result(self, result: Result) -> None:

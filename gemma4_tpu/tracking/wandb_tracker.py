@@ -90,13 +90,16 @@ class WandbTracker(Tracker):
         return wandb.init(mode=mode, settings=settings, **self._arguments)
 
     def log(self, metrics: dict[str, Any], update: int) -> None:
+        """As `Tracker.log`."""
         self._run.log(metrics, step=update)
 
     def table(self, name: str, columns: Sequence[str], rows: Sequence[Sequence[Any]], update: int) -> None:
+        """As `Tracker.table`."""
         table = wandb.Table(columns=list(columns), data=[list(row) for row in rows])
         _in_time(lambda: self._run.log({name: table}, step=update))
 
     def artifact(self, kind: str, place: str, aliases: Sequence[str], metadata: dict[str, Any]) -> None:
+        """As `Tracker.artifact`."""
         artifact = wandb.Artifact(f"{kind}-{self._run.id}", type=kind, metadata=metadata)
         if is_remote(place):  # add_reference would open a client of the bucket, though nothing is to be looked up
             artifact.manifest.add_entry(
@@ -107,9 +110,11 @@ class WandbTracker(Tracker):
         _in_time(lambda: self._run.log_artifact(artifact, aliases=["latest", *aliases]))
 
     def summary(self, values: dict[str, Any]) -> None:
+        """As `Tracker.summary`."""
         self._run.summary.update(values)
 
     def close(self, status: str = "finished") -> None:
+        """As `Tracker.close`."""
         self._run.finish(exit_code=0 if status in ("finished", "preempted") else 1)
 
 

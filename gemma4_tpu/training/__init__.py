@@ -1,0 +1,1 @@
+"""The loop, and what keeps a run alive: checkpoints, hosts, preemption."""

@@ -21,6 +21,7 @@ class Clock:
         return time.perf_counter() - self._start
 
     def lap(self) -> float:
+        """Seconds since the last lap, or since the start."""
         now = time.perf_counter()
         lap, self._last = now - self._last, now
         return lap
@@ -39,6 +40,7 @@ class Window:
     last_seconds: float = 0.0
 
     def add(self, update: Update, seconds: float) -> None:
+        """Counts a finished update that took so many seconds."""
         self.updates += 1
         self.real_tokens += update.real_tokens
         self.target_tokens += update.target_tokens

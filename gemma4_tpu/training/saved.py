@@ -43,6 +43,7 @@ class SavedState:
         return hashlib.sha256(checksums.recorded(self.folder)).hexdigest()
 
     def shape(self, name: str) -> tuple[int, ...]:
+        """Of a saved array."""
         return tuple(self._open(name).shape)
 
     def chunk_shape(self, name: str) -> tuple[int, ...]:

@@ -37,6 +37,7 @@ class Tools:
         return tuple({program.resolve().parent.parent for program in (self.iverilog, self.vvp)})
 
     def preprocess(self, source: str, output: str) -> list[str]:
+        """Expands macros and includes into the file `output`."""
         return [str(self.iverilog), LANGUAGE, "-E", "-o", output, source]
 
     def check(self, top: str, source: str) -> list[str]:
@@ -44,6 +45,7 @@ class Tools:
         return [str(self.iverilog), LANGUAGE, "-t", "null", "-s", top, source]
 
     def build(self, top: str, output: str, sources: list[str]) -> list[str]:
+        """Compiles a simulation of the module `top` into the file `output`."""
         return [str(self.iverilog), *WARNINGS, LANGUAGE, "-s", top, "-o", output, *sources]
 
     def simulate(self, program: str) -> list[str]:
