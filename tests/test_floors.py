@@ -57,3 +57,23 @@ def test_the_ground_starts_without_jax():
     code = f"import sys, {', '.join(names)}; print(sorted({heavy} & set(sys.modules)))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
     assert done.stdout.strip() == "[]"
+
+
+def test_what_stands_around_the_package_is_not_used_by_it():
+    """`launch`, plugins, experiments and tests may use the package, never the other way round."""
+    around = {"launch", "hydra_plugins", "experiments", "benchmarks", "tests", "docs"}
+    for path in MODULES:
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+            assert not {name.split(".")[0] for name in names} & around, f"{path.relative_to(ROOT)}:{node.lineno}"
+
+
+def test_records_and_rows_are_read_without_jax():
+    """So that workers, sweeps' parents and reports start at once: these import JAX inside functions at most."""
+    folders = {"data", "tracking", "verilog_smoke", "costing", "sweeping", "benching", "reporting"}
+    paths = [path.relative_to(ROOT).with_suffix("") for path in MODULES if path.stem != "__init__"]
+    names = ["gemma4_tpu." + ".".join(path.parts) for path in paths if path.parts[0] in folders]
+    code = f"import sys, {', '.join(names)}; print(sorted({{'jax', 'flax', 'tunix', 'qwix'}} & set(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=True)
+    assert done.stdout.strip() == "[]"
