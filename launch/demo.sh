@@ -8,27 +8,32 @@ cd "$(dirname "$0")/.."
 python=${PYTHON:-.venv/bin/python}
 run=${DEMO_RUN:-outputs/demo/$(date +%Y-%m-%d_%H-%M-%S)}
 export JAX_PLATFORMS=cpu
-server=""
 
-stop_server() {  # at the end, after a failure, on Ctrl-C: nothing is left behind
-  [ -z "$server" ] || kill "$server" 2> /dev/null || true
-  [ -z "$server" ] || wait "$server" || true
-  server=""
+end() {  # of what still runs: at the end, after a failure, on Ctrl-C and SIGTERM nothing is left behind
+  local running
+  running=$(jobs -p)
+  # shellcheck disable=SC2086  # one word for each process
+  [ -z "$running" ] || kill $running 2> /dev/null || true
+  wait
 }
-trap stop_server EXIT
+trap end EXIT
 trap 'exit 130' INT
 trap 'exit 143' TERM
 
 say() { printf '\n== %s (%d s)\n' "$1" "$SECONDS"; }
+step() {  # in the background, since bash hears no signal while it waits for a command in the foreground
+  "$python" -m "gemma4_tpu.$1" "${@:2}" &
+  wait $!
+}
 
 say "train: LoRA on synthetic Verilog"
-"$python" -m gemma4_tpu.train "run_dir=$run" "$@"
+step train "run_dir=$run" "$@"
 
 say "merge: a checkpoint that others can load"
-"$python" -m gemma4_tpu.merge "run=$run" "run_dir=$run/merges/demo"
+step merge "run=$run" "run_dir=$run/merges/demo"
 
 say "evaluate: the run beside its base"
-"$python" -m gemma4_tpu.evaluate "run=$run" "run_dir=$run/evaluations/run"
+step evaluate "run=$run" "run_dir=$run/evaluations/run"
 
 say "serve: the merged checkpoint"
 port=$("$python" -c 'import socket; s = socket.socket(); s.bind(("127.0.0.1", 0)); print(s.getsockname()[1])')
@@ -41,13 +46,13 @@ until grep -q '^endpoint: ' "$endpoint"; do
 done
 
 say "bench: load on the server"
-"$python" -m gemma4_tpu.bench "served=$run/servings/demo" "run_dir=$run/benchmarks/demo" \
+step bench "served=$run/servings/demo" "run_dir=$run/benchmarks/demo" \
   'bench.lengths=[[64,32],[256,64]]' 'bench.rates=[2,4,8,16,inf]' bench.requests=16
 
 say "evaluate: the server's answers"
-"$python" -m gemma4_tpu.evaluate "eval.endpoint=http://127.0.0.1:$port/v1" "run_dir=$run/evaluations/served"
-stop_server
+step evaluate "eval.endpoint=http://127.0.0.1:$port/v1" "run_dir=$run/evaluations/served"
+end
 
 say "report: everything on one page"
-"$python" -m gemma4_tpu.report "run=$run"
+step report "run=$run"
 say "done"

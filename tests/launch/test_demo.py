@@ -90,10 +90,11 @@ def test_shellcheck_finds_nothing():
     assert subprocess.run(["shellcheck", str(DEMO)], capture_output=True, text=True, check=False).stdout == ""
 
 
+@pytest.mark.parametrize("to_all", [True, False], ids=["to all", "to the script"])
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_a_signal_ends_it_and_the_server(number, code, tmp_path):
+def test_a_signal_ends_it_and_the_server(number, code, to_all, tmp_path):
     demo = Demo(tmp_path, HANGS="bench")
     demo.wait_for("bench")
-    os.killpg(demo.process.pid, number)
+    (os.killpg if to_all else os.kill)(demo.process.pid, number)
     assert demo.process.wait(60) == code
     assert demo.server_is_gone()
