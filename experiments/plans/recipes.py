@@ -1,0 +1,145 @@
+"""Plans every committed recipe and writes the figures into its README, between the marks.
+
+    python experiments/plans/recipes.py                  # all of them, some minutes on two cores
+    python experiments/plans/recipes.py v5p8 rank_sweep
+
+Each job is one `python -m gemma4_tpu.plan experiment=…`; its plan.json is kept beside the README (a sweep has one for
+each job, `plans/<job>.json`) with a picture of HBM per chip.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import subprocess
+import sys
+import tempfile
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from gemma4_tpu.planning.estimate import PlanResult
+from gemma4_tpu.planning.report import plot_hbm
+
+EXPERIMENTS = Path(__file__).resolve().parent.parent
+BEGIN, END = "<!-- plan: python experiments/plans/recipes.py -->", "<!-- end of plan -->"
+GIB = 2**30
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A committed experiment and the jobs that are planned for it."""
+
+    name: str
+    base: str
+    """Value of `experiment=` that `plan` takes."""
+    jobs: dict[str, tuple[str, ...]] = field(default_factory=lambda: {"": ()})
+    """Label → overrides; one without a label is the recipe itself."""
+    runs: int = 1
+    """Runs as long as each planned one."""
+
+    def path(self, label: str) -> Path:
+        folder = EXPERIMENTS / self.name
+        return folder / "plans" / f"{label.replace(' ', '_')}.json" if label else folder / "plan.json"
+
+
+RECIPES = (
+    Recipe("v5p8", "v5p8"),
+    Recipe("v6e8_qlora", "v6e8_qlora"),
+    Recipe("26b_a4b_v5p8", "26b_a4b_v5p8"),
+    Recipe("e4b_v6e1", "e4b_v6e1"),
+    Recipe("rank_sweep", "v5p8", {f"rank {r}": (f"lora.rank={r}", f"lora.alpha={r}") for r in (16, 32, 64, 128)}, 2),
+    Recipe("lr_sweep", "v5p8", {"each trial": ()}, 8),
+    Recipe(
+        "mesh_sweep",
+        "v5p8",
+        {
+            f"tp {tp}, {microbatches} microbatches": (
+                "mesh=auto", f"mesh.tp={tp}", "trainer.global_batch_sequences=4",
+                f"trainer.microbatches={microbatches}", "trainer.max_updates=20", "trainer.epochs=null",
+                "optimizer.warmup_updates=0",
+            )
+            for tp, microbatches in ((4, 4), (4, 2), (4, 1), (2, 2), (2, 1), (1, 1))
+        },
+    ),
+)  # fmt: skip
+
+
+def plan(words: list[str], to: Path) -> None:
+    """One plan, whether it fits or not."""
+    with tempfile.TemporaryDirectory() as folder:
+        run_dir = Path(folder) / "plan"
+        command = [sys.executable, "-m", "gemma4_tpu.plan", *words, "plan.max_attempts=0", f"run_dir={run_dir}"]
+        done = subprocess.run(command, capture_output=True, text=True)
+        if not (run_dir / "plan.json").is_file():
+            sys.exit(f"{' '.join(words)}: {done.stderr.strip()}")
+        to.parent.mkdir(exist_ok=True)
+        shutil.copy(run_dir / "plan.json", to)
+
+
+def table(recipe: Recipe, plans: dict[str, dict[str, Any]]) -> list[str]:
+    """The part of the README between the marks."""
+    first = next(iter(plans.values()))
+    versions = f"JAX {first['versions']['jax']}, libtpu {first['versions']['libtpu']}"
+    by = "`python -m gemma4_tpu.plan`" if recipe.jobs.keys() == {""} else "`python -m gemma4_tpu.plan` for each job"
+    lines = [
+        f"*Estimated* by {by} ({versions}); nothing here has run on a TPU. Seconds, tokens and dollars at 50% of the",
+        "binding roofline, at 40% a quarter more, at 60% a sixth less.",
+        "",
+        "| job | fsdp × tp | remat | rows × microbatches | GiB of HBM per chip | roofline ms per update | bound by"
+        " | real tokens/s | updates | minutes | $ | $ per million real tokens |",
+        "|---|---|---|---|---|---:|---|---:|---:|---:|---:|---:|",
+    ]
+    for label, told in plans.items():
+        mesh = f"{told['mesh']['fsdp']} × {told['mesh']['tp']}"
+        rows = f"{told['rows_per_update'] // told['microbatches']} × {told['microbatches']}"
+        limit = f"{told['hbm_limit_bytes_per_chip'] / GIB:.2f}"
+        cells = [label or "the run", mesh, f"`{told['remat']}`", rows]
+        if not told["fits"]:
+            lines.append("| " + " | ".join([*cells, f"does not fit {limit}", *["–"] * 7]) + " |")
+            continue
+        usd = told["usd_estimate"].get("on_demand", {}).get("mid")
+        million = told["usd_per_million_real_tokens"]
+        cells += [
+            f"{told['hbm_bytes_per_chip'] / GIB:.1f} of {limit}",
+            f"{told['roofline_seconds']['update'] * 1e3:,.0f}",
+            told["bound_by"],
+            f"{told['real_tokens_per_second']['mid']:,.0f}",
+            f"{told['updates']:,}",
+            f"{told['hours']['mid'] * 60:,.1f}",
+            "no price" if usd is None else f"{usd:.2f}",
+            "no price" if million is None else f"{million:.3f}",
+        ]
+        lines.append("| " + " | ".join(cells) + " |")
+    fitting = [told for told in plans.values() if told["fits"]]
+    usd = [told["usd_estimate"].get("on_demand", {}).get("mid") for told in fitting]
+    if recipe.jobs.keys() != {""} and all(value is not None for value in usd):
+        hours = sum(told["hours"]["mid"] for told in fitting) * recipe.runs
+        times = f", each job {recipe.runs} times" if recipe.runs > 1 else ""
+        lines += ["", f"The whole sweep{times}: {hours:.1f} h, ${sum(usd) * recipe.runs:.2f}, stopping nothing early."]
+    return [*lines, "", "![HBM per chip](hbm.png)"]
+
+
+def main() -> None:
+    """Plans the recipes that are asked for."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("names", nargs="*", choices=[[], *(recipe.name for recipe in RECIPES)])
+    names = parser.parse_args().names
+    for recipe in RECIPES:
+        if names and recipe.name not in names:
+            continue
+        for label, words in recipe.jobs.items():
+            plan([f"experiment={recipe.base}", *words], recipe.path(label))
+            print(recipe.name, label, flush=True)
+        plans = {label: json.loads(recipe.path(label).read_text(encoding="utf-8")) for label in recipe.jobs}
+        folder = EXPERIMENTS / recipe.name
+        plot_hbm([PlanResult(**told) for told in plans.values()], folder / "hbm.png")
+        readme = folder / "README.md"
+        before, _, rest = readme.read_text(encoding="utf-8").partition(BEGIN)
+        after = rest.partition(END)[2]
+        readme.write_text("\n".join([before + BEGIN, *table(recipe, plans), END]) + after, encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
