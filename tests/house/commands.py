@@ -26,6 +26,7 @@ PLACEHOLDERS = {
     "benchmark": "benchmark", "server": "server", "plan": "plan", "clone": "clone", "clone of verilog-eval": "clone",
     "checkpoint": "random:0", "folder with the Hugging Face checkpoint": "random:0", "31B checkpoint": "random:0",
     "CodeV-R1 rows": "rows.jsonl", "team": "team", "id": "train_2026-11-21", "file or folder": "rows.jsonl",
+    "command": "train",
 }  # fmt: skip
 """`<…>` → what is there in the folder that the test runs in."""
 ELIDED = {"run=": "outputs/train/run", "data=": "verilog_smoke", "=gs://": "bucket/folder"}
@@ -40,12 +41,14 @@ class Command:
 
     page: str
     text: str
+    inline: bool = False
+    """In running text, which may leave out what the command is about."""
 
     @property
     def words(self) -> list[str]:
         """Without comments, options of the page's own (`[further overrides]`) and a final `…`."""
         text = re.sub(r"(?<![=,'])\[[a-z ]+\]", "", self.text)
-        text = re.sub(r"<([^<>]*)>", lambda found: PLACEHOLDERS[found[1]], text)
+        text = re.sub(r"<([^<>]*)>", lambda found: PLACEHOLDERS.get(found[1], found[0]), text)
         for before, meant in ELIDED.items():
             text = text.replace(f"{before}…", f"{before}{meant}")
         text = text.replace("model.path=…", "model.path=random:0")
@@ -73,4 +76,4 @@ def _on_page(path: Path) -> Iterator[Command]:
         lines = re.sub(rf"^{indent}", "", block, flags=re.M).replace("\\\n", " ").splitlines()
         yield from (Command(name, line) for line in lines if line.strip() and not line.startswith("#"))
     for inline in _INLINE.findall(_FENCED.sub("", text)):
-        yield Command(name, " ".join(inline.split()))
+        yield Command(name, " ".join(inline.split()), inline=True)
