@@ -181,7 +181,8 @@ def plot_hbm(results: Sequence[PlanResult], path: Path) -> None:
 
 def _draw_bars(axes: Any, results: Sequence[PlanResult]) -> None:
     drawn: set[str] = set()
-    labels = []
+    described = [_described(result) for result in results]
+    common = [words for words, *others in zip(*described, strict=True) if all(other == words for other in others)]
     for place, result in enumerate(results):
         left = 0.0
         parts = result.hbm_parts_bytes_per_chip if result.fits else {"temporaries": result.hbm_bytes_per_chip or 0}
@@ -193,17 +194,27 @@ def _draw_bars(axes: Any, results: Sequence[PlanResult]) -> None:
         limit = result.hbm_limit_bytes_per_chip / GIB
         axes.plot([limit, limit], [place - 0.4, place + 0.4], color="#333333", linewidth=2)
         axes.text(limit, place + 0.42, f"{limit:.1f} GiB", ha="center", va="bottom", fontsize=8)
-        mesh = f"fsdp={result.mesh['fsdp']} tp={result.mesh['tp']}"
-        labels.append(f"{result.slice}, {mesh}\nremat {result.remat}, {result.rows_per_update} row(s)")
+    labels = [", ".join(words for words in one if words not in common) for one in described]
     axes.set_yticks(range(len(results)), labels)
     axes.set_ylim(-0.6, len(results) - 0.2)
     axes.set_xlabel("GiB of HBM per chip (estimated by the TPU compiler)")
-    first = results[0]
-    axes.set_title(
-        f"{first.model}, {first.trained}, {first.rows_per_update} rows of {first.sequence_length} per update"
-    )
+    half = len(common) // 2
+    axes.set_title("\n".join(", ".join(words) for words in (common[:half], common[half:]) if words), fontsize=10)
     axes.grid(axis="y", visible=False)
     axes.figure.legend(loc="outside lower center", ncols=3, fontsize=9)
+
+
+def _described(result: PlanResult) -> list[str]:
+    """What may differ between the bars of one picture."""
+    rows, batches = result.rows_per_update // result.microbatches, result.microbatches
+    return [
+        result.model,
+        result.trained,
+        result.slice,
+        f"fsdp={result.mesh['fsdp']} tp={result.mesh['tp']}",
+        f"remat {result.remat}",
+        f"{rows} row{'s' * (rows > 1)} of {result.sequence_length} × {batches} microbatch{'es' * (batches > 1)}",
+    ]
 
 
 def print_alternatives(result: PlanResult) -> None:
