@@ -1,5 +1,6 @@
 """`python -m gemma4_tpu.report run=<run folder>`: what it finds, what it says, and what it says is not there."""
 
+import json
 import re
 
 import gcsfs
@@ -78,6 +79,14 @@ def test_what_is_not_there_is_said_in_a_line(run, capsys):
     ):  # fmt: skip
         assert told.count(line) == 1
     assert "$" not in told.replace("'prices={", "")
+
+
+def test_device_memory_is_drawn_where_it_is_counted(run):
+    rows = [json.loads(line) | {"hbm_bytes": 3 << 30} for line in (run / "metrics.jsonl").read_text().splitlines()]
+    (run / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    report(f"run={run}")
+    assert "![hbm](report_plots/hbm.png)" in (run / "report.md").read_text()
+    assert "Not recorded" not in (run / "report.md").read_text()
 
 
 def test_a_run_that_is_not_over_and_one_that_failed(run):
