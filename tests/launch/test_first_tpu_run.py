@@ -110,4 +110,4 @@ def test_the_page_names_our_prices():
     assert f"${price.usd_per_hour:.2f} per hour" in PAGE and price.date in PAGE
     assert f"${3 * price.usd_per_hour:.2f}" in PAGE
     plans = (ROOT / "experiments/plans/README.md").read_text()
-    assert "24 minutes, $6.70" in PAGE and "24 minutes, $6.70" in plans
+    assert "23 minutes, $6.35" in PAGE and "23 minutes, $6.35" in plans
