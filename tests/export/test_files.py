@@ -143,3 +143,14 @@ def test_remote_base_and_remote_target(run_on, full_base, merge, bucket):
     assert main([f"run={run}", *words]) == 2
     merge(run, *words, "overwrite=true", "verify=false", f"run_dir={run}/three")
     assert not fs.exists(f"{root}/out/stale.safetensors")
+
+
+def test_a_run_on_a_bucket_is_merged_beside_its_checkpoints(run_on, merge, bucket, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # its local part is kept in the working folder
+    run = run_on()
+    merge(run, "verify=false", f"run_dir={tmp_path}/one", f"target={tmp_path}/here")
+    fs, root = filesystem(bucket)
+    fs.put(str(run), f"{root}/run", recursive=True)
+    merge(f"{bucket}/run", "verify=false", f"run_dir={tmp_path}/two")
+    for shard in (tmp_path / "here").glob("*.safetensors"):
+        assert fs.cat_file(f"{root}/run/merged/{shard.name}") == shard.read_bytes()

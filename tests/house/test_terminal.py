@@ -6,6 +6,8 @@ import sys
 
 import pytest
 
+from gemma4_tpu import __main__ as console_script
+from gemma4_tpu.config.entries import ENTRIES
 from gemma4_tpu.config.help import help_text
 from launch.config import TPU_VM
 from tests.house.scripts import ROOT, script
@@ -28,3 +30,11 @@ def test_help_can_be_cut_short():
     command = f"{sys.executable} -m gemma4_tpu.train --help | head -1"
     done = subprocess.run(["bash", "-c", command], cwd=ROOT, capture_output=True, text=True, timeout=60, env=os.environ)
     assert done.stdout.startswith("Fine-tune Gemma 4") and done.stderr == ""
+
+
+def test_the_console_script_knows_its_commands(capsys):
+    assert console_script.main([]) == console_script.main(["--help"]) == 0
+    shown = capsys.readouterr().out
+    assert all(f"\n{name} " in shown for name in ENTRIES) and max(map(len, shown.splitlines())) <= 80
+    assert console_script.main(["plna"]) == 2
+    assert "plna: no such command; did you mean plan?" in capsys.readouterr().err
