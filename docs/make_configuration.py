@@ -69,6 +69,11 @@ def page() -> str:
     return "\n".join(lines).rstrip() + "\n"
 
 
+_WITHOUT_SCHEMA = {
+    "experiment": "Recipes: values of any keys over those of the groups; `key=value` words win over them. What came of them"
+    " lies in [`experiments/`](../experiments).",
+    "local": "`conf/local/default.yaml` of this machine, where there is one; over everything but the command line.",
+}
 _TABLE = ("| key | type | default | meaning |", "|---|---|---|---|")
 
 
@@ -78,8 +83,8 @@ def _group(name: str) -> list[str]:
     takes: type = takers[0].schema
     schema = field_types(takes).get(name)
     lines = ["", f"### {name}", ""]
-    if schema is not None:
-        lines += [_cell(" ".join((schema.__doc__ or "").split())), ""]
+    about = (schema.__doc__ or "") if schema is not None else _WITHOUT_SCHEMA[name]
+    lines += [_cell(" ".join(about.split())), ""]
     lines += ["Taken by " + ", ".join(f"`{entry.name}`" for entry in takers) + "."]
     options = groups_of(takers[0])[name] if name != "local" else []  # which is each machine's own
     if options:
