@@ -70,8 +70,8 @@ def page() -> str:
 
 
 _WITHOUT_SCHEMA = {
-    "experiment": "Recipes: values of any keys over those of the groups; `key=value` words win over them. What came of them"
-    " lies in [`experiments/`](../experiments).",
+    "experiment": "Recipes: values of any keys over those of the groups; `key=value` words win over them. What came of"
+    " them lies in [`experiments/`](../experiments).",
     "local": "`conf/local/default.yaml` of this machine, where there is one; over everything but the command line.",
 }
 _TABLE = ("| key | type | default | meaning |", "|---|---|---|---|")
