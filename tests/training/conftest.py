@@ -19,10 +19,10 @@ HARD = [
 
 
 class Command:
-    """`python -m gemma4_tpu.train` on one CPU device, with a compilation cache that the runs of a session share."""
+    """A training on one CPU device, with a compilation cache that the runs of a session share."""
 
-    def __init__(self, cache: Path):
-        self._cache = cache
+    def __init__(self, cache: Path, *program: str):
+        self._cache, self._program = cache, program
 
     def environment(self, devices: int = 1) -> dict[str, str]:
         """Of a process with so many CPU devices."""
@@ -34,7 +34,7 @@ class Command:
 
     def start(self, *overrides: str, cwd: Path, devices: int = 1) -> subprocess.Popen:
         return subprocess.Popen(
-            [sys.executable, "-m", "gemma4_tpu.train", *overrides], cwd=cwd, env=self.environment(devices), text=True,
+            [sys.executable, *self._program, *overrides], cwd=cwd, env=self.environment(devices), text=True,
             stdout=subprocess.PIPE, stderr=subprocess.PIPE,
         )  # fmt: skip
 
@@ -46,6 +46,17 @@ class Command:
 
 
 @pytest.fixture(scope="session")
-def train(tmp_path_factory) -> Command:
-    shared = tmp_path_factory.getbasetemp().parent / "compilation-cache"  # one for all test workers
-    return Command(shared)
+def cache(tmp_path_factory) -> Path:
+    return tmp_path_factory.getbasetemp().parent / "compilation-cache"  # one for all test workers
+
+
+@pytest.fixture(scope="session")
+def train(cache) -> Command:
+    """`python -m gemma4_tpu.train`."""
+    return Command(cache, "-m", "gemma4_tpu.train")
+
+
+@pytest.fixture(scope="session")
+def shallow(cache) -> Command:
+    """The same with a `tiny` of two layers."""
+    return Command(cache, str(Path(__file__).with_name("shallow.py")))

@@ -5,6 +5,8 @@ python several_meshes.py <folder> <coordinator address> <processes> <process> <f
 
 import sys
 
+import shallow  # noqa: F401 (beside this file: `tiny` of two layers)
+
 from gemma4_tpu.config.load import load_train
 from gemma4_tpu.train import _record
 from gemma4_tpu.training.hosts import start_hosts
@@ -18,7 +20,7 @@ where = [
 ]  # fmt: skip
 
 with Preemption() as preemption:
-    root = load_train(where).root
+    root = load_train([*where, *overrides]).root
     with start_hosts(root.distributed, root.hardware) as hosts:
         for mesh in meshes:
             fsdp, tp = mesh.split("x")
