@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 
-from gemma4_tpu.config.schema import JudgeConfig
+from gemma4_tpu.config.tasks import JudgeConfig
 from gemma4_tpu.errors import UserError
 from gemma4_tpu.evals.problems import Problem
 from gemma4_tpu.evals.verilog.judge import VerilogJudge

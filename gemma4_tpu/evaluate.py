@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 from gemma4_tpu.config.entries import EVALUATE
 from gemma4_tpu.config.evaluate_checks import EvaluateChecked
 from gemma4_tpu.config.load import Loaded, from_yaml, load
-from gemma4_tpu.config.schema import EvaluateRoot
+from gemma4_tpu.config.tasks import EvaluateRoot
 from gemma4_tpu.errors import UserError
 
 if TYPE_CHECKING:

@@ -18,7 +18,7 @@ import yaml
 from gemma4_tpu.config.entries import MERGE
 from gemma4_tpu.config.load import Loaded, from_yaml, load
 from gemma4_tpu.config.merge_checks import MergeChecked
-from gemma4_tpu.config.schema import MergeRoot
+from gemma4_tpu.config.tasks import MergeRoot
 from gemma4_tpu.errors import UserError
 
 if TYPE_CHECKING:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 from gemma4_tpu.config.entries import PLAN
 from gemma4_tpu.config.load import Loaded, load
 from gemma4_tpu.config.plan_checks import PlanChecked
-from gemma4_tpu.config.schema import PlanRoot
+from gemma4_tpu.config.tasks import PlanRoot
 from gemma4_tpu.errors import UserError
 
 if TYPE_CHECKING:

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from gemma4_tpu.config.entries import REPORT
 from gemma4_tpu.config.load import load
 from gemma4_tpu.config.report_checks import LISTED
-from gemma4_tpu.config.schema import ReportRoot
+from gemma4_tpu.config.tasks import ReportRoot
 from gemma4_tpu.errors import INTERRUPTED, REFUSED, UserError
 
 _PLAIN = r"[\w./-]+"

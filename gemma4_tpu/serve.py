@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING
 
 from gemma4_tpu.config.entries import SERVE
 from gemma4_tpu.config.load import Loaded, load
-from gemma4_tpu.config.schema import ServeRoot
 from gemma4_tpu.config.serve_checks import ServeChecked
+from gemma4_tpu.config.tasks import ServeRoot
 from gemma4_tpu.errors import INTERRUPTED, REFUSED, UserError
 from gemma4_tpu.hardware import GIB, LOCAL
 

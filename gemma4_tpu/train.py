@@ -21,15 +21,14 @@ if TYPE_CHECKING:
     from gemma4_tpu.data.build import TrainingData
     from gemma4_tpu.data.pipeline import Pipeline, Update
     from gemma4_tpu.evals.heldout import HeldoutAnswers
-    from gemma4_tpu.models.base import Base
     from gemma4_tpu.tracking.provenance import Provenance
     from gemma4_tpu.tracking.result import Result
     from gemma4_tpu.tracking.run import RunFolder
     from gemma4_tpu.training.checkpoint import Checkpoints
     from gemma4_tpu.training.hosts import Hosts
     from gemma4_tpu.training.job import Job
-    from gemma4_tpu.training.loop import Rates
     from gemma4_tpu.training.preemption import Preemption
+    from gemma4_tpu.training.rates import Rates
     from gemma4_tpu.training.replay import Replay
 
 log = logging.getLogger(__name__)
@@ -134,8 +133,10 @@ def _train(loaded: Loaded, folder: RunFolder, hosts: Hosts, preemption: Preempti
     from gemma4_tpu.training.checkpoint import Checkpoints
     from gemma4_tpu.training.compile_cache import use_compile_cache
     from gemma4_tpu.training.job import build_job, check_capacity, rows_here, start_mesh
+    from gemma4_tpu.training.rates import Rates
+    from gemma4_tpu.training.replay import Replay
 
-    config = loaded.root
+    config: TrainRoot = loaded.root
     use_compile_cache(config.trainer.compile_cache)
     resume_from = hosts.from_first(lambda: resume.newest_verified(folder.checkpoints))
 
@@ -148,7 +149,7 @@ def _train(loaded: Loaded, folder: RunFolder, hosts: Hosts, preemption: Preempti
 
     # ── devices, and the rows that are this process's ──────────────────────────────────────────────────────────────
     mesh = start_mesh(config.hardware, config.mesh, base.arch)
-    batches = {
+    batches: dict[str, Any] = {
         "rows_per_update": rows_per_update(config.trainer, config.data),
         "microbatches": config.trainer.microbatches,
         "row_slice": rows_here(mesh, rows_per_microbatch(config.trainer, config.data, mesh.shape["fsdp"])),
@@ -168,7 +169,7 @@ def _train(loaded: Loaded, folder: RunFolder, hosts: Hosts, preemption: Preempti
     fingerprints = {"base": base.fingerprint, **pipeline.fingerprint}
     hosts.check_same(fingerprints, "give every host the same files and the same command")
     made_of = _made_of(config, data, mesh, fingerprints)
-    replay = _begin_replay(config, folder, hosts, made_of)
+    replay = Replay.begin(config.replay, config.replay_allow, folder, hosts, made_of)
     if resume_from is not None:
         began = resume.position(folder.checkpoints, resume_from)["fingerprints"]
         resume.refuse_differences(began, fingerprints, config.checkpoint.resume_allow, folder.address)
@@ -184,7 +185,7 @@ def _train(loaded: Loaded, folder: RunFolder, hosts: Hosts, preemption: Preempti
     checkpoints = Checkpoints(folder.checkpoints, config.checkpoint, job.trained_leaves, mesh)
     provenance.record(folder, made_of)
 
-    rates = _rates(config, base, data, job)
+    rates = Rates.of(base.arch, config.lora, config.hardware, float(data.train.slots.mean()), mesh)
     answers = HeldoutAnswers(
         data.heldout, base, tokenizer, config.trainer, folder.path, resume_from, write=folder.write
     )  # fmt: skip
@@ -210,21 +211,6 @@ def _made_of(config: TrainRoot, data: TrainingData, mesh: Mesh, fingerprints: di
         seeds={"trainer": config.trainer.seed},
         fingerprints={**fingerprints, **heldout},
     )
-
-
-def _begin_replay(config: TrainRoot, folder: RunFolder, hosts: Hosts, made_of: Provenance) -> Replay | None:
-    """Process 0 compares with the record of the run to repeat, where there is one; a refusal is everyone's."""
-    from gemma4_tpu.training.replay import Replay
-
-    begun: list[Replay] = []
-
-    def begin() -> None:
-        if config.replay is not None:
-            begun.append(Replay(config.replay, folder))
-            begun[0].check(made_of, config.replay_allow)
-
-    hosts.from_first(begin)
-    return begun[0] if begun else None
 
 
 def _loop(
@@ -295,21 +281,6 @@ def _loop(
         answers.close()
         checkpoints.close()
         pipeline.close()
-
-
-def _rates(config: TrainRoot, base: Base, data: TrainingData, job: Job) -> Rates:
-    """What an update costs in FLOPs, and the machine in dollars, as far as chip and price are known."""
-    from gemma4_tpu.hardware import chip_of, price_of
-    from gemma4_tpu.models.flops import train_flops_per_token
-    from gemma4_tpu.training.loop import Rates
-
-    device = job.mesh.devices.flat[0]
-    chip, price = chip_of(device.platform, device.device_kind), price_of(config.hardware)
-    return Rates(
-        flops_per_token=train_flops_per_token(base.arch, config.lora, float(data.train.slots.mean())),
-        peak_flops_per_second=chip.peak_flops_per_second * job.mesh.size if chip else None,
-        usd_per_hour=price.usd_per_hour if price else None,
-    )
 
 
 if __name__ == "__main__":

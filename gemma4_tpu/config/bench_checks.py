@@ -15,8 +15,8 @@ from gemma4_tpu.architectures import ARCHITECTURES
 from gemma4_tpu.config.keys import did_you_mean
 from gemma4_tpu.config.limits import limit_problems
 from gemma4_tpu.config.problems import Problem
-from gemma4_tpu.config.schema import BenchConfig, BenchRoot, ServingConfig
 from gemma4_tpu.config.serve_checks import MERGED, name_of, url_of
+from gemma4_tpu.config.tasks import BenchConfig, BenchRoot, ServingConfig
 from gemma4_tpu.hardware import LOCAL, SLICES
 
 

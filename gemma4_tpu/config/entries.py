@@ -13,8 +13,9 @@ from gemma4_tpu.config.merge_checks import MergeChecked, examine_merge, normalis
 from gemma4_tpu.config.plan_checks import PlanChecked, examine_plan, normalise_plan
 from gemma4_tpu.config.problems import Problem
 from gemma4_tpu.config.report_checks import ReportChecked, examine_report, normalise_report
-from gemma4_tpu.config.schema import BenchRoot, EvaluateRoot, MergeRoot, PlanRoot, ReportRoot, ServeRoot, TrainRoot
+from gemma4_tpu.config.schema import TrainRoot
 from gemma4_tpu.config.serve_checks import ServeChecked, examine_serve, normalise_serve
+from gemma4_tpu.config.tasks import BenchRoot, EvaluateRoot, MergeRoot, PlanRoot, ReportRoot, ServeRoot
 
 Root = TypeVar("Root")
 Checks = TypeVar("Checks")

@@ -11,7 +11,7 @@ from gemma4_tpu.config.files import RANDOM, checkpoint_architecture, local_place
 from gemma4_tpu.config.limits import limit_problems
 from gemma4_tpu.config.merge_checks import is_run
 from gemma4_tpu.config.problems import Problem
-from gemma4_tpu.config.schema import EvalConfig, EvaluateRoot
+from gemma4_tpu.config.tasks import EvalConfig, EvaluateRoot
 
 SAMPLES_FILE = "samples.jsonl"
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from gemma4_tpu.config.files import remote_problem
 from gemma4_tpu.config.limits import limit_problems
 from gemma4_tpu.config.problems import Problem
-from gemma4_tpu.config.schema import ExportConfig, MergeRoot
+from gemma4_tpu.config.tasks import ExportConfig, MergeRoot
 
 TOKEN = "HF_TOKEN"
 

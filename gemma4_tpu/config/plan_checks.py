@@ -10,7 +10,8 @@ from gemma4_tpu.architectures import ARCHITECTURES, Architecture
 from gemma4_tpu.config.checks import examine_train, normalise, option_name, resolve_mesh
 from gemma4_tpu.config.files import RANDOM, checkpoint_architecture, source_problem, tokenizer_problem
 from gemma4_tpu.config.problems import Problem
-from gemma4_tpu.config.schema import DataSource, PlanRoot
+from gemma4_tpu.config.schema import DataSource
+from gemma4_tpu.config.tasks import PlanRoot
 from gemma4_tpu.errors import UserError
 from gemma4_tpu.hardware import LOCAL, SLICES, Slice, slice_of
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from gemma4_tpu.config.keys import did_you_mean
 from gemma4_tpu.config.problems import Problem
-from gemma4_tpu.config.schema import ReportRoot
+from gemma4_tpu.config.tasks import ReportRoot
 from gemma4_tpu.hardware import LOCAL, SLICES
 
 SUBJECTS = ("sweep", "wandb", "check")

@@ -20,8 +20,8 @@ from gemma4_tpu.config.keys import did_you_mean
 from gemma4_tpu.config.limits import limit_problems
 from gemma4_tpu.config.merge_checks import is_run
 from gemma4_tpu.config.problems import Problem
-from gemma4_tpu.config.schema import ServeRoot, ServingConfig
 from gemma4_tpu.config.serve_local_checks import local_problems
+from gemma4_tpu.config.tasks import ServeRoot, ServingConfig
 from gemma4_tpu.errors import UserError
 from gemma4_tpu.hardware import LOCAL, SLICES
 

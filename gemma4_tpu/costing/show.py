@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from gemma4_tpu.config.schema import ReportRoot
+from gemma4_tpu.config.tasks import ReportRoot
 from gemma4_tpu.costing.cost import Prices
 from gemma4_tpu.costing.figures import MEASURED
 from gemma4_tpu.costing.plausibility import IMPOSSIBLE, judge

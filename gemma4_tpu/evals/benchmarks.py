@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from gemma4_tpu import assets
-from gemma4_tpu.config.schema import EvalConfig
+from gemma4_tpu.config.tasks import EvalConfig
 from gemma4_tpu.evals.problems import Problem, ProblemSource
 from gemma4_tpu.evals.verilog.rtllm import RtllmFolders
 from gemma4_tpu.evals.verilog.smoke import VerilogSmoke

@@ -16,7 +16,7 @@ from typing import Any, Protocol
 import jax
 import numpy as np
 
-from gemma4_tpu.config.schema import EvalConfig
+from gemma4_tpu.config.tasks import EvalConfig
 from gemma4_tpu.data.chat import CHANNEL, CHANNEL_START, ChatFormat, Message
 from gemma4_tpu.errors import UserError
 from gemma4_tpu.evals.problems import Problem

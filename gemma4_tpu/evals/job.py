@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from gemma4_tpu.config.schema import EvalConfig, EvaluateRoot
+from gemma4_tpu.config.tasks import EvalConfig, EvaluateRoot
 from gemma4_tpu.evals import endpoint
 from gemma4_tpu.evals.benchmarks import load_problems
 from gemma4_tpu.evals.generate import Backend, requests

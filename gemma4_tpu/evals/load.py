@@ -11,16 +11,8 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from gemma4_tpu.config.schema import (
-    EvalConfig,
-    EvaluateRoot,
-    ExportConfig,
-    HardwareConfig,
-    LoraConfig,
-    MeshConfig,
-    ModelConfig,
-    TrainerConfig,
-)
+from gemma4_tpu.config.schema import HardwareConfig, LoraConfig, MeshConfig, ModelConfig, TrainerConfig
+from gemma4_tpu.config.tasks import EvalConfig, EvaluateRoot, ExportConfig
 from gemma4_tpu.data.tokenizer import load_tokenizer, tokenizer_fingerprint
 from gemma4_tpu.evals.generate import InProcess, Weights, checkpoint_stop_ids
 from gemma4_tpu.export.trained import Trained, open_trained

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import gemma4_tpu
-from gemma4_tpu.config.schema import ExportConfig
+from gemma4_tpu.config.tasks import ExportConfig
 from gemma4_tpu.errors import UserError
 from gemma4_tpu.export.companions import companions, copy_file
 from gemma4_tpu.export.hub import push_to_hub

@@ -12,7 +12,8 @@ import yaml
 
 from gemma4_tpu.config.files import RANDOM
 from gemma4_tpu.config.load import from_yaml
-from gemma4_tpu.config.schema import ExportConfig, LoraConfig, TrainRoot
+from gemma4_tpu.config.schema import LoraConfig, TrainRoot
+from gemma4_tpu.config.tasks import ExportConfig
 from gemma4_tpu.errors import UserError
 from gemma4_tpu.models import lora as adapters
 from gemma4_tpu.models.base import Base, resolve_base

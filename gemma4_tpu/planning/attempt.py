@@ -12,7 +12,7 @@ from typing import Any
 from rich import progress
 
 from gemma4_tpu.config.plan_checks import PlanChecked
-from gemma4_tpu.config.schema import PlanRoot
+from gemma4_tpu.config.tasks import PlanRoot
 from gemma4_tpu.planning.child import Compilation, Request
 from gemma4_tpu.planning.estimate import PlanResult, describe, estimate
 from gemma4_tpu.planning.fill import Fill, Lengths, fill_of, lengths_of

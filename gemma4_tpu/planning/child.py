@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from gemma4_tpu.config.load import from_yaml, to_yaml
-from gemma4_tpu.config.schema import PlanRoot
+from gemma4_tpu.config.tasks import PlanRoot
 from gemma4_tpu.errors import UserError
 
 REQUEST, ANSWER, DUMP = "request.json", "answer.json", "dump"

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from gemma4_tpu.architectures import Architecture
-from gemma4_tpu.config.schema import PlanConfig, PlanRoot
+from gemma4_tpu.config.tasks import PlanConfig, PlanRoot
 from gemma4_tpu.hardware import Slice, price_of
 from gemma4_tpu.models.flops import train_flops_per_token
 from gemma4_tpu.planning.fill import Fill

@@ -15,7 +15,8 @@ from typing import Any
 import numpy as np
 
 from gemma4_tpu.config.checks import rows_per_update
-from gemma4_tpu.config.schema import DataConfig, PlanConfig, PlanRoot, TrainerConfig
+from gemma4_tpu.config.schema import DataConfig, TrainerConfig
+from gemma4_tpu.config.tasks import PlanConfig, PlanRoot
 from gemma4_tpu.data.examples import Examples
 from gemma4_tpu.data.plan import Plan
 from gemma4_tpu.planning.kernels import Mask

@@ -9,7 +9,8 @@ from typing import Any
 
 from gemma4_tpu.config.checks import rows_per_update
 from gemma4_tpu.config.plan_checks import examine_plan
-from gemma4_tpu.config.schema import PlanRoot, TrainerConfig
+from gemma4_tpu.config.schema import TrainerConfig
+from gemma4_tpu.config.tasks import PlanRoot
 from gemma4_tpu.planning.attempt import Planned, plan_one
 from gemma4_tpu.planning.estimate import PlanResult
 from gemma4_tpu.planning.remat import AUTO, POLICIES

@@ -11,7 +11,8 @@ import psutil
 
 from gemma4_tpu.config.checks import resolve_mesh
 from gemma4_tpu.config.plan_checks import examine_plan
-from gemma4_tpu.config.schema import MeshConfig, PlanRoot
+from gemma4_tpu.config.schema import MeshConfig
+from gemma4_tpu.config.tasks import PlanRoot
 from gemma4_tpu.errors import UserError
 from gemma4_tpu.planning.attempt import Planned, result_of, start
 from gemma4_tpu.planning.child import Compilation

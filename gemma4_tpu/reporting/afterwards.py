@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from gemma4_tpu.config.schema import ReportRoot
+from gemma4_tpu.config.tasks import ReportRoot
 from gemma4_tpu.costing.cost import KINDS, Prices
 from gemma4_tpu.costing.figures import Figures
 from gemma4_tpu.costing.plausibility import DOUBTFUL, IMPOSSIBLE, judge

@@ -8,7 +8,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 import gemma4_tpu
-from gemma4_tpu.config.schema import ReportRoot
+from gemma4_tpu.config.tasks import ReportRoot
 from gemma4_tpu.costing.figures import Figures
 from gemma4_tpu.reporting import afterwards, training
 from gemma4_tpu.reporting.curves import draw_curves

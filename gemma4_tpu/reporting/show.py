@@ -6,7 +6,7 @@ import logging
 from datetime import datetime
 from pathlib import Path
 
-from gemma4_tpu.config.schema import ReportRoot
+from gemma4_tpu.config.tasks import ReportRoot
 from gemma4_tpu.reporting.html import html_page
 from gemma4_tpu.reporting.markdown import shown
 from gemma4_tpu.reporting.page import markdown_page

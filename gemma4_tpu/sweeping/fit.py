@@ -20,7 +20,8 @@ from pathlib import Path
 from typing import Any
 
 from gemma4_tpu.config.load import from_yaml, to_yaml
-from gemma4_tpu.config.schema import PlanConfig, PlanRoot, TrainRoot
+from gemma4_tpu.config.schema import TrainRoot
+from gemma4_tpu.config.tasks import PlanConfig, PlanRoot
 from gemma4_tpu.errors import UserError
 from gemma4_tpu.hardware import slice_of
 from gemma4_tpu.tracking.files import read_json, write_json, write_text

@@ -22,6 +22,7 @@ from gemma4_tpu.training.hbm import hbm
 from gemma4_tpu.training.job import Job, to_mesh
 from gemma4_tpu.training.preemption import Preemption
 from gemma4_tpu.training.programs import Programs
+from gemma4_tpu.training.rates import Rates
 from gemma4_tpu.training.spikes import Spikes
 from gemma4_tpu.training.watchdog import Watchdog
 
@@ -39,14 +40,6 @@ class InFlight(NamedTuple):
     update: Update
     metrics: Metrics
     spike_limit: np.float32 | None
-
-
-class Rates(NamedTuple):
-    """What turns tokens and seconds into utilisation and cost; None where the chip or the price is unknown."""
-
-    flops_per_token: float
-    peak_flops_per_second: float | None
-    usd_per_hour: float | None
 
 
 @dataclass(frozen=True)

@@ -5,13 +5,16 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from gemma4_tpu.errors import UserError
 from gemma4_tpu.tracking.files import read_json, write_json
 from gemma4_tpu.tracking.metrics import read_metrics
 from gemma4_tpu.tracking.provenance import Difference, Provenance, compare
 from gemma4_tpu.tracking.run import RunFolder, config_differences
+
+if TYPE_CHECKING:
+    from gemma4_tpu.training.hosts import Hosts
 
 log = logging.getLogger(__name__)
 
@@ -63,6 +66,19 @@ class Replay:
             for key, before, now in config_differences(recorded.read_config(), folder.read_config())
             if key not in ("replay", "replay_allow", "run_dir")
         }
+
+    @staticmethod
+    def begin(run: str | None, allow: Sequence[str], folder: RunFolder, hosts: Hosts, now: Provenance) -> Replay | None:
+        """Process 0 compares with the record of `run`, if there is one to repeat; a refusal is everyone's."""
+        begun: list[Replay] = []
+
+        def compare() -> None:
+            if run is not None:
+                begun.append(Replay(run, folder))
+                begun[0].check(now, allow)
+
+        hosts.from_first(compare)
+        return begun[0] if begun else None
 
     def check(self, now: Provenance, allow: Sequence[str]) -> None:
         """Tells what differs from the record.

@@ -5,7 +5,7 @@ import time
 
 import pytest
 
-from gemma4_tpu.config.schema import EvalConfig
+from gemma4_tpu.config.tasks import EvalConfig
 from gemma4_tpu.errors import UserError
 from gemma4_tpu.evals import endpoint
 from gemma4_tpu.evals.endpoint import Endpoint

@@ -11,7 +11,7 @@ import pytest
 
 from gemma4_tpu.config.entries import MERGE
 from gemma4_tpu.config.load import load
-from gemma4_tpu.config.schema import ExportConfig
+from gemma4_tpu.config.tasks import ExportConfig
 from gemma4_tpu.errors import UserError
 from gemma4_tpu.export.trained import open_trained
 from tests.export.test_merge import lora_logits

@@ -9,7 +9,8 @@ import pytest
 from jax.sharding import Mesh
 from safetensors.numpy import load_file
 
-from gemma4_tpu.config.schema import ExportConfig, LoraConfig
+from gemma4_tpu.config.schema import LoraConfig
+from gemma4_tpu.config.tasks import ExportConfig
 from gemma4_tpu.export.logits import forward, stacked
 from gemma4_tpu.export.trained import open_trained
 from gemma4_tpu.models import lora as adapters

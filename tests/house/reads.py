@@ -4,13 +4,13 @@ import ast
 from collections.abc import Iterator
 from pathlib import Path
 
-from gemma4_tpu.config import schema
+from gemma4_tpu.config import schema, tasks
 from gemma4_tpu.config.entries import ENTRIES
 from gemma4_tpu.config.keys import element_type, field_types, is_group
 
 Key = tuple[str, str]
 """(name of a dataclass of the schema, field)"""
-_CLASSES: dict[str, type] = {name: value for name, value in vars(schema).items() if is_group(value)}
+_CLASSES: dict[str, type] = {name: value for name, value in (vars(schema) | vars(tasks)).items() if is_group(value)}
 
 
 def keys_read(files: list[Path], more: dict[str, type] | None = None) -> set[Key]:
@@ -75,6 +75,8 @@ class _Function:
         self._names: dict[str, set[str]] = {}
         self._nodes = list(ast.walk(function))
         for node in self._nodes:
+            if isinstance(node, ast.AnnAssign) and (named := _named(node.annotation, self._classes)):
+                self._names.setdefault(ast.unparse(node.target), set()).add(named)
             for argument in _arguments(node):
                 if named := _named(argument.annotation, self._classes):
                     self._names.setdefault(argument.arg, set()).add(named)

@@ -11,7 +11,7 @@ from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future
 
-from gemma4_tpu.config.schema import JudgeConfig
+from gemma4_tpu.config.tasks import JudgeConfig
 from gemma4_tpu.errors import UserError
 from gemma4_tpu.evals.problems import Problem, Verdict
 from gemma4_tpu.evals.verilog.extract import extract

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from multiprocessing import get_context
 from pathlib import Path
 
-from gemma4_tpu.config.schema import JudgeConfig
+from gemma4_tpu.config.tasks import JudgeConfig
 from gemma4_tpu.evals.problems import Problem, Verdict, VerdictClass
 from gemma4_tpu.evals.verilog.iverilog import Tools
 from gemma4_tpu.evals.verilog.probe import spy

@@ -29,7 +29,7 @@ from pathlib import Path
 
 import psutil
 
-from gemma4_tpu.config.schema import JudgeConfig
+from gemma4_tpu.config.tasks import JudgeConfig
 from gemma4_tpu.evals.verilog import landlock
 
 SYSTEM_PATHS = tuple(Path(p) for p in ("/usr", "/bin", "/lib", "/lib32", "/lib64", "/nix/store", "/etc/ld.so.cache"))

@@ -2,7 +2,7 @@
 
 import pytest
 
-from gemma4_tpu.config.schema import JudgeConfig
+from gemma4_tpu.config.tasks import JudgeConfig
 from gemma4_tpu.evals.verilog.judge import VerilogJudge
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from gemma4_tpu.config.schema import JudgeConfig
+from gemma4_tpu.config.tasks import JudgeConfig
 from gemma4_tpu.evals.problems import VerdictClass
 from gemma4_tpu.evals.verilog import landlock
 from gemma4_tpu.evals.verilog.iverilog import find_tools

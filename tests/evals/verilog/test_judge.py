@@ -11,7 +11,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from gemma4_tpu.config.schema import JudgeConfig
+from gemma4_tpu.config.tasks import JudgeConfig
 from gemma4_tpu.errors import UserError
 from gemma4_tpu.evals.problems import Verdict, VerdictClass
 from gemma4_tpu.evals.verilog.iverilog import find_tools
@@ -101,7 +101,7 @@ def test_verdicts_come_in_order_and_survive_json(judge):
 
 KILLED = """
 import sys, time
-from gemma4_tpu.config.schema import JudgeConfig
+from gemma4_tpu.config.tasks import JudgeConfig
 from gemma4_tpu.evals.verilog.judge import VerilogJudge
 from tests.evals.verilog.designs import fenced, module, smoke_problem
 

@@ -4,7 +4,7 @@ from random import Random
 
 import pytest
 
-from gemma4_tpu.config.schema import JudgeConfig
+from gemma4_tpu.config.tasks import JudgeConfig
 from gemma4_tpu.evals.problems import VerdictClass
 from gemma4_tpu.evals.verilog.judge import VerilogJudge
 from gemma4_tpu.evals.verilog.smoke import VerilogSmoke

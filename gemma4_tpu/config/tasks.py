@@ -1,0 +1,352 @@
+"""Types of what comes before and after a training: plan, merge, evaluate, serve, bench, report. Ground, as `schema.py`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from gemma4_tpu.config.schema import HardwareConfig, MeshConfig, ModelConfig, TrainRoot
+
+
+@dataclass(kw_only=True)
+class ExportConfig:
+    """What becomes of a trained run (`export=`)."""
+
+    format: str = "merged"
+    """`merged`: a Hugging Face checkpoint with the adapters merged in; `peft`: a PEFT adapter; `both`."""
+    checkpoint: str = "latest"
+    """Which checkpoint: `latest`, `best` (lowest held-out loss) or the number of an update.
+    `checkpoint=` for short."""
+    base: str | None = None
+    """Folder of the base checkpoint (local or gs://), where it is no longer the run's `model.path`; must hold the same
+    weights."""
+    target: str | None = None
+    """Folder to write (local or gs://); with `format=both` its `merged` and `adapter`, for several runs one folder
+    named after each in it. null: `merged` and `adapter` in the run folder. `target=` for short."""
+    overwrite: bool = False
+    """Replace a target that exists. `overwrite=` for short."""
+    verify: str = "true"
+    """What is compared before the merged model is published: `true`: every adapted weight, and the logits of merged
+    and LoRA model where the model fits into memory (float32, on the CPU); `stream`: the weights only; `false`:
+    nothing. `verify=` for short."""
+    push_to_hub: str | None = None
+    """`owner/name` of a Hugging Face repository (private if new) to upload to; needs HF_TOKEN in the environment.
+    `push_to_hub=` for short."""
+
+
+@dataclass(kw_only=True)
+class JudgeConfig:
+    """Judging of samples by simulation (`eval.judge`). Samples are hostile code until proven otherwise."""
+
+    iverilog: str | None = None
+    """Folder with `iverilog` and `vvp`; null: the first on the PATH."""
+    workers: int | None = None
+    """Simulations at one time; null: one on each CPU core that this process may use."""
+    sandbox: str = "auto"
+    """`bubblewrap`, `landlock`, or `auto`: the first of them that works on this machine."""
+    unsafe: bool = False
+    """Where no sandbox works: judge with limits on resources alone, so that samples can read and write files.
+    `eval.unsafe=` for short."""
+    cpu_seconds: int = 20
+    """CPU time of one compilation or simulation; more is a timeout."""
+    memory_mib: int = 2048
+    """Address space of each process, in MiB."""
+    file_mib: int = 32
+    """Largest file that a process may write, in MiB."""
+    output_kib: int = 1024
+    """Text that a process may print, in KiB; more is a runtime error."""
+    processes: int = 64
+    """Processes at one time in a sandbox."""
+    cache_dir: str | None = None
+    """Folder for what the references did on this simulator; null: `gemma4_tpu` in the user's cache folder."""
+
+
+@dataclass(kw_only=True)
+class MergeRoot:
+    """Everything `python -m gemma4_tpu.merge` takes."""
+
+    run: str = ""
+    """Run folder of a training, or a folder of run folders (a sweep): each is exported."""
+    export: ExportConfig = field(default_factory=ExportConfig)
+    name: str = "merges"
+    """Name of the records' folder in the run folder."""
+    run_dir: str | None = None
+    """Folder for the record of this export (configuration, log, parity, delta norms); null:
+    `<run>/<name>/<date>_<time>`. With several runs one folder for each in it."""
+
+
+@dataclass(kw_only=True)
+class EvalConfig:
+    """What is generated, and how it is judged (`eval=`)."""
+
+    benchmark: str = "verilog_eval"
+    """`verilog_eval` (version 2, specification to RTL), `rtllm` (folders in RTLLM's style), or `verilog_smoke`
+    (synthetic problems)."""
+    problems_path: str | None = None
+    """Local clone of the benchmark or its folder of problems; for `verilog_smoke` a JSONL file."""
+    max_problems: int | None = None
+    """Take only the first N problems; null: all."""
+    checkpoint: str = "latest"
+    """Which checkpoint of `run`: `latest`, `best` (lowest held-out loss) or the number of an update."""
+    adapter: str = "run"
+    """With `run`: `run` (what was trained), `none` (its base alone), or `both`, compared problem by problem."""
+    n: int = 20
+    """Samples per problem; pass@k is estimated for k up to n."""
+    temperature: float = 0.8
+    """0: the likeliest token each time."""
+    top_p: float = 0.95
+    """Draw from the smallest set of tokens with this share of the probability."""
+    max_new_tokens: int = 2048
+    """Samples are cut off here, in tokens; how many were is reported."""
+    seed: int = 0
+    """Each sample's own seed is made from this one, its problem and its number."""
+    system: str | None = None
+    """System message before each problem; null: none."""
+    thoughts: str | None = None
+    """Policy for the prompt's thought channel, `drop` or `train`; null: that of `run`, else `drop`."""
+    batch_size: int = 64
+    """Sequences in one decoding step."""
+    compute_dtype: str = "auto"
+    """As `trainer.compute_dtype`."""
+    endpoint: str | None = None
+    """Base URL of an OpenAI-compatible server, such as http://localhost:8000/v1, to generate there. A key is taken from
+    OPENAI_API_KEY."""
+    endpoint_model: str | None = None
+    """The model's name there; null: the only one that the server lists."""
+    concurrency: int = 32
+    """Requests under way at a time."""
+    retries: int = 5
+    """Further attempts at a request that failed, each after twice the wait; a sample that never comes is a failure."""
+    request_timeout_seconds: float = 600.0
+    """For one answer."""
+    samples: str | None = None
+    """JSONL file with samples from elsewhere to judge: `{"problem": …, "completion": …}` per line."""
+    resimulate: bool = False
+    """Judge the stored samples of `run_dir` again."""
+    judge: JudgeConfig = field(default_factory=JudgeConfig)
+
+
+@dataclass(kw_only=True)
+class EvaluateRoot:
+    """Everything `python -m gemma4_tpu.evaluate` takes."""
+
+    hardware: HardwareConfig = field(default_factory=HardwareConfig)
+    mesh: MeshConfig = field(default_factory=MeshConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    eval: EvalConfig = field(default_factory=EvalConfig)
+    run: str = ""
+    """Run folder of a training: what it trained is evaluated."""
+    compare: list[str] = field(default_factory=list)
+    """Two folders of evaluations to compare problem by problem."""
+    selfcheck: bool = False
+    """Show what sandbox and simulator do here, then stop."""
+    name: str = "evaluations"
+    """Name of the records' folder in the run folder, or in `outputs`."""
+    run_dir: str | None = None
+    """Folder of this evaluation; null: `<run>/<name>/<date>_<time>`. Giving the same folder again goes on with it."""
+
+
+@dataclass(kw_only=True)
+class PlanConfig:
+    """What is assumed and tried (`plan=`)."""
+
+    rows: int = 9959
+    """Training examples, where the data can't be read here. The defaults are those of the paper's 10,000 rows."""
+    mean_tokens: float = 922.0
+    """Their mean length."""
+    p99_tokens: float = 2553.0
+    """Length that 99% of them do not exceed."""
+    utilization_low: float = 0.4
+    """Share of the binding roofline that a slow run reaches; the estimates' pessimistic end."""
+    utilization_high: float = 0.6
+    """Share that a fast run reaches; the estimates' optimistic end."""
+    generate_code: bool = False
+    """Compile to the end instead of until memory is assigned: several times slower; finds kernels that ask for too much
+    on-chip memory, and adds XLA's own counts (`cost_analysis`)."""
+    max_attempts: int = 4
+    """When the run does not fit: changes to compile in search of some that do; 0: none."""
+    search: bool = False
+    """Compile every legal mesh with each remat policy and batch size of the slice, and show which are worth it."""
+    search_rows: list[int] = field(default_factory=lambda: [1, 2, 4])
+    """Rows of T for each place on the fsdp axis and microbatch that a search tries."""
+    max_candidates: int = 24
+    """A search compiles at most so many; the others are named as left out."""
+    parallel: int = 1
+    """Compilations at a time in a search, as far as memory permits."""
+
+
+@dataclass(kw_only=True)
+class PlanRoot(TrainRoot):
+    """Everything `python -m gemma4_tpu.plan` takes: what train takes, and what is assumed."""
+
+    plan: PlanConfig = field(default_factory=PlanConfig)
+    name: str = "plan"
+    """Name of the plan; part of the folder's name."""
+
+
+@dataclass(kw_only=True)
+class ServingConfig:
+    """A vLLM server in its container, or an embedded one (`serving=local`). Names follow `vllm serve`."""
+
+    engine: str = "docker"
+    """Command of the container engine: `docker`, `podman`, or with words before it, such as
+    `sudo --preserve-env=HF_TOKEN docker`."""
+    image: str = ""
+    """Container image with a version tag or a digest; one that can change (`latest`, `nightly`) is refused."""
+    slice: str = "v6e-8"
+    """The machine that this runs on: key of `hardware.SLICES`. Decides memory, and how devices reach the container.
+    `local`: no container; PyTorch serves in this process, on the CPU."""
+    tensor_parallel_size: int = 1
+    """Chips that each layer is split over."""
+    data_parallel_size: int = 1
+    """Copies of the model, each on `tensor_parallel_size` chips."""
+    max_model_len: int = 16384
+    """Longest sequence in tokens, prompt and answer together."""
+    max_num_seqs: int | None = None
+    """Sequences under way at a time; null: vLLM's default, for `serving=local` 64."""
+    max_num_batched_tokens: int | None = None
+    """Tokens of one step; null: vLLM's default. For `serving=local` those of prompts, and 1024."""
+    gpu_memory_utilization: float = 0.9
+    """Share of each chip's memory for weights and KV cache (TPUs too, whatever its name)."""
+    weight_dtype: str = "bfloat16"
+    """`bfloat16`, or `fp8`: weights are quantised when they are loaded (by Qwix on TPUs). `float32` and `bfloat16` for
+    `serving=local`."""
+    kv_cache_dtype: str = "auto"
+    """`auto` (the image decides; counted as bfloat16), `bfloat16` or `fp8`."""
+    flags: dict[str, Any] = field(default_factory=dict)
+    """Further flags of `vllm serve` without dashes, such as `{enable-prefix-caching: true, seed: 0}`: true is `--flag`,
+    false `--no-flag`, null leaves it out, lists and mappings become JSON. Checked against the image's flags."""
+    extra_args: list[str] = field(default_factory=list)
+    """Further words for `vllm serve`, as they are and unchecked."""
+    env: dict[str, Any] = field(default_factory=dict)
+    """Environment variables of the container. No secrets: HF_TOKEN and VLLM_API_KEY are handed on from the environment
+    by name."""
+    host: str = "127.0.0.1"
+    """Address to listen on; 0.0.0.0 opens the server to everyone who can reach this machine."""
+    port: int = 8000
+    """Port to listen on."""
+    served_model_name: str | None = None
+    """Name that clients ask for; null: the folder's name, for `<run>/merged` the run's."""
+    compile_cache: str | None = "auto"
+    """Local folder for compiled programs, kept from start to start; `auto`: `gemma4_tpu/vllm` in the user's cache
+    folder; null: none."""
+    shm_size_gib: int = 16
+    """Shared memory of the container in GiB."""
+    ready_timeout_seconds: float = 3600.0
+    """A server that does not answer after this long is stopped; compiling takes 8 to 30 minutes the first time."""
+    probe: bool = True
+    """Ask the server that has started a few stored prompts, on which merged and base model differ."""
+    warning: str | None = None
+    """What is known to go wrong with this recipe; told before the start."""
+
+
+@dataclass(kw_only=True)
+class ServeRoot:
+    """Everything `python -m gemma4_tpu.serve` takes."""
+
+    serving: ServingConfig = field(default_factory=ServingConfig)
+    run: str = ""
+    """Folder of a merged checkpoint, or the run folder of a training that has `merged` in it."""
+    dry_run: bool = False
+    """Check, show the estimate of memory and the container command, then stop."""
+    name: str = "servings"
+    """Name of the records' folder in the run folder, or in `outputs`."""
+    run_dir: str | None = None
+    """Folder for the record of this server (configuration, log, result); null: `<run>/<name>/<date>_<time>`."""
+
+
+@dataclass(kw_only=True)
+class BenchConfig:
+    """Load on a server, cell by cell (`bench=`): each of `lengths` with each of `rates`, or with each of `users`."""
+
+    lengths: list[list[int]] = field(default_factory=lambda: [[512, 256]])
+    """Pairs of tokens: prompt, answer. Answers are asked for at exactly this length (`ignore_eos`)."""
+    rates: list[float] = field(default_factory=list)
+    """Requests per second, sent whether or not earlier ones are answered; `inf`: all at once. Either `rates` or `users`
+    is given."""
+    users: list[int] = field(default_factory=list)
+    """Users at a time; each sends its next request when the last one is answered."""
+    requests: int = 30
+    """With `rates`: requests of a cell. With `users`: of each user."""
+    arrivals: str = "poisson"
+    """At a rate, requests come as a `poisson` process, or at `fixed` distances."""
+    warmup_requests: int = 2
+    """Requests before each cell, at a time and uncounted."""
+    seed: int = 0
+    """Each cell's own seed, for prompts and arrivals, is made from this one and its name. The same prompts again can
+    come from a prefix cache: restart the server, or give another seed."""
+    temperature: float = 0.0
+    """Sampling temperature; 0: the likeliest token."""
+    request_seeds: bool = False
+    """Send a seed with each request. vLLM refuses that on TPUs."""
+    served_model_name: str | None = None
+    """The model's name on the server; null: the only one that it lists."""
+    max_model_len: int | None = None
+    """Longest sequence in tokens: longer cells are infeasible. null: as the server says."""
+    request_timeout_seconds: float = 3600.0
+    """A request fails when nothing comes for this long."""
+    cross_check: bool = False
+    """Put the same cells under the load of `vllm bench serve` too, run in the container of the server of `served`, and
+    compare its figures with ours."""
+
+
+@dataclass(kw_only=True)
+class BenchRoot:
+    """Everything `python -m gemma4_tpu.bench` takes."""
+
+    endpoint: str | None = None
+    """Base URL of an OpenAI-compatible server, with or without /v1. A key is taken from OPENAI_API_KEY. null: the
+    server of `served`."""
+    served: str | None = None
+    """Folder of the record that `python -m gemma4_tpu.serve` keeps of the server: says `slice` and which model it
+    is."""
+    slice: str = "local"
+    """Where the server runs: key of `hardware.SLICES`, for costs and ceilings; `local`: none of them."""
+    architecture: str | None = None
+    """The size that it serves: key of `architectures.ARCHITECTURES`, for ceilings, and prompts from its whole
+    vocabulary. null: that of `served`; otherwise unknown, and prompts are of the token ids 256 to 511."""
+    bench: BenchConfig = field(default_factory=BenchConfig)
+    dry_run: bool = False
+    """Check, show the cells and with `bench.cross_check` the commands in the container, then stop; nobody is asked."""
+    name: str = "benchmarks"
+    """Name of the records' folder in `outputs`."""
+    run_dir: str | None = None
+    """Folder of this benchmark; null: `outputs/<name>/<date>_<time>`. Giving the same folder again goes on: cells that
+    are done are kept."""
+
+
+@dataclass(kw_only=True)
+class ReportRoot:
+    """Everything `python -m gemma4_tpu.report` takes; exactly one of the subjects is given."""
+
+    run: list[str] = field(default_factory=list)
+    """Run folder of a training, or several: one page about all that is recorded of it. `run=<folder>` will do."""
+    records: list[str] = field(default_factory=list)
+    """With `run`: folders of plans, evaluations, benchmarks and the like (or folders of such), besides those that lie
+    in the run folder, or under `outputs` and name it."""
+    sweep: str = ""
+    """Sweep folder, or any folder of run folders: its table, best run and plots are made anew."""
+    wandb: str = ""
+    """Run folder tracked by W&B: how its records are synced."""
+    check: str = ""
+    """Folder of a committed experiment: it is run again and compared with its recorded result."""
+    cost: list[str] = field(default_factory=list)
+    """Runs, plans, evaluations, benchmarks and folders with a `figures.yaml`, or folders of such: what each costs, and
+    training with serving together. Also written `report cost <folder> <folder>`."""
+    plausibility: list[str] = field(default_factory=list)
+    """The same kinds of folders: each throughput and latency beside the slice's physical ceiling."""
+    serving_hours: list[float] = field(default_factory=lambda: [1.0, 8.0, 24.0])
+    """With `cost` or `run`: hours of serving for which totals are worked out."""
+    serving_slices: list[str] = field(default_factory=list)
+    """With `cost` or `run`: slices to serve on, besides those of the benchmarks; keys of `hardware.SLICES`."""
+    prices: dict[str, float] = field(default_factory=dict)
+    """With `cost` or `run`: USD per hour on demand by slice, such as `{v6e-8: 21.5, local: 0.1}`, before those of
+    `hardware.py`."""
+    spot_prices: dict[str, float] = field(default_factory=dict)
+    """With `cost` or `run`: USD per hour on spot capacity by slice."""
+    out: str | None = None
+    """With `cost`, `plausibility` or `run`: Markdown file to write; null: the first two are printed, the page of a run
+    goes to its folder (`report.md`), of several runs to `outputs/reports`. The HTML page lies beside it."""
+    metric: str | None = None
+    """With `sweep`: the key of `result.json` that decides which run is best; null: the sweep's own, else
+    `heldout_loss_last`."""

@@ -1,0 +1,32 @@
+"""What an update costs in FLOPs and a second in dollars: for utilisation and cost in a run's metrics."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from jax.sharding import Mesh
+
+from gemma4_tpu.architectures import Architecture
+from gemma4_tpu.config.schema import HardwareConfig, LoraConfig
+from gemma4_tpu.hardware import chip_of, price_of
+from gemma4_tpu.models.flops import train_flops_per_token
+
+
+class Rates(NamedTuple):
+    """What turns tokens and seconds into utilisation and cost; None where the chip or the price is unknown."""
+
+    flops_per_token: float
+    peak_flops_per_second: float | None
+    """Of all devices."""
+    usd_per_hour: float | None
+
+    @staticmethod
+    def of(arch: Architecture, lora: LoraConfig, hardware: HardwareConfig, mean_tokens: float, mesh: Mesh) -> Rates:
+        """As far as the chip of the mesh and the price of the machine are known; `mean_tokens` of an example."""
+        device = mesh.devices.flat[0]
+        chip, price = chip_of(device.platform, device.device_kind), price_of(hardware)
+        return Rates(
+            flops_per_token=train_flops_per_token(arch, lora, mean_tokens),
+            peak_flops_per_second=chip.peak_flops_per_second * mesh.size if chip else None,
+            usd_per_hour=price.usd_per_hour if price else None,
+        )
