@@ -1,4 +1,4 @@
-"""Types of what comes before and after a training: plan, merge, evaluate, serve, bench, report. Ground, as `schema.py`."""
+"""Types of what runs before and after a training: plan, merge, evaluate, serve, bench, report. Ground: `schema.py`."""
 
 from __future__ import annotations
 
