@@ -1,7 +1,7 @@
 """The train step: accumulation, adapters' gradients, meshes, rematerialisation."""
 
 from dataclasses import replace
-from functools import partial
+from functools import cache, partial
 
 import jax
 import jax.numpy as jnp
@@ -30,23 +30,32 @@ def small(kind: str) -> Architecture:
     return replace(arch, num_layers=len(types), layer_types=types, num_kv_shared_layers=shared, sliding_window=8)
 
 
+def mesh_of(fsdp: int, tp: int) -> jax.sharding.Mesh:
+    """A mesh of fake devices."""
+    return sharding.make_mesh(fsdp, tp, jax.devices()[: fsdp * tp])
+
+
 def make(kind: str = "tiny", *, fsdp: int = 1, tp: int = 1, lora: LoraConfig = LORA, full: bool = False, **settings):
-    """(step, base, trained) in fp32 with non-zero lora_b, on a mesh of fake devices."""
-    arch = small(kind)
-    layout = Layout.of(arch)
-    mesh = sharding.make_mesh(fsdp, tp, jax.devices()[: fsdp * tp])
-    place = layout.tree(lambda x: sharding.named(mesh, x.tunix_names[0], x.shape, stacked=x.stacked))
-    base = random_params(arch, layout, place, jnp.float32, 0)
-    model = Model(arch=arch, compute_dtype=jnp.float32, mesh=mesh, lora_scale=adapters.scale(lora), **settings)
+    """(step, base, trained) in fp32 with non-zero lora_b."""
+    scale, mesh = adapters.scale(lora), mesh_of(fsdp, tp)
+    model = Model(arch=small(kind), compute_dtype=jnp.float32, mesh=mesh, lora_scale=scale, **settings)
     step = Step(model, make_optimizer(OptimizerConfig(learning_rate=1e-2), 10), full=full, chunk_tokens=16)
-    if full:
-        return step, {}, base
-    init = jax.jit(partial(adapters.init, layout, lora), out_shardings=adapters.shardings(layout, lora, mesh))
+    base, trained = weights(kind, fsdp, tp)
+    return (step, {}, base) if full else (step, base, trained)
+
+
+@cache
+def weights(kind: str, fsdp: int, tp: int):
+    """(base, adapters): made once, since that compiles a program for each shape; no test here donates them."""
+    layout, mesh = Layout.of(small(kind)), mesh_of(fsdp, tp)
+    place = layout.tree(lambda x: sharding.named(mesh, x.tunix_names[0], x.shape, stacked=x.stacked))
+    base = random_params(small(kind), layout, place, jnp.float32, 0)
+    init = jax.jit(partial(adapters.init, layout, LORA), out_shardings=adapters.shardings(layout, LORA, mesh))
     trained = jax.tree.map(
         lambda x: jax.device_put(jax.random.normal(jax.random.key(x.size), x.shape) * 0.05, x.sharding)
         if not x.any() else x, init(jax.random.key(1)),
     )  # fmt: skip
-    return step, base, trained
+    return base, trained
 
 
 def make_batch(rows: int = 8, seed: int = 0) -> dict[str, np.ndarray]:
@@ -70,8 +79,13 @@ def regroup(batch, microbatches: int):
 
 
 def gradients(step, base, trained, batch, key=0):
-    state = step.init(trained, jax.random.key(key))
-    return jax.jit(step.gradients)(state, base, batch)
+    return compiled(step)(step.init(trained, jax.random.key(key)), base, batch)
+
+
+@cache
+def compiled(step):
+    """`step.gradients`; another `jax.jit` of it would compile it again."""
+    return jax.jit(step.gradients)
 
 
 def relative_difference(a, b) -> float:
@@ -120,29 +134,33 @@ def _named(leaf, tree):
 @pytest.mark.parametrize("remat", ["products", "attention", "decoder"])
 @pytest.mark.parametrize("kind", ["tiny", "tiny_e2b"])
 def test_remat_changes_nothing_but_memory(kind, remat):
-    batch = make_batch(2)
-    plain = gradients(*make(kind), batch)
-    again = gradients(*make(kind, remat=remat), batch)
+    plain, again = without_remat(kind), gradients(*make(kind, remat=remat), make_batch(2))
     np.testing.assert_allclose(again[0], plain[0], rtol=1e-6)
     assert relative_difference(again[1], plain[1]) < 1e-5  # recomputed in fp32, fused otherwise
 
 
+@cache
+def without_remat(kind):
+    return gradients(*make(kind), make_batch(2))
+
+
 @pytest.mark.parametrize("shape", [(1, 4), (2, 4), (4, 1), (2, 2)])
 def test_losses_agree_across_meshes(shape):
-    batch = make_batch()
+    np.testing.assert_allclose(losses_on(*shape), losses_on(1, 1), atol=1e-5)
+
+
+@cache
+def losses_on(fsdp: int, tp: int) -> list[float]:
+    """Of three updates on a mesh."""
+    step, base, trained = make(fsdp=fsdp, tp=tp)
+    state, train = step.init(trained, jax.random.key(0)), jax.jit(step.train)
     losses = []
-    for fsdp, tp in ((1, 1), shape):
-        step, base, trained = make(fsdp=fsdp, tp=tp)
-        state, train = step.init(trained, jax.random.key(0)), jax.jit(step.train)
-        run = []
-        for seed in range(3):
-            place = sharding.batch(step.model.mesh)
-            arrays = {k: jax.device_put(v, place) for k, v in make_batch(seed=seed).items()}
-            state, metrics = train(state, base, arrays)
-            run.append(float(metrics.loss))
-        losses.append(run)
-    np.testing.assert_allclose(losses[1], losses[0], atol=1e-5)
-    assert batch["tokens"].shape == (1, 8, T)
+    for seed in range(3):
+        place = sharding.batch(step.model.mesh)
+        arrays = {k: jax.device_put(v, place) for k, v in make_batch(seed=seed).items()}
+        state, metrics = train(state, base, arrays)
+        losses.append(float(metrics.loss))
+    return losses
 
 
 def test_dropout_is_reproducible_and_off_in_evaluation():
@@ -164,7 +182,7 @@ def test_dropout_differs_between_layers_modules_and_microbatches():
     row = {k: v[:, :1] for k, v in make_batch(1).items()}
     twice = {k: np.concatenate([v, v]) for k, v in row.items()}  # two microbatches of the same row
     state = step.init(trained, jax.random.key(0))
-    single, double = (float(jax.jit(step.gradients)(state, base, b)[0]) for b in (row, twice))
+    single, double = (float(compiled(step)(state, base, b)[0]) for b in (row, twice))
     assert single != double
 
 
