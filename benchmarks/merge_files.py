@@ -60,7 +60,8 @@ def _write_shard(path: Path, shapes: dict[str, tuple[int, ...]], noise) -> None:
                 left -= file.write(noise[: min(left, len(noise))].data) // 2
 
 
-def _architecture(layers: int):
+def small_31b(layers: int):
+    """31B with so many layers, the last of them global."""
     from gemma4_tpu.architectures import ARCHITECTURES
 
     big = ARCHITECTURES["gemma4_31b"]
@@ -74,7 +75,7 @@ def make(work: Path, layers: int, rank: int | None) -> None:
     from gemma4_tpu.merge import main
     from tests.export.runs import make_run
 
-    arch = _architecture(layers)
+    arch = small_31b(layers)
     make_base(work / "base", arch)
     register(work / "base")
     if rank:
