@@ -31,17 +31,17 @@ def rows(run: Path) -> list[dict]:
 
 
 @pytest.fixture(scope="module")
-def whole(train, tmp_path_factory):
+def whole(shallow, tmp_path_factory):
     """A run that nothing happened to."""
     run = tmp_path_factory.mktemp("reference") / "whole"
-    train(*HARD, f"run_dir={run}", cwd=run.parent)
+    shallow(*HARD, f"run_dir={run}", cwd=run.parent)
     return run
 
 
 @pytest.mark.slow
-def test_preempted_killed_and_damaged_it_ends_with_the_very_bits(train, tmp_path, whole):
+def test_preempted_killed_and_damaged_it_ends_with_the_very_bits(shallow, tmp_path, whole):
     broken, chance = tmp_path / "broken", random.Random(20)
-    process = train.start(*HARD, f"run_dir={broken}", cwd=tmp_path)
+    process = shallow.start(*HARD, f"run_dir={broken}", cwd=tmp_path)
     kill_when(process, broken, 3)
     process.send_signal(signal.SIGTERM)
     _, error = process.communicate(timeout=300)
@@ -50,7 +50,7 @@ def test_preempted_killed_and_damaged_it_ends_with_the_very_bits(train, tmp_path
     saved = Result.read(broken / "result.json")
     assert saved.status == "preempted" and saved.updates == rows(broken)[-1]["update"]  # nothing was lost
 
-    process = train.start(*HARD, f"run_dir={broken}", cwd=tmp_path)
+    process = shallow.start(*HARD, f"run_dir={broken}", cwd=tmp_path)
     kill_when(process, broken, 5)
     time.sleep(chance.uniform(0.0, 0.6))
     process.send_signal(signal.SIGKILL)
@@ -62,7 +62,7 @@ def test_preempted_killed_and_damaged_it_ends_with_the_very_bits(train, tmp_path
     data = bytearray(victim.read_bytes())
     data[len(data) // 2] ^= 1
     victim.write_bytes(data)
-    done = train(*HARD, f"run_dir={broken}", cwd=tmp_path)
+    done = shallow(*HARD, f"run_dir={broken}", cwd=tmp_path)
     assert f"the checkpoint at update {newest} is damaged" in done.stderr
     assert "holds other bytes than were saved" in done.stderr and "falling back" in done.stderr
 
@@ -96,15 +96,15 @@ def kill_when(process, run: Path, update: int) -> None:
 
 
 @pytest.mark.slow
-def test_a_finished_run_stays_as_it_is(train, tmp_path):
+def test_a_finished_run_stays_as_it_is(shallow, tmp_path):
     run = tmp_path / "run"
     short = [*HARD, "trainer.max_updates=2", "trainer.eval_every=0"]
-    train(*short, f"run_dir={run}", cwd=tmp_path)
+    shallow(*short, f"run_dir={run}", cwd=tmp_path)
     before, result = rows(run), Result.read(run / "result.json")
-    train(*short, f"run_dir={run}", cwd=tmp_path)
+    shallow(*short, f"run_dir={run}", cwd=tmp_path)
     assert rows(run) == before
     again = Result.read(run / "result.json")
     assert (again.updates, again.heldout_loss_last) == (result.updates, result.heldout_loss_last)
-    refused = train(*short, f"run_dir={run}", "lora.rank=8", cwd=tmp_path, exit_code=2)
+    refused = shallow(*short, f"run_dir={run}", "lora.rank=8", cwd=tmp_path, exit_code=2)
     assert "lora.rank" in refused.stderr
     assert "Traceback" not in refused.stderr

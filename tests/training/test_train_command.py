@@ -10,6 +10,7 @@ from gemma4_tpu.tracking.result import Result
 
 QUICK = [
     "model.path=random:0", "lora.rank=4", "data.sequence_length=256", "data.max_rows=100",
+    "data.heldout=[]", "data.heldout_fraction=0.1",  # ten rows instead of 200: most of the time would be theirs
     "trainer.global_batch_sequences=4", "trainer.max_updates=2", "trainer.eval_every=0", "trainer.remat=none",
     "optimizer.warmup_updates=0",
 ]  # fmt: skip
@@ -67,17 +68,17 @@ def test_a_run_leaves_its_whole_record(train, tmp_path):
     ],
     ids=lambda words: words[0],
 )  # fmt: skip
-def test_variants_train(train, tmp_path, variant):
+def test_variants_train(shallow, tmp_path, variant):
     # lora=… and model=… replace whole groups, so they stand before the values of QUICK that refine them
     groups = [w for w in variant if w.partition("=")[0] in ("lora", "model")]
-    train(*groups, *QUICK, *[w for w in variant if w not in groups], f"run_dir={tmp_path / 'run'}", cwd=tmp_path)
+    shallow(*groups, *QUICK, *[w for w in variant if w not in groups], f"run_dir={tmp_path / 'run'}", cwd=tmp_path)
     result = Result.read(tmp_path / "run" / "result.json")
     assert result.status == "finished" and result.updates >= 2
     assert result.heldout_loss_last < result.heldout_loss_first
 
 
 @pytest.mark.slow
-def test_a_run_that_diverges_stops_and_names_the_rows(train, tmp_path):
+def test_a_run_that_diverges_stops_and_names_the_rows(shallow, tmp_path):
     run = tmp_path / "run"
     wild = [
         "optimizer.learning_rate=1e30",
@@ -85,7 +86,7 @@ def test_a_run_that_diverges_stops_and_names_the_rows(train, tmp_path):
         "trainer.max_updates=6",
         "checkpoint.every=1",
     ]
-    refused = train(*QUICK, *wild, f"run_dir={run}", cwd=tmp_path, exit_code=2)
+    refused = shallow(*QUICK, *wild, f"run_dir={run}", cwd=tmp_path, exit_code=2)
     assert "embedded:verilog_smoke/train.jsonl.gz:" in refused.stderr
     assert "last good checkpoint is at update" in refused.stderr
     assert "Traceback" not in refused.stderr
