@@ -19,8 +19,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 COMMANDS = {
-    "python -c pass": ["-c", "pass"],
-    "python -c 'import jax'": ["-c", "import jax"],
+    "Python alone": ["-c", "pass"],
+    "Python and JAX": ["-c", "import jax"],
     "train --help": ["-m", "gemma4_tpu.train", "--help"],
     "train lora.rnak=64 (refused)": ["-m", "gemma4_tpu.train", "lora.rnak=64"],
     "train hardware=v5p8 mesh.tp=3 (refused)": ["-m", "gemma4_tpu.train", "hardware=v5p8", "mesh.tp=3"],

@@ -27,7 +27,7 @@ from gemma4_tpu.models.attention import einsum_attention, rope
 from gemma4_tpu.models.layout import Layout
 from gemma4_tpu.models.moe import moe
 from gemma4_tpu.models.remat import keep, rematerialised
-from gemma4_tpu.models.sharding import constrain
+from gemma4_tpu.models.sharding import constrain, gathered
 
 Params = dict[str, Any]
 KV = tuple[jax.Array, jax.Array]
@@ -99,7 +99,10 @@ def _project(layer: _Layer, block: str, module: str, x: jax.Array, whole: jax.Ar
     model, inward = layer.model, whole is None
     base_eq, a_eq, b_eq = _EQUATIONS[module]
     weight = "w" if module.endswith("einsum") else "kernel"
-    y = jnp.einsum(base_eq, x if inward else whole, _dense(layer.params[block][module][weight], model.compute_dtype))
+    held = layer.params[block][module][weight]
+    if layer.lora:  # frozen: a trained weight's gradient would be gathered, too
+        held = gathered(held, f"{module}.{weight}", model.mesh)
+    y = jnp.einsum(base_eq, x if inward else whole, _dense(held, model.compute_dtype))
     y = constrain(y, "BSD", model.mesh) if inward else y
     adapter = layer.lora.get(block, {}).get(module)
     if adapter is None:

@@ -124,6 +124,22 @@ def activation_spec(dims: str, shape: Sequence[int], mesh: Mesh) -> P:
     return P(*_fit(_ACTIVATIONS[dims], shape, mesh))
 
 
+def gathered(weight: Any, name: str, mesh: Mesh | None) -> Any:
+    """Pins a layer's weight (a QArray: in its few bits) to its places with the `fsdp` axis left out: it is gathered.
+
+    Left to itself, the TPU compiler passes pieces around and adds up a product for each of them: with eight chips on
+    the axis a small model's activations move eight times through HBM (E2B on v6e-8: 2.1 times the HBM traffic).
+    """
+    if mesh is None or mesh.shape[FSDP] == 1:
+        return weight
+    axes = [tuple(a for a in axes_of(dim) if a != FSDP) or None for dim in rule(name)]
+
+    def place(x: jax.Array) -> NamedSharding:
+        return NamedSharding(mesh, P(*_fit(axes, x.shape, mesh)))
+
+    return jax.tree.map(lambda x: jax.lax.with_sharding_constraint(x, place(x)), weight)
+
+
 def constrain(x: jax.Array, dims: str, mesh: Mesh | None) -> jax.Array:
     """Pins an activation with these dims (`"BTD"`, `"BTNH"`, …) to the mesh; a dim that does not divide stays whole."""
     if mesh is None:

@@ -6,6 +6,7 @@ committed experiments are trained by other tests; here nothing runs that takes m
 
 import ast
 import json
+import os
 import re
 import shlex
 import shutil
@@ -99,7 +100,8 @@ def check(words: list[str], *, goes_on: bool = False) -> None:
         case ["gemma4-tpu", name, *arguments]:
             check_module(f"gemma4_tpu.{name}", arguments, goes_on)
         case ["make", *_]:
-            dry = subprocess.run([*words, "-n"], cwd=ROOT, capture_output=True, text=True, check=False)
+            alone = {key: value for key, value in os.environ.items() if key != "ARGS" and "MAKE" not in key}
+            dry = subprocess.run([*words, "-n"], cwd=ROOT, env=alone, capture_output=True, text=True, check=False)
             assert dry.returncode == 0, dry.stderr
             for line in re.findall(r"^\S*python -m gemma4_tpu\..*", dry.stdout, re.M):
                 check(["python", *shlex.split(line)[1:]])
