@@ -10,6 +10,7 @@ paper (Google Cloud, on demand, 2026; it names no day); prices that it doesn't q
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from gemma4_tpu.config.schema import HardwareConfig
 
@@ -71,6 +72,27 @@ class Slice:
     def peak_flops_per_second(self) -> float:
         """bf16 peak of all chips together."""
         return self.chips * self.chip.peak_flops_per_second
+
+
+class MeshSizes(NamedTuple):
+    """Sizes of the mesh axes among which the devices of a run are laid out."""
+
+    dp: int
+    fsdp: int
+    tp: int
+
+    @property
+    def row_places(self) -> int:
+        """Places among which the rows of a microbatch are split."""
+        return self.dp * self.fsdp
+
+    @property
+    def overrides(self) -> tuple[str, ...]:
+        """As given on the command line; without `mesh.dp` where it is 1."""
+        return tuple(f"mesh.{word}" for word in str(self).split())
+
+    def __str__(self) -> str:
+        return " ".join(f"{axis}={size}" for axis, size in self._asdict().items() if axis != "dp" or size > 1)
 
 
 # fmt: off

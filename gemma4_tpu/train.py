@@ -8,7 +8,8 @@ from __future__ import annotations
 import logging
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict, replace
+from contextlib import closing
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from gemma4_tpu.config.load import Loaded, load_train
@@ -16,19 +17,13 @@ from gemma4_tpu.config.schema import TrainRoot
 from gemma4_tpu.errors import INTERRUPTED, PREEMPTED, REFUSED, UserError
 
 if TYPE_CHECKING:
-    from jax.sharding import Mesh
-
-    from gemma4_tpu.data.build import TrainingData
-    from gemma4_tpu.data.pipeline import Pipeline, Update
     from gemma4_tpu.evals.heldout import HeldoutAnswers
-    from gemma4_tpu.tracking.provenance import Provenance
     from gemma4_tpu.tracking.result import Result
     from gemma4_tpu.tracking.run import RunFolder
-    from gemma4_tpu.training.checkpoint import Checkpoints
+    from gemma4_tpu.training.batches import Batches
     from gemma4_tpu.training.hosts import Hosts
     from gemma4_tpu.training.job import Job
     from gemma4_tpu.training.preemption import Preemption
-    from gemma4_tpu.training.rates import Rates
     from gemma4_tpu.training.replay import Replay
 
 log = logging.getLogger(__name__)
@@ -120,9 +115,8 @@ def _open_folder(loaded: Loaded, hosts: Hosts) -> RunFolder:
 
 def _train(loaded: Loaded, folder: RunFolder, hosts: Hosts, preemption: Preemption) -> Result:
     """The main job: rows to batches, weights to the mesh, updates, result."""
-    from gemma4_tpu.config.checks import rows_per_microbatch, rows_per_update, warmup_warning
+    from gemma4_tpu.config.checks import warmup_warning
     from gemma4_tpu.data.build import build_data
-    from gemma4_tpu.data.pipeline import Pipeline, heldout_batches
     from gemma4_tpu.data.tokenizer import load_tokenizer
     from gemma4_tpu.evals.heldout import HeldoutAnswers
     from gemma4_tpu.models.base import resolve_base
@@ -130,10 +124,9 @@ def _train(loaded: Loaded, folder: RunFolder, hosts: Hosts, preemption: Preempti
     from gemma4_tpu.tracking import provenance
     from gemma4_tpu.tracking.files import write_json
     from gemma4_tpu.training import resume
-    from gemma4_tpu.training.checkpoint import Checkpoints
+    from gemma4_tpu.training.batches import make_batches
     from gemma4_tpu.training.compile_cache import use_compile_cache
-    from gemma4_tpu.training.job import build_job, check_capacity, rows_here, start_mesh
-    from gemma4_tpu.training.rates import Rates
+    from gemma4_tpu.training.job import build_job, check_capacity, start_mesh
     from gemma4_tpu.training.replay import Replay
 
     config: TrainRoot = loaded.root
@@ -149,26 +142,19 @@ def _train(loaded: Loaded, folder: RunFolder, hosts: Hosts, preemption: Preempti
 
     # ── devices, and the rows that are this process's ──────────────────────────────────────────────────────────────
     mesh = start_mesh(config.hardware, config.mesh, base.arch)
-    batches: dict[str, Any] = {
-        "rows_per_update": rows_per_update(config.trainer, config.data),
-        "microbatches": config.trainer.microbatches,
-        "row_slice": rows_here(mesh, rows_per_microbatch(config.trainer, config.data, mesh.shape["fsdp"])),
-    }
-    pipeline = Pipeline(
-        examples=data.train, data=config.data, seed=config.trainer.seed,
-        epochs=config.trainer.epochs, max_updates=config.trainer.max_updates, **batches,
-    )  # fmt: skip
-    same_lengths = replace(config.data, buckets=pipeline.lengths)
-    heldout = list(heldout_batches(data.heldout, same_lengths, **batches)) if data.heldout else []
-    updates = pipeline.total_updates
-    log.info("%d updates of %d rows: %.2f epochs", updates, batches["rows_per_update"], pipeline.total_epochs)
+    batches = make_batches(data, config.data, config.trainer, mesh)
+    updates, length = batches.pipeline.total_updates, max(batches.pipeline.lengths)
     if warning := warmup_warning(config.optimizer, updates):
         log.warning(warning)
 
     # ── the same on every host, and as the run began ───────────────────────────────────────────────────────────────
-    fingerprints = {"base": base.fingerprint, **pipeline.fingerprint}
+    fingerprints = {"base": base.fingerprint, **batches.pipeline.fingerprint}
     hosts.check_same(fingerprints, "give every host the same files and the same command")
-    made_of = _made_of(config, data, mesh, fingerprints)
+    made_of = provenance.capture(
+        hardware=provenance.hardware_of(config.hardware.name, mesh),
+        seeds={"trainer": config.trainer.seed},
+        fingerprints=fingerprints | ({"heldout": data.heldout.fingerprint["examples"]} if data.heldout else {}),
+    )
     replay = Replay.begin(config.replay, config.replay_allow, folder, hosts, made_of)
     if resume_from is not None:
         began = resume.position(folder.checkpoints, resume_from)["fingerprints"]
@@ -178,109 +164,65 @@ def _train(loaded: Loaded, folder: RunFolder, hosts: Hosts, preemption: Preempti
     check_capacity(base.arch, config.lora, config.trainer, config.checkpoint, mesh, folder.checkpoints)
     trainer = resolve_remat(
         base.arch, config.hardware, config.lora, config.optimizer, config.trainer, mesh,
-        rows=rows_per_microbatch(config.trainer, config.data, mesh.shape["fsdp"]), length=max(pipeline.lengths),
-        updates=updates,
+        rows=batches.rows, length=length, updates=updates,
     )  # fmt: skip
     job = build_job(base, config.lora, config.optimizer, trainer, mesh, updates, config.hardware.compiler_options)
-    checkpoints = Checkpoints(folder.checkpoints, config.checkpoint, job.trained_leaves, mesh)
     provenance.record(folder, made_of)
-
-    rates = Rates.of(base.arch, config.lora, config.hardware, float(data.train.slots.mean()), mesh)
     answers = HeldoutAnswers(
         data.heldout, base, tokenizer, config.trainer, folder.path, resume_from, write=folder.write
     )  # fmt: skip
-    return _loop(
-        config, loaded.overrides, folder, job, pipeline, heldout, checkpoints, rates, fingerprints, resume_from,
-        preemption, answers, replay,
-    )  # fmt: skip
-
-
-def _made_of(config: TrainRoot, data: TrainingData, mesh: Mesh, fingerprints: dict[str, Any]) -> Provenance:
-    """Code, packages, machine, seeds and what came in; what a replay of the run is compared with."""
-    from gemma4_tpu.tracking import provenance
-
-    device = mesh.devices.flat[0]
-    heldout = {"heldout": data.heldout.fingerprint["examples"]} if data.heldout else {}
-    return provenance.capture(
-        hardware={
-            "slice": config.hardware.name,
-            "devices": mesh.size,
-            "kind": device.device_kind,
-            **provenance.machine(device.platform),
-        },
-        seeds={"trainer": config.trainer.seed},
-        fingerprints={**fingerprints, **heldout},
-    )
+    return _loop(loaded, folder, preemption, job, batches, fingerprints, resume_from, replay, answers)
 
 
 def _loop(
-    config: TrainRoot,
-    overrides: list[str],
+    loaded: Loaded,
     folder: RunFolder,
+    preemption: Preemption,
     job: Job,
-    pipeline: Pipeline,
-    heldout: list[Update],
-    checkpoints: Checkpoints,
-    rates: Rates,
+    batches: Batches,
     fingerprints: dict[str, Any],
     resume_from: int | None,
-    preemption: Preemption,
-    answers: HeldoutAnswers,
     replay: Replay | None,
+    answers: HeldoutAnswers,
 ) -> Result:
-    """Runs the updates there are to run, reporting each to metrics.jsonl, the tracker and the terminal."""
+    """Runs the updates there are to run, under the eyes of a watchdog."""
     from gemma4_tpu.step.optimizer import make_schedule
-    from gemma4_tpu.tracking.metrics import Metrics
-    from gemma4_tpu.tracking.progress import Progress
     from gemma4_tpu.tracking.result import Result
     from gemma4_tpu.tracking.trackers import make_tracker, run_name
+    from gemma4_tpu.training.checkpoint import Checkpoints
     from gemma4_tpu.training.compile_cache import log_compile_cache
     from gemma4_tpu.training.loop import Loop
+    from gemma4_tpu.training.rates import Rates
+    from gemma4_tpu.training.reports import Reports
     from gemma4_tpu.training.watchdog import Watchdog
 
+    config, pipeline = loaded.root, batches.pipeline
     updates = pipeline.total_updates
-    metrics = Metrics(folder.metrics_path, after_update=resume_from, write=folder.write)
-    tracker = make_tracker(config.tracker, folder, asdict(config), name=run_name(config.name, overrides))
+    checkpoints = Checkpoints(folder.checkpoints, config.checkpoint, job.trained_leaves, job.mesh)
+    tracker = make_tracker(config.tracker, folder, asdict(config), name=run_name(config.name, loaded.overrides))
+    reports = Reports(folder, tracker, replay, updates=updates, resume_from=resume_from)
     watchdog = Watchdog(
         config.trainer.stall_seconds,
         folder.log_path if folder.write else None,
         lambda reason: folder.leave_result(Result(status="failed", error=reason)),
     )
-    status = "failed"
-    try:
-        with watchdog, Progress(updates, first_update=resume_from or 0, show=folder.write) as progress:
-
-            def report(row: dict, update: int) -> None:
-                metrics.log(row, update)
-                tracker.log(row, update)
-                progress.log(row, update)
-                if replay:
-                    replay.watch(row, update)
-
-            def sample(trained: Any, update: int) -> None:
-                answers(job, trained, update, tracker)
-
-            schedule = make_schedule(config.optimizer, updates)
-            result = Loop(
-                job, pipeline, heldout, checkpoints, config.trainer, config.checkpoint, schedule, rates, fingerprints,
-                report, folder.push, preemption, watchdog, sample,
-            ).run(resume_from)  # fmt: skip
+    loop = Loop(
+        job, batches, checkpoints, config.trainer, config.checkpoint,
+        schedule=make_schedule(config.optimizer, updates),
+        rates=Rates.of(job.step.model.arch, config.lora, config.hardware, batches.mean_tokens, job.mesh),
+        fingerprints=fingerprints,
+        report=reports,
+        flush=folder.push,
+        preemption=preemption,
+        watchdog=watchdog,
+        sample=lambda trained, update: answers(job, trained, update, tracker),
+    )  # fmt: skip
+    with closing(pipeline), closing(checkpoints), closing(answers), reports:
+        with watchdog, reports.progress:
+            result = loop.run(resume_from)
         log_compile_cache()
-        if replay and result.status == "finished":
-            replay.finish()
-        for update in checkpoints.updates:
-            best = ["best"] * (update == result.heldout_update_best)
-            place = f"{folder.checkpoints}/{update}"
-            tracker.artifact("checkpoint", place, [f"update-{update}", *best], {"update": update})
-        tracker.summary(asdict(result))
-        status = result.status
-        return result
-    finally:
-        tracker.close(status)
-        metrics.close()
-        answers.close()
-        checkpoints.close()
-        pipeline.close()
+        reports.finish(result, checkpoints)
+    return result
 
 
 if __name__ == "__main__":

@@ -29,7 +29,7 @@ from gemma4_tpu.config.schema import (
     TrainRoot,
 )
 from gemma4_tpu.errors import UserError
-from gemma4_tpu.hardware import LOCAL, SLICES, chip_of, price_of, slice_of
+from gemma4_tpu.hardware import LOCAL, SLICES, MeshSizes, chip_of, price_of, slice_of
 
 LORA_TARGETS = ("attention", "mlp")
 LORA_ONLY = ("gemma4_31b", "gemma4_26b_a4b")
@@ -42,8 +42,8 @@ class Checked:
 
     architecture: Architecture
     """Of the checkpoint's `config.json` where it can be read, else of `model.name`."""
-    mesh: tuple[int, int] | None
-    """Sizes of the axes (fsdp, tp); None with `hardware=local`, until JAX has counted its devices."""
+    mesh: MeshSizes | None
+    """None with `hardware=local`, until JAX has counted its devices."""
     warnings: tuple[str, ...]
     """To report; nothing was changed."""
 
@@ -99,23 +99,35 @@ def examine_train(root: TrainRoot) -> tuple[Checked | None, list[Problem]]:
     return Checked(architecture, mesh, tuple(_warnings(root))), []
 
 
-def resolve_mesh(mesh: MeshConfig, architecture: Architecture, devices: int) -> tuple[int, int]:
-    """Sizes of the axes (fsdp, tp) on `devices` devices.
+def resolve_mesh(mesh: MeshConfig, architecture: Architecture, devices: int) -> MeshSizes:
+    """Sizes of the axes on `devices` devices.
 
     Raises:
       UserError: the sizes don't multiply to `devices`, or tp divides the heads unevenly; lists the legal meshes.
     """
-    legal = [(devices // tp, tp) for tp in architecture.legal_tp(devices)]
-    fitting = [(fsdp, tp) for fsdp, tp in legal if mesh.fsdp in (None, fsdp) and mesh.tp in (None, tp)]
+    legal = legal_meshes(architecture, devices)
+    given = {axis: size for axis, size in vars(mesh).items() if size is not None}
+    fitting = [sizes for sizes in legal if given.items() <= sizes._asdict().items()]
     if not fitting:
-        given = ", ".join(f"mesh.{axis}={size}" for axis, size in (("fsdp", mesh.fsdp), ("tp", mesh.tp)) if size)
+        words = ", ".join(f"mesh.{axis}={size}" for axis, size in given.items() if axis != "dp" or size > 1)
+        listed = [sizes for sizes in legal if sizes.dp == mesh.dp] or [sizes for sizes in legal if sizes.dp == 1]
         raise UserError(
-            f"{given}: not possible for model={architecture.name} on {_count(devices, 'device')} "
-            f"(fsdp × tp = {devices}; tp divides {architecture.num_heads} query heads and "
+            f"{words}: not possible for model={architecture.name} on {_count(devices, 'device')} "
+            f"(dp × fsdp × tp = {devices}; tp divides {architecture.num_heads} query heads and "
             f"{_heads(architecture)} key/value heads); legal meshes: "
-            + "; ".join(f"mesh.fsdp={fsdp} mesh.tp={tp}" for fsdp, tp in legal)
+            + "; ".join(" ".join(sizes.overrides) for sizes in listed)
         )
-    return max(fitting, key=lambda sizes: sizes[1])
+    return max(fitting, key=lambda sizes: (sizes.tp, sizes.fsdp))
+
+
+def legal_meshes(architecture: Architecture, devices: int) -> list[MeshSizes]:
+    """Every mesh of `devices` devices for this model, by tp and then dp."""
+    return [
+        MeshSizes(dp, devices // tp // dp, tp)
+        for tp in architecture.legal_tp(devices)
+        for dp in range(1, devices // tp + 1)
+        if devices // tp % dp == 0
+    ]
 
 
 def rows_per_update(trainer: TrainerConfig, data: DataConfig) -> int:
@@ -126,19 +138,19 @@ def rows_per_update(trainer: TrainerConfig, data: DataConfig) -> int:
     return trainer.global_batch_tokens // data.sequence_length
 
 
-def rows_per_microbatch(trainer: TrainerConfig, data: DataConfig, fsdp: int) -> int:
+def rows_per_microbatch(trainer: TrainerConfig, data: DataConfig, places: int) -> int:
     """Rows of T tokens in one microbatch, over all devices.
 
     Raises:
-      UserError: the rows don't divide evenly among the `fsdp` devices.
+      UserError: the rows don't divide evenly among the `places` of the axes dp and fsdp.
     """
     rows = rows_per_update(trainer, data) // trainer.microbatches
-    if rows % fsdp:
-        better = trainer.microbatches * fsdp
+    if rows % places:
+        better = trainer.microbatches * places
         raise UserError(
-            f"{_batch_key(trainer)}: {_count(rows, 'row')} per microbatch on mesh.fsdp={fsdp}, which must divide them; "
-            f"give trainer.global_batch_sequences={better * max(1, round(rows / fsdp))} (a multiple of {better}), "
-            "fewer trainer.microbatches, or a smaller mesh.fsdp"
+            f"{_batch_key(trainer)}: {_count(rows, 'row')} per microbatch for mesh.dp × mesh.fsdp = {places}, which "
+            f"must divide them; give trainer.global_batch_sequences={better * max(1, round(rows / places))} "
+            f"(a multiple of {better}), fewer trainer.microbatches, or a smaller mesh.dp or mesh.fsdp"
         )
     return rows
 
@@ -290,9 +302,14 @@ def _run(root: TrainRoot) -> list[str]:
     return messages
 
 
-def _mesh(root: TrainRoot, architecture: Architecture | None) -> tuple[tuple[int, int] | None, list[str]]:
+def _below_one(mesh: MeshConfig) -> bool:
+    """Refused by its limits; no mesh to look for."""
+    return any(size is not None and size < 1 for size in vars(mesh).values())
+
+
+def _mesh(root: TrainRoot, architecture: Architecture | None) -> tuple[MeshSizes | None, list[str]]:
     wanted = slice_of(root.hardware)
-    if wanted is None or architecture is None or min(root.mesh.fsdp or 1, root.mesh.tp or 1) < 1:
+    if wanted is None or architecture is None or _below_one(root.mesh):
         return None, []
     try:
         sizes = resolve_mesh(root.mesh, architecture, wanted.chips)
@@ -301,7 +318,7 @@ def _mesh(root: TrainRoot, architecture: Architecture | None) -> tuple[tuple[int
     if _lengths(root.trainer) or _batch(root.trainer, root.data) or root.trainer.microbatches < 1:
         return sizes, []
     try:
-        rows_per_microbatch(root.trainer, root.data, sizes[0])
+        rows_per_microbatch(root.trainer, root.data, sizes.row_places)
     except UserError as error:
         return None, [str(error)]
     return sizes, []

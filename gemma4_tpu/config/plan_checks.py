@@ -13,7 +13,7 @@ from gemma4_tpu.config.problems import Problem
 from gemma4_tpu.config.schema import DataSource
 from gemma4_tpu.config.tasks import PlanRoot
 from gemma4_tpu.errors import UserError
-from gemma4_tpu.hardware import LOCAL, SLICES, Slice, slice_of
+from gemma4_tpu.hardware import LOCAL, SLICES, MeshSizes, Slice, slice_of
 
 
 @dataclass(frozen=True)
@@ -22,8 +22,7 @@ class PlanChecked:
 
     architecture: Architecture
     slice: Slice
-    mesh: tuple[int, int]
-    """Sizes of the axes (fsdp, tp)."""
+    mesh: MeshSizes
     data_here: bool
     """Tokenizer and rows are on this machine: lengths are measured, not assumed."""
     warnings: tuple[str, ...]
@@ -31,23 +30,23 @@ class PlanChecked:
 
 
 def normalise_plan(root: PlanRoot) -> PlanRoot:
-    """As training; a batch that is not given is one row for each place on the fsdp axis and microbatch."""
+    """As training; a batch that is not given is one row for each place on the axes dp and fsdp and microbatch."""
     root = cast(PlanRoot, normalise(root))
     trainer = root.trainer
     if trainer.global_batch_sequences is None and trainer.global_batch_tokens is None:
-        rows = _fsdp(root) * max(1, trainer.microbatches)
+        rows = _row_places(root) * max(1, trainer.microbatches)
         return replace(root, trainer=replace(trainer, global_batch_sequences=rows))
     return root
 
 
-def _fsdp(root: PlanRoot) -> int:
-    """Size of the fsdp axis; 1 where slice, model or mesh are refused later."""
+def _row_places(root: PlanRoot) -> int:
+    """Places among which rows are split; 1 where slice, model or mesh are refused later."""
     architecture, _ = _architecture(root)
     wanted = slice_of(root.hardware)
-    if architecture is None or wanted is None or min(root.mesh.fsdp or 1, root.mesh.tp or 1) < 1:
+    if architecture is None or wanted is None:
         return 1
     try:
-        return resolve_mesh(root.mesh, architecture, wanted.chips)[0]
+        return resolve_mesh(root.mesh, architecture, wanted.chips).row_places
     except UserError:
         return 1
 

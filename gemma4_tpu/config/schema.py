@@ -41,12 +41,16 @@ class DistributedConfig:
 
 @dataclass(kw_only=True)
 class MeshConfig:
-    """Device mesh with the axes `fsdp` (rows and weight shards) and `tp` (heads and hidden units) (`mesh=`)."""
+    """Device mesh with the axes `dp` (rows only: every weight is there as often), `fsdp` (rows and weight shards) and
+    `tp` (heads and hidden units) (`mesh=`).
+    """
 
+    dp: int | None = 1
+    """Devices on the `dp` axis; null: what the others leave."""
     fsdp: int | None = None
-    """Devices on the `fsdp` axis; null: what `tp` leaves."""
+    """Devices on the `fsdp` axis; null: what the others leave."""
     tp: int | None = None
-    """Devices on the `tp` axis; null: what `fsdp` leaves. Both null: the largest legal tp, the rest fsdp."""
+    """Devices on the `tp` axis; null: what the others leave. Several null: the largest legal tp, the rest fsdp."""
 
 
 @dataclass(kw_only=True)

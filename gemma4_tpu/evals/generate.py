@@ -135,7 +135,7 @@ class InProcess:
     def _rows(self) -> int:
         """Batches are a multiple of this."""
         mesh = self._weights.model.mesh
-        return mesh.shape[sharding.FSDP] if mesh is not None else 1
+        return sharding.row_places(mesh) if mesh is not None else 1
 
     def _batch(self, requests: Sequence[Request], ids: Sequence[np.ndarray], size: int) -> Iterator[Sample]:
         """The samples of at most `size` requests, which are filled up with repeats of the last."""
@@ -172,7 +172,7 @@ class InProcess:
         mesh = self._weights.model.mesh
         if mesh is None:
             return jax.numpy.asarray(x)
-        spec = jax.sharding.PartitionSpec(sharding.FSDP if x.shape[0] % mesh.shape[sharding.FSDP] == 0 else None)
+        spec = jax.sharding.PartitionSpec(sharding.ROWS if x.shape[0] % sharding.row_places(mesh) == 0 else None)
         return jax.device_put(x, jax.sharding.NamedSharding(mesh, spec))
 
 

@@ -17,6 +17,7 @@ from gemma4_tpu.data.examples import Examples
 from gemma4_tpu.evals.generate import PROMPT_MULTIPLE, checkpoint_stop_ids
 from gemma4_tpu.models.base import Base
 from gemma4_tpu.models.decode import Sampling, generate
+from gemma4_tpu.models.sharding import row_places
 from gemma4_tpu.tracking.metrics import Metrics
 from gemma4_tpu.tracking.trackers import Tracker
 from gemma4_tpu.training.job import Job
@@ -71,8 +72,7 @@ class HeldoutAnswers:
 
     def _answers(self, job: Job, trained: Any) -> list[tuple[tuple[str, str, str], str]]:
         """((prompt, answer, reference), finish) of each prompt."""
-        fsdp = job.mesh.devices.shape[0]
-        padding = -len(self._pairs) % fsdp
+        padding = -len(self._pairs) % row_places(job.mesh)
         prompts = [prompt for prompt, _ in self._pairs] + [self._pairs[-1][0]] * padding
         width = -(-max(map(len, prompts)) // PROMPT_MULTIPLE) * PROMPT_MULTIPLE
         tokens = np.zeros((len(prompts), width), np.int32)

@@ -11,7 +11,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh
 
 from gemma4_tpu.export.probe import from_logits
 from gemma4_tpu.export.trained import Trained
@@ -77,7 +76,7 @@ class LogitParity:
 def compare_logits(trained: Trained, merged: Checkpoint) -> LogitParity:
     """Runs the models one after the other; one of them is in memory at a time."""
     arch, lora = trained.base.arch, trained.lora
-    mesh = Mesh(np.array(jax.devices()[:1]).reshape(1, 1), (sharding.FSDP, sharding.TP))
+    mesh = sharding.make_mesh(1, 1, jax.devices()[:1])
     scale = trained.scale if lora.enabled else 1.0
     model = Model(arch=arch, compute_dtype=jnp.float32, lora_scale=scale, mesh=mesh)
     tokens, mask, kind = _prompts(trained)

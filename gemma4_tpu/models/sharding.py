@@ -1,7 +1,8 @@
 """Where every array lives: rules from tensor names to mesh axes.
 
-Two axes. `fsdp` splits the rows of a batch and one dim of each weight; `tp` splits heads, hidden units and the
-vocabulary. A dim that its axis does not divide is replicated over that axis, which is reported once by `replicated`.
+Three axes. `dp` splits the rows of a batch only, every weight is there as often; `fsdp` splits the rows and one dim of
+each weight; `tp` splits heads, hidden units and the vocabulary. A dim that its axis does not divide is replicated over
+that axis, which is reported once by `replicated`.
 """
 
 from __future__ import annotations
@@ -15,7 +16,9 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-FSDP, TP = "fsdp", "tp"
+DP, FSDP, TP = "dp", "fsdp", "tp"
+ROWS = (DP, FSDP)
+"""The axes over which the rows of a microbatch are split."""
 
 Axes = str | tuple[str, ...] | None
 
@@ -54,25 +57,30 @@ _RULES: dict[str, tuple[Axes, ...]] = {
 # Activations by their dims: B rows, T tokens, D model, N heads, H head width, F hidden units, V vocabulary, P per-layer
 # embedding, L layers; S: tokens split over tp (the residual stream).
 _ACTIVATIONS: dict[str, tuple[Axes, ...]] = {
-    "BT": (FSDP, None),
-    "BS": (FSDP, TP),
-    "BTD": (FSDP, None, None),
-    "BSD": (FSDP, TP, None),
-    "LBSP": (None, FSDP, TP, None),
-    "BTNH": (FSDP, None, TP, None),
-    "2BTNH": (None, FSDP, None, TP, None),
-    "BTF": (FSDP, None, TP),
-    "BTV": (FSDP, None, TP),
+    "BT": (ROWS, None),
+    "BS": (ROWS, TP),
+    "BTD": (ROWS, None, None),
+    "BSD": (ROWS, TP, None),
+    "LBSP": (None, ROWS, TP, None),
+    "BTNH": (ROWS, None, TP, None),
+    "2BTNH": (None, ROWS, None, TP, None),
+    "BTF": (ROWS, None, TP),
+    "BTV": (ROWS, None, TP),
     "VD": (TP, None),
-    "MBT": (None, FSDP, None),
+    "MBT": (None, ROWS, None),
 }
 
 
-def make_mesh(fsdp: int, tp: int, devices: Sequence[Any] | None = None) -> Mesh:
-    """A mesh with axes (`fsdp`, `tp`) over `devices` (default: all), in an order that suits the interconnect."""
+def make_mesh(fsdp: int, tp: int, devices: Sequence[Any] | None = None, *, dp: int = 1) -> Mesh:
+    """A mesh with axes (`dp`, `fsdp`, `tp`) over `devices` (default: all), in an order that suits the interconnect."""
     if devices is None:
-        return jax.make_mesh((fsdp, tp), (FSDP, TP), axis_types=(jax.sharding.AxisType.Auto,) * 2)
-    return Mesh(np.asarray(devices).reshape(fsdp, tp), (FSDP, TP))
+        return jax.make_mesh((dp, fsdp, tp), (DP, FSDP, TP), axis_types=(jax.sharding.AxisType.Auto,) * 3)
+    return Mesh(np.asarray(devices).reshape(dp, fsdp, tp), (DP, FSDP, TP))
+
+
+def row_places(mesh: Mesh) -> int:
+    """Places among which the rows of a microbatch are split."""
+    return _size(ROWS, mesh)
 
 
 def axes_of(axes: Axes) -> tuple[str, ...]:

@@ -20,7 +20,7 @@ from jax.sharding import PartitionSpec as P
 from gemma4_tpu.errors import UserError
 from gemma4_tpu.models.attention import einsum_attention
 from gemma4_tpu.models.remat import CONTEXT
-from gemma4_tpu.models.sharding import FSDP, TP
+from gemma4_tpu.models.sharding import ROWS, TP
 
 LANES = 128
 """The kernels want head widths and lengths in multiples of a TPU register's lanes."""
@@ -64,7 +64,7 @@ def splash_attention(
     mesh: Mesh,
     interpret: bool = False,
 ) -> jax.Array:
-    """As `attention.einsum_attention`, by the TPU kernel; heads are split over `tp`, rows over `fsdp`.
+    """As `attention.einsum_attention`, by the TPU kernel; heads are split over `tp`, rows over `dp` and `fsdp`.
 
     `interpret` runs the kernel in plain Python on a CPU (tests).
     """
@@ -82,10 +82,10 @@ def splash_attention(
         interpret=interpret,
     )
     kernel_spec = kernel.manual_sharding_spec(NamedSharding(mesh, P(head_axis, None)))
-    q_spec, kv_spec = P(FSDP, head_axis, None, None), P(FSDP, kv_axis, None, None)
+    q_spec, kv_spec = P(ROWS, head_axis, None, None), P(ROWS, kv_axis, None, None)
 
     @partial(
-        jax.shard_map, mesh=mesh, in_specs=(kernel_spec, q_spec, kv_spec, kv_spec, P(FSDP, None)), out_specs=q_spec,
+        jax.shard_map, mesh=mesh, in_specs=(kernel_spec, q_spec, kv_spec, kv_spec, P(ROWS, None)), out_specs=q_spec,
         check_vma=False,
     )  # fmt: skip
     def attend(kernel, q, k, v, segments):

@@ -137,10 +137,11 @@ def _compile(config: PlanRoot, updates: int, dump: Path) -> dict[str, Any]:
         "hbm_limit_bytes": limit,
         "versions": {"jax": version("jax"), "libtpu": version("libtpu")},
     }
-    fsdp, tp = checked.mesh
-    rows = rows_per_microbatch(config.trainer, config.data, fsdp)
+    sizes = checked.mesh
+    rows = rows_per_microbatch(config.trainer, config.data, sizes.row_places)
     given = compiling.shapes(
-        checked.architecture, config.lora, config.optimizer, config.trainer, make_mesh(fsdp, tp, devices),
+        checked.architecture, config.lora, config.optimizer, config.trainer,
+        make_mesh(sizes.fsdp, sizes.tp, devices, dp=sizes.dp),
         rows=rows, length=config.data.sequence_length, updates=updates, options=config.hardware.compiler_options,
     )  # fmt: skip
     how = partial(finish, folder=dump)

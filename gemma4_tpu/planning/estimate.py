@@ -7,7 +7,7 @@ from typing import Any
 
 from gemma4_tpu.architectures import Architecture
 from gemma4_tpu.config.tasks import PlanConfig, PlanRoot
-from gemma4_tpu.hardware import Slice, price_of
+from gemma4_tpu.hardware import MeshSizes, Slice, price_of
 from gemma4_tpu.models.flops import train_flops_per_token
 from gemma4_tpu.planning.fill import Fill
 from gemma4_tpu.planning.kernels import Mask
@@ -30,7 +30,7 @@ class PlanResult:
     trained: str
     """`lora r=64`, `qlora nf4 r=64`, `full`."""
     mesh: dict[str, int]
-    """Sizes of the axes `fsdp` and `tp`."""
+    """Sizes of the axes `dp`, `fsdp` and `tp`."""
     remat: str
     """The policy that was compiled (what `auto` chose)."""
     sequence_length: int
@@ -126,7 +126,7 @@ def trained_as(config: PlanRoot) -> str:
     return f"qlora {lora.quantize} r={lora.rank}" if lora.quantize else f"lora r={lora.rank}"
 
 
-def describe(config: PlanRoot, wanted: Slice, mesh: tuple[int, int]) -> dict[str, Any]:
+def describe(config: PlanRoot, wanted: Slice, mesh: MeshSizes) -> dict[str, Any]:
     """The part of a `PlanResult` that the configuration alone decides."""
     from gemma4_tpu.config.checks import rows_per_update
 
@@ -135,7 +135,7 @@ def describe(config: PlanRoot, wanted: Slice, mesh: tuple[int, int]) -> dict[str
         "chips": wanted.chips,
         "model": config.model.name,
         "trained": trained_as(config),
-        "mesh": {"fsdp": mesh[0], "tp": mesh[1]},
+        "mesh": mesh._asdict(),
         "remat": config.trainer.remat,
         "sequence_length": config.data.sequence_length,
         "rows_per_update": rows_per_update(config.trainer, config.data),
@@ -145,7 +145,7 @@ def describe(config: PlanRoot, wanted: Slice, mesh: tuple[int, int]) -> dict[str
 
 
 def estimate(
-    config: PlanRoot, arch: Architecture, wanted: Slice, mesh: tuple[int, int], fill: Fill, answer: dict[str, Any]
+    config: PlanRoot, arch: Architecture, wanted: Slice, mesh: MeshSizes, fill: Fill, answer: dict[str, Any]
 ) -> PlanResult:
     """Everything about a step that fits; `answer` is what the compiling process reported (see `child.py`)."""
     compiled = answer["compiled"]

@@ -9,8 +9,9 @@ from typing import Any
 
 from gemma4_tpu.config.checks import rows_per_update
 from gemma4_tpu.config.plan_checks import examine_plan
-from gemma4_tpu.config.schema import TrainerConfig
+from gemma4_tpu.config.schema import MeshConfig, TrainerConfig
 from gemma4_tpu.config.tasks import PlanRoot
+from gemma4_tpu.hardware import MeshSizes
 from gemma4_tpu.planning.attempt import Planned, plan_one
 from gemma4_tpu.planning.estimate import PlanResult
 from gemma4_tpu.planning.remat import AUTO, POLICIES
@@ -32,7 +33,7 @@ class Change:
 
 
 def changes(
-    config: PlanRoot, fsdp: int, meshes: list[tuple[int, int]], last: Callable[[], PlanResult]
+    config: PlanRoot, sizes: MeshSizes, meshes: list[MeshSizes], last: Callable[[], PlanResult]
 ) -> Iterator[Change]:
     """Changes by what they cost: remat and microbatches cost time, then rows, mesh, quantised weights, length.
 
@@ -40,8 +41,8 @@ def changes(
 
     Args:
       config: what does not fit.
-      fsdp: its axis.
-      meshes: the legal ones, (fsdp, tp).
+      sizes: of its mesh.
+      meshes: others to try.
       last: what came of the change before; of `config` itself at first.
     """
     remat, saving = _most_remat(config.trainer)
@@ -52,21 +53,22 @@ def changes(
                 trainer = replace(config.trainer, remat=policy)
                 yield Change((f"trainer.remat={policy}",), replace(config, trainer=trainer))
     rows = rows_per_update(saving, config.data)
-    smaller = [n for n in range(saving.microbatches + 1, rows + 1) if rows % n == 0 and rows // n % fsdp == 0]
+    smaller = [
+        n for n in range(saving.microbatches + 1, rows + 1) if rows % n == 0 and rows // n % sizes.row_places == 0
+    ]
     if smaller:
         wanted = saving.microbatches * _times_too_much(last()) * MARGIN
         number = next((n for n in smaller if n >= wanted), smaller[-1])
         trainer = replace(saving, microbatches=number)
         yield Change((*remat, f"trainer.microbatches={number}"), replace(config, trainer=trainer))
-    for other, tp in meshes:
-        if other == fsdp:
+    for other in meshes:
+        if other == sizes:
             continue
-        words, trainer = _one_row_each(saving, rows, other)
-        mesh = replace(config.mesh, fsdp=other, tp=tp)
-        yield Change(
-            (*remat, f"mesh.fsdp={other}", f"mesh.tp={tp}", *words), replace(config, trainer=trainer, mesh=mesh)
-        )
-    words, trainer = _one_row_each(saving, rows, fsdp)
+        words, trainer = _one_row_each(saving, rows, other.row_places)
+        mesh = ("mesh.dp=1",) * (sizes.dp > other.dp == 1) + other.overrides
+        changed = replace(config, trainer=trainer, mesh=MeshConfig(**other._asdict()))
+        yield Change((*remat, *mesh, *words), changed)
+    words, trainer = _one_row_each(saving, rows, sizes.row_places)
     if not config.lora.enabled:
         lora = replace(config.lora, enabled=True)
         yield Change((*remat, "lora=default", *words), replace(config, trainer=trainer, lora=lora))
@@ -92,17 +94,17 @@ def _most_remat(trainer: TrainerConfig) -> tuple[tuple[str, ...], TrainerConfig]
     return words, replace(trainer, remat=most)
 
 
-def _one_row_each(trainer: TrainerConfig, rows: int, fsdp: int) -> tuple[tuple[str, ...], TrainerConfig]:
-    """About as many rows per update, one at a time on each place of the fsdp axis."""
-    microbatches = max(1, rows // fsdp)
+def _one_row_each(trainer: TrainerConfig, rows: int, places: int) -> tuple[tuple[str, ...], TrainerConfig]:
+    """About as many rows per update, one at a time on each place of the axes dp and fsdp."""
+    microbatches = max(1, rows // places)
     words: tuple[str, ...] = (
-        f"trainer.global_batch_sequences={fsdp * microbatches}",
+        f"trainer.global_batch_sequences={places * microbatches}",
         f"trainer.microbatches={microbatches}",
     )
-    if (fsdp * microbatches, microbatches) == (rows, trainer.microbatches):
+    if (places * microbatches, microbatches) == (rows, trainer.microbatches):
         words = ()
     return words, replace(
-        trainer, global_batch_sequences=fsdp * microbatches, global_batch_tokens=None, microbatches=microbatches
+        trainer, global_batch_sequences=places * microbatches, global_batch_tokens=None, microbatches=microbatches
     )
 
 
@@ -114,10 +116,10 @@ def _times_too_much(result: PlanResult) -> float:
 def nearest_fits(planned: Planned, misfit: PlanResult, attempts: int) -> list[dict[str, Any]]:
     """Tries changes until `ENOUGH` fit or `attempts` are spent; what was tried, as in `PlanResult.alternatives`."""
     chips, arch = planned.checked.slice.chips, planned.checked.architecture
-    meshes = [(chips // tp, tp) for tp in sorted(arch.legal_tp(chips), reverse=True)]
+    meshes = [MeshSizes(1, chips // tp, tp) for tp in sorted(arch.legal_tp(chips), reverse=True)]
     tried: list[dict[str, Any]] = []
     results = [misfit]
-    for change in changes(planned.config, planned.checked.mesh[0], meshes, lambda: results[-1]):
+    for change in changes(planned.config, planned.checked.mesh, meshes, lambda: results[-1]):
         found, problems = examine_plan(change.config)
         if found is None:
             log.info("%s: %s", " ".join(change.overrides), "; ".join(problem.message for problem in problems))

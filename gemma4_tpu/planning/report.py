@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from gemma4_tpu.hardware import MeshSizes
 from gemma4_tpu.planning.estimate import PlanResult
 from gemma4_tpu.planning.search import Found, cost, free
 from gemma4_tpu.tracking.cost import format_usd
@@ -54,7 +55,7 @@ def _console() -> Console:
 
 def plan_rows(result: PlanResult) -> list[tuple[str, str]]:
     """A plan in words: (what, figure)."""
-    mesh = f"fsdp={result.mesh['fsdp']} tp={result.mesh['tp']}"
+    mesh = MeshSizes(**result.mesh)
     rows = [
         ("Run", f"{result.model}, {result.trained}, remat {result.remat}, on {result.slice} ({mesh})"),
         (
@@ -211,7 +212,7 @@ def _described(result: PlanResult) -> list[str]:
         result.model,
         result.trained,
         result.slice,
-        f"fsdp={result.mesh['fsdp']} tp={result.mesh['tp']}",
+        str(MeshSizes(**result.mesh)),
         f"remat {result.remat}",
         f"{rows} row{'s' * (rows > 1)} of {result.sequence_length} × {batches} microbatch{'es' * (batches > 1)}",
     ]
@@ -245,7 +246,7 @@ def print_search(found: Found, folder: Path) -> None:
         table.add_column(title, justify="left" if title in ("", "mesh", "remat", "bound by") else "right")
     front = {id(result) for result in found.front}
     for one in sorted((item["plan"] for item in found.results), key=lambda r: (not r.fits, cost(r) if r.fits else 0)):
-        mesh = f"fsdp={one.mesh['fsdp']} tp={one.mesh['tp']}"
+        mesh = str(MeshSizes(**one.mesh))
         cells = ["→" if id(one) in front else "", mesh, one.remat, str(one.rows_per_update)]
         if one.fits:
             usd = one.usd_per_million_real_tokens

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
@@ -9,11 +10,12 @@ from typing import Any
 
 import psutil
 
-from gemma4_tpu.config.checks import resolve_mesh
+from gemma4_tpu.config.checks import legal_meshes, resolve_mesh
 from gemma4_tpu.config.plan_checks import examine_plan
 from gemma4_tpu.config.schema import MeshConfig
 from gemma4_tpu.config.tasks import PlanRoot
 from gemma4_tpu.errors import UserError
+from gemma4_tpu.hardware import MeshSizes
 from gemma4_tpu.planning.attempt import Planned, result_of, start
 from gemma4_tpu.planning.child import Compilation
 from gemma4_tpu.planning.estimate import PlanResult
@@ -30,21 +32,22 @@ class Candidate:
 
     planned: Planned
     rows: int
-    """Rows for each place on the fsdp axis and microbatch."""
+    """Rows for each place on the axes dp and fsdp and microbatch."""
 
     @property
     def overrides(self) -> tuple[str, ...]:
         config = self.planned.config
         return (
-            f"mesh.fsdp={config.mesh.fsdp}",
-            f"mesh.tp={config.mesh.tp}",
+            *self.planned.checked.mesh.overrides,
             f"trainer.remat={config.trainer.remat}",
             f"trainer.global_batch_sequences={config.trainer.global_batch_sequences}",
         )
 
-    @property
-    def kind(self) -> tuple[int | None, str]:
-        return self.planned.config.mesh.tp, self.planned.config.trainer.remat
+    def needs_more_than(self, other: Candidate) -> bool:
+        """As many chips share a weight's columns, and no more its rows; as much remat, and no fewer rows."""
+        mesh, others = self.planned.checked.mesh, other.planned.checked.mesh
+        same = mesh.tp == others.tp and self.planned.config.trainer.remat == other.planned.config.trainer.remat
+        return same and mesh.dp >= others.dp and self.rows >= other.rows
 
 
 @dataclass
@@ -62,28 +65,23 @@ class Found:
 def search(planned: Planned) -> Found:
     """Compiles the candidates, `plan.parallel` at a time as far as memory permits.
 
-    More rows than a number that did not fit are not tried with the same mesh and policy.
+    Where a candidate did not fit, those are not tried that need more for certain.
     """
     found = Found()
     waiting = list(_candidates(planned, found))
     limit = planned.config.plan.max_candidates
-    found.skipped += [
-        {"candidate": " ".join(one.overrides), "reason": f"plan.max_candidates={limit}"} for one in waiting[limit:]
-    ]
-    waiting = waiting[:limit]
-    total, done = len(waiting), 0
-    too_many: dict[tuple[int | None, str], int] = {}
+    started = 0
+    too_large: list[Candidate] = []
     running: list[tuple[Candidate, Compilation]] = []
     try:
-        while waiting or running:
-            while waiting and _room(len(running), planned.config.plan.parallel):
+        while running or (waiting and started < limit):
+            while waiting and started < limit and _room(len(running), planned.config.plan.parallel):
                 candidate = waiting.pop(0)
-                if candidate.rows >= too_many.get(candidate.kind, candidate.rows + 1):
-                    done += 1
-                    found.skipped.append(
-                        {"candidate": " ".join(candidate.overrides), "reason": "fewer rows did not fit"}
-                    )
+                if smaller := next((one for one in too_large if candidate.needs_more_than(one)), None):
+                    reason = f"{' '.join(smaller.overrides)} did not fit"
+                    found.skipped.append({"candidate": " ".join(candidate.overrides), "reason": reason})
                     continue
+                started += 1
                 running.append((candidate, start(candidate.planned, lambda name: None)))
             for item in list(running):
                 candidate, compilation = item
@@ -91,15 +89,18 @@ def search(planned: Planned) -> Found:
                 if answer is None:
                     continue
                 running.remove(item)
-                done += 1
                 result = result_of(candidate.planned, answer)
                 if not result.fits:
-                    too_many[candidate.kind] = min(candidate.rows, too_many.get(candidate.kind, candidate.rows))
+                    too_large.append(candidate)
                 found.results.append({"overrides": list(candidate.overrides), "plan": result})
-                log.info("%d/%d %s: %s", done, total, " ".join(candidate.overrides), _told(result))
+                done = len(found.results)
+                log.info("%d of at most %d, %s: %s", done, limit, " ".join(candidate.overrides), _told(result))
     finally:
         for _, compilation in running:
             compilation.close()
+    found.skipped += [
+        {"candidate": " ".join(one.overrides), "reason": f"plan.max_candidates={limit}"} for one in waiting
+    ]
     found.front = pareto([one["plan"] for one in found.results])
     return found
 
@@ -131,27 +132,26 @@ def _candidates(planned: Planned, found: Found) -> Iterator[Candidate]:
     policies = POLICIES if config.trainer.remat == AUTO else tuple(dict.fromkeys((*POLICIES, config.trainer.remat)))
     for tp in sorted((n for n in range(1, chips + 1) if chips % n == 0), reverse=True):
         try:
-            fsdp, _ = resolve_mesh(MeshConfig(fsdp=chips // tp, tp=tp), checked.architecture, chips)
+            resolve_mesh(MeshConfig(tp=tp), checked.architecture, chips)
         except UserError as error:
             reason = str(error).partition("; legal meshes")[0]
             log.info("skipped: %s", reason)
-            found.skipped.append({"candidate": f"mesh.fsdp={chips // tp} mesh.tp={tp}", "reason": reason})
+            found.skipped.append({"candidate": f"mesh.tp={tp}", "reason": reason})
+    meshes = sorted(legal_meshes(checked.architecture, chips), key=lambda sizes: (-sizes.tp, sizes.dp))
+    for rows, policy, sizes in itertools.product(sorted(config.plan.search_rows), policies, meshes):
+        changed = _with(config, sizes, policy, rows)
+        examined, problems = examine_plan(changed)
+        if examined is None:
+            reason = "; ".join(problem.message for problem in problems)
+            found.skipped.append({"candidate": f"{' '.join(sizes.overrides)} {policy} {rows} rows", "reason": reason})
             continue
-        for rows in sorted(config.plan.search_rows):
-            for policy in policies:
-                changed = _with(config, fsdp, tp, policy, rows)
-                examined, problems = examine_plan(changed)
-                if examined is None:
-                    reason = "; ".join(problem.message for problem in problems)
-                    found.skipped.append({"candidate": f"mesh.tp={tp} {policy} {rows} rows", "reason": reason})
-                    continue
-                yield Candidate(Planned.of(changed, examined, planned), rows)
+        yield Candidate(Planned.of(changed, examined, planned), rows)
 
 
-def _with(config: PlanRoot, fsdp: int, tp: int, policy: str, rows: int) -> PlanRoot:
-    batch = rows * fsdp * config.trainer.microbatches
+def _with(config: PlanRoot, sizes: MeshSizes, policy: str, rows: int) -> PlanRoot:
+    batch = rows * sizes.row_places * config.trainer.microbatches
     trainer = replace(config.trainer, remat=policy, global_batch_sequences=batch, global_batch_tokens=None)
-    return replace(config, mesh=replace(config.mesh, fsdp=fsdp, tp=tp), trainer=trainer)
+    return replace(config, mesh=MeshConfig(**sizes._asdict()), trainer=trainer)
 
 
 def _room(running: int, parallel: int) -> bool:

@@ -32,7 +32,7 @@ MODES = ("auto", "true", "false")
 _KEY = "hydra.launcher.plan"
 _COUNTS = {
     "hardware": ("name", "compiler_options"),
-    "mesh": ("fsdp", "tp"),
+    "mesh": ("dp", "fsdp", "tp"),
     "model": ("name",),
     "lora": ("enabled", "rank", "dropout", "targets", "quantize"),
     "data": ("sequence_length", "packing", "buckets"),

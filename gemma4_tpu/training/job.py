@@ -61,9 +61,9 @@ def start_mesh(hardware: HardwareConfig, mesh: MeshConfig, arch: Architecture) -
     """
     device = jax.devices()[0]
     check_devices(hardware, device.platform, device.device_kind, jax.device_count())
-    fsdp, tp = resolve_mesh(mesh, arch, jax.device_count())
-    log.info("%d × %s, mesh fsdp=%d tp=%d", jax.device_count(), device.device_kind, fsdp, tp)
-    return sharding.make_mesh(fsdp, tp)
+    sizes = resolve_mesh(mesh, arch, jax.device_count())
+    log.info("%d × %s, mesh %s", jax.device_count(), device.device_kind, sizes)
+    return sharding.make_mesh(sizes.fsdp, sizes.tp, dp=sizes.dp)
 
 
 def compute_dtype(trainer: TrainerConfig, platform: str) -> Any:
@@ -213,9 +213,10 @@ def _log_replicated(leaves: Iterable[Leaf], mesh: Mesh) -> None:
 
 
 def rows_here(mesh: Mesh, rows: int) -> tuple[int, int]:
-    """(start, stop) of the rows of each microbatch that this process owns: those of its places on the fsdp axis."""
-    own = [i for i, line in enumerate(mesh.devices) if any(d.process_index == jax.process_index() for d in line)]
-    per_place = rows // mesh.devices.shape[0]
+    """(start, stop) of the rows of each microbatch that this process owns, by its places on dp and fsdp."""
+    places = mesh.devices.reshape(sharding.row_places(mesh), -1)
+    own = [i for i, line in enumerate(places) if any(d.process_index == jax.process_index() for d in line)]
+    per_place = rows // len(places)
     return own[0] * per_place, (own[-1] + 1) * per_place
 
 

@@ -55,7 +55,7 @@ REFUSALS = [
         "trainer.global_batch_tokens=4000: not a multiple of data.sequence_length=512; 4096 is (8 rows)",
     ),
     (["trainer.microbatches=3"], "does not divide the 8 rows of an update"),
-    (["hardware=v5p16", "mesh=fsdp", "trainer.global_batch_sequences=12"], "12 rows per microbatch on mesh.fsdp=8"),
+    (["hardware=v5p16", "mesh=fsdp", "trainer.global_batch_sequences=12"], "mesh.dp × mesh.fsdp = 8, which must"),
     # LoRA
     (["lora=none", "lora.quantize=nf4"], "lora.quantize=nf4: quantised weights can't be trained"),
     (["lora.targets=[]"], "lora.targets=[]: nothing would be trained"),
@@ -174,23 +174,28 @@ def test_an_incomplete_checkpoint_is_refused(refused, checkpoint, damage, told):
 # --- mesh
 
 
-def mesh(name: str, devices: int, fsdp: int | None = None, tp: int | None = None) -> tuple[int, int]:
-    return resolve_mesh(MeshConfig(fsdp=fsdp, tp=tp), ARCHITECTURES[name], devices)
+def mesh(name: str, devices: int, **sizes: int | None) -> tuple[int, int, int]:
+    """(dp, fsdp, tp)"""
+    return resolve_mesh(MeshConfig(**sizes), ARCHITECTURES[name], devices)
 
 
 def test_auto_takes_the_largest_legal_tp():
-    assert mesh("gemma4_31b", 4) == (1, 4)
-    assert mesh("gemma4_31b", 8) == (2, 4)  # four global key/value heads
-    assert mesh("gemma4_31b", 32) == (8, 4)
-    assert mesh("gemma4_26b_a4b", 8) == (4, 2)  # two global key/value heads
-    assert mesh("gemma4_e2b", 8) == (1, 8)  # one key/value head is held by all
-    assert mesh("tiny", 1) == (1, 1)
+    assert mesh("gemma4_31b", 4) == (1, 1, 4)
+    assert mesh("gemma4_31b", 8) == (1, 2, 4)  # four global key/value heads
+    assert mesh("gemma4_31b", 32) == (1, 8, 4)
+    assert mesh("gemma4_26b_a4b", 8) == (1, 4, 2)  # two global key/value heads
+    assert mesh("gemma4_e2b", 8) == (1, 1, 8)  # one key/value head is held by all
+    assert mesh("tiny", 1) == (1, 1, 1)
 
 
-def test_one_axis_leaves_the_rest_to_the_other():
-    assert mesh("gemma4_31b", 16, fsdp=8) == (8, 2)
-    assert mesh("gemma4_31b", 16, tp=1) == (16, 1)
-    assert mesh("gemma4_31b", 4, fsdp=2, tp=2) == (2, 2)
+def test_an_axis_that_is_not_given_takes_what_the_others_leave():
+    assert mesh("gemma4_31b", 16, fsdp=8) == (1, 8, 2)
+    assert mesh("gemma4_31b", 16, tp=1) == (1, 16, 1)
+    assert mesh("gemma4_31b", 4, fsdp=2, tp=2) == (1, 2, 2)
+    assert mesh("gemma4_31b", 16, dp=2) == (2, 2, 4)
+    assert mesh("gemma4_31b", 16, dp=None) == (1, 4, 4)  # weights are split as long as nothing else is said
+    assert mesh("gemma4_31b", 16, dp=None, fsdp=2) == (2, 2, 4)
+    assert mesh("gemma4_e2b", 8, dp=None, fsdp=1, tp=1) == (8, 1, 1)
 
 
 @pytest.mark.parametrize(
@@ -198,6 +203,7 @@ def test_one_axis_leaves_the_rest_to_the_other():
     [
         ("gemma4_31b", 8, {"tp": 8}), ("gemma4_26b_a4b", 4, {"tp": 4}), ("gemma4_31b", 4, {"fsdp": 2, "tp": 4}),
         ("gemma4_31b", 4, {"fsdp": 3}), ("gemma4_31b", 4, {"fsdp": 1, "tp": 1}),
+        ("gemma4_31b", 4, {"dp": 3}), ("gemma4_31b", 8, {"dp": 2, "tp": 8}),
     ],
 )  # fmt: skip
 def test_an_impossible_mesh_lists_the_legal_ones(name, devices, sizes):
@@ -206,27 +212,30 @@ def test_an_impossible_mesh_lists_the_legal_ones(name, devices, sizes):
     message = str(caught.value)
     assert all(f"mesh.{axis}={size}" in message.split(":")[0] for axis, size in sizes.items())
     legal = message.split("legal meshes: ")[1].split("; ")
-    assert legal[0] == f"mesh.fsdp={devices} mesh.tp=1"
+    dp = sizes.get("dp", 1) if devices % sizes.get("dp", 1) == 0 else 1
+    assert legal[0].endswith(f"mesh.fsdp={devices // dp} mesh.tp=1")
     for entry in legal:  # what is listed works
-        fsdp, tp = (int(part.split("=")[1]) for part in entry.split())
-        assert mesh(name, devices, fsdp=fsdp, tp=tp) == (fsdp, tp)
+        listed = {axis: int(size) for axis, size in (part[len("mesh.") :].split("=") for part in entry.split())}
+        assert mesh(name, devices, **listed) == (dp, listed["fsdp"], listed["tp"])
 
 
 def test_the_mesh_of_a_known_slice_is_checked_without_jax(load, refused):
-    assert load("hardware=v5p8", "model=gemma4_31b", "model.path=random:0").checked.mesh == (1, 4)
-    assert load("hardware=v5p8", "mesh.fsdp=2", "mesh.tp=2").checked.mesh == (2, 2)
+    assert load("hardware=v5p8", "model=gemma4_31b", "model.path=random:0").checked.mesh == (1, 1, 4)
+    assert load("hardware=v5p8", "mesh.fsdp=2", "mesh.tp=2").checked.mesh == (1, 2, 2)
     assert "legal meshes" in refused("hardware=v5p16", "model=gemma4_31b", "model.path=random:0", "mesh=tp")
 
 
-def test_rows_divide_among_the_fsdp_devices():
+def test_rows_divide_among_their_places():
     data = DataConfig(sequence_length=512)
     assert rows_per_update(TrainerConfig(global_batch_tokens=4096), data) == 8
-    assert rows_per_microbatch(TrainerConfig(global_batch_sequences=8, microbatches=2), data, fsdp=4) == 4
+    assert rows_per_microbatch(TrainerConfig(global_batch_sequences=8, microbatches=2), data, places=4) == 4
     trainer = TrainerConfig(global_batch_sequences=12, microbatches=2)
-    with pytest.raises(UserError, match=r"6 rows per microbatch on mesh\.fsdp=4.*\(a multiple of 8\)") as caught:
-        rows_per_microbatch(trainer, data, fsdp=4)
+    with pytest.raises(
+        UserError, match=r"6 rows per microbatch for mesh\.dp × mesh\.fsdp = 4.*\(a multiple of 8\)"
+    ) as caught:
+        rows_per_microbatch(trainer, data, places=4)
     advised = int(str(caught.value).split("give trainer.global_batch_sequences=")[1].split()[0])
-    assert rows_per_microbatch(TrainerConfig(global_batch_sequences=advised, microbatches=2), data, fsdp=4) > 0
+    assert rows_per_microbatch(TrainerConfig(global_batch_sequences=advised, microbatches=2), data, places=4) > 0
 
 
 # --- devices

@@ -45,7 +45,7 @@ def test_options_of_the_issue_are_there():
     assert set(GROUPS["hardware"]) == {
         "local", "v5p8", "v5p16", "v5p32", "v5p64", "v6e1", "v6e4", "v6e8", "v6e16", "v5e8", "v5e16", "h100x2", "h200",
     }  # fmt: skip
-    assert set(GROUPS["mesh"]) == {"auto", "fsdp", "tp"}
+    assert set(GROUPS["mesh"]) == {"auto", "dp", "fsdp", "tp"}
     assert set(GROUPS["model"]) == {*BIG, "tiny", "tiny_moe", "tiny_e2b"}
     assert set(GROUPS["lora"]) == {"default", "qlora_nf4", "qlora_int8", "none"}
     assert set(GROUPS["data"]) == {"verilog_smoke", "chat_jsonl", "codev_r1"}

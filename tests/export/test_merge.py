@@ -6,7 +6,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import Mesh
 from safetensors.numpy import load_file
 
 from gemma4_tpu.config.schema import LoraConfig
@@ -17,7 +16,7 @@ from gemma4_tpu.models import lora as adapters
 from gemma4_tpu.models.gemma4 import Model
 from gemma4_tpu.models.layout import Layout
 from gemma4_tpu.models.load import load_params
-from gemma4_tpu.models.sharding import named
+from gemma4_tpu.models.sharding import make_mesh, named
 from gemma4_tpu.models.tensorfile import Checkpoint
 from tests.export.conftest import same
 from tests.models.checkpoints import hf_logits, load_hf, make_batch
@@ -35,7 +34,7 @@ BASES = [
 def lora_logits(run, tokens, export=None):
     """Logits [B, T, V] of base + LoRA by the forward pass that training ran."""
     trained = open_trained(run, export or ExportConfig())
-    layout, mesh = Layout.of(trained.base.arch), Mesh(np.array(jax.devices()[:1]).reshape(1, 1), ("fsdp", "tp"))
+    layout, mesh = Layout.of(trained.base.arch), make_mesh(1, 1, jax.devices()[:1])
     places = layout.tree(lambda x: named(mesh, x.tunix_names[0], x.shape, stacked=x.stacked))
     params = load_params(trained.checkpoint, layout.arch, layout, places, np.float32)
     model = Model(arch=layout.arch, compute_dtype=jnp.float32, lora_scale=trained.scale, mesh=mesh)

@@ -50,11 +50,11 @@ def test_padding_gives_finite_values_and_gradients():
     assert np.isfinite(jax.grad(total)(q)).all()
 
 
-@pytest.mark.parametrize(("fsdp", "tp"), [(1, 1), (2, 2)])
+@pytest.mark.parametrize(("dp", "fsdp", "tp"), [(1, 1, 1), (1, 2, 2), (2, 1, 2)])
 @pytest.mark.parametrize(("window", "kv_heads"), [(None, 1), (None, 2), (96, 2), (200, 4)])
-def test_the_tpu_kernel_equals_einsum_in_values_and_gradients(window, kv_heads, fsdp, tp):
+def test_the_tpu_kernel_equals_einsum_in_values_and_gradients(window, kv_heads, dp, fsdp, tp):
     """Packed rows with padding; the kernel runs in Pallas' interpreter."""
-    mesh = sharding.make_mesh(fsdp, tp, jax.devices()[: fsdp * tp])
+    mesh = sharding.make_mesh(fsdp, tp, jax.devices()[: dp * fsdp * tp], dp=dp)
     rng = np.random.default_rng(0)
     q, weight = (jnp.asarray(rng.normal(size=(2, 640, 4, 128)), jnp.float32) for _ in range(2))
     k, v = (jnp.asarray(rng.normal(size=(2, 640, kv_heads, 128)) / 8, jnp.float32) for _ in range(2))

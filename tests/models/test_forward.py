@@ -1,6 +1,7 @@
 """The forward pass against transformers, and packing, sharding and rematerialisation against itself."""
 
 import json
+import math
 
 import jax
 import jax.numpy as jnp
@@ -80,11 +81,21 @@ def test_packed_rows_give_each_segment_its_own_logits(kind):
 
 @pytest.mark.parametrize(
     ("kind", "shape"),
-    [("dense", (1, 4)), ("dense", (2, 4)), ("dense", (4, 1)), ("dense", (2, 2)), ("moe", (2, 2)), ("e2b", (2, 4))],
+    [
+        ("dense", (1, 4, 1)),
+        ("dense", (2, 4, 1)),
+        ("dense", (4, 1, 1)),
+        ("dense", (2, 2, 2)),
+        ("moe", (2, 2, 1)),
+        ("moe", (2, 2, 2)),
+        ("e2b", (2, 4, 1)),
+        ("e2b", (1, 1, 4)),
+    ],
 )
 def test_logits_are_the_same_on_every_mesh(kind, shape):
     tokens, mask = make_batch(batch=4)
-    mesh = sharding.make_mesh(*shape, jax.devices()[: shape[0] * shape[1]])
+    fsdp, tp, dp = shape
+    mesh = sharding.make_mesh(fsdp, tp, jax.devices()[: math.prod(shape)], dp=dp)
     single = run(*load(kind), tokens, segments=mask.astype(np.int32))
     meshed = run(*load(kind, mesh=mesh), tokens, segments=mask.astype(np.int32))
     # partial sums over tp meet in another order

@@ -52,7 +52,7 @@ def test_what_cannot_work_is_refused_before_anything_is_compiled(words, told, ca
 
 def test_the_issues_own_words_plan_the_papers_rows():
     loaded = load(["hardware=v5p8", "model=gemma4_31b", "lora.rank=64"], PLAN)
-    assert loaded.checked.mesh == (1, 4)
+    assert loaded.checked.mesh == (1, 1, 4)
     assert loaded.root.trainer.global_batch_sequences == 1
     assert not loaded.checked.data_here
     fill = Planned.of(loaded.root, loaded.checked).fill
@@ -276,6 +276,6 @@ def test_a_search_shows_the_front_and_why_others_are_missing(tmp_path, capsys, m
     assert told["front"] and all(one["remat"] == "decoder" for one in told["front"])
     reasons = " ".join(one["reason"] for one in told["skipped"])
     assert "not possible for model=gemma4_31b on 8 devices" in reasons  # tp=8 does not divide four KV heads
-    assert "fewer rows did not fit" in reasons  # two rows are not tried where one is too much
+    assert "global_batch_sequences=2 did not fit" in reasons  # what needs more is not tried
     assert "plan.max_candidates=14" in reasons
     assert "→" in capsys.readouterr().out

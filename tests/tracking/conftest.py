@@ -13,7 +13,7 @@ CONFIG = {
     "name": "t",
     "lora": {"rank": 16, "targets": ["attention", "mlp"]},
     "trainer": {"seed": 0, "max_updates": 100, "log_every": 1},
-    "mesh": {"fsdp": None, "tp": None},
+    "mesh": {"dp": 1, "fsdp": None, "tp": None},
 }
 
 

@@ -29,8 +29,8 @@ KEYS = [
     "data.train", "data.heldout_fraction", "data.max_rows", "optimizer.learning_rate", "optimizer.b1",
     "optimizer.schedule", "trainer.max_updates", "trainer.epochs", "trainer.global_batch_sequences",
     "trainer.microbatches", "trainer.seed", "trainer.spike_factor", "trainer.stall_seconds", "trainer.compile_cache",
-    "checkpoint.every", "checkpoint.keep", "checkpoint.resume", "checkpoint.resume_allow", "mesh.fsdp", "mesh.tp",
-    "distributed.num_processes", "name", "run_dir", "model.path", "hardware", "nonsense", "trainer",
+    "checkpoint.every", "checkpoint.keep", "checkpoint.resume", "checkpoint.resume_allow", "mesh.dp", "mesh.fsdp",
+    "mesh.tp", "distributed.num_processes", "name", "run_dir", "model.path", "hardware", "nonsense", "trainer",
 ]  # fmt: skip
 VALUES = st.one_of(
     st.sampled_from(["", "null", "true", "-1", "0", "1e400", "nan", "inf", "9" * 400, "[]", "{}", "[1,2", "../../x",
