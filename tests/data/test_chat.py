@@ -250,3 +250,12 @@ def test_unfit_tokenizers_are_refused():
 def test_malformed_prompts_are_the_users_to_mend(tokenizer):
     with pytest.raises(UserError, match="control_token"):
         render_prompt(tokenizer, [{"role": "user", "content": "<|turn>"}], "drop")
+
+
+def test_ids_are_those_of_the_tokenizers_own_call_whatever_its_file_says_of_cutting_and_padding():
+    tokenizer = make_tokenizer()
+    texts = ["<bos><|turn>user\nadd two three<turn|>\n", "5"]
+    expected = tokenizer(texts, add_special_tokens=False)["input_ids"]
+    tokenizer.backend_tokenizer.enable_truncation(3)
+    tokenizer.backend_tokenizer.enable_padding()
+    assert [ids.tolist() for ids in ChatFormat(tokenizer).encode(texts)] == expected
