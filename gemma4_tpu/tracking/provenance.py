@@ -15,11 +15,14 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from gemma4_tpu.tracking.files import read_json, write_json, write_text
 from gemma4_tpu.tracking.redact import redact, redact_arguments
 from gemma4_tpu.tracking.run import RunFolder
+
+if TYPE_CHECKING:
+    from jax.sharding import Mesh
 
 log = logging.getLogger(__name__)
 
@@ -97,12 +100,15 @@ def capture(
     )
 
 
-def machine(platform_name: str) -> dict[str, Any]:
-    """What about this machine and the compiler's settings can change the last bits of a result.
+def hardware_of(slice_name: str, mesh: Mesh) -> dict[str, Any]:
+    """The devices, and what about this machine and the compiler's settings can change the last bits of a result."""
+    device = mesh.devices.flat[0]
+    found = {"slice": slice_name, "devices": mesh.size, "kind": device.device_kind}
+    return found | _machine(device.platform)
 
-    Args:
-      platform_name: JAX's, such as `cpu` or `tpu`; the host's processor counts only where it computes.
-    """
+
+def _machine(platform_name: str) -> dict[str, Any]:
+    """The host's processor counts only where it computes."""
     flags = {name.lower(): redact(os.environ.get(name, "")) for name in ("XLA_FLAGS", "LIBTPU_INIT_ARGS")}
     if platform_name != "cpu":
         return flags

@@ -48,14 +48,14 @@ class Checkpoints:
     def __init__(self, folder: str | Path, config: CheckpointConfig, leaves: Iterable[Leaf], mesh: Mesh):
         self._leaves = list(leaves)
         self._mesh = mesh
-        self._folder = str(folder) if is_remote(str(folder)) else str(Path(folder).absolute())
+        self.folder = str(folder) if is_remote(str(folder)) else str(Path(folder).absolute())
         self._saving = 0
         kept: list[Any] = [policies.LatestN(config.keep)]
         if config.keep_best:  # the last of those in descending order
             best = {"reverse": True, "n": 1, "keep_checkpoints_without_metrics": False}
             kept.append(policies.BestN(get_metric_fn=_heldout_loss, **best))
         self._manager = ocp.CheckpointManager(
-            self._folder,
+            self.folder,
             options=ocp.CheckpointManagerOptions(
                 preservation_policy=policies.AnyPreservationPolicy(kept),
                 best_fn=_heldout_loss,  # without it Orbax 0.12 does not write the metrics, and forgets them on a resume
@@ -104,8 +104,8 @@ class Checkpoints:
         """Called by Orbax, in its own thread, when all parts are written and before the folder gets its final name."""
         if jax.process_index() == 0:
             names = (str(self._saving), f"{self._saving}{_UNDER_WAY}")
-            (name,) = (name for name in list_folder(self._folder) if name in names)
-            checksums.write(join(self._folder, name))
+            (name,) = (name for name in list_folder(self.folder) if name in names)
+            checksums.write(join(self.folder, name))
 
     def restore(self, update: int, state: TrainState) -> tuple[TrainState, dict[str, Any]]:
         """The state and data position saved after `update`, on this mesh; `state` gives structure and types.
@@ -126,7 +126,7 @@ class Checkpoints:
         except (ValueError, KeyError, TypeError) as error:  # its bytes are sound: they have been verified
             reason = str(error).strip().splitlines()[0][:300]
             raise UserError(
-                f"{self._folder}/{update}: does not hold what this run trains ({reason}); give the configuration that"
+                f"{self.folder}/{update}: does not hold what this run trains ({reason}); give the configuration that"
                 " the run began with, or another run_dir"
             ) from error
         return _from_disk(saved["state"], state, self._leaves), saved["position"]
@@ -156,7 +156,7 @@ class Checkpoints:
             kept = [u for u in self.updates if u != self._saving]
             last = f"the last good checkpoint is at update {kept[-1]}" if kept else "there is no checkpoint yet"
             raise UserError(
-                f"the disk of {self._folder} is full: the checkpoint at update {self._saving} could not be written;"
+                f"the disk of {self.folder} is full: the checkpoint at update {self._saving} could not be written;"
                 f" {last}. Make space, or lower checkpoint.keep, and the same command goes on"
             ) from error
 

@@ -12,18 +12,18 @@ import numpy as np
 import optax
 
 from gemma4_tpu.config.schema import CheckpointConfig, TrainerConfig
-from gemma4_tpu.data.pipeline import Pipeline, Update
+from gemma4_tpu.data.pipeline import Update
 from gemma4_tpu.errors import UserError
 from gemma4_tpu.step.train_step import Metrics, TrainState
 from gemma4_tpu.tracking.result import Result, Totals
+from gemma4_tpu.training.batches import Batches
 from gemma4_tpu.training.checkpoint import Checkpoints
-from gemma4_tpu.training.clock import Clock, Window, count_update
-from gemma4_tpu.training.hbm import hbm
 from gemma4_tpu.training.job import Job, to_mesh
 from gemma4_tpu.training.preemption import Preemption
 from gemma4_tpu.training.programs import Programs
 from gemma4_tpu.training.rates import Rates
 from gemma4_tpu.training.spikes import Spikes
+from gemma4_tpu.training.tally import Tally
 from gemma4_tpu.training.watchdog import Watchdog
 
 log = logging.getLogger(__name__)
@@ -47,9 +47,7 @@ class Loop:
     """A run under way: what it trains, on what, and where it reports."""
 
     job: Job
-    pipeline: Pipeline
-    heldout: list[Update]
-    """Batches of the held-out set, in a fixed order; empty: there is none."""
+    batches: Batches
     checkpoints: Checkpoints
     trainer: TrainerConfig
     checkpoint: CheckpointConfig
@@ -79,29 +77,29 @@ class Loop:
         state, totals, spikes = self.job.state, Totals(), Spikes(self.trainer.spike_factor)
         if resume_from is not None:
             state, position = self.checkpoints.restore(resume_from, state)
-            self.pipeline.set_state(position["pipeline"], self.checkpoint.resume_allow)
+            self.batches.pipeline.set_state(position["pipeline"], self.checkpoint.resume_allow)
             totals = Totals(**position["totals"])
             spikes = Spikes(self.trainer.spike_factor, **position["spikes"])
             log.info("resumed from the checkpoint at update %d", resume_from)
         self.watchdog.progress()
-        clock = Clock(earlier_seconds=totals.seconds)
-        done, last, stops = int(state.update), self.pipeline.total_updates, False
-        lengths = sorted({*self.pipeline.lengths, *map(_length, self.heldout)})
+        tally = Tally(self.job, self.rates, totals)
+        done, last, stops = int(state.update), self.batches.pipeline.total_updates, False
+        lengths = sorted({*self.batches.pipeline.lengths, *map(_length, self.batches.heldout)})
         programs = Programs(self.job.step, state, lengths, self.watchdog.paused)
 
         # ── held-out loss before the first update ──────────────────────────────────────────────────────────────────
         if done == 0:
-            self._evaluate(programs, state, totals, 0)
-        clock.lap()
+            self._evaluate(programs, state, tally, 0)
+        tally.start_lap()
 
         # ── updates: while the devices work on one, the host reads the metrics of the one before ───────────────────
-        window, in_flight = Window(), None
-        for update in self.pipeline:
+        in_flight = None
+        for update in self.batches.pipeline:
             done += 1
             limit = spikes.limit(done)
             state, metrics = programs.train(state, self.job.base, to_mesh(update.arrays, self.job.mesh), limit)
             if in_flight:
-                window = self._finish(in_flight, window, totals, spikes, clock)
+                self._finish(in_flight, tally, spikes)
             in_flight = InFlight(done, update, metrics, limit)
             stops = self.preemption.reached(done)
             evaluates = done == last or (self.trainer.eval_every and done % self.trainer.eval_every == 0)
@@ -110,58 +108,55 @@ class Loop:
                 continue
 
             # ── held-out loss and checkpoint: what is saved has been seen to be finite ─────────────────────────────
-            window, in_flight = self._finish(in_flight, window, totals, spikes, clock), None
-            heldout_loss = self._evaluate(programs, state, totals, done) if evaluates else None
-            if saves or (self.checkpoint.keep_best and heldout_loss is not None and totals.heldout_update_best == done):
-                totals.seconds = clock.total
+            self._finish(in_flight, tally, spikes)
+            in_flight = None
+            heldout_loss = self._evaluate(programs, state, tally, done) if evaluates else None
+            if saves or (self.checkpoint.keep_best and tally.totals().heldout_update_best == done):
                 self.flush()
-                self.checkpoints.save(state, self._position(totals, spikes), heldout_loss)
-            clock.lap()
+                self.checkpoints.save(state, self._position(tally, spikes), heldout_loss)
+            tally.start_lap()
             if stops:
                 break
 
         # ── result ─────────────────────────────────────────────────────────────────────────────────────────────────
         self.checkpoints.wait()
-        totals.seconds = clock.total
-        return self._result("preempted" if stops and done < last else "finished", totals)
+        return tally.result("preempted" if stops and done < last else "finished")
 
-    def _position(self, totals: Totals, spikes: Spikes) -> dict[str, Any]:
+    def _position(self, tally: Tally, spikes: Spikes) -> dict[str, Any]:
         """What a resumed run needs besides the training state, as JSON."""
         return {
             "fingerprints": self.fingerprints,
-            "pipeline": self.pipeline.get_state(),
-            "totals": asdict(totals),
+            "pipeline": self.batches.pipeline.get_state(),
+            "totals": asdict(tally.totals()),
             "spikes": {"losses": spikes.losses, "newest_at": spikes.newest_at},
         }
 
-    def _finish(self, flight: InFlight, window: Window, totals: Totals, spikes: Spikes, clock: Clock) -> Window:
-        """Waits for an update, checks and counts it, and reports it if it is due; returns the window to go on with."""
+    def _finish(self, flight: InFlight, tally: Tally, spikes: Spikes) -> None:
+        """Waits for an update, checks and counts it, and reports it if it is due."""
         loss, grad_norm = float(flight.metrics.loss), float(flight.metrics.grad_norm)
         if not (math.isfinite(loss) and math.isfinite(grad_norm)):
             self._stop_diverged(flight.done, flight.update, loss, grad_norm)
         self.preemption.something_to_save()
         self.watchdog.progress()
-        window.add(flight.update, clock.lap())
-        count_update(totals, flight.update, loss, window)
-        if spikes.add(flight.done, loss, flight.spike_limit):
-            totals.skipped_updates += 1
-            rows = _row_names(flight.update)
+        skipped = spikes.add(flight.done, loss, flight.spike_limit)
+        tally.count(flight.update, loss, skipped=skipped)
+        if skipped:
             log.warning(
                 "update %d skipped: loss %.4f is above %.4f (trainer.spike_factor=%g times the median); made from the"
-                " rows %s", flight.done, loss, flight.spike_limit, spikes.factor, ", ".join(rows),
+                " rows %s", flight.done, loss, flight.spike_limit, spikes.factor, ", ".join(_row_names(flight.update)),
             )  # fmt: skip
-        totals.seconds = clock.total
-        if flight.done % self.trainer.log_every and flight.done != self.pipeline.total_updates:
-            return window
-        self.report(self._row(flight, loss, grad_norm, totals, window), flight.done)
-        return Window(first=False)
+        if flight.done % self.trainer.log_every == 0 or flight.done == self.batches.pipeline.total_updates:
+            more = {} if spikes.factor is None else {"skipped_updates": tally.totals().skipped_updates}
+            learning_rate = float(self.schedule(flight.done - 1))
+            row = {"loss": loss, "learning_rate": learning_rate, "grad_norm": grad_norm, **more}
+            self.report(row | tally.row(flight.update), flight.done)
 
-    def _evaluate(self, programs: Programs, state: TrainState, totals: Totals, update: int) -> float | None:
+    def _evaluate(self, programs: Programs, state: TrainState, tally: Tally, update: int) -> float | None:
         """Mean loss over the held-out set, dropout off; reported and remembered."""
-        if not self.heldout:
+        if not self.batches.heldout:
             return None
         total, count = 0.0, 0
-        for batch in self.heldout:
+        for batch in self.batches.heldout:
             summed, targets = programs.evaluate(state.trained, self.job.base, to_mesh(batch.arrays, self.job.mesh))
             total, count = total + float(summed), count + int(targets)
             self.watchdog.progress()
@@ -169,42 +164,8 @@ class Loop:
         self.report({"heldout_loss": loss}, update)
         with self.watchdog.paused():
             self.sample(state.trained, update)
-        if totals.heldout_loss_first is None:
-            totals.heldout_loss_first = loss
-        totals.heldout_loss_last = loss
-        if totals.heldout_loss_best is None or loss < totals.heldout_loss_best:
-            totals.heldout_loss_best, totals.heldout_update_best = loss, update
+        tally.count_heldout(loss, update)
         return loss
-
-    def _row(self, flight: InFlight, loss: float, grad_norm: float, totals: Totals, window: Window) -> dict[str, Any]:
-        """The metrics of one logged update; rates are means since the row before."""
-        rate = window.real_tokens / window.seconds
-        return {
-            "loss": loss,
-            "learning_rate": float(self.schedule(flight.done - 1)),
-            "grad_norm": grad_norm,
-            "epoch": flight.update.epoch,
-            "real_tokens": flight.update.real_tokens,
-            "target_tokens": flight.update.target_tokens,
-            "real_tokens_per_second": rate,
-            "target_tokens_per_second": window.target_tokens / window.seconds,
-            "fill": flight.update.fill,
-            "update_seconds": window.seconds / window.updates,
-            "seconds": totals.seconds,
-            **({"skipped_updates": totals.skipped_updates} if self.trainer.spike_factor is not None else {}),
-            **self._utilisation(rate),
-            **hbm(self.job.mesh.local_devices),
-            **({"usd": self._usd(totals.seconds)} if self.rates.usd_per_hour is not None else {}),
-        }
-
-    def _utilisation(self, tokens_per_second: float | None) -> dict[str, float]:
-        peak = self.rates.peak_flops_per_second
-        if not peak or tokens_per_second is None:
-            return {}
-        return {"mfu": tokens_per_second * self.rates.flops_per_token / peak}
-
-    def _usd(self, seconds: float) -> float | None:
-        return None if self.rates.usd_per_hour is None else self.rates.usd_per_hour * seconds / 3600
 
     def _stop_diverged(self, done: int, update: Update, loss: float, grad_norm: float) -> None:
         rows = _row_names(update)
@@ -215,20 +176,6 @@ class Loop:
             f"update {done}: loss {loss:g}, gradient norm {grad_norm:g}; made from the rows {shown}. "
             + (f"The last good checkpoint is at update {kept[-1]}. " if kept else "There is no checkpoint yet. ")
             + "Look at these rows, or lower optimizer.learning_rate."
-        )
-
-    def _result(self, status: str, totals: Totals) -> Result:
-        rate = totals.timed_tokens / totals.timed_seconds if totals.timed_seconds else None
-        return Result(
-            **asdict(totals),
-            status=status,
-            fill=totals.real_tokens / totals.slots if totals.slots else None,
-            real_tokens_per_second=rate,
-            lora_parameters=0 if self.job.step.full else self.job.trained_parameters,
-            adapted_modules=self.job.adapted_modules,
-            mfu=self._utilisation(rate).get("mfu"),
-            hbm_peak_bytes=hbm(self.job.mesh.local_devices).get("hbm_peak_bytes"),
-            usd=self._usd(totals.seconds),
         )
 
 

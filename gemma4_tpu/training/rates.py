@@ -10,6 +10,7 @@ from gemma4_tpu.architectures import Architecture
 from gemma4_tpu.config.schema import HardwareConfig, LoraConfig
 from gemma4_tpu.hardware import chip_of, price_of
 from gemma4_tpu.models.flops import train_flops_per_token
+from gemma4_tpu.tracking.cost import usd
 
 
 class Rates(NamedTuple):
@@ -30,3 +31,13 @@ class Rates(NamedTuple):
             peak_flops_per_second=chip.peak_flops_per_second * mesh.size if chip else None,
             usd_per_hour=price.usd_per_hour if price else None,
         )
+
+    def mfu(self, real_tokens_per_second: float | None) -> float | None:
+        """Model FLOP/s utilisation at this rate over all devices."""
+        if self.peak_flops_per_second is None or real_tokens_per_second is None:
+            return None
+        return real_tokens_per_second * self.flops_per_token / self.peak_flops_per_second
+
+    def usd(self, seconds: float) -> float | None:
+        """Cost of the machine for this long."""
+        return usd(seconds, self.usd_per_hour)

@@ -1,0 +1,53 @@
+"""From tokenised rows to this process's share of every update, and of the held-out batches, for one mesh."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import replace
+from typing import Any, NamedTuple
+
+from jax.sharding import Mesh
+
+from gemma4_tpu.config.checks import rows_per_microbatch, rows_per_update
+from gemma4_tpu.config.schema import DataConfig, TrainerConfig
+from gemma4_tpu.data.build import TrainingData
+from gemma4_tpu.data.pipeline import Pipeline, Update, heldout_batches
+from gemma4_tpu.models.sharding import row_places
+from gemma4_tpu.training.job import rows_here
+
+log = logging.getLogger(__name__)
+
+
+class Batches(NamedTuple):
+    """What a run trains and is measured on, update by update."""
+
+    pipeline: Pipeline
+    heldout: list[Update]
+    """In a fixed order; empty: there is no held-out set."""
+    rows: int
+    """Of a microbatch, over all processes."""
+    mean_tokens: float
+    """Real tokens of a training example."""
+
+
+def make_batches(data: TrainingData, config: DataConfig, trainer: TrainerConfig, mesh: Mesh) -> Batches:
+    """Packs the rows into updates; the held-out ones into rows of the same lengths.
+
+    Raises:
+      UserError: the rows of an update don't divide evenly over the mesh, or there is nothing to train on.
+    """
+    rows = rows_per_microbatch(trainer, config, row_places(mesh))
+    shape: dict[str, Any] = {
+        "rows_per_update": rows_per_update(trainer, config),
+        "microbatches": trainer.microbatches,
+        "row_slice": rows_here(mesh, rows),
+    }
+    pipeline = Pipeline(
+        examples=data.train, data=config, seed=trainer.seed, epochs=trainer.epochs, max_updates=trainer.max_updates,
+        **shape,
+    )  # fmt: skip
+    same_lengths = replace(config, buckets=pipeline.lengths)
+    heldout = list(heldout_batches(data.heldout, same_lengths, **shape)) if data.heldout else []
+    updates, epochs = pipeline.total_updates, pipeline.total_epochs
+    log.info("%d updates of %d rows: %.2f epochs", updates, shape["rows_per_update"], epochs)
+    return Batches(pipeline, heldout, rows, float(data.train.slots.mean()))

@@ -1,0 +1,112 @@
+"""What a run adds up, and the figures that follow: the row of a logged update, the result at the end."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from gemma4_tpu.data.pipeline import Update
+from gemma4_tpu.tracking.result import Result, Totals
+from gemma4_tpu.training.hbm import hbm
+from gemma4_tpu.training.job import Job
+from gemma4_tpu.training.rates import Rates
+
+
+@dataclass
+class Window:
+    """Updates since the last logged row."""
+
+    updates: int = 0
+    real_tokens: int = 0
+    target_tokens: int = 0
+    seconds: float = 0.0
+
+
+class Tally:
+    """Tokens, time and losses of a run, earlier starts included."""
+
+    def __init__(self, job: Job, rates: Rates, totals: Totals):
+        """Goes on from the `totals` of earlier starts."""
+        self._job, self._rates, self._totals = job, rates, totals
+        self._window = Window()
+        self._compiles = True  # as the first update after a start does
+        self._lap_at = time.perf_counter()
+        self._started_at = self._lap_at - totals.seconds
+
+    def totals(self) -> Totals:
+        """As of now."""
+        self._totals.seconds = time.perf_counter() - self._started_at
+        return self._totals
+
+    def start_lap(self) -> None:
+        """The time of the next update counts from now on; that since the last one is the run's, but no update's."""
+        self._lap_at = time.perf_counter()
+
+    def count(self, update: Update, loss: float, *, skipped: bool) -> None:
+        """Adds an update that is finished, or was skipped because its loss (nats per target token) was a spike."""
+        totals, window = self._totals, self._window
+        now = time.perf_counter()
+        seconds, self._lap_at = now - self._lap_at, now
+        window.updates += 1
+        window.real_tokens += update.real_tokens
+        window.target_tokens += update.target_tokens
+        window.seconds += seconds
+        totals.updates += 1
+        totals.skipped_updates += skipped
+        totals.real_tokens += update.real_tokens
+        totals.target_tokens += update.target_tokens
+        totals.slots += round(update.real_tokens / update.fill)
+        if not self._compiles:
+            totals.timed_tokens += update.real_tokens
+            totals.timed_seconds += seconds
+        self._compiles = False
+        if totals.train_loss_first is None:
+            totals.train_loss_first = loss
+        totals.train_loss_last = loss
+
+    def count_heldout(self, loss: float, update: int) -> None:
+        """Remembers the held-out loss after `update`."""
+        totals = self._totals
+        if totals.heldout_loss_first is None:
+            totals.heldout_loss_first = loss
+        totals.heldout_loss_last = loss
+        if totals.heldout_loss_best is None or loss < totals.heldout_loss_best:
+            totals.heldout_loss_best, totals.heldout_update_best = loss, update
+
+    def row(self, update: Update) -> dict[str, Any]:
+        """Figures of the update that was counted last; rates are means since the row before."""
+        window, self._window = self._window, Window()
+        rate, seconds = window.real_tokens / window.seconds, self.totals().seconds
+        return {
+            "epoch": update.epoch,
+            "real_tokens": update.real_tokens,
+            "target_tokens": update.target_tokens,
+            "real_tokens_per_second": rate,
+            "target_tokens_per_second": window.target_tokens / window.seconds,
+            "fill": update.fill,
+            "update_seconds": window.seconds / window.updates,
+            "seconds": seconds,
+            **_known(mfu=self._rates.mfu(rate), usd=self._rates.usd(seconds)),
+            **hbm(self._job.mesh.local_devices),
+        }
+
+    def result(self, status: str) -> Result:
+        """What came of the run."""
+        totals = self.totals()
+        rate = totals.timed_tokens / totals.timed_seconds if totals.timed_seconds else None
+        return Result(
+            **asdict(totals),
+            status=status,
+            fill=totals.real_tokens / totals.slots if totals.slots else None,
+            real_tokens_per_second=rate,
+            lora_parameters=0 if self._job.step.full else self._job.trained_parameters,
+            adapted_modules=self._job.adapted_modules,
+            mfu=self._rates.mfu(rate),
+            hbm_peak_bytes=hbm(self._job.mesh.local_devices).get("hbm_peak_bytes"),
+            usd=self._rates.usd(totals.seconds),
+        )
+
+
+def _known(**figures: float | None) -> dict[str, float]:
+    return {name: figure for name, figure in figures.items() if figure is not None}
