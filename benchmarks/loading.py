@@ -84,7 +84,7 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=6)
     parser.add_argument("--times", type=int, default=3)
     asked = parser.parse_args()
-    context = multiprocessing.get_context("spawn")
+    context, load = multiprocessing.get_context("spawn"), os.getloadavg()[0]
     found: dict[str, list[tuple[float, int]]] = {name: [] for name in WAYS}
     with tempfile.TemporaryDirectory() as work:
         folder = Path(work) / "base"
@@ -106,7 +106,7 @@ def main() -> None:
     for name, runs in found.items():
         seconds = statistics.median(s for s, _ in runs)
         print(f"| {name} | {seconds:.1f} | {seconds / least:.1f}× | {max(held for _, held in runs) / GIB:.2f} |")
-    print(f"\n*{datetime.now(UTC):%Y-%m-%d}, {os.cpu_count()} CPU cores, load {os.getloadavg()[0]:.1f}*")
+    print(f"\n*{datetime.now(UTC):%Y-%m-%d}, {os.cpu_count()} CPU cores, load before {load:.1f}*")
 
 
 if __name__ == "__main__":

@@ -165,8 +165,8 @@ async def _one(client: openai.AsyncOpenAI, kind: str, draw: random.Random, load:
     return "completed"
 
 
-def table(load: Load, command: str) -> str:
-    """The result as Markdown."""
+def table(load: Load, before: float, command: str) -> str:
+    """The result as Markdown; `before`: the machine's load average when it began."""
     assert load.before and load.settled and load.after
     total = sum(load.ended.values())
     rows = [("users at a time", f"{load.users}"), ("seconds", f"{load.seconds:g}"), ("requests", f"{total:,}")]
@@ -185,8 +185,8 @@ def table(load: Load, command: str) -> str:
     return f"""# The local server under load
 
 *Measured* on {datetime.now(UTC):%Y-%m-%d}, {platform.machine()} with {os.cpu_count()} CPU cores (shared with the \
-clients and other work), by `{command}`: {load.users} users of OpenAI's Python client, one request after the other, \
-against `python -m gemma4_tpu.serve serving=local` with the tiny checkpoint of the package.
+clients; load before {before:.1f}), by `{command}`: {load.users} users of OpenAI's Python client, one request after \
+the other, against `python -m gemma4_tpu.serve serving=local` with the tiny checkpoint of the package.
 
 | | |
 |---|---|
@@ -227,6 +227,7 @@ def main() -> int:
     parser.add_argument("--seconds", type=float, default=60)
     parser.add_argument("--write", type=Path, help="Markdown file for the table")
     given = parser.parse_args()
+    before = os.getloadavg()[0]
     with tempfile.TemporaryDirectory(prefix="serving-load-") as folder:
         process, url = serve(Path(folder))
         try:
@@ -234,7 +235,7 @@ def main() -> int:
         finally:
             process.terminate()
             process.wait(timeout=30)
-    text = table(load, f"python benchmarks/serving_load.py --users {given.users} --seconds {given.seconds:g}")
+    text = table(load, before, f"python benchmarks/serving_load.py --users {given.users} --seconds {given.seconds:g}")
     print(text)
     if given.write:
         given.write.write_text(text, encoding="utf-8")

@@ -42,13 +42,13 @@ def main() -> None:
     """Prints the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--times", type=int, default=5)
-    times = parser.parse_args().times
+    times, load = parser.parse_args().times, os.getloadavg()[0]
     print("| command | seconds, median | least | most |\n|---|---:|---:|---:|")
     for name, arguments in COMMANDS.items():
         seconds(arguments)
         found = [seconds(arguments) for _ in range(times)]
         print(f"| `{name}` | {statistics.median(found):.2f} | {min(found):.2f} | {max(found):.2f} |", flush=True)
-    print(f"\n*{datetime.now(UTC):%Y-%m-%d}, {os.cpu_count()} CPU cores, load {os.getloadavg()[0]:.1f}*")
+    print(f"\n*{datetime.now(UTC):%Y-%m-%d}, {os.cpu_count()} CPU cores, load before {load:.1f}*")
 
 
 if __name__ == "__main__":

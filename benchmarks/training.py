@@ -291,7 +291,7 @@ def main() -> None:
     parser.add_argument("--rank", type=int, default=64)
     parser.add_argument("--out", type=Path)
     asked = parser.parse_args()
-    context = multiprocessing.get_context("spawn")
+    context, load = multiprocessing.get_context("spawn"), os.getloadavg()[0]
     found: dict[str, Outcome] = {}
     for name in WAYS:
         here, there = context.Pipe()
@@ -315,8 +315,9 @@ def main() -> None:
         f" | {one.loss_before:.3f} → {one.loss_after:.3f} |"
         for name, one in found.items()
     ]
-    load = os.getloadavg()[0]
-    machine = f"*{datetime.now(UTC):%Y-%m-%d}, {os.cpu_count()} CPU cores ({platform.machine()}), load {load:.1f}*"
+    machine = (
+        f"*{datetime.now(UTC):%Y-%m-%d}, {os.cpu_count()} CPU cores ({platform.machine()}), load before {load:.1f}*"
+    )
     text = "\n".join([*lines, "", machine, ""])
     print(text)
     if asked.out:
