@@ -1,0 +1,41 @@
+"""The table of every size on every slice is made of the figures that are kept."""
+
+import pytest
+
+from benchmarks import slices
+
+GIB = 2**30
+
+
+@pytest.fixture
+def plan():
+    """A plan of ours: 8 GFLOP, 2 MB per real token and chip, 4 ms."""
+    return {
+        "fits": True, "mesh": {"dp": 1, "fsdp": 1, "tp": 4}, "hbm_limit_bytes_per_chip": 31 * GIB,
+        "hbm_bytes_per_chip": 20 * GIB, "flops_per_real_token_and_chip": 8e9,
+        "hbm_traffic_bytes_per_real_token_and_chip": 2e6, "real_tokens_per_update": 4000.0,
+        "roofline_seconds": {"update": 4e-3},
+    }  # fmt: skip
+
+
+def test_ratios_are_per_real_token(plan):
+    recipe = {
+        "fits": True, "mesh": {"fsdp": 1, "tp": 4}, "hbm_bytes_per_chip": 10 * GIB, "real_tokens": 1000.0,
+        "flops": 918e12 * 8e-3, "hbm_traffic_bytes": 1e10, "collectives": {},
+    }  # fmt: skip
+    line = slices._row("gemma4_31b", "v6e-4", plan, recipe)
+    # 8 ms at v6e's peak for 1,000 tokens beside 4 ms for 4,000: eight times as long per token
+    assert line.endswith("| 7.34 | 8.00 | 0.9× | 10.0 | 2.00 | 5.0× | 8.0× |")
+    assert line.startswith("| 31b | v6e-4 | 1 × 4, 1 × 1 × 4 | 10.0 | 20.0 | 31.0 |")
+
+
+def test_a_step_that_does_not_fit_has_no_ratio(plan):
+    recipe = {"fits": False, "mesh": {"fsdp": 1, "tp": 4}, "hbm_bytes_per_chip": 40 * GIB, "message": "OutOfMemory"}
+    line = slices._row("gemma4_31b", "v6e-4", plan, recipe)
+    assert "**does not fit** 40.0 | 20.0" in line and line.endswith("| – | 8.00 | – | – | 2.00 | – | – |")
+
+
+def test_every_cell_that_is_kept_has_its_line():
+    cells = [(size, machine) for size in slices.SIZES for machine in slices.MACHINES]
+    kept = sum(slices.path_of(cell).is_file() for cell in cells)
+    assert len(slices.rows()) == 2 + kept
