@@ -15,7 +15,7 @@ from gemma4_tpu.config.bench_checks import BenchChecked
 from gemma4_tpu.config.entries import BENCH
 from gemma4_tpu.config.load import Loaded, load
 from gemma4_tpu.config.tasks import BenchRoot
-from gemma4_tpu.errors import REFUSED, UserError
+from gemma4_tpu.errors import exit_code
 
 if TYPE_CHECKING:
     from gemma4_tpu.benching.sweep import Results
@@ -30,12 +30,11 @@ MAY_CHANGE = ("endpoint", "served", "bench.request_timeout_seconds", "bench.cros
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Exit code: 0 done, 1 requests failed, 2 refused (one message on stderr), 130 interrupted."""
-    try:
-        loaded = load(list(sys.argv[1:] if argv is None else argv), BENCH)
-        return _dry_run(loaded) if loaded.root.dry_run else _run(loaded)
-    except UserError as refusal:
-        print(f"error: {refusal}", file=sys.stderr)
-        return REFUSED
+    return exit_code(lambda: _run(load(list(sys.argv[1:] if argv is None else argv), BENCH)))
+
+
+def _run(loaded: Loaded[BenchRoot, BenchChecked]) -> int:
+    return _dry_run(loaded) if loaded.root.dry_run else _bench(loaded)
 
 
 def _dry_run(loaded: Loaded[BenchRoot, BenchChecked]) -> int:
@@ -61,7 +60,7 @@ def _client(loaded: Loaded[BenchRoot, BenchChecked]) -> VllmClient | None:
     return VllmClient(checked.serving, config, checked.endpoint)
 
 
-def _run(loaded: Loaded[BenchRoot, BenchChecked]) -> int:
+def _bench(loaded: Loaded[BenchRoot, BenchChecked]) -> int:
     """The benchmark and its record."""
     from gemma4_tpu.benching.cross_check import cross_check
     from gemma4_tpu.benching.sweep import run_sweep

@@ -1,5 +1,10 @@
 """The one exception for what a user can put right, and the exit codes of every entry point."""
 
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+
 REFUSED = 2
 """A `UserError`: one message on stderr."""
 STALLED = 3
@@ -17,3 +22,20 @@ class UserError(ValueError):
 
     Entry points print its message without a traceback and exit with code 2.
     """
+
+
+def exit_code(run: Callable[[], int], *, interrupted: str = "interrupted") -> int:
+    """That of an entry point's work: a refusal is one message on stderr, Ctrl-C a line that says `interrupted`."""
+    try:
+        return run()
+    except UserError as refusal:
+        print(f"error: {refusal}", file=sys.stderr)
+        return REFUSED
+    except KeyboardInterrupt:
+        print(f"\n{interrupted}", file=sys.stderr)
+        return INTERRUPTED
+
+
+def first_line(error: BaseException) -> str:
+    """What went wrong, for a record of one line; the log has the rest."""
+    return (str(error) or repr(error)).splitlines()[0]

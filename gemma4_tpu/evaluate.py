@@ -17,7 +17,7 @@ from gemma4_tpu.config.entries import EVALUATE
 from gemma4_tpu.config.evaluate_checks import EvaluateChecked
 from gemma4_tpu.config.load import Loaded, from_yaml, load
 from gemma4_tpu.config.tasks import EvaluateRoot
-from gemma4_tpu.errors import UserError
+from gemma4_tpu.errors import exit_code
 
 if TYPE_CHECKING:
     from gemma4_tpu.evals.job import Evaluated
@@ -31,20 +31,19 @@ MAY_CHANGE = ("eval.batch_size", "eval.concurrency", "eval.judge", "eval.request
 def main(argv: Sequence[str] | None = None) -> int:
     """Exit code: 0 done, 2 refused (one message on stderr), 130 interrupted."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    try:
-        loaded = load(list(sys.argv[1:] if argv is None else argv), EVALUATE)
-        match loaded.checked.form:
-            case "selfcheck":
-                return _selfcheck(loaded.root)
-            case "compare":
-                return _compare(loaded.root.compare)
-        return _run(loaded)
-    except UserError as refusal:
-        print(f"error: {refusal}", file=sys.stderr)
-        return 2
+    return exit_code(lambda: _run(load(list(sys.argv[1:] if argv is None else argv), EVALUATE)))
 
 
 def _run(loaded: Loaded[EvaluateRoot, EvaluateChecked]) -> int:
+    match loaded.checked.form:
+        case "selfcheck":
+            return _selfcheck(loaded.root)
+        case "compare":
+            return _compare(loaded.root.compare)
+    return _evaluate(loaded)
+
+
+def _evaluate(loaded: Loaded[EvaluateRoot, EvaluateChecked]) -> int:
     """One evaluation and its record."""
     from gemma4_tpu.evals.job import evaluate
     from gemma4_tpu.tracking.logs import setup_logging

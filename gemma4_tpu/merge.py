@@ -19,28 +19,23 @@ from gemma4_tpu.config.entries import MERGE
 from gemma4_tpu.config.load import Loaded, from_yaml, load
 from gemma4_tpu.config.merge_checks import MergeChecked
 from gemma4_tpu.config.tasks import MergeRoot
-from gemma4_tpu.errors import UserError
+from gemma4_tpu.errors import UserError, exit_code, first_line
 
 if TYPE_CHECKING:
     from gemma4_tpu.export.job import Job
     from gemma4_tpu.tracking.run import RunFolder
 
 log = logging.getLogger(__name__)
-INTERRUPTED = 130
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Exit code: 0 published, 2 refused or failed the comparison (one message on stderr), 130 interrupted."""
     os.environ["JAX_PLATFORMS"] = "cpu"  # an export leaves accelerators to others
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # blocks of rows are worked on in parallel instead
-    try:
-        return _run(load(list(sys.argv[1:] if argv is None else argv), MERGE))
-    except UserError as refusal:
-        print(f"error: {refusal}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("\ninterrupted; the same command goes on with the file it was at", file=sys.stderr)
-        return INTERRUPTED
+    return exit_code(
+        lambda: _run(load(list(sys.argv[1:] if argv is None else argv), MERGE)),
+        interrupted="interrupted; the same command goes on with the file it was at",
+    )
 
 
 def _run(loaded: Loaded[MergeRoot, MergeChecked]) -> int:
@@ -82,9 +77,8 @@ def _export(job: Job, loaded: Loaded[MergeRoot, MergeChecked], *, several: bool)
             write_json(record.result_path, result)
             _track(job, record, result, asdict(config))
         except Exception as error:
-            failed = {"status": "failed", "error": (str(error) or repr(error)).splitlines()[0]}
             with suppress(OSError):  # a disk that is full takes no record either
-                write_json(record.result_path, failed)
+                write_json(record.result_path, {"status": "failed", "error": first_line(error)})
             raise
         finally:
             record.close()

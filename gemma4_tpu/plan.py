@@ -15,26 +15,19 @@ from gemma4_tpu.config.entries import PLAN
 from gemma4_tpu.config.load import Loaded, load
 from gemma4_tpu.config.plan_checks import PlanChecked
 from gemma4_tpu.config.tasks import PlanRoot
-from gemma4_tpu.errors import UserError
+from gemma4_tpu.errors import exit_code
 
 if TYPE_CHECKING:
     from gemma4_tpu.planning.attempt import Planned
     from gemma4_tpu.tracking.run import RunFolder
 
 log = logging.getLogger(__name__)
-DOES_NOT_FIT, INTERRUPTED = 1, 130
+DOES_NOT_FIT = 1
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Exit code: 0 it fits, 1 it does not fit, 2 refused (one message on stderr), 130 interrupted."""
-    try:
-        return _run(load(list(sys.argv[1:] if argv is None else argv), PLAN))
-    except UserError as refusal:
-        print(f"error: {refusal}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("\ninterrupted", file=sys.stderr)
-        return INTERRUPTED
+    return exit_code(lambda: _run(load(list(sys.argv[1:] if argv is None else argv), PLAN)))
 
 
 def _run(loaded: Loaded[PlanRoot, PlanChecked]) -> int:

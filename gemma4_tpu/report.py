@@ -7,10 +7,10 @@ import sys
 from collections.abc import Sequence
 
 from gemma4_tpu.config.entries import REPORT
-from gemma4_tpu.config.load import load
-from gemma4_tpu.config.report_checks import LISTED
+from gemma4_tpu.config.load import Loaded, load
+from gemma4_tpu.config.report_checks import LISTED, ReportChecked
 from gemma4_tpu.config.tasks import ReportRoot
-from gemma4_tpu.errors import INTERRUPTED, REFUSED, UserError
+from gemma4_tpu.errors import exit_code
 
 _PLAIN = r"[\w./-]+"
 """Words that need no quotes on the command line."""
@@ -18,15 +18,11 @@ _PLAIN = r"[\w./-]+"
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Exit code: 0 all is well, 1 the report says otherwise, 2 refused (one message on stderr), 130 interrupted."""
-    try:
-        loaded = load(spelt_out(sys.argv[1:] if argv is None else argv), REPORT)
-        return SUBJECTS[loaded.checked.subject](loaded.root)
-    except UserError as refusal:
-        print(f"error: {refusal}", file=sys.stderr)
-        return REFUSED
-    except KeyboardInterrupt:
-        print("\ninterrupted", file=sys.stderr)
-        return INTERRUPTED
+    return exit_code(lambda: _answer(load(spelt_out(sys.argv[1:] if argv is None else argv), REPORT)))
+
+
+def _answer(loaded: Loaded[ReportRoot, ReportChecked]) -> int:
+    return SUBJECTS[loaded.checked.subject](loaded.root)
 
 
 def spelt_out(words: Sequence[str]) -> list[str]:

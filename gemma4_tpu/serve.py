@@ -16,7 +16,7 @@ from gemma4_tpu.config.entries import SERVE
 from gemma4_tpu.config.load import Loaded, load
 from gemma4_tpu.config.serve_checks import ServeChecked
 from gemma4_tpu.config.tasks import ServeRoot
-from gemma4_tpu.errors import INTERRUPTED, REFUSED, UserError
+from gemma4_tpu.errors import exit_code
 from gemma4_tpu.hardware import GIB, LOCAL
 
 if TYPE_CHECKING:
@@ -30,14 +30,7 @@ log = logging.getLogger(__name__)
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Exit code: 0 stopped on request, 2 refused or failed (one message on stderr), 130 or 143 stopped before ready."""
-    try:
-        return _run(load(list(sys.argv[1:] if argv is None else argv), SERVE))
-    except UserError as refusal:
-        print(f"error: {refusal}", file=sys.stderr)
-        return REFUSED
-    except KeyboardInterrupt:
-        print("\ninterrupted", file=sys.stderr)
-        return INTERRUPTED
+    return exit_code(lambda: _run(load(list(sys.argv[1:] if argv is None else argv), SERVE)))
 
 
 def _run(loaded: Loaded[ServeRoot, ServeChecked]) -> int:

@@ -12,9 +12,10 @@ from contextlib import closing
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
+from gemma4_tpu.config.checks import Checked
 from gemma4_tpu.config.load import Loaded, load_train
 from gemma4_tpu.config.schema import TrainRoot
-from gemma4_tpu.errors import INTERRUPTED, PREEMPTED, REFUSED, UserError
+from gemma4_tpu.errors import INTERRUPTED, PREEMPTED, exit_code, first_line
 
 if TYPE_CHECKING:
     from gemma4_tpu.evals.heldout import HeldoutAnswers
@@ -31,21 +32,16 @@ log = logging.getLogger(__name__)
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Exit code: 0 finished, 2 refused (one message on stderr), 3 hung, 42 preempted and saved, 130 interrupted."""
-    try:
-        loaded = load_train(list(sys.argv[1:] if argv is None else argv))
-        if not loaded.root.preview:
-            return _run(loaded)
-        from gemma4_tpu.data import preview
-
-        preview.show(loaded.root)
-        return 0
-    except UserError as refusal:
-        print(f"error: {refusal}", file=sys.stderr)
-        return REFUSED
+    return exit_code(lambda: _run(load_train(list(sys.argv[1:] if argv is None else argv))))
 
 
-def _run(loaded: Loaded) -> int:
+def _run(loaded: Loaded[TrainRoot, Checked]) -> int:
     """Joins the other processes, trains, and ends this one so that the others notice where it fails alone."""
+    if loaded.root.preview:
+        from gemma4_tpu.data.preview import show
+
+        return show(loaded.root)
+
     from gemma4_tpu.training.hosts import start_hosts
     from gemma4_tpu.training.preemption import Preemption
 
@@ -57,7 +53,7 @@ def _run(loaded: Loaded) -> int:
             return _record(loaded, hosts, preemption)
 
 
-def _record(loaded: Loaded, hosts: Hosts, preemption: Preemption) -> int:
+def _record(loaded: Loaded[TrainRoot, Checked], hosts: Hosts, preemption: Preemption) -> int:
     """Opens the run folder, trains in it, and leaves a result, plots and a summary there."""
     from gemma4_tpu.tracking.logs import log_refusal, setup_logging
     from gemma4_tpu.tracking.plots import plot_run
@@ -79,7 +75,7 @@ def _record(loaded: Loaded, hosts: Hosts, preemption: Preemption) -> int:
         print(f"\ninterrupted; {hint}", file=sys.stderr)
         return INTERRUPTED
     except Exception as error:
-        folder.leave_result(Result(status="failed", error=(str(error) or repr(error)).splitlines()[0]))
+        folder.leave_result(Result(status="failed", error=first_line(error)))
         log_refusal(error)
         raise
     finally:
@@ -95,7 +91,7 @@ def _record(loaded: Loaded, hosts: Hosts, preemption: Preemption) -> int:
     return 0
 
 
-def _open_folder(loaded: Loaded, hosts: Hosts) -> RunFolder:
+def _open_folder(loaded: Loaded[TrainRoot, Checked], hosts: Hosts) -> RunFolder:
     """Process 0 makes or opens the run folder; the others are told which it is."""
     from gemma4_tpu.tracking.run import RunFolder
 
@@ -113,7 +109,7 @@ def _open_folder(loaded: Loaded, hosts: Hosts) -> RunFolder:
     return opened[0] if opened else RunFolder.existing(address, key="run_dir, chosen by process 0,")
 
 
-def _train(loaded: Loaded, folder: RunFolder, hosts: Hosts, preemption: Preemption) -> Result:
+def _train(loaded: Loaded[TrainRoot, Checked], folder: RunFolder, hosts: Hosts, preemption: Preemption) -> Result:
     """The main job: rows to batches, weights to the mesh, updates, result."""
     from gemma4_tpu.config.checks import warmup_warning
     from gemma4_tpu.data.build import build_data
@@ -129,7 +125,7 @@ def _train(loaded: Loaded, folder: RunFolder, hosts: Hosts, preemption: Preempti
     from gemma4_tpu.training.job import build_job, check_capacity, start_mesh
     from gemma4_tpu.training.replay import Replay
 
-    config: TrainRoot = loaded.root
+    config = loaded.root
     use_compile_cache(config.trainer.compile_cache)
     resume_from = hosts.from_first(lambda: resume.newest_verified(folder.checkpoints))
 
@@ -175,7 +171,7 @@ def _train(loaded: Loaded, folder: RunFolder, hosts: Hosts, preemption: Preempti
 
 
 def _loop(
-    loaded: Loaded,
+    loaded: Loaded[TrainRoot, Checked],
     folder: RunFolder,
     preemption: Preemption,
     job: Job,

@@ -18,7 +18,7 @@ from pathlib import Path
 
 from gemma4_tpu.config.checks import Checked
 from gemma4_tpu.config.load import Loaded, load
-from gemma4_tpu.errors import INTERRUPTED, REFUSED, STALLED, UserError
+from gemma4_tpu.errors import STALLED, UserError, exit_code
 from gemma4_tpu.hardware import price_of, slice_of
 from gemma4_tpu.tracking.redact import redact
 from launch.config import GKE, GkeRoot
@@ -36,21 +36,19 @@ _INSTALL = "install it: pip install 'gemma4-tpu[gke]' (or, apart from this proje
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Exit code: 0 submitted (or shown), 2 refused, 130 interrupted, else xpk's."""
-    words = list(sys.argv[1:] if argv is None else argv)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S", stream=sys.stderr)
-    try:
-        loaded = load(words, GKE)
-        command, run_dir = create(loaded)
-        if loaded.root.launch.dry_run:
-            print(_shown(command, loaded.root))
-            return 0
-        return _submit(command, loaded.root, run_dir)
-    except UserError as refusal:
-        print(f"error: {refusal}", file=sys.stderr)
-        return REFUSED
-    except KeyboardInterrupt:
-        print("\ninterrupted; the workload may be there: xpk workload list shows it", file=sys.stderr)
-        return INTERRUPTED
+    return exit_code(
+        lambda: _run(load(list(sys.argv[1:] if argv is None else argv), GKE)),
+        interrupted="interrupted; the workload may be there: xpk workload list shows it",
+    )
+
+
+def _run(loaded: Loaded[GkeRoot, Checked]) -> int:
+    command, run_dir = create(loaded)
+    if loaded.root.launch.dry_run:
+        print(_shown(command, loaded.root))
+        return 0
+    return _submit(command, loaded.root, run_dir)
 
 
 def create(loaded: Loaded[GkeRoot, Checked]) -> tuple[list[str], str]:

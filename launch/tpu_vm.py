@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from gemma4_tpu.config.load import load
-from gemma4_tpu.errors import INTERRUPTED, REFUSED, UserError
+from gemma4_tpu.errors import UserError, exit_code
 from launch import gcloud, owned, source
 from launch.config import PROJECT, TPU_VM, ZONE, TpuVmRoot
 from launch.gcloud import GcloudError
@@ -30,19 +30,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Exit code: the training's (0 finished, 42 to be gone on with); 2 refused, 130 interrupted; 0 without watching."""
     words = list(sys.argv[1:] if argv is None else argv)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S", stream=sys.stderr)
-    try:
-        if words and words[0] in VERBS:
-            return _verb(words[0], words[1:])
-        if "-m" in words or "--multirun" in words:
-            raise UserError("--multirun: one launch is one run; give one value for each key")
-        loaded = load(words, TPU_VM)
-        return _launch(make_job(loaded), [*loaded.checked.warnings, *_offline(loaded.root)])
-    except UserError as refusal:
-        print(f"error: {refusal}", file=sys.stderr)
-        return REFUSED
-    except KeyboardInterrupt:
-        print("\ninterrupted; nothing was asked for", file=sys.stderr)
-        return INTERRUPTED
+    return exit_code(lambda: _run(words), interrupted="interrupted; nothing was asked for")
+
+
+def _run(words: list[str]) -> int:
+    if words and words[0] in VERBS:
+        return _verb(words[0], words[1:])
+    if "-m" in words or "--multirun" in words:
+        raise UserError("--multirun: one launch is one run; give one value for each key")
+    loaded = load(words, TPU_VM)
+    return _launch(make_job(loaded), [*loaded.checked.warnings, *_offline(loaded.root)])
 
 
 def _launch(job: Job, warnings: Sequence[str]) -> int:
@@ -56,16 +53,16 @@ def _launch(job: Job, warnings: Sequence[str]) -> int:
     job.save()
     (job.folder / "startup.sh").write_text(script, encoding="utf-8")
     _upload(job)
-    try:
-        submit(job)
-        log.info("%s is asked for; run folder %s", job.id, job.run_dir)
-        if not job.config.watch:
-            print(still_there(job))
-            return 0
-        return watch(job)
-    except KeyboardInterrupt:
-        print(f"\ninterrupted; {still_there(job)}", file=sys.stderr)
-        return INTERRUPTED
+    return exit_code(lambda: _submit(job), interrupted=f"interrupted; {still_there(job)}")
+
+
+def _submit(job: Job) -> int:
+    submit(job)
+    log.info("%s is asked for; run folder %s", job.id, job.run_dir)
+    if not job.config.watch:
+        print(still_there(job))
+        return 0
+    return watch(job)
 
 
 def _offline(root: TpuVmRoot) -> list[str]:
@@ -134,11 +131,12 @@ def _watch_again(names: list[str]) -> int:
     if job is None:
         known = ", ".join(saved_jobs()) or "none"
         raise UserError(f"watch: {names[0]}: not launched from this folder (launched: {known})")
+    return exit_code(lambda: _follow(job), interrupted=f"interrupted; {still_there(job)}")
+
+
+def _follow(job: Job) -> int:
     try:
         return watch(job)
-    except KeyboardInterrupt:
-        print(f"\ninterrupted; {still_there(job)}", file=sys.stderr)
-        return INTERRUPTED
     except GcloudError as error:
         raise UserError(f"{error}\nif it is still there, {how_to_delete(job)}") from None
 

@@ -1,7 +1,6 @@
-"""`python -m gemma4_tpu.data.preview`: look at what would be trained on before paying for it.
+"""`python -m gemma4_tpu.train preview=true`: look at what would be trained on before paying for it.
 
-Takes the command line of `gemma4_tpu.train`. Shows rendered rows with the trained tokens marked, the lengths, the fill
-of a pass and the rows dropped.
+Shows rendered rows with the trained tokens marked, the lengths, the fill of a pass and the rows dropped.
 """
 
 from __future__ import annotations
@@ -9,8 +8,6 @@ from __future__ import annotations
 import itertools
 import logging
 import re
-import sys
-from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -23,7 +20,6 @@ from gemma4_tpu.config.schema import DataConfig, TrainRoot
 from gemma4_tpu.data.build import TrainingData, build_data
 from gemma4_tpu.data.examples import Examples
 from gemma4_tpu.data.plan import Plan
-from gemma4_tpu.errors import UserError
 
 ROWS_SHOWN = 3
 BINS = 16
@@ -131,8 +127,10 @@ def _totals(built: TrainingData, data: DataConfig, rows_per_update: int, seed: i
     return lines
 
 
-def show(config: TrainRoot) -> None:
+def show(config: TrainRoot) -> int:
     """Builds the data of a training configuration and previews it; too many dropped rows are shown, not refused.
+
+    Returns the exit code, 0.
 
     Raises:
       UserError: no base model or tokenizer, unreadable sources, or not a single row to train on.
@@ -149,19 +147,4 @@ def show(config: TrainRoot) -> None:
     preview(
         built, config.data, tokenizer, rows_per_update=rows, seed=config.trainer.seed, console=console, plot_path=PLOT
     )
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """Exit code: 0 shown, 2 refused (one message on stderr)."""
-    from gemma4_tpu.config.load import load_train
-
-    try:
-        show(load_train(list(sys.argv[1:] if argv is None else argv)).root)
-    except UserError as refusal:
-        print(f"error: {refusal}", file=sys.stderr)
-        return 2
     return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -7,7 +7,7 @@ import os
 import re
 from typing import Any
 
-from gemma4_tpu.errors import UserError
+from gemma4_tpu.errors import UserError, first_line
 from gemma4_tpu.hardware import Slice
 
 ENVIRONMENT = {
@@ -44,7 +44,7 @@ def absent_devices(wanted: Slice) -> list[Any]:
     try:
         described = topologies.get_topology_desc(wanted.topology, platform="tpu", **bounds)
     except Exception as error:  # libtpu raises its own kinds
-        reason = (str(error) or repr(error)).splitlines()[0]
+        reason = first_line(error)
         raise UserError(f"libtpu does not describe {wanted.name} ({wanted.topology}): {reason}") from error
     devices = list(described.devices)
     if len(devices) != wanted.chips:

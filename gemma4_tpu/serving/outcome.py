@@ -13,6 +13,7 @@ import httpx
 from gemma4_tpu.config.files import PROBE_NAME
 from gemma4_tpu.config.serve_checks import ServeChecked, url_of
 from gemma4_tpu.config.tasks import ServingConfig
+from gemma4_tpu.errors import first_line
 from gemma4_tpu.serving.command import model_name
 from gemma4_tpu.serving.probe import probe
 from gemma4_tpu.serving.signals import Signals, Stopped
@@ -75,7 +76,7 @@ def until_stopped(outcome: Outcome, serve: Callable[[Signals], None], stopped: s
             log.info("%s: %s", signal, stopped)
             return 0 if answered else 128 + signal.number
         except Exception as error:
-            outcome.error = (str(error) or repr(error)).splitlines()[0]
+            outcome.error = first_line(error)
             raise
     raise AssertionError("a server ends by a signal or an error")
 

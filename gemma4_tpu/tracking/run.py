@@ -21,7 +21,7 @@ from typing import Any
 
 import yaml
 
-from gemma4_tpu.errors import INTERRUPTED, UserError
+from gemma4_tpu.errors import INTERRUPTED, UserError, first_line
 from gemma4_tpu.storage import is_remote, join
 from gemma4_tpu.tracking.bucket import CHECKPOINTS, Bucket
 from gemma4_tpu.tracking.files import jsonable, write_json, write_text
@@ -198,8 +198,7 @@ class RunFolder:
             print(f"\ninterrupted; the same command with run_dir={self.path} goes on", file=sys.stderr)
             return INTERRUPTED
         except Exception as error:
-            reason = (str(error) or repr(error)).splitlines()[0]
-            write_json(self.result_path, {"status": "failed", "error": reason})
+            write_json(self.result_path, {"status": "failed", "error": first_line(error)})
             raise
         finally:
             self.close()
@@ -240,7 +239,7 @@ class RunFolder:
             )
         forbidden: dict[str, str] = {}
         for key, recorded, given in config_differences(self.read_config(), config):
-            if _is_among(key, MAY_CHANGE) or _is_among(key, allow):
+            if is_among(key, MAY_CHANGE) or is_among(key, allow):
                 log.info("resuming with %s=%s (was %s)", key, given, recorded)
             else:
                 forbidden[key] = f"\n  {key}: {given} (the run has {recorded})"
@@ -269,7 +268,7 @@ def _leaves(config: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any
             yield f"{prefix}{key}", value
 
 
-def _is_among(key: str, allowed: Sequence[str]) -> bool:
+def is_among(key: str, allowed: Sequence[str]) -> bool:
     """Whether a key or a group that it lies in is named."""
     return any(key == name or key.startswith(name + ".") for name in allowed)
 

@@ -15,7 +15,7 @@ from typing import Any
 from gemma4_tpu.config.schema import TrackerConfig
 from gemma4_tpu.errors import UserError
 from gemma4_tpu.tracking.files import from_jsonable, jsonable
-from gemma4_tpu.tracking.run import RunFolder
+from gemma4_tpu.tracking.run import RunFolder, is_among
 
 log = logging.getLogger(__name__)
 
@@ -97,15 +97,11 @@ def run_name(name: str, overrides: Sequence[str]) -> str:
     one, which also stands first where it was given.
     """
     given = [word.lstrip("+") for word in overrides]
-    kept = [word for word in given if not _is_among(word.partition("=")[0], _NOT_IN_NAMES)]
+    kept = [word for word in given if not is_among(word.partition("=")[0], _NOT_IN_NAMES)]
     if not kept or any(word.startswith("name=") for word in given):
         kept.insert(0, name)
     text = " ".join(kept)
     return text if len(text) <= _NAME_CHARACTERS else text[: _NAME_CHARACTERS - 1] + "…"
-
-
-def _is_among(key: str, names: Sequence[str]) -> bool:
-    return any(key == name or key.startswith(name + ".") for name in names)
 
 
 class _Guarded(Tracker):

@@ -9,6 +9,7 @@ from rich.console import Console
 from gemma4_tpu.config.schema import DataConfig, DataSource
 from gemma4_tpu.data import preview
 from gemma4_tpu.data.build import build_data
+from gemma4_tpu.train import main
 from tests.data.conftest import chat_row
 
 
@@ -62,13 +63,14 @@ def test_histogram_counts_every_length():
 def test_command_line(monkeypatch, tmp_path, capsys, write_jsonl):
     monkeypatch.chdir(tmp_path)
     model = "model.path=random:0"
-    assert preview.main([model]) == 0
+    assert main(["preview=true", model]) == 0
     out = capsys.readouterr().out
     assert "training examples; what is trained on is inside ⟦…⟧" in out
     assert "fill 9" in out
     assert (tmp_path / "outputs/preview/lengths.png").read_bytes().startswith(b"\x89PNG")
     bad = write_jsonl([chat_row("a", "b"), {}])
-    assert preview.main([model, "data=chat_jsonl", f"data.train=[{{path: {bad}}}]", "data.heldout_fraction=0"]) == 0
+    words = [model, "data=chat_jsonl", f"data.train=[{{path: {bad}}}]", "data.heldout_fraction=0"]
+    assert main(["preview=true", *words]) == 0
     assert "training would refuse this" in capsys.readouterr().out
-    assert preview.main(["data.train=[{path: nowhere.jsonl}]"]) == 2
+    assert main(["preview=true", "data.train=[{path: nowhere.jsonl}]"]) == 2
     assert "nowhere.jsonl" in capsys.readouterr().err
