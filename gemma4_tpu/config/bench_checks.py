@@ -12,6 +12,7 @@ from urllib.parse import urlsplit
 import yaml
 
 from gemma4_tpu.architectures import ARCHITECTURES
+from gemma4_tpu.config.files import folder_of
 from gemma4_tpu.config.keys import did_you_mean
 from gemma4_tpu.config.limits import limit_problems
 from gemma4_tpu.config.problems import Problem
@@ -39,13 +40,8 @@ class BenchChecked:
 def normalise_bench(root: BenchRoot) -> BenchRoot:
     """One spelling: no slash or /v1 at the end of the URL, `~` expanded."""
     endpoint = re.sub(r"(/v1)?/*$", "", root.endpoint) if root.endpoint else None
-    return replace(root, endpoint=endpoint, served=_home(root.served), run_dir=_home(root.run_dir))
-
-
-def _home(path: str | None) -> str | None:
-    if not path:
-        return None
-    return (str(Path(path).expanduser()) if path.startswith("~") else path).rstrip("/") or "/"
+    served, run_dir = folder_of(root.served) or None, folder_of(root.run_dir) or None
+    return replace(root, endpoint=endpoint, served=served, run_dir=run_dir)
 
 
 def examine_bench(root: BenchRoot) -> tuple[BenchChecked | None, list[Problem]]:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from gemma4_tpu.architectures import Architecture
-from gemma4_tpu.config.files import checkpoint_architecture, remote_problem, source_problem, tokenizer_problem
+from gemma4_tpu.config.files import at_home, checkpoint_architecture, remote_problem, source_problem, tokenizer_problem
 from gemma4_tpu.config.keys import did_you_mean
 from gemma4_tpu.config.limits import HIGH_LEARNING_RATE, limit_problems
 from gemma4_tpu.config.problems import Problem, refusal
@@ -52,21 +52,17 @@ def normalise(root: TrainRoot) -> TrainRoot:
     """One spelling for what can be written in several: `packing: false`, `quantize: none`, `~/rows.jsonl`."""
     quantize = None if root.lora.quantize in ("none", "null") else root.lora.quantize
     train, heldout = (
-        [replace(source, path=_home(source.path)) for source in sources]
+        [replace(source, path=at_home(source.path)) for source in sources]
         for sources in (root.data.train, root.data.heldout)
     )
     return replace(
         root,
-        model=replace(root.model, path=_home(root.model.path), tokenizer=_home(root.model.tokenizer)),
+        model=replace(root.model, path=at_home(root.model.path), tokenizer=at_home(root.model.tokenizer)),
         data=replace(root.data, packing=root.data.packing.strip().lower(), train=train, heldout=heldout),
         lora=replace(root.lora, quantize=quantize),
-        run_dir=_home(root.run_dir),
-        replay=_home(root.replay),
+        run_dir=at_home(root.run_dir),
+        replay=at_home(root.replay),
     )
-
-
-def _home(path: str | None) -> Any:
-    return str(Path(path).expanduser()) if path and path.startswith("~") else path
 
 
 def check_train(root: TrainRoot) -> Checked:
@@ -106,7 +102,8 @@ def resolve_mesh(mesh: MeshConfig, architecture: Architecture, devices: int) -> 
       UserError: the sizes don't multiply to `devices`, or tp divides the heads unevenly; lists the legal meshes.
     """
     legal = legal_meshes(architecture, devices)
-    given = {axis: size for axis, size in vars(mesh).items() if size is not None}
+    sizes_given = {"dp": mesh.dp, "fsdp": mesh.fsdp, "tp": mesh.tp}
+    given = {axis: size for axis, size in sizes_given.items() if size is not None}
     fitting = [sizes for sizes in legal if given.items() <= sizes._asdict().items()]
     if not fitting:
         words = ", ".join(f"mesh.{axis}={size}" for axis, size in given.items() if axis != "dp" or size > 1)

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from urllib.parse import urlsplit
 
-from gemma4_tpu.config.files import RANDOM, checkpoint_architecture, local_place, tokenizer_problem
+from gemma4_tpu.config.files import RANDOM, checkpoint_architecture, folder_of, local_place, tokenizer_problem
 from gemma4_tpu.config.limits import limit_problems
 from gemma4_tpu.config.merge_checks import is_run
 from gemma4_tpu.config.problems import Problem
@@ -29,22 +29,15 @@ def normalise_evaluate(root: EvaluateRoot) -> EvaluateRoot:
     evaluation = replace(
         root.eval,
         checkpoint=root.eval.checkpoint.strip().lower(),
-        problems_path=_home(root.eval.problems_path),
-        samples=_home(root.eval.samples),
+        problems_path=folder_of(root.eval.problems_path),
+        samples=folder_of(root.eval.samples),
         endpoint=root.eval.endpoint.rstrip("/") if root.eval.endpoint else None,
     )
-    model = replace(root.model, path=_home(root.model.path), tokenizer=_home(root.model.tokenizer))
+    model = replace(root.model, path=folder_of(root.model.path), tokenizer=folder_of(root.model.tokenizer))
     return replace(
-        root, eval=evaluation, model=model, run=_home(root.run) or "", run_dir=_home(root.run_dir),
-        compare=[_home(folder) or "" for folder in root.compare],
+        root, eval=evaluation, model=model, run=folder_of(root.run) or "", run_dir=folder_of(root.run_dir),
+        compare=[folder_of(folder) or "" for folder in root.compare],
     )  # fmt: skip
-
-
-def _home(path: str | None) -> str | None:
-    if not path:
-        return path
-    expanded = str(Path(path).expanduser()) if path.startswith("~") else path
-    return expanded.rstrip("/") or "/"
 
 
 def examine_evaluate(root: EvaluateRoot) -> tuple[EvaluateChecked | None, list[Problem]]:

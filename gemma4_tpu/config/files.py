@@ -188,6 +188,16 @@ def local_place(given: str, path: str) -> tuple[Path | None, list[str]]:
         return None, [f"{given.split('=')[0]}={error}"]
 
 
+def at_home(path: str | None) -> Any:
+    """A path with `~` written out; nothing stays nothing."""
+    return str(Path(path).expanduser()) if path and path.startswith("~") else path
+
+
+def folder_of(path: str | None) -> Any:
+    """The same without a slash at the end."""
+    return at_home(path).rstrip("/") or "/" if path else path
+
+
 def _sibling(place: Path) -> str:
     try:
         names = [entry.name for entry in place.parent.iterdir()]

@@ -8,7 +8,7 @@ import re
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from gemma4_tpu.config.files import remote_problem
+from gemma4_tpu.config.files import folder_of, remote_problem
 from gemma4_tpu.config.limits import limit_problems
 from gemma4_tpu.config.problems import Problem
 from gemma4_tpu.config.tasks import ExportConfig, MergeRoot
@@ -31,18 +31,11 @@ def normalise_merge(root: MergeRoot) -> MergeRoot:
     export = replace(
         root.export,
         checkpoint=root.export.checkpoint.strip().lower(),
-        base=_home(root.export.base),
-        target=_home(root.export.target),
+        base=folder_of(root.export.base),
+        target=folder_of(root.export.target),
         verify=root.export.verify.strip().lower(),
     )
-    return replace(root, run=_home(root.run) or "", run_dir=_home(root.run_dir), export=export)
-
-
-def _home(path: str | None) -> str | None:
-    if not path:
-        return path
-    expanded = str(Path(path).expanduser()) if path.startswith("~") else path
-    return expanded.rstrip("/") or "/"
+    return replace(root, run=folder_of(root.run) or "", run_dir=folder_of(root.run_dir), export=export)
 
 
 def examine_merge(root: MergeRoot) -> tuple[MergeChecked | None, list[Problem]]:

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from gemma4_tpu.config.files import folder_of
 from gemma4_tpu.config.keys import did_you_mean
 from gemma4_tpu.config.problems import Problem
 from gemma4_tpu.config.tasks import ReportRoot
@@ -31,15 +32,9 @@ class ReportChecked:
 
 def normalise_report(root: ReportRoot) -> ReportRoot:
     """One spelling: `~` expanded, no slash at the end."""
-    changed: dict[str, Any] = {name: _home(getattr(root, name)) for name in SUBJECTS}
-    changed |= {name: [_home(path) for path in getattr(root, name)] for name in (*LISTED, "records")}
-    return replace(root, **changed, out=_home(root.out) if root.out else None)
-
-
-def _home(path: str) -> str:
-    if not path:
-        return path
-    return (str(Path(path).expanduser()) if path.startswith("~") else path).rstrip("/") or "/"
+    changed: dict[str, Any] = {name: folder_of(getattr(root, name)) for name in SUBJECTS}
+    changed |= {name: [folder_of(path) for path in getattr(root, name)] for name in (*LISTED, "records")}
+    return replace(root, **changed, out=folder_of(root.out) or None)
 
 
 def examine_report(root: ReportRoot) -> tuple[ReportChecked | None, list[Problem]]:

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from gemma4_tpu import assets
 from gemma4_tpu.architectures import Architecture, from_hf_config
-from gemma4_tpu.config.files import INDEX_NAME, SINGLE_NAME, no_checkpoint
+from gemma4_tpu.config.files import INDEX_NAME, SINGLE_NAME, folder_of, no_checkpoint
 from gemma4_tpu.config.keys import did_you_mean
 from gemma4_tpu.config.limits import limit_problems
 from gemma4_tpu.config.merge_checks import is_run
@@ -79,16 +79,9 @@ def normalise_serve(root: ServeRoot) -> ServeRoot:
     """One spelling: `~` expanded, no slash at the end, flags with dashes and without those in front."""
     serving = root.serving
     flags = {name.lstrip("-").replace("_", "-"): value for name, value in serving.flags.items()}
-    cache = _home(serving.compile_cache)
+    cache = folder_of(serving.compile_cache)
     serving = replace(serving, flags=flags, compile_cache=None if cache in (None, "", "null", "none") else cache)
-    return replace(root, serving=serving, run=_home(root.run) or "", run_dir=_home(root.run_dir))
-
-
-def _home(path: str | None) -> str | None:
-    if not path:
-        return path
-    expanded = str(Path(path).expanduser()) if path.startswith("~") else path
-    return expanded.rstrip("/") or "/"
+    return replace(root, serving=serving, run=folder_of(root.run) or "", run_dir=folder_of(root.run_dir))
 
 
 def examine_serve(root: ServeRoot) -> tuple[ServeChecked | None, list[Problem]]:

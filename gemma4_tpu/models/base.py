@@ -10,8 +10,7 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from gemma4_tpu import assets
-from gemma4_tpu.architectures import Architecture
-from gemma4_tpu.config.files import find_base
+from gemma4_tpu.config.files import BaseFound, find_base
 from gemma4_tpu.config.schema import ModelConfig
 from gemma4_tpu.models.tensorfile import Checkpoint
 
@@ -20,14 +19,9 @@ RANDOM_TOKENIZER = "embedded:tiny"
 
 
 @dataclass(frozen=True)
-class Base:
+class Base(BaseFound):
     """A base model, found but not loaded."""
 
-    arch: Architecture
-    folder: str | None
-    """Local or gs:// folder of the checkpoint; None for random weights."""
-    seed: int | None
-    """Seed of random weights; None for a checkpoint."""
     tokenizer_folder: str
 
     @cached_property

@@ -53,12 +53,6 @@ def kv_cache_bytes(arch: Architecture, tokens: int, dtype_bytes: int = 2, *, tp:
     return total
 
 
-def kv_bytes_per_token(arch: Architecture, dtype_bytes: int = 2, *, tp: int = 1, beyond_window: bool = True) -> int:
-    """Bytes that one more token adds to the cache: in a sequence longer than the window only global layers grow."""
-    layers = [i for i in range(arch.num_layers) if arch.is_global(i) or not beyond_window]
-    return sum(layer_kv_bytes_per_token(arch, i, dtype_bytes, tp) for i in layers)
-
-
 def parameter_count(arch: Architecture) -> int:
     """Parameters of the text model, all experts included; the tied output table counts once."""
     shapes = list(outer_shapes(arch).values())

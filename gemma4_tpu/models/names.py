@@ -149,11 +149,6 @@ class Tensor:
         return {name: (a, b[:, i].T) for i, name in enumerate(self.hf_names)}
 
 
-def delta_hf(tensor: Tensor, lora_a: np.ndarray, lora_b: np.ndarray, scale: float) -> dict[str, np.ndarray]:
-    """What the adapter adds to each Hugging Face weight `[out, in]`, in float32, by name without prefix."""
-    return {name: np.float32(scale) * (b @ a) for name, (a, b) in tensor.lora_factors(lora_a, lora_b).items()}
-
-
 def peft_names(hf_name: str, prefix: str) -> tuple[str, str]:
     """What PEFT calls A and B of the weight `hf_name`, for a base checkpoint whose keys have `prefix`."""
     module = f"base_model.model.{prefix}{hf_name.removesuffix('.weight')}"

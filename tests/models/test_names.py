@@ -8,7 +8,7 @@ import pytest
 
 from gemma4_tpu.architectures import ARCHITECTURES, from_hf_config
 from gemma4_tpu.errors import UserError
-from gemma4_tpu.models.names import PREFIXES, delta_hf, match, name_map, peft_tensors
+from gemma4_tpu.models.names import PREFIXES, match, name_map, peft_tensors
 from gemma4_tpu.models.tensorfile import Checkpoint
 from tests.models.checkpoints import KINDS, make_checkpoint
 
@@ -157,7 +157,7 @@ def test_adapters_become_the_deltas_of_hugging_face_weights(kind):
             a, b = rng.standard_normal((*in_shape, rank)), rng.standard_normal((rank, *out_shape))
             x = rng.standard_normal((3, *in_shape))
             expected = scale * np.einsum(from_rank, np.einsum(to_rank, x, a), b)
-            deltas = delta_hf(tensor, a, b, scale)
+            deltas = {n: scale * (lora_b @ lora_a) for n, (lora_a, lora_b) in tensor.lora_factors(a, b).items()}
             assert list(deltas) == list(tensor.hf_names)
             got = [(x.reshape(3, -1) @ delta.T) for delta in deltas.values()]
             # products of unit normals summed over up to 128 inputs and 4 ranks, in float32: about 1e-5
