@@ -27,8 +27,8 @@ COMMANDS: dict[str, EntryPoint] = {**ENTRIES, TPU_VM.name: TPU_VM, GKE.name: GKE
 INTRODUCTION = """\
 # Configuration
 
-*Made by `python docs/make_configuration.py` from `gemma4_tpu/config/schema.py` and `tasks.py` (types, meanings),
-`limits.py` (limits) and `conf/` (values); a test holds it to them.*
+*Made by `python docs/make_configuration.py` from `gemma4_tpu/config/schema.py`, `tasks.py` and `serving.py` (types,
+meanings), `limits.py` (limits) and `conf/` (values); a test holds it to them.*
 
 Every command takes words: `group=option` chooses a file of `conf/<group>/`, `key=value` sets one value, whatever the
 order. Lists are written `'key=[a,b]'`, mappings `'key={a: 1}'`, no value is `null`. All words are checked together,

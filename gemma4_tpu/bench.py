@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from gemma4_tpu.config.bench_checks import BenchChecked
 from gemma4_tpu.config.entries import BENCH
 from gemma4_tpu.config.load import Loaded, load
-from gemma4_tpu.config.tasks import BenchRoot
+from gemma4_tpu.config.serving import BenchRoot
 from gemma4_tpu.errors import exit_code
 
 if TYPE_CHECKING:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 from gemma4_tpu.config.entries import SERVE
 from gemma4_tpu.config.load import Loaded, load
 from gemma4_tpu.config.serve_checks import ServeChecked
-from gemma4_tpu.config.tasks import ServeRoot
+from gemma4_tpu.config.serving import ServeRoot
 from gemma4_tpu.errors import exit_code
 from gemma4_tpu.hardware import GIB, LOCAL
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from gemma4_tpu.config.tasks import BenchConfig
+from gemma4_tpu.config.serving import BenchConfig
 
 _ORDINARY = (1000, 255_000)  # Gemma's vocabulary begins and ends with special tokens
 _ANYWHERE = (256, 512)  # in every vocabulary, the tiny models' too, and nothing special

@@ -16,7 +16,7 @@ from gemma4_tpu.benching.load import FAILED, OK
 from gemma4_tpu.benching.metrics import P99_FROM
 from gemma4_tpu.benching.sweep import Results
 from gemma4_tpu.benching.vllm_client import VllmClient
-from gemma4_tpu.config.tasks import BenchConfig
+from gemma4_tpu.config.serving import BenchConfig
 from gemma4_tpu.tracking.files import read_json, write_compact_json, write_json
 
 log = logging.getLogger(__name__)

@@ -14,7 +14,7 @@ import aiohttp
 from gemma4_tpu.benching import metrics
 from gemma4_tpu.benching.cells import Cell, arrivals_seconds, generator, prompts
 from gemma4_tpu.benching.client import Answer, Target, ask, prefix_cache_tokens, request_body, session
-from gemma4_tpu.config.tasks import BenchConfig
+from gemma4_tpu.config.serving import BenchConfig
 
 OK, INFEASIBLE, FAILED = "ok", "infeasible", "failed"
 _TOO_LONG = re.compile(r"^4\d\d: .*(context length|max_model_len|too long|longer than|maximum length)", re.IGNORECASE)

@@ -13,7 +13,7 @@ from gemma4_tpu.benching.client import Target, find_target
 from gemma4_tpu.benching.load import FAILED, INFEASIBLE, OK, run_cell
 from gemma4_tpu.benching.show import Bar, told_of
 from gemma4_tpu.config.bench_checks import BenchChecked
-from gemma4_tpu.config.tasks import BenchConfig
+from gemma4_tpu.config.serving import BenchConfig
 from gemma4_tpu.errors import UserError
 from gemma4_tpu.tracking.files import read_json, write_compact_json
 

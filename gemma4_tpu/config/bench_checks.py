@@ -17,7 +17,7 @@ from gemma4_tpu.config.keys import did_you_mean
 from gemma4_tpu.config.limits import limit_problems
 from gemma4_tpu.config.problems import Problem
 from gemma4_tpu.config.serve_checks import MERGED, name_of, url_of
-from gemma4_tpu.config.tasks import BenchConfig, BenchRoot, ServingConfig
+from gemma4_tpu.config.serving import BenchConfig, BenchRoot, ServingConfig
 from gemma4_tpu.hardware import LOCAL, SLICES
 
 

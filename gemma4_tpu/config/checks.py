@@ -95,38 +95,6 @@ def examine_train(root: TrainRoot) -> tuple[Checked | None, list[Problem]]:
     return Checked(architecture, mesh, tuple(_warnings(root))), []
 
 
-def resolve_mesh(mesh: MeshConfig, architecture: Architecture, devices: int) -> MeshSizes:
-    """Sizes of the axes on `devices` devices.
-
-    Raises:
-      UserError: the sizes don't multiply to `devices`, or tp divides the heads unevenly; lists the legal meshes.
-    """
-    legal = legal_meshes(architecture, devices)
-    sizes_given = {"dp": mesh.dp, "fsdp": mesh.fsdp, "tp": mesh.tp}
-    given = {axis: size for axis, size in sizes_given.items() if size is not None}
-    fitting = [sizes for sizes in legal if given.items() <= sizes._asdict().items()]
-    if not fitting:
-        words = ", ".join(f"mesh.{axis}={size}" for axis, size in given.items() if axis != "dp" or size > 1)
-        listed = [sizes for sizes in legal if sizes.dp == mesh.dp] or [sizes for sizes in legal if sizes.dp == 1]
-        raise UserError(
-            f"{words}: not possible for model={architecture.name} on {_count(devices, 'device')} "
-            f"(dp × fsdp × tp = {devices}; tp divides {architecture.num_heads} query heads and "
-            f"{_heads(architecture)} key/value heads); legal meshes: "
-            + "; ".join(" ".join(sizes.overrides) for sizes in listed)
-        )
-    return max(fitting, key=lambda sizes: (sizes.tp, sizes.fsdp))
-
-
-def legal_meshes(architecture: Architecture, devices: int) -> list[MeshSizes]:
-    """Every mesh of `devices` devices for this model, by tp and then dp."""
-    return [
-        MeshSizes(dp, devices // tp // dp, tp)
-        for tp in architecture.legal_tp(devices)
-        for dp in range(1, devices // tp + 1)
-        if devices // tp % dp == 0
-    ]
-
-
 def rows_per_update(trainer: TrainerConfig, data: DataConfig) -> int:
     """Rows of T tokens in one update, over all devices."""
     if trainer.global_batch_sequences is not None:
@@ -353,10 +321,6 @@ def _batch_key(trainer: TrainerConfig) -> str:
     if trainer.global_batch_sequences is not None:
         return f"trainer.global_batch_sequences={trainer.global_batch_sequences}"
     return f"trainer.global_batch_tokens={trainer.global_batch_tokens}"
-
-
-def _heads(architecture: Architecture) -> str:
-    return " and ".join(map(str, dict.fromkeys((architecture.num_kv_heads, architecture.num_global_kv_heads))))
 
 
 def _count(number: int, noun: str) -> str:

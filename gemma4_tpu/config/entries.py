@@ -15,7 +15,8 @@ from gemma4_tpu.config.problems import Problem
 from gemma4_tpu.config.report_checks import ReportChecked, examine_report, normalise_report
 from gemma4_tpu.config.schema import TrainRoot
 from gemma4_tpu.config.serve_checks import ServeChecked, examine_serve, normalise_serve
-from gemma4_tpu.config.tasks import BenchRoot, EvaluateRoot, MergeRoot, PlanRoot, ReportRoot, ServeRoot
+from gemma4_tpu.config.serving import BenchRoot, ServeRoot
+from gemma4_tpu.config.tasks import EvaluateRoot, MergeRoot, PlanRoot, ReportRoot
 
 Root = TypeVar("Root")
 Checks = TypeVar("Checks")

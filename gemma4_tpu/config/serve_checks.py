@@ -21,7 +21,7 @@ from gemma4_tpu.config.limits import limit_problems
 from gemma4_tpu.config.merge_checks import is_run
 from gemma4_tpu.config.problems import Problem
 from gemma4_tpu.config.serve_local_checks import local_problems
-from gemma4_tpu.config.tasks import ServeRoot, ServingConfig
+from gemma4_tpu.config.serving import ServeRoot, ServingConfig
 from gemma4_tpu.errors import UserError
 from gemma4_tpu.hardware import LOCAL, SLICES
 

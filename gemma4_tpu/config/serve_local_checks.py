@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from importlib.util import find_spec
 
-from gemma4_tpu.config.tasks import ServingConfig
+from gemma4_tpu.config.serving import ServingConfig
 
 CONTAINER_ONLY = (
     "engine", "image", "tensor_parallel_size", "data_parallel_size", "gpu_memory_utilization", "kv_cache_dtype",

@@ -1,9 +1,8 @@
-"""Types of what runs before and after a training: plan, merge, evaluate, serve, bench, report. Ground: `schema.py`."""
+"""Types of what runs before and after a training: plan, merge, evaluate, report. Ground: `schema.py`."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
 
 from gemma4_tpu.config.schema import HardwareConfig, MeshConfig, ModelConfig, TrainRoot
 
@@ -182,137 +181,6 @@ class PlanRoot(TrainRoot):
     plan: PlanConfig = field(default_factory=PlanConfig)
     name: str = "plan"
     """Name of the plan; part of the folder's name."""
-
-
-@dataclass(kw_only=True)
-class ServingConfig:
-    """A vLLM server in its container, or an embedded one (`serving=local`). Names follow `vllm serve`."""
-
-    engine: str = "docker"
-    """Command of the container engine: `docker`, `podman`, or with words before it, such as
-    `sudo --preserve-env=HF_TOKEN docker`."""
-    image: str = ""
-    """Container image with a version tag or a digest; one that can change (`latest`, `nightly`) is refused."""
-    slice: str = "v6e-8"
-    """The machine that this runs on: key of `hardware.SLICES`. Decides memory, and how devices reach the container.
-    `local`: no container; PyTorch serves in this process, on the CPU."""
-    tensor_parallel_size: int = 1
-    """Chips that each layer is split over."""
-    data_parallel_size: int = 1
-    """Copies of the model, each on `tensor_parallel_size` chips."""
-    max_model_len: int = 16384
-    """Longest sequence in tokens, prompt and answer together."""
-    max_num_seqs: int | None = None
-    """Sequences under way at a time; null: vLLM's default, for `serving=local` 64."""
-    max_num_batched_tokens: int | None = None
-    """Tokens of one step; null: vLLM's default. For `serving=local` those of prompts, and 1024."""
-    gpu_memory_utilization: float = 0.9
-    """Share of each chip's memory for weights and KV cache (TPUs too, whatever its name)."""
-    weight_dtype: str = "bfloat16"
-    """`bfloat16`, or `fp8`: weights are quantised when they are loaded (by Qwix on TPUs). `float32` and `bfloat16` for
-    `serving=local`."""
-    kv_cache_dtype: str = "auto"
-    """`auto` (the image decides; counted as bfloat16), `bfloat16` or `fp8`."""
-    flags: dict[str, Any] = field(default_factory=dict)
-    """Further flags of `vllm serve` without dashes, such as `{enable-prefix-caching: true, seed: 0}`: true is `--flag`,
-    false `--no-flag`, null leaves it out, lists and mappings become JSON. Checked against the image's flags."""
-    extra_args: list[str] = field(default_factory=list)
-    """Further words for `vllm serve`, as they are and unchecked."""
-    env: dict[str, Any] = field(default_factory=dict)
-    """Environment variables of the container. No secrets: HF_TOKEN and VLLM_API_KEY are handed on from the environment
-    by name."""
-    host: str = "127.0.0.1"
-    """Address to listen on; 0.0.0.0 opens the server to everyone who can reach this machine."""
-    port: int = 8000
-    """Port to listen on."""
-    served_model_name: str | None = None
-    """Name that clients ask for; null: the folder's name, for `<run>/merged` the run's."""
-    compile_cache: str | None = "auto"
-    """Local folder for compiled programs, kept from start to start; `auto`: `gemma4_tpu/vllm` in the user's cache
-    folder; null: none."""
-    shm_size_gib: int = 16
-    """Shared memory of the container in GiB."""
-    ready_timeout_seconds: float = 3600.0
-    """A server that does not answer after this long is stopped; compiling takes 8 to 30 minutes the first time."""
-    probe: bool = True
-    """Ask the server that has started a few stored prompts, on which merged and base model differ."""
-    warning: str | None = None
-    """What is known to go wrong with this recipe; told before the start."""
-
-
-@dataclass(kw_only=True)
-class ServeRoot:
-    """Everything `python -m gemma4_tpu.serve` takes."""
-
-    serving: ServingConfig = field(default_factory=ServingConfig)
-    run: str = ""
-    """Folder of a merged checkpoint, or the run folder of a training that has `merged` in it."""
-    dry_run: bool = False
-    """Check, show the estimate of memory and the container command, then stop."""
-    name: str = "servings"
-    """Name of the records' folder in the run folder, or in `outputs`."""
-    run_dir: str | None = None
-    """Folder for the record of this server (configuration, log, result); null: `<run>/<name>/<date>_<time>`."""
-
-
-@dataclass(kw_only=True)
-class BenchConfig:
-    """Load on a server, cell by cell (`bench=`): each of `lengths` with each of `rates`, or with each of `users`."""
-
-    lengths: list[list[int]] = field(default_factory=lambda: [[512, 256]])
-    """Pairs of tokens: prompt, answer. Answers are asked for at exactly this length (`ignore_eos`)."""
-    rates: list[float] = field(default_factory=list)
-    """Requests per second, sent whether or not earlier ones are answered; `inf`: all at once. Either `rates` or `users`
-    is given."""
-    users: list[int] = field(default_factory=list)
-    """Users at a time; each sends its next request when the last one is answered."""
-    requests: int = 30
-    """With `rates`: requests of a cell. With `users`: of each user."""
-    arrivals: str = "poisson"
-    """At a rate, requests come as a `poisson` process, or at `fixed` distances."""
-    warmup_requests: int = 2
-    """Requests before each cell, at a time and uncounted."""
-    seed: int = 0
-    """Each cell's own seed, for prompts and arrivals, is made from this one and its name. The same prompts again can
-    come from a prefix cache: restart the server, or give another seed."""
-    temperature: float = 0.0
-    """Sampling temperature; 0: the likeliest token."""
-    request_seeds: bool = False
-    """Send a seed with each request. vLLM refuses that on TPUs."""
-    served_model_name: str | None = None
-    """The model's name on the server; null: the only one that it lists."""
-    max_model_len: int | None = None
-    """Longest sequence in tokens: longer cells are infeasible. null: as the server says."""
-    request_timeout_seconds: float = 3600.0
-    """A request fails when nothing comes for this long."""
-    cross_check: bool = False
-    """Put the same cells under the load of `vllm bench serve` too, run in the container of the server of `served`, and
-    compare its figures with ours."""
-
-
-@dataclass(kw_only=True)
-class BenchRoot:
-    """Everything `python -m gemma4_tpu.bench` takes."""
-
-    endpoint: str | None = None
-    """Base URL of an OpenAI-compatible server, with or without /v1. A key is taken from OPENAI_API_KEY. null: the
-    server of `served`."""
-    served: str | None = None
-    """Folder of the record that `python -m gemma4_tpu.serve` keeps of the server: says `slice` and which model it
-    is."""
-    slice: str = "local"
-    """Where the server runs: key of `hardware.SLICES`, for costs and ceilings; `local`: none of them."""
-    architecture: str | None = None
-    """The size that it serves: key of `architectures.ARCHITECTURES`, for ceilings, and prompts from its whole
-    vocabulary. null: that of `served`; otherwise unknown, and prompts are of the token ids 256 to 511."""
-    bench: BenchConfig = field(default_factory=BenchConfig)
-    dry_run: bool = False
-    """Check, show the cells and with `bench.cross_check` the commands in the container, then stop; nobody is asked."""
-    name: str = "benchmarks"
-    """Name of the records' folder in `outputs`."""
-    run_dir: str | None = None
-    """Folder of this benchmark; null: `outputs/<name>/<date>_<time>`. Giving the same folder again goes on: cells that
-    are done are kept."""
 
 
 @dataclass(kw_only=True)

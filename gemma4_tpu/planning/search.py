@@ -10,7 +10,7 @@ from typing import Any
 
 import psutil
 
-from gemma4_tpu.config.checks import legal_meshes, resolve_mesh
+from gemma4_tpu.config.meshes import legal_meshes, resolve_mesh
 from gemma4_tpu.config.plan_checks import examine_plan
 from gemma4_tpu.config.schema import MeshConfig
 from gemma4_tpu.config.tasks import PlanRoot

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from gemma4_tpu.config.serve_checks import HANDED_ON, ServeChecked, name_of
-from gemma4_tpu.config.tasks import ServingConfig
+from gemma4_tpu.config.serving import ServingConfig
 from gemma4_tpu.hardware import SLICES
 
 MODEL_MOUNT, CACHE_MOUNT = "/model", "/cache"

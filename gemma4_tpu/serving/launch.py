@@ -12,7 +12,7 @@ from typing import Any
 import httpx
 
 from gemma4_tpu.config.serve_checks import ServeChecked
-from gemma4_tpu.config.tasks import ServingConfig
+from gemma4_tpu.config.serving import ServingConfig
 from gemma4_tpu.errors import UserError
 from gemma4_tpu.serving.command import cache_folder, container_name, run_words, shown
 from gemma4_tpu.serving.engine import Engine

@@ -16,7 +16,7 @@ import psutil
 import uvicorn
 
 from gemma4_tpu.config.serve_checks import ServeChecked
-from gemma4_tpu.config.tasks import ServingConfig
+from gemma4_tpu.config.serving import ServingConfig
 from gemma4_tpu.errors import UserError
 from gemma4_tpu.hardware import GIB
 from gemma4_tpu.models.kv_cache import DTYPE_BYTES, parameter_count

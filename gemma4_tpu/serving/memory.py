@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from gemma4_tpu.architectures import Architecture
-from gemma4_tpu.config.tasks import ServingConfig
+from gemma4_tpu.config.serving import ServingConfig
 from gemma4_tpu.errors import UserError
 from gemma4_tpu.hardware import GIB, SLICES
 from gemma4_tpu.models.kv_cache import DTYPE_BYTES, kv_cache_bytes, kv_heads_held, parameter_count

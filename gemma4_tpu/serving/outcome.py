@@ -12,7 +12,7 @@ import httpx
 
 from gemma4_tpu.config.files import PROBE_NAME
 from gemma4_tpu.config.serve_checks import ServeChecked, url_of
-from gemma4_tpu.config.tasks import ServingConfig
+from gemma4_tpu.config.serving import ServingConfig
 from gemma4_tpu.errors import first_line
 from gemma4_tpu.serving.command import model_name
 from gemma4_tpu.serving.probe import probe

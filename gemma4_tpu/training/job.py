@@ -15,7 +15,8 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from gemma4_tpu.architectures import Architecture
-from gemma4_tpu.config.checks import check_devices, resolve_mesh
+from gemma4_tpu.config.checks import check_devices
+from gemma4_tpu.config.meshes import resolve_mesh
 from gemma4_tpu.config.schema import (
     CheckpointConfig,
     HardwareConfig,

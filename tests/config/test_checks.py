@@ -9,7 +9,6 @@ from gemma4_tpu.config import entries
 from gemma4_tpu.config.checks import (
     check_devices,
     check_train,
-    resolve_mesh,
     rows_per_microbatch,
     rows_per_update,
     warmup_warning,

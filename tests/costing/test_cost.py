@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from gemma4_tpu.config.tasks import ServeRoot
+from gemma4_tpu.config.serving import ServeRoot
 from gemma4_tpu.costing.cost import NO, ROUNDED, Prices, compare, named, solved, together, total_usd_per_million
 from gemma4_tpu.costing.figures import ESTIMATED, MEASURED, Figures
 from gemma4_tpu.costing.read import read

@@ -5,7 +5,7 @@ from itertools import zip_longest
 import pytest
 from omegaconf import OmegaConf
 
-from gemma4_tpu.config import schema, tasks
+from gemma4_tpu.config import schema, serving, tasks
 from gemma4_tpu.config.keys import field_types, is_group
 from gemma4_tpu.config.load import config_dir, defaults, groups_of
 from launch import config as launch_config
@@ -15,14 +15,14 @@ from tests.house.scripts import ROOT, script
 CONFIGURATION = script("docs/make_configuration.py")
 COMMANDS = CONFIGURATION.COMMANDS
 CLASSES = {
-    name: cls for module in (schema, tasks, launch_config) for name, cls in vars(module).items()
+    name: cls for module in (schema, tasks, serving, launch_config) for name, cls in vars(module).items()
     if is_group(cls) and cls.__module__ == module.__name__
 }  # fmt: skip
 SPENT_BY_THE_CHECKS = {
     ("TrainerConfig", "global_batch_tokens"): "checks.rows_per_update, which every caller asks",
     ("MeshConfig", "dp"): "checks.resolve_mesh, which every caller asks",
     ("MeshConfig", "fsdp"): "checks.resolve_mesh, which every caller asks",
-    ("MeshConfig", "tp"): "checks.resolve_mesh, which every caller asks",
+    ("MeshConfig", "tp"): "meshes.resolve_mesh, which every caller asks",
     ("EvalConfig", "resimulate"): "evaluate_checks: which form of evaluation it is",
     ("EvaluateRoot", "selfcheck"): "evaluate_checks: which form of evaluation it is",
     ("MergeRoot", "run"): "merge_checks: MergeChecked.runs",
