@@ -9,7 +9,7 @@ from typing import Any
 
 from gemma4_tpu.benching.cells import Cell, rate_text
 from gemma4_tpu.benching.load import FAILED, INFEASIBLE, OK
-from gemma4_tpu.tracking.plots import STYLE
+from gemma4_tpu.tracking.plots import new_figure
 
 _COLOURS = ("#4c78c8", "#d9692c", "#54a24b", "#8e6bbf", "#3aa6a6", "#b0567d", "#e0a63a", "#777777", "#9c7a4f")
 _INK = "#333333"
@@ -130,14 +130,8 @@ def _short(value: float) -> str:
 
 
 def _save(draw: Callable[[Any], None], title: str, path: Path, inches: tuple[float, float]) -> Path:
-    """One pair of axes, drawn without pyplot: no display, no global state."""
-    import matplotlib
-    from matplotlib.figure import Figure
-
-    with matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=inches, layout="constrained")
-        axes = figure.subplots()
-        draw(axes)
+    """One pair of axes."""
+    with new_figure(path, inches) as figure:
+        draw(figure.subplots())
         figure.suptitle(title, x=0.01, ha="left", fontsize=11, color=_INK)
-        figure.savefig(path)
     return path

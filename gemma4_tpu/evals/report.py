@@ -143,29 +143,25 @@ def _cell(value: Any) -> str:
 
 def plot_problems(outcomes: Sequence[Outcome], path: Path) -> Path:
     """A bar per problem, its samples by verdict: one panel per outcome, problems sorted by the subject's passes."""
-    import matplotlib
-    from matplotlib.figure import Figure
+    from matplotlib.patches import Patch
 
-    from gemma4_tpu.tracking.plots import STYLE
+    from gemma4_tpu.tracking.plots import new_figure
 
     names = sorted(
         outcomes[0].problems,
         key=lambda name: [-o.problems[name].classes.get(kind, 0) for o in outcomes for kind in CLASSES],
     )
     labelled = len(names) <= _WIDEST_LIST
-    with matplotlib.rc_context({**STYLE, "axes.grid": False}):
-        height = 2.6 * len(outcomes) + (1.6 if labelled else 0.6)
-        figure = Figure(figsize=(10, height), layout="constrained")
+    height = 2.6 * len(outcomes) + (1.6 if labelled else 0.6)
+    with new_figure(path, (10, height), {"axes.grid": False}) as figure:
         panels = figure.subplots(len(outcomes), 1, sharex=True, squeeze=False)[:, 0]
         for axes, outcome in zip(panels, outcomes, strict=True):
             _bars(axes, outcome, names)
         panels[-1].set_xlabel(f"{len(names)} problems, sorted by what {outcomes[0].name} passes")
         panels[-1].set_xticks(range(len(names)) if labelled else [], names if labelled else [], rotation=90, fontsize=6)
         used = [kind for kind in CLASSES if any(kind in outcome.classes for outcome in outcomes)]
-        handles = [matplotlib.patches.Patch(color=_COLORS[kind], label=kind) for kind in used]
+        handles = [Patch(color=_COLORS[kind], label=kind) for kind in used]
         figure.legend(handles=handles, loc="outside lower center", ncols=min(len(used), 5))
-        path.parent.mkdir(exist_ok=True)
-        figure.savefig(path)
     return path
 
 

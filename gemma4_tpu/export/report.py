@@ -6,15 +6,14 @@ import re
 import statistics
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from gemma4_tpu.export.merge import Delta
 from gemma4_tpu.tracking.files import write_json, write_text
+from gemma4_tpu.tracking.plots import new_figure
 
 _MODULES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-_INK = "#333333"
 
 
 def write_report(deltas: Sequence[Delta], folder: Path, plots: Path, title: str) -> list[Path]:
@@ -71,9 +70,7 @@ def _modules(deltas: Sequence[Delta]) -> list[str]:
 
 def _plot(deltas: Sequence[Delta], title: str, path: Path) -> None:
     """A map of layers (across) and modules (down), coloured by relative norm; grey: no delta there."""
-    import matplotlib
     from matplotlib.colors import LogNorm
-    from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
 
     in_layers = [d for d in deltas if _place(d)[0] is not None]
@@ -85,15 +82,8 @@ def _plot(deltas: Sequence[Delta], title: str, path: Path) -> None:
         grid[modules.index(module), layer] = delta.relative if delta.norm else np.nan
     seen = grid[np.isfinite(grid)]
     low, high = (seen.min(), seen.max()) if seen.size else (1e-6, 1.0)
-    style: Any = {
-        "font.size": 10,
-        "axes.labelcolor": _INK,
-        "axes.titlelocation": "left",
-        "axes.titlesize": 11,
-        "savefig.dpi": 150,
-    }
-    with matplotlib.rc_context(style):
-        figure = Figure(figsize=(max(6.0, 3.2 + 0.16 * layers), 1.6 + 0.32 * len(modules)), layout="constrained")
+    inches = max(6.0, 3.2 + 0.16 * layers), 1.6 + 0.32 * len(modules)
+    with new_figure(path, inches, {"axes.grid": False}) as figure:
         axes = figure.subplots()
         axes.set_facecolor("#e8e8e8")
         scale = LogNorm(low, max(high, low * 1.01))
@@ -111,4 +101,3 @@ def _plot(deltas: Sequence[Delta], title: str, path: Path) -> None:
         bar = figure.colorbar(image, ax=axes, pad=0.01)
         for which in (bar.ax.yaxis.set_major_formatter, bar.ax.yaxis.set_minor_formatter):
             which(lambda value, _: f"{100 * value:.2g}%")
-        figure.savefig(path)

@@ -14,7 +14,7 @@ from gemma4_tpu.hardware import MeshSizes
 from gemma4_tpu.planning.estimate import PlanResult
 from gemma4_tpu.planning.search import Found, cost, free
 from gemma4_tpu.tracking.cost import format_usd
-from gemma4_tpu.tracking.plots import STYLE
+from gemma4_tpu.tracking.plots import new_figure
 from gemma4_tpu.tracking.progress import format_seconds
 
 GIB = 2**30
@@ -171,13 +171,8 @@ def misfit_line(result: PlanResult) -> str:
 
 def plot_hbm(results: Sequence[PlanResult], path: Path) -> None:
     """Draws one stacked bar of HBM per chip for each result, with the limit as a line."""
-    import matplotlib
-    from matplotlib.figure import Figure
-
-    with matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=(8, 1.9 + 0.8 * len(results)), layout="constrained")
+    with new_figure(path, (8, 1.9 + 0.8 * len(results))) as figure:
         _draw_bars(figure.subplots(), results)
-        figure.savefig(path)
 
 
 def _draw_bars(axes: Any, results: Sequence[PlanResult]) -> None:

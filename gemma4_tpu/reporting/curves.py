@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from gemma4_tpu.hardware import GIB
-from gemma4_tpu.tracking.plots import SMOOTH_FROM_POINTS, STYLE, running_means
+from gemma4_tpu.tracking.plots import SMOOTH_FROM_POINTS, new_figure, running_means
 
 COLOURS = ("#4c78c8", "#d9692c", "#54a24b", "#8e6bbf", "#3aa6a6", "#b0567d", "#e0a63a", "#777777")
-_SMALL = {**STYLE, "font.size": 11, "axes.titlesize": 12, "axes.titlepad": 10, "savefig.dpi": 170}
+_SMALL = {"font.size": 11, "axes.titlesize": 12, "axes.titlepad": 10, "savefig.dpi": 170}
 _INCHES = (5.0, 3.1)
 
 
@@ -70,13 +70,10 @@ def _recorded(runs: Sequence[Followed]) -> set[str]:
 def _draw(
     curve: _Curve, lines: Sequence[tuple[str, list[int], list[float]]], runs: Sequence[Followed], path: Path
 ) -> Path:
-    """One pair of axes, drawn without pyplot: no display, no global state."""
-    import matplotlib
-    from matplotlib.figure import Figure
+    """One pair of axes."""
     from matplotlib.ticker import MaxNLocator
 
-    with matplotlib.rc_context(_SMALL):
-        figure = Figure(figsize=_INCHES, layout="constrained")
+    with new_figure(path, _INCHES, _SMALL) as figure:
         axes = figure.subplots()
         for number, (name, updates, values) in enumerate(lines):
             _line(axes, updates, values, COLOURS[number % len(COLOURS)], name if len(lines) > 1 else None, curve.smooth)
@@ -94,8 +91,6 @@ def _draw(
             axes.yaxis.set_major_formatter("{x:,.0f}")
         if axes.get_legend_handles_labels()[0]:
             axes.legend(fontsize=9.5)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(path)
     return path
 
 

@@ -10,7 +10,7 @@ from typing import Any
 from gemma4_tpu.sweeping import record
 from gemma4_tpu.sweeping.table import Metric, Row, swept_keys
 from gemma4_tpu.tracking.metrics import read_metrics
-from gemma4_tpu.tracking.plots import STYLE
+from gemma4_tpu.tracking.plots import new_figure
 
 _BEST, _INK, _PALE = "#d9692c", "#333333", "#9db4dd"
 _COLOURS = ("#4c78c8", "#54a24b", "#e0a63a", "#8e6bbf", "#3aa6a6", "#b0567d", "#777777", "#9c7a4f")
@@ -194,14 +194,8 @@ def _number(value: Any) -> float | None:
 
 
 def _save(draw: Any, title: str, path: Path, width: float = 7.0) -> Path:
-    """One pair of axes, drawn without pyplot: no display, no global state."""
-    import matplotlib
-    from matplotlib.figure import Figure
-
-    with matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=(width, 4), layout="constrained")
-        axes = figure.subplots()
-        draw(axes)
+    """One pair of axes."""
+    with new_figure(path, (width, 4)) as figure:
+        draw(figure.subplots())
         figure.suptitle(title, x=0.01, ha="left", fontsize=11, color=_INK)
-        figure.savefig(path)
     return path

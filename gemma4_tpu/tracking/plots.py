@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from gemma4_tpu.tracking.metrics import read_metrics
 from gemma4_tpu.tracking.run import RunFolder
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 _TRAIN, _HELDOUT, _INK, _FAINT = "#4c78c8", "#d9692c", "#333333", "#dddddd"
 STYLE: Any = {
@@ -99,21 +103,32 @@ def _plot_throughput(rows: list[dict[str, Any]], title: str, path: Path) -> Path
     return _save(draw, title, path)
 
 
-def _save(draw, title: str, path: Path) -> Path:
-    """One pair of axes over updates, drawn without pyplot: no display, no global state."""
+@contextmanager
+def new_figure(path: Path, inches: tuple[float, float], style: dict[str, Any] | None = None) -> Iterator[Figure]:
+    """A figure to draw on, without pyplot (no display, no global state); saved to `path` at the end.
+
+    `style` holds rcParams besides `STYLE`.
+    """
     import matplotlib
     from matplotlib.figure import Figure
+
+    with matplotlib.rc_context(STYLE | (style or {})):
+        figure = Figure(figsize=inches, layout="constrained")
+        yield figure
+        path.parent.mkdir(parents=True, exist_ok=True)
+        figure.savefig(path)
+
+
+def _save(draw: Callable[[Any], None], title: str, path: Path) -> Path:
+    """One pair of axes over updates."""
     from matplotlib.ticker import MaxNLocator
 
-    with matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=(7, 4), layout="constrained")
+    with new_figure(path, (7, 4)) as figure:
         axes = figure.subplots()
         draw(axes)
         axes.set_title(title)
         axes.set_xlabel("update")
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-        path.parent.mkdir(exist_ok=True)
-        figure.savefig(path)
     return path
 
 
