@@ -9,6 +9,7 @@ paper (Google Cloud, on demand, 2026; it names no day); prices that it doesn't q
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -80,6 +81,11 @@ class MeshSizes(NamedTuple):
     dp: int
     fsdp: int
     tp: int
+
+    @classmethod
+    def recorded(cls, sizes: Mapping[str, int]) -> MeshSizes:
+        """Those of a record; old ones know no `dp`."""
+        return cls(**{"dp": 1, **sizes})
 
     @property
     def row_places(self) -> int:

@@ -55,7 +55,7 @@ def _console() -> Console:
 
 def plan_rows(result: PlanResult) -> list[tuple[str, str]]:
     """A plan in words: (what, figure)."""
-    mesh = MeshSizes(**result.mesh)
+    mesh = MeshSizes.recorded(result.mesh)
     rows = [
         ("Run", f"{result.model}, {result.trained}, remat {result.remat}, on {result.slice} ({mesh})"),
         (
@@ -207,7 +207,7 @@ def _described(result: PlanResult) -> list[str]:
         result.model,
         result.trained,
         result.slice,
-        str(MeshSizes(**result.mesh)),
+        str(MeshSizes.recorded(result.mesh)),
         f"remat {result.remat}",
         f"{rows} row{'s' * (rows > 1)} of {result.sequence_length} × {batches} microbatch{'es' * (batches > 1)}",
     ]
@@ -241,7 +241,7 @@ def print_search(found: Found, folder: Path) -> None:
         table.add_column(title, justify="left" if title in ("", "mesh", "remat", "bound by") else "right")
     front = {id(result) for result in found.front}
     for one in sorted((item["plan"] for item in found.results), key=lambda r: (not r.fits, cost(r) if r.fits else 0)):
-        mesh = str(MeshSizes(**one.mesh))
+        mesh = str(MeshSizes.recorded(one.mesh))
         cells = ["→" if id(one) in front else "", mesh, one.remat, str(one.rows_per_update)]
         if one.fits:
             usd = one.usd_per_million_real_tokens
