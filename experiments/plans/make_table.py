@@ -1,17 +1,18 @@
 """Plans every size on every slice and renders the table of this folder's README.
 
-    python experiments/plans/make_table.py                      # all cells; half an hour on two cores, resumable
-    python experiments/plans/make_table.py --size gemma4_e2b --slice v6e4 --meshes 2
+    python experiments/plans/make_table.py                      # all cells; an hour on two cores, resumable
+    python experiments/plans/make_table.py --size gemma4_e2b --slice v6e4
     python experiments/plans/make_table.py --render             # only the table
 
 Each plan is one `python -m gemma4_tpu.plan …` in a process of its own; its plan.json is kept in `results/` and not made
-again while it is there. A cell's row is its best mesh: the cheapest per million real tokens that fits.
+again while it is there. A cell's row is the better of two meshes: the cheaper per million real tokens that fits.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
 import shutil
 import subprocess
 import sys
@@ -22,9 +23,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from gemma4_tpu.architectures import ARCHITECTURES
+from gemma4_tpu.architectures import ARCHITECTURES, Architecture
 from gemma4_tpu.config.checks import option_name
-from gemma4_tpu.hardware import SLICES
+from gemma4_tpu.config.meshes import legal_meshes
+from gemma4_tpu.hardware import SLICES, MeshSizes, Slice
+from gemma4_tpu.models.layout import Layout
 
 HERE = Path(__file__).resolve().parent
 RESULTS, TABLE = HERE / "results", HERE / "README.md"
@@ -46,30 +49,41 @@ class Cell:
     size: str
     machine: str
     trained: str
-    fsdp: int
-    tp: int
+    mesh: MeshSizes
 
     @property
     def path(self) -> Path:
-        return RESULTS / f"{self.size}_{option_name(self.machine)}_{self.trained}_fsdp{self.fsdp}_tp{self.tp}.json"
+        mesh = str(self.mesh).replace("=", "").replace(" ", "_")
+        return RESULTS / f"{self.size}_{option_name(self.machine)}_{self.trained}_{mesh}.json"
 
     @property
     def words(self) -> list[str]:
         return [
             f"hardware={option_name(self.machine)}", f"model={self.size}", f"lora={TRAINED[self.trained]}", *COMMON,
-            f"mesh.fsdp={self.fsdp}", f"mesh.tp={self.tp}",
+            *self.mesh.overrides,
         ]  # fmt: skip
 
 
-def cells(sizes: list[str], machines: list[str], trained: list[str], meshes: int) -> Iterator[Cell]:
-    """Every cell, its likeliest meshes first: the largest tp for large models, the smallest for others."""
+def cells(sizes: list[str], machines: list[str], trained: list[str]) -> Iterator[Cell]:
+    """Every cell with each of its meshes."""
     for size in sizes:
         for machine in machines:
-            chips = SLICES[machine].chips
-            legal = sorted(ARCHITECTURES[size].legal_tp(chips), reverse=size not in SMALL)
             for kind in trained:
-                for tp in legal[:meshes]:
-                    yield Cell(size, machine, kind, chips // tp, tp)
+                for mesh in meshes(ARCHITECTURES[size], SLICES[machine]):
+                    yield Cell(size, machine, kind, mesh)
+
+
+def meshes(arch: Architecture, wanted: Slice) -> list[MeshSizes]:
+    """The likeliest ones: weights split over all chips, and as little as leaves half of the HBM free.
+
+    The largest tp for large models, none for others.
+    """
+    tp = 1 if arch.name in SMALL else max(arch.legal_tp(wanted.chips))
+    weights_bytes = 2 * sum(math.prod(leaf.array_shape) for leaf in Layout.of(arch).leaves())
+    least = weights_bytes / (wanted.chip.hbm_bytes / 2)
+    legal = [mesh for mesh in legal_meshes(arch, wanted.chips) if mesh.tp == tp]
+    loose = [mesh for mesh in legal if mesh.fsdp * mesh.tp >= least]
+    return list(dict.fromkeys([legal[0], loose[-1]]))
 
 
 def make(cell: Cell) -> str:
@@ -108,7 +122,7 @@ def known() -> dict[tuple[str, str, str], dict[str, Any]]:
 def row(key: tuple[str, str, str], plan: dict[str, Any]) -> str:
     """One line of the table."""
     size, machine, kind = key
-    mesh = f"{plan['mesh']['fsdp']} × {plan['mesh']['tp']}"
+    mesh = " × ".join(str(plan["mesh"][axis]) for axis in MeshSizes._fields)
     needed = plan["hbm_bytes_per_chip"]
     memory = f"{needed / 2**30:.1f} of {plan['hbm_limit_bytes_per_chip'] / 2**30:.2f}" if needed else "too much"
     cells_ = [size, machine, kind, mesh, plan["remat"], str(plan["rows_per_update"]), "yes" if plan["fits"] else "no"]
@@ -154,16 +168,17 @@ def render() -> str:
     lines = [
         "# Every size on every slice",
         "",
-        "LoRA (and QLoRA, nf4) of rank 64 on packed rows of 4096 tokens, one row for each place on the fsdp axis and",
-        "update, remat chosen by what fits. All figures are *estimated*: memory by the TPU compiler, which compiles",
-        "the whole training step without a TPU; time from FLOPs, bytes and collectives counted in the compiled",
+        "LoRA (and QLoRA, nf4) of rank 64 on packed rows of 4096 tokens, one row for each place on the axes dp",
+        "and fsdp and update, remat chosen by what fits; of two meshes (weights split over all chips, or as little as",
+        "leaves half of the HBM free) the cheaper. All figures are *estimated*: memory by the TPU compiler, which",
+        "compiles the whole training step without a TPU; time from FLOPs, bytes and collectives counted in the compiled",
         "program, at 50% of the binding roofline; dollars from the prices in `gemma4_tpu/hardware.py`. Minutes are for",
         "the paper's job: 9,959 rows of 922 tokens on average, one epoch. Nothing here ran on a TPU.",
         "",
         "    python experiments/plans/make_table.py",
         "",
         *_missing(len(plans)),
-        "| size | slice | trained | fsdp × tp | remat | rows | fits | GiB per chip | bound by | roofline ms |"
+        "| size | slice | trained | dp × fsdp × tp | remat | rows | fits | GiB per chip | bound by | roofline ms |"
         " real tokens/s | minutes | $ per million real tokens |",
         "|---|---|---|---|---|---|---|---|---|---|---|---|---|",
         *(row(key, plan) for key, plan in plans.items()),
@@ -195,12 +210,11 @@ def main() -> None:
     parser.add_argument("--size", action="append", choices=SIZES)
     parser.add_argument("--slice", action="append", choices=[option_name(name) for name in MACHINES])
     parser.add_argument("--trained", action="append", choices=list(TRAINED))
-    parser.add_argument("--meshes", type=int, default=1, help="legal meshes to try per cell")
     parser.add_argument("--render", action="store_true", help="only write the table")
     given = parser.parse_args()
     if not given.render:
         machines = [name for name in MACHINES if not given.slice or option_name(name) in given.slice]
-        wanted = list(cells(given.size or list(SIZES), machines, given.trained or list(TRAINED), given.meshes))
+        wanted = list(cells(given.size or list(SIZES), machines, given.trained or list(TRAINED)))
         for number, cell in enumerate(wanted, 1):
             if cell.path.is_file():
                 continue

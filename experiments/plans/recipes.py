@@ -19,6 +19,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from gemma4_tpu.hardware import MeshSizes
 from gemma4_tpu.planning.estimate import PlanResult
 from gemma4_tpu.planning.report import plot_hbm
 
@@ -87,12 +88,12 @@ def table(recipe: Recipe, plans: dict[str, dict[str, Any]]) -> list[str]:
         f"*Estimated* by {by} ({versions}); nothing here has run on a TPU. Seconds, tokens and dollars at 50% of the",
         "binding roofline, at 40% a quarter more, at 60% a sixth less.",
         "",
-        "| job | fsdp × tp | remat | rows × microbatches | GiB of HBM per chip | roofline ms per update | bound by"
+        "| job | dp × fsdp × tp | remat | rows × microbatches | GiB of HBM per chip | roofline ms per update | bound by"
         " | real tokens/s | updates | minutes | $ | $ per million real tokens |",
         "|---|---|---|---|---|---:|---|---:|---:|---:|---:|---:|",
     ]
     for label, told in plans.items():
-        mesh = f"{told['mesh']['fsdp']} × {told['mesh']['tp']}"
+        mesh = " × ".join(str(told["mesh"][axis]) for axis in MeshSizes._fields)
         rows = f"{told['rows_per_update'] // told['microbatches']} × {told['microbatches']}"
         limit = f"{told['hbm_limit_bytes_per_chip'] / GIB:.2f}"
         cells = [label or "the run", mesh, f"`{told['remat']}`", rows]

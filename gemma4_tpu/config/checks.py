@@ -16,6 +16,7 @@ from gemma4_tpu.architectures import Architecture
 from gemma4_tpu.config.files import at_home, checkpoint_architecture, remote_problem, source_problem, tokenizer_problem
 from gemma4_tpu.config.keys import did_you_mean
 from gemma4_tpu.config.limits import HIGH_LEARNING_RATE, limit_problems
+from gemma4_tpu.config.meshes import resolve_mesh
 from gemma4_tpu.config.problems import Problem, refusal
 from gemma4_tpu.config.replay import replay_problems
 from gemma4_tpu.config.schema import (

@@ -9,6 +9,7 @@ from typing import cast
 from gemma4_tpu.architectures import ARCHITECTURES, Architecture
 from gemma4_tpu.config.checks import examine_train, normalise, option_name
 from gemma4_tpu.config.files import RANDOM, checkpoint_architecture, source_problem, tokenizer_problem
+from gemma4_tpu.config.meshes import resolve_mesh
 from gemma4_tpu.config.problems import Problem
 from gemma4_tpu.config.schema import DataSource
 from gemma4_tpu.config.tasks import PlanRoot

@@ -6,15 +6,10 @@ import pytest
 
 from gemma4_tpu.architectures import ARCHITECTURES
 from gemma4_tpu.config import entries
-from gemma4_tpu.config.checks import (
-    check_devices,
-    check_train,
-    rows_per_microbatch,
-    rows_per_update,
-    warmup_warning,
-)
+from gemma4_tpu.config.checks import check_devices, check_train, rows_per_microbatch, rows_per_update, warmup_warning
 from gemma4_tpu.config.keys import leaf_keys
 from gemma4_tpu.config.limits import CHOICES, RANGES
+from gemma4_tpu.config.meshes import resolve_mesh
 from gemma4_tpu.config.schema import (
     DataConfig,
     DataSource,

@@ -20,8 +20,8 @@ CLASSES = {
 }  # fmt: skip
 SPENT_BY_THE_CHECKS = {
     ("TrainerConfig", "global_batch_tokens"): "checks.rows_per_update, which every caller asks",
-    ("MeshConfig", "dp"): "checks.resolve_mesh, which every caller asks",
-    ("MeshConfig", "fsdp"): "checks.resolve_mesh, which every caller asks",
+    ("MeshConfig", "dp"): "meshes.resolve_mesh, which every caller asks",
+    ("MeshConfig", "fsdp"): "meshes.resolve_mesh, which every caller asks",
     ("MeshConfig", "tp"): "meshes.resolve_mesh, which every caller asks",
     ("EvalConfig", "resimulate"): "evaluate_checks: which form of evaluation it is",
     ("EvaluateRoot", "selfcheck"): "evaluate_checks: which form of evaluation it is",
