@@ -140,8 +140,8 @@ def _train(loaded: Loaded[TrainRoot, Checked], folder: RunFolder, hosts: Hosts, 
     mesh = start_mesh(config.hardware, config.mesh, base.arch)
     batches = make_batches(data, config.data, config.trainer, mesh)
     updates, length = batches.pipeline.total_updates, max(batches.pipeline.lengths)
-    if warning := warmup_warning(config.optimizer, updates):
-        log.warning(warning)
+    if (warning := warmup_warning(config.optimizer, updates)) and warning not in loaded.checked.warnings:
+        log.warning(warning)  # the number of updates follows from the data
 
     # ── the same on every host, and as the run began ───────────────────────────────────────────────────────────────
     fingerprints = {"base": base.fingerprint, **batches.pipeline.fingerprint}

@@ -29,10 +29,10 @@ def help_text(entry: EntryPoint) -> str:
     lines += ["", f"Usage: {entry.command} [group=option | key=value] …", "", "Examples:"]
     for arguments, meaning in entry.examples:
         lines += [*_command(f"{entry.command} {arguments}"), *_wrapped(meaning, 6)]
-    lines += ["", "Groups (group=option):"]
-    for group, options in groups_of(entry).items():
-        if options:
-            lines += textwrap.wrap(f"  {group:<11} {', '.join(options)}", _width(), subsequent_indent=" " * 14)
+    groups = {group: options for group, options in groups_of(entry).items() if options}
+    lines += ["", "Groups (group=option):"] if groups else []
+    for group, options in groups.items():
+        lines += textwrap.wrap(f"  {group:<11} {', '.join(options)}", _width(), subsequent_indent=" " * 14)
     lines += ["", "Keys (key=value), with their defaults:"]
     lines += _keys(entry.schema, values, "")
     lines += [

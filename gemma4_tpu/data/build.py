@@ -131,7 +131,7 @@ def build_data(data: DataConfig, tokenizer: Any) -> TrainingData:
     )
     if data.thoughts == "train" and not chat.holds_thoughts(built.train.tokens):
         logger.warning("data.thoughts=train, but no answer holds a thought: thinking prompts with plain answers")
-    logger.info("train: %s; held out: %s; %.1f s", built.train, built.heldout, built.seconds)
+    logger.info("train: %s; held out: %s; %.1f s", built.train, built.heldout or "none", built.seconds)
     return built
 
 

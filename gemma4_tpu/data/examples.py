@@ -46,7 +46,7 @@ class Examples:
         return len(self.offsets) - 1
 
     def __repr__(self) -> str:
-        return f"Examples({len(self)} examples, {len(self.tokens)} tokens)"
+        return f"{len(self):,} examples, {len(self.tokens):,} tokens"
 
     @property
     def slots(self) -> np.ndarray:
