@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-WINDOW = 2048  # examples packed at one time: rows of 4096 are 99% full at lengths with a mean of 900
+WINDOW = 16384  # examples packed at one time: rows of 4096 are 99.5% full at lengths with a mean of 900
 BUCKET_ALIGNMENT = 128  # TPU lanes: a length that is no multiple of this is padded up by the compiler anyway
 MAX_BUCKETS = 4  # every bucket length is one more program to compile
 
@@ -18,10 +18,11 @@ def pack(lengths: Sequence[int] | np.ndarray, capacity: int, window: int = WINDO
     Args:
       lengths: slots of each example, 1 ≤ length ≤ capacity.
       capacity: slots of a bin (T).
-      window: examples that may share bins; rows keep their place in a shuffled epoch up to a window.
+      window: examples that may share bins; rows keep their place in an epoch up to a window.
 
     Returns:
-      For each bin the positions in `lengths` that share it, in rising order; bins in the order of their first member.
+      For each bin the positions in `lengths` that share it, in rising order; bins in the order of their
+      longest member, whose place in a shuffled epoch says nothing of how many examples the bin has.
 
     Raises:
       ValueError: a length does not fit into a bin.
@@ -43,7 +44,7 @@ def pack(lengths: Sequence[int] | np.ndarray, capacity: int, window: int = WINDO
                 bins.append([])
             bins[number].append(int(position))
             bisect.insort(rooms, (room - length, number))
-        packed += sorted(sorted(members) for members in bins)
+        packed += [sorted(members) for members in sorted(bins)]  # the longest came first into each
     return packed
 
 
