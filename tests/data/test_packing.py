@@ -38,12 +38,12 @@ def test_every_example_is_in_one_bin_whole(window):
 
 def test_rows_of_many_examples_come_no_earlier_than_others():
     """Else a run would see short examples first, and long ones alone at its end."""
-    lengths = np.random.default_rng(0).permutation([400] * 5000 + [4000] * 500)
+    rng = np.random.default_rng(0)
+    lengths = rng.permutation([*rng.integers(100, 400, 5000), *[4000] * 500])
     sizes = np.array([len(members) for members in pack(lengths, 4096)])
-    assert {*sizes} == {1, 10}
     places = np.arange(len(sizes)) / len(sizes)
     # 500 places drawn evenly from 0 to 1 have a mean of 0.5 ± 0.013
-    assert abs(places[sizes == 10].mean() - 0.5) < 4 * 0.013
+    assert abs(places[sizes == 1].mean() - 0.5) < 4 * 0.013
 
 
 @pytest.mark.parametrize(("capacity", "least_fill"), [(4096, 0.994), (8192, 0.995)])
