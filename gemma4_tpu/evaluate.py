@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import logging
 import os
+import shutil
 import sys
-from collections.abc import Sequence
+import textwrap
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -84,8 +86,7 @@ def _report(record: RunFolder, done: Evaluated, config: EvaluateRoot) -> None:
     )  # fmt: skip
     for outcome in done.outcomes:
         print(summary(outcome))
-    for claim in comparison.claims() if comparison else []:
-        print(f"- {claim}")
+    _print_list(comparison.claims() if comparison else [])
     print(f"report: {record.path / 'report.md'}")
 
 
@@ -117,9 +118,15 @@ def _compare(folders: Sequence[str]) -> int:
     a, b = (Outcome.read(Path(folder, "result.json")) for folder in folders)
     names = (a.name, b.name) if a.name != b.name else ("A", "B")
     print(f"{names[0]}: {folders[0]}\n{names[1]}: {folders[1]}")
-    for claim in compare(a, b, names).claims():
-        print(f"- {claim}")
+    _print_list(compare(a, b, names).claims())
     return 0
+
+
+def _print_list(items: Iterable[str]) -> None:
+    """Whole words on a terminal; elsewhere a line for each."""
+    width = shutil.get_terminal_size().columns if sys.stdout.isatty() else sys.maxsize
+    for item in items:
+        print(textwrap.fill(f"- {item}", width, subsequent_indent="  ", break_on_hyphens=False))
 
 
 if __name__ == "__main__":

@@ -88,7 +88,7 @@ def _work(result: PlanResult) -> list[tuple[str, str]]:
         (
             "FLOPs per chip",
             f"{scaled(result.flops_per_chip)}FLOP (products {scaled(parts['matmul'])}, kernels "
-            f"{scaled(parts['kernel'])}); analytic {scaled(result.analytic_flops_per_chip)}, ratio "
+            f"{scaled(parts['kernel']).rstrip()}); analytic {scaled(result.analytic_flops_per_chip)}, ratio "
             f"{result.flops_over_analytic:.2f}",
         ),
         (
