@@ -26,8 +26,9 @@ from typing import Any
 from benchmarks.step import PADDED, lengths
 from experiments.plans.make_table import MACHINES, SIZES, SMALL, known
 from gemma4_tpu.architectures import ARCHITECTURES
-from gemma4_tpu.hardware import SLICES
+from gemma4_tpu.hardware import SLICES, MeshSizes
 from gemma4_tpu.planning.estimate import roofline
+from gemma4_tpu.planning.topology import absent_devices, set_environment
 
 HERE = Path(__file__).resolve().parent
 RESULTS, TABLE = HERE / "results", HERE / "slices.md"
@@ -44,6 +45,7 @@ def path_of(cell: Cell) -> Path:
 
 def make(cell: Cell, seconds: float) -> dict[str, Any]:
     """Compiles the recipe's step for a cell in a process of its own, and keeps what came of it."""
+    set_environment()  # before the process imports JAX
     context = multiprocessing.get_context("spawn")
     here, there = context.Pipe()
     process = context.Process(target=_compile, args=(there, *cell), daemon=True)
@@ -68,10 +70,6 @@ def make(cell: Cell, seconds: float) -> dict[str, Any]:
 
 def _compile(pipe: Any, size: str, machine: str) -> None:
     """Sends what the compiler says of the recipe's step."""
-    from gemma4_tpu.planning.topology import absent_devices, set_environment
-
-    set_environment()
-
     from importlib.metadata import version
 
     from benchmarks import seed_recipe
@@ -118,8 +116,8 @@ def rows() -> list[str]:
     """Lines of the table; only cells for which both are there."""
     plans = known()
     lines = [
-        "| size | slice | mesh: recipe's, ours | GiB per chip: recipe's | ours | limit | GFLOP per real token and chip:"
-        " recipe's | ours | ratio | HBM MB per real token and chip: recipe's | ours | ratio"
+        "| size | slice | dp × fsdp × tp: recipe's, ours | GiB per chip: recipe's | ours | limit"
+        " | GFLOP per real token and chip: recipe's | ours | ratio | HBM MB per real token and chip: recipe's | ours | ratio"
         " | real tokens/s at the roofline: ours beside recipe's |",
         "|---|---|---|---:|---:|---:|---:|---:|---:|---:|---:|---:|---:|",
     ]
@@ -158,7 +156,7 @@ def _figure(value: float | str) -> str:
 
 
 def _mesh(sizes: dict[str, int]) -> str:
-    return " × ".join(str(size) for size in sizes.values())
+    return " × ".join(str(sizes.get(axis, 1)) for axis in MeshSizes._fields)
 
 
 def _memory(one: dict[str, Any]) -> str:
@@ -185,8 +183,8 @@ def main() -> None:
     render()
     if asked.render:
         return
-    for size in asked.size or reversed(SIZES):
-        for machine in asked.slice or MACHINES:
+    for machine in asked.slice or MACHINES:
+        for size in asked.size or reversed(SIZES):
             if not path_of((size, machine)).is_file():
                 found = make((size, machine), asked.seconds)
                 told = {name: found.get(name) for name in ("fits", "seconds", "hbm_bytes_per_chip", "message")}

@@ -26,7 +26,7 @@ def test_ratios_are_per_real_token(plan):
     line = slices._row("gemma4_31b", "v6e-4", plan, recipe)
     # 8 ms at v6e's peak for 1,000 tokens beside 4 ms for 4,000: eight times as long per token
     assert line.endswith("| 7.34 | 8.00 | 0.9× | 10.0 | 2.00 | 5.0× | 8.0× |")
-    assert line.startswith("| 31b | v6e-4 | 1 × 4, 1 × 1 × 4 | 10.0 | 20.0 | 31.0 |")
+    assert line.startswith("| 31b | v6e-4 | 1 × 1 × 4, 1 × 1 × 4 | 10.0 | 20.0 | 31.0 |")
 
 
 def test_a_step_that_does_not_fit_has_no_ratio(plan):
