@@ -241,6 +241,32 @@ def test_all_refusals_come_together(tmp_path, capsys):
     assert "a file in a folder that is there is needed" in told
 
 
+@pytest.mark.parametrize(
+    ("record", "file", "content", "message"),
+    [
+        ("run", "result.json", "{", "result.json: damaged"),
+        ("run", "config.yaml", "a: [", "config.yaml: no YAML"),
+        ("run", "config.yaml", None, "config.yaml is missing; it says which slice this ran on"),
+        ("load", "cells/0.json", "{", "0.json: damaged"),
+        ("load", "config.yaml", "a: [", "config.yaml: no YAML"),
+    ],
+)
+def test_a_damaged_record_is_named(request, record, file, content, message):
+    folder = request.getfixturevalue(record)
+    if content is None:
+        (folder / file).unlink()
+    else:
+        (folder / file).write_text(content)
+    with pytest.raises(UserError, match=message):
+        read([str(folder)])
+
+
+def test_a_plan_that_does_not_fit_costs_nothing(tmp_path, caplog):
+    (tmp_path / "plan.json").write_text(json.dumps({"fits": False}))
+    assert read([str(tmp_path)]) == Figures()
+    assert "the plan does not fit and is left out" in caplog.text
+
+
 def test_a_folder_without_a_record_is_refused(tmp_path):
     with pytest.raises(
         UserError, match=r"no run \(result\.json, config\.yaml\), plan \(plan\.json\), evaluation, bench"
