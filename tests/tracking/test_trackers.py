@@ -8,6 +8,8 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -54,6 +56,19 @@ def history(records: list[dict]) -> dict[int, dict]:
     return {row["_step"]: {k: v for k, v in row.items() if not k.startswith("_")} for row in rows}
 
 
+@contextmanager
+def listening(handler: type[http.server.BaseHTTPRequestHandler], done: threading.Event) -> Iterator[str]:
+    """A server's address on this machine; `done` is set at its end, for requests that wait."""
+    handler.log_message = lambda *_: None
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
+    server.daemon_threads = True
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{server.server_port}"
+    done.set()
+    server.shutdown()
+    server.server_close()
+
+
 @pytest.fixture
 def vanishing_server():
     """As much of a W&B server as a run needs to start, until GET /vanish: then it answers nothing more.
@@ -90,17 +105,9 @@ def vanishing_server():
 
         do_HEAD = do_GET = do_POST = do_PUT = answer
 
-        def log_message(self, *arguments):
-            pass
-
     done = threading.Event()
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    server.daemon_threads = True
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    yield f"http://127.0.0.1:{server.server_port}", seen
-    done.set()
-    server.shutdown()
-    server.server_close()
+    with listening(Handler, done) as address:
+        yield address, seen
 
 
 @pytest.fixture
@@ -122,17 +129,9 @@ def hanging_server():
         def do_POST(self):
             done.wait()
 
-        def log_message(self, *arguments):
-            pass
-
     done = threading.Event()
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    server.daemon_threads = True
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    yield f"http://127.0.0.1:{server.server_port}"
-    done.set()
-    server.shutdown()
-    server.server_close()
+    with listening(Handler, done) as address:
+        yield address
 
 
 def test_none_and_other_processes_keep_nothing(run):
@@ -337,7 +336,8 @@ def test_wandb_online_knows_the_run_and_a_network_that_goes_costs_seconds(python
     code = WANDB.replace("start = time.monotonic()", limits) + body
     done = python(code, str(tmp_path), WANDB_API_KEY=KEY, WANDB_BASE_URL=url)
     assert done.returncode == 0, done.stderr
-    assert 1 < float(done.stdout) < 8  # once for the first table, once at the end
+    # 1.5 s for the first table and at the end; the rest is W&B's work on a busy machine. Its own limits are minutes.
+    assert 1 < float(done.stdout) < 20
     assert f"W&B: {url}/e/p/runs/" in done.stderr
     assert done.stderr.count("takes no more samples and artifacts (TimeoutError: no answer within 1.5 s)") == 1
     asked = seen["UpsertBucket"][0]

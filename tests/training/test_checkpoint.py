@@ -18,6 +18,16 @@ def open_folder(folder, step, keep_best=True, keep=2) -> Checkpoints:
     return Checkpoints(folder, config, adapters.leaves(step.model.layout, LORA), step.model.mesh)
 
 
+def save_several(folder, losses: dict[int, float]) -> None:
+    """A checkpoint for each update, with its held-out loss."""
+    step, _, trained = make()
+    state = init_state(step, trained, jax.random.key(0), step.model.mesh)
+    checkpoints = open_folder(folder, step, keep=len(losses))
+    for update, loss in losses.items():
+        checkpoints.save(state._replace(update=state.update * 0 + update), POSITION, loss)
+    checkpoints.close()
+
+
 @pytest.mark.parametrize(("keep_best", "kept"), [(True, [2, 5, 6]), (False, [5, 6])])
 def test_the_latest_and_the_best_are_kept_across_restarts(tmp_path, keep_best, kept):
     step, _, trained = make()

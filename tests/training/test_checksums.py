@@ -11,19 +11,14 @@ from gemma4_tpu.training import checksums
 from gemma4_tpu.training.job import init_state
 from gemma4_tpu.training.resume import newest_verified, refuse_differences
 from tests.step.test_train_step import make
-from tests.training.test_checkpoint import POSITION, open_folder
+from tests.training.test_checkpoint import POSITION, open_folder, save_several
 
 
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory):
     """A `checkpoints` folder with three of them."""
     folder = tmp_path_factory.mktemp("saved") / "checkpoints"
-    step, _, trained = make()
-    state = init_state(step, trained, jax.random.key(0), step.model.mesh)
-    checkpoints = open_folder(folder, step, keep=3)
-    for update in (2, 4, 6):
-        checkpoints.save(state._replace(update=state.update * 0 + update), POSITION, 1.0 / update)
-    checkpoints.close()
+    save_several(folder, {2: 0.5, 4: 0.25, 6: 0.125})
     return folder
 
 

@@ -3,7 +3,6 @@
 import json
 import shutil
 
-import jax
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -14,10 +13,8 @@ from gemma4_tpu.data.build import build_data
 from gemma4_tpu.data.tokenizer import load_tokenizer
 from gemma4_tpu.errors import UserError
 from gemma4_tpu.models.base import RANDOM_TOKENIZER
-from gemma4_tpu.training.job import init_state
 from gemma4_tpu.training.resume import newest_verified
-from tests.step.test_train_step import make
-from tests.training.test_checkpoint import POSITION, open_folder
+from tests.training.test_checkpoint import save_several
 
 QUICK = settings(
     max_examples=30, deadline=None, derandomize=True, database=None,
@@ -103,12 +100,7 @@ def test_places_that_hold_no_rows(tmp_path, tokenizer):
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory):
     folder = tmp_path_factory.mktemp("saved") / "checkpoints"
-    step, _, trained = make()
-    state = init_state(step, trained, jax.random.key(0), step.model.mesh)
-    checkpoints = open_folder(folder, step, keep=2)
-    for update in (2, 4):
-        checkpoints.save(state._replace(update=state.update * 0 + update), POSITION, 1.0)
-    checkpoints.close()
+    save_several(folder, {2: 1.0, 4: 1.0})
     return folder
 
 
