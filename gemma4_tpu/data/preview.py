@@ -20,6 +20,7 @@ from gemma4_tpu.config.schema import DataConfig, TrainRoot
 from gemma4_tpu.data.build import TrainingData, build_data
 from gemma4_tpu.data.examples import Examples
 from gemma4_tpu.data.plan import Plan
+from gemma4_tpu.tracking.plots import new_figure
 
 ROWS_SHOWN = 3
 BINS = 16
@@ -86,18 +87,14 @@ def histogram(slots: np.ndarray, capacity: int) -> str:
 
 def plot_lengths(built: TrainingData, capacity: int, path: Path) -> None:
     """Writes the histogram of example lengths as PNG."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(8, 4), layout="constrained")
-    axes = figure.subplots()
-    for name, examples in (("train", built.train), ("held out", built.heldout)):
-        if examples is not None:
-            axes.hist(examples.slots, bins=60, range=(0, capacity), label=f"{name} ({len(examples)})", alpha=0.8)
-    axes.axvline(capacity, color="black", linestyle="--", label=f"sequence_length ({capacity})")
-    axes.set(xlabel="tokens of an example", ylabel="examples", yscale="log", title="Lengths of the examples")
-    axes.legend()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=120)
+    with new_figure(path, (8, 4)) as figure:
+        axes = figure.subplots()
+        for name, examples in (("train", built.train), ("held out", built.heldout)):
+            if examples is not None:
+                axes.hist(examples.slots, bins=60, range=(0, capacity), label=f"{name} ({len(examples)})", alpha=0.8)
+        axes.axvline(capacity, color="black", linestyle="--", label=f"sequence_length ({capacity})")
+        axes.set(xlabel="tokens of an example", ylabel="examples", yscale="log", title="Lengths of the examples")
+        axes.legend()
 
 
 def _totals(built: TrainingData, data: DataConfig, rows_per_update: int, seed: int) -> list[str]:
