@@ -117,7 +117,8 @@ def rows() -> list[str]:
     plans = known()
     lines = [
         "| size | slice | dp × fsdp × tp: recipe's, ours | GiB per chip: recipe's | ours | limit"
-        " | GFLOP per real token and chip: recipe's | ours | ratio | HBM MB per real token and chip: recipe's | ours | ratio"
+        " | GFLOP per real token and chip: recipe's | ours | ratio"
+        " | HBM MB per real token and chip: recipe's | ours | ratio"
         " | real tokens/s at the roofline: ours beside recipe's |",
         "|---|---|---|---:|---:|---:|---:|---:|---:|---:|---:|---:|---:|",
     ]
