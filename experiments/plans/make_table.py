@@ -5,7 +5,7 @@
     python experiments/plans/make_table.py --render             # only the table
 
 Each plan is one `python -m gemma4_tpu.plan …` in a process of its own; its plan.json is kept in `results/` and not made
-again while it is there. A cell's row is the better of two meshes: the cheaper per million real tokens that fits.
+again while it is there. A cell's row is the best of up to three meshes: the cheapest per million real tokens that fits.
 """
 
 from __future__ import annotations
@@ -74,16 +74,18 @@ def cells(sizes: list[str], machines: list[str], trained: list[str]) -> Iterator
 
 
 def meshes(arch: Architecture, wanted: Slice) -> list[MeshSizes]:
-    """The likeliest ones: weights split over all chips, and as little as leaves half of the HBM free.
+    """The likeliest ones: weights split over all chips, and as little as leaves four fifths or half of HBM free.
 
     The largest tp for large models, none for others.
     """
     tp = 1 if arch.name in SMALL else max(arch.legal_tp(wanted.chips))
     weights_bytes = 2 * sum(math.prod(leaf.array_shape) for leaf in Layout.of(arch).leaves())
-    least = weights_bytes / (wanted.chip.hbm_bytes / 2)
     legal = [mesh for mesh in legal_meshes(arch, wanted.chips) if mesh.tp == tp]
-    loose = [mesh for mesh in legal if mesh.fsdp * mesh.tp >= least]
-    return list(dict.fromkeys([legal[0], loose[-1]]))
+    chosen = legal[:1]
+    for share in (1 / 5, 1 / 2):
+        least = weights_bytes / (wanted.chip.hbm_bytes * share)
+        chosen += [mesh for mesh in legal if mesh.fsdp * mesh.tp >= least][-1:]
+    return list(dict.fromkeys(chosen))
 
 
 def make(cell: Cell) -> str:
@@ -169,10 +171,10 @@ def render() -> str:
         "# Every size on every slice",
         "",
         "LoRA (and QLoRA, nf4) of rank 64 on packed rows of 4096 tokens, one row for each place on the axes dp",
-        "and fsdp and update, remat chosen by what fits; of two meshes (weights split over all chips, or as little as",
-        "leaves half of the HBM free) the cheaper. All figures are *estimated*: memory by the TPU compiler, which",
-        "compiles the whole training step without a TPU; time from FLOPs, bytes and collectives counted in the",
-        "compiled program, at 50% of the binding roofline; dollars from the prices in `gemma4_tpu/hardware.py`.",
+        "and fsdp and update, remat chosen by what fits; of up to three meshes (weights split over all chips, or only",
+        "as far as leaves four fifths or half of HBM free) the cheapest. All figures are *estimated*: memory by the",
+        "TPU compiler, which compiles the whole training step without a TPU; time from FLOPs, bytes and collectives",
+        "counted in the compiled program, at 50% of the binding roofline; dollars from the prices in `hardware.py`.",
         "Minutes are for the paper's job: 9,959 rows of 922 tokens on average, one epoch. Nothing here ran on a TPU.",
         "",
         "    python experiments/plans/make_table.py",

@@ -100,10 +100,12 @@ def until_assigned(lowered: Any, folder: Path, limit_bytes: int) -> Program:
 
     thread = threading.Thread(target=compile_all, daemon=True)
     thread.start()
+    before = None
     while thread.is_alive():
         program = dumped(folder)
-        if program is not None and program.peak_bytes <= limit_bytes:
+        if program is not None and program.peak_bytes <= limit_bytes and program == before:
             return program
+        before = program
         thread.join(SECONDS_BETWEEN_LOOKS)
     if isinstance(outcome[0], Exception):
         raise outcome[0]
@@ -149,13 +151,13 @@ def _finished(compiled: Any, folder: Path) -> Program:
 
 
 def dumped(folder: Path) -> Program | None:
-    """The program that a compilation wrote down in a folder; None until all of it is there."""
+    """The program that a compilation wrote down in a folder; None until all of it is there, as far as one can see."""
     found = [sorted(folder.glob(pattern)) for pattern in (TEXT, ASSIGNED, USED)]
     if not all(len(paths) == 1 for paths in found):
         return None
     text, assigned, used = (paths[0].read_text(encoding="utf-8", errors="replace") for paths in found)
     peak = used_bytes(used)
-    if peak is None or not assigned.rstrip() or not re.search(r"^ENTRY .*^}", text, re.DOTALL | re.MULTILINE):
+    if peak is None or not assigned.rstrip() or "\nENTRY " not in text or not text.rstrip().endswith("\n}"):
         return None
     arguments = re.findall(r"^allocation \d+: size (\d+), parameter ", assigned, re.MULTILINE)
     return Program(text, sum(int(size) for size in arguments), peak, {})
