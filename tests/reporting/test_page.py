@@ -50,7 +50,7 @@ def test_one_page_from_plan_to_cost(everything, tmp_path, capsys):
         "answers 4 of 4 stored prompts like the merged model",  # serving
         "| local | on demand | $0.36 | this report | given |",  # cost
         "- `experiment=smoke`",  # configuration
-        "commit `87edede46c49`",  # provenance
+        f"commit `{read_json(everything / 'provenance.json')['code']['git_commit'][:12]}`",  # provenance
     ):
         assert row in told.replace("\\_", "_").replace("\\#", "#"), row
     assert "run is 0.625 above base" in told
