@@ -63,7 +63,9 @@ def write_rows(path: Path, count: int, tokenizer: Any) -> None:
     source = pairs()
     with path.open("w", encoding="utf-8") as file:
         for wanted in lengths(count):
-            prompts, modules, tokens = [], [], 40  # what markup and fence take
+            prompts: list[str] = []
+            modules: list[str] = []
+            tokens = 40  # what markup and fence take
             while not prompts or tokens < wanted - 60:  # half of what one more would add
                 prompt, module = next(source)
                 prompts.append(prompt)
@@ -158,7 +160,7 @@ def recipe(rows: Path, tokenizer: Any) -> list[Epoch]:
             return None
         tokens, mask = np.zeros(PADDED, np.int32), np.zeros(PADDED, bool)
         tokens[: len(ids)], mask[len(asked) : len(ids)] = ids, True
-        return {"input_tokens": tokens, "input_mask": mask, "real": np.int32(len(ids))}
+        return {"input_tokens": tokens, "input_mask": mask, "real": np.array(len(ids))}
 
     clock = Clock()
     lines = rows.read_text(encoding="utf-8").splitlines()
@@ -183,7 +185,7 @@ def trl(rows: Path, tokenizer: Any) -> list[Epoch]:
 
     def conversation(line: str) -> dict[str, Any]:
         row = json.loads(line)
-        answer = ANSWER.search(THOUGHT.sub("", row["response"]))[1].strip()
+        answer = ANSWER.findall(THOUGHT.sub("", row["response"]))[0].strip()
         turns = [{"role": "user", "content": row["prompt"]}], [{"role": "assistant", "content": answer}]
         return dict(zip(("prompt", "completion"), turns, strict=True))
 
