@@ -1,0 +1,134 @@
+"""Generating the answers of an evaluation: ours, many problems in one decoding step, beside loops over the problems.
+
+    python -m benchmarks.generation [--problems 64] [--tokens 96] [--times 3] [--out benchmarks/generation.md]
+
+The same prompts (the package's held-out problems), the embedded tiny model in float32, greedy, the same limit. *Ours,
+one by one* is our own generator with `eval.batch_size=1`; *transformers, one by one* is `generate` with its cache, as
+evaluation scripts usually call it, on one thread. Each way runs once unmeasured (that compiles), then all in turns;
+medians.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import platform
+import statistics
+import time
+from collections.abc import Callable
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+BATCHED, SINGLE, PEER = "ours, 64 at a time", "ours, one by one", "transformers, one by one"
+
+
+def ours(batch_size: int, problems: int, tokens: int) -> Callable[[], int]:
+    """Our generator: a call generates all answers and returns how many tokens they have."""
+    from gemma4_tpu.config.schema import ModelConfig
+    from gemma4_tpu.config.tasks import EvalConfig, EvaluateRoot
+    from gemma4_tpu.evals.generate import requests
+    from gemma4_tpu.evals.load import load_backends
+    from gemma4_tpu.evals.verilog.smoke import VerilogSmoke
+
+    config = EvalConfig(
+        benchmark="verilog_smoke", n=1, temperature=0, max_new_tokens=tokens, batch_size=batch_size,
+        compute_dtype="float32",
+    )  # fmt: skip
+    root = EvaluateRoot(model=ModelConfig(path="embedded:tiny"), eval=config)
+    (backend,) = load_backends(root).by_name.values()
+    asked = requests(VerilogSmoke().load()[:problems], config)
+
+    def run() -> int:
+        return sum(sample.tokens or 0 for sample in backend.generate(asked))
+
+    return run
+
+
+def peer(problems: int, tokens: int) -> Callable[[], int]:
+    """The same by transformers' `generate`, problem by problem; more threads are slower with so small a model."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    from gemma4_tpu.config.schema import ModelConfig
+    from gemma4_tpu.config.tasks import EvalConfig
+    from gemma4_tpu.data.chat import ChatFormat
+    from gemma4_tpu.data.tokenizer import load_tokenizer
+    from gemma4_tpu.evals.generate import checkpoint_stop_ids, messages
+    from gemma4_tpu.evals.verilog.smoke import VerilogSmoke
+    from gemma4_tpu.models.base import resolve_base
+
+    base = resolve_base(ModelConfig(path="embedded:tiny"))
+    tokenizer = load_tokenizer(base.tokenizer_folder)
+    torch.set_num_threads(1)
+    model = AutoModelForCausalLM.from_pretrained(base.folder, dtype=torch.float32).eval()
+    chat, stops = ChatFormat(tokenizer, "drop"), list(checkpoint_stop_ids(base, tokenizer))
+    asked = VerilogSmoke().load()[:problems]
+    prompts = chat.encode([chat.render_prompt(list(messages(problem, EvalConfig()))) for problem in asked])
+
+    @torch.no_grad()
+    def run() -> int:
+        count = 0
+        for ids in prompts:
+            given = torch.tensor([list(ids)])
+            made: Any = model.generate(
+                given, attention_mask=torch.ones_like(given), max_new_tokens=tokens, do_sample=False,
+                eos_token_id=stops, pad_token_id=0,
+            )  # fmt: skip
+            count += made.shape[1] - given.shape[1]
+        return count
+
+    return run
+
+
+def report(seconds: dict[str, list[float]], made: dict[str, int], command: str) -> str:
+    """The table as Markdown."""
+    medians = {way: statistics.median(times) for way, times in seconds.items()}
+    rates = {way: made[way] / medians[way] for way in medians}
+    lines = [
+        "# Generating the answers of an evaluation",
+        "",
+        f"{datetime.now(UTC):%Y-%m-%d}, {len(os.sched_getaffinity(0))} CPU cores ({platform.machine()}), JAX"
+        f" {version('jax')}, transformers {version('transformers')}; load over five minutes {os.getloadavg()[1]:.1f}."
+        " *Measured* by",
+        "",
+        f"    {command}",
+        "",
+        "| way | tokens generated | seconds | tokens/s | ratio |",
+        "|---|---:|---:|---:|---:|",
+        *(
+            f"| {way} | {made[way]:,} | {medians[way]:.1f} | {rates[way]:,.0f} | {rates[way] / rates[PEER]:.1f}× |"
+            for way in (PEER, SINGLE, BATCHED)
+        ),
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--problems", type=int, default=64)
+    parser.add_argument("--tokens", type=int, default=96, help="at most, per answer")
+    parser.add_argument("--times", type=int, default=3)
+    parser.add_argument("--out", type=Path, default=Path("benchmarks/generation.md"))
+    args = parser.parse_args()
+    ways = {
+        BATCHED: ours(64, args.problems, args.tokens),
+        SINGLE: ours(1, args.problems, args.tokens),
+        PEER: peer(args.problems, args.tokens),
+    }
+    made = {way: run() for way, run in ways.items()}
+    print("tokens generated:", made, flush=True)
+    seconds: dict[str, list[float]] = {way: [] for way in ways}
+    for _ in range(args.times):
+        for way, run in ways.items():
+            started = time.perf_counter()
+            run()
+            seconds[way].append(time.perf_counter() - started)
+            print(way, f"{seconds[way][-1]:.1f} s", flush=True)
+    command = f"python -m benchmarks.generation --problems {args.problems} --tokens {args.tokens} --times {args.times}"
+    args.out.write_text(report(seconds, made, command))
+
+
+if __name__ == "__main__":
+    main()
