@@ -12,7 +12,7 @@ from rich.text import Text
 
 from gemma4_tpu.hardware import MeshSizes
 from gemma4_tpu.planning.estimate import PlanResult
-from gemma4_tpu.planning.search import Found, cost, free
+from gemma4_tpu.planning.search import LEFT_OUT, Found, cost, free
 from gemma4_tpu.tracking.cost import format_usd
 from gemma4_tpu.tracking.plots import new_figure
 from gemma4_tpu.tracking.progress import format_seconds
@@ -263,5 +263,8 @@ def print_search(found: Found, folder: Path) -> None:
             Text(f"\n→ nothing else is both cheaper and has more HBM free. Estimated at {share:.0%} of the roofline.")
         )
     for skip in found.skipped:
-        out.print(Text(f"skipped {skip['candidate']}: {skip['reason']}"))
+        if not skip["reason"].startswith(LEFT_OUT):
+            out.print(Text(f"skipped {skip['candidate']}: {skip['reason']}"))
+    if left_out := [skip["reason"] for skip in found.skipped if skip["reason"].startswith(LEFT_OUT)]:
+        out.print(Text(f"{len(left_out)} more were left out by {left_out[0]} (search.json lists them)"))
     out.print(Text(f"search.json and hbm.png: {folder}"), soft_wrap=True)

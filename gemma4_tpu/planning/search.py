@@ -22,6 +22,8 @@ from gemma4_tpu.planning.estimate import PlanResult
 from gemma4_tpu.planning.remat import AUTO, POLICIES
 
 log = logging.getLogger(__name__)
+LEFT_OUT = "plan.max_candidates"
+"""With its value the reason of candidates beyond the number that a search may compile."""
 COMPILATION_BYTES = 6 * 2**30
 """Memory of this machine that one compilation of a large model may take."""
 
@@ -98,9 +100,7 @@ def search(planned: Planned) -> Found:
     finally:
         for _, compilation in running:
             compilation.close()
-    found.skipped += [
-        {"candidate": " ".join(one.overrides), "reason": f"plan.max_candidates={limit}"} for one in waiting
-    ]
+    found.skipped += [{"candidate": " ".join(one.overrides), "reason": f"{LEFT_OUT}={limit}"} for one in waiting]
     found.front = pareto([one["plan"] for one in found.results])
     return found
 
