@@ -11,6 +11,10 @@ import jax.numpy as jnp
 from gemma4_tpu.models.remat import CONTEXT, keep
 
 MASKED = -2.3819763e38  # Gemma's value for a masked score: finite in bfloat16 and float32
+GLOBAL_BLOCKS, GLOBAL_LEAST = 8, 128
+"""Global layers work on at most so many blocks of queries, of at least so many tokens: each is a part of the program."""
+WINDOW_BLOCKS, WINDOW_LEAST = 4, 32
+"""Sliding layers on so many blocks for each window, of at least so many tokens."""
 
 
 def rope(x: jax.Array, positions: jax.Array, base: float, proportion: float) -> jax.Array:
@@ -47,8 +51,8 @@ def mask(segments_q: jax.Array, segments_k: jax.Array, distance: jax.Array, wind
 def einsum_attention(q: jax.Array, k: jax.Array, v: jax.Array, segment_ids: jax.Array, window: int | None) -> jax.Array:
     """Softmax attention by plain matrix products, scores in float32; the reference for every other path.
 
-    Sliding layers work on blocks of `window` tokens, each of which sees itself and the block before it, so that their
-    scores take [B, N, T, 2·window] instead of [B, N, T, T].
+    Queries go in blocks. In global layers each sees the keys up to its end, about half of [B, N, T, T] in all; in
+    sliding ones those of its own and a few earlier blocks, a little more than a window.
 
     Args:
       q: [B, T, N, H].
@@ -61,36 +65,59 @@ def einsum_attention(q: jax.Array, k: jax.Array, v: jax.Array, segment_ids: jax.
       [B, T, N, H].
     """
     t = q.shape[1]
-    if window is None or t <= 2 * window:
-        places = jnp.arange(t)
-        seen = mask(segment_ids, segment_ids, places[:, None] - places[None, :], window)
-        return keep(_attend(q, k, v, seen), CONTEXT)
-    blocks = -(-t // window)
-    padding = blocks * window - t
+    whole = window is None or t <= 2 * window
+    return keep(_upto_end(q, k, v, segment_ids, window) if whole else _banded(q, k, v, segment_ids, window), CONTEXT)
+
+
+def _upto_end(q: jax.Array, k: jax.Array, v: jax.Array, segment_ids: jax.Array, window: int | None) -> jax.Array:
+    """Every block of queries on the keys up to its own end."""
+    t = q.shape[1]
+    size = max(GLOBAL_LEAST, -(-t // GLOBAL_BLOCKS))
+    parts = []
+    for start in range(0, t, size):
+        own, upto = slice(start, start + size), slice(0, start + size)
+        distance = jnp.arange(t)[own, None] - jnp.arange(t)[None, upto]
+        seen = mask(segment_ids[:, own], segment_ids[:, upto], distance, window)
+        parts.append(_attend(q[:, own], k[:, upto], v[:, upto], seen))
+    return jnp.concatenate(parts, axis=1)
+
+
+def _banded(q: jax.Array, k: jax.Array, v: jax.Array, segment_ids: jax.Array, window: int) -> jax.Array:
+    """All blocks of queries at once, each on its own keys and those of the blocks that its window reaches."""
+    t = q.shape[1]
+    size = max(WINDOW_LEAST, -(-window // WINDOW_BLOCKS))
+    blocks, reach = -(-t // size), -(-(window - 1) // size)
+    padding = blocks * size - t
     q, k, v, segment_ids = (
         jnp.pad(x, [(0, 0), (0, padding)] + [(0, 0)] * (x.ndim - 2)) for x in (q, k, v, segment_ids)
     )
 
-    def block(x: jax.Array) -> jax.Array:  # [B, T, …] → [B, blocks, window, …]
-        return x.reshape(x.shape[0], blocks, window, *x.shape[2:])
+    def block(x: jax.Array) -> jax.Array:  # [B, T, …] → [B, blocks, size, …]
+        return x.reshape(x.shape[0], blocks, size, *x.shape[2:])
 
-    def with_previous(x: jax.Array, before_first: int) -> jax.Array:  # [B, T, …] → [B, blocks, 2·window, …]
+    def with_earlier(x: jax.Array, before_first: int) -> jax.Array:  # [B, T, …] → [B, blocks, (reach + 1) · size, …]
         x = block(x)
-        first = jnp.full_like(x[:, :1], before_first)
-        return jnp.concatenate([jnp.concatenate([first, x[:, :-1]], axis=1), x], axis=2)
+        x = jnp.concatenate([jnp.full_like(x[:, :1], before_first)] * reach + [x], axis=1)
+        return jnp.concatenate([x[:, i : i + blocks] for i in range(reach + 1)], axis=2)
 
-    distance = window + jnp.arange(window)[:, None] - jnp.arange(2 * window)[None, :]
-    seen = mask(block(segment_ids), with_previous(segment_ids, -1), distance, window)  # nothing is of segment -1
-    out = jax.vmap(_attend, in_axes=1, out_axes=1)(block(q), with_previous(k, 0), with_previous(v, 0), seen)
-    return keep(out.reshape(q.shape)[:, :t], CONTEXT)
+    distance = reach * size + jnp.arange(size)[:, None] - jnp.arange((reach + 1) * size)[None, :]
+    seen = mask(block(segment_ids), with_earlier(segment_ids, -1), distance, window)  # nothing is of segment -1
+    out = jax.vmap(_attend, in_axes=1, out_axes=1)(block(q), with_earlier(k, 0), with_earlier(v, 0), seen)
+    return out.reshape(q.shape)[:, :t]
 
 
 def _attend(q: jax.Array, k: jax.Array, v: jax.Array, seen: jax.Array) -> jax.Array:
     """Q [B, Q, N, H], k and v [B, S, K, H], seen [B, Q, S] → [B, Q, N, H]."""
     b, t, n, h = q.shape
-    kv = k.shape[2]
-    grouped = q.reshape(b, t, kv, n // kv, h)
-    scores = jnp.einsum("btkgh,bskh->bkgts", grouped, k, preferred_element_type=jnp.float32)
-    scores = jnp.where(seen[:, None, None], scores, MASKED)
-    weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
-    return jnp.einsum("bkgts,bskh->btkgh", weights, v).reshape(b, t, n, h)
+    s, kv = k.shape[1:3]
+    group = n // kv
+    # heads lead and a group's queries follow each other: products that need no transposed copy of the scores
+    queries = q.reshape(b, t, kv, group, h).transpose(0, 2, 3, 1, 4).reshape(b, kv, group * t, h)
+    keys, values = k.transpose(0, 2, 1, 3), v.transpose(0, 2, 1, 3)  # [B, K, S, H]
+    scores = jnp.einsum("bkqh,bksh->bkqs", queries, keys, preferred_element_type=jnp.float32)
+    scores = jnp.where(seen[:, None, None], scores.reshape(b, kv, group, t, s), MASKED)
+    weights = jnp.exp(scores - jax.lax.stop_gradient(scores.max(axis=-1, keepdims=True)))
+    out = jnp.einsum("bkqs,bksh->bkqh", weights.astype(v.dtype).reshape(b, kv, group * t, s), values)
+    # divided once the products are small: nor does the gradient reduce over the scores then
+    out = out.reshape(b, kv, group, t, h) / weights.sum(axis=-1)[..., None]
+    return out.transpose(0, 3, 1, 2, 4).reshape(b, t, n, h).astype(v.dtype)
