@@ -32,6 +32,11 @@ _ELEMENTWISE = {
 }  # fmt: skip
 _IN_PLACE = ("dynamic-update-slice", "scatter")
 _SLICES = ("dynamic-slice", "slice", "gather")
+_ASYNC_PIECE = re.compile(r'"async_collective_fusion_config":\{"flag_start":"(?!-1)')
+_CONTINUATION = re.compile(
+    r'"continuation_config":\{"output_tuple_original_start":"(\d+)","output_tuple_original_end":"(\d+)",'
+    r'"operand_original_start":"(\d+)","operand_original_end":"(\d+)"'
+)
 
 
 @dataclass(frozen=True)
@@ -67,6 +72,8 @@ class Counts:
     """Calls of kernels about which nothing is known: their FLOPs are missing."""
     unknown_loops: int = 0
     """Loops without a readable trip count, counted once."""
+    unknown_groups: Counter[str] = field(default_factory=Counter)
+    """Collectives by kind whose groups can't be read: counted as if all chips took part."""
 
     @property
     def flops(self) -> float:
@@ -78,6 +85,7 @@ class Counts:
             f"{kind}: {n:g} calls of a kernel without a cost estimate" for kind, n in self.unknown_kernels.items()
         ]
         missing += [f"{self.unknown_loops} loops counted once"] if self.unknown_loops else []
+        missing += [f"{kind}: {n:g} taken to be over all chips" for kind, n in self.unknown_groups.items()]
         return {
             "flops": self.flops,
             "matmul_flops": self.matmul_flops,
@@ -99,7 +107,7 @@ class Counts:
         self.other_flops += other.other_flops * times
         self.traffic += Traffic(other.traffic.accessed * times, other.traffic.hbm * times)
         self.unknown_loops += other.unknown_loops
-        for name in ("attention_flops", "collectives", "collective_bytes", "unknown_kernels"):
+        for name in ("attention_flops", "collectives", "collective_bytes", "unknown_kernels", "unknown_groups"):
             for kind, amount in getattr(other, name).items():
                 getattr(self, name)[kind] += amount * times
 
@@ -181,7 +189,12 @@ class _Counter:
         return [array for name in one.operands for array in within.instructions[name].arrays]
 
     def _collective(self, total: Counts, kind: str, one: Instruction, operands: list[Array]) -> None:
+        if _ASYNC_PIECE.search(one.attributes):
+            return  # the fusion in which it started has counted it
         size = _group_size(one, self.module.devices)
+        if size is None:
+            total.unknown_groups[kind] += 1
+            size = self.module.devices
         total.collectives[kind] += 1
         given = sum(array.bytes for array in operands)
         share = (size - 1) / size
@@ -209,11 +222,12 @@ class _Counter:
         operands = [within.instructions[name] for name in one.operands]
         if one.opcode == "fusion":
             fused = self.module.computations[one.called["calls"]]
+            own_operands, own_results = _own_of_fusion(one)
             total = Traffic()
-            for number, operand in enumerate(operands):
-                total += _moved(operand.arrays[0], self._read(fused, fused.parameters[number]))
+            for number in range(len(operands))[own_operands]:
+                total += _moved(operands[number].arrays[0], self._read(fused, fused.parameters[number]))
             written = self._written(fused, fused.instructions[fused.root])
-            for array, size in zip(one.arrays, written, strict=True):
+            for array, size in list(zip(one.arrays, written, strict=True))[own_results]:
                 total += _moved(array, size)
             return total
         arrays = [array for operand in operands for array in operand.arrays]
@@ -320,15 +334,37 @@ def _meetings(length: int, size: int, out: int, stride: int, pad: int, dilation:
     )
 
 
-def _group_size(one: Instruction, devices: int) -> int:
-    """Chips that take part in one collective. Knows lists, `[groups,size]<=[…]` and `mesh[…] {axes}`."""
+def _own_of_fusion(one: Instruction) -> tuple[slice, slice]:
+    """Which operands and results a fusion works on.
+
+    A collective that runs beside products is handed from one fusion to the next, among what each of them takes and
+    gives: its arrays count where it starts, `(operand, result, …)`.
+    """
+    if one.name.startswith("async-collective-start"):
+        return slice(None), slice(1, None)
+    if one.name.startswith("async-collective-done"):
+        return slice(0), slice(0)
+    told = _CONTINUATION.search(one.attributes)
+    if told is None:
+        return slice(None), slice(None)
+    first_result, last_result, first_operand, last_operand = map(int, told.groups())
+    return slice(first_operand, last_operand + 1), slice(first_result, last_result + 1)
+
+
+def _group_size(one: Instruction, devices: int) -> int | None:
+    """Chips that take part in one collective; None where its text says it in a way that we don't know.
+
+    We know pairs, `{}` (all), lists, `[groups,size]<=[…]` and `mesh[…] {axes}`, the latter with or without `device_ids`.
+    """
     text = one.attributes
+    if "source_target_pairs=" in text or "replica_groups={}" in text:
+        return devices
     if listed := re.search(r"replica_groups=\{\{([\d,]*)\}", text):
         return len(listed[1].split(","))
     if iota := re.search(r"replica_groups=\[(\d+),(\d+)\]", text):
         return int(iota[2])
-    if mesh := re.search(r"replica_groups=mesh\[([^\]]*)\] ?\{([^}]*)\}", text):
+    if mesh := re.search(r"replica_groups=mesh\[([^\]]*)\](?:, device_ids=\([^{}]*\))? ?\{([^}]*)\}", text):
         sizes = dict(re.findall(r"'([^']+)'=(\d+)", mesh[1]))
         axes = re.findall(r"'([^']+)'(?::\(\d+\)(\d+))?", mesh[2])
         return math.prod(int(part or sizes[axis]) for axis, part in axes)
-    return devices
+    return None
