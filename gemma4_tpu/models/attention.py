@@ -12,7 +12,7 @@ from gemma4_tpu.models.remat import CONTEXT, keep
 
 MASKED = -2.3819763e38  # Gemma's value for a masked score: finite in bfloat16 and float32
 GLOBAL_BLOCKS, GLOBAL_LEAST = 8, 128
-"""Global layers work on at most so many blocks of queries, of at least so many tokens: each is a part of the program."""
+"""Global layers work on at most so many blocks of queries, of at least so many tokens."""
 WINDOW_BLOCKS, WINDOW_LEAST = 4, 32
 """Sliding layers on so many blocks for each window, of at least so many tokens."""
 
@@ -64,9 +64,9 @@ def einsum_attention(q: jax.Array, k: jax.Array, v: jax.Array, segment_ids: jax.
     Returns:
       [B, T, N, H].
     """
-    t = q.shape[1]
-    whole = window is None or t <= 2 * window
-    return keep(_upto_end(q, k, v, segment_ids, window) if whole else _banded(q, k, v, segment_ids, window), CONTEXT)
+    if window is None or q.shape[1] <= 2 * window:
+        return keep(_upto_end(q, k, v, segment_ids, window), CONTEXT)
+    return keep(_banded(q, k, v, segment_ids, window), CONTEXT)
 
 
 def _upto_end(q: jax.Array, k: jax.Array, v: jax.Array, segment_ids: jax.Array, window: int | None) -> jax.Array:

@@ -16,10 +16,9 @@ from typing import Any
 
 import numpy as np
 
-from gemma4_tpu.planning import kernels
+from gemma4_tpu.planning import collectives, kernels
 from gemma4_tpu.planning.hlo import HBM, Array, Computation, Instruction, Module
 
-COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute", "ragged-all-to-all")
 _FREE = {
     "parameter", "constant", "tuple", "get-tuple-element", "bitcast", "after-all", "partition-id", "replica-id",
     "opt-barrier", "while", "conditional", "call", "copy-done", "async-start", "async-done", "async-update", "domain",
@@ -32,11 +31,6 @@ _ELEMENTWISE = {
 }  # fmt: skip
 _IN_PLACE = ("dynamic-update-slice", "scatter")
 _SLICES = ("dynamic-slice", "slice", "gather")
-_ASYNC_PIECE = re.compile(r'"async_collective_fusion_config":\{"flag_start":"(?!-1)')
-_CONTINUATION = re.compile(
-    r'"continuation_config":\{"output_tuple_original_start":"(\d+)","output_tuple_original_end":"(\d+)",'
-    r'"operand_original_start":"(\d+)","operand_original_end":"(\d+)"'
-)
 
 
 @dataclass(frozen=True)
@@ -158,7 +152,7 @@ class _Counter:
             total.other_flops += one.arrays[0].elements
         elif one.opcode == "reduce":
             total.other_flops += sum(a.elements for a in self._arrays(within, one)[: len(one.arrays)])
-        if (kind := one.opcode.removesuffix("-start")) in COLLECTIVES:
+        if (kind := one.opcode.removesuffix("-start")) in collectives.KINDS:
             self._collective(total, kind, one, self._arrays(within, one))
         traffic = Traffic()
         if not inside_fusion:
@@ -189,24 +183,14 @@ class _Counter:
         return [array for name in one.operands for array in within.instructions[name].arrays]
 
     def _collective(self, total: Counts, kind: str, one: Instruction, operands: list[Array]) -> None:
-        if _ASYNC_PIECE.search(one.attributes):
-            return  # the fusion in which it started has counted it
-        size = _group_size(one, self.module.devices)
+        if collectives.goes_on(one):
+            return
+        size = collectives.group_size(one, self.module.devices)
         if size is None:
             total.unknown_groups[kind] += 1
             size = self.module.devices
         total.collectives[kind] += 1
-        given = sum(array.bytes for array in operands)
-        share = (size - 1) / size
-        sent = {
-            "all-reduce": 2 * share * given,
-            "all-gather": (size - 1) * given,
-            "reduce-scatter": share * given,
-            "all-to-all": share * given,
-            "ragged-all-to-all": share * given,
-            "collective-permute": given,
-        }[kind]
-        total.collective_bytes[kind] += round(sent)
+        total.collective_bytes[kind] += round(collectives.sent_bytes(kind, size, sum(a.bytes for a in operands)))
 
     # ── bytes ──────────────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -222,7 +206,7 @@ class _Counter:
         operands = [within.instructions[name] for name in one.operands]
         if one.opcode == "fusion":
             fused = self.module.computations[one.called["calls"]]
-            own_operands, own_results = _own_of_fusion(one)
+            own_operands, own_results = collectives.own_of_fusion(one)
             total = Traffic()
             for number in range(len(operands))[own_operands]:
                 total += _moved(operands[number].arrays[0], self._read(fused, fused.parameters[number]))
@@ -332,39 +316,3 @@ def _meetings(length: int, size: int, out: int, stride: int, pad: int, dilation:
         int(((at >= 0) & (at < span) & (at % dilation == 0)).sum())
         for at in (places + w * window_dilation for w in range(size))
     )
-
-
-def _own_of_fusion(one: Instruction) -> tuple[slice, slice]:
-    """Which operands and results a fusion works on.
-
-    A collective that runs beside products is handed from one fusion to the next, among what each of them takes and
-    gives: its arrays count where it starts, `(operand, result, …)`.
-    """
-    if one.name.startswith("async-collective-start"):
-        return slice(None), slice(1, None)
-    if one.name.startswith("async-collective-done"):
-        return slice(0), slice(0)
-    told = _CONTINUATION.search(one.attributes)
-    if told is None:
-        return slice(None), slice(None)
-    first_result, last_result, first_operand, last_operand = map(int, told.groups())
-    return slice(first_operand, last_operand + 1), slice(first_result, last_result + 1)
-
-
-def _group_size(one: Instruction, devices: int) -> int | None:
-    """Chips that take part in one collective; None where its text says it in a way that we don't know.
-
-    We know pairs, `{}` (all), lists, `[groups,size]<=[…]` and `mesh[…] {axes}`, the latter with or without `device_ids`.
-    """
-    text = one.attributes
-    if "source_target_pairs=" in text or "replica_groups={}" in text:
-        return devices
-    if listed := re.search(r"replica_groups=\{\{([\d,]*)\}", text):
-        return len(listed[1].split(","))
-    if iota := re.search(r"replica_groups=\[(\d+),(\d+)\]", text):
-        return int(iota[2])
-    if mesh := re.search(r"replica_groups=mesh\[([^\]]*)\](?:, device_ids=\([^{}]*\))? ?\{([^}]*)\}", text):
-        sizes = dict(re.findall(r"'([^']+)'=(\d+)", mesh[1]))
-        axes = re.findall(r"'([^']+)'(?::\(\d+\)(\d+))?", mesh[2])
-        return math.prod(int(part or sizes[axis]) for axis, part in axes)
-    return None

@@ -155,6 +155,32 @@ def test_the_text_of_tpu_programs():
     assert ours.traffic.accessed == 8 * (in_hbm + on_chip + counter)
 
 
+def test_a_collective_beside_products_counts_once():
+    """It starts in one fusion, goes on in another and ends in a third; four of the sixteen chips take part."""
+    ours = counts.count(hlo.parse(text_of("async_gather")))
+    piece, whole = 64 * 512 * 2, 256 * 512 * 2
+    assert ours.collectives == {"all-gather": 1}
+    assert ours.collective_bytes["all-gather"] == 3 * piece
+    assert ours.matmul_flops == 2 * 128 * 256 * 1024
+    product = (128 * 256 + 256 * 1024 + 128 * 1024) * 2
+    state = 4  # the collective's own counter, in another memory
+    assert ours.traffic.hbm == whole + product
+    assert ours.traffic.accessed == piece + whole + product + state
+
+
+def test_groups_that_cannot_be_read_are_reported():
+    known = "replica_groups=mesh['axis_0'=1,'axis_1'=4,'axis_2'=1,'axis_3'=4], device_ids=([4,4]T(1,0)) {'axis_1'}"
+    for groups, sharing in {
+        "replica_groups={}": 16,
+        "replica_groups={{0,1},{2,3}}": 2,
+        "replica_groups=[2,8]<=[16]": 8,
+        "replica_groups=new(3)": 16,
+    }.items():
+        ours = counts.count(hlo.parse(text_of("async_gather").replace(known, groups)))
+        assert ours.collective_bytes["all-gather"] == (sharing - 1) * 64 * 512 * 2
+        assert ("all-gather: 1 taken to be over all chips" in ours.plain()["not_counted"]) == ("new" in groups)
+
+
 def test_a_loop_that_does_not_tell_how_often_is_reported():
     ours = counts.count(hlo.parse(text_of("tpu_loop").replace("direction=LT", "direction=NE")))
     assert ours.unknown_loops == 1
