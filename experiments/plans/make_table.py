@@ -5,7 +5,7 @@
     python experiments/plans/make_table.py --render             # only the table
 
 Each plan is one `python -m gemma4_tpu.plan …` in a process of its own; its plan.json is kept in `results/` and not made
-again while it is there. A cell's row is the best of up to three meshes: the cheapest per million real tokens that fits.
+again while it is there. A cell's row is the best of up to four meshes: the cheapest per million real tokens that fits.
 """
 
 from __future__ import annotations
@@ -37,6 +37,14 @@ MACHINES = ("v5p-8", "v5p-32", "v6e-4", "v6e-8", "v5e-16")
 TRAINED = {"lora": "default", "qlora": "qlora_nf4"}
 COMMON = ("lora.rank=64", "lora.alpha=64", "data.sequence_length=4096", "trainer.remat=auto", "plan.max_attempts=0")
 FITS, MISFIT = 0, 1
+
+INTRODUCTION = """\
+LoRA (and QLoRA, nf4) of rank 64 on packed rows of 4096 tokens, one row for each place on the axes dp and fsdp and
+update, remat chosen by what fits; of up to four meshes (weights split over all chips, or only as far as leaves four
+fifths or half of HBM free, and for E4B and E2B over tp = 2, too) the cheapest. All figures are *estimated*: memory by
+the TPU compiler, which compiles the whole training step without a TPU; time from FLOPs, bytes and collectives counted
+in the compiled program, at 50% of the binding roofline; dollars from the prices in `hardware.py`. Minutes are for the
+paper's job: 9,959 rows of 922 tokens on average, one epoch. Nothing here ran on a TPU."""
 
 PAPER = {"seconds_per_sample": 1.21, "hours": 3.34, "usd": 56.11, "samples": 9959, "mean_tokens": 922}
 """Quoted: the paper's run of 31B with LoRA on a v5p-8; the tokens are those of its rows, padded to 3072."""
@@ -76,15 +84,19 @@ def cells(sizes: list[str], machines: list[str], trained: list[str]) -> Iterator
 def meshes(arch: Architecture, wanted: Slice) -> list[MeshSizes]:
     """The likeliest ones: weights split over all chips, and as little as leaves four fifths or half of HBM free.
 
-    The largest tp for large models, none for others.
+    The largest tp for large models, none for others, and for those tp = 2 with half of HBM free.
     """
-    tp = 1 if arch.name in SMALL else max(arch.legal_tp(wanted.chips))
     weights_bytes = 2 * sum(math.prod(leaf.array_shape) for leaf in Layout.of(arch).leaves())
-    legal = [mesh for mesh in legal_meshes(arch, wanted.chips) if mesh.tp == tp]
-    chosen = legal[:1]
-    for share in (1 / 5, 1 / 2):
+
+    def least_split(tp: int, share: float) -> list[MeshSizes]:
         least = weights_bytes / (wanted.chip.hbm_bytes * share)
-        chosen += [mesh for mesh in legal if mesh.fsdp * mesh.tp >= least][-1:]
+        return [mesh for mesh in legal if mesh.tp == tp and mesh.fsdp * mesh.tp >= least][-1:]
+
+    legal = legal_meshes(arch, wanted.chips)
+    tp = 1 if arch.name in SMALL else max(arch.legal_tp(wanted.chips))
+    chosen = [mesh for mesh in legal if mesh.tp == tp][:1] + least_split(tp, 1 / 5) + least_split(tp, 1 / 2)
+    if arch.name in SMALL:
+        chosen += least_split(2, 1 / 2)
     return list(dict.fromkeys(chosen))
 
 
@@ -170,12 +182,7 @@ def render() -> str:
     lines = [
         "# Every size on every slice",
         "",
-        "LoRA (and QLoRA, nf4) of rank 64 on packed rows of 4096 tokens, one row for each place on the axes dp",
-        "and fsdp and update, remat chosen by what fits; of up to three meshes (weights split over all chips, or only",
-        "as far as leaves four fifths or half of HBM free) the cheapest. All figures are *estimated*: memory by the",
-        "TPU compiler, which compiles the whole training step without a TPU; time from FLOPs, bytes and collectives",
-        "counted in the compiled program, at 50% of the binding roofline; dollars from the prices in `hardware.py`.",
-        "Minutes are for the paper's job: 9,959 rows of 922 tokens on average, one epoch. Nothing here ran on a TPU.",
+        INTRODUCTION,
         "",
         "    python experiments/plans/make_table.py",
         "",
