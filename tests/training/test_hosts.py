@@ -36,7 +36,10 @@ def weights(run: Path) -> dict[str, bytes]:
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_two_and_four_processes_make_the_very_numbers_of_one_on_every_mesh(shallow, tmp_path):
-    """With Gloo in all three: JAX's collectives inside one process add four terms in another order."""
+    """With Gloo in all three: JAX's collectives inside one process add four terms in another order.
+
+    With as many threads in each process, too: XLA's products on CPUs add up in as many parts (it reads NPROC).
+    """
     meshes = {1: ("1x2x2", "2x2x1", "1x1x4"), 2: ("2x2x1", "1x1x4"), 4: ("1x2x2", "2x2x1")}
     script = Path(__file__).with_name("several_meshes.py")
     for count in meshes:
@@ -45,8 +48,8 @@ def test_two_and_four_processes_make_the_very_numbers_of_one_on_every_mesh(shall
         processes = [
             subprocess.Popen(
                 [sys.executable, script, *map(str, [*words, index, *meshes[count]]), "--", *SHORT],
-                text=True, cwd=tmp_path, env=shallow.environment(4 // count), stdout=subprocess.PIPE,
-                stderr=subprocess.STDOUT,
+                text=True, cwd=tmp_path, env=shallow.environment(4 // count) | {"NPROC": "4"},
+                stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
             ) for index in range(count)
         ]  # fmt: skip
         said = [process.communicate(timeout=600)[0] for process in processes]
