@@ -19,7 +19,7 @@ train: setup
 demo: setup-dev simulator
 	PYTHON=$(BIN)/python launch/demo.sh $(ARGS)
 
-# COVERAGE=1 also measures which lines the tests reach, in child processes too, and fails under 85%; slower by a fifth.
+# COVERAGE=1 also measures which lines the tests reach, in child processes too, and fails under 85%; slower.
 test: setup-dev simulator shellcheck browser
 ifdef COVERAGE
 	$(BIN)/coverage erase

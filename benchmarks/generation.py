@@ -103,8 +103,8 @@ def report(seconds: dict[str, list[float]], made: dict[str, int], command: str) 
         ),
         "",
         "All ways make the same number of tokens. A batch goes on until its longest answer ends, and on a CPU a step",
-        "of so small a model costs as much for each sequence: one by one is the faster way here. What batches are for,",
-        "weights that are read once for 64 sequences, shows on an accelerator; none was at hand.",
+        "of so small a model costs as much for each sequence. What batches are for, weights that are read once for 64",
+        "sequences, shows on an accelerator only.",
     ]
     return "\n".join(lines) + "\n"
 

@@ -86,17 +86,13 @@ def meshes(arch: Architecture, wanted: Slice) -> list[MeshSizes]:
 
     The largest tp for large models, none for others, and for those tp = 2 with half of HBM free.
     """
+    legal, small = legal_meshes(arch, wanted.chips), arch.name in SMALL
     weights_bytes = 2 * sum(math.prod(leaf.array_shape) for leaf in Layout.of(arch).leaves())
-
-    def least_split(tp: int, share: float) -> list[MeshSizes]:
+    largest = 1 if small else max(arch.legal_tp(wanted.chips))
+    chosen = [mesh for mesh in legal if mesh.tp == largest][:1]
+    for tp, share in [(largest, 1 / 5), (largest, 1 / 2), *([(2, 1 / 2)] if small else [])]:
         least = weights_bytes / (wanted.chip.hbm_bytes * share)
-        return [mesh for mesh in legal if mesh.tp == tp and mesh.fsdp * mesh.tp >= least][-1:]
-
-    legal = legal_meshes(arch, wanted.chips)
-    tp = 1 if arch.name in SMALL else max(arch.legal_tp(wanted.chips))
-    chosen = [mesh for mesh in legal if mesh.tp == tp][:1] + least_split(tp, 1 / 5) + least_split(tp, 1 / 2)
-    if arch.name in SMALL:
-        chosen += least_split(2, 1 / 2)
+        chosen += [mesh for mesh in legal if mesh.tp == tp and mesh.fsdp * mesh.tp >= least][-1:]
     return list(dict.fromkeys(chosen))
 
 

@@ -73,10 +73,10 @@ def _upto_end(q: jax.Array, k: jax.Array, v: jax.Array, segment_ids: jax.Array, 
     """Every block of queries on the keys up to its own end."""
     t = q.shape[1]
     size = max(GLOBAL_LEAST, -(-t // GLOBAL_BLOCKS))
-    parts = []
+    places, parts = jnp.arange(t), []
     for start in range(0, t, size):
         own, upto = slice(start, start + size), slice(0, start + size)
-        distance = jnp.arange(t)[own, None] - jnp.arange(t)[None, upto]
+        distance = places[own, None] - places[None, upto]
         seen = mask(segment_ids[:, own], segment_ids[:, upto], distance, window)
         parts.append(_attend(q[:, own], k[:, upto], v[:, upto], seen))
     return jnp.concatenate(parts, axis=1)

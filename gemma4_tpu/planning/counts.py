@@ -101,9 +101,10 @@ class Counts:
         self.other_flops += other.other_flops * times
         self.traffic += Traffic(other.traffic.accessed * times, other.traffic.hbm * times)
         self.unknown_loops += other.unknown_loops
-        for name in ("attention_flops", "collectives", "collective_bytes", "unknown_kernels", "unknown_groups"):
-            for kind, amount in getattr(other, name).items():
-                getattr(self, name)[kind] += amount * times
+        for name, own in vars(self).items():
+            if isinstance(own, Counter):
+                for kind, amount in getattr(other, name).items():
+                    own[kind] += amount * times
 
 
 def count(module: Module, *, loops_once: bool = False) -> Counts:

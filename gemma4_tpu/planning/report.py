@@ -262,9 +262,10 @@ def print_search(found: Found, folder: Path) -> None:
         out.print(
             Text(f"\n→ nothing else is both cheaper and has more HBM free. Estimated at {share:.0%} of the roofline.")
         )
+    left_out = [skip for skip in found.skipped if skip["reason"].startswith(LEFT_OUT)]
     for skip in found.skipped:
-        if not skip["reason"].startswith(LEFT_OUT):
+        if skip not in left_out:
             out.print(Text(f"skipped {skip['candidate']}: {skip['reason']}"))
-    if left_out := [skip["reason"] for skip in found.skipped if skip["reason"].startswith(LEFT_OUT)]:
-        out.print(Text(f"{len(left_out)} more were left out by {left_out[0]} (search.json lists them)"))
+    if left_out:
+        out.print(Text(f"{len(left_out)} more were left out by {left_out[0]['reason']} (search.json lists them)"))
     out.print(Text(f"search.json and hbm.png: {folder}"), soft_wrap=True)
