@@ -1,17 +1,27 @@
 """A damaged checkpoint never comes into use: the one before does, and says so."""
 
+import hashlib
+import json
 import logging
 import shutil
+import threading
+import time
+from pathlib import Path
 
 import jax
+import numpy as np
 import pytest
+from orbax.checkpoint._src.metadata import checkpoint as orbax_metadata
 
 from gemma4_tpu.errors import UserError
 from gemma4_tpu.training import checksums
 from gemma4_tpu.training.job import init_state
 from gemma4_tpu.training.resume import newest_verified, refuse_differences
+from gemma4_tpu.training.saved import open_saved
 from tests.step.test_train_step import make
 from tests.training.test_checkpoint import POSITION, open_folder, save_several
+
+METADATA = "_CHECKPOINT_METADATA"
 
 
 @pytest.fixture(scope="module")
@@ -52,8 +62,10 @@ def damages():
 @pytest.mark.parametrize("damage", [pytest.param(d, id=name) for name, d in damages()])
 def test_any_damage_to_any_file_falls_back_to_the_one_before(saved, damage, tmp_path, caplog):
     for number, path in enumerate(files(saved / "6")):
-        if path.name == "commit_success.txt" and path.stat().st_size and damage is not list(damages())[3][1]:
+        if path.parent.name == "6" and path.name == "commit_success.txt" and damage is not list(damages())[3][1]:
             continue  # only whether it is there counts
+        if path.name == METADATA:
+            continue  # nothing is restored from it: see below
         folder = shutil.copytree(saved, tmp_path / str(number))
         damage(folder / "6" / path.relative_to(saved / "6"))
         caplog.clear()
@@ -62,6 +74,56 @@ def test_any_damage_to_any_file_falls_back_to_the_one_before(saved, damage, tmp_
         assert "falling back to the checkpoint at update 4" in caplog.text
         assert not (folder / "6").exists()
         shutil.rmtree(folder)
+
+
+def test_a_save_is_sound_while_orbax_still_writes_its_metadata(tmp_path, monkeypatch):
+    """Orbax writes it in another thread: here that has half of it on disk for as long as the checksums are taken."""
+    halfway, noted = threading.Event(), threading.Event()
+    store, note = orbax_metadata._MetadataStoreImpl, checksums.write
+    finish = store.write
+
+    def write_metadata(self, file_path, metadata):
+        if metadata["item_handlers"] and not halfway.is_set():  # the second of three times
+            text = json.dumps(metadata)
+            Path(file_path).write_text(text[: len(text) // 2])
+            halfway.set()
+            assert noted.wait(60)
+        finish(self, file_path, metadata)
+
+    def note_meanwhile(folder):
+        assert halfway.wait(60)
+        note(folder)
+        noted.set()
+
+    monkeypatch.setattr(store, "write", write_metadata)
+    monkeypatch.setattr(checksums, "write", note_meanwhile)
+    save_several(tmp_path / "checkpoints", {2: 0.5})
+    assert noted.is_set() and json.loads((tmp_path / "checkpoints/2" / METADATA).read_text())["commit_timestamp_nsecs"]
+    assert newest_verified(str(tmp_path / "checkpoints")) == 2
+
+
+def test_a_checksum_of_metadata_that_was_taken_too_early_does_not_count(folder):
+    """As earlier versions noted it; also where the metadata is not readable at all."""
+    noted = json.loads((folder / "6/checksums.json").read_text())
+    noted["sha256"][METADATA] = hashlib.sha256(b'{"item_hand').hexdigest()
+    (folder / "6/checksums.json").write_text(json.dumps(noted))
+    assert newest_verified(str(folder)) == 6
+    assert open_saved(folder.parent, "latest").update == 6
+
+
+@pytest.mark.parametrize("damage", [pytest.param(d, id=name) for name, d in damages()])
+def test_nothing_is_restored_from_orbaxs_metadata(folder, damage):
+    step, _, trained = make()
+    like = init_state(step, trained, jax.random.key(0), step.model.mesh)
+    whole = open_folder(folder, step, keep=3).restore(6, like)[0]
+    damage(folder / "6" / METADATA)
+    assert newest_verified(str(folder)) == 6
+    checkpoints = open_folder(folder, step, keep=3)
+    state, position = checkpoints.restore(6, like)
+    checkpoints.close()
+    assert checkpoints.updates == [2, 4, 6] and position == POSITION
+    for mine, theirs in zip(jax.tree.leaves(state.trained), jax.tree.leaves(whole.trained), strict=True):
+        np.testing.assert_array_equal(mine, theirs)
 
 
 def test_a_damaged_one_is_kept_aside_and_the_update_can_be_saved_again(folder, caplog):
