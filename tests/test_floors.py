@@ -11,7 +11,7 @@ import gemma4_tpu
 
 ROOT = Path(gemma4_tpu.__file__).parent
 FLOORS = [  # from the ground up
-    {"errors", "architectures", "hardware", "storage", "assets", "config"},
+    {"errors", "architectures", "hardware", "accelerators", "storage", "assets", "config"},
     {"models", "data", "tracking", "verilog_smoke"},
     {"step"},
     {"training", "planning", "export", "evals", "costing", "serving", "sweeping", "benching", "reporting"},

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import importlib.util
 import logging
 import os
 from collections.abc import Iterable
-from pathlib import Path
 
+from gemma4_tpu.accelerators import gpus_here, tpu_here
 from gemma4_tpu.config.schema import HardwareConfig
 from gemma4_tpu.errors import UserError
 from gemma4_tpu.hardware import slice_of
@@ -15,8 +14,6 @@ from gemma4_tpu.hardware import slice_of
 log = logging.getLogger(__name__)
 
 _KEY = "hydra.launcher.parallel"
-_TPU_FILES = (("/dev", "accel[0-9]*"), ("/dev/vfio", "[0-9]*"))
-_GPU_FOLDER = Path("/proc/driver/nvidia/gpus")
 
 
 def shares(parallel: int, hardware: Iterable[HardwareConfig]) -> list[dict[str, str]]:
@@ -53,25 +50,3 @@ def shares(parallel: int, hardware: Iterable[HardwareConfig]) -> list[dict[str, 
             )
     log.info("%d jobs at a time, %d of %d GPUs each", parallel, each, len(gpus))
     return [{"CUDA_VISIBLE_DEVICES": ",".join(gpus[i * each : (i + 1) * each])} for i in range(parallel)]
-
-
-def tpu_here() -> bool:
-    """Whether JAX would find a TPU: libtpu is installed, the device files are there, and nothing forbids it."""
-    if not _allowed("tpu") or importlib.util.find_spec("libtpu") is None:
-        return False
-    return any(any(Path(folder).glob(pattern)) for folder, pattern in _TPU_FILES)
-
-
-def gpus_here() -> list[str]:
-    """Names of the GPUs that a process may use, as `CUDA_VISIBLE_DEVICES` takes them."""
-    if not _allowed("cuda", "gpu"):
-        return []
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    if visible is not None:
-        return [name for name in visible.split(",") if name.strip() and name.strip() != "-1"]
-    return [str(i) for i in range(len(list(_GPU_FOLDER.iterdir())))] if _GPU_FOLDER.is_dir() else []
-
-
-def _allowed(*platforms: str) -> bool:
-    chosen = os.environ.get("JAX_PLATFORMS", "")
-    return not chosen or bool(set(platforms) & set(chosen.split(",")))

@@ -14,6 +14,7 @@ import optax
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from gemma4_tpu.accelerators import only_cpus_here
 from gemma4_tpu.architectures import Architecture
 from gemma4_tpu.config.checks import check_devices
 from gemma4_tpu.config.meshes import resolve_mesh
@@ -25,6 +26,7 @@ from gemma4_tpu.config.schema import (
     OptimizerConfig,
     TrainerConfig,
 )
+from gemma4_tpu.hardware import LOCAL
 from gemma4_tpu.models import lora as adapters
 from gemma4_tpu.models import quantize, sharding
 from gemma4_tpu.models.base import Base
@@ -60,6 +62,8 @@ def start_mesh(hardware: HardwareConfig, mesh: MeshConfig, arch: Architecture) -
     Raises:
       UserError: another machine than asked for, or a mesh that the devices or the heads do not allow.
     """
+    if hardware.name == LOCAL and not jax.config.jax_platforms and only_cpus_here():
+        jax.config.update("jax_platforms", "cpu")
     device = jax.devices()[0]
     check_devices(hardware, device.platform, device.device_kind, jax.device_count())
     sizes = resolve_mesh(mesh, arch, jax.device_count())

@@ -5,7 +5,6 @@ import json
 import logging
 import shutil
 import threading
-import time
 from pathlib import Path
 
 import jax

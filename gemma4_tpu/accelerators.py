@@ -1,0 +1,43 @@
+"""Which accelerators this machine has. Asks neither JAX nor a driver, either of which might take hold of them."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from importlib.metadata import entry_points
+from pathlib import Path
+
+_TPU_FILES = (("/dev", "accel[0-9]*"), ("/dev/vfio", "[0-9]*"))
+_GPU_FOLDER = Path("/proc/driver/nvidia/gpus")
+
+
+def tpu_here() -> bool:
+    """Whether JAX would find a TPU: libtpu is installed, the device files are there, and nothing forbids it."""
+    if not _allowed("tpu") or importlib.util.find_spec("libtpu") is None:
+        return False
+    return any(any(Path(folder).glob(pattern)) for folder, pattern in _TPU_FILES)
+
+
+def gpus_here() -> list[str]:
+    """Names of the GPUs that a process may use, as `CUDA_VISIBLE_DEVICES` takes them."""
+    if not _allowed("cuda", "gpu"):
+        return []
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if visible is not None:
+        return [name for name in visible.split(",") if name.strip() and name.strip() != "-1"]
+    return [str(i) for i in range(len(list(_GPU_FOLDER.iterdir())))] if _GPU_FOLDER.is_dir() else []
+
+
+def only_cpus_here() -> bool:
+    """Whether JAX would end up on the CPU: no TPU is here, and no plugin of JAX for other devices is installed.
+
+    JAX starts libtpu wherever it is installed, also where it is there only to plan with; libtpu then takes its time and
+    writes warnings about the TPU that it misses.
+    """
+    plugins = importlib.util.find_spec("jax_plugins") or entry_points(group="jax_plugins")  # where JAX looks for them
+    return not tpu_here() and not plugins
+
+
+def _allowed(*platforms: str) -> bool:
+    chosen = os.environ.get("JAX_PLATFORMS", "")
+    return not chosen or bool(set(platforms) & set(chosen.split(",")))
