@@ -1,5 +1,6 @@
 # Two commands for a newcomer: `make train` runs the main job on the data that travels with the package, `make test`
-# checks everything. Both set up .venv first; nothing outside the checkout changes.
+# checks everything. Both set up .venv first; outside the checkout only `make test` changes anything, and only as root: it
+# installs the programs that tests use.
 #   make train ARGS="lora.rank=8 trainer.max_updates=20"      make test ARGS="tests/config -q"
 PYTHON ?= python3
 VENV   ?= .venv
@@ -10,24 +11,31 @@ PIP    := $(BIN)/python -m pip --disable-pip-version-check --quiet
 # The locks are complete and carry hashes, so dependencies of dependencies are already in them.
 LOCKED := $(PIP) install --require-hashes --no-deps
 
-.PHONY: train test check demo lock setup setup-dev setup-tpu simulator shellcheck browser clean
+# What tests use of the system: command:package of Debian.
+TOOLS := iverilog:iverilog bwrap:bubblewrap shellcheck:shellcheck chromium/google-chrome:chromium verilator:verilator yosys:yosys
+# A worker for each core, up to four; `ARGS="-n 0 …"` runs the tests in one process.
+PYTEST = -m pytest -n logical --maxprocesses 4 --dist worksteal $(if $(CI),--allowed-skips tests/allowed_skips.txt) $(ARGS)
+
+.PHONY: train test check demo lock setup setup-dev clean
 
 train: setup
 	$(BIN)/python -m gemma4_tpu.train $(ARGS)
 
 # The whole path on this CPU: train, merge, evaluate, serve, benchmark, report; ARGS are the training's.
-demo: setup-dev simulator
+demo: setup-dev
+	@tests/tools.sh $(filter iverilog:%,$(TOOLS))
 	PYTHON=$(BIN)/python launch/demo.sh $(ARGS)
 
 # COVERAGE=1 also measures which lines the tests reach, in child processes too, and fails under 85%; slower.
-test: setup-dev simulator shellcheck browser
+test: setup-dev
+	@tests/tools.sh $(TOOLS) || true
 ifdef COVERAGE
 	$(BIN)/coverage erase
-	$(BIN)/coverage run -m pytest $(ARGS)
+	$(BIN)/coverage run $(PYTEST)
 	$(BIN)/coverage combine --quiet
 	$(BIN)/coverage report
 else
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python $(PYTEST)
 endif
 
 # What CI and the pre-commit hook run first: style, types, spelling; links, floors and pages of docs/.
@@ -41,7 +49,6 @@ check: setup-dev
 
 setup: $(VENV)/.core
 setup-dev: $(VENV)/.dev
-setup-tpu: $(VENV)/.tpu          # on a TPU VM: adds libtpu and access to gs://
 
 $(VENV)/.python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
@@ -50,7 +57,7 @@ $(VENV)/.python:
 	@touch $@
 
 $(VENV)/.core: $(VENV)/.python requirements/core.lock pyproject.toml
-	@echo "Installing the locked dependencies into $(VENV) (about 1.5 GB, some minutes) …"
+	@echo "Installing the locked dependencies into $(VENV) (about 2.5 GB, some minutes) …"
 	$(LOCKED) -r requirements/core.lock
 	$(PIP) install --no-deps --no-build-isolation --editable .
 	@touch $@
@@ -61,46 +68,12 @@ $(VENV)/.dev: $(VENV)/.core requirements/dev.lock requirements/torch.txt
 	$(PIP) install -r requirements/torch.txt
 	@touch $@
 
-$(VENV)/.tpu: $(VENV)/.core requirements/tpu.lock
-	$(LOCKED) -r requirements/tpu.lock
-	@touch $@
-
-# Tests simulate Verilog with Icarus Verilog.
-simulator:
-	@command -v iverilog > /dev/null || { \
-	  if [ "$$(id -u)" = 0 ] && command -v apt-get > /dev/null; then \
-	    apt-get -qq update && apt-get -qq install -y iverilog; \
-	  else \
-	    echo "iverilog is missing; install it: sudo apt-get install iverilog  (macOS: brew install icarus-verilog)"; \
-	    exit 1; \
-	  fi; }
-
-# Tests of launch/ check every rendered script; without shellcheck they say what they skip.
-shellcheck:
-	@command -v shellcheck > /dev/null || { \
-	  if [ "$$(id -u)" = 0 ] && command -v apt-get > /dev/null; then \
-	    apt-get -qq update && apt-get -qq install -y shellcheck || echo "shellcheck could not be installed"; \
-	  else \
-	    echo "shellcheck is missing; install it: sudo apt-get install shellcheck  (macOS: brew install shellcheck)"; \
-	  fi; }
-
-# Tests open reports in it; without one they say what they skip.
-browser:
-	@command -v chromium > /dev/null || command -v google-chrome > /dev/null || { \
-	  if [ "$$(id -u)" = 0 ] && command -v apt-get > /dev/null; then \
-	    apt-get -qq update && apt-get -qq install -y --no-install-recommends chromium > /dev/null \
-	      || echo "chromium could not be installed"; \
-	  else \
-	    echo "chromium is missing; install it: sudo apt-get install chromium  (macOS: brew install --cask chromium)"; \
-	  fi; }
-
 # Pins stay as they are unless pyproject.toml forbids them; ARGS=--upgrade takes the newest that it allows.
 COMPILE := $(BIN)/uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-header --no-annotate \
   --no-emit-index-url --no-emit-find-links --override requirements/no-torch.in $(ARGS) pyproject.toml requirements/build.in
 
 lock: setup-dev
-	$(COMPILE) --output-file requirements/core.lock
-	$(COMPILE) --extra tpu --extra gcp --constraint requirements/core.lock --output-file requirements/tpu.lock
+	$(COMPILE) --extra tpu --extra gcp --output-file requirements/core.lock
 	$(COMPILE) --extra dev --constraint requirements/core.lock --output-file requirements/dev.lock
 
 clean:

@@ -18,6 +18,6 @@ fi
 
 "$uv" venv --quiet --clear --python '>=3.11,<3.13' "$venv"
 export VIRTUAL_ENV=$venv
-"$uv" pip install --quiet --require-hashes --no-deps -r requirements/tpu.lock
+"$uv" pip install --quiet --require-hashes --no-deps -r requirements/core.lock
 "$uv" pip install --quiet --no-deps --no-build-isolation --editable .
 "$venv/bin/python" -c 'import gemma4_tpu; print("gemma4-tpu", gemma4_tpu.__version__, "is installed")'

@@ -2,6 +2,9 @@
 
 import os
 import signal
+from pathlib import Path
+
+import pytest
 
 from tests.gcs import bucket, gcs_emulator  # noqa: F401 (fixtures)
 
@@ -17,3 +20,26 @@ os.environ.setdefault("GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT", "false")
 # What is started in the background of a script ignores Ctrl-C, and hands that on to its children; tests send it.
 if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def pytest_addoption(parser):
+    parser.addoption(
+        "--allowed-skips", type=Path, help="fail where a test is skipped for a reason that it does not list"
+    )
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_sessionfinish(session):
+    """Fails a run in which something was skipped that should not be; says what."""
+    listed, reporter = session.config.option.allowed_skips, session.config.pluginmanager.get_plugin("terminalreporter")
+    if listed is None or hasattr(session.config, "workerinput"):
+        return
+    lines = [line.split("#")[0].strip() for line in listed.read_text(encoding="utf-8").splitlines()]
+    allowed = tuple(line for line in lines if line)
+    reasons = [report.longrepr[2].removeprefix("Skipped: ") for report in reporter.stats.get("skipped", [])]
+    if refused := sorted({reason for reason in reasons if not reason.startswith(allowed)}):
+        reporter.ensure_newline()
+        reporter.section(f"skipped, but not listed in {listed}", sep="=", red=True)
+        for reason in refused:
+            reporter.line(f"{reasons.count(reason)} × {reason}")
+        session.exitstatus = session.exitstatus or pytest.ExitCode.TESTS_FAILED

@@ -27,6 +27,7 @@ from launch import tpu_vm
 from launch.config import GKE, TPU_VM
 from tests.house.commands import shown_commands
 from tests.house.scripts import ROOT
+from tests.tpu_compiler import skip_without_tpu_compiler
 
 COMMANDS = shown_commands()
 LEFT_TO_THE_READER = {
@@ -113,6 +114,8 @@ def check(words: list[str], *, goes_on: bool = False) -> None:
             pass
         case ["eval", script]:
             assert script.startswith("$(gemma4-tpu ")  # test_packaging.py runs it
+        case [path]:
+            assert os.access(ROOT / path, os.X_OK)
         case _:
             raise AssertionError(f"a program that this test doesn't know: {shlex.join(words)}")
 
@@ -133,6 +136,8 @@ def check_module(module: str, arguments: list[str], goes_on: bool) -> None:
 
 
 def check_entry(entry: EntryPoint, words: list[str]) -> None:
+    if entry.name == "plan":
+        skip_without_tpu_compiler()
     words = spelt_out(words) if entry.name == "report" else words
     if "-m" not in words:
         if entry.name == "serve" and not any(word.startswith("serving.port=") for word in words):

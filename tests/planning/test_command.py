@@ -1,6 +1,5 @@
 """`python -m gemma4_tpu.plan`: refusals at once, plan.json and pictures, misfits with what to change."""
 
-import importlib.util
 import json
 from dataclasses import replace
 
@@ -19,12 +18,9 @@ from gemma4_tpu.planning.program import OutOfMemory
 from gemma4_tpu.planning.remat import HEADROOM, POLICIES, first_that_fits
 from gemma4_tpu.planning.report import plot_hbm, print_plan
 from gemma4_tpu.planning.search import pareto
+from tests.tpu_compiler import needs_tpu_compiler
 
-needs_compiler = pytest.mark.skipif(
-    importlib.util.find_spec("libtpu") is None,
-    reason="libtpu is not installed: nothing is planned (pip install -e .[tpu])",
-)
-pytestmark = needs_compiler
+pytestmark = needs_tpu_compiler
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,5 @@
 """The real TPU compiler on a small model with the released sizes' features: splash attention, loops, a mesh."""
 
-import importlib.util
 import os
 from dataclasses import replace
 
@@ -15,11 +14,9 @@ from gemma4_tpu.models.sharding import make_mesh
 from gemma4_tpu.planning import compile as compiling
 from gemma4_tpu.planning.program import USED, OutOfMemory, compile_lowered, finish, until_assigned, used_bytes
 from gemma4_tpu.planning.topology import ENVIRONMENT, absent_devices
+from tests.tpu_compiler import needs_tpu_compiler
 
-pytestmark = pytest.mark.skipif(
-    importlib.util.find_spec("libtpu") is None,
-    reason="libtpu is not installed: the TPU compiler is not tested (pip install -e .[tpu])",
-)
+pytestmark = needs_tpu_compiler
 ARCH = replace(
     ARCHITECTURES["gemma4_31b"], num_layers=2, layer_types=(SLIDING, GLOBAL), embed_dim=256, hidden_dim=512,
     num_heads=4, num_kv_heads=4, head_dim=128, num_global_kv_heads=2, global_head_dim=256, vocab_size=1024,
