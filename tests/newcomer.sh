@@ -1,0 +1,56 @@
+#!/usr/bin/env bash
+# tests/newcomer.sh [FOLDER]: does what README tells a newcomer, and fails where anything does.
+#
+# HEAD is cloned into FOLDER (which must be empty; by default a temporary one that is removed), and HOME is an empty
+# folder. Each command of README's section "Two commands" runs as it stands there, in a clone of its own: no environment
+# but the one that it makes. Then the plan on README's first screen runs in the first of those environments. Material in
+# ../shared, which some tests read, is linked to where the clones look for it. What is skipped is said at the end.
+set -euo pipefail
+repository=$(cd "$(dirname "$0")/.." && pwd)
+if [[ $# -gt 0 ]]; then
+  place=$1
+  mkdir -p "$place"
+  [[ -z $(ls -A "$place") ]] || { echo "$place is not empty" >&2; exit 2; }
+  place=$(cd "$place" && pwd)
+else
+  place=$(mktemp -d)
+  trap 'rm -rf "$place"' EXIT
+fi
+mkdir "$place/home"
+
+say() { printf '\n== %s (%d s)\n' "$1" "$SECONDS"; }
+as_newcomer() {  # runs a line of README
+  env -u VIRTUAL_ENV -u PYTHONPATH -u JAX_PLATFORMS -u XLA_FLAGS -u XDG_CACHE_HOME -u XDG_CONFIG_HOME -u XDG_DATA_HOME \
+    HOME="$place/home" bash -c "$1"
+}
+
+mapfile -t commands < <(awk '/^## / { here = /^## Two commands/ } here && /^```/ { if (++fences == 2) exit; next }
+  here && fences' "$repository/README.md")
+plan=$(grep -m 1 '^python -m gemma4_tpu.plan ' "$repository/README.md")
+[[ ${#commands[@]} -eq 2 ]] || { echo "README shows ${#commands[@]} commands, not two" >&2; exit 2; }
+[[ -z $(git -C "$repository" status --porcelain) ]] || echo "Uncommitted changes are left out: HEAD is what is cloned."
+
+skipped=()
+[[ -d $repository/../shared ]] || skipped+=("tests that read ../shared, which is not here")
+for number in "${!commands[@]}"; do
+  command=${commands[$number]}
+  say "$command"
+  mkdir "$place/$number"
+  [[ ! -d $repository/../shared ]] || ln -s "$(cd "$repository/../shared" && pwd)" "$place/$number/shared"
+  git clone --quiet "$repository" "$place/$number/gemma4-tpu"
+  cd "$place/$number/gemma4-tpu"
+  as_newcomer "$command" 2>&1 | tee "$place/$number/log.txt"
+  [[ -z $(git status --porcelain) ]] || { echo "$command leaves the checkout changed:"; git status --short; exit 1; }
+  mapfile -t -O "${#skipped[@]}" skipped < <(grep '^SKIPPED ' "$place/$number/log.txt" || true)
+done
+
+if [[ $(uname -sm) == "Linux x86_64" ]]; then
+  say "$plan"
+  cd "$place/0/gemma4-tpu"
+  as_newcomer "source .venv/bin/activate && $plan"
+else
+  skipped+=("the plan, since there is no libtpu for $(uname -sm)")
+fi
+
+say "README's commands work"
+[[ ${#skipped[@]} -eq 0 ]] || printf 'skipped: %s\n' "${skipped[@]}"
