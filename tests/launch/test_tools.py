@@ -49,9 +49,9 @@ def _made(requirement: str, commands: Callable[[Path], list[list[str]]]) -> Path
         try:
             done = subprocess.run([uv, "--quiet", *command], capture_output=True, text=True, timeout=150, check=False)
         except subprocess.TimeoutExpired:
-            pytest.skip(f"{requirement} could not be installed in time")
+            pytest.skip(f"could not be installed in time: {requirement}")
         if done.returncode:
-            pytest.skip(f"{requirement} could not be installed: {done.stderr.strip()[-200:]}")
+            pytest.skip(f"could not be installed: {requirement} ({done.stderr.strip()[-200:]})")
     (place / "complete").touch()
     return place
 
