@@ -16,6 +16,7 @@ from typing import Any
 from gemma4_tpu import assets
 from gemma4_tpu.architectures import ARCHITECTURES, Architecture, contradictions, from_hf_config
 from gemma4_tpu.config.keys import did_you_mean
+from gemma4_tpu.config.limits import MAX_WEIGHT
 from gemma4_tpu.config.schema import DataSource, ModelConfig
 from gemma4_tpu.errors import UserError
 from gemma4_tpu.storage import join, list_folder, read_json
@@ -127,17 +128,29 @@ def tokenizer_problem(model: ModelConfig) -> list[str]:
 
 def source_problem(key: str, source: DataSource) -> list[str]:
     """What is wrong with a data source, if anything; `key` is its place, such as `data.train.0`."""
-    messages = [] if source.weight > 0 else [f"{key}.weight={source.weight}: must be more than 0"]
+    fits = 0 < source.weight <= MAX_WEIGHT
+    messages = [] if fits else [f"{key}.weight={source.weight}: must be more than 0 and at most {MAX_WEIGHT}"]
     path = source.path
     if not path:
-        return [*messages, f"{key}.path is empty; give {key}.path=<rows.jsonl[.gz], .parquet, a folder or hf:NAME>"]
+        return [
+            *messages,
+            f"{key}.path is empty; give {key}.path=<rows.jsonl, .json, .csv, .parquet, a folder or hf:NAME>",
+        ]
     if path.startswith(HUGGING_FACE) and "://" not in path:
-        return messages if path != HUGGING_FACE else [*messages, f"{key}.path={path}: write hf:NAME or hf:NAME:SPLIT"]
+        wanted = f"{key}.path={path}: write hf:NAME, hf:NAME:SPLIT or hf:NAME:SUBSET:SPLIT"
+        return messages if path != HUGGING_FACE else [*messages, wanted]
     place, found = local_place(f"{key}.path={path}", path)
     messages += found
     if place is not None and not place.exists():
         hub = f"; a Hugging Face data set is written hf:{path}" if path.count("/") == 1 and not place.suffix else ""
         messages.append(f"{key}.path={path}: no such file or folder{_sibling(place)}{hub}")
+    elif place is not None and place.is_file() and (source.split or source.subset):
+        given = "split" if source.split else "subset"
+        messages.append(
+            f"{key}.{given}={getattr(source, given)}: {path} is a single file, which has none; leave it out"
+        )
+    elif place is not None and source.subset and not (place / source.subset).is_dir():
+        messages.append(f"{key}.subset={source.subset}: no such folder in {path}{_sibling(place / source.subset)}")
     return messages
 
 

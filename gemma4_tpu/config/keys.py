@@ -105,6 +105,14 @@ def unknown_key(schema: type, key: str) -> str | None:
     return None
 
 
+def type_at(schema: type, key: str) -> Any:
+    """The type of a key (dotted, list items by number) that is in the schema."""
+    where: Any = schema
+    for part in key.split("."):
+        where = field_types(where)[part] if is_group(where) else element_type(where)
+    return where
+
+
 def nearest(given: str, candidates: Iterable[str]) -> list[str]:
     """At most two candidates that `given` may have meant; one if only case and punctuation differ."""
     plain = {re.sub(r"[^a-z0-9.]", "", candidate.lower()): candidate for candidate in candidates}

@@ -11,9 +11,12 @@ from gemma4_tpu.config.keys import did_you_mean
 HIGH_LEARNING_RATE = 1e-3
 """More than LoRA on a released size usually bears; reported, never changed."""
 
+MAX_WEIGHT = 1000
+"""Visits of a row in an epoch."""
+
 CHOICES: dict[str, tuple[str, ...]] = {
     "lora.quantize": ("nf4", "int8"),
-    "data.format": ("chat", "codev_r1"),
+    "data.format": ("auto", "chat", "sharegpt", "alpaca", "prompt_completion", "text", "codev_r1"),
     "data.packing": ("true", "false", "buckets"),
     "data.thoughts": ("drop", "train"),
     "data.train_on": ("all", "last"),

@@ -28,6 +28,7 @@ from gemma4_tpu.config import replay
 from gemma4_tpu.config.checks import Checked
 from gemma4_tpu.config.entries import TRAIN, Checks, EntryPoint, Root
 from gemma4_tpu.config.keys import field_types, unknown_key
+from gemma4_tpu.config.lists import extended
 from gemma4_tpu.config.overrides import Groups, check_file, check_overrides, groups_in
 from gemma4_tpu.config.problems import Problem, refusal
 from gemma4_tpu.config.schema import TrainRoot
@@ -96,7 +97,7 @@ def compose_all(words: list[str], entry: EntryPoint, *, multirun: bool = False) 
     groups = Groups(options, open=any(w.lstrip("+").startswith("hydra.searchpath") for w in words))
     good, problems = check_overrides(words, schema=entry.schema, groups=groups, multirun=multirun)
     if multirun:
-        return None, good, problems
+        return None, extended(good, entry.schema, lambda some: defaults(entry, some)), problems
     name, taken = entry.name, good
     if (run := replay.replayed(good, entry.schema)) is not None:
         started, found = replay.start_from(run, entry.name, entry.schema, lambda: defaults(entry))
@@ -107,6 +108,7 @@ def compose_all(words: list[str], entry: EntryPoint, *, multirun: bool = False) 
     register(entry)
     with initialize_config_dir(str(config_dir()), version_base=_VERSION_BASE):
         try:
+            taken = extended(taken, entry.schema, lambda some: compose(name, overrides=some))
             root = OmegaConf.to_object(compose(name, overrides=taken))
         except (HydraException, OmegaConfBaseException, YAMLError) as error:
             found = _file_problems(good, entry, groups)

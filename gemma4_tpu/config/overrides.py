@@ -21,9 +21,11 @@ from gemma4_tpu.config.keys import (
     is_group,
     is_mapping,
     nearest,
+    type_at,
     type_name,
     unknown_key,
 )
+from gemma4_tpu.config.lists import in_full
 from gemma4_tpu.config.problems import Problem
 
 
@@ -56,7 +58,8 @@ def check_overrides(
 ) -> tuple[list[str], list[Problem]]:
     """Splits the command line into words that compose and problems.
 
-    A `+` before a key or group that exists already is dropped (it means the same), so that Hydra takes it.
+    Short words about lists are written out. A `+` before a key or group that exists already is dropped (it means the
+    same), so that Hydra takes it.
     """
     good, problems = [], []
     for word in words:
@@ -65,6 +68,8 @@ def check_overrides(
         except HydraException:
             problems.append(Problem(_not_an_override(word, schema)))
             continue
+        if (full := in_full(word, override, schema)) != word:
+            word, override = full, OverridesParser.create().parse_override(full)
         found = _check_override(word, override, schema, groups, multirun)
         if found:
             problems.append(found)
@@ -72,7 +77,7 @@ def check_overrides(
             known = override.key_or_group in groups.options or unknown_key(schema, override.key_or_group) is None
             bare = word.lstrip("+") if override.is_add() and known else word
             mapping = unknown_key(schema, override.key_or_group) is None and is_mapping(
-                _type_at(schema, override.key_or_group)
+                type_at(schema, override.key_or_group)
             )
             good.append(f"+{bare}" if mapping else bare)  # Hydra adds keys to a mapping only if told so
     return good, problems
@@ -86,7 +91,7 @@ def check_file(content: DictConfig, *, label: str, prefix: str, schema: type) ->
         message = unknown_key(schema, key)
         if message:
             problems.append(Problem(f"{label}: {key}: {message}", _meant(message)))
-        elif is_group(_type_at(schema, key)) and isinstance(value, DictConfig):
+        elif is_group(type_at(schema, key)) and isinstance(value, DictConfig):
             problems += check_file(value, label=label, prefix=key, schema=schema)
         elif (message := _bad_value(schema, key, value)) is not None:
             problems.append(Problem(f"{label}: {message}", (key,)))
@@ -98,7 +103,7 @@ def _check_override(word: str, override: Override, schema: type, groups: Groups,
     if name.partition(".")[0].partition("/")[0] == "hydra":
         return None if multirun or name == "hydra.searchpath" else Problem(_hydra_word(word, name))
     if override.is_sweep_override() and not multirun:
-        listed = unknown_key(schema, name) is None and element_type(_type_at(schema, name)) is not None
+        listed = unknown_key(schema, name) is None and element_type(type_at(schema, name)) is not None
         one = f"write '{name}=[a,b]'" if listed else "give one value"
         return Problem(f"{word}: several values are a sweep; {one}, or add --multirun", (name,))
     if name in groups.options:
@@ -146,7 +151,7 @@ def _values(override: Override) -> Iterator[Any]:
 def _bad_value(schema: type, key: str, value: Any) -> str | None:
     """None if `value` fits the type of `key`, else the refusal."""
     probe = OmegaConf.structured(schema)
-    kind = _type_at(schema, key)
+    kind = type_at(schema, key)
     element = element_type(kind)
     if element is not None and is_group(element) and isinstance(value, list):
         for index, item in enumerate(value):
@@ -157,7 +162,7 @@ def _bad_value(schema: type, key: str, value: Any) -> str | None:
     head, *rest = key.split(".")
     list_depth = next((i for i, part in enumerate(rest) if part.isdecimal()), None)
     if list_depth is not None:  # an item of a list: its own type is what counts
-        parent = _type_at(schema, ".".join([head, *rest[: list_depth + 1]]))
+        parent = type_at(schema, ".".join([head, *rest[: list_depth + 1]]))
         if not is_group(parent):
             return None
         probe, inner = OmegaConf.structured(parent), ".".join(rest[list_depth + 1 :])
@@ -177,13 +182,6 @@ def _list_hint(key: str, element: Any, value: Any) -> str:
         return ""
     item = f"{{path: {value}}}" if is_group(element) else value
     return f"; write '{key}=[{item}]'"
-
-
-def _type_at(schema: type, key: str) -> Any:
-    where: Any = schema
-    for part in key.split("."):
-        where = field_types(where)[part] if is_group(where) else element_type(where)
-    return where
 
 
 def _not_an_override(word: str, schema: type) -> str:

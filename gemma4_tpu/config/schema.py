@@ -88,29 +88,40 @@ class LoraConfig:
 
 @dataclass(kw_only=True)
 class DataSource:
-    """One place that rows come from."""
+    """One place that rows come from. A bare path stands for a source with that `path`."""
 
     path: str = ""
-    """JSONL (.gz), Parquet, a folder of them, `hf:NAME[:SPLIT]` for a Hugging Face data set, `embedded:FILE`;
-    local or gs://."""
+    """JSON Lines, JSON, CSV, Parquet or Arrow (each also .gz, .zst), a folder of them, `hf:NAME[:SUBSET][:SPLIT]` for a
+    Hugging Face data set, `embedded:FILE`; local or gs://."""
     weight: float = 1.0
     """How often an epoch visits the rows of this source; 0.5 takes half of them, 2 takes each twice."""
+    split: str | None = None
+    """The split of a folder or data set to read; null: training rows for `train`, validation (else test) rows for
+    `heldout`."""
+    subset: str | None = None
+    """The subset of a Hugging Face data set, or the folder within a folder; null: the only one, or all."""
 
 
 @dataclass(kw_only=True)
 class DataConfig:
     """Rows, their rendering and their packing (`data=`)."""
 
-    format: str = "chat"
-    """`chat`: `{"messages": [...]}` rows; `codev_r1`: `system`/`prompt`/`response` rows as in CodeV-R1."""
+    format: str = "auto"
+    """The form of rows: `auto` recognises it by their keys; `chat` (`messages`), `sharegpt` (`conversations`), `alpaca`
+    (`instruction`, `input`, `output`), `prompt_completion`, `text` (continued pre-training), `codev_r1` (the Verilog in
+    `response`)."""
+    columns: dict[str, str] = field(default_factory=dict)
+    """What the rows call the columns of these forms, where they have names of their own: `{prompt: task, completion:
+    reply}`; `role` and `content` are the names within turns."""
     train: list[DataSource] = field(default_factory=list)
     """Training sources."""
     heldout: list[DataSource] = field(default_factory=list)
-    """Held-out sources; empty: `heldout_fraction` of the training rows is set aside."""
+    """Held-out sources; empty: the validation (or test) splits of the training sources, or else `heldout_fraction`."""
     heldout_fraction: float = 0.0
-    """Share of the training rows set aside by a hash of their content, when `heldout` is empty; 0: none."""
+    """Share of the training rows set aside by a hash of their first prompt, where nothing else is held out; at least
+    one row; 0: none."""
     max_rows: int | None = None
-    """Take only the first N training rows; null: all."""
+    """Take only the first N training rows, from each source a share by its weight; null: all."""
     sequence_length: int = 512
     """Static length T of a packed (or padded) row, in tokens. Longer examples are dropped, never cut."""
     packing: str = "true"

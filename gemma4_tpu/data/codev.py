@@ -19,7 +19,8 @@ from gemma4_tpu.data.drops import RowDropped
 from gemma4_tpu.errors import UserError
 
 PROMPT_KEYS = ("prompt", "question", "problem")
-RESPONSE_KEYS = ("response", "answer")
+RESPONSE_KEYS = ("completion", "response", "answer")
+COLUMNS = ("system", *PROMPT_KEYS, *RESPONSE_KEYS)
 LANGUAGES = ("", "verilog", "systemverilog", "sv", "v")
 FENCE, FENCE_END = "```verilog\n", "\n```"
 SYNTAX_SECONDS = 10

@@ -14,11 +14,14 @@ REASONS = {
     "invalid_json": "the line is no JSON (torn or garbled)",
     "invalid_utf8": "the line is no UTF-8, or holds half of a surrogate pair",
     "not_an_object": "the row is no JSON object",
+    "invalid_csv": "the row has more or fewer cells than the header, or a quote that is never closed",
     "line_too_long": "the line is longer than any example could be",
-    "no_messages": "`messages` is missing, empty or no list",
-    "bad_role": "a turn's role is none of system, user, assistant, tool, or a system turn is not the first",
-    "bad_content": "a turn's content is no text",
+    "unknown_form": "the row's keys are those of no form, or could mean several: `data.columns` says which is which",
+    "no_messages": "there are no turns, or no list of them",
+    "bad_role": "a turn's role is unknown, or a system turn is not the first",
+    "bad_content": "a turn's content is no text (an image, a number, nothing)",
     "bad_tool_call": "`tools` or `tool_calls` are malformed",
+    "bad_weight": "a turn's `weight` or `train` is not 0, 1, false or true, or asks for loss outside an answer",
     "bad_order": "two assistant turns follow each other",
     "control_token": "a turn's text holds one of the tokenizer's control tokens",
     "empty_answer": "an assistant turn is empty",
@@ -26,6 +29,7 @@ REASONS = {
     "thought_lost": "the chat template leaves out a thought that `data.thoughts=train` would train on",
     "bad_rendering": "the rendered tokens hold other turns than the conversation, or not exactly one BOS",
     "no_target": "no token would get loss",
+    "no_text": "`text` is empty",
     "too_long": "longer than `data.sequence_length`",
     "no_prompt": "there is no prompt",
     "no_response": "there is no response",
@@ -35,6 +39,8 @@ REASONS = {
     "unterminated_comment": "a comment or string of the Verilog code is never closed",
     "conflicting_modules": "code fences define the same module in ways that cannot be joined",
     "syntax_error": "`iverilog -t null` rejects the code",
+    "unreadable_row": "reading or rendering the row failed in a way that none of the other reasons tells",
+    "too_slow": "reading or rendering the row took longer than its time limit",
 }
 """Every reason for a drop, and what it means."""
 
@@ -47,6 +53,11 @@ class RowDropped(Exception):
         super().__init__(f"{reason}: {detail}" if detail else reason)
         self.reason = reason
         self.detail = detail
+
+
+def unreadable(error: Exception) -> RowDropped:
+    """The drop of a row that made somebody's code fail in a way of its own."""
+    return RowDropped("unreadable_row", f"{type(error).__name__}: {error}"[:120])
 
 
 @dataclass
@@ -64,6 +75,8 @@ class DropReport:
 
     rows_read: int = 0
     dropped: dict[str, Dropped] = field(default_factory=dict)
+    examples_too_long: int = 0
+    """Examples longer than `data.sequence_length` of rows that others were made of, too."""
 
     @property
     def rows_dropped(self) -> int:
@@ -88,7 +101,9 @@ class DropReport:
     def lines(self) -> list[str]:
         """One line per reason, the most frequent first, for logs and messages."""
         ordered = sorted(self.dropped.items(), key=lambda item: -item[1].count)
-        return [f"{drop.count} × {reason}: {REASONS[reason]}; {', '.join(drop.examples)}" for reason, drop in ordered]
+        rows = [f"{drop.count} × {reason}: {REASONS[reason]}; {', '.join(drop.examples)}" for reason, drop in ordered]
+        examples = f"{self.examples_too_long} answers of rows that keep others: too long"
+        return [*rows, examples] if self.examples_too_long else rows
 
     def to_json(self) -> dict[str, Any]:
         """Counts and examples by reason, for `data.json`."""
@@ -97,6 +112,7 @@ class DropReport:
             "rows_kept": self.rows_kept,
             "rows_dropped": self.rows_dropped,
             "dropped_fraction": self.fraction,
+            "examples_too_long": self.examples_too_long,
             "dropped": {
                 reason: {"count": drop.count, "meaning": REASONS[reason], "examples": drop.examples}
                 for reason, drop in self.dropped.items()

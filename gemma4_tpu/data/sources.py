@@ -1,149 +1,224 @@
-"""Rows from JSONL, Parquet, folders and Hugging Face data sets, local or remote, each with where it came from."""
+"""Where rows come from: files, folders, saved and Hugging Face data sets, local or remote; and which split of them.
+
+A place with splits gives its training rows to `data.train` and its validation (or else test) rows to held-out sources,
+never the other way round.
+"""
 
 from __future__ import annotations
 
-import gzip
-import json
-import logging
 import re
-import zlib
-from collections.abc import Iterator
-from typing import Any, NamedTuple
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
 
 from gemma4_tpu import assets
-from gemma4_tpu.data.drops import RowDropped
+from gemma4_tpu.config.schema import DataSource
 from gemma4_tpu.data.examples import Origin
+from gemma4_tpu.data.readers import READERS, RawRow, endings, read_file
 from gemma4_tpu.errors import UserError
 from gemma4_tpu.storage import filesystem
 
-logger = logging.getLogger(__name__)
-
 HUGGING_FACE = "hf:"
-HUGGING_FACE_NAME = re.compile(r"hf:(.+?)(?::([^/:]+))?")  # hf:NAME[:SPLIT]
-MAX_LINE_BYTES = 16 * 2**20  # no example of any legal length comes near; keeps a binary file from filling memory
-PARQUET_BATCH_ROWS = 1024
-SUFFIXES = (".jsonl", ".jsonl.gz", ".parquet")
-SPLIT_NAME = re.compile(r"^(train|test|val|valid|validation|dev|eval)(?![a-z])")
+HUGGING_FACE_NAME = re.compile(r"hf:([^:]+)(?::([^:/]*))?(?::([^:/]+))?")  # hf:NAME[:SPLIT] or hf:NAME:SUBSET:SPLIT
+METADATA = ("dataset_dict.json", "dataset_info.json", "dataset_infos.json", "state.json")  # of `datasets`
+
+TRAIN, VALIDATION, TEST = "train", "validation", "test"
+WORDS = {
+    TRAIN: ("train", "training"),
+    VALIDATION: ("validation", "valid", "val", "dev", "heldout"),
+    TEST: ("test", "testing", "eval", "evaluation"),
+}
+"""Kind of split → how people call it; as the Hugging Face Hub reads names of files and folders."""
+KIND_OF = {word: kind for kind, words in WORDS.items() for word in words}
+WORD = re.compile(rf"(?<![a-z])({'|'.join(sorted(KIND_OF, key=len, reverse=True))})(?![a-z])")
+SHARD = re.compile(r"(.+?)-\d{5}-of-\d{5}\b.*")
 
 
-class RawRow(NamedTuple):
-    """A row as read: its value, or (with an empty one) why it could not be read."""
+@dataclass(frozen=True)
+class Place:
+    """The rows of one source, not yet read."""
 
-    origin: Origin
-    value: dict[str, Any]
-    problem: RowDropped | None = None
+    name: str
+    """As the user wrote it."""
+    split: str | None
+    """The split that is read; None: the place has none."""
+    others: dict[str, str | None]
+    """The place's other splits, name → kind (`train`, `validation`, `test`)."""
+    files: Mapping[str, str] = field(default_factory=dict)
+    """Path in the file system → name as the user would write it; empty for Hugging Face data sets."""
+    passed_over: Counter[str] = field(default_factory=Counter)
+    """Files of the folder that are not read, by ending."""
+    store: Any = None
+    hub: tuple[str, str | None] | None = None
+    """(name, sub-set) of a Hugging Face data set."""
+
+    def rows(self) -> Iterator[RawRow]:
+        """The rows, in a fixed order: files by name, rows as they lie in the file.
+
+        Raises:
+          UserError: a file is torn or not what it is called, or the data set can't be loaded.
+        """
+        if self.hub is not None:
+            yield from _read_hugging_face(self)
+        for file, name in self.files.items():
+            with self.store.open(file, "rb") as stream:
+                yield from read_file(stream, name)
+
+    def heldout_splits(self) -> list[str]:
+        """The other splits that are for validation, or else for tests; of several those called like the one read."""
+        kinds = [[name for name, own in self.others.items() if own == kind] for kind in (VALIDATION, TEST)]
+        found = next(filter(None, kinds), [])
+        return [name for name in found if WORD.sub("", name) == WORD.sub("", self.split or "")] or found
+
+    def told(self) -> list[str]:
+        """What is read and what is not, for the log."""
+        lines = []
+        if self.split is not None or self.others:
+            left = f"; not read here: {', '.join(self.others)}" if self.others else ""
+            lines.append(f"{self.name}: split {self.split or '(files without a split in their name)'}{left}")
+        if self.passed_over:
+            counts = ", ".join(f"{count} × {ending}" for ending, count in self.passed_over.most_common())
+            lines.append(f"{self.name}: {len(self.files)} files read, passed over: {counts}")
+        return lines
 
 
 def read_rows(path: str) -> Iterator[RawRow]:
-    """Rows of one source in a fixed order: files by name, rows as they lie in the file.
+    """The training rows of a path; see `find`."""
+    return find(DataSource(path=path)).rows()
+
+
+def find(source: DataSource, *, heldout: bool = False) -> Place:
+    """Looks at what a source names, and chooses the split.
 
     Args:
-      path: a `.jsonl`, `.jsonl.gz` or `.parquet` file, a folder of them, a data set folder saved by `datasets`,
-        `hf:NAME[:SPLIT]` or `embedded:FILE`; local or with a URL scheme such as gs:// or hf://datasets/NAME/FILE.
+      source: `path` is a file (see `readers.READERS`), a folder of them, a folder saved by `datasets`,
+        `hf:NAME[:SUBSET][:SPLIT]` or `embedded:FILE`; local or with a URL scheme such as gs:// or
+        hf://datasets/NAME/FILE.
+      heldout: whether the rows are to be held out: without `source.split`, the validation (else test) split counts
+        then, otherwise the training split.
 
     Raises:
-      UserError: nothing is there, the format is unknown, a file is torn, or a reader is not installed.
+      UserError: nothing is there, the format is unknown, the split is not there or can't be told.
     """
+    path = source.path
     if path.startswith(HUGGING_FACE) and "://" not in path:  # hf://datasets/… is a file system's address
-        return _read_hugging_face(path)
-    place = assets.resolve(path)
-    store, root = filesystem(place)
+        return _find_hugging_face(source, heldout)
+    store, root = filesystem(assets.resolve(path))
+    if source.subset:
+        root, path = f"{root.rstrip('/')}/{source.subset}", f"{path.rstrip('/')}/{source.subset}"
     if store.isdir(root):
-        root = root.rstrip("/")
-        if store.exists(f"{root}/dataset_dict.json"):
-            raise UserError(f"{path} holds several splits: name the folder of one of them")
-        if store.exists(f"{root}/state.json"):
-            return _read_saved_dataset(place)
-        files = _data_files(store, root, path)
-    elif store.exists(root):
-        files = [root]
-    else:
+        return _find_in_folder(store, root.rstrip("/"), path.rstrip("/"), source, heldout)
+    if not store.exists(root):
         raise UserError(f"{path}: no such file or folder")
-    names = {file: path.rstrip("/") + file[len(root) :] for file in files}  # as the user wrote it
-    return (row for file, name in names.items() for row in _read_file(store, file, name))
+    if source.split:
+        raise UserError(f"{path}: split={source.split}: a single file has no splits; leave it out")
+    if endings(root)[0] is None:
+        raise UserError(f"{path}: unknown format; rows come from {', '.join(READERS)}, each also as .gz and .zst")
+    return Place(path, None, {}, {root: path}, store=store)
 
 
-def _data_files(store: Any, root: str, path: str) -> list[str]:
-    """The data files of a folder by name, refusing a mixture of splits that is hardly meant."""
-    inside = {file: file[len(root) :].lstrip("/") for file in sorted(store.find(root))}
-    files = [
-        file
-        for file, name in inside.items()
-        if name.endswith(SUFFIXES) and not any(part.startswith((".", "_")) for part in name.split("/"))
-    ]
-    if not files:
-        raise UserError(f"{path}: the folder holds none of {', '.join(SUFFIXES)}")
-    splits = {match[1] for file in files if (match := SPLIT_NAME.match(file.rsplit("/", 1)[-1].lower()))}
-    if len(splits) > 1:
-        raise UserError(
-            f"{path}: the folder holds files of several splits ({', '.join(sorted(splits))}); "
-            "list the files of the split you mean as sources"
-        )
-    logger.info("%s: %d files", path, len(files))
-    return files
-
-
-def _read_file(store: Any, file: str, name: str) -> Iterator[RawRow]:
-    if not file.endswith(SUFFIXES):
-        raise UserError(f"{name}: unknown format; rows come from {', '.join(SUFFIXES)}")
-    with store.open(file, "rb") as stream:
-        if file.endswith(".parquet"):
-            yield from _read_parquet(stream, name)
-        elif file.endswith(".gz"):
-            with gzip.open(stream, "rb") as unzipped:
-                yield from _read_json_lines(unzipped, name)
+def _find_in_folder(store: Any, root: str, path: str, source: DataSource, heldout: bool) -> Place:
+    splits: dict[str | None, list[str]] = {}
+    passed_over: Counter[str] = Counter()
+    for file in sorted(store.find(root)):
+        inside = file[len(root) :].lstrip("/")
+        parts = inside.split("/")
+        if any(part.startswith((".", "_")) for part in parts):
+            passed_over["hidden"] += 1
+        elif endings(file)[0] is None or parts[-1] in METADATA or re.fullmatch(r"cache-\w+\.arrow", parts[-1]):
+            ending = re.search(r"(\.[^./]*)(\.gz|\.zst)?$", parts[-1])
+            passed_over[parts[-1] if parts[-1] in METADATA else ending[0] if ending else "(no ending)"] += 1
         else:
-            yield from _read_json_lines(stream, name)
+            splits.setdefault(_split_of(parts, source.split), []).append(file)
+    if not splits:
+        told = f" (it holds {', '.join(f'{n} × {ending}' for ending, n in passed_over.items())})" if passed_over else ""
+        raise UserError(f"{path}: the folder holds none of {', '.join(READERS)}, nor a .gz or .zst of them{told}")
+    chosen = _choose(splits, source.split, heldout, path)
+    others = {name: kind_of(name) for name in splits if name is not None and name != chosen}
+    if chosen is not None and None in splits:
+        passed_over["files without a split in their name"] += len(splits[None])
+    files = {file: path + file[len(root) :] for file in splits[chosen]}
+    return Place(path, chosen, others, files, passed_over, store)
 
 
-def _read_json_lines(stream: Any, file: str) -> Iterator[RawRow]:
-    number = 0
-    while True:
-        try:
-            line = stream.readline(MAX_LINE_BYTES + 1)
-            whole = len(line) <= MAX_LINE_BYTES
-            while not whole and line and not line.endswith(b"\n"):  # skip what is left of a huge line
-                line = stream.readline(MAX_LINE_BYTES)
-        except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-            raise UserError(f"{file}: the file is torn after row {number} ({error}); copy it again") from error
-        if whole and not line:
-            return
-        number += 1
-        if whole and not line.strip():
-            continue
-        origin = Origin(file, number)
-        if not whole:
-            yield RawRow(origin, {}, RowDropped("line_too_long", f"more than {MAX_LINE_BYTES} bytes"))
-            continue
-        yield _parse(line.removeprefix(b"\xef\xbb\xbf") if number == 1 else line, origin)
+def _split_of(parts: list[str], wanted: str | None) -> str | None:
+    """The split of a file: the one that is wanted by name, else what the last part of its path that names one says."""
+    shard = SHARD.match(parts[-1])
+    if wanted and (wanted in parts[:-1] or (shard and shard[1] == wanted)):
+        return wanted
+    if shard and kind_of(shard[1]) is not None:
+        return shard[1]
+    if (kind := kind_of(parts[-1])) is not None:
+        return kind
+    return next((part for part in reversed(parts[:-1]) if kind_of(part) is not None), None)
 
 
-def _parse(line: bytes, origin: Origin) -> RawRow:
+def kind_of(name: str | None) -> str | None:
+    """`train`, `validation` or `test`: what kind of split has this name; None: it can't be told."""
+    words = WORD.findall((name or "").lower())
+    return KIND_OF[words[-1]] if words else None
+
+
+def _choose(names: Iterable[str | None], wanted: str | None, heldout: bool, path: str) -> str | None:
+    """The split to read: the one that is wanted, else by kind; names of no kind are training rows where none are."""
+    of_kind: dict[str | None, list[str | None]] = {}
+    for name in names:
+        of_kind.setdefault(kind_of(name), []).append(name)
+    every = [name for some in of_kind.values() for name in some]
+    listed = ", ".join(name for name in every if name) or "none"
+    if wanted:
+        fitting = [wanted] if wanted in every else of_kind.get(KIND_OF.get(wanted.lower(), wanted), [])
+        if not fitting:
+            raise UserError(f"{path}: no split {wanted} (there are: {listed})")
+    elif heldout:
+        fitting = of_kind.get(VALIDATION) or of_kind.get(TEST) or (every if of_kind.keys() == {None} else [])
+    else:
+        fitting = of_kind.get(TRAIN) or of_kind.get(None) or []
+    if len(fitting) != 1:
+        trouble = (
+            "several splits could be meant"
+            if fitting
+            else f"nothing is there to be {'held out' if heldout else 'trained on'}"
+        )
+        raise UserError(
+            f"{path}: {trouble} (there are: {listed}); name one beside the path: {{path: '{path}', split: <name>}}"
+        )
+    return fitting[0]
+
+
+def _find_hugging_face(source: DataSource, heldout: bool) -> Place:
+    datasets = _import_datasets(source.path)
+    parts = HUGGING_FACE_NAME.fullmatch(source.path)
+    if parts is None:
+        raise UserError(f"{source.path}: write hf:NAME, hf:NAME:SPLIT or hf:NAME:SUBSET:SPLIT")
+    name, first, second = parts.groups()
+    subset, split = (first, second) if second else (None, first)
+    subset, split = source.subset or subset or None, source.split or split or None
+    with _hub_errors(source.path):
+        names = datasets.get_dataset_split_names(name, subset)
+    chosen = _choose(names, split, heldout, source.path)
+    others = {one: kind_of(one) for one in names if one != chosen}
+    return Place(source.path, chosen, others, hub=(name, subset))
+
+
+def _read_hugging_face(place: Place) -> Iterator[RawRow]:
+    assert place.hub is not None
+    datasets = _import_datasets(place.name)
+    with _hub_errors(place.name):
+        dataset = datasets.load_dataset(place.hub[0], place.hub[1], split=place.split)
+    for number, value in enumerate(dataset, start=1):
+        yield RawRow(Origin(place.name, number), value, columnar=True)
+
+
+@contextmanager
+def _hub_errors(path: str) -> Iterator[None]:
+    """The hub client raises many kinds of errors; all mean that this name gives no rows."""
     try:
-        value = json.loads(line.decode("utf-8"))
-        if b"\\u" in line:
-            json.dumps(value, ensure_ascii=False).encode("utf-8")  # refuses half of a surrogate pair
-    except (UnicodeDecodeError, UnicodeEncodeError) as error:
-        return RawRow(origin, {}, RowDropped("invalid_utf8", str(error.reason)))
-    except (ValueError, RecursionError) as error:
-        return RawRow(origin, {}, RowDropped("invalid_json", str(error)[:80]))
-    if not isinstance(value, dict):
-        return RawRow(origin, {}, RowDropped("not_an_object", type(value).__name__))
-    return RawRow(origin, value)
-
-
-def _read_parquet(stream: Any, file: str) -> Iterator[RawRow]:
-    import pyarrow
-    import pyarrow.parquet
-
-    number = 0
-    try:
-        for batch in pyarrow.parquet.ParquetFile(stream).iter_batches(PARQUET_BATCH_ROWS):
-            for value in batch.to_pylist():
-                number += 1
-                yield RawRow(Origin(file, number), value)
-    except (pyarrow.ArrowException, OSError) as error:
-        raise UserError(f"{file}: unreadable after row {number} ({error}); copy it again") from error
+        yield
+    except Exception as error:
+        raise UserError(f"{path}: cannot load the data set ({type(error).__name__}: {error})") from error
 
 
 def _import_datasets(path: str) -> Any:
@@ -152,20 +227,3 @@ def _import_datasets(path: str) -> Any:
     except ImportError as error:
         raise UserError(f"{path}: reading Hugging Face data sets needs `pip install datasets`") from error
     return datasets
-
-
-def _read_hugging_face(path: str) -> Iterator[RawRow]:
-    datasets = _import_datasets(path)
-    parts = HUGGING_FACE_NAME.fullmatch(path)
-    if parts is None:
-        raise UserError(f"{path}: write hf:NAME or hf:NAME:SPLIT")
-    try:
-        dataset = datasets.load_dataset(parts[1], split=parts[2] or "train")
-    except Exception as error:  # the hub client raises many kinds; all mean that this name gives no rows
-        raise UserError(f"{path}: cannot load the data set ({type(error).__name__}: {error})") from error
-    return (RawRow(Origin(path, number), value) for number, value in enumerate(dataset, start=1))
-
-
-def _read_saved_dataset(path: str) -> Iterator[RawRow]:
-    datasets = _import_datasets(path)
-    return (RawRow(Origin(path, number), value) for number, value in enumerate(datasets.load_from_disk(path), start=1))

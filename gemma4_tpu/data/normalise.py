@@ -1,0 +1,313 @@
+"""Rows in the forms that people have, to conversations in one normal form; and what was done to them, in numbers."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from functools import cache
+from typing import Any
+
+from gemma4_tpu.data import codev
+from gemma4_tpu.data.drops import RowDropped
+from gemma4_tpu.data.readers import RawRow
+from gemma4_tpu.data.turns import Tell, Turn, to_tools, to_turns
+from gemma4_tpu.errors import UserError
+
+AUTO = "auto"
+VERSION = 1
+"""Of what is made of rows; part of the examples' fingerprint."""
+NOTES_KEPT = 100  # different ones; rows with keys of their own each would have no end
+TURN_COLUMNS = ("role", "content")
+NAMES = {
+    "messages": ("messages",),
+    "conversations": ("conversations", "conversation"),
+    "tools": ("tools", "functions"),
+    "system": ("system", "system_prompt"),
+    "instruction": ("instruction",),
+    "input": ("input", "context"),
+    "output": ("output", "response"),
+    "history": ("history",),
+    "prompt": ("prompt", "question", "query", "problem", "input"),
+    "completion": ("completion", "response", "answer", "solution", "output"),
+    "text": ("text",),
+}
+"""Column → what people call it. Where a row has several of the others, but not the first, none of them is guessed."""
+COLUMNS = (*NAMES, *TURN_COLUMNS)
+"""What `data.columns` can name."""
+
+
+@dataclass(frozen=True)
+class Conversation:
+    """What one row says, in normal form (`turns.py`)."""
+
+    messages: list[Turn]
+    """Empty for plain text."""
+    tools: list[dict[str, Any]] | None = None
+    """Definitions of tools, `{"type": "function", "function": {…}}`."""
+    text: str | None = None
+    """Plain text for continued pre-training: all of it carries loss."""
+
+
+@dataclass
+class Normalised:
+    """What was done to the rows of one set, in numbers of rows."""
+
+    forms: Counter[str] = field(default_factory=Counter)
+    """Form → rows read as such."""
+    notes: Counter[str] = field(default_factory=Counter)
+    """What was done, in words → rows that it was done to."""
+
+    def add(self, form: str, notes: Iterable[str]) -> None:
+        """Count one row."""
+        self.forms[form] += 1
+        for note in notes:
+            self.notes[note if note in self.notes or len(self.notes) < NOTES_KEPT else "(more of this kind)"] += 1
+
+    def lines(self) -> list[str]:
+        """For logs and the preview, the most frequent first."""
+        forms = ", ".join(f"{count} as {form}" for form, count in self.forms.most_common())
+        return [f"rows read: {forms}"] * bool(forms) + [f"{note}: {n} rows" for note, n in self.notes.most_common()]
+
+    def to_json(self) -> dict[str, Any]:
+        """For `data.json`."""
+        return {"forms": dict(self.forms), "normalised": dict(self.notes.most_common())}
+
+
+class Normaliser:
+    """Turns the rows of one source into conversations by `data.format` and `data.columns`; `done` counts what it did.
+
+    Raises:
+      UserError: no such format, or columns that no form has.
+    """
+
+    def __init__(self, form: str, columns: Mapping[str, str], done: Normalised):
+        if form not in (AUTO, *FORMS):
+            raise UserError(f"data.format={form}: there are {', '.join((AUTO, *FORMS))}")
+        if unknown := [name for name in columns if name not in COLUMNS]:
+            swapped = {own: name for name, own in columns.items()}
+            advice = f"; did you mean {{{unknown[0]}: …}} the other way round?" if set(swapped) <= set(COLUMNS) else ""
+            raise UserError(
+                f"data.columns: {unknown[0]} is no column of any form{advice} (write {{<ours>: <yours>}}; ours are "
+                f"{', '.join(COLUMNS)})"
+            )
+        self._form = form
+        self._own = {own: name for name, own in columns.items() if name not in TURN_COLUMNS}
+        self._turn_columns = {name: own for name, own in columns.items() if name in TURN_COLUMNS}
+        self._pairs_are_codev = False
+        self._done = done
+
+    def begin(self, name: str, rows: Iterable[RawRow]) -> None:
+        """Looks at the first rows of the source `name` before any of them is taken.
+
+        Raises:
+          UserError: none of them is of a known form; says which words would tell.
+        """
+        read = [row for row in rows if row.problem is None]
+        forms = {self.form_of(row) for row in read}
+        if read and forms == {None}:
+            raise UserError(unknown_form(name, read[0].value, self._form))
+        if self._form == AUTO:
+            self._pairs_are_codev = any(_is_codev(row.value) for row in read)
+
+    def form_of(self, row: RawRow) -> str | None:
+        """The form of a row, by its keys; None: it has none of them."""
+        there = frozenset(self._own.get(key, key) for key, value in row.value.items() if value is not None)
+        form = recognised(there, self._form) or recognised(frozenset(row.value), self._form)
+        return "codev_r1" if form == "prompt_completion" and self._pairs_are_codev else form
+
+    def __call__(self, row: RawRow) -> Conversation:
+        """The conversation in a row that was read.
+
+        Raises:
+          RowDropped: the row is of no known form, or what it holds can't be understood.
+        """
+        form = self.form_of(row)
+        if form is None:
+            raise RowDropped("unknown_form", f"keys: {', '.join(map(str, row.value))}"[:120])
+        notes: dict[str, None] = {}
+        value = {self._own.get(key, key): item for key, item in row.value.items()}
+        if row.columnar:
+            value = without_nulls(value, lambda note: notes.setdefault(note))
+        columns = _Columns(value)
+        made = FORMS[form].make(columns, self._turn_columns, lambda note: notes.setdefault(note))
+        for key in value.keys() - columns.used:
+            notes.setdefault(f"column {key[:40]!r} not used")
+        self._done.add(form, notes)
+        return made
+
+
+def without_nulls(value: Any, tell: Tell, depth: int = 0) -> Any:
+    """A value of a table without the nulls that stand for absent keys, at every depth; those in lists are the row's."""
+    if isinstance(value, dict):
+        if depth and None in value.values():
+            tell("nulls in place of absent keys removed")
+        return {key: without_nulls(item, tell, depth + 1) for key, item in value.items() if item is not None}
+    if isinstance(value, list):
+        return [without_nulls(item, tell, depth + 1) for item in value]
+    return value
+
+
+class _Columns:
+    """The columns of a row under the names that people give them; takes note of those that are used."""
+
+    def __init__(self, row: Mapping[str, Any]):
+        self._row = row
+        self.used: set[str] = set()
+
+    def get(self, column: str) -> Any:
+        """The value of a column; None: the row does not have it."""
+        name = _name_of(column, self._row)
+        if name is None:
+            return None
+        self.used.add(name)
+        return self._row[name]
+
+    def take(self, names: Iterable[str]) -> dict[str, Any]:
+        """The columns with exactly these names, of those that are there."""
+        there = {name: self._row[name] for name in names if name in self._row}
+        self.used |= there.keys()
+        return there
+
+    def text(self, column: str) -> str:
+        """The text of a column, numbers written out; empty: the row does not have it.
+
+        Raises:
+          RowDropped: it holds something else.
+        """
+        value = self.get(column)
+        if isinstance(value, int | float) and not isinstance(value, bool):
+            return str(value)
+        if value is not None and not isinstance(value, str):
+            raise RowDropped("bad_content", f"{column} is {type(value).__name__}")
+        return value or ""
+
+
+def _name_of(column: str, names: Iterable[str]) -> str | None:
+    """What a row with these column names calls a column; None: it has none, or several that could be meant."""
+    there = [name for name in NAMES[column] if name in names]
+    return there[0] if len(there) == 1 or NAMES[column][0] in there else None
+
+
+def _messages(columns: _Columns, turn_columns: Mapping[str, str], tell: Tell) -> Conversation:
+    given = columns.get("messages")
+    turns = to_turns(columns.get("conversations") if given is None else given, turn_columns, tell)
+    return _conversation(turns, columns, tell)
+
+
+def _instruction(columns: _Columns, turn_columns: Mapping[str, str], tell: Tell) -> Conversation:
+    instruction, more, output = (columns.text(name) for name in ("instruction", "input", "output"))
+    if not instruction.strip():
+        raise RowDropped("no_prompt")
+    if not output.strip():
+        raise RowDropped("no_response")
+    history = columns.get("history") or []
+    if not isinstance(history, list) or not all(isinstance(pair, list) and len(pair) == 2 for pair in history):
+        raise RowDropped("bad_content", "history is no list of pairs")
+    said = [*(text for pair in history for text in pair), f"{instruction}\n\n{more}" if more.strip() else instruction]
+    given = [{"role": ("user", "assistant")[n % 2], "content": text} for n, text in enumerate([*said, output])]
+    return _conversation(to_turns(given, {}, tell), columns, tell)
+
+
+def _pair(columns: _Columns, turn_columns: Mapping[str, str], tell: Tell) -> Conversation:
+    """A prompt and what completes it, each a text or turns. Answers in the prompt are read, not learnt."""
+    asked, answered = columns.get("prompt"), columns.get("completion")
+    if not isinstance(asked, list | dict):
+        asked = columns.text("prompt")
+        if not asked.strip():
+            raise RowDropped("no_prompt")
+        asked = [{"role": "user", "content": asked}]
+    if not isinstance(answered, list | dict):
+        answered = columns.text("completion")
+        if not answered.strip():
+            raise RowDropped("no_response")
+        answered = [{"role": "assistant", "content": answered}]
+    before = to_turns(asked, turn_columns, tell)
+    if history := [turn for turn in before if turn["role"] == "assistant"]:
+        tell("answers in a prompt carry no loss")
+        for turn in history:
+            turn["train"] = False
+    return _conversation([*before, *to_turns(answered, turn_columns, tell)], columns, tell)
+
+
+def _conversation(turns: list[Turn], columns: _Columns, tell: Tell) -> Conversation:
+    """Turns with the system prompt and the tools that stand in columns of their own."""
+    system = columns.text("system")
+    if system.strip() and turns[0]["role"] != "system":
+        turns = [{"role": "system", "content": system}, *turns]
+    elif system.strip():
+        tell("column system not used: the turns have their own")
+    return Conversation(turns, to_tools(columns.get("tools"), tell))
+
+
+def _text(columns: _Columns, turn_columns: Mapping[str, str], tell: Tell) -> Conversation:
+    text = columns.text("text")
+    if not text.strip():
+        raise RowDropped("no_text")
+    return Conversation([], None, text)
+
+
+def _codev(columns: _Columns, turn_columns: Mapping[str, str], tell: Tell) -> Conversation:
+    return Conversation(codev.to_messages(columns.take(codev.COLUMNS)))
+
+
+class Form:
+    """One form of rows: the columns that tell it, and what makes a conversation of them."""
+
+    def __init__(self, needs: tuple[str, ...], make: Callable[[_Columns, Mapping[str, str], Tell], Conversation]):
+        self.needs = needs
+        self.make = make
+
+
+FORMS = {
+    "chat": Form(("messages",), _messages),
+    "sharegpt": Form(("conversations",), _messages),
+    "alpaca": Form(("instruction", "output"), _instruction),
+    "prompt_completion": Form(("prompt", "completion"), _pair),
+    "text": Form(("text",), _text),
+    "codev_r1": Form(("prompt",), _codev),
+}
+"""`data.format` → form, in the order in which `auto` tries them (the last one by what its answers hold)."""
+
+
+@cache
+def recognised(names: frozenset[str], wanted: str = AUTO) -> str | None:
+    """The form of rows with these columns, if it is the wanted one; None: they are of no such form."""
+    for form, row in FORMS.items():
+        if wanted not in (form, AUTO) or any(_name_of(column, names) is None for column in row.needs):
+            continue
+        if wanted == AUTO and form == "codev_r1":
+            continue
+        # Text beside other columns of ours, or a question beside its context, could be meant in several ways.
+        if wanted == AUTO and form == "text" and any(name in names for n in NAMES if n != "text" for name in NAMES[n]):
+            continue
+        if wanted == AUTO and form == "prompt_completion" and "context" in names:
+            continue
+        return form
+    return None
+
+
+def _is_codev(row: Mapping[str, Any]) -> bool:
+    """Whether an answer has CodeV-R1's markup around Verilog: its columns are called as many others'."""
+    return any(isinstance(text, str) and "<answer>" in text and "endmodule" in text for text in row.values())
+
+
+def unknown_form(name: str, row: Mapping[str, Any], wanted: str) -> str:
+    """Why rows like `row` of the source `name` can't be read, and the words that would tell how."""
+    there = [key for key, value in row.items() if value is not None]
+    texts = [key for key in there if isinstance(row[key], str)]
+    lists = [key for key in there if isinstance(row[key], list | dict)]
+    if "context" in there and (pair := (_name_of("prompt", there), _name_of("completion", there))) and all(pair):
+        guess = f"{{instruction: {pair[0]}, input: context, output: {pair[1]}}}"
+    elif lists and not texts:
+        guess = f"{{messages: {lists[0]}}}"
+    elif len(there) > 1:
+        guess = f"{{prompt: {there[0]}, completion: {there[1]}}}"
+    else:
+        guess = f"{{text: {there[0] if there else '…'}}}"
+    needs = "; ".join(f"{form}: {', '.join(row.needs)}" for form, row in FORMS.items())
+    wanted = "" if wanted == AUTO else f" (data.format={wanted})"
+    return (
+        f"{name}: rows with the keys {', '.join(map(str, row)) or '(none)'} are of no known form{wanted}; say which "
+        f"column is which, such as data.columns='{guess}', or convert them ({needs})"
+    )

@@ -1,0 +1,322 @@
+"""Rows of one file, by its ending: JSON Lines, JSON, CSV, Parquet, Arrow, each also gzip- or Zstandard-compressed.
+
+A file that holds something else than its ending says is refused by what it is. A row that cannot be read is handed on
+with the reason, and the reader goes on behind it.
+"""
+
+from __future__ import annotations
+
+import csv
+import gzip
+import io
+import json
+import re
+import shutil
+import tempfile
+import zlib
+from collections.abc import Callable, Iterator
+from typing import IO, Any, NamedTuple
+
+from gemma4_tpu.data.drops import RowDropped
+from gemma4_tpu.data.examples import Origin
+from gemma4_tpu.errors import UserError
+
+MAX_LINE_BYTES = 16 * 2**20  # no example of any legal length comes near; keeps a binary file from filling memory
+MAX_JSON_BYTES = 2 * 2**30  # of a .json file, which is read whole
+ARROW_BATCH_ROWS = 1024
+BUFFER_BYTES = 2**18
+UTF8_MARK = b"\xef\xbb\xbf"
+MAGIC = {
+    b"PAR1": ("Parquet", ".parquet"),
+    b"ARROW1": ("an Arrow file", ".arrow"),
+    b"\xff\xff\xff\xff": ("an Arrow stream", ".arrow"),
+    b"\x1f\x8b": ("gzip-compressed", ".gz"),
+    b"\x28\xb5\x2f\xfd": ("Zstandard-compressed", ".zst"),
+    b"PK\x03\x04": ("a ZIP archive (or an Excel sheet)", None),
+    b"BZh": ("bzip2-compressed", None),
+    b"\xfd7zXZ": ("xz-compressed", None),
+    b"SQLite format 3": ("an SQLite data base", None),
+    b"version https://git-lfs": ("a Git LFS pointer: the file itself was not fetched (git lfs pull)", None),
+}
+"""First bytes → (what such a file is, the ending it should have)."""
+LINES = (".jsonl", ".ndjson")
+TABLES = {".parquet": "Parquet", ".arrow": "Arrow"}
+
+
+class RawRow(NamedTuple):
+    """A row as read: its value, or (with an empty one) why it could not be read."""
+
+    origin: Origin
+    value: dict[str, Any]
+    problem: RowDropped | None = None
+    columnar: bool = False
+    """It comes from a table, whose every row has all columns: null stands for what the row did not have."""
+
+
+def read_file(stream: IO[bytes], name: str) -> Iterator[RawRow]:
+    """Rows of an open, seekable file; `name` says by its ending what it holds, and is the file of their origins.
+
+    Raises:
+      UserError: the ending is unknown, the file holds something else, or it is torn.
+    """
+    ending, compression = endings(name)
+    if ending is None:
+        raise UserError(f"{name}: unknown format; rows come from {', '.join(READERS)}, each also as .gz and .zst")
+    try:
+        plain = io.BufferedReader(_unpacked(stream, name, compression), BUFFER_BYTES)
+        _refuse_another_format(plain.peek(BUFFER_BYTES), name, ending)
+    except _TORN as error:
+        raise _torn(name, 0, error) from error
+    yield from READERS[ending](plain, name)
+
+
+def endings(name: str) -> tuple[str | None, str]:
+    """(`.jsonl`, `.gz`) of `rows.jsonl.gz`: what a file holds and how it is compressed; None: no format of ours."""
+    lower = name.lower()
+    compression = next((ending for ending in (".gz", ".zst") if lower.endswith(ending)), "")
+    lower = lower.removesuffix(compression)
+    return next((ending for ending in READERS if lower.endswith(ending)), None), compression
+
+
+def _unpacked(stream: Any, name: str, compression: str) -> Any:
+    if not compression:
+        return stream
+    head = stream.read(len(UTF8_MARK) + 1)
+    stream.seek(0)
+    if head and not any(head.startswith(magic) for magic, (_, ending) in MAGIC.items() if ending == compression):
+        raise UserError(f"{name}: is not compressed as {compression} files are; rename it to end in what it holds")
+    if compression == ".gz":
+        return gzip.GzipFile(fileobj=stream)
+    import pyarrow
+
+    return pyarrow.CompressedInputStream(stream, "zstd")
+
+
+def _refuse_another_format(head: bytes, name: str, ending: str) -> None:
+    """Refuses a file whose first bytes are those of another format, or of text that is not UTF-8."""
+    found = next(((what, right) for magic, (what, right) in MAGIC.items() if head.startswith(magic)), None)
+    if ending in TABLES:
+        if head and (found is None or found[1] != ending):
+            held = f"holds {found[0]}" if found else "unreadable: what it holds"
+            raise UserError(f"{name}: {held}{'' if found else ' is'} not {TABLES[ending]}; copy or rename it")
+        return
+    if found is not None:
+        advice = f"; rename it to end in {found[1]}" if found[1] else ""
+        raise UserError(f"{name}: holds {found[0]}, no text{advice}")
+    if head.startswith((b"\xff\xfe", b"\xfe\xff")) or max(head[::2].count(0), head[1::2].count(0)) > len(head) // 4:
+        raise UserError(
+            f"{name}: the text is UTF-16, not UTF-8; convert it: iconv -f UTF-16 -t UTF-8 {name} > <new file>"
+        )
+    if ending in LINES:
+        first = head.removeprefix(UTF8_MARK).lstrip()
+        if re.match(rb"\[\s*\{", first):
+            raise UserError(f"{name}: holds a JSON array, not one object per line; rename it to end in .json")
+        if re.match(rb"\{[ \t\r]*\n", first):
+            raise UserError(
+                f"{name}: holds JSON objects over several lines, not one per line; rename it to end in .json"
+            )
+
+
+def _lines(stream: Any, name: str) -> Iterator[bytes | None]:
+    r"""Lines, split at \n alone; None in place of one that is too long."""
+    number = 0
+    while True:
+        try:
+            line = stream.readline(MAX_LINE_BYTES + 1)
+            whole = len(line) <= MAX_LINE_BYTES
+            while not whole and line and not line.endswith(b"\n"):  # skip what is left of a huge line
+                line = stream.readline(MAX_LINE_BYTES)
+        except _TORN as error:
+            raise _torn(name, number, error) from error
+        if whole and not line:
+            return
+        number += 1
+        yield (line.removeprefix(UTF8_MARK) if number == 1 else line) if whole else None
+
+
+TOO_LONG = RowDropped("line_too_long", f"more than {MAX_LINE_BYTES} bytes")
+
+
+def _read_json_lines(stream: Any, name: str) -> Iterator[RawRow]:
+    for number, line in enumerate(_lines(stream, name), start=1):
+        if line is None:
+            yield RawRow(Origin(name, number), {}, TOO_LONG)
+        elif line.strip():
+            yield _parsed(line, Origin(name, number))
+
+
+def _parsed(line: bytes, origin: Origin) -> RawRow:
+    try:
+        return _checked(json.loads(line.decode("utf-8")), b"\\u" in line, origin)
+    except UnicodeDecodeError as error:
+        return RawRow(origin, {}, RowDropped("invalid_utf8", str(error.reason)))
+    except (ValueError, RecursionError) as error:
+        return RawRow(origin, {}, RowDropped("invalid_json", str(error)[:80]))
+
+
+def _checked(value: Any, escapes: bool, origin: Origin) -> RawRow:
+    """The row of a parsed value, if it is an object and no escape in it is half of a surrogate pair."""
+    if escapes:
+        try:
+            json.dumps(value, ensure_ascii=False).encode("utf-8")
+        except UnicodeEncodeError as error:
+            return RawRow(origin, {}, RowDropped("invalid_utf8", str(error.reason)))
+        except RecursionError:
+            return RawRow(origin, {}, RowDropped("invalid_json", "nested too deeply"))
+    if not isinstance(value, dict):
+        return RawRow(origin, {}, RowDropped("not_an_object", type(value).__name__))
+    return RawRow(origin, value)
+
+
+def _read_json(stream: Any, name: str) -> Iterator[RawRow]:
+    """The elements of an array, or objects one after the other, with or without line breaks inside."""
+    try:
+        content = stream.read(MAX_JSON_BYTES + 1)
+    except _TORN as error:
+        raise _torn(name, 0, error) from error
+    if len(content) > MAX_JSON_BYTES:
+        raise UserError(f"{name}: more than {MAX_JSON_BYTES} bytes of JSON; write one object per line (.jsonl)")
+    try:
+        text = content.removeprefix(UTF8_MARK).decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{name}: no UTF-8 at byte {error.start} ({error.reason})") from error
+    decoder, number = json.JSONDecoder(), 0
+    at = _skipped(text, 0, BLANKS)
+    array = text.startswith("[", at)
+    at += array
+    while (at := _skipped(text, at, BLANKS + "," * array)) < len(text):
+        if array and text[at] == "]":
+            if _skipped(text, at + 1, BLANKS) < len(text):
+                raise UserError(f'{name}: more follows the JSON array; rows are objects, such as {{"messages": […]}}')
+            return
+        number, start = number + 1, at
+        try:
+            value, at = decoder.raw_decode(text, start)
+        except (ValueError, RecursionError) as error:  # where the next one begins can't be told
+            raise _torn(name, number - 1, error) from error
+        yield _checked(value, "\\u" in text[start:at], Origin(name, number))
+    if array:
+        raise _torn(name, number, "the array is never closed")
+
+
+BLANKS = " \t\r\n"
+
+
+def _skipped(text: str, at: int, characters: str) -> int:
+    while at < len(text) and text[at] in characters:
+        at += 1
+    return at
+
+
+def _read_csv(stream: Any, name: str) -> Iterator[RawRow]:
+    """Rows under a header line, which decides on the delimiter. An empty cell is a column that the row has not."""
+    csv.field_size_limit(MAX_LINE_BYTES)
+    left_out: list[RowDropped] = []
+
+    def texts() -> Iterator[str]:
+        for line in _lines(stream, name):
+            if line is None:
+                left_out.append(TOO_LONG)
+            yield (line or b"\n").decode("utf-8", "surrogateescape")
+
+    lines = texts()
+    header = next(lines, "")
+    delimiter = max(",\t;|", key=header.count)
+    columns = next(csv.reader([header], delimiter=delimiter), [])
+    number = 0
+    for cells in _csv_records(csv.reader(lines, delimiter=delimiter, strict=True)):
+        for problem in left_out:
+            number += 1
+            yield RawRow(Origin(name, number), {}, problem)
+        left_out.clear()
+        if cells == []:  # a blank line
+            continue
+        number += 1
+        yield _csv_row(cells, columns, Origin(name, number))
+
+
+def _csv_records(reader: Iterator[list[str]]) -> Iterator[list[str] | RowDropped]:
+    while True:
+        try:
+            yield next(reader)
+        except StopIteration:
+            return
+        except csv.Error as error:
+            yield RowDropped("invalid_csv", str(error))
+
+
+def _csv_row(cells: list[str] | RowDropped, columns: list[str], origin: Origin) -> RawRow:
+    if isinstance(cells, RowDropped):
+        return RawRow(origin, {}, cells)
+    if len(cells) != len(columns):
+        return RawRow(origin, {}, RowDropped("invalid_csv", f"{len(cells)} cells under {len(columns)} columns"))
+    if not "".join(cells).isascii() and any("\udc80" <= mark <= "\udcff" for mark in "".join(cells)):
+        return RawRow(origin, {}, RowDropped("invalid_utf8", "in a cell"))
+    row = {column: cell or None for column, cell in zip(columns, cells, strict=True)}
+    return RawRow(origin, row, columnar=True)
+
+
+def _read_parquet(stream: Any, name: str) -> Iterator[RawRow]:
+    import pyarrow.parquet
+
+    with _seekable(stream) as file:
+        yield from _batches(lambda: pyarrow.parquet.ParquetFile(file).iter_batches(ARROW_BATCH_ROWS), name)
+
+
+def _read_arrow(stream: Any, name: str) -> Iterator[RawRow]:
+    """Batches of an Arrow stream, as `datasets` saves them, or of an Arrow file."""
+    import pyarrow.ipc
+
+    with _seekable(stream) as file:
+
+        def batches() -> Iterator[Any]:
+            if file.read(6) == b"ARROW1":
+                whole = pyarrow.ipc.open_file(file)
+                return (whole.get_batch(number) for number in range(whole.num_record_batches))
+            file.seek(0)
+            return iter(pyarrow.ipc.open_stream(file))
+
+        yield from _batches(batches, name)
+
+
+def _seekable(stream: Any) -> IO[bytes]:
+    """The file, unpacked to disk where it is compressed: tables are read by position."""
+    if stream.seekable() and not isinstance(stream.raw, gzip.GzipFile):
+        return stream
+    unpacked = tempfile.TemporaryFile()  # noqa: SIM115 (the caller closes it)
+    shutil.copyfileobj(stream, unpacked)
+    unpacked.seek(0)
+    return unpacked
+
+
+def _batches(begin: Callable[[], Iterator[Any]], name: str) -> Iterator[RawRow]:
+    import pyarrow
+
+    number = 0
+    try:
+        for batch in begin():
+            for start in range(0, batch.num_rows, ARROW_BATCH_ROWS):
+                for value in batch.slice(start, ARROW_BATCH_ROWS).to_pylist(maps_as_pydicts="strict"):
+                    number += 1
+                    yield RawRow(Origin(name, number), value, columnar=True)
+    except (pyarrow.ArrowException, *_TORN, KeyError) as error:
+        raise _torn(name, number, error) from error
+
+
+_TORN = (EOFError, zlib.error, OSError)  # gzip.BadGzipFile and pyarrow's errors of streams are OSError
+
+
+def _torn(name: str, row: int, error: object) -> UserError:
+    return UserError(f"{name}: the file is torn or unreadable after row {row} ({error}); copy it again")
+
+
+READERS: dict[str, Callable[[Any, str], Iterator[RawRow]]] = {
+    ".jsonl": _read_json_lines,
+    ".ndjson": _read_json_lines,
+    ".json": _read_json,
+    ".csv": _read_csv,
+    ".tsv": _read_csv,
+    ".parquet": _read_parquet,
+    ".arrow": _read_arrow,
+}
+"""Ending → the rows of an open, decompressed file."""

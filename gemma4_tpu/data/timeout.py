@@ -1,0 +1,49 @@
+"""A time limit for each row: a template may loop, a text may be made for slow patterns."""
+
+from __future__ import annotations
+
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from gemma4_tpu.data.drops import RowDropped
+
+ROW_SECONDS = 10.0
+_AGAIN_SECONDS = 0.5  # where the first alarm was swallowed by somebody's bare `except`
+
+
+class _Expired(BaseException):
+    """Not an Exception, so that code which takes any error for its own lets it through."""
+
+
+@contextmanager
+def row_limit(seconds: float = ROW_SECONDS) -> Iterator[None]:
+    """Ends what takes longer than `seconds`, by the alarm signal; regular expressions heed it too.
+
+    Signals reach Python's main thread only, which is where rows are read; elsewhere there is no limit.
+
+    Raises:
+      RowDropped: `too_slow`.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    inside = True
+
+    def expire(*_: Any) -> None:
+        if inside:
+            raise _Expired
+
+    before = signal.signal(signal.SIGALRM, expire)
+    others = signal.setitimer(signal.ITIMER_REAL, seconds, _AGAIN_SECONDS)
+    try:
+        yield
+    except _Expired:
+        raise RowDropped("too_slow", f"more than {seconds:g} s") from None
+    finally:
+        inside = False
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+        signal.setitimer(signal.ITIMER_REAL, *others)

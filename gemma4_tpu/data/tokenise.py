@@ -1,0 +1,191 @@
+"""From the rows of several sources to tokenised examples; what is dropped on the way is counted."""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import json
+import logging
+import os
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from gemma4_tpu.config.schema import DataConfig, DataSource
+from gemma4_tpu.data import codev
+from gemma4_tpu.data.aside import Identity, identity
+from gemma4_tpu.data.chat import ChatFormat
+from gemma4_tpu.data.drops import DropReport, RowDropped, unreadable
+from gemma4_tpu.data.examples import Origin
+from gemma4_tpu.data.normalise import Conversation, Normalised, Normaliser
+from gemma4_tpu.data.readers import RawRow
+from gemma4_tpu.data.sources import Place
+from gemma4_tpu.data.timeout import row_limit
+
+logger = logging.getLogger(__name__)
+
+FIRST_ROWS = 64  # of each source, which tell its form
+CHUNK_ROWS = 512  # rows encoded by one call; enough to keep every core of the tokenizer busy
+PROGRESS_SECONDS = 10.0
+
+
+class Rendered(NamedTuple):
+    """One example."""
+
+    ids: np.ndarray
+    """int32 [n + 1]"""
+    flags: np.ndarray
+    """bool [n + 1]: True where predicting this token counts in the loss."""
+
+
+class Row(NamedTuple):
+    """One row on its way into the store."""
+
+    examples: list[Rendered]
+    source: int
+    origin: Origin
+    identity: Identity
+
+
+class Tokeniser:
+    """Runs sources through normalising, rendering and encoding. `report` and `digest` belong to the latest run."""
+
+    def __init__(self, data: DataConfig, chat: ChatFormat):
+        self._data = data
+        self._chat = chat
+        self._iverilog = codev.find_iverilog() if data.check_syntax and data.format == "codev_r1" else None
+        self.normalised = Normalised()
+        self.report = DropReport()
+        self.digest = ""
+
+    def run(
+        self, name: str, sources: list[DataSource], places: list[Place], max_rows: int | None = None
+    ) -> Iterator[Row]:
+        """The rows of all sources; refuses too many drops at the end.
+
+        Of `max_rows` rows, each source gives a share by its weight, the first ones, as long as it has any.
+        """
+        self.report = DropReport()
+        digest = hashlib.sha256()
+        normalisers = [Normaliser(self._data.format, self._data.columns, self.normalised) for _ in places]
+        each = [_begun(place, normaliser) for place, normaliser in zip(places, normalisers, strict=True)]
+        rows = _in_turn(each) if max_rows is None else _by_weight(each, [s.weight for s in sources], max_rows)
+        report_at = time.monotonic() + PROGRESS_SECONDS
+        while chunk := list(itertools.islice(rows, CHUNK_ROWS)):
+            taken = [(number, row, self._take(row, normalisers[number], digest)) for number, row in chunk]
+            yield from self._tokenise(taken)
+            if time.monotonic() > report_at:
+                logger.info("%s: %d rows read, %d dropped", name, self.report.rows_read, self.report.rows_dropped)
+                report_at = time.monotonic() + PROGRESS_SECONDS
+        self.digest = digest.hexdigest()
+        for line in self.report.lines():
+            logger.warning("%s: dropped %s", name, line)
+        self.report.check(name, self._data.max_drop_fraction)
+
+    def _take(self, row: RawRow, normaliser: Normaliser, digest: Any) -> Conversation | RowDropped:
+        """The conversation of a row, which joins the digest of all."""
+        problem = row.problem
+        try:
+            if problem is None:
+                # What identifies a row's content, whatever file format it came in.
+                content = json.dumps(row.value, sort_keys=True, ensure_ascii=False, default=str)
+                digest.update(content.encode("utf-8", "surrogatepass"))
+                with row_limit():
+                    return normaliser(row)
+        except RowDropped as dropped:
+            return dropped
+        except Exception as error:  # a row of a kind that nobody thought of is no reason to stop
+            problem = unreadable(error)
+        digest.update(str(problem).encode())
+        return problem
+
+    def _tokenise(self, taken: list[tuple[int, RawRow, Conversation | RowDropped]]) -> Iterator[Row]:
+        self.report.rows_read += len(taken)
+        conversations = [made for _, _, made in taken]
+        if self._iverilog:
+            with ThreadPoolExecutor(os.cpu_count()) as pool:  # each waits for a process of the simulator's compiler
+                conversations = list(pool.map(self._compiled, conversations))
+        rendered = iter(_examples(self._chat, [made for made in conversations if isinstance(made, Conversation)]))
+        for (number, row, _), made in zip(taken, conversations, strict=True):
+            examples = made if isinstance(made, RowDropped) else next(rendered)
+            if isinstance(made, RowDropped) or isinstance(examples, RowDropped):
+                assert isinstance(examples, RowDropped)
+                self.report.drop(examples, row.origin)
+                continue
+            fitting = [example for example in examples if len(example.ids) - 1 <= self._data.sequence_length]
+            if not fitting:
+                longest = max(len(example.ids) for example in examples) - 1
+                self.report.drop(RowDropped("too_long", f"{longest} tokens"), row.origin)
+                continue
+            self.report.examples_too_long += len(examples) - len(fitting)
+            yield Row(fitting, number, row.origin, identity(made))
+
+    def _compiled(self, made: Conversation | RowDropped) -> Conversation | RowDropped:
+        if isinstance(made, Conversation):
+            try:
+                codev.check_syntax(codev.fenced_code(made.messages), str(self._iverilog))
+            except RowDropped as problem:
+                return problem
+        return made
+
+
+def _begun(place: Place, normaliser: Normaliser) -> Iterator[RawRow]:
+    """The rows of a place, once the first ones have told their form."""
+    rows = place.rows()
+    first = list(itertools.islice(rows, FIRST_ROWS))
+    normaliser.begin(place.name, first)
+    yield from first
+    yield from rows
+
+
+def _in_turn(each: list[Iterator[RawRow]]) -> Iterator[tuple[int, RawRow]]:
+    return ((number, row) for number, of_source in enumerate(each) for row in of_source)
+
+
+def _by_weight(each: list[Iterator[RawRow]], weights: list[float], limit: int) -> Iterator[tuple[int, RawRow]]:
+    """(source, row) of the first `limit` rows, taken from the sources in turns by weight."""
+    taken = dict.fromkeys(range(len(each)), 0)
+    while limit and taken:
+        number = min(taken, key=lambda source: (taken[source] + 1) / weights[source])
+        row = next(each[number], None)
+        if row is None:
+            del taken[number]
+            continue
+        taken[number] += 1
+        limit -= 1
+        yield number, row
+
+
+def _examples(chat: ChatFormat, conversations: list[Conversation]) -> list[list[Rendered] | RowDropped]:
+    """The examples of each conversation, or why there are none."""
+    texts: list[str | RowDropped] = [_rendered(chat, conversation) for conversation in conversations]
+    encoded = iter(chat.encode([text for text in texts if isinstance(text, str)]))
+    made: list[list[Rendered] | RowDropped] = []
+    for text, conversation in zip(texts, conversations, strict=True):
+        if isinstance(text, RowDropped):
+            made.append(text)
+            continue
+        ids = next(encoded)
+        try:
+            flags = np.arange(len(ids)) > 0 if conversation.text is not None else chat.loss_flags(ids, text)
+            made.append([Rendered(ids, flags)])
+        except RowDropped as problem:
+            made.append(problem)
+    return made
+
+
+def _rendered(chat: ChatFormat, conversation: Conversation) -> str | RowDropped:
+    if conversation.text is not None:
+        return f"<bos>{conversation.text}"
+    if any(turn.get("train") is False for turn in conversation.messages):
+        return RowDropped("bad_weight", "turns without loss")
+    try:
+        with row_limit():
+            return chat.render(conversation.messages, conversation.tools)
+    except RowDropped as problem:
+        return problem
+    except Exception as error:
+        return unreadable(error)
