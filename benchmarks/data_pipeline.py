@@ -163,7 +163,7 @@ def recipe(rows: Path, tokenizer: Any) -> list[Epoch]:
         return {"input_tokens": tokens, "input_mask": mask, "real": np.array(len(ids))}
 
     clock = Clock()
-    lines = rows.read_text(encoding="utf-8").splitlines()
+    lines = rows.read_text(encoding="utf-8").rstrip("\n").split("\n")
     source = grain.MapDataset.source(lines).seed(0).shuffle().map(encoded).filter(lambda row: row is not None)
     epochs: list[Epoch] = []
     for _ in range(2):
@@ -194,7 +194,9 @@ def trl(rows: Path, tokenizer: Any) -> list[Epoch]:
         per_device_train_batch_size=8, bf16=False, gradient_checkpointing=False, seed=0,
     )  # fmt: skip
     clock = Clock()
-    dataset = Dataset.from_list([conversation(line) for line in rows.read_text(encoding="utf-8").splitlines()])
+    dataset = Dataset.from_list(
+        [conversation(line) for line in rows.read_text(encoding="utf-8").rstrip("\n").split("\n")]
+    )
     examples = len(dataset)
     loader = SFTTrainer(model, settings, train_dataset=dataset, processing_class=tokenizer).get_train_dataloader()
     epochs: list[Epoch] = []

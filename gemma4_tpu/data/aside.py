@@ -23,7 +23,11 @@ class Identity(NamedTuple):
 
 
 def identity(conversation: Conversation) -> Identity:
-    """Follows from the normal form alone: neither template nor tokenizer nor the form of the row matter."""
+    """Follows from the normal form alone: neither template nor tokenizer nor the form of the row matter.
+
+    Raises:
+      UnicodeEncodeError: a text holds half of a surrogate pair.
+    """
     turns = conversation.messages
     whole = _hash([turns, conversation.tools, conversation.text])
     first = next((number for number, turn in enumerate(turns) if turn["role"] == "assistant"), 0)
@@ -32,7 +36,7 @@ def identity(conversation: Conversation) -> Identity:
 
 def _hash(value: Any) -> int:
     text = json.dumps(value, sort_keys=True, ensure_ascii=False, default=str)
-    return int.from_bytes(hashlib.sha256(text.encode("utf-8", "surrogatepass")).digest()[:8], "big")
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big")
 
 
 def set_aside(rows: Sequence[Identity], fraction: float) -> list[bool]:

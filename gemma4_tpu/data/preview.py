@@ -112,13 +112,14 @@ def _totals(built: TrainingData, data: DataConfig, rows_per_update: int, seed: i
         f"{real_tokens} real tokens, {target_tokens} with loss; fill {real_tokens / slots:.1%} "
         f"(packing={data.packing})",
         f"held out: {0 if built.heldout is None else len(built.heldout)} examples",
+        *(UNPRINTABLE.sub("?", line) for line in built.told()),
     ]
     for name, report in (("training", built.train_report), ("held-out", built.heldout_report)):
         if report is not None:
             lines.append(
                 f"{name} rows read: {report.rows_read}, dropped: {report.rows_dropped} ({report.fraction:.1%})"
             )
-            lines += [f"  {line}" for line in report.lines()]
+            lines += [f"  {UNPRINTABLE.sub('?', line)}" for line in report.lines()]
             if report.fraction > data.max_drop_fraction:
                 lines.append(f"  more than data.max_drop_fraction={data.max_drop_fraction}: training would refuse this")
     return lines

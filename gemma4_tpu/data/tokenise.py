@@ -50,6 +50,15 @@ class Row(NamedTuple):
     identity: Identity
 
 
+class _Taken(NamedTuple):
+    """A row that was understood."""
+
+    source: int
+    origin: Origin
+    conversation: Conversation
+    identity: Identity
+
+
 class Tokeniser:
     """Runs sources through normalising, rendering and encoding. `report` and `digest` belong to the latest run."""
 
@@ -75,8 +84,9 @@ class Tokeniser:
         rows = _in_turn(each) if max_rows is None else _by_weight(each, [s.weight for s in sources], max_rows)
         report_at = time.monotonic() + PROGRESS_SECONDS
         while chunk := list(itertools.islice(rows, CHUNK_ROWS)):
-            taken = [(number, row, self._take(row, normalisers[number], digest)) for number, row in chunk]
-            yield from self._tokenise(taken)
+            self.report.rows_read += len(chunk)
+            taken = [self._take(number, row, normalisers[number], digest) for number, row in chunk]
+            yield from self._tokenise(self._that_compile([row for row in taken if row is not None]))
             if time.monotonic() > report_at:
                 logger.info("%s: %d rows read, %d dropped", name, self.report.rows_read, self.report.rows_dropped)
                 report_at = time.monotonic() + PROGRESS_SECONDS
@@ -85,8 +95,8 @@ class Tokeniser:
             logger.warning("%s: dropped %s", name, line)
         self.report.check(name, self._data.max_drop_fraction)
 
-    def _take(self, row: RawRow, normaliser: Normaliser, digest: Any) -> Conversation | RowDropped:
-        """The conversation of a row, which joins the digest of all."""
+    def _take(self, number: int, row: RawRow, normaliser: Normaliser, digest: Any) -> _Taken | None:
+        """The conversation of a row, whose content joins the digest of all; None: it is dropped."""
         problem = row.problem
         try:
             if problem is None:
@@ -94,42 +104,48 @@ class Tokeniser:
                 content = json.dumps(row.value, sort_keys=True, ensure_ascii=False, default=str)
                 digest.update(content.encode("utf-8", "surrogatepass"))
                 with row_limit():
-                    return normaliser(row)
+                    made = normaliser(row)
+                return _Taken(number, row.origin, made, identity(made))
+            digest.update(str(problem).encode())
         except RowDropped as dropped:
-            return dropped
+            problem = dropped
+        except UnicodeEncodeError as error:  # half of a surrogate pair, from JSON within JSON
+            problem = RowDropped("invalid_utf8", error.reason)
         except Exception as error:  # a row of a kind that nobody thought of is no reason to stop
             problem = unreadable(error)
-        digest.update(str(problem).encode())
-        return problem
+        self.report.drop(problem, row.origin)
+        return None
 
-    def _tokenise(self, taken: list[tuple[int, RawRow, Conversation | RowDropped]]) -> Iterator[Row]:
-        self.report.rows_read += len(taken)
-        conversations = [made for _, _, made in taken]
-        if self._iverilog:
-            with ThreadPoolExecutor(os.cpu_count()) as pool:  # each waits for a process of the simulator's compiler
-                conversations = list(pool.map(self._compiled, conversations))
-        rendered = iter(_examples(self._chat, [made for made in conversations if isinstance(made, Conversation)]))
-        for (number, row, _), made in zip(taken, conversations, strict=True):
-            examples = made if isinstance(made, RowDropped) else next(rendered)
-            if isinstance(made, RowDropped) or isinstance(examples, RowDropped):
-                assert isinstance(examples, RowDropped)
+    def _that_compile(self, taken: list[_Taken]) -> list[_Taken]:
+        """The rows whose code the simulator's compiler takes, where that is asked for."""
+        if not self._iverilog:
+            return taken
+        with ThreadPoolExecutor(os.cpu_count()) as pool:  # each waits for a process
+            problems = list(pool.map(self._syntax_problem, taken))
+        for row, problem in zip(taken, problems, strict=True):
+            if problem is not None:
+                self.report.drop(problem, row.origin)
+        return [row for row, problem in zip(taken, problems, strict=True) if problem is None]
+
+    def _syntax_problem(self, row: _Taken) -> RowDropped | None:
+        try:
+            codev.check_syntax(codev.fenced_code(row.conversation.messages), str(self._iverilog))
+        except RowDropped as problem:
+            return problem
+        return None
+
+    def _tokenise(self, taken: list[_Taken]) -> Iterator[Row]:
+        for row, examples in zip(taken, _examples(self._chat, [row.conversation for row in taken]), strict=True):
+            if isinstance(examples, RowDropped):
                 self.report.drop(examples, row.origin)
                 continue
-            fitting = [example for example in examples if len(example.ids) - 1 <= self._data.sequence_length]
-            if not fitting:
-                longest = max(len(example.ids) for example in examples) - 1
-                self.report.drop(RowDropped("too_long", f"{longest} tokens"), row.origin)
-                continue
-            self.report.examples_too_long += len(examples) - len(fitting)
-            yield Row(fitting, number, row.origin, identity(made))
-
-    def _compiled(self, made: Conversation | RowDropped) -> Conversation | RowDropped:
-        if isinstance(made, Conversation):
-            try:
-                codev.check_syntax(codev.fenced_code(made.messages), str(self._iverilog))
-            except RowDropped as problem:
-                return problem
-        return made
+            lengths = [len(example.ids) - 1 for example in examples]
+            fitting = [e for e, length in zip(examples, lengths, strict=True) if length <= self._data.sequence_length]
+            if fitting:
+                self.report.examples_too_long += len(examples) - len(fitting)
+                yield Row(fitting, row.source, row.origin, row.identity)
+            else:
+                self.report.drop(RowDropped("too_long", f"{max(lengths)} tokens"), row.origin)
 
 
 def _begun(place: Place, normaliser: Normaliser) -> Iterator[RawRow]:

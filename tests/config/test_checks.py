@@ -69,7 +69,7 @@ REFUSALS = [
     (["data.train=[]", "data.heldout=[]"], "data.train=[]: no training rows"),
     (["data.train.0.path=/no/rows.jsonl"], "data.train.0.path=/no/rows.jsonl: no such file or folder"),
     (["data.train.0.weight=0"], "data.train.0.weight=0.0: must be more than 0"),
-    (["data.train.0.path='hf:'"], "write hf:NAME or hf:NAME:SPLIT"),
+    (["data.train.0.path='hf:'"], "write hf:NAME, hf:NAME:SPLIT or hf:NAME:SUBSET:SPLIT"),
     (["data.train.0.path=someone/rows"], "a Hugging Face data set is written hf:someone/rows"),
     (["data.buckets=[128]"], "data.buckets=[128]: only with data.packing=buckets (it is true)"),
     (["data.packing=buckets", "data.buckets=[128,1024]"], "lengths between 2 and data.sequence_length=512"),

@@ -33,7 +33,9 @@ MISTAKES = [
     ("lora.rslora=maybe", "lora.rslora=maybe: not a bool"),
     ("trainer.epochs=many", "trainer.epochs=many: not a float or null"),
     ("lora.targets=attention", "not a list of str; write 'lora.targets=[attention]'"),
-    ("data.train=a.jsonl", "write 'data.train=[{path: a.jsonl}]'"),
+    ("data.train=a.jsonl", "data.train.0.path=a.jsonl: no such file"),
+    ("data.train=a.jsonl,b.jsonl", "write 'data.train=[a,b]', or add --multirun"),
+    ("data.train=[{pth: x}, a.jsonl]", "data.train.0.pth: no such key; did you mean path?"),
     ("name=${nope}", "name: Interpolation key 'nope' not found"),
     # form
     ("lora.rank", "lora.rank: settings are written key=value"),
