@@ -97,8 +97,8 @@ def _refuse_another_format(head: bytes, name: str, ending: str) -> None:
     found = next(((what, right) for magic, (what, right) in MAGIC.items() if head.startswith(magic)), None)
     if ending in TABLES:
         if head and (found is None or found[1] != ending):
-            held = f"holds {found[0]}" if found else "unreadable: what it holds"
-            raise UserError(f"{name}: {held}{'' if found else ' is'} not {TABLES[ending]}; copy or rename it")
+            held = f"holds {found[0]}" if found else "is torn at its beginning, or something else"
+            raise UserError(f"{name}: {held}, not {TABLES[ending]}; copy it again or rename it")
         return
     if found is not None:
         advice = f"; rename it to end in {found[1]}" if found[1] else ""

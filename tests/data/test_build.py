@@ -52,14 +52,7 @@ def test_examples_are_the_rendered_rows_in_order(tokenizer, write_jsonl):
 
 def test_drops_are_counted_by_reason_with_row_numbers(tokenizer, write_jsonl):
     long = chat_row("add " + "x " * 80, "5")
-    bad = [
-        {"conversations": []},
-        '{"torn',
-        "\n",
-        long,
-        chat_row("add <eos>", "5"),
-        {"messages": rows(1)[0]["messages"][:1]},
-    ]
+    bad = [{"messages": []}, '{"torn', "\n", long, chat_row("add <eos>", "5"), {"messages": rows(1)[0]["messages"][:1]}]
     path = write_jsonl([*rows(3), *bad, *rows(2), long])
     built = build_data(config(path, max_drop_fraction=0.6), tokenizer)
     report = built.train_report
@@ -70,7 +63,7 @@ def test_drops_are_counted_by_reason_with_row_numbers(tokenizer, write_jsonl):
     assert [example.split(" ")[0] for example in report.dropped["too_long"].examples] == [f"{path}:6", f"{path}:11"]
     assert len(built.train) == 5
     saved = json.loads(json.dumps(built.to_json()))
-    assert saved["train"]["dropped"]["no_messages"]["examples"] == [f"{path}:4 (keys: conversations)"]
+    assert saved["train"]["dropped"]["no_messages"]["examples"] == [f"{path}:4 (list)"]
     assert saved["train"]["dropped_fraction"] == 6 / 11
 
 
@@ -93,17 +86,26 @@ def test_too_many_drops_are_an_error(tokenizer, write_jsonl):
 
 def test_nothing_left_is_an_error(tokenizer, write_jsonl):
     with pytest.raises(UserError, match=r"none of the 2 rows can be trained on(?s:.*)no_messages"):
-        build_data(config(write_jsonl([{}, {}]), max_drop_fraction=1.0), tokenizer)
+        build_data(config(write_jsonl([{"messages": []}] * 2), max_drop_fraction=1.0), tokenizer)
     with pytest.raises(UserError, match="the sources hold no rows"):
         build_data(config(write_jsonl(["\n"])), tokenizer)
     with pytest.raises(UserError, match=r"data\.train is empty"):
         build_data(config(), tokenizer)
 
 
-def test_max_rows_takes_the_first(tokenizer, write_jsonl):
-    paths = [write_jsonl(rows(4), "a.jsonl"), write_jsonl(rows(4, start=4), "b.jsonl")]
-    built = build_data(config(*paths, max_rows=6), tokenizer)
-    assert prompts(built.train, tokenizer) == prompts(build_data(config(*paths), tokenizer).train, tokenizer)[:6]
+def test_max_rows_takes_the_first_of_each_source_by_weight(tokenizer, write_jsonl):
+    paths = [write_jsonl(rows(9), "a.jsonl"), write_jsonl(rows(9, start=9), "b.jsonl"), write_jsonl(rows(1), "c.jsonl")]
+    data = config(*paths, max_rows=9)
+    data.train[0].weight = 2.0
+
+    def taken():
+        train = build_data(data, tokenizer).train
+        return sorted(str(train.origin(i)).rpartition("/")[2] for i in range(len(train)))
+
+    # Shares of 2 : 1 : 1, and what the last source does not have goes to the others.
+    assert taken() == [f"a.jsonl:{n}" for n in (1, 2, 3, 4, 5)] + ["b.jsonl:1", "b.jsonl:2", "b.jsonl:3", "c.jsonl:1"]
+    data.train = data.train[:1]
+    assert taken() == [f"a.jsonl:{n}" for n in range(1, 10)]
 
 
 def test_sources_keep_their_weights(tokenizer, write_jsonl):
@@ -115,9 +117,10 @@ def test_sources_keep_their_weights(tokenizer, write_jsonl):
     built = build_data(data, tokenizer)
     assert built.train.weights == (2.0, 1.0)
     assert built.train.source.tolist() == [0, 0, 0, 1, 1]
-    data.train[1].weight = 0
-    with pytest.raises(UserError, match=r"b\.jsonl has weight 0"):
-        build_data(data, tokenizer)
+    for weight in (0, -1, float("inf"), float("nan"), 1e12):
+        data.train[1].weight = weight
+        with pytest.raises(UserError, match=r"b\.jsonl has weight .*at most 1000"):
+            build_data(data, tokenizer)
 
 
 def test_equal_prompts_are_never_on_both_sides(tokenizer, write_jsonl):
@@ -132,9 +135,37 @@ def test_equal_prompts_are_never_on_both_sides(tokenizer, write_jsonl):
     assert heldout <= set(prompts(more.heldout, tokenizer))  # a row's side depends on that row alone
 
 
-def test_a_share_that_leaves_nothing_is_refused(tokenizer, write_jsonl):
-    with pytest.raises(UserError, match=r"data\.heldout_fraction=1e-09 of 3 rows"):
-        build_data(config(write_jsonl(rows(3)), heldout_fraction=1e-9), tokenizer)
+def test_validation_splits_are_held_out_and_never_trained_on(tokenizer, write_jsonl, tmp_path, caplog):
+    write_jsonl(rows(8), "set/train.jsonl")
+    write_jsonl(rows(2, start=7), "set/validation.jsonl")
+    write_jsonl(rows(5, start=20), "set/test.jsonl")
+    with caplog.at_level("INFO"):
+        built = build_data(config(str(tmp_path / "set"), heldout_fraction=0.5), tokenizer)
+    assert (len(built.train), len(built.heldout), built.heldout_report.rows_read) == (8, 2, 2)
+    assert "held out, since data.heldout is empty: " in caplog.text and "split validation" in caplog.text
+    assert (built.shared_prompts, built.shared_rows) == (1, 1)
+    assert "not read here: train, test" in "\n".join(built.told())
+
+
+def test_duplicates_are_counted(tokenizer, write_jsonl, caplog):
+    built = build_data(config(write_jsonl(rows(3) + rows(2))), tokenizer)
+    assert built.duplicates == built.to_json()["duplicates"] == 2
+    assert "2 of 5 training rows say exactly what an earlier one says" in caplog.text
+
+
+def test_a_row_that_takes_too_long_is_dropped_and_the_next_ones_are_not(write_jsonl, monkeypatch):
+    from gemma4_tpu.data import timeout
+    from tests.data.conftest import TEMPLATE, make_tokenizer
+
+    endless = "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}"
+    loop = "{% if 'x y' in messages[-1].content %}" + endless + "{% endif %}"
+    monkeypatch.setattr(timeout.row_limit.__wrapped__, "__defaults__", (0.3,))
+    slow = chat_row("add two", "is x y")
+    built = build_data(
+        config(write_jsonl([slow, *rows(3), slow]), max_drop_fraction=0.5), make_tokenizer(loop + TEMPLATE)
+    )
+    assert {reason: drop.count for reason, drop in built.train_report.dropped.items()} == {"too_slow": 2}
+    assert len(built.train) == 3
 
 
 def test_heldout_sources_and_shared_prompts(tokenizer, write_jsonl, caplog):
@@ -143,7 +174,7 @@ def test_heldout_sources_and_shared_prompts(tokenizer, write_jsonl, caplog):
     with caplog.at_level("WARNING"):
         built = build_data(data, tokenizer)
     assert (len(built.train), len(built.heldout), built.shared_prompts) == (10, 4, 2)
-    assert "2 of 4 held-out examples have a prompt that is also trained on" in caplog.text
+    assert "2 of 4 held-out rows have a first prompt that is also trained on" in caplog.text
     assert built.heldout_report.rows_read == 4
 
 

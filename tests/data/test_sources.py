@@ -7,8 +7,9 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from gemma4_tpu.data import sources
-from gemma4_tpu.data.sources import read_rows
+from gemma4_tpu.config.schema import DataSource
+from gemma4_tpu.data import readers
+from gemma4_tpu.data.sources import find, read_rows
 from gemma4_tpu.errors import UserError
 from tests.data.conftest import chat_row
 
@@ -43,24 +44,81 @@ def test_folder_in_the_order_of_names(write_jsonl, tmp_path):
     assert [str(row.origin) for row in rows] == names
 
 
-def test_folder_of_several_splits_is_not_mixed(write_jsonl, tmp_path):
-    write_jsonl(ROWS, "data/train-00000.jsonl")
-    write_jsonl(ROWS, "data/test.jsonl")
-    with pytest.raises(UserError, match=r"several splits \(test, train\)"):
-        values(str(tmp_path / "data"))
+LAYOUTS = {
+    "folders": ["train/0000.jsonl", "validation/0000.jsonl"],
+    "the Hub's Parquet branch": ["default/train/0000.jsonl", "default/validation/0000.jsonl"],
+    "names": ["dialogues_train.jsonl", "dialogues_test.jsonl"],
+    "shards": ["data/train-00000-of-00002.jsonl", "data/test-00000-of-00001.jsonl"],
+    "no name for training": ["rows.jsonl", "rows_val.jsonl"],
+    "splits of one's own": ["data/train_sft-00000-of-00001.jsonl", "data/test_sft-00000-of-00001.jsonl"],
+}
+
+
+@pytest.mark.parametrize("files", LAYOUTS.values(), ids=LAYOUTS)
+def test_a_folder_with_splits_gives_each_to_its_side(write_jsonl, tmp_path, files):
+    write_jsonl(ROWS[:3], f"set/{files[0]}")
+    write_jsonl(ROWS[3:], f"set/{files[1]}")
+    source = DataSource(path=str(tmp_path / "set"))
+    train, heldout = find(source), find(source, heldout=True)
+    assert [row.value for row in train.rows()] == ROWS[:3]
+    assert [row.value for row in heldout.rows()] == ROWS[3:]
+    assert train.heldout_splits() == [heldout.split]
+    assert f"not read here: {heldout.split}" in train.told()[0]
+
+
+def test_splits_that_cannot_be_told_are_refused_until_named(write_jsonl, tmp_path):
+    for number, name in enumerate(["train_sft", "train_gen", "test_sft"]):
+        write_jsonl(ROWS[number : number + 1], f"set/{name}-00000-of-00001.jsonl")
+    folder = str(tmp_path / "set")
+    with pytest.raises(UserError, match=r"several splits could be meant .*train_gen.* split: <name>"):
+        find(DataSource(path=folder))
+    named = find(DataSource(path=folder, split="train_sft"))
+    assert [row.value for row in named.rows()] == ROWS[:1]
+    assert named.heldout_splits() == ["test_sft"]
+    with pytest.raises(UserError, match="no split dev"):
+        find(DataSource(path=folder, split="dev"))
+    write_jsonl(ROWS, "only/test.jsonl")
+    with pytest.raises(UserError, match="nothing is there to be trained on"):
+        find(DataSource(path=str(tmp_path / "only")))
+
+
+def test_a_subset_is_a_folder_within(write_jsonl, tmp_path):
+    write_jsonl(ROWS[:1], "set/en/train.jsonl")
+    write_jsonl(ROWS[1:], "set/de/train.jsonl")
+    assert [row.value for row in find(DataSource(path=str(tmp_path / "set"), subset="de")).rows()] == ROWS[1:]
+
+
+def test_files_passed_over_are_counted_by_ending(write_jsonl, tmp_path):
+    write_jsonl(ROWS, "set/rows.jsonl")
+    for name in ("README.md", "notes.md", "rows.xlsx", "dataset_info.json", ".gitattributes"):
+        (tmp_path / "set" / name).write_text("x")
+    (told,) = find(DataSource(path=str(tmp_path / "set"))).told()
+    assert "1 files read, passed over: 2 × .md" in told
+    assert all(f"1 × {what}" in told for what in ("hidden", "dataset_info.json", ".xlsx"))
+
+
+def test_saved_data_sets_need_no_library(tmp_path):
+    datasets = pytest.importorskip("datasets")
+    datasets.Dataset.from_list(ROWS).save_to_disk(tmp_path / "one")
+    assert values(str(tmp_path / "one")) == ROWS
+    splits = {"train": datasets.Dataset.from_list(ROWS), "test": datasets.Dataset.from_list(ROWS[:2])}
+    datasets.DatasetDict(splits).save_to_disk(tmp_path / "several")
+    assert values(str(tmp_path / "several")) == ROWS
+    assert len(list(find(DataSource(path=str(tmp_path / "several")), heldout=True).rows())) == 2
 
 
 def test_hugging_face_data_sets(write_jsonl, tmp_path):
-    datasets = pytest.importorskip("datasets")
-    folder = str(tmp_path / "saved")
-    datasets.Dataset.from_list(ROWS).save_to_disk(folder)
-    assert values(folder) == ROWS
+    pytest.importorskip("datasets")
     write_jsonl(ROWS, "hub/train.jsonl")
     write_jsonl(ROWS[:2], "hub/test.jsonl")
     assert values(f"hf:{tmp_path}/hub") == ROWS
-    assert values(f"hf:{tmp_path}/hub:test") == ROWS[:2]
-    with pytest.raises(UserError, match="cannot load the data set"):
+    assert values(f"hf:{tmp_path}/hub:test") == values(f"hf:{tmp_path}/hub:default:test") == ROWS[:2]
+    place = find(DataSource(path=f"hf:{tmp_path}/hub"))
+    assert (place.split, place.heldout_splits()) == ("train", ["test"])
+    with pytest.raises(UserError, match=r"no split dev \(there are: train, test\)"):
         values(f"hf:{tmp_path}/hub:dev")
+    with pytest.raises(UserError, match="cannot load the data set"):
+        values(f"hf:{tmp_path}/hub:nothing:train")
 
 
 def test_embedded_rows_travel_with_the_package():
@@ -77,7 +135,7 @@ def test_remote_rows_through_fsspec(tmp_path):
 
 
 def test_unreadable_lines_are_reported_with_their_number(tmp_path, monkeypatch):
-    monkeypatch.setattr(sources, "MAX_LINE_BYTES", 1000)
+    monkeypatch.setattr(readers, "MAX_LINE_BYTES", 1000)
     path = tmp_path / "rows.jsonl"
     lines = [
         b"\xef\xbb\xbf" + json.dumps(ROWS[0]).encode(),  # a byte order mark is no fault
@@ -109,13 +167,13 @@ def test_unreadable_lines_are_reported_with_their_number(tmp_path, monkeypatch):
 def test_a_torn_archive_is_refused(write_jsonl, tmp_path):
     whole = gzip.compress(b"".join(json.dumps(row).encode() + b"\n" for row in ROWS * 100))
     (tmp_path / "torn.jsonl.gz").write_bytes(whole[: len(whole) // 2])
-    with pytest.raises(UserError, match=r"torn\.jsonl\.gz: the file is torn after row \d+"):
+    with pytest.raises(UserError, match=r"torn\.jsonl\.gz: the file is torn or unreadable after row \d+"):
         values(str(tmp_path / "torn.jsonl.gz"))
     (tmp_path / "not.jsonl.gz").write_bytes(b"{}\n")
     with pytest.raises(UserError, match=r"not\.jsonl\.gz"):
         values(str(tmp_path / "not.jsonl.gz"))
     (tmp_path / "torn.parquet").write_bytes(b"PAR1 and no more")
-    with pytest.raises(UserError, match=r"torn\.parquet: unreadable"):
+    with pytest.raises(UserError, match=r"torn\.parquet: the file is torn"):
         values(str(tmp_path / "torn.parquet"))
 
 

@@ -1,0 +1,132 @@
+"""Every format of file gives the same rows, what a file is not is said by name, and a bad row is handed on."""
+
+import gzip
+import io
+import json
+
+import pyarrow
+import pyarrow.feather
+import pyarrow.parquet
+import pytest
+
+from gemma4_tpu.data import readers
+from gemma4_tpu.data.readers import read_file
+from gemma4_tpu.errors import UserError
+
+ROWS = [{"prompt": f"question {i}", "completion": "a\u2028b\x85c\n\nd" if i == 1 else f'"{i}", ö'} for i in range(4)]
+
+
+def packed(content, ending):
+    if ending == ".gz":
+        return gzip.compress(content)
+    return pyarrow.compress(content, "zstd", asbytes=True) if ending == ".zst" else content
+
+
+def written(kind):
+    file = io.BytesIO()
+    table = pyarrow.Table.from_pylist(ROWS)
+    if kind == ".parquet":
+        pyarrow.parquet.write_table(table, file)
+    elif kind == ".arrow":
+        with pyarrow.ipc.new_stream(file, table.schema) as stream:
+            stream.write_table(table)
+    elif kind == "file.arrow":
+        with pyarrow.ipc.new_file(file, table.schema) as stream:
+            stream.write_table(table)
+    return file.getvalue()
+
+
+def lines(rows=ROWS, **options):
+    return "".join(json.dumps(row, ensure_ascii=False, **options) + "\n" for row in rows).encode()
+
+
+def csv(delimiter=",", end="\r\n"):
+    cells = [["prompt", "completion"], *([row["prompt"], row["completion"]] for row in ROWS)]
+    return end.join(delimiter.join('"' + c.replace('"', '""') + '"' for c in line) for line in cells).encode()
+
+
+CONTENTS = {
+    "rows.jsonl": lines(),
+    "bom.jsonl": b"\xef\xbb\xbf" + lines(),
+    "rows.ndjson": b"\n" + lines().replace(b"}\n", b"}\r\n\n"),
+    "rows.json": json.dumps(ROWS).encode(),
+    "indented.json": json.dumps(ROWS, indent=2).encode(),
+    "lines.json": lines(),
+    "several.json": lines(indent=1),
+    "rows.csv": csv(),
+    "semicolons.csv": b"\xef\xbb\xbf" + csv(";", "\n"),
+    "rows.tsv": csv("\t"),
+    "rows.parquet": written(".parquet"),
+    "rows.arrow": written(".arrow"),
+    "file.arrow": written("file.arrow"),
+}
+
+
+def values(content, name):
+    return [row.value for row in read_file(io.BytesIO(content), name)]
+
+
+@pytest.mark.parametrize("ending", ["", ".gz", ".zst"])
+@pytest.mark.parametrize("name", CONTENTS)
+def test_every_format_gives_the_same_rows(name, ending):
+    assert values(packed(CONTENTS[name], ending), name + ending) == ROWS
+
+
+def test_parts_of_compressed_files_may_follow_each_other():
+    for ending in (".gz", ".zst"):
+        assert values(packed(lines(ROWS[:2]), ending) + packed(lines(ROWS[2:]), ending), f"rows.jsonl{ending}") == ROWS
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "told"),
+    [
+        ("rows.jsonl", lines().decode().encode("utf-16"), "the text is UTF-16, not UTF-8; convert it: iconv"),
+        ("rows.csv", csv().decode().encode("utf-16-be"), "the text is UTF-16"),
+        ("rows.jsonl", json.dumps(ROWS).encode(), "one object per line; rename it to end in .json"),
+        ("rows.jsonl", json.dumps(ROWS, indent=2).encode(), "holds a JSON array"),
+        ("rows.ndjson", lines(indent=1), "holds JSON objects over several lines"),
+        ("rows.jsonl", CONTENTS["rows.parquet"], "holds Parquet, no text; rename it to end in .parquet"),
+        ("rows.jsonl", packed(lines(), ".gz"), "holds gzip-compressed, no text; rename it to end in .gz"),
+        ("rows.csv", b"PK\x03\x04xlsx", "a ZIP archive (or an Excel sheet)"),
+        ("rows.jsonl", b"version https://git-lfs.github.com/spec/v1\noid x", "git lfs pull"),
+        ("rows.jsonl.gz", lines(), "is not compressed as .gz files are"),
+        ("rows.jsonl.zst", packed(lines(), ".gz"), "is not compressed as .zst files are"),
+        ("rows.parquet", lines(), "not Parquet"),
+        ("rows.parquet", CONTENTS["rows.arrow"], "holds an Arrow stream, not Parquet"),
+        ("rows.parquet", CONTENTS["rows.parquet"][:-30], "torn"),
+        ("rows.arrow", CONTENTS["rows.arrow"][:-400], "torn"),
+        ("rows.jsonl.zst", packed(lines(ROWS * 99), ".zst")[:-9], "torn"),
+        ("rows.json", json.dumps(ROWS).encode()[:-9], "torn or unreadable after row 3"),
+        ("rows.json", b'[{"role": "user"}]\n[{"role": "user"}]', "more follows the JSON array"),
+        ("rows.txt", b"x", "unknown format; rows come from .jsonl"),
+    ],
+)  # fmt: skip
+def test_what_a_file_is_not_is_said(name, content, told):
+    with pytest.raises(UserError) as caught:
+        values(content, name)
+    assert told in str(caught.value)
+    assert str(caught.value).startswith(name)
+
+
+def test_rows_of_csv_that_cannot_be_read_are_handed_on_with_the_reason(monkeypatch):
+    monkeypatch.setattr(readers, "MAX_LINE_BYTES", 100)
+    content = (
+        b'prompt,completion\na,b\na,b,c\n\na,\n"a"x,b\n\xff,b\n' + b"a," + b"x" * 200 + b'\nlast,b\na,"never closed\n'
+    )
+    rows = list(read_file(io.BytesIO(content), "rows.csv"))
+    assert [row.value for row in rows if not row.problem] == [
+        {"prompt": "a", "completion": "b"}, {"prompt": "a", "completion": None}, {"prompt": "last", "completion": "b"},
+    ]  # fmt: skip
+    problems = [(row.origin.row, row.problem.reason) for row in rows if row.problem]
+    assert problems == [
+        (2, "invalid_csv"),
+        (4, "invalid_csv"),
+        (5, "invalid_utf8"),
+        (6, "line_too_long"),
+        (8, "invalid_csv"),
+    ]
+
+
+def test_an_empty_file_holds_no_rows():
+    for name in ("rows.jsonl", "rows.json", "rows.csv"):
+        assert values(b"", name) == []
