@@ -185,8 +185,9 @@ class _Columns:
 
 def _name_of(column: str, names: Iterable[str]) -> str | None:
     """What a row with these column names calls a column; None: it has none, or several that could be meant."""
-    there = [name for name in NAMES[column] if name in names]
-    return there[0] if len(there) == 1 or NAMES[column][0] in there else None
+    called = NAMES.get(column, (column,))
+    there = [name for name in called if name in names]
+    return there[0] if len(there) == 1 or called[0] in there else None
 
 
 def _messages(columns: _Columns, turn_columns: Mapping[str, str], tell: Tell) -> Conversation:

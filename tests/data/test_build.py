@@ -103,7 +103,7 @@ def test_max_rows_takes_the_first_of_each_source_by_weight(tokenizer, write_json
         return sorted(str(train.origin(i)).rpartition("/")[2] for i in range(len(train)))
 
     # Shares of 2 : 1 : 1, and what the last source does not have goes to the others.
-    assert taken() == [f"a.jsonl:{n}" for n in (1, 2, 3, 4, 5)] + ["b.jsonl:1", "b.jsonl:2", "b.jsonl:3", "c.jsonl:1"]
+    assert taken() == [*(f"a.jsonl:{n}" for n in range(1, 7)), "b.jsonl:1", "b.jsonl:2", "c.jsonl:1"]
     data.train = data.train[:1]
     assert taken() == [f"a.jsonl:{n}" for n in range(1, 10)]
 
@@ -144,7 +144,7 @@ def test_validation_splits_are_held_out_and_never_trained_on(tokenizer, write_js
     assert (len(built.train), len(built.heldout), built.heldout_report.rows_read) == (8, 2, 2)
     assert "held out, since data.heldout is empty: " in caplog.text and "split validation" in caplog.text
     assert (built.shared_prompts, built.shared_rows) == (1, 1)
-    assert "not read here: train, test" in "\n".join(built.told())
+    assert "not read here: test, train" in "\n".join(built.told())
 
 
 def test_duplicates_are_counted(tokenizer, write_jsonl, caplog):

@@ -38,8 +38,8 @@ def extended(tmp_path_factory):
         shutil.copytree(ROOT / folder, copy / folder, ignore=skipped if folder == "gemma4_tpu" else None)
     for diff in DIFFS:
         subprocess.run(["git", "apply", "-"], input=diff, text=True, cwd=copy, check=True, capture_output=True)
-    rows = [{"instruction": f"Add {n} to the number.", "input": str(n), "output": str(2 * n)} for n in range(60)]
-    (copy / "rows.jsonl").write_text("\n".join(map(json.dumps, [*rows, {"instruction": "no answer"}])))
+    rows = [{"title": f"Add {n} to the number.", "body": str(n), "accepted_answer": str(2 * n)} for n in range(60)]
+    (copy / "rows.jsonl").write_text("\n".join(map(json.dumps, [*rows, {"title": "?", "accepted_answer": ""}])))
     problem = VerilogSmoke().load()[0]
     card = {"prompt": problem.prompt, "reference": problem.reference, "testbench": problem.testbench}
     (copy / "cards").mkdir()
@@ -80,7 +80,7 @@ def test_a_model_size_and_a_data_source(extended):
         "data.heldout_fraction=0",
         "trainer.max_updates=1",
     ]
-    given = [*words("tiny_wide"), *words("data=instructions"), *small, "run_dir=run"]
+    given = [*words("tiny_wide"), *words("data=forum"), *small, "run_dir=run"]
     python(extended, "-m", "gemma4_tpu.train", *given)
     result = json.loads((extended / "run/result.json").read_text())
     drops = json.loads((extended / "run/data.json").read_text())["train"]
