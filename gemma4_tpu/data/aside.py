@@ -29,14 +29,18 @@ def identity(conversation: Conversation) -> Identity:
       UnicodeEncodeError: a text holds half of a surrogate pair.
     """
     turns = conversation.messages
-    whole = _hash([turns, conversation.tools, conversation.text])
     first = next((number for number, turn in enumerate(turns) if turn["role"] == "assistant"), 0)
-    return Identity(_hash(turns[:first]) if first else whole, whole)
+    prompt = _canonical(turns[:first])
+    whole = _hash(prompt + _canonical([turns[first:], conversation.tools, conversation.text]))
+    return Identity(_hash(prompt) if first else whole, whole)
 
 
-def _hash(value: Any) -> int:
-    text = json.dumps(value, sort_keys=True, ensure_ascii=False, default=str)
-    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big")
+def _canonical(value: Any) -> bytes:
+    return json.dumps(value, sort_keys=True, ensure_ascii=False, default=str).encode()
+
+
+def _hash(content: bytes) -> int:
+    return int.from_bytes(hashlib.sha256(content).digest()[:8], "big")
 
 
 def set_aside(rows: Sequence[Identity], fraction: float) -> list[bool]:
@@ -53,7 +57,7 @@ def set_aside(rows: Sequence[Identity], fraction: float) -> list[bool]:
     ways = (
         ([row.prompt for row in rows], ""),
         ([row.whole for row in rows], "rows that begin with the same prompt are on both sides: most begin alike"),
-        ([_hash([row.whole, number]) for number, row in enumerate(rows)], "the same row is on both sides: most are"),
+        ([_hash(b"%d %d" % (row.whole, number)) for number, row in enumerate(rows)], "the same row is on both sides"),
     )
     for keys, warning in ways:
         chosen = _chosen_keys(Counter(keys), fraction)
@@ -66,6 +70,7 @@ def set_aside(rows: Sequence[Identity], fraction: float) -> list[bool]:
 
 def _chosen_keys(counts: Counter[int], fraction: float) -> set[int]:
     """The keys whose rows are held out; empty: no key will do."""
-    fitting = sorted(key for key, count in counts.items() if count <= counts.total() // 2)
+    half = counts.total() // 2
+    fitting = sorted(key for key, count in counts.items() if count <= half)
     below = [key for key in fitting if key < fraction * 2**64] or fitting[:1]
     return set(below[:-1] if len(below) == len(counts) else below)
