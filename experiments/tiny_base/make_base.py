@@ -33,7 +33,6 @@ from gemma4_tpu.config.schema import (
     OptimizerConfig,
     TrainerConfig,
 )
-from gemma4_tpu.data.chat import ChatFormat
 from gemma4_tpu.data.examples import Examples, ExamplesBuilder, Origin
 from gemma4_tpu.data.pipeline import Pipeline
 from gemma4_tpu.data.tokenizer import load_tokenizer
@@ -82,23 +81,23 @@ STAGES = (
 log = logging.getLogger(__name__)
 
 
-def make_texts(stage: Stage, chat: ChatFormat) -> list[str]:
+def make_texts(stage: Stage, tokenizer: Any) -> list[str]:
     """Texts on training designs; held-out modules are not among them."""
     rng = Random(f"{stage.seed}-documents")
     texts = []
     for number, design in enumerate(islice(draw_designs(rng, heldout=False), stage.texts), start=1):
         if stage.conversations_every and number % stage.conversations_every == 0:
-            texts.append(chat.render(explanation(design, rng)))
+            texts.append(tokenizer.apply_chat_template(explanation(design, rng), tokenize=False))
         else:
             texts.append(f"<bos>{document(design, rng, ports=stage.ports, behaviour=stage.behaviour)}<eos>")
     return texts
 
 
-def encode(texts: list[str], chat: ChatFormat) -> Examples:
+def encode(texts: list[str], tokenizer: Any) -> Examples:
     """Every text, each of its tokens a target."""
     builder = ExamplesBuilder([1.0])
-    for row, ids in enumerate(chat.encode(texts), start=1):
-        builder.add(ids, np.ones(len(ids), bool), 0, Origin("texts", row))
+    for row, ids in enumerate(tokenizer(texts, add_special_tokens=False)["input_ids"], start=1):
+        builder.add(np.array(ids, np.int32), np.ones(len(ids), bool), 0, Origin("texts", row))
     return builder.build({})
 
 
@@ -144,13 +143,13 @@ def main() -> None:
     args = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(message)s")
 
-    chat = ChatFormat(load_tokenizer(str(ROOT / "tiny")))
+    tokenizer = load_tokenizer(str(ROOT / "tiny"))
     args.out.mkdir(parents=True, exist_ok=True)
     if args.out != ROOT / "tiny":
         shutil.copy(ROOT / "tiny" / "config.json", args.out)
     start = "random:0"
     for stage in STAGES:
-        examples = encode(make_texts(stage, chat), chat)
+        examples = encode(make_texts(stage, tokenizer), tokenizer)
         log.info("%d texts, %d tokens", len(examples), len(examples.tokens))
         path = save(*pretrain(stage, examples, start), args.out)
         log.info("%s: %.1f MB", path, path.stat().st_size / 1e6)

@@ -149,7 +149,7 @@ def build_data(data: DataConfig, tokenizer: Any) -> TrainingData:
         )  # fmt: skip
     if built.duplicates:
         logger.warning("%d of %d training rows say exactly what an earlier one says", built.duplicates, len(rows))
-    if data.thoughts == "train" and not chat.holds_thoughts(built.train.tokens):
+    if data.thoughts == "train" and not chat.holds_thoughts(built.train.tokens, built.train.flags):
         logger.warning("data.thoughts=train, but no answer holds a thought: thinking prompts with plain answers")
     logger.info("train: %s; held out: %s; %.1f s", built.train, built.heldout or "none", built.seconds)
     return built

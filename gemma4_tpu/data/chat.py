@@ -1,37 +1,75 @@
 """Conversations to token ids and loss flags, by the checkpoint's own chat template.
 
-Text comes from the template; which tokens carry loss is read off the token ids, never off the lengths of separately
-encoded pieces. One policy for thought channels holds in training and generation alike:
+An answer is trained as what a server would ask for: the ids of its prompt (the stock template's rendering of the
+messages before it, with the generation prompt), then the ids of the answer. Answers whose prompt begins with all that
+stands before share one example; where the template shows the past otherwise than it was generated (thoughts and empty
+channels left out, contents moved) each gets an example of its own. `proof` reads every example back.
 
-- `drop`: thoughts are removed. The instruction checkpoints' template opens a non-thinking *generation prompt* with an
-  empty thought channel, but leaves it out of assistant turns of the past. Here it stands at the head of every assistant
-  turn, without loss, so that the model is trained right behind what it is going to see. A server with the stock
-  template makes the same prompt for a first answer; in longer conversations it leaves out only the past empty channels.
-- `train`: the template is told to enable thinking; thoughts stay in their turns, and carry loss.
+One policy for thoughts holds in training and generation alike:
+
+- `drop`: thoughts are removed, and the template is told that thinking is off;
+- `train`: the template is told that thinking is on; an answer's thought stands at its head, and carries loss.
 """
 
 from __future__ import annotations
 
-import json
 import re
-from collections.abc import Iterator
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from gemma4_tpu.data.drops import RowDropped
+from gemma4_tpu.data import markup
+from gemma4_tpu.data.drops import RowDropped, unreadable
+from gemma4_tpu.data.normalise import Conversation
+from gemma4_tpu.data.proof import Prover, Span
 from gemma4_tpu.errors import UserError
 
-TURN, TURN_END = "<|turn>", "<turn|>"
-MODEL_HEADER = f"{TURN}model\n"
-THINK = "<|think|>"
-CHANNEL_START, CHANNEL_END = "<|channel>", "<channel|>"
-CHANNEL = re.compile(f"{re.escape(CHANNEL_START)}(.*?){re.escape(CHANNEL_END)}", re.DOTALL)
-TOOL_RESPONSE, TOOL_RESPONSE_END = "<|tool_response>", "<tool_response|>"
-ROLES = ("system", "user", "assistant", "tool")
 POLICIES = ("drop", "train")
 
 Message = dict[str, Any]
+
+# How a generation prompt may end behind the model's header: a thought channel, opened or opened and closed.
+_CHANNEL_TAIL = re.compile(rf"{re.escape(markup.CHANNEL)}(?:thought)?\s*(?:{re.escape(markup.CHANNEL_END)}\s*)?")
+
+
+class Example(NamedTuple):
+    """A proven example."""
+
+    ids: np.ndarray
+    """int32 [n + 1]."""
+    flags: np.ndarray
+    """bool [n + 1]: True where predicting this token counts in the loss."""
+    answers: int
+    """Answers with loss in it."""
+
+
+class _Answer(NamedTuple):
+    """What a server sends before an answer, and the answer."""
+
+    message: int
+    prompt: str
+    text: str
+    closes: bool
+    """Whether its first token only closes a thought that the prompt opened and the answer has none for: no loss."""
+
+
+@dataclass
+class Rendering:
+    """A conversation as texts, before they are encoded."""
+
+    messages: list[Message]
+    tools: list[Any] | None = None
+    answers: list[_Answer] = field(default_factory=list)
+    text: str | None = None
+    """Plain text, all of which carries loss."""
+
+    @property
+    def texts(self) -> list[str]:
+        """What has to be encoded, in the order in which `ChatFormat.examples` takes it."""
+        if self.text is not None:
+            return [self.text]
+        return [text for answer in self.answers for text in (answer.prompt, answer.text)]
 
 
 class ChatFormat:
@@ -40,7 +78,7 @@ class ChatFormat:
     Args:
       tokenizer: a Hugging Face tokenizer with Gemma 4's control tokens and a chat template.
       thoughts: `drop` or `train`, see the module's text.
-      train_on: `all` assistant turns carry loss, or only the `last` one.
+      train_on: `all` answers carry loss, or only the `last` one of a conversation.
 
     Raises:
       UserError: the tokenizer lacks a template or Gemma 4's turn tokens, or the template is of another kind.
@@ -51,191 +89,190 @@ class ChatFormat:
             raise UserError(f"data.thoughts={thoughts} (drop or train), data.train_on={train_on} (all or last)")
         if not tokenizer.chat_template:
             raise UserError("the tokenizer has no chat template; take that of an instruction-tuned checkpoint")
+        vocabulary = tokenizer.get_vocab()
+        missing = [token for token in (markup.TURN, markup.TURN_END) if token not in vocabulary]
+        if missing or tokenizer.bos_token is None:
+            raise UserError(f"the tokenizer has no {' and '.join(missing) or 'BOS token'}: it is not one of Gemma 4")
         self._tokenizer = tokenizer
         self._keep_thoughts = thoughts == "train"
         self._train_on = train_on
-        vocabulary = tokenizer.get_vocab()
-        missing = [token for token in (TURN, TURN_END) if token not in vocabulary]
-        if missing or tokenizer.bos_token is None:
-            raise UserError(f"the tokenizer has no {' and '.join(missing) or 'BOS token'}: it is not one of Gemma 4")
-        self._turn, self._turn_end = vocabulary[TURN], vocabulary[TURN_END]
-        self._channel = vocabulary.get(CHANNEL_START, -1)
-        self._tool_response = vocabulary.get(TOOL_RESPONSE, -1)
-        self._tool_response_end = vocabulary.get(TOOL_RESPONSE_END, -1)
-        self._control_token = _control_tokens(tokenizer)
+        control = markup.control_tokens(tokenizer)
+        self._control = markup.control_pattern(control)
+        self._channel_end = vocabulary.get(markup.CHANNEL_END, -1)
+        header = self.encode([markup.MODEL_HEADER])[0][1:]
+        words = {role: self._find_words(role) for role in ("system", "user")}
+        self._prover = Prover(control, tokenizer.bos_token_id, header, words)
         self.primer = self._find_primer()
         """What the template's generation prompt puts behind the model's header."""
-        self._header_ids = np.array(self._encode([MODEL_HEADER])[0], np.int32)
-        self._primer_ids = np.array(self._encode([self.primer])[0], np.int32)
 
-    def render(self, messages: list[Message], tools: list[Any] | None = None) -> str:
-        """The text of a conversation.
+    def render(self, conversation: Conversation) -> Rendering:
+        """The texts of a conversation: a prompt and an answer for each answer with loss.
 
         Raises:
-          RowDropped: it is malformed, or the template refuses it.
+          RowDropped: it is malformed, the template refuses it, or it shows an answer otherwise than as an answer.
         """
-        prepared, thoughts = self._prepare(messages)
-        if tools and not (isinstance(tools, list) and all(isinstance(tool, dict) for tool in tools)):
-            raise RowDropped("bad_tool_call", "tools")
-        try:
-            text = self._apply(prepared, tools=tools or None)
-        except Exception as error:  # whatever a template's own code raises about this conversation
-            raise RowDropped("template_error", str(error)[:120]) from error
-        for marker, thought in thoughts.items():
-            text = text.replace(marker, thought)
-        if self._keep_thoughts and (lost := [t for t in self._field_thoughts(prepared) if t not in text]):
-            raise RowDropped("thought_lost", f"{lost[0][:60]!r}")
-        if not text.startswith(self._tokenizer.bos_token):
-            text = self._tokenizer.bos_token + text
-        if self.primer:
-            text = re.sub(f"{re.escape(MODEL_HEADER)}(?!{re.escape(self.primer)})", MODEL_HEADER + self.primer, text)
-        return text
+        if conversation.text is not None:
+            return self._plain_text(conversation.text)
+        messages = self._prepare(conversation.messages, conversation.tools)
+        numbers = [number for number, message in enumerate(messages) if message["role"] == "assistant"]
+        asked = numbers[-1:] if self._train_on == "last" else numbers
+        # No server is ever asked to begin a conversation.
+        learned = [number for number in asked if number and conversation.messages[number].get("train", True)]
+        if not learned:
+            raise RowDropped("no_target")
+        answers = [self._answer(messages, number, conversation.tools) for number in learned]
+        return Rendering(messages[: learned[-1] + 1], conversation.tools, answers)
 
     def render_prompt(self, messages: list[Message], tools: list[Any] | None = None) -> str:
-        """The text after which the model is to answer: a prefix of `render` of the answered conversation.
+        """The text after which the model is to answer, as a server with the same template sends it.
 
         Raises:
           UserError: the conversation is malformed.
         """
         try:
-            text = self.render(messages, tools)
+            return self._prompt(self._prepare(messages, tools), tools)
         except RowDropped as problem:
             raise UserError(f"cannot render the prompt: {problem}") from problem
-        opened = text.rfind(MODEL_HEADER) > text.rfind(TURN_END)  # the model goes on after a tool's response
-        return text if opened else text + MODEL_HEADER + self.primer
 
     def encode(self, texts: list[str]) -> list[np.ndarray]:
-        """int32 [n + 1] ids of each rendered text."""
-        return [np.array(ids, np.int32) for ids in self._encode(texts)]
-
-    def loss_flags(self, ids: np.ndarray, text: str) -> np.ndarray:
-        """Loss flags, bool [n + 1]: what the model itself has to produce, among the ids of the rendered `text`.
-
-        That is what follows the header (and primer) of its turns, including the end of the turn or, behind a tool
-        call, the token that hands over to the tool; not the tool's response.
-
-        Raises:
-          RowDropped: there is not exactly one BOS, a header did not come out as its own tokens, or nothing has loss.
-        """
-        bos = self._tokenizer.bos_token_id
-        if ids[0] != bos or np.count_nonzero(ids == bos) != 1:
-            raise RowDropped("bad_rendering", f"{np.count_nonzero(ids == bos)} BOS tokens")
-        flags = np.zeros(len(ids), bool)
-        turns = 0
-        ends = np.append(np.flatnonzero(ids == self._turn_end), len(ids) - 1)
-        for turn in np.flatnonzero(ids == self._turn).tolist():
-            start = _skip(ids, turn, self._header_ids)
-            if start is None:
-                continue
-            turns += 1
-            start = _skip(ids, start, self._primer_ids) or start
-            stop = int(ends[np.searchsorted(ends, start)]) + 1
-            if self._train_on == "last":
-                flags[:] = False
-            flags[start:stop] = True
-            self._clear_tool_responses(ids, flags, start, stop)
-        if turns != text.count(MODEL_HEADER):
-            raise RowDropped("bad_rendering", f"{turns} of {text.count(MODEL_HEADER)} model turns found")
-        if not flags[1:].any():
-            raise RowDropped("no_target")
-        return flags
-
-    def holds_thoughts(self, ids: np.ndarray) -> bool:
-        """Whether any thought channel is among the ids (under `train`, where empty ones are left out)."""
-        return bool(np.any(ids == self._channel))
-
-    def _clear_tool_responses(self, ids: np.ndarray, flags: np.ndarray, start: int, stop: int) -> None:
-        inside = ids[start:stop]
-        closes = np.flatnonzero(inside == self._tool_response_end) + start
-        for opened in np.flatnonzero(inside == self._tool_response) + start:
-            later = closes[closes > opened]
-            follows_response = opened > 0 and ids[opened - 1] == self._tool_response_end
-            # The model itself hands over with the opening token, unless one response follows another.
-            first = opened if follows_response else opened + 1
-            flags[first : (later[0] + 1 if len(later) else stop)] = False
-
-    def _prepare(self, messages: Any) -> tuple[list[Message], dict[str, str]]:
-        """Messages fit for the template, and thoughts by the marker that stands for each in its turn's text.
-
-        Markers are needed because the stock template strips thoughts from the assistant turns that it renders.
-        """
-        if not isinstance(messages, list) or not messages:
-            raise RowDropped("no_messages", type(messages).__name__)
-        prepared: list[Message] = []
-        thoughts: dict[str, str] = {}
-        for position, message in enumerate(messages):
-            turn = _checked_turn(message, position)
-            if turn["role"] == "assistant":
-                if prepared and prepared[-1]["role"] == "assistant" and not prepared[-1].get("tool_calls"):
-                    raise RowDropped("bad_order", f"turn {position}")
-                self._prepare_answer(turn, position, thoughts)
-            elif turn["role"] == "system" and turn["content"].startswith(THINK):
-                turn["content"] = turn["content"].removeprefix(THINK).lstrip()  # the policy decides on thinking
-            if any(self._control_token.search(text) for text in _strings(turn)):
-                raise RowDropped("control_token", f"turn {position}")
-            prepared.append(turn)
-        for thought in thoughts.values():
-            if self._control_token.search(thought.removeprefix(CHANNEL_START).removesuffix(CHANNEL_END)):
-                raise RowDropped("control_token", "in a thought")
-        return prepared, thoughts
-
-    def _prepare_answer(self, turn: Message, position: int, thoughts: dict[str, str]) -> None:
-        """Take thoughts out of an assistant turn; under `train`, leave markers (or fields, for tool calls) behind."""
-        given = turn.pop("reasoning", None) or turn.pop("reasoning_content", None)
-        turn.pop("reasoning_content", None)
-        blocks = CHANNEL.findall(turn["content"])
-        if not self._keep_thoughts:
-            turn["content"] = CHANNEL.sub("", turn["content"])
-        elif turn.get("tool_calls"):
-            turn["content"] = CHANNEL.sub("", turn["content"])
-            if thought := (given or "\n".join(_thought_text(block) for block in blocks)).strip():
-                turn["reasoning"] = turn["reasoning_content"] = thought
-        else:
-            if given and not blocks:
-                turn["content"] = f"{CHANNEL_START}thought\n{given.strip()}\n{CHANNEL_END}{turn['content'].strip()}"
-
-            def leave_marker(match: re.Match[str]) -> str:
-                if not _thought_text(match[1]):
-                    return ""
-                marker = f"\ue000{position}.{len(thoughts)}\ue001"
-                thoughts[marker] = match[0]
-                return marker
-
-            turn["content"] = CHANNEL.sub(leave_marker, turn["content"])
-        turn["content"] = turn["content"].strip()
-        answer = turn["content"]
-        for marker in thoughts:
-            answer = answer.replace(marker, "")
-        if not answer.strip() and not turn.get("tool_calls"):
-            raise RowDropped("empty_answer", f"turn {position}")
-
-    def _field_thoughts(self, prepared: list[Message]) -> list[str]:
-        return [turn["reasoning"] for turn in prepared if turn.get("reasoning")]
-
-    def _find_primer(self) -> str:
-        probe = [{"role": "user", "content": "x"}]
-        past = self._apply(probe)
-        prompt = self._apply(probe, add_generation_prompt=True)
-        head = past + MODEL_HEADER
-        primer = prompt.removeprefix(head)
-        if not prompt.startswith(head) or (primer and not CHANNEL.fullmatch(primer)):
-            raise UserError(
-                f"the chat template's generation prompt is {prompt!r}; expected Gemma 4's {head!r}, "
-                "and behind it nothing or a closed thought channel"
-            )
-        return primer
-
-    def _apply(self, messages: list[Message], **options: Any) -> str:
-        return self._tokenizer.apply_chat_template(
-            messages, tokenize=False, enable_thinking=self._keep_thoughts, **options
-        )
-
-    def _encode(self, texts: list[str]) -> list[list[int]]:
+        """int32 [n + 1] ids of each text; nothing is added."""
         # What `self._tokenizer(texts)` does too, but without offsets into the text: a quarter of the time less.
         backend = self._tokenizer.backend_tokenizer
         backend.no_truncation()
         backend.no_padding()
-        return [encoded.ids for encoded in backend.encode_batch_fast(texts, add_special_tokens=False)]
+        encoded = backend.encode_batch_fast(texts, add_special_tokens=False)
+        return [np.array(piece.ids, np.int32) for piece in encoded]
+
+    def examples(self, renderings: list[Rendering]) -> list[list[Example] | RowDropped]:
+        """The proven examples of each rendering, or why there are none; texts are encoded in one call."""
+        encoded = iter(self.encode([text for rendering in renderings for text in rendering.texts]))
+        made: list[list[Example] | RowDropped] = []
+        for rendering in renderings:
+            ids = [next(encoded) for _ in rendering.texts]
+            try:
+                made.append(self._examples(rendering, ids))
+            except RowDropped as problem:
+                made.append(problem)
+            except Exception as error:  # a row of a kind that nobody thought of is no reason to stop
+                made.append(unreadable(error))
+        return made
+
+    def holds_thoughts(self, ids: np.ndarray, flags: np.ndarray) -> bool:
+        """Whether a thought carries loss."""
+        return bool(np.any((ids == self._channel_end) & flags))
+
+    def _examples(self, rendering: Rendering, encoded: list[np.ndarray]) -> list[Example]:
+        if rendering.text is not None:
+            flags = np.ones(len(encoded[0]), bool)
+            flags[0] = False
+            return [Example(encoded[0], flags, 0)]
+        drafts: list[tuple[np.ndarray, str, list[Span]]] = []
+        for answer, prompt, own in zip(rendering.answers, encoded[::2], encoded[1::2], strict=True):
+            start = len(prompt)
+            span = Span(answer.message, start + answer.closes, start + len(own))
+            spans = [span]
+            if drafts and np.array_equal(prompt[: len(drafts[-1][0])], drafts[-1][0]):
+                spans = [*drafts.pop()[2], span]
+            drafts.append((np.concatenate([prompt, own]), answer.prompt + answer.text, spans))
+        examples = []
+        for ids, text, spans in drafts:
+            messages = rendering.messages[: spans[-1].message + 1]
+            self._prover.check(ids, text, messages, rendering.tools, spans)
+            flags = np.zeros(len(ids), bool)
+            for span in spans:
+                flags[span.start : span.stop] = True
+            examples.append(Example(ids, flags, len(spans)))
+        return examples
+
+    def _answer(self, messages: list[Message], number: int, tools: list[Any] | None) -> _Answer:
+        """Prompt and answer number `number`, the latter as the template shows it, headed by its thought."""
+        prompt = self._prompt(messages[:number], tools)
+        history, header, channel = _split_prompt(prompt)
+        message = {key: value for key, value in messages[number].items() if not key.startswith("reasoning")}
+        shown = self._apply([*messages[:number], message], tools)
+        body = shown.removeprefix(history + header)
+        if body == shown:
+            raise RowDropped("bad_rendering", f"message {number} (assistant): {_difference(history + header, shown)}")
+        closed = channel.rstrip().endswith(markup.CHANNEL_END)
+        if closed:
+            body = body.removeprefix(channel)  # a template may show the past with its empty thoughts
+        body = body.rstrip()
+        thought = messages[number].get("reasoning")
+        if thought and closed:
+            raise RowDropped(
+                "bad_rendering", f"message {number} (assistant): the prompt has closed its thought already"
+            )
+        opened = bool(channel) and not closed
+        if opened:
+            body = (f"{thought}\n" if thought else "") + markup.CHANNEL_END + body
+        elif thought:
+            body = markup.thought_channel(thought) + body
+        return _Answer(number, prompt, body, closes=opened and not thought)
+
+    def _prompt(self, messages: list[Message], tools: list[Any] | None) -> str:
+        return self._apply(messages, tools, add_generation_prompt=True)
+
+    def _prepare(self, messages: Any, tools: Any = None) -> list[Message]:
+        """Messages fit for the template, free of control tokens, with thoughts by the policy."""
+        if not isinstance(messages, list) or not messages:
+            raise RowDropped("no_messages", type(messages).__name__)
+        if any(self._control.search(text) for text in markup.strings(tools)):
+            raise RowDropped("control_token", "in tools")
+        prepared: list[Message] = []
+        for number, message in enumerate(messages):
+            turn = {key: value for key, value in message.items() if key != "train"}
+            if turn["role"] == "system" and isinstance(turn.get("content"), str):
+                # The policy decides on thinking.
+                turn["content"] = turn["content"].removeprefix(markup.THINK).lstrip()
+            if any(self._control.search(text) for text in markup.strings(turn)):
+                raise RowDropped("control_token", f"message {number} ({turn['role']})")
+            if turn["role"] == "assistant":
+                if prepared and prepared[-1]["role"] == "assistant" and not prepared[-1].get("tool_calls"):
+                    raise RowDropped("bad_order", f"message {number}")
+                if not (turn.get("content") or "").strip() and not turn.get("tool_calls"):
+                    raise RowDropped("empty_answer", f"message {number}")
+                thought = turn.pop("reasoning", None)
+                if thought and self._keep_thoughts:
+                    turn["reasoning"] = turn["reasoning_content"] = thought.strip()  # templates read either
+            prepared.append(turn)
+        return prepared
+
+    def _plain_text(self, text: str) -> Rendering:
+        if self._control.search(text):
+            raise RowDropped("control_token", "in the text")
+        if not text.strip():
+            raise RowDropped("no_target", "the text is empty")
+        return Rendering([], text=self._tokenizer.bos_token + text + self._tokenizer.eos_token)
+
+    def _find_primer(self) -> str:
+        prompt = self._prompt([{"role": "user", "content": "x"}], None)
+        _, header, channel = _split_prompt(prompt)
+        if not header:
+            raise UserError(
+                f"the chat template's generation prompt ends in {prompt[-60:]!r}; expected Gemma 4's "
+                f"{markup.MODEL_HEADER!r}, and behind it nothing or a thought channel"
+            )
+        return channel
+
+    def _find_words(self, role: str) -> tuple[str, str]:
+        """What the template itself writes (before, behind) a message of this role, in its turn."""
+        probe = "0probe0"
+        messages = [{"role": role, "content": probe}] + [{"role": "user", "content": "x"}] * (role == "system")
+        try:
+            before, _, behind = self._prompt(messages, None).partition(probe)
+        except RowDropped:  # a template may have no such turns
+            return "", ""
+        return self._control.split(before)[-1].partition("\n")[2].lstrip(), self._control.split(behind)[0].rstrip()
+
+    def _apply(self, messages: list[Message], tools: list[Any] | None, **options: Any) -> str:
+        try:
+            text = self._tokenizer.apply_chat_template(
+                messages, tools=tools or None, tokenize=False, enable_thinking=self._keep_thoughts, **options
+            )
+        except Exception as error:  # whatever a template's own code raises about this conversation
+            raise RowDropped("template_error", f"{type(error).__name__}: {error}"[:120]) from error
+        bos = self._tokenizer.bos_token
+        return text if text.startswith(bos) else bos + text
 
 
 def render_prompt(tokenizer: Any, messages: list[Message], policy: str) -> list[int]:
@@ -248,68 +285,16 @@ def render_prompt(tokenizer: Any, messages: list[Message], policy: str) -> list[
     return chat.encode([chat.render_prompt(messages)])[0].tolist()
 
 
-def _checked_turn(message: Any, position: int) -> Message:
-    """A copy of one message with known role and text content, without empty fields (Parquet fills every column)."""
-    if not isinstance(message, dict) or message.get("role") not in ROLES:
-        raise RowDropped("bad_role", f"turn {position}")
-    if message["role"] == "system" and position:
-        raise RowDropped("bad_role", f"turn {position}: system")
-    turn = {key: value for key, value in message.items() if value is not None}
-    turn["content"] = _text(turn.get("content", "" if turn.get("tool_calls") else None), position)
-    if not all(isinstance(turn.get(key, ""), str) for key in ("reasoning", "reasoning_content")):
-        raise RowDropped("bad_content", f"turn {position}: reasoning")
-    if "tool_calls" in turn:
-        turn["tool_calls"] = [_tool_call(call, position) for call in turn["tool_calls"]]
-    return turn
+def _split_prompt(prompt: str) -> tuple[str, str, str]:
+    """(history, header, thought channel) of a generation prompt; header and channel may be empty."""
+    channel, at = "", prompt.rfind(markup.CHANNEL)
+    if at >= 0 and _CHANNEL_TAIL.fullmatch(prompt, at):
+        prompt, channel = prompt[:at], prompt[at:]
+    header = markup.MODEL_HEADER if prompt.endswith(markup.MODEL_HEADER) else ""
+    return prompt.removesuffix(header), header, channel
 
 
-def _text(content: Any, position: int) -> str:
-    """Text content, given as a string or as a list of `{"type": "text", "text": …}` parts."""
-    if isinstance(content, str):
-        return content
-    if isinstance(content, list) and content and all(isinstance(part, dict) for part in content):
-        texts = [part.get("text") for part in content if part.get("type") == "text"]
-        if len(texts) == len(content) and all(isinstance(text, str) for text in texts):
-            return "".join(texts)
-    raise RowDropped("bad_content", f"turn {position}: {type(content).__name__}")
-
-
-def _tool_call(call: Any, position: int) -> Message:
-    """A tool call whose arguments are a mapping, as templates expect; APIs give them as a JSON string."""
-    try:
-        function = dict(call["function"])
-        if isinstance(function.get("arguments"), str):
-            function["arguments"] = json.loads(function["arguments"])
-        return {**call, "function": {**function, "name": str(function["name"])}}
-    except (TypeError, KeyError, ValueError) as error:
-        raise RowDropped("bad_tool_call", f"turn {position}") from error
-
-
-def _strings(value: Any) -> Iterator[str]:
-    """Every text inside a message."""
-    if isinstance(value, str):
-        yield value
-    elif isinstance(value, dict):
-        for item in value.values():
-            yield from _strings(item)
-    elif isinstance(value, list):
-        for item in value:
-            yield from _strings(item)
-
-
-def _thought_text(block: str) -> str:
-    """What is thought in the inside of a channel, less the channel's name."""
-    return block.removeprefix("thought").strip()
-
-
-def _control_tokens(tokenizer: Any) -> re.Pattern[str]:
-    """Matches what the tokenizer would read as a control token in the middle of plain text."""
-    added = tokenizer.added_tokens_decoder.values()
-    names = {str(token) for token in added if token.special or re.fullmatch(r"<\|.*>|<.*\|>", str(token))}
-    return re.compile("|".join(map(re.escape, sorted(names, key=len, reverse=True))))
-
-
-def _skip(ids: np.ndarray, start: int, expected: np.ndarray) -> int | None:
-    """Where `expected` ends if it stands in `ids` at `start`."""
-    stop = start + len(expected)
-    return stop if np.array_equal(ids[start:stop], expected) else None
+def _difference(prompt: str, shown: str) -> str:
+    """Where a rendering with the answer leaves the prompt that it should continue."""
+    at = next((i for i, (a, b) in enumerate(zip(prompt, shown, strict=False)) if a != b), min(len(prompt), len(shown)))
+    return f"a server's prompt has {prompt[at : at + 30]!r} where the template then shows {shown[at : at + 30]!r}"

@@ -23,11 +23,10 @@ REASONS = {
     "bad_tool_call": "`tools` or `tool_calls` are malformed",
     "bad_weight": "a turn's `weight` or `train` is not 0, 1, false or true, or asks for loss outside an answer",
     "bad_order": "two assistant turns follow each other",
-    "control_token": "a turn's text holds one of the tokenizer's control tokens",
+    "control_token": "a text, a key or a tool's definition holds one of the tokenizer's control tokens",
     "empty_answer": "an assistant turn is empty",
     "template_error": "the chat template refuses the conversation",
-    "thought_lost": "the chat template leaves out a thought that `data.thoughts=train` would train on",
-    "bad_rendering": "the rendered tokens hold other turns than the conversation, or not exactly one BOS",
+    "bad_rendering": "the chat template moves, changes or loses a message, or shows a past that no server would send",
     "no_target": "no token would get loss",
     "no_text": "`text` is empty",
     "too_long": "longer than `data.sequence_length`",
@@ -75,6 +74,8 @@ class DropReport:
 
     rows_read: int = 0
     dropped: dict[str, Dropped] = field(default_factory=dict)
+    rows_split: int = 0
+    """Rows with an example for each answer, since the template shows past answers otherwise than they are generated."""
     examples_too_long: int = 0
     """Examples longer than `data.sequence_length` of rows that others were made of, too."""
 
@@ -102,7 +103,7 @@ class DropReport:
         """One line per reason, the most frequent first, for logs and messages."""
         ordered = sorted(self.dropped.items(), key=lambda item: -item[1].count)
         rows = [f"{drop.count} × {reason}: {REASONS[reason]}; {', '.join(drop.examples)}" for reason, drop in ordered]
-        examples = f"{self.examples_too_long} answers of rows that keep others: too long"
+        examples = f"{self.examples_too_long} examples of rows that keep others: too long"
         return [*rows, examples] if self.examples_too_long else rows
 
     def to_json(self) -> dict[str, Any]:
@@ -112,6 +113,7 @@ class DropReport:
             "rows_kept": self.rows_kept,
             "rows_dropped": self.rows_dropped,
             "dropped_fraction": self.fraction,
+            "rows_split": self.rows_split,
             "examples_too_long": self.examples_too_long,
             "dropped": {
                 reason: {"count": drop.count, "meaning": REASONS[reason], "examples": drop.examples}

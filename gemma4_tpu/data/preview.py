@@ -119,6 +119,11 @@ def _totals(built: TrainingData, data: DataConfig, rows_per_update: int, seed: i
             lines.append(
                 f"{name} rows read: {report.rows_read}, dropped: {report.rows_dropped} ({report.fraction:.1%})"
             )
+            if report.rows_split:
+                lines.append(
+                    f"  {report.rows_split} rows have an example for each answer: the chat template shows past answers "
+                    "otherwise than they are generated"
+                )
             lines += [f"  {UNPRINTABLE.sub('?', line)}" for line in report.lines()]
             if report.fraction > data.max_drop_fraction:
                 lines.append(f"  more than data.max_drop_fraction={data.max_drop_fraction}: training would refuse this")

@@ -12,12 +12,10 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
-import numpy as np
-
 from gemma4_tpu.config.schema import DataConfig, DataSource
 from gemma4_tpu.data import codev
 from gemma4_tpu.data.aside import Identity, identity
-from gemma4_tpu.data.chat import ChatFormat
+from gemma4_tpu.data.chat import ChatFormat, Example, Rendering
 from gemma4_tpu.data.drops import DropReport, RowDropped, unreadable
 from gemma4_tpu.data.examples import Origin
 from gemma4_tpu.data.normalise import Conversation, Normalised, Normaliser
@@ -32,19 +30,10 @@ CHUNK_ROWS = 512  # rows encoded by one call; enough to keep every core of the t
 PROGRESS_SECONDS = 10.0
 
 
-class Rendered(NamedTuple):
-    """One example."""
-
-    ids: np.ndarray
-    """int32 [n + 1]"""
-    flags: np.ndarray
-    """bool [n + 1]: True where predicting this token counts in the loss."""
-
-
 class Row(NamedTuple):
     """One row on its way into the store."""
 
-    examples: list[Rendered]
+    examples: list[Example]
     source: int
     origin: Origin
     identity: Identity
@@ -142,6 +131,7 @@ class Tokeniser:
             lengths = [len(example.ids) - 1 for example in examples]
             fitting = [e for e, length in zip(examples, lengths, strict=True) if length <= self._data.sequence_length]
             if fitting:
+                self.report.rows_split += len(examples) > 1
                 self.report.examples_too_long += len(examples) - len(fitting)
                 yield Row(fitting, row.source, row.origin, row.identity)
             else:
@@ -175,32 +165,17 @@ def _by_weight(each: list[Iterator[RawRow]], weights: list[float], limit: int) -
         yield number, row
 
 
-def _examples(chat: ChatFormat, conversations: list[Conversation]) -> list[list[Rendered] | RowDropped]:
-    """The examples of each conversation, or why there are none."""
-    texts: list[str | RowDropped] = [_rendered(chat, conversation) for conversation in conversations]
-    encoded = iter(chat.encode([text for text in texts if isinstance(text, str)]))
-    made: list[list[Rendered] | RowDropped] = []
-    for text, conversation in zip(texts, conversations, strict=True):
-        if isinstance(text, RowDropped):
-            made.append(text)
-            continue
-        ids = next(encoded)
-        try:
-            flags = np.arange(len(ids)) > 0 if conversation.text is not None else chat.loss_flags(ids, text)
-            made.append([Rendered(ids, flags)])
-        except RowDropped as problem:
-            made.append(problem)
-    return made
+def _examples(chat: ChatFormat, conversations: list[Conversation]) -> list[list[Example] | RowDropped]:
+    """The proven examples of each conversation, or why there are none."""
+    rendered = [_rendered(chat, conversation) for conversation in conversations]
+    proven = iter(chat.examples([made for made in rendered if isinstance(made, Rendering)]))
+    return [made if isinstance(made, RowDropped) else next(proven) for made in rendered]
 
 
-def _rendered(chat: ChatFormat, conversation: Conversation) -> str | RowDropped:
-    if conversation.text is not None:
-        return f"<bos>{conversation.text}"
-    if any(turn.get("train") is False for turn in conversation.messages):
-        return RowDropped("bad_weight", "turns without loss")
+def _rendered(chat: ChatFormat, conversation: Conversation) -> Rendering | RowDropped:
     try:
         with row_limit():
-            return chat.render(conversation.messages, conversation.tools)
+            return chat.render(conversation)
     except RowDropped as problem:
         return problem
     except Exception as error:

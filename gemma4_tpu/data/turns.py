@@ -13,6 +13,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from gemma4_tpu.data.drops import RowDropped
+from gemma4_tpu.data.markup import split_thoughts
 
 Turn = dict[str, Any]
 Tell = Callable[[str], None]
@@ -41,7 +42,6 @@ KNOWN = {
 THINK = re.compile(r"\s*<(think|thinking|thought|reasoning)>", re.IGNORECASE)
 THINK_END = re.compile(r"</(?:think|thinking|thought|reasoning)>", re.IGNORECASE)
 CLOSED_ONLY = re.compile(r"([^<]*)</think>[ \t]*\n")
-CHANNEL, CHANNEL_END = "<|channel>", "<channel|>"
 
 
 def parsed(value: Any, what: str, tell: Tell) -> Any:
@@ -234,13 +234,8 @@ def take_thoughts(content: str) -> tuple[str, list[str]]:
     if not at and (closed := CLOSED_ONLY.match(content)):  # the template of the model that wrote it had opened it
         thoughts.append(closed[1].strip())
         at = closed.end()
-    kept: list[str] = [] if not at else [""]
-    while (start := content.find(CHANNEL, at)) >= 0 and (stop := content.find(CHANNEL_END, start)) >= 0:
-        kept.append(content[at:start])
-        thoughts.append(content[start + len(CHANNEL) : stop].removeprefix("thought").strip())
-        at = stop + len(CHANNEL_END)
-    rest = "".join([*kept, content[at:]])
-    return rest.lstrip() if kept else rest, thoughts
+    more, rest = split_thoughts(content[at:])
+    return rest.lstrip() if at or rest != content else rest, [*thoughts, *more]
 
 
 def to_calls(calls: Any, position: int, tell: Tell) -> list[Turn]:

@@ -17,8 +17,9 @@ from typing import Any
 import httpx
 
 from gemma4_tpu.config.tasks import EvalConfig
+from gemma4_tpu.data.markup import without_thoughts
 from gemma4_tpu.errors import UserError
-from gemma4_tpu.evals.generate import Request, without_thoughts
+from gemma4_tpu.evals.generate import Request
 from gemma4_tpu.evals.store import LENGTH, STOP, Sample
 
 log = logging.getLogger(__name__)

@@ -17,7 +17,8 @@ import jax
 import numpy as np
 
 from gemma4_tpu.config.tasks import EvalConfig
-from gemma4_tpu.data.chat import CHANNEL, CHANNEL_START, ChatFormat, Message
+from gemma4_tpu.data.chat import ChatFormat, Message
+from gemma4_tpu.data.markup import without_thoughts
 from gemma4_tpu.errors import UserError
 from gemma4_tpu.evals.problems import Problem
 from gemma4_tpu.evals.store import LENGTH, STOP, Sample
@@ -174,11 +175,6 @@ class InProcess:
             return jax.numpy.asarray(x)
         spec = jax.sharding.PartitionSpec(sharding.ROWS if x.shape[0] % sharding.row_places(mesh) == 0 else None)
         return jax.device_put(x, jax.sharding.NamedSharding(mesh, spec))
-
-
-def without_thoughts(text: str) -> str:
-    """An answer without its thought channels, one that is cut off included."""
-    return CHANNEL.sub("", text).split(CHANNEL_START)[0]
 
 
 def checkpoint_stop_ids(base: Base, tokenizer: Any) -> tuple[int, ...]:

@@ -17,6 +17,7 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 from starlette.exceptions import HTTPException
 
+from gemma4_tpu.data.markup import strings
 from gemma4_tpu.serving.local_engine import READY, Engine
 from gemma4_tpu.serving.local_metrics import Metrics
 from gemma4_tpu.serving.local_protocol import ApiError, ChatRequest, CompletionRequest, Reply
@@ -94,7 +95,7 @@ class Api:
         self._admit(body, request)
         self._engine_ready()
         turns = body.turns()
-        self._check_characters(sum(len(turn["content"]) for turn in turns), "messages")
+        self._check_characters(sum(map(len, strings([turn["content"] for turn in turns]))), "messages")
 
         def render() -> list[int]:
             options = {**body.chat_template_kwargs, "tokenize": True, "return_dict": True}
@@ -170,7 +171,7 @@ class Api:
 
         answers = [
             Answer(prompt, body.sampling(self._engine.defaults, self._longest - len(prompt), choice),
-                   teller(place * body.n + choice))
+                   teller(place * body.n + choice), chat=kind == "chat")
             for place, prompt in enumerate(prompts) for choice in range(body.n)
         ]  # fmt: skip
         identifier = f"{'chatcmpl' if kind == 'chat' else 'cmpl'}-{uuid.uuid4().hex}"

@@ -22,7 +22,7 @@ from torch.nn.functional import pad
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
 
 from gemma4_tpu.serving.local_metrics import Metrics
-from gemma4_tpu.serving.local_sampling import ABORT, ERROR, LENGTH, STOP, Answer, GrowingText, Piece, choose, logprob
+from gemma4_tpu.serving.local_sampling import ABORT, ERROR, LENGTH, STOP, Answer, AnswerText, Piece, choose, logprob
 
 log = logging.getLogger(__name__)
 
@@ -145,7 +145,7 @@ class Engine:
         logits = self._forward([answer.prompt[start:end]], cache, [start], torch.ones(1, end, dtype=torch.long))
         self._partial, self._partial_of = (cache, answer) if end < len(answer.prompt) else (None, None)
         if self._partial is None:
-            answer.text = GrowingText(self.tokenizer, answer.sampling.stop)
+            answer.text = AnswerText(self.tokenizer, answer.sampling.stop, answer.prompt if answer.chat else None)
             seed = answer.sampling.seed
             answer.generator = torch.Generator().manual_seed(secrets.randbits(63) if seed is None else seed)
             finish = self._add(answer, logits[0])
@@ -185,18 +185,19 @@ class Engine:
         assert text is not None
         token = choose(logits, answer)
         answer.tokens.append(token)
-        told = text.add(token)
+        told, reasoning = text.add(token)
         finish = None
         if (token in self._eos and not sampling.ignore_eos) or token in sampling.stop_token_ids or text.stopped:
             finish = STOP
         elif len(answer.tokens) >= sampling.max_tokens:
             finish = LENGTH
         if finish:
-            told += text.end()
+            rest, rest_of_thought = text.end()
+            told, reasoning = told + rest, reasoning + rest_of_thought
             finish = STOP if text.stopped else finish
         chances = () if sampling.logprobs is None else (logprob(logits, token, sampling.logprobs),)
         self._metrics.token(answer, finish)
-        answer.tell(Piece(told, (token,), finish, chances))
+        answer.tell(Piece(told, (token,), finish, chances, reasoning=reasoning))
         return finish
 
     def _drop(self, wanted: Callable[[Answer], bool]) -> None:

@@ -107,7 +107,7 @@ class CompletionRequest(_Request):
 
 
 class Message(BaseModel):
-    """One turn; content as text or as parts of text."""
+    """One turn; content as text or as parts of text, which the chat template joins."""
 
     model_config = ConfigDict(extra="allow")
     role: str
@@ -127,16 +127,12 @@ class ChatRequest(_Request):
 
     def turns(self) -> list[dict[str, Any]]:
         """For the chat template."""
-        return [{**message.model_dump(), "content": _text(message.content)} for message in self.messages]
-
-
-def _text(content: str | list[dict[str, Any]] | None) -> str:
-    if not isinstance(content, list):
-        return content or ""
-    for part in content:
-        if part.get("type") != "text" or not isinstance(part.get("text"), str):
-            raise ApiError(400, f"content of type {part.get('type')!r}: this server reads text only", param="messages")
-    return "".join(part["text"] for part in content)
+        for message in self.messages:
+            for part in message.content if isinstance(message.content, list) else ():
+                if part.get("type") != "text" or not isinstance(part.get("text"), str):
+                    what = f"content of type {part.get('type')!r}: this server reads text only"
+                    raise ApiError(400, what, param="messages")
+        return [{**message.model_dump(), "content": message.content or ""} for message in self.messages]
 
 
 class Reply:
@@ -163,7 +159,8 @@ class Reply:
         """A piece of one choice, in a stream."""
         if self._kind == "chat":
             delta = {"role": "assistant"} if first else {}
-            content: dict[str, Any] = {"delta": {**delta, "content": piece.text}}
+            thought = {"reasoning": piece.reasoning} if piece.reasoning else {}
+            content: dict[str, Any] = {"delta": {**delta, **thought, "content": piece.text}}
         else:
             content = {"text": piece.text}
         return {"index": index, **content, "logprobs": self._logprobs([piece], 0), "finish_reason": piece.finish}
@@ -173,7 +170,11 @@ class Reply:
         choices = []
         for index, parts in enumerate(pieces):
             text = "".join(piece.text for piece in parts)
-            content = {"message": {"role": "assistant", "content": text}} if self._kind == "chat" else {"text": text}
+            content: dict[str, Any] = {"text": text}
+            if self._kind == "chat":
+                thought = "".join(piece.reasoning for piece in parts)
+                message = {"role": "assistant", "content": text, **({"reasoning": thought} if thought else {})}
+                content = {"message": message}
             choices.append(
                 {
                     "index": index, **content, "logprobs": self._logprobs(parts, 0),

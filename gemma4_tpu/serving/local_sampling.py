@@ -8,8 +8,12 @@ from typing import Any, NamedTuple
 
 import torch
 
+from gemma4_tpu.data.markup import CHANNEL, CHANNEL_END
+
 STOP, LENGTH, ABORT, ERROR = "stop", "length", "abort", "error"
 """Why an answer ended; the first two as OpenAI calls them."""
+THOUGHT_NAME = "thought\n"
+"""What a thought channel begins with."""
 _UNFINISHED = "\ufffd"  # what a tokenizer makes of half a character
 
 
@@ -49,6 +53,8 @@ class Piece:
     finish: str | None = None
     logprobs: tuple[TokenLogprob, ...] = ()
     error: str | None = None
+    reasoning: str = ""
+    """Text of a thought."""
 
 
 @dataclass(eq=False)
@@ -59,8 +65,10 @@ class Answer:
     sampling: Sampling
     tell: Callable[[Piece], None]
     """Called from the engine's thread, once per token."""
+    chat: bool = False
+    """Whether thoughts are told apart from the answer, as vLLM's `--reasoning-parser gemma4` does."""
     tokens: list[int] = field(default_factory=list)
-    text: GrowingText | None = None
+    text: AnswerText | None = None
     generator: torch.Generator | None = None
     arrived: float = 0.0
     """`time.monotonic()`"""
@@ -114,6 +122,66 @@ class GrowingText:
     def _told(self, hold: int) -> str:
         end = len(self._text) if self.stopped else max(0, len(self._text) - hold)
         told, self._text = self._text[:end], self._text[end:]
+        return told
+
+
+class AnswerText:
+    """An answer's tokens to text; in a chat, what stands in thought channels is told as reasoning.
+
+    Args:
+      tokenizer: the checkpoint's own.
+      stop: texts that end the answer; thoughts are not searched for them.
+      prompt: the ids before the answer, for a thought that they leave open; None: nothing is told apart.
+    """
+
+    def __init__(self, tokenizer: Any, stop: Sequence[str], prompt: Sequence[int] | None = None):
+        self._make = lambda: GrowingText(tokenizer, ())
+        self._answer = GrowingText(tokenizer, stop)
+        self._opens, self._closes = tokenizer.convert_tokens_to_ids([CHANNEL, CHANNEL_END])
+        self._apart = prompt is not None
+        self._thought: GrowingText | None = None
+        self._named = False  # whether the channel's name is behind us
+        self._held = ""  # of the thought, not told yet
+        marks = [token for token in prompt or () if token in (self._opens, self._closes)]
+        if marks and marks[-1] == self._opens:
+            self._thought, self._named = self._make(), True  # the prompt wrote the name, too
+
+    @property
+    def stopped(self) -> bool:
+        return self._answer.stopped
+
+    def add(self, token: int) -> tuple[str, str]:
+        """(answer, reasoning) that are certain now."""
+        if self._apart and token == self._opens:
+            self._thought, self._named = self._make(), False
+        elif self._thought is not None and token == self._closes:
+            return "", self._end_thought()
+        elif self._thought is not None:
+            return "", self._told(self._thought.add(token))
+        else:
+            return self._answer.add(token), ""
+        return "", ""
+
+    def end(self) -> tuple[str, str]:
+        """The rest."""
+        reasoning = self._end_thought() if self._thought is not None else ""
+        return self._answer.end(), reasoning
+
+    def _end_thought(self) -> str:
+        assert self._thought is not None
+        rest = self._told(self._thought.end()) + self._held
+        self._thought, self._held = None, ""
+        return (rest if self._named else rest.removeprefix(THOUGHT_NAME.strip())).removesuffix("\n")
+
+    def _told(self, text: str) -> str:
+        """What of a thought is certain: not its channel's name, nor a line end, which may be the last."""
+        text = self._held + text
+        if not self._named and THOUGHT_NAME.startswith(text):
+            told = ""
+        else:
+            text = text if self._named else text.removeprefix(THOUGHT_NAME)
+            self._named, told = True, text.removesuffix("\n")
+        self._held = text[len(told) :]
         return told
 
 

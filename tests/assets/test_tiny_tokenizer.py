@@ -5,7 +5,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoTokenizer, GenerationConfig
@@ -65,7 +64,7 @@ def test_turns_look_like_gemma_4s():
     ]
     assert _render(messages, add_generation_prompt=True) == (
         "<bos><|turn>system\nBe brief.<turn|>\n<|turn>user\nHello<turn|>\n<|turn>model\nHi.<turn|>\n"
-        "<|turn>user\nMore<turn|>\n<|turn>model\n"
+        "<|turn>user\nMore<turn|>\n<|turn>model\n<|channel>thought\n<channel|>"
     )
     ids = TOKENIZER.apply_chat_template(messages)["input_ids"]
     assert ids[0] == BOS
@@ -81,29 +80,6 @@ def test_thinking_marks_the_system_turn_and_past_thoughts_are_left_out():
     assert _render(messages, enable_thinking=True) == (
         "<bos><|turn>system\n<|think|>\n<turn|>\n<|turn>user\nq<turn|>\n<|turn>model\nThe answer.<turn|>\n"
     )
-
-
-def test_tools_calls_and_responses_are_rendered():
-    tool = {"type": "function", "function": {"name": "simulate", "parameters": {}}}
-    call = {"type": "function", "function": {"name": "simulate", "arguments": {"x": 1}}}
-    text = _render(
-        [
-            {"role": "user", "content": "go"},
-            {"role": "assistant", "content": None, "tool_calls": [call]},
-            {"role": "tool", "content": "pass"},
-        ],
-        tools=[tool],
-    )
-    response = "<|turn>tool\n<|tool_response>pass"
-    for piece in ("<|turn>system\n<|tool>{", "<tool|><turn|>", "<|tool_call>{", '"x": 1', response):
-        assert piece in text
-
-
-def test_parts_are_joined_and_an_unknown_role_is_refused():
-    parts = [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]
-    assert "<|turn>user\nab<turn|>" in _render([{"role": "user", "content": parts}])
-    with pytest.raises(Exception, match="unknown role oracle"):
-        _render([{"role": "user", "content": "x"}, {"role": "oracle", "content": "x"}])
 
 
 def test_the_committed_tokenizer_is_what_its_script_makes(tmp_path):

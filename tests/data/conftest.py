@@ -1,8 +1,4 @@
-"""A small tokenizer with Gemma 4's control tokens at Gemma 4's ids, and a template that behaves like the stock one.
-
-The template strips thoughts from past answers, opens a non-thinking generation prompt with an empty thought channel,
-marks a thinking conversation in its system turn, and renders tools' responses inside the model's turn.
-"""
+"""A small tokenizer with Gemma 4's control tokens at Gemma 4's ids, and the tiny models' template."""
 
 import gzip
 import json
@@ -11,6 +7,7 @@ import pytest
 from tokenizers import Regex, Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
+from gemma4_tpu.assets import ROOT
 from gemma4_tpu.data.examples import ExamplesBuilder, Origin
 from gemma4_tpu.data.tokenizer import load_tokenizer
 
@@ -19,6 +16,7 @@ CONTROL = {
     "<eos>": 1,
     "<bos>": 2,
     "<unk>": 3,
+    '<|"|>': 52,
     "<|tool>": 46,
     "<tool|>": 47,
     "<|tool_call>": 48,
@@ -34,56 +32,7 @@ CONTROL = {
 WORDS = {"\n": 107, "user": 2364, "model": 4368, "system": 9731, "thought": 45518, "tool": 5000}
 PLAIN = "be brief add two and three 5 7 sum is then now call response value why because x y a b c ok { } : = ; ( ) ,"
 
-TEMPLATE = """
-{%- macro final(text) -%}
-  {%- set kept = namespace(text='') -%}
-  {%- for piece in (text or '').split('<channel|>') -%}
-    {%- set kept.text = kept.text + piece.split('<|channel>')[0] -%}
-  {%- endfor -%}
-  {{- kept.text | trim -}}
-{%- endmacro -%}
-{%- set thinking = enable_thinking is defined and enable_thinking -%}
-{%- set at = namespace(turn=none, open=false) -%}
-{{- bos_token -}}
-{%- if messages[0].role == 'system' or thinking or tools -%}
-  {{- '<|turn>system\\n' -}}
-  {%- if thinking -%}{{- '<|think|>\\n' -}}{%- endif -%}
-  {%- if messages[0].role == 'system' -%}{{- messages[0].content | trim -}}{%- endif -%}
-  {%- for tool in tools or [] -%}{{- '<|tool>' + tool.function.name + '<tool|>' -}}{%- endfor -%}
-  {{- '<turn|>\\n' -}}
-{%- endif -%}
-{%- for message in messages if message.role != 'system' -%}
-  {%- if message.role == 'user' and message.content == '' -%}{{- raise_exception('an empty question') -}}{%- endif -%}
-  {%- if message.role == 'tool' -%}
-    {{- '<|tool_response>response : ' + message.content + '<tool_response|>' -}}
-  {%- else -%}
-    {%- set role = 'model' if message.role == 'assistant' else message.role -%}
-    {%- if not (role == 'model' and at.open) -%}{{- '<|turn>' + role + '\\n' -}}{%- endif -%}
-    {%- set at.open = false -%}
-    {%- if message.tool_calls and message.get('reasoning') -%}
-      {{- '<|channel>thought\\n' + message.reasoning + '\\n<channel|>' -}}
-    {%- endif -%}
-    {%- for call in message.tool_calls or [] -%}
-      {{- '<|tool_call>call : ' + call.function.name -}}
-      {%- for key, value in (call.function.arguments or {}) | dictsort -%}
-        {{- ' ' ~ key ~ ' = ' ~ value -}}
-      {%- endfor -%}
-      {{- '<tool_call|>' -}}
-      {%- set at.open = true -%}
-    {%- endfor -%}
-    {{- final(message.content) if role == 'model' else message.content | trim -}}
-    {%- if at.open -%}
-      {%- if loop.last -%}{{- '<|tool_response>' -}}{%- endif -%}
-    {%- else -%}
-      {{- '<turn|>\\n' -}}
-    {%- endif -%}
-  {%- endif -%}
-{%- endfor -%}
-{%- if add_generation_prompt and not at.open -%}
-  {{- '<|turn>model\\n' -}}
-  {%- if not thinking -%}{{- '<|channel>thought\\n<channel|>' -}}{%- endif -%}
-{%- endif -%}
-"""
+TEMPLATE = (ROOT / "tiny" / "chat_template.jinja").read_text(encoding="utf-8")
 
 
 def make_tokenizer(template=TEMPLATE):

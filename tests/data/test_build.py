@@ -11,9 +11,10 @@ import pytest
 from gemma4_tpu.config.schema import DataConfig, DataSource
 from gemma4_tpu.data.build import build_data
 from gemma4_tpu.data.chat import ChatFormat
+from gemma4_tpu.data.normalise import Conversation
 from gemma4_tpu.data.tokenizer import load_tokenizer
 from gemma4_tpu.errors import UserError
-from tests.data.conftest import chat_row
+from tests.data.conftest import TEMPLATE, chat_row, make_tokenizer
 
 WORDS = ["add", "two", "three", "sum", "value", "then", "now", "call"]
 
@@ -43,10 +44,9 @@ def test_examples_are_the_rendered_rows_in_order(tokenizer, write_jsonl):
     assert len(built.train) == 20
     assert built.heldout is None
     for index, row in enumerate(rows(20)):
-        text = chat.render(row["messages"])
+        [[example]] = chat.examples([chat.render(Conversation(row["messages"]))])
         ids, flags = built.train.example(index)
-        assert ids.tolist() == tokenizer(text, add_special_tokens=False)["input_ids"]
-        assert flags.tolist() == chat.loss_flags(ids, text).tolist()
+        assert (ids.tolist(), flags.tolist()) == (example.ids.tolist(), example.flags.tolist())
         assert str(built.train.origin(index)) == f"{path}:{index + 1}"
 
 
@@ -155,7 +155,6 @@ def test_duplicates_are_counted(tokenizer, write_jsonl, caplog):
 
 def test_a_row_that_takes_too_long_is_dropped_and_the_next_ones_are_not(write_jsonl, monkeypatch):
     from gemma4_tpu.data import timeout
-    from tests.data.conftest import TEMPLATE, make_tokenizer
 
     endless = "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}"
     loop = "{% if 'x y' in messages[-1].content %}" + endless + "{% endif %}"
@@ -190,7 +189,9 @@ def test_fingerprint_tells_what_changed(tokenizer, tiny_tokenizer, write_jsonl):
     assert changed(config(write_jsonl(rows(5), "copy.jsonl.gz"))) == set()  # content counts, not its place or format
     assert changed(config(write_jsonl(rows(6), "six.jsonl"))) == {"rows", "examples"}
     assert changed(config(path, thoughts="train")) == {"thoughts", "examples"}
-    assert changed(config(path, sequence_length=256), tiny_tokenizer) == {"tokenizer", "chat_template", "examples"}
+    assert changed(config(path, sequence_length=256), tiny_tokenizer) == {"tokenizer", "examples"}
+    retold = make_tokenizer(TEMPLATE + "{#- a comment -#}")
+    assert changed(config(path), retold) == {"chat_template"}
 
 
 def test_thinking_without_thoughts_is_told(tokenizer, write_jsonl, caplog):

@@ -7,6 +7,7 @@ import pytest
 from gemma4_tpu.data import codev
 from gemma4_tpu.data.chat import ChatFormat
 from gemma4_tpu.data.drops import RowDropped
+from gemma4_tpu.data.normalise import Conversation
 from gemma4_tpu.errors import UserError
 
 INV = "module inv(input a, output y);\n  assign y = ~a;\nendmodule"
@@ -136,8 +137,11 @@ def test_rows_without_a_prompt_are_dropped(row):
 
 def test_what_was_thought_follows_the_policy(tiny_tokenizer):
     messages = codev.to_messages({"prompt": "Invert a.", "response": f"<think>easy</think>{fence(INV)}"})
-    assert "easy" not in ChatFormat(tiny_tokenizer, "drop").render(messages)
-    assert f"<|channel>thought\neasy\n<channel|>{fence(INV)}" in ChatFormat(tiny_tokenizer, "train").render(messages)
+    [dropped], [kept] = (
+        ChatFormat(tiny_tokenizer, p).render(Conversation(messages)).answers for p in ("drop", "train")
+    )
+    assert "easy" not in dropped.prompt + dropped.text
+    assert kept.text == f"<|channel>thought\neasy\n<channel|>{fence(INV)}<turn|>"
 
 
 @pytest.mark.skipif(shutil.which("iverilog") is None, reason="Icarus Verilog is not installed")

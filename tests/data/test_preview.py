@@ -33,7 +33,7 @@ def shown(built_data, tokenizer, **console):
 
 def test_without_colour_marks_stand_around_what_is_trained(built_data, tiny_tokenizer):
     text = shown(built_data, tiny_tokenizer)
-    assert "<|turn>model\n⟦assign y = ~a;<turn|>⟧\n" in text
+    assert "<|turn>model\n<|channel>thought\n<channel|>⟦assign y = ~a;<turn|>⟧\n" in text
     assert "[bold]" in text  # rows are text, not markup
     assert "\x1b" not in text  # nor may they steer the terminal
     assert "rows.jsonl:1 · " in text

@@ -13,7 +13,7 @@ from transformers import AutoTokenizer
 from gemma4_tpu.serving.local_api import Api
 from gemma4_tpu.serving.local_engine import FAILED, LOADING, READY, Engine
 from gemma4_tpu.serving.local_metrics import Metrics
-from gemma4_tpu.serving.local_sampling import ABORT, ERROR, Answer, GrowingText, Sampling, choose, logprob
+from gemma4_tpu.serving.local_sampling import ABORT, ERROR, Answer, AnswerText, GrowingText, Sampling, choose, logprob
 from tests.models.checkpoints import load_hf, make_checkpoint
 from tests.serving import TINY
 
@@ -151,3 +151,27 @@ def test_drawing_keeps_to_top_k_and_top_p_and_to_the_chances():
     told = logprob(logits, 2, 2)
     assert told.logprob == pytest.approx(float(logits[2]), abs=1e-6)
     assert [token for token, _ in told.top] == [0, 1]
+
+
+@pytest.mark.parametrize(
+    ("prompt", "written", "content", "reasoning"),
+    [
+        ("", "<|channel>thought\ntwo and two\n<channel|>It is 4.<turn|>", "It is 4.", "two and two"),
+        ("<|channel>thought\n", "two and two\n<channel|>It is 4.<turn|>", "It is 4.", "two and two"),
+        ("<|channel>thought\n<channel|>", "It is 4.<turn|>", "It is 4.", ""),
+        ("", "<|channel>thought\n<channel|>It is 4.", "It is 4.", ""),
+        ("", "<|channel>thought\ncut off", "", "cut off"),
+        ("", "<|channel>thoughtful words<channel|>It is 4.", "It is 4.", "thoughtful words"),
+        ("", "no thought\nat all", "no thought\nat all", ""),
+    ],
+)
+def test_thoughts_are_told_apart_in_a_chat(prompt, written, content, reasoning):
+    tokenizer = AutoTokenizer.from_pretrained(TINY)
+    before, ids = (
+        tokenizer(text, add_special_tokens=False)["input_ids"] for text in (f"<|turn>model\n{prompt}", written)
+    )
+    text = AnswerText(tokenizer, [], before)
+    told = [*map(text.add, ids), text.end()]
+    assert ("".join(a for a, _ in told), "".join(r for _, r in told)) == (content, reasoning)
+    plain = AnswerText(tokenizer, [])
+    assert "".join(a for a, _ in [*map(plain.add, ids), plain.end()]) == tokenizer.decode(ids, skip_special_tokens=True)

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import re
 
-from gemma4_tpu.data.chat import CHANNEL_END, CHANNEL_START
 from gemma4_tpu.data.codev import extract_code, fenced_blocks, split_response
 from gemma4_tpu.data.drops import RowDropped
+from gemma4_tpu.data.markup import CHANNEL, CHANNEL_END
 from gemma4_tpu.evals.verilog.scan import defined_modules
 
 _CODE_BEGINS = re.compile(r"^[ \t]*(?:`[a-z]\w*|module\b|package\b|(?:\(\*(?!\))))", re.MULTILINE)
@@ -22,9 +22,9 @@ def extract(completion: str, top: str) -> str | None:
     between the first line that begins like code and the last `endmodule`.
     """
     *thoughts, last = completion.replace("\r\n", "\n").split(CHANNEL_END)
-    if CHANNEL_START in last:
+    if CHANNEL in last:
         return None  # cut off while thinking
-    text = "".join(part.partition(CHANNEL_START)[0] for part in thoughts) + last
+    text = "".join(part.partition(CHANNEL)[0] for part in thoughts) + last
     try:
         _, answer = split_response(text)
     except RowDropped:
