@@ -62,7 +62,7 @@ def start_mesh(hardware: HardwareConfig, mesh: MeshConfig, arch: Architecture) -
     Raises:
       UserError: another machine than asked for, or a mesh that the devices or the heads do not allow.
     """
-    if hardware.name == LOCAL and not jax.config.jax_platforms and only_cpus_here():
+    if hardware.name == LOCAL and not jax.config.values["jax_platforms"] and only_cpus_here():
         jax.config.update("jax_platforms", "cpu")
     device = jax.devices()[0]
     check_devices(hardware, device.platform, device.device_kind, jax.device_count())

@@ -8,6 +8,7 @@ import pytest
 from gemma4_tpu.config.entries import PLAN
 from gemma4_tpu.config.load import load, load_train, to_yaml
 from gemma4_tpu.errors import UserError
+from tests.tpu_compiler import needs_tpu_compiler
 
 RECORDED = ["experiment=smoke", "lora.rank=6", "trainer.seed=7", "data.train.0.weight=0.5", "tracker=jsonl"]
 
@@ -54,6 +55,7 @@ def test_values_that_the_recorded_version_did_not_have_are_todays(recorded, tmp_
     assert now.lora.rank == 6
 
 
+@needs_tpu_compiler
 def test_a_recorded_run_can_be_planned(recorded):
     root = load([f"replay='{recorded}'", "hardware=v5p8", "mesh=fsdp"], PLAN).root
     assert (root.name, root.lora.rank, root.hardware.name, root.plan.parallel) == ("plan", 6, "v5p-8", 1)

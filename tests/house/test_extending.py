@@ -13,6 +13,7 @@ import yaml
 
 from gemma4_tpu.evals.verilog.smoke import VerilogSmoke
 from tests.house.scripts import ROOT
+from tests.tpu_compiler import needs_tpu_compiler
 
 PAGE = (ROOT / "docs/extending.md").read_text(encoding="utf-8")
 DIFFS = re.findall(r"^```diff\n(.*?)^```", PAGE, re.M | re.S)
@@ -68,6 +69,7 @@ def test_every_addition_has_a_diff_and_a_command():
     assert len(DIFFS) == len(COMMANDS) == len(re.findall("^## ", PAGE, re.M)) == 4
 
 
+@needs_tpu_compiler
 def test_a_chip(extended):
     python(extended, "-c", CHECK, "plan", *words("plan"))
 
