@@ -65,7 +65,7 @@ def test_transformers_and_peft_have_the_logits_of_the_lora_model(kind, prefix, r
     np.testing.assert_allclose(hf_logits(run / "merged", tokens), ours, atol=2e-3)
     np.testing.assert_allclose(peft_logits(base, run / "adapter", tokens), ours, atol=2e-3)
     assert np.abs(ours - plain).max() > 0.1
-    towers = {name.split(".")[1] for name in open_trained(run, ExportConfig()).passthrough}
+    towers = {name.split(".")[1] for name in open_trained(run, ExportConfig()).match.passthrough}
     assert ("vision_tower" in towers) == (prefix == "multimodal")
     assert ("audio_tower" in towers) == (prefix == "multimodal" and kind == "e4b")
     parity = json.loads(next(run.glob("merges/*/parity.json")).read_text())
@@ -136,6 +136,6 @@ def test_full_fine_tuning_writes_every_weight(kind, dtype, run_of, merge):
     for tensor in trained.tensors.values():
         value = tensor.from_hf(lambda name, index, shape: merged.read(trained.prefix + name, index, shape))
         same(value, trained.state.read(tensor.name).astype(value.dtype))
-    assert set(trained.changes) == set(merged.names()) - set(trained.passthrough)
+    assert set(trained.changes) == set(merged.names()) - set(trained.match.passthrough)
     parity = json.loads(next(run.glob("merges/*/parity.json")).read_text())
     assert parity["logits"]["passed"] and parity["logits"]["dtype"] == dtype
