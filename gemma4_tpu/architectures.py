@@ -240,10 +240,17 @@ def to_hf_config(arch: Architecture) -> dict[str, Any]:
     return hf_config.with_both_key_sets(config)
 
 
+def _shown(value: Any) -> str:
+    """A field's value; of layer types, which layers are global."""
+    if isinstance(value, tuple):
+        return f"global layers {', '.join(str(i) for i, kind in enumerate(value) if kind == GLOBAL)}"
+    return repr(value)
+
+
 def contradictions(expected: Architecture, found: Architecture) -> list[str]:
     """Fields in which a checkpoint's architecture differs from the configured one, as `field: expected … found …`."""
     return [
-        f"{key}: model={expected.name} has {value!r}, the checkpoint {getattr(found, key)!r}"
+        f"{key}: model={expected.name} has {_shown(value)}, the checkpoint {_shown(getattr(found, key))}"
         for key, value in replace(expected, name="").__dict__.items()
         if key != "name" and not _same(value, getattr(found, key))
     ]

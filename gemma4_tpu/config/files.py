@@ -18,7 +18,7 @@ from gemma4_tpu.architectures import ARCHITECTURES, Architecture, contradictions
 from gemma4_tpu.config.keys import did_you_mean
 from gemma4_tpu.config.schema import DataSource, ModelConfig
 from gemma4_tpu.errors import UserError
-from gemma4_tpu.hf_config import quantisation
+from gemma4_tpu.hf_config import UNQUANTISED, quantisation
 from gemma4_tpu.storage import join, list_folder, open_bytes, read_json
 
 RANDOM = "random:"
@@ -26,7 +26,7 @@ HUGGING_FACE = "hf:"
 GCS = "gs://"
 INDEX_NAME, SINGLE_NAME = "model.safetensors.index.json", "model.safetensors"
 TOKENIZER_NAME, TOKENIZER_CONFIG_NAME = "tokenizer.json", "tokenizer_config.json"
-TEMPLATE_NAME = "chat_template.jinja"
+TEMPLATE_NAME, GENERATION_NAME = "chat_template.jinja", "generation_config.json"
 PROBE_NAME = "probe.json"
 """In a merged folder: prompts on which it and its base differ."""
 
@@ -209,10 +209,7 @@ def _described(folder: str) -> Architecture:
     if SINGLE_NAME not in present and INDEX_NAME not in present:
         raise UserError(no_checkpoint(folder, present))
     if method := quantisation(config):
-        raise UserError(
-            f"config.json: a checkpoint quantised with {method}; give the original weights (lora.quantize=nf4 or int8"
-            " quantises them when they are loaded)"
-        )
+        raise UserError(f"config.json: a checkpoint quantised with {method}; {UNQUANTISED}")
     try:
         return from_hf_config(config)
     except (AttributeError, TypeError, ValueError) as error:  # such as a list where an object belongs

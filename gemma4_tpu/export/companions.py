@@ -1,4 +1,4 @@
-"""The files of a checkpoint besides its weights: tokenizer, chat template, stop ids, copied as bytes; and `config.json`."""
+"""The files of a checkpoint besides its weights: tokenizer, chat template, stop ids, as bytes; `config.json`."""
 
 from __future__ import annotations
 

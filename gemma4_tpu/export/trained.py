@@ -73,7 +73,7 @@ class Trained:
 
     @cached_property
     def changes(self) -> Mapping[str, Change]:
-        """Full name on disk → what changes it; a stored output matrix stays the embedding, also where that is trained."""
+        """Full name on disk → what changes it; a stored output matrix stays the same as a trained embedding."""
         found = {
             self.prefix + name: Change(tensor, source)
             for tensor in self.tensors.values()

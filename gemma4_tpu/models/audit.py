@@ -31,7 +31,6 @@ from gemma4_tpu.storage import is_remote, join, list_folder, read_json
 
 log = logging.getLogger(__name__)
 
-GENERATION_CONFIG = "generation_config.json"
 END_OF_TURN = "<turn|>"
 _OTHER_PARAMETERS = {"gemma4_31b": 575_743_536, "gemma4_12b": 52_379_904}
 """Of images and sound in the released checkpoints, where that is known; those of the text follow from the shapes."""
@@ -174,8 +173,8 @@ def _head(found: Audit, base: Base, fitting: Match, config: dict[str, Any]) -> N
     if fitting.head is None:
         if any(part.get("tie_word_embeddings") is False for part in (config, text_config(config))):
             raise UserError(
-                f"{base.folder}: config.json says tie_word_embeddings=false, but there is no lm_head.weight: transformers"
-                " would draw an output matrix at random; copy that tensor too, or write true if there never was one"
+                f"{base.folder}: config.json says tie_word_embeddings=false, but there is no lm_head.weight:"
+                " transformers would draw one at random; copy that tensor too, or write true if there never was one"
             )
         return
     rows = base.arch.vocab_size
@@ -201,9 +200,7 @@ def _vocabulary(found: Audit, base: Base) -> dict[str, int]:
     revision = templates.revision(template)
     found.facts["chat template"] = revision or f"of none of the known revisions (sha256 {templates.sha256(template)})"
     if revision is None:
-        found.notes.append(
-            f"{folder}: a chat template of none of the known revisions; examples are proven all the same"
-        )
+        found.notes.append(f"{folder}: a template of none of the known revisions; examples are proven all the same")
     ids = _token_ids(join(folder, files.TOKENIZER_NAME))
     size = arch.vocab_size
     if arch.per_layer_input_dim:
@@ -214,8 +211,8 @@ def _vocabulary(found: Audit, base: Base) -> dict[str, int]:
     if beyond := sorted((number, token) for token, number in ids.items() if number >= size):
         named = ", ".join(f"{token!r} {number}" for number, token in beyond[:3])
         raise UserError(
-            f"{join(folder, files.TOKENIZER_NAME)}: {len(beyond):,} of its tokens have ids beyond the {size:,} rows of the"
-            f" embedding ({named}{', …' if len(beyond) > 3 else ''}); give the checkpoint's own tokenizer"
+            f"{join(folder, files.TOKENIZER_NAME)}: {len(beyond):,} of its tokens have ids beyond the {size:,} rows of"
+            f" the embedding ({named}{', …' if len(beyond) > 3 else ''}); give the checkpoint's own tokenizer"
             " (model.tokenizer=<folder>), or a checkpoint whose embedding was enlarged"
         )
     return ids
@@ -235,13 +232,12 @@ def _token_ids(path: str) -> dict[str, int]:
 
 def _stop_ids(found: Audit, folder: str, ids: dict[str, int]) -> None:
     """Tokens at which servers and evaluations end an answer."""
-    name = GENERATION_CONFIG if GENERATION_CONFIG in list_folder(folder) else "config.json"
-    config = read_json(join(folder, name))
-    given = config.get("eos_token_id", text_config(config).get("eos_token_id"))
-    stops = [given] if isinstance(given, int) else given if isinstance(given, list) else []
-    found.facts["stop ids"] = f"{', '.join(map(str, stops)) or 'none'} ({name})"
+    path = join(folder, files.GENERATION_NAME)
+    given = read_json(path).get("eos_token_id") if files.GENERATION_NAME in list_folder(folder) else None
+    stops = given if isinstance(given, list) else [] if given is None else [given]
+    found.facts["stop ids"] = ", ".join(map(str, stops)) or f"none in {files.GENERATION_NAME}"
     if END_OF_TURN in ids and ids[END_OF_TURN] not in stops:
         found.notes.append(
-            f"{join(folder, name)}: eos_token_id={given!r} lacks {END_OF_TURN} ({ids[END_OF_TURN]}): servers and"
-            " evaluations would not stop at the end of a turn"
+            f"{path}: eos_token_id is {given!r}, without {END_OF_TURN} ({ids[END_OF_TURN]}): servers and evaluations"
+            " would not stop at the end of a turn"
         )

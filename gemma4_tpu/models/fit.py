@@ -6,7 +6,8 @@ import numpy as np
 
 from gemma4_tpu.architectures import Architecture
 from gemma4_tpu.errors import UserError
-from gemma4_tpu.models.names import UNQUANTISED, Match, match, name_map
+from gemma4_tpu.hf_config import UNQUANTISED
+from gemma4_tpu.models.names import Match, match, name_map
 from gemma4_tpu.models.tensorfile import Checkpoint, Index
 
 WEIGHT_DTYPES = ("float32", "bfloat16", "float16")

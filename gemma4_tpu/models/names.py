@@ -18,6 +18,7 @@ import numpy as np
 
 from gemma4_tpu.architectures import Architecture
 from gemma4_tpu.errors import UserError
+from gemma4_tpu.hf_config import UNQUANTISED
 from gemma4_tpu.models.layout import layer_shapes, outer_shapes
 
 EMBEDDING = "embedder.input_embedding"
@@ -75,7 +76,6 @@ _QUANTISED = {
     "MXFP4": re.compile(r"_(blocks|scales)$"),
     "fp8 or another format with scales": re.compile(r"(weight|proj)_scale(_inv|_2)?$|\.input_scale$"),
 }
-UNQUANTISED = "give the original weights (lora.quantize=nf4 or int8 quantises them when they are loaded)"
 _SHARED_KV = re.compile(r"layers\.(\d+)\.self_attn\.(k_proj|v_proj|k_norm|v_norm)\.weight$")
 
 Index = Sequence[slice]
@@ -255,7 +255,7 @@ def match(arch: Architecture, shapes: Mapping[str, tuple[int, ...]], where: str)
 
 
 def _quantised(names: Sequence[str]) -> str | None:
-    """By what method the checkpoint with these unexpected tensors is quantised; None: they are none of a quantiser's."""
+    """How the checkpoint with these unexpected tensors is quantised; None: they are none of a quantiser's."""
     for method, pattern in _QUANTISED.items():
         if found := [name for name in names if pattern.search(name)]:
             return f"quantised with {method}, though config.json has no quantization_config ({_some(found, 2)})"
