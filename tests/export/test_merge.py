@@ -1,12 +1,13 @@
 """The merged checkpoint against transformers, PEFT and the forward pass that training ran."""
 
 import json
+import shutil
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from safetensors.numpy import load_file
+from safetensors.numpy import load_file, save_file
 
 from gemma4_tpu.config.schema import LoraConfig
 from gemma4_tpu.config.tasks import ExportConfig
@@ -19,6 +20,7 @@ from gemma4_tpu.models.load import load_params
 from gemma4_tpu.models.sharding import make_mesh, named
 from gemma4_tpu.models.tensorfile import Checkpoint
 from tests.export.conftest import same
+from tests.export.runs import make_run
 from tests.models.checkpoints import hf_logits, load_hf, make_batch
 
 BASES = [
@@ -124,6 +126,21 @@ def test_bfloat16_weights_are_base_plus_delta_in_float32_rounded_once(lora, run_
             np.testing.assert_array_equal(value.view(np.uint8), wanted.view(np.uint8), err_msg=name)
     note = json.loads(next(run.glob("merges/*/parity.json")).read_text()).get("note", "")
     assert ("unquantised" in note) == bool(lora.quantize)
+
+
+def test_a_stored_output_matrix_follows_the_trained_embedding(run_of, merge, tmp_path):
+    """transformers does not tie what a checkpoint holds twice with different values."""
+    _, plain = run_of("dense")
+    base = shutil.copytree(plain, tmp_path / "base")
+    tensors = load_file(base / "model.safetensors")
+    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].copy()
+    save_file(tensors, base / "model.safetensors")
+    full = LoraConfig(enabled=False)
+    run = make_run(tmp_path / "full", base, name="test_dense", lora=full, size=0.02)
+    merge(run, "verify=stream")
+    merged = load_file(run / "merged" / "model.safetensors")
+    assert not np.array_equal(merged["model.embed_tokens.weight"], tensors["model.embed_tokens.weight"])
+    same(merged["lm_head.weight"], merged["model.embed_tokens.weight"])
 
 
 @pytest.mark.parametrize(("kind", "dtype"), [("dense", "bfloat16"), ("moe", "bfloat16"), ("e2b", "float32")])

@@ -1,4 +1,4 @@
-"""Checkpoints from both ends of what people have: trained, merged, and loaded again in both versions of transformers."""
+"""Checkpoints from two versions of transformers: trained, merged, and loaded again in both of them."""
 
 import json
 import shutil

@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 from pathlib import Path
 
 import jax
@@ -59,6 +60,17 @@ def test_logits_equal_transformers(kind, prefix):
     theirs = hf_logits(make_checkpoint(kind, prefix=prefix), tokens, mask)
     assert np.abs(ours - theirs)[mask].max() <= LOGIT_TOLERANCE
     assert (ours.argmax(-1) == theirs.argmax(-1))[mask].all()
+
+
+def test_a_rope_factor_divides_the_frequencies_of_global_layers(tmp_path):
+    folder = shutil.copytree(make_checkpoint("dense"), tmp_path / "base")
+    config = json.loads((folder / "config.json").read_text())
+    config["rope_parameters"]["full_attention"]["factor"] = 8.0
+    (folder / "config.json").write_text(json.dumps(config))
+    tokens, _ = make_batch()
+    ours, theirs = run(*load_folder(folder), tokens), hf_logits(folder, tokens)
+    assert np.abs(ours - theirs).max() <= LOGIT_TOLERANCE
+    assert np.abs(theirs - hf_logits(make_checkpoint("dense"), tokens)).max() > 100 * LOGIT_TOLERANCE
 
 
 @pytest.mark.parametrize("kind", KINDS)
