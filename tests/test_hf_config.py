@@ -138,7 +138,7 @@ def test_a_quantisation_is_found_where_it_is_named(place):
     assert quantisation(DENSE) is None
 
 
-@pytest.mark.skipif(not SAVED.is_dir(), reason="configs saved by other versions of transformers are not here")
+@pytest.mark.skipif(not SAVED.is_dir(), reason="../shared is absent: no configs of other versions")
 def test_every_saved_config_means_the_same_in_both_key_sets():
     paths = sorted(SAVED.glob("*.json"))
     for path in paths:

@@ -29,16 +29,20 @@ def _installed() -> tuple[Path, str]:
     """(folder, why it is not there)."""
     scratch = tempfile.TemporaryDirectory(prefix="newest-transformers-")
     atexit.register(scratch.cleanup)
-    done = subprocess.run(
-        [sys.executable, "-m", "pip", "install", "--disable-pip-version-check", "--quiet", "--no-input", "--retries=1",
-         "--timeout=20", "--no-deps", "--no-compile", "--only-binary=:all:", "--require-hashes", "--target",
-         scratch.name, "-r", str(LOCK)],
-        capture_output=True, text=True, timeout=300, check=False,
-    )  # fmt: skip
+    command = [
+        sys.executable, "-m", "pip", "install", "--disable-pip-version-check", "--quiet", "--no-input", "--retries=1",
+        "--timeout=20", "--no-deps", "--no-compile", "--only-binary=:all:", "--require-hashes", "--target",
+        scratch.name, "-r", str(LOCK),
+    ]  # fmt: skip
+    reason = "could not be installed: the newest transformers, no package registry is in reach"
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+    except subprocess.TimeoutExpired:
+        return Path(scratch.name), reason
     if done.returncode == 0:
         return Path(scratch.name), ""
     assert any(sign in done.stderr for sign in _OUT_OF_REACH), done.stderr
-    return Path(scratch.name), "the newest transformers cannot be installed: no package registry is in reach"
+    return Path(scratch.name), reason
 
 
 def newest(tokens: np.ndarray, **job: Any) -> None:

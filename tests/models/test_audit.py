@@ -135,7 +135,7 @@ def test_a_template_is_missing_unknown_or_known(tmp_path):
         assert found(folder).facts["chat template"] == "the embedded tiny model's"
 
 
-@pytest.mark.skipif(not TEMPLATES.is_dir(), reason="Google's chat templates are not here")
+@pytest.mark.skipif(not TEMPLATES.is_dir(), reason="../shared is absent: no templates of Google's")
 def test_google_s_templates_are_told_apart(tmp_path):
     folder = write_skeleton(tmp_path / "base", "tiny")
     told = set()
