@@ -225,7 +225,10 @@ def _token_ids(path: str) -> dict[str, int]:
         vocabulary = content["model"]["vocab"]
         if isinstance(vocabulary, list):  # Unigram: [token, score] in the order of ids
             vocabulary = {token: number for number, (token, *_) in enumerate(vocabulary)}
-        return {**vocabulary, **{str(token["content"]): int(token["id"]) for token in content["added_tokens"]}}
+        return {
+            **vocabulary,
+            **{str(token["content"]): int(token["id"]) for token in content.get("added_tokens") or []},
+        }
     except (KeyError, TypeError, ValueError) as error:
         raise UserError(f"{path}: not a tokenizer that can be read ({error!r}); copy the file again") from None
 
