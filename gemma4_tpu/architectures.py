@@ -247,11 +247,14 @@ def _shown(value: Any) -> str:
 
 
 def contradictions(expected: Architecture, found: Architecture) -> list[str]:
-    """Fields in which a checkpoint's architecture differs from the configured one, as `field: expected … found …`."""
+    """Fields in which a checkpoint's architecture differs from the configured one, as `field: expected … found …`.
+
+    A RoPE factor, by which a checkpoint was made to read longer texts, does not make it one of another size.
+    """
     return [
         f"{key}: model={expected.name} has {_shown(value)}, the checkpoint {_shown(getattr(found, key))}"
         for key, value in replace(expected, name="").__dict__.items()
-        if key != "name" and not _same(value, getattr(found, key))
+        if key not in ("name", "global_rope_factor") and not _same(value, getattr(found, key))
     ]
 
 

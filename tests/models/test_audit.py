@@ -14,6 +14,7 @@ from gemma4_tpu.check import main
 from gemma4_tpu.config.schema import ModelConfig
 from gemma4_tpu.config.tasks import ANY_SIZE
 from gemma4_tpu.models.audit import look, look_from_afar
+from gemma4_tpu.models.base import resolve_base
 from gemma4_tpu.models.tensorfile import TensorFile
 from tests.models.skeletons import write_skeleton
 
@@ -190,6 +191,16 @@ def test_what_is_out_of_reach_is_no_reason_to_refuse(tmp_path):
 def test_the_command_ends_with_2_and_says_why(capsys, words, message):
     assert main(words) == 2
     assert message in "".join(capsys.readouterr())
+
+
+def test_a_rope_factor_makes_no_other_size(tmp_path):
+    wide = {"rope_type": "proportional", "rope_theta": 1e6, "partial_rotary_factor": 0.25, "factor": 8.0}
+    local = {"rope_type": "default", "rope_theta": 1e4}
+    config = {"rope_parameters": {"sliding_attention": local, "full_attention": wide}}
+    folder = write_skeleton(tmp_path / "base", "tiny", config=config)
+    assert found(folder).problems == []
+    assert found(folder).facts["RoPE"].endswith("on 25% of the head width, divided by 8")
+    assert resolve_base(ModelConfig(path=str(folder))).arch.global_rope_factor == 8
 
 
 def test_a_checkpoint_of_no_size_is_compared_with_the_nearest(tmp_path):
