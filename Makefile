@@ -69,12 +69,14 @@ $(VENV)/.dev: $(VENV)/.core requirements/dev.lock requirements/torch.txt
 	@touch $@
 
 # Pins stay as they are unless pyproject.toml forbids them; ARGS=--upgrade takes the newest that it allows.
-COMPILE := $(BIN)/uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-header --no-annotate \
-  --no-emit-index-url --no-emit-find-links --override requirements/no-torch.in $(ARGS) pyproject.toml requirements/build.in
+PIN := $(BIN)/uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-header --no-annotate \
+  --no-emit-index-url --no-emit-find-links $(ARGS)
+COMPILE := $(PIN) --override requirements/no-torch.in pyproject.toml requirements/build.in
 
 lock: setup-dev
 	$(COMPILE) --extra tpu --extra gcp --output-file requirements/core.lock
 	$(COMPILE) --extra dev --constraint requirements/core.lock --output-file requirements/dev.lock
+	$(PIN) --no-deps requirements/newest_transformers.in --output-file requirements/newest_transformers.lock
 
 clean:
 	rm -rf $(VENV) build dist .pytest_cache .ruff_cache .mypy_cache .hypothesis

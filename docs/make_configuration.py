@@ -137,13 +137,14 @@ def _own_keys(entry: EntryPoint) -> list[str]:
     known = field_docs(TrainRoot) if inherited else {}
     if inherited:
         lines += ["Besides the [keys of `train`](#train-keys):", ""]
-    lines += _TABLE
+    rows = []
     for name, annotation in field_types(schema).items():
         if not is_group(annotation):
             if field_docs(schema)[name] != known.get(name):
-                lines.append(_row(schema, name, name, _default(entry.name, name)))
+                rows.append(_row(schema, name, name, _default(entry.name, name)))
         elif name not in groups_of(entry):
-            lines += _keys(annotation, name, [entry])
+            rows += _keys(annotation, name, [entry])
+    lines += [*_TABLE, *rows] if rows else ["It takes no keys but those of its groups."]
     if entry.shorthands:
         short = ", ".join(f"`{name}` for `{key}`" for name, key in entry.shorthands.items())
         lines += ["", f"For short: {short}."]

@@ -9,14 +9,8 @@ import math
 from dataclasses import dataclass, replace
 from typing import Any
 
-from gemma4_tpu.errors import UserError
-
-SLIDING, GLOBAL = "sliding", "global"
-_LAYER_TYPES = {"sliding_attention": SLIDING, "full_attention": GLOBAL}
-
-
-class ArchitectureError(UserError):
-    """A `config.json` that does not describe a Gemma 4 model this project can train."""
+from gemma4_tpu import hf_config
+from gemma4_tpu.hf_config import GLOBAL, LAYER_TYPES, SLIDING, UNIFIED, ArchitectureError, need, pattern
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,6 +39,8 @@ class Architecture:
     local_rope_base: float = 10_000.0
     global_rope_base: float = 1_000_000.0
     global_rope_proportion: float = 0.25
+    global_rope_factor: float = 1.0
+    """Divides the frequencies of global layers."""
     final_logit_softcap: float | None = 30.0
     per_layer_input_dim: int = 0
     """Width of per-layer embeddings (E2B, E4B); 0: none."""
@@ -96,47 +92,47 @@ class Architecture:
         return [tp for tp in range(1, devices + 1) if devices % tp == 0 and all(h % tp == 0 for h in heads)]
 
 
-def _pattern(num_layers: int, period: int = 6) -> tuple[str, ...]:
-    return tuple(GLOBAL if (i + 1) % period == 0 else SLIDING for i in range(num_layers))
-
-
 # fmt: off
 ARCHITECTURES: dict[str, Architecture] = {
     a.name: a
     for a in [
         Architecture(
             name="gemma4_31b", num_layers=60, embed_dim=5376, hidden_dim=21504, num_heads=32, num_kv_heads=16,
-            num_global_kv_heads=4, sliding_window=1024, layer_types=_pattern(60), k_eq_v=True,
+            num_global_kv_heads=4, sliding_window=1024, layer_types=pattern(60), k_eq_v=True,
+        ),
+        Architecture(
+            name="gemma4_12b", num_layers=48, embed_dim=3840, hidden_dim=15360, num_heads=16, num_kv_heads=8,
+            num_global_kv_heads=1, sliding_window=1024, layer_types=pattern(48), k_eq_v=True,
         ),
         Architecture(
             name="gemma4_26b_a4b", num_layers=30, embed_dim=2816, hidden_dim=2112, num_heads=16, num_kv_heads=8,
-            num_global_kv_heads=2, sliding_window=1024, layer_types=_pattern(30), k_eq_v=True,
+            num_global_kv_heads=2, sliding_window=1024, layer_types=pattern(30), k_eq_v=True,
             num_experts=128, experts_per_token=8, expert_dim=704,
         ),
         Architecture(
             name="gemma4_e4b", num_layers=42, embed_dim=2560, hidden_dim=10240, num_heads=8, num_kv_heads=2,
-            num_global_kv_heads=2, sliding_window=512, layer_types=_pattern(42), per_layer_input_dim=256,
+            num_global_kv_heads=2, sliding_window=512, layer_types=pattern(42), per_layer_input_dim=256,
             num_kv_shared_layers=18,
         ),
         Architecture(
             name="gemma4_e2b", num_layers=35, embed_dim=1536, hidden_dim=6144, num_heads=8, num_kv_heads=1,
-            num_global_kv_heads=1, sliding_window=512, layer_types=_pattern(35, 5), per_layer_input_dim=256,
+            num_global_kv_heads=1, sliding_window=512, layer_types=pattern(35, 5), per_layer_input_dim=256,
             num_kv_shared_layers=20, kv_shared_hidden_dim=12288,
         ),
         # Small models for laptops and tests. `tiny` is 31B in miniature and has a trained base checkpoint.
         Architecture(
             name="tiny", num_layers=6, vocab_size=512, embed_dim=128, hidden_dim=384, num_heads=8, head_dim=16,
-            num_kv_heads=4, global_head_dim=32, num_global_kv_heads=1, sliding_window=128, layer_types=_pattern(6),
+            num_kv_heads=4, global_head_dim=32, num_global_kv_heads=1, sliding_window=128, layer_types=pattern(6),
             k_eq_v=True,
         ),
         Architecture(
             name="tiny_moe", num_layers=6, vocab_size=512, embed_dim=64, hidden_dim=96, num_heads=4, head_dim=16,
-            num_kv_heads=4, global_head_dim=32, num_global_kv_heads=2, sliding_window=64, layer_types=_pattern(6),
+            num_kv_heads=4, global_head_dim=32, num_global_kv_heads=2, sliding_window=64, layer_types=pattern(6),
             k_eq_v=True, num_experts=8, experts_per_token=2, expert_dim=32,
         ),
         Architecture(
             name="tiny_e2b", num_layers=10, vocab_size=512, embed_dim=64, hidden_dim=128, num_heads=4, head_dim=16,
-            num_kv_heads=1, global_head_dim=32, num_global_kv_heads=1, sliding_window=64, layer_types=_pattern(10, 5),
+            num_kv_heads=1, global_head_dim=32, num_global_kv_heads=1, sliding_window=64, layer_types=pattern(10, 5),
             per_layer_input_dim=16, vocab_size_per_layer_input=512, num_kv_shared_layers=5, kv_shared_hidden_dim=256,
         ),
     ]
@@ -144,94 +140,50 @@ ARCHITECTURES: dict[str, Architecture] = {
 # fmt: on
 
 
-def _check_supported(text: dict[str, Any]) -> None:
-    """Refuses another model family, and features of Gemma 4's config that have no counterpart here."""
-    if text.get("model_type") not in ("gemma4_text", "gemma4"):
-        raise ArchitectureError(
-            f"config.json: model_type is {text.get('model_type')!r}; this project trains gemma4 / gemma4_text models"
-        )
-    for key, accepted in {
-        "hidden_activation": ("gelu_pytorch_tanh",),
-        "attention_bias": (False,),
-        "rms_norm_eps": (1e-6,),
-        "tie_word_embeddings": (True,),
-        "use_bidirectional_attention": (None, "vision"),
-    }.items():
-        if key in text and text[key] not in accepted:
-            raise ArchitectureError(f"config.json: {key}={text[key]!r} is not supported; accepted: {accepted}")
-
-
-def _layer_types(given: list[str] | None, num_layers: int) -> tuple[str, ...]:
-    """`sliding` or `global` per layer; as in transformers, the last layer is always global."""
-    if given is None:
-        types = _pattern(num_layers)
-    else:
-        unknown = sorted({str(t) for t in given} - _LAYER_TYPES.keys())
-        if unknown or len(given) != num_layers:
-            raise ArchitectureError(
-                f"config.json: layer_types has {len(given)} entries (num_hidden_layers={num_layers})"
-                + (f" and unknown kinds {unknown}" if unknown else "")
-            )
-        types = tuple(_LAYER_TYPES[t] for t in given)
-    return (*types[:-1], GLOBAL)
-
-
 def from_hf_config(config: dict[str, Any], *, name: str = "checkpoint") -> Architecture:
     """The architecture that a checkpoint's `config.json` describes (multimodal or text-only).
 
-    Defaults are those of transformers 5.12's `Gemma4TextConfig`.
+    Defaults are those of transformers' `Gemma4TextConfig` (5.12 to 5.24).
 
     Raises:
       ArchitectureError: not a Gemma 4 config, or one with a feature that has no counterpart here; names the key.
     """
-    text = config.get("text_config", config)
-    _check_supported(text)
-
-    def need(key: str) -> Any:
-        if text.get(key) is None:
-            raise ArchitectureError(f"config.json: {key} is missing")
-        return text[key]
-
-    num_layers = need("num_hidden_layers")
-    layer_types = _layer_types(text.get("layer_types"), num_layers)
-    rope = text.get("rope_parameters") or {}
-    local, global_ = rope.get("sliding_attention", {}), rope.get("full_attention", {})
-    if local.get("rope_type", "default") != "default" or global_.get("rope_type", "proportional") != "proportional":
-        raise ArchitectureError(f"config.json: rope_parameters {rope!r} are not Gemma 4's (default, proportional)")
-
-    kv_heads = need("num_key_value_heads")
-    k_eq_v = bool(text.get("attention_k_eq_v", False))
+    text = hf_config.text_config(config)
+    hf_config.check_supported(text)
+    layer_types = hf_config.layer_types(text)
+    heads, rope = hf_config.heads(text), hf_config.rope(text)
     shared = int(text.get("num_kv_shared_layers") or 0)
-    hidden = need("intermediate_size")
+    hidden = need(text, "intermediate_size")
     moe = bool(text.get("enable_moe_block", False))
-    vocab = text.get("vocab_size", 262_144)
+    per_layer_input = int(text.get("hidden_size_per_layer_input", 0 if text["model_type"] in UNIFIED else 256) or 0)
     arch = Architecture(
         name=name,
-        num_layers=num_layers,
-        vocab_size=vocab,
-        embed_dim=need("hidden_size"),
+        num_layers=len(layer_types),
+        vocab_size=text.get("vocab_size", 262_144),
+        embed_dim=need(text, "hidden_size"),
         hidden_dim=hidden,
-        num_heads=need("num_attention_heads"),
-        head_dim=text.get("head_dim", 256),
-        num_kv_heads=kv_heads,
-        global_head_dim=text.get("global_head_dim") or text.get("head_dim", 256),
-        num_global_kv_heads=(text.get("num_global_key_value_heads") or kv_heads) if k_eq_v else kv_heads,
-        sliding_window=need("sliding_window"),
+        num_heads=need(text, "num_attention_heads"),
+        head_dim=heads[SLIDING].head_dim,
+        num_kv_heads=heads[SLIDING].num_kv_heads,
+        global_head_dim=heads[GLOBAL].head_dim,
+        num_global_kv_heads=heads[GLOBAL].num_kv_heads,
+        sliding_window=need(text, "sliding_window"),
         layer_types=layer_types,
-        k_eq_v=k_eq_v,
-        local_rope_base=float(local.get("rope_theta", 10_000.0)),
-        global_rope_base=float(global_.get("rope_theta", 1_000_000.0)),
-        global_rope_proportion=float(global_.get("partial_rotary_factor", 0.25)),
+        k_eq_v=bool(text.get("attention_k_eq_v", False)),
+        local_rope_base=rope.local_base,
+        global_rope_base=rope.global_base,
+        global_rope_proportion=rope.global_proportion,
+        global_rope_factor=rope.global_factor,
         final_logit_softcap=text.get("final_logit_softcapping"),
-        per_layer_input_dim=int(text.get("hidden_size_per_layer_input", 256) or 0),
-        vocab_size_per_layer_input=text.get("vocab_size_per_layer_input", vocab),
+        per_layer_input_dim=per_layer_input,
+        vocab_size_per_layer_input=(per_layer_input and text.get("vocab_size_per_layer_input")) or 262_144,
         num_kv_shared_layers=shared,
         kv_shared_hidden_dim=2 * hidden if shared and text.get("use_double_wide_mlp") else None,
-        num_experts=need("num_experts") if moe else 0,
-        experts_per_token=need("top_k_experts") if moe else 0,
-        expert_dim=need("moe_intermediate_size") if moe else 0,
+        num_experts=need(text, "num_experts") if moe else 0,
+        experts_per_token=need(text, "top_k_experts") if moe else 0,
+        expert_dim=need(text, "moe_intermediate_size") if moe else 0,
     )
-    for i in range(arch.num_unshared_layers, num_layers):
+    for i in range(arch.num_unshared_layers, arch.num_layers):
         if arch.layer_types[i] not in arch.layer_types[: arch.num_unshared_layers]:
             raise ArchitectureError(f"config.json: KV-shared layer {i} has no earlier {arch.layer_types[i]} layer")
     return arch
@@ -239,9 +191,10 @@ def from_hf_config(config: dict[str, Any], *, name: str = "checkpoint") -> Archi
 
 def to_hf_config(arch: Architecture) -> dict[str, Any]:
     """The `config.json` of a text-only checkpoint of `arch` (inverse of `from_hf_config`)."""
-    names = {v: k for k, v in _LAYER_TYPES.items()}
+    names = {v: k for k, v in LAYER_TYPES.items()}
     moe = arch.num_experts > 0
-    return {
+    wide = {"rope_theta": arch.global_rope_base, "partial_rotary_factor": arch.global_rope_proportion}
+    config = {
         "architectures": ["Gemma4ForCausalLM"],
         "model_type": "gemma4_text",
         "vocab_size": arch.vocab_size,
@@ -251,8 +204,10 @@ def to_hf_config(arch: Architecture) -> dict[str, Any]:
         "num_attention_heads": arch.num_heads,
         "head_dim": arch.head_dim,
         "num_key_value_heads": arch.num_kv_heads,
-        "global_head_dim": arch.global_head_dim,
-        "num_global_key_value_heads": arch.num_global_kv_heads if arch.k_eq_v else None,
+        "per_layer_config": {
+            str(i): {"head_dim": arch.layer_head_dim(i), "num_key_value_heads": arch.layer_kv_heads(i)}
+            for i in range(arch.num_layers)
+        },
         "sliding_window": arch.sliding_window,
         "layer_types": [names[t] for t in arch.layer_types],
         "attention_k_eq_v": arch.k_eq_v,
@@ -267,11 +222,9 @@ def to_hf_config(arch: Architecture) -> dict[str, Any]:
         "moe_intermediate_size": arch.expert_dim if moe else None,
         "rope_parameters": {
             "sliding_attention": {"rope_type": "default", "rope_theta": arch.local_rope_base},
-            "full_attention": {
-                "rope_type": "proportional",
-                "rope_theta": arch.global_rope_base,
-                "partial_rotary_factor": arch.global_rope_proportion,
-            },
+            "full_attention": {"rope_type": "proportional"}
+            | wide
+            | ({"factor": arch.global_rope_factor} if arch.global_rope_factor != 1 else {}),
         },
         "hidden_activation": "gelu_pytorch_tanh",
         "attention_bias": False,
@@ -283,14 +236,25 @@ def to_hf_config(arch: Architecture) -> dict[str, Any]:
         "pad_token_id": 0,
         "dtype": "bfloat16",
     }
+    return hf_config.with_both_key_sets(config)
+
+
+def _shown(value: Any) -> str:
+    """A field's value; of layer types, which layers are global."""
+    if isinstance(value, tuple):
+        return f"global layers {', '.join(str(i) for i, kind in enumerate(value) if kind == GLOBAL)}"
+    return repr(value)
 
 
 def contradictions(expected: Architecture, found: Architecture) -> list[str]:
-    """Fields in which a checkpoint's architecture differs from the configured one, as `field: expected … found …`."""
+    """Fields in which a checkpoint's architecture differs from the configured one, as `field: expected … found …`.
+
+    A RoPE factor, by which a checkpoint was made to read longer texts, does not make it one of another size.
+    """
     return [
-        f"{key}: model={expected.name} has {value!r}, the checkpoint {getattr(found, key)!r}"
+        f"{key}: model={expected.name} has {_shown(value)}, the checkpoint {_shown(getattr(found, key))}"
         for key, value in replace(expected, name="").__dict__.items()
-        if key != "name" and not _same(value, getattr(found, key))
+        if key not in ("name", "global_rope_factor") and not _same(value, getattr(found, key))
     ]
 
 

@@ -18,6 +18,7 @@ from gemma4_tpu.config.tasks import PlanRoot
 from gemma4_tpu.errors import exit_code
 
 if TYPE_CHECKING:
+    from gemma4_tpu.config.schema import ModelConfig
     from gemma4_tpu.planning.attempt import Planned
     from gemma4_tpu.tracking.run import RunFolder
 
@@ -45,10 +46,23 @@ def _run(loaded: Loaded[PlanRoot, PlanChecked]) -> int:
     setup_logging(folder.log_path)
     for warning in loaded.checked.warnings:
         log.warning(warning)
+    _look_at_checkpoint(config.model, loaded.checked.warnings)
     try:
         return _search(planned, folder) if config.plan.search else _plan(planned, folder)
     finally:
         folder.close()
+
+
+def _look_at_checkpoint(model: ModelConfig, told: Sequence[str]) -> None:
+    """What training will find wrong with the checkpoint, where there is one already; a plan needs none."""
+    from gemma4_tpu.models.audit import look_from_afar
+
+    if model.path is None:
+        return
+    found = look_from_afar(model)
+    for line in [*found.notes, *(f"training would be refused: {problem}" for problem in found.problems)]:
+        if not any(line.endswith(earlier.partition(": planned with")[0]) for earlier in told):
+            log.warning("%s", line)
 
 
 def _plan(planned: Planned, folder: RunFolder) -> int:

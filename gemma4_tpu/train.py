@@ -115,6 +115,7 @@ def _train(loaded: Loaded[TrainRoot, Checked], folder: RunFolder, hosts: Hosts, 
     from gemma4_tpu.data.build import build_data
     from gemma4_tpu.data.tokenizer import load_tokenizer
     from gemma4_tpu.evals.heldout import HeldoutAnswers
+    from gemma4_tpu.models.audit import audit
     from gemma4_tpu.models.base import resolve_base
     from gemma4_tpu.planning.remat import resolve_remat
     from gemma4_tpu.tracking import provenance
@@ -131,6 +132,7 @@ def _train(loaded: Loaded[TrainRoot, Checked], folder: RunFolder, hosts: Hosts, 
 
     # ── data ───────────────────────────────────────────────────────────────────────────────────────────────────────
     base = resolve_base(config.model)
+    audit(base).enforce()
     tokenizer = load_tokenizer(base.tokenizer_folder)
     data = build_data(config.data, tokenizer)
     if folder.write:

@@ -11,6 +11,7 @@ from gemma4_tpu.config.checks import Checked, examine_train, normalise
 from gemma4_tpu.config.entries import EntryPoint
 from gemma4_tpu.config.problems import Problem
 from gemma4_tpu.config.schema import TrainRoot
+from gemma4_tpu.errors import UserError
 from gemma4_tpu.hardware import SLICES, slice_of
 from launch.after import after_problems
 
@@ -211,6 +212,20 @@ def _local_files(root: TrainRoot) -> list[str]:
         for key, path in named.items()
         if path and "://" not in path and not path.startswith(_NOT_FILES)
     ]
+
+
+def look_at_checkpoint(root: TrainRoot) -> list[str]:
+    """What is worth knowing about the checkpoint, as far as it can be reached from this machine.
+
+    Raises:
+      UserError: training would refuse it, on a slice that costs money by then.
+    """
+    from gemma4_tpu.models.audit import look_from_afar
+
+    found = look_from_afar(root.model)
+    if found.problems:
+        raise UserError("training would refuse the checkpoint:\n" + "\n".join(found.problems))
+    return found.notes
 
 
 def _short(*keys: str) -> dict[str, str]:

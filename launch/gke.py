@@ -21,7 +21,7 @@ from gemma4_tpu.config.load import Loaded, load
 from gemma4_tpu.errors import STALLED, UserError, exit_code
 from gemma4_tpu.hardware import price_of, slice_of
 from gemma4_tpu.tracking.redact import redact
-from launch.config import GKE, GkeRoot
+from launch.config import GKE, GkeRoot, look_at_checkpoint
 from launch.job import PREFIX, name_and_folder, train_words
 
 log = logging.getLogger(__name__)
@@ -48,6 +48,8 @@ def _run(loaded: Loaded[GkeRoot, Checked]) -> int:
     if loaded.root.launch.dry_run:
         print(_shown(command, loaded.root))
         return 0
+    for warning in look_at_checkpoint(loaded.root):
+        log.warning("%s", warning)
     return _submit(command, loaded.root, run_dir)
 
 

@@ -16,7 +16,7 @@ from pathlib import Path
 from gemma4_tpu.config.load import load
 from gemma4_tpu.errors import UserError, exit_code
 from launch import gcloud, owned, source
-from launch.config import PROJECT, TPU_VM, ZONE, TpuVmRoot
+from launch.config import PROJECT, TPU_VM, ZONE, TpuVmRoot, look_at_checkpoint
 from launch.gcloud import GcloudError
 from launch.job import Job, cost, make_job, saved_jobs
 from launch.render import render
@@ -39,7 +39,10 @@ def _run(words: list[str]) -> int:
     if "-m" in words or "--multirun" in words:
         raise UserError("--multirun: one launch is one run; give one value for each key")
     loaded = load(words, TPU_VM)
-    return _launch(make_job(loaded), [*loaded.checked.warnings, *_offline(loaded.root)])
+    warnings = [*loaded.checked.warnings, *_offline(loaded.root)]
+    if not loaded.root.launch.dry_run:
+        warnings += look_at_checkpoint(loaded.root)
+    return _launch(make_job(loaded), warnings)
 
 
 def _launch(job: Job, warnings: Sequence[str]) -> int:

@@ -11,11 +11,11 @@ import gemma4_tpu
 
 ROOT = Path(gemma4_tpu.__file__).parent
 FLOORS = [  # from the ground up
-    {"errors", "architectures", "hardware", "accelerators", "storage", "assets", "config"},
+    {"errors", "architectures", "hf_config", "templates", "hardware", "accelerators", "storage", "assets", "config"},
     {"models", "data", "tracking", "verilog_smoke"},
     {"step"},
     {"training", "planning", "export", "evals", "costing", "serving", "sweeping", "benching", "reporting"},
-    {"train", "plan", "merge", "evaluate", "serve", "bench", "report"},
+    {"train", "plan", "check", "merge", "evaluate", "serve", "bench", "report"},
     {"__main__"},
 ]
 FLOOR = {name: floor for floor, names in enumerate(FLOORS) for name in names}

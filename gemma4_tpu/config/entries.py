@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Generic, TypeVar
 
 from gemma4_tpu.config.bench_checks import BenchChecked, examine_bench, normalise_bench
+from gemma4_tpu.config.check_checks import CheckChecked, examine_check, normalise_check
 from gemma4_tpu.config.checks import Checked, examine_train, normalise
 from gemma4_tpu.config.evaluate_checks import EvaluateChecked, examine_evaluate, normalise_evaluate
 from gemma4_tpu.config.merge_checks import MergeChecked, examine_merge, normalise_merge
@@ -16,7 +17,7 @@ from gemma4_tpu.config.report_checks import ReportChecked, examine_report, norma
 from gemma4_tpu.config.schema import TrainRoot
 from gemma4_tpu.config.serve_checks import ServeChecked, examine_serve, normalise_serve
 from gemma4_tpu.config.serving import BenchRoot, ServeRoot
-from gemma4_tpu.config.tasks import EvaluateRoot, MergeRoot, PlanRoot, ReportRoot
+from gemma4_tpu.config.tasks import CheckRoot, EvaluateRoot, MergeRoot, PlanRoot, ReportRoot
 
 Root = TypeVar("Root")
 Checks = TypeVar("Checks")
@@ -61,6 +62,23 @@ TRAIN: EntryPoint[TrainRoot, Checked] = EntryPoint(
         ("lora.rank=8 trainer.max_updates=100", "other values"),
         ("experiment=v5p8 model.path=gs://bucket/gemma-4-31b", "31B on a v5p-8 slice"),
         ("run_dir=outputs/train/<run>", "go on with a run that was stopped"),
+    ),
+)
+
+CHECK: EntryPoint[CheckRoot, CheckChecked] = EntryPoint(
+    name="check",
+    schema=CheckRoot,
+    normalise=normalise_check,
+    examine=examine_check,
+    summary=(
+        "Say what a checkpoint is and whether it can be trained, in seconds: tensors, parameters, output matrix, RoPE,"
+        " chat template, vocabulary and stop ids, from headers and small files. Training, plan and launch do the same."
+    ),
+    examples=(
+        ("model.path=embedded:tiny", "the base that travels with the package"),
+        ("model.path=<checkpoint>", "a local folder; the size is recognised"),
+        ("model=gemma4_31b model.path=gs://bucket/gemma-4-31b", "in a bucket; it must be 31B"),
+        ("model.path=<checkpoint> model.tokenizer=<folder>", "with the tokenizer of another folder"),
     ),
 )
 
@@ -182,5 +200,7 @@ BENCH: EntryPoint[BenchRoot, BenchChecked] = EntryPoint(
     ),
 )
 
-ENTRIES: dict[str, EntryPoint] = {entry.name: entry for entry in (TRAIN, MERGE, EVALUATE, PLAN, REPORT, SERVE, BENCH)}
+ENTRIES: dict[str, EntryPoint] = {
+    entry.name: entry for entry in (TRAIN, CHECK, MERGE, EVALUATE, PLAN, REPORT, SERVE, BENCH)
+}
 """By name."""

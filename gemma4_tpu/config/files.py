@@ -9,7 +9,7 @@ from __future__ import annotations
 import difflib
 import importlib.util
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,12 +19,15 @@ from gemma4_tpu.config.keys import did_you_mean
 from gemma4_tpu.config.limits import MAX_WEIGHT
 from gemma4_tpu.config.schema import DataSource, ModelConfig
 from gemma4_tpu.errors import UserError
-from gemma4_tpu.storage import join, list_folder, read_json
+from gemma4_tpu.hf_config import UNQUANTISED, quantisation
+from gemma4_tpu.storage import join, list_folder, open_bytes, read_json
 
 RANDOM = "random:"
 HUGGING_FACE = "hf:"
 GCS = "gs://"
 INDEX_NAME, SINGLE_NAME = "model.safetensors.index.json", "model.safetensors"
+TOKENIZER_NAME, TOKENIZER_CONFIG_NAME = "tokenizer.json", "tokenizer_config.json"
+TEMPLATE_NAME, GENERATION_NAME = "chat_template.jinja", "generation_config.json"
 PROBE_NAME = "probe.json"
 """In a merged folder: prompts on which it and its base differ."""
 
@@ -65,7 +68,7 @@ def find_base(model: ModelConfig, *, remote: bool) -> BaseFound:
         if not seed.isdecimal():
             raise UserError(f"model.path={model.path}: write {RANDOM}SEED, such as {RANDOM}0")
         return BaseFound(named, None, int(seed))
-    place, messages = _folder(f"model.path={model.path}", model.path)
+    place, messages = local_folder(f"model.path={model.path}", model.path)
     if messages:
         raise UserError(messages[0])
     folder = str(place) if place else model.path.rstrip("/")
@@ -120,10 +123,43 @@ def tokenizer_problem(model: ModelConfig) -> list[str]:
         return []
     key = "model.tokenizer" if model.tokenizer is not None else "model.path"
     path = model.tokenizer if model.tokenizer is not None else model.path or ""
-    folder, messages = _folder(f"{key}={path}", path)
-    if folder is not None and not messages and not (folder / "tokenizer.json").is_file():
-        return [f"{key}={path}: there is no tokenizer.json; give model.tokenizer=<folder with the tokenizer>"]
+    folder, messages = local_folder(f"{key}={path}", path)
+    if folder is not None and not messages:
+        try:
+            messages = no_tokenizer(f"{key}={path}", str(folder))
+        except UserError as error:  # a damaged file
+            messages = [f"{key}={path}: {error}"]
     return messages
+
+
+def no_tokenizer(given: str, folder: str) -> list[str]:
+    """What a folder, local or remote, lacks of a tokenizer that renders conversations; `given` stands first."""
+    if TOKENIZER_NAME not in list_folder(folder):
+        return [f"{given}: there is no {TOKENIZER_NAME}; give model.tokenizer=<folder with the tokenizer>"]
+    if chat_template(folder) is None:
+        return [
+            f"{given}: the tokenizer has no chat template ({TEMPLATE_NAME}); take an instruction-tuned checkpoint's"
+            f" tokenizer (model.tokenizer=<folder>), or put a {TEMPLATE_NAME} beside it"
+        ]
+    return []
+
+
+def chat_template(folder: str) -> str | None:
+    """The chat template that transformers takes from a tokenizer's folder, local or remote; None: it has none.
+
+    Raises:
+      UserError: `tokenizer_config.json` is damaged.
+    """
+    present = list_folder(folder)
+    if TEMPLATE_NAME in present:
+        file = open_bytes(join(folder, TEMPLATE_NAME))
+        return bytes(file.read(0, file.size_bytes)).decode("utf-8", "replace")
+    if TOKENIZER_CONFIG_NAME not in present:
+        return None
+    given = read_json(join(folder, TOKENIZER_CONFIG_NAME)).get("chat_template")
+    if isinstance(given, list):  # several, by name
+        given = next((entry.get("template") for entry in given if entry.get("name") == "default"), None)
+    return given if isinstance(given, str) and given else None
 
 
 def source_problem(key: str, source: DataSource) -> list[str]:
@@ -154,20 +190,25 @@ def source_problem(key: str, source: DataSource) -> list[str]:
     return messages
 
 
-def _architecture(folder: str, named: Architecture) -> Architecture:
-    config, present = read_config(folder), list_folder(folder)
-    if SINGLE_NAME not in present and INDEX_NAME not in present:
-        raise UserError(no_checkpoint(folder, present))
-    if quantisation := config.get("quantization_config"):
-        method = quantisation.get("quant_method", "?") if isinstance(quantisation, dict) else quantisation
+def recognise(folder: str) -> str:
+    """Which architecture of this project the checkpoint in a folder, local or remote, has: its name.
+
+    Raises:
+      UserError: no checkpoint, one that can't be trained, or none of the sizes; names the nearest and what differs.
+    """
+    found = _described(folder)
+    differences = {name: contradictions(arch, found) for name, arch in ARCHITECTURES.items()}
+    nearest = min(differences, key=lambda name: len(differences[name]))
+    if differences[nearest]:
         raise UserError(
-            f"config.json: a checkpoint quantised with {method}; give the original weights (lora.quantize=nf4 or int8"
-            " quantises them when they are loaded)"
+            f"config.json: no architecture of this project fits it; the nearest is {nearest}"
+            f" ({'; '.join(differences[nearest])})"
         )
-    try:
-        found = from_hf_config(config, name=named.name)
-    except (AttributeError, TypeError) as error:  # such as a list where an object belongs
-        raise UserError(f"config.json is damaged: {error}") from None
+    return nearest
+
+
+def _architecture(folder: str, named: Architecture) -> Architecture:
+    found = replace(_described(folder), name=named.name)
     if differences := contradictions(named, found):
         fitting = [a.name for a in ARCHITECTURES.values() if not contradictions(a, found)]
         advice = f"give model={fitting[0]}" if fitting else "no architecture of this project fits it"
@@ -175,7 +216,22 @@ def _architecture(folder: str, named: Architecture) -> Architecture:
     return found
 
 
-def _folder(given: str, path: str) -> tuple[Path | None, list[str]]:
+def _described(folder: str) -> Architecture:
+    """The architecture that the `config.json` of a checkpoint folder describes."""
+    config, present = read_config(folder), list_folder(folder)
+    if SINGLE_NAME not in present and INDEX_NAME not in present:
+        raise UserError(no_checkpoint(folder, present))
+    if method := quantisation(config):
+        raise UserError(f"config.json: a checkpoint quantised with {method}; {UNQUANTISED}")
+    try:
+        return from_hf_config(config)
+    except (AttributeError, TypeError, ValueError) as error:  # such as a list where an object belongs
+        if isinstance(error, UserError):
+            raise
+        raise UserError(f"config.json is damaged: {error}") from None
+
+
+def local_folder(given: str, path: str) -> tuple[Path | None, list[str]]:
     """The local folder behind `path`; None for one that is not local."""
     place, messages = local_place(given, path)
     if place is None or messages:

@@ -1,4 +1,4 @@
-"""Types of what runs before and after a training: plan, merge, evaluate, report. Ground: `schema.py`."""
+"""Types of what runs before and after a training: check, plan, merge, evaluate, report. Ground: `schema.py`."""
 
 from __future__ import annotations
 
@@ -181,6 +181,17 @@ class PlanRoot(TrainRoot):
     plan: PlanConfig = field(default_factory=PlanConfig)
     name: str = "plan"
     """Name of the plan; part of the folder's name."""
+
+
+ANY_SIZE = "auto"
+"""`model.name` of a checkpoint whose size is to be recognised."""
+
+
+@dataclass(kw_only=True)
+class CheckRoot:
+    """Everything `python -m gemma4_tpu.check` takes. Without `model=<size>` the size is recognised."""
+
+    model: ModelConfig = field(default_factory=lambda: ModelConfig(name=ANY_SIZE))
 
 
 @dataclass(kw_only=True)

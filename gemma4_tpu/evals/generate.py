@@ -16,6 +16,7 @@ from typing import Any, Protocol
 import jax
 import numpy as np
 
+from gemma4_tpu.config.files import GENERATION_NAME
 from gemma4_tpu.config.tasks import EvalConfig
 from gemma4_tpu.data.chat import ChatFormat, Message
 from gemma4_tpu.data.markup import without_thoughts
@@ -30,7 +31,6 @@ from gemma4_tpu.storage import join, list_folder, read_json
 
 log = logging.getLogger(__name__)
 
-GENERATION_CONFIG = "generation_config.json"
 PROMPT_MULTIPLE = 128
 """Prompts are padded to a multiple of this many tokens (what the TPU attention kernel takes); each is a compilation."""
 
@@ -184,10 +184,10 @@ def checkpoint_stop_ids(base: Base, tokenizer: Any) -> tuple[int, ...]:
       UserError: neither names any.
     """
     folder = base.folder or base.tokenizer_folder
-    present = GENERATION_CONFIG in list_folder(folder)
-    config = read_json(join(folder, GENERATION_CONFIG)) if present else {}
+    present = GENERATION_NAME in list_folder(folder)
+    config = read_json(join(folder, GENERATION_NAME)) if present else {}
     found = config.get("eos_token_id", tokenizer.eos_token_id)
     ids = tuple(found) if isinstance(found, list) else (found,)
     if not all(isinstance(i, int) for i in ids):
-        raise UserError(f"{folder}: eos_token_id in {GENERATION_CONFIG} is {found!r}; give the ids that end an answer")
+        raise UserError(f"{folder}: eos_token_id in {GENERATION_NAME} is {found!r}; give the ids that end an answer")
     return ids

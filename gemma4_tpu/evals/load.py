@@ -18,6 +18,7 @@ from gemma4_tpu.evals.generate import InProcess, Weights, checkpoint_stop_ids
 from gemma4_tpu.export.trained import Trained, open_trained
 from gemma4_tpu.models import lora as adapters
 from gemma4_tpu.models import quantize, sharding
+from gemma4_tpu.models.audit import audit
 from gemma4_tpu.models.base import Base, resolve_base
 from gemma4_tpu.models.layout import Leaf, build_tree
 from gemma4_tpu.training.job import load_weights, make_model, start_mesh
@@ -68,6 +69,7 @@ def _of_checkpoint(
     model: ModelConfig, config: EvalConfig, hardware: HardwareConfig, mesh_config: MeshConfig
 ) -> Backends:
     base = resolve_base(model)
+    audit(base).enforce()
     mesh = start_mesh(hardware, mesh_config, base.arch)
     settings = make_model(base.arch, LoraConfig(enabled=False), _trainer(config), mesh)
     params = load_weights(base, mesh, settings.compute_dtype, lambda _, array: array)

@@ -1,12 +1,15 @@
-"""The files of a checkpoint besides its weights: configuration, tokenizer, chat template, stop ids. Copied as bytes."""
+"""The files of a checkpoint besides its weights: tokenizer, chat template, stop ids, as bytes; `config.json`."""
 
 from __future__ import annotations
+
+import json
 
 from gemma4_tpu.config.files import PROBE_NAME
 from gemma4_tpu.export.place import Place
 from gemma4_tpu.export.trained import Trained
+from gemma4_tpu.hf_config import with_both_key_sets
 from gemma4_tpu.models.tensorfile import INDEX_NAME
-from gemma4_tpu.storage import filesystem, join, list_folder, open_bytes
+from gemma4_tpu.storage import filesystem, join, list_folder, open_bytes, read_json
 
 COPY_BYTES = 16 << 20  # at a time
 _TOKENIZER = ("tokenizer", "chat_template", "special_tokens_map", "added_tokens", "vocab", "merges")
@@ -53,6 +56,14 @@ def copy_file(path: str, place: Place, name: str) -> None:
         for at in range(0, data.size_bytes, COPY_BYTES):
             out.write(data.read(at, min(at + COPY_BYTES, data.size_bytes)))
         place.finish(name, out)
+
+
+def write_config(path: str, place: Place) -> None:
+    """The base's `config.json`, with what transformers before 5.15 reads and what later versions do."""
+    text = json.dumps(with_both_key_sets(read_json(path)), indent=2, ensure_ascii=False)
+    with place.create("config.json") as out:
+        out.write(f"{text}\n".encode())
+        place.finish("config.json", out)
 
 
 def _is_file(path: str) -> bool:

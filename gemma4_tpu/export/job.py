@@ -14,7 +14,7 @@ from typing import Any
 import gemma4_tpu
 from gemma4_tpu.config.tasks import ExportConfig
 from gemma4_tpu.errors import UserError
-from gemma4_tpu.export.companions import companions, copy_file
+from gemma4_tpu.export.companions import companions, write_config
 from gemma4_tpu.export.hub import push_to_hub
 from gemma4_tpu.export.merge import Merger
 from gemma4_tpu.export.peft import check_peft, write_peft
@@ -143,7 +143,7 @@ def _write_merged(trained: Trained, place: Place, mode: str, record: RunFolder) 
         log.info("parity: %s", _told(report))
     write_probes(trained, place, report)
     if place.done("config.json") is None:  # nothing loads without it
-        copy_file(companions(trained)[0]["config.json"], place, "config.json")
+        write_config(companions(trained)[0]["config.json"], place)
     return {"parity": report, "changed_weights": len(deltas)}
 
 

@@ -17,8 +17,9 @@ from gemma4_tpu.config.tasks import ExportConfig
 from gemma4_tpu.errors import UserError
 from gemma4_tpu.models import lora as adapters
 from gemma4_tpu.models.base import Base, resolve_base
+from gemma4_tpu.models.fit import fit
 from gemma4_tpu.models.layout import Layout
-from gemma4_tpu.models.names import Tensor, match, name_map
+from gemma4_tpu.models.names import Match, Tensor, name_map
 from gemma4_tpu.models.tensorfile import Checkpoint
 from gemma4_tpu.tracking.files import read_json
 from gemma4_tpu.tracking.run import RunFolder
@@ -44,10 +45,13 @@ class Trained:
     state: SavedState
     lora: LoraConfig
     base: Base
-    prefix: str
-    """Of the base checkpoint's names."""
-    passthrough: tuple[str, ...]
-    """Tensors of the base that text training leaves alone."""
+    match: Match
+    """How the base checkpoint's names correspond to the architecture's."""
+
+    @property
+    def prefix(self) -> str:
+        """Of the base checkpoint's names."""
+        return self.match.prefix
 
     @property
     def checkpoint(self) -> Checkpoint:
@@ -69,12 +73,15 @@ class Trained:
 
     @cached_property
     def changes(self) -> Mapping[str, Change]:
-        """Full name on disk → what changes it."""
-        return {
+        """Full name on disk → what changes it; a stored output matrix stays the same as a trained embedding."""
+        found = {
             self.prefix + name: Change(tensor, source)
             for tensor in self.tensors.values()
             for source, name in enumerate(tensor.hf_names)
         }
+        if self.match.head and self.match.embedding in found:
+            found[self.match.head] = found[self.match.embedding]
+        return found
 
 
 def open_trained(run: str | Path, export: ExportConfig) -> Trained:
@@ -92,10 +99,9 @@ def open_trained(run: str | Path, export: ExportConfig) -> Trained:
         raise UserError(f"run={run}: config.yaml has no {error}: not the run folder of a training") from None
     state = open_saved(folder.address, export.checkpoint)
     base = _base(folder, known, export)
-    checkpoint = base.checkpoint
-    found = match(base.arch, {name: checkpoint.shape(name) for name in checkpoint.names()}, checkpoint.folder)
+    found = fit(base.arch, base.checkpoint)
     _check_fingerprint(folder, base)
-    trained = Trained(folder, state, known.lora, base, found.prefix, found.passthrough)
+    trained = Trained(folder, state, known.lora, base, found)
     _check_values(trained)
     if known.lora.quantize and known.lora.enabled:
         log.info("QLoRA: trained on %s weights; exported on the unquantised base", known.lora.quantize)

@@ -17,12 +17,15 @@ WINDOW_BLOCKS, WINDOW_LEAST = 4, 32
 """Sliding layers on so many blocks for each window, of at least so many tokens."""
 
 
-def rope(x: jax.Array, positions: jax.Array, base: float, proportion: float) -> jax.Array:
-    """Rotary position embedding on the first `proportion` of the head width. x [B, T, N, H], positions [B, T]."""
+def rope(x: jax.Array, positions: jax.Array, base: float, proportion: float = 1.0, factor: float = 1.0) -> jax.Array:
+    """Rotary position embedding on the first `proportion` of the head width, its frequencies divided by `factor`.
+
+    x [B, T, N, H], positions [B, T].
+    """
     half = x.shape[-1] // 2
     rotated = int(proportion * x.shape[-1] // 2)
     exponents = (2.0 / x.shape[-1]) * jnp.arange(rotated, dtype=jnp.float32)
-    inverse = jnp.pad(1.0 / base**exponents, (0, half - rotated))  # [H/2]; zero angle: not rotated
+    inverse = jnp.pad(1.0 / (base**exponents * factor), (0, half - rotated))  # [H/2]; zero angle: not rotated
     angles = positions[..., None, None].astype(jnp.float32) * inverse  # [B, T, 1, H/2]
     sin, cos = jnp.sin(angles), jnp.cos(angles)
     first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)

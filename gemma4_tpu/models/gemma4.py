@@ -125,12 +125,12 @@ def _dense(weight: Any, dtype: Any) -> jax.Array:
 def _attention(layer: _Layer, x: jax.Array, shared_kv: KV | None) -> tuple[jax.Array, KV]:
     """X [B, S, D] → output [B, S, D] and the keys and values used, [B, T, K, H] each."""
     model, arch, p = layer.model, layer.model.arch, layer.params["attn"]
-    rotate = partial(
-        rope,
-        positions=layer.positions,
-        base=arch.global_rope_base if layer.is_global else arch.local_rope_base,
-        proportion=arch.global_rope_proportion if layer.is_global else 1.0,
-    )
+    rotate = partial(rope, positions=layer.positions, base=arch.local_rope_base)
+    if layer.is_global:
+        rotate = partial(
+            rope, positions=layer.positions, base=arch.global_rope_base, proportion=arch.global_rope_proportion,
+            factor=arch.global_rope_factor,
+        )  # fmt: skip
     whole = constrain(x, "BTD", model.mesh)
     q = keep(constrain(_project(layer, "attn", "q_einsum", x, whole), "BTNH", model.mesh), "query")
     q = rotate(rms_norm(q, p["_query_norm"]["scale"]))

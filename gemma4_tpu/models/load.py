@@ -11,7 +11,7 @@ import math
 import os
 import time
 import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -21,8 +21,9 @@ from jax.sharding import NamedSharding
 
 from gemma4_tpu.architectures import Architecture
 from gemma4_tpu.errors import UserError
+from gemma4_tpu.models.fit import check_tied, fit
 from gemma4_tpu.models.layout import Layout, Leaf, get
-from gemma4_tpu.models.names import Tensor, match, name_map
+from gemma4_tpu.models.names import EMBEDDING, name_map
 from gemma4_tpu.models.tensorfile import Checkpoint
 
 logger = logging.getLogger(__name__)
@@ -30,7 +31,6 @@ logger = logging.getLogger(__name__)
 _READERS = min(4, os.cpu_count() or 1)
 _TILE = 256  # rows and columns that a transposing copy moves at a time: about what a core's cache holds
 _CHUNK = 1 << 20  # values checked at a time
-_WEIGHT_DTYPES = ("float32", "bfloat16", "float16")
 
 Box = tuple[tuple[int, int], ...]
 """(start, stop) per dim."""
@@ -60,19 +60,21 @@ def load_params(
       then: applied to each array.
 
     Raises:
-      UserError: missing, unexpected, wrongly shaped or quantised tensors (before anything is read), or weights that
-        hold NaN or infinity (on the processes that read them); names the tensors.
+      UserError: missing, unexpected, wrongly shaped or quantised tensors (before anything is read), an output matrix
+        that is not the embedding, or weights that hold NaN or infinity (on the processes that read them); names the
+        tensors.
     """
     started = time.perf_counter()
-    found = match(arch, {name: checkpoint.shape(name) for name in checkpoint.names()}, checkpoint.folder)
-    tensors = name_map(arch)
-    _check_dtypes(checkpoint, tensors, found.prefix)
+    found, tensors = fit(arch, checkpoint), name_map(arch)
 
     def read(hf_name: str, index: Any, shape: tuple[int, ...]) -> np.ndarray:
         return checkpoint.read(found.prefix + hf_name, index, shape)
 
     def source(name: str, box: Box) -> np.ndarray:
-        return tensors[name].from_hf(read, _slices(box))
+        block = tensors[name].from_hf(read, _slices(box))
+        if name == EMBEDDING:
+            check_tied(checkpoint, found, _slices(box), block)
+        return block
 
     params = _params(layout, shardings, dtype, source, then, checkpoint.folder)
     logger.info(
@@ -100,15 +102,6 @@ def random_params(arch: Architecture, layout: Layout, shardings: Any, dtype: Any
         return values[_slices(box)]
 
     return _params(layout, shardings, dtype, source, then, f"random:{seed}")
-
-
-def _check_dtypes(checkpoint: Checkpoint, tensors: Mapping[str, Tensor], prefix: str) -> None:
-    for name in (prefix + hf_name for tensor in tensors.values() for hf_name in tensor.hf_names):
-        if (dtype := checkpoint.dtype(name).name) not in _WEIGHT_DTYPES:
-            raise UserError(
-                f"{checkpoint.file_of(name).path}: {name} is stored as {dtype}, not as a plain weight"
-                f" ({', '.join(_WEIGHT_DTYPES)}); a quantised checkpoint? give the original one"
-            )
 
 
 def _params(layout: Layout, shardings: Any, dtype: Any, source: Source, then: Then, where: str) -> Any:

@@ -109,7 +109,10 @@ class TensorFile:
         if not good:
             raise UserError(f"{self.path}: tensor {name} has the damaged header entry {entry!r}; copy the file again")
         if code not in DTYPES:
-            raise UserError(f"{self.path}: tensor {name} has the unknown dtype {code!r}; known: {', '.join(DTYPES)}")
+            raise UserError(
+                f"{self.path}: tensor {name} has the unknown dtype {code!r} (known: {', '.join(DTYPES)}); if the"
+                " checkpoint is quantised, give the original one"
+            )
         size_bytes = math.prod(shape) * DTYPES[code].itemsize
         if stop - start != size_bytes:
             raise UserError(

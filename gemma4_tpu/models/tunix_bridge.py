@@ -56,8 +56,9 @@ def tunix_config(arch: Architecture, dtype: Any = jnp.float32) -> tunix.ModelCon
         frac_shared_layers=fraction, global_rope_proportion=arch.global_rope_proportion, local_rope_proportion=1.0,
         k_eq_v_global=arch.k_eq_v, override_kv_shared_ffw_hidden=arch.kv_shared_hidden_dim,
         local_base_frequency=arch.local_rope_base, global_base_frequency=arch.global_rope_base,
-        local_scale_factor=1.0, global_scale_factor=1.0, param_dtype=dtype, dtype=dtype, enable_moe=moe,
-        num_experts=arch.num_experts if moe else None, num_experts_per_tok=arch.experts_per_token if moe else None,
+        local_scale_factor=1.0, global_scale_factor=arch.global_rope_factor, param_dtype=dtype, dtype=dtype,
+        enable_moe=moe, num_experts=arch.num_experts if moe else None,
+        num_experts_per_tok=arch.experts_per_token if moe else None,
         expert_dim=arch.expert_dim if moe else None, moe_dense_hidden_dim=arch.hidden_dim if moe else None,
     )  # fmt: skip
 

@@ -46,6 +46,7 @@ def checkpoint(tmp_path):
         (folder / "config.json").write_text(json.dumps(config))
         (folder / "model.safetensors").touch()
         (folder / "tokenizer.json").write_text("{}")
+        (folder / "chat_template.jinja").write_text("{{ messages }}")
         return folder
 
     return make

@@ -17,7 +17,7 @@ from gemma4_tpu.errors import UserError
 from gemma4_tpu.hardware import SLICES
 
 GROUPS = groups_of(TRAIN)
-BIG = ("gemma4_31b", "gemma4_26b_a4b", "gemma4_e4b", "gemma4_e2b")
+BIG = ("gemma4_31b", "gemma4_12b", "gemma4_26b_a4b", "gemma4_e4b", "gemma4_e2b")
 OPTIONS = [(group, option) for group, options in GROUPS.items() for option in options if group != "local"]
 
 

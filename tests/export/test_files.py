@@ -8,6 +8,7 @@ import pytest
 
 from gemma4_tpu.config.schema import LoraConfig
 from gemma4_tpu.export.place import JOURNAL
+from gemma4_tpu.hf_config import with_both_key_sets
 from gemma4_tpu.merge import main
 from gemma4_tpu.models.tensorfile import Checkpoint
 from gemma4_tpu.storage import filesystem
@@ -52,6 +53,7 @@ def test_everything_but_the_changed_weights_is_the_bases_byte_for_byte(run_on, f
     before, after = tree(full_base), tree(run / "merged")
     assert json.loads(after.pop(JOURNAL))["files"].keys() == set(after)
     assert set(after) == set(before) - {"pytorch_model.bin", "consolidated.safetensors"}
+    assert json.loads(after.pop("config.json")) == with_both_key_sets(json.loads(before.pop("config.json")))
     shards = [name for name in after if name.endswith(".safetensors")]
     assert len(shards) >= 4
     assert [name for name in after if after[name] != before[name]] == [

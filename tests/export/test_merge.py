@@ -1,12 +1,13 @@
 """The merged checkpoint against transformers, PEFT and the forward pass that training ran."""
 
 import json
+import shutil
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from safetensors.numpy import load_file
+from safetensors.numpy import load_file, save_file
 
 from gemma4_tpu.config.schema import LoraConfig
 from gemma4_tpu.config.tasks import ExportConfig
@@ -19,6 +20,7 @@ from gemma4_tpu.models.load import load_params
 from gemma4_tpu.models.sharding import make_mesh, named
 from gemma4_tpu.models.tensorfile import Checkpoint
 from tests.export.conftest import same
+from tests.export.runs import make_run
 from tests.models.checkpoints import hf_logits, load_hf, make_batch
 
 BASES = [
@@ -65,7 +67,7 @@ def test_transformers_and_peft_have_the_logits_of_the_lora_model(kind, prefix, r
     np.testing.assert_allclose(hf_logits(run / "merged", tokens), ours, atol=2e-3)
     np.testing.assert_allclose(peft_logits(base, run / "adapter", tokens), ours, atol=2e-3)
     assert np.abs(ours - plain).max() > 0.1
-    towers = {name.split(".")[1] for name in open_trained(run, ExportConfig()).passthrough}
+    towers = {name.split(".")[1] for name in open_trained(run, ExportConfig()).match.passthrough}
     assert ("vision_tower" in towers) == (prefix == "multimodal")
     assert ("audio_tower" in towers) == (prefix == "multimodal" and kind == "e4b")
     parity = json.loads(next(run.glob("merges/*/parity.json")).read_text())
@@ -126,6 +128,21 @@ def test_bfloat16_weights_are_base_plus_delta_in_float32_rounded_once(lora, run_
     assert ("unquantised" in note) == bool(lora.quantize)
 
 
+def test_a_stored_output_matrix_follows_the_trained_embedding(run_of, merge, tmp_path):
+    """transformers does not tie what a checkpoint holds twice with different values."""
+    _, plain = run_of("dense")
+    base = shutil.copytree(plain, tmp_path / "base")
+    tensors = load_file(base / "model.safetensors")
+    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].copy()
+    save_file(tensors, base / "model.safetensors")
+    full = LoraConfig(enabled=False)
+    run = make_run(tmp_path / "full", base, name="test_dense", lora=full, size=0.02)
+    merge(run, "verify=stream")
+    merged = load_file(run / "merged" / "model.safetensors")
+    assert not np.array_equal(merged["model.embed_tokens.weight"], tensors["model.embed_tokens.weight"])
+    same(merged["lm_head.weight"], merged["model.embed_tokens.weight"])
+
+
 @pytest.mark.parametrize(("kind", "dtype"), [("dense", "bfloat16"), ("moe", "bfloat16"), ("e2b", "float32")])
 def test_full_fine_tuning_writes_every_weight(kind, dtype, run_of, merge):
     run, _ = run_of(kind, dtype=dtype, shards=2, lora=LoraConfig(enabled=False), size=0.02)
@@ -136,6 +153,6 @@ def test_full_fine_tuning_writes_every_weight(kind, dtype, run_of, merge):
     for tensor in trained.tensors.values():
         value = tensor.from_hf(lambda name, index, shape: merged.read(trained.prefix + name, index, shape))
         same(value, trained.state.read(tensor.name).astype(value.dtype))
-    assert set(trained.changes) == set(merged.names()) - set(trained.passthrough)
+    assert set(trained.changes) == set(merged.names()) - set(trained.match.passthrough)
     parity = json.loads(next(run.glob("merges/*/parity.json")).read_text())
     assert parity["logits"]["passed"] and parity["logits"]["dtype"] == dtype

@@ -2,7 +2,8 @@
 
 Every architecture in miniature, with two or more repeats of its layer pattern, a window shorter than the sequences,
 and non-trivial norms, layer scalars and router scales (transformers initialises all of those to ones).
-Folders are made once per process and shared: copy one before changing it.
+Folders are made once per process and shared: copy one before changing it. `newest.py` runs this module as a program,
+with another transformers.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 import atexit
 import json
 import math
+import sys
 import tempfile
 from functools import cache, lru_cache
 from pathlib import Path
@@ -17,6 +19,8 @@ from pathlib import Path
 import numpy as np
 
 KINDS = ("dense", "moe", "e2b", "e4b")
+UNIFIED = "unified"
+"""12B: for us `dense` under other names, which is why not all tests take it."""
 PREFIXES = ("causal", "multimodal")
 VOCAB_SIZE = 128
 
@@ -48,6 +52,11 @@ _TEXT = {
         "num_hidden_layers": 24, "num_attention_heads": 4, "num_key_value_heads": 2, "hidden_size_per_layer_input": 16,
         "num_kv_shared_layers": 12,
     },
+    # 12B: one global KV head; its config knows nothing of per-layer embeddings and experts
+    UNIFIED: {
+        "num_hidden_layers": 12, "num_attention_heads": 8, "num_key_value_heads": 4, "num_global_key_value_heads": 1,
+        "attention_k_eq_v": True,
+    },
 }  # fmt: skip
 _VISION = {
     "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2,
@@ -55,6 +64,7 @@ _VISION = {
 }  # fmt: skip
 
 
+_UNIFIED_VISION = {"patch_size": 4, "mm_embed_dim": 64, "mm_posemb_size": 16, "output_proj_dims": 64}
 _AUDIO = {  # the small sizes hear too
     "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "subsampling_conv_channels": [4, 4],
     "conv_kernel_size": 3, "output_proj_dims": 16,
@@ -82,38 +92,50 @@ def make_checkpoint(
     """A checkpoint folder as transformers' `save_pretrained` writes it; shared and cached: do not change it.
 
     Args:
-      kind: one of `KINDS`.
+      kind: one of `KINDS`, or `UNIFIED`.
       prefix: `causal` (`Gemma4ForCausalLM`, keys `model.layers.…`) or `multimodal` (`Gemma4ForConditionalGeneration`
         with a small vision tower, E2B and E4B with an audio tower too; keys `model.language_model.layers.…`). Same
         seed, not the same weights.
       shards: 1 writes `model.safetensors`; more write at least that many shards and an index.
       dtype: of the saved weights, `float32` or `bfloat16`.
     """
-    import torch
-    from transformers import (
-        Gemma4AudioConfig,
-        Gemma4Config,
-        Gemma4ForCausalLM,
-        Gemma4ForConditionalGeneration,
-        Gemma4TextConfig,
-        Gemma4VisionConfig,
-    )
+    folder = _root() / f"{kind}-{prefix}-{shards}-{seed}-{dtype}"
+    save(_model(kind, prefix), folder, shards=shards, seed=seed, dtype=dtype)
+    return folder
 
-    text = Gemma4TextConfig(**_COMMON | _TEXT[kind])
-    if prefix == "causal":
-        model = Gemma4ForCausalLM(text)
-    else:
-        audio = Gemma4AudioConfig(**_AUDIO) if kind in ("e2b", "e4b") else None
-        model = Gemma4ForConditionalGeneration(
-            Gemma4Config(text_config=text, vision_config=Gemma4VisionConfig(**_VISION), audio_config=audio)
-        )
+
+def save(model, folder: Path, *, shards: int = 1, seed: int = 0, dtype: str = "float32") -> None:
+    """Gives a transformers model random weights, and saves it."""
+    import torch
+
     with torch.no_grad():
         _randomise(model, seed)
     model = model.to(getattr(torch, dtype))
     total_bytes = sum(t.numel() * t.element_size() for t in model.parameters())
-    folder = _root() / f"{kind}-{prefix}-{shards}-{seed}-{dtype}"
     model.save_pretrained(folder, max_shard_size=total_bytes * 2 if shards == 1 else total_bytes // shards)
-    return folder
+
+
+def _model(kind: str, prefix: str):
+    import transformers as hf
+
+    family = "Gemma4Unified" if kind == UNIFIED else "Gemma4"
+
+    def of(name: str):
+        return getattr(hf, f"{family}{name}")
+
+    values = _COMMON | _TEXT[kind]
+    if kind == UNIFIED:
+        del values["vocab_size_per_layer_input"]
+    text = of("TextConfig")(**values)
+    if prefix == "causal":
+        return of("ForCausalLM")(text)
+    vision = of("VisionConfig")(**(_UNIFIED_VISION if kind == UNIFIED else _VISION))
+    audio = None
+    if kind == UNIFIED:
+        audio = of("AudioConfig")(audio_embed_dim=16)
+    elif kind in ("e2b", "e4b"):
+        audio = of("AudioConfig")(**_AUDIO)
+    return of("ForConditionalGeneration")(of("Config")(text_config=text, vision_config=vision, audio_config=audio))
 
 
 @cache
@@ -152,3 +174,21 @@ def hf_logits(folder: Path, tokens: np.ndarray, mask: np.ndarray | None = None) 
     attention_mask = None if mask is None else torch.tensor(np.asarray(mask)).long()
     with torch.no_grad():
         return load_hf(folder)(torch.tensor(np.asarray(tokens)).long(), attention_mask=attention_mask).logits.numpy()
+
+
+def _program(job: dict) -> None:
+    """What a child process is asked for: checkpoints to make, and logits [B, T, V] to write as .npy files."""
+    import transformers
+
+    for kind, prefix, folder in job.get("kinds", []):
+        save(_model(kind, prefix), Path(folder))
+    for config, folder in job.get("configs", []):
+        config = transformers.AutoConfig.for_model(**config)
+        save(transformers.AutoModelForCausalLM.from_config(config), Path(folder))
+    tokens = np.array(job["tokens"])
+    for folder, out in job.get("logits", []):
+        np.save(out, hf_logits(Path(folder), tokens))
+
+
+if __name__ == "__main__":
+    _program(json.load(sys.stdin))

@@ -2,6 +2,8 @@
 
 import json
 import math
+import shutil
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +16,7 @@ from gemma4_tpu.models.gemma4 import Model, hidden_states, logits
 from gemma4_tpu.models.layout import Layout, Leaf
 from gemma4_tpu.models.load import load_params
 from gemma4_tpu.models.tensorfile import Checkpoint
-from tests.models.checkpoints import KINDS, VOCAB_SIZE, hf_logits, make_batch, make_checkpoint
+from tests.models.checkpoints import KINDS, UNIFIED, VOCAB_SIZE, hf_logits, make_batch, make_checkpoint
 
 # fp32 on both sides, 12 to 24 layers: each layer adds rounding of about 1e-6 relative to activations of order 1, and
 # the softcap's slope is at most 1. The project promises 3e-4 (facts measured 4e-5 to 2e-4 for Tunix's modules).
@@ -22,8 +24,11 @@ LOGIT_TOLERANCE = 3e-4
 
 
 def load(kind: str, mesh=None, **checkpoint) -> tuple[Model, dict]:
-    folder = make_checkpoint(kind, **checkpoint)
-    arch = from_hf_config(json.loads((folder / "config.json").read_text()), name=kind)
+    return load_folder(make_checkpoint(kind, **checkpoint), mesh)
+
+
+def load_folder(folder: Path, mesh=None) -> tuple[Model, dict]:
+    arch = from_hf_config(json.loads((folder / "config.json").read_text()))
     mesh = mesh or sharding.make_mesh(1, 1, jax.devices()[:1])
     layout = Layout.of(arch)
 
@@ -48,13 +53,24 @@ def run(model: Model, params, tokens, segments=None, positions=None) -> np.ndarr
 
 
 @pytest.mark.parametrize("prefix", ["causal", "multimodal"])
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", [*KINDS, UNIFIED])
 def test_logits_equal_transformers(kind, prefix):
     tokens, mask = make_batch()
     ours = run(*load(kind, prefix=prefix), tokens, segments=mask.astype(np.int32))
     theirs = hf_logits(make_checkpoint(kind, prefix=prefix), tokens, mask)
     assert np.abs(ours - theirs)[mask].max() <= LOGIT_TOLERANCE
     assert (ours.argmax(-1) == theirs.argmax(-1))[mask].all()
+
+
+def test_a_rope_factor_divides_the_frequencies_of_global_layers(tmp_path):
+    folder = shutil.copytree(make_checkpoint("dense"), tmp_path / "base")
+    config = json.loads((folder / "config.json").read_text())
+    config["rope_parameters"]["full_attention"]["factor"] = 8.0
+    (folder / "config.json").write_text(json.dumps(config))
+    tokens, _ = make_batch()
+    ours, theirs = run(*load_folder(folder), tokens), hf_logits(folder, tokens)
+    assert np.abs(ours - theirs).max() <= LOGIT_TOLERANCE
+    assert np.abs(theirs - hf_logits(make_checkpoint("dense"), tokens)).max() > 100 * LOGIT_TOLERANCE
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
-from safetensors.numpy import save_file
+from safetensors.numpy import load_file, save_file
 
 from gemma4_tpu.architectures import ARCHITECTURES, from_hf_config, to_hf_config
 from gemma4_tpu.errors import UserError
@@ -158,6 +158,23 @@ def test_a_quantised_checkpoint_is_refused(tmp_path):
     path.write_bytes(path.read_bytes().replace(b'"dtype":"BF16"', b'"dtype":"I16" '))
     with pytest.raises(UserError, match=r"model\.embed_tokens\.weight is stored as int16"):
         load(folder)
+
+
+@pytest.mark.parametrize("same", [True, False])
+def test_a_stored_output_matrix_is_compared_to_its_last_value(tmp_path, same):
+    folder = shutil.copytree(make_checkpoint("dense"), tmp_path / "base")
+    tensors = load_file(folder / "model.safetensors")
+    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].copy()
+    if not same:
+        tensors["lm_head.weight"][101, 63] += 1
+    save_file(tensors, folder / "model.safetensors")
+    if same:
+        load(folder, (2, 2))
+        return
+    with pytest.raises(
+        UserError, match=r"lm_head\.weight is not model\.embed_tokens\.weight: an output matrix of its own"
+    ):
+        load(folder, (2, 2))
 
 
 def test_the_log_says_what_was_loaded(caplog):

@@ -10,8 +10,9 @@ import pytest
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from gemma4_tpu.architectures import ARCHITECTURES, _pattern
+from gemma4_tpu.architectures import ARCHITECTURES
 from gemma4_tpu.config.schema import LoraConfig, OptimizerConfig, TrainerConfig
+from gemma4_tpu.hf_config import pattern
 from gemma4_tpu.models.sharding import make_mesh
 from gemma4_tpu.planning import compile as compiling
 from gemma4_tpu.planning import counts, hlo
@@ -88,7 +89,7 @@ def test_nested_loops_multiply():
 
 
 # Every weight is trained: in LoRA the unrolled program may leave out the gradient of the first layer's input.
-ARCH = replace(ARCHITECTURES["tiny"], num_layers=4, layer_types=_pattern(4, period=2))  # a loop of two rounds
+ARCH = replace(ARCHITECTURES["tiny"], num_layers=4, layer_types=pattern(4, period=2))  # a loop of two rounds
 
 
 def train_program(microbatches=1):

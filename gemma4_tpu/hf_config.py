@@ -1,0 +1,234 @@
+"""What a checkpoint's `config.json` says of its layers, in every form that transformers has written since 5.12.
+
+Up to 5.14, heads of global layers stand in `global_head_dim` and `num_global_key_value_heads`; from 5.15 on in
+`per_layer_config`, a map from layer to what differs there. Both are read here, and both are written. No JAX here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from gemma4_tpu.errors import UserError
+
+SLIDING, GLOBAL = "sliding", "global"
+LAYER_TYPES = {"sliding_attention": SLIDING, "full_attention": GLOBAL}
+UNIFIED = ("gemma4_unified", "gemma4_unified_text")
+"""`model_type` of 12B, which has no vision tower and no per-layer embeddings."""
+MODEL_TYPES = ("gemma4", "gemma4_text", *UNIFIED)
+UNQUANTISED = "give the original weights (lora.quantize=nf4 or int8 quantises them when they are loaded)"
+"""What to do about a quantised checkpoint."""
+_GLOBAL_HEAD_DIM = 512  # what transformers takes where neither key is there
+_OVERRIDES = ("head_dim", "num_key_value_heads")
+
+
+class ArchitectureError(UserError):
+    """A `config.json` that does not describe a Gemma 4 model this project can train."""
+
+
+@dataclass(frozen=True)
+class Heads:
+    """Attention heads of the layers of one type."""
+
+    head_dim: int
+    num_kv_heads: int
+
+
+@dataclass(frozen=True)
+class Rope:
+    """Rotary position embeddings."""
+
+    local_base: float = 10_000.0
+    global_base: float = 1_000_000.0
+    global_proportion: float = 0.25
+    """Share of the head width that global layers rotate."""
+    global_factor: float = 1.0
+    """Divides the frequencies of global layers."""
+
+
+def text_config(config: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The part of a `config.json` that is about text: of a multimodal model `text_config`, else all of it."""
+    text = config.get("text_config", config)
+    if not isinstance(text, Mapping):
+        raise ArchitectureError(f"config.json: text_config is {text!r}, not an object; copy the file again")
+    return text
+
+
+def need(text: Mapping[str, Any], key: str) -> Any:
+    """A value that has no default; names the key where it is missing."""
+    if text.get(key) is None:
+        raise ArchitectureError(f"config.json: {key} is missing")
+    return text[key]
+
+
+def check_supported(text: Mapping[str, Any]) -> None:
+    """Refuses another model family, and features of Gemma 4's config that have no counterpart here."""
+    if text.get("model_type") not in MODEL_TYPES:
+        raise ArchitectureError(
+            f"config.json: model_type is {text.get('model_type')!r}; this project trains {', '.join(MODEL_TYPES)}"
+        )
+    for key, accepted in {
+        "hidden_activation": ("gelu_pytorch_tanh",),
+        "attention_bias": (False,),
+        "rms_norm_eps": (1e-6,),
+        "use_bidirectional_attention": (None, "vision"),
+    }.items():
+        if key in text and text[key] not in accepted:
+            raise ArchitectureError(f"config.json: {key}={text[key]!r} is not supported; accepted: {accepted}")
+
+
+def layer_types(text: Mapping[str, Any]) -> tuple[str, ...]:
+    """`sliding` or `global` per layer; as in transformers, the last layer is always global."""
+    num_layers, given = need(text, "num_hidden_layers"), text.get("layer_types")
+    if given is None:
+        types = pattern(num_layers)
+    else:
+        unknown = sorted({str(t) for t in given} - LAYER_TYPES.keys())
+        if unknown or len(given) != num_layers:
+            raise ArchitectureError(
+                f"config.json: layer_types has {len(given)} entries (num_hidden_layers={num_layers})"
+                + (f" and unknown kinds {unknown}" if unknown else "")
+            )
+        types = tuple(LAYER_TYPES[t] for t in given)
+    return (*types[:-1], GLOBAL)
+
+
+def pattern(num_layers: int, period: int = 6) -> tuple[str, ...]:
+    """Layer types with a global layer at the end of each period."""
+    return tuple(GLOBAL if (i + 1) % period == 0 else SLIDING for i in range(num_layers))
+
+
+def heads(text: Mapping[str, Any]) -> dict[str, Heads]:
+    """Heads of `sliding` and of `global` layers (a model without sliding layers has those of the others).
+
+    Raises:
+      ArchitectureError: an override in `per_layer_config` that has no counterpart here, or layers of one type that
+        differ; names the layer and the key.
+    """
+    types = layer_types(text)
+    own = {"head_dim": text.get("head_dim", 256), "num_key_value_heads": text.get("num_key_value_heads")}
+    overrides = _overrides(text, types)
+    found: dict[str, Heads] = {}
+    for layer, kind in enumerate(types):
+        layer_values = own | overrides.get(layer, {})
+        these = Heads(*(need(layer_values, key) for key in _OVERRIDES))
+        if found.setdefault(kind, these) != these:
+            first = types.index(kind)
+            raise ArchitectureError(
+                f"config.json: per_layer_config gives layer {layer} other heads ({these}) than layer {first}"
+                f" ({found[kind]}), which is {kind} too; layers of one type must be alike here"
+            )
+    return {SLIDING: found[GLOBAL]} | found
+
+
+def _overrides(text: Mapping[str, Any], types: Sequence[str]) -> dict[int, dict[str, Any]]:
+    """Layer → its overrides: `per_layer_config` where that key is there, else what the older keys stand for."""
+    if "per_layer_config" in text:
+        return _read_overrides(text, text["per_layer_config"], len(types))
+    override = {"head_dim": text.get("global_head_dim", _GLOBAL_HEAD_DIM) or text.get("head_dim", 256)}
+    if text.get("attention_k_eq_v") and text.get("num_global_key_value_heads"):
+        override["num_key_value_heads"] = text["num_global_key_value_heads"]
+    return {layer: override for layer, kind in enumerate(types) if kind == GLOBAL}
+
+
+def _read_overrides(text: Mapping[str, Any], given: Any, num_layers: int) -> dict[int, dict[str, Any]]:
+    if given is None:
+        return {}
+    if not isinstance(given, Mapping) or not all(isinstance(entry, Mapping) for entry in given.values()):
+        raise ArchitectureError(f"config.json: per_layer_config is {given!r:.100}, not a map from layer to overrides")
+    found: dict[int, dict[str, Any]] = {}
+    for key, entry in given.items():
+        if not str(key).isdecimal() or int(key) >= num_layers:
+            raise ArchitectureError(
+                f"config.json: per_layer_config names layer {key!r}; there are 0 to {num_layers - 1}"
+            )
+        if int(key) in found:
+            raise ArchitectureError(f"config.json: per_layer_config names layer {int(key)} twice")
+        for name, value in entry.items():
+            nothing = [] if name == "skip" else text.get(name)
+            if name not in _OVERRIDES and value != nothing:
+                raise ArchitectureError(
+                    f"config.json: per_layer_config.{key}.{name}={value!r}: layers that differ in {name} have no"
+                    f" counterpart here; only {' and '.join(_OVERRIDES)} may"
+                )
+        found[int(key)] = {name: value for name, value in entry.items() if name in _OVERRIDES}
+    return found
+
+
+def rope(text: Mapping[str, Any]) -> Rope:
+    """Rotary position embeddings; as in transformers, what is given must be complete.
+
+    Raises:
+      ArchitectureError: another type, a missing key, one set of values for all layers (`{"rope_theta": …}`), or
+        `rope_scaling`, which Gemma 4 does not have.
+    """
+    if text.get("rope_scaling") is not None:
+        raise ArchitectureError(
+            f"config.json: rope_scaling={text['rope_scaling']!r} is not a key of Gemma 4; write it as rope_parameters"
+            " of sliding_attention and full_attention"
+        )
+    given = text.get("rope_parameters")
+    if given is None:
+        return Rope()
+    wanted = {
+        "sliding_attention": ("default", ("rope_theta",)),
+        "full_attention": ("proportional", ("rope_theta", "partial_rotary_factor")),
+    }
+    for layers, (kind, keys) in wanted.items():
+        if not isinstance(given, Mapping) or not isinstance(given.get(layers), Mapping):
+            raise ArchitectureError(
+                f"config.json: rope_parameters={given!r} has no {layers}; Gemma 4 has values for each of"
+                f" {' and '.join(wanted)} (a flat form of one model family does not say which layers it means)"
+            )
+        if (found := given[layers].get("rope_type")) != kind:
+            raise ArchitectureError(f"config.json: rope_parameters.{layers}.rope_type is {found!r}, not {kind!r}")
+        for key in keys:
+            if not isinstance(given[layers].get(key), int | float):
+                raise ArchitectureError(
+                    f"config.json: rope_parameters.{layers}.{key} is {given[layers].get(key)!r}; give a number"
+                )
+    local, wide = given["sliding_attention"], given["full_attention"]
+    factor = wide.get("factor", 1.0)
+    if not isinstance(factor, int | float) or not factor > 0:
+        raise ArchitectureError(f"config.json: rope_parameters.full_attention.factor is {factor!r}; give more than 0")
+    return Rope(
+        float(local["rope_theta"]), float(wide["rope_theta"]), float(wide["partial_rotary_factor"]), float(factor)
+    )
+
+
+def quantisation(config: Mapping[str, Any]) -> str | None:
+    """The method by which a checkpoint's `config.json` says that it is quantised; None: it does not."""
+    for part in (config, config.get("text_config")):
+        if isinstance(part, Mapping) and (given := part.get("quantization_config")):
+            return str(given.get("quant_method", "?") if isinstance(given, Mapping) else given)
+    return None
+
+
+def with_both_key_sets(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The same model's `config.json` with the heads of global layers in the older keys and in the newer one.
+
+    transformers before 5.15 reads the former and refuses the weights without them; later versions prefer the latter.
+    `head_dim` and `num_key_value_heads` become those of sliding layers.
+    """
+    text = text_config(config)
+    kinds, types = heads(text), layer_types(text)
+    local, wide = kinds[SLIDING], kinds[GLOBAL]
+    differing = {
+        key: value
+        for key, value, own in zip(
+            _OVERRIDES, (wide.head_dim, wide.num_kv_heads), (local.head_dim, local.num_kv_heads), strict=True
+        )
+        if value != own
+    }
+    layers = [layer for layer, kind in enumerate(types) if kind == GLOBAL] if differing else []
+    digits = len(str(max(layers, default=0)))  # as transformers writes them, so that keys sort by layer
+    values = {
+        "head_dim": local.head_dim,
+        "num_key_value_heads": local.num_kv_heads,
+        "global_head_dim": wide.head_dim,
+        "num_global_key_value_heads": wide.num_kv_heads if text.get("attention_k_eq_v") else None,
+        "per_layer_config": {f"{layer:0{digits}}": dict(differing) for layer in layers},
+    }
+    written = {**text, **values}
+    return {**config, "text_config": written} if "text_config" in config else written
