@@ -16,7 +16,7 @@ from typing import Any
 from gemma4_tpu import assets
 from gemma4_tpu.architectures import ARCHITECTURES, Architecture, contradictions, from_hf_config
 from gemma4_tpu.config.keys import did_you_mean
-from gemma4_tpu.config.schema import DataSource, ModelConfig
+from gemma4_tpu.config.schema import DataSource, LoraConfig, ModelConfig
 from gemma4_tpu.errors import UserError
 from gemma4_tpu.storage import join, list_folder, read_json
 
@@ -123,6 +123,19 @@ def tokenizer_problem(model: ModelConfig) -> list[str]:
     if folder is not None and not messages and not (folder / "tokenizer.json").is_file():
         return [f"{key}={path}: there is no tokenizer.json; give model.tokenizer=<folder with the tokenizer>"]
     return messages
+
+
+def start_problem(lora: LoraConfig) -> list[str]:
+    """What is wrong with `lora.start` and its checkpoint, as far as local files tell."""
+    path, which = lora.start or "", lora.start_checkpoint
+    messages = []
+    if which not in ("best", "latest") and not which.isdecimal():
+        messages.append(f"lora.start_checkpoint={which}: give best, latest or the number of an update")
+    place, found = local_place(f"lora.start={path}", path)
+    if place is not None and not place.is_dir():
+        what = "is a file, not a folder" if place.exists() else f"no such folder{_sibling(place)}"
+        found.append(f"lora.start={path}: {what}; give a run folder or the folder of a PEFT adapter")
+    return messages + found
 
 
 def source_problem(key: str, source: DataSource) -> list[str]:
