@@ -205,7 +205,7 @@ def _batch(trainer: TrainerConfig, data: DataConfig) -> list[str]:
 
 
 def _lora(lora: LoraConfig, model_name: str) -> list[str]:
-    messages = [] if lora.start is None else start_problem(lora)
+    messages = []
     if not lora.enabled:
         if lora.start is not None:
             messages.append(
@@ -286,6 +286,8 @@ def _run(root: TrainRoot) -> list[str]:
         messages.append(f"trainer.attention=splash: a TPU kernel, but {wanted.name} has GPUs; give auto or einsum")
     if not re.fullmatch(r"[\w.+-]*\w[\w.+-]*", root.name):
         messages.append(f"name={root.name}: part of a folder's name; letters, digits and . _ + - only")
+    if root.lora.start is not None and not _goes_on(root.run_dir):
+        messages += start_problem(root.lora)
     messages += replay_problems(root.replay, root.replay_allow, root.run_dir)
     if root.run_dir is not None and "://" in root.run_dir:
         messages += remote_problem(f"run_dir={root.run_dir}", root.run_dir)
@@ -334,6 +336,11 @@ def _warnings(root: TrainRoot) -> list[str]:
         kind = "spot" if root.hardware.spot else "on-demand"
         lines.append(f"no {kind} price is known for {root.hardware.name}: costs are left out (hardware.usd_per_hour)")
     return lines
+
+
+def _goes_on(run_dir: str | None) -> bool:
+    """Whether a local run folder holds a run that may go on; its adapters' origin need not be there any more."""
+    return run_dir is not None and (Path(run_dir) / "config.yaml").is_file()
 
 
 def _batch_key(trainer: TrainerConfig) -> str:

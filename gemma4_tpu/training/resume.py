@@ -134,8 +134,8 @@ def refuse_jump(
     )
     if moved and after > JUMP * last and LEARNING_RATE not in allow:
         raise UserError(
-            f"{told}: more than {JUMP:g} times as much; accept it: checkpoint.resume_allow=[{LEARNING_RATE}], or begin a"
-            " new run from these adapters, with a schedule of its own: lora.start=<this run>"
+            f"{told}: more than {JUMP:g} times as much; accept it: checkpoint.resume_allow=[{LEARNING_RATE}], or begin"
+            " a new run from these adapters, with a schedule of its own: lora.start=<this run>"
         )
     log.info(told)
 
