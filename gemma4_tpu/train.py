@@ -179,7 +179,7 @@ def _train(
     provenance.record(folder, made_of)
     folder.begun()
     if start is not None:
-        start.tell(folder)
+        start.tell(folder, base.fingerprint)
     answers = HeldoutAnswers(
         data.heldout, base, tokenizer, config.trainer, folder.path, resume_from, write=folder.write
     )  # fmt: skip

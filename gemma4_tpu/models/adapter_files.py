@@ -21,6 +21,7 @@ from gemma4_tpu.storage import join, list_folder, open_bytes, read_json
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 _DTYPES = ("float32", "bfloat16", "float16")
+_NAME = re.compile(r"\^?[\w.]+")  # of a module; PEFT takes regular expressions, which could be made to hang
 _HASHED_AT_ONCE_BYTES = 32 << 20
 
 _WITHOUT_EFFECT = {
@@ -85,10 +86,9 @@ def read_peft(folder: str) -> PeftAdapter:
 
 def _check_config(config: Mapping[str, Any], where: str) -> None:
     problems = [
-        f"{key}: {pattern!r} is a regular expression; only names of modules are read"
+        f"{key}={config[key]}: regular expressions; only names of modules are read"
         for key in ("rank_pattern", "alpha_pattern")
-        for pattern in config.get(key) or {}
-        if not re.fullmatch(r"\^?[\w.]+", pattern)
+        if not (isinstance(found := config.get(key) or {}, dict) and all(_NAME.fullmatch(name) for name in found))
     ]
     if str(config.get("peft_type")).upper() != "LORA":
         problems.append(f"peft_type={config.get('peft_type')}: only LORA adapters can be gone on with")

@@ -50,7 +50,7 @@ class Start:
     sha256: str
     """Tells them from any others."""
     base: str | None
-    """What they say about their base: a fingerprint (a run's) or a name (PEFT's)."""
+    """Fingerprint of the base that they were trained on, where they are a run's."""
     lora: LoraConfig
     given: Mapping[str, Given]
     """By weight, those that add something."""
@@ -95,14 +95,18 @@ class Start:
         a, b = tensor.from_lora_factors(factors, self.lora.rank)
         return a, b, tensor.lora_rank(factors) if factors else 0
 
-    def tell(self, folder: RunFolder) -> None:
-        """Logs what went where, and writes it to `start.json`."""
+    def tell(self, folder: RunFolder, base: str) -> None:
+        """Logs what went where, and writes it to `start.json`; `base` is the fingerprint of this run's base."""
         log.info("lora.start: %s: all %d adapted weights taken over", self.source, len(self.given))
+        if self.base not in (None, base):
+            log.warning("lora.start: trained on another base (fingerprint %.12s, here %.12s)", self.base, base)
         if self.idle:
             log.info("lora.start: left out, their B is zero: %d weights: %s", len(self.idle), some(self.idle))
         if self.fresh:
             log.info(
-                "lora.start: nothing given for %d weights, which start afresh: %s", len(self.fresh), some(self.fresh)
+                "lora.start: nothing given for %d weights, which begin with B = 0: %s",
+                len(self.fresh),
+                some(self.fresh),
             )
         scales = Counter(given.scale for given in self.given.values())
         if differing := [s for s in scales if s != adapters.scale(self.lora)]:
@@ -130,7 +134,8 @@ def open_start(lora: LoraConfig, arch: Architecture, resume_from: int | None = N
     present = list_folder(lora.start)
     if CONFIG in present:
         peft = read_peft(lora.start)
-        source, sha256, base, given = f"PEFT adapter {lora.start}", peft.sha256, peft.base, dict(peft.weights)
+        source = f"PEFT adapter {lora.start}" + (f" (trained on {peft.base})" if peft.base else "")
+        sha256, base, given = peft.sha256, None, dict(peft.weights)
     elif "config.yaml" in present:
         source, sha256, base, given = _of_run(lora, arch)
     else:
