@@ -149,8 +149,8 @@ def _scale(config: Mapping[str, Any], module: str) -> tuple[float, int]:
     """(factor on B·A, rank) of a module, as PEFT finds them."""
     rank = _of_pattern(config.get("rank_pattern"), module, config.get("r"))
     alpha = _of_pattern(config.get("alpha_pattern"), module, config.get("lora_alpha"))
-    if not (isinstance(rank, int) and rank > 0 and isinstance(alpha, int | float) and alpha > 0):
-        raise UserError(f"{CONFIG}: r={rank}, lora_alpha={alpha} for {module}: must be more than 0")
+    if not (isinstance(rank, int) and rank > 0 and isinstance(alpha, int | float) and 0 < alpha < math.inf):
+        raise UserError(f"{CONFIG}: r={rank}, lora_alpha={alpha} for {module}: must be numbers more than 0")
     return alpha / (math.sqrt(rank) if config.get("use_rslora") else rank), rank
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Collection
+from collections.abc import Collection
 from typing import Any
 
 from gemma4_tpu.config.schema import CheckpointConfig, OptimizerConfig
@@ -84,8 +84,7 @@ def check(
     """
     began = position(folder.checkpoints, done)
     refuse_differences(began["fingerprints"], fingerprints, checkpoint.resume_allow, folder.address)
-    schedule = make_schedule(optimizer, updates)
-    refuse_jump(began.get("schedule"), schedule, done, updates, checkpoint.resume_allow)
+    refuse_jump(began.get("schedule"), optimizer, done, updates, checkpoint.resume_allow)
 
 
 def refuse_differences(recorded: dict[str, Any], now: dict[str, Any], allow: Collection[str], run: str) -> None:
@@ -107,14 +106,14 @@ def refuse_differences(recorded: dict[str, Any], now: dict[str, Any], allow: Col
 
 
 def refuse_jump(
-    recorded: dict[str, Any] | None, schedule: Callable[[int], Any], done: int, updates: int, allow: Collection[str]
+    recorded: dict[str, Any] | None, optimizer: OptimizerConfig, done: int, updates: int, allow: Collection[str]
 ) -> None:
     """Tells where another length or schedule leaves the learning rate; it must not jump upward unasked.
 
     Args:
       recorded: the checkpoint's `schedule`: `updates` of the run, `learning_rate` of the last one done; None: it is of
         a version that did not record it.
-      schedule: this start's learning rate of update u = 0, 1, …
+      optimizer: this start's.
       done: updates that are done.
       updates: of the run, by this start.
       allow: `checkpoint.resume_allow`.
@@ -124,13 +123,15 @@ def refuse_jump(
     """
     if recorded is None or done >= updates:
         return
-    last, after = recorded["learning_rate"], float(schedule(done))
-    moved = not math.isclose(last, float(schedule(done - 1)), rel_tol=1e-6)
+    schedule, last = make_schedule(optimizer, updates), recorded["learning_rate"]
+    after = float(schedule(done))
+    # Another machine rounds a cosine otherwise: by parts in 10⁷ of the peak.
+    moved = not math.isclose(last, float(schedule(done - 1)), rel_tol=0, abs_tol=1e-6 * optimizer.learning_rate)
     if not moved and recorded["updates"] == updates:
         return
     told = (
-        f"with {updates} updates instead of {recorded['updates']} the learning rate goes from {last:.3g} at update"
-        f" {done}, the last one done, to {after:.3g} at the next"
+        f"{updates} updates (before: {recorded['updates']}): the learning rate goes from {last:.3g} at update {done}, the"
+        f" last one done, to {after:.3g} at the next"
     )
     if moved and after > JUMP * last and LEARNING_RATE not in allow:
         raise UserError(

@@ -45,7 +45,7 @@ def test_a_new_run_begins_where_the_adapters_were_and_repeats_and_goes_on(shallo
     shutil.rmtree(origin)  # the checkpoint holds more
     longer = shallow(*words, "trainer.max_updates=3", cwd=tmp_path)
     assert "lora.start is not read again: the checkpoint at update 2" in longer.stderr
-    assert "with 3 updates instead of 2 the learning rate goes from" in longer.stderr  # and stays what it was
+    assert "3 updates (before: 2): the learning rate goes from" in longer.stderr  # and stays what it was
     assert "not as when the run began" not in longer.stderr
     assert Result.read(run / "result.json").updates == 3
 
@@ -65,7 +65,7 @@ def test_a_jump_of_the_learning_rate_is_refused_until_allowed(shallow, first, tm
     recorded = (run / "config.yaml").read_bytes()
     words = [*SHORT, "trainer.max_updates=4", f"run_dir={run}"]
     refused = shallow(*words, cwd=tmp_path, exit_code=2)
-    told = "with 4 updates instead of 2 the learning rate goes from 0 at update 2, the last one done, to "
+    told = "4 updates (before: 2): the learning rate goes from 0 at update 2, the last one done, to "
     assert told in refused.stderr and "checkpoint.resume_allow=[learning_rate]" in refused.stderr
     assert "Traceback" not in refused.stderr
     assert (run / "config.yaml").read_bytes() == recorded
