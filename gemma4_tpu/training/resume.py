@@ -130,8 +130,8 @@ def refuse_jump(
     if not moved and recorded["updates"] == updates:
         return
     told = (
-        f"{updates} updates (before: {recorded['updates']}): the learning rate goes from {last:.3g} at update {done}, the"
-        f" last one done, to {after:.3g} at the next"
+        f"{updates} updates (before: {recorded['updates']}): the learning rate goes from {last:.3g} at update {done},"
+        f" the last one done, to {after:.3g} at the next"
     )
     if moved and after > JUMP * last and LEARNING_RATE not in allow:
         raise UserError(
