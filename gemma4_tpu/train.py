@@ -68,6 +68,8 @@ def _record(loaded: Loaded[TrainRoot, Checked], hosts: Hosts, preemption: Preemp
         log.warning(warning)
     try:
         result = _train(loaded, folder, hosts, preemption)
+        if result is None:
+            return 0
         folder.leave_result(result)
         drawn = plot_run(folder) if folder.write and result.status != "preempted" else []
     except KeyboardInterrupt:
@@ -79,6 +81,7 @@ def _record(loaded: Loaded[TrainRoot, Checked], hosts: Hosts, preemption: Preemp
         log_refusal(error)
         raise
     finally:
+        folder.put_back()
         folder.close()
     if result.status == "preempted":
         log.warning("preempted and saved at update %d: run_dir=%s goes on from there", result.updates, folder.address)
@@ -109,8 +112,10 @@ def _open_folder(loaded: Loaded[TrainRoot, Checked], hosts: Hosts) -> RunFolder:
     return opened[0] if opened else RunFolder.existing(address, key="run_dir, chosen by process 0,")
 
 
-def _train(loaded: Loaded[TrainRoot, Checked], folder: RunFolder, hosts: Hosts, preemption: Preemption) -> Result:
-    """The main job: rows to batches, weights to the mesh, updates, result."""
+def _train(
+    loaded: Loaded[TrainRoot, Checked], folder: RunFolder, hosts: Hosts, preemption: Preemption
+) -> Result | None:
+    """The main job: rows to batches, weights to the mesh, updates, result; None where nothing is left to do."""
     from gemma4_tpu.config.checks import warmup_warning
     from gemma4_tpu.data.build import build_data
     from gemma4_tpu.data.tokenizer import load_tokenizer
@@ -125,6 +130,7 @@ def _train(loaded: Loaded[TrainRoot, Checked], folder: RunFolder, hosts: Hosts, 
     from gemma4_tpu.training.compile_cache import use_compile_cache
     from gemma4_tpu.training.job import build_job, check_capacity, start_mesh
     from gemma4_tpu.training.replay import Replay
+    from gemma4_tpu.training.start import open_start, start_fingerprint
 
     config = loaded.root
     use_compile_cache(config.trainer.compile_cache)
@@ -133,30 +139,35 @@ def _train(loaded: Loaded[TrainRoot, Checked], folder: RunFolder, hosts: Hosts, 
     # ── data ───────────────────────────────────────────────────────────────────────────────────────────────────────
     base = resolve_base(config.model)
     audit(base).enforce()
+    start = open_start(config.lora, base.arch, resume_from)
     tokenizer = load_tokenizer(base.tokenizer_folder)
     data = build_data(config.data, tokenizer)
-    if folder.write:
-        write_json(folder.data_path, data.to_json())
 
     # ── devices, and the rows that are this process's ──────────────────────────────────────────────────────────────
     mesh = start_mesh(config.hardware, config.mesh, base.arch)
     batches = make_batches(data, config.data, config.trainer, mesh)
     updates, length = batches.pipeline.total_updates, max(batches.pipeline.lengths)
+    if told := hosts.from_first(lambda: resume.nothing_left(folder, resume_from, updates)):
+        log.info(told)
+        return None
     if (warning := warmup_warning(config.optimizer, updates)) and warning not in loaded.checked.warnings:
         log.warning(warning)  # the number of updates follows from the data
 
     # ── the same on every host, and as the run began ───────────────────────────────────────────────────────────────
     fingerprints = {"base": base.fingerprint, **batches.pipeline.fingerprint}
-    hosts.check_same(fingerprints, "give every host the same files and the same command")
+    began_from = start_fingerprint(start, folder, resume_from)
+    hosts.check_same(fingerprints | began_from, "give every host the same files and the same command")
+    heldout = {"heldout": data.heldout.fingerprint["examples"]} if data.heldout else {}
     made_of = provenance.capture(
         hardware=provenance.hardware_of(config.hardware.name, mesh),
         seeds={"trainer": config.trainer.seed},
-        fingerprints=fingerprints | ({"heldout": data.heldout.fingerprint["examples"]} if data.heldout else {}),
+        fingerprints=fingerprints | began_from | heldout,
     )
     replay = Replay.begin(config.replay, config.replay_allow, folder, hosts, made_of)
     if resume_from is not None:
-        began = resume.position(folder.checkpoints, resume_from)["fingerprints"]
-        resume.refuse_differences(began, fingerprints, config.checkpoint.resume_allow, folder.address)
+        resume.check(folder, resume_from, fingerprints, updates, config.optimizer, config.checkpoint)
+    if folder.write:
+        write_json(folder.data_path, data.to_json())
 
     # ── weights, adapters, optimizer ───────────────────────────────────────────────────────────────────────────────
     check_capacity(base.arch, config.lora, config.trainer, config.checkpoint, mesh, folder.checkpoints)
@@ -164,8 +175,13 @@ def _train(loaded: Loaded[TrainRoot, Checked], folder: RunFolder, hosts: Hosts, 
         base.arch, config.hardware, config.lora, config.optimizer, config.trainer, mesh,
         rows=batches.rows, length=length, updates=updates,
     )  # fmt: skip
-    job = build_job(base, config.lora, config.optimizer, trainer, mesh, updates, config.hardware.compiler_options)
+    job = build_job(
+        base, config.lora, config.optimizer, trainer, mesh, updates, config.hardware.compiler_options, start
+    )
     provenance.record(folder, made_of)
+    folder.begun()
+    if start is not None:
+        start.tell(folder, base.fingerprint)
     answers = HeldoutAnswers(
         data.heldout, base, tokenizer, config.trainer, folder.path, resume_from, write=folder.write
     )  # fmt: skip

@@ -10,10 +10,17 @@ import importlib.util
 import re
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 from gemma4_tpu.architectures import Architecture
-from gemma4_tpu.config.files import at_home, checkpoint_architecture, remote_problem, source_problem, tokenizer_problem
+from gemma4_tpu.config.files import (
+    at_home,
+    checkpoint_architecture,
+    folder_of,
+    remote_problem,
+    source_problem,
+    start_problem,
+    tokenizer_problem,
+)
 from gemma4_tpu.config.keys import did_you_mean
 from gemma4_tpu.config.limits import HIGH_LEARNING_RATE, limit_problems
 from gemma4_tpu.config.meshes import resolve_mesh
@@ -60,7 +67,12 @@ def normalise(root: TrainRoot) -> TrainRoot:
         root,
         model=replace(root.model, path=at_home(root.model.path), tokenizer=at_home(root.model.tokenizer)),
         data=replace(root.data, packing=root.data.packing.strip().lower(), train=train, heldout=heldout),
-        lora=replace(root.lora, quantize=quantize),
+        lora=replace(
+            root.lora,
+            quantize=quantize,
+            start=folder_of(root.lora.start),
+            start_checkpoint=root.lora.start_checkpoint.strip().lower(),
+        ),
         run_dir=at_home(root.run_dir),
         replay=at_home(root.replay),
     )
@@ -158,10 +170,17 @@ def option_name(slice_name: str) -> str:
 
 
 def _lengths(trainer: TrainerConfig) -> list[str]:
-    return _exactly_one("trainer.max_updates", trainer.max_updates, "trainer.epochs", trainer.epochs) + _exactly_one(
-        "trainer.global_batch_tokens", trainer.global_batch_tokens,
-        "trainer.global_batch_sequences", trainer.global_batch_sequences,
-    )  # fmt: skip
+    endless = trainer.max_updates is None and trainer.epochs is None
+    messages = ["trainer.max_updates, trainer.epochs: give one of them; both are null"] if endless else []
+    tokens, sequences = trainer.global_batch_tokens, trainer.global_batch_sequences
+    names = ("trainer.global_batch_tokens", "trainer.global_batch_sequences")
+    if tokens is None and sequences is None:
+        messages.append(f"{names[0]}, {names[1]}: set exactly one; both are null")
+    elif tokens is not None and sequences is not None:
+        messages.append(
+            f"{names[0]}={tokens}, {names[1]}={sequences}: set one of them; add {names[1]}=null or {names[0]}=null"
+        )
+    return messages
 
 
 def _batch(trainer: TrainerConfig, data: DataConfig) -> list[str]:
@@ -186,8 +205,13 @@ def _batch(trainer: TrainerConfig, data: DataConfig) -> list[str]:
 
 
 def _lora(lora: LoraConfig, model_name: str) -> list[str]:
+    messages = []
     if not lora.enabled:
-        messages = []
+        if lora.start is not None:
+            messages.append(
+                f"lora.start={lora.start}: adapters, but lora.enabled=false trains every weight; merge them and give"
+                " model.path=<merged folder>"
+            )
         if lora.quantize:
             messages.append(
                 f"lora.quantize={lora.quantize}: quantised weights can't be trained; give lora.enabled=true (QLoRA) "
@@ -201,14 +225,16 @@ def _lora(lora: LoraConfig, model_name: str) -> list[str]:
         return messages
     known = ", ".join(LORA_TARGETS)
     if not lora.targets:
-        return [f"lora.targets=[]: nothing would be trained; give some of {known}, or lora=none for full fine-tuning"]
+        messages.append(
+            f"lora.targets=[]: nothing would be trained; give some of {known}, or lora=none for full fine-tuning"
+        )
     unknown = [
         f"lora.targets: {target!r} is no role{did_you_mean(target, LORA_TARGETS)} (roles: {known})"
         for target in lora.targets
         if target not in LORA_TARGETS
     ]
     twice = [target for target in dict.fromkeys(lora.targets) if lora.targets.count(target) > 1]
-    return unknown + [f"lora.targets: {target!r} is given twice" for target in twice]
+    return messages + unknown + [f"lora.targets: {target!r} is given twice" for target in twice]
 
 
 def _data(data: DataConfig) -> list[str]:
@@ -260,6 +286,8 @@ def _run(root: TrainRoot) -> list[str]:
         messages.append(f"trainer.attention=splash: a TPU kernel, but {wanted.name} has GPUs; give auto or einsum")
     if not re.fullmatch(r"[\w.+-]*\w[\w.+-]*", root.name):
         messages.append(f"name={root.name}: part of a folder's name; letters, digits and . _ + - only")
+    if root.lora.start is not None and not _goes_on(root.run_dir):
+        messages += start_problem(root.lora)
     messages += replay_problems(root.replay, root.replay_allow, root.run_dir)
     if root.run_dir is not None and "://" in root.run_dir:
         messages += remote_problem(f"run_dir={root.run_dir}", root.run_dir)
@@ -310,12 +338,9 @@ def _warnings(root: TrainRoot) -> list[str]:
     return lines
 
 
-def _exactly_one(first: str, first_value: Any, second: str, second_value: Any) -> list[str]:
-    if first_value is None and second_value is None:
-        return [f"{first}, {second}: set exactly one; both are null"]
-    if first_value is not None and second_value is not None:
-        return [f"{first}={first_value}, {second}={second_value}: set one of them; add {second}=null or {first}=null"]
-    return []
+def _goes_on(run_dir: str | None) -> bool:
+    """Whether a local run folder holds a run that may go on; its adapters' origin need not be there any more."""
+    return run_dir is not None and (Path(run_dir) / "config.yaml").is_file()
 
 
 def _batch_key(trainer: TrainerConfig) -> str:

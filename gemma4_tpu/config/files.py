@@ -17,7 +17,7 @@ from gemma4_tpu import assets
 from gemma4_tpu.architectures import ARCHITECTURES, Architecture, contradictions, from_hf_config
 from gemma4_tpu.config.keys import did_you_mean
 from gemma4_tpu.config.limits import MAX_WEIGHT
-from gemma4_tpu.config.schema import DataSource, ModelConfig
+from gemma4_tpu.config.schema import DataSource, LoraConfig, ModelConfig
 from gemma4_tpu.errors import UserError
 from gemma4_tpu.hf_config import UNQUANTISED, quantisation
 from gemma4_tpu.storage import join, list_folder, open_bytes, read_json
@@ -160,6 +160,19 @@ def chat_template(folder: str) -> str | None:
     if isinstance(given, list):  # several, by name
         given = next((entry.get("template") for entry in given if entry.get("name") == "default"), None)
     return given if isinstance(given, str) and given else None
+
+
+def start_problem(lora: LoraConfig) -> list[str]:
+    """What is wrong with `lora.start` and its checkpoint, as far as local files tell."""
+    path, which = lora.start or "", lora.start_checkpoint
+    messages = []
+    if which not in ("best", "latest") and not which.isdecimal():
+        messages.append(f"lora.start_checkpoint={which}: give best, latest or the number of an update")
+    place, found = local_place(f"lora.start={path}", path)
+    if place is not None and not place.is_dir():
+        what = "is a file, not a folder" if place.exists() else f"no such folder{_sibling(place)}"
+        found.append(f"lora.start={path}: {what}; give a run folder or the folder of a PEFT adapter")
+    return messages + found
 
 
 def source_problem(key: str, source: DataSource) -> list[str]:

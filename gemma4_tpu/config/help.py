@@ -24,7 +24,7 @@ def help_text(entry: EntryPoint) -> str:
     """The whole help page."""
     from gemma4_tpu.config.load import defaults, groups_of
 
-    values = OmegaConf.to_container(defaults(entry))
+    values = OmegaConf.to_container(defaults(entry), resolve=True)
     lines = _wrapped(entry.summary)
     lines += ["", f"Usage: {entry.command} [group=option | key=value] …", "", "Examples:"]
     for arguments, meaning in entry.examples:

@@ -1,13 +1,16 @@
-"""Hydra's own flags: `--cfg`, `--info`, `--hydra-help`, `--shell-completion`, and sweeps by `--multirun`.
+"""Hydra's own flags and words: `--cfg`, `--info`, `--hydra-help`, `--shell-completion`, sweeps by `--multirun`, and
+what `--config-dir`, `hydra.run.dir` and `hydra.verbose` mean here.
 
 A sweep is run by the plugins of `hydra_plugins/gemma4_tpu_sweeps.py`, unless the command line names others.
 """
 
 from __future__ import annotations
 
+import logging
 import subprocess
 import sys
-from typing import TYPE_CHECKING, NoReturn
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import hydra
 from hydra import compose, initialize_config_dir
@@ -17,6 +20,7 @@ from hydra.errors import HydraException, MissingConfigException
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
+from gemma4_tpu.config.keys import unknown_key
 from gemma4_tpu.config.problems import refusal
 from gemma4_tpu.config.sweeps import complete, sweep_problems
 from gemma4_tpu.errors import UserError
@@ -51,6 +55,66 @@ def serve(entry: EntryPoint, flags: list[str], overrides: list[str]) -> NoReturn
     sys.argv = [sys.argv[0], *flags, "--", *overrides]
     run_job()
     raise SystemExit(0)
+
+
+def with_config_dir(folder: str, words: list[str]) -> list[str]:
+    """The words with Hydra's `--config-dir` as a place on the search path, which the jobs of a sweep are handed on.
+
+    Raises:
+      UserError: there is no such folder.
+    """
+    place = Path(folder).expanduser().absolute()
+    if not place.is_dir():
+        raise UserError(
+            f"--config-dir {folder}: no such folder; give one that holds groups, such as experiment/mine.yaml"
+        )
+    places, others = [f"file://{place}"], []
+    for word in words:
+        given = _value(word) if word.lstrip("+").startswith("hydra.searchpath=") else None
+        if isinstance(given, list):
+            places += map(str, given)
+        else:
+            others.append(word)
+    quoted = ",".join("'" + each.replace("'", "\\'") + "'" for each in places)
+    return [*others, f"hydra.searchpath=[{quoted}]"]
+
+
+def of_one_run(words: list[str], schema: type) -> list[str]:
+    """The words of a single run, Hydra's in ours: `hydra.run.dir` is `run_dir`, `hydra.verbose` is done at once.
+
+    Raises:
+      UserError: both spellings of the run folder.
+    """
+    ours = []
+    for word in words:
+        key, equals, value = word.lstrip("+").partition("=")
+        if key == "hydra.run.dir" and equals and unknown_key(schema, "run_dir") is None:
+            if twice := [other for other in words if other.lstrip("+").startswith("run_dir=")]:
+                raise UserError(f"{word} and {twice[0]}: the same folder twice; give run_dir only")
+            ours.append(f"run_dir={value}")
+        elif key == "hydra.verbose" and equals:
+            _be_verbose(word)
+        else:
+            ours.append(word)
+    return ours
+
+
+def _be_verbose(word: str) -> None:
+    """`true`: our own debug records are logged, too; a name or a list of names: those of these loggers."""
+    value = _value(word)
+    names = {True: ["gemma4_tpu"], False: []}.get(value) if isinstance(value, bool) else value
+    names = [names] if isinstance(names, str) else names
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise UserError(f"{word}: give true, false, the name of a logger or a list of names")
+    for name in names:
+        logging.getLogger(name).setLevel(logging.DEBUG)
+
+
+def _value(word: str) -> Any:
+    try:
+        return OverridesParser.create().parse_override(word).value()
+    except HydraException:
+        return None
 
 
 def _chosen(entry: EntryPoint, overrides: list[str]) -> dict[str, str]:

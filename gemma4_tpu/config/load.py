@@ -27,9 +27,10 @@ import gemma4_tpu
 from gemma4_tpu.config import replay
 from gemma4_tpu.config.checks import Checked
 from gemma4_tpu.config.entries import TRAIN, Checks, EntryPoint, Root
+from gemma4_tpu.config.hydra_flags import of_one_run, serve, with_config_dir
 from gemma4_tpu.config.keys import field_types, unknown_key
 from gemma4_tpu.config.lists import extended
-from gemma4_tpu.config.overrides import Groups, check_file, check_overrides, groups_in
+from gemma4_tpu.config.overrides import Groups, check_file, check_overrides, groups_in, one_length
 from gemma4_tpu.config.problems import Problem, refusal
 from gemma4_tpu.config.schema import TrainRoot
 from gemma4_tpu.errors import UserError
@@ -70,17 +71,15 @@ def load(argv: list[str], entry: EntryPoint[Root, Checks]) -> Loaded[Root, Check
       UserError: every problem of the command line, the files it selects and the values together.
       SystemExit: a flag was served.
     """
-    given, flags = _split(argv, entry)
+    given, flags, passed_on = _split(argv, entry)
     if flags is not None and flags.shell_completion:  # its words are no keys
-        from gemma4_tpu.config.hydra_flags import serve
-
         serve(entry, ["--shell-completion"], flags.overrides)
     words = [entry.in_full(word) for word in given]
+    if flags is None or not flags.multirun:
+        words = of_one_run(words, entry.schema)
     composed, good, problems = compose_all(words, entry, multirun=bool(flags and flags.multirun))
     if flags is not None and not problems:
-        from gemma4_tpu.config.hydra_flags import serve
-
-        serve(entry, [word for word in argv if word not in given], good)
+        serve(entry, passed_on, good if flags.multirun else [*good, *one_length(good)])
     checked = None
     if composed is not None and flags is None:
         root = entry.normalise(composed)
@@ -98,10 +97,10 @@ def compose_all(words: list[str], entry: EntryPoint, *, multirun: bool = False) 
     good, problems = check_overrides(words, schema=entry.schema, groups=groups, multirun=multirun)
     if multirun:
         return None, extended(good, entry.schema, lambda some: defaults(entry, some)), problems
-    name, taken = entry.name, good
+    name, taken = entry.name, [*good, *one_length(good)]
     if (run := replay.replayed(good, entry.schema)) is not None:
         started, found = replay.start_from(run, entry.name, entry.schema, lambda: defaults(entry))
-        taken, refused = replay.over_recorded(good, groups)
+        taken, refused = replay.over_recorded(taken, groups)
         if started is None or refused:
             return None, good, problems + found + refused
         name = started
@@ -124,7 +123,10 @@ def groups_of(entry: EntryPoint) -> dict[str, list[str]]:
 
 
 def register(entry: EntryPoint) -> None:
-    """Makes the root schema known to Hydra under the name that `conf/<name>.yaml` starts from."""
+    """Makes the root schema known to Hydra under the name that `conf/<name>.yaml` starts from, and to OmegaConf what
+    `${unless:…}` in conf/ means.
+    """
+    OmegaConf.register_new_resolver("unless", lambda given, value: value if given is None else None, replace=True)
     ConfigStore.instance().store(name=f"{entry.name}_schema", node=entry.schema)
 
 
@@ -155,10 +157,10 @@ def from_yaml(text: str, schema: type = TrainRoot) -> Any:
     return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(schema), content))
 
 
-def _split(argv: list[str], entry: EntryPoint) -> tuple[list[str], Any]:
-    """Separates `key=value` words from flags; serves --help and --version. Flags are None when there are none."""
+def _split(argv: list[str], entry: EntryPoint) -> tuple[list[str], Any, list[str]]:
+    """(`key=value` words, flags for Hydra to serve or None, those as written); serves --help and --version itself."""
     if not any(word.startswith("-") for word in argv):
-        return argv, None
+        return argv, None, []
     if "--version" in argv:
         _tell(f"gemma4-tpu {gemma4_tpu.__version__}")
     if "--help" in argv or "-h" in argv:
@@ -172,14 +174,15 @@ def _split(argv: list[str], entry: EntryPoint) -> tuple[list[str], Any]:
     except argparse.ArgumentError as error:
         raise UserError(f"{error} ({entry.command} --help)") from None
     words = [*flags.overrides, *rest]
+    written = [word for word in argv if word not in words]
+    if flags.config_dir is not None:
+        written = [w for w in written if w != flags.config_dir and not w.startswith(("--config-dir", "-cd"))]
+        words = with_config_dir(flags.config_dir, words)
     if not (flags.multirun or flags.cfg or flags.info or flags.hydra_help or flags.shell_completion):
-        refused = [word for word in argv if word.startswith("-") and word not in rest]
-        if refused:
-            raise UserError(
-                f"{' '.join(refused)}: not supported; conf/ is extended by hydra.searchpath=[file://<folder>]"
-            )
-        return words, None
-    return words, flags
+        if written:
+            raise UserError(f"{' '.join(written)}: not supported; conf/ is extended by --config-dir <folder>")
+        return words, None, []
+    return words, flags, written
 
 
 def _tell(text: str) -> NoReturn:

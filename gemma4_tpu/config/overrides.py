@@ -27,6 +27,9 @@ from gemma4_tpu.config.keys import (
 )
 from gemma4_tpu.config.lists import in_full
 from gemma4_tpu.config.problems import Problem
+from gemma4_tpu.config.synonyms import synonym
+
+LENGTHS = ("trainer.epochs", "trainer.max_updates")
 
 
 @dataclass(frozen=True)
@@ -83,17 +86,29 @@ def check_overrides(
     return good, problems
 
 
+def one_length(words: list[str]) -> list[str]:
+    """What `trainer.epochs=3` or `trainer.max_updates=100` alone also says: that the other one, set in conf/, is not
+    meant. With both in these (sound) words the shorter run is meant.
+    """
+    overrides = [OverridesParser.create().parse_override(word) for word in words]
+    given = {o.key_or_group: o.value() for o in overrides if not o.is_sweep_override()}
+    alone = [key for key in LENGTHS if given.get(key) is not None]
+    return [f"{key}=null" for key in LENGTHS if len(alone) == 1 and key not in given]
+
+
 def check_file(content: DictConfig, *, label: str, prefix: str, schema: type) -> list[Problem]:
     """Problems of one YAML file; `prefix` is its group (empty for `# @package _global_`)."""
     problems = []
-    for name, value in content.items():
+    for name, value in content.items_ex(resolve=False):
         key = f"{prefix}.{name!s}" if prefix else str(name)
         message = unknown_key(schema, key)
-        if message:
+        if message and (ours := synonym(schema, key, str(content._get_node(name)))):
+            problems.append(_in_our_words(f"{label}: {key}", ours))
+        elif message:
             problems.append(Problem(f"{label}: {key}: {message}", _meant(message)))
         elif is_group(type_at(schema, key)) and isinstance(value, DictConfig):
             problems += check_file(value, label=label, prefix=key, schema=schema)
-        elif (message := _bad_value(schema, key, value)) is not None:
+        elif not OmegaConf.is_interpolation(content, str(name)) and (message := _bad_value(schema, key, value)):
             problems.append(Problem(f"{label}: {message}", (key,)))
     return problems
 
@@ -109,6 +124,8 @@ def _check_override(word: str, override: Override, schema: type, groups: Groups,
     if name in groups.options:
         return _check_option(word, override, schema, groups)
     message = unknown_key(schema, name)
+    if message and (ours := synonym(schema, name, override.get_value_string())):
+        return _in_our_words(word, ours)
     if message:
         meant = nearest(name, groups.options) if "." not in name else []
         if meant:
@@ -121,6 +138,10 @@ def _check_override(word: str, override: Override, schema: type, groups: Groups,
         if message:
             return Problem(message, (name,))
     return None
+
+
+def _in_our_words(word: str, ours: str) -> Problem:
+    return Problem(f"{word}: no such key; here it is {ours}", (ours.partition("=")[0],))
 
 
 def _check_option(word: str, override: Override, schema: type, groups: Groups) -> Problem | None:
@@ -186,9 +207,12 @@ def _list_hint(key: str, element: Any, value: Any) -> str:
 
 def _not_an_override(word: str, schema: type) -> str:
     if word.startswith("-"):
-        name = word.lstrip("-").partition("=")[0]
-        known = unknown_key(schema, name) is None
-        return f"{word}: no such flag; settings are written {name if known else 'key'}=value"
+        name, _, value = word.lstrip("-").partition("=")
+        message = unknown_key(schema, name)
+        if message and (ours := synonym(schema, name, value)):
+            return f"{word}: no such flag; settings are written without dashes, and here it is {ours}"
+        (meant, *_) = [name] if message is None else (*_meant(message), "key")
+        return f"{word}: no such flag; settings are written {meant}=value"
     if "=" not in word:
         return f"{word}: settings are written key=value, such as lora.rank=8"
     key, _, value = word.partition("=")

@@ -82,6 +82,11 @@ class LoraConfig:
     """Roles that get adapters: `attention` (q, k, v, o), `mlp` (gate, up, down)."""
     rslora: bool = False
     """Rank-stabilised scaling, alpha/√r."""
+    start: str | None = None
+    """Begin from trained adapters instead of fresh ones: a run folder, or that of a PEFT adapter, local or gs://. A run
+    that goes on from a checkpoint does not read them again."""
+    start_checkpoint: str = "latest"
+    """Which checkpoint of such a run: `latest`, `best` (lowest held-out loss) or the number of an update."""
     quantize: str | None = None
     """QLoRA: hold the frozen base weights of the adapted modules as `nf4` or `int8`; null: unquantised."""
 
@@ -170,7 +175,8 @@ class TrainerConfig:
     """The loop (`trainer=`)."""
 
     max_updates: int | None = None
-    """Stop after this many updates. Exactly one of `max_updates` and `epochs` is set."""
+    """Stop after this many updates; with `epochs` too, whichever comes first. One of the two given on the command line
+    sets the other one aside."""
     epochs: float | None = None
     """Stop after this many passes over the training rows."""
     global_batch_tokens: int | None = None
@@ -225,7 +231,7 @@ class CheckpointConfig:
     """`auto`: continue from the newest checkpoint in the run folder that verifies; `never`: refuse a used folder."""
     resume_allow: list[str] = field(default_factory=list)
     """Differences from the recorded run to accept on a resume, by the names that the refusal shows: keys or groups of
-    the configuration, fingerprints of data, tokenizer and base."""
+    the configuration, fingerprints of data, tokenizer and base, `learning_rate` for a jump upward."""
 
 
 @dataclass(kw_only=True)

@@ -76,6 +76,14 @@ _QUANTISED = {
     "MXFP4": re.compile(r"_(blocks|scales)$"),
     "fp8 or another format with scales": re.compile(r"(weight|proj)_scale(_inv|_2)?$|\.input_scale$"),
 }
+# What PEFT calls a factor, with the adapter's name (`.default`) in files that were not saved by PEFT itself, and what
+# stands in a module's path only because the model was wrapped: by PEFT, a class of transformers, DDP, FSDP,
+# torch.compile or activation checkpointing.
+_PEFT_KEY = re.compile(r"(?P<module>.+)\.lora_(?P<factor>[AB])(?:\.[^.]+)?\.weight")
+_WRAPPERS = {
+    "base_model", "model", "language_model", "module", "_orig_mod", "_fsdp_wrapped_module",
+    "_checkpoint_wrapped_module",
+}  # fmt: skip
 _SHARED_KV = re.compile(r"layers\.(\d+)\.self_attn\.(k_proj|v_proj|k_norm|v_norm)\.weight$")
 
 Index = Sequence[slice]
@@ -160,11 +168,54 @@ class Tensor:
         b = np.asarray(lora_b, np.float32).reshape(rank, len(self.hf_names), out_size)
         return {name: (a, b[:, i].T) for i, name in enumerate(self.hf_names)}
 
+    def from_lora_factors(
+        self, factors: Mapping[str, tuple[np.ndarray, np.ndarray]], rank: int
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """The inverse of `lora_factors`: A `[in, rank]` and B `[rank, sources, out]` in float32, zero in unused ranks.
+
+        K and V of a fused projection share A, so that an A of each takes ranks of its own.
+
+        Args:
+          factors: pairs (A `[r, in]`, B `[out, r]`) by Hugging Face weight name; of some of this tensor's weights.
+          rank: of the result, at least `lora_rank(…)`.
+        """
+        out_size, in_size = self.hf_shape
+        a = np.zeros((in_size, rank), np.float32)
+        b = np.zeros((rank, len(self.hf_names), out_size), np.float32)
+        start = 0
+        shared = _share_a(list(factors.values()))
+        for name, (factor_a, factor_b) in factors.items():
+            used = slice(start, start + len(factor_a))
+            a[:, used], b[used, self.hf_names.index(name)] = factor_a.T, factor_b.T
+            start += 0 if shared else len(factor_a)
+        return a, b
+
+    @staticmethod
+    def lora_rank(factors: Mapping[str, tuple[np.ndarray, np.ndarray]]) -> int:
+        """What `from_lora_factors` needs: the rank of A where the weights share it, else the sum of their ranks."""
+        pairs = list(factors.values())
+        return len(pairs[0][0]) if _share_a(pairs) else sum(len(a) for a, _ in pairs)
+
 
 def peft_names(hf_name: str, prefix: str) -> tuple[str, str]:
     """What PEFT calls A and B of the weight `hf_name`, for a base checkpoint whose keys have `prefix`."""
     module = f"base_model.model.{prefix}{hf_name.removesuffix('.weight')}"
     return f"{module}.lora_A.weight", f"{module}.lora_B.weight"
+
+
+def from_peft_name(name: str) -> tuple[str, str, str] | None:
+    """The inverse of `peft_names` for every spelling in use; None: not a factor of a weight's adapter.
+
+    Returns:
+      (weight, factor, module): the weight's name without prefix (`layers.3.self_attn.q_proj.weight`; in other parts of
+      a model with their path), `A` or `B`, the module's path in the base model as spelt.
+    """
+    found = _PEFT_KEY.fullmatch(name)
+    if found is None:
+        return None
+    module = found["module"]
+    weight = ".".join(part for part in module.split(".") if part not in _WRAPPERS) + ".weight"
+    return weight, found["factor"], module.removeprefix("base_model.model.")
 
 
 def peft_tensors(tensor: Tensor, lora_a: np.ndarray, lora_b: np.ndarray, prefix: str) -> dict[str, np.ndarray]:
@@ -173,6 +224,10 @@ def peft_tensors(tensor: Tensor, lora_a: np.ndarray, lora_b: np.ndarray, prefix:
     for name, pair in tensor.lora_factors(lora_a, lora_b).items():
         found |= {key: np.ascontiguousarray(x) for key, x in zip(peft_names(name, prefix), pair, strict=True)}
     return found
+
+
+def _share_a(pairs: Sequence[tuple[np.ndarray, np.ndarray]]) -> bool:
+    return all(np.array_equal(pairs[0][0], a) for a, _ in pairs[1:])
 
 
 @cache
@@ -229,7 +284,7 @@ def match(arch: Architecture, shapes: Mapping[str, tuple[int, ...]], where: str)
     if len(prefixes) != 1:
         raise UserError(
             f"{where}: expected text weights under exactly one of {', '.join(p + 'layers.N' for p in PREFIXES)};"
-            f" found {len(prefixes)} of them among {_some(sorted(shapes))}"
+            f" found {len(prefixes)} of them among {some(sorted(shapes))}"
         )
     (prefix,) = prefixes
     expected = {prefix + name: t.hf_shape for t in name_map(arch).values() for name in t.hf_names}
@@ -249,7 +304,7 @@ def match(arch: Architecture, shapes: Mapping[str, tuple[int, ...]], where: str)
     if any(problems.values()):
         if told := _quantised(problems["unexpected"]):
             raise UserError(f"{where}: {told}; {UNQUANTISED}")
-        found = "; ".join(f"{len(names)} {kind}: {_some(names)}" for kind, names in problems.items() if names)
+        found = "; ".join(f"{len(names)} {kind}: {some(names)}" for kind, names in problems.items() if names)
         raise UserError(f"{where}: its tensors are not those of {arch.name}: {found}")
     return Match(prefix, tuple(passthrough), heads[0] if heads else None)
 
@@ -258,7 +313,7 @@ def _quantised(names: Sequence[str]) -> str | None:
     """How the checkpoint with these unexpected tensors is quantised; None: they are none of a quantiser's."""
     for method, pattern in _QUANTISED.items():
         if found := [name for name in names if pattern.search(name)]:
-            return f"quantised with {method}, though config.json has no quantization_config ({_some(found, 2)})"
+            return f"quantised with {method}, though config.json has no quantization_config ({some(found, 2)})"
     return None
 
 
@@ -269,5 +324,6 @@ def _left_alone(arch: Architecture, name: str, prefix: str) -> bool:
     return shared is not None and arch.num_unshared_layers <= int(shared[1]) < arch.num_layers
 
 
-def _some(names: Sequence[str], limit: int = 10) -> str:
+def some(names: Sequence[str], limit: int = 10) -> str:
+    """The first of some names, and how many more there are."""
     return ", ".join(names[:limit]) + (f" and {len(names) - limit} more" if len(names) > limit else "")

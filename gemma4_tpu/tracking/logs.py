@@ -52,7 +52,9 @@ def setup_logging(log_path: Path | None = None, level: str = "INFO", *, process:
 
 
 def _is_wanted(record: logging.LogRecord) -> bool:
-    return record.levelno >= logging.WARNING or record.name.split(".")[0] in _OURS
+    """Ours, warnings, and what somebody asked for by setting a logger to DEBUG (`hydra.verbose=<name>`)."""
+    asked_for = logging.getLogger(record.name).getEffectiveLevel() <= logging.DEBUG
+    return asked_for or record.levelno >= logging.WARNING or record.name.split(".")[0] in _OURS
 
 
 def _console_handler(process: int) -> logging.Handler:

@@ -30,10 +30,10 @@ from gemma4_tpu.tracking.result import Result
 log = logging.getLogger(__name__)
 
 MAY_CHANGE = (
-    "checkpoint", "distributed", "hardware", "mesh", "name", "preview", "replay", "replay_allow", "run_dir", "tracker",
-    "trainer.attention", "trainer.compile_cache", "trainer.epochs", "trainer.eval_every", "trainer.log_every",
-    "trainer.loss_chunk_tokens", "trainer.max_updates", "trainer.remat", "trainer.sample_prompts",
-    "trainer.sample_tokens", "trainer.stall_seconds",
+    "checkpoint", "distributed", "hardware", "lora.start", "lora.start_checkpoint", "mesh", "name", "preview", "replay",
+    "replay_allow", "run_dir", "tracker", "trainer.attention", "trainer.compile_cache", "trainer.epochs",
+    "trainer.eval_every", "trainer.log_every", "trainer.loss_chunk_tokens", "trainer.max_updates", "trainer.remat",
+    "trainer.sample_prompts", "trainer.sample_tokens", "trainer.stall_seconds",
 )  # fmt: skip
 """Keys (and groups) that a resumed run may give anew; any other would make it another run."""
 
@@ -53,6 +53,7 @@ class RunFolder:
         self.resumed = False
         """The writer found an earlier start of this run here."""
         self._lock: int | None = None
+        self._earlier: dict[Path, bytes] = {}
 
     @classmethod
     def open(
@@ -101,6 +102,8 @@ class RunFolder:
             run.resumed = run.config_path.exists()
             if run.resumed:
                 run._check_resume(resume, jsonable(config), resume_allow)
+                known = [path for path in (run.config_path, run.overrides_path) if path.exists()]
+                run._earlier = {path: path.read_bytes() for path in known}
             write_text(run.config_path, yaml.safe_dump(jsonable(config), sort_keys=False, allow_unicode=True))
             write_text(run.overrides_path, yaml.safe_dump(list(overrides), allow_unicode=True))
             run.plots.mkdir(exist_ok=True)
@@ -172,6 +175,15 @@ class RunFolder:
     def read_config(self) -> dict[str, Any]:
         """The recorded configuration, as plain values."""
         return yaml.safe_load(self.config_path.read_text(encoding="utf-8"))
+
+    def begun(self) -> None:
+        """From here on the record is of this start."""
+        self._earlier.clear()
+
+    def put_back(self) -> None:
+        """Where this start came to nothing before it had `begun`: leaves the record of the one before as it was."""
+        for path, content in self._earlier.items():
+            path.write_bytes(content)
 
     def leave_result(self, result: Result) -> None:
         """Writes `result.json`, where this process writes; an outcome worse than that of a finished run never replaces

@@ -37,6 +37,7 @@ from gemma4_tpu.models.splash import make_attention
 from gemma4_tpu.step.optimizer import make_optimizer
 from gemma4_tpu.step.train_step import Step, TrainState
 from gemma4_tpu.training.capacity import check_disk, check_memory
+from gemma4_tpu.training.start import Start
 
 log = logging.getLogger(__name__)
 
@@ -139,6 +140,7 @@ def build_job(
     mesh: Mesh,
     total_updates: int,
     compiler_options: Mapping[str, Any] | None = None,
+    start: Start | None = None,
 ) -> Job:
     """Loads the base weights and makes the initial state, every array in its place on the mesh.
 
@@ -153,6 +155,8 @@ def build_job(
     else:
         place = adapters.shardings(model.layout, lora, mesh)
         trained = jax.jit(partial(adapters.init, model.layout, lora), out_shardings=place)(init_key)
+        if start is not None:
+            trained = start.place(trained, model.layout, mesh)
         frozen, leaves = weights, tuple(adapters.leaves(model.layout, lora))
     _log_replicated(leaves if full else (*model.layout.leaves(), *leaves), mesh)
     state = init_state(step, trained, dropout_key, mesh)

@@ -126,6 +126,10 @@ class Loop:
         """What a resumed run needs besides the training state, as JSON."""
         return {
             "fingerprints": self.fingerprints,
+            "schedule": {
+                "updates": self.batches.pipeline.total_updates,
+                "learning_rate": float(self.schedule(tally.totals().updates - 1)),
+            },
             "pipeline": self.batches.pipeline.get_state(),
             "totals": asdict(tally.totals()),
             "spikes": {"losses": spikes.losses, "newest_at": spikes.newest_at},

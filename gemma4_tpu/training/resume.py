@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Collection
 from typing import Any
 
+from gemma4_tpu.config.schema import CheckpointConfig, OptimizerConfig
 from gemma4_tpu.errors import UserError
+from gemma4_tpu.step.optimizer import make_schedule
 from gemma4_tpu.storage import filesystem, join
 from gemma4_tpu.storage import read_json as read_object
+from gemma4_tpu.tracking.result import Result
+from gemma4_tpu.tracking.run import RunFolder
 from gemma4_tpu.training import checksums
 from gemma4_tpu.training.saved import saved_updates
 
@@ -16,6 +21,10 @@ log = logging.getLogger(__name__)
 
 DAMAGED = ".damaged"
 """Ending of the folder that a damaged checkpoint is renamed to."""
+JUMP = 2.0
+"""By how much the learning rate may rise unasked where another schedule goes on."""
+LEARNING_RATE = "learning_rate"
+"""What `checkpoint.resume_allow` calls such a rise."""
 
 
 def newest_verified(checkpoints: str) -> int | None:
@@ -59,6 +68,25 @@ def position(checkpoints: str, update: int) -> dict[str, Any]:
     return read_object(join(checkpoints, f"{update}/position/metadata"))
 
 
+def check(
+    folder: RunFolder,
+    done: int,
+    fingerprints: dict[str, Any],
+    updates: int,
+    optimizer: OptimizerConfig,
+    checkpoint: CheckpointConfig,
+) -> None:
+    """Compares this start with the checkpoint after update `done` that it goes on from.
+
+    Raises:
+      UserError: other data, another base, or a learning rate that would jump, and `checkpoint.resume_allow` does not
+        name it.
+    """
+    began = position(folder.checkpoints, done)
+    refuse_differences(began["fingerprints"], fingerprints, checkpoint.resume_allow, folder.address)
+    refuse_jump(began.get("schedule"), optimizer, done, updates, checkpoint.resume_allow)
+
+
 def refuse_differences(recorded: dict[str, Any], now: dict[str, Any], allow: Collection[str], run: str) -> None:
     """Compares fingerprints of data, tokenizer and base with those that the checkpoint was made with.
 
@@ -75,6 +103,59 @@ def refuse_differences(recorded: dict[str, Any], now: dict[str, Any], allow: Col
             " with, give another run_dir to start afresh, or accept the differences:"
             f" checkpoint.resume_allow=[{','.join(refused)}]"
         )
+
+
+def refuse_jump(
+    recorded: dict[str, Any] | None, optimizer: OptimizerConfig, done: int, updates: int, allow: Collection[str]
+) -> None:
+    """Tells where another length or schedule leaves the learning rate; it must not jump upward unasked.
+
+    Args:
+      recorded: the checkpoint's `schedule`: `updates` of the run, `learning_rate` of the last one done; None: it is of
+        a version that did not record it.
+      optimizer: this start's.
+      done: updates that are done.
+      updates: of the run, by this start.
+      allow: `checkpoint.resume_allow`.
+
+    Raises:
+      UserError: the next learning rate is more than `JUMP` times the last, and `allow` does not name `learning_rate`.
+    """
+    if recorded is None or done >= updates:
+        return
+    schedule, last = make_schedule(optimizer, updates), recorded["learning_rate"]
+    after = float(schedule(done))
+    # Another machine rounds a cosine otherwise: by parts in 10⁷ of the peak.
+    moved = not math.isclose(last, float(schedule(done - 1)), rel_tol=0, abs_tol=1e-6 * optimizer.learning_rate)
+    if not moved and recorded["updates"] == updates:
+        return
+    told = (
+        f"{updates} updates (before: {recorded['updates']}): the learning rate goes from {last:.3g} at update {done},"
+        f" the last one done, to {after:.3g} at the next"
+    )
+    if moved and after > JUMP * last and LEARNING_RATE not in allow:
+        raise UserError(
+            f"{told}: more than {JUMP:g} times as much; accept it: checkpoint.resume_allow=[{LEARNING_RATE}], or begin"
+            " a new run from these adapters, with a schedule of its own: lora.start=<this run>"
+        )
+    log.info(told)
+
+
+def nothing_left(folder: RunFolder, done: int | None, updates: int) -> str | None:
+    """Why there is nothing to do in a run that has done so many updates, in words; None: there is something.
+
+    A run whose last update is done, but not its result, has its result to do.
+    """
+    if done is None or done < updates or (done == updates and not _finished(folder)):
+        return None
+    return (
+        f"run_dir={folder.address}: {done} updates are done, and this command asks for {updates}: nothing is left to"
+        " do, nothing was changed; for more give more trainer.max_updates or trainer.epochs"
+    )
+
+
+def _finished(folder: RunFolder) -> bool:
+    return folder.result_path.exists() and Result.read(folder.result_path).status == "finished"
 
 
 def _shown(key: str, fingerprints: dict[str, Any]) -> str:

@@ -101,8 +101,14 @@ def saved_updates(checkpoints: str | Path) -> list[int]:
     return sorted(int(name) for name in names if name.isdecimal() and str(int(name)) == name)
 
 
-def open_saved(run: str | Path, which: str) -> SavedState:
+def open_saved(run: str | Path, which: str, *, key: str = "run", which_key: str = "checkpoint") -> SavedState:
     """The checkpoint of a run folder that `which` means: `latest`, `best` or the number of an update; verified.
+
+    Args:
+      run: the run folder, local or gs://.
+      which: of its checkpoints.
+      key: the key of the configuration that names the run, for refusals.
+      which_key: the one that says which checkpoint.
 
     Raises:
       UserError: there is none, or not that one (lists those there are), or its bytes are not those that were saved.
@@ -110,23 +116,25 @@ def open_saved(run: str | Path, which: str) -> SavedState:
     checkpoints = join(str(run), "checkpoints")
     there = [u for u in saved_updates(checkpoints) if checksums.is_finished(join(checkpoints, str(u)))]
     if not there:
-        raise UserError(f"run={run}: has no checkpoint; train it further: run_dir={run}")
+        raise UserError(f"{key}={run}: has no checkpoint; train it further: run_dir={run}")
     listed = ", ".join(map(str, there))
     if which == "latest":
         update = there[-1]
     elif which == "best":
         best = _best_update(join(checkpoints, str(there[-1])))
         if best is None:
-            raise UserError(f"checkpoint=best: {run} has no held-out loss to choose by; give latest or one of {listed}")
+            raise UserError(
+                f"{which_key}=best: {run} has no held-out loss to choose by; give latest or one of {listed}"
+            )
         if best not in there:
             raise UserError(
-                f"checkpoint=best: the best was at update {best}, of which no checkpoint is left; {listed} are"
+                f"{which_key}=best: the best was at update {best}, of which no checkpoint is left; {listed} are"
             )
         update = best
     else:
         update = int(which)
         if update not in there:
-            raise UserError(f"checkpoint={which}: {run} has none of that update; there are {listed}, best and latest")
+            raise UserError(f"{which_key}={which}: {run} has none of that update; there are {listed}, best and latest")
     state = SavedState(join(checkpoints, str(update)), update)
     if problem := checksums.problem(state.folder):
         raise state._damaged("checksums", problem)

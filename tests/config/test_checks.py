@@ -40,8 +40,7 @@ REFUSALS = [
     (["tracker.mode=disabled"], "choices: auto, online, offline"),
     (["checkpoint.resume=always"], "choices: auto, never"),
     # length of the run, size of an update
-    (["trainer.epochs=2"], "trainer.max_updates=100, trainer.epochs=2.0: set one of them; add trainer.epochs=null"),
-    (["trainer.max_updates=null"], "trainer.max_updates, trainer.epochs: set exactly one; both are null"),
+    (["trainer.max_updates=null"], "trainer.max_updates, trainer.epochs: give one of them; both are null"),
     (["trainer.global_batch_tokens=4096"], "add trainer.global_batch_sequences=null"),
     (["trainer.global_batch_sequences=null"], "set exactly one; both are null"),
     (
@@ -55,6 +54,12 @@ REFUSALS = [
     (["lora.targets=[]"], "lora.targets=[]: nothing would be trained"),
     (["lora.targets=[attn]"], "lora.targets: 'attn' is no role; did you mean attention? (roles: attention, mlp)"),
     (["lora.targets=[mlp,mlp]"], "lora.targets: 'mlp' is given twice"),
+    (["lora=none", "lora.start=."], "lora.enabled=false trains every weight; merge them and give model.path="),
+    (
+        ["lora.start=/no/such/run"],
+        "lora.start=/no/such/run: no such folder (nor is there a folder /no/such); give a run",
+    ),
+    (["lora.start=.", "lora.start_checkpoint=last"], "lora.start_checkpoint=last: give best, latest or the number"),
     (["model=gemma4_31b", "model.path=random:0", "lora=none"], "for the small sizes, not model=gemma4_31b"),
     (["model=gemma4_26b_a4b", "model.path=random:0", "lora=none"], "for the small sizes"),
     # model

@@ -129,11 +129,49 @@ def test_search_path_adds_experiments(tmp_path):
     (tmp_path / "experiment").mkdir()
     experiment = tmp_path / "experiment" / "mine.yaml"
     experiment.write_text("# @package _global_\nlora:\n  rank: 5\n")
+    assert load_train(["--config-dir", str(tmp_path), "experiment=mine", "model=tiny_moe"]).root.lora.rank == 5
     words = [f"hydra.searchpath=[file://{tmp_path}]", "experiment=mine", "model=tiny_moe"]
     assert load_train(words).root.lora.rank == 5
     experiment.write_text("# @package _global_\nlora:\n  rnk: 5\n")
     with pytest.raises(UserError, match=r"experiment/mine\.yaml: lora\.rnk: no such key; did you mean lora\.rank\?"):
         load_train(words)
+
+
+def test_both_ways_onto_the_search_path_together(tmp_path):
+    for number, name in enumerate(("a", "it's b")):
+        (tmp_path / name / "experiment").mkdir(parents=True)
+        text = f"# @package _global_\nlora:\n  rank: {5 + number}\n"
+        (tmp_path / name / "experiment" / f"e{number}.yaml").write_text(text)
+    words = [f"hydra.searchpath=[file://{tmp_path}/a]", f"--config-dir={tmp_path}/it's b", "model=tiny_moe"]
+    assert [load_train([*words, f"experiment=e{n}"]).root.lora.rank for n in (0, 1)] == [5, 6]
+    with pytest.raises(UserError, match="--config-dir nowhere: no such folder"):
+        load_train(["--config-dir", "nowhere", "model=tiny_moe"])
+
+
+@pytest.mark.parametrize(
+    ("words", "epochs", "updates"),
+    [
+        ([], None, 320),
+        (["trainer.epochs=3"], 3, None),
+        (["trainer.max_updates=7"], None, 7),
+        (["trainer.epochs=3", "trainer.max_updates=7"], 3, 7),  # whichever comes first
+        (["experiment=smoke", "trainer.epochs=3"], 3, None),  # which sets max_updates
+        (["experiment=mine", "trainer.max_updates=7"], None, 7),
+        (["experiment=mine"], 2, None),  # which sets epochs, and need not mention max_updates
+    ],
+)
+def test_one_length_alone_is_meant_alone(words, epochs, updates, tmp_path):
+    (tmp_path / "experiment").mkdir()
+    (tmp_path / "experiment" / "mine.yaml").write_text("# @package _global_\ntrainer:\n  epochs: 2\n")
+    trainer = load_train(["model=tiny_moe", f"hydra.searchpath=[file://{tmp_path}]", *words]).root.trainer
+    assert (trainer.epochs, trainer.max_updates) == (epochs, updates)
+
+
+def test_hydras_word_for_the_run_folder(tmp_path):
+    loaded = load_train(["model=tiny_moe", f"hydra.run.dir='{tmp_path}/a run'"])
+    assert loaded.root.run_dir == f"{tmp_path}/a run"
+    with pytest.raises(UserError, match=r"hydra\.run\.dir=a and run_dir=b: the same folder twice"):
+        load_train(["hydra.run.dir=a", "run_dir=b"])
 
 
 def test_help_tells_groups_keys_meanings_and_defaults(capsys):

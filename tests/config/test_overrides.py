@@ -2,6 +2,12 @@
 
 import pytest
 
+from gemma4_tpu.config.keys import leaf_keys, unknown_key
+from gemma4_tpu.config.schema import TrainRoot
+from gemma4_tpu.config.serving import ServeRoot
+from gemma4_tpu.config.synonyms import MEANINGS, synonym
+from gemma4_tpu.config.tasks import EvaluateRoot
+
 MISTAKES = [
     # key
     ("lora.rnk=8", "lora.rnk=8: no such key; did you mean lora.rank?"),
@@ -44,8 +50,37 @@ MISTAKES = [
     ("lora.rank=4,8", "several values are a sweep; give one value, or add --multirun"),
     ("lora.targets=attention,mlp", "write 'lora.targets=[a,b]', or add --multirun"),
     ("~lora.rank", "every key keeps a value"),
-    ("hydra.run.dir=x", "the run folder is set by run_dir=<folder>"),
-    ("hydra.verbose=true", "takes effect with --multirun only"),
+    ("hydra.sweep.dir=x", "takes effect with --multirun only"),
+    ("hydra.output_subdir=x", "the run folder is set by run_dir=<folder>"),
+    ("hydra.verbose=3", "give true, false, the name of a logger or a list of names"),
+    # words of other trainers
+    ("lr=1e-4", "lr=1e-4: no such key; here it is optimizer.learning_rate=1e-4"),
+    ("trainer.lr=1e-4", "here it is optimizer.learning_rate=1e-4"),
+    ("save_steps=50", "here it is checkpoint.every=50 (counted in updates)"),
+    ("logging_steps=5", "here it is trainer.log_every=5"),
+    ("max_steps=60", "here it is trainer.max_updates=60"),
+    ("num_epochs=3", "here it is trainer.epochs=3"),
+    ("num_train_epochs=3", "here it is trainer.epochs=3"),
+    ("gradient_accumulation_steps=8", "here it is trainer.microbatches=8 (an update's rows"),
+    ("batch_size=4", "here it is trainer.global_batch_sequences=4 (rows of data.sequence_length tokens per update"),
+    (
+        "per_device_train_batch_size=4",
+        "here it is trainer.global_batch_sequences=… (4 times devices times accumulation",
+    ),
+    ("warmup_ratio=0.03", "here it is optimizer.warmup_updates=… (0.03 times the run's updates"),
+    ("r=8", "here it is lora.rank=8"),
+    ("lora.r=8", "lora.r=8: no such key; here it is lora.rank=8"),
+    ("lora_alpha=16", "here it is lora.alpha=16"),
+    ("max_seq_length=2048", "here it is data.sequence_length=2048"),
+    ("output_dir=out", "here it is run_dir=out"),
+    ("bf16=true", "here it is trainer.compute_dtype=bfloat16"),
+    ("target_modules=[q_proj,v_proj]", "here it is lora.targets=[attention,mlp] (roles instead of names of modules"),
+    ("eval_dataset=a.jsonl", "here it is data.heldout='[{path: a.jsonl}]'"),
+    (
+        "--lr=1e-4",
+        "--lr=1e-4: no such flag; settings are written without dashes, and here it is optimizer.learning_rate",
+    ),
+    ("--learning_rate=1e-4", "settings are written optimizer.learning_rate=value"),
 ]
 
 
@@ -54,6 +89,19 @@ def test_a_mistake_is_named_with_its_remedy(refused, word, told):
     message = refused(word)
     assert told in message
     assert "problems in the configuration" not in message  # nothing but this mistake is complained about
+
+
+def test_every_word_of_other_trainers_has_one_meaning_that_is_a_key():
+    words = [word for words, _, _ in MEANINGS for word in words.split()]
+    assert len(words) == len(set(words))
+    ours = {key.rsplit(".", 1)[-1] for key in leaf_keys(TrainRoot)}
+    assert not ours & set(words)
+    assert all(unknown_key(TrainRoot, setting.partition("=")[0]) is None for _, setting, _ in MEANINGS)
+
+
+def test_a_word_that_another_command_knows_is_no_synonym_there():
+    assert synonym(EvaluateRoot, "trainer.batch_size", "4") is None  # eval.batch_size
+    assert synonym(ServeRoot, "lr", "1") is None  # nothing is trained there
 
 
 def test_all_problems_come_in_one_message(refused):
@@ -81,9 +129,9 @@ def test_all_problems_come_in_one_message(refused):
 
 
 def test_no_complaint_about_what_a_misspelt_word_was_to_settle(refused):
-    """`trainr.max_updates=null` would have made the two lengths consistent."""
-    message = refused("trainer.epochs=2", "trainr.max_updates=null")
-    assert "did you mean trainer.max_updates?" in message
+    """`trainr.global_batch_sequences=null` would have made the two batch sizes consistent."""
+    message = refused("trainer.global_batch_tokens=512", "trainr.global_batch_sequences=null")
+    assert "did you mean trainer.global_batch_sequences?" in message
     assert "problems" not in message
 
 
@@ -99,5 +147,5 @@ def test_a_sweep_is_checked_before_it_starts(refused):
 
 
 def test_flags_that_mean_nothing_here_are_refused(refused):
-    assert "--config-name: not supported" in refused("--config-name", "x")
+    assert "--config-name x: not supported; conf/ is extended by --config-dir" in refused("--config-name", "x")
     assert "argument --cfg/-c: invalid choice: 'foo'" in refused("--cfg=foo")

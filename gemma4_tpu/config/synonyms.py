@@ -1,0 +1,133 @@
+"""Words that people bring from other trainers (Hugging Face's, TRL, PEFT, Unsloth, axolotl, nanoGPT), and what they are
+called here: data for hints. Nothing is taken as meant.
+"""
+
+from __future__ import annotations
+
+from gemma4_tpu.config.keys import leaf_keys, unknown_key
+
+_ROWS = "rows of data.sequence_length tokens per update, over all devices and microbatches"
+_TIMES = "{} times devices times accumulation, " + _ROWS
+_SPLIT = "an update's rows (trainer.global_batch_sequences) are split into so many, not multiplied"
+_ROLES = "roles instead of names of modules: attention is q, k, v, o; mlp is gate, up, down"
+_FOLDER = "a folder with the Hugging Face checkpoint, local or gs://"
+_DATA = "a file, a folder, gs://… or hf:NAME"
+_HELDOUT = "its loss is measured every trainer.eval_every updates"
+_UPDATES = "counted in updates"
+
+MEANINGS: tuple[tuple[str, str, str], ...] = (
+    # words; our setting, {} for their value; what to know about the value
+    ("lr base_lr peak_lr max_lr", "optimizer.learning_rate={}", ""),
+    ("lr_scheduler lr_scheduler_type lr_schedule scheduler", "optimizer.schedule={}", "cosine, linear or constant"),
+    ("warmup_ratio warmup_fraction", "optimizer.warmup_updates=…", "{} times the run's updates, which its log tells"),
+    ("warmup warmup_steps num_warmup_steps warmup_iters", "optimizer.warmup_updates={}", _UPDATES),
+    ("min_lr lr_min min_learning_rate", "optimizer.end_fraction=…", "{} as a fraction of the peak"),
+    ("adam_beta1 beta1", "optimizer.b1={}", ""),
+    ("adam_beta2 beta2", "optimizer.b2={}", ""),
+    ("adam_epsilon adam_eps epsilon", "optimizer.eps={}", ""),
+    ("wd", "optimizer.weight_decay={}", ""),
+    ("grad_clip clip_grad_norm gradient_clipping gradient_clip_val", "optimizer.max_grad_norm={}", ""),
+    ("optim optimizer_type", "optimizer=adamw", "there is no other"),
+    ("max_steps num_steps total_steps train_steps num_train_steps max_iters steps", "trainer.max_updates={}", _UPDATES),
+    ("num_epochs num_train_epochs n_epochs max_epochs epoch", "trainer.epochs={}", ""),
+    ("batch_size train_batch_size global_batch_size total_batch_size", "trainer.global_batch_sequences={}", _ROWS),
+    (
+        "per_device_train_batch_size per_device_batch_size per_gpu_train_batch_size device_batch_size micro_batch_size"
+        " train_micro_batch_size_per_gpu",
+        "trainer.global_batch_sequences=…",
+        _TIMES,
+    ),
+    (
+        "gradient_accumulation_steps gradient_accumulation grad_accumulation_steps grad_accum accumulate_grad_batches",
+        "trainer.microbatches={}",
+        _SPLIT,
+    ),
+    (
+        "max_seq_length max_seq_len max_sequence_length max_length seq_length seq_len sequence_len block_size"
+        " cutoff_len context_length model_max_length",
+        "data.sequence_length={}",
+        "longer examples are dropped, never cut",
+    ),
+    ("save_steps save_every save_interval checkpointing_steps save_strategy", "checkpoint.every={}", _UPDATES),
+    ("save_total_limit", "checkpoint.keep={}", ""),
+    ("load_best_model_at_end", "checkpoint.keep_best={}", "merge and evaluate take checkpoint=best"),
+    ("eval_steps eval_interval eval_strategy evaluation_strategy", "trainer.eval_every={}", _UPDATES),
+    ("logging_steps log_interval log_every_n_steps logging_interval", "trainer.log_every={}", _UPDATES),
+    ("output_dir out_dir save_dir logging_dir", "run_dir={}", ""),
+    ("resume_from_checkpoint", "run_dir=…", "the run's folder: the same command goes on from its newest checkpoint"),
+    ("run_name experiment_name", "name={}", ""),
+    ("report_to", "tracker={}", "none, wandb, tensorboard or jsonl"),
+    ("wandb_project project_name", "tracker.project={}", ""),
+    ("wandb_entity", "tracker.entity={}", ""),
+    (
+        "bf16 fp16 dtype torch_dtype precision mixed_precision",
+        "trainer.compute_dtype=bfloat16",
+        "or float32, or auto; adapters and optimizer are float32 in any case",
+    ),
+    ("random_seed data_seed", "trainer.seed={}", ""),
+    (
+        "model_name_or_path model_id model_path model_name pretrained_model_name_or_path base_model",
+        "model.path={}",
+        _FOLDER,
+    ),
+    ("tokenizer_name tokenizer_path", "model.tokenizer={}", "a folder"),
+    (
+        "dataset dataset_name dataset_path data_path data_files data_dir train_file train_data train_dataset",
+        "data.train.0.path={}",
+        _DATA,
+    ),
+    (
+        "eval_dataset eval_file eval_data validation_file validation_data test_file val_data",
+        "data.heldout='[{{path: {}}}]'",
+        _HELDOUT,
+    ),
+    ("val_set_size validation_split eval_split test_size", "data.heldout_fraction={}", "a share of the training rows"),
+    ("max_samples max_train_samples num_samples", "data.max_rows={}", ""),
+    ("sample_packing", "data.packing={}", ""),
+    ("group_by_length", "data.packing=buckets", "instead of true, which packs and needs no groups"),
+    (
+        "train_on_inputs completion_only_loss assistant_only_loss",
+        "data.train_on=all",
+        "all or the last of the assistant's turns; loss lies nowhere else",
+    ),
+    ("r lora_r lora_rank lora_dim", "lora.rank={}", ""),
+    ("lora_alpha", "lora.alpha={}", ""),
+    ("lora_dropout", "lora.dropout={}", ""),
+    ("target_modules lora_target_modules lora_target", "lora.targets=[attention,mlp]", _ROLES),
+    ("use_rslora", "lora.rslora={}", ""),
+    ("load_in_4bit use_4bit", "lora.quantize=nf4", "null for false"),
+    ("load_in_8bit use_8bit", "lora.quantize=int8", "null for false"),
+    ("use_lora use_peft", "lora.enabled={}", ""),
+    (
+        "adapter_name_or_path adapter_path lora_path lora_weights lora_model_dir peft_model_id",
+        "lora.start={}",
+        "a run folder or a PEFT adapter's",
+    ),
+    ("gradient_checkpointing activation_checkpointing", "trainer.remat=auto", "or none, products, attention, decoder"),
+    ("attn_implementation flash_attention flash_attn", "trainer.attention=auto", "or splash, einsum"),
+    ("tensor_parallel_size tp_size", "mesh.tp={}", "devices on that axis"),
+    ("data_parallel_size dp_size", "mesh.dp={}", "devices on that axis"),
+    ("fsdp_size", "mesh.fsdp={}", "devices on that axis"),
+    ("num_gpus n_gpu num_devices", "hardware=<slice>", "such as v5p8; local takes what is there"),
+)
+_BY_WORD = {word: (setting, remark) for words, setting, remark in MEANINGS for word in words.split()}
+
+
+def synonym(schema: type, key: str, value: str) -> str | None:
+    """Our setting for a word of another trainer, bare or behind any group (`lora.r`), and what to know about its value.
+
+    Args:
+      schema: the command's root; a word that is a key of it, in whatever group, is no synonym.
+      key: as typed, not a key of `schema`.
+      value: as typed.
+
+    Returns:
+      such as `trainer.max_updates=60 (counted in updates)`; None where nothing is known of the word.
+    """
+    word = key.rsplit(".", 1)[-1].lower().replace("-", "_")
+    if word not in _BY_WORD or any(leaf.rsplit(".", 1)[-1] == word for leaf in leaf_keys(schema)):
+        return None
+    setting, remark = (text.format(value or "…") for text in _BY_WORD[word])
+    if unknown_key(schema, setting.partition("=")[0]) is not None:
+        return None
+    return f"{setting} ({remark})" if remark else setting

@@ -1,0 +1,171 @@
+"""Reads an adapter in PEFT's form, as `peft`, TRL and Unsloth save it: safetensors only, nothing is unpickled.
+
+What `export/peft.py` writes, read back; and what others write. No JAX.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from gemma4_tpu.errors import UserError
+from gemma4_tpu.models.names import from_peft_name, some
+from gemma4_tpu.models.tensorfile import TensorFile
+from gemma4_tpu.storage import join, list_folder, open_bytes, read_json
+
+WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
+_DTYPES = ("float32", "bfloat16", "float16")
+_NAME = re.compile(r"\^?[\w.]+")  # of a module; PEFT takes regular expressions, which could be made to hang
+_HASHED_AT_ONCE_BYTES = 32 << 20
+
+_WITHOUT_EFFECT = {
+    "auto_mapping", "base_model_name_or_path", "eva_config", "exclude_modules", "fan_in_fan_out", "inference_mode",
+    "layers_pattern", "layers_to_transform", "lora_dropout", "megatron_core", "peft_version", "qalora_group_size",
+    "revision", "runtime_config", "target_modules", "task_type",
+}  # fmt: skip
+"""Keys of PEFT's configuration that say nothing about what a saved adapter computes, beside those that are read. Any
+other key must be off, also one that a later version of PEFT brings."""
+_READ = {"peft_type", "r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern", "init_lora_weights"}
+_OFF: tuple[Any, ...] = (None, False, "none", [], {})
+_ON_THE_SAME_BASE = (True, False, "gaussian", "eva", "orthogonal", "mica")
+"""Initialisations that leave the base weights as they are."""
+
+
+@dataclass(frozen=True)
+class Given:
+    """The trained adapter of one weight `[out, in]`: its delta is scale · B @ A."""
+
+    a_shape: tuple[int, ...]
+    """`[r, in]`"""
+    b_shape: tuple[int, ...]
+    """`[out, r]`"""
+    scale: float
+    read: Callable[[], tuple[np.ndarray, np.ndarray]]
+    """(A, B) in float32."""
+
+
+@dataclass(frozen=True)
+class PeftAdapter:
+    """The two files of an adapter, read and checked as far as headers go."""
+
+    weights: Mapping[str, Given]
+    """By the weight's name without prefix: `layers.3.self_attn.q_proj.weight`."""
+    base: str | None
+    """The base model that it says it was trained on."""
+    sha256: str
+    """Of both files."""
+
+
+def read_peft(folder: str) -> PeftAdapter:
+    """Opens the adapter in `folder`, local or remote.
+
+    Raises:
+      UserError: not LoRA's plain form, pickled or damaged files, a tensor that belongs to no adapter of a weight.
+    """
+    present = list_folder(folder)
+    if WEIGHTS not in present:
+        pickled = [name for name in present if name.endswith((".bin", ".pt", ".pth"))]
+        if pickled:
+            raise UserError(
+                f"{join(folder, pickled[0])}: pickled, which is never read; load the adapter with peft and save it"
+                " again (as safetensors, its default)"
+            )
+        raise UserError(f"{folder}: has no {WEIGHTS}; found {', '.join(present[:10])}")
+    config, file = read_json(join(folder, CONFIG)), TensorFile(join(folder, WEIGHTS))
+    _check_config(config, join(folder, CONFIG))
+    pairs, modules = _pairs(file)
+    weights = {weight: _given(file, pair, _scale(config, modules[weight])) for weight, pair in pairs.items()}
+    return PeftAdapter(weights, config.get("base_model_name_or_path"), _sha256(folder))
+
+
+def _check_config(config: Mapping[str, Any], where: str) -> None:
+    problems = [
+        f"{key}={config[key]}: regular expressions; only names of modules are read"
+        for key in ("rank_pattern", "alpha_pattern")
+        if not (isinstance(found := config.get(key) or {}, dict) and all(_NAME.fullmatch(name) for name in found))
+    ]
+    if str(config.get("peft_type")).upper() != "LORA":
+        problems.append(f"peft_type={config.get('peft_type')}: only LORA adapters can be gone on with")
+    problems += [
+        f"{key}={value}: changes more than A and B of plain LoRA do"
+        for key, value in config.items()
+        if key not in _READ | _WITHOUT_EFFECT and value not in _OFF
+    ]
+    if (initial := config.get("init_lora_weights", True)) not in _ON_THE_SAME_BASE:
+        problems.append(
+            f"init_lora_weights={initial}: changed the base weights too; let peft convert it:"
+            " save_pretrained(path_initial_model_for_weight_conversion=…)"
+        )
+    if problems:
+        raise UserError(f"{where}: {'; '.join(problems)}")
+
+
+def _pairs(file: TensorFile) -> tuple[dict[str, dict[str, str]], dict[str, str]]:
+    """Weight → (`A`, `B`) → name of the tensor; and weight → the module's path as spelt."""
+    pairs: dict[str, dict[str, str]] = {}
+    modules: dict[str, str] = {}
+    strange = []
+    for name in file.tensors:
+        if (found := from_peft_name(name)) is None:
+            strange.append(name)
+            continue
+        weight, factor, modules[weight] = found[0], found[1], found[2]
+        if (other := pairs.setdefault(weight, {}).setdefault(factor, name)) != name:
+            raise UserError(f"{file.path}: {other} and {name} are two adapters of one weight; save one of them alone")
+    if strange:
+        raise UserError(f"{file.path}: {some(strange)}: not the A or B of a LoRA adapter; nothing here could take them")
+    if half := [name for pair in pairs.values() for name in pair.values() if len(pair) < 2]:
+        raise UserError(f"{file.path}: {some(half)}: A without B, or B without A; save the adapter again")
+    if not pairs:
+        raise UserError(f"{file.path}: holds no adapter")
+    return pairs, modules
+
+
+def _given(file: TensorFile, pair: Mapping[str, str], scale: tuple[float, int]) -> Given:
+    a, b = (file.tensors[pair[factor]] for factor in "AB")
+    for name, info in ((pair["A"], a), (pair["B"], b)):
+        if info.dtype.name not in _DTYPES or len(info.shape) != 2:
+            raise UserError(f"{file.path}: {name} is {info.dtype.name}{list(info.shape)}, not a matrix of floats")
+    factor, rank = scale
+    if not a.shape[0] == b.shape[1] == rank:
+        raise UserError(
+            f"{file.path}: {pair['A']} has shape {list(a.shape)}, {pair['B']} {list(b.shape)}, but {CONFIG} says rank"
+            f" {rank}; these files don't belong together"
+        )
+    return Given(a.shape, b.shape, factor, lambda: (_read(file, pair["A"]), _read(file, pair["B"])))
+
+
+def _read(file: TensorFile, name: str) -> np.ndarray:
+    return file.read(name).astype(np.float32)
+
+
+def _scale(config: Mapping[str, Any], module: str) -> tuple[float, int]:
+    """(factor on B·A, rank) of a module, as PEFT finds them."""
+    rank = _of_pattern(config.get("rank_pattern"), module, config.get("r"))
+    alpha = _of_pattern(config.get("alpha_pattern"), module, config.get("lora_alpha"))
+    if not (isinstance(rank, int) and rank > 0 and isinstance(alpha, int | float) and 0 < alpha < math.inf):
+        raise UserError(f"{CONFIG}: r={rank}, lora_alpha={alpha} for {module}: must be numbers more than 0")
+    return alpha / (math.sqrt(rank) if config.get("use_rslora") else rank), rank
+
+
+def _of_pattern(patterns: Mapping[str, Any] | None, module: str, otherwise: Any) -> Any:
+    """The value for the first name that the module's path ends with (`^`: is)."""
+    for name, value in (patterns or {}).items():
+        if module == name.removeprefix("^") or (not name.startswith("^") and module.endswith(f".{name}")):
+            return value
+    return otherwise
+
+
+def _sha256(folder: str) -> str:
+    digest = hashlib.sha256()
+    for name in (CONFIG, WEIGHTS):
+        file = open_bytes(join(folder, name))
+        for start in range(0, file.size_bytes, _HASHED_AT_ONCE_BYTES):
+            digest.update(file.read(start, min(start + _HASHED_AT_ONCE_BYTES, file.size_bytes)))
+    return digest.hexdigest()

@@ -1,0 +1,289 @@
+"""`lora.start`: the adapters that a new run begins from, a run's own or PEFT's, instead of fresh ones.
+
+What is given must be represented exactly, or the run is refused: every product scale · B @ A comes out as it was. A
+smaller rank is filled up with fresh ranks, which add nothing at first; K and V share A here, so that an A of each takes
+ranks of its own; a scale that is a power of two away goes into B. What was given, where it went and what is fresh is
+logged and written to `start.json`.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from functools import cached_property, partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import yaml
+from jax.sharding import Mesh
+
+from gemma4_tpu.architectures import Architecture
+from gemma4_tpu.config.load import from_yaml
+from gemma4_tpu.config.schema import LoraConfig, TrainRoot
+from gemma4_tpu.errors import UserError
+from gemma4_tpu.models import lora as adapters
+from gemma4_tpu.models.adapter_files import CONFIG, Given, read_peft
+from gemma4_tpu.models.layout import Layout, Leaf, build_tree, get
+from gemma4_tpu.models.names import Tensor, name_map, some
+from gemma4_tpu.storage import list_folder
+from gemma4_tpu.tracking.files import read_json, write_json
+from gemma4_tpu.tracking.run import RunFolder
+from gemma4_tpu.training.saved import SavedState, open_saved
+
+log = logging.getLogger(__name__)
+
+FILE = "start.json"
+Factors = dict[str, tuple[np.ndarray, np.ndarray]]
+
+
+@dataclass(frozen=True)
+class Start:
+    """Adapters to begin from, checked against what this run trains."""
+
+    source: str
+    """What they are, in words: `update 40 of outputs/train/…`."""
+    sha256: str
+    """Tells them from any others."""
+    base: str | None
+    """Fingerprint of the base that they were trained on, where they are a run's."""
+    lora: LoraConfig
+    given: Mapping[str, Given]
+    """By weight, those that add something."""
+    idle: tuple[str, ...]
+    """Weights whose B is zero and that this run does not adapt: left out."""
+    tensors: Mapping[str, Tensor]
+    """What this run adapts, by Tunix name."""
+
+    @cached_property
+    def fresh(self) -> list[str]:
+        """Weights of this run that nothing was given for."""
+        return sorted({name for t in self.tensors.values() for name in t.hf_names} - self.given.keys())
+
+    def factors(self, tensor: Tensor) -> Factors:
+        """(A, B) of what was given for a tensor, B scaled so that this run's scale makes the same product of them."""
+        ours, found = adapters.scale(self.lora), {}
+        for name in tensor.hf_names:
+            if name in self.given:
+                a, b = self.given[name].read()
+                if not (np.isfinite(a).all() and np.isfinite(b).all()):
+                    raise UserError(f"lora.start={self.lora.start}: {name} holds NaN or infinity; give another")
+                found[name] = (a, b * np.float32(_ratio(self.given[name].scale, ours)))
+        return found
+
+    def place(self, initial: dict[str, Any], layout: Layout, mesh: Mesh) -> dict[str, Any]:
+        """The adapters on the mesh: what was given over the `initial` ones, which stay where nothing was."""
+        places = adapters.shardings(layout, self.lora, mesh)
+
+        def pair(adapter: adapters.Adapter) -> list[tuple[Any, jax.Array]]:
+            values = [self._values(self.tensors[name]) for name in adapter.base.tunix_names]
+            used = np.array([rank for _, _, rank in values], np.int32)
+            a = _on_mesh(np.stack([a.reshape(adapter.a.shape) for a, _, _ in values]), adapter.a, places)
+            b = _on_mesh(np.stack([b.reshape(adapter.b.shape) for _, b, _ in values]), adapter.b, places)
+            fill = jax.jit(_fill, out_shardings=get(places, adapter.a.path))
+            return [(adapter.a.path, fill(get(initial, adapter.a.path), a, used)), (adapter.b.path, b)]
+
+        return build_tree(item for adapter in adapters.adapters(layout, self.lora) for item in pair(adapter))
+
+    def _values(self, tensor: Tensor) -> tuple[np.ndarray, np.ndarray, int]:
+        """A, B and how many ranks of A were given."""
+        factors = self.factors(tensor)
+        a, b = tensor.from_lora_factors(factors, self.lora.rank)
+        return a, b, tensor.lora_rank(factors) if factors else 0
+
+    def tell(self, folder: RunFolder, base: str) -> None:
+        """Logs what went where, and writes it to `start.json`; `base` is the fingerprint of this run's base."""
+        log.info("lora.start: %s: all %d adapted weights taken over", self.source, len(self.given))
+        if self.base not in (None, base):
+            log.warning("lora.start: trained on another base (fingerprint %.12s, here %.12s)", self.base, base)
+        if self.idle:
+            log.info("lora.start: left out, their B is zero: %d weights: %s", len(self.idle), some(self.idle))
+        if self.fresh:
+            log.info(
+                "lora.start: nothing given for %d weights, which begin with B = 0: %s",
+                len(self.fresh),
+                some(self.fresh),
+            )
+        scales = Counter(given.scale for given in self.given.values())
+        if differing := [s for s in scales if s != adapters.scale(self.lora)]:
+            log.info("lora.start: scale %s there, %g here: B is multiplied", some([f"{s:g}" for s in differing]),
+                     adapters.scale(self.lora))  # fmt: skip
+        if folder.write:
+            record = {"source": self.source, "sha256": self.sha256, "base": self.base, "given": sorted(self.given)}
+            ranks = dict(Counter(str(given.a_shape[0]) for given in self.given.values()))
+            write_json(folder.path / FILE, record | {"ranks": ranks, "left_out": self.idle, "fresh": self.fresh})
+
+
+def open_start(lora: LoraConfig, arch: Architecture, resume_from: int | None = None) -> Start | None:
+    """The adapters that `lora.start` names, read as far as is needed to know that they can be represented exactly.
+
+    None: it names none, or the run goes on from a checkpoint, which holds more.
+
+    Raises:
+      UserError: no adapters there, or such as this run can't hold; says which and what would hold them.
+    """
+    if lora.start is None:
+        return None
+    if resume_from is not None:
+        log.info("lora.start is not read again: the checkpoint at update %d holds what came of it", resume_from)
+        return None
+    present = list_folder(lora.start)
+    if CONFIG in present:
+        peft = read_peft(lora.start)
+        source = f"PEFT adapter {lora.start}" + (f" (trained on {peft.base})" if peft.base else "")
+        sha256, base, given = peft.sha256, None, dict(peft.weights)
+    elif "config.yaml" in present:
+        source, sha256, base, given = _of_run(lora, arch)
+    else:
+        found = f"it holds {some(present)}" if present else "no such folder, or an empty one"
+        raise UserError(
+            f"lora.start={lora.start}: neither a run folder (config.yaml) nor a PEFT adapter ({CONFIG}): {found}"
+        )
+    layout = Layout.of(arch)
+    tensors = _tensors(arch, layout, lora)
+    known = {name for t in tensors.values() for name in t.hf_names}
+    idle = tuple(sorted(name for name in given.keys() - known if not given[name].read()[1].any()))
+    start = Start(source, sha256, base, lora, {n: g for n, g in given.items() if n not in idle}, idle, tensors)
+    if not start.given:
+        raise UserError(f"lora.start={lora.start}: {source} adds nothing: B is zero everywhere")
+    if problems := [*_unmatched(start, arch, layout), *_shapes(start)] or _unrepresentable(start):
+        listed = "".join(f"\n  - {problem}" for problem in problems)
+        raise UserError(f"lora.start={lora.start}: this run can't begin from {source}:{listed}")
+    return start
+
+
+def start_fingerprint(start: Start | None, folder: RunFolder, resume_from: int | None) -> dict[str, str]:
+    """That of the adapters that a run began from, as provenance records it; empty: from fresh ones."""
+    if start is not None:
+        return {"start": start.sha256}
+    if resume_from is None or not folder.provenance_path.exists():
+        return {}
+    recorded = read_json(folder.provenance_path).get("fingerprints", {})
+    return {"start": recorded["start"]} if "start" in recorded else {}
+
+
+def _of_run(lora: LoraConfig, arch: Architecture) -> tuple[str, str, str | None, dict[str, Given]]:
+    run = RunFolder.existing(str(lora.start), key="lora.start")
+    config = run.read_config()
+    if "lora" not in config:
+        raise UserError(f"lora.start={lora.start}: its config.yaml has no lora: not the run folder of a training")
+    known: TrainRoot = from_yaml(yaml.safe_dump({"lora": config["lora"]}))
+    if not known.lora.enabled:
+        raise UserError(
+            f"lora.start={lora.start}: trained every weight (lora=none), so there are no adapters; merge it and give"
+            " model.path=<merged folder>"
+        )
+    state = open_saved(run.address, lora.start_checkpoint, key="lora.start", which_key="lora.start_checkpoint")
+    base = None
+    if run.provenance_path.exists():
+        base = read_json(run.provenance_path).get("fingerprints", {}).get("base")
+    scale, tensors = adapters.scale(known.lora), name_map(arch)
+    given: dict[str, Given] = {}
+    for name in state.names:
+        if (own := name.removesuffix("_lora_a")) != name:
+            given |= _of_tensor(state, tensors[own], scale) if own in tensors else {own: _absent(state, name, scale)}
+    return f"update {state.update} of {run.address}", state.identity, base, given
+
+
+def _of_tensor(state: SavedState, tensor: Tensor, scale: float) -> dict[str, Given]:
+    rank = state.shape(tensor.lora_names[0])[-1]
+    a_size, b_size = (math.prod(state.shape(name)) for name in tensor.lora_names)
+    shapes = (rank, a_size // rank), (b_size // rank // len(tensor.hf_names), rank)
+
+    def read(name: str) -> tuple[np.ndarray, np.ndarray]:
+        lora_a, lora_b = (state.read(own) for own in tensor.lora_names)
+        return tensor.lora_factors(lora_a, lora_b)[name]
+
+    return {name: Given(*shapes, scale, partial(read, name)) for name in tensor.hf_names}
+
+
+def _absent(state: SavedState, name: str, scale: float) -> Given:
+    """Of a layer that this model has not."""
+    other = name.removesuffix("a") + "b"
+    return Given(state.shape(name), state.shape(other), scale, lambda: (state.read(name), state.read(other)))
+
+
+def _tensors(arch: Architecture, layout: Layout, lora: LoraConfig) -> dict[str, Tensor]:
+    names = name_map(arch)
+    return {name: names[name] for adapter in adapters.adapters(layout, lora) for name in adapter.base.tunix_names}
+
+
+def _unmatched(start: Start, arch: Architecture, layout: Layout) -> list[str]:
+    """Given weights that this run does not adapt."""
+    ours = {name for t in start.tensors.values() for name in t.hf_names}
+    rest = sorted(start.given.keys() - ours)
+    every = _tensors(arch, layout, replace(start.lora, targets=list(adapters.ROLES)))
+    targets = {name for t in every.values() for name in t.hf_names}
+    untargeted, alien = [n for n in rest if n in targets], [n for n in rest if n not in targets]
+    lines = []
+    if untargeted:
+        lines.append(
+            f"lora.targets=[{','.join(start.lora.targets)}] leaves out {len(untargeted)} of its weights"
+            f" ({some(untargeted)}); give lora.targets=[{','.join(adapters.ROLES)}]"
+        )
+    if alien:
+        lines.append(
+            f"{len(alien)} of its weights are none that get adapters on {arch.name} ({some(alien)}); give an adapter of"
+            " the text model's attention and MLP only, trained on this model"
+        )
+    return lines
+
+
+def _shapes(start: Start) -> list[str]:
+    found = {name: (given.b_shape[0], given.a_shape[1]) for name, given in start.given.items()}
+    wrong = [
+        f"{name} {list(found[name])} instead of {list(tensor.hf_shape)}"
+        for tensor in start.tensors.values()
+        for name in tensor.hf_names
+        if found.get(name, tensor.hf_shape) != tensor.hf_shape
+    ]
+    return [f"{len(wrong)} of its weights have another shape: {some(wrong)}; it is another model's"] if wrong else []
+
+
+def _unrepresentable(start: Start) -> list[str]:
+    """Ranks and scales that would not come out exactly."""
+    lora = start.lora
+    needed = {t.name: _rank_of(start, t) for t in start.tensors.values()}
+    rank = max([lora.rank, *needed.values()])
+    scale, _ = Counter(given.scale for given in start.given.values()).most_common(1)[0]
+    fitting = f"lora.rank={rank} lora.alpha={scale * (math.sqrt(rank) if lora.rslora else rank):.9g}"
+    lines = []
+    if over := [name for name, ranks in needed.items() if ranks > lora.rank]:
+        shared = any(start.tensors[name].several for name in over)
+        why = " (K and V share A here, its have one each, so their ranks add up)" if shared else ""
+        lines.append(f"it needs rank {rank}{why}, lora.rank is {lora.rank}: {some(over)}; give {fitting}")
+    ours = adapters.scale(lora)
+    if odd := sorted({g.scale for g in start.given.values() if _ratio(g.scale, ours) is None}):
+        lines.append(
+            f"its scale is {', '.join(f'{s:.9g}' for s in odd)}, here it is {ours:.9g}: not a power of two apart, so"
+            f" that B would be rounded; give {fitting}"
+        )
+    return lines
+
+
+def _rank_of(start: Start, tensor: Tensor) -> int:
+    """The rank that a tensor needs; values are read only where K and V may share A."""
+    names = [name for name in tensor.hf_names if name in start.given]
+    if len(names) < 2:
+        return max((start.given[name].a_shape[0] for name in names), default=0)
+    return tensor.lora_rank({name: start.given[name].read() for name in names})
+
+
+def _ratio(given: float, ours: float) -> float | None:
+    """`given / ours` where it is a power of two in float32, which multiplies without rounding; else None."""
+    power = 2.0 ** round(math.log2(given / ours))
+    return power if np.float32(ours * power) == np.float32(given) else None
+
+
+def _on_mesh(value: np.ndarray, leaf: Leaf, places: Any) -> jax.Array:
+    return jax.make_array_from_callback(value.shape, get(places, leaf.path), lambda index: value[index])
+
+
+def _fill(initial: jax.Array, given: jax.Array, used: jax.Array) -> jax.Array:
+    """A `[L, …, r]`: the first `used` [L] ranks of each layer as given, the others as they are initially."""
+    ranks = used.reshape(-1, *[1] * (given.ndim - 1))
+    return jnp.where(jnp.arange(given.shape[-1]) < ranks, given, initial)
