@@ -62,7 +62,7 @@ class Rows:
         if whole != text:
             log.warning("%s: the last line is torn and left out", path)
             write_text(path, whole)
-        for number, line in enumerate(whole.splitlines(), 1):
+        for number, line in enumerate(whole.split("\n")[:-1], 1):
             try:
                 row = json.loads(line)
                 self.rows.setdefault((row["problem"], int(row["sample"])), row)
@@ -110,7 +110,7 @@ def read_foreign(path: str, problems: Sequence[str]) -> list[Sample]:
     samples: list[Sample] = []
     counts: dict[str, int] = dict.fromkeys(problems, 0)
     wrong: list[str] = []
-    lines = Path(path).read_text(encoding="utf-8").splitlines()
+    lines = Path(path).read_text(encoding="utf-8").split("\n")
     for number, line in enumerate(lines, 1):
         if not line.strip():
             continue

@@ -4,22 +4,44 @@ from __future__ import annotations
 
 import re
 
-from gemma4_tpu.data.codev import extract_code, fenced_blocks, split_response
+from gemma4_tpu.data.codev import split_response
 from gemma4_tpu.data.drops import RowDropped
 from gemma4_tpu.data.markup import CHANNEL, CHANNEL_END
-from gemma4_tpu.evals.verilog.scan import defined_modules
+from gemma4_tpu.evals.verilog.scan import blank, defined_modules
 
-_CODE_BEGINS = re.compile(r"^[ \t]*(?:`[a-z]\w*|module\b|package\b|(?:\(\*(?!\))))", re.MULTILINE)
-_LAST_END = re.compile(r".*\bend(?:module|package)\b", re.DOTALL)
+_FENCE = re.compile(r"(?P<mark>`{3,}|(?<![^\n])[ \t>]*~{3,})(?P<rest>[^\n]*)")
+_INFO = re.compile(r"[\w+#.{:-]\S*(?:\s.*[=\"}].*)?")
+_CODE_ON_FENCE_LINE = re.compile(r"(?:^|(?<=\s))(?:macro)?module\s+\w+\s*[(#;].*")
+_QUOTE = re.compile(r"^[ \t]*>[ \t]?", re.MULTILINE)
+_BARE_BEGINS = re.compile(
+    r"^[ \t>]*(?:`[a-z]\w*|(?:macro)?module\b|package\s+\w+\s*;|interface\s+\w+\s*[;(#]"
+    r"|typedef\s+(?:enum|struct|union|logic)|(?:\(\*(?!\))))|\b(?:macro)?module\s+\w+\s*[(#;]",
+    re.MULTILINE,
+)
+_LAST_END = re.compile(r".*\bend(?:module|package|interface)\b", re.DOTALL)
+_DEFINED = re.compile(
+    r"\b(?:macromodule|module|package|interface|primitive|class|program)\s+(?:automatic\s+|static\s+)?(\w+)"
+)
+_MACRO = re.compile(r"`define[ \t]+(\w+)")
+_BEGUN = re.compile(r"\bmodule\s+\w+\s*[(#;]")
+_WHOLE = re.compile(r"\bmodule\b.*?\bendmodule\b", re.DOTALL)
+_WARNED = re.compile(
+    r"\b(?:mistakes?|pitfalls?|wrong(?:ly)?|incorrect(?:ly)?|buggy|broken|faulty|bad|avoid|never|don't|do not|not do"
+    r"|(?:won't|will not|would not|wouldn't|doesn't|does not) work|anti-?patterns?)\b",
+    re.IGNORECASE,
+)
+_MENDED = re.compile(
+    r"\b(?:correct(?:ed|ly|ion)?|fix(?:ed|es)?|right|proper(?:ly)?|instead|mended|final)\b", re.IGNORECASE
+)
 
 
 def extract(completion: str, top: str) -> str | None:
     """The code of an answer; null where there is none.
 
-    Thought channels do not count. All fences, however spelt and closed or not, are joined where they hold different
-    modules; a later one replaces an earlier one of the same modules. Where that makes no whole modules, the last piece
-    with `top` is taken as it is: the compiler will say what is wrong with it. Without a fence, it is what stands
-    between the first line that begins like code and the last `endmodule`.
+    Thought channels do not count. Of the fences (however spelt, quoted or not, closed or not) that define `top` whole,
+    the last one counts, unless the words before it show it as a mistake; further fences are added where they define
+    what it uses. Where none is whole, the last that begins `top` is taken as it is: the compiler will say what is wrong
+    with it. Without a fence, it is what stands between the first words that begin like code and the last `endmodule`.
     """
     *thoughts, last = completion.replace("\r\n", "\n").split(CHANNEL_END)
     if CHANNEL in last:
@@ -29,21 +51,88 @@ def extract(completion: str, top: str) -> str | None:
         _, answer = split_response(text)
     except RowDropped:
         return None
-    try:
-        return extract_code(answer)
-    except RowDropped:
-        pieces = fenced_blocks(answer) or _bare(answer)
-    for wanted in (lambda piece: top in defined_modules(piece), defined_modules):
-        if chosen := [piece for piece in pieces if wanted(piece)]:
-            return chosen[-1].strip("\n")
-    return None
+    pieces = [(before, code) for before, code in _fences(answer) if defined_modules(code) or _MACRO.search(code)]
+    if not any(defined_modules(code) for _, code in pieces):
+        pieces = [("", code) for code in _bare(answer)]
+    candidates = [piece for piece in pieces if top in defined_modules(piece[1])] or [
+        piece for piece in pieces if defined_modules(piece[1])
+    ]
+    if not candidates:
+        return None
+    whole = [piece for piece in candidates if _is_whole(piece[1])]
+    meant = [piece for piece in whole or candidates if not _is_warned_of(*piece)]
+    chosen = (meant or whole or candidates)[-1][1]
+    return _with_what_it_uses(chosen, [code for _, code in pieces]).strip("\n")
+
+
+def _fences(answer: str) -> list[tuple[str, str]]:
+    """(the line of prose before it, its inside) of each fence; the last one may be unclosed."""
+    found: list[tuple[str, str]] = []
+    opened: tuple[int, int, str] | None = None  # (where the mark stands, where the inside begins, character)
+    for mark in _FENCE.finditer(answer):
+        character, rest = mark["mark"].strip(" \t>")[0], mark["rest"].strip(" \t*`")
+        if opened and character != opened[2]:
+            continue
+        if opened:
+            found.append(_fence(answer, opened, mark.start()))
+            opened = None
+            at_line_start = not answer[answer.rfind("\n", 0, mark.start()) + 1 : mark.start()].strip(" \t>*")
+            if not (at_line_start and _INFO.fullmatch(rest)):
+                continue  # it closes; on its own line, with a language behind it, it also opens another one
+        code = _CODE_ON_FENCE_LINE.search(mark["rest"])
+        opened = (mark.start(), mark.start("rest") + code.start() if code else mark.end() + 1, character)
+    if opened:
+        found.append(_fence(answer, opened, len(answer)))
+    return found
+
+
+def _fence(answer: str, opened: tuple[int, int, str], end: int) -> tuple[str, str]:
+    start, inside, _ = opened
+    line = answer.rfind("\n", 0, start) + 1
+    code = answer[inside:end]
+    if ">" in answer[line:start]:
+        code = _QUOTE.sub("", code)
+    before = [text for text in answer[:start].split("\n") if re.search(r"\w", text)]
+    return (before[-1] if before else "", code.rstrip())
+
+
+def _is_whole(code: str) -> bool:
+    bare, trouble = blank(code)
+    return trouble is None and _WHOLE.search(bare) is not None and not defined_modules(_WHOLE.sub("", bare))
+
+
+def _is_warned_of(before: str, code: str) -> bool:
+    first = code.strip().partition("\n")[0]
+    said = f"{before} {first if first.startswith(('//', '/*')) else ''}"
+    return bool(_WARNED.search(said)) and not _MENDED.search(said)
+
+
+def _with_what_it_uses(chosen: str, pieces: list[str]) -> str:
+    """`chosen` behind the other pieces that define a module, package or macro that it uses; later ones come first."""
+    parts = [chosen]
+    words = set(re.findall(r"\w+", blank(chosen)[0]))
+    defined = _defined(chosen)
+    for piece in reversed(pieces):
+        own = _defined(piece)
+        if own & words and not own & defined:
+            parts.insert(0, piece)
+            defined |= own
+            words |= set(re.findall(r"\w+", blank(piece)[0]))
+    return "\n\n".join(part.strip("\n") for part in parts)
+
+
+def _defined(code: str) -> set[str]:
+    bare = blank(code)[0]
+    return {*_DEFINED.findall(bare), *_MACRO.findall(bare)}
 
 
 def _bare(answer: str) -> list[str]:
     """Code without a fence, up to its last `endmodule`, or to the end where it was cut off."""
-    first = _CODE_BEGINS.search(answer)
+    first = _BARE_BEGINS.search(answer)
     if first is None:
         return []
     code = answer[first.start() :]
+    if code.lstrip(" \t").startswith(">"):
+        code = _QUOTE.sub("", code)
     whole = _LAST_END.match(code)
-    return [code if whole is None or defined_modules(code[whole.end() :]) else whole[0]]
+    return [code if whole is None or _BEGUN.search(code, whole.end()) else whole[0]]

@@ -5,11 +5,15 @@ Workers are single-threaded and light, so that starting a simulation is a fork o
 
 from __future__ import annotations
 
+import contextlib
+import functools
+import hashlib
 import os
 import shutil
 import signal
 import sys
 import tempfile
+from collections.abc import Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from dataclasses import dataclass, field
 from multiprocessing import get_context
@@ -19,8 +23,9 @@ from gemma4_tpu.config.tasks import JudgeConfig
 from gemma4_tpu.evals.problems import Problem, Verdict, VerdictClass
 from gemma4_tpu.evals.verilog.iverilog import Tools
 from gemma4_tpu.evals.verilog.probe import spy
-from gemma4_tpu.evals.verilog.sandbox import Level, Sandbox
-from gemma4_tpu.evals.verilog.verdict import Golden, Trial, judge_code, reference_as_answer
+from gemma4_tpu.evals.verilog.sandbox import Finished, Level, Sandbox
+from gemma4_tpu.evals.verilog.stage import NoStage, build, load
+from gemma4_tpu.evals.verilog.verdict import CPU_FACTOR, Golden, Trial, judge_code, reference_as_answer
 
 MEMORY_FOLDER = Path("/dev/shm")
 ORPHAN_CHECK_SECONDS = 2.0
@@ -82,6 +87,13 @@ class Pool:
         shutil.rmtree(self._root, ignore_errors=True)
 
 
+def _run_for_stage(sandbox: Sandbox, folder: Path, command: Sequence[str], *, writable: Sequence[Path]) -> Finished:
+    done = sandbox.run(command, folder, writable=writable)
+    if done.stopped:
+        raise NoStage(f"{VerdictClass.TIMEOUT}: {done.stopped} time")
+    return done
+
+
 @dataclass(frozen=True, kw_only=True)
 class _Worker:
     """What a worker process holds."""
@@ -96,16 +108,44 @@ class _Worker:
             self.sandboxes[level] = Sandbox(level=level, config=self.config, readable=self.tools.readable)
         return self.sandboxes[level]
 
-    def empty_folder(self, sandbox: Sandbox) -> Path:
-        shutil.rmtree(self.folder, ignore_errors=True)
-        self.folder.mkdir(mode=0o700)
-        sandbox.adopt(self.folder)
-        return self.folder
+    def empty_folder(self, sandbox: Sandbox, name: str = "design") -> Path:
+        folder = self.folder / name
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(mode=0o700, parents=True)
+        sandbox.adopt(folder)
+        return folder
 
-    def trial(self, problem: Problem, code: str, level: Level) -> Trial:
+    def trial(self, problem: Problem, code: str, level: Level, golden: Golden | None = None) -> Trial:
         sandbox = self.sandbox(level)
-        folder = self.empty_folder(sandbox)
-        return Trial(problem=problem, code=code, tools=self.tools, sandbox=sandbox, folder=folder)
+        judged = golden is None or golden.failure is None
+        return Trial(
+            problem=problem,
+            code=code,
+            tools=self.tools,
+            sandbox=sandbox,
+            folder=self.empty_folder(sandbox),
+            bench_folder=self.empty_folder(sandbox, "bench"),
+            stage=load(self.stage_folder(problem, sandbox)) if judged else None,
+            limit_seconds=max(1.0, CPU_FACTOR * golden.cpu_seconds) if golden and judged else None,
+        )
+
+    def stage_folder(self, problem: Problem, sandbox: Sandbox) -> Path:
+        """The folder of the problem's stage, which the first worker that needs it makes.
+
+        Raises:
+          NoStage: it can't be made.
+        """
+        parts = (problem.testbench, problem.reference, problem.top, problem.bench_top, sorted(problem.files.items()))
+        target = self.folder.parent / f"stage_{hashlib.sha256(repr(parts).encode()).hexdigest()[:32]}"
+        if not target.is_dir():
+            folder = self.empty_folder(sandbox, "stage")
+            build(problem, self.tools, functools.partial(_run_for_stage, sandbox, folder), folder)
+            for path in (folder, *folder.iterdir()):  # they are the sandbox's user's
+                os.chown(path, os.getuid(), os.getgid())
+                path.chmod(0o755 if path == folder else 0o644)
+            with contextlib.suppress(OSError):  # another worker was faster
+                folder.rename(target)
+        return target
 
 
 _worker: _Worker | None = None  # set once in each worker process
@@ -115,7 +155,8 @@ def _start_worker(config: JudgeConfig, tools: Tools, root: Path, parent: int) ->
     global _worker
     _worker = _Worker(config=config, tools=tools, folder=root / str(os.getpid()))
     signal.signal(signal.SIGINT, lambda *_: sys.exit(1))  # without a traceback; what runs is ended on the way out
-    signal.signal(signal.SIGALRM, lambda *_: _end_with(parent, root))
+    signal.signal(signal.SIGTERM, lambda *_: _leave(root))  # sent to the group, it also ends who would tidy up
+    signal.signal(signal.SIGALRM, lambda *_: _leave(root) if os.getppid() != parent else None)
     signal.setitimer(signal.ITIMER_REAL, ORPHAN_CHECK_SECONDS, ORPHAN_CHECK_SECONDS)
 
 
@@ -125,11 +166,10 @@ def _here() -> _Worker:
     return _worker
 
 
-def _end_with(parent: int, root: Path) -> None:
-    """A worker whose parent was killed ends too; the command that it runs dies with it."""
-    if os.getppid() != parent:
-        shutil.rmtree(root, ignore_errors=True)
-        os._exit(1)
+def _leave(root: Path) -> None:
+    """Ends a worker whose parent was killed, or is about to be; the command that it runs dies with it."""
+    shutil.rmtree(root, ignore_errors=True)
+    os._exit(1)
 
 
 def _spy(level: Level) -> str | None:
@@ -141,7 +181,10 @@ def _spy(level: Level) -> str | None:
 def _golden(problem: Problem, level: Level) -> Golden:
     if problem.result_marker not in problem.testbench:
         return Golden(failure=f"its test bench never prints {problem.result_marker!r}")
-    trial = _here().trial(problem, reference_as_answer(problem), level)
+    try:
+        trial = _here().trial(problem, reference_as_answer(problem), level)
+    except NoStage as reason:
+        return Golden(failure=str(reason))
     outcome = trial.strict(None)
     passed = outcome.kind is VerdictClass.PASS
     failure = None if passed else f"{outcome.kind}: {outcome.detail}"
@@ -154,4 +197,4 @@ def _golden(problem: Problem, level: Level) -> Golden:
 
 
 def _verdict(problem: Problem, code: str, golden: Golden, level: Level) -> Verdict:
-    return judge_code(_here().trial(problem, code, level), golden)
+    return judge_code(_here().trial(problem, code, level, golden), golden)

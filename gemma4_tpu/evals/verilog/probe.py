@@ -23,6 +23,7 @@ module spy;
     $display("alive");
     file = $fopen("{secret}", "r"); if (file != 0) $display("read");
     file = $fopen("{target}", "w"); if (file != 0) $display("wrote");
+    file = $fopen("/dev/shm/{name}", "w"); if (file != 0) $display("wrote to memory");
     file = $fopen("/proc/self/mem", "r+"); if (file != 0) $display("opened its own memory");
   end
 endmodule
@@ -37,7 +38,7 @@ def spy(tools: Tools, sandbox: Sandbox, folder: Path) -> str | None:
     secret, target = outside / "secret", outside / "target"
     try:
         secret.write_text("secret")
-        (folder / "spy.sv").write_text(_SPY.format(secret=secret, target=target))
+        (folder / "spy.sv").write_text(_SPY.format(secret=secret, target=target, name=folder.name))
         built = sandbox.run(tools.build("spy", "spy.vvp", ["spy.sv"]), folder, writable=[folder])
         if built.returncode:
             return f"the compiler does not run in it: {(built.stderr + built.stdout).strip()[:200]}"

@@ -18,6 +18,7 @@ RESULT_PATTERN = r".*{marker}.*"
 FAILURE_PATTERN = r"(?i)\b(?:failed|failures|error)\b"
 DATA_SUFFIXES = (".txt", ".dat", ".hex", ".mem")
 _NAME = re.compile(r"Module name\s*:\s*([A-Za-z_]\w*)", re.IGNORECASE)
+_INSTANCE = r"\b{name}\s+(?:#\s*\((?:[^()]|\([^()]*\))*\)\s*)?[A-Za-z_]\w*\s*\("
 
 
 def official_rule(log: str) -> bool:
@@ -53,15 +54,16 @@ def _problem(folder: Path) -> Problem:
         raise UserError(f"{folder}: {TESTBENCH} or {REFERENCE} is missing beside {DESCRIPTION}")
     prompt, testbench, reference = (_read(file) for file in (folder / DESCRIPTION, folder / TESTBENCH, references[0]))
     named = _NAME.search(prompt)
-    top = named[1] if named else folder.name
+    reference_top = _root_module(reference, folder)
+    names = [*([named[1]] if named else []), folder.name, reference_top.removeprefix("verified_")]
     data = [file for file in folder.iterdir() if file.suffix in DATA_SUFFIXES and file.name != DESCRIPTION]
     return Problem(
         name=folder.name,
         prompt=prompt,
         reference=reference,
         testbench=testbench,
-        top=top,
-        reference_top=_root_module(reference, folder),
+        top=_instantiated(testbench, names),
+        reference_top=reference_top,
         bench_top=_root_module(testbench, folder),
         bench_needs_reference=False,
         result_marker=RESULT_MARKER,
@@ -70,6 +72,16 @@ def _problem(folder: Path) -> Problem:
         official_rule=official_rule,
         files={file.name: _read(file) for file in sorted(data)},
     )
+
+
+def _instantiated(testbench: str, named: list[str]) -> str:
+    """The module that the bench instantiates: the first of `named` that it does, or one whose ports it connects."""
+    bare, own = blank(testbench)[0], set(defined_modules(testbench))
+    for name in named:
+        if name not in own and re.search(_INSTANCE.format(name=re.escape(name)), bare):
+            return name
+    connected = re.findall(_INSTANCE.format(name=r"([A-Za-z_]\w*)") + r"\s*\.\w", bare)
+    return next((name for name in connected if name not in own), named[0])
 
 
 def _read(file: Path) -> str:

@@ -16,9 +16,11 @@ import contextlib
 import ctypes
 import functools
 import itertools
+import math
 import os
 import resource
 import selectors
+import shutil
 import signal
 import subprocess
 import time
@@ -94,8 +96,14 @@ class Sandbox:
             for path in paths:
                 os.chown(path, self.uid, self.uid)
 
-    def run(self, command: Sequence[str], folder: Path, *, writable: Sequence[Path] = ()) -> Finished:
-        """Runs `command` in `folder`, which it may read; it may write only beneath `writable`."""
+    def run(
+        self, command: Sequence[str], folder: Path, *, writable: Sequence[Path] = (), cpu_seconds: float | None = None
+    ) -> Finished:
+        """Runs `command` in `folder`, which it may read; it may write only beneath `writable`.
+
+        `cpu_seconds` is a limit on CPU time below that of the configuration.
+        """
+        limit_seconds = min(self.config.cpu_seconds, cpu_seconds or self.config.cpu_seconds)
         ruleset = None
         if self.level is Level.BUBBLEWRAP:
             command = [*self._bubblewrap(folder, writable), *command]
@@ -114,26 +122,30 @@ class Sandbox:
                 user=self.uid,
                 group=self.uid,
                 extra_groups=None if self.uid is None else [],
-                preexec_fn=functools.partial(_confine, self._limits(), ruleset),
+                preexec_fn=functools.partial(_confine, self._limits(limit_seconds), ruleset),
             )
         finally:
             if ruleset is not None:
                 os.close(ruleset)
-        return self._supervise(process)
+        return self._supervise(process, limit_seconds)
 
     def _bubblewrap(self, folder: Path, writable: Sequence[Path]) -> list[str]:
-        arguments = ["bwrap", "--unshare-all", "--die-with-parent", "--new-session", "--dev", "/dev"]
+        program = shutil.which("bwrap")
+        if program is None:
+            raise FileNotFoundError("bwrap is not on the PATH")
+        arguments = [program, "--unshare-all", "--die-with-parent", "--new-session", "--dev", "/dev"]
         for path in (*SYSTEM_PATHS, *self.readable):
             if path.exists():
                 arguments += ["--ro-bind", str(path), str(path)]
         arguments += ["--ro-bind", str(folder), str(folder)]
         for path in writable:
             arguments += ["--bind", str(path), str(path)]
-        return [*arguments, "--chdir", str(folder), "--"]
+        # What bubblewrap makes lies in memory, without a limit (/dev/shm is part of /dev): nothing may write there.
+        return [*arguments, "--remount-ro", "/dev", "--remount-ro", "/", "--chdir", str(folder), "--"]
 
-    def _limits(self) -> list[tuple[int, int]]:
+    def _limits(self, limit_seconds: float) -> list[tuple[int, int]]:
         return [
-            (resource.RLIMIT_CPU, self.config.cpu_seconds),
+            (resource.RLIMIT_CPU, math.ceil(limit_seconds)),
             (resource.RLIMIT_AS, self.config.memory_mib << 20),
             (resource.RLIMIT_FSIZE, self.config.file_mib << 20),
             (resource.RLIMIT_NPROC, self.max_processes),
@@ -141,10 +153,10 @@ class Sandbox:
             (resource.RLIMIT_CORE, 0),
         ]
 
-    def _supervise(self, process: subprocess.Popen[bytes]) -> Finished:
+    def _supervise(self, process: subprocess.Popen[bytes], limit_seconds: float) -> Finished:
         """Collects output until the command ends or has to be stopped; then nothing of it runs any more."""
         cap_bytes = self.config.output_kib << 10
-        deadline = time.monotonic() + WALL_FACTOR * self.config.cpu_seconds + WALL_EXTRA_SECONDS
+        deadline = time.monotonic() + WALL_FACTOR * limit_seconds + WALL_EXTRA_SECONDS
         assert process.stdout is not None and process.stderr is not None
         pipes = {process.stdout: bytearray(), process.stderr: bytearray()}
         stopped = None

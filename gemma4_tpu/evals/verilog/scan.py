@@ -1,64 +1,106 @@
-"""What a design may not contain, seen in its text with comments and strings blanked out."""
+"""What a design may contain, seen in its text without comments.
+
+The verdict does not hang on it (`docs/judging.md`): this is the second wall, and a clear word for what is refused.
+"""
 
 from __future__ import annotations
 
 import re
 
-# Everything else that begins with `$` reaches out of the design: files, the simulation's end, the bench's random
-# numbers, command-line arguments, names and values elsewhere.
+# Everything else that begins with `$` reaches files or names elsewhere. These end, seed, print or describe at most the
+# design's own simulation.
 _SYSTEM_TASKS = """
     $display $displayb $displayh $displayo $write $writeb $writeh $writeo $strobe $strobeb $strobeh $strobeo
-    $monitor $monitorb $monitorh $monitoro $monitoron $monitoroff $error $warning $info
+    $monitor $monitorb $monitorh $monitoro $monitoron $monitoroff $error $warning $info $fatal $finish $stop
+    $dumpfile $dumpvars $dumpon $dumpoff $dumpall $dumpflush $dumplimit $timeformat $printtimescale
+    $random $urandom $urandom_range $test$plusargs $value$plusargs
     $signed $unsigned $cast $clog2 $bits $size $left $right $low $high $increment $dimensions $unpacked_dimensions
-    $countones $countbits $onehot $onehot0 $isunknown
+    $countones $countbits $onehot $onehot0 $isunknown $past $rose $fell $stable
     $ln $log10 $exp $sqrt $pow $floor $ceil $sin $cos $tan $asin $acos $atan $atan2 $hypot $sinh $cosh $tanh $abs $min
-    $max $rtoi $itor $realtobits $bitstoreal $time $stime $realtime $sformat $sformatf $swrite $typename
+    $max $rtoi $itor $realtobits $bitstoreal $shortrealtobits $bitstoshortreal
+    $time $stime $realtime $sformat $sformatf $swrite $typename
+    $setup $hold $setuphold $recovery $removal $recrem $skew $period $width $nochange
 """
-_DIRECTIVES = """
+_PASSED_ON = """
     timescale default_nettype line celldefine endcelldefine resetall unconnected_drive nounconnected_drive
     begin_keywords end_keywords
 """
-SYSTEM_TASKS, DIRECTIVES = frozenset(_SYSTEM_TASKS.split()), frozenset(_DIRECTIVES.split())
+SYSTEM_TASKS, DIRECTIVES = frozenset(_SYSTEM_TASKS.split()), frozenset(_PASSED_ON.split())
 
-_BLANKED = re.compile(
-    r"""//[^\n]*|/\*.*?\*/|(?P<open_comment>/\*.*)|(?P<string>"(?:\\.|[^"\\\n])*")|(?P<open_string>".*)"""
-    r"""|\\(?P<escaped>\S+)""",
+_NOT_CODE = re.compile(
+    r"""(?P<comment>//[^\n]*|/\*.*?\*/)|(?P<open_comment>/\*.*)|(?P<string>"(?:\\[^\n]|[^"\\\n])*")"""
+    r"""|(?P<open_string>".*)|\\(?P<escaped>[^ \t\n]+)""",
     re.DOTALL,
 )
-_PLAIN_ESCAPED = re.compile(r"[\w$.\[\]:]+")
-_SYSTEM_NAME = re.compile(r"\$[\w$]+")  # wherever it stands: `#1$finish` is a delay and a task
-# An input port is one net with the bench's: forced inside of the design it holds still outside, for the reference too.
-_STATEMENT = re.compile(r"\b(?:force|release|alias|bind)\b")
-_DIRECTIVE = re.compile(r"`(\w*)")
-_MODULE = re.compile(r"\b(?:macromodule|module)\s+(?:automatic\s+|static\s+)?([A-Za-z_][\w$]*)|\bendmodule\b")
-_WORD = re.compile(r"[A-Za-z_][\w$]*")
+_UNREADABLE = re.compile(r"[^\n\t -~]")  # outside of comments and strings
+_UNREADABLE_IN_STRING = re.compile(r"[\x00-\x08\x0b-\x1f\x7f]")
+_PLAIN_ESCAPED = re.compile(r"[\w$.\[\]:]+", re.ASCII)
+_SYSTEM_NAME = re.compile(r"\$[\w$]+", re.ASCII)  # wherever it stands: `#1$finish` is a delay and a task
+_STATEMENT = re.compile(r"\b(?:force|release|alias|bind)\b", re.ASCII)
+_DIRECTIVE = re.compile(r"`(\w*)", re.ASCII)
+_MODULE = re.compile(r"\b(?:macromodule|module)\s+(?:automatic\s+|static\s+)?([A-Za-z_][\w$]*)|\bendmodule\b", re.ASCII)
+_DUMP = re.compile(r"\$dump\w+\s*(?:\([^;]*?\))?\s*;", re.ASCII)
+_WORD = re.compile(r"[A-Za-z_][\w$]*", re.ASCII)
+
+
+def _spaces(text: str) -> str:
+    return re.sub(r"[^\n]", " ", text)
 
 
 def blank(code: str) -> tuple[str, str | None]:
     """(`code` with comments and strings replaced by spaces of the same length, what is never closed or oddly named)."""
+    return _without_comments(code, keep_strings=False)
+
+
+def canonical(code: str) -> tuple[str, str | None]:
+    """(the text that is scanned and compiled, what keeps it from being read in only one way).
+
+    Lines end in a line feed, comments are spaces, and outside of strings there is nothing but printable ASCII.
+    """
+    text, trouble = _without_comments(code.replace("\r\n", "\n").replace("\r", "\n"), keep_strings=True)
+    bare, _ = blank(text)
+    if trouble is None and (found := _UNREADABLE.search(bare)):
+        trouble = f"the character U+{ord(found[0]):04X} outside of comments and strings"
+    if trouble is None and re.search(r"`include\b", bare):
+        trouble = "directive `include"
+    return text, trouble
+
+
+def _without_comments(code: str, *, keep_strings: bool) -> tuple[str, str | None]:
     trouble: str | None = None
+    last_string_end = -1
 
     def replace(match: re.Match[str]) -> str:
-        nonlocal trouble
+        nonlocal trouble, last_string_end
+        found = None
         if match["open_comment"]:
-            trouble = trouble or "a comment is never closed"
+            found = "a comment is never closed"
         elif match["open_string"]:
-            trouble = trouble or "a string is never closed"
+            found = "a string is never closed"
         elif match["escaped"]:
             if not _PLAIN_ESCAPED.fullmatch(match["escaped"]):
-                trouble = trouble or f"escaped name \\{match['escaped'][:40]}"
-            return match[0]
-        return re.sub(r"[^\n]", " ", match[0])
+                found = f"escaped name \\{match['escaped'][:40]}"
+        elif match["string"]:
+            if match.start() == last_string_end:  # newer simulators read `\"\"\"` as one quote
+                found = "two strings without a space between them"
+            elif control := _UNREADABLE_IN_STRING.search(match["string"]):
+                found = f"the character U+{ord(control[0]):04X} in a string"
+            last_string_end = match.end()
+        trouble = trouble or found
+        kept = match["escaped"] or (keep_strings and (match["string"] or match["open_string"]))
+        return match[0] if kept else _spaces(match[0])
 
-    return _BLANKED.sub(replace, code), trouble
+    return _NOT_CODE.sub(replace, code), trouble
 
 
-def unreadable(code: str) -> str | None:
-    """What keeps `code`, as it was written, from being read in only one way, if anything."""
-    if "\0" in code:
-        return "a NUL character"
-    bare, trouble = blank(code)
-    return trouble or ("directive `include" if re.search(r"`include\b", bare) else None)
+def without_dumps(code: str) -> str:
+    """`code` without the statements that write a wave form: there is no file for one, and some simulators end there."""
+    return _DUMP.sub(";", code)
+
+
+def has_macros(text: str) -> bool:
+    """Whether the preprocessor would change `text`: it has directives that are not passed on to the compiler."""
+    return any(name not in DIRECTIVES for name in _DIRECTIVE.findall(blank(text)[0]))
 
 
 def forbidden(expanded: str) -> str | None:

@@ -23,7 +23,7 @@ from gemma4_tpu.evals.verilog.sandbox import Level
 from gemma4_tpu.evals.verilog.verdict import Golden
 
 log = logging.getLogger(__name__)
-RULES_VERSION = 2
+RULES_VERSION = 3
 """Goes up with every change after which a reference could do something else."""
 
 

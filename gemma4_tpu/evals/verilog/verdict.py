@@ -1,32 +1,43 @@
-"""The verdict on one design: six measures, each of which can refuse it, and the benchmark's own rule beside.
+"""The verdict on one design: measures, each of which can refuse it, and the benchmark's own rule beside.
 
-1. `text`: nothing unterminated, no system task or directive off the lists, in the source and in its expansion;
-2. `alone`: the design builds by itself, so it names nothing that only the bench has;
-3. `build`: it builds behind bench and reference, with the bench as the only root;
-4. `names`: bench, reference, instances, counters and the result's text carry nonces (`bench.py`), so a design that
-   guesses names fails in `build` or `run`;
-5. `run`: the simulation ends by itself with exit code 0 and exactly one result line, which is the last;
-6. `count`: no errors, and as many samples as with the reference on this simulator.
+The design is simulated alone, behind a player that gives it the bench's stimulus and writes down its responses. Then
+the bench runs, in a process without a line of the design, with a stand-in that gives it these responses (`replay.py`).
 
-What is compiled is the expansion that was read, so that no macro means one thing alone and another beside the bench.
+1. `text`: nothing unterminated or unreadable, no system task or directive off the lists, in the source and in its
+   expansion;
+2. `build`: the design builds behind the player;
+3. `run`: its simulation lasts until the stimulus ends;
+4. `replay`: the bench, given the responses, gives the stimulus that they were made for, and one result;
+5. `count`: no errors, and as many samples as with the reference on this simulator.
+
+Where a bench waits for its design, the stimulus depends on the responses. It then differs from the reference's from
+some moment on; the design is simulated again with the new one, until both agree. Each round is right for at least one
+moment more, since nothing in a bench depends on what comes later.
 """
 
 from __future__ import annotations
 
+import math
+import os
 import re
+import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from gemma4_tpu.evals.problems import Problem, Verdict, VerdictClass
-from gemma4_tpu.evals.verilog import scan
-from gemma4_tpu.evals.verilog.bench import Bench, dress
+from gemma4_tpu.evals.verilog import replay, scan
 from gemma4_tpu.evals.verilog.iverilog import Tools
 from gemma4_tpu.evals.verilog.sandbox import Finished, Sandbox
+from gemma4_tpu.evals.verilog.stage import BENCH_PROGRAM, PLAYER, Stage, unknown_lines
 
 DESIGN, EXPANDED, BENCH, REFERENCE, PROGRAM = "design.sv", "expanded.sv", "bench.sv", "reference.sv", "program.vvp"
 WAVES = "wave.vcd"  # the one file that a benchmark's bench may write
+ROUNDS = 200  # of a bench that waits for its design
+CPU_FACTOR = 10
+"""A compilation or simulation gets this many times what judging the reference took, and at least a second."""
 DETAIL_CHARACTERS = 200
+_RESPONSES = re.compile(r"(?:[0-9a-f]{1,8} [0-9a-f]{1,16} [01] [01xz]+\n)*+", re.ASCII)
 _ELABORATION = ("during elaboration", "Elaboration failed", "root module")
 
 
@@ -74,17 +85,24 @@ class Trial:
     tools: Tools
     sandbox: Sandbox
     folder: Path
+    """Where the design is compiled and simulated."""
+    bench_folder: Path
+    """Where the bench is simulated. No design reads it."""
+    stage: Stage | None
+    """Null: only the benchmark's own rule can be asked."""
+    limit_seconds: float | None = None
+    """CPU time of one command; null: as configured."""
     cpu_seconds: float = 0.0
     pruned: bool = field(default=False, init=False)
     """Modules that the design does not use were left out."""
 
     def strict(self, golden: Golden | None) -> Outcome:
-        """All six measures; without `golden` the last one only asks for no errors."""
+        """All measures; without `golden` the last one only asks for no errors."""
+        assert self.stage is not None
         try:
             self._text()
-            self._alone()
-            bench = dress(self.problem)
-            return self._count(self._simulate(bench), golden)
+            log = self._build(self.stage)
+            return self._count(*self._simulate(self.stage, log), golden)
         except _Refused as refusal:
             return refusal.outcome
 
@@ -115,53 +133,105 @@ class Trial:
             return False
 
     def _text(self) -> None:
-        """Measure 1; leaves the expanded design in the folder."""
-        if found := scan.unreadable(self.code):
+        """Measure 1; leaves the text that is compiled in the folder."""
+        code, found = scan.canonical(self.code)
+        if found:
             raise _Refused(VerdictClass.FORBIDDEN, "text", found)
-        text = self._expanded() if "`" in self.code else self.code
+        text = self._expanded(code) if scan.has_macros(code) else code
         design = scan.reachable(text, self.problem.top)
         if found := scan.forbidden(design):
             raise _Refused(VerdictClass.FORBIDDEN, "text", found)
         self.pruned = design != text
-        self._write({EXPANDED: design})
+        _write(self.folder, {EXPANDED: scan.without_dumps(design)})
 
-    def _expanded(self) -> str:
+    def _expanded(self, code: str) -> str:
         """The design as the preprocessor leaves it, without macros."""
-        self._write({DESIGN: self.code})
+        _write(self.folder, {DESIGN: code})
         done = self._run(self.tools.preprocess(DESIGN, EXPANDED), "text", writable=[self.folder])
-        expanded = self.folder / EXPANDED
-        if done.returncode or not expanded.is_file():
+        if done.returncode:
             raise _Refused(VerdictClass.SYNTAX, "text", _complaint(done))
-        text = expanded.read_text(encoding="utf-8", errors="replace")
-        expanded.unlink()  # it is the sandbox's user's
+        try:
+            text = _read(self.folder / EXPANDED)
+        except OSError as error:
+            raise _Refused(VerdictClass.SYNTAX, "text", f"nothing was preprocessed: {error}") from None
+        (self.folder / EXPANDED).unlink()  # it is the sandbox's user's
+        text, found = scan.canonical(text)
+        if found:
+            raise _Refused(VerdictClass.FORBIDDEN, "text", found)
         return text
 
-    def _alone(self) -> None:
-        """Measure 2."""
-        done = self._run(self.tools.check(self.problem.top, EXPANDED), "alone", writable=[self.folder])
+    def _build(self, stage: Stage) -> str:
+        """Measure 2: what the compiler printed. No directive of the design reaches the player, which stands first."""
+        shutil.copyfile(stage.folder / PLAYER, self.folder / PLAYER)
+        command = self.tools.build(stage.player_top, PROGRAM, [PLAYER, EXPANDED])
+        done = self._run(command, "build", writable=[self.folder])
         if done.returncode:
-            raise _Refused(_build_failure(done), "alone", _complaint(done))
+            raise _Refused(_build_failure(done), "build", _complaint(done))
+        return done.stdout + done.stderr
 
-    def _simulate(self, bench: Bench) -> tuple[Mapping[str, str], str]:
-        """Measures 3 to 5: (groups of the result line, log as the benchmark would have it)."""
-        self._write({BENCH: bench.source, **self.problem.files})
-        build = self._run(self.tools.build(bench.top, PROGRAM, [BENCH, EXPANDED]), "build", writable=[self.folder])
-        if build.returncode:
-            raise _Refused(_build_failure(build), "build", _complaint(build))
-        done = self._run(self.tools.simulate(PROGRAM), "run")
-        if done.returncode:
-            raise _Refused(VerdictClass.RUNTIME, "run", f"exit code {done.returncode}: {_complaint(done)}")
-        result = bench.read(done.stdout)
-        log = build.stdout + build.stderr + done.stdout + done.stderr
-        log = log.replace(bench.marker, self.problem.result_marker)
+    def _simulate(self, stage: Stage, log: str) -> tuple[Mapping[str, str], str]:
+        """Measures 3 and 4: (groups of the result line, log as the benchmark would have it)."""
+        for name in (BENCH_PROGRAM, replay.STIMULUS):
+            _link(stage.folder / name, self.bench_folder / name)
+        _write(self.bench_folder, self.problem.files)
+        _link(stage.folder / replay.STIMULUS, self.folder / replay.STIMULUS)
+        stimulus = _read(self.folder / replay.STIMULUS)
+        for _ in range(ROUNDS):
+            responses, played = self._responses()
+            seen, bench = self._seen(responses)
+            if seen == stimulus:
+                break
+            if self.problem.bench_needs_reference and unknown_lines(seen) > stage.unknown_lines:
+                raise _Refused(VerdictClass.MISMATCH, "replay", "the design made the reference's inputs unknown")
+            stimulus = seen
+            (self.folder / replay.STIMULUS).unlink()
+            _write(self.folder, {replay.STIMULUS: stimulus})
+        else:
+            raise _Refused(VerdictClass.NO_RESULT, "replay", f"bench and design do not agree in {ROUNDS} rounds")
+        log = "".join([stage.build_log, log, played.stdout, played.stderr, bench.stdout, bench.stderr])
+        log = log.replace(stage.result_marker, self.problem.result_marker)
+        if f"\n{replay.CAPPED}\n" in f"\n{seen}":
+            raise _Refused(VerdictClass.NO_RESULT, "replay", "the bench does not end with this design", log)
+        if bench.returncode:
+            raise _Refused(VerdictClass.NO_RESULT, "replay", f"exit code {bench.returncode}: {_complaint(bench)}", log)
+        result = stage.result(self.problem, bench.stdout)
         if isinstance(result, str):
-            failed = self.problem.failure_pattern and re.search(self.problem.failure_pattern, done.stdout)
-            raise _Refused(VerdictClass.MISMATCH if failed else VerdictClass.NO_RESULT, "run", result, log)
+            failed = self.problem.failure_pattern and re.search(self.problem.failure_pattern, bench.stdout)
+            raise _Refused(VerdictClass.MISMATCH if failed else VerdictClass.NO_RESULT, "replay", result, log)
         return result.groupdict(), log
 
-    def _count(self, found: tuple[Mapping[str, str], str], golden: Golden | None) -> Outcome:
-        """Measure 6."""
-        groups, log = found
+    def _responses(self) -> tuple[str, Finished]:
+        """What the design answers to the stimulus in its folder, and what it printed.
+
+        A design could write here what it likes. It would still be nothing but a claim about its outputs.
+        """
+        text, done = self._written(replay.RESPONSES, PROGRAM, self.folder)
+        if done.returncode:
+            raise _Refused(VerdictClass.RUNTIME, "run", f"exit code {done.returncode}: {_complaint(done)}")
+        lines = _RESPONSES.match(text)
+        assert lines is not None  # it matches the empty text
+        if text[lines.end() :] != replay.END:
+            raise _Refused(VerdictClass.RUNTIME, "run", "the simulation ended before the stimulus did")
+        return lines[0], done
+
+    def _seen(self, responses: str) -> tuple[str, Finished]:
+        """The stimulus that the bench gives to a design with these responses, and what it printed."""
+        (self.bench_folder / replay.RESPONSES).unlink(missing_ok=True)
+        _write(self.bench_folder, {replay.RESPONSES: responses})
+        return self._written(replay.SEEN, BENCH_PROGRAM, self.bench_folder)
+
+    def _written(self, name: str, program: str, folder: Path) -> tuple[str, Finished]:
+        """What a simulation wrote to the one file that it may write, and what it printed."""
+        file = folder / name
+        file.unlink(missing_ok=True)
+        with file.open("x+b") as opened:  # read through this handle: the name could lead elsewhere by then
+            self.sandbox.adopt(file)
+            done = self._run(self.tools.simulate(program), "run", folder=folder, writable=[file])
+            opened.seek(0)
+            return opened.read().decode("ascii", "replace"), done
+
+    def _count(self, groups: Mapping[str, str], log: str, golden: Golden | None) -> Outcome:
+        """Measure 5."""
         mismatches = int(groups.get("errors") or 0)
         samples = int(groups["samples"]) if "samples" in groups else None
         detail = ""
@@ -185,7 +255,7 @@ class Trial:
             files[REFERENCE] = self.problem.reference
         for left in self.folder.iterdir():
             left.unlink()
-        self._write({**files, **self.problem.files})
+        _write(self.folder, {**files, **self.problem.files})
         build = self._run(self.tools.build(self.problem.bench_top, PROGRAM, [*files]), "build", writable=[self.folder])
         return build.stdout + build.stderr, build.returncode == 0
 
@@ -197,17 +267,16 @@ class Trial:
         done = self._run(self.tools.simulate(PROGRAM), "run", writable=[waves])
         return done.stdout + done.stderr
 
-    def _write(self, files: Mapping[str, str]) -> None:
-        for name, text in files.items():
-            (self.folder / name).write_text(text, encoding="utf-8", errors="replace")
-
-    def _run(self, command: Sequence[str], measure: str, *, writable: Sequence[Path] = ()) -> Finished:
-        done = self.sandbox.run(command, self.folder, writable=writable)
+    def _run(
+        self, command: Sequence[str], measure: str, *, folder: Path | None = None, writable: Sequence[Path] = ()
+    ) -> Finished:
+        done = self.sandbox.run(command, folder or self.folder, writable=writable, cpu_seconds=self.limit_seconds)
         self.cpu_seconds += done.cpu_seconds
         if done.stopped == "output":
             raise _Refused(VerdictClass.RUNTIME, measure, "more output than eval.judge.output_kib")
         if done.stopped:
-            raise _Refused(VerdictClass.TIMEOUT, measure, f"{done.stopped} time beyond eval.judge.cpu_seconds")
+            limit = min(self.sandbox.config.cpu_seconds, self.limit_seconds or math.inf)
+            raise _Refused(VerdictClass.TIMEOUT, measure, f"{done.stopped} time beyond {limit:.0f} CPU seconds")
         return done
 
 
@@ -243,5 +312,21 @@ def _build_failure(done: Finished) -> VerdictClass:
 
 def _complaint(done: Finished) -> str:
     """The first line of what a tool complained of."""
-    lines = [line for line in (done.stderr + done.stdout).splitlines() if line.strip()]
+    lines = [line for line in (done.stderr + done.stdout).split("\n") if line.strip()]
     return lines[0].strip() if lines else f"exit code {done.returncode} without a word"
+
+
+def _write(folder: Path, files: Mapping[str, str]) -> None:
+    for name, text in files.items():
+        (folder / name).write_text(text, encoding="utf-8", errors="replace")
+
+
+def _read(file: Path) -> str:
+    """The text of a file that a compiler wrote in a sandbox: no link, no pipe."""
+    with open(os.open(file, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK), "rb") as opened:
+        return opened.read().decode("utf-8", "replace")
+
+
+def _link(source: Path, target: Path) -> None:
+    target.unlink(missing_ok=True)
+    os.link(source, target)

@@ -28,7 +28,7 @@ _OFFICIAL_REFUSALS = (  # any of them in a line ends the official analysis as a 
 def official_rule(log: str) -> bool:
     """The rule of the benchmark's own script: a line with 0 mismatches, and no line that looks like trouble."""
     passed = False
-    for line in log.splitlines():
+    for line in log.split("\n"):
         if "error" in line or "Unable to bind wire/reg" in line or any(word in line for word in _OFFICIAL_REFUSALS):
             return False
         match = _OFFICIAL_RESULT.match(line)

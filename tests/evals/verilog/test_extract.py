@@ -3,7 +3,7 @@
 import pytest
 
 from gemma4_tpu.evals.verilog.extract import extract
-from gemma4_tpu.evals.verilog.scan import forbidden, reachable, unreadable
+from gemma4_tpu.evals.verilog.scan import canonical, forbidden, reachable
 
 TOP = "module TopModule (input a, output y);\n  assign y = a;\nendmodule"
 DRAFT = TOP.replace("= a", "= ~a")
@@ -42,8 +42,9 @@ def test_the_module_is_found(completion):
 
 
 def test_fences_with_different_modules_are_joined():
-    both = extract(f"```verilog\n{PART}\n```\nand\n```verilog\n{TOP}\n```", "TopModule")
-    assert PART in both and TOP in both
+    user = TOP.replace("assign y = a;", "part p (a, y);")
+    both = extract(f"```verilog\n{PART}\n```\nand\n```verilog\n{user}\n```", "TopModule")
+    assert PART in both and user in both
 
 
 def test_what_stands_before_a_bare_module_belongs_to_it():
@@ -82,15 +83,48 @@ def test_modules_that_the_design_does_not_use_are_left_out():
 
 @pytest.mark.parametrize(
     "code",
-    ["/* open", '"open', '"open\n"', '`include "x"', "` include" and "`include <x>", "x\0y", '\\a"b ', "\\a/*b "],
+    [
+        "/* open",
+        '"open',
+        '"open\n"',
+        '"over two\\\nlines"',
+        '"""three"""',
+        '"a\u0007"',
+        '`include "x"',
+        "`include <x>",
+        "x\0y",
+        "x\u00a0y",
+        "x\u000by",
+        "x\u200by",
+        '\\a"b ',
+        "\\a/*b ",
+        "\\a\u2028b ",
+    ],
 )
 def test_text_that_can_be_read_in_two_ways_is_refused(code):
-    assert unreadable(f"{TOP}\n{code}")
+    assert canonical(f"{TOP}\n{code}")[1]
+
+
+def test_what_is_compiled_is_the_canonical_text():
+    text, trouble = canonical('a // x \u00e9\u0001\rb\r\nc /* \u2028 */ d "\u00e9 // "')
+    assert trouble is None
+    assert [line.split() for line in text.split("\n")] == [["a"], ["b"], ["c", "d", '"\u00e9', "//", '"']]
 
 
 @pytest.mark.parametrize(
     "code",
-    ["$finish", "#1$finish", "a$finish", "1'b0$finish", "$random", "$fopen", "$root.tb", "$unit::x", "`define X", "`X"],
+    [
+        "$fopen",
+        "#1$fopen",
+        "a$fclose",
+        "1'b0$system",
+        "$readmemh",
+        "$root.tb",
+        "$unit::x",
+        "`define X",
+        "`X",
+        "force x = 0",
+    ],
 )
 def test_forbidden_constructs_are_named(code):
     assert forbidden(f"{TOP}\n{code}")

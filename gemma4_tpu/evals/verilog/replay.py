@@ -1,0 +1,294 @@
+"""The Verilog that stands between a bench and a design, so that the two never share a process.
+
+A bench is compiled with a *stand-in* under the design's name: it writes down what happens at its inputs (the stimulus)
+and drives its outputs as a file says (the responses). A design is compiled with a *player*: it drives the design's
+inputs as the stimulus says and writes down its responses. A *recorder* is a stand-in whose outputs come from the
+reference; it makes the first stimulus.
+
+```
+stimulus   "<time> <hop> <bits of all inputs>" …, then "end <time>"
+responses  "<stimulus line> <time> <hop> <bits of all outputs>" …, then "end"
+```
+
+Times are in ticks of the bench's precision. Within one time a simulator works in batches: first what happens at once,
+then the nonblocking assignments that this made, and so on. `hop` says that a line belongs to the batch behind the line
+before it (1) or to the same one (0), so that a flip-flop on the other side samples what it would sample beside it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+STIMULUS, RESPONSES, SEEN = "stimulus.txt", "responses.txt", "seen.txt"
+END = "end\n"
+"""Last line of the responses."""
+CAPPED = "capped"
+"""Last line but one of `SEEN` where the stand-in ended a bench that would not end."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Port:
+    """A port of the design, as elaborated in the bench."""
+
+    name: str
+    width: int
+    output: bool
+
+    @property
+    def range(self) -> str:
+        return f"[{self.width - 1}:0]"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Interface:
+    """How a bench instantiates the design."""
+
+    ports: tuple[Port, ...]
+    parameters: Mapping[str, str]
+    """What an instantiation may override, with the bits that it has there (none, where it is no vector)."""
+    overrides: str
+    """`#(…)` as the bench has it, or nothing."""
+    constants: tuple[str, ...]
+    """Declarations of what `overrides` may refer to."""
+    named: tuple[str, ...] | None
+    """Ports that the bench connects by name; null: by position."""
+    precision: int
+    """Power of ten of a tick, in seconds."""
+
+    @property
+    def inputs(self) -> list[Port]:
+        return [port for port in self.ports if not port.output]
+
+    @property
+    def outputs(self) -> list[Port]:
+        return [port for port in self.ports if port.output]
+
+    @property
+    def timescale(self) -> str:
+        units = ("s", "ms", "us", "ns", "ps", "fs")
+        unit, rest = divmod(-self.precision, 3)
+        number = "1"
+        if rest:
+            unit, number = unit + 1, "1" + "0" * (3 - rest)
+        return f"`timescale {number}{units[unit]}/{number}{units[unit]}\n"
+
+
+def _joined(ports: Sequence[Port]) -> str:
+    """A concatenation, which can be assigned to and read."""
+    return f"{{{', '.join(port.name for port in ports)}}}"
+
+
+def _changes(ports: Sequence[Port]) -> str:
+    """Waits for a change of any of them; for ever, where there are none."""
+    return f"@({', '.join(port.name for port in ports)})" if ports else "wait (0)"
+
+
+def _bits(ports: Sequence[Port]) -> int:
+    return max(1, sum(port.width for port in ports))
+
+
+def _value(ports: Sequence[Port]) -> str:
+    return _joined(ports) if ports else "1'b0"
+
+
+def _edges(ports: Sequence[Port]) -> str:
+    """Whether a one-bit port has changed since `judge_last`."""
+    terms, position = [], sum(port.width for port in ports)
+    for port in ports:
+        position -= port.width
+        if port.width == 1:
+            terms.append(
+                f"(^{port.name} !== 1'bx || ^judge_last[{position}] !== 1'bx) && {port.name} !== judge_last[{position}]"
+            )
+    return " || ".join(f"({term})" for term in terms) or "0"
+
+
+def _assign(ports: Sequence[Port], operator: str) -> str:
+    return f"{_joined(ports)} {operator} judge_bits;" if ports else ""
+
+
+def _head(interface: Interface, top: str, output: str) -> str:
+    parameters = ", ".join(f"parameter {name} = 0" for name in interface.parameters)
+    ports = ", ".join(
+        f"{f'output {output}' if port.output else 'input wire'} {port.range} {port.name}" for port in interface.ports
+    )
+    return f"{interface.timescale}module {top} {f'#({parameters}) ' if parameters else ''}({ports});"
+
+
+def _watch(interface: Interface) -> str:
+    """Writes the stimulus."""
+    seen = _value(interface.inputs)
+    note = f"""if ({seen} !== judge_last || judge_line < 0) begin
+        judge_last = {seen};
+        $fwrite(judge_seen, "%0h %0h %b\\n", $time, judge_then == $time && judge_settled == judge_tick, judge_last);
+        judge_line = judge_line + 1;
+        judge_then = $time;
+        judge_tick = judge_tick + 1;
+        judge_settled <= judge_tick;
+        -> judge_noted;
+      end"""
+    edges = "\n".join(
+        f"  always @({edge} {port.name}) begin\n      {note}\n  end"
+        for port in interface.inputs
+        if port.width == 1
+        for edge in ("posedge", "negedge")
+    )
+    return f"""
+  integer judge_seen = $fopen("{SEEN}", "w");
+  integer judge_line = -1, judge_tick = 0, judge_settled = -1;
+  reg [63:0] judge_then = 0;
+  reg [{_bits(interface.inputs) - 1}:0] judge_last;
+  event judge_noted;
+  initial begin
+      {note}
+    forever begin
+      {_changes(interface.inputs)};
+      if (!({_edges(interface.inputs)})) {note}
+    end
+  end
+{edges}
+  final $fwrite(judge_seen, "end %0h\\n", $time);
+"""
+
+
+def recorder(interface: Interface, top: str, reference: str) -> str:
+    """A module `top` that passes everything to the module `reference` and writes `SEEN`."""
+    connections = ", ".join(f".{port.name}({port.name})" for port in interface.ports)
+    inside = f"  {reference} {_overriding(interface)} judge_reference ({connections});"
+    return f"{_head(interface, top, 'wire')}{_watch(interface)}{inside}\nendmodule\n"
+
+
+def _overriding(interface: Interface) -> str:
+    values = [f".{name}({len(bits)}'b{bits})" for name, bits in interface.parameters.items() if bits]
+    return f"#({', '.join(values)})" if values else ""
+
+
+def stand_in(interface: Interface, top: str, last_tick: int) -> str:
+    """A module `top` whose outputs are as `RESPONSES` says. It writes `SEEN` and ends the bench at `last_tick`."""
+    outputs = interface.outputs
+    return f"""{_head(interface, top, "reg")}{_watch(interface)}  initial begin
+    judge_respond;
+    forever @(judge_noted) judge_respond;
+  end
+  integer judge_responses = $fopen("{RESPONSES}", "r");
+  integer judge_got = 4, judge_for = -1, judge_hop = 0;
+  reg [63:0] judge_at = 0;
+  reg [{_bits(outputs) - 1}:0] judge_bits;
+  reg judge_hopping = 0, judge_sleeping = 0, judge_kick = 0;
+  event judge_sleep;
+  task judge_fetch;
+    if (judge_got == 4)
+      judge_got = $fscanf(judge_responses, "%h %h %h %b\\n", judge_for, judge_at, judge_hop, judge_bits);
+  endtask
+  task judge_respond;
+    begin
+      if (judge_for < 0) judge_fetch;
+      while (judge_got == 4 && !judge_hopping && judge_for <= judge_line && judge_at <= $time) begin
+        if (judge_hop) begin
+          {_assign(outputs, "<=")}
+          judge_hopping = 1;
+          judge_kick <= ~judge_kick;
+        end else begin
+          {_assign(outputs, "=")}
+        end
+        judge_fetch;
+      end
+      if (judge_got == 4 && !judge_hopping && !judge_sleeping && judge_for <= judge_line) begin
+        judge_sleeping = 1;
+        -> judge_sleep;
+      end
+    end
+  endtask
+  always @(judge_kick) begin
+    judge_hopping = 0;
+    judge_respond;
+  end
+  always @(judge_sleep) begin
+    #(judge_at - $time);
+    judge_sleeping = 0;
+    judge_respond;
+  end
+  initial begin
+    #{last_tick};
+    $fwrite(judge_seen, "{CAPPED}\\n");
+    $finish;
+  end
+endmodule
+"""
+
+
+def player(interface: Interface, top: str, name: str, first: str) -> str:
+    """A root module `name` that plays `STIMULUS` to the module `top` and writes `RESPONSES`.
+
+    `first` are the bits of the stimulus's first line: the inputs before anything happens.
+    """
+    inputs, outputs = interface.inputs, interface.outputs
+    declared, position = [], 0
+    for port in inputs:
+        declared.append(f"  reg {port.range} {port.name} = {port.width}'b{first[position : position + port.width]};")
+        position += port.width
+    declared += [f"  wire {port.range} {port.name};" for port in outputs]
+    names = interface.named if interface.named is not None else [port.name for port in interface.ports]
+    connections = ", ".join(name if interface.named is None else f".{name}({name})" for name in names)
+    newline = "\n"
+    return f"""{interface.timescale}module {name};
+{newline.join([*interface.constants, *declared])}
+  integer judge_stimulus, judge_responses, judge_got, judge_hop, judge_end;
+  integer judge_line = 0, judge_known = 0, judge_tick = 0, judge_settled = -1;
+  reg [63:0] judge_at, judge_then = 0;
+  reg [{_bits(inputs) - 1}:0] judge_bits;
+  reg [{_bits(outputs) - 1}:0] judge_last;
+  initial begin
+    judge_stimulus = $fopen("{STIMULUS}", "r");
+    judge_got = $fscanf(judge_stimulus, "%h %h %b\\n", judge_at, judge_hop, judge_bits);
+    judge_got = $fscanf(judge_stimulus, "%h %h %b\\n", judge_at, judge_hop, judge_bits);
+    #0;
+    while (judge_got == 3) begin
+      if (judge_at > $time || !judge_hop) begin
+        if (judge_at > $time) #(judge_at - $time);
+        else #0;
+        judge_line = judge_line + 1;
+        {_assign(inputs, "=")}
+      end else begin
+        judge_line <= judge_line + 1;
+        {_assign(inputs, "<=")}
+        @(judge_line);
+      end
+      judge_note;
+      judge_got = $fscanf(judge_stimulus, "%h %h %b\\n", judge_at, judge_hop, judge_bits);
+    end
+    judge_got = $fscanf(judge_stimulus, "end %h\\n", judge_at);
+    if (judge_got == 1 && judge_at > $time) #(judge_at - $time);
+    #1 $fwrite(judge_responses, "end\\n");
+    $finish(0);
+  end
+  task judge_note;
+    if (judge_known != judge_line) begin
+      judge_known = judge_line;
+      judge_then = $time;
+      judge_tick = judge_tick + 1;
+      judge_settled <= judge_tick;
+    end
+  endtask
+  initial begin
+    judge_responses = $fopen("{RESPONSES}", "w");
+    judge_last = {_value(outputs)};
+    $fwrite(judge_responses, "0 0 0 %b\\n", judge_last);
+    forever begin
+      {_changes(outputs)};
+      judge_note;
+      if ({_value(outputs)} !== judge_last) begin
+        judge_last = {_value(outputs)};
+        $fwrite(judge_responses, "%0h %0h %0h %b\\n", judge_line, $time,
+                judge_then != $time || judge_settled == judge_tick, judge_last);
+        judge_then = $time;
+        judge_tick = judge_tick + 1;
+        judge_settled <= judge_tick;
+      end
+    end
+  end
+  {top} {interface.overrides} judge_design ({connections});
+endmodule
+`resetall
+"""

@@ -1,0 +1,180 @@
+"""A problem made ready for judging: its bench with a stand-in for the design, and the stimulus that it gives.
+
+Made once per problem and simulator, from trusted files alone (bench and reference), and kept in the pool's folder.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import secrets
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from gemma4_tpu.evals.problems import Problem
+from gemma4_tpu.evals.verilog import replay
+from gemma4_tpu.evals.verilog.iverilog import Tools
+from gemma4_tpu.evals.verilog.replay import Interface, Port
+from gemma4_tpu.evals.verilog.sandbox import Finished
+from gemma4_tpu.evals.verilog.scan import blank, defined_modules, without_dumps
+
+BENCH_SOURCE, BESIDE, PROGRAM = "bench.sv", "beside.sv", "program.vvp"
+PLAYER, BENCH_PROGRAM, ABOUT = "player.sv", "bench.vvp", "stage.json"
+PATIENCE, PATIENCE_TICKS = 10, 10_000
+"""A bench that waits for its design gets this many times the reference's simulated time, and a little more."""
+
+_PARAMETERS = r"(#\s*\((?:[^()]|\((?:[^()]|\([^()]*\))*\))*\)\s*)?"
+_SCOPE = re.compile(r'^S_\w+ \.scope \w+, "([^"]+)" "([^"]+)" .*?(?=^S_|\Z)', re.MULTILINE | re.DOTALL)
+_PORT = re.compile(r'\.port_info \d+ /(\w+) (\d+) "([^"]+)"')
+_PARAMETER = re.compile(r'^P_\w+ \.param/\w+ "(\w+)".*? ([01]) \d+ \d+, (?:\+?C4<([01xz]+)>)?', re.MULTILINE)
+_PRECISION = re.compile(r"^:vpi_time_precision ([+-]) (\d+);", re.MULTILINE)
+
+
+class NoStage(Exception):
+    """The bench and its own reference can't be made ready here."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stage:
+    """What judging needs to know of a problem. The files `bench`, `player` and `stimulus` lie in its folder."""
+
+    folder: Path
+    result_marker: str
+    """The text that announces the result, with a nonce: a bench may print what the design drives."""
+    player_top: str
+    build_log: str
+    """What the compiler said of the bench."""
+    unknown_lines: int
+    """Lines of the stimulus with an X or Z in them."""
+
+    def result(self, problem: Problem, stdout: str) -> re.Match[str] | str:
+        """The match of the only result line, or why there is none."""
+        pattern = re.compile(problem.result_pattern.replace("{marker}", re.escape(self.result_marker)))
+        lines = [line.strip() for line in stdout.split("\n")]
+        matches = [match for line in lines if (match := pattern.fullmatch(line))]
+        if len(matches) == 1:
+            return matches[0]
+        return "more than one result line" if matches else "the bench printed no result"
+
+
+def load(folder: Path) -> Stage:
+    """The stage that `build` made in a folder."""
+    return Stage(folder=folder, **json.loads((folder / ABOUT).read_text()))
+
+
+def build(problem: Problem, tools: Tools, run: Callable[..., Finished], folder: Path) -> None:
+    """Makes a stage's files in `folder`. `run(command, writable=…)` runs a command there.
+
+    Raises:
+      NoStage: bench and reference don't build, or the bench can't be given a stand-in.
+    """
+    marker = f"{problem.result_marker}_{secrets.token_hex(8)}"
+    bench = without_dumps(problem.testbench).replace(problem.result_marker, marker)
+    inner = f"{problem.reference_top}_{secrets.token_hex(8)}"
+    sources = {
+        BENCH_SOURCE: "\n".join([bench, problem.reference if problem.bench_needs_reference else "", "`resetall\n"]),
+        BESIDE: _private(problem.reference, problem.reference_top, problem.top),
+    }
+    _write(folder, {**sources, **problem.files})
+
+    def compiled() -> Finished:
+        done = run(tools.build(problem.bench_top, PROGRAM, [BENCH_SOURCE, BESIDE]), writable=[folder])
+        if done.returncode:
+            raise NoStage(_first_line(done))
+        return done
+
+    compiled()
+    interface = read_interface((folder / PROGRAM).read_text(encoding="utf-8"), problem)
+    beside = _private(problem.reference, problem.reference_top, inner) + "\n`resetall\n"
+    _write(folder, {BESIDE: beside + replay.recorder(interface, problem.top, inner)})
+    compiled()
+    seen = folder / replay.SEEN
+    seen.touch()
+    seen.chmod(0o666)
+    done = run(tools.simulate(PROGRAM), writable=[seen])
+    stimulus = seen.read_text()
+    last = re.search(r"^end ([0-9a-f]+)\n\Z", stimulus, re.MULTILINE)
+    if done.returncode or last is None:
+        raise NoStage(f"the bench does not end by itself: {_first_line(done)}")
+    last_tick = PATIENCE * int(last[1], 16) + PATIENCE_TICKS
+    _write(folder, {BESIDE: replay.stand_in(interface, problem.top, last_tick)})
+    log = compiled()
+    player_top = f"player_{secrets.token_hex(8)}"
+    first = stimulus.partition("\n")[0].rpartition(" ")[2]
+    (folder / PROGRAM).rename(folder / BENCH_PROGRAM)
+    about = {
+        "result_marker": marker,
+        "player_top": player_top,
+        "build_log": log.stdout + log.stderr,
+        "unknown_lines": unknown_lines(stimulus),
+    }
+    player = replay.player(interface, problem.top, player_top, first)
+    _write(folder, {PLAYER: player, replay.STIMULUS: stimulus, ABOUT: json.dumps(about)})
+
+
+def unknown_lines(stimulus: str) -> int:
+    """How many lines have an X or Z in them."""
+    return sum("x" in line or "z" in line for line in stimulus.split("\n"))
+
+
+def read_interface(program: str, problem: Problem) -> Interface:
+    """How the bench in a compiled program instantiates the design.
+
+    Raises:
+      NoStage: not once, or with ports that can't be replayed.
+    """
+    scopes = list(_SCOPE.finditer(program))
+    mine = [scope for scope in scopes if scope[2] == problem.top]
+    if len(mine) != 1:
+        raise NoStage(f"the bench instantiates {problem.top} {len(mine)} times instead of once")
+    ports = []
+    for direction, width, name in _PORT.findall(mine[0][0]):
+        if direction not in ("INPUT", "OUTPUT"):
+            raise NoStage(f"the port {name} is {direction.lower()}, which can't be replayed")
+        ports.append(Port(name=name, width=int(width), output=direction == "OUTPUT"))
+    precision = _PRECISION.search(program)
+    assert precision is not None  # every compiled program has one
+    around = next((scope for scope in scopes if scope[1] == problem.bench_top), mine[0])
+    overrides, named = _instantiation(problem)
+    return Interface(
+        ports=tuple(ports),
+        parameters={name: bits for name, local, bits in _PARAMETER.findall(mine[0][0]) if local == "0"},
+        overrides=overrides,
+        constants=tuple(
+            f"  localparam [{len(bits) - 1}:0] {name} = {len(bits)}'b{bits};"
+            for name, _, bits in _PARAMETER.findall(around[0])
+            if overrides and bits and name not in {port.name for port in ports}
+        ),
+        named=named if named is None or "*" not in named else tuple(port.name for port in ports),
+        precision=int(precision[1] + precision[2]),
+    )
+
+
+def _instantiation(problem: Problem) -> tuple[str, tuple[str, ...] | None]:
+    """(`#(…)`, names of the connected ports; `*` for all, null for connections by position)."""
+    bare = blank(problem.testbench)[0]
+    found = re.search(rf"\b{re.escape(problem.top)}\s+{_PARAMETERS}[A-Za-z_]\w*\s*\(\s*([^;]*)\)\s*;", bare)
+    if found is None:
+        raise NoStage(f"no instance of {problem.top} is found in the text of the bench")
+    connected = found[2].lstrip()
+    names = tuple(re.findall(r"\.\s*(\*|[A-Za-z_]\w*)", connected)) if connected.startswith(".") else None
+    return found[1] or "", names
+
+
+def _private(reference: str, old: str, new: str) -> str:
+    """A copy of the reference whose modules don't collide with another copy's; its top is called `new`."""
+    for name in defined_modules(reference):
+        replacement = new if name == old else f"{name}_{new}"
+        reference = re.sub(rf"(?<![.\w$]){re.escape(name)}(?![\w$])", replacement, reference)
+    return reference
+
+
+def _write(folder: Path, files: Mapping[str, str]) -> None:
+    for name, text in files.items():
+        (folder / name).write_text(text, encoding="utf-8", errors="replace")
+
+
+def _first_line(done: Finished) -> str:
+    lines: Sequence[str] = [line for line in (done.stderr + done.stdout).split("\n") if line.strip()]
+    return lines[0].strip() if lines else f"exit code {done.returncode} without a word"
