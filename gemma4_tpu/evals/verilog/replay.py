@@ -6,8 +6,8 @@ inputs as the stimulus says and writes down its responses. A *recorder* is a sta
 reference; it makes the first stimulus.
 
 ```
-stimulus   "<time> <hop> <bits of all inputs>" …, then "end <time>"
-responses  "<stimulus line> <time> <hop> <bits of all outputs>" …, then "end"
+stimulus   "<time> <hop> <bits of all inputs>" …, then "stop <time>"
+responses  "<stimulus line> <time> <hop> <bits of all outputs>" …, then "stop"
 ```
 
 Times are in ticks of the bench's precision. Within one time a simulator works in batches: first what happens at once,
@@ -21,9 +21,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 STIMULUS, RESPONSES, SEEN = "stimulus.txt", "responses.txt", "seen.txt"
-END = "end\n"
+END = "stop\n"
 """Last line of the responses."""
-CAPPED = "capped"
+CAPPED = "limit"
 """Last line but one of `SEEN` where the stand-in ended a bench that would not end."""
 
 
@@ -126,7 +126,6 @@ def _watch(interface: Interface) -> str:
         judge_then = $time;
         judge_tick = judge_tick + 1;
         judge_settled <= judge_tick;
-        -> judge_noted;
       end"""
     edges = "\n".join(
         f"  always @({edge} {port.name}) begin\n      {note}\n  end"
@@ -139,7 +138,6 @@ def _watch(interface: Interface) -> str:
   integer judge_line = -1, judge_tick = 0, judge_settled = -1;
   reg [63:0] judge_then = 0;
   reg [{_bits(interface.inputs) - 1}:0] judge_last;
-  event judge_noted;
   initial begin
       {note}
     forever begin
@@ -148,7 +146,7 @@ def _watch(interface: Interface) -> str:
     end
   end
 {edges}
-  final $fwrite(judge_seen, "end %0h\\n", $time);
+  final $fwrite(judge_seen, "stop %0h\\n", $time);
 """
 
 
@@ -169,10 +167,14 @@ def stand_in(interface: Interface, top: str, last_tick: int) -> str:
     outputs = interface.outputs
     return f"""{_head(interface, top, "reg")}{_watch(interface)}  initial begin
     judge_respond;
-    forever @(judge_noted) judge_respond;
+    forever begin
+      wait (judge_line != judge_answered);  // no event: one that comes meanwhile would be lost
+      judge_answered = judge_line;
+      judge_respond;
+    end
   end
   integer judge_responses = $fopen("{RESPONSES}", "r");
-  integer judge_got = 4, judge_for = -1, judge_hop = 0;
+  integer judge_got = 4, judge_for = -1, judge_hop = 0, judge_answered = -1;
   reg [63:0] judge_at = 0;
   reg [{_bits(outputs) - 1}:0] judge_bits;
   reg judge_hopping = 0, judge_sleeping = 0, judge_kick = 0;
@@ -234,7 +236,7 @@ def player(interface: Interface, top: str, name: str, first: str) -> str:
     newline = "\n"
     return f"""{interface.timescale}module {name};
 {newline.join([*interface.constants, *declared])}
-  integer judge_stimulus, judge_responses, judge_got, judge_hop, judge_end;
+  integer judge_stimulus, judge_responses, judge_got, judge_hop;
   integer judge_line = 0, judge_known = 0, judge_tick = 0, judge_settled = -1;
   reg [63:0] judge_at, judge_then = 0;
   reg [{_bits(inputs) - 1}:0] judge_bits;
@@ -258,9 +260,9 @@ def player(interface: Interface, top: str, name: str, first: str) -> str:
       judge_note;
       judge_got = $fscanf(judge_stimulus, "%h %h %b\\n", judge_at, judge_hop, judge_bits);
     end
-    judge_got = $fscanf(judge_stimulus, "end %h\\n", judge_at);
+    judge_got = $fscanf(judge_stimulus, "stop %h\\n", judge_at);
     if (judge_got == 1 && judge_at > $time) #(judge_at - $time);
-    #1 $fwrite(judge_responses, "end\\n");
+    #1 $fwrite(judge_responses, "stop\\n");
     $finish(0);
   end
   task judge_note;

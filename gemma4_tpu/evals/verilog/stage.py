@@ -94,7 +94,7 @@ def build(problem: Problem, tools: Tools, run: Callable[..., Finished], folder: 
     seen.chmod(0o666)
     done = run(tools.simulate(PROGRAM), writable=[seen])
     stimulus = seen.read_text()
-    last = re.search(r"^end ([0-9a-f]+)\n\Z", stimulus, re.MULTILINE)
+    last = re.search(r"^stop ([0-9a-f]+)\n\Z", stimulus, re.MULTILINE)
     if done.returncode or last is None:
         raise NoStage(f"the bench does not end by itself: {_first_line(done)}")
     last_tick = PATIENCE * int(last[1], 16) + PATIENCE_TICKS
