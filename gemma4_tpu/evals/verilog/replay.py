@@ -117,35 +117,48 @@ def _head(interface: Interface, top: str, output: str) -> str:
 
 
 def _watch(interface: Interface) -> str:
-    """Writes the stimulus."""
-    seen = _value(interface.inputs)
-    note = f"""if ({seen} !== judge_last || judge_line < 0) begin
-        judge_last = {seen};
-        $fwrite(judge_seen, "%0h %0h %b\\n", $time, judge_then == $time && judge_settled == judge_tick, judge_last);
+    """Writes the stimulus. The first line is what the inputs were before anything that a waiting block would see.
+
+    Blocks are woken in an order that benches with races depend on: so these have the form of a design's blocks, and
+    wait for the same edges. A change of a one-bit input is noted by the block that waits for its edge.
+    """
+    inputs = interface.inputs
+    value = _value(inputs)
+    write = """$fwrite(judge_seen, "%0h %0h %b\\n", $time, {hop}, judge_last);
         judge_line = judge_line + 1;
         judge_then = $time;
         judge_tick = judge_tick + 1;
-        judge_settled <= judge_tick;
+        judge_settled <= judge_tick;"""
+    note = f"""begin
+        judge_last = {value};
+        {write.format(hop="judge_then == $time && judge_settled == judge_tick")}
       end"""
-    edges = "\n".join(
-        f"  always @({edge} {port.name}) begin\n      {note}\n  end"
-        for port in interface.inputs
+    edges = [
+        f"  always @({edge} {port.name}) if (judge_line >= 0 && {value} !== judge_last) {note}"
+        for port in inputs
         if port.width == 1
         for edge in ("posedge", "negedge")
-    )
+    ]
+    moved = [
+        f"  always @({port.name}) begin judge_moved[{number}] = 1; wait (0); end" for number, port in enumerate(inputs)
+    ]
+    before = ", ".join(f"judge_moved[{number}] ? {port.width}'bx : {port.name}" for number, port in enumerate(inputs))
     return f"""
   integer judge_seen = $fopen("{SEEN}", "w");
   integer judge_line = -1, judge_tick = 0, judge_settled = -1;
   reg [63:0] judge_then = 0;
-  reg [{_bits(interface.inputs) - 1}:0] judge_last;
+  reg [{_bits(inputs) - 1}:0] judge_last;
+  reg [{max(len(inputs), 1) - 1}:0] judge_moved = 0;
+{chr(10).join(moved)}
   initial begin
-      {note}
-    forever begin
-      {_changes(interface.inputs)};
-      if (!({_edges(interface.inputs)})) {note}
-    end
+    #0;
+    judge_last = {f"{{{before}}}" if inputs else "1'b0"};
+    {write.format(hop="0")}
+    if ({value} !== judge_last) {note}
   end
-{edges}
+  always @({", ".join(port.name for port in inputs) or "judge_moved"})
+    if (judge_line >= 0 && {value} !== judge_last && !({_edges(inputs)})) {note}
+{chr(10).join(edges)}
   final $fwrite(judge_seen, "stop %0h\\n", $time);
 """
 
@@ -166,7 +179,9 @@ def stand_in(interface: Interface, top: str, last_tick: int) -> str:
     """A module `top` whose outputs are as `RESPONSES` says. It writes `SEEN` and ends the bench at `last_tick`."""
     outputs = interface.outputs
     return f"""{_head(interface, top, "reg")}{_watch(interface)}  initial begin
-    judge_respond;
+    judge_fetch;
+    {_assign(outputs, "=")}
+    judge_fetch;
     forever begin
       wait (judge_line != judge_answered);  // no event: one that comes meanwhile would be lost
       judge_answered = judge_line;
@@ -185,7 +200,6 @@ def stand_in(interface: Interface, top: str, last_tick: int) -> str:
   endtask
   task judge_respond;
     begin
-      if (judge_for < 0) judge_fetch;
       while (judge_got == 4 && !judge_hopping && judge_for <= judge_line && judge_at <= $time) begin
         if (judge_hop) begin
           {_assign(outputs, "<=")}

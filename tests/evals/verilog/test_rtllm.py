@@ -81,9 +81,9 @@ def test_completions_are_judged(judge, clone):
     assert (cheat.passed, cheat.official) == (False, True)
     forced = ANSWER.replace("w * w;", "w + w; always #1 squares_tb.error = 0;")
     assert judge.judge(problem, fenced(forced)).kind is VerdictClass.ELABORATION
-    assert judge.judge(problem, fenced(ANSWER.replace("w * w;", "w + w; initial #1$finish;"))).kind is (
-        VerdictClass.FORBIDDEN
-    )
+    for early in ("initial $finish;", "initial #0$finish;", "final $finish; initial $fatal;"):
+        ended = judge.judge(problem, fenced(ANSWER.replace("w * w;", f"w * w; {early}")))
+        assert (ended.kind, ended.refused_by) == (VerdictClass.RUNTIME, "run")
 
 
 @needs_iverilog
