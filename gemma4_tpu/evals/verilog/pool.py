@@ -50,7 +50,9 @@ class Pool:
 
     def __init__(self, config: JudgeConfig, tools: Tools):
         self.workers = config.workers or default_workers()
-        self._root = Path(tempfile.mkdtemp(prefix="gemma4_tpu_judge_", dir=_memory_folder(self.workers, config)))
+        self._root = Path(
+            tempfile.mkdtemp(prefix=f"gemma4_tpu_judge_{os.getpid()}_", dir=_memory_folder(self.workers, config))
+        )
         self._root.chmod(0o711)  # workers run simulations as other users
         self._executor = ProcessPoolExecutor(
             self.workers,

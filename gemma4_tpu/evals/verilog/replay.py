@@ -81,7 +81,7 @@ def _joined(ports: Sequence[Port]) -> str:
 
 def _changes(ports: Sequence[Port]) -> str:
     """Waits for a change of any of them; for ever, where there are none."""
-    return f"@({', '.join(port.name for port in ports)})" if ports else "wait (0)"
+    return f"@({', '.join(port.name for port in ports) or 'judge_never'})"
 
 
 def _bits(ports: Sequence[Port]) -> int:
@@ -140,7 +140,8 @@ def _watch(interface: Interface) -> str:
         for edge in ("posedge", "negedge")
     ]
     moved = [
-        f"  always @({port.name}) begin judge_moved[{number}] = 1; wait (0); end" for number, port in enumerate(inputs)
+        f"  always @({port.name}) begin judge_moved[{number}] = 1; @(judge_never); end"
+        for number, port in enumerate(inputs)
     ]
     before = ", ".join(f"judge_moved[{number}] ? {port.width}'bx : {port.name}" for number, port in enumerate(inputs))
     return f"""
@@ -149,6 +150,7 @@ def _watch(interface: Interface) -> str:
   reg [63:0] judge_then = 0;
   reg [{_bits(inputs) - 1}:0] judge_last;
   reg [{max(len(inputs), 1) - 1}:0] judge_moved = 0;
+  event judge_never;
 {chr(10).join(moved)}
   initial begin
     #0;
@@ -156,7 +158,7 @@ def _watch(interface: Interface) -> str:
     {write.format(hop="0")}
     if ({value} !== judge_last) {note}
   end
-  always @({", ".join(port.name for port in inputs) or "judge_moved"})
+  always {_changes(inputs)}
     if (judge_line >= 0 && {value} !== judge_last && !({_edges(inputs)})) {note}
 {chr(10).join(edges)}
   final $fwrite(judge_seen, "stop %0h\\n", $time);
@@ -176,7 +178,7 @@ def _overriding(interface: Interface) -> str:
 
 
 def stand_in(interface: Interface, top: str, last_tick: int) -> str:
-    """A module `top` whose outputs are as `RESPONSES` says. It writes `SEEN` and ends the bench at `last_tick`."""
+    """A module `top` whose outputs are as `RESPONSES` says. It writes `SEEN` and ends the bench behind `last_tick`."""
     outputs = interface.outputs
     return f"""{_head(interface, top, "reg")}{_watch(interface)}  initial begin
     judge_fetch;
@@ -186,6 +188,10 @@ def stand_in(interface: Interface, top: str, last_tick: int) -> str:
       wait (judge_line != judge_answered);  // no event: one that comes meanwhile would be lost
       judge_answered = judge_line;
       judge_respond;
+      if ($time > {last_tick}) begin  // looked at here, since a process that waits would keep the simulation alive
+        $fwrite(judge_seen, "{CAPPED}\\n");
+        $finish;
+      end
     end
   end
   integer judge_responses = $fopen("{RESPONSES}", "r");
@@ -225,11 +231,6 @@ def stand_in(interface: Interface, top: str, last_tick: int) -> str:
     judge_sleeping = 0;
     judge_respond;
   end
-  initial begin
-    #{last_tick};
-    $fwrite(judge_seen, "{CAPPED}\\n");
-    $finish;
-  end
 endmodule
 """
 
@@ -255,6 +256,7 @@ def player(interface: Interface, top: str, name: str, first: str) -> str:
   reg [63:0] judge_at, judge_then = 0;
   reg [{_bits(inputs) - 1}:0] judge_bits;
   reg [{_bits(outputs) - 1}:0] judge_last;
+  event judge_never;
   initial begin
     judge_stimulus = $fopen("{STIMULUS}", "r");
     judge_got = $fscanf(judge_stimulus, "%h %h %b\\n", judge_at, judge_hop, judge_bits);

@@ -45,8 +45,8 @@ class Stage:
     player_top: str
     build_log: str
     """What the compiler said of the bench."""
-    unknown_lines: int
-    """Lines of the stimulus with an X or Z in them."""
+    unknown_bit_ticks: int
+    """How long, and how many, bits of the reference's own stimulus are X or Z."""
 
     def result(self, problem: Problem, stdout: str) -> re.Match[str] | str:
         """The match of the only result line, or why there is none."""
@@ -107,15 +107,25 @@ def build(problem: Problem, tools: Tools, run: Callable[..., Finished], folder: 
         "result_marker": marker,
         "player_top": player_top,
         "build_log": log.stdout + log.stderr,
-        "unknown_lines": unknown_lines(stimulus),
+        "unknown_bit_ticks": unknown_bit_ticks(stimulus),
     }
     player = replay.player(interface, problem.top, player_top, first)
     _write(folder, {PLAYER: player, replay.STIMULUS: stimulus, ABOUT: json.dumps(about)})
 
 
-def unknown_lines(stimulus: str) -> int:
-    """How many lines have an X or Z in them."""
-    return sum("x" in line or "z" in line for line in stimulus.split("\n"))
+def unknown_bit_ticks(stimulus: str) -> int:
+    """Sum over the lines of a stimulus: bits that are X or Z, times the ticks until the next line."""
+    if "x" not in stimulus and "z" not in stimulus:
+        return 0
+    total, since, unknown = 0, 0, 0
+    for line in stimulus.split("\n"):
+        words = line.split(" ")
+        if len(words) < 2:
+            continue
+        now = int(words[1 if len(words) == 2 else 0], 16)  # "stop <time>", "<time> <hop> <bits>"
+        total += unknown * (now - since)
+        since, unknown = now, words[-1].count("x") + words[-1].count("z")
+    return total
 
 
 def read_interface(program: str, problem: Problem) -> Interface:

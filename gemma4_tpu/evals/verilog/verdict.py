@@ -29,7 +29,7 @@ from gemma4_tpu.evals.problems import Problem, Verdict, VerdictClass
 from gemma4_tpu.evals.verilog import replay, scan
 from gemma4_tpu.evals.verilog.iverilog import Tools
 from gemma4_tpu.evals.verilog.sandbox import Finished, Sandbox
-from gemma4_tpu.evals.verilog.stage import BENCH_PROGRAM, PLAYER, Stage, unknown_lines
+from gemma4_tpu.evals.verilog.stage import BENCH_PROGRAM, PLAYER, Stage, unknown_bit_ticks
 
 DESIGN, EXPANDED, BENCH, REFERENCE, PROGRAM = "design.sv", "expanded.sv", "bench.sv", "reference.sv", "program.vvp"
 WAVES = "wave.vcd"  # the one file that a benchmark's bench may write
@@ -181,7 +181,7 @@ class Trial:
             seen, bench = self._seen(responses)
             if seen == stimulus:
                 break
-            if self.problem.bench_needs_reference and unknown_lines(seen) > stage.unknown_lines:
+            if self.problem.bench_needs_reference and unknown_bit_ticks(seen) > stage.unknown_bit_ticks:
                 raise _Refused(VerdictClass.MISMATCH, "replay", "the design made the reference's inputs unknown")
             stimulus = seen
             (self.folder / replay.STIMULUS).unlink()

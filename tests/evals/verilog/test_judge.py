@@ -16,6 +16,7 @@ from gemma4_tpu.errors import UserError
 from gemma4_tpu.evals.problems import Verdict, VerdictClass
 from gemma4_tpu.evals.verilog.iverilog import find_tools
 from gemma4_tpu.evals.verilog.judge import VerilogJudge
+from gemma4_tpu.evals.verilog.pool import MEMORY_FOLDER
 from gemma4_tpu.evals.verilog.probe import choose_level
 from gemma4_tpu.evals.verilog.sandbox import Level
 from gemma4_tpu.evals.verilog.smoke import VerilogSmoke
@@ -117,29 +118,31 @@ if __name__ == "__main__":
 
 @needs_iverilog
 @pytest.mark.slow
-@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT])
-def test_a_killed_evaluation_leaves_nothing_running(tmp_path, judge, how):
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT, signal.SIGTERM])
+def test_a_killed_evaluation_leaves_nothing_running_and_nothing_in_memory(tmp_path, judge, how):
     script = tmp_path / "killed.py"
     script.write_text(KILLED)
     root = Path(__file__).parents[3]
     command = [sys.executable, str(script), str(tmp_path), str(judge.level)]
-    environment = {**os.environ, "PYTHONPATH": str(root), "MARK": str(tmp_path)}
+    environment = {**os.environ, "PYTHONPATH": str(root), "TMPDIR": str(tmp_path)}
     process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
     assert process.stdout.readline() == "running\n"
-    deadline = time.monotonic() + 60  # the simulation itself lasts for 20 CPU seconds
+    deadline = time.monotonic() + 60
     while not any(child.name() == "vvp" for child in psutil.Process(process.pid).children(recursive=True)):
         assert time.monotonic() < deadline
         time.sleep(0.1)
     family = psutil.Process(process.pid).children(recursive=True)
     if how is signal.SIGKILL:
         process.kill()
-    else:  # as a terminal does: the whole group of the foreground
+    else:  # as a terminal or a scheduler does: the whole group
         for one in [*family, psutil.Process(process.pid)]:
             if one.name().startswith("python"):
-                one.send_signal(signal.SIGINT)
+                one.send_signal(how)
     process.wait(timeout=60)
     _, alive = psutil.wait_procs(family, timeout=60)
     assert alive == []
+    left = [path for place in (MEMORY_FOLDER, tmp_path) for path in place.glob(f"gemma4_tpu_judge_{process.pid}_*")]
+    assert left == []
 
 
 def test_the_benchmarks_own_rule():
