@@ -78,7 +78,7 @@ def report(rows: list[Row], simulator: str, command: str) -> str:
             for row in rows
         ),
         "",
-        "One simulation is one verdict, strict and official: scan, design built alone, built behind the bench, run.",
+        "One simulation is one verdict, strict and official: scan, design built and run, bench run with its responses.",
         f"The estimate is CPU seconds, the judge's own included, divided by {cores} cores.",
     ]
     return "\n".join(lines) + "\n"

@@ -47,7 +47,8 @@ class JudgeConfig:
     """Where no sandbox works: judge with limits on resources alone, so that samples can read and write files.
     `eval.unsafe=` for short."""
     cpu_seconds: int = 20
-    """CPU time of one compilation or simulation; more is a timeout."""
+    """CPU time of one compilation or simulation at most; more is a timeout, and so is ten times what the reference
+    took (if that is over a second)."""
     memory_mib: int = 2048
     """Address space of each process, in MiB."""
     file_mib: int = 32
