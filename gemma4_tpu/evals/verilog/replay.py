@@ -180,21 +180,7 @@ def _overriding(interface: Interface) -> str:
 def stand_in(interface: Interface, top: str, last_tick: int) -> str:
     """A module `top` whose outputs are as `RESPONSES` says. It writes `SEEN` and ends the bench behind `last_tick`."""
     outputs = interface.outputs
-    return f"""{_head(interface, top, "reg")}{_watch(interface)}  initial begin
-    judge_fetch;
-    {_assign(outputs, "=")}
-    judge_fetch;
-    forever begin
-      wait (judge_line != judge_answered);  // no event: one that comes meanwhile would be lost
-      judge_answered = judge_line;
-      judge_respond;
-      if ($time > {last_tick}) begin  // looked at here, since a process that waits would keep the simulation alive
-        $fwrite(judge_seen, "{CAPPED}\\n");
-        $finish;
-      end
-    end
-  end
-  integer judge_responses = $fopen("{RESPONSES}", "r");
+    return f"""{_head(interface, top, "reg")}{_watch(interface)}  integer judge_responses = $fopen("{RESPONSES}", "r");
   integer judge_got = 4, judge_for = -1, judge_hop = 0, judge_answered = -1;
   reg [63:0] judge_at = 0;
   reg [{_bits(outputs) - 1}:0] judge_bits;
@@ -222,6 +208,20 @@ def stand_in(interface: Interface, top: str, last_tick: int) -> str:
       end
     end
   endtask
+  initial begin
+    judge_fetch;
+    {_assign(outputs, "=")}
+    judge_fetch;
+    forever begin
+      wait (judge_line != judge_answered);  // no event: one that comes meanwhile would be lost
+      judge_answered = judge_line;
+      judge_respond;
+      if ($time > {last_tick}) begin  // looked at here, since a process that waits would keep the simulation alive
+        $fwrite(judge_seen, "{CAPPED}\\n");
+        $finish;
+      end
+    end
+  end
   always @(judge_kick) begin
     judge_hopping = 0;
     judge_respond;
