@@ -20,7 +20,6 @@ from __future__ import annotations
 import math
 import os
 import re
-import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -162,7 +161,7 @@ class Trial:
 
     def _build(self, stage: Stage) -> str:
         """Measure 2: what the compiler printed. No directive of the design reaches the player, which stands first."""
-        shutil.copyfile(stage.folder / PLAYER, self.folder / PLAYER)
+        _write(self.folder, {PLAYER: _read(stage.folder / PLAYER)})
         command = self.tools.build(stage.player_top, PROGRAM, [PLAYER, EXPANDED])
         done = self._run(command, "build", writable=[self.folder])
         if done.returncode:
@@ -171,12 +170,11 @@ class Trial:
 
     def _simulate(self, stage: Stage, log: str) -> tuple[Mapping[str, str], str]:
         """Measures 3 and 4: (groups of the result line, log as the benchmark would have it)."""
-        for name in (BENCH_PROGRAM, replay.STIMULUS):
-            _link(stage.folder / name, self.bench_folder / name)
+        os.link(stage.folder / BENCH_PROGRAM, self.bench_folder / BENCH_PROGRAM)
         _write(self.bench_folder, self.problem.files)
-        _link(stage.folder / replay.STIMULUS, self.folder / replay.STIMULUS)
-        stimulus = _read(self.folder / replay.STIMULUS)
+        stimulus = _read(stage.folder / replay.STIMULUS)
         for _ in range(ROUNDS):
+            _write(self.folder, {replay.STIMULUS: stimulus})
             responses, played = self._responses()
             seen, bench = self._seen(responses)
             if seen == stimulus:
@@ -184,8 +182,6 @@ class Trial:
             if self.problem.bench_needs_reference and unknown_bit_ticks(seen) > stage.unknown_bit_ticks:
                 raise _Refused(VerdictClass.MISMATCH, "replay", "the design made the reference's inputs unknown")
             stimulus = seen
-            (self.folder / replay.STIMULUS).unlink()
-            _write(self.folder, {replay.STIMULUS: stimulus})
         else:
             raise _Refused(VerdictClass.NO_RESULT, "replay", f"bench and design do not agree in {ROUNDS} rounds")
         log = "".join([stage.build_log, log, played.stdout, played.stderr, bench.stdout, bench.stderr])
@@ -205,7 +201,7 @@ class Trial:
 
         A design could write here what it likes. It would still be nothing but a claim about its outputs.
         """
-        text, done = self._written(replay.RESPONSES, PROGRAM, self.folder)
+        text, done = self._written(replay.RESPONSES, PROGRAM, self.folder, "run")
         if done.returncode:
             raise _Refused(VerdictClass.RUNTIME, "run", f"exit code {done.returncode}: {_complaint(done)}")
         lines = _RESPONSES.match(text)
@@ -216,17 +212,16 @@ class Trial:
 
     def _seen(self, responses: str) -> tuple[str, Finished]:
         """The stimulus that the bench gives to a design with these responses, and what it printed."""
-        (self.bench_folder / replay.RESPONSES).unlink(missing_ok=True)
         _write(self.bench_folder, {replay.RESPONSES: responses})
-        return self._written(replay.SEEN, BENCH_PROGRAM, self.bench_folder)
+        return self._written(replay.SEEN, BENCH_PROGRAM, self.bench_folder, "replay")
 
-    def _written(self, name: str, program: str, folder: Path) -> tuple[str, Finished]:
+    def _written(self, name: str, program: str, folder: Path, measure: str) -> tuple[str, Finished]:
         """What a simulation wrote to the one file that it may write, and what it printed."""
         file = folder / name
         file.unlink(missing_ok=True)
         with file.open("x+b") as opened:  # read through this handle: the name could lead elsewhere by then
             self.sandbox.adopt(file)
-            done = self._run(self.tools.simulate(program), "run", folder=folder, writable=[file])
+            done = self._run(self.tools.simulate(program), measure, folder=folder, writable=[file])
             opened.seek(0)
             return opened.read().decode("ascii", "replace"), done
 
@@ -317,16 +312,14 @@ def _complaint(done: Finished) -> str:
 
 
 def _write(folder: Path, files: Mapping[str, str]) -> None:
+    """Writes new files, whatever a compiler in a sandbox left under their names."""
     for name, text in files.items():
-        (folder / name).write_text(text, encoding="utf-8", errors="replace")
+        (folder / name).unlink(missing_ok=True)
+        with (folder / name).open("x", encoding="utf-8", errors="replace", newline="") as file:
+            file.write(text)
 
 
 def _read(file: Path) -> str:
-    """The text of a file that a compiler wrote in a sandbox: no link, no pipe."""
+    """The text of a file that a compiler may have written in a sandbox: no link, no pipe."""
     with open(os.open(file, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK), "rb") as opened:
         return opened.read().decode("utf-8", "replace")
-
-
-def _link(source: Path, target: Path) -> None:
-    target.unlink(missing_ok=True)
-    os.link(source, target)
