@@ -15,7 +15,7 @@ import sys
 import tempfile
 from collections.abc import Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from multiprocessing import get_context
 from pathlib import Path
 
@@ -199,4 +199,9 @@ def _golden(problem: Problem, level: Level) -> Golden:
 
 
 def _verdict(problem: Problem, code: str, golden: Golden, level: Level) -> Verdict:
-    return judge_code(_here().trial(problem, code, level, golden), golden)
+    try:
+        trial = _here().trial(problem, code, level, golden)
+    except NoStage as reason:  # it could be made when the reference was judged
+        golden = replace(golden, failure=str(reason))
+        trial = _here().trial(problem, code, level, golden)
+    return judge_code(trial, golden)
