@@ -31,6 +31,8 @@ from gemma4_tpu.storage import join, list_folder, read_json
 
 log = logging.getLogger(__name__)
 
+THOUGHT = "thought"
+"""The name that Gemma 4 gives to its thought channels; it is ordinary text behind the token that opens one."""
 PROMPT_MULTIPLE = 128
 """Prompts are padded to a multiple of this many tokens (what the TPU attention kernel takes); each is a compilation."""
 
@@ -175,6 +177,11 @@ class InProcess:
             return jax.numpy.asarray(x)
         spec = jax.sharding.PartitionSpec(sharding.ROWS if x.shape[0] % sharding.row_places(mesh) == 0 else None)
         return jax.device_put(x, jax.sharding.NamedSharding(mesh, spec))
+
+
+def is_leaked_thought(completion: str) -> bool:
+    """Whether it begins with a thought channel's name: what is left of a channel without its control tokens."""
+    return completion.lstrip().startswith(f"{THOUGHT}\n")
 
 
 def checkpoint_stop_ids(base: Base, tokenizer: Any) -> tuple[int, ...]:

@@ -19,9 +19,9 @@ from typing import Any
 from gemma4_tpu.config.tasks import EvalConfig, EvaluateRoot
 from gemma4_tpu.evals import endpoint
 from gemma4_tpu.evals.benchmarks import load_problems
-from gemma4_tpu.evals.generate import Backend, requests
+from gemma4_tpu.evals.generate import Backend, is_leaked_thought, requests
 from gemma4_tpu.evals.outcome import Outcome, tally
-from gemma4_tpu.evals.problems import Judge, Problem, SelfCheck, Verdict
+from gemma4_tpu.evals.problems import HOW_TO_STOP_LEAKS, Judge, Problem, SelfCheck, Verdict, VerdictClass
 from gemma4_tpu.evals.store import Key, Rows, Sample, Samples, read_foreign
 from gemma4_tpu.evals.verilog.judge import VerilogJudge
 from gemma4_tpu.tracking.files import write_json
@@ -31,6 +31,9 @@ log = logging.getLogger(__name__)
 SAMPLES_FILE, VERDICTS_FILE, RESULT_FILE = "samples.jsonl", "verdicts.jsonl", "result.json"
 SELFCHECK_FILE = "selfcheck.json"
 PROGRESS_SECONDS = 10.0
+LEAKED = Verdict(
+    kind=VerdictClass.LEAKED, detail="begins with a thought without its markup", official=False, refused_by="text"
+)  # fmt: skip
 SETTINGS = ("n", "temperature", "top_p", "max_new_tokens", "seed", "system", "max_problems")
 
 
@@ -164,6 +167,9 @@ def _evaluate(
     if outcome.missing:
         log.warning("%s: %d of %d samples were never obtained; they count as failures",
                     subject.name, outcome.missing, outcome.samples)  # fmt: skip
+    if leaked := outcome.classes.get(VerdictClass.LEAKED):
+        log.warning("%s: %d of %d samples begin with a leaked thought and are not judged. %s",
+                    subject.name, leaked, outcome.samples, HOW_TO_STOP_LEAKS)  # fmt: skip
     outcome.write(subject.folder / RESULT_FILE)
     return outcome
 
@@ -188,15 +194,23 @@ def _judge(samples: Sequence[Sample], problems: Sequence[Problem], judge: Judge,
     with closing(Rows(path)) as rows:
         equal: dict[tuple[str, str], list[Sample]] = {}
         for sample in samples:
-            if sample.key not in rows.rows and sample.problem in by_name:
+            if sample.key in rows.rows or sample.problem not in by_name:
+                continue
+            if is_leaked_thought(sample.completion):
+                rows.add(_row(sample, LEAKED))
+            else:
                 equal.setdefault((sample.problem, sample.completion), []).append(sample)
         if equal:
             log.info("judging %d samples, %d of them distinct", sum(map(len, equal.values())), len(equal))
         verdicts = judge.judge_all((by_name[problem], completion) for problem, completion in equal)
         for alike, verdict in zip(_reported(equal.values(), len(equal)), verdicts, strict=True):
             for sample in alike:
-                rows.add({"problem": sample.problem, "sample": sample.sample, **verdict.to_row()})
+                rows.add(_row(sample, verdict))
         return {key: _verdict(row) for key, row in rows.rows.items()}
+
+
+def _row(sample: Sample, verdict: Verdict) -> dict[str, Any]:
+    return {"problem": sample.problem, "sample": sample.sample, **verdict.to_row()}
 
 
 def _verdict(row: Mapping[str, Any]) -> Verdict:

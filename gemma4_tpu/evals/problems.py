@@ -44,6 +44,12 @@ class Problem:
     """Data files that the bench reads, by name."""
 
 
+HOW_TO_STOP_LEAKS = (
+    "The server takes the markup of thought channels away and leaves the thoughts: start it with its reasoning parser"
+    " (vLLM: --reasoning-parser gemma4; the presets of `serve` set it) and draw the samples again."
+)
+
+
 class VerdictClass(StrEnum):
     """What became of a completion."""
 
@@ -60,6 +66,9 @@ class VerdictClass(StrEnum):
     """Compilation or simulation used up its CPU time."""
     NO_RESULT = "no result"
     """No module in the completion, no completion, or no result line; also where the reference itself fails."""
+    LEAKED = "leaked thought"
+    """The completion begins with a thought whose markup the server took away: no telling where the answer begins, so
+    nothing of it is judged."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -9,6 +9,7 @@ from typing import Any
 from gemma4_tpu.evals.compare import Comparison
 from gemma4_tpu.evals.outcome import CLASSES, MISSING, Outcome
 from gemma4_tpu.evals.passk import Score
+from gemma4_tpu.evals.problems import HOW_TO_STOP_LEAKS, VerdictClass
 
 PAPER = (
     ("the paper's TPU run", "0.641 [0.574, 0.706]", "0.795"),
@@ -19,7 +20,7 @@ PAPER = (
 _COLORS = {
     "pass": "#4c9a5b", "mismatch": "#d9692c", "syntax": "#8d6cab", "elaboration": "#b79fd0",
     "forbidden construct": "#333333", "runtime": "#c9a227", "timeout": "#7a5c1e", "no result": "#999999",
-    MISSING: "#dddddd",
+    "leaked thought": "#4c78a8", MISSING: "#dddddd",
 }  # fmt: skip
 _WIDEST_LIST = 60  # problems whose names fit under the bars
 
@@ -101,6 +102,8 @@ def _samples(outcome: Outcome) -> Iterator[str]:
         yield f"| {kind} | {count} | {count / total:.1%} |"
     yield ""
     yield f"Cut off at the token limit: {outcome.truncated} of {total} ({outcome.truncated / total:.1%})."
+    if leaked := outcome.classes.get(VerdictClass.LEAKED):
+        yield f"Leaked thoughts, not judged and counted as failures: {leaked}. {HOW_TO_STOP_LEAKS}"
     if outcome.missing:
         yield f"Never obtained, and counted as failures: {outcome.missing}."
     if outcome.tokens:

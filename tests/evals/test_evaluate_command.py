@@ -195,6 +195,23 @@ def test_a_run_is_evaluated_beside_its_base(tmp_path, evaluate):
     assert code == 2 and "eval.n: 3 (the run has 2)" in said
 
 
+def test_a_leaked_thought_is_a_class_of_its_own_and_never_code(tmp_path, evaluate):
+    """A server without its reasoning parser: the channel's control tokens are gone, its text is not."""
+    references = {row["prompt"].strip(): row["reference"] for row in ROWS[:2]}
+
+    def answer(body, _):
+        reference = references[body["messages"][-1]["content"].strip()]
+        return 200, completion(f"thought\nSomething like {fenced('module TopModule; endmodule')}{fenced(reference)}")
+
+    with Server(answer) as server:
+        words = [f"eval.endpoint={server.url}", f"run_dir={tmp_path / 'served'}", "eval.max_problems=2", "eval.n=1"]
+        code, said = evaluate(*words)
+    assert code == 0, said
+    assert passes(tmp_path / "served") == {row["id"]: (0, 1) for row in ROWS[:2]}
+    assert Outcome.read(tmp_path / "served/result.json").classes == {"leaked thought": 2}
+    assert "--reasoning-parser gemma4" in (tmp_path / "served/report.md").read_text()
+
+
 def test_the_selfcheck_shows_simulator_sandbox_and_references(evaluate):
     code, said = evaluate("selfcheck=true", f"eval.max_problems={COUNT}")
     assert code == 0
