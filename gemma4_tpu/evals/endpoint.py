@@ -1,7 +1,8 @@
 """Completions from an OpenAI-compatible server: bounded concurrency, retries with back-off, a seed for each sample.
 
 Whatever the server sends, a sample comes of it, another attempt, or in the end none; only a refusal of everything (a
-wrong key, no such model) ends an evaluation. The server renders the prompt by its own chat template. A key comes from OPENAI_API_KEY and is never shown.
+wrong key, no such model) ends an evaluation. The server renders the prompt by its own chat template. A key comes from
+OPENAI_API_KEY and is never shown.
 """
 
 from __future__ import annotations
@@ -244,7 +245,8 @@ def _retry_after_seconds(error: Exception) -> float:
     """What the server asks to wait, in seconds or until a date, up to a limit; 0 where it asks for nothing."""
     header = error.response.headers.get("Retry-After", "") if isinstance(error, httpx.HTTPStatusError) else ""
     try:
-        seconds = float(header) if header.strip().isdecimal() else parsedate_to_datetime(header).timestamp() - time.time()
+        given = header.strip()
+        seconds = float(given) if given.isdecimal() else parsedate_to_datetime(given).timestamp() - time.time()
     except (ValueError, OverflowError):
         return 0.0
     return min(max(seconds, 0.0), LONGEST_RETRY_AFTER_SECONDS)

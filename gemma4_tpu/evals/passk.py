@@ -129,7 +129,7 @@ def interval(values: np.ndarray, limits: tuple[float, float], seed: int = 0) -> 
 
     The Bayesian bootstrap (Rubin 1981) with half an observation at each of the values' `limits`. Where all values are 0
     or 1 that is exactly Jeffreys' interval of a proportion, so that 0 of 40 reaches up to 0.060 and not to 0; with
-    many problems it is the bootstrap's. As usual with Jeffreys' interval, an end is the limit itself where every value is.
+    many problems it is the bootstrap's. As usual with Jeffreys' interval, an end is the limit where every value is.
     """
     rng = np.random.default_rng(seed)
     points = np.array([*values, *limits])
@@ -146,7 +146,7 @@ def _sampling_error(counts: Sequence[tuple[int, int]], k: int) -> float | None:
     """Standard error of the mean over problems, whose samples are independent.
 
     What one more pass among n would change, k/n on one problem, is added once: where every problem has 0 or n passes,
-    the jackknife sees no spread at all, and the true one can still be of that size (0 of N: Jeffreys' 95% end is 2.5/N).
+    the jackknife sees no spread at all, and the true one can be of that size (0 of N: Jeffreys' 95% end is 2.5/N).
     """
     variances = [sampling_variance(n, c, k) for n, c in counts]
     known = [v for v in variances if v is not None]

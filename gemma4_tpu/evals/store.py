@@ -130,7 +130,7 @@ def read_foreign(path: str, problems: Sequence[str]) -> list[Sample]:
 
 
 def _text(path: str) -> str:
-    """A JSONL file's text. Lines end at "\\n" only: `str.splitlines` would also split at U+2028 within a string."""
+    """A JSONL file's text. Lines end at line feeds only: `str.splitlines` would split at U+2028 in a string, too."""
     try:
         return Path(path).read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
