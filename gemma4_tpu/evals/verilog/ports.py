@@ -13,6 +13,7 @@ from gemma4_tpu.evals.verilog.scan import blank
 
 SOURCE, PROGRAM = "module.sv", "module.vvp"
 _PORT = re.compile(r'^\s*\.port_info \d+ /(INPUT|OUTPUT|INOUT) (\d+) "(.*)";$', re.MULTILINE)
+_SCOPE = re.compile(r"^S_\w+ \.scope ", re.MULTILINE)
 _EVENTS = re.compile(r"@\s*\(([^()]*\b(?:posedge|negedge)\b[^()]*)\)")
 _EDGE = re.compile(r"\b(posedge|negedge)\s+(\w+)")
 _CLOCK_NAME = re.compile(r"(?i)^(?!.*(?:en|sel|div)).*(?:clk|clock)|^(?:i_|in_)?c[kp]$")
@@ -46,7 +47,8 @@ def read_ports(tools: Tools, sandbox: Sandbox, folder: Path, source: str, top: s
     program = folder / PROGRAM
     if done.returncode or not program.is_file():
         return "the reference does not build by itself"
-    found = _PORT.findall(program.read_text(encoding="utf-8", errors="replace"))
+    scopes = _SCOPE.split(program.read_text(encoding="utf-8", errors="replace"))
+    found = next((_PORT.findall(scope) for scope in scopes if scope.startswith(f'module, "{top}" "{top}"')), [])
     ports = [Port(name=name, direction=direction, bits=int(bits)) for direction, bits, name in found]
     if not any(port.direction == "OUTPUT" for port in ports):
         return "the reference has no output"
