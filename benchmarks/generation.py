@@ -107,12 +107,12 @@ def report(seconds: dict[str, list[float]], made: dict[str, int], command: str) 
         "|---|---:|---:|---:|---:|",
         *(
             f"| {way} | {made[way]:,} | {medians[way]:.1f} | {rates[way]:,.0f} | {rates[way] / rates[PEER]:.1f}× |"
-            for way in (PEER, SINGLE, BATCHED)
+            for way in (PEER, PEER_BATCHED, SINGLE, BATCHED)
         ),
         "",
-        "All ways make the same number of tokens. A batch goes on until its longest answer ends, and on a CPU a step",
-        "of so small a model costs as much for each sequence. What batches are for, weights that are read once for 64",
-        "sequences, shows on an accelerator only.",
+        "A batch goes on until its longest answer ends, and on a CPU a step of so small a model costs nearly as much",
+        "for each sequence. What batches are for, weights that are read once for 64 sequences, shows on an accelerator",
+        "only.",
     ]
     return "\n".join(lines) + "\n"
 
