@@ -81,6 +81,7 @@ RANGES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "bench.max_model_len": _FROM_1, "bench.request_timeout_seconds": _POSITIVE,
     "serving.tensor_parallel_size": _FROM_1, "serving.data_parallel_size": _FROM_1, "serving.max_model_len": _FROM_1,
     "serving.max_num_seqs": _FROM_1, "serving.max_num_batched_tokens": _FROM_1, "serving.gpu_memory_utilization": _PART,
+    "port": (lambda v: 0 <= v <= 65535, "between 0 and 65535"),
     "serving.port": (lambda v: 1 <= v <= 65535, "between 1 and 65535"), "serving.shm_size_gib": _FROM_1,
     "serving.ready_timeout_seconds": _POSITIVE,
     "eval.judge.processes": (lambda v: v >= 8, "at least 8, which the compiler itself needs"),

@@ -154,6 +154,18 @@ class EvaluateRoot:
 
 
 @dataclass(kw_only=True)
+class JudgeRoot:
+    """Everything `python -m gemma4_tpu.judge` takes."""
+
+    eval: EvalConfig = field(default_factory=EvalConfig)
+    """Of these only `benchmark`, `problems_path`, `max_problems` and `judge` count."""
+    port: int = 8765
+    """On 127.0.0.1; 0: any that is free. The address is printed."""
+    with_parent: bool = False
+    """End when standard input is closed, as it is when the process at its other end is gone."""
+
+
+@dataclass(kw_only=True)
 class PlanConfig:
     """What is assumed and tried (`plan=`)."""
 

@@ -31,8 +31,6 @@ from gemma4_tpu.storage import join, list_folder, read_json
 
 log = logging.getLogger(__name__)
 
-THOUGHT = "thought"
-"""The name that Gemma 4 gives to its thought channels; it is ordinary text behind the token that opens one."""
 TPU_PROMPT_MULTIPLE, PROMPT_MULTIPLE = 128, 32
 """Prompts are padded to a multiple of this many tokens, on TPUs what the attention kernel takes; each is a
 compilation."""
@@ -186,9 +184,6 @@ def padded_width(prompts: Sequence[Any]) -> int:
     return -(-max(map(len, prompts)) // multiple) * multiple
 
 
-def is_leaked_thought(completion: str) -> bool:
-    """Whether it begins with a thought channel's name: what is left of a channel without its control tokens."""
-    return completion.lstrip().startswith(f"{THOUGHT}\n")
 
 
 def checkpoint_stop_ids(base: Base, tokenizer: Any) -> tuple[int, ...]:

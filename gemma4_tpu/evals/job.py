@@ -19,9 +19,18 @@ from typing import Any
 from gemma4_tpu.config.tasks import EvalConfig, EvaluateRoot
 from gemma4_tpu.evals import endpoint
 from gemma4_tpu.evals.benchmarks import load_problems
-from gemma4_tpu.evals.generate import Backend, is_leaked_thought, requests
+from gemma4_tpu.evals.generate import Backend, requests
 from gemma4_tpu.evals.outcome import Outcome, disagreements, tally
-from gemma4_tpu.evals.problems import HOW_TO_STOP_LEAKS, Judge, Problem, SelfCheck, Verdict, VerdictClass
+from gemma4_tpu.evals.problems import (
+    HOW_TO_STOP_LEAKS,
+    LEAKED,
+    Judge,
+    Problem,
+    SelfCheck,
+    Verdict,
+    VerdictClass,
+    is_leaked_thought,
+)  # fmt: skip
 from gemma4_tpu.evals.second_opinions import OPINIONS_FILE, Second, columns, prepare, second_opinions
 from gemma4_tpu.evals.store import Key, Rows, Sample, Samples, read_foreign
 from gemma4_tpu.evals.verilog.judge import VerilogJudge
@@ -33,9 +42,6 @@ log = logging.getLogger(__name__)
 SAMPLES_FILE, VERDICTS_FILE, RESULT_FILE = "samples.jsonl", "verdicts.jsonl", "result.json"
 SELFCHECK_FILE = "selfcheck.json"
 PROGRESS_SECONDS = 10.0
-LEAKED = Verdict(
-    kind=VerdictClass.LEAKED, detail="begins with a thought without its markup", official=False, refused_by="text"
-)  # fmt: skip
 SETTINGS = ("n", "temperature", "top_p", "max_new_tokens", "seed", "system", "max_problems")
 
 

@@ -154,6 +154,18 @@ class Verdict:
         return cls(**{**row, "kind": VerdictClass(row["kind"])})
 
 
+LEAKED = Verdict(
+    kind=VerdictClass.LEAKED, detail="begins with a thought without its markup", official=False, refused_by="text"
+)  # fmt: skip
+THOUGHT = "thought"
+"""The name that Gemma 4 gives to its thought channels; it is ordinary text behind the token that opens one."""
+
+
+def is_leaked_thought(completion: str) -> bool:
+    """Whether it begins with a thought channel's name: what is left of a channel without its control tokens."""
+    return completion.lstrip().startswith(f"{THOUGHT}\n")
+
+
 class SelfCheck(Protocol):
     """What a judge found out about itself before judging."""
 
