@@ -6,6 +6,7 @@ Problems → judge ready, canaries refused → served until SIGTERM, SIGINT or t
 from __future__ import annotations
 
 import logging
+import os
 import signal
 import sys
 import threading
@@ -34,39 +35,34 @@ def _serve(loaded: Loaded[JudgeRoot, JudgeChecked]) -> int:
     from gemma4_tpu.tracking.logs import setup_logging
 
     setup_logging()
-    root, stop, died = loaded.root, threading.Event(), threading.Event()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda *_: stop.set())
+    root, died = loaded.root, threading.Event()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # unwinds what is below, as SIGINT does
     if root.with_parent:
-        threading.Thread(target=_wait_for_the_end_of_input, args=(stop,), daemon=True).start()
+        threading.Thread(target=_end_with_the_input, daemon=True).start()
     problems = load_problems(root.eval)
     with VerilogJudge(root.eval.judge) as judge:
         try_canaries(judge)
         check = judge.prepare(problems)
-
-        def broken() -> None:
-            died.set()
-            stop.set()
-
         try:
-            server = make_server(Service(problems, judge, check), root.port, broken)
+            server = make_server(Service(problems, judge, check), root.port, died.set)
         except OSError as error:
             raise UserError(f"port={root.port}: {error.strerror}; give another port, or 0 for any") from None
-        serving = threading.Thread(target=server.serve_forever, daemon=True)
-        serving.start()
+        threading.Thread(target=server.serve_forever, daemon=True).start()
         log.info("%d problems, %s, sandbox %s; the canaries are refused", len(problems), check.simulator, check.sandbox)
         print(f"{ANNOUNCEMENT}http://{HOST}:{server.server_port}", flush=True)
-        stop.wait()
-        server.shutdown()
-        server.server_close()
-    return 1 if died.is_set() else 0
+        try:
+            died.wait()
+        finally:
+            server.shutdown()
+            server.server_close()
+    return 1
 
 
-def _wait_for_the_end_of_input(stop: threading.Event) -> None:
+def _end_with_the_input() -> None:
     """The parent holds the other end of stdin: when it is gone, however, this ends too."""
-    while sys.stdin.buffer.read(4096):
+    while os.read(sys.stdin.fileno(), 4096):  # unbuffered: a lock on a buffer would be in the way at the end
         pass
-    stop.set()
+    os.kill(os.getpid(), signal.SIGTERM)
 
 
 if __name__ == "__main__":

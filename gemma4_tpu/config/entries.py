@@ -130,8 +130,8 @@ JUDGE: EntryPoint[JudgeRoot, JudgeChecked] = EntryPoint(
     normalise=normalise_judge,
     examine=examine_judge,
     summary=(
-        "Judge Verilog completions as a service on loopback, for rewards: batches of problem and completion in, verdicts"
-        " and graded scores out. Tries itself with cheats first. Needs Icarus Verilog."
+        "Judge Verilog completions as a service on loopback, for rewards: batches of problem and completion in,"
+        " verdicts and graded scores out. Tries itself with cheats first. Needs Icarus Verilog."
     ),
     examples=(
         ("", "the synthetic problems of the package, on port 8765"),

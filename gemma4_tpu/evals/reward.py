@@ -44,7 +44,7 @@ class JudgeProcess:
         Raises:
           UserError: it does not start: no simulator, no sandbox, no problems, a canary that passes.
         """
-        self._errors = tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace")
+        self._errors = tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace")  # noqa: SIM115, until close()
         self._process = subprocess.Popen(
             [sys.executable, "-m", "gemma4_tpu.judge", *words, "port=0", "with_parent=true"],
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._errors, text=True,
@@ -52,8 +52,10 @@ class JudgeProcess:
         assert self._process.stdout is not None
         line = next((line for line in self._process.stdout if line.startswith(ANNOUNCEMENT)), None)
         if line is None:
+            self._process.wait()
+            said = self._said()
             self.close()
-            raise UserError(f"the judge does not start: {self._said()}")
+            raise UserError(f"the judge does not start: {said}")
         self.url = line.removeprefix(ANNOUNCEMENT).strip()
         self._client = httpx.Client(base_url=self.url, timeout=None)
 
@@ -90,12 +92,14 @@ class JudgeProcess:
             self._process.kill()
             self._process.wait()
         self._process.stdout.close()
+        self._errors.close()
 
     def _said(self) -> str:
-        """The end of what it printed on stderr."""
+        """Its refusal, or else the end of what it printed on stderr."""
         self._errors.seek(0)
         lines = [line.strip() for line in self._errors.read().split("\n") if line.strip()]
-        return lines[-1].removeprefix("error: ") if lines else f"exit code {self._process.poll()}"
+        refusals = [line.removeprefix("error: ") for line in lines if line.startswith("error: ")]
+        return (refusals or lines or [f"exit code {self._process.poll()}"])[-1]
 
     def __enter__(self) -> JudgeProcess:
         return self
