@@ -35,7 +35,7 @@ def graded(verdict: Verdict) -> float:
     """A score for rewards, from 0 to 1.
 
     1: it passes. 0.2 to 0.8: it ran to the end of its bench, and 0.6 of this by the share of comparisons without an
-    error. 0.1: it builds, but crashes or does not end. 0: all others. A design that does nothing agrees wherever the
+    error. 0.1: it crashes or does not end. 0: all others. A design that does nothing agrees wherever the
     reference does nothing, so learn from `passed` as soon as some samples do.
     """
     if verdict.passed:
@@ -43,7 +43,7 @@ def graded(verdict: Verdict) -> float:
     if verdict.kind is VerdictClass.MISMATCH:
         agreeing = 1 - verdict.mismatches / verdict.samples if verdict.mismatches and verdict.samples else 0.0
         return round(RAN + AGREEING * agreeing, 6)
-    return BUILT if verdict.refused_by == "run" else 0.0
+    return BUILT if verdict.kind in (VerdictClass.RUNTIME, VerdictClass.TIMEOUT) else 0.0
 
 
 class Service:

@@ -46,14 +46,14 @@ def read_ports(tools: Tools, sandbox: Sandbox, folder: Path, source: str, top: s
     done = sandbox.run(tools.build(top, PROGRAM, [SOURCE]), folder, writable=[folder])
     program = folder / PROGRAM
     if done.returncode or not program.is_file():
-        return "the reference does not build by itself"
+        return "does not build by itself"
     scopes = _SCOPE.split(program.read_text(encoding="utf-8", errors="replace"))
     found = next((_PORT.findall(scope) for scope in scopes if scope.startswith(f'module, "{top}" "{top}"')), [])
     ports = [Port(name=name, direction=direction, bits=int(bits)) for direction, bits, name in found]
     if not any(port.direction == "OUTPUT" for port in ports):
-        return "the reference has no output"
+        return "has no output"
     if both := [port.name for port in ports if port.direction == "INOUT"]:
-        return f"the reference has inout ports ({', '.join(both)})"
+        return f"has inout ports ({', '.join(both)})"
     return ports
 
 

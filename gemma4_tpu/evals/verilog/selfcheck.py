@@ -85,7 +85,8 @@ def check_references(
     known = {key: Golden(**row) for key, row in ({} if fresh else memory.load()).items()}
     keys = {problem.name: fingerprint(problem) for problem in problems}
     check_problems(problems, "of these problems")
-    known |= {keys[problem.name]: Golden() for problem in problems if not problem.reference}
+    unknown = Golden(cpu_seconds=config.cpu_seconds)
+    known |= {keys[problem.name]: unknown for problem in problems if not problem.reference}
     futures = {p.name: pool.golden(p, level) for p in problems if keys[p.name] not in known}
     judged = {name: future.result() for name, future in futures.items()}
     if keep:

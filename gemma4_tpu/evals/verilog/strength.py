@@ -49,10 +49,10 @@ def reference_ports(
 ) -> tuple[dict[str, list[Port]], dict[str, str]]:  # fmt: skip
     """(problem → the ports of its reference, problem → why they can't be had)."""
     asked = {p.name: judge.task(read_ports, p.reference, p.reference_top) for p in problems if p.reference}
-    found = {p.name: asked[p.name].result() if p.name in asked else "there is no reference" for p in problems}
+    found = {p.name: asked[p.name].result() if p.name in asked else "is not there" for p in problems}
     return (
         {name: ports for name, ports in found.items() if not isinstance(ports, str)},
-        {name: reason for name, reason in found.items() if isinstance(reason, str)},
+        {name: f"the reference {reason}" for name, reason in found.items() if isinstance(reason, str)},
     )
 
 
@@ -100,6 +100,8 @@ def _graded(
 
 
 _MUTANT = "mutant"
+_UNBUILT = ("text", "alone", "build")
+"""Measures that refuse a design before it runs."""
 Design = tuple[Problem, str, str]
 """(problem, name of the stub or `mutant`, source)."""
 
@@ -107,7 +109,7 @@ Design = tuple[Problem, str, str]
 def _passing(designs: Sequence[Design], judge: VerilogJudge) -> tuple[list[Design], Counter[str]]:
     """(those that pass, number of mutants that came to a result by problem)."""
     verdicts = list(judge.judge_all((problem, f"```verilog\n{code}\n```") for problem, _, code in designs))
-    came = [d for d, v in zip(designs, verdicts, strict=True) if v.passed or v.refused_by in ("run", "count")]
+    came = [d for d, v in zip(designs, verdicts, strict=True) if v.passed or v.refused_by not in _UNBUILT]
     passing = [design for design, verdict in zip(designs, verdicts, strict=True) if verdict.passed]
     return passing, Counter(problem.name for problem, name, _ in came if name == _MUTANT)
 

@@ -80,7 +80,7 @@ def test_a_benchmark_without_references_is_judged(judge, resbench, tmp_path):
     forged = RIGHT.replace("~a;", 'a; initial $display("All tests passed");')
     assert not judge.judge(problem, fenced(forged)).passed
     strength = grade([problem], judge, {}, judge.config)[problem.name]
-    assert strength.ungraded == "there is no reference"
+    assert strength.ungraded == "the reference is not there"
 
 
 def cvdp(path, *rows):
