@@ -28,8 +28,8 @@ module {bench};
 {inputs}
 {outputs}
   integer row, errors, samples;
-  {reference} good ({reference_ports});
-  {top} design ({design_ports});
+  {reference} right ({reference_ports});
+  {top} answer ({design_ports});
   initial begin
     $readmemh("{stimulus}", rows);
     errors = 0;
