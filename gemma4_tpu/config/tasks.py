@@ -121,8 +121,9 @@ class EvalConfig:
     samples: str | None = None
     """JSONL file with samples from elsewhere to judge: `{"problem": …, "completion": …}` per line."""
     second_opinion: bool = True
-    """Also compare samples with the reference under fresh random stimulus, where there is a reference (and by proof,
-    where the problem is combinational and yosys is installed). Beside the score, never in it."""
+    """Also grade the benches by designs that do nothing, and compare samples with the reference under fresh random
+    stimulus, where there is a reference (and by proof, where the problem is combinational and yosys is installed).
+    Beside the score, never in it."""
     stimulus_seed: int | None = None
     """Seed of that stimulus; null: a new one for each evaluation, which is recorded."""
     columns: list[str] = field(default_factory=list)

@@ -101,7 +101,8 @@ def evaluate(config: EvaluateRoot, form: str, folder: Path) -> Evaluated:
     with VerilogJudge(config.eval.judge) as judge:
         check = judge.prepare(problems)
         log.info("%s, sandbox %s; %d problems cannot pass here", check.simulator, check.sandbox, len(check.cannot_pass))
-        grades = grade(problems, judge, check.cannot_pass, config.eval.judge)
+        scrutiny = config.eval.second_opinion
+        grades = grade(problems, judge, check.cannot_pass, config.eval.judge) if scrutiny else {}
         write_json(folder / SELFCHECK_FILE, {**check.to_row(), "benches": to_rows(grades)})
         court = _Court(judge, check, grades, _second(problems, judge, config.eval, folder))
         subjects = _subjects(config, form, folder, problems)
@@ -189,7 +190,7 @@ def _evaluate(
         selfcheck={"simulator": check.simulator, "sandbox": check.sandbox},
         cannot_pass=dict(check.cannot_pass),
         vacuous=vacuous(court.grades),
-        benches=sentences(court.grades),
+        benches=sentences(court.grades) if court.grades else [],
         second=_about(second, samples, verdicts, opinions or {}) if second else {},
         tokens=sum(sample.tokens or 0 for sample in samples) or None,
         generation_seconds=generation_seconds,

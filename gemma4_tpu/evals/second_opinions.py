@@ -95,8 +95,9 @@ def second_opinions(
     with closing(Rows(path)) as rows:
         equal: dict[tuple[str, str], list[Sample]] = {}
         for sample in samples:
-            ran = verdicts[sample.key].kind in (VerdictClass.PASS, VerdictClass.MISMATCH)
-            if ran and sample.key not in rows.rows and sample.problem in second.problems:
+            if sample.problem not in second.problems or sample.key in rows.rows:
+                continue
+            if verdicts[sample.key].kind in (VerdictClass.PASS, VerdictClass.MISMATCH):
                 equal.setdefault((sample.problem, sample.completion), []).append(sample)
         if equal:
             log.info("second opinions on %d samples, %d of them distinct", sum(map(len, equal.values())), len(equal))

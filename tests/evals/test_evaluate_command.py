@@ -224,6 +224,7 @@ def test_second_opinions_stand_beside_the_score_and_name_who_differs(tmp_path, e
     folder = tmp_path / "run"
     code, said = evaluate(
         f"eval.samples={path}", f"run_dir={folder}", f"eval.problems_path={problems}", "eval.stimulus_seed=3",
+        "eval.second_opinion=true",
         "eval.columns=[lint,size]",
     )  # fmt: skip
     assert code == 0, said
