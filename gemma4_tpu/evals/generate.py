@@ -184,8 +184,6 @@ def padded_width(prompts: Sequence[Any]) -> int:
     return -(-max(map(len, prompts)) // multiple) * multiple
 
 
-
-
 def checkpoint_stop_ids(base: Base, tokenizer: Any) -> tuple[int, ...]:
     """Tokens that end an answer: `eos_token_id` of the checkpoint's `generation_config.json`, else the tokenizer's.
 
