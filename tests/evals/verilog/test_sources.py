@@ -91,7 +91,7 @@ def cvdp(path, *rows):
 CVDP = {
     "id": "cvdp_inverter_0001",
     "categories": ["cid003", "easy"],
-    "input": {"prompt": "Invert a.\u2028Really.", "context": {"docs/a.md": "An inverter."}},
+    "input": {"prompt": "Invert a.\u2028Really.", "context": {"notes/a.md": "An inverter."}},
     "output": {"context": {"rtl/inverter.sv": RIGHT}},
     "harness": {"files": {"src/.env": "TOPLEVEL = inverter\n", "src/inverter_tb.sv": BENCH}},
 }
