@@ -10,10 +10,12 @@ import shutil
 import signal
 import sys
 import tempfile
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from dataclasses import dataclass, field
 from multiprocessing import get_context
 from pathlib import Path
+from typing import Any, TypeVar
 
 from gemma4_tpu.config.tasks import JudgeConfig
 from gemma4_tpu.evals.problems import Problem, Verdict, VerdictClass
@@ -22,6 +24,7 @@ from gemma4_tpu.evals.verilog.probe import spy
 from gemma4_tpu.evals.verilog.sandbox import Level, Sandbox
 from gemma4_tpu.evals.verilog.verdict import Golden, Trial, judge_code, reference_as_answer
 
+T = TypeVar("T")
 MEMORY_FOLDER = Path("/dev/shm")
 ORPHAN_CHECK_SECONDS = 2.0
 NO_CODE = Verdict(kind=VerdictClass.NO_RESULT, detail="no module in the completion", official=False, refused_by="text")
@@ -69,6 +72,10 @@ class Pool:
             future.set_result(NO_CODE)
             return future
         return self._executor.submit(_verdict, problem, code, golden, level)
+
+    def task(self, function: Callable[..., T], level: Level, *arguments: Any) -> Future[T]:
+        """`function(tools, sandbox, folder, *arguments)` in a worker, in an empty folder of its own."""
+        return self._executor.submit(_task, function, level, arguments)
 
     def __enter__(self) -> Pool:
         return self
@@ -130,6 +137,12 @@ def _end_with(parent: int, root: Path) -> None:
     if os.getppid() != parent:
         shutil.rmtree(root, ignore_errors=True)
         os._exit(1)
+
+
+def _task(function: Callable[..., T], level: Level, arguments: Sequence[Any]) -> T:
+    worker = _here()
+    sandbox = worker.sandbox(level)
+    return function(worker.tools, sandbox, worker.empty_folder(sandbox), *arguments)
 
 
 def _spy(level: Level) -> str | None:
