@@ -26,7 +26,10 @@ if TYPE_CHECKING:
     from gemma4_tpu.tracking.run import RunFolder
 
 log = logging.getLogger(__name__)
-MAY_CHANGE = ("eval.batch_size", "eval.concurrency", "eval.judge", "eval.request_timeout_seconds", "eval.retries")
+MAY_CHANGE = (
+    "eval.batch_size", "eval.concurrency", "eval.judge", "eval.request_timeout_seconds", "eval.retries",
+    "eval.second_opinion", "eval.stimulus_seed", "eval.columns",
+)  # fmt: skip
 """Keys (and groups) that a resumed evaluation may give anew."""
 
 
@@ -94,7 +97,11 @@ def _recorded(config: EvaluateRoot) -> EvaluateRoot:
     """The configuration of the evaluation in `run_dir`, judged as the command line says."""
     assert config.run_dir is not None  # the checks
     recorded: EvaluateRoot = from_yaml(Path(config.run_dir, "config.yaml").read_text(encoding="utf-8"), EvaluateRoot)
-    evaluation = replace(recorded.eval, judge=config.eval.judge)
+    given = config.eval
+    evaluation = replace(
+        recorded.eval, judge=given.judge, second_opinion=given.second_opinion, stimulus_seed=given.stimulus_seed,
+        columns=given.columns,
+    )  # fmt: skip
     return replace(recorded, eval=evaluation, run_dir=config.run_dir)
 
 
@@ -102,11 +109,16 @@ def _selfcheck(config: EvaluateRoot) -> int:
     """What sandbox and simulator do here; exit code 0 where all is as it should be."""
     from gemma4_tpu.evals.benchmarks import load_problems
     from gemma4_tpu.evals.verilog.judge import VerilogJudge
+    from gemma4_tpu.evals.verilog.strength import grade, sentences
     from gemma4_tpu.tracking.logs import setup_logging
 
     setup_logging()
+    problems = load_problems(config.eval)
     with VerilogJudge(config.eval.judge) as judge:
-        print(judge.prepare(load_problems(config.eval), fresh=True).table())
+        check = judge.prepare(problems, fresh=True)
+        print(check.table(), flush=True)
+        grades = grade(problems, judge, check.cannot_pass, config.eval.judge, with_mutants=True, fresh=True)
+        print("\n".join(f"benches     {said}" for said in sentences(grades)))
     return 0
 
 

@@ -15,7 +15,7 @@ FLOORS = [  # from the ground up
     {"models", "data", "tracking", "verilog_smoke"},
     {"step"},
     {"training", "planning", "export", "evals", "costing", "serving", "sweeping", "benching", "reporting"},
-    {"train", "plan", "check", "merge", "evaluate", "serve", "bench", "report"},
+    {"train", "plan", "check", "merge", "evaluate", "judge", "serve", "bench", "report"},
     {"__main__"},
 ]
 FLOOR = {name: floor for floor, names in enumerate(FLOORS) for name in names}

@@ -10,6 +10,7 @@ from gemma4_tpu.config.bench_checks import BenchChecked, examine_bench, normalis
 from gemma4_tpu.config.check_checks import CheckChecked, examine_check, normalise_check
 from gemma4_tpu.config.checks import Checked, examine_train, normalise
 from gemma4_tpu.config.evaluate_checks import EvaluateChecked, examine_evaluate, normalise_evaluate
+from gemma4_tpu.config.judge_checks import JudgeChecked, examine_judge, normalise_judge
 from gemma4_tpu.config.merge_checks import MergeChecked, examine_merge, normalise_merge
 from gemma4_tpu.config.plan_checks import PlanChecked, examine_plan, normalise_plan
 from gemma4_tpu.config.problems import Problem
@@ -17,7 +18,7 @@ from gemma4_tpu.config.report_checks import ReportChecked, examine_report, norma
 from gemma4_tpu.config.schema import TrainRoot
 from gemma4_tpu.config.serve_checks import ServeChecked, examine_serve, normalise_serve
 from gemma4_tpu.config.serving import BenchRoot, ServeRoot
-from gemma4_tpu.config.tasks import CheckRoot, EvaluateRoot, MergeRoot, PlanRoot, ReportRoot
+from gemma4_tpu.config.tasks import CheckRoot, EvaluateRoot, JudgeRoot, MergeRoot, PlanRoot, ReportRoot
 
 Root = TypeVar("Root")
 Checks = TypeVar("Checks")
@@ -123,6 +124,22 @@ EVALUATE: EntryPoint[EvaluateRoot, EvaluateChecked] = EntryPoint(
     shorthands={"eval.unsafe": "eval.judge.unsafe"},
 )
 
+JUDGE: EntryPoint[JudgeRoot, JudgeChecked] = EntryPoint(
+    name="judge",
+    schema=JudgeRoot,
+    normalise=normalise_judge,
+    examine=examine_judge,
+    summary=(
+        "Judge Verilog completions as a service on loopback, for rewards: batches of problem and completion in,"
+        " verdicts and graded scores out. Tries itself with cheats first. Needs Icarus Verilog."
+    ),
+    examples=(
+        ("", "the synthetic problems of the package, on port 8765"),
+        ("eval=verilog_eval eval.problems_path=<clone> port=9000", "verilog-eval, on another port"),
+    ),
+    shorthands={"eval.unsafe": "eval.judge.unsafe"},
+)
+
 PLAN: EntryPoint[PlanRoot, PlanChecked] = EntryPoint(
     name="plan",
     schema=PlanRoot,
@@ -201,6 +218,6 @@ BENCH: EntryPoint[BenchRoot, BenchChecked] = EntryPoint(
 )
 
 ENTRIES: dict[str, EntryPoint] = {
-    entry.name: entry for entry in (TRAIN, CHECK, MERGE, EVALUATE, PLAN, REPORT, SERVE, BENCH)
+    entry.name: entry for entry in (TRAIN, CHECK, MERGE, EVALUATE, JUDGE, PLAN, REPORT, SERVE, BENCH)
 }
 """By name."""

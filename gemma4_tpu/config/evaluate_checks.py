@@ -58,7 +58,7 @@ def examine_evaluate(root: EvaluateRoot) -> tuple[EvaluateChecked | None, list[P
         case "checkpoint":
             messages += _checkpoint(root)
     if form in ("samples", "endpoint", "run", "checkpoint"):
-        messages += _problems(root.eval) + _names(root)
+        messages += problems_path_messages(root.eval) + _names(root)
     if messages or form is None:
         return None, [Problem(m) for m in messages]
     return EvaluateChecked(form), []
@@ -140,7 +140,8 @@ def _checkpoint(root: EvaluateRoot) -> list[str]:
     return messages
 
 
-def _problems(evaluation: EvalConfig) -> list[str]:
+def problems_path_messages(evaluation: EvalConfig) -> list[str]:
+    """What is wrong with the place of the problems."""
     path = evaluation.problems_path
     if not path:
         return [

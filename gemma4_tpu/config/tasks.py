@@ -80,10 +80,10 @@ class EvalConfig:
     """What is generated, and how it is judged (`eval=`)."""
 
     benchmark: str = "verilog_eval"
-    """`verilog_eval` (version 2, specification to RTL), `rtllm` (folders in RTLLM's style), or `verilog_smoke`
-    (synthetic problems)."""
+    """`verilog_eval` (version 2, specification to RTL), `verilog_eval_completion` (its other task), `rtllm` (folders in
+    RTLLM's style), `resbench` (`problems.json`), `cvdp` (JSONL), or `verilog_smoke` (synthetic problems)."""
     problems_path: str | None = None
-    """Local clone of the benchmark or its folder of problems; for `verilog_smoke` a JSONL file."""
+    """Local clone of the benchmark or its folder of problems; for `verilog_smoke` and `cvdp` a JSONL file."""
     max_problems: int | None = None
     """Take only the first N problems; null: all."""
     checkpoint: str = "latest"
@@ -121,6 +121,15 @@ class EvalConfig:
     """For one answer."""
     samples: str | None = None
     """JSONL file with samples from elsewhere to judge: `{"problem": …, "completion": …}` per line."""
+    second_opinion: bool = True
+    """Also grade the benches by designs that do nothing, and compare samples with the reference under fresh random
+    stimulus, where there is a reference (and by proof, where the problem is combinational and yosys is installed).
+    Beside the score, never in it."""
+    stimulus_seed: int | None = None
+    """Seed of that stimulus; null: a new one for each evaluation, which is recorded."""
+    columns: list[str] = field(default_factory=list)
+    """What else to find out about samples that pass: `lint` (warnings, by verilator), `size` (cells and transistors,
+    by yosys). Where the tool is not installed the column stays empty."""
     resimulate: bool = False
     """Judge the stored samples of `run_dir` again."""
     judge: JudgeConfig = field(default_factory=JudgeConfig)
@@ -144,6 +153,18 @@ class EvaluateRoot:
     """Name of the records' folder in the run folder, or in `outputs`."""
     run_dir: str | None = None
     """Folder of this evaluation; null: `<run>/<name>/<date>_<time>`. Giving the same folder again goes on with it."""
+
+
+@dataclass(kw_only=True)
+class JudgeRoot:
+    """Everything `python -m gemma4_tpu.judge` takes."""
+
+    eval: EvalConfig = field(default_factory=EvalConfig)
+    """Of these only `benchmark`, `problems_path`, `max_problems` and `judge` count."""
+    port: int = 8765
+    """On 127.0.0.1; 0: any that is free. The address is printed."""
+    with_parent: bool = False
+    """End when standard input is closed, as it is when the process at its other end is gone."""
 
 
 @dataclass(kw_only=True)

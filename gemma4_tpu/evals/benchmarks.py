@@ -1,10 +1,14 @@
-"""Which problem source stands behind `eval.benchmark`. A second benchmark is one file and one line here."""
+"""Which problem source stands behind `eval.benchmark`. Another benchmark is one file and one line here."""
 
 from __future__ import annotations
 
 from gemma4_tpu import assets
 from gemma4_tpu.config.tasks import EvalConfig
-from gemma4_tpu.evals.problems import Problem, ProblemSource
+from gemma4_tpu.errors import UserError
+from gemma4_tpu.evals.problems import Problem, ProblemSource, check_problems
+from gemma4_tpu.evals.verilog.completion import VerilogEvalCompletion
+from gemma4_tpu.evals.verilog.cvdp import Cvdp
+from gemma4_tpu.evals.verilog.resbench import ResBench
 from gemma4_tpu.evals.verilog.rtllm import RtllmFolders
 from gemma4_tpu.evals.verilog.smoke import VerilogSmoke
 from gemma4_tpu.evals.verilog.verilog_eval import VerilogEval
@@ -13,6 +17,9 @@ SOURCES: dict[str, type[ProblemSource]] = {
     "verilog_eval": VerilogEval,
     "rtllm": RtllmFolders,
     "verilog_smoke": VerilogSmoke,
+    "verilog_eval_completion": VerilogEvalCompletion,
+    "resbench": ResBench,
+    "cvdp": Cvdp,
 }
 
 
@@ -20,7 +27,15 @@ def load_problems(config: EvalConfig) -> list[Problem]:
     """The problems of the benchmark, or the first `max_problems` of them.
 
     Raises:
-      UserError: there are none at `problems_path`, or one is damaged.
+      UserError: there are none at `problems_path`, one is damaged, or the source is none.
     """
-    source = SOURCES[config.benchmark]()
-    return source.load(assets.resolve(config.problems_path or ""))[: config.max_problems]
+    source = SOURCES[config.benchmark]
+    if not isinstance(source, type) or not callable(getattr(source, "load", None)):
+        raise UserError(f"benchmark {config.benchmark}: {source!r} is no class with a method load (a `ProblemSource`)")
+    problems = source().load(assets.resolve(config.problems_path or ""))
+    if not isinstance(problems, list) or not problems:
+        raise UserError(
+            f"benchmark {config.benchmark}: load gave {type(problems).__name__} {problems!r}, not a list of `Problem`s"
+        )
+    check_problems(problems, config.benchmark)
+    return problems[: config.max_problems]

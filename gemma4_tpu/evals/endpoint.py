@@ -1,6 +1,8 @@
 """Completions from an OpenAI-compatible server: bounded concurrency, retries with back-off, a seed for each sample.
 
-The server renders the prompt by its own chat template. A key comes from OPENAI_API_KEY and is never shown.
+Whatever the server sends, a sample comes of it, another attempt, or in the end none; only a refusal of everything (a
+wrong key, no such model) ends an evaluation. The server renders the prompt by its own chat template. A key comes from
+OPENAI_API_KEY and is never shown.
 """
 
 from __future__ import annotations
@@ -11,7 +13,9 @@ import os
 import queue
 import random
 import threading
-from collections.abc import AsyncIterator, Iterator, Sequence
+import time
+from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
+from email.utils import parsedate_to_datetime
 from typing import Any
 
 import httpx
@@ -26,6 +30,7 @@ log = logging.getLogger(__name__)
 
 KEY = "OPENAI_API_KEY"
 FIRST_WAIT_SECONDS, LONGEST_WAIT_SECONDS = 0.5, 30.0
+LONGEST_RETRY_AFTER_SECONDS = 300.0
 CONNECT_SECONDS = 10.0
 _TRY_AGAIN = (408, 409, 425, 429)
 """And everything from 500 up."""
@@ -115,19 +120,21 @@ class Endpoint:
     async def _one(self, client: httpx.AsyncClient, gate: asyncio.Semaphore, request: Request) -> Sample | None:
         """One sample, tried `retries` times more; None: it never came."""
         async with gate:
-            reason = ""
+            reason, asked_for = "", 0.0
             for attempt in range(self._config.retries + 1):
                 if attempt:
-                    await asyncio.sleep(_wait_seconds(attempt, random.random()))
+                    await asyncio.sleep(max(_wait_seconds(attempt, random.random()), asked_for))
                 try:
-                    return await self._ask(client, request)
+                    async with asyncio.timeout(self._config.request_timeout_seconds):
+                        return await self._ask(client, request)
                 except UserError:
                     raise
                 except Refused as refusal:
                     reason = str(refusal)
                     break
-                except (httpx.HTTPError, ValueError, KeyError, IndexError, TypeError) as error:
+                except (httpx.HTTPError, TimeoutError, ValueError) as error:
                     reason = str(error) or repr(error)
+                    asked_for = _retry_after_seconds(error)
                     log.debug("%s %d, attempt %d: %s", request.problem, request.sample, attempt + 1, reason)
         log.warning("%s, sample %d never came: %s", request.problem, request.sample, reason[:_SHOWN])
         return None
@@ -136,8 +143,8 @@ class Endpoint:
         """One attempt.
 
         Raises:
-          UserError: the server refuses everything; Refused: it refuses this one; httpx.HTTPError, ValueError: it may
-            work next time.
+          UserError: the server refuses everything; Refused: it refuses this one; httpx.HTTPError, ValueError (an answer
+            that is none): it may work next time.
         """
         with_seed = self._takes_seeds
         response = await client.post(f"{self._config.endpoint}/chat/completions", json=self._body(request, with_seed))
@@ -147,21 +154,18 @@ class Endpoint:
                 log.warning("the server takes no seeds; none are sent, so that samples can't be drawn again alike")
             return await self._ask(client, request)
         self._check(response)
-        choice = response.json()["choices"][0]
-        answer = without_thoughts(choice["message"].get("content") or "")
-        usage = response.json().get("usage") or {}
+        text, finish, tokens = _answer(response)
         return Sample(
-            problem=request.problem, sample=request.sample, completion=answer,
-            finish=LENGTH if choice.get("finish_reason") == "length" else STOP,
-            tokens=usage.get("completion_tokens"), seed=request.seed if with_seed else None,
+            problem=request.problem, sample=request.sample, completion=without_thoughts(text), finish=finish,
+            tokens=tokens, seed=request.seed if with_seed else None,
         )  # fmt: skip
 
     def _check(self, response: httpx.Response) -> None:
-        """Sorts answers other than 200 by whether asking again can help."""
+        """Sorts answers that report no success by whether asking again can help."""
         status = response.status_code
-        if status == 200:
+        if response.is_success:
             return
-        said = f"{status}: {' '.join(response.text.split())[:_SHOWN]}"
+        said = f"{status}: {_start(response)}"
         if status in (401, 403):
             raise UserError(f"eval.endpoint={self._config.endpoint}: {said}; is {KEY} in the environment right?")
         if status == 404:
@@ -187,14 +191,65 @@ class Endpoint:
             async with httpx.AsyncClient(**self._options) as client:
                 response = await client.get(f"{self._config.endpoint}/models")
             self._check(response)
-            names = [model["id"] for model in response.json()["data"]]
+            names = _names(_json(response))
         except UserError:
             raise
-        except (httpx.HTTPError, Refused, ValueError, KeyError, TypeError) as error:
+        except (httpx.HTTPError, Refused, ValueError) as error:
             raise UserError(f"{given}: lists no models ({error or repr(error)}); is a server there?") from None
         if len(names) != 1:
             raise UserError(f"{given}: it has {', '.join(names) or 'no model'}; give eval.endpoint_model=<one of them>")
         return names[0]
+
+
+def _json(response: httpx.Response) -> Any:
+    """Raises: ValueError: the body is no JSON."""
+    try:
+        return response.json()
+    except (ValueError, RecursionError):
+        raise ValueError(f"{response.status_code} with a body that is no JSON: {_start(response)}") from None
+
+
+def _answer(response: httpx.Response) -> tuple[str, str, int | None]:
+    """(text, finish, tokens generated) of a response; the text is empty where the model only thought.
+
+    Raises:
+      ValueError: it is no chat completion.
+    """
+    match _json(response):
+        case {"choices": [{"message": {**message}, **choice}, *_], **rest}:
+            text = message.get("content")
+            if text is None or isinstance(text, str):
+                finish = LENGTH if choice.get("finish_reason") == "length" else STOP
+                return text or "", finish, _tokens(rest.get("usage"))
+    raise ValueError(f"{response.status_code} without choices[0].message.content: {_start(response)}")
+
+
+def _tokens(usage: Any) -> int | None:
+    count = usage.get("completion_tokens") if isinstance(usage, Mapping) else None
+    return count if isinstance(count, int) else None
+
+
+def _names(listed: Any) -> list[str]:
+    """Raises: ValueError: no list of models."""
+    match listed:
+        case {"data": [*models]}:
+            return [model["id"] for model in models if isinstance(model, Mapping) and isinstance(model.get("id"), str)]
+    raise ValueError("no {'data': [{'id': …}]}")
+
+
+def _start(response: httpx.Response) -> str:
+    return " ".join(response.text.split())[:_SHOWN]
+
+
+def _retry_after_seconds(error: Exception) -> float:
+    """What the server asks to wait, in seconds or until a date, up to a limit; 0 where it asks for nothing."""
+    header = error.response.headers.get("Retry-After", "") if isinstance(error, httpx.HTTPStatusError) else ""
+    try:
+        given = header.strip()
+        seconds = float(given) if given.isdecimal() else parsedate_to_datetime(given).timestamp() - time.time()
+    except (ValueError, OverflowError):
+        return 0.0
+    return min(max(seconds, 0.0), LONGEST_RETRY_AFTER_SECONDS)
 
 
 def _wait_seconds(attempt: int, chance: float) -> float:

@@ -31,8 +31,9 @@ from gemma4_tpu.storage import join, list_folder, read_json
 
 log = logging.getLogger(__name__)
 
-PROMPT_MULTIPLE = 128
-"""Prompts are padded to a multiple of this many tokens (what the TPU attention kernel takes); each is a compilation."""
+TPU_PROMPT_MULTIPLE, PROMPT_MULTIPLE = 128, 32
+"""Prompts are padded to a multiple of this many tokens, on TPUs what the attention kernel takes; each is a
+compilation."""
 
 
 @dataclass(frozen=True)
@@ -140,7 +141,7 @@ class InProcess:
 
     def _batch(self, requests: Sequence[Request], ids: Sequence[np.ndarray], size: int) -> Iterator[Sample]:
         """The samples of at most `size` requests, which are filled up with repeats of the last."""
-        width = -(-max(map(len, ids)) // PROMPT_MULTIPLE) * PROMPT_MULTIPLE
+        width = padded_width(ids)
         rows = [min(row, len(requests) - 1) for row in range(size)]
         tokens = np.zeros((size, width), np.int32)
         for row, i in enumerate(rows):
@@ -175,6 +176,12 @@ class InProcess:
             return jax.numpy.asarray(x)
         spec = jax.sharding.PartitionSpec(sharding.ROWS if x.shape[0] % sharding.row_places(mesh) == 0 else None)
         return jax.device_put(x, jax.sharding.NamedSharding(mesh, spec))
+
+
+def padded_width(prompts: Sequence[Any]) -> int:
+    """The static length of a batch of prompts, in tokens."""
+    multiple = TPU_PROMPT_MULTIPLE if jax.default_backend() == "tpu" else PROMPT_MULTIPLE
+    return -(-max(map(len, prompts)) // multiple) * multiple
 
 
 def checkpoint_stop_ids(base: Base, tokenizer: Any) -> tuple[int, ...]:

@@ -14,7 +14,7 @@ from jax.sharding import Mesh
 
 from gemma4_tpu.config.schema import TrainerConfig
 from gemma4_tpu.data.examples import Examples
-from gemma4_tpu.evals.generate import PROMPT_MULTIPLE, checkpoint_stop_ids
+from gemma4_tpu.evals.generate import checkpoint_stop_ids, padded_width
 from gemma4_tpu.models.base import Base
 from gemma4_tpu.models.decode import Sampling, generate
 from gemma4_tpu.models.sharding import row_places
@@ -74,7 +74,7 @@ class HeldoutAnswers:
         """((prompt, answer, reference), finish) of each prompt."""
         padding = -len(self._pairs) % row_places(job.mesh)
         prompts = [prompt for prompt, _ in self._pairs] + [self._pairs[-1][0]] * padding
-        width = -(-max(map(len, prompts)) // PROMPT_MULTIPLE) * PROMPT_MULTIPLE
+        width = padded_width(prompts)
         tokens = np.zeros((len(prompts), width), np.int32)
         for row, prompt in enumerate(prompts):
             tokens[row, width - len(prompt) :] = prompt

@@ -20,10 +20,21 @@ from gemma4_tpu.config.tasks import EvalConfig, EvaluateRoot
 from gemma4_tpu.evals import endpoint
 from gemma4_tpu.evals.benchmarks import load_problems
 from gemma4_tpu.evals.generate import Backend, requests
-from gemma4_tpu.evals.outcome import Outcome, tally
-from gemma4_tpu.evals.problems import Judge, Problem, SelfCheck, Verdict
+from gemma4_tpu.evals.outcome import Outcome, disagreements, tally
+from gemma4_tpu.evals.problems import (
+    HOW_TO_STOP_LEAKS,
+    LEAKED,
+    Judge,
+    Problem,
+    SelfCheck,
+    Verdict,
+    VerdictClass,
+    is_leaked_thought,
+)  # fmt: skip
+from gemma4_tpu.evals.second_opinions import OPINIONS_FILE, Second, columns, prepare, second_opinions
 from gemma4_tpu.evals.store import Key, Rows, Sample, Samples, read_foreign
 from gemma4_tpu.evals.verilog.judge import VerilogJudge
+from gemma4_tpu.evals.verilog.strength import Strength, grade, sentences, to_rows, vacuous
 from gemma4_tpu.tracking.files import write_json
 
 log = logging.getLogger(__name__)
@@ -64,6 +75,16 @@ class Evaluated:
     """Of problems, weights and tokenizer."""
 
 
+@dataclass(frozen=True)
+class _Court:
+    """All that judges."""
+
+    judge: VerilogJudge
+    check: SelfCheck
+    grades: dict[str, Strength]
+    second: Second | None
+
+
 def evaluate(config: EvaluateRoot, form: str, folder: Path) -> Evaluated:
     """Runs an evaluation in `folder`, from where it was.
 
@@ -80,15 +101,22 @@ def evaluate(config: EvaluateRoot, form: str, folder: Path) -> Evaluated:
     with VerilogJudge(config.eval.judge) as judge:
         check = judge.prepare(problems)
         log.info("%s, sandbox %s; %d problems cannot pass here", check.simulator, check.sandbox, len(check.cannot_pass))
-        write_json(folder / SELFCHECK_FILE, check.to_row())
+        scrutiny = config.eval.second_opinion
+        grades = grade(problems, judge, check.cannot_pass, config.eval.judge) if scrutiny else {}
+        write_json(folder / SELFCHECK_FILE, {**check.to_row(), "benches": to_rows(grades)})
+        court = _Court(judge, check, grades, _second(problems, judge, config.eval, folder))
         subjects = _subjects(config, form, folder, problems)
         outcomes = [
-            _evaluate(subject, problems, config.eval, judge, check, again=form == "resimulate") for subject in subjects
+            _evaluate(subject, problems, config.eval, court, again=form == "resimulate") for subject in subjects
         ]
     backend = subjects[0].backend
     prompt = backend.example(requests(problems[:1], config.eval)[0]) if backend else None
     fingerprints = {"problems": _fingerprint(problems), **subjects[0].fingerprints}
     return Evaluated(outcomes, problems, check, prompt, fingerprints)
+
+
+def _second(problems: Sequence[Problem], judge: VerilogJudge, config: EvalConfig, folder: Path) -> Second | None:
+    return prepare(problems, judge, config.stimulus_seed, folder) if config.second_opinion else None
 
 
 def _fingerprint(problems: Sequence[Problem]) -> str:
@@ -133,17 +161,21 @@ def _take_over(config: EvalConfig, folder: Path, problems: Sequence[Problem]) ->
 
 
 def _evaluate(
-    subject: Subject, problems: Sequence[Problem], config: EvalConfig, judge: Judge, check: SelfCheck, *, again: bool
+    subject: Subject, problems: Sequence[Problem], config: EvalConfig, court: _Court, *, again: bool
 ) -> Outcome:
     """Draws, judges and counts the samples of one subject, and writes its `result.json`."""
     subject.folder.mkdir(exist_ok=True)
     generation_seconds = _generate(subject, problems, config) if subject.backend else None
     if again:
-        (subject.folder / VERDICTS_FILE).unlink(missing_ok=True)
+        for made in (VERDICTS_FILE, OPINIONS_FILE):
+            (subject.folder / made).unlink(missing_ok=True)
     with closing(Samples(subject.folder / SAMPLES_FILE)) as store:
         samples = store.samples
     started = time.perf_counter()
-    verdicts = _judge(samples, problems, judge, subject.folder / VERDICTS_FILE)
+    check, second = court.check, court.second
+    verdicts = _judge(samples, problems, court.judge, subject.folder / VERDICTS_FILE)
+    path = subject.folder / OPINIONS_FILE
+    opinions = second_opinions(samples, verdicts, second, court.judge, config.columns, path) if second else None
     n = subject.n or max(Counter(sample.problem for sample in samples).values())
     described = subject.backend.description if subject.backend else subject.settings
     outcome = Outcome(
@@ -154,9 +186,12 @@ def _evaluate(
             "problems": _fingerprint(problems)[:12],
             **described,
         },
-        problems=tally([p.name for p in problems], n, samples, verdicts),
+        problems=tally([p.name for p in problems], n, samples, verdicts, opinions),
         selfcheck={"simulator": check.simulator, "sandbox": check.sandbox},
         cannot_pass=dict(check.cannot_pass),
+        vacuous=vacuous(court.grades),
+        benches=sentences(court.grades) if court.grades else [],
+        second=_about(second, samples, verdicts, opinions or {}) if second else {},
         tokens=sum(sample.tokens or 0 for sample in samples) or None,
         generation_seconds=generation_seconds,
         judging_seconds=time.perf_counter() - started,
@@ -164,8 +199,19 @@ def _evaluate(
     if outcome.missing:
         log.warning("%s: %d of %d samples were never obtained; they count as failures",
                     subject.name, outcome.missing, outcome.samples)  # fmt: skip
+    if leaked := outcome.classes.get(VerdictClass.LEAKED):
+        log.warning("%s: %d of %d samples begin with a leaked thought and are not judged. %s",
+                    subject.name, leaked, outcome.samples, HOW_TO_STOP_LEAKS)  # fmt: skip
     outcome.write(subject.folder / RESULT_FILE)
     return outcome
+
+
+def _about(
+    second: Second, samples: Sequence[Sample], verdicts: Mapping[Key, Verdict], opinions: Mapping[Key, Any]
+) -> dict[str, Any]:
+    """What the report says of second opinions."""
+    rows = disagreements(samples, verdicts, opinions)
+    return {"seed": second.seed, "without": second.without, "disagreements": rows, **columns(opinions.values())}
 
 
 def _generate(subject: Subject, problems: Sequence[Problem], config: EvalConfig) -> float:
@@ -188,15 +234,23 @@ def _judge(samples: Sequence[Sample], problems: Sequence[Problem], judge: Judge,
     with closing(Rows(path)) as rows:
         equal: dict[tuple[str, str], list[Sample]] = {}
         for sample in samples:
-            if sample.key not in rows.rows and sample.problem in by_name:
+            if sample.key in rows.rows or sample.problem not in by_name:
+                continue
+            if is_leaked_thought(sample.completion):
+                rows.add(_row(sample, LEAKED))
+            else:
                 equal.setdefault((sample.problem, sample.completion), []).append(sample)
         if equal:
             log.info("judging %d samples, %d of them distinct", sum(map(len, equal.values())), len(equal))
         verdicts = judge.judge_all((by_name[problem], completion) for problem, completion in equal)
         for alike, verdict in zip(_reported(equal.values(), len(equal)), verdicts, strict=True):
             for sample in alike:
-                rows.add({"problem": sample.problem, "sample": sample.sample, **verdict.to_row()})
+                rows.add(_row(sample, verdict))
         return {key: _verdict(row) for key, row in rows.rows.items()}
+
+
+def _row(sample: Sample, verdict: Verdict) -> dict[str, Any]:
+    return {"problem": sample.problem, "sample": sample.sample, **verdict.to_row()}
 
 
 def _verdict(row: Mapping[str, Any]) -> Verdict:

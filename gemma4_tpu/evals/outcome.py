@@ -31,6 +31,8 @@ class ProblemOutcome:
     classes: dict[str, int]
     """Verdict class → samples."""
     truncated: int
+    confirmed: int | None = None
+    """Passed, and no second opinion disagrees; null: none was asked for."""
 
     @property
     def missing(self) -> int:
@@ -51,27 +53,33 @@ class Outcome:
     """The judge's own row: simulator, sandbox."""
     cannot_pass: dict[str, str] = field(default_factory=dict)
     """Problem → why its own reference fails here."""
+    vacuous: dict[str, list[str]] = field(default_factory=dict)
+    """Problem → designs that do nothing and pass its bench."""
+    benches: list[str] = field(default_factory=list)
+    """How strong the benches are, in sentences."""
+    second: dict[str, Any] = field(default_factory=dict)
+    """Second opinions: the stimulus' `seed`, `without` (problem → why none), `disagreements` (rows)."""
     tokens: int | None = None
     generation_seconds: float | None = None
     """Of this start; null: nothing was generated in it."""
     judging_seconds: float | None = None
 
-    def counts(self, *, official: bool = False, can_pass: bool = False) -> list[tuple[int, int]]:
+    def counts(self, rule: str = "strict", scope: str = "all") -> list[tuple[int, int]]:
         """(n, passes) of each problem, in the benchmark's order."""
-        return [
-            (p.n, p.official if official else p.passed)
-            for name, p in self.problems.items()
-            if not (can_pass and name in self.cannot_pass)
-        ]
+        left_out = {"all": set(), "can_pass": {*self.cannot_pass}, "strong": {*self.cannot_pass, *self.vacuous}}[scope]
+        passes = {"strict": "passed", "official": "official", "confirmed": "confirmed"}[rule]
+        return [(p.n, getattr(p, passes)) for name, p in self.problems.items() if name not in left_out]
 
     def scores(self) -> dict[str, dict[str, list[Score]]]:
-        """pass@k, strict and by the benchmark's own rule, over all problems and over those that can pass here."""
+        """pass@k by rule and scope.
+
+        Rules: `strict`; `official`, the benchmark's own; `confirmed`, strict and no second opinion against it. Scopes:
+        `all` problems; those that `can_pass` here; of these, the `strong` ones, whose bench no stub passes.
+        """
+        confirmed = ("confirmed",) if all(p.confirmed is not None for p in self.problems.values()) else ()
         return {
-            rule: {
-                scope: scores(self.counts(official=rule == "official", can_pass=scope == "can_pass"))
-                for scope in ("all", "can_pass")
-            }
-            for rule in ("strict", "official")
+            rule: {scope: scores(self.counts(rule, scope)) for scope in ("all", "can_pass", "strong")}
+            for rule in ("strict", *confirmed, "official")
         }
 
     @property
@@ -125,8 +133,9 @@ class Outcome:
 
 
 def tally(
-    names: Sequence[str], n: int, samples: Iterable[Sample], verdicts: Mapping[Key, Verdict]
-) -> dict[str, ProblemOutcome]:
+    names: Sequence[str], n: int, samples: Iterable[Sample], verdicts: Mapping[Key, Verdict],
+    opinions: Mapping[Key, Mapping[str, Any]] | None = None,
+) -> dict[str, ProblemOutcome]:  # fmt: skip
     """Counts of each problem; what is missing of `n` samples counts as failed.
 
     Raises:
@@ -143,11 +152,38 @@ def tally(
         given = [verdicts[sample.key] for sample in there]
         classes = Counter(str(verdict.kind) for verdict in given)
         classes[MISSING] = n - len(there)
+        # fmt: off
         outcomes[name] = ProblemOutcome(
             n=n,
             passed=sum(verdict.passed for verdict in given),
             official=sum(verdict.official for verdict in given),
             classes={kind: classes[kind] for kind in CLASSES if classes[kind]},
             truncated=sum(sample.finish == LENGTH for sample in there),
+            confirmed=None if opinions is None else sum(
+                verdicts[sample.key].passed and not contradicts(opinions.get(sample.key)) for sample in there
+            ),
         )
+        # fmt: on
     return outcomes
+
+
+def contradicts(opinion: Mapping[str, Any] | None) -> bool:
+    """Whether a second opinion says that the design is not the reference: by stimulus, or by proof."""
+    return opinion is not None and (opinion["kind"] != VerdictClass.PASS or opinion["equivalent"] is False)
+
+
+def disagreements(
+    samples: Iterable[Sample], verdicts: Mapping[Key, Verdict], opinions: Mapping[Key, Mapping[str, Any]]
+) -> list[dict[str, Any]]:
+    """A row for each sample on which bench and second opinion differ."""
+    rows = []
+    for sample in samples:
+        opinion = opinions.get(sample.key)
+        if opinion is None or verdicts[sample.key].passed != contradicts(opinion):
+            continue
+        proof = "yosys finds an input where it differs" if opinion["equivalent"] is False else opinion["detail"]
+        rows.append({
+            "problem": sample.problem, "sample": sample.sample, "verdict": str(verdicts[sample.key].kind),
+            "second": "differs" if contradicts(opinion) else "agrees", "detail": proof,
+        })  # fmt: skip
+    return rows

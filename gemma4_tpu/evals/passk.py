@@ -12,7 +12,7 @@ from math import comb, sqrt
 
 import numpy as np
 
-RESAMPLES = 10_000
+DRAWS = 10_000
 LEVEL = 0.95
 KS = (1, 5, 10)
 
@@ -48,10 +48,10 @@ class Score:
     k: int
     value: float
     low: float
-    """Bootstrap interval over problems, 95%."""
+    """Interval over problems, 95%: see `interval`."""
     high: float
     sampling_error: float | None
-    """Standard error with the problems fixed; None: k = n, or one sample each."""
+    """Standard error with the problems fixed, never below what one sample weighs; None: k = n, or one sample each."""
     problems: int
 
     def __str__(self) -> str:
@@ -65,16 +65,16 @@ def score(counts: Sequence[tuple[int, int]], k: int, seed: int = 0) -> Score:
     Args:
       counts: (n, c) of each problem.
       k: at most the smallest n.
-      seed: of the bootstrap.
+      seed: of the interval's draws.
     """
     values = np.array([pass_at_k(n, c, k) for n, c in counts])
-    low, high = bootstrap(values, seed)
+    low, high = interval(values, (0.0, 1.0), seed)
     return Score(
         k=k,
         value=float(values.mean()),
         low=low,
         high=high,
-        sampling_error=_mean_error([sampling_variance(n, c, k) for n, c in counts]),
+        sampling_error=_sampling_error(counts, k),
         problems=len(counts),
     )
 
@@ -93,7 +93,7 @@ class Difference:
     k: int
     value: float
     low: float
-    """Paired bootstrap interval over problems, 95%."""
+    """Interval over problems of the paired differences, 95%."""
     high: float
     sampling_error: float | None
     better: int
@@ -115,8 +115,8 @@ class Difference:
 def difference(a: Sequence[tuple[int, int]], b: Sequence[tuple[int, int]], k: int, seed: int = 0) -> Difference:
     """A minus B; `a` and `b` are (n, c) of the same problems in the same order."""
     gaps = np.array([pass_at_k(*x, k) - pass_at_k(*y, k) for x, y in zip(a, b, strict=True)])
-    low, high = bootstrap(gaps, seed)
-    errors = [_mean_error([sampling_variance(n, c, k) for n, c in counts]) for counts in (a, b)]
+    low, high = interval(gaps, (-1.0, 1.0), seed)
+    errors = [_sampling_error(counts, k) for counts in (a, b)]
     error = None if None in errors else sqrt(sum(e * e for e in errors if e is not None))
     return Difference(
         k=k, value=float(gaps.mean()), low=low, high=high, sampling_error=error,
@@ -124,15 +124,32 @@ def difference(a: Sequence[tuple[int, int]], b: Sequence[tuple[int, int]], k: in
     )  # fmt: skip
 
 
-def bootstrap(values: np.ndarray, seed: int = 0) -> tuple[float, float]:
-    """95% percentile interval of the mean of `values` [problems] over resampled problems."""
+def interval(values: np.ndarray, limits: tuple[float, float], seed: int = 0) -> tuple[float, float]:
+    """95% interval of the mean of `values` [problems] for other problems of the same kind.
+
+    The Bayesian bootstrap (Rubin 1981) with half an observation at each of the values' `limits`. Where all values are 0
+    or 1 that is exactly Jeffreys' interval of a proportion, so that 0 of 40 reaches up to 0.060 and not to 0; with
+    many problems it is the bootstrap's. As usual with Jeffreys' interval, an end is the limit where every value is.
+    """
     rng = np.random.default_rng(seed)
-    means = values[rng.integers(len(values), size=(RESAMPLES, len(values)))].mean(axis=1)
+    points = np.array([*values, *limits])
+    weights = rng.standard_gamma([1.0] * len(values) + [0.5] * len(limits), size=(DRAWS, len(points)))
+    means = weights @ points / weights.sum(axis=1)
     low, high = np.quantile(means, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
-    return float(low), float(high)
+    return (
+        float(limits[0] if (values == limits[0]).all() else low),
+        float(limits[1] if (values == limits[1]).all() else high),
+    )
 
 
-def _mean_error(variances: Sequence[float | None]) -> float | None:
-    """Standard error of the mean over problems, whose samples are independent."""
+def _sampling_error(counts: Sequence[tuple[int, int]], k: int) -> float | None:
+    """Standard error of the mean over problems, whose samples are independent.
+
+    What one more pass among n would change, k/n on one problem, is added once: where every problem has 0 or n passes,
+    the jackknife sees no spread at all, and the true one can be of that size (0 of N: Jeffreys' 95% end is 2.5/N).
+    """
+    variances = [sampling_variance(n, c, k) for n, c in counts]
     known = [v for v in variances if v is not None]
-    return sqrt(sum(known)) / len(known) if known and len(known) == len(variances) else None
+    if not known or len(known) < len(variances):
+        return None
+    return sqrt(sum(known) + (k / min(n for n, _ in counts)) ** 2) / len(known)

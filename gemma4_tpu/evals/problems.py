@@ -1,15 +1,19 @@
 """What every benchmark has: problems, where they come from, and who judges the completions.
 
-A second benchmark is one file with a `ProblemSource`; see `verilog/rtllm.py`. This module imports nothing heavy.
+Another benchmark is one file with a `ProblemSource`; see `verilog/resbench.py`. This module imports nothing heavy.
 """
 
 from __future__ import annotations
 
+import pickle
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from enum import StrEnum
 from pathlib import Path
 from typing import Any, Protocol
+
+from gemma4_tpu.errors import UserError
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -19,13 +23,14 @@ class Problem:
     name: str
     prompt: str
     reference: str
-    """Source of a design that fulfils the specification; defines `reference_top`."""
+    """Source of a design that fulfils the specification; defines `reference_top`. Empty: the benchmark has none, so
+    that its bench is not graded, a pass needs no number of comparisons, and there are no second opinions."""
     testbench: str
     """Source of the test bench; instantiates `top`."""
     top: str
     """The module that an answer has to define."""
     reference_top: str
-    """The module that `reference` defines."""
+    """The module that `reference` defines, if there is one."""
     bench_top: str
     """The root module of `testbench`."""
     bench_needs_reference: bool
@@ -42,6 +47,59 @@ class Problem:
     result."""
     files: Mapping[str, str] = field(default_factory=dict)
     """Data files that the bench reads, by name."""
+    header: str = ""
+    """The head of the module `top`, where an answer may be its body alone."""
+
+
+def check_problems(problems: Sequence[Problem], benchmark: str) -> None:
+    """What a source made, before anything is judged by it.
+
+    Args:
+      problems: of the source.
+      benchmark: its name, for messages.
+
+    Raises:
+      UserError: they are no problems, share names, or hold what worker processes can't be given.
+    """
+    where = f"benchmark {benchmark}"
+    names: set[str] = set()
+    for number, problem in enumerate(problems):
+        if not isinstance(problem, Problem):
+            raise UserError(f"{where}: problem {number} is a {type(problem).__name__}; a source makes `Problem`s")
+        said = f"{where}, problem {problem.name}"
+        if problem.name in names:
+            raise UserError(f"{said}: a second one of this name")
+        names.add(problem.name)
+        if bad := [key for key in _TEXTS if not isinstance(getattr(problem, key), str)]:
+            raise UserError(f"{said}: {', '.join(bad)} must be text")
+        if problem.bench_needs_reference and not problem.reference:
+            raise UserError(f"{said}: its bench needs a reference, and there is none")
+        try:
+            pickle.dumps(problem.official_rule)
+        except (pickle.PicklingError, AttributeError, TypeError):
+            raise UserError(
+                f"{said}: official_rule is {problem.official_rule!r}, which worker processes can't import; write it as"
+                " a function of a module (no lambda, no function within a function)"
+            ) from None
+        if not callable(problem.official_rule):
+            raise UserError(f"{said}: official_rule is {problem.official_rule!r}, no function of what was printed")
+        try:
+            re.compile(problem.result_pattern.replace("{marker}", "x"))
+            re.compile(problem.failure_pattern or "")
+        except re.error as error:
+            raise UserError(f"{said}: result_pattern or failure_pattern is no regular expression ({error})") from None
+
+
+_TEXTS = (
+    "name", "prompt", "reference", "testbench", "top", "reference_top", "bench_top", "result_marker", "result_pattern",
+    "header",
+)  # fmt: skip
+
+
+HOW_TO_STOP_LEAKS = (
+    "The server takes the markup of thought channels away and leaves the thoughts: start it with its reasoning parser"
+    " (vLLM: --reasoning-parser gemma4; the presets of `serve` set it) and draw the samples again."
+)
 
 
 class VerdictClass(StrEnum):
@@ -60,6 +118,9 @@ class VerdictClass(StrEnum):
     """Compilation or simulation used up its CPU time."""
     NO_RESULT = "no result"
     """No module in the completion, no completion, or no result line; also where the reference itself fails."""
+    LEAKED = "leaked thought"
+    """The completion begins with a thought whose markup the server took away: no telling where the answer begins, so
+    nothing of it is judged."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,6 +152,18 @@ class Verdict:
     def from_row(cls, row: Mapping[str, Any]) -> Verdict:
         """The inverse of `to_row`."""
         return cls(**{**row, "kind": VerdictClass(row["kind"])})
+
+
+LEAKED = Verdict(
+    kind=VerdictClass.LEAKED, detail="begins with a thought without its markup", official=False, refused_by="text"
+)  # fmt: skip
+THOUGHT = "thought"
+"""The name that Gemma 4 gives to its thought channels; it is ordinary text behind the token that opens one."""
+
+
+def is_leaked_thought(completion: str) -> bool:
+    """Whether it begins with a thought channel's name: what is left of a channel without its control tokens."""
+    return completion.lstrip().startswith(f"{THOUGHT}\n")
 
 
 class SelfCheck(Protocol):

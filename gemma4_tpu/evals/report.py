@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from gemma4_tpu.evals.compare import Comparison
 from gemma4_tpu.evals.outcome import CLASSES, MISSING, Outcome
 from gemma4_tpu.evals.passk import Score
+from gemma4_tpu.evals.problems import HOW_TO_STOP_LEAKS, VerdictClass
 
 PAPER = (
     ("the paper's TPU run", "0.641 [0.574, 0.706]", "0.795"),
@@ -19,8 +21,10 @@ PAPER = (
 _COLORS = {
     "pass": "#4c9a5b", "mismatch": "#d9692c", "syntax": "#8d6cab", "elaboration": "#b79fd0",
     "forbidden construct": "#333333", "runtime": "#c9a227", "timeout": "#7a5c1e", "no result": "#999999",
-    MISSING: "#dddddd",
+    "leaked thought": "#4c78a8", MISSING: "#dddddd",
 }  # fmt: skip
+_SCOPES = {"all": "all", "can_pass": "that can pass here", "strong": "these without vacuous benches"}
+_MOST_DISAGREEMENTS = 20
 _WIDEST_LIST = 60  # problems whose names fit under the bars
 
 
@@ -49,6 +53,9 @@ def summary(outcome: Outcome) -> str:
     lines += [f"  pass@{score.k}  {score}" for score in outcome.scores()["strict"]["all"]]
     listed = ", ".join(f"{kind} {count}" for kind, count in outcome.classes.items())
     lines.append(f"  {listed}; cut off {outcome.truncated}")
+    if against := sum(row["second"] == "differs" for row in outcome.second.get("disagreements", [])):
+        lines.append(f"  {against} samples pass and differ from the reference under fresh stimulus: see the report")
+    lines += [f"  {said}" for said in outcome.benches if outcome.vacuous]
     return "\n".join(lines)
 
 
@@ -62,6 +69,8 @@ def _report(
         yield from ["", "## What can be claimed", "", *(f"- {claim}" for claim in comparison.claims())]
     for outcome in outcomes:
         yield from _samples(outcome)
+        if outcome.second:
+            yield from _second_opinions(outcome)
     yield from _settings(outcomes, packages)
     if prompt is not None:
         yield from ["", "## The first prompt, as the model saw it", "", "````text", prompt, "````"]
@@ -75,12 +84,14 @@ def _scores(outcomes: Sequence[Outcome]) -> Iterator[str]:
     for outcome in outcomes:
         for rule, scopes in outcome.scores().items():
             for scope, found in scopes.items():
-                if scope == "can_pass" and not outcome.cannot_pass:
+                if (scope == "can_pass" and not outcome.cannot_pass) or (scope == "strong" and not outcome.vacuous):
                     continue
-                what = "all" if scope == "all" else "that can pass here"
                 for score in found:
-                    yield f"| {outcome.name} | {rule} | {score.problems} ({what}) | {_cells(score)} |"
+                    yield f"| {outcome.name} | {rule} | {score.problems} ({_SCOPES[scope]}) | {_cells(score)} |"
     yield ""
+    yield from outcomes[0].benches
+    if "confirmed" in outcomes[0].scores():
+        yield "Confirmed: strict, and no second opinion against it (see below)."
     yield "Strict: no errors, the reference's own number of comparisons, and none of the ways around the test bench."
     yield "Official: the benchmark's own rule on the same code. The estimator is unbiased (1 − C(n−c, k)/C(n, k))."
     if outcomes[0].benchmark == "verilog_eval":
@@ -101,12 +112,42 @@ def _samples(outcome: Outcome) -> Iterator[str]:
         yield f"| {kind} | {count} | {count / total:.1%} |"
     yield ""
     yield f"Cut off at the token limit: {outcome.truncated} of {total} ({outcome.truncated / total:.1%})."
+    if leaked := outcome.classes.get(VerdictClass.LEAKED):
+        yield f"Leaked thoughts, not judged and counted as failures: {leaked}. {HOW_TO_STOP_LEAKS}"
     if outcome.missing:
         yield f"Never obtained, and counted as failures: {outcome.missing}."
     if outcome.tokens:
         seconds = outcome.generation_seconds
         took = f" (this start: {seconds:.0f} s)" if seconds else ""
         yield f"Generated tokens: {outcome.tokens:,}{took}."
+
+
+def _second_opinions(outcome: Outcome) -> Iterator[str]:
+    """What fresh stimulus, proofs and other tools say of the samples."""
+    second, rows = outcome.second, outcome.second["disagreements"]
+    against = sum(row["second"] == "differs" for row in rows)
+    yield from ["", f"## Second opinions: {outcome.name}", ""]
+    yield (
+        f"Every sample that ran, beside the reference under random stimulus (seed {second['seed']}): of those that"
+        f" pass, {against} differ from it; of those that fail, {len(rows) - against} do not. One that passes and"
+        " differs may know the bench by heart, or do something else where the specification leaves it open."
+    )
+    if any(second["proofs"].values()):
+        yield f"By proof (yosys, combinational samples that pass): {_counts(second['proofs'])}."
+    for name, found in second["columns"].items():
+        yield f"{name}: median {found['median']:g} over {found['samples']} samples that pass."
+    for reason, count in Counter(second["without"].values()).items():
+        yield f"None for {count} problems: {reason}."
+    if rows:
+        yield from ["", "| problem | sample | verdict | second opinion | |", "|---|---|---|---|---|"]
+        for row in rows[:_MOST_DISAGREEMENTS]:
+            yield f"| {' | '.join(_cell(value) for value in row.values())} |"
+        if len(rows) > _MOST_DISAGREEMENTS:
+            yield from ["", f"And {len(rows) - _MOST_DISAGREEMENTS} more, in result.json."]
+
+
+def _counts(counts: Mapping[str, int]) -> str:
+    return ", ".join(f"{count} {name}" for name, count in counts.items())
 
 
 def _settings(outcomes: Sequence[Outcome], packages: dict[str, str]) -> Iterator[str]:

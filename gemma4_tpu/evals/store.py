@@ -57,9 +57,9 @@ class Rows:
         """
         self.path = path
         self.rows: dict[Key, dict[str, Any]] = {}
-        text = path.read_text(encoding="utf-8") if path.exists() else ""
-        whole = text[: text.rfind("\n") + 1]
-        if whole != text:
+        data = path.read_bytes() if path.exists() else b""
+        whole = data[: data.rfind(b"\n") + 1].decode("utf-8", errors="replace")
+        if data and not data.endswith(b"\n"):
             log.warning("%s: the last line is torn and left out", path)
             write_text(path, whole)
         for number, line in enumerate(whole.split("\n")[:-1], 1):
@@ -72,7 +72,7 @@ class Rows:
 
     def add(self, row: dict[str, Any]) -> None:
         """Appends a row; it is on disk, as far as the process goes, when this returns."""
-        self._file.write(json.dumps(row, ensure_ascii=False) + "\n")
+        self._file.write(json.dumps(row) + "\n")  # ASCII: U+2028 and half surrogate pairs are safe in it
         self._file.flush()
         self.rows.setdefault((row["problem"], row["sample"]), row)
 
@@ -110,8 +110,7 @@ def read_foreign(path: str, problems: Sequence[str]) -> list[Sample]:
     samples: list[Sample] = []
     counts: dict[str, int] = dict.fromkeys(problems, 0)
     wrong: list[str] = []
-    lines = Path(path).read_text(encoding="utf-8").split("\n")
-    for number, line in enumerate(lines, 1):
+    for number, line in enumerate(_text(path).split("\n"), 1):
         if not line.strip():
             continue
         problem, completion = _foreign_row(line)
@@ -130,10 +129,18 @@ def read_foreign(path: str, problems: Sequence[str]) -> list[Sample]:
     return samples
 
 
+def _text(path: str) -> str:
+    """A JSONL file's text. Lines end at line feeds only: `str.splitlines` would split at U+2028 in a string, too."""
+    try:
+        return Path(path).read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise UserError(f"eval.samples={path}: not UTF-8 ({error})") from None
+
+
 def _foreign_row(line: str) -> tuple[str | None, str | None]:
     try:
         row = json.loads(line)
-    except ValueError:
+    except (ValueError, RecursionError):
         return None, None
     if not isinstance(row, dict):
         return None, None

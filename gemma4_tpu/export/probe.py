@@ -64,7 +64,7 @@ def from_answers(trained: Trained) -> list[dict[str, Any]]:
     from tokenizers import Tokenizer
 
     tokenizer = Tokenizer.from_file(str(tokenizer_path))
-    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line]
     before = {row["prompt"]: row["answer"] for row in rows if row["update"] == 0}
     after = {row["prompt"]: row["answer"] for row in rows if row["update"] == trained.state.update}
     probes = []

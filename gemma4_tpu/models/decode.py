@@ -195,12 +195,31 @@ def _attend_past(
 
     `cache` None: a KV-shared layer, whose k and v are the whole cache of the layer that it shares.
     """
-    if cache is not None:
-        k, v = _extend(cache, (k, v), at.place)
-    slots = k.shape[1]
+    slots = (cache[0] if cache else k).shape[1]
     places = at.place - (at.place - jnp.arange(slots)) % slots  # [C] the last place that went into each slot
     seen = places[None, :] >= at.first[:, None]  # a ring no longer than the window holds nothing older than it
-    return _attend(q, k, v, seen[:, None, :])
+    if cache is None:
+        return _attend(q, k, v, seen[:, None, :])
+    # The new token's slot holds one that has left the window, or nothing.
+    return _attend_beside(q, cache, (k, v), seen & (places != at.place))
+
+
+def _attend_beside(q: jax.Array, cache: KV, new: KV, seen: jax.Array) -> jax.Array:
+    """Attention of q [B, 1, N, H] to a cache [B, C, K, H], as far as `seen` [B, C], and to the new token [B, 1, K, H].
+
+    The two stay apart, because to put the token into the cache for this would be a copy of the cache in each layer.
+    """
+    b, _, n, h = q.shape
+    kv = new[0].shape[2]
+    queries = q.reshape(b, kv, n // kv, h)
+    scores = jnp.einsum("bkgh,bskh->bkgs", queries, cache[0], preferred_element_type=jnp.float32)
+    scores = jnp.where(seen[:, None, None], scores, MASKED)
+    own = jnp.einsum("bkgh,bkh->bkg", queries, new[0][:, 0], preferred_element_type=jnp.float32)[..., None]
+    top = jnp.maximum(scores.max(axis=-1, keepdims=True), own)
+    weights, weight = jnp.exp(scores - top), jnp.exp(own - top)
+    out = jnp.einsum("bkgs,bskh->bkgh", weights.astype(q.dtype), cache[1]) + weight * new[1][:, 0, :, None]
+    out = out / (weights.sum(axis=-1, keepdims=True) + weight)
+    return out.reshape(b, 1, n, h).astype(new[1].dtype)
 
 
 def _extend(cache: KV, new: KV, place: jax.Array) -> KV:

@@ -52,6 +52,25 @@ def test_options_of_the_issue_are_there():
     assert set(GROUPS["tracker"]) == {"none", "wandb", "tensorboard", "jsonl"}
 
 
+def test_sources_in_short(load, tmp_path):
+    for name in ("a.jsonl", "b c.jsonl"):
+        (tmp_path / name).touch()
+    a, b = f"{tmp_path}/a.jsonl", f"{tmp_path}/b c.jsonl"
+
+    def paths(*words):
+        data = load(*words).root.data
+        return [source.path for source in data.train], [source.path for source in data.heldout]
+
+    assert paths(f"data.train={a}", "data.heldout=[]") == ([a], [])
+    assert paths(f"data.train=[{a},'{b}']", f"data.heldout='{b}'") == ([a, b], [b])
+    assert paths(f"data.train.0={a}", f"data.train.1.path='{b}'", "data.heldout=[]") == ([a, b], [])
+    assert paths("data=chat_jsonl", f"data.train={a}", f"data.heldout.0.path='{b}'") == ([a], [b])
+    root = load(
+        f"data.train=[{a},{{path: '{b}', weight: 0.5}}]", "data.train.2.path=hf:x", "data.train.2.weight=2"
+    ).root
+    assert [(source.path, source.weight) for source in root.data.train] == [(a, 1.0), (b, 0.5), ("hf:x", 2.0)]
+
+
 def test_overrides_reach_the_dataclasses(load):
     loaded = load("lora=qlora_nf4", "lora.rank=8", "optimizer.b1=3e-4", "data.packing=false", "tracker.tags=[a]")
     assert (loaded.root.lora.rank, loaded.root.lora.quantize) == (8, "nf4")

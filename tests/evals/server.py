@@ -14,8 +14,8 @@ class Server:
     """Serves `/v1/models` and `/v1/chat/completions`; a context manager.
 
     Args:
-      answer: request body and number of earlier requests of the same problem text → (status, body) or the completion's
-        text.
+      answer: request body and number of earlier requests of the same problem text → (status, body[, headers]) or the
+        completion's text.
       models: what it lists.
       delay_seconds: before each answer.
     """
@@ -51,10 +51,12 @@ class Server:
                     served._at_once -= 1
                 self._send(*made) if isinstance(made, tuple) else self._send(200, completion(made))
 
-            def _send(self, status: int, body: Any):
+            def _send(self, status: int, body: Any, headers: dict[str, str] | None = None):
                 data = body if isinstance(body, bytes) else json.dumps(body).encode()
                 try:
                     self.send_response(status)
+                    for name, value in (headers or {}).items():
+                        self.send_header(name, value)
                     self.send_header("Content-Length", str(len(data)))
                     self.end_headers()
                     self.wfile.write(data)

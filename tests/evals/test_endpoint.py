@@ -2,7 +2,10 @@
 
 import logging
 import time
+from datetime import UTC, datetime, timedelta
+from email.utils import format_datetime
 
+import httpx
 import pytest
 
 from gemma4_tpu.config.tasks import EvalConfig
@@ -49,14 +52,64 @@ def test_a_cut_off_answer_says_so():
     assert (sample.finish, sample.tokens) == ("length", 12)
 
 
-@pytest.mark.parametrize(
-    "trouble", [(503, {"error": "busy"}), (429, {"error": "slow down"}), (200, b"not json"), (200, {"choices": []})]
-)
+TROUBLES = {
+    "busy": (503, {"error": "busy"}), "too many": (429, {"error": "slow down"}), "no JSON": (200, b"not json"),
+    "no UTF-8": (200, b'{"choices": "\xff'), "empty": (200, b""), "nested beyond measure": (200, b"[" * 100_000),
+    "a number": (200, 7), "null": (200, None), "an error with 200": (200, {"error": {"message": "overloaded"}}),
+    "no choices": (200, {"choices": []}), "choices are no list": (200, {"choices": {"0": {}}}),
+    "choice is null": (200, {"choices": [None]}), "message is text": (200, {"choices": [{"message": "text"}]}),
+    "no message": (200, {"choices": [{"text": "a completion"}]}),
+    "content is a number": (200, {"choices": [{"message": {"content": 3}}]}),
+    "content is a list": (200, {"choices": [{"message": {"content": [{"type": "text"}]}}]}), "no content": (204, b""),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("trouble", TROUBLES.values(), ids=TROUBLES)
 def test_what_may_pass_is_tried_again(trouble):
     with Server(lambda body, earlier: trouble if earlier < 2 else "fine") as server:
-        samples = ask(server)
-    assert [s.completion for s in samples] == ["fine"] * 4
-    assert len(server.bodies) == 12
+        samples = ask(server, 2)
+    assert [s.completion for s in samples] == ["fine"] * 2
+    assert len(server.bodies) == 6
+
+
+def test_malformed_answers_without_end_are_a_missing_sample(caplog):
+    with Server(lambda *_: (200, {"choices": [{"message": "text"}]})) as server, caplog.at_level(logging.WARNING):
+        assert ask(server, 1, retries=1) == []
+    assert "p0, sample 0 never came: 200 without choices[0].message.content" in caplog.text
+
+
+@pytest.mark.parametrize("usage", [None, [], "7", {"completion_tokens": "7"}, {"completion_tokens": None}])
+def test_an_odd_count_of_tokens_loses_no_answer(usage):
+    with Server(lambda *_: (200, {**completion("fine"), "usage": usage})) as server:
+        (sample,) = ask(server, 1)
+    assert (sample.completion, sample.tokens) == ("fine", None)
+
+
+def test_an_answer_of_thoughts_alone_is_empty():
+    with Server(lambda *_: (200, completion(None, finish="length"))) as server:
+        (sample,) = ask(server, 1)
+    assert (sample.completion, sample.finish) == ("", "length")
+
+
+def test_a_server_is_waited_for_as_long_as_it_asks(monkeypatch):
+    monkeypatch.setattr(endpoint, "LONGEST_RETRY_AFTER_SECONDS", 2.0)
+    for header, least, most in (("1", 1.0, 2.0), ("86400", 2.0, 3.0), ("-5", 0.0, 0.9), ("soon", 0.0, 0.9)):
+        busy = (429, {"error": "slow down"}, {"Retry-After": header})
+        with Server(lambda body, earlier, busy=busy: busy if earlier < 1 else "fine") as server:
+            started = time.perf_counter()
+            assert [s.completion for s in ask(server, 1)] == ["fine"]
+            assert least <= time.perf_counter() - started < most, header
+
+
+def test_a_server_may_ask_to_wait_until_a_date():
+    response = httpx.Response(503, headers={"Retry-After": format_datetime(datetime.now(UTC) + timedelta(seconds=40))})
+    request = httpx.Request("POST", "http://localhost")
+    error = httpx.HTTPStatusError("busy", request=request, response=response)
+    assert 35 < endpoint._retry_after_seconds(error) <= 40
+    response.headers["Retry-After"] = "Wed, 21 Oct 2015 07:28:00 GMT"
+    assert endpoint._retry_after_seconds(error) == 0
+    response.headers["Retry-After"] = "Wed, 21 Oct 2099 07:28:00 GMT"
+    assert endpoint._retry_after_seconds(error) == endpoint.LONGEST_RETRY_AFTER_SECONDS
 
 
 def test_a_stalled_answer_is_given_up_and_asked_again():

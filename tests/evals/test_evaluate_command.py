@@ -195,9 +195,54 @@ def test_a_run_is_evaluated_beside_its_base(tmp_path, evaluate):
     assert code == 2 and "eval.n: 3 (the run has 2)" in said
 
 
+def test_a_leaked_thought_is_a_class_of_its_own_and_never_code(tmp_path, evaluate):
+    """A server without its reasoning parser: the channel's control tokens are gone, its text is not."""
+    references = {row["prompt"].strip(): row["reference"] for row in ROWS[:2]}
+
+    def answer(body, _):
+        reference = references[body["messages"][-1]["content"].strip()]
+        return 200, completion(f"thought\nSomething like {fenced('module TopModule; endmodule')}{fenced(reference)}")
+
+    with Server(answer) as server:
+        words = [f"eval.endpoint={server.url}", f"run_dir={tmp_path / 'served'}", "eval.max_problems=2", "eval.n=1"]
+        code, said = evaluate(*words)
+    assert code == 0, said
+    assert passes(tmp_path / "served") == {row["id"]: (0, 1) for row in ROWS[:2]}
+    assert Outcome.read(tmp_path / "served/result.json").classes == {"leaked thought": 2}
+    assert "--reasoning-parser gemma4" in (tmp_path / "served/report.md").read_text()
+
+
+def test_second_opinions_stand_beside_the_score_and_name_who_differs(tmp_path, evaluate):
+    """A weak bench: one problem's stimulus is compared only at its first value, so that a mutant passes it."""
+    row = next(row for row in ROWS if "_gate_" in row["id"])
+    name, wrong = row["id"], mutants(row["reference"])[0]
+    weak = row["testbench"].replace("if (!tb_match) begin", "if (!tb_match && stats1.clocks < 2) begin")
+    assert weak != row["testbench"]
+    problems = tmp_path / "problems.jsonl"
+    problems.write_text(json.dumps({**row, "testbench": weak}) + "\n")
+    path = write_samples(tmp_path / "made.jsonl", [(name, fenced(row["reference"])), (name, fenced(wrong))])
+    folder = tmp_path / "run"
+    code, said = evaluate(
+        f"eval.samples={path}", f"run_dir={folder}", f"eval.problems_path={problems}", "eval.stimulus_seed=3",
+        "eval.second_opinion=true",
+        "eval.columns=[lint,size]",
+    )  # fmt: skip
+    assert code == 0, said
+    found = Outcome.read(folder / "result.json")
+    assert (found.problems[name].passed, found.problems[name].confirmed) == (2, 1)
+    assert [(row["sample"], row["second"]) for row in found.second["disagreements"]] == [(1, "differs")]
+    assert found.second["seed"] == 3 and name in found.vacuous
+    report = (folder / "report.md").read_text()
+    assert "1 of 1 benches accept a design that does nothing" in report
+    assert "of those that pass, 1 differ from it" in report and "| confirmed |" in report
+    assert "1 samples pass and differ from the reference" in said
+
+
 def test_the_selfcheck_shows_simulator_sandbox_and_references(evaluate):
     code, said = evaluate("selfcheck=true", f"eval.max_problems={COUNT}")
     assert code == 0
     assert "Icarus Verilog" in said
     assert f"{COUNT} of {COUNT}" in said
+    assert f"0 of {COUNT} benches accept a design that does nothing" in said
+    assert "mutants of the references pass" in said
     assert "landlock" in said or "bubblewrap" in said

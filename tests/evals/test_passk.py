@@ -6,7 +6,8 @@ import math
 import numpy as np
 import pytest
 
-from gemma4_tpu.evals.passk import difference, pass_at_k, sampling_variance, score, scores
+from gemma4_tpu.evals import passk
+from gemma4_tpu.evals.passk import difference, interval, pass_at_k, sampling_variance, score, scores
 
 
 @pytest.mark.parametrize("n", [1, 2, 5, 6])
@@ -48,14 +49,40 @@ def test_sampling_error_is_what_repeating_shows(k):
     assert claimed == pytest.approx(found, rel=0.15)
 
 
-def test_the_interval_over_problems_covers_the_truth_about_19_times_in_20():
-    rng = np.random.default_rng(1)
-    truth, covered = 0.5, 0
-    for trial in range(100):
-        rates = rng.beta(1, 1, 100)
-        found = score([(10, int(c)) for c in rng.binomial(10, rates)], 1, seed=trial)
-        covered += found.low <= truth <= found.high
-    assert 88 <= covered <= 99  # 95 expected, standard deviation 2.2; percentile intervals are a little short
+@pytest.mark.parametrize(
+    ("problems", "n", "a", "b"),
+    [(156, 20, 0.5, 0.5), (45, 5, 0.1, 3.0), (20, 20, 3.0, 0.1), (200, 2, 0.02, 2.0), (100, 1, 1.0, 1.0)],
+    ids=["as verilog-eval", "hardly anything passes", "nearly all passes", "one in a hundred", "one sample each"],
+)
+def test_the_interval_over_problems_covers_the_truth_about_19_times_in_20(problems, n, a, b, monkeypatch):
+    """Problems whose rates are Beta(a, b): their mean is a / (a + b)."""
+    monkeypatch.setattr(passk, "DRAWS", 1000)
+    rng, trials, covered = np.random.default_rng(1), 200, 0
+    for trial in range(trials):
+        found = score([(n, int(c)) for c in rng.binomial(n, rng.beta(a, b, problems))], 1, seed=trial)
+        covered += found.low <= a / (a + b) <= found.high
+    # 190 of 200 expected, standard deviation 3.1; three of these either way, and 0.02 for how discrete few passes are
+    assert 190 - 9.3 - 4 <= covered <= 200
+
+
+def test_nothing_passed_and_everything_passed_have_an_interval():
+    """As Jeffreys' interval: the 97.5% quantile of Beta(1/2, 40 + 1/2) is 0.0605 (scipy.stats.beta.ppf)."""
+    none, every = score([(20, 0)] * 40, 1), score([(20, 20)] * 40, 1)
+    # 10,000 draws know this quantile to 0.0013 (its density there is 1.23)
+    assert (none.low, none.high) == (0.0, pytest.approx(0.0605, abs=0.004))
+    assert (every.low, every.high) == (pytest.approx(1 - 0.0605, abs=0.004), 1.0)
+    assert none.sampling_error == every.sampling_error == pytest.approx(1 / (20 * 40))
+    some = score([(1, 1)] * 12 + [(1, 0)] * 28, 1)  # Beta(12.5, 28.5): 0.1756 to 0.4522
+    assert (some.low, some.high) == (pytest.approx(0.1756, abs=0.005), pytest.approx(0.4522, abs=0.005))
+
+
+def test_no_difference_on_few_problems_is_not_known_to_be_none():
+    same = difference([(5, 5)] * 30, [(5, 5)] * 30, 1)
+    assert same.value == 0
+    assert same.low < -0.02 and same.high > 0.02
+    assert same.sampling_error is not None and same.sampling_error > 0
+    low, high = interval(np.full(30, -1.0), (-1.0, 1.0))
+    assert low == -1 and high < -0.8
 
 
 def test_the_papers_numbers_come_out():

@@ -64,3 +64,25 @@ def test_a_foreign_line_that_cannot_be_judged_is_named(tmp_path, line, named):
     with pytest.raises(UserError, match="line 2") as caught:
         read_foreign(str(path), ["a", "b"])
     assert named in str(caught.value)
+
+
+SEPARATORS = "\u2028 \u2029 \x85 \x0b \x0c \x1c \ud800"
+"""Where `str.splitlines` would split, and half a surrogate pair, which UTF-8 can't hold."""
+
+
+def test_lines_end_at_newlines_only(tmp_path):
+    odd = Sample(problem="p", sample=0, completion=f"// {SEPARATORS}")
+    with Samples(tmp_path / "samples.jsonl") as store:
+        store.add_sample(odd)
+    with Samples(tmp_path / "samples.jsonl") as store:
+        assert store.samples == [odd]
+    raw = f"// {SEPARATORS.removesuffix(chr(0xD800))}"  # as others write it, in JSON strings as it is where that may be
+    row = json.dumps({"problem": "p", "completion": raw}, ensure_ascii=False)
+    (tmp_path / "made.jsonl").write_text(f"\ufeff{row}\r\n{row}\n", encoding="utf-8")
+    assert [s.completion for s in read_foreign(str(tmp_path / "made.jsonl"), ["p"])] == [raw, raw]
+
+
+def test_another_encoding_is_named(tmp_path):
+    (tmp_path / "made.jsonl").write_text('{"problem": "p", "completion": "ü"}', encoding="utf-16")
+    with pytest.raises(UserError, match="not UTF-8"):
+        read_foreign(str(tmp_path / "made.jsonl"), ["p"])

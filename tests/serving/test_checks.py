@@ -52,6 +52,7 @@ def test_every_recipe_passes_the_checks_and_holds_flags_that_vllm_has(option, me
     serve = words[words.index("serve") :]
     assert {word[2:] for word in serve if word.startswith("--")} <= known_flags()
     assert len(known_flags()) == 408
+    assert after(words, "--reasoning-parser") == "gemma4"  # else thoughts get into the answers
 
 
 def test_the_papers_command(merged, dry_run, port):
@@ -63,7 +64,7 @@ def test_the_papers_command(merged, dry_run, port):
     assert words[words.index("vllm/vllm-tpu:v0.32.0") :] == [
         "vllm/vllm-tpu:v0.32.0", "serve", "/model", "--host", "127.0.0.1", "--port", str(port),
         "--served-model-name", "model", "--tensor-parallel-size", "8", "--max-model-len", "16384",
-        "--gpu-memory-utilization", "0.9", "--disable-chunked-mm-input",
+        "--gpu-memory-utilization", "0.9", "--disable-chunked-mm-input", "--reasoning-parser", "gemma4",
     ]  # fmt: skip
 
 

@@ -8,19 +8,23 @@ from __future__ import annotations
 import itertools
 import sys
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future
+from typing import Any, TypeVar
 
 from gemma4_tpu.config.tasks import JudgeConfig
 from gemma4_tpu.errors import UserError
 from gemma4_tpu.evals.problems import Problem, Verdict
 from gemma4_tpu.evals.verilog.extract import extract
+from gemma4_tpu.evals.verilog.header import with_header
 from gemma4_tpu.evals.verilog.iverilog import find_tools
 from gemma4_tpu.evals.verilog.pool import Pool
 from gemma4_tpu.evals.verilog.probe import choose_level, try_levels
+from gemma4_tpu.evals.verilog.sandbox import Level
 from gemma4_tpu.evals.verilog.selfcheck import VerilogSelfCheck, check_references
 from gemma4_tpu.evals.verilog.verdict import Golden
 
+T = TypeVar("T")
 AHEAD = 4  # samples per worker that wait to be judged
 
 
@@ -36,22 +40,29 @@ class VerilogJudge:
     def __init__(self, config: JudgeConfig):
         if not sys.platform.startswith("linux"):
             raise UserError(f"judging needs Linux, whose sandboxes it uses (this is {sys.platform}): use a container")
-        self._config = config
+        self.config = config
         self.tools = find_tools(config.iverilog)
         self._pool = Pool(config, self.tools)
         try:
-            self._levels = try_levels(self._pool)
-            self.level = choose_level(config, self._levels)
+            self.levels = try_levels(self._pool)
+            self.level = choose_level(config, self.levels)
         except BaseException:
             self._pool.close()
             raise
         self._golden: dict[str, Golden] = {}
 
-    def prepare(self, problems: Sequence[Problem], *, fresh: bool = False) -> VerilogSelfCheck:
-        """Has the references judged, or recalls what they did with this simulator; `fresh` never recalls."""
+    def prepare(self, problems: Sequence[Problem], *, fresh: bool = False, keep: bool = True) -> VerilogSelfCheck:
+        """Has the references judged, or recalls what they did with this simulator.
+
+        Args:
+          problems: to be judged.
+          fresh: recall nothing.
+          keep: recall it next time; not for problems that there are only once.
+        """
         check = check_references(
-            problems, self._pool, self._config, self.tools, level=self.level, levels=self._levels, fresh=fresh
-        )
+            problems, self._pool, self.config, self.tools,
+            level=self.level, levels=self.levels, fresh=fresh, keep=keep,
+        )  # fmt: skip
         self._golden.update(check.golden)
         return check
 
@@ -59,7 +70,7 @@ class VerilogJudge:
         """A verdict to come, while others are generated."""
         if problem.name not in self._golden:
             raise AssertionError(f"{problem.name}: prepare() has not seen this problem")
-        code = extract(completion, problem.top)
+        code = extract(with_header(completion, problem), problem.top)
         return self._pool.verdict(problem, code, self._golden[problem.name], self.level)
 
     def judge(self, problem: Problem, completion: str) -> Verdict:
@@ -78,6 +89,10 @@ class VerilogJudge:
             for problem, completion in itertools.islice(samples, 1):
                 waiting.append(self.submit(problem, completion))
             yield verdict
+
+    def task(self, function: Callable[..., T], *arguments: Any, level: Level | None = None) -> Future[T]:
+        """`function(tools, sandbox, folder, *arguments)` in a worker, for other tools; null: the judge's own level."""
+        return self._pool.task(function, level or self.level, *arguments)
 
     def __enter__(self) -> VerilogJudge:
         return self

@@ -13,20 +13,23 @@ import shutil
 import signal
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from dataclasses import dataclass, field, replace
 from multiprocessing import get_context
 from pathlib import Path
+from typing import Any, TypeVar
 
 from gemma4_tpu.config.tasks import JudgeConfig
 from gemma4_tpu.evals.problems import Problem, Verdict, VerdictClass
 from gemma4_tpu.evals.verilog.iverilog import Tools
 from gemma4_tpu.evals.verilog.probe import spy
 from gemma4_tpu.evals.verilog.sandbox import Finished, Level, Sandbox
+from gemma4_tpu.evals.verilog.scan import canonical
 from gemma4_tpu.evals.verilog.stage import NoStage, build, load
 from gemma4_tpu.evals.verilog.verdict import CPU_FACTOR, Golden, Trial, judge_code, reference_as_answer
 
+T = TypeVar("T")
 MEMORY_FOLDER = Path("/dev/shm")
 ORPHAN_CHECK_SECONDS = 2.0
 NO_CODE = Verdict(kind=VerdictClass.NO_RESULT, detail="no module in the completion", official=False, refused_by="text")
@@ -76,6 +79,10 @@ class Pool:
             future.set_result(NO_CODE)
             return future
         return self._executor.submit(_verdict, problem, code, golden, level)
+
+    def task(self, function: Callable[..., T], level: Level, *arguments: Any) -> Future[T]:
+        """`function(tools, sandbox, folder, *arguments)` in a worker, in an empty folder of its own."""
+        return self._executor.submit(_task, function, level, arguments)
 
     def __enter__(self) -> Pool:
         return self
@@ -127,12 +134,12 @@ class _Worker:
             sandbox=sandbox,
             folder=self.empty_folder(sandbox),
             bench_folder=self.empty_folder(sandbox, "bench"),
-            stage=load(self.stage_folder(problem, sandbox)) if judged else None,
+            stage=load(self.stage_folder(problem, sandbox, code)) if judged else None,
             limit_seconds=max(1.0, CPU_FACTOR * golden.cpu_seconds) if golden and judged else None,
         )
 
-    def stage_folder(self, problem: Problem, sandbox: Sandbox) -> Path:
-        """The folder of the problem's stage, which the first worker that needs it makes.
+    def stage_folder(self, problem: Problem, sandbox: Sandbox, code: str) -> Path:
+        """The folder of the problem's stage, which the first worker that needs it makes; without a reference, each time.
 
         Raises:
           NoStage: it can't be made.
@@ -141,7 +148,10 @@ class _Worker:
         target = self.folder.parent / f"stage_{hashlib.sha256(repr(parts).encode()).hexdigest()[:32]}"
         if not target.is_dir():
             folder = self.empty_folder(sandbox, "stage")
-            build(problem, self.tools, functools.partial(_run_for_stage, sandbox, folder), folder)
+            design = "" if problem.reference else canonical(code)[0]
+            build(problem, self.tools, functools.partial(_run_for_stage, sandbox, folder), folder, design)
+            if not problem.reference:
+                return folder
             for path in (folder, *folder.iterdir()):  # they are the sandbox's user's
                 os.chown(path, os.getuid(), os.getgid())
                 path.chmod(0o755 if path == folder else 0o644)
@@ -172,6 +182,12 @@ def _leave(root: Path) -> None:
     """Ends a worker whose parent was killed, or is about to be; the command that it runs dies with it."""
     shutil.rmtree(root, ignore_errors=True)
     os._exit(1)
+
+
+def _task(function: Callable[..., T], level: Level, arguments: Sequence[Any]) -> T:
+    worker = _here()
+    sandbox = worker.sandbox(level)
+    return function(worker.tools, sandbox, worker.empty_folder(sandbox), *arguments)
 
 
 def _spy(level: Level) -> str | None:

@@ -5,26 +5,21 @@ They are recalled from a file per simulator version; a changed problem, bench or
 
 from __future__ import annotations
 
-import hashlib
-import json
 import logging
-import os
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 from gemma4_tpu.config.tasks import JudgeConfig
-from gemma4_tpu.evals.problems import Problem, VerdictClass
+from gemma4_tpu.evals.problems import Problem, VerdictClass, check_problems
 from gemma4_tpu.evals.verilog.iverilog import Tools
+from gemma4_tpu.evals.verilog.memory import Memory, fingerprint
 from gemma4_tpu.evals.verilog.pool import Pool
 from gemma4_tpu.evals.verilog.sandbox import Level
 from gemma4_tpu.evals.verilog.verdict import Golden
 
 log = logging.getLogger(__name__)
-RULES_VERSION = 3
-"""Goes up with every change after which a reference could do something else."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,15 +77,20 @@ def check_references(
     level: Level,
     levels: dict[Level, str | None],
     fresh: bool,
+    keep: bool = True,
 ) -> VerilogSelfCheck:
     """Judges the references that no earlier check has judged with this simulator (all of them, if `fresh`)."""
     started = time.monotonic()
-    memory = _Memory(config, tools)
-    known = {} if fresh else memory.load()
+    memory = Memory("references", config, tools)
+    known = {key: Golden(**row) for key, row in ({} if fresh else memory.load()).items()}
     keys = {problem.name: fingerprint(problem) for problem in problems}
+    check_problems(problems, "of these problems")
+    unknown = Golden(cpu_seconds=config.cpu_seconds)
+    known |= {keys[problem.name]: unknown for problem in problems if not problem.reference}
     futures = {p.name: pool.golden(p, level) for p in problems if keys[p.name] not in known}
     judged = {name: future.result() for name, future in futures.items()}
-    memory.store({keys[name]: golden for name, golden in judged.items() if not _by_chance(golden)})
+    if keep:
+        memory.store({keys[name]: asdict(golden) for name, golden in judged.items() if not _by_chance(golden)})
     golden = {name: judged[name] if name in judged else known[key] for name, key in keys.items()}
     check = VerilogSelfCheck(
         simulator=tools.name,
@@ -118,40 +118,3 @@ def check_references(
 def _by_chance(golden: Golden) -> bool:
     """Whether a slow machine may be to blame: such a result is not kept."""
     return (golden.failure or "").startswith(VerdictClass.TIMEOUT)
-
-
-def fingerprint(problem: Problem) -> str:
-    """Of everything that a reference's result depends on."""
-    parts = {key: value for key, value in asdict(problem).items() if key not in ("name", "prompt", "official_rule")}
-    text = json.dumps([RULES_VERSION, parts], sort_keys=True)
-    return hashlib.sha256(text.encode()).hexdigest()
-
-
-class _Memory:
-    """The file of one simulator version in the cache folder: fingerprint → result."""
-
-    def __init__(self, config: JudgeConfig, tools: Tools):
-        cache = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "gemma4_tpu"
-        self._file = Path(config.cache_dir or cache).expanduser() / f"references_iverilog_{tools.version}.json"
-
-    def load(self) -> dict[str, Golden]:
-        try:
-            return {key: Golden(**row) for key, row in json.loads(self._file.read_text()).items()}
-        except FileNotFoundError:
-            return {}
-        except (ValueError, TypeError) as error:
-            log.warning("%s is unreadable (%s): the references are judged again", self._file, error)
-            return {}
-
-    def store(self, golden: dict[str, Golden]) -> None:
-        """Adds results. A file that can't be written costs time, nothing else."""
-        if not golden:
-            return
-        rows = {key: asdict(value) for key, value in {**self.load(), **golden}.items()}
-        try:
-            self._file.parent.mkdir(parents=True, exist_ok=True)
-            part = self._file.with_suffix(f".{os.getpid()}.part")
-            part.write_text(json.dumps(rows, indent=1))
-            part.replace(self._file)
-        except OSError as error:
-            log.warning("the references' results are not kept: %s", error)

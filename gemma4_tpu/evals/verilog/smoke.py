@@ -29,7 +29,9 @@ class VerilogSmoke:
         data = Path(path).read_bytes()
         text = (gzip.decompress(data) if data[:2] == b"\x1f\x8b" else data).decode("utf-8")
         problems = []
-        for number, line in enumerate(text.removesuffix("\n").split("\n"), 1):
+        for number, line in enumerate(text.split("\n"), 1):
+            if not line.strip():
+                continue
             try:
                 row = json.loads(line)
                 reference = re.sub(rf"\b{TOP}\b", REFERENCE_TOP, row["reference"])

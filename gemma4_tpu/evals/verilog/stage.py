@@ -24,6 +24,9 @@ PLAYER, BENCH_PROGRAM, ABOUT = "player.sv", "bench.vvp", "stage.json"
 PATIENCE, PATIENCE_TICKS = 10, 10_000
 """A bench that waits for its design gets this many times the reference's simulated time, and a little more."""
 
+UNKNOWN_TICKS = 10**8
+"""The same where there is no reference."""
+
 _PARAMETERS = r"(#\s*\((?:[^()]|\((?:[^()]|\([^()]*\))*\))*\)\s*)?"
 _SCOPE = re.compile(r'^S_\w+ \.scope \w+, "([^"]+)" "([^"]+)" .*?(?=^S_|\Z)', re.MULTILINE | re.DOTALL)
 _PORT = re.compile(r'\.port_info \d+ /(\w+) (\d+) "([^"]+)"')
@@ -63,8 +66,11 @@ def load(folder: Path) -> Stage:
     return Stage(folder=folder, **json.loads((folder / ABOUT).read_text()))
 
 
-def build(problem: Problem, tools: Tools, run: Callable[..., Finished], folder: Path) -> None:
+def build(problem: Problem, tools: Tools, run: Callable[..., Finished], folder: Path, design: str = "") -> None:
     """Makes a stage's files in `folder`. `run(command, writable=…)` runs a command there.
+
+    Where a problem has no reference, the ports are those of `design`, which is compiled with the bench for that and not
+    run; the first stimulus is what the bench gives to a design that does nothing.
 
     Raises:
       NoStage: bench and reference don't build, or the bench can't be given a stand-in.
@@ -74,7 +80,7 @@ def build(problem: Problem, tools: Tools, run: Callable[..., Finished], folder: 
     inner = f"{problem.reference_top}_{secrets.token_hex(8)}"
     sources = {
         BENCH_SOURCE: "\n".join([bench, problem.reference if problem.bench_needs_reference else "", "`resetall\n"]),
-        BESIDE: _private(problem.reference, problem.reference_top, problem.top),
+        BESIDE: _private(problem.reference, problem.reference_top, problem.top) or design,
     }
     _write(folder, {**sources, **problem.files})
 
@@ -87,7 +93,11 @@ def build(problem: Problem, tools: Tools, run: Callable[..., Finished], folder: 
     compiled()
     interface = read_interface((folder / PROGRAM).read_text(encoding="utf-8"), problem)
     beside = _private(problem.reference, problem.reference_top, inner) + "\n`resetall\n"
-    _write(folder, {BESIDE: beside + replay.recorder(interface, problem.top, inner)})
+    if problem.reference:
+        watched = beside + replay.recorder(interface, problem.top, inner)
+    else:
+        watched = replay.stand_in(interface, problem.top, UNKNOWN_TICKS)
+    _write(folder, {BESIDE: watched, replay.RESPONSES: ""})
     compiled()
     seen = folder / replay.SEEN
     seen.touch()
@@ -97,7 +107,7 @@ def build(problem: Problem, tools: Tools, run: Callable[..., Finished], folder: 
     last = re.search(r"^stop ([0-9a-f]+)\n\Z", stimulus, re.MULTILINE)
     if done.returncode or last is None:
         raise NoStage(f"the bench does not end by itself: {_first_line(done)}")
-    last_tick = PATIENCE * int(last[1], 16) + PATIENCE_TICKS
+    last_tick = PATIENCE * int(last[1], 16) + PATIENCE_TICKS if problem.reference else UNKNOWN_TICKS
     _write(folder, {BESIDE: replay.stand_in(interface, problem.top, last_tick)})
     log = compiled()
     player_top = f"player_{secrets.token_hex(8)}"

@@ -1,0 +1,108 @@
+"""A judge as a reward, from Python: verdicts on batches of completions, while a model is trained.
+
+```python
+from gemma4_tpu.evals.reward import JudgeProcess
+
+with JudgeProcess("eval=verilog_eval", "eval.problems_path=/data/verilog-eval") as judge:
+    rows = judge([("Prob001_zero", completion), ...])      # in this order
+    rewards = [row["score"] for row in rows]               # or float(row["passed"])
+```
+
+The judge is `python -m gemma4_tpu.judge` in a process of its own: callers need no `__main__` guard, may be called from
+many threads, and take no worker with them; the process ends with them, however they end. No JAX here.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from typing import Any
+
+import httpx
+
+from gemma4_tpu.errors import UserError
+
+ANNOUNCEMENT = "judging at "
+"""Begins the line on stdout that ends with the server's address."""
+END_SECONDS = 15.0
+
+
+class JudgeProcess:
+    """A judge that is started at once and serves until `close`. Thread-safe; a context manager.
+
+    Rows have `problem`, `passed`, `score` (see `judge_server.graded`), `kind` (a verdict class), `mismatches` and
+    `samples` (null where the bench counted none), `refused_by` and `detail`.
+    """
+
+    def __init__(self, *words: str):
+        """Args:
+        words: of the command line of `python -m gemma4_tpu.judge`.
+
+        Raises:
+          UserError: it does not start: no simulator, no sandbox, no problems, a canary that passes.
+        """
+        self._errors = tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace")  # noqa: SIM115, until close()
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "gemma4_tpu.judge", *words, "port=0", "with_parent=true"],
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._errors, text=True,
+        )  # fmt: skip
+        assert self._process.stdout is not None
+        line = next((line for line in self._process.stdout if line.startswith(ANNOUNCEMENT)), None)
+        if line is None:
+            self._process.wait()
+            said = self._said()
+            self.close()
+            raise UserError(f"the judge does not start: {said}")
+        self.url = line.removeprefix(ANNOUNCEMENT).strip()
+        self._client = httpx.Client(base_url=self.url, timeout=None)
+
+    def __call__(self, samples: Sequence[tuple[str, str]]) -> list[dict[str, Any]]:
+        """A row for each (problem's name, completion), in their order.
+
+        Raises:
+          UserError: a problem that the benchmark does not have, or the judge has ended.
+        """
+        asked = [{"problem": problem, "completion": completion} for problem, completion in samples]
+        try:
+            response = self._client.post("/judge", json={"samples": asked})
+        except httpx.HTTPError as error:
+            raise UserError(f"the judge at {self.url} has ended ({error or repr(error)}): {self._said()}") from None
+        answer = response.json()
+        if response.status_code != 200:
+            raise UserError(f"judge: {answer['error']}")
+        return list(answer["verdicts"])
+
+    def health(self) -> dict[str, Any]:
+        """Simulator, sandbox, problems that can't pass here, how much was judged."""
+        return dict(self._client.get("/health").json())
+
+    def close(self) -> None:
+        """Ends the judge and its workers."""
+        if hasattr(self, "_client"):
+            self._client.close()
+        assert self._process.stdin is not None and self._process.stdout is not None
+        with contextlib.suppress(OSError):
+            self._process.stdin.close()
+        try:
+            self._process.wait(END_SECONDS)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait()
+        self._process.stdout.close()
+        self._errors.close()
+
+    def _said(self) -> str:
+        """Its refusal, or else the end of what it printed on stderr."""
+        self._errors.seek(0)
+        lines = [line.strip() for line in self._errors.read().split("\n") if line.strip()]
+        refusals = [line.removeprefix("error: ") for line in lines if line.startswith("error: ")]
+        return (refusals or lines or [f"exit code {self._process.poll()}"])[-1]
+
+    def __enter__(self) -> JudgeProcess:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()

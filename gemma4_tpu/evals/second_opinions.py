@@ -1,0 +1,149 @@
+"""Second opinions on the samples of an evaluation, beside their verdicts: fresh random stimulus, proofs, lint and size.
+
+```
+second_opinions.jsonl   {"problem", "sample", "kind", "mismatches", "samples", "equivalent", "lint", "cells", …}
+second_opinion.json     {"seed", "without": {problem: why there is none}}
+```
+"""
+
+from __future__ import annotations
+
+import logging
+import secrets
+import statistics
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import Future
+from contextlib import closing
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from gemma4_tpu.evals.problems import Problem, Verdict, VerdictClass
+from gemma4_tpu.evals.store import Key, Rows, Sample
+from gemma4_tpu.evals.verilog import synthesis
+from gemma4_tpu.evals.verilog.extract import extract
+from gemma4_tpu.evals.verilog.header import with_header
+from gemma4_tpu.evals.verilog.judge import VerilogJudge
+from gemma4_tpu.evals.verilog.ports import Roles
+from gemma4_tpu.evals.verilog.second import second_name, second_problem
+from gemma4_tpu.evals.verilog.strength import reference_ports
+from gemma4_tpu.tracking.files import read_json, write_json
+
+log = logging.getLogger(__name__)
+
+OPINIONS_FILE, STIMULUS_FILE = "second_opinions.jsonl", "second_opinion.json"
+LINT, SIZE = "lint", "size"
+
+
+@dataclass(frozen=True)
+class Second:
+    """The second opinion's problems, ready to judge by."""
+
+    seed: int
+    """Of the stimulus."""
+    problems: dict[str, Problem]
+    """By the name of the problem that they are about."""
+    combinational: frozenset[str]
+    without: dict[str, str]
+    """Problem → why there is no second opinion."""
+
+
+def prepare(problems: Sequence[Problem], judge: VerilogJudge, seed: int | None, folder: Path) -> Second:
+    """Benches with fresh stimulus for all problems with a reference.
+
+    Args:
+      problems: prepared by `judge`.
+      judge: judges the references under the new stimulus.
+      seed: of the stimulus; null: the one recorded in `folder`, or else a new one.
+      folder: the record's.
+    """
+    recorded = folder / STIMULUS_FILE
+    if seed is None:
+        seed = int(read_json(recorded)["seed"]) if recorded.is_file() else secrets.randbits(31)
+    ports, without = reference_ports(problems, judge)
+    seconds = {p.name: second_problem(p, ports[p.name], seed) for p in problems if p.name in ports}
+    check = judge.prepare(list(seconds.values()), fresh=True, keep=False)
+    for name in seconds:
+        if why := check.cannot_pass.get(second_name(name)):
+            without[name] = f"the reference disagrees with itself: {why}"
+    by_name = {problem.name: problem for problem in problems}
+    second = Second(
+        seed=seed,
+        problems={name: problem for name, problem in seconds.items() if name not in without},
+        combinational=frozenset(n for n in seconds if not Roles.of(ports[n], by_name[n].reference).clocks),
+        without=without,
+    )
+    write_json(recorded, {"seed": seed, "without": without})
+    return second
+
+
+def second_opinions(
+    samples: Sequence[Sample], verdicts: Mapping[Key, Verdict], second: Second, judge: VerilogJudge,
+    columns: Sequence[str], path: Path,
+) -> dict[Key, dict[str, Any]]:  # fmt: skip
+    """A row for each sample that ran to its end before its own bench, passed or not; equal completions are run once.
+
+    Args:
+      samples: of one subject.
+      verdicts: on them.
+      second: see `prepare`.
+      judge: runs everything in its sandbox.
+      columns: `lint`, `size`: also what verilator and yosys say of samples that pass.
+      path: rows are kept here; those that are there already are not made again.
+    """
+    with closing(Rows(path)) as rows:
+        equal: dict[tuple[str, str], list[Sample]] = {}
+        for sample in samples:
+            if sample.problem not in second.problems or sample.key in rows.rows:
+                continue
+            if verdicts[sample.key].kind in (VerdictClass.PASS, VerdictClass.MISMATCH):
+                equal.setdefault((sample.problem, sample.completion), []).append(sample)
+        if equal:
+            log.info("second opinions on %d samples, %d of them distinct", sum(map(len, equal.values())), len(equal))
+        extras = [
+            _extras(second, problem, completion, judge, columns) if verdicts[alike[0].key].passed else {}
+            for (problem, completion), alike in equal.items()
+        ]
+        opinions = judge.judge_all((second.problems[problem], completion) for problem, completion in equal)
+        for alike, opinion, futures in zip(equal.values(), opinions, extras, strict=True):
+            more = {name: future.result() for name, future in futures.items()}
+            cells, transistors = more.pop(SIZE, (None, None))
+            row = {
+                "kind": str(opinion.kind), "detail": opinion.detail, "mismatches": opinion.mismatches,
+                "samples": opinion.samples, "equivalent": None, LINT: None, "cells": cells,
+                "transistors": transistors, **more,
+            }  # fmt: skip
+            for sample in alike:
+                rows.add({"problem": sample.problem, "sample": sample.sample, **row})
+        return dict(rows.rows)
+
+
+def _extras(
+    second: Second, name: str, completion: str, judge: VerilogJudge, columns: Sequence[str]
+) -> dict[str, Future[Any]]:
+    """What other tools are asked about a sample that passes, as far as they are installed."""
+    problem = second.problems[name]
+    code = extract(with_header(completion, problem), problem.top)
+    yosys, verilator = synthesis.installed(synthesis.YOSYS), synthesis.installed(synthesis.VERILATOR)
+    level = synthesis.level_for_yosys(judge)
+    asked: dict[str, Future[Any]] = {}
+    if yosys and level and name in second.combinational:
+        pair = (problem.reference, problem.reference_top, code, problem.top)
+        asked["equivalent"] = judge.task(synthesis.equivalent, yosys, *pair, level=level)
+    if yosys and level and SIZE in columns:
+        asked[SIZE] = judge.task(synthesis.size, yosys, code, problem.top, level=level)
+    if verilator and LINT in columns:
+        asked[LINT] = judge.task(synthesis.lint, verilator, code, problem.top)
+    return asked
+
+
+def columns(opinions: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
+    """Of lint warnings, cells and transistors: how many samples they are known of, and their median; proofs."""
+    rows = list(opinions)
+    known = {name: [row[name] for row in rows if row.get(name) is not None] for name in (LINT, "cells", "transistors")}
+    proofs = Counter(row["equivalent"] for row in rows)
+    return {
+        "columns": {name: {"samples": len(v), "median": statistics.median(v)} for name, v in known.items() if v},
+        "proofs": {"equal": proofs[True], "different": proofs[False]},
+    }

@@ -1,0 +1,67 @@
+"""Benches that hold what they expect and announce in words that all was right; a reference is not needed."""
+
+from __future__ import annotations
+
+import re
+
+from gemma4_tpu.errors import UserError
+from gemma4_tpu.evals.problems import Problem
+from gemma4_tpu.evals.verilog.scan import blank, defined_modules
+
+_STRING = re.compile(r'"((?:\\.|[^"\\\n])*)"')
+_ALL_PASSED = re.compile(r"(?i)\ball\b.{0,40}\bpass(?:ed)?\b|\bdesign passed\b|\btests?(?: cases?)? passed\b")
+RESULT_PATTERN = r".*{marker}.*"
+FAILURE_PATTERN = r"(?i)\b(?:fail(?:ed|ures?)?|errors?|mismatch(?:es)?)\b"
+
+
+def announcing_problem(
+    name: str, *, prompt: str, top: str, testbench: str, where: str, reference: str = "", header: str = "",
+) -> Problem:  # fmt: skip
+    """A problem whose bench prints a line such as `All tests passed`.
+
+    Args:
+      name: of the problem.
+      prompt: what the model is told.
+      top: the module that an answer defines.
+      testbench: source of the bench.
+      where: file and row, for messages.
+      reference: source of a right design that defines `top`, if there is one.
+      header: head of the module, where an answer may be its body alone.
+
+    Raises:
+      UserError: the bench has no module, or announces nothing.
+    """
+    announced = [text for text in _STRING.findall(testbench) if _ALL_PASSED.search(text)]
+    if not announced:
+        raise UserError(f'{where}: its test bench announces no pass (a text such as "All tests passed")')
+    matched = _ALL_PASSED.search(announced[-1])
+    assert matched is not None
+    return Problem(
+        name=name,
+        prompt=prompt,
+        reference=reference,
+        testbench=testbench,
+        top=top,
+        reference_top=top if reference else "",
+        bench_top=_root(testbench, where),
+        bench_needs_reference=False,
+        result_marker=matched[0],
+        result_pattern=RESULT_PATTERN,
+        failure_pattern=FAILURE_PATTERN,
+        official_rule=official_rule,
+        header=header,
+    )
+
+
+def official_rule(log: str) -> bool:
+    """The rule of such benchmarks' scripts: the announcement is somewhere in what was printed."""
+    return _ALL_PASSED.search(log) is not None
+
+
+def _root(testbench: str, where: str) -> str:
+    """The module of the bench that no other one of it instantiates."""
+    words = re.findall(r"[A-Za-z_]\w*", blank(testbench)[0])
+    modules = defined_modules(testbench)
+    if not modules:
+        raise UserError(f"{where}: its test bench has no module")
+    return next((name for name in modules if words.count(name) == 1), modules[-1])

@@ -1,0 +1,53 @@
+"""ResBench: `problems.json`, categories of problems without references, whose benches announce `All tests passed`."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+from gemma4_tpu.errors import UserError
+from gemma4_tpu.evals.problems import Problem
+from gemma4_tpu.evals.verilog.announcing import announcing_problem
+
+FILE = "problems.json"
+KEYS = ("module", "Problem", "Module header", "Testbench")
+_HEAD = re.compile(r"\A.*?\)\s*;", re.DOTALL)
+PROMPT = "{problem}\n\nThe module's head:\n\n```verilog\n{header}\n```\n\nGive me the whole module.\n"
+
+
+class ResBench:
+    """Problems from a clone of ResBench, or from a file of its form. Some of its headers hold the whole solution: the
+    model is shown them up to the end of the ports.
+    """
+
+    name = "resbench"
+
+    def load(self, path: str | Path) -> list[Problem]:
+        """The problems of `problems.json` in the folder `path`, or of the file `path`.
+
+        Raises:
+          UserError: there is no such file, or it is of another form.
+        """
+        file = Path(path) / FILE if Path(path).is_dir() else Path(path)
+        try:
+            categories = json.loads(file.read_text(encoding="utf-8"))
+            listed = [row for rows in categories.values() for row in rows]
+        except (OSError, ValueError, AttributeError, TypeError) as error:
+            raise UserError(
+                f"eval.problems_path={path}: no {FILE} of the form {{category: [problem, …]}} ({error}); give a clone"
+                " of ResBench"
+            ) from None
+        return [_problem(row, f"{file}, problem {number}") for number, row in enumerate(listed, 1)]
+
+
+def _problem(row: Any, where: str) -> Problem:
+    given = {key: row[key] for key in KEYS if isinstance(row, dict) and isinstance(row.get(key), str)}
+    if missing := [key for key in KEYS if key not in given]:
+        raise UserError(f"{where}: {', '.join(missing)} missing")
+    top, description, header, testbench = (given[key] for key in KEYS)
+    head = _HEAD.match(header)
+    header = head[0] if head else header
+    prompt = PROMPT.format(problem=description, header=header)
+    return announcing_problem(top, prompt=prompt, top=top, testbench=testbench, where=where, header=header)

@@ -1,0 +1,69 @@
+"""`python -m gemma4_tpu.judge eval=verilog_eval eval.problems_path=<clone>`: the judge as a service on loopback.
+
+Problems → judge ready, canaries refused → served until SIGTERM, SIGINT or the parent's end. No JAX here.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import sys
+import threading
+from collections.abc import Sequence
+
+from gemma4_tpu.config.entries import JUDGE
+from gemma4_tpu.config.judge_checks import JudgeChecked
+from gemma4_tpu.config.load import Loaded, load
+from gemma4_tpu.config.tasks import JudgeRoot
+from gemma4_tpu.errors import UserError, exit_code
+
+log = logging.getLogger(__name__)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Exit code: 0 stopped, 1 the workers died, 2 refused (one message on stderr), 130 interrupted."""
+    return exit_code(lambda: _serve(load(list(sys.argv[1:] if argv is None else argv), JUDGE)))
+
+
+def _serve(loaded: Loaded[JudgeRoot, JudgeChecked]) -> int:
+    from gemma4_tpu.evals.benchmarks import load_problems
+    from gemma4_tpu.evals.judge_server import HOST, Service, make_server
+    from gemma4_tpu.evals.reward import ANNOUNCEMENT
+    from gemma4_tpu.evals.verilog.canaries import try_canaries
+    from gemma4_tpu.evals.verilog.judge import VerilogJudge
+    from gemma4_tpu.tracking.logs import setup_logging
+
+    setup_logging()
+    root, died = loaded.root, threading.Event()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # unwinds what is below, as SIGINT does
+    if root.with_parent:
+        threading.Thread(target=_end_with_the_input, daemon=True).start()
+    problems = load_problems(root.eval)
+    with VerilogJudge(root.eval.judge) as judge:
+        try_canaries(judge)
+        check = judge.prepare(problems)
+        try:
+            server = make_server(Service(problems, judge, check), root.port, died.set)
+        except OSError as error:
+            raise UserError(f"port={root.port}: {error.strerror}; give another port, or 0 for any") from None
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        log.info("%d problems, %s, sandbox %s; the canaries are refused", len(problems), check.simulator, check.sandbox)
+        print(f"{ANNOUNCEMENT}http://{HOST}:{server.server_port}", flush=True)
+        try:
+            died.wait()
+        finally:
+            server.shutdown()
+            server.server_close()
+    return 1
+
+
+def _end_with_the_input() -> None:
+    """The parent holds the other end of stdin: when it is gone, however, this ends too."""
+    while os.read(sys.stdin.fileno(), 4096):  # unbuffered: a lock on a buffer would be in the way at the end
+        pass
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

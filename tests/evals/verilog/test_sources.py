@@ -1,0 +1,175 @@
+"""Benchmarks of other forms: without references, with bodies for answers, as JSONL; and sources that are none."""
+
+import json
+from dataclasses import replace
+
+import pytest
+
+from gemma4_tpu.config.tasks import EvalConfig
+from gemma4_tpu.errors import UserError
+from gemma4_tpu.evals import benchmarks
+from gemma4_tpu.evals.problems import VerdictClass
+from gemma4_tpu.evals.verilog.completion import VerilogEvalCompletion
+from gemma4_tpu.evals.verilog.cvdp import Cvdp
+from gemma4_tpu.evals.verilog.header import with_header
+from gemma4_tpu.evals.verilog.resbench import ResBench
+from gemma4_tpu.evals.verilog.strength import grade
+from tests.evals.verilog.designs import fenced, needs_iverilog
+
+HEADER = "module inverter (\n    input a,\n    output y\n);"
+BENCH = """`timescale 1ns/1ps
+module inverter_tb;
+  reg a; wire y; integer i, errors;
+  inverter uut (.a(a), .y(y));
+  initial begin
+    errors = 0;
+    for (i = 0; i < 4; i = i + 1) begin a = i; #10; if (y !== ~a) errors = errors + 1; end
+    if (errors == 0) $display("All tests passed");
+    else $display("Some tests failed");
+    $finish;
+  end
+endmodule
+"""
+RIGHT, WRONG = f"{HEADER}\n  assign y = ~a;\nendmodule\n", f"{HEADER}\n  assign y = a;\nendmodule\n"
+ROW = {"module": "inverter", "Problem": "Invert a.", "Module header": HEADER, "Testbench": BENCH}
+
+
+@pytest.fixture
+def resbench(tmp_path):
+    def write(*rows):
+        (tmp_path / "problems.json").write_text(json.dumps({"Combinational Logic": rows}))
+        return tmp_path
+
+    return write
+
+
+def test_resbench_shows_the_header_and_not_the_solution_in_it(resbench):
+    (problem,) = ResBench().load(resbench({**ROW, "Module header": RIGHT}))
+    assert problem.prompt.startswith("Invert a.") and HEADER in problem.prompt and "assign" not in problem.prompt
+    assert (problem.name, problem.top, problem.bench_top) == ("inverter", "inverter", "inverter_tb")
+
+
+@pytest.mark.parametrize(
+    ("row", "said"),
+    [
+        ("text", "problem 1: module, Problem, Module header, Testbench missing"),
+        ({**ROW, "Testbench": None}, "problem 1: Testbench missing"),
+        ({**ROW, "Testbench": "module t; endmodule"}, "announces no pass"),
+        ({**ROW, "Testbench": '$display("All tests passed");'}, "has no module"),
+    ],
+)
+def test_what_is_missing_is_named(row, said, resbench):
+    with pytest.raises(UserError, match=said):
+        ResBench().load(resbench(row))
+
+
+def test_another_file_is_no_benchmark(tmp_path):
+    for text in ("[]", "{", '{"a": 3}'):
+        (tmp_path / "problems.json").write_text(text)
+        with pytest.raises(UserError, match="give a clone of ResBench"):
+            ResBench().load(tmp_path)
+
+
+@needs_iverilog
+def test_a_benchmark_without_references_is_judged(judge, resbench, tmp_path):
+    (problem,) = ResBench().load(resbench(ROW))
+    assert judge.prepare([problem]).cannot_pass == {}
+    assert judge.judge(problem, fenced(RIGHT)).passed
+    assert judge.judge(problem, fenced("  assign y = ~a;\nendmodule")).passed
+    assert judge.judge(problem, fenced(WRONG)).kind is VerdictClass.MISMATCH
+    forged = RIGHT.replace("~a;", 'a; initial $display("All tests passed");')
+    assert not judge.judge(problem, fenced(forged)).passed
+    strength = grade([problem], judge, {}, judge.config)[problem.name]
+    assert strength.ungraded == "the reference is not there"
+
+
+def cvdp(path, *rows):
+    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+CVDP = {
+    "id": "cvdp_inverter_0001",
+    "categories": ["cid003", "easy"],
+    "input": {"prompt": "Invert a.\u2028Really.", "context": {"notes/a.md": "An inverter."}},
+    "output": {"context": {"rtl/inverter.sv": RIGHT}},
+    "harness": {"files": {"src/.env": "TOPLEVEL = inverter\n", "src/inverter_tb.sv": BENCH}},
+}
+PYTHON = {
+    **CVDP,
+    "id": "python",
+    "harness": {"files": {"src/.env": "TOPLEVEL = x\n", "src/test_x.py": "import cocotb"}},
+}
+
+
+def test_rows_in_cvdps_form(tmp_path, caplog):
+    (problem,) = Cvdp().load(cvdp(tmp_path / "rows.jsonl", PYTHON, CVDP))
+    assert (problem.name, problem.top, problem.reference_top) == ("cvdp_inverter_0001", "inverter", "inverter")
+    assert "Really." in problem.prompt and "An inverter." in problem.prompt and problem.reference == RIGHT
+    assert "1 of 2 rows have no Verilog test bench" in caplog.text
+    with pytest.raises(UserError, match="none of 1 rows has a Verilog test bench"):
+        Cvdp().load(cvdp(tmp_path / "python.jsonl", PYTHON))
+    with pytest.raises(UserError, match=r"rows\.jsonl, line 2: not of CVDP's form"):
+        Cvdp().load(cvdp(tmp_path / "rows.jsonl", CVDP, {"id": "x"}))
+
+
+def test_completion_prompts_are_the_benchmarks_and_bodies_are_answers(tmp_path):
+    header = "module TopModule (\n  input in,\n  output out\n);\n"
+    (tmp_path / "Prob005_notgate_prompt.txt").write_text(f"\nCreate a NOT gate.\n\n{header}\n")
+    (tmp_path / "Prob005_notgate_ref.sv").write_text("module RefModule; endmodule")
+    (tmp_path / "Prob005_notgate_test.sv").write_text("module tb; endmodule")
+    with pytest.raises(UserError, match=r"Prob005_notgate_ifc\.txt is missing"):
+        VerilogEvalCompletion().load(tmp_path)
+    (tmp_path / "Prob005_notgate_ifc.txt").write_text(f"\n{header}")
+    (problem,) = VerilogEvalCompletion().load(tmp_path)
+    lines = problem.prompt.split("\n")
+    assert lines[0].startswith("// Implement the Verilog module") and "// Create a NOT gate." in lines
+    assert problem.prompt.endswith(header)
+    body, whole = "  assign out = ~in;\nendmodule", f"{header}  assign out = ~in;\nendmodule"
+    for answer in (body, fenced(body)):
+        assert "".join((header + body).split()) in "".join(with_header(answer, problem).split())
+    assert with_header(fenced(whole), problem) == fenced(whole)
+
+
+class NoSource:
+    pass
+
+
+def made(problems):
+    return type("Made", (), {"name": "made", "load": lambda self, path: problems})
+
+
+@pytest.mark.parametrize(
+    ("source", "said"),
+    [
+        (lambda: None, "is no class with a method load"),
+        (NoSource, "is no class with a method load"),
+        (made(None), "load gave NoneType None"),
+        (made([]), r"load gave list \[\]"),
+        (made([{"name": "x"}]), "problem 0 is a dict; a source makes `Problem`s"),
+    ],
+)
+def test_a_source_that_is_none_is_one_message(source, said, monkeypatch):
+    monkeypatch.setitem(benchmarks.SOURCES, "verilog_eval", source)
+    with pytest.raises(UserError, match=said):
+        benchmarks.load_problems(EvalConfig(problems_path="x"))
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"official_rule": lambda log: True}, "official_rule is <function .*lambda.*can't import"),
+        ({"official_rule": "Passed"}, "official_rule is 'Passed', no function"),
+        ({"testbench": b"module"}, "testbench must be text"),
+        ({"result_pattern": "("}, "no regular expression"),
+        ({"bench_needs_reference": True}, "needs a reference, and there is none"),
+    ],
+)
+def test_a_problem_that_cannot_be_judged_is_one_message(changes, said, resbench, monkeypatch):
+    (problem,) = ResBench().load(resbench(ROW))
+    monkeypatch.setitem(benchmarks.SOURCES, "verilog_eval", made([replace(problem, **changes)]))
+    with pytest.raises(UserError, match=said):
+        benchmarks.load_problems(EvalConfig(problems_path="x"))
+    monkeypatch.setitem(benchmarks.SOURCES, "verilog_eval", made([problem, problem]))
+    with pytest.raises(UserError, match="a second one of this name"):
+        benchmarks.load_problems(EvalConfig(problems_path="x"))
