@@ -139,7 +139,7 @@ class _Worker:
         )
 
     def stage_folder(self, problem: Problem, sandbox: Sandbox, code: str) -> Path:
-        """The folder of the problem's stage, which the first worker that needs it makes; without a reference, each time.
+        """The folder of the problem's stage, made by the first worker that needs it; without a reference, each time.
 
         Raises:
           NoStage: it can't be made.
