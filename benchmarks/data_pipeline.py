@@ -181,7 +181,7 @@ def trl(rows: Path, tokenizer: Any) -> list[Epoch]:
 
     from gemma4_tpu import assets
 
-    model = AutoModelForCausalLM.from_pretrained(assets.resolve("embedded:tiny"))
+    model = AutoModelForCausalLM.from_pretrained(assets.resolve("embedded:tiny"), trust_remote_code=False)
 
     def conversation(line: str) -> dict[str, Any]:
         row = json.loads(line)

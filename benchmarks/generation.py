@@ -63,7 +63,7 @@ def peer(batch_size: int, problems: int, tokens: int, threads: int) -> Callable[
 
     base = resolve_base(ModelConfig(path="embedded:tiny"))
     tokenizer = load_tokenizer(base.tokenizer_folder)
-    model = AutoModelForCausalLM.from_pretrained(base.folder, dtype=torch.float32).eval()
+    model = AutoModelForCausalLM.from_pretrained(base.folder, dtype=torch.float32, trust_remote_code=False).eval()
     chat, stops = ChatFormat(tokenizer, "drop"), list(checkpoint_stop_ids(base, tokenizer))
     asked = VerilogSmoke().load()[:problems]
     prompts = sorted(

@@ -201,7 +201,9 @@ def _torch_model(rank: int) -> Any:
     from gemma4_tpu import assets
 
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_pretrained(assets.resolve("embedded:tiny"), dtype=torch.float32)
+    model = AutoModelForCausalLM.from_pretrained(
+        assets.resolve("embedded:tiny"), dtype=torch.float32, trust_remote_code=False
+    )
     model.config.use_cache = False  # with a cache, transformers does not look for packed examples: they see each other
     adapter = LoraConfig(r=rank, lora_alpha=rank, lora_dropout=0.0, target_modules=LINEAR, task_type="CAUSAL_LM")
     return get_peft_model(model, adapter)

@@ -65,9 +65,9 @@ def main() -> None:
     tiny, gpu = asked.model is None, torch.cuda.is_available()
     length, limit = (asked.length, asked.rows) if not tiny else (min(asked.length, 256), min(asked.rows, 80))
     model = AutoModelForCausalLM.from_pretrained(
-        asked.model or ASSETS / "tiny", dtype=torch.bfloat16 if gpu else torch.float32
+        asked.model or ASSETS / "tiny", dtype=torch.bfloat16 if gpu else torch.float32, trust_remote_code=False
     )
-    tokenizer = AutoTokenizer.from_pretrained(asked.model or ASSETS / "tiny")
+    tokenizer = AutoTokenizer.from_pretrained(asked.model or ASSETS / "tiny", trust_remote_code=False)
     data = examples(asked.data or str(ASSETS / "verilog_smoke" / "train.jsonl.gz"), tokenizer, length, limit)
 
     settings = SFTConfig(

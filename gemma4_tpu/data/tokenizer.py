@@ -37,7 +37,7 @@ def load_tokenizer(folder: str) -> Any:
         if not (Path(path) / "tokenizer.json").is_file():
             raise UserError(f"{folder}: there is no tokenizer.json; model.tokenizer may name another folder")
         try:
-            tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True)
+            tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True, trust_remote_code=False)
         except (OSError, ValueError, KeyError) as error:
             raise UserError(f"{folder}: the tokenizer cannot be loaded ({error})") from error
     if not tokenizer.chat_template:

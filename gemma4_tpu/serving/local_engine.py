@@ -94,9 +94,9 @@ class Engine:
     def _load(self) -> None:
         if "OMP_NUM_THREADS" not in os.environ:
             torch.set_num_threads(1)  # on a busy machine two threads wait for each other
-        tokenizer = AutoTokenizer.from_pretrained(self._folder, local_files_only=True)
+        tokenizer = AutoTokenizer.from_pretrained(self._folder, local_files_only=True, trust_remote_code=False)
         model = AutoModelForCausalLM.from_pretrained(
-            self._folder, dtype=self._dtype, local_files_only=True, use_safetensors=True
+            self._folder, dtype=self._dtype, local_files_only=True, use_safetensors=True, trust_remote_code=False
         )
         self._model = model.eval()
         eos = self._model.generation_config.eos_token_id
