@@ -12,6 +12,7 @@ import re
 import numpy as np
 
 from gemma4_tpu.planning.hlo import Computation, Instruction
+from gemma4_tpu.planning.links import Grid
 
 KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute", "ragged-all-to-all")
 _PIECE = re.compile(r'"async_collective_fusion_config":\{"flag_start":"(?!-1)')
@@ -85,6 +86,15 @@ def groups(one: Instruction, devices: int) -> list[tuple[int, ...]] | None:
     if mesh := re.search(r"replica_groups=mesh\[([^\]]*)\](?:, device_ids=\(([^{}]*)\))? ?\{([^}]*)\}", text):
         return _mesh_groups(*mesh.groups())
     return None
+
+
+def over(one: Instruction, grid: Grid) -> tuple[float, str]:
+    """(links of its own over which each chip sends, the grid's dimensions along which they lie) of a collective."""
+    told = groups(one, len(grid.places)) or [tuple(range(len(grid.places)))]
+    if "source_target_pairs=" in one.attributes:
+        steps = grid.steps(told)
+        return 1 / steps if steps else 0.0, grid.axes([device for pair in told for device in pair])
+    return min(grid.links(group) for group in told), grid.axes(told[0])
 
 
 def _tiled(text: str) -> np.ndarray:

@@ -18,6 +18,7 @@ import numpy as np
 
 from gemma4_tpu.planning import collectives, kernels
 from gemma4_tpu.planning.hlo import Array, Computation, Instruction, Module
+from gemma4_tpu.planning.links import Grid
 from gemma4_tpu.planning.traffic import Reader, Traffic
 
 _ELEMENTWISE = {
@@ -45,6 +46,8 @@ class Counts:
     """How often each kind runs."""
     collective_bytes: Counter[str] = field(default_factory=Counter)
     """Bytes that a chip sends for each kind, by the usual ring algorithms."""
+    link_bytes: Counter[str] = field(default_factory=Counter)
+    """Of them, bytes over each of the links that a collective has (`collectives.over`), by the grid's dimensions."""
     unknown_kernels: Counter[str] = field(default_factory=Counter)
     """Calls of kernels about which nothing is known: their FLOPs are missing."""
     unknown_loops: int = 0
@@ -75,6 +78,7 @@ class Counts:
             "collectives": {
                 kind: {"count": n, "bytes": self.collective_bytes[kind]} for kind, n in sorted(self.collectives.items())
             },
+            "link_bytes": dict(self.link_bytes),
             "not_counted": missing,
         }
 
@@ -92,17 +96,17 @@ class Counts:
                     own[kind] += amount * times
 
 
-def count(module: Module, *, loops_once: bool = False) -> Counts:
-    """Counts a whole program; `loops_once` counts the body of each loop once, as XLA's `cost_analysis` does."""
-    return Counting(module, loops_once=loops_once).computation(module.entry.name)
+def count(module: Module, grid: Grid | None = None) -> Counts:
+    """Counts a whole program; with the `grid` on which its devices lie, also what goes over their links."""
+    return Counting(module, grid).computation(module.entry.name)
 
 
 class Counting:
     """Walks computations, each of them once."""
 
-    def __init__(self, module: Module, *, loops_once: bool = False):
+    def __init__(self, module: Module, grid: Grid | None = None):
         self.module = module
-        self.loops_once = loops_once
+        self.grid = grid
         self.reader = Reader(module)
         self.known: dict[str, Counts] = {}
         self.fused: dict[str, Counts] = {}
@@ -127,7 +131,7 @@ class Counting:
     def _instruction(self, total: Counts, within: Computation, one: Instruction, inside_fusion: bool) -> None:
         called = one.called
         if one.opcode == "while":
-            trips = 1 if self.loops_once else self.module.trip_count(one)
+            trips = self.module.trip_count(one)
             total.unknown_loops += trips is None
             for role in ("body", "condition"):
                 total.add(self.computation(called[role]), trips or 1)
@@ -170,6 +174,8 @@ class Counting:
             renamed.add(counts)
             renamed.collectives["reduce-scatter"] += renamed.collectives.pop("all-reduce")
             renamed.collective_bytes["reduce-scatter"] += renamed.collective_bytes.pop("all-reduce") // 2
+            for axes in renamed.link_bytes:
+                renamed.link_bytes[axes] /= 2
             return renamed
         return counts
 
@@ -183,8 +189,12 @@ class Counting:
         if size is None:
             total.unknown_groups[kind] += 1
             size = self.module.devices
+        sent = round(collectives.sent_bytes(kind, size, sum(a.bytes for a in operands)))
         total.collectives[kind] += 1
-        total.collective_bytes[kind] += round(collectives.sent_bytes(kind, size, sum(a.bytes for a in operands)))
+        total.collective_bytes[kind] += sent
+        if self.grid is not None:
+            links, axes = collectives.over(one, self.grid)
+            total.link_bytes[axes] += sent / links if links else 0.0
 
 
 def _dot_flops(one: Instruction, operands: list[Array]) -> float:

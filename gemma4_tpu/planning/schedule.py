@@ -8,8 +8,9 @@ operations of a few kinds; `walk.py` gives them time. No seconds here, and plain
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields
+from typing import Any
 
 from gemma4_tpu.planning import collectives, kernels, source
 from gemma4_tpu.planning.counts import Counting, Counts
@@ -26,9 +27,10 @@ on-chip memory, that the core waits for."""
 
 _CYCLES = re.compile(r'"estimated_cycles":"(\d+)"')
 _CHANNEL = re.compile(r"\bchannel_id=(\d+)")
-_COLORS = re.compile(r"color_count: (\d+)")
 _EQUATION = re.compile(r"[a-z]+(?:,[a-z]+)+->[a-z]+")
 _OP_NAME = re.compile(r'op_name="([^"]*)"')
+_ATTENDING = ("attend_", "splash")
+_ROOT = "jit(train)/"
 _OPTIMIZER_FILES = ("/optax/", "step/optimizer.py")
 _BEGIN, _END = 'custom_call_target="AsyncCollectiveStart"', 'custom_call_target="AsyncCollectiveDone"'
 
@@ -80,59 +82,95 @@ def read(module: Module, frames: source.Frames, grid: Grid) -> tuple[Op, ...]:
     return tuple(_Reading(module, frames, grid).ops(module.entry))
 
 
+def plain(ops: Sequence[Op]) -> list[dict[str, Any]]:
+    """Plain values, for JSON: what differs from the defaults."""
+    return [_plain(op) for op in ops]
+
+
+def _plain(op: Op) -> dict[str, Any]:
+    told = {one.name: getattr(op, one.name) for one in fields(op) if getattr(op, one.name) != one.default}
+    for name in ("mask", "transfer"):
+        if name in told:
+            told[name] = asdict(told[name])
+    return {**told, "body": plain(op.body)}
+
+
+def from_plain(values: Sequence[Mapping[str, Any]]) -> tuple[Op, ...]:
+    """The inverse of `plain`."""
+    return tuple(_from_plain(dict(value)) for value in values)
+
+
+def _from_plain(value: dict[str, Any]) -> Op:
+    made = {"mask": kernels.Mask, "transfer": Transfer}
+    rest = {name: made[name](**told) if name in made else told for name, told in value.items()}
+    return Op(**{**rest, "body": from_plain(value["body"])})
+
+
 class _Reading:
     def __init__(self, module: Module, frames: source.Frames, grid: Grid):
         self.module, self.frames, self.grid = module, frames, grid
         self.counting = Counting(module)
 
     def ops(self, within: Computation) -> Iterator[Op]:
+        computations = self.module.computations
         for one in within.instructions.values():
             if one.opcode == "while":
-                body = tuple(self.ops(self.module.computations[one.called["body"]]))
+                body = tuple(self.ops(computations[one.called["body"]]))
                 yield Op(name=one.name, trips=self.module.trip_count(one) or 1, body=body)
             elif one.opcode == "conditional":  # the dearest branch, as it is counted
                 dearest = max(one.called.values(), key=lambda name: self.counting.computation(name).flops)
-                yield Op(name=one.name, body=tuple(self.ops(self.module.computations[dearest])))
+                yield Op(name=one.name, body=tuple(self.ops(computations[dearest])))
             elif one.opcode == "call":
-                yield Op(name=one.name, body=tuple(self.ops(self.module.computations[one.called["to_apply"]])))
-            elif (op := self._op(within, one)) is not None:
-                yield op
+                yield Op(name=one.name, body=tuple(self.ops(computations[one.called["to_apply"]])))
+            elif what := self._what(within, one):
+                label, place = self._told(within, one)
+                yield Op(name=one.name, label=label, place=place, **what)
 
-    def _op(self, within: Computation, one: Instruction) -> Op | None:
-        """None: it takes no time."""
-        if one.opcode == "async-start":
-            return self._wrapped(one)
+    def _what(self, within: Computation, one: Instruction) -> dict[str, Any]:
+        """What an instruction does, as fields of `Op`; empty: nothing that takes time."""
         if one.opcode.endswith("-done"):
-            copies = not one.opcode.removesuffix("-done") in collectives.KINDS
-            part = COPIES if copies and not self._collective_of(within, one) else COLLECTIVES
-            return self._described(one, part, waits_for=one.operands[0])
-        if one.opcode in FREE:
-            return None
-        counts = self.counting.instruction(within, one)
-        if one.opcode == "copy-start":
-            return self._described(one, COPIES, starts=one.name, transfer=Transfer(hbm_bytes=counts.traffic.hbm))
-        inside = self._collective(one)
+            return {"waits_for": one.operands[0]}
+        if one.opcode == "async-start":  # of a computation that holds one instruction
+            inner = self.module.computations[one.called["calls"]]
+            counts, inside = self.counting.computation(inner.name), self._collective(inner.instructions[inner.root])
+        elif one.opcode in FREE:
+            return {}
+        else:
+            counts, inside = self.counting.instruction(within, one), self._collective(one)
         if inside is not None:
             return self._exchange(one, inside, counts)
-        if not (_CYCLES.search(one.attributes) or counts.kernel_flops or counts.traffic.accessed):
-            return None
-        return self._described(one, self._part(one, counts), **self._work(one, counts))
+        if one.opcode in ("copy-start", "async-start"):
+            return {"part": COPIES, "starts": one.name, "transfer": Transfer(hbm_bytes=counts.traffic.hbm)}
+        return self._work(one, counts)
 
-    def _work(self, one: Instruction, counts: Counts) -> dict:
-        cycles = _CYCLES.search(one.attributes)
+    def _work(self, one: Instruction, counts: Counts) -> dict[str, Any]:
+        """What the core does itself."""
+        part, cycles = self._part(one, counts), _cycles(one)
         if counts.kernel_flops:
             mask = next(iter(counts.attention_flops), None)
-            return {"kernel_flops": counts.kernel_flops, "mask": mask}
-        if cycles:
-            return {"cycles": int(cycles[1])}
-        return {"transfer": Transfer(hbm_bytes=counts.traffic.hbm)}
+            return {"part": part, "kernel_flops": counts.kernel_flops, "mask": mask}
+        if cycles is not None:
+            return {"part": part, "cycles": cycles}
+        if counts.traffic.accessed:
+            return {"part": part, "transfer": Transfer(hbm_bytes=counts.traffic.hbm)}
+        return {}
 
-    def _described(self, one: Instruction, part: str, **what: object) -> Op:
-        named = _OP_NAME.search(one.attributes)
-        label = named[1].rpartition("jit(train)/")[2] if named else one.opcode
-        return Op(name=one.name, part=part, label=label, place=self.frames.place(one.attributes), **what)  # type: ignore[arg-type]
-
-    # ── collectives ────────────────────────────────────────────────────────────────────────────────────────────────
+    def _exchange(self, one: Instruction, inside: Instruction, counts: Counts) -> dict[str, Any]:
+        """A collective: the core waits for it, or it starts and ends beside it, perhaps in fusions of its own."""
+        links, axes = collectives.over(inside, self.grid)
+        sent = sum(counts.collective_bytes.values())
+        transfer = Transfer(hbm_bytes=counts.traffic.hbm, sent_bytes=sent, links=links, axes=axes)
+        if one.opcode.endswith("-start"):
+            return {"part": COLLECTIVES, "starts": one.name, "transfer": transfer}
+        channel = f"channel {told[1]}" if (told := _CHANNEL.search(inside.attributes)) else one.name
+        last = self._last(one)
+        if _BEGIN in last:
+            return {"part": COLLECTIVES, "starts": channel, "transfer": transfer}
+        if _END in last:
+            return {"waits_for": channel}
+        if collectives.goes_on(inside):  # handed on by a fusion that does work of its own
+            return self._work(one, counts)
+        return {"part": COLLECTIVES, "transfer": transfer, "cycles": _cycles(one)}
 
     def _collective(self, one: Instruction) -> Instruction | None:
         """The collective that an instruction is, or that its fused computation holds."""
@@ -143,68 +181,22 @@ class _Reading:
         fused = self.module.computations[one.called["calls"]]
         return next((i for i in fused.instructions.values() if i.opcode in collectives.KINDS), None)
 
-    def _exchange(self, one: Instruction, inside: Instruction, counts: Counts) -> Op:
-        """A collective: the core waits for it, or it starts and ends beside it, perhaps in fusions of its own."""
-        sent = sum(counts.collective_bytes.values())
-        transfer = Transfer(hbm_bytes=counts.traffic.hbm, sent_bytes=sent, **self._links(one, inside))
-        if one.opcode.endswith("-start"):
-            return self._described(one, COLLECTIVES, starts=one.name, transfer=transfer)
-        channel = f"channel {told[1]}" if (told := _CHANNEL.search(inside.attributes)) else one.name
-        last = self._last(one)
-        if _BEGIN in last:
-            return self._described(one, COLLECTIVES, starts=channel, transfer=transfer)
-        if _END in last:
-            return self._described(one, COLLECTIVES, waits_for=channel)
-        if collectives.goes_on(inside):  # handed on by a fusion that does work of its own
-            return self._described(one, self._part(one, counts), **self._work(one, counts))
-        cycles = _CYCLES.search(one.attributes)
-        return self._described(one, COLLECTIVES, transfer=transfer, cycles=int(cycles[1]) if cycles else None)
-
     def _last(self, one: Instruction) -> str:
+        """Attributes of the last instruction of a fusion."""
         if one.opcode != "fusion":
             return ""
         fused = self.module.computations[one.called["calls"]]
         return fused.instructions[fused.root].attributes
 
-    def _wrapped(self, one: Instruction) -> Op:
-        """`async-start` of a computation that holds one instruction: a slice that is copied, or a collective."""
-        within = self.module.computations[one.called["calls"]]
-        root = within.instructions[within.root]
-        counts = self.counting.computation(within.name)
-        if (inside := self._collective(root)) is not None:
-            sent = sum(counts.collective_bytes.values())
-            transfer = Transfer(hbm_bytes=counts.traffic.hbm, sent_bytes=sent, **self._links(root, inside))
-            return self._described(one, COLLECTIVES, starts=one.name, transfer=transfer)
-        return self._described(one, COPIES, starts=one.name, transfer=Transfer(hbm_bytes=counts.traffic.hbm))
-
-    def _collective_of(self, within: Computation, done: Instruction) -> bool:
-        """Whether an `async-done` ends a collective."""
-        start = within.instructions[done.operands[0]]
-        if start.opcode != "async-start":
-            return False
-        inner = self.module.computations[start.called["calls"]]
-        return self._collective(inner.instructions[inner.root]) is not None
-
-    def _links(self, one: Instruction, inside: Instruction) -> dict:
-        devices = len(self.grid.places)
-        groups = collectives.groups(inside, devices) or [tuple(range(devices))]
-        members = [device for group in groups for device in group] if "pairs=" in inside.attributes else groups[0]
-        axes = self.grid.axes(members)
-        if "source_target_pairs=" in inside.attributes:
-            steps = self.grid.steps(groups)
-            return {"links": 1 / steps if steps else 0.0, "axes": axes}
-        colors = _COLORS.search(one.attributes)  # rings at a time, each with links of its own
-        links = min(self.grid.links(group) for group in groups)
-        return {"links": links * (int(colors[1]) if colors else 1), "axes": axes}
-
-    # ── what time goes to ──────────────────────────────────────────────────────────────────────────────────────────
+    def _told(self, within: Computation, one: Instruction) -> tuple[str, str]:
+        """Label and place; of what the compiler added itself those of what takes its result."""
+        named = next((taker for taker in _takers(within, one) if _op_name(taker)), one)
+        label = _op_name(named).removeprefix(_ROOT) or one.opcode
+        return label if named is one else f"{one.opcode} for {label}", self.frames.place(named.attributes)
 
     def _part(self, one: Instruction, counts: Counts) -> str:
-        named = _OP_NAME.search(one.attributes)
-        name = named[1] if named else ""
-        if counts.attention_flops:
-            return ATTENTION
-        attending = "attend_" in name or "splash" in name
+        name = _op_name(one)
+        attending = bool(counts.attention_flops) or any(word in name for word in _ATTENDING)
         if counts.matmul_flops or counts.kernel_flops:
             if attending:
                 return ATTENTION
@@ -215,3 +207,21 @@ class _Reading:
         if any(word in frame.file for frame in self.frames.of(one.attributes) for word in _OPTIMIZER_FILES):
             return OPTIMIZER
         return ELEMENTWISE
+
+
+def _cycles(one: Instruction) -> int | None:
+    told = _CYCLES.search(one.attributes)
+    return int(told[1]) if told else None
+
+
+def _op_name(one: Instruction) -> str:
+    told = _OP_NAME.search(one.attributes)
+    return told[1] if told else ""
+
+
+def _takers(within: Computation, one: Instruction, steps: int = 4) -> Iterator[Instruction]:
+    """An instruction, and what takes its result, directly or handed on a few times."""
+    yield one
+    if steps:
+        for user in within.users.get(one.name, []):
+            yield from _takers(within, user, steps - 1)
