@@ -18,6 +18,8 @@ from gemma4_tpu.tracking.plots import new_figure
 from gemma4_tpu.tracking.progress import format_seconds
 
 GIB = 2**30
+HIDDEN = "collectives_hidden"
+"""Of `PlanResult.step_parts`: beside the core."""
 _COLOURS = {
     "base": "#4c78c8", "weights": "#4c78c8", "lora": "#54a24b", "optimizer": "#e0a63a", "batch": "#9d9d9d",
     "temporaries": "#d9692c", "free": "#f0f0f0",
@@ -35,16 +37,47 @@ _MEANING = {
 def print_plan(result: PlanResult, folder: Path) -> None:
     """Prints the plan to stdout."""
     out = _console()
+    _print_rows(out, plan_rows(result))
+    _print_top(out, result)
+    out.print(Text("All figures are estimated, by " + "; ".join(f"{k}: {v}" for k, v in result.estimated_by.items())))
+    out.print(Text(f"plan.json and pictures: {folder}"), soft_wrap=True)
+
+
+def print_schedule(result: PlanResult, folder: Path) -> None:
+    """Prints what the schedule adds to a plan that is printed already."""
+    out = _console()
+    _print_rows(out, [*_schedule(result), *_money(result)])
+    _print_top(out, result)
+    out.print(Text(f"plan.json and pictures: {folder}"), soft_wrap=True)
+
+
+def _print_rows(out: Console, rows: list[tuple[str, str]]) -> None:
     table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
     table.add_column(style="bold")
     table.add_column()
-    for label, value in plan_rows(result):
+    for label, value in rows:
         table.add_row(label, Text(value))
     out.print()
     out.print(table)
     out.print()
-    out.print(Text("All figures are estimated, by " + "; ".join(f"{k}: {v}" for k, v in result.estimated_by.items())))
-    out.print(Text(f"plan.json and hbm.png: {folder}"), soft_wrap=True)
+
+
+def _print_top(out: Console, result: PlanResult) -> None:
+    """The operations that take longest, with their place in our source."""
+    if not result.top_operations:
+        return
+    table = Table(box=None, padding=(0, 2, 0, 0))
+    for title, side in (("ms", "right"), ("share", "right"), ("times", "right"), ("part", "left"), ("what", "left")):
+        table.add_column(title, justify=side)  # type: ignore[arg-type]
+    table.add_column("where")
+    for one in result.top_operations:
+        what = "/".join(one["operation"].split("/")[-2:])
+        direction = "backward " if "transpose(" in one["operation"] else ""
+        cells = [f"{one['seconds'] * 1e3:.1f}", f"{one['share']:.1%}", f"{one['times']:,}", one["part"]]
+        table.add_row(*cells, Text(f"{direction}{what}"), Text(one["source"]))
+    out.print(Text("Most of the core's time, by the schedule:"))
+    out.print(table)
+    out.print()
 
 
 def _console() -> Console:
@@ -71,7 +104,7 @@ def plan_rows(result: PlanResult) -> list[tuple[str, str]]:
     )
     parts = result.hbm_parts_bytes_per_chip.items()  # of an earlier version, some may have other names
     rows += [(f"  {_MEANING.get(kind, kind)}", format_bytes(size)) for kind, size in parts]
-    return rows + _work(result) + _money(result)
+    return [*rows, *_work(result), *_schedule(result), *_money(result)]
 
 
 def _work(result: PlanResult) -> list[tuple[str, str]]:
@@ -112,33 +145,60 @@ def _work(result: PlanResult) -> list[tuple[str, str]]:
     ]
 
 
+def _schedule(result: PlanResult) -> list[tuple[str, str]]:
+    """Time by the compiler's schedule; no rows without one."""
+    if result.step_seconds is None:
+        return []
+    parts = {part: seconds for part, seconds in result.step_parts.items() if part != HIDDEN}
+    shares, band = result.utilization, result.step_band
+    spent = sorted(parts.items(), key=lambda item: -item[1])
+    told = ", ".join(f"{part.replace('_', ' ')} {format_time(seconds)}" for part, seconds in spent if seconds)
+    return [
+        (
+            "Schedule",
+            f"{format_time(result.step_seconds)} per update by the compiler; times {band['low']:g} to {band['high']:g}"
+            f" (measured over scheduled): {format_time(result.step_seconds_low or 0)} to "
+            f"{format_time(result.step_seconds_high or 0)}",
+        ),
+        ("  of it", told),
+        ("  beside it", f"collectives {format_time(result.step_parts[HIDDEN])}"),
+        (
+            "  utilization",
+            f"{shares['schedule_compute']:.1%} of the peak FLOP/s, {shares['schedule_hbm']:.1%} of HBM's bandwidth, "
+            f"{shares['schedule_interconnect']:.1%} of the links'",
+        ),
+    ]
+
+
 def _money(result: PlanResult) -> list[tuple[str, str]]:
     share, rate, hours = result.utilization, result.real_tokens_per_second, result.hours
+    by = "assumed" if result.step_seconds is None else "by the schedule's band"
     reached = f"at {share['low']:.0%} to {share['high']:.0%} of the roofline"
     rows = [
-        ("Speed", f"{rate['low']:,.0f} to {rate['high']:,.0f} real tokens/s {reached} (assumed)"),
+        ("Speed", f"{rate['low']:,.0f} to {rate['high']:,.0f} real tokens/s {reached} ({by})"),
         (
             "Run",
             f"{result.updates:,} updates: {format_seconds(hours['high'] * 3600)} to "
-            f"{format_seconds(hours['low'] * 3600)}; {format_seconds(hours['mid'] * 3600)} at {share['mid']:.0%}",
+            f"{format_seconds(hours['low'] * 3600)}",
         ),
     ]
     for kind, usd in result.usd_estimate.items():
         label = {"on_demand": "On demand", "spot": "Spot", "configured": "Cost"}[kind]
-        line = f"{format_usd(usd['high'])} to {format_usd(usd['low'])}; {format_usd(usd['mid'])} at {share['mid']:.0%}"
-        rows.append((label, line))
+        rows.append((label, f"{format_usd(usd['high'])} to {format_usd(usd['low'])}"))
     if not result.usd_estimate:
         rows.append(("Cost", "no price is known for this slice; give hardware.usd_per_hour"))
     if result.usd_per_million_real_tokens is not None:
         price = result.price
+        middle = result.usd_per_million_real_tokens
+        low, high = (middle * share["mid"] / share[end] for end in ("high", "low"))
         rows.append(
             (
                 "Per million",
-                f"${result.usd_per_million_real_tokens:.3f} per million real tokens (${price['usd_per_hour']:g}/h, "
-                f"{price['source']})",
+                f"${low:.3f} to ${high:.3f} per million real tokens (${price['usd_per_hour']:g}/h, {price['source']})",
             )
         )
-    took = f"lowered in {result.lowering_seconds:.0f} s, compiled in {result.compile_seconds:.0f} s on this machine"
+    before = ", by an earlier plan" if result.compiled_before else ""
+    took = f"lowered in {result.lowering_seconds:.0f} s, compiled in {result.compile_seconds:.0f} s{before}"
     return [*rows, ("Compilation", took)]
 
 
