@@ -88,13 +88,13 @@ def groups(one: Instruction, devices: int) -> list[tuple[int, ...]] | None:
     return None
 
 
-def over(one: Instruction, grid: Grid) -> tuple[float, str]:
-    """(links of its own over which each chip sends, the grid's dimensions along which they lie) of a collective."""
-    told = groups(one, len(grid.places)) or [tuple(range(len(grid.places)))]
+def over(one: Instruction, grid: Grid) -> tuple[float, tuple[str, ...]]:
+    """(links of its own over which each chip sends, the directions in which they lie) of a collective."""
+    devices = len(grid.places)
+    told = groups(one, devices) or [tuple(range(devices))]
     if "source_target_pairs=" in one.attributes:
-        steps = grid.steps(told)
-        return 1 / steps if steps else 0.0, grid.axes([device for pair in told for device in pair])
-    return min(grid.links(group) for group in told), grid.axes(told[0])
+        return grid.permuted(told)
+    return min(grid.links(group) for group in told), grid.lanes(min(told))
 
 
 def _tiled(text: str) -> np.ndarray:

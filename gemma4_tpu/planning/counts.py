@@ -47,7 +47,7 @@ class Counts:
     collective_bytes: Counter[str] = field(default_factory=Counter)
     """Bytes that a chip sends for each kind, by the usual ring algorithms."""
     link_bytes: Counter[str] = field(default_factory=Counter)
-    """Of them, bytes over each of the links that a collective has (`collectives.over`), by the grid's dimensions."""
+    """Of them, bytes over each of the links that a collective has (`collectives.over`), by direction."""
     unknown_kernels: Counter[str] = field(default_factory=Counter)
     """Calls of kernels about which nothing is known: their FLOPs are missing."""
     unknown_loops: int = 0
@@ -174,8 +174,8 @@ class Counting:
             renamed.add(counts)
             renamed.collectives["reduce-scatter"] += renamed.collectives.pop("all-reduce")
             renamed.collective_bytes["reduce-scatter"] += renamed.collective_bytes.pop("all-reduce") // 2
-            for axes in renamed.link_bytes:
-                renamed.link_bytes[axes] /= 2
+            for lane in renamed.link_bytes:
+                renamed.link_bytes[lane] /= 2
             return renamed
         return counts
 
@@ -193,8 +193,9 @@ class Counting:
         total.collectives[kind] += 1
         total.collective_bytes[kind] += sent
         if self.grid is not None:
-            links, axes = collectives.over(one, self.grid)
-            total.link_bytes[axes] += sent / links if links else 0.0
+            links, lanes = collectives.over(one, self.grid)
+            for lane in lanes:
+                total.link_bytes[lane] += sent / links
 
 
 def _dot_flops(one: Instruction, operands: list[Array]) -> float:

@@ -247,8 +247,8 @@ def roofline(
       flops: of one chip.
       traffic: HBM bytes of one chip.
       collectives: by kind, with the `bytes` that a chip sends.
-      link_bytes: over each link that a collective has, by the dimensions of the grid (`Counts.link_bytes`); those of
-        one dimension wait for each other. None, in records of old counts: as if all had the links of the whole slice.
+      link_bytes: over each link that a collective has, by direction (`Counts.link_bytes`). None, in records of old
+        counts: as if every collective had the links of the whole slice.
     """
     chip = wanted.chip
     if link_bytes is None:
@@ -256,8 +256,7 @@ def roofline(
         sent = sum(kind["bytes"] for kind in collectives.values())
         busiest = sent / neighbours if neighbours else 0.0
     else:
-        dimensions = set("".join(link_bytes))
-        busiest = max((sum(n for axes, n in link_bytes.items() if d in axes) for d in dimensions), default=0.0)
+        busiest = max(link_bytes.values(), default=0.0)
     seconds = {
         "compute": flops / chip.peak_flops_per_second,
         "hbm": traffic / chip.hbm_bytes_per_second,

@@ -83,11 +83,30 @@ class Grid:
         neighbours = min(sum(self.distance(a, b) == steps for b in devices if b != a) for a in devices)
         return min(RING, neighbours) / steps
 
-    def steps(self, pairs: Sequence[Sequence[int]]) -> int:
-        """The longest way of pairs that send to each other."""
-        return max((self.distance(a, b) for a, b in pairs), default=0)
+    def lanes(self, group: Sequence[int]) -> tuple[str, ...]:
+        """Directions such as `+x` in which a chip of a group sends: its own links, as seen from the first device.
 
-    def axes(self, group: Sequence[int]) -> str:
-        """The dimensions along which a group lies, such as `xy`: collectives of the same ones share links."""
-        places = [self.places[device] for device in group]
-        return "".join("xyz"[d] for d in range(len(self.sizes)) if len({place[d] for place in places}) > 1)
+        What goes in one direction waits for what goes there already; programs are alike on all chips.
+        """
+        first = min(group)
+        others = [device for device in group if self.places[device] != self.places[first]]
+        nearest = min((self.distance(first, device) for device in others), default=0)
+        found = [self._direction(first, device) for device in others if self.distance(first, device) == nearest]
+        return tuple(sorted(set(found)))
+
+    def permuted(self, pairs: Sequence[tuple[int, ...]]) -> tuple[float, tuple[str, ...]]:
+        """(links, lanes) of pairs that send to each other: one link, shared by as many as its longest way has steps."""
+        steps = max((self.distance(a, b) for a, b in pairs), default=0)
+        if not steps:
+            return 0.0, ()
+        a, b = min(pair for pair in pairs if self.distance(*pair))
+        return 1 / steps, (self._direction(a, b),)
+
+    def _direction(self, a: int, b: int) -> str:
+        """The first step from one device to another, by the shorter way."""
+        for dimension, size in enumerate(self.sizes):
+            step = self.places[b][dimension] - self.places[a][dimension]
+            if step:
+                around = self.joined(dimension) and 2 * abs(step) > size
+                return ("+" if (step > 0) != around else "-") + "xyz"[dimension]
+        return ""

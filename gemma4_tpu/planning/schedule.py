@@ -44,8 +44,8 @@ class Transfer:
     """By a chip, to others."""
     links: float = 0.0
     """Over so many links of its own; 0: within a chip."""
-    axes: str = ""
-    """The grid's dimensions along which these lie."""
+    lanes: tuple[str, ...] = ()
+    """The directions in which these lie, such as `+x`."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,9 +101,12 @@ def from_plain(values: Sequence[Mapping[str, Any]]) -> tuple[Op, ...]:
 
 
 def _from_plain(value: dict[str, Any]) -> Op:
-    made = {"mask": kernels.Mask, "transfer": Transfer}
-    rest = {name: made[name](**told) if name in made else told for name, told in value.items()}
-    return Op(**{**rest, "body": from_plain(value["body"])})
+    rest = dict(value, body=from_plain(value["body"]))
+    if "mask" in value:
+        rest["mask"] = kernels.Mask(**value["mask"])
+    if "transfer" in value:
+        rest["transfer"] = Transfer(**{**value["transfer"], "lanes": tuple(value["transfer"]["lanes"])})
+    return Op(**rest)
 
 
 class _Reading:
@@ -157,9 +160,9 @@ class _Reading:
 
     def _exchange(self, one: Instruction, inside: Instruction, counts: Counts) -> dict[str, Any]:
         """A collective: the core waits for it, or it starts and ends beside it, perhaps in fusions of its own."""
-        links, axes = collectives.over(inside, self.grid)
+        links, lanes = collectives.over(inside, self.grid)
         sent = sum(counts.collective_bytes.values())
-        transfer = Transfer(hbm_bytes=counts.traffic.hbm, sent_bytes=sent, links=links, axes=axes)
+        transfer = Transfer(hbm_bytes=counts.traffic.hbm, sent_bytes=sent, links=links, lanes=lanes)
         if one.opcode.endswith("-start"):
             return {"part": COLLECTIVES, "starts": one.name, "transfer": transfer}
         channel = f"channel {told[1]}" if (told := _CHANNEL.search(inside.attributes)) else one.name

@@ -1,4 +1,4 @@
-"""Gives a schedule time: a core that works in order, and queues beside it for HBM and the links of each mesh axis.
+"""Gives a schedule time: a core that works in order, and queues beside it for HBM and for the links.
 
 A queue takes one transfer after another; the core waits where a transfer must have ended. Loops run one round, times
 their trips. What is not modelled: that copies beside the core slow down what it reads itself, and that the core does
@@ -26,7 +26,7 @@ class Event:
     """A stretch of the core or of a queue."""
 
     row: str
-    """`CORE`, `HBM`, or the dimensions of the grid whose links are in use."""
+    """`CORE`, `HBM`, or the direction of the links in use."""
     start: float
     end: float
     part: str
@@ -132,20 +132,21 @@ class _Walk:
         cycles = (op.cycles or 0) / self.rates.clock_hertz
         if op.transfer is None:
             return cycles
-        before = calibration.SYNCHRONOUS_SECONDS if op.transfer.sent_bytes else calibration.OTHER_SECONDS
-        return max(cycles, self._transfer(op.transfer, before))
+        if not op.transfer.sent_bytes:
+            return self._transfer(op.transfer) + calibration.OTHER_SECONDS
+        return max(cycles, self._transfer(op.transfer, calibration.SYNCHRONOUS_SECONDS))
 
-    def _transfer(self, transfer: Transfer, before: float) -> float:
+    def _transfer(self, transfer: Transfer, before: float = 0.0) -> float:
         hbm = transfer.hbm_bytes / self.rates.hbm_bytes_per_second
-        if not transfer.sent_bytes:
-            return hbm + (before if hbm else 0.0)
+        if not transfer.sent_bytes:  # copies follow each other without a pause
+            return hbm
         over = transfer.links * self.rates.link_bytes_per_second
         return max(transfer.sent_bytes / over if over else 0.0, hbm) + before
 
 
 def _queues(transfer: Transfer) -> list[str]:
-    """The queues that a transfer takes a place in: HBM's, or those of the dimensions along which its links lie."""
-    return list(transfer.axes) if transfer.sent_bytes else [HBM]
+    """The queues that a transfer takes a place in: HBM's, or those of the links over which it goes."""
+    return list(transfer.lanes) if transfer.sent_bytes else [HBM]
 
 
 def slowest_loop(told: Walked) -> Walked:
