@@ -188,10 +188,10 @@ class PlanConfig:
     """When the run does not fit: changes to compile in search of some that do; 0: none."""
     search: bool = False
     """Compile every legal mesh with each remat policy and batch size of the slice, and show which are worth it."""
-    search_schedules: int = 4
-    """With `plan.schedule`: of what fits, so many are compiled to the end, those with the best roofline first; they are
+    search_schedules: int = 3
+    """With `plan.schedule`: of what fits, so many are compiled to the end, those with the best rooflines; they are
     ranked by the schedule."""
-    search_flags: list[str] = field(default_factory=lambda: ["tuned"])
+    search_flags: list[str] = field(default_factory=lambda: ["none", "tuned"])
     """Values of `hardware.flags` with which each of these is compiled to the end."""
     search_rows: list[int] = field(default_factory=lambda: [1, 2, 4])
     """Rows of T for each place on the fsdp axis and microbatch that a search tries."""

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from gemma4_tpu.config.checks import rows_per_microbatch
+from gemma4_tpu.config.flags import compiler_options
 from gemma4_tpu.config.plan_checks import examine_plan
 from gemma4_tpu.config.tasks import PlanRoot
 from gemma4_tpu.errors import UserError
@@ -40,7 +41,7 @@ def answers(config: PlanRoot, updates: int, dump: Path) -> Iterator[Answer]:
     checked, problems = examine_plan(config)
     if checked is None:
         raise UserError("; ".join(problem.message for problem in problems))
-    sizes, options = checked.mesh, config.hardware.compiler_options
+    sizes, options = checked.mesh, compiler_options(config.hardware)
     mesh = make_mesh(sizes.fsdp, sizes.tp, absent_devices(checked.slice), dp=sizes.dp)
     devices = list(mesh.devices.flat)
     rows = rows_per_microbatch(config.trainer, config.data, sizes.row_places)

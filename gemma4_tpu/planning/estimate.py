@@ -38,6 +38,8 @@ class PlanResult:
     """Sizes of the axes `dp`, `fsdp` and `tp`."""
     remat: str
     """The policy that was compiled (what `auto` chose)."""
+    flags: str = "none"
+    """`hardware.flags`."""
     sequence_length: int
     """T, in tokens."""
     rows_per_update: int
@@ -162,6 +164,7 @@ def describe(config: PlanRoot, wanted: Slice, mesh: MeshSizes) -> dict[str, Any]
         "trained": trained_as(config),
         "mesh": mesh._asdict(),
         "remat": config.trainer.remat,
+        "flags": config.hardware.flags,
         "sequence_length": config.data.sequence_length,
         "rows_per_update": rows_per_update(config.trainer, config.data),
         "microbatches": config.trainer.microbatches,

@@ -297,18 +297,24 @@ def print_search(found: Found, folder: Path) -> None:
     """Prints every compiled candidate, the front marked, and what was skipped and why."""
     out = _console()
     table = Table(box=None, padding=(0, 2, 0, 0))
-    for title in ("", "mesh", "remat", "rows", "HBM per chip", "free", "bound by", "real tokens/s", "$ per million"):
-        table.add_column(title, justify="left" if title in ("", "mesh", "remat", "bound by") else "right")
+    for title in ("", "mesh", "remat", "flags", "rows", "HBM per chip", "free", "roofline", "schedule",
+                  "real tokens/s", "$ per million"):  # fmt: skip
+        table.add_column(title, justify="left" if title in ("", "mesh", "remat", "flags") else "right")
     front = {id(result) for result in found.front}
-    for one in sorted((item["plan"] for item in found.results), key=lambda r: (not r.fits, cost(r) if r.fits else 0)):
+
+    def order(one: PlanResult) -> tuple[bool, bool, float]:
+        return not one.fits, one.step_seconds is None, cost(one) if one.fits else 0.0
+
+    for one in sorted((item["plan"] for item in found.results), key=order):
         mesh = str(MeshSizes.recorded(one.mesh))
-        cells = ["→" if id(one) in front else "", mesh, one.remat, str(one.rows_per_update)]
+        cells = ["→" if id(one) in front else "", mesh, one.remat, one.flags, str(one.rows_per_update)]
         if one.fits:
             usd = one.usd_per_million_real_tokens
             cells += [
                 format_bytes(one.hbm_bytes_per_chip or 0),
                 f"{free(one):.0%}",
-                one.bound_by or "",
+                f"{format_time(one.roofline_seconds['update'])} {one.bound_by}",
+                format_time(one.step_seconds) if one.step_seconds is not None else "–",
                 f"{one.real_tokens_per_second['mid']:,.0f}",
                 f"{usd:.3f}" if usd is not None else "no price",
             ]
@@ -318,10 +324,8 @@ def print_search(found: Found, folder: Path) -> None:
     out.print()
     out.print(table)
     if found.front:
-        share = found.front[0].utilization["mid"]
-        out.print(
-            Text(f"\n→ nothing else is both cheaper and has more HBM free. Estimated at {share:.0%} of the roofline.")
-        )
+        by = "the middle of the schedule's band" if found.front[0].step_seconds is not None else "half the roofline"
+        out.print(Text(f"\n→ nothing else is both cheaper and has more HBM free. Tokens and dollars at {by}."))
     left_out = [skip for skip in found.skipped if skip["reason"].startswith(LEFT_OUT)]
     for skip in found.skipped:
         if skip not in left_out:

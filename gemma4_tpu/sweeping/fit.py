@@ -31,7 +31,7 @@ log = logging.getLogger(__name__)
 MODES = ("auto", "true", "false")
 _KEY = "hydra.launcher.plan"
 _COUNTS = {
-    "hardware": ("name", "compiler_options"),
+    "hardware": ("name", "flags", "compiler_options"),
     "mesh": ("dp", "fsdp", "tp"),
     "model": ("name",),
     "lora": ("enabled", "rank", "dropout", "targets", "quantize"),
