@@ -12,10 +12,11 @@ import re
 import numpy as np
 
 from gemma4_tpu.planning.hlo import Computation, Instruction
-from gemma4_tpu.planning.links import Grid
+from gemma4_tpu.planning.links import RING, Grid
 
 KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute", "ragged-all-to-all")
 _PIECE = re.compile(r'"async_collective_fusion_config":\{"flag_start":"(?!-1)')
+_ONE_RING = re.compile(r'"emitter":"1D|"strategy":"(?:StrategyRing|UniDirection1D)')
 _CONTINUATION = re.compile(
     r'"continuation_config":\{"output_tuple_original_start":"(\d+)","output_tuple_original_end":"(\d+)",'
     r'"operand_original_start":"(\d+)","operand_original_end":"(\d+)"'
@@ -88,13 +89,21 @@ def groups(one: Instruction, devices: int) -> list[tuple[int, ...]] | None:
     return None
 
 
-def over(one: Instruction, grid: Grid) -> tuple[float, tuple[str, ...]]:
-    """(links of its own over which each chip sends, the directions in which they lie) of a collective."""
+def over(one: Instruction, grid: Grid, algorithm: str = "") -> tuple[float, tuple[str, ...]]:
+    """(links of its own over which each chip sends, the directions in which they lie) of a collective.
+
+    Args:
+      one: the collective.
+      grid: on which the devices lie.
+      algorithm: attributes with `collective_algorithm_config`, known once code is generated: one ring has two links of
+        a chip, the algorithms for several dimensions have all that lie between the group's chips.
+    """
     devices = len(grid.places)
     told = groups(one, devices) or [tuple(range(devices))]
     if "source_target_pairs=" in one.attributes:
         return grid.permuted(told)
-    return min(grid.links(group) for group in told), grid.lanes(min(told))
+    most = RING if _ONE_RING.search(algorithm) else None
+    return min(grid.links(group, most) for group in told), grid.lanes(min(told))
 
 
 def _tiled(text: str) -> np.ndarray:

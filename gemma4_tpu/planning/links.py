@@ -16,8 +16,7 @@ from gemma4_tpu.hardware import Slice
 
 Place = tuple[int, ...]
 RING = 2
-"""Links of a chip that a ring uses, one to each neighbour. The compiler's algorithms are rings (`emitter` and
-`strategy` in `collective_algorithm_config`)."""
+"""Links of a chip that one ring uses, one to each neighbour."""
 _JOINED_2D = 16
 """A dimension of a 2D slice (v5e, v6e) is joined at its ends at this size (Cloud TPU, system architecture)."""
 _JOINED_3D = 4
@@ -68,10 +67,10 @@ class Grid:
             steps += min(step, size - step) if self.joined(dimension) else step
         return steps
 
-    def links(self, group: Sequence[int]) -> float:
-        """Links over which each chip of a ring sends, of those between the group's own chips; 0 within a chip.
+    def links(self, group: Sequence[int], most: int | None = None) -> float:
+        """Links over which each chip sends, of those between the group's own chips, `most` at most; 0 within a chip.
 
-        Where no two of them are neighbours, what they send passes other chips on its way, whose own groups do the same:
+        The chip with the fewest decides how fast all are. Where no two of them are neighbours, what they send passes other chips on its way, whose own groups do the same:
         each link is shared by as many groups as there are steps.
         """
         chips = sorted({self.places[device] for device in group})
@@ -81,7 +80,7 @@ class Grid:
         devices = [one_of[chip] for chip in chips]
         steps = min(self.distance(a, b) for a, b in itertools.combinations(devices, 2))
         neighbours = min(sum(self.distance(a, b) == steps for b in devices if b != a) for a in devices)
-        return min(RING, neighbours) / steps
+        return (neighbours if most is None else min(most, neighbours)) / steps
 
     def lanes(self, group: Sequence[int]) -> tuple[str, ...]:
         """Directions such as `+x` in which a chip of a group sends: its own links, as seen from the first device.

@@ -26,7 +26,6 @@ reshaped around them; norms, activations, gathers and the like; the optimizer; c
 on-chip memory, that the core waits for."""
 
 _CYCLES = re.compile(r'"estimated_cycles":"(\d+)"')
-_CHANNEL = re.compile(r"\bchannel_id=(\d+)")
 _EQUATION = re.compile(r"[a-z]+(?:,[a-z]+)+->[a-z]+")
 _OP_NAME = re.compile(r'op_name="([^"]*)"')
 _ATTENDING = ("attend_", "splash")
@@ -141,7 +140,7 @@ class _Reading:
         else:
             counts, inside = self.counting.instruction(within, one), self._collective(one)
         if inside is not None:
-            return self._exchange(one, inside, counts)
+            return self._exchange(within, one, inside, counts)
         if one.opcode in ("copy-start", "async-start"):
             return {"part": COPIES, "starts": one.name, "transfer": Transfer(hbm_bytes=counts.traffic.hbm)}
         return self._work(one, counts)
@@ -158,19 +157,18 @@ class _Reading:
             return {"part": part, "transfer": Transfer(hbm_bytes=counts.traffic.hbm)}
         return {}
 
-    def _exchange(self, one: Instruction, inside: Instruction, counts: Counts) -> dict[str, Any]:
+    def _exchange(
+        self, within: Computation, one: Instruction, inside: Instruction, counts: Counts
+    ) -> dict[str, Any]:
         """A collective: the core waits for it, or it starts and ends beside it, perhaps in fusions of its own."""
-        links, lanes = collectives.over(inside, self.grid)
+        links, lanes = collectives.over(inside, self.grid, one.attributes)
         sent = sum(counts.collective_bytes.values())
         transfer = Transfer(hbm_bytes=counts.traffic.hbm, sent_bytes=sent, links=links, lanes=lanes)
-        if one.opcode.endswith("-start"):
-            return {"part": COLLECTIVES, "starts": one.name, "transfer": transfer}
-        channel = f"channel {told[1]}" if (told := _CHANNEL.search(inside.attributes)) else one.name
         last = self._last(one)
-        if _BEGIN in last:
-            return {"part": COLLECTIVES, "starts": channel, "transfer": transfer}
+        if one.opcode.endswith("-start") or _BEGIN in last:
+            return {"part": COLLECTIVES, "starts": one.name, "transfer": transfer}
         if _END in last:
-            return {"waits_for": channel}
+            return {"waits_for": self._origin(within, one.operands[0])}
         if collectives.goes_on(inside):  # handed on by a fusion that does work of its own
             return self._work(one, counts)
         return {"part": COLLECTIVES, "transfer": transfer, "cycles": _cycles(one)}
@@ -190,6 +188,17 @@ class _Reading:
             return ""
         fused = self.module.computations[one.called["calls"]]
         return fused.instructions[fused.root].attributes
+
+    def _origin(self, within: Computation, name: str) -> str:
+        """The fusion that started what others have handed on, each as some element of its result."""
+        one = within.instructions[name]
+        if one.opcode != "get-tuple-element":
+            return name
+        source, index = within.instructions[one.operands[0]], one.attributes.partition("index=")[2].split(",")[0]
+        handed = re.search(rf"\{{{index}\}}: \((\d+),", source.attributes)
+        if _BEGIN in self._last(source) or handed is None:
+            return source.name
+        return self._origin(within, source.operands[int(handed[1])])
 
     def _told(self, within: Computation, one: Instruction) -> tuple[str, str]:
         """Label and place; of what the compiler added itself those of what takes its result."""
