@@ -87,9 +87,7 @@ class _Work:
             programs.put(self._read, found)
         return found
 
-    def compiled(
-        self, lowered: Any, dump: Path, limit_bytes: int, *, to_the_end: bool
-    ) -> Iterator[Answer]:
+    def compiled(self, lowered: Any, dump: Path, limit_bytes: int, *, to_the_end: bool) -> Iterator[Answer]:
         """Compiles: what is known once memory is assigned, and at the end, which is kept."""
         print("compiling", flush=True)
         started = time.perf_counter()

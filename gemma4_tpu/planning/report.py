@@ -11,6 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from gemma4_tpu.hardware import MeshSizes
+from gemma4_tpu.planning.bands import band, usd_per_million
 from gemma4_tpu.planning.estimate import PlanResult
 from gemma4_tpu.planning.search import LEFT_OUT, Found, cost, free
 from gemma4_tpu.tracking.cost import format_usd
@@ -174,29 +175,21 @@ def _money(result: PlanResult) -> list[tuple[str, str]]:
     share, rate, hours = result.utilization, result.real_tokens_per_second, result.hours
     by = "assumed" if result.step_seconds is None else "by the schedule's band"
     reached = f"at {share['low']:.0%} to {share['high']:.0%} of the roofline"
+    minutes = sorted((hours["low"] * 3600, hours["high"] * 3600))
     rows = [
-        ("Speed", f"{rate['low']:,.0f} to {rate['high']:,.0f} real tokens/s {reached} ({by})"),
-        (
-            "Run",
-            f"{result.updates:,} updates: {format_seconds(hours['high'] * 3600)} to "
-            f"{format_seconds(hours['low'] * 3600)}",
-        ),
+        ("Speed", f"{band(rate)} real tokens/s {reached} ({by})"),
+        ("Run", f"{result.updates:,} updates: {' to '.join(map(format_seconds, minutes))}"),
     ]
-    for kind, usd in result.usd_estimate.items():
+    for kind, dollars in result.usd_estimate.items():
         label = {"on_demand": "On demand", "spot": "Spot", "configured": "Cost"}[kind]
-        rows.append((label, f"{format_usd(usd['high'])} to {format_usd(usd['low'])}"))
+        ends = sorted((dollars["low"], dollars["high"]))
+        rows.append((label, " to ".join(dict.fromkeys(map(format_usd, ends)))))
     if not result.usd_estimate:
         rows.append(("Cost", "no price is known for this slice; give hardware.usd_per_hour"))
-    if result.usd_per_million_real_tokens is not None:
-        price = result.price
-        middle = result.usd_per_million_real_tokens
-        low, high = (middle * share["mid"] / share[end] for end in ("high", "low"))
-        rows.append(
-            (
-                "Per million",
-                f"${low:.3f} to ${high:.3f} per million real tokens (${price['usd_per_hour']:g}/h, {price['source']})",
-            )
-        )
+    usd = usd_per_million(result.usd_per_million_real_tokens, result.seconds_per_update)
+    if usd is not None:
+        price = f"${result.price['usd_per_hour']:g}/h, {result.price['source']}"
+        rows.append(("Per million", f"${band(usd, '{:.3f}')} per million real tokens ({price})"))
     before = ", by an earlier plan" if result.compiled_before else ""
     took = f"lowered in {result.lowering_seconds:.0f} s, compiled in {result.compile_seconds:.0f} s{before}"
     return [*rows, ("Compilation", took)]

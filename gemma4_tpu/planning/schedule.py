@@ -7,6 +7,7 @@ operations of a few kinds; `walk.py` gives them time. No seconds here, and plain
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
@@ -25,6 +26,8 @@ BASE, LORA, ATTENTION, GLUE, ELEMENTWISE, OPTIMIZER, COLLECTIVES, COPIES = PARTS
 reshaped around them; norms, activations, gathers and the like; the optimizer; collectives, and copies between HBM and
 on-chip memory, that the core waits for."""
 
+LOOKED_AT = 40
+"""Instructions that take a result, in search of a name and a place for it."""
 _CYCLES = re.compile(r'"estimated_cycles":"(\d+)"')
 _EQUATION = re.compile(r"[a-z]+(?:,[a-z]+)+->[a-z]+")
 _OP_NAME = re.compile(r'op_name="([^"]*)"')
@@ -157,9 +160,7 @@ class _Reading:
             return {"part": part, "transfer": Transfer(hbm_bytes=counts.traffic.hbm)}
         return {}
 
-    def _exchange(
-        self, within: Computation, one: Instruction, inside: Instruction, counts: Counts
-    ) -> dict[str, Any]:
+    def _exchange(self, within: Computation, one: Instruction, inside: Instruction, counts: Counts) -> dict[str, Any]:
         """A collective: the core waits for it, or it starts and ends beside it, perhaps in fusions of its own."""
         links, lanes = collectives.over(inside, self.grid, one.attributes)
         sent = sum(counts.collective_bytes.values())
@@ -202,9 +203,11 @@ class _Reading:
 
     def _told(self, within: Computation, one: Instruction) -> tuple[str, str]:
         """Label and place; of what the compiler added itself those of what takes its result."""
-        named = next((taker for taker in _takers(within, one) if _op_name(taker)), one)
+        takers = list(itertools.islice(_takers(within, one), LOOKED_AT))
+        named = next((taker for taker in takers if _op_name(taker)), one)
         label = _op_name(named).removeprefix(_ROOT) or one.opcode
-        return label if named is one else f"{one.opcode} for {label}", self.frames.place(named.attributes)
+        label = label if named is one else f"{one.opcode} for {label}"
+        return label, next((place for taker in takers if (place := self.frames.place(taker.attributes))), "")
 
     def _part(self, one: Instruction, counts: Counts) -> str:
         name = _op_name(one)

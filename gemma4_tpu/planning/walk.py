@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from gemma4_tpu.planning import calibration
 from gemma4_tpu.planning.calibration import Rates
 from gemma4_tpu.planning.kernels import Mask
-from gemma4_tpu.planning.schedule import COLLECTIVES, COPIES, Op, Transfer
+from gemma4_tpu.planning.schedule import COLLECTIVES, Op, Transfer
 
 HBM = "HBM"
 """The queue of copies between HBM and on-chip memory."""
@@ -152,6 +152,3 @@ def _queues(transfer: Transfer) -> list[str]:
 def slowest_loop(told: Walked) -> Walked:
     """One round of the loop that takes longest, layers as a rule; everything where there is no loop."""
     return max(told.rounds, key=lambda one: one[0], default=(0.0, told))[1]
-
-
-__all__ = ["COPIES", "CORE", "HBM", "Event", "Walked", "slowest_loop", "walk"]

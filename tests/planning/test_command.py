@@ -268,7 +268,9 @@ def test_a_plan_from_the_command_line(tmp_path, capsys, monkeypatch):
     second = json.loads((again / "plan.json").read_text())
     assert second.pop("compiled_before") and not told.pop("compiled_before")
     measured = ("lowering_seconds", "compile_seconds")
-    assert {k: v for k, v in second.items() if k not in measured} == {k: v for k, v in told.items() if k not in measured}
+    assert {k: v for k, v in second.items() if k not in measured} == {
+        k: v for k, v in told.items() if k not in measured
+    }
     assert (tmp_path / "hbm.png").is_file() and (tmp_path / "config.yaml").is_file()
     assert "yes: " in capsys.readouterr().out
 

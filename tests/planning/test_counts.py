@@ -21,7 +21,6 @@ from gemma4_tpu.planning.kernels import Mask
 from gemma4_tpu.planning.links import Grid
 from gemma4_tpu.step.train_step import compiled_functions
 
-
 SQUARE = [(0, 0, 0), (0, 1, 0), (1, 0, 0), (1, 1, 0)]
 RING = [(0, 0), (1, 0), (1, 1), (0, 1)]
 SQUARES = [(x, y, z) for z in range(4) for x in range(2) for y in range(2)]

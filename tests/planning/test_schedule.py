@@ -47,7 +47,10 @@ def test_operations_tell_their_place_in_our_source():
     assert ops["loop"].body[1].place == "models/gemma4.py:105 (_project)"
     assert ops["fusion.3"].place == "step/train_step.py:109 (Step.train)"  # the innermost line of ours
     # What the compiler added itself is named after what takes it.
-    assert (ops["zeros"].label, ops["zeros"].place) == ("broadcast for jvp()/while", "step/train_step.py:109 (Step.train)")
+    assert (ops["zeros"].label, ops["zeros"].place) == (
+        "broadcast for jvp()/while",
+        "step/train_step.py:109 (Step.train)",
+    )
     older = TEXT.replace("stack_frame_id=3", 'source_file="/x/gemma4_tpu/step/loss.py" source_line=79')
     assert {op.name: op for op in read(older)}["fusion.3"].place == "step/loss.py:79"
     assert all(not op.place for op in schedule.read(hlo.parse(TEXT), source.Frames(), GRID))

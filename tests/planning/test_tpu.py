@@ -166,9 +166,12 @@ def test_every_tpu_slice_is_known_to_the_compiler_with_its_hbm(name):
     for sizes in legal_meshes(ARCH, known.chips):  # JAX lays each of them out, as training does
         mesh = make_mesh(sizes.fsdp, sizes.tp, devices, dp=sizes.dp)
         assert sorted(device.id for device in mesh.devices.flat) == sorted(device.id for device in devices)
-    assert Grid.of(known, [device.coords for device in devices]).sizes == tuple(
-        1 + max(place) for place in zip(*(device.coords for device in devices), strict=True)
-    )[: len(Grid.of(known, []).sizes)]
+    assert (
+        Grid.of(known, [device.coords for device in devices]).sizes
+        == tuple(1 + max(place) for place in zip(*(device.coords for device in devices), strict=True))[
+            : len(Grid.of(known, []).sizes)
+        ]
+    )
     assert len(devices) == known.chips
     assert devices[0].device_kind.lower().startswith(known.chip.device_kinds)
     assert compiling.hbm_limit_bytes(devices[0]) == pytest.approx(known.chip.hbm_bytes, rel=0.001)
