@@ -1,4 +1,4 @@
-"""Compiler flags that a chip's runs are compiled with: `hardware.flags`, a preset, and `hardware.compiler_options`. No JAX.
+"""Compiler flags of a run: `hardware.flags`, a preset of its chip, and `hardware.compiler_options`. No JAX.
 
 Planning and training take theirs from `compiler_options` alone. What each preset gains by the compiler's schedule:
 `docs/planning.md`.

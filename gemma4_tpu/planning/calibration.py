@@ -1,4 +1,4 @@
-"""What a schedule's time is multiplied by, and what it assumes where the compiler gives no cycles. One place. No JAX."""
+"""What a schedule's time is multiplied by, and what is assumed where the compiler gives no cycles. No JAX."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ BAND = Band(
 """The only published measurement of a LoRA step on a TPU that we know."""
 
 CLOCK_HERTZ = {"v5p": 1.75e9, "v5e": 1.5e9, "v6e": 1.75e9, "tpu7x": 2.2e9}
-"""Of the core whose cycles the compiler estimates, by chip. *Inferred*: the clock at which the published peak is so many
-matrix units of 128 × 128 (v5e, v5p) or 256 × 256 (v6e, tpu7x) at two FLOPs per cell and cycle. A plain product of
+"""Of the core whose cycles the compiler estimates. *Inferred*: the clock at which the published peak is so many matrix
+units of 128 × 128 (v5e, v5p) or 256 × 256 (v6e, tpu7x) at two FLOPs per cell and cycle. A plain product of
 4096 × 5376 × 5376 then takes 1.03 times what it would at peak on v5p and v5e, 1.13 on v6e, 1.26 on tpu7x."""
 HBM_REACHED = 0.9
 LINK_REACHED = 0.9

@@ -1,7 +1,7 @@
 """One compilation in a process of its own: it can be stopped, its memory comes back, and several run at a time.
 
-`python -m gemma4_tpu.planning.child <folder>` reads `request.json` there and writes an answer for each stage; what it is
-doing goes to stdout, a line each.
+`python -m gemma4_tpu.planning.child <folder>` reads `request.json` there and writes an answer for each stage; what it
+is doing goes to stdout, a line each.
 """
 
 from __future__ import annotations

@@ -120,7 +120,8 @@ def _mesh_groups(sizes: str, device_ids: str | None, axes: str) -> list[tuple[in
     shape = {name: int(size) for name, size in re.findall(r"'([^']+)'=(\d+)", sizes)}
     asked = {name: (int(before or 1), int(part or shape[name]))
              for name, before, part in re.findall(r"'([^']+)'(?::\((\d+)\)(\d+))?", axes)}  # fmt: skip
-    dims, grouped = [], {}
+    dims: list[int] = []
+    grouped: dict[str, int] = {}
     for name, size in shape.items():
         before, part = asked.get(name, (1, 1))
         if name in asked:

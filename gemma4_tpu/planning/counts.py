@@ -175,7 +175,7 @@ class Counting:
             renamed.collectives["reduce-scatter"] += renamed.collectives.pop("all-reduce")
             renamed.collective_bytes["reduce-scatter"] += renamed.collective_bytes.pop("all-reduce") // 2
             for lane in renamed.link_bytes:
-                renamed.link_bytes[lane] /= 2
+                renamed.link_bytes[lane] //= 2
             return renamed
         return counts
 
@@ -195,7 +195,7 @@ class Counting:
         if self.grid is not None:
             links, lanes = collectives.over(one, self.grid)
             for lane in lanes:
-                total.link_bytes[lane] += sent / links
+                total.link_bytes[lane] += round(sent / links)
 
 
 def _dot_flops(one: Instruction, operands: list[Array]) -> float:

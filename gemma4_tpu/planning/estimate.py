@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import heapq
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -289,7 +290,7 @@ def _by_schedule(walked: Walked) -> dict[str, Any]:
                 "operation": operation[1],
                 "source": operation[2],
             }
-            for operation, spent in walked.operations.most_common(TOP)
+            for operation, spent in heapq.nlargest(TOP, walked.operations.items(), key=lambda one: one[1])
         ],
     }
 

@@ -70,8 +70,8 @@ class Grid:
     def links(self, group: Sequence[int], most: int | None = None) -> float:
         """Links over which each chip sends, of those between the group's own chips, `most` at most; 0 within a chip.
 
-        The chip with the fewest decides how fast all are. Where no two of them are neighbours, what they send passes other chips on its way, whose own groups do the same:
-        each link is shared by as many groups as there are steps.
+        The chip with the fewest decides how fast all are. Where no two of them are neighbours, what they send passes
+        other chips on its way, whose own groups do the same: each link is shared by as many groups as there are steps.
         """
         chips = sorted({self.places[device] for device in group})
         if len(chips) == 1:

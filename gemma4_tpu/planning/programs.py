@@ -11,6 +11,7 @@ import hashlib
 import json
 import logging
 import os
+import threading
 import zlib
 from collections.abc import Mapping
 from contextlib import suppress
@@ -62,14 +63,15 @@ def get(name: str) -> Any:
 def put(name: str, value: Any) -> None:
     """Keeps plain values under a name. Where the folder can't be written to, it says so and goes on."""
     path = _path(name)
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    part = path.with_name(f".{path.name}.{os.getpid()}.{threading.get_ident()}.part")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         part.write_bytes(gzip.compress(json.dumps(value).encode(), 3))
         part.replace(path)
         _tidy(path.parent)
     except OSError as error:
-        part.unlink(missing_ok=True)
+        with suppress(OSError):
+            part.unlink()
         log.warning("the compiled program is not kept: %s", error)
 
 

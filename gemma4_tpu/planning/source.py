@@ -57,10 +57,10 @@ def read(text: str) -> Frames:
             current[int(entry[1])] = entry[2].strip('"')
         elif line.startswith(("%", "ENTRY")):
             break
-    locations = {number: _numbers(entry) for number, entry in tables["FileLocations"].items()}
+    locations = {number: _numbers(words) for number, words in tables["FileLocations"].items()}
     frames = {}
-    for number, entry in tables["StackFrames"].items():
-        told = _numbers(entry)
+    for number, words in tables["StackFrames"].items():
+        told = _numbers(words)
         where = locations[told["file_location_id"]]
         frame = Frame(
             tables["FileNames"][where["file_name_id"]],

@@ -7,9 +7,10 @@ some of the work of transfers.
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from gemma4_tpu.planning import calibration
 from gemma4_tpu.planning.calibration import Rates
@@ -32,16 +33,20 @@ class Event:
     part: str
 
 
+def _seconds() -> defaultdict[Any, float]:
+    return defaultdict(float)
+
+
 @dataclass
 class Walked:
     """Where the time of a schedule, or of one round of a loop, goes."""
 
     seconds: float = 0.0
-    parts: Counter[str] = field(default_factory=Counter)
+    parts: dict[str, float] = field(default_factory=_seconds)
     """Seconds by part; they add up to `seconds`."""
-    hidden: Counter[str] = field(default_factory=Counter)
+    hidden: dict[str, float] = field(default_factory=_seconds)
     """Seconds of transfers during which the core did not wait, by part: collectives and copies."""
-    operations: Counter[tuple[str, str, str]] = field(default_factory=Counter)
+    operations: dict[tuple[str, str, str], float] = field(default_factory=_seconds)
     """Seconds of the core by (part, label, place); waits count with what is waited for."""
     times: Counter[tuple[str, str, str]] = field(default_factory=Counter)
     """How often each runs."""
@@ -52,10 +57,13 @@ class Walked:
 
     def add(self, other: Walked, times: int) -> None:
         """Adds so many rounds of a loop."""
-        for own, more in ((self.parts, other.parts), (self.hidden, other.hidden), (self.operations, other.operations),
-                          (self.times, other.times)):  # fmt: skip
+        sums: tuple[tuple[Any, Any], ...] = (
+            (self.parts, other.parts), (self.hidden, other.hidden), (self.operations, other.operations),
+            (self.times, other.times),
+        )  # fmt: skip
+        for own, more in sums:
             for key, amount in more.items():
-                own[key] += amount * times  # type: ignore[index]
+                own[key] += amount * times
         self.rounds += [(other.seconds * times, other), *((seconds * times, one) for seconds, one in other.rounds)]
 
 
@@ -76,7 +84,7 @@ class _Walk:
 
     def run(self, ops: Iterable[Op]) -> Walked:
         told = Walked()
-        free: Counter[str] = Counter()  # when each queue has done what it has
+        free: dict[str, float] = _seconds()  # when each queue has done what it has
         under_way: dict[str, tuple[Op, float, float]] = {}  # name → its start, seconds, when it ends
         for op in ops:
             now = told.seconds
@@ -104,7 +112,7 @@ class _Walk:
                 self._work(told, op, free)
         return told
 
-    def _work(self, told: Walked, op: Op, free: Counter[str]) -> None:
+    def _work(self, told: Walked, op: Op, free: dict[str, float]) -> None:
         """What the core does itself; a collective that it waits for has its links to itself."""
         seconds = self._seconds(op)
         if op.transfer is not None and op.part == COLLECTIVES:
