@@ -42,7 +42,7 @@ def test_the_core_works_in_order():
     told = walk([work("a", 3), work("b", 2, "lora"), work("a", 3)], RATES)
     assert ms(told.seconds) == 8
     assert {part: round(seconds * 1e3, 6) for part, seconds in told.parts.items()} == {"base_products": 6, "lora": 2}
-    assert 6 == ms(told.operations["base_products", "a", ""])
+    assert ms(told.operations["base_products", "a", ""]) == 6
     assert told.times["base_products", "a", ""] == 2
 
 
