@@ -37,6 +37,7 @@ pytestmark = needs_tpu_compiler
         (["trainer.remat=most"], ["trainer.remat=most", "decoder"]),
         (["plan.search_flags=[fast]"], ["plan.search_flags=['fast']", "tuned"]),
         (["hardware.flags=fast"], ["hardware.flags=fast", "tuned"]),
+        (["hardware=v6e8", "hardware.flags=tuned"], ["hardware.flags=tuned", "no preset for v6e-8", "v5p"]),
         (["plan.utilization_low=0.9"], ["plan.utilization_low=0.9", "plan.utilization_high=0.6"]),
         (["model=gemma4_31b", "lora=none"], ["lora.enabled=false"]),
         (["hardware.compiler_options.xla_tpu_x=1"], ["hardware.compiler_options={xla_tpu_x: …}"]),
@@ -348,7 +349,7 @@ def test_what_is_known_first_stays_when_the_compiler_fails_later(tmp_path, monke
 def test_a_search_shows_the_front_and_why_others_are_missing(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(search, "start", lambda planned, stage: Stub(planned))
     monkeypatch.setattr(attempt, "start", lambda planned, stage: Stub(planned))
-    words = ["hardware=v6e8", "model=gemma4_31b", "search=true", "plan.search_rows=[1,2]", "plan.max_candidates=14"]
+    words = ["hardware=v5p16", "model=gemma4_31b", "search=true", "plan.search_rows=[1,2]", "plan.max_candidates=14"]
     assert plan.main([*words, f"run_dir={tmp_path}"]) == 0
     told = json.loads((tmp_path / "search.json").read_text())
     assert told["front"] and all(one["remat"] == "decoder" for one in told["front"])
