@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass, replace
+from functools import cache, partial
 from typing import Any
 
 from rich import progress
@@ -112,9 +113,8 @@ def result_of(planned: Planned, answer: dict[str, Any]) -> tuple[PlanResult, Wal
     if "out_of_memory" not in answer:
         walked, ops = None, answer["compiled"]["schedule"]
         if ops and config.plan.schedule:
-            length = config.data.sequence_length
-            rates = Rates.of(checked.slice)
-            walked = walk(from_plain(ops), rates, lambda mask: planned.fill.share_visited(mask, length))
+            visited = cache(partial(planned.fill.share_visited, length=config.data.sequence_length))
+            walked = walk(from_plain(ops), Rates.of(checked.slice), visited)
         return estimate(config, checked, planned.fill, answer, walked), walked
     told, limit = answer["out_of_memory"], answer["hbm_limit_bytes"]
     result = PlanResult(

@@ -20,6 +20,8 @@ from typing import Any
 
 log = logging.getLogger(__name__)
 
+FORMAT = 1
+"""Of what is kept of a program (`program.Program`): raised when its fields change."""
 KEPT_BYTES = 2 * 2**30
 """Beyond so much, the files that were not used for longest are removed."""
 
@@ -39,7 +41,7 @@ def key(lowered: str, versions: Mapping[str, str], options: Mapping[str, Any], d
       options: for the compiler.
       devices: what they are and where they lie, in the program's order.
     """
-    rest = json.dumps([dict(versions), dict(options), devices], sort_keys=True)
+    rest = json.dumps([FORMAT, dict(versions), dict(options), devices], sort_keys=True)
     return hashlib.sha256(f"{rest}\n{lowered}".encode()).hexdigest()[:32]
 
 

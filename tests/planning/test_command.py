@@ -1,6 +1,8 @@
 """`python -m gemma4_tpu.plan`: refusals at once, plan.json and pictures, misfits with what to change."""
 
 import json
+import subprocess
+import sys
 from dataclasses import replace
 
 import numpy as np
@@ -18,7 +20,7 @@ from gemma4_tpu.planning.estimate import PlanResult, estimate, roofline
 from gemma4_tpu.planning.kernels import Mask
 from gemma4_tpu.planning.program import OutOfMemory
 from gemma4_tpu.planning.remat import HEADROOM, POLICIES, first_that_fits
-from gemma4_tpu.planning.report import plot_hbm, print_plan
+from gemma4_tpu.planning.report import misfit_line, plot_hbm, print_plan
 from gemma4_tpu.planning.schedule import Op, Transfer, plain
 from gemma4_tpu.planning.search import pareto
 from tests.tpu_compiler import needs_tpu_compiler
@@ -362,3 +364,23 @@ def test_a_search_shows_the_front_and_why_others_are_missing(tmp_path, capsys, m
     assert "global_batch_sequences=2 did not fit" in reasons  # what needs more is not tried
     assert "plan.max_candidates=14" in reasons
     assert "→" in capsys.readouterr().out
+
+
+def test_a_compiling_process_ends_with_its_plan(tmp_path):
+    """However that ends: its stdin is closed then."""
+    folder = tmp_path / "dump"
+    folder.mkdir()
+    code = (
+        "import pathlib, sys; from gemma4_tpu.planning import child; child._end_with_parent(pathlib.Path(sys.argv[1]))"
+    )
+    process = subprocess.Popen([sys.executable, "-c", code, str(folder)], stdin=subprocess.PIPE)
+    assert folder.exists()
+    process.stdin.close()
+    assert process.wait(60) == 1
+    assert not folder.exists()
+
+
+def test_a_kernel_that_asks_for_too_much_on_chip_memory_is_told_as_such(planned):
+    message = "RESOURCE_EXHAUSTED: Ran out of memory in memory space vmem. Used 17.50M of 16.00M vmem."
+    told = result(planned, fits=False, hbm_bytes_per_chip=None, message=message)
+    assert "on-chip memory" in misfit_line(told) and "HBM" not in misfit_line(told)
