@@ -52,8 +52,10 @@ class Walked:
     """How often each runs."""
     events: list[Event] = field(default_factory=list)
     """Of this level alone; loops are one stretch."""
+    own_seconds: float = 0.0
+    """Of `seconds`, outside inner loops."""
     rounds: list[tuple[float, Walked]] = field(default_factory=list)
-    """(seconds of all rounds, one round) of each loop, inner ones too."""
+    """(own seconds of all rounds, one round) of each loop, inner ones too."""
 
     def add(self, other: Walked, times: int) -> None:
         """Adds so many rounds of a loop."""
@@ -64,7 +66,8 @@ class Walked:
         for own, more in sums:
             for key, amount in more.items():
                 own[key] += amount * times
-        self.rounds += [(other.seconds * times, other), *((seconds * times, one) for seconds, one in other.rounds)]
+        self.rounds.append((other.own_seconds * times, other))
+        self.rounds += [(seconds * times, one) for seconds, one in other.rounds]
 
 
 def walk(ops: Sequence[Op], rates: Rates, visited: Callable[[Mask], float] = lambda mask: 1.0) -> Walked:
@@ -129,6 +132,7 @@ class _Walk:
         if seconds:
             told.events.append(Event(CORE, told.seconds, told.seconds + seconds, op.part))
             told.seconds += seconds
+            told.own_seconds += seconds
             told.parts[op.part] += seconds
             told.operations[key] += seconds
 
@@ -158,5 +162,5 @@ def _queues(transfer: Transfer) -> list[str]:
 
 
 def slowest_loop(told: Walked) -> Walked:
-    """One round of the loop that takes longest, layers as a rule; everything where there is no loop."""
+    """One round of the loop that takes longest, inner ones aside: a group of layers as a rule. All, without a loop."""
     return max(told.rounds, key=lambda one: one[0], default=(0.0, told))[1]
