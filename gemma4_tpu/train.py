@@ -12,8 +12,8 @@ from contextlib import closing
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
+from gemma4_tpu.compiler_flags import compiler_options
 from gemma4_tpu.config.checks import Checked
-from gemma4_tpu.config.flags import compiler_options
 from gemma4_tpu.config.load import Loaded, load_train
 from gemma4_tpu.config.schema import TrainRoot
 from gemma4_tpu.errors import INTERRUPTED, PREEMPTED, exit_code, first_line

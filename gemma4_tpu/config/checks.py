@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from gemma4_tpu.architectures import Architecture
+from gemma4_tpu.compiler_flags import flags_problem
 from gemma4_tpu.config.files import (
     at_home,
     checkpoint_architecture,
@@ -21,7 +22,6 @@ from gemma4_tpu.config.files import (
     start_problem,
     tokenizer_problem,
 )
-from gemma4_tpu.config.flags import flags_problem
 from gemma4_tpu.config.keys import did_you_mean
 from gemma4_tpu.config.limits import HIGH_LEARNING_RATE, limit_problems
 from gemma4_tpu.config.meshes import resolve_mesh

@@ -22,8 +22,8 @@ class HardwareConfig:
     spot: bool = False
     """Take the spot price where `hardware.py` knows one (cost accounting only)."""
     flags: str = "none"
-    """Compiler flags: `tuned`, the chip's preset (`config/flags.py`), or `none`. Planning and training compile with the
-    same."""
+    """Compiler flags: `tuned`, the chip's preset (`compiler_flags.py`), or `none`. Planning and training compile with
+    the same."""
     compiler_options: dict[str, Any] = field(default_factory=dict)
     """Options for XLA by name, such as `{xla_tpu_enable_latency_hiding_scheduler: true}`, over those of `flags`."""
 

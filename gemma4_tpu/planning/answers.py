@@ -9,8 +9,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from gemma4_tpu.compiler_flags import compiler_options
 from gemma4_tpu.config.checks import rows_per_microbatch
-from gemma4_tpu.config.flags import compiler_options
 from gemma4_tpu.config.plan_checks import examine_plan
 from gemma4_tpu.config.tasks import PlanRoot
 from gemma4_tpu.errors import UserError

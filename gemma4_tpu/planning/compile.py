@@ -91,7 +91,7 @@ def shapes(
       rows: rows of one microbatch, over all chips.
       length: T.
       updates: of the whole run (a constant of the learning rate's schedule).
-      options: `flags.compiler_options`.
+      options: `compiler_flags.compiler_options`.
     """
     step = make_step(arch, lora, optimizer, trainer, mesh, updates, options)
     layout, dtype = step.model.layout, weight_dtype(step)

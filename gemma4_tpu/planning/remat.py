@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from gemma4_tpu.config.flags import compiler_options
+from gemma4_tpu.compiler_flags import compiler_options
 from gemma4_tpu.config.limits import CHOICES
 from gemma4_tpu.config.schema import HardwareConfig, LoraConfig, OptimizerConfig, TrainerConfig
 

@@ -14,7 +14,7 @@ from typing import Any
 
 import psutil
 
-from gemma4_tpu.config.flags import flags_problem
+from gemma4_tpu.compiler_flags import flags_problem
 from gemma4_tpu.config.meshes import legal_meshes, resolve_mesh
 from gemma4_tpu.config.plan_checks import examine_plan
 from gemma4_tpu.config.schema import MeshConfig

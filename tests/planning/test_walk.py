@@ -104,7 +104,10 @@ def test_loops_in_loops_multiply():
     told = walk([Op(name="outer", trips=4, body=(inner, work("b", 5)))], RATES)
     assert ms(told.seconds) == 4 * (3 + 5)
     assert told.times["base_products", "a", ""] == 12
-    assert ms(slowest_loop(told).seconds) == 8
+    assert ms(slowest_loop(told).seconds) == 8  # the inner one takes 12 ms, the outer one 20 of its own
+    layers = Op(name="layers", trips=10, body=(work("a", 1),))
+    microbatches = Op(name="microbatches", trips=2, body=(work("c", 1), layers))
+    assert ms(slowest_loop(walk([microbatches], RATES)).seconds) == 1
 
 
 def test_a_copy_that_a_loop_outlasts_costs_nothing():

@@ -2,7 +2,7 @@
 
 import pytest
 
-from gemma4_tpu.config.flags import TUNED, compiler_options, flags_problem
+from gemma4_tpu.compiler_flags import TUNED, compiler_options, flags_problem
 from gemma4_tpu.config.schema import HardwareConfig
 from gemma4_tpu.hardware import CHIPS
 
