@@ -1,6 +1,7 @@
 """`python -m gemma4_tpu.plan`: will it fit, how fast can it be, what will it cost? Needs neither TPU nor weights.
 
-Configuration → lengths of the data → the step of training, compiled for the slice in a process of its own → estimates.
+Configuration → lengths of the data → the step of training, compiled for the slice in a process of its own → estimates;
+then, some minutes later, the compiler's schedule → time.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from gemma4_tpu.errors import exit_code
 
 if TYPE_CHECKING:
     from gemma4_tpu.config.schema import ModelConfig
-    from gemma4_tpu.planning.attempt import Planned
+    from gemma4_tpu.planning.attempt import Attempt, Planned
     from gemma4_tpu.tracking.run import RunFolder
 
 log = logging.getLogger(__name__)
@@ -66,22 +67,41 @@ def _look_at_checkpoint(model: ModelConfig, told: Sequence[str]) -> None:
 
 
 def _plan(planned: Planned, folder: RunFolder) -> int:
-    """One configuration; where it does not fit, the nearest ones that do."""
-    from gemma4_tpu.planning.attempt import plan_one
+    """One configuration, first with its memory, then with its schedule; where it does not fit, others that do."""
+    from gemma4_tpu.planning.attempt import attempted
     from gemma4_tpu.planning.misfit import nearest_fits
-    from gemma4_tpu.planning.report import misfit_line, plot_hbm, print_alternatives, print_plan
-    from gemma4_tpu.tracking.files import write_json
+    from gemma4_tpu.planning.report import misfit_line, print_alternatives, print_plan, print_schedule
 
-    result = plan_one(planned)
+    with attempted(planned) as attempt:
+        first = attempt.goes_on
+        if first:
+            _keep(attempt, folder)
+            print_plan(attempt.result, folder.path)
+            log.info("the schedule takes minutes; what is above stays, and plan.schedule=false leaves it out")
+            attempt.finish()
+        result, walked = attempt.result, attempt.walked
     if not result.fits:
         print(f"does not fit: {misfit_line(result)}", file=sys.stderr)
         tried = nearest_fits(planned, result, planned.config.plan.max_attempts)
-        result = replace(result, alternatives=tried)
+        attempt.result = replace(result, alternatives=tried)
+    _keep(attempt, folder)
+    (print_schedule if first and walked is not None else print_plan)(attempt.result, folder.path)
+    print_alternatives(attempt.result)
+    return 0 if result.fits else DOES_NOT_FIT
+
+
+def _keep(attempt: Attempt, folder: RunFolder) -> None:
+    """Leaves plan.json and pictures."""
+    from gemma4_tpu.planning.report import plot_hbm
+    from gemma4_tpu.planning.timeline import plot_timeline
+    from gemma4_tpu.tracking.files import write_json
+
+    result = attempt.result
     write_json(folder.path / "plan.json", result)
     plot_hbm([result], folder.path / "hbm.png")
-    print_plan(result, folder.path)
-    print_alternatives(result)
-    return 0 if result.fits else DOES_NOT_FIT
+    if attempt.walked is not None:
+        title = f"One round of the slowest loop: {result.model}, {result.trained}, on {result.slice}"
+        plot_timeline(attempt.walked, title, folder.path / "timeline.png")
 
 
 def _search(planned: Planned, folder: RunFolder) -> int:

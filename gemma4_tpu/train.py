@@ -12,6 +12,7 @@ from contextlib import closing
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
+from gemma4_tpu.compiler_flags import compiler_options
 from gemma4_tpu.config.checks import Checked
 from gemma4_tpu.config.load import Loaded, load_train
 from gemma4_tpu.config.schema import TrainRoot
@@ -176,7 +177,7 @@ def _train(
         rows=batches.rows, length=length, updates=updates,
     )  # fmt: skip
     job = build_job(
-        base, config.lora, config.optimizer, trainer, mesh, updates, config.hardware.compiler_options, start
+        base, config.lora, config.optimizer, trainer, mesh, updates, compiler_options(config.hardware), start
     )
     provenance.record(folder, made_of)
     folder.begun()

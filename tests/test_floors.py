@@ -11,7 +11,18 @@ import gemma4_tpu
 
 ROOT = Path(gemma4_tpu.__file__).parent
 FLOORS = [  # from the ground up
-    {"errors", "architectures", "hf_config", "templates", "hardware", "accelerators", "storage", "assets", "config"},
+    {
+        "errors",
+        "architectures",
+        "hf_config",
+        "templates",
+        "hardware",
+        "compiler_flags",
+        "accelerators",
+        "storage",
+        "assets",
+        "config",
+    },
     {"models", "data", "tracking", "verilog_smoke"},
     {"step"},
     {"training", "planning", "export", "evals", "costing", "serving", "sweeping", "benching", "reporting"},

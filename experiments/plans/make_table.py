@@ -1,11 +1,12 @@
 """Plans every size on every slice and renders the table of this folder's README.
 
-    python experiments/plans/make_table.py                      # all cells; an hour on two cores, resumable
+    python experiments/plans/make_table.py                      # all cells; hours on two cores, resumable
     python experiments/plans/make_table.py --size gemma4_e2b --slice v6e4
     python experiments/plans/make_table.py --render             # only the table
 
 Each plan is one `python -m gemma4_tpu.plan …` in a process of its own; its plan.json is kept in `results/` and not made
-again while it is there. A cell's row is the best of up to four meshes: the cheapest per million real tokens that fits.
+again while it is there. A cell's row is the best of up to four meshes: the cheapest per million real tokens that fits,
+of those with a schedule where there are such.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ from gemma4_tpu.config.checks import option_name
 from gemma4_tpu.config.meshes import legal_meshes
 from gemma4_tpu.hardware import SLICES, MeshSizes, Slice
 from gemma4_tpu.models.layout import Layout
+from gemma4_tpu.planning.bands import band, usd_per_million
 
 HERE = Path(__file__).resolve().parent
 RESULTS, TABLE = HERE / "results", HERE / "README.md"
@@ -42,9 +44,10 @@ INTRODUCTION = """\
 LoRA (and QLoRA, nf4) of rank 64 on packed rows of 4096 tokens, one row for each place on the axes dp and fsdp and
 update, remat chosen by what fits; of up to four meshes (weights split over all chips, or only as far as leaves four
 fifths or half of HBM free, and for E4B and E2B over tp = 2, too) the cheapest. All figures are *estimated*: memory by
-the TPU compiler, which compiles the whole training step without a TPU; time from FLOPs, bytes and collectives counted
-in the compiled program, at 50% of the binding roofline; dollars from the prices in `hardware.py`. Minutes are for the
-paper's job: 9,959 rows of 922 tokens on average, one epoch. Nothing here ran on a TPU."""
+the TPU compiler, which compiles the whole training step without a TPU; time from the compiler's schedule, times a band
+of measured over scheduled time (`docs/planning.md`), or, in rows without one, at 40% to 60% of the binding roofline;
+dollars from the prices in `hardware.py`. Minutes are for the paper's job: 9,959 rows of 922 tokens on average, one
+epoch. Nothing here ran on a TPU."""
 
 PAPER = {"seconds_per_sample": 1.21, "hours": 3.34, "usd": 56.11, "samples": 9959, "mean_tokens": 922}
 """Quoted: the paper's run of 31B with LoRA on a v5p-8; the tokens are those of its rows, padded to 3072."""
@@ -111,8 +114,12 @@ def make(cell: Cell) -> str:
 
 
 def best(plans: list[dict[str, Any]]) -> dict[str, Any]:
-    """The plan that stands for a cell: the cheapest that fits (the fastest, without a price), else the smallest."""
+    """The plan that stands for a cell: the cheapest that fits (the fastest, without a price), else the smallest.
+
+    Of those with a schedule, where there are such: an assumed utilization does not compare with it.
+    """
     fitting = [plan for plan in plans if plan["fits"]]
+    fitting = [plan for plan in fitting if plan.get("step_seconds")] or fitting
     if fitting:
         return min(fitting, key=lambda p: p["usd_per_million_real_tokens"] or 1e9 / p["real_tokens_per_second"]["mid"])
     return min(plans, key=lambda p: p["hbm_bytes_per_chip"] or float("inf"))
@@ -137,17 +144,23 @@ def row(key: tuple[str, str, str], plan: dict[str, Any]) -> str:
     memory = f"{needed / 2**30:.1f} of {plan['hbm_limit_bytes_per_chip'] / 2**30:.2f}" if needed else "too much"
     cells_ = [size, machine, kind, mesh, plan["remat"], str(plan["rows_per_update"]), "yes" if plan["fits"] else "no"]
     if not plan["fits"]:
-        return "| " + " | ".join([*cells_, memory, *["–"] * 5]) + " |"
-    usd = plan["usd_per_million_real_tokens"]
+        return "| " + " | ".join([*cells_, memory, *["–"] * 6]) + " |"
+    scheduled = plan.get("step_seconds")
     cells_ += [
         memory,
         plan["bound_by"],
         f"{plan['roofline_seconds']['update'] * 1e3:,.0f}",
-        f"{plan['real_tokens_per_second']['mid']:,.0f}",
-        f"{plan['hours']['mid'] * 60:,.0f}",
-        f"{usd:.3f}" if usd is not None else "no price",
+        f"{scheduled * 1e3:,.0f}" if scheduled else "–",
+        band(plan["real_tokens_per_second"]),
+        band(plan["hours"], times=60),
+        _price(plan),
     ]
     return "| " + " | ".join(cells_) + " |"
+
+
+def _price(plan: dict[str, Any]) -> str:
+    usd = usd_per_million(plan["usd_per_million_real_tokens"], plan["seconds_per_update"])
+    return "no price" if usd is None else band(usd, "{:.3f}")
 
 
 def cheapest(plans: dict[tuple[str, str, str], dict[str, Any]]) -> list[str]:
@@ -155,13 +168,13 @@ def cheapest(plans: dict[tuple[str, str, str], dict[str, Any]]) -> list[str]:
     lines = []
     for size in SIZES:
         priced = [
-            (plan["usd_per_million_real_tokens"], machine, kind)
+            (plan["usd_per_million_real_tokens"], machine, kind, _price(plan))
             for (its_size, machine, kind), plan in plans.items()
             if its_size == size and plan["fits"] and plan["usd_per_million_real_tokens"] is not None
         ]
         if priced:
-            usd, machine, kind = min(priced)
-            lines.append(f"- {size}: {machine} ({kind}), ${usd:.3f} per million real tokens")
+            _, machine, kind, told = min(priced)
+            lines.append(f"- {size}: {machine} ({kind}), ${told} per million real tokens")
     return lines
 
 
@@ -184,8 +197,8 @@ def render() -> str:
         "",
         *_missing(len(plans)),
         "| size | slice | trained | dp × fsdp × tp | remat | rows | fits | GiB per chip | bound by | roofline ms |"
-        " real tokens/s | minutes | $ per million real tokens |",
-        "|---|---|---|---|---|---|---|---|---|---|---|---|---|",
+        " schedule ms | real tokens/s | minutes | $ per million real tokens |",
+        "|---|---|---|---|---|---|---|---|---|---|---|---|---|---|",
         *(row(key, plan) for key, plan in plans.items()),
         "",
         "## Cheapest slice for each size",
@@ -202,9 +215,10 @@ def render() -> str:
     ours = plans.get(("gemma4_31b", "v5p-8", "lora"))
     if ours is not None and ours["fits"]:
         lines.append(
-            f"*Estimated* for the same slice and job here: {ours['real_tokens_per_second']['mid']:,.0f} real tokens/s,"
-            f" {ours['hours']['mid'] * 60:.0f} minutes, ${ours['usd_estimate']['on_demand']['mid']:.2f},"
-            f" ${ours['usd_per_million_real_tokens']:.2f} per million real tokens."
+            "*Estimated* for the same slice and job here:"
+            f" {band(ours['real_tokens_per_second'])} real tokens/s, {band(ours['hours'], times=60)} minutes,"
+            f" ${band(ours['usd_estimate']['on_demand'], '{:.2f}')},"
+            f" ${_price(ours)} per million real tokens."
         )
     return "\n".join(lines) + "\n"
 

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from gemma4_tpu.hardware import MeshSizes
+from gemma4_tpu.planning.bands import band, usd_per_million
 from gemma4_tpu.planning.estimate import PlanResult
 from gemma4_tpu.planning.report import plot_hbm
 
@@ -85,12 +86,16 @@ def table(recipe: Recipe, plans: dict[str, dict[str, Any]]) -> list[str]:
     versions = f"JAX {first['versions']['jax']}, libtpu {first['versions']['libtpu']}"
     by = "`python -m gemma4_tpu.plan`" if recipe.jobs.keys() == {""} else "`python -m gemma4_tpu.plan` for each job"
     lines = [
-        f"*Estimated* by {by} ({versions}); nothing here has run on a TPU. Seconds, tokens and dollars at 50% of the",
-        "binding roofline, at 40% a quarter more, at 60% a sixth less.",
+        f"*Estimated* by {by} ({versions}); nothing here has run on a TPU. Tokens, minutes and dollars",
+        *(
+            ("are the band of measured over scheduled time (`docs/planning.md`), from the compiler's schedule.",)
+            if all(told.get("step_seconds") for told in plans.values() if told["fits"])
+            else ("are those at 40% to 60% of the binding roofline.",)
+        ),
         "",
         "| job | dp × fsdp × tp | remat | rows × microbatches | GiB of HBM per chip | roofline ms per update | bound by"
-        " | real tokens/s | updates | minutes | $ | $ per million real tokens |",
-        "|---|---|---|---|---|---:|---|---:|---:|---:|---:|---:|",
+        " | schedule ms | real tokens/s | updates | minutes | $ | $ per million real tokens |",
+        "|---|---|---|---|---|---:|---|---:|---:|---:|---:|---:|---:|",
     ]
     for label, told in plans.items():
         mesh = " × ".join(str(told["mesh"][axis]) for axis in MeshSizes._fields)
@@ -98,27 +103,33 @@ def table(recipe: Recipe, plans: dict[str, dict[str, Any]]) -> list[str]:
         limit = f"{told['hbm_limit_bytes_per_chip'] / GIB:.2f}"
         cells = [label or "the run", mesh, f"`{told['remat']}`", rows]
         if not told["fits"]:
-            lines.append("| " + " | ".join([*cells, f"does not fit {limit}", *["–"] * 7]) + " |")
+            lines.append("| " + " | ".join([*cells, f"does not fit {limit}", *["–"] * 8]) + " |")
             continue
-        usd = told["usd_estimate"].get("on_demand", {}).get("mid")
-        million = told["usd_per_million_real_tokens"]
+        usd = told["usd_estimate"].get("on_demand")
+        million = usd_per_million(told["usd_per_million_real_tokens"], told["seconds_per_update"])
+        scheduled = told.get("step_seconds")
         cells += [
             f"{told['hbm_bytes_per_chip'] / GIB:.1f} of {limit}",
             f"{told['roofline_seconds']['update'] * 1e3:,.0f}",
             told["bound_by"],
-            f"{told['real_tokens_per_second']['mid']:,.0f}",
+            f"{scheduled * 1e3:,.0f}" if scheduled else "–",
+            band(told["real_tokens_per_second"]),
             f"{told['updates']:,}",
-            f"{told['hours']['mid'] * 60:,.1f}",
-            "no price" if usd is None else f"{usd:.2f}",
-            "no price" if million is None else f"{million:.3f}",
+            band(told["hours"], "{:,.1f}", times=60),
+            "no price" if usd is None else band(usd, "{:.2f}"),
+            "no price" if million is None else band(million, "{:.3f}"),
         ]
         lines.append("| " + " | ".join(cells) + " |")
     fitting = [told for told in plans.values() if told["fits"]]
-    usd = [told["usd_estimate"].get("on_demand", {}).get("mid") for told in fitting]
-    if recipe.jobs.keys() != {""} and all(value is not None for value in usd):
-        hours = sum(told["hours"]["mid"] for told in fitting) * recipe.runs
+    prices = [told["usd_estimate"].get("on_demand") for told in fitting]
+    if recipe.jobs.keys() != {""} and all(prices):
+        hours, usd = ({end: recipe.runs * sum(one[end] for one in values) for end in ("low", "high")}
+                      for values in ([told["hours"] for told in fitting], prices))  # fmt: skip
         times = f", each job {recipe.runs} times" if recipe.runs > 1 else ""
-        lines += ["", f"The whole sweep{times}: {hours:.1f} h, ${sum(usd) * recipe.runs:.2f}, stopping nothing early."]
+        lines += [
+            "",
+            f"The whole sweep{times}: {band(hours, '{:.1f}')} h, ${band(usd, '{:.2f}')}, stopping nothing early.",
+        ]
     return [*lines, "", "![HBM per chip](hbm.png)"]
 
 

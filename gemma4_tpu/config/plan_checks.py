@@ -9,6 +9,7 @@ from typing import cast
 from gemma4_tpu.architectures import ARCHITECTURES, Architecture
 from gemma4_tpu.config.checks import examine_train, normalise, option_name
 from gemma4_tpu.config.files import RANDOM, checkpoint_architecture, source_problem, tokenizer_problem
+from gemma4_tpu.config.limits import CHOICES
 from gemma4_tpu.config.meshes import resolve_mesh
 from gemma4_tpu.config.problems import Problem
 from gemma4_tpu.config.schema import DataSource
@@ -65,6 +66,9 @@ def examine_plan(root: PlanRoot) -> tuple[PlanChecked | None, list[Problem]]:
         messages.append(f"plan.p99_tokens={root.plan.p99_tokens} is less than plan.mean_tokens={root.plan.mean_tokens}")
     if not root.plan.search_rows or min(root.plan.search_rows) < 1:
         messages.append(f"plan.search_rows={root.plan.search_rows}: give numbers of rows, such as [1,2,4]")
+    choices = CHOICES["hardware.flags"]
+    if not root.plan.search_flags or not set(root.plan.search_flags) <= set(choices):
+        messages.append(f"plan.search_flags={root.plan.search_flags}: give some of [{', '.join(choices)}]")
     architecture, missing = _architecture(root)
     # The rest by the checks of training, on a run whose files are no question.
     model = replace(root.model, path=f"{RANDOM}0", tokenizer=None)

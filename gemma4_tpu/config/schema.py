@@ -21,9 +21,11 @@ class HardwareConfig:
     """Price of the whole slice in USD per hour; null takes the dated on-demand price of `hardware.py`, if any."""
     spot: bool = False
     """Take the spot price where `hardware.py` knows one (cost accounting only)."""
+    flags: str = "none"
+    """Compiler flags: `tuned`, the chip's preset (`compiler_flags.py`), or `none`. Planning and training compile with
+    the same."""
     compiler_options: dict[str, Any] = field(default_factory=dict)
-    """Options for XLA by name, such as `{xla_tpu_enable_latency_hiding_scheduler: true}`; planning and training compile
-    with the same. None is set by default."""
+    """Options for XLA by name, such as `{xla_tpu_enable_latency_hiding_scheduler: true}`, over those of `flags`."""
 
 
 @dataclass(kw_only=True)

@@ -177,17 +177,23 @@ class PlanConfig:
     """Their mean length."""
     p99_tokens: float = 2553.0
     """Length that 99% of them do not exceed."""
+    schedule: bool = True
+    """After the first answer compile to the end, and take time from the compiler's schedule: minutes for the large
+    models, once (compiled programs are kept). It also finds kernels that ask for too much on-chip memory, and adds
+    XLA's own counts (`cost_analysis`)."""
     utilization_low: float = 0.4
-    """Share of the binding roofline that a slow run reaches; the estimates' pessimistic end."""
+    """Without a schedule: share of the binding roofline that a slow run reaches, the estimates' pessimistic end."""
     utilization_high: float = 0.6
-    """Share that a fast run reaches; the estimates' optimistic end."""
-    generate_code: bool = False
-    """Compile to the end instead of until memory is assigned: several times slower; finds kernels that ask for too much
-    on-chip memory, and adds XLA's own counts (`cost_analysis`)."""
+    """Without a schedule: share that a fast run reaches, the estimates' optimistic end."""
     max_attempts: int = 4
     """When the run does not fit: changes to compile in search of some that do; 0: none."""
     search: bool = False
     """Compile every legal mesh with each remat policy and batch size of the slice, and show which are worth it."""
+    search_schedules: int = 3
+    """With `plan.schedule`: of what fits, so many are compiled to the end, those with the best rooflines; they are
+    ranked by the schedule."""
+    search_flags: list[str] = field(default_factory=lambda: ["none", "tuned"])
+    """Values of `hardware.flags` with which each of these is compiled to the end."""
     search_rows: list[int] = field(default_factory=lambda: [1, 2, 4])
     """Rows of T for each place on the fsdp axis and microbatch that a search tries."""
     max_candidates: int = 24

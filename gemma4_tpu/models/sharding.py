@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
-import numpy as np
+from jax.experimental.mesh_utils import create_device_mesh
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -72,10 +72,14 @@ _ACTIVATIONS: dict[str, tuple[Axes, ...]] = {
 
 
 def make_mesh(fsdp: int, tp: int, devices: Sequence[Any] | None = None, *, dp: int = 1) -> Mesh:
-    """A mesh with axes (`dp`, `fsdp`, `tp`) over `devices` (default: all), in an order that suits the interconnect."""
-    if devices is None:
-        return jax.make_mesh((dp, fsdp, tp), (DP, FSDP, TP), axis_types=(jax.sharding.AxisType.Auto,) * 3)
-    return Mesh(np.asarray(devices).reshape(dp, fsdp, tp), (DP, FSDP, TP))
+    """A mesh with axes (`dp`, `fsdp`, `tp`) over `devices` (default: all), in an order that suits the interconnect.
+
+    Absent devices are laid out like real ones, so that a plan compiles the program that training runs. An axis may take
+    part of a torus axis: without that JAX refuses legal meshes, such as 2 × 2 × 4 on a v5p-32.
+    """
+    shape = (dp, fsdp, tp)
+    chosen = (jax.devices() if devices is None else list(devices))[: math.prod(shape)]
+    return Mesh(create_device_mesh(shape, chosen, allow_split_physical_axes=True), (DP, FSDP, TP))
 
 
 def row_places(mesh: Mesh) -> int:

@@ -4,19 +4,23 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass, replace
+from functools import cache, partial
 from typing import Any
 
 from rich import progress
 
 from gemma4_tpu.config.plan_checks import PlanChecked
 from gemma4_tpu.config.tasks import PlanRoot
-from gemma4_tpu.planning.child import Compilation, Request
+from gemma4_tpu.planning.calibration import Rates
+from gemma4_tpu.planning.child import FINISHED, Compilation, Request
 from gemma4_tpu.planning.estimate import PlanResult, describe, estimate
 from gemma4_tpu.planning.fill import Fill, Lengths, fill_of, lengths_of
 from gemma4_tpu.planning.remat import AUTO, first_that_fits
+from gemma4_tpu.planning.schedule import from_plain
+from gemma4_tpu.planning.walk import Walked, walk
 from gemma4_tpu.tracking.logs import console
 
 log = logging.getLogger(__name__)
@@ -42,20 +46,60 @@ class Planned:
         return Planned(config, checked, lengths, fill_of(lengths, config.data, config.trainer))
 
 
-def plan_one(planned: Planned) -> PlanResult:
-    """Compiles one configuration; `trainer.remat=auto` compiles policies until one fits.
+@dataclass
+class Attempt:
+    """A configuration whose memory is assigned; its compilation may be under way still. To be closed."""
+
+    planned: Planned
+    result: PlanResult
+    """Without the schedule, unless that is known already."""
+    walked: Walked | None
+    """The schedule's time, where it is known."""
+    compilation: Compilation
+
+    @property
+    def goes_on(self) -> bool:
+        """Whether the compiler works on the schedule."""
+        return self.result.fits and self.planned.config.plan.schedule and self.walked is None
+
+    def finish(self) -> None:
+        """Waits for the schedule, showing that it is under way.
+
+        Raises:
+          RuntimeError: the compiler failed.
+        """
+        with _shown(_title(self.planned), "compiling to the end") as show:
+            while (answer := self.compilation.wait(1.0, FINISHED)) is None:
+                show(None)
+        self.result, self.walked = result_of(self.planned, answer)
+
+
+@contextmanager
+def attempted(planned: Planned) -> Iterator[Attempt]:
+    """Compiles one configuration until its memory is assigned; `trainer.remat=auto` policies until one fits.
 
     Raises:
       UserError: the compiler refused the configuration.
     """
-    if planned.config.trainer.remat != AUTO:
-        return _compile(planned)
+    with ExitStack() as open_:
 
-    def attempt(policy: str) -> PlanResult:
-        trainer = replace(planned.config.trainer, remat=policy)
-        return _compile(replace(planned, config=replace(planned.config, trainer=trainer)))
+        def attempt(policy: str) -> Attempt:
+            open_.close()  # the one before did not fit
+            trainer = replace(planned.config.trainer, remat=policy)
+            return _attempt(replace(planned, config=replace(planned.config, trainer=trainer)), open_)
 
-    return first_that_fits(attempt, lambda result: (result.hbm_bytes_per_chip, result.hbm_limit_bytes_per_chip))
+        if planned.config.trainer.remat == AUTO:
+            yield first_that_fits(
+                attempt, lambda one: (one.result.hbm_bytes_per_chip, one.result.hbm_limit_bytes_per_chip)
+            )
+        else:
+            yield attempt(planned.config.trainer.remat)
+
+
+def plan_one(planned: Planned) -> PlanResult:
+    """The result without a schedule (unless that is known already); see `attempted`."""
+    with attempted(planned) as attempt:
+        return attempt.result
 
 
 def start(planned: Planned, stage: Callable[[str], None]) -> Compilation:
@@ -63,13 +107,17 @@ def start(planned: Planned, stage: Callable[[str], None]) -> Compilation:
     return Compilation(Request(planned.config, planned.fill.updates), stage)
 
 
-def result_of(planned: Planned, answer: dict[str, Any]) -> PlanResult:
-    """What the compiling process answered, as a result."""
+def result_of(planned: Planned, answer: dict[str, Any]) -> tuple[PlanResult, Walked | None]:
+    """What the compiling process answered, as a result, and the time of its schedule where there is one."""
     config, checked = planned.config, planned.checked
     if "out_of_memory" not in answer:
-        return estimate(config, checked.architecture, checked.slice, checked.mesh, planned.fill, answer)
+        walked, ops = None, answer["compiled"]["schedule"]
+        if ops and config.plan.schedule:
+            visited = cache(partial(planned.fill.share_visited, length=config.data.sequence_length))
+            walked = walk(from_plain(ops), Rates.of(checked.slice), visited)
+        return estimate(config, checked, planned.fill, answer, walked), walked
     told, limit = answer["out_of_memory"], answer["hbm_limit_bytes"]
-    return PlanResult(
+    result = PlanResult(
         fits=False,
         **describe(config, checked.slice, checked.mesh),
         hbm_limit_bytes_per_chip=limit,
@@ -78,25 +126,26 @@ def result_of(planned: Planned, answer: dict[str, Any]) -> PlanResult:
         message=told["message"],
         versions=answer["versions"],
     )
+    return result, None
 
 
-def _compile(planned: Planned) -> PlanResult:
-    config, checked = planned.config, planned.checked
-    title = f"{config.model.name} for {checked.slice.name}, remat {config.trainer.remat}"
-    with _shown(title) as show:
-        compilation = start(planned, show)
-        try:
-            while (answer := compilation.wait(1.0)) is None:
-                show(None)
-        finally:
-            compilation.close()
-    return result_of(planned, answer)
+def _attempt(planned: Planned, open_: ExitStack) -> Attempt:
+    with _shown(_title(planned), "starting the compiler") as show:
+        compilation = open_.enter_context(closing(start(planned, show)))
+        while (answer := compilation.wait(1.0)) is None:
+            show(None)
+    return Attempt(planned, *result_of(planned, answer), compilation)
+
+
+def _title(planned: Planned) -> str:
+    config = planned.config
+    return f"{config.model.name} for {planned.checked.slice.name}, remat {config.trainer.remat}"
 
 
 @contextmanager
-def _shown(title: str):
+def _shown(title: str, stage: str) -> Iterator[Callable[[str | None], None]]:
     """A line that tells what is being compiled and for how long; a log line now and then where nobody watches."""
-    started, stage, last = time.monotonic(), "starting the compiler", time.monotonic()
+    started = last = time.monotonic()
     bar = None
     if console().is_terminal:
         columns = (progress.SpinnerColumn(), progress.TextColumn("{task.description}"), progress.TimeElapsedColumn())

@@ -1,21 +1,21 @@
 """One compilation in a process of its own: it can be stopped, its memory comes back, and several run at a time.
 
-`python -m gemma4_tpu.planning.child <folder>` reads `request.json` there and writes `answer.json`; what it is doing
-goes to stdout, one word per line.
+`python -m gemma4_tpu.planning.child <folder>` reads `request.json` there and writes an answer for each stage; what it
+is doing goes to stdout, a line each.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
 import threading
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import asdict, dataclass
-from functools import partial
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,11 @@ from gemma4_tpu.config.load import from_yaml, to_yaml
 from gemma4_tpu.config.tasks import PlanRoot
 from gemma4_tpu.errors import UserError
 
-REQUEST, ANSWER, DUMP = "request.json", "answer.json", "dump"
+REQUEST, DUMP = "request.json", "dump"
+ASSIGNED, FINISHED = "assigned", "finished"
+"""Stages of a compilation, and of its answers: memory is assigned; code is generated, and the schedule is known."""
+WRITTEN = "written "
+"""Before a stage whose answer is there now, on stdout."""
 
 
 @dataclass(frozen=True)
@@ -46,38 +50,41 @@ class Compilation:
         self._errors = (self._place / "stderr").open("w+", encoding="utf-8")
         self._process = subprocess.Popen(
             [sys.executable, "-m", "gemma4_tpu.planning.child", str(self._place)],
+            stdin=subprocess.PIPE,  # closed when this process ends, however it ends
             stdout=subprocess.PIPE,
             stderr=self._errors,
             text=True,
         )
+        self._reached = {ASSIGNED: threading.Event(), FINISHED: threading.Event()}
         self._reader = threading.Thread(target=self._listen, args=(stage,), daemon=True)
         self._reader.start()
 
     def _listen(self, stage: Callable[[str], None]) -> None:
         assert self._process.stdout is not None
         for line in self._process.stdout:
-            stage(line.strip())
+            if line.startswith(WRITTEN):
+                self._reached[line.removeprefix(WRITTEN).strip()].set()
+            else:
+                stage(line.strip())
+        for event in self._reached.values():  # the process has ended, one way or another
+            event.set()
 
-    def wait(self, seconds: float | None = None) -> dict[str, Any] | None:
+    def wait(self, seconds: float | None = None, stage: str = ASSIGNED) -> dict[str, Any] | None:
         """The answer; None if it is not there after so many seconds.
 
-        The answer has `hbm_limit_bytes` and either `compiled` or `out_of_memory` (`message`, `needed_bytes`).
+        What it holds: `answers.Answer`.
 
         Raises:
           UserError: the compiler refused the configuration.
           RuntimeError: it failed in another way; with the end of what it said.
         """
-        try:
-            code = self._process.wait(seconds)
-        except subprocess.TimeoutExpired:
+        if not self._reached[stage].wait(seconds):
             return None
-        self._reader.join(5)
         try:
-            if not (self._place / ANSWER).is_file():
-                raise RuntimeError(f"the compiling process ended with {_signal(code)}:\n{self._said()}")
-            answer = json.loads((self._place / ANSWER).read_text(encoding="utf-8"))
-        finally:
-            self.close()
+            answer = json.loads((self._place / f"{stage}.json").read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            code = self._process.wait()
+            raise RuntimeError(f"the compiling process ended with {_signal(code)}:\n{self._said()}") from None
         if "refused" in answer:
             raise UserError(answer["refused"])
         return answer
@@ -91,6 +98,8 @@ class Compilation:
         if self._process.poll() is None:
             self._process.kill()
             self._process.wait()
+        assert self._process.stdin is not None
+        self._process.stdin.close()
         self._errors.close()
         with suppress(OSError):
             self._folder.cleanup()
@@ -108,51 +117,29 @@ def main(folder: str) -> None:
 
     set_environment()
     place = Path(folder)
+    threading.Thread(target=_end_with_parent, args=(place,), daemon=True).start()
     content = json.loads((place / REQUEST).read_text(encoding="utf-8"))
+    from gemma4_tpu.planning.answers import answers  # imports JAX
+
     try:
-        answer = _compile(from_yaml(content["config"], PlanRoot), content["updates"], place / DUMP)
+        for stage, answer in answers(from_yaml(content["config"], PlanRoot), content["updates"], place / DUMP):
+            _write(place / f"{stage}.json", answer)
     except UserError as refusal:
-        answer = {"refused": str(refusal)}
-    (place / ANSWER).write_text(json.dumps(answer), encoding="utf-8")
+        _write(place / f"{ASSIGNED}.json", {"refused": str(refusal)})
     sys.stdout.flush()
     os._exit(0)  # the compiler may still be generating code, which nobody waits for
 
 
-def _compile(config: PlanRoot, updates: int, dump: Path) -> dict[str, Any]:
-    from importlib.metadata import version
+def _end_with_parent(place: Path) -> None:
+    """A plan that is killed leaves neither this process nor its folder."""
+    sys.stdin.read()
+    shutil.rmtree(place, ignore_errors=True)
+    os._exit(1)
 
-    from gemma4_tpu.config.checks import rows_per_microbatch
-    from gemma4_tpu.config.plan_checks import examine_plan
-    from gemma4_tpu.models.sharding import make_mesh
-    from gemma4_tpu.planning import compile as compiling
-    from gemma4_tpu.planning.program import OutOfMemory, finish, until_assigned
-    from gemma4_tpu.planning.topology import absent_devices
 
-    checked, problems = examine_plan(config)
-    if checked is None:
-        raise UserError("; ".join(problem.message for problem in problems))
-    devices = absent_devices(checked.slice)
-    limit = compiling.hbm_limit_bytes(devices[0])
-    answer: dict[str, Any] = {
-        "hbm_limit_bytes": limit,
-        "versions": {"jax": version("jax"), "libtpu": version("libtpu")},
-    }
-    sizes = checked.mesh
-    rows = rows_per_microbatch(config.trainer, config.data, sizes.row_places)
-    given = compiling.shapes(
-        checked.architecture, config.lora, config.optimizer, config.trainer,
-        make_mesh(sizes.fsdp, sizes.tp, devices, dp=sizes.dp),
-        rows=rows, length=config.data.sequence_length, updates=updates, options=config.hardware.compiler_options,
-    )  # fmt: skip
-    how = partial(finish, folder=dump)
-    if not config.plan.generate_code:
-        how = partial(until_assigned, folder=dump, limit_bytes=limit)
-    try:
-        answer["compiled"] = asdict(compiling.compile_step(given, how, lambda name: print(name, flush=True)))
-    except OutOfMemory as error:
-        answer["out_of_memory"] = {"message": str(error), "needed_bytes": error.needed_bytes}
-        answer["held"] = given.bytes_per_chip()
-    return answer
+def _write(path: Path, answer: dict[str, Any]) -> None:
+    path.write_text(json.dumps(answer), encoding="utf-8")
+    print(f"{WRITTEN}{path.stem}", flush=True)
 
 
 if __name__ == "__main__":

@@ -7,8 +7,7 @@ from __future__ import annotations
 
 import logging
 import re
-import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -22,14 +21,13 @@ from gemma4_tpu.config.schema import LoraConfig, OptimizerConfig, TrainerConfig
 from gemma4_tpu.models import lora as adapters
 from gemma4_tpu.models import quantize, sharding
 from gemma4_tpu.models.layout import Leaf
-from gemma4_tpu.planning import counts, hlo
+from gemma4_tpu.planning import counts, hlo, schedule, source
+from gemma4_tpu.planning.links import Grid
 from gemma4_tpu.planning.program import OutOfMemory, Program, compile_lowered
 from gemma4_tpu.step.train_step import Step, TrainState, compiled_functions
 from gemma4_tpu.training.job import make_step, state_places, weight_dtype
 
 log = logging.getLogger(__name__)
-Stage = Callable[[str], None]
-"""Told what begins now: `lowering`, `compiling`, `counting`."""
 
 
 @dataclass(frozen=True)
@@ -64,11 +62,10 @@ class Compiled:
     """`Shapes.bytes_per_chip`."""
     counts: dict[str, Any]
     """`counts.Counts.plain`."""
+    schedule: list[dict[str, Any]]
+    """`schedule.plain`; empty before code is generated."""
     cost_analysis: dict[str, float]
     """`Program.cost_analysis`."""
-    lowering_seconds: float
-    compile_seconds: float
-    """Until memory was assigned, or to the end."""
 
 
 def shapes(
@@ -94,7 +91,7 @@ def shapes(
       rows: rows of one microbatch, over all chips.
       length: T.
       updates: of the whole run (a constant of the learning rate's schedule).
-      options: `hardware.compiler_options`.
+      options: `compiler_flags.compiler_options`.
     """
     step = make_step(arch, lora, optimizer, trainer, mesh, updates, options)
     layout, dtype = step.model.layout, weight_dtype(step)
@@ -132,34 +129,23 @@ def _batch(microbatches: int, rows: int, length: int, mesh: Mesh) -> dict[str, j
     }
 
 
-def compile_step(given: Shapes, compile_: Callable[[Any], Program], stage: Stage = lambda name: None) -> Compiled:
-    """Compiles the training step and reads the result.
+def read(program: Program, given: Shapes, grid: Grid) -> Compiled:
+    """What a plan takes from a compiled step; the schedule where its code is generated.
 
     Args:
+      program: of `given`.
       given: step and shapes.
-      compile_: what is lowered, to a program: `finish`, or `until_assigned` of `program.py`.
-      stage: is told what begins.
-
-    Raises:
-      OutOfMemory: the program does not fit.
-      UserError: a compiler option that does not exist.
+      grid: where the mesh's devices lie.
     """
-    stage("lowering")
-    started = time.perf_counter()
-    lowered = lower_step(given)
-    lowered_at = time.perf_counter()
-    stage("compiling")
-    program = compile_(lowered)
-    compiled_at = time.perf_counter()
-    stage("counting")
+    module = hlo.parse(program.text)
+    ops = schedule.read(module, source.read(program.text), grid) if program.cost_analysis else ()
     return Compiled(
         argument_bytes=program.argument_bytes,
         peak_bytes=program.peak_bytes,
         held=given.bytes_per_chip(),
-        counts=counts.count(hlo.parse(program.text)).plain(),
+        counts=counts.count(module, grid).plain(),
+        schedule=schedule.plain(ops),
         cost_analysis=program.cost_analysis,
-        lowering_seconds=lowered_at - started,
-        compile_seconds=compiled_at - lowered_at,
     )
 
 

@@ -17,33 +17,15 @@ from typing import Any
 import numpy as np
 
 from gemma4_tpu.planning import collectives, kernels
-from gemma4_tpu.planning.hlo import HBM, Array, Computation, Instruction, Module
+from gemma4_tpu.planning.hlo import Array, Computation, Instruction, Module
+from gemma4_tpu.planning.links import Grid
+from gemma4_tpu.planning.traffic import Reader, Traffic
 
-_FREE = {
-    "parameter", "constant", "tuple", "get-tuple-element", "bitcast", "after-all", "partition-id", "replica-id",
-    "opt-barrier", "while", "conditional", "call", "copy-done", "async-start", "async-done", "async-update", "domain",
-    "add-dependency",
-}  # fmt: skip
 _ELEMENTWISE = {
     "add", "subtract", "multiply", "divide", "maximum", "minimum", "negate", "abs", "and", "or", "xor", "not", "select",
     "compare", "clamp", "convert", "floor", "ceil", "round-nearest-even", "round-nearest-afz", "sign", "remainder",
     "shift-left", "shift-right-logical", "shift-right-arithmetic", "is-finite",
 }  # fmt: skip
-_IN_PLACE = ("dynamic-update-slice", "scatter")
-_SLICES = ("dynamic-slice", "slice", "gather")
-
-
-@dataclass(frozen=True)
-class Traffic:
-    """Bytes that an instruction reads and writes."""
-
-    accessed: float = 0.0
-    """In any memory."""
-    hbm: float = 0.0
-    """Of them, in HBM: the compiler keeps some arrays in on-chip memory."""
-
-    def __add__(self, other: Traffic) -> Traffic:
-        return Traffic(self.accessed + other.accessed, self.hbm + other.hbm)
 
 
 @dataclass
@@ -58,10 +40,14 @@ class Counts:
     other_flops: float = 0.0
     """Elementwise operations and reductions."""
     traffic: Traffic = field(default_factory=Traffic)
+    read_again: float = 0.0
+    """HBM bytes beyond `traffic` that products read again, window by window; known once code is generated."""
     collectives: Counter[str] = field(default_factory=Counter)
     """How often each kind runs."""
     collective_bytes: Counter[str] = field(default_factory=Counter)
     """Bytes that a chip sends for each kind, by the usual ring algorithms."""
+    link_bytes: Counter[str] = field(default_factory=Counter)
+    """Of them, bytes over each of the links that a collective has (`collectives.over`), by direction."""
     unknown_kernels: Counter[str] = field(default_factory=Counter)
     """Calls of kernels about which nothing is known: their FLOPs are missing."""
     unknown_loops: int = 0
@@ -88,9 +74,11 @@ class Counts:
             "attention": [{**asdict(mask), "flops": flops} for mask, flops in self.attention_flops.items()],
             "bytes_accessed": self.traffic.accessed,
             "hbm_traffic_bytes": self.traffic.hbm,
+            "hbm_read_again_bytes": self.read_again,
             "collectives": {
                 kind: {"count": n, "bytes": self.collective_bytes[kind]} for kind, n in sorted(self.collectives.items())
             },
+            "link_bytes": dict(self.link_bytes),
             "not_counted": missing,
         }
 
@@ -100,6 +88,7 @@ class Counts:
         self.kernel_flops += other.kernel_flops * times
         self.other_flops += other.other_flops * times
         self.traffic += Traffic(other.traffic.accessed * times, other.traffic.hbm * times)
+        self.read_again += other.read_again * times
         self.unknown_loops += other.unknown_loops
         for name, own in vars(self).items():
             if isinstance(own, Counter):
@@ -107,17 +96,18 @@ class Counts:
                     own[kind] += amount * times
 
 
-def count(module: Module, *, loops_once: bool = False) -> Counts:
-    """Counts a whole program; `loops_once` counts the body of each loop once, as XLA's `cost_analysis` does."""
-    return _Counter(module, loops_once).computation(module.entry.name)
+def count(module: Module, grid: Grid | None = None) -> Counts:
+    """Counts a whole program; with the `grid` on which its devices lie, also what goes over their links."""
+    return Counting(module, grid).computation(module.entry.name)
 
 
-class _Counter:
+class Counting:
     """Walks computations, each of them once."""
 
-    def __init__(self, module: Module, loops_once: bool):
+    def __init__(self, module: Module, grid: Grid | None = None):
         self.module = module
-        self.loops_once = loops_once
+        self.grid = grid
+        self.reader = Reader(module)
         self.known: dict[str, Counts] = {}
         self.fused: dict[str, Counts] = {}
 
@@ -132,10 +122,16 @@ class _Counter:
             known[name] = total
         return known[name]
 
+    def instruction(self, within: Computation, one: Instruction) -> Counts:
+        """One instruction outside fusions, with all that it calls."""
+        counts = Counts()
+        self._instruction(counts, within, one, inside_fusion=False)
+        return counts
+
     def _instruction(self, total: Counts, within: Computation, one: Instruction, inside_fusion: bool) -> None:
         called = one.called
         if one.opcode == "while":
-            trips = 1 if self.loops_once else self.module.trip_count(one)
+            trips = self.module.trip_count(one)
             total.unknown_loops += trips is None
             for role in ("body", "condition"):
                 total.add(self.computation(called[role]), trips or 1)
@@ -157,7 +153,8 @@ class _Counter:
             self._collective(total, kind, one, self._arrays(within, one))
         traffic = Traffic()
         if not inside_fusion:
-            traffic = self._traffic(within, one)
+            traffic = self.reader.traffic(within, one)
+            total.read_again += self.reader.read_again(within, one)
         if one.opcode == "custom-call" and f'"{kernels.TARGET}"' in one.attributes:
             work = kernels.kernel_work(one, [within.instructions[name].arrays for name in one.operands])
             if work is None:
@@ -172,11 +169,13 @@ class _Counter:
     def _fusion(self, one: Instruction) -> Counts:
         """A fusion's arithmetic; an all-reduce of which each chip keeps a slice moves what a reduce-scatter does."""
         counts = self.computation(one.called["calls"], inside_fusion=True)
-        if one.name.startswith("all-reduce-scatter") and counts.collectives["all-reduce"]:
+        if counts.collectives["all-reduce"] and collectives.only_sliced(self.module.computations[one.called["calls"]]):
             renamed = Counts()
             renamed.add(counts)
             renamed.collectives["reduce-scatter"] += renamed.collectives.pop("all-reduce")
             renamed.collective_bytes["reduce-scatter"] += renamed.collective_bytes.pop("all-reduce") // 2
+            for lane in renamed.link_bytes:
+                renamed.link_bytes[lane] //= 2
             return renamed
         return counts
 
@@ -190,81 +189,13 @@ class _Counter:
         if size is None:
             total.unknown_groups[kind] += 1
             size = self.module.devices
+        sent = round(collectives.sent_bytes(kind, size, sum(a.bytes for a in operands)))
         total.collectives[kind] += 1
-        total.collective_bytes[kind] += round(collectives.sent_bytes(kind, size, sum(a.bytes for a in operands)))
-
-    # ── bytes ──────────────────────────────────────────────────────────────────────────────────────────────────────
-
-    def _traffic(self, within: Computation, one: Instruction) -> Traffic:
-        """What one instruction outside fusions reads and writes."""
-        if one.opcode in _FREE or one.opcode.endswith("-done"):
-            return Traffic()
-        if one.opcode == "custom-call" and f'"{kernels.TARGET}"' not in one.attributes:
-            return Traffic()  # allocations and annotations
-        if one.opcode == "copy-start":
-            target, source = one.arrays[:2]
-            return _moved(target, target.bytes) + _moved(source, source.bytes)
-        operands = [within.instructions[name] for name in one.operands]
-        if one.opcode == "fusion":
-            fused = self.module.computations[one.called["calls"]]
-            own_operands, own_results = collectives.own_of_fusion(one)
-            total = Traffic()
-            for number in range(len(operands))[own_operands]:
-                total += _moved(operands[number].arrays[0], self._read(fused, fused.parameters[number]))
-            written = self._written(fused, fused.instructions[fused.root])
-            for array, size in list(zip(one.arrays, written, strict=True))[own_results]:
-                total += _moved(array, size)
-            return total
-        arrays = [array for operand in operands for array in operand.arrays]
-        results = one.arrays[len(arrays) :] if one.opcode.endswith("-start") else one.arrays
-        if one.opcode.removesuffix("-start") in _SLICES:
-            return _moved(arrays[0], results[0].bytes) + _moved(results[0], results[0].bytes)
-        if one.opcode in _IN_PLACE:
-            update = arrays[-1] if one.opcode == "scatter" else arrays[1]
-            return _moved(update, update.bytes) + _moved(one.arrays[0], update.bytes)
-        total = Traffic()
-        for array in (*arrays, *results):
-            total += _moved(array, array.bytes)
-        return total
-
-    def _read(self, computation: Computation, value: Instruction) -> float:
-        """Bytes of `value`, a parameter of a fused computation, that are touched there."""
-        touched = value.bytes if value.name == computation.root else 0.0  # handed on whole
-        for user in computation.users.get(value.name, []):
-            if user.opcode in _SLICES and user.operands[0] == value.name:
-                touched += user.bytes
-            elif user.opcode == "dynamic-update-slice" and user.operands[0] == value.name:
-                continue
-            elif user.opcode == "bitcast":
-                touched += self._read(computation, user)
-            elif user.opcode == "fusion":
-                inner = self.module.computations[user.called["calls"]]
-                places = [i for i, name in enumerate(user.operands) if name == value.name]
-                touched += sum(self._read(inner, inner.parameters[place]) for place in places)
-            else:
-                return value.bytes
-        return min(touched, value.bytes)
-
-    def _written(self, computation: Computation, root: Instruction) -> list[float]:
-        """Bytes written for each array of a fused computation's result."""
-        if root.opcode == "tuple":
-            return [
-                size for name in root.operands for size in self._written(computation, computation.instructions[name])
-            ]
-        if root.opcode == "bitcast":
-            return self._written(computation, computation.instructions[root.operands[0]])
-        if root.opcode == "dynamic-update-slice":
-            return [computation.instructions[root.operands[1]].bytes]
-        if root.opcode == "scatter":
-            return [computation.instructions[root.operands[-1]].bytes]
-        if root.opcode == "fusion":
-            inner = self.module.computations[root.called["calls"]]
-            return self._written(inner, inner.instructions[inner.root])
-        return [array.bytes for array in root.arrays]
-
-
-def _moved(array: Array, size: float) -> Traffic:
-    return Traffic(size, size if array.space == HBM else 0.0)
+        total.collective_bytes[kind] += sent
+        if self.grid is not None:
+            links, lanes = collectives.over(one, self.grid)
+            for lane in lanes:
+                total.link_bytes[lane] += round(sent / links)
 
 
 def _dot_flops(one: Instruction, operands: list[Array]) -> float:

@@ -1,20 +1,26 @@
-"""From the compiler's figures to seconds and dollars: rooflines, stated utilisation, prices. No JAX here."""
+"""From the compiler's figures to seconds and dollars: rooflines, the schedule's band, prices. No JAX here."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+import heapq
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from gemma4_tpu.architectures import Architecture
+from gemma4_tpu.config.plan_checks import PlanChecked
 from gemma4_tpu.config.tasks import PlanConfig, PlanRoot
-from gemma4_tpu.hardware import MeshSizes, Slice, price_of
+from gemma4_tpu.hardware import MeshSizes, Slice, price_of, slice_of
 from gemma4_tpu.models.flops import train_flops_per_token
+from gemma4_tpu.planning.calibration import BAND
 from gemma4_tpu.planning.fill import Fill
 from gemma4_tpu.planning.kernels import Mask
-from gemma4_tpu.planning.topology import links_in_use
+from gemma4_tpu.planning.links import link_bytes_per_second, sizes_of
+from gemma4_tpu.planning.schedule import COLLECTIVES, PARTS
+from gemma4_tpu.planning.walk import Walked
 from gemma4_tpu.tracking.cost import usd, usd_per_million_tokens
 
 PEAKS = ("compute", "hbm", "interconnect")
+TOP = 10
+"""Operations that a plan names."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,6 +39,8 @@ class PlanResult:
     """Sizes of the axes `dp`, `fsdp` and `tp`."""
     remat: str
     """The policy that was compiled (what `auto` chose)."""
+    flags: str = "none"
+    """`hardware.flags`."""
     sequence_length: int
     """T, in tokens."""
     rows_per_update: int
@@ -58,7 +66,9 @@ class PlanResult:
     """Their ratio: padding, rematerialisation, and blocks of the attention kernels that no token needs."""
     hbm_traffic_bytes_per_chip: float | None = None
     """Read from and written to HBM in one update, corrected for loops; arrays in on-chip memory left out, blocks that
-    kernels read again counted."""
+    kernels read again counted, and with a schedule what products read again."""
+    hbm_read_again_bytes_per_chip: float | None = None
+    """Of them, what products read beyond once, window by window; known with a schedule."""
     bytes_accessed_per_chip: float | None = None
     """By XLA's convention of `bytes accessed` (any memory, kernels once), corrected for loops."""
     collectives: dict[str, dict[str, float]] = field(default_factory=dict)
@@ -75,13 +85,28 @@ class PlanResult:
     data: str = ""
     """Where the lengths come from: `measured: …` or `assumed: …`."""
     roofline_seconds: dict[str, float] = field(default_factory=dict)
-    """Of one update: `compute`, `hbm`, `interconnect`, each at its peak, and `update`, the largest of them."""
+    """Of one update: `compute`, `hbm`, `interconnect`, each at its peak, and `update`, the largest of them: a lower
+    bound."""
     bound_by: str | None = None
     """Which of the three is the largest."""
+    step_seconds: float | None = None
+    """Of one update, by the compiler's schedule; None without one."""
+    step_seconds_low: float | None = None
+    step_seconds_high: float | None = None
+    """The schedule times the band of measured over scheduled time (`planning/calibration.py`)."""
+    step_band: dict[str, Any] = field(default_factory=dict)
+    """That band: `low`, `high`, `source`."""
+    step_parts: dict[str, float] = field(default_factory=dict)
+    """Seconds of `step_seconds` by part (`schedule.PARTS`), which add up to it; and `collectives_hidden`, those beside
+    the core, which does not wait for them."""
+    top_operations: list[dict[str, Any]] = field(default_factory=list)
+    """The ten on which the core spends most: `seconds`, `share` of the step, `times`, `part`, `operation`, `source`."""
     utilization: dict[str, float] = field(default_factory=dict)
-    """Share of the binding roofline assumed to be reached: `low`, `mid`, `high`."""
+    """Share of the binding roofline that is reached: `low`, `mid`, `high`, at the ends of the schedule's band and
+    between (without a schedule `plan.utilization_low` and `plan.utilization_high`); with a schedule also its own share
+    of the three peaks: `schedule_compute`, `schedule_hbm`, `schedule_interconnect`."""
     seconds_per_update: dict[str, float] = field(default_factory=dict)
-    """At each utilization."""
+    """At each utilization; rows shorter than T in proportion."""
     real_tokens_per_second: dict[str, float] = field(default_factory=dict)
     """At each utilization, over all chips."""
     hours: dict[str, float] = field(default_factory=dict)
@@ -94,9 +119,11 @@ class PlanResult:
     """That price: `usd_per_hour`, `date`, `source`."""
     lowering_seconds: float | None = None
     compile_seconds: float | None = None
-    """Measured, on this machine: until memory was assigned; with `plan.generate_code=true` to the end."""
+    """Measured, on this machine: until memory was assigned, with a schedule to the end."""
+    compiled_before: bool = False
+    """The program was there already, from another plan; `compile_seconds` are of that time."""
     cost_analysis: dict[str, float] = field(default_factory=dict)
-    """XLA's own `flops` and `bytes_accessed`, loops once and kernels not at all; with `plan.generate_code=true`."""
+    """XLA's own `flops` and `bytes_accessed`, loops once and kernels not at all; with a schedule."""
     not_counted: list[str] = field(default_factory=list)
     """Kernels and loops that the counts know nothing about."""
     message: str = ""
@@ -113,8 +140,9 @@ class PlanResult:
 ESTIMATED_BY = {
     "hbm": "the memory that the TPU compiler assigns to the whole step, compiled without a TPU",
     "flops, traffic, collectives": "counted in the compiled program; attention kernels from the blocks that they visit",
-    "roofline": "the counts over the chip's published peaks; interconnect over the links that the slice uses",
-    "seconds, hours, dollars": "the largest roofline over the assumed utilization; no measurement on a TPU",
+    "roofline": "the counts over the chip's published peaks; each collective over the links of its own mesh axis",
+    "seconds, hours, dollars": "the compiler's schedule times a band of measured over scheduled time, or without a"
+    " schedule the largest roofline over the assumed utilization; no measurement of this run on a TPU",
 }
 
 
@@ -137,6 +165,7 @@ def describe(config: PlanRoot, wanted: Slice, mesh: MeshSizes) -> dict[str, Any]
         "trained": trained_as(config),
         "mesh": mesh._asdict(),
         "remat": config.trainer.remat,
+        "flags": config.hardware.flags,
         "sequence_length": config.data.sequence_length,
         "rows_per_update": rows_per_update(config.trainer, config.data),
         "microbatches": config.trainer.microbatches,
@@ -145,22 +174,31 @@ def describe(config: PlanRoot, wanted: Slice, mesh: MeshSizes) -> dict[str, Any]
 
 
 def estimate(
-    config: PlanRoot, arch: Architecture, wanted: Slice, mesh: MeshSizes, fill: Fill, answer: dict[str, Any]
+    config: PlanRoot, checked: PlanChecked, fill: Fill, answer: dict[str, Any], walked: Walked | None = None
 ) -> PlanResult:
-    """Everything about a step that fits; `answer` is what the compiling process reported (see `child.py`)."""
-    compiled = answer["compiled"]
+    """Everything about a step that fits.
+
+    Args:
+      config: of the plan.
+      checked: its architecture, slice and mesh.
+      fill: what its data makes of it.
+      answer: of the compiling process (`answers.Answer`).
+      walked: the time of its schedule.
+    """
+    wanted, compiled = checked.slice, answer["compiled"]
     counts = compiled["counts"]
     masks = [(Mask(one["window"], one["block_q"], one["block_kv"]), one["flops"]) for one in counts["attention"]]
     visited = {mask: fill.share_visited(mask, config.data.sequence_length) for mask, _ in masks}
     skipped = sum(flops * (1 - visited[mask]) for mask, flops in masks)
-    flops, traffic = counts["flops"] - skipped, counts["hbm_traffic_bytes"]
-    accessed = counts["bytes_accessed"]
+    flops, again = counts["flops"] - skipped, counts["hbm_read_again_bytes"]
+    traffic, accessed = counts["hbm_traffic_bytes"] + again, counts["bytes_accessed"]
     tokens = fill.real_tokens_per_update
-    analytic = train_flops_per_token(arch, config.lora, fill.mean_tokens) * tokens / wanted.chips
+    analytic = train_flops_per_token(checked.architecture, config.lora, fill.mean_tokens) * tokens / wanted.chips
     parts = _memory_parts(compiled)
+    seconds = roofline(wanted, flops, traffic, counts["collectives"], counts["link_bytes"])
     return PlanResult(
         fits=True,
-        **describe(config, wanted, mesh),
+        **describe(config, wanted, checked.mesh),
         hbm_limit_bytes_per_chip=answer["hbm_limit_bytes"],
         hbm_bytes_per_chip=sum(parts.values()),
         hbm_parts_bytes_per_chip=parts,
@@ -176,6 +214,7 @@ def estimate(
         analytic_flops_per_chip=analytic,
         flops_over_analytic=flops / analytic,
         hbm_traffic_bytes_per_chip=traffic,
+        hbm_read_again_bytes_per_chip=again if walked is not None else None,
         bytes_accessed_per_chip=accessed,
         collectives=counts["collectives"],
         flops_per_real_token_and_chip=flops / tokens,
@@ -185,54 +224,99 @@ def estimate(
         fill=fill.fill,
         updates=fill.updates,
         data=fill.source,
-        **_time_and_money(config, wanted, fill, flops, traffic, counts["collectives"]),
-        lowering_seconds=compiled["lowering_seconds"],
-        compile_seconds=compiled["compile_seconds"],
+        roofline_seconds=seconds,
+        bound_by=max(PEAKS, key=lambda peak: seconds[peak]),
+        **(_by_schedule(walked) if walked is not None else {}),
+        **_time_and_money(config, fill, seconds, walked),
+        lowering_seconds=answer["lowering_seconds"],
+        compile_seconds=answer["compile_seconds"],
+        compiled_before=answer.get("kept", False),
         cost_analysis=compiled["cost_analysis"],
         not_counted=counts["not_counted"],
         versions=answer["versions"],
     )
 
 
-def roofline(wanted: Slice, flops: float, traffic: float, collectives: dict[str, dict[str, float]]) -> dict[str, float]:
+def roofline(
+    wanted: Slice,
+    flops: float,
+    traffic: float,
+    collectives: dict[str, dict[str, float]],
+    link_bytes: dict[str, float] | None = None,
+) -> dict[str, float]:
     """Seconds of one update at each peak: `compute`, `hbm`, `interconnect` and the largest, `update`.
 
-    A chip that sends receives as much; the published interconnect bandwidth counts both directions of all its links.
+    Args:
+      wanted: the slice.
+      flops: of one chip.
+      traffic: HBM bytes of one chip.
+      collectives: by kind, with the `bytes` that a chip sends.
+      link_bytes: over each link that a collective has, by direction (`Counts.link_bytes`). None, in records of old
+        counts: as if every collective had the links of the whole slice.
     """
-    neighbours, links = links_in_use(wanted)
-    sent = sum(kind["bytes"] for kind in collectives.values())
     chip = wanted.chip
+    if link_bytes is None:
+        neighbours = sum(2 * (size - 1) / size for size in sizes_of(wanted))
+        sent = sum(kind["bytes"] for kind in collectives.values())
+        busiest = sent / neighbours if neighbours else 0.0
+    else:
+        busiest = max(link_bytes.values(), default=0.0)
     seconds = {
         "compute": flops / chip.peak_flops_per_second,
         "hbm": traffic / chip.hbm_bytes_per_second,
-        "interconnect": 2 * sent / (chip.interconnect_bytes_per_second * min(1.0, neighbours / links))
-        if neighbours
-        else 0.0,
+        "interconnect": busiest / link_bytes_per_second(wanted),
     }
     return {**seconds, "update": max(seconds.values())}
 
 
-def utilizations(plan: PlanConfig) -> dict[str, float]:
-    """`low`, `mid` and `high`."""
-    low, high = plan.utilization_low, plan.utilization_high
-    return {"low": low, "mid": (low + high) / 2, "high": high}
+def _by_schedule(walked: Walked) -> dict[str, Any]:
+    """What a schedule tells of a step."""
+    seconds = walked.seconds
+    return {
+        "step_seconds": seconds,
+        "step_seconds_low": seconds * BAND.low,
+        "step_seconds_high": seconds * BAND.high,
+        "step_band": asdict(BAND),
+        "step_parts": {
+            **{part: walked.parts[part] for part in PARTS},
+            "collectives_hidden": walked.hidden[COLLECTIVES],
+        },
+        "top_operations": [
+            {
+                "seconds": spent,
+                "share": spent / seconds,
+                "times": walked.times[operation],
+                "part": operation[0],
+                "operation": operation[1],
+                "source": operation[2],
+            }
+            for operation, spent in heapq.nlargest(TOP, walked.operations.items(), key=lambda one: one[1])
+        ],
+    }
 
 
-def _time_and_money(
-    config: PlanRoot, wanted: Slice, fill: Fill, flops: float, traffic: float, collectives: dict[str, dict[str, float]]
-) -> dict[str, Any]:
-    seconds = roofline(wanted, flops, traffic, collectives)
-    reached = utilizations(config.plan)
-    per_update = {name: seconds["update"] * fill.length_share / share for name, share in reached.items()}
+def utilizations(plan: PlanConfig, seconds: dict[str, float], walked: Walked | None) -> dict[str, float]:
+    """`low`, `mid` and `high`: shares of the binding roofline in `seconds` that an update reaches."""
+    if walked is None:
+        low, high = plan.utilization_low, plan.utilization_high
+        return {"low": low, "mid": (low + high) / 2, "high": high}
+    reached = {f"schedule_{peak}": seconds[peak] / walked.seconds for peak in PEAKS}
+    whole = seconds["update"] / walked.seconds
+    between = (BAND.low + BAND.high) / 2
+    return {"low": whole / BAND.high, "mid": whole / between, "high": whole / BAND.low, **reached}
+
+
+def _time_and_money(config: PlanRoot, fill: Fill, seconds: dict[str, float], walked: Walked | None) -> dict[str, Any]:
+    reached = utilizations(config.plan, seconds, walked)
+    per_update = {name: seconds["update"] * fill.length_share / reached[name] for name in ("low", "mid", "high")}
     rate = {name: fill.real_tokens_per_update / value for name, value in per_update.items()}
     run = {name: value * fill.updates for name, value in per_update.items()}
+    wanted, chosen = slice_of(config.hardware), price_of(config.hardware)
+    assert wanted is not None
     prices = {"on_demand": wanted.on_demand, "spot": wanted.spot}
-    chosen = price_of(config.hardware)
     if config.hardware.usd_per_hour is not None:
         prices = {"configured": chosen}
     return {
-        "roofline_seconds": seconds,
-        "bound_by": max(PEAKS, key=lambda peak: seconds[peak]),
         "utilization": reached,
         "seconds_per_update": per_update,
         "real_tokens_per_second": rate,

@@ -1,7 +1,8 @@
-"""What a plan reads of a compiled program, and how to have it a tenth of the way through a compilation.
+"""What a plan reads of a compiled program, and how to have most of it a tenth of the way through a compilation.
 
 The compiler optimises a program, assigns memory and refuses what does not fit within seconds; the minutes that follow
-generate code. With `DUMP_TO` it writes down what it has assigned, so that a plan need not wait.
+generate code, and tell how long it expects every instruction to take. With `DUMP_TO` it writes down what it has
+assigned, so that a plan can answer before.
 """
 
 from __future__ import annotations
@@ -23,6 +24,8 @@ TEXT, ASSIGNED, USED = (
     "*after_optimizations-memory-usage-report.txt",
 )
 """Files of a dump: the optimized program, every allocation, and their sum for each kind of memory."""
+SCHEDULED = "*after_codegen.txt"
+"""The program as its code was generated: the same instructions, with the cycles that the compiler expects of them."""
 SECONDS_BETWEEN_LOOKS = 0.1
 
 
@@ -31,7 +34,8 @@ class OutOfMemory(Exception):
 
     def __init__(self, message: str):
         super().__init__(message)
-        needed, limit = _SIZES.search(message), _LIMIT.search(message)
+        on_chip = "vmem" in message.partition("\n")[0]  # a kernel asks for too much on-chip memory
+        needed, limit = (None, None) if on_chip else (_SIZES.search(message), _LIMIT.search(message))
         self.needed_bytes = _bytes(needed) if needed else None
         """What the compiler says that it would need; None: it does not say."""
         self.limit_bytes = _bytes(limit) if limit else None
@@ -52,7 +56,7 @@ class Program:
     """An optimized program of one chip."""
 
     text: str
-    """HLO, as `compiled.as_text()` prints it."""
+    """HLO, as `compiled.as_text()` prints it; once code is generated with the compiler's cycles."""
     argument_bytes: int
     """In HBM, with what layouts pad."""
     peak_bytes: int
@@ -62,54 +66,63 @@ class Program:
     generated."""
 
 
+class UnderWay:
+    """A compilation in a thread: what it assigns is there long before its end. End the process to stop it."""
+
+    def __init__(self, lowered: Any, folder: Path):
+        """`lowered`: of `jax.jit`; `folder`: empty, files of some 30 MB are left there."""
+        self._folder = folder
+        self._outcome: list[Any] = []
+        self._thread = threading.Thread(target=self._compile, args=(lowered,), daemon=True)
+        self._thread.start()
+
+    def _compile(self, lowered: Any) -> None:
+        try:
+            self._outcome.append(compile_lowered(lowered, {DUMP_TO: str(self._folder)}))
+        except Exception as error:
+            self._outcome.append(error)
+
+    def until_assigned(self, limit_bytes: int) -> Program:
+        """The program with its memory assigned. Where the compiler writes no files that we know, this is `finish`.
+
+        Args:
+          limit_bytes: HBM of a chip; a program that takes more is left to the compiler's own judgement.
+
+        Raises:
+          OutOfMemory: see `finish`.
+          UserError: see `finish`.
+        """
+        before = None
+        while self._thread.is_alive():
+            program = dumped(self._folder)
+            if program is not None and program.peak_bytes <= limit_bytes and program == before:
+                return program
+            before = program
+            self._thread.join(SECONDS_BETWEEN_LOOKS)
+        return self.finish()
+
+    def finish(self) -> Program:
+        """The program with its code generated.
+
+        Raises:
+          OutOfMemory: it does not fit.
+          UserError: a compiler option that does not exist.
+        """
+        self._thread.join()
+        (outcome,) = self._outcome
+        if isinstance(outcome, Exception):
+            raise outcome
+        return _finished(outcome, self._folder)
+
+
 def finish(lowered: Any, folder: Path) -> Program:
-    """Compiles to the end.
-
-    Args:
-      lowered: of `jax.jit`.
-      folder: empty; files of some 30 MB are left there.
-
-    Raises:
-      OutOfMemory: the program does not fit.
-      UserError: a compiler option that does not exist.
-    """
-    return _finished(compile_lowered(lowered, {DUMP_TO: str(folder)}), folder)
+    """Compiles to the end; see `UnderWay`."""
+    return UnderWay(lowered, folder).finish()
 
 
 def until_assigned(lowered: Any, folder: Path, limit_bytes: int) -> Program:
-    """Compiles until memory is assigned. The compiler goes on in a thread: end the process to stop it.
-
-    Where the compiler writes no files that we know, this is `finish`.
-
-    Args:
-      lowered: see `finish`.
-      folder: see `finish`.
-      limit_bytes: HBM of a chip; a program that takes more is left to the compiler's own judgement.
-
-    Raises:
-      OutOfMemory: see `finish`.
-      UserError: see `finish`.
-    """
-    outcome: list[Any] = []
-
-    def compile_all() -> None:
-        try:
-            outcome.append(compile_lowered(lowered, {DUMP_TO: str(folder)}))
-        except Exception as error:
-            outcome.append(error)
-
-    thread = threading.Thread(target=compile_all, daemon=True)
-    thread.start()
-    before = None
-    while thread.is_alive():
-        program = dumped(folder)
-        if program is not None and program.peak_bytes <= limit_bytes and program == before:
-            return program
-        before = program
-        thread.join(SECONDS_BETWEEN_LOOKS)
-    if isinstance(outcome[0], Exception):
-        raise outcome[0]
-    return _finished(outcome[0], folder)
+    """Compiles until memory is assigned; see `UnderWay.until_assigned`."""
+    return UnderWay(lowered, folder).until_assigned(limit_bytes)
 
 
 def compile_lowered(lowered: Any, options: dict[str, Any] | None = None) -> Any:
@@ -147,7 +160,12 @@ def _finished(compiled: Any, folder: Path) -> Program:
     program = dumped(folder) or Program(
         compiled.as_text(), compiled.memory_analysis().argument_size_in_bytes, peak_bytes(compiled), {}
     )
-    return replace(program, cost_analysis={"flops": raw["flops"], "bytes_accessed": raw["bytes accessed"]})
+    scheduled = sorted(folder.glob(SCHEDULED))
+    return replace(
+        program,
+        text=scheduled[0].read_text(encoding="utf-8", errors="replace") if len(scheduled) == 1 else compiled.as_text(),
+        cost_analysis={"flops": raw["flops"], "bytes_accessed": raw["bytes accessed"]},
+    )
 
 
 def dumped(folder: Path) -> Program | None:

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from gemma4_tpu.compiler_flags import compiler_options
 from gemma4_tpu.config.limits import CHOICES
 from gemma4_tpu.config.schema import HardwareConfig, LoraConfig, OptimizerConfig, TrainerConfig
 
@@ -80,7 +81,7 @@ def resolve_remat(
         tried = replace(trainer, remat=policy)
         given = compiling.shapes(
             arch, lora, optimizer, tried, mesh, rows=rows, length=length, updates=updates,
-            options=hardware.compiler_options,
+            options=compiler_options(hardware),
         )  # fmt: skip
         try:
             compiled = compile_lowered(compiling.lower_step(given))

@@ -11,6 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from gemma4_tpu.hardware import MeshSizes
+from gemma4_tpu.planning.bands import band, usd_per_million
 from gemma4_tpu.planning.estimate import PlanResult
 from gemma4_tpu.planning.search import LEFT_OUT, Found, cost, free
 from gemma4_tpu.tracking.cost import format_usd
@@ -18,6 +19,8 @@ from gemma4_tpu.tracking.plots import new_figure
 from gemma4_tpu.tracking.progress import format_seconds
 
 GIB = 2**30
+HIDDEN = "collectives_hidden"
+"""Of `PlanResult.step_parts`: beside the core."""
 _COLOURS = {
     "base": "#4c78c8", "weights": "#4c78c8", "lora": "#54a24b", "optimizer": "#e0a63a", "batch": "#9d9d9d",
     "temporaries": "#d9692c", "free": "#f0f0f0",
@@ -35,16 +38,47 @@ _MEANING = {
 def print_plan(result: PlanResult, folder: Path) -> None:
     """Prints the plan to stdout."""
     out = _console()
+    _print_rows(out, plan_rows(result))
+    _print_top(out, result)
+    out.print(Text("All figures are estimated, by " + "; ".join(f"{k}: {v}" for k, v in result.estimated_by.items())))
+    out.print(Text(f"plan.json and pictures: {folder}"), soft_wrap=True)
+
+
+def print_schedule(result: PlanResult, folder: Path) -> None:
+    """Prints what the schedule adds to a plan that is printed already."""
+    out = _console()
+    _print_rows(out, [*_schedule(result), *_money(result)])
+    _print_top(out, result)
+    out.print(Text(f"plan.json and pictures: {folder}"), soft_wrap=True)
+
+
+def _print_rows(out: Console, rows: list[tuple[str, str]]) -> None:
     table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
     table.add_column(style="bold")
     table.add_column()
-    for label, value in plan_rows(result):
+    for label, value in rows:
         table.add_row(label, Text(value))
     out.print()
     out.print(table)
     out.print()
-    out.print(Text("All figures are estimated, by " + "; ".join(f"{k}: {v}" for k, v in result.estimated_by.items())))
-    out.print(Text(f"plan.json and hbm.png: {folder}"), soft_wrap=True)
+
+
+def _print_top(out: Console, result: PlanResult) -> None:
+    """The operations that take longest, with their place in our source."""
+    if not result.top_operations:
+        return
+    table = Table(box=None, padding=(0, 2, 0, 0))
+    for title, side in (("ms", "right"), ("share", "right"), ("times", "right"), ("part", "left"), ("what", "left")):
+        table.add_column(title, justify=side)  # type: ignore[arg-type]
+    table.add_column("where")
+    for one in result.top_operations:
+        what = "/".join(one["operation"].split("/")[-2:])
+        direction = "backward " if "transpose(" in one["operation"] else ""
+        cells = [f"{one['seconds'] * 1e3:.1f}", f"{one['share']:.1%}", f"{one['times']:,}", one["part"]]
+        table.add_row(*cells, Text(f"{direction}{what}"), Text(one["source"]))
+    out.print(Text("Most of the core's time, by the schedule:"))
+    out.print(table)
+    out.print()
 
 
 def _console() -> Console:
@@ -71,7 +105,7 @@ def plan_rows(result: PlanResult) -> list[tuple[str, str]]:
     )
     parts = result.hbm_parts_bytes_per_chip.items()  # of an earlier version, some may have other names
     rows += [(f"  {_MEANING.get(kind, kind)}", format_bytes(size)) for kind, size in parts]
-    return rows + _work(result) + _money(result)
+    return [*rows, *_work(result), *_schedule(result), *_money(result)]
 
 
 def _work(result: PlanResult) -> list[tuple[str, str]]:
@@ -112,33 +146,52 @@ def _work(result: PlanResult) -> list[tuple[str, str]]:
     ]
 
 
-def _money(result: PlanResult) -> list[tuple[str, str]]:
-    share, rate, hours = result.utilization, result.real_tokens_per_second, result.hours
-    reached = f"at {share['low']:.0%} to {share['high']:.0%} of the roofline"
-    rows = [
-        ("Speed", f"{rate['low']:,.0f} to {rate['high']:,.0f} real tokens/s {reached} (assumed)"),
+def _schedule(result: PlanResult) -> list[tuple[str, str]]:
+    """Time by the compiler's schedule; no rows without one."""
+    if result.step_seconds is None:
+        return []
+    parts = {part: seconds for part, seconds in result.step_parts.items() if part != HIDDEN}
+    shares, band = result.utilization, result.step_band
+    spent = sorted(parts.items(), key=lambda item: -item[1])
+    told = ", ".join(f"{part.replace('_', ' ')} {format_time(seconds)}" for part, seconds in spent if seconds)
+    return [
         (
-            "Run",
-            f"{result.updates:,} updates: {format_seconds(hours['high'] * 3600)} to "
-            f"{format_seconds(hours['low'] * 3600)}; {format_seconds(hours['mid'] * 3600)} at {share['mid']:.0%}",
+            "Schedule",
+            f"{format_time(result.step_seconds)} per update by the compiler; times {band['low']:g} to {band['high']:g}"
+            f" (measured over scheduled): {format_time(result.step_seconds_low or 0)} to "
+            f"{format_time(result.step_seconds_high or 0)}",
+        ),
+        ("  of it", told),
+        ("  beside it", f"collectives {format_time(result.step_parts[HIDDEN])}"),
+        (
+            "  utilization",
+            f"{shares['schedule_compute']:.1%} of the peak FLOP/s, {shares['schedule_hbm']:.1%} of HBM's bandwidth, "
+            f"{shares['schedule_interconnect']:.1%} of the links'",
         ),
     ]
-    for kind, usd in result.usd_estimate.items():
+
+
+def _money(result: PlanResult) -> list[tuple[str, str]]:
+    share, rate, hours = result.utilization, result.real_tokens_per_second, result.hours
+    by = "assumed" if result.step_seconds is None else "by the schedule's band"
+    reached = f"at {share['low']:.0%} to {share['high']:.0%} of the roofline"
+    minutes = sorted((hours["low"] * 3600, hours["high"] * 3600))
+    rows = [
+        ("Speed", f"{band(rate)} real tokens/s {reached} ({by})"),
+        ("Run", f"{result.updates:,} updates: {' to '.join(map(format_seconds, minutes))}"),
+    ]
+    for kind, dollars in result.usd_estimate.items():
         label = {"on_demand": "On demand", "spot": "Spot", "configured": "Cost"}[kind]
-        line = f"{format_usd(usd['high'])} to {format_usd(usd['low'])}; {format_usd(usd['mid'])} at {share['mid']:.0%}"
-        rows.append((label, line))
+        ends = sorted((dollars["low"], dollars["high"]))
+        rows.append((label, " to ".join(dict.fromkeys(map(format_usd, ends)))))
     if not result.usd_estimate:
         rows.append(("Cost", "no price is known for this slice; give hardware.usd_per_hour"))
-    if result.usd_per_million_real_tokens is not None:
-        price = result.price
-        rows.append(
-            (
-                "Per million",
-                f"${result.usd_per_million_real_tokens:.3f} per million real tokens (${price['usd_per_hour']:g}/h, "
-                f"{price['source']})",
-            )
-        )
-    took = f"lowered in {result.lowering_seconds:.0f} s, compiled in {result.compile_seconds:.0f} s on this machine"
+    usd = usd_per_million(result.usd_per_million_real_tokens, result.seconds_per_update)
+    if usd is not None:
+        price = f"${result.price['usd_per_hour']:g}/h, {result.price['source']}"
+        rows.append(("Per million", f"${band(usd, '{:.3f}')} per million real tokens ({price})"))
+    before = ", by an earlier plan" if result.compiled_before else ""
+    took = f"lowered in {result.lowering_seconds:.0f} s, compiled in {result.compile_seconds:.0f} s{before}"
     return [*rows, ("Compilation", took)]
 
 
@@ -163,6 +216,8 @@ def format_bytes(size: float) -> str:
 def misfit_line(result: PlanResult) -> str:
     """The compiler's figures in one line."""
     limit = f"{result.hbm_limit_bytes_per_chip / GIB:.2f} GiB of HBM per {result.slice.partition('-')[0]} chip"
+    if "vmem" in result.message.partition("\n")[0]:
+        return f"a kernel asks for too much on-chip memory: {result.message.splitlines()[0]}"
     if result.hbm_bytes_per_chip is None:
         return f"the compiler ran out of the {limit}: {result.message.splitlines()[0]}"
     what = "temporaries alone need" if "temporaries" in result.message.splitlines()[0] else "the step needs"
@@ -237,18 +292,24 @@ def print_search(found: Found, folder: Path) -> None:
     """Prints every compiled candidate, the front marked, and what was skipped and why."""
     out = _console()
     table = Table(box=None, padding=(0, 2, 0, 0))
-    for title in ("", "mesh", "remat", "rows", "HBM per chip", "free", "bound by", "real tokens/s", "$ per million"):
-        table.add_column(title, justify="left" if title in ("", "mesh", "remat", "bound by") else "right")
+    for title in ("", "mesh", "remat", "flags", "rows", "HBM per chip", "free", "roofline", "schedule",
+                  "real tokens/s", "$ per million"):  # fmt: skip
+        table.add_column(title, justify="left" if title in ("", "mesh", "remat", "flags") else "right")
     front = {id(result) for result in found.front}
-    for one in sorted((item["plan"] for item in found.results), key=lambda r: (not r.fits, cost(r) if r.fits else 0)):
+
+    def order(one: PlanResult) -> tuple[bool, bool, float]:
+        return not one.fits, one.step_seconds is None, cost(one) if one.fits else 0.0
+
+    for one in sorted((item["plan"] for item in found.results), key=order):
         mesh = str(MeshSizes.recorded(one.mesh))
-        cells = ["→" if id(one) in front else "", mesh, one.remat, str(one.rows_per_update)]
+        cells = ["→" if id(one) in front else "", mesh, one.remat, one.flags, str(one.rows_per_update)]
         if one.fits:
             usd = one.usd_per_million_real_tokens
             cells += [
                 format_bytes(one.hbm_bytes_per_chip or 0),
                 f"{free(one):.0%}",
-                one.bound_by or "",
+                f"{format_time(one.roofline_seconds['update'])} {one.bound_by}",
+                format_time(one.step_seconds) if one.step_seconds is not None else "–",
                 f"{one.real_tokens_per_second['mid']:,.0f}",
                 f"{usd:.3f}" if usd is not None else "no price",
             ]
@@ -258,10 +319,8 @@ def print_search(found: Found, folder: Path) -> None:
     out.print()
     out.print(table)
     if found.front:
-        share = found.front[0].utilization["mid"]
-        out.print(
-            Text(f"\n→ nothing else is both cheaper and has more HBM free. Estimated at {share:.0%} of the roofline.")
-        )
+        by = "the middle of the schedule's band" if found.front[0].step_seconds is not None else "half the roofline"
+        out.print(Text(f"\n→ nothing else is both cheaper and has more HBM free. Tokens and dollars at {by}."))
     left_out = [skip for skip in found.skipped if skip["reason"].startswith(LEFT_OUT)]
     for skip in found.skipped:
         if skip not in left_out:

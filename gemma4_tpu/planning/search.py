@@ -1,4 +1,8 @@
-"""Meshes × remat policies × rows of a slice: every candidate compiled, and which of them are worth considering."""
+"""Meshes × remat policies × rows of a slice: every candidate compiled, and which of them are worth considering.
+
+First all are compiled until memory is assigned; then those with the best rooflines to the end, with each set of
+compiler flags, and these are ranked by the compiler's schedule.
+"""
 
 from __future__ import annotations
 
@@ -10,13 +14,14 @@ from typing import Any
 
 import psutil
 
+from gemma4_tpu.compiler_flags import flags_problem
 from gemma4_tpu.config.meshes import legal_meshes, resolve_mesh
 from gemma4_tpu.config.plan_checks import examine_plan
 from gemma4_tpu.config.schema import MeshConfig
-from gemma4_tpu.config.tasks import PlanRoot
+from gemma4_tpu.config.tasks import PlanConfig, PlanRoot
 from gemma4_tpu.errors import UserError
 from gemma4_tpu.hardware import MeshSizes
-from gemma4_tpu.planning.attempt import Planned, result_of, start
+from gemma4_tpu.planning.attempt import Planned, attempted, result_of, start
 from gemma4_tpu.planning.child import Compilation
 from gemma4_tpu.planning.estimate import PlanResult
 from gemma4_tpu.planning.remat import AUTO, POLICIES
@@ -59,7 +64,8 @@ class Found:
     results: list[dict[str, Any]] = field(default_factory=list)
     """Every compiled candidate: `overrides` and `plan` (as in plan.json)."""
     front: list[PlanResult] = field(default_factory=list)
-    """Those that no other beats in both dollars per million real tokens and free HBM, cheapest first."""
+    """Those that no other beats in both dollars per million real tokens and free HBM, cheapest first; of those with a
+    schedule, where there are such: a roofline does not compare with it."""
     skipped: list[dict[str, str]] = field(default_factory=list)
     """Candidates that were not compiled: `candidate` and `reason`."""
 
@@ -74,6 +80,7 @@ def search(planned: Planned) -> Found:
     limit = planned.config.plan.max_candidates
     started = 0
     too_large: list[Candidate] = []
+    fitting: list[tuple[PlanResult, Candidate]] = []
     running: list[tuple[Candidate, Compilation]] = []
     try:
         while running or (waiting and started < limit):
@@ -84,25 +91,51 @@ def search(planned: Planned) -> Found:
                     found.skipped.append({"candidate": " ".join(candidate.overrides), "reason": reason})
                     continue
                 started += 1
-                running.append((candidate, start(candidate.planned, lambda name: None)))
+                running.append((candidate, start(_without_schedule(candidate.planned), lambda name: None)))
             for item in list(running):
                 candidate, compilation = item
                 answer = compilation.wait(0.5)
                 if answer is None:
                     continue
                 running.remove(item)
-                result = result_of(candidate.planned, answer)
+                compilation.close()
+                result, _ = result_of(candidate.planned, answer)
                 if not result.fits:
                     too_large.append(candidate)
                 found.results.append({"overrides": list(candidate.overrides), "plan": result})
+                fitting += [(result, candidate)] if result.fits else []
                 done = len(found.results)
                 log.info("%d of at most %d, %s: %s", done, limit, " ".join(candidate.overrides), _told(result))
     finally:
         for _, compilation in running:
             compilation.close()
     found.skipped += [{"candidate": " ".join(one.overrides), "reason": f"{LEFT_OUT}={limit}"} for one in waiting]
-    found.front = pareto([one["plan"] for one in found.results])
+    if planned.config.plan.schedule:
+        _schedule(found, fitting, planned.config.plan)
+    known = [one["plan"] for one in found.results]
+    found.front = pareto([result for result in known if result.step_seconds is not None] or known)
     return found
+
+
+def _schedule(found: Found, fitting: list[tuple[PlanResult, Candidate]], plan: PlanConfig) -> None:
+    """Compiles the candidates with the best rooflines to the end, and lets the results take their places."""
+    best = sorted(fitting, key=lambda one: chip_seconds(one[0]))[: plan.search_schedules]
+    settings = []
+    for flags in plan.search_flags if best else []:
+        hardware = replace(best[0][1].planned.config.hardware, flags=flags)
+        found.skipped += [{"candidate": f"hardware.flags={flags}", "reason": r} for r in flags_problem(hardware)]
+        settings += [] if flags_problem(hardware) else [hardware]
+    for number, ((before, candidate), hardware) in enumerate(itertools.product(best, settings), 1):
+        of = candidate.planned
+        changed = replace(of.config, hardware=hardware)
+        overrides = [*candidate.overrides, f"hardware.flags={hardware.flags}"]
+        log.info("%d of %d to the end: %s", number, len(best) * len(settings), " ".join(overrides))
+        with attempted(replace(of, config=changed)) as attempt:
+            if attempt.goes_on:
+                attempt.finish()
+        found.results = [one for one in found.results if one["plan"] is not before]
+        found.results.append({"overrides": overrides, "plan": attempt.result})
+        log.info("%s: %s", " ".join(overrides), _told(attempt.result))
 
 
 def pareto(results: list[PlanResult]) -> list[PlanResult]:
@@ -119,6 +152,12 @@ def cost(result: PlanResult) -> float:
     if result.usd_per_million_real_tokens is not None:
         return result.usd_per_million_real_tokens
     return result.chips * 1e6 / result.real_tokens_per_second["mid"]
+
+
+def chip_seconds(result: PlanResult) -> float:
+    """Per real token at the binding roofline: the least that it can take."""
+    assert result.real_tokens_per_update is not None
+    return result.chips * result.roofline_seconds["update"] / result.real_tokens_per_update
 
 
 def free(result: PlanResult) -> float:
@@ -154,6 +193,11 @@ def _with(config: PlanRoot, sizes: MeshSizes, policy: str, rows: int) -> PlanRoo
     return replace(config, mesh=MeshConfig(**sizes._asdict()), trainer=trainer)
 
 
+def _without_schedule(planned: Planned) -> Planned:
+    plan = replace(planned.config.plan, schedule=False)
+    return replace(planned, config=replace(planned.config, plan=plan))
+
+
 def _room(running: int, parallel: int) -> bool:
     """Whether another compilation may start: one always, more as the memory of this machine permits."""
     return running == 0 or (running < parallel and psutil.virtual_memory().available > COMPILATION_BYTES)
@@ -163,4 +207,5 @@ def _told(result: PlanResult) -> str:
     if not result.fits:
         return "does not fit"
     used = f"{(result.hbm_bytes_per_chip or 0) / 2**30:.1f} GiB"
-    return f"{used}, {result.real_tokens_per_second['mid']:,.0f} real tokens/s (estimated)"
+    by = "at the assumed utilization" if result.step_seconds is None else "by the schedule"
+    return f"{used}, {result.real_tokens_per_second['mid']:,.0f} real tokens/s {by} (estimated)"

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.util
 import os
-import re
 from typing import Any
 
 from gemma4_tpu.errors import UserError, first_line
@@ -50,15 +49,3 @@ def absent_devices(wanted: Slice) -> list[Any]:
     if len(devices) != wanted.chips:
         raise UserError(f"{wanted.name} has {wanted.chips} chips, but libtpu describes {len(devices)} devices")
     return devices
-
-
-def links_in_use(wanted: Slice) -> tuple[float, int]:
-    """(mean number of neighbours of a chip in this slice, links that a chip has).
-
-    v5p and later have a 3D torus (six links), v5e and v6e a 2D one (four). No wrap-around is assumed: small slices have
-    none, large ones do better.
-    """
-    if wanted.topology is None:
-        return 1.0, 1
-    sizes = [int(size) for size in re.findall(r"\d+", wanted.topology.partition(":")[2])]
-    return sum(2 * (size - 1) / size for size in sizes), 2 * len(sizes)

@@ -55,7 +55,7 @@ class Step:
     """Full fine-tuning: every weight is trained and there are no adapters."""
     chunk_tokens: int = 512
     compiler_options: Mapping[str, Any] | None = field(default=None, hash=False)
-    """`hardware.compiler_options`."""
+    """Of `compiler_flags.py`."""
 
     def init(self, trained: Any, key: jax.Array) -> TrainState:
         """State before the first update."""

@@ -31,7 +31,7 @@ log = logging.getLogger(__name__)
 MODES = ("auto", "true", "false")
 _KEY = "hydra.launcher.plan"
 _COUNTS = {
-    "hardware": ("name", "compiler_options"),
+    "hardware": ("name", "flags", "compiler_options"),
     "mesh": ("dp", "fsdp", "tp"),
     "model": ("name",),
     "lora": ("enabled", "rank", "dropout", "targets", "quantize"),
@@ -136,7 +136,7 @@ def main(request: Path, answer: Path) -> None:
     setup_logging()
     config = from_yaml(request.read_text(encoding="utf-8"), TrainRoot)
     given = {field.name: getattr(config, field.name) for field in fields(TrainRoot)}
-    root = normalise_plan(PlanRoot(**given, plan=PlanConfig(max_attempts=0)))
+    root = normalise_plan(PlanRoot(**given, plan=PlanConfig(max_attempts=0, schedule=False)))
     checked, problems = examine_plan(root)
     if checked is None:
         told = "; ".join(problem.message for problem in problems)

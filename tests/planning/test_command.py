@@ -1,6 +1,8 @@
 """`python -m gemma4_tpu.plan`: refusals at once, plan.json and pictures, misfits with what to change."""
 
 import json
+import subprocess
+import sys
 from dataclasses import replace
 
 import numpy as np
@@ -11,12 +13,15 @@ from gemma4_tpu.config.entries import PLAN
 from gemma4_tpu.config.keys import field_docs, field_types
 from gemma4_tpu.config.load import load
 from gemma4_tpu.planning import attempt, misfit, search
-from gemma4_tpu.planning.attempt import Planned
+from gemma4_tpu.planning.attempt import Planned, result_of
+from gemma4_tpu.planning.calibration import BAND
+from gemma4_tpu.planning.child import ASSIGNED, FINISHED
 from gemma4_tpu.planning.estimate import PlanResult, estimate, roofline
 from gemma4_tpu.planning.kernels import Mask
 from gemma4_tpu.planning.program import OutOfMemory
 from gemma4_tpu.planning.remat import HEADROOM, POLICIES, first_that_fits
-from gemma4_tpu.planning.report import plot_hbm, print_plan
+from gemma4_tpu.planning.report import misfit_line, plot_hbm, print_plan
+from gemma4_tpu.planning.schedule import Op, Transfer, plain
 from gemma4_tpu.planning.search import pareto
 from tests.tpu_compiler import needs_tpu_compiler
 
@@ -32,6 +37,9 @@ pytestmark = needs_tpu_compiler
         (["mesh.tp=3"], ["mesh.tp=3", "mesh.fsdp=1 mesh.tp=4"]),
         (["hardware=v6e8", "mesh.fsdp=2", "trainer.global_batch_sequences=3"], ["global_batch_sequences=3", "=4"]),
         (["trainer.remat=most"], ["trainer.remat=most", "decoder"]),
+        (["plan.search_flags=[fast]"], ["plan.search_flags=['fast']", "tuned"]),
+        (["hardware.flags=fast"], ["hardware.flags=fast", "tuned"]),
+        (["hardware=v6e8", "hardware.flags=tuned"], ["hardware.flags=tuned", "no preset for v6e-8", "v5p"]),
         (["plan.utilization_low=0.9"], ["plan.utilization_low=0.9", "plan.utilization_high=0.6"]),
         (["model=gemma4_31b", "lora=none"], ["lora.enabled=false"]),
         (["hardware.compiler_options.xla_tpu_x=1"], ["hardware.compiler_options={xla_tpu_x: …}"]),
@@ -83,12 +91,27 @@ ANSWER = {
             "flops": 8e12, "matmul_flops": 6e12, "kernel_flops": 1.5e12, "other_flops": 0.5e12, "bytes_accessed": 9e9,
             "hbm_traffic_bytes": 6e9, "collectives": {"all-gather": {"count": 3, "bytes": 4e9}}, "not_counted": [],
             "attention": [{"window": None, "block_q": 512, "block_kv": 512, "flops": 1.5e12}],
+            "hbm_read_again_bytes": 0.0, "link_bytes": {"+x": 2e9, "+y": 2e9},
         },
+        "schedule": [],
         "cost_analysis": {},
-        "lowering_seconds": 1.0,
-        "compile_seconds": 2.0,
     },
+    "lowering_seconds": 1.0,
+    "compile_seconds": 2.0,
 }  # fmt: skip
+SCHEDULE = plain(
+    (
+        Op(name="gather", part="collectives_exposed", starts="gather",
+           transfer=Transfer(sent_bytes=4e9, links=2, lanes=("+x", "+y"))),
+        Op(name="loop", trips=10, body=(
+            Op(name="product", part="base_products", label="btd,df->btf", place="models/gemma4.py:105 (_project)",
+               cycles=35_000_000),
+            Op(name="norm", cycles=1_750_000),
+        )),
+        Op(name="done", waits_for="gather"),
+    )
+)  # fmt: skip
+SCHEDULED = {**ANSWER, "compiled": {**ANSWER["compiled"], "schedule": SCHEDULE, "cost_analysis": {"flops": 1.0}}}
 
 
 @pytest.fixture
@@ -99,8 +122,7 @@ def planned():
 
 def result(planned, **changes) -> PlanResult:
     checked = planned.checked
-    fitting = estimate(planned.config, checked.architecture, checked.slice, checked.mesh, planned.fill, ANSWER)
-    return replace(fitting, **changes)
+    return replace(estimate(planned.config, checked, planned.fill, ANSWER), **changes)
 
 
 def test_estimates_follow_from_the_compilers_figures(planned):
@@ -111,8 +133,9 @@ def test_estimates_follow_from_the_compilers_figures(planned):
     assert told.flops_per_chip == 8e12 - (1 - visited) * 1.5e12
     assert seconds["compute"] == told.flops_per_chip / 459e12
     assert seconds["hbm"] == 6e9 / 2765e9
-    # Two of a v5p chip's six links are in use in a 2x2x1; what is sent is received too.
-    assert seconds["interconnect"] == pytest.approx(2 * 4e9 / (1200e9 / 3))
+    # 2 GB over each of two links; six of them, in both directions, are 1,200 GB/s.
+    assert seconds["interconnect"] == pytest.approx(2e9 / 100e9)
+    assert told.step_seconds is None
     assert told.bound_by == "interconnect"
     assert told.seconds_per_update["mid"] == seconds["update"] / 0.5
     assert told.usd_estimate["on_demand"]["mid"] == pytest.approx(told.hours["mid"] * 16.80)
@@ -123,9 +146,31 @@ def test_estimates_follow_from_the_compilers_figures(planned):
     assert told.flops_over_analytic == told.flops_per_chip / told.analytic_flops_per_chip
 
 
-def test_interconnect_counts_the_links_of_the_slice(planned):
+def test_a_schedule_replaces_the_assumed_utilization(planned):
+    told, walked = result_of(planned, SCHEDULED)
+    # Ten rounds of 20 ms and 1 ms at 1.75 GHz; 4 GB over two links of 90 GB/s are there long before.
+    assert told.step_seconds == walked.seconds == pytest.approx(0.21)
+    assert told.step_seconds_low == pytest.approx(0.21 * BAND.low)
+    assert told.step_seconds_high == pytest.approx(0.21 * BAND.high)
+    exposed = {part: seconds for part, seconds in told.step_parts.items() if part != "collectives_hidden"}
+    assert sum(exposed.values()) == pytest.approx(told.step_seconds)
+    assert told.step_parts["base_products"] == pytest.approx(0.2)
+    assert told.step_parts["collectives_hidden"] == pytest.approx(4e9 / 180e9, rel=1e-3)
+    first = told.top_operations[0]
+    assert (first["source"], first["times"]) == ("models/gemma4.py:105 (_project)", 10)
+    assert first["share"] == pytest.approx(20 / 21)
+    # Seconds, hours and dollars are the band's.
+    assert told.seconds_per_update["low"] == pytest.approx(told.step_seconds_high)
+    assert told.seconds_per_update["high"] == pytest.approx(told.step_seconds_low)
+    assert told.utilization["schedule_compute"] == pytest.approx(told.roofline_seconds["compute"] / 0.21)
+    left_out = replace(planned, config=replace(planned.config, plan=replace(planned.config.plan, schedule=False)))
+    assert result_of(left_out, SCHEDULED)[0].seconds_per_update["mid"] == told.roofline_seconds["update"] / 0.5
+
+
+def test_one_chip_sends_nothing():
     one_chip = load(["hardware=v6e1", "model=gemma4_e2b"], PLAN).checked.slice
-    assert roofline(one_chip, 1.0, 1.0, {})["interconnect"] == 0.0
+    assert roofline(one_chip, 1.0, 1.0, {}, {})["interconnect"] == 0.0
+    assert roofline(one_chip, 1.0, 1.0, {})["interconnect"] == 0.0  # records of old counts
 
 
 @pytest.mark.parametrize("window", [None, 1024])
@@ -148,9 +193,11 @@ def test_attention_is_planned_in_the_blocks_that_hold_a_common_example(planned, 
 
 
 def test_every_key_of_plan_json_is_documented():
-    told = ("flops_per_real_token_and_chip", "hbm_traffic_bytes_per_real_token_and_chip", "chips", "model",
-            "bytes_accessed_per_real_token_and_chip", "microbatches", "lowering_seconds")  # fmt: skip  # by their names
-    undocumented = set(field_types(PlanResult)) - set(field_docs(PlanResult)) - set(told)
+    told = {  # by their names
+        "flops_per_real_token_and_chip", "hbm_traffic_bytes_per_real_token_and_chip", "chips", "model", "microbatches",
+        "bytes_accessed_per_real_token_and_chip", "lowering_seconds", "step_seconds_low",
+    }  # fmt: skip
+    undocumented = set(field_types(PlanResult)) - set(field_docs(PlanResult)) - told
     assert not undocumented
 
 
@@ -206,16 +253,29 @@ SMALL = ["hardware=v6e1", "model=tiny", "lora.rank=4", "data.sequence_length=256
 
 
 @pytest.mark.slow
-def test_a_plan_from_the_command_line(tmp_path, capsys):
+def test_a_plan_from_the_command_line(tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     assert plan.main([*SMALL, f"run_dir={tmp_path}"]) == 0
     told = json.loads((tmp_path / "plan.json").read_text())
     assert told["fits"] is True
     assert set(told) == set(field_types(PlanResult))
     for key in (
         "hbm_bytes_per_chip", "hbm_limit_bytes_per_chip", "flops_per_chip", "hbm_traffic_bytes_per_chip",
-        "real_tokens_per_update", "roofline_seconds", "bound_by", "compile_seconds", "usd_estimate",
+        "real_tokens_per_update", "roofline_seconds", "bound_by", "compile_seconds", "usd_estimate", "step_seconds",
+        "step_parts", "top_operations",
     ):  # fmt: skip
         assert told[key], key
+    assert any("models/" in one["source"] for one in told["top_operations"])
+    assert (tmp_path / "timeline.png").is_file()
+
+    again = tmp_path / "again"  # the program is kept
+    assert plan.main([*SMALL, f"run_dir={again}"]) == 0
+    second = json.loads((again / "plan.json").read_text())
+    assert second.pop("compiled_before") and not told.pop("compiled_before")
+    measured = ("lowering_seconds", "compile_seconds")
+    assert {k: v for k, v in second.items() if k not in measured} == {
+        k: v for k, v in told.items() if k not in measured
+    }
     assert (tmp_path / "hbm.png").is_file() and (tmp_path / "config.yaml").is_file()
     assert "yes: " in capsys.readouterr().out
 
@@ -232,9 +292,9 @@ class Stub:
     def __init__(self, planned):
         self.planned = planned
 
-    def wait(self, seconds):
+    def wait(self, seconds, stage=ASSIGNED):
         if self.planned.config.trainer.remat == "decoder":
-            return ANSWER
+            return SCHEDULED if stage == FINISHED else ANSWER
         told = {"message": REFUSAL, "needed_bytes": OutOfMemory(REFUSAL).needed_bytes}
         return {"hbm_limit_bytes": int(31.25 * 2**30), "versions": {}, "out_of_memory": told, "held": {"base": 1}}
 
@@ -262,16 +322,65 @@ def test_auto_is_resolved_and_recorded(tmp_path, monkeypatch):
     assert plan.main([*SMALL, "trainer.remat=auto", f"run_dir={tmp_path}"]) == 0
     told = json.loads((tmp_path / "plan.json").read_text())
     assert told["fits"] and told["remat"] == "decoder"
+    assert told["step_seconds"] > 0
+    assert (tmp_path / "timeline.png").read_bytes()[:4] == b"\x89PNG"
+
+
+def test_the_schedule_can_be_left_out(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(attempt, "start", lambda planned, stage: Stub(planned))
+    words = ["trainer.remat=decoder", "plan.schedule=false", f"run_dir={tmp_path}"]
+    assert plan.main([*SMALL, *words]) == 0
+    assert json.loads((tmp_path / "plan.json").read_text())["step_seconds"] is None
+    assert not (tmp_path / "timeline.png").exists()
+    assert "assumed" in capsys.readouterr().out
+
+
+def test_what_is_known_first_stays_when_the_compiler_fails_later(tmp_path, monkeypatch):
+    class Failing(Stub):
+        def wait(self, seconds, stage=ASSIGNED):
+            if stage == FINISHED:
+                raise RuntimeError("the compiling process ended with signal 9")
+            return super().wait(seconds, stage)
+
+    monkeypatch.setattr(attempt, "start", lambda planned, stage: Failing(planned))
+    with pytest.raises(RuntimeError, match="signal 9"):
+        plan.main([*SMALL, "trainer.remat=decoder", f"run_dir={tmp_path}"])
+    assert json.loads((tmp_path / "plan.json").read_text())["fits"]
 
 
 def test_a_search_shows_the_front_and_why_others_are_missing(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(search, "start", lambda planned, stage: Stub(planned))
-    words = ["hardware=v6e8", "model=gemma4_31b", "search=true", "plan.search_rows=[1,2]", "plan.max_candidates=14"]
+    monkeypatch.setattr(attempt, "start", lambda planned, stage: Stub(planned))
+    words = ["hardware=v5p16", "model=gemma4_31b", "search=true", "plan.search_rows=[1,2]", "plan.max_candidates=14"]
     assert plan.main([*words, f"run_dir={tmp_path}"]) == 0
     told = json.loads((tmp_path / "search.json").read_text())
     assert told["front"] and all(one["remat"] == "decoder" for one in told["front"])
+    # The best three by their rooflines were compiled to the end with either set of flags, and they alone are ranked.
+    scheduled = [one["plan"] for one in told["results"] if one["plan"]["step_seconds"] is not None]
+    assert sorted(one["flags"] for one in scheduled) == ["none"] * 3 + ["tuned"] * 3
+    assert all(one["step_seconds"] is not None for one in told["front"])
     reasons = " ".join(one["reason"] for one in told["skipped"])
     assert "not possible for model=gemma4_31b on 8 devices" in reasons  # tp=8 does not divide four KV heads
     assert "global_batch_sequences=2 did not fit" in reasons  # what needs more is not tried
     assert "plan.max_candidates=14" in reasons
     assert "→" in capsys.readouterr().out
+
+
+def test_a_compiling_process_ends_with_its_plan(tmp_path):
+    """However that ends: its stdin is closed then."""
+    folder = tmp_path / "dump"
+    folder.mkdir()
+    code = (
+        "import pathlib, sys; from gemma4_tpu.planning import child; child._end_with_parent(pathlib.Path(sys.argv[1]))"
+    )
+    process = subprocess.Popen([sys.executable, "-c", code, str(folder)], stdin=subprocess.PIPE)
+    assert folder.exists()
+    process.stdin.close()
+    assert process.wait(60) == 1
+    assert not folder.exists()
+
+
+def test_a_kernel_that_asks_for_too_much_on_chip_memory_is_told_as_such(planned):
+    message = "RESOURCE_EXHAUSTED: Ran out of memory in memory space vmem. Used 17.50M of 16.00M vmem."
+    told = result(planned, fits=False, hbm_bytes_per_chip=None, message=message)
+    assert "on-chip memory" in misfit_line(told) and "HBM" not in misfit_line(told)

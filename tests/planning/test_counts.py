@@ -12,12 +12,19 @@ from jax.sharding import PartitionSpec as P
 
 from gemma4_tpu.architectures import ARCHITECTURES
 from gemma4_tpu.config.schema import LoraConfig, OptimizerConfig, TrainerConfig
+from gemma4_tpu.hardware import SLICES
 from gemma4_tpu.hf_config import pattern
 from gemma4_tpu.models.sharding import make_mesh
 from gemma4_tpu.planning import compile as compiling
-from gemma4_tpu.planning import counts, hlo
+from gemma4_tpu.planning import counts, hlo, schedule, source
 from gemma4_tpu.planning.kernels import Mask
+from gemma4_tpu.planning.links import Grid
 from gemma4_tpu.step.train_step import compiled_functions
+
+SQUARE = [(0, 0, 0), (0, 1, 0), (1, 0, 0), (1, 1, 0)]
+RING = [(0, 0), (1, 0), (1, 1), (0, 1)]
+SQUARES = [(x, y, z) for z in range(4) for x in range(2) for y in range(2)]
+"""Where the devices of a mesh lie, as JAX orders them."""
 
 
 def compiled(function, *shapes):
@@ -167,6 +174,58 @@ def test_a_collective_beside_products_counts_once():
     state = 4  # the collective's own counter, in another memory
     assert ours.traffic.hbm == whole + product
     assert ours.traffic.accessed == piece + whole + product + state
+
+
+def sent(kind, size, *arrays):
+    """Bytes that a chip of a group sends, for operands of so many bfloat16 numbers."""
+    share = {"all-gather": size - 1, "all-reduce": 2 * (size - 1) / size, "reduce-scatter": (size - 1) / size}[kind]
+    return round(share * 2 * sum(arrays))
+
+
+REAL = {
+    "31b_v5p8": ("v5p-8", SQUARE, {
+        "all-gather": (1, sent("all-gather", 4, 1024 * 64), 2),
+        # `fusion(…), calls=%all-reduce-scatter.27…`: the sum is of 4,160 rows, of which each chip keeps a quarter
+        "reduce-scatter": (1, sent("reduce-scatter", 4, 4160 * 5376), 2),
+        "all-reduce": (1, sent("all-reduce", 4, *[64 * 5376] * 36), 2),
+    }),
+    "31b_v6e4": ("v6e-4", RING, {
+        "all-gather": (1, sent("all-gather", 4, 1024 * 64), 2),
+        "reduce-scatter": (2, sent("reduce-scatter", 4, 4224 * 5376) + sent("reduce-scatter", 4, *[4096 * 64] * 2), 2),
+        "all-reduce": (1, sent("all-reduce", 4, *[64 * 5376] * 36), 2),
+    }),
+    "31b_v5p32": ("v5p-32", SQUARES, {
+        "reduce-scatter": (1, sent("reduce-scatter", 4, *[4096 * 64] * 2), 2),  # over tp: a square
+        "all-gather": (1, sent("all-gather", 4, 64 * 1344), 1),  # over fsdp: a row
+    }),
+    "26b_a4b_v5p8": ("v5p-8", SQUARE, {
+        "all-gather": (1, sent("all-gather", 4, 2048 * 2816), 2),
+        "reduce-scatter": (1, sent("reduce-scatter", 4, 8320 * 2816), 2),
+    }),
+}  # fmt: skip
+"""Program → slice, where its devices lie, and of each kind (how often, bytes, links) where all have the same links."""
+
+
+@pytest.mark.parametrize("name", REAL)
+def test_collectives_of_real_programs(name):
+    """One of each form; reduce-scatters are fusions of any name that call a sum and slices of it."""
+    slice_name, places, expected = REAL[name]
+    grid = Grid.of(SLICES[slice_name], places)
+    module = hlo.parse(text_of(f"collectives_{name}"))
+    ours = counts.count(module, grid)
+    for kind, (times, size, _) in expected.items():
+        assert (ours.collectives[kind], ours.collective_bytes[kind]) == (times, size), kind
+    assert not ours.plain()["not_counted"]
+    ops = [op for op in schedule.read(module, source.Frames(), grid) if op.transfer and op.transfer.sent_bytes]
+    assert sum(op.transfer.sent_bytes for op in ops) == sum(ours.collective_bytes.values())
+    for size, links in {(size, links) for times, size, links in expected.values() if times == 1}:
+        assert [op.transfer.links for op in ops if op.transfer.sent_bytes == size] == [links]
+
+
+def test_without_other_layouts_a_v5p32_adds_up_whole_rows():
+    """A quarter of which each chip needs."""
+    ours = counts.count(hlo.parse(text_of("collectives_31b_v5p32")))
+    assert ours.collective_bytes["all-reduce"] >= sent("all-reduce", 4, 4096 * 5376)
 
 
 def test_groups_that_cannot_be_read_are_reported():

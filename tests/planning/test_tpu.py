@@ -8,12 +8,17 @@ import jax.numpy as jnp
 import pytest
 
 from gemma4_tpu.architectures import ARCHITECTURES, GLOBAL, SLIDING
+from gemma4_tpu.config.meshes import legal_meshes
 from gemma4_tpu.config.schema import LoraConfig, OptimizerConfig, TrainerConfig
 from gemma4_tpu.hardware import SLICES
 from gemma4_tpu.models.sharding import make_mesh
 from gemma4_tpu.planning import compile as compiling
+from gemma4_tpu.planning.calibration import Rates
+from gemma4_tpu.planning.links import Grid
 from gemma4_tpu.planning.program import USED, OutOfMemory, compile_lowered, finish, until_assigned, used_bytes
+from gemma4_tpu.planning.schedule import PARTS, from_plain
 from gemma4_tpu.planning.topology import ENVIRONMENT, absent_devices
+from gemma4_tpu.planning.walk import walk
 from tests.tpu_compiler import needs_tpu_compiler
 
 pytestmark = needs_tpu_compiler
@@ -42,13 +47,17 @@ def shapes(slice_name, *, rows=2, fsdp=2, tp=2, quantize=None):
     )  # fmt: skip
 
 
+def read(given, program, slice_name="v6e-4"):
+    places = [device.coords for device in given.state.update.sharding.mesh.devices.flat]
+    return compiling.read(program, given, Grid.of(SLICES[slice_name], places))
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("slice_name", ["v5p-8", "v6e-4"])
 def test_a_real_step_compiles_for_a_slice_that_is_not_there(slice_name, tmp_path):
-    stages = []
     given = shapes(slice_name)
-    told = compiling.compile_step(given, lambda lowered: finish(lowered, tmp_path / "whole"), stages.append)
-    assert stages == ["lowering", "compiling", "counting"]
+    lowered = compiling.lower_step(given)
+    told = read(given, finish(lowered, tmp_path / "whole"), slice_name)
     held = given.bytes_per_chip()
     assert sum(held.values()) <= told.argument_bytes < 1.1 * sum(held.values())  # the rest: layouts' padding
     assert told.argument_bytes < told.peak_bytes
@@ -63,22 +72,42 @@ def test_a_real_step_compiles_for_a_slice_that_is_not_there(slice_name, tmp_path
     }
     assert told.counts["hbm_traffic_bytes"] > held["base"]  # every weight is read at least once
     assert not told.counts["not_counted"]
-    assert told.counts["collectives"]
+    assert told.counts["collectives"]["reduce-scatter"]["count"] and told.counts["link_bytes"]
 
-    # Stopped where memory is assigned, the compiler tells the same.
+    # Stopped where memory is assigned, the compiler tells the same, but for its cycles.
     limit = compiling.hbm_limit_bytes(absent_devices(SLICES[slice_name])[0])
-    early = compiling.compile_step(given, lambda lowered: until_assigned(lowered, tmp_path / "part", limit))
+    early = read(given, until_assigned(lowered, tmp_path / "part", limit), slice_name)
     assert early.cost_analysis == {}, "the files of this compiler's dump are not known: plans take minutes"
-    assert replace(early, **MEASURED) == replace(told, **MEASURED)
+    assert replace(early, **LATER) == replace(told, **LATER)
+    check_schedule(told, slice_name)
 
 
-MEASURED = {"cost_analysis": {}, "lowering_seconds": 0.0, "compile_seconds": 0.0}
+LATER = {"cost_analysis": {}, "schedule": []}
+
+
+def check_schedule(told, slice_name):
+    """The compiler's schedule is read: what takes time has cycles, and a place in our source."""
+    ops = from_plain(told.schedule)
+    walked = walk(ops, Rates.of(SLICES[slice_name]))
+    peak = SLICES[slice_name].chip.peak_flops_per_second
+    assert walked.seconds > told.counts["flops"] / peak  # a roofline is a lower bound
+    assert sum(walked.parts.values()) == pytest.approx(walked.seconds)
+    assert set(walked.parts) <= set(PARTS)
+    for part in ("base_products", "lora", "attention", "optimizer", "collectives_exposed"):
+        assert walked.parts[part], part
+    started = {op.starts for op in ops if op.starts}
+    assert {op.waits_for for op in ops if op.waits_for} == started  # nothing is waited for in vain, or forgotten
+    assert sum(op.transfer.sent_bytes for op in ops if op.transfer) == pytest.approx(
+        sum(kind["bytes"] for kind in told.counts["collectives"].values())
+    )
+    placed = sum(seconds for (_, _, place), seconds in walked.operations.items() if place)
+    assert placed > 0.8 * walked.seconds
 
 
 @pytest.mark.slow
 def test_a_program_over_the_limit_is_left_to_the_compilers_judgement(tmp_path):
     given = shapes("v6e-4")
-    told = compiling.compile_step(given, lambda lowered: until_assigned(lowered, tmp_path, 1))  # one byte of HBM
+    told = until_assigned(compiling.lower_step(given), tmp_path, 1)  # one byte of HBM
     assert told.cost_analysis  # compiled to the end
 
 
@@ -94,7 +123,7 @@ def test_quantised_weights_take_their_own_size():
 def test_a_step_that_does_not_fit(tmp_path):
     given = shapes("v6e-4", rows=2**18)  # 64 million tokens on each chip
     with pytest.raises(OutOfMemory) as caught:
-        compiling.compile_step(given, lambda lowered: until_assigned(lowered, tmp_path, int(31.25 * 2**30)))
+        until_assigned(compiling.lower_step(given), tmp_path, int(31.25 * 2**30))
     assert caught.value.limit_bytes == 31.25 * 2**30
     assert caught.value.needed_bytes > 100 * 2**30
     # What the compiler holds against the limit is what we read of its files; it prints two decimals, of TiB here.
@@ -125,10 +154,24 @@ def test_both_of_the_compilers_messages_are_read(message, needed, limit):
     assert error.limit_bytes == int(limit * 2**30)
 
 
+def test_a_kernel_that_asks_for_too_much_on_chip_memory_says_nothing_of_hbm():
+    message = "RESOURCE_EXHAUSTED: Ran out of memory in memory space vmem. Used 17.50M of 16.00M vmem."
+    assert OutOfMemory(message).needed_bytes is OutOfMemory(message).limit_bytes is None
+
+
 @pytest.mark.parametrize("name", [name for name, known in SLICES.items() if known.topology])
 def test_every_tpu_slice_is_known_to_the_compiler_with_its_hbm(name):
     known = SLICES[name]
     devices = absent_devices(known)
+    for sizes in legal_meshes(ARCH, known.chips):  # JAX lays each of them out, as training does
+        mesh = make_mesh(sizes.fsdp, sizes.tp, devices, dp=sizes.dp)
+        assert sorted(device.id for device in mesh.devices.flat) == sorted(device.id for device in devices)
+    assert (
+        Grid.of(known, [device.coords for device in devices]).sizes
+        == tuple(1 + max(place) for place in zip(*(device.coords for device in devices), strict=True))[
+            : len(Grid.of(known, []).sizes)
+        ]
+    )
     assert len(devices) == known.chips
     assert devices[0].device_kind.lower().startswith(known.chip.device_kinds)
     assert compiling.hbm_limit_bytes(devices[0]) == pytest.approx(known.chip.hbm_bytes, rel=0.001)

@@ -1,0 +1,242 @@
+"""The compiler's schedule of a program: what a chip's core does, in order, and what runs beside it.
+
+A program that is compiled to the end is written down with its instructions in the order in which they start, and with
+the cycles that the compiler expects of each fusion (`window_config.estimated_cycles`). `read` turns that text into
+operations of a few kinds; `walk.py` gives them time. No seconds here, and plain values only.
+"""
+
+from __future__ import annotations
+
+import itertools
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields
+from typing import Any
+
+from gemma4_tpu.planning import collectives, kernels, source
+from gemma4_tpu.planning.counts import Counting, Counts
+from gemma4_tpu.planning.hlo import Computation, Instruction, Module
+from gemma4_tpu.planning.links import Grid
+from gemma4_tpu.planning.traffic import FREE
+
+BASE, LORA, ATTENTION, GLUE, ELEMENTWISE, OPTIMIZER, COLLECTIVES, COPIES = PARTS = (
+    "base_products", "lora", "attention", "attention_glue", "elementwise", "optimizer", "collectives_exposed", "copies",
+)  # fmt: skip
+"""What a step's time goes to: products with base weights; LoRA's products; attention kernels; what is summed and
+reshaped around them; norms, activations, gathers and the like; the optimizer; collectives, and copies between HBM and
+on-chip memory, that the core waits for."""
+
+LOOKED_AT = 40
+"""Instructions that take a result, in search of a name and a place for it."""
+_CYCLES = re.compile(r'"estimated_cycles":"(\d+)"')
+_EQUATION = re.compile(r"[a-z]+(?:,[a-z]+)+->[a-z]+")
+_OP_NAME = re.compile(r'op_name="([^"]*)"')
+_ATTENDING = ("attend_", "splash")
+_ROOT = "jit(train)/"
+_OPTIMIZER_FILES = ("/optax/", "step/optimizer.py")
+_BEGIN, _END = 'custom_call_target="AsyncCollectiveStart"', 'custom_call_target="AsyncCollectiveDone"'
+
+
+@dataclass(frozen=True, kw_only=True)
+class Transfer:
+    """Bytes that leave the core's own memory."""
+
+    hbm_bytes: float = 0.0
+    sent_bytes: float = 0.0
+    """By a chip, to others."""
+    links: float = 0.0
+    """Over so many links of its own; 0: within a chip."""
+    lanes: tuple[str, ...] = ()
+    """The directions in which these lie, such as `+x`."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Op:
+    """One operation. Exactly one of `body`, `waits_for`, or what it does itself."""
+
+    name: str
+    """Of the instruction."""
+    part: str = ELEMENTWISE
+    """One of `PARTS`."""
+    label: str = ""
+    """What it computes: the end of its `op_name`."""
+    place: str = ""
+    """Where in our source (`source.Frames.place`)."""
+    cycles: int | None = None
+    """Of the core; None: the compiler does not say."""
+    kernel_flops: float = 0.0
+    """Of a Pallas kernel."""
+    mask: kernels.Mask | None = None
+    """Of an attention kernel: of what its mask leaves it skips what has no common example."""
+    transfer: Transfer | None = None
+    """Copies and collectives, and the traffic of what has no cycles."""
+    starts: str = ""
+    """It only starts its transfer, which runs beside the core under this name."""
+    waits_for: str = ""
+    """The transfer under this name must have ended."""
+    trips: int = 1
+    body: tuple[Op, ...] = field(default_factory=tuple)
+    """Of a loop, of one round."""
+
+
+def read(module: Module, frames: source.Frames, grid: Grid) -> tuple[Op, ...]:
+    """The schedule of a module that was compiled to the end."""
+    return tuple(_Reading(module, frames, grid).ops(module.entry))
+
+
+def plain(ops: Sequence[Op]) -> list[dict[str, Any]]:
+    """Plain values, for JSON: what differs from the defaults."""
+    return [_plain(op) for op in ops]
+
+
+def _plain(op: Op) -> dict[str, Any]:
+    told = {one.name: getattr(op, one.name) for one in fields(op) if getattr(op, one.name) != one.default}
+    for name in ("mask", "transfer"):
+        if name in told:
+            told[name] = asdict(told[name])
+    return {**told, "body": plain(op.body)}
+
+
+def from_plain(values: Sequence[Mapping[str, Any]]) -> tuple[Op, ...]:
+    """The inverse of `plain`."""
+    return tuple(_from_plain(dict(value)) for value in values)
+
+
+def _from_plain(value: dict[str, Any]) -> Op:
+    rest = dict(value, body=from_plain(value["body"]))
+    if "mask" in value:
+        rest["mask"] = kernels.Mask(**value["mask"])
+    if "transfer" in value:
+        rest["transfer"] = Transfer(**{**value["transfer"], "lanes": tuple(value["transfer"]["lanes"])})
+    return Op(**rest)
+
+
+class _Reading:
+    def __init__(self, module: Module, frames: source.Frames, grid: Grid):
+        self.module, self.frames, self.grid = module, frames, grid
+        self.counting = Counting(module)
+
+    def ops(self, within: Computation) -> Iterator[Op]:
+        computations = self.module.computations
+        for one in within.instructions.values():
+            if one.opcode == "while":
+                body = tuple(self.ops(computations[one.called["body"]]))
+                yield Op(name=one.name, trips=self.module.trip_count(one) or 1, body=body)
+            elif one.opcode == "conditional":  # the dearest branch, as it is counted
+                dearest = max(one.called.values(), key=lambda name: self.counting.computation(name).flops)
+                yield Op(name=one.name, body=tuple(self.ops(computations[dearest])))
+            elif one.opcode == "call":
+                yield Op(name=one.name, body=tuple(self.ops(computations[one.called["to_apply"]])))
+            elif what := self._what(within, one):
+                label, place = self._told(within, one)
+                yield Op(name=one.name, label=label, place=place, **what)
+
+    def _what(self, within: Computation, one: Instruction) -> dict[str, Any]:
+        """What an instruction does, as fields of `Op`; empty: nothing that takes time."""
+        if one.opcode.endswith("-done"):
+            return {"waits_for": one.operands[0]}
+        if one.opcode == "async-start":  # of a computation that holds one instruction
+            inner = self.module.computations[one.called["calls"]]
+            counts, inside = self.counting.computation(inner.name), self._collective(inner.instructions[inner.root])
+        elif one.opcode in FREE:
+            return {}
+        else:
+            counts, inside = self.counting.instruction(within, one), self._collective(one)
+        if inside is not None:
+            return self._exchange(within, one, inside, counts)
+        if one.opcode in ("copy-start", "async-start"):
+            return {"part": COPIES, "starts": one.name, "transfer": Transfer(hbm_bytes=counts.traffic.hbm)}
+        return self._work(one, counts)
+
+    def _work(self, one: Instruction, counts: Counts) -> dict[str, Any]:
+        """What the core does itself."""
+        part, cycles = self._part(one, counts), _cycles(one)
+        if counts.kernel_flops:
+            mask = next(iter(counts.attention_flops), None)
+            return {"part": part, "kernel_flops": counts.kernel_flops, "mask": mask}
+        if cycles is not None:
+            return {"part": part, "cycles": cycles}
+        if counts.traffic.accessed:
+            return {"part": part, "transfer": Transfer(hbm_bytes=counts.traffic.hbm)}
+        return {}
+
+    def _exchange(self, within: Computation, one: Instruction, inside: Instruction, counts: Counts) -> dict[str, Any]:
+        """A collective: the core waits for it, or it starts and ends beside it, perhaps in fusions of its own."""
+        links, lanes = collectives.over(inside, self.grid, one.attributes)
+        sent = sum(counts.collective_bytes.values())
+        transfer = Transfer(hbm_bytes=counts.traffic.hbm, sent_bytes=sent, links=links, lanes=lanes)
+        last = self._last(one)
+        if one.opcode.endswith("-start") or _BEGIN in last:
+            return {"part": COLLECTIVES, "starts": one.name, "transfer": transfer}
+        if _END in last:
+            return {"waits_for": self._origin(within, one.operands[0])}
+        if collectives.goes_on(inside):  # handed on by a fusion that does work of its own
+            return self._work(one, counts)
+        return {"part": COLLECTIVES, "transfer": transfer, "cycles": _cycles(one)}
+
+    def _collective(self, one: Instruction) -> Instruction | None:
+        """The collective that an instruction is, or that its fused computation holds."""
+        if one.opcode.removesuffix("-start") in collectives.KINDS:
+            return one
+        if one.opcode != "fusion":
+            return None
+        fused = self.module.computations[one.called["calls"]]
+        return next((i for i in fused.instructions.values() if i.opcode in collectives.KINDS), None)
+
+    def _last(self, one: Instruction) -> str:
+        """Attributes of the last instruction of a fusion."""
+        if one.opcode != "fusion":
+            return ""
+        fused = self.module.computations[one.called["calls"]]
+        return fused.instructions[fused.root].attributes
+
+    def _origin(self, within: Computation, name: str) -> str:
+        """The fusion that started what others have handed on, each as some element of its result."""
+        one = within.instructions[name]
+        if one.opcode != "get-tuple-element":
+            return name
+        source, index = within.instructions[one.operands[0]], one.attributes.partition("index=")[2].split(",")[0]
+        handed = re.search(rf"\{{{index}\}}: \((\d+),", source.attributes)
+        if _BEGIN in self._last(source) or handed is None:
+            return source.name
+        return self._origin(within, source.operands[int(handed[1])])
+
+    def _told(self, within: Computation, one: Instruction) -> tuple[str, str]:
+        """Label and place; of what the compiler added itself those of what takes its result."""
+        takers = list(itertools.islice(_takers(within, one), LOOKED_AT))
+        named = next((taker for taker in takers if _op_name(taker)), one)
+        label = _op_name(named).removeprefix(_ROOT) or one.opcode
+        label = label if named is one else f"{one.opcode} for {label}"
+        return label, next((place for taker in takers if (place := self.frames.place(taker.attributes))), "")
+
+    def _part(self, one: Instruction, counts: Counts) -> str:
+        name = _op_name(one)
+        attending = bool(counts.attention_flops) or any(word in name for word in _ATTENDING)
+        if counts.matmul_flops or counts.kernel_flops:
+            if attending:
+                return ATTENTION
+            # In our equations r is the adapter's rank and nothing else (`models/gemma4.py`).
+            return LORA if (told := _EQUATION.search(name)) and "r" in told[0] else BASE
+        if attending:
+            return GLUE
+        if any(word in frame.file for frame in self.frames.of(one.attributes) for word in _OPTIMIZER_FILES):
+            return OPTIMIZER
+        return ELEMENTWISE
+
+
+def _cycles(one: Instruction) -> int | None:
+    told = _CYCLES.search(one.attributes)
+    return int(told[1]) if told else None
+
+
+def _op_name(one: Instruction) -> str:
+    told = _OP_NAME.search(one.attributes)
+    return told[1] if told else ""
+
+
+def _takers(within: Computation, one: Instruction, steps: int = 4) -> Iterator[Instruction]:
+    """An instruction, and what takes its result, directly or handed on a few times."""
+    yield one
+    if steps:
+        for user in within.users.get(one.name, []):
+            yield from _takers(within, user, steps - 1)
