@@ -1,16 +1,18 @@
-"""Chips and slices: memory, peak rates, topology and dated prices. The only place where such facts live. No JAX here.
+"""Chips and slices: memory, peak rates and topology. The only place where such facts live. No JAX here.
 
-Peak rates, bandwidths and HBM are the manufacturers' published figures: Cloud TPU's system-architecture pages (v5p,
-v5e, v6e) and NVIDIA's data sheets (H100 SXM, H200). Usable HBM of v5p (102.8 GB) and v6e (31.25 GiB) is what the paper
-*Fine-Tuning and Serving Gemma 4 31B on Google Cloud TPU* found on the machines, and what the TPU compiler lets a
-program use, as it does for v5e (15.75 GiB). Prices that are quoted come from that
-paper (Google Cloud, on demand, 2026; it names no day); prices that it doesn't quote are derived per chip, and say so.
+Peak rates, bandwidths and HBM are the manufacturers' published figures: docs.cloud.google.com/tpu/docs/v5e, v5p, v6e
+and tpu7x (copies read on 2026-11-26), and NVIDIA's data sheets (H100 SXM, H200). Usable HBM of v5p (102.8 GB) and v6e
+(31.25 GiB) is what the paper *Fine-Tuning and Serving Gemma 4 31B on Google Cloud TPU* found on the machines, and what
+the TPU compiler lets a program use, as it does for v5e (15.75 GiB) and tpu7x (94.75 GiB on each of a chip's two
+devices). Names of slices and hosts follow Cloud TPU's accelerator types and, for tpu7x, xpk's. What an hour costs is in
+`prices.py`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 from gemma4_tpu.config.schema import HardwareConfig
@@ -21,29 +23,43 @@ LOCAL = "local"
 
 @dataclass(frozen=True, kw_only=True)
 class Chip:
-    """One accelerator chip (TPU) or GPU; one JAX device each."""
+    """One accelerator chip (TPU) or GPU."""
 
     name: str
     platform: str
     """JAX's name of the platform: `tpu` or `gpu`."""
     device_kinds: tuple[str, ...]
     """Lower-case beginnings of JAX's `device_kind` for this chip."""
+    devices: int = 1
+    """JAX devices that it is; a tpu7x chip is two, each with a TensorCore and half of the memory."""
+    cores: int = 1
+    """TensorCores, which the names of v5p and tpu7x slices count."""
     hbm_bytes: int
-    """High-bandwidth memory that a program can use."""
+    """High-bandwidth memory that programs can use."""
     hbm_bytes_per_second: float
     peak_flops_per_second: float
     """Dense bf16 matrix multiplication."""
     interconnect_bytes_per_second: float
-    """Between chips, both directions together, per chip (ICI or NVLink)."""
+    """Between chips, both directions together (ICI or NVLink)."""
+    accelerator_type: str | None = None
+    """What `--accelerator-type` of `gcloud compute tpus` calls slices of it; None: no TPU."""
+    runtime_version: str | None = None
+    """`--runtime-version` of `gcloud compute tpus`; None: not offered as a TPU VM."""
+    host_chips: int = 4
+    """Chips of the largest machine with a single host. Larger slices have four on each host."""
 
-
-@dataclass(frozen=True, kw_only=True)
-class Price:
-    """What a whole slice costs, and who says so."""
-
-    usd_per_hour: float
-    date: str
-    source: str
+    @property
+    def device(self) -> Chip:
+        """What one JAX device has of it: all, or an equal share. Programs are counted by device."""
+        if self.devices == 1:
+            return self
+        n = self.devices
+        return replace(
+            self, devices=1, cores=self.cores // n, hbm_bytes=self.hbm_bytes // n,
+            hbm_bytes_per_second=self.hbm_bytes_per_second / n,
+            peak_flops_per_second=self.peak_flops_per_second / n,
+            interconnect_bytes_per_second=self.interconnect_bytes_per_second / n,
+        )  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,11 +74,16 @@ class Slice:
     """Name for XLA's ahead-of-time compiler; None: none (GPUs)."""
     accelerator_type: str | None = None
     """`--accelerator-type` of `gcloud compute tpus`, or the machine type that carries the GPUs."""
-    runtime_version: str | None = None
-    """`--runtime-version` of `gcloud compute tpus`; None: not a TPU VM."""
-    on_demand: Price | None = None
-    """None: no price with a source is known."""
-    spot: Price | None = None
+
+    @property
+    def devices(self) -> int:
+        """JAX devices, which a mesh is laid over."""
+        return self.chips * self.chip.devices
+
+    @property
+    def runtime_version(self) -> str | None:
+        """`--runtime-version` of `gcloud compute tpus`; None: not a TPU VM."""
+        return self.chip.runtime_version
 
     @property
     def hbm_bytes(self) -> int:
@@ -102,17 +123,25 @@ class MeshSizes(NamedTuple):
 
 
 # fmt: off
-V5P = Chip(
-    name="v5p", platform="tpu", device_kinds=("tpu v5p", "tpu v5"), hbm_bytes=int(102.8 * GB),
-    hbm_bytes_per_second=2765e9, peak_flops_per_second=459e12, interconnect_bytes_per_second=1200e9,
-)
 V5E = Chip(
     name="v5e", platform="tpu", device_kinds=("tpu v5 lite", "tpu v5e"), hbm_bytes=int(15.75 * GIB),
     hbm_bytes_per_second=819e9, peak_flops_per_second=197e12, interconnect_bytes_per_second=400e9,
+    accelerator_type="v5litepod", runtime_version="v2-alpha-tpuv5-lite", host_chips=8,
+)
+V5P = Chip(
+    name="v5p", platform="tpu", device_kinds=("tpu v5p", "tpu v5"), cores=2, hbm_bytes=int(102.8 * GB),
+    hbm_bytes_per_second=2765e9, peak_flops_per_second=459e12, interconnect_bytes_per_second=1200e9,
+    accelerator_type="v5p", runtime_version="v2-alpha-tpuv5",
 )
 V6E = Chip(
     name="v6e", platform="tpu", device_kinds=("tpu v6 lite", "tpu v6e"), hbm_bytes=int(31.25 * GIB),
     hbm_bytes_per_second=1640e9, peak_flops_per_second=918e12, interconnect_bytes_per_second=800e9,
+    accelerator_type="v6e", runtime_version="v2-alpha-tpuv6e", host_chips=8,
+)
+TPU7X = Chip(
+    name="tpu7x", platform="tpu", device_kinds=("tpu7x", "tpu v7x"), devices=2, cores=2, hbm_bytes=int(189.5 * GIB),
+    hbm_bytes_per_second=7380e9, peak_flops_per_second=2307e12, interconnect_bytes_per_second=1200e9,
+    accelerator_type="tpu7x",
 )
 H100 = Chip(
     name="h100", platform="gpu", device_kinds=("nvidia h100",), hbm_bytes=80 * GB,
@@ -123,64 +152,42 @@ H200 = Chip(
     hbm_bytes_per_second=4800e9, peak_flops_per_second=989e12, interconnect_bytes_per_second=900e9,
 )
 # fmt: on
-CHIPS = {chip.name: chip for chip in (V5P, V5E, V6E, H100, H200)}
+CHIPS = {chip.name: chip for chip in (V5E, V5P, V6E, TPU7X, H100, H200)}
 
-_PAPER = "paper 'Fine-Tuning and Serving Gemma 4 31B on Google Cloud TPU', tables 2.1 and 2.2"
-_QUOTED = {  # slice: (USD per hour, chips)
-    "v5p-8": (16.80, 4),
-    "v6e-8": (21.52, 8),
-    "h100x2": (22.12, 2),
+_SHAPES = {
+    V5P.name: "2x2x1 2x2x2 2x2x4 2x4x4 4x4x4 4x4x8 4x8x8 8x8x8",
+    V6E.name: "1x1 2x2 2x4 4x4 4x8 8x8 8x16 16x16",
+    V5E.name: "1x1 2x2 2x4 4x4 4x8 8x8 8x16 16x16",
+    TPU7X.name: "2x2x1 2x2x2 2x2x4 2x4x4 4x4x4",
 }
-_PRICED_LIKE = {"v5p": "v5p-8", "v6e": "v6e-8", "h100": "h100x2"}
+"""Chips along each side of the slices of a generation. A v5e or v6e slice is a whole pod at most."""
 
 
-def _on_demand(name: str, chip: Chip, chips: int) -> Price | None:
-    """The paper's price, or its price per chip times `chips`; None for a chip that it doesn't price."""
-    quoted = _PRICED_LIKE.get(chip.name)
-    if quoted is None:
-        return None
-    usd, quoted_chips = _QUOTED[quoted]
-    if name == quoted:
-        return Price(usd_per_hour=usd, date="2026", source=_PAPER)
-    source = f"derived per chip from {quoted} in {_PAPER}"
-    return Price(usd_per_hour=round(usd / quoted_chips * chips, 4), date="2026", source=source)
+def _tpus() -> Iterator[Slice]:
+    for chip, shapes in ((CHIPS[name], shapes) for name, shapes in _SHAPES.items()):
+        for shape in shapes.split():
+            chips = math.prod(map(int, shape.split("x")))
+            size = chips * chip.cores
+            yield Slice(
+                name=f"{chip.name}-{size}", chip=chip, chips=chips, topology=f"{chip.name}:{shape}",
+                hosts=1 if chips <= chip.host_chips else chips // 4, accelerator_type=f"{chip.accelerator_type}-{size}",
+            )  # fmt: skip
 
-
-def _tpu(name: str, chip: Chip, topology: str, chips: int, hosts: int, accelerator_type: str, runtime: str) -> Slice:
-    return Slice(
-        name=name, chip=chip, chips=chips, hosts=hosts, topology=f"{chip.name}:{topology}",
-        accelerator_type=accelerator_type, runtime_version=runtime, on_demand=_on_demand(name, chip, chips),
-    )  # fmt: skip
-
-
-_V5P_RUNTIME, _V5E_RUNTIME, _V6E_RUNTIME = "v2-alpha-tpuv5", "v2-alpha-tpuv5-lite", "v2-alpha-tpuv6e"
 
 SLICES: dict[str, Slice] = {
-    s.name: s
-    for s in [
-        # v5p counts TensorCores in its name (two per chip), v5e and v6e count chips.
-        _tpu("v5p-8", V5P, "2x2x1", 4, 1, "v5p-8", _V5P_RUNTIME),
-        _tpu("v5p-16", V5P, "2x2x2", 8, 2, "v5p-16", _V5P_RUNTIME),
-        _tpu("v5p-32", V5P, "2x2x4", 16, 4, "v5p-32", _V5P_RUNTIME),
-        _tpu("v5p-64", V5P, "2x4x4", 32, 8, "v5p-64", _V5P_RUNTIME),
-        _tpu("v6e-1", V6E, "1x1", 1, 1, "v6e-1", _V6E_RUNTIME),
-        _tpu("v6e-4", V6E, "2x2", 4, 1, "v6e-4", _V6E_RUNTIME),
-        _tpu("v6e-8", V6E, "2x4", 8, 1, "v6e-8", _V6E_RUNTIME),
-        _tpu("v6e-16", V6E, "4x4", 16, 4, "v6e-16", _V6E_RUNTIME),
-        _tpu("v5e-8", V5E, "2x4", 8, 1, "v5litepod-8", _V5E_RUNTIME),
-        _tpu("v5e-16", V5E, "4x4", 16, 4, "v5litepod-16", _V5E_RUNTIME),
-        Slice(
-            name="h100x2",
-            chip=H100,
-            chips=2,
-            hosts=1,
-            accelerator_type="a3-highgpu-2g",
-            on_demand=_on_demand("h100x2", H100, 2),
-        ),
+    one.name: one
+    for one in [
+        *_tpus(),
+        Slice(name="h100x2", chip=H100, chips=2, hosts=1, accelerator_type="a3-highgpu-2g"),
         Slice(name="h200", chip=H200, chips=1, hosts=1),
     ]
 }
 """Every slice by name. `local` is not one: it stands for whatever JAX finds."""
+
+
+def option_name(slice_name: str) -> str:
+    """What `hardware=` calls a slice: `v5p8` for `v5p-8`, `tpu7x_8` for `tpu7x-8`."""
+    return slice_name.replace("-", "_" if slice_name.startswith("tpu") else "")
 
 
 def slice_of(hardware: HardwareConfig) -> Slice | None:
@@ -199,16 +206,6 @@ def chip_of(platform: str, device_kind: str) -> Chip | None:
         if kind.startswith(start)
     ]
     return max(matches, key=lambda match: match[0])[1] if matches else None
-
-
-def price_of(hardware: HardwareConfig) -> Price | None:
-    """What an hour on `hardware` costs: the configured price, else the table's (spot or on demand); None: unknown."""
-    if hardware.usd_per_hour is not None:
-        return Price(usd_per_hour=hardware.usd_per_hour, date="this run", source="hardware.usd_per_hour")
-    found = slice_of(hardware)
-    if found is None:
-        return None
-    return found.spot if hardware.spot else found.on_demand
 
 
 def _family(platform: str) -> str:

@@ -26,7 +26,12 @@ def _answer(loaded: Loaded[ReportRoot, ReportChecked]) -> int:
 
 
 def spelt_out(words: Sequence[str]) -> list[str]:
-    """`cost a b out=c` as `cost=['a','b'] out=c`, `run=a` as `run=['a']`: one folder, or several, without brackets."""
+    """`cost a b out=c` as `cost=['a','b'] out=c`, `run=a` as `run=['a']`: one folder, or several, without brackets.
+
+    `prices` alone is `price_list=true`.
+    """
+    if words and words[0] == "prices":
+        words = ["price_list=true", *words[1:]]
     if words and words[0] in LISTED:
         places = [word for word in words[1:] if "=" not in word and not word.startswith("-")]
         words = [f"{words[0]}={_listed(places)}", *(word for word in words[1:] if word not in places)]
@@ -85,8 +90,15 @@ def _plausibility(root: ReportRoot) -> int:
     return show_plausibility(root.plausibility, root.out)
 
 
+def _price_list(root: ReportRoot) -> int:
+    from gemma4_tpu.costing.show import show_price_list
+
+    return show_price_list()
+
+
 SUBJECTS = {
     "run": _run, "sweep": _sweep, "wandb": _wandb, "check": _check, "cost": _cost, "plausibility": _plausibility,
+    "price_list": _price_list,
 }  # fmt: skip
 """What each key of the configuration is answered by."""
 

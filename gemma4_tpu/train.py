@@ -130,6 +130,7 @@ def _train(
     from gemma4_tpu.training.batches import make_batches
     from gemma4_tpu.training.compile_cache import use_compile_cache
     from gemma4_tpu.training.job import build_job, check_capacity, start_mesh
+    from gemma4_tpu.training.profile import check_profile
     from gemma4_tpu.training.replay import Replay
     from gemma4_tpu.training.start import open_start, start_fingerprint
 
@@ -148,6 +149,7 @@ def _train(
     mesh = start_mesh(config.hardware, config.mesh, base.arch)
     batches = make_batches(data, config.data, config.trainer, mesh)
     updates, length = batches.pipeline.total_updates, max(batches.pipeline.lengths)
+    check_profile(config.trainer.profile, updates)
     if told := hosts.from_first(lambda: resume.nothing_left(folder, resume_from, updates)):
         log.info(told)
         return None
@@ -207,6 +209,8 @@ def _loop(
     from gemma4_tpu.training.checkpoint import Checkpoints
     from gemma4_tpu.training.compile_cache import log_compile_cache
     from gemma4_tpu.training.loop import Loop
+    from gemma4_tpu.training.prediction import predict
+    from gemma4_tpu.training.profile import Profile
     from gemma4_tpu.training.rates import Rates
     from gemma4_tpu.training.reports import Reports
     from gemma4_tpu.training.watchdog import Watchdog
@@ -231,8 +235,10 @@ def _loop(
         preemption=preemption,
         watchdog=watchdog,
         sample=lambda trained, update: answers(job, trained, update, tracker),
+        profile=Profile(config.trainer.profile, folder.path if folder.write else None),
+        prediction=predict(config, job.step.model.remat, job.mesh.shape, folder.path) if folder.write else None,
     )  # fmt: skip
-    with closing(pipeline), closing(checkpoints), closing(answers), reports:
+    with closing(pipeline), closing(checkpoints), closing(answers), reports, loop.profile.closing():
         with watchdog, reports.progress:
             result = loop.run(resume_from)
         log_compile_cache()

@@ -12,7 +12,7 @@ from gemma4_tpu.config.entries import EntryPoint
 from gemma4_tpu.config.problems import Problem
 from gemma4_tpu.config.schema import TrainRoot
 from gemma4_tpu.errors import UserError
-from gemma4_tpu.hardware import SLICES, slice_of
+from gemma4_tpu.hardware import SLICES, option_name, slice_of
 from launch.after import after_problems
 
 PROJECT, ZONE = "CLOUDSDK_CORE_PROJECT", "CLOUDSDK_COMPUTE_ZONE"
@@ -150,6 +150,11 @@ def _examine_tpu_vm(root: TpuVmRoot) -> tuple[Checked | None, list[Problem]]:
         messages.append(f"launch.model_in_memory=true: model.path={root.model.path} is not on gs://")
     messages += [f"launch.create_flags: {flag}: give --name=value" for flag in launch.create_flags if flag[:2] != "--"]
     slice_ = slice_of(root.hardware)
+    if slice_ is not None and slice_.topology and slice_.runtime_version is None:
+        messages.append(
+            f"hardware={option_name(slice_.name)}: {slice_.chip.name} is not offered as a TPU VM; python -m launch.gke "
+            "takes it"
+        )
     messages += after_problems(launch.after, root.model.name, hosts=slice_.hosts if slice_ else 1)
     return _with_train(root, messages)
 
@@ -179,9 +184,14 @@ def _place(root: TpuVmRoot | GkeRoot) -> list[str]:
     """Slice, project, zone, run folder; files that the slice would not find."""
     messages = []
     slice_ = slice_of(root.hardware)
-    if slice_ is None or slice_.runtime_version is None:
-        tpus = ", ".join(name.replace("-", "") for name, s in SLICES.items() if s.runtime_version)
+    if slice_ is None or slice_.topology is None:
+        tpus = ", ".join(option_name(name) for name, s in SLICES.items() if s.topology)
         messages.append(f"hardware.name={root.hardware.name}: which TPU slice? give hardware=<one of {tpus}>")
+    if root.hardware.flex_start:
+        messages.append(
+            "hardware.flex_start=true: counts costs only; the launchers ask for capacity on demand or, with spot=true, "
+            "for spot"
+        )
     if not root.launch.project or not re.fullmatch(r"[a-z][a-z0-9:.-]*", root.launch.project):
         messages.append(f"launch.project={root.launch.project or 'null'}: give project=<project id>, or set {PROJECT}")
     if not root.launch.zone or not re.fullmatch(r"[a-z]+-[a-z]+\d+-[a-z]", root.launch.zone):

@@ -19,7 +19,8 @@ from pathlib import Path
 from gemma4_tpu.config.checks import Checked
 from gemma4_tpu.config.load import Loaded, load
 from gemma4_tpu.errors import STALLED, UserError, exit_code
-from gemma4_tpu.hardware import price_of, slice_of
+from gemma4_tpu.hardware import slice_of
+from gemma4_tpu.prices import price_of
 from gemma4_tpu.tracking.redact import redact
 from launch.config import GKE, GkeRoot, look_at_checkpoint
 from launch.job import PREFIX, name_and_folder, train_words

@@ -12,7 +12,8 @@ from typing import Any
 from gemma4_tpu.config.checks import Checked
 from gemma4_tpu.config.load import Loaded, load_train
 from gemma4_tpu.config.schema import HardwareConfig
-from gemma4_tpu.hardware import Slice, price_of, slice_of
+from gemma4_tpu.hardware import Slice, slice_of
+from gemma4_tpu.prices import ON_DEMAND, SPOT, Price, price_in_zone
 from launch.after import Stage, stages
 from launch.config import PlaceConfig, TpuVmConfig, TpuVmRoot
 
@@ -124,15 +125,13 @@ def train_words(overrides: list[str], run_dir: str) -> list[str]:
 
 def cost(job: Job) -> str:
     """What an hour costs, and what the limit makes of it, in words; all of it estimated."""
-    hours = job.config.max_hours
-    hardware = HardwareConfig(name=job.slice, spot=job.spot)
+    hours, what = job.config.max_hours, "spot" if job.spot else "on demand"
     given = next((w.partition("=")[2] for w in job.train if w.startswith("hardware.usd_per_hour=")), None)
+    price = price_in_zone(job.hardware, SPOT if job.spot else ON_DEMAND, job.zone)
     if given not in (None, "null"):
-        hardware.usd_per_hour = float(given)
-    price, what = price_of(hardware), "spot" if job.spot else "on demand"
-    if price is None and job.spot:
-        price, what = job.hardware.on_demand, "on demand; no spot price with a source is known, it is usually lower"
+        price = Price(usd_per_hour=float(given), date="this run", source="hardware.usd_per_hour")
     if price is None:
         return "unknown: no price with a source is known for this slice; hardware.usd_per_hour=… sets one"
     limit = f", at most ${price.usd_per_hour * hours:,.2f} for one slice by launch.max_hours={hours:g}" if hours else ""
-    return f"${price.usd_per_hour:,.2f} per hour {what} ({price.date}, {price.source}){limit}; estimated"
+    where = f", {price.region}" if price.region else ""
+    return f"${price.usd_per_hour:,.2f} per hour {what}{where} ({price.date}, {price.source}){limit}; estimated"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from gemma4_tpu.errors import UserError
 from gemma4_tpu.hardware import SLICES
+from gemma4_tpu.prices import ON_DEMAND, SPOT, price_in_zone, spoken
 from launch import gcloud
 from launch.job import PREFIX, saved_jobs
 
@@ -20,9 +21,9 @@ def show(places: list[tuple[str, str]]) -> str:
                 continue
             name, state = gcloud.name_of(resource), gcloud.state_of(resource)
             accelerator = gcloud.node_of(resource).get("acceleratorType", "?")
-            tier = "spot" if "spot" in resource else "on demand"
-            money = _money(str(accelerator), tier) if state == _PRICED else "costs nothing now"
-            lines.append(f"{name}  {state}  {accelerator} {tier}  {project} {zone}  {money}")
+            kind = SPOT if "spot" in resource else ON_DEMAND
+            money = _money(str(accelerator), kind, zone) if state == _PRICED else "costs nothing now"
+            lines.append(f"{name}  {state}  {accelerator} {spoken(kind)}  {project} {zone}  {money}")
             if name in jobs:
                 lines.append(f"    run folder {jobs[name].run_dir}")
     looked = ", ".join(f"{project} {zone}" for project, zone in places)
@@ -61,11 +62,9 @@ def places(project: str | None, zone: str | None) -> list[tuple[str, str]]:
     return found
 
 
-def _money(accelerator: str, tier: str) -> str:
+def _money(accelerator: str, kind: str, zone: str) -> str:
     found = next((s for s in SLICES.values() if s.accelerator_type == accelerator), None)
-    price = found and (found.spot if tier == "spot" else found.on_demand)
+    price = found and price_in_zone(found, kind, zone)
     if price:
         return f"${price.usd_per_hour:,.2f} per hour (estimated)"
-    if found and found.on_demand:
-        return f"${found.on_demand.usd_per_hour:,.2f} per hour on demand (estimated); spot is usually lower"
     return "costs money; no price with a source is known"

@@ -17,6 +17,7 @@ FLOORS = [  # from the ground up
         "hf_config",
         "templates",
         "hardware",
+        "prices",
         "compiler_flags",
         "accelerators",
         "storage",

@@ -1,11 +1,11 @@
-"""The table of chips and slices: complete, consistent, and its prices sourced."""
+"""The table of chips and slices: complete, consistent, and named as Google names them."""
 
 import math
 
 import pytest
 
 from gemma4_tpu.config.schema import HardwareConfig
-from gemma4_tpu.hardware import CHIPS, SLICES, chip_of, price_of, slice_of
+from gemma4_tpu.hardware import CHIPS, SLICES, chip_of, slice_of
 
 GIB = 2**30
 
@@ -19,36 +19,17 @@ def test_a_slice_is_consistent(name):
         generation, shape = entry.topology.split(":")
         assert generation == entry.chip.name
         assert math.prod(map(int, shape.split("x"))) == entry.chips
-        # v5p's name counts TensorCores, two per chip; v5e's and v6e's count chips.
-        assert int(name.split("-")[1]) == entry.chips * (2 if generation == "v5p" else 1)
-        assert entry.runtime_version
+        # The names of v5p and tpu7x count TensorCores, two per chip; those of v5e and v6e count chips.
+        assert int(name.split("-")[1]) == entry.chips * (2 if generation in ("v5p", "tpu7x") else 1)
+        assert bool(entry.runtime_version) == (generation != "tpu7x")  # which is offered on GKE and Compute Engine only
         assert entry.accelerator_type.endswith(f"-{name.split('-')[1]}")
     else:
         assert entry.topology is None
 
 
-def test_prices_are_the_papers_or_say_what_they_derive_from():
-    quoted = {name: SLICES[name].on_demand for name in ("v5p-8", "v6e-8", "h100x2")}
-    assert [price.usd_per_hour for price in quoted.values()] == [16.80, 21.52, 22.12]
-    assert not any("derived" in price.source for price in quoted.values())
-    assert SLICES["v5p-32"].on_demand.usd_per_hour == 67.20
-    assert SLICES["v6e-4"].on_demand.usd_per_hour == 10.76
-    derived = [entry.on_demand for name, entry in SLICES.items() if name not in quoted and entry.on_demand]
-    assert all(price.source.startswith("derived per chip from ") for price in derived)
-    assert all(price.date for price in [*quoted.values(), *derived])
-
-
 def test_the_papers_memory():
     assert SLICES["v5p-8"].hbm_bytes == 4 * 102_800_000_000
     assert SLICES["v6e-8"].hbm_bytes == 250 * GIB
-
-
-def test_the_configured_price_comes_first():
-    assert price_of(HardwareConfig(name="v5p-8")).usd_per_hour == 16.80
-    assert price_of(HardwareConfig(name="v5p-8", usd_per_hour=5.0)).usd_per_hour == 5.0
-    assert price_of(HardwareConfig(name="local", usd_per_hour=1.5)).usd_per_hour == 1.5
-    assert price_of(HardwareConfig(name="local")) is None
-    assert price_of(HardwareConfig(name="v5p-8", spot=True)) is None  # no spot price with a source is known
 
 
 def test_chips_by_what_jax_calls_them():
@@ -58,6 +39,7 @@ def test_chips_by_what_jax_calls_them():
         ("tpu", "TPU v5 lite"): "v5e",
         ("tpu", "TPU v5e"): "v5e",
         ("tpu", "TPU v6 lite"): "v6e",
+        ("tpu", "TPU7x"): "tpu7x",
         ("gpu", "NVIDIA H100 80GB HBM3"): "h100",
         ("cuda", "NVIDIA H200"): "h200",
     }
@@ -70,3 +52,12 @@ def test_chips_by_what_jax_calls_them():
 def test_local_is_no_slice():
     assert slice_of(HardwareConfig(name="local")) is None
     assert slice_of(HardwareConfig(name="v5e-16")).chips == 16
+
+
+def test_a_slice_of_tpu7x_has_two_devices_per_chip():
+    entry = SLICES["tpu7x-128"]
+    assert (entry.chips, entry.devices, entry.hosts) == (64, 128, 16)
+    device = entry.chip.device
+    assert device.peak_flops_per_second * entry.devices == entry.peak_flops_per_second == 64 * 2307e12
+    assert device.hbm_bytes == 94.75 * GIB  # what the compiler lets a program use
+    assert SLICES["v5p-8"].chip.device is SLICES["v5p-8"].chip

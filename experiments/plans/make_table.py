@@ -25,9 +25,8 @@ from pathlib import Path
 from typing import Any
 
 from gemma4_tpu.architectures import ARCHITECTURES, Architecture
-from gemma4_tpu.config.checks import option_name
 from gemma4_tpu.config.meshes import legal_meshes
-from gemma4_tpu.hardware import SLICES, MeshSizes, Slice
+from gemma4_tpu.hardware import SLICES, MeshSizes, Slice, option_name
 from gemma4_tpu.models.layout import Layout
 from gemma4_tpu.planning.bands import band, usd_per_million
 
@@ -89,9 +88,9 @@ def meshes(arch: Architecture, wanted: Slice) -> list[MeshSizes]:
 
     The largest tp for large models, none for others, and for those tp = 2 with half of HBM free.
     """
-    legal, small = legal_meshes(arch, wanted.chips), arch.name in SMALL
+    legal, small = legal_meshes(arch, wanted.devices), arch.name in SMALL
     weights_bytes = 2 * sum(math.prod(leaf.array_shape) for leaf in Layout.of(arch).leaves())
-    largest = 1 if small else max(arch.legal_tp(wanted.chips))
+    largest = 1 if small else max(arch.legal_tp(wanted.devices))
     chosen = [mesh for mesh in legal if mesh.tp == largest][:1]
     for tp, share in [(largest, 1 / 5), (largest, 1 / 2), *([(2, 1 / 2)] if small else [])]:
         least = weights_bytes / (wanted.chip.hbm_bytes * share)

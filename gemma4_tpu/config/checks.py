@@ -1,12 +1,13 @@
 """Checks across the fields of a configuration: ranges, choices, files, batch sizes and the mesh. No JAX.
 
-`check_train` finds everything that can be known before an accelerator runtime starts. `resolve_mesh`,
-`rows_per_microbatch` and `check_devices` are asked again once JAX has said which devices there are.
+`check_train` finds everything that can be known before an accelerator runtime starts. `resolve_mesh` and
+`rows_per_microbatch` are asked again once JAX has said which devices there are, and `hardware_checks.check_devices`.
 """
 
 from __future__ import annotations
 
 import importlib.util
+import math
 import re
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -22,6 +23,7 @@ from gemma4_tpu.config.files import (
     start_problem,
     tokenizer_problem,
 )
+from gemma4_tpu.config.hardware_checks import full_problems, hardware_problems, price_warning
 from gemma4_tpu.config.keys import did_you_mean
 from gemma4_tpu.config.limits import HIGH_LEARNING_RATE, limit_problems
 from gemma4_tpu.config.meshes import resolve_mesh
@@ -29,7 +31,6 @@ from gemma4_tpu.config.problems import Problem, refusal
 from gemma4_tpu.config.replay import replay_problems
 from gemma4_tpu.config.schema import (
     DataConfig,
-    HardwareConfig,
     LoraConfig,
     MeshConfig,
     OptimizerConfig,
@@ -38,11 +39,9 @@ from gemma4_tpu.config.schema import (
     TrainRoot,
 )
 from gemma4_tpu.errors import UserError
-from gemma4_tpu.hardware import LOCAL, SLICES, MeshSizes, chip_of, price_of, slice_of
+from gemma4_tpu.hardware import MeshSizes, slice_of
 
 LORA_TARGETS = ("attention", "mlp")
-LORA_ONLY = ("gemma4_31b", "gemma4_26b_a4b")
-"""Too large for full fine-tuning: weights, gradients and two moments in float32 are 16 bytes per parameter."""
 
 
 @dataclass(frozen=True)
@@ -94,7 +93,7 @@ def check_train(root: TrainRoot) -> Checked:
 def examine_train(root: TrainRoot) -> tuple[Checked | None, list[Problem]]:
     """As `check_train`, but hands the problems back; `Checked` is None when there are some."""
     messages = limit_problems(root)
-    messages += _lengths(root.trainer) + _batch(root.trainer, root.data) + _lora(root.lora, root.model.name)
+    messages += _lengths(root.trainer) + _batch(root.trainer, root.data) + _lora(root.lora)
     messages += _data(root.data) + _tracker(root.tracker) + _run(root)
     architecture, model_messages = checkpoint_architecture(root.model)
     messages += model_messages
@@ -134,27 +133,6 @@ def rows_per_microbatch(trainer: TrainerConfig, data: DataConfig, places: int) -
     return rows
 
 
-def check_devices(hardware: HardwareConfig, platform: str, device_kind: str, count: int) -> None:
-    """Compares the slice that was asked for with what JAX found (all processes' devices).
-
-    Raises:
-      UserError: it is another one; says which, and what to give instead.
-    """
-    wanted = slice_of(hardware)
-    if wanted is None:
-        return
-    chip = chip_of(platform, device_kind)
-    if chip is wanted.chip and count == wanted.chips:
-        return
-    there = [s.name for s in SLICES.values() if chip is s.chip and count == s.chips]
-    found = f"{count} × {device_kind}" + (f" ({platform})" if platform.lower() != device_kind.lower() else "")
-    raise UserError(
-        f"hardware={option_name(wanted.name)} is {wanted.chips} × {wanted.chip.name}, but JAX found {found}; give "
-        + "".join(f"hardware={option_name(name)} or " for name in there)
-        + "hardware=local (whatever is there)"
-    )
-
-
 def warmup_warning(optimizer: OptimizerConfig, updates: int) -> str | None:
     """A line for a warm-up of more than a tenth of the run's updates; None: it is not."""
     if optimizer.warmup_updates * 10 <= updates:
@@ -163,11 +141,6 @@ def warmup_warning(optimizer: OptimizerConfig, updates: int) -> str | None:
         f"optimizer.warmup_updates={optimizer.warmup_updates} is more than a tenth of the run's {updates} updates"
         + ("; the peak learning rate is never reached" if optimizer.warmup_updates >= updates else "")
     )
-
-
-def option_name(slice_name: str) -> str:
-    """What `hardware=` calls a slice: `v5p8` for `v5p-8`."""
-    return slice_name.replace("-", "")
 
 
 def _lengths(trainer: TrainerConfig) -> list[str]:
@@ -205,7 +178,7 @@ def _batch(trainer: TrainerConfig, data: DataConfig) -> list[str]:
     return []
 
 
-def _lora(lora: LoraConfig, model_name: str) -> list[str]:
+def _lora(lora: LoraConfig) -> list[str]:
     messages = []
     if not lora.enabled:
         if lora.start is not None:
@@ -217,11 +190,6 @@ def _lora(lora: LoraConfig, model_name: str) -> list[str]:
             messages.append(
                 f"lora.quantize={lora.quantize}: quantised weights can't be trained; give lora.enabled=true (QLoRA) "
                 "or lora.quantize=null"
-            )
-        if model_name in LORA_ONLY:
-            messages.append(
-                f"lora.enabled=false: full fine-tuning is for the small sizes, not model={model_name}; "
-                "give lora=default or another model"
             )
         return messages
     known = ", ".join(LORA_TARGETS)
@@ -276,12 +244,7 @@ def _tracker(tracker: TrackerConfig) -> list[str]:
 
 
 def _run(root: TrainRoot) -> list[str]:
-    messages = []
-    if root.hardware.name != LOCAL and root.hardware.name not in SLICES:
-        hint = did_you_mean(root.hardware.name, SLICES, lambda name: f"hardware={option_name(name)}")
-        messages.append(
-            f"hardware.name={root.hardware.name}: no such slice{hint} (slices: {', '.join([LOCAL, *SLICES])})"
-        )
+    messages = hardware_problems(root.hardware) + full_problems(root.hardware, root.lora, root.model.name)
     wanted = slice_of(root.hardware)
     if wanted and wanted.chip.platform != "tpu" and root.trainer.attention == "splash":
         messages.append(f"trainer.attention=splash: a TPU kernel, but {wanted.name} has GPUs; give auto or einsum")
@@ -290,11 +253,27 @@ def _run(root: TrainRoot) -> list[str]:
     if root.lora.start is not None and not _goes_on(root.run_dir):
         messages += start_problem(root.lora)
     messages += flags_problem(root.hardware)
+    messages += _watched(root.trainer)
     messages += replay_problems(root.replay, root.replay_allow, root.run_dir)
     if root.run_dir is not None and "://" in root.run_dir:
         messages += remote_problem(f"run_dir={root.run_dir}", root.run_dir)
     elif root.run_dir is not None and Path(root.run_dir).is_file():
         messages.append(f"run_dir={root.run_dir}: is a file; give a folder, new or of a run to resume")
+    return messages
+
+
+def _watched(trainer: TrainerConfig) -> list[str]:
+    """A range of updates to record that is none, and a plan that is not there."""
+    messages = []
+    if trainer.profile is not None:
+        last = trainer.max_updates or math.inf
+        if len(trainer.profile) != 2 or not 1 <= trainer.profile[0] <= trainer.profile[1] <= last:
+            messages.append(
+                f"trainer.profile={trainer.profile}: give [first,last], two updates from 1 to "
+                f"{trainer.max_updates or 'the last'}, or null"
+            )
+    if trainer.plan is not None and not Path(trainer.plan).exists():
+        messages.append(f"trainer.plan={trainer.plan}: there is no such folder or file")
     return messages
 
 
@@ -308,7 +287,7 @@ def _mesh(root: TrainRoot, architecture: Architecture | None) -> tuple[MeshSizes
     if wanted is None or architecture is None or _below_one(root.mesh):
         return None, []
     try:
-        sizes = resolve_mesh(root.mesh, architecture, wanted.chips)
+        sizes = resolve_mesh(root.mesh, architecture, wanted.devices)
     except UserError as error:
         return None, [str(error)]
     if _lengths(root.trainer) or _batch(root.trainer, root.data) or root.trainer.microbatches < 1:
@@ -334,9 +313,8 @@ def _warnings(root: TrainRoot) -> list[str]:
         lines.append(
             "no held-out rows: no held-out loss, no best checkpoint (data.heldout=[], data.heldout_fraction=0)"
         )
-    if slice_of(root.hardware) and price_of(root.hardware) is None:
-        kind = "spot" if root.hardware.spot else "on-demand"
-        lines.append(f"no {kind} price is known for {root.hardware.name}: costs are left out (hardware.usd_per_hour)")
+    if (line := price_warning(root.hardware)) is not None:
+        lines.append(line)
     return lines
 
 

@@ -154,9 +154,10 @@ PLAN: EntryPoint[PlanRoot, PlanChecked] = EntryPoint(
         ("experiment=v5p8", "the run that train experiment=v5p8 would be"),
         ("hardware=v6e4 lora=qlora_nf4 trainer.global_batch_sequences=2", "QLoRA on a v6e-4, two rows per update"),
         ("hardware=v6e8 search=true", "meshes × remat × batch: dollars against headroom"),
+        ("experiment=v5p8 calibration=outputs/train", "time in the band of your own runs on such chips"),
         ("model=gemma4_e4b model.path=<checkpoint> data.train.0.path=rows.jsonl", "lengths of your own rows"),
     ),
-    shorthands={"search": "plan.search"},
+    shorthands={"search": "plan.search", "calibration": "plan.calibration"},
 )
 
 REPORT: EntryPoint[ReportRoot, ReportChecked] = EntryPoint(

@@ -67,6 +67,7 @@ RANGES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "plan.rows": _FROM_1, "plan.mean_tokens": _FROM_1, "plan.p99_tokens": _FROM_1,
     "plan.utilization_low": _PART, "plan.utilization_high": _PART, "plan.max_attempts": _FROM_0,
     "plan.max_candidates": _FROM_1, "plan.parallel": _FROM_1, "plan.search_schedules": _FROM_1,
+    "plan.hours_between_preemptions": _POSITIVE, "plan.restart_minutes": _FROM_0,
     "eval.max_problems": _FROM_1, "eval.n": _FROM_1, "eval.temperature": _FROM_0,
     "eval.top_p": (lambda v: 0 < v <= 1, "more than 0 and at most 1"),
     "eval.max_new_tokens": _FROM_1, "eval.batch_size": _FROM_1, "eval.concurrency": _FROM_1, "eval.retries": _FROM_0,

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from typing import cast
 
 from gemma4_tpu.architectures import ARCHITECTURES, Architecture
-from gemma4_tpu.config.checks import examine_train, normalise, option_name
+from gemma4_tpu.config.checks import examine_train, normalise
 from gemma4_tpu.config.files import RANDOM, checkpoint_architecture, source_problem, tokenizer_problem
 from gemma4_tpu.config.limits import CHOICES
 from gemma4_tpu.config.meshes import resolve_mesh
@@ -15,7 +15,7 @@ from gemma4_tpu.config.problems import Problem
 from gemma4_tpu.config.schema import DataSource
 from gemma4_tpu.config.tasks import PlanRoot
 from gemma4_tpu.errors import UserError
-from gemma4_tpu.hardware import LOCAL, SLICES, MeshSizes, Slice, slice_of
+from gemma4_tpu.hardware import LOCAL, SLICES, MeshSizes, Slice, option_name, slice_of
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ def _row_places(root: PlanRoot) -> int:
     if architecture is None or wanted is None:
         return 1
     try:
-        return resolve_mesh(root.mesh, architecture, wanted.chips).row_places
+        return resolve_mesh(root.mesh, architecture, wanted.devices).row_places
     except UserError:
         return 1
 

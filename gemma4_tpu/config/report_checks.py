@@ -27,7 +27,7 @@ class ReportChecked:
     """What the checks found out on the way."""
 
     subject: str
-    """One of `SUBJECTS` or `LISTED`."""
+    """One of `SUBJECTS` or `LISTED`, or `price_list`."""
 
 
 def normalise_report(root: ReportRoot) -> ReportRoot:
@@ -39,10 +39,14 @@ def normalise_report(root: ReportRoot) -> ReportRoot:
 
 def examine_report(root: ReportRoot) -> tuple[ReportChecked | None, list[Problem]]:
     """Everything that can be checked without reading the folder."""
-    given = [name for name in (*SUBJECTS, *LISTED) if getattr(root, name)]
+    given = [name for name in (*SUBJECTS, *LISTED) if getattr(root, name)] + ["price_list"] * root.price_list
     if len(given) != 1:
         told = " ".join(f"{name}={getattr(root, name)}" for name in given) or "nothing"
-        choices = ", ".join([*(f"{name}=<folder>" for name in SUBJECTS), *(f"{name}=[<folder>,…]" for name in LISTED)])
+        choices = ", ".join(
+            [f"{name}=<folder>" for name in SUBJECTS]
+            + [f"{name}=[<folder>,…]" for name in LISTED]
+            + ["price_list=true"]
+        )
         return None, [Problem(f"report: give exactly one of {choices}; {told} was given")]
     subject = given[0]
     messages = [*_places(root, subject), *_costs(root, subject)]
@@ -58,7 +62,8 @@ def examine_report(root: ReportRoot) -> tuple[ReportChecked | None, list[Problem
 def _places(root: ReportRoot, subject: str) -> Iterator[str]:
     """Folders (for lists: or files) that aren't there, and a file that can't be written."""
     given = getattr(root, subject)
-    wanted = [(subject, place) for place in (given if subject in LISTED else [given])]
+    places = given if subject in LISTED else [given] if subject in SUBJECTS else []
+    wanted = [(subject, place) for place in places]
     for key, place in [*wanted, *(("records", place) for place in root.records)]:
         if key == "run" and "://" in place:
             continue  # its small files are copied here

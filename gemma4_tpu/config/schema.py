@@ -18,9 +18,15 @@ class HardwareConfig:
     name: str = "local"
     """Key of `hardware.SLICES`, such as `v5p-8`; `local` takes whatever JAX finds."""
     usd_per_hour: float | None = None
-    """Price of the whole slice in USD per hour; null takes the dated on-demand price of `hardware.py`, if any."""
+    """Price of the whole slice in USD per hour; null: the dated one of `prices.yaml`, for `region` and kind of
+    capacity."""
+    region: str | None = None
+    """Google Cloud region whose prices count, such as `europe-west4`; null: the first that has one (us-central1)."""
     spot: bool = False
-    """Take the spot price where `hardware.py` knows one (cost accounting only)."""
+    """Spot capacity: cheaper, can be preempted; launchers ask for it, costs are counted at its price."""
+    flex_start: bool = False
+    """Flex-start capacity (Dynamic Workload Scheduler), which waits for room and stays for 7 days at most; for costs
+    only."""
     flags: str = "none"
     """Compiler flags: `tuned`, the chip's preset (`compiler_flags.py`), or `none`. Planning and training compile with
     the same."""
@@ -73,7 +79,7 @@ class LoraConfig:
     """What is trained (`lora=`)."""
 
     enabled: bool = True
-    """False trains every weight (full fine-tuning; for the small sizes)."""
+    """False trains every weight (full fine-tuning, which takes 16 bytes of HBM per parameter)."""
     rank: int = 16
     """Inner dimension r of the adapters."""
     alpha: float = 16.0
@@ -212,6 +218,12 @@ class TrainerConfig:
     CPUs, which only emulate the other). LoRA and optimizer are float32 in any case."""
     spike_factor: float | None = None
     """Skip an update whose loss is more than this times the median of the 64 before (at least 16); null: never."""
+    profile: list[int] | None = None
+    """Updates to record for XProf and TensorBoard, [first,last] counted from 1, such as `[10,14]`; the trace goes to
+    `profile` in the run folder. null: none."""
+    plan: str | None = None
+    """Folder of the plan (or its plan.json) whose step time the measured one is compared with, in `result.json`; null:
+    the run folder's own, else the newest under `outputs/plan` for this configuration."""
     stall_seconds: float | None = 1800
     """No progress for this long (compilation apart) dumps all stacks and ends the run with code 3; null: never."""
     compile_cache: str | None = "auto"

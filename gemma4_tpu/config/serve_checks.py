@@ -291,17 +291,17 @@ def _split(serving: ServingConfig, arch: Architecture) -> tuple[list[str], list[
     tp, dp = serving.tensor_parallel_size, serving.data_parallel_size
     slice_ = SLICES[serving.slice]
     refused, notes = [], []
-    fitting = [n for n in range(1, slice_.chips + 1) if arch.num_heads % n == 0 and slice_.chips % n == 0]
+    fitting = [n for n in range(1, slice_.devices + 1) if arch.num_heads % n == 0 and slice_.devices % n == 0]
     if slice_.hosts > 1:
         single = ", ".join(name for name, other in SLICES.items() if other.hosts == 1)
         refused.append(f"serving.slice={slice_.name}: has {slice_.hosts} hosts; a container serves one ({single})")
-    if tp * dp > slice_.chips:
+    if tp * dp > slice_.devices:
         refused.append(
-            f"serving.tensor_parallel_size={tp} × serving.data_parallel_size={dp}: {slice_.name} has {slice_.chips}"
-            f" chips; tensor_parallel_size may be {', '.join(map(str, fitting))}"
+            f"serving.tensor_parallel_size={tp} × serving.data_parallel_size={dp}: {slice_.name} has {slice_.devices}"
+            f" devices; tensor_parallel_size may be {', '.join(map(str, fitting))}"
         )
-    elif tp * dp < slice_.chips:
-        notes.append(f"{slice_.chips - tp * dp} of the {slice_.chips} chips of {slice_.name} are left idle")
+    elif tp * dp < slice_.devices:
+        notes.append(f"{slice_.devices - tp * dp} of the {slice_.devices} devices of {slice_.name} are left idle")
     if arch.num_heads % tp:
         refused.append(
             f"serving.tensor_parallel_size={tp}: does not divide the model's {arch.num_heads} query heads; it may be"

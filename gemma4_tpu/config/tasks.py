@@ -185,6 +185,13 @@ class PlanConfig:
     """Without a schedule: share of the binding roofline that a slow run reaches, the estimates' pessimistic end."""
     utilization_high: float = 0.6
     """Without a schedule: share that a fast run reaches, the estimates' optimistic end."""
+    hours_between_preemptions: float = 8.0
+    """How long spot capacity stays on average; an assumption, for its costs."""
+    restart_minutes: float = 10.0
+    """From a new slice to the first update after a preemption: start, restore, compile; an assumption."""
+    calibration: str | None = None
+    """Folder of one's own runs (or a run folder): how much longer their updates took than planned takes the place of
+    the published band. `calibration=` for short."""
     max_attempts: int = 4
     """When the run does not fit: changes to compile in search of some that do; 0: none."""
     search: bool = False
@@ -242,13 +249,16 @@ class ReportRoot:
     training with serving together. Also written `report cost <folder> <folder>`."""
     plausibility: list[str] = field(default_factory=list)
     """The same kinds of folders: each throughput and latency beside the slice's physical ceiling."""
+    price_list: bool = False
+    """What an hour on each chip costs by region and kind of capacity, from whom, and how old that is. Also written
+    `report prices`."""
     serving_hours: list[float] = field(default_factory=lambda: [1.0, 8.0, 24.0])
     """With `cost` or `run`: hours of serving for which totals are worked out."""
     serving_slices: list[str] = field(default_factory=list)
     """With `cost` or `run`: slices to serve on, besides those of the benchmarks; keys of `hardware.SLICES`."""
     prices: dict[str, float] = field(default_factory=dict)
     """With `cost` or `run`: USD per hour on demand by slice, such as `{v6e-8: 21.5, local: 0.1}`, before those of
-    `hardware.py`."""
+    `prices.yaml`."""
     spot_prices: dict[str, float] = field(default_factory=dict)
     """With `cost` or `run`: USD per hour on spot capacity by slice."""
     out: str | None = None

@@ -6,15 +6,14 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from gemma4_tpu.costing.figures import Evaluation, Figures, Point, Printed, Training
-from gemma4_tpu.hardware import SLICES, Price
+from gemma4_tpu.hardware import SLICES
+from gemma4_tpu.prices import ON_DEMAND, SPOT, Price, slice_price
 from gemma4_tpu.tracking.cost import usd, usd_per_million_tokens
-
-ON_DEMAND, SPOT = KINDS = ("on demand", "spot")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Prices:
-    """What an hour on each slice costs: given prices before configured ones before those of `hardware.py`."""
+    """What an hour on each slice costs: given prices before configured ones before those of `prices.yaml`."""
 
     on_demand: Mapping[str, float] = field(default_factory=dict)
     """Slice → USD per hour, given."""
@@ -25,18 +24,16 @@ class Prices:
 
         Args:
           slice_: key of `hardware.SLICES`, or `local`.
-          kind: one of `KINDS`.
-          training: whose own configuration may say.
+          kind: one of `prices.KINDS`.
+          training: whose own configuration may say, its region too.
         """
-        given = self.spot if kind == SPOT else self.on_demand
+        given = {ON_DEMAND: self.on_demand, SPOT: self.spot}.get(kind, {})
         if slice_ in given:
             return Price(usd_per_hour=given[slice_], date="this report", source="given")
-        if training is not None and training.usd_per_hour is not None and (kind == SPOT) == training.spot:
+        if training is not None and training.usd_per_hour is not None and kind == training.kind:
             return Price(usd_per_hour=training.usd_per_hour, date=f"of {training.name}", source=training.source)
         known = SLICES.get(slice_)
-        if known is None:
-            return None
-        return known.spot if kind == SPOT else known.on_demand
+        return None if known is None else slice_price(known, kind, training.region if training else None)
 
     def hourly(self, slice_: str, kind: str, training: Training | None = None) -> float | None:
         """The same in USD per hour."""

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 from gemma4_tpu.config.schema import LoraConfig
 from gemma4_tpu.costing.ceiling import Model, Serving
+from gemma4_tpu.prices import ON_DEMAND
 
 MEASURED, ESTIMATED, QUOTED, GIVEN = LABELS = ("measured", "estimated", "quoted", "given")
 
@@ -31,15 +32,19 @@ class Training(Figure):
     """A training that was done, or is planned."""
 
     hours: float
-    """All of it that is paid for, as far as it is told."""
+    """All of it that is paid for, as far as it is told; of a band the middle."""
+    band: tuple[float, float] | None = None
+    """From how many to how many times these hours it may be; None: they are known."""
     real_tokens: float | None = None
     """Non-padding tokens trained on."""
     real_tokens_per_second: float | None = None
     """Over all chips; with compilation and evaluations left out where the source does."""
     usd_per_hour: float | None = None
     """The price in its own configuration; None: none."""
-    spot: bool = False
-    """It ran (or will) on spot capacity."""
+    kind: str = ON_DEMAND
+    """Of the capacity that it ran (or will run) on: one of `prices.KINDS`."""
+    region: str | None = None
+    """Whose prices count; None: the first that is known."""
     model: Model | None = None
     lora: LoraConfig = field(default_factory=LoraConfig)
     mean_tokens: float = 1.0

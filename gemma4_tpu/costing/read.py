@@ -11,12 +11,13 @@ from typing import Any
 import yaml
 
 from gemma4_tpu.architectures import ARCHITECTURES
-from gemma4_tpu.config.schema import LoraConfig
+from gemma4_tpu.config.schema import HardwareConfig, LoraConfig
 from gemma4_tpu.costing import bench, quoted
 from gemma4_tpu.costing.ceiling import Model
 from gemma4_tpu.costing.figures import ESTIMATED, MEASURED, Evaluation, Figures, Training
 from gemma4_tpu.errors import UserError
 from gemma4_tpu.hardware import LOCAL
+from gemma4_tpu.prices import ON_DEMAND, kind_of
 from gemma4_tpu.tracking.files import read_json
 
 log = logging.getLogger(__name__)
@@ -109,7 +110,8 @@ def _run(result: dict[str, Any], path: Path) -> Training:
         real_tokens=result["real_tokens"],
         real_tokens_per_second=result.get("real_tokens_per_second"),
         usd_per_hour=hardware.get("usd_per_hour"),
-        spot=hardware.get("spot", False),
+        kind=kind_of(HardwareConfig(**{key: hardware.get(key, False) for key in ("spot", "flex_start")})),
+        region=hardware.get("region"),
         model=_model(config.get("model", {}).get("name", "")),
         lora=LoraConfig(**{key: value for key, value in lora.items() if key in LoraConfig.__dataclass_fields__}),
         mean_tokens=data.get("train", {}).get("length_tokens", {}).get("mean") or 1.0,
@@ -117,23 +119,30 @@ def _run(result: dict[str, Any], path: Path) -> Training:
 
 
 def _plan(plan: dict[str, Any], path: Path) -> Figures:
-    """A plan, at the middle utilization; one that does not fit costs nothing and is left out."""
+    """A plan, in its band; one that does not fit costs nothing and is left out."""
     if not plan.get("fits"):
         log.warning("%s: the plan does not fit and is left out", path)
         return Figures()
     configured = plan["price"] if plan["price"].get("source") == "hardware.usd_per_hour" else {}
-    rate, hours = plan["real_tokens_per_second"]["mid"], plan["hours"]["mid"]
+    rate, hours, ends = plan["real_tokens_per_second"]["mid"], plan["hours"]["mid"], plan["hours"]
+    by, reached = plan.get("step_band") or {}, plan["utilization"]
+    said = f"at {reached['low']:.0%} to {reached['high']:.0%} of the roofline, assumed"
+    if by:
+        said = f"its schedule, times {by['low']:g} to {by['high']:g}"
     trained = plan["trained"]
     lora = LoraConfig(enabled=False) if trained == "full" else LoraConfig(rank=int(trained.rpartition("r=")[2]))
     made = Training(
         name=f"{plan['model']}, {trained}, {plan['slice']}",
         label=ESTIMATED,
-        source=f"{path} (at {plan['utilization']['mid']:.0%} of the roofline)",
+        source=f"{path} ({said})",
         slice=plan["slice"],
         hours=hours,
+        band=(min(ends.values()) / hours, max(ends.values()) / hours),
         real_tokens=rate * hours * 3600,
         real_tokens_per_second=rate,
         usd_per_hour=configured.get("usd_per_hour"),
+        kind=plan["price"].get("kind", ON_DEMAND),
+        region=plan["price"].get("region"),
         model=_model(plan["model"]),
         lora=lora,
     )

@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 from gemma4_tpu.costing.cost import (
-    KINDS,
     NO,
-    ON_DEMAND,
     ROUNDED,
-    SPOT,
     YES,
     Compared,
     Prices,
@@ -22,8 +19,9 @@ from gemma4_tpu.costing.cost import (
     training_usd,
     training_usd_per_million,
 )
-from gemma4_tpu.costing.figures import Figure, Figures, Point
+from gemma4_tpu.costing.figures import Figure, Figures, Point, Training
 from gemma4_tpu.costing.plausibility import DOUBTFUL, DOUBTFUL_FROM, IMPOSSIBLE, Judgement, judge, worst
+from gemma4_tpu.prices import FLEX_START, ON_DEMAND, SPOT, spoken
 
 UNKNOWN = "not known"
 
@@ -35,7 +33,7 @@ def cost_report(
 
     Args:
       figures: of all records.
-      prices: given ones before those of `hardware.py`.
+      prices: given ones before those of `prices.yaml`.
       hours: of serving, for the totals.
       slices: to serve on, besides those of the loads.
       command: that makes this report again.
@@ -74,7 +72,8 @@ def _head(title: str, command: str | None) -> Iterator[str]:
         yield from ["Made by:", "", f"    {command}", ""]
 
 
-def _table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> Iterator[str]:
+def markdown_table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> Iterator[str]:
+    """Lines of a table, and an empty one."""
     yield f"| {' | '.join(heads)} |"
     yield "|---" * len(heads) + "|"
     for row in rows:
@@ -103,6 +102,14 @@ def _small_usd(amount: float | None) -> str:
     return _usd(amount, max(2, 2 - math.floor(math.log10(amount))))
 
 
+def _span(training: Training, amount: float | None, told: Callable[[float], str], *, per_hour: bool = False) -> str:
+    """What grows with the hours of a training (or, `per_hour`, shrinks): both ends where these are a band."""
+    if amount is None or training.band is None:
+        return UNKNOWN if amount is None else told(amount)
+    low, high = (1 / training.band[1], 1 / training.band[0]) if per_hour else training.band
+    return f"{told(amount * low)} to {told(amount * high)}"
+
+
 def _number(amount: float | None) -> str:
     return UNKNOWN if amount is None else f"{amount:,.0f}"
 
@@ -116,9 +123,11 @@ def _slices(figures: Figures, slices: Sequence[str]) -> list[str]:
 
 
 def _kinds(figures: Figures, prices: Prices, slices: Sequence[str]) -> list[str]:
-    """On demand, and spot where the price of one of the slices is known."""
-    told = any(prices.of(name, SPOT) for name in _slices(figures, slices))
-    return [*KINDS] if told or any(t.spot and t.usd_per_hour for t in figures.trainings) else [ON_DEMAND]
+    """On demand; spot where the price of one of the slices is known; flex-start where something ran on it."""
+    used = {training.kind for training in figures.trainings}
+    if any(prices.of(name, SPOT) for name in _slices(figures, slices)):
+        used.add(SPOT)
+    return [kind for kind in (ON_DEMAND, SPOT, FLEX_START) if kind == ON_DEMAND or kind in used]
 
 
 def _prices(figures: Figures, prices: Prices, slices: Sequence[str], kinds: Sequence[str]) -> Iterator[str]:
@@ -127,14 +136,17 @@ def _prices(figures: Figures, prices: Prices, slices: Sequence[str], kinds: Sequ
     for name in _slices(figures, slices):
         for kind in kinds:
             price = prices.of(name, kind)
-            told = [_usd(price.usd_per_hour), price.date, price.source] if price else [UNKNOWN, "", ""]
-            rows.append([name, kind, *told])
+            told = (
+                [_usd(price.usd_per_hour), price.region or "", price.date, price.source]
+                if price
+                else [UNKNOWN, "", "", ""]
+            )
+            rows.append([name, spoken(kind), *told])
     for training in figures.trainings:
         if training.usd_per_hour is not None:
-            kind = SPOT if training.spot else ON_DEMAND
-            row = [training.slice, kind, _usd(training.usd_per_hour), "", f"configuration of {training.name}"]
-            rows.append(row)
-    yield from _table(["slice", "", "USD per hour", "date", "source"], rows)
+            row = [training.slice, spoken(training.kind), _usd(training.usd_per_hour), training.region or ""]
+            rows.append([*row, "", f"configuration of {training.name}"])
+    yield from markdown_table(["slice", "", "USD per hour", "region", "date", "source"], rows)
     if SPOT not in kinds:
         first = _slices(figures, slices)[0]
         yield f"No spot price with a source is known here; give today's: `'spot_prices={{{first}: …}}'`."
@@ -145,17 +157,20 @@ def _trainings(figures: Figures, prices: Prices, kinds: Sequence[str]) -> Iterat
     yield from ["## Training", ""]
     heads = ["training", "", "slice", "hours", "real tokens/s", "million real tokens"]
     for kind in kinds:
-        heads += [f"run, {kind}", f"per million real tokens, {kind}"]
+        heads += [f"run, {spoken(kind)}", f"per million real tokens, {spoken(kind)}"]
     rows = []
     for training in figures.trainings:
         tokens = training.real_tokens
-        row = [training.name, _said(training), training.slice, f"{training.hours:,.4g}"]
-        row += [_number(training.real_tokens_per_second), UNKNOWN if tokens is None else f"{tokens / 1e6:,.4g}"]
+        row = [training.name, _said(training), training.slice, _span(training, training.hours, "{:,.4g}".format)]
+        row += [
+            _span(training, training.real_tokens_per_second, _number, per_hour=True),
+            UNKNOWN if tokens is None else f"{tokens / 1e6:,.4g}",
+        ]
         for kind in kinds:
-            row.append(_small_usd(training_usd(training, prices, kind)))
-            row.append(_small_usd(training_usd_per_million(training, prices, kind)))
+            row.append(_span(training, training_usd(training, prices, kind), _small_usd))
+            row.append(_span(training, training_usd_per_million(training, prices, kind), _small_usd))
         rows.append(row)
-    yield from _table(heads, rows)
+    yield from markdown_table(heads, rows)
     yield from _sources(figures.trainings)
 
 
@@ -164,7 +179,7 @@ def _points(figures: Figures, prices: Prices, kinds: Sequence[str]) -> Iterator[
     judged, _ = judge(figures)
     heads = ["load", "", "slice", "in", "out", "generated tokens/s", "share of ceiling", "million tokens per hour"]
     for kind in kinds:
-        heads += [f"per million generated, {kind}", f"per million in and out, {kind}"]
+        heads += [f"per million generated, {spoken(kind)}", f"per million in and out, {spoken(kind)}"]
     rows = []
     for point in figures.points:
         rate = point.output_tokens_per_second
@@ -176,7 +191,7 @@ def _points(figures: Figures, prices: Prices, kinds: Sequence[str]) -> Iterator[
             row.append(_small_usd(generated_usd_per_million(point, prices, kind)))
             row.append(_small_usd(total_usd_per_million(point, prices, kind)))
         rows.append(row)
-    yield from _table(heads, rows)
+    yield from markdown_table(heads, rows)
     yield "A server that is paid for around the clock and always as busy as in the load. *Per million generated* counts"
     yield "answers only; *in and out* spreads the same dollars over prompts and answers. The share of the ceiling is"
     yield "that of the load's figure nearest to it, latencies included."
@@ -195,7 +210,7 @@ def _evaluations(figures: Figures, prices: Prices, kinds: Sequence[str]) -> Iter
     yield from ["## Per solved problem", ""]
     heads = ["evaluation", "", "samples", "that pass"]
     for kind in kinds:
-        heads += [f"all samples, {kind}", f"per passing sample, {kind}"]
+        heads += [f"all samples, {spoken(kind)}", f"per passing sample, {spoken(kind)}"]
     rows = []
     for evaluation in figures.evaluations:
         row = [evaluation.name, _said(evaluation), _number(evaluation.samples), _number(evaluation.passing)]
@@ -205,7 +220,7 @@ def _evaluations(figures: Figures, prices: Prices, kinds: Sequence[str]) -> Iter
             row += [_small_usd(found.usd if found else None), _small_usd(found.usd_per_pass if found else None)]
             by = found.by if found else by
         rows.append([*row, by])
-    yield from _table([*heads, "by"], rows)
+    yield from markdown_table([*heads, "by"], rows)
     yield "Dollars of all samples over those that pass: what a solution costs where one tries until it passes. Training"
     yield "is not in it."
     yield ""
@@ -220,12 +235,12 @@ def _totals(
     rows = []
     for pair in together(figures, slices):
         for kind in kinds:
-            if kind == SPOT and pair.usd(0, prices, kind) is None:
+            if kind != ON_DEMAND and pair.usd(0, prices, kind) is None:
                 continue
-            row = [pair.name, pair.training.slice, pair.slice, kind]
+            row = [pair.name, pair.training.slice, pair.slice, spoken(kind)]
             row += [_small_usd(training_usd(pair.training, prices, kind)), _usd(prices.hourly(pair.slice, kind))]
             rows.append([*row, *(_usd(pair.usd(number, prices, kind)) for number in hours)])
-    yield from _table([*heads, *(f"+ {number:g} h" for number in hours)], rows)
+    yield from markdown_table([*heads, *(f"+ {number:g} h" for number in hours)], rows)
 
 
 def _printed(found: Sequence[Compared]) -> Iterator[str]:
@@ -236,7 +251,7 @@ def _printed(found: Sequence[Compared]) -> Iterator[str]:
     yield ""
     words = {YES: "yes", ROUNDED: "once rounded", NO: "**no**"}
     rows = [[one.printed.where, one.printed.what, one.printed.printed, one.shown, words[one.agrees]] for one in found]
-    yield from _table(["where", "what", "printed", "from its inputs", "agrees"], rows)
+    yield from markdown_table(["where", "what", "printed", "from its inputs", "agrees"], rows)
     for agrees, title in ((NO, "Where it disagrees"), (ROUNDED, "What was rounded")):
         if kinds[agrees]:
             yield from [f"### {title}", ""]
@@ -276,7 +291,7 @@ def _judged(judged: Sequence[Judgement]) -> Iterator[str]:
         rows.append(
             [one.figure.name, _said(one.figure), one.quantity, one.told, one.limit, one.bound_by, share, verdict]
         )
-    yield from _table(["figure", "", "quantity", "told", "ceiling", "bound by", "share", "verdict"], rows)
+    yield from markdown_table(["figure", "", "quantity", "told", "ceiling", "bound by", "share", "verdict"], rows)
     yield from _sources([one.figure for one in judged])
 
 

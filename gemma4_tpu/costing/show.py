@@ -1,7 +1,8 @@
-"""`python -m gemma4_tpu.report cost …` and `… plausibility …`: reads the records, writes or prints the report."""
+"""`python -m gemma4_tpu.report cost …`, `… plausibility …` and `… prices`: reads, then writes or prints the report."""
 
 from __future__ import annotations
 
+import datetime
 import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -11,6 +12,7 @@ from gemma4_tpu.config.tasks import ReportRoot
 from gemma4_tpu.costing.cost import Prices
 from gemma4_tpu.costing.figures import MEASURED
 from gemma4_tpu.costing.plausibility import IMPOSSIBLE, judge
+from gemma4_tpu.costing.price_list import price_list
 from gemma4_tpu.costing.read import read
 from gemma4_tpu.costing.report import cost_report, plausibility_report
 from gemma4_tpu.tracking.files import write_text
@@ -39,6 +41,12 @@ def show_plausibility(places: Sequence[str], out: str | None) -> int:
     judged, _ = judge(figures)
     wrong = any(one.verdict == IMPOSSIBLE and one.figure.label == MEASURED for one in judged)
     return MEASURED_WRONG if wrong else 0
+
+
+def show_price_list() -> int:
+    """Every price that is built in, and how old it is. Returns 0."""
+    print(price_list(datetime.date.today()), end="")
+    return 0
 
 
 def _deliver(text: str, out: str | None) -> None:

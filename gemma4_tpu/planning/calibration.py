@@ -51,12 +51,12 @@ class Rates:
 
     @staticmethod
     def of(wanted: Slice) -> Rates:
-        """The rates of a slice's chips.
+        """The rates of each device of a slice.
 
         Raises:
           UserError: the clock of this chip is not known.
         """
-        chip = wanted.chip
+        chip = wanted.chip.device
         if chip.name not in CLOCK_HERTZ:
             raise UserError(f"no clock is known for {chip.name}: plan.schedule=false leaves the schedule out")
         return Rates(

@@ -4,19 +4,22 @@ from __future__ import annotations
 
 import heapq
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any
 
 from gemma4_tpu.config.plan_checks import PlanChecked
-from gemma4_tpu.config.tasks import PlanConfig, PlanRoot
-from gemma4_tpu.hardware import MeshSizes, Slice, price_of, slice_of
+from gemma4_tpu.config.schema import TrainRoot
+from gemma4_tpu.config.tasks import PlanRoot
+from gemma4_tpu.hardware import MeshSizes, Slice, slice_of
 from gemma4_tpu.models.flops import train_flops_per_token
-from gemma4_tpu.planning.calibration import BAND
+from gemma4_tpu.planning.calibration import BAND, Band
 from gemma4_tpu.planning.fill import Fill
 from gemma4_tpu.planning.kernels import Mask
 from gemma4_tpu.planning.links import link_bytes_per_second, sizes_of
+from gemma4_tpu.planning.money import chosen_price, chosen_usd, preemptions, usd_estimate
+from gemma4_tpu.planning.own_runs import band_of_runs
 from gemma4_tpu.planning.schedule import COLLECTIVES, PARTS
 from gemma4_tpu.planning.walk import Walked
-from gemma4_tpu.tracking.cost import usd, usd_per_million_tokens
 
 PEAKS = ("compute", "hbm", "interconnect")
 TOP = 10
@@ -112,11 +115,14 @@ class PlanResult:
     hours: dict[str, float] = field(default_factory=dict)
     """All updates of the run, at each utilization; without compilation, evaluation and checkpoints."""
     usd_estimate: dict[str, dict[str, float]] = field(default_factory=dict)
-    """`on_demand`, and `spot` or `configured` where such a price is known: dollars at each utilization."""
+    """`on_demand`, `spot` and `flex_start` as far as such a price is known, or `configured`: dollars at each
+    utilization. Spot includes the preemptions to expect."""
     usd_per_million_real_tokens: float | None = None
     """At the middle utilization and the price that the configuration selects."""
     price: dict[str, Any] = field(default_factory=dict)
-    """That price: `usd_per_hour`, `date`, `source`."""
+    """That price: `usd_per_hour`, `date`, `source`, `kind`, `region`."""
+    preemptions: dict[str, float] = field(default_factory=dict)
+    """Assumed for spot capacity, in the longest of `hours`: how many are `expected`, and the `hours_lost` to them."""
     lowering_seconds: float | None = None
     compile_seconds: float | None = None
     """Measured, on this machine: until memory was assigned, with a schedule to the end."""
@@ -146,7 +152,7 @@ ESTIMATED_BY = {
 }
 
 
-def trained_as(config: PlanRoot) -> str:
+def trained_as(config: TrainRoot) -> str:
     """`lora r=64`, `qlora nf4 r=64` or `full`."""
     lora = config.lora
     if not lora.enabled:
@@ -154,7 +160,7 @@ def trained_as(config: PlanRoot) -> str:
     return f"qlora {lora.quantize} r={lora.rank}" if lora.quantize else f"lora r={lora.rank}"
 
 
-def describe(config: PlanRoot, wanted: Slice, mesh: MeshSizes) -> dict[str, Any]:
+def describe(config: TrainRoot, wanted: Slice, mesh: MeshSizes) -> dict[str, Any]:
     """The part of a `PlanResult` that the configuration alone decides."""
     from gemma4_tpu.config.checks import rows_per_update
 
@@ -193,7 +199,7 @@ def estimate(
     flops, again = counts["flops"] - skipped, counts["hbm_read_again_bytes"]
     traffic, accessed = counts["hbm_traffic_bytes"] + again, counts["bytes_accessed"]
     tokens = fill.real_tokens_per_update
-    analytic = train_flops_per_token(checked.architecture, config.lora, fill.mean_tokens) * tokens / wanted.chips
+    analytic = train_flops_per_token(checked.architecture, config.lora, fill.mean_tokens) * tokens / wanted.devices
     parts = _memory_parts(compiled)
     seconds = roofline(wanted, flops, traffic, counts["collectives"], counts["link_bytes"])
     return PlanResult(
@@ -226,7 +232,7 @@ def estimate(
         data=fill.source,
         roofline_seconds=seconds,
         bound_by=max(PEAKS, key=lambda peak: seconds[peak]),
-        **(_by_schedule(walked) if walked is not None else {}),
+        **(_by_schedule(walked, band_of(config)) if walked is not None else {}),
         **_time_and_money(config, fill, seconds, walked),
         lowering_seconds=answer["lowering_seconds"],
         compile_seconds=answer["compile_seconds"],
@@ -254,7 +260,7 @@ def roofline(
       link_bytes: over each link that a collective has, by direction (`Counts.link_bytes`). None, in records of old
         counts: as if every collective had the links of the whole slice.
     """
-    chip = wanted.chip
+    chip = wanted.chip.device
     if link_bytes is None:
         neighbours = sum(2 * (size - 1) / size for size in sizes_of(wanted))
         sent = sum(kind["bytes"] for kind in collectives.values())
@@ -269,14 +275,26 @@ def roofline(
     return {**seconds, "update": max(seconds.values())}
 
 
-def _by_schedule(walked: Walked) -> dict[str, Any]:
+def band_of(config: PlanRoot) -> Band:
+    """Of measured over scheduled time: of `plan.calibration` where runs are given, else the published one.
+
+    Raises:
+      UserError: those runs say nothing of this chip.
+    """
+    wanted = slice_of(config.hardware)
+    if config.plan.calibration is None or wanted is None:
+        return BAND
+    return band_of_runs(Path(config.plan.calibration), wanted.chip)
+
+
+def _by_schedule(walked: Walked, band: Band) -> dict[str, Any]:
     """What a schedule tells of a step."""
     seconds = walked.seconds
     return {
         "step_seconds": seconds,
-        "step_seconds_low": seconds * BAND.low,
-        "step_seconds_high": seconds * BAND.high,
-        "step_band": asdict(BAND),
+        "step_seconds_low": seconds * band.low,
+        "step_seconds_high": seconds * band.high,
+        "step_band": asdict(band),
         "step_parts": {
             **{part: walked.parts[part] for part in PARTS},
             "collectives_hidden": walked.hidden[COLLECTIVES],
@@ -295,39 +313,36 @@ def _by_schedule(walked: Walked) -> dict[str, Any]:
     }
 
 
-def utilizations(plan: PlanConfig, seconds: dict[str, float], walked: Walked | None) -> dict[str, float]:
+def utilizations(config: PlanRoot, seconds: dict[str, float], walked: Walked | None) -> dict[str, float]:
     """`low`, `mid` and `high`: shares of the binding roofline in `seconds` that an update reaches."""
     if walked is None:
-        low, high = plan.utilization_low, plan.utilization_high
+        low, high = config.plan.utilization_low, config.plan.utilization_high
         return {"low": low, "mid": (low + high) / 2, "high": high}
     reached = {f"schedule_{peak}": seconds[peak] / walked.seconds for peak in PEAKS}
     whole = seconds["update"] / walked.seconds
-    between = (BAND.low + BAND.high) / 2
-    return {"low": whole / BAND.high, "mid": whole / between, "high": whole / BAND.low, **reached}
+    band = band_of(config)
+    between = (band.low + band.high) / 2
+    return {"low": whole / band.high, "mid": whole / between, "high": whole / band.low, **reached}
 
 
 def _time_and_money(config: PlanRoot, fill: Fill, seconds: dict[str, float], walked: Walked | None) -> dict[str, Any]:
-    reached = utilizations(config.plan, seconds, walked)
+    reached = utilizations(config, seconds, walked)
     per_update = {name: seconds["update"] * fill.length_share / reached[name] for name in ("low", "mid", "high")}
     rate = {name: fill.real_tokens_per_update / value for name, value in per_update.items()}
-    run = {name: value * fill.updates for name, value in per_update.items()}
-    wanted, chosen = slice_of(config.hardware), price_of(config.hardware)
+    hours = {name: value * fill.updates / 3600 for name, value in per_update.items()}
+    wanted = slice_of(config.hardware)
     assert wanted is not None
-    prices = {"on_demand": wanted.on_demand, "spot": wanted.spot}
-    if config.hardware.usd_per_hour is not None:
-        prices = {"configured": chosen}
+    dollars = usd_estimate(config, wanted, hours, fill.updates)
+    middle = chosen_usd(config, dollars).get("mid")
     return {
         "utilization": reached,
         "seconds_per_update": per_update,
         "real_tokens_per_second": rate,
-        "hours": {name: value / 3600 for name, value in run.items()},
-        "usd_estimate": {
-            kind: {name: usd(value, price.usd_per_hour) for name, value in run.items()}
-            for kind, price in prices.items()
-            if price is not None
-        },
-        "usd_per_million_real_tokens": usd_per_million_tokens(chosen.usd_per_hour if chosen else None, rate["mid"]),
-        "price": {"usd_per_hour": chosen.usd_per_hour, "date": chosen.date, "source": chosen.source} if chosen else {},
+        "hours": hours,
+        "usd_estimate": dollars,
+        "usd_per_million_real_tokens": middle / fill.updates / fill.real_tokens_per_update * 1e6 if middle else None,
+        "price": chosen_price(config),
+        "preemptions": preemptions(config, max(hours.values()), fill.updates),
     }
 
 

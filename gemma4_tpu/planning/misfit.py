@@ -115,8 +115,8 @@ def _times_too_much(result: PlanResult) -> float:
 
 def nearest_fits(planned: Planned, misfit: PlanResult, attempts: int) -> list[dict[str, Any]]:
     """Tries changes until `ENOUGH` fit or `attempts` are spent; what was tried, as in `PlanResult.alternatives`."""
-    chips, arch = planned.checked.slice.chips, planned.checked.architecture
-    meshes = [MeshSizes(1, chips // tp, tp) for tp in sorted(arch.legal_tp(chips), reverse=True)]
+    devices, arch = planned.checked.slice.devices, planned.checked.architecture
+    meshes = [MeshSizes(1, devices // tp, tp) for tp in sorted(arch.legal_tp(devices), reverse=True)]
     tried: list[dict[str, Any]] = []
     results = [misfit]
     for change in changes(planned.config, planned.checked.mesh, meshes, lambda: results[-1]):

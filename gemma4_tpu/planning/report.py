@@ -19,6 +19,7 @@ from gemma4_tpu.tracking.plots import new_figure
 from gemma4_tpu.tracking.progress import format_seconds
 
 GIB = 2**30
+_CAPACITY = {"on_demand": "On demand", "spot": "Spot", "flex_start": "Flex-start, at best", "configured": "Cost"}
 HIDDEN = "collectives_hidden"
 """Of `PlanResult.step_parts`: beside the core."""
 _COLOURS = {
@@ -181,9 +182,10 @@ def _money(result: PlanResult) -> list[tuple[str, str]]:
         ("Run", f"{result.updates:,} updates: {' to '.join(map(format_seconds, minutes))}"),
     ]
     for kind, dollars in result.usd_estimate.items():
-        label = {"on_demand": "On demand", "spot": "Spot", "configured": "Cost"}[kind]
-        ends = sorted((dollars["low"], dollars["high"]))
-        rows.append((label, " to ".join(dict.fromkeys(map(format_usd, ends)))))
+        line = " to ".join(dict.fromkeys(map(format_usd, sorted((dollars["low"], dollars["high"])))))
+        if kind == "spot" and result.preemptions:
+            line += f", with {result.preemptions['expected']:.2g} preemptions (assumed)"
+        rows.append((_CAPACITY[kind], line))
     if not result.usd_estimate:
         rows.append(("Cost", "no price is known for this slice; give hardware.usd_per_hour"))
     usd = usd_per_million(result.usd_per_million_real_tokens, result.seconds_per_update)

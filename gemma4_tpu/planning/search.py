@@ -167,16 +167,16 @@ def free(result: PlanResult) -> float:
 
 def _candidates(planned: Planned, found: Found) -> Iterator[Candidate]:
     config, checked = planned.config, planned.checked
-    chips = checked.slice.chips
+    devices = checked.slice.devices
     policies = POLICIES if config.trainer.remat == AUTO else tuple(dict.fromkeys((*POLICIES, config.trainer.remat)))
-    for tp in sorted((n for n in range(1, chips + 1) if chips % n == 0), reverse=True):
+    for tp in sorted((n for n in range(1, devices + 1) if devices % n == 0), reverse=True):
         try:
-            resolve_mesh(MeshConfig(tp=tp), checked.architecture, chips)
+            resolve_mesh(MeshConfig(tp=tp), checked.architecture, devices)
         except UserError as error:
             reason = str(error).partition("; legal meshes")[0]
             log.info("skipped: %s", reason)
             found.skipped.append({"candidate": f"mesh.tp={tp}", "reason": reason})
-    meshes = sorted(legal_meshes(checked.architecture, chips), key=lambda sizes: (-sizes.tp, sizes.dp))
+    meshes = sorted(legal_meshes(checked.architecture, devices), key=lambda sizes: (-sizes.tp, sizes.dp))
     for rows, policy, sizes in itertools.product(sorted(config.plan.search_rows), policies, meshes):
         changed = _with(config, sizes, policy, rows)
         examined, problems = examine_plan(changed)

@@ -46,6 +46,6 @@ def absent_devices(wanted: Slice) -> list[Any]:
         reason = first_line(error)
         raise UserError(f"libtpu does not describe {wanted.name} ({wanted.topology}): {reason}") from error
     devices = list(described.devices)
-    if len(devices) != wanted.chips:
-        raise UserError(f"{wanted.name} has {wanted.chips} chips, but libtpu describes {len(devices)} devices")
+    if len(devices) != wanted.devices:
+        raise UserError(f"{wanted.name} is {wanted.devices} devices, but libtpu describes {len(devices)}")
     return devices

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from gemma4_tpu.config.tasks import ReportRoot
-from gemma4_tpu.costing.cost import KINDS, Prices
+from gemma4_tpu.costing.cost import Prices
 from gemma4_tpu.costing.figures import Figures
 from gemma4_tpu.costing.plausibility import DOUBTFUL, IMPOSSIBLE, judge
 from gemma4_tpu.costing.read import read
@@ -17,6 +17,7 @@ from gemma4_tpu.evals.compare import compare
 from gemma4_tpu.evals.outcome import Outcome
 from gemma4_tpu.planning.estimate import PlanResult
 from gemma4_tpu.planning.report import plan_rows
+from gemma4_tpu.prices import KINDS
 from gemma4_tpu.reporting.markdown import BY, below, code, included, link, pictures, plain, shown, table
 from gemma4_tpu.reporting.records import BENCHMARK, EVALUATION, MERGE, PLAN, SERVING, Records, record, result_of
 from gemma4_tpu.tracking.progress import format_seconds

@@ -84,6 +84,13 @@ def facts(result: Result) -> list[Fact]:
     found += [("Real tokens", tokens + fill, _MEASURED), ("Time", format_seconds(result.seconds), _MEASURED)]
     if result.real_tokens_per_second:
         found.append(("Real tokens per second", f"{result.real_tokens_per_second:,.0f}", _MEASURED))
+    if result.update_seconds is not None:
+        told = f"{result.update_seconds:.3g} s"
+        if result.measured_over_predicted is not None:
+            low, high = result.measured_over_predicted_low, result.measured_over_predicted_high
+            told += f", {result.measured_over_predicted:.2f} times what {code(result.predicted_by)} says"
+            told += f" ({low:.2f} to {high:.2f} over most updates)"
+        found.append(("An update", told, _MEASURED))
     if result.mfu is not None:
         found.append(("Model FLOP/s utilisation", f"{result.mfu:.1%}", f"{_ESTIMATED}: measured rate × counted FLOPs"))
     peak = "not counted by this backend"

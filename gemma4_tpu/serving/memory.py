@@ -45,7 +45,8 @@ def estimate(arch: Architecture, serving: ServingConfig) -> MemoryEstimate:
         return kv_cache_bytes(arch, tokens, kv_dtype_bytes, tp=tp, windowed=windowed) / tp
 
     weights = parameter_count(arch) * weight_dtype_bytes / tp
-    room = slice_.chip.hbm_bytes * serving.gpu_memory_utilization
+    device, kind = slice_.chip.device, "chip" if slice_.chip.devices == 1 else "device"
+    room = device.hbm_bytes * serving.gpu_memory_utilization
     one = cache(serving.max_model_len)
     sequences = max(0, int((room - weights) // one)) * serving.data_parallel_size
     low, high = 0, 1 << 24
@@ -56,7 +57,7 @@ def estimate(arch: Architecture, serving: ServingConfig) -> MemoryEstimate:
         f"weights {weights / GIB:.2f} GiB = {parameter_count(arch) / 1e9:.2f} G parameters × {weight_dtype_bytes} bytes"
         f" / {tp} chips",
         f"KV cache of one sequence {one / GIB:.2f} GiB = {_cache_formula(arch, serving, kv_dtype_bytes, windowed)}",
-        f"room {room / GIB:.2f} GiB = {slice_.chip.hbm_bytes / GIB:.2f} GiB of a {slice_.chip.name} chip"
+        f"room {room / GIB:.2f} GiB = {device.hbm_bytes / GIB:.2f} GiB of a {device.name} {kind}"
         f" × {serving.gpu_memory_utilization:g}",
     )
     return MemoryEstimate(weights, one, room, sequences, low, formula)
@@ -83,11 +84,11 @@ def check_memory(found: MemoryEstimate, arch: Architecture, serving: ServingConf
 
 def _changes(found: MemoryEstimate, arch: Architecture, serving: ServingConfig) -> Iterator[dict[str, Any]]:
     """Changes worth trying, the mildest first."""
-    chips = SLICES[serving.slice].chips
+    devices = SLICES[serving.slice].devices
     yield {"kv_cache_dtype": "fp8"}
-    for tp in range(serving.tensor_parallel_size + 1, chips + 1):
-        if chips % tp == 0 and arch.num_heads % tp == 0:
-            yield {"tensor_parallel_size": tp, "data_parallel_size": chips // tp}
+    for tp in range(serving.tensor_parallel_size + 1, devices + 1):
+        if devices % tp == 0 and arch.num_heads % tp == 0:
+            yield {"tensor_parallel_size": tp, "data_parallel_size": devices // tp}
     yield {"weight_dtype": "fp8"}
     yield {"weight_dtype": "fp8", "kv_cache_dtype": "fp8"}
     if found.longest_tokens >= 16:

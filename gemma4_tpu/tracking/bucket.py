@@ -14,6 +14,8 @@ from gemma4_tpu.storage import filesystem, join
 log = logging.getLogger(__name__)
 
 CHECKPOINTS = "checkpoints"
+PROFILE = "profile"
+"""Folder of traces, which are copied there but not back."""
 
 
 class Bucket:
@@ -37,7 +39,7 @@ class Bucket:
         root = root.rstrip("/")
         for path in fs.find(root) if fs.exists(root) else []:
             name = path[len(root) + 1 :]
-            if _is_small(name):
+            if _is_small(name) and not name.startswith(f"{PROFILE}/"):
                 (self.local / name).parent.mkdir(parents=True, exist_ok=True)
                 (self.local / name).write_bytes(fs.cat_file(path))
                 self._copied[name] = _state(self.local / name)

@@ -1,4 +1,4 @@
-"""Dollars from seconds. Prices come from `hardware.py` or `hardware.usd_per_hour`."""
+"""Dollars from seconds. Prices come from `prices.py` or `hardware.usd_per_hour`."""
 
 from __future__ import annotations
 

@@ -66,6 +66,17 @@ class Result(Totals):
     """Mean model FLOP/s utilisation, where the chip's peak is known."""
     hbm_peak_bytes: int | None = None
     """Most memory that the fullest device of process 0 held since the (last) start, where the backend counts it."""
+    update_seconds: float | None = None
+    """Seconds of an update since the last start: the median, without the first (compilation)."""
+    update_seconds_predicted: float | None = None
+    """What the plan `predicted_by` says an update takes (`step_seconds`); on other hardware than slices none does."""
+    predicted_by: str | None = None
+    """The plan's file."""
+    measured_over_predicted: float | None = None
+    """The median of measured over predicted time of the updates since the last start."""
+    measured_over_predicted_low: float | None = None
+    measured_over_predicted_high: float | None = None
+    """The 10th and the 90th percentile of the same."""
     usd: float | None = None
     """Cost of `seconds` on the slice, where its price is known."""
 

@@ -16,7 +16,7 @@ from jax.sharding import PartitionSpec as P
 
 from gemma4_tpu.accelerators import only_cpus_here
 from gemma4_tpu.architectures import Architecture
-from gemma4_tpu.config.checks import check_devices
+from gemma4_tpu.config.hardware_checks import check_devices
 from gemma4_tpu.config.meshes import resolve_mesh
 from gemma4_tpu.config.schema import (
     CheckpointConfig,
@@ -66,7 +66,8 @@ def start_mesh(hardware: HardwareConfig, mesh: MeshConfig, arch: Architecture) -
     if hardware.name == LOCAL and not jax.config.values["jax_platforms"] and only_cpus_here():
         jax.config.update("jax_platforms", "cpu")
     device = jax.devices()[0]
-    check_devices(hardware, device.platform, device.device_kind, jax.device_count())
+    slices = len({getattr(one, "slice_index", 0) for one in jax.devices()})
+    check_devices(hardware, device.platform, device.device_kind, jax.device_count(), slices)
     sizes = resolve_mesh(mesh, arch, jax.device_count())
     log.info("%d × %s, mesh %s", jax.device_count(), device.device_kind, sizes)
     return sharding.make_mesh(sizes.fsdp, sizes.tp, dp=sizes.dp)

@@ -19,7 +19,9 @@ from gemma4_tpu.tracking.result import Result, Totals
 from gemma4_tpu.training.batches import Batches
 from gemma4_tpu.training.checkpoint import Checkpoints
 from gemma4_tpu.training.job import Job, to_mesh
+from gemma4_tpu.training.prediction import Prediction
 from gemma4_tpu.training.preemption import Preemption
+from gemma4_tpu.training.profile import Profile
 from gemma4_tpu.training.programs import Programs
 from gemma4_tpu.training.rates import Rates
 from gemma4_tpu.training.spikes import Spikes
@@ -63,6 +65,9 @@ class Loop:
     watchdog: Watchdog
     sample: Callable[[Any, int], None]
     """Takes the trained values at each held-out evaluation: answers to held-out prompts."""
+    profile: Profile
+    prediction: Prediction | None = None
+    """The step time of the run's plan."""
 
     def run(self, resume_from: int | None) -> Result:
         """Trains to the last update, or to the one that a preemption stops at, and returns the result.
@@ -82,7 +87,7 @@ class Loop:
             spikes = Spikes(self.trainer.spike_factor, **position["spikes"])
             log.info("resumed from the checkpoint at update %d", resume_from)
         self.watchdog.progress()
-        tally = Tally(self.job, self.rates, totals)
+        tally = Tally(self.job, self.rates, totals, self.prediction)
         done, last, stops = int(state.update), self.batches.pipeline.total_updates, False
         lengths = sorted({*self.batches.pipeline.lengths, *map(_length, self.batches.heldout)})
         programs = Programs(self.job.step, state, lengths, self.watchdog.paused)
@@ -93,14 +98,24 @@ class Loop:
         tally.start_lap()
 
         # ── updates: while the devices work on one, the host reads the metrics of the one before ───────────────────
-        in_flight = None
+        in_flight: InFlight | None = None
         for update in self.batches.pipeline:
             done += 1
             limit = spikes.limit(done)
-            state, metrics = programs.train(state, self.job.base, to_mesh(update.arrays, self.job.mesh), limit)
-            if in_flight:
+            if self.profile.starts(done):
                 self._finish(in_flight, tally, spikes)
+                in_flight = None
+                self.profile.start()
+                tally.start_lap()
+            with self.profile.annotation(done):
+                state, metrics = programs.train(state, self.job.base, to_mesh(update.arrays, self.job.mesh), limit)
+            self._finish(in_flight, tally, spikes)
             in_flight = InFlight(done, update, metrics, limit)
+            if self.profile.ends(done):
+                self._finish(in_flight, tally, spikes)
+                in_flight = None
+                self.profile.stop()
+                tally.start_lap()
             stops = self.preemption.reached(done)
             evaluates = done == last or (self.trainer.eval_every and done % self.trainer.eval_every == 0)
             saves = stops or done == last or done % self.checkpoint.every == 0
@@ -135,8 +150,10 @@ class Loop:
             "spikes": {"losses": spikes.losses, "newest_at": spikes.newest_at},
         }
 
-    def _finish(self, flight: InFlight, tally: Tally, spikes: Spikes) -> None:
-        """Waits for an update, checks and counts it, and reports it if it is due."""
+    def _finish(self, flight: InFlight | None, tally: Tally, spikes: Spikes) -> None:
+        """Waits for the update that is in flight, if one is, checks and counts it, and reports it if it is due."""
+        if flight is None:
+            return
         loss, grad_norm = float(flight.metrics.loss), float(flight.metrics.grad_norm)
         if not (math.isfinite(loss) and math.isfinite(grad_norm)):
             self._stop_diverged(flight.done, flight.update, loss, grad_norm)

@@ -8,8 +8,9 @@ from jax.sharding import Mesh
 
 from gemma4_tpu.architectures import Architecture
 from gemma4_tpu.config.schema import HardwareConfig, LoraConfig
-from gemma4_tpu.hardware import chip_of, price_of
+from gemma4_tpu.hardware import chip_of
 from gemma4_tpu.models.flops import train_flops_per_token
+from gemma4_tpu.prices import price_of
 from gemma4_tpu.tracking.cost import usd
 
 
@@ -28,7 +29,7 @@ class Rates(NamedTuple):
         chip, price = chip_of(device.platform, device.device_kind), price_of(hardware)
         return Rates(
             flops_per_token=train_flops_per_token(arch, lora, mean_tokens),
-            peak_flops_per_second=chip.peak_flops_per_second * mesh.size if chip else None,
+            peak_flops_per_second=chip.device.peak_flops_per_second * mesh.size if chip else None,
             usd_per_hour=price.usd_per_hour if price else None,
         )
 

@@ -10,6 +10,7 @@ from gemma4_tpu.data.pipeline import Update
 from gemma4_tpu.tracking.result import Result, Totals
 from gemma4_tpu.training.hbm import hbm
 from gemma4_tpu.training.job import Job
+from gemma4_tpu.training.prediction import Prediction
 from gemma4_tpu.training.rates import Rates
 
 
@@ -26,9 +27,11 @@ class Window:
 class Tally:
     """Tokens, time and losses of a run, earlier starts included."""
 
-    def __init__(self, job: Job, rates: Rates, totals: Totals):
-        """Goes on from the `totals` of earlier starts."""
-        self._job, self._rates, self._totals = job, rates, totals
+    def __init__(self, job: Job, rates: Rates, totals: Totals, prediction: Prediction | None = None):
+        """Goes on from the `totals` of earlier starts; measured times are held against a plan's `prediction`."""
+        self._job, self._rates, self._totals, self._prediction = job, rates, totals, prediction
+        self._update_seconds: list[float] = []
+        self._ratios: list[float] = []
         self._window = Window()
         self._compiles = True  # as the first update after a start does
         self._lap_at = time.perf_counter()
@@ -60,6 +63,9 @@ class Tally:
         if not self._compiles:
             totals.timed_tokens += update.real_tokens
             totals.timed_seconds += seconds
+            self._update_seconds.append(seconds)
+            if self._prediction is not None:
+                self._ratios.append(self._prediction.ratio(seconds, update.arrays["tokens"].shape[-1]))
         self._compiles = False
         if totals.train_loss_first is None:
             totals.train_loss_first = loss
@@ -91,6 +97,20 @@ class Tally:
             **hbm(self._job.mesh.local_devices),
         }
 
+    def _update_times(self) -> dict[str, Any]:
+        """Measured times of updates, and what a plan predicted."""
+        found = {"update_seconds": _percentile(self._update_seconds, 0.5)}
+        if self._prediction is None:
+            return found
+        low, middle, high = (_percentile(self._ratios, share) for share in (0.1, 0.5, 0.9))
+        return found | {
+            "update_seconds_predicted": self._prediction.step_seconds,
+            "predicted_by": self._prediction.plan,
+            "measured_over_predicted": middle,
+            "measured_over_predicted_low": low,
+            "measured_over_predicted_high": high,
+        }
+
     def result(self, status: str) -> Result:
         """What came of the run."""
         totals = self.totals()
@@ -103,9 +123,15 @@ class Tally:
             lora_parameters=0 if self._job.step.full else self._job.trained_parameters,
             adapted_modules=self._job.adapted_modules,
             mfu=self._rates.mfu(rate),
+            **self._update_times(),
             hbm_peak_bytes=hbm(self._job.mesh.local_devices).get("hbm_peak_bytes"),
             usd=self._rates.usd(totals.seconds),
         )
+
+
+def _percentile(values: list[float], share: float) -> float | None:
+    """The nearest value that this share of them does not exceed; None of none."""
+    return sorted(values)[round(share * (len(values) - 1))] if values else None
 
 
 def _known(**figures: float | None) -> dict[str, float]:

@@ -6,7 +6,8 @@ import pytest
 
 from gemma4_tpu.architectures import ARCHITECTURES
 from gemma4_tpu.config import entries
-from gemma4_tpu.config.checks import check_devices, check_train, rows_per_microbatch, rows_per_update, warmup_warning
+from gemma4_tpu.config.checks import check_train, rows_per_microbatch, rows_per_update, warmup_warning
+from gemma4_tpu.config.hardware_checks import check_devices
 from gemma4_tpu.config.keys import leaf_keys
 from gemma4_tpu.config.limits import CHOICES, RANGES
 from gemma4_tpu.config.meshes import resolve_mesh
@@ -60,8 +61,20 @@ REFUSALS = [
         "lora.start=/no/such/run: no such folder (nor is there a folder /no/such); give a run",
     ),
     (["lora.start=.", "lora.start_checkpoint=last"], "lora.start_checkpoint=last: give best, latest or the number"),
-    (["model=gemma4_31b", "model.path=random:0", "lora=none"], "for the small sizes, not model=gemma4_31b"),
-    (["model=gemma4_26b_a4b", "model.path=random:0", "lora=none"], "for the small sizes"),
+    (
+        ["model=gemma4_31b", "model.path=random:0", "lora=none"],
+        "full fine-tuning of model=gemma4_31b takes 496 GB of HBM;",
+    ),
+    (["model=gemma4_31b", "model.path=random:0", "lora=none", "hardware=v5p8"], "496 GB of HBM, v5p8 has 411 GB; give"),
+    (["model=gemma4_26b_a4b", "model.path=random:0", "lora=none"], "takes 416 GB of HBM; give lora=default, another"),
+    (["hardware.name=2xv5p-8"], "several slices joined by the data-centre network (multi-slice) are not supported"),
+    (
+        ["hardware.spot=true", "hardware.flex_start=true"],
+        "hardware.spot=true, hardware.flex_start=true: give one of them",
+    ),
+    (["trainer.profile=[7,900]"], "trainer.profile=[7, 900]: give [first,last], two updates from 1 to 100, or null"),
+    (["trainer.profile=[3]"], "trainer.profile=[3]: give [first,last]"),
+    (["hardware.region=us-centrl1"], "hardware.region=us-centrl1: no price is known there; did you mean"),
     # model
     (["model=gemma4_31b"], "give model.path=<folder with the Hugging Face checkpoint> (local or gs://), or"),
     (["model.name=tiny_mo"], "model.name=tiny_mo: no such architecture; did you mean model=tiny_moe"),
@@ -246,6 +259,7 @@ def test_the_slice_that_was_asked_for_is_there():
     check_devices(HardwareConfig(name="v5e-8"), "tpu", "TPU v5 lite", 8)
     check_devices(HardwareConfig(name="v6e-4"), "tpu", "TPU v6 lite", 4)
     check_devices(HardwareConfig(name="h100x2"), "gpu", "NVIDIA H100 80GB HBM3", 2)
+    check_devices(HardwareConfig(name="tpu7x-8"), "tpu", "TPU7x", 8)  # four chips of two devices each
     check_devices(HardwareConfig(name="local"), "cpu", "cpu", 1)
 
 
@@ -262,6 +276,12 @@ def test_another_machine_is_refused_with_what_was_found(found, told):
     with pytest.raises(UserError) as caught:
         check_devices(HardwareConfig(name="v5p-8"), *found)
     assert told in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["v5p-8", "local"])
+def test_several_slices_are_refused(name):
+    with pytest.raises(UserError, match=r"JAX found 2 TPU slices .*multi-slice training is not supported"):
+        check_devices(HardwareConfig(name=name), "tpu", "TPU v5p", 8, slices=2)
 
 
 # --- reported, not refused
@@ -281,7 +301,7 @@ def test_a_learning_rate_of_the_tiny_models_is_reported_for_a_released_size(load
 
 def test_warnings_are_handed_back(load):
     assert load().checked.warnings == ()
-    loaded = load("optimizer.warmup_updates=50", "data.heldout=[]", "hardware=v5e8")
+    loaded = load("optimizer.warmup_updates=50", "data.heldout=[]", "hardware=v5e8", "hardware.region=us-east4")
     for told in ("tenth", "held-out", "price"):
         assert any(told in line for line in loaded.checked.warnings)
     assert loaded.root.optimizer.warmup_updates == 50  # not changed

@@ -31,7 +31,7 @@ def test_every_option_composes_and_passes_the_checks(group, option, tmp_path):
     if f"{group}={option}" != "model=tiny":  # which has its own checkpoint
         words.append("model.path=random:0")
     if group == "hardware" and option != "local":  # rows must divide over the largest mesh
-        words.append("trainer.global_batch_sequences=64")
+        words.append("trainer.global_batch_sequences=512")
     loaded = load_train(words)
     assert loaded.overrides == words
 
@@ -42,9 +42,12 @@ def test_every_slice_has_an_option():
 
 
 def test_options_of_the_issue_are_there():
-    assert set(GROUPS["hardware"]) == {
-        "local", "v5p8", "v5p16", "v5p32", "v5p64", "v6e1", "v6e4", "v6e8", "v6e16", "v5e8", "v5e16", "h100x2", "h200",
+    sizes = {
+        "v5e": (1, 4, 8, 16, 32, 64, 128, 256), "v6e": (1, 4, 8, 16, 32, 64, 128, 256),
+        "v5p": (8, 16, 32, 64, 128, 256, 512, 1024), "tpu7x_": (8, 16, 32, 64, 128),
     }  # fmt: skip
+    tpus = {f"{generation}{size}" for generation, each in sizes.items() for size in each}
+    assert set(GROUPS["hardware"]) == {"local", "h100x2", "h200", *tpus}
     assert set(GROUPS["mesh"]) == {"auto", "dp", "fsdp", "tp"}
     assert set(GROUPS["model"]) == {*BIG, "tiny", "tiny_moe", "tiny_e2b"}
     assert set(GROUPS["lora"]) == {"default", "qlora_nf4", "qlora_int8", "none"}

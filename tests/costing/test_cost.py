@@ -18,6 +18,8 @@ from gemma4_tpu.tracking.result import Result
 
 EXPERIMENTS = Path(__file__).parents[2] / "experiments"
 HOURS = (1, 8, 24)
+PAPER = Prices(on_demand={"v5p-8": 16.80, "v6e-8": 21.52, "h100x2": 22.12})
+"""What the paper says of an hour."""
 
 
 @pytest.fixture(scope="module")
@@ -25,10 +27,10 @@ def paper():
     return read([str(EXPERIMENTS / "paper_costs")])
 
 
-def cents(figures, start):
+def cents(figures, start, prices=PAPER):
     return {
         name.removeprefix(start): round(usd, 2)
-        for name, usd in named(figures, Prices(), HOURS).items()
+        for name, usd in named(figures, prices, HOURS).items()
         if name.startswith(start)
     }
 
@@ -45,7 +47,7 @@ def test_section_5_4_training(paper):
         "usd_per_hour": 22.12, "hours": 5.39, "real_tokens_per_second": 486, "usd": 119.23,
         "usd_per_million_real_tokens": 12.64,
     }  # fmt: skip
-    rounded = named(paper, Prices(), HOURS, rounded=True)  # tokens to 0.1 million, as the paper did
+    rounded = named(paper, PAPER, HOURS, rounded=True)  # tokens to 0.1 million, as the paper did
     assert rounded["training/TPU/usd_per_million_real_tokens"] == 6.10
     assert rounded["training/GPU/usd_per_million_real_tokens"] == 12.68
 
@@ -69,7 +71,7 @@ def test_section_9_totals(paper):
 
 
 def test_where_the_paper_disagrees_with_its_own_inputs(paper):
-    found = compare(paper, Prices(), HOURS)
+    found = compare(paper, PAPER, HOURS)
     wrong = {(one.printed.what, one.printed.printed, one.shown) for one in found if one.agrees == NO}
     assert wrong == {
         ("TPU short, USD per million tokens", "4.27", "4.26"),
@@ -92,7 +94,10 @@ def test_notes_on_the_paper_hold():
 def test_the_committed_report_is_what_its_command_makes(monkeypatch, tmp_path):
     monkeypatch.chdir(EXPERIMENTS.parent)
     made = tmp_path / "README.md"
-    assert main(["cost", "experiments/paper_costs", f"out={made}"]) == 0
+    assert (
+        main(["cost", "experiments/paper_costs", "prices={v5p-8: 16.8, h100x2: 22.12, v6e-8: 21.52}", f"out={made}"])
+        == 0
+    )
     kept = (EXPERIMENTS / "paper_costs/README.md").read_text(encoding="utf-8")
     assert made.read_text(encoding="utf-8").replace(str(made), "experiments/paper_costs/README.md") == kept
 
@@ -152,11 +157,11 @@ def test_given_prices_come_before_configured_ones_before_the_tables(run):
     (run / "config.yaml").write_text(yaml.safe_dump(config))
     figures = read([str(run)])
     (training,) = figures.trainings
-    assert Prices().hourly("v6e-8", "on demand", training) == 21.52
+    assert Prices().hourly("v6e-8", "on_demand", training) == 21.6
     assert Prices().hourly("v6e-8", "spot", training) == 8.0
     assert Prices(spot={"v6e-8": 7.0}).hourly("v6e-8", "spot", training) == 7.0
     text = cost_report(figures, Prices(on_demand={"v6e-8": 20.0}), HOURS)
-    assert "| v6e-8 | on demand | $20.00 | this report | given |" in text
+    assert "| v6e-8 | on demand | $20.00 |  | this report | given |" in text
     assert "| $10.00 | $1.67 | $4.00 | $0.667 |" in text  # run and per million, on demand and spot
 
 
@@ -168,6 +173,9 @@ def test_a_plan_is_estimated_and_a_folder_of_plans_stands_for_its_plans():
     assert plan.label == ESTIMATED
     assert found["usd"] == round(known["usd_estimate"]["on_demand"]["mid"], 2)
     assert found["usd_per_million_real_tokens"] == round(known["usd_per_million_real_tokens"], 2)
+    usd = known["usd_estimate"]["on_demand"]
+    text = cost_report(Figures(trainings=[plan]), Prices(), HOURS)
+    assert f"| ${usd['high']:.2f} to ${usd['low']:.2f} |" in text  # never a point
 
 
 def test_a_load_by_context_length(load, caplog):
@@ -175,8 +183,8 @@ def test_a_load_by_context_length(load, caplog):
     assert (point.input_tokens, point.output_tokens, point.slice, point.sequences) == (384, 128, "v6e-8", 8)
     assert (point.ttft_seconds, point.tpot_seconds, point.whole) == (0.05, 0.01, True)
     assert "1 cells without a completed request, or with failed ones, are left out: 1.json" in caplog.text
-    generated = 21.52 / 3.6  # 3.6 million tokens an hour
-    assert total_usd_per_million(point, Prices(), "on demand") == pytest.approx(generated / 4)
+    generated = 21.6 / 3.6  # 3.6 million tokens an hour
+    assert total_usd_per_million(point, Prices(), "on_demand") == pytest.approx(generated / 4)
 
 
 def test_prompts_from_the_cache_are_not_held_against_the_ceiling(load):
@@ -188,16 +196,16 @@ def test_prompts_from_the_cache_are_not_held_against_the_ceiling(load):
 
 def test_a_solved_problem_by_time_on_the_slice(evaluation):
     (one,) = (figures := read([str(evaluation)])).evaluations
-    found = solved(one, figures, Prices(), "on demand")
-    assert (round(found.usd, 3), round(found.usd_per_pass, 5)) == (1.076, 0.02152)
-    assert solved(one, figures, Prices(), "spot") is None
+    found = solved(one, figures, Prices(), "on_demand")
+    assert (round(found.usd, 3), round(found.usd_per_pass, 5)) == (1.08, 0.0216)
+    assert solved(one, figures, Prices(), "spot").usd == pytest.approx(0.1 * 4 * 0.59267, abs=1e-5)
 
 
 def test_a_solved_problem_by_tokens_where_the_slice_has_no_price(evaluation, load):
     (evaluation / "config.yaml").write_text("hardware: {name: local}")
     figures = read([str(evaluation), str(load)])
-    found = solved(figures.evaluations[0], figures, Prices(), "on demand")
-    assert found.usd == pytest.approx(0.1 * 21.52 / 3.6)
+    found = solved(figures.evaluations[0], figures, Prices(), "on_demand")
+    assert found.usd == pytest.approx(0.1 * 21.6 / 3.6)
     assert "(estimated)" in found.by
 
 
@@ -205,10 +213,10 @@ def test_training_and_serving_of_any_set(run, load):
     figures = read([str(run), str(load)])
     pairs = {pair.slice: pair for pair in together(figures, ["v6e-4", "local"])}
     assert set(pairs) == {"v6e-8", "v6e-4", "local"}
-    assert pairs["v6e-8"].usd(24, Prices(), "on demand") == pytest.approx(10.76 + 24 * 21.52)
-    assert pairs["v6e-4"].usd(24, Prices(), "on demand") == pytest.approx(10.76 + 24 * 10.76)
-    assert pairs["local"].usd(24, Prices(), "on demand") is None
-    assert pairs["local"].usd(24, Prices(on_demand={"local": 0.1}), "on demand") == pytest.approx(10.76 + 2.4)
+    assert pairs["v6e-8"].usd(24, Prices(), "on_demand") == pytest.approx(10.80 + 24 * 21.60)
+    assert pairs["v6e-4"].usd(24, Prices(), "on_demand") == pytest.approx(10.80 + 24 * 10.80)
+    assert pairs["local"].usd(24, Prices(), "on_demand") is None
+    assert pairs["local"].usd(24, Prices(on_demand={"local": 0.1}), "on_demand") == pytest.approx(10.80 + 2.4)
 
 
 # ── the command line ───────────────────────────────────────────────────────────────────────────────────────────────
@@ -220,7 +228,7 @@ def test_every_kind_of_record_in_one_report(run, evaluation, load, capsys):
     text = capsys.readouterr().out
     for title in ("Prices", "Training", "Serving, by context length", "Per solved problem", "Training and serving"):
         assert f"\n## {title}" in text
-    assert "| train/one | v6e-8 | v6e-8 | on demand | $10.76 | $21.52 | $53.80 |" in text
+    assert "| train/one | v6e-8 | v6e-8 | on demand | $10.80 | $21.60 | $54.00 |" in text
     assert "| train/one | v6e-8 | v6e-8 | spot | $4.50 | $9.00 | $22.50 |" in text
 
 

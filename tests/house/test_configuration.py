@@ -20,6 +20,7 @@ CLASSES = {
 }  # fmt: skip
 SPENT_BY_THE_CHECKS = {
     ("TrainerConfig", "global_batch_tokens"): "checks.rows_per_update, which every caller asks",
+    ("HardwareConfig", "compiler_options"): "flags.compiler_options, which every caller asks",
     ("MeshConfig", "dp"): "meshes.resolve_mesh, which every caller asks",
     ("MeshConfig", "fsdp"): "meshes.resolve_mesh, which every caller asks",
     ("MeshConfig", "tp"): "meshes.resolve_mesh, which every caller asks",
@@ -31,6 +32,7 @@ SPENT_BY_THE_CHECKS = {
     ("BenchRoot", "served"): "bench_checks: BenchChecked.endpoint, .slice",
     ("BenchRoot", "slice"): "bench_checks: BenchChecked.slice",
     ("BenchRoot", "architecture"): "bench_checks: BenchChecked.vocabulary",
+    ("ReportRoot", "price_list"): "report_checks: ReportChecked.subject",
 }
 """Keys that the checks turn into what they found out, and where. Everything else must be read above them."""
 

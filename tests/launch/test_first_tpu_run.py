@@ -13,6 +13,7 @@ from multiprocessing.connection import Listener
 from gemma4_tpu.config.entries import EVALUATE, MERGE, PLAN, TRAIN
 from gemma4_tpu.config.load import load
 from gemma4_tpu.hardware import SLICES
+from gemma4_tpu.prices import ON_DEMAND, slice_price
 from launch import gke, source, tpu_vm
 from tests.launch.conftest import ROOT, put_on_path
 
@@ -106,8 +107,9 @@ def _wake(listener: Listener) -> None:
 
 
 def test_the_page_names_our_prices():
-    price = SLICES["v5p-8"].on_demand
+    price = slice_price(SLICES["v5p-8"], ON_DEMAND)
     assert f"${price.usd_per_hour:.2f} per hour" in PAGE and price.date in PAGE
     assert f"${3 * price.usd_per_hour:.2f}" in PAGE
     plans = (ROOT / "experiments/plans/README.md").read_text()
-    assert "23 minutes, $6.35" in PAGE and "23 minutes, $6.35" in plans
+    (estimated,) = re.findall(r"\| the training \| ([^|]+) \|", PAGE)
+    assert "for the same slice and job here: " in plans and estimated in plans

@@ -48,7 +48,7 @@ def test_a_run_from_the_command_to_no_costs(launch, played, messages):
     assert flags["--labels"] == f"gemma4-tpu={job.id}"
     assert re.fullmatch(r"gs://my-bucket/v5p8/\d{8}-\d{6}", job.run_dir)
     log = messages.text
-    assert "$16.80 per hour" in log and "at most $403.20" in log and "estimated" in log
+    assert "$5.20 per hour spot, us-east5" in log and "at most $124.80" in log and "estimated" in log
     assert log.index("waiting costs nothing") < log.index("from now on it costs") < log.index("played")
     uploaded = sorted(call[3].rpartition("/")[2] for call in played.asked("storage", "cp"))
     assert uploaded == ["source.bundle", "source.tar.gz"]
@@ -267,8 +267,14 @@ def test_slices_of_every_kind_can_be_launched(launch):
             flags = f"--accelerator-type={slice_.accelerator_type} --runtime-version={slice_.runtime_version}"
             assert flags in shown
             assert f"HOSTS={slice_.hosts}\n" in shown
-            if slice_.on_demand is None:
-                assert "unknown: no price with a source" in shown
+            assert "per hour on demand, us-east5" in shown
+
+
+def test_what_is_no_tpu_vm_is_refused(launch):
+    code, _, error = launch("hardware=tpu7x_8", "mesh=auto", "dry_run=true", "trainer.global_batch_sequences=8")
+    assert code == 2 and "tpu7x is not offered as a TPU VM; python -m launch.gke takes it" in error
+    code, _, error = launch("hardware.flex_start=true", "dry_run=true")
+    assert code == 2 and "the launchers ask for capacity on demand or, with spot=true, for spot" in error
 
 
 def test_help_lists_the_keys():

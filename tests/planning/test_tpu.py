@@ -163,7 +163,7 @@ def test_a_kernel_that_asks_for_too_much_on_chip_memory_says_nothing_of_hbm():
 def test_every_tpu_slice_is_known_to_the_compiler_with_its_hbm(name):
     known = SLICES[name]
     devices = absent_devices(known)
-    for sizes in legal_meshes(ARCH, known.chips):  # JAX lays each of them out, as training does
+    for sizes in legal_meshes(ARCH, known.devices):  # JAX lays each of them out, as training does
         mesh = make_mesh(sizes.fsdp, sizes.tp, devices, dp=sizes.dp)
         assert sorted(device.id for device in mesh.devices.flat) == sorted(device.id for device in devices)
     assert (
@@ -172,6 +172,6 @@ def test_every_tpu_slice_is_known_to_the_compiler_with_its_hbm(name):
             : len(Grid.of(known, []).sizes)
         ]
     )
-    assert len(devices) == known.chips
+    assert len(devices) == known.devices
     assert devices[0].device_kind.lower().startswith(known.chip.device_kinds)
-    assert compiling.hbm_limit_bytes(devices[0]) == pytest.approx(known.chip.hbm_bytes, rel=0.001)
+    assert compiling.hbm_limit_bytes(devices[0]) == pytest.approx(known.chip.device.hbm_bytes, rel=0.001)

@@ -48,7 +48,7 @@ def test_one_page_from_plan_to_cost(everything, tmp_path, capsys):
         "| 1 | run | verilog_smoke | 4 | 2 | strict | @1 **0.625** |",  # evaluation
         "| 1 | base | verilog_smoke | 4 | 2 | strict | @1 **0.000** |",
         "answers 4 of 4 stored prompts like the merged model",  # serving
-        "| local | on demand | $0.36 | this report | given |",  # cost
+        "| local | on demand | $0.36 | | this report | given |",  # cost
         "- `experiment=smoke`",  # configuration
         f"commit `{read_json(everything / 'provenance.json')['code']['git_commit'][:12]}`",  # provenance
     ):

@@ -115,7 +115,7 @@ def test_refusals_of_flags_name_key_and_remedy_all_at_once(merged, refused):
         (["serving.image=vllm/vllm-tpu:nightly"], "the tag nightly can mean another image tomorrow"),
         (["serving.image=vllm/vllm-tpu"], "no tag can mean another image"),
         (["serving.tensor_parallel_size=3"], "does not divide the model's 32 query heads; it may be 1, 2, 4, 8"),
-        (["serving.data_parallel_size=2"], "× serving.data_parallel_size=2: v6e-8 has 8 chips"),
+        (["serving.data_parallel_size=2"], "× serving.data_parallel_size=2: v6e-8 has 8 devices"),
         (["serving.slice=v6e-16"], "has 4 hosts"),
         (["serving.slice=v6e8"], "did you mean serving.slice=v6e-8"),
         (["serving.max_model_len=300000"], "the model's longest sequence is 131072 tokens"),

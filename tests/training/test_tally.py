@@ -3,10 +3,12 @@
 from dataclasses import asdict
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 
 from gemma4_tpu.tracking.result import Totals
 from gemma4_tpu.training import tally as tallies
+from gemma4_tpu.training.prediction import Prediction
 from gemma4_tpu.training.rates import Rates
 from gemma4_tpu.training.tally import Tally
 
@@ -72,3 +74,22 @@ def test_what_is_not_known_is_not_told(clock):
     assert (result.mfu, result.usd, result.hbm_peak_bytes, result.real_tokens_per_second) == (None,) * 4
     nothing = Tally(JOB, KNOWN, Totals()).result("preempted")
     assert (nothing.updates, nothing.fill, nothing.real_tokens_per_second) == (0, None, None)
+
+
+def test_measured_times_are_held_against_the_plans(clock):
+    tally = Tally(JOB, KNOWN, Totals(), Prediction(2.0, 8, "plan.json"))
+    update = SimpleNamespace(**vars(UPDATE), arrays={"tokens": np.zeros((1, 4, 8))})
+    for took in (60.0, 3.0, 2.0, 4.0):  # the first compiles
+        clock.seconds += took
+        tally.count(update, 1.0, skipped=False)
+    result = tally.result("finished")
+    assert (result.update_seconds, result.update_seconds_predicted, result.predicted_by) == (3.0, 2.0, "plan.json")
+    assert result.measured_over_predicted == 1.5
+    assert (result.measured_over_predicted_low, result.measured_over_predicted_high) == (1.0, 2.0)
+
+
+def test_without_a_plan_nothing_is_predicted(clock):
+    tally = Tally(JOB, UNKNOWN, Totals())
+    run(clock, tally, 60.0, 3.0)
+    result = tally.result("finished")
+    assert (result.update_seconds, result.update_seconds_predicted, result.measured_over_predicted) == (3.0, None, None)

@@ -1,0 +1,148 @@
+"""Published step times beside those that our plans predict: the band that plans are given with.
+
+    python experiments/calibration/calibrate.py              # plans what is missing in results/, then the table
+    python experiments/calibration/calibrate.py --render     # only the table
+
+Each plan is one `python -m gemma4_tpu.plan …` in a process of its own. The models' steps are compiled to the end for
+slices of up to 64 chips: some minutes and some 5 GB of memory each.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shlex
+import shutil
+import subprocess
+import sys
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+HERE = Path(__file__).resolve().parent
+RESULTS, TABLE = HERE / "results", HERE / "README.md"
+COMMON = ("trainer.remat=decoder", "plan.max_attempts=0")
+FULL = ("lora=none", "mesh.tp=1", "hardware.usd_per_hour=0")
+"""What full training adds. Nothing is costed here."""
+
+HEAD = """\
+# Predicted beside published step times
+
+Made by:
+
+    python experiments/calibration/calibrate.py
+
+*Quoted*: what others measured. *Estimated*: our step of the same model, slice, batch and length, by the compiler's
+schedule (`docs/planning.md`). Rows are taken to be full. Nothing here ran on a TPU.
+"""
+
+DIFFERENCES = """\
+## What differs
+
+- MaxText's steps: its own kernels (splash attention of tokamax, with a fused backward pass and larger blocks), its
+  remat policy (ours is `decoder`: each layer's input is kept, all else computed again), its compiler flags and
+  shardings, and its treatment of experts. Rows are synthetic and full there.
+- The paper's step: einsum attention over padded rows, Tunix's loss over all logits at once, LoRA without K of the
+  global layers. It names two lengths, and doesn't say which one was timed.
+- Cycles of tpu7x are turned into seconds by a clock that is inferred from the published peak.
+"""
+
+
+@dataclass(frozen=True)
+class Measured:
+    """A published step time, and how to plan the like."""
+
+    id: str
+    """Name of its file in `results/`."""
+    name: str
+    source: str
+    measured_seconds: float
+    """Of one update."""
+    chips: int
+    plan: list[str]
+    """Words for `python -m gemma4_tpu.plan`."""
+    full: bool = False
+    """Full training."""
+    failed: str = ""
+    """Why it is not compiled, where that was tried."""
+
+    @property
+    def words(self) -> list[str]:
+        """All of them; every row is one example of full length."""
+        (length,) = (int(word.partition("=")[2]) for word in self.plan if word.startswith("data.sequence_length="))
+        filled = [f"plan.mean_tokens={length - 1}", f"plan.p99_tokens={length}"]
+        return [*self.plan, *COMMON, *filled, *(FULL if self.full else [])]
+
+    @property
+    def result(self) -> Path:
+        """Where its plan is kept."""
+        return RESULTS / f"{self.id}.json"
+
+
+def measurements() -> list[Measured]:
+    """Of `measurements.yaml`."""
+    return [Measured(**one) for one in yaml.safe_load((HERE / "measurements.yaml").read_text(encoding="utf-8"))]
+
+
+def plan(one: Measured) -> None:
+    """Plans it and keeps the result."""
+    with tempfile.TemporaryDirectory() as folder:
+        command = [sys.executable, "-m", "gemma4_tpu.plan", *one.words, f"run_dir={folder}/plan"]
+        print(shlex.join(command), flush=True)
+        subprocess.run(command, check=True)
+        shutil.copy(Path(folder) / "plan" / "plan.json", one.result)
+
+
+def ratio(one: Measured, told: dict[str, Any]) -> float:
+    """Measured over predicted time."""
+    return float(one.measured_seconds / told["step_seconds"])
+
+
+def lines(found: list[Measured]) -> list[str]:
+    """The README."""
+    rows = [
+        "| step | *quoted* s | chips | *estimated* s, by schedule | roofline s | measured ÷ estimated |",
+        "|---|---|---|---|---|---|",
+    ]
+    missing, ratios = [], []
+    for one in found:
+        if not one.result.is_file():
+            missing.append(one)
+            continue
+        told = json.loads(one.result.read_text(encoding="utf-8"))
+        ratios.append(ratio(one, told))
+        rows.append(
+            f"| {one.name} | {one.measured_seconds:g} | {one.chips} | {told['step_seconds']:.3f} | "
+            f"{told['roofline_seconds']['update']:.3f} | {ratios[-1]:.2f} |"
+        )
+    band = [f"All of them lie between {min(ratios):.2f} and {max(ratios):.2f}.", ""] if ratios else []
+    if missing:
+        band += [
+            "Not compiled:",
+            "",
+            *(f"- {one.name}: {one.failed or 'not compiled to the end yet'}" for one in missing),
+            "",
+        ]
+    sources = [f"- {one.name}: {one.source}. Planned with `{shlex.join(one.words)}`." for one in found]
+    return [HEAD, *rows, "", *band, DIFFERENCES, "## Sources and configurations", "", *sources]
+
+
+def main() -> None:
+    """Plans, and writes the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--render", action="store_true", help="write the table of what is there")
+    given = parser.parse_args()
+    found = measurements()
+    if not given.render:
+        RESULTS.mkdir(exist_ok=True)
+        for one in found:
+            if not one.result.is_file() and not one.failed:
+                plan(one)
+    TABLE.write_text("\n".join(lines(found)) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

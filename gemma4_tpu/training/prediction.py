@@ -1,0 +1,97 @@
+"""What a plan says an update of this run takes, to be held against what it does take."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from gemma4_tpu.config.schema import TrainRoot
+from gemma4_tpu.errors import UserError
+from gemma4_tpu.hardware import MeshSizes, slice_of
+from gemma4_tpu.planning.estimate import describe
+from gemma4_tpu.tracking.files import read_json
+
+log = logging.getLogger(__name__)
+
+PLAN, PLANS = "plan.json", Path("outputs/plan")
+_DESCRIBED = ("slice", "model", "trained", "mesh", "remat", "sequence_length", "rows_per_update", "microbatches")
+"""What a plan and a run must have in common."""
+
+
+class Prediction(NamedTuple):
+    """A planned step time."""
+
+    step_seconds: float
+    """Of one update of rows of `length` tokens."""
+    length: int
+    plan: str
+    """The file that it comes from."""
+
+    def ratio(self, seconds: float, length: int) -> float:
+        """Measured over predicted time of an update whose rows have `length` tokens; shorter ones in proportion."""
+        return seconds / (self.step_seconds * length / self.length)
+
+
+def predict(
+    config: TrainRoot, remat: str, mesh: Mapping[str, int], run_folder: Path, plans: Path = PLANS
+) -> Prediction | None:
+    """The step time of the plan for this run; None where there is no slice, or no plan.
+
+    Args:
+      config: of the run. With `trainer.plan` that plan must be the run's; else the run folder's own, or the newest
+        that fits is taken.
+      remat: the policy that was chosen.
+      mesh: sizes of its axes.
+      run_folder: of the run.
+      plans: folder of plans' folders.
+
+    Raises:
+      UserError: `trainer.plan` is of another configuration, or says nothing of time.
+    """
+    wanted = slice_of(config.hardware)
+    if wanted is None:
+        return None
+    own = describe(replace(config, trainer=replace(config.trainer, remat=remat)), wanted, MeshSizes(**mesh))
+    if config.trainer.plan is not None:
+        return _given(Path(config.trainer.plan), own)
+    for path in _candidates(run_folder, plans):
+        plan = _read(path)
+        if plan is not None and not _differences(plan, own) and plan.get("step_seconds"):
+            return Prediction(plan["step_seconds"], plan["sequence_length"], str(path))
+    return None
+
+
+def _given(place: Path, own: dict[str, Any]) -> Prediction:
+    path = place / PLAN if place.is_dir() else place
+    plan = _read(path)
+    if plan is None:
+        raise UserError(f"trainer.plan={place}: no plan that can be read ({path})")
+    if differences := _differences(plan, own):
+        lines = "".join(f"\n  {key}: planned {plan.get(key)}, this run has {own[key]}" for key in differences)
+        raise UserError(f"trainer.plan={place}: a plan of another configuration:{lines}\nplan this one, or give null")
+    if not plan.get("step_seconds"):
+        raise UserError(f"trainer.plan={place}: it has no step_seconds; make it with plan.schedule=true")
+    return Prediction(plan["step_seconds"], plan["sequence_length"], str(path))
+
+
+def _candidates(run_folder: Path, plans: Path) -> Iterator[Path]:
+    """The run folder's own plan, then others, the newest first."""
+    yield from (path for path in [run_folder / PLAN] if path.is_file())
+    yield from sorted(plans.glob(f"*/{PLAN}"), key=lambda path: path.stat().st_mtime, reverse=True)
+
+
+def _read(path: Path) -> dict[str, Any] | None:
+    try:
+        plan = read_json(path)
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        log.debug("%s: %s", path, error)
+        return None
+    return plan if isinstance(plan, dict) else None
+
+
+def _differences(plan: dict[str, Any], own: dict[str, Any]) -> list[str]:
+    return [key for key in _DESCRIBED if plan.get(key) != own[key]]
