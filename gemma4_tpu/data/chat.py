@@ -23,14 +23,16 @@ from gemma4_tpu.data import markup
 from gemma4_tpu.data.drops import RowDropped, unreadable
 from gemma4_tpu.data.normalise import Conversation
 from gemma4_tpu.data.proof import Prover, Span
+from gemma4_tpu.data.timeout import row_limit
 from gemma4_tpu.errors import UserError
 
 POLICIES = ("drop", "train")
 
 Message = dict[str, Any]
 
-# How a generation prompt may end behind the model's header: a thought channel, opened or opened and closed.
-_CHANNEL_TAIL = re.compile(rf"{re.escape(markup.CHANNEL)}(?:thought)?\s*(?:{re.escape(markup.CHANNEL_END)}\s*)?")
+# What may stand behind the model's header: a thought channel without a thought, closed; or, in a prompt, just opened.
+_EMPTY_CHANNEL = re.compile(rf"{re.escape(markup.CHANNEL)}(?:thought)?\s*{re.escape(markup.CHANNEL_END)}\s*")
+_CHANNEL_TAIL = re.compile(rf"{_EMPTY_CHANNEL.pattern}|{re.escape(markup.CHANNEL)}(?:thought)?\s*")
 
 
 class Example(NamedTuple):
@@ -99,11 +101,11 @@ class ChatFormat:
         control = markup.control_tokens(tokenizer)
         self._control = markup.control_pattern(control)
         self._channel_end = vocabulary.get(markup.CHANNEL_END, -1)
+        self.primer = self._find_primer()
+        """What the template's generation prompt puts behind the model's header."""
         header = self.encode([markup.MODEL_HEADER])[0][1:]
         words = {role: self._find_words(role) for role in ("system", "user")}
         self._prover = Prover(control, tokenizer.bos_token_id, header, words)
-        self.primer = self._find_primer()
-        """What the template's generation prompt puts behind the model's header."""
 
     def render(self, conversation: Conversation) -> Rendering:
         """The texts of a conversation: a prompt and an answer for each answer with loss.
@@ -194,9 +196,10 @@ class ChatFormat:
         if body == shown:
             raise RowDropped("bad_rendering", f"message {number} (assistant): {_difference(history + header, shown)}")
         closed = channel.rstrip().endswith(markup.CHANNEL_END)
-        if closed:
-            body = body.removeprefix(channel)  # a template may show the past with its empty thoughts
-        body = body.rstrip()
+        # A template may show the past with an empty thought, whatever its prompt ends in; nobody wrote that.
+        body = body.strip()
+        if empty := _EMPTY_CHANNEL.match(body):
+            body = body[empty.end() :]
         thought = messages[number].get("reasoning")
         if thought and closed:
             raise RowDropped(
@@ -245,7 +248,11 @@ class ChatFormat:
         return Rendering([], text=self._tokenizer.bos_token + text + self._tokenizer.eos_token)
 
     def _find_primer(self) -> str:
-        prompt = self._prompt([{"role": "user", "content": "x"}], None)
+        try:
+            with row_limit():
+                prompt = self._prompt([{"role": "user", "content": "x"}], None)
+        except RowDropped as problem:
+            raise UserError(f"the chat template cannot render a single question ({problem}); take the stock one") from problem
         _, header, channel = _split_prompt(prompt)
         if not header:
             raise UserError(

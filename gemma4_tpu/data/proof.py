@@ -55,10 +55,13 @@ class Piece:
     owner: int | None = None  # the message that it belongs to
 
     @property
+    def space(self) -> bool:
+        return self.kind == _TEXT and not "".join(self.texts).strip()
+
+    @property
     def blank(self) -> bool:
         """White space, or an empty thought: belongs to nobody."""
-        inside = "".join(self.texts).strip()
-        return (self.kind == _TEXT and not inside) or (self.kind == markup.CHANNEL and inside in ("", "thought"))
+        return self.space or (self.kind == markup.CHANNEL and "".join(self.texts).strip() in ("", "thought"))
 
 
 class Prover:
@@ -302,7 +305,7 @@ def _check_span(
     own = [piece for piece in pieces if piece.owner == span.message]
     # A thought may have been opened by the prompt already: its channel begins before the answer does.
     begun = [piece for piece in own if piece.start < span.start and piece.kind != markup.CHANNEL]
-    foreign = [piece for piece in inside if piece.owner != span.message and not piece.blank]
+    foreign = [piece for piece in inside if piece.owner != span.message and not piece.space]
     cut = [piece for piece in own if piece.stop > last or piece.stop <= span.start]
     ends = names.get(int(ids[last])) in (markup.TURN_END, markup.TOOL_RESPONSE)
     if begun or foreign or cut or not own or not ends:

@@ -100,6 +100,9 @@ def test_unfit_tokenizers_are_refused():
         ChatFormat(make_tokenizer(template=None))
     with pytest.raises(UserError, match="generation prompt"):
         ChatFormat(make_tokenizer("{{ bos_token }}{% for m in messages %}### {{ m.content }}{% endfor %}"))
+    for broken in ("{{ raise_exception('no') }}", "{% for", {"other": TEMPLATE}):
+        with pytest.raises(UserError, match="cannot render a single question"):
+            ChatFormat(make_tokenizer(broken))
     other = make_tokenizer()
     other.get_vocab = lambda: {"<start_of_turn>": 105, "<end_of_turn>": 106}
     with pytest.raises(UserError, match="not one of Gemma 4"):

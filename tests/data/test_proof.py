@@ -137,6 +137,28 @@ def test_the_tiny_template_behaves_as_googles_newest(name, thinking):
             assert one == other
 
 
+PAST = "{%- set calls = turn.tool_calls or [] -%}"
+PRIMER = "{{- '<|channel>thought\\n<channel|>' if not thinking -}}"
+EMPTY_THOUGHT = "{%- if role == 'model' and not at.answering -%}{{- '<|channel>thought\\n<channel|>' -}}{%- endif -%}"
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize("primed", [True, False])
+def test_an_empty_thought_that_only_the_past_shows_is_never_trained_on(primed, policy):
+    template = OWN.replace(PAST, EMPTY_THOUGHT.replace("at.answering", "at.answering and not thought") + PAST)
+    template = template if primed else template.replace(PRIMER, "")
+    assert (PRIMER in template) == primed and EMPTY_THOUGHT[:30] in template
+    for name in (*kinds.PLAIN, *kinds.WITH_TOOLS):
+        check(with_template(template), name, policy)
+
+
+def test_an_empty_thought_inside_of_an_answer_is_never_trained_on():
+    inside = OWN.replace(SAID, "{{- answered ~ ('<|channel>thought\\n<channel|>' if calls else '') ~ said -}}")
+    assert inside != OWN
+    with pytest.raises(RowDropped, match="bad_rendering: message 1 .*its loss would lie on"):
+        examples(ChatFormat(with_template(inside)), kinds.WITH_TOOLS["ends with words and a call"], kinds.TOOLS)
+
+
 def test_answers_share_an_example_where_each_prompt_begins_with_all_that_stands_before():
     messages = kinds.PLAIN["several"]
     assert [e.answers for e in examples(ChatFormat(with_template(OWN), "train"), messages)] == [3]
