@@ -252,7 +252,9 @@ class ChatFormat:
             with row_limit():
                 prompt = self._prompt([{"role": "user", "content": "x"}], None)
         except RowDropped as problem:
-            raise UserError(f"the chat template cannot render a single question ({problem}); take the stock one") from problem
+            raise UserError(
+                f"the chat template cannot render a single question ({problem}); take the stock one"
+            ) from problem
         _, header, channel = _split_prompt(prompt)
         if not header:
             raise UserError(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
@@ -9,13 +11,14 @@ from functools import cache
 from typing import Any
 
 from gemma4_tpu.data import codev
+from gemma4_tpu.data.calls import Tell, Turn, parsed, to_tools
 from gemma4_tpu.data.drops import RowDropped
 from gemma4_tpu.data.readers import RawRow
-from gemma4_tpu.data.turns import Tell, Turn, to_tools, to_turns
+from gemma4_tpu.data.turns import to_turns
 from gemma4_tpu.errors import UserError
 
 AUTO = "auto"
-VERSION = 1
+VERSION = 2
 """Of what is made of rows; part of the examples' fingerprint."""
 NOTES_KEPT = 100  # different ones; rows with keys of their own each would have no end
 TURN_COLUMNS = ("role", "content")
@@ -33,6 +36,11 @@ NAMES = {
     "text": ("text",),
 }
 """Column → what people call it. Where a row has several of the others, but not the first, none of them is guessed."""
+IDENTITY = re.compile(r"(?:^|_)(?:id|uuid|hash|index|idx)$", re.IGNORECASE)
+MEDIA = ("image", "images", "audio", "audios", "video", "videos")
+"""Columns of what the texts of a row are about; without it they are not what somebody said."""
+CHOICES = ("context", "choices", "options")
+"""What may belong to a question: a question beside it could be meant in several ways."""
 COLUMNS = (*NAMES, *TURN_COLUMNS)
 """What `data.columns` can name."""
 
@@ -127,6 +135,14 @@ class Normaliser:
             raise RowDropped("unknown_form", f"keys: {', '.join(map(str, row.value))}"[:120])
         notes: dict[str, None] = {}
         value = {self._own.get(key, key): item for key, item in row.value.items()}
+        if absent := [key for key, item in value.items() if isinstance(item, float) and math.isnan(item)]:
+            notes.setdefault("NaN in place of absent columns removed")  # pandas writes it for what is missing
+            value = {key: item for key, item in value.items() if key not in absent}
+        if media := [key for key in MEDIA if value.get(key)]:
+            raise RowDropped(
+                "bad_content",
+                f"column {media[0]}: only text is trained on; leave it out of rows that make sense without",
+            )
         if row.columnar:
             value = without_nulls(value, lambda note: notes.setdefault(note))
         columns = _Columns(value)
@@ -212,7 +228,7 @@ def _instruction(columns: _Columns, turn_columns: Mapping[str, str], tell: Tell)
 
 def _pair(columns: _Columns, turn_columns: Mapping[str, str], tell: Tell) -> Conversation:
     """A prompt and what completes it, each a text or turns. Answers in the prompt are read, not learnt."""
-    asked, answered = columns.get("prompt"), columns.get("completion")
+    asked, answered = (_turns_in(columns.get(name), turn_columns, tell) for name in ("prompt", "completion"))
     if not isinstance(asked, list | dict):
         asked = columns.text("prompt")
         if not asked.strip():
@@ -229,6 +245,19 @@ def _pair(columns: _Columns, turn_columns: Mapping[str, str], tell: Tell) -> Con
         for turn in history:
             turn["train"] = False
     return _conversation([*before, *to_turns(answered, turn_columns, tell)], columns, tell)
+
+
+def _turns_in(value: Any, turn_columns: Mapping[str, str], tell: Tell) -> Any:
+    """A value, its turns where it is JSON text of a list of them (in CSV, say)."""
+    if not isinstance(value, str) or not value.lstrip().startswith("["):
+        return value
+    told: list[str] = []
+    found = parsed(value, "turns", told.append)
+    roles = {"role", "from", turn_columns.get("role", "role")}
+    if not isinstance(found, list) or not found or not all(isinstance(t, dict) and roles & t.keys() for t in found):
+        return value
+    tell(told[0])
+    return found
 
 
 def _conversation(turns: list[Turn], columns: _Columns, tell: Tell) -> Conversation:
@@ -279,10 +308,12 @@ def recognised(names: frozenset[str], wanted: str = AUTO) -> str | None:
             continue
         if wanted == AUTO and form == "codev_r1":
             continue
-        # Text beside other columns of ours, or a question beside its context, could be meant in several ways.
-        if wanted == AUTO and form == "text" and any(name in names for n in NAMES if n != "text" for name in NAMES[n]):
+        # Text beside other columns of ours (one turn of a conversation, say), or a question beside its context, could
+        # be meant in several ways.
+        others = {*TURN_COLUMNS, "from", "value", *(name for n in NAMES if n != "text" for name in NAMES[n])}
+        if wanted == AUTO and form == "text" and names & others:
             continue
-        if wanted == AUTO and form == "prompt_completion" and "context" in names:
+        if wanted == AUTO and form == "prompt_completion" and not names.isdisjoint(CHOICES):
             continue
         return form
     return None
@@ -296,16 +327,25 @@ def _is_codev(row: Mapping[str, Any]) -> bool:
 def unknown_form(name: str, row: Mapping[str, Any], wanted: str) -> str:
     """Why rows like `row` of the source `name` can't be read, and the words that would tell how."""
     there = [key for key, value in row.items() if value is not None]
-    texts = [key for key in there if isinstance(row[key], str)]
-    lists = [key for key in there if isinstance(row[key], list | dict)]
-    if "context" in there and (pair := (_name_of("prompt", there), _name_of("completion", there))) and all(pair):
-        guess = f"{{instruction: {pair[0]}, input: context, output: {pair[1]}}}"
-    elif lists and not texts:
+    known = {name: column for column in NAMES for name in NAMES[column]}
+    lists = [key for key in there if isinstance(row[key], list | dict) and key not in known]
+    # A column that has a meaning already is not another's guess, and identities are nobody's words.
+    texts = [key for key in there if isinstance(row[key], str) and key not in known and not IDENTITY.search(key)]
+    prompt, completion = _name_of("prompt", there), _name_of("completion", there)
+    if "context" in there and prompt and completion:
+        guess = f"{{instruction: {prompt}, input: context, output: {completion}}}"
+    elif lists and not texts and not prompt:
         guess = f"{{messages: {lists[0]}}}"
-    elif len(there) > 1:
-        guess = f"{{prompt: {there[0]}, completion: {there[1]}}}"
     else:
-        guess = f"{{text: {there[0] if there else '…'}}}"
+        asked = [key for key in there if key in NAMES["prompt"]] + texts
+        answered = [key for key in there if key in NAMES["completion"]] + [t for t in texts if t != asked[0]]
+        prompt, completion = prompt or (asked or ["…"])[0], completion or (answered or ["…"])[0]
+        guess = f"{{prompt: {prompt}, completion: {completion}}}" if len(there) > 1 else f"{{text: {prompt}}}"
+    if beside := [key for key in there if key in CHOICES[1:]]:
+        return (
+            f"{name}: rows have {beside[0]} beside {prompt}: write them into the question, or leave them out with "
+            "data.format=prompt_completion"
+        )
     needs = "; ".join(f"{form}: {', '.join(row.needs)}" for form, row in FORMS.items())
     wanted = "" if wanted == AUTO else f" (data.format={wanted})"
     return (

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -32,6 +33,7 @@ _CLOSED_BY = {
 _QUOTED_IN = (markup.TOOL, markup.TOOL_CALL, markup.TOOL_RESPONSE)
 _TURN_OF = {"system": ("system", "developer"), "user": ("user",), "assistant": ("model",), "tool": ("model", "tool")}
 _TEXT = "text"
+_MARKS = set("{}[]:,")
 _SHOWN = 60  # characters of a text in a message
 
 
@@ -346,12 +348,21 @@ def _is_call(piece: Piece, call: dict[str, Any]) -> bool:
     if not piece.closed or not re.search(rf"(?<![\w.-]){re.escape(function['name'])}$", head.strip()):
         return False
     written = "{" + rest.strip()
-    if written in (_notation(arguments, in_order) for in_order in (True, False)):
+    # A key is written without quotes: one that holds the notation's own marks would read as something else.
+    plain = not any(_MARKS & set(key) for key in _keys(arguments))
+    if plain and written in (_notation(arguments, in_order) for in_order in (True, False)):
         return True
     try:
         return json.loads(written) == arguments
     except ValueError:
         return False
+
+
+def _keys(value: Any) -> Iterator[str]:
+    for item in value.values() if isinstance(value, dict) else value if isinstance(value, list) else ():
+        yield from _keys(item)
+    if isinstance(value, dict):
+        yield from map(str, value)
 
 
 def _notation(value: Any, in_order: bool) -> str:

@@ -138,24 +138,42 @@ TOO_LONG = RowDropped("line_too_long", f"more than {MAX_LINE_BYTES} bytes")
 
 
 def _read_json_lines(stream: Any, name: str) -> Iterator[RawRow]:
+    decoder, twice = _decoder()
     for number, line in enumerate(_lines(stream, name), start=1):
         if line is None:
             yield RawRow(Origin(name, number), {}, TOO_LONG)
         elif line.strip():
-            yield _parsed(line, Origin(name, number))
+            twice.clear()
+            yield _parsed(line, Origin(name, number), decoder, twice)
 
 
-def _parsed(line: bytes, origin: Origin) -> RawRow:
+def _parsed(line: bytes, origin: Origin, decoder: json.JSONDecoder, twice: list[str]) -> RawRow:
     try:
-        return _checked(json.loads(line.decode("utf-8")), b"\\u" in line, origin)
+        return _checked(decoder.decode(line.decode("utf-8")), b"\\u" in line, origin, twice)
     except UnicodeDecodeError as error:
         return RawRow(origin, {}, RowDropped("invalid_utf8", str(error.reason)))
     except (ValueError, RecursionError) as error:
         return RawRow(origin, {}, RowDropped("invalid_json", str(error)[:80]))
 
 
-def _checked(value: Any, escapes: bool, origin: Origin) -> RawRow:
-    """The row of a parsed value, if it is an object and no escape in it is half of a surrogate pair."""
+def _decoder() -> tuple[json.JSONDecoder, list[str]]:
+    """A decoder, and the keys that it met twice in one object: Python keeps the last value and says nothing."""
+    twice: list[str] = []
+
+    def to_object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        made = dict(pairs)
+        if len(made) < len(pairs):
+            keys = [key for key, _ in pairs]
+            twice.extend(key for key in made if keys.count(key) > 1)
+        return made
+
+    return json.JSONDecoder(object_pairs_hook=to_object), twice
+
+
+def _checked(value: Any, escapes: bool, origin: Origin, twice: list[str]) -> RawRow:
+    """The row of a parsed value, if it is an object, no key is there twice and no escape is half of a surrogate pair."""
+    if twice:
+        return RawRow(origin, {}, RowDropped("invalid_json", f"the key {twice[0][:40]!r} stands twice in one object"))
     if escapes:
         try:
             json.dumps(value, ensure_ascii=False).encode("utf-8")
@@ -180,7 +198,7 @@ def _read_json(stream: Any, name: str) -> Iterator[RawRow]:
         text = content.removeprefix(UTF8_MARK).decode("utf-8")
     except UnicodeDecodeError as error:
         raise UserError(f"{name}: no UTF-8 at byte {error.start} ({error.reason})") from error
-    decoder, number = json.JSONDecoder(), 0
+    (decoder, twice), number = _decoder(), 0
     at = _skipped(text, 0, BLANKS)
     array = text.startswith("[", at)
     at += array
@@ -190,11 +208,12 @@ def _read_json(stream: Any, name: str) -> Iterator[RawRow]:
                 raise UserError(f'{name}: more follows the JSON array; rows are objects, such as {{"messages": […]}}')
             return
         number, start = number + 1, at
+        twice.clear()
         try:
             value, at = decoder.raw_decode(text, start)
         except (ValueError, RecursionError) as error:  # where the next one begins can't be told
             raise _torn(name, number - 1, error) from error
-        yield _checked(value, "\\u" in text[start:at], Origin(name, number))
+        yield _checked(value, "\\u" in text[start:at], Origin(name, number), twice)
     if array:
         raise _torn(name, number, "the array is never closed")
 

@@ -9,50 +9,41 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
+from gemma4_tpu.data.calls import Tell, Turn, parsed, to_calls, with_identities
 from gemma4_tpu.data.drops import RowDropped
 from gemma4_tpu.data.markup import split_thoughts
 
-Turn = dict[str, Any]
-Tell = Callable[[str], None]
-"""Takes note of something that was done to the row, in words."""
-
 ROLES = {
     "system": "system", "developer": "system",
-    "user": "user", "human": "user",
+    "user": "user", "human": "user", "prompter": "user",
     "assistant": "assistant", "model": "assistant", "gpt": "assistant", "bot": "assistant", "chatgpt": "assistant",
-    "function_call": "assistant",
+    "function_call": "assistant", "tool_call": "assistant",
     "tool": "tool", "function": "tool", "observation": "tool", "tool_response": "tool", "ipython": "tool",
 }  # fmt: skip
 """How people call who speaks → the four roles."""
 THOUGHT_KEYS = ("reasoning", "reasoning_content", "thinking")
 TEXT_PARTS = ("text", "input_text", "output_text", None)
 CALLS = ("tool_calls", "function_call")
-CALL_KEYS = {"id", "type", "index", "function"}
+CALL_ROLES = ("function_call", "tool_call")
+"""Roles whose content is a call."""
+RESPONSES = "tool_responses"
+"""Responses that stand in the turn of their calls, as Gemma's own documentation writes them."""
 LOSS_KEYS = ("weight", "train")
 KNOWN = {
     "system": {*LOSS_KEYS, *CALLS},
     "user": {*LOSS_KEYS, *CALLS},
-    "assistant": {*LOSS_KEYS, *CALLS, *THOUGHT_KEYS},
+    "assistant": {*LOSS_KEYS, *CALLS, *THOUGHT_KEYS, RESPONSES},
     "tool": {*LOSS_KEYS, *CALLS, "tool_call_id", "name"},
 }
 """Keys of turns that mean something, besides who speaks and what is said."""
-THINK = re.compile(r"\s*<(think|thinking|thought|reasoning)>", re.IGNORECASE)
-THINK_END = re.compile(r"</(?:think|thinking|thought|reasoning)>", re.IGNORECASE)
-CLOSED_ONLY = re.compile(r"([^<]*)</think>[ \t]*\n")
-
-
-def parsed(value: Any, what: str, tell: Tell) -> Any:
-    """A value that may be given as JSON text, also twice over; other texts stay what they are."""
-    while isinstance(value, str) and value.strip():
-        try:
-            value = json.loads(value)
-        except (ValueError, RecursionError):
-            break
-        tell(f"{what} given as a JSON string")
-    return value
+THINK = re.compile(r"\s*(?:<(?:think|thinking|thought|reasoning)>|<\|begin_of_thought\|>)", re.IGNORECASE)
+THINK_END = re.compile(r"</(?:think|thinking|thought|reasoning)>|<\|end_of_thought\|>", re.IGNORECASE)
+OPENED = re.compile(THINK.pattern.removeprefix(r"\s*"), re.IGNORECASE)
+SOLUTION = re.compile(r"\s*<\|begin_of_solution\|>(.*)<\|end_of_solution\|>\s*", re.DOTALL)
+CLOSED_ONLY = re.compile(r"</think>[ \t]*\n", re.IGNORECASE)
 
 
 def to_turns(messages: Any, columns: Mapping[str, str], tell: Tell) -> list[Turn]:
@@ -77,10 +68,12 @@ def to_turns(messages: Any, columns: Mapping[str, str], tell: Tell) -> list[Turn
     if not isinstance(messages, list) or not messages:
         detail = "a text that is no JSON (single quotes?)" if isinstance(messages, str) else type(messages).__name__
         raise RowDropped("no_messages", detail)
-    return [_turn(parsed(turn, "turns", tell), position, columns, tell) for position, turn in enumerate(messages)]
+    made = [_turn(parsed(turn, "turns", tell), position, columns, tell) for position, turn in enumerate(messages)]
+    return with_identities([turn for turns in made for turn in turns], tell)
 
 
-def _turn(given: Any, position: int, columns: Mapping[str, str], tell: Tell) -> Turn:
+def _turn(given: Any, position: int, columns: Mapping[str, str], tell: Tell) -> list[Turn]:
+    """The turn, or the several that stand in one where responses stand beside their calls."""
     if not isinstance(given, dict):
         raise RowDropped("bad_role", f"turn {position} is no object but {type(given).__name__}")
     turn = {key: value for key, value in given.items() if value is not None}
@@ -91,22 +84,47 @@ def _turn(given: Any, position: int, columns: Mapping[str, str], tell: Tell) -> 
     name = name.strip().lower() if isinstance(name, str) else name
     role = ROLES.get(name) if isinstance(name, str) else None
     if role is None:
-        raise RowDropped("bad_role", f"turn {position}: {str(name)[:40]!r}")
+        told = f"{str(name)[:40]!r}" if name is not None else f"none among {_shown(given)}"
+        raise RowDropped("bad_role", f"turn {position}: {told}")
     if name != role:
         tell(f"role {name} read as {role}")
     content = _taken(turn, "content", "value")
+    if content is None and not turn.keys() & {*CALLS, *THOUGHT_KEYS, RESPONSES}:
+        raise RowDropped("bad_content", f"turn {position}: none among {_shown(given)}")
     for key in turn.keys() - KNOWN[role]:
         tell(f"key {key[:40]!r} of {role} turns left out")
     made: Turn = {"role": role}
     if role == "assistant":
-        made |= _answer(turn, content, position, name == "function_call", tell)
+        made |= _answer(turn, content, position, name in CALL_ROLES, tell)
     elif calls := [key for key in CALLS if turn.get(key)]:
         raise RowDropped("bad_tool_call", f"turn {position}: {calls[0]} in a {role} turn")
     else:
         made["content"] = _content(content, position, role, tell)
     if role == "tool":
         made |= {key: str(turn[key]) for key in ("tool_call_id", "name") if key in turn}
-    return made | _train(turn, role, position)
+    made |= _train(turn, role, position)
+    return _apart(made, turn[RESPONSES], position, tell) if role == "assistant" and turn.get(RESPONSES) else [made]
+
+
+def _apart(made: Turn, responses: Any, position: int, tell: Tell) -> list[Turn]:
+    """An answer whose turn holds the responses to its calls too: calls, responses, and what it says of them."""
+    tell("responses to calls given turns of their own")
+    responses = parsed(responses, RESPONSES, tell)
+    results = []
+    for response in (
+        [responses] if isinstance(responses, dict) else responses if isinstance(responses, list) else [None]
+    ):
+        if not isinstance(response, dict) or "response" not in response:
+            raise RowDropped("bad_tool_call", f"turn {position}: {RESPONSES}: {str(responses)[:60]}")
+        name = {"name": str(response["name"])} if response.get("name") is not None else {}
+        results.append({"role": "tool", "content": _content(response["response"], position, "tool", tell)} | name)
+    calls = [{**made, "content": ""}] if made.get("tool_calls") else []
+    said = {key: value for key, value in made.items() if key != "tool_calls" and not (calls and key == "reasoning")}
+    return [*calls, *results, *([said] if said["content"].strip() else [])]
+
+
+def _shown(turn: Turn) -> str:
+    return f"the keys {', '.join(map(str, turn))} (data.columns names others than role and content)"[:120]
 
 
 def _taken(turn: Turn, *keys: str) -> Any:
@@ -218,7 +236,8 @@ def _joined(parts: list[Any], position: int, tell: Tell) -> tuple[str, list[str]
 
 
 def take_thoughts(content: str) -> tuple[str, list[str]]:
-    """(what is left of an answer, its thoughts): `<think>…</think>` at the head, and every `<|channel>…<channel|>`.
+    """(what is left of an answer, its thoughts): `<think>…</think>` (or another's tags) at the head, and every
+    `<|channel>…<channel|>`.
 
     Raises:
       RowDropped: a thought is never closed.
@@ -231,66 +250,11 @@ def take_thoughts(content: str) -> tuple[str, list[str]]:
             raise RowDropped("unclosed_think")
         thoughts.append(content[opened.end() : closed.start()].strip())
         at = closed.end()
-    if not at and (closed := CLOSED_ONLY.match(content)):  # the template of the model that wrote it had opened it
-        thoughts.append(closed[1].strip())
+    # Where it is only closed, the template of the model that wrote it had opened it.
+    if not at and (closed := CLOSED_ONLY.search(content)) and not OPENED.search(content, 0, closed.start()):
+        thoughts.append(content[: closed.start()].strip())
         at = closed.end()
+    if at and (solution := SOLUTION.fullmatch(content, at)):
+        content, at = content[: solution.end(1)], solution.start(1)
     more, rest = split_thoughts(content[at:])
     return rest.lstrip() if at or rest != content else rest, [*thoughts, *more]
-
-
-def to_calls(calls: Any, position: int, tell: Tell) -> list[Turn]:
-    """Calls of tools: `{"type": "function", "function": {"name": …, "arguments": {…}}}`, with `id` where it is given.
-
-    Raises:
-      RowDropped: they are malformed.
-    """
-    calls = parsed(calls, "tool_calls", tell)
-    if calls is None or calls == "" or calls == [] or calls == {}:
-        return []
-    made = []
-    for call in [calls] if isinstance(calls, dict) else calls if isinstance(calls, list) else [None]:
-        call = parsed(call, "tool_calls", tell)
-        call = call if isinstance(call, dict) else {}
-        inside = parsed(call.get("function", call), "functions", tell)
-        function = inside if isinstance(inside, dict) else {}
-        name = function.get("name")
-        if not isinstance(name, str) or not name.strip():
-            raise RowDropped("bad_tool_call", f"turn {position}: {str(calls)[:60]}")
-        others = function.keys() - {"name", "arguments", *(CALL_KEYS if function is call else ())}
-        if others and "arguments" not in function:
-            raise RowDropped("bad_tool_call", f"turn {position}: no arguments, but {', '.join(sorted(others))}"[:100])
-        for key in others if function is call else others | (call.keys() - CALL_KEYS):
-            tell(f"key {key[:40]!r} of tool calls left out")
-        arguments = parsed(function.get("arguments"), "arguments", tell)
-        if arguments is None or arguments == "":
-            arguments = {}
-        if not isinstance(arguments, dict):
-            raise RowDropped("bad_tool_call", f"turn {position}: arguments of {name[:40]} are no object")
-        identity = {"id": str(call["id"])} if call.get("id") is not None else {}
-        made.append({**identity, "type": "function", "function": {"name": name, "arguments": arguments}})
-    return made
-
-
-def to_tools(tools: Any, tell: Tell) -> list[Turn] | None:
-    """Definitions of tools: `{"type": "function", "function": {…}}`; None: there are none.
-
-    Raises:
-      RowDropped: they are malformed.
-    """
-    tools = parsed(tools, "tools", tell)
-    if tools is None or tools == "" or tools == [] or tools == {}:
-        return None
-    made = []
-    for tool in [tools] if isinstance(tools, dict) else tools if isinstance(tools, list) else [None]:
-        tool = parsed(tool, "tools", tell)
-        if isinstance(tool, dict) and "function" not in tool and "name" in tool:
-            tell("bare functions wrapped as tools")
-            tool = {"type": "function", "function": {k: v for k, v in tool.items() if k != "type"}}
-        function = parsed(tool.get("function"), "tools", tell) if isinstance(tool, dict) else None
-        if not isinstance(function, dict) or not isinstance(function.get("name"), str):
-            raise RowDropped("bad_tool_call", f"tools: {str(tools)[:60]}")
-        parameters = parsed(function.get("parameters"), "parameters of tools", tell)
-        made.append(
-            {**tool, "function": {**function, **({"parameters": parameters} if parameters is not None else {})}}
-        )
-    return made

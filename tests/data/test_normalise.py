@@ -341,3 +341,96 @@ def test_every_form_can_be_named():
 
     assert CHOICES["data.format"] == ("auto", *FORMS)
     assert read({"messages": [ASK, ANSWER], "text": "once"}, form="text")[0].text == "once"
+
+
+NAN = float("nan")
+TWO_CALLS = [{"function": {"name": name, "arguments": {}}} for name in ("w", "v")]
+
+
+def test_what_pandas_writes_for_a_missing_cell_is_absent():
+    made, form, notes = read({"instruction": "add 1 2", "input": NAN, "output": "3"})
+    assert (made.messages, form) == ([ASK, ANSWER], "alpaca")
+    assert "NaN in place of absent columns removed" in notes
+    assert dropped({"prompt": "add", "completion": NAN}) == "no_response"
+    call = {"role": "assistant", "tool_calls": [{"function": {"name": "w", "arguments": {"c": [float("inf")]}}}]}
+    assert dropped({"messages": [ASK, call]}) == "bad_tool_call"
+
+
+@pytest.mark.parametrize("column", ["image", "images", "audio", "videos"])
+def test_rows_about_what_the_model_does_not_see_are_dropped(column):
+    assert dropped({"messages": [ASK, ANSWER], column: ["a.jpg"]}) == "bad_content"
+    assert read({"messages": [ASK, ANSWER], column: []})[0].messages == [ASK, ANSWER]
+
+
+@pytest.mark.parametrize("ids", [("1", "2"), (None, None)])
+@pytest.mark.parametrize("names", [(None, None), ("w", "v"), ("v", "w")])
+def test_each_response_is_given_to_its_call(ids, names):
+    """Templates find a response's name by id; without ids every response would bear the last call's name."""
+    calls = [call | ({"id": i} if i else {}) for call, i in zip(TWO_CALLS, ids, strict=True)]
+    given = [{"role": "tool", "content": "4"} | ({"name": name} if name else {}) for name in names]
+    turns = read({"messages": [ASK, {"role": "assistant", "tool_calls": calls}, *given, ANSWER]})[0].messages
+    name_of = {call["id"]: call["function"]["name"] for call in turns[1]["tool_calls"]}
+    assert tuple(name_of[turn["tool_call_id"]] for turn in turns[2:4]) == tuple(
+        n or d for n, d in zip(names, "wv", strict=True)
+    )
+
+
+def test_a_response_to_a_call_that_is_not_there_is_dropped():
+    calls = {"role": "assistant", "tool_calls": [TWO_CALLS[0] | {"id": "1"}]}
+    turns = [ASK, calls, {"role": "tool", "tool_call_id": "9", "content": "4"}, ANSWER]
+    assert dropped({"messages": turns}) == "bad_tool_call"
+
+
+def test_responses_in_the_turn_of_their_calls_get_turns_of_their_own():
+    native = {
+        "role": "assistant", "tool_calls": CALL["tool_calls"], "reasoning": "look",
+        "tool_responses": [{"name": "w", "response": "4"}], "content": "3",
+    }  # fmt: skip
+    made = read({"messages": [ASK, native]})[0].messages
+    assert made == [ASK, {**CALL, "reasoning": "look"}, RESULT, ANSWER]
+    assert dropped({"messages": [ASK, {**native, "tool_responses": ["4"]}]}) == "bad_tool_call"
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        "if a < b, 3\n</think>\n\n3",
+        "<|begin_of_thought|>\nif a < b, 3\n<|end_of_thought|>\n\n<|begin_of_solution|>\n\n3\n<|end_of_solution|>",
+    ],
+)
+def test_thoughts_of_other_models_templates_are_no_answers(content):
+    made = answer(content=content)
+    assert (made["content"].strip(), made["reasoning"]) == ("3", "if a < b, 3")
+
+
+def test_turns_of_prompt_and_completion_as_json_text():
+    made = read({"prompt": json.dumps([ASK]), "completion": json.dumps([ANSWER])})[0]
+    assert made.messages == [ASK, ANSWER]
+    for text in ("[1, 2]", "[x]", '[{"a": 1}]'):
+        assert read({"prompt": text, "completion": "3"})[0].messages[0]["content"] == text
+
+
+@pytest.mark.parametrize(
+    ("row", "words"),
+    [
+        ({"id": "7", "query": "q", "answers": "a", "tools": "[]"}, "{prompt: query, completion: answers}"),
+        ({"id": "7", "data": ["q", "a"]}, "{messages: data}"),
+        ({"text": "hi", "role": "user", "message_id": "7"}, "of no known form"),
+        ({"question": "q", "choices": ["a", "b"], "answer": 1}, "data.format=prompt_completion"),
+    ],
+)
+def test_what_could_mean_several_things_is_never_guessed(row, words):
+    with pytest.raises(UserError, match="rows") as refused:
+        read(row)
+    assert words in str(refused.value)
+
+
+def test_a_schema_under_another_name_is_no_tool_without_parameters():
+    tool = {"name": "w", "description": "d", "input_schema": {"type": "object"}}
+    assert dropped({"messages": [ASK, ANSWER], "tools": [tool]}) == "bad_tool_call"
+
+
+def test_refused_turns_say_what_they_hold():
+    for turn, reason in (({"from": "human", "text": "q"}, "bad_content"), ({"input": "q"}, "bad_role")):
+        with pytest.raises(RowDropped, match=f"{reason}.*the keys .*(text|input).*data.columns"):
+            read({"conversations": [turn]})

@@ -155,8 +155,15 @@ def test_an_empty_thought_that_only_the_past_shows_is_never_trained_on(primed, p
 def test_an_empty_thought_inside_of_an_answer_is_never_trained_on():
     inside = OWN.replace(SAID, "{{- answered ~ ('<|channel>thought\\n<channel|>' if calls else '') ~ said -}}")
     assert inside != OWN
-    with pytest.raises(RowDropped, match="bad_rendering: message 1 .*its loss would lie on"):
+    with pytest.raises(RowDropped, match=r"bad_rendering: message 1 .*its loss would lie on"):
         examples(ChatFormat(with_template(inside)), kinds.WITH_TOOLS["ends with words and a call"], kinds.TOOLS)
+
+
+def test_a_key_that_imitates_the_notation_of_calls_is_never_trained_on():
+    chat = ChatFormat(with_template(OWN))
+    for arguments in ({"a:1,b": 2}, {"x": [{"y}": 1}]}):
+        with pytest.raises(RowDropped, match="bad_rendering"):
+            examples(chat, [kinds.user("w?"), kinds.calls(kinds.call("weather", arguments))], kinds.TOOLS)
 
 
 def test_answers_share_an_example_where_each_prompt_begins_with_all_that_stands_before():

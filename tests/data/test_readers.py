@@ -130,3 +130,12 @@ def test_rows_of_csv_that_cannot_be_read_are_handed_on_with_the_reason(monkeypat
 def test_an_empty_file_holds_no_rows():
     for name in ("rows.jsonl", "rows.json", "rows.csv"):
         assert values(b"", name) == []
+
+
+def test_a_key_that_stands_twice_in_an_object_drops_its_row_alone():
+    """Python keeps the last value and says nothing: half of what was written would be lost."""
+    twice = b'{"prompt": "a", "completion": [{"role": "assistant", "content": "b", "content": "c"}]}\n'
+    for name in ("rows.jsonl", "rows.json"):
+        rows = list(read_file(io.BytesIO(twice + lines()), name))
+        assert [row.value for row in rows[1:]] == ROWS
+        assert str(rows[0].problem) == "invalid_json: the key 'content' stands twice in one object"
