@@ -171,7 +171,7 @@ def _decoder() -> tuple[json.JSONDecoder, list[str]]:
 
 
 def _checked(value: Any, escapes: bool, origin: Origin, twice: list[str]) -> RawRow:
-    """The row of a parsed value, if it is an object, no key is there twice and no escape is half of a surrogate pair."""
+    """The row of a parsed value: an object, no key of it there twice, no escape in it half of a surrogate pair."""
     if twice:
         return RawRow(origin, {}, RowDropped("invalid_json", f"the key {twice[0][:40]!r} stands twice in one object"))
     if escapes:

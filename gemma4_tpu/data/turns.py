@@ -43,6 +43,7 @@ THINK = re.compile(r"\s*(?:<(?:think|thinking|thought|reasoning)>|<\|begin_of_th
 THINK_END = re.compile(r"</(?:think|thinking|thought|reasoning)>|<\|end_of_thought\|>", re.IGNORECASE)
 OPENED = re.compile(THINK.pattern.removeprefix(r"\s*"), re.IGNORECASE)
 SOLUTION = re.compile(r"\s*<\|begin_of_solution\|>(.*)<\|end_of_solution\|>\s*", re.DOTALL)
+TAGS = re.compile(r"</?(?:think|thinking|thought|reasoning|tool_call)>|<\|(?:begin|end)_of_\w+\|>", re.IGNORECASE)
 CLOSED_ONLY = re.compile(r"</think>[ \t]*\n", re.IGNORECASE)
 
 
@@ -205,6 +206,8 @@ def _answer(turn: Turn, content: Any, position: int, is_call: bool, tell: Tell) 
     content, found = take_thoughts(content)
     if found:
         tell("thoughts taken out of the content")
+    if TAGS.search(content):
+        tell("tags of thoughts or calls left in an answer, as text")
     # The same thought under two keys (servers send both `reasoning` and `reasoning_content`) is one.
     reasoning = "\n".join(dict.fromkeys(thought for thought in [*thoughts, *found] if thought))
     return {

@@ -434,3 +434,12 @@ def test_refused_turns_say_what_they_hold():
     for turn, reason in (({"from": "human", "text": "q"}, "bad_content"), ({"input": "q"}, "bad_role")):
         with pytest.raises(RowDropped, match=f"{reason}.*the keys .*(text|input).*data.columns"):
             read({"conversations": [turn]})
+
+
+@pytest.mark.parametrize(
+    "content", ["so 3</think>3", "Well. <think>so</think> 3", '<tool_call>\n{"name": "w"}\n</tool_call>']
+)
+def test_markup_that_stays_text_is_told(content):
+    made, _, notes = read({"messages": [ASK, {**ANSWER, "content": content}]})
+    assert made.messages[1]["content"] == content
+    assert "tags of thoughts or calls left in an answer, as text" in notes
