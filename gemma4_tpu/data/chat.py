@@ -13,6 +13,7 @@ One policy for thoughts holds in training and generation alike:
 
 from __future__ import annotations
 
+import logging
 import re
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -25,6 +26,8 @@ from gemma4_tpu.data.normalise import Conversation
 from gemma4_tpu.data.proof import Prover, Span
 from gemma4_tpu.data.timeout import row_limit
 from gemma4_tpu.errors import UserError
+
+logger = logging.getLogger(__name__)
 
 POLICIES = ("drop", "train")
 
@@ -101,8 +104,14 @@ class ChatFormat:
         control = markup.control_tokens(tokenizer)
         self._control = markup.control_pattern(control)
         self._channel_end = vocabulary.get(markup.CHANNEL_END, -1)
+        self._bos_added = False
         self.primer = self._find_primer()
         """What the template's generation prompt puts behind the model's header."""
+        if self._bos_added:
+            logger.warning(
+                "the chat template writes no BOS token: examples begin with one, yet servers that send the template's "
+                "text as it is (vLLM's chat endpoint) do not; put {{ bos_token }} at the head of the template"
+            )
         header = self.encode([markup.MODEL_HEADER])[0][1:]
         words = {role: self._find_words(role) for role in ("system", "user")}
         self._prover = Prover(control, tokenizer.bos_token_id, header, words)
@@ -281,7 +290,8 @@ class ChatFormat:
         except Exception as error:  # whatever a template's own code raises about this conversation
             raise RowDropped("template_error", f"{type(error).__name__}: {error}"[:120]) from error
         bos = self._tokenizer.bos_token
-        return text if text.startswith(bos) else bos + text
+        self._bos_added = not text.startswith(bos)
+        return bos + text if self._bos_added else text
 
 
 def render_prompt(tokenizer: Any, messages: list[Message], policy: str) -> list[int]:

@@ -111,14 +111,15 @@ def _apart(made: Turn, responses: Any, position: int, tell: Tell) -> list[Turn]:
     """An answer whose turn holds the responses to its calls too: calls, responses, and what it says of them."""
     tell("responses to calls given turns of their own")
     responses = parsed(responses, RESPONSES, tell)
-    results = []
+    results: list[Turn] = []
     for response in (
         [responses] if isinstance(responses, dict) else responses if isinstance(responses, list) else [None]
     ):
         if not isinstance(response, dict) or "response" not in response:
             raise RowDropped("bad_tool_call", f"turn {position}: {RESPONSES}: {str(responses)[:60]}")
         name = {"name": str(response["name"])} if response.get("name") is not None else {}
-        results.append({"role": "tool", "content": _content(response["response"], position, "tool", tell)} | name)
+        content = _content(response["response"], position, "tool", tell)
+        results.append({"role": "tool", "content": content, **name})
     calls = [{**made, "content": ""}] if made.get("tool_calls") else []
     said = {key: value for key, value in made.items() if key != "tool_calls" and not (calls and key == "reasoning")}
     return [*calls, *results, *([said] if said["content"].strip() else [])]

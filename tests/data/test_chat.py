@@ -90,9 +90,10 @@ def test_what_a_template_refuses_is_dropped():
         trained(make_tokenizer(refusing), [*SINGLE, user("two"), answer("5")])
 
 
-def test_bos_is_added_where_the_template_leaves_it_to_the_tokenizer():
-    tokenizer = make_tokenizer(TEMPLATE.replace("{{- bos_token -}}", ""))
-    assert trained(tokenizer, SINGLE) == trained(make_tokenizer(), SINGLE)
+def test_bos_is_added_where_the_template_leaves_it_to_the_tokenizer(caplog):
+    assert (whole := trained(make_tokenizer(), SINGLE)) and not caplog.text
+    assert trained(make_tokenizer(TEMPLATE.replace("{{- bos_token -}}", "")), SINGLE) == whole
+    assert "put {{ bos_token }} at the head" in caplog.text
 
 
 def test_unfit_tokenizers_are_refused():
