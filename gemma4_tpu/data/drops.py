@@ -44,11 +44,17 @@ REASONS = {
 """Every reason for a drop, and what it means."""
 
 
+def printable(text: str) -> str:
+    """What a row says, fit for logs and files: half of a surrogate pair is written as its escape."""
+    return text.encode("utf-8", "backslashreplace").decode("utf-8")
+
+
 class RowDropped(Exception):
     """Raised inside `data/` for one row: it is counted under `reason` and left out."""
 
     def __init__(self, reason: str, detail: str = ""):
         assert reason in REASONS, reason
+        detail = printable(detail)
         super().__init__(f"{reason}: {detail}" if detail else reason)
         self.reason = reason
         self.detail = detail

@@ -12,7 +12,7 @@ from typing import Any
 
 from gemma4_tpu.data import codev
 from gemma4_tpu.data.calls import Tell, Turn, parsed, to_tools
-from gemma4_tpu.data.drops import RowDropped
+from gemma4_tpu.data.drops import RowDropped, printable
 from gemma4_tpu.data.readers import RawRow
 from gemma4_tpu.data.turns import to_turns
 from gemma4_tpu.errors import UserError
@@ -69,7 +69,7 @@ class Normalised:
     def add(self, form: str, notes: Iterable[str]) -> None:
         """Count one row."""
         self.forms[form] += 1
-        for note in notes:
+        for note in map(printable, notes):
             self.notes[note if note in self.notes or len(self.notes) < NOTES_KEPT else "(more of this kind)"] += 1
 
     def lines(self) -> list[str]:
@@ -114,7 +114,7 @@ class Normaliser:
         read = [row for row in rows if row.problem is None]
         forms = {self.form_of(row) for row in read}
         if read and forms == {None}:
-            raise UserError(unknown_form(name, read[0].value, self._form))
+            raise UserError(printable(unknown_form(name, read[0].value, self._form)))
         if self._form == AUTO:
             self._pairs_are_codev = any(_is_codev(row.value) for row in read)
 

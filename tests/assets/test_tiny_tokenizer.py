@@ -48,7 +48,7 @@ def test_vocabulary_and_configs_agree_with_the_architectures():
     assert (config["pad_token_id"], config["bos_token_id"]) == (TOKENIZER.pad_token_id, TOKENIZER.bos_token_id)
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100, deadline=None, derandomize=True, database=None)
 @given(st.text())
 def test_any_text_survives(text):
     ids = TOKENIZER(text, add_special_tokens=False).input_ids

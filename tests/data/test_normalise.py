@@ -443,3 +443,12 @@ def test_markup_that_stays_text_is_told(content):
     made, _, notes = read({"messages": [ASK, {**ANSWER, "content": content}]})
     assert made.messages[1]["content"] == content
     assert "tags of thoughts or calls left in an answer, as text" in notes
+
+
+def test_what_is_told_of_a_row_can_be_written_to_a_log():
+    """Half of a surrogate pair is legal in Python's texts, and in no file."""
+    problem = RowDropped("unknown_form", "keys: \ud800")
+    assert str(problem).encode() == b"unknown_form: keys: \\ud800"
+    done = Normalised()
+    done.add("chat", ["key '\udfff' left out"])
+    assert "\n".join(done.lines()).encode()
