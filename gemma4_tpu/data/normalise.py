@@ -244,6 +244,12 @@ def _pair(columns: _Columns, turn_columns: Mapping[str, str], tell: Tell) -> Con
         tell("answers in a prompt carry no loss")
         for turn in history:
             turn["train"] = False
+    if isinstance(
+        good := columns.get("label"), bool
+    ):  # of unpaired preferences, whose bad answers are not for learning
+        tell("label read as whether the completion is good")
+        if not good:
+            raise RowDropped("no_target", "label: false")
     return _conversation([*before, *to_turns(answered, turn_columns, tell)], columns, tell)
 
 
@@ -332,6 +338,11 @@ def unknown_form(name: str, row: Mapping[str, Any], wanted: str) -> str:
     # A column that has a meaning already is not another's guess, and identities are nobody's words.
     texts = [key for key in there if isinstance(row[key], str) and key not in known and not IDENTITY.search(key)]
     prompt, completion = _name_of("prompt", there), _name_of("completion", there)
+    if prompt and completion and (beside := [key for key in there if key in CHOICES[1:]]):
+        return (
+            f"{name}: rows have {beside[0]} beside {prompt}: write them into the question, or leave them out with "
+            "data.format=prompt_completion"
+        )
     if "context" in there and prompt and completion:
         guess = f"{{instruction: {prompt}, input: context, output: {completion}}}"
     elif lists and not texts and not prompt:
@@ -341,10 +352,10 @@ def unknown_form(name: str, row: Mapping[str, Any], wanted: str) -> str:
         answered = [key for key in there if key in NAMES["completion"]] + [t for t in texts if t != asked[0]]
         prompt, completion = prompt or (asked or ["…"])[0], completion or (answered or ["…"])[0]
         guess = f"{{prompt: {prompt}, completion: {completion}}}" if len(there) > 1 else f"{{text: {prompt}}}"
-    if beside := [key for key in there if key in CHOICES[1:]]:
+    if speaker := {"role", "from"}.intersection(there):
         return (
-            f"{name}: rows have {beside[0]} beside {prompt}: write them into the question, or leave them out with "
-            "data.format=prompt_completion"
+            f"{name}: rows with the keys {', '.join(map(str, row))} are single turns (of one {min(speaker)}); write "
+            'those of one conversation into one row, {"messages": [{"role": …, "content": …}, …]}'
         )
     needs = "; ".join(f"{form}: {', '.join(row.needs)}" for form, row in FORMS.items())
     wanted = "" if wanted == AUTO else f" (data.format={wanted})"

@@ -415,7 +415,7 @@ def test_turns_of_prompt_and_completion_as_json_text():
     [
         ({"id": "7", "query": "q", "answers": "a", "tools": "[]"}, "{prompt: query, completion: answers}"),
         ({"id": "7", "data": ["q", "a"]}, "{messages: data}"),
-        ({"text": "hi", "role": "user", "message_id": "7"}, "of no known form"),
+        ({"text": "hi", "role": "user", "message_id": "7"}, "are single turns (of one role)"),
         ({"question": "q", "choices": ["a", "b"], "answer": 1}, "data.format=prompt_completion"),
     ],
 )
@@ -452,3 +452,10 @@ def test_what_is_told_of_a_row_can_be_written_to_a_log():
     done = Normalised()
     done.add("chat", ["key '\udfff' left out"])
     assert "\n".join(done.lines()).encode()
+
+
+def test_completions_that_are_labelled_bad_are_not_learnt():
+    row = {"prompt": "add 1 2", "completion": "3"}
+    assert read({**row, "label": True})[0].messages == [ASK, ANSWER]
+    assert read({**row, "label": "arithmetic"})[0].messages == [ASK, ANSWER]
+    assert dropped({**row, "label": False}) == "no_target"
