@@ -138,6 +138,8 @@ class Normaliser:
         if absent := [key for key, item in value.items() if isinstance(item, float) and math.isnan(item)]:
             notes.setdefault("NaN in place of absent columns removed")  # pandas writes it for what is missing
             value = {key: item for key, item in value.items() if key not in absent}
+        if form == "prompt_completion" and value.get("label") is False:  # of unpaired preferences
+            raise RowDropped("no_target", "label: false, the completion is a bad one")
         if media := [key for key in MEDIA if value.get(key)]:
             raise RowDropped(
                 "bad_content",
@@ -244,12 +246,6 @@ def _pair(columns: _Columns, turn_columns: Mapping[str, str], tell: Tell) -> Con
         tell("answers in a prompt carry no loss")
         for turn in history:
             turn["train"] = False
-    if isinstance(
-        good := columns.get("label"), bool
-    ):  # of unpaired preferences, whose bad answers are not for learning
-        tell("label read as whether the completion is good")
-        if not good:
-            raise RowDropped("no_target", "label: false")
     return _conversation([*before, *to_turns(answered, turn_columns, tell)], columns, tell)
 
 
