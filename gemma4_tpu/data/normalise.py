@@ -135,7 +135,7 @@ class Normaliser:
             raise RowDropped("unknown_form", f"keys: {', '.join(map(str, row.value))}"[:120])
         notes: dict[str, None] = {}
         value = {self._own.get(key, key): item for key, item in row.value.items()}
-        if absent := [key for key, item in value.items() if isinstance(item, float) and math.isnan(item)]:
+        if absent := [key for key, item in value.items() if _is_nan(item)]:
             notes.setdefault("NaN in place of absent columns removed")  # pandas writes it for what is missing
             value = {key: item for key, item in value.items() if key not in absent}
         if form == "prompt_completion" and value.get("label") is False:  # of unpaired preferences
@@ -158,12 +158,17 @@ class Normaliser:
 def without_nulls(value: Any, tell: Tell, depth: int = 0) -> Any:
     """A value of a table without the nulls that stand for absent keys, at every depth; those in lists are the row's."""
     if isinstance(value, dict):
-        if depth and None in value.values():
+        kept = {key: item for key, item in value.items() if item is not None and not _is_nan(item)}
+        if depth and len(kept) < len(value):
             tell("nulls in place of absent keys removed")
-        return {key: without_nulls(item, tell, depth + 1) for key, item in value.items() if item is not None}
+        return {key: without_nulls(item, tell, depth + 1) for key, item in kept.items()}
     if isinstance(value, list):
         return [without_nulls(item, tell, depth + 1) for item in value]
     return value
+
+
+def _is_nan(value: Any) -> bool:
+    return isinstance(value, float) and math.isnan(value)
 
 
 class _Columns:

@@ -352,6 +352,8 @@ def test_what_pandas_writes_for_a_missing_cell_is_absent():
     assert (made.messages, form) == ([ASK, ANSWER], "alpaca")
     assert "NaN in place of absent columns removed" in notes
     assert dropped({"prompt": "add", "completion": NAN}) == "no_response"
+    table = {"messages": [{**ASK, "weight": NAN}, {**ANSWER, "weight": 1.0}]}
+    assert read(table, columnar=True)[0].messages == [ASK, {**ANSWER, "train": True}]
     call = {"role": "assistant", "tool_calls": [{"function": {"name": "w", "arguments": {"c": [float("inf")]}}}]}
     assert dropped({"messages": [ASK, call]}) == "bad_tool_call"
 
