@@ -110,7 +110,7 @@ def check(words: list[str], *, goes_on: bool = False) -> None:
             extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
             for package in what:
                 assert set(re.findall(r"gemma4-tpu\[(.*)\]", package)) <= set(extras)
-        case ["git", *_] | ["source", _] | ["pre-commit", *_]:
+        case ["git", *_] | ["source", _] | ["pre-commit", *_] | ["tensorboard", "--logdir", _]:
             pass
         case ["eval", script]:
             assert script.startswith("$(gemma4-tpu ")  # test_packaging.py runs it

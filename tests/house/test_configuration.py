@@ -20,7 +20,6 @@ CLASSES = {
 }  # fmt: skip
 SPENT_BY_THE_CHECKS = {
     ("TrainerConfig", "global_batch_tokens"): "checks.rows_per_update, which every caller asks",
-    ("HardwareConfig", "compiler_options"): "flags.compiler_options, which every caller asks",
     ("MeshConfig", "dp"): "meshes.resolve_mesh, which every caller asks",
     ("MeshConfig", "fsdp"): "meshes.resolve_mesh, which every caller asks",
     ("MeshConfig", "tp"): "meshes.resolve_mesh, which every caller asks",
