@@ -19,7 +19,8 @@ def test_answers_go_to_the_run_folder_at_each_evaluation(tmp_path):
     rows = [json.loads(line) for line in (folder / "heldout_samples.jsonl").read_text().splitlines()]
     assert [row["update"] for row in rows] == [0, 0, 1, 1, 2, 2]
     for row in rows:
-        assert row["prompt"].startswith("<bos><|turn>user\n") and row["prompt"].endswith("<|turn>model\n")
+        assert row["prompt"].startswith("<bos><|turn>user\n")
+        assert row["prompt"].endswith("<|turn>model\n<|channel>thought\n<channel|>")
         assert row["reference"].startswith("```verilog\nmodule TopModule") and row["reference"].endswith("<turn|>")
         assert row["answer"] and row["finish"] in ("stop", "length")
     assert [row["prompt"] for row in rows[:2]] == [row["prompt"] for row in rows[4:]]
