@@ -17,7 +17,7 @@ KINDS = {"31B": "tiny", "26B-A4B": "tiny_moe", "E2B": "tiny_e2b", "12B": "tiny"}
 """Size → the architecture that is it in miniature."""
 QUICK = [
     "lora.rank=2", "data.sequence_length=128", "data.max_rows=40", "data.heldout=[]", "data.heldout_fraction=0",
-    "data.max_drop_fraction=1", "trainer.global_batch_sequences=2", "trainer.max_updates=1", "trainer.eval_every=0",
+    "data.max_drop_fraction=1", "trainer.global_batch_sequences=4", "trainer.max_updates=1", "trainer.eval_every=0",
     "optimizer.warmup_updates=0", "optimizer.learning_rate=0.1",
 ]  # fmt: skip
 
