@@ -80,10 +80,8 @@ _QUANTISED = {
 # stands in a module's path only because the model was wrapped: by PEFT, a class of transformers, DDP, FSDP,
 # torch.compile or activation checkpointing.
 _PEFT_KEY = re.compile(r"(?P<module>.+)\.lora_(?P<factor>[AB])(?:\.[^.]+)?\.weight")
-_WRAPPERS = {
-    "base_model", "model", "language_model", "module", "_orig_mod", "_fsdp_wrapped_module",
-    "_checkpoint_wrapped_module",
-}  # fmt: skip
+_WRAPPED = {"module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
+_WRAPPERS = {"base_model", "model", "language_model", *_WRAPPED}
 _SHARED_KV = re.compile(r"layers\.(\d+)\.self_attn\.(k_proj|v_proj|k_norm|v_norm)\.weight$")
 
 Index = Sequence[slice]
@@ -208,12 +206,13 @@ def from_peft_name(name: str) -> tuple[str, str, str] | None:
 
     Returns:
       (weight, factor, module): the weight's name without prefix (`layers.3.self_attn.q_proj.weight`; in other parts of
-      a model with their path), `A` or `B`, the module's path in the base model as spelt.
+      a model with their path), `A` or `B`, the module's path in the base model, as patterns of PEFT's name it: before
+      it was wrapped.
     """
     found = _PEFT_KEY.fullmatch(name)
     if found is None:
         return None
-    module = found["module"]
+    module = ".".join(part for part in found["module"].split(".") if part not in _WRAPPED)
     weight = ".".join(part for part in module.split(".") if part not in _WRAPPERS) + ".weight"
     return weight, found["factor"], module.removeprefix("base_model.model.")
 

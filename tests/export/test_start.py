@@ -150,6 +150,16 @@ def test_every_spelling_is_the_same_adapter(spelling, dense, tmp_path):
     jax.tree.map(np.testing.assert_array_equal, *trees)
 
 
+@pytest.mark.parametrize("spelling", SPELLINGS)
+def test_patterns_mean_the_module_whatever_it_was_wrapped_in(spelling, dense, tmp_path):
+    """A pattern that no longer matches would be a scale that nothing checks."""
+    base, folder = dense
+    pattern = {"layers.0.self_attn.q_proj": 16}
+    other = copy_with(folder, tmp_path / "other", name=SPELLINGS[spelling], alpha_pattern=pattern)
+    start = open_start(LoraConfig(rank=8, alpha=16.0, start=str(other)), arch_of(base))
+    assert [n for n, given in start.given.items() if given.scale == 4] == ["layers.0.self_attn.q_proj.weight"]
+
+
 def test_from_a_bucket(dense):
     base, folder = dense
     for name in (WEIGHTS, CONFIG):
