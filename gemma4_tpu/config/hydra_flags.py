@@ -64,7 +64,7 @@ def with_config_dir(folder: str, words: list[str]) -> list[str]:
       UserError: there is no such folder.
     """
     place = Path(folder).expanduser().absolute()
-    if not place.is_dir():
+    if not folder or not place.is_dir():
         raise UserError(
             f"--config-dir {folder}: no such folder; give one that holds groups, such as experiment/mine.yaml"
         )
@@ -77,6 +77,19 @@ def with_config_dir(folder: str, words: list[str]) -> list[str]:
             others.append(word)
     quoted = ",".join("'" + each.replace("'", "\\'") + "'" for each in places)
     return [*others, f"hydra.searchpath=[{quoted}]"]
+
+
+def search_path(words: list[str]) -> list[Path | None]:
+    """The folders that the words add to Hydra's search path; None for one that can't be looked into (`pkg://…`)."""
+    found: list[Path | None] = []
+    for word in words:
+        key, _, _ = word.lstrip("+").partition("=")
+        if key == "hydra.searchpath":
+            places = _value(word)
+            for place in places if isinstance(places, list) else [places]:
+                folder = Path(str(place).removeprefix("file://"))
+                found.append(folder if folder.is_absolute() and folder.is_dir() else None)
+    return found
 
 
 def of_one_run(words: list[str], schema: type) -> list[str]:

@@ -10,6 +10,7 @@ import argparse
 import os
 import re
 import sys
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Generic, NoReturn
@@ -27,7 +28,7 @@ import gemma4_tpu
 from gemma4_tpu.config import replay
 from gemma4_tpu.config.checks import Checked
 from gemma4_tpu.config.entries import TRAIN, Checks, EntryPoint, Root
-from gemma4_tpu.config.hydra_flags import of_one_run, serve, with_config_dir
+from gemma4_tpu.config.hydra_flags import of_one_run, search_path, serve, with_config_dir
 from gemma4_tpu.config.keys import field_types, unknown_key
 from gemma4_tpu.config.lists import extended
 from gemma4_tpu.config.overrides import Groups, check_file, check_overrides, groups_in, one_length
@@ -92,8 +93,12 @@ def load(argv: list[str], entry: EntryPoint[Root, Checks]) -> Loaded[Root, Check
 
 def compose_all(words: list[str], entry: EntryPoint, *, multirun: bool = False) -> tuple[Any, list[str], list[Problem]]:
     """Composes the words that are sound; returns (root dataclass or None, those words, problems of the others)."""
-    options = groups_of(entry)
-    groups = Groups(options, open=any(w.lstrip("+").startswith("hydra.searchpath") for w in words))
+    options, folders = groups_of(entry), search_path(words)
+    for folder in filter(None, folders):
+        for group, added in groups_in(folder).items():
+            if group in options:
+                options[group] += [option for option in added if option not in options[group]]
+    groups = Groups(options, open=None in folders)
     good, problems = check_overrides(words, schema=entry.schema, groups=groups, multirun=multirun)
     if multirun:
         return None, extended(good, entry.schema, lambda some: defaults(entry, some)), problems
@@ -110,7 +115,7 @@ def compose_all(words: list[str], entry: EntryPoint, *, multirun: bool = False) 
             taken = extended(taken, entry.schema, lambda some: compose(name, overrides=some))
             root = OmegaConf.to_object(compose(name, overrides=taken))
         except (HydraException, OmegaConfBaseException, YAMLError) as error:
-            found = _file_problems(good, entry, groups)
+            found = _file_problems(good, entry, groups, [config_dir(), *filter(None, folders)])
             return None, good, problems + (found or [Problem(_plain(error, entry.schema))])
     return root, good, problems
 
@@ -168,7 +173,8 @@ def _split(argv: list[str], entry: EntryPoint) -> tuple[list[str], Any, list[str
 
         _tell(help_text(entry))
     parser = get_args_parser()
-    parser.exit_on_error = False
+    parser.exit_on_error = parser.allow_abbrev = False  # `--multi` is a misspelling, `--config` is nothing of Hydra's
+    argv = _joined(argv, {flag for action in parser._actions for flag in action.option_strings})
     try:
         flags, rest = parser.parse_known_args(argv)
     except argparse.ArgumentError as error:
@@ -185,6 +191,19 @@ def _split(argv: list[str], entry: EntryPoint) -> tuple[list[str], Any, list[str
     return words, flags, written
 
 
+def _joined(argv: list[str], flags: Collection[str]) -> list[str]:
+    """The words, with `--lr 1e-4` as `--lr=1e-4`: one mistake, not two. `flags` are Hydra's, which may be followed."""
+    words: list[str] = []
+    for word in argv:
+        last = words[-1] if words else ""
+        a_value = "=" not in word and (not word.startswith("-") or word[1:2].isdigit())
+        if a_value and last.strip("-") and last.startswith("-") and "=" not in last and last not in flags:
+            words[-1] = f"{last}={word}"
+        else:
+            words.append(word)
+    return words
+
+
 def _tell(text: str) -> NoReturn:
     """Prints what was asked for and ends the process, also where the reader has seen enough (`| head`)."""
     try:
@@ -194,7 +213,7 @@ def _tell(text: str) -> NoReturn:
     raise SystemExit(0)
 
 
-def _file_problems(words: list[str], entry: EntryPoint, groups: Groups) -> list[Problem]:
+def _file_problems(words: list[str], entry: EntryPoint, groups: Groups, folders: list[Path]) -> list[Problem]:
     """Looks into the files that the words select, when composing them failed."""
     chosen = [("local", "default")]
     for word in words:
@@ -205,8 +224,8 @@ def _file_problems(words: list[str], entry: EntryPoint, groups: Groups) -> list[
     problems = []
     schema: type = entry.schema
     for group, option in chosen:
-        path = config_dir() / group / f"{option}.yaml"
-        if not path.is_file():
+        path = next((p for folder in folders if (p := folder / group / f"{option}.yaml").is_file()), None)
+        if path is None:
             continue
         label = f"{group}/{path.name}"
         try:

@@ -12,7 +12,6 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
 
 from gemma4_tpu.config.keys import (
     did_you_mean,
@@ -22,12 +21,12 @@ from gemma4_tpu.config.keys import (
     is_mapping,
     nearest,
     type_at,
-    type_name,
     unknown_key,
 )
 from gemma4_tpu.config.lists import in_full
 from gemma4_tpu.config.problems import Problem
 from gemma4_tpu.config.synonyms import synonym
+from gemma4_tpu.config.values import bad_value
 
 LENGTHS = ("trainer.epochs", "trainer.max_updates")
 
@@ -108,7 +107,7 @@ def check_file(content: DictConfig, *, label: str, prefix: str, schema: type) ->
             problems.append(Problem(f"{label}: {key}: {message}", _meant(message)))
         elif is_group(type_at(schema, key)) and isinstance(value, DictConfig):
             problems += check_file(value, label=label, prefix=key, schema=schema)
-        elif not OmegaConf.is_interpolation(content, str(name)) and (message := _bad_value(schema, key, value)):
+        elif not OmegaConf.is_interpolation(content, str(name)) and (message := bad_value(schema, key, value)):
             problems.append(Problem(f"{label}: {message}", (key,)))
     return problems
 
@@ -134,7 +133,7 @@ def _check_override(word: str, override: Override, schema: type, groups: Groups,
     if override.is_delete():
         return Problem(f"{word}: every key keeps a value; write {name}=null where null is allowed")
     for value in _values(override):
-        message = _bad_value(schema, name, value)
+        message = bad_value(schema, name, value)
         if message:
             return Problem(message, (name,))
     return None
@@ -146,6 +145,8 @@ def _in_our_words(word: str, ours: str) -> Problem:
 
 def _check_option(word: str, override: Override, schema: type, groups: Groups) -> Problem | None:
     group, options = override.key_or_group, groups.options[override.key_or_group]
+    if override.is_delete() and group in field_types(schema):
+        return Problem(f"{word}: every group keeps an option; give {group}=<one of {', '.join(options)}>", (group,))
     if override.is_delete() or groups.open:
         return None
     # An experiment may set anything: without it, nothing else can be judged.
@@ -169,43 +170,13 @@ def _values(override: Override) -> Iterator[Any]:
             yield OverridesParser.create().parse_override(f"x={text}").value()
 
 
-def _bad_value(schema: type, key: str, value: Any) -> str | None:
-    """None if `value` fits the type of `key`, else the refusal."""
-    probe = OmegaConf.structured(schema)
-    kind = type_at(schema, key)
-    element = element_type(kind)
-    if element is not None and is_group(element) and isinstance(value, list):
-        for index, item in enumerate(value):
-            for name in item if isinstance(item, dict) else ():
-                message = unknown_key(element, str(name))
-                if message:
-                    return f"{key}.{index}.{name}: {message}"
-    head, *rest = key.split(".")
-    list_depth = next((i for i, part in enumerate(rest) if part.isdecimal()), None)
-    if list_depth is not None:  # an item of a list: its own type is what counts
-        parent = type_at(schema, ".".join([head, *rest[: list_depth + 1]]))
-        if not is_group(parent):
-            return None
-        probe, inner = OmegaConf.structured(parent), ".".join(rest[list_depth + 1 :])
-    else:
-        inner = key
-    try:
-        if inner:
-            OmegaConf.update(probe, inner, value, merge=True)
-    except (OmegaConfBaseException, ValueError, TypeError):
-        shown = "null" if value is None else value
-        return f"{key}={shown}: not {_article(type_name(kind))}{_list_hint(key, element, value)}"
-    return None
-
-
-def _list_hint(key: str, element: Any, value: Any) -> str:
-    if element is None or isinstance(value, list):
-        return ""
-    item = f"{{path: {value}}}" if is_group(element) else value
-    return f"; write '{key}=[{item}]'"
-
-
 def _not_an_override(word: str, schema: type) -> str:
+    file = Path(word.rpartition("=")[2].lstrip("@"))
+    if file.suffix in (".yaml", ".yml") and (word.startswith("-") or "=" not in word):
+        return (
+            f"{word}: a file of settings is an experiment: --config-dir <folder> experiment={file.stem} reads"
+            f" <folder>/experiment/{file.stem}.yaml"
+        )
     if word.startswith("-"):
         name, _, value = word.lstrip("-").partition("=")
         message = unknown_key(schema, name)
@@ -229,7 +200,3 @@ def _meant(message: str) -> tuple[str, ...]:
     """The names that a message suggests: their values are in doubt."""
     hint = message.partition("did you mean ")[2].rstrip("?")
     return tuple(hint.split(" or ")) if hint else ()
-
-
-def _article(name: str) -> str:
-    return f"{'an' if name[0] in 'aeio' else 'a'} {name}"

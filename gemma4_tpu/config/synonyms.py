@@ -4,7 +4,12 @@ called here: data for hints. Nothing is taken as meant.
 
 from __future__ import annotations
 
-from gemma4_tpu.config.keys import leaf_keys, unknown_key
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.errors import HydraException
+
+from gemma4_tpu.config.keys import is_group, leaf_keys, type_at, unknown_key
+from gemma4_tpu.config.lists import in_full
+from gemma4_tpu.config.values import bad_value
 
 _ROWS = "rows of data.sequence_length tokens per update, over all devices and microbatches"
 _TIMES = "{} times devices times accumulation, " + _ROWS
@@ -19,17 +24,30 @@ MEANINGS: tuple[tuple[str, str, str], ...] = (
     # words; our setting, {} for their value; what to know about the value
     ("lr base_lr peak_lr max_lr", "optimizer.learning_rate={}", ""),
     ("lr_scheduler lr_scheduler_type lr_schedule scheduler", "optimizer.schedule={}", "cosine, linear or constant"),
-    ("warmup_ratio warmup_fraction", "optimizer.warmup_updates=…", "{} times the run's updates, which its log tells"),
+    (
+        "warmup_ratio warmup_fraction warmup_steps_fraction",
+        "optimizer.warmup_updates=…",
+        "{} times the run's updates, which its log tells",
+    ),
     ("warmup warmup_steps num_warmup_steps warmup_iters", "optimizer.warmup_updates={}", _UPDATES),
     ("min_lr lr_min min_learning_rate", "optimizer.end_fraction=…", "{} as a fraction of the peak"),
+    (
+        "min_lr_ratio min_lr_rate cosine_min_lr_ratio learning_rate_final_fraction cosine_learning_rate_final_fraction",
+        "optimizer.end_fraction={}",
+        "of the peak",
+    ),
     ("adam_beta1 beta1", "optimizer.b1={}", ""),
     ("adam_beta2 beta2", "optimizer.b2={}", ""),
     ("adam_epsilon adam_eps epsilon", "optimizer.eps={}", ""),
     ("wd", "optimizer.weight_decay={}", ""),
     ("grad_clip clip_grad_norm gradient_clipping gradient_clip_val", "optimizer.max_grad_norm={}", ""),
-    ("optim optimizer_type", "optimizer=adamw", "there is no other"),
-    ("max_steps num_steps total_steps train_steps num_train_steps max_iters steps", "trainer.max_updates={}", _UPDATES),
-    ("num_epochs num_train_epochs n_epochs max_epochs epoch", "trainer.epochs={}", ""),
+    ("optim optimizer_type optimizer_name opt_type", "optimizer=adamw", "there is no other"),
+    (
+        "max_steps num_steps total_steps train_steps num_train_steps max_iters steps",
+        "trainer.max_updates={}",
+        f"{_UPDATES}; null: as many as trainer.epochs takes",
+    ),
+    ("num_epochs num_train_epochs n_epochs max_epochs train_epochs epoch", "trainer.epochs={}", ""),
     ("batch_size train_batch_size global_batch_size total_batch_size", "trainer.global_batch_sequences={}", _ROWS),
     (
         "per_device_train_batch_size per_device_batch_size per_gpu_train_batch_size device_batch_size micro_batch_size"
@@ -44,17 +62,25 @@ MEANINGS: tuple[tuple[str, str, str], ...] = (
     ),
     (
         "max_seq_length max_seq_len max_sequence_length max_length seq_length seq_len sequence_len block_size"
-        " cutoff_len context_length model_max_length",
+        " cutoff_len context_length model_max_length max_target_length",
         "data.sequence_length={}",
         "longer examples are dropped, never cut",
     ),
-    ("save_steps save_every save_interval checkpointing_steps save_strategy", "checkpoint.every={}", _UPDATES),
+    (
+        "save_steps save_every save_interval checkpointing_steps save_strategy checkpoint_period",
+        "checkpoint.every={}",
+        _UPDATES,
+    ),
     ("save_total_limit", "checkpoint.keep={}", ""),
     ("load_best_model_at_end", "checkpoint.keep_best={}", "merge and evaluate take checkpoint=best"),
     ("eval_steps eval_interval eval_strategy evaluation_strategy", "trainer.eval_every={}", _UPDATES),
     ("logging_steps log_interval log_every_n_steps logging_interval", "trainer.log_every={}", _UPDATES),
-    ("output_dir out_dir save_dir logging_dir", "run_dir={}", ""),
-    ("resume_from_checkpoint", "run_dir=…", "the run's folder: the same command goes on from its newest checkpoint"),
+    ("output_dir out_dir save_dir logging_dir base_output_directory", "run_dir={}", ""),
+    (
+        "resume_from_checkpoint auto_resume_from_checkpoints",
+        "run_dir=…",
+        "the run's folder: the same command goes on from its newest checkpoint",
+    ),
     ("run_name experiment_name", "name={}", ""),
     ("report_to", "tracker={}", "none, wandb, tensorboard or jsonl"),
     ("wandb_project project_name", "tracker.project={}", ""),
@@ -64,21 +90,22 @@ MEANINGS: tuple[tuple[str, str, str], ...] = (
         "trainer.compute_dtype=bfloat16",
         "or float32, or auto; adapters and optimizer are float32 in any case",
     ),
-    ("random_seed data_seed", "trainer.seed={}", ""),
+    ("random_seed random_state data_seed", "trainer.seed={}", ""),
     (
-        "model_name_or_path model_id model_path model_name pretrained_model_name_or_path base_model",
+        "model_name_or_path model_id model_path model_name pretrained_model_name_or_path base_model"
+        " base_model_name_or_path load_parameters_path",
         "model.path={}",
         _FOLDER,
     ),
     ("tokenizer_name tokenizer_path", "model.tokenizer={}", "a folder"),
     (
-        "dataset dataset_name dataset_path data_path data_files data_dir train_file train_data train_dataset",
-        "data.train.0.path={}",
+        "dataset datasets dataset_name dataset_path data_path data_files data_dir train_file train_data train_dataset",
+        "data.train={}",
         _DATA,
     ),
     (
         "eval_dataset eval_file eval_data validation_file validation_data test_file val_data",
-        "data.heldout='[{{path: {}}}]'",
+        "data.heldout={}",
         _HELDOUT,
     ),
     ("val_set_size validation_split eval_split test_size", "data.heldout_fraction={}", "a share of the training rows"),
@@ -86,7 +113,7 @@ MEANINGS: tuple[tuple[str, str, str], ...] = (
     ("sample_packing", "data.packing={}", ""),
     ("group_by_length", "data.packing=buckets", "instead of true, which packs and needs no groups"),
     (
-        "train_on_inputs completion_only_loss assistant_only_loss",
+        "train_on_inputs train_on_responses_only completion_only_loss assistant_only_loss",
         "data.train_on=all",
         "all or the last of the assistant's turns; loss lies nowhere else",
     ),
@@ -97,18 +124,31 @@ MEANINGS: tuple[tuple[str, str, str], ...] = (
     ("use_rslora", "lora.rslora={}", ""),
     ("load_in_4bit use_4bit", "lora.quantize=nf4", "null for false"),
     ("load_in_8bit use_8bit", "lora.quantize=int8", "null for false"),
+    (
+        "adapter finetuning_type use_qlora",
+        "lora=qlora_nf4",
+        "for QLoRA; lora=default is LoRA, lora=none trains all weights",
+    ),
     ("use_lora use_peft", "lora.enabled={}", ""),
     (
         "adapter_name_or_path adapter_path lora_path lora_weights lora_model_dir peft_model_id",
         "lora.start={}",
         "a run folder or a PEFT adapter's",
     ),
-    ("gradient_checkpointing activation_checkpointing", "trainer.remat=auto", "or none, products, attention, decoder"),
+    (
+        "gradient_checkpointing use_gradient_checkpointing activation_checkpointing remat_policy",
+        "trainer.remat=auto",
+        "or none, products, attention, decoder",
+    ),
     ("attn_implementation flash_attention flash_attn", "trainer.attention=auto", "or splash, einsum"),
-    ("tensor_parallel_size tp_size", "mesh.tp={}", "devices on that axis"),
-    ("data_parallel_size dp_size", "mesh.dp={}", "devices on that axis"),
-    ("fsdp_size", "mesh.fsdp={}", "devices on that axis"),
-    ("num_gpus n_gpu num_devices", "hardware=<slice>", "such as v5p8; local takes what is there"),
+    ("tensor_parallel_size tp_size ici_tensor_parallelism", "mesh.tp={}", "devices on that axis"),
+    ("data_parallel_size dp_size ici_data_parallelism", "mesh.dp={}", "devices on that axis"),
+    ("fsdp_size ici_fsdp_parallelism", "mesh.fsdp={}", "devices on that axis"),
+    (
+        "num_gpus n_gpu num_devices device devices accelerator",
+        "hardware=<slice>",
+        "such as v5p8; local takes what is there",
+    ),
 )
 _BY_WORD = {word: (setting, remark) for words, setting, remark in MEANINGS for word in words.split()}
 
@@ -124,10 +164,31 @@ def synonym(schema: type, key: str, value: str) -> str | None:
     Returns:
       such as `trainer.max_updates=60 (counted in updates)`; None where nothing is known of the word.
     """
-    word = key.rsplit(".", 1)[-1].lower().replace("-", "_")
-    if word not in _BY_WORD or any(leaf.rsplit(".", 1)[-1] == word for leaf in leaf_keys(schema)):
+    plain = key.lower().replace("-", "_")
+    ours = {leaf.rsplit(".", 1)[-1] for leaf in leaf_keys(schema)}
+    candidates = (plain.rsplit(".", 1)[-1], plain.replace(".", "_"))  # `dataset.path` is their `dataset_path`
+    word = next((c for c in candidates if c in _BY_WORD and c not in ours), None)
+    if word is None:
         return None
-    setting, remark = (text.format(value or "…") for text in _BY_WORD[word])
-    if unknown_key(schema, setting.partition("=")[0]) is not None:
+    setting, remark = _BY_WORD[word]
+    where, _, written = setting.partition("=")
+    if unknown_key(schema, where) is not None:
         return None
-    return f"{setting} ({remark})" if remark else setting
+    text = written.format(value)
+    setting = f"{where}={text if _fits(schema, where, text) else written.format('…')}"
+    return f"{setting} ({remark.format(value or '…')})" if remark else setting
+
+
+def _fits(schema: type, key: str, text: str) -> bool:
+    """Whether the command line takes `text` for our `key`: what it does not take is no hint."""
+    parser = OverridesParser.create()
+    try:
+        override = parser.parse_override(f"{key}={text}")
+        override = parser.parse_override(in_full(f"{key}={text}", override, schema))
+    except HydraException:
+        return False
+    if not text or override.is_sweep_override():
+        return bool(text)
+    if is_group(type_at(schema, key)):
+        return isinstance(override.value(), str)
+    return bad_value(schema, key, override.value()) is None

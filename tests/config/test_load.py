@@ -157,6 +157,13 @@ def test_search_path_adds_experiments(tmp_path):
     experiment.write_text("# @package _global_\nlora:\n  rnk: 5\n")
     with pytest.raises(UserError, match=r"experiment/mine\.yaml: lora\.rnk: no such key; did you mean lora\.rank\?"):
         load_train(words)
+    experiment.write_text("# @package _global_\nlr: 3\nlora:\n  r: 5\n")
+    with pytest.raises(
+        UserError, match=r"(?s)lr: no such key; here it is optimizer.*lora\.r: .* here it is lora\.rank=5"
+    ):
+        load_train(words)
+    with pytest.raises(UserError, match=r"experiment=minx: no such option; did you mean experiment=mine\?"):
+        load_train([words[0], "experiment=minx", "model=tiny_moe"])
 
 
 def test_both_ways_onto_the_search_path_together(tmp_path):

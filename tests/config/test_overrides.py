@@ -3,6 +3,7 @@
 import pytest
 
 from gemma4_tpu.config.keys import leaf_keys, unknown_key
+from gemma4_tpu.config.load import load_train
 from gemma4_tpu.config.schema import TrainRoot
 from gemma4_tpu.config.serving import ServeRoot
 from gemma4_tpu.config.synonyms import MEANINGS, synonym
@@ -13,7 +14,7 @@ MISTAKES = [
     ("lora.rnk=8", "lora.rnk=8: no such key; did you mean lora.rank?"),
     ("+lora.rnk=8", "+lora.rnk=8: no such key; did you mean lora.rank?"),
     ("++lora.rnk=8", "did you mean lora.rank?"),
-    ("Lora.Rank=8", "did you mean lora.rank?"),
+    ("Lora.Rank=8", "here it is lora.rank=8"),
     ("lorra.rank=8", "did you mean lora.rank?"),
     ("rank=8", "did you mean lora.rank?"),
     ("lora.max_updates=3", "did you mean trainer.max_updates?"),
@@ -49,6 +50,7 @@ MISTAKES = [
     ("name=a{b", "the value can't be read; quote it: \"name='a{b'\""),
     ("lora.rank=4,8", "several values are a sweep; give one value, or add --multirun"),
     ("lora.targets=attention,mlp", "write 'lora.targets=[a,b]', or add --multirun"),
+    ("~lora", "~lora: every group keeps an option; give lora=<one of default, none"),
     ("~lora.rank", "every key keeps a value"),
     ("hydra.sweep.dir=x", "takes effect with --multirun only"),
     ("hydra.output_subdir=x", "the run folder is set by run_dir=<folder>"),
@@ -75,7 +77,16 @@ MISTAKES = [
     ("output_dir=out", "here it is run_dir=out"),
     ("bf16=true", "here it is trainer.compute_dtype=bfloat16"),
     ("target_modules=[q_proj,v_proj]", "here it is lora.targets=[attention,mlp] (roles instead of names of modules"),
-    ("eval_dataset=a.jsonl", "here it is data.heldout='[{path: a.jsonl}]'"),
+    ("eval_dataset=a.jsonl", "here it is data.heldout=a.jsonl"),
+    ("dataset.path=a.jsonl", "here it is data.train=a.jsonl"),
+    ("data.path=a.jsonl", "here it is data.train=a.jsonl"),
+    ("datasets=[a.jsonl,b.jsonl]", "here it is data.train=[a.jsonl,b.jsonl]"),
+    # what our key could not hold is no hint
+    ("save_strategy=epoch", "here it is checkpoint.every=… (counted in updates)"),
+    ("report_to=[wandb]", "here it is tracker=… (none, wandb, tensorboard or jsonl)"),
+    ("--config=mine.yaml", "--config-dir <folder> experiment=mine reads <folder>/experiment/mine.yaml"),
+    ("conf/mine.yml", "--config-dir <folder> experiment=mine reads"),
+    ("--multi", "--multi: no such flag"),
     (
         "--lr=1e-4",
         "--lr=1e-4: no such flag; settings are written without dashes, and here it is optimizer.learning_rate",
@@ -89,6 +100,32 @@ def test_a_mistake_is_named_with_its_remedy(refused, word, told):
     message = refused(word)
     assert told in message
     assert "problems in the configuration" not in message  # nothing but this mistake is complained about
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (
+            ["--learning_rate", "2e-4"],
+            "--learning_rate=2e-4: no such flag; settings are written optimizer.learning_rate",
+        ),
+        (["--max_steps", "-1"], "here it is trainer.max_updates=-1 (counted in updates; null: as many as"),
+        (["--config", "mine.yaml"], "a file of settings is an experiment"),
+    ],
+)
+def test_a_flag_and_its_value_are_one_mistake(refused, words, told):
+    message = refused(*words)
+    assert told in message and "problems" not in message
+
+
+@pytest.mark.parametrize(
+    "word", ["lr=1e-4", "datasets=[a.jsonl]", "dataset_name=a.jsonl", "eval_data=a.jsonl", "use_rslora=true"]
+)
+def test_a_hint_is_a_word_that_composes(refused, tmp_path, monkeypatch, word):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "a.jsonl").touch()
+    hint = refused(word).partition("here it is ")[2].partition(" (")[0].splitlines()[0]
+    assert load_train([hint]).overrides
 
 
 def test_every_word_of_other_trainers_has_one_meaning_that_is_a_key():

@@ -1,0 +1,50 @@
+"""Whether a value fits the type of a key."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from gemma4_tpu.config.keys import element_type, is_group, type_at, type_name, unknown_key
+
+
+def bad_value(schema: type, key: str, value: Any) -> str | None:
+    """None if `value` fits the type of `key`, else the refusal."""
+    probe = OmegaConf.structured(schema)
+    kind = type_at(schema, key)
+    element = element_type(kind)
+    if element is not None and is_group(element) and isinstance(value, list):
+        for index, item in enumerate(value):
+            for name in item if isinstance(item, dict) else ():
+                message = unknown_key(element, str(name))
+                if message:
+                    return f"{key}.{index}.{name}: {message}"
+    head, *rest = key.split(".")
+    list_depth = next((i for i, part in enumerate(rest) if part.isdecimal()), None)
+    if list_depth is not None:  # an item of a list: its own type is what counts
+        parent = type_at(schema, ".".join([head, *rest[: list_depth + 1]]))
+        if not is_group(parent):
+            return None
+        probe, inner = OmegaConf.structured(parent), ".".join(rest[list_depth + 1 :])
+    else:
+        inner = key
+    try:
+        if inner:
+            OmegaConf.update(probe, inner, value, merge=True)
+    except (OmegaConfBaseException, ValueError, TypeError):
+        shown = "null" if value is None else value
+        return f"{key}={shown}: not {_article(type_name(kind))}{_list_hint(key, element, value)}"
+    return None
+
+
+def _list_hint(key: str, element: Any, value: Any) -> str:
+    if element is None or isinstance(value, list):
+        return ""
+    item = f"{{path: {value}}}" if is_group(element) else value
+    return f"; write '{key}=[{item}]'"
+
+
+def _article(name: str) -> str:
+    return f"{'an' if name[0] in 'aeio' else 'a'} {name}"
