@@ -150,12 +150,14 @@ def from_hf_config(config: dict[str, Any], *, name: str = "checkpoint") -> Archi
     """
     text = hf_config.text_config(config)
     hf_config.check_supported(text)
+    for part in (config, text):
+        hf_config.check_types(part)
     layer_types = hf_config.layer_types(text)
     heads, rope = hf_config.heads(text), hf_config.rope(text)
-    shared = int(text.get("num_kv_shared_layers") or 0)
+    shared = text.get("num_kv_shared_layers") or 0
     hidden = need(text, "intermediate_size")
     moe = bool(text.get("enable_moe_block", False))
-    per_layer_input = int(text.get("hidden_size_per_layer_input", 0 if text["model_type"] in UNIFIED else 256) or 0)
+    per_layer_input = text.get("hidden_size_per_layer_input", 0 if text["model_type"] in UNIFIED else 256) or 0
     arch = Architecture(
         name=name,
         num_layers=len(layer_types),

@@ -14,6 +14,9 @@ from gemma4_tpu.config.load import Loaded, load
 from gemma4_tpu.config.tasks import CheckRoot
 from gemma4_tpu.errors import REFUSED, exit_code
 
+_SECONDS = 300.0
+"""For a remote checkpoint: a tokenizer over a slow line, not the weights."""
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Exit code: 0 it can be trained, 2 refused, or training would refuse it, 130 interrupted."""
@@ -21,9 +24,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(loaded: Loaded[CheckRoot, CheckChecked]) -> int:
-    from gemma4_tpu.models.audit import look
+    from gemma4_tpu.models.audit import look_within
 
-    found = look(loaded.root.model)
+    found = look_within(loaded.root.model, _SECONDS)
     print(loaded.root.model.path)
     for heading, fact in found.facts.items():
         print(f"  {heading:<14} {fact}")

@@ -6,6 +6,7 @@ Up to 5.14, heads of global layers stand in `global_head_dim` and `num_global_ke
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -21,6 +22,13 @@ UNQUANTISED = "give the original weights (lora.quantize=nf4 or int8 quantises th
 """What to do about a quantised checkpoint."""
 _GLOBAL_HEAD_DIM = 512  # what transformers takes where neither key is there
 _OVERRIDES = ("head_dim", "num_key_value_heads")
+_WHOLE_NUMBERS = (
+    "vocab_size", "vocab_size_per_layer_input", "hidden_size", "intermediate_size", "hidden_size_per_layer_input",
+    "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "num_global_key_value_heads", "head_dim",
+    "global_head_dim", "sliding_window", "num_kv_shared_layers", "num_experts", "top_k_experts",
+    "moe_intermediate_size",
+)  # fmt: skip
+_FLAGS = ("attention_k_eq_v", "enable_moe_block", "use_double_wide_mlp", "tie_word_embeddings")
 
 
 class ArchitectureError(UserError):
@@ -62,6 +70,27 @@ def need(text: Mapping[str, Any], key: str) -> Any:
     return text[key]
 
 
+def check_types(part: Mapping[str, Any], where: str = "") -> None:
+    """Refuses values of another JSON type than transformers takes: in words and floats, nothing would notice them.
+
+    Args:
+      part: a `config.json`, or an object in it.
+      where: what stands before its keys.
+    """
+    for keys, wanted, fits in ((_WHOLE_NUMBERS, "a whole number", _is_whole), (_FLAGS, "true or false", _is_flag)):
+        for key in keys:
+            if part.get(key) is not None and not fits(part[key]):
+                raise ArchitectureError(f"config.json: {where}{key} is {part[key]!r}; give {wanted}, without quotes")
+
+
+def _is_whole(value: Any) -> bool:
+    return type(value) is int and value >= 0
+
+
+def _is_flag(value: Any) -> bool:
+    return isinstance(value, bool)
+
+
 def check_supported(text: Mapping[str, Any]) -> None:
     """Refuses another model family, and features of Gemma 4's config that have no counterpart here."""
     if text.get("model_type") not in MODEL_TYPES:
@@ -83,6 +112,8 @@ def layer_types(text: Mapping[str, Any]) -> tuple[str, ...]:
     num_layers, given = need(text, "num_hidden_layers"), text.get("layer_types")
     if given is None:
         types = pattern(num_layers)
+    elif not isinstance(given, list):
+        raise ArchitectureError(f"config.json: layer_types is {given!r}, not a list with one entry per layer")
     else:
         unknown = sorted({str(t) for t in given} - LAYER_TYPES.keys())
         if unknown or len(given) != num_layers:
@@ -145,6 +176,7 @@ def _read_overrides(text: Mapping[str, Any], given: Any, num_layers: int) -> dic
             )
         if int(key) in found:
             raise ArchitectureError(f"config.json: per_layer_config names layer {int(key)} twice")
+        check_types(entry, f"per_layer_config.{key}.")
         for name, value in entry.items():
             nothing = [] if name == "skip" else text.get(name)
             if name not in _OVERRIDES and value != nothing:
@@ -190,7 +222,7 @@ def rope(text: Mapping[str, Any]) -> Rope:
                 )
     local, wide = given["sliding_attention"], given["full_attention"]
     factor = wide.get("factor", 1.0)
-    if not isinstance(factor, int | float) or not factor > 0:
+    if not isinstance(factor, int | float) or not 0 < factor < math.inf:
         raise ArchitectureError(f"config.json: rope_parameters.full_attention.factor is {factor!r}; give more than 0")
     return Rope(
         float(local["rope_theta"]), float(wide["rope_theta"]), float(wide["partial_rotary_factor"]), float(factor)
@@ -201,7 +233,8 @@ def quantisation(config: Mapping[str, Any]) -> str | None:
     """The method by which a checkpoint's `config.json` says that it is quantised; None: it does not."""
     for part in (config, config.get("text_config")):
         if isinstance(part, Mapping) and (given := part.get("quantization_config")):
-            return str(given.get("quant_method", "?") if isinstance(given, Mapping) else given)
+            named = given if isinstance(given, Mapping) else {}
+            return str(named.get("quant_method") or named.get("quant_algo") or "a method that it does not name")
     return None
 
 

@@ -34,3 +34,25 @@ def revision(text: str) -> str | None:
             day, sizes = found
             return f"Google's of {day} for {sizes}"
     return None
+
+
+def syntax_problem(text: str) -> str | None:
+    """Why a template is none that transformers can read; None: it can. What it does shows when examples are made."""
+    from jinja2 import Environment, TemplateSyntaxError, nodes
+    from jinja2.ext import Extension, LoopControlExtension
+    from jinja2.parser import Parser
+
+    class Generation(Extension):
+        """transformers' mark around what a model says."""
+
+        tags = {"generation"}  # noqa: RUF012 - as jinja2 declares it
+
+        def parse(self, parser: Parser) -> list[nodes.Node]:
+            next(parser.stream)
+            return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+
+    try:
+        Environment(extensions=[Generation, LoopControlExtension]).parse(text)
+    except TemplateSyntaxError as error:
+        return f"line {error.lineno}: {error.message}"
+    return None

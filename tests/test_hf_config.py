@@ -80,6 +80,31 @@ def test_overrides_without_a_counterpart_are_refused_by_name(given, message):
         from_hf_config(NEWER | {"per_layer_config": given})
 
 
+@pytest.mark.parametrize("value", ["128", 128.0, True, [128], -128])
+@pytest.mark.parametrize("key", ["hidden_size", "vocab_size", "num_hidden_layers", "num_kv_shared_layers"])
+def test_numbers_of_another_type_are_refused_by_key(key, value):
+    """transformers refuses them, too; a float would equal the size it stands for until an array is made of it."""
+    with pytest.raises(UserError, match=rf"config\.json: {key} is .*; give a whole number"):
+        from_hf_config(DENSE | {key: value})
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"attention_k_eq_v": "false"}, "attention_k_eq_v is 'false'; give true or false, without quotes"),
+        ({"tie_word_embeddings": "false"}, "tie_word_embeddings is 'false'"),
+        ({"layer_types": "sliding_attention"}, "layer_types is 'sliding_attention', not a list"),
+        ({"per_layer_config": {"5": {"head_dim": 32.0}}}, r"per_layer_config\.5\.head_dim is 32\.0"),
+        ({"rope_parameters": None, "num_kv_shared_layers": float("inf")}, "num_kv_shared_layers is inf"),
+    ],
+)
+def test_words_and_forms_that_would_be_misread_are_refused_by_key(changes, message):
+    with pytest.raises(UserError, match=message):
+        from_hf_config(DENSE | changes)
+    with pytest.raises(UserError, match=message):
+        from_hf_config({"model_type": "gemma4", "text_config": DENSE | changes})
+
+
 def rope(**full):
     local = {"rope_type": "default", "rope_theta": 10_000.0}
     wide = {"rope_type": "proportional", "rope_theta": 1e6, "partial_rotary_factor": 0.25}
@@ -136,6 +161,7 @@ def test_a_quantisation_is_found_where_it_is_named(place):
     given = {"quantization_config": {"quant_method": "gptq"}}
     assert quantisation({place: given} if place else given) == "gptq"
     assert quantisation(DENSE) is None
+    assert quantisation({"quantization_config": {"quant_algo": "NVFP4"}}) == "NVFP4"
 
 
 @pytest.mark.skipif(not SAVED.is_dir(), reason="../shared is absent: no configs of other versions")

@@ -153,7 +153,7 @@ def chat_template(folder: str) -> str | None:
     present = list_folder(folder)
     if TEMPLATE_NAME in present:
         file = open_bytes(join(folder, TEMPLATE_NAME))
-        return bytes(file.read(0, file.size_bytes)).decode("utf-8", "replace")
+        return bytes(file.read(0, file.size_bytes)).decode("utf-8", "replace").strip() or None
     if TOKENIZER_CONFIG_NAME not in present:
         return None
     given = read_json(join(folder, TOKENIZER_CONFIG_NAME)).get("chat_template")

@@ -96,20 +96,32 @@ def _size(model: ModelConfig) -> str:
 
 def look_from_afar(model: ModelConfig) -> Audit:
     """As `look`, from a machine that need not reach the checkpoint: what is remote is given half a minute."""
+    try:
+        return look_within(model, _SECONDS)
+    except UserError as error:
+        return Audit(notes=[f"{error}; training does, before it loads"])
+
+
+def look_within(model: ModelConfig, seconds: float) -> Audit:
+    """As `look`, with a time limit on what is remote.
+
+    Raises:
+      UserError: it can't be reached; says why, in whatever words its file system has.
+    """
     if not is_remote(model.path or ""):
         return look(model)
-    reason = f"no answer within {_SECONDS:.0f} s"
+    reason = f"no answer within {seconds:.0f} s"
     try:
         done = subprocess.run(
             [sys.executable, "-c", _CHILD, json.dumps(asdict(model))],
-            capture_output=True, text=True, timeout=_SECONDS, check=False,
+            capture_output=True, text=True, timeout=seconds, check=False,
         )  # fmt: skip
         if done.returncode == 0:
             return Audit(**json.loads(done.stdout))
         reason = done.stderr.strip().rpartition("\n")[2]
     except subprocess.TimeoutExpired:
         pass
-    return Audit(notes=[f"model.path={model.path}: not looked at from here ({reason}); training does, before it loads"])
+    raise UserError(f"model.path={model.path}: not looked at from here ({reason})")
 
 
 def audit(base: Base) -> Audit:
@@ -131,7 +143,8 @@ def audit(base: Base) -> Audit:
 
 
 def _model(arch: Architecture, config: dict[str, Any]) -> str:
-    kind = (config.get("architectures") or ["no class named"])[0]
+    classes = config.get("architectures")
+    kind = classes[0] if isinstance(classes, list) and classes else "no class named"
     version = config.get("transformers_version")
     return f"{arch.name} ({kind}, saved by {f'transformers {version}' if version else 'an unnamed program'})"
 
@@ -201,6 +214,8 @@ def _vocabulary(found: Audit, base: Base) -> dict[str, int]:
     found.facts["chat template"] = revision or f"of none of the known revisions (sha256 {templates.sha256(template)})"
     if revision is None:
         found.notes.append(f"{folder}: a template of none of the known revisions; examples are proven all the same")
+        if wrong := templates.syntax_problem(template):
+            found.problems.append(f"{folder}: the chat template can't be read ({wrong}); take the stock one")
     ids = _token_ids(join(folder, files.TOKENIZER_NAME))
     size = arch.vocab_size
     if arch.per_layer_input_dim:
@@ -225,10 +240,10 @@ def _token_ids(path: str) -> dict[str, int]:
         vocabulary = content["model"]["vocab"]
         if isinstance(vocabulary, list):  # Unigram: [token, score] in the order of ids
             vocabulary = {token: number for number, (token, *_) in enumerate(vocabulary)}
-        return {
-            **vocabulary,
-            **{str(token["content"]): int(token["id"]) for token in content.get("added_tokens") or []},
-        }
+        ids = {**vocabulary, **{str(token["content"]): token["id"] for token in content.get("added_tokens") or []}}
+        if odd := [token for token, number in ids.items() if type(number) is not int]:
+            raise ValueError(f"{odd[0]!r} has the id {ids[odd[0]]!r}")
+        return ids
     except (KeyError, TypeError, ValueError) as error:
         raise UserError(f"{path}: not a tokenizer that can be read ({error!r}); copy the file again") from None
 

@@ -187,6 +187,8 @@ class Checkpoint:
         weight_map = read_json(path).get("weight_map")
         if not isinstance(weight_map, dict) or not weight_map:
             raise UserError(f"{path}: has no weight_map; copy the file again")
+        if odd := [name for name, shard in weight_map.items() if not isinstance(shard, str)]:
+            raise UserError(f"{path}: places {odd[0]} in {weight_map[odd[0]]!r}, no file's name; copy the file again")
         return weight_map
 
     def _open_shards(self, present: list[str]) -> dict[str, TensorFile]:

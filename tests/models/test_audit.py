@@ -112,6 +112,37 @@ def test_tokens_without_an_embedding_are_named(tmp_path):
     assert "tokenizer.json: not a tokenizer that can be read" in found(folder).problems[0]
 
 
+@pytest.mark.parametrize(
+    ("file", "content", "told"),
+    [
+        ("tokenizer.json", {"model": {"vocab": {"a": "x"}}}, "not a tokenizer that can be read .*'a' has the id 'x'"),
+        ("model.safetensors.index.json", {"weight_map": {"a": ["b"]}}, r"places a in \['b'\], no file's name"),
+    ],
+)
+def test_a_damaged_small_file_is_a_problem_and_no_traceback(tmp_path, file, content, told):
+    folder = write_skeleton(tmp_path / "base", "tiny")
+    if file not in ("tokenizer.json",):
+        (folder / "model.safetensors").rename(folder / "model-00001-of-00001.safetensors")
+    (folder / file).write_text(json.dumps(content))
+    assert re.search(told, found(folder).problems[0])
+
+
+def test_a_template_with_a_mistake_is_refused_as_training_would(tmp_path):
+    folder = write_skeleton(tmp_path / "base", "tiny")
+    for text, told in (
+        ("a\n{% if %}", "the chat template can't be read (line 2: Expected an expression"),
+        ("{% for m in messages %}{% generation %}{{ m }}{% break %}{% endgeneration %}{% endfor %}", None),
+    ):
+        (folder / "chat_template.jinja").write_text(text)
+        problems = found(folder).problems
+        assert (told in problems[0]) if told else problems == []
+
+
+def test_a_class_that_is_none_stops_nothing(tmp_path):
+    folder = write_skeleton(tmp_path / "base", "tiny", config={"architectures": 5})
+    assert found(folder).problems == [] and "no class named" in found(folder).facts["model"]
+
+
 def test_a_per_layer_table_with_fewer_rows_limits_the_vocabulary(tmp_path):
     rows = {"model.embed_tokens_per_layer.weight": ("BF16", (500, 160))}
     folder = write_skeleton(tmp_path / "base", "tiny_e2b", more=rows, config={"vocab_size_per_layer_input": 500})
@@ -127,6 +158,8 @@ def test_a_template_is_missing_unknown_or_known(tmp_path):
     place.write_text("{{ messages }}")
     assert "of none of the known revisions (sha256 " in found(folder).facts["chat template"]
     assert any("a template of none of the known revisions" in note for note in found(folder).notes)
+    place.write_text("\n")
+    assert "the tokenizer has no chat template" in found(folder).problems[0]
     place.unlink()
     (problem,) = found(folder).problems
     assert "the tokenizer has no chat template (chat_template.jinja); take an instruction-tuned" in problem
@@ -173,6 +206,12 @@ def test_what_is_out_of_reach_is_no_reason_to_refuse(tmp_path):
     unreachable = look_from_afar(ModelConfig(name="tiny", path="http://127.0.0.1:9/base"))
     assert not unreachable.problems and "not looked at from here (" in unreachable.notes[0]
     assert look_from_afar(ModelConfig(name="tiny", path="embedded:tiny")).facts["model"].startswith("tiny")
+
+
+def test_the_command_says_that_a_checkpoint_is_out_of_reach(capsys):
+    assert main(["model.path=http://127.0.0.1:9/base"]) == 2
+    told = capsys.readouterr().err
+    assert "model.path=http://127.0.0.1:9/base: not looked at from here (" in told and "Traceback" not in told
 
 
 @pytest.mark.parametrize(
