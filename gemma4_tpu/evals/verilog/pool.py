@@ -15,7 +15,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, TypeVar
@@ -25,8 +25,7 @@ from gemma4_tpu.evals.problems import Problem, Verdict, VerdictClass
 from gemma4_tpu.evals.verilog.iverilog import Tools
 from gemma4_tpu.evals.verilog.probe import spy
 from gemma4_tpu.evals.verilog.sandbox import Finished, Level, Sandbox
-from gemma4_tpu.evals.verilog.scan import canonical
-from gemma4_tpu.evals.verilog.stage import NoStage, build, load
+from gemma4_tpu.evals.verilog.stage import NoStage, Stage, build, load
 from gemma4_tpu.evals.verilog.verdict import CPU_FACTOR, Golden, Trial, judge_code, reference_as_answer
 
 T = TypeVar("T")
@@ -99,7 +98,7 @@ class Pool:
 def _run_for_stage(sandbox: Sandbox, folder: Path, command: Sequence[str], *, writable: Sequence[Path]) -> Finished:
     done = sandbox.run(command, folder, writable=writable)
     if done.stopped:
-        raise NoStage(f"{VerdictClass.TIMEOUT}: {done.stopped} time")
+        raise NoStage(f"{done.stopped} time", VerdictClass.TIMEOUT)
     return done
 
 
@@ -134,12 +133,12 @@ class _Worker:
             sandbox=sandbox,
             folder=self.empty_folder(sandbox),
             bench_folder=self.empty_folder(sandbox, "bench"),
-            stage=load(self.stage_folder(problem, sandbox, code)) if judged else None,
+            stage=functools.partial(self.stage, problem, sandbox) if judged else None,
             limit_seconds=max(1.0, CPU_FACTOR * golden.cpu_seconds) if golden and judged else None,
         )
 
-    def stage_folder(self, problem: Problem, sandbox: Sandbox, code: str) -> Path:
-        """The folder of the problem's stage, made by the first worker that needs it; without a reference, each time.
+    def stage(self, problem: Problem, sandbox: Sandbox, design: str) -> Stage:
+        """The problem's stage, made by the first worker that needs it; without a reference, for each design.
 
         Raises:
           NoStage: it can't be made.
@@ -148,16 +147,15 @@ class _Worker:
         target = self.folder.parent / f"stage_{hashlib.sha256(repr(parts).encode()).hexdigest()[:32]}"
         if not target.is_dir():
             folder = self.empty_folder(sandbox, "stage")
-            design = "" if problem.reference else canonical(code)[0]
             build(problem, self.tools, functools.partial(_run_for_stage, sandbox, folder), folder, design)
             if not problem.reference:
-                return folder
+                return load(folder)
             for path in (folder, *folder.iterdir()):  # they are the sandbox's user's
                 os.chown(path, os.getuid(), os.getgid())
                 path.chmod(0o755 if path == folder else 0o644)
             with contextlib.suppress(OSError):  # another worker was faster
                 folder.rename(target)
-        return target
+        return load(target)
 
 
 _worker: _Worker | None = None  # set once in each worker process
@@ -199,10 +197,7 @@ def _spy(level: Level) -> str | None:
 def _golden(problem: Problem, level: Level) -> Golden:
     if problem.result_marker not in problem.testbench:
         return Golden(failure=f"its test bench never prints {problem.result_marker!r}")
-    try:
-        trial = _here().trial(problem, reference_as_answer(problem), level)
-    except NoStage as reason:
-        return Golden(failure=str(reason))
+    trial = _here().trial(problem, reference_as_answer(problem), level)
     outcome = trial.strict(None)
     passed = outcome.kind is VerdictClass.PASS
     failure = None if passed else f"{outcome.kind}: {outcome.detail}"
@@ -215,9 +210,4 @@ def _golden(problem: Problem, level: Level) -> Golden:
 
 
 def _verdict(problem: Problem, code: str, golden: Golden, level: Level) -> Verdict:
-    try:
-        trial = _here().trial(problem, code, level, golden)
-    except NoStage as reason:  # it could be made when the reference was judged
-        golden = replace(golden, failure=str(reason))
-        trial = _here().trial(problem, code, level, golden)
-    return judge_code(trial, golden)
+    return judge_code(_here().trial(problem, code, level, golden), golden)

@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from gemma4_tpu.evals.problems import Problem
+from gemma4_tpu.evals.problems import Problem, VerdictClass
 from gemma4_tpu.evals.verilog import replay
 from gemma4_tpu.evals.verilog.iverilog import Tools
 from gemma4_tpu.evals.verilog.replay import Interface, Port
@@ -27,15 +27,25 @@ PATIENCE, PATIENCE_TICKS = 10, 10_000
 UNKNOWN_TICKS = 10**8
 """The same where there is no reference."""
 
+_ELABORATION = ("during elaboration", "Elaboration failed", "root module")
 _PARAMETERS = r"(#\s*\((?:[^()]|\((?:[^()]|\([^()]*\))*\))*\)\s*)?"
 _SCOPE = re.compile(r'^S_\w+ \.scope \w+, "([^"]+)" "([^"]+)" .*?(?=^S_|\Z)', re.MULTILINE | re.DOTALL)
 _PORT = re.compile(r'\.port_info \d+ /(\w+) (\d+) "([^"]+)"')
 _PARAMETER = re.compile(r'^P_\w+ \.param/\w+ "(\w+)".*? ([01]) \d+ \d+, (?:\+?C4<([01xz]+)>)?', re.MULTILINE)
 _PRECISION = re.compile(r"^:vpi_time_precision ([+-]) (\d+);", re.MULTILINE)
+_TIMESCALE = re.compile(r"`timescale\s+\w+\s*/\s*\w+")  # a tick is the bench's, not the design's
 
 
 class NoStage(Exception):
     """The bench and its own reference can't be made ready here."""
+
+    def __init__(self, reason: str, kind: VerdictClass = VerdictClass.NO_RESULT):
+        """Args:
+        reason: in one line.
+        kind: of what failed.
+        """
+        super().__init__(reason)
+        self.kind = kind
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,8 +79,8 @@ def load(folder: Path) -> Stage:
 def build(problem: Problem, tools: Tools, run: Callable[..., Finished], folder: Path, design: str = "") -> None:
     """Makes a stage's files in `folder`. `run(command, writable=…)` runs a command there.
 
-    Where a problem has no reference, the ports are those of `design`, which is compiled with the bench for that and not
-    run; the first stimulus is what the bench gives to a design that does nothing.
+    Where a problem has no reference, the ports are those of `design` (as measure `text` leaves it), which is compiled
+    with the bench for that and not run; the first stimulus is what the bench gives to a design that does nothing.
 
     Raises:
       NoStage: bench and reference don't build, or the bench can't be given a stand-in.
@@ -80,14 +90,14 @@ def build(problem: Problem, tools: Tools, run: Callable[..., Finished], folder: 
     inner = f"{problem.reference_top}_{secrets.token_hex(8)}"
     sources = {
         BENCH_SOURCE: "\n".join([bench, problem.reference if problem.bench_needs_reference else "", "`resetall\n"]),
-        BESIDE: _private(problem.reference, problem.reference_top, problem.top) or design,
+        BESIDE: _private(problem.reference, problem.reference_top, problem.top) or _TIMESCALE.sub("", design),
     }
     _write(folder, {**sources, **problem.files})
 
     def compiled() -> Finished:
         done = run(tools.build(problem.bench_top, PROGRAM, [BENCH_SOURCE, BESIDE]), writable=[folder])
         if done.returncode:
-            raise NoStage(_first_line(done))
+            raise NoStage(_first_line(done), build_failure(done))
         return done
 
     compiled()
@@ -152,6 +162,8 @@ def read_interface(program: str, problem: Problem) -> Interface:
     for direction, width, name in _PORT.findall(mine[0][0]):
         if direction not in ("INPUT", "OUTPUT"):
             raise NoStage(f"the port {name} is {direction.lower()}, which can't be replayed")
+        if not re.fullmatch(r"[A-Za-z_]\w*", name, re.ASCII):  # it is written into what runs with the bench
+            raise NoStage(f"the port {name!r} has an escaped name, which can't be replayed")
         ports.append(Port(name=name, width=int(width), output=direction == "OUTPUT"))
     precision = _PRECISION.search(program)
     assert precision is not None  # every compiled program has one
@@ -188,6 +200,12 @@ def _private(reference: str, old: str, new: str) -> str:
         replacement = new if name == old else f"{name}_{new}"
         reference = re.sub(rf"(?<![.\w$]){re.escape(name)}(?![\w$])", replacement, reference)
     return reference
+
+
+def build_failure(done: Finished) -> VerdictClass:
+    """Syntax or elaboration: the compiler names the later phase when it fails there."""
+    text = done.stdout + done.stderr
+    return VerdictClass.ELABORATION if any(words in text for words in _ELABORATION) else VerdictClass.SYNTAX
 
 
 def _write(folder: Path, files: Mapping[str, str]) -> None:

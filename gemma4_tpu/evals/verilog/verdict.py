@@ -20,7 +20,7 @@ from __future__ import annotations
 import math
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -28,7 +28,7 @@ from gemma4_tpu.evals.problems import Problem, Verdict, VerdictClass
 from gemma4_tpu.evals.verilog import replay, scan
 from gemma4_tpu.evals.verilog.iverilog import Tools
 from gemma4_tpu.evals.verilog.sandbox import Finished, Sandbox
-from gemma4_tpu.evals.verilog.stage import BENCH_PROGRAM, PLAYER, Stage, unknown_bit_ticks
+from gemma4_tpu.evals.verilog.stage import BENCH_PROGRAM, PLAYER, NoStage, Stage, build_failure, unknown_bit_ticks
 
 DESIGN, EXPANDED, BENCH, REFERENCE, PROGRAM = "design.sv", "expanded.sv", "bench.sv", "reference.sv", "program.vvp"
 WAVES = "wave.vcd"  # the one file that a benchmark's bench may write
@@ -37,7 +37,6 @@ CPU_FACTOR = 10
 """A compilation or simulation gets this many times what judging the reference took, and at least a second."""
 DETAIL_CHARACTERS = 200
 _RESPONSES = re.compile(r"(?:[0-9a-f]{1,8} [0-9a-f]{1,16} [01] [01xz]+\n)*+", re.ASCII)
-_ELABORATION = ("during elaboration", "Elaboration failed", "root module")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,8 +86,9 @@ class Trial:
     """Where the design is compiled and simulated."""
     bench_folder: Path
     """Where the bench is simulated. No design reads it."""
-    stage: Stage | None
-    """Null: only the benchmark's own rule can be asked."""
+    stage: Callable[[str], Stage] | None
+    """Makes the bench ready for the design's text, or raises `NoStage`; null: only the benchmark's own rule can be
+    asked."""
     limit_seconds: float | None = None
     """CPU time of one command; null: as configured."""
     cpu_seconds: float = 0.0
@@ -99,9 +99,9 @@ class Trial:
         """All measures; without `golden` the last one only asks for no errors."""
         assert self.stage is not None
         try:
-            self._text()
-            log = self._build(self.stage)
-            return self._count(*self._simulate(self.stage, log), golden)
+            stage = self._staged(self.stage, self._text())
+            log = self._build(stage)
+            return self._count(*self._simulate(stage, log), golden)
         except _Refused as refusal:
             return refusal.outcome
 
@@ -131,8 +131,8 @@ class Trial:
         except _Refused:
             return False
 
-    def _text(self) -> None:
-        """Measure 1; leaves the text that is compiled in the folder."""
+    def _text(self) -> str:
+        """Measure 1: the text that is compiled; it is left in the folder."""
         code, found = scan.canonical(self.code)
         if found:
             raise _Refused(VerdictClass.FORBIDDEN, "text", found)
@@ -141,7 +141,17 @@ class Trial:
         if found := scan.forbidden(design):
             raise _Refused(VerdictClass.FORBIDDEN, "text", found)
         self.pruned = design != text
-        _write(self.folder, {EXPANDED: scan.without_dumps(design)})
+        design = scan.without_dumps(design)
+        _write(self.folder, {EXPANDED: design})
+        return design
+
+    def _staged(self, stage: Callable[[str], Stage], design: str) -> Stage:
+        """The bench made ready. Where there is no reference, the design itself may be why it can't be."""
+        try:
+            return stage(design)
+        except NoStage as reason:
+            blamed = not self.problem.reference or reason.kind is VerdictClass.TIMEOUT
+            raise _Refused(reason.kind if blamed else VerdictClass.NO_RESULT, "build", str(reason)) from None
 
     def _expanded(self, code: str) -> str:
         """The design as the preprocessor leaves it, without macros."""
@@ -165,7 +175,7 @@ class Trial:
         command = self.tools.build(stage.player_top, PROGRAM, [PLAYER, EXPANDED])
         done = self._run(command, "build", writable=[self.folder])
         if done.returncode:
-            raise _Refused(_build_failure(done), "build", _complaint(done))
+            raise _Refused(build_failure(done), "build", _complaint(done))
         return done.stdout + done.stderr
 
     def _simulate(self, stage: Stage, log: str) -> tuple[Mapping[str, str], str]:
@@ -297,12 +307,6 @@ def judge_code(trial: Trial, golden: Golden) -> Verdict:
 def reference_as_answer(problem: Problem) -> str:
     """The reference under the name that an answer has."""
     return re.sub(rf"\b{re.escape(problem.reference_top)}\b", problem.top, problem.reference)
-
-
-def _build_failure(done: Finished) -> VerdictClass:
-    """Syntax or elaboration: the compiler names the later phase when it fails there."""
-    text = done.stdout + done.stderr
-    return VerdictClass.ELABORATION if any(words in text for words in _ELABORATION) else VerdictClass.SYNTAX
 
 
 def _complaint(done: Finished) -> str:

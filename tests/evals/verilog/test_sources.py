@@ -1,6 +1,7 @@
 """Benchmarks of other forms: without references, with bodies for answers, as JSONL; and sources that are none."""
 
 import json
+import subprocess
 from dataclasses import replace
 
 import pytest
@@ -13,6 +14,7 @@ from gemma4_tpu.evals.verilog.completion import VerilogEvalCompletion
 from gemma4_tpu.evals.verilog.cvdp import Cvdp
 from gemma4_tpu.evals.verilog.header import with_header
 from gemma4_tpu.evals.verilog.resbench import ResBench
+from gemma4_tpu.evals.verilog.stage import NoStage, read_interface
 from gemma4_tpu.evals.verilog.strength import grade
 from tests.evals.verilog.designs import fenced, needs_iverilog
 
@@ -81,6 +83,41 @@ def test_a_benchmark_without_references_is_judged(judge, resbench, tmp_path):
     assert not judge.judge(problem, fenced(forged)).passed
     strength = grade([problem], judge, {}, judge.config)[problem.name]
     assert strength.ungraded == "the reference is not there"
+
+
+CLOCKED = BENCH.replace("`timescale 1ns/1ps\n", "")
+
+
+@needs_iverilog
+@pytest.mark.parametrize(
+    ("bench", "code", "kind"),
+    [
+        (BENCH, RIGHT + BENCH.replace("#10", "#20"), VerdictClass.PASS),  # its own bench has the name of the problem's
+        (CLOCKED, f"`timescale 1ns/1ps\n{RIGHT.replace('assign', 'assign #1')}", VerdictClass.PASS),
+        (BENCH, f"`define NOT ~\n{RIGHT.replace('~', '`NOT ')}", VerdictClass.PASS),
+        (BENCH, RIGHT.replace("~a;", "~a"), VerdictClass.SYNTAX),
+        (BENCH, RIGHT.replace("~a", "~b"), VerdictClass.ELABORATION),
+        (BENCH, RIGHT.replace("output y", "output z"), VerdictClass.ELABORATION),
+    ],
+    ids=["own bench", "timescale", "macro", "syntax", "name", "port"],
+)
+def test_without_a_reference_designs_are_judged_as_with_one(bench, code, kind, judge, resbench):
+    (problem,) = ResBench().load(resbench({**ROW, "Testbench": bench}))
+    judge.prepare([problem])
+    verdict = judge.judge(problem, fenced(code))
+    assert verdict.kind is kind, verdict
+    assert "reference" not in verdict.detail
+
+
+@needs_iverilog
+def test_no_name_of_a_design_is_code_of_what_runs_with_the_bench(judge, resbench, tmp_path):
+    """Where there is no reference, the ports are the design's: whatever the text may hold, names are names."""
+    (problem,) = ResBench().load(resbench(ROW))
+    code = RIGHT.replace("output y", "output y, output \\z);initial$finish;endmodule/* ")
+    (tmp_path / "both.sv").write_text(f"{BENCH}\n{code}")
+    subprocess.run(judge.tools.build(problem.bench_top, "both.vvp", ["both.sv"]), cwd=tmp_path, check=True)
+    with pytest.raises(NoStage, match="escaped name, which can't be replayed"):
+        read_interface((tmp_path / "both.vvp").read_text(), problem)
 
 
 def cvdp(path, *rows):
