@@ -130,7 +130,7 @@ def make_server(service: Service, port: int, broken: Callable[[], None]) -> Thre
 
         def do_POST(self) -> None:
             length = self.headers.get("Content-Length", "")
-            if not length.isdecimal() or int(length) > LARGEST_BODY_BYTES:
+            if not length.isdecimal() or len(length) > 18 or int(length) > LARGEST_BODY_BYTES:
                 self.close_connection = True
                 self._send(413, {"error": f"a body of at most {LARGEST_BODY_BYTES} bytes, with its Content-Length"})
                 return

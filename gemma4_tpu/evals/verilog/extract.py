@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from bisect import bisect_left
 
 from gemma4_tpu.data.codev import split_response
 from gemma4_tpu.data.drops import RowDropped
@@ -24,7 +25,7 @@ _DEFINED = re.compile(
 )
 _MACRO = re.compile(r"`define[ \t]+(\w+)")
 _BEGUN = re.compile(r"\bmodule\s+\w+\s*[(#;]")
-_WHOLE = re.compile(r"\bmodule\b.*?\bendmodule\b", re.DOTALL)
+_MODULE_BEGINS, _MODULE_ENDS = re.compile(r"\b(?:macro)?module\b"), re.compile(r"\bendmodule\b")
 _WARNED = re.compile(
     r"\b(?:mistakes?|pitfalls?|wrong(?:ly)?|incorrect(?:ly)?|buggy|broken|faulty|bad|avoid|never|don't|do not|not do"
     r"|(?:won't|will not|would not|wouldn't|doesn't|does not) work|anti-?patterns?)\b",
@@ -68,13 +69,18 @@ def extract(completion: str, top: str) -> str | None:
 def _fences(answer: str) -> list[tuple[str, str]]:
     """(the line of prose before it, its inside) of each fence; the last one may be unclosed."""
     found: list[tuple[str, str]] = []
+    prose, start = [], 0  # (where it begins, text) of each line with a word
+    for line in answer.split("\n"):
+        if re.search(r"\w", line):
+            prose.append((start, line))
+        start += len(line) + 1
     opened: tuple[int, int, str] | None = None  # (where the mark stands, where the inside begins, character)
     for mark in _FENCE.finditer(answer):
         character, rest = mark["mark"].strip(" \t>")[0], mark["rest"].strip(" \t*`")
         if opened and character != opened[2]:
             continue
         if opened:
-            found.append(_fence(answer, opened, mark.start()))
+            found.append(_fence(answer, prose, opened, mark.start()))
             opened = None
             at_line_start = not answer[answer.rfind("\n", 0, mark.start()) + 1 : mark.start()].strip(" \t>*")
             if not (at_line_start and _INFO.fullmatch(rest)):
@@ -82,23 +88,26 @@ def _fences(answer: str) -> list[tuple[str, str]]:
         code = _CODE_ON_FENCE_LINE.search(mark["rest"])
         opened = (mark.start(), mark.start("rest") + code.start() if code else mark.end() + 1, character)
     if opened:
-        found.append(_fence(answer, opened, len(answer)))
+        found.append(_fence(answer, prose, opened, len(answer)))
     return found
 
 
-def _fence(answer: str, opened: tuple[int, int, str], end: int) -> tuple[str, str]:
+def _fence(answer: str, prose: list[tuple[int, str]], opened: tuple[int, int, str], end: int) -> tuple[str, str]:
     start, inside, _ = opened
     line = answer.rfind("\n", 0, start) + 1
-    code = answer[inside:end]
-    if ">" in answer[line:start]:
+    before, code = answer[line:start], answer[inside:end]
+    if ">" in before:
         code = _QUOTE.sub("", code)
-    before = [text for text in answer[:start].split("\n") if re.search(r"\w", text)]
-    return (before[-1] if before else "", code.rstrip())
+    if not re.search(r"\w", before):
+        above = bisect_left(prose, (line, ""))
+        before = prose[above - 1][1] if above else ""
+    return before, code.rstrip()
 
 
 def _is_whole(code: str) -> bool:
     bare, trouble = blank(code)
-    return trouble is None and _WHOLE.search(bare) is not None and not defined_modules(_WHOLE.sub("", bare))
+    *ended, rest = _MODULE_ENDS.split(bare)
+    return trouble is None and any(map(_MODULE_BEGINS.search, ended)) and not defined_modules(rest)
 
 
 def _is_warned_of(before: str, code: str) -> bool:

@@ -39,7 +39,7 @@ _SYSTEM_NAME = re.compile(r"\$[\w$]+", re.ASCII)  # wherever it stands: `#1$fini
 _STATEMENT = re.compile(r"\b(?:force|release|alias|bind)\b", re.ASCII)
 _DIRECTIVE = re.compile(r"`(\w*)", re.ASCII)
 _MODULE = re.compile(r"\b(?:macromodule|module)\s+(?:automatic\s+|static\s+)?([A-Za-z_][\w$]*)|\bendmodule\b", re.ASCII)
-_DUMP = re.compile(r"\$dump\w+\s*(?:\([^;]*?\))?\s*;", re.ASCII)
+_DUMP = re.compile(r"\$dump\w++\s*+(?:\([^;]*+)?;", re.ASCII)
 _WORD = re.compile(r"[A-Za-z_][\w$]*", re.ASCII)
 
 

@@ -1,9 +1,11 @@
 """Where the code is in what models write."""
 
+import time
+
 import pytest
 
 from gemma4_tpu.evals.verilog.extract import extract
-from gemma4_tpu.evals.verilog.scan import canonical, forbidden, reachable
+from gemma4_tpu.evals.verilog.scan import canonical, forbidden, reachable, without_dumps
 
 TOP = "module TopModule (input a, output y);\n  assign y = a;\nendmodule"
 DRAFT = TOP.replace("= a", "= ~a")
@@ -132,3 +134,17 @@ def test_forbidden_constructs_are_named(code):
 
 def test_comments_and_strings_are_no_constructs():
     assert forbidden(f'{TOP}\n// $finish `X\n/* $fopen */ "$finish"; $display("x"); q[$]') is None
+
+
+FENCES = ("```\n", "~~~\n", "> ```\n", "```\n~~~\n", "```\n`define A 1\n```\n")
+MODULES = ("module x\n", "module ", "module a module ", "$dumpvars(", "$dumpvars" + " " * 64)
+
+
+@pytest.mark.parametrize("repeated", FENCES + MODULES)
+def test_a_model_that_repeats_itself_is_read_in_time_that_grows_with_its_length(repeated):
+    """Seconds where it was minutes; the service reads completions in one process."""
+    text = repeated * (200_000 // len(repeated))
+    started = time.process_time()
+    code = extract(f"```verilog\nmodule TopModule;\n{text}", "TopModule") or ""
+    without_dumps(reachable(canonical(code)[0], "TopModule"))
+    assert time.process_time() - started < 10
