@@ -10,13 +10,14 @@ What can't be read is answered with 400 and `{"error": …}`. No JAX here.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import logging
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
-from concurrent.futures import BrokenExecutor, Future
+from concurrent.futures import BrokenExecutor, CancelledError, Future
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
@@ -35,7 +36,7 @@ def graded(verdict: Verdict) -> float:
     """A score for rewards, from 0 to 1.
 
     1: it passes. 0.2 to 0.8: it ran to the end of its bench, and 0.6 of this by the share of comparisons without an
-    error. 0.1: it crashes or does not end. 0: all others. A design that does nothing agrees wherever the
+    error. 0.1: it builds, and crashes or does not end. 0: all others. A design that does nothing agrees wherever the
     reference does nothing, so learn from `passed` as soon as some samples do.
     """
     if verdict.passed:
@@ -43,7 +44,8 @@ def graded(verdict: Verdict) -> float:
     if verdict.kind is VerdictClass.MISMATCH:
         agreeing = 1 - verdict.mismatches / verdict.samples if verdict.mismatches and verdict.samples else 0.0
         return round(RAN + AGREEING * agreeing, 6)
-    return BUILT if verdict.kind in (VerdictClass.RUNTIME, VerdictClass.TIMEOUT) else 0.0
+    ran = verdict.refused_by not in ("text", "build")  # a compiler may crash, too, or not end
+    return BUILT if ran and verdict.kind in (VerdictClass.RUNTIME, VerdictClass.TIMEOUT) else 0.0
 
 
 class Service:
@@ -57,7 +59,7 @@ class Service:
         """
         self._problems = {problem.name: problem for problem in problems}
         self._judge, self._check = judge, check
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()  # a future that is done calls back at once
         self._known: OrderedDict[tuple[str, bytes], Future[Verdict]] = OrderedDict()
         self._judged = 0
 
@@ -102,9 +104,16 @@ class Service:
                 future = self._judge.submit(self._problems[name], completion)
             self._judged += 1
             self._known[key] = future
+            future.add_done_callback(lambda done: self._forget_failure(key, done))
             if len(self._known) > REMEMBERED:
                 self._known.popitem(last=False)
             return future
+
+    def _forget_failure(self, key: tuple[str, bytes], done: Future[Verdict]) -> None:
+        """What was no verdict (a full disk, say) is tried again when it is asked for again."""
+        if done.cancelled() or done.exception():
+            with self._lock:
+                self._known.pop(key, None)
 
 
 def _row(name: str, verdict: Verdict) -> dict[str, Any]:
@@ -147,14 +156,17 @@ def make_server(service: Service, port: int, broken: Callable[[], None]) -> Thre
                 log.error("the judge's workers have died: %s", error)
                 self._send(500, {"error": "the judge's workers have died"})
                 broken()
+            except CancelledError:
+                self._send(503, {"error": "the judge is ending"})
 
         def _send(self, status: int, body: dict[str, Any]) -> None:
             data = json.dumps(body).encode()
             self.send_response(status)
             self.send_header("Content-Type", "application/json")
             self.send_header("Content-Length", str(len(data)))
-            self.end_headers()
-            self.wfile.write(data)
+            with contextlib.suppress(ConnectionError):  # who asked is gone
+                self.end_headers()
+                self.wfile.write(data)
 
         def log_message(self, format: str, *args: Any) -> None:
             log.debug(format, *args)

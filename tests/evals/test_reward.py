@@ -6,7 +6,7 @@ import signal
 import subprocess
 import sys
 import time
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from http.client import HTTPConnection
 
 import httpx
@@ -14,7 +14,7 @@ import psutil
 import pytest
 
 from gemma4_tpu.errors import UserError
-from gemma4_tpu.evals.judge_server import graded
+from gemma4_tpu.evals.judge_server import Service, graded
 from gemma4_tpu.evals.problems import Verdict, VerdictClass
 from gemma4_tpu.evals.reward import ANNOUNCEMENT, JudgeProcess
 from gemma4_tpu.evals.verilog import canaries
@@ -49,6 +49,7 @@ def test_scores_rise_with_how_far_a_design_comes():
     crashing, broken = verdict(VerdictClass.RUNTIME), verdict(VerdictClass.SYNTAX)
     scores = [graded(v) for v in (passed, agreeing, differing, crashing, broken, verdict(VerdictClass.FORBIDDEN))]
     assert scores == sorted(scores, reverse=True) == [1.0, 0.74, 0.26, 0.1, 0.0, 0.0]
+    assert graded(verdict(VerdictClass.TIMEOUT, refused_by="build")) == 0  # of the compiler
     assert graded(verdict(VerdictClass.MISMATCH, samples=3)) == 0.2  # ended early: nothing is known to agree
 
 
@@ -77,6 +78,22 @@ def test_many_clients_at_once_get_their_own_verdicts(judge):
     with ThreadPoolExecutor(8) as pool:
         answers = list(pool.map(ask, range(16)))
     assert answers == [[bool((number + i) % 2) for i in range(4)] for number in range(16)]
+
+
+def test_what_failed_by_chance_is_judged_again():
+    outcomes = [OSError("no space left"), verdict(VerdictClass.PASS)]
+
+    class Judge:
+        def submit(self, problem, completion):
+            future, outcome = Future(), outcomes.pop(0)
+            future.set_result(outcome) if isinstance(outcome, Verdict) else future.set_exception(outcome)
+            return future
+
+    service = Service(PROBLEMS, Judge(), None)
+    sample = {"problem": PROBLEMS[0].name, "completion": "module"}
+    with pytest.raises(OSError, match="no space left"):
+        service.verdicts([sample])
+    assert [row["passed"] for row in service.verdicts([sample, sample])] == [True, True]
 
 
 @pytest.mark.parametrize(
