@@ -110,6 +110,8 @@ class _Worker:
     tools: Tools
     folder: Path
     sandboxes: dict[Level, Sandbox] = field(default_factory=dict)
+    replayed: dict[str, tuple[bytes, Finished]] = field(default_factory=dict)
+    """As in `Trial`, of problems with a reference: one entry for each."""
 
     def sandbox(self, level: Level) -> Sandbox:
         if level not in self.sandboxes:
@@ -135,6 +137,7 @@ class _Worker:
             bench_folder=self.empty_folder(sandbox, "bench"),
             stage=functools.partial(self.stage, problem, sandbox) if judged else None,
             limit_seconds=max(1.0, CPU_FACTOR * golden.cpu_seconds) if golden and judged else None,
+            replayed=self.replayed if golden and problem.reference else {},  # references are timed, and run anew
         )
 
     def stage(self, problem: Problem, sandbox: Sandbox, design: str) -> Stage:

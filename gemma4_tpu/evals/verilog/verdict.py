@@ -17,6 +17,7 @@ moment more, since nothing in a bench depends on what comes later.
 
 from __future__ import annotations
 
+import hashlib
 import math
 import os
 import re
@@ -91,6 +92,9 @@ class Trial:
     asked."""
     limit_seconds: float | None = None
     """CPU time of one command; null: as configured."""
+    replayed: dict[str, tuple[bytes, Finished]] = field(default_factory=dict)
+    """Result marker of a stage → (digest of the latest responses that gave its stimulus back, what the bench did then).
+    Right designs respond alike, and a bench that gets the same responses does the same."""
     cpu_seconds: float = 0.0
     pruned: bool = field(default=False, init=False)
     """Modules that the design does not use were left out."""
@@ -186,7 +190,7 @@ class Trial:
         for _ in range(ROUNDS):
             _write(self.folder, {replay.STIMULUS: stimulus})
             responses, played = self._responses()
-            seen, bench = self._seen(responses)
+            seen, bench = self._seen(stage, responses)
             if seen == stimulus:
                 break
             if self.problem.bench_needs_reference and unknown_bit_ticks(seen) > stage.unknown_bit_ticks:
@@ -220,10 +224,18 @@ class Trial:
             raise _Refused(VerdictClass.RUNTIME, "run", "the simulation ended before the stimulus did")
         return lines[0], done
 
-    def _seen(self, responses: str) -> tuple[str, Finished]:
+    def _seen(self, stage: Stage, responses: str) -> tuple[str, Finished]:
         """The stimulus that the bench gives to a design with these responses, and what it printed."""
+        first = _read(stage.folder / replay.STIMULUS)
+        digest = hashlib.sha256(responses.encode()).digest()
+        known, done = self.replayed.get(stage.result_marker, (None, None))
+        if done and known == digest:
+            return first, done
         _write(self.bench_folder, {replay.RESPONSES: responses})
-        return self._written(replay.SEEN, BENCH_PROGRAM, self.bench_folder, "replay")
+        seen, done = self._written(replay.SEEN, BENCH_PROGRAM, self.bench_folder, "replay")
+        if seen == first:
+            self.replayed[stage.result_marker] = (digest, done)
+        return seen, done
 
     def _written(self, name: str, program: str, folder: Path, measure: str) -> tuple[str, Finished]:
         """What a simulation wrote to the one file that it may write, and what it printed."""

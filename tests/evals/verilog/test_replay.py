@@ -120,6 +120,19 @@ def test_a_race_of_the_bench_comes_out_as_beside_it(judge):
     assert judge.judge(problem, fenced(late)).kind is VerdictClass.MISMATCH
 
 
+def test_equal_responses_and_others_get_their_own_verdicts_in_any_order(judge):
+    """What a bench did with the same responses is remembered."""
+    problem = make_problem("race", prompt="", reference=FLIP_FLOP.format("RefModule"), testbench=RACE)
+    judge.prepare([problem])
+    right = FLIP_FLOP.format("TopModule")
+    late, stuck = right.replace("posedge", "negedge"), right.replace("<= d", "<= 0")
+    designs = [right, right + "// again", late, right.replace("<= d", "<= d + 0"), stuck, late, right, stuck]
+    verdicts = [judge.judge(problem, fenced(f"{code}\n// {i // 8}")) for i, code in enumerate(designs * 3)]
+    assert [verdict.passed for verdict in verdicts[:8]] == [True, True, False, True, False, False, True, False]
+    rows = [(v.kind, v.mismatches, v.samples, v.official) for v in verdicts]
+    assert rows[:8] == rows[8:16] == rows[16:] and rows[2] == rows[5] and rows[4] == rows[7] and rows[2] != rows[4]
+
+
 FEEDBACK = """
 module tb;
   reg clk = 0; reg [3:0] i = 0; wire q_ref, q_dut; integer wrong = 0, samples = 0;
