@@ -186,11 +186,11 @@ class Trial:
         """Measures 3 and 4: (groups of the result line, log as the benchmark would have it)."""
         os.link(stage.folder / BENCH_PROGRAM, self.bench_folder / BENCH_PROGRAM)
         _write(self.bench_folder, self.problem.files)
-        stimulus = _read(stage.folder / replay.STIMULUS)
+        stimulus = first = _read(stage.folder / replay.STIMULUS)
         for _ in range(ROUNDS):
             _write(self.folder, {replay.STIMULUS: stimulus})
             responses, played = self._responses()
-            seen, bench = self._seen(stage, responses)
+            seen, bench = self._seen(stage, first, responses)
             if seen == stimulus:
                 break
             if self.problem.bench_needs_reference and unknown_bit_ticks(seen) > stage.unknown_bit_ticks:
@@ -224,9 +224,8 @@ class Trial:
             raise _Refused(VerdictClass.RUNTIME, "run", "the simulation ended before the stimulus did")
         return lines[0], done
 
-    def _seen(self, stage: Stage, responses: str) -> tuple[str, Finished]:
-        """The stimulus that the bench gives to a design with these responses, and what it printed."""
-        first = _read(stage.folder / replay.STIMULUS)
+    def _seen(self, stage: Stage, first: str, responses: str) -> tuple[str, Finished]:
+        """The stimulus that the bench gives to a design with these responses (`first`, often), and what it says."""
         digest = hashlib.sha256(responses.encode()).digest()
         known, done = self.replayed.get(stage.result_marker, (None, None))
         if done and known == digest:
