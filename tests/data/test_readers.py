@@ -18,7 +18,7 @@ ROWS = [{"prompt": f"question {i}", "completion": "a\u2028b\x85c\n\nd" if i == 1
 
 def packed(content, ending):
     if ending == ".gz":
-        return gzip.compress(content)
+        return gzip.compress(content, mtime=0)
     return pyarrow.compress(content, "zstd", asbytes=True) if ending == ".zst" else content
 
 

@@ -10,7 +10,11 @@ import yaml
 from gemma4_tpu.report import main, spelt_out
 from gemma4_tpu.reporting.html import html_page
 from gemma4_tpu.tracking.files import read_json
-from tests.reporting.conftest import ENDPOINT, evaluate, leave, merge, plan, serve, train, words_of
+from tests.reporting.conftest import ENDPOINT, EXPERIMENTS, evaluate, leave, merge, plan, serve, train, words_of
+
+RECORD = read_json(EXPERIMENTS / "smoke" / "result.json")
+LOSSES = f"{RECORD['heldout_loss_first']:.4f} → {RECORD['heldout_loss_last']:.4f}"
+TOKENS = f"{RECORD['real_tokens']:,}, {RECORD['target_tokens']:,} of them with loss, fill {RECORD['fill']:.1%}"
 
 
 def report(*words):
@@ -41,8 +45,8 @@ def test_one_page_from_plan_to_cost(everything, tmp_path, capsys):
                     "Configuration", "Provenance"):  # fmt: skip
         assert f"## {heading} " in told
     for row in (
-        "| Held-out loss, before and after | 0.7443 → 0.4187 | *measured* |",  # training
-        "| Real tokens | 3,738, 1,538 of them with loss, fill 91.3% | *measured* |",
+        f"| Held-out loss, before and after | {LOSSES} | *measured* |",  # training
+        f"| Real tokens | {TOKENS} | *measured* |",
         f"| Run | gemma4_31b, qlora nf4 r=64, remat {planned['remat']}, on v6e-8 (",  # plan
         "| Logits off by | 3.3e-03 (3.1e-03 is rounding to bfloat16) | *measured* |",  # merge
         "| 1 | run | verilog_smoke | 4 | 2 | strict | @1 **0.625** |",  # evaluation
@@ -136,7 +140,7 @@ def test_several_runs_side_by_side(run, tmp_path, capsys):
     assert (
         "| configuration | train/smoke | train/second | | --- | --- | --- | | `lora.rank` | 4 | 99 | | result |" in told
     )
-    assert "| Held-out loss, before and after | 0.7443 → 0.4187 | 0.7443 → 0.3000 | *measured* |" in told
+    assert f"| Held-out loss, before and after | {LOSSES} | {LOSSES.split()[0]} → 0.3000 | *measured* |" in told
     assert "| train/second | pass@1 on verilog\\_smoke, run | 1.000" in told
     assert "## train/smoke" in told and "### Training" in told and told.count("## Cost") == 1
     drawn = {path.name for path in (tmp_path / "both_plots").iterdir() if path.suffix}
@@ -157,7 +161,7 @@ def test_a_run_on_a_bucket(run, tmp_path, bucket, capsys):
     report(f"run={place}")
     assert "1 merge" in capsys.readouterr().out
     page = tmp_path / "outputs/gs" / place.removeprefix("gs://") / "report.md"
-    assert "0.7443 → 0.4187" in page.read_text()
+    assert LOSSES in page.read_text()
 
 
 def test_refusals(run, tmp_path, capsys):
