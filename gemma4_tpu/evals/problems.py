@@ -5,11 +5,11 @@ Another benchmark is one file with a `ProblemSource`; see `verilog/resbench.py`.
 
 from __future__ import annotations
 
-import pickle
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from enum import StrEnum
+from multiprocessing.reduction import ForkingPickler
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -75,8 +75,8 @@ def check_problems(problems: Sequence[Problem], benchmark: str) -> None:
         if problem.bench_needs_reference and not problem.reference:
             raise UserError(f"{said}: its bench needs a reference, and there is none")
         try:
-            pickle.dumps(problem.official_rule)
-        except (pickle.PicklingError, AttributeError, TypeError):
+            ForkingPickler.dumps(problem.official_rule)  # as the pool hands it to its workers
+        except Exception:  # it depends on Python's version which one
             raise UserError(
                 f"{said}: official_rule is {problem.official_rule!r}, which worker processes can't import; write it as"
                 " a function of a module (no lambda, no function within a function)"
