@@ -1,6 +1,6 @@
 # Two commands for a newcomer: `make train` runs the main job on the data that travels with the package, `make test`
-# checks everything. Both set up .venv first; outside the checkout only `make test` changes anything, and only as root: it
-# installs the programs that tests use.
+# checks that all works here, `make test-all` with what takes long. They set up .venv first; outside the checkout only the
+# tests change anything, and only as root: they install the programs that they use.
 #   make train ARGS="lora.rank=8 trainer.max_updates=20"      make test ARGS="tests/config -q"
 PYTHON ?= python3
 VENV   ?= .venv
@@ -14,9 +14,10 @@ LOCKED := $(PIP) install --require-hashes --no-deps
 # What tests use of the system: command:package of Debian.
 TOOLS := iverilog:iverilog bwrap:bubblewrap shellcheck:shellcheck chromium/google-chrome:chromium verilator:verilator yosys:yosys
 # A worker for each core, up to four; `ARGS="-n 0 …"` runs the tests in one process.
-PYTEST = -m pytest -n logical --maxprocesses 4 --dist worksteal $(if $(CI),--allowed-skips tests/allowed_skips.txt) $(ARGS)
+PYTEST = -m pytest -n logical --maxprocesses 4 --dist worksteal $(if $(CI),--allowed-skips tests/allowed_skips.txt) \
+  -m "$(MARKED)" $(ARGS)
 
-.PHONY: train test check demo lock setup setup-dev clean
+.PHONY: train test test-slow test-all coverage check demo lock setup setup-dev clean
 
 train: setup
 	$(BIN)/python -m gemma4_tpu.train $(ARGS)
@@ -26,17 +27,19 @@ demo: setup-dev
 	@tests/tools.sh $(filter iverilog:%,$(TOOLS))
 	PYTHON=$(BIN)/python launch/demo.sh $(ARGS)
 
-# COVERAGE=1 also measures which lines the tests reach, in child processes too, and fails under 85%; slower.
-test: setup-dev
+# `test` leaves out what is marked as slow, unless ARGS say what to run. COVERAGE=1 also measures which lines are reached,
+# in child processes too, which is slower; `make coverage` then tells, and fails under 85%.
+test: MARKED = $(if $(ARGS),,not slow)
+test-slow: MARKED = slow
+test test-slow: setup-dev
 	@tests/tools.sh $(TOOLS) || true
-ifdef COVERAGE
-	$(BIN)/coverage erase
-	$(BIN)/coverage run $(PYTEST)
+	$(BIN)/$(if $(COVERAGE),coverage run,python) $(PYTEST)
+
+test-all: test test-slow
+
+coverage:
 	$(BIN)/coverage combine --quiet
 	$(BIN)/coverage report
-else
-	$(BIN)/python $(PYTEST)
-endif
 
 # What CI and the pre-commit hook run first: style, types, spelling; links, floors and pages of docs/.
 check: setup-dev
