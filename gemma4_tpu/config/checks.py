@@ -13,7 +13,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from gemma4_tpu.architectures import Architecture
-from gemma4_tpu.compiler_flags import flags_problem
 from gemma4_tpu.config.files import (
     at_home,
     checkpoint_architecture,
@@ -252,7 +251,6 @@ def _run(root: TrainRoot) -> list[str]:
         messages.append(f"name={root.name}: part of a folder's name; letters, digits and . _ + - only")
     if root.lora.start is not None and not _goes_on(root.run_dir):
         messages += start_problem(root.lora)
-    messages += flags_problem(root.hardware)
     messages += _watched(root.trainer)
     messages += replay_problems(root.replay, root.replay_allow, root.run_dir)
     if root.run_dir is not None and "://" in root.run_dir:

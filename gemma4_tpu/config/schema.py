@@ -27,9 +27,9 @@ class HardwareConfig:
     flex_start: bool = False
     """Flex-start capacity (Dynamic Workload Scheduler), which waits for room and stays for 7 days at most; for costs
     only."""
-    flags: str = "none"
-    """Compiler flags: `tuned`, the chip's preset (`compiler_flags.py`), or `none`. Planning and training compile with
-    the same."""
+    flags: str = "tuned"
+    """Compiler flags: `tuned`, the chip's preset (`compiler_flags.py`; GPUs and CPUs have none), or `none`. Planning
+    and training compile with the same."""
     compiler_options: dict[str, Any] = field(default_factory=dict)
     """Options for XLA by name, such as `{xla_tpu_enable_latency_hiding_scheduler: true}`, over those of `flags`."""
 

@@ -22,17 +22,19 @@ from gemma4_tpu.planning.links import Grid
 from gemma4_tpu.planning.program import OutOfMemory, Program, UnderWay
 from gemma4_tpu.planning.topology import absent_devices
 
+UPDATES = 1_000
+"""Of the run, as the program's learning rates see it: the same for all plans, so that a run with other rows or epochs
+is the same program. No figure depends on it."""
 Answer = tuple[str, dict[str, Any]]
 """A stage, and what is known then: `hbm_limit_bytes`, `versions`, and either `compiled` (`compile.Compiled`) or
 `out_of_memory` (`message`, `needed_bytes`). What was compiled before is known at once, with its schedule."""
 
 
-def answers(config: PlanRoot, updates: int, dump: Path) -> Iterator[Answer]:
+def answers(config: PlanRoot, dump: Path) -> Iterator[Answer]:
     """Compiles the step of a configuration.
 
     Args:
       config: with a remat policy, not `auto`.
-      updates: of the whole run.
       dump: a folder to make, for the compiler's files.
 
     Raises:
@@ -47,7 +49,7 @@ def answers(config: PlanRoot, updates: int, dump: Path) -> Iterator[Answer]:
     rows = rows_per_microbatch(config.trainer, config.data, sizes.row_places)
     given = compiling.shapes(
         checked.architecture, config.lora, config.optimizer, config.trainer, mesh,
-        rows=rows, length=config.data.sequence_length, updates=updates, options=options,
+        rows=rows, length=config.data.sequence_length, updates=UPDATES, options=options,
     )  # fmt: skip
     answer: dict[str, Any] = {
         "hbm_limit_bytes": compiling.hbm_limit_bytes(devices[0]),

@@ -104,7 +104,7 @@ def plan_one(planned: Planned) -> PlanResult:
 
 def start(planned: Planned, stage: Callable[[str], None]) -> Compilation:
     """Begins to compile a configuration."""
-    return Compilation(Request(planned.config, planned.fill.updates), stage)
+    return Compilation(Request(planned.config), stage)
 
 
 def result_of(planned: Planned, answer: dict[str, Any]) -> tuple[PlanResult, Walked | None]:

@@ -36,7 +36,6 @@ class Request:
 
     config: PlanRoot
     """With a remat policy, not `auto`."""
-    updates: int
 
 
 class Compilation:
@@ -45,7 +44,7 @@ class Compilation:
     def __init__(self, request: Request, stage: Callable[[str], None] = lambda name: None):
         self._folder = tempfile.TemporaryDirectory(prefix="gemma4-plan-")
         self._place = Path(self._folder.name)
-        content = {"config": to_yaml(request.config), "updates": request.updates}
+        content = {"config": to_yaml(request.config)}
         (self._place / REQUEST).write_text(json.dumps(content), encoding="utf-8")
         self._errors = (self._place / "stderr").open("w+", encoding="utf-8")
         self._process = subprocess.Popen(
@@ -122,7 +121,7 @@ def main(folder: str) -> None:
     from gemma4_tpu.planning.answers import answers  # imports JAX
 
     try:
-        for stage, answer in answers(from_yaml(content["config"], PlanRoot), content["updates"], place / DUMP):
+        for stage, answer in answers(from_yaml(content["config"], PlanRoot), place / DUMP):
             _write(place / f"{stage}.json", answer)
     except UserError as refusal:
         _write(place / f"{ASSIGNED}.json", {"refused": str(refusal)})

@@ -42,7 +42,7 @@ class PlanResult:
     """Sizes of the axes `dp`, `fsdp` and `tp`."""
     remat: str
     """The policy that was compiled (what `auto` chose)."""
-    flags: str = "none"
+    flags: str = "none"  # of plans made before there were any
     """`hardware.flags`."""
     sequence_length: int
     """T, in tokens."""

@@ -14,7 +14,6 @@ from typing import Any
 
 import psutil
 
-from gemma4_tpu.compiler_flags import flags_problem
 from gemma4_tpu.config.meshes import legal_meshes, resolve_mesh
 from gemma4_tpu.config.plan_checks import examine_plan
 from gemma4_tpu.config.schema import MeshConfig
@@ -120,16 +119,11 @@ def search(planned: Planned) -> Found:
 def _schedule(found: Found, fitting: list[tuple[PlanResult, Candidate]], plan: PlanConfig) -> None:
     """Compiles the candidates with the best rooflines to the end, and lets the results take their places."""
     best = sorted(fitting, key=lambda one: chip_seconds(one[0]))[: plan.search_schedules]
-    settings = []
-    for flags in plan.search_flags if best else []:
-        hardware = replace(best[0][1].planned.config.hardware, flags=flags)
-        found.skipped += [{"candidate": f"hardware.flags={flags}", "reason": r} for r in flags_problem(hardware)]
-        settings += [] if flags_problem(hardware) else [hardware]
-    for number, ((before, candidate), hardware) in enumerate(itertools.product(best, settings), 1):
+    for number, ((before, candidate), flags) in enumerate(itertools.product(best, plan.search_flags), 1):
         of = candidate.planned
-        changed = replace(of.config, hardware=hardware)
-        overrides = [*candidate.overrides, f"hardware.flags={hardware.flags}"]
-        log.info("%d of %d to the end: %s", number, len(best) * len(settings), " ".join(overrides))
+        changed = replace(of.config, hardware=replace(of.config.hardware, flags=flags))
+        overrides = [*candidate.overrides, f"hardware.flags={flags}"]
+        log.info("%d of %d to the end: %s", number, len(best) * len(plan.search_flags), " ".join(overrides))
         with attempted(replace(of, config=changed)) as attempt:
             if attempt.goes_on:
                 attempt.finish()
