@@ -26,8 +26,8 @@ TUNED: dict[str, dict[str, Any]] = {
     "v5p": {**_REDUCE_SCATTER, **_ASYNCHRONOUS_GATHERS, "xla_tpu_scoped_vmem_limit_kib": 48 * 1024},
     "v6e": {**_REDUCE_SCATTER, **_ASYNCHRONOUS_GATHERS},
 }
-"""`hardware.flags=tuned` by chip. More on-chip memory than the default lets products take larger windows: it pays on v5p,
-not on v6e."""
+"""`hardware.flags=tuned` by chip. More on-chip memory than the default lets products take larger windows: it pays on
+v5p, not on v6e."""
 
 
 def compiler_options(hardware: HardwareConfig) -> dict[str, Any]:
@@ -35,4 +35,3 @@ def compiler_options(hardware: HardwareConfig) -> dict[str, Any]:
     known = slice_of(hardware)
     preset = TUNED.get(known.chip.name, {}) if known is not None and hardware.flags == "tuned" else {}
     return {**preset, **hardware.compiler_options}
-
