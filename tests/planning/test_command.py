@@ -39,7 +39,6 @@ pytestmark = needs_tpu_compiler
         (["trainer.remat=most"], ["trainer.remat=most", "decoder"]),
         (["plan.search_flags=[fast]"], ["plan.search_flags=['fast']", "tuned"]),
         (["hardware.flags=fast"], ["hardware.flags=fast", "tuned"]),
-        (["hardware=v6e8", "hardware.flags=tuned"], ["hardware.flags=tuned", "no preset for v6e-8", "v5p"]),
         (["plan.utilization_low=0.9"], ["plan.utilization_low=0.9", "plan.utilization_high=0.6"]),
         (["model=gemma4_31b", "lora=none"], ["lora.enabled=false"]),
         (["hardware.compiler_options.xla_tpu_x=1"], ["hardware.compiler_options={xla_tpu_x: …}"]),
