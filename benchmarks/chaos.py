@@ -267,7 +267,7 @@ def _import_all() -> None:
 
     import gemma4_tpu.data.build
     import gemma4_tpu.export.job
-    import gemma4_tpu.tracking.plots
+    import gemma4_tpu.reporting.curves
     import gemma4_tpu.tracking.provenance
     import gemma4_tpu.training.compile_cache
     import gemma4_tpu.training.loop  # noqa: F401

@@ -18,7 +18,7 @@ from gemma4_tpu.config.serving import BenchRoot
 from gemma4_tpu.errors import exit_code
 
 if TYPE_CHECKING:
-    from gemma4_tpu.benching.sweep import Results
+    from gemma4_tpu.benching.all_cells import Results
     from gemma4_tpu.benching.vllm_client import VllmClient
     from gemma4_tpu.tracking.run import RunFolder
 
@@ -62,9 +62,9 @@ def _client(loaded: Loaded[BenchRoot, BenchChecked]) -> VllmClient | None:
 
 def _bench(loaded: Loaded[BenchRoot, BenchChecked]) -> int:
     """The benchmark and its record."""
+    from gemma4_tpu.benching.all_cells import run_sweep
     from gemma4_tpu.benching.cross_check import cross_check
-    from gemma4_tpu.benching.sweep import run_sweep
-    from gemma4_tpu.tracking import provenance
+    from gemma4_tpu.tracking import provenance, records
     from gemma4_tpu.tracking.logs import setup_logging
     from gemma4_tpu.tracking.run import RunFolder
 
@@ -73,8 +73,8 @@ def _bench(loaded: Loaded[BenchRoot, BenchChecked]) -> int:
     if client:
         client.check()
     record = RunFolder.open(
-        "outputs", config.name, config.run_dir, "auto", config=asdict(config), overrides=loaded.overrides,
-        resume_allow=MAY_CHANGE,
+        "outputs", config.name, config.run_dir, "auto", config=asdict(config), kind=records.LOAD_TEST,
+        overrides=loaded.overrides, resume_allow=MAY_CHANGE,
     )  # fmt: skip
     setup_logging(record.log_path)
 
@@ -92,12 +92,11 @@ def _bench(loaded: Loaded[BenchRoot, BenchChecked]) -> int:
 
 def _report(record: RunFolder, results: Results, compared: dict[str, Any] | None, checked: BenchChecked) -> int:
     """`result.json`, `report.md`, `report.html`, and the coverage on the terminal."""
-    from gemma4_tpu.benching.report import outcome, write_report
-    from gemma4_tpu.benching.sweep import coverage_line
-    from gemma4_tpu.tracking.files import write_json
+    from gemma4_tpu.benching.all_cells import coverage_line, outcome_of
+    from gemma4_tpu.reporting.load_test import write_report
 
-    found = outcome(results, compared)
-    write_json(record.result_path, found)
+    found = outcome_of(results, compared)
+    record.leave(found)
     print(write_report(record.path, results, compared, checked))
     print(coverage_line(results))
     print(f"report: {record.path / 'report.html'}")

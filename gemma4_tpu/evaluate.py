@@ -51,6 +51,7 @@ def _run(loaded: Loaded[EvaluateRoot, EvaluateChecked]) -> int:
 def _evaluate(loaded: Loaded[EvaluateRoot, EvaluateChecked]) -> int:
     """One evaluation and its record."""
     from gemma4_tpu.evals.job import evaluate
+    from gemma4_tpu.tracking import records
     from gemma4_tpu.tracking.logs import setup_logging
     from gemma4_tpu.tracking.run import RunFolder
 
@@ -60,7 +61,7 @@ def _evaluate(loaded: Loaded[EvaluateRoot, EvaluateChecked]) -> int:
         config = _recorded(config)
     record = RunFolder.open(
         config.run or "outputs", config.name, config.run_dir, "auto",
-        config=asdict(config), overrides=loaded.overrides, resume_allow=MAY_CHANGE,
+        config=asdict(config), kind=records.EVALUATION, overrides=loaded.overrides, resume_allow=MAY_CHANGE,
     )  # fmt: skip
     setup_logging(record.log_path)
 

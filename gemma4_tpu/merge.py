@@ -60,25 +60,27 @@ def _run(loaded: Loaded[MergeRoot, MergeChecked]) -> int:
 
 def _export(job: Job, loaded: Loaded[MergeRoot, MergeChecked], *, several: bool) -> None:
     """One export and its record: configuration, provenance, log, delta norms, parity, result."""
-    from gemma4_tpu.tracking import provenance
-    from gemma4_tpu.tracking.files import write_json
+    from gemma4_tpu.reporting.deltas import write_deltas
+    from gemma4_tpu.tracking import provenance, records
     from gemma4_tpu.tracking.logs import setup_logging
     from gemma4_tpu.tracking.run import RunFolder
 
     config, run = loaded.root, job.trained.run.path
     run_dir = f"{config.run_dir}/{run.name}" if config.run_dir and several else config.run_dir
     with job.reserved():
-        record = RunFolder.open(run, config.name, run_dir, "auto", config=asdict(config), overrides=loaded.overrides)
+        record = RunFolder.open(
+            run, config.name, run_dir, "auto", config=asdict(config), kind=records.MERGE, overrides=loaded.overrides
+        )
         setup_logging(record.log_path)
         try:
             fingerprints = {"base": job.trained.base.fingerprint, "checkpoint": job.trained.state.identity}
             provenance.record(record, provenance.capture(hardware={}, seeds={}, fingerprints=fingerprints))
-            result = job.run(record)
-            write_json(record.result_path, result)
+            result = job.run(record, write_deltas)
+            record.leave(result)
             _track(job, record, result, asdict(config))
         except Exception as error:
             with suppress(OSError):  # a disk that is full takes no record either
-                write_json(record.result_path, {"status": "failed", "error": first_line(error)})
+                record.leave({"status": "failed", "error": first_line(error)})
             raise
         finally:
             record.close()

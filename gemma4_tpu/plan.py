@@ -35,6 +35,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _run(loaded: Loaded[PlanRoot, PlanChecked]) -> int:
     """Opens the plan's folder and leaves plan.json (search.json) and pictures there."""
     from gemma4_tpu.planning.attempt import Planned
+    from gemma4_tpu.tracking import records
     from gemma4_tpu.tracking.logs import setup_logging
     from gemma4_tpu.tracking.run import RunFolder
 
@@ -42,8 +43,9 @@ def _run(loaded: Loaded[PlanRoot, PlanChecked]) -> int:
     setup_logging()
     planned = Planned.of(config, loaded.checked)
     folder = RunFolder.open(
-        "outputs", config.name, config.run_dir, "auto", config=asdict(config), overrides=loaded.overrides
-    )
+        "outputs", config.name, config.run_dir, "auto", config=asdict(config), kind=records.PLAN,
+        overrides=loaded.overrides,
+    )  # fmt: skip
     setup_logging(folder.log_path)
     for warning in loaded.checked.warnings:
         log.warning(warning)
@@ -94,10 +96,10 @@ def _keep(attempt: Attempt, folder: RunFolder) -> None:
     """Leaves plan.json and pictures."""
     from gemma4_tpu.planning.report import plot_hbm
     from gemma4_tpu.planning.timeline import plot_timeline
-    from gemma4_tpu.tracking.files import write_json
+    from gemma4_tpu.tracking import records
 
     result = attempt.result
-    write_json(folder.path / "plan.json", result)
+    records.write_record(folder.path / records.PLAN_FILE, records.PLAN, result)
     plot_hbm([result], folder.path / "hbm.png")
     if attempt.walked is not None:
         title = f"One round of the slowest loop: {result.model}, {result.trained}, on {result.slice}"
@@ -108,10 +110,10 @@ def _search(planned: Planned, folder: RunFolder) -> int:
     """Every candidate of the slice; which of them nothing else beats in both dollars and headroom."""
     from gemma4_tpu.planning.report import plot_hbm, print_search
     from gemma4_tpu.planning.search import search
-    from gemma4_tpu.tracking.files import write_json
+    from gemma4_tpu.tracking import records
 
     found = search(planned)
-    write_json(folder.path / "search.json", found)
+    records.write_record(folder.path / "search.json", records.SEARCH, found)
     if found.front:
         plot_hbm(found.front, folder.path / "hbm.png")
     print_search(found, folder.path)

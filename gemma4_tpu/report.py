@@ -55,15 +55,15 @@ def _quoted(text: str) -> str:
 
 
 def _run(root: ReportRoot) -> int:
-    from gemma4_tpu.reporting.show import show_runs
+    from gemma4_tpu.reporting.page import show_runs
 
     return show_runs(root)
 
 
 def _sweep(root: ReportRoot) -> int:
-    from gemma4_tpu.sweeping.report import show
+    from gemma4_tpu.reporting.sweep import show_sweep
 
-    return show(root.sweep, root.metric)
+    return show_sweep(root.sweep, root.metric)
 
 
 def _wandb(root: ReportRoot) -> int:
@@ -73,25 +73,25 @@ def _wandb(root: ReportRoot) -> int:
 
 
 def _check(root: ReportRoot) -> int:
-    from gemma4_tpu.training.experiments import check_experiment
+    from gemma4_tpu.reporting.experiment import check_experiment
 
     return check_experiment(root.check)
 
 
 def _cost(root: ReportRoot) -> int:
-    from gemma4_tpu.costing.show import show_costs
+    from gemma4_tpu.reporting.costs import show_costs
 
     return show_costs(root)
 
 
 def _plausibility(root: ReportRoot) -> int:
-    from gemma4_tpu.costing.show import show_plausibility
+    from gemma4_tpu.reporting.ceilings import show_plausibility
 
     return show_plausibility(root.plausibility, root.out)
 
 
 def _price_list(root: ReportRoot) -> int:
-    from gemma4_tpu.costing.show import show_price_list
+    from gemma4_tpu.reporting.price_list import show_price_list
 
     return show_price_list()
 

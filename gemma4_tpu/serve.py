@@ -98,15 +98,14 @@ def _serve(loaded: Loaded[ServeRoot, ServeChecked], memory: MemoryEstimate) -> i
 
 def _recorded(loaded: Loaded[ServeRoot, ServeChecked], make: Callable[[RunFolder], Server | LocalServer]) -> int:
     """A server and its record: configuration, log, result."""
-    from gemma4_tpu.tracking import provenance
-    from gemma4_tpu.tracking.files import write_json
+    from gemma4_tpu.tracking import provenance, records
     from gemma4_tpu.tracking.logs import setup_logging
     from gemma4_tpu.tracking.run import RunFolder
 
     config = loaded.root
     record = RunFolder.open(
         loaded.checked.run or "outputs", config.name, config.run_dir, "auto", config=asdict(config),
-        overrides=loaded.overrides, resume_allow=("run", "serving"),
+        kind=records.SERVING, overrides=loaded.overrides, resume_allow=("run", "serving"),
     )  # fmt: skip
     setup_logging(record.log_path)
     server = make(record)
@@ -117,7 +116,7 @@ def _recorded(loaded: Loaded[ServeRoot, ServeChecked], make: Callable[[RunFolder
         provenance.record(record, captured)
         return server.run()
     finally:
-        write_json(record.result_path, server.outcome.plain())
+        record.leave(server.outcome)
         record.close()
 
 

@@ -56,8 +56,8 @@ def _run(loaded: Loaded[TrainRoot, Checked]) -> int:
 
 def _record(loaded: Loaded[TrainRoot, Checked], hosts: Hosts, preemption: Preemption) -> int:
     """Opens the run folder, trains in it, and leaves a result, plots and a summary there."""
+    from gemma4_tpu.reporting.curves import plot_run
     from gemma4_tpu.tracking.logs import log_refusal, setup_logging
-    from gemma4_tpu.tracking.plots import plot_run
     from gemma4_tpu.tracking.progress import print_summary
     from gemma4_tpu.tracking.result import Result
 
@@ -124,8 +124,7 @@ def _train(
     from gemma4_tpu.models.audit import audit
     from gemma4_tpu.models.base import resolve_base
     from gemma4_tpu.planning.remat import resolve_remat
-    from gemma4_tpu.tracking import provenance
-    from gemma4_tpu.tracking.files import write_json
+    from gemma4_tpu.tracking import provenance, records
     from gemma4_tpu.training import resume
     from gemma4_tpu.training.batches import make_batches
     from gemma4_tpu.training.compile_cache import use_compile_cache
@@ -170,7 +169,7 @@ def _train(
     if resume_from is not None:
         resume.check(folder, resume_from, fingerprints, updates, config.optimizer, config.checkpoint)
     if folder.write:
-        write_json(folder.data_path, data.to_json())
+        records.write_record(folder.data_path, records.DATA, data.to_json())
 
     # ── weights, adapters, optimizer ───────────────────────────────────────────────────────────────────────────────
     check_capacity(base.arch, config.lora, config.trainer, config.checkpoint, mesh, folder.checkpoints)

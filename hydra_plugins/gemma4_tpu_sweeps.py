@@ -31,7 +31,7 @@ class ProcessesLauncher(Launcher):
     def __init__(self, **settings: Any):
         self.settings = settings
         self.sweep: Any = None
-        """Set by the sweeper: the `gemma4_tpu.sweeping.launch.OpenSweep` that the jobs belong to."""
+        """Set by the sweeper: the `gemma4_tpu.sweeping.hydra_jobs.OpenSweep` that the jobs belong to."""
 
     def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
         """As Hydra asks for it."""
@@ -39,7 +39,7 @@ class ProcessesLauncher(Launcher):
 
     def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:
         """Runs the jobs, each with its overrides."""
-        from gemma4_tpu.sweeping.launch import launch
+        from gemma4_tpu.sweeping.hydra_jobs import launch
 
         return launch(self.sweep, self.config, self.settings, job_overrides)
 
@@ -56,9 +56,10 @@ class GridSweeper(BasicSweeper):
 
     def sweep(self, arguments: list[str]) -> Any:
         """Runs the sweep of a command line."""
-        from gemma4_tpu.sweeping.launch import sweeping
+        from gemma4_tpu.reporting.sweep import show_sweep
+        from gemma4_tpu.sweeping.hydra_jobs import sweeping
 
-        with sweeping(self.config, self.metric) as self.launcher.sweep:
+        with sweeping(self.config, show_sweep, self.metric) as self.launcher.sweep:
             return super().sweep(arguments)
 
 
@@ -80,8 +81,10 @@ class OptunaSweeper(Sweeper):
 
     def sweep(self, arguments: list[str]) -> Any:
         """Runs the sweep of a command line."""
-        from gemma4_tpu.sweeping.launch import sweeping
-        from gemma4_tpu.sweeping.search import Search
+        from gemma4_tpu.reporting.sweep import show_sweep
+        from gemma4_tpu.sweeping.hydra_jobs import sweeping
+        from gemma4_tpu.sweeping.optuna_search import Search
 
-        with sweeping(self.config, self.settings["metric"], self.settings["direction"]) as self.launcher.sweep:
+        metric, direction = self.settings["metric"], self.settings["direction"]
+        with sweeping(self.config, show_sweep, metric, direction) as self.launcher.sweep:
             return Search(self.launcher.sweep, self.launcher, self.settings).run(arguments)

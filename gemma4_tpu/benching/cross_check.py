@@ -11,13 +11,13 @@ import logging
 from pathlib import Path
 from typing import Any
 
+from gemma4_tpu.benching.all_cells import Results
 from gemma4_tpu.benching.cells import Cell
-from gemma4_tpu.benching.load import FAILED, OK
-from gemma4_tpu.benching.metrics import P99_FROM
-from gemma4_tpu.benching.sweep import Results
+from gemma4_tpu.benching.latencies import P99_FROM
+from gemma4_tpu.benching.one_cell import FAILED, OK
 from gemma4_tpu.benching.vllm_client import VllmClient
 from gemma4_tpu.config.serving import BenchConfig
-from gemma4_tpu.tracking.files import read_json, write_compact_json, write_json
+from gemma4_tpu.tracking.records import CELL, CROSS_CHECK, read_record, write_record
 
 log = logging.getLogger(__name__)
 
@@ -57,19 +57,19 @@ def cross_check(client: VllmClient, config: BenchConfig, results: Results, folde
         say("%s: %s", cell.shown, verdict(found))
     bounds = {"throughput": THROUGHPUT_BOUND, "latency": LATENCY_BOUND}
     told = {"bounds": bounds, "not_run": len(results) - len(cells), "cells": compared}
-    write_json(place / "comparison.json", told)
+    write_record(place / "comparison.json", CROSS_CHECK, told)
     return told
 
 
 def _theirs(client: VllmClient, cell: Cell, model: str, place: Path) -> dict[str, Any]:
     """Their result of a cell, from an earlier start if it is good."""
     path = place / f"{cell.name}.json"
-    before = read_json(path) if path.is_file() else None
+    before = read_record(path).values if path.is_file() else None
     if before and before["state"] == OK:
         return before
     attempt = before["attempt"] + 1 if before else 0
     theirs = client.run(cell, model, place / f"{cell.name}.log", attempt)
-    write_compact_json(path, theirs)
+    write_record(path, CELL, theirs, compact=True)
     return theirs
 
 

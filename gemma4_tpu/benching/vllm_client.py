@@ -11,7 +11,7 @@ from typing import Any
 
 from gemma4_tpu.benching.cells import Cell, generator
 from gemma4_tpu.benching.client import prefix_cache_tokens, session
-from gemma4_tpu.benching.load import FAILED, OK
+from gemma4_tpu.benching.one_cell import FAILED, OK
 from gemma4_tpu.config.serving import BenchConfig, ServingConfig
 from gemma4_tpu.errors import UserError
 from gemma4_tpu.serving.command import MODEL_MOUNT, container_name, shown

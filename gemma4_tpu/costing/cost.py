@@ -7,8 +7,7 @@ from dataclasses import dataclass, field
 
 from gemma4_tpu.costing.figures import Evaluation, Figures, Point, Printed, Training
 from gemma4_tpu.hardware import SLICES
-from gemma4_tpu.prices import ON_DEMAND, SPOT, Price, slice_price
-from gemma4_tpu.tracking.cost import usd, usd_per_million_tokens
+from gemma4_tpu.prices import ON_DEMAND, SPOT, Price, slice_price, usd, usd_per_million_tokens
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -10,6 +10,8 @@ from gemma4_tpu.costing.ceiling import Model, Serving
 from gemma4_tpu.prices import ON_DEMAND
 
 MEASURED, ESTIMATED, QUOTED, GIVEN = LABELS = ("measured", "estimated", "quoted", "given")
+BY = {label: f"*{label}*" for label in LABELS}
+"""How a page marks who says so."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -35,9 +35,9 @@ import yaml
 from gemma4_tpu.architectures import ARCHITECTURES
 from gemma4_tpu.config.keys import did_you_mean
 from gemma4_tpu.config.schema import LoraConfig
-from gemma4_tpu.costing.bench import read_points
 from gemma4_tpu.costing.ceiling import Model, Serving
 from gemma4_tpu.costing.figures import LABELS, Evaluation, Figures, Point, Printed, Training
+from gemma4_tpu.costing.load_tests import read_points
 from gemma4_tpu.errors import UserError
 from gemma4_tpu.hardware import LOCAL, SLICES
 from gemma4_tpu.models.kv_cache import DTYPE_BYTES

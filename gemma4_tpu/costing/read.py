@@ -2,27 +2,34 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from gemma4_tpu.architectures import ARCHITECTURES
 from gemma4_tpu.config.schema import HardwareConfig, LoraConfig
-from gemma4_tpu.costing import bench, quoted
+from gemma4_tpu.costing import load_tests, quoted
 from gemma4_tpu.costing.ceiling import Model
 from gemma4_tpu.costing.figures import ESTIMATED, MEASURED, Evaluation, Figures, Training
 from gemma4_tpu.errors import UserError
 from gemma4_tpu.hardware import LOCAL
+from gemma4_tpu.planning.money import CONFIGURED
 from gemma4_tpu.prices import ON_DEMAND, kind_of
-from gemma4_tpu.tracking.files import read_json
+from gemma4_tpu.tracking.records import (
+    CONFIG,
+    EVALUATION,
+    PLAN,
+    PLAN_FILE,
+    RESULT,
+    TRAINING,
+    Record,
+    config_of,
+    read_record,
+    result_of,
+)  # fmt: skip
 
 log = logging.getLogger(__name__)
-
-PLAN, RESULT, CONFIG = "plan.json", "result.json", "config.yaml"
 
 
 def read(places: Sequence[str]) -> Figures:
@@ -41,49 +48,42 @@ def _place(place: Path) -> Figures:
         found = Figures.together(inside) if inside else None
     if found is None:
         raise UserError(
-            f"{place}: no run ({RESULT}, {CONFIG}), plan ({PLAN}), evaluation, benchmark or {quoted.NAME} in it"
+            f"{place}: no run ({RESULT}, {CONFIG}), plan ({PLAN_FILE}), evaluation, benchmark or {quoted.NAME} in it"
         )
     return found
 
 
 def _record(path: Path) -> Figures | None:
     """The figures of one record; None: it is none."""
+    if path.is_file() and path.suffix == ".yaml":
+        return quoted.read_figures(path) if path.name.endswith(quoted.NAME) else None
     if path.is_file():
-        if path.suffix == ".yaml":
-            return quoted.read_figures(path) if path.name.endswith(quoted.NAME) else None
-        plan = _json(path) if path.suffix == ".json" else None
-        return _plan(plan, path) if isinstance(plan, dict) and "usd_per_million_real_tokens" in plan else None
+        return _of(read_record(path), path) if path.suffix == ".json" else None
     if (path / quoted.NAME).is_file():
         return quoted.read_figures(path / quoted.NAME)
-    if (path / PLAN).is_file():
-        return _plan(_json(path / PLAN), path)
-    if (points := bench.read_points(path)) is not None:
+    if (path / PLAN_FILE).is_file():
+        return _of(read_record(path / PLAN_FILE), path)
+    if (points := load_tests.read_points(path)) is not None:
         return Figures(points=points)
-    if not (path / RESULT).is_file():
-        return None
-    result = _json(path / RESULT)
-    if "scores" in result:
-        return Figures(evaluations=[_evaluation(result, path)])
-    if "real_tokens" in result:
-        return Figures(trainings=[_run(result, path)])
+    return _of(result_of(path), path)
+
+
+def _of(record: Record, path: Path) -> Figures | None:
+    """Of what has come to an end; None: of a kind that holds no figures."""
+    if record.kind == PLAN:
+        return _plan(record.values, path)
+    if record.kind == TRAINING:
+        return Figures(trainings=[_run(record.values, path)])
+    if record.kind == EVALUATION and record.values.get("status") == "finished":
+        return Figures(evaluations=[_evaluation(record.values, path)])
     return None
 
 
-def _json(path: Path) -> Any:
-    try:
-        return read_json(path)
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: damaged ({error})") from None
-
-
 def _config(path: Path) -> dict[str, Any]:
-    """`config.yaml` of a run folder as plain values."""
-    try:
-        return yaml.safe_load((path / CONFIG).read_text(encoding="utf-8")) or {}
-    except FileNotFoundError:
-        raise UserError(f"{path}: {CONFIG} is missing; it says which slice this ran on") from None
-    except yaml.YAMLError as error:
-        raise UserError(f"{path / CONFIG}: no YAML: {' '.join(str(error).split())}") from None
+    """`config.yaml` of a run folder as plain values; it says which slice this ran on."""
+    if not (path / CONFIG).is_file():
+        raise UserError(f"{path}: {CONFIG} is missing; it says which slice this ran on")
+    return config_of(path)
 
 
 def _short(path: Path) -> str:
@@ -100,7 +100,7 @@ def _run(result: dict[str, Any], path: Path) -> Training:
     hardware, lora = config.get("hardware", {}), config.get("lora", {})
     if result.get("status") not in (None, "finished"):
         log.warning("%s: %s; what it did until then is costed", path, result["status"])
-    data = _json(path / "data.json") if (path / "data.json").is_file() else {}
+    data = read_record(path / "data.json").values if (path / "data.json").is_file() else {}
     return Training(
         name=_short(path),
         label=MEASURED,
@@ -123,16 +123,15 @@ def _plan(plan: dict[str, Any], path: Path) -> Figures:
     if not plan.get("fits"):
         log.warning("%s: the plan does not fit and is left out", path)
         return Figures()
-    configured = plan["price"] if plan["price"].get("source") == "hardware.usd_per_hour" else {}
+    price = plan["price"]
     rate, hours, ends = plan["real_tokens_per_second"]["mid"], plan["hours"]["mid"], plan["hours"]
     by, reached = plan.get("step_band") or {}, plan["utilization"]
     said = f"at {reached['low']:.0%} to {reached['high']:.0%} of the roofline, assumed"
     if by:
         said = f"its schedule, times {by['low']:g} to {by['high']:g}"
-    trained = plan["trained"]
-    lora = LoraConfig(enabled=False) if trained == "full" else LoraConfig(rank=int(trained.rpartition("r=")[2]))
+    rank = plan["lora_rank"]
     made = Training(
-        name=f"{plan['model']}, {trained}, {plan['slice']}",
+        name=f"{plan['model']}, {plan['trained']}, {plan['slice']}",
         label=ESTIMATED,
         source=f"{path} ({said})",
         slice=plan["slice"],
@@ -140,11 +139,11 @@ def _plan(plan: dict[str, Any], path: Path) -> Figures:
         band=(min(ends.values()) / hours, max(ends.values()) / hours),
         real_tokens=rate * hours * 3600,
         real_tokens_per_second=rate,
-        usd_per_hour=configured.get("usd_per_hour"),
-        kind=plan["price"].get("kind", ON_DEMAND),
-        region=plan["price"].get("region"),
+        usd_per_hour=price.get("usd_per_hour") if CONFIGURED in plan["usd_estimate"] else None,
+        kind=price.get("kind", ON_DEMAND),
+        region=price.get("region"),
         model=_model(plan["model"]),
-        lora=lora,
+        lora=LoraConfig(enabled=False) if rank is None else LoraConfig(rank=rank),
     )
     return Figures(trainings=[made])
 

@@ -20,7 +20,7 @@ from gemma4_tpu.config.schema import DataConfig, TrainRoot
 from gemma4_tpu.data.build import TrainingData, build_data
 from gemma4_tpu.data.examples import Examples
 from gemma4_tpu.data.plan import Plan
-from gemma4_tpu.tracking.plots import new_figure
+from gemma4_tpu.plotting import new_figure
 
 ROWS_SHOWN = 3
 BINS = 16

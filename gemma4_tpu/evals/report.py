@@ -186,7 +186,7 @@ def plot_problems(outcomes: Sequence[Outcome], path: Path) -> Path:
     """A bar per problem, its samples by verdict: one panel per outcome, problems sorted by the subject's passes."""
     from matplotlib.patches import Patch
 
-    from gemma4_tpu.tracking.plots import new_figure
+    from gemma4_tpu.plotting import new_figure
 
     names = sorted(
         outcomes[0].problems,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import errno
 import logging
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,21 +16,22 @@ from gemma4_tpu.config.tasks import ExportConfig
 from gemma4_tpu.errors import UserError
 from gemma4_tpu.export.companions import companions, write_config
 from gemma4_tpu.export.hub import push_to_hub
-from gemma4_tpu.export.merge import Merger
+from gemma4_tpu.export.merge import Delta, Merger
 from gemma4_tpu.export.peft import check_peft, write_peft
 from gemma4_tpu.export.place import Place, Unfinished, total_bytes
 from gemma4_tpu.export.probe import write_probes
-from gemma4_tpu.export.report import write_report
 from gemma4_tpu.export.trained import Trained, open_trained
 from gemma4_tpu.export.verify import refusal, verify
 from gemma4_tpu.models.tensorfile import Checkpoint
 from gemma4_tpu.storage import join
-from gemma4_tpu.tracking.files import write_json
+from gemma4_tpu.tracking.records import PARITY, write_record
 from gemma4_tpu.tracking.run import RunFolder
 
 log = logging.getLogger(__name__)
 
 MERGED, ADAPTER = "merged", "adapter"
+Shown = Callable[[Sequence[Delta], RunFolder, str], Path]
+"""Lays out what a merge added, for the record and under a title; returns the page."""
 
 
 @dataclass(frozen=True)
@@ -71,8 +72,10 @@ class Job:
             for place in self.places.values():
                 place.close()
 
-    def run(self, record: RunFolder) -> dict[str, Any]:
+    def run(self, record: RunFolder, show: Shown) -> dict[str, Any]:
         """Exports into the staging folders, compares, publishes; returns what `result.json` holds.
+
+        `show` is told what was added before it is compared.
 
         Raises:
           UserError: a failed comparison, or values that are not finite; nothing is published then.
@@ -81,7 +84,7 @@ class Job:
         trained, result = self.trained, self._about()
         log.info("update %d of %s on %s", trained.state.update, trained.run.path, trained.base.folder)
         if place := self.places.get(MERGED):
-            result |= _write_merged(trained, place, self.export.verify, record)
+            result |= _write_merged(trained, place, self.export.verify, record, show)
         if (place := self.places.get(ADAPTER)) and not place.published:
             write_peft(trained, place)
         result["targets"] = {kind: place.publish() for kind, place in self.places.items()}
@@ -100,7 +103,7 @@ class Job:
             "update": trained.state.update,
             "base": trained.base.folder,
             "base_fingerprint": trained.base.fingerprint,
-            "version": gemma4_tpu.__version__,
+            "made_by": gemma4_tpu.__version__,
         }
 
 
@@ -128,16 +131,15 @@ def _targets(run: Path | str, export: ExportConfig, several: bool) -> dict[str, 
     return {kind: join(folder, kind) if len(kinds) > 1 else folder for kind in kinds}
 
 
-def _write_merged(trained: Trained, place: Place, mode: str, record: RunFolder) -> dict[str, Any]:
+def _write_merged(trained: Trained, place: Place, mode: str, record: RunFolder, show: Shown) -> dict[str, Any]:
     """Merges into the staging folder and compares; all but the renaming."""
     deltas = Merger(trained).run(place)
-    title = f"{trained.run.path.name}, update {trained.state.update}"
-    table, *_ = write_report(deltas, record.path, record.plots, title)
-    log.info("delta norms: %s", table)
+    shown = show(deltas, record, f"{trained.run.path.name}, update {trained.state.update}")
+    log.info("delta norms: %s", shown)
     report: dict[str, Any] | None = None
     if mode != "false":
         report = verify(trained, Checkpoint(place.target if place.published else place.staging), mode)
-        write_json(record.path / "parity.json", report)
+        write_record(record.path / "parity.json", PARITY, report)
         if not report["passed"]:
             raise refusal(report, str(record.path / "parity.json"))
         log.info("parity: %s", _told(report))

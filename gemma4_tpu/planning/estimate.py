@@ -38,6 +38,8 @@ class PlanResult:
     model: str
     trained: str
     """`lora r=64`, `qlora nf4 r=64`, `full`."""
+    lora_rank: int | None = None
+    """Of the adapters; None: full fine-tuning."""
     mesh: dict[str, int]
     """Sizes of the axes `dp`, `fsdp` and `tp`."""
     remat: str
@@ -169,6 +171,7 @@ def describe(config: TrainRoot, wanted: Slice, mesh: MeshSizes) -> dict[str, Any
         "chips": wanted.chips,
         "model": config.model.name,
         "trained": trained_as(config),
+        "lora_rank": config.lora.rank if config.lora.enabled else None,
         "mesh": mesh._asdict(),
         "remat": config.trainer.remat,
         "flags": config.hardware.flags,

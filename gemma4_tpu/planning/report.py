@@ -14,8 +14,8 @@ from gemma4_tpu.hardware import MeshSizes
 from gemma4_tpu.planning.bands import band, usd_per_million
 from gemma4_tpu.planning.estimate import PlanResult
 from gemma4_tpu.planning.search import LEFT_OUT, Found, cost, free
-from gemma4_tpu.tracking.cost import format_usd
-from gemma4_tpu.tracking.plots import new_figure
+from gemma4_tpu.plotting import new_figure
+from gemma4_tpu.prices import format_usd
 from gemma4_tpu.tracking.progress import format_seconds
 
 GIB = 2**30

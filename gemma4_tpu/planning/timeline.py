@@ -7,7 +7,7 @@ from pathlib import Path
 
 from gemma4_tpu.planning.schedule import PARTS
 from gemma4_tpu.planning.walk import CORE, HBM, Event, Walked, slowest_loop
-from gemma4_tpu.tracking.plots import new_figure
+from gemma4_tpu.plotting import new_figure
 
 COLOURS = {
     "base_products": "#4c78c8", "lora": "#54a24b", "attention": "#e0a63a", "attention_glue": "#f2d28b",

@@ -8,21 +8,32 @@ from typing import Any
 
 from gemma4_tpu.config.tasks import ReportRoot
 from gemma4_tpu.costing.cost import Prices
-from gemma4_tpu.costing.figures import Figures
-from gemma4_tpu.costing.plausibility import DOUBTFUL, IMPOSSIBLE, judge
+from gemma4_tpu.costing.figures import BY, ESTIMATED, MEASURED, QUOTED, Figures
 from gemma4_tpu.costing.read import read
-from gemma4_tpu.costing.report import cost_report
 from gemma4_tpu.errors import UserError
 from gemma4_tpu.evals.compare import compare
 from gemma4_tpu.evals.outcome import Outcome
+from gemma4_tpu.markdown import below, code, included, link, pictures, plain, shown, table
 from gemma4_tpu.planning.estimate import PlanResult
 from gemma4_tpu.planning.report import plan_rows
 from gemma4_tpu.prices import KINDS
-from gemma4_tpu.reporting.markdown import BY, below, code, included, link, pictures, plain, shown, table
-from gemma4_tpu.reporting.records import BENCHMARK, EVALUATION, MERGE, PLAN, SERVING, Records, record, result_of
+from gemma4_tpu.reporting.costs import cost_report
+from gemma4_tpu.reporting.found import Records
 from gemma4_tpu.tracking.progress import format_seconds
+from gemma4_tpu.tracking.records import (
+    EVALUATION,
+    LOAD_TEST,
+    MERGE,
+    PLAN,
+    PLAN_FILE,
+    SERVING,
+    TRAINING,
+    Record,
+    read_record,
+    result_of,
+)  # fmt: skip
 
-_MEASURED, _ESTIMATED = BY["measured"], BY["estimated"]
+_MEASURED, _ESTIMATED = BY[MEASURED], BY[ESTIMATED]
 BASE = "base"
 
 
@@ -33,9 +44,9 @@ def plans_of(records: Records) -> list[tuple[Path, PlanResult]]:
     """Each plan with its folder."""
     found = []
     for folder in records.by_kind[PLAN]:
-        if not (folder / "plan.json").is_file():
+        if not (folder / PLAN_FILE).is_file():
             continue
-        known = record(folder / "plan.json")
+        known = read_record(folder / PLAN_FILE).values
         try:
             values = {key: value for key, value in known.items() if key in PlanResult.__dataclass_fields__}
             found.append((folder, PlanResult(**values)))
@@ -71,7 +82,7 @@ def merge(records: Records, page: Path) -> Iterator[str]:
         told = code(f"python -m gemma4_tpu.merge run={shown(records.run.address)}")
         yield from [f"Not merged: no record of it was found; {told} does it.", ""]
     for folder in records.by_kind[MERGE]:
-        found = result_of(folder)
+        found = result_of(folder).values
         if len(records.by_kind[MERGE]) > 1:
             yield from [f"### {plain(folder.name)}", ""]
         rows = [["Status", _status(found), ""]]
@@ -121,10 +132,14 @@ def outcomes_of(records: Records) -> list[tuple[Path, Outcome]]:
         (folder, place)
         for folder in records.by_kind[EVALUATION]
         for place in (folder, *sorted(path for path in folder.iterdir() if path.is_dir()))
-        if "scores" in result_of(place)
+        if _is_scored(result_of(place))
     ]
     found = [(folder, Outcome.read(place / "result.json")) for folder, place in places]
     return sorted(found, key=lambda pair: pair[1].name == BASE)
+
+
+def _is_scored(found: Record) -> bool:
+    return found.kind == EVALUATION and found.values.get("status") == "finished"
 
 
 def evaluation(records: Records, page: Path) -> Iterator[str]:
@@ -133,7 +148,7 @@ def evaluation(records: Records, page: Path) -> Iterator[str]:
     found = outcomes_of(records)
     for folder in records.by_kind[EVALUATION]:
         if folder not in [known for known, _ in found]:
-            yield from [f"{plain(folder.name)}: {_status(result_of(folder))}.", ""]
+            yield from [f"{plain(folder.name)}: {_status(result_of(folder).values)}.", ""]
     if not records.by_kind[EVALUATION]:
         told = code(f"python -m gemma4_tpu.evaluate run={shown(records.run.address)}")
         yield from [f"Not evaluated: no record of it was found; {told} does it.", ""]
@@ -190,7 +205,7 @@ def serving(records: Records, page: Path) -> Iterator[str]:
     yield from ["## Serving", ""]
     rows = []
     for folder in records.by_kind[SERVING]:
-        found = result_of(folder)
+        found = result_of(folder).values
         probe = (found.get("probe") or {}).get("told") or ("asked" if found.get("probe") else "was not asked")
         ready, served = (found.get(key) for key in ("ready_seconds", "served_seconds"))
         rows.append([
@@ -205,13 +220,13 @@ def serving(records: Records, page: Path) -> Iterator[str]:
         told = code(f"python -m gemma4_tpu.serve run={shown(records.run.address)}")
         yield from [f"Not served: no record of a server was found; {told} starts one.", ""]
     yield from ["### Load", ""]
-    if not records.by_kind[BENCHMARK]:
+    if not records.by_kind[LOAD_TEST]:
         told = code("python -m gemma4_tpu.bench served=<record of the server>")
         yield from [f"Not benchmarked: no record of it was found; {told} does it.", ""]
-    for folder in records.by_kind[BENCHMARK]:
+    for folder in records.by_kind[LOAD_TEST]:
         report = folder / "report.md"
         if not report.is_file():
-            yield from [f"{plain(folder.name)}: {_status(result_of(folder))}.", ""]
+            yield from [f"{plain(folder.name)}: {_status(result_of(folder).values)}.", ""]
             continue
         yield from [f"#### {plain(folder.name)}", "", f"{_MEASURED}: {link(report, page)}, raw results beside it.", ""]
         yield from [*included(report, page, 3), ""]
@@ -222,30 +237,11 @@ def serving(records: Records, page: Path) -> Iterator[str]:
 
 def figures_of(records: Records) -> Figures:
     """Of the run, if it has ended, and of the records about it that hold figures."""
-    places = [records.run.path] if "real_tokens" in result_of(records.run.path) else []
+    places = [records.run.path] if result_of(records.run.path).kind == TRAINING else []
     places += [folder for folder, _ in plans_of(records)]
-    places += [folder for folder in records.by_kind[EVALUATION] if "scores" in result_of(folder)]
-    places += [folder for folder in records.by_kind[BENCHMARK] if any((folder / "cells").glob("*.json"))]
+    places += [folder for folder in records.by_kind[EVALUATION] if _is_scored(result_of(folder))]
+    places += [folder for folder in records.by_kind[LOAD_TEST] if any((folder / "cells").glob("*.json"))]
     return read([shown(place) for place in places]) if places else Figures()
-
-
-def plausibility(figures: Figures) -> Iterator[str]:
-    """Whether the slice can have done what is told: what lies too near to its ceiling, or above."""
-    judged, left = judge(figures)
-    if not judged:
-        reasons = "; ".join(dict.fromkeys(line.rpartition(": ")[2] for line in left)) or "no throughput is recorded"
-        yield from ["### Against the slice's ceiling", "", f"Not judged: {plain(reasons)}.", ""]
-        return
-    nearest = max(judged, key=lambda one: one.share)
-    yield from ["### Against the slice's ceiling", ""]
-    yield f"Throughputs and latencies held against it ({_ESTIMATED} from published peaks): {len(judged)}. The nearest:"
-    yield f"{plain(nearest.figure.name)}, {nearest.quantity}, {nearest.told} where {nearest.limit} is the limit,"
-    yield from [f"{nearest.share:.0%}: **{nearest.verdict}**.", ""]
-    odd = [one for one in judged if one.verdict in (IMPOSSIBLE, DOUBTFUL)]
-    if odd:
-        rows = [[plain(one.figure.name), BY.get(one.figure.label, one.figure.label), one.quantity, one.told, one.limit,
-                 f"{one.share:.0%}", one.verdict] for one in odd]  # fmt: skip
-        yield from table(["figure", "by", "quantity", "told", "ceiling", "share", "verdict"], rows)
 
 
 def cost(figures: Figures, root: ReportRoot) -> Iterator[str]:
@@ -260,6 +256,6 @@ def cost(figures: Figures, root: ReportRoot) -> Iterator[str]:
         given = code(f"'prices={{{slices[0] if slices else 'local'}: <USD per hour>}}'")
         yield from [f"No price is known for {plain(names)}, so nothing is said about dollars; give {given}.", ""]
         return
-    yield f"{_ESTIMATED}: hours and rates as their rows say, times prices that are {BY['quoted']} below, dated."
+    yield f"{_ESTIMATED}: hours and rates as their rows say, times prices that are {BY[QUOTED]} below, dated."
     yield ""
     yield from below(cost_report(figures, prices, root.serving_hours, slices=root.serving_slices), 1)

@@ -1,16 +1,19 @@
-"""Curves of one or several runs over their updates, small enough to be read on a telephone."""
+"""Curves over updates: those of a run folder's `plots/`, and those of a page, which are read on a telephone too."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+import statistics
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from gemma4_tpu.hardware import GIB
-from gemma4_tpu.tracking.plots import SMOOTH_FROM_POINTS, new_figure, running_means
+from gemma4_tpu.plotting import COLOURS, INK, new_figure, running_means
+from gemma4_tpu.tracking.metrics import read_metrics
+from gemma4_tpu.tracking.run import RunFolder
 
-COLOURS = ("#4c78c8", "#d9692c", "#54a24b", "#8e6bbf", "#3aa6a6", "#b0567d", "#e0a63a", "#777777")
+SMOOTH_FROM_POINTS = 40
 _SMALL = {"font.size": 11, "axes.titlesize": 12, "axes.titlepad": 10, "savefig.dpi": 170}
 _INCHES = (5.0, 3.1)
 
@@ -52,7 +55,7 @@ def draw_curves(runs: Sequence[Followed], folder: Path) -> list[Path]:
     for curve in _CURVES:
         if len(runs) == 1 and curve.key == "heldout_loss" and "loss" in _recorded(runs):
             continue
-        lines = [(run.name, *_points(run.rows, curve)) for run in runs]
+        lines = [(run.name, *_points(run.rows, curve.key, curve.scale)) for run in runs]
         if any(updates for _, updates, _ in lines):
             drawn.append(_draw(curve, lines, runs, folder / f"{curve.file}.png"))
     return drawn
@@ -107,7 +110,7 @@ def _line(axes: Any, updates: list[int], values: list[float], colour: str, label
 
 
 def _add_heldout(axes: Any, run: Followed) -> None:
-    updates, values = _points(run.rows, _CURVES[1])
+    updates, values = _points(run.rows, "heldout_loss")
     if not values:
         return
     axes.set_title("loss (nats per target token)")
@@ -117,7 +120,89 @@ def _add_heldout(axes: Any, run: Followed) -> None:
                       color=COLOURS[1], ha="left" if at == 0 else "right", va="bottom")  # fmt: skip
 
 
-def _points(rows: Sequence[dict[str, Any]], curve: _Curve) -> tuple[list[int], list[float]]:
-    """(updates, values) of the rows that have it with a finite value."""
-    having = [row for row in rows if row.get(curve.key) is not None and math.isfinite(row[curve.key])]
-    return [row["update"] for row in having], [row[curve.key] * curve.scale for row in having]
+def _points(rows: Sequence[dict[str, Any]], key: str, scale: float = 1.0) -> tuple[list[int], list[float]]:
+    """(updates, values) of the rows that have this key with a finite value."""
+    having = [row for row in rows if row.get(key) is not None and math.isfinite(row[key])]
+    return [row["update"] for row in having], [row[key] * scale for row in having]
+
+
+# ── a run folder's own plots ───────────────────────────────────────────────────────────────────────────────────────
+
+
+def plot_run(run: RunFolder) -> list[Path]:
+    """Draws `plots/loss.png` and `plots/throughput.png`; a plot without any point is left out. Returns their paths."""
+    rows = read_metrics(run.metrics_path)
+    title = f"{run.path.parent.name} / {run.path.name}"
+    drawn = []
+    if _points(rows, "loss")[0] or _points(rows, "heldout_loss")[0]:
+        drawn.append(_losses_of(rows, title, run.plots / "loss.png"))
+    if _points(rows, "real_tokens_per_second")[0]:
+        drawn.append(_throughput_of(rows, title, run.plots / "throughput.png"))
+    return drawn
+
+
+def _losses_of(rows: Sequence[dict[str, Any]], title: str, path: Path) -> Path:
+    updates, losses = _points(rows, "loss")
+    heldout_updates, heldout = _points(rows, "heldout_loss")
+
+    def draw(axes) -> None:
+        smooth = len(losses) >= SMOOTH_FROM_POINTS
+        if losses:
+            label = None if smooth else "training"
+            alpha = 0.3 if smooth else 1
+            axes.plot(updates, losses, color=COLOURS[0], alpha=alpha, linewidth=1, marker=_marker(losses), label=label)
+        if smooth:
+            window = max(5, len(losses) // 25 | 1)
+            means = running_means(losses, window)
+            axes.plot(updates, means, color=COLOURS[0], linewidth=2, label=f"training (mean of {window} points)")
+        if heldout:
+            style = {"color": COLOURS[1], "linewidth": 2, "marker": "o", "markersize": 4}
+            axes.plot(heldout_updates, heldout, label="held-out", **style)
+            _label_ends(axes, heldout_updates, heldout)
+        axes.set_ylabel("loss (nats per target token)")
+        axes.legend(loc="upper right")
+
+    return _over_updates(draw, title, path)
+
+
+def _label_ends(axes: Any, updates: Sequence[int], losses: Sequence[float]) -> None:
+    """Writes the first and the last held-out loss beside their points."""
+    axes.margins(x=0.09)
+    for at, align, shift in {(0, "right", -7), (len(losses) - 1, "left", 7)}:
+        axes.annotate(
+            f"{losses[at]:.2f}", (updates[at], losses[at]), xytext=(shift, 0), textcoords="offset points",
+            color=COLOURS[1], ha=align, va="center",
+        )  # fmt: skip
+
+
+def _throughput_of(rows: Sequence[dict[str, Any]], title: str, path: Path) -> Path:
+    updates, rates = _points(rows, "real_tokens_per_second")
+
+    def draw(axes) -> None:
+        median = statistics.median(rates)
+        axes.plot(updates, rates, color=COLOURS[0], linewidth=1.5, marker=_marker(rates))
+        axes.axhline(median, color=INK, linewidth=1, linestyle=(0, (4, 3)), label=f"median {median:,.0f}")
+        axes.set_ylim(0, max(rates) * 1.12)
+        axes.yaxis.set_major_formatter("{x:,.0f}")
+        axes.set_ylabel("real tokens per second")
+        axes.legend(loc="lower right")
+
+    return _over_updates(draw, title, path)
+
+
+def _over_updates(draw: Callable[[Any], None], title: str, path: Path) -> Path:
+    """One pair of axes over updates."""
+    from matplotlib.ticker import MaxNLocator
+
+    with new_figure(path, (7, 4)) as figure:
+        axes = figure.subplots()
+        draw(axes)
+        axes.set_title(title)
+        axes.set_xlabel("update")
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    return path
+
+
+def _marker(values: Sequence[float]) -> str:
+    """A line through a single point would not be seen."""
+    return "o" if len(values) == 1 else ""

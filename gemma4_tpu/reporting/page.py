@@ -1,4 +1,7 @@
-"""The page from top to bottom: at a glance, side by side where there are several runs, then each run's sections."""
+"""`python -m gemma4_tpu.report run=…`: at a glance, side by side if there are several runs, then each run's sections.
+
+The page is written as Markdown, and as HTML beside it.
+"""
 
 from __future__ import annotations
 
@@ -9,14 +12,48 @@ from pathlib import Path
 
 import gemma4_tpu
 from gemma4_tpu.config.tasks import ReportRoot
-from gemma4_tpu.costing.figures import Figures
+from gemma4_tpu.costing.figures import BY, ESTIMATED, MEASURED, QUOTED, Figures
+from gemma4_tpu.markdown import below, code, pictures, plain, shown, table
+from gemma4_tpu.prices import format_usd
 from gemma4_tpu.reporting import afterwards, training
+from gemma4_tpu.reporting.ceilings import nearest_to_ceiling
 from gemma4_tpu.reporting.curves import draw_curves
-from gemma4_tpu.reporting.markdown import BY, below, code, pictures, plain, table
-from gemma4_tpu.reporting.records import BENCHMARK, MERGE, Records, result_of
-from gemma4_tpu.tracking.cost import format_usd
+from gemma4_tpu.reporting.found import KINDS, OUTPUTS, Records, find
+from gemma4_tpu.reporting.html import html_page
+from gemma4_tpu.tracking.files import write_text
+from gemma4_tpu.tracking.records import LOAD_TEST, MERGE, result_of
 
-_MEASURED, _ESTIMATED = BY["measured"], BY["estimated"]
+_MEASURED, _ESTIMATED = BY[MEASURED], BY[ESTIMATED]
+
+
+def show_runs(root: ReportRoot) -> int:
+    """Writes the page of `root.run`, and says where. Returns 0.
+
+    Raises:
+      UserError: no run folder, a given folder without a record, a damaged record.
+    """
+    several = find(root.run, root.records)
+    page = Path(root.out).expanduser().absolute() if root.out else _default(several)
+    page.parent.mkdir(parents=True, exist_ok=True)
+    text = markdown_page(several, root, page, page.with_name(f"{page.stem}_plots"))
+    write_text(page, text)
+    write_text(page.with_suffix(".html"), html_page(text, page.parent))
+    for records in several:
+        print(f"{shown(records.run.address)}: {_counted(records)}")
+    print(f"report: {shown(page)}\n        {shown(page.with_suffix('.html'))}")
+    return 0
+
+
+def _default(several: list[Records]) -> Path:
+    """In the run's folder; of several runs in one of its own."""
+    if len(several) == 1:
+        return several[0].run.path / "report.md"
+    return Path(OUTPUTS).absolute() / "reports" / datetime.now().strftime("%Y-%m-%d_%H-%M-%S") / "report.md"
+
+
+def _counted(records: Records) -> str:
+    counts = {word: len(records.by_kind[kind]) for kind, word in KINDS.items()}
+    return ", ".join(f"{count} {word}{'s' * (count != 1)}" for word, count in counts.items())
 
 
 def markdown_page(several: Sequence[Records], root: ReportRoot, page: Path, folder: Path) -> str:
@@ -59,7 +96,7 @@ def _head(several: Sequence[Records], root: ReportRoot) -> Iterator[str]:
     ]
     yield ""
     yield f"Every figure says where it is from. {_MEASURED}: by this program, on the machine that its record names;"
-    yield f"{_ESTIMATED}: worked out, from what its row says; {BY['quoted']}: from a source that is named."
+    yield f"{_ESTIMATED}: worked out, from what its row says; {BY[QUOTED]}: from a source that is named."
     yield ""
 
 
@@ -72,7 +109,7 @@ def _one(records: Records, figures: Figures, page: Path, folder: Path) -> Iterat
     yield from afterwards.merge(records, page)
     yield from afterwards.evaluation(records, page)
     yield from afterwards.serving(records, page)
-    yield from afterwards.plausibility(figures)
+    yield from nearest_to_ceiling(figures)
 
 
 def _last(several: Sequence[Records]) -> Iterator[str]:
@@ -104,11 +141,11 @@ def _glance(records: Records) -> Iterator[tuple[str, str, str]]:
             yield "Cost of the training", format_usd(result.usd), _ESTIMATED
     yield from _planned(records)
     for folder in records.by_kind[MERGE]:
-        if logits := (result_of(folder).get("parity") or {}).get("logits"):
+        if logits := (result_of(folder).values.get("parity") or {}).get("logits"):
             yield "Merged model's logits off by", f"{logits['merged_to_lora']:.1e}", _MEASURED
     yield from _scored(records)
-    for folder in records.by_kind[BENCHMARK]:
-        if rate := result_of(folder).get("peak_output_throughput"):
+    for folder in records.by_kind[LOAD_TEST]:
+        if rate := result_of(folder).values.get("peak_output_throughput"):
             yield "Output tokens per second, served, at most", f"{rate:,.0f}", _MEASURED
 
 

@@ -8,18 +8,19 @@ from typing import Any
 
 import yaml
 
+from gemma4_tpu.costing.figures import BY, ESTIMATED, MEASURED
 from gemma4_tpu.errors import UserError
 from gemma4_tpu.hardware import GIB
+from gemma4_tpu.markdown import code, pictures, plain, table
+from gemma4_tpu.prices import format_usd
 from gemma4_tpu.reporting.curves import Followed, draw_curves, missing
-from gemma4_tpu.reporting.markdown import BY, code, pictures, plain, table
-from gemma4_tpu.reporting.records import Records, config_of, record
-from gemma4_tpu.reporting.records import result_of as record_of
-from gemma4_tpu.tracking.cost import format_usd
+from gemma4_tpu.reporting.found import Records
 from gemma4_tpu.tracking.metrics import read_metrics
 from gemma4_tpu.tracking.progress import format_seconds
+from gemma4_tpu.tracking.records import config_of, read_record
 from gemma4_tpu.tracking.result import Result
 
-_MEASURED, _ESTIMATED = BY["measured"], BY["estimated"]
+_MEASURED, _ESTIMATED = BY[MEASURED], BY[ESTIMATED]
 _THEIR_OWN = ("run_dir", "name", "replay")
 """Keys in which runs differ that are alike."""
 Fact = tuple[str, str, str]
@@ -28,7 +29,7 @@ Fact = tuple[str, str, str]
 
 def result_of(records: Records) -> Result | None:
     """What came of the run; None while it has not ended."""
-    return Result.read(records.run.result_path) if record_of(records.run.path) else None
+    return Result.read(records.run.result_path) if records.run.result_path.is_file() else None
 
 
 def followed(records: Records) -> Followed:
@@ -119,7 +120,7 @@ def _data(records: Records) -> Iterator[str]:
     if not records.run.data_path.is_file():
         yield from ["No `data.json`: what it was trained on is not recorded.", ""]
         return
-    data = record(records.run.data_path)
+    data = read_record(records.run.data_path).values
     rows = []
     for split in ("train", "heldout"):
         if told := data.get(split):
@@ -158,7 +159,7 @@ def provenance(records: Records) -> Iterator[str]:
     if not records.run.provenance_path.is_file():
         yield from ["No `provenance.json`: code, packages and machine are not recorded.", ""]
         return
-    told = record(records.run.provenance_path)
+    told = read_record(records.run.provenance_path).values
     source = told.get("code", {})
     changed = {True: ", with changes that are in `git.diff`", False: "", None: ""}[source.get("git_dirty")]
     commit = f"commit {code(source['git_commit'][:12])}{changed}; " if source.get("git_commit") else ""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import httpx
@@ -47,10 +47,6 @@ class Outcome:
             "endpoint": f"{url_of(serving)}/v1", "model": model_name(serving, checked), "folder": str(checked.model),
             "slice": serving.slice,
         }  # fmt: skip
-
-    def plain(self) -> dict[str, Any]:
-        """Plain values, for JSON."""
-        return asdict(self)
 
     def announce(self, ready_seconds: float, stopping: str) -> None:
         """Tells that the server answers. `stopping`: what Ctrl-C does."""

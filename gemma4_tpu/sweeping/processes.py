@@ -18,14 +18,15 @@ from gemma4_tpu.config.schema import TrainRoot
 from gemma4_tpu.config.sweep_settings import Processes
 from gemma4_tpu.errors import UserError
 from gemma4_tpu.sweeping import record
-from gemma4_tpu.sweeping.child import Child, command
 from gemma4_tpu.sweeping.devices import shares
 from gemma4_tpu.sweeping.display import Display
 from gemma4_tpu.sweeping.fit import check_fit
+from gemma4_tpu.sweeping.job_process import Child, command
 from gemma4_tpu.sweeping.record import Job, Sweep
 from gemma4_tpu.sweeping.stop import Stop
-from gemma4_tpu.tracking.files import jsonable, read_json
+from gemma4_tpu.tracking.files import jsonable
 from gemma4_tpu.tracking.progress import format_seconds
+from gemma4_tpu.tracking.records import result_of
 from gemma4_tpu.tracking.run import config_differences
 
 log = logging.getLogger(__name__)
@@ -152,7 +153,7 @@ class Runner:
         recorded = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
         different = config_differences(recorded, jsonable(asdict(config)))
         same = all(key.startswith(_SAME_RESULT) for key, *_ in different)
-        return same and read_json(folder / "result.json").get("status") == "finished"
+        return same and result_of(folder).values.get("status") == "finished"
 
     # ── while they run ─────────────────────────────────────────────────────────────────────────────────────────────
     def _start(self, job: Job, share: dict[str, str], display: Display) -> _Running:

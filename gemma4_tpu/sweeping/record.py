@@ -15,10 +15,9 @@ import fcntl
 import os
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from gemma4_tpu.errors import UserError
-from gemma4_tpu.tracking.files import read_json, write_json
+from gemma4_tpu.tracking.records import SWEEP, read_record, write_record
 
 RECORD = "sweep.json"
 FINISHED, FAILED, PREEMPTED, PRUNED = "finished", "failed", "preempted", "pruned"
@@ -79,7 +78,7 @@ class Sweep:
         path = folder / RECORD
         if not path.is_file():
             return cls(folder=folder, entry=entry or "train")
-        told: dict[str, Any] = read_json(path)
+        told = read_record(path).values
         if entry and told["entry"] != entry:
             raise UserError(f"hydra.sweep.dir={folder}: holds a sweep of {told['entry']}; give another folder")
         known = {f.name for f in dataclasses.fields(Job)}
@@ -90,7 +89,7 @@ class Sweep:
     def save(self) -> None:
         """Writes the record, atomically."""
         head = {"entry": self.entry, "metric": self.metric, "direction": self.direction}
-        write_json(self.folder / RECORD, head | {"jobs": list(self.jobs.values())})
+        write_record(self.folder / RECORD, SWEEP, head | {"jobs": list(self.jobs.values())})
 
     def run_folder(self, job: Job) -> Path:
         """Where a job keeps its record."""

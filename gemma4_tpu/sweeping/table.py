@@ -14,7 +14,7 @@ from gemma4_tpu.config.sweeps import fixed_keys, swept
 from gemma4_tpu.errors import UserError
 from gemma4_tpu.sweeping import record
 from gemma4_tpu.sweeping.record import HIGHER_IS_BETTER, LOWER_IS_BETTER, Job, Sweep
-from gemma4_tpu.tracking.files import read_json
+from gemma4_tpu.tracking.records import result_of
 
 DEFAULT_METRIC = "heldout_loss_last"
 RESULTS = (
@@ -74,8 +74,7 @@ def rows_of(sweep: Sweep) -> list[Row]:
     rows = []
     for job in jobs:
         folder = sweep.run_folder(job)
-        path = folder / "result.json"
-        rows.append(Row(job, folder, read_json(path) if path.is_file() else {}))
+        rows.append(Row(job, folder, result_of(folder).values))
     return rows
 
 
@@ -90,8 +89,7 @@ def _found(folders: Sequence[Path]) -> list[Job]:
     jobs = []
     for folder, given in words.items():
         values = swept(given, fixed_keys(sorted(common)))
-        result = folder / "result.json"
-        told = read_json(result) if result.is_file() else {}
+        told = result_of(folder).values
         status = told.get("status", record.RUNNING)
         jobs.append(Job(name=folder.name, values=values, words=given, status=status, error=told.get("error"), starts=1))
     return jobs
@@ -107,8 +105,8 @@ def best_metric(sweep: Sweep, wanted: str | None) -> Metric:
 
 def outcome_value(sweep: Sweep, job: Job, key: str) -> float:
     """The metric of a job; NaN where it has none."""
-    path = sweep.run_folder(job) / "result.json"
-    value = Row(job, path.parent, read_json(path) if path.is_file() else {}).value(key)
+    folder = sweep.run_folder(job)
+    value = Row(job, folder, result_of(folder).values).value(key)
     return math.nan if value is None else value
 
 

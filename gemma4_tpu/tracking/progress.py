@@ -12,7 +12,7 @@ from rich import progress
 from rich.console import Console
 from rich.text import Text
 
-from gemma4_tpu.tracking.cost import format_usd
+from gemma4_tpu.prices import format_usd
 from gemma4_tpu.tracking.logs import console
 from gemma4_tpu.tracking.result import Result
 from gemma4_tpu.tracking.run import RunFolder

@@ -17,7 +17,8 @@ from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from gemma4_tpu.tracking.files import read_json, write_json, write_text
+from gemma4_tpu.tracking.files import write_text
+from gemma4_tpu.tracking.records import PROVENANCE, read_record, write_record
 from gemma4_tpu.tracking.redact import redact, redact_arguments
 from gemma4_tpu.tracking.run import RunFolder
 
@@ -135,15 +136,15 @@ def record(run: RunFolder, provenance: Provenance) -> list[Difference]:
         return []
     now = dataclasses.asdict(provenance)
     if not run.provenance_path.exists():
-        write_json(run.provenance_path, {**now, "resumed": []})
+        write_record(run.provenance_path, PROVENANCE, {**now, "resumed": []})
         _save_diff(run.path / "git.diff")
         return []
-    first = read_json(run.provenance_path)
+    first = read_record(run.provenance_path).values
     differences = compare(first, now)
     for difference in differences:
         log.warning("not as when the run began: %s", difference)
     start = {"started": now["started"], "command": now["command"], "differences": differences}
-    write_json(run.provenance_path, {**first, "resumed": [*first["resumed"], start]})
+    write_record(run.provenance_path, PROVENANCE, {**first, "resumed": [*first["resumed"], start]})
     if any(difference.key.startswith("code.") for difference in differences):
         _save_diff(run.path / f"git.resumed_{len(first['resumed']) + 1}.diff")
     return differences

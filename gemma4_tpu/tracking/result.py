@@ -6,7 +6,7 @@ import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
 
-from gemma4_tpu.tracking.files import read_json, write_json
+from gemma4_tpu.tracking.records import TRAINING, read_record, write_record
 
 
 @dataclass(kw_only=True)
@@ -82,10 +82,10 @@ class Result(Totals):
 
     def write(self, path: Path) -> None:
         """Writes `RunFolder.result_path`, atomically."""
-        write_json(path, self)
+        write_record(path, TRAINING, self)
 
     @classmethod
     def read(cls, path: Path) -> Result:
         """Reads a `result.json`; keys of a newer version are left out."""
         known = {field.name for field in dataclasses.fields(cls)}
-        return cls(**{key: value for key, value in read_json(path).items() if key in known})
+        return cls(**{key: value for key, value in read_record(path).values.items() if key in known})

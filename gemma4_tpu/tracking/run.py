@@ -5,6 +5,7 @@ config.yaml      the resolved configuration       log.txt        all log records
 overrides.yaml   what was given on the command    metrics.jsonl  one row per logged update
 provenance.json  code, packages, seeds, data      result.json    the outcome
 data.json        rows, drops, fill                plots/  checkpoints/
+record.json      what kind of work it is of
 ```
 """
 
@@ -24,7 +25,8 @@ import yaml
 from gemma4_tpu.errors import INTERRUPTED, UserError, first_line
 from gemma4_tpu.storage import is_remote, join
 from gemma4_tpu.tracking.bucket import CHECKPOINTS, Bucket
-from gemma4_tpu.tracking.files import jsonable, write_json, write_text
+from gemma4_tpu.tracking.files import jsonable, write_text
+from gemma4_tpu.tracking.records import FOLDER, PLAN, TRAINING, kind_of, write_record
 from gemma4_tpu.tracking.result import Result
 
 log = logging.getLogger(__name__)
@@ -65,6 +67,7 @@ class RunFolder:
         resume: str,
         *,
         config: dict[str, Any],
+        kind: str = TRAINING,
         overrides: Sequence[str] = (),
         resume_allow: Sequence[str] = (),
         write: bool = True,
@@ -77,6 +80,7 @@ class RunFolder:
           run_dir: `config.run_dir`, local or gs://; None: `<root>/<name>/<date>_<time>`.
           resume: `config.checkpoint.resume`: `auto` continues in a used folder, `never` refuses it.
           config: the resolved configuration as plain values; written to `config.yaml`.
+          kind: one of `records.WORK`: what the folder will be of.
           overrides: the command line's overrides; written to `overrides.yaml`.
           resume_allow: `config.checkpoint.resume_allow`: keys and groups that may differ besides `MAY_CHANGE`.
           write: False on every process but the first; they need `run_dir`, and touch nothing.
@@ -106,6 +110,8 @@ class RunFolder:
                 known = [path for path in (run.config_path, run.overrides_path) if path.exists()]
                 run._earlier = {path: path.read_bytes() for path in known}
             write_text(run.config_path, yaml.safe_dump(jsonable(config), sort_keys=False, allow_unicode=True))
+            if kind != PLAN or not run.record_path.exists():  # a plan may lie in the folder of the run it is for
+                write_record(run.record_path, kind, {})
             write_text(run.overrides_path, yaml.safe_dump(list(overrides), allow_unicode=True))
             run.plots.mkdir(exist_ok=True)
             if bucket:
@@ -130,6 +136,15 @@ class RunFolder:
     @property
     def config_path(self) -> Path:
         return self.path / "config.yaml"
+
+    @property
+    def record_path(self) -> Path:
+        return self.path / FOLDER
+
+    @property
+    def kind(self) -> str:
+        """What it is of, one of `records.WORK`."""
+        return kind_of(self.path) or TRAINING
 
     @property
     def overrides_path(self) -> Path:
@@ -186,6 +201,10 @@ class RunFolder:
         for path, content in self._earlier.items():
             path.write_bytes(content)
 
+    def leave(self, outcome: Any) -> None:
+        """Writes `result.json`, from a mapping or a dataclass, as a record of this folder's kind."""
+        write_record(self.result_path, self.kind, outcome)
+
     def leave_result(self, result: Result) -> None:
         """Writes `result.json`, where this process writes; an outcome worse than that of a finished run never replaces
         it, and a full disk does not hide what went wrong before.
@@ -211,7 +230,7 @@ class RunFolder:
             print(f"\ninterrupted; the same command with run_dir={self.path} goes on", file=sys.stderr)
             return INTERRUPTED
         except Exception as error:
-            write_json(self.result_path, {"status": "failed", "error": first_line(error)})
+            self.leave({"status": "failed", "error": first_line(error)})
             raise
         finally:
             self.close()

@@ -10,8 +10,7 @@ from gemma4_tpu.architectures import Architecture
 from gemma4_tpu.config.schema import HardwareConfig, LoraConfig
 from gemma4_tpu.hardware import chip_of
 from gemma4_tpu.models.flops import train_flops_per_token
-from gemma4_tpu.prices import price_of
-from gemma4_tpu.tracking.cost import usd
+from gemma4_tpu.prices import price_of, usd
 
 
 class Rates(NamedTuple):

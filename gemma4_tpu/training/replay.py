@@ -8,9 +8,9 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 from gemma4_tpu.errors import UserError
-from gemma4_tpu.tracking.files import read_json, write_json
 from gemma4_tpu.tracking.metrics import read_metrics
 from gemma4_tpu.tracking.provenance import Difference, Provenance, compare
+from gemma4_tpu.tracking.records import REPLAY, read_record, write_record
 from gemma4_tpu.tracking.run import RunFolder, config_differences
 
 if TYPE_CHECKING:
@@ -56,7 +56,7 @@ class Replay:
         recorded = RunFolder.existing(run, key="replay")
         if not recorded.provenance_path.exists():
             raise UserError(f"replay={run}: has no provenance.json: it ended before its training began")
-        self._provenance = read_json(recorded.provenance_path)
+        self._provenance = read_record(recorded.provenance_path).values
         self._metrics = read_metrics(recorded.metrics_path)
         self._losses = {(update, key): value for update, key, value in _losses(self._metrics)}
         self._agrees = True
@@ -116,10 +116,8 @@ class Replay:
     def finish(self) -> None:
         """Compares all losses, those before a resume included; tells the outcome and writes `replay.json`."""
         losses = compare_losses(self._metrics, read_metrics(self._folder.metrics_path))
-        write_json(
-            self._folder.path / FILE,
-            {"of": self.run, "config": self._changed, "differences": self._parts, "losses": losses},
-        )
+        told = {"of": self.run, "config": self._changed, "differences": self._parts, "losses": losses}
+        write_record(self._folder.path / FILE, REPLAY, told)
         first = losses["first_difference"]
         if not losses["compared"]:
             log.warning("no loss of %s to compare with", self.run)

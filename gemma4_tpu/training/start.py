@@ -31,7 +31,8 @@ from gemma4_tpu.models.adapter_files import CONFIG, Given, read_peft
 from gemma4_tpu.models.layout import Layout, Leaf, build_tree, get
 from gemma4_tpu.models.names import Tensor, name_map, some
 from gemma4_tpu.storage import list_folder
-from gemma4_tpu.tracking.files import read_json, write_json
+from gemma4_tpu.tracking.files import read_json
+from gemma4_tpu.tracking.records import START, write_record
 from gemma4_tpu.tracking.run import RunFolder
 from gemma4_tpu.training.saved import SavedState, open_saved
 
@@ -115,7 +116,8 @@ class Start:
         if folder.write:
             record = {"source": self.source, "sha256": self.sha256, "base": self.base, "given": sorted(self.given)}
             ranks = dict(Counter(str(given.a_shape[0]) for given in self.given.values()))
-            write_json(folder.path / FILE, record | {"ranks": ranks, "left_out": self.idle, "fresh": self.fresh})
+            left = {"ranks": ranks, "left_out": self.idle, "fresh": self.fresh}
+            write_record(folder.path / FILE, START, record | left)
 
 
 def open_start(lora: LoraConfig, arch: Architecture, resume_from: int | None = None) -> Start | None:

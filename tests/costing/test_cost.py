@@ -11,9 +11,9 @@ from gemma4_tpu.config.serving import ServeRoot
 from gemma4_tpu.costing.cost import NO, ROUNDED, Prices, compare, named, solved, together, total_usd_per_million
 from gemma4_tpu.costing.figures import ESTIMATED, MEASURED, Figures
 from gemma4_tpu.costing.read import read
-from gemma4_tpu.costing.report import cost_report
 from gemma4_tpu.errors import UserError
 from gemma4_tpu.report import main, spelt_out
+from gemma4_tpu.reporting.costs import cost_report
 from gemma4_tpu.tracking.result import Result
 
 EXPERIMENTS = Path(__file__).parents[2] / "experiments"

@@ -72,5 +72,5 @@ def test_the_parent_imports_no_jax(tmp_path):
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120)
     assert "2 jobs: 2 refused" in done.stdout, done.stderr[-2000:]
     imported = {line.rsplit("|", 1)[1].strip() for line in done.stderr.splitlines() if line.startswith("import time:")}
-    assert {"gemma4_tpu.sweeping.processes", "gemma4_tpu.sweeping.plots"} <= imported
+    assert {"gemma4_tpu.sweeping.processes", "gemma4_tpu.reporting.sweep_plots"} <= imported
     assert not imported & {"jax", "tunix", "qwix", "flax"}

@@ -7,7 +7,7 @@ from typing import Any
 from rich import progress
 
 from gemma4_tpu.benching.cells import Cell
-from gemma4_tpu.benching.load import Told
+from gemma4_tpu.benching.one_cell import Told
 from gemma4_tpu.tracking.logs import console
 
 

@@ -8,14 +8,14 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+from gemma4_tpu.benching.bar import Bar, told_of
 from gemma4_tpu.benching.cells import Cell, cells_of
 from gemma4_tpu.benching.client import Target, find_target
-from gemma4_tpu.benching.load import FAILED, INFEASIBLE, OK, run_cell
-from gemma4_tpu.benching.show import Bar, told_of
+from gemma4_tpu.benching.one_cell import FAILED, INFEASIBLE, OK, run_cell
 from gemma4_tpu.config.bench_checks import BenchChecked
 from gemma4_tpu.config.serving import BenchConfig
 from gemma4_tpu.errors import UserError
-from gemma4_tpu.tracking.files import read_json, write_compact_json
+from gemma4_tpu.tracking.records import CELL, read_record, write_record
 
 log = logging.getLogger(__name__)
 
@@ -54,7 +54,7 @@ def run_sweep(config: BenchConfig, checked: BenchChecked, folder: Path) -> Resul
                 result = asyncio.run(
                     run_cell(config, cell, target, vocabulary=checked.vocabulary, attempt=attempt, told=told)
                 )
-                write_compact_json(_path(folder, cell), result)
+                write_record(_path(folder, cell), CELL, result, compact=True)
                 results[cell] = result
                 log.log(logging.INFO if result["state"] == OK else logging.WARNING, "%s", told_of(cell, result))
                 if result["state"] == FAILED and not result["completed"]:
@@ -80,15 +80,38 @@ def coverage_line(results: Results) -> str:
     )
 
 
+def outcome_of(results: Results, compared: dict[str, Any] | None) -> dict[str, Any]:
+    """What `result.json` holds. `compared`: what `cross_check` returned, if it was asked for."""
+    measured = {cell: result for cell, result in results.items() if result["state"] == OK}
+    best = max(measured, key=lambda cell: measured[cell]["output_throughput"], default=None)
+    failed = sum(result.get("failed", 0) for result in results.values())
+    checks = compared["cells"] if compared else {}
+    unchecked = [name for name, found in checks.items() if found["state"] == FAILED]
+    crossed = {
+        "agree": sum(found["agrees"] for found in checks.values()),
+        "disagree": [name for name, found in checks.items() if not found["agrees"] and name not in unchecked],
+        "failed": unchecked,
+    }
+    return {
+        "status": "failed" if failed or unchecked else "finished",
+        **coverage(results),
+        "completed_requests": sum(result.get("completed", 0) for result in results.values()),
+        "failed_requests": failed,
+        "peak_output_throughput": measured[best]["output_throughput"] if best else None,
+        "peak_cell": best.name if best else None,
+        "cross_check": crossed if compared else None,
+    }
+
+
 def _read(folder: Path, cell: Cell) -> dict[str, Any] | None:
     path = _path(folder, cell)
     if not path.is_file():
         return None
     try:
-        result = read_json(path)
-    except ValueError:
-        result = None
-    if isinstance(result, dict) and result.get("state") in (OK, INFEASIBLE, FAILED):
+        result = read_record(path).values
+    except UserError:  # damaged
+        result = {}
+    if result.get("state") in (OK, INFEASIBLE, FAILED):
         return result
     log.warning("%s: no result of a cell; it runs again", path)
     return None

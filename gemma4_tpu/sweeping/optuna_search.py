@@ -27,7 +27,7 @@ from gemma4_tpu.config.problems import refusal
 from gemma4_tpu.config.sweep_settings import Optuna
 from gemma4_tpu.errors import UserError
 from gemma4_tpu.sweeping import record
-from gemma4_tpu.sweeping.launch import OpenSweep
+from gemma4_tpu.sweeping.hydra_jobs import OpenSweep
 from gemma4_tpu.sweeping.record import Job
 from gemma4_tpu.sweeping.table import outcome_value
 from gemma4_tpu.tracking.result import Result

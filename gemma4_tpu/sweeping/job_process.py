@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from gemma4_tpu.errors import PREEMPTED, TERMINATED
-from gemma4_tpu.tracking.files import read_json
+from gemma4_tpu.tracking.records import result_of
 
 log = logging.getLogger(__name__)
 
@@ -74,8 +74,8 @@ class Child:
         if code < 0:
             memory = " (was the machine out of memory?)" if code == -signal.SIGKILL else ""
             return f"killed by signal {-code}{memory}"
-        result = self.run_dir / "result.json"
-        if result.is_file() and (told := read_json(result)).get("status") == "failed" and told.get("error"):
+        told = result_of(self.run_dir).values
+        if told.get("status") == "failed" and told.get("error"):
             return str(told["error"])
         with self.log_path.open("rb") as output:
             output.seek(self._log_start)

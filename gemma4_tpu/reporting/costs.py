@@ -1,10 +1,11 @@
-"""The reports of costs and of plausibility, as Markdown; every figure says who measured, estimated or is quoted."""
+"""`python -m gemma4_tpu.report cost …`: what everything costs, as Markdown; every figure says who says so."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
 
+from gemma4_tpu.config.tasks import ReportRoot
 from gemma4_tpu.costing.cost import (
     NO,
     ROUNDED,
@@ -19,11 +20,25 @@ from gemma4_tpu.costing.cost import (
     training_usd,
     training_usd_per_million,
 )
-from gemma4_tpu.costing.figures import Figure, Figures, Point, Training
-from gemma4_tpu.costing.plausibility import DOUBTFUL, DOUBTFUL_FROM, IMPOSSIBLE, Judgement, judge, worst
+from gemma4_tpu.costing.figures import BY, Figures, Training
+from gemma4_tpu.costing.plausibility import DOUBTFUL, IMPOSSIBLE, Judgement, judge, worst
+from gemma4_tpu.costing.read import read
+from gemma4_tpu.markdown import table
 from gemma4_tpu.prices import FLEX_START, ON_DEMAND, SPOT, spoken
+from gemma4_tpu.reporting.pieces import UNKNOWN, command_line, deliver, head, joined, remarks, sources
 
-UNKNOWN = "not known"
+_KEYS = ("serving_hours", "serving_slices", "prices", "spot_prices", "out")
+
+
+def show_costs(root: ReportRoot) -> int:
+    """Costs of `root.cost`. Returns 0."""
+    changed = {key: getattr(root, key) for key in _KEYS if getattr(root, key) != getattr(ReportRoot(), key)}
+    text = cost_report(
+        read(root.cost), Prices(on_demand=root.prices, spot=root.spot_prices), root.serving_hours,
+        slices=root.serving_slices, command=command_line("cost", root.cost, changed),
+    )  # fmt: skip
+    deliver(text, root.out)
+    return 0
 
 
 def cost_report(
@@ -39,7 +54,7 @@ def cost_report(
       command: that makes this report again.
     """
     kinds = _kinds(figures, prices, slices)
-    parts = [_head("Costs", command), _prices(figures, prices, slices, kinds)]
+    parts = [head("Costs", command), _prices(figures, prices, slices, kinds)]
     if figures.trainings:
         parts.append(_trainings(figures, prices, kinds))
     if figures.points:
@@ -50,45 +65,8 @@ def cost_report(
         parts.append(_totals(figures, prices, hours, slices, kinds))
     if figures.printed:
         parts.append(_printed(compare(figures, prices, hours, slices)))
-    parts.append(_remarks(figures.cost_remarks))
-    return _text(parts)
-
-
-def plausibility_report(figures: Figures, *, command: str | None = None) -> str:
-    """Every throughput and latency beside its ceiling, with the arithmetic."""
-    judged, left = judge(figures)
-    parts = [_head("Throughputs and latencies beside the slice's ceiling", command), _ceiling_rules(judged)]
-    parts += [_judged(judged), _arithmetic(judged), _left(left), _remarks(figures.remarks)]
-    return _text(parts)
-
-
-def _text(parts: Sequence[Iterator[str]]) -> str:
-    return "\n".join(line for part in parts for line in part) + "\n"
-
-
-def _head(title: str, command: str | None) -> Iterator[str]:
-    yield from [f"# {title}", ""]
-    if command:
-        yield from ["Made by:", "", f"    {command}", ""]
-
-
-def markdown_table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> Iterator[str]:
-    """Lines of a table, and an empty one."""
-    yield f"| {' | '.join(heads)} |"
-    yield "|---" * len(heads) + "|"
-    for row in rows:
-        yield "| " + " | ".join(cell.replace("|", r"\|") for cell in row) + " |"
-    yield ""
-
-
-def _said(figure: Figure) -> str:
-    return f"*{figure.label}*"
-
-
-def _sources(figures: Sequence[Figure]) -> Iterator[str]:
-    for source in dict.fromkeys(f"*{one.label}*: {one.source}" for one in figures):
-        yield f"- {source}"
-    yield ""
+    parts.append(remarks(figures.cost_remarks))
+    return joined(parts)
 
 
 def _usd(amount: float | None, places: int = 2) -> str:
@@ -112,9 +90,6 @@ def _span(training: Training, amount: float | None, told: Callable[[float], str]
 
 def _number(amount: float | None) -> str:
     return UNKNOWN if amount is None else f"{amount:,.0f}"
-
-
-# ── cost ───────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
 def _slices(figures: Figures, slices: Sequence[str]) -> list[str]:
@@ -146,7 +121,7 @@ def _prices(figures: Figures, prices: Prices, slices: Sequence[str], kinds: Sequ
         if training.usd_per_hour is not None:
             row = [training.slice, spoken(training.kind), _usd(training.usd_per_hour), training.region or ""]
             rows.append([*row, "", f"configuration of {training.name}"])
-    yield from markdown_table(["slice", "", "USD per hour", "region", "date", "source"], rows)
+    yield from table(["slice", "", "USD per hour", "region", "date", "source"], rows)
     if SPOT not in kinds:
         first = _slices(figures, slices)[0]
         yield f"No spot price with a source is known here; give today's: `'spot_prices={{{first}: …}}'`."
@@ -161,7 +136,7 @@ def _trainings(figures: Figures, prices: Prices, kinds: Sequence[str]) -> Iterat
     rows = []
     for training in figures.trainings:
         tokens = training.real_tokens
-        row = [training.name, _said(training), training.slice, _span(training, training.hours, "{:,.4g}".format)]
+        row = [training.name, BY[training.label], training.slice, _span(training, training.hours, "{:,.4g}".format)]
         row += [
             _span(training, training.real_tokens_per_second, _number, per_hour=True),
             UNKNOWN if tokens is None else f"{tokens / 1e6:,.4g}",
@@ -170,8 +145,8 @@ def _trainings(figures: Figures, prices: Prices, kinds: Sequence[str]) -> Iterat
             row.append(_span(training, training_usd(training, prices, kind), _small_usd))
             row.append(_span(training, training_usd_per_million(training, prices, kind), _small_usd))
         rows.append(row)
-    yield from markdown_table(heads, rows)
-    yield from _sources(figures.trainings)
+    yield from table(heads, rows)
+    yield from sources(figures.trainings)
 
 
 def _points(figures: Figures, prices: Prices, kinds: Sequence[str]) -> Iterator[str]:
@@ -185,18 +160,18 @@ def _points(figures: Figures, prices: Prices, kinds: Sequence[str]) -> Iterator[
         rate = point.output_tokens_per_second
         if rate is None:
             continue
-        row = [point.name, _said(point), point.slice, _number(point.input_tokens), _number(point.output_tokens)]
+        row = [point.name, BY[point.label], point.slice, _number(point.input_tokens), _number(point.output_tokens)]
         row += [_number(rate), _share(worst(judged, point)), f"{rate * 3600 / 1e6:,.2f}"]
         for kind in kinds:
             row.append(_small_usd(generated_usd_per_million(point, prices, kind)))
             row.append(_small_usd(total_usd_per_million(point, prices, kind)))
         rows.append(row)
-    yield from markdown_table(heads, rows)
+    yield from table(heads, rows)
     yield "A server that is paid for around the clock and always as busy as in the load. *Per million generated* counts"
     yield "answers only; *in and out* spreads the same dollars over prompts and answers. The share of the ceiling is"
     yield "that of the load's figure nearest to it, latencies included."
     yield ""
-    yield from _sources(figures.points)
+    yield from sources(figures.points)
 
 
 def _share(judgement: Judgement | None) -> str:
@@ -213,18 +188,18 @@ def _evaluations(figures: Figures, prices: Prices, kinds: Sequence[str]) -> Iter
         heads += [f"all samples, {spoken(kind)}", f"per passing sample, {spoken(kind)}"]
     rows = []
     for evaluation in figures.evaluations:
-        row = [evaluation.name, _said(evaluation), _number(evaluation.samples), _number(evaluation.passing)]
+        row = [evaluation.name, BY[evaluation.label], _number(evaluation.samples), _number(evaluation.passing)]
         by = UNKNOWN
         for kind in kinds:
             found = solved(evaluation, figures, prices, kind)
             row += [_small_usd(found.usd if found else None), _small_usd(found.usd_per_pass if found else None)]
             by = found.by if found else by
         rows.append([*row, by])
-    yield from markdown_table([*heads, "by"], rows)
+    yield from table([*heads, "by"], rows)
     yield "Dollars of all samples over those that pass: what a solution costs where one tries until it passes. Training"
     yield "is not in it."
     yield ""
-    yield from _sources(figures.evaluations)
+    yield from sources(figures.evaluations)
 
 
 def _totals(
@@ -240,7 +215,7 @@ def _totals(
             row = [pair.name, pair.training.slice, pair.slice, spoken(kind)]
             row += [_small_usd(training_usd(pair.training, prices, kind)), _usd(prices.hourly(pair.slice, kind))]
             rows.append([*row, *(_usd(pair.usd(number, prices, kind)) for number in hours)])
-    yield from markdown_table([*heads, *(f"+ {number:g} h" for number in hours)], rows)
+    yield from table([*heads, *(f"+ {number:g} h" for number in hours)], rows)
 
 
 def _printed(found: Sequence[Compared]) -> Iterator[str]:
@@ -251,7 +226,7 @@ def _printed(found: Sequence[Compared]) -> Iterator[str]:
     yield ""
     words = {YES: "yes", ROUNDED: "once rounded", NO: "**no**"}
     rows = [[one.printed.where, one.printed.what, one.printed.printed, one.shown, words[one.agrees]] for one in found]
-    yield from markdown_table(["where", "what", "printed", "from its inputs", "agrees"], rows)
+    yield from table(["where", "what", "printed", "from its inputs", "agrees"], rows)
     for agrees, title in ((NO, "Where it disagrees"), (ROUNDED, "What was rounded")):
         if kinds[agrees]:
             yield from [f"### {title}", ""]
@@ -259,51 +234,3 @@ def _printed(found: Sequence[Compared]) -> Iterator[str]:
                 where, note = f"{one.printed.where}, {one.printed.what}", one.printed.note
                 yield f"- {where}: printed {one.printed.printed}, from its inputs {one.shown}. {note}".rstrip()
             yield ""
-
-
-def _remarks(remarks: Sequence[str]) -> Iterator[str]:
-    if remarks:
-        yield from ["## Remarks", ""]
-        yield from (f"- {remark}" for remark in dict.fromkeys(remarks))
-        yield ""
-
-
-# ── plausibility ───────────────────────────────────────────────────────────────────────────────────────────────────
-
-
-def _ceiling_rules(judged: Sequence[Judgement]) -> Iterator[str]:
-    above = sum(one.verdict == IMPOSSIBLE for one in judged)
-    yield f"{len(judged)} figures, {above} of them above what the slice could do: **impossible** as told. **Doubtful**"
-    yield f"is what lies above {DOUBTFUL_FROM:.0%} (an assumption: whole models seldom get so near to a chip's peaks)."
-    yield ""
-    yield "Ceilings are *estimated* from published peaks (`gemma4_tpu/hardware.py`) and the model's arithmetic, on the"
-    yield "assumptions of `gemma4_tpu/costing/ceiling.py`, all of which favour speed: prompts cost FLOPs, generated"
-    yield "tokens reads of weights and KV cache, and nothing else costs anything. Prompts found in a prefix cache are"
-    yield "not processed and know no ceiling: a figure above 100% may be one of those."
-    yield ""
-
-
-def _judged(judged: Sequence[Judgement]) -> Iterator[str]:
-    rows = []
-    for one in judged:
-        verdict = one.verdict if one.verdict not in (IMPOSSIBLE, DOUBTFUL) else f"**{one.verdict}**"
-        share = f"{one.share:.0%}" if one.share < 1e6 else "–"
-        rows.append(
-            [one.figure.name, _said(one.figure), one.quantity, one.told, one.limit, one.bound_by, share, verdict]
-        )
-    yield from markdown_table(["figure", "", "quantity", "told", "ceiling", "bound by", "share", "verdict"], rows)
-    yield from _sources([one.figure for one in judged])
-
-
-def _arithmetic(judged: Sequence[Judgement]) -> Iterator[str]:
-    yield from ["## Arithmetic", ""]
-    for one in sorted(judged, key=lambda each: -each.share):
-        yield f"- {one.figure.name}, {one.quantity} (**{one.verdict}**): {one.arithmetic}."
-        if isinstance(one.figure, Point) and one.figure.note and one is worst(judged, one.figure):
-            yield f"  {one.figure.note.strip()}"
-    yield ""
-
-
-def _left(left: Sequence[str]) -> Iterator[str]:
-    if left:
-        yield from ["## Not judged", "", *(f"- {line}" for line in left), ""]

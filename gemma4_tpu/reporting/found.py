@@ -8,18 +8,25 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from gemma4_tpu.errors import UserError
 from gemma4_tpu.storage import is_remote
-from gemma4_tpu.tracking.files import read_json
+from gemma4_tpu.tracking.records import (
+    EVALUATION,
+    LOAD_TEST,
+    MERGE,
+    PLAN,
+    SERVING,
+    TRAINING,
+    config_of,
+    kind_of,
+    result_of,
+)  # fmt: skip
 from gemma4_tpu.tracking.run import RunFolder
 
 log = logging.getLogger(__name__)
 
-PLAN, MERGE, EVALUATION, SERVING, BENCHMARK = KINDS = ("plan", "merge", "evaluation", "serving", "benchmark")
-_GROUPS = {"plan": PLAN, "export": MERGE, "eval": EVALUATION, "serving": SERVING, "bench": BENCHMARK}
-"""Group of the configuration that only one entry point takes → the kind of its records."""
+KINDS = {PLAN: "plan", MERGE: "merge", EVALUATION: "evaluation", SERVING: "serving", LOAD_TEST: "benchmark"}
+"""Kinds of records about a run, and what a person calls them."""
 OUTPUTS = "outputs"
 """Where entry points leave records that have no run folder to go to, below the working folder."""
 
@@ -63,55 +70,16 @@ def find(runs: Sequence[str], further: Sequence[str] = ()) -> list[Records]:
 
 def _of_run(run: str) -> Records:
     folder = RunFolder.existing(run)
-    if not (folder.metrics_path.exists() or folder.result_path.exists()) or "trainer" not in folder.read_config():
+    if not (folder.metrics_path.exists() or folder.result_path.exists()) or folder.kind != TRAINING:
         raise UserError(f"run={run}: not the run folder of a training (config.yaml with metrics.jsonl or result.json)")
     found = Records(run=folder, name="/".join(folder.path.parts[-2:]))
     for path in _below(folder.path, 2):
-        if (kind := kind_of(path)) is not None:
+        if (kind := kind_of(path)) in KINDS:
             found.add(kind, path)
     for path in _elsewhere(folder.path):
-        if (kind := kind_of(path)) is not None and _is_about(path, kind, found):
+        if (kind := kind_of(path)) in KINDS and _is_about(path, kind, found):
             found.add(kind, path)
     return found
-
-
-def kind_of(folder: Path) -> str | None:
-    """By what its configuration is of, or by its `plan.json`; None: it is no record of those kinds."""
-    if (folder / "plan.json").is_file():
-        return PLAN
-    config = config_of(folder)
-    return next((kind for group, kind in _GROUPS.items() if group in config), None)
-
-
-def result_of(folder: Path) -> dict[str, Any]:
-    """`result.json` of a record; empty where there is none: it is under way, or was killed."""
-    path = folder / "result.json"
-    return record(path) if path.is_file() else {}
-
-
-def record(path: Path) -> dict[str, Any]:
-    """A JSON object of a record.
-
-    Raises:
-      UserError: it holds none.
-    """
-    try:
-        value = read_json(path)
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path}: can't be read ({error})") from None
-    if not isinstance(value, dict):
-        raise UserError(f"{path}: damaged (no JSON object)")
-    return value
-
-
-def config_of(folder: Path) -> dict[str, Any]:
-    """`config.yaml` as plain values; empty where there is none."""
-    path = folder / "config.yaml"
-    try:
-        value = yaml.safe_load(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    except yaml.YAMLError as error:
-        raise UserError(f"{path}: no YAML: {' '.join(str(error).split())}") from None
-    return value if isinstance(value, dict) else {}
 
 
 def _below(folder: Path, levels: int) -> Iterator[Path]:
@@ -143,14 +111,14 @@ def _is_about(folder: Path, kind: str, found: Records) -> bool:
     named = [config.get(key) for key in ("run", "served", "replay")]
     if kind == EVALUATION:
         named.append(model.get("path") if isinstance(model, dict) else None)
-        settings = result_of(folder).get("settings") or {}
+        settings = result_of(folder).values.get("settings") or {}
         if settings.get("endpoint") and any(_answers(server, settings) for server in found.by_kind[SERVING]):
             return True
     return any(_is_in(found.run, place) for place in named if isinstance(place, str) and place)
 
 
 def _answers(server: Path, settings: dict[str, Any]) -> bool:
-    known = result_of(server)
+    known = result_of(server).values
     return bool(known) and all(known.get(key) == settings.get(key) for key in ("endpoint", "model"))
 
 
@@ -163,7 +131,7 @@ def _is_in(run: RunFolder, place: str) -> bool:
 
 def _given(place: Path) -> list[tuple[str, Path]]:
     """(kind, folder) of the record that it is, or of those in it."""
-    found = [(kind, path) for path in (place, *_below(place, 1)) if (kind := kind_of(path)) is not None]
+    found = [(kind, path) for path in (place, *_below(place, 1)) if (kind := kind_of(path)) in KINDS]
     if not found:
         raise UserError(
             f"records: {place}: no plan (plan.json), evaluation, benchmark, merge or server (result.json) in it"

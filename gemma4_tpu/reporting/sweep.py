@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 from rich.console import Console
 from rich.text import Text
 
 from gemma4_tpu.errors import UserError
+from gemma4_tpu.markdown import code, plain, table
+from gemma4_tpu.reporting.sweep_plots import plot_sweep
 from gemma4_tpu.sweeping import record
-from gemma4_tpu.sweeping.plots import plot_sweep
 from gemma4_tpu.sweeping.record import Sweep
 from gemma4_tpu.sweeping.table import Metric, Row, best_metric, best_row, columns, rows_of, swept_keys
 from gemma4_tpu.tracking.files import write_text
@@ -31,7 +33,7 @@ _MEANING = {
 }
 
 
-def show(folder: str | Path, metric: str | None) -> int:
+def show_sweep(folder: str | Path, metric: str | None = None) -> int:
     """Writes the table and the plots of a sweep folder, and prints what came of it. Returns 0.
 
     Args:
@@ -48,7 +50,7 @@ def show(folder: str | Path, metric: str | None) -> int:
     best = best_row(rows, chosen)
     write_text(sweep.folder / "sweep.csv", csv_table(rows, chosen))
     drawn = plot_sweep(rows, chosen, best, sweep.folder / "plots", _title(sweep))
-    write_text(sweep.folder / "sweep.md", markdown(sweep, rows, chosen, best, drawn))
+    write_text(sweep.folder / "sweep.md", "\n".join(_page(sweep, rows, chosen, best, drawn)).rstrip() + "\n")
     _print(sweep, rows, chosen, best)
     return 0
 
@@ -78,34 +80,28 @@ def csv_table(rows: Sequence[Row], metric: Metric) -> str:
     return text.getvalue()
 
 
-def markdown(sweep: Sweep, rows: Sequence[Row], metric: Metric, best: Row | None, drawn: Sequence[Path]) -> str:
-    """The table for people: best first, figures rounded."""
+def _page(sweep: Sweep, rows: Sequence[Row], metric: Metric, best: Row | None, drawn: Sequence[Path]) -> Iterator[str]:
+    """For people: best first, figures rounded."""
     keys, results = swept_keys(rows), columns(rows, metric)
-    head = [*keys, "status", "starts", *results, "error"]
-    lines = [f"# {_title(sweep)}", "", _counts(rows), ""]
+    yield from [f"# {_title(sweep)}", "", _counts(rows), ""]
     if best is not None:
-        lines += [
-            f"Best by {metric.key} ({metric.direction}d): `{best.job.name}`, {_figure(metric.key, best.result)}",
-            "",
-        ]
-    lines += [f"| {' | '.join(head)} |", f"|{'---|' * len(head)}"]
+        told = _figure(metric.key, best.result)
+        yield from [f"Best by {metric.key} ({metric.direction}d): {code(best.job.name)}, {told}", ""]
+    lines = []
     for row in _ranked(rows, metric):
-        values = [row.job.values.get(key, "") for key in keys]
+        values = [plain(row.job.values.get(key, "")) for key in keys]
         cells = [*values, row.job.status, str(row.job.starts), *(_figure(key, row.result) for key in results)]
-        cells.append((row.job.error or "").replace("|", "\\|"))
-        if row is best:
-            cells = [f"**{cell}**" if cell else "" for cell in cells]
-        lines.append(f"| {' | '.join(cells)} |")
-    told = [f"`{key}`: {_MEANING[key]}" for key in [*results, "starts"] if key in _MEANING]
-    lines += ["", "; ".join(told) + ".", ""]
-    lines += [f"![{path.stem}]({path.relative_to(sweep.folder)})" for path in drawn]
+        cells.append(plain(row.job.error or ""))
+        lines.append([f"**{cell}**" if cell else "" for cell in cells] if row is best else cells)
+    yield from table([*keys, "status", "starts", *results, "error"], lines)
+    yield from ["; ".join(f"`{key}`: {_MEANING[key]}" for key in [*results, "starts"] if key in _MEANING) + ".", ""]
+    yield from (f"![{path.stem}]({quote(path.relative_to(sweep.folder).as_posix())})" for path in drawn)
     plans = dict.fromkeys(row.job.plan for row in rows if row.job.plan)
     if len(plans) == 1:
-        lines += ["", f"Plan check of every job: {next(iter(plans))}."]
+        yield from ["", f"Plan check of every job: {next(iter(plans))}."]
     elif plans:
-        lines += ["", "Plan checks before the start:", ""]
-        lines += [f"- `{row.job.name}`: {row.job.plan}" for row in rows if row.job.plan]
-    return "\n".join(lines).rstrip() + "\n"
+        yield from ["", "Plan checks before the start:", ""]
+        yield from (f"- {code(row.job.name)}: {row.job.plan}" for row in rows if row.job.plan)
 
 
 def _ranked(rows: Sequence[Row], metric: Metric) -> list[Row]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,7 +19,6 @@ from gemma4_tpu.errors import REFUSED, UserError
 from gemma4_tpu.sweeping import record
 from gemma4_tpu.sweeping.processes import Monitor, Runner
 from gemma4_tpu.sweeping.record import Job, Sweep, SweepLock
-from gemma4_tpu.sweeping.report import show
 from gemma4_tpu.sweeping.stop import Stop
 from gemma4_tpu.sweeping.table import best_metric, outcome_value
 from gemma4_tpu.tracking.logs import setup_logging
@@ -42,8 +41,10 @@ class OpenSweep:
 
 
 @contextmanager
-def sweeping(config: DictConfig, metric: str | None, direction: str | None = None) -> Iterator[OpenSweep]:
-    """The life of a sweep: folder and signals are held, at the end comes the report.
+def sweeping(
+    config: DictConfig, report: Callable[[Path], object], metric: str | None, direction: str | None = None
+) -> Iterator[OpenSweep]:
+    """The life of a sweep: folder and signals are held, at the end comes the `report` on its folder.
 
     Raises:
       SystemExit: 1 some jobs failed or none finished, 2 refused, 42 SIGTERM, 130 Ctrl-C; nothing if all is well.
@@ -56,7 +57,7 @@ def sweeping(config: DictConfig, metric: str | None, direction: str | None = Non
             sweep.metric, sweep.direction = metric, direction
             opened = OpenSweep(sweep, stop)
             yield opened
-            show(folder, None)
+            report(folder)
     except UserError as refusal:
         print(f"error: {refusal}", file=sys.stderr)
         raise SystemExit(REFUSED) from None

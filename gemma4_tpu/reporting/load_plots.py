@@ -3,22 +3,18 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from gemma4_tpu.benching.all_cells import Results
 from gemma4_tpu.benching.cells import Cell, rate_text
-from gemma4_tpu.benching.load import FAILED, INFEASIBLE, OK
-from gemma4_tpu.tracking.plots import new_figure
+from gemma4_tpu.benching.one_cell import FAILED, INFEASIBLE, OK
+from gemma4_tpu.plotting import COLOURS, INK, draw_titled
 
-_COLOURS = ("#4c78c8", "#d9692c", "#54a24b", "#8e6bbf", "#3aa6a6", "#b0567d", "#e0a63a", "#777777", "#9c7a4f")
-_INK = "#333333"
 _QUANTITIES = (  # file, key, label, colours of a heat map: the brighter the better
     ("throughput", "output_throughput", "output tokens per second", "viridis"),
     ("ttft", "median_ttft_ms", "median time to first token (ms)", "viridis_r"),
 )
-
-Results = dict[Cell, dict[str, Any]]
 
 
 def plot_results(results: Results, folder: Path, title: str) -> list[Path]:
@@ -48,7 +44,7 @@ def _over_rate(values: dict[Cell, float], label: str, title: str, path: Path, *,
         from matplotlib.ticker import LogLocator, NullLocator
 
         for number, (name, points) in enumerate(lines.items()):
-            style = {"color": _COLOURS[number % len(_COLOURS)], "marker": "o", "markersize": 5, "linewidth": 1.8}
+            style = {"color": COLOURS[number % len(COLOURS)], "marker": "o", "markersize": 5, "linewidth": 1.8}
             bounded = sorted(point for point in points if not math.isinf(rates[point[0]]))
             apart = [point for point in points if math.isinf(rates[point[0]])]
             axes.plot([x for x, _ in bounded], [y for _, y in bounded], label=name, **style)
@@ -68,7 +64,7 @@ def _over_rate(values: dict[Cell, float], label: str, title: str, path: Path, *,
         axes.yaxis.set_major_formatter(lambda value, _: f"{value:,.6g}")
         axes.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0))
 
-    return _save(draw, title, path, (8.5, 4))
+    return draw_titled(draw, title, path, (8.5, 4))
 
 
 def _matrix(results: Results, key: str, label: str, colours: str, title: str, path: Path) -> Path:
@@ -104,7 +100,7 @@ def _matrix(results: Results, key: str, label: str, colours: str, title: str, pa
         axes.tick_params(length=0)
         axes.spines[["left", "bottom"]].set_visible(False)
 
-    return _save(
+    return draw_titled(
         draw, f"{title}: {label}", path, (max(6.0, 2.4 + 0.68 * len(lengths)), max(3.6, 1.6 + 0.4 * len(users)))
     )
 
@@ -114,7 +110,7 @@ def _write_in(axes: Any, at: tuple[float, float], result: dict[str, Any], key: s
     if state == OK and value:
         red, green, blue, _ = image.cmap(image.norm(value))
         dark = 0.3 * red + 0.59 * green + 0.11 * blue < 0.55
-        text, colour = _short(value), "white" if dark else _INK
+        text, colour = _short(value), "white" if dark else INK
     else:
         text, colour = (
             {INFEASIBLE: "too\nlong", FAILED: "failed", OK: "–"}[state],
@@ -127,11 +123,3 @@ def _short(value: float) -> str:
     if value >= 100_000:
         return f"{value / 1000:,.0f}k"
     return f"{value / 1000:.1f}k" if value >= 10_000 else f"{value:,.0f}" if value >= 100 else f"{value:.1f}"
-
-
-def _save(draw: Callable[[Any], None], title: str, path: Path, inches: tuple[float, float]) -> Path:
-    """One pair of axes."""
-    with new_figure(path, inches) as figure:
-        draw(figure.subplots())
-        figure.suptitle(title, x=0.01, ha="left", fontsize=11, color=_INK)
-    return path

@@ -4,21 +4,26 @@ from __future__ import annotations
 
 import re
 import statistics
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
-from gemma4_tpu.export.merge import Delta
-from gemma4_tpu.tracking.files import write_json, write_text
-from gemma4_tpu.tracking.plots import new_figure
+from gemma4_tpu.markdown import table
+from gemma4_tpu.plotting import new_figure
+from gemma4_tpu.tracking.files import write_text
+from gemma4_tpu.tracking.records import DELTAS, write_record
+from gemma4_tpu.tracking.run import RunFolder
+
+if TYPE_CHECKING:
+    from gemma4_tpu.export.merge import Delta
 
 _MODULES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
-def write_report(deltas: Sequence[Delta], folder: Path, plots: Path, title: str) -> list[Path]:
-    """Writes `deltas.json` (every weight), `deltas.md` (by module) and `deltas.png`; returns their paths."""
-    table, data, picture = folder / "deltas.md", folder / "deltas.json", plots / "deltas.png"
+def write_deltas(deltas: Sequence[Delta], record: RunFolder, title: str) -> Path:
+    """Writes `deltas.json` (every weight), `deltas.md` (by module) and `plots/deltas.png`; returns the table's path."""
     rows = [
         {
             "name": d.name, "delta_norm": d.norm, "base_norm": d.base_norm, "relative": d.relative,
@@ -26,32 +31,28 @@ def write_report(deltas: Sequence[Delta], folder: Path, plots: Path, title: str)
         }
         for d in deltas
     ]  # fmt: skip
-    write_json(data, rows)
-    write_text(table, _table(deltas, title))
-    plots.mkdir(parents=True, exist_ok=True)
-    _plot(deltas, title, picture)
-    return [table, data, picture]
+    write_record(record.path / "deltas.json", DELTAS, {"weights": rows})
+    page = record.path / "deltas.md"
+    write_text(page, "\n".join(_lines(deltas, title)))
+    _plot(deltas, title, record.plots / "deltas.png")
+    return page
 
 
-def _table(deltas: Sequence[Delta], title: str) -> str:
-    lines = [
-        f"# Delta norms: {title}",
-        "",
-        "Frobenius norm of each delta over that of its base weight; share of values that the dtype let change.",
-        "",
-        "| module | weights | median | smallest | largest | at layer | values changed |",
-        "|---|---:|---:|---:|---:|---:|---:|",
-    ]
+def _lines(deltas: Sequence[Delta], title: str) -> Iterator[str]:
+    yield from [f"# Delta norms: {title}", ""]
+    yield "Frobenius norm of each delta over that of its base weight; share of values that the dtype let change."
+    yield ""
+    rows = []
     for module in _modules(deltas):
         own = [d for d in deltas if _place(d)[1] == module]
         low, high = min(own, key=lambda d: d.relative), max(own, key=lambda d: d.relative)
         changed = sum(d.changed_values for d in own) / sum(d.values for d in own)
+        norms = (statistics.median(d.relative for d in own), low.relative, high.relative)
         layer = _place(high)[0]
-        lines.append(
-            f"| {module} | {len(own)} | {statistics.median(d.relative for d in own):.2e} | {low.relative:.2e} |"
-            f" {high.relative:.2e} | {'–' if layer is None else layer} | {changed:.1%} |"
-        )
-    return "\n".join(lines) + "\n"
+        at = "–" if layer is None else layer
+        rows.append([module, len(own), *(f"{norm:.2e}" for norm in norms), at, f"{changed:.1%}"])
+    heads = ["module", "weights", "median", "smallest", "largest", "at layer", "values changed"]
+    yield from table(heads, rows, "lrrrrrr")
 
 
 def _place(delta: Delta) -> tuple[int | None, str]:

@@ -1,18 +1,18 @@
-"""What a benchmark came to: `result.json`, Markdown tables, and one HTML page that holds its plots."""
+"""The page about a load test: `report.md` and `report.html` in its folder, and the tables for the terminal."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from gemma4_tpu.benching.all_cells import Results, coverage_line
 from gemma4_tpu.benching.cells import Cell
 from gemma4_tpu.benching.cross_check import LATENCY_BOUND, THROUGHPUT_BOUND, verdict
-from gemma4_tpu.benching.load import FAILED, OK
-from gemma4_tpu.benching.plots import plot_results
-from gemma4_tpu.benching.sweep import Results, coverage, coverage_line
 from gemma4_tpu.config.bench_checks import BenchChecked
+from gemma4_tpu.markdown import plain, table
 from gemma4_tpu.reporting.html import html_page
+from gemma4_tpu.reporting.load_plots import plot_results
 from gemma4_tpu.tracking.files import write_text
 
 _MARK = "†"
@@ -27,76 +27,46 @@ _WORDS = {"state", "notes", "verdict"}
 _LAG_MS = 10.0  # a client that sends later than this has become part of what is measured
 
 
-@dataclass(frozen=True)
-class Section:
-    """A table, and what is to be known before it is read."""
-
-    title: str
-    facts: list[str]
-    """Markdown."""
-    columns: tuple[str, ...]
-    rows: list[list[str]]
-
-    @property
-    def words(self) -> list[bool]:
-        """Which columns hold words."""
-        return [column in _WORDS for column in self.columns]
-
-    def markdown(self) -> str:
-        """The table."""
-        align = ["---" if words else "---:" for words in self.words]
-        safe = [[text.replace("|", "\\|") for text in row] for row in self.rows]
-        return "\n".join(f"| {' | '.join(row)} |" for row in (self.columns, align, *safe))
-
-
-def outcome(results: Results, compared: dict[str, Any] | None) -> dict[str, Any]:
-    """`result.json`. `compared`: what `cross_check` returned, if it was asked for."""
-    measured = {cell: result for cell, result in results.items() if result["state"] == OK}
-    best = max(measured, key=lambda cell: measured[cell]["output_throughput"], default=None)
-    failed = sum(result.get("failed", 0) for result in results.values())
-    checks = compared["cells"] if compared else {}
-    unchecked = [name for name, found in checks.items() if found["state"] == FAILED]
-    crossed = {
-        "agree": sum(found["agrees"] for found in checks.values()),
-        "disagree": [name for name, found in checks.items() if not found["agrees"] and name not in unchecked],
-        "failed": unchecked,
-    }
-    return {
-        "status": "failed" if failed or unchecked else "finished",
-        **coverage(results),
-        "completed_requests": sum(result.get("completed", 0) for result in results.values()),
-        "failed_requests": failed,
-        "peak_output_throughput": measured[best]["output_throughput"] if best else None,
-        "peak_cell": best.name if best else None,
-        "cross_check": crossed if compared else None,
-    }
-
-
 def write_report(folder: Path, results: Results, compared: dict[str, Any] | None, checked: BenchChecked) -> str:
-    """Writes `report.md`, `report.html` and `plots/`; returns the tables as Markdown."""
+    """Writes `report.md`, `report.html` and `plots/`; returns the tables as Markdown.
+
+    Args:
+      folder: of the benchmark.
+      results: of its cells.
+      compared: what `cross_check` returned, if it was asked for.
+      checked: where the server is.
+    """
     plots = plot_results(results, folder / "plots", f"{folder.parent.name} / {folder.name}")
-    sections = [_measured(results, checked)] + ([_crossed(results, compared)] if compared else [])
-    parts = []
-    for section in sections:
-        parts += [*([f"## {section.title}"] if section.title else []), *section.facts, section.markdown()]
+    tables = [_measured(results)] + ([_crossed(results, compared)] if compared else [])
+    parts = [f"# Benchmark {folder.name}", *_facts(results, checked), tables[0]]
+    if compared:
+        parts += ["## Cross-check by `vllm bench serve`", _agreement(results, compared), tables[1]]
     pictures = "\n".join(f"![{path.stem}](plots/{path.name})" for path in plots)
-    text = "\n\n".join([f"# Benchmark {folder.name}", *parts, pictures]).rstrip() + "\n"
+    text = "\n\n".join([*parts, pictures]).rstrip() + "\n"
     write_text(folder / "report.md", text)
     write_text(folder / "report.html", html_page(text, folder))
-    return "\n\n".join(section.markdown() for section in sections)
+    return "\n\n".join(tables)
 
 
-def _measured(results: Results, checked: BenchChecked) -> Section:
-    """Our own client's figures."""
+def _table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    align = "".join("l" if column in _WORDS else "r" for column in columns)
+    return "\n".join(table(columns, rows, align)).rstrip()
+
+
+def _facts(results: Results, checked: BenchChecked) -> list[str]:
+    """What is to be known before the figures are read."""
     model = next((result["model_id"] for result in results.values()), "")
-    facts = [
+    return [
         f"Model `{model}` at `{checked.endpoint}` ({checked.slice}). Measured by this client;"
         " times in ms, definitions of `vllm bench serve`.",
         f"{coverage_line(results)}. {_prefix_cache(results)}",
         f"{_MARK} of fewer than 100 values: that of the slowest one or two, not a 99th percentile to rely on.",
     ]
-    rows = [_row(cell, result) for cell, result in results.items()]
-    return Section("", facts, _COLUMNS, rows)
+
+
+def _measured(results: Results) -> str:
+    """Our own client's figures."""
+    return _table(_COLUMNS, [_row(cell, result) for cell, result in results.items()])
 
 
 def _prefix_cache(results: Results) -> str:
@@ -114,7 +84,7 @@ def _prefix_cache(results: Results) -> str:
 def _row(cell: Cell, result: dict[str, Any]) -> list[str]:
     first = [*_asked(cell), result["state"]]
     if not result.get("completed"):
-        return [*first, *["–"] * 8, result.get("reason", "")]
+        return [*first, *["–"] * 8, plain(result.get("reason", ""))]
     throughputs = [_number(result[f"{name}_throughput"]) for name in ("output", "total_token")]
     marked = _MARK if "ttft" in result["p99_marked"] else ""
     return [
@@ -131,7 +101,7 @@ def _asked(cell: Cell) -> list[str]:
 
 def _notes(result: dict[str, Any]) -> list[str]:
     """What makes a cell's figures mean something else."""
-    notes = [result["reason"]] if "reason" in result else []
+    notes = [plain(result["reason"])] if "reason" in result else []
     hits, queries = result["prefix_cache_hit_tokens"], result["prefix_cache_query_tokens"]
     if hits:
         notes.append(f"{hits / queries:.0%} of prompt tokens from the prefix cache")
@@ -146,22 +116,28 @@ def _notes(result: dict[str, Any]) -> list[str]:
     return notes
 
 
-def _crossed(results: Results, compared: dict[str, Any]) -> Section:
-    """Both clients' figures, side by side."""
-    found = {cell: compared["cells"][cell.name] for cell in results if cell.name in compared["cells"]}
+def _cross_checked(results: Results, compared: dict[str, Any]) -> dict[Cell, dict[str, Any]]:
+    return {cell: compared["cells"][cell.name] for cell in results if cell.name in compared["cells"]}
+
+
+def _agreement(results: Results, compared: dict[str, Any]) -> str:
+    found = _cross_checked(results, compared)
     agree = sum(one["agrees"] for one in found.values())
     more = f" {compared['not_run']} cells without a measurement of ours were left out." if compared["not_run"] else ""
-    facts = [
+    return (
         f"{agree} of {len(found)} cells agree.{more} Each figure is this client's / vLLM's = ratio. They agree within"
         f" {THROUGHPUT_BOUND:.0%} of a throughput and {LATENCY_BOUND:.0%} of a median latency, or 5 ms of TTFT and E2EL"
         " and 1 ms of TPOT and ITL, whichever is more."
-    ]
+    )
+
+
+def _crossed(results: Results, compared: dict[str, Any]) -> str:
+    """Both clients' figures, side by side."""
     rows = []
-    for cell, one in found.items():
+    for cell, one in _cross_checked(results, compared).items():
         figures = [_both(one["figures"].get(key)) for key in _COMPARED.values()]
-        rows.append([*_asked(cell), *figures, verdict(one)])
-    columns = ("in", "out", "load", *_COMPARED, "verdict")
-    return Section("Cross-check by `vllm bench serve`", facts, columns, rows)
+        rows.append([*_asked(cell), *figures, plain(verdict(one))])
+    return _table(("in", "out", "load", *_COMPARED, "verdict"), rows)
 
 
 def _both(figure: dict[str, Any] | None) -> str:

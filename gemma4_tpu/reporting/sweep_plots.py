@@ -7,12 +7,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from gemma4_tpu.plotting import INK, draw_titled
 from gemma4_tpu.sweeping import record
 from gemma4_tpu.sweeping.table import Metric, Row, swept_keys
 from gemma4_tpu.tracking.metrics import read_metrics
-from gemma4_tpu.tracking.plots import new_figure
 
-_BEST, _INK, _PALE = "#d9692c", "#333333", "#9db4dd"
+_BEST, _PALE = "#d9692c", "#9db4dd"
 _COLOURS = ("#4c78c8", "#54a24b", "#e0a63a", "#8e6bbf", "#3aa6a6", "#b0567d", "#777777", "#9c7a4f")
 _MAX_LEGEND = len(_COLOURS)
 _MAX_TICKS = 9
@@ -82,12 +82,12 @@ def _parallel(rows: Sequence[Row], keys: list[str], metric: Metric, best: Row | 
             colour = _BEST if row is best else colormaps["Blues"](0.3 + 0.6 * goodness)
             axes.plot(range(len(heights)), heights, color=colour, linewidth=3 if row is best else 1.8, alpha=0.95)
         for x, axis in enumerate(axes_of):
-            axes.axvline(x, color=_INK, linewidth=1)
+            axes.axvline(x, color=INK, linewidth=1)
             last = x == len(axes_of) - 1
             for text in axis.ticks:
                 axes.annotate(
                     axis.tick(text), (x, axis.places[text]), xytext=(8 if last else -8, 0), textcoords="offset points",
-                    ha="left" if last else "right", va="center", color=_INK,
+                    ha="left" if last else "right", va="center", color=INK,
                     bbox={"boxstyle": "square,pad=0.1", "facecolor": "white", "edgecolor": "none", "alpha": 0.8},
                 )  # fmt: skip
         axes.set_xticks(range(len(axes_of)), [axis.label.replace(".", ".\n", 1) for axis in axes_of])
@@ -100,7 +100,7 @@ def _parallel(rows: Sequence[Row], keys: list[str], metric: Metric, best: Row | 
             axes.plot([], [], color=_BEST, linewidth=3, label=f"best: {best.job.name}")
             axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0))
 
-    return _save(draw, title, path, width=max(7.0, 1.9 * len(axes_of)))
+    return draw_titled(draw, title, path, (max(7.0, 1.9 * len(axes_of)), 4))
 
 
 # ── the metric over one key ────────────────────────────────────────────────────────────────────────────────────────
@@ -131,7 +131,7 @@ def _over_key(
         axes.margins(x=0.08, y=0.12)
         _legend_beside(axes)
 
-    return _save(draw, title, path, width=9.0)
+    return draw_titled(draw, title, path, (9.0, 4))
 
 
 def _scale(axes: Any, values: list[float]) -> None:
@@ -176,7 +176,7 @@ def _heldout(curves: dict[str, tuple[list[int], list[float]]], best: Row | None,
         axes.set_ylabel("held-out loss (nats per target token)")
         _legend_beside(axes)
 
-    return _save(draw, title, path, width=9.0)
+    return draw_titled(draw, title, path, (9.0, 4))
 
 
 def _legend_beside(axes: Any) -> None:
@@ -191,11 +191,3 @@ def _number(value: Any) -> float | None:
     except (TypeError, ValueError):
         return None
     return number if math.isfinite(number) else None
-
-
-def _save(draw: Any, title: str, path: Path, width: float = 7.0) -> Path:
-    """One pair of axes."""
-    with new_figure(path, (width, 4)) as figure:
-        draw(figure.subplots())
-        figure.suptitle(title, x=0.01, ha="left", fontsize=11, color=_INK)
-    return path

@@ -1,4 +1,4 @@
-"""Pieces of Markdown: tables, pictures, other reports below a heading; who says so, in every row."""
+"""Markdown: tables, texts that stay texts, links, parts of other pages. Every page and table is written with these."""
 
 from __future__ import annotations
 
@@ -8,29 +8,32 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from urllib.parse import quote
 
-from gemma4_tpu.costing.figures import ESTIMATED, MEASURED, QUOTED
+from tabulate import tabulate
 
-ALIGN = {"l": "---", "r": "---:"}
-BY = {label: f"*{label}*" for label in (MEASURED, ESTIMATED, QUOTED)}
-"""How a figure is marked."""
+_SIDES = {"l": None, "r": "right"}
+"""Words are not padded: one long cell would widen every line of the table, and of each later diff."""
 
 
-def table(heads: Sequence[str], rows: Sequence[Sequence[str]], align: str = "") -> Iterator[str]:
-    """A table and an empty line.
+def table(heads: Sequence[str], rows: Sequence[Sequence[object]], align: str = "") -> Iterator[str]:
+    """Lines of a table, and an empty one.
 
     Args:
       heads: of the columns.
-      rows: Markdown of each cell; bars and line breaks are taken care of.
+      rows: Markdown of each cell, None for nothing; bars and line breaks are taken care of.
       align: `l` or `r` for each column; the rest is `l`.
     """
-    yield _row(heads)
-    yield _row([ALIGN[kind] for kind in align.ljust(len(heads), "l")])
-    yield from (_row([re.sub(r"(?<!\\)\|", r"\\|", cell).replace("\n", " ") for cell in row]) for row in rows)
+    sides = [_SIDES[side] for side in align.ljust(len(heads), "l")]
+    cells = [[_cell(value) for value in row] for row in rows]
+    titles = [_cell(head) for head in heads]
+    text = tabulate(cells, titles, tablefmt="pipe", disable_numparse=True, stralign=None, colalign=sides)
+    yield from text.split("\n")
     yield ""
 
 
-def _row(cells: Sequence[str]) -> str:
-    return f"| {' | '.join(cells)} |"
+def _cell(value: object) -> str:
+    """What stays in its cell: a bar that isn't escaped would end it, a line break the row."""
+    text = "" if value is None else str(value)
+    return re.sub(r"(?<!\\)((?:\\\\)*)\|", r"\1\\|", text).replace("\n", "<br>")
 
 
 def plain(text: object) -> str:
@@ -58,7 +61,7 @@ def link(path: Path, page: Path, text: str | None = None) -> str:
 
 
 def pictures(paths: Sequence[Path], page: Path) -> Iterator[str]:
-    """Those of them that are there, side by side."""
+    """Those of them that are there, side by side, and an empty line."""
     shown = [f"![{path.stem.replace('_', ' ')}]({_from(path, page)})" for path in paths if path.is_file()]
     if shown:
         yield from [*shown, ""]
@@ -69,7 +72,7 @@ def _from(path: Path, page: Path) -> str:
 
 
 def below(text: str, levels: int) -> list[str]:
-    """Lines of another report, without its title, headings so many levels down."""
+    """Lines of another page, without its title, headings so many levels down."""
     lines, fenced = [], False
     for line in text.splitlines():
         fenced ^= line.startswith(("```", "~~~"))

@@ -1,13 +1,20 @@
-"""What an hour on each chip costs, by region and kind of capacity, from whom, and how old that is. No JAX here."""
+"""`python -m gemma4_tpu.report prices`: what an hour on each chip costs, by region and kind, and how old that is."""
 
 from __future__ import annotations
 
 import datetime
 from collections.abc import Iterator
 
-from gemma4_tpu.costing.report import UNKNOWN, markdown_table
 from gemma4_tpu.hardware import CHIPS, SLICES, option_name
+from gemma4_tpu.markdown import table
 from gemma4_tpu.prices import FLEX_START, KINDS, Price, age_days, chip_prices, spoken
+from gemma4_tpu.reporting.pieces import UNKNOWN
+
+
+def show_price_list() -> int:
+    """Prints every price that is built in, and how old it is. Returns 0."""
+    print(price_list(datetime.date.today()), end="")
+    return 0
 
 
 def price_list(today: datetime.date) -> str:
@@ -36,7 +43,7 @@ def _lines(today: datetime.date) -> Iterator[str]:
             for region in dict.fromkeys(region for region, _ in found)
         ]
         heads = [spoken(kind) + ", at best" * (kind == FLEX_START) for kind in KINDS]
-        yield from markdown_table(["region", *heads], rows)
+        yield from table(["region", *heads], rows)
     yield from ["## Sources", ""]
     for price in sources.values():
         days = age_days(price, today)

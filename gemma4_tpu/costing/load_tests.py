@@ -13,19 +13,16 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from gemma4_tpu.architectures import ARCHITECTURES, ArchitectureError, from_hf_config
 from gemma4_tpu.costing.ceiling import Model, Serving
 from gemma4_tpu.costing.figures import MEASURED, Point
 from gemma4_tpu.errors import UserError
 from gemma4_tpu.hardware import LOCAL, SLICES
 from gemma4_tpu.models.kv_cache import DTYPE_BYTES
+from gemma4_tpu.tracking.records import CELL, config_of, read_record
 
 log = logging.getLogger(__name__)
 
-CONFIG = "config.yaml"
-_NEEDED = {"output_throughput", "total_input_tokens", "total_output_tokens", "completed"}
 _MERGED = "merged"
 
 
@@ -37,11 +34,8 @@ def read_points(folder: Path, *, setup: Serving | None = None, system: str | Non
       setup: model and slice; None: as `config.yaml` says.
       system: whose training it is added to.
     """
-    cells = [
-        (path, cell)
-        for path in sorted({*folder.glob("*.json"), *folder.glob("cells/*.json")})
-        if (cell := _cell(path)) is not None
-    ]
+    records = [(path, read_record(path)) for path in sorted({*folder.glob("*.json"), *folder.glob("cells/*.json")})]
+    cells = [(path, record.values) for path, record in records if record.kind == CELL and "completed" in record.values]
     if not cells:
         return None
     slice_, serving = (setup.slice.name, setup) if setup else _setup(folder)
@@ -59,15 +53,6 @@ def read_points(folder: Path, *, setup: Serving | None = None, system: str | Non
 def _is_whole(cell: Mapping[str, Any]) -> bool:
     """Something was measured, and under the load that it is said to have been."""
     return bool(cell["completed"]) and cell.get("state", "ok") == "ok"
-
-
-def _cell(path: Path) -> dict[str, Any] | None:
-    """The object, if it is a cell's."""
-    try:
-        cell = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise UserError(f"{path}: damaged ({error})") from None
-    return cell if isinstance(cell, dict) and cell.keys() >= _NEEDED else None
 
 
 def _point(path: Path, cell: Mapping[str, Any], slice_: str, serving: Serving | None, system: str | None) -> Point:
@@ -108,13 +93,7 @@ def _seconds(milliseconds: float | None) -> float | None:
 
 def _setup(folder: Path) -> tuple[str, Serving | None]:
     """(slice, model on it if known), by `config.yaml`."""
-    path = folder / CONFIG
-    if not path.is_file():
-        return LOCAL, None
-    try:
-        config = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
-    except yaml.YAMLError as error:
-        raise UserError(f"{path}: no YAML: {' '.join(str(error).split())}") from None
+    config = config_of(folder)
     if config.get("served"):
         return _setup(Path(config["served"]))
     serving = config.get("serving")

@@ -11,7 +11,7 @@ from typing import Any
 
 import aiohttp
 
-from gemma4_tpu.benching import metrics
+from gemma4_tpu.benching import latencies
 from gemma4_tpu.benching.cells import Cell, arrivals_seconds, generator, prompts
 from gemma4_tpu.benching.client import Answer, Target, ask, prefix_cache_tokens, request_body, session
 from gemma4_tpu.config.serving import BenchConfig
@@ -53,7 +53,7 @@ async def run_cell(
         after = await prefix_cache_tokens(client, target.endpoint)
     if answers and all(a.error and _TOO_LONG.match(a.error) for a in answers):
         return {**about, "state": INFEASIBLE, "reason": answers[0].error}
-    found = metrics.summary(answers, seconds, cell.output_tokens)
+    found = latencies.summary(answers, seconds, cell.output_tokens)
     reason = next((answer.error for answer in answers if answer.error), None)
     return {
         **about,
@@ -62,7 +62,7 @@ async def run_cell(
         **found,
         "prefix_cache_hit_tokens": after[0] - before[0] if before and after else None,
         "prefix_cache_query_tokens": after[1] - before[1] if before and after else None,
-        **metrics.raw(answers, started),
+        **latencies.raw(answers, started),
     }
 
 

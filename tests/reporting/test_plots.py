@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from matplotlib.image import imread
 
+from gemma4_tpu.reporting.curves import plot_run
 from gemma4_tpu.tracking.metrics import Metrics
-from gemma4_tpu.tracking.plots import plot_run
 
 
 @pytest.mark.parametrize("updates", [1, 100])

@@ -1,0 +1,124 @@
+"""Records: the JSON files of a run folder, each with its `kind` and the `version` of its form.
+
+Readers ask for a kind. What was written before there were kinds, and what others write (`vllm bench serve`), is told by
+its form, here and nowhere else.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from gemma4_tpu.errors import UserError
+from gemma4_tpu.tracking.files import jsonable, read_json, write_compact_json, write_json
+
+TRAINING, PLAN, MERGE, EVALUATION, SERVING, LOAD_TEST = WORK = (
+    "training", "plan", "merge", "evaluation", "serving", "load_test",
+)  # fmt: skip
+"""What a run folder is of; its `result.json` (a plan's `plan.json`) has the same kind."""
+CELL, CROSS_CHECK, DATA, DELTAS, PARITY, PROVENANCE, REPLAY, SEARCH, START, SWEEP = (
+    "cell", "cross_check", "data", "deltas", "parity", "provenance", "replay", "search", "start", "sweep",
+)  # fmt: skip
+VERSION = 1
+"""Of the form of every kind."""
+FOLDER, RESULT, PLAN_FILE, CONFIG = "record.json", "result.json", "plan.json", "config.yaml"
+
+
+@dataclass(frozen=True)
+class Record:
+    """One file."""
+
+    kind: str | None
+    """None: of a form that isn't known here."""
+    values: dict[str, Any]
+    """Without `kind` and `version`."""
+
+
+def write_record(path: Path, kind: str, values: Any, *, compact: bool = False) -> None:
+    """Writes a mapping or a dataclass as strict JSON with its kind, atomically. `compact`: on one line."""
+    write = write_compact_json if compact else write_json
+    write(path, {"kind": kind, "version": VERSION, **jsonable(values)})
+
+
+def read_record(path: Path) -> Record:
+    """A record of this or an earlier version.
+
+    Raises:
+      UserError: the file can't be read, or is of a later version.
+    """
+    try:
+        values = read_json(path)
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: damaged ({error})") from None
+    if not isinstance(values, dict):
+        return Record(None, {})
+    if not isinstance(values.get("version"), int) or "kind" not in values:
+        kind = _old_kind(path, values)
+        return Record(kind, _with_rank(values) if kind == PLAN else values)
+    kind, version = values.pop("kind"), values.pop("version")
+    if version > VERSION:
+        raise UserError(f"{path}: a {kind} of version {version}; this gemma4-tpu reads up to {VERSION}: update it")
+    return Record(kind, values)
+
+
+def result_of(folder: Path) -> Record:
+    """`result.json` of a run folder; without a value where there is none: it is under way, or was killed."""
+    path = folder / RESULT
+    if not path.is_file():
+        return Record(None, {})
+    found = read_record(path)
+    if not found.values:
+        raise UserError(f"{path}: damaged (no JSON object)")
+    return found
+
+
+def config_of(folder: Path) -> dict[str, Any]:
+    """`config.yaml` of a run folder as plain values; empty where there is none."""
+    path = folder / CONFIG
+    try:
+        value = yaml.safe_load(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    except yaml.YAMLError as error:
+        raise UserError(f"{path}: no YAML: {' '.join(str(error).split())}") from None
+    return value if isinstance(value, dict) else {}
+
+
+def kind_of(folder: Path) -> str | None:
+    """What a run folder is of, one of `WORK`; None: it is none."""
+    if (folder / FOLDER).is_file():
+        return read_record(folder / FOLDER).kind
+    return PLAN if (folder / PLAN_FILE).is_file() else _kind_by_config(config_of(folder))
+
+
+# ── before there were kinds ────────────────────────────────────────────────────────────────────────────────────────
+
+_GROUPS = {
+    "plan": PLAN, "export": MERGE, "eval": EVALUATION, "serving": SERVING, "bench": LOAD_TEST, "trainer": TRAINING,
+}  # fmt: skip
+"""Group of the configuration → what took it; a plan takes the trainer's, too."""
+_FORMS = {
+    PLAN: {"fits"},
+    EVALUATION: {"scores"},
+    TRAINING: {"real_tokens"},
+    CELL: {"output_throughput", "total_input_tokens", "total_output_tokens", "completed"},
+}
+"""Kind → keys that tell it. Cells are under the names of `vllm bench serve`, which knows no kinds."""
+
+
+def _kind_by_config(config: Mapping[str, Any]) -> str | None:
+    return next((kind for group, kind in _GROUPS.items() if group in config), None)
+
+
+def _old_kind(path: Path, values: Mapping[str, Any]) -> str | None:
+    told = next((kind for kind, keys in _FORMS.items() if keys <= values.keys()), None)
+    return told or (_kind_by_config(config_of(path.parent)) if path.name == RESULT else None)
+
+
+def _with_rank(plan: dict[str, Any]) -> dict[str, Any]:
+    """A plan whose adapters' rank stands only in `trained`, its caption."""
+    rank = re.search(r"r=(\d+)$", plan.get("trained", ""))
+    return {"lora_rank": int(rank[1]) if rank else None} | plan
