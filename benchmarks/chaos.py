@@ -32,6 +32,8 @@ from pathlib import Path
 
 import numpy as np
 
+from gemma4_tpu.markdown import table
+
 EVERY = 3
 UPDATES = 60
 TRAIN = [
@@ -343,7 +345,7 @@ def said(process: Process) -> str:
     return process.output.read_text(errors="replace")[-2000:]
 
 
-def table(counts: Counts, command: str) -> str:
+def page(counts: Counts, command: str) -> str:
     """The result as Markdown."""
     lost = counts.lost_updates
     rows = [
@@ -368,10 +370,7 @@ def table(counts: Counts, command: str) -> str:
         f"*Measured* on {datetime.now(UTC):%Y-%m-%d}, {platform.machine()} with {os.cpu_count()} CPU cores (shared with"
         f" other work), in {counts.seconds / 60:.0f} minutes, by `{command}`.",
         "",
-        "| | |",
-        "|---|---|",
-        *[f"| {name} | {value} |" for name, value in rows],
-        "",
+        *table(["", ""], rows),
         f"Each training makes {UPDATES} updates of `tiny`, cut to two layers, with dropout, two microbatches, packed"
         f" rows and a checkpoint every {EVERY} updates, written while training goes on. A kill loses what was done"
         " since the last complete checkpoint: at most one interval, and the updates made while the next one was being"
@@ -398,7 +397,7 @@ def main() -> int:
         chaos = Chaos(folder, given.seed)
         chaos.run(given.kills, given.seconds)
     command = " ".join(["python benchmarks/chaos.py", *sys.argv[1:]])
-    text = table(chaos.counts, re.sub(r" --(write|folder) \S+", "", command))
+    text = page(chaos.counts, re.sub(r" --(write|folder) \S+", "", command))
     print(text)
     print(json.dumps(asdict(chaos.counts)))
     if given.write:

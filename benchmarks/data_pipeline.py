@@ -37,6 +37,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks.step import PACKED, PADDED, lengths
+from gemma4_tpu.markdown import table
 
 GEMMA_LIKE = "Gemma's rules"
 VOCABULARY, SOURCE_BYTES = 32_768, 8_000_000
@@ -234,13 +235,13 @@ def _measured(way: str, rows: str, tokenizer: str, answer: str) -> None:
     Path(answer).write_text(json.dumps(WAYS[way](Path(rows), loaded)))
 
 
-def table(name: str, found: dict[str, list[list[Epoch]]]) -> list[str]:
+def lines_of(name: str, found: dict[str, list[list[Epoch]]]) -> list[str]:
     """Lines of one tokenizer's table; ratios are medians of the turns' ratios."""
-    lines = [
-        f"| {name} | real tokens of all positions | first epoch: rows/s | real tokens/s | ratio | later epochs:"
-        " real tokens/s | ratio |",
-        "|---|---:|---:|---:|---:|---:|---:|",
-    ]
+    heads = [
+        name, "real tokens of all positions", "first epoch: rows/s", "real tokens/s", "ratio",
+        "later epochs: real tokens/s", "ratio",
+    ]  # fmt: skip
+    rows = []
     first = next(iter(found.values()))
     for way, turns in found.items():
         share = turns[0][1][2] / turns[0][1][3]
@@ -250,8 +251,8 @@ def table(name: str, found: dict[str, list[list[Epoch]]]) -> list[str]:
             other = [turn[epoch][2] / turn[epoch][0] for turn in first]
             ratio = statistics.median(rate / beside for rate, beside in zip(rates, other, strict=True))
             cells += [f"{statistics.median(rates):,.0f}", f"{ratio:.2f}×"]
-        lines.append("| " + " | ".join(cells) + " |")
-    return lines
+        rows.append(cells)
+    return list(table(heads, rows, "lrrrrrr"))
 
 
 def main() -> None:
@@ -286,7 +287,7 @@ def main() -> None:
             _, examples, tokens, _ = found["ours"][0][1]
             size = rows.stat().st_size / 1e6
             told = f"{asked.rows:,} rows of {tokens / examples:,.0f} tokens on average, {size:.1f} MB of JSON."
-            lines += [*table(name, found), "", told, ""]
+            lines += [*lines_of(name, found), told, ""]
     machine = f"{datetime.now(UTC):%Y-%m-%d}, {os.cpu_count()} CPU cores ({platform.machine()}), load before {load:.1f}"
     lines += [f"*{machine}*", ""]
     print("\n".join(lines))

@@ -25,6 +25,7 @@ from gemma4_tpu.evals.verilog.judge import VerilogJudge
 from gemma4_tpu.evals.verilog.sandbox import Level
 from gemma4_tpu.evals.verilog.verdict import reference_as_answer
 from gemma4_tpu.evals.verilog.verilog_eval import VerilogEval
+from gemma4_tpu.markdown import table
 
 
 @dataclass(frozen=True)
@@ -59,6 +60,14 @@ def _cpu_seconds() -> float:
     return sum(usage.ru_utime + usage.ru_stime for usage in usages)
 
 
+HEADS = ("level", "self-check s", "simulations", "seconds", "CPU seconds", "idle: seconds (*estimated*)", "passed")
+
+
+def _cells(row: Row, cores: int) -> list[object]:
+    seconds = [f"{row.seconds:.1f}", f"{row.cpu_seconds:.1f}", f"{row.cpu_seconds / cores:.1f}"]
+    return [row.level, f"{row.check_seconds:.1f}", row.simulations, *seconds, row.passed]
+
+
 def report(rows: list[Row], simulator: str, command: str) -> str:
     """The table as Markdown."""
     cores = len(os.sched_getaffinity(0))
@@ -70,14 +79,7 @@ def report(rows: list[Row], simulator: str, command: str) -> str:
         "",
         f"    {command}",
         "",
-        "| level | self-check s | simulations | seconds | CPU seconds | idle: seconds (*estimated*) | passed |",
-        "|---|---:|---:|---:|---:|---:|---:|",
-        *(
-            f"| {row.level} | {row.check_seconds:.1f} | {row.simulations} | {row.seconds:.1f} | {row.cpu_seconds:.1f} |"
-            f" {row.cpu_seconds / cores:.1f} | {row.passed} |"
-            for row in rows
-        ),
-        "",
+        *table(HEADS, [_cells(row, cores) for row in rows], "lrrrrrr"),
         "One simulation is one verdict, strict and official: scan, design built and run, bench run with its responses.",
         f"The estimate is CPU seconds, the judge's own included, divided by {cores} cores.",
     ]

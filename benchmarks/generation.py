@@ -22,6 +22,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from gemma4_tpu.markdown import table
+
 BATCHED, SINGLE = "ours, 64 at a time", "ours, one by one"
 PEER_BATCHED, PEER = "transformers, 64 at a time", "transformers, one by one"
 
@@ -94,6 +96,10 @@ def report(seconds: dict[str, list[float]], made: dict[str, int], command: str) 
     """The table as Markdown."""
     medians = {way: statistics.median(times) for way, times in seconds.items()}
     rates = {way: made[way] / medians[way] for way in medians}
+    rows = [
+        [way, f"{made[way]:,}", f"{medians[way]:.1f}", f"{rates[way]:,.0f}", f"{rates[way] / rates[PEER]:.1f}×"]
+        for way in (PEER, PEER_BATCHED, SINGLE, BATCHED)
+    ]
     lines = [
         "# Generating the answers of an evaluation",
         "",
@@ -103,13 +109,7 @@ def report(seconds: dict[str, list[float]], made: dict[str, int], command: str) 
         "",
         f"    {command}",
         "",
-        "| way | tokens generated | seconds | tokens/s | ratio |",
-        "|---|---:|---:|---:|---:|",
-        *(
-            f"| {way} | {made[way]:,} | {medians[way]:.1f} | {rates[way]:,.0f} | {rates[way] / rates[PEER]:.1f}× |"
-            for way in (PEER, PEER_BATCHED, SINGLE, BATCHED)
-        ),
-        "",
+        *table(["way", "tokens generated", "seconds", "tokens/s", "ratio"], rows, "lrrrr"),
         "A batch goes on until its longest answer ends, and on a CPU a step of so small a model costs nearly as much",
         "for each sequence. What batches are for, weights that are read once for 64 sequences, shows on an accelerator",
         "only.",

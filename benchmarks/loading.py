@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.merge_files import make_base, small_31b
+from gemma4_tpu.markdown import table
 
 GIB = 2**30
 
@@ -102,11 +103,13 @@ def main() -> None:
                     runs.append(outcome)
     least = statistics.median(seconds for seconds, _ in found["dd"])
     print(f"{size / 1e9:.1f} GB in {asked.layers} layers\n")
-    print("| way | seconds, median | beside dd | memory beyond the arrays, GiB |\n|---|---:|---:|---:|")
+    rows = []
     for name, runs in found.items():
         seconds = statistics.median(s for s, _ in runs)
-        print(f"| {name} | {seconds:.1f} | {seconds / least:.1f}× | {max(held for _, held in runs) / GIB:.2f} |")
-    print(f"\n*{datetime.now(UTC):%Y-%m-%d}, {os.cpu_count()} CPU cores, load before {load:.1f}*")
+        held = max(held for _, held in runs) / GIB
+        rows.append([name, f"{seconds:.1f}", f"{seconds / least:.1f}×", f"{held:.2f}"])
+    print("\n".join(table(["way", "seconds, median", "beside dd", "memory beyond the arrays, GiB"], rows, "lrrr")))
+    print(f"*{datetime.now(UTC):%Y-%m-%d}, {os.cpu_count()} CPU cores, load before {load:.1f}*")
 
 
 if __name__ == "__main__":

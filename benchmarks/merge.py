@@ -26,6 +26,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from benchmarks.merge_files import make, register
+from gemma4_tpu.markdown import table
 
 
 @dataclass(frozen=True)
@@ -162,7 +163,7 @@ def _limit(work: Path, mb_per_second: int) -> Callable[[], None]:
     return enter
 
 
-def table(setting: Setting, rows: list[Row], loads: list[float], base_bytes: int) -> list[str]:
+def section(setting: Setting, rows: list[Row], loads: list[float], base_bytes: int) -> list[str]:
     """One setting in Markdown: medians, and how far `cp` itself varied."""
     median = {way: statistics.median(r.seconds for r in rows if r.way == way) for way in setting.ways}
     lines = [
@@ -170,18 +171,18 @@ def table(setting: Setting, rows: list[Row], loads: list[float], base_bytes: int
         "",
         f"{setting.layers} layers, {base_bytes / 1e9:.1f} GB; load of the machine {min(loads):.0f}–{max(loads):.0f}.",
         "",
-        "| way | runs | seconds: median (range) | of `cp` | CPU seconds | peak RSS GiB | written GB |",
-        "|---|---:|---:|---:|---:|---:|---:|",
     ]
+    heads = ["way", "runs", "seconds: median (range)", "of `cp`", "CPU seconds", "peak RSS GiB", "written GB"]
+    cells = []
     for way in dict.fromkeys(setting.ways):
         own = [row for row in rows if row.way == way]
         seconds = [row.seconds for row in own]
-        lines.append(
-            f"| {WAYS[way]} | {len(own)} | {median[way]:.1f} ({min(seconds):.1f}–{max(seconds):.1f})"
-            f" | {median[way] / median['cp']:.2f}× | {statistics.median(r.cpu_seconds for r in own):.1f}"
-            f" | {max(r.peak_rss_bytes for r in own) / 2**30:.2f} | {own[0].written_bytes / 1e9:.2f} |"
-        )
-    return [*lines, ""]
+        cells.append([
+            WAYS[way], len(own), f"{median[way]:.1f} ({min(seconds):.1f}–{max(seconds):.1f})",
+            f"{median[way] / median['cp']:.2f}×", f"{statistics.median(r.cpu_seconds for r in own):.1f}",
+            f"{max(r.peak_rss_bytes for r in own) / 2**30:.2f}", f"{own[0].written_bytes / 1e9:.2f}",
+        ])  # fmt: skip
+    return [*lines, *table(heads, cells, "lrrrrrr")]
 
 
 def run_setting(setting: Setting, work: Path) -> list[str]:
@@ -196,7 +197,7 @@ def run_setting(setting: Setting, work: Path) -> list[str]:
             loads.append(os.getloadavg()[0])
             rows.append(measure(way, work, setting.read_mb_per_second))
             print(f"load {loads[-1]:.1f}", rows[-1], flush=True)
-        return table(setting, rows, loads, base_bytes)
+        return section(setting, rows, loads, base_bytes)
     finally:
         shutil.rmtree(work, ignore_errors=True)
         if setting.read_mb_per_second:

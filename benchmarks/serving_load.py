@@ -33,6 +33,7 @@ import openai
 import psutil
 
 from gemma4_tpu import assets
+from gemma4_tpu.markdown import table
 
 MIB = 2**20
 LONGEST = 512
@@ -165,7 +166,7 @@ async def _one(client: openai.AsyncOpenAI, kind: str, draw: random.Random, load:
     return "completed"
 
 
-def table(load: Load, before: float, command: str) -> str:
+def page(load: Load, before: float, command: str) -> str:
     """The result as Markdown; `before`: the machine's load average when it began."""
     assert load.before and load.settled and load.after
     total = sum(load.ended.values())
@@ -179,23 +180,18 @@ def table(load: Load, before: float, command: str) -> str:
     rows += [("tokens per second of completed answers", f"{load.tokens / load.seconds:,.0f}")]
     for name, values in (("TTFT (streams)", load.ttft_ms), ("latency", load.latency_ms)):
         rows += [(f"{name} p{p}, ms", f"{np.percentile(values, p):,.0f}") for p in (50, 99)]
-    text = "\n".join(f"| {name} | {value} |" for name, value in rows)
+    text = "\n".join(table(["", ""], rows))
     moments = (("before", load.before), ("a third into it", load.settled), ("after", load.after))
-    held = "\n".join(f"| {when} | {now.rss_mib:,.1f} | {now.threads} | {now.fds} |" for when, now in moments)
+    cells = [[when, f"{now.rss_mib:,.1f}", now.threads, now.fds] for when, now in moments]
+    held = "\n".join(table(["server's process", "RSS, MiB", "threads", "file descriptors"], cells, "lrrr"))
     return f"""# The local server under load
 
 *Measured* on {datetime.now(UTC):%Y-%m-%d}, {platform.machine()} with {os.cpu_count()} CPU cores (shared with the \
 clients; load before {before:.1f}), by `{command}`: {load.users} users of OpenAI's Python client, one request after \
 the other, against `python -m gemma4_tpu.serve serving=local` with the tiny checkpoint of the package.
 
-| | |
-|---|---|
 {text}
-
-| server's process | RSS, MiB | threads | file descriptors |
-|---|---:|---:|---:|
 {held}
-
 {f"Left in the server: {'; '.join(load.leaks)}." if load.leaks else "Nothing is left in the server."} Prompts have \
 4 to 200 tokens, answers 4 to 48, greedy and drawn; each answer was as long as it was asked to be.
 """
@@ -235,7 +231,7 @@ def main() -> int:
         finally:
             process.terminate()
             process.wait(timeout=30)
-    text = table(load, before, f"python benchmarks/serving_load.py --users {given.users} --seconds {given.seconds:g}")
+    text = page(load, before, f"python benchmarks/serving_load.py --users {given.users} --seconds {given.seconds:g}")
     print(text)
     if given.write:
         given.write.write_text(text, encoding="utf-8")

@@ -27,6 +27,7 @@ from benchmarks.step import PADDED, lengths
 from experiments.plans.make_table import MACHINES, SIZES, SMALL, known
 from gemma4_tpu.architectures import ARCHITECTURES
 from gemma4_tpu.hardware import SLICES, MeshSizes
+from gemma4_tpu.markdown import table
 from gemma4_tpu.planning.estimate import roofline
 from gemma4_tpu.planning.topology import absent_devices, set_environment
 
@@ -112,38 +113,39 @@ def _short(error: Exception) -> str:
     return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
 
 
-def rows() -> list[str]:
-    """Lines of the table; only cells for which both are there."""
+HEADS = (
+    "size", "slice", "dp × fsdp × tp: recipe's, ours", "GiB per chip: recipe's", "ours", "limit",
+    "GFLOP per real token and chip: recipe's", "ours", "ratio", "HBM MB per real token and chip: recipe's", "ours",
+    "ratio", "real tokens/s at the roofline: ours beside recipe's",
+)  # fmt: skip
+
+
+def rows() -> list[list[str]]:
+    """Of the table; only cells for which both are there."""
     plans = known()
-    lines = [
-        "| size | slice | dp × fsdp × tp: recipe's, ours | GiB per chip: recipe's | ours | limit"
-        " | GFLOP per real token and chip: recipe's | ours | ratio"
-        " | HBM MB per real token and chip: recipe's | ours | ratio"
-        " | real tokens/s at the roofline: ours beside recipe's |",
-        "|---|---|---|---:|---:|---:|---:|---:|---:|---:|---:|---:|---:|",
-    ]
+    found = []
     for size in SIZES:
         for machine in MACHINES:
             plan, path = plans.get((size, machine, "lora")), path_of((size, machine))
             if plan is not None and path.is_file():
-                lines.append(_row(size, machine, plan, json.loads(path.read_text(encoding="utf-8"))))
-    return lines
+                found.append(_row(size, machine, plan, json.loads(path.read_text(encoding="utf-8"))))
+    return found
 
 
-def _row(size: str, machine: str, plan: dict[str, Any], recipe: dict[str, Any]) -> str:
+def _row(size: str, machine: str, plan: dict[str, Any], recipe: dict[str, Any]) -> list[str]:
     limit = plan["hbm_limit_bytes_per_chip"]
     meshes = ", ".join(_mesh(one["mesh"]) if one.get("mesh") else "–" for one in (recipe, plan))
     cells = [size.removeprefix("gemma4_"), machine, meshes, _memory(recipe), _memory(plan), f"{limit / 2**30:.1f}"]
     if not recipe["fits"]:
         ours = _per_token(plan) if plan["fits"] else ("–", "–")
-        return "| " + " | ".join([*cells, "–", _figure(ours[0]), "–", "–", _figure(ours[1]), "–", "–"]) + " |"
+        return [*cells, "–", _figure(ours[0]), "–", "–", _figure(ours[1]), "–", "–"]
     theirs = recipe["flops"] / recipe["real_tokens"] / 1e9, recipe["hbm_traffic_bytes"] / recipe["real_tokens"] / 1e6
     for own, other in zip(_per_token(plan), theirs, strict=True):
         cells += [_figure(other), _figure(own), f"{other / own:.1f}×"]
     line = roofline(SLICES[machine], recipe["flops"], recipe["hbm_traffic_bytes"], recipe["collectives"])
     slower = line["update"] / recipe["real_tokens"]
     cells.append(f"{slower * plan['real_tokens_per_update'] / plan['roofline_seconds']['update']:.1f}×")
-    return "| " + " | ".join(cells) + " |"
+    return cells
 
 
 def _per_token(plan: dict[str, Any]) -> tuple[float, float]:
@@ -169,11 +171,10 @@ def _memory(one: dict[str, Any]) -> str:
 def render() -> None:
     """Writes the table between its marks in `slices.md`."""
     text = TABLE.read_text(encoding="utf-8")
-    lines = rows()
-    made, all_ = len(lines) - 2, len(SIZES) * len(MACHINES)
+    made, all_ = len(found := rows()), len(SIZES) * len(MACHINES)
     missing = [f"{made} of {all_} cells are compiled so far; the command goes on with the rest.", ""]
-    table = "\n".join([BEGIN, "", *(missing if made < all_ else []), *lines, "", END])
-    TABLE.write_text(re.sub(f"{BEGIN}.*{END}", lambda _: table, text, flags=re.DOTALL), encoding="utf-8")
+    lines = [BEGIN, "", *(missing if made < all_ else []), *table(HEADS, found, "lll" + "r" * 10), END]
+    TABLE.write_text(re.sub(f"{BEGIN}.*{END}", lambda _: "\n".join(lines), text, flags=re.DOTALL), encoding="utf-8")
 
 
 def main() -> None:

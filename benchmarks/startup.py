@@ -18,6 +18,8 @@ import time
 from datetime import UTC, datetime
 from pathlib import Path
 
+from gemma4_tpu.markdown import table
+
 COMMANDS = {
     "Python alone": ["-c", "pass"],
     "Python and JAX": ["-c", "import jax"],
@@ -43,12 +45,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--times", type=int, default=5)
     times, load = parser.parse_args().times, os.getloadavg()[0]
-    print("| command | seconds, median | least | most |\n|---|---:|---:|---:|")
+    rows = []
     for name, arguments in COMMANDS.items():
         seconds(arguments)
         found = [seconds(arguments) for _ in range(times)]
-        print(f"| `{name}` | {statistics.median(found):.2f} | {min(found):.2f} | {max(found):.2f} |", flush=True)
-    print(f"\n*{datetime.now(UTC):%Y-%m-%d}, {os.cpu_count()} CPU cores, load before {load:.1f}*")
+        rows.append([f"`{name}`", *(f"{value:.2f}" for value in (statistics.median(found), min(found), max(found)))])
+    print("\n".join(table(["command", "seconds, median", "least", "most"], rows, "lrrr")))
+    print(f"*{datetime.now(UTC):%Y-%m-%d}, {os.cpu_count()} CPU cores, load before {load:.1f}*")
 
 
 if __name__ == "__main__":

@@ -21,6 +21,8 @@ from pathlib import Path
 
 import numpy as np
 
+from gemma4_tpu.markdown import table
+
 PADDED, PACKED = 3072, 4096
 MEAN_LOG, SIGMA_LOG = 6.7067, 0.4895
 
@@ -41,11 +43,11 @@ WAYS = {
 
 def compare(model: str, slice_name: str, rank: int) -> list[str]:
     """Compiles both for a slice, one row per microbatch, all chips on the tp axis; each in a process of its own."""
-    lines = [
-        "| step | real tokens | HBM GiB | temporaries GiB | TFLOP: products + kernels | per real token | HBM traffic GB"
-        " | per real token | lower + compile s |",
-        "|---|---:|---:|---:|---:|---:|---:|---:|---:|",
-    ]
+    heads = [
+        "step", "real tokens", "HBM GiB", "temporaries GiB", "TFLOP: products + kernels", "per real token",
+        "HBM traffic GB", "per real token", "lower + compile s",
+    ]  # fmt: skip
+    rows = []
     context = multiprocessing.get_context("spawn")
     for name, (way, length) in WAYS.items():
         ours, theirs = context.Pipe()
@@ -53,13 +55,13 @@ def compare(model: str, slice_name: str, rank: int) -> list[str]:
         process.start()
         theirs.close()
         try:
-            lines.append(f"| {name} | {ours.recv()} |")
+            rows.append([name, *ours.recv()])
         except EOFError:
             sys.exit(f"{name}: the compiling process ended without an answer")
         finally:
             process.kill()  # it would go on to generate code
-        print(lines[-1], flush=True)
-    return lines
+        print(" | ".join(rows[-1]), flush=True)
+    return list(table(heads, rows, "lrrrrrrrr"))
 
 
 def _compile(pipe, way: str, length: int, model: str, slice_name: str, rank: int) -> None:
@@ -103,12 +105,14 @@ def _compile(pipe, way: str, length: int, model: str, slice_name: str, rank: int
         fill = Fill(len(drawn), 0.0, 0.0, 0.0, 1.0, 0, "", rows[:500])
         skipped = sum(flops * (1 - fill.share_visited(mask, length)) for mask, flops in total.attention_flops.items())
     pipe.send(
-        f"{tokens:,.0f} | {compiled.peak_bytes / 2**30:.1f}"
-        f" | {(compiled.peak_bytes - compiled.argument_bytes) / 2**30:.1f}"
-        f" | {total.matmul_flops / 1e12:.1f} + {(total.kernel_flops - skipped) / 1e12:.1f}"
-        f" | {(total.flops - skipped) / tokens / 1e12:.4f}"
-        f" | {total.traffic.hbm / 1e9:.0f} | {total.traffic.hbm / tokens / 1e9:.3f} | {seconds:.0f}"
-    )
+        [
+            f"{tokens:,.0f}", f"{compiled.peak_bytes / 2**30:.1f}",
+            f"{(compiled.peak_bytes - compiled.argument_bytes) / 2**30:.1f}",
+            f"{total.matmul_flops / 1e12:.1f} + {(total.kernel_flops - skipped) / 1e12:.1f}",
+            f"{(total.flops - skipped) / tokens / 1e12:.4f}", f"{total.traffic.hbm / 1e9:.0f}",
+            f"{total.traffic.hbm / tokens / 1e9:.3f}", f"{seconds:.0f}",
+        ]
+    )  # fmt: skip
 
 
 def main() -> None:
@@ -122,7 +126,7 @@ def main() -> None:
     lines = compare(asked.model, asked.slice, asked.rank)
     load = os.getloadavg()[0]
     machine = f"{datetime.now(UTC):%Y-%m-%d}, {os.cpu_count()} CPU cores ({platform.machine()}), load {load:.1f}"
-    text = "\n".join([*lines, "", f"*{machine}*", ""])
+    text = "\n".join([*lines, f"*{machine}*", ""])
     print(text)
     if asked.out:
         with asked.out.open("a", encoding="utf-8") as file:

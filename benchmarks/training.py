@@ -28,6 +28,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks.step import PACKED, PADDED, lengths
+from gemma4_tpu.markdown import table
 
 SCALE = 4
 PADDED_TO, PACKED_TO = PADDED // SCALE, PACKED // SCALE
@@ -308,20 +309,19 @@ def main() -> None:
         finally:
             process.join()
     first = next(iter(found.values())).real_tokens_per_second
-    lines = [
-        "| way | real tokens/s | ratio | seconds per update | peak RSS GiB | tokens trained | held-out loss |",
-        "|---|---:|---:|---:|---:|---:|---:|",
-    ]
-    lines += [
-        f"| {name} | {one.real_tokens_per_second:,.0f} | {one.real_tokens_per_second / first:.2f}×"
-        f" | {one.seconds_per_update:.2f} | {one.peak_rss_bytes / 2**30:.2f} | {one.trained_tokens:,}"
-        f" | {one.loss_before:.3f} → {one.loss_after:.3f} |"
+    heads = ["way", "real tokens/s", "ratio", "seconds per update", "peak RSS GiB", "tokens trained", "held-out loss"]
+    rows = [
+        [
+            name, f"{one.real_tokens_per_second:,.0f}", f"{one.real_tokens_per_second / first:.2f}×",
+            f"{one.seconds_per_update:.2f}", f"{one.peak_rss_bytes / 2**30:.2f}", f"{one.trained_tokens:,}",
+            f"{one.loss_before:.3f} → {one.loss_after:.3f}",
+        ]
         for name, one in found.items()
-    ]
+    ]  # fmt: skip
     machine = (
         f"*{datetime.now(UTC):%Y-%m-%d}, {os.cpu_count()} CPU cores ({platform.machine()}), load before {load:.1f}*"
     )
-    text = "\n".join([*lines, "", machine, ""])
+    text = "\n".join([*table(heads, rows, "lrrrrrr"), machine, ""])
     print(text)
     if asked.out:
         with asked.out.open("a", encoding="utf-8") as file:

@@ -20,6 +20,7 @@ from gemma4_tpu.config.limits import CHOICES, RANGES
 from gemma4_tpu.config.load import config_dir, defaults, groups_of
 from gemma4_tpu.config.schema import TrainRoot
 from gemma4_tpu.config.sweep_settings import Grid, Optuna, Processes
+from gemma4_tpu.markdown import table
 from launch.config import GKE, TPU_VM
 
 PAGE = Path(__file__).with_name("configuration.md")
@@ -50,11 +51,11 @@ source`).
 
 def page() -> str:
     """The whole page."""
-    lines = [INTRODUCTION, "## Commands", "", "| command | takes the groups |", "|---|---|"]
+    lines, rows = [INTRODUCTION, "## Commands", ""], []
     for entry in COMMANDS.values():
         groups = ", ".join(f"[`{name}`](#{name})" for name in groups_of(entry))
-        lines.append(f"| [`{entry.command}`](#{entry.name}-keys) | {groups or 'none'} |")
-    lines += ["", "## Groups"]
+        rows.append([f"[`{entry.command}`](#{entry.name}-keys)", groups or "none"])
+    lines += [*table(["command", "takes the groups"], rows), "## Groups"]
     for name in dict.fromkeys(group for entry in COMMANDS.values() for group in groups_of(entry)):
         lines += _group(name)
     lines += ["", "## Keys of single commands", ""]
@@ -62,10 +63,10 @@ def page() -> str:
         lines += _own_keys(entry)
     lines += ["", "## Sweeps", "", "With `-m` (`--multirun`), for `train`; see [sweeps](sweeps.md).", ""]
     for prefix, schema in (("launcher", Processes), ("sweeper", Grid), ("sweeper", Optuna)):
-        lines += [f"**{_cell((schema.__doc__ or '').strip().rstrip('.'))}**", "", *_TABLE]
+        lines += [f"**{_cell((schema.__doc__ or '').strip().rstrip('.'))}**", ""]
         kept = {name: value for name, value in asdict(schema()).items() if not name.startswith("_")}
-        lines += [_row(schema, name, f"hydra.{prefix}.{name}", shown(value)) for name, value in kept.items()]
-        lines.append("")
+        rows = [_row(schema, name, f"hydra.{prefix}.{name}", shown(value)) for name, value in kept.items()]
+        lines += table(_HEADS, rows)
     return "\n".join(lines).rstrip() + "\n"
 
 
@@ -74,7 +75,7 @@ _WITHOUT_SCHEMA = {
     " them lies in [`experiments/`](../experiments).",
     "local": "`conf/local/default.yaml` of this machine, where there is one; over everything but the command line.",
 }
-_TABLE = ("| key | type | default | meaning |", "|---|---|---|---|")
+_HEADS = ("key", "type", "default", "meaning")
 
 
 def _group(name: str) -> list[str]:
@@ -88,14 +89,13 @@ def _group(name: str) -> list[str]:
     lines += ["Taken by " + ", ".join(f"`{entry.name}`" for entry in takers) + "."]
     options = groups_of(takers[0])[name] if name != "local" else []  # which is each machine's own
     if options:
-        lines += ["", "| option | is | sets |", "|---|---|---|"]
-        lines += [_option(name, option) for option in options]
+        lines += ["", *table(["option", "is", "sets"], [_option(name, option) for option in options])][:-1]
     if schema is not None:
-        lines += ["", *_TABLE, *_keys(schema, name, takers)]
+        lines += ["", *table(_HEADS, list(_keys(schema, name, takers)))][:-1]
     return lines
 
 
-def _option(group: str, option: str) -> str:
+def _option(group: str, option: str) -> list[str]:
     path = config_dir() / group / f"{option}.yaml"
     comments = [line[2:] for line in path.read_text(encoding="utf-8").splitlines() if line.startswith("# ")]
     told = " ".join(
@@ -105,7 +105,7 @@ def _option(group: str, option: str) -> str:
     assert isinstance(content, DictConfig)
     bases = [_base(item) for item in content.get("defaults", ())]
     values = [f"`{key}={value}`" for key, value in _flat(content) if not key.startswith("defaults")]
-    return f"| `{group}={option}` | {_cell(told)} | {_cell(', '.join([*bases, *values]))} |"
+    return [f"`{group}={option}`", _cell(told), _cell(", ".join([*bases, *values]))]
 
 
 def _base(item: Any) -> str:
@@ -144,14 +144,14 @@ def _own_keys(entry: EntryPoint) -> list[str]:
                 rows.append(_row(schema, name, name, _default(entry.name, name)))
         elif name not in groups_of(entry):
             rows += _keys(annotation, name, [entry])
-    lines += [*_TABLE, *rows] if rows else ["It takes no keys but those of its groups."]
+    lines += list(table(_HEADS, rows))[:-1] if rows else ["It takes no keys but those of its groups."]
     if entry.shorthands:
         short = ", ".join(f"`{name}` for `{key}`" for name, key in entry.shorthands.items())
         lines += ["", f"For short: {short}."]
     return [*lines, ""]
 
 
-def _keys(schema: type, prefix: str, takers: list[EntryPoint]) -> Iterator[str]:
+def _keys(schema: type, prefix: str, takers: list[EntryPoint]) -> Iterator[list[str]]:
     """A row for each key beneath `prefix`."""
     for name, annotation in field_types(schema).items():
         key = f"{prefix}.{name}"
@@ -171,7 +171,7 @@ def _keys(schema: type, prefix: str, takers: list[EntryPoint]) -> Iterator[str]:
                 yield _row(element, inner, f"{key}.<number>.{inner}", shown(values[inner]))
 
 
-def _row(schema: type, name: str, key: str, default: str, others: str = "") -> str:
+def _row(schema: type, name: str, key: str, default: str, others: str = "") -> list[str]:
     annotation = field_types(schema)[name]
     if is_group(element_type(annotation)):
         kind = "list of the following"
@@ -182,7 +182,7 @@ def _row(schema: type, name: str, key: str, default: str, others: str = "") -> s
     elif key in RANGES:
         kind += f", {RANGES[key][1].removeprefix('a number of ').removeprefix('a number ')}"
     shown_default = f"`{default}`" if default else "empty"
-    return f"| `{key}` | {kind} | {_cell(shown_default)}{_cell(others)} | {_cell(field_docs(schema)[name])} |"
+    return [f"`{key}`", kind, _cell(shown_default) + _cell(others), _cell(field_docs(schema)[name])]
 
 
 def _default(command: str, key: str) -> str:
@@ -196,8 +196,8 @@ def _defaults(command: str) -> DictConfig:
 
 
 def _cell(text: str) -> str:
-    """Text in a table: `|` would end the cell, `<name>` outside of code would be a tag."""
-    parts = text.replace("|", "\\|").split("`")
+    """Text on the page: `<name>` outside of code would be a tag."""
+    parts = text.split("`")
     return "`".join(part if place % 2 else part.replace("<", "\\<") for place, part in enumerate(parts))
 
 

@@ -10,7 +10,6 @@ slices of up to 64 chips: some minutes and some 5 GB of memory each.
 from __future__ import annotations
 
 import argparse
-import json
 import shlex
 import shutil
 import subprocess
@@ -21,6 +20,9 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+
+from gemma4_tpu.markdown import table
+from gemma4_tpu.tracking.records import read_record
 
 HERE = Path(__file__).resolve().parent
 RESULTS, TABLE = HERE / "results", HERE / "README.md"
@@ -103,21 +105,19 @@ def ratio(one: Measured, told: dict[str, Any]) -> float:
 
 def lines(found: list[Measured]) -> list[str]:
     """The README."""
-    rows = [
-        "| step | *quoted* s | chips | *estimated* s, by schedule | roofline s | measured ÷ estimated |",
-        "|---|---|---|---|---|---|",
-    ]
+    heads = ["step", "*quoted* s", "chips", "*estimated* s, by schedule", "roofline s", "measured ÷ estimated"]
+    rows = []
     missing, ratios = [], []
     for one in found:
         if not one.result.is_file():
             missing.append(one)
             continue
-        told = json.loads(one.result.read_text(encoding="utf-8"))
+        told = read_record(one.result).values
         ratios.append(ratio(one, told))
-        rows.append(
-            f"| {one.name} | {one.measured_seconds:g} | {one.chips} | {told['step_seconds']:.3f} | "
-            f"{told['roofline_seconds']['update']:.3f} | {ratios[-1]:.2f} |"
-        )
+        estimated = (told["step_seconds"], told["roofline_seconds"]["update"])
+        rows.append([
+            one.name, f"{one.measured_seconds:g}", one.chips, *(f"{s:.3f}" for s in estimated), f"{ratios[-1]:.2f}"
+        ])  # fmt: skip
     band = [f"All of them lie between {min(ratios):.2f} and {max(ratios):.2f}.", ""] if ratios else []
     if missing:
         band += [
@@ -127,7 +127,7 @@ def lines(found: list[Measured]) -> list[str]:
             "",
         ]
     sources = [f"- {one.name}: {one.source}. Planned with `{shlex.join(one.words)}`." for one in found]
-    return [HEAD, *rows, "", *band, DIFFERENCES, "## Sources and configurations", "", *sources]
+    return [HEAD, *table(heads, rows), *band, DIFFERENCES, "## Sources and configurations", "", *sources]
 
 
 def main() -> None:

@@ -12,7 +12,6 @@ of those with a schedule where there are such.
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import shutil
 import subprocess
@@ -27,8 +26,10 @@ from typing import Any
 from gemma4_tpu.architectures import ARCHITECTURES, Architecture
 from gemma4_tpu.config.meshes import legal_meshes
 from gemma4_tpu.hardware import SLICES, MeshSizes, Slice, option_name
+from gemma4_tpu.markdown import table
 from gemma4_tpu.models.layout import Layout
 from gemma4_tpu.planning.bands import band, usd_per_million
+from gemma4_tpu.tracking.records import read_record
 
 HERE = Path(__file__).resolve().parent
 RESULTS, TABLE = HERE / "results", HERE / "README.md"
@@ -131,19 +132,25 @@ def known() -> dict[tuple[str, str, str], dict[str, Any]]:
         for machine in MACHINES:
             for kind in TRAINED:
                 for path in sorted(RESULTS.glob(f"{size}_{option_name(machine)}_{kind}_*.json")):
-                    grouped.setdefault((size, machine, kind), []).append(json.loads(path.read_text(encoding="utf-8")))
+                    grouped.setdefault((size, machine, kind), []).append(read_record(path).values)
     return {key: best(plans) for key, plans in grouped.items()}
 
 
-def row(key: tuple[str, str, str], plan: dict[str, Any]) -> str:
-    """One line of the table."""
+HEADS = (
+    "size", "slice", "trained", "dp × fsdp × tp", "remat", "rows", "fits", "GiB per chip", "bound by", "roofline ms",
+    "schedule ms", "real tokens/s", "minutes", "$ per million real tokens",
+)  # fmt: skip
+
+
+def row(key: tuple[str, str, str], plan: dict[str, Any]) -> list[str]:
+    """Of the table."""
     size, machine, kind = key
     mesh = " × ".join(str(plan["mesh"][axis]) for axis in MeshSizes._fields)
     needed = plan["hbm_bytes_per_chip"]
     memory = f"{needed / 2**30:.1f} of {plan['hbm_limit_bytes_per_chip'] / 2**30:.2f}" if needed else "too much"
     cells_ = [size, machine, kind, mesh, plan["remat"], str(plan["rows_per_update"]), "yes" if plan["fits"] else "no"]
     if not plan["fits"]:
-        return "| " + " | ".join([*cells_, memory, *["–"] * 6]) + " |"
+        return [*cells_, memory, *["–"] * 6]
     scheduled = plan.get("step_seconds")
     cells_ += [
         memory,
@@ -154,7 +161,7 @@ def row(key: tuple[str, str, str], plan: dict[str, Any]) -> str:
         band(plan["hours"], times=60),
         _price(plan),
     ]
-    return "| " + " | ".join(cells_) + " |"
+    return cells_
 
 
 def _price(plan: dict[str, Any]) -> str:
@@ -195,11 +202,7 @@ def render() -> str:
         "    python experiments/plans/make_table.py",
         "",
         *_missing(len(plans)),
-        "| size | slice | trained | dp × fsdp × tp | remat | rows | fits | GiB per chip | bound by | roofline ms |"
-        " schedule ms | real tokens/s | minutes | $ per million real tokens |",
-        "|---|---|---|---|---|---|---|---|---|---|---|---|---|---|",
-        *(row(key, plan) for key, plan in plans.items()),
-        "",
+        *table(HEADS, [row(key, plan) for key, plan in plans.items()]),
         "## Cheapest slice for each size",
         "",
         *(cheapest(plans) or ["Nothing planned yet."]),

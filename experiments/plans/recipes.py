@@ -10,7 +10,6 @@ each job, `plans/<job>.json`) with a picture of HBM per chip.
 from __future__ import annotations
 
 import argparse
-import json
 import shutil
 import subprocess
 import sys
@@ -20,9 +19,11 @@ from pathlib import Path
 from typing import Any
 
 from gemma4_tpu.hardware import MeshSizes
+from gemma4_tpu.markdown import table
 from gemma4_tpu.planning.bands import band, usd_per_million
 from gemma4_tpu.planning.estimate import PlanResult
 from gemma4_tpu.planning.report import plot_hbm
+from gemma4_tpu.tracking.records import read_record
 
 EXPERIMENTS = Path(__file__).resolve().parent.parent
 BEGIN, END = "<!-- plan: python experiments/plans/recipes.py -->", "<!-- end of plan -->"
@@ -80,7 +81,13 @@ def plan(words: list[str], to: Path) -> None:
         shutil.copy(run_dir / "plan.json", to)
 
 
-def table(recipe: Recipe, plans: dict[str, dict[str, Any]]) -> list[str]:
+HEADS = (
+    "job", "dp × fsdp × tp", "remat", "rows × microbatches", "GiB of HBM per chip", "roofline ms per update",
+    "bound by", "schedule ms", "real tokens/s", "updates", "minutes", "$", "$ per million real tokens",
+)  # fmt: skip
+
+
+def section(recipe: Recipe, plans: dict[str, dict[str, Any]]) -> list[str]:
     """The part of the README between the marks."""
     first = next(iter(plans.values()))
     versions = f"JAX {first['versions']['jax']}, libtpu {first['versions']['libtpu']}"
@@ -93,17 +100,15 @@ def table(recipe: Recipe, plans: dict[str, dict[str, Any]]) -> list[str]:
             else ("are those at 40% to 60% of the binding roofline.",)
         ),
         "",
-        "| job | dp × fsdp × tp | remat | rows × microbatches | GiB of HBM per chip | roofline ms per update | bound by"
-        " | schedule ms | real tokens/s | updates | minutes | $ | $ per million real tokens |",
-        "|---|---|---|---|---|---:|---|---:|---:|---:|---:|---:|---:|",
     ]
+    table_rows = []
     for label, told in plans.items():
         mesh = " × ".join(str(told["mesh"][axis]) for axis in MeshSizes._fields)
         rows = f"{told['rows_per_update'] // told['microbatches']} × {told['microbatches']}"
         limit = f"{told['hbm_limit_bytes_per_chip'] / GIB:.2f}"
         cells = [label or "the run", mesh, f"`{told['remat']}`", rows]
         if not told["fits"]:
-            lines.append("| " + " | ".join([*cells, f"does not fit {limit}", *["–"] * 8]) + " |")
+            table_rows.append([*cells, f"does not fit {limit}", *["–"] * 8])
             continue
         usd = told["usd_estimate"].get("on_demand")
         million = usd_per_million(told["usd_per_million_real_tokens"], told["seconds_per_update"])
@@ -119,7 +124,8 @@ def table(recipe: Recipe, plans: dict[str, dict[str, Any]]) -> list[str]:
             "no price" if usd is None else band(usd, "{:.2f}"),
             "no price" if million is None else band(million, "{:.3f}"),
         ]
-        lines.append("| " + " | ".join(cells) + " |")
+        table_rows.append(cells)
+    lines += list(table(HEADS, table_rows, "lllllrlrrrrrr"))[:-1]
     fitting = [told for told in plans.values() if told["fits"]]
     prices = [told["usd_estimate"].get("on_demand") for told in fitting]
     if recipe.jobs.keys() != {""} and all(prices):
@@ -144,13 +150,13 @@ def main() -> None:
         for label, words in recipe.jobs.items():
             plan([f"experiment={recipe.base}", *words], recipe.path(label))
             print(recipe.name, label, flush=True)
-        plans = {label: json.loads(recipe.path(label).read_text(encoding="utf-8")) for label in recipe.jobs}
+        plans = {label: read_record(recipe.path(label)).values for label in recipe.jobs}
         folder = EXPERIMENTS / recipe.name
         plot_hbm([PlanResult(**told) for told in plans.values()], folder / "hbm.png")
         readme = folder / "README.md"
         before, _, rest = readme.read_text(encoding="utf-8").partition(BEGIN)
         after = rest.partition(END)[2]
-        readme.write_text("\n".join([before + BEGIN, *table(recipe, plans), END]) + after, encoding="utf-8")
+        readme.write_text("\n".join([before + BEGIN, *section(recipe, plans), END]) + after, encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ from typing import Any
 
 from gemma4_tpu.config.schema import TrackerConfig
 from gemma4_tpu.errors import UserError
+from gemma4_tpu.markdown import table
 from gemma4_tpu.tracking.files import from_jsonable, jsonable
 from gemma4_tpu.tracking.run import RunFolder, is_among
 
@@ -168,8 +169,7 @@ class _TensorBoard(Tracker):
                 self._writer.add_scalar(key, value, update)
 
     def table(self, name, columns, rows, update):
-        lines = ["| " + " | ".join(map(_cell, row)) + " |" for row in [columns, ["---"] * len(columns), *rows]]
-        self._writer.add_text(name, "\n".join(lines), update)
+        self._writer.add_text(name, "\n".join(table(columns, rows)).rstrip(), update)
 
     def artifact(self, kind, place, aliases, metadata):
         self._artifacts.append((kind, place, ", ".join(aliases)))
@@ -211,8 +211,3 @@ class _JsonLines(Tracker):
     def _write(self, event: str, **values: Any) -> None:
         self._file.write(json.dumps(jsonable({"event": event, **values}), allow_nan=False) + "\n")
         self._file.flush()
-
-
-def _cell(value: Any) -> str:
-    """A value inside a Markdown table: one line, bars escaped."""
-    return str(value).replace("|", "\\|").replace("\n", "<br>")
