@@ -74,7 +74,7 @@ def _of(record: Record, path: Path) -> Figures | None:
         return _plan(record.values, path)
     if record.kind == TRAINING:
         return Figures(trainings=[_run(record.values, path)])
-    if record.kind == EVALUATION and record.values.get("status") == "finished":
+    if record.kind == EVALUATION and not record.failed:
         return Figures(evaluations=[_evaluation(record.values, path)])
     return None
 

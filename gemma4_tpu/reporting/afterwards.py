@@ -139,7 +139,7 @@ def outcomes_of(records: Records) -> list[tuple[Path, Outcome]]:
 
 
 def _is_scored(found: Record) -> bool:
-    return found.kind == EVALUATION and found.values.get("status") == "finished"
+    return found.kind == EVALUATION and not found.failed
 
 
 def evaluation(records: Records, page: Path) -> Iterator[str]:

@@ -20,8 +20,8 @@ from gemma4_tpu.errors import UserError
 from gemma4_tpu.sweeping import record
 from gemma4_tpu.sweeping.devices import shares
 from gemma4_tpu.sweeping.display import Display
-from gemma4_tpu.sweeping.fit import check_fit
 from gemma4_tpu.sweeping.job_process import Child, command
+from gemma4_tpu.sweeping.plan_check import check_fit
 from gemma4_tpu.sweeping.record import Job, Sweep
 from gemma4_tpu.sweeping.stop import Stop
 from gemma4_tpu.tracking.files import jsonable

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 import time
 from collections.abc import Sequence
 from typing import Any
@@ -12,6 +11,7 @@ from rich import progress
 from rich.console import Console
 from rich.text import Text
 
+from gemma4_tpu.markdown import shown
 from gemma4_tpu.prices import format_usd
 from gemma4_tpu.tracking.logs import console
 from gemma4_tpu.tracking.result import Result
@@ -104,7 +104,7 @@ def _bar() -> progress.Progress:
 
 def print_summary(run: RunFolder, result: Result, next_steps: Sequence[str] = ()) -> None:
     """Prints what came of the run to stdout, and what to do next (commands or paths, one per line)."""
-    rows = [("Run folder", _short(run.path)), ("Status", result.status + (f": {result.error}" * bool(result.error)))]
+    rows = [("Run folder", shown(run.path)), ("Status", result.status + (f": {result.error}" * bool(result.error)))]
     if result.heldout_loss_last is not None:
         best = f"  (best {result.heldout_loss_best:.4f}" if result.heldout_loss_best is not None else ""
         at = f" at update {result.heldout_update_best}" if best and result.heldout_update_best is not None else ""
@@ -134,9 +134,3 @@ def format_seconds(seconds: float) -> str:
 def _clock(seconds: float) -> str:
     minutes, seconds = divmod(round(seconds), 60)
     return f"{minutes // 60}:{minutes % 60:02d}:{seconds:02d}"
-
-
-def _short(path: os.PathLike) -> str:
-    """The path as seen from the working folder, if it lies in it."""
-    relative = os.path.relpath(path)
-    return os.fspath(path) if relative.startswith("..") else relative

@@ -38,6 +38,11 @@ class Record:
     values: dict[str, Any]
     """Without `kind` and `version`."""
 
+    @property
+    def failed(self) -> bool:
+        """It holds why the work failed, and nothing else that counts."""
+        return self.values.get("status") == "failed"
+
 
 def write_record(path: Path, kind: str, values: Any, *, compact: bool = False) -> None:
     """Writes a mapping or a dataclass as strict JSON with its kind, atomically. `compact`: on one line."""

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from gemma4_tpu.errors import UserError
+from gemma4_tpu.markdown import shown
 from gemma4_tpu.storage import is_remote
 from gemma4_tpu.tracking.run import RunFolder
 
@@ -47,14 +48,14 @@ def show(run: str) -> int:
         )
     if online:
         print(f"{_count(len(online), 'record')} went to W&B while the run trained; where its network failed:")
-        print(f"wandb sync --include-online {' '.join(shlex.quote(_short(place)) for place in sorted(online))}\n")
+        print(f"wandb sync --include-online {' '.join(shlex.quote(shown(place)) for place in sorted(online))}\n")
     if len(records) > len(waiting):
         print(f"{_count(len(records) - len(waiting), 'offline record')} uploaded before.")
     if not waiting:
         print("Nothing is left to upload.")
         return 0
     print(f"{_count(len(waiting), 'offline record')} to upload. Once, if no key is set: wandb login. Then:\n")
-    print("wandb sync " + " \\\n  ".join(shlex.quote(_short(place)) for place in waiting))
+    print("wandb sync " + " \\\n  ".join(shlex.quote(shown(place)) for place in waiting))
     if len({place.name.rpartition("-")[2] for place in waiting}) < len(waiting):
         print("\nRecords of one run, which was resumed, go to the same W&B run in this order.")
     return 0
@@ -62,8 +63,3 @@ def show(run: str) -> int:
 
 def _count(number: int, noun: str) -> str:
     return f"{number} {noun}{'' if number == 1 else 's'}"
-
-
-def _short(path: Path) -> str:
-    """The path as seen from the working folder, if it lies in it."""
-    return str(path.relative_to(Path.cwd())) if path.is_relative_to(Path.cwd()) else str(path)

@@ -15,7 +15,7 @@ from gemma4_tpu.config.schema import HardwareConfig
 from gemma4_tpu.config.sweeps import fixed_keys, job_name, sweep_name, swept
 from gemma4_tpu.config.tasks import MergeRoot
 from gemma4_tpu.errors import UserError
-from gemma4_tpu.sweeping import devices, fit
+from gemma4_tpu.sweeping import devices, plan_check
 from gemma4_tpu.sweeping.record import Sweep
 from gemma4_tpu.tracking.files import write_json
 
@@ -143,10 +143,10 @@ def test_jobs_that_do_not_fit_are_listed_before_anything_runs(sweep, monkeypatch
     def compile_(config, answer, stopped):
         compiled.append(config.lora.rank)
         told = ("the step needs 40.0 GiB", False) if config.lora.rank > 64 else ("fits: 9.0 GiB of 31.2 GiB HBM", True)
-        write_json(answer, fit.Verdict(told[1], told[0]))
+        write_json(answer, plan_check.Fit(told[1], told[0]))
 
-    monkeypatch.setattr(fit, "_compile", compile_)
-    monkeypatch.setattr(fit, "_obstacle", lambda config: None)  # libtpu need not be there
+    monkeypatch.setattr(plan_check, "_compile", compile_)
+    monkeypatch.setattr(plan_check, "_obstacle", lambda config: None)  # libtpu need not be there
     words = ("hardware=v6e1", "lora.rank=8,128", "optimizer.learning_rate=1e-4,2e-4")
     done = sweep(*words)
     assert compiled == [8, 128]  # the learning rate changes no memory

@@ -4,7 +4,7 @@ import logging
 
 import pytest
 
-from gemma4_tpu.tracking import cost
+from gemma4_tpu import prices
 from gemma4_tpu.tracking.files import read_json, write_json
 from gemma4_tpu.tracking.progress import Progress, format_seconds, print_summary
 from gemma4_tpu.tracking.result import Result
@@ -96,8 +96,8 @@ def test_result_reads_back_and_skips_keys_of_newer_versions(tmp_path):
 
 
 def test_cost():
-    assert cost.usd(5400, 16.8) == pytest.approx(25.2)
-    assert cost.usd(5400, None) is None
-    assert cost.usd_per_million_tokens(36.0, 10_000) == pytest.approx(1.0)
-    assert cost.usd_per_million_tokens(36.0, 0) is None
-    assert [cost.format_usd(x) for x in (0, 0.001, 0.5, 1234.5)] == ["$0.00", "under $0.01", "$0.50", "$1,234.50"]
+    assert prices.usd(5400, 16.8) == pytest.approx(25.2)
+    assert prices.usd(5400, None) is None
+    assert prices.usd_per_million_tokens(36.0, 10_000) == pytest.approx(1.0)
+    assert prices.usd_per_million_tokens(36.0, 0) is None
+    assert [prices.format_usd(x) for x in (0, 0.001, 0.5, 1234.5)] == ["$0.00", "under $0.01", "$0.50", "$1,234.50"]

@@ -1,6 +1,7 @@
 """Plan checks: which jobs can't fit into their TPU slice, found out before anything runs there.
 
-Each distinct program is compiled in a process of its own, once: `python -m gemma4_tpu.sweeping.fit <config> <answer>`.
+Each distinct program is compiled in a process of its own, once: `python -m gemma4_tpu.sweeping.plan_check <config>
+<answer>`.
 """
 
 from __future__ import annotations
@@ -45,7 +46,7 @@ _COUNTS = {
 
 
 @dataclass(frozen=True)
-class Verdict:
+class Fit:
     """What is known of a job before it runs."""
 
     fits: bool | None
@@ -54,7 +55,7 @@ class Verdict:
     """Memory that it takes, or why it does not fit, or why that was not checked."""
 
 
-def check_fit(config: TrainRoot, mode: str, folder: Path, stopped: Callable[[], bool]) -> Verdict:
+def check_fit(config: TrainRoot, mode: str, folder: Path, stopped: Callable[[], bool]) -> Fit:
     """Whether a job fits, from the cache in `folder` or by compiling its step (minutes for the large models).
 
     Args:
@@ -72,16 +73,16 @@ def check_fit(config: TrainRoot, mode: str, folder: Path, stopped: Callable[[], 
     if obstacle:
         if str(mode).lower() == "true":
             raise UserError(f"{_KEY}=true: a job can't be checked here ({obstacle}); give {_KEY}=auto")
-        return Verdict(None, f"not checked: {obstacle}")
+        return Fit(None, f"not checked: {obstacle}")
     folder.mkdir(parents=True, exist_ok=True)
     answer = folder / f"{_key(config)}.json"
     if not answer.is_file():
         log.info("compiling for %s to see whether it fits …", config.hardware.name)
         _compile(config, answer, stopped)
     if not answer.is_file():
-        return Verdict(None, f"not checked: the compiling process failed ({answer.with_suffix('.log')})")
+        return Fit(None, f"not checked: the compiling process failed ({answer.with_suffix('.log')})")
     told = read_json(answer)
-    return Verdict(told["fits"], told["told"])
+    return Fit(told["fits"], told["told"])
 
 
 def _obstacle(config: TrainRoot) -> str | None:
@@ -110,7 +111,7 @@ def _key(config: TrainRoot) -> str:
 def _compile(config: TrainRoot, answer: Path, stopped: Callable[[], bool]) -> None:
     request = answer.with_suffix(".yaml")
     write_text(request, to_yaml(config))
-    command = [sys.executable, "-m", "gemma4_tpu.sweeping.fit", str(request), str(answer)]
+    command = [sys.executable, "-m", "gemma4_tpu.sweeping.plan_check", str(request), str(answer)]
     with answer.with_suffix(".log").open("w", encoding="utf-8") as output:
         process = subprocess.Popen(
             command, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT, start_new_session=True
@@ -140,16 +141,16 @@ def main(request: Path, answer: Path) -> None:
     checked, problems = examine_plan(root)
     if checked is None:
         told = "; ".join(problem.message for problem in problems)
-        return write_json(answer, Verdict(None, f"not checked: {told}"))
+        return write_json(answer, Fit(None, f"not checked: {told}"))
     try:
         result = plan_one(Planned.of(root, checked))
     except UserError as refusal:
-        return write_json(answer, Verdict(None, f"not checked: {refusal}"))
+        return write_json(answer, Fit(None, f"not checked: {refusal}"))
     if not result.fits:
-        return write_json(answer, Verdict(False, misfit_line(result)))
+        return write_json(answer, Fit(False, misfit_line(result)))
     used, limit = result.hbm_bytes_per_chip or 0, result.hbm_limit_bytes_per_chip
     told = f"fits: {format_bytes(used)} of {format_bytes(limit)} HBM per chip (estimated by the TPU compiler)"
-    return write_json(answer, Verdict(True, told))
+    return write_json(answer, Fit(True, told))
 
 
 if __name__ == "__main__":

@@ -8,6 +8,14 @@ from matplotlib.image import imread
 
 from gemma4_tpu.reporting.curves import plot_run
 from gemma4_tpu.tracking.metrics import Metrics
+from gemma4_tpu.tracking.run import RunFolder
+
+
+@pytest.fixture
+def run(tmp_path):
+    folder = RunFolder.open("unused", "t", str(tmp_path / "run"), "auto", config={"name": "t"})
+    yield folder
+    folder.close()
 
 
 @pytest.mark.parametrize("updates", [1, 100])

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 
 from gemma4_tpu.config.load import load_train, to_yaml
-from gemma4_tpu.sweeping import fit
+from gemma4_tpu.sweeping import plan_check
 from gemma4_tpu.tracking.files import read_json
 
 GIB = 2**30
@@ -51,7 +51,7 @@ def test_the_planner_decides(installed, monkeypatch, tmp_path, used_gib, fits, t
     monkeypatch.setattr("gemma4_tpu.planning.attempt.plan_one", plan_one)
     config = job("hardware=v6e1", "lora.rank=48", "trainer.microbatches=2")
     (tmp_path / "job.yaml").write_text(to_yaml(config))
-    fit.main(tmp_path / "job.yaml", tmp_path / "answer.json")
+    plan_check.main(tmp_path / "job.yaml", tmp_path / "answer.json")
     assert read_json(tmp_path / "answer.json") == {"fits": fits, "told": told}
     (given,) = planned  # the job's own step, not that of the planner's defaults
     assert (given.lora, given.trainer, given.data) == (config.lora, config.trainer, config.data)
@@ -67,5 +67,5 @@ def test_the_planner_decides(installed, monkeypatch, tmp_path, used_gib, fits, t
 )
 def test_what_can_not_be_planned_is_said(installed, words, told):
     installed(None)
-    verdict = fit.check_fit(job(*words), "auto", Path("absent"), lambda: False)
-    assert verdict == fit.Verdict(None, f"not checked: {told}")
+    verdict = plan_check.check_fit(job(*words), "auto", Path("absent"), lambda: False)
+    assert verdict == plan_check.Fit(None, f"not checked: {told}")
