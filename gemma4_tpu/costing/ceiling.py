@@ -38,7 +38,7 @@ class DoesNotFit(ValueError):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Model:
+class ModelDemand:
     """What a model's mathematics asks for, by its architecture, or by a number of parameters where no more is told."""
 
     name: str
@@ -47,7 +47,7 @@ class Model:
     """All of them, experts that are not chosen included."""
 
     @classmethod
-    def of(cls, arch: Architecture) -> Model:
+    def of(cls, arch: Architecture) -> ModelDemand:
         """The model of a known architecture."""
         return cls(name=arch.name, arch=arch, parameters=parameter_count(arch))
 
@@ -112,7 +112,7 @@ class Model:
 class Serving:
     """A model on a slice, as far as it decides a ceiling."""
 
-    model: Model
+    model: ModelDemand
     slice: Slice
     weights_dtype: str = "bfloat16"
     """Key of `DTYPE_BYTES`."""
@@ -236,7 +236,7 @@ def served(serving: Serving, prompt: float, output: float, sequences: float | No
     )  # fmt: skip
 
 
-def train(model: Model, slice_: Slice, lora: LoraConfig, mean_length: float) -> Ceiling:
+def train(model: ModelDemand, slice_: Slice, lora: LoraConfig, mean_length: float) -> Ceiling:
     """One real token trained, in segments of `mean_length` tokens, without rematerialisation.
 
     Raises:

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from gemma4_tpu.config.schema import LoraConfig
-from gemma4_tpu.costing.ceiling import Model, Serving
+from gemma4_tpu.costing.ceiling import ModelDemand, Serving
 from gemma4_tpu.prices import ON_DEMAND
 
 MEASURED, ESTIMATED, QUOTED, GIVEN = LABELS = ("measured", "estimated", "quoted", "given")
@@ -47,7 +47,7 @@ class Training(Figure):
     """Of the capacity that it ran (or will run) on: one of `prices.KINDS`."""
     region: str | None = None
     """Whose prices count; None: the first that is known."""
-    model: Model | None = None
+    model: ModelDemand | None = None
     lora: LoraConfig = field(default_factory=LoraConfig)
     mean_tokens: float = 1.0
     """Mean length of its examples in tokens; 1 where it isn't known, for which a ceiling is highest."""

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from gemma4_tpu.architectures import ARCHITECTURES, ArchitectureError, from_hf_config
-from gemma4_tpu.costing.ceiling import Model, Serving
+from gemma4_tpu.costing.ceiling import ModelDemand, Serving
 from gemma4_tpu.costing.figures import MEASURED, Point
 from gemma4_tpu.errors import UserError
 from gemma4_tpu.hardware import LOCAL, SLICES
@@ -103,12 +103,12 @@ def _setup(folder: Path) -> tuple[str, Serving | None]:
             for key, group in (("slice", "hardware"), ("architecture", "model"))
         )
         known = name in SLICES and size in ARCHITECTURES
-        return name or LOCAL, Serving(model=Model.of(ARCHITECTURES[size]), slice=SLICES[name]) if known else None
+        return name or LOCAL, Serving(model=ModelDemand.of(ARCHITECTURES[size]), slice=SLICES[name]) if known else None
     name, model = serving["slice"], served_model(str(config.get("run") or ""))
     return name, served_as(serving, model) if model is not None and name in SLICES else None
 
 
-def served_as(serving: Mapping[str, Any], model: Model) -> Serving:
+def served_as(serving: Mapping[str, Any], model: ModelDemand) -> Serving:
     """What `gemma4_tpu.serve` was told (`serving` of its configuration), as far as it decides a ceiling."""
     weights, cache = serving.get("weight_dtype", "bfloat16"), serving.get("kv_cache_dtype", "auto")
     speculation = (serving.get("flags") or {}).get("speculative-config") or {}
@@ -122,12 +122,12 @@ def served_as(serving: Mapping[str, Any], model: Model) -> Serving:
     )
 
 
-def served_model(run: str) -> Model | None:
+def served_model(run: str) -> ModelDemand | None:
     """The model in a merged folder, or in the run folder that holds one; None: it isn't there."""
     for folder in (Path(run), Path(run) / _MERGED):
         if run and (folder / "config.json").is_file():
             try:
-                return Model.of(from_hf_config(json.loads((folder / "config.json").read_text(encoding="utf-8"))))
+                return ModelDemand.of(from_hf_config(json.loads((folder / "config.json").read_text(encoding="utf-8"))))
             except (ValueError, ArchitectureError) as error:
                 raise UserError(f"{folder / 'config.json'}: {error}") from None
     return None

@@ -35,7 +35,7 @@ import yaml
 from gemma4_tpu.architectures import ARCHITECTURES
 from gemma4_tpu.config.keys import did_you_mean
 from gemma4_tpu.config.schema import LoraConfig
-from gemma4_tpu.costing.ceiling import Model, Serving
+from gemma4_tpu.costing.ceiling import ModelDemand, Serving
 from gemma4_tpu.costing.figures import LABELS, Evaluation, Figures, Point, Printed, Training
 from gemma4_tpu.costing.load_tests import read_points
 from gemma4_tpu.errors import UserError
@@ -128,11 +128,11 @@ def _benchmark(given: dict[str, Any], setups: Mapping[str, Serving], path: Path,
     return points
 
 
-def _model(given: Any, where: str) -> Model:
+def _model(given: Any, where: str) -> ModelDemand:
     if isinstance(given, int | float) and given > 0:
-        return Model(name=f"a model of {given / 1e9:g} B parameters", parameters=float(given))
+        return ModelDemand(name=f"a model of {given / 1e9:g} B parameters", parameters=float(given))
     if given in ARCHITECTURES:
-        return Model.of(ARCHITECTURES[given])
+        return ModelDemand.of(ARCHITECTURES[given])
     raise UserError(f"{where}: model={given!r}: one of {', '.join(ARCHITECTURES)}, or a number of parameters")
 
 

@@ -10,7 +10,7 @@ from typing import Any
 from gemma4_tpu.architectures import ARCHITECTURES
 from gemma4_tpu.config.schema import HardwareConfig, LoraConfig
 from gemma4_tpu.costing import load_tests, quoted
-from gemma4_tpu.costing.ceiling import Model
+from gemma4_tpu.costing.ceiling import ModelDemand
 from gemma4_tpu.costing.figures import ESTIMATED, MEASURED, Evaluation, Figures, Training
 from gemma4_tpu.errors import UserError
 from gemma4_tpu.hardware import LOCAL
@@ -91,8 +91,8 @@ def _short(path: Path) -> str:
     return "/".join(path.absolute().parts[-2:])
 
 
-def _model(name: str) -> Model | None:
-    return Model.of(ARCHITECTURES[name]) if name in ARCHITECTURES else None
+def _model(name: str) -> ModelDemand | None:
+    return ModelDemand.of(ARCHITECTURES[name]) if name in ARCHITECTURES else None
 
 
 def _run(result: dict[str, Any], path: Path) -> Training:

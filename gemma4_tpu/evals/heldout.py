@@ -18,7 +18,7 @@ from gemma4_tpu.evals.generate import checkpoint_stop_ids, padded_width
 from gemma4_tpu.models.base import Base
 from gemma4_tpu.models.decode import Sampling, generate
 from gemma4_tpu.models.sharding import row_places
-from gemma4_tpu.tracking.metrics import Metrics
+from gemma4_tpu.tracking.metrics import MetricsFile
 from gemma4_tpu.tracking.trackers import Tracker
 from gemma4_tpu.training.job import Job
 
@@ -54,7 +54,7 @@ class HeldoutAnswers:
         self._trainer, self._tokenizer = trainer, tokenizer
         self._pairs = [_split(*examples.example(i)) for i in range(count)] if examples and count else []
         self._stop_ids = checkpoint_stop_ids(base, tokenizer) if count else ()
-        self._rows = Metrics(folder / FILE, after_update=resume_from, write=write) if count else None
+        self._rows = MetricsFile(folder / FILE, after_update=resume_from, write=write) if count else None
 
     def __call__(self, job: Job, trained: Any, update: int, tracker: Tracker) -> None:
         """Answers with the values as they are after `update`."""

@@ -9,7 +9,7 @@ from typing import Any
 
 from gemma4_tpu.plotting import INK, draw_titled
 from gemma4_tpu.sweeping import record
-from gemma4_tpu.sweeping.table import Metric, Row, swept_keys
+from gemma4_tpu.sweeping.table import JobRow, SweepTable
 from gemma4_tpu.tracking.metrics import read_metrics
 
 _BEST, _PALE = "#d9692c", "#9db4dd"
@@ -18,20 +18,20 @@ _MAX_LEGEND = len(_COLOURS)
 _MAX_TICKS = 9
 
 
-def plot_sweep(rows: Sequence[Row], metric: Metric, best: Row | None, folder: Path, title: str) -> list[Path]:
+def plot_sweep(sweep: SweepTable, folder: Path) -> list[Path]:
     """Draws what there is to draw; returns the paths of the pictures. Jobs without the metric are left out."""
     folder.mkdir(exist_ok=True)
     for old in folder.glob("*.png"):
         old.unlink()
-    known = [row for row in rows if row.value(metric.key) is not None]
-    keys = [key for key in swept_keys(rows) if len({row.job.values.get(key) for row in known}) > 1]
+    known = [row for row in sweep.rows if row.value(sweep.metric.key) is not None]
+    keys = [key for key in sweep.keys if len({row.job.values.get(key) for row in known}) > 1]
     drawn = []
     if len(known) > 1 and keys:
-        drawn.append(_parallel(known, keys, metric, best, title, folder / "parallel_coordinates.png"))
+        drawn.append(_parallel(sweep, known, keys, folder / "parallel_coordinates.png"))
         numeric = [key for key in keys if all(_number(row.job.values.get(key)) is not None for row in known)]
-        drawn += [_over_key(known, key, keys, metric, best, title, folder / f"{key}.png") for key in numeric]
-    if curves := _curves(rows):
-        drawn.append(_heldout(curves, best, title, folder / "heldout_loss.png"))
+        drawn += [_over_key(sweep, known, key, keys, folder / f"{key}.png") for key in numeric]
+    if curves := _curves(sweep.rows):
+        drawn.append(_heldout(sweep, curves, folder / "heldout_loss.png"))
     return drawn
 
 
@@ -66,7 +66,8 @@ class _Axis:
         return f"{float(text):.4g}" if self._metric else text
 
 
-def _parallel(rows: Sequence[Row], keys: list[str], metric: Metric, best: Row | None, title: str, path: Path) -> Path:
+def _parallel(sweep: SweepTable, rows: Sequence[JobRow], keys: list[str], path: Path) -> Path:
+    metric, best = sweep.metric, sweep.best
     values = [row.value(metric.key) for row in rows]
     axes_of = [_Axis(key, [row.job.values.get(key) for row in rows]) for key in keys]
     axes_of.append(_Axis(metric.key, values, metric=True))
@@ -100,14 +101,13 @@ def _parallel(rows: Sequence[Row], keys: list[str], metric: Metric, best: Row | 
             axes.plot([], [], color=_BEST, linewidth=3, label=f"best: {best.job.name}")
             axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0))
 
-    return draw_titled(draw, title, path, (max(7.0, 1.9 * len(axes_of)), 4))
+    return draw_titled(draw, sweep.title, path, (max(7.0, 1.9 * len(axes_of)), 4))
 
 
 # ── the metric over one key ────────────────────────────────────────────────────────────────────────────────────────
-def _over_key(
-    rows: Sequence[Row], key: str, keys: list[str], metric: Metric, best: Row | None, title: str, path: Path
-) -> Path:
+def _over_key(sweep: SweepTable, rows: Sequence[JobRow], key: str, keys: list[str], path: Path) -> Path:
     """One line for each combination of the other keys, as far as they can be told apart."""
+    metric, best = sweep.metric, sweep.best
     others = [other for other in keys if other != key]
     groups: dict[str, list[tuple[float, float]]] = {}
     for row in rows:
@@ -131,7 +131,7 @@ def _over_key(
         axes.margins(x=0.08, y=0.12)
         _legend_beside(axes)
 
-    return draw_titled(draw, title, path, (9.0, 4))
+    return draw_titled(draw, sweep.title, path, (9.0, 4))
 
 
 def _scale(axes: Any, values: list[float]) -> None:
@@ -146,7 +146,7 @@ def _scale(axes: Any, values: list[float]) -> None:
 
 
 # ── curves ─────────────────────────────────────────────────────────────────────────────────────────────────────────
-def _curves(rows: Sequence[Row]) -> dict[str, tuple[list[int], list[float]]]:
+def _curves(rows: Sequence[JobRow]) -> dict[str, tuple[list[int], list[float]]]:
     """Job → (updates, held-out losses)."""
     curves = {}
     for row in rows:
@@ -161,7 +161,9 @@ def _curves(rows: Sequence[Row]) -> dict[str, tuple[list[int], list[float]]]:
     return curves
 
 
-def _heldout(curves: dict[str, tuple[list[int], list[float]]], best: Row | None, title: str, path: Path) -> Path:
+def _heldout(sweep: SweepTable, curves: dict[str, tuple[list[int], list[float]]], path: Path) -> Path:
+    best = sweep.best
+
     def draw(axes: Any) -> None:
         few = len(curves) <= _MAX_LEGEND
         for number, (name, (updates, losses)) in enumerate(curves.items()):
@@ -176,7 +178,7 @@ def _heldout(curves: dict[str, tuple[list[int], list[float]]], best: Row | None,
         axes.set_ylabel("held-out loss (nats per target token)")
         _legend_beside(axes)
 
-    return draw_titled(draw, title, path, (9.0, 4))
+    return draw_titled(draw, sweep.title, path, (9.0, 4))
 
 
 def _legend_beside(axes: Any) -> None:

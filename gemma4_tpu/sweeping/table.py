@@ -41,7 +41,7 @@ class Metric:
 
 
 @dataclass(frozen=True)
-class Row:
+class JobRow:
     """One job."""
 
     job: Job
@@ -59,12 +59,64 @@ class Row:
         return None
 
 
-def rows_of(sweep: Sweep) -> list[Row]:
-    """Every job of a sweep folder: those of its record, then run folders that the record does not know.
+@dataclass(frozen=True)
+class SweepTable:
+    """What reports are made from."""
 
-    Raises:
-      UserError: there is none.
-    """
+    folder: Path
+    rows: list[JobRow]
+    """Every job: those of the folder's record, then run folders that the record does not know."""
+    metric: Metric
+
+    @classmethod
+    def of(cls, folder: Path, metric: str | None) -> SweepTable:
+        """Of a sweep's folder, or of any folder of run folders.
+
+        Args:
+          folder: its jobs' record, if there is one, and their run folders.
+          metric: a key of `result.json`; None: the sweep's own.
+
+        Raises:
+          UserError: no job there, or none has that metric while some have results.
+        """
+        sweep = Sweep.open(folder)
+        rows = _rows_of(sweep)
+        numbers = sorted({k for row in rows for k, v in row.result.items() if isinstance(v, int | float)})
+        if metric is not None and numbers and metric not in numbers:
+            raise UserError(f"metric={metric}: no run has it; there are {', '.join(numbers)}")
+        return cls(folder, rows, best_metric(sweep, metric))
+
+    @property
+    def title(self) -> str:
+        return f"{self.folder.parent.name} / {self.folder.name}"
+
+    @property
+    def keys(self) -> list[str]:
+        """What was swept, in the order of first mention."""
+        return list(dict.fromkeys(key for row in self.rows for key in row.job.values))
+
+    @property
+    def results(self) -> list[str]:
+        """Keys of `result.json` that some job has, the metric first."""
+        wanted = dict.fromkeys([self.metric.key, *RESULTS])
+        return [key for key in wanted if any(row.result.get(key) is not None for row in self.rows)]
+
+    @property
+    def best(self) -> JobRow | None:
+        """The finished job that is best; None where none has the metric."""
+        finished = [(row.value(self.metric.key), row) for row in self.rows if row.job.status == record.FINISHED]
+        known = {value: row for value, row in reversed(finished) if value is not None}
+        return known[self.metric.best(known)] if known else None
+
+    @property
+    def ranked(self) -> list[JobRow]:
+        """Best first; those without the metric last, in their order."""
+        sign = 1 if self.metric.direction == LOWER_IS_BETTER else -1
+        values = {id(row): row.value(self.metric.key) for row in self.rows}
+        return sorted(self.rows, key=lambda row: (values[id(row)] is None, sign * (values[id(row)] or 0.0)))
+
+
+def _rows_of(sweep: Sweep) -> list[JobRow]:
     jobs = list(sweep.jobs.values())
     inside = sorted(place for place in sweep.folder.iterdir() if (place / "config.yaml").is_file())
     strangers = [place for place in inside if place.name not in sweep.jobs]
@@ -74,7 +126,7 @@ def rows_of(sweep: Sweep) -> list[Row]:
     rows = []
     for job in jobs:
         folder = sweep.run_folder(job)
-        rows.append(Row(job, folder, result_of(folder).values))
+        rows.append(JobRow(job, folder, result_of(folder).values))
     return rows
 
 
@@ -106,24 +158,5 @@ def best_metric(sweep: Sweep, wanted: str | None) -> Metric:
 def outcome_value(sweep: Sweep, job: Job, key: str) -> float:
     """The metric of a job; NaN where it has none."""
     folder = sweep.run_folder(job)
-    value = Row(job, folder, result_of(folder).values).value(key)
+    value = JobRow(job, folder, result_of(folder).values).value(key)
     return math.nan if value is None else value
-
-
-def best_row(rows: Sequence[Row], metric: Metric) -> Row | None:
-    """The finished job that is best; None where none has the metric."""
-    finished = [(row.value(metric.key), row) for row in rows if row.job.status == record.FINISHED]
-    known = {value: row for value, row in reversed(finished) if value is not None}
-    return known[metric.best(known)] if known else None
-
-
-def swept_keys(rows: Sequence[Row]) -> list[str]:
-    """In the order of their first mention."""
-    return list(dict.fromkeys(key for row in rows for key in row.job.values))
-
-
-def columns(rows: Sequence[Row], metric: Metric) -> list[str]:
-    """Keys of `result.json` that some job has, the metric first."""
-    return [
-        key for key in dict.fromkeys([metric.key, *RESULTS]) if any(row.result.get(key) is not None for row in rows)
-    ]

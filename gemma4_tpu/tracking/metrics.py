@@ -28,7 +28,7 @@ from gemma4_tpu.tracking.files import from_jsonable, jsonable, write_text
 log = logging.getLogger(__name__)
 
 
-class Metrics:
+class MetricsFile:
     """Append-only writer of `metrics.jsonl`. Each row is on disk (as far as the process goes) when `log` returns.
 
     A resumed run takes up its rows where its checkpoint left off, so that there is neither gap nor duplicate. For that

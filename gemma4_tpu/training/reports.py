@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
-from gemma4_tpu.tracking.metrics import Metrics
+from gemma4_tpu.tracking.metrics import MetricsFile
 from gemma4_tpu.tracking.progress import Progress
 from gemma4_tpu.tracking.result import Result
 from gemma4_tpu.tracking.run import RunFolder
@@ -26,7 +26,7 @@ class Reports:
         self.tracker = tracker
         self.progress = Progress(updates, first_update=resume_from or 0, show=folder.write)
         """A context manager too: on a terminal the bar is there while it is open."""
-        self._metrics = Metrics(folder.metrics_path, after_update=resume_from, write=folder.write)
+        self._metrics = MetricsFile(folder.metrics_path, after_update=resume_from, write=folder.write)
         self._replay = replay
         self._status = "failed"
 

@@ -11,7 +11,7 @@ import yaml
 from gemma4_tpu.architectures import ARCHITECTURES
 from gemma4_tpu.config.entries import BENCH
 from gemma4_tpu.config.load import load
-from gemma4_tpu.costing.ceiling import Model
+from gemma4_tpu.costing.ceiling import ModelDemand
 from gemma4_tpu.costing.read import read
 from gemma4_tpu.errors import UserError
 from tests.benching.conftest import cell
@@ -70,7 +70,7 @@ def test_states_and_what_is_left(swept, bench):
 
     points = read([str(folder)]).points
     assert [point.name for point in points] == ["16 in, 4 out, 100.0 requests/s", "16 in, 4 out, inf requests/s"]
-    assert points[0].slice == "v6e-8" and points[0].serving.model == Model.of(ARCHITECTURES["gemma4_31b"])
+    assert points[0].slice == "v6e-8" and points[0].serving.model == ModelDemand.of(ARCHITECTURES["gemma4_31b"])
 
 
 def test_failed_cells_run_again_with_other_prompts(played, bench):

@@ -7,11 +7,11 @@ import pytest
 from gemma4_tpu.architectures import ARCHITECTURES
 from gemma4_tpu.config.schema import LoraConfig
 from gemma4_tpu.costing import ceiling
-from gemma4_tpu.costing.ceiling import COMPUTE, HBM, DoesNotFit, Model, Serving
+from gemma4_tpu.costing.ceiling import COMPUTE, HBM, DoesNotFit, ModelDemand, Serving
 from gemma4_tpu.hardware import SLICES
 from gemma4_tpu.models.kv_cache import kv_cache_bytes
 
-DENSE, EXPERTS, SMALL = (Model.of(ARCHITECTURES[name]) for name in ("gemma4_31b", "gemma4_26b_a4b", "gemma4_e2b"))
+DENSE, EXPERTS, SMALL = (ModelDemand.of(ARCHITECTURES[name]) for name in ("gemma4_31b", "gemma4_26b_a4b", "gemma4_e2b"))
 V6E8, V6E4 = SLICES["v6e-8"], SLICES["v6e-4"]
 
 
@@ -123,7 +123,7 @@ def test_prompts_take_their_share_of_whole_requests():
 
 
 def test_a_model_that_fits_on_the_chips_is_not_bound_by_hbm():
-    tiny = Serving(model=Model.of(ARCHITECTURES["tiny"]), slice=SLICES["h200"])
+    tiny = Serving(model=ModelDemand.of(ARCHITECTURES["tiny"]), slice=SLICES["h200"])
     step = ceiling.decode(tiny, 1, 1)
     assert tiny.weight_bytes / tiny.bandwidth > step.seconds
 

@@ -6,14 +6,14 @@ from pathlib import Path
 import pytest
 
 from gemma4_tpu.architectures import ARCHITECTURES
-from gemma4_tpu.costing.ceiling import Model, Serving
+from gemma4_tpu.costing.ceiling import ModelDemand, Serving
 from gemma4_tpu.costing.figures import MEASURED, Figures, Point
 from gemma4_tpu.costing.plausibility import DOUBTFUL, IMPOSSIBLE, POSSIBLE, judge
 from gemma4_tpu.costing.read import read
 from gemma4_tpu.hardware import SLICES
 from gemma4_tpu.report import main
 
-DENSE = Model.of(ARCHITECTURES["gemma4_31b"])
+DENSE = ModelDemand.of(ARCHITECTURES["gemma4_31b"])
 EXPERIMENTS = Path(__file__).parents[2] / "experiments"
 
 

@@ -7,7 +7,7 @@ import pytest
 from matplotlib.image import imread
 
 from gemma4_tpu.reporting.curves import plot_run
-from gemma4_tpu.tracking.metrics import Metrics
+from gemma4_tpu.tracking.metrics import MetricsFile
 from gemma4_tpu.tracking.run import RunFolder
 
 
@@ -20,7 +20,7 @@ def run(tmp_path):
 
 @pytest.mark.parametrize("updates", [1, 100])
 def test_both_curves_are_drawn(run, updates):
-    metrics = Metrics(run.metrics_path)
+    metrics = MetricsFile(run.metrics_path)
     metrics.log({"heldout_loss": 5.0}, 0)
     for update in range(1, updates + 1):
         metrics.log({"loss": 1 + 4 / update, "real_tokens_per_second": 1e4}, update)
@@ -36,7 +36,7 @@ def test_both_curves_are_drawn(run, updates):
 
 
 def test_a_run_that_diverged_or_was_never_evaluated_is_drawn_as_far_as_it_goes(run):
-    metrics = Metrics(run.metrics_path)
+    metrics = MetricsFile(run.metrics_path)
     for update, loss in enumerate([2.0, np.float32(1.5), math.inf, math.nan], start=1):
         metrics.log({"loss": loss}, update)
     assert plot_run(run) == [run.plots / "loss.png"]

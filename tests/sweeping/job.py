@@ -12,7 +12,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from gemma4_tpu.config.load import load_train
-from gemma4_tpu.tracking.metrics import Metrics, read_metrics
+from gemma4_tpu.tracking.metrics import MetricsFile, read_metrics
 from gemma4_tpu.tracking.result import Result
 from gemma4_tpu.tracking.run import RunFolder
 
@@ -31,7 +31,7 @@ def main() -> int:
     stop = []
     signal.signal(signal.SIGTERM, signal.SIG_IGN if mine.get("stubborn") else lambda *_: stop.append(1))
     done = max((row["update"] for row in read_metrics(folder.metrics_path)), default=None)
-    metrics = Metrics(folder.metrics_path, after_update=done)
+    metrics = MetricsFile(folder.metrics_path, after_update=done)
     losses = mine.get("losses", [3.0, 2.0, 1.0])
     for update in range(0 if done is None else done + 1, len(losses)):
         metrics.log({"heldout_loss": losses[update]}, update)

@@ -1,12 +1,14 @@
 """`python -m gemma4_tpu.report sweep=<folder>`: any folder of run folders, any metric of result.json."""
 
 import csv
+import re
 
 import pytest
 import yaml
+from markdown_it import MarkdownIt
 
 from gemma4_tpu.report import main
-from gemma4_tpu.tracking.metrics import Metrics
+from gemma4_tpu.tracking.metrics import MetricsFile
 from gemma4_tpu.tracking.result import Result
 
 RUNS = {  # folder: (rank, learning rate, status, held-out loss, real tokens per second)
@@ -30,7 +32,7 @@ def runs(tmp_path):
         Result(status=status, error=told, heldout_loss_last=loss, real_tokens_per_second=speed, real_tokens=5000).write(
             folder / "result.json"
         )
-        metrics = Metrics(folder / "metrics.jsonl")
+        metrics = MetricsFile(folder / "metrics.jsonl")
         for update, value in enumerate([3.0, 2.0, loss or float("nan")]):
             metrics.log({"heldout_loss": value}, update)
         metrics.close()
@@ -62,6 +64,21 @@ def test_the_metric_decides_and_throughput_is_better_when_higher(runs, capsys):
     assert "Best real_tokens_per_second  900  0" in capsys.readouterr().out
     assert main([f"sweep={runs}", "metric=heldout"]) == 2
     assert "metric=heldout: no run has it; there are " in capsys.readouterr().err
+
+
+def test_a_bar_in_an_override_or_an_error_stays_in_its_cell(runs):
+    for name, project in {"0": "a|b", "3": "*c*"}.items():
+        path = runs / name / "overrides.yaml"
+        path.write_text(yaml.safe_dump([*yaml.safe_load(path.read_text()), f"tracker.project='{project}'"]))
+    Result(status="failed", error="shapes (2|3)\nand more").write(runs / "3/result.json")
+    assert main([f"sweep={runs}"]) == 0
+    table = MarkdownIt("commonmark").enable("table").render((runs / "sweep.md").read_text())
+    rows = [re.findall(r"<t[hd]>(.*?)</t[hd]>", row) for row in re.findall(r"<tr>(.*?)</tr>", table, re.DOTALL)]
+    head, *cells = rows
+    assert {len(row) for row in rows} == {len(head)}
+    found = {row[head.index("tracker.project")] for row in cells}
+    assert found == {"a|b", "", "*c*"}
+    assert cells[-1][-1] == "shapes (2|3) and more"
 
 
 def test_what_is_no_sweep_is_refused(tmp_path, capsys):

@@ -6,11 +6,11 @@ import math
 import numpy as np
 import pytest
 
-from gemma4_tpu.tracking.metrics import Metrics, read_metrics
+from gemma4_tpu.tracking.metrics import MetricsFile, read_metrics
 
 
 def write(path, updates, after_update=None):
-    metrics = Metrics(path, after_update=after_update)
+    metrics = MetricsFile(path, after_update=after_update)
     for update in updates:
         metrics.log({"loss": 0.5 * update, "x": "é"}, update)
         if update % 2 == 0:
@@ -24,13 +24,13 @@ def path(tmp_path):
 
 
 def test_rows_are_there_as_soon_as_log_returns(path):
-    metrics = Metrics(path)
+    metrics = MetricsFile(path)
     metrics.log({"loss": np.float32(0.5), "tokens": np.int64(7)}, 1)
     assert read_metrics(path) == [{"update": 1, "loss": 0.5, "tokens": 7}]
 
 
 def test_numbers_that_are_not_finite_stay_strict_json_and_read_back(path):
-    Metrics(path).log({"a": float("nan"), "b": np.float32("inf"), "c": float("-inf")}, 1)
+    MetricsFile(path).log({"a": float("nan"), "b": np.float32("inf"), "c": float("-inf")}, 1)
 
     def refuse(constant):
         raise AssertionError(f"{constant} is no JSON")
@@ -66,13 +66,13 @@ def test_damage_in_the_middle_is_an_error_that_names_the_line(path):
 
 
 def test_updates_cannot_go_back(path):
-    metrics = Metrics(path, after_update=5)
+    metrics = MetricsFile(path, after_update=5)
     with pytest.raises(ValueError, match="update 4 after those of update 5"):
         metrics.log({}, 4)
 
 
 def test_other_processes_write_nothing(path):
-    metrics = Metrics(path, write=False)
+    metrics = MetricsFile(path, write=False)
     metrics.log({"loss": 1.0}, 1)
     metrics.close()
     assert not path.exists()

@@ -8,7 +8,7 @@ import pytest
 
 from gemma4_tpu.tracking import logs, provenance
 from gemma4_tpu.tracking.files import read_json
-from gemma4_tpu.tracking.metrics import Metrics
+from gemma4_tpu.tracking.metrics import MetricsFile
 from gemma4_tpu.tracking.provenance import Difference, capture, compare, record
 from gemma4_tpu.tracking.redact import redact, redact_arguments
 
@@ -118,7 +118,7 @@ def test_no_secret_reaches_the_run_folder(run, checkout, monkeypatch, plain_logg
     record(run, capture(**INPUTS, command=["train", *leaks]))
     for value in SECRETS.values():
         logging.getLogger("gemma4_tpu.data").warning("can't read https://user:%s@host/data", value)
-    Metrics(run.metrics_path).log({"loss": 1.0}, 1)
+    MetricsFile(run.metrics_path).log({"loss": 1.0}, 1)
     content = b"".join(path.read_bytes() for path in run.path.rglob("*") if path.is_file())
     for secret in [*SECRETS.values(), "hunter2hunter2", "pw12"]:
         assert secret.encode() not in content
