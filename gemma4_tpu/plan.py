@@ -71,8 +71,8 @@ def _look_at_checkpoint(model: ModelConfig, told: Sequence[str]) -> None:
 def _plan(planned: Planned, folder: RunFolder) -> int:
     """One configuration, first with its memory, then with its schedule; where it does not fit, others that do."""
     from gemma4_tpu.planning.attempt import attempted
-    from gemma4_tpu.planning.misfit import nearest_fits
-    from gemma4_tpu.planning.report import misfit_line, print_alternatives, print_plan, print_schedule
+    from gemma4_tpu.planning.misfit import misfit_line, nearest_fits
+    from gemma4_tpu.reporting.plans import print_alternatives, print_plan, print_schedule
 
     with attempted(planned) as attempt:
         first = attempt.goes_on
@@ -94,8 +94,8 @@ def _plan(planned: Planned, folder: RunFolder) -> int:
 
 def _keep(attempt: Attempt, folder: RunFolder) -> None:
     """Leaves plan.json and pictures."""
-    from gemma4_tpu.planning.report import plot_hbm
-    from gemma4_tpu.planning.timeline import plot_timeline
+    from gemma4_tpu.reporting.plans import plot_hbm
+    from gemma4_tpu.reporting.timeline import plot_timeline
     from gemma4_tpu.tracking import records
 
     result = attempt.result
@@ -108,8 +108,8 @@ def _keep(attempt: Attempt, folder: RunFolder) -> None:
 
 def _search(planned: Planned, folder: RunFolder) -> int:
     """Every candidate of the slice; which of them nothing else beats in both dollars and headroom."""
-    from gemma4_tpu.planning.report import plot_hbm, print_search
     from gemma4_tpu.planning.search import search
+    from gemma4_tpu.reporting.plans import plot_hbm, print_search
     from gemma4_tpu.tracking import records
 
     found = search(planned)

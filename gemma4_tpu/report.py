@@ -73,7 +73,7 @@ def _wandb(root: ReportRoot) -> int:
 
 
 def _check(root: ReportRoot) -> int:
-    from gemma4_tpu.reporting.experiment import check_experiment
+    from gemma4_tpu.reporting.experiments import check_experiment
 
     return check_experiment(root.check)
 

@@ -15,7 +15,7 @@ import sys
 import time
 from pathlib import Path
 
-from gemma4_tpu.sweeping.record import RUNNING, Sweep
+from gemma4_tpu.sweeping.state import RUNNING, Sweep
 from gemma4_tpu.tracking.metrics import read_metrics
 
 FOLDER = "outputs/rank_sweep_tiny"

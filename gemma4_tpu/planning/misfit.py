@@ -11,7 +11,7 @@ from gemma4_tpu.config.checks import rows_per_update
 from gemma4_tpu.config.plan_checks import examine_plan
 from gemma4_tpu.config.schema import MeshConfig, TrainerConfig
 from gemma4_tpu.config.tasks import PlanRoot
-from gemma4_tpu.hardware import MeshSizes
+from gemma4_tpu.hardware import GIB, MeshSizes
 from gemma4_tpu.planning.attempt import Planned, plan_one
 from gemma4_tpu.planning.estimate import PlanResult
 from gemma4_tpu.planning.remat import AUTO, POLICIES
@@ -138,3 +138,19 @@ def nearest_fits(planned: Planned, misfit: PlanResult, attempts: int) -> list[di
             }
         )
     return tried
+
+
+def format_bytes(size: float) -> str:
+    """`1.23 GiB`, or `4.5 MiB` below a hundredth of one."""
+    return f"{size / GIB:.2f} GiB" if size >= GIB / 100 else f"{size / 2**20:.1f} MiB"
+
+
+def misfit_line(result: PlanResult) -> str:
+    """The compiler's figures in one line."""
+    limit = f"{result.hbm_limit_bytes_per_chip / GIB:.2f} GiB of HBM per {result.slice.partition('-')[0]} chip"
+    if "vmem" in result.message.partition("\n")[0]:
+        return f"a kernel asks for too much on-chip memory: {result.message.splitlines()[0]}"
+    if result.hbm_bytes_per_chip is None:
+        return f"the compiler ran out of the {limit}: {result.message.splitlines()[0]}"
+    what = "temporaries alone need" if "temporaries" in result.message.splitlines()[0] else "the step needs"
+    return f"{what} {result.hbm_bytes_per_chip / GIB:.1f} GiB, there are {limit} (the compiler's figures)"

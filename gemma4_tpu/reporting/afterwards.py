@@ -15,10 +15,10 @@ from gemma4_tpu.evals.compare import compare
 from gemma4_tpu.evals.outcome import Outcome
 from gemma4_tpu.markdown import below, code, included, link, pictures, plain, shown, table
 from gemma4_tpu.planning.estimate import PlanResult
-from gemma4_tpu.planning.report import plan_rows
 from gemma4_tpu.prices import KINDS
 from gemma4_tpu.reporting.costs import cost_report
 from gemma4_tpu.reporting.found import Records
+from gemma4_tpu.reporting.plans import plan_rows
 from gemma4_tpu.tracking.progress import format_seconds
 from gemma4_tpu.tracking.records import (
     EVALUATION,

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from gemma4_tpu.plotting import INK, draw_titled
-from gemma4_tpu.sweeping import record
+from gemma4_tpu.sweeping import state
 from gemma4_tpu.sweeping.table import JobRow, SweepTable
 from gemma4_tpu.tracking.metrics import read_metrics
 
@@ -79,7 +79,7 @@ def _parallel(sweep: SweepTable, rows: Sequence[JobRow], keys: list[str], path: 
         for row in order:
             given = [row.job.values.get(key) for key in keys] + [row.value(metric.key)]
             heights = [axis.place(value) for axis, value in zip(axes_of, given, strict=True)]
-            goodness = 1 - heights[-1] if metric.direction == record.LOWER_IS_BETTER else heights[-1]
+            goodness = 1 - heights[-1] if metric.direction == state.LOWER_IS_BETTER else heights[-1]
             colour = _BEST if row is best else colormaps["Blues"](0.3 + 0.6 * goodness)
             axes.plot(range(len(heights)), heights, color=colour, linewidth=3 if row is best else 1.8, alpha=0.95)
         for x, axis in enumerate(axes_of):

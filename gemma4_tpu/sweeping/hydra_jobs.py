@@ -16,9 +16,9 @@ from omegaconf import DictConfig, OmegaConf
 from gemma4_tpu.config.sweep_settings import Processes
 from gemma4_tpu.config.sweeps import fixed_keys, job_name, swept
 from gemma4_tpu.errors import REFUSED, UserError
-from gemma4_tpu.sweeping import record
+from gemma4_tpu.sweeping import state
 from gemma4_tpu.sweeping.processes import Monitor, Runner
-from gemma4_tpu.sweeping.record import Job, Sweep, SweepLock
+from gemma4_tpu.sweeping.state import Job, Sweep, SweepLock
 from gemma4_tpu.sweeping.stop import Stop
 from gemma4_tpu.sweeping.table import best_metric, outcome_value
 from gemma4_tpu.tracking.logs import setup_logging
@@ -70,8 +70,8 @@ def _exit_code(opened: OpenSweep) -> int:
     if not names:  # another launcher ran the jobs, and would have raised
         return 0
     statuses = {opened.sweep.jobs[name].status for name in names}
-    failed = {record.FAILED, record.PREEMPTED} & statuses
-    return SOME_FAILED if failed or record.FINISHED not in statuses else 0
+    failed = {state.FAILED, state.PREEMPTED} & statuses
+    return SOME_FAILED if failed or state.FINISHED not in statuses else 0
 
 
 def launch(

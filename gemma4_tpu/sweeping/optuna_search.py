@@ -26,9 +26,9 @@ from gemma4_tpu.config.overrides import Groups, check_overrides
 from gemma4_tpu.config.problems import refusal
 from gemma4_tpu.config.sweep_settings import Optuna
 from gemma4_tpu.errors import UserError
-from gemma4_tpu.sweeping import record
+from gemma4_tpu.sweeping import state
 from gemma4_tpu.sweeping.hydra_jobs import OpenSweep
-from gemma4_tpu.sweeping.record import Job
+from gemma4_tpu.sweeping.state import Job
 from gemma4_tpu.sweeping.table import outcome_value
 from gemma4_tpu.tracking.result import Result
 
@@ -37,7 +37,7 @@ log = logging.getLogger(__name__)
 JOURNAL = "optuna.journal"
 _OUTCOME = "outcome"
 """Attribute of a trial that came to an end: its job's status. A trial without one was cut short, and runs again."""
-_ENDED = (record.FINISHED, record.PRUNED, record.FAILED, record.PREEMPTED, record.REFUSED, record.MISFIT)
+_ENDED = (state.FINISHED, state.PRUNED, state.FAILED, state.PREEMPTED, state.REFUSED, state.MISFIT)
 
 
 class Search:
@@ -74,7 +74,7 @@ class Search:
         if not hasattr(self._launcher, "sweep"):
             raise UserError("hydra/sweeper=optuna: works with hydra/launcher=processes")
         for key, choices in {
-            "direction": (record.LOWER_IS_BETTER, record.HIGHER_IS_BETTER),
+            "direction": (state.LOWER_IS_BETTER, state.HIGHER_IS_BETTER),
             "sampler": _SAMPLERS,
         }.items():
             value = getattr(settings, key)
@@ -158,7 +158,7 @@ class Search:
         trial = next((trial for words, trial in self._running.items() if words <= set(job.words)), None)
         if not self._settings.prune or trial is None or not isinstance(loss, float) or not math.isfinite(loss):
             return None
-        lower = self._settings.direction == record.LOWER_IS_BETTER
+        lower = self._settings.direction == state.LOWER_IS_BETTER
         trial.report(loss if lower else -loss, update)  # a lower loss is better in either case
         if update == 0 or not trial.should_prune():
             return None
@@ -176,9 +176,9 @@ class Search:
             return
         trial.set_user_attr(_OUTCOME, job.status)
         trial.set_user_attr("job", job.name)
-        if job.status == record.FINISHED and math.isfinite(value):
+        if job.status == state.FINISHED and math.isfinite(value):
             study.tell(trial, value)
-        elif job.status == record.PRUNED:
+        elif job.status == state.PRUNED:
             study.tell(trial, state=TrialState.PRUNED)
         else:
             study.tell(trial, state=TrialState.FAIL)

@@ -17,12 +17,12 @@ from gemma4_tpu.config.load import load
 from gemma4_tpu.config.schema import TrainRoot
 from gemma4_tpu.config.sweep_settings import Processes
 from gemma4_tpu.errors import UserError
-from gemma4_tpu.sweeping import record
+from gemma4_tpu.sweeping import state
 from gemma4_tpu.sweeping.devices import shares
 from gemma4_tpu.sweeping.display import Display
 from gemma4_tpu.sweeping.job_process import Child, command
 from gemma4_tpu.sweeping.plan_check import check_fit
-from gemma4_tpu.sweeping.record import Job, Sweep
+from gemma4_tpu.sweeping.state import Job, Sweep
 from gemma4_tpu.sweeping.stop import Stop
 from gemma4_tpu.tracking.files import jsonable
 from gemma4_tpu.tracking.progress import format_seconds
@@ -88,7 +88,7 @@ class Runner:
             for one in running:
                 one.child.kill()
         for job in waiting:
-            job.status = record.WAITING if job.starts == 0 else record.INTERRUPTED
+            job.status = state.WAITING if job.starts == 0 else state.INTERRUPTED
         self.sweep.save()
 
     # ── before anything runs ───────────────────────────────────────────────────────────────────────────────────────
@@ -100,7 +100,7 @@ class Runner:
                 with _beside_hydra():
                     configs[job.name] = load(job.words, self._entry).root
             except UserError as refusal:
-                job.status, job.error = record.REFUSED, _one_line(refusal)
+                job.status, job.error = state.REFUSED, _one_line(refusal)
                 log.warning("refused: %s: %s", job.name, job.error)
         return configs
 
@@ -111,20 +111,20 @@ class Runner:
             if job.name not in configs or self.stop.count:
                 continue
             if self._is_finished(job, configs[job.name]):
-                job.status, job.error = record.FINISHED, None
+                job.status, job.error = state.FINISHED, None
                 finished += 1
                 continue
-            if job.status == record.PRUNED:  # drawn again by a search
+            if job.status == state.PRUNED:  # drawn again by a search
                 finished += 1
                 continue
-            job.status, job.error = record.WAITING, None
+            job.status, job.error = state.WAITING, None
             if isinstance(configs[job.name], TrainRoot) and self._entry.name == "train":
                 verdict = check_fit(
                     configs[job.name], self.settings.plan, self.sweep.folder / "plans", lambda: self.stop.count > 0
                 )
                 job.plan = verdict.told
                 if verdict.fits is False:
-                    job.status, job.error = record.MISFIT, verdict.told
+                    job.status, job.error = state.MISFIT, verdict.told
                     log.warning("does not fit: %s: %s", job.name, verdict.told)
                     continue
                 self._group(job, configs[job.name])
@@ -147,7 +147,7 @@ class Runner:
     def _is_finished(self, job: Job, config: Any) -> bool:
         folder = self.sweep.run_folder(job)
         if not (folder / "result.json").is_file() or not (folder / "config.yaml").is_file():
-            return job.status == record.FINISHED and self._entry.name != "train" and folder.is_dir()
+            return job.status == state.FINISHED and self._entry.name != "train" and folder.is_dir()
         import yaml
 
         recorded = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
@@ -158,7 +158,7 @@ class Runner:
     # ── while they run ─────────────────────────────────────────────────────────────────────────────────────────────
     def _start(self, job: Job, share: dict[str, str], display: Display) -> _Running:
         job.starts += 1
-        job.status = record.RUNNING
+        job.status = state.RUNNING
         log_path, run_folder = self.sweep.log_path(job), self.sweep.run_folder(job)
         child = Child(command(self.sweep.entry, job.words, run_folder), log_path, run_folder, share)
         job.pid = child.pid
@@ -183,7 +183,7 @@ class Runner:
             if self.stop.count > 1:
                 one.child.kill()
             elif self.stop.count:
-                one.child.ask_to_stop(record.INTERRUPTED)
+                one.child.ask_to_stop(state.INTERRUPTED)
 
     def _end(self, one: _Running, waiting: deque[Job], display: Display) -> None:
         """What came of a process that ended: the job's status, or another start."""
@@ -193,22 +193,22 @@ class Runner:
         code = child.poll()
         job.error = None
         if code == 0:
-            job.status = record.FINISHED
+            job.status = state.FINISHED
         elif self.stop.count:
-            job.status, job.error = record.INTERRUPTED, "the sweep was stopped; the same command goes on"
+            job.status, job.error = state.INTERRUPTED, "the sweep was stopped; the same command goes on"
         elif child.asked is not None and child.stopped_by_signal():
-            job.status, job.error = record.PRUNED, child.asked
+            job.status, job.error = state.PRUNED, child.asked
         elif child.stopped_by_signal() and job.restarts < self.settings.max_restarts:
             job.restarts += 1
-            job.status, job.error = record.WAITING, None
+            job.status, job.error = state.WAITING, None
             waiting.appendleft(job)
         elif child.stopped_by_signal():
-            job.status = record.PREEMPTED
+            job.status = state.PREEMPTED
             job.error = f"preempted {job.restarts + 1} times (hydra.launcher.max_restarts={self.settings.max_restarts})"
         else:
-            job.status, job.error = record.FAILED, child.error()
+            job.status, job.error = state.FAILED, child.error()
         level = logging.INFO if code == 0 else logging.WARNING
-        told = "preempted; starting it again" if job.status == record.WAITING else job.status
+        told = "preempted; starting it again" if job.status == state.WAITING else job.status
         took = format_seconds(time.monotonic() - child.started)
         log.log(level, "%s: %s after %s%s", job.name, told, took, f": {job.error}" if job.error else "")
         self.sweep.save()

@@ -12,8 +12,8 @@ import yaml
 
 from gemma4_tpu.config.sweeps import fixed_keys, swept
 from gemma4_tpu.errors import UserError
-from gemma4_tpu.sweeping import record
-from gemma4_tpu.sweeping.record import HIGHER_IS_BETTER, LOWER_IS_BETTER, Job, Sweep
+from gemma4_tpu.sweeping import state
+from gemma4_tpu.sweeping.state import HIGHER_IS_BETTER, LOWER_IS_BETTER, Job, Sweep
 from gemma4_tpu.tracking.records import result_of
 
 DEFAULT_METRIC = "heldout_loss_last"
@@ -52,7 +52,7 @@ class JobRow:
     def value(self, key: str) -> float | None:
         """A finite figure of a job that finished or was pruned; None: it has none."""
         value = self.result.get(key)
-        if self.job.status not in (record.FINISHED, record.PRUNED):
+        if self.job.status not in (state.FINISHED, state.PRUNED):
             return None
         if isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value):
             return float(value)
@@ -104,7 +104,7 @@ class SweepTable:
     @property
     def best(self) -> JobRow | None:
         """The finished job that is best; None where none has the metric."""
-        finished = [(row.value(self.metric.key), row) for row in self.rows if row.job.status == record.FINISHED]
+        finished = [(row.value(self.metric.key), row) for row in self.rows if row.job.status == state.FINISHED]
         known = {value: row for value, row in reversed(finished) if value is not None}
         return known[self.metric.best(known)] if known else None
 
@@ -142,7 +142,7 @@ def _found(folders: Sequence[Path]) -> list[Job]:
     for folder, given in words.items():
         values = swept(given, fixed_keys(sorted(common)))
         told = result_of(folder).values
-        status = told.get("status", record.RUNNING)
+        status = told.get("status", state.RUNNING)
         jobs.append(Job(name=folder.name, values=values, words=given, status=status, error=told.get("error"), starts=1))
     return jobs
 

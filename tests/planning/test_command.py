@@ -18,11 +18,12 @@ from gemma4_tpu.planning.calibration import BAND
 from gemma4_tpu.planning.child import ASSIGNED, FINISHED
 from gemma4_tpu.planning.estimate import PlanResult, estimate, roofline
 from gemma4_tpu.planning.kernels import Mask
+from gemma4_tpu.planning.misfit import misfit_line
 from gemma4_tpu.planning.program import OutOfMemory
 from gemma4_tpu.planning.remat import HEADROOM, POLICIES, first_that_fits
-from gemma4_tpu.planning.report import misfit_line, plot_hbm, print_plan
 from gemma4_tpu.planning.schedule import Op, Transfer, plain
 from gemma4_tpu.planning.search import pareto
+from gemma4_tpu.reporting.plans import plot_hbm, print_plan
 from tests.tpu_compiler import needs_tpu_compiler
 
 pytestmark = needs_tpu_compiler

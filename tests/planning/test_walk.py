@@ -7,8 +7,8 @@ from gemma4_tpu.planning import calibration
 from gemma4_tpu.planning.calibration import Rates
 from gemma4_tpu.planning.kernels import Mask
 from gemma4_tpu.planning.schedule import Op, Transfer, from_plain, plain
-from gemma4_tpu.planning.timeline import plot_timeline
 from gemma4_tpu.planning.walk import CORE, HBM, slowest_loop, walk
+from gemma4_tpu.reporting.timeline import plot_timeline
 
 RATES = Rates(clock_hertz=1e9, hbm_bytes_per_second=1e12, link_bytes_per_second=1e11, kernel_flops_per_second=1e14)
 MS = 1_000_000

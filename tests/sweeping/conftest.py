@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from gemma4_tpu.sweeping import processes
-from gemma4_tpu.sweeping.record import Sweep
+from gemma4_tpu.sweeping.state import Sweep
 from gemma4_tpu.train import main
 
 ROOT = Path(__file__).parents[2]

@@ -16,7 +16,7 @@ from gemma4_tpu.config.sweeps import fixed_keys, job_name, sweep_name, swept
 from gemma4_tpu.config.tasks import MergeRoot
 from gemma4_tpu.errors import UserError
 from gemma4_tpu.sweeping import devices, plan_check
-from gemma4_tpu.sweeping.record import Sweep
+from gemma4_tpu.sweeping.state import Sweep
 from gemma4_tpu.tracking.files import write_json
 
 RANKS = ("lora.rank-2", "lora.rank-4", "lora.rank-8")
@@ -177,7 +177,7 @@ def test_the_names_of_sweep_and_jobs_follow_from_the_command():
 
 
 def test_a_sweep_is_run_by_one_process_at_a_time(sweep, capsys):
-    code = "import sys; from pathlib import Path; from gemma4_tpu.sweeping.record import SweepLock"
+    code = "import sys; from pathlib import Path; from gemma4_tpu.sweeping.state import SweepLock"
     code += f"; lock = SweepLock(Path({str(sweep.folder)!r})); print('held', flush=True); sys.stdin.read()"
     command = [sys.executable, "-c", code]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as other:

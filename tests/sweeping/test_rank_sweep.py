@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from gemma4_tpu.sweeping.record import Sweep
+from gemma4_tpu.sweeping.state import Sweep
 from gemma4_tpu.tracking.metrics import read_metrics
 from gemma4_tpu.tracking.result import Result
 

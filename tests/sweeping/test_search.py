@@ -9,7 +9,7 @@ from pathlib import Path
 import optuna
 import pytest
 
-from gemma4_tpu.sweeping.record import Sweep
+from gemma4_tpu.sweeping.state import Sweep
 from tests.sweeping.test_multirun import when
 
 WORDS = ("hydra/sweeper=optuna", "hydra.sweeper.sampler=random", "hydra.sweeper.prune_after_trials=2")

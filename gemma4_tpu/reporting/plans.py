@@ -10,15 +10,15 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from gemma4_tpu.hardware import MeshSizes
+from gemma4_tpu.hardware import GIB, MeshSizes
 from gemma4_tpu.planning.bands import band, usd_per_million
 from gemma4_tpu.planning.estimate import PlanResult
+from gemma4_tpu.planning.misfit import format_bytes, misfit_line
 from gemma4_tpu.planning.search import LEFT_OUT, Found, cost, free
 from gemma4_tpu.plotting import new_figure
 from gemma4_tpu.prices import format_usd
 from gemma4_tpu.tracking.progress import format_seconds
 
-GIB = 2**30
 _CAPACITY = {"on_demand": "On demand", "spot": "Spot", "flex_start": "Flex-start, at best", "configured": "Cost"}
 HIDDEN = "collectives_hidden"
 """Of `PlanResult.step_parts`: beside the core."""
@@ -208,22 +208,6 @@ def scaled(amount: float) -> str:
         if amount >= size:
             return f"{amount / size:.3g} {prefix}" if amount < 999.5 * size else f"{amount / size:.0f} {prefix}"
     return f"{amount:.3g} "
-
-
-def format_bytes(size: float) -> str:
-    """`1.23 GiB`, or `4.5 MiB` below a hundredth of one."""
-    return f"{size / GIB:.2f} GiB" if size >= GIB / 100 else f"{size / 2**20:.1f} MiB"
-
-
-def misfit_line(result: PlanResult) -> str:
-    """The compiler's figures in one line."""
-    limit = f"{result.hbm_limit_bytes_per_chip / GIB:.2f} GiB of HBM per {result.slice.partition('-')[0]} chip"
-    if "vmem" in result.message.partition("\n")[0]:
-        return f"a kernel asks for too much on-chip memory: {result.message.splitlines()[0]}"
-    if result.hbm_bytes_per_chip is None:
-        return f"the compiler ran out of the {limit}: {result.message.splitlines()[0]}"
-    what = "temporaries alone need" if "temporaries" in result.message.splitlines()[0] else "the step needs"
-    return f"{what} {result.hbm_bytes_per_chip / GIB:.1f} GiB, there are {limit} (the compiler's figures)"
 
 
 def plot_hbm(results: Sequence[PlanResult], path: Path) -> None:
