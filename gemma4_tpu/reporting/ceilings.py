@@ -8,7 +8,7 @@ from gemma4_tpu.costing.figures import BY, ESTIMATED, MEASURED, Figures, Point
 from gemma4_tpu.costing.plausibility import DOUBTFUL, DOUBTFUL_FROM, IMPOSSIBLE, Judgement, judge, worst
 from gemma4_tpu.costing.read import read
 from gemma4_tpu.markdown import plain, table
-from gemma4_tpu.reporting.pieces import command_line, deliver, head, joined, remarks, sources
+from gemma4_tpu.reporting.costs import command_line, deliver, head, joined, remarks, sources
 
 MEASURED_WRONG = 1
 """Exit code: a figure that is said to be measured here lies above its ceiling."""

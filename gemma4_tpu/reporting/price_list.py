@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from gemma4_tpu.hardware import CHIPS, SLICES, option_name
 from gemma4_tpu.markdown import table
 from gemma4_tpu.prices import FLEX_START, KINDS, Price, age_days, chip_prices, spoken
-from gemma4_tpu.reporting.pieces import UNKNOWN
+from gemma4_tpu.reporting.costs import UNKNOWN
 
 
 def show_price_list() -> int:

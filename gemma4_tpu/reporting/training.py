@@ -19,6 +19,7 @@ from gemma4_tpu.tracking.metrics import read_metrics
 from gemma4_tpu.tracking.progress import format_seconds
 from gemma4_tpu.tracking.records import config_of, read_record
 from gemma4_tpu.tracking.result import Result
+from gemma4_tpu.tracking.run import leaves
 
 _MEASURED, _ESTIMATED = BY[MEASURED], BY[ESTIMATED]
 _THEIR_OWN = ("run_dir", "name", "replay")
@@ -190,7 +191,7 @@ def differences(several: Sequence[Records]) -> list[list[str]]:
 
     Keys that only some of them have (they come from another version) are left out.
     """
-    flat = [dict(_leaves(config_of(records.run.path))) for records in several]
+    flat = [dict(leaves(config_of(records.run.path))) for records in several]
     rows = []
     for key in flat[0]:
         if key in _THEIR_OWN or not all(key in config for config in flat):
@@ -199,11 +200,3 @@ def differences(several: Sequence[Records]) -> list[list[str]]:
         if any(value != values[0] for value in values[1:]):
             rows.append([code(key), *(plain("null" if value is None else value) for value in values)])
     return rows
-
-
-def _leaves(config: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for key, value in config.items():
-        if isinstance(value, dict) and value:
-            yield from _leaves(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", value

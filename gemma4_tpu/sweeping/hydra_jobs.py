@@ -17,9 +17,8 @@ from gemma4_tpu.config.sweep_settings import Processes
 from gemma4_tpu.config.sweeps import fixed_keys, job_name, swept
 from gemma4_tpu.errors import REFUSED, UserError
 from gemma4_tpu.sweeping import state
-from gemma4_tpu.sweeping.processes import Monitor, Runner
+from gemma4_tpu.sweeping.processes import Monitor, Runner, Stop
 from gemma4_tpu.sweeping.state import Job, Sweep, SweepLock
-from gemma4_tpu.sweeping.stop import Stop
 from gemma4_tpu.sweeping.table import best_metric, outcome_value
 from gemma4_tpu.tracking.logs import setup_logging
 

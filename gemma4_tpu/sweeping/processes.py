@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import signal
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
@@ -16,14 +17,13 @@ from gemma4_tpu.config.entries import ENTRIES, EntryPoint
 from gemma4_tpu.config.load import load
 from gemma4_tpu.config.schema import TrainRoot
 from gemma4_tpu.config.sweep_settings import Processes
-from gemma4_tpu.errors import UserError
+from gemma4_tpu.errors import INTERRUPTED, PREEMPTED, UserError
 from gemma4_tpu.sweeping import state
 from gemma4_tpu.sweeping.devices import shares
 from gemma4_tpu.sweeping.display import Display
 from gemma4_tpu.sweeping.job_process import Child, command
 from gemma4_tpu.sweeping.plan_check import check_fit
 from gemma4_tpu.sweeping.state import Job, Sweep
-from gemma4_tpu.sweeping.stop import Stop
 from gemma4_tpu.tracking.files import jsonable
 from gemma4_tpu.tracking.progress import format_seconds
 from gemma4_tpu.tracking.records import result_of
@@ -32,6 +32,7 @@ from gemma4_tpu.tracking.run import config_differences
 log = logging.getLogger(__name__)
 
 SECONDS_BETWEEN_LOOKS = 0.2
+_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 _SAME_RESULT = (
     "checkpoint.", "distributed.", "name", "preview", "run_dir", "tracker.", "trainer.compile_cache",
     "trainer.log_every", "trainer.stall_seconds",
@@ -40,6 +41,34 @@ _SAME_RESULT = (
 
 Monitor = Callable[[Job, dict[str, Any]], str | None]
 """Takes each new row of a job's `metrics.jsonl`; a text says why the job is to be stopped."""
+
+
+class Stop:
+    """Counts SIGINT, SIGTERM and SIGHUP while it is open as a context manager (in the main thread only).
+
+    The first is passed on to the jobs as a wish to save, the second kills them.
+    A signal that was ignored before, as `nohup` does with SIGHUP, stays ignored.
+    """
+
+    def __init__(self) -> None:
+        self.count = 0
+        self.exit_code = 0
+        """What the sweep ends with: 130 after Ctrl-C, 42 after SIGTERM (the same command goes on); 0: not stopped."""
+
+    def __enter__(self) -> Stop:
+        self._before: dict[int, Any] = {}
+        for number in _SIGNALS:
+            if signal.getsignal(number) != signal.SIG_IGN:
+                self._before[number] = signal.signal(number, self._take)
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _take(self, number: int, frame: object) -> None:
+        self.count += 1
+        self.exit_code = self.exit_code or (INTERRUPTED if number == signal.SIGINT else PREEMPTED)
 
 
 @dataclass

@@ -288,14 +288,15 @@ def config_differences(recorded: dict[str, Any], given: dict[str, Any]) -> Itera
 
     Keys that only one of them has (it comes from another version) are left out.
     """
-    before, now = dict(_leaves(recorded)), dict(_leaves(given))
+    before, now = dict(leaves(recorded)), dict(leaves(given))
     return ((key, before[key], value) for key, value in now.items() if key in before and before[key] != value)
 
 
-def _leaves(config: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+def leaves(config: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """(dotted key, value) of everything in a configuration; a mapping without a key is a value."""
     for key, value in config.items():
-        if isinstance(value, dict):
-            yield from _leaves(value, f"{prefix}{key}.")
+        if isinstance(value, dict) and value:
+            yield from leaves(value, f"{prefix}{key}.")
         else:
             yield f"{prefix}{key}", value
 
