@@ -75,7 +75,7 @@ def _evaluate(loaded: Loaded[EvaluateRoot, EvaluateChecked]) -> int:
 def _report(record: RunFolder, done: Evaluated, config: EvaluateRoot) -> None:
     """`report.md`, the plot, provenance, and the scores on the terminal."""
     from gemma4_tpu.evals.compare import compare
-    from gemma4_tpu.evals.report import plot_problems, summary, write_report
+    from gemma4_tpu.reporting.evaluation import plot_problems, summary, write_report
     from gemma4_tpu.tracking import provenance
 
     captured = provenance.capture(

@@ -35,7 +35,7 @@ from gemma4_tpu.evals.second_opinions import OPINIONS_FILE, Second, columns, pre
 from gemma4_tpu.evals.store import Key, Rows, Sample, Samples, read_foreign
 from gemma4_tpu.evals.verilog.judge import VerilogJudge
 from gemma4_tpu.evals.verilog.strength import Strength, grade, sentences, to_rows, vacuous
-from gemma4_tpu.tracking.files import write_json
+from gemma4_tpu.tracking.records import SELFCHECK, write_record
 
 log = logging.getLogger(__name__)
 
@@ -103,7 +103,7 @@ def evaluate(config: EvaluateRoot, form: str, folder: Path) -> Evaluated:
         log.info("%s, sandbox %s; %d problems cannot pass here", check.simulator, check.sandbox, len(check.cannot_pass))
         scrutiny = config.eval.second_opinion
         grades = grade(problems, judge, check.cannot_pass, config.eval.judge) if scrutiny else {}
-        write_json(folder / SELFCHECK_FILE, {**check.to_row(), "benches": to_rows(grades)})
+        write_record(folder / SELFCHECK_FILE, SELFCHECK, {**check.to_row(), "benches": to_rows(grades)})
         court = _Court(judge, check, grades, _second(problems, judge, config.eval, folder))
         subjects = _subjects(config, form, folder, problems)
         outcomes = [

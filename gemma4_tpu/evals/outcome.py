@@ -12,7 +12,7 @@ from gemma4_tpu.errors import UserError
 from gemma4_tpu.evals.passk import Score, scores
 from gemma4_tpu.evals.problems import Verdict, VerdictClass
 from gemma4_tpu.evals.store import LENGTH, Key, Sample
-from gemma4_tpu.tracking.files import read_json, write_json
+from gemma4_tpu.tracking.records import EVALUATION, read_record, write_record
 
 MISSING = "missing"
 """The class of samples that were never obtained; they count as failures."""
@@ -112,9 +112,8 @@ class Outcome:
         fields = {name: getattr(self, name) for name in self.__dataclass_fields__}
         totals = {"classes": self.classes, "truncated": self.truncated, "missing": self.missing, "n": self.n}
         problems = fields.pop("problems")
-        write_json(
-            path, {"status": "finished", "scores": self.scores(), **totals, **more, **fields, "problems": problems}
-        )
+        told = {"status": "finished", "scores": self.scores(), **totals, **more, **fields, "problems": problems}
+        write_record(path, EVALUATION, told)
 
     @classmethod
     def read(cls, path: Path) -> Outcome:
@@ -124,7 +123,7 @@ class Outcome:
           UserError: the file is no finished evaluation.
         """
         try:
-            row = read_json(path)
+            row = read_record(path).values
             problems = {name: ProblemOutcome(**values) for name, values in row["problems"].items()}
             known = {name: row[name] for name in cls.__dataclass_fields__ if name in row}
             return cls(**{**known, "problems": problems})

@@ -28,7 +28,7 @@ from gemma4_tpu.evals.verilog.judge import VerilogJudge
 from gemma4_tpu.evals.verilog.ports import Roles
 from gemma4_tpu.evals.verilog.second import second_name, second_problem
 from gemma4_tpu.evals.verilog.strength import reference_ports
-from gemma4_tpu.tracking.files import read_json, write_json
+from gemma4_tpu.tracking.records import STIMULUS, read_record, write_record
 
 log = logging.getLogger(__name__)
 
@@ -60,7 +60,7 @@ def prepare(problems: Sequence[Problem], judge: VerilogJudge, seed: int | None, 
     """
     recorded = folder / STIMULUS_FILE
     if seed is None:
-        seed = int(read_json(recorded)["seed"]) if recorded.is_file() else secrets.randbits(31)
+        seed = int(read_record(recorded).values["seed"]) if recorded.is_file() else secrets.randbits(31)
     ports, without = reference_ports(problems, judge)
     seconds = {p.name: second_problem(p, ports[p.name], seed) for p in problems if p.name in ports}
     check = judge.prepare(list(seconds.values()), fresh=True, keep=False)
@@ -74,7 +74,7 @@ def prepare(problems: Sequence[Problem], judge: VerilogJudge, seed: int | None, 
         combinational=frozenset(n for n in seconds if not Roles.of(ports[n], by_name[n].reference).clocks),
         without=without,
     )
-    write_json(recorded, {"seed": seed, "without": without})
+    write_record(recorded, STIMULUS, {"seed": seed, "without": without})
     return second
 
 

@@ -11,6 +11,8 @@ from gemma4_tpu.evals.compare import Comparison
 from gemma4_tpu.evals.outcome import CLASSES, MISSING, Outcome
 from gemma4_tpu.evals.passk import Score
 from gemma4_tpu.evals.problems import HOW_TO_STOP_LEAKS, VerdictClass
+from gemma4_tpu.markdown import table
+from gemma4_tpu.plotting import new_figure
 
 PAPER = (
     ("the paper's TPU run", "0.641 [0.574, 0.706]", "0.795"),
@@ -79,16 +81,15 @@ def _report(
 
 def _scores(outcomes: Sequence[Outcome]) -> Iterator[str]:
     yield from ["", "## Scores", ""]
-    yield "| | rule | problems | pass@k | 95% interval over problems | sampling error |"
-    yield "|---|---|---|---|---|---|"
+    rows = []
     for outcome in outcomes:
         for rule, scopes in outcome.scores().items():
             for scope, found in scopes.items():
                 if (scope == "can_pass" and not outcome.cannot_pass) or (scope == "strong" and not outcome.vacuous):
                     continue
-                for score in found:
-                    yield f"| {outcome.name} | {rule} | {score.problems} ({_SCOPES[scope]}) | {_cells(score)} |"
-    yield ""
+                first = [outcome.name, rule]
+                rows += [[*first, f"{score.problems} ({_SCOPES[scope]})", *_cells(score)] for score in found]
+    yield from table(["", "rule", "problems", "pass@k", "95% interval over problems", "sampling error"], rows)
     yield from outcomes[0].benches
     if "confirmed" in outcomes[0].scores():
         yield "Confirmed: strict, and no second opinion against it (see below)."
@@ -97,20 +98,20 @@ def _scores(outcomes: Sequence[Outcome]) -> Iterator[str]:
     if outcomes[0].benchmark == "verilog_eval":
         yield ""
         yield "Quoted from the paper (31B, n = 5, temperature 0.8, top_p 0.95, its own rule):"
-        yield from ["", "| | pass@1 | pass@5 |", "|---|---|---|", *(f"| {' | '.join(row)} |" for row in PAPER)]
+        yield ""
+        yield from list(table(["", "pass@1", "pass@5"], PAPER))[:-1]
 
 
-def _cells(score: Score) -> str:
+def _cells(score: Score) -> list[str]:
     error = "not known" if score.sampling_error is None else f"{score.sampling_error:.4f}"
-    return f"@{score.k} **{score.value:.3f}** | {score.low:.3f} to {score.high:.3f} | {error}"
+    return [f"@{score.k} **{score.value:.3f}**", f"{score.low:.3f} to {score.high:.3f}", error]
 
 
 def _samples(outcome: Outcome) -> Iterator[str]:
     total = outcome.samples
-    yield from ["", f"## Samples: {outcome.name}", "", "| verdict | samples | share |", "|---|---|---|"]
-    for kind, count in outcome.classes.items():
-        yield f"| {kind} | {count} | {count / total:.1%} |"
-    yield ""
+    yield from ["", f"## Samples: {outcome.name}", ""]
+    rows = [[kind, count, f"{count / total:.1%}"] for kind, count in outcome.classes.items()]
+    yield from table(["verdict", "samples", "share"], rows)
     yield f"Cut off at the token limit: {outcome.truncated} of {total} ({outcome.truncated / total:.1%})."
     if leaked := outcome.classes.get(VerdictClass.LEAKED):
         yield f"Leaked thoughts, not judged and counted as failures: {leaked}. {HOW_TO_STOP_LEAKS}"
@@ -139,9 +140,9 @@ def _second_opinions(outcome: Outcome) -> Iterator[str]:
     for reason, count in Counter(second["without"].values()).items():
         yield f"None for {count} problems: {reason}."
     if rows:
-        yield from ["", "| problem | sample | verdict | second opinion | |", "|---|---|---|---|---|"]
-        for row in rows[:_MOST_DISAGREEMENTS]:
-            yield f"| {' | '.join(_cell(value) for value in row.values())} |"
+        yield ""
+        shown = [[*row.values()] for row in rows[:_MOST_DISAGREEMENTS]]
+        yield from list(table(["problem", "sample", "verdict", "second opinion", ""], shown))[:-1]
         if len(rows) > _MOST_DISAGREEMENTS:
             yield from ["", f"And {len(rows) - _MOST_DISAGREEMENTS} more, in result.json."]
 
@@ -151,13 +152,12 @@ def _counts(counts: Mapping[str, int]) -> str:
 
 
 def _settings(outcomes: Sequence[Outcome], packages: dict[str, str]) -> Iterator[str]:
-    yield from ["", "## Settings", "", f"| | {' | '.join(outcome.name for outcome in outcomes)} |"]
-    yield "|---|" + "---|" * len(outcomes)
+    yield from ["", "## Settings", ""]
     keys = list(dict.fromkeys(key for outcome in outcomes for key in outcome.settings))
-    for key in keys:
-        yield f"| {key} | {' | '.join(_cell(outcome.settings.get(key)) for outcome in outcomes)} |"
+    rows = [[key, *(outcome.settings.get(key) for outcome in outcomes)] for key in keys]
+    yield from table(["", *(outcome.name for outcome in outcomes)], rows)
     check = outcomes[0].selfcheck
-    yield from ["", f"Simulator {check['simulator']}, sandbox {check['sandbox']}."]
+    yield from [f"Simulator {check['simulator']}, sandbox {check['sandbox']}."]
     yield "Packages: " + ", ".join(f"{name} {version}" for name, version in sorted(packages.items())) + "."
     if outcomes[0].cannot_pass:
         yield from ["", "Problems whose own reference fails here:", ""]
@@ -166,27 +166,21 @@ def _settings(outcomes: Sequence[Outcome], packages: dict[str, str]) -> Iterator
 
 def _problems(outcomes: Sequence[Outcome]) -> Iterator[str]:
     yield from ["", "## Problems", ""]
-    heads = [f"{outcome.name}: passed of n | official | other verdicts" for outcome in outcomes]
-    yield f"| problem | {' | '.join(heads)} |"
-    yield "|---|" + "---|---|---|" * len(outcomes)
+    heads = [head for outcome in outcomes for head in (f"{outcome.name}: passed of n", "official", "other verdicts")]
+    rows = []
     for name in outcomes[0].problems:
-        cells = []
+        cells = [name]
         for outcome in outcomes:
             problem = outcome.problems[name]
             others = ", ".join(f"{kind} {count}" for kind, count in problem.classes.items() if kind != "pass")
-            cells.append(f"{problem.passed} of {problem.n} | {problem.official} | {others}")
-        yield f"| {name} | {' | '.join(cells)} |"
-
-
-def _cell(value: Any) -> str:
-    return "" if value is None else str(value).replace("|", "\\|").replace("\n", "<br>")
+            cells += [f"{problem.passed} of {problem.n}", str(problem.official), others]
+        rows.append(cells)
+    yield from list(table(["problem", *heads], rows))[:-1]
 
 
 def plot_problems(outcomes: Sequence[Outcome], path: Path) -> Path:
     """A bar per problem, its samples by verdict: one panel per outcome, problems sorted by the subject's passes."""
     from matplotlib.patches import Patch
-
-    from gemma4_tpu.plotting import new_figure
 
     names = sorted(
         outcomes[0].problems,
