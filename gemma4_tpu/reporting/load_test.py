@@ -10,7 +10,7 @@ from gemma4_tpu.benching.all_cells import Results, coverage_line
 from gemma4_tpu.benching.cells import Cell
 from gemma4_tpu.benching.cross_check import LATENCY_BOUND, THROUGHPUT_BOUND, verdict
 from gemma4_tpu.config.bench_checks import BenchChecked
-from gemma4_tpu.markdown import plain, table
+from gemma4_tpu.markdown import table
 from gemma4_tpu.reporting.html import html_page
 from gemma4_tpu.reporting.load_plots import plot_results
 from gemma4_tpu.tracking.files import write_text
@@ -84,7 +84,7 @@ def _prefix_cache(results: Results) -> str:
 def _row(cell: Cell, result: dict[str, Any]) -> list[str]:
     first = [*_asked(cell), result["state"]]
     if not result.get("completed"):
-        return [*first, *["–"] * 8, plain(result.get("reason", ""))]
+        return [*first, *["–"] * 8, result.get("reason", "")]
     throughputs = [_number(result[f"{name}_throughput"]) for name in ("output", "total_token")]
     marked = _MARK if "ttft" in result["p99_marked"] else ""
     return [
@@ -101,7 +101,7 @@ def _asked(cell: Cell) -> list[str]:
 
 def _notes(result: dict[str, Any]) -> list[str]:
     """What makes a cell's figures mean something else."""
-    notes = [plain(result["reason"])] if "reason" in result else []
+    notes = [result["reason"]] if "reason" in result else []
     hits, queries = result["prefix_cache_hit_tokens"], result["prefix_cache_query_tokens"]
     if hits:
         notes.append(f"{hits / queries:.0%} of prompt tokens from the prefix cache")
@@ -136,7 +136,7 @@ def _crossed(results: Results, compared: dict[str, Any]) -> str:
     rows = []
     for cell, one in _cross_checked(results, compared).items():
         figures = [_both(one["figures"].get(key)) for key in _COMPARED.values()]
-        rows.append([*_asked(cell), *figures, plain(verdict(one))])
+        rows.append([*_asked(cell), *figures, verdict(one)])
     return _table(("in", "out", "load", *_COMPARED, "verdict"), rows)
 
 

@@ -107,7 +107,7 @@ _GROUPS = {
 }  # fmt: skip
 """Group of the configuration → what took it; a plan takes the trainer's, too."""
 _FORMS = {
-    PLAN: {"fits"},
+    PLAN: {"usd_per_million_real_tokens"},
     EVALUATION: {"scores"},
     TRAINING: {"real_tokens"},
     CELL: {"output_throughput", "total_input_tokens", "total_output_tokens", "completed"},
@@ -120,8 +120,11 @@ def _kind_by_config(config: Mapping[str, Any]) -> str | None:
 
 
 def _old_kind(path: Path, values: Mapping[str, Any]) -> str | None:
-    told = next((kind for kind, keys in _FORMS.items() if keys <= values.keys()), None)
-    return told or (_kind_by_config(config_of(path.parent)) if path.name == RESULT else None)
+    if told := next((kind for kind, keys in _FORMS.items() if keys <= values.keys()), None):
+        return told
+    if path.name == RESULT:
+        return _kind_by_config(config_of(path.parent))
+    return PLAN if path.name == PLAN_FILE else None
 
 
 def _with_rank(plan: dict[str, Any]) -> dict[str, Any]:
