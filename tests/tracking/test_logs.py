@@ -54,7 +54,7 @@ def test_other_processes_are_silent_below_warning(python, tmp_path):
 def test_importing_tracking_imports_no_heavy_library(python):
     done = python("""if True:
         import sys
-        from gemma4_tpu.tracking import cost, files, logs, metrics, plots, progress, provenance, result, run, trackers
+        from gemma4_tpu.tracking import files, logs, metrics, progress, provenance, records, result, run, trackers
         heavy = {"jax", "numpy", "torch", "tensorflow", "wandb", "matplotlib", "tensorboardX", "transformers"}
         print(sorted(heavy & set(sys.modules)))
         from gemma4_tpu.tracking import wandb_tracker
