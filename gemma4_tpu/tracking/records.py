@@ -97,6 +97,8 @@ def kind_of(folder: Path) -> str | None:
     """What a run folder is of, one of `WORK`; None: it is none."""
     if (folder / FOLDER).is_file():
         return read_record(folder / FOLDER).kind
+    if (folder / "metrics.jsonl").is_file():
+        return TRAINING  # even if a plan was laid there
     return PLAN if (folder / PLAN_FILE).is_file() else _kind_by_config(config_of(folder))
 
 

@@ -107,10 +107,10 @@ class RunFolder:
             run.resumed = run.config_path.exists()
             if run.resumed:
                 run._check_resume(resume, jsonable(config), resume_allow)
-                known = [path for path in (run.config_path, run.overrides_path) if path.exists()]
+                known = [path for path in (run.config_path, run.overrides_path, run.record_path) if path.exists()]
                 run._earlier = {path: path.read_bytes() for path in known}
             write_text(run.config_path, yaml.safe_dump(jsonable(config), sort_keys=False, allow_unicode=True))
-            if kind != PLAN or not run.record_path.exists():  # a plan may lie in the folder of the run it is for
+            if kind != PLAN or not run.resumed:  # a plan may lie in the folder of the run that it is for
                 write_record(run.record_path, kind, {})
             write_text(run.overrides_path, yaml.safe_dump(list(overrides), allow_unicode=True))
             run.plots.mkdir(exist_ok=True)

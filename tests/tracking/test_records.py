@@ -55,6 +55,11 @@ def test_a_plan_does_not_take_the_folder_of_its_run(tmp_path):
         folder = RunFolder.open("", "t", str(tmp_path / "run"), "auto", config={"name": "t"}, kind=kind)
         folder.close()
     assert records.kind_of(tmp_path / "run") == records.TRAINING
+    for name in ("record.json", "result.json"):
+        (tmp_path / "run" / name).unlink(missing_ok=True)
+    (tmp_path / "run/metrics.jsonl").touch()  # of an earlier version
+    RunFolder.open("", "t", str(tmp_path / "run"), "auto", config={"name": "t"}, kind=records.PLAN).close()
+    assert records.kind_of(tmp_path / "run") == records.TRAINING
 
 
 def test_a_result_keeps_its_figures(tmp_path):
