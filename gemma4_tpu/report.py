@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from gemma4_tpu.config.entries import REPORT
 from gemma4_tpu.config.load import Loaded, load
@@ -22,7 +22,26 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _answer(loaded: Loaded[ReportRoot, ReportChecked]) -> int:
-    return SUBJECTS[loaded.checked.subject](loaded.root)
+    """By the key that was given."""
+    from gemma4_tpu.reporting.ceilings import show_plausibility
+    from gemma4_tpu.reporting.costs import show_costs
+    from gemma4_tpu.reporting.experiments import check_experiment
+    from gemma4_tpu.reporting.page import show_runs
+    from gemma4_tpu.reporting.price_list import show_price_list
+    from gemma4_tpu.reporting.sweep import show_sweep
+    from gemma4_tpu.tracking import wandb_sync
+
+    root = loaded.root
+    answers: dict[str, Callable[[], int]] = {
+        "run": lambda: show_runs(root),
+        "sweep": lambda: show_sweep(root.sweep, root.metric),
+        "wandb": lambda: wandb_sync.show(root.wandb),
+        "check": lambda: check_experiment(root.check),
+        "cost": lambda: show_costs(root),
+        "plausibility": lambda: show_plausibility(root.plausibility, root.out),
+        "price_list": show_price_list,
+    }
+    return answers[loaded.checked.subject]()
 
 
 def spelt_out(words: Sequence[str]) -> list[str]:
@@ -53,54 +72,6 @@ def _quoted(text: str) -> str:
     escaped = text.replace("\\", "\\\\").replace("'", "\\'")
     return f"'{escaped}'"
 
-
-def _run(root: ReportRoot) -> int:
-    from gemma4_tpu.reporting.page import show_runs
-
-    return show_runs(root)
-
-
-def _sweep(root: ReportRoot) -> int:
-    from gemma4_tpu.reporting.sweep import show_sweep
-
-    return show_sweep(root.sweep, root.metric)
-
-
-def _wandb(root: ReportRoot) -> int:
-    from gemma4_tpu.tracking.wandb_sync import show
-
-    return show(root.wandb)
-
-
-def _check(root: ReportRoot) -> int:
-    from gemma4_tpu.reporting.experiments import check_experiment
-
-    return check_experiment(root.check)
-
-
-def _cost(root: ReportRoot) -> int:
-    from gemma4_tpu.reporting.costs import show_costs
-
-    return show_costs(root)
-
-
-def _plausibility(root: ReportRoot) -> int:
-    from gemma4_tpu.reporting.ceilings import show_plausibility
-
-    return show_plausibility(root.plausibility, root.out)
-
-
-def _price_list(root: ReportRoot) -> int:
-    from gemma4_tpu.reporting.price_list import show_price_list
-
-    return show_price_list()
-
-
-SUBJECTS = {
-    "run": _run, "sweep": _sweep, "wandb": _wandb, "check": _check, "cost": _cost, "plausibility": _plausibility,
-    "price_list": _price_list,
-}  # fmt: skip
-"""What each key of the configuration is answered by."""
 
 if __name__ == "__main__":
     sys.exit(main())
