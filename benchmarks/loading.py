@@ -40,7 +40,7 @@ def ours(folder: Path, layers: int) -> int:
 
     from gemma4_tpu.models import sharding
     from gemma4_tpu.models.layout import Layout
-    from gemma4_tpu.models.load import load_params
+    from gemma4_tpu.models.params import load_params
     from gemma4_tpu.models.tensorfile import Checkpoint
 
     arch = small_31b(layers)

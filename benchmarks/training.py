@@ -145,7 +145,7 @@ def recipe(examples: Examples, held_out: Examples, rank: int) -> Outcome:
     from gemma4_tpu.models import sharding
     from gemma4_tpu.models.base import resolve_base
     from gemma4_tpu.models.layout import Layout
-    from gemma4_tpu.models.load import by_name, load_params
+    from gemma4_tpu.models.params import by_name, load_params
     from gemma4_tpu.models.tunix_bridge import fill
 
     mesh = jax.make_mesh((1, 1), ("fsdp", "tp"), axis_types=(jax.sharding.AxisType.Auto,) * 2)

@@ -34,7 +34,7 @@ from gemma4_tpu.data.tokenizer import load_tokenizer
 from gemma4_tpu.models import sharding
 from gemma4_tpu.models.base import Base, resolve_base
 from gemma4_tpu.models.layout import Layout
-from gemma4_tpu.models.load import by_name, load_params
+from gemma4_tpu.models.params import by_name, load_params
 from gemma4_tpu.models.tunix_bridge import fill
 
 LENGTH, RANK, PEAK, WARMUP, ROWS = 3072, 64, 1e-4, 100, seed_recipe.ROWS_PER_UPDATE

@@ -18,7 +18,7 @@ from gemma4_tpu.models import lora as adapters
 from gemma4_tpu.models import sharding
 from gemma4_tpu.models.gemma4 import Model, hidden_states, logits
 from gemma4_tpu.models.layout import Leaf, build_tree, get
-from gemma4_tpu.models.load import load_params
+from gemma4_tpu.models.params import load_params
 from gemma4_tpu.models.tensorfile import Checkpoint
 
 log = logging.getLogger(__name__)

@@ -67,7 +67,7 @@ def to_tunix(params: Mapping[str, jax.Array], arch: Architecture, dtype: Any = j
     """Tunix's model of `arch` with these weights, converted to `dtype`.
 
     Args:
-      params: by Tunix name (`load.by_name`).
+      params: by Tunix name (`params.by_name`).
       arch: what they belong to.
       dtype: of parameters and activations.
 

@@ -32,7 +32,7 @@ from gemma4_tpu.models import quantize, sharding
 from gemma4_tpu.models.base import Base
 from gemma4_tpu.models.gemma4 import Model
 from gemma4_tpu.models.layout import Layout, Leaf
-from gemma4_tpu.models.load import load_params, random_params
+from gemma4_tpu.models.params import load_params, random_params
 from gemma4_tpu.models.splash import make_attention
 from gemma4_tpu.step.optimizer import make_optimizer
 from gemma4_tpu.step.train_step import Step, TrainState

@@ -20,7 +20,7 @@ from gemma4_tpu.export.trained import open_trained
 from gemma4_tpu.models import lora as adapters
 from gemma4_tpu.models.gemma4 import Model
 from gemma4_tpu.models.layout import Layout, get
-from gemma4_tpu.models.load import load_params
+from gemma4_tpu.models.params import load_params
 from gemma4_tpu.models.sharding import make_mesh, named
 from gemma4_tpu.models.tensorfile import Checkpoint
 from gemma4_tpu.tracking.run import RunFolder

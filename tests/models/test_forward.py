@@ -14,7 +14,7 @@ from gemma4_tpu.architectures import from_hf_config
 from gemma4_tpu.models import sharding
 from gemma4_tpu.models.gemma4 import Model, hidden_states, logits
 from gemma4_tpu.models.layout import Layout, Leaf
-from gemma4_tpu.models.load import load_params
+from gemma4_tpu.models.params import load_params
 from gemma4_tpu.models.tensorfile import Checkpoint
 from tests.models.checkpoints import KINDS, UNIFIED, VOCAB_SIZE, hf_logits, make_batch, make_checkpoint
 

@@ -22,8 +22,8 @@ from gemma4_tpu.architectures import ARCHITECTURES, from_hf_config, to_hf_config
 from gemma4_tpu.errors import UserError
 from gemma4_tpu.models import sharding
 from gemma4_tpu.models.layout import Layout, get
-from gemma4_tpu.models.load import by_name, load_params, random_params
 from gemma4_tpu.models.names import match, name_map
+from gemma4_tpu.models.params import by_name, load_params, random_params
 from gemma4_tpu.models.tensorfile import Checkpoint, TensorFile
 from tests.models.checkpoints import KINDS, make_checkpoint
 
@@ -178,7 +178,7 @@ def test_a_stored_output_matrix_is_compared_to_its_last_value(tmp_path, same):
 
 
 def test_the_log_says_what_was_loaded(caplog):
-    with caplog.at_level(logging.INFO, logger="gemma4_tpu.models.load"):
+    with caplog.at_level(logging.INFO, logger="gemma4_tpu.models.params"):
         load(folder := make_checkpoint("e2b", prefix="multimodal"))
     others = [name for name in Checkpoint(str(folder)).names() if not name.startswith("model.language_model.")]
     assert len(others) > 16  # a vision and an audio tower
@@ -223,7 +223,7 @@ import jax, jax.numpy as jnp, psutil
 from gemma4_tpu.architectures import from_hf_config
 from gemma4_tpu.models import sharding
 from gemma4_tpu.models.layout import Layout
-from gemma4_tpu.models.load import load_params
+from gemma4_tpu.models.params import load_params
 from gemma4_tpu.models.tensorfile import Checkpoint
 
 folder = sys.argv[1]
@@ -289,7 +289,7 @@ jax.distributed.initialize(f"localhost:{sys.argv[2]}", num_processes=2, process_
 from gemma4_tpu.architectures import from_hf_config
 from gemma4_tpu.models import sharding
 from gemma4_tpu.models.layout import Layout
-from gemma4_tpu.models.load import load_params
+from gemma4_tpu.models.params import load_params
 from gemma4_tpu.models.tensorfile import Checkpoint, TensorFile
 
 original, read = TensorFile.read, {}

@@ -19,7 +19,7 @@ from gemma4_tpu.models import flops, sharding
 from gemma4_tpu.models import lora as adapters
 from gemma4_tpu.models.gemma4 import Model, hidden_states, logits
 from gemma4_tpu.models.layout import Layout, get
-from gemma4_tpu.models.load import by_name, load_params
+from gemma4_tpu.models.params import by_name, load_params
 from gemma4_tpu.models.tensorfile import Checkpoint
 from gemma4_tpu.models.tunix_bridge import to_tunix
 from tests.models.checkpoints import make_batch, make_checkpoint

@@ -14,7 +14,7 @@ from gemma4_tpu.models import lora as adapters
 from gemma4_tpu.models import sharding
 from gemma4_tpu.models.gemma4 import Model
 from gemma4_tpu.models.layout import Layout
-from gemma4_tpu.models.load import random_params
+from gemma4_tpu.models.params import random_params
 from gemma4_tpu.step.optimizer import make_optimizer
 from gemma4_tpu.step.train_step import Step
 
