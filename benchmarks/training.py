@@ -151,7 +151,7 @@ def recipe(examples: Examples, held_out: Examples, rank: int) -> Outcome:
     mesh = jax.make_mesh((1, 1), ("fsdp", "tp"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
     base = resolve_base(ModelConfig(path="embedded:tiny"))
     layout = Layout.of(base.arch)
-    places = layout.tree(lambda leaf: sharding.named(mesh, leaf.tunix_names[0], leaf.shape, stacked=leaf.stacked))
+    places = sharding.places(layout, mesh)
     with mesh:
         params = load_params(base.checkpoint, base.arch, layout, places, jnp.float32)
         model = seed_recipe.adapted(fill(by_name(params, layout), base.arch, jnp.float32), rank, 1)

@@ -89,7 +89,7 @@ def load(base: Base, mesh: Mesh, rank: int) -> nnx.Module:
     Weights come by our loader: Tunix 0.1.7's knows one of the two ways in which Hugging Face names Gemma 4's tensors.
     """
     layout = Layout.of(base.arch)
-    shardings = layout.tree(lambda leaf: sharding.named(mesh, leaf.tunix_names[0], leaf.shape, stacked=leaf.stacked))
+    shardings = sharding.places(layout, mesh)
     params = load_params(base.checkpoint, base.arch, layout, shardings, jnp.bfloat16)
     with mesh:
         model = fill(by_name(params, layout), base.arch, jnp.bfloat16)

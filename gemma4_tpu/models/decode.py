@@ -19,8 +19,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from gemma4_tpu.models.attention import MASKED, _attend
-from gemma4_tpu.models.gemma4 import KV, Model, Params, _decoder_layer, _embed, _Layer, logits, rms_norm
+from gemma4_tpu.models.attention import MASKED, attend
+from gemma4_tpu.models.gemma4 import KV, Layer, Model, Params, decoder_layer, logits, through_layers
 
 Cache = list[list[KV | None]]
 """Per stage and layer of its group: keys and values [R, B, C, K, H]; None for KV-shared layers."""
@@ -153,39 +153,17 @@ def _forward(
 
     `past` None: a prompt by itself; else T = 1, and the token sees what the cache holds.
     """
-    x, per_layer = _embed(model, params["embedder"], tokens)
-    shared: dict[str, KV] = {}
-    found: Cache = []
-    for s, stage in enumerate(model.layout.stages):
-        stage_params = params["stages"][s]
-        stage_lora = lora["stages"][s] if lora else [{} for _ in stage_params]
-        numbers = jnp.asarray(stage.layers, jnp.int32)  # [R, J]
-        inputs = None if per_layer is None else per_layer[numbers]  # [R, J, B, T, P]
-        caches = past[0][s] if past else [None for _ in stage_params]
 
-        def group(x, slices, stage=stage, shared=shared):
-            weights, adapters, inputs, caches = slices
-            own: list[KV | None] = []
-            whole: dict[str, KV] = {}
-            for j, number in enumerate(stage.layers[0]):
-                kind, is_shared = model.arch.layer_types[number], model.arch.is_kv_shared(number)
-                here = model if past is None else replace(model, attention=partial(_attend_past, past[1], caches[j]))
-                layer = _Layer(here, number, weights[j], adapters[j], None, segment_ids, positions)
-                own_inputs = None if inputs is None else inputs[j]
-                x, kv = _decoder_layer(layer, x, own_inputs, shared[kind] if is_shared else None)
-                own.append(None if is_shared else kv)
-                whole[kind] = kv if past is None or is_shared else _extend(caches[j], kv, past[1].place)
-            return x, (own, whole if stage.exports_kv else {})
+    def visit(layer: Layer, x: jax.Array, per_layer_input: Any, shared_kv: Any, cache: Any) -> Any:
+        if past is not None:
+            layer = replace(layer, model=replace(model, attention=partial(_attend_past, past[1], cache)))
+        x, kv = decoder_layer(layer, x, per_layer_input, shared_kv)
+        if layer.is_kv_shared:
+            return x, kv, None
+        return x, kv if past is None else _extend(cache, kv, past[1].place), kv
 
-        slices = (stage_params, stage_lora, inputs, caches)
-        if stage.repeats == 1:
-            x, (own, whole) = group(x, jax.tree.map(lambda a: a[0], slices))
-            own = jax.tree.map(lambda a: a[None], own)
-            shared = whole or shared
-        else:
-            x, (own, _) = jax.lax.scan(group, x, slices)
-        found.append(own)
-    return rms_norm(x, params["final_norm"]["scale"]), found
+    caches = None if past is None else past[0]
+    return through_layers(model, params, lora, tokens, segment_ids, positions, visit, beside=caches)
 
 
 def _attend_past(
@@ -199,7 +177,7 @@ def _attend_past(
     places = at.place - (at.place - jnp.arange(slots)) % slots  # [C] the last place that went into each slot
     seen = places[None, :] >= at.first[:, None]  # a ring no longer than the window holds nothing older than it
     if cache is None:
-        return _attend(q, k, v, seen[:, None, :])
+        return attend(q, k, v, seen[:, None, :])
     # The new token's slot holds one that has left the window, or nothing.
     return _attend_beside(q, cache, (k, v), seen & (places != at.place))
 

@@ -1,9 +1,8 @@
-"""The one name map: how each tensor is called and laid out in memory (Tunix) and on disk (Hugging Face).
+"""The one map of names: how each tensor is called and laid out in memory (Tunix) and on disk (Hugging Face).
 
-Every rule is a pattern such as `(n h) d -> n d h`: on the left the dims of the Hugging Face tensor, on the right those
-of the Tunix tensor. A Hugging Face weight is `[out, in]`. Since the pattern only splits and reorders dims, any slice
-of one side is a slice of the other: a device's shard is read from disk without the rest. Loading, merging and
-PEFT export all go through this table; it needs NumPy only.
+It follows from the patterns of `weights.py`. Since a pattern only splits and reorders dims, any slice of one side is a
+slice of the other: a device's shard is read from disk without the rest. Loading, merging and PEFT export all go through
+this map; it needs NumPy only.
 """
 
 from __future__ import annotations
@@ -19,45 +18,7 @@ import numpy as np
 from gemma4_tpu.architectures import Architecture
 from gemma4_tpu.errors import UserError
 from gemma4_tpu.hf_config import UNQUANTISED
-from gemma4_tpu.models.layout import layer_shapes, outer_shapes
-
-EMBEDDING = "embedder.input_embedding"
-"""Tunix name of the table that is the output matrix too."""
-# Tunix name → (pattern, Hugging Face names). Several names: one per index of the Tunix tensor's leading dim.
-_OUTER: dict[str, tuple[str, ...]] = {
-    EMBEDDING: ("v d -> v d", "embed_tokens.weight"),
-    "embedder.per_layer_input_embedding": ("v e -> v e", "embed_tokens_per_layer.weight"),
-    "embedder.per_layer_model_projection.w": ("(l p) d -> d l p", "per_layer_model_projection.weight"),
-    "embedder.per_layer_projection_norm.scale": ("p -> p", "per_layer_projection_norm.weight"),
-    "final_norm.scale": ("d -> d", "norm.weight"),
-}
-_LAYER: dict[str, tuple[str, ...]] = {  # both sides without `layers.N.`
-    "pre_attention_norm.scale": ("d -> d", "input_layernorm.weight"),
-    "attn.q_einsum.w": ("(n h) d -> n d h", "self_attn.q_proj.weight"),
-    "attn.kv_einsum.w": ("(k h) d -> k d h", "self_attn.k_proj.weight", "self_attn.v_proj.weight"),
-    "attn.k_einsum.w": ("(k h) d -> k d h", "self_attn.k_proj.weight"),
-    "attn.attn_vec_einsum.w": ("d (n h) -> n h d", "self_attn.o_proj.weight"),
-    "attn._query_norm.scale": ("h -> h", "self_attn.q_norm.weight"),
-    "attn._key_norm.scale": ("h -> h", "self_attn.k_norm.weight"),
-    "post_attention_norm.scale": ("d -> d", "post_attention_layernorm.weight"),
-    "pre_ffw_norm.scale": ("d -> d", "pre_feedforward_layernorm.weight"),
-    "mlp.gate_proj.kernel": ("f d -> d f", "mlp.gate_proj.weight"),
-    "mlp.up_proj.kernel": ("f d -> d f", "mlp.up_proj.weight"),
-    "mlp.down_proj.kernel": ("d f -> f d", "mlp.down_proj.weight"),
-    "post_ffw_norm.scale": ("d -> d", "post_feedforward_layernorm.weight"),
-    "skip_scale": ("one -> one", "layer_scalar"),
-    "dense_post_ffw_norm.scale": ("d -> d", "post_feedforward_layernorm_1.weight"),
-    "moe_pre_ffw_norm.scale": ("d -> d", "pre_feedforward_layernorm_2.weight"),
-    "moe_post_ffw_norm.scale": ("d -> d", "post_feedforward_layernorm_2.weight"),
-    "moe.router_logits": ("e d -> d e", "router.proj.weight"),
-    "moe.router_scale": ("d -> d", "router.scale"),
-    "moe.per_expert_scale": ("e -> e", "router.per_expert_scale"),
-    "moe.gating_einsum": ("e (c f) d -> e c f d", "experts.gate_up_proj"),
-    "moe.linear": ("e d f -> e f d", "experts.down_proj"),
-    "per_layer_input_gate.w": ("p d -> d p", "per_layer_input_gate.weight"),
-    "per_layer_projection.w": ("d p -> p d", "per_layer_projection.weight"),
-    "post_per_layer_input_norm.scale": ("d -> d", "post_per_layer_input_norm.weight"),
-}
+from gemma4_tpu.models.weights import BY_NAME, EMBEDDING, Weight, of_layer, outside, sizes
 
 PREFIXES = ("model.language_model.", "model.")
 """What stands before `layers.N…`: as Gemma4ForConditionalGeneration and as Gemma4ForCausalLM write it."""
@@ -92,6 +53,8 @@ Read = Callable[[str, Index, tuple[int, ...]], np.ndarray]
 class Tensor:
     """One tensor on both sides."""
 
+    weight: Weight
+    """Its row."""
     name: str
     """In memory: `layers.3.attn.kv_einsum.w`."""
     shape: tuple[int, ...]
@@ -232,26 +195,22 @@ def _share_a(pairs: Sequence[tuple[np.ndarray, np.ndarray]]) -> bool:
 @cache
 def name_map(arch: Architecture) -> Mapping[str, Tensor]:
     """Every tensor of the base model by its Tunix name."""
-    shapes = [("", name, shape, _OUTER[name]) for name, shape in outer_shapes(arch).items()]
+    tensors = [_tensor("", weight, sizes(arch)) for weight in outside(arch)]
     for layer in range(arch.num_layers):
-        prefix = f"layers.{layer}."
-        shapes += [(prefix, name, shape, _LAYER[name]) for name, shape in layer_shapes(arch, layer).items()]
-    return {prefix + name: _tensor(prefix, name, shape, *rule) for prefix, name, shape, rule in shapes}
+        tensors += [_tensor(f"layers.{layer}.", weight, sizes(arch, layer)) for weight in of_layer(arch, layer)]
+    return {tensor.name: tensor for tensor in tensors}
 
 
-def _tensor(prefix: str, name: str, shape: tuple[int, ...], pattern: str, *hf_names: str) -> Tensor:
-    on_disk, in_memory = pattern.split(" -> ")
-    groups = [group.strip("()").split() for group in re.findall(r"\([^)]*\)|\w+", on_disk)]
-    split_dims = [dim for group in groups for dim in group]
-    dims = in_memory.split()
-    size = dict(zip(dims, shape[-len(dims) :], strict=True))
+def _tensor(prefix: str, weight: Weight, size: Mapping[str, int]) -> Tensor:
+    split = "".join(weight.groups)
     return Tensor(
-        name=prefix + name,
-        shape=shape,
-        hf_names=tuple(prefix + hf_name for hf_name in hf_names),
-        hf_shape=tuple(math.prod(size[dim] for dim in group) for group in groups),
-        split=tuple(size[dim] for dim in split_dims),
-        order=tuple(split_dims.index(dim) for dim in dims),
+        weight=weight,
+        name=prefix + weight.name,
+        shape=weight.shape(size),
+        hf_names=tuple(prefix + name for name in weight.hf_names),
+        hf_shape=tuple(math.prod(size[dim] for dim in group) for group in weight.groups),
+        split=tuple(size[dim] for dim in split),
+        order=tuple(split.index(dim) for dim in weight.dims if dim in split),
     )
 
 
@@ -269,7 +228,7 @@ class Match:
     @property
     def embedding(self) -> str:
         """Full name of the embedding."""
-        return f"{self.prefix}{_OUTER[EMBEDDING][1]}"
+        return f"{self.prefix}{BY_NAME[EMBEDDING].on_disk}"
 
 
 def match(arch: Architecture, shapes: Mapping[str, tuple[int, ...]], where: str) -> Match:

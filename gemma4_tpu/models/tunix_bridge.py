@@ -15,6 +15,7 @@ from tunix.models.gemma4 import model as tunix
 
 from gemma4_tpu.architectures import Architecture
 from gemma4_tpu.errors import UserError
+from gemma4_tpu.models.weights import PER_LAYER_TABLE
 
 
 def tunix_config(arch: Architecture, dtype: Any = jnp.float32) -> tunix.ModelConfig:
@@ -91,7 +92,7 @@ def fill(params: Mapping[str, jax.Array], arch: Architecture, dtype: Any) -> tun
         name = ".".join(map(str, path))
         if name in params:
             value = params[name].astype(dtype)
-            if name == "embedder.per_layer_input_embedding":  # [V, L * P] here
+            if name == PER_LAYER_TABLE:  # [V, L * P] here
                 value = value.reshape(-1, arch.num_layers, arch.per_layer_input_dim)
             if value.shape != leaf.get_value().shape:
                 raise ValueError(f"{name}: shape {value.shape} where Tunix has {leaf.get_value().shape}")

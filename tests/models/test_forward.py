@@ -33,7 +33,7 @@ def load_folder(folder: Path, mesh=None) -> tuple[Model, dict]:
     layout = Layout.of(arch)
 
     def place(leaf: Leaf):
-        return sharding.named(mesh, leaf.tunix_names[0], leaf.shape, stacked=leaf.stacked)
+        return sharding.named(mesh, leaf)
 
     params = load_params(Checkpoint(str(folder)), arch, layout, layout.tree(place), jnp.float32)
     return Model(arch=arch, compute_dtype=jnp.float32, mesh=mesh), params

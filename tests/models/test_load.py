@@ -37,7 +37,7 @@ def mesh_of(fsdp, tp):
 
 
 def shardings_of(layout, mesh):
-    return layout.tree(lambda leaf: sharding.named(mesh, leaf.tunix_names[0], leaf.shape, stacked=leaf.stacked))
+    return sharding.places(layout, mesh)
 
 
 def architecture(folder):
@@ -230,7 +230,7 @@ folder = sys.argv[1]
 arch = from_hf_config(json.load(open(folder + "/config.json")))
 layout = Layout.of(arch)
 mesh = sharding.make_mesh(2, 4)
-places = layout.tree(lambda l: sharding.named(mesh, l.tunix_names[0], l.shape, stacked=l.stacked))
+places = sharding.places(layout, mesh)
 jax.block_until_ready(jax.jit(lambda x: x + 1)(jnp.ones(8)))
 process, peak, done = psutil.Process(), 0, False
 
@@ -303,7 +303,7 @@ TensorFile.read = counted
 arch = from_hf_config(json.load(open(sys.argv[1] + "/config.json")))
 layout = Layout.of(arch)
 mesh = sharding.make_mesh(2, 4)
-places = layout.tree(lambda l: sharding.named(mesh, l.tunix_names[0], l.shape, stacked=l.stacked))
+places = sharding.places(layout, mesh)
 params = load_params(Checkpoint(sys.argv[1]), arch, layout, places, jnp.float32)
 total = jax.jit(lambda p: sum(jnp.sum(jnp.abs(x)) for x in jax.tree.leaves(p)))(params)
 print(json.dumps({"sum": float(total), "up": read["model.layers.3.mlp.up_proj.weight"],

@@ -106,7 +106,7 @@ def test_tunix_with_qwix_takes_our_adapters_and_computes_the_same_logits(kind):
     folder = make_checkpoint(kind)
     arch = from_hf_config(json.loads((folder / "config.json").read_text()), name=kind)
     layout, mesh = Layout.of(arch), sharding.make_mesh(1, 1, jax.devices()[:1])
-    place = layout.tree(lambda x: sharding.named(mesh, x.tunix_names[0], x.shape, stacked=x.stacked))
+    place = sharding.places(layout, mesh)
     base = load_params(Checkpoint(str(folder)), arch, layout, place, jnp.float32)
     config = LoraConfig(rank=4, alpha=8.0)
     rng = np.random.default_rng(0)
