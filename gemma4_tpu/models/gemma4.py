@@ -5,8 +5,12 @@ reference that this is tested against, beside transformers; training does not ru
 ids, cannot scan over layers, and see adapters only through one intercepted method.
 
 Dims: B rows, T tokens, D model, N query heads, K key/value heads, H head width, F hidden units, L layers,
-P per-layer embedding, V vocabulary, r adapter rank, R repeats of a stage; S is T split over the `tp` axis: norms and
-residuals work on their own tokens, products on all (sequence parallelism).
+P per-layer embedding, V vocabulary, r adapter rank, R repeats of a stage.
+
+S is T split over the `tp` axis: each chip keeps the residual stream of its own tokens (sequence parallelism). Were it
+whole on every chip, all of them would do the same norms, residuals and first halves of adapters, and sums over heads
+and hidden units would be brought to all (all-reduce). Split, the sums are scattered, and gathered again before the
+next product: as many bytes, and the work in between is shared.
 """
 
 from __future__ import annotations
@@ -112,7 +116,7 @@ def _project(layer: Layer, name: str, x: jax.Array, whole: jax.Array | None = No
     if f"{last}_lora_a" not in adapter:
         return y
     if model.lora_dropout and layer.key is not None:
-        key = jax.random.fold_in(layer.key, weight.number)
+        key = jax.random.fold_in(layer.key, weight.fold)
         kept = jax.random.bernoulli(key, 1.0 - model.lora_dropout, x.shape)
         x = jnp.where(kept, x / (1.0 - model.lora_dropout), 0).astype(x.dtype)
     low = jnp.einsum(a_eq, x, adapter[f"{last}_lora_a"].astype(x.dtype)) * model.lora_scale
@@ -145,7 +149,7 @@ def _attention(layer: Layer, x: jax.Array, shared_kv: KV | None) -> tuple[jax.Ar
             k = v = keep(constrain(_project(layer, "attn.k_einsum.w", x, whole), "BTNH", model.mesh), "key_value")
         else:
             k, v = keep(constrain(_project(layer, "attn.kv_einsum.w", x, whole), "2BTNH", model.mesh), "key_value")
-        k, v = rotate(rms_norm(k, p["_key_norm"]["scale"])), rms_norm(v, None)
+        k, v = rotate(rms_norm(k, p["_key_norm"]["scale"])), rms_norm(v, None)  # values: no scale, no positions
     window = None if layer.is_global else arch.sliding_window
     out = constrain(model.attention(q, k, v, layer.segment_ids, window), "BTNH", model.mesh)
     return keep(_project(layer, "attn.attn_vec_einsum.w", out), "attended"), (k, v)
@@ -170,7 +174,7 @@ def decoder_layer(
     x = x + rms_norm(attended, p["post_attention_norm"]["scale"])
 
     out = _mlp(layer, rms_norm(x, p["pre_ffw_norm"]["scale"]))
-    if model.arch.num_experts:
+    if model.arch.num_experts:  # beside the dense MLP, not instead of it; the router reads x itself
         out = rms_norm(out, p["dense_post_ffw_norm"]["scale"])
         normed = rms_norm(x, p["moe_pre_ffw_norm"]["scale"])
         mixed = moe(p["moe"], x, normed, model.arch.experts_per_token, model.mesh)
@@ -189,6 +193,7 @@ def decoder_layer(
 def _embed(model: Model, p: Params, tokens: jax.Array) -> tuple[jax.Array, jax.Array | None]:
     """Tokens [B, T] → x [B, S, D] and, for E2B/E4B, per-layer inputs [L, B, S, P]."""
     dtype = model.compute_dtype
+    # Factors are rounded to the compute dtype, as transformers does: √5376 is 73.5 in bfloat16.
     x = jnp.take(p["input_embedding"], tokens, axis=0).astype(dtype)
     x = constrain(x * jnp.sqrt(jnp.float32(x.shape[-1])).astype(dtype), "BSD", model.mesh)
     if not model.arch.per_layer_input_dim:
@@ -245,21 +250,21 @@ def through_layers(
     dropout_key: jax.Array | None = None,
     beside: list[list[Any]] | None = None,
 ) -> tuple[jax.Array, list[list[Any]]]:
-    """Runs every layer, stage by stage: training, evaluating and decoding differ in what they do at a layer.
+    """Runs all layers, stage by stage. Training and decoding differ in what they do at a layer, which is `visit`.
 
     Args:
-      model: as for `hidden_states`, like all that is not named here.
-      params: base weights.
+      model: architecture and settings.
+      params: base weights as laid out by `Layout`.
       lora: adapters, or None.
-      tokens: [B, T].
-      segment_ids: [B, T].
-      positions: [B, T].
-      visit: runs one layer.
-      dropout_key: or None.
+      tokens: [B, T] int32.
+      segment_ids: [B, T] int32.
+      positions: [B, T] int32.
+      visit: runs a layer.
+      dropout_key: None: no dropout.
       beside: what `visit` gets with each layer, by stage and layer of its group, stacked like the weights.
 
     Returns:
-      Final hidden states, normalised, and what `visit` returned last, as `beside` has it.
+      Final hidden states [B, S, D], normalised, and what `visit` handed back to be collected, in the form of `beside`.
     """
     x, per_layer = _embed(model, params["embedder"], tokens)
     shared: dict[str, KV] = {}
@@ -291,7 +296,7 @@ def through_layers(
                 found.append(own)
             return x, (found, kvs if stage.exports_kv else {})
 
-        if stage.repeats == 1:  # a loop of one would still copy its slice of every weight
+        if stage.repeats == 1:  # without a loop, so that later stages can read its keys and values
             x, (found, kvs) = group(x, jax.tree.map(lambda a: a[0], slices))
             found = jax.tree.map(lambda a: a[None], found)
             shared = kvs or shared

@@ -1,8 +1,9 @@
 """How a model's layers lie in memory: layers of equal structure are stacked, so that one `lax.scan` runs them all.
 
 Gemma 4 repeats a group of layers (five sliding, one global). A *stage* holds R repeats of one group as arrays with a
-leading dim R; the step compiles the group once instead of once per layer. On disk every tensor keeps its own name
-(`layers.7.attn.q_einsum.w`), so a checkpoint does not depend on the layout.
+leading dim R; the step compiles the group once instead of once per layer. They are stacked as they are loaded: stacked
+in the step, every weight would be copied there. On disk every tensor keeps its own name (`layers.7.attn.q_einsum.w`),
+so a checkpoint does not depend on the layout.
 """
 
 from __future__ import annotations

@@ -17,33 +17,14 @@ import numpy as np
 
 from gemma4_tpu.architectures import Architecture
 from gemma4_tpu.errors import UserError
-from gemma4_tpu.hf_config import UNQUANTISED
-from gemma4_tpu.models.weights import BY_NAME, EMBEDDING, Weight, of_layer, outside, sizes
+from gemma4_tpu.models.weights import Weight, of_layer, outside, sizes
 
-PREFIXES = ("model.language_model.", "model.")
-"""What stands before `layers.N…`: as Gemma4ForConditionalGeneration and as Gemma4ForCausalLM write it."""
-
-# Tensors that text training leaves alone: other modalities, the tied output matrix, buffers computed from the config.
-_HEAD = re.compile(r"(model\.)?(language_model\.)?lm_head\.weight$")
-_PASSTHROUGH = re.compile(
-    r"(model\.)?(vision_tower|vision_embedder|audio_tower|embed_vision|embed_audio|multi_modal_projector)\."
-    r"|.*\brotary_emb\.|.*\bembed_scale$"
-)
-# What quantisers leave beside (or instead of) a weight, by the method's name.
-_QUANTISED = {
-    "bitsandbytes": re.compile(r"\.(absmax|quant_map|nested_\w+|quant_state\.[\w.]+|SCB|weight_format)$"),
-    "GPTQ or AWQ": re.compile(r"\.(qweight|qzeros|g_idx)$"),
-    "compressed-tensors": re.compile(r"weight_(packed|shape|zero_point|global_scale)$"),
-    "MXFP4": re.compile(r"_(blocks|scales)$"),
-    "fp8 or another format with scales": re.compile(r"(weight|proj)_scale(_inv|_2)?$|\.input_scale$"),
-}
 # What PEFT calls a factor, with the adapter's name (`.default`) in files that were not saved by PEFT itself, and what
 # stands in a module's path only because the model was wrapped: by PEFT, a class of transformers, DDP, FSDP,
 # torch.compile or activation checkpointing.
 _PEFT_KEY = re.compile(r"(?P<module>.+)\.lora_(?P<factor>[AB])(?:\.[^.]+)?\.weight")
 _WRAPPED = {"module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
 _WRAPPERS = {"base_model", "model", "language_model", *_WRAPPED}
-_SHARED_KV = re.compile(r"layers\.(\d+)\.self_attn\.(k_proj|v_proj|k_norm|v_norm)\.weight$")
 
 Index = Sequence[slice]
 Read = Callable[[str, Index, tuple[int, ...]], np.ndarray]
@@ -212,74 +193,6 @@ def _tensor(prefix: str, weight: Weight, size: Mapping[str, int]) -> Tensor:
         split=tuple(size[dim] for dim in split),
         order=tuple(split.index(dim) for dim in weight.dims if dim in split),
     )
-
-
-@dataclass(frozen=True)
-class Match:
-    """How a checkpoint's tensors correspond to an architecture."""
-
-    prefix: str
-    """One of `PREFIXES`."""
-    passthrough: tuple[str, ...]
-    """Full names of the tensors that text training leaves alone, sorted; `head` among them."""
-    head: str | None = None
-    """Full name of a stored output matrix [V, D]. Gemma 4's is the embedding: its values must be the same."""
-
-    @property
-    def embedding(self) -> str:
-        """Full name of the embedding."""
-        return f"{self.prefix}{BY_NAME[EMBEDDING].on_disk}"
-
-
-def match(arch: Architecture, shapes: Mapping[str, tuple[int, ...]], where: str) -> Match:
-    """Pairs a checkpoint's tensors (full name → shape) with those of `arch`.
-
-    Raises:
-      UserError: tensors that are missing, unexpected or of another shape; names them all (the first ten of each kind),
-        and the method where they are those of a quantised checkpoint. `where` says which checkpoint.
-    """
-    prefixes = [p for p in PREFIXES if any(name.startswith(p + "layers.") for name in shapes)]
-    if len(prefixes) != 1:
-        raise UserError(
-            f"{where}: expected text weights under exactly one of {', '.join(p + 'layers.N' for p in PREFIXES)};"
-            f" found {len(prefixes)} of them among {some(sorted(shapes))}"
-        )
-    (prefix,) = prefixes
-    expected = {prefix + name: t.hf_shape for t in name_map(arch).values() for name in t.hf_names}
-    heads = sorted(name for name in shapes if _HEAD.match(name))
-    wanted = expected | dict.fromkeys(heads, (arch.vocab_size, arch.embed_dim))
-    rest = shapes.keys() - wanted.keys()
-    passthrough = sorted([*heads, *(name for name in rest if _left_alone(arch, name, prefix))])
-    problems = {
-        "missing": sorted(expected.keys() - shapes.keys()),
-        "unexpected": sorted(rest - set(passthrough)),
-        "of another shape": [
-            f"{name} {list(shapes[name])} instead of {list(shape)}"
-            for name, shape in wanted.items()
-            if name in shapes and tuple(shapes[name]) != shape
-        ],
-    }
-    if any(problems.values()):
-        if told := _quantised(problems["unexpected"]):
-            raise UserError(f"{where}: {told}; {UNQUANTISED}")
-        found = "; ".join(f"{len(names)} {kind}: {some(names)}" for kind, names in problems.items() if names)
-        raise UserError(f"{where}: its tensors are not those of {arch.name}: {found}")
-    return Match(prefix, tuple(passthrough), heads[0] if heads else None)
-
-
-def _quantised(names: Sequence[str]) -> str | None:
-    """How the checkpoint with these unexpected tensors is quantised; None: they are none of a quantiser's."""
-    for method, pattern in _QUANTISED.items():
-        if found := [name for name in names if pattern.search(name)]:
-            return f"quantised with {method}, though config.json has no quantization_config ({some(found, 2)})"
-    return None
-
-
-def _left_alone(arch: Architecture, name: str, prefix: str) -> bool:
-    if _PASSTHROUGH.match(name):
-        return True
-    shared = _SHARED_KV.match(name.removeprefix(prefix))
-    return shared is not None and arch.num_unshared_layers <= int(shared[1]) < arch.num_layers
 
 
 def some(names: Sequence[str], limit: int = 10) -> str:

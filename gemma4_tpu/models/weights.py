@@ -55,7 +55,7 @@ def _experts(arch: Architecture, layer: int) -> bool:
     return arch.num_experts > 0
 
 
-def _per_layer_inputs(arch: Architecture, layer: int) -> bool:
+def _per_layer(arch: Architecture, layer: int) -> bool:
     return arch.per_layer_input_dim > 0
 
 
@@ -71,9 +71,9 @@ class Weight:
     """Its name there, without `layers.N.`; where it is stored in several pieces, their names."""
     role: str | None = None
     """The name in `lora.targets` that gives it an adapter; None: it gets none."""
-    number: int = -1
-    """What the dropout of its adapter is drawn with. Every weight that has a role has its own, and keeps it: another
-    one would change how a run goes on after it was resumed."""
+    fold: int = -1
+    """What is folded into a layer's dropout key for its adapter. Every weight with a role has its own, for good: with
+    another one, runs that go on from a checkpoint would draw other masks."""
     only: Callable[[Architecture, int], bool] = _always
     """Which layers (or which models, where it is outside the layers) have it."""
     axes: Mapping[str, Axes] = field(default_factory=dict)
@@ -125,7 +125,7 @@ class Weight:
 
     @cached_property
     def equations(self) -> tuple[str, str, str]:
-        """Of y = x·W, low = x·A and y = low·B, for x [b, t, inputs]; keys and values come apart in y, c first."""
+        """Of y = x·W, low = x·A and y = low·B, for x [b, t, inputs]; c comes first in y. Experts: see `moe.py`."""
         (a, b), made = self.adapter_dims, self.outputs.replace("c", "")
         y = f"{'c' if 'c' in self.outputs else ''}bt{made}"
         return f"bt{self.inputs},{self.dims}->{y}", f"bt{self.inputs},{a}->btr", f"btr,{b}->{y}"
@@ -143,30 +143,29 @@ OUTER = (
     Weight(EMBEDDING, "v d -> v d", "embed_tokens.weight"),
     Weight("final_norm.scale", "d -> d", "norm.weight"),
     Weight("embedder.per_layer_model_projection.w", "(l p) d -> d l p", "per_layer_model_projection.weight",
-           only=_per_layer_inputs, axes={"p": TP}),
-    Weight("embedder.per_layer_projection_norm.scale", "p -> p", "per_layer_projection_norm.weight",
-           only=_per_layer_inputs),
-    Weight(PER_LAYER_TABLE, "u w -> u w", "embed_tokens_per_layer.weight", only=_per_layer_inputs),
+           only=_per_layer, axes={"p": TP}),
+    Weight("embedder.per_layer_projection_norm.scale", "p -> p", "per_layer_projection_norm.weight", only=_per_layer),
+    Weight(PER_LAYER_TABLE, "u w -> u w", "embed_tokens_per_layer.weight", only=_per_layer),
 )  # fmt: skip
 """The weights outside the layers."""
 
 LAYER = (
     Weight("pre_attention_norm.scale", "d -> d", "input_layernorm.weight"),
-    Weight("attn.q_einsum.w", "(n h) d -> n d h", "self_attn.q_proj.weight", role="attention", number=0),
+    Weight("attn.q_einsum.w", "(n h) d -> n d h", "self_attn.q_proj.weight", role="attention", fold=0),
     Weight("attn._query_norm.scale", "h -> h", "self_attn.q_norm.weight"),
-    Weight("attn.attn_vec_einsum.w", "d (n h) -> n h d", "self_attn.o_proj.weight", role="attention", number=3),
+    Weight("attn.attn_vec_einsum.w", "d (n h) -> n h d", "self_attn.o_proj.weight", role="attention", fold=3),
     Weight("post_attention_norm.scale", "d -> d", "post_attention_layernorm.weight"),
     Weight("pre_ffw_norm.scale", "d -> d", "pre_feedforward_layernorm.weight"),
-    Weight("mlp.gate_proj.kernel", "f d -> d f", "mlp.gate_proj.weight", role="mlp", number=4),
-    Weight("mlp.up_proj.kernel", "f d -> d f", "mlp.up_proj.weight", role="mlp", number=5),
-    Weight("mlp.down_proj.kernel", "d f -> f d", "mlp.down_proj.weight", role="mlp", number=6),
+    Weight("mlp.gate_proj.kernel", "f d -> d f", "mlp.gate_proj.weight", role="mlp", fold=4),
+    Weight("mlp.up_proj.kernel", "f d -> d f", "mlp.up_proj.weight", role="mlp", fold=5),
+    Weight("mlp.down_proj.kernel", "d f -> f d", "mlp.down_proj.weight", role="mlp", fold=6),
     Weight("post_ffw_norm.scale", "d -> d", "post_feedforward_layernorm.weight"),
     Weight("skip_scale", "s -> s", "layer_scalar"),
     Weight("attn._key_norm.scale", "h -> h", "self_attn.k_norm.weight", only=_own_kv),
-    Weight("attn.k_einsum.w", "(k h) d -> k d h", "self_attn.k_proj.weight", role="attention", number=2,
+    Weight("attn.k_einsum.w", "(k h) d -> k d h", "self_attn.k_proj.weight", role="attention", fold=2,
            only=_one_for_k_and_v),
     Weight("attn.kv_einsum.w", "(k h) d -> c k d h", "self_attn.k_proj.weight self_attn.v_proj.weight",
-           role="attention", number=1, only=_k_and_v),
+           role="attention", fold=1, only=_k_and_v),
     Weight("moe_pre_ffw_norm.scale", "d -> d", "pre_feedforward_layernorm_2.weight", only=_experts),
     Weight("moe_post_ffw_norm.scale", "d -> d", "post_feedforward_layernorm_2.weight", only=_experts),
     Weight("dense_post_ffw_norm.scale", "d -> d", "post_feedforward_layernorm_1.weight", only=_experts),
@@ -176,9 +175,9 @@ LAYER = (
     Weight("moe.per_expert_scale", "e -> e", "router.per_expert_scale", only=_experts),
     Weight("moe.gating_einsum", "e (c x) d -> e c x d", "experts.gate_up_proj", only=_experts, axes={"d": None}),
     Weight("moe.linear", "e d x -> e x d", "experts.down_proj", only=_experts, axes={"d": None}),
-    Weight("per_layer_input_gate.w", "p d -> d p", "per_layer_input_gate.weight", only=_per_layer_inputs),
-    Weight("per_layer_projection.w", "d p -> p d", "per_layer_projection.weight", only=_per_layer_inputs),
-    Weight("post_per_layer_input_norm.scale", "d -> d", "post_per_layer_input_norm.weight", only=_per_layer_inputs),
+    Weight("per_layer_input_gate.w", "p d -> d p", "per_layer_input_gate.weight", only=_per_layer),
+    Weight("per_layer_projection.w", "d p -> p d", "per_layer_projection.weight", only=_per_layer),
+    Weight("post_per_layer_input_norm.scale", "d -> d", "post_per_layer_input_norm.weight", only=_per_layer),
 )  # fmt: skip
 """The weights of a layer."""
 

@@ -76,12 +76,8 @@ def test_every_adapter_of_31b_is_sharded_by_its_own_shape(shape):
     for leaf in adapters.leaves(layout, RANK_64):
         spec = get(places, leaf.path).spec
         assert len(spec) <= len(leaf.array_shape)
-        assert sharding.replicated(leaf.tunix_names[0], leaf.shape, mesh) == []
-        assert (
-            any(spec)
-            or math.prod(shape) == 1
-            or all(mesh.shape[a] == 1 for a in sharding.rule(leaf.tunix_names[0]) if a)
-        )
+        assert sharding.replicated(mesh, leaf) == []
+        assert any(spec) or all(mesh.shape[axis] == 1 for axis in leaf.axes if axis)
 
 
 def test_initial_values_do_not_depend_on_mesh_or_the_other_tensors():

@@ -8,7 +8,8 @@ import pytest
 
 from gemma4_tpu.architectures import ARCHITECTURES, from_hf_config
 from gemma4_tpu.errors import UserError
-from gemma4_tpu.models.names import PREFIXES, match, name_map, peft_tensors
+from gemma4_tpu.models.match import PREFIXES, match
+from gemma4_tpu.models.names import name_map, peft_tensors
 from gemma4_tpu.models.tensorfile import Checkpoint
 from tests.models.checkpoints import KINDS, make_checkpoint
 

@@ -22,7 +22,8 @@ from gemma4_tpu.architectures import ARCHITECTURES, from_hf_config, to_hf_config
 from gemma4_tpu.errors import UserError
 from gemma4_tpu.models import sharding
 from gemma4_tpu.models.layout import Layout, get
-from gemma4_tpu.models.names import match, name_map
+from gemma4_tpu.models.match import match
+from gemma4_tpu.models.names import name_map
 from gemma4_tpu.models.params import by_name, load_params, random_params
 from gemma4_tpu.models.tensorfile import Checkpoint, TensorFile
 from tests.models.checkpoints import KINDS, make_checkpoint
@@ -36,10 +37,6 @@ def mesh_of(fsdp, tp):
     return sharding.make_mesh(fsdp, tp, jax.devices()[: fsdp * tp])
 
 
-def shardings_of(layout, mesh):
-    return sharding.places(layout, mesh)
-
-
 def architecture(folder):
     return from_hf_config(json.loads((Path(folder) / "config.json").read_text()))
 
@@ -48,7 +45,7 @@ def load(folder, mesh=(1, 1), dtype=jnp.float32, **options):
     arch = architecture(folder)
     layout = Layout.of(arch)
     params = load_params(
-        Checkpoint(str(folder)), arch, layout, shardings_of(layout, mesh_of(*mesh)), dtype, **options
+        Checkpoint(str(folder)), arch, layout, sharding.places(layout, mesh_of(*mesh)), dtype, **options
     )  # fmt: skip
     return params, layout
 
@@ -72,9 +69,7 @@ def test_every_mesh_holds_exactly_the_checkpoint(kind, mesh):
         array = get(params, leaf.path)
         assert isinstance(array, jax.Array), leaf.path
         assert (array.shape, array.dtype) == (leaf.array_shape, jnp.float32)
-        assert array.sharding.spec == sharding.spec(
-            leaf.tunix_names[0], leaf.shape, mesh_of(*mesh), stacked=leaf.stacked
-        )  # fmt: skip
+        assert array.sharding.spec == sharding.spec(mesh_of(*mesh), leaf)
     expected = on_disk(folder)
     found = by_name(params, layout)
     assert found.keys() == expected.keys()
@@ -118,7 +113,7 @@ def test_a_remote_checkpoint_is_read_once_and_not_staged(monkeypatch):
         return original(self, paths, starts, ends, **options)
 
     monkeypatch.setattr(type(fs), "cat_ranges", counted)
-    remote = load_params(checkpoint, arch, layout, shardings_of(layout, mesh_of(2, 4)), jnp.float32)
+    remote = load_params(checkpoint, arch, layout, sharding.places(layout, mesh_of(2, 4)), jnp.float32)
     jax.tree.map(np.testing.assert_array_equal, remote, local)
     assert sum(fetched) == sum(np.prod(checkpoint.shape(name)) * 4 for name in checkpoint.names())
     fs.rm("/bucket", recursive=True)
@@ -130,7 +125,7 @@ def test_nothing_is_read_from_a_checkpoint_that_does_not_fit(monkeypatch):
     monkeypatch.setattr(TensorFile, "read", lambda *_: pytest.fail("read a tensor"))
     layout = Layout.of(other)
     with pytest.raises(UserError, match=r"its tensors are not those of tiny: .* unexpected: .* of another shape: "):
-        load_params(Checkpoint(str(folder)), other, layout, shardings_of(layout, mesh_of(1, 1)), jnp.float32)
+        load_params(Checkpoint(str(folder)), other, layout, sharding.places(layout, mesh_of(1, 1)), jnp.float32)
 
 
 def rewrite(folder, name, change):
@@ -204,7 +199,7 @@ def test_random_weights_depend_on_seed_and_name_only(name):
     layout = Layout.of(arch)
 
     def draw(mesh, seed):
-        return by_name(random_params(arch, layout, shardings_of(layout, mesh_of(*mesh)), jnp.float32, seed), layout)
+        return by_name(random_params(arch, layout, sharding.places(layout, mesh_of(*mesh)), jnp.float32, seed), layout)
 
     one, other, reseeded = draw((1, 1), 0), draw((4, 2), 0), draw((1, 1), 1)
     for tensor in one:
