@@ -86,6 +86,7 @@ class Weight:
 
     @property
     def hf_names(self) -> tuple[str, ...]:
+        """Its name on disk, or the names of its pieces."""
         return tuple(self.on_disk.split())
 
     @cached_property
