@@ -20,7 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from gemma4_tpu.models.attention import MASKED, attend
-from gemma4_tpu.models.gemma4 import KV, Layer, Model, Params, decoder_layer, logits, through_layers
+from gemma4_tpu.models.gemma4 import KV, Layer, Model, Params, Visit, decoder_layer, logits, through_layers
 
 Cache = list[list[KV | None]]
 """Per stage and layer of its group: keys and values [R, B, C, K, H]; None for KV-shared layers."""
@@ -78,7 +78,8 @@ def generate(
     first = p - lengths  # [B] place of each row's first real token
     places = jnp.arange(p)[None, :]
     segments = (places >= first[:, None]).astype(jnp.int32)
-    hidden, kvs = _forward(model, params, lora, tokens, segments, jnp.maximum(places - first[:, None], 0), None)
+    forward = partial(through_layers, model, params, lora)
+    hidden, kvs = forward(tokens, segments, jnp.maximum(places - first[:, None], 0), _decoding(None))
     cache = jax.tree.map(
         partial(_to_cache, total=p + max_new_tokens, window=model.arch.sliding_window), kvs, _is_global(model, kvs)
     )
@@ -97,8 +98,8 @@ def generate(
         done = done | jnp.isin(token, stops)
         place = p + i
         positions = (place - first)[:, None]
-        at = _Place(place, first)
-        hidden, kvs = _forward(model, params, lora, token[:, None], jnp.ones((b, 1), jnp.int32), positions, (cache, at))
+        visit = _decoding(_Place(place, first))
+        hidden, kvs = forward(token[:, None], jnp.ones((b, 1), jnp.int32), positions, visit, beside=cache)
         cache = jax.tree.map(lambda c, new: _put(c, new, place, axis=2), cache, kvs)
         return i + 1, logits(model, params, hidden)[:, 0], done, counts, out, cache
 
@@ -140,30 +141,23 @@ class _Place(NamedTuple):
     """[B] place of each row's first real token."""
 
 
-def _forward(
-    model: Model,
-    params: Params,
-    lora: Params | None,
-    tokens: jax.Array,
-    segment_ids: jax.Array,
-    positions: jax.Array,
-    past: tuple[Cache, _Place] | None,
-) -> tuple[jax.Array, Cache]:
-    """Final hidden states [B, T, D] and the new keys and values [R, B, T, K, H] of each layer that has its own.
+def _decoding(at: _Place | None) -> Visit:
+    """What happens at a layer: its new keys and values [R, B, T, K, H] are collected, if it has its own.
 
-    `past` None: a prompt by itself; else T = 1, and the token sees what the cache holds.
+    `at` None: a prompt by itself; else T = 1, and the token sees what the cache beside the layer holds.
     """
 
-    def visit(layer: Layer, x: jax.Array, per_layer_input: Any, shared_kv: Any, cache: Any) -> Any:
-        if past is not None:
-            layer = replace(layer, model=replace(model, attention=partial(_attend_past, past[1], cache)))
+    def visit(
+        layer: Layer, x: jax.Array, per_layer_input: jax.Array | None, shared_kv: KV | None, cache: Any
+    ) -> tuple[jax.Array, KV, KV | None]:
+        if at is not None:
+            layer = replace(layer, model=replace(layer.model, attention=partial(_attend_past, at, cache)))
         x, kv = decoder_layer(layer, x, per_layer_input, shared_kv)
         if layer.is_kv_shared:
             return x, kv, None
-        return x, kv if past is None else _extend(cache, kv, past[1].place), kv
+        return x, kv if at is None else _extend(cache, kv, at.place), kv
 
-    caches = None if past is None else past[0]
-    return through_layers(model, params, lora, tokens, segment_ids, positions, visit, beside=caches)
+    return visit
 
 
 def _attend_past(

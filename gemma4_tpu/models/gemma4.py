@@ -250,21 +250,10 @@ def through_layers(
     dropout_key: jax.Array | None = None,
     beside: list[list[Any]] | None = None,
 ) -> tuple[jax.Array, list[list[Any]]]:
-    """Runs all layers, stage by stage. Training and decoding differ in what they do at a layer, which is `visit`.
+    """As `hidden_states`, with `visit` run at each layer: training and decoding differ there and nowhere else.
 
-    Args:
-      model: architecture and settings.
-      params: base weights as laid out by `Layout`.
-      lora: adapters, or None.
-      tokens: [B, T] int32.
-      segment_ids: [B, T] int32.
-      positions: [B, T] int32.
-      visit: runs a layer.
-      dropout_key: None: no dropout.
-      beside: what `visit` gets with each layer, by stage and layer of its group, stacked like the weights.
-
-    Returns:
-      Final hidden states [B, S, D], normalised, and what `visit` handed back to be collected, in the form of `beside`.
+    `beside` holds what `visit` gets with each layer, by stage and layer of its group, stacked like the weights. What it
+    hands back to be collected is returned, too, in the same form.
     """
     x, per_layer = _embed(model, params["embedder"], tokens)
     shared: dict[str, KV] = {}

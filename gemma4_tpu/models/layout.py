@@ -14,7 +14,7 @@ from functools import cache
 from typing import Any
 
 from gemma4_tpu.architectures import Architecture
-from gemma4_tpu.models.weights import Axes, Weight, of_layer, outside, sizes
+from gemma4_tpu.models.weights import Axes, Weight, rows, sizes
 
 Path = tuple[str | int, ...]
 
@@ -98,12 +98,12 @@ class Layout:
 
     def leaves(self) -> Iterator[Leaf]:
         """Every array of the base model."""
-        for weight in outside(self.arch):
+        for weight in rows(self.arch):
             shape = weight.shape(sizes(self.arch))
             yield Leaf(weight.path, (weight.name,), shape, False, weight, weight.dims)
         for path, layers in self.groups():
             size = sizes(self.arch, layers[0])
-            for weight in of_layer(self.arch, layers[0]):
+            for weight in rows(self.arch, layers[0]):
                 names = tuple(f"layers.{i}.{weight.name}" for i in layers)
                 yield Leaf((*path, *weight.path), names, weight.shape(size), True, weight, weight.dims)
 

@@ -17,7 +17,7 @@ import numpy as np
 
 from gemma4_tpu.architectures import Architecture
 from gemma4_tpu.errors import UserError
-from gemma4_tpu.models.weights import Weight, of_layer, outside, sizes
+from gemma4_tpu.models.weights import Weight, rows, sizes
 
 # What PEFT calls a factor, with the adapter's name (`.default`) in files that were not saved by PEFT itself, and what
 # stands in a module's path only because the model was wrapped: by PEFT, a class of transformers, DDP, FSDP,
@@ -176,9 +176,9 @@ def _share_a(pairs: Sequence[tuple[np.ndarray, np.ndarray]]) -> bool:
 @cache
 def name_map(arch: Architecture) -> Mapping[str, Tensor]:
     """Every tensor of the base model by its Tunix name."""
-    tensors = [_tensor("", weight, sizes(arch)) for weight in outside(arch)]
+    tensors = [_tensor("", weight, sizes(arch)) for weight in rows(arch)]
     for layer in range(arch.num_layers):
-        tensors += [_tensor(f"layers.{layer}.", weight, sizes(arch, layer)) for weight in of_layer(arch, layer)]
+        tensors += [_tensor(f"layers.{layer}.", weight, sizes(arch, layer)) for weight in rows(arch, layer)]
     return {tensor.name: tensor for tensor in tensors}
 
 

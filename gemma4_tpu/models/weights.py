@@ -197,11 +197,6 @@ def sizes(arch: Architecture, layer: int = 0) -> dict[str, int]:
     }  # fmt: skip
 
 
-def outside(arch: Architecture) -> list[Weight]:
-    """The weights outside the layers that a model has."""
-    return [weight for weight in OUTER if weight.only(arch, 0)]
-
-
-def of_layer(arch: Architecture, layer: int) -> list[Weight]:
-    """The weights of one of its layers."""
-    return [weight for weight in LAYER if weight.only(arch, layer)]
+def rows(arch: Architecture, layer: int | None = None) -> list[Weight]:
+    """The weights of a layer of a model; None: those outside its layers."""
+    return [weight for weight in (OUTER if layer is None else LAYER) if weight.only(arch, layer or 0)]
