@@ -96,10 +96,10 @@ def rms_norm(x: jax.Array, scale: jax.Array | None) -> jax.Array:
 def _project(layer: Layer, name: str, x: jax.Array, whole: jax.Array | None = None) -> jax.Array:
     """The linear map `name` on x, and what its adapter adds.
 
-    Each chip of the `tp` axis holds its own tokens of the residual stream: a product that makes heads or hidden units,
-    which `tp` splits too, needs all tokens. So such a map takes x [B, S, D] and the same as `whole` [B, T, D]: the
-    adapter's first half works on x, and its few values are gathered instead. A map that contracts heads or hidden units
-    takes x [B, T, …] and gives [B, S, D]; one without any takes and gives a chip's own tokens.
+    Each chip of the `tp` axis holds its own tokens of the residual stream, and makes its own heads or hidden units of
+    all tokens. A map that makes these takes x [B, S, D] and, gathered, the same as `whole` [B, T, D]: its adapter's
+    first half works on x, so that no chip repeats it. A map that contracts them takes x [B, T, …] and gives [B, S, D].
+    One that does neither works on each chip's own tokens.
     """
     model, weight = layer.model, BY_NAME[name]
     base_eq, a_eq, b_eq = weight.equations
@@ -231,7 +231,7 @@ def hidden_states(
       [B, S, D] in `model.compute_dtype`, normalised, ready for `logits`.
     """
 
-    def visit(layer: Layer, x: jax.Array, per_layer_input: Any, shared_kv: Any, _: None) -> tuple[jax.Array, KV, None]:
+    def visit(layer: Layer, x: jax.Array, per_layer_input: Any, shared_kv: Any, _: Any) -> tuple[jax.Array, KV, None]:
         run = rematerialised(partial(decoder_layer, layer), model.remat, in_loop=layer.in_loop)
         return *run(x, per_layer_input, shared_kv), None
 
