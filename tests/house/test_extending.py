@@ -57,6 +57,7 @@ for r, name in enumerate(gate.base.tunix_names):
 assert np.abs(adapted - before).max() > 1e-2
 np.testing.assert_allclose(run(base, None), adapted, atol=1e-4)  # sums in another order, in float32
 """
+SMALL = ["data.sequence_length=128", "data.max_drop_fraction=0.1", "data.heldout_fraction=0", "trainer.max_updates=1"]
 pytestmark = pytest.mark.slow
 
 
@@ -106,13 +107,7 @@ def test_a_chip(extended):
 
 def test_a_model_size_and_a_data_source(extended):
     """Trained together, to save a start."""
-    small = [
-        "data.sequence_length=128",
-        "data.max_drop_fraction=0.1",
-        "data.heldout_fraction=0",
-        "trainer.max_updates=1",
-    ]
-    given = [*words("tiny_wide"), *words("data=forum"), *small, "run_dir=run"]
+    given = [*words("tiny_wide"), *words("data=forum"), *SMALL, "run_dir=run"]
     python(extended, "-m", "gemma4_tpu.train", *given)
     result = json.loads((extended / "run/result.json").read_text())
     drops = json.loads((extended / "run/data.json").read_text())["train"]
@@ -123,7 +118,7 @@ def test_a_model_size_and_a_data_source(extended):
 
 def test_an_adapted_weight(extended):
     """The one line trains it, and what is exported of it is what was trained."""
-    given = [*words("tiny_e2b"), "data.sequence_length=128", "trainer.max_updates=1", "run_dir=adapted"]
+    given = [*words("tiny_e2b"), *words("data=forum"), *SMALL, "run_dir=adapted"]
     python(extended, "-m", "gemma4_tpu.train", *given)
     assert "per_layer_input_gate 10" in (extended / "adapted/log.txt").read_text()
     python(extended, "-c", ADAPTED)
