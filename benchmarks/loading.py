@@ -41,12 +41,12 @@ def ours(folder: Path, layers: int) -> int:
 
     from gemma4_tpu.models import sharding
     from gemma4_tpu.models.layout import Layout
-    from gemma4_tpu.models.load import load_params
+    from gemma4_tpu.models.params import load_params
     from gemma4_tpu.models.tensorfile import Checkpoint
 
     arch = small_31b(layers)
     layout, mesh = Layout.of(arch), sharding.make_mesh(1, 1, jax.devices()[:1])
-    places = layout.tree(lambda leaf: sharding.named(mesh, leaf.tunix_names[0], leaf.shape, stacked=leaf.stacked))
+    places = sharding.places(layout, mesh)
     params = load_params(Checkpoint(str(folder)), arch, layout, places, jnp.bfloat16)
     jax.block_until_ready(params)
     return sum(x.nbytes for x in jax.tree.leaves(params))

@@ -146,13 +146,13 @@ def recipe(examples: Examples, held_out: Examples, rank: int) -> Outcome:
     from gemma4_tpu.models import sharding
     from gemma4_tpu.models.base import resolve_base
     from gemma4_tpu.models.layout import Layout
-    from gemma4_tpu.models.load import by_name, load_params
+    from gemma4_tpu.models.params import by_name, load_params
     from gemma4_tpu.models.tunix_bridge import fill
 
     mesh = jax.make_mesh((1, 1), ("fsdp", "tp"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
     base = resolve_base(ModelConfig(path="embedded:tiny"))
     layout = Layout.of(base.arch)
-    places = layout.tree(lambda leaf: sharding.named(mesh, leaf.tunix_names[0], leaf.shape, stacked=leaf.stacked))
+    places = sharding.places(layout, mesh)
     with mesh:
         params = load_params(base.checkpoint, base.arch, layout, places, jnp.float32)
         model = seed_recipe.adapted(fill(by_name(params, layout), base.arch, jnp.float32), rank, 1)

@@ -34,7 +34,7 @@ from gemma4_tpu.data.tokenizer import load_tokenizer
 from gemma4_tpu.models import sharding
 from gemma4_tpu.models.base import Base, resolve_base
 from gemma4_tpu.models.layout import Layout
-from gemma4_tpu.models.load import by_name, load_params
+from gemma4_tpu.models.params import by_name, load_params
 from gemma4_tpu.models.tunix_bridge import fill
 
 LENGTH, RANK, PEAK, WARMUP, ROWS = 3072, 64, 1e-4, 100, seed_recipe.ROWS_PER_UPDATE
@@ -89,7 +89,7 @@ def load(base: Base, mesh: Mesh, rank: int) -> nnx.Module:
     Weights come by our loader: Tunix 0.1.7's knows one of the two ways in which Hugging Face names Gemma 4's tensors.
     """
     layout = Layout.of(base.arch)
-    shardings = layout.tree(lambda leaf: sharding.named(mesh, leaf.tunix_names[0], leaf.shape, stacked=leaf.stacked))
+    shardings = sharding.places(layout, mesh)
     params = load_params(base.checkpoint, base.arch, layout, shardings, jnp.bfloat16)
     with mesh:
         model = fill(by_name(params, layout), base.arch, jnp.bfloat16)

@@ -38,8 +38,8 @@ from gemma4_tpu.data.pipeline import Pipeline
 from gemma4_tpu.data.tokenizer import load_tokenizer
 from gemma4_tpu.models.base import resolve_base
 from gemma4_tpu.models.layout import Layout
-from gemma4_tpu.models.load import by_name
 from gemma4_tpu.models.names import name_map
+from gemma4_tpu.models.params import by_name
 from gemma4_tpu.training.job import build_job, start_mesh, to_mesh
 from gemma4_tpu.training.programs import Programs
 from gemma4_tpu.verilog_smoke.families import draw_designs

@@ -102,7 +102,7 @@ def _on_mesh(trained: Trained, leaves: Iterable[Leaf], mesh: Mesh, dtype: Any) -
     def array(leaf: Leaf) -> jax.Array:
         parts = [trained.state.read(name) for name in leaf.tunix_names]
         value = (np.stack(parts) if leaf.stacked else parts[0]).astype(dtype)
-        return jax.device_put(value, sharding.named(mesh, leaf.tunix_names[0], leaf.shape, stacked=leaf.stacked))
+        return jax.device_put(value, sharding.named(mesh, leaf))
 
     return build_tree((leaf.path, array(leaf)) for leaf in leaves)
 

@@ -18,7 +18,7 @@ from gemma4_tpu.models import lora as adapters
 from gemma4_tpu.models import sharding
 from gemma4_tpu.models.gemma4 import Model, hidden_states, logits
 from gemma4_tpu.models.layout import Leaf, build_tree, get
-from gemma4_tpu.models.load import load_params
+from gemma4_tpu.models.params import load_params
 from gemma4_tpu.models.tensorfile import Checkpoint
 
 log = logging.getLogger(__name__)
@@ -80,7 +80,7 @@ def compare_logits(trained: Trained, merged: Checkpoint) -> LogitParity:
     scale = trained.scale if lora.enabled else 1.0
     model = Model(arch=arch, compute_dtype=jnp.float32, lora_scale=scale, mesh=mesh)
     tokens, mask, kind = _prompts(trained)
-    places = model.layout.tree(lambda x: sharding.named(mesh, x.tunix_names[0], x.shape, stacked=x.stacked))
+    places = sharding.places(model.layout, mesh)
     dtype = merged.dtype(trained.prefix + next(iter(trained.tensors.values())).hf_names[0])
 
     def run(params: Any, adapter: Any = None) -> np.ndarray:
@@ -105,11 +105,9 @@ def compare_logits(trained: Trained, merged: Checkpoint) -> LogitParity:
 
 def _merge_in_place(params: Any, trained: Trained, adapter: adapters.Adapter, scale: float, dtype: Any) -> None:
     """Replaces a stacked weight [R, …] of the tree by base + scale·A·B, rounded to `dtype`."""
-    leaf, inputs = adapter.base, adapters.input_dims(adapter.base)
-    outputs = tuple(i for i in range(len(leaf.shape)) if i not in inputs)
+    leaf, read = adapter.base, trained.state.read
     pairs = zip(adapter.a.tunix_names, adapter.b.tunix_names, strict=True)
-    products = [np.tensordot(trained.state.read(a), trained.state.read(b), axes=1) for a, b in pairs]
-    delta = scale * np.stack([p.transpose(np.argsort([*inputs, *outputs])) for p in products])
+    delta = scale * np.stack([adapters.product(leaf.weight, read(a), read(b)) for a, b in pairs])
     node = get(params, leaf.path[:-1])
     node[leaf.path[-1]] = (node[leaf.path[-1]] + jnp.asarray(delta)).astype(dtype).astype(jnp.float32)
 

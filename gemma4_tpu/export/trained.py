@@ -17,9 +17,9 @@ from gemma4_tpu.config.tasks import ExportConfig
 from gemma4_tpu.errors import UserError
 from gemma4_tpu.models import lora as adapters
 from gemma4_tpu.models.base import Base, resolve_base
-from gemma4_tpu.models.fit import fit
 from gemma4_tpu.models.layout import Layout
-from gemma4_tpu.models.names import Match, Tensor, name_map
+from gemma4_tpu.models.match import Match, fit
+from gemma4_tpu.models.names import Tensor, name_map
 from gemma4_tpu.models.tensorfile import Checkpoint
 from gemma4_tpu.tracking.files import read_json
 from gemma4_tpu.tracking.run import RunFolder

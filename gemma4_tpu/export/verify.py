@@ -18,7 +18,6 @@ import numpy as np
 from gemma4_tpu.errors import UserError
 from gemma4_tpu.export.trained import Trained
 from gemma4_tpu.models import lora as adapters
-from gemma4_tpu.models.layout import Layout, Leaf
 from gemma4_tpu.models.names import Tensor
 from gemma4_tpu.models.tensorfile import Checkpoint
 
@@ -48,12 +47,11 @@ class WeightParity:
 
 def compare_weights(trained: Trained, merged: Checkpoint) -> WeightParity:
     """Compares a block of every changed weight, read in memory's layout."""
-    leaves = {name: leaf for leaf in Layout.of(trained.base.arch).leaves() for name in leaf.tunix_names}
     rng = np.random.default_rng(0)
     blocks = [(tensor, _some_block(tensor, rng)) for tensor in trained.tensors.values()]
 
     def off(tensor: Tensor, index: tuple[slice, ...]) -> tuple[float, int]:
-        expected, slack = _expected(trained, leaves[tensor.name], tensor, index)
+        expected, slack = _expected(trained, tensor, index)
         found = _read(tensor, merged, trained.prefix, index)
         allowed = _half_spacing(found.dtype) * np.abs(expected) + slack
         ratio = np.abs(found.astype(np.float64) - expected) / allowed
@@ -81,17 +79,16 @@ def _read(tensor: Tensor, checkpoint: Checkpoint, prefix: str, index: tuple[slic
     return tensor.from_hf(lambda name, where, shape: checkpoint.read(prefix + name, where, shape), index)
 
 
-def _expected(trained: Trained, leaf: Leaf, tensor: Tensor, index: tuple[slice, ...]) -> tuple[np.ndarray, float]:
+def _expected(trained: Trained, tensor: Tensor, index: tuple[slice, ...]) -> tuple[np.ndarray, float]:
     """(float64 values in memory's layout, what float32 arithmetic may be off by)."""
     if not trained.lora.enabled:
         return trained.state.read(tensor.name, index).astype(np.float64), 0.0
-    inputs = adapters.input_dims(leaf)
-    outputs = tuple(i for i in range(len(tensor.shape)) if i not in inputs)
-    lora_a, lora_b = (trained.state.read(name) for name in tensor.lora_names)
-    lora_a = lora_a[tuple(index[i] for i in inputs)]  # [inputs…, r]
-    lora_b = lora_b[(slice(None), *(index[i] for i in outputs))]  # [r, outputs…]
-    product = np.tensordot(lora_a.astype(np.float64), lora_b.astype(np.float64), axes=1)
-    delta = trained.scale * product.transpose(np.argsort([*inputs, *outputs]))
+    where = dict(zip(tensor.weight.dims, index, strict=True)) | {"r": slice(None)}
+    lora_a, lora_b = (
+        trained.state.read(name)[tuple(where[dim] for dim in dims)]
+        for name, dims in zip(tensor.lora_names, tensor.weight.adapter_dims, strict=True)
+    )
+    delta = trained.scale * adapters.product(tensor.weight, lora_a.astype(np.float64), lora_b.astype(np.float64))
     base = _read(tensor, trained.checkpoint, trained.prefix, index).astype(np.float64)
     rank = lora_a.shape[-1]
     largest = trained.scale * rank * float(np.abs(lora_a).max() * np.abs(lora_b).max()) + float(np.abs(base).max())

@@ -1,1 +1,1 @@
-"""The model: forward pass, adapters, layout, sharding rules, loading, the one map of names."""
+"""The model: a table of weights; from it names, layout, sharding and adapters; forward pass, decoding, loading."""

@@ -81,7 +81,7 @@ def _upto_end(q: jax.Array, k: jax.Array, v: jax.Array, segment_ids: jax.Array, 
         own, upto = slice(start, start + size), slice(0, start + size)
         distance = places[own, None] - places[None, upto]
         seen = mask(segment_ids[:, own], segment_ids[:, upto], distance, window)
-        parts.append(_attend(q[:, own], k[:, upto], v[:, upto], seen))
+        parts.append(attend(q[:, own], k[:, upto], v[:, upto], seen))
     return jnp.concatenate(parts, axis=1)
 
 
@@ -105,11 +105,11 @@ def _banded(q: jax.Array, k: jax.Array, v: jax.Array, segment_ids: jax.Array, wi
 
     distance = reach * size + jnp.arange(size)[:, None] - jnp.arange((reach + 1) * size)[None, :]
     seen = mask(block(segment_ids), with_earlier(segment_ids, -1), distance, window)  # nothing is of segment -1
-    out = jax.vmap(_attend, in_axes=1, out_axes=1)(block(q), with_earlier(k, 0), with_earlier(v, 0), seen)
+    out = jax.vmap(attend, in_axes=1, out_axes=1)(block(q), with_earlier(k, 0), with_earlier(v, 0), seen)
     return out.reshape(q.shape)[:, :t]
 
 
-def _attend(q: jax.Array, k: jax.Array, v: jax.Array, seen: jax.Array) -> jax.Array:
+def attend(q: jax.Array, k: jax.Array, v: jax.Array, seen: jax.Array) -> jax.Array:
     """Q [B, Q, N, H], k and v [B, S, K, H], seen [B, Q, S] → [B, Q, N, H]."""
     b, t, n, h = q.shape
     s, kv = k.shape[1:3]

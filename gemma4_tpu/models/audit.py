@@ -24,9 +24,9 @@ from gemma4_tpu.config.tasks import ANY_SIZE
 from gemma4_tpu.errors import UserError
 from gemma4_tpu.hf_config import text_config
 from gemma4_tpu.models.base import Base, resolve_base
-from gemma4_tpu.models.fit import check_tied, fit
 from gemma4_tpu.models.kv_cache import parameter_count
-from gemma4_tpu.models.names import Match, name_map
+from gemma4_tpu.models.match import Match, check_tied, fit
+from gemma4_tpu.models.names import name_map
 from gemma4_tpu.storage import is_remote, join, list_folder, read_json
 
 log = logging.getLogger(__name__)

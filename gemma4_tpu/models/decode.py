@@ -19,8 +19,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from gemma4_tpu.models.attention import MASKED, _attend
-from gemma4_tpu.models.gemma4 import KV, Model, Params, _decoder_layer, _embed, _Layer, logits, rms_norm
+from gemma4_tpu.models.attention import MASKED, attend
+from gemma4_tpu.models.gemma4 import KV, Layer, Model, Params, Visit, decoder_layer, logits, through_layers
 
 Cache = list[list[KV | None]]
 """Per stage and layer of its group: keys and values [R, B, C, K, H]; None for KV-shared layers."""
@@ -78,7 +78,8 @@ def generate(
     first = p - lengths  # [B] place of each row's first real token
     places = jnp.arange(p)[None, :]
     segments = (places >= first[:, None]).astype(jnp.int32)
-    hidden, kvs = _forward(model, params, lora, tokens, segments, jnp.maximum(places - first[:, None], 0), None)
+    forward = partial(through_layers, model, params, lora)
+    hidden, kvs = forward(tokens, segments, jnp.maximum(places - first[:, None], 0), _decoding(None))
     cache = jax.tree.map(
         partial(_to_cache, total=p + max_new_tokens, window=model.arch.sliding_window), kvs, _is_global(model, kvs)
     )
@@ -97,8 +98,8 @@ def generate(
         done = done | jnp.isin(token, stops)
         place = p + i
         positions = (place - first)[:, None]
-        at = _Place(place, first)
-        hidden, kvs = _forward(model, params, lora, token[:, None], jnp.ones((b, 1), jnp.int32), positions, (cache, at))
+        visit = _decoding(_Place(place, first))
+        hidden, kvs = forward(token[:, None], jnp.ones((b, 1), jnp.int32), positions, visit, beside=cache)
         cache = jax.tree.map(lambda c, new: _put(c, new, place, axis=2), cache, kvs)
         return i + 1, logits(model, params, hidden)[:, 0], done, counts, out, cache
 
@@ -140,52 +141,23 @@ class _Place(NamedTuple):
     """[B] place of each row's first real token."""
 
 
-def _forward(
-    model: Model,
-    params: Params,
-    lora: Params | None,
-    tokens: jax.Array,
-    segment_ids: jax.Array,
-    positions: jax.Array,
-    past: tuple[Cache, _Place] | None,
-) -> tuple[jax.Array, Cache]:
-    """Final hidden states [B, T, D] and the new keys and values [R, B, T, K, H] of each layer that has its own.
+def _decoding(at: _Place | None) -> Visit:
+    """What happens at a layer: its new keys and values [R, B, T, K, H] are collected, if it has its own.
 
-    `past` None: a prompt by itself; else T = 1, and the token sees what the cache holds.
+    `at` None: a prompt by itself; else T = 1, and the token sees what the cache beside the layer holds.
     """
-    x, per_layer = _embed(model, params["embedder"], tokens)
-    shared: dict[str, KV] = {}
-    found: Cache = []
-    for s, stage in enumerate(model.layout.stages):
-        stage_params = params["stages"][s]
-        stage_lora = lora["stages"][s] if lora else [{} for _ in stage_params]
-        numbers = jnp.asarray(stage.layers, jnp.int32)  # [R, J]
-        inputs = None if per_layer is None else per_layer[numbers]  # [R, J, B, T, P]
-        caches = past[0][s] if past else [None for _ in stage_params]
 
-        def group(x, slices, stage=stage, shared=shared):
-            weights, adapters, inputs, caches = slices
-            own: list[KV | None] = []
-            whole: dict[str, KV] = {}
-            for j, number in enumerate(stage.layers[0]):
-                kind, is_shared = model.arch.layer_types[number], model.arch.is_kv_shared(number)
-                here = model if past is None else replace(model, attention=partial(_attend_past, past[1], caches[j]))
-                layer = _Layer(here, number, weights[j], adapters[j], None, segment_ids, positions)
-                own_inputs = None if inputs is None else inputs[j]
-                x, kv = _decoder_layer(layer, x, own_inputs, shared[kind] if is_shared else None)
-                own.append(None if is_shared else kv)
-                whole[kind] = kv if past is None or is_shared else _extend(caches[j], kv, past[1].place)
-            return x, (own, whole if stage.exports_kv else {})
+    def visit(
+        layer: Layer, x: jax.Array, per_layer_input: jax.Array | None, shared_kv: KV | None, cache: Any
+    ) -> tuple[jax.Array, KV, KV | None]:
+        if at is not None:
+            layer = replace(layer, model=replace(layer.model, attention=partial(_attend_past, at, cache)))
+        x, kv = decoder_layer(layer, x, per_layer_input, shared_kv)
+        if layer.is_kv_shared:
+            return x, kv, None
+        return x, kv if at is None else _extend(cache, kv, at.place), kv
 
-        slices = (stage_params, stage_lora, inputs, caches)
-        if stage.repeats == 1:
-            x, (own, whole) = group(x, jax.tree.map(lambda a: a[0], slices))
-            own = jax.tree.map(lambda a: a[None], own)
-            shared = whole or shared
-        else:
-            x, (own, _) = jax.lax.scan(group, x, slices)
-        found.append(own)
-    return rms_norm(x, params["final_norm"]["scale"]), found
+    return visit
 
 
 def _attend_past(
@@ -199,7 +171,7 @@ def _attend_past(
     places = at.place - (at.place - jnp.arange(slots)) % slots  # [C] the last place that went into each slot
     seen = places[None, :] >= at.first[:, None]  # a ring no longer than the window holds nothing older than it
     if cache is None:
-        return _attend(q, k, v, seen[:, None, :])
+        return attend(q, k, v, seen[:, None, :])
     # The new token's slot holds one that has left the window, or nothing.
     return _attend_beside(q, cache, (k, v), seen & (places != at.place))
 

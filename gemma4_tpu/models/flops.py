@@ -7,39 +7,29 @@ instead of 6.
 
 from __future__ import annotations
 
+import math
+
 from gemma4_tpu.architectures import Architecture
 from gemma4_tpu.config.schema import LoraConfig
+from gemma4_tpu.models.names import Tensor, name_map
+from gemma4_tpu.models.weights import PER_LAYER_TABLE
 
 
 def matmul_parameters(arch: Architecture) -> int:
     """Parameters that each token is multiplied with: active experts only, the output table included."""
-    d = arch.embed_dim
-    total = arch.vocab_size * d
-    for i in range(arch.num_layers):
-        heads, width = arch.num_heads, arch.layer_head_dim(i)
-        total += 2 * d * heads * width + 3 * d * arch.layer_hidden_dim(i)
-        if not arch.is_kv_shared(i):
-            projections = 1 if arch.is_global(i) and arch.k_eq_v else 2
-            total += projections * d * arch.layer_kv_heads(i) * width
-        if arch.num_experts:
-            total += d * arch.num_experts + arch.experts_per_token * 3 * d * arch.expert_dim
-        total += 2 * d * arch.per_layer_input_dim
-    return total + d * arch.num_layers * arch.per_layer_input_dim
+
+    def active(tensor: Tensor) -> int:
+        values = math.prod(tensor.shape)
+        return values // arch.num_experts * arch.experts_per_token if tensor.weight.each else values
+
+    products = (t for t in name_map(arch).values() if t.weight.inputs and t.name != PER_LAYER_TABLE)
+    return sum(map(active, products))
 
 
 def lora_parameters(arch: Architecture, lora: LoraConfig) -> int:
-    """Trained parameters of the adapters (see `models/lora.py` for the modules)."""
-    d, r, total = arch.embed_dim, lora.rank, 0
-    for i in range(arch.num_layers):
-        wide = arch.num_heads * arch.layer_head_dim(i)
-        if "attention" in lora.targets:
-            total += 2 * r * (d + wide)
-            if not arch.is_kv_shared(i):
-                projections = 1 if arch.is_global(i) and arch.k_eq_v else 2
-                total += r * (d + projections * arch.layer_kv_heads(i) * arch.layer_head_dim(i))
-        if "mlp" in lora.targets:
-            total += 3 * r * (d + arch.layer_hidden_dim(i))
-    return total
+    """Trained parameters of the adapters: an A `[r, in]` and, for each weight on disk, a B `[out, r]`."""
+    adapted = (t for t in name_map(arch).values() if t.weight.role in lora.targets)
+    return lora.rank * sum(t.hf_shape[-1] + len(t.hf_names) * t.hf_shape[-2] for t in adapted)
 
 
 def attention_flops(arch: Architecture, length: float) -> float:

@@ -5,8 +5,12 @@ reference that this is tested against, beside transformers; training does not ru
 ids, cannot scan over layers, and see adapters only through one intercepted method.
 
 Dims: B rows, T tokens, D model, N query heads, K key/value heads, H head width, F hidden units, L layers,
-P per-layer embedding, V vocabulary, r adapter rank, R repeats of a stage; S is T split over the `tp` axis: norms and
-residuals work on their own tokens, products on all (sequence parallelism).
+P per-layer embedding, V vocabulary, r adapter rank, R repeats of a stage.
+
+S is T split over the `tp` axis: each chip keeps the residual stream of its own tokens (sequence parallelism). Were it
+whole on every chip, all of them would do the same norms, residuals and first halves of adapters, and sums over heads
+and hidden units would be brought to all (all-reduce). Split, the sums are scattered, and gathered again before the
+next product: as many bytes, and the work in between is shared.
 """
 
 from __future__ import annotations
@@ -24,25 +28,17 @@ from jax.sharding import Mesh
 from gemma4_tpu.architectures import Architecture
 from gemma4_tpu.models import quantize
 from gemma4_tpu.models.attention import einsum_attention, rope
-from gemma4_tpu.models.layout import Layout
+from gemma4_tpu.models.layout import Layout, get
 from gemma4_tpu.models.moe import moe
 from gemma4_tpu.models.remat import keep, rematerialised
 from gemma4_tpu.models.sharding import constrain, gathered
+from gemma4_tpu.models.weights import BY_NAME, TP
 
 Params = dict[str, Any]
 KV = tuple[jax.Array, jax.Array]
-
-# base equation, lora_a equation, lora_b equation; dims in lower case, c = (key, value)
-_EQUATIONS = {
-    "q_einsum": ("btd,ndh->btnh", "btd,dr->btr", "btr,rnh->btnh"),
-    "kv_einsum": ("btd,ckdh->cbtkh", "btd,dr->btr", "btr,rckh->cbtkh"),
-    "k_einsum": ("btd,kdh->btkh", "btd,dr->btr", "btr,rkh->btkh"),
-    "attn_vec_einsum": ("btnh,nhd->btd", "btnh,nhr->btr", "btr,rd->btd"),
-    "gate_proj": ("btd,df->btf", "btd,dr->btr", "btr,rf->btf"),
-    "up_proj": ("btd,df->btf", "btd,dr->btr", "btr,rf->btf"),
-    "down_proj": ("btf,fd->btd", "btf,fr->btr", "btr,rd->btd"),
-}
-_MODULE_ORDER = {name: i for i, name in enumerate(_EQUATIONS)}  # fixes each module's dropout key
+Visit = Callable[["Layer", jax.Array, jax.Array | None, KV | None, Any], tuple[jax.Array, KV, Any]]
+"""`visit(layer, x, its per-layer input, the KV that it shares, what stands beside it)` → x, its KV for later layers,
+and what is to be collected."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,21 +60,28 @@ class Model:
 
 
 @dataclass(frozen=True)
-class _Layer:
-    """One layer at work: its weights, adapters, dropout key and the rows it sees."""
+class Layer:
+    """One layer at work: its weights and adapters, the rows it sees and its dropout key."""
 
     model: Model
     number: int
     """A layer of the same structure (they differ only in weights)."""
     params: Params
     lora: Params
-    key: jax.Array | None
     segment_ids: jax.Array
     positions: jax.Array
+    key: jax.Array | None
+    """Of this layer's dropout; None: there is none."""
+    in_loop: bool
+    """It runs inside `lax.scan`."""
 
     @property
     def is_global(self) -> bool:
         return self.model.arch.is_global(self.number)
+
+    @property
+    def is_kv_shared(self) -> bool:
+        return self.model.arch.is_kv_shared(self.number)
 
 
 def rms_norm(x: jax.Array, scale: jax.Array | None) -> jax.Array:
@@ -90,31 +93,36 @@ def rms_norm(x: jax.Array, scale: jax.Array | None) -> jax.Array:
     return wide.astype(x.dtype)
 
 
-def _project(layer: _Layer, block: str, module: str, x: jax.Array, whole: jax.Array | None = None) -> jax.Array:
-    """The adapted linear map `module` of `block` (`attn` or `mlp`) on x.
+def _project(layer: Layer, name: str, x: jax.Array, whole: jax.Array | None = None) -> jax.Array:
+    """The linear map `name` on x, and what its adapter adds.
 
-    Maps out of the residual stream take x [B, S, D] and the same as `whole` [B, T, D]: their adapter's first half works
-    on x, so that no chip repeats it. Maps into it take x split by heads or hidden units and give [B, S, D].
+    Each chip of the `tp` axis holds its own tokens of the residual stream, and makes its own heads or hidden units of
+    all tokens. A map that makes these takes x [B, S, D] and, gathered, the same as `whole` [B, T, D]: its adapter's
+    first half works on x, so that no chip repeats it. A map that contracts them takes x [B, T, …] and gives [B, S, D].
+    One that does neither works on each chip's own tokens.
     """
-    model, inward = layer.model, whole is None
-    base_eq, a_eq, b_eq = _EQUATIONS[module]
-    weight = "w" if module.endswith("einsum") else "kernel"
-    held = layer.params[block][module][weight]
-    if layer.lora:  # frozen: a trained weight's gradient would be gathered, too
-        held = gathered(held, f"{module}.{weight}", model.mesh)
-    y = jnp.einsum(base_eq, x if inward else whole, _dense(held, model.compute_dtype))
-    y = constrain(y, "BSD", model.mesh) if inward else y
-    adapter = layer.lora.get(block, {}).get(module)
-    if adapter is None:
+    model, weight = layer.model, BY_NAME[name]
+    base_eq, a_eq, b_eq = weight.equations
+    held = get(layer.params, weight.path)
+    if layer.lora and weight.role:  # frozen: a trained weight's gradient would be gathered, too
+        held = gathered(held, weight, model.mesh)
+    y = jnp.einsum(base_eq, x if whole is None else whole, _dense(held, model.compute_dtype))
+    if TP in weight.axes_of(weight.inputs):  # each chip has a part of the sum: scattered here, not added up whole
+        y = constrain(y, "BSD", model.mesh)
+    *module, last = weight.path
+    adapter = layer.lora
+    for part in module:
+        adapter = adapter.get(part, {})
+    if f"{last}_lora_a" not in adapter:
         return y
     if model.lora_dropout and layer.key is not None:
-        key = jax.random.fold_in(layer.key, _MODULE_ORDER[module])
+        key = jax.random.fold_in(layer.key, weight.fold)
         kept = jax.random.bernoulli(key, 1.0 - model.lora_dropout, x.shape)
         x = jnp.where(kept, x / (1.0 - model.lora_dropout), 0).astype(x.dtype)
-    low = jnp.einsum(a_eq, x, adapter[f"{weight}_lora_a"].astype(x.dtype)) * model.lora_scale
+    low = jnp.einsum(a_eq, x, adapter[f"{last}_lora_a"].astype(x.dtype)) * model.lora_scale
     low = keep(constrain(low, "BSD", model.mesh), "low")  # [B, S, r]
-    low = low if inward else constrain(low, "BTD", model.mesh)
-    return y + jnp.einsum(b_eq, low, adapter[f"{weight}_lora_b"].astype(x.dtype))
+    low = low if whole is None else constrain(low, "BTD", model.mesh)
+    return y + jnp.einsum(b_eq, low, adapter[f"{last}_lora_b"].astype(x.dtype))
 
 
 def _dense(weight: Any, dtype: Any) -> jax.Array:
@@ -122,7 +130,7 @@ def _dense(weight: Any, dtype: Any) -> jax.Array:
     return quantize.dequantize(weight, dtype) if isinstance(weight, qwix.QArray) else weight.astype(dtype)
 
 
-def _attention(layer: _Layer, x: jax.Array, shared_kv: KV | None) -> tuple[jax.Array, KV]:
+def _attention(layer: Layer, x: jax.Array, shared_kv: KV | None) -> tuple[jax.Array, KV]:
     """X [B, S, D] → output [B, S, D] and the keys and values used, [B, T, K, H] each."""
     model, arch, p = layer.model, layer.model.arch, layer.params["attn"]
     rotate = partial(rope, positions=layer.positions, base=arch.local_rope_base)
@@ -132,32 +140,32 @@ def _attention(layer: _Layer, x: jax.Array, shared_kv: KV | None) -> tuple[jax.A
             factor=arch.global_rope_factor,
         )  # fmt: skip
     whole = constrain(x, "BTD", model.mesh)
-    q = keep(constrain(_project(layer, "attn", "q_einsum", x, whole), "BTNH", model.mesh), "query")
+    q = keep(constrain(_project(layer, "attn.q_einsum.w", x, whole), "BTNH", model.mesh), "query")
     q = rotate(rms_norm(q, p["_query_norm"]["scale"]))
     if shared_kv is not None:
         k, v = shared_kv
     else:
         if "k_einsum" in p:  # the key projection is the value projection too
-            k = v = keep(constrain(_project(layer, "attn", "k_einsum", x, whole), "BTNH", model.mesh), "key_value")
+            k = v = keep(constrain(_project(layer, "attn.k_einsum.w", x, whole), "BTNH", model.mesh), "key_value")
         else:
-            k, v = keep(constrain(_project(layer, "attn", "kv_einsum", x, whole), "2BTNH", model.mesh), "key_value")
-        k, v = rotate(rms_norm(k, p["_key_norm"]["scale"])), rms_norm(v, None)
+            k, v = keep(constrain(_project(layer, "attn.kv_einsum.w", x, whole), "2BTNH", model.mesh), "key_value")
+        k, v = rotate(rms_norm(k, p["_key_norm"]["scale"])), rms_norm(v, None)  # values: no scale, no positions
     window = None if layer.is_global else arch.sliding_window
     out = constrain(model.attention(q, k, v, layer.segment_ids, window), "BTNH", model.mesh)
-    return keep(_project(layer, "attn", "attn_vec_einsum", out), "attended"), (k, v)
+    return keep(_project(layer, "attn.attn_vec_einsum.w", out), "attended"), (k, v)
 
 
-def _mlp(layer: _Layer, x: jax.Array) -> jax.Array:
+def _mlp(layer: Layer, x: jax.Array) -> jax.Array:
     """Gated MLP, [B, S, D] → [B, S, D]."""
     mesh = layer.model.mesh
     whole = constrain(x, "BTD", mesh)
-    gate = keep(constrain(_project(layer, "mlp", "gate_proj", x, whole), "BTF", mesh), "gate_up")
-    up = keep(constrain(_project(layer, "mlp", "up_proj", x, whole), "BTF", mesh), "gate_up")
-    return keep(_project(layer, "mlp", "down_proj", jax.nn.gelu(gate, approximate=True) * up), "mlp_out")
+    gate = keep(constrain(_project(layer, "mlp.gate_proj.kernel", x, whole), "BTF", mesh), "gate_up")
+    up = keep(constrain(_project(layer, "mlp.up_proj.kernel", x, whole), "BTF", mesh), "gate_up")
+    return keep(_project(layer, "mlp.down_proj.kernel", jax.nn.gelu(gate, approximate=True) * up), "mlp_out")
 
 
-def _decoder_layer(
-    layer: _Layer, x: jax.Array, per_layer_input: jax.Array | None, shared_kv: KV | None
+def decoder_layer(
+    layer: Layer, x: jax.Array, per_layer_input: jax.Array | None, shared_kv: KV | None
 ) -> tuple[jax.Array, KV]:
     """X [B, S, D], per_layer_input [B, S, P] → x [B, S, D] and this layer's keys and values."""
     p, model = layer.params, layer.model
@@ -166,7 +174,7 @@ def _decoder_layer(
     x = x + rms_norm(attended, p["post_attention_norm"]["scale"])
 
     out = _mlp(layer, rms_norm(x, p["pre_ffw_norm"]["scale"]))
-    if model.arch.num_experts:
+    if model.arch.num_experts:  # beside the dense MLP, not instead of it; the router reads x itself
         out = rms_norm(out, p["dense_post_ffw_norm"]["scale"])
         normed = rms_norm(x, p["moe_pre_ffw_norm"]["scale"])
         mixed = moe(p["moe"], x, normed, model.arch.experts_per_token, model.mesh)
@@ -174,10 +182,10 @@ def _decoder_layer(
     x = x + rms_norm(out, p["post_ffw_norm"]["scale"])
 
     if per_layer_input is not None:
-        gate = keep(jnp.einsum("btd,dp->btp", x, p["per_layer_input_gate"]["w"].astype(x.dtype)), "per_layer")
+        gate = keep(_project(layer, "per_layer_input_gate.w", x), "per_layer")  # [B, S, P]
         gated = jax.nn.gelu(gate, approximate=True) * per_layer_input
-        added = jnp.einsum("btp,pd->btd", gated, p["per_layer_projection"]["w"].astype(x.dtype))
-        x = x + rms_norm(keep(added, "per_layer"), p["post_per_layer_input_norm"]["scale"])
+        added = keep(_project(layer, "per_layer_projection.w", gated), "per_layer")
+        x = x + rms_norm(added, p["post_per_layer_input_norm"]["scale"])
 
     return constrain(x * p["skip_scale"].astype(x.dtype), "BSD", model.mesh), kv
 
@@ -185,6 +193,7 @@ def _decoder_layer(
 def _embed(model: Model, p: Params, tokens: jax.Array) -> tuple[jax.Array, jax.Array | None]:
     """Tokens [B, T] → x [B, S, D] and, for E2B/E4B, per-layer inputs [L, B, S, P]."""
     dtype = model.compute_dtype
+    # Factors are rounded to the compute dtype, as transformers does: √5376 is 73.5 in bfloat16.
     x = jnp.take(p["input_embedding"], tokens, axis=0).astype(dtype)
     x = constrain(x * jnp.sqrt(jnp.float32(x.shape[-1])).astype(dtype), "BSD", model.mesh)
     if not model.arch.per_layer_input_dim:
@@ -221,38 +230,69 @@ def hidden_states(
     Returns:
       [B, S, D] in `model.compute_dtype`, normalised, ready for `logits`.
     """
+
+    def visit(layer: Layer, x: jax.Array, per_layer_input: Any, shared_kv: Any, _: Any) -> tuple[jax.Array, KV, None]:
+        run = rematerialised(partial(decoder_layer, layer), model.remat, in_loop=layer.in_loop)
+        return *run(x, per_layer_input, shared_kv), None
+
+    return through_layers(model, params, lora, tokens, segment_ids, positions, visit, dropout_key=dropout_key)[0]
+
+
+def through_layers(
+    model: Model,
+    params: Params,
+    lora: Params | None,
+    tokens: jax.Array,
+    segment_ids: jax.Array,
+    positions: jax.Array,
+    visit: Visit,
+    *,
+    dropout_key: jax.Array | None = None,
+    beside: list[list[Any]] | None = None,
+) -> tuple[jax.Array, list[list[Any]]]:
+    """As `hidden_states`, with `visit` run at each layer: training and decoding differ there and nowhere else.
+
+    `beside` holds what `visit` gets with each layer, by stage and layer of its group, stacked like the weights. What it
+    hands back to be collected is returned, too, in the same form.
+    """
     x, per_layer = _embed(model, params["embedder"], tokens)
     shared: dict[str, KV] = {}
+    collected = []
     for s, stage in enumerate(model.layout.stages):
-        stage_params = params["stages"][s]
-        stage_lora = lora["stages"][s] if lora else [{} for _ in stage_params]
         numbers = jnp.asarray(stage.layers, jnp.int32)  # [R, J]
-        inputs = None if per_layer is None else per_layer[numbers]  # [R, J, B, T, P]
+        nothing: list[Any] = [{} for _ in stage.layers[0]]
+        slices = (
+            params["stages"][s],
+            lora["stages"][s] if lora else nothing,
+            numbers,
+            None if per_layer is None else per_layer[numbers],  # [R, J, B, S, P]
+            beside[s] if beside else nothing,
+        )
 
         def group(x, slices, stage=stage, shared=shared):
-            weights, adapters, numbers, inputs = slices
+            weights, adapters, numbers, inputs, others = slices
             kvs: dict[str, KV] = {}
+            found = []
             for j, number in enumerate(stage.layers[0]):
+                # By the layer's own number, not by its place in a stage: a mask does not depend on the stacking.
                 key = None if dropout_key is None else jax.random.fold_in(dropout_key, numbers[j])
-                layer = _Layer(model, number, weights[j], adapters[j], key, segment_ids, positions)
+                layer = Layer(
+                    model, number, weights[j], adapters[j], segment_ids, positions, key, in_loop=stage.repeats > 1
+                )
                 kind = model.arch.layer_types[number]
-                run = rematerialised(partial(_decoder_layer, layer), model.remat, in_loop=stage.repeats > 1)
-                own_inputs = None if inputs is None else inputs[j]
-                x, kvs[kind] = run(x, own_inputs, shared[kind] if model.arch.is_kv_shared(number) else None)
-            return x, kvs
+                shared_kv = shared[kind] if layer.is_kv_shared else None
+                x, kvs[kind], own = visit(layer, x, None if inputs is None else inputs[j], shared_kv, others[j])
+                found.append(own)
+            return x, (found, kvs if stage.exports_kv else {})
 
-        slices = (stage_params, stage_lora, numbers, inputs)
-        if stage.repeats == 1:
-            x, kvs = group(x, jax.tree.map(lambda a: a[0], slices))
-            if stage.exports_kv:
-                shared = kvs
+        if stage.repeats == 1:  # without a loop, so that later stages can read its keys and values
+            x, (found, kvs) = group(x, jax.tree.map(lambda a: a[0], slices))
+            found = jax.tree.map(lambda a: a[None], found)
+            shared = kvs or shared
         else:
-
-            def once(x: jax.Array, s: Any, group: Any = group) -> tuple[jax.Array, None]:
-                return group(x, s)[0], None
-
-            x, _ = jax.lax.scan(once, x, slices)
-    return rms_norm(x, params["final_norm"]["scale"])
+            x, (found, _) = jax.lax.scan(group, x, slices)
+        collected.append(found)
+    return rms_norm(x, params["final_norm"]["scale"]), collected
 
 
 def logits(model: Model, params: Params, hidden: jax.Array) -> jax.Array:

@@ -1,8 +1,9 @@
 """How a model's layers lie in memory: layers of equal structure are stacked, so that one `lax.scan` runs them all.
 
 Gemma 4 repeats a group of layers (five sliding, one global). A *stage* holds R repeats of one group as arrays with a
-leading dim R; the step compiles the group once instead of once per layer. On disk every tensor keeps its own name
-(`layers.7.attn.q_einsum.w`), so a checkpoint does not depend on the layout.
+leading dim R; the step compiles the group once instead of once per layer. They are stacked as they are loaded: stacked
+in the step, every weight would be copied there. On disk every tensor keeps its own name (`layers.7.attn.q_einsum.w`),
+so a checkpoint does not depend on the layout.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from functools import cache
 from typing import Any
 
 from gemma4_tpu.architectures import Architecture
+from gemma4_tpu.models.weights import Axes, Weight, rows, sizes
 
 Path = tuple[str | int, ...]
 
@@ -41,70 +43,19 @@ class Leaf:
     shape: tuple[int, ...]
     """Shape of one tensor, without the leading dim R."""
     stacked: bool
+    weight: Weight
+    """The row that it is of, or stands beside."""
+    dims: str
+    """Letters of its dims, those of `shape`."""
+
+    @property
+    def axes(self) -> tuple[Axes, ...]:
+        """Mesh axes of the dims of `shape`; `()`: it lies everywhere."""
+        return self.weight.axes_of(self.dims)
 
     @property
     def array_shape(self) -> tuple[int, ...]:
         return (len(self.tunix_names), *self.shape) if self.stacked else self.shape
-
-
-def layer_shapes(arch: Architecture, layer: int) -> dict[str, tuple[int, ...]]:
-    """Shapes of the tensors of one layer under Tunix's names, without the `layers.N.` prefix."""
-    d, f = arch.embed_dim, arch.layer_hidden_dim(layer)
-    n, k, h = arch.num_heads, arch.layer_kv_heads(layer), arch.layer_head_dim(layer)
-    shapes: dict[str, tuple[int, ...]] = {
-        "pre_attention_norm.scale": (d,),
-        "attn.q_einsum.w": (n, d, h),
-        "attn._query_norm.scale": (h,),
-        "attn.attn_vec_einsum.w": (n, h, d),
-        "post_attention_norm.scale": (d,),
-        "pre_ffw_norm.scale": (d,),
-        "mlp.gate_proj.kernel": (d, f),
-        "mlp.up_proj.kernel": (d, f),
-        "mlp.down_proj.kernel": (f, d),
-        "post_ffw_norm.scale": (d,),
-        "skip_scale": (1,),
-    }
-    if not arch.is_kv_shared(layer):
-        shapes["attn._key_norm.scale"] = (h,)
-        if arch.is_global(layer) and arch.k_eq_v:
-            shapes["attn.k_einsum.w"] = (k, d, h)
-        else:
-            shapes["attn.kv_einsum.w"] = (2, k, d, h)
-    if arch.num_experts:
-        e, fe = arch.num_experts, arch.expert_dim
-        shapes |= {
-            "moe_pre_ffw_norm.scale": (d,),
-            "moe_post_ffw_norm.scale": (d,),
-            "dense_post_ffw_norm.scale": (d,),
-            "moe.router_logits": (d, e),
-            "moe.router_scale": (d,),
-            "moe.per_expert_scale": (e,),
-            "moe.gating_einsum": (e, 2, fe, d),
-            "moe.linear": (e, fe, d),
-        }
-    if p := arch.per_layer_input_dim:
-        shapes |= {
-            "per_layer_input_gate.w": (d, p),
-            "per_layer_projection.w": (p, d),
-            "post_per_layer_input_norm.scale": (d,),
-        }
-    return shapes
-
-
-def outer_shapes(arch: Architecture) -> dict[str, tuple[int, ...]]:
-    """Shapes of the tensors outside the layers under Tunix's names."""
-    shapes: dict[str, tuple[int, ...]] = {
-        "embedder.input_embedding": (arch.vocab_size, arch.embed_dim),
-        "final_norm.scale": (arch.embed_dim,),
-    }
-    if p := arch.per_layer_input_dim:
-        shapes |= {
-            "embedder.per_layer_model_projection.w": (arch.embed_dim, arch.num_layers, p),
-            "embedder.per_layer_projection_norm.scale": (p,),
-            # Tunix has [V, L, P]; in whole rows a TPU neither pads the table nor copies it for the lookup
-            "embedder.per_layer_input_embedding": (arch.vocab_size_per_layer_input, arch.num_layers * p),
-        }
-    return shapes
 
 
 def _stages(arch: Architecture) -> tuple[Stage, ...]:
@@ -147,12 +98,14 @@ class Layout:
 
     def leaves(self) -> Iterator[Leaf]:
         """Every array of the base model."""
-        for name, shape in outer_shapes(self.arch).items():
-            yield Leaf(tuple(name.split(".")), (name,), shape, stacked=False)
+        for weight in rows(self.arch):
+            shape = weight.shape(sizes(self.arch))
+            yield Leaf(weight.path, (weight.name,), shape, False, weight, weight.dims)
         for path, layers in self.groups():
-            for name, shape in layer_shapes(self.arch, layers[0]).items():
-                names = tuple(f"layers.{i}.{name}" for i in layers)
-                yield Leaf((*path, *name.split(".")), names, shape, stacked=True)
+            size = sizes(self.arch, layers[0])
+            for weight in rows(self.arch, layers[0]):
+                names = tuple(f"layers.{i}.{weight.name}" for i in layers)
+                yield Leaf((*path, *weight.path), names, weight.shape(size), True, weight, weight.dims)
 
     def groups(self) -> Iterator[tuple[Path, tuple[int, ...]]]:
         """`(path of a stacked layer, the layer numbers stacked in it)`."""

@@ -14,27 +14,14 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import Mesh
 
 from gemma4_tpu.config.schema import LoraConfig
 from gemma4_tpu.errors import UserError
 from gemma4_tpu.models import sharding
 from gemma4_tpu.models.layout import Layout, Leaf, build_tree
-
-ROLES = {
-    "attention": ("attn.q_einsum.w", "attn.kv_einsum.w", "attn.k_einsum.w", "attn.attn_vec_einsum.w"),
-    "mlp": ("mlp.gate_proj.kernel", "mlp.up_proj.kernel", "mlp.down_proj.kernel"),
-}
-# Which dims of each weight are contracted with the module's input; the others are output dims.
-_INPUT_DIMS = {
-    "attn.q_einsum.w": (1,),
-    "attn.k_einsum.w": (1,),
-    "attn.kv_einsum.w": (2,),
-    "attn.attn_vec_einsum.w": (0, 1),
-    "mlp.gate_proj.kernel": (0,),
-    "mlp.up_proj.kernel": (0,),
-    "mlp.down_proj.kernel": (0,),
-}
+from gemma4_tpu.models.weights import ROLES, Weight
 
 
 @dataclass(frozen=True)
@@ -52,41 +39,32 @@ def scale(lora: LoraConfig) -> float:
     return lora.alpha / (math.sqrt(lora.rank) if lora.rslora else lora.rank)
 
 
-def role_of(leaf: Leaf) -> str | None:
-    """`attention` or `mlp` for weights that can be adapted, else None."""
-    if not leaf.stacked:
-        return None
-    name = _local_name(leaf)
-    return next((role for role, names in ROLES.items() if name in names), None)
-
-
-def input_dims(leaf: Leaf) -> tuple[int, ...]:
-    """Dims of one (unstacked) adaptable weight that its input is contracted with."""
-    return _INPUT_DIMS[_local_name(leaf)]
-
-
-def _local_name(leaf: Leaf) -> str:
-    return leaf.tunix_names[0].split(".", 2)[2]
-
-
 def adapters(layout: Layout, lora: LoraConfig) -> list[Adapter]:
     """Every adapted weight: all of the targeted roles, global layers' K included. The router and experts have none."""
-    found = [_adapter(leaf, lora.rank) for leaf in layout.leaves() if role_of(leaf) in lora.targets]
+    found = [_adapter(leaf, lora.rank) for leaf in layout.leaves() if leaf.weight.role in lora.targets]
     if not found:
         raise UserError(f"lora.targets={lora.targets} adapts no module; use some of {sorted(ROLES)}")
     return found
 
 
 def _adapter(leaf: Leaf, rank: int) -> Adapter:
-    inputs = input_dims(leaf)
-    in_shape = tuple(leaf.shape[i] for i in inputs)
-    out_shape = tuple(n for i, n in enumerate(leaf.shape) if i not in inputs)
+    size = dict(zip(leaf.dims, leaf.shape, strict=True)) | {"r": rank}
 
-    def beside(suffix: str, shape: tuple[int, ...]) -> Leaf:
-        path = (*leaf.path[:-1], f"{leaf.path[-1]}_{suffix}")
-        return Leaf(path, tuple(f"{n}_{suffix}" for n in leaf.tunix_names), shape, stacked=True)
+    def beside(factor: str, dims: str) -> Leaf:
+        path = (*leaf.path[:-1], f"{leaf.path[-1]}_{factor}")
+        names, shape = tuple(f"{name}_{factor}" for name in leaf.tunix_names), tuple(size[dim] for dim in dims)
+        return Leaf(path, names, shape, stacked=True, weight=leaf.weight, dims=dims)
 
-    return Adapter(leaf, beside("lora_a", (*in_shape, rank)), beside("lora_b", (rank, *out_shape)), math.prod(in_shape))
+    a, b = leaf.weight.adapter_dims
+    fan_in = math.prod(size[dim] for dim in leaf.weight.inputs)
+    return Adapter(leaf, beside("lora_a", a), beside("lora_b", b), fan_in)
+
+
+def product(weight: Weight, lora_a: np.ndarray, lora_b: np.ndarray) -> np.ndarray:
+    """A·B of one weight in its own layout in memory."""
+    a, b = weight.adapter_dims
+    dims = a[:-1] + b[1:]  # of the tensor product over r
+    return np.tensordot(lora_a, lora_b, axes=1).transpose([dims.index(dim) for dim in weight.dims])
 
 
 def leaves(layout: Layout, lora: LoraConfig) -> Iterator[Leaf]:
@@ -98,10 +76,7 @@ def leaves(layout: Layout, lora: LoraConfig) -> Iterator[Leaf]:
 
 def shardings(layout: Layout, lora: LoraConfig, mesh: Mesh) -> dict[str, Any]:
     """NamedSharding of every LoRA array."""
-    return build_tree(
-        (leaf.path, sharding.named(mesh, leaf.tunix_names[0], leaf.shape, stacked=True))
-        for leaf in leaves(layout, lora)
-    )
+    return build_tree((leaf.path, sharding.named(mesh, leaf)) for leaf in leaves(layout, lora))
 
 
 def init(layout: Layout, lora: LoraConfig, key: jax.Array) -> dict[str, Any]:
@@ -131,6 +106,6 @@ def module_counts(layout: Layout, lora: LoraConfig) -> dict[str, int]:
     """Adapted modules by kind, such as `{"attn.q_einsum": 60, …}`."""
     counts: dict[str, int] = {}
     for adapter in adapters(layout, lora):
-        kind = _local_name(adapter.base).rsplit(".", 1)[0]
+        kind = adapter.base.weight.name.rsplit(".", 1)[0]
         counts[kind] = counts.get(kind, 0) + len(adapter.base.tunix_names)
     return counts

@@ -18,7 +18,8 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from gemma4_tpu.models.remat import keep
-from gemma4_tpu.models.sharding import activation_spec, axes_of, spec
+from gemma4_tpu.models.sharding import activation_spec, axes_of, fit
+from gemma4_tpu.models.weights import BY_NAME
 
 Params = dict[str, Any]
 
@@ -122,7 +123,8 @@ def moe(p: Params, residual: jax.Array, normed: jax.Array, experts_per_token: in
     if mesh is None:
         return _share(p, residual, normed, experts_per_token)
     tokens = activation_spec("BSD", residual.shape, mesh)
-    weights = {name: spec(f"moe.{name}", array.shape, mesh) for name, array in p.items()}
+    rows = {name: BY_NAME[f"moe.{name}"] for name in p}
+    weights = {name: fit(row.axes_of(row.dims), p[name].shape, mesh) for name, row in rows.items()}
     hidden = axes_of(weights["linear"][1])
     if axes_of(weights["gating_einsum"][2]) != hidden:
         raise AssertionError(f"hidden units of experts split in two ways: {weights}")

@@ -1,9 +1,8 @@
-"""The one name map: how each tensor is called and laid out in memory (Tunix) and on disk (Hugging Face).
+"""The one map of names: how each tensor is called and laid out in memory (Tunix) and on disk (Hugging Face).
 
-Every rule is a pattern such as `(n h) d -> n d h`: on the left the dims of the Hugging Face tensor, on the right those
-of the Tunix tensor. A Hugging Face weight is `[out, in]`. Since the pattern only splits and reorders dims, any slice
-of one side is a slice of the other: a device's shard is read from disk without the rest. Loading, merging and
-PEFT export all go through this table; it needs NumPy only.
+It follows from the patterns of `weights.py`. Since a pattern only splits and reorders dims, any slice of one side is a
+slice of the other: a device's shard is read from disk without the rest. Loading, merging and PEFT export all go through
+this map; it needs NumPy only.
 """
 
 from __future__ import annotations
@@ -18,71 +17,14 @@ import numpy as np
 
 from gemma4_tpu.architectures import Architecture
 from gemma4_tpu.errors import UserError
-from gemma4_tpu.hf_config import UNQUANTISED
-from gemma4_tpu.models.layout import layer_shapes, outer_shapes
+from gemma4_tpu.models.weights import Weight, rows, sizes
 
-EMBEDDING = "embedder.input_embedding"
-"""Tunix name of the table that is the output matrix too."""
-# Tunix name → (pattern, Hugging Face names). Several names: one per index of the Tunix tensor's leading dim.
-_OUTER: dict[str, tuple[str, ...]] = {
-    EMBEDDING: ("v d -> v d", "embed_tokens.weight"),
-    "embedder.per_layer_input_embedding": ("v e -> v e", "embed_tokens_per_layer.weight"),
-    "embedder.per_layer_model_projection.w": ("(l p) d -> d l p", "per_layer_model_projection.weight"),
-    "embedder.per_layer_projection_norm.scale": ("p -> p", "per_layer_projection_norm.weight"),
-    "final_norm.scale": ("d -> d", "norm.weight"),
-}
-_LAYER: dict[str, tuple[str, ...]] = {  # both sides without `layers.N.`
-    "pre_attention_norm.scale": ("d -> d", "input_layernorm.weight"),
-    "attn.q_einsum.w": ("(n h) d -> n d h", "self_attn.q_proj.weight"),
-    "attn.kv_einsum.w": ("(k h) d -> k d h", "self_attn.k_proj.weight", "self_attn.v_proj.weight"),
-    "attn.k_einsum.w": ("(k h) d -> k d h", "self_attn.k_proj.weight"),
-    "attn.attn_vec_einsum.w": ("d (n h) -> n h d", "self_attn.o_proj.weight"),
-    "attn._query_norm.scale": ("h -> h", "self_attn.q_norm.weight"),
-    "attn._key_norm.scale": ("h -> h", "self_attn.k_norm.weight"),
-    "post_attention_norm.scale": ("d -> d", "post_attention_layernorm.weight"),
-    "pre_ffw_norm.scale": ("d -> d", "pre_feedforward_layernorm.weight"),
-    "mlp.gate_proj.kernel": ("f d -> d f", "mlp.gate_proj.weight"),
-    "mlp.up_proj.kernel": ("f d -> d f", "mlp.up_proj.weight"),
-    "mlp.down_proj.kernel": ("d f -> f d", "mlp.down_proj.weight"),
-    "post_ffw_norm.scale": ("d -> d", "post_feedforward_layernorm.weight"),
-    "skip_scale": ("one -> one", "layer_scalar"),
-    "dense_post_ffw_norm.scale": ("d -> d", "post_feedforward_layernorm_1.weight"),
-    "moe_pre_ffw_norm.scale": ("d -> d", "pre_feedforward_layernorm_2.weight"),
-    "moe_post_ffw_norm.scale": ("d -> d", "post_feedforward_layernorm_2.weight"),
-    "moe.router_logits": ("e d -> d e", "router.proj.weight"),
-    "moe.router_scale": ("d -> d", "router.scale"),
-    "moe.per_expert_scale": ("e -> e", "router.per_expert_scale"),
-    "moe.gating_einsum": ("e (c f) d -> e c f d", "experts.gate_up_proj"),
-    "moe.linear": ("e d f -> e f d", "experts.down_proj"),
-    "per_layer_input_gate.w": ("p d -> d p", "per_layer_input_gate.weight"),
-    "per_layer_projection.w": ("d p -> p d", "per_layer_projection.weight"),
-    "post_per_layer_input_norm.scale": ("d -> d", "post_per_layer_input_norm.weight"),
-}
-
-PREFIXES = ("model.language_model.", "model.")
-"""What stands before `layers.N…`: as Gemma4ForConditionalGeneration and as Gemma4ForCausalLM write it."""
-
-# Tensors that text training leaves alone: other modalities, the tied output matrix, buffers computed from the config.
-_HEAD = re.compile(r"(model\.)?(language_model\.)?lm_head\.weight$")
-_PASSTHROUGH = re.compile(
-    r"(model\.)?(vision_tower|vision_embedder|audio_tower|embed_vision|embed_audio|multi_modal_projector)\."
-    r"|.*\brotary_emb\.|.*\bembed_scale$"
-)
-# What quantisers leave beside (or instead of) a weight, by the method's name.
-_QUANTISED = {
-    "bitsandbytes": re.compile(r"\.(absmax|quant_map|nested_\w+|quant_state\.[\w.]+|SCB|weight_format)$"),
-    "GPTQ or AWQ": re.compile(r"\.(qweight|qzeros|g_idx)$"),
-    "compressed-tensors": re.compile(r"weight_(packed|shape|zero_point|global_scale)$"),
-    "MXFP4": re.compile(r"_(blocks|scales)$"),
-    "fp8 or another format with scales": re.compile(r"(weight|proj)_scale(_inv|_2)?$|\.input_scale$"),
-}
 # What PEFT calls a factor, with the adapter's name (`.default`) in files that were not saved by PEFT itself, and what
 # stands in a module's path only because the model was wrapped: by PEFT, a class of transformers, DDP, FSDP,
 # torch.compile or activation checkpointing.
 _PEFT_KEY = re.compile(r"(?P<module>.+)\.lora_(?P<factor>[AB])(?:\.[^.]+)?\.weight")
 _WRAPPED = {"module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
 _WRAPPERS = {"base_model", "model", "language_model", *_WRAPPED}
-_SHARED_KV = re.compile(r"layers\.(\d+)\.self_attn\.(k_proj|v_proj|k_norm|v_norm)\.weight$")
 
 Index = Sequence[slice]
 Read = Callable[[str, Index, tuple[int, ...]], np.ndarray]
@@ -92,6 +34,8 @@ Read = Callable[[str, Index, tuple[int, ...]], np.ndarray]
 class Tensor:
     """One tensor on both sides."""
 
+    weight: Weight
+    """Its row."""
     name: str
     """In memory: `layers.3.attn.kv_einsum.w`."""
     shape: tuple[int, ...]
@@ -232,95 +176,23 @@ def _share_a(pairs: Sequence[tuple[np.ndarray, np.ndarray]]) -> bool:
 @cache
 def name_map(arch: Architecture) -> Mapping[str, Tensor]:
     """Every tensor of the base model by its Tunix name."""
-    shapes = [("", name, shape, _OUTER[name]) for name, shape in outer_shapes(arch).items()]
+    tensors = [_tensor("", weight, sizes(arch)) for weight in rows(arch)]
     for layer in range(arch.num_layers):
-        prefix = f"layers.{layer}."
-        shapes += [(prefix, name, shape, _LAYER[name]) for name, shape in layer_shapes(arch, layer).items()]
-    return {prefix + name: _tensor(prefix, name, shape, *rule) for prefix, name, shape, rule in shapes}
+        tensors += [_tensor(f"layers.{layer}.", weight, sizes(arch, layer)) for weight in rows(arch, layer)]
+    return {tensor.name: tensor for tensor in tensors}
 
 
-def _tensor(prefix: str, name: str, shape: tuple[int, ...], pattern: str, *hf_names: str) -> Tensor:
-    on_disk, in_memory = pattern.split(" -> ")
-    groups = [group.strip("()").split() for group in re.findall(r"\([^)]*\)|\w+", on_disk)]
-    split_dims = [dim for group in groups for dim in group]
-    dims = in_memory.split()
-    size = dict(zip(dims, shape[-len(dims) :], strict=True))
+def _tensor(prefix: str, weight: Weight, size: Mapping[str, int]) -> Tensor:
+    split = "".join(weight.groups)
     return Tensor(
-        name=prefix + name,
-        shape=shape,
-        hf_names=tuple(prefix + hf_name for hf_name in hf_names),
-        hf_shape=tuple(math.prod(size[dim] for dim in group) for group in groups),
-        split=tuple(size[dim] for dim in split_dims),
-        order=tuple(split_dims.index(dim) for dim in dims),
+        weight=weight,
+        name=prefix + weight.name,
+        shape=weight.shape(size),
+        hf_names=tuple(prefix + name for name in weight.hf_names),
+        hf_shape=tuple(math.prod(size[dim] for dim in group) for group in weight.groups),
+        split=tuple(size[dim] for dim in split),
+        order=tuple(split.index(dim) for dim in weight.dims if dim in split),
     )
-
-
-@dataclass(frozen=True)
-class Match:
-    """How a checkpoint's tensors correspond to an architecture."""
-
-    prefix: str
-    """One of `PREFIXES`."""
-    passthrough: tuple[str, ...]
-    """Full names of the tensors that text training leaves alone, sorted; `head` among them."""
-    head: str | None = None
-    """Full name of a stored output matrix [V, D]. Gemma 4's is the embedding: its values must be the same."""
-
-    @property
-    def embedding(self) -> str:
-        """Full name of the embedding."""
-        return f"{self.prefix}{_OUTER[EMBEDDING][1]}"
-
-
-def match(arch: Architecture, shapes: Mapping[str, tuple[int, ...]], where: str) -> Match:
-    """Pairs a checkpoint's tensors (full name → shape) with those of `arch`.
-
-    Raises:
-      UserError: tensors that are missing, unexpected or of another shape; names them all (the first ten of each kind),
-        and the method where they are those of a quantised checkpoint. `where` says which checkpoint.
-    """
-    prefixes = [p for p in PREFIXES if any(name.startswith(p + "layers.") for name in shapes)]
-    if len(prefixes) != 1:
-        raise UserError(
-            f"{where}: expected text weights under exactly one of {', '.join(p + 'layers.N' for p in PREFIXES)};"
-            f" found {len(prefixes)} of them among {some(sorted(shapes))}"
-        )
-    (prefix,) = prefixes
-    expected = {prefix + name: t.hf_shape for t in name_map(arch).values() for name in t.hf_names}
-    heads = sorted(name for name in shapes if _HEAD.match(name))
-    wanted = expected | dict.fromkeys(heads, (arch.vocab_size, arch.embed_dim))
-    rest = shapes.keys() - wanted.keys()
-    passthrough = sorted([*heads, *(name for name in rest if _left_alone(arch, name, prefix))])
-    problems = {
-        "missing": sorted(expected.keys() - shapes.keys()),
-        "unexpected": sorted(rest - set(passthrough)),
-        "of another shape": [
-            f"{name} {list(shapes[name])} instead of {list(shape)}"
-            for name, shape in wanted.items()
-            if name in shapes and tuple(shapes[name]) != shape
-        ],
-    }
-    if any(problems.values()):
-        if told := _quantised(problems["unexpected"]):
-            raise UserError(f"{where}: {told}; {UNQUANTISED}")
-        found = "; ".join(f"{len(names)} {kind}: {some(names)}" for kind, names in problems.items() if names)
-        raise UserError(f"{where}: its tensors are not those of {arch.name}: {found}")
-    return Match(prefix, tuple(passthrough), heads[0] if heads else None)
-
-
-def _quantised(names: Sequence[str]) -> str | None:
-    """How the checkpoint with these unexpected tensors is quantised; None: they are none of a quantiser's."""
-    for method, pattern in _QUANTISED.items():
-        if found := [name for name in names if pattern.search(name)]:
-            return f"quantised with {method}, though config.json has no quantization_config ({some(found, 2)})"
-    return None
-
-
-def _left_alone(arch: Architecture, name: str, prefix: str) -> bool:
-    if _PASSTHROUGH.match(name):
-        return True
-    shared = _SHARED_KV.match(name.removeprefix(prefix))
-    return shared is not None and arch.num_unshared_layers <= int(shared[1]) < arch.num_layers
 
 
 def some(names: Sequence[str], limit: int = 10) -> str:

@@ -14,10 +14,8 @@ import jax
 import jax.numpy as jnp
 import qwix
 from jax.sharding import Mesh, NamedSharding
-from jax.sharding import PartitionSpec as P
 
 from gemma4_tpu.config.schema import LoraConfig
-from gemma4_tpu.models import lora as adapters
 from gemma4_tpu.models import sharding
 from gemma4_tpu.models.layout import Leaf
 
@@ -32,12 +30,12 @@ NF4_VALUES = (
 
 def is_quantized(leaf: Leaf, lora: LoraConfig) -> bool:
     """Whether this base weight is held quantised under `lora.quantize`."""
-    return lora.quantize is not None and adapters.role_of(leaf) in lora.targets
+    return lora.quantize is not None and leaf.weight.role in lora.targets
 
 
 def quantize(leaf: Leaf, weight: jax.Array, qtype: str) -> qwix.QArray:
     """A stacked weight [R, …] as a quantised array."""
-    inputs = [i + 1 for i in adapters.input_dims(leaf)]  # + 1: the repeats
+    inputs = [i for i, dim in enumerate(leaf.dims, 1) if dim in leaf.weight.inputs]  # from 1, after the repeats
     if qtype == "int8":
         return qwix.quantize(weight, "int8", channelwise_axes=[i for i in range(weight.ndim) if i not in inputs])
     tiled = inputs[-1]
@@ -68,13 +66,11 @@ def dequantize(weight: qwix.QArray, dtype: Any) -> jax.Array:
 def quantizer(leaf: Leaf, qtype: str | None, mesh: Mesh) -> Any:
     """The compiled function that quantises this weight (`is_quantized`) on the mesh and frees the original."""
     assert qtype is not None
-    name, shape = leaf.tunix_names[0], leaf.array_shape
-    axes = (*sharding.spec(name, leaf.shape, mesh, stacked=True), *[None] * len(shape))[: len(shape)]
+    axes = tuple(sharding.spec(mesh, leaf))
 
     def place(x: jax.ShapeDtypeStruct) -> NamedSharding:
-        fits = [a if a and n % mesh.shape[a] == 0 else None for a, n in zip(axes, x.shape, strict=False)]
-        return NamedSharding(mesh, P(*fits))
+        return NamedSharding(mesh, sharding.fit(axes, x.shape, mesh))
 
     run = partial(quantize, leaf, qtype=qtype)
-    shapes = jax.eval_shape(run, jax.ShapeDtypeStruct(shape, "bfloat16"))
+    shapes = jax.eval_shape(run, jax.ShapeDtypeStruct(leaf.array_shape, "bfloat16"))
     return jax.jit(run, out_shardings=jax.tree.map(place, shapes))

@@ -15,6 +15,7 @@ from tunix.models.gemma4 import model as tunix
 
 from gemma4_tpu.architectures import Architecture
 from gemma4_tpu.errors import UserError
+from gemma4_tpu.models.weights import PER_LAYER_TABLE
 
 
 def tunix_config(arch: Architecture, dtype: Any = jnp.float32) -> tunix.ModelConfig:
@@ -67,7 +68,7 @@ def to_tunix(params: Mapping[str, jax.Array], arch: Architecture, dtype: Any = j
     """Tunix's model of `arch` with these weights, converted to `dtype`.
 
     Args:
-      params: by Tunix name (`load.by_name`).
+      params: by Tunix name (`params.by_name`).
       arch: what they belong to.
       dtype: of parameters and activations.
 
@@ -91,7 +92,7 @@ def fill(params: Mapping[str, jax.Array], arch: Architecture, dtype: Any) -> tun
         name = ".".join(map(str, path))
         if name in params:
             value = params[name].astype(dtype)
-            if name == "embedder.per_layer_input_embedding":  # [V, L * P] here
+            if name == PER_LAYER_TABLE:  # [V, L * P] here
                 value = value.reshape(-1, arch.num_layers, arch.per_layer_input_dim)
             if value.shape != leaf.get_value().shape:
                 raise ValueError(f"{name}: shape {value.shape} where Tunix has {leaf.get_value().shape}")

@@ -97,7 +97,7 @@ def shapes(
     layout, dtype = step.model.layout, weight_dtype(step)
 
     def base_leaf(leaf: Leaf) -> Any:
-        place = sharding.named(mesh, leaf.tunix_names[0], leaf.shape, stacked=leaf.stacked)
+        place = sharding.named(mesh, leaf)
         weight = jax.ShapeDtypeStruct(leaf.array_shape, dtype, sharding=place)
         if not quantize.is_quantized(leaf, lora):
             return weight

@@ -64,7 +64,8 @@ def _forward(hidden, table, targets, target_mask, cap, chunk_tokens, hidden_grad
     c = chunk_length(t // parts, chunk_tokens // parts)
     weights = constrain(table.astype(hidden.dtype), "VD", mesh)  # gathered over fsdp once, not in every chunk
 
-    def split(x):  # [B, T, …] → [chunks, B, parts·c, …]: each chunk takes c tokens of every chip's part of T
+    # Each chunk takes c tokens of every chip's part of T: cut in order, T would lie on one chip after the other.
+    def split(x):  # [B, T, …] → [chunks, B, parts·c, …]
         x = x.reshape(b, parts, t // parts // c, c, *x.shape[2:])
         return jnp.moveaxis(x, 2, 0).reshape(t // parts // c, b, parts * c, *x.shape[4:])
 
@@ -81,7 +82,8 @@ def _forward(hidden, table, targets, target_mask, cap, chunk_tokens, hidden_grad
         top = jax.lax.stop_gradient(capped.max(axis=-1, keepdims=True))
         exponentials = jnp.exp(capped - top)
         denominator = exponentials.sum(axis=-1, keepdims=True)
-        is_target = jnp.arange(capped.shape[-1]) == y[..., None]  # [B, c, V], fused into the sums
+        # [B, c, V], fused into the sums; a gather by target would cross the chips that the vocabulary is split over
+        is_target = jnp.arange(capped.shape[-1]) == y[..., None]
         target_score = jnp.where(is_target, capped, 0.0).sum(axis=-1)
         nll = jnp.log(denominator[..., 0]) + top[..., 0] - target_score
         total += jnp.where(m, nll, 0.0).sum()

@@ -34,7 +34,7 @@ class TrainState(NamedTuple):
     """Dropout key of the run; folded with the update and the microbatch, never advanced."""
 
 
-class Metrics(NamedTuple):
+class UpdateMetrics(NamedTuple):
     """Scalars of one update, float32 unless said otherwise."""
 
     loss: jax.Array
@@ -78,6 +78,8 @@ class Step:
 
     def gradients(self, state: TrainState, base: Any, batch: Batch) -> tuple[jax.Array, Any, jax.Array]:
         """Mean loss, mean gradient and number of target tokens over all microbatches."""
+        # Dropout keys are folded, never advanced: the run's with update, microbatch, layer and weight, in this order.
+        # So a run that goes on draws what it would have drawn, and there is no generator's state to save.
         update_key = jax.random.fold_in(state.key, state.update)
 
         def microbatch(total, item):
@@ -88,19 +90,19 @@ class Step:
 
         count = batch["target_mask"].sum(dtype=jnp.int32)
         microbatches = batch["tokens"].shape[0]
-        if microbatches == 1:
+        if microbatches == 1:  # nothing to add up, so neither a loop nor a tree of sums
             rows = jax.tree.map(lambda x: x[0], batch)
             key = jax.random.fold_in(update_key, 0) if self.model.lora_dropout else None
             total = jax.value_and_grad(self.summed_loss)(state.trained, base, rows, key)
         else:
             zeros = jnp.zeros((), jnp.float32), jax.tree.map(jnp.zeros_like, state.trained)
             total, _ = jax.lax.scan(microbatch, zeros, (jnp.arange(microbatches), batch))
-        loss, grads = jax.tree.map(lambda x: x / jnp.maximum(count, 1), total)
+        loss, grads = jax.tree.map(lambda x: x / jnp.maximum(count, 1), total)  # rows without targets: 0, not NaN
         return loss, grads, count
 
     def train(
         self, state: TrainState, base: Any, batch: Batch, spike_limit: jax.Array | None = None
-    ) -> tuple[TrainState, Metrics]:
+    ) -> tuple[TrainState, UpdateMetrics]:
         """One update. Donate `state`.
 
         A loss above `spike_limit` (float32 scalar) leaves values and moments as they are; the counters go on.
@@ -108,12 +110,12 @@ class Step:
         loss, grads, count = self.gradients(state, base, batch)
         changes, optimizer = self.optimizer.update(grads, state.optimizer, state.trained)
         trained = optax.apply_updates(state.trained, changes)
-        if spike_limit is not None:
+        if spike_limit is not None:  # Adam's own count goes on with the run's, so that the schedule does
             trained = _unless(loss > spike_limit, trained, state.trained)
             moments = {m: _unless(loss > spike_limit, *(optax.tree.get(o, m) for o in (optimizer, state.optimizer)))
                        for m in ("mu", "nu")}  # fmt: skip
             optimizer = optax.tree.set(optimizer, **moments)
-        metrics = Metrics(loss, optax.global_norm(grads), count)
+        metrics = UpdateMetrics(loss, optax.global_norm(grads), count)
         return TrainState(trained, optimizer, state.update + 1, state.key), metrics
 
     def evaluate(self, trained: Any, base: Any, batch: Batch) -> tuple[jax.Array, jax.Array]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import errno
 import logging
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -19,13 +19,14 @@ import jax
 import jax.numpy as jnp
 import optax
 import orbax.checkpoint as ocp
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding
 from orbax.checkpoint import checkpoint_managers as policies
 
 from gemma4_tpu.config.schema import CheckpointConfig
 from gemma4_tpu.errors import UserError
 from gemma4_tpu.models import sharding
 from gemma4_tpu.models.layout import Leaf, build_tree, get
+from gemma4_tpu.models.weights import Axes
 from gemma4_tpu.step.train_step import TrainState
 from gemma4_tpu.storage import is_remote, join, list_folder
 from gemma4_tpu.training import checksums
@@ -114,10 +115,11 @@ class Checkpoints:
           UserError: the checkpoint holds other tensors than this run trains.
         """
         abstract = jax.eval_shape(partial(_to_disk, leaves=self._leaves), state)
+        axes = {name: leaf.axes for leaf in self._leaves for name in leaf.tunix_names}
         targets = {
-            group: {name: self._target(name, x) for name, x in value.items()}
+            group: {name: self._target(axes[name], x) for name, x in value.items()}
             if isinstance(value, dict)
-            else self._target("", value)  # no rule: replicated
+            else self._target((), value)  # counters and keys lie everywhere
             for group, value in abstract.items()
         }
         wanted = ocp.args.Composite(state=ocp.args.StandardRestore(targets), position=ocp.args.JsonRestore())
@@ -160,8 +162,9 @@ class Checkpoints:
                 f" {last}. Make space, or lower checkpoint.keep, and the same command goes on"
             ) from error
 
-    def _target(self, name: str, x: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding.named(self._mesh, name, x.shape))
+    def _target(self, axes: Sequence[Axes], x: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+        place = NamedSharding(self._mesh, sharding.fit(axes, x.shape, self._mesh))
+        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place)
 
 
 def _heldout_loss(metrics: dict[str, float]) -> float:

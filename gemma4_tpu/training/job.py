@@ -32,7 +32,7 @@ from gemma4_tpu.models import quantize, sharding
 from gemma4_tpu.models.base import Base
 from gemma4_tpu.models.gemma4 import Model
 from gemma4_tpu.models.layout import Layout, Leaf
-from gemma4_tpu.models.load import load_params, random_params
+from gemma4_tpu.models.params import load_params, random_params
 from gemma4_tpu.models.splash import make_attention
 from gemma4_tpu.step.optimizer import make_optimizer
 from gemma4_tpu.step.train_step import Step, TrainState
@@ -174,7 +174,7 @@ def build_job(
 def load_weights(base: Base, mesh: Mesh, dtype: Any, then: Callable[[Leaf, jax.Array], Any]) -> Any:
     """The base parameters on the mesh, array by array; `then` decides what becomes of each."""
     layout = Layout.of(base.arch)
-    places = layout.tree(lambda x: sharding.named(mesh, x.tunix_names[0], x.shape, stacked=x.stacked))
+    places = sharding.places(layout, mesh)
     if base.folder is None:
         assert base.seed is not None
         log.info("random base weights (seed %d)", base.seed)
@@ -214,8 +214,8 @@ def _quantizing(lora: LoraConfig, mesh: Mesh) -> Any:
 
 
 def _log_replicated(leaves: Iterable[Leaf], mesh: Mesh) -> None:
-    """Names what the sharding rules would split and the shapes do not allow."""
-    lines = [line for leaf in leaves for line in sharding.replicated(leaf.tunix_names[0], leaf.shape, mesh)]
+    """Names what the mesh would split and the shapes do not allow."""
+    lines = [line for leaf in leaves for line in sharding.replicated(mesh, leaf)]
     for line in lines:
         log.debug("replicated: %s", line)
     if lines:

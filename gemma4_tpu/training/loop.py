@@ -14,7 +14,7 @@ import optax
 from gemma4_tpu.config.schema import CheckpointConfig, TrainerConfig
 from gemma4_tpu.data.pipeline import Update
 from gemma4_tpu.errors import UserError
-from gemma4_tpu.step.train_step import Metrics, TrainState
+from gemma4_tpu.step.train_step import TrainState, UpdateMetrics
 from gemma4_tpu.tracking.result import Result, Totals
 from gemma4_tpu.training.batches import Batches
 from gemma4_tpu.training.checkpoint import Checkpoints
@@ -40,7 +40,7 @@ class InFlight(NamedTuple):
 
     done: int
     update: Update
-    metrics: Metrics
+    metrics: UpdateMetrics
     spike_limit: np.float32 | None
 
 

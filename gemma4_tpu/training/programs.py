@@ -11,7 +11,7 @@ from typing import Any
 
 import jax
 
-from gemma4_tpu.step.train_step import Batch, Metrics, Step, TrainState, compiled_functions
+from gemma4_tpu.step.train_step import Batch, Step, TrainState, UpdateMetrics, compiled_functions
 
 log = logging.getLogger(__name__)
 
@@ -58,7 +58,9 @@ class Programs:
         self._compiled: set[tuple[str, int]] = set()
         self.compile_seconds = 0.0
 
-    def train(self, state: TrainState, base: Any, batch: Batch, spike_limit: Any = None) -> tuple[TrainState, Metrics]:
+    def train(
+        self, state: TrainState, base: Any, batch: Batch, spike_limit: Any = None
+    ) -> tuple[TrainState, UpdateMetrics]:
         """One update; `state` is donated. A `spike_limit` is given at every update, or at none."""
         return self._run("train", state, base, batch, *([] if spike_limit is None else [spike_limit]))
 

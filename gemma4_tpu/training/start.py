@@ -30,6 +30,7 @@ from gemma4_tpu.models import lora as adapters
 from gemma4_tpu.models.adapter_files import CONFIG, Given, read_peft
 from gemma4_tpu.models.layout import Layout, Leaf, build_tree, get
 from gemma4_tpu.models.names import Tensor, name_map, some
+from gemma4_tpu.models.weights import ROLES
 from gemma4_tpu.storage import list_folder
 from gemma4_tpu.tracking.files import read_json
 from gemma4_tpu.tracking.records import START, write_record
@@ -218,14 +219,14 @@ def _unmatched(start: Start, arch: Architecture, layout: Layout) -> list[str]:
     """Given weights that this run does not adapt."""
     ours = {name for t in start.tensors.values() for name in t.hf_names}
     rest = sorted(start.given.keys() - ours)
-    every = _tensors(arch, layout, replace(start.lora, targets=list(adapters.ROLES)))
+    every = _tensors(arch, layout, replace(start.lora, targets=list(ROLES)))
     targets = {name for t in every.values() for name in t.hf_names}
     untargeted, alien = [n for n in rest if n in targets], [n for n in rest if n not in targets]
     lines = []
     if untargeted:
         lines.append(
             f"lora.targets=[{','.join(start.lora.targets)}] leaves out {len(untargeted)} of its weights"
-            f" ({some(untargeted)}); give lora.targets=[{','.join(adapters.ROLES)}]"
+            f" ({some(untargeted)}); give lora.targets=[{','.join(ROLES)}]"
         )
     if alien:
         lines.append(

@@ -12,7 +12,7 @@ from gemma4_tpu.architectures import ARCHITECTURES
 from gemma4_tpu.assets import ROOT
 from gemma4_tpu.config.schema import ModelConfig
 from gemma4_tpu.models.base import resolve_base
-from gemma4_tpu.models.names import match
+from gemma4_tpu.models.match import match
 from gemma4_tpu.verilog_smoke.families import draw_designs
 from gemma4_tpu.verilog_smoke.prompts import document
 

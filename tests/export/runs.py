@@ -17,7 +17,8 @@ from gemma4_tpu.models import lora as adapters
 from gemma4_tpu.models import sharding
 from gemma4_tpu.models.base import Base
 from gemma4_tpu.models.layout import Layout, build_tree
-from gemma4_tpu.models.names import match, name_map
+from gemma4_tpu.models.match import match
+from gemma4_tpu.models.names import name_map
 from gemma4_tpu.step.optimizer import make_optimizer
 from gemma4_tpu.step.train_step import TrainState
 from gemma4_tpu.training.checkpoint import Checkpoints

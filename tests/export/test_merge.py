@@ -16,8 +16,8 @@ from gemma4_tpu.export.trained import open_trained
 from gemma4_tpu.models import lora as adapters
 from gemma4_tpu.models.gemma4 import Model
 from gemma4_tpu.models.layout import Layout
-from gemma4_tpu.models.load import load_params
-from gemma4_tpu.models.sharding import make_mesh, named
+from gemma4_tpu.models.params import load_params
+from gemma4_tpu.models.sharding import make_mesh, places
 from gemma4_tpu.models.tensorfile import Checkpoint
 from tests.export.conftest import same
 from tests.export.runs import make_run
@@ -37,8 +37,7 @@ def lora_logits(run, tokens, export=None):
     """Logits [B, T, V] of base + LoRA by the forward pass that training ran."""
     trained = open_trained(run, export or ExportConfig())
     layout, mesh = Layout.of(trained.base.arch), make_mesh(1, 1, jax.devices()[:1])
-    places = layout.tree(lambda x: named(mesh, x.tunix_names[0], x.shape, stacked=x.stacked))
-    params = load_params(trained.checkpoint, layout.arch, layout, places, np.float32)
+    params = load_params(trained.checkpoint, layout.arch, layout, places(layout, mesh), np.float32)
     model = Model(arch=layout.arch, compute_dtype=jnp.float32, lora_scale=trained.scale, mesh=mesh)
     adapter = stacked(trained, adapters.leaves(layout, trained.lora))
     return np.asarray(forward(model, params, adapter, tokens, np.ones_like(tokens)))

@@ -20,8 +20,8 @@ from gemma4_tpu.export.trained import open_trained
 from gemma4_tpu.models import lora as adapters
 from gemma4_tpu.models.gemma4 import Model
 from gemma4_tpu.models.layout import Layout, get
-from gemma4_tpu.models.load import load_params
-from gemma4_tpu.models.sharding import make_mesh, named
+from gemma4_tpu.models.params import load_params
+from gemma4_tpu.models.sharding import make_mesh, places
 from gemma4_tpu.models.tensorfile import Checkpoint
 from gemma4_tpu.tracking.run import RunFolder
 from gemma4_tpu.training.start import FILE, open_start
@@ -51,8 +51,7 @@ def logits(base, lora, tree, tokens):
     """Logits [B, T, V] of base + adapters by the forward pass of training."""
     arch, mesh = arch_of(base), mesh_of_one()
     layout = Layout.of(arch)
-    places = layout.tree(lambda x: named(mesh, x.tunix_names[0], x.shape, stacked=x.stacked))
-    params = load_params(Checkpoint(str(base)), arch, layout, places, np.float32)
+    params = load_params(Checkpoint(str(base)), arch, layout, places(layout, mesh), np.float32)
     model = Model(arch=arch, compute_dtype=jnp.float32, lora_scale=adapters.scale(lora), mesh=mesh)
     return np.asarray(forward(model, params, tree, tokens, np.ones_like(tokens)))
 

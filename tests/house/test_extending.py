@@ -27,6 +27,37 @@ name, *words = sys.argv[1:]
 load(words, ENTRIES[name])
 assert chip_of("tpu", "TPU v4").name == "v4"
 """
+ADAPTED = """
+import jax, jax.numpy as jnp, numpy as np
+from gemma4_tpu.architectures import ARCHITECTURES
+from gemma4_tpu.config.schema import LoraConfig
+from gemma4_tpu.models import lora as adapters, sharding
+from gemma4_tpu.models.gemma4 import Model, hidden_states
+from gemma4_tpu.models.layout import Layout, get
+from gemma4_tpu.models.names import name_map
+from gemma4_tpu.models.params import random_params
+
+arch, lora = ARCHITECTURES["tiny_e2b"], LoraConfig(rank=4, alpha=4.0)
+layout, mesh = Layout.of(arch), sharding.make_mesh(1, 1, jax.devices()[:1])
+base = random_params(arch, layout, sharding.places(layout, mesh), jnp.float32, 0)
+fresh = adapters.init(layout, lora, jax.random.key(0))
+(gate,) = (a for a in adapters.adapters(layout, lora) if a.base.path[1:] == (0, 0, "per_layer_input_gate", "w"))
+b = 0.1 * jax.random.normal(jax.random.key(1), gate.b.array_shape)
+get(fresh, gate.b.path[:-1])[gate.b.path[-1]] = b
+tokens = np.arange(3, 35, dtype=np.int32)[None]
+model = Model(arch=arch, compute_dtype=jnp.float32, lora_scale=adapters.scale(lora))
+run = lambda params, adapter: np.asarray(hidden_states(model, params, adapter, tokens, tokens * 0 + 1, tokens - 3))
+before, adapted = run(base, None), run(base, fresh)
+for r, name in enumerate(gate.base.tunix_names):
+    tensor = name_map(arch)[name]
+    ((hf_name, (a, b)),) = tensor.lora_factors(get(fresh, gate.a.path)[r], get(fresh, gate.b.path)[r]).items()
+    assert hf_name.endswith("per_layer_input_gate.weight")
+    held = get(base, gate.base.path[:-1])
+    held["w"] = held["w"].at[r].add(tensor.from_hf(lambda name, index, shape: (b @ a).reshape(shape)))
+assert np.abs(adapted - before).max() > 1e-2
+np.testing.assert_allclose(run(base, None), adapted, atol=1e-4)  # sums in another order, in float32
+"""
+SMALL = ["data.sequence_length=128", "data.max_drop_fraction=0.1", "data.heldout_fraction=0", "trainer.max_updates=1"]
 pytestmark = pytest.mark.slow
 
 
@@ -66,7 +97,7 @@ def words(command):
 
 
 def test_every_addition_has_a_diff_and_a_command():
-    assert len(DIFFS) == len(COMMANDS) == len(re.findall("^## ", PAGE, re.M)) == 4
+    assert len(DIFFS) == len(COMMANDS) == len(re.findall("^## ", PAGE, re.M)) == 5
 
 
 @needs_tpu_compiler
@@ -76,19 +107,21 @@ def test_a_chip(extended):
 
 def test_a_model_size_and_a_data_source(extended):
     """Trained together, to save a start."""
-    small = [
-        "data.sequence_length=128",
-        "data.max_drop_fraction=0.1",
-        "data.heldout_fraction=0",
-        "trainer.max_updates=1",
-    ]
-    given = [*words("tiny_wide"), *words("data=forum"), *small, "run_dir=run"]
+    given = [*words("tiny_wide"), *words("data=forum"), *SMALL, "run_dir=run"]
     python(extended, "-m", "gemma4_tpu.train", *given)
     result = json.loads((extended / "run/result.json").read_text())
     drops = json.loads((extended / "run/data.json").read_text())["train"]
     assert result["status"] == "finished"
     assert yaml.safe_load((extended / "run/config.yaml").read_text())["model"]["name"] == "tiny_wide"
     assert "no_response" in json.dumps(drops)
+
+
+def test_an_adapted_weight(extended):
+    """The one line trains it, and what is exported of it is what was trained."""
+    given = [*words("tiny_e2b"), *words("data=forum"), *SMALL, "run_dir=adapted"]
+    python(extended, "-m", "gemma4_tpu.train", *given)
+    assert "per_layer_input_gate 10" in (extended / "adapted/log.txt").read_text()
+    python(extended, "-c", ADAPTED)
 
 
 def test_a_benchmark(extended):

@@ -13,8 +13,8 @@ import pytest
 from gemma4_tpu.architectures import from_hf_config
 from gemma4_tpu.models import sharding
 from gemma4_tpu.models.gemma4 import Model, hidden_states, logits
-from gemma4_tpu.models.layout import Layout, Leaf
-from gemma4_tpu.models.load import load_params
+from gemma4_tpu.models.layout import Layout
+from gemma4_tpu.models.params import load_params
 from gemma4_tpu.models.tensorfile import Checkpoint
 from tests.models.checkpoints import KINDS, UNIFIED, VOCAB_SIZE, hf_logits, make_batch, make_checkpoint
 
@@ -31,11 +31,7 @@ def load_folder(folder: Path, mesh=None) -> tuple[Model, dict]:
     arch = from_hf_config(json.loads((folder / "config.json").read_text()))
     mesh = mesh or sharding.make_mesh(1, 1, jax.devices()[:1])
     layout = Layout.of(arch)
-
-    def place(leaf: Leaf):
-        return sharding.named(mesh, leaf.tunix_names[0], leaf.shape, stacked=leaf.stacked)
-
-    params = load_params(Checkpoint(str(folder)), arch, layout, layout.tree(place), jnp.float32)
+    params = load_params(Checkpoint(str(folder)), arch, layout, sharding.places(layout, mesh), jnp.float32)
     return Model(arch=arch, compute_dtype=jnp.float32, mesh=mesh), params
 
 

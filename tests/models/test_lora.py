@@ -19,7 +19,7 @@ from gemma4_tpu.models import flops, sharding
 from gemma4_tpu.models import lora as adapters
 from gemma4_tpu.models.gemma4 import Model, hidden_states, logits
 from gemma4_tpu.models.layout import Layout, get
-from gemma4_tpu.models.load import by_name, load_params
+from gemma4_tpu.models.params import by_name, load_params
 from gemma4_tpu.models.tensorfile import Checkpoint
 from gemma4_tpu.models.tunix_bridge import to_tunix
 from tests.models.checkpoints import make_batch, make_checkpoint
@@ -76,12 +76,8 @@ def test_every_adapter_of_31b_is_sharded_by_its_own_shape(shape):
     for leaf in adapters.leaves(layout, RANK_64):
         spec = get(places, leaf.path).spec
         assert len(spec) <= len(leaf.array_shape)
-        assert sharding.replicated(leaf.tunix_names[0], leaf.shape, mesh) == []
-        assert (
-            any(spec)
-            or math.prod(shape) == 1
-            or all(mesh.shape[a] == 1 for a in sharding.rule(leaf.tunix_names[0]) if a)
-        )
+        assert sharding.replicated(mesh, leaf) == []
+        assert any(spec) or all(mesh.shape[axis] == 1 for axis in leaf.axes if axis)
 
 
 def test_initial_values_do_not_depend_on_mesh_or_the_other_tensors():
@@ -106,7 +102,7 @@ def test_tunix_with_qwix_takes_our_adapters_and_computes_the_same_logits(kind):
     folder = make_checkpoint(kind)
     arch = from_hf_config(json.loads((folder / "config.json").read_text()), name=kind)
     layout, mesh = Layout.of(arch), sharding.make_mesh(1, 1, jax.devices()[:1])
-    place = layout.tree(lambda x: sharding.named(mesh, x.tunix_names[0], x.shape, stacked=x.stacked))
+    place = sharding.places(layout, mesh)
     base = load_params(Checkpoint(str(folder)), arch, layout, place, jnp.float32)
     config = LoraConfig(rank=4, alpha=8.0)
     rng = np.random.default_rng(0)

@@ -33,7 +33,7 @@ def test_adapted_weights_are_held_in_few_bits(qtype, bits, error, shape):
         weight = 0.02 * jax.random.normal(jax.random.key(len(leaf.path)), leaf.array_shape, jnp.bfloat16)
         held = quantize.quantizer(leaf, qtype, mesh)(weight)
         assert jnp.iinfo(held.qvalue.dtype).bits == bits
-        assert held.qvalue.sharding.spec == sharding.spec(leaf.tunix_names[0], leaf.shape, mesh, stacked=True)
+        assert held.qvalue.sharding.spec == sharding.spec(mesh, leaf)
         wanted, got = np.asarray(weight, np.float32), np.asarray(qwix.dequantize(held), np.float32)
         assert np.sqrt(np.mean((got - wanted) ** 2) / np.mean(wanted**2)) < error
         ours = quantize.dequantize(held, jnp.float32)

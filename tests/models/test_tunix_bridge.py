@@ -11,7 +11,8 @@ from tunix.models.gemma4 import model as tunix
 
 from gemma4_tpu.architectures import ARCHITECTURES, from_hf_config
 from gemma4_tpu.errors import UserError
-from gemma4_tpu.models.names import match, name_map
+from gemma4_tpu.models.match import match
+from gemma4_tpu.models.names import name_map
 from gemma4_tpu.models.tensorfile import Checkpoint
 from gemma4_tpu.models.tunix_bridge import fill, to_tunix, tunix_config
 from tests.models.checkpoints import hf_logits, make_batch, make_checkpoint

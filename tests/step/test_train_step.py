@@ -14,7 +14,7 @@ from gemma4_tpu.models import lora as adapters
 from gemma4_tpu.models import sharding
 from gemma4_tpu.models.gemma4 import Model
 from gemma4_tpu.models.layout import Layout
-from gemma4_tpu.models.load import random_params
+from gemma4_tpu.models.params import random_params
 from gemma4_tpu.step.optimizer import make_optimizer
 from gemma4_tpu.step.train_step import Step
 
@@ -51,7 +51,7 @@ def make(
 def weights(kind: str, fsdp: int, tp: int):
     """(base, adapters): made once, since that compiles a program for each shape; no test here donates them."""
     layout, mesh = Layout.of(small(kind)), mesh_of(fsdp, tp)
-    place = layout.tree(lambda x: sharding.named(mesh, x.tunix_names[0], x.shape, stacked=x.stacked))
+    place = sharding.places(layout, mesh)
     base = random_params(small(kind), layout, place, jnp.float32, 0)
     init = jax.jit(partial(adapters.init, layout, LORA), out_shardings=adapters.shardings(layout, LORA, mesh))
     trained = jax.tree.map(

@@ -22,8 +22,9 @@ from gemma4_tpu.architectures import ARCHITECTURES, from_hf_config, to_hf_config
 from gemma4_tpu.errors import UserError
 from gemma4_tpu.models import sharding
 from gemma4_tpu.models.layout import Layout, get
-from gemma4_tpu.models.load import by_name, load_params, random_params
-from gemma4_tpu.models.names import match, name_map
+from gemma4_tpu.models.match import match
+from gemma4_tpu.models.names import name_map
+from gemma4_tpu.models.params import by_name, load_params, random_params
 from gemma4_tpu.models.tensorfile import Checkpoint, TensorFile
 from tests.models.checkpoints import KINDS, make_checkpoint
 
@@ -36,10 +37,6 @@ def mesh_of(fsdp, tp):
     return sharding.make_mesh(fsdp, tp, jax.devices()[: fsdp * tp])
 
 
-def shardings_of(layout, mesh):
-    return layout.tree(lambda leaf: sharding.named(mesh, leaf.tunix_names[0], leaf.shape, stacked=leaf.stacked))
-
-
 def architecture(folder):
     return from_hf_config(json.loads((Path(folder) / "config.json").read_text()))
 
@@ -48,7 +45,7 @@ def load(folder, mesh=(1, 1), dtype=jnp.float32, **options):
     arch = architecture(folder)
     layout = Layout.of(arch)
     params = load_params(
-        Checkpoint(str(folder)), arch, layout, shardings_of(layout, mesh_of(*mesh)), dtype, **options
+        Checkpoint(str(folder)), arch, layout, sharding.places(layout, mesh_of(*mesh)), dtype, **options
     )  # fmt: skip
     return params, layout
 
@@ -72,9 +69,7 @@ def test_every_mesh_holds_exactly_the_checkpoint(kind, mesh):
         array = get(params, leaf.path)
         assert isinstance(array, jax.Array), leaf.path
         assert (array.shape, array.dtype) == (leaf.array_shape, jnp.float32)
-        assert array.sharding.spec == sharding.spec(
-            leaf.tunix_names[0], leaf.shape, mesh_of(*mesh), stacked=leaf.stacked
-        )  # fmt: skip
+        assert array.sharding.spec == sharding.spec(mesh_of(*mesh), leaf)
     expected = on_disk(folder)
     found = by_name(params, layout)
     assert found.keys() == expected.keys()
@@ -118,7 +113,7 @@ def test_a_remote_checkpoint_is_read_once_and_not_staged(monkeypatch):
         return original(self, paths, starts, ends, **options)
 
     monkeypatch.setattr(type(fs), "cat_ranges", counted)
-    remote = load_params(checkpoint, arch, layout, shardings_of(layout, mesh_of(2, 4)), jnp.float32)
+    remote = load_params(checkpoint, arch, layout, sharding.places(layout, mesh_of(2, 4)), jnp.float32)
     jax.tree.map(np.testing.assert_array_equal, remote, local)
     assert sum(fetched) == sum(np.prod(checkpoint.shape(name)) * 4 for name in checkpoint.names())
     fs.rm("/bucket", recursive=True)
@@ -130,7 +125,7 @@ def test_nothing_is_read_from_a_checkpoint_that_does_not_fit(monkeypatch):
     monkeypatch.setattr(TensorFile, "read", lambda *_: pytest.fail("read a tensor"))
     layout = Layout.of(other)
     with pytest.raises(UserError, match=r"its tensors are not those of tiny: .* unexpected: .* of another shape: "):
-        load_params(Checkpoint(str(folder)), other, layout, shardings_of(layout, mesh_of(1, 1)), jnp.float32)
+        load_params(Checkpoint(str(folder)), other, layout, sharding.places(layout, mesh_of(1, 1)), jnp.float32)
 
 
 def rewrite(folder, name, change):
@@ -178,7 +173,7 @@ def test_a_stored_output_matrix_is_compared_to_its_last_value(tmp_path, same):
 
 
 def test_the_log_says_what_was_loaded(caplog):
-    with caplog.at_level(logging.INFO, logger="gemma4_tpu.models.load"):
+    with caplog.at_level(logging.INFO, logger="gemma4_tpu.models.params"):
         load(folder := make_checkpoint("e2b", prefix="multimodal"))
     others = [name for name in Checkpoint(str(folder)).names() if not name.startswith("model.language_model.")]
     assert len(others) > 16  # a vision and an audio tower
@@ -204,7 +199,7 @@ def test_random_weights_depend_on_seed_and_name_only(name):
     layout = Layout.of(arch)
 
     def draw(mesh, seed):
-        return by_name(random_params(arch, layout, shardings_of(layout, mesh_of(*mesh)), jnp.float32, seed), layout)
+        return by_name(random_params(arch, layout, sharding.places(layout, mesh_of(*mesh)), jnp.float32, seed), layout)
 
     one, other, reseeded = draw((1, 1), 0), draw((4, 2), 0), draw((1, 1), 1)
     for tensor in one:
@@ -223,14 +218,14 @@ import jax, jax.numpy as jnp, psutil
 from gemma4_tpu.architectures import from_hf_config
 from gemma4_tpu.models import sharding
 from gemma4_tpu.models.layout import Layout
-from gemma4_tpu.models.load import load_params
+from gemma4_tpu.models.params import load_params
 from gemma4_tpu.models.tensorfile import Checkpoint
 
 folder = sys.argv[1]
 arch = from_hf_config(json.load(open(folder + "/config.json")))
 layout = Layout.of(arch)
 mesh = sharding.make_mesh(2, 4)
-places = layout.tree(lambda l: sharding.named(mesh, l.tunix_names[0], l.shape, stacked=l.stacked))
+places = sharding.places(layout, mesh)
 jax.block_until_ready(jax.jit(lambda x: x + 1)(jnp.ones(8)))
 process, peak, done = psutil.Process(), 0, False
 
@@ -289,7 +284,7 @@ jax.distributed.initialize(f"localhost:{sys.argv[2]}", num_processes=2, process_
 from gemma4_tpu.architectures import from_hf_config
 from gemma4_tpu.models import sharding
 from gemma4_tpu.models.layout import Layout
-from gemma4_tpu.models.load import load_params
+from gemma4_tpu.models.params import load_params
 from gemma4_tpu.models.tensorfile import Checkpoint, TensorFile
 
 original, read = TensorFile.read, {}
@@ -303,7 +298,7 @@ TensorFile.read = counted
 arch = from_hf_config(json.load(open(sys.argv[1] + "/config.json")))
 layout = Layout.of(arch)
 mesh = sharding.make_mesh(2, 4)
-places = layout.tree(lambda l: sharding.named(mesh, l.tunix_names[0], l.shape, stacked=l.stacked))
+places = sharding.places(layout, mesh)
 params = load_params(Checkpoint(sys.argv[1]), arch, layout, places, jnp.float32)
 total = jax.jit(lambda p: sum(jnp.sum(jnp.abs(x)) for x in jax.tree.leaves(p)))(params)
 print(json.dumps({"sum": float(total), "up": read["model.layers.3.mlp.up_proj.weight"],

@@ -21,10 +21,11 @@ from jax.sharding import NamedSharding
 
 from gemma4_tpu.architectures import Architecture
 from gemma4_tpu.errors import UserError
-from gemma4_tpu.models.fit import check_tied, fit
 from gemma4_tpu.models.layout import Layout, Leaf, get
-from gemma4_tpu.models.names import EMBEDDING, name_map
+from gemma4_tpu.models.match import check_tied, fit
+from gemma4_tpu.models.names import name_map
 from gemma4_tpu.models.tensorfile import Checkpoint
+from gemma4_tpu.models.weights import EMBEDDING
 
 logger = logging.getLogger(__name__)
 
