@@ -25,6 +25,13 @@ _STORE.store(group="hydra/sweeper", name="grid", node=settings.Grid, provider="g
 _STORE.store(group="hydra/sweeper", name="optuna", node=settings.Optuna, provider="gemma4_tpu")
 
 
+def _entry(config: DictConfig) -> Any:
+    """The command whose jobs are swept."""
+    from gemma4_tpu.commands import ENTRIES
+
+    return ENTRIES[str(config.hydra.job.config_name)]
+
+
 class ProcessesLauncher(Launcher):
     """Each job as a process of its own."""
 
@@ -58,7 +65,7 @@ class GridSweeper(BasicSweeper):
         """Runs the sweep of a command line."""
         from gemma4_tpu.sweeping.launch import sweeping
 
-        with sweeping(self.config, self.metric) as self.launcher.sweep:
+        with sweeping(_entry(self.config), self.config, self.metric) as self.launcher.sweep:
             return super().sweep(arguments)
 
 
@@ -83,5 +90,6 @@ class OptunaSweeper(Sweeper):
         from gemma4_tpu.sweeping.launch import sweeping
         from gemma4_tpu.sweeping.search import Search
 
-        with sweeping(self.config, self.settings["metric"], self.settings["direction"]) as self.launcher.sweep:
-            return Search(self.launcher.sweep, self.launcher, self.settings).run(arguments)
+        settings, entry = self.settings, _entry(self.config)
+        with sweeping(entry, self.config, settings["metric"], settings["direction"]) as self.launcher.sweep:
+            return Search(self.launcher.sweep, self.launcher, settings).run(arguments)

@@ -7,11 +7,11 @@ from pathlib import Path
 from typing import Any
 
 from gemma4_tpu.benching.cells import Cell
+from gemma4_tpu.benching.checks import BenchChecked
 from gemma4_tpu.benching.cross_check import LATENCY_BOUND, THROUGHPUT_BOUND, verdict
 from gemma4_tpu.benching.load import FAILED, OK
 from gemma4_tpu.benching.plots import plot_results
 from gemma4_tpu.benching.sweep import Results, coverage, coverage_line
-from gemma4_tpu.config.bench_checks import BenchChecked
 from gemma4_tpu.reporting.html import html_page
 from gemma4_tpu.tracking.files import write_text
 

@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from gemma4_tpu.benching.cells import Cell, cells_of
+from gemma4_tpu.benching.checks import BenchChecked
 from gemma4_tpu.benching.client import Target, find_target
 from gemma4_tpu.benching.load import FAILED, INFEASIBLE, OK, run_cell
 from gemma4_tpu.benching.show import Bar, told_of
-from gemma4_tpu.config.bench_checks import BenchChecked
 from gemma4_tpu.config.serving import BenchConfig
 from gemma4_tpu.errors import UserError
 from gemma4_tpu.tracking.files import read_json, write_compact_json

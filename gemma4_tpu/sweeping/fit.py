@@ -128,8 +128,9 @@ def _compile(config: TrainRoot, answer: Path, stopped: Callable[[], bool]) -> No
 
 def main(request: Path, answer: Path) -> None:
     """Plans what the request describes."""
-    from gemma4_tpu.config.plan_checks import examine_plan, normalise_plan
-    from gemma4_tpu.planning.attempt import Planned, plan_one
+    from gemma4_tpu.planning.attempt import plan_one
+    from gemma4_tpu.planning.checks import examine_plan, normalise_plan
+    from gemma4_tpu.planning.planned import Planned
     from gemma4_tpu.planning.report import format_bytes, misfit_line
     from gemma4_tpu.tracking.logs import setup_logging
 

@@ -8,11 +8,11 @@ from typing import Any, NamedTuple
 
 from jax.sharding import Mesh
 
-from gemma4_tpu.config.checks import rows_per_microbatch, rows_per_update
 from gemma4_tpu.config.schema import DataConfig, TrainerConfig
 from gemma4_tpu.data.build import TrainingData
 from gemma4_tpu.data.pipeline import Pipeline, Update, heldout_batches
 from gemma4_tpu.models.sharding import row_places
+from gemma4_tpu.training.checks import rows_per_microbatch, rows_per_update
 from gemma4_tpu.training.job import rows_here
 
 log = logging.getLogger(__name__)

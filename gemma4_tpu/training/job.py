@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -16,16 +16,8 @@ from jax.sharding import PartitionSpec as P
 
 from gemma4_tpu.accelerators import only_cpus_here
 from gemma4_tpu.architectures import Architecture
-from gemma4_tpu.config.hardware_checks import check_devices
-from gemma4_tpu.config.meshes import resolve_mesh
-from gemma4_tpu.config.schema import (
-    CheckpointConfig,
-    HardwareConfig,
-    LoraConfig,
-    MeshConfig,
-    OptimizerConfig,
-    TrainerConfig,
-)
+from gemma4_tpu.compiler_flags import compiler_options
+from gemma4_tpu.config.schema import CheckpointConfig, HardwareConfig, LoraConfig, MeshConfig, TrainerConfig
 from gemma4_tpu.hardware import LOCAL
 from gemma4_tpu.models import lora as adapters
 from gemma4_tpu.models import quantize, sharding
@@ -37,6 +29,9 @@ from gemma4_tpu.models.splash import make_attention
 from gemma4_tpu.step.optimizer import make_optimizer
 from gemma4_tpu.step.train_step import Step, TrainState
 from gemma4_tpu.training.capacity import check_disk, check_memory
+from gemma4_tpu.training.hardware_checks import check_devices
+from gemma4_tpu.training.meshes import resolve_mesh
+from gemma4_tpu.training.recipe import Recipe
 from gemma4_tpu.training.start import Start
 
 log = logging.getLogger(__name__)
@@ -97,18 +92,11 @@ def make_model(arch: Architecture, lora: LoraConfig, trainer: TrainerConfig, mes
     )
 
 
-def make_step(
-    arch: Architecture,
-    lora: LoraConfig,
-    optimizer: OptimizerConfig,
-    trainer: TrainerConfig,
-    mesh: Mesh,
-    updates: int,
-    options: Mapping[str, Any] | None = None,
-) -> Step:
-    """The step's definition for a run of so many updates; planning compiles it without any weights."""
-    model = make_model(arch, lora, trainer, mesh)
-    return Step(model, make_optimizer(optimizer, updates), not lora.enabled, trainer.loss_chunk_tokens, options)
+def make_step(recipe: Recipe, mesh: Mesh) -> Step:
+    """The step's definition; planning compiles it without any weights."""
+    model = make_model(recipe.arch, recipe.lora, recipe.trainer, mesh)
+    optimizer, options = make_optimizer(recipe.optimizer, recipe.updates), compiler_options(recipe.hardware)
+    return Step(model, optimizer, not recipe.lora.enabled, recipe.trainer.loss_chunk_tokens, options)
 
 
 def weight_dtype(step: Step) -> Any:
@@ -116,41 +104,25 @@ def weight_dtype(step: Step) -> Any:
     return jnp.float32 if step.full else step.model.compute_dtype
 
 
-def check_capacity(
-    arch: Architecture,
-    lora: LoraConfig,
-    trainer: TrainerConfig,
-    checkpoint: CheckpointConfig,
-    mesh: Mesh,
-    checkpoints: str,
-) -> None:
+def check_capacity(recipe: Recipe, checkpoint: CheckpointConfig, mesh: Mesh, checkpoints: str) -> None:
     """Refuses (`UserError`) a run that this machine's disk or memory can't hold."""
-    platform, layout = mesh.devices.flat[0].platform, Layout.of(arch)
+    platform, layout, lora = mesh.devices.flat[0].platform, Layout.of(recipe.arch), recipe.lora
     weights = tuple(layout.leaves())
     trained = tuple(adapters.leaves(layout, lora)) if lora.enabled else weights
-    value_bytes = jnp.dtype(compute_dtype(trainer, platform)).itemsize if lora.enabled else 0
+    value_bytes = jnp.dtype(compute_dtype(recipe.trainer, platform)).itemsize if lora.enabled else 0
     check_disk(checkpoints, checkpoint, trained)
     check_memory(platform, weights, trained, value_bytes)
 
 
-def build_job(
-    base: Base,
-    lora: LoraConfig,
-    optimizer: OptimizerConfig,
-    trainer: TrainerConfig,
-    mesh: Mesh,
-    total_updates: int,
-    compiler_options: Mapping[str, Any] | None = None,
-    start: Start | None = None,
-) -> Job:
+def build_job(base: Base, recipe: Recipe, mesh: Mesh, start: Start | None = None) -> Job:
     """Loads the base weights and makes the initial state, every array in its place on the mesh.
 
     LoRA and the optimizer's state are float32; the frozen weights have the compute dtype, or are quantised (QLoRA).
     """
-    step = make_step(base.arch, lora, optimizer, trainer, mesh, total_updates, compiler_options)
+    step, lora = make_step(recipe, mesh), recipe.lora
     model, full = step.model, step.full
     weights = load_weights(base, mesh, weight_dtype(step), _quantizing(lora, mesh))
-    init_key, dropout_key = jax.random.split(jax.random.key(trainer.seed))
+    init_key, dropout_key = jax.random.split(jax.random.key(recipe.trainer.seed))
     if full:
         trained, frozen, leaves = weights, {}, tuple(model.layout.leaves())
     else:

@@ -78,19 +78,19 @@ class Loop:
         Raises:
           Diverged: NaN or infinity; the checkpoints before it are kept.
         """
-        # ── state: fresh or restored ───────────────────────────────────────────────────────────────────────────────
-        state, totals, spikes = self.job.state, Totals(), Spikes(self.trainer.spike_factor)
-        if resume_from is not None:
-            state, position = self.checkpoints.restore(resume_from, state)
-            self.batches.pipeline.set_state(position["pipeline"], self.checkpoint.resume_allow)
-            totals = Totals(**position["totals"])
-            spikes = Spikes(self.trainer.spike_factor, **position["spikes"])
-            log.info("resumed from the checkpoint at update %d", resume_from)
-        self.watchdog.progress()
+        state, totals, spikes = self._begin(resume_from)
         tally = Tally(self.job, self.rates, totals, self.prediction)
         done, last, stops = int(state.update), self.batches.pipeline.total_updates, False
         lengths = sorted({*self.batches.pipeline.lengths, *map(_length, self.batches.heldout)})
         programs = Programs(self.job.step, state, lengths, self.watchdog.paused)
+        in_flight: InFlight | None = None
+
+        def land() -> None:
+            """Waits for the update that is in flight, so that the host knows its metrics."""
+            nonlocal in_flight
+            if in_flight is not None:
+                self._finish(in_flight, tally, spikes)
+            in_flight = None
 
         # ── held-out loss before the first update ──────────────────────────────────────────────────────────────────
         if done == 0:
@@ -98,22 +98,19 @@ class Loop:
         tally.start_lap()
 
         # ── updates: while the devices work on one, the host reads the metrics of the one before ───────────────────
-        in_flight: InFlight | None = None
         for update in self.batches.pipeline:
             done += 1
             limit = spikes.limit(done)
-            if self.profile.starts(done):
-                self._finish(in_flight, tally, spikes)
-                in_flight = None
+            if self.profile.starts(done):  # the trace holds whole updates only
+                land()
                 self.profile.start()
                 tally.start_lap()
             with self.profile.annotation(done):
                 state, metrics = programs.train(state, self.job.base, to_mesh(update.arrays, self.job.mesh), limit)
-            self._finish(in_flight, tally, spikes)
+            land()
             in_flight = InFlight(done, update, metrics, limit)
             if self.profile.ends(done):
-                self._finish(in_flight, tally, spikes)
-                in_flight = None
+                land()
                 self.profile.stop()
                 tally.start_lap()
             stops = self.preemption.reached(done)
@@ -123,8 +120,7 @@ class Loop:
                 continue
 
             # ── held-out loss and checkpoint: what is saved has been seen to be finite ─────────────────────────────
-            self._finish(in_flight, tally, spikes)
-            in_flight = None
+            land()
             heldout_loss = self._evaluate(programs, state, tally, done) if evaluates else None
             if saves or (self.checkpoint.keep_best and tally.totals().heldout_update_best == done):
                 self.flush()
@@ -136,6 +132,18 @@ class Loop:
         # ── result ─────────────────────────────────────────────────────────────────────────────────────────────────
         self.checkpoints.wait()
         return tally.result("preempted" if stops and done < last else "finished")
+
+    def _begin(self, resume_from: int | None) -> tuple[TrainState, Totals, Spikes]:
+        """State, sums and losses to go on with: fresh, or those of a checkpoint."""
+        state, totals, spikes = self.job.state, Totals(), Spikes(self.trainer.spike_factor)
+        if resume_from is not None:
+            state, position = self.checkpoints.restore(resume_from, state)
+            self.batches.pipeline.set_state(position["pipeline"], self.checkpoint.resume_allow)
+            totals = Totals(**position["totals"])
+            spikes = Spikes(self.trainer.spike_factor, **position["spikes"])
+            log.info("resumed from the checkpoint at update %d", resume_from)
+        self.watchdog.progress()
+        return state, totals, spikes
 
     def _position(self, tally: Tally, spikes: Spikes) -> dict[str, Any]:
         """What a resumed run needs besides the training state, as JSON."""
@@ -150,10 +158,8 @@ class Loop:
             "spikes": {"losses": spikes.losses, "newest_at": spikes.newest_at},
         }
 
-    def _finish(self, flight: InFlight | None, tally: Tally, spikes: Spikes) -> None:
-        """Waits for the update that is in flight, if one is, checks and counts it, and reports it if it is due."""
-        if flight is None:
-            return
+    def _finish(self, flight: InFlight, tally: Tally, spikes: Spikes) -> None:
+        """Waits for an update, checks and counts it, and reports it if it is due."""
         loss, grad_norm = float(flight.metrics.loss), float(flight.metrics.grad_norm)
         if not (math.isfinite(loss) and math.isfinite(grad_norm)):
             self._stop_diverged(flight.done, flight.update, loss, grad_norm)

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from gemma4_tpu.data.pipeline import Update
 from gemma4_tpu.tracking.result import Result, Totals
-from gemma4_tpu.training.hbm import hbm
 from gemma4_tpu.training.job import Job
 from gemma4_tpu.training.prediction import Prediction
 from gemma4_tpu.training.rates import Rates
+
+HBM_KEYS = {"hbm_bytes": "bytes_in_use", "hbm_peak_bytes": "peak_bytes_in_use"}
+"""Key of a metric → JAX's name for it."""
 
 
 @dataclass
@@ -136,3 +139,13 @@ def _percentile(values: list[float], share: float) -> float | None:
 
 def _known(**figures: float | None) -> dict[str, float]:
     return {name: figure for name, figure in figures.items() if figure is not None}
+
+
+def hbm(devices: Iterable[Any]) -> dict[str, int]:
+    """Device memory, where the backend counts it (TPUs and GPUs do, CPUs don't).
+
+    `hbm_bytes` (now) and `hbm_peak_bytes` (since the start) of the fullest of this process's devices; empty where none
+    is counted.
+    """
+    counted = [stats for device in devices if (stats := device.memory_stats())]
+    return {key: max(stats.get(name, 0) for stats in counted) for key, name in HBM_KEYS.items() if counted}

@@ -20,11 +20,13 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 
 from gemma4_tpu import assets
 from gemma4_tpu.architectures import ARCHITECTURES, to_hf_config
-from gemma4_tpu.config.entries import ENTRIES, EntryPoint
-from gemma4_tpu.config.load import compose_all, config_dir, load, register
+from gemma4_tpu.commands import ENTRIES
+from gemma4_tpu.config.conf import config_dir, register
+from gemma4_tpu.config.entry import EntryPoint
+from gemma4_tpu.config.load import compose_all, load
+from gemma4_tpu.launch import tpu_vm
+from gemma4_tpu.launch.config import GKE, TPU_VM
 from gemma4_tpu.report import spelt_out
-from launch import tpu_vm
-from launch.config import GKE, TPU_VM
 from tests.house.commands import shown_commands
 from tests.house.scripts import ROOT
 from tests.tpu_compiler import skip_without_tpu_compiler

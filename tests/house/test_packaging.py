@@ -11,7 +11,7 @@ import zipfile
 import pytest
 
 import gemma4_tpu
-from gemma4_tpu.config.entries import ENTRIES
+from gemma4_tpu.commands import ENTRIES
 from tests.house.scripts import ROOT
 
 pytestmark = pytest.mark.slow

@@ -10,11 +10,14 @@ import sys
 import threading
 from multiprocessing.connection import Listener
 
-from gemma4_tpu.config.entries import EVALUATE, MERGE, PLAN, TRAIN
 from gemma4_tpu.config.load import load
+from gemma4_tpu.evaluate import EVALUATE
 from gemma4_tpu.hardware import SLICES
+from gemma4_tpu.launch import gke, source, tpu_vm
+from gemma4_tpu.merge import MERGE
+from gemma4_tpu.plan import PLAN
 from gemma4_tpu.prices import ON_DEMAND, slice_price
-from launch import gke, source, tpu_vm
+from gemma4_tpu.train import TRAIN
 from tests.launch.conftest import ROOT, put_on_path
 
 PAGE = (ROOT / "docs/first_tpu_run.md").read_text()

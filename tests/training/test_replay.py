@@ -11,10 +11,10 @@ from pathlib import Path
 import pytest
 
 from gemma4_tpu.errors import UserError
+from gemma4_tpu.reporting.experiments import _compare, check_experiment
 from gemma4_tpu.tracking.metrics import read_metrics
 from gemma4_tpu.tracking.provenance import Provenance
 from gemma4_tpu.tracking.run import RunFolder
-from gemma4_tpu.training.experiments import _compare, check_experiment
 from gemma4_tpu.training.replay import Replay, compare_losses, differing_parts
 
 REPO = Path(__file__).parents[2]

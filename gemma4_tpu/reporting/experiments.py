@@ -1,0 +1,127 @@
+"""`python -m gemma4_tpu.report check=experiments/<name>`: a recorded experiment, run again and compared.
+
+Such a folder is what remains of a run folder: `config.yaml`, `provenance.json`, `metrics.jsonl`, `result.json`, and a
+`check.yaml` that says how far losses may differ on another machine.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from gemma4_tpu.errors import UserError
+from gemma4_tpu.tracking.files import read_json
+from gemma4_tpu.tracking.result import Result
+from gemma4_tpu.training.checks import PARTS
+from gemma4_tpu.training.replay import FILE, Unequal
+
+NEEDED = ("config.yaml", "provenance.json", "metrics.jsonl", "result.json", "check.yaml")
+SAME = ("status", "updates", "real_tokens", "target_tokens", "slots", "lora_parameters", "adapted_modules")
+"""Keys of the result that no machine may change."""
+
+
+def check_experiment(folder: str) -> int:
+    """Runs a recorded experiment again, in `outputs/checks`, and prints how it compares.
+
+    Losses are to be bitwise the same where code, packages, data and machine are as recorded, else within the
+    `loss_tolerance` (nats per target token) of the experiment's `check.yaml`.
+
+    Returns the exit code: 0 it compares, 1 it doesn't, or that of the training, where it ended otherwise.
+
+    Raises:
+      UserError: nothing is recorded there, or it was on hardware that this machine has not.
+    """
+    place = Path(folder).expanduser()
+    _refuse_unrecorded(folder, place)
+    tolerance = _tolerance(place)
+    hardware = read_json(place / "provenance.json")["hardware"]
+    _refuse_other_hardware(folder, hardware)
+    run_dir = f"outputs/checks/{place.absolute().name}/{datetime.now():%Y-%m-%d_%H-%M-%S}"
+    words = [f"replay='{folder}'", f"replay_allow=[{','.join(PARTS)}]", f"run_dir='{run_dir}'", "tracker=none"]
+    command = [sys.executable, "-m", "gemma4_tpu.train", *words]
+    code = subprocess.run(command, env=_environment(hardware), check=False).returncode
+    if code:
+        print(f"\n{folder}: the training ended with code {code}, see {run_dir}", file=sys.stderr)
+        return code
+    failures = _compare(place, Path(run_dir), tolerance)
+    print("\nfailed: " + "\n        ".join(failures) if failures else "\npassed")
+    return 1 if failures else 0
+
+
+def _compare(recorded: Path, now: Path, tolerance: float) -> list[str]:
+    """Prints what was compared; returns what is not as it should be."""
+    replay = read_json(now / FILE)
+    before, after = (Result.read(folder / "result.json") for folder in (recorded, now))
+    losses, parts = replay["losses"], replay["differences"]
+    print(f"\n{recorded}, repeated in {now}")
+    for part, differences in parts.items():
+        print(f"  not as recorded: {part}: {'; '.join(differences)}")
+    failures = [
+        f"{key}: {getattr(after, key)} (recorded: {getattr(before, key)})"
+        for key in SAME
+        if getattr(before, key) != getattr(after, key)
+    ]
+    if losses["compared"] < max(1, losses["recorded"]):
+        failures.append(f"only {losses['compared']} of {losses['recorded']} recorded losses came again")
+    first = losses["first_difference"]
+    told = f"  {losses['compared']} losses compared: "
+    if first is None:
+        print(f"{told}bitwise the same")
+        return failures
+    first = Unequal(**first)
+    print(f"{told}at most {losses['largest']:.3g} apart (allowed: {tolerance:g}); first at {first}")
+    if not parts:
+        failures.append(f"nothing has changed since it was recorded, but its losses have: {first}")
+    elif not losses["largest"] <= tolerance:  # NaN fails
+        failures.append(f"losses are up to {losses['largest']:.3g} apart; {tolerance:g} is allowed")
+    return failures
+
+
+def _refuse_unrecorded(folder: str, place: Path) -> None:
+    if not place.is_dir():
+        raise UserError(f"check={folder}: no such folder; give an experiment, such as experiments/smoke")
+    if missing := [name for name in NEEDED if not (place / name).is_file()]:
+        recorded = sorted(p.parent.name for p in place.absolute().parent.glob("*/check.yaml"))
+        raise UserError(
+            f"check={folder}: has no {', '.join(missing)}: no run is recorded there that could be repeated (a plan is"
+            f" an estimate). Recorded beside it: {', '.join(recorded) or 'none'}"
+        )
+
+
+def _tolerance(place: Path) -> float:
+    stated: Any = yaml.safe_load((place / "check.yaml").read_text(encoding="utf-8"))
+    tolerance = stated.get("loss_tolerance") if isinstance(stated, dict) else None
+    if not isinstance(tolerance, int | float) or not tolerance >= 0:
+        raise UserError(
+            f"{place / 'check.yaml'}: loss_tolerance={tolerance}: give the largest difference of a loss on another"
+            " machine, such as 1.0e-4 (nats per target token)"
+        )
+    return float(tolerance)
+
+
+def _refuse_other_hardware(folder: str, recorded: dict[str, Any]) -> None:
+    """What was recorded on accelerators needs the same ones."""
+    if recorded["kind"] == "cpu":
+        return
+    asked = "import jax; print(jax.device_count(), jax.devices()[0].device_kind)"
+    found = subprocess.run([sys.executable, "-c", asked], capture_output=True, text=True, check=False)
+    here = (found.stdout.strip().splitlines() or ["no device that JAX can use"])[-1]
+    if here != f"{recorded['devices']} {recorded['kind']}":
+        raise UserError(
+            f"check={folder}: recorded on {recorded['devices']} {recorded['kind']} ({recorded['slice']}); here is"
+            f" {here}. On such a machine: python -m gemma4_tpu.report check={folder}"
+        )
+
+
+def _environment(recorded: dict[str, Any]) -> dict[str, str]:
+    """This process's, with the compiler's settings as recorded; on the CPU where it was one."""
+    names = ("XLA_FLAGS", "LIBTPU_INIT_ARGS")
+    flags = {name: recorded[name.lower()] for name in names if recorded.get(name.lower())}
+    platform = {"JAX_PLATFORMS": "cpu"} if recorded["kind"] == "cpu" else {}
+    return {key: value for key, value in os.environ.items() if key not in names} | flags | platform
