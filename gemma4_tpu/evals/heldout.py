@@ -19,7 +19,7 @@ from gemma4_tpu.models.base import Base
 from gemma4_tpu.models.decode import Sampling, generate
 from gemma4_tpu.models.sharding import row_places
 from gemma4_tpu.tracking.metrics import Metrics
-from gemma4_tpu.tracking.trackers import Tracker
+from gemma4_tpu.tracking.tracker import Tracker
 from gemma4_tpu.training.job import Job
 
 log = logging.getLogger(__name__)

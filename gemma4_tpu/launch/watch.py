@@ -176,8 +176,8 @@ def again(launched: Launch) -> str:
 def still_there(launched: Launch) -> str:
     """What is there when nobody watches."""
     return (
-        f"{launched.id} is still in the queue or up, and goes on by itself: {cost(launched)}. It deletes itself when the run"
-        f" is over; after a preemption only a watcher asks for a new slice.\n"
+        f"{launched.id} is still in the queue or up, and goes on by itself: {cost(launched)}. It deletes itself when"
+        f" the run is over; after a preemption only a watcher asks for a new slice.\n"
         f"  follow it: {called('tpu_vm')} watch {launched.id}\n"
         f"  {how_to_delete(launched)}"
     )
