@@ -105,8 +105,8 @@ def ours(examples: Examples, held_out: Examples, rank: int) -> Outcome:
     from gemma4_tpu.models import sharding
     from gemma4_tpu.models.base import resolve_base
     from gemma4_tpu.step.train_step import compiled_functions
-    from gemma4_tpu.training.job import build_job, to_mesh
     from gemma4_tpu.training.recipe import Recipe
+    from gemma4_tpu.training.setup import set_up, to_mesh
 
     mesh = sharding.make_mesh(1, 1, jax.devices()[:1])
     base = resolve_base(ModelConfig(path="embedded:tiny"))
@@ -116,7 +116,7 @@ def ours(examples: Examples, held_out: Examples, rank: int) -> Outcome:
         arch=base.arch, hardware=HardwareConfig(), lora=lora, optimizer=optimizer, trainer=trainer,
         mesh=MeshSizes(1, 1, 1), rows=1, length=PACKED_TO, updates=1000,
     )  # fmt: skip
-    job = build_job(base, recipe, mesh)
+    job = set_up(base, recipe, mesh)
     train, evaluate = compiled_functions(job.step, job.state)
     state = job.state
 

@@ -20,9 +20,9 @@ from gemma4_tpu.hardware import GIB, LOCAL
 from gemma4_tpu.serving.checks import ServeChecked, examine_serve, normalise_serve
 
 if TYPE_CHECKING:
-    from gemma4_tpu.serving.launch import Server
     from gemma4_tpu.serving.local import LocalServer
     from gemma4_tpu.serving.memory import MemoryEstimate
+    from gemma4_tpu.serving.server import Server
     from gemma4_tpu.tracking.run import RunFolder
 
 log = logging.getLogger(__name__)
@@ -105,7 +105,7 @@ def _dry_run(loaded: Loaded[ServeRoot, ServeChecked], memory: MemoryEstimate) ->
 
 
 def _serve(loaded: Loaded[ServeRoot, ServeChecked], memory: MemoryEstimate) -> int:
-    from gemma4_tpu.serving.launch import Server
+    from gemma4_tpu.serving.server import Server
 
     def make(record: RunFolder) -> Server:
         for line in _told(memory):

@@ -1,6 +1,6 @@
 """`python -m gemma4_tpu.train`: compose a configuration, check it, train, and leave a result.
 
-The door: configuration (JAX is not there yet) → hosts → run folder → `train_job.train` → result, plots, summary.
+The door: configuration (JAX is not there yet) → hosts → run folder → `training_run.train` → result, plots, summary.
 """
 
 from __future__ import annotations
@@ -78,7 +78,7 @@ def _record(loaded: Loaded[TrainRoot, Checked], hosts: Hosts, preemption: Preemp
     from gemma4_tpu.tracking.plots import plot_run
     from gemma4_tpu.tracking.progress import print_summary
     from gemma4_tpu.tracking.result import Result
-    from gemma4_tpu.train_job import train
+    from gemma4_tpu.training_run import train
 
     config = loaded.root
     folder = _open_folder(loaded, hosts)

@@ -43,9 +43,9 @@ from gemma4_tpu.models.base import resolve_base
 from gemma4_tpu.models.layout import Layout
 from gemma4_tpu.models.load import by_name
 from gemma4_tpu.models.names import name_map
-from gemma4_tpu.training.job import build_job, start_mesh, to_mesh
 from gemma4_tpu.training.programs import Programs
 from gemma4_tpu.training.recipe import Recipe
+from gemma4_tpu.training.setup import set_up, start_mesh, to_mesh
 
 SEQUENCE_LENGTH = 256
 ROWS_PER_UPDATE = 8
@@ -120,7 +120,7 @@ def pretrain(stage: Stage, examples: Examples, start: str) -> tuple[Any, Layout]
         trainer=TRAINER, mesh=MeshSizes(**mesh.shape), rows=ROWS_PER_UPDATE, length=SEQUENCE_LENGTH,
         updates=stage.updates,
     )  # fmt: skip
-    job = build_job(base, recipe, mesh)
+    job = set_up(base, recipe, mesh)
     programs = Programs(job.step, job.state, pipeline.lengths)
     state, started = job.state, time.perf_counter()
     for done, update in enumerate(pipeline, start=1):

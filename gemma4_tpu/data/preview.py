@@ -19,7 +19,7 @@ from rich.text import Text
 from gemma4_tpu.config.schema import DataConfig, ModelConfig
 from gemma4_tpu.data.build import TrainingData, build_data
 from gemma4_tpu.data.examples import Examples
-from gemma4_tpu.data.plan import Plan
+from gemma4_tpu.data.updates import Updates
 from gemma4_tpu.tracking.plots import new_figure
 
 ROWS_SHOWN = 3
@@ -100,7 +100,7 @@ def plot_lengths(built: TrainingData, capacity: int, path: Path) -> None:
 def _totals(built: TrainingData, data: DataConfig, rows_per_update: int, seed: int) -> list[str]:
     """Fill and updates of one pass, held-out examples, drops."""
     train = built.train
-    plan = Plan(train, data, rows_per_update=rows_per_update, seed=seed, epochs=1)
+    plan = Updates(train, data, rows_per_update=rows_per_update, seed=seed, epochs=1)
     updates = [plan[update] for update in range(len(plan))]
     visits = [index for update in updates for row in update.rows for index in row]
     real_tokens = int(train.slots[visits].sum())

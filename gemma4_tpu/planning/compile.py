@@ -1,6 +1,6 @@
 """Compiles the step that training runs, for devices that may not be there, from shapes alone.
 
-`shapes` is to planning what `build_job` is to training: the same step, the same places, no weights.
+`shapes` is to planning what `set_up` is to training: the same step, the same places, no weights.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ from gemma4_tpu.planning import counts, hlo, schedule, source
 from gemma4_tpu.planning.links import Grid
 from gemma4_tpu.planning.program import OutOfMemory, Program, compile_lowered
 from gemma4_tpu.step.train_step import Step, TrainState, compiled_functions
-from gemma4_tpu.training.job import make_step, state_places, weight_dtype
 from gemma4_tpu.training.recipe import Recipe
+from gemma4_tpu.training.setup import make_step, state_places, weight_dtype
 
 log = logging.getLogger(__name__)
 

@@ -17,7 +17,7 @@ import numpy as np
 from gemma4_tpu.config.schema import DataConfig, ModelConfig, TrainerConfig
 from gemma4_tpu.config.tasks import PlanConfig
 from gemma4_tpu.data.examples import Examples
-from gemma4_tpu.data.plan import Plan
+from gemma4_tpu.data.updates import Updates
 from gemma4_tpu.planning.kernels import Mask
 from gemma4_tpu.training.recipe import rows_per_update
 
@@ -88,7 +88,7 @@ def lengths_of(model: ModelConfig, data: DataConfig, stated: PlanConfig, *, data
 def fill_of(lengths: Lengths, data: DataConfig, trainer: TrainerConfig) -> Fill:
     """Lays the examples into rows and updates, as training does."""
     examples, rows = lengths.examples, rows_per_update(trainer, data)
-    plan = Plan(
+    plan = Updates(
         examples, data, rows_per_update=rows, seed=trainer.seed, epochs=trainer.epochs, max_updates=trainer.max_updates
     )
     # Each pass over the data packs alike, so the first ones stand for all of a long run.

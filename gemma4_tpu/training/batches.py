@@ -13,7 +13,7 @@ from gemma4_tpu.data.build import TrainingData
 from gemma4_tpu.data.pipeline import Pipeline, Update, heldout_batches
 from gemma4_tpu.models.sharding import row_places
 from gemma4_tpu.training.checks import rows_per_microbatch, rows_per_update
-from gemma4_tpu.training.job import rows_here
+from gemma4_tpu.training.setup import rows_here
 
 log = logging.getLogger(__name__)
 

@@ -18,12 +18,12 @@ from gemma4_tpu.step.train_step import Metrics, TrainState
 from gemma4_tpu.tracking.result import Result, Totals
 from gemma4_tpu.training.batches import Batches
 from gemma4_tpu.training.checkpoint import Checkpoints
-from gemma4_tpu.training.job import Job, to_mesh
 from gemma4_tpu.training.prediction import Prediction
 from gemma4_tpu.training.preemption import Preemption
 from gemma4_tpu.training.profile import Profile
 from gemma4_tpu.training.programs import Programs
 from gemma4_tpu.training.rates import Rates
+from gemma4_tpu.training.setup import Setup, to_mesh
 from gemma4_tpu.training.spikes import Spikes
 from gemma4_tpu.training.tally import Tally
 from gemma4_tpu.training.watchdog import Watchdog
@@ -48,7 +48,7 @@ class InFlight(NamedTuple):
 class Loop:
     """A run under way: what it trains, on what, and where it reports."""
 
-    job: Job
+    setup: Setup
     batches: Batches
     checkpoints: Checkpoints
     trainer: TrainerConfig
@@ -79,10 +79,10 @@ class Loop:
           Diverged: NaN or infinity; the checkpoints before it are kept.
         """
         state, totals, spikes = self._begin(resume_from)
-        tally = Tally(self.job, self.rates, totals, self.prediction)
+        tally = Tally(self.setup, self.rates, totals, self.prediction)
         done, last, stops = int(state.update), self.batches.pipeline.total_updates, False
         lengths = sorted({*self.batches.pipeline.lengths, *map(_length, self.batches.heldout)})
-        programs = Programs(self.job.step, state, lengths, self.watchdog.paused)
+        programs = Programs(self.setup.step, state, lengths, self.watchdog.paused)
         in_flight: InFlight | None = None
 
         def land() -> None:
@@ -106,7 +106,7 @@ class Loop:
                 self.profile.start()
                 tally.start_lap()
             with self.profile.annotation(done):
-                state, metrics = programs.train(state, self.job.base, to_mesh(update.arrays, self.job.mesh), limit)
+                state, metrics = programs.train(state, self.setup.base, to_mesh(update.arrays, self.setup.mesh), limit)
             land()
             in_flight = InFlight(done, update, metrics, limit)
             if self.profile.ends(done):
@@ -135,7 +135,7 @@ class Loop:
 
     def _begin(self, resume_from: int | None) -> tuple[TrainState, Totals, Spikes]:
         """State, sums and losses to go on with: fresh, or those of a checkpoint."""
-        state, totals, spikes = self.job.state, Totals(), Spikes(self.trainer.spike_factor)
+        state, totals, spikes = self.setup.state, Totals(), Spikes(self.trainer.spike_factor)
         if resume_from is not None:
             state, position = self.checkpoints.restore(resume_from, state)
             self.batches.pipeline.set_state(position["pipeline"], self.checkpoint.resume_allow)
@@ -184,7 +184,7 @@ class Loop:
             return None
         total, count = 0.0, 0
         for batch in self.batches.heldout:
-            summed, targets = programs.evaluate(state.trained, self.job.base, to_mesh(batch.arrays, self.job.mesh))
+            summed, targets = programs.evaluate(state.trained, self.setup.base, to_mesh(batch.arrays, self.setup.mesh))
             total, count = total + float(summed), count + int(targets)
             self.watchdog.progress()
         loss = total / count

@@ -59,7 +59,7 @@ def test_a_dry_run_starts_nothing(capsys):
 
 def test_serving_in_a_container_needs_neither_torch_nor_fastapi():
     code = (
-        "import sys, gemma4_tpu.serve, gemma4_tpu.serving.launch;"
+        "import sys, gemma4_tpu.serve, gemma4_tpu.serving.server;"
         "print([name for name in ('torch', 'fastapi', 'uvicorn', 'jax') if name in sys.modules])"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

@@ -7,8 +7,6 @@ import time
 
 import pytest
 
-from gemma4_tpu.serving import launch
-
 SLOW = [
     [0.0, "INFO 10-01 10:00:00 [api_server.py:1] non-default args: {'model': '/model'}"],
     [0.1, "Loading safetensors checkpoint shards:  50% Completed | 1/2 [00:01<00:01,  1.00s/it]"],
@@ -74,8 +72,8 @@ def test_a_known_error_comes_with_its_remedy(serve, merged, docker, capsys):
 
 
 def test_a_known_error_of_a_server_that_hangs_ends_it_early(serve, merged, docker, capsys, monkeypatch):
-    monkeypatch.setattr(launch, "TROUBLE_SECONDS", 0.3)
-    monkeypatch.setattr(launch, "STOP_SECONDS", 1)
+    monkeypatch.setattr("gemma4_tpu.serving.server.TROUBLE_SECONDS", 0.3)
+    monkeypatch.setattr("gemma4_tpu.serving.server.STOP_SECONDS", 1)
     docker.play(lines=[[0.0, "jaxlib.XlaRuntimeError: RESOURCE_EXHAUSTED: Attempting to reserve 6.14G"]], hang=True)
     assert serve(merged()) == 2
     assert "HBM" in capsys.readouterr().err

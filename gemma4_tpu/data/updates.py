@@ -35,7 +35,7 @@ class _Epoch:
     """Rows that did not fill an update; they lead the next epoch."""
 
 
-class Plan:
+class Updates:
     """Random access to the updates of a run: `plan[u]` depends on the examples, the data config and the seed alone.
 
     Epochs flow into each other: rows that do not fill an update lead the next epoch, and only the last update of the
@@ -81,7 +81,7 @@ class Plan:
         return self._length
 
     def __repr__(self) -> str:  # Grain shows it in its messages
-        return f"Plan({len(self)} updates of {self._rows_per_update} rows, packing={self.packing})"
+        return f"Updates({len(self)} updates of {self._rows_per_update} rows, packing={self.packing})"
 
     def __getitem__(self, update: int) -> PlannedUpdate:
         if not 0 <= update < self._length:

@@ -38,7 +38,7 @@ log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class Job:
+class Setup:
     """A model on a mesh, ready to be trained."""
 
     step: Step
@@ -114,7 +114,7 @@ def check_capacity(recipe: Recipe, checkpoint: CheckpointConfig, mesh: Mesh, che
     check_memory(platform, weights, trained, value_bytes)
 
 
-def build_job(base: Base, recipe: Recipe, mesh: Mesh, start: Start | None = None) -> Job:
+def set_up(base: Base, recipe: Recipe, mesh: Mesh, start: Start | None = None) -> Setup:
     """Loads the base weights and makes the initial state, every array in its place on the mesh.
 
     LoRA and the optimizer's state are float32; the frozen weights have the compute dtype, or are quantised (QLoRA).
@@ -134,13 +134,17 @@ def build_job(base: Base, recipe: Recipe, mesh: Mesh, start: Start | None = None
     _log_replicated(leaves if full else (*model.layout.leaves(), *leaves), mesh)
     state = init_state(step, trained, dropout_key, mesh)
     counts = {} if full else adapters.module_counts(model.layout, lora)
-    job = Job(step, mesh, frozen, state, leaves, sum(counts.values()), sum(x.size for x in jax.tree.leaves(trained)))
+    setup = Setup(
+        step, mesh, frozen, state, leaves, sum(counts.values()), sum(x.size for x in jax.tree.leaves(trained))
+    )
     if full:
-        log.info("full fine-tuning: %s parameters", f"{job.trained_parameters:,}")
+        log.info("full fine-tuning: %s parameters", f"{setup.trained_parameters:,}")
     else:
         modules = ", ".join(f"{kind} {n}" for kind, n in counts.items())
-        log.info("LoRA: %s parameters on %d modules (%s)", f"{job.trained_parameters:,}", job.adapted_modules, modules)
-    return job
+        log.info(
+            "LoRA: %s parameters on %d modules (%s)", f"{setup.trained_parameters:,}", setup.adapted_modules, modules
+        )
+    return setup
 
 
 def load_weights(base: Base, mesh: Mesh, dtype: Any, then: Callable[[Leaf, jax.Array], Any]) -> Any:

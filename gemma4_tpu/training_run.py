@@ -32,7 +32,6 @@ from gemma4_tpu.training.checkpoint import Checkpoints
 from gemma4_tpu.training.checks import Checked, warmup_warning
 from gemma4_tpu.training.compile_cache import log_compile_cache, use_compile_cache
 from gemma4_tpu.training.hosts import Hosts
-from gemma4_tpu.training.job import Job, build_job, check_capacity, start_mesh
 from gemma4_tpu.training.loop import Loop
 from gemma4_tpu.training.prediction import predict
 from gemma4_tpu.training.preemption import Preemption
@@ -41,6 +40,7 @@ from gemma4_tpu.training.rates import Rates
 from gemma4_tpu.training.recipe import Recipe
 from gemma4_tpu.training.replay import Replay
 from gemma4_tpu.training.reports import Reports
+from gemma4_tpu.training.setup import Setup, check_capacity, set_up, start_mesh
 from gemma4_tpu.training.start import Start, open_start, start_fingerprint
 from gemma4_tpu.training.watchdog import Watchdog
 
@@ -124,12 +124,12 @@ def train(loaded: Loaded[TrainRoot, Checked], folder: RunFolder, hosts: Hosts, p
     # ── weights, adapters, optimizer; only now is the run one that has begun ───────────────────────────────────────
     check_capacity(run.recipe(), config.checkpoint, mesh, folder.checkpoints)
     recipe = resolve_remat(run.recipe(), mesh)
-    job = build_job(base, recipe, mesh, start)
+    setup = set_up(base, recipe, mesh, start)
     provenance.record(folder, made_of)
     folder.begun()
     if start is not None:
         start.tell(folder, base.fingerprint)
-    return _loop(run, recipe, job, replay, preemption)
+    return _loop(run, recipe, setup, replay, preemption)
 
 
 def _made_of(run: Run) -> Provenance:
@@ -145,10 +145,10 @@ def _made_of(run: Run) -> Provenance:
     )
 
 
-def _loop(run: Run, recipe: Recipe, job: Job, replay: Replay | None, preemption: Preemption) -> Result:
+def _loop(run: Run, recipe: Recipe, setup: Setup, replay: Replay | None, preemption: Preemption) -> Result:
     """Runs the updates there are to run, under the eyes of a watchdog."""
     config, folder, pipeline = run.config, run.folder, run.batches.pipeline
-    checkpoints = Checkpoints(folder.checkpoints, config.checkpoint, job.trained_leaves, job.mesh)
+    checkpoints = Checkpoints(folder.checkpoints, config.checkpoint, setup.trained_leaves, setup.mesh)
     answers = HeldoutAnswers(
         run.data.heldout, run.base, run.tokenizer, config.trainer, folder.path, run.resume_from, write=folder.write
     )  # fmt: skip
@@ -160,15 +160,15 @@ def _loop(run: Run, recipe: Recipe, job: Job, replay: Replay | None, preemption:
         lambda reason: folder.leave_result(Result(status="failed", error=reason)),
     )
     loop = Loop(
-        job, run.batches, checkpoints, config.trainer, config.checkpoint,
+        setup, run.batches, checkpoints, config.trainer, config.checkpoint,
         schedule=make_schedule(config.optimizer, run.updates),
-        rates=Rates.of(run.base.arch, config.lora, config.hardware, run.batches.mean_tokens, job.mesh),
+        rates=Rates.of(run.base.arch, config.lora, config.hardware, run.batches.mean_tokens, setup.mesh),
         fingerprints=run.fingerprints,
         report=reports,
         flush=folder.push,
         preemption=preemption,
         watchdog=watchdog,
-        sample=lambda trained, update: answers(job, trained, update, tracker),
+        sample=lambda trained, update: answers(setup, trained, update, tracker),
         profile=Profile(config.trainer.profile, folder.path if folder.write else None),
         prediction=predict(recipe, config.trainer.plan, folder.path) if folder.write else None,
     )  # fmt: skip
