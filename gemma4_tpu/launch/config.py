@@ -9,7 +9,7 @@ from typing import Any, TypeVar, cast
 
 from gemma4_tpu.config.entry import EntryPoint
 from gemma4_tpu.config.problems import Problem
-from gemma4_tpu.config.schema import TrainRoot
+from gemma4_tpu.config.schema import ModelConfig, TrainRoot
 from gemma4_tpu.errors import UserError
 from gemma4_tpu.hardware import SLICES, option_name, slice_of
 from gemma4_tpu.launch.after import after_problems
@@ -234,7 +234,7 @@ def _local_files(root: TrainRoot) -> list[str]:
     ]
 
 
-def look_at_checkpoint(root: TrainRoot) -> list[str]:
+def look_at_checkpoint(model: ModelConfig) -> list[str]:
     """What is worth knowing about the checkpoint, as far as it can be reached from this machine.
 
     Raises:
@@ -242,7 +242,7 @@ def look_at_checkpoint(root: TrainRoot) -> list[str]:
     """
     from gemma4_tpu.models.audit import look_from_afar
 
-    found = look_from_afar(root.model)
+    found = look_from_afar(model)
     if found.problems:
         raise UserError("training would refuse the checkpoint:\n" + "\n".join(found.problems))
     return found.notes

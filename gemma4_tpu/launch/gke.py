@@ -17,9 +17,10 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from gemma4_tpu.config.load import Loaded, load
+from gemma4_tpu.config.schema import HardwareConfig
 from gemma4_tpu.errors import STALLED, UserError, exit_code
 from gemma4_tpu.hardware import slice_of
-from gemma4_tpu.launch.config import GKE, GkeRoot, look_at_checkpoint
+from gemma4_tpu.launch.config import GKE, GkeConfig, GkeRoot, look_at_checkpoint
 from gemma4_tpu.launch.record import PREFIX, name_and_folder, train_words
 from gemma4_tpu.prices import price_of
 from gemma4_tpu.tracking.redact import redact
@@ -47,11 +48,13 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _run(loaded: Loaded[GkeRoot, Checked]) -> int:
     command, run_dir = create(loaded)
     if loaded.root.launch.dry_run:
-        print(_shown(command, loaded.root))
+        print(_shown(command, loaded.root.hardware))
         return 0
-    for warning in look_at_checkpoint(loaded.root):
+    for warning in look_at_checkpoint(loaded.root.model):
         log.warning("%s", warning)
-    return _submit(command, loaded.root, run_dir)
+    _need_xpk()
+    log.info("run folder %s; %s", run_dir, _cost(loaded.root.hardware))
+    return _submit(command, loaded.root.launch)
 
 
 def create(loaded: Loaded[GkeRoot, Checked]) -> tuple[list[str], str]:
@@ -79,12 +82,9 @@ def create(loaded: Loaded[GkeRoot, Checked]) -> tuple[list[str], str]:
     return command, run_dir
 
 
-def _submit(command: list[str], root: GkeRoot, run_dir: str) -> int:
-    _need_xpk()
-    log.info("run folder %s; %s", run_dir, _cost(root))
+def _submit(command: list[str], config: GkeConfig) -> int:
     code = subprocess.run(command, stdin=subprocess.DEVNULL, check=False).returncode
     if code == 0:
-        config = root.launch
         place = f"--cluster={config.cluster} --project={config.project} --zone={config.zone}"
         name = command[3].partition("=")[2]
         print(
@@ -96,9 +96,9 @@ def _submit(command: list[str], root: GkeRoot, run_dir: str) -> int:
     return code
 
 
-def _shown(command: list[str], root: GkeRoot) -> str:
+def _shown(command: list[str], hardware: HardwareConfig) -> str:
     """The command; where xpk is installed, also the JobSet that it would submit."""
-    lines = ["# dry run: nothing is submitted. The command:", shlex.join(command), f"# {_cost(root)}"]
+    lines = ["# dry run: nothing is submitted. The command:", shlex.join(command), f"# {_cost(hardware)}"]
     if shutil.which("xpk") is None:
         return "\n".join([*lines, f"# xpk would show the JobSet; {_INSTALL}"])
     with tempfile.TemporaryDirectory() as folder:
@@ -117,8 +117,8 @@ def _need_xpk() -> None:
         raise UserError(f"xpk: not found; {_INSTALL}; dry_run=true needs none")
 
 
-def _cost(root: GkeRoot) -> str:
-    price = price_of(root.hardware)
+def _cost(hardware: HardwareConfig) -> str:
+    price = price_of(hardware)
     if price is None:
         return "cost: no price with a source is known for this slice; hardware.usd_per_hour=… sets one"
     return f"cost: ${price.usd_per_hour:,.2f} per hour ({price.date}, {price.source}); estimated"

@@ -41,7 +41,7 @@ def _run(words: list[str]) -> int:
     loaded = load(words, TPU_VM)
     warnings = [*loaded.checked.warnings, *_offline(loaded.root)]
     if not loaded.root.launch.dry_run:
-        warnings += look_at_checkpoint(loaded.root)
+        warnings += look_at_checkpoint(loaded.root.model)
     return _launch(new_launch(loaded), warnings)
 
 

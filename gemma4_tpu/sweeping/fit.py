@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from gemma4_tpu.config.load import from_yaml, to_yaml
-from gemma4_tpu.config.schema import TrainRoot
+from gemma4_tpu.config.schema import HardwareConfig, TrainRoot
 from gemma4_tpu.config.tasks import PlanConfig, PlanRoot
 from gemma4_tpu.errors import UserError
 from gemma4_tpu.hardware import slice_of
@@ -68,7 +68,7 @@ def check_fit(config: TrainRoot, mode: str, folder: Path, stopped: Callable[[], 
     """
     if str(mode).lower() not in MODES:
         raise UserError(f"{_KEY}={mode}: not a choice (choices: {', '.join(MODES)})")
-    obstacle = _obstacle(config) if str(mode).lower() != "false" else f"{_KEY}=false"
+    obstacle = _obstacle(config.hardware) if str(mode).lower() != "false" else f"{_KEY}=false"
     if obstacle:
         if str(mode).lower() == "true":
             raise UserError(f"{_KEY}=true: a job can't be checked here ({obstacle}); give {_KEY}=auto")
@@ -84,9 +84,9 @@ def check_fit(config: TrainRoot, mode: str, folder: Path, stopped: Callable[[], 
     return Verdict(told["fits"], told["told"])
 
 
-def _obstacle(config: TrainRoot) -> str | None:
+def _obstacle(hardware: HardwareConfig) -> str | None:
     """Why this job can't be planned here."""
-    wanted = slice_of(config.hardware)
+    wanted = slice_of(hardware)
     if wanted is None:
         return "hardware=local is no slice that could be planned"
     if wanted.topology is None:
