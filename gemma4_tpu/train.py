@@ -78,7 +78,6 @@ def _record(loaded: Loaded[TrainRoot, Checked], hosts: Hosts, preemption: Preemp
     from gemma4_tpu.tracking.plots import plot_run
     from gemma4_tpu.tracking.progress import print_summary
     from gemma4_tpu.tracking.result import Result
-    from gemma4_tpu.training_run import train
 
     config = loaded.root
     folder = _open_folder(loaded, hosts)
@@ -87,6 +86,8 @@ def _record(loaded: Loaded[TrainRoot, Checked], hosts: Hosts, preemption: Preemp
     for warning in loaded.checked.warnings:
         log.warning(warning)
     try:
+        from gemma4_tpu.training_run import train  # with JAX: a refusal or Ctrl-C from here on leaves a result
+
         result = train(loaded, folder, hosts, preemption)
         if result is None:
             return 0

@@ -79,7 +79,8 @@ def test_the_sdist_holds_sources_tests_and_docs(built):
         names = {name.partition("/")[2] for name in archive.getnames()}
     assert {
         "pyproject.toml", "LICENSE", "NOTICE", "CITATION.cff", "Makefile", "README.md", "docs/configuration.md",
-        "gemma4_tpu/assets/tiny/model.safetensors", "conf/train.yaml", "launch/tpu_vm.py", "launch/Dockerfile", "tests/conftest.py",
+        "gemma4_tpu/assets/tiny/model.safetensors", "conf/train.yaml", "launch/tpu_vm.py", "launch/Dockerfile",
+        "tests/conftest.py",
     } <= names  # fmt: skip
     assert not any(name.startswith((".venv", "outputs", "conf/local/d")) for name in names)
 
