@@ -29,6 +29,11 @@ class Batches(NamedTuple):
     mean_tokens: float
     """Real tokens of a training example."""
 
+    @property
+    def lengths(self) -> list[int]:
+        """Static lengths T of all rows, sorted."""
+        return sorted({*self.pipeline.lengths, *(update.arrays["tokens"].shape[-1] for update in self.heldout)})
+
 
 def make_batches(data: TrainingData, config: DataConfig, trainer: TrainerConfig, mesh: Mesh) -> Batches:
     """Packs the rows into updates; the held-out ones into rows of the same lengths.

@@ -81,16 +81,12 @@ class Loop:
         state, totals, spikes = self._begin(resume_from)
         tally = Tally(self.setup, self.rates, totals, self.prediction)
         done, last, stops = int(state.update), self.batches.pipeline.total_updates, False
-        lengths = sorted({*self.batches.pipeline.lengths, *map(_length, self.batches.heldout)})
-        programs = Programs(self.setup.step, state, lengths, self.watchdog.paused)
-        in_flight: InFlight | None = None
+        programs = Programs(self.setup.step, state, self.batches.lengths, self.watchdog.paused)
+        in_flight: list[InFlight] = []  # one at most
 
         def land() -> None:
-            """Waits for the update that is in flight, so that the host knows its metrics."""
-            nonlocal in_flight
-            if in_flight is not None:
-                self._finish(in_flight, tally, spikes)
-            in_flight = None
+            while in_flight:
+                self._finish(in_flight.pop(), tally, spikes)
 
         # ── held-out loss before the first update ──────────────────────────────────────────────────────────────────
         if done == 0:
@@ -108,14 +104,14 @@ class Loop:
             with self.profile.annotation(done):
                 state, metrics = programs.train(state, self.setup.base, to_mesh(update.arrays, self.setup.mesh), limit)
             land()
-            in_flight = InFlight(done, update, metrics, limit)
+            in_flight.append(InFlight(done, update, metrics, limit))
             if self.profile.ends(done):
                 land()
                 self.profile.stop()
                 tally.start_lap()
             stops = self.preemption.reached(done)
-            evaluates = done == last or (self.trainer.eval_every and done % self.trainer.eval_every == 0)
-            saves = stops or done == last or done % self.checkpoint.every == 0
+            evaluates = done == last or _due(done, self.trainer.eval_every)
+            saves = stops or done == last or _due(done, self.checkpoint.every)
             if not (evaluates or saves):
                 continue
 
@@ -206,8 +202,9 @@ class Loop:
         )
 
 
-def _length(update: Update) -> int:
-    return update.arrays["tokens"].shape[-1]
+def _due(done: int, every: int) -> bool:
+    """Whether it is time for what happens every so many updates; 0: never."""
+    return bool(every) and done % every == 0
 
 
 def _row_names(update: Update) -> list[str]:

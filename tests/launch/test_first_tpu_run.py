@@ -74,7 +74,8 @@ def test_every_command_of_the_page_runs(played, tmp_path, monkeypatch):
     (tmp_path / ".venv/bin/activate").touch()
     (tmp_path / "rows.jsonl").touch()
     monkeypatch.setenv("PYTHON_OF_TEST", str(tmp_path / "socket"))
-    monkeypatch.setattr(source, "pack", lambda folder, checkout: [tmp_path / "rows.jsonl"])  # test_tpu_vm.py has the real one
+    # test_tpu_vm.py has the real one
+    monkeypatch.setattr(source, "pack", lambda folder, checkout: [tmp_path / "rows.jsonl"])
     runs: list[list[str]] = []
     with Listener(str(tmp_path / "socket"), authkey=b"test") as listener:
         script = "set -euo pipefail\n" + "\n".join(BLOCKS)
