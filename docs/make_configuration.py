@@ -21,7 +21,8 @@ from gemma4_tpu.config.keys import element_type, field_docs, field_types, is_gro
 from gemma4_tpu.config.limits import CHOICES, RANGES
 from gemma4_tpu.config.schema import TrainRoot
 from gemma4_tpu.config.sweep_settings import Grid, Optuna, Processes
-from gemma4_tpu.launch.config import GKE, TPU_VM
+from gemma4_tpu.launch.gke import GKE
+from gemma4_tpu.launch.tpu_vm import TPU_VM
 
 PAGE = Path(__file__).with_name("configuration.md")
 COMMANDS: dict[str, EntryPoint] = {**ENTRIES, TPU_VM.name: TPU_VM, GKE.name: GKE}

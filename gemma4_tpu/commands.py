@@ -7,7 +7,8 @@ from gemma4_tpu.check import CHECK
 from gemma4_tpu.config.entry import EntryPoint
 from gemma4_tpu.evaluate import EVALUATE
 from gemma4_tpu.judge import JUDGE
-from gemma4_tpu.launch.config import GKE, TPU_VM
+from gemma4_tpu.launch.gke import GKE
+from gemma4_tpu.launch.tpu_vm import TPU_VM
 from gemma4_tpu.merge import MERGE
 from gemma4_tpu.plan import PLAN
 from gemma4_tpu.report import REPORT

@@ -16,12 +16,15 @@ from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 
+from gemma4_tpu.config.entry import EntryPoint
 from gemma4_tpu.config.load import Loaded, load
 from gemma4_tpu.config.schema import HardwareConfig
 from gemma4_tpu.errors import STALLED, UserError, exit_code
 from gemma4_tpu.hardware import slice_of
-from gemma4_tpu.launch.config import GKE, GkeConfig, GkeRoot, look_at_checkpoint
+from gemma4_tpu.launch.checks import examine_gke, normalise_launch
+from gemma4_tpu.launch.entry import LaunchEntry, look_at_checkpoint, shorthands
 from gemma4_tpu.launch.record import PREFIX, name_and_folder, train_words
+from gemma4_tpu.launch.schema import GkeConfig, GkeRoot
 from gemma4_tpu.prices import price_of
 from gemma4_tpu.tracking.redact import redact
 from gemma4_tpu.training.checks import Checked
@@ -34,6 +37,23 @@ _GRACE_SECONDS = 300  # for the save after a SIGTERM
 
 
 _INSTALL = "install it: pip install 'gemma4-tpu[gke]' (or, apart from this project: pipx install xpk)"
+
+
+GKE: EntryPoint[GkeRoot, Checked] = LaunchEntry(
+    name="gke",
+    schema=GkeRoot,
+    normalise=normalise_launch,
+    examine=examine_gke,
+    summary="Train on a GKE cluster made by xpk: a JobSet that waits in Kueue's queue and restarts after preemptions.",
+    examples=(
+        (
+            "experiment=v5p8 model.path=gs://bucket/gemma-4-31b bucket=gs://bucket project=p zone=us-east5-a"
+            " cluster=c image=us-docker.pkg.dev/p/r/gemma4-tpu:1 dry_run=true",
+            "show the command and the JobSet",
+        ),
+    ),
+    shorthands=shorthands("cluster", "image"),
+)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -71,7 +91,7 @@ def create(loaded: Loaded[GkeRoot, Checked]) -> tuple[list[str], str]:
     if "$" in train or "\n" in train or redact(train) != train:
         raise UserError("a setting holds $, a line break or a secret, which a JobSet would change or show")
     slice_ = slice_of(root.hardware)
-    assert slice_ is not None and slice_.accelerator_type is not None  # checked in config.py
+    assert slice_ is not None and slice_.accelerator_type is not None  # the checks
     command = [
         "xpk", "workload", "create", f"--workload={name}", f"--cluster={config.cluster}",
         f"--project={config.project}", f"--zone={config.zone}", f"--tpu-type={slice_.accelerator_type}",

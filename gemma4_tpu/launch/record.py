@@ -13,7 +13,7 @@ from gemma4_tpu.config.load import Loaded
 from gemma4_tpu.config.schema import HardwareConfig
 from gemma4_tpu.hardware import Slice, slice_of
 from gemma4_tpu.launch.after import Stage, stages
-from gemma4_tpu.launch.config import PlaceConfig, TpuVmConfig, TpuVmRoot
+from gemma4_tpu.launch.schema import PlaceConfig, TpuVmConfig, TpuVmRoot
 from gemma4_tpu.prices import ON_DEMAND, SPOT, Price, price_in_zone
 from gemma4_tpu.train import load_train
 from gemma4_tpu.training.checks import Checked
@@ -62,7 +62,7 @@ class Launch:
     @property
     def hardware(self) -> Slice:
         found = slice_of(HardwareConfig(name=self.slice))
-        assert found is not None  # checked in config.py
+        assert found is not None  # the checks
         return found
 
     @property

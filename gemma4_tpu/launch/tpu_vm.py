@@ -13,17 +13,46 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
+from gemma4_tpu.config.entry import EntryPoint
 from gemma4_tpu.config.load import load
 from gemma4_tpu.errors import UserError, exit_code
 from gemma4_tpu.launch import gcloud, owned, source
-from gemma4_tpu.launch.config import PROJECT, TPU_VM, ZONE, TpuVmRoot, look_at_checkpoint
+from gemma4_tpu.launch.checks import PROJECT, ZONE, examine_tpu_vm, normalise_launch
+from gemma4_tpu.launch.entry import LaunchEntry, look_at_checkpoint, shorthands
 from gemma4_tpu.launch.gcloud import GcloudError
 from gemma4_tpu.launch.record import Launch, cost, new_launch, saved
 from gemma4_tpu.launch.render import render
+from gemma4_tpu.launch.schema import TpuVmRoot
 from gemma4_tpu.launch.watch import how_to_delete, still_there, submit, watch
+from gemma4_tpu.training.checks import Checked
 
 log = logging.getLogger(__name__)
 VERBS = ("list", "watch", "delete")
+
+
+TPU_VM: EntryPoint[TpuVmRoot, Checked] = LaunchEntry(
+    name="tpu_vm",
+    schema=TpuVmRoot,
+    normalise=normalise_launch,
+    examine=examine_tpu_vm,
+    summary=(
+        "Train on a Cloud TPU slice: asks for it (queued resources), installs, trains there as python -m"
+        " gemma4_tpu.train would with the same words, goes on after preemptions, uploads, deletes the slice."
+    ),
+    examples=(
+        (
+            "experiment=v5p8 model.path=gs://bucket/gemma-4-31b bucket=gs://bucket project=p zone=us-east5-a"
+            " dry_run=true",
+            "show what would be done",
+        ),
+        ("experiment=v5p8 model.path=gs://… bucket=gs://… spot=true after=[merge]", "spot capacity, merged at the end"),
+        ("experiment=v5p8 model.path=gs://… run_dir=gs://bucket/v5p8/<run>", "go on with a run"),
+        ("list", "what runs or waits, and what it costs"),
+        ("watch <id>", "follow a run again, and go on after preemptions"),
+        ("delete <id>", "delete a slice and its place in the queue"),
+    ),
+    shorthands=shorthands("queue_for", "max_hours", "git", "secrets", "after", "keep", "watch"),
+)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -8,14 +8,14 @@ from omegaconf import OmegaConf
 from gemma4_tpu.config import schema, serving, tasks
 from gemma4_tpu.config.conf import config_dir, defaults, groups_of
 from gemma4_tpu.config.keys import field_types, is_group
-from gemma4_tpu.launch import config as launch_config
+from gemma4_tpu.launch import schema as launch_schema
 from tests.house.reads import definer, keys_read
 from tests.house.scripts import ROOT, script
 
 CONFIGURATION = script("docs/make_configuration.py")
 COMMANDS = CONFIGURATION.COMMANDS
 CLASSES = {
-    name: cls for module in (schema, tasks, serving, launch_config) for name, cls in vars(module).items()
+    name: cls for module in (schema, tasks, serving, launch_schema) for name, cls in vars(module).items()
     if is_group(cls) and cls.__module__ == module.__name__
 }  # fmt: skip
 SPENT_BY_THE_CHECKS = {
@@ -35,8 +35,8 @@ SPENT_BY_THE_CHECKS = {
 }
 """Keys that the checks turn into what they found out, and where. Everything else must be read above them."""
 
-CHECKS = ("config", "meshes", "recipe")
-"""Modules of checks that are not called so: of the launchers; what mesh and batch come out as."""
+CHECKS = ("meshes", "recipe")
+"""Where mesh and batch come out, beside the checks that ask."""
 
 
 def test_the_page_is_what_the_schema_says():

@@ -11,7 +11,7 @@ import pytest
 
 from gemma4_tpu.config.load import load
 from gemma4_tpu.launch import tpu_vm
-from gemma4_tpu.launch.config import TPU_VM
+from gemma4_tpu.launch.tpu_vm import TPU_VM
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 PLACE = ["bucket=gs://my-bucket", "project=my-project", "zone=us-east5-a"]
