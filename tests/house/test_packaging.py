@@ -128,7 +128,7 @@ def test_completion_in_bash(script, tmp_path):
     }
     lines = ['eval "$(gemma4-tpu --shell-completion install=bash)"']
     for line in asked:
-        lines += [f"COMP_LINE='{line}' COMP_POINT={len(line)} COMP_CWORD={len(line.split()) - 1}"]
+        lines += [f"COMP_LINE='{line}' COMP_POINT={len(line)} COMP_CWORD={line.count(' ')}"]
         lines += ["hydra_bash_completion", 'echo "${COMPREPLY[@]}"']
     environment = dict(os.environ, PATH=f"{script.parent}:{os.environ['PATH']}")
     done = subprocess.run(
