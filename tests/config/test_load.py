@@ -10,6 +10,7 @@ import pytest
 from omegaconf import OmegaConf
 
 import gemma4_tpu
+from gemma4_tpu.config import conf as conf_module
 from gemma4_tpu.config import load as load_module
 from gemma4_tpu.config.conf import config_dir, groups_of
 from gemma4_tpu.config.load import from_yaml, to_yaml
@@ -130,7 +131,8 @@ def test_local_file_is_read_last_and_its_mistakes_are_named(tmp_path, monkeypatc
     conf = tmp_path / "conf"
     shutil.copytree(config_dir(), conf, ignore=shutil.ignore_patterns("local"))
     (conf / "local").mkdir()
-    monkeypatch.setattr(load_module, "config_dir", lambda: conf)
+    for module in (conf_module, load_module):
+        monkeypatch.setattr(module, "config_dir", lambda: conf)
     local = conf / "local" / "default.yaml"
     local.write_text("# @package _global_\nmodel:\n  path: random:5\n")
     assert load_train(["model=tiny_moe"]).root.model.path == "random:5"
