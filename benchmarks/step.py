@@ -72,13 +72,14 @@ def _compile(pipe, way: str, length: int, model: str, slice_name: str, rank: int
 
     from benchmarks import seed_recipe
     from gemma4_tpu.architectures import ARCHITECTURES
-    from gemma4_tpu.config.schema import LoraConfig, OptimizerConfig, TrainerConfig
+    from gemma4_tpu.config.schema import HardwareConfig, LoraConfig, OptimizerConfig, TrainerConfig
     from gemma4_tpu.data.packing import pack
-    from gemma4_tpu.hardware import SLICES
+    from gemma4_tpu.hardware import SLICES, MeshSizes
     from gemma4_tpu.models import sharding
     from gemma4_tpu.planning import compile as planning
     from gemma4_tpu.planning import counts, hlo, program
     from gemma4_tpu.planning.fill import Fill
+    from gemma4_tpu.training.recipe import Recipe
 
     arch, wanted = ARCHITECTURES[model], SLICES[slice_name]
     mesh = sharding.make_mesh(1, wanted.chips, absent_devices(wanted))
@@ -92,8 +93,12 @@ def _compile(pipe, way: str, length: int, model: str, slice_name: str, rank: int
         rows = [drawn[row] for row in pack(drawn, length)]
         lowered = planning.lower_step(
             planning.shapes(
-                arch, LoraConfig(rank=rank, alpha=rank), OptimizerConfig(),
-                TrainerConfig(remat=way, attention="splash"), mesh, rows=1, length=length, updates=1000,
+                Recipe(
+                    arch=arch, hardware=HardwareConfig(), lora=LoraConfig(rank=rank, alpha=rank),
+                    optimizer=OptimizerConfig(), trainer=TrainerConfig(remat=way, attention="splash"),
+                    mesh=MeshSizes(1, 1, wanted.chips), rows=1, length=length, updates=1000,
+                ),
+                mesh,
             )
         )  # fmt: skip
     tokens = float(drawn.sum() / len(rows))

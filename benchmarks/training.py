@@ -101,17 +101,23 @@ def ours(examples: Examples, held_out: Examples, rank: int) -> Outcome:
     """Two packed rows per update, one per microbatch."""
     import jax
 
-    from gemma4_tpu.config.schema import LoraConfig, ModelConfig, OptimizerConfig, TrainerConfig
+    from gemma4_tpu.config.schema import HardwareConfig, LoraConfig, ModelConfig, OptimizerConfig, TrainerConfig
+    from gemma4_tpu.hardware import MeshSizes
     from gemma4_tpu.models import sharding
     from gemma4_tpu.models.base import resolve_base
     from gemma4_tpu.step.train_step import compiled_functions
-    from gemma4_tpu.training.job import build_job, to_mesh
+    from gemma4_tpu.training.recipe import Recipe
+    from gemma4_tpu.training.setup import set_up, to_mesh
 
     mesh = sharding.make_mesh(1, 1, jax.devices()[:1])
     base = resolve_base(ModelConfig(path="embedded:tiny"))
     optimizer = OptimizerConfig(learning_rate=RATE, schedule="constant", warmup_updates=0)
     lora, trainer = LoraConfig(rank=rank, alpha=rank), TrainerConfig(remat="none")
-    job = build_job(base, lora, optimizer, trainer, mesh, 1000)
+    recipe = Recipe(
+        arch=base.arch, hardware=HardwareConfig(), lora=lora, optimizer=optimizer, trainer=trainer,
+        mesh=MeshSizes(1, 1, 1), rows=1, length=PACKED_TO, updates=1000,
+    )  # fmt: skip
+    job = set_up(base, recipe, mesh)
     train, evaluate = compiled_functions(job.step, job.state)
     state = job.state
 

@@ -13,15 +13,17 @@ from typing import Any
 
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
-from gemma4_tpu.config.entries import ENTRIES, EntryPoint
+from gemma4_tpu.commands import ENTRIES
+from gemma4_tpu.config.conf import config_dir, defaults, groups_of
+from gemma4_tpu.config.entry import EntryPoint
 from gemma4_tpu.config.help import shown
 from gemma4_tpu.config.keys import element_type, field_docs, field_types, is_group, is_mapping, type_name
 from gemma4_tpu.config.limits import CHOICES, RANGES
-from gemma4_tpu.config.load import config_dir, defaults, groups_of
 from gemma4_tpu.config.schema import TrainRoot
 from gemma4_tpu.config.sweep_settings import Grid, Optuna, Processes
+from gemma4_tpu.launch.gke import GKE
+from gemma4_tpu.launch.tpu_vm import TPU_VM
 from gemma4_tpu.markdown import table
-from launch.config import GKE, TPU_VM
 
 PAGE = Path(__file__).with_name("configuration.md")
 COMMANDS: dict[str, EntryPoint] = {**ENTRIES, TPU_VM.name: TPU_VM, GKE.name: GKE}

@@ -5,14 +5,17 @@ from __future__ import annotations
 import os
 import sys
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from importlib import import_module
 
 from gemma4_tpu import __version__
-from gemma4_tpu.config.entries import ENTRIES
+from gemma4_tpu.commands import COMMANDS
+from gemma4_tpu.config.entry import EntryPoint
 from gemma4_tpu.config.keys import did_you_mean
+from gemma4_tpu.config.load import load
 from gemma4_tpu.errors import REFUSED
 
+_HELP = ("-h", "--help")
 _COMPLETION = ("-sc", "--shell-completion")
 
 
@@ -21,26 +24,33 @@ def main(argv: Sequence[str] | None = None) -> int:
     words = list(sys.argv[1:] if argv is None else argv)
     if words and words[0] in _COMPLETION:
         return _complete(words[1:])
-    if words and words[0] in ENTRIES:
-        return import_module(f"gemma4_tpu.{words[0]}").main(words[1:])
+    if (command := _command(words)) is not None:
+        return import_module(COMMANDS[command].module).main(words[len(command.split()) :])
     if words and words[0] == "--version":
         print(f"gemma4-tpu {__version__}")
         return 0
-    if words and words[0] not in ("-h", "--help"):
-        listed = ", ".join(ENTRIES)
-        print(
-            f"error: {words[0]}: no such command{did_you_mean(words[0], ENTRIES)} (there are: {listed})",
-            file=sys.stderr,
-        )
-        return REFUSED
-    print(_usage())
-    return 0
+    if not words or words[0] in _HELP:
+        print(_usage(COMMANDS))
+        return 0
+    of = {name: entry for name, entry in COMMANDS.items() if name.split()[0] == words[0]}  # `launch` alone is none
+    if of and (len(words) == 1 or words[1] in _HELP):
+        print(_usage(of))
+        return 0
+    given, known = " ".join(words[:2] if of else words[:1]), of or COMMANDS
+    hint = did_you_mean(given, known)
+    print(f"error: {given}: no such command{hint} (there are: {', '.join(known)})", file=sys.stderr)
+    return REFUSED
 
 
-def _usage() -> str:
+def _command(words: Sequence[str]) -> str | None:
+    """The command that these words begin with."""
+    return next((name for name in COMMANDS if words[: len(name.split())] == name.split()), None)
+
+
+def _usage(commands: Mapping[str, EntryPoint]) -> str:
     lines = ["Usage: gemma4-tpu <command> [group=option | key=value] …", ""]
-    for entry in ENTRIES.values():
-        lines += textwrap.wrap(f"{entry.name:<9} {entry.summary}", 78, subsequent_indent=" " * 10)
+    for name, entry in commands.items():
+        lines += textwrap.wrap(f"{name:<9} {entry.summary}", 78, subsequent_indent=" " * 10)
     lines += ["", "gemma4-tpu <command> --help lists its groups and keys. Completion in Bash:"]
     return "\n".join([*lines, '    eval "$(gemma4-tpu --shell-completion install=bash)"'])
 
@@ -50,20 +60,21 @@ def _complete(words: list[str]) -> int:
 
     `words` are `install=bash` or `query=bash`; a query finds the line in COMP_LINE.
     """
-    from gemma4_tpu.config.load import load
-
-    name = "train"
+    command = "train"
     if any(word.startswith("query=") for word in words):
         line = os.environ.get("COMP_LINE", "")
-        program, *given = line.split()
-        if not given or (len(given) == 1 and not line.endswith(" ")):
-            print("\n".join(name for name in ENTRIES if name.startswith("".join(given))))
+        program, *given = [*line.split(), *[""] * line.endswith(" ")]
+        *before, typed = given or [""]
+        names = [name.split() for name in COMMANDS]
+        following = {name[len(before)] for name in names if name[: len(before)] == before and len(name) > len(before)}
+        if following:
+            print("\n".join(sorted(word for word in following if word.startswith(typed))))
             return 0
-        name, *rest = given
-        if name not in ENTRIES:
+        if (found := _command(given)) is None:
             return 0
-        os.environ["COMP_LINE"] = " ".join([program, *rest]) + " " * line.endswith(" ")
-    load(["--shell-completion", *words], ENTRIES[name])
+        command, rest = found, given[len(found.split()) :]
+        os.environ["COMP_LINE"] = " ".join([program, *rest])
+    load(["--shell-completion", *words], COMMANDS[command])
     return 0
 
 

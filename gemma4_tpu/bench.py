@@ -11,8 +11,8 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
-from gemma4_tpu.config.bench_checks import BenchChecked
-from gemma4_tpu.config.entries import BENCH
+from gemma4_tpu.benching.checks import BenchChecked, examine_bench, normalise_bench
+from gemma4_tpu.config.entry import EntryPoint
 from gemma4_tpu.config.load import Loaded, load
 from gemma4_tpu.config.serving import BenchRoot
 from gemma4_tpu.errors import exit_code
@@ -26,6 +26,25 @@ log = logging.getLogger(__name__)
 FAILED_REQUESTS = 1
 MAY_CHANGE = ("endpoint", "served", "bench.request_timeout_seconds", "bench.cross_check")
 """Keys that a benchmark may be given anew when it goes on."""
+
+
+BENCH: EntryPoint[BenchRoot, BenchChecked] = EntryPoint(
+    name="bench",
+    schema=BenchRoot,
+    normalise=normalise_bench,
+    examine=examine_bench,
+    summary=(
+        "Put load on a server and measure latency and throughput as `vllm bench serve` defines them: request rates ×"
+        " lengths, or users × context. Raw results for each cell, tables, plots, one HTML page."
+    ),
+    examples=(
+        ("endpoint=http://127.0.0.1:8000 slice=v6e-8 architecture=gemma4_31b", "rates 1 to 64 and unbounded"),
+        ("served=outputs/servings/<server> bench=matrix", "1 to 2048 users, 16 to 16,256 tokens"),
+        ("endpoint=http://127.0.0.1:8000 'bench.lengths=[[1024,128]]' 'bench.rates=[2,inf]'", "your own cells"),
+        ("served=outputs/servings/<server> bench=vllm", "beside `vllm bench serve` in the server's container"),
+        ("endpoint=http://127.0.0.1:8000 run_dir=outputs/benchmarks/<run>", "go on; cells that are done are kept"),
+    ),
+)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

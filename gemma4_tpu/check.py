@@ -7,15 +7,59 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 
-from gemma4_tpu.config.check_checks import CheckChecked
-from gemma4_tpu.config.entries import CHECK
+from gemma4_tpu.architectures import ARCHITECTURES
+from gemma4_tpu.checkpoint_folder import RANDOM
+from gemma4_tpu.config.entry import EntryPoint, Nothing
+from gemma4_tpu.config.keys import did_you_mean
 from gemma4_tpu.config.load import Loaded, load
-from gemma4_tpu.config.tasks import CheckRoot
+from gemma4_tpu.config.paths import at_home, local_folder
+from gemma4_tpu.config.problems import Problem
+from gemma4_tpu.config.tasks import ANY_SIZE, CheckRoot
 from gemma4_tpu.errors import REFUSED, exit_code
 
 _SECONDS = 300.0
 """For a remote checkpoint: a tokenizer over a slow line, not the weights."""
+
+
+def _normalise(root: CheckRoot) -> CheckRoot:
+    """`~` written out."""
+    return replace(
+        root, model=replace(root.model, path=at_home(root.model.path), tokenizer=at_home(root.model.tokenizer))
+    )
+
+
+def _examine(root: CheckRoot) -> tuple[Nothing | None, list[Problem]]:
+    """Whether there is a folder to look into."""
+    name, path = root.model.name, root.model.path
+    messages = []
+    if name != ANY_SIZE and name not in ARCHITECTURES:
+        hint = did_you_mean(name, ARCHITECTURES, lambda near: f"model={near}")
+        messages.append(f"model.name={name}: no such architecture{hint} (there are: {', '.join(ARCHITECTURES)})")
+    if not path:
+        messages.append("model.path: which checkpoint? give model.path=<folder with the Hugging Face checkpoint>")
+    elif not path.startswith(RANDOM):
+        messages += local_folder(f"model.path={path}", path)[1]
+    return (None if messages else Nothing()), [Problem(message) for message in messages]
+
+
+CHECK: EntryPoint[CheckRoot, Nothing] = EntryPoint(
+    name="check",
+    schema=CheckRoot,
+    normalise=_normalise,
+    examine=_examine,
+    summary=(
+        "Say what a checkpoint is and whether it can be trained, in seconds: tensors, parameters, output matrix, RoPE,"
+        " chat template, vocabulary and stop ids, from headers and small files. Training, plan and launch do the same."
+    ),
+    examples=(
+        ("model.path=embedded:tiny", "the base that travels with the package"),
+        ("model.path=<checkpoint>", "a local folder; the size is recognised"),
+        ("model=gemma4_31b model.path=gs://bucket/gemma-4-31b", "in a bucket; it must be 31B"),
+        ("model.path=<checkpoint> model.tokenizer=<folder>", "with the tokenizer of another folder"),
+    ),
+)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -23,7 +67,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     return exit_code(lambda: _run(load(list(sys.argv[1:] if argv is None else argv), CHECK)))
 
 
-def _run(loaded: Loaded[CheckRoot, CheckChecked]) -> int:
+def _run(loaded: Loaded[CheckRoot, Nothing]) -> int:
     from gemma4_tpu.models.audit import look_within
 
     found = look_within(loaded.root.model, _SECONDS)

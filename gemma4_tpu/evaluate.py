@@ -15,11 +15,11 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from gemma4_tpu.config.entries import EVALUATE
-from gemma4_tpu.config.evaluate_checks import EvaluateChecked
+from gemma4_tpu.config.entry import EntryPoint
 from gemma4_tpu.config.load import Loaded, from_yaml, load
 from gemma4_tpu.config.tasks import EvaluateRoot
 from gemma4_tpu.errors import exit_code
+from gemma4_tpu.evals.checks import EvaluateChecked, examine_evaluate, normalise_evaluate
 
 if TYPE_CHECKING:
     from gemma4_tpu.evals.job import Evaluated
@@ -31,6 +31,29 @@ MAY_CHANGE = (
     "eval.second_opinion", "eval.stimulus_seed", "eval.columns",
 )  # fmt: skip
 """Keys (and groups) that a resumed evaluation may give anew."""
+
+
+EVALUATE: EntryPoint[EvaluateRoot, EvaluateChecked] = EntryPoint(
+    name="evaluate",
+    schema=EvaluateRoot,
+    normalise=normalise_evaluate,
+    examine=examine_evaluate,
+    summary=(
+        "Generate solutions to Verilog problems, judge them by simulation in a sandbox, and report pass@k with its"
+        " uncertainty. Needs Icarus Verilog."
+    ),
+    examples=(
+        ("run=outputs/train/<run>", "a run beside its base, on the synthetic problems of the package"),
+        ("run=outputs/train/<run> eval=verilog_eval eval.problems_path=<clone>", "on verilog-eval, 20 samples each"),
+        ("model=gemma4_31b model.path=<checkpoint> eval=paper eval.problems_path=<clone>", "a checkpoint, 5 samples"),
+        ("eval.endpoint=http://localhost:8000/v1 eval=verilog_eval eval.problems_path=<clone>", "a model on a server"),
+        ("eval.samples=samples.jsonl eval=verilog_eval eval.problems_path=<clone>", "judge what is generated already"),
+        ("run_dir=<evaluation> eval.resimulate=true", "judge stored samples again"),
+        ("selfcheck=true", "show what sandbox and simulator do here"),
+        ("compare=[<evaluation>,<evaluation>]", "two evaluations, problem by problem"),
+    ),
+    shorthands={"eval.unsafe": "eval.judge.unsafe"},
+)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -11,14 +11,46 @@ import signal
 import sys
 import threading
 from collections.abc import Sequence
+from dataclasses import replace
 
-from gemma4_tpu.config.entries import JUDGE
-from gemma4_tpu.config.judge_checks import JudgeChecked
+from gemma4_tpu.config.entry import EntryPoint, Nothing
+from gemma4_tpu.config.limits import limit_problems
 from gemma4_tpu.config.load import Loaded, load
+from gemma4_tpu.config.paths import folder_of
+from gemma4_tpu.config.problems import Problem
 from gemma4_tpu.config.tasks import JudgeRoot
 from gemma4_tpu.errors import UserError, exit_code
+from gemma4_tpu.evals.checks import problems_path_messages
 
 log = logging.getLogger(__name__)
+
+
+def _normalise(root: JudgeRoot) -> JudgeRoot:
+    """One spelling: `~` expanded, no slash at the end."""
+    return replace(root, eval=replace(root.eval, problems_path=folder_of(root.eval.problems_path)))
+
+
+def _examine(root: JudgeRoot) -> tuple[Nothing | None, list[Problem]]:
+    """Everything that can be checked without a simulator; None when there are problems."""
+    messages = [*limit_problems(root), *problems_path_messages(root.eval)]
+    return (None, [Problem(m) for m in messages]) if messages else (Nothing(), [])
+
+
+JUDGE: EntryPoint[JudgeRoot, Nothing] = EntryPoint(
+    name="judge",
+    schema=JudgeRoot,
+    normalise=_normalise,
+    examine=_examine,
+    summary=(
+        "Judge Verilog completions as a service on loopback, for rewards: batches of problem and completion in,"
+        " verdicts and graded scores out. Tries itself with cheats first. Needs Icarus Verilog."
+    ),
+    examples=(
+        ("", "the synthetic problems of the package, on port 8765"),
+        ("eval=verilog_eval eval.problems_path=<clone> port=9000", "verilog-eval, on another port"),
+    ),
+    shorthands={"eval.unsafe": "eval.judge.unsafe"},
+)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -26,7 +58,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     return exit_code(lambda: _serve(load(list(sys.argv[1:] if argv is None else argv), JUDGE)))
 
 
-def _serve(loaded: Loaded[JudgeRoot, JudgeChecked]) -> int:
+def _serve(loaded: Loaded[JudgeRoot, Nothing]) -> int:
     from gemma4_tpu.evals.benchmarks import load_problems
     from gemma4_tpu.evals.judge_server import HOST, Service, make_server
     from gemma4_tpu.evals.reward import ANNOUNCEMENT

@@ -15,17 +15,37 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from gemma4_tpu.config.entries import MERGE
+from gemma4_tpu.config.entry import EntryPoint
 from gemma4_tpu.config.load import Loaded, from_yaml, load
-from gemma4_tpu.config.merge_checks import MergeChecked
 from gemma4_tpu.config.tasks import MergeRoot
 from gemma4_tpu.errors import UserError, exit_code, first_line
+from gemma4_tpu.export.checks import MergeChecked, examine_merge, normalise_merge
 
 if TYPE_CHECKING:
     from gemma4_tpu.export.job import Job
     from gemma4_tpu.tracking.run import RunFolder
 
 log = logging.getLogger(__name__)
+
+
+MERGE: EntryPoint[MergeRoot, MergeChecked] = EntryPoint(
+    name="merge",
+    schema=MergeRoot,
+    normalise=normalise_merge,
+    examine=examine_merge,
+    summary=(
+        "Turn a trained run into a model that others can load: a merged Hugging Face checkpoint, a PEFT adapter, or"
+        " both. Written beside the target, compared with the LoRA model, then renamed."
+    ),
+    examples=(
+        ("run=outputs/train/<run>", "the run's last checkpoint, to outputs/train/<run>/merged"),
+        ("run=outputs/train/<run> export=both checkpoint=best", "merged and PEFT, at the lowest held-out loss"),
+        ("run=outputs/train/<run> target=gs://bucket/model", "to a bucket"),
+        ("run=multirun/<name>/<sweep>", "every finished run of a sweep"),
+        ("run=outputs/train/<run> push_to_hub=owner/name", "upload it too (needs HF_TOKEN)"),
+    ),
+    shorthands={key: f"export.{key}" for key in ("checkpoint", "target", "overwrite", "verify", "push_to_hub")},
+)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -12,19 +12,41 @@ from collections.abc import Sequence
 from dataclasses import asdict, replace
 from typing import TYPE_CHECKING
 
-from gemma4_tpu.config.entries import PLAN
+from gemma4_tpu.config.entry import EntryPoint
 from gemma4_tpu.config.load import Loaded, load
-from gemma4_tpu.config.plan_checks import PlanChecked
 from gemma4_tpu.config.tasks import PlanRoot
 from gemma4_tpu.errors import exit_code
+from gemma4_tpu.planning.checks import PlanChecked, examine_plan, normalise_plan
 
 if TYPE_CHECKING:
     from gemma4_tpu.config.schema import ModelConfig
-    from gemma4_tpu.planning.attempt import Attempt, Planned
+    from gemma4_tpu.planning.attempt import Attempt
+    from gemma4_tpu.planning.planned import Planned
     from gemma4_tpu.tracking.run import RunFolder
 
 log = logging.getLogger(__name__)
 DOES_NOT_FIT = 1
+
+
+PLAN: EntryPoint[PlanRoot, PlanChecked] = EntryPoint(
+    name="plan",
+    schema=PlanRoot,
+    normalise=normalise_plan,
+    examine=examine_plan,
+    summary=(
+        "Compile the training step for a TPU slice that is not here, and say whether it fits, how fast it can be and"
+        " what the run will cost. Needs no weights. Without arguments: 31B with LoRA on a v5p-8, some minutes."
+    ),
+    examples=(
+        ("hardware=v5p8 model=gemma4_31b lora.rank=64", "31B with LoRA of rank 64 on a v5p-8"),
+        ("experiment=v5p8", "the run that train experiment=v5p8 would be"),
+        ("hardware=v6e4 lora=qlora_nf4 trainer.global_batch_sequences=2", "QLoRA on a v6e-4, two rows per update"),
+        ("hardware=v6e8 search=true", "meshes × remat × batch: dollars against headroom"),
+        ("experiment=v5p8 calibration=outputs/train", "time in the band of your own runs on such chips"),
+        ("model=gemma4_e4b model.path=<checkpoint> data.train.0.path=rows.jsonl", "lengths of your own rows"),
+    ),
+    shorthands={"search": "plan.search", "calibration": "plan.calibration"},
+)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -34,7 +56,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _run(loaded: Loaded[PlanRoot, PlanChecked]) -> int:
     """Opens the plan's folder and leaves plan.json (search.json) and pictures there."""
-    from gemma4_tpu.planning.attempt import Planned
+    from gemma4_tpu.planning.planned import Planned
     from gemma4_tpu.tracking import records
     from gemma4_tpu.tracking.logs import setup_logging
     from gemma4_tpu.tracking.run import RunFolder

@@ -6,14 +6,37 @@ import re
 import sys
 from collections.abc import Callable, Sequence
 
-from gemma4_tpu.config.entries import REPORT
+from gemma4_tpu.config.entry import EntryPoint
 from gemma4_tpu.config.load import Loaded, load
-from gemma4_tpu.config.report_checks import LISTED, ReportChecked
 from gemma4_tpu.config.tasks import ReportRoot
 from gemma4_tpu.errors import exit_code
+from gemma4_tpu.reporting.checks import LISTED, ReportChecked, examine_report, normalise_report
 
 _PLAIN = r"[\w./-]+"
 """Words that need no quotes on the command line."""
+
+
+REPORT: EntryPoint[ReportRoot, ReportChecked] = EntryPoint(
+    name="report",
+    schema=ReportRoot,
+    normalise=normalise_report,
+    examine=examine_report,
+    summary=(
+        "Look back at what was recorded: one page about a run from plan to cost, a sweep's table and plots, W&B records"
+        " to sync, an experiment's result."
+    ),
+    examples=(
+        ("run=outputs/train/<run>", "one page: plan, training, merge, evaluation, serving, cost (Markdown and HTML)"),
+        ("run=outputs/train/<run> records=[outputs/plan/<plan>]", "with a record that does not name the run"),
+        ("run=[outputs/train/<run>,experiments/smoke] out=both.md", "two runs side by side"),
+        ("sweep=multirun/<name>/<sweep>", "table, best run and plots of a sweep, also while it runs"),
+        ("sweep=multirun/<name>/<sweep> metric=real_tokens_per_second", "the best by another key of result.json"),
+        ("wandb=outputs/train/<run>", "how to sync a run that W&B recorded offline"),
+        ("check=experiments/<name>", "run a committed experiment again and compare"),
+        ("cost outputs/train/<run> outputs/plan/<plan> serving_slices=[v6e-8]", "dollars of training, serving, both"),
+        ("plausibility=[<benchmark>] out=plausibility.md", "throughputs beside the slice's physical ceiling"),
+    ),
+)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

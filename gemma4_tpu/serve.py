@@ -12,20 +12,39 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING
 
-from gemma4_tpu.config.entries import SERVE
+from gemma4_tpu.config.entry import EntryPoint
 from gemma4_tpu.config.load import Loaded, load
-from gemma4_tpu.config.serve_checks import ServeChecked
 from gemma4_tpu.config.serving import ServeRoot
 from gemma4_tpu.errors import exit_code
 from gemma4_tpu.hardware import GIB, LOCAL
+from gemma4_tpu.serving.checks import ServeChecked, examine_serve, normalise_serve
 
 if TYPE_CHECKING:
-    from gemma4_tpu.serving.launch import Server
     from gemma4_tpu.serving.local import LocalServer
     from gemma4_tpu.serving.memory import MemoryEstimate
+    from gemma4_tpu.serving.server import Server
     from gemma4_tpu.tracking.run import RunFolder
 
 log = logging.getLogger(__name__)
+
+
+SERVE: EntryPoint[ServeRoot, ServeChecked] = EntryPoint(
+    name="serve",
+    schema=ServeRoot,
+    normalise=normalise_serve,
+    examine=examine_serve,
+    summary=(
+        "Serve a merged checkpoint by vLLM in its container: checked first, followed while it compiles, asked if it"
+        " is the trained model, stopped and removed on Ctrl-C. Needs Docker or Podman."
+    ),
+    examples=(
+        ("serving=v6e8 run=outputs/train/<run>", "31B on v6e-8 as in the paper"),
+        ("serving=v6e8 run=<merged folder> dry_run=true", "check, and show the container command"),
+        ("serving=v6e8_tuned run=<merged folder> serving.max_model_len=8192", "two copies in fp8, shorter sequences"),
+        ("serving=v6e4_moe run=<merged folder> 'serving.flags={seed: 0}'", "26B-A4B, with a flag of vllm serve"),
+        ("serving=local run=outputs/train/<run>", "a small checkpoint on this CPU, without a container"),
+    ),
+)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -86,7 +105,7 @@ def _dry_run(loaded: Loaded[ServeRoot, ServeChecked], memory: MemoryEstimate) ->
 
 
 def _serve(loaded: Loaded[ServeRoot, ServeChecked], memory: MemoryEstimate) -> int:
-    from gemma4_tpu.serving.launch import Server
+    from gemma4_tpu.serving.server import Server
 
     def make(record: RunFolder) -> Server:
         for line in _told(memory):

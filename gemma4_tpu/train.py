@@ -1,6 +1,6 @@
-"""`python -m gemma4_tpu.train`: compose a configuration, check it, build what it describes, train.
+"""`python -m gemma4_tpu.train`: compose a configuration, check it, train, and leave a result.
 
-Reads top to bottom: configuration (JAX is not there yet) → run folder → data → devices and weights → loop → result.
+The door: configuration (JAX is not there yet) → hosts → run folder → `training_run.train` → result, plots, summary.
 """
 
 from __future__ import annotations
@@ -8,27 +8,43 @@ from __future__ import annotations
 import logging
 import sys
 from collections.abc import Sequence
-from contextlib import closing
 from dataclasses import asdict
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from gemma4_tpu.compiler_flags import compiler_options
-from gemma4_tpu.config.checks import Checked
-from gemma4_tpu.config.load import Loaded, load_train
+from gemma4_tpu.config.entry import EntryPoint
+from gemma4_tpu.config.load import Loaded, load
 from gemma4_tpu.config.schema import TrainRoot
 from gemma4_tpu.errors import INTERRUPTED, PREEMPTED, exit_code, first_line
+from gemma4_tpu.training.checks import Checked, examine_train, normalise
+from gemma4_tpu.training.recipe import rows_per_update
 
 if TYPE_CHECKING:
-    from gemma4_tpu.evals.heldout import HeldoutAnswers
-    from gemma4_tpu.tracking.result import Result
     from gemma4_tpu.tracking.run import RunFolder
-    from gemma4_tpu.training.batches import Batches
     from gemma4_tpu.training.hosts import Hosts
-    from gemma4_tpu.training.job import Job
     from gemma4_tpu.training.preemption import Preemption
-    from gemma4_tpu.training.replay import Replay
 
 log = logging.getLogger(__name__)
+
+TRAIN: EntryPoint[TrainRoot, Checked] = EntryPoint(
+    name="train",
+    schema=TrainRoot,
+    normalise=normalise,
+    examine=examine_train,
+    summary="Fine-tune Gemma 4 with LoRA, QLoRA or in full. Without arguments: a small run, minutes on a laptop.",
+    examples=(
+        ("", "the tiny model on the data that travels with the package"),
+        ("preview=true", "look at the rows: what is trained on, lengths, fill, drops"),
+        ("data=chat_jsonl data.train.0.path=rows.jsonl", "your own conversations"),
+        ("lora.rank=8 trainer.max_updates=100", "other values"),
+        ("experiment=v5p8 model.path=gs://bucket/gemma-4-31b", "31B on a v5p-8 slice"),
+        ("run_dir=outputs/train/<run>", "go on with a run that was stopped"),
+    ),
+)
+
+
+def load_train(argv: list[str]) -> Loaded[TrainRoot, Checked]:
+    """Reads a command line; see `config.load.load`."""
+    return load(argv, TRAIN)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -38,16 +54,18 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _run(loaded: Loaded[TrainRoot, Checked]) -> int:
     """Joins the other processes, trains, and ends this one so that the others notice where it fails alone."""
-    if loaded.root.preview:
+    config = loaded.root
+    if config.preview:
         from gemma4_tpu.data.preview import show
 
-        return show(loaded.root)
+        rows = rows_per_update(config.trainer, config.data)
+        return show(config.model, config.data, rows_per_update=rows, seed=config.trainer.seed)
 
     from gemma4_tpu.training.hosts import start_hosts
     from gemma4_tpu.training.preemption import Preemption
 
     with Preemption() as preemption:
-        hosts = start_hosts(loaded.root.distributed, loaded.root.hardware)
+        hosts = start_hosts(config.distributed, config.hardware)
         if hosts.count == 1:
             preemption.listen()
         with hosts:
@@ -68,7 +86,9 @@ def _record(loaded: Loaded[TrainRoot, Checked], hosts: Hosts, preemption: Preemp
     for warning in loaded.checked.warnings:
         log.warning(warning)
     try:
-        result = _train(loaded, folder, hosts, preemption)
+        from gemma4_tpu.training_run import train  # with JAX: a refusal or Ctrl-C from here on leaves a result
+
+        result = train(loaded, folder, hosts, preemption)
         if result is None:
             return 0
         folder.leave_result(result)
@@ -111,138 +131,6 @@ def _open_folder(loaded: Loaded[TrainRoot, Checked], hosts: Hosts) -> RunFolder:
 
     address = hosts.from_first(choose)
     return opened[0] if opened else RunFolder.existing(address, key="run_dir, chosen by process 0,")
-
-
-def _train(
-    loaded: Loaded[TrainRoot, Checked], folder: RunFolder, hosts: Hosts, preemption: Preemption
-) -> Result | None:
-    """The main job: rows to batches, weights to the mesh, updates, result; None where nothing is left to do."""
-    from gemma4_tpu.config.checks import warmup_warning
-    from gemma4_tpu.data.build import build_data
-    from gemma4_tpu.data.tokenizer import load_tokenizer
-    from gemma4_tpu.evals.heldout import HeldoutAnswers
-    from gemma4_tpu.models.audit import audit
-    from gemma4_tpu.models.base import resolve_base
-    from gemma4_tpu.planning.remat import resolve_remat
-    from gemma4_tpu.tracking import provenance, records
-    from gemma4_tpu.training import resume
-    from gemma4_tpu.training.batches import make_batches
-    from gemma4_tpu.training.compile_cache import use_compile_cache
-    from gemma4_tpu.training.job import build_job, check_capacity, start_mesh
-    from gemma4_tpu.training.profile import check_profile
-    from gemma4_tpu.training.replay import Replay
-    from gemma4_tpu.training.start import open_start, start_fingerprint
-
-    config = loaded.root
-    use_compile_cache(config.trainer.compile_cache)
-    resume_from = hosts.from_first(lambda: resume.newest_verified(folder.checkpoints))
-
-    # ── data ───────────────────────────────────────────────────────────────────────────────────────────────────────
-    base = resolve_base(config.model)
-    audit(base).enforce()
-    start = open_start(config.lora, base.arch, resume_from)
-    tokenizer = load_tokenizer(base.tokenizer_folder)
-    data = build_data(config.data, tokenizer)
-
-    # ── devices, and the rows that are this process's ──────────────────────────────────────────────────────────────
-    mesh = start_mesh(config.hardware, config.mesh, base.arch)
-    batches = make_batches(data, config.data, config.trainer, mesh)
-    updates, length = batches.pipeline.total_updates, max(batches.pipeline.lengths)
-    check_profile(config.trainer.profile, updates)
-    if told := hosts.from_first(lambda: resume.nothing_left(folder, resume_from, updates)):
-        log.info(told)
-        return None
-    if (warning := warmup_warning(config.optimizer, updates)) and warning not in loaded.checked.warnings:
-        log.warning(warning)  # the number of updates follows from the data
-
-    # ── the same on every host, and as the run began ───────────────────────────────────────────────────────────────
-    fingerprints = {"base": base.fingerprint, **batches.pipeline.fingerprint}
-    began_from = start_fingerprint(start, folder, resume_from)
-    hosts.check_same(fingerprints | began_from, "give every host the same files and the same command")
-    heldout = {"heldout": data.heldout.fingerprint["examples"]} if data.heldout else {}
-    made_of = provenance.capture(
-        hardware=provenance.hardware_of(config.hardware.name, mesh),
-        seeds={"trainer": config.trainer.seed},
-        fingerprints=fingerprints | began_from | heldout,
-    )
-    replay = Replay.begin(config.replay, config.replay_allow, folder, hosts, made_of)
-    if resume_from is not None:
-        resume.check(folder, resume_from, fingerprints, updates, config.optimizer, config.checkpoint)
-    if folder.write:
-        records.write_record(folder.data_path, records.DATA, data.to_json())
-
-    # ── weights, adapters, optimizer ───────────────────────────────────────────────────────────────────────────────
-    check_capacity(base.arch, config.lora, config.trainer, config.checkpoint, mesh, folder.checkpoints)
-    trainer = resolve_remat(
-        base.arch, config.hardware, config.lora, config.optimizer, config.trainer, mesh,
-        rows=batches.rows, length=length, updates=updates,
-    )  # fmt: skip
-    job = build_job(
-        base, config.lora, config.optimizer, trainer, mesh, updates, compiler_options(config.hardware), start
-    )
-    provenance.record(folder, made_of)
-    folder.begun()
-    if start is not None:
-        start.tell(folder, base.fingerprint)
-    answers = HeldoutAnswers(
-        data.heldout, base, tokenizer, config.trainer, folder.path, resume_from, write=folder.write
-    )  # fmt: skip
-    return _loop(loaded, folder, preemption, job, batches, fingerprints, resume_from, replay, answers)
-
-
-def _loop(
-    loaded: Loaded[TrainRoot, Checked],
-    folder: RunFolder,
-    preemption: Preemption,
-    job: Job,
-    batches: Batches,
-    fingerprints: dict[str, Any],
-    resume_from: int | None,
-    replay: Replay | None,
-    answers: HeldoutAnswers,
-) -> Result:
-    """Runs the updates there are to run, under the eyes of a watchdog."""
-    from gemma4_tpu.step.optimizer import make_schedule
-    from gemma4_tpu.tracking.result import Result
-    from gemma4_tpu.tracking.trackers import make_tracker, run_name
-    from gemma4_tpu.training.checkpoint import Checkpoints
-    from gemma4_tpu.training.compile_cache import log_compile_cache
-    from gemma4_tpu.training.loop import Loop
-    from gemma4_tpu.training.prediction import predict
-    from gemma4_tpu.training.profile import Profile
-    from gemma4_tpu.training.rates import Rates
-    from gemma4_tpu.training.reports import Reports
-    from gemma4_tpu.training.watchdog import Watchdog
-
-    config, pipeline = loaded.root, batches.pipeline
-    updates = pipeline.total_updates
-    checkpoints = Checkpoints(folder.checkpoints, config.checkpoint, job.trained_leaves, job.mesh)
-    tracker = make_tracker(config.tracker, folder, asdict(config), name=run_name(config.name, loaded.overrides))
-    reports = Reports(folder, tracker, replay, updates=updates, resume_from=resume_from)
-    watchdog = Watchdog(
-        config.trainer.stall_seconds,
-        folder.log_path if folder.write else None,
-        lambda reason: folder.leave_result(Result(status="failed", error=reason)),
-    )
-    loop = Loop(
-        job, batches, checkpoints, config.trainer, config.checkpoint,
-        schedule=make_schedule(config.optimizer, updates),
-        rates=Rates.of(job.step.model.arch, config.lora, config.hardware, batches.mean_tokens, job.mesh),
-        fingerprints=fingerprints,
-        report=reports,
-        flush=folder.push,
-        preemption=preemption,
-        watchdog=watchdog,
-        sample=lambda trained, update: answers(job, trained, update, tracker),
-        profile=Profile(config.trainer.profile, folder.path if folder.write else None),
-        prediction=predict(config, job.step.model.remat, job.mesh.shape, folder.path) if folder.write else None,
-    )  # fmt: skip
-    with closing(pipeline), closing(checkpoints), closing(answers), reports, loop.profile.closing():
-        with watchdog, reports.progress:
-            result = loop.run(resume_from)
-        log_compile_cache()
-        reports.finish(result, checkpoints)
-    return result
 
 
 if __name__ == "__main__":

@@ -25,6 +25,13 @@ _STORE.store(group="hydra/sweeper", name="grid", node=settings.Grid, provider="g
 _STORE.store(group="hydra/sweeper", name="optuna", node=settings.Optuna, provider="gemma4_tpu")
 
 
+def _entry(config: DictConfig) -> Any:
+    """The command whose jobs are swept."""
+    from gemma4_tpu.commands import ENTRIES
+
+    return ENTRIES[str(config.hydra.job.config_name)]
+
+
 class ProcessesLauncher(Launcher):
     """Each job as a process of its own."""
 
@@ -59,7 +66,7 @@ class GridSweeper(BasicSweeper):
         from gemma4_tpu.reporting.sweep import show_sweep
         from gemma4_tpu.sweeping.hydra_jobs import sweeping
 
-        with sweeping(self.config, show_sweep, self.metric) as self.launcher.sweep:
+        with sweeping(_entry(self.config), self.config, show_sweep, self.metric) as self.launcher.sweep:
             return super().sweep(arguments)
 
 
@@ -85,6 +92,7 @@ class OptunaSweeper(Sweeper):
         from gemma4_tpu.sweeping.hydra_jobs import sweeping
         from gemma4_tpu.sweeping.optuna_search import Search
 
-        metric, direction = self.settings["metric"], self.settings["direction"]
-        with sweeping(self.config, show_sweep, metric, direction) as self.launcher.sweep:
-            return Search(self.launcher.sweep, self.launcher, self.settings).run(arguments)
+        settings, entry = self.settings, _entry(self.config)
+        metric, direction = settings["metric"], settings["direction"]
+        with sweeping(entry, self.config, show_sweep, metric, direction) as self.launcher.sweep:
+            return Search(self.launcher.sweep, self.launcher, settings).run(arguments)

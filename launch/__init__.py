@@ -1,3 +1,3 @@
-"""Runs on rented accelerators: `python -m launch.tpu_vm` (Cloud TPU VMs), `python -m launch.gke` (GKE through xpk),
-`skypilot.yaml` (SkyPilot). They take what `python -m gemma4_tpu.train` takes, and run that there. No JAX here.
+"""Doors of a checkout to `gemma4_tpu/launch`: `python -m launch.tpu_vm`, `python -m launch.gke`. Beside them what one
+edits: `skypilot.yaml` (SkyPilot), `Dockerfile` (the image for GKE), `install.sh` (used by all of them), `demo.sh`.
 """

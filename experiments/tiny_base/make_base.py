@@ -23,6 +23,8 @@ import ml_dtypes
 import numpy as np
 from safetensors.numpy import save_file
 
+from experiments.verilog_smoke.families import draw_designs
+from experiments.verilog_smoke.prompts import document, explanation
 from gemma4_tpu.assets import ROOT
 from gemma4_tpu.config.schema import (
     DataConfig,
@@ -36,14 +38,14 @@ from gemma4_tpu.config.schema import (
 from gemma4_tpu.data.examples import Examples, ExamplesBuilder, Origin
 from gemma4_tpu.data.pipeline import Pipeline
 from gemma4_tpu.data.tokenizer import load_tokenizer
+from gemma4_tpu.hardware import MeshSizes
 from gemma4_tpu.models.base import resolve_base
 from gemma4_tpu.models.layout import Layout
 from gemma4_tpu.models.names import name_map
 from gemma4_tpu.models.params import by_name
-from gemma4_tpu.training.job import build_job, start_mesh, to_mesh
 from gemma4_tpu.training.programs import Programs
-from gemma4_tpu.verilog_smoke.families import draw_designs
-from gemma4_tpu.verilog_smoke.prompts import document, explanation
+from gemma4_tpu.training.recipe import Recipe
+from gemma4_tpu.training.setup import set_up, start_mesh, to_mesh
 
 SEQUENCE_LENGTH = 256
 ROWS_PER_UPDATE = 8
@@ -113,7 +115,12 @@ def pretrain(stage: Stage, examples: Examples, start: str) -> tuple[Any, Layout]
         learning_rate=stage.learning_rate, warmup_updates=stage.warmup_updates, end_fraction=0.05, b2=0.98,
         weight_decay=0.01,
     )  # fmt: skip
-    job = build_job(base, LoraConfig(enabled=False), optimizer, TRAINER, mesh, stage.updates)
+    recipe = Recipe(
+        arch=base.arch, hardware=HardwareConfig(), lora=LoraConfig(enabled=False), optimizer=optimizer,
+        trainer=TRAINER, mesh=MeshSizes(**mesh.shape), rows=ROWS_PER_UPDATE, length=SEQUENCE_LENGTH,
+        updates=stage.updates,
+    )  # fmt: skip
+    job = set_up(base, recipe, mesh)
     programs = Programs(job.step, job.state, pipeline.lengths)
     state, started = job.state, time.perf_counter()
     for done, update in enumerate(pipeline, start=1):

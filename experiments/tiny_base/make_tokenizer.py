@@ -15,10 +15,10 @@ from random import Random
 
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
+from experiments.verilog_smoke.families import draw_designs
+from experiments.verilog_smoke.prompts import answer, document, specification
 from gemma4_tpu.architectures import ARCHITECTURES, to_hf_config
 from gemma4_tpu.assets import ROOT
-from gemma4_tpu.verilog_smoke.families import draw_designs
-from gemma4_tpu.verilog_smoke.prompts import answer, document, specification
 
 # Ids are positions. The first four are where Gemma has them too.
 CONTROL_TOKENS = (

@@ -10,9 +10,9 @@ from typing import Any
 
 from gemma4_tpu.benching.bar import Bar, told_of
 from gemma4_tpu.benching.cells import Cell, cells_of
+from gemma4_tpu.benching.checks import BenchChecked
 from gemma4_tpu.benching.client import Target, find_target
 from gemma4_tpu.benching.one_cell import FAILED, INFEASIBLE, OK, run_cell
-from gemma4_tpu.config.bench_checks import BenchChecked
 from gemma4_tpu.config.serving import BenchConfig
 from gemma4_tpu.errors import UserError
 from gemma4_tpu.tracking.records import CELL, read_record, write_record

@@ -6,15 +6,14 @@ import re
 import shutil
 import textwrap
 from dataclasses import asdict
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from omegaconf import OmegaConf
 
+from gemma4_tpu.config.conf import defaults, groups_of
+from gemma4_tpu.config.entry import EntryPoint
 from gemma4_tpu.config.keys import field_docs, field_types, is_group, is_mapping, type_name
 from gemma4_tpu.config.sweep_settings import Grid, Optuna, Processes
-
-if TYPE_CHECKING:
-    from gemma4_tpu.config.entries import EntryPoint
 
 _NARROWEST, _WIDEST = 60, 110
 _WORD = re.compile(r"""(?:[^\s'"]|'[^']*'|"[^"]*")+""")
@@ -22,8 +21,6 @@ _WORD = re.compile(r"""(?:[^\s'"]|'[^']*'|"[^"]*")+""")
 
 def help_text(entry: EntryPoint) -> str:
     """The whole help page."""
-    from gemma4_tpu.config.load import defaults, groups_of
-
     values = OmegaConf.to_container(defaults(entry), resolve=True)
     lines = _wrapped(entry.summary)
     lines += ["", f"Usage: {entry.command} [group=option | key=value] …", "", "Examples:"]

@@ -10,23 +10,21 @@ import logging
 import subprocess
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import Any, NoReturn
 
 import hydra
-from hydra import compose, initialize_config_dir
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException, MissingConfigException
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
+from gemma4_tpu.config.conf import VERSION_BASE, composing, config_dir, register
+from gemma4_tpu.config.entry import EntryPoint
 from gemma4_tpu.config.keys import unknown_key
 from gemma4_tpu.config.problems import refusal
 from gemma4_tpu.config.sweeps import complete, sweep_problems
 from gemma4_tpu.errors import UserError
-
-if TYPE_CHECKING:
-    from gemma4_tpu.config.entries import EntryPoint
 
 
 def serve(entry: EntryPoint, flags: list[str], overrides: list[str]) -> NoReturn:
@@ -35,8 +33,6 @@ def serve(entry: EntryPoint, flags: list[str], overrides: list[str]) -> NoReturn
     Raises:
       UserError: something that can't be swept, or a launcher that is not installed.
     """
-    from gemma4_tpu.config.load import _VERSION_BASE, config_dir, register
-
     if {"-m", "--multirun"} & set(flags):
         chosen = _chosen(entry, overrides)
         if problems := sweep_problems(overrides, chosen):
@@ -44,11 +40,11 @@ def serve(entry: EntryPoint, flags: list[str], overrides: list[str]) -> NoReturn
         overrides = complete(overrides, chosen)
     register(entry)
 
-    @hydra.main(version_base=_VERSION_BASE, config_path=str(config_dir()), config_name=entry.name)
+    @hydra.main(version_base=VERSION_BASE, config_path=str(config_dir()), config_name=entry.name)
     def run_job(_: DictConfig) -> None:
         """One job of a launcher from elsewhere, on the machine that it found."""
         job = HydraConfig.get()
-        command = [sys.executable, "-m", f"gemma4_tpu.{entry.name}", *job.overrides.task]
+        command = [sys.executable, "-m", entry.module, *job.overrides.task]
         command.append(f"run_dir='{job.runtime.output_dir}'")
         subprocess.run(command, check=True)
 
@@ -132,14 +128,11 @@ def _value(word: str) -> Any:
 
 def _chosen(entry: EntryPoint, overrides: list[str]) -> dict[str, str]:
     """Hydra's own groups, such as `hydra/sweeper`, with the option that Hydra, an experiment or a word chose."""
-    from gemma4_tpu.config.load import _VERSION_BASE, config_dir, register
-
-    register(entry)
     parsed = OverridesParser.create().parse_overrides(overrides)
     words = {o.input_line or "": o.key_or_group for o in parsed if not o.is_sweep_override()}
     # Values beneath `hydra.` belong to options that are not chosen yet.
     single = [word for word, key in words.items() if not key.startswith("hydra.") or key == "hydra.searchpath"]
-    with initialize_config_dir(str(config_dir()), version_base=_VERSION_BASE):
+    with composing(entry) as compose:
         try:
             return dict(compose(entry.name, overrides=single, return_hydra_config=True).hydra.runtime.choices)
         except MissingConfigException as error:

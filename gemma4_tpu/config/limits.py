@@ -8,9 +8,6 @@ from typing import Any
 
 from gemma4_tpu.config.keys import did_you_mean
 
-HIGH_LEARNING_RATE = 1e-3
-"""More than LoRA on a released size usually bears; reported, never changed."""
-
 MAX_WEIGHT = 1000
 """Visits of a row in an epoch."""
 

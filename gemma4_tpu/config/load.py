@@ -15,9 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Generic, NoReturn
 
-from hydra import compose, initialize_config_dir
 from hydra._internal.utils import get_args_parser
-from hydra.core.config_store import ConfigStore
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
@@ -26,8 +24,9 @@ from yaml import YAMLError
 
 import gemma4_tpu
 from gemma4_tpu.config import replay
-from gemma4_tpu.config.checks import Checked
-from gemma4_tpu.config.entries import TRAIN, Checks, EntryPoint, Root
+from gemma4_tpu.config.conf import composing, config_dir, defaults, groups_of
+from gemma4_tpu.config.entry import Checks, EntryPoint, Root
+from gemma4_tpu.config.help import help_text
 from gemma4_tpu.config.hydra_flags import of_one_run, search_path, serve, with_config_dir
 from gemma4_tpu.config.keys import field_types, unknown_key
 from gemma4_tpu.config.lists import extended
@@ -35,8 +34,6 @@ from gemma4_tpu.config.overrides import Groups, check_file, check_overrides, gro
 from gemma4_tpu.config.problems import Problem, refusal
 from gemma4_tpu.config.schema import TrainRoot
 from gemma4_tpu.errors import UserError
-
-_VERSION_BASE = "1.3"
 
 
 @dataclass(frozen=True)
@@ -47,20 +44,6 @@ class Loaded(Generic[Root, Checks]):
     overrides: list[str]
     """The `key=value` words of the command line, as composed."""
     checked: Checks
-
-
-def config_dir() -> Path:
-    """The folder `conf`: beside the modules in an installed wheel, else at the root of the checkout."""
-    package = Path(gemma4_tpu.__file__).parent
-    for folder in (package / "conf", package.parent / "conf"):
-        if (folder / "train.yaml").is_file():
-            return folder.resolve()
-    raise FileNotFoundError(f"no conf/train.yaml beside or in {package}: the installation is damaged")
-
-
-def load_train(argv: list[str]) -> Loaded[TrainRoot, Checked]:
-    """Reads the command line of `python -m gemma4_tpu.train`; see `load`."""
-    return load(argv, TRAIN)
 
 
 def load(argv: list[str], entry: EntryPoint[Root, Checks]) -> Loaded[Root, Checks]:
@@ -109,8 +92,7 @@ def compose_all(words: list[str], entry: EntryPoint, *, multirun: bool = False) 
         if started is None or refused:
             return None, good, problems + found + refused
         name = started
-    register(entry)
-    with initialize_config_dir(str(config_dir()), version_base=_VERSION_BASE):
+    with composing(entry) as compose:
         try:
             taken = extended(taken, entry.schema, lambda some: compose(name, overrides=some))
             root = OmegaConf.to_object(compose(name, overrides=taken))
@@ -118,28 +100,6 @@ def compose_all(words: list[str], entry: EntryPoint, *, multirun: bool = False) 
             found = _file_problems(good, entry, groups, [config_dir(), *filter(None, folders)])
             return None, good, problems + (found or [Problem(_plain(error, entry.schema))])
     return root, good, problems
-
-
-def groups_of(entry: EntryPoint) -> dict[str, list[str]]:
-    """The config groups that `conf/<name>.yaml` composes, each with its options."""
-    chosen = OmegaConf.load(config_dir() / f"{entry.name}.yaml").defaults
-    names = {str(group).split()[-1] for item in chosen if isinstance(item, DictConfig) for group in item}
-    return {group: options for group, options in groups_in(config_dir()).items() if group in names}
-
-
-def register(entry: EntryPoint) -> None:
-    """Makes the root schema known to Hydra under the name that `conf/<name>.yaml` starts from, and to OmegaConf what
-    `${unless:…}` in conf/ means.
-    """
-    OmegaConf.register_new_resolver("unless", lambda given, value: value if given is None else None, replace=True)
-    ConfigStore.instance().store(name=f"{entry.name}_schema", node=entry.schema)
-
-
-def defaults(entry: EntryPoint, words: list[str] | None = None) -> DictConfig:
-    """The composed configuration of a command line without arguments, or with sound `words`."""
-    register(entry)
-    with initialize_config_dir(str(config_dir()), version_base=_VERSION_BASE):
-        return compose(entry.name, overrides=words)
 
 
 def to_yaml(root: Any) -> str:
@@ -169,8 +129,6 @@ def _split(argv: list[str], entry: EntryPoint) -> tuple[list[str], Any, list[str
     if "--version" in argv:
         _tell(f"gemma4-tpu {gemma4_tpu.__version__}")
     if "--help" in argv or "-h" in argv:
-        from gemma4_tpu.config.help import help_text
-
         _tell(help_text(entry))
     parser = get_args_parser()
     parser.exit_on_error = parser.allow_abbrev = False  # `--multi` is a misspelling, `--config` is nothing of Hydra's

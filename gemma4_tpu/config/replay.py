@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 from hydra.core.config_store import ConfigStore
@@ -12,14 +11,12 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
-from gemma4_tpu.config.keys import did_you_mean, field_types
+from gemma4_tpu.config.keys import field_types
 from gemma4_tpu.config.overrides import Groups, check_file
 from gemma4_tpu.config.problems import Problem
-from gemma4_tpu.storage import is_remote, join, open_bytes
+from gemma4_tpu.storage import join, open_bytes
 
 KEY = "replay"
-PARTS = ("code", "packages", "data", "tokenizer", "base", "hardware")
-"""What a replay compares with the record, and `replay_allow` names."""
 _OF_THE_FIRST_START = ("run_dir", KEY, "replay_allow", "preview")
 
 
@@ -76,21 +73,3 @@ def over_recorded(words: list[str], groups: Groups) -> tuple[list[str], list[Pro
             problems.append(Problem(f"{word}: {KEY} has a whole recipe already; give single keys or groups"))
         taken.append(f"+{word}" if key in groups.options else word)
     return taken, problems
-
-
-def replay_problems(run: str | None, allow: list[str], run_dir: str | None) -> list[str]:
-    """What is wrong with `replay`, `replay_allow` and `run_dir` together, if anything."""
-    if run is None:
-        return [f"replay_allow=[{','.join(allow)}]: only with {KEY}=<run folder>"] if allow else []
-    messages = [
-        f"replay_allow: {name!r} is nothing that is compared{did_you_mean(name, PARTS)} (there are {', '.join(PARTS)})"
-        for name in allow
-        if name not in PARTS
-    ]
-    if run_dir is not None and _place(run_dir) == _place(run):
-        messages.append(f"run_dir={run_dir}: holds the run to repeat; give another run_dir")
-    return messages
-
-
-def _place(folder: str) -> str:
-    return folder.rstrip("/") if is_remote(folder) else str(Path(folder).expanduser().absolute())

@@ -2,7 +2,7 @@
 
 This module is ground: it imports neither JAX nor Hydra, so that every process can read a configuration at once.
 A string that follows a field documents it; `null` in YAML is `None` here. Cross-field rules live in
-`checks.py`; what other entry points take in `tasks.py`.
+the checks of each room (`training/checks.py`); what other commands take in `tasks.py` and `serving.py`.
 """
 
 from __future__ import annotations

@@ -10,7 +10,7 @@ import numpy as np
 
 from gemma4_tpu.config.schema import DataConfig
 from gemma4_tpu.data.examples import Examples, Origin
-from gemma4_tpu.data.plan import Plan, PlannedUpdate
+from gemma4_tpu.data.updates import PlannedUpdate, Updates
 from gemma4_tpu.errors import UserError
 
 STATE_VERSION = 1
@@ -123,7 +123,7 @@ class Pipeline:
         epochs: float | None = None,
         max_updates: int | None = None,
     ):
-        self._plan = Plan(
+        self._plan = Updates(
             examples, data, rows_per_update=rows_per_update, seed=seed, epochs=epochs, max_updates=max_updates
         )
         self._assemble = Assembler(examples, rows_per_update, microbatches, row_slice)
@@ -213,6 +213,6 @@ def heldout_batches(
 ) -> Iterator[Update]:
     """One pass over held-out examples in a fixed order, packed like training; empty rows fill up the last batch."""
     fixed = replace(data, shuffle=False)
-    plan = Plan(examples, fixed, rows_per_update=rows_per_update, seed=0, epochs=1)
+    plan = Updates(examples, fixed, rows_per_update=rows_per_update, seed=0, epochs=1)
     assemble = Assembler(examples, rows_per_update, microbatches, row_slice)
     return (assemble(plan[update]) for update in range(len(plan)))

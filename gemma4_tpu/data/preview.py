@@ -16,10 +16,10 @@ import numpy as np
 from rich.console import Console
 from rich.text import Text
 
-from gemma4_tpu.config.schema import DataConfig, TrainRoot
+from gemma4_tpu.config.schema import DataConfig, ModelConfig
 from gemma4_tpu.data.build import TrainingData, build_data
 from gemma4_tpu.data.examples import Examples
-from gemma4_tpu.data.plan import Plan
+from gemma4_tpu.data.updates import Updates
 from gemma4_tpu.plotting import new_figure
 
 ROWS_SHOWN = 3
@@ -100,7 +100,7 @@ def plot_lengths(built: TrainingData, capacity: int, path: Path) -> None:
 def _totals(built: TrainingData, data: DataConfig, rows_per_update: int, seed: int) -> list[str]:
     """Fill and updates of one pass, held-out examples, drops."""
     train = built.train
-    plan = Plan(train, data, rows_per_update=rows_per_update, seed=seed, epochs=1)
+    plan = Updates(train, data, rows_per_update=rows_per_update, seed=seed, epochs=1)
     updates = [plan[update] for update in range(len(plan))]
     visits = [index for update in updates for row in update.rows for index in row]
     real_tokens = int(train.slots[visits].sum())
@@ -130,7 +130,7 @@ def _totals(built: TrainingData, data: DataConfig, rows_per_update: int, seed: i
     return lines
 
 
-def show(config: TrainRoot) -> int:
+def show(model: ModelConfig, data: DataConfig, *, rows_per_update: int, seed: int) -> int:
     """Builds the data of a training configuration and previews it; too many dropped rows are shown, not refused.
 
     Returns the exit code, 0.
@@ -138,16 +138,12 @@ def show(config: TrainRoot) -> int:
     Raises:
       UserError: no base model or tokenizer, unreadable sources, or not a single row to train on.
     """
-    from gemma4_tpu.config.checks import rows_per_update
     from gemma4_tpu.data.tokenizer import load_tokenizer
     from gemma4_tpu.models.base import resolve_base
 
     logging.getLogger("gemma4_tpu.data").addHandler(logging.NullHandler())  # the preview itself tells of drops
-    tokenizer = load_tokenizer(resolve_base(config.model).tokenizer_folder)
-    built = build_data(replace(config.data, max_drop_fraction=1.0), tokenizer)
-    rows = rows_per_update(config.trainer, config.data)
+    tokenizer = load_tokenizer(resolve_base(model).tokenizer_folder)
+    built = build_data(replace(data, max_drop_fraction=1.0), tokenizer)
     console = Console(highlight=False)
-    preview(
-        built, config.data, tokenizer, rows_per_update=rows, seed=config.trainer.seed, console=console, plot_path=PLOT
-    )
+    preview(built, data, tokenizer, rows_per_update=rows_per_update, seed=seed, console=console, plot_path=PLOT)
     return 0

@@ -15,12 +15,12 @@ from typing import Any
 
 from gemma4_tpu import assets
 from gemma4_tpu.config.schema import DataSource
+from gemma4_tpu.data.checks import HUGGING_FACE
 from gemma4_tpu.data.examples import Origin
 from gemma4_tpu.data.readers import READERS, RawRow, endings, read_file
 from gemma4_tpu.errors import UserError
 from gemma4_tpu.storage import filesystem
 
-HUGGING_FACE = "hf:"
 HUGGING_FACE_NAME = re.compile(r"hf:([^:]+)(?::([^:/]*))?(?::([^:/]+))?")  # hf:NAME[:SPLIT] or hf:NAME:SUBSET:SPLIT
 METADATA = ("dataset_dict.json", "dataset_info.json", "dataset_infos.json", "state.json")  # of `datasets`
 

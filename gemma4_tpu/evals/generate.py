@@ -16,7 +16,7 @@ from typing import Any, Protocol
 import jax
 import numpy as np
 
-from gemma4_tpu.config.files import GENERATION_NAME
+from gemma4_tpu.checkpoint_folder import GENERATION_NAME
 from gemma4_tpu.config.tasks import EvalConfig
 from gemma4_tpu.data.chat import ChatFormat, Message
 from gemma4_tpu.data.markup import without_thoughts

@@ -19,8 +19,8 @@ from gemma4_tpu.models.base import Base
 from gemma4_tpu.models.decode import Sampling, generate
 from gemma4_tpu.models.sharding import row_places
 from gemma4_tpu.tracking.metrics import MetricsFile
-from gemma4_tpu.tracking.trackers import Tracker
-from gemma4_tpu.training.job import Job
+from gemma4_tpu.tracking.tracker import Tracker
+from gemma4_tpu.training.setup import Setup
 
 log = logging.getLogger(__name__)
 
@@ -56,11 +56,11 @@ class HeldoutAnswers:
         self._stop_ids = checkpoint_stop_ids(base, tokenizer) if count else ()
         self._rows = MetricsFile(folder / FILE, after_update=resume_from, write=write) if count else None
 
-    def __call__(self, job: Job, trained: Any, update: int, tracker: Tracker) -> None:
+    def __call__(self, setup: Setup, trained: Any, update: int, tracker: Tracker) -> None:
         """Answers with the values as they are after `update`."""
         if self._rows is None:
             return
-        rows = [(*row, finish) for row, finish in self._answers(job, trained)]
+        rows = [(*row, finish) for row, finish in self._answers(setup, trained)]
         for row in rows:
             self._rows.log(dict(zip(COLUMNS, row, strict=True)), update)
         tracker.table("heldout_samples", COLUMNS, rows, update)
@@ -70,17 +70,18 @@ class HeldoutAnswers:
         if self._rows is not None:
             self._rows.close()
 
-    def _answers(self, job: Job, trained: Any) -> list[tuple[tuple[str, str, str], str]]:
+    def _answers(self, setup: Setup, trained: Any) -> list[tuple[tuple[str, str, str], str]]:
         """((prompt, answer, reference), finish) of each prompt."""
-        padding = -len(self._pairs) % row_places(job.mesh)
+        padding = -len(self._pairs) % row_places(setup.mesh)
         prompts = [prompt for prompt, _ in self._pairs] + [self._pairs[-1][0]] * padding
         width = padded_width(prompts)
         tokens = np.zeros((len(prompts), width), np.int32)
         for row, prompt in enumerate(prompts):
             tokens[row, width - len(prompt) :] = prompt
-        full = job.step.full
+        full = setup.step.full
         made = generate(
-            job.step.model, trained if full else job.base, None if full else trained, *_on(job.mesh, tokens, prompts),
+            setup.step.model, trained if full else setup.base, None if full else trained,
+            *_on(setup.mesh, tokens, prompts),
             max_new_tokens=self._trainer.sample_tokens, sampling=Sampling(temperature=0), stop_ids=self._stop_ids,
         )  # fmt: skip
         out, counts, stopped = (np.asarray(x) for x in made)

@@ -21,7 +21,7 @@ from gemma4_tpu.models import quantize, sharding
 from gemma4_tpu.models.audit import audit
 from gemma4_tpu.models.base import Base, resolve_base
 from gemma4_tpu.models.layout import Leaf, build_tree
-from gemma4_tpu.training.job import load_weights, make_model, start_mesh
+from gemma4_tpu.training.setup import load_weights, make_model, start_mesh
 
 log = logging.getLogger(__name__)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 
-from gemma4_tpu.config.files import PROBE_NAME
+from gemma4_tpu.checkpoint_folder import PROBE_NAME
 from gemma4_tpu.export.place import Place
 from gemma4_tpu.export.trained import Trained
 from gemma4_tpu.hf_config import with_both_key_sets

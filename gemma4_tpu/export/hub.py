@@ -5,8 +5,8 @@ from __future__ import annotations
 import logging
 import os
 
-from gemma4_tpu.config.merge_checks import TOKEN
 from gemma4_tpu.errors import UserError
+from gemma4_tpu.export.checks import TOKEN
 from gemma4_tpu.tracking.redact import redact
 
 log = logging.getLogger(__name__)

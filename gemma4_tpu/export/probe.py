@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from gemma4_tpu.config.files import PROBE_NAME
+from gemma4_tpu.checkpoint_folder import PROBE_NAME
 from gemma4_tpu.export.place import Place
 from gemma4_tpu.export.trained import Trained
 

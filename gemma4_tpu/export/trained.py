@@ -10,9 +10,9 @@ from pathlib import Path
 
 import yaml
 
-from gemma4_tpu.config.files import RANDOM
+from gemma4_tpu.checkpoint_folder import RANDOM
 from gemma4_tpu.config.load import from_yaml
-from gemma4_tpu.config.schema import LoraConfig, TrainRoot
+from gemma4_tpu.config.schema import LoraConfig, ModelConfig, TrainRoot
 from gemma4_tpu.config.tasks import ExportConfig
 from gemma4_tpu.errors import UserError
 from gemma4_tpu.models import lora as adapters
@@ -98,7 +98,7 @@ def open_trained(run: str | Path, export: ExportConfig) -> Trained:
     except KeyError as error:
         raise UserError(f"run={run}: config.yaml has no {error}: not the run folder of a training") from None
     state = open_saved(folder.address, export.checkpoint)
-    base = _base(folder, known, export)
+    base = _base(folder, known.model, export)
     found = fit(base.arch, base.checkpoint)
     _check_fingerprint(folder, base)
     trained = Trained(folder, state, known.lora, base, found)
@@ -108,14 +108,14 @@ def open_trained(run: str | Path, export: ExportConfig) -> Trained:
     return trained
 
 
-def _base(folder: RunFolder, config: TrainRoot, export: ExportConfig) -> Base:
-    path = export.base or config.model.path
+def _base(folder: RunFolder, model: ModelConfig, export: ExportConfig) -> Base:
+    path = export.base or model.path
     if path and path.startswith(RANDOM):
         raise UserError(
             f"run={folder.path}: trained on random weights (model.path={path}); there is no base to export with"
         )
     try:
-        return resolve_base(replace(config.model, path=path))
+        return resolve_base(replace(model, path=path))
     except UserError as refusal:
         given = "export.base" if export.base else "the run's base"
         hint = "" if export.base else "; if it has moved, give export.base=<folder>"

@@ -16,9 +16,10 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
+from gemma4_tpu import checkpoint_folder as files
 from gemma4_tpu import templates
 from gemma4_tpu.architectures import Architecture
-from gemma4_tpu.config import files
+from gemma4_tpu.config.paths import local_folder
 from gemma4_tpu.config.schema import ModelConfig
 from gemma4_tpu.config.tasks import ANY_SIZE
 from gemma4_tpu.errors import UserError
@@ -85,7 +86,7 @@ def _size(model: ModelConfig) -> str:
     path = model.path or ""
     if path.startswith(files.RANDOM):
         raise UserError(f"model.path={path}: random weights of which size? give model=<size>")
-    place, messages = files.local_folder(f"model.path={path}", path)
+    place, messages = local_folder(f"model.path={path}", path)
     if messages:
         raise UserError("\n".join(messages))
     try:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from gemma4_tpu import assets
-from gemma4_tpu.config.files import BaseFound, find_base
+from gemma4_tpu.checkpoint_folder import BaseFound, find_base
 from gemma4_tpu.config.schema import ModelConfig
 from gemma4_tpu.models.tensorfile import Checkpoint
 

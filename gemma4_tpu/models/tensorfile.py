@@ -18,7 +18,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from gemma4_tpu.config.files import INDEX_NAME, SINGLE_NAME, no_checkpoint
+from gemma4_tpu.checkpoint_folder import INDEX_NAME, SINGLE_NAME, no_checkpoint
 from gemma4_tpu.errors import UserError
 from gemma4_tpu.storage import join, list_folder, open_bytes, read_json
 

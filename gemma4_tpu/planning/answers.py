@@ -10,47 +10,37 @@ from pathlib import Path
 from typing import Any
 
 from gemma4_tpu.compiler_flags import compiler_options
-from gemma4_tpu.config.checks import rows_per_microbatch
-from gemma4_tpu.config.plan_checks import examine_plan
-from gemma4_tpu.config.tasks import PlanRoot
-from gemma4_tpu.errors import UserError
+from gemma4_tpu.hardware import Slice
 from gemma4_tpu.models.sharding import make_mesh
 from gemma4_tpu.planning import compile as compiling
 from gemma4_tpu.planning import programs
-from gemma4_tpu.planning.child import ASSIGNED, FINISHED
+from gemma4_tpu.planning.compilation import ASSIGNED, FINISHED
 from gemma4_tpu.planning.links import Grid
 from gemma4_tpu.planning.program import OutOfMemory, Program, UnderWay
 from gemma4_tpu.planning.topology import absent_devices
+from gemma4_tpu.training.recipe import Recipe
 
-UPDATES = 1_000
-"""Of the run, as the program's learning rates see it: the same for all plans, so that a run with other rows or epochs
-is the same program. No figure depends on it."""
 Answer = tuple[str, dict[str, Any]]
 """A stage, and what is known then: `hbm_limit_bytes`, `versions`, and either `compiled` (`compile.Compiled`) or
 `out_of_memory` (`message`, `needed_bytes`). What was compiled before is known at once, with its schedule."""
 
 
-def answers(config: PlanRoot, dump: Path) -> Iterator[Answer]:
-    """Compiles the step of a configuration.
+def answers(recipe: Recipe, wanted: Slice, dump: Path, *, to_the_end: bool) -> Iterator[Answer]:
+    """Compiles a step.
 
     Args:
-      config: with a remat policy, not `auto`.
+      recipe: with a remat policy, not `auto`.
+      wanted: the slice.
       dump: a folder to make, for the compiler's files.
+      to_the_end: generate code, for the schedule.
 
     Raises:
-      UserError: the configuration, or the compiler, refuses it.
+      UserError: the compiler refuses it.
     """
-    checked, problems = examine_plan(config)
-    if checked is None:
-        raise UserError("; ".join(problem.message for problem in problems))
-    sizes, options = checked.mesh, compiler_options(config.hardware)
-    mesh = make_mesh(sizes.fsdp, sizes.tp, absent_devices(checked.slice), dp=sizes.dp)
+    sizes = recipe.mesh
+    mesh = make_mesh(sizes.fsdp, sizes.tp, absent_devices(wanted), dp=sizes.dp)
     devices = list(mesh.devices.flat)
-    rows = rows_per_microbatch(config.trainer, config.data, sizes.row_places)
-    given = compiling.shapes(
-        checked.architecture, config.lora, config.optimizer, config.trainer, mesh,
-        rows=rows, length=config.data.sequence_length, updates=UPDATES, options=options,
-    )  # fmt: skip
+    given = compiling.shapes(recipe, mesh)
     answer: dict[str, Any] = {
         "hbm_limit_bytes": compiling.hbm_limit_bytes(devices[0]),
         "versions": {"jax": version("jax"), "libtpu": version("libtpu")},
@@ -60,12 +50,12 @@ def answers(config: PlanRoot, dump: Path) -> Iterator[Answer]:
     lowered = compiling.lower_step(given)
     answer["lowering_seconds"] = time.perf_counter() - started
     places = [f"{device.device_kind} {device.coords}" for device in devices]
-    key = programs.key(lowered.as_text(), answer["versions"], options, places)
-    work = _Work(given, Grid.of(checked.slice, [device.coords for device in devices]), key)
+    key = programs.key(lowered.as_text(), answer["versions"], compiler_options(recipe.hardware), places)
+    work = _Work(given, Grid.of(wanted, [device.coords for device in devices]), key)
     if (known := work.kept()) is not None:
         yield ASSIGNED, answer | known | {"kept": True}
     else:
-        for stage, more in work.compiled(lowered, dump, answer["hbm_limit_bytes"], to_the_end=config.plan.schedule):
+        for stage, more in work.compiled(lowered, dump, answer["hbm_limit_bytes"], to_the_end=to_the_end):
             yield stage, answer | more
 
 

@@ -12,12 +12,10 @@ from typing import Any
 
 from rich import progress
 
-from gemma4_tpu.config.plan_checks import PlanChecked
-from gemma4_tpu.config.tasks import PlanRoot
 from gemma4_tpu.planning.calibration import Rates
-from gemma4_tpu.planning.child import FINISHED, Compilation, Request
-from gemma4_tpu.planning.estimate import PlanResult, describe, estimate
-from gemma4_tpu.planning.fill import Fill, Lengths, fill_of, lengths_of
+from gemma4_tpu.planning.compilation import FINISHED, Compilation, Request
+from gemma4_tpu.planning.estimate import ESTIMATED_BY, PlanResult, estimate
+from gemma4_tpu.planning.planned import Planned
 from gemma4_tpu.planning.remat import AUTO, first_that_fits
 from gemma4_tpu.planning.schedule import from_plain
 from gemma4_tpu.planning.walk import Walked, walk
@@ -25,25 +23,6 @@ from gemma4_tpu.tracking.logs import console
 
 log = logging.getLogger(__name__)
 SECONDS_BETWEEN_LINES = 30.0
-
-
-@dataclass(frozen=True)
-class Planned:
-    """A configuration that passed the checks, and what its data makes of it."""
-
-    config: PlanRoot
-    checked: PlanChecked
-    lengths: Lengths
-    fill: Fill
-
-    @staticmethod
-    def of(config: PlanRoot, checked: PlanChecked, like: Planned | None = None) -> Planned:
-        """`like`: a plan whose lengths serve here too, if it has the same data."""
-        if like is not None and like.config.data == config.data:
-            lengths = like.lengths
-        else:
-            lengths = lengths_of(config, checked.data_here)
-        return Planned(config, checked, lengths, fill_of(lengths, config.data, config.trainer))
 
 
 @dataclass
@@ -115,11 +94,12 @@ def result_of(planned: Planned, answer: dict[str, Any]) -> tuple[PlanResult, Wal
         if ops and config.plan.schedule:
             visited = cache(partial(planned.fill.share_visited, length=config.data.sequence_length))
             walked = walk(from_plain(ops), Rates.of(checked.slice), visited)
-        return estimate(config, checked, planned.fill, answer, walked), walked
+        return estimate(planned, answer, walked), walked
     told, limit = answer["out_of_memory"], answer["hbm_limit_bytes"]
     result = PlanResult(
         fits=False,
-        **describe(config, checked.slice, checked.mesh),
+        **planned.recipe.described(),
+        estimated_by=ESTIMATED_BY,
         hbm_limit_bytes_per_chip=limit,
         hbm_bytes_per_chip=told["needed_bytes"],
         hbm_parts_bytes_per_chip=answer["held"],

@@ -1,13 +1,12 @@
 """Compiles the step that training runs, for devices that may not be there, from shapes alone.
 
-`shapes` is to planning what `build_job` is to training: the same step, the same places, no weights.
+`shapes` is to planning what `set_up` is to training: the same step, the same places, no weights.
 """
 
 from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -16,8 +15,6 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from gemma4_tpu.architectures import Architecture
-from gemma4_tpu.config.schema import LoraConfig, OptimizerConfig, TrainerConfig
 from gemma4_tpu.models import lora as adapters
 from gemma4_tpu.models import quantize, sharding
 from gemma4_tpu.models.layout import Leaf
@@ -25,7 +22,8 @@ from gemma4_tpu.planning import counts, hlo, schedule, source
 from gemma4_tpu.planning.links import Grid
 from gemma4_tpu.planning.program import OutOfMemory, Program, compile_lowered
 from gemma4_tpu.step.train_step import Step, TrainState, compiled_functions
-from gemma4_tpu.training.job import make_step, state_places, weight_dtype
+from gemma4_tpu.training.recipe import Recipe
+from gemma4_tpu.training.setup import make_step, state_places, weight_dtype
 
 log = logging.getLogger(__name__)
 
@@ -68,32 +66,9 @@ class Compiled:
     """`Program.cost_analysis`."""
 
 
-def shapes(
-    arch: Architecture,
-    lora: LoraConfig,
-    optimizer: OptimizerConfig,
-    trainer: TrainerConfig,
-    mesh: Mesh,
-    *,
-    rows: int,
-    length: int,
-    updates: int,
-    options: Mapping[str, Any] | None = None,
-) -> Shapes:
-    """The step of a run and the shapes of what it takes.
-
-    Args:
-      arch: the model.
-      lora: what is trained.
-      optimizer: its state has the places of what it is for.
-      trainer: microbatches, remat, attention, dtypes.
-      mesh: of devices that are there or not.
-      rows: rows of one microbatch, over all chips.
-      length: T.
-      updates: of the whole run (a constant of the learning rate's schedule).
-      options: `compiler_flags.compiler_options`.
-    """
-    step = make_step(arch, lora, optimizer, trainer, mesh, updates, options)
+def shapes(recipe: Recipe, mesh: Mesh) -> Shapes:
+    """The step of a run and the shapes of what it takes, on a mesh of devices that are there or not."""
+    step, lora = make_step(recipe, mesh), recipe.lora
     layout, dtype = step.model.layout, weight_dtype(step)
 
     def base_leaf(leaf: Leaf) -> Any:
@@ -113,20 +88,17 @@ def shapes(
         trained, base = _placed(initial, adapters.shardings(layout, lora, mesh)), weights
     places = state_places(step, trained, key, mesh)
     state = _placed(jax.eval_shape(step.init, trained, key), places)
-    return Shapes(step, state, base, _batch(trainer.microbatches, rows, length, mesh))
+    return Shapes(step, state, base, _batch(recipe, mesh))
 
 
 def _placed(tree: Any, places: Any) -> Any:
     return jax.tree.map(lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), tree, places)
 
 
-def _batch(microbatches: int, rows: int, length: int, mesh: Mesh) -> dict[str, jax.ShapeDtypeStruct]:
-    place = sharding.batch(mesh)
+def _batch(recipe: Recipe, mesh: Mesh) -> dict[str, jax.ShapeDtypeStruct]:
+    place, shape = sharding.batch(mesh), (recipe.trainer.microbatches, recipe.rows, recipe.length)  # [M, B, T]
     dtypes = dict.fromkeys(("tokens", "targets", "segment_ids", "positions"), jnp.int32) | {"target_mask": jnp.bool_}
-    return {
-        name: jax.ShapeDtypeStruct((microbatches, rows, length), dtype, sharding=place)
-        for name, dtype in dtypes.items()
-    }
+    return {name: jax.ShapeDtypeStruct(shape, dtype, sharding=place) for name, dtype in dtypes.items()}
 
 
 def read(program: Program, given: Shapes, grid: Grid) -> Compiled:

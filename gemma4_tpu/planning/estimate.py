@@ -7,17 +7,14 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from gemma4_tpu.config.plan_checks import PlanChecked
-from gemma4_tpu.config.schema import TrainRoot
-from gemma4_tpu.config.tasks import PlanRoot
-from gemma4_tpu.hardware import MeshSizes, Slice, slice_of
+from gemma4_tpu.hardware import Slice
 from gemma4_tpu.models.flops import train_flops_per_token
 from gemma4_tpu.planning.calibration import BAND, Band
-from gemma4_tpu.planning.fill import Fill
 from gemma4_tpu.planning.kernels import Mask
 from gemma4_tpu.planning.links import link_bytes_per_second, sizes_of
 from gemma4_tpu.planning.money import chosen_price, chosen_usd, preemptions, usd_estimate
 from gemma4_tpu.planning.own_runs import band_of_runs
+from gemma4_tpu.planning.planned import Planned
 from gemma4_tpu.planning.schedule import COLLECTIVES, PARTS
 from gemma4_tpu.planning.walk import Walked
 
@@ -154,60 +151,29 @@ ESTIMATED_BY = {
 }
 
 
-def trained_as(config: TrainRoot) -> str:
-    """`lora r=64`, `qlora nf4 r=64` or `full`."""
-    lora = config.lora
-    if not lora.enabled:
-        return "full"
-    return f"qlora {lora.quantize} r={lora.rank}" if lora.quantize else f"lora r={lora.rank}"
-
-
-def describe(config: TrainRoot, wanted: Slice, mesh: MeshSizes) -> dict[str, Any]:
-    """The part of a `PlanResult` that the configuration alone decides."""
-    from gemma4_tpu.config.checks import rows_per_update
-
-    return {
-        "slice": wanted.name,
-        "chips": wanted.chips,
-        "model": config.model.name,
-        "trained": trained_as(config),
-        "lora_rank": config.lora.rank if config.lora.enabled else None,
-        "mesh": mesh._asdict(),
-        "remat": config.trainer.remat,
-        "flags": config.hardware.flags,
-        "sequence_length": config.data.sequence_length,
-        "rows_per_update": rows_per_update(config.trainer, config.data),
-        "microbatches": config.trainer.microbatches,
-        "estimated_by": ESTIMATED_BY,
-    }
-
-
-def estimate(
-    config: PlanRoot, checked: PlanChecked, fill: Fill, answer: dict[str, Any], walked: Walked | None = None
-) -> PlanResult:
+def estimate(planned: Planned, answer: dict[str, Any], walked: Walked | None = None) -> PlanResult:
     """Everything about a step that fits.
 
     Args:
-      config: of the plan.
-      checked: its architecture, slice and mesh.
-      fill: what its data makes of it.
+      planned: configuration, slice and mesh, and what its data makes of it.
       answer: of the compiling process (`answers.Answer`).
       walked: the time of its schedule.
     """
-    wanted, compiled = checked.slice, answer["compiled"]
+    recipe, fill, wanted, compiled = planned.recipe, planned.fill, planned.checked.slice, answer["compiled"]
     counts = compiled["counts"]
     masks = [(Mask(one["window"], one["block_q"], one["block_kv"]), one["flops"]) for one in counts["attention"]]
-    visited = {mask: fill.share_visited(mask, config.data.sequence_length) for mask, _ in masks}
+    visited = {mask: fill.share_visited(mask, recipe.length) for mask, _ in masks}
     skipped = sum(flops * (1 - visited[mask]) for mask, flops in masks)
     flops, again = counts["flops"] - skipped, counts["hbm_read_again_bytes"]
     traffic, accessed = counts["hbm_traffic_bytes"] + again, counts["bytes_accessed"]
     tokens = fill.real_tokens_per_update
-    analytic = train_flops_per_token(checked.architecture, config.lora, fill.mean_tokens) * tokens / wanted.devices
+    analytic = train_flops_per_token(recipe.arch, recipe.lora, fill.mean_tokens) * tokens / wanted.devices
     parts = _memory_parts(compiled)
     seconds = roofline(wanted, flops, traffic, counts["collectives"], counts["link_bytes"])
     return PlanResult(
         fits=True,
-        **describe(config, wanted, checked.mesh),
+        **recipe.described(),
+        estimated_by=ESTIMATED_BY,
         hbm_limit_bytes_per_chip=answer["hbm_limit_bytes"],
         hbm_bytes_per_chip=sum(parts.values()),
         hbm_parts_bytes_per_chip=parts,
@@ -235,8 +201,8 @@ def estimate(
         data=fill.source,
         roofline_seconds=seconds,
         bound_by=max(PEAKS, key=lambda peak: seconds[peak]),
-        **(_by_schedule(walked, band_of(config)) if walked is not None else {}),
-        **_time_and_money(config, fill, seconds, walked),
+        **(_by_schedule(walked, band_of(planned)) if walked is not None else {}),
+        **_time_and_money(planned, seconds, walked),
         lowering_seconds=answer["lowering_seconds"],
         compile_seconds=answer["compile_seconds"],
         compiled_before=answer.get("kept", False),
@@ -278,16 +244,14 @@ def roofline(
     return {**seconds, "update": max(seconds.values())}
 
 
-def band_of(config: PlanRoot) -> Band:
+def band_of(planned: Planned) -> Band:
     """Of measured over scheduled time: of `plan.calibration` where runs are given, else the published one.
 
     Raises:
       UserError: those runs say nothing of this chip.
     """
-    wanted = slice_of(config.hardware)
-    if config.plan.calibration is None or wanted is None:
-        return BAND
-    return band_of_runs(Path(config.plan.calibration), wanted.chip)
+    own = planned.config.plan.calibration
+    return BAND if own is None else band_of_runs(Path(own), planned.checked.slice.chip)
 
 
 def _by_schedule(walked: Walked, band: Band) -> dict[str, Any]:
@@ -316,27 +280,25 @@ def _by_schedule(walked: Walked, band: Band) -> dict[str, Any]:
     }
 
 
-def utilizations(config: PlanRoot, seconds: dict[str, float], walked: Walked | None) -> dict[str, float]:
+def utilizations(planned: Planned, seconds: dict[str, float], walked: Walked | None) -> dict[str, float]:
     """`low`, `mid` and `high`: shares of the binding roofline in `seconds` that an update reaches."""
     if walked is None:
-        low, high = config.plan.utilization_low, config.plan.utilization_high
+        low, high = planned.config.plan.utilization_low, planned.config.plan.utilization_high
         return {"low": low, "mid": (low + high) / 2, "high": high}
     reached = {f"schedule_{peak}": seconds[peak] / walked.seconds for peak in PEAKS}
     whole = seconds["update"] / walked.seconds
-    band = band_of(config)
+    band = band_of(planned)
     between = (band.low + band.high) / 2
     return {"low": whole / band.high, "mid": whole / between, "high": whole / band.low, **reached}
 
 
-def _time_and_money(config: PlanRoot, fill: Fill, seconds: dict[str, float], walked: Walked | None) -> dict[str, Any]:
-    reached = utilizations(config, seconds, walked)
+def _time_and_money(planned: Planned, seconds: dict[str, float], walked: Walked | None) -> dict[str, Any]:
+    config, fill, reached = planned.config, planned.fill, utilizations(planned, seconds, walked)
     per_update = {name: seconds["update"] * fill.length_share / reached[name] for name in ("low", "mid", "high")}
     rate = {name: fill.real_tokens_per_update / value for name, value in per_update.items()}
     hours = {name: value * fill.updates / 3600 for name, value in per_update.items()}
-    wanted = slice_of(config.hardware)
-    assert wanted is not None
-    dollars = usd_estimate(config, wanted, hours, fill.updates)
-    middle = chosen_usd(config, dollars).get("mid")
+    dollars = usd_estimate(config.hardware, config.plan, config.checkpoint, hours, fill.updates)
+    middle = chosen_usd(config.hardware, dollars).get("mid")
     return {
         "utilization": reached,
         "seconds_per_update": per_update,
@@ -344,8 +306,8 @@ def _time_and_money(config: PlanRoot, fill: Fill, seconds: dict[str, float], wal
         "hours": hours,
         "usd_estimate": dollars,
         "usd_per_million_real_tokens": middle / fill.updates / fill.real_tokens_per_update * 1e6 if middle else None,
-        "price": chosen_price(config),
-        "preemptions": preemptions(config, max(hours.values()), fill.updates),
+        "price": chosen_price(config.hardware),
+        "preemptions": preemptions(config.plan, config.checkpoint, max(hours.values()), fill.updates),
     }
 
 

@@ -14,12 +14,12 @@ from typing import Any
 
 import numpy as np
 
-from gemma4_tpu.config.checks import rows_per_update
-from gemma4_tpu.config.schema import DataConfig, TrainerConfig
-from gemma4_tpu.config.tasks import PlanConfig, PlanRoot
+from gemma4_tpu.config.schema import DataConfig, ModelConfig, TrainerConfig
+from gemma4_tpu.config.tasks import PlanConfig
 from gemma4_tpu.data.examples import Examples
-from gemma4_tpu.data.plan import Plan
+from gemma4_tpu.data.updates import Updates
 from gemma4_tpu.planning.kernels import Mask
+from gemma4_tpu.training.recipe import rows_per_update
 
 log = logging.getLogger(__name__)
 ROWS_LOOKED_AT = 500
@@ -69,15 +69,15 @@ class Lengths:
     """As `Fill.source`."""
 
 
-def lengths_of(config: PlanRoot, data_here: bool) -> Lengths:
-    """Measures the lengths of the training examples by tokenising them, or assumes those that `plan` states.
+def lengths_of(model: ModelConfig, data: DataConfig, stated: PlanConfig, *, data_here: bool) -> Lengths:
+    """Measures the lengths of the training examples by tokenising them, or assumes those that are `stated`.
 
     Raises:
       UserError: the data is here, but cannot be read.
     """
     if data_here:
-        return Lengths(_read(config), f"measured: {', '.join(s.path for s in config.data.train)}, tokenised here")
-    examples, stated = _of_lengths(_stated_lengths(config.plan, config.data)), config.plan
+        return Lengths(_read(model, data), f"measured: {', '.join(s.path for s in data.train)}, tokenised here")
+    examples = _of_lengths(_stated_lengths(stated, data))
     return Lengths(
         examples,
         f"assumed: {len(examples):,} examples, lognormal lengths of mean {stated.mean_tokens:g} and 99th percentile"
@@ -88,7 +88,7 @@ def lengths_of(config: PlanRoot, data_here: bool) -> Lengths:
 def fill_of(lengths: Lengths, data: DataConfig, trainer: TrainerConfig) -> Fill:
     """Lays the examples into rows and updates, as training does."""
     examples, rows = lengths.examples, rows_per_update(trainer, data)
-    plan = Plan(
+    plan = Updates(
         examples, data, rows_per_update=rows, seed=trainer.seed, epochs=trainer.epochs, max_updates=trainer.max_updates
     )
     # Each pass over the data packs alike, so the first ones stand for all of a long run.
@@ -111,13 +111,13 @@ def _ends(example: np.ndarray, size: int) -> tuple[np.ndarray, np.ndarray]:
     return example[starts], example[np.minimum(starts + size, len(example)) - 1]
 
 
-def _read(config: PlanRoot) -> Examples:
+def _read(model: ModelConfig, data: DataConfig) -> Examples:
     from gemma4_tpu.data.build import build_data
     from gemma4_tpu.data.tokenizer import load_tokenizer
     from gemma4_tpu.models.base import resolve_base
 
-    model: Any = config.model if config.model.path else replace(config.model, path="random:0")
-    return build_data(config.data, load_tokenizer(resolve_base(model).tokenizer_folder)).train
+    named: Any = model if model.path else replace(model, path="random:0")
+    return build_data(data, load_tokenizer(resolve_base(named).tokenizer_folder)).train
 
 
 def _stated_lengths(plan: PlanConfig, data: DataConfig) -> np.ndarray:

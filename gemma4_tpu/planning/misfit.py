@@ -7,14 +7,15 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
-from gemma4_tpu.config.checks import rows_per_update
-from gemma4_tpu.config.plan_checks import examine_plan
 from gemma4_tpu.config.schema import MeshConfig, TrainerConfig
 from gemma4_tpu.config.tasks import PlanRoot
 from gemma4_tpu.hardware import GIB, MeshSizes
-from gemma4_tpu.planning.attempt import Planned, plan_one
+from gemma4_tpu.planning.attempt import plan_one
+from gemma4_tpu.planning.checks import examine_plan
 from gemma4_tpu.planning.estimate import PlanResult
+from gemma4_tpu.planning.planned import Planned
 from gemma4_tpu.planning.remat import AUTO, POLICIES
+from gemma4_tpu.training.recipe import rows_per_update
 
 log = logging.getLogger(__name__)
 ENOUGH = 2
@@ -32,19 +33,17 @@ class Change:
     config: PlanRoot
 
 
-def changes(
-    config: PlanRoot, sizes: MeshSizes, meshes: list[MeshSizes], last: Callable[[], PlanResult]
-) -> Iterator[Change]:
+def changes(planned: Planned, meshes: list[MeshSizes], last: Callable[[], PlanResult]) -> Iterator[Change]:
     """Changes by what they cost: remat and microbatches cost time, then rows, mesh, quantised weights, length.
 
     From the second on each comes with the most remat, so that it is the change itself that decides.
 
     Args:
-      config: what does not fit.
-      sizes: of its mesh.
+      planned: what does not fit.
       meshes: others to try.
-      last: what came of the change before; of `config` itself at first.
+      last: what came of the change before; of `planned` itself at first.
     """
+    config, sizes = planned.config, planned.checked.mesh
     remat, saving = _most_remat(config.trainer)
     if remat:
         yield Change(remat, replace(config, trainer=saving))
@@ -119,7 +118,7 @@ def nearest_fits(planned: Planned, misfit: PlanResult, attempts: int) -> list[di
     meshes = [MeshSizes(1, devices // tp, tp) for tp in sorted(arch.legal_tp(devices), reverse=True)]
     tried: list[dict[str, Any]] = []
     results = [misfit]
-    for change in changes(planned.config, planned.checked.mesh, meshes, lambda: results[-1]):
+    for change in changes(planned, meshes, lambda: results[-1]):
         found, problems = examine_plan(change.config)
         if found is None:
             log.info("%s: %s", " ".join(change.overrides), "; ".join(problem.message for problem in problems))

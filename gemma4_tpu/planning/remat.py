@@ -7,14 +7,11 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from gemma4_tpu.compiler_flags import compiler_options
 from gemma4_tpu.config.limits import CHOICES
-from gemma4_tpu.config.schema import HardwareConfig, LoraConfig, OptimizerConfig, TrainerConfig
+from gemma4_tpu.training.recipe import Recipe
 
 if TYPE_CHECKING:
     from jax.sharding import Mesh
-
-    from gemma4_tpu.architectures import Architecture
 
 log = logging.getLogger(__name__)
 
@@ -51,46 +48,35 @@ def first_that_fits(
     return result
 
 
-def resolve_remat(
-    arch: Architecture,
-    hardware: HardwareConfig,
-    lora: LoraConfig,
-    optimizer: OptimizerConfig,
-    trainer: TrainerConfig,
-    mesh: Mesh,
-    *,
-    rows: int,
-    length: int,
-    updates: int,
-) -> TrainerConfig:
-    """`trainer` with the policy that `remat=auto` stands for on this mesh; arguments as `compile.shapes` has them.
+def resolve_remat(recipe: Recipe, mesh: Mesh) -> Recipe:
+    """The recipe with the policy that `remat=auto` stands for on this mesh.
 
     Compiles for the devices of the mesh. The policy that fits is compiled once more by the run itself, which finds it
     in the compilation cache. Where the memory is not known (CPUs), nothing is compiled and nothing is recomputed.
     """
-    if trainer.remat != AUTO:
-        return trainer
+    if recipe.trainer.remat != AUTO:
+        return recipe
     limit = (mesh.local_devices[0].memory_stats() or {}).get("bytes_limit")
     if mesh.devices.flat[0].platform == "cpu" or limit is None:
         log.info("remat=auto: %s (memory of this machine's devices is not known)", NONE)
-        return replace(trainer, remat=NONE)
+        return _with(recipe, NONE)
     from gemma4_tpu.planning import compile as compiling
     from gemma4_tpu.planning.program import OutOfMemory, compile_lowered, peak_bytes
 
-    def attempt(policy: str) -> tuple[TrainerConfig, int | None]:
-        tried = replace(trainer, remat=policy)
-        given = compiling.shapes(
-            arch, lora, optimizer, tried, mesh, rows=rows, length=length, updates=updates,
-            options=compiler_options(hardware),
-        )  # fmt: skip
+    def attempt(policy: str) -> tuple[Recipe, int | None]:
+        tried = _with(recipe, policy)
         try:
-            compiled = compile_lowered(compiling.lower_step(given))
+            compiled = compile_lowered(compiling.lower_step(compiling.shapes(tried, mesh)))
         except OutOfMemory:
             return tried, None
         return tried, peak_bytes(compiled)
 
     chosen: Any = first_that_fits(attempt, lambda result: (result[1], limit))
     return chosen[0]
+
+
+def _with(recipe: Recipe, policy: str) -> Recipe:
+    return replace(recipe, trainer=replace(recipe.trainer, remat=policy))
 
 
 def _sizes(needed: int | None, there: int | None) -> str:

@@ -14,16 +14,17 @@ from typing import Any
 
 import psutil
 
-from gemma4_tpu.config.meshes import legal_meshes, resolve_mesh
-from gemma4_tpu.config.plan_checks import examine_plan
 from gemma4_tpu.config.schema import MeshConfig
 from gemma4_tpu.config.tasks import PlanConfig, PlanRoot
 from gemma4_tpu.errors import UserError
 from gemma4_tpu.hardware import MeshSizes
-from gemma4_tpu.planning.attempt import Planned, attempted, result_of, start
-from gemma4_tpu.planning.child import Compilation
+from gemma4_tpu.planning.attempt import attempted, result_of, start
+from gemma4_tpu.planning.checks import examine_plan
+from gemma4_tpu.planning.compilation import Compilation
 from gemma4_tpu.planning.estimate import PlanResult
+from gemma4_tpu.planning.planned import Planned
 from gemma4_tpu.planning.remat import AUTO, POLICIES
+from gemma4_tpu.training.meshes import legal_meshes, resolve_mesh
 
 log = logging.getLogger(__name__)
 LEFT_OUT = "plan.max_candidates"
@@ -172,7 +173,7 @@ def _candidates(planned: Planned, found: Found) -> Iterator[Candidate]:
             found.skipped.append({"candidate": f"mesh.tp={tp}", "reason": reason})
     meshes = sorted(legal_meshes(checked.architecture, devices), key=lambda sizes: (-sizes.tp, sizes.dp))
     for rows, policy, sizes in itertools.product(sorted(config.plan.search_rows), policies, meshes):
-        changed = _with(config, sizes, policy, rows)
+        changed = _with(planned, sizes, policy, rows)
         examined, problems = examine_plan(changed)
         if examined is None:
             reason = "; ".join(problem.message for problem in problems)
@@ -181,7 +182,8 @@ def _candidates(planned: Planned, found: Found) -> Iterator[Candidate]:
         yield Candidate(Planned.of(changed, examined, planned), rows)
 
 
-def _with(config: PlanRoot, sizes: MeshSizes, policy: str, rows: int) -> PlanRoot:
+def _with(planned: Planned, sizes: MeshSizes, policy: str, rows: int) -> PlanRoot:
+    config = planned.config
     batch = rows * sizes.row_places * config.trainer.microbatches
     trainer = replace(config.trainer, remat=policy, global_batch_sequences=batch, global_batch_tokens=None)
     return replace(config, mesh=MeshConfig(**sizes._asdict()), trainer=trainer)

@@ -15,10 +15,10 @@ from typing import Any
 
 import yaml
 
-from gemma4_tpu.config.replay import PARTS
 from gemma4_tpu.errors import UserError
 from gemma4_tpu.tracking.files import read_json
 from gemma4_tpu.tracking.result import Result
+from gemma4_tpu.training.checks import PARTS
 from gemma4_tpu.training.replay import FILE, Unequal
 
 NEEDED = ("config.yaml", "provenance.json", "metrics.jsonl", "result.json", "check.yaml")

@@ -8,8 +8,8 @@ from typing import Any
 
 from gemma4_tpu.benching.all_cells import Results, coverage_line
 from gemma4_tpu.benching.cells import Cell
+from gemma4_tpu.benching.checks import BenchChecked
 from gemma4_tpu.benching.cross_check import LATENCY_BOUND, THROUGHPUT_BOUND, verdict
-from gemma4_tpu.config.bench_checks import BenchChecked
 from gemma4_tpu.markdown import table
 from gemma4_tpu.reporting.html import html_page
 from gemma4_tpu.reporting.load_plots import plot_results

@@ -9,9 +9,9 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from gemma4_tpu.config.serve_checks import HANDED_ON, ServeChecked, name_of
 from gemma4_tpu.config.serving import ServingConfig
 from gemma4_tpu.hardware import SLICES
+from gemma4_tpu.serving.checks import HANDED_ON, ServeChecked, name_of
 
 MODEL_MOUNT, CACHE_MOUNT = "/model", "/cache"
 LABEL = "gemma4-tpu.serve"

@@ -15,11 +15,11 @@ from dataclasses import dataclass
 import psutil
 import uvicorn
 
-from gemma4_tpu.config.serve_checks import ServeChecked
 from gemma4_tpu.config.serving import ServingConfig
 from gemma4_tpu.errors import UserError
 from gemma4_tpu.hardware import GIB
 from gemma4_tpu.models.kv_cache import DTYPE_BYTES, parameter_count
+from gemma4_tpu.serving.checks import ServeChecked
 from gemma4_tpu.serving.command import model_name
 from gemma4_tpu.serving.local_api import Api, api_key
 from gemma4_tpu.serving.local_engine import LOADING, Engine

@@ -10,10 +10,10 @@ from typing import Any
 
 import httpx
 
-from gemma4_tpu.config.files import PROBE_NAME
-from gemma4_tpu.config.serve_checks import ServeChecked, url_of
+from gemma4_tpu.checkpoint_folder import PROBE_NAME
 from gemma4_tpu.config.serving import ServingConfig
 from gemma4_tpu.errors import first_line
+from gemma4_tpu.serving.checks import ServeChecked, url_of
 from gemma4_tpu.serving.command import model_name
 from gemma4_tpu.serving.probe import probe
 from gemma4_tpu.serving.signals import Signals, Stopped

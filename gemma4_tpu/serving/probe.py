@@ -13,7 +13,7 @@ from typing import Any
 
 import httpx
 
-from gemma4_tpu.config.files import PROBE_NAME
+from gemma4_tpu.checkpoint_folder import PROBE_NAME
 from gemma4_tpu.errors import UserError
 
 ANSWER_SECONDS = 300.0

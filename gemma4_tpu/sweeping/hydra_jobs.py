@@ -13,6 +13,7 @@ from typing import Any
 from hydra.core.utils import JobReturn, JobStatus
 from omegaconf import DictConfig, OmegaConf
 
+from gemma4_tpu.config.entry import EntryPoint
 from gemma4_tpu.config.sweep_settings import Processes
 from gemma4_tpu.config.sweeps import fixed_keys, job_name, swept
 from gemma4_tpu.errors import REFUSED, UserError
@@ -32,6 +33,8 @@ class OpenSweep:
     """A sweep that this process runs."""
 
     sweep: Sweep
+    entry: EntryPoint
+    """Of the jobs."""
     stop: Stop
     monitor: Monitor = field(default=lambda job, row: None)
     """Set by a search that stops jobs."""
@@ -41,7 +44,11 @@ class OpenSweep:
 
 @contextmanager
 def sweeping(
-    config: DictConfig, report: Callable[[Path], object], metric: str | None, direction: str | None = None
+    entry: EntryPoint,
+    config: DictConfig,
+    report: Callable[[Path], object],
+    metric: str | None,
+    direction: str | None = None,
 ) -> Iterator[OpenSweep]:
     """The life of a sweep: folder and signals are held, at the end comes the `report` on its folder.
 
@@ -52,9 +59,9 @@ def sweeping(
     folder = Path(str(config.hydra.sweep.dir)).absolute()
     try:
         with SweepLock(folder), Stop() as stop:
-            sweep = Sweep.open(folder, str(config.hydra.job.config_name))
+            sweep = Sweep.open(folder, entry.name)
             sweep.metric, sweep.direction = metric, direction
-            opened = OpenSweep(sweep, stop)
+            opened = OpenSweep(sweep, entry, stop)
             yield opened
             report(folder)
     except UserError as refusal:
@@ -90,7 +97,7 @@ def launch(
     fixed = fixed_keys([*given["task"], *elsewhere])
     jobs = [_job(sweep, [*elsewhere, *words], fixed) for words in overrides]
     opened.launched |= {job.name for job in jobs}
-    Runner(sweep, Processes(**settings), opened.stop, opened.monitor).run(jobs)
+    Runner(sweep, opened.entry, Processes(**settings), opened.stop, opened.monitor).run(jobs)
     metric = best_metric(sweep, None).key
     returns = []
     for job, words in zip(jobs, overrides, strict=True):

@@ -19,9 +19,8 @@ from optuna.storages.journal import JournalFileBackend
 from optuna.study import StudyDirection
 from optuna.trial import TrialState
 
-from gemma4_tpu.config.entries import ENTRIES
+from gemma4_tpu.config.conf import config_dir, groups_of
 from gemma4_tpu.config.keys import did_you_mean, field_types, is_group, type_name
-from gemma4_tpu.config.load import config_dir, groups_of
 from gemma4_tpu.config.overrides import Groups, check_overrides
 from gemma4_tpu.config.problems import refusal
 from gemma4_tpu.config.sweep_settings import Optuna
@@ -96,7 +95,7 @@ class Search:
         overrides = {override.key_or_group: override for override in given}
         overrides |= {o.key_or_group: o for o in OverridesParser.create().parse_overrides(arguments)}
         fixed = [o.input_line or "" for o in overrides.values() if not o.is_sweep_override()]
-        schema = ENTRIES[self._opened.sweep.entry].schema
+        schema = self._opened.entry.schema
         space = {
             key: _distribution(o, _is_integer(schema, key)) for key, o in overrides.items() if o.is_sweep_override()
         }
@@ -123,7 +122,7 @@ class Search:
         return {str(key): value for key, value in content.items()}
 
     def _check_words(self, words: list[str]) -> None:
-        entry = ENTRIES[self._opened.sweep.entry]
+        entry = self._opened.entry
         _, problems = check_overrides(words, schema=entry.schema, groups=Groups(groups_of(entry)), multirun=True)
         if problems:
             raise refusal(problems)

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from gemma4_tpu.config.load import from_yaml, to_yaml
-from gemma4_tpu.config.schema import TrainRoot
+from gemma4_tpu.config.schema import HardwareConfig, TrainRoot
 from gemma4_tpu.config.tasks import PlanConfig, PlanRoot
 from gemma4_tpu.errors import UserError
 from gemma4_tpu.hardware import slice_of
@@ -69,7 +69,7 @@ def check_fit(config: TrainRoot, mode: str, folder: Path, stopped: Callable[[], 
     """
     if str(mode).lower() not in MODES:
         raise UserError(f"{_KEY}={mode}: not a choice (choices: {', '.join(MODES)})")
-    obstacle = _obstacle(config) if str(mode).lower() != "false" else f"{_KEY}=false"
+    obstacle = _obstacle(config.hardware) if str(mode).lower() != "false" else f"{_KEY}=false"
     if obstacle:
         if str(mode).lower() == "true":
             raise UserError(f"{_KEY}=true: a job can't be checked here ({obstacle}); give {_KEY}=auto")
@@ -85,9 +85,9 @@ def check_fit(config: TrainRoot, mode: str, folder: Path, stopped: Callable[[], 
     return Fit(told["fits"], told["told"])
 
 
-def _obstacle(config: TrainRoot) -> str | None:
+def _obstacle(hardware: HardwareConfig) -> str | None:
     """Why this job can't be planned here."""
-    wanted = slice_of(config.hardware)
+    wanted = slice_of(hardware)
     if wanted is None:
         return "hardware=local is no slice that could be planned"
     if wanted.topology is None:
@@ -129,9 +129,10 @@ def _compile(config: TrainRoot, answer: Path, stopped: Callable[[], bool]) -> No
 
 def main(request: Path, answer: Path) -> None:
     """Plans what the request describes."""
-    from gemma4_tpu.config.plan_checks import examine_plan, normalise_plan
-    from gemma4_tpu.planning.attempt import Planned, plan_one
+    from gemma4_tpu.planning.attempt import plan_one
+    from gemma4_tpu.planning.checks import examine_plan, normalise_plan
     from gemma4_tpu.planning.misfit import format_bytes, misfit_line
+    from gemma4_tpu.planning.planned import Planned
     from gemma4_tpu.tracking.logs import setup_logging
 
     setup_logging()

@@ -13,9 +13,9 @@ from typing import Any
 
 from hydra.core.global_hydra import GlobalHydra
 
-from gemma4_tpu.config.entries import ENTRIES, EntryPoint
+from gemma4_tpu.config.entry import EntryPoint
 from gemma4_tpu.config.load import load
-from gemma4_tpu.config.schema import TrainRoot
+from gemma4_tpu.config.schema import TrackerConfig, TrainRoot
 from gemma4_tpu.config.sweep_settings import Processes
 from gemma4_tpu.errors import INTERRUPTED, PREEMPTED, UserError
 from gemma4_tpu.sweeping import state
@@ -81,9 +81,10 @@ class _Running:
 class Runner:
     """The jobs of one sweep folder. `stop` tells whether the sweep is being stopped, and with which exit code."""
 
-    def __init__(self, sweep: Sweep, settings: Processes, stop: Stop, monitor: Monitor = lambda job, row: None):
-        self.sweep, self.settings, self.stop, self._monitor = sweep, settings, stop, monitor
-        self._entry: EntryPoint = ENTRIES[sweep.entry]
+    def __init__(
+        self, sweep: Sweep, entry: EntryPoint, settings: Processes, stop: Stop, monitor: Monitor = lambda job, row: None
+    ):
+        self.sweep, self._entry, self.settings, self.stop, self._monitor = sweep, entry, settings, stop, monitor
 
     def run(self, jobs: Sequence[Job]) -> None:
         """Brings every job to an end, or to where it was stopped; its `status` tells. Saves the record as it goes.
@@ -156,7 +157,7 @@ class Runner:
                     job.status, job.error = state.MISFIT, verdict.told
                     log.warning("does not fit: %s: %s", job.name, verdict.told)
                     continue
-                self._group(job, configs[job.name])
+                self._group(job, configs[job.name].tracker)
             wanted.append(job)
         if len(jobs) == 1:  # a search, trial by trial
             return wanted
@@ -168,9 +169,9 @@ class Runner:
             log.info("plan check: %s", told)
         return wanted
 
-    def _group(self, job: Job, config: TrainRoot) -> None:
+    def _group(self, job: Job, tracker: TrackerConfig) -> None:
         """W&B's group of a sweep is its folder, unless the user named another."""
-        if config.tracker.group is None and not any(word.startswith("tracker.group=") for word in job.words):
+        if tracker.group is None and not any(word.startswith("tracker.group=") for word in job.words):
             job.words.append(f"tracker.group='{'/'.join(self.sweep.folder.parts[-2:])}'")
 
     def _is_finished(self, job: Job, config: Any) -> bool:

@@ -338,3 +338,8 @@ def _given_folder(run_dir: str) -> Path:
                 f"{', …' if len(visible) > 3 else ''}); give a new or an empty folder, or a run folder to resume"
             )
     return path
+
+
+def is_run(folder: Path) -> bool:
+    """Whether a folder is the run folder of a training."""
+    return (folder / "config.yaml").is_file() and (folder / "checkpoints").is_dir()

@@ -1,6 +1,5 @@
 """Where metrics go besides `metrics.jsonl`: nowhere, Weights & Biases, TensorBoard or a file of JSON lines.
 
-One small interface for all.
 `metrics.jsonl` is the record; a tracker is a convenience that can never stop or delay a run for long.
 """
 
@@ -17,6 +16,7 @@ from gemma4_tpu.errors import UserError
 from gemma4_tpu.markdown import table
 from gemma4_tpu.tracking.files import from_jsonable, jsonable
 from gemma4_tpu.tracking.run import RunFolder, is_among
+from gemma4_tpu.tracking.tracker import Tracker
 
 log = logging.getLogger(__name__)
 
@@ -24,32 +24,6 @@ _PACKAGES = {"none": "", "wandb": "wandb", "tensorboard": "tensorboardX", "jsonl
 _EXTRAS = ("table", "artifact")
 _NAME_CHARACTERS = 128  # what W&B takes
 _NOT_IN_NAMES = ("name", "run_dir", "tracker", "preview", "distributed", "checkpoint", "trainer.compile_cache")
-
-
-class Tracker:
-    """Keeps nothing (`tracker=none`), and is the interface of the others."""
-
-    def log(self, metrics: dict[str, Any], update: int) -> None:
-        """Metrics of one update, under the keys of `metrics.jsonl`."""
-
-    def table(self, name: str, columns: Sequence[str], rows: Sequence[Sequence[Any]], update: int) -> None:
-        """A table at one update, such as held-out samples."""
-
-    def artifact(self, kind: str, place: str, aliases: Sequence[str], metadata: dict[str, Any]) -> None:
-        """A folder that came of the run, local or gs://, by reference: nothing is copied.
-
-        Args:
-          kind: `checkpoint`, `merged` or `adapter`.
-          place: the folder.
-          aliases: what it is called besides, such as `best`.
-          metadata: what there is to know about it, plain values.
-        """
-
-    def summary(self, values: dict[str, Any]) -> None:
-        """What came of the run, such as the fields of `Result`."""
-
-    def close(self, status: str = "finished") -> None:
-        """Ends tracking; any status but `finished` and `preempted` marks the run as failed."""
 
 
 def make_tracker(

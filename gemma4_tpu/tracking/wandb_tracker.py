@@ -1,4 +1,4 @@
-"""Weights & Biases behind the interface of `trackers.py`: quiet, bounded in time, offline where it has to be."""
+"""Weights & Biases behind the interface of `tracker.py`: quiet, bounded in time, offline where it has to be."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from gemma4_tpu.errors import UserError
 from gemma4_tpu.storage import is_remote
 from gemma4_tpu.tracking.files import jsonable, read_json, write_json
 from gemma4_tpu.tracking.run import RunFolder
-from gemma4_tpu.tracking.trackers import Tracker
+from gemma4_tpu.tracking.tracker import Tracker
 
 log = logging.getLogger(__name__)
 

@@ -8,12 +8,12 @@ from typing import Any, NamedTuple
 
 from jax.sharding import Mesh
 
-from gemma4_tpu.config.checks import rows_per_microbatch, rows_per_update
 from gemma4_tpu.config.schema import DataConfig, TrainerConfig
 from gemma4_tpu.data.build import TrainingData
 from gemma4_tpu.data.pipeline import Pipeline, Update, heldout_batches
 from gemma4_tpu.models.sharding import row_places
-from gemma4_tpu.training.job import rows_here
+from gemma4_tpu.training.checks import rows_per_microbatch, rows_per_update
+from gemma4_tpu.training.setup import rows_here
 
 log = logging.getLogger(__name__)
 
@@ -28,6 +28,11 @@ class Batches(NamedTuple):
     """Of a microbatch, over all processes."""
     mean_tokens: float
     """Real tokens of a training example."""
+
+    @property
+    def lengths(self) -> list[int]:
+        """Static lengths T of all rows, sorted."""
+        return sorted({*self.pipeline.lengths, *(update.arrays["tokens"].shape[-1] for update in self.heldout)})
 
 
 def make_batches(data: TrainingData, config: DataConfig, trainer: TrainerConfig, mesh: Mesh) -> Batches:

@@ -18,12 +18,12 @@ from gemma4_tpu.step.train_step import TrainState, UpdateMetrics
 from gemma4_tpu.tracking.result import Result, Totals
 from gemma4_tpu.training.batches import Batches
 from gemma4_tpu.training.checkpoint import Checkpoints
-from gemma4_tpu.training.job import Job, to_mesh
 from gemma4_tpu.training.prediction import Prediction
 from gemma4_tpu.training.preemption import Preemption
 from gemma4_tpu.training.profile import Profile
 from gemma4_tpu.training.programs import Programs
 from gemma4_tpu.training.rates import Rates
+from gemma4_tpu.training.setup import Setup, to_mesh
 from gemma4_tpu.training.spikes import Spikes
 from gemma4_tpu.training.tally import Tally
 from gemma4_tpu.training.watchdog import Watchdog
@@ -48,7 +48,7 @@ class InFlight(NamedTuple):
 class Loop:
     """A run under way: what it trains, on what, and where it reports."""
 
-    job: Job
+    setup: Setup
     batches: Batches
     checkpoints: Checkpoints
     trainer: TrainerConfig
@@ -78,19 +78,15 @@ class Loop:
         Raises:
           Diverged: NaN or infinity; the checkpoints before it are kept.
         """
-        # ── state: fresh or restored ───────────────────────────────────────────────────────────────────────────────
-        state, totals, spikes = self.job.state, Totals(), Spikes(self.trainer.spike_factor)
-        if resume_from is not None:
-            state, position = self.checkpoints.restore(resume_from, state)
-            self.batches.pipeline.set_state(position["pipeline"], self.checkpoint.resume_allow)
-            totals = Totals(**position["totals"])
-            spikes = Spikes(self.trainer.spike_factor, **position["spikes"])
-            log.info("resumed from the checkpoint at update %d", resume_from)
-        self.watchdog.progress()
-        tally = Tally(self.job, self.rates, totals, self.prediction)
+        state, totals, spikes = self._begin(resume_from)
+        tally = Tally(self.setup, self.rates, totals, self.prediction)
         done, last, stops = int(state.update), self.batches.pipeline.total_updates, False
-        lengths = sorted({*self.batches.pipeline.lengths, *map(_length, self.batches.heldout)})
-        programs = Programs(self.job.step, state, lengths, self.watchdog.paused)
+        programs = Programs(self.setup.step, state, self.batches.lengths, self.watchdog.paused)
+        in_flight: list[InFlight] = []  # one at most
+
+        def land() -> None:
+            while in_flight:
+                self._finish(in_flight.pop(), tally, spikes)
 
         # ── held-out loss before the first update ──────────────────────────────────────────────────────────────────
         if done == 0:
@@ -98,33 +94,29 @@ class Loop:
         tally.start_lap()
 
         # ── updates: while the devices work on one, the host reads the metrics of the one before ───────────────────
-        in_flight: InFlight | None = None
         for update in self.batches.pipeline:
             done += 1
             limit = spikes.limit(done)
-            if self.profile.starts(done):
-                self._finish(in_flight, tally, spikes)
-                in_flight = None
+            if self.profile.starts(done):  # the trace holds whole updates only
+                land()
                 self.profile.start()
                 tally.start_lap()
             with self.profile.annotation(done):
-                state, metrics = programs.train(state, self.job.base, to_mesh(update.arrays, self.job.mesh), limit)
-            self._finish(in_flight, tally, spikes)
-            in_flight = InFlight(done, update, metrics, limit)
+                state, metrics = programs.train(state, self.setup.base, to_mesh(update.arrays, self.setup.mesh), limit)
+            land()
+            in_flight.append(InFlight(done, update, metrics, limit))
             if self.profile.ends(done):
-                self._finish(in_flight, tally, spikes)
-                in_flight = None
+                land()
                 self.profile.stop()
                 tally.start_lap()
             stops = self.preemption.reached(done)
-            evaluates = done == last or (self.trainer.eval_every and done % self.trainer.eval_every == 0)
-            saves = stops or done == last or done % self.checkpoint.every == 0
+            evaluates = done == last or _due(done, self.trainer.eval_every)
+            saves = stops or done == last or _due(done, self.checkpoint.every)
             if not (evaluates or saves):
                 continue
 
             # ── held-out loss and checkpoint: what is saved has been seen to be finite ─────────────────────────────
-            self._finish(in_flight, tally, spikes)
-            in_flight = None
+            land()
             heldout_loss = self._evaluate(programs, state, tally, done) if evaluates else None
             if saves or (self.checkpoint.keep_best and tally.totals().heldout_update_best == done):
                 self.flush()
@@ -136,6 +128,18 @@ class Loop:
         # ── result ─────────────────────────────────────────────────────────────────────────────────────────────────
         self.checkpoints.wait()
         return tally.result("preempted" if stops and done < last else "finished")
+
+    def _begin(self, resume_from: int | None) -> tuple[TrainState, Totals, Spikes]:
+        """State, sums and losses to go on with: fresh, or those of a checkpoint."""
+        state, totals, spikes = self.setup.state, Totals(), Spikes(self.trainer.spike_factor)
+        if resume_from is not None:
+            state, position = self.checkpoints.restore(resume_from, state)
+            self.batches.pipeline.set_state(position["pipeline"], self.checkpoint.resume_allow)
+            totals = Totals(**position["totals"])
+            spikes = Spikes(self.trainer.spike_factor, **position["spikes"])
+            log.info("resumed from the checkpoint at update %d", resume_from)
+        self.watchdog.progress()
+        return state, totals, spikes
 
     def _position(self, tally: Tally, spikes: Spikes) -> dict[str, Any]:
         """What a resumed run needs besides the training state, as JSON."""
@@ -150,10 +154,8 @@ class Loop:
             "spikes": {"losses": spikes.losses, "newest_at": spikes.newest_at},
         }
 
-    def _finish(self, flight: InFlight | None, tally: Tally, spikes: Spikes) -> None:
-        """Waits for the update that is in flight, if one is, checks and counts it, and reports it if it is due."""
-        if flight is None:
-            return
+    def _finish(self, flight: InFlight, tally: Tally, spikes: Spikes) -> None:
+        """Waits for an update, checks and counts it, and reports it if it is due."""
         loss, grad_norm = float(flight.metrics.loss), float(flight.metrics.grad_norm)
         if not (math.isfinite(loss) and math.isfinite(grad_norm)):
             self._stop_diverged(flight.done, flight.update, loss, grad_norm)
@@ -178,7 +180,7 @@ class Loop:
             return None
         total, count = 0.0, 0
         for batch in self.batches.heldout:
-            summed, targets = programs.evaluate(state.trained, self.job.base, to_mesh(batch.arrays, self.job.mesh))
+            summed, targets = programs.evaluate(state.trained, self.setup.base, to_mesh(batch.arrays, self.setup.mesh))
             total, count = total + float(summed), count + int(targets)
             self.watchdog.progress()
         loss = total / count
@@ -200,8 +202,9 @@ class Loop:
         )
 
 
-def _length(update: Update) -> int:
-    return update.arrays["tokens"].shape[-1]
+def _due(done: int, every: int) -> bool:
+    """Whether it is time for what happens every so many updates; 0: never."""
+    return bool(every) and done % every == 0
 
 
 def _row_names(update: Update) -> list[str]:

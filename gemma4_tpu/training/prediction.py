@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Iterator, Mapping
-from dataclasses import replace
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from gemma4_tpu.config.schema import TrainRoot
 from gemma4_tpu.errors import UserError
-from gemma4_tpu.hardware import MeshSizes, slice_of
-from gemma4_tpu.planning.estimate import describe
+from gemma4_tpu.hardware import slice_of
 from gemma4_tpu.tracking.files import read_json
+from gemma4_tpu.training.recipe import Recipe
 
 log = logging.getLogger(__name__)
 
@@ -36,32 +34,27 @@ class Prediction(NamedTuple):
         return seconds / (self.step_seconds * length / self.length)
 
 
-def predict(
-    config: TrainRoot, remat: str, mesh: Mapping[str, int], run_folder: Path, plans: Path = PLANS
-) -> Prediction | None:
+def predict(recipe: Recipe, plan: str | None, run_folder: Path, plans: Path = PLANS) -> Prediction | None:
     """The step time of the plan for this run; None where there is no slice, or no plan.
 
     Args:
-      config: of the run. With `trainer.plan` that plan must be the run's; else the run folder's own, or the newest
-        that fits is taken.
-      remat: the policy that was chosen.
-      mesh: sizes of its axes.
+      recipe: of the run, with the remat policy that was chosen.
+      plan: `trainer.plan`, which must be the run's; None: the run folder's own, else the newest that fits is taken.
       run_folder: of the run.
       plans: folder of plans' folders.
 
     Raises:
-      UserError: `trainer.plan` is of another configuration, or says nothing of time.
+      UserError: `plan` is of another configuration, or says nothing of time.
     """
-    wanted = slice_of(config.hardware)
-    if wanted is None:
+    if slice_of(recipe.hardware) is None:
         return None
-    own = describe(replace(config, trainer=replace(config.trainer, remat=remat)), wanted, MeshSizes(**mesh))
-    if config.trainer.plan is not None:
-        return _given(Path(config.trainer.plan), own)
+    own = recipe.described()
+    if plan is not None:
+        return _given(Path(plan), own)
     for path in _candidates(run_folder, plans):
-        plan = _read(path)
-        if plan is not None and not _differences(plan, own) and plan.get("step_seconds"):
-            return Prediction(plan["step_seconds"], plan["sequence_length"], str(path))
+        found = _read(path)
+        if found is not None and not _differences(found, own) and found.get("step_seconds"):
+            return Prediction(found["step_seconds"], found["sequence_length"], str(path))
     return None
 
 

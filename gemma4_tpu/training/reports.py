@@ -9,7 +9,7 @@ from gemma4_tpu.tracking.metrics import MetricsFile
 from gemma4_tpu.tracking.progress import Progress
 from gemma4_tpu.tracking.result import Result
 from gemma4_tpu.tracking.run import RunFolder
-from gemma4_tpu.tracking.trackers import Tracker
+from gemma4_tpu.tracking.tracker import Tracker
 
 if TYPE_CHECKING:
     from gemma4_tpu.training.checkpoint import Checkpoints

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from gemma4_tpu.data.pipeline import Update
 from gemma4_tpu.tracking.result import Result, Totals
-from gemma4_tpu.training.hbm import hbm
-from gemma4_tpu.training.job import Job
 from gemma4_tpu.training.prediction import Prediction
 from gemma4_tpu.training.rates import Rates
+from gemma4_tpu.training.setup import Setup
+
+HBM_KEYS = {"hbm_bytes": "bytes_in_use", "hbm_peak_bytes": "peak_bytes_in_use"}
+"""Key of a metric → JAX's name for it."""
 
 
 @dataclass
@@ -27,9 +30,9 @@ class Window:
 class Tally:
     """Tokens, time and losses of a run, earlier starts included."""
 
-    def __init__(self, job: Job, rates: Rates, totals: Totals, prediction: Prediction | None = None):
+    def __init__(self, setup: Setup, rates: Rates, totals: Totals, prediction: Prediction | None = None):
         """Goes on from the `totals` of earlier starts; measured times are held against a plan's `prediction`."""
-        self._job, self._rates, self._totals, self._prediction = job, rates, totals, prediction
+        self._setup, self._rates, self._totals, self._prediction = setup, rates, totals, prediction
         self._update_seconds: list[float] = []
         self._ratios: list[float] = []
         self._window = Window()
@@ -94,7 +97,7 @@ class Tally:
             "update_seconds": window.seconds / window.updates,
             "seconds": seconds,
             **_known(mfu=self._rates.mfu(rate), usd=self._rates.usd(seconds)),
-            **hbm(self._job.mesh.local_devices),
+            **hbm(self._setup.mesh.local_devices),
         }
 
     def _update_times(self) -> dict[str, Any]:
@@ -120,11 +123,11 @@ class Tally:
             status=status,
             fill=totals.real_tokens / totals.slots if totals.slots else None,
             real_tokens_per_second=rate,
-            lora_parameters=0 if self._job.step.full else self._job.trained_parameters,
-            adapted_modules=self._job.adapted_modules,
+            lora_parameters=0 if self._setup.step.full else self._setup.trained_parameters,
+            adapted_modules=self._setup.adapted_modules,
             mfu=self._rates.mfu(rate),
             **self._update_times(),
-            hbm_peak_bytes=hbm(self._job.mesh.local_devices).get("hbm_peak_bytes"),
+            hbm_peak_bytes=hbm(self._setup.mesh.local_devices).get("hbm_peak_bytes"),
             usd=self._rates.usd(totals.seconds),
         )
 
@@ -136,3 +139,13 @@ def _percentile(values: list[float], share: float) -> float | None:
 
 def _known(**figures: float | None) -> dict[str, float]:
     return {name: figure for name, figure in figures.items() if figure is not None}
+
+
+def hbm(devices: Iterable[Any]) -> dict[str, int]:
+    """Device memory, where the backend counts it (TPUs and GPUs do, CPUs don't).
+
+    `hbm_bytes` (now) and `hbm_peak_bytes` (since the start) of the fullest of this process's devices; empty where none
+    is counted.
+    """
+    counted = [stats for device in devices if (stats := device.memory_stats())]
+    return {key: max(stats.get(name, 0) for stats in counted) for key, name in HBM_KEYS.items() if counted}

@@ -8,13 +8,13 @@ import torch
 from safetensors import safe_open
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from experiments.verilog_smoke.families import draw_designs
+from experiments.verilog_smoke.prompts import document
 from gemma4_tpu.architectures import ARCHITECTURES
 from gemma4_tpu.assets import ROOT
 from gemma4_tpu.config.schema import ModelConfig
 from gemma4_tpu.models.base import resolve_base
 from gemma4_tpu.models.match import match
-from gemma4_tpu.verilog_smoke.families import draw_designs
-from gemma4_tpu.verilog_smoke.prompts import document
 
 FOLDER = ROOT / "tiny"
 

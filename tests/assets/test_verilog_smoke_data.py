@@ -6,12 +6,12 @@ import shutil
 
 import pytest
 
+from experiments.verilog_smoke.design import Problem
+from experiments.verilog_smoke.families import FAMILIES
+from experiments.verilog_smoke.make_data import make_problems
+from experiments.verilog_smoke.prompts import answer, chat_row
+from experiments.verilog_smoke.simulate import all_pass
 from gemma4_tpu.assets import ROOT
-from gemma4_tpu.verilog_smoke.design import Problem
-from gemma4_tpu.verilog_smoke.families import FAMILIES
-from gemma4_tpu.verilog_smoke.make_data import make_problems
-from gemma4_tpu.verilog_smoke.prompts import answer, chat_row
-from gemma4_tpu.verilog_smoke.simulate import all_pass
 
 FOLDER = ROOT / "verilog_smoke"
 

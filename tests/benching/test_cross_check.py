@@ -11,8 +11,8 @@ import yaml
 
 from gemma4_tpu.bench import main
 from gemma4_tpu.benching.cross_check import compare, verdict
-from gemma4_tpu.config.serve_checks import examine_serve
 from gemma4_tpu.config.serving import ServeRoot
+from gemma4_tpu.serving.checks import examine_serve
 from gemma4_tpu.serving.command import container_name, run_words
 from gemma4_tpu.serving.engine import Engine
 from tests.benching.conftest import cell

@@ -9,7 +9,7 @@ import pytest
 import yaml
 
 from gemma4_tpu.architectures import ARCHITECTURES
-from gemma4_tpu.config.entries import BENCH
+from gemma4_tpu.bench import BENCH
 from gemma4_tpu.config.load import load
 from gemma4_tpu.costing.ceiling import ModelDemand
 from gemma4_tpu.costing.read import read

@@ -5,8 +5,8 @@ import json
 import pytest
 
 from gemma4_tpu.architectures import ARCHITECTURES, to_hf_config
-from gemma4_tpu.config.load import load_train
 from gemma4_tpu.errors import UserError
+from gemma4_tpu.train import load_train
 
 # Values that the rules under test look at are set here, so that tuning conf/ changes no test.
 BASE = [

@@ -5,12 +5,9 @@ import json
 import pytest
 
 from gemma4_tpu.architectures import ARCHITECTURES
-from gemma4_tpu.config import entries
-from gemma4_tpu.config.checks import check_train, rows_per_microbatch, rows_per_update, warmup_warning
-from gemma4_tpu.config.hardware_checks import check_devices
+from gemma4_tpu.commands import ENTRIES
 from gemma4_tpu.config.keys import leaf_keys
 from gemma4_tpu.config.limits import CHOICES, RANGES
-from gemma4_tpu.config.meshes import resolve_mesh
 from gemma4_tpu.config.schema import (
     DataConfig,
     DataSource,
@@ -22,6 +19,10 @@ from gemma4_tpu.config.schema import (
     TrainRoot,
 )
 from gemma4_tpu.errors import UserError
+from gemma4_tpu.training.checks import examine_train, warmup_warning
+from gemma4_tpu.training.hardware_checks import check_devices
+from gemma4_tpu.training.meshes import resolve_mesh
+from gemma4_tpu.training.recipe import rows_per_microbatch, rows_per_update
 
 REFUSALS = [
     # ranges and choices
@@ -111,12 +112,7 @@ def test_what_cannot_work_is_refused(refused, words, told):
 
 
 def test_every_limit_names_a_key():
-    known = {
-        key
-        for entry in vars(entries).values()
-        if isinstance(entry, entries.EntryPoint)
-        for key in leaf_keys(entry.schema)
-    }
+    known = {key for entry in ENTRIES.values() for key in leaf_keys(entry.schema)}
     assert not {*CHOICES, *RANGES} - known
 
 
@@ -313,7 +309,8 @@ def test_checks_work_on_dataclasses_alone():
         data=DataConfig(train=[DataSource(path="hf:someone/something")]),
         trainer=TrainerConfig(max_updates=3, global_batch_sequences=4),
     )
-    assert check_train(root).architecture.name == "tiny_e2b"
+    checked, problems = examine_train(root)
+    assert problems == [] and checked.architecture.name == "tiny_e2b"
     root.trainer.microbatches, root.lora.rank = 3, 0
-    with pytest.raises(UserError, match="2 problems in the configuration"):
-        check_train(root)
+    checked, problems = examine_train(root)
+    assert checked is None and len(problems) == 2

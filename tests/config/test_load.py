@@ -10,11 +10,13 @@ import pytest
 from omegaconf import OmegaConf
 
 import gemma4_tpu
+from gemma4_tpu.config import conf as conf_module
 from gemma4_tpu.config import load as load_module
-from gemma4_tpu.config.entries import TRAIN
-from gemma4_tpu.config.load import config_dir, from_yaml, groups_of, load_train, to_yaml
+from gemma4_tpu.config.conf import config_dir, groups_of
+from gemma4_tpu.config.load import from_yaml, to_yaml
 from gemma4_tpu.errors import UserError
 from gemma4_tpu.hardware import SLICES
+from gemma4_tpu.train import TRAIN, load_train
 
 GROUPS = groups_of(TRAIN)
 BIG = ("gemma4_31b", "gemma4_12b", "gemma4_26b_a4b", "gemma4_e4b", "gemma4_e2b")
@@ -129,7 +131,8 @@ def test_local_file_is_read_last_and_its_mistakes_are_named(tmp_path, monkeypatc
     conf = tmp_path / "conf"
     shutil.copytree(config_dir(), conf, ignore=shutil.ignore_patterns("local"))
     (conf / "local").mkdir()
-    monkeypatch.setattr(load_module, "config_dir", lambda: conf)
+    for module in (conf_module, load_module):
+        monkeypatch.setattr(module, "config_dir", lambda: conf)
     local = conf / "local" / "default.yaml"
     local.write_text("# @package _global_\nmodel:\n  path: random:5\n")
     assert load_train(["model=tiny_moe"]).root.model.path == "random:5"
@@ -248,7 +251,7 @@ def test_the_entry_point_answers_at_once_and_without_jax(argv, code, tmp_path):
 
 
 def test_hydra_prints_the_job(tmp_path):
-    code = "import sys; from gemma4_tpu.config.load import load_train; load_train(sys.argv[1:])"
+    code = "import sys; from gemma4_tpu.train import load_train; load_train(sys.argv[1:])"
     done = _python(code, "model=tiny_moe", "--cfg", "job", "lora.rank=3", cwd=tmp_path)
     assert OmegaConf.create(done.stdout).lora.rank == 3
     assert not list(tmp_path.iterdir())  # Hydra leaves no folder behind

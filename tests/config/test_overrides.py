@@ -3,11 +3,11 @@
 import pytest
 
 from gemma4_tpu.config.keys import leaf_keys, unknown_key
-from gemma4_tpu.config.load import load_train
 from gemma4_tpu.config.schema import TrainRoot
 from gemma4_tpu.config.serving import ServeRoot
 from gemma4_tpu.config.synonyms import MEANINGS, synonym
 from gemma4_tpu.config.tasks import EvaluateRoot
+from gemma4_tpu.train import load_train
 
 MISTAKES = [
     # key

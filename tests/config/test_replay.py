@@ -5,9 +5,10 @@ import sys
 
 import pytest
 
-from gemma4_tpu.config.entries import PLAN
-from gemma4_tpu.config.load import load, load_train, to_yaml
+from gemma4_tpu.config.load import load, to_yaml
 from gemma4_tpu.errors import UserError
+from gemma4_tpu.plan import PLAN
+from gemma4_tpu.train import load_train
 from tests.tpu_compiler import needs_tpu_compiler
 
 RECORDED = ["experiment=smoke", "lora.rank=6", "trainer.seed=7", "data.train.0.weight=0.5", "tracker=jsonl"]
@@ -106,7 +107,7 @@ def test_a_record_on_a_bucket_is_read_there(recorded, bucket):
 
 def test_the_record_is_checked_before_jax_is_there(recorded):
     code = (
-        "import sys; from gemma4_tpu.config.load import load_train; "
+        "import sys; from gemma4_tpu.train import load_train; "
         f"load_train(['replay=\\'{recorded}\\'']); print(sorted({{'jax', 'numpy'}} & set(sys.modules)))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)

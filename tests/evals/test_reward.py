@@ -18,9 +18,9 @@ from gemma4_tpu.evals.judge_server import Service, graded
 from gemma4_tpu.evals.problems import Verdict, VerdictClass
 from gemma4_tpu.evals.reward import ANNOUNCEMENT, JudgeProcess
 from gemma4_tpu.evals.verilog import canaries
+from gemma4_tpu.evals.verilog.mutants import mutants
 from gemma4_tpu.evals.verilog.smoke import VerilogSmoke
 from gemma4_tpu.evals.verilog.verdict import reference_as_answer
-from gemma4_tpu.verilog_smoke.mutants import mutants
 from tests.evals.verilog.designs import fenced, honest, needs_iverilog
 
 pytestmark = needs_iverilog

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from gemma4_tpu.config.entries import PLAN
 from gemma4_tpu.config.load import load
+from gemma4_tpu.plan import PLAN
 from gemma4_tpu.planning.calibration import BAND
 
 FOLDER = Path(__file__).parents[2] / "experiments" / "calibration"

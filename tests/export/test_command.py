@@ -9,11 +9,11 @@ import jax
 import numpy as np
 import pytest
 
-from gemma4_tpu.config.entries import MERGE
 from gemma4_tpu.config.load import load
 from gemma4_tpu.config.tasks import ExportConfig
 from gemma4_tpu.errors import UserError
 from gemma4_tpu.export.trained import open_trained
+from gemma4_tpu.merge import MERGE
 from tests.export.test_merge import lora_logits
 
 PROMPT = "module adder(input [3:0] a, input [3:0] b, output [4:0] s);\n"

@@ -6,8 +6,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from gemma4_tpu.config.entries import ENTRIES
-from launch.config import GKE, TPU_VM
+from gemma4_tpu.commands import ENTRIES
+from gemma4_tpu.launch.gke import GKE
+from gemma4_tpu.launch.tpu_vm import TPU_VM
 from tests.house.scripts import ROOT
 
 PAGES = sorted(

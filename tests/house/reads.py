@@ -4,8 +4,8 @@ import ast
 from collections.abc import Iterator
 from pathlib import Path
 
+from gemma4_tpu.commands import ENTRIES
 from gemma4_tpu.config import schema, serving, tasks
-from gemma4_tpu.config.entries import ENTRIES
 from gemma4_tpu.config.keys import element_type, field_types, is_group
 
 Key = tuple[str, str]

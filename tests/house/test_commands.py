@@ -20,11 +20,14 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 
 from gemma4_tpu import assets
 from gemma4_tpu.architectures import ARCHITECTURES, to_hf_config
-from gemma4_tpu.config.entries import ENTRIES, EntryPoint
-from gemma4_tpu.config.load import compose_all, config_dir, load, register
+from gemma4_tpu.commands import ENTRIES
+from gemma4_tpu.config.conf import config_dir, register
+from gemma4_tpu.config.entry import EntryPoint
+from gemma4_tpu.config.load import compose_all, load
+from gemma4_tpu.launch import tpu_vm
+from gemma4_tpu.launch.gke import GKE
+from gemma4_tpu.launch.tpu_vm import TPU_VM
 from gemma4_tpu.report import spelt_out
-from launch import tpu_vm
-from launch.config import GKE, TPU_VM
 from tests.house.commands import shown_commands
 from tests.house.scripts import ROOT
 from tests.tpu_compiler import skip_without_tpu_compiler
@@ -98,6 +101,8 @@ def check(words: list[str], *, goes_on: bool = False) -> None:
             check_module(module, arguments, goes_on)
         case ["python", path, *arguments]:
             check_script(path, arguments)
+        case ["gemma4-tpu", "launch", name, *arguments]:
+            check_module(f"launch.{name}", arguments, goes_on)
         case ["gemma4-tpu", name, *arguments]:
             check_module(f"gemma4_tpu.{name}", arguments, goes_on)
         case ["make", *_]:

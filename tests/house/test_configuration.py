@@ -6,34 +6,37 @@ import pytest
 from omegaconf import OmegaConf
 
 from gemma4_tpu.config import schema, serving, tasks
+from gemma4_tpu.config.conf import config_dir, defaults, groups_of
 from gemma4_tpu.config.keys import field_types, is_group
-from gemma4_tpu.config.load import config_dir, defaults, groups_of
-from launch import config as launch_config
+from gemma4_tpu.launch import schema as launch_schema
 from tests.house.reads import definer, keys_read
 from tests.house.scripts import ROOT, script
 
 CONFIGURATION = script("docs/make_configuration.py")
 COMMANDS = CONFIGURATION.COMMANDS
 CLASSES = {
-    name: cls for module in (schema, tasks, serving, launch_config) for name, cls in vars(module).items()
+    name: cls for module in (schema, tasks, serving, launch_schema) for name, cls in vars(module).items()
     if is_group(cls) and cls.__module__ == module.__name__
 }  # fmt: skip
 SPENT_BY_THE_CHECKS = {
-    ("TrainerConfig", "global_batch_tokens"): "checks.rows_per_update, which every caller asks",
+    ("TrainerConfig", "global_batch_tokens"): "recipe.rows_per_update, which every caller asks",
     ("MeshConfig", "dp"): "meshes.resolve_mesh, which every caller asks",
     ("MeshConfig", "fsdp"): "meshes.resolve_mesh, which every caller asks",
     ("MeshConfig", "tp"): "meshes.resolve_mesh, which every caller asks",
-    ("EvalConfig", "resimulate"): "evaluate_checks: which form of evaluation it is",
-    ("EvaluateRoot", "selfcheck"): "evaluate_checks: which form of evaluation it is",
-    ("MergeRoot", "run"): "merge_checks: MergeChecked.runs",
-    ("ServeRoot", "run"): "serve_checks: ServeChecked.folder",
-    ("BenchRoot", "endpoint"): "bench_checks: BenchChecked.endpoint",
-    ("BenchRoot", "served"): "bench_checks: BenchChecked.endpoint, .slice",
-    ("BenchRoot", "slice"): "bench_checks: BenchChecked.slice",
-    ("BenchRoot", "architecture"): "bench_checks: BenchChecked.vocabulary",
-    ("ReportRoot", "price_list"): "report_checks: ReportChecked.subject",
+    ("EvalConfig", "resimulate"): "evals/checks: which form of evaluation it is",
+    ("EvaluateRoot", "selfcheck"): "evals/checks: which form of evaluation it is",
+    ("MergeRoot", "run"): "export/checks: MergeChecked.runs",
+    ("ServeRoot", "run"): "serving/checks: ServeChecked.model",
+    ("BenchRoot", "endpoint"): "benching/checks: BenchChecked.endpoint",
+    ("BenchRoot", "served"): "benching/checks: BenchChecked.endpoint, .slice",
+    ("BenchRoot", "slice"): "benching/checks: BenchChecked.slice",
+    ("BenchRoot", "architecture"): "benching/checks: BenchChecked.vocabulary",
+    ("ReportRoot", "price_list"): "reporting/checks: ReportChecked.subject",
 }
 """Keys that the checks turn into what they found out, and where. Everything else must be read above them."""
+
+CHECKS = ("meshes", "recipe")
+"""Where mesh and batch come out, beside the checks that ask."""
 
 
 def test_the_page_is_what_the_schema_says():
@@ -44,7 +47,10 @@ def test_the_page_is_what_the_schema_says():
 def test_every_key_is_read_beyond_its_checks():
     """By the types that functions declare: `config.rank` counts where `config` is a LoraConfig."""
     files = [path for folder in ("gemma4_tpu", "launch", "hydra_plugins") for path in (ROOT / folder).rglob("*.py")]
-    checks = {path for path in files if path.parent == ROOT / "gemma4_tpu/config" or path.name == "config.py"}
+    checks = {
+        path for path in files
+        if path.parent == ROOT / "gemma4_tpu/config" or path.stem.endswith("checks") or path.stem in CHECKS
+    }  # fmt: skip
     read = keys_read([path for path in files if path not in checks], CLASSES)
     keys = {
         (name, field) for name, cls in CLASSES.items() for field, kind in field_types(cls).items()

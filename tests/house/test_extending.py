@@ -20,7 +20,7 @@ DIFFS = re.findall(r"^```diff\n(.*?)^```", PAGE, re.M | re.S)
 COMMANDS = re.findall(r"^python -m gemma4_tpu\.(\w+) (.*)$", PAGE, re.M)
 CHECK = """
 import sys
-from gemma4_tpu.config.entries import ENTRIES
+from gemma4_tpu.commands import ENTRIES
 from gemma4_tpu.config.load import load
 from gemma4_tpu.hardware import chip_of
 name, *words = sys.argv[1:]

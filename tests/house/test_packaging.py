@@ -11,7 +11,7 @@ import zipfile
 import pytest
 
 import gemma4_tpu
-from gemma4_tpu.config.entries import ENTRIES
+from gemma4_tpu.commands import ENTRIES
 from tests.house.scripts import ROOT
 
 pytestmark = pytest.mark.slow
@@ -79,7 +79,8 @@ def test_the_sdist_holds_sources_tests_and_docs(built):
         names = {name.partition("/")[2] for name in archive.getnames()}
     assert {
         "pyproject.toml", "LICENSE", "NOTICE", "CITATION.cff", "Makefile", "README.md", "docs/configuration.md",
-        "gemma4_tpu/assets/tiny/model.safetensors", "conf/train.yaml", "launch/tpu_vm.py", "tests/conftest.py",
+        "gemma4_tpu/assets/tiny/model.safetensors", "conf/train.yaml", "launch/tpu_vm.py", "launch/Dockerfile",
+        "tests/conftest.py",
     } <= names  # fmt: skip
     assert not any(name.startswith((".venv", "outputs", "conf/local/d")) for name in names)
 
@@ -90,6 +91,22 @@ def test_every_command_answers_from_any_directory(script, tmp_path):
         assert done.returncode == 0, done.stderr
         assert f"Usage: python -m gemma4_tpu.{name}" in done.stdout
     assert list(tmp_path.iterdir()) == []
+
+
+def test_the_launchers_travel_too(script, tmp_path):
+    """Messages name the command that is there, and sources come from git where there is no checkout."""
+    usage = run(script, "launch", cwd=tmp_path)
+    assert usage.returncode == 0 and "\nlaunch tpu_vm " in usage.stdout and "\nlaunch gke " in usage.stdout
+    shown = run(script, "launch", "tpu_vm", "--help", cwd=tmp_path)
+    assert shown.returncode == 0 and "Usage: gemma4-tpu launch tpu_vm" in shown.stdout
+    place = ["model.path=gs://bucket/gemma-4-31b", "bucket=gs://bucket", "project=p", "zone=us-east5-a", "dry_run=true"]
+    words = ["launch", "tpu_vm", "experiment=v5p8", *place]
+    refused = run(script, *words, cwd=tmp_path)
+    assert refused.returncode == 2 and "give git=<URL>@<branch, tag or commit>" in refused.stderr
+    dry = run(script, *words, "git=https://example.org/gemma4-tpu.git@main", cwd=tmp_path)
+    assert dry.returncode == 0, dry.stderr
+    assert "queued-resources create" in dry.stdout and "gemma4-tpu launch tpu_vm" in dry.stdout
+    assert "delete_slice()" in dry.stdout  # the script that every host runs
 
 
 def test_the_wheel_reads_its_own_conf(script, tmp_path):
@@ -104,12 +121,14 @@ def test_completion_in_bash(script, tmp_path):
     """As docs/configuration.md tells to switch it on; Bash asks the function when the user presses Tab."""
     asked = {
         "gemma4-tpu pl": {"plan"},
+        "gemma4-tpu launch ": {"gke", "tpu_vm"},
+        "gemma4-tpu launch gke launch.clus": {"launch.cluster="},
         "gemma4-tpu train lora.ra": {"lora.rank="},
         "gemma4-tpu serve serving=v6e8": {"serving=v6e8", "serving=v6e8_tuned"},
     }
     lines = ['eval "$(gemma4-tpu --shell-completion install=bash)"']
     for line in asked:
-        lines += [f"COMP_LINE='{line}' COMP_POINT={len(line)} COMP_CWORD={len(line.split()) - 1}"]
+        lines += [f"COMP_LINE='{line}' COMP_POINT={len(line)} COMP_CWORD={line.count(' ')}"]
         lines += ["hydra_bash_completion", 'echo "${COMPREPLY[@]}"']
     environment = dict(os.environ, PATH=f"{script.parent}:{os.environ['PATH']}")
     done = subprocess.run(

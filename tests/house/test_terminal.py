@@ -7,9 +7,9 @@ import sys
 import pytest
 
 from gemma4_tpu import __main__ as console_script
-from gemma4_tpu.config.entries import ENTRIES
+from gemma4_tpu.commands import ENTRIES
 from gemma4_tpu.config.help import help_text
-from launch.config import TPU_VM
+from gemma4_tpu.launch.tpu_vm import TPU_VM
 from tests.house.scripts import ROOT, script
 
 COMMANDS = script("docs/make_configuration.py").COMMANDS

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 from gemma4_tpu.config.load import load
-from launch import tpu_vm
-from launch.config import TPU_VM
+from gemma4_tpu.launch import tpu_vm
+from gemma4_tpu.launch.tpu_vm import TPU_VM
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 PLACE = ["bucket=gs://my-bucket", "project=my-project", "zone=us-east5-a"]
@@ -93,7 +93,7 @@ def composed(words: tuple[str, ...]):
 def launch(played, capsys, monkeypatch):
     """Launches with further words; returns (exit code, standard output, standard error)."""
     monkeypatch.setattr(tpu_vm, "load", lambda words, entry: composed(tuple(words)))
-    monkeypatch.setattr(tpu_vm, "look_at_checkpoint", lambda root: [])  # its bucket is nowhere; test_checkpoint.py
+    monkeypatch.setattr(tpu_vm, "look_at_checkpoint", lambda model: [])  # its bucket is nowhere; test_checkpoint.py
     # what an earlier test in this process set up writes to that test's standard error
     others = [handler for handler in logging.root.handlers if type(handler) is not logging.StreamHandler]
     monkeypatch.setattr(logging.root, "handlers", others)

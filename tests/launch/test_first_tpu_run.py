@@ -10,11 +10,14 @@ import sys
 import threading
 from multiprocessing.connection import Listener
 
-from gemma4_tpu.config.entries import EVALUATE, MERGE, PLAN, TRAIN
 from gemma4_tpu.config.load import load
+from gemma4_tpu.evaluate import EVALUATE
 from gemma4_tpu.hardware import SLICES
+from gemma4_tpu.launch import gke, source, tpu_vm
+from gemma4_tpu.merge import MERGE
+from gemma4_tpu.plan import PLAN
 from gemma4_tpu.prices import ON_DEMAND, slice_price
-from launch import gke, source, tpu_vm
+from gemma4_tpu.train import TRAIN
 from tests.launch.conftest import ROOT, put_on_path
 
 PAGE = (ROOT / "docs/first_tpu_run.md").read_text()
@@ -71,7 +74,8 @@ def test_every_command_of_the_page_runs(played, tmp_path, monkeypatch):
     (tmp_path / ".venv/bin/activate").touch()
     (tmp_path / "rows.jsonl").touch()
     monkeypatch.setenv("PYTHON_OF_TEST", str(tmp_path / "socket"))
-    monkeypatch.setattr(source, "pack", lambda folder: [tmp_path / "rows.jsonl"])  # test_tpu_vm.py has the real one
+    # test_tpu_vm.py has the real one
+    monkeypatch.setattr(source, "pack", lambda folder, checkout: [tmp_path / "rows.jsonl"])
     runs: list[list[str]] = []
     with Listener(str(tmp_path / "socket"), authkey=b"test") as listener:
         script = "set -euo pipefail\n" + "\n".join(BLOCKS)

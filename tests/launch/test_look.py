@@ -2,7 +2,7 @@
 
 import pytest
 
-from launch import tpu_vm
+from gemma4_tpu.launch import tpu_vm
 from tests.launch.conftest import PLACE
 from tests.models.skeletons import write_skeleton
 

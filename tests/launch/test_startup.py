@@ -12,9 +12,9 @@ import time
 
 import pytest
 
-from gemma4_tpu.config.load import load_train
-from launch.job import make_job
-from launch.render import render
+from gemma4_tpu.launch.record import new_launch
+from gemma4_tpu.launch.render import render
+from gemma4_tpu.train import load_train
 from tests.launch.conftest import ROOT, RUN, composed
 
 PYTHON = f"""#!{sys.executable} -S
@@ -66,7 +66,7 @@ class Host:
 
 
 def rendered(*words: str) -> tuple:
-    job = make_job(composed((*RUN, *words)))
+    job = new_launch(composed((*RUN, *words)))
     return job, render(job)
 
 

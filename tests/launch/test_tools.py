@@ -13,10 +13,10 @@ from pathlib import Path
 import pytest
 import yaml
 
-from gemma4_tpu.config.load import load_train
 from gemma4_tpu.errors import PREEMPTED, STALLED
 from gemma4_tpu.hardware import SLICES
-from launch import gke
+from gemma4_tpu.launch import gke
+from gemma4_tpu.train import load_train
 from tests.launch.conftest import PLACE, ROOT, RUN, put_on_path
 
 CLUSTER = ["cluster=c", "image=us-docker.pkg.dev/p/r/gemma4-tpu:1"]

@@ -15,8 +15,8 @@ import time
 import pytest
 
 from gemma4_tpu.hardware import SLICES
-from launch import source, tpu_vm
-from launch.job import saved_jobs
+from gemma4_tpu.launch import source, tpu_vm
+from gemma4_tpu.launch.record import saved
 from tests.launch.conftest import GIT, PLACE, ROOT, RUN
 
 QUOTA = (
@@ -37,7 +37,7 @@ def test_a_run_from_the_command_to_no_costs(launch, played, messages):
     assert code == 0
     assert played.resources == []
     (create,) = played.asked("create")
-    (job,) = saved_jobs().values()
+    (job,) = saved().values()
     assert create[:5] == ["compute", "tpus", "queued-resources", "create", job.id]
     flags = dict(word.partition("=")[::2] for word in create[5:])
     assert flags["--accelerator-type"] == "v5p-8"
@@ -123,7 +123,7 @@ def test_the_exit_code_is_that_of_the_training(launch, played, messages):
 def test_a_slice_that_could_not_delete_itself_is_deleted(launch, played, messages):
     played.play({"states": ["ACTIVE"]})
     _, shown, _ = launch(GIT, "watch=false")
-    (job,) = saved_jobs().values()
+    (job,) = saved().values()
     assert job.id in played.resources and f"delete {job.id}" in shown and "$16.80 per hour" in shown
     played.put(f"{job.launch_dir}/outcome.json", json.dumps({"code": 0, "host": 0, "reason": "finished"}))
     assert tpu_vm.main(["watch", job.id]) == 0
@@ -133,7 +133,7 @@ def test_a_slice_that_could_not_delete_itself_is_deleted(launch, played, message
 def test_what_can_not_be_deleted_is_said(launch, played):
     played.play({"states": ["SUSPENDED"]}, deletable=False)
     code, _, error = launch(GIT)
-    (job,) = saved_jobs().values()
+    (job,) = saved().values()
     assert code == 2
     assert f"{job.id} MAY STILL COST MONEY" in error and f"python -m launch.tpu_vm delete {job.id}" in error
 
@@ -168,7 +168,7 @@ def test_ctrl_c_says_what_still_runs_and_how_to_delete_it(played, tmp_path):
 def test_lists_and_deletes_only_what_is_ours(launch, played, capsys):
     played.play({"states": ["ACTIVE"]})
     launch(GIT, "watch=false")
-    (job,) = saved_jobs().values()
+    (job,) = saved().values()
     strangers = ("somebody-elses", "gemma4-tpu-copied-name")
     for name in strangers:
         played.exists(name)

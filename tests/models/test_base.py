@@ -11,7 +11,7 @@ import pytest
 
 from gemma4_tpu import assets
 from gemma4_tpu.architectures import ARCHITECTURES, to_hf_config
-from gemma4_tpu.config.files import read_config
+from gemma4_tpu.checkpoint_folder import read_config
 from gemma4_tpu.config.schema import ModelConfig
 from gemma4_tpu.errors import UserError
 from gemma4_tpu.models.base import Base, resolve_base

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from gemma4_tpu.config.files import read_config
+from gemma4_tpu.checkpoint_folder import read_config
 from tests.models.checkpoints import UNIFIED, make_batch
 from tests.models.newest import newest
 from tests.models.test_forward import LOGIT_TOLERANCE, load_folder, run

@@ -9,16 +9,17 @@ import numpy as np
 import pytest
 
 from gemma4_tpu import plan
-from gemma4_tpu.config.entries import PLAN
 from gemma4_tpu.config.keys import field_docs, field_types
 from gemma4_tpu.config.load import load
+from gemma4_tpu.plan import PLAN
 from gemma4_tpu.planning import attempt, misfit, search
-from gemma4_tpu.planning.attempt import Planned, result_of
+from gemma4_tpu.planning.attempt import result_of
 from gemma4_tpu.planning.calibration import BAND
-from gemma4_tpu.planning.child import ASSIGNED, FINISHED
+from gemma4_tpu.planning.compilation import ASSIGNED, FINISHED
 from gemma4_tpu.planning.estimate import PlanResult, estimate, roofline
 from gemma4_tpu.planning.kernels import Mask
 from gemma4_tpu.planning.misfit import misfit_line
+from gemma4_tpu.planning.planned import Planned
 from gemma4_tpu.planning.program import OutOfMemory
 from gemma4_tpu.planning.remat import HEADROOM, POLICIES, first_that_fits
 from gemma4_tpu.planning.schedule import Op, Transfer, plain
@@ -121,8 +122,7 @@ def planned():
 
 
 def result(planned, **changes) -> PlanResult:
-    checked = planned.checked
-    return replace(estimate(planned.config, checked, planned.fill, ANSWER), **changes)
+    return replace(estimate(planned, ANSWER), **changes)
 
 
 def test_estimates_follow_from_the_compilers_figures(planned):

@@ -11,8 +11,8 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from gemma4_tpu.architectures import ARCHITECTURES
-from gemma4_tpu.config.schema import LoraConfig, OptimizerConfig, TrainerConfig
-from gemma4_tpu.hardware import SLICES
+from gemma4_tpu.config.schema import HardwareConfig, LoraConfig, OptimizerConfig, TrainerConfig
+from gemma4_tpu.hardware import SLICES, MeshSizes
 from gemma4_tpu.hf_config import pattern
 from gemma4_tpu.models.sharding import make_mesh
 from gemma4_tpu.planning import compile as compiling
@@ -20,6 +20,7 @@ from gemma4_tpu.planning import counts, hlo, schedule, source
 from gemma4_tpu.planning.kernels import Mask
 from gemma4_tpu.planning.links import Grid
 from gemma4_tpu.step.train_step import compiled_functions
+from gemma4_tpu.training.recipe import Recipe
 
 SQUARE = [(0, 0, 0), (0, 1, 0), (1, 0, 0), (1, 1, 0)]
 RING = [(0, 0), (1, 0), (1, 1), (0, 1)]
@@ -100,10 +101,12 @@ ARCH = replace(ARCHITECTURES["tiny"], num_layers=4, layer_types=pattern(4, perio
 
 
 def train_program(microbatches=1):
-    trainer, mesh = TrainerConfig(remat="none", microbatches=microbatches), make_mesh(1, 1, jax.devices()[:1])
-    given = compiling.shapes(
-        ARCH, LoraConfig(enabled=False), OptimizerConfig(), trainer, mesh, rows=1, length=64, updates=10
-    )
+    recipe = Recipe(
+        arch=ARCH, hardware=HardwareConfig(), lora=LoraConfig(enabled=False), optimizer=OptimizerConfig(),
+        trainer=TrainerConfig(remat="none", microbatches=microbatches), mesh=MeshSizes(1, 1, 1), rows=1, length=64,
+        updates=10,
+    )  # fmt: skip
+    given = compiling.shapes(recipe, make_mesh(1, 1, jax.devices()[:1]))
     train, _ = compiled_functions(given.step, given.state)
     return train.lower(given.state, given.base, given.batch).compile()
 

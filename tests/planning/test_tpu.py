@@ -8,9 +8,8 @@ import jax.numpy as jnp
 import pytest
 
 from gemma4_tpu.architectures import ARCHITECTURES, GLOBAL, SLIDING
-from gemma4_tpu.config.meshes import legal_meshes
-from gemma4_tpu.config.schema import LoraConfig, OptimizerConfig, TrainerConfig
-from gemma4_tpu.hardware import SLICES
+from gemma4_tpu.config.schema import HardwareConfig, LoraConfig, OptimizerConfig, TrainerConfig
+from gemma4_tpu.hardware import SLICES, MeshSizes
 from gemma4_tpu.models.sharding import make_mesh
 from gemma4_tpu.planning import compile as compiling
 from gemma4_tpu.planning.calibration import Rates
@@ -19,6 +18,8 @@ from gemma4_tpu.planning.program import USED, OutOfMemory, compile_lowered, fini
 from gemma4_tpu.planning.schedule import PARTS, from_plain
 from gemma4_tpu.planning.topology import ENVIRONMENT, absent_devices
 from gemma4_tpu.planning.walk import walk
+from gemma4_tpu.training.meshes import legal_meshes
+from gemma4_tpu.training.recipe import Recipe
 from tests.tpu_compiler import needs_tpu_compiler
 
 pytestmark = needs_tpu_compiler
@@ -40,11 +41,11 @@ def environment():
 
 
 def shapes(slice_name, *, rows=2, fsdp=2, tp=2, quantize=None):
-    mesh = make_mesh(fsdp, tp, absent_devices(SLICES[slice_name]))
-    return compiling.shapes(
-        ARCH, LoraConfig(rank=8, quantize=quantize), OptimizerConfig(), TrainerConfig(remat="none"), mesh,
-        rows=rows, length=T, updates=10,
+    recipe = Recipe(
+        arch=ARCH, hardware=HardwareConfig(), lora=LoraConfig(rank=8, quantize=quantize), optimizer=OptimizerConfig(),
+        trainer=TrainerConfig(remat="none"), mesh=MeshSizes(1, fsdp, tp), rows=rows, length=T, updates=10,
     )  # fmt: skip
+    return compiling.shapes(recipe, make_mesh(fsdp, tp, absent_devices(SLICES[slice_name])))
 
 
 def read(given, program, slice_name="v6e-4"):

@@ -15,7 +15,6 @@ import pytest
 from gemma4_tpu import assets
 from gemma4_tpu.architectures import ARCHITECTURES, to_hf_config
 from gemma4_tpu.serve import main
-from gemma4_tpu.serving import launch
 from tests.serving import fake_docker_path
 
 FLAGS = Path(assets.ROOT, "vllm_0_32_flags.txt")
@@ -101,7 +100,7 @@ def merged(tmp_path):
 @pytest.fixture
 def serve(docker, port, tmp_path, monkeypatch):
     """Runs `python -m gemma4_tpu.serve` in this process; returns its exit code. `record` is the record's folder."""
-    monkeypatch.setattr(launch, "POLL_SECONDS", 0.05)
+    monkeypatch.setattr("gemma4_tpu.serving.server.POLL_SECONDS", 0.05)
 
     def run(model, *words):
         given = [f"run={model}", f"serving.port={port}", f"run_dir={tmp_path / 'record'}", *words]

@@ -8,13 +8,13 @@ import sys
 import pytest
 
 from gemma4_tpu.architectures import ARCHITECTURES
-from gemma4_tpu.config.entries import SERVE
-from gemma4_tpu.config.load import groups_of, load
-from gemma4_tpu.config.serve_checks import known_flags
+from gemma4_tpu.config.conf import groups_of
+from gemma4_tpu.config.load import load
 from gemma4_tpu.errors import UserError
 from gemma4_tpu.hardware import GIB
 from gemma4_tpu.models.kv_cache import kv_cache_bytes, parameter_count
-from gemma4_tpu.serve import main
+from gemma4_tpu.serve import SERVE, main
+from gemma4_tpu.serving.checks import known_flags
 from gemma4_tpu.serving.memory import estimate
 
 

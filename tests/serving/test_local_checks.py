@@ -6,9 +6,8 @@ import sys
 
 import pytest
 
-from gemma4_tpu.config import serve_local_checks
 from gemma4_tpu.serve import main
-from gemma4_tpu.serving import local
+from gemma4_tpu.serving import local, local_checks
 from tests.serving import TINY, free_port
 
 
@@ -31,7 +30,7 @@ def test_one_message_says_what_is_wrong(words, told, capsys):
 
 
 def test_a_missing_extra_comes_with_its_install_command(monkeypatch, capsys):
-    monkeypatch.setattr(serve_local_checks, "NEEDED", ("json", "no_such_web_framework"))
+    monkeypatch.setattr(local_checks, "NEEDED", ("json", "no_such_web_framework"))
     assert main(["serving=local", f"run={TINY}", f"serving.port={free_port()}"]) == 2
     error = capsys.readouterr().err
     assert "serving=local needs no_such_web_framework: pip install 'gemma4-tpu[local-serving]'" in error
@@ -60,7 +59,7 @@ def test_a_dry_run_starts_nothing(capsys):
 
 def test_serving_in_a_container_needs_neither_torch_nor_fastapi():
     code = (
-        "import sys, gemma4_tpu.serve, gemma4_tpu.serving.launch;"
+        "import sys, gemma4_tpu.serve, gemma4_tpu.serving.server;"
         "print([name for name in ('torch', 'fastapi', 'uvicorn', 'jax') if name in sys.modules])"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

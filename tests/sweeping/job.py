@@ -11,10 +11,10 @@ import time
 from dataclasses import asdict
 from pathlib import Path
 
-from gemma4_tpu.config.load import load_train
 from gemma4_tpu.tracking.metrics import MetricsFile, read_metrics
 from gemma4_tpu.tracking.result import Result
 from gemma4_tpu.tracking.run import RunFolder
+from gemma4_tpu.train import load_train
 
 
 def main() -> int:

@@ -10,11 +10,11 @@ from pathlib import Path
 
 import pytest
 
-from gemma4_tpu.config.merge_checks import examine_merge
 from gemma4_tpu.config.schema import HardwareConfig
 from gemma4_tpu.config.sweeps import fixed_keys, job_name, sweep_name, swept
 from gemma4_tpu.config.tasks import MergeRoot
 from gemma4_tpu.errors import UserError
+from gemma4_tpu.export.checks import examine_merge
 from gemma4_tpu.sweeping import devices, plan_check
 from gemma4_tpu.sweeping.state import Sweep
 from gemma4_tpu.tracking.files import write_json

@@ -6,9 +6,10 @@ from types import SimpleNamespace
 
 import pytest
 
-from gemma4_tpu.config.load import load_train, to_yaml
+from gemma4_tpu.config.load import to_yaml
 from gemma4_tpu.sweeping import plan_check
 from gemma4_tpu.tracking.files import read_json
+from gemma4_tpu.train import load_train
 
 GIB = 2**30
 

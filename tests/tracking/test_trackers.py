@@ -19,7 +19,8 @@ from tensorboardX.proto.event_pb2 import Event
 from gemma4_tpu.config.schema import TrackerConfig
 from gemma4_tpu.errors import UserError
 from gemma4_tpu.tracking.run import RunFolder
-from gemma4_tpu.tracking.trackers import Tracker, make_tracker, run_name
+from gemma4_tpu.tracking.tracker import Tracker
+from gemma4_tpu.tracking.trackers import make_tracker, run_name
 
 KEY = "0123456789abcdef" * 3
 

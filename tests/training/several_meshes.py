@@ -7,8 +7,7 @@ import sys
 
 import shallow  # noqa: F401 (beside this file: `tiny` of two layers)
 
-from gemma4_tpu.config.load import load_train
-from gemma4_tpu.train import _record
+from gemma4_tpu.train import _record, load_train
 from gemma4_tpu.training.hosts import start_hosts
 from gemma4_tpu.training.preemption import Preemption
 

@@ -7,7 +7,7 @@ import pytest
 from gemma4_tpu.config.schema import CheckpointConfig
 from gemma4_tpu.models import lora as adapters
 from gemma4_tpu.training.checkpoint import Checkpoints
-from gemma4_tpu.training.job import init_state
+from gemma4_tpu.training.setup import init_state
 from tests.step.test_train_step import LORA, make
 
 POSITION = {"pipeline": {"place": 7}, "totals": {"seconds": 1.5}}

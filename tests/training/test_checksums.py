@@ -14,9 +14,9 @@ from orbax.checkpoint._src.metadata import checkpoint as orbax_metadata
 
 from gemma4_tpu.errors import UserError
 from gemma4_tpu.training import checksums
-from gemma4_tpu.training.job import init_state
 from gemma4_tpu.training.resume import newest_verified, refuse_differences
 from gemma4_tpu.training.saved import open_saved
+from gemma4_tpu.training.setup import init_state
 from tests.step.test_train_step import make
 from tests.training.test_checkpoint import POSITION, open_folder, save_several
 

@@ -11,8 +11,8 @@ import pytest
 from gemma4_tpu.config.schema import CheckpointConfig
 from gemma4_tpu.errors import UserError
 from gemma4_tpu.training.capacity import check_disk, check_memory
-from gemma4_tpu.training.job import init_state
 from gemma4_tpu.training.resume import newest_verified
+from gemma4_tpu.training.setup import init_state
 from tests.step.test_train_step import make
 from tests.training.test_checkpoint import POSITION, open_folder
 

@@ -7,12 +7,12 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from gemma4_tpu.config.load import load_train
 from gemma4_tpu.config.schema import DataConfig, DataSource
 from gemma4_tpu.data.build import build_data
 from gemma4_tpu.data.tokenizer import load_tokenizer
 from gemma4_tpu.errors import UserError
 from gemma4_tpu.models.base import RANDOM_TOKENIZER
+from gemma4_tpu.train import load_train
 from gemma4_tpu.training.resume import newest_verified
 from tests.training.test_checkpoint import save_several
 

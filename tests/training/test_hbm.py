@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 import jax
 
-from gemma4_tpu.training.hbm import hbm
+from gemma4_tpu.training.tally import hbm
 
 
 @dataclass

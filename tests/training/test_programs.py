@@ -3,8 +3,8 @@
 import jax
 import pytest
 
-from gemma4_tpu.training.job import init_state, to_mesh
 from gemma4_tpu.training.programs import Programs, Recompilation
+from gemma4_tpu.training.setup import init_state, to_mesh
 from tests.step.test_train_step import make, make_batch
 
 

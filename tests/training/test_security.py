@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 
 import gemma4_tpu
-from gemma4_tpu.config.load import load_train
 from gemma4_tpu.errors import UserError
+from gemma4_tpu.train import load_train
 
 ROOT = Path(gemma4_tpu.__file__).parent
 SECRETS = {

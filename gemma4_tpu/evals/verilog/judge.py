@@ -19,7 +19,7 @@ from gemma4_tpu.evals.verilog.extract import extract
 from gemma4_tpu.evals.verilog.header import with_header
 from gemma4_tpu.evals.verilog.iverilog import find_tools
 from gemma4_tpu.evals.verilog.pool import Pool
-from gemma4_tpu.evals.verilog.probe import choose_level, try_levels
+from gemma4_tpu.evals.verilog.probe import choose_level
 from gemma4_tpu.evals.verilog.sandbox import Level
 from gemma4_tpu.evals.verilog.selfcheck import VerilogSelfCheck, check_references
 from gemma4_tpu.evals.verilog.verdict import Golden
@@ -44,7 +44,7 @@ class VerilogJudge:
         self.tools = find_tools(config.iverilog)
         self._pool = Pool(config, self.tools)
         try:
-            self.levels = try_levels(self._pool)
+            self.levels = self._pool.try_levels()
             self.level = choose_level(config, self.levels)
         except BaseException:
             self._pool.close()

@@ -67,6 +67,10 @@ class Pool:
         """Why a level of isolation does not work here; null: it does."""
         return self._executor.submit(_spy, level)
 
+    def try_levels(self) -> dict[Level, str | None]:
+        """Each level, and why it does not work here (null: it works)."""
+        return {level: self.spy(level).result() for level in Level}
+
     def golden(self, problem: Problem, level: Level) -> Future[Golden]:
         """What the reference does."""
         return self._executor.submit(_golden, problem, level)

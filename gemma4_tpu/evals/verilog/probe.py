@@ -5,15 +5,11 @@ from __future__ import annotations
 import logging
 import shutil
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from gemma4_tpu.config.tasks import JudgeConfig
 from gemma4_tpu.errors import UserError
 from gemma4_tpu.evals.verilog.iverilog import Tools
 from gemma4_tpu.evals.verilog.sandbox import Level, Sandbox
-
-if TYPE_CHECKING:
-    from gemma4_tpu.evals.verilog.pool import Pool
 
 log = logging.getLogger(__name__)
 _SPY = """
@@ -51,11 +47,6 @@ def spy(tools: Tools, sandbox: Sandbox, folder: Path) -> str | None:
         return "the simulator does not run in it"
     leaks = [line for line in lines if line not in ("alive", "")]
     return f"a simulation {' and '.join(leaks)}" if leaks and sandbox.level is not Level.NONE else None
-
-
-def try_levels(pool: Pool) -> dict[Level, str | None]:
-    """Each level, and why it does not work here (null: it works)."""
-    return {level: pool.spy(level).result() for level in Level}
 
 
 def choose_level(config: JudgeConfig, tried: dict[Level, str | None]) -> Level:

@@ -1,4 +1,4 @@
-"""The held-out synthetic problems that travel with the package (`gemma4_tpu.verilog_smoke`)."""
+"""The held-out synthetic problems that travel with the package (made by `experiments/verilog_smoke`)."""
 
 from __future__ import annotations
 

@@ -2,11 +2,11 @@
 
 import pytest
 
+from experiments.verilog_smoke.design import Design, Port
+from experiments.verilog_smoke.testbench import make_testbench
 from gemma4_tpu.evals.problems import VerdictClass
 from gemma4_tpu.evals.verilog.smoke import REFERENCE_TOP
 from gemma4_tpu.evals.verilog.verilog_eval import make_problem
-from gemma4_tpu.verilog_smoke.design import Design, Port
-from gemma4_tpu.verilog_smoke.testbench import make_testbench
 from tests.evals.verilog.designs import fenced, needs_iverilog
 
 pytestmark = needs_iverilog

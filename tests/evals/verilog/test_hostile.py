@@ -17,7 +17,6 @@ from gemma4_tpu.evals.problems import VerdictClass
 from gemma4_tpu.evals.verilog import landlock
 from gemma4_tpu.evals.verilog.iverilog import find_tools
 from gemma4_tpu.evals.verilog.pool import Pool
-from gemma4_tpu.evals.verilog.probe import try_levels
 from gemma4_tpu.evals.verilog.sandbox import Level
 from tests.evals.verilog.confined import Confined
 from tests.evals.verilog.designs import fenced, honest, module, needs_iverilog, smoke_problem
@@ -96,7 +95,7 @@ def body(text):
 @pytest.fixture(scope="module")
 def levels():
     with Pool(JudgeConfig(workers=1), find_tools(None)) as pool:
-        return try_levels(pool)
+        return pool.try_levels()
 
 
 @pytest.fixture(scope="module", params=[Level.BUBBLEWRAP, Level.LANDLOCK])

@@ -1,0 +1,140 @@
+"""Checks of `python -m gemma4_tpu.bench`: cells that make sense, an endpoint, a record of the server. No JAX."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from urllib.parse import urlsplit
+
+import yaml
+
+from gemma4_tpu.architectures import ARCHITECTURES
+from gemma4_tpu.config.keys import did_you_mean
+from gemma4_tpu.config.limits import limit_problems
+from gemma4_tpu.config.paths import folder_of, name_problem
+from gemma4_tpu.config.problems import Problem
+from gemma4_tpu.config.serving import BenchConfig, BenchRoot, ServingConfig
+from gemma4_tpu.hardware import LOCAL, SLICES
+from gemma4_tpu.serving.checks import MERGED, name_of, url_of
+
+
+@dataclass(frozen=True)
+class BenchChecked:
+    """What the checks found out on the way."""
+
+    endpoint: str
+    """Base URL without /v1."""
+    slice: str
+    """Where the server runs; `local`: nowhere that is known."""
+    vocabulary: int | None
+    """Token ids of the model; None: it isn't known."""
+    serving: ServingConfig | None
+    """How the server was started, by its record; None: there is no record."""
+    model: str | None
+    """The model's name on the server, as far as configuration and record say it."""
+
+
+def normalise_bench(root: BenchRoot) -> BenchRoot:
+    """One spelling: no slash or /v1 at the end of the URL, `~` expanded."""
+    endpoint = re.sub(r"(/v1)?/*$", "", root.endpoint) if root.endpoint else None
+    served, run_dir = folder_of(root.served) or None, folder_of(root.run_dir) or None
+    return replace(root, endpoint=endpoint, served=served, run_dir=run_dir)
+
+
+def examine_bench(root: BenchRoot) -> tuple[BenchChecked | None, list[Problem]]:
+    """Everything that can be checked without asking the server."""
+    serving: ServingConfig | None = None
+    messages = [*limit_problems(root), *_cells(root.bench), *_names(root)]
+    if root.served is not None:
+        serving, refused = _record(root.served)
+        messages += refused
+        messages += [
+            f"{key}={value}: the record in served={root.served} says it; leave it out"
+            for key, value, default in (("slice", root.slice, LOCAL), ("architecture", root.architecture, None))
+            if value != default
+        ]
+    endpoint = root.endpoint or (url_of(serving) if serving else "")
+    if not endpoint and root.served is None:
+        messages.append("endpoint: which server? give endpoint=http://127.0.0.1:8000, or served=<record of serve>")
+    elif endpoint and (urlsplit(endpoint).scheme not in ("http", "https") or not urlsplit(endpoint).netloc):
+        messages.append(f"endpoint={root.endpoint}: not the address of a server; such as http://127.0.0.1:8000")
+    if root.bench.cross_check and (serving is None or serving.slice == LOCAL):
+        messages += [] if root.served and serving is None else [_no_container(root.served)]
+    if messages:
+        return None, [Problem(message) for message in messages]
+    run = _run(root.served) if root.served else None
+    vocabulary = ARCHITECTURES[root.architecture].vocab_size if root.architecture else _vocabulary(run)
+    model = root.bench.served_model_name
+    if model is None and serving is not None:
+        model = serving.served_model_name or (name_of(run) if run else None)
+    return BenchChecked(endpoint, serving.slice if serving else root.slice, vocabulary, serving, model), []
+
+
+def _cells(bench: BenchConfig) -> Iterator[str]:
+    if not bench.lengths:
+        yield "bench.lengths=[]: give at least one pair of prompt and answer, such as [[512,256]]"
+    for pair in bench.lengths:
+        if len(pair) != 2 or min(pair) < 1:
+            yield f"bench.lengths: {pair} is no pair of prompt and answer in tokens, such as [512,256]"
+    if bool(bench.rates) == bool(bench.users):
+        yield (
+            f"bench.rates={bench.rates}, bench.users={bench.users}: give one of them, and [] for the other"
+            " (requests per second, or users at a time)"
+        )
+    yield from (f"bench.rates: {rate} must be more than 0, or inf" for rate in bench.rates if not rate > 0)
+    yield from (f"bench.users: {users} must be at least 1" for users in bench.users if users < 1)
+    for key in ("lengths", "rates", "users"):
+        values = [tuple(v) if isinstance(v, list) else v for v in getattr(bench, key)]
+        if twice := sorted({v for v in values if values.count(v) > 1}):
+            yield f"bench.{key}: {twice[0]} stands there twice"
+    if bench.arrivals == "fixed" and bench.users:
+        yield "bench.arrivals=fixed: only with bench.rates; users send when their last request is answered"
+
+
+def _names(root: BenchRoot) -> Iterator[str]:
+    for key, value, known in (
+        ("slice", root.slice, [*SLICES, LOCAL]),
+        ("architecture", root.architecture, ARCHITECTURES),
+    ):
+        if value is not None and value not in known:
+            hint = did_you_mean(value, known, (key + "={}").format)
+            yield f"{key}={value}: there is no such {key}{hint} (there are: {', '.join(known)})"
+    yield from name_problem(root.name)
+    if root.run_dir is not None and "://" in root.run_dir:
+        yield f"run_dir={root.run_dir}: the record of a benchmark is local"
+
+
+def _record(folder: str) -> tuple[ServingConfig | None, list[str]]:
+    """`serving` of a server's record, or what is wrong with it. Keys of other versions are left out."""
+    path = Path(folder, "config.yaml")
+    try:
+        told = yaml.safe_load(path.read_text(encoding="utf-8")).get("serving")
+    except (OSError, yaml.YAMLError, AttributeError):
+        told = None
+    if not isinstance(told, dict) or not {"slice", "host", "port"} <= told.keys():
+        return None, [f"served={folder}: not the record of a server (python -m gemma4_tpu.serve writes one)"]
+    known = {field.name for field in fields(ServingConfig)}
+    return ServingConfig(**{key: value for key, value in told.items() if key in known}), []
+
+
+def _no_container(served: str | None) -> str:
+    told = "the server of served= runs without a container" if served else "give served=<record of serve>"
+    return f"bench.cross_check=true: runs vLLM's own client in the server's container; {told}"
+
+
+def _run(served: str) -> Path | None:
+    """The folder that a server's record says it serves."""
+    run = yaml.safe_load(Path(served, "config.yaml").read_text(encoding="utf-8")).get("run")
+    return Path(str(run)) if run else None
+
+
+def _vocabulary(run: Path | None) -> int | None:
+    """Of the model in a folder, where it lies on this machine."""
+    for path in (run / "config.json", run / MERGED / "config.json") if run else ():
+        if path.is_file():
+            config = json.loads(path.read_text(encoding="utf-8"))
+            return config.get("text_config", config).get("vocab_size")
+    return None

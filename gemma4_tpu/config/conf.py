@@ -1,0 +1,55 @@
+"""`conf/`, composed by Hydra: where it lies, its groups, and what a command's configuration is by itself."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from hydra import compose, initialize_config_dir
+from hydra.core.config_store import ConfigStore
+from omegaconf import DictConfig, OmegaConf
+
+import gemma4_tpu
+from gemma4_tpu.config.entry import EntryPoint
+from gemma4_tpu.config.overrides import groups_in
+
+VERSION_BASE = "1.3"
+
+
+def config_dir() -> Path:
+    """The folder `conf`: beside the modules in an installed wheel, else at the root of the checkout."""
+    package = Path(gemma4_tpu.__file__).parent
+    for folder in (package / "conf", package.parent / "conf"):
+        if (folder / "train.yaml").is_file():
+            return folder.resolve()
+    raise FileNotFoundError(f"no conf/train.yaml beside or in {package}: the installation is damaged")
+
+
+def groups_of(entry: EntryPoint) -> dict[str, list[str]]:
+    """The config groups that `conf/<name>.yaml` composes, each with its options."""
+    chosen = OmegaConf.load(config_dir() / f"{entry.name}.yaml").defaults
+    names = {str(group).split()[-1] for item in chosen if isinstance(item, DictConfig) for group in item}
+    return {group: options for group, options in groups_in(config_dir()).items() if group in names}
+
+
+def register(entry: EntryPoint) -> None:
+    """Makes the root schema known to Hydra under the name that `conf/<name>.yaml` starts from, and to OmegaConf what
+    `${unless:…}` in conf/ means.
+    """
+    OmegaConf.register_new_resolver("unless", lambda given, value: value if given is None else None, replace=True)
+    ConfigStore.instance().store(name=f"{entry.name}_schema", node=entry.schema)
+
+
+@contextmanager
+def composing(entry: EntryPoint) -> Iterator[Callable[..., DictConfig]]:
+    """Hydra's `compose`, with `conf/` and the command's schema where it looks for them."""
+    register(entry)
+    with initialize_config_dir(str(config_dir()), version_base=VERSION_BASE):
+        yield compose
+
+
+def defaults(entry: EntryPoint, words: list[str] | None = None) -> DictConfig:
+    """The composed configuration of a command line without arguments, or with sound `words`."""
+    with composing(entry) as compose:
+        return compose(entry.name, overrides=words)

@@ -1,0 +1,47 @@
+"""What a command is to the ground: its schema, its help and its checks. Each command's stands in its own module."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Generic, TypeVar
+
+from gemma4_tpu.config.problems import Problem
+
+Root = TypeVar("Root")
+Checks = TypeVar("Checks")
+
+
+@dataclass(frozen=True)
+class Nothing:
+    """What checks found out that only let pass or refuse."""
+
+
+@dataclass(frozen=True)
+class EntryPoint(Generic[Root, Checks]):
+    """One `python -m gemma4_tpu.<name>`: its root schema, registered for `conf/<name>.yaml`, and its checks."""
+
+    name: str
+    schema: type[Root]
+    normalise: Callable[[Root], Root]
+    """One spelling for what can be written in several."""
+    examine: Callable[[Root], tuple[Checks | None, list[Problem]]]
+    """Everything that can be checked without JAX: what was found out, or the problems."""
+    summary: str
+    examples: tuple[tuple[str, str], ...]
+    """(arguments, what they do)"""
+    shorthands: Mapping[str, str] = field(default_factory=dict)
+    """Short name → key that it stands for on the command line."""
+
+    @property
+    def module(self) -> str:
+        return f"gemma4_tpu.{self.name}"
+
+    @property
+    def command(self) -> str:
+        return f"python -m {self.module}"
+
+    def in_full(self, word: str) -> str:
+        """A word of the command line with a shorthand written out."""
+        key, equals, value = word.partition("=")
+        return f"{self.shorthands.get(key, key)}{equals}{value}"

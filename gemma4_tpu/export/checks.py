@@ -1,0 +1,104 @@
+"""Checks of `python -m gemma4_tpu.merge` before anything is read: choices, run folders, targets, the token. No JAX."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from gemma4_tpu.config.limits import limit_problems
+from gemma4_tpu.config.paths import folder_of, name_problem, remote_problem
+from gemma4_tpu.config.problems import Problem
+from gemma4_tpu.config.tasks import ExportConfig, MergeRoot
+from gemma4_tpu.tracking.run import is_run
+
+TOKEN = "HF_TOKEN"
+
+
+@dataclass(frozen=True)
+class MergeChecked:
+    """What the checks found out on the way."""
+
+    runs: tuple[Path | str, ...]
+    """The run folders to export, sorted; a str is one on gs://."""
+    skipped: tuple[str, ...] = ()
+    """Of a sweep: jobs that did not finish, each with its status."""
+
+
+def normalise_merge(root: MergeRoot) -> MergeRoot:
+    """One spelling: `~` expanded, no slash at the end, `verify: yes` as `true`."""
+    export = replace(
+        root.export,
+        checkpoint=root.export.checkpoint.strip().lower(),
+        base=folder_of(root.export.base),
+        target=folder_of(root.export.target),
+        verify=root.export.verify.strip().lower(),
+    )
+    return replace(root, run=folder_of(root.run) or "", run_dir=folder_of(root.run_dir), export=export)
+
+
+def examine_merge(root: MergeRoot) -> tuple[MergeChecked | None, list[Problem]]:
+    """Everything that can be checked without reading a tensor; `MergeChecked` is None when there are problems."""
+    messages = limit_problems(root)
+    runs, run_messages = _runs(root.run)
+    messages += run_messages + _export(root.export, several=len(runs) > 1)
+    messages += name_problem(root.name)
+    if root.run_dir is not None and "://" in root.run_dir:
+        messages.append(f"run_dir={root.run_dir}: the record of an export is local; export.target may be gs://")
+    if messages:
+        return None, [Problem(m) for m in messages]
+    return MergeChecked(tuple(runs), tuple(_unfinished(Path(root.run)).values())), []
+
+
+def _runs(run: str) -> tuple[list[Path] | list[str], list[str]]:
+    if not run:
+        return [], ["run: which run? give run=<run folder>, such as run=outputs/train/<date>_<time>"]
+    if "://" in run:
+        return [run], remote_problem(f"run={run}", run)
+    folder = Path(run)
+    if not folder.is_dir():
+        return [], [f"run={run}: no such folder"]
+    if is_run(folder):
+        return [folder], []
+    inside = sorted((place for place in folder.iterdir() if place.is_dir() and is_run(place)), key=_natural)
+    if not inside:
+        return [], [f"run={run}: not the run folder of a training (config.yaml and checkpoints/), nor a folder of some"]
+    unfinished = _unfinished(folder)
+    finished = [place for place in inside if place.name not in unfinished]
+    if not finished:
+        return [], [f"run={run}: no job of this sweep has finished; give the folder of one to export what it has"]
+    return finished, []
+
+
+def _unfinished(folder: Path) -> dict[str, str]:
+    """Job → `job: status` of the jobs of a sweep that did not finish; none where `folder` is no sweep's."""
+    record = folder / "sweep.json"
+    if not record.is_file():
+        return {}
+    jobs = json.loads(record.read_text(encoding="utf-8"))["jobs"]
+    return {job["name"]: f"{job['name']}: {job['status']}" for job in jobs if job["status"] != "finished"}
+
+
+def _natural(place: Path) -> list[tuple[int, str]]:
+    """Numbers in the names of a sweep's jobs count as such: rank-8 comes before rank-16."""
+    return [(int(part), "") if part.isdecimal() else (-1, part) for part in re.split(r"(\d+)", place.name)]
+
+
+def _export(export: ExportConfig, *, several: bool) -> list[str]:
+    messages = []
+    if export.checkpoint not in ("best", "latest") and not export.checkpoint.isdecimal():
+        messages.append(f"export.checkpoint={export.checkpoint}: give best, latest or the number of an update")
+    if (hub := export.push_to_hub) is not None:
+        if not re.fullmatch(r"[\w.-]+/[\w.-]+", hub):
+            messages.append(f"export.push_to_hub={hub}: give owner/name")
+        if not os.environ.get(TOKEN):
+            messages.append(f"export.push_to_hub={hub}: needs a token that may write; put it into {TOKEN}")
+        if several:
+            messages.append(f"export.push_to_hub={hub}: one repository for several runs; give one run at a time")
+        if export.target is not None and "://" in export.target:
+            messages.append(f"export.push_to_hub={hub}: uploads from a local folder; give a local export.target")
+        if export.format == "both":
+            messages.append(f"export.push_to_hub={hub}: one repository holds one format; give export=merged or peft")
+    return messages

@@ -1,0 +1,143 @@
+"""Checks of a launch before anything is submitted: those of training, and of where and how it is to run. No JAX."""
+
+from __future__ import annotations
+
+import os
+import re
+from dataclasses import replace
+from typing import TypeVar, cast
+
+from gemma4_tpu.config.problems import Problem
+from gemma4_tpu.config.schema import TrainRoot
+from gemma4_tpu.hardware import SLICES, option_name, slice_of
+from gemma4_tpu.launch.after import after_problems
+from gemma4_tpu.launch.schema import GkeRoot, TpuVmRoot
+from gemma4_tpu.launch.source import CHECKOUT, called
+from gemma4_tpu.training.checks import Checked, examine_train, normalise
+
+PROJECT, ZONE = "CLOUDSDK_CORE_PROJECT", "CLOUDSDK_COMPUTE_ZONE"
+"""Environment variables of the Google Cloud CLI."""
+_BUCKET = r"gs://[a-z0-9][a-z0-9._-]{1,61}[a-z0-9]"
+_NOT_FILES = ("embedded:", "random:", "hf:")
+Root = TypeVar("Root", TpuVmRoot, GkeRoot)
+
+
+def normalise_launch(root: Root) -> Root:
+    """As for train; project and zone from the environment, no slash at the end of addresses."""
+    root = cast(Root, normalise(root))
+    place = root.launch
+    return replace(
+        root,
+        run_dir=root.run_dir.rstrip("/") if root.run_dir else None,
+        launch=replace(
+            place,
+            project=place.project or os.environ.get(PROJECT),
+            zone=place.zone or os.environ.get(ZONE),
+            bucket=place.bucket.rstrip("/") if place.bucket else None,
+        ),
+    )
+
+
+def examine_tpu_vm(root: TpuVmRoot) -> tuple[Checked | None, list[Problem]]:
+    """Everything that can be known before Google is asked: what was found out, or the problems."""
+    launch = root.launch
+    messages = _place(root)
+    if launch.queue_for is not None and not re.fullmatch(r"\d+[smhd]", launch.queue_for):
+        messages.append(f"launch.queue_for={launch.queue_for}: give a number and s, m, h or d, as 6h")
+    if launch.max_hours is not None and not launch.max_hours > 0:
+        messages.append(f"launch.max_hours={launch.max_hours}: give more than 0, or null for no limit")
+    for key in ("restarts", "recreations"):
+        if getattr(launch, key) < 0:
+            messages.append(f"launch.{key}={getattr(launch, key)}: give a number of at least 0")
+    if not launch.poll_seconds > 0:
+        messages.append(f"launch.poll_seconds={launch.poll_seconds}: give more than 0")
+    if launch.git is not None and not re.fullmatch(r"\S+@[\w./-]+", launch.git):
+        messages.append(f"launch.git={launch.git}: give <URL>@<branch, tag or commit>")
+    for name, secret in launch.secrets.items():
+        if not re.fullmatch(r"[A-Z][A-Z0-9_]*", name) or not re.fullmatch(r"[\w-]+", str(secret)):
+            messages.append(
+                f"launch.secrets: {name} is to be an environment variable, and its value the name of a secret in Secret"
+                " Manager (never the secret itself): secrets={WANDB_API_KEY: wandb-key}"
+            )
+    if launch.model_in_memory and not (root.model.path or "").startswith("gs://"):
+        messages.append(f"launch.model_in_memory=true: model.path={root.model.path} is not on gs://")
+    messages += [f"launch.create_flags: {flag}: give --name=value" for flag in launch.create_flags if flag[:2] != "--"]
+    slice_ = slice_of(root.hardware)
+    if slice_ is not None and slice_.topology and slice_.runtime_version is None:
+        messages.append(
+            f"hardware={option_name(slice_.name)}: {slice_.chip.name} is not offered as a TPU VM; "
+            f"{called('gke')} takes it"
+        )
+    if launch.git is None and CHECKOUT is None:
+        messages.append(
+            "launch.git: which sources? the package is installed here without a checkout that could be uploaded; give"
+            " git=<URL>@<branch, tag or commit>"
+        )
+    messages += after_problems(launch.after, root.model.name, hosts=slice_.hosts if slice_ else 1)
+    return _with_train(root, messages)
+
+
+def examine_gke(root: GkeRoot) -> tuple[Checked | None, list[Problem]]:
+    """Everything that can be known before xpk is asked: what was found out, or the problems."""
+    launch = root.launch
+    messages = _place(root)
+    if not launch.cluster:
+        messages.append("launch.cluster: which cluster? give cluster=<name>, made by xpk cluster create")
+    if not launch.image:
+        messages.append("launch.image: which image? build launch/Dockerfile, push it, and give image=<registry>/<name>")
+    if launch.restarts < 0:
+        messages.append(f"launch.restarts={launch.restarts}: give a number of at least 0")
+    priorities = ("very-low", "low", "medium", "high", "very-high")
+    if launch.priority not in priorities:
+        messages.append(f"launch.priority={launch.priority}: give one of {', '.join(priorities)}")
+    return _with_train(root, messages)
+
+
+def _with_train(root: TpuVmRoot | GkeRoot, messages: list[str]) -> tuple[Checked | None, list[Problem]]:
+    checked, problems = examine_train(root)
+    found = [*problems, *(Problem(message) for message in messages)]
+    return (None if found else checked), found
+
+
+def _place(root: TpuVmRoot | GkeRoot) -> list[str]:
+    """Slice, project, zone, run folder; files that the slice would not find."""
+    messages = []
+    slice_ = slice_of(root.hardware)
+    if slice_ is None or slice_.topology is None:
+        tpus = ", ".join(option_name(name) for name, s in SLICES.items() if s.topology)
+        messages.append(f"hardware.name={root.hardware.name}: which TPU slice? give hardware=<one of {tpus}>")
+    if root.hardware.flex_start:
+        messages.append(
+            "hardware.flex_start=true: counts costs only; the launchers ask for capacity on demand or, with spot=true, "
+            "for spot"
+        )
+    if not root.launch.project or not re.fullmatch(r"[a-z][a-z0-9:.-]*", root.launch.project):
+        messages.append(f"launch.project={root.launch.project or 'null'}: give project=<project id>, or set {PROJECT}")
+    if not root.launch.zone or not re.fullmatch(r"[a-z]+-[a-z]+\d+-[a-z]", root.launch.zone):
+        messages.append(f"launch.zone={root.launch.zone or 'null'}: give zone=<zone>, as us-east5-a, or set {ZONE}")
+    if root.launch.bucket is not None and not re.fullmatch(rf"{_BUCKET}(/[\w./=+-]+)?", root.launch.bucket):
+        messages.append(f"launch.bucket={root.launch.bucket}: give gs://<bucket> or gs://<bucket>/<folder>")
+    if root.run_dir is None and root.launch.bucket is None:
+        messages.append("launch.bucket: where does the run folder go? give bucket=gs://<bucket>, or run_dir=gs://…")
+    if root.run_dir is not None and not re.fullmatch(rf"{_BUCKET}/[\w./=+-]+", root.run_dir):
+        given = f"run_dir={root.run_dir}"
+        messages.append(f"{given}: a slice that is deleted takes its disk with it; give gs://<bucket>/<folder>")
+    if root.preview:
+        messages.append(
+            "preview=true: looks at rows, for which no slice is needed: python -m gemma4_tpu.train preview=true"
+        )
+    return messages + _local_files(root)
+
+
+def _local_files(root: TrainRoot) -> list[str]:
+    sources = {
+        f"data.{kind}.{i}.path": source.path
+        for kind in ("train", "heldout")
+        for i, source in enumerate(getattr(root.data, kind))
+    }
+    named = {"model.path": root.model.path, "model.tokenizer": root.model.tokenizer, "replay": root.replay, **sources}
+    return [
+        f"{key}={path}: lies on this machine, not on the slice; gcloud storage cp -r it to a bucket and give gs://…"
+        for key, path in named.items()
+        if path and "://" not in path and not path.startswith(_NOT_FILES)
+    ]

@@ -1,0 +1,138 @@
+"""One launch: all that its commands and its script are made of, kept as a record to be watched and deleted by."""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from gemma4_tpu.config.load import Loaded
+from gemma4_tpu.config.schema import HardwareConfig
+from gemma4_tpu.hardware import Slice, slice_of
+from gemma4_tpu.launch.after import Stage, stages
+from gemma4_tpu.launch.schema import PlaceConfig, TpuVmConfig, TpuVmRoot
+from gemma4_tpu.prices import ON_DEMAND, SPOT, Price, price_in_zone
+from gemma4_tpu.train import load_train
+from gemma4_tpu.training.checks import Checked
+
+PREFIX = "gemma4-tpu-"
+"""Names of what is launched begin with it."""
+RECORDS = Path("outputs/launches")
+"""One folder for each launch, named by its id."""
+MODEL_IN_MEMORY = "/dev/shm/gemma4-tpu-model"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Launch:
+    """One training on one slice."""
+
+    id: str
+    """Name of the queued resource and of its node."""
+    project: str
+    zone: str
+    slice: str
+    """Key of `hardware.SLICES`."""
+    spot: bool
+    run_dir: str
+    """gs:// run folder, the same on every host and after every preemption."""
+    launch_dir: str
+    """gs:// folder for the sources, the logs of the hosts and the outcome."""
+    train: list[str]
+    """Command line of `python -m gemma4_tpu.train`."""
+    after: list[dict[str, Any]]
+    """Stages that follow, as `after.Stage`."""
+    model_source: str | None
+    """gs:// checkpoint to copy to `MODEL_IN_MEMORY`."""
+    launch: dict[str, Any]
+    """The `launch.` keys."""
+    created: str
+    """UTC, ISO 8601."""
+
+    @property
+    def config(self) -> TpuVmConfig:
+        return TpuVmConfig(**self.launch)
+
+    @property
+    def stages(self) -> list[Stage]:
+        return [Stage(**stage) for stage in self.after]
+
+    @property
+    def hardware(self) -> Slice:
+        found = slice_of(HardwareConfig(name=self.slice))
+        assert found is not None  # the checks
+        return found
+
+    @property
+    def folder(self) -> Path:
+        """The record: `job.json`, `startup.sh`."""
+        return RECORDS / self.id
+
+    def save(self) -> None:
+        """Writes the record."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        (self.folder / "job.json").write_text(json.dumps(asdict(self), indent=1), encoding="utf-8")
+
+
+def saved() -> dict[str, Launch]:
+    """The records of this folder, by id."""
+    found = {}
+    for path in sorted(RECORDS.glob("*/job.json")):
+        found[path.parent.name] = Launch(**json.loads(path.read_text(encoding="utf-8")))
+    return found
+
+
+def new_launch(loaded: Loaded[TpuVmRoot, Checked], now: datetime | None = None) -> Launch:
+    """The launch that a command line describes.
+
+    Raises:
+      UserError: train would refuse the words that it is given on the slice.
+    """
+    root, config = loaded.root, loaded.root.launch
+    name, run_dir = name_and_folder(root.name, root.run_dir, config, now)
+    words = train_words(loaded.overrides, run_dir)
+    source = None
+    if config.model_in_memory:
+        source = (root.model.path or "").rstrip("/")
+        words = [word for word in words if not word.startswith("model.path=")] + [f"model.path={MODEL_IN_MEMORY}"]
+    return Launch(
+        id=name, project=config.project or "", zone=config.zone or "",
+        slice=root.hardware.name, spot=root.hardware.spot,
+        run_dir=run_dir, launch_dir=f"gs://{run_dir.split('/')[2]}/launches/{name}", train=words,
+        after=[asdict(stage) for stage in stages(config.after, run_dir, root.model.name, base=source)],
+        model_source=source, launch=asdict(config), created=datetime.now(UTC).isoformat(timespec="seconds"),
+    )  # fmt: skip
+
+
+def name_and_folder(name: str, run_dir: str | None, place: PlaceConfig, now: datetime | None = None) -> tuple[str, str]:
+    """(id of a new launch, its run folder on gs://)."""
+    moment = f"{now or datetime.now(UTC):%Y%m%d-%H%M%S}"
+    plain = re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")[:30].strip("-")
+    return f"{PREFIX}{plain}-{moment}", run_dir or f"{place.bucket}/{name}/{moment}"
+
+
+def train_words(overrides: list[str], run_dir: str) -> list[str]:
+    """The command line for train on the slice: without what is the launcher's, with the run folder.
+
+    Raises:
+      UserError: train refuses them.
+    """
+    ours = ("launch.", "run_dir=")
+    words = [word for word in overrides if not word.lstrip("+").startswith(ours)]
+    return load_train([*words, f"run_dir={run_dir}"]).overrides
+
+
+def cost(launched: Launch) -> str:
+    """What an hour costs, and what the limit makes of it, in words; all of it estimated."""
+    hours, what = launched.config.max_hours, "spot" if launched.spot else "on demand"
+    given = next((w.partition("=")[2] for w in launched.train if w.startswith("hardware.usd_per_hour=")), None)
+    price = price_in_zone(launched.hardware, SPOT if launched.spot else ON_DEMAND, launched.zone)
+    if given not in (None, "null"):
+        price = Price(usd_per_hour=float(given), date="this run", source="hardware.usd_per_hour")
+    if price is None:
+        return "unknown: no price with a source is known for this slice; hardware.usd_per_hour=… sets one"
+    limit = f", at most ${price.usd_per_hour * hours:,.2f} for one slice by launch.max_hours={hours:g}" if hours else ""
+    where = f", {price.region}" if price.region else ""
+    return f"${price.usd_per_hour:,.2f} per hour {what}{where} ({price.date}, {price.source}){limit}; estimated"

@@ -1,0 +1,185 @@
+"""`python -m launch.tpu_vm`: one command from a checkout to a training on a Cloud TPU slice, and back to no costs.
+
+Configuration → script and commands → (dry_run=true ends here) → sources to the bucket → place in the queue → watching.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import shlex
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+from gemma4_tpu.config.entry import EntryPoint
+from gemma4_tpu.config.load import load
+from gemma4_tpu.errors import UserError, exit_code
+from gemma4_tpu.launch import gcloud, owned, source
+from gemma4_tpu.launch.checks import PROJECT, ZONE, examine_tpu_vm, normalise_launch
+from gemma4_tpu.launch.entry import LaunchEntry, look_at_checkpoint, shorthands
+from gemma4_tpu.launch.gcloud import GcloudError
+from gemma4_tpu.launch.record import Launch, cost, new_launch, saved
+from gemma4_tpu.launch.render import render
+from gemma4_tpu.launch.schema import TpuVmRoot
+from gemma4_tpu.launch.watch import how_to_delete, still_there, submit, watch
+from gemma4_tpu.training.checks import Checked
+
+log = logging.getLogger(__name__)
+VERBS = ("list", "watch", "delete")
+
+
+TPU_VM: EntryPoint[TpuVmRoot, Checked] = LaunchEntry(
+    name="tpu_vm",
+    schema=TpuVmRoot,
+    normalise=normalise_launch,
+    examine=examine_tpu_vm,
+    summary=(
+        "Train on a Cloud TPU slice: asks for it (queued resources), installs, trains there as python -m"
+        " gemma4_tpu.train would with the same words, goes on after preemptions, uploads, deletes the slice."
+    ),
+    examples=(
+        (
+            "experiment=v5p8 model.path=gs://bucket/gemma-4-31b bucket=gs://bucket project=p zone=us-east5-a"
+            " dry_run=true",
+            "show what would be done",
+        ),
+        ("experiment=v5p8 model.path=gs://… bucket=gs://… spot=true after=[merge]", "spot capacity, merged at the end"),
+        ("experiment=v5p8 model.path=gs://… run_dir=gs://bucket/v5p8/<run>", "go on with a run"),
+        ("list", "what runs or waits, and what it costs"),
+        ("watch <id>", "follow a run again, and go on after preemptions"),
+        ("delete <id>", "delete a slice and its place in the queue"),
+    ),
+    shorthands=shorthands("queue_for", "max_hours", "git", "secrets", "after", "keep", "watch"),
+)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Exit code: the training's (0 finished, 42 to be gone on with); 2 refused, 130 interrupted; 0 without watching."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S", stream=sys.stderr)
+    return exit_code(lambda: _run(words), interrupted="interrupted; nothing was asked for")
+
+
+def _run(words: list[str]) -> int:
+    if words and words[0] in VERBS:
+        return _verb(words[0], words[1:])
+    if "-m" in words or "--multirun" in words:
+        raise UserError("--multirun: one launch is one run; give one value for each key")
+    loaded = load(words, TPU_VM)
+    warnings = [*loaded.checked.warnings, *_offline(loaded.root)]
+    if not loaded.root.launch.dry_run:
+        warnings += look_at_checkpoint(loaded.root.model)
+    return _launch(new_launch(loaded), warnings)
+
+
+def _launch(launched: Launch, warnings: Sequence[str]) -> int:
+    script = render(launched)
+    if launched.config.dry_run:
+        print(_shown(launched, script))
+        return 0
+    log.info(
+        "%s: %s %s in %s; %s",
+        launched.id,
+        launched.slice,
+        "spot" if launched.spot else "on demand",
+        launched.zone,
+        cost(launched),
+    )
+    for warning in warnings:
+        log.warning(warning)
+    launched.save()
+    (launched.folder / "startup.sh").write_text(script, encoding="utf-8")
+    _upload(launched)
+    return exit_code(lambda: _submit(launched), interrupted=f"interrupted; {still_there(launched)}")
+
+
+def _submit(launched: Launch) -> int:
+    submit(launched)
+    log.info("%s is asked for; run folder %s", launched.id, launched.run_dir)
+    if not launched.config.watch:
+        print(still_there(launched))
+        return 0
+    return watch(launched)
+
+
+def _offline(root: TpuVmRoot) -> list[str]:
+    """W&B's key is not on the slice unless it is fetched."""
+    if root.tracker.kind != "wandb" or "WANDB_API_KEY" in root.launch.secrets:
+        return []
+    return ["tracker=wandb without secrets={WANDB_API_KEY: <name in Secret Manager>}: W&B stays offline on the slice"]
+
+
+def _upload(launched: Launch) -> None:
+    """The sources to the bucket, where that is not git's part."""
+    if launched.config.git:
+        return
+    assert source.CHECKOUT is not None  # the checks
+    with tempfile.TemporaryDirectory() as folder:
+        for path in source.pack(Path(folder), source.CHECKOUT):
+            gcloud.gcloud(gcloud.upload(str(path), f"{launched.launch_dir}/{path.name}"))
+
+
+def _shown(launched: Launch, script: str) -> str:
+    """The commands and the script, as they would be."""
+    commands = [] if launched.config.git else [
+        gcloud.upload(name, f"{launched.launch_dir}/{name}") for name in (source.ARCHIVE, source.BUNDLE)
+    ]  # fmt: skip
+    commands.append(gcloud.create(launched, str(launched.folder / "startup.sh")))
+    return "\n".join(
+        [
+            "# dry run: nothing is submitted. The commands:",
+            *(f"gcloud {shlex.join(command)}" for command in commands),
+            f"# cost: {cost(launched)}",
+            f"# {launched.folder / 'startup.sh'}, which every host of the slice runs:",
+            script,
+        ]
+    )
+
+
+def _verb(verb: str, words: list[str]) -> int:
+    """`list`, `watch` and `delete`, with ids and project=, zone=, dry_run=."""
+    given = dict(word.split("=", 1) for word in words if "=" in word)
+    names = [word for word in words if "=" not in word]
+    if unknown := [word for word in [*given, *names] if word.startswith("-") or word in set(given) - _SETTINGS]:
+        raise UserError(f"{verb}: {unknown[0]}: takes ids and {', '.join(f'{key}=' for key in sorted(_SETTINGS))}")
+    project, zone = given.get("project", os.environ.get(PROJECT)), given.get("zone", os.environ.get(ZONE))
+    if verb == "list":
+        print(owned.show(owned.places(project, zone)))
+        return 0
+    if not names:
+        raise UserError(f"{verb}: which? give ids; {source.called('tpu_vm')} list shows them")
+    if verb == "watch":
+        return _watch_again(names)
+    for name in names:
+        launched = saved().get(name)
+        where = [(launched.project, launched.zone)] if launched else owned.places(project, zone)
+        if len(where) > 1:
+            raise UserError(f"{name}: in which zone? give project= and zone=")
+        print(owned.remove(name, *where[0], dry_run=given.get("dry_run") == "true"))
+    return 0
+
+
+_SETTINGS = {"project", "zone", "dry_run"}
+
+
+def _watch_again(names: list[str]) -> int:
+    if len(names) != 1:
+        raise UserError("watch: give one id")
+    launched = saved().get(names[0])
+    if launched is None:
+        known = ", ".join(saved()) or "none"
+        raise UserError(f"watch: {names[0]}: not launched from this folder (launched: {known})")
+    return exit_code(lambda: _follow(launched), interrupted=f"interrupted; {still_there(launched)}")
+
+
+def _follow(launched: Launch) -> int:
+    try:
+        return watch(launched)
+    except GcloudError as error:
+        raise UserError(f"{error}\nif it is still there, {how_to_delete(launched)}") from None
+
+
+if __name__ == "__main__":
+    sys.exit(main())

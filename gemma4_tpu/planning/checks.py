@@ -1,0 +1,131 @@
+"""Checks of `python -m gemma4_tpu.plan`: those of training, except that weights and data need not be there. No JAX."""
+
+from __future__ import annotations
+
+import importlib.util
+from dataclasses import dataclass, replace
+from typing import cast
+
+from gemma4_tpu.architectures import ARCHITECTURES, Architecture
+from gemma4_tpu.checkpoint_folder import RANDOM, checkpoint_architecture, tokenizer_problem
+from gemma4_tpu.config.limits import CHOICES
+from gemma4_tpu.config.problems import Problem
+from gemma4_tpu.config.schema import DataSource
+from gemma4_tpu.config.tasks import PlanRoot
+from gemma4_tpu.data.checks import HUGGING_FACE, source_problem
+from gemma4_tpu.errors import UserError
+from gemma4_tpu.hardware import LOCAL, SLICES, MeshSizes, Slice, option_name, slice_of
+from gemma4_tpu.training.checks import examine_train, normalise
+from gemma4_tpu.training.meshes import resolve_mesh
+from gemma4_tpu.training.recipe import Recipe, rows_per_microbatch
+
+UPDATES = 1_000
+"""Of the run, as the program's learning rates see it: the same for all plans, so that a run with other rows or epochs
+is the same program. No figure depends on it."""
+
+
+@dataclass(frozen=True)
+class PlanChecked:
+    """What the checks found out on the way."""
+
+    architecture: Architecture
+    slice: Slice
+    mesh: MeshSizes
+    data_here: bool
+    """Tokenizer and rows are on this machine: lengths are measured, not assumed."""
+    warnings: tuple[str, ...]
+    """To report; nothing was changed."""
+
+
+def normalise_plan(root: PlanRoot) -> PlanRoot:
+    """As training; a batch that is not given is one row for each place on the axes dp and fsdp and microbatch."""
+    root = cast(PlanRoot, normalise(root))
+    trainer = root.trainer
+    if trainer.global_batch_sequences is None and trainer.global_batch_tokens is None:
+        rows = _row_places(root) * max(1, trainer.microbatches)
+        return replace(root, trainer=replace(trainer, global_batch_sequences=rows))
+    return root
+
+
+def _row_places(root: PlanRoot) -> int:
+    """Places among which rows are split; 1 where slice, model or mesh are refused later."""
+    architecture, _ = _architecture(root)
+    wanted = slice_of(root.hardware)
+    if architecture is None or wanted is None:
+        return 1
+    try:
+        return resolve_mesh(root.mesh, architecture, wanted.devices).row_places
+    except UserError:
+        return 1
+
+
+def examine_plan(root: PlanRoot) -> tuple[PlanChecked | None, list[Problem]]:
+    """Everything that can be checked without compiling; `PlanChecked` is None when there are problems."""
+    wanted = slice_of(root.hardware)
+    messages = _compiler(root, wanted)
+    if root.plan.utilization_low > root.plan.utilization_high:
+        messages.append(
+            f"plan.utilization_low={root.plan.utilization_low} is more than plan.utilization_high="
+            f"{root.plan.utilization_high}; exchange them"
+        )
+    if root.plan.p99_tokens < root.plan.mean_tokens:
+        messages.append(f"plan.p99_tokens={root.plan.p99_tokens} is less than plan.mean_tokens={root.plan.mean_tokens}")
+    if not root.plan.search_rows or min(root.plan.search_rows) < 1:
+        messages.append(f"plan.search_rows={root.plan.search_rows}: give numbers of rows, such as [1,2,4]")
+    choices = CHOICES["hardware.flags"]
+    if not root.plan.search_flags or not set(root.plan.search_flags) <= set(choices):
+        messages.append(f"plan.search_flags={root.plan.search_flags}: give some of [{', '.join(choices)}]")
+    architecture, missing = _architecture(root)
+    # The rest by the checks of training, on a run whose files are no question.
+    model = replace(root.model, path=f"{RANDOM}0", tokenizer=None)
+    data = replace(root.data, train=[DataSource(path="hf:absent")], heldout=[])
+    checked, problems = examine_train(replace(root, model=model, data=data))
+    problems = [Problem(message) for message in messages] + problems
+    if problems or checked is None or architecture is None or wanted is None or checked.mesh is None:
+        return None, problems
+    warnings = [w for w in checked.warnings if "held-out" not in w]
+    if missing:
+        warnings.append(f"{'; '.join(missing)}: planned with the numbers of {architecture.name}")
+    return PlanChecked(architecture, wanted, checked.mesh, _data_here(root), tuple(warnings)), []
+
+
+def recipe_of(root: PlanRoot, checked: PlanChecked) -> Recipe:
+    """The step of a configuration that passed the checks."""
+    return Recipe(
+        arch=checked.architecture, hardware=root.hardware, lora=root.lora, optimizer=root.optimizer,
+        trainer=root.trainer, mesh=checked.mesh,
+        rows=rows_per_microbatch(root.trainer, root.data, checked.mesh.row_places),
+        length=root.data.sequence_length, updates=UPDATES,
+    )  # fmt: skip
+
+
+def _compiler(root: PlanRoot, wanted: Slice | None) -> list[str]:
+    tpus = ", ".join(option_name(s.name) for s in SLICES.values() if s.topology)
+    if root.hardware.name == LOCAL:
+        return [f"hardware=local: a plan is for a slice that is not here; give hardware=<slice> ({tpus})"]
+    if wanted is not None and wanted.topology is None:
+        return [
+            f"hardware={option_name(wanted.name)}: there is no compiler here for absent GPUs; TPU slices can be "
+            f"planned ({tpus})"
+        ]
+    if importlib.util.find_spec("libtpu") is None:
+        return ["planning compiles with libtpu, which is not installed: pip install 'gemma4-tpu[tpu]'"]
+    return []
+
+
+def _architecture(root: PlanRoot) -> tuple[Architecture | None, list[str]]:
+    """The checkpoint's architecture where it can be read, else that of `model.name`, and what is missing."""
+    if root.model.path is None:
+        return ARCHITECTURES.get(root.model.name), []
+    return checkpoint_architecture(root.model)
+
+
+def _data_here(root: PlanRoot) -> bool:
+    """Whether rows and the model's own tokenizer can be read on this machine."""
+    if root.model.path is None and root.model.tokenizer is None:
+        return False
+    paths = [root.model.tokenizer or root.model.path or "", *(source.path for source in root.data.train)]
+    if any("://" in path or path.startswith(HUGGING_FACE) for path in paths):
+        return False
+    model = root.model if root.model.path is not None else replace(root.model, path=f"{RANDOM}0")
+    return not tokenizer_problem(model) and not any(source_problem("data.train", s) for s in root.data.train)

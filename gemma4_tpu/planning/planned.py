@@ -1,0 +1,35 @@
+"""A configuration that is planned, and what its data makes of it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+
+from gemma4_tpu.config.tasks import PlanRoot
+from gemma4_tpu.planning.checks import PlanChecked, recipe_of
+from gemma4_tpu.planning.fill import Fill, Lengths, fill_of, lengths_of
+from gemma4_tpu.training.recipe import Recipe
+
+
+@dataclass(frozen=True)
+class Planned:
+    """A configuration that passed the checks, and what its data makes of it."""
+
+    config: PlanRoot
+    checked: PlanChecked
+    lengths: Lengths
+    fill: Fill
+
+    @staticmethod
+    def of(config: PlanRoot, checked: PlanChecked, like: Planned | None = None) -> Planned:
+        """`like`: a plan whose lengths serve here too, if it has the same data."""
+        if like is not None and like.config.data == config.data:
+            lengths = like.lengths
+        else:
+            lengths = lengths_of(config.model, config.data, config.plan, data_here=checked.data_here)
+        return Planned(config, checked, lengths, fill_of(lengths, config.data, config.trainer))
+
+    @cached_property
+    def recipe(self) -> Recipe:
+        """The step that is compiled."""
+        return recipe_of(self.config, self.checked)

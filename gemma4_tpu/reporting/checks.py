@@ -1,0 +1,102 @@
+"""Checks of `python -m gemma4_tpu.report`: one subject, and its folder is there. No JAX."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from gemma4_tpu.config.keys import did_you_mean
+from gemma4_tpu.config.paths import folder_of
+from gemma4_tpu.config.problems import Problem
+from gemma4_tpu.config.tasks import ReportRoot
+from gemma4_tpu.hardware import LOCAL, SLICES
+
+SUBJECTS = ("sweep", "wandb", "check")
+"""Keys that each are a folder."""
+LISTED = ("run", "cost", "plausibility")
+"""Keys that each are several folders (the last two: or files). Of all these exactly one is given."""
+_FILES_TOO = ("cost", "plausibility")
+_WITH_COSTS = ("run", "cost")
+_ONLY_COSTS = ("serving_hours", "serving_slices", "prices", "spot_prices")
+
+
+@dataclass(frozen=True)
+class ReportChecked:
+    """What the checks found out on the way."""
+
+    subject: str
+    """One of `SUBJECTS` or `LISTED`, or `price_list`."""
+
+
+def normalise_report(root: ReportRoot) -> ReportRoot:
+    """One spelling: `~` expanded, no slash at the end."""
+    changed: dict[str, Any] = {name: folder_of(getattr(root, name)) for name in SUBJECTS}
+    changed |= {name: [folder_of(path) for path in getattr(root, name)] for name in (*LISTED, "records")}
+    return replace(root, **changed, out=folder_of(root.out) or None)
+
+
+def examine_report(root: ReportRoot) -> tuple[ReportChecked | None, list[Problem]]:
+    """Everything that can be checked without reading the folder."""
+    given = [name for name in (*SUBJECTS, *LISTED) if getattr(root, name)] + ["price_list"] * root.price_list
+    if len(given) != 1:
+        told = " ".join(f"{name}={getattr(root, name)}" for name in given) or "nothing"
+        choices = ", ".join(
+            [f"{name}=<folder>" for name in SUBJECTS]
+            + [f"{name}=[<folder>,…]" for name in LISTED]
+            + ["price_list=true"]
+        )
+        return None, [Problem(f"report: give exactly one of {choices}; {told} was given")]
+    subject = given[0]
+    messages = [*_places(root, subject), *_costs(root, subject)]
+    if root.metric is not None and subject != "sweep":
+        messages.append(f"metric={root.metric}: only with sweep=<folder>")
+    if root.records and subject != "run":
+        messages.append(f"records={root.records}: only with run=<folder>")
+    if messages:
+        return None, [Problem(message) for message in messages]
+    return ReportChecked(subject), []
+
+
+def _places(root: ReportRoot, subject: str) -> Iterator[str]:
+    """Folders (for lists: or files) that aren't there, and a file that can't be written."""
+    given = getattr(root, subject)
+    places = given if subject in LISTED else [given] if subject in SUBJECTS else []
+    wanted = [(subject, place) for place in places]
+    for key, place in [*wanted, *(("records", place) for place in root.records)]:
+        if key == "run" and "://" in place:
+            continue  # its small files are copied here
+        if not (Path(place).exists() if key in _FILES_TOO else Path(place).is_dir()):
+            yield f"{key}={place}: no such folder" + " (a local copy is needed)" * ("://" in place)
+    yield from (
+        f"{subject}: {place} is given twice"
+        for place in sorted({p for _, p in wanted if wanted.count((subject, p)) > 1})
+    )
+    if root.out is not None:
+        if subject == "run" and not root.out.endswith(".md"):
+            yield f"out={root.out}: a name that ends in .md is needed; the HTML page gets the same with .html"
+        if subject not in LISTED:
+            yield f"out={root.out}: only with {' or '.join(LISTED)}"
+        elif Path(root.out).is_dir() or not Path(root.out).absolute().parent.is_dir():
+            yield f"out={root.out}: a file in a folder that is there is needed"
+
+
+def _costs(root: ReportRoot, subject: str) -> Iterator[str]:
+    """Prices and hours that make no sense, or that nothing asks for."""
+    if subject not in _WITH_COSTS:
+        changed = [name for name in _ONLY_COSTS if getattr(root, name) != getattr(ReportRoot(), name)]
+        yield from (f"{name}={getattr(root, name)}: only with {' or '.join(_WITH_COSTS)}" for name in changed)
+        return
+    known = [*SLICES, LOCAL]
+    for name in ("prices", "spot_prices"):
+        for slice_, usd in getattr(root, name).items():
+            if slice_ not in known:
+                hint = did_you_mean(slice_, known)
+                yield f"{name}.{slice_}={usd}: no such slice{hint} (slices: {', '.join(known)})"
+            elif not usd >= 0:
+                yield f"{name}.{slice_}={usd}: USD per hour, 0 or more"
+    for slice_ in root.serving_slices:
+        if slice_ not in known:
+            yield f"serving_slices: {slice_}: no such slice{did_you_mean(slice_, known)} (slices: {', '.join(known)})"
+    yield from (f"serving_hours: {number}: hours, 0 or more" for number in root.serving_hours if not number >= 0)

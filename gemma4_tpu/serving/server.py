@@ -1,0 +1,199 @@
+"""One server: its container started, followed until it answers, asked whether it is the trained model, stopped."""
+
+from __future__ import annotations
+
+import logging
+import time
+from contextlib import AbstractContextManager, ExitStack, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import httpx
+
+from gemma4_tpu.config.serving import ServingConfig
+from gemma4_tpu.errors import UserError
+from gemma4_tpu.serving.checks import ServeChecked
+from gemma4_tpu.serving.command import cache_folder, container_name, run_words, shown
+from gemma4_tpu.serving.engine import Engine
+from gemma4_tpu.serving.log import ServerLog, Stages
+from gemma4_tpu.serving.memory import MemoryEstimate
+from gemma4_tpu.serving.outcome import Outcome, client_of, confirm, until_stopped
+from gemma4_tpu.serving.signals import Signals, Stopped
+from gemma4_tpu.serving.troubles import Trouble, trouble_in
+from gemma4_tpu.tracking.logs import console
+from gemma4_tpu.tracking.progress import format_seconds
+
+log = logging.getLogger(__name__)
+
+POLL_SECONDS = 0.25
+LINE_SECONDS = 30.0
+"""Between lines about a server that is still starting, where there is no terminal."""
+TROUBLE_SECONDS = 15.0
+"""A server that has printed a known error is given up after so long, if it has neither ended nor answered."""
+STOP_SECONDS = 30
+"""A server may take so long to end before it is killed."""
+
+
+class ServerFailed(UserError):
+    """The server did not start, or ended by itself."""
+
+
+@dataclass(kw_only=True)
+class ContainerOutcome(Outcome):
+    """What `result.json` holds of a server in its container."""
+
+    image: str
+    command: str
+    memory: MemoryEstimate
+    image_digest: str | None = None
+    """`<name>@sha256:…`; None: the image was built here."""
+
+
+class Server:
+    """Runs one server from start to end."""
+
+    def __init__(self, serving: ServingConfig, checked: ServeChecked, memory: MemoryEstimate, log_path: Path):
+        self._serving, self._checked, self._log_path = serving, checked, log_path
+        self._words = run_words(serving, checked)
+        self._engine = Engine(serving.engine)
+        self._client = client_of(serving)
+        self._stop_seconds = STOP_SECONDS
+        self.outcome = ContainerOutcome(
+            **Outcome.about(serving, checked), image=serving.image, memory=memory,
+            command=f"{serving.engine} {shown(self._words)}",
+        )  # fmt: skip
+
+    def run(self) -> int:
+        """Exit code: 0 stopped after it answered; 130 or 143 (128 + signal) stopped before.
+
+        Raises:
+          UserError: it did not start, is not the trained model, or ended by itself.
+        """
+        with self._client:
+            return until_stopped(self.outcome, self._serve, "the server is stopped and its container removed")
+
+    def _serve(self, signals: Signals) -> None:
+        self._prepare()
+        with ExitStack() as stack:
+            with signals.held():
+                container = self._engine.run(self._words, container_name(self._serving))
+                stack.callback(self._remove, container, signals)
+            started = time.monotonic()
+            follower = stack.enter_context(ServerLog(self._engine.logs(container), self._log_path))
+            stack.callback(self._stop, container)
+            log.info("container %s started; its log: %s", container[:12], self._log_path)
+            self._wait_until_ready(container, follower)
+            ready = time.monotonic()
+            confirm(self._client, self._serving, self._checked, self.outcome)
+            self.outcome.announce(ready - started, "stops the server and removes its container")
+            try:
+                self._wait_until_end(container, follower)
+            finally:
+                self.outcome.served_seconds = time.monotonic() - ready
+
+    def _prepare(self) -> None:
+        """Engine, image and the compile cache's folder."""
+        self._engine.check()
+        image = self._serving.image
+        if (digests := self._engine.digests(image)) is None:
+            log.info("fetching %s …", image)
+            self._engine.pull(image)
+            digests = self._engine.digests(image)
+        if digests:
+            self.outcome.image_digest = digests[0]
+            if "@" not in image:
+                log.info("%s is %s; serving.image=<that> pins it for good", image, digests[0])
+        if cache := cache_folder(self._serving):
+            try:
+                cache.mkdir(parents=True, exist_ok=True)
+            except OSError as error:
+                raise UserError(f"serving.compile_cache={cache}: can't make this folder ({error.strerror})") from None
+
+    def _wait_until_ready(self, container: str, follower: ServerLog) -> None:
+        serving, stages = self._serving, Stages()
+        trouble: tuple[float, Trouble] | None = None
+        started = line_at = time.monotonic()
+        with self._progress() as status:
+            while True:
+                for line in follower.lines(POLL_SECONDS):
+                    if stages.see(line) and status is None:
+                        line_at = time.monotonic()
+                        log.info("%s", stages.told)
+                    if trouble is None and (found := trouble_in(line)):
+                        trouble = time.monotonic(), found
+                        log.warning("%s", found.line)
+                waited = time.monotonic() - started
+                if status is not None:
+                    status.update(f"{stages.told}, {format_seconds(waited)}")
+                elif time.monotonic() - line_at > LINE_SECONDS:
+                    line_at = time.monotonic()
+                    log.info("%s, %s", stages.told, format_seconds(waited))
+                if follower.ended:
+                    raise self._ended(container, follower, trouble[1] if trouble else None, "did not start")
+                if self._answers():
+                    return
+                if trouble and time.monotonic() - trouble[0] > TROUBLE_SECONDS:
+                    raise self._failure("will not start", follower, trouble[1])
+                if waited > serving.ready_timeout_seconds:
+                    raise self._failure(
+                        f"does not answer after {format_seconds(waited)} ({stages.told}); give more time with"
+                        " serving.ready_timeout_seconds, and keep serving.compile_cache", follower, None,
+                    )  # fmt: skip
+
+    def _progress(self) -> AbstractContextManager[Any]:
+        return console().status("starting") if console().is_terminal else nullcontext()
+
+    def _answers(self) -> bool:
+        """Whether this very server is up: healthy, and listing its model."""
+        try:
+            if self._client.get("/health").status_code != 200:
+                return False
+            models = self._client.get("/v1/models").json()
+            return self.outcome.model in [model["id"] for model in models["data"]]
+        except (httpx.HTTPError, ValueError, KeyError, TypeError):
+            return False
+
+    def _wait_until_end(self, container: str, follower: ServerLog) -> None:
+        seen: set[str] = set()
+        trouble = None
+        while not follower.ended:
+            for line in follower.lines(1.0):
+                found = trouble_in(line)
+                if found and found.remedy not in seen:
+                    seen.add(found.remedy)
+                    trouble = found
+                    log.warning("%s: %s", found.line, found.remedy)
+        raise self._ended(container, follower, trouble, "ended by itself")
+
+    def _ended(self, container: str, follower: ServerLog, trouble: Trouble | None, what: str) -> ServerFailed:
+        state = self._engine.state(container)
+        if state.running:  # its log broke off
+            return self._failure("can no longer be followed: the engine's log ended", follower, trouble)
+        self._stop_seconds = 0
+        if state.out_of_memory or state.exit_code == 137:
+            trouble = trouble or Trouble(
+                f"exit code {state.exit_code}", "the host's memory is exhausted; the model is loaded through it"
+            )
+        return self._failure(f"{what}: exit code {state.exit_code}", follower, trouble)
+
+    def _failure(self, what: str, follower: ServerLog, trouble: Trouble | None) -> ServerFailed:
+        told = f"the server {what}"
+        if trouble:
+            return ServerFailed(f"{told}\n  {trouble.line}\n{trouble.remedy}\n(its log: {self._log_path})")
+        last = "".join(f"\n  {line}" for line in follower.last) or "\n  (it printed nothing)"
+        return ServerFailed(f"{told}; its last lines:{last}\n(its log: {self._log_path})")
+
+    def _stop(self, container: str) -> None:
+        """Lets the server end by itself; a second signal ends it at once."""
+        if not self._stop_seconds:
+            return
+        try:
+            log.info("stopping the server (at most %d s; Ctrl-C again for at once)", self._stop_seconds)
+            self._engine.stop(container, self._stop_seconds)
+        except Stopped:
+            self._engine.remove(container)
+
+    def _remove(self, container: str, signals: Signals) -> None:
+        with signals.held(drop=True):
+            self._engine.remove(container)

@@ -1,0 +1,297 @@
+"""Checks across the fields of a training's configuration: ranges, choices, files, batch sizes and the mesh. No JAX.
+
+`examine_train` finds everything that can be known before an accelerator runtime starts. `meshes.resolve_mesh` and
+`recipe.rows_per_microbatch` are asked again once JAX has said which devices there are, and
+`hardware_checks.check_devices`.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import math
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from gemma4_tpu.architectures import Architecture
+from gemma4_tpu.checkpoint_folder import checkpoint_architecture, tokenizer_problem
+from gemma4_tpu.config.keys import did_you_mean
+from gemma4_tpu.config.limits import limit_problems
+from gemma4_tpu.config.paths import at_home, folder_of, local_place, name_problem, remote_problem, sibling
+from gemma4_tpu.config.problems import Problem
+from gemma4_tpu.config.schema import (
+    DataConfig,
+    LoraConfig,
+    MeshConfig,
+    OptimizerConfig,
+    TrackerConfig,
+    TrainerConfig,
+    TrainRoot,
+)
+from gemma4_tpu.data.checks import data_problems
+from gemma4_tpu.errors import UserError
+from gemma4_tpu.hardware import MeshSizes, slice_of
+from gemma4_tpu.storage import is_remote
+from gemma4_tpu.training.hardware_checks import full_problems, hardware_problems, price_warning
+from gemma4_tpu.training.meshes import resolve_mesh
+from gemma4_tpu.training.recipe import batch_key, count, rows_per_microbatch, rows_per_update
+
+LORA_TARGETS = ("attention", "mlp")
+HIGH_LEARNING_RATE = 1e-3
+"""More than LoRA on a released size usually bears; reported, never changed."""
+PARTS = ("code", "packages", "data", "tokenizer", "base", "hardware")
+"""What a replay compares with the record, and `replay_allow` names."""
+
+
+@dataclass(frozen=True)
+class Checked:
+    """What the checks found out on the way."""
+
+    architecture: Architecture
+    """Of the checkpoint's `config.json` where it can be read, else of `model.name`."""
+    mesh: MeshSizes | None
+    """None with `hardware=local`, until JAX has counted its devices."""
+    warnings: tuple[str, ...]
+    """To report; nothing was changed."""
+
+
+def normalise(root: TrainRoot) -> TrainRoot:
+    """One spelling for what can be written in several: `packing: false`, `quantize: none`, `~/rows.jsonl`."""
+    quantize = None if root.lora.quantize in ("none", "null") else root.lora.quantize
+    train, heldout = (
+        [replace(source, path=at_home(source.path)) for source in sources]
+        for sources in (root.data.train, root.data.heldout)
+    )
+    return replace(
+        root,
+        model=replace(root.model, path=at_home(root.model.path), tokenizer=at_home(root.model.tokenizer)),
+        data=replace(root.data, packing=root.data.packing.strip().lower(), train=train, heldout=heldout),
+        lora=replace(
+            root.lora,
+            quantize=quantize,
+            start=folder_of(root.lora.start),
+            start_checkpoint=root.lora.start_checkpoint.strip().lower(),
+        ),
+        run_dir=at_home(root.run_dir),
+        replay=at_home(root.replay),
+    )
+
+
+def examine_train(root: TrainRoot) -> tuple[Checked | None, list[Problem]]:
+    """Everything that can be checked without JAX: what was found out, or the problems."""
+    messages = limit_problems(root)
+    messages += _lengths(root.trainer) + _batch(root.trainer, root.data) + _lora(root.lora)
+    messages += data_problems(root.data) + _tracker(root.tracker) + _run(root)
+    architecture, model_messages = checkpoint_architecture(root.model)
+    messages += model_messages
+    if not model_messages:
+        messages += tokenizer_problem(root.model)
+    mesh, mesh_messages = _mesh(root, architecture)
+    messages += mesh_messages
+    if root.trainer.attention == "splash" and architecture is not None:
+        messages += _splash(architecture, root.data)
+    if messages or architecture is None:
+        return None, [Problem(m) for m in messages]
+    return Checked(architecture, mesh, tuple(_warnings(root))), []
+
+
+def warmup_warning(optimizer: OptimizerConfig, updates: int) -> str | None:
+    """A line for a warm-up of more than a tenth of the run's updates; None: it is not."""
+    if optimizer.warmup_updates * 10 <= updates:
+        return None
+    return (
+        f"optimizer.warmup_updates={optimizer.warmup_updates} is more than a tenth of the run's {updates} updates"
+        + ("; the peak learning rate is never reached" if optimizer.warmup_updates >= updates else "")
+    )
+
+
+def _lengths(trainer: TrainerConfig) -> list[str]:
+    endless = trainer.max_updates is None and trainer.epochs is None
+    messages = ["trainer.max_updates, trainer.epochs: give one of them; both are null"] if endless else []
+    tokens, sequences = trainer.global_batch_tokens, trainer.global_batch_sequences
+    names = ("trainer.global_batch_tokens", "trainer.global_batch_sequences")
+    if tokens is None and sequences is None:
+        messages.append(f"{names[0]}, {names[1]}: set exactly one; both are null")
+    elif tokens is not None and sequences is not None:
+        messages.append(
+            f"{names[0]}={tokens}, {names[1]}={sequences}: set one of them; add {names[1]}=null or {names[0]}=null"
+        )
+    return messages
+
+
+def _batch(trainer: TrainerConfig, data: DataConfig) -> list[str]:
+    tokens, sequences = trainer.global_batch_tokens, trainer.global_batch_sequences
+    if (tokens is None) == (sequences is None) or min(tokens or 1, sequences or 1, trainer.microbatches) < 1:
+        return []
+    length = max(1, data.sequence_length)
+    if tokens is not None and tokens % length:
+        nearest = length * max(1, round(tokens / length))
+        return [
+            f"trainer.global_batch_tokens={tokens}: not a multiple of data.sequence_length={length}; "
+            f"{nearest} is ({nearest // length} rows)"
+        ]
+    rows = rows_per_update(trainer, data)
+    if rows % trainer.microbatches:
+        divisors = [n for n in range(1, rows + 1) if rows % n == 0]
+        return [
+            f"trainer.microbatches={trainer.microbatches}: does not divide the {count(rows, 'row')} of an update "
+            f"({batch_key(trainer)}); it could be {', '.join(map(str, divisors))}"
+        ]
+    return []
+
+
+def _lora(lora: LoraConfig) -> list[str]:
+    messages = []
+    if not lora.enabled:
+        if lora.start is not None:
+            messages.append(
+                f"lora.start={lora.start}: adapters, but lora.enabled=false trains every weight; merge them and give"
+                " model.path=<merged folder>"
+            )
+        if lora.quantize:
+            messages.append(
+                f"lora.quantize={lora.quantize}: quantised weights can't be trained; give lora.enabled=true (QLoRA) "
+                "or lora.quantize=null"
+            )
+        return messages
+    known = ", ".join(LORA_TARGETS)
+    if not lora.targets:
+        messages.append(
+            f"lora.targets=[]: nothing would be trained; give some of {known}, or lora=none for full fine-tuning"
+        )
+    unknown = [
+        f"lora.targets: {target!r} is no role{did_you_mean(target, LORA_TARGETS)} (roles: {known})"
+        for target in lora.targets
+        if target not in LORA_TARGETS
+    ]
+    twice = [target for target in dict.fromkeys(lora.targets) if lora.targets.count(target) > 1]
+    return messages + unknown + [f"lora.targets: {target!r} is given twice" for target in twice]
+
+
+def _splash(architecture: Architecture, data: DataConfig) -> list[str]:
+    """The TPU kernel wants whole registers of 128 lanes."""
+    widths = sorted({architecture.head_dim, architecture.global_head_dim})
+    odd = [f"{architecture.name}'s head widths {widths}"] if any(width % 128 for width in widths) else []
+    lengths = [data.sequence_length, *(data.buckets or [])]
+    odd += [f"data.sequence_length or data.buckets {lengths}"] if any(length % 128 for length in lengths) else []
+    if not odd:
+        return []
+    return [f"trainer.attention=splash: {' and '.join(odd)} must be multiples of 128; give trainer.attention=auto"]
+
+
+def _tracker(tracker: TrackerConfig) -> list[str]:
+    package = {"wandb": "wandb", "tensorboard": "tensorboardX"}.get(tracker.kind)
+    if package and importlib.util.find_spec(package) is None:
+        return [f"tracker.kind={tracker.kind}: the package {package} is not installed; pip install {package}"]
+    return []
+
+
+def _run(root: TrainRoot) -> list[str]:
+    messages = hardware_problems(root.hardware) + full_problems(root.hardware, root.lora, root.model.name)
+    wanted = slice_of(root.hardware)
+    if wanted and wanted.chip.platform != "tpu" and root.trainer.attention == "splash":
+        messages.append(f"trainer.attention=splash: a TPU kernel, but {wanted.name} has GPUs; give auto or einsum")
+    messages += name_problem(root.name)
+    if root.lora.start is not None and not _goes_on(root.run_dir):
+        messages += _start(root.lora)
+    messages += _watched(root.trainer) + _replay(root.replay, root.replay_allow, root.run_dir)
+    return messages + _folder(root.run_dir)
+
+
+def _folder(run_dir: str | None) -> list[str]:
+    if run_dir is not None and "://" in run_dir:
+        return remote_problem(f"run_dir={run_dir}", run_dir)
+    if run_dir is not None and Path(run_dir).is_file():
+        return [f"run_dir={run_dir}: is a file; give a folder, new or of a run to resume"]
+    return []
+
+
+def _start(lora: LoraConfig) -> list[str]:
+    """What is wrong with `lora.start` and its checkpoint, as far as local files tell."""
+    path, which = lora.start or "", lora.start_checkpoint
+    messages = []
+    if which not in ("best", "latest") and not which.isdecimal():
+        messages.append(f"lora.start_checkpoint={which}: give best, latest or the number of an update")
+    place, found = local_place(f"lora.start={path}", path)
+    if place is not None and not place.is_dir():
+        what = "is a file, not a folder" if place.exists() else f"no such folder{sibling(place)}"
+        found.append(f"lora.start={path}: {what}; give a run folder or the folder of a PEFT adapter")
+    return messages + found
+
+
+def _replay(run: str | None, allow: list[str], run_dir: str | None) -> list[str]:
+    """What is wrong with `replay`, `replay_allow` and `run_dir` together, if anything."""
+    if run is None:
+        return [f"replay_allow=[{','.join(allow)}]: only with replay=<run folder>"] if allow else []
+    messages = [
+        f"replay_allow: {name!r} is nothing that is compared{did_you_mean(name, PARTS)} (there are {', '.join(PARTS)})"
+        for name in allow
+        if name not in PARTS
+    ]
+    if run_dir is not None and _place(run_dir) == _place(run):
+        messages.append(f"run_dir={run_dir}: holds the run to repeat; give another run_dir")
+    return messages
+
+
+def _place(folder: str) -> str:
+    return folder.rstrip("/") if is_remote(folder) else str(Path(folder).expanduser().absolute())
+
+
+def _watched(trainer: TrainerConfig) -> list[str]:
+    """A range of updates to record that is none, and a plan that is not there."""
+    messages = []
+    if trainer.profile is not None:
+        last = trainer.max_updates or math.inf
+        if len(trainer.profile) != 2 or not 1 <= trainer.profile[0] <= trainer.profile[1] <= last:
+            messages.append(
+                f"trainer.profile={trainer.profile}: give [first,last], two updates from 1 to "
+                f"{trainer.max_updates or 'the last'}, or null"
+            )
+    if trainer.plan is not None and not Path(trainer.plan).exists():
+        messages.append(f"trainer.plan={trainer.plan}: there is no such folder or file")
+    return messages
+
+
+def _below_one(mesh: MeshConfig) -> bool:
+    """Refused by its limits; no mesh to look for."""
+    return any(size is not None and size < 1 for size in vars(mesh).values())
+
+
+def _mesh(root: TrainRoot, architecture: Architecture | None) -> tuple[MeshSizes | None, list[str]]:
+    wanted = slice_of(root.hardware)
+    if wanted is None or architecture is None or _below_one(root.mesh):
+        return None, []
+    try:
+        sizes = resolve_mesh(root.mesh, architecture, wanted.devices)
+    except UserError as error:
+        return None, [str(error)]
+    if _lengths(root.trainer) or _batch(root.trainer, root.data) or root.trainer.microbatches < 1:
+        return sizes, []
+    try:
+        rows_per_microbatch(root.trainer, root.data, sizes.row_places)
+    except UserError as error:
+        return None, [str(error)]
+    return sizes, []
+
+
+def _warnings(root: TrainRoot) -> list[str]:
+    lines = []
+    if root.optimizer.learning_rate > HIGH_LEARNING_RATE and not root.model.name.startswith("tiny"):
+        lines.append(
+            f"optimizer.learning_rate={root.optimizer.learning_rate} suits the tiny models; LoRA on {root.model.name} "
+            "usually takes 1e-4 to 5e-4"
+        )
+    if root.trainer.max_updates is not None:
+        line = warmup_warning(root.optimizer, root.trainer.max_updates)
+        lines += [line] if line else []
+    if not root.data.heldout and not root.data.heldout_fraction:
+        lines.append(
+            "no held-out rows: no held-out loss, no best checkpoint (data.heldout=[], data.heldout_fraction=0)"
+        )
+    if (line := price_warning(root.hardware)) is not None:
+        lines.append(line)
+    return lines
+
+
+def _goes_on(run_dir: str | None) -> bool:
+    """Whether a local run folder holds a run that may go on; its adapters' origin need not be there any more."""
+    return run_dir is not None and (Path(run_dir) / "config.yaml").is_file()

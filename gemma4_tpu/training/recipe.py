@@ -1,0 +1,93 @@
+"""What a training step is made of, and how a batch comes out on a mesh. No JAX here."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from gemma4_tpu.architectures import Architecture
+from gemma4_tpu.config.schema import DataConfig, HardwareConfig, LoraConfig, OptimizerConfig, TrainerConfig
+from gemma4_tpu.errors import UserError
+from gemma4_tpu.hardware import MeshSizes, slice_of
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """A training step before there are devices: training runs it, planning compiles it without weights.
+
+    The mesh itself, of devices that are there or not, stands beside it.
+    """
+
+    arch: Architecture
+    hardware: HardwareConfig
+    """The slice, and the compiler's options."""
+    lora: LoraConfig
+    optimizer: OptimizerConfig
+    trainer: TrainerConfig
+    mesh: MeshSizes
+    rows: int
+    """Of one microbatch, over all devices."""
+    length: int
+    """T, in tokens."""
+    updates: int
+    """Of the whole run: a constant of the learning rate's schedule."""
+
+    def described(self) -> dict[str, Any]:
+        """What a plan and a run must have in common to be compared, under the keys of `plan.json`."""
+        wanted = slice_of(self.hardware)
+        return {
+            "slice": self.hardware.name,
+            "chips": wanted.chips if wanted else None,
+            "model": self.arch.name,
+            "trained": trained_as(self.lora),
+            "mesh": self.mesh._asdict(),
+            "remat": self.trainer.remat,
+            "flags": self.hardware.flags,
+            "sequence_length": self.length,
+            "rows_per_update": self.rows * self.trainer.microbatches,
+            "microbatches": self.trainer.microbatches,
+        }
+
+
+def trained_as(lora: LoraConfig) -> str:
+    """`lora r=64`, `qlora nf4 r=64` or `full`."""
+    if not lora.enabled:
+        return "full"
+    return f"qlora {lora.quantize} r={lora.rank}" if lora.quantize else f"lora r={lora.rank}"
+
+
+def rows_per_update(trainer: TrainerConfig, data: DataConfig) -> int:
+    """Rows of T tokens in one update, over all devices."""
+    if trainer.global_batch_sequences is not None:
+        return trainer.global_batch_sequences
+    assert trainer.global_batch_tokens is not None  # the checks: exactly one is set
+    return trainer.global_batch_tokens // data.sequence_length
+
+
+def rows_per_microbatch(trainer: TrainerConfig, data: DataConfig, places: int) -> int:
+    """Rows of T tokens in one microbatch, over all devices.
+
+    Raises:
+      UserError: the rows don't divide evenly among the `places` of the axes dp and fsdp.
+    """
+    rows = rows_per_update(trainer, data) // trainer.microbatches
+    if rows % places:
+        better = trainer.microbatches * places
+        raise UserError(
+            f"{batch_key(trainer)}: {count(rows, 'row')} per microbatch for mesh.dp × mesh.fsdp = {places}, which "
+            f"must divide them; give trainer.global_batch_sequences={better * max(1, round(rows / places))} "
+            f"(a multiple of {better}), fewer trainer.microbatches, or a smaller mesh.dp or mesh.fsdp"
+        )
+    return rows
+
+
+def batch_key(trainer: TrainerConfig) -> str:
+    """The key that gives the batch, with its value."""
+    if trainer.global_batch_sequences is not None:
+        return f"trainer.global_batch_sequences={trainer.global_batch_sequences}"
+    return f"trainer.global_batch_tokens={trainer.global_batch_tokens}"
+
+
+def count(number: int, noun: str) -> str:
+    """`1 row`, `2 rows`."""
+    return f"{number} {noun}{'' if number == 1 else 's'}"

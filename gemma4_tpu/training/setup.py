@@ -1,0 +1,212 @@
+"""What a training loop needs, assembled on the devices: mesh, base weights, trained values, the step's definition."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from gemma4_tpu.accelerators import only_cpus_here
+from gemma4_tpu.architectures import Architecture
+from gemma4_tpu.compiler_flags import compiler_options
+from gemma4_tpu.config.schema import CheckpointConfig, HardwareConfig, LoraConfig, MeshConfig, TrainerConfig
+from gemma4_tpu.hardware import LOCAL
+from gemma4_tpu.models import lora as adapters
+from gemma4_tpu.models import quantize, sharding
+from gemma4_tpu.models.base import Base
+from gemma4_tpu.models.gemma4 import Model
+from gemma4_tpu.models.layout import Layout, Leaf
+from gemma4_tpu.models.params import load_params, random_params
+from gemma4_tpu.models.splash import make_attention
+from gemma4_tpu.step.optimizer import make_optimizer
+from gemma4_tpu.step.train_step import Step, TrainState
+from gemma4_tpu.training.capacity import check_disk, check_memory
+from gemma4_tpu.training.hardware_checks import check_devices
+from gemma4_tpu.training.meshes import resolve_mesh
+from gemma4_tpu.training.recipe import Recipe
+from gemma4_tpu.training.start import Start
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Setup:
+    """A model on a mesh, ready to be trained."""
+
+    step: Step
+    mesh: Mesh
+    base: Any
+    """Frozen weights; an empty tree in full fine-tuning."""
+    state: TrainState
+    """Before the first update."""
+    trained_leaves: tuple[Leaf, ...]
+    adapted_modules: int
+    trained_parameters: int
+
+
+def start_mesh(hardware: HardwareConfig, mesh: MeshConfig, arch: Architecture) -> Mesh:
+    """Starts JAX, checks that it found what `hardware` names, and lays the mesh over all devices.
+
+    Raises:
+      UserError: another machine than asked for, or a mesh that the devices or the heads do not allow.
+    """
+    if hardware.name == LOCAL and not jax.config.values["jax_platforms"] and only_cpus_here():
+        jax.config.update("jax_platforms", "cpu")
+    device = jax.devices()[0]
+    slices = len({getattr(one, "slice_index", 0) for one in jax.devices()})
+    check_devices(hardware, device.platform, device.device_kind, jax.device_count(), slices)
+    sizes = resolve_mesh(mesh, arch, jax.device_count())
+    log.info("%d × %s, mesh %s", jax.device_count(), device.device_kind, sizes)
+    return sharding.make_mesh(sizes.fsdp, sizes.tp, dp=sizes.dp)
+
+
+def compute_dtype(trainer: TrainerConfig, platform: str) -> Any:
+    """The dtype that `trainer.compute_dtype` means on this platform (`auto`: float32 on CPUs, else bfloat16)."""
+    if trainer.compute_dtype == "auto":
+        return jnp.float32 if platform == "cpu" else jnp.bfloat16
+    return jnp.dtype(trainer.compute_dtype)
+
+
+def make_model(arch: Architecture, lora: LoraConfig, trainer: TrainerConfig, mesh: Mesh) -> Model:
+    """The model's settings for this mesh.
+
+    Raises:
+      UserError: `trainer.attention` names a kernel that cannot run here.
+    """
+    return Model(
+        arch=arch,
+        compute_dtype=compute_dtype(trainer, mesh.devices.flat[0].platform),
+        lora_scale=adapters.scale(lora) if lora.enabled else 1.0,
+        lora_dropout=lora.dropout if lora.enabled else 0.0,
+        remat=trainer.remat,
+        attention=make_attention(trainer.attention, mesh),
+        mesh=mesh,
+    )
+
+
+def make_step(recipe: Recipe, mesh: Mesh) -> Step:
+    """The step's definition; planning compiles it without any weights."""
+    model = make_model(recipe.arch, recipe.lora, recipe.trainer, mesh)
+    optimizer, options = make_optimizer(recipe.optimizer, recipe.updates), compiler_options(recipe.hardware)
+    return Step(model, optimizer, not recipe.lora.enabled, recipe.trainer.loss_chunk_tokens, options)
+
+
+def weight_dtype(step: Step) -> Any:
+    """The dtype of the base weights: float32 where they are trained, else that of the activations."""
+    return jnp.float32 if step.full else step.model.compute_dtype
+
+
+def check_capacity(recipe: Recipe, checkpoint: CheckpointConfig, mesh: Mesh, checkpoints: str) -> None:
+    """Refuses (`UserError`) a run that this machine's disk or memory can't hold."""
+    platform, layout, lora = mesh.devices.flat[0].platform, Layout.of(recipe.arch), recipe.lora
+    weights = tuple(layout.leaves())
+    trained = tuple(adapters.leaves(layout, lora)) if lora.enabled else weights
+    value_bytes = jnp.dtype(compute_dtype(recipe.trainer, platform)).itemsize if lora.enabled else 0
+    check_disk(checkpoints, checkpoint, trained)
+    check_memory(platform, weights, trained, value_bytes)
+
+
+def set_up(base: Base, recipe: Recipe, mesh: Mesh, start: Start | None = None) -> Setup:
+    """Loads the base weights and makes the initial state, every array in its place on the mesh.
+
+    LoRA and the optimizer's state are float32; the frozen weights have the compute dtype, or are quantised (QLoRA).
+    """
+    step, lora = make_step(recipe, mesh), recipe.lora
+    model, full = step.model, step.full
+    weights = load_weights(base, mesh, weight_dtype(step), _quantizing(lora, mesh))
+    init_key, dropout_key = jax.random.split(jax.random.key(recipe.trainer.seed))
+    if full:
+        trained, frozen, leaves = weights, {}, tuple(model.layout.leaves())
+    else:
+        place = adapters.shardings(model.layout, lora, mesh)
+        trained = jax.jit(partial(adapters.init, model.layout, lora), out_shardings=place)(init_key)
+        if start is not None:
+            trained = start.place(trained, model.layout, mesh)
+        frozen, leaves = weights, tuple(adapters.leaves(model.layout, lora))
+    _log_replicated(leaves if full else (*model.layout.leaves(), *leaves), mesh)
+    state = init_state(step, trained, dropout_key, mesh)
+    counts = {} if full else adapters.module_counts(model.layout, lora)
+    setup = Setup(
+        step, mesh, frozen, state, leaves, sum(counts.values()), sum(x.size for x in jax.tree.leaves(trained))
+    )
+    if full:
+        log.info("full fine-tuning: %s parameters", f"{setup.trained_parameters:,}")
+    else:
+        modules = ", ".join(f"{kind} {n}" for kind, n in counts.items())
+        log.info(
+            "LoRA: %s parameters on %d modules (%s)", f"{setup.trained_parameters:,}", setup.adapted_modules, modules
+        )
+    return setup
+
+
+def load_weights(base: Base, mesh: Mesh, dtype: Any, then: Callable[[Leaf, jax.Array], Any]) -> Any:
+    """The base parameters on the mesh, array by array; `then` decides what becomes of each."""
+    layout = Layout.of(base.arch)
+    places = sharding.places(layout, mesh)
+    if base.folder is None:
+        assert base.seed is not None
+        log.info("random base weights (seed %d)", base.seed)
+        return random_params(base.arch, layout, places, dtype, base.seed, then)
+    return load_params(base.checkpoint, base.arch, layout, places, dtype, then)
+
+
+def init_state(step: Step, trained: Any, key: jax.Array, mesh: Mesh) -> TrainState:
+    """State before the first update, each array in its place."""
+    return jax.jit(step.init, out_shardings=state_places(step, trained, key, mesh))(trained, key)
+
+
+def state_places(step: Step, trained: Any, key: Any, mesh: Mesh) -> TrainState:
+    """Sharding of every array of the state: moments lie where the values they belong to lie, counters everywhere.
+
+    `trained` and `key` are arrays, or shapes (`trained` with shardings).
+    """
+    everywhere = NamedSharding(mesh, P())
+    places = jax.tree.map(lambda _: everywhere, jax.eval_shape(step.init, trained, key))
+    like = jax.tree.map(lambda x: x.sharding, trained)
+    return places._replace(trained=like, optimizer=_moments_like(places.optimizer, like))
+
+
+def _moments_like(optimizer: Any, places: Any) -> Any:
+    return optax.tree.set(optimizer, mu=places, nu=places)
+
+
+def _quantizing(lora: LoraConfig, mesh: Mesh) -> Any:
+    """What becomes of a base weight once it is loaded: quantised where the configuration says so."""
+
+    def then(leaf: Leaf, array: jax.Array) -> Any:
+        if not quantize.is_quantized(leaf, lora):
+            return array
+        return quantize.quantizer(leaf, lora.quantize, mesh)(array)
+
+    return then
+
+
+def _log_replicated(leaves: Iterable[Leaf], mesh: Mesh) -> None:
+    """Names what the mesh would split and the shapes do not allow."""
+    lines = [line for leaf in leaves for line in sharding.replicated(mesh, leaf)]
+    for line in lines:
+        log.debug("replicated: %s", line)
+    if lines:
+        log.info("%d arrays are replicated over an axis that does not divide them (log.txt lists them)", len(lines))
+
+
+def rows_here(mesh: Mesh, rows: int) -> tuple[int, int]:
+    """(start, stop) of the rows of each microbatch that this process owns, by its places on dp and fsdp."""
+    places = mesh.devices.reshape(sharding.row_places(mesh), -1)
+    own = [i for i, line in enumerate(places) if any(d.process_index == jax.process_index() for d in line)]
+    per_place = rows // len(places)
+    return own[0] * per_place, (own[-1] + 1) * per_place
+
+
+def to_mesh(arrays: dict[str, Any], mesh: Mesh) -> dict[str, jax.Array]:
+    """Global [M, B, T] arrays from this process's rows."""
+    place = sharding.batch(mesh)
+    return {name: jax.make_array_from_process_local_data(place, array) for name, array in arrays.items()}

@@ -1,0 +1,180 @@
+"""The main job of `train`, top to bottom: rows and devices → the record → weights → updates → result."""
+
+from __future__ import annotations
+
+import logging
+from contextlib import closing
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from typing import Any
+
+from jax.sharding import Mesh
+
+from gemma4_tpu.config.load import Loaded
+from gemma4_tpu.config.schema import TrainRoot
+from gemma4_tpu.data.build import TrainingData, build_data
+from gemma4_tpu.data.tokenizer import load_tokenizer
+from gemma4_tpu.evals.heldout import HeldoutAnswers
+from gemma4_tpu.hardware import MeshSizes
+from gemma4_tpu.models.audit import audit
+from gemma4_tpu.models.base import Base, resolve_base
+from gemma4_tpu.planning.remat import resolve_remat
+from gemma4_tpu.step.optimizer import make_schedule
+from gemma4_tpu.tracking import provenance
+from gemma4_tpu.tracking.files import write_json
+from gemma4_tpu.tracking.provenance import Provenance
+from gemma4_tpu.tracking.result import Result
+from gemma4_tpu.tracking.run import RunFolder
+from gemma4_tpu.tracking.trackers import make_tracker, run_name
+from gemma4_tpu.training import resume
+from gemma4_tpu.training.batches import Batches, make_batches
+from gemma4_tpu.training.checkpoint import Checkpoints
+from gemma4_tpu.training.checks import Checked, warmup_warning
+from gemma4_tpu.training.compile_cache import log_compile_cache, use_compile_cache
+from gemma4_tpu.training.hosts import Hosts
+from gemma4_tpu.training.loop import Loop
+from gemma4_tpu.training.prediction import predict
+from gemma4_tpu.training.preemption import Preemption
+from gemma4_tpu.training.profile import Profile, check_profile
+from gemma4_tpu.training.rates import Rates
+from gemma4_tpu.training.recipe import Recipe
+from gemma4_tpu.training.replay import Replay
+from gemma4_tpu.training.reports import Reports
+from gemma4_tpu.training.setup import Setup, check_capacity, set_up, start_mesh
+from gemma4_tpu.training.start import Start, open_start, start_fingerprint
+from gemma4_tpu.training.watchdog import Watchdog
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Run:
+    """What one start of a training is made of, before there are weights."""
+
+    config: TrainRoot
+    overrides: list[str]
+    folder: RunFolder
+    hosts: Hosts
+    resume_from: int | None
+    """The update whose checkpoint it goes on from."""
+    base: Base
+    start: Start | None
+    """Adapters to begin from, where `lora.start` names some."""
+    tokenizer: Any
+    data: TrainingData
+    mesh: Mesh
+    batches: Batches
+
+    @property
+    def updates(self) -> int:
+        """Of the whole run."""
+        return self.batches.pipeline.total_updates
+
+    @cached_property
+    def fingerprints(self) -> dict[str, Any]:
+        """Of base, tokenizer and rows; saved with every checkpoint."""
+        return {"base": self.base.fingerprint, **self.batches.pipeline.fingerprint}
+
+    def recipe(self) -> Recipe:
+        """The step, with the remat policy that was asked for."""
+        config = self.config
+        return Recipe(
+            arch=self.base.arch, hardware=config.hardware, lora=config.lora, optimizer=config.optimizer,
+            trainer=config.trainer, mesh=MeshSizes(**self.mesh.shape), rows=self.batches.rows,
+            length=max(self.batches.pipeline.lengths), updates=self.updates,
+        )  # fmt: skip
+
+
+def train(loaded: Loaded[TrainRoot, Checked], folder: RunFolder, hosts: Hosts, preemption: Preemption) -> Result | None:
+    """The result; None where nothing is left to do.
+
+    Raises:
+      UserError: what files, devices or an earlier start of the run forbid.
+    """
+    config = loaded.root
+    use_compile_cache(config.trainer.compile_cache)
+    resume_from = hosts.from_first(lambda: resume.newest_verified(folder.checkpoints))
+
+    # ── what is read: the base, adapters to begin from, the tokenizer, rows ────────────────────────────────────────
+    base = resolve_base(config.model)
+    audit(base).enforce()
+    start = open_start(config.lora, base.arch, resume_from)
+    tokenizer = load_tokenizer(base.tokenizer_folder)
+    data = build_data(config.data, tokenizer)
+
+    # ── devices, and the rows that are this process's ──────────────────────────────────────────────────────────────
+    mesh = start_mesh(config.hardware, config.mesh, base.arch)
+    batches = make_batches(data, config.data, config.trainer, mesh)
+    run = Run(config, loaded.overrides, folder, hosts, resume_from, base, start, tokenizer, data, mesh, batches)
+    check_profile(config.trainer.profile, run.updates)
+    if told := hosts.from_first(lambda: resume.nothing_left(folder, resume_from, run.updates)):
+        log.info(told)
+        return None
+    if (warning := warmup_warning(config.optimizer, run.updates)) and warning not in loaded.checked.warnings:
+        log.warning(warning)  # the number of updates follows from the data
+
+    # ── the same on every host, and as the run began ───────────────────────────────────────────────────────────────
+    made_of = _made_of(run)
+    replay = Replay.begin(config.replay, config.replay_allow, folder, hosts, made_of)
+    if resume_from is not None:
+        resume.check(folder, resume_from, run.fingerprints, run.updates, config.optimizer, config.checkpoint)
+    if folder.write:
+        write_json(folder.data_path, data.to_json())
+
+    # ── weights, adapters, optimizer; only now is the run one that has begun ───────────────────────────────────────
+    check_capacity(run.recipe(), config.checkpoint, mesh, folder.checkpoints)
+    recipe = resolve_remat(run.recipe(), mesh)
+    setup = set_up(base, recipe, mesh, start)
+    provenance.record(folder, made_of)
+    folder.begun()
+    if start is not None:
+        start.tell(folder, base.fingerprint)
+    return _loop(run, recipe, setup, replay, preemption)
+
+
+def _made_of(run: Run) -> Provenance:
+    """Code, packages, machine, seeds and fingerprints, which must be the same on every host."""
+    began_from = start_fingerprint(run.start, run.folder, run.resume_from)
+    came_in = run.fingerprints | began_from
+    run.hosts.check_same(came_in, "give every host the same files and the same command")
+    heldout = {"heldout": run.data.heldout.fingerprint["examples"]} if run.data.heldout else {}
+    return provenance.capture(
+        hardware=provenance.hardware_of(run.config.hardware.name, run.mesh),
+        seeds={"trainer": run.config.trainer.seed},
+        fingerprints=came_in | heldout,
+    )
+
+
+def _loop(run: Run, recipe: Recipe, setup: Setup, replay: Replay | None, preemption: Preemption) -> Result:
+    """Runs the updates there are to run, under the eyes of a watchdog."""
+    config, folder, pipeline = run.config, run.folder, run.batches.pipeline
+    checkpoints = Checkpoints(folder.checkpoints, config.checkpoint, setup.trained_leaves, setup.mesh)
+    answers = HeldoutAnswers(
+        run.data.heldout, run.base, run.tokenizer, config.trainer, folder.path, run.resume_from, write=folder.write
+    )  # fmt: skip
+    tracker = make_tracker(config.tracker, folder, asdict(config), name=run_name(config.name, run.overrides))
+    reports = Reports(folder, tracker, replay, updates=run.updates, resume_from=run.resume_from)
+    watchdog = Watchdog(
+        config.trainer.stall_seconds,
+        folder.log_path if folder.write else None,
+        lambda reason: folder.leave_result(Result(status="failed", error=reason)),
+    )
+    loop = Loop(
+        setup, run.batches, checkpoints, config.trainer, config.checkpoint,
+        schedule=make_schedule(config.optimizer, run.updates),
+        rates=Rates.of(run.base.arch, config.lora, config.hardware, run.batches.mean_tokens, setup.mesh),
+        fingerprints=run.fingerprints,
+        report=reports,
+        flush=folder.push,
+        preemption=preemption,
+        watchdog=watchdog,
+        sample=lambda trained, update: answers(setup, trained, update, tracker),
+        profile=Profile(config.trainer.profile, folder.path if folder.write else None),
+        prediction=predict(recipe, config.trainer.plan, folder.path) if folder.write else None,
+    )  # fmt: skip
+    with closing(pipeline), closing(checkpoints), closing(answers), reports, loop.profile.closing():
+        with watchdog, reports.progress:
+            result = loop.run(run.resume_from)
+        log_compile_cache()
+        reports.finish(result, checkpoints)
+    return result
