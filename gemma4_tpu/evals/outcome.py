@@ -155,7 +155,7 @@ def tally(
         outcomes[name] = ProblemOutcome(
             n=n,
             passed=sum(verdict.passed for verdict in given),
-            official=sum(verdict.official for verdict in given),
+            official=sum(verdict.official is True for verdict in given),
             classes={kind: classes[kind] for kind in CLASSES if classes[kind]},
             truncated=sum(sample.finish == LENGTH for sample in there),
             confirmed=None if opinions is None else sum(

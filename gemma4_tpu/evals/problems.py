@@ -130,8 +130,8 @@ class Verdict:
     kind: VerdictClass
     detail: str = ""
     """Why, in one line."""
-    official: bool
-    """What the benchmark's own rule says of the same code."""
+    official: bool | None
+    """What the benchmark's own rule says of the same code; null: not asked."""
     refused_by: str | None = None
     """Which measure of the strict verdict refused; null for a pass."""
     mismatches: int | None = None

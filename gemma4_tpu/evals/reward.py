@@ -56,6 +56,7 @@ class JudgeProcess:
             said = self._said()
             self.close()
             raise UserError(f"the judge does not start: {said}")
+        self.pid = self._process.pid
         self.url = line.removeprefix(ANNOUNCEMENT).strip()
         self._client = httpx.Client(base_url=self.url, timeout=None)
 

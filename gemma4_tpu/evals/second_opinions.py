@@ -105,7 +105,9 @@ def second_opinions(
             _extras(second, problem, completion, judge, columns) if verdicts[alike[0].key].passed else {}
             for (problem, completion), alike in equal.items()
         ]
-        opinions = judge.judge_all((second.problems[problem], completion) for problem, completion in equal)
+        opinions = judge.judge_all(
+            ((second.problems[problem], completion) for problem, completion in equal), official=False
+        )
         for alike, opinion, futures in zip(equal.values(), opinions, extras, strict=True):
             more = {name: future.result() for name, future in futures.items()}
             cells, transistors = more.pop(SIZE, (None, None))

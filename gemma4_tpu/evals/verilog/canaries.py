@@ -81,6 +81,6 @@ def try_canaries(judge: VerilogJudge) -> None:
     right = judge.judge(canary, f"```verilog\n{reference_as_answer(canary)}```")
     if failure or not right.passed:
         raise UserError(f"the judge refuses a right design ({failure or right.detail}); it is not fit to serve")
-    verdicts = judge.judge_all((canary, f"```verilog\n{code}\n```") for code in CHEATS.values())
+    verdicts = judge.judge_all(((canary, f"```verilog\n{code}\n```") for code in CHEATS.values()), official=False)
     if passed := [name for name, verdict in zip(CHEATS, verdicts, strict=True) if verdict.passed]:
         raise UserError(f"the judge lets a design pass that {'; one that '.join(passed)}; it is not fit to serve")

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shutil
 import subprocess
+import tempfile
+import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,6 +16,10 @@ from gemma4_tpu.errors import UserError
 OLDEST_VERSION = 11
 LANGUAGE = "-g2012"
 WARNINGS = ("-Wall", "-Winfloop", "-Wno-timescale")  # as the benchmark's own Makefile has them
+ASKING_SECONDS = 30.0
+_TOP, _OUTPUT = "top_asked_for", "output_asked_for"
+_COMPILE_AND_SIMULATE = '"$1" -C"$2" -- "$3" && echo "$0" && echo "$0" >&2 && exec "$4" -n "$5"'
+_NOT_NEEDED = re.compile(r"^(?:ivlpp:.*|module:.*vhdl\w*\.vpi)\n", re.MULTILINE)  # loaded by each simulation, for VHDL
 HOW_TO_INSTALL = (
     "install Icarus Verilog 11 or newer (`sudo apt-get install iverilog`), or give its folder in eval.judge.iverilog"
 )
@@ -26,6 +33,10 @@ class Tools:
     vvp: Path
     version: str
     """Such as `11.0`."""
+    compiler: Path
+    """What the driver `iverilog` starts behind its preprocessor: a third of the driver's own time."""
+    compiler_settings: str
+    """What the driver hands to it."""
 
     @property
     def name(self) -> str:
@@ -48,6 +59,18 @@ class Tools:
         """Compiles a simulation of the module `top` into the file `output`."""
         return [str(self.iverilog), *WARNINGS, LANGUAGE, "-s", top, "-o", output, *sources]
 
+    def settings(self, top: str, output: str) -> str:
+        """Content of the settings with which `compiler` does what the driver does in `build`."""
+        return self.compiler_settings.replace(_TOP, top).replace(_OUTPUT, output)
+
+    def compile_and_simulate(self, settings: str, source: str, program: str, mark: str) -> list[str]:
+        """As `build` and `simulate`, for a source without macros and a file with `settings`.
+
+        Once it is built, a line `mark` is printed on both outputs.
+        """
+        words = [str(self.compiler), settings, source, str(self.vvp), program]
+        return ["/bin/sh", "-c", _COMPILE_AND_SIMULATE, mark, *words]
+
     def simulate(self, program: str) -> list[str]:
         """`-n`: `$stop` ends the simulation instead of asking."""
         return [str(self.vvp), "-n", program]
@@ -68,4 +91,53 @@ def find_tools(folder: str | None) -> Tools:
     match = re.search(r"Icarus Verilog version (\d+)\.(\d+)", shown)
     if not match or int(match[1]) < OLDEST_VERSION:
         raise UserError(f"{iverilog} is {shown[:60].strip() or 'no Icarus Verilog'!r}: {HOW_TO_INSTALL}")
-    return Tools(iverilog=iverilog, vvp=vvp, version=f"{match[1]}.{match[2]}")
+    try:
+        compiler, settings = _ask_driver(iverilog)
+    except (OSError, ValueError) as error:
+        raise UserError(f"{iverilog} does not compile ({error}): {HOW_TO_INSTALL}") from None
+    return Tools(
+        iverilog=iverilog, vvp=vvp, version=f"{match[1]}.{match[2]}", compiler=compiler, compiler_settings=settings
+    )
+
+
+def _ask_driver(iverilog: Path) -> tuple[Path, str]:
+    """(the compiler that the driver starts, the settings that it hands to it for the options of `Tools.build`).
+
+    The driver names both when asked to be verbose, and removes the settings in the end: so it is given a pipe to read.
+    Once the preprocessor has opened this, the settings are written.
+
+    Raises:
+      ValueError: the driver starts no compiler.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        source = Path(folder, "source.sv")
+        os.mkfifo(source)
+        process = subprocess.Popen(
+            [iverilog, "-v", *WARNINGS, LANGUAGE, "-s", _TOP, "-o", _OUTPUT, source.name],
+            cwd=folder, env={**os.environ, "TMP": folder, "TMPDIR": folder, "TEMP": folder},
+            stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        )  # fmt: skip
+        try:
+            pipe = _open_when_read(source, process)
+            written = {str(file): file.read_text() for file in Path(folder).iterdir() if file.is_file()}
+            os.close(pipe)
+            said, _ = process.communicate(timeout=ASKING_SECONDS)
+        finally:
+            process.kill()
+            process.wait()
+    started = re.search(r"^translate: .*\|\s*(\S+)(.*)$", said, re.MULTILINE)
+    if started is None:
+        raise ValueError(said.strip()[:200] or "it starts no compiler")
+    files = re.findall(r'-C"([^"]+)"', started[2])
+    settings = [written[file] if file in written else Path(file).read_text() for file in files]
+    return Path(started[1]), _NOT_NEEDED.sub("", "".join(f"{part.rstrip()}\n" for part in settings))
+
+
+def _open_when_read(pipe: Path, process: subprocess.Popen[str]) -> int:
+    deadline = time.monotonic() + ASKING_SECONDS
+    while process.poll() is None and time.monotonic() < deadline:
+        try:
+            return os.open(pipe, os.O_WRONLY | os.O_NONBLOCK)
+        except OSError:  # nobody reads it yet
+            time.sleep(0.002)
+    raise ValueError("it does not read its source")

@@ -66,28 +66,34 @@ class VerilogJudge:
         self._golden.update(check.golden)
         return check
 
-    def submit(self, problem: Problem, completion: str) -> Future[Verdict]:
-        """A verdict to come, while others are generated."""
+    def submit(self, problem: Problem, completion: str, *, official: bool = True) -> Future[Verdict]:
+        """A verdict to come, while others are generated.
+
+        Args:
+          problem: prepared.
+          completion: of a model.
+          official: also ask the benchmark's own rule, which may take another simulation.
+        """
         if problem.name not in self._golden:
             raise AssertionError(f"{problem.name}: prepare() has not seen this problem")
         code = extract(with_header(completion, problem), problem.top)
-        return self._pool.verdict(problem, code, self._golden[problem.name], self.level)
+        return self._pool.verdict(problem, code, self._golden[problem.name], self.level, official)
 
     def judge(self, problem: Problem, completion: str) -> Verdict:
         """The verdict on one completion."""
         return self.submit(problem, completion).result()
 
-    def judge_all(self, samples: Iterable[tuple[Problem, str]]) -> Iterator[Verdict]:
+    def judge_all(self, samples: Iterable[tuple[Problem, str]], *, official: bool = True) -> Iterator[Verdict]:
         """Verdicts in the order of the samples, on all workers; only a few samples are taken ahead."""
         waiting: deque[Future[Verdict]] = deque()
         samples = iter(samples)
         ahead = AHEAD * self._pool.workers
         for problem, completion in itertools.islice(samples, ahead):
-            waiting.append(self.submit(problem, completion))
+            waiting.append(self.submit(problem, completion, official=official))
         while waiting:
             verdict = waiting.popleft().result()
             for problem, completion in itertools.islice(samples, 1):
-                waiting.append(self.submit(problem, completion))
+                waiting.append(self.submit(problem, completion, official=official))
             yield verdict
 
     def task(self, function: Callable[..., T], *arguments: Any, level: Level | None = None) -> Future[T]:

@@ -12,7 +12,6 @@ import os
 import shutil
 import signal
 import sys
-import tempfile
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from dataclasses import dataclass, field
@@ -23,13 +22,15 @@ from typing import Any, TypeVar
 from gemma4_tpu.config.tasks import JudgeConfig
 from gemma4_tpu.evals.problems import Problem, Verdict, VerdictClass
 from gemma4_tpu.evals.verilog.iverilog import Tools
+from gemma4_tpu.evals.verilog.official import builds_unchanged, passes_officially
 from gemma4_tpu.evals.verilog.probe import spy
+from gemma4_tpu.evals.verilog.replays import Replays
 from gemma4_tpu.evals.verilog.sandbox import Finished, Level, Sandbox
 from gemma4_tpu.evals.verilog.stage import NoStage, Stage, build, load
 from gemma4_tpu.evals.verilog.verdict import CPU_FACTOR, Golden, Trial, judge_code, reference_as_answer
+from gemma4_tpu.evals.verilog.work_folder import WorkFolder
 
 T = TypeVar("T")
-MEMORY_FOLDER = Path("/dev/shm")
 ORPHAN_CHECK_SECONDS = 2.0
 NO_CODE = Verdict(kind=VerdictClass.NO_RESULT, detail="no module in the completion", official=False, refused_by="text")
 
@@ -39,28 +40,17 @@ def default_workers() -> int:
     return len(os.sched_getaffinity(0))
 
 
-def _memory_folder(workers: int, config: JudgeConfig) -> Path | None:
-    """Where files lie in memory, if there is room for what all workers may write (containers often have 64 MiB)."""
-    needed_bytes = workers * 2 * (config.file_mib << 20)
-    if os.access(MEMORY_FOLDER, os.W_OK) and shutil.disk_usage(MEMORY_FOLDER).free >= needed_bytes:
-        return MEMORY_FOLDER
-    return None
-
-
 class Pool:
     """Worker processes for judging, a context manager. Thread-safe."""
 
     def __init__(self, config: JudgeConfig, tools: Tools):
         self.workers = config.workers or default_workers()
-        self._root = Path(
-            tempfile.mkdtemp(prefix=f"gemma4_tpu_judge_{os.getpid()}_", dir=_memory_folder(self.workers, config))
-        )
-        self._root.chmod(0o711)  # workers run simulations as other users
+        self._folder = WorkFolder(self.workers * 2 * (config.file_mib << 20))
         self._executor = ProcessPoolExecutor(
             self.workers,
             mp_context=get_context("spawn"),
             initializer=_start_worker,
-            initargs=(config, tools, self._root, os.getpid()),
+            initargs=(config, tools, self._folder.path, os.getpid()),
         )
 
     def spy(self, level: Level) -> Future[str | None]:
@@ -75,13 +65,15 @@ class Pool:
         """What the reference does."""
         return self._executor.submit(_golden, problem, level)
 
-    def verdict(self, problem: Problem, code: str | None, golden: Golden, level: Level) -> Future[Verdict]:
-        """The verdict on extracted code."""
+    def verdict(
+        self, problem: Problem, code: str | None, golden: Golden, level: Level, official: bool
+    ) -> Future[Verdict]:
+        """The verdict on extracted code, with the benchmark's own if `official`."""
         if code is None:
             future: Future[Verdict] = Future()
             future.set_result(NO_CODE)
             return future
-        return self._executor.submit(_verdict, problem, code, golden, level)
+        return self._executor.submit(_verdict, problem, code, golden, level, official)
 
     def task(self, function: Callable[..., T], level: Level, *arguments: Any) -> Future[T]:
         """`function(tools, sandbox, folder, *arguments)` in a worker, in an empty folder of its own."""
@@ -96,7 +88,7 @@ class Pool:
     def close(self) -> None:
         """Ends the workers and removes their folders."""
         self._executor.shutdown(cancel_futures=True)
-        shutil.rmtree(self._root, ignore_errors=True)
+        self._folder.remove()
 
 
 def _run_for_stage(sandbox: Sandbox, folder: Path, command: Sequence[str], *, writable: Sequence[Path]) -> Finished:
@@ -114,8 +106,7 @@ class _Worker:
     tools: Tools
     folder: Path
     sandboxes: dict[Level, Sandbox] = field(default_factory=dict)
-    replayed: dict[str, tuple[bytes, Finished]] = field(default_factory=dict)
-    """As in `Trial`, of problems with a reference: one entry for each."""
+    replays: Replays = field(default_factory=Replays)
 
     def sandbox(self, level: Level) -> Sandbox:
         if level not in self.sandboxes:
@@ -138,10 +129,10 @@ class _Worker:
             tools=self.tools,
             sandbox=sandbox,
             folder=self.empty_folder(sandbox),
-            bench_folder=self.empty_folder(sandbox, "bench"),
+            empty_bench_folder=functools.partial(self.empty_folder, sandbox, "bench"),
             stage=functools.partial(self.stage, problem, sandbox) if judged else None,
             limit_seconds=max(1.0, CPU_FACTOR * golden.cpu_seconds) if golden and judged else None,
-            replayed=self.replayed if golden and problem.reference else {},  # references are timed, and run anew
+            replays=self.replays if golden else Replays(),  # references are timed, and run anew
         )
 
     def stage(self, problem: Problem, sandbox: Sandbox, design: str) -> Stage:
@@ -212,9 +203,19 @@ def _golden(problem: Problem, level: Level) -> Golden:
         samples=outcome.samples,
         failure=failure,
         cpu_seconds=round(trial.cpu_seconds, 3),
-        builds_unchanged=trial.builds_unchanged(),
+        builds_unchanged=builds_unchanged(trial),
     )
 
 
-def _verdict(problem: Problem, code: str, golden: Golden, level: Level) -> Verdict:
-    return judge_code(_here().trial(problem, code, level, golden), golden)
+def _verdict(problem: Problem, code: str, golden: Golden, level: Level, official: bool = True) -> Verdict:
+    trial = _here().trial(problem, code, level, golden)
+    outcome = judge_code(trial, golden)
+    return Verdict(
+        kind=outcome.kind,
+        detail=outcome.detail,
+        official=passes_officially(trial, outcome, golden) if official else None,
+        refused_by=outcome.measure,
+        mismatches=outcome.mismatches,
+        samples=outcome.samples,
+        cpu_seconds=round(trial.cpu_seconds, 3),
+    )

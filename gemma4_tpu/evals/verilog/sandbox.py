@@ -130,18 +130,29 @@ class Sandbox:
         return self._supervise(process, limit_seconds)
 
     def _bubblewrap(self, folder: Path, writable: Sequence[Path]) -> list[str]:
+        arguments = [*self._system, "--ro-bind", str(folder), str(folder)]
+        for path in writable:
+            arguments += ["--bind", str(path), str(path)]
+        # What bubblewrap makes lies in memory, without a limit: nothing may write there.
+        return [*arguments, "--remount-ro", "/", "--chdir", str(folder), "--"]
+
+    @functools.cached_property
+    def _system(self) -> list[str]:
+        """What bubblewrap is told about everything but the work folder. Each mount takes time, so none is doubled."""
         program = shutil.which("bwrap")
         if program is None:
             raise FileNotFoundError("bwrap is not on the PATH")
-        arguments = [program, "--unshare-all", "--die-with-parent", "--new-session", "--dev", "/dev"]
+        arguments = [program, "--unshare-all", "--die-with-parent", "--new-session"]
+        for device in DEVICES:
+            arguments += ["--dev-bind", str(device), str(device)]
+        seen: list[Path] = []
         for path in (*SYSTEM_PATHS, *self.readable):
-            if path.exists():
+            if path.is_symlink():
+                arguments += ["--symlink", str(path.readlink()), str(path)]
+            elif path.exists() and not any(path.is_relative_to(parent) for parent in seen):
                 arguments += ["--ro-bind", str(path), str(path)]
-        arguments += ["--ro-bind", str(folder), str(folder)]
-        for path in writable:
-            arguments += ["--bind", str(path), str(path)]
-        # What bubblewrap makes lies in memory, without a limit (/dev/shm is part of /dev): nothing may write there.
-        return [*arguments, "--remount-ro", "/dev", "--remount-ro", "/", "--chdir", str(folder), "--"]
+                seen.append(path)
+        return arguments
 
     def _limits(self, limit_seconds: float) -> list[tuple[int, int]]:
         return [

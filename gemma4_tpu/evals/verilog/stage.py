@@ -20,7 +20,7 @@ from gemma4_tpu.evals.verilog.sandbox import Finished
 from gemma4_tpu.evals.verilog.scan import blank, defined_modules, without_dumps
 
 BENCH_SOURCE, BESIDE, PROGRAM = "bench.sv", "beside.sv", "program.vvp"
-PLAYER, BENCH_PROGRAM, ABOUT = "player.sv", "bench.vvp", "stage.json"
+PLAYER, SETTINGS, BENCH_PROGRAM, ABOUT = "player.sv", "compiler.conf", "bench.vvp", "stage.json"
 PATIENCE, PATIENCE_TICKS = 10, 10_000
 """A bench that waits for its design gets this many times the reference's simulated time, and a little more."""
 
@@ -50,7 +50,7 @@ class NoStage(Exception):
 
 @dataclass(frozen=True, kw_only=True)
 class Stage:
-    """What judging needs to know of a problem. The files `bench`, `player` and `stimulus` lie in its folder."""
+    """What judging needs to know of a problem. Bench, player, compiler settings and stimulus lie in its folder."""
 
     folder: Path
     result_marker: str
@@ -130,7 +130,8 @@ def build(problem: Problem, tools: Tools, run: Callable[..., Finished], folder: 
         "unknown_bit_ticks": unknown_bit_ticks(stimulus),
     }
     player = replay.player(interface, problem.top, player_top, first)
-    _write(folder, {PLAYER: player, replay.STIMULUS: stimulus, ABOUT: json.dumps(about)})
+    settings = tools.settings(player_top, PROGRAM)
+    _write(folder, {PLAYER: player, SETTINGS: settings, replay.STIMULUS: stimulus, ABOUT: json.dumps(about)})
 
 
 def unknown_bit_ticks(stimulus: str) -> int:

@@ -108,7 +108,8 @@ Design = tuple[Problem, str, str]
 
 def _passing(designs: Sequence[Design], judge: VerilogJudge) -> tuple[list[Design], Counter[str]]:
     """(those that pass, number of mutants that came to a result by problem)."""
-    verdicts = list(judge.judge_all((problem, f"```verilog\n{code}\n```") for problem, _, code in designs))
+    answers = ((problem, f"```verilog\n{code}\n```") for problem, _, code in designs)
+    verdicts = list(judge.judge_all(answers, official=False))
     came = [d for d, v in zip(designs, verdicts, strict=True) if v.passed or v.refused_by not in _UNBUILT]
     passing = [design for design, verdict in zip(designs, verdicts, strict=True) if verdict.passed]
     return passing, Counter(problem.name for problem, name, _ in came if name == _MUTANT)

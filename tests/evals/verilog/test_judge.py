@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -17,11 +18,11 @@ from gemma4_tpu.errors import UserError
 from gemma4_tpu.evals.problems import Verdict, VerdictClass
 from gemma4_tpu.evals.verilog.iverilog import find_tools
 from gemma4_tpu.evals.verilog.judge import VerilogJudge
-from gemma4_tpu.evals.verilog.pool import MEMORY_FOLDER
 from gemma4_tpu.evals.verilog.probe import choose_level
 from gemma4_tpu.evals.verilog.sandbox import Level
 from gemma4_tpu.evals.verilog.smoke import VerilogSmoke
 from gemma4_tpu.evals.verilog.verilog_eval import VerilogEval, official_rule
+from gemma4_tpu.evals.verilog.work_folder import MEMORY_FOLDER, WorkFolder
 from tests.evals.verilog.designs import fenced, honest, module, needs_iverilog, smoke_problem
 
 BROKEN = {Level.BUBBLEWRAP: "no bwrap", Level.LANDLOCK: "no kernel for it", Level.NONE: None}
@@ -42,6 +43,7 @@ def test_the_strictest_level_that_works_is_taken():
     assert choose_level(JudgeConfig(), {**working, Level.BUBBLEWRAP: "no bwrap"}) is Level.LANDLOCK
 
 
+@needs_iverilog
 @pytest.mark.parametrize("version", ["11.0 (stable) ()", "12.0 (stable) ()", "13.0 (devel) (s20251012-33-gabc)"])
 def test_versions_are_read(tmp_path, version):
     fake_tools(tmp_path, f"Icarus Verilog version {version}")
@@ -59,7 +61,8 @@ def test_other_versions_are_refused(tmp_path, shown):
 
 def fake_tools(folder, shown):
     for name in ("iverilog", "vvp"):
-        (folder / name).write_text(f"#!/bin/sh\necho '{shown}'\n")
+        real = shutil.which(name) or "false"
+        (folder / name).write_text(f"#!/bin/sh\n[ $1 = -V ] && echo '{shown}' || exec {real} \"$@\"\n")
         (folder / name).chmod(0o755)
 
 
@@ -145,6 +148,36 @@ def test_a_killed_evaluation_leaves_nothing_running_and_nothing_in_memory(tmp_pa
     assert alive == []
     left = [path for place in (MEMORY_FOLDER, tmp_path) for path in place.glob(f"gemma4_tpu_judge_{process.pid}_*")]
     assert left == []
+
+
+HOLDING = """
+import sys
+from gemma4_tpu.evals.verilog.work_folder import WorkFolder
+print(WorkFolder(0).path, flush=True)
+sys.stdin.read()
+"""
+
+
+def test_folders_of_dead_judges_are_removed_by_the_next_and_those_of_living_ones_are_not():
+    def start():
+        process = subprocess.Popen(
+            [sys.executable, "-c", HOLDING], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        )
+        return process, Path(process.stdout.readline().strip())
+
+    (living, kept), (dead, left) = start(), start()
+    (left / "full").mkdir()
+    (left / "full" / "of.txt").write_text("something")
+    dead.kill()
+    dead.communicate()
+    assert left.is_dir()
+    mine = WorkFolder(0)
+    assert (left.exists(), kept.is_dir(), mine.path.is_dir()) == (False, True, True)
+    living.kill()
+    living.communicate()
+    mine.remove()
+    WorkFolder(0).remove()
+    assert not kept.exists() and not mine.path.exists()
 
 
 def test_the_benchmarks_own_rule():
