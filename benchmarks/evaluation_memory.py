@@ -59,7 +59,9 @@ def usage(judge: JudgeProcess) -> dict[str, float]:
     service = psutil.Process(judge.pid)
     workers = [child for child in service.children() if "spawn_main" in " ".join(child.cmdline())]
     own = [service, *workers]
-    left = [path for place in (MEMORY_FOLDER, Path(tempfile.gettempdir())) for path in place.glob(f"{PREFIX}{judge.pid}_*")]
+    left = [
+        path for place in (MEMORY_FOLDER, Path(tempfile.gettempdir())) for path in place.glob(f"{PREFIX}{judge.pid}_*")
+    ]
     return {
         "service_mib": service.memory_info().rss / 2**20,
         "workers_mib": sum(worker.memory_info().rss for worker in workers) / 2**20,

@@ -18,7 +18,7 @@ before it (1) or to the same one (0), so that a flip-flop on the other side samp
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 STIMULUS, RESPONSES, SEEN = "stimulus.txt", "responses.txt", "seen.txt"
 END = "stop\n"
@@ -172,6 +172,30 @@ def recorder(interface: Interface, top: str, reference: str) -> str:
     return f"{_head(interface, top, 'wire')}{_watch(interface)}{inside}\nendmodule\n"
 
 
+def observer(interface: Interface, top: str, last_tick: int) -> str:
+    """A module `top` that drives nothing, not even outputs, and writes what all ports are as `SEEN`."""
+    everything = replace(interface, ports=tuple(replace(port, output=False) for port in interface.ports))
+    cap = f"  always @(judge_line) if ($time > {last_tick}) $finish;\n"
+    return f"{_head(everything, top, 'wire')}{_watch(everything)}{cap}endmodule\n"
+
+
+def stimulus_of_observed(interface: Interface, observed: str) -> tuple[str, set[str]]:
+    """(the stimulus in what an `observer` wrote, names of outputs that something in the bench drives)."""
+    lines, driven = [], set()
+    for line in observed.splitlines():
+        *when, bits = line.split(" ")
+        inputs, position = "", 0
+        for port in interface.ports if len(when) == 2 else ():
+            value = bits[position : position + port.width]
+            position += port.width
+            if not port.output:
+                inputs += value
+            elif lines and value.strip("z"):  # the first line is what was before anything was driven
+                driven.add(port.name)
+        lines.append(" ".join([*when, inputs or "0"]) if len(when) == 2 else line)
+    return "".join(f"{line}\n" for line in lines), driven
+
+
 def _overriding(interface: Interface) -> str:
     values = [f".{name}({len(bits)}'b{bits})" for name, bits in interface.parameters.items() if bits]
     return f"#({', '.join(values)})" if values else ""
@@ -251,12 +275,20 @@ def player(interface: Interface, top: str, name: str, first: str) -> str:
     newline = "\n"
     return f"""{interface.timescale}module {name};
 {newline.join([*interface.constants, *declared])}
-  integer judge_stimulus, judge_responses, judge_got, judge_hop;
   integer judge_line = 0, judge_known = 0, judge_tick = 0, judge_settled = -1;
-  reg [63:0] judge_at, judge_then = 0;
-  reg [{_bits(inputs) - 1}:0] judge_bits;
-  reg [{_bits(outputs) - 1}:0] judge_last;
+  reg [63:0] judge_then = 0;
   event judge_never;
+{_play(inputs)}{_respond(outputs)}  {top} {interface.overrides} judge_design ({connections});
+endmodule
+`resetall
+"""
+
+
+def _play(inputs: Sequence[Port]) -> str:
+    """Drives the inputs line by line, and ends the simulation behind the last one."""
+    return f"""  integer judge_stimulus, judge_responses, judge_got, judge_hop;
+  reg [63:0] judge_at;
+  reg [{_bits(inputs) - 1}:0] judge_bits;
   initial begin
     judge_stimulus = $fopen("{STIMULUS}", "r");
     judge_got = $fscanf(judge_stimulus, "%h %h %b\\n", judge_at, judge_hop, judge_bits);
@@ -281,6 +313,12 @@ def player(interface: Interface, top: str, name: str, first: str) -> str:
     #1 $fwrite(judge_responses, "stop\\n");
     $finish(0);
   end
+"""
+
+
+def _respond(outputs: Sequence[Port]) -> str:
+    """Writes down what the outputs do, and behind which line of the stimulus."""
+    return f"""  reg [{_bits(outputs) - 1}:0] judge_last;
   task judge_note;
     if (judge_known != judge_line) begin
       judge_known = judge_line;
@@ -306,7 +344,4 @@ def player(interface: Interface, top: str, name: str, first: str) -> str:
       end
     end
   end
-  {top} {interface.overrides} judge_design ({connections});
-endmodule
-`resetall
 """

@@ -34,12 +34,16 @@ _NOT_CODE = re.compile(
 )
 _UNREADABLE = re.compile(r"[^\n\t -~]")  # outside of comments and strings
 _UNREADABLE_IN_STRING = re.compile(r"[\x00-\x08\x0b-\x1f\x7f]")
-_PLAIN_ESCAPED = re.compile(r"[\w$.\[\]:]+", re.ASCII)
-_SYSTEM_NAME = re.compile(r"\$[\w$]+", re.ASCII)  # wherever it stands: `#1$finish` is a delay and a task
-_STATEMENT = re.compile(r"\b(?:force|release|alias|bind)\b", re.ASCII)
-_DIRECTIVE = re.compile(r"`(\w*)", re.ASCII)
+_PLAIN_ESCAPED = re.compile(r"[\w$]+", re.ASCII)
+_READ_OTHERWISE = re.compile(r"[\"`]|//|/\*|[^!-~]")  # by a preprocessor, which knows no escaped names
+# A `$` within a name is a part of it. `#1$finish` is a delay and a task, `4'h A$finish` a number and a task.
+_TOKEN = re.compile(
+    r"\\[^ \t\n]+|'\w*(?:\s+[\w?]+(?=\$))?|\d[\w.]*|`(?P<directive>\w*)|(?P<word>[A-Za-z_][\w$]*)|(?P<system>\$[\w$]*)",
+    re.ASCII,
+)
+_STATEMENTS = frozenset({"force", "release", "alias", "bind"})
 _MODULE = re.compile(r"\b(?:macromodule|module)\s+(?:automatic\s+|static\s+)?([A-Za-z_][\w$]*)|\bendmodule\b", re.ASCII)
-_DUMP = re.compile(r"\$dump\w++\s*+(?:\([^;]*+)?;", re.ASCII)
+_ARGUMENTS = re.compile(r"\s*+(?:\([^;]*+)?;", re.ASCII)
 _WORD = re.compile(r"[A-Za-z_][\w$]*", re.ASCII)
 
 
@@ -78,7 +82,7 @@ def _without_comments(code: str, *, keep_strings: bool) -> tuple[str, str | None
         elif match["open_string"]:
             found = "a string is never closed"
         elif match["escaped"]:
-            if not _PLAIN_ESCAPED.fullmatch(match["escaped"]):
+            if _READ_OTHERWISE.search(match["escaped"]):
                 found = f"escaped name \\{match['escaped'][:40]}"
         elif match["string"]:
             if match.start() == last_string_end:  # newer simulators read `\"\"\"` as one quote
@@ -87,20 +91,29 @@ def _without_comments(code: str, *, keep_strings: bool) -> tuple[str, str | None
                 found = f"the character U+{ord(control[0]):04X} in a string"
             last_string_end = match.end()
         trouble = trouble or found
-        kept = match["escaped"] or (keep_strings and (match["string"] or match["open_string"]))
-        return match[0] if kept else _spaces(match[0])
+        if keep_strings and (match["string"] or match["open_string"] or match["escaped"]):
+            return match[0]
+        if match["escaped"]:  # no word in it is a word of the code
+            return match[0] if _PLAIN_ESCAPED.fullmatch(match["escaped"]) else "\\" + "_" * len(match["escaped"])
+        return _spaces(match[0])
 
     return _NOT_CODE.sub(replace, code), trouble
 
 
 def without_dumps(code: str) -> str:
     """`code` without the statements that write a wave form: there is no file for one, and some simulators end there."""
-    return _DUMP.sub(";", code)
+    bare, _ = blank(code)
+    dumps = [token for token in _TOKEN.finditer(bare) if (token["system"] or "").startswith("$dump")]
+    for task in reversed(dumps):
+        if end := _ARGUMENTS.match(bare, task.end()):
+            code = f"{code[: task.start()]};{code[end.end() :]}"
+    return code
 
 
 def has_macros(text: str) -> bool:
     """Whether the preprocessor would change `text`: it has directives that are not passed on to the compiler."""
-    return any(name not in DIRECTIVES for name in _DIRECTIVE.findall(blank(text)[0]))
+    tokens = _TOKEN.finditer(blank(text)[0])
+    return any(token["directive"] is not None and token["directive"] not in DIRECTIVES for token in tokens)
 
 
 def forbidden(expanded: str) -> str | None:
@@ -108,12 +121,17 @@ def forbidden(expanded: str) -> str | None:
     bare, trouble = blank(expanded)
     if trouble:
         return trouble
-    for name in _SYSTEM_NAME.findall(bare):
-        if name not in SYSTEM_TASKS:
-            return f"system task {name}"
-    if statement := _STATEMENT.search(bare):
-        return f"statement {statement[0]}"
-    return next((f"directive `{name}" for name in _DIRECTIVE.findall(bare) if name not in DIRECTIVES), None)
+    return next(filter(None, map(_refused, _TOKEN.finditer(bare))), None)
+
+
+def _refused(token: re.Match[str]) -> str | None:
+    if token["system"] and token["system"] not in SYSTEM_TASKS:
+        return f"system task {token['system']}"
+    if token["word"] in _STATEMENTS:
+        return f"statement {token['word']}"
+    if token["directive"] is not None and token["directive"] not in DIRECTIVES:
+        return f"directive `{token['directive']}"
+    return None
 
 
 def defined_modules(code: str) -> list[str]:

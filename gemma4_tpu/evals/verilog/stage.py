@@ -102,22 +102,19 @@ def build(problem: Problem, tools: Tools, run: Callable[..., Finished], folder: 
 
     compiled()
     interface = read_interface((folder / PROGRAM).read_text(encoding="utf-8"), problem)
-    beside = _private(problem.reference, problem.reference_top, inner) + "\n`resetall\n"
     if problem.reference:
-        watched = beside + replay.recorder(interface, problem.top, inner)
+        beside = _private(problem.reference, problem.reference_top, inner) + "\n`resetall\n"
+        _write(folder, {BESIDE: beside + replay.recorder(interface, problem.top, inner)})
     else:
-        watched = replay.stand_in(interface, problem.top, UNKNOWN_TICKS)
-    _write(folder, {BESIDE: watched, replay.RESPONSES: ""})
+        _write(folder, {BESIDE: replay.observer(interface, problem.top, UNKNOWN_TICKS)})
     compiled()
-    seen = folder / replay.SEEN
-    seen.touch()
-    seen.chmod(0o666)
-    done = run(tools.simulate(PROGRAM), writable=[seen])
-    stimulus = seen.read_text()
-    last = re.search(r"^stop ([0-9a-f]+)\n\Z", stimulus, re.MULTILINE)
-    if done.returncode or last is None:
-        raise NoStage(f"the bench does not end by itself: {_first_line(done)}")
-    last_tick = PATIENCE * int(last[1], 16) + PATIENCE_TICKS if problem.reference else UNKNOWN_TICKS
+    stimulus, last = _seen(tools, run, folder)
+    if not problem.reference:
+        stimulus, driven = replay.stimulus_of_observed(interface, stimulus)
+        if driven:
+            reason = f"the design calls {', '.join(sorted(driven))} an output, which the bench drives"
+            raise NoStage(reason, VerdictClass.ELABORATION)
+    last_tick = PATIENCE * last + PATIENCE_TICKS if problem.reference else UNKNOWN_TICKS
     _write(folder, {BESIDE: replay.stand_in(interface, problem.top, last_tick)})
     log = compiled()
     player_top = f"player_{secrets.token_hex(8)}"
@@ -132,6 +129,19 @@ def build(problem: Problem, tools: Tools, run: Callable[..., Finished], folder: 
     player = replay.player(interface, problem.top, player_top, first)
     settings = tools.settings(player_top, PROGRAM)
     _write(folder, {PLAYER: player, SETTINGS: settings, replay.STIMULUS: stimulus, ABOUT: json.dumps(about)})
+
+
+def _seen(tools: Tools, run: Callable[..., Finished], folder: Path) -> tuple[str, int]:
+    """(what the bench gives to what stands in the design's place, the tick of its end)."""
+    seen = folder / replay.SEEN
+    seen.touch()
+    seen.chmod(0o666)
+    done = run(tools.simulate(PROGRAM), writable=[seen])
+    text = seen.read_text()
+    last = re.search(r"^stop ([0-9a-f]+)\n\Z", text, re.MULTILINE)
+    if done.returncode or last is None:
+        raise NoStage(f"the bench does not end by itself: {_first_line(done)}")
+    return text, int(last[1], 16)
 
 
 def unknown_bit_ticks(stimulus: str) -> int:

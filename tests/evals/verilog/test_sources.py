@@ -110,6 +110,25 @@ def test_without_a_reference_designs_are_judged_as_with_one(bench, code, kind, j
 
 
 @needs_iverilog
+@pytest.mark.parametrize(
+    "code",
+    [
+        "module inverter(output a, output y); assign a = 1'bx; assign y = 1'bx; endmodule",
+        "module inverter(output a, output y); assign (supply1, supply0) a = 1'bx; assign y = 1'bx; endmodule",
+        "module inverter(output tri0 a, output y); assign y = 1'bx; endmodule",
+    ],
+)
+def test_what_a_bench_drives_by_a_net_is_no_output_whatever_the_design_says(code, judge, resbench):
+    """An unknown input makes what this bench expects unknown, too."""
+    driving = BENCH.replace("reg a", "reg b; wire a = b").replace("begin a = i", "begin b = i")
+    (problem,) = ResBench().load(resbench({**ROW, "Testbench": driving}))
+    judge.prepare([problem])
+    assert judge.judge(problem, fenced(RIGHT)).passed
+    verdict = judge.judge(problem, fenced(code))
+    assert verdict.kind is VerdictClass.ELABORATION and "calls a an output" in verdict.detail, verdict
+
+
+@needs_iverilog
 def test_no_name_of_a_design_is_code_of_what_runs_with_the_bench(judge, resbench, tmp_path):
     """Where there is no reference, the ports are the design's: whatever the text may hold, names are names."""
     (problem,) = ResBench().load(resbench(ROW))
