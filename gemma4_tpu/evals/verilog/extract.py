@@ -19,7 +19,14 @@ _BARE_BEGINS = re.compile(
     r"|typedef\s+(?:enum|struct|union|logic)|(?:\(\*(?!\))))|\b(?:macro)?module\s+\w+\s*[(#;]",
     re.MULTILINE,
 )
-_LAST_END = re.compile(r".*\bend(?:module|package|interface)\b", re.DOTALL)
+_BRACKETS = r"\((?:[^()]++|\((?:[^()]++|\((?:[^()]++|\([^()]*+\))*+\))*+\))*+\)"
+_HEAD = re.compile(rf"\bmodule\s+(?:automatic\s+|static\s+)?(\w+)\s*(?:#\s*{_BRACKETS}\s*)?(?:{_BRACKETS}\s*)?;")
+_DECLARATION = re.compile(r"\s*(?:input|output|inout|wire|reg|logic|parameter|localparam)\b[^=]*|\W*")
+_FILE_ITEM = re.compile(
+    r"`|\(\*|\$|\b(?:macromodule|module|package|interface|primitive|class|program|checker|config|bind|import|typedef"
+    r"|function|task|parameter|localparam|let|timeunit|timeprecision|virtual|extern)\b"
+)
+_LAST_END = re.compile(r".*\bend(?:module|package|interface)\b(?:\s*:\s*\w+)?", re.DOTALL)
 _DEFINED = re.compile(
     r"\b(?:macromodule|module|package|interface|primitive|class|program)\s+(?:automatic\s+|static\s+)?(\w+)"
 )
@@ -40,9 +47,10 @@ def extract(completion: str, top: str) -> str | None:
     """The code of an answer; null where there is none.
 
     Thought channels do not count. Of the fences (however spelt, quoted or not, closed or not) that define `top` whole,
-    the last one counts, unless the words before it show it as a mistake; further fences are added where they define
-    what it uses. Where none is whole, the last that begins `top` is taken as it is: the compiler will say what is wrong
-    with it. Without a fence, it is what stands between the first words that begin like code and the last `endmodule`.
+    the last one counts, unless the words before it show it as a mistake or it is a head without a body; further fences
+    are added where they define what it uses. Where none is whole, the last that begins `top` is taken as it is: the
+    compiler will say what is wrong with it. Without a fence, it is what stands between the first words that begin like
+    code and the last `endmodule`.
     """
     *thoughts, last = completion.replace("\r\n", "\n").split(CHANNEL_END)
     if CHANNEL in last:
@@ -62,7 +70,8 @@ def extract(completion: str, top: str) -> str | None:
         return None
     whole = [piece for piece in candidates if _is_whole(piece[1])]
     meant = [piece for piece in whole or candidates if not _is_warned_of(*piece)]
-    chosen = (meant or whole or candidates)[-1][1]
+    filled = [piece for piece in meant if not _is_skeleton(piece[1], top)]
+    chosen = _without_prose((filled or meant or whole or candidates)[-1][1])
     return _with_what_it_uses(chosen, [code for _, code in pieces]).strip("\n")
 
 
@@ -110,6 +119,26 @@ def _is_whole(code: str) -> bool:
     return trouble is None and any(map(_MODULE_BEGINS.search, ended)) and not defined_modules(rest)
 
 
+def _is_skeleton(code: str, top: str) -> bool:
+    """Whether the module is its head alone, as a reminder of the interface."""
+    bare, _ = blank(code)
+    head = next((head for head in _HEAD.finditer(bare) if head[1] == top), None)
+    if head is None:
+        return False
+    body = bare[head.end() :].partition("endmodule")[0]
+    return all(_DECLARATION.fullmatch(statement) for statement in body.split(";"))
+
+
+def _without_prose(code: str) -> str:
+    """`code` without words behind its last `endmodule` that begin nothing that a file may hold."""
+    bare, trouble = blank(code)
+    end = _LAST_END.match(bare)
+    behind = bare[end.end() :].lstrip() if end else ""
+    if end is None or trouble or not behind or _FILE_ITEM.match(behind):
+        return code
+    return code[: end.end()]
+
+
 def _is_warned_of(before: str, code: str) -> bool:
     first = code.strip().partition("\n")[0]
     said = f"{before} {first if first.startswith(('//', '/*')) else ''}"
@@ -137,9 +166,13 @@ def _defined(code: str) -> set[str]:
 
 def _bare(answer: str) -> list[str]:
     """Code without a fence, up to its last `endmodule`, or to the end where it was cut off."""
-    first = _BARE_BEGINS.search(answer)
-    if first is None:
+    begins = list(_BARE_BEGINS.finditer(answer))
+    if not begins:
         return []
+    heads = {head.start() for head in _HEAD.finditer(blank(answer)[0])}
+    modules = [answer.find("module", begin.start(), begin.end()) for begin in begins]
+    # "The module x (as asked) has …" begins no code, where a module with a head comes behind it.
+    first = next((begin for begin, at in zip(begins, modules, strict=True) if at < 0 or at in heads), begins[0])
     code = answer[first.start() :]
     if code.lstrip(" \t").startswith(">"):
         code = _QUOTE.sub("", code)

@@ -38,12 +38,12 @@ _PLAIN_ESCAPED = re.compile(r"[\w$]+", re.ASCII)
 _READ_OTHERWISE = re.compile(r"[\"`]|//|/\*|[^!-~]")  # by a preprocessor, which knows no escaped names
 # A `$` within a name is a part of it. `#1$finish` is a delay and a task, `4'h A$finish` a number and a task.
 _TOKEN = re.compile(
-    r"\\[^ \t\n]+|'\w*(?:\s+[\w?]+(?=\$))?|\d[\w.]*|`(?P<directive>\w*)|(?P<word>[A-Za-z_][\w$]*)|(?P<system>\$[\w$]*)",
+    r"\\[^ \t\n]+|'\w*(?:\s+[\w?]+(?=\$))?|\d[\w.]*|`(?P<directive>\w*)|(?P<word>[A-Za-z_][\w$]*)|(?P<system>\$[\w$]+)",
     re.ASCII,
 )
 _STATEMENTS = frozenset({"force", "release", "alias", "bind"})
 _MODULE = re.compile(r"\b(?:macromodule|module)\s+(?:automatic\s+|static\s+)?([A-Za-z_][\w$]*)|\bendmodule\b", re.ASCII)
-_ARGUMENTS = re.compile(r"\s*+(?:\([^;]*+)?;", re.ASCII)
+_ARGUMENTS_OR_END = re.compile(r"\s*[(;]")
 _WORD = re.compile(r"[A-Za-z_][\w$]*", re.ASCII)
 
 
@@ -103,11 +103,15 @@ def _without_comments(code: str, *, keep_strings: bool) -> tuple[str, str | None
 def without_dumps(code: str) -> str:
     """`code` without the statements that write a wave form: there is no file for one, and some simulators end there."""
     bare, _ = blank(code)
-    dumps = [token for token in _TOKEN.finditer(bare) if (token["system"] or "").startswith("$dump")]
-    for task in reversed(dumps):
-        if end := _ARGUMENTS.match(bare, task.end()):
-            code = f"{code[: task.start()]};{code[end.end() :]}"
-    return code
+    kept, at = [], 0
+    for task in _TOKEN.finditer(bare):
+        if task.start() < at or not (task["system"] or "").startswith("$dump"):
+            continue
+        end = bare.find(";", task.end()) if _ARGUMENTS_OR_END.match(bare, task.end()) else -1
+        if end >= 0:
+            kept += [code[at : task.start()], ";"]
+            at = end + 1
+    return "".join([*kept, code[at:]])
 
 
 def has_macros(text: str) -> bool:

@@ -302,6 +302,7 @@ def reference_as_answer(problem: Problem) -> str:
 
 
 def _complaint(done: Finished) -> str:
-    """The first line of what a tool complained of."""
-    lines = [line for line in (done.stderr + done.stdout).split("\n") if line.strip()]
-    return lines[0].strip() if lines else f"exit code {done.returncode} without a word"
+    """The first line of what a tool complained of, behind its warnings."""
+    lines = [line.strip() for line in (done.stderr + done.stdout).split("\n") if line.strip()]
+    graver = [line for line in lines if "warning:" not in line]
+    return (graver or lines or [f"exit code {done.returncode} without a word"])[0]

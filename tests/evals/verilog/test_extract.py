@@ -118,7 +118,9 @@ def test_what_is_compiled_is_the_canonical_text():
     [
         "$fopen",
         "#1$fopen",
-        "a$fclose",
+        "12a$fclose",
+        "4'h A$fclose",
+        "'x$fclose",
         "1'b0$system",
         "$readmemh",
         "$root.tb",
@@ -132,12 +134,51 @@ def test_forbidden_constructs_are_named(code):
     assert forbidden(f"{TOP}\n{code}")
 
 
+def test_a_dollar_sign_within_a_name_and_an_odd_escaped_name_are_names():
+    text, trouble = canonical("wire a$fopen, \\u/1 , \\force , \\$finish , \\{a}'b ; $dumpall; x = a$dumpall;")
+    assert (trouble, forbidden(text)) == (None, None)
+    assert without_dumps(text).count("dumpall") == 1
+
+
+SOLUTION = "module TopModule (input a, output b);\n  assign b = ~a;\nendmodule"
+SKELETON = "module TopModule (input a, output b);\n  wire unused;\n  // here\nendmodule"
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        f"```\n{SOLUTION}\n```\nIts interface, again:\n```\n{SKELETON}\n```",
+        f"```\n{SOLUTION}\n\nThis inverts a; it's simple.\n```",
+        f"The module TopModule (as asked) inverts.\n\n{SOLUTION}\n",
+        f"module TopModule (the inverter) follows:\n\n{SOLUTION}\nDone.",
+    ],
+)
+def test_what_only_speaks_of_the_module_is_not_taken_for_it(answer):
+    assert extract(answer, "TopModule") == SOLUTION
+
+
+def test_a_module_that_has_to_be_empty_is_found_and_what_stands_behind_modules_is_kept():
+    assert extract(f"```\n{SKELETON}\n```", "TopModule") == SKELETON
+    guarded = f"`ifndef A\n{SOLUTION} : TopModule\n`endif"
+    assert extract(f"```\n{guarded}\n```", "TopModule") == guarded
+
+
 def test_comments_and_strings_are_no_constructs():
     assert forbidden(f'{TOP}\n// $finish `X\n/* $fopen */ "$finish"; $display("x"); q[$]') is None
 
 
 FENCES = ("```\n", "~~~\n", "> ```\n", "```\n~~~\n", "```\n`define A 1\n```\n")
-MODULES = ("module x\n", "module ", "module a module ", "$dumpvars(", "$dumpvars" + " " * 64)
+MODULES = (
+    "module x\n",
+    "module x (",
+    "module x #(a(b(c(",
+    "module x (a); wire ",
+    "module x;",
+    "module ",
+    "module a module ",
+    "$dumpvars(",
+    "$dumpvars" + " " * 64,
+)
 
 
 @pytest.mark.parametrize("repeated", FENCES + MODULES)
