@@ -1,9 +1,10 @@
-"""Judging speed: simulations per second at each level of isolation that works on this machine.
+"""What a verdict costs: CPU seconds at each level of isolation that works here, beside Icarus Verilog run by hand.
 
-    python -m benchmarks.evaluation --problems <clone of verilog-eval> [--samples 5] [--out benchmarks/evaluation.md]
+    python -m benchmarks.evaluation --problems <clone of verilog-eval> [--samples 2] [--out benchmarks/evaluation.md]
 
-Each of the 156 references is judged as an answer `--samples` times (5: 780 simulations, an evaluation with n = 5),
-after the self-check, on all cores. CPU seconds are those of all processes, the judge's own included.
+Answers are the references, and a mutant of each, as often as `--samples` says. By turns each is judged, as by
+`python -m gemma4_tpu.judge`, and compiled and simulated by hand: `iverilog` and `vvp`, without sandbox, limits or any
+check. CPU seconds are those of all processes: other load changes them less than seconds, and both alike.
 """
 
 from __future__ import annotations
@@ -11,53 +12,103 @@ from __future__ import annotations
 import argparse
 import os
 import platform
+import random
 import resource
-import time
-from collections import Counter
+import subprocess
+import tempfile
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 
+import psutil
+
 from gemma4_tpu.config.tasks import JudgeConfig
 from gemma4_tpu.errors import UserError
 from gemma4_tpu.evals.problems import Problem
+from gemma4_tpu.evals.verilog.iverilog import Tools
 from gemma4_tpu.evals.verilog.judge import VerilogJudge
 from gemma4_tpu.evals.verilog.sandbox import Level
+from gemma4_tpu.evals.verilog.scan import without_dumps
 from gemma4_tpu.evals.verilog.verdict import reference_as_answer
 from gemma4_tpu.evals.verilog.verilog_eval import VerilogEval
-from gemma4_tpu.markdown import table
+from gemma4_tpu.verilog_smoke.mutants import mutants
+
+LONGEST_BENCH = 10_000
+"""Comparisons. Benches that make more simulate for up to seconds, whoever runs them; they are left out."""
+KINDS = ("references", "mutants")
 
 
 @dataclass(frozen=True)
 class Row:
-    """One level."""
+    """One kind of answers at one level."""
 
     level: str
-    check_seconds: float
-    seconds: float
-    cpu_seconds: float
-    simulations: int
+    kind: str
+    verdicts: int
     passed: int
+    verdict_ms: float
+    """CPU milliseconds of a verdict, all processes of the judge, mean."""
+    by_hand_ms: float
+    """The same of `iverilog` and `vvp`."""
 
 
-def measure(level: Level, problems: list[Problem], samples: int, cache: Path) -> Row:
-    """Judges every reference `samples` times at one level."""
-    config = JudgeConfig(sandbox=level, cache_dir=str(cache))
-    with VerilogJudge(config) as judge:
-        check = judge.prepare(problems, fresh=True)
-    before = _cpu_seconds()
-    with VerilogJudge(config) as judge:
-        judge.prepare(problems)
-        answers = [(p, f"```verilog\n{reference_as_answer(p)}\n```") for _ in range(samples) for p in problems]
-        started = time.monotonic()
-        kinds = Counter(verdict.kind for verdict in judge.judge_all(answers))
-        seconds = time.monotonic() - started
-    return Row(level, check.seconds, seconds, _cpu_seconds() - before, len(answers), kinds["pass"])
+def answers(problems: list[Problem], kind: str, samples: int) -> list[tuple[Problem, str]]:
+    """(problem, code), each as a text of its own."""
+    rng = random.Random(0)
+    found = []
+    for problem in problems:
+        right = reference_as_answer(problem)
+        codes = [right] if kind == KINDS[0] else mutants(right)
+        found += [(problem, f"{rng.choice(codes)}\n// {number}\n") for number in range(samples) if codes]
+    return found
 
 
-def _cpu_seconds() -> float:
-    usages = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
-    return sum(usage.ru_utime + usage.ru_stime for usage in usages)
+def by_hand(tools: Tools, folder: Path, problem: Problem, code: str) -> float:
+    """CPU seconds of compiling and simulating the benchmark's own files."""
+    files = {"answer.sv": code, "bench.sv": without_dumps(problem.testbench), "reference.sv": problem.reference}
+    for name, text in files.items():
+        (folder / name).write_text(text, encoding="utf-8")
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    for command in (tools.build(problem.bench_top, "program.vvp", [*files]), tools.simulate("program.vvp")):
+        subprocess.run(command, cwd=folder, stdin=subprocess.DEVNULL, capture_output=True, check=False)
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+
+
+def judge_seconds() -> float:
+    """CPU seconds of this process and its workers so far, with all that these ran; not what was run by hand."""
+    mine = resource.getrusage(resource.RUSAGE_SELF)
+    total = mine.ru_utime + mine.ru_stime
+    for worker in psutil.Process().children():
+        times = worker.cpu_times()
+        total += times.user + times.system + times.children_user + times.children_system
+    return total
+
+
+def measure(level: Level, problems: list[Problem], samples: int, cache: Path) -> list[Row]:
+    """One row for each kind of answers."""
+    rows = []
+    with (
+        VerilogJudge(JudgeConfig(sandbox=level, cache_dir=str(cache), workers=1)) as judge,
+        tempfile.TemporaryDirectory() as folder,
+    ):
+        golden = judge.prepare(problems).golden
+        short = [p for p in problems if not golden[p.name].failure and (golden[p.name].samples or 0) <= LONGEST_BENCH]
+        for problem in short:  # the worker makes the benches ready
+            judge.submit(problem, f"```verilog\n{reference_as_answer(problem)}\n```", official=False).result()
+        for kind in KINDS:
+            given, hand, spent, passed = answers(short, kind, samples), 0.0, 0.0, 0
+            for problem, code in given:
+                hand += by_hand(judge.tools, Path(folder), problem, code)
+                before = judge_seconds()
+                verdict = judge.submit(problem, f"```verilog\n{code}```", official=False).result()
+                spent += judge_seconds() - before
+                passed += verdict.passed
+            count = len(given)
+            row = Row(level, kind, count, passed, 1e3 * spent / count, 1e3 * hand / count)
+            rows.append(row)
+            print(row, flush=True)
+    return rows
 
 
 HEADS = ("level", "self-check s", "simulations", "seconds", "CPU seconds", "idle: seconds (*estimated*)", "passed")
@@ -70,18 +121,25 @@ def _cells(row: Row, cores: int) -> list[object]:
 
 def report(rows: list[Row], simulator: str, command: str) -> str:
     """The table as Markdown."""
-    cores = len(os.sched_getaffinity(0))
+    head = (
+        f"{datetime.now(UTC):%Y-%m-%d}, {len(os.sched_getaffinity(0))} CPU cores ({platform.machine()}), {simulator};"
+        f" load over five minutes {os.getloadavg()[1]:.1f}. *Measured* by"
+    )
+    cells = [
+        f"| {row.level} | {row.kind} | {row.verdicts} | {row.passed} | {row.verdict_ms:.1f} | {row.by_hand_ms:.1f}"
+        f" | {row.verdict_ms / row.by_hand_ms:.2f} | {2e3 / row.verdict_ms:.0f} |"
+        for row in rows
+    ]
     lines = [
-        "# Judging by simulation",
+        *("# Judging by simulation", "", head, "", f"    {command}", ""),
+        "| level | answers | verdicts | passed | CPU ms per verdict | by hand | ratio | per second (*estimated*) |",
+        "|---|---|---:|---:|---:|---:|---:|---:|",
+        *cells,
         "",
-        f"{datetime.now(UTC):%Y-%m-%d}, {cores} CPU cores ({platform.machine()}), {simulator}; load over five minutes"
-        f" {os.getloadavg()[1]:.1f}, of which the judge's workers are {cores}. *Measured* by",
-        "",
-        f"    {command}",
-        "",
-        *table(HEADS, [_cells(row, cores) for row in rows], "lrrrrrr"),
-        "One simulation is one verdict, strict and official: scan, design built and run, bench run with its responses.",
-        f"The estimate is CPU seconds, the judge's own included, divided by {cores} cores.",
+        "A verdict is the strict one: scan, design built and simulated behind the player, bench simulated with its",
+        "responses (not again where these are known). *By hand* is `iverilog` and `vvp` on the benchmark's files, by",
+        f"turns with the verdicts. Benches with more than {LONGEST_BENCH} comparisons are left out. The estimate is",
+        "for two idle cores: 2 divided by the CPU seconds of a verdict.",
     ]
     return "\n".join(lines) + "\n"
 
@@ -89,16 +147,15 @@ def report(rows: list[Row], simulator: str, command: str) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--problems", type=Path, required=True, help="a clone of verilog-eval")
-    parser.add_argument("--samples", type=int, default=5)
+    parser.add_argument("--samples", type=int, default=2)
     parser.add_argument("--work", type=Path, default=Path("outputs/bench_evaluation"), help="for the self-check's file")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/evaluation.md"))
     args = parser.parse_args()
     problems = VerilogEval().load(args.problems)
-    rows = []
+    rows: list[Row] = []
     for level in (Level.BUBBLEWRAP, Level.LANDLOCK):
         try:
-            rows.append(measure(level, problems, args.samples, args.work))
-            print(rows[-1], flush=True)
+            rows += measure(level, problems, args.samples, args.work)
         except UserError as refusal:
             print(refusal)
     with VerilogJudge(JudgeConfig(workers=1, cache_dir=str(args.work))) as judge:

@@ -3,8 +3,9 @@
     python -m benchmarks.evaluation_memory [--verdicts 100000] [--workers 2] [--out rows.jsonl]
 
 Answers to the package's own problems: right ones, mutants, ones that don't compile, ones that print, and none at all.
-Every thousand verdicts a row is printed: memory of the service and of its workers (resident, MiB), open files, and what
-lies in /dev/shm and in the temporary folder under the judge's name.
+First the service's memory of verdicts, which is bounded, is filled with texts that hold no code. Then every thousand
+verdicts a row is printed: memory of the service and of its workers (resident, MiB), open files, and what lies in
+/dev/shm and in the temporary folder under the judge's name.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from pathlib import Path
 
 import psutil
 
+from gemma4_tpu.evals.judge_server import REMEMBERED
 from gemma4_tpu.evals.problems import Problem
 from gemma4_tpu.evals.reward import JudgeProcess
 from gemma4_tpu.evals.verilog.smoke import VerilogSmoke
@@ -79,9 +81,11 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, help="rows as JSON lines")
     args = parser.parse_args()
-    asked = samples(VerilogSmoke().load(), args.seed)
+    problems = VerilogSmoke().load()
+    asked = samples(problems, args.seed)
     started, passed = time.monotonic(), 0
     with JudgeProcess("eval=verilog_smoke", f"eval.judge.workers={args.workers}") as judge:
+        judge([(problems[0].name, f"No code {number}.") for number in range(REMEMBERED)])
         for done in range(0, args.verdicts + 1, BATCH):
             if done % EVERY == 0:
                 row = {"verdicts": done, "seconds": round(time.monotonic() - started), "passed": passed, **usage(judge)}

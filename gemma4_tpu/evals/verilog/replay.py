@@ -181,7 +181,8 @@ def observer(interface: Interface, top: str, last_tick: int) -> str:
 
 def stimulus_of_observed(interface: Interface, observed: str) -> tuple[str, set[str]]:
     """(the stimulus in what an `observer` wrote, names of outputs that something in the bench drives)."""
-    lines, driven = [], set()
+    lines: list[str] = []
+    driven: set[str] = set()
     for line in observed.splitlines():
         *when, bits = line.split(" ")
         inputs, position = "", 0
