@@ -1,4 +1,7 @@
-"""Judges that the tests share: starting their workers is the slow part."""
+"""Judges that the tests share: starting their workers is the slow part.
+
+The Icarus Verilog on the PATH judges; for another one, `PATH=<its folder>:$PATH python -m pytest tests/evals/verilog`.
+"""
 
 import pytest
 

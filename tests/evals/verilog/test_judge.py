@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import psutil
@@ -16,11 +17,13 @@ import pytest
 from gemma4_tpu.config.tasks import JudgeConfig
 from gemma4_tpu.errors import UserError
 from gemma4_tpu.evals.problems import Verdict, VerdictClass
+from gemma4_tpu.evals.verilog import replays
 from gemma4_tpu.evals.verilog.iverilog import find_tools
 from gemma4_tpu.evals.verilog.judge import VerilogJudge
 from gemma4_tpu.evals.verilog.probe import choose_level
-from gemma4_tpu.evals.verilog.sandbox import Level
+from gemma4_tpu.evals.verilog.sandbox import Finished, Level
 from gemma4_tpu.evals.verilog.smoke import VerilogSmoke
+from gemma4_tpu.evals.verilog.stage import Stage
 from gemma4_tpu.evals.verilog.verilog_eval import VerilogEval, official_rule
 from gemma4_tpu.evals.verilog.work_folder import MEMORY_FOLDER, WorkFolder
 from tests.evals.verilog.designs import fenced, honest, module, needs_iverilog, smoke_problem
@@ -178,6 +181,67 @@ def test_folders_of_dead_judges_are_removed_by_the_next_and_those_of_living_ones
     mine.remove()
     WorkFolder(0).remove()
     assert not kept.exists() and not mine.path.exists()
+
+
+@needs_iverilog
+@pytest.mark.parametrize(
+    "source",
+    [
+        'module top; reg [3:0] a = 5; wire b; integer i = $clog2(9); initial $display("%0d %0d", a, i); endmodule',
+        '`timescale 1ns/1ps\nmodule top; reg r; initial #3 $display("%t %f", $time, $sin(1.0)); endmodule',
+        "module top; wire x = undeclared; wire x; endmodule",
+        "module top; asign x = 1; endmodule",
+    ],
+)
+def test_the_compiler_by_itself_does_what_its_driver_does(tmp_path, source):
+    """A verdict takes the shorter way."""
+    tools = find_tools(None)
+    (tmp_path / "source.sv").write_text(f"{source}\n")
+    (tmp_path / "settings").write_text(tools.settings("top", "short.vvp"))
+
+    def done(command):
+        return subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+
+    built = done(tools.build("top", "long.vvp", ["source.sv"]))
+    ran = done(tools.simulate("long.vvp"))
+    short = done(tools.compile_and_simulate("settings", "source.sv", "short.vvp", "MARK"))
+    assert short.stderr.partition("MARK\n")[0] == built.stderr
+    assert short.stdout == (f"{built.stdout}MARK\n{ran.stdout}" if built.returncode == 0 else built.stdout)
+    assert short.returncode == (ran.returncode if built.returncode == 0 else built.returncode)
+    assert ("undeclared" in source or "asign" in source) == (built.returncode != 0)
+
+
+@needs_iverilog
+@pytest.mark.parametrize(
+    ("body", "measure", "kind"),
+    [
+        ("function integer f(input integer x); begin while (1) x = x; f = x; end endfunction localparam L = f(1);",
+         "build", VerdictClass.TIMEOUT),
+        ("initial forever;", "run", VerdictClass.TIMEOUT),
+        ("initial $fatal(0);", "run", VerdictClass.RUNTIME),
+        ("nothing x();", "build", VerdictClass.ELABORATION),
+        ("nothing at all;", "build", VerdictClass.SYNTAX),
+    ],
+)  # fmt: skip
+def test_what_refuses_a_design_is_told_though_it_is_built_and_run_at_once(judge, body, measure, kind):
+    problem = smoke_problem("adder")
+    judge.prepare([problem])
+    verdict = judge.submit(problem, fenced(module(problem, body)), official=False).result()
+    assert (verdict.refused_by, verdict.kind, verdict.official) == (measure, kind, None)
+
+
+def test_what_benches_did_is_remembered_up_to_a_bound(monkeypatch):
+    monkeypatch.setattr(replays, "MOST_REMEMBERED", 3)
+    stage = Stage(folder=Path(), result_marker="m", player_top="p", build_log="", unknown_bit_ticks=0)
+    done = Finished(returncode=0, stdout="said", stderr="", cpu_seconds=0.0, stopped=None)
+    known = replays.Replays()
+    for responses in ("a", "b", "c"):
+        known.put(stage, responses, done)
+    assert known.get(stage, "a") is done
+    known.put(stage, "d", done)  # `b` was asked for least lately
+    known.put(stage, "e", replace(done, stdout="x" * (replays.LONGEST_REMEMBERED + 1)))
+    assert [known.get(stage, name) is done for name in "abcde"] == [True, False, True, True, False]
+    assert known.get(replace(stage, result_marker="n"), "a") is None
 
 
 def test_the_benchmarks_own_rule():
