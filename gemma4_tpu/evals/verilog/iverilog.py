@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import re
 import shutil
@@ -100,6 +101,7 @@ def find_tools(folder: str | None) -> Tools:
     )
 
 
+@functools.cache
 def _ask_driver(iverilog: Path) -> tuple[Path, str]:
     """(the compiler that the driver starts, the settings that it hands to it for the options of `Tools.build`).
 

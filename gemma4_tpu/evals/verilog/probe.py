@@ -35,10 +35,15 @@ def spy(tools: Tools, sandbox: Sandbox, folder: Path) -> str | None:
     try:
         secret.write_text("secret")
         (folder / "spy.sv").write_text(_SPY.format(secret=secret, target=target, name=folder.name))
-        built = sandbox.run(tools.build("spy", "spy.vvp", ["spy.sv"]), folder, writable=[folder])
-        if built.returncode:
-            return f"the compiler does not run in it: {(built.stderr + built.stdout).strip()[:200]}"
-        lines = sandbox.run(tools.simulate("spy.vvp"), folder).stdout.split("\n")
+        (folder / "settings").write_text(tools.settings("spy", "spy.vvp"))
+        program = folder / "spy.vvp"
+        program.touch()
+        sandbox.adopt(program)
+        command = tools.compile_and_simulate("settings", "spy.sv", program.name, "built")  # as designs are
+        done = sandbox.run(command, folder, writable=[program])
+        built, *lines = done.stdout.split("\n")
+        if built != "built":
+            return f"the compiler does not run in it: {(done.stderr + done.stdout).strip()[:200]}"
     except OSError as error:
         return str(error)
     finally:
