@@ -84,7 +84,7 @@ def test_what_failed_by_chance_is_judged_again():
     outcomes = [OSError("no space left"), verdict(VerdictClass.PASS)]
 
     class Judge:
-        def submit(self, problem, completion):
+        def submit(self, problem, completion, *, official):
             future, outcome = Future(), outcomes.pop(0)
             future.set_result(outcome) if isinstance(outcome, Verdict) else future.set_exception(outcome)
             return future
