@@ -26,11 +26,11 @@ from gemma4_tpu.config.tasks import JudgeConfig
 from gemma4_tpu.errors import UserError
 from gemma4_tpu.evals.problems import Problem
 from gemma4_tpu.evals.verilog.iverilog import Tools
-from gemma4_tpu.evals.verilog.judge import VerilogJudge
 from gemma4_tpu.evals.verilog.sandbox import Level
 from gemma4_tpu.evals.verilog.scan import without_dumps
 from gemma4_tpu.evals.verilog.verdict import reference_as_answer
 from gemma4_tpu.evals.verilog.verilog_eval import VerilogEval
+from gemma4_tpu.evals.verilog.verilog_judge import VerilogJudge
 from gemma4_tpu.verilog_smoke.mutants import mutants
 
 LONGEST_BENCH = 10_000

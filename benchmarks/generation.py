@@ -32,8 +32,8 @@ def ours(batch_size: int, problems: int, tokens: int) -> Callable[[], int]:
     """Our generator: a call generates all answers and returns how many tokens they have."""
     from gemma4_tpu.config.schema import ModelConfig
     from gemma4_tpu.config.tasks import EvalConfig, EvaluateRoot
+    from gemma4_tpu.evals.evaluated_models import load_backends
     from gemma4_tpu.evals.generate import requests
-    from gemma4_tpu.evals.load import load_backends
     from gemma4_tpu.evals.verilog.smoke import VerilogSmoke
 
     config = EvalConfig(

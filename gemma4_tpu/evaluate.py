@@ -22,7 +22,7 @@ from gemma4_tpu.errors import exit_code
 from gemma4_tpu.evals.checks import EvaluateChecked, examine_evaluate, normalise_evaluate
 
 if TYPE_CHECKING:
-    from gemma4_tpu.evals.job import Evaluated
+    from gemma4_tpu.evals.draw_and_judge import Evaluated
     from gemma4_tpu.tracking.run import RunFolder
 
 log = logging.getLogger(__name__)
@@ -73,8 +73,7 @@ def _run(loaded: Loaded[EvaluateRoot, EvaluateChecked]) -> int:
 
 def _evaluate(loaded: Loaded[EvaluateRoot, EvaluateChecked]) -> int:
     """One evaluation and its record."""
-    from gemma4_tpu.evals.job import evaluate
-    from gemma4_tpu.tracking import records
+    from gemma4_tpu.evals.draw_and_judge import evaluate
     from gemma4_tpu.tracking.logs import setup_logging
     from gemma4_tpu.tracking.run import RunFolder
 
@@ -132,8 +131,8 @@ def _recorded(config: EvaluateRoot) -> EvaluateRoot:
 def _selfcheck(config: EvaluateRoot) -> int:
     """What sandbox and simulator do here; exit code 0 where all is as it should be."""
     from gemma4_tpu.evals.benchmarks import load_problems
-    from gemma4_tpu.evals.verilog.judge import VerilogJudge
     from gemma4_tpu.evals.verilog.strength import grade, sentences
+    from gemma4_tpu.evals.verilog.verilog_judge import VerilogJudge
     from gemma4_tpu.tracking.logs import setup_logging
 
     setup_logging()
@@ -149,7 +148,7 @@ def _selfcheck(config: EvaluateRoot) -> int:
 def _compare(folders: Sequence[str]) -> int:
     """Two evaluations, problem by problem, in words."""
     from gemma4_tpu.evals.compare import compare
-    from gemma4_tpu.evals.outcome import Outcome
+    from gemma4_tpu.evals.tally import Outcome
 
     a, b = (Outcome.read(Path(folder, "result.json")) for folder in folders)
     names = (a.name, b.name) if a.name != b.name else ("A", "B")

@@ -63,7 +63,7 @@ def _serve(loaded: Loaded[JudgeRoot, Nothing]) -> int:
     from gemma4_tpu.evals.judge_server import HOST, Service, make_server
     from gemma4_tpu.evals.reward import ANNOUNCEMENT
     from gemma4_tpu.evals.verilog.canaries import try_canaries
-    from gemma4_tpu.evals.verilog.judge import VerilogJudge
+    from gemma4_tpu.evals.verilog.verilog_judge import VerilogJudge
     from gemma4_tpu.tracking.logs import setup_logging
 
     setup_logging()

@@ -22,7 +22,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
 from gemma4_tpu.evals.problems import LEAKED, Problem, SelfCheck, Verdict, VerdictClass, is_leaked_thought
-from gemma4_tpu.evals.verilog.judge import VerilogJudge
+from gemma4_tpu.evals.verilog.verilog_judge import VerilogJudge
 
 log = logging.getLogger(__name__)
 

@@ -24,11 +24,11 @@ from gemma4_tpu.evals.store import Key, Rows, Sample
 from gemma4_tpu.evals.verilog import synthesis
 from gemma4_tpu.evals.verilog.extract import extract
 from gemma4_tpu.evals.verilog.header import with_header
-from gemma4_tpu.evals.verilog.judge import VerilogJudge
 from gemma4_tpu.evals.verilog.ports import Roles
 from gemma4_tpu.evals.verilog.second import second_name, second_problem
 from gemma4_tpu.evals.verilog.strength import reference_ports
-from gemma4_tpu.tracking.records import STIMULUS, read_record, write_record
+from gemma4_tpu.evals.verilog.verilog_judge import VerilogJudge
+from gemma4_tpu.tracking.files import read_json, write_json
 
 log = logging.getLogger(__name__)
 

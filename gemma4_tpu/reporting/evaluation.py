@@ -8,11 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from gemma4_tpu.evals.compare import Comparison
-from gemma4_tpu.evals.outcome import CLASSES, MISSING, Outcome
 from gemma4_tpu.evals.passk import Score
 from gemma4_tpu.evals.problems import HOW_TO_STOP_LEAKS, VerdictClass
-from gemma4_tpu.markdown import table
-from gemma4_tpu.plotting import new_figure
+from gemma4_tpu.evals.tally import CLASSES, MISSING, Outcome
 
 PAPER = (
     ("the paper's TPU run", "0.641 [0.574, 0.706]", "0.795"),

@@ -190,7 +190,7 @@ def test_a_canary_that_passes_ends_it(monkeypatch, judge_of_tests):
 @pytest.fixture
 def judge_of_tests(tmp_path):
     from gemma4_tpu.config.tasks import JudgeConfig
-    from gemma4_tpu.evals.verilog.judge import VerilogJudge
+    from gemma4_tpu.evals.verilog.verilog_judge import VerilogJudge
 
     with VerilogJudge(JudgeConfig(workers=2, cache_dir=str(tmp_path))) as judge:
         yield judge

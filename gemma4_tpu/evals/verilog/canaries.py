@@ -7,9 +7,9 @@ from __future__ import annotations
 
 from gemma4_tpu.errors import UserError
 from gemma4_tpu.evals.problems import Problem
-from gemma4_tpu.evals.verilog.judge import VerilogJudge
 from gemma4_tpu.evals.verilog.verdict import reference_as_answer
 from gemma4_tpu.evals.verilog.verilog_eval import make_problem
+from gemma4_tpu.evals.verilog.verilog_judge import VerilogJudge
 
 _REFERENCE = """module RefModule (input clk, input [3:0] d, output reg [3:0] q);
   always @(posedge clk) q <= d + 1;

@@ -5,14 +5,14 @@ from __future__ import annotations
 from gemma4_tpu.evals.problems import VerdictClass
 from gemma4_tpu.evals.verilog import scan
 from gemma4_tpu.evals.verilog.stage import PROGRAM
-from gemma4_tpu.evals.verilog.verdict import Golden, Outcome, Refused, Trial
+from gemma4_tpu.evals.verilog.verdict import Findings, Golden, Refused, Trial
 from gemma4_tpu.evals.verilog.work_folder import write
 
 DESIGN, BENCH, REFERENCE = "design.sv", "bench.sv", "reference.sv"
 WAVES = "wave.vcd"  # the one file that a benchmark's bench may write
 
 
-def passes_officially(trial: Trial, outcome: Outcome, golden: Golden) -> bool:
+def passes_officially(trial: Trial, outcome: Findings, golden: Golden) -> bool:
     """The benchmark's rule on the unchanged files in the benchmark's order, given what the measures found.
 
     Where the same simulation is known to come out, its log is judged instead: the bench builds unchanged, the design

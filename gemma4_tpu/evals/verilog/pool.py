@@ -23,9 +23,9 @@ from gemma4_tpu.config.tasks import JudgeConfig
 from gemma4_tpu.evals.problems import Problem, Verdict, VerdictClass
 from gemma4_tpu.evals.verilog.iverilog import Tools
 from gemma4_tpu.evals.verilog.official import builds_unchanged, passes_officially
-from gemma4_tpu.evals.verilog.probe import spy
 from gemma4_tpu.evals.verilog.replays import Replays
 from gemma4_tpu.evals.verilog.sandbox import Finished, Level, Sandbox
+from gemma4_tpu.evals.verilog.spy import spy
 from gemma4_tpu.evals.verilog.stage import NoStage, Stage, build, load
 from gemma4_tpu.evals.verilog.verdict import CPU_FACTOR, Golden, Trial, judge_code, reference_as_answer
 from gemma4_tpu.evals.verilog.work_folder import WorkFolder

@@ -14,8 +14,8 @@ from typing import Any
 from gemma4_tpu.config.tasks import JudgeConfig
 from gemma4_tpu.evals.problems import Problem, VerdictClass, check_problems
 from gemma4_tpu.evals.verilog.iverilog import Tools
-from gemma4_tpu.evals.verilog.memory import Memory, fingerprint
 from gemma4_tpu.evals.verilog.pool import Pool
+from gemma4_tpu.evals.verilog.recall import Memory, fingerprint
 from gemma4_tpu.evals.verilog.sandbox import Level
 from gemma4_tpu.evals.verilog.verdict import Golden
 

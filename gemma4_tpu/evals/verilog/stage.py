@@ -13,11 +13,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from gemma4_tpu.evals.problems import Problem, VerdictClass
-from gemma4_tpu.evals.verilog import replay
+from gemma4_tpu.evals.verilog import stand_ins
 from gemma4_tpu.evals.verilog.iverilog import Tools
-from gemma4_tpu.evals.verilog.replay import Interface, Port
 from gemma4_tpu.evals.verilog.sandbox import Finished
 from gemma4_tpu.evals.verilog.scan import blank, defined_modules, without_dumps
+from gemma4_tpu.evals.verilog.stand_ins import Interface, Port
 
 BENCH_SOURCE, BESIDE, PROGRAM = "bench.sv", "beside.sv", "program.vvp"
 PLAYER, SETTINGS, BENCH_PROGRAM, ABOUT = "player.sv", "compiler.conf", "bench.vvp", "stage.json"
@@ -104,18 +104,18 @@ def build(problem: Problem, tools: Tools, run: Callable[..., Finished], folder: 
     interface = read_interface((folder / PROGRAM).read_text(encoding="utf-8"), problem)
     if problem.reference:
         beside = _private(problem.reference, problem.reference_top, inner) + "\n`resetall\n"
-        _write(folder, {BESIDE: beside + replay.recorder(interface, problem.top, inner)})
+        _write(folder, {BESIDE: beside + stand_ins.recorder(interface, problem.top, inner)})
     else:
-        _write(folder, {BESIDE: replay.observer(interface, problem.top, UNKNOWN_TICKS)})
+        _write(folder, {BESIDE: stand_ins.observer(interface, problem.top, UNKNOWN_TICKS)})
     compiled()
     stimulus, last = _seen(tools, run, folder)
     if not problem.reference:
-        stimulus, driven = replay.stimulus_of_observed(interface, stimulus)
+        stimulus, driven = stand_ins.stimulus_of_observed(interface, stimulus)
         if driven:
             reason = f"the design calls {', '.join(sorted(driven))} an output, which the bench drives"
             raise NoStage(reason, VerdictClass.ELABORATION)
     last_tick = PATIENCE * last + PATIENCE_TICKS if problem.reference else UNKNOWN_TICKS
-    _write(folder, {BESIDE: replay.stand_in(interface, problem.top, last_tick)})
+    _write(folder, {BESIDE: stand_ins.stand_in(interface, problem.top, last_tick)})
     log = compiled()
     player_top = f"player_{secrets.token_hex(8)}"
     first = stimulus.partition("\n")[0].rpartition(" ")[2]
@@ -126,14 +126,14 @@ def build(problem: Problem, tools: Tools, run: Callable[..., Finished], folder: 
         "build_log": log.stdout + log.stderr,
         "unknown_bit_ticks": unknown_bit_ticks(stimulus),
     }
-    player = replay.player(interface, problem.top, player_top, first)
+    player = stand_ins.player(interface, problem.top, player_top, first)
     settings = tools.settings(player_top, PROGRAM)
-    _write(folder, {PLAYER: player, SETTINGS: settings, replay.STIMULUS: stimulus, ABOUT: json.dumps(about)})
+    _write(folder, {PLAYER: player, SETTINGS: settings, stand_ins.STIMULUS: stimulus, ABOUT: json.dumps(about)})
 
 
 def _seen(tools: Tools, run: Callable[..., Finished], folder: Path) -> tuple[str, int]:
     """(what the bench gives to what stands in the design's place, the tick of its end)."""
-    seen = folder / replay.SEEN
+    seen = folder / stand_ins.SEEN
     seen.touch()
     seen.chmod(0o666)
     done = run(tools.simulate(PROGRAM), writable=[seen])

@@ -1,7 +1,8 @@
 """The verdict on one design: measures, each of which can refuse it, and the benchmark's own rule beside.
 
 The design is simulated alone, behind a player that gives it the bench's stimulus and writes down its responses. Then
-the bench runs, in a process without a line of the design, with a stand-in that gives it these responses (`replay.py`).
+the bench runs, in a process without a line of the design, with a stand-in that gives it these responses
+(`stand_ins.py`).
 
 1. `text`: nothing unterminated or unreadable, no system task or directive off the lists, in the source and in its
    expansion;
@@ -26,7 +27,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from gemma4_tpu.evals.problems import Problem, VerdictClass
-from gemma4_tpu.evals.verilog import replay, scan
+from gemma4_tpu.evals.verilog import scan, stand_ins
 from gemma4_tpu.evals.verilog.iverilog import Tools
 from gemma4_tpu.evals.verilog.replays import Replays
 from gemma4_tpu.evals.verilog.sandbox import Finished, Sandbox
@@ -65,7 +66,7 @@ class Golden:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Outcome:
+class Findings:
     """What the measures say of a design."""
 
     kind: VerdictClass
@@ -83,7 +84,7 @@ class Refused(Exception):
 
     def __init__(self, kind: VerdictClass, measure: str, detail: str, log: str = ""):
         super().__init__(detail)
-        self.outcome = Outcome(kind=kind, measure=measure, detail=detail[:DETAIL_CHARACTERS], log=log)
+        self.outcome = Findings(kind=kind, measure=measure, detail=detail[:DETAIL_CHARACTERS], log=log)
 
 
 @dataclass(kw_only=True)
@@ -109,7 +110,7 @@ class Trial:
     """Modules that the design does not use were left out."""
     bench_folder: Path | None = field(default=None, init=False)
 
-    def strict(self, golden: Golden | None) -> Outcome:
+    def strict(self, golden: Golden | None) -> Findings:
         """All measures; without `golden` the last one only asks for no errors."""
         assert self.stage is not None
         try:
@@ -163,10 +164,10 @@ class Trial:
 
     def _simulate(self, stage: Stage, design: str) -> tuple[Mapping[str, str], str]:
         """Measures 2 to 4: (groups of the result line, log as the benchmark would have it)."""
-        first = read(stage.folder / replay.STIMULUS)
+        first = read(stage.folder / stand_ins.STIMULUS)
         stimulus, build_log = first, None
         for _ in range(ROUNDS):
-            write(self.folder, {replay.STIMULUS: stimulus})
+            write(self.folder, {stand_ins.STIMULUS: stimulus})
             if build_log is None:
                 responses, played, build_log = self._built_and_played(stage, design)
             else:
@@ -181,7 +182,7 @@ class Trial:
             raise Refused(VerdictClass.NO_RESULT, "replay", f"bench and design do not agree in {ROUNDS} rounds")
         log = "".join([stage.build_log, build_log, played.stdout, played.stderr, bench.stdout, bench.stderr])
         log = log.replace(stage.result_marker, self.problem.result_marker)
-        if f"\n{replay.CAPPED}\n" in f"\n{seen}":
+        if f"\n{stand_ins.CAPPED}\n" in f"\n{seen}":
             raise Refused(VerdictClass.NO_RESULT, "replay", "the bench does not end with this design", log)
         if bench.returncode:
             raise Refused(VerdictClass.NO_RESULT, "replay", f"exit code {bench.returncode}: {_complaint(bench)}", log)
@@ -203,7 +204,7 @@ class Trial:
         program, mark = self.folder / PROGRAM, secrets.token_hex(8)
         self.sandbox.adopt(program)
         command = self.tools.compile_and_simulate(SETTINGS, PLAYED, PROGRAM, mark)
-        text, done = self._written(replay.RESPONSES, command, self.folder, [program])
+        text, done = self._written(stand_ins.RESPONSES, command, self.folder, [program])
         printed, built, stdout = done.stdout.partition(f"{mark}\n")
         if not built:
             raise Refused(build_failure(self._checked(done, "build")), "build", _complaint(done))
@@ -213,7 +214,7 @@ class Trial:
 
     def _played_again(self) -> tuple[str, Finished]:
         """Measure 3: what the design answers to the stimulus in its folder, and what it printed."""
-        text, done = self._written(replay.RESPONSES, self.tools.simulate(PROGRAM), self.folder)
+        text, done = self._written(stand_ins.RESPONSES, self.tools.simulate(PROGRAM), self.folder)
         return self._responses(text, done), done
 
     def _responses(self, text: str, done: Finished) -> str:
@@ -225,7 +226,7 @@ class Trial:
             raise Refused(VerdictClass.RUNTIME, "run", f"exit code {done.returncode}: {_complaint(done)}")
         lines = _RESPONSES.match(text)
         assert lines is not None  # it matches the empty text
-        if text[lines.end() :] != replay.END:
+        if text[lines.end() :] != stand_ins.END:
             raise Refused(VerdictClass.RUNTIME, "run", "the simulation ended before the stimulus did")
         return lines[0]
 
@@ -237,8 +238,8 @@ class Trial:
             self.bench_folder = self.empty_bench_folder()
             os.link(stage.folder / BENCH_PROGRAM, self.bench_folder / BENCH_PROGRAM)
             write(self.bench_folder, self.problem.files)
-        write(self.bench_folder, {replay.RESPONSES: responses})
-        seen, done = self._written(replay.SEEN, self.tools.simulate(BENCH_PROGRAM), self.bench_folder)
+        write(self.bench_folder, {stand_ins.RESPONSES: responses})
+        seen, done = self._written(stand_ins.SEEN, self.tools.simulate(BENCH_PROGRAM), self.bench_folder)
         self._checked(done, "replay")
         if seen == first and self.problem.reference:  # else the stage is the design's own
             self.replays.put(stage, responses, done)
@@ -256,7 +257,7 @@ class Trial:
             opened.seek(0)
             return opened.read().decode("ascii", "replace"), done
 
-    def _count(self, groups: Mapping[str, str], log: str, golden: Golden | None) -> Outcome:
+    def _count(self, groups: Mapping[str, str], log: str, golden: Golden | None) -> Findings:
         """Measure 5."""
         mismatches = int(groups.get("errors") or 0)
         samples = int(groups["samples"]) if "samples" in groups else None
@@ -265,7 +266,7 @@ class Trial:
             detail = f"{mismatches} mismatches in {samples} samples"
         elif samples == 0 or (golden and samples != golden.samples):
             detail = f"{samples} samples" + (f" instead of {golden.samples}" if golden else "")
-        return Outcome(
+        return Findings(
             kind=VerdictClass.MISMATCH if detail else VerdictClass.PASS,
             measure="count" if detail else None,
             detail=detail,
@@ -288,12 +289,12 @@ class Trial:
         return done
 
 
-def judge_code(trial: Trial, golden: Golden) -> Outcome:
+def judge_code(trial: Trial, golden: Golden) -> Findings:
     """The strict verdict. Where the reference itself fails here, nothing can pass."""
     if golden.failure is None:
         return trial.strict(golden)
     detail = f"the reference itself fails with {trial.tools.name}: {golden.failure}"
-    return Outcome(kind=VerdictClass.NO_RESULT, measure="count", detail=detail[:DETAIL_CHARACTERS])
+    return Findings(kind=VerdictClass.NO_RESULT, measure="count", detail=detail[:DETAIL_CHARACTERS])
 
 
 def reference_as_answer(problem: Problem) -> str:

@@ -19,8 +19,8 @@ from gemma4_tpu.config.tasks import JudgeConfig
 from gemma4_tpu.evals.problems import VerdictClass
 from gemma4_tpu.evals.verilog import pool, scan
 from gemma4_tpu.evals.verilog.iverilog import find_tools
-from gemma4_tpu.evals.verilog.probe import spy
 from gemma4_tpu.evals.verilog.sandbox import Level
+from gemma4_tpu.evals.verilog.spy import spy
 from gemma4_tpu.evals.verilog.verdict import reference_as_answer
 from tests.evals.verilog.cheats import BEHIND, DRIVING, INPUTS, INSIDE
 from tests.evals.verilog.designs import header, inputs, outputs, smoke_problem

@@ -6,7 +6,7 @@ The Icarus Verilog on the PATH judges; for another one, `PATH=<its folder>:$PATH
 import pytest
 
 from gemma4_tpu.config.tasks import JudgeConfig
-from gemma4_tpu.evals.verilog.judge import VerilogJudge
+from gemma4_tpu.evals.verilog.verilog_judge import VerilogJudge
 
 
 @pytest.fixture(scope="session")

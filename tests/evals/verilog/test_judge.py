@@ -19,12 +19,12 @@ from gemma4_tpu.errors import UserError
 from gemma4_tpu.evals.problems import Verdict, VerdictClass
 from gemma4_tpu.evals.verilog import replays
 from gemma4_tpu.evals.verilog.iverilog import find_tools
-from gemma4_tpu.evals.verilog.judge import VerilogJudge
-from gemma4_tpu.evals.verilog.probe import choose_level
 from gemma4_tpu.evals.verilog.sandbox import Finished, Level
 from gemma4_tpu.evals.verilog.smoke import VerilogSmoke
+from gemma4_tpu.evals.verilog.spy import choose_level
 from gemma4_tpu.evals.verilog.stage import Stage
 from gemma4_tpu.evals.verilog.verilog_eval import VerilogEval, official_rule
+from gemma4_tpu.evals.verilog.verilog_judge import VerilogJudge
 from gemma4_tpu.evals.verilog.work_folder import MEMORY_FOLDER, WorkFolder
 from tests.evals.verilog.designs import fenced, honest, module, needs_iverilog, smoke_problem
 
@@ -110,7 +110,7 @@ def test_verdicts_come_in_order_and_survive_json(judge):
 KILLED = """
 import sys, time
 from gemma4_tpu.config.tasks import JudgeConfig
-from gemma4_tpu.evals.verilog.judge import VerilogJudge
+from gemma4_tpu.evals.verilog.verilog_judge import VerilogJudge
 from tests.evals.verilog.designs import fenced, module, smoke_problem
 
 if __name__ == "__main__":

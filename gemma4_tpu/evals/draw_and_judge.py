@@ -20,7 +20,6 @@ from gemma4_tpu.config.tasks import EvalConfig, EvaluateRoot
 from gemma4_tpu.evals import endpoint
 from gemma4_tpu.evals.benchmarks import load_problems
 from gemma4_tpu.evals.generate import Backend, requests
-from gemma4_tpu.evals.outcome import Outcome, disagreements, tally
 from gemma4_tpu.evals.problems import (
     HOW_TO_STOP_LEAKS,
     LEAKED,
@@ -33,9 +32,10 @@ from gemma4_tpu.evals.problems import (
 )  # fmt: skip
 from gemma4_tpu.evals.second_opinions import OPINIONS_FILE, Second, columns, prepare, second_opinions
 from gemma4_tpu.evals.store import Key, Rows, Sample, Samples, read_foreign
-from gemma4_tpu.evals.verilog.judge import VerilogJudge
+from gemma4_tpu.evals.tally import Outcome, disagreements, tally
 from gemma4_tpu.evals.verilog.strength import Strength, grade, sentences, to_rows, vacuous
-from gemma4_tpu.tracking.records import SELFCHECK, write_record
+from gemma4_tpu.evals.verilog.verilog_judge import VerilogJudge
+from gemma4_tpu.tracking.files import write_json
 
 log = logging.getLogger(__name__)
 
@@ -128,7 +128,7 @@ def _subjects(config: EvaluateRoot, form: str, folder: Path, problems: Sequence[
     """The subject in `folder` itself, what it is compared with in a folder of that name beneath."""
     match form:
         case "run" | "checkpoint":
-            from gemma4_tpu.evals.load import load_backends  # starts JAX
+            from gemma4_tpu.evals.evaluated_models import load_backends  # starts JAX
 
             loaded = load_backends(config)
             return [
