@@ -52,10 +52,6 @@ class Tools:
         """Expands macros and includes into the file `output`."""
         return [str(self.iverilog), LANGUAGE, "-E", "-o", output, source]
 
-    def check(self, top: str, source: str) -> list[str]:
-        """Elaborates without writing anything (never `-o /dev/null`: as root that changes the device)."""
-        return [str(self.iverilog), LANGUAGE, "-t", "null", "-s", top, source]
-
     def build(self, top: str, output: str, sources: list[str]) -> list[str]:
         """Compiles a simulation of the module `top` into the file `output`."""
         return [str(self.iverilog), *WARNINGS, LANGUAGE, "-s", top, "-o", output, *sources]

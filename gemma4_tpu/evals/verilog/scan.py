@@ -38,7 +38,8 @@ _PLAIN_ESCAPED = re.compile(r"[\w$]+", re.ASCII)
 _READ_OTHERWISE = re.compile(r"[\"`]|//|/\*|[^!-~]")  # by a preprocessor, which knows no escaped names
 # A `$` within a name is a part of it. `#1$finish` is a delay and a task, `4'h A$finish` a number and a task.
 _TOKEN = re.compile(
-    r"\\[^ \t\n]+|'\w*(?:\s+[\w?]+(?=\$))?|\d[\w.]*|`(?P<directive>\w*)|(?P<word>[A-Za-z_][\w$]*)|(?P<system>\$[\w$]+)",
+    r"\\[^ \t\n]+|'\w*(?:\s+[\w?]++(?=\$))?|\d[\w.]*"
+    r"|`(?P<directive>\w*)|(?P<word>[A-Za-z_][\w$]*)|(?P<system>\$[\w$]+)",
     re.ASCII,
 )
 _STATEMENTS = frozenset({"force", "release", "alias", "bind"})

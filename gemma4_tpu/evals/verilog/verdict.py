@@ -193,7 +193,7 @@ class Trial:
         return result.groupdict(), log
 
     def _built_and_played(self, stage: Stage, design: str) -> tuple[str, Finished, str]:
-        """Measures 2 and 3, in one sandbox: as `_played`, and what the compiler printed.
+        """Measures 2 and 3, in one sandbox: as `_played_again`, and what the compiler printed.
 
         No directive of the design reaches the player, which stands first.
         """
