@@ -146,8 +146,8 @@ def report(rows: list[Row], simulator: str, command: str) -> str:
         "",
         "Medians of CPU time. A verdict is the strict one: scan, design built and simulated behind the player, bench",
         "simulated with its responses (not again where these are known). *By hand* is `iverilog` and `vvp` on the",
-        f"benchmark's files, by turns with the verdicts. Benches with more than {LONGEST_BENCH} comparisons are left out.",
-        "The estimate is for two idle cores: 2 divided by the CPU seconds of a verdict.",
+        f"benchmark's files, by turns with the verdicts. Benches with more than {LONGEST_BENCH} comparisons are left",
+        "out. The estimate is for two idle cores: 2 divided by the CPU seconds of a verdict.",
     ]
     return "\n".join(lines) + "\n"
 
