@@ -144,10 +144,11 @@ def report(rows: list[Row], simulator: str, command: str) -> str:
         "|---|---|---:|---:|---:|---:|---:|---:|",
         *cells,
         "",
-        "Medians of CPU time. A verdict is the strict one: scan, design built and simulated behind the player, bench",
-        "simulated with its responses (not again where these are known). *By hand* is `iverilog` and `vvp` on the",
-        f"benchmark's files, by turns with the verdicts. Benches with more than {LONGEST_BENCH} comparisons are left",
-        "out. The estimate is for two idle cores: 2 divided by the CPU seconds of a verdict.",
+        "CPU time: medians of the programs, and with them the mean of the judge's own processes. A verdict is the",
+        "strict one: scan, design built and simulated behind the player, bench simulated with its responses (not again",
+        "where these are known, as a right answer's are). *By hand* is `iverilog` and `vvp` on the benchmark's files, by",
+        f"turns with the verdicts. Benches with more than {LONGEST_BENCH} comparisons are left out. The estimate is",
+        "for two cores: 2 divided by the CPU seconds of a verdict, which are fewer where nothing else runs.",
     ]
     return "\n".join(lines) + "\n"
 
