@@ -146,8 +146,8 @@ def report(rows: list[Row], simulator: str, command: str) -> str:
         "",
         "CPU time: medians of the programs, and with them the mean of the judge's own processes. A verdict is the",
         "strict one: scan, design built and simulated behind the player, bench simulated with its responses (not again",
-        "where these are known, as a right answer's are). *By hand* is `iverilog` and `vvp` on the benchmark's files, by",
-        f"turns with the verdicts. Benches with more than {LONGEST_BENCH} comparisons are left out. The estimate is",
+        "where these are known, as a right answer's are). *By hand* is `iverilog` and `vvp` on the benchmark's files,",
+        f"by turns with the verdicts. Benches with more than {LONGEST_BENCH} comparisons are left out. The estimate is",
         "for two cores: 2 divided by the CPU seconds of a verdict, which are fewer where nothing else runs.",
     ]
     return "\n".join(lines) + "\n"
