@@ -27,15 +27,19 @@ from gemma4_tpu.config.tasks import JudgeConfig
 from gemma4_tpu.errors import UserError
 from gemma4_tpu.evals.problems import Problem
 from gemma4_tpu.evals.verilog.iverilog import Tools
+from gemma4_tpu.evals.verilog.mutants import mutants
 from gemma4_tpu.evals.verilog.sandbox import Level
 from gemma4_tpu.evals.verilog.scan import without_dumps
 from gemma4_tpu.evals.verilog.verdict import reference_as_answer
 from gemma4_tpu.evals.verilog.verilog_eval import VerilogEval
 from gemma4_tpu.evals.verilog.verilog_judge import VerilogJudge
-from gemma4_tpu.verilog_smoke.mutants import mutants
+from gemma4_tpu.markdown import table
 
 LONGEST_BENCH = 10_000
 """Comparisons. Benches that make more simulate for up to seconds, whoever runs them; they are left out."""
+HEADS = (
+    "level", "answers", "verdicts", "passed", "CPU ms per verdict", "by hand", "ratio", "per second (*estimated*)",
+)  # fmt: skip
 KINDS = ("references", "mutants")
 
 
@@ -134,16 +138,15 @@ def report(rows: list[Row], simulator: str, command: str) -> str:
         f" load over five minutes {os.getloadavg()[1]:.1f}. *Measured* by"
     )
     cells = [
-        f"| {row.level} | {row.kind} | {row.verdicts} | {row.passed} | {row.verdict_ms:.1f} | {row.by_hand_ms:.1f}"
-        f" | {row.verdict_ms / row.by_hand_ms:.2f} | {2e3 / row.verdict_ms:.0f} |"
+        [
+            *(row.level, row.kind, row.verdicts, row.passed, f"{row.verdict_ms:.1f}", f"{row.by_hand_ms:.1f}"),
+            *(f"{row.verdict_ms / row.by_hand_ms:.2f}", f"{2e3 / row.verdict_ms:.0f}"),
+        ]
         for row in rows
     ]
     lines = [
         *("# Judging by simulation", "", head, "", f"    {command}", ""),
-        "| level | answers | verdicts | passed | CPU ms per verdict | by hand | ratio | per second (*estimated*) |",
-        "|---|---|---:|---:|---:|---:|---:|---:|",
-        *cells,
-        "",
+        *table(HEADS, cells, "llrrrrrr"),
         "CPU time: medians of the programs, and with them the mean of the judge's own processes. A verdict is the",
         "strict one: scan, design built and simulated behind the player, bench simulated with its responses (not again",
         "where these are known, as a right answer's are). *By hand* is `iverilog` and `vvp` on the benchmark's files,",

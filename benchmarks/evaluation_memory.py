@@ -23,10 +23,10 @@ import psutil
 from gemma4_tpu.evals.judge_server import REMEMBERED
 from gemma4_tpu.evals.problems import Problem
 from gemma4_tpu.evals.reward import JudgeProcess
+from gemma4_tpu.evals.verilog.mutants import mutants
 from gemma4_tpu.evals.verilog.smoke import VerilogSmoke
 from gemma4_tpu.evals.verilog.verdict import reference_as_answer
 from gemma4_tpu.evals.verilog.work_folder import MEMORY_FOLDER, PREFIX
-from gemma4_tpu.verilog_smoke.mutants import mutants
 
 EVERY, BATCH = 1000, 250
 AGAIN = 0.1

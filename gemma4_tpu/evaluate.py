@@ -74,6 +74,7 @@ def _run(loaded: Loaded[EvaluateRoot, EvaluateChecked]) -> int:
 def _evaluate(loaded: Loaded[EvaluateRoot, EvaluateChecked]) -> int:
     """One evaluation and its record."""
     from gemma4_tpu.evals.draw_and_judge import evaluate
+    from gemma4_tpu.tracking import records
     from gemma4_tpu.tracking.logs import setup_logging
     from gemma4_tpu.tracking.run import RunFolder
 

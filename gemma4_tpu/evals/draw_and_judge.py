@@ -35,7 +35,7 @@ from gemma4_tpu.evals.store import Key, Rows, Sample, Samples, read_foreign
 from gemma4_tpu.evals.tally import Outcome, disagreements, tally
 from gemma4_tpu.evals.verilog.strength import Strength, grade, sentences, to_rows, vacuous
 from gemma4_tpu.evals.verilog.verilog_judge import VerilogJudge
-from gemma4_tpu.tracking.files import write_json
+from gemma4_tpu.tracking.records import SELFCHECK, write_record
 
 log = logging.getLogger(__name__)
 

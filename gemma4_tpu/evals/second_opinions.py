@@ -28,7 +28,7 @@ from gemma4_tpu.evals.verilog.ports import Roles
 from gemma4_tpu.evals.verilog.second import second_name, second_problem
 from gemma4_tpu.evals.verilog.strength import reference_ports
 from gemma4_tpu.evals.verilog.verilog_judge import VerilogJudge
-from gemma4_tpu.tracking.files import read_json, write_json
+from gemma4_tpu.tracking.records import STIMULUS, read_record, write_record
 
 log = logging.getLogger(__name__)
 

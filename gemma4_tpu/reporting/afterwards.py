@@ -13,6 +13,7 @@ from gemma4_tpu.costing.read import read
 from gemma4_tpu.errors import UserError
 from gemma4_tpu.evals.compare import compare
 from gemma4_tpu.evals.tally import Outcome
+from gemma4_tpu.markdown import below, code, included, link, pictures, plain, shown, table
 from gemma4_tpu.planning.estimate import PlanResult
 from gemma4_tpu.prices import KINDS
 from gemma4_tpu.reporting.costs import cost_report

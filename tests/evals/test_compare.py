@@ -10,6 +10,7 @@ from gemma4_tpu.evals.compare import compare
 from gemma4_tpu.evals.problems import Verdict, VerdictClass
 from gemma4_tpu.evals.store import Sample
 from gemma4_tpu.evals.tally import Outcome, ProblemOutcome, tally
+from gemma4_tpu.reporting.evaluation import plot_problems, summary, write_report
 
 
 def outcome(

@@ -14,13 +14,13 @@ from typing import Any
 
 from gemma4_tpu.config.tasks import JudgeConfig
 from gemma4_tpu.evals.problems import Problem
+from gemma4_tpu.evals.verilog.mutants import mutants
 from gemma4_tpu.evals.verilog.ports import Port, read_ports
 from gemma4_tpu.evals.verilog.recall import Memory, fingerprint
 from gemma4_tpu.evals.verilog.second import second_name, second_problem
 from gemma4_tpu.evals.verilog.stubs import stubs
 from gemma4_tpu.evals.verilog.verdict import reference_as_answer
 from gemma4_tpu.evals.verilog.verilog_judge import VerilogJudge
-from gemma4_tpu.verilog_smoke.mutants import mutants
 
 SEED = 0  # of the second stimulus here: grades are kept, and should be the same tomorrow
 MOST_MUTANTS = 8  # of each reference

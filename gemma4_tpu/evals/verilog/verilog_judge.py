@@ -21,7 +21,7 @@ from gemma4_tpu.evals.verilog.iverilog import find_tools
 from gemma4_tpu.evals.verilog.pool import Pool
 from gemma4_tpu.evals.verilog.sandbox import Level
 from gemma4_tpu.evals.verilog.selfcheck import VerilogSelfCheck, check_references
-from gemma4_tpu.evals.verilog.spy import choose_level, try_levels
+from gemma4_tpu.evals.verilog.spy import choose_level
 from gemma4_tpu.evals.verilog.verdict import Golden
 
 T = TypeVar("T")

@@ -18,7 +18,6 @@ from gemma4_tpu.evals.verilog import landlock
 from gemma4_tpu.evals.verilog.iverilog import find_tools
 from gemma4_tpu.evals.verilog.pool import Pool
 from gemma4_tpu.evals.verilog.sandbox import Level
-from gemma4_tpu.evals.verilog.spy import try_levels
 from tests.evals.verilog.confined import Confined
 from tests.evals.verilog.designs import fenced, honest, module, needs_iverilog, smoke_problem
 

@@ -6,11 +6,11 @@ import pytest
 
 from gemma4_tpu.config.tasks import JudgeConfig
 from gemma4_tpu.evals.problems import VerdictClass
+from gemma4_tpu.evals.verilog.mutants import mutants
 from gemma4_tpu.evals.verilog.smoke import VerilogSmoke
 from gemma4_tpu.evals.verilog.verdict import reference_as_answer
 from gemma4_tpu.evals.verilog.verilog_eval import VerilogEval
 from gemma4_tpu.evals.verilog.verilog_judge import VerilogJudge
-from gemma4_tpu.verilog_smoke.mutants import mutants
 from tests.evals.verilog.designs import VERILOG_EVAL, fenced, honest, needs_iverilog, needs_verilog_eval
 
 pytestmark = [needs_iverilog, needs_verilog_eval, pytest.mark.slow]
