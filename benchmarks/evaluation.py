@@ -123,14 +123,6 @@ def measure(level: Level, problems: list[Problem], samples: int, cache: Path) ->
     return rows
 
 
-HEADS = ("level", "self-check s", "simulations", "seconds", "CPU seconds", "idle: seconds (*estimated*)", "passed")
-
-
-def _cells(row: Row, cores: int) -> list[object]:
-    seconds = [f"{row.seconds:.1f}", f"{row.cpu_seconds:.1f}", f"{row.cpu_seconds / cores:.1f}"]
-    return [row.level, f"{row.check_seconds:.1f}", row.simulations, *seconds, row.passed]
-
-
 def report(rows: list[Row], simulator: str, command: str) -> str:
     """The table as Markdown."""
     head = (
