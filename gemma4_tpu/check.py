@@ -15,7 +15,7 @@ from gemma4_tpu.config.entry import EntryPoint, Nothing
 from gemma4_tpu.config.keys import did_you_mean
 from gemma4_tpu.config.load import Loaded, load
 from gemma4_tpu.config.paths import at_home, local_folder
-from gemma4_tpu.config.problems import Problem
+from gemma4_tpu.config.refusals import Refusal
 from gemma4_tpu.config.tasks import ANY_SIZE, CheckRoot
 from gemma4_tpu.errors import REFUSED, exit_code
 
@@ -30,7 +30,7 @@ def _normalise(root: CheckRoot) -> CheckRoot:
     )
 
 
-def _examine(root: CheckRoot) -> tuple[Nothing | None, list[Problem]]:
+def _examine(root: CheckRoot) -> tuple[Nothing | None, list[Refusal]]:
     """Whether there is a folder to look into."""
     name, path = root.model.name, root.model.path
     messages = []
@@ -41,7 +41,7 @@ def _examine(root: CheckRoot) -> tuple[Nothing | None, list[Problem]]:
         messages.append("model.path: which checkpoint? give model.path=<folder with the Hugging Face checkpoint>")
     elif not path.startswith(RANDOM):
         messages += local_folder(f"model.path={path}", path)[1]
-    return (None if messages else Nothing()), [Problem(message) for message in messages]
+    return (None if messages else Nothing()), [Refusal(message) for message in messages]
 
 
 CHECK: EntryPoint[CheckRoot, Nothing] = EntryPoint(

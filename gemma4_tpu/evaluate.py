@@ -149,7 +149,7 @@ def _selfcheck(config: EvaluateRoot) -> int:
 def _compare(folders: Sequence[str]) -> int:
     """Two evaluations, problem by problem, in words."""
     from gemma4_tpu.evals.compare import compare
-    from gemma4_tpu.evals.tally import Outcome
+    from gemma4_tpu.evals.scores import Outcome
 
     a, b = (Outcome.read(Path(folder, "result.json")) for folder in folders)
     names = (a.name, b.name) if a.name != b.name else ("A", "B")

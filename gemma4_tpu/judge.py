@@ -17,7 +17,7 @@ from gemma4_tpu.config.entry import EntryPoint, Nothing
 from gemma4_tpu.config.limits import limit_problems
 from gemma4_tpu.config.load import Loaded, load
 from gemma4_tpu.config.paths import folder_of
-from gemma4_tpu.config.problems import Problem
+from gemma4_tpu.config.refusals import Refusal
 from gemma4_tpu.config.tasks import JudgeRoot
 from gemma4_tpu.errors import UserError, exit_code
 from gemma4_tpu.evals.checks import problems_path_messages
@@ -30,10 +30,10 @@ def _normalise(root: JudgeRoot) -> JudgeRoot:
     return replace(root, eval=replace(root.eval, problems_path=folder_of(root.eval.problems_path)))
 
 
-def _examine(root: JudgeRoot) -> tuple[Nothing | None, list[Problem]]:
+def _examine(root: JudgeRoot) -> tuple[Nothing | None, list[Refusal]]:
     """Everything that can be checked without a simulator; None when there are problems."""
     messages = [*limit_problems(root), *problems_path_messages(root.eval)]
-    return (None, [Problem(m) for m in messages]) if messages else (Nothing(), [])
+    return (None, [Refusal(m) for m in messages]) if messages else (Nothing(), [])
 
 
 JUDGE: EntryPoint[JudgeRoot, Nothing] = EntryPoint(

@@ -18,7 +18,7 @@ from gemma4_tpu.evals.heldout import HeldoutAnswers
 from gemma4_tpu.hardware import MeshSizes
 from gemma4_tpu.models.audit import audit
 from gemma4_tpu.models.base import Base, resolve_base
-from gemma4_tpu.planning.remat import resolve_remat
+from gemma4_tpu.planning.auto_remat import resolve_remat
 from gemma4_tpu.step.optimizer import make_schedule
 from gemma4_tpu.tracking import provenance
 from gemma4_tpu.tracking.files import write_json

@@ -15,7 +15,7 @@ from gemma4_tpu.architectures import ARCHITECTURES
 from gemma4_tpu.config.keys import did_you_mean
 from gemma4_tpu.config.limits import limit_problems
 from gemma4_tpu.config.paths import folder_of, name_problem
-from gemma4_tpu.config.problems import Problem
+from gemma4_tpu.config.refusals import Refusal
 from gemma4_tpu.config.serving import BenchConfig, BenchRoot, ServingConfig
 from gemma4_tpu.hardware import LOCAL, SLICES
 from gemma4_tpu.serving.checks import MERGED, name_of, url_of
@@ -44,7 +44,7 @@ def normalise_bench(root: BenchRoot) -> BenchRoot:
     return replace(root, endpoint=endpoint, served=served, run_dir=run_dir)
 
 
-def examine_bench(root: BenchRoot) -> tuple[BenchChecked | None, list[Problem]]:
+def examine_bench(root: BenchRoot) -> tuple[BenchChecked | None, list[Refusal]]:
     """Everything that can be checked without asking the server."""
     serving: ServingConfig | None = None
     messages = [*limit_problems(root), *_cells(root.bench), *_names(root)]
@@ -64,7 +64,7 @@ def examine_bench(root: BenchRoot) -> tuple[BenchChecked | None, list[Problem]]:
     if root.bench.cross_check and (serving is None or serving.slice == LOCAL):
         messages += [] if root.served and serving is None else [_no_container(root.served)]
     if messages:
-        return None, [Problem(message) for message in messages]
+        return None, [Refusal(message) for message in messages]
     run = _run(root.served) if root.served else None
     vocabulary = ARCHITECTURES[root.architecture].vocab_size if root.architecture else _vocabulary(run)
     model = root.bench.served_model_name

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Generic, TypeVar
 
-from gemma4_tpu.config.problems import Problem
+from gemma4_tpu.config.refusals import Refusal
 
 Root = TypeVar("Root")
 Checks = TypeVar("Checks")
@@ -25,7 +25,7 @@ class EntryPoint(Generic[Root, Checks]):
     schema: type[Root]
     normalise: Callable[[Root], Root]
     """One spelling for what can be written in several."""
-    examine: Callable[[Root], tuple[Checks | None, list[Problem]]]
+    examine: Callable[[Root], tuple[Checks | None, list[Refusal]]]
     """Everything that can be checked without JAX: what was found out, or the problems."""
     summary: str
     examples: tuple[tuple[str, str], ...]

@@ -22,7 +22,7 @@ from omegaconf.errors import OmegaConfBaseException
 from gemma4_tpu.config.conf import VERSION_BASE, composing, config_dir, register
 from gemma4_tpu.config.entry import EntryPoint
 from gemma4_tpu.config.keys import unknown_key
-from gemma4_tpu.config.problems import refusal
+from gemma4_tpu.config.refusals import refusal
 from gemma4_tpu.config.sweeps import complete, sweep_problems
 from gemma4_tpu.errors import UserError
 

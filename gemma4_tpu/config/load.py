@@ -23,7 +23,7 @@ from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
 import gemma4_tpu
-from gemma4_tpu.config import replay
+from gemma4_tpu.config import recorded
 from gemma4_tpu.config.conf import composing, config_dir, defaults, groups_of
 from gemma4_tpu.config.entry import Checks, EntryPoint, Root
 from gemma4_tpu.config.help import help_text
@@ -31,7 +31,7 @@ from gemma4_tpu.config.hydra_flags import of_one_run, search_path, serve, with_c
 from gemma4_tpu.config.keys import field_types, unknown_key
 from gemma4_tpu.config.lists import extended
 from gemma4_tpu.config.overrides import Groups, check_file, check_overrides, groups_in, one_length
-from gemma4_tpu.config.problems import Problem, refusal
+from gemma4_tpu.config.refusals import Refusal, refusal
 from gemma4_tpu.config.schema import TrainRoot
 from gemma4_tpu.errors import UserError
 
@@ -74,7 +74,7 @@ def load(argv: list[str], entry: EntryPoint[Root, Checks]) -> Loaded[Root, Check
     return Loaded(root, good, checked)
 
 
-def compose_all(words: list[str], entry: EntryPoint, *, multirun: bool = False) -> tuple[Any, list[str], list[Problem]]:
+def compose_all(words: list[str], entry: EntryPoint, *, multirun: bool = False) -> tuple[Any, list[str], list[Refusal]]:
     """Composes the words that are sound; returns (root dataclass or None, those words, problems of the others)."""
     options, folders = groups_of(entry), search_path(words)
     for folder in filter(None, folders):
@@ -86,9 +86,9 @@ def compose_all(words: list[str], entry: EntryPoint, *, multirun: bool = False) 
     if multirun:
         return None, extended(good, entry.schema, lambda some: defaults(entry, some)), problems
     name, taken = entry.name, [*good, *one_length(good)]
-    if (run := replay.replayed(good, entry.schema)) is not None:
-        started, found = replay.start_from(run, entry.name, entry.schema, lambda: defaults(entry))
-        taken, refused = replay.over_recorded(taken, groups)
+    if (run := recorded.replayed(good, entry.schema)) is not None:
+        started, found = recorded.start_from(run, entry.name, entry.schema, lambda: defaults(entry))
+        taken, refused = recorded.over_recorded(taken, groups)
         if started is None or refused:
             return None, good, problems + found + refused
         name = started
@@ -98,7 +98,7 @@ def compose_all(words: list[str], entry: EntryPoint, *, multirun: bool = False) 
             root = OmegaConf.to_object(compose(name, overrides=taken))
         except (HydraException, OmegaConfBaseException, YAMLError) as error:
             found = _file_problems(good, entry, groups, [config_dir(), *filter(None, folders)])
-            return None, good, problems + (found or [Problem(_plain(error, entry.schema))])
+            return None, good, problems + (found or [Refusal(_plain(error, entry.schema))])
     return root, good, problems
 
 
@@ -171,7 +171,7 @@ def _tell(text: str) -> NoReturn:
     raise SystemExit(0)
 
 
-def _file_problems(words: list[str], entry: EntryPoint, groups: Groups, folders: list[Path]) -> list[Problem]:
+def _file_problems(words: list[str], entry: EntryPoint, groups: Groups, folders: list[Path]) -> list[Refusal]:
     """Looks into the files that the words select, when composing them failed."""
     chosen = [("local", "default")]
     for word in words:
@@ -189,7 +189,7 @@ def _file_problems(words: list[str], entry: EntryPoint, groups: Groups, folders:
         try:
             content = OmegaConf.load(path)
         except (YAMLError, OmegaConfBaseException) as error:
-            problems.append(Problem(f"{label}: {' '.join(str(error).split())}"))
+            problems.append(Refusal(f"{label}: {' '.join(str(error).split())}"))
             continue
         if not isinstance(content, DictConfig):
             continue

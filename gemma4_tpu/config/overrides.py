@@ -24,7 +24,7 @@ from gemma4_tpu.config.keys import (
     unknown_key,
 )
 from gemma4_tpu.config.lists import in_full
-from gemma4_tpu.config.problems import Problem
+from gemma4_tpu.config.refusals import Refusal
 from gemma4_tpu.config.synonyms import synonym
 from gemma4_tpu.config.values import bad_value
 
@@ -57,7 +57,7 @@ def _natural(name: str) -> list[Any]:
 
 def check_overrides(
     words: list[str], *, schema: type, groups: Groups, multirun: bool = False
-) -> tuple[list[str], list[Problem]]:
+) -> tuple[list[str], list[Refusal]]:
     """Splits the command line into words that compose and problems.
 
     Short words about lists are written out. A `+` before a key or group that exists already is dropped (it means the
@@ -68,7 +68,7 @@ def check_overrides(
         try:
             override = OverridesParser.create().parse_override(word)
         except HydraException:
-            problems.append(Problem(_not_an_override(word, schema)))
+            problems.append(Refusal(_not_an_override(word, schema)))
             continue
         if (full := in_full(word, override, schema)) != word:
             word, override = full, OverridesParser.create().parse_override(full)
@@ -95,7 +95,7 @@ def one_length(words: list[str]) -> list[str]:
     return [f"{key}=null" for key in LENGTHS if len(alone) == 1 and key not in given]
 
 
-def check_file(content: DictConfig, *, label: str, prefix: str, schema: type) -> list[Problem]:
+def check_file(content: DictConfig, *, label: str, prefix: str, schema: type) -> list[Refusal]:
     """Problems of one YAML file; `prefix` is its group (empty for `# @package _global_`)."""
     problems = []
     for name, value in content.items_ex(resolve=False):
@@ -104,22 +104,22 @@ def check_file(content: DictConfig, *, label: str, prefix: str, schema: type) ->
         if message and (ours := synonym(schema, key, str(content._get_node(name)))):
             problems.append(_in_our_words(f"{label}: {key}", ours))
         elif message:
-            problems.append(Problem(f"{label}: {key}: {message}", _meant(message)))
+            problems.append(Refusal(f"{label}: {key}: {message}", _meant(message)))
         elif is_group(type_at(schema, key)) and isinstance(value, DictConfig):
             problems += check_file(value, label=label, prefix=key, schema=schema)
         elif not OmegaConf.is_interpolation(content, str(name)) and (message := bad_value(schema, key, value)):
-            problems.append(Problem(f"{label}: {message}", (key,)))
+            problems.append(Refusal(f"{label}: {message}", (key,)))
     return problems
 
 
-def _check_override(word: str, override: Override, schema: type, groups: Groups, multirun: bool) -> Problem | None:
+def _check_override(word: str, override: Override, schema: type, groups: Groups, multirun: bool) -> Refusal | None:
     name = override.key_or_group
     if name.partition(".")[0].partition("/")[0] == "hydra":
-        return None if multirun or name == "hydra.searchpath" else Problem(_hydra_word(word, name))
+        return None if multirun or name == "hydra.searchpath" else Refusal(_hydra_word(word, name))
     if override.is_sweep_override() and not multirun:
         listed = unknown_key(schema, name) is None and element_type(type_at(schema, name)) is not None
         one = f"write '{name}=[a,b]'" if listed else "give one value"
-        return Problem(f"{word}: several values are a sweep; {one}, or add --multirun", (name,))
+        return Refusal(f"{word}: several values are a sweep; {one}, or add --multirun", (name,))
     if name in groups.options:
         return _check_option(word, override, schema, groups)
     message = unknown_key(schema, name)
@@ -129,24 +129,24 @@ def _check_override(word: str, override: Override, schema: type, groups: Groups,
         meant = nearest(name, groups.options) if "." not in name else []
         if meant:
             message = f"no such key or group; did you mean {' or '.join(meant)}?"
-        return Problem(f"{word}: {message}", _meant(message))
+        return Refusal(f"{word}: {message}", _meant(message))
     if override.is_delete():
-        return Problem(f"{word}: every key keeps a value; write {name}=null where null is allowed")
+        return Refusal(f"{word}: every key keeps a value; write {name}=null where null is allowed")
     for value in _values(override):
         message = bad_value(schema, name, value)
         if message:
-            return Problem(message, (name,))
+            return Refusal(message, (name,))
     return None
 
 
-def _in_our_words(word: str, ours: str) -> Problem:
-    return Problem(f"{word}: no such key; here it is {ours}", (ours.partition("=")[0],))
+def _in_our_words(word: str, ours: str) -> Refusal:
+    return Refusal(f"{word}: no such key; here it is {ours}", (ours.partition("=")[0],))
 
 
-def _check_option(word: str, override: Override, schema: type, groups: Groups) -> Problem | None:
+def _check_option(word: str, override: Override, schema: type, groups: Groups) -> Refusal | None:
     group, options = override.key_or_group, groups.options[override.key_or_group]
     if override.is_delete() and group in field_types(schema):
-        return Problem(f"{word}: every group keeps an option; give {group}=<one of {', '.join(options)}>", (group,))
+        return Refusal(f"{word}: every group keeps an option; give {group}=<one of {', '.join(options)}>", (group,))
     if override.is_delete() or groups.open:
         return None
     # An experiment may set anything: without it, nothing else can be judged.
@@ -154,10 +154,10 @@ def _check_option(word: str, override: Override, schema: type, groups: Groups) -
     for value in _values(override):
         if not isinstance(value, str | int | float) or isinstance(value, bool):
             listed = ", ".join(options)
-            return Problem(f"{word}: a group takes one of its options ({listed}); keys: {group}.key=value", doubtful)
+            return Refusal(f"{word}: a group takes one of its options ({listed}); keys: {group}.key=value", doubtful)
         if str(value) not in options:
             hint = did_you_mean(str(value), options, lambda option: f"{group}={option}")
-            return Problem(f"{word}: no such option{hint} (options: {', '.join(options) or 'none'})", doubtful)
+            return Refusal(f"{word}: no such option{hint} (options: {', '.join(options) or 'none'})", doubtful)
     return None
 
 

@@ -13,7 +13,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
 
-from gemma4_tpu.config.problems import Problem
+from gemma4_tpu.config.refusals import Refusal
 
 MULTIRUN = "multirun"
 SWEEPER, LAUNCHER = "hydra/sweeper", "hydra/launcher"
@@ -40,15 +40,15 @@ def complete(words: Sequence[str], chosen: Mapping[str, str]) -> list[str]:
     return [*added, *words]
 
 
-def sweep_problems(words: Sequence[str], chosen: Mapping[str, str]) -> list[Problem]:
+def sweep_problems(words: Sequence[str], chosen: Mapping[str, str]) -> list[Refusal]:
     """What can't be swept; `chosen` as for `complete`."""
     problems = []
     for override in _parse(words):
         name, word = override.key_or_group, override.input_line
         if name == "run_dir":
-            problems.append(Problem(f"{word}: each job of a sweep has its own folder; give hydra.sweep.dir=<folder>"))
+            problems.append(Refusal(f"{word}: each job of a sweep has its own folder; give hydra.sweep.dir=<folder>"))
         elif override.is_interval_sweep() and chosen[SWEEPER] in _OURS[SWEEPER]:
-            problems.append(Problem(f"{word}: an interval is searched, not enumerated; add {SWEEPER}=optuna", (name,)))
+            problems.append(Refusal(f"{word}: an interval is searched, not enumerated; add {SWEEPER}=optuna", (name,)))
     return problems
 
 

@@ -9,7 +9,7 @@ from urllib.parse import urlsplit
 from gemma4_tpu.checkpoint_folder import RANDOM, checkpoint_architecture, tokenizer_problem
 from gemma4_tpu.config.limits import limit_problems
 from gemma4_tpu.config.paths import folder_of, local_place, name_problem
-from gemma4_tpu.config.problems import Problem
+from gemma4_tpu.config.refusals import Refusal
 from gemma4_tpu.config.tasks import EvalConfig, EvaluateRoot
 from gemma4_tpu.tracking.run import is_run
 
@@ -40,7 +40,7 @@ def normalise_evaluate(root: EvaluateRoot) -> EvaluateRoot:
     )  # fmt: skip
 
 
-def examine_evaluate(root: EvaluateRoot) -> tuple[EvaluateChecked | None, list[Problem]]:
+def examine_evaluate(root: EvaluateRoot) -> tuple[EvaluateChecked | None, list[Refusal]]:
     """Everything that can be checked without a model or a simulator; None when there are problems."""
     form, messages = _form(root)
     messages += limit_problems(root)
@@ -60,7 +60,7 @@ def examine_evaluate(root: EvaluateRoot) -> tuple[EvaluateChecked | None, list[P
     if form in ("samples", "endpoint", "run", "checkpoint"):
         messages += problems_path_messages(root.eval) + _names(root)
     if messages or form is None:
-        return None, [Problem(m) for m in messages]
+        return None, [Refusal(m) for m in messages]
     return EvaluateChecked(form), []
 
 

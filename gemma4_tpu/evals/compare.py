@@ -8,7 +8,7 @@ from typing import Any
 
 from gemma4_tpu.errors import UserError
 from gemma4_tpu.evals.passk import KS, Difference, difference
-from gemma4_tpu.evals.tally import Outcome
+from gemma4_tpu.evals.scores import Outcome
 
 _DESCRIPTIVE = (
     "base",

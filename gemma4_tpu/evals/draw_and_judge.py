@@ -30,9 +30,9 @@ from gemma4_tpu.evals.problems import (
     VerdictClass,
     is_leaked_thought,
 )  # fmt: skip
+from gemma4_tpu.evals.scores import Outcome, disagreements, tally
 from gemma4_tpu.evals.second_opinions import OPINIONS_FILE, Second, columns, prepare, second_opinions
 from gemma4_tpu.evals.store import Key, Rows, Sample, Samples, read_foreign
-from gemma4_tpu.evals.tally import Outcome, disagreements, tally
 from gemma4_tpu.evals.verilog.strength import Strength, grade, sentences, to_rows, vacuous
 from gemma4_tpu.evals.verilog.verilog_judge import VerilogJudge
 from gemma4_tpu.tracking.records import SELFCHECK, write_record

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from gemma4_tpu.config.limits import limit_problems
 from gemma4_tpu.config.paths import folder_of, name_problem, remote_problem
-from gemma4_tpu.config.problems import Problem
+from gemma4_tpu.config.refusals import Refusal
 from gemma4_tpu.config.tasks import ExportConfig, MergeRoot
 from gemma4_tpu.tracking.run import is_run
 
@@ -39,7 +39,7 @@ def normalise_merge(root: MergeRoot) -> MergeRoot:
     return replace(root, run=folder_of(root.run) or "", run_dir=folder_of(root.run_dir), export=export)
 
 
-def examine_merge(root: MergeRoot) -> tuple[MergeChecked | None, list[Problem]]:
+def examine_merge(root: MergeRoot) -> tuple[MergeChecked | None, list[Refusal]]:
     """Everything that can be checked without reading a tensor; `MergeChecked` is None when there are problems."""
     messages = limit_problems(root)
     runs, run_messages = _runs(root.run)
@@ -48,7 +48,7 @@ def examine_merge(root: MergeRoot) -> tuple[MergeChecked | None, list[Problem]]:
     if root.run_dir is not None and "://" in root.run_dir:
         messages.append(f"run_dir={root.run_dir}: the record of an export is local; export.target may be gs://")
     if messages:
-        return None, [Problem(m) for m in messages]
+        return None, [Refusal(m) for m in messages]
     return MergeChecked(tuple(runs), tuple(_unfinished(Path(root.run)).values())), []
 
 

@@ -19,7 +19,7 @@ from gemma4_tpu.export.hub import push_to_hub
 from gemma4_tpu.export.merge import Delta, Merger
 from gemma4_tpu.export.peft import check_peft, write_peft
 from gemma4_tpu.export.place import Place, Unfinished, total_bytes
-from gemma4_tpu.export.probe import write_probes
+from gemma4_tpu.export.probe_prompts import write_probes
 from gemma4_tpu.export.trained import Trained, open_trained
 from gemma4_tpu.export.verify import refusal, verify
 from gemma4_tpu.models.tensorfile import Checkpoint

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from gemma4_tpu.export.probe import from_logits
+from gemma4_tpu.export.probe_prompts import from_logits
 from gemma4_tpu.export.trained import Trained
 from gemma4_tpu.models import lora as adapters
 from gemma4_tpu.models import sharding
@@ -70,7 +70,7 @@ class LogitParity:
     """The merged model's logits are not the base's."""
     passed: bool
     probes: tuple[dict[str, Any], ...]
-    """Prompts on which merged and base model prefer different tokens (see `export/probe.py`)."""
+    """Prompts on which merged and base model prefer different tokens (see `export/probe_prompts.py`)."""
 
 
 def compare_logits(trained: Trained, merged: Checkpoint) -> LogitParity:

@@ -7,12 +7,12 @@ import re
 from dataclasses import replace
 from typing import TypeVar, cast
 
-from gemma4_tpu.config.problems import Problem
+from gemma4_tpu.config.refusals import Refusal
 from gemma4_tpu.config.schema import TrainRoot
 from gemma4_tpu.hardware import SLICES, option_name, slice_of
 from gemma4_tpu.launch.after import after_problems
+from gemma4_tpu.launch.parcel import CHECKOUT, called
 from gemma4_tpu.launch.schema import GkeRoot, TpuVmRoot
-from gemma4_tpu.launch.source import CHECKOUT, called
 from gemma4_tpu.training.checks import Checked, examine_train, normalise
 
 PROJECT, ZONE = "CLOUDSDK_CORE_PROJECT", "CLOUDSDK_COMPUTE_ZONE"
@@ -38,7 +38,7 @@ def normalise_launch(root: Root) -> Root:
     )
 
 
-def examine_tpu_vm(root: TpuVmRoot) -> tuple[Checked | None, list[Problem]]:
+def examine_tpu_vm(root: TpuVmRoot) -> tuple[Checked | None, list[Refusal]]:
     """Everything that can be known before Google is asked: what was found out, or the problems."""
     launch = root.launch
     messages = _place(root)
@@ -77,7 +77,7 @@ def examine_tpu_vm(root: TpuVmRoot) -> tuple[Checked | None, list[Problem]]:
     return _with_train(root, messages)
 
 
-def examine_gke(root: GkeRoot) -> tuple[Checked | None, list[Problem]]:
+def examine_gke(root: GkeRoot) -> tuple[Checked | None, list[Refusal]]:
     """Everything that can be known before xpk is asked: what was found out, or the problems."""
     launch = root.launch
     messages = _place(root)
@@ -93,9 +93,9 @@ def examine_gke(root: GkeRoot) -> tuple[Checked | None, list[Problem]]:
     return _with_train(root, messages)
 
 
-def _with_train(root: TpuVmRoot | GkeRoot, messages: list[str]) -> tuple[Checked | None, list[Problem]]:
+def _with_train(root: TpuVmRoot | GkeRoot, messages: list[str]) -> tuple[Checked | None, list[Refusal]]:
     checked, problems = examine_train(root)
-    found = [*problems, *(Problem(message) for message in messages)]
+    found = [*problems, *(Refusal(message) for message in messages)]
     return (None if found else checked), found
 
 

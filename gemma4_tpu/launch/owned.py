@@ -5,8 +5,8 @@ from __future__ import annotations
 from gemma4_tpu.errors import UserError
 from gemma4_tpu.hardware import SLICES
 from gemma4_tpu.launch import gcloud
+from gemma4_tpu.launch.parcel import called
 from gemma4_tpu.launch.record import PREFIX, saved
-from gemma4_tpu.launch.source import called
 from gemma4_tpu.prices import ON_DEMAND, SPOT, price_in_zone, spoken
 
 _PRICED = "ACTIVE"

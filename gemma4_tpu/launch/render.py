@@ -7,8 +7,8 @@ from pathlib import Path
 
 from gemma4_tpu.errors import UserError
 from gemma4_tpu.launch.after import PROBLEMS
+from gemma4_tpu.launch.parcel import called
 from gemma4_tpu.launch.record import MODEL_IN_MEMORY, Launch
-from gemma4_tpu.launch.source import called
 from gemma4_tpu.tracking.redact import redact
 
 _BODY = Path(__file__).with_name("startup.sh")

@@ -16,9 +16,9 @@ from pathlib import Path
 from gemma4_tpu.config.entry import EntryPoint
 from gemma4_tpu.config.load import load
 from gemma4_tpu.errors import UserError, exit_code
-from gemma4_tpu.launch import gcloud, owned, source
+from gemma4_tpu.launch import gcloud, owned, parcel
 from gemma4_tpu.launch.checks import PROJECT, ZONE, examine_tpu_vm, normalise_launch
-from gemma4_tpu.launch.entry import LaunchEntry, look_at_checkpoint, shorthands
+from gemma4_tpu.launch.doors import LaunchEntry, look_at_checkpoint, shorthands
 from gemma4_tpu.launch.gcloud import GcloudError
 from gemma4_tpu.launch.record import Launch, cost, new_launch, saved
 from gemma4_tpu.launch.render import render
@@ -115,16 +115,16 @@ def _upload(launched: Launch) -> None:
     """The sources to the bucket, where that is not git's part."""
     if launched.config.git:
         return
-    assert source.CHECKOUT is not None  # the checks
+    assert parcel.CHECKOUT is not None  # the checks
     with tempfile.TemporaryDirectory() as folder:
-        for path in source.pack(Path(folder), source.CHECKOUT):
+        for path in parcel.pack(Path(folder), parcel.CHECKOUT):
             gcloud.gcloud(gcloud.upload(str(path), f"{launched.launch_dir}/{path.name}"))
 
 
 def _shown(launched: Launch, script: str) -> str:
     """The commands and the script, as they would be."""
     commands = [] if launched.config.git else [
-        gcloud.upload(name, f"{launched.launch_dir}/{name}") for name in (source.ARCHIVE, source.BUNDLE)
+        gcloud.upload(name, f"{launched.launch_dir}/{name}") for name in (parcel.ARCHIVE, parcel.BUNDLE)
     ]  # fmt: skip
     commands.append(gcloud.create(launched, str(launched.folder / "startup.sh")))
     return "\n".join(
@@ -149,7 +149,7 @@ def _verb(verb: str, words: list[str]) -> int:
         print(owned.show(owned.places(project, zone)))
         return 0
     if not names:
-        raise UserError(f"{verb}: which? give ids; {source.called('tpu_vm')} list shows them")
+        raise UserError(f"{verb}: which? give ids; {parcel.called('tpu_vm')} list shows them")
     if verb == "watch":
         return _watch_again(names)
     for name in names:

@@ -9,8 +9,8 @@ import time
 from gemma4_tpu.errors import PREEMPTED
 from gemma4_tpu.launch import gcloud
 from gemma4_tpu.launch.gcloud import GcloudError
+from gemma4_tpu.launch.parcel import called
 from gemma4_tpu.launch.record import Launch, cost
-from gemma4_tpu.launch.source import called
 
 log = logging.getLogger(__name__)
 

@@ -13,7 +13,7 @@ from gemma4_tpu.compiler_flags import compiler_options
 from gemma4_tpu.hardware import Slice
 from gemma4_tpu.models.sharding import make_mesh
 from gemma4_tpu.planning import compile as compiling
-from gemma4_tpu.planning import programs
+from gemma4_tpu.planning import kept_programs
 from gemma4_tpu.planning.compilation import ASSIGNED, FINISHED
 from gemma4_tpu.planning.links import Grid
 from gemma4_tpu.planning.program import OutOfMemory, Program, UnderWay
@@ -50,7 +50,7 @@ def answers(recipe: Recipe, wanted: Slice, dump: Path, *, to_the_end: bool) -> I
     lowered = compiling.lower_step(given)
     answer["lowering_seconds"] = time.perf_counter() - started
     places = [f"{device.device_kind} {device.coords}" for device in devices]
-    key = programs.key(lowered.as_text(), answer["versions"], compiler_options(recipe.hardware), places)
+    key = kept_programs.key(lowered.as_text(), answer["versions"], compiler_options(recipe.hardware), places)
     work = _Work(given, Grid.of(wanted, [device.coords for device in devices]), key)
     if (known := work.kept()) is not None:
         yield ASSIGNED, answer | known | {"kept": True}
@@ -69,14 +69,14 @@ class _Work:
 
     @property
     def _read(self) -> str:
-        return f"{self.key}_{programs.readers()}"
+        return f"{self.key}_{kept_programs.readers()}"
 
     def kept(self) -> dict[str, Any] | None:
         """What is known of the program that was compiled to the end before."""
-        found = programs.get(self._read)
-        if found is None and (program := programs.get(self.key)) is not None:
+        found = kept_programs.get(self._read)
+        if found is None and (program := kept_programs.get(self.key)) is not None:
             found = self._told(Program(**program["program"]), program["seconds"])
-            programs.put(self._read, found)
+            kept_programs.put(self._read, found)
         return found
 
     def compiled(self, lowered: Any, dump: Path, limit_bytes: int, *, to_the_end: bool) -> Iterator[Answer]:
@@ -93,12 +93,12 @@ class _Work:
             print("compiling to the end", flush=True)
             program = under_way.finish()
             seconds = time.perf_counter() - started
-            programs.put(self.key, {"program": asdict(program), "seconds": seconds})
+            kept_programs.put(self.key, {"program": asdict(program), "seconds": seconds})
             told = self._told(program, seconds)
         except OutOfMemory as error:
             found = {"message": str(error), "needed_bytes": error.needed_bytes}
             told = {"out_of_memory": found, "held": self.given.bytes_per_chip()}
-        programs.put(self._read, told)
+        kept_programs.put(self._read, told)
         yield stage, told
 
     def _told(self, program: Program, seconds: float) -> dict[str, Any]:

@@ -12,11 +12,11 @@ from typing import Any
 
 from rich import progress
 
+from gemma4_tpu.planning.auto_remat import AUTO, first_that_fits
 from gemma4_tpu.planning.calibration import Rates
 from gemma4_tpu.planning.compilation import FINISHED, Compilation, Request
 from gemma4_tpu.planning.estimate import ESTIMATED_BY, PlanResult, estimate
 from gemma4_tpu.planning.planned import Planned
-from gemma4_tpu.planning.remat import AUTO, first_that_fits
 from gemma4_tpu.planning.schedule import from_plain
 from gemma4_tpu.planning.walk import Walked, walk
 from gemma4_tpu.tracking.logs import console

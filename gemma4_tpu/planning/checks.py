@@ -9,7 +9,7 @@ from typing import cast
 from gemma4_tpu.architectures import ARCHITECTURES, Architecture
 from gemma4_tpu.checkpoint_folder import RANDOM, checkpoint_architecture, tokenizer_problem
 from gemma4_tpu.config.limits import CHOICES
-from gemma4_tpu.config.problems import Problem
+from gemma4_tpu.config.refusals import Refusal
 from gemma4_tpu.config.schema import DataSource
 from gemma4_tpu.config.tasks import PlanRoot
 from gemma4_tpu.data.checks import HUGGING_FACE, source_problem
@@ -59,7 +59,7 @@ def _row_places(root: PlanRoot) -> int:
         return 1
 
 
-def examine_plan(root: PlanRoot) -> tuple[PlanChecked | None, list[Problem]]:
+def examine_plan(root: PlanRoot) -> tuple[PlanChecked | None, list[Refusal]]:
     """Everything that can be checked without compiling; `PlanChecked` is None when there are problems."""
     wanted = slice_of(root.hardware)
     messages = _compiler(root, wanted)
@@ -80,7 +80,7 @@ def examine_plan(root: PlanRoot) -> tuple[PlanChecked | None, list[Problem]]:
     model = replace(root.model, path=f"{RANDOM}0", tokenizer=None)
     data = replace(root.data, train=[DataSource(path="hf:absent")], heldout=[])
     checked, problems = examine_train(replace(root, model=model, data=data))
-    problems = [Problem(message) for message in messages] + problems
+    problems = [Refusal(message) for message in messages] + problems
     if problems or checked is None or architecture is None or wanted is None or checked.mesh is None:
         return None, problems
     warnings = [w for w in checked.warnings if "held-out" not in w]

@@ -18,7 +18,7 @@ from jax.sharding import Mesh
 from gemma4_tpu.models import lora as adapters
 from gemma4_tpu.models import quantize, sharding
 from gemma4_tpu.models.layout import Leaf
-from gemma4_tpu.planning import counts, hlo, schedule, source
+from gemma4_tpu.planning import counts, hlo, origins, schedule
 from gemma4_tpu.planning.links import Grid
 from gemma4_tpu.planning.program import OutOfMemory, Program, compile_lowered
 from gemma4_tpu.step.train_step import Step, TrainState, compiled_functions
@@ -110,7 +110,7 @@ def read(program: Program, given: Shapes, grid: Grid) -> Compiled:
       grid: where the mesh's devices lie.
     """
     module = hlo.parse(program.text)
-    ops = schedule.read(module, source.read(program.text), grid) if program.cost_analysis else ()
+    ops = schedule.read(module, origins.read(program.text), grid) if program.cost_analysis else ()
     return Compiled(
         argument_bytes=program.argument_bytes,
         peak_bytes=program.peak_bytes,

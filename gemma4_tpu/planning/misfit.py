@@ -11,10 +11,10 @@ from gemma4_tpu.config.schema import MeshConfig, TrainerConfig
 from gemma4_tpu.config.tasks import PlanRoot
 from gemma4_tpu.hardware import GIB, MeshSizes
 from gemma4_tpu.planning.attempt import plan_one
+from gemma4_tpu.planning.auto_remat import AUTO, POLICIES
 from gemma4_tpu.planning.checks import examine_plan
 from gemma4_tpu.planning.estimate import PlanResult
 from gemma4_tpu.planning.planned import Planned
-from gemma4_tpu.planning.remat import AUTO, POLICIES
 from gemma4_tpu.training.recipe import rows_per_update
 
 log = logging.getLogger(__name__)

@@ -13,7 +13,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
-from gemma4_tpu.planning import collectives, kernels, source
+from gemma4_tpu.planning import collectives, kernels, origins
 from gemma4_tpu.planning.counts import Counting, Counts
 from gemma4_tpu.planning.hlo import Computation, Instruction, Module
 from gemma4_tpu.planning.links import Grid
@@ -61,7 +61,7 @@ class Op:
     label: str = ""
     """What it computes: the end of its `op_name`."""
     place: str = ""
-    """Where in our source (`source.Frames.place`)."""
+    """Where in our source (`origins.Frames.place`)."""
     cycles: int | None = None
     """Of the core; None: the compiler does not say."""
     kernel_flops: float = 0.0
@@ -79,7 +79,7 @@ class Op:
     """Of a loop, of one round."""
 
 
-def read(module: Module, frames: source.Frames, grid: Grid) -> tuple[Op, ...]:
+def read(module: Module, frames: origins.Frames, grid: Grid) -> tuple[Op, ...]:
     """The schedule of a module that was compiled to the end."""
     return tuple(_Reading(module, frames, grid).ops(module.entry))
 
@@ -112,7 +112,7 @@ def _from_plain(value: dict[str, Any]) -> Op:
 
 
 class _Reading:
-    def __init__(self, module: Module, frames: source.Frames, grid: Grid):
+    def __init__(self, module: Module, frames: origins.Frames, grid: Grid):
         self.module, self.frames, self.grid = module, frames, grid
         self.counting = Counting(module)
 

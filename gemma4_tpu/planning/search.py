@@ -19,11 +19,11 @@ from gemma4_tpu.config.tasks import PlanConfig, PlanRoot
 from gemma4_tpu.errors import UserError
 from gemma4_tpu.hardware import MeshSizes
 from gemma4_tpu.planning.attempt import attempted, result_of, start
+from gemma4_tpu.planning.auto_remat import AUTO, POLICIES
 from gemma4_tpu.planning.checks import examine_plan
 from gemma4_tpu.planning.compilation import Compilation
 from gemma4_tpu.planning.estimate import PlanResult
 from gemma4_tpu.planning.planned import Planned
-from gemma4_tpu.planning.remat import AUTO, POLICIES
 from gemma4_tpu.training.meshes import legal_meshes, resolve_mesh
 
 log = logging.getLogger(__name__)

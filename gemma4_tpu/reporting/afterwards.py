@@ -12,7 +12,7 @@ from gemma4_tpu.costing.figures import BY, ESTIMATED, MEASURED, QUOTED, Figures
 from gemma4_tpu.costing.read import read
 from gemma4_tpu.errors import UserError
 from gemma4_tpu.evals.compare import compare
-from gemma4_tpu.evals.tally import Outcome
+from gemma4_tpu.evals.scores import Outcome
 from gemma4_tpu.markdown import below, code, included, link, pictures, plain, shown, table
 from gemma4_tpu.planning.estimate import PlanResult
 from gemma4_tpu.prices import KINDS

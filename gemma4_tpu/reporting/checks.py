@@ -9,7 +9,7 @@ from typing import Any
 
 from gemma4_tpu.config.keys import did_you_mean
 from gemma4_tpu.config.paths import folder_of
-from gemma4_tpu.config.problems import Problem
+from gemma4_tpu.config.refusals import Refusal
 from gemma4_tpu.config.tasks import ReportRoot
 from gemma4_tpu.hardware import LOCAL, SLICES
 
@@ -37,7 +37,7 @@ def normalise_report(root: ReportRoot) -> ReportRoot:
     return replace(root, **changed, out=folder_of(root.out) or None)
 
 
-def examine_report(root: ReportRoot) -> tuple[ReportChecked | None, list[Problem]]:
+def examine_report(root: ReportRoot) -> tuple[ReportChecked | None, list[Refusal]]:
     """Everything that can be checked without reading the folder."""
     given = [name for name in (*SUBJECTS, *LISTED) if getattr(root, name)] + ["price_list"] * root.price_list
     if len(given) != 1:
@@ -47,7 +47,7 @@ def examine_report(root: ReportRoot) -> tuple[ReportChecked | None, list[Problem
             + [f"{name}=[<folder>,…]" for name in LISTED]
             + ["price_list=true"]
         )
-        return None, [Problem(f"report: give exactly one of {choices}; {told} was given")]
+        return None, [Refusal(f"report: give exactly one of {choices}; {told} was given")]
     subject = given[0]
     messages = [*_places(root, subject), *_costs(root, subject)]
     if root.metric is not None and subject != "sweep":
@@ -55,7 +55,7 @@ def examine_report(root: ReportRoot) -> tuple[ReportChecked | None, list[Problem
     if root.records and subject != "run":
         messages.append(f"records={root.records}: only with run=<folder>")
     if messages:
-        return None, [Problem(message) for message in messages]
+        return None, [Refusal(message) for message in messages]
     return ReportChecked(subject), []
 
 

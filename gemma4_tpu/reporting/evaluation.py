@@ -10,7 +10,7 @@ from typing import Any
 from gemma4_tpu.evals.compare import Comparison
 from gemma4_tpu.evals.passk import Score
 from gemma4_tpu.evals.problems import HOW_TO_STOP_LEAKS, VerdictClass
-from gemma4_tpu.evals.tally import CLASSES, MISSING, Outcome
+from gemma4_tpu.evals.scores import CLASSES, MISSING, Outcome
 from gemma4_tpu.markdown import table
 from gemma4_tpu.plotting import new_figure
 

@@ -19,7 +19,7 @@ from gemma4_tpu.checkpoint_folder import INDEX_NAME, SINGLE_NAME, no_checkpoint
 from gemma4_tpu.config.keys import did_you_mean
 from gemma4_tpu.config.limits import limit_problems
 from gemma4_tpu.config.paths import folder_of, name_problem
-from gemma4_tpu.config.problems import Problem
+from gemma4_tpu.config.refusals import Refusal
 from gemma4_tpu.config.serving import ServeRoot, ServingConfig
 from gemma4_tpu.errors import UserError
 from gemma4_tpu.hardware import LOCAL, SLICES
@@ -85,7 +85,7 @@ def normalise_serve(root: ServeRoot) -> ServeRoot:
     return replace(root, serving=serving, run=folder_of(root.run) or "", run_dir=folder_of(root.run_dir))
 
 
-def examine_serve(root: ServeRoot) -> tuple[ServeChecked | None, list[Problem]]:
+def examine_serve(root: ServeRoot) -> tuple[ServeChecked | None, list[Refusal]]:
     """Everything that can be checked without a container engine; `ServeChecked` is None when there are problems."""
     serving = root.serving
     messages = limit_problems(root)
@@ -108,7 +108,7 @@ def examine_serve(root: ServeRoot) -> tuple[ServeChecked | None, list[Problem]]:
     if root.run_dir is not None and "://" in root.run_dir:
         messages.append(f"run_dir={root.run_dir}: the record of a server is local")
     if messages or model is None or architecture is None:
-        return None, [Problem(m) for m in messages]
+        return None, [Refusal(m) for m in messages]
     run = next((place for place in (Path(root.run), model.parent) if is_run(place)), None)
     return ServeChecked(model.absolute(), run, architecture, tuple(notes)), []
 

@@ -17,7 +17,7 @@ from gemma4_tpu.checkpoint_folder import checkpoint_architecture, tokenizer_prob
 from gemma4_tpu.config.keys import did_you_mean
 from gemma4_tpu.config.limits import limit_problems
 from gemma4_tpu.config.paths import at_home, folder_of, local_place, name_problem, remote_problem, sibling
-from gemma4_tpu.config.problems import Problem
+from gemma4_tpu.config.refusals import Refusal
 from gemma4_tpu.config.schema import (
     DataConfig,
     LoraConfig,
@@ -76,7 +76,7 @@ def normalise(root: TrainRoot) -> TrainRoot:
     )
 
 
-def examine_train(root: TrainRoot) -> tuple[Checked | None, list[Problem]]:
+def examine_train(root: TrainRoot) -> tuple[Checked | None, list[Refusal]]:
     """Everything that can be checked without JAX: what was found out, or the problems."""
     messages = limit_problems(root)
     messages += _lengths(root.trainer) + _batch(root.trainer, root.data) + _lora(root.lora)
@@ -90,7 +90,7 @@ def examine_train(root: TrainRoot) -> tuple[Checked | None, list[Problem]]:
     if root.trainer.attention == "splash" and architecture is not None:
         messages += _splash(architecture, root.data)
     if messages or architecture is None:
-        return None, [Problem(m) for m in messages]
+        return None, [Refusal(m) for m in messages]
     return Checked(architecture, mesh, tuple(_warnings(root))), []
 
 

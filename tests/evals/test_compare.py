@@ -8,8 +8,8 @@ from matplotlib.image import imread
 from gemma4_tpu.errors import UserError
 from gemma4_tpu.evals.compare import compare
 from gemma4_tpu.evals.problems import Verdict, VerdictClass
+from gemma4_tpu.evals.scores import Outcome, ProblemOutcome, tally
 from gemma4_tpu.evals.store import Sample
-from gemma4_tpu.evals.tally import Outcome, ProblemOutcome, tally
 from gemma4_tpu.reporting.evaluation import plot_problems, summary, write_report
 
 

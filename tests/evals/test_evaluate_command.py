@@ -13,7 +13,7 @@ import pytest
 
 from gemma4_tpu.assets import ROOT
 from gemma4_tpu.config.schema import LoraConfig
-from gemma4_tpu.evals.tally import Outcome
+from gemma4_tpu.evals.scores import Outcome
 from gemma4_tpu.evals.verilog.mutants import mutants
 from gemma4_tpu.evaluate import main
 from tests.evals.server import Server, completion

@@ -13,7 +13,7 @@ from multiprocessing.connection import Listener
 from gemma4_tpu.config.load import load
 from gemma4_tpu.evaluate import EVALUATE
 from gemma4_tpu.hardware import SLICES
-from gemma4_tpu.launch import gke, source, tpu_vm
+from gemma4_tpu.launch import gke, parcel, tpu_vm
 from gemma4_tpu.merge import MERGE
 from gemma4_tpu.plan import PLAN
 from gemma4_tpu.prices import ON_DEMAND, slice_price
@@ -75,7 +75,7 @@ def test_every_command_of_the_page_runs(played, tmp_path, monkeypatch):
     (tmp_path / "rows.jsonl").touch()
     monkeypatch.setenv("PYTHON_OF_TEST", str(tmp_path / "socket"))
     # test_tpu_vm.py has the real one
-    monkeypatch.setattr(source, "pack", lambda folder, checkout: [tmp_path / "rows.jsonl"])
+    monkeypatch.setattr(parcel, "pack", lambda folder, checkout: [tmp_path / "rows.jsonl"])
     runs: list[list[str]] = []
     with Listener(str(tmp_path / "socket"), authkey=b"test") as listener:
         script = "set -euo pipefail\n" + "\n".join(BLOCKS)

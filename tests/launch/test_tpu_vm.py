@@ -15,7 +15,7 @@ import time
 import pytest
 
 from gemma4_tpu.hardware import SLICES
-from gemma4_tpu.launch import source, tpu_vm
+from gemma4_tpu.launch import parcel, tpu_vm
 from gemma4_tpu.launch.record import saved
 from tests.launch.conftest import GIT, PLACE, ROOT, RUN
 
@@ -299,7 +299,7 @@ def test_the_sources_are_the_checkout_as_it_stands(tmp_path):
     (checkout / "conf" / "local" / "default.yaml").write_text("local")
     (checkout / "secret.txt").write_text("ignored")
 
-    archive, bundle = source.pack(tmp_path, checkout)
+    archive, bundle = parcel.pack(tmp_path, checkout)
     there = tmp_path / "there"  # as startup.sh unpacks them
     subprocess.run(["git", "clone", "--quiet", "--no-checkout", str(bundle), str(there)], check=True)
     with tarfile.open(archive) as tar:

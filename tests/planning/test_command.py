@@ -14,6 +14,7 @@ from gemma4_tpu.config.load import load
 from gemma4_tpu.plan import PLAN
 from gemma4_tpu.planning import attempt, misfit, search
 from gemma4_tpu.planning.attempt import result_of
+from gemma4_tpu.planning.auto_remat import HEADROOM, POLICIES, first_that_fits
 from gemma4_tpu.planning.calibration import BAND
 from gemma4_tpu.planning.compilation import ASSIGNED, FINISHED
 from gemma4_tpu.planning.estimate import PlanResult, estimate, roofline
@@ -21,7 +22,6 @@ from gemma4_tpu.planning.kernels import Mask
 from gemma4_tpu.planning.misfit import misfit_line
 from gemma4_tpu.planning.planned import Planned
 from gemma4_tpu.planning.program import OutOfMemory
-from gemma4_tpu.planning.remat import HEADROOM, POLICIES, first_that_fits
 from gemma4_tpu.planning.schedule import Op, Transfer, plain
 from gemma4_tpu.planning.search import pareto
 from gemma4_tpu.reporting.plans import plot_hbm, print_plan

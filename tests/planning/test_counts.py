@@ -16,7 +16,7 @@ from gemma4_tpu.hardware import SLICES, MeshSizes
 from gemma4_tpu.hf_config import pattern
 from gemma4_tpu.models.sharding import make_mesh
 from gemma4_tpu.planning import compile as compiling
-from gemma4_tpu.planning import counts, hlo, schedule, source
+from gemma4_tpu.planning import counts, hlo, origins, schedule
 from gemma4_tpu.planning.kernels import Mask
 from gemma4_tpu.planning.links import Grid
 from gemma4_tpu.step.train_step import compiled_functions
@@ -219,7 +219,7 @@ def test_collectives_of_real_programs(name):
     for kind, (times, size, _) in expected.items():
         assert (ours.collectives[kind], ours.collective_bytes[kind]) == (times, size), kind
     assert not ours.plain()["not_counted"]
-    ops = [op for op in schedule.read(module, source.Frames(), grid) if op.transfer and op.transfer.sent_bytes]
+    ops = [op for op in schedule.read(module, origins.Frames(), grid) if op.transfer and op.transfer.sent_bytes]
     assert sum(op.transfer.sent_bytes for op in ops) == sum(ours.collective_bytes.values())
     for size, links in {(size, links) for times, size, links in expected.values() if times == 1}:
         assert [op.transfer.links for op in ops if op.transfer.sent_bytes == size] == [links]

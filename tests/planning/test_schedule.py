@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from gemma4_tpu.hardware import SLICES
-from gemma4_tpu.planning import calibration, counts, hlo, schedule, source
+from gemma4_tpu.planning import calibration, counts, hlo, origins, schedule
 from gemma4_tpu.planning.calibration import Rates
 from gemma4_tpu.planning.links import Grid
 from gemma4_tpu.planning.walk import walk
@@ -16,7 +16,7 @@ TEXT = (Path(__file__).parent / "texts" / "scheduled.hlo").read_text(encoding="u
 
 
 def read(text, grid=GRID):
-    return schedule.read(hlo.parse(text), source.read(text), grid)
+    return schedule.read(hlo.parse(text), origins.read(text), grid)
 
 
 def test_each_kind_of_operation_is_read():
@@ -53,7 +53,7 @@ def test_operations_tell_their_place_in_our_source():
     )
     older = TEXT.replace("stack_frame_id=3", 'source_file="/x/gemma4_tpu/step/loss.py" source_line=79')
     assert {op.name: op for op in read(older)}["fusion.3"].place == "step/loss.py:79"
-    assert all(not op.place for op in schedule.read(hlo.parse(TEXT), source.Frames(), GRID))
+    assert all(not op.place for op in schedule.read(hlo.parse(TEXT), origins.Frames(), GRID))
 
 
 def test_the_whole_is_walked():

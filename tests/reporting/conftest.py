@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from gemma4_tpu.evals.tally import Outcome, ProblemOutcome
+from gemma4_tpu.evals.scores import Outcome, ProblemOutcome
 from gemma4_tpu.tracking.files import read_json, write_json
 
 EXPERIMENTS = Path(__file__).parents[2] / "experiments"

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import numpy as np
 
 from gemma4_tpu.assets import resolve
-from gemma4_tpu.export.probe import from_answers, from_logits
+from gemma4_tpu.export.probe_prompts import from_answers, from_logits
 
 
 def test_the_clearest_difference_of_each_prompt_is_chosen():

@@ -13,7 +13,7 @@ from yaml import YAMLError
 
 from gemma4_tpu.config.keys import field_types
 from gemma4_tpu.config.overrides import Groups, check_file
-from gemma4_tpu.config.problems import Problem
+from gemma4_tpu.config.refusals import Refusal
 from gemma4_tpu.storage import join, open_bytes
 
 KEY = "replay"
@@ -34,7 +34,7 @@ def replayed(words: list[str], schema: type) -> str | None:
 
 def start_from(
     run: str, name: str, schema: type, defaults: Callable[[], DictConfig]
-) -> tuple[str | None, list[Problem]]:
+) -> tuple[str | None, list[Refusal]]:
     """Registers the configuration recorded in `run` with Hydra; returns its name there, or the problems.
 
     Args:
@@ -49,11 +49,11 @@ def start_from(
     except (OSError, ValueError) as error:  # UserError, from the storage, among them
         missing = isinstance(error, FileNotFoundError | NotADirectoryError)
         reason = "it has no config.yaml" if missing else str(error).splitlines()[0]
-        return None, [Problem(f"{KEY}={run}: not a run folder ({reason})")]
+        return None, [Refusal(f"{KEY}={run}: not a run folder ({reason})")]
     except (OmegaConfBaseException, YAMLError) as error:
-        return None, [Problem(f"{KEY}={run}: config.yaml can't be read ({' '.join(str(error).split())})")]
+        return None, [Refusal(f"{KEY}={run}: config.yaml can't be read ({' '.join(str(error).split())})")]
     if not isinstance(content, DictConfig) or "trainer" not in content:
-        return None, [Problem(f"{KEY}={run}: not the run folder of a training (its config.yaml has no trainer)")]
+        return None, [Refusal(f"{KEY}={run}: not the run folder of a training (its config.yaml has no trainer)")]
     if problems := check_file(content, label=join(run, "config.yaml"), prefix="", schema=schema):
         return None, problems
     dropped = (*_OF_THE_FIRST_START, *(() if name == "train" else ("name",)))
@@ -64,12 +64,12 @@ def start_from(
     return stored, []
 
 
-def over_recorded(words: list[str], groups: Groups) -> tuple[list[str], list[Problem]]:
+def over_recorded(words: list[str], groups: Groups) -> tuple[list[str], list[Refusal]]:
     """The words as Hydra takes them over a recorded configuration, which chose no options of groups."""
     taken, problems = [], []
     for word in words:
         key = OverridesParser.create().parse_override(word).key_or_group
         if key == "experiment":
-            problems.append(Problem(f"{word}: {KEY} has a whole recipe already; give single keys or groups"))
+            problems.append(Refusal(f"{word}: {KEY} has a whole recipe already; give single keys or groups"))
         taken.append(f"+{word}" if key in groups.options else word)
     return taken, problems

@@ -10,7 +10,7 @@ from gemma4_tpu.errors import UserError
 
 
 @dataclass(frozen=True)
-class Problem:
+class Refusal:
     """Something for the user to put right."""
 
     message: str
@@ -23,7 +23,7 @@ class Problem:
         return any(re.search(rf"\b{re.escape(name)}\b", message) for name in self.doubt)
 
 
-def refusal(problems: Sequence[Problem]) -> UserError:
+def refusal(problems: Sequence[Refusal]) -> UserError:
     """One error that tells every problem."""
     messages = list(dict.fromkeys(problem.message for problem in problems))
     if len(messages) == 1:

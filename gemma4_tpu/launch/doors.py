@@ -5,7 +5,7 @@ from __future__ import annotations
 from gemma4_tpu.config.entry import EntryPoint
 from gemma4_tpu.config.schema import ModelConfig
 from gemma4_tpu.errors import UserError
-from gemma4_tpu.launch.source import called
+from gemma4_tpu.launch.parcel import called
 
 
 class LaunchEntry(EntryPoint):
