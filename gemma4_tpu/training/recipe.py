@@ -40,6 +40,7 @@ class Recipe:
             "chips": wanted.chips if wanted else None,
             "model": self.arch.name,
             "trained": trained_as(self.lora),
+            "lora_rank": self.lora.rank if self.lora.enabled else None,
             "mesh": self.mesh._asdict(),
             "remat": self.trainer.remat,
             "flags": self.hardware.flags,

@@ -257,6 +257,7 @@ def test_a_plan_from_the_command_line(tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     assert plan.main([*SMALL, f"run_dir={tmp_path}"]) == 0
     told = json.loads((tmp_path / "plan.json").read_text())
+    assert told["lora_rank"] == int(told["trained"].rpartition("=")[2])
     assert told["fits"] is True
     assert set(told) == {"kind", "version", *field_types(PlanResult)}
     for key in (
