@@ -16,7 +16,7 @@ from __future__ import annotations
 import math
 
 from gemma4_tpu.architectures import Architecture
-from gemma4_tpu.models.names import name_map
+from gemma4_tpu.models.weights import rows, sizes
 
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "fp8": 1, "fp8_e5m2": 1, "fp8_e4m3": 1, "int8": 1}
 """Bytes of one number, by the names that vLLM and checkpoints use."""
@@ -55,7 +55,8 @@ def kv_cache_bytes(arch: Architecture, tokens: int, dtype_bytes: int = 2, *, tp:
 
 def parameter_count(arch: Architecture) -> int:
     """Parameters of the text model, all experts included; the tied output table counts once."""
-    return sum(math.prod(tensor.shape) for tensor in name_map(arch).values())
+    places = (None, *range(arch.num_layers))
+    return sum(math.prod(row.shape(sizes(arch, layer or 0))) for layer in places for row in rows(arch, layer))
 
 
 def weight_bytes(arch: Architecture, dtype_bytes: int = 2) -> int:

@@ -1,9 +1,9 @@
 """The table of weights: what follows from a row is tested where it is used; here, what a row must not lose."""
 
 import pytest
-from gemma4_tpu.config.checks import LORA_TARGETS
 
 from gemma4_tpu.models.weights import BY_NAME, LAYER, OUTER, ROLES
+from gemma4_tpu.training.checks import LORA_TARGETS
 
 
 def test_lora_targets_are_the_roles_of_weights():
