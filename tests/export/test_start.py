@@ -99,6 +99,7 @@ def by_peft(tmp_path_factory):
 
 
 @pytest.mark.parametrize(("kind", "prefix"), BASES)
+@pytest.mark.slow
 def test_from_what_peft_saved(kind, prefix, by_peft):
     """K and V of PEFT have an A each, which takes 4 + 4 ranks where they share one; alpha follows the rank."""
     base, folder = by_peft(kind, prefix)

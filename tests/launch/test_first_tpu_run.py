@@ -10,6 +10,8 @@ import sys
 import threading
 from multiprocessing.connection import Listener
 
+import pytest
+
 from gemma4_tpu.config.load import load
 from gemma4_tpu.evaluate import EVALUATE
 from gemma4_tpu.hardware import SLICES
@@ -63,6 +65,7 @@ def in_this_process(arguments: list[str], environment: dict[str, str]) -> tuple[
     return code, out.getvalue(), err.getvalue()
 
 
+@pytest.mark.slow
 def test_every_command_of_the_page_runs(played, tmp_path, monkeypatch):
     played.play({"states": ["WAITING_FOR_RESOURCES", "ACTIVE", "OVER:0"]})
     for name in ("result.json", "evaluations"):

@@ -145,6 +145,7 @@ def test_somebody_deletes_the_slice(launch, played, messages):
     assert "somebody deleted it" in messages.text
 
 
+@pytest.mark.slow
 def test_ctrl_c_says_what_still_runs_and_how_to_delete_it(played, tmp_path):
     played.play({"states": ["ACTIVE"]})
     command = [sys.executable, "-m", "launch.tpu_vm", *RUN, GIT]

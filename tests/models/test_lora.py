@@ -97,6 +97,7 @@ def test_initial_values_do_not_depend_on_mesh_or_the_other_tensors():
 
 
 @pytest.mark.parametrize("kind", ["dense", "e2b"])
+@pytest.mark.slow
 def test_tunix_with_qwix_takes_our_adapters_and_computes_the_same_logits(kind):
     """Names, shapes, stacking and scale agree with the libraries' own."""
     folder = make_checkpoint(kind)

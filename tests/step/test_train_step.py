@@ -99,6 +99,7 @@ def relative_difference(a, b) -> float:
     )
 
 
+@pytest.mark.slow
 def test_eight_microbatches_of_one_row_equal_one_of_eight():
     step, base, trained = make()
     batch = make_batch()
@@ -113,6 +114,7 @@ def test_eight_microbatches_of_one_row_equal_one_of_eight():
 
 
 @pytest.mark.parametrize("kind", ["tiny", "tiny_moe", "tiny_e2b"])
+@pytest.mark.slow
 def test_every_adapted_module_gets_a_gradient(kind):
     step, base, trained = make(kind)
     layout = step.model.layout
@@ -148,6 +150,7 @@ def without_remat(kind):
 
 
 @pytest.mark.parametrize("shape", [(1, 4), (2, 4), (4, 1), (2, 2)])
+@pytest.mark.slow
 def test_losses_agree_across_meshes(shape):
     np.testing.assert_allclose(losses_on(*shape), losses_on(1, 1), atol=1e-5)
 

@@ -40,6 +40,7 @@ def when(condition, act):
     return thread
 
 
+@pytest.mark.slow
 def test_a_failing_and_a_preempted_job_do_not_stop_a_sweep_and_the_next_start_goes_on(sweep):
     sweep.behave(**{"lora.rank-2": {"preempted": 1}, "lora.rank-4": {"error": "no such thing"}})
     first = sweep("lora.rank=2,4,8", exit_code=1)
@@ -80,6 +81,7 @@ def test_what_the_checks_refuse_is_listed_and_the_rest_runs(sweep):
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 42)])
+@pytest.mark.slow
 def test_a_stopped_sweep_lets_its_job_save_and_goes_on_when_started_again(sweep, number, code):
     sweep.behave(all={"seconds": 30})
     watch = when(lambda: sweep.starts, lambda: (time.sleep(0.5), os.kill(os.getpid(), number)))
@@ -109,6 +111,7 @@ def test_a_second_ctrl_c_kills_a_job_that_does_not_listen(sweep):
     assert time.monotonic() - started < 30
 
 
+@pytest.mark.slow
 def test_jobs_at_a_time_share_the_gpus(sweep, monkeypatch):
     monkeypatch.setattr(devices, "gpus_here", lambda: ["0", "1", "2", "3"])
     sweep.behave(all={"seconds": 0.6})
@@ -137,6 +140,7 @@ def test_one_accelerator_is_not_fought_for(monkeypatch):
         devices.shares(2, [HardwareConfig(name="h100x2")])
 
 
+@pytest.mark.slow
 def test_jobs_that_do_not_fit_are_listed_before_anything_runs(sweep, monkeypatch):
     compiled = []
 

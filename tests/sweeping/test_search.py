@@ -20,6 +20,7 @@ def study_of(sweep: Sweep) -> optuna.Study:
     return optuna.load_study(study_name="sweep", storage=optuna.storages.JournalStorage(backend))
 
 
+@pytest.mark.slow
 def test_poor_trials_are_stopped_and_the_next_start_goes_on_with_the_study(sweep):
     Path("space.yaml").write_text(
         "lora.rank: choice(2, 4, 8, 16)\noptimizer.learning_rate: tag(log, interval(1e-5, 1e-3))\n"
