@@ -75,6 +75,8 @@ class Measured:
     """Full training."""
     failed: str = ""
     """Why it is not compiled, where that was tried."""
+    outside: str = ""
+    """Why its ratio says nothing of our steps, where it lies outside of the band."""
 
     @property
     def words(self) -> list[str]:
@@ -118,12 +120,14 @@ def lines(found: list[Measured]) -> list[str]:
             missing.append(one)
             continue
         told = read_record(one.result).values
-        ratios.append(ratio(one, told))
+        ratios += [] if one.outside else [ratio(one, told)]
         estimated = (told["step_seconds"], told["roofline_seconds"]["update"])
         rows.append([
-            one.name, f"{one.measured_seconds:g}", one.chips, *(f"{s:.3f}" for s in estimated), f"{ratios[-1]:.2f}"
+            one.name, f"{one.measured_seconds:g}", one.chips, *(f"{s:.3f}" for s in estimated),
+            f"{ratio(one, told):.2f}",
         ])  # fmt: skip
-    band = [f"All of them lie between {min(ratios):.2f} and {max(ratios):.2f}.", ""] if ratios else []
+    band = [f"Those that count lie between {min(ratios):.2f} and {max(ratios):.2f}.", ""] if ratios else []
+    band += [f"{one.name} does not count: {one.outside}.\n" for one in found if one.outside]
     if missing:
         band += [
             "Not compiled:",
