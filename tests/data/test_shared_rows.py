@@ -10,9 +10,7 @@ from gemma4_tpu.errors import UserError
 from tests.house.scripts import ROOT
 
 FOLDER = ROOT.parent / "shared/data/rows"
-pytestmark = pytest.mark.skipif(
-    not FOLDER.is_dir(), reason="../shared/data/rows, the rows of public reports, is not here"
-)
+pytestmark = pytest.mark.skipif(not FOLDER.is_dir(), reason="../shared is absent: no rows of public reports")
 
 # file → (training examples, held-out ones, what is said); of the rows that chat templates can't be blamed for.
 FOUND = {

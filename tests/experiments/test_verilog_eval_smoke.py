@@ -63,7 +63,7 @@ def test_refusals_name_the_file(tmp_path):
         convert(tmp_path, tmp_path / "out")
 
 
-@pytest.mark.skipif(not BENCHMARK.is_dir(), reason=f"no verilog-eval problems at {BENCHMARK}")
+@pytest.mark.skipif(not BENCHMARK.is_dir(), reason="../shared is absent: no verilog-eval")
 def test_all_problems_of_the_benchmark_are_converted(tmp_path):
     counts = convert(BENCHMARK, tmp_path)
     assert counts == {"train": 128, "heldout": 28}
