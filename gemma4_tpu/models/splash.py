@@ -132,15 +132,20 @@ def _without_foreign_blocks(kernel: splash.SplashAttentionKernel, segments: jax.
     sizes = kernel.kwargs["block_sizes"]
     return splash.SplashAttentionKernel(
         visited(kernel.fwd_mask_info, sizes.block_q, sizes.block_kv, by_kv=False),
-        None,  # the backward pass is one kernel
+        visited(kernel.dq_mask_info, sizes.block_q_dq, sizes.block_kv_dq, by_kv=False),
         visited(kernel.dkv_mask_info, sizes.block_q_dkv, sizes.block_kv_dkv, by_kv=True),
         **kernel.kwargs,
     )
 
 
 def _blocks(length: int) -> splash.BlockSizes:
+    """The backward pass in two kernels, one for dq and one for dk and dv.
+
+    One for all three would take two products of seven less, but leave a dq for every block of keys, sliding layers too,
+    [T / block, N, T, H]: its memory grows with the square of T, and summing it takes longer than the two products.
+    """
     block = next(b for b in (BLOCK, 384, 256, LANES) if length % b == 0)
     return splash.BlockSizes(
         block_q=block, block_kv=block, block_kv_compute=block, block_q_dkv=block, block_kv_dkv=block,
-        block_kv_dkv_compute=block, use_fused_bwd_kernel=True,
+        block_kv_dkv_compute=block, block_q_dq=block, block_kv_dq=block,
     )  # fmt: skip
