@@ -72,7 +72,7 @@ def _of_checkpoint(
     audit(base).enforce()
     mesh = start_mesh(hardware, mesh_config, base.arch)
     settings = make_model(base.arch, LoraConfig(enabled=False), _trainer(config), mesh)
-    params = load_weights(base, mesh, settings.compute_dtype, lambda _, array: array)
+    params = load_weights(base, settings.layout, mesh, settings.compute_dtype, lambda _, array: array)
     backend = _backend(base, Weights(settings, params, None), config, config.thoughts or "drop", {"base": model.path})
     tokenizer = tokenizer_fingerprint(load_tokenizer(base.tokenizer_folder))
     return Backends({MODEL: backend}, {"base": base.fingerprint, **tokenizer})
@@ -88,9 +88,9 @@ def _weights(trained: Trained, config: EvalConfig, mesh: Mesh) -> tuple[Weights,
             return array
         return quantize.quantizer(leaf, lora.quantize, mesh)(array)
 
-    params = load_weights(base, mesh, model.compute_dtype, then)
+    params = load_weights(base, model.layout, mesh, model.compute_dtype, then)
     if lora.enabled:
-        tuned = _on_mesh(trained, adapters.leaves(model.layout, lora), mesh, np.float32)
+        tuned = _on_mesh(trained, adapters.leaves(model.layout), mesh, np.float32)
         return Weights(model, params, None), Weights(model, params, tuned)
     tuned = _on_mesh(trained, model.layout.leaves(), mesh, model.compute_dtype)
     return Weights(model, params, None), Weights(model, tuned, None)

@@ -7,7 +7,7 @@ import logging
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -168,7 +168,7 @@ def _identity(trained: Trained, kind: str) -> dict[str, Any]:
         "state": trained.state.identity,
         "update": trained.state.update,
         "base": trained.base.fingerprint,
-        "scale": trained.scale if trained.lora.enabled else None,
+        "lora": asdict(trained.lora),
         "version": gemma4_tpu.__version__,
     }
 
@@ -179,8 +179,8 @@ def _merged_bytes(trained: Trained) -> int:
 
 
 def _adapter_bytes(trained: Trained) -> int:
-    rank = trained.lora.rank
-    return sum(4 * rank * len(t.hf_names) * sum(t.hf_shape) for t in trained.tensors.values())
+    ranks = {name: how.rank for name, how in trained.layout.adapted.items()}
+    return sum(4 * ranks[t.name] * len(t.hf_names) * sum(t.hf_shape) for t in trained.tensors.values())
 
 
 def prepare_all(runs: tuple[Path | str, ...], export: ExportConfig) -> list[Job]:

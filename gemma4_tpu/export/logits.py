@@ -77,8 +77,7 @@ def compare_logits(trained: Trained, merged: Checkpoint) -> LogitParity:
     """Runs the models one after the other; one of them is in memory at a time."""
     arch, lora = trained.base.arch, trained.lora
     mesh = sharding.make_mesh(1, 1, jax.devices()[:1])
-    scale = trained.scale if lora.enabled else 1.0
-    model = Model(arch=arch, compute_dtype=jnp.float32, lora_scale=scale, mesh=mesh)
+    model = Model(layout=trained.layout, compute_dtype=jnp.float32, mesh=mesh)
     tokens, mask, kind = _prompts(trained)
     places = sharding.places(model.layout, mesh)
     dtype = merged.dtype(trained.prefix + next(iter(trained.tensors.values())).hf_names[0])
@@ -89,9 +88,9 @@ def compare_logits(trained: Trained, merged: Checkpoint) -> LogitParity:
     params = load_params(trained.checkpoint, arch, model.layout, places, np.float32)
     base = run(params)
     if lora.enabled:
-        tuned = run(params, stacked(trained, adapters.leaves(model.layout, lora)))
-        for adapter in adapters.adapters(model.layout, lora):
-            _merge_in_place(params, trained, adapter, scale, dtype)
+        tuned = run(params, stacked(trained, adapters.leaves(model.layout)))
+        for adapter in adapters.adapters(model.layout):
+            _merge_in_place(params, trained, adapter, dtype)
     else:
         params = stacked(trained, model.layout.leaves())
         tuned = run(params)
@@ -103,11 +102,11 @@ def compare_logits(trained: Trained, merged: Checkpoint) -> LogitParity:
     return _compare(base, tuned, rounded, final, dtype, kind, tuple(probes))
 
 
-def _merge_in_place(params: Any, trained: Trained, adapter: adapters.Adapter, scale: float, dtype: Any) -> None:
+def _merge_in_place(params: Any, trained: Trained, adapter: adapters.Adapter, dtype: Any) -> None:
     """Replaces a stacked weight [R, …] of the tree by base + scale·A·B, rounded to `dtype`."""
     leaf, read = adapter.base, trained.state.read
     pairs = zip(adapter.a.tunix_names, adapter.b.tunix_names, strict=True)
-    delta = scale * np.stack([adapters.product(leaf.weight, read(a), read(b)) for a, b in pairs])
+    delta = adapter.scale * np.stack([adapters.product(leaf.weight, read(a), read(b)) for a, b in pairs])
     node = get(params, leaf.path[:-1])
     node[leaf.path[-1]] = (node[leaf.path[-1]] + jnp.asarray(delta)).astype(dtype).astype(jnp.float32)
 

@@ -181,7 +181,7 @@ class Merger:
                 )
         found = tensor.lora_factors(lora_a, lora_b)
         return {
-            name: Factors(np.ascontiguousarray(a), np.ascontiguousarray(b) * np.float32(self.trained.scale))
+            name: Factors(np.ascontiguousarray(a), np.ascontiguousarray(b) * np.float32(self.trained.scale(tensor)))
             for name, (a, b) in found.items()
         }
 

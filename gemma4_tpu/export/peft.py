@@ -104,8 +104,7 @@ def _header(trained: Trained) -> bytes:
 
 def _shapes(trained: Trained) -> Iterator[tuple[str, list[int]]]:
     """Name and shape of every tensor, in the order in which they are written."""
-    rank = trained.lora.rank
     for tensor in trained.tensors.values():
-        out_size, in_size = tensor.hf_shape
+        rank, (out_size, in_size) = trained.layout.adapted[tensor.name].rank, tensor.hf_shape
         for hf_name in tensor.hf_names:
             yield from zip(peft_names(hf_name, trained.prefix), ([rank, in_size], [out_size, rank]), strict=True)

@@ -57,10 +57,14 @@ class Trained:
     def checkpoint(self) -> Checkpoint:
         return self.base.checkpoint
 
-    @property
-    def scale(self) -> float:
-        """Factor on A·B."""
-        return adapters.scale(self.lora)
+    @cached_property
+    def layout(self) -> Layout:
+        """Of the base, with this run's adapters."""
+        return Layout.of(self.base.arch, self.lora)
+
+    def scale(self, tensor: Tensor) -> float:
+        """Factor on a tensor's A·B."""
+        return self.layout.adapted[tensor.name].scale
 
     @cached_property
     def tensors(self) -> Mapping[str, Tensor]:
@@ -136,8 +140,8 @@ def _check_fingerprint(folder: RunFolder, base: Base) -> None:
 
 def _check_values(trained: Trained) -> None:
     """The checkpoint holds exactly the tensors that the configuration trains, in their shapes."""
-    layout, lora = Layout.of(trained.base.arch), trained.lora
-    leaves = adapters.leaves(layout, lora) if lora.enabled else layout.leaves()
+    lora = trained.lora
+    leaves = adapters.leaves(trained.layout) if lora.enabled else trained.layout.leaves()
     expected = {name: leaf.shape for leaf in leaves for name in leaf.tunix_names}
     where = f"{trained.state.folder}"
     if missing := sorted(expected.keys() - set(trained.state.names)):

@@ -88,10 +88,11 @@ def _expected(trained: Trained, tensor: Tensor, index: tuple[slice, ...]) -> tup
         trained.state.read(name)[tuple(where[dim] for dim in dims)]
         for name, dims in zip(tensor.lora_names, tensor.weight.adapter_dims, strict=True)
     )
-    delta = trained.scale * adapters.product(tensor.weight, lora_a.astype(np.float64), lora_b.astype(np.float64))
+    scale = trained.scale(tensor)
+    delta = scale * adapters.product(tensor.weight, lora_a.astype(np.float64), lora_b.astype(np.float64))
     base = _read(tensor, trained.checkpoint, trained.prefix, index).astype(np.float64)
     rank = lora_a.shape[-1]
-    largest = trained.scale * rank * float(np.abs(lora_a).max() * np.abs(lora_b).max()) + float(np.abs(base).max())
+    largest = scale * rank * float(np.abs(lora_a).max() * np.abs(lora_b).max()) + float(np.abs(base).max())
     return base + delta, (rank + 4) * _FLOAT32_ROUNDING * largest
 
 

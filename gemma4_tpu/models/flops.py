@@ -11,6 +11,7 @@ import math
 
 from gemma4_tpu.architectures import Architecture
 from gemma4_tpu.config.schema import LoraConfig
+from gemma4_tpu.models.layout import Layout
 from gemma4_tpu.models.names import Tensor, name_map
 from gemma4_tpu.models.weights import PER_LAYER_TABLE
 
@@ -28,8 +29,8 @@ def matmul_parameters(arch: Architecture) -> int:
 
 def lora_parameters(arch: Architecture, lora: LoraConfig) -> int:
     """Trained parameters of the adapters: an A `[r, in]` and, for each weight on disk, a B `[out, r]`."""
-    adapted = (t for t in name_map(arch).values() if t.weight.role in lora.targets)
-    return lora.rank * sum(t.hf_shape[-1] + len(t.hf_names) * t.hf_shape[-2] for t in adapted)
+    adapted = ((how.rank, name_map(arch)[name]) for name, how in Layout.of(arch, lora).adapted.items())
+    return sum(rank * (t.hf_shape[-1] + len(t.hf_names) * t.hf_shape[-2]) for rank, t in adapted)
 
 
 def attention_flops(arch: Architecture, length: float) -> float:

@@ -43,11 +43,10 @@ and what is to be collected."""
 
 @dataclass(frozen=True, kw_only=True)
 class Model:
-    """What is fixed while a program is compiled: the architecture and how to run it."""
+    """What is fixed while a program is compiled: the architecture, its adapters and how to run them."""
 
-    arch: Architecture
+    layout: Layout
     compute_dtype: Any = jnp.bfloat16
-    lora_scale: float = 1.0
     lora_dropout: float = 0.0
     remat: str = "none"
     """A policy of `remat.py`."""
@@ -55,8 +54,8 @@ class Model:
     mesh: Mesh | None = None
 
     @property
-    def layout(self) -> Layout:
-        return Layout.of(self.arch)
+    def arch(self) -> Architecture:
+        return self.layout.arch
 
 
 @dataclass(frozen=True)
@@ -119,7 +118,8 @@ def _project(layer: Layer, name: str, x: jax.Array, whole: jax.Array | None = No
         key = jax.random.fold_in(layer.key, weight.fold)
         kept = jax.random.bernoulli(key, 1.0 - model.lora_dropout, x.shape)
         x = jnp.where(kept, x / (1.0 - model.lora_dropout), 0).astype(x.dtype)
-    low = jnp.einsum(a_eq, x, adapter[f"{last}_lora_a"].astype(x.dtype)) * model.lora_scale
+    how = model.layout.adapted[f"layers.{layer.number}.{name}"]
+    low = jnp.einsum(a_eq, x, adapter[f"{last}_lora_a"].astype(x.dtype)) * how.scale
     low = keep(constrain(low, "BSD", model.mesh), "low")  # [B, S, r]
     low = low if whole is None else constrain(low, "BTD", model.mesh)
     return y + jnp.einsum(b_eq, low, adapter[f"{last}_lora_b"].astype(x.dtype))

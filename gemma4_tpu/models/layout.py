@@ -2,18 +2,22 @@
 
 Gemma 4 repeats a group of layers (five sliding, one global). A *stage* holds R repeats of one group as arrays with a
 leading dim R; the step compiles the group once instead of once per layer. They are stacked as they are loaded: stacked
-in the step, every weight would be copied there. On disk every tensor keeps its own name (`layers.7.attn.q_einsum.w`),
-so a checkpoint does not depend on the layout.
+in the step, every weight would be copied there. Groups that are adapted otherwise (other ranks, say) are another stage,
+so that all of a stack have the same adapter. On disk every tensor keeps its own name (`layers.7.attn.q_einsum.w`), so a
+checkpoint does not depend on the layout.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, cached_property
+from itertools import groupby
 from typing import Any
 
 from gemma4_tpu.architectures import Architecture
+from gemma4_tpu.config.schema import LoraConfig
+from gemma4_tpu.models.adapted import Adapted, OfLayer, adapted
 from gemma4_tpu.models.weights import Axes, Weight, rows, sizes
 
 Path = tuple[str | int, ...]
@@ -47,6 +51,8 @@ class Leaf:
     """The row that it is of, or stands beside."""
     dims: str
     """Letters of its dims, those of `shape`."""
+    adapted: Adapted | None = None
+    """How these base weights are adapted; None: they are not."""
 
     @property
     def axes(self) -> tuple[Axes, ...]:
@@ -58,8 +64,8 @@ class Leaf:
         return (len(self.tunix_names), *self.shape) if self.stacked else self.shape
 
 
-def _stages(arch: Architecture) -> tuple[Stage, ...]:
-    """Cuts the layers into stages: repeats of the shortest period, split where KV sharing begins."""
+def _stages(arch: Architecture, adapters: tuple[OfLayer, ...]) -> tuple[Stage, ...]:
+    """Cuts the layers into stages: repeats of the shortest period, split where KV sharing begins or adapters change."""
     stages = []
     shared_from = arch.num_unshared_layers
     for start, stop in ((0, shared_from), (shared_from, arch.num_layers)):
@@ -76,8 +82,8 @@ def _stages(arch: Architecture) -> tuple[Stage, ...]:
             own = [r for r in repeats if r[-1] >= first]
             repeats = [r for r in repeats if r[-1] < first]
             rest = tuple(i for r in own for i in r) + rest
-        if repeats:
-            stages.append(Stage(tuple(repeats)))
+        alike = groupby(repeats, key=lambda group: [adapters[i] for i in group])
+        stages += [Stage(tuple(groups)) for _, groups in alike]
         if rest:
             stages.append(Stage((rest,), exports_kv=exporting))
     return tuple(stages)
@@ -89,12 +95,22 @@ class Layout:
 
     arch: Architecture
     stages: tuple[Stage, ...]
+    of_layers: tuple[OfLayer, ...]
+    """The adapters of each layer."""
 
     @staticmethod
-    @cache
-    def of(arch: Architecture) -> Layout:
-        """The layout of an architecture."""
-        return Layout(arch, _stages(arch))
+    def of(arch: Architecture, lora: LoraConfig | None = None) -> Layout:
+        """The layout of an architecture with these adapters; None: without any.
+
+        Raises:
+          UserError: `lora` adapts no weight.
+        """
+        return _layout(arch, adapted(arch, lora))
+
+    @cached_property
+    def adapted(self) -> Mapping[str, Adapted]:
+        """How weights are adapted, by Tunix name: `layers.7.attn.q_einsum.w`."""
+        return {f"layers.{i}.{name}": how for i, layer in enumerate(self.of_layers) for name, how in layer}
 
     def leaves(self) -> Iterator[Leaf]:
         """Every array of the base model."""
@@ -105,7 +121,8 @@ class Layout:
             size = sizes(self.arch, layers[0])
             for weight in rows(self.arch, layers[0]):
                 names = tuple(f"layers.{i}.{weight.name}" for i in layers)
-                yield Leaf((*path, *weight.path), names, weight.shape(size), True, weight, weight.dims)
+                how = self.adapted.get(names[0])
+                yield Leaf((*path, *weight.path), names, weight.shape(size), True, weight, weight.dims, how)
 
     def groups(self) -> Iterator[tuple[Path, tuple[int, ...]]]:
         """`(path of a stacked layer, the layer numbers stacked in it)`."""
@@ -116,6 +133,11 @@ class Layout:
     def tree(self, value: Callable[[Leaf], Any]) -> dict[str, Any]:
         """The parameter tree with `value(leaf)` at every leaf."""
         return build_tree((leaf.path, value(leaf)) for leaf in self.leaves())
+
+
+@cache
+def _layout(arch: Architecture, adapters: tuple[OfLayer, ...]) -> Layout:
+    return Layout(arch, _stages(arch, adapters), adapters)
 
 
 def build_tree(items: Iterator[tuple[Path, Any]]) -> dict[str, Any]:

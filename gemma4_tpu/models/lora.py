@@ -17,11 +17,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from gemma4_tpu.config.schema import LoraConfig
-from gemma4_tpu.errors import UserError
 from gemma4_tpu.models import sharding
+from gemma4_tpu.models.adapted import Adapted
 from gemma4_tpu.models.layout import Layout, Leaf, build_tree
-from gemma4_tpu.models.weights import ROLES, Weight
+from gemma4_tpu.models.weights import Weight
 
 
 @dataclass(frozen=True)
@@ -32,23 +31,18 @@ class Adapter:
     a: Leaf
     b: Leaf
     fan_in: int
+    rank: int
+    scale: float
+    """Factor on its output."""
 
 
-def scale(lora: LoraConfig) -> float:
-    """Factor on the adapter's output: alpha/r, or alpha/√r with rsLoRA."""
-    return lora.alpha / (math.sqrt(lora.rank) if lora.rslora else lora.rank)
+def adapters(layout: Layout) -> list[Adapter]:
+    """Every adapter of the layout."""
+    return [_adapter(leaf, leaf.adapted) for leaf in layout.leaves() if leaf.adapted]
 
 
-def adapters(layout: Layout, lora: LoraConfig) -> list[Adapter]:
-    """Every adapted weight: all of the targeted roles, global layers' K included. The router and experts have none."""
-    found = [_adapter(leaf, lora.rank) for leaf in layout.leaves() if leaf.weight.role in lora.targets]
-    if not found:
-        raise UserError(f"lora.targets={lora.targets} adapts no module; use some of {sorted(ROLES)}")
-    return found
-
-
-def _adapter(leaf: Leaf, rank: int) -> Adapter:
-    size = dict(zip(leaf.dims, leaf.shape, strict=True)) | {"r": rank}
+def _adapter(leaf: Leaf, how: Adapted) -> Adapter:
+    size = dict(zip(leaf.dims, leaf.shape, strict=True)) | {"r": how.rank}
 
     def beside(factor: str, dims: str) -> Leaf:
         path = (*leaf.path[:-1], f"{leaf.path[-1]}_{factor}")
@@ -57,7 +51,7 @@ def _adapter(leaf: Leaf, rank: int) -> Adapter:
 
     a, b = leaf.weight.adapter_dims
     fan_in = math.prod(size[dim] for dim in leaf.weight.inputs)
-    return Adapter(leaf, beside("lora_a", a), beside("lora_b", b), fan_in)
+    return Adapter(leaf, beside("lora_a", a), beside("lora_b", b), fan_in, how.rank, how.scale)
 
 
 def product(weight: Weight, lora_a: np.ndarray, lora_b: np.ndarray) -> np.ndarray:
@@ -67,19 +61,19 @@ def product(weight: Weight, lora_a: np.ndarray, lora_b: np.ndarray) -> np.ndarra
     return np.tensordot(lora_a, lora_b, axes=1).transpose([dims.index(dim) for dim in weight.dims])
 
 
-def leaves(layout: Layout, lora: LoraConfig) -> Iterator[Leaf]:
+def leaves(layout: Layout) -> Iterator[Leaf]:
     """Every array of the LoRA tree."""
-    for adapter in adapters(layout, lora):
+    for adapter in adapters(layout):
         yield adapter.a
         yield adapter.b
 
 
-def shardings(layout: Layout, lora: LoraConfig, mesh: Mesh) -> dict[str, Any]:
+def shardings(layout: Layout, mesh: Mesh) -> dict[str, Any]:
     """NamedSharding of every LoRA array."""
-    return build_tree((leaf.path, sharding.named(mesh, leaf)) for leaf in leaves(layout, lora))
+    return build_tree((leaf.path, sharding.named(mesh, leaf)) for leaf in leaves(layout))
 
 
-def init(layout: Layout, lora: LoraConfig, key: jax.Array) -> dict[str, Any]:
+def init(layout: Layout, key: jax.Array) -> dict[str, Any]:
     """Initial adapters in float32: A uniform in ±√(1/fan_in) (PEFT's default), B zero.
 
     Values depend on the key and each tensor's own name only, not on mesh, stacking or the other tensors.
@@ -90,22 +84,22 @@ def init(layout: Layout, lora: LoraConfig, key: jax.Array) -> dict[str, Any]:
         return jax.random.uniform(own, shape, jnp.float32, -bound, bound)
 
     items = []
-    for adapter in adapters(layout, lora):
+    for adapter in adapters(layout):
         bound = math.sqrt(1.0 / adapter.fan_in)
         a = jnp.stack([tensor(name, adapter.a.shape, bound) for name in adapter.a.tunix_names])
         items += [(adapter.a.path, a), (adapter.b.path, jnp.zeros(adapter.b.array_shape, jnp.float32))]
     return build_tree(iter(items))
 
 
-def parameter_count(layout: Layout, lora: LoraConfig) -> int:
+def parameter_count(layout: Layout) -> int:
     """Number of trained values."""
-    return sum(math.prod(leaf.array_shape) for leaf in leaves(layout, lora))
+    return sum(math.prod(leaf.array_shape) for leaf in leaves(layout))
 
 
-def module_counts(layout: Layout, lora: LoraConfig) -> dict[str, int]:
+def module_counts(layout: Layout) -> dict[str, int]:
     """Adapted modules by kind, such as `{"attn.q_einsum": 60, …}`."""
     counts: dict[str, int] = {}
-    for adapter in adapters(layout, lora):
+    for adapter in adapters(layout):
         kind = adapter.base.weight.name.rsplit(".", 1)[0]
         counts[kind] = counts.get(kind, 0) + len(adapter.base.tunix_names)
     return counts

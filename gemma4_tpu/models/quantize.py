@@ -30,7 +30,7 @@ NF4_VALUES = (
 
 def is_quantized(leaf: Leaf, lora: LoraConfig) -> bool:
     """Whether this base weight is held quantised under `lora.quantize`."""
-    return lora.quantize is not None and leaf.weight.role in lora.targets
+    return lora.quantize is not None and leaf.adapted is not None
 
 
 def quantize(leaf: Leaf, weight: jax.Array, qtype: str) -> qwix.QArray:

@@ -84,8 +84,8 @@ def shapes(recipe: Recipe, mesh: Mesh) -> Shapes:
     if step.full:
         trained, base = weights, {}
     else:
-        initial = jax.eval_shape(partial(adapters.init, layout, lora), key)
-        trained, base = _placed(initial, adapters.shardings(layout, lora, mesh)), weights
+        initial = jax.eval_shape(partial(adapters.init, layout), key)
+        trained, base = _placed(initial, adapters.shardings(layout, mesh)), weights
     places = state_places(step, trained, key, mesh)
     state = _placed(jax.eval_shape(step.init, trained, key), places)
     return Shapes(step, state, base, _batch(recipe, mesh))

@@ -82,9 +82,8 @@ def make_model(arch: Architecture, lora: LoraConfig, trainer: TrainerConfig, mes
       UserError: `trainer.attention` names a kernel that cannot run here.
     """
     return Model(
-        arch=arch,
+        layout=Layout.of(arch, lora),
         compute_dtype=compute_dtype(trainer, mesh.devices.flat[0].platform),
-        lora_scale=adapters.scale(lora) if lora.enabled else 1.0,
         lora_dropout=lora.dropout if lora.enabled else 0.0,
         remat=trainer.remat,
         attention=make_attention(trainer.attention, mesh),
@@ -106,9 +105,10 @@ def weight_dtype(step: Step) -> Any:
 
 def check_capacity(recipe: Recipe, checkpoint: CheckpointConfig, mesh: Mesh, checkpoints: str) -> None:
     """Refuses (`UserError`) a run that this machine's disk or memory can't hold."""
-    platform, layout, lora = mesh.devices.flat[0].platform, Layout.of(recipe.arch), recipe.lora
+    platform, lora = mesh.devices.flat[0].platform, recipe.lora
+    layout = Layout.of(recipe.arch, lora)
     weights = tuple(layout.leaves())
-    trained = tuple(adapters.leaves(layout, lora)) if lora.enabled else weights
+    trained = tuple(adapters.leaves(layout)) if lora.enabled else weights
     value_bytes = jnp.dtype(compute_dtype(recipe.trainer, platform)).itemsize if lora.enabled else 0
     check_disk(checkpoints, checkpoint, trained)
     check_memory(platform, weights, trained, value_bytes)
@@ -121,19 +121,19 @@ def set_up(base: Base, recipe: Recipe, mesh: Mesh, start: Start | None = None) -
     """
     step, lora = make_step(recipe, mesh), recipe.lora
     model, full = step.model, step.full
-    weights = load_weights(base, mesh, weight_dtype(step), _quantizing(lora, mesh))
+    weights = load_weights(base, model.layout, mesh, weight_dtype(step), _quantizing(lora, mesh))
     init_key, dropout_key = jax.random.split(jax.random.key(recipe.trainer.seed))
     if full:
         trained, frozen, leaves = weights, {}, tuple(model.layout.leaves())
     else:
-        place = adapters.shardings(model.layout, lora, mesh)
-        trained = jax.jit(partial(adapters.init, model.layout, lora), out_shardings=place)(init_key)
+        place = adapters.shardings(model.layout, mesh)
+        trained = jax.jit(partial(adapters.init, model.layout), out_shardings=place)(init_key)
         if start is not None:
             trained = start.place(trained, model.layout, mesh)
-        frozen, leaves = weights, tuple(adapters.leaves(model.layout, lora))
+        frozen, leaves = weights, tuple(adapters.leaves(model.layout))
     _log_replicated(leaves if full else (*model.layout.leaves(), *leaves), mesh)
     state = init_state(step, trained, dropout_key, mesh)
-    counts = {} if full else adapters.module_counts(model.layout, lora)
+    counts = {} if full else adapters.module_counts(model.layout)
     setup = Setup(
         step, mesh, frozen, state, leaves, sum(counts.values()), sum(x.size for x in jax.tree.leaves(trained))
     )
@@ -147,9 +147,8 @@ def set_up(base: Base, recipe: Recipe, mesh: Mesh, start: Start | None = None) -
     return setup
 
 
-def load_weights(base: Base, mesh: Mesh, dtype: Any, then: Callable[[Leaf, jax.Array], Any]) -> Any:
+def load_weights(base: Base, layout: Layout, mesh: Mesh, dtype: Any, then: Callable[[Leaf, jax.Array], Any]) -> Any:
     """The base parameters on the mesh, array by array; `then` decides what becomes of each."""
-    layout = Layout.of(base.arch)
     places = sharding.places(layout, mesh)
     if base.folder is None:
         assert base.seed is not None

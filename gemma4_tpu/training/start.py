@@ -27,6 +27,7 @@ from gemma4_tpu.config.load import from_yaml
 from gemma4_tpu.config.schema import LoraConfig, TrainRoot
 from gemma4_tpu.errors import UserError
 from gemma4_tpu.models import lora as adapters
+from gemma4_tpu.models.adapted import Adapted
 from gemma4_tpu.models.adapter_files import CONFIG, Given, read_peft
 from gemma4_tpu.models.layout import Layout, Leaf, build_tree, get
 from gemma4_tpu.models.names import Tensor, name_map, some
@@ -60,6 +61,8 @@ class Start:
     """Weights whose B is zero and that this run does not adapt: left out."""
     tensors: Mapping[str, Tensor]
     """What this run adapts, by Tunix name."""
+    adapted: Mapping[str, Adapted]
+    """And how."""
 
     @cached_property
     def fresh(self) -> list[str]:
@@ -68,7 +71,7 @@ class Start:
 
     def factors(self, tensor: Tensor) -> Factors:
         """(A, B) of what was given for a tensor, B scaled so that this run's scale makes the same product of them."""
-        ours, found = adapters.scale(self.lora), {}
+        ours, found = self.adapted[tensor.name].scale, {}
         for name in tensor.hf_names:
             if name in self.given:
                 a, b = self.given[name].read()
@@ -79,7 +82,7 @@ class Start:
 
     def place(self, initial: dict[str, Any], layout: Layout, mesh: Mesh) -> dict[str, Any]:
         """The adapters on the mesh: what was given over the `initial` ones, which stay where nothing was."""
-        places = adapters.shardings(layout, self.lora, mesh)
+        places = adapters.shardings(layout, mesh)
 
         def pair(adapter: adapters.Adapter) -> list[tuple[Any, jax.Array]]:
             values = [self._values(self.tensors[name]) for name in adapter.base.tunix_names]
@@ -89,12 +92,12 @@ class Start:
             fill = jax.jit(_fill, out_shardings=get(places, adapter.a.path))
             return [(adapter.a.path, fill(get(initial, adapter.a.path), a, used)), (adapter.b.path, b)]
 
-        return build_tree(item for adapter in adapters.adapters(layout, self.lora) for item in pair(adapter))
+        return build_tree(item for adapter in adapters.adapters(layout) for item in pair(adapter))
 
     def _values(self, tensor: Tensor) -> tuple[np.ndarray, np.ndarray, int]:
         """A, B and how many ranks of A were given."""
         factors = self.factors(tensor)
-        a, b = tensor.from_lora_factors(factors, self.lora.rank)
+        a, b = tensor.from_lora_factors(factors, self.adapted[tensor.name].rank)
         return a, b, tensor.lora_rank(factors) if factors else 0
 
     def tell(self, folder: RunFolder, base: str) -> None:
@@ -110,10 +113,10 @@ class Start:
                 len(self.fresh),
                 some(self.fresh),
             )
-        scales = Counter(given.scale for given in self.given.values())
-        if differing := [s for s in scales if s != adapters.scale(self.lora)]:
-            log.info("lora.start: scale %s there, %g here: B is multiplied", some([f"{s:g}" for s in differing]),
-                     adapters.scale(self.lora))  # fmt: skip
+        ours = {name: self.adapted[t.name].scale for t in self.tensors.values() for name in t.hf_names}
+        scales = dict.fromkeys((given.scale, ours[name]) for name, given in self.given.items())
+        if differing := [f"{there:g} there, {here:g} here" for there, here in scales if there != here]:
+            log.info("lora.start: scale %s: B is multiplied", some(differing))
         if folder.write:
             record = {"source": self.source, "sha256": self.sha256, "base": self.base, "given": sorted(self.given)}
             ranks = dict(Counter(str(given.a_shape[0]) for given in self.given.values()))
@@ -146,14 +149,15 @@ def open_start(lora: LoraConfig, arch: Architecture, resume_from: int | None = N
         raise UserError(
             f"lora.start={lora.start}: neither a run folder (config.yaml) nor a PEFT adapter ({CONFIG}): {found}"
         )
-    layout = Layout.of(arch)
-    tensors = _tensors(arch, layout, lora)
+    layout = Layout.of(arch, lora)
+    tensors = _tensors(arch, layout)
     known = {name for t in tensors.values() for name in t.hf_names}
     idle = tuple(sorted(name for name in given.keys() - known if not given[name].read()[1].any()))
-    start = Start(source, sha256, base, lora, {n: g for n, g in given.items() if n not in idle}, idle, tensors)
+    taken = {name: one for name, one in given.items() if name not in idle}
+    start = Start(source, sha256, base, lora, taken, idle, tensors, layout.adapted)
     if not start.given:
         raise UserError(f"lora.start={lora.start}: {source} adds nothing: B is zero everywhere")
-    if problems := [*_unmatched(start, arch, layout), *_shapes(start)] or _unrepresentable(start):
+    if problems := [*_unmatched(start, arch), *_shapes(start)] or _unrepresentable(start):
         listed = "".join(f"\n  - {problem}" for problem in problems)
         raise UserError(f"lora.start={lora.start}: this run can't begin from {source}:{listed}")
     return start
@@ -184,11 +188,13 @@ def _of_run(lora: LoraConfig, arch: Architecture) -> tuple[str, str, str | None,
     base = None
     if run.provenance_path.exists():
         base = read_json(run.provenance_path).get("fingerprints", {}).get("base")
-    scale, tensors = adapters.scale(known.lora), name_map(arch)
+    adapted, tensors = Layout.of(arch, known.lora).adapted, name_map(arch)
     given: dict[str, Given] = {}
     for name in state.names:
         if (own := name.removesuffix("_lora_a")) != name:
-            given |= _of_tensor(state, tensors[own], scale) if own in tensors else {own: _absent(state, name, scale)}
+            given |= (
+                _of_tensor(state, tensors[own], adapted[own].scale) if own in adapted else {own: _absent(state, name)}
+            )
     return f"update {state.update} of {run.address}", state.identity, base, given
 
 
@@ -204,22 +210,22 @@ def _of_tensor(state: SavedState, tensor: Tensor, scale: float) -> dict[str, Giv
     return {name: Given(*shapes, scale, partial(read, name)) for name in tensor.hf_names}
 
 
-def _absent(state: SavedState, name: str, scale: float) -> Given:
-    """Of a layer that this model has not."""
+def _absent(state: SavedState, name: str) -> Given:
+    """Of a layer that this model has not, where its scale does not matter."""
     other = name.removesuffix("a") + "b"
-    return Given(state.shape(name), state.shape(other), scale, lambda: (state.read(name), state.read(other)))
+    return Given(state.shape(name), state.shape(other), 1.0, lambda: (state.read(name), state.read(other)))
 
 
-def _tensors(arch: Architecture, layout: Layout, lora: LoraConfig) -> dict[str, Tensor]:
+def _tensors(arch: Architecture, layout: Layout) -> dict[str, Tensor]:
     names = name_map(arch)
-    return {name: names[name] for adapter in adapters.adapters(layout, lora) for name in adapter.base.tunix_names}
+    return {name: names[name] for name in layout.adapted}
 
 
-def _unmatched(start: Start, arch: Architecture, layout: Layout) -> list[str]:
+def _unmatched(start: Start, arch: Architecture) -> list[str]:
     """Given weights that this run does not adapt."""
     ours = {name for t in start.tensors.values() for name in t.hf_names}
     rest = sorted(start.given.keys() - ours)
-    every = _tensors(arch, layout, replace(start.lora, targets=list(ROLES)))
+    every = _tensors(arch, Layout.of(arch, replace(start.lora, targets=list(ROLES))))
     targets = {name for t in every.values() for name in t.hf_names}
     untargeted, alien = [n for n in rest if n in targets], [n for n in rest if n not in targets]
     lines = []
@@ -249,22 +255,21 @@ def _shapes(start: Start) -> list[str]:
 
 def _unrepresentable(start: Start) -> list[str]:
     """Ranks and scales that would not come out exactly."""
-    lora = start.lora
+    lora, adapted = start.lora, start.adapted
     needed = {t.name: _rank_of(start, t) for t in start.tensors.values()}
     rank = max([lora.rank, *needed.values()])
     scale, _ = Counter(given.scale for given in start.given.values()).most_common(1)[0]
     fitting = f"lora.rank={rank} lora.alpha={scale * (math.sqrt(rank) if lora.rslora else rank):.9g}"
     lines = []
-    if over := [name for name, ranks in needed.items() if ranks > lora.rank]:
+    if over := [name for name, ranks in needed.items() if ranks > adapted[name].rank]:
         shared = any(start.tensors[name].several for name in over)
         why = " (K and V share A here, its have one each, so their ranks add up)" if shared else ""
         lines.append(f"it needs rank {rank}{why}, lora.rank is {lora.rank}: {some(over)}; give {fitting}")
-    ours = adapters.scale(lora)
-    if odd := sorted({g.scale for g in start.given.values() if _ratio(g.scale, ours) is None}):
-        lines.append(
-            f"its scale is {', '.join(f'{s:.9g}' for s in odd)}, here it is {ours:.9g}: not a power of two apart, so"
-            f" that B would be rounded; give {fitting}"
-        )
+    ours = {name: adapted[t.name].scale for t in start.tensors.values() for name in t.hf_names}
+    pairs = sorted({(given.scale, ours[name]) for name, given in start.given.items()})
+    if odd := [(there, here) for there, here in pairs if _ratio(there, here) is None]:
+        listed = "; ".join(f"its scale is {there:.9g}, here it is {here:.9g}" for there, here in odd)
+        lines.append(f"{listed}: not a power of two apart, so that B would be rounded; give {fitting}")
     return lines
 
 

@@ -49,8 +49,8 @@ def make_run(
     """
     lora = lora or LoraConfig(rank=4, alpha=8.0)
     arch = from_hf_config(json.loads((base / "config.json").read_text()), name=name)
-    layout = Layout.of(arch)
-    leaves = list(adapters.leaves(layout, lora) if lora.enabled else layout.leaves())
+    layout = Layout.of(arch, lora)
+    leaves = list(adapters.leaves(layout) if lora.enabled else layout.leaves())
     place = Base(arch, str(base), None, str(base))
     (folder / "checkpoints").mkdir(parents=True)
     mesh = sharding.make_mesh(1, 1)

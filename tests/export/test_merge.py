@@ -15,7 +15,6 @@ from gemma4_tpu.export.logits import forward, stacked
 from gemma4_tpu.export.trained import open_trained
 from gemma4_tpu.models import lora as adapters
 from gemma4_tpu.models.gemma4 import Model
-from gemma4_tpu.models.layout import Layout
 from gemma4_tpu.models.params import load_params
 from gemma4_tpu.models.sharding import make_mesh, places
 from gemma4_tpu.models.tensorfile import Checkpoint
@@ -36,10 +35,10 @@ BASES = [
 def lora_logits(run, tokens, export=None):
     """Logits [B, T, V] of base + LoRA by the forward pass that training ran."""
     trained = open_trained(run, export or ExportConfig())
-    layout, mesh = Layout.of(trained.base.arch), make_mesh(1, 1, jax.devices()[:1])
+    layout, mesh = trained.layout, make_mesh(1, 1, jax.devices()[:1])
     params = load_params(trained.checkpoint, layout.arch, layout, places(layout, mesh), np.float32)
-    model = Model(arch=layout.arch, compute_dtype=jnp.float32, lora_scale=trained.scale, mesh=mesh)
-    adapter = stacked(trained, adapters.leaves(layout, trained.lora))
+    model = Model(layout=layout, compute_dtype=jnp.float32, mesh=mesh)
+    adapter = stacked(trained, adapters.leaves(layout))
     return np.asarray(forward(model, params, adapter, tokens, np.ones_like(tokens)))
 
 

@@ -39,8 +39,8 @@ def arch_of(base):
 
 def begin(start, arch):
     """The tree that a run would begin with."""
-    layout = Layout.of(arch)
-    return start.place(adapters.init(layout, start.lora, jax.random.key(5)), layout, mesh_of_one())
+    layout = Layout.of(arch, start.lora)
+    return start.place(adapters.init(layout, jax.random.key(5)), layout, mesh_of_one())
 
 
 def mesh_of_one():
@@ -50,9 +50,9 @@ def mesh_of_one():
 def logits(base, lora, tree, tokens):
     """Logits [B, T, V] of base + adapters by the forward pass of training."""
     arch, mesh = arch_of(base), mesh_of_one()
-    layout = Layout.of(arch)
+    layout = Layout.of(arch, lora)
     params = load_params(Checkpoint(str(base)), arch, layout, places(layout, mesh), np.float32)
-    model = Model(arch=arch, compute_dtype=jnp.float32, lora_scale=adapters.scale(lora), mesh=mesh)
+    model = Model(layout=layout, compute_dtype=jnp.float32, mesh=mesh)
     return np.asarray(forward(model, params, tree, tokens, np.ones_like(tokens)))
 
 
@@ -66,7 +66,7 @@ def test_from_a_run_and_from_its_export_to_the_bit(kind, prefix, run_of, merge):
         start = open_start(replace(trained.lora, start=str(folder)), arch)
         tree = begin(start, arch)
         assert not start.fresh and not start.idle
-        for leaf in adapters.leaves(Layout.of(arch), trained.lora):
+        for leaf in adapters.leaves(trained.layout):
             for number, name in enumerate(leaf.tunix_names):
                 np.testing.assert_array_equal(np.asarray(get(tree, leaf.path))[number], trained.state.read(name))
 
@@ -183,9 +183,9 @@ def test_a_scale_that_is_a_power_of_two_away_goes_into_b(dense, caplog):
 def test_a_smaller_rank_is_filled_up_with_fresh_ranks(run_of):
     run, base = run_of(lora=LoraConfig(rank=4, alpha=8.0))
     arch, lora = arch_of(base), LoraConfig(rank=6, alpha=12.0, start=str(run))
-    initial = adapters.init(Layout.of(arch), lora, jax.random.key(5))
+    initial = adapters.init(Layout.of(arch, lora), jax.random.key(5))
     tree, state = begin(open_start(lora, arch), arch), open_trained(run, ExportConfig()).state
-    for adapter in adapters.adapters(Layout.of(arch), lora):
+    for adapter in adapters.adapters(Layout.of(arch, lora)):
         a, b = (np.asarray(get(tree, leaf.path)) for leaf in (adapter.a, adapter.b))
         np.testing.assert_array_equal(a[0, ..., :4], state.read(adapter.a.tunix_names[0]))
         np.testing.assert_array_equal(a[..., 4:], np.asarray(get(initial, adapter.a.path))[..., 4:])
@@ -203,7 +203,7 @@ def test_what_nothing_was_given_for_starts_afresh_and_is_named(by_peft, tmp_path
     assert f"nothing given for {len(start.fresh)} weights" in caplog.text
     record = json.loads((tmp_path / FILE).read_text())
     assert record["fresh"] == start.fresh and record["given"] == sorted(start.given)
-    tree, initial = begin(start, arch_of(base)), adapters.init(Layout.of(arch_of(base)), lora, jax.random.key(5))
+    tree, initial = begin(start, arch_of(base)), adapters.init(Layout.of(arch_of(base), lora), jax.random.key(5))
     same = tree["stages"][0][0]["mlp"]["up_proj"]["kernel_lora_a"]
     np.testing.assert_array_equal(same, initial["stages"][0][0]["mlp"]["up_proj"]["kernel_lora_a"])
 

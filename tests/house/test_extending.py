@@ -38,14 +38,14 @@ from gemma4_tpu.models.names import name_map
 from gemma4_tpu.models.params import random_params
 
 arch, lora = ARCHITECTURES["tiny_e2b"], LoraConfig(rank=4, alpha=4.0)
-layout, mesh = Layout.of(arch), sharding.make_mesh(1, 1, jax.devices()[:1])
+layout, mesh = Layout.of(arch, lora), sharding.make_mesh(1, 1, jax.devices()[:1])
 base = random_params(arch, layout, sharding.places(layout, mesh), jnp.float32, 0)
-fresh = adapters.init(layout, lora, jax.random.key(0))
-(gate,) = (a for a in adapters.adapters(layout, lora) if a.base.path[1:] == (0, 0, "per_layer_input_gate", "w"))
+fresh = adapters.init(layout, jax.random.key(0))
+(gate,) = (a for a in adapters.adapters(layout) if a.base.path[1:] == (0, 0, "per_layer_input_gate", "w"))
 b = 0.1 * jax.random.normal(jax.random.key(1), gate.b.array_shape)
 get(fresh, gate.b.path[:-1])[gate.b.path[-1]] = b
 tokens = np.arange(3, 35, dtype=np.int32)[None]
-model = Model(arch=arch, compute_dtype=jnp.float32, lora_scale=adapters.scale(lora))
+model = Model(layout=layout, compute_dtype=jnp.float32)
 run = lambda params, adapter: np.asarray(hidden_states(model, params, adapter, tokens, tokens * 0 + 1, tokens - 3))
 before, adapted = run(base, None), run(base, fresh)
 for r, name in enumerate(gate.base.tunix_names):

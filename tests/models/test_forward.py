@@ -32,7 +32,7 @@ def load_folder(folder: Path, mesh=None) -> tuple[Model, dict]:
     mesh = mesh or sharding.make_mesh(1, 1, jax.devices()[:1])
     layout = Layout.of(arch)
     params = load_params(Checkpoint(str(folder)), arch, layout, sharding.places(layout, mesh), jnp.float32)
-    return Model(arch=arch, compute_dtype=jnp.float32, mesh=mesh), params
+    return Model(layout=layout, compute_dtype=jnp.float32, mesh=mesh), params
 
 
 def run(model: Model, params, tokens, segments=None, positions=None) -> np.ndarray:

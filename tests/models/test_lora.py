@@ -40,7 +40,7 @@ RANK_64 = LoraConfig(rank=64, alpha=64.0)
     ],
 )
 def test_every_intended_module_is_adapted(name, counts):
-    found = adapters.module_counts(Layout.of(ARCHITECTURES[name]), RANK_64)
+    found = adapters.module_counts(Layout.of(ARCHITECTURES[name], RANK_64))
     mlp = sum(n for kind, n in found.items() if kind.startswith("mlp."))
     assert {k: found.get(f"attn.{k}", 0) for k in counts if k != "mlp"} | {"mlp": mlp} == counts
 
@@ -50,30 +50,33 @@ def test_every_intended_module_is_adapted(name, counts):
 def test_the_analytic_parameter_count_is_that_of_the_arrays(name, targets):
     lora = LoraConfig(rank=8, targets=targets)
     arch = ARCHITECTURES[name]
-    assert flops.lora_parameters(arch, lora) == adapters.parameter_count(Layout.of(arch), lora)
+    assert flops.lora_parameters(arch, lora) == adapters.parameter_count(Layout.of(arch, lora))
 
 
 def test_the_paper_s_adapters_have_the_size_measured_for_them():
     """About 472 M parameters for rank 64 on 31B."""
-    assert adapters.parameter_count(Layout.of(ARCHITECTURES["gemma4_31b"]), RANK_64) == 472_514_560
+    assert adapters.parameter_count(Layout.of(ARCHITECTURES["gemma4_31b"], RANK_64)) == 472_514_560
 
 
 def test_scale():
-    assert adapters.scale(LoraConfig(rank=16, alpha=32.0)) == 2.0
-    assert adapters.scale(LoraConfig(rank=16, alpha=32.0, rslora=True)) == 8.0
+    def scales(**settings):
+        return {how.scale for how in Layout.of(ARCHITECTURES["tiny"], LoraConfig(**settings)).adapted.values()}
+
+    assert scales(rank=16, alpha=32.0) == {2.0}
+    assert scales(rank=16, alpha=32.0, rslora=True) == {8.0}
 
 
 def test_no_targets_is_refused():
     with pytest.raises(UserError, match="adapts no module"):
-        adapters.adapters(Layout.of(ARCHITECTURES["tiny"]), LoraConfig(targets=[]))
+        Layout.of(ARCHITECTURES["tiny"], LoraConfig(targets=[]))
 
 
 @pytest.mark.parametrize("shape", [(1, 4), (2, 4), (4, 1), (2, 2)])
 def test_every_adapter_of_31b_is_sharded_by_its_own_shape(shape):
     mesh = sharding.make_mesh(*shape, jax.devices()[: math.prod(shape)])
-    layout = Layout.of(ARCHITECTURES["gemma4_31b"])
-    places = adapters.shardings(layout, RANK_64, mesh)
-    for leaf in adapters.leaves(layout, RANK_64):
+    layout = Layout.of(ARCHITECTURES["gemma4_31b"], RANK_64)
+    places = adapters.shardings(layout, mesh)
+    for leaf in adapters.leaves(layout):
         spec = get(places, leaf.path).spec
         assert len(spec) <= len(leaf.array_shape)
         assert sharding.replicated(mesh, leaf) == []
@@ -81,12 +84,12 @@ def test_every_adapter_of_31b_is_sharded_by_its_own_shape(shape):
 
 
 def test_initial_values_do_not_depend_on_mesh_or_the_other_tensors():
-    layout, key = Layout.of(ARCHITECTURES["tiny"]), jax.random.key(3)
-    alone = adapters.init(layout, LoraConfig(rank=4, targets=["mlp"]), key)
+    arch, key = ARCHITECTURES["tiny"], jax.random.key(3)
+    only_mlp, layout = Layout.of(arch, LoraConfig(rank=4, targets=["mlp"])), Layout.of(arch, LoraConfig(rank=4))
+    alone = adapters.init(only_mlp, key)
     mesh = sharding.make_mesh(2, 4, jax.devices())
-    lora = LoraConfig(rank=4)
-    both = jax.jit(partial(adapters.init, layout, lora), out_shardings=adapters.shardings(layout, lora, mesh))(key)
-    for leaf in adapters.leaves(layout, LoraConfig(rank=4, targets=["mlp"])):
+    both = jax.jit(partial(adapters.init, layout), out_shardings=adapters.shardings(layout, mesh))(key)
+    for leaf in adapters.leaves(only_mlp):
         np.testing.assert_array_equal(get(alone, leaf.path), np.asarray(get(both, leaf.path)))
         if leaf.path[-1].endswith("_b"):
             assert not np.asarray(get(both, leaf.path)).any()
@@ -102,17 +105,17 @@ def test_tunix_with_qwix_takes_our_adapters_and_computes_the_same_logits(kind):
     """Names, shapes, stacking and scale agree with the libraries' own."""
     folder = make_checkpoint(kind)
     arch = from_hf_config(json.loads((folder / "config.json").read_text()), name=kind)
-    layout, mesh = Layout.of(arch), sharding.make_mesh(1, 1, jax.devices()[:1])
+    config = LoraConfig(rank=4, alpha=8.0)
+    layout, mesh = Layout.of(arch, config), sharding.make_mesh(1, 1, jax.devices()[:1])
     place = sharding.places(layout, mesh)
     base = load_params(Checkpoint(str(folder)), arch, layout, place, jnp.float32)
-    config = LoraConfig(rank=4, alpha=8.0)
     rng = np.random.default_rng(0)
     lora = jax.tree.map(lambda x: jnp.asarray(0.2 * rng.normal(size=x.shape), jnp.float32),
-                        jax.eval_shape(partial(adapters.init, layout, config), jax.random.key(0)))  # fmt: skip
+                        jax.eval_shape(partial(adapters.init, layout), jax.random.key(0)))  # fmt: skip
 
     tokens, mask = make_batch(batch=2, length=24)
     positions = np.broadcast_to(np.arange(24, dtype=np.int32), tokens.shape)
-    model = Model(arch=arch, compute_dtype=jnp.float32, lora_scale=adapters.scale(config))
+    model = Model(layout=layout, compute_dtype=jnp.float32)
     ours = jax.jit(lambda b, a: logits(model, b, hidden_states(model, b, a, tokens, mask.astype(np.int32), positions)))
 
     theirs = to_tunix(by_name(base, layout), arch)
@@ -123,9 +126,7 @@ def test_tunix_with_qwix_takes_our_adapters_and_computes_the_same_logits(kind):
     )  # fmt: skip
     adapted = qwix.apply_lora_to_model(theirs, provider, tokens, positions, None, causal, rngs=nnx.Rngs(0))
     state = nnx.state(adapted, nnx.LoRAParam)
-    names = {
-        n: get(lora, leaf.path)[i] for leaf in adapters.leaves(layout, config) for i, n in enumerate(leaf.tunix_names)
-    }
+    names = {n: get(lora, leaf.path)[i] for leaf in adapters.leaves(layout) for i, n in enumerate(leaf.tunix_names)}
     seen = set()
     for path, variable in nnx.to_flat_state(state):
         name = ".".join(map(str, path))

@@ -26,7 +26,7 @@ from gemma4_tpu.models.layout import Layout
 def test_adapted_weights_are_held_in_few_bits(qtype, bits, error, shape):
     mesh = sharding.make_mesh(*shape, jax.devices()[: shape[0] * shape[1]])
     lora = LoraConfig(quantize=qtype)
-    layout = Layout.of(ARCHITECTURES["tiny"])
+    layout = Layout.of(ARCHITECTURES["tiny"], lora)
     quantised = [leaf for leaf in layout.leaves() if quantize.is_quantized(leaf, lora)]
     assert {leaf.path[3] for leaf in quantised} == {"attn", "mlp"}
     for leaf in quantised[:7] + quantised[-3:]:
@@ -41,9 +41,12 @@ def test_adapted_weights_are_held_in_few_bits(qtype, bits, error, shape):
 
 
 def test_nothing_else_is_quantised():
-    layout = Layout.of(ARCHITECTURES["tiny_moe"])
-    names = {leaf.path[-1] for leaf in layout.leaves() if quantize.is_quantized(leaf, LoraConfig(quantize="nf4"))}
-    assert names == {"w", "kernel"}
-    only_mlp = LoraConfig(quantize="nf4", targets=["mlp"])
-    assert all("mlp" in leaf.path for leaf in layout.leaves() if quantize.is_quantized(leaf, only_mlp))
-    assert not any(quantize.is_quantized(leaf, LoraConfig()) for leaf in layout.leaves())
+
+    def quantised(**settings):
+        lora = LoraConfig(**settings)
+        leaves = Layout.of(ARCHITECTURES["tiny_moe"], lora).leaves()
+        return [leaf for leaf in leaves if quantize.is_quantized(leaf, lora)]
+
+    assert {leaf.path[-1] for leaf in quantised(quantize="nf4")} == {"w", "kernel"}
+    assert all("mlp" in leaf.path for leaf in quantised(quantize="nf4", targets=["mlp"]))
+    assert not quantised()

@@ -40,8 +40,8 @@ def make(
     **settings,
 ):  # fmt: skip
     """(step, base, trained) in fp32 with non-zero lora_b."""
-    scale, mesh = adapters.scale(lora), mesh_of(fsdp, tp)
-    model = Model(arch=small(kind), compute_dtype=jnp.float32, mesh=mesh, lora_scale=scale, **settings)
+    mesh = mesh_of(fsdp, tp)
+    model = Model(layout=Layout.of(small(kind), lora), compute_dtype=jnp.float32, mesh=mesh, **settings)
     step = Step(model, make_optimizer(OptimizerConfig(learning_rate=rate), 10), full=full, chunk_tokens=16)
     base, trained = weights(kind, fsdp, tp)
     return (step, {}, base) if full else (step, base, trained)
@@ -50,10 +50,10 @@ def make(
 @cache
 def weights(kind: str, fsdp: int, tp: int):
     """(base, adapters): made once, since that compiles a program for each shape; no test here donates them."""
-    layout, mesh = Layout.of(small(kind)), mesh_of(fsdp, tp)
+    layout, mesh = Layout.of(small(kind), LORA), mesh_of(fsdp, tp)
     place = sharding.places(layout, mesh)
     base = random_params(small(kind), layout, place, jnp.float32, 0)
-    init = jax.jit(partial(adapters.init, layout, LORA), out_shardings=adapters.shardings(layout, LORA, mesh))
+    init = jax.jit(partial(adapters.init, layout), out_shardings=adapters.shardings(layout, mesh))
     trained = jax.tree.map(
         lambda x: jax.device_put(jax.random.normal(jax.random.key(x.size), x.shape) * 0.05, x.sharding)
         if not x.any() else x, init(jax.random.key(1)),
@@ -119,7 +119,7 @@ def test_every_adapted_module_gets_a_gradient(kind):
     step, base, trained = make(kind)
     layout = step.model.layout
     _, grads, _ = gradients(step, base, trained, make_batch(4))
-    flat = {n: g for leaf in adapters.leaves(layout, LORA) for n, g in _named(leaf, grads)}
+    flat = {n: g for leaf in adapters.leaves(layout) for n, g in _named(leaf, grads)}
     arch = step.model.arch
     shared = arch.num_kv_shared_layers
     # q, o, gate, up, down everywhere; one of kv/k where keys are computed; two arrays each

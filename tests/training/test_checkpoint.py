@@ -8,14 +8,14 @@ from gemma4_tpu.config.schema import CheckpointConfig
 from gemma4_tpu.models import lora as adapters
 from gemma4_tpu.training.checkpoint import Checkpoints
 from gemma4_tpu.training.setup import init_state
-from tests.step.test_train_step import LORA, make
+from tests.step.test_train_step import make
 
 POSITION = {"pipeline": {"place": 7}, "totals": {"seconds": 1.5}}
 
 
 def open_folder(folder, step, keep_best=True, keep=2) -> Checkpoints:
     config = CheckpointConfig(keep=keep, keep_best=keep_best)
-    return Checkpoints(folder, config, adapters.leaves(step.model.layout, LORA), step.model.mesh)
+    return Checkpoints(folder, config, adapters.leaves(step.model.layout), step.model.mesh)
 
 
 def save_several(folder, losses: dict[int, float]) -> None:
