@@ -20,7 +20,7 @@ from gemma4_tpu.config.help import shown
 from gemma4_tpu.config.keys import element_type, field_docs, field_types, is_group, is_mapping, type_name
 from gemma4_tpu.config.limits import CHOICES, RANGES
 from gemma4_tpu.config.schema import TrainRoot
-from gemma4_tpu.config.sweep_settings import Grid, Optuna, Processes
+from gemma4_tpu.config.sweep_settings import GridSweep, Optuna, Processes
 from gemma4_tpu.launch.gke import GKE
 from gemma4_tpu.launch.tpu_vm import TPU_VM
 from gemma4_tpu.markdown import table
@@ -64,7 +64,7 @@ def page() -> str:
     for entry in COMMANDS.values():
         lines += _own_keys(entry)
     lines += ["", "## Sweeps", "", "With `-m` (`--multirun`), for `train`; see [sweeps](sweeps.md).", ""]
-    for prefix, schema in (("launcher", Processes), ("sweeper", Grid), ("sweeper", Optuna)):
+    for prefix, schema in (("launcher", Processes), ("sweeper", GridSweep), ("sweeper", Optuna)):
         lines += [f"**{_cell((schema.__doc__ or '').strip().rstrip('.'))}**", ""]
         kept = {name: value for name, value in asdict(schema()).items() if not name.startswith("_")}
         rows = [_row(schema, name, f"hydra.{prefix}.{name}", shown(value)) for name, value in kept.items()]

@@ -149,9 +149,9 @@ def _selfcheck(config: EvaluateRoot) -> int:
 def _compare(folders: Sequence[str]) -> int:
     """Two evaluations, problem by problem, in words."""
     from gemma4_tpu.evals.compare import compare
-    from gemma4_tpu.evals.scores import Outcome
+    from gemma4_tpu.evals.scores import EvaluationOutcome
 
-    a, b = (Outcome.read(Path(folder, "result.json")) for folder in folders)
+    a, b = (EvaluationOutcome.read(Path(folder, "result.json")) for folder in folders)
     names = (a.name, b.name) if a.name != b.name else ("A", "B")
     print(f"{names[0]}: {folders[0]}\n{names[1]}: {folders[1]}")
     _print_list(compare(a, b, names).claims())

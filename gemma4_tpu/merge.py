@@ -22,7 +22,7 @@ from gemma4_tpu.errors import UserError, exit_code, first_line
 from gemma4_tpu.export.checks import MergeChecked, examine_merge, normalise_merge
 
 if TYPE_CHECKING:
-    from gemma4_tpu.export.job import Job
+    from gemma4_tpu.export.job import ExportJob
     from gemma4_tpu.tracking.run import RunFolder
 
 log = logging.getLogger(__name__)
@@ -78,7 +78,7 @@ def _run(loaded: Loaded[MergeRoot, MergeChecked]) -> int:
     return 0
 
 
-def _export(job: Job, loaded: Loaded[MergeRoot, MergeChecked], *, several: bool) -> None:
+def _export(job: ExportJob, loaded: Loaded[MergeRoot, MergeChecked], *, several: bool) -> None:
     """One export and its record: configuration, provenance, log, delta norms, parity, result."""
     from gemma4_tpu.reporting.deltas import write_deltas
     from gemma4_tpu.tracking import provenance, records
@@ -108,7 +108,7 @@ def _export(job: Job, loaded: Loaded[MergeRoot, MergeChecked], *, several: bool)
         print(f"{kind}: {target}")
 
 
-def _track(job: Job, record: RunFolder, result: dict[str, Any], config: dict[str, Any]) -> None:
+def _track(job: ExportJob, record: RunFolder, result: dict[str, Any], config: dict[str, Any]) -> None:
     """Tells the tracker that followed the training where its export lies."""
     from gemma4_tpu.tracking.trackers import make_tracker
 

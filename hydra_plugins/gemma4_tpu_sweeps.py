@@ -21,7 +21,7 @@ from gemma4_tpu.config import sweep_settings as settings
 
 _STORE = ConfigStore.instance()
 _STORE.store(group="hydra/launcher", name="processes", node=settings.Processes, provider="gemma4_tpu")
-_STORE.store(group="hydra/sweeper", name="grid", node=settings.Grid, provider="gemma4_tpu")
+_STORE.store(group="hydra/sweeper", name="grid", node=settings.GridSweep, provider="gemma4_tpu")
 _STORE.store(group="hydra/sweeper", name="optuna", node=settings.Optuna, provider="gemma4_tpu")
 
 

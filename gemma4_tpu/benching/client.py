@@ -26,7 +26,7 @@ _HITS = re.compile(r"^vllm:(?:gpu_)?prefix_cache_(hits|queries)(?:_total)?(?:\{[
 
 
 @dataclass
-class Answer:
+class TimedAnswer:
     """What came of one request."""
 
     prompt_tokens: int
@@ -133,7 +133,7 @@ async def prefix_cache_tokens(client: aiohttp.ClientSession, endpoint: str) -> t
     return (totals["hits"], totals["queries"]) if found else None
 
 
-async def ask(client: aiohttp.ClientSession, target: Target, body: bytes, answer: Answer) -> None:
+async def ask(client: aiohttp.ClientSession, target: Target, body: bytes, answer: TimedAnswer) -> None:
     """Sends one request and fills in the answer, or why it failed."""
     try:
         answer.sent_at = time.perf_counter()
@@ -150,7 +150,7 @@ async def ask(client: aiohttp.ClientSession, target: Target, body: bytes, answer
         answer.error = f"{type(error).__name__}: {error}"[:_SHOWN]
 
 
-async def _follow(response: aiohttp.ClientResponse, answer: Answer) -> bool:
+async def _follow(response: aiohttp.ClientResponse, answer: TimedAnswer) -> bool:
     """Notes when chunks come; returns whether the server said that it was done."""
     ended = False
     async for now, data in _events(response):

@@ -11,14 +11,14 @@ from typing import Any
 
 import numpy as np
 
-from gemma4_tpu.benching.client import Answer
+from gemma4_tpu.benching.client import TimedAnswer
 
 P99_FROM = 100
 """A 99th percentile of fewer values is that of the largest one or two; it is marked."""
 METRICS = ("ttft", "tpot", "itl", "e2el")
 
 
-def summary(answers: Sequence[Answer], duration_seconds: float, output_tokens: int) -> dict[str, Any]:
+def summary(answers: Sequence[TimedAnswer], duration_seconds: float, output_tokens: int) -> dict[str, Any]:
     """Counts, throughputs and latencies of one cell.
 
     Args:
@@ -56,7 +56,7 @@ def summary(answers: Sequence[Answer], duration_seconds: float, output_tokens: i
     }
 
 
-def raw(answers: Sequence[Answer], started_at: float) -> dict[str, Any]:
+def raw(answers: Sequence[TimedAnswer], started_at: float) -> dict[str, Any]:
     """Each request's own figures (seconds), as `vllm bench serve --save-detailed` has them; none of failed ones."""
     return {
         "input_lens": [a.prompt_tokens for a in answers],
@@ -80,7 +80,7 @@ def _statistics(name: str, seconds: Sequence[float]) -> dict[str, float | None]:
     }
 
 
-def _most_at_a_time(answers: Sequence[Answer]) -> int:
+def _most_at_a_time(answers: Sequence[TimedAnswer]) -> int:
     """Complete answers that were under way at the same moment, at most."""
     done = [a for a in answers if a.error is None and a.last_at is not None]
     turns = sorted([(a.sent_at, 1) for a in done] + [(a.last_at, -1) for a in done])

@@ -13,7 +13,7 @@ import aiohttp
 
 from gemma4_tpu.benching import latencies
 from gemma4_tpu.benching.cells import Cell, arrivals_seconds, generator, prompts
-from gemma4_tpu.benching.client import Answer, Target, ask, prefix_cache_tokens, request_body, session
+from gemma4_tpu.benching.client import Target, TimedAnswer, ask, prefix_cache_tokens, request_body, session
 from gemma4_tpu.config.serving import BenchConfig
 
 OK, INFEASIBLE, FAILED = "ok", "infeasible", "failed"
@@ -90,13 +90,13 @@ async def _send(
     bodies: Sequence[bytes],
     times: Sequence[float],
     told: Told,
-) -> tuple[float, list[Answer], float]:
+) -> tuple[float, list[TimedAnswer], float]:
     """Each request at its time. Returns when that began, the answers, and seconds to the last of them."""
     started = time.perf_counter()
-    answers = [Answer(cell.input_tokens, due_at=started + seconds) for seconds in times]
+    answers = [TimedAnswer(cell.input_tokens, due_at=started + seconds) for seconds in times]
     count = _Count(told)
 
-    async def one(body: bytes, answer: Answer) -> None:
+    async def one(body: bytes, answer: TimedAnswer) -> None:
         await ask(client, target, body, answer)
         count.add(answer)
 
@@ -110,16 +110,16 @@ async def _send(
 
 async def _take_turns(
     client: aiohttp.ClientSession, target: Target, cell: Cell, bodies: Sequence[bytes], told: Told
-) -> tuple[float, list[Answer], float]:
+) -> tuple[float, list[TimedAnswer], float]:
     """As `_send`, but each user sends when its last request is answered."""
     assert cell.users is not None
     started = time.perf_counter()
-    answers: list[Answer] = []
+    answers: list[TimedAnswer] = []
     count = _Count(told)
 
     async def user(own: Sequence[bytes]) -> None:
         for body in own:
-            answer = Answer(cell.input_tokens, due_at=time.perf_counter())
+            answer = TimedAnswer(cell.input_tokens, due_at=time.perf_counter())
             answers.append(answer)
             await ask(client, target, body, answer)
             count.add(answer)
@@ -136,7 +136,7 @@ class _Count:
     def __init__(self, told: Told):
         self._told, self._done, self._failed = told, 0, 0
 
-    def add(self, answer: Answer) -> None:
+    def add(self, answer: TimedAnswer) -> None:
         self._done += 1
         self._failed += answer.error is not None
         self._told(self._done, self._failed)

@@ -15,7 +15,7 @@ from gemma4_tpu.benching.one_cell import FAILED, OK
 from gemma4_tpu.config.serving import BenchConfig, ServingConfig
 from gemma4_tpu.errors import UserError
 from gemma4_tpu.serving.command import MODEL_MOUNT, container_name, shown
-from gemma4_tpu.serving.engine import Engine, exec_words
+from gemma4_tpu.serving.engine import ContainerEngine, exec_words
 
 log = logging.getLogger(__name__)
 
@@ -34,7 +34,7 @@ class VllmClient:
     def __init__(self, serving: ServingConfig, bench: BenchConfig, endpoint: str):
         self._bench, self._endpoint = bench, endpoint
         self._container = container_name(serving)
-        self._engine, self._command = Engine(serving.engine), serving.engine
+        self._engine, self._command = ContainerEngine(serving.engine), serving.engine
 
     def check(self) -> None:
         """Raises `UserError` where there is no such container, or it does not run."""

@@ -13,7 +13,7 @@ from omegaconf import OmegaConf
 from gemma4_tpu.config.conf import defaults, groups_of
 from gemma4_tpu.config.entry import EntryPoint
 from gemma4_tpu.config.keys import field_docs, field_types, is_group, is_mapping, type_name
-from gemma4_tpu.config.sweep_settings import Grid, Optuna, Processes
+from gemma4_tpu.config.sweep_settings import GridSweep, Optuna, Processes
 
 _NARROWEST, _WIDEST = 60, 110
 _WORD = re.compile(r"""(?:[^\s'"]|'[^']*'|"[^"]*")+""")
@@ -54,7 +54,7 @@ def _sweeps(entry: EntryPoint) -> list[str]:
     if entry.name != "train":
         return lines
     lines += ["  hydra.sweep.dir=<folder>  (str)", "      Another folder for the sweep."]
-    for group, schema in (("launcher", Processes), ("sweeper", Grid), ("sweeper", Optuna)):
+    for group, schema in (("launcher", Processes), ("sweeper", GridSweep), ("sweeper", Optuna)):
         lines += ["", *_wrapped((schema.__doc__ or "").strip(), 2)]
         values = asdict(schema())
         for name, annotation in field_types(schema).items():

@@ -23,7 +23,7 @@ class Processes:
 
 
 @dataclass
-class Grid:
+class GridSweep:
     """`hydra/sweeper=grid`: every combination."""
 
     params: dict[str, Any] = field(default_factory=dict)

@@ -17,8 +17,8 @@ from gemma4_tpu.data.chat import ChatFormat
 from gemma4_tpu.data.drops import DropReport
 from gemma4_tpu.data.examples import Examples, ExamplesBuilder
 from gemma4_tpu.data.normalise import VERSION, Normalised
-from gemma4_tpu.data.sources import Place, find
-from gemma4_tpu.data.tokenise import Row, Tokeniser
+from gemma4_tpu.data.sources import SourcePlace, find
+from gemma4_tpu.data.tokenise import TokenisedRow, Tokeniser
 from gemma4_tpu.data.tokenizer import tokenizer_fingerprint
 from gemma4_tpu.errors import UserError
 
@@ -155,7 +155,7 @@ def build_data(data: DataConfig, tokenizer: Any) -> TrainingData:
     return built
 
 
-def _find(name: str, sources: list[DataSource]) -> list[Place]:
+def _find(name: str, sources: list[DataSource]) -> list[SourcePlace]:
     if not sources:
         raise UserError(f"{name} is empty: name at least one source, such as {name}.0.path=rows.jsonl")
     if bad := [source for source in sources if not 0 < source.weight <= MAX_WEIGHT]:
@@ -165,7 +165,7 @@ def _find(name: str, sources: list[DataSource]) -> list[Place]:
     return [find(source, heldout=name == "data.heldout") for source in sources]
 
 
-def _heldout_splits(sources: list[DataSource], places: list[Place]) -> list[DataSource]:
+def _heldout_splits(sources: list[DataSource], places: list[SourcePlace]) -> list[DataSource]:
     """The validation splits (or else the test splits) of the places that are trained on."""
     found = [
         replace(source, split=name, weight=1.0)
@@ -178,7 +178,7 @@ def _heldout_splits(sources: list[DataSource], places: list[Place]) -> list[Data
     return found
 
 
-def _store(rows: list[Row], weights: list[float], made_of: dict[str, str]) -> Examples:
+def _store(rows: list[TokenisedRow], weights: list[float], made_of: dict[str, str]) -> Examples:
     store = ExamplesBuilder(weights)
     for row in rows:
         for example in row.examples:

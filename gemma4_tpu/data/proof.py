@@ -46,7 +46,7 @@ class Span(NamedTuple):
 
 
 @dataclass
-class Piece:
+class Stretch:
     """A stretch of ids between control tokens, or a block of tools or thoughts with its delimiters."""
 
     kind: str  # "text", a block's opening token, or a turn's opening or closing one
@@ -104,7 +104,7 @@ class Prover:
         for span in spans:
             _check_span(ids, pieces, span, messages, self._names)
 
-    def _pieces(self, ids: np.ndarray, text: str) -> list[Piece]:
+    def _pieces(self, ids: np.ndarray, text: str) -> list[Stretch]:
         """The pieces of an example, in order; raises RowDropped where the markup does not nest."""
         places = np.flatnonzero(np.isin(ids, self._ids))
         parts = self._pattern.split(text)
@@ -113,9 +113,9 @@ class Prover:
             raise RowDropped("bad_rendering", "the tokenizer reads other control tokens than the text holds")
         if not names or ids[0] != self._bos or np.count_nonzero(ids == self._bos) != 1:
             raise RowDropped("bad_rendering", f"{np.count_nonzero(ids == self._bos)} BOS tokens; one, in front, is due")
-        pieces: list[Piece] = []
+        pieces: list[Stretch] = []
         role: str | None = None
-        block: Piece | None = None
+        block: Stretch | None = None
         stops = [*places[1:].tolist(), len(ids)]
         for name, place, after, stop in zip(names[1:], stops[:-1], parts[4::2], stops[1:], strict=True):
             text_start = place + 1
@@ -133,12 +133,12 @@ class Prover:
                     raise RowDropped("bad_rendering", f"a turn without a header: {role[:_SHOWN]!r}")
                 if role == "model" and np.array_equal(ids[text_start : text_start + len(self._header)], self._header):
                     text_start += len(self._header)
-                pieces.append(Piece(markup.TURN, place, text_start, [role]))
+                pieces.append(Stretch(markup.TURN, place, text_start, [role]))
             elif name == markup.TURN_END and role is not None:
                 role = None
-                pieces.append(Piece(markup.TURN_END, place, place + 1, []))
+                pieces.append(Stretch(markup.TURN_END, place, place + 1, []))
             elif name in _CLOSED_BY and role is not None:
-                block = Piece(name, place, len(ids), [after], closed=False)
+                block = Stretch(name, place, len(ids), [after], closed=False)
                 pieces.append(block)
                 continue
             elif name != markup.THINK or role not in _TURN_OF["system"]:
@@ -146,7 +146,7 @@ class Prover:
             if after.strip() and role is None:
                 raise RowDropped("bad_rendering", f"text outside of turns: {after.strip()[:_SHOWN]!r}")
             if after:
-                pieces.append(Piece(_TEXT, text_start, stop, [after]))
+                pieces.append(Stretch(_TEXT, text_start, stop, [after]))
         if parts[0] or parts[2].strip():
             raise RowDropped("bad_rendering", f"text before the first turn: {(parts[0] + parts[2])[:_SHOWN]!r}")
         return pieces
@@ -156,7 +156,7 @@ class _Reader:
     """Gives every piece to the message that it belongs to."""
 
     def __init__(
-        self, pieces: list[Piece], messages: list[dict[str, Any]], tools: list[Any], answers: set[int],
+        self, pieces: list[Stretch], messages: list[dict[str, Any]], tools: list[Any], answers: set[int],
         words: dict[str, tuple[str, str]],
     ):  # fmt: skip
         self._pieces = [piece for piece in pieces if not piece.blank]
@@ -291,7 +291,7 @@ class _Reader:
         self._at += 1
         return True
 
-    def _peek(self) -> Piece | None:
+    def _peek(self) -> Stretch | None:
         return self._pieces[self._at] if self._at < len(self._pieces) else None
 
     def _problem(self, number: int, what: str) -> RowDropped:
@@ -299,7 +299,7 @@ class _Reader:
 
 
 def _check_span(
-    ids: np.ndarray, pieces: list[Piece], span: Span, messages: list[dict[str, Any]], names: dict[int, str]
+    ids: np.ndarray, pieces: list[Stretch], span: Span, messages: list[dict[str, Any]], names: dict[int, str]
 ) -> None:
     """The ids of an answer hold all of its message, nothing else, and the token that ends it."""
     last = span.stop - 1
@@ -336,11 +336,11 @@ def _is(found: str, expected: list[str]) -> bool:
     return not found[at:].strip()
 
 
-def _thought(piece: Piece) -> str:
+def _thought(piece: Stretch) -> str:
     return "".join(piece.texts).strip().removeprefix("thought").strip()
 
 
-def _is_call(piece: Piece, call: dict[str, Any]) -> bool:
+def _is_call(piece: Stretch, call: dict[str, Any]) -> bool:
     """Whether a block is this very call: its name and all of its arguments, in Gemma 4's notation or in JSON."""
     function = call["function"]
     arguments = function.get("arguments") or {}
@@ -379,7 +379,7 @@ def _notation(value: Any, in_order: bool) -> str:
     return str(value)
 
 
-def _shown(piece: Piece | None) -> str:
+def _shown(piece: Stretch | None) -> str:
     if piece is None:
         return "the end"
     if piece.kind == markup.TURN:

@@ -37,7 +37,7 @@ SHARD = re.compile(r"(.+?)-\d{5}-of-\d{5}\b.*")
 
 
 @dataclass(frozen=True)
-class Place:
+class SourcePlace:
     """The rows of one source, not yet read."""
 
     name: str
@@ -89,7 +89,7 @@ def read_rows(path: str) -> Iterator[RawRow]:
     return find(DataSource(path=path)).rows()
 
 
-def find(source: DataSource, *, heldout: bool = False) -> Place:
+def find(source: DataSource, *, heldout: bool = False) -> SourcePlace:
     """Looks at what a source names, and chooses the split.
 
     Args:
@@ -116,10 +116,10 @@ def find(source: DataSource, *, heldout: bool = False) -> Place:
         raise UserError(f"{path}: split={source.split}: a single file has no splits; leave it out")
     if endings(root)[0] is None:
         raise UserError(f"{path}: unknown format; rows come from {', '.join(READERS)}, each also as .gz and .zst")
-    return Place(path, None, {}, {root: path}, store=store)
+    return SourcePlace(path, None, {}, {root: path}, store=store)
 
 
-def _find_in_folder(store: Any, root: str, path: str, source: DataSource, heldout: bool) -> Place:
+def _find_in_folder(store: Any, root: str, path: str, source: DataSource, heldout: bool) -> SourcePlace:
     splits: dict[str | None, list[str]] = {}
     passed_over: Counter[str] = Counter()
     for file in sorted(store.find(root)):
@@ -140,7 +140,7 @@ def _find_in_folder(store: Any, root: str, path: str, source: DataSource, heldou
     if chosen is not None and None in splits:
         passed_over["files without a split in their name"] += len(splits[None])
     files = {file: path + file[len(root) :] for file in splits[chosen]}
-    return Place(path, chosen, others, files, passed_over, store)
+    return SourcePlace(path, chosen, others, files, passed_over, store)
 
 
 def _split_of(parts: list[str], wanted: str | None) -> str | None:
@@ -188,7 +188,7 @@ def _choose(names: Iterable[str | None], wanted: str | None, heldout: bool, path
     return fitting[0]
 
 
-def _find_hugging_face(source: DataSource, heldout: bool) -> Place:
+def _find_hugging_face(source: DataSource, heldout: bool) -> SourcePlace:
     datasets = _import_datasets(source.path)
     parts = HUGGING_FACE_NAME.fullmatch(source.path)
     if parts is None:
@@ -200,10 +200,10 @@ def _find_hugging_face(source: DataSource, heldout: bool) -> Place:
         names = datasets.get_dataset_split_names(name, subset)
     chosen = _choose(names, split, heldout, source.path)
     others = {one: kind_of(one) for one in names if one != chosen}
-    return Place(source.path, chosen, others, hub=(name, subset))
+    return SourcePlace(source.path, chosen, others, hub=(name, subset))
 
 
-def _read_hugging_face(place: Place) -> Iterator[RawRow]:
+def _read_hugging_face(place: SourcePlace) -> Iterator[RawRow]:
     assert place.hub is not None
     datasets = _import_datasets(place.name)
     with _hub_errors(place.name):

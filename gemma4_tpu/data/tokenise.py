@@ -20,7 +20,7 @@ from gemma4_tpu.data.drops import DropReport, RowDropped, unreadable
 from gemma4_tpu.data.examples import Origin
 from gemma4_tpu.data.normalise import Conversation, Normalised, Normaliser
 from gemma4_tpu.data.readers import RawRow
-from gemma4_tpu.data.sources import Place
+from gemma4_tpu.data.sources import SourcePlace
 from gemma4_tpu.data.timeout import row_limit
 
 logger = logging.getLogger(__name__)
@@ -30,7 +30,7 @@ CHUNK_ROWS = 512  # rows encoded by one call; enough to keep every core of the t
 PROGRESS_SECONDS = 10.0
 
 
-class Row(NamedTuple):
+class TokenisedRow(NamedTuple):
     """One row on its way into the store."""
 
     examples: list[Example]
@@ -60,8 +60,8 @@ class Tokeniser:
         self.digest = ""
 
     def run(
-        self, name: str, sources: list[DataSource], places: list[Place], max_rows: int | None = None
-    ) -> Iterator[Row]:
+        self, name: str, sources: list[DataSource], places: list[SourcePlace], max_rows: int | None = None
+    ) -> Iterator[TokenisedRow]:
         """The rows of all sources; refuses too many drops at the end.
 
         Of `max_rows` rows, each source gives a share by its weight, the first ones, as long as it has any.
@@ -123,7 +123,7 @@ class Tokeniser:
             return problem
         return None
 
-    def _tokenise(self, taken: list[_Taken]) -> Iterator[Row]:
+    def _tokenise(self, taken: list[_Taken]) -> Iterator[TokenisedRow]:
         for row, examples in zip(taken, _examples(self._chat, [row.conversation for row in taken]), strict=True):
             if isinstance(examples, RowDropped):
                 self.report.drop(examples, row.origin)
@@ -133,12 +133,12 @@ class Tokeniser:
             if fitting:
                 self.report.rows_split += len(examples) > 1
                 self.report.examples_too_long += len(examples) - len(fitting)
-                yield Row(fitting, row.source, row.origin, row.identity)
+                yield TokenisedRow(fitting, row.source, row.origin, row.identity)
             else:
                 self.report.drop(RowDropped("too_long", f"{max(lengths)} tokens"), row.origin)
 
 
-def _begun(place: Place, normaliser: Normaliser) -> Iterator[RawRow]:
+def _begun(place: SourcePlace, normaliser: Normaliser) -> Iterator[RawRow]:
     """The rows of a place, once the first ones have told their form."""
     rows = place.rows()
     first = list(itertools.islice(rows, FIRST_ROWS))

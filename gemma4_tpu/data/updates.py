@@ -13,7 +13,7 @@ from gemma4_tpu.data.examples import Examples
 from gemma4_tpu.data.packing import choose_buckets, pack
 from gemma4_tpu.errors import UserError
 
-Row = list[int]  # the examples, by index, that share one row
+PackedRow = list[int]  # the examples, by index, that share one row
 EPOCHS_KEPT = 2  # planned epochs held in memory; an earlier one is planned again when asked for
 
 
@@ -23,7 +23,7 @@ class PlannedUpdate:
 
     length: int
     """Static length T of its rows, in slots."""
-    rows: list[Row]
+    rows: list[PackedRow]
     epoch: float
     """Passes over the data once this update is done."""
 
@@ -31,7 +31,7 @@ class PlannedUpdate:
 @dataclass(frozen=True)
 class _Epoch:
     updates: list[PlannedUpdate]
-    rest: list[Row]
+    rest: list[PackedRow]
     """Rows that did not fill an update; they lead the next epoch."""
 
 
@@ -69,7 +69,7 @@ class Updates:
             raise UserError(f"an example takes {self._slots.max()} slots, but rows have {self.buckets[-1]}")
         self._lock = threading.RLock()  # Grain reads from several threads
         self._starts = [0]  # first update of each epoch reached so far
-        self._rests: list[list[Row]] = [[]]  # rows that lead each of them
+        self._rests: list[list[PackedRow]] = [[]]  # rows that lead each of them
         self._kept: dict[int, _Epoch] = {}
         self._last: PlannedUpdate | None = None  # the partial update that ends a run of `epochs`
         limits = [] if epochs is None else [self._count_updates(epochs)]
@@ -150,8 +150,8 @@ class Updates:
         return rng.permutation(order) if self._data.shuffle else order
 
     def _fill(
-        self, order: np.ndarray, lead: list[Row], rng: np.random.Generator
-    ) -> tuple[list[tuple[int, list[Row]]], list[Row]]:
+        self, order: np.ndarray, lead: list[PackedRow], rng: np.random.Generator
+    ) -> tuple[list[tuple[int, list[PackedRow]]], list[PackedRow]]:
         """((T, rows) of each full update, rows left over) of one epoch that begins with the rows `lead`."""
         if self.packing == "buckets":
             return self._fill_buckets(order, lead, rng)
@@ -163,13 +163,13 @@ class Updates:
         return [(self._data.sequence_length, rows) for rows in full], rest
 
     def _fill_buckets(
-        self, order: np.ndarray, lead: list[Row], rng: np.random.Generator
-    ) -> tuple[list[tuple[int, list[Row]]], list[Row]]:
+        self, order: np.ndarray, lead: list[PackedRow], rng: np.random.Generator
+    ) -> tuple[list[tuple[int, list[PackedRow]]], list[PackedRow]]:
         """As `_fill`; what does not fill an update of one bucket is promoted to the next longer one."""
         visits = np.concatenate([np.array([row[0] for row in lead], np.int64), order])
         bucket = np.searchsorted(self.buckets, self._slots[visits])
-        filled: list[tuple[int, list[Row]]] = []
-        rest: list[Row] = []
+        filled: list[tuple[int, list[PackedRow]]] = []
+        rest: list[PackedRow] = []
         for number, length in enumerate(self.buckets):
             full, rest = self._split(rest + [[index] for index in visits[bucket == number].tolist()])
             filled += [(length, rows) for rows in full]
@@ -177,13 +177,13 @@ class Updates:
             filled = [filled[i] for i in rng.permutation(len(filled))]
         return filled, rest
 
-    def _split(self, rows: list[Row]) -> tuple[list[list[Row]], list[Row]]:
+    def _split(self, rows: list[PackedRow]) -> tuple[list[list[PackedRow]], list[PackedRow]]:
         """(full updates, the rest)."""
         size = self._rows_per_update
         end = len(rows) - len(rows) % size
         return [rows[i : i + size] for i in range(0, end, size)], rows[end:]
 
-    def _shortest_length(self, rows: list[Row]) -> int:
+    def _shortest_length(self, rows: list[PackedRow]) -> int:
         longest = max(int(self._slots[row].sum()) for row in rows)
         return next(length for length in self.buckets if length >= longest)
 

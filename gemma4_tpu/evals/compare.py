@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from gemma4_tpu.errors import UserError
-from gemma4_tpu.evals.passk import KS, Difference, difference
-from gemma4_tpu.evals.scores import Outcome
+from gemma4_tpu.evals.passk import KS, ScoreDifference, difference
+from gemma4_tpu.evals.scores import EvaluationOutcome
 
 _DESCRIPTIVE = (
     "base",
@@ -32,7 +32,7 @@ class Comparison:
 
     a: str
     b: str
-    differences: list[Difference]
+    differences: list[ScoreDifference]
     """For each k."""
     only_a: int
     """Problems that B does not have; they are left out."""
@@ -67,7 +67,7 @@ class Comparison:
         return lines
 
 
-def _about_these(d: Difference, problems: int) -> str:
+def _about_these(d: ScoreDifference, problems: int) -> str:
     if d.beyond_sampling is None:
         return (
             "With one sample per problem the sampling error is not known: whether drawing again would change the order"
@@ -78,13 +78,13 @@ def _about_these(d: Difference, problems: int) -> str:
     return f"On these {problems} problems the gap at k={d.k} is no more than drawing the samples again could give."
 
 
-def _about_new(d: Difference) -> str:
+def _about_new(d: ScoreDifference) -> str:
     if d.beyond_problems:
         return "For new problems of the same kind it can be expected to have the same sign."
     return "For new problems of the same kind it is undecided: the interval over problems contains 0."
 
 
-def compare(a: Outcome, b: Outcome, names: tuple[str, str] | None = None) -> Comparison:
+def compare(a: EvaluationOutcome, b: EvaluationOutcome, names: tuple[str, str] | None = None) -> Comparison:
     """Pairs the problems that both have.
 
     Args:
@@ -114,7 +114,7 @@ def compare(a: Outcome, b: Outcome, names: tuple[str, str] | None = None) -> Com
     )
 
 
-def _unlike(a: Outcome, b: Outcome) -> dict[str, tuple[Any, Any]]:
+def _unlike(a: EvaluationOutcome, b: EvaluationOutcome) -> dict[str, tuple[Any, Any]]:
     keys = sorted({*a.settings, *b.settings} - set(_DESCRIPTIVE))
     unlike = {key: _pair(a.settings, b.settings, key) for key in keys if a.settings.get(key) != b.settings.get(key)}
     for key in ("simulator", "sandbox"):

@@ -30,7 +30,7 @@ from gemma4_tpu.evals.problems import (
     VerdictClass,
     is_leaked_thought,
 )  # fmt: skip
-from gemma4_tpu.evals.scores import Outcome, disagreements, tally
+from gemma4_tpu.evals.scores import EvaluationOutcome, disagreements, tally
 from gemma4_tpu.evals.second_opinions import OPINIONS_FILE, Second, columns, prepare, second_opinions
 from gemma4_tpu.evals.store import Key, Rows, Sample, Samples, read_foreign
 from gemma4_tpu.evals.verilog.strength import Strength, grade, sentences, to_rows, vacuous
@@ -65,7 +65,7 @@ class Subject:
 class Evaluated:
     """What the report is made from."""
 
-    outcomes: list[Outcome]
+    outcomes: list[EvaluationOutcome]
     """The subject first, then what it is compared with."""
     problems: list[Problem]
     check: SelfCheck
@@ -141,7 +141,7 @@ def _subjects(config: EvaluateRoot, form: str, folder: Path, problems: Sequence[
             _take_over(config.eval, folder, problems)
             return [Subject("samples", folder, None, None, {"samples": config.eval.samples})]
     recorded = [folder, *(place for place in sorted(folder.iterdir()) if (place / SAMPLES_FILE).is_file())]
-    results = [Outcome.read(place / RESULT_FILE) for place in recorded]
+    results = [EvaluationOutcome.read(place / RESULT_FILE) for place in recorded]
     return [
         Subject(result.name, place, None, result.n, result.settings)
         for result, place in zip(results, recorded, strict=True)
@@ -162,7 +162,7 @@ def _take_over(config: EvalConfig, folder: Path, problems: Sequence[Problem]) ->
 
 def _evaluate(
     subject: Subject, problems: Sequence[Problem], config: EvalConfig, court: _Court, *, again: bool
-) -> Outcome:
+) -> EvaluationOutcome:
     """Draws, judges and counts the samples of one subject, and writes its `result.json`."""
     subject.folder.mkdir(exist_ok=True)
     generation_seconds = _generate(subject, problems, config) if subject.backend else None
@@ -178,7 +178,7 @@ def _evaluate(
     opinions = second_opinions(samples, verdicts, second, court.judge, config.columns, path) if second else None
     n = subject.n or max(Counter(sample.problem for sample in samples).values())
     described = subject.backend.description if subject.backend else subject.settings
-    outcome = Outcome(
+    outcome = EvaluationOutcome(
         name=subject.name,
         benchmark=config.benchmark,
         settings={

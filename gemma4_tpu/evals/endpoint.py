@@ -23,7 +23,7 @@ import httpx
 from gemma4_tpu.config.tasks import EvalConfig
 from gemma4_tpu.data.markup import without_thoughts
 from gemma4_tpu.errors import UserError
-from gemma4_tpu.evals.generate import Request
+from gemma4_tpu.evals.generate import SampleRequest
 from gemma4_tpu.evals.store import LENGTH, STOP, Sample
 
 log = logging.getLogger(__name__)
@@ -37,7 +37,7 @@ _TRY_AGAIN = (408, 409, 425, 429)
 _SHOWN = 200  # characters of a server's message
 
 
-class Refused(Exception):
+class RequestRefused(Exception):
     """The server will not answer this request, however often it is asked."""
 
 
@@ -64,11 +64,11 @@ class Endpoint:
         thoughts = self._config.thoughts or "drop"
         return {"endpoint": self._config.endpoint, "model": self._model, "seeds": seeds, "thoughts": thoughts}
 
-    def example(self, request: Request) -> str:
+    def example(self, request: SampleRequest) -> str:
         """The conversation; its markup is made by the server."""
         return "\n".join(f"[{message['role']}]\n{message['content']}" for message in request.messages)
 
-    def generate(self, requests: Sequence[Request]) -> Iterator[Sample]:
+    def generate(self, requests: Sequence[SampleRequest]) -> Iterator[Sample]:
         """The samples as they come; one that fails after all attempts is logged and left out.
 
         Raises:
@@ -100,7 +100,7 @@ class Endpoint:
         finally:
             stop.set()
 
-    async def _all(self, requests: Sequence[Request]) -> AsyncIterator[Sample]:
+    async def _all(self, requests: Sequence[SampleRequest]) -> AsyncIterator[Sample]:
         """Samples in the order in which they are finished."""
         gate, failures = asyncio.Semaphore(self._config.concurrency), 0
         async with httpx.AsyncClient(**self._options) as client:
@@ -117,7 +117,7 @@ class Endpoint:
                 for task in tasks:
                     task.cancel()
 
-    async def _one(self, client: httpx.AsyncClient, gate: asyncio.Semaphore, request: Request) -> Sample | None:
+    async def _one(self, client: httpx.AsyncClient, gate: asyncio.Semaphore, request: SampleRequest) -> Sample | None:
         """One sample, tried `retries` times more; None: it never came."""
         async with gate:
             reason, asked_for = "", 0.0
@@ -129,7 +129,7 @@ class Endpoint:
                         return await self._ask(client, request)
                 except UserError:
                     raise
-                except Refused as refusal:
+                except RequestRefused as refusal:
                     reason = str(refusal)
                     break
                 except (httpx.HTTPError, TimeoutError, ValueError) as error:
@@ -139,12 +139,13 @@ class Endpoint:
         log.warning("%s, sample %d never came: %s", request.problem, request.sample, reason[:_SHOWN])
         return None
 
-    async def _ask(self, client: httpx.AsyncClient, request: Request) -> Sample:
+    async def _ask(self, client: httpx.AsyncClient, request: SampleRequest) -> Sample:
         """One attempt.
 
         Raises:
-          UserError: the server refuses everything; Refused: it refuses this one; httpx.HTTPError, ValueError (an answer
-            that is none): it may work next time.
+          UserError: the server refuses everything.
+          RequestRefused: it refuses this one.
+          httpx.HTTPError, ValueError: no answer, or one that is none; it may work next time.
         """
         with_seed = self._takes_seeds
         response = await client.post(f"{self._config.endpoint}/chat/completions", json=self._body(request, with_seed))
@@ -172,9 +173,9 @@ class Endpoint:
             raise UserError(f"eval.endpoint={self._config.endpoint}: {said}; the base URL ends in /v1, usually")
         if status >= 500 or status in _TRY_AGAIN:
             raise httpx.HTTPStatusError(said, request=response.request, response=response)
-        raise Refused(said)
+        raise RequestRefused(said)
 
-    def _body(self, request: Request, with_seed: bool) -> dict[str, Any]:
+    def _body(self, request: SampleRequest, with_seed: bool) -> dict[str, Any]:
         config = self._config
         body = {
             "model": self._model, "messages": list(request.messages), "temperature": config.temperature,
@@ -194,7 +195,7 @@ class Endpoint:
             names = _names(_json(response))
         except UserError:
             raise
-        except (httpx.HTTPError, Refused, ValueError) as error:
+        except (httpx.HTTPError, RequestRefused, ValueError) as error:
             raise UserError(f"{given}: lists no models ({error or repr(error)}); is a server there?") from None
         if len(names) != 1:
             raise UserError(f"{given}: it has {', '.join(names) or 'no model'}; give eval.endpoint_model=<one of them>")

@@ -37,7 +37,7 @@ compilation."""
 
 
 @dataclass(frozen=True)
-class Request:
+class SampleRequest:
     """A sample to be drawn."""
 
     problem: str
@@ -53,17 +53,17 @@ class Backend(Protocol):
     def description(self) -> dict[str, Any]:
         """Model and parameters, for the report."""
 
-    def generate(self, requests: Sequence[Request]) -> Iterator[Sample]:
+    def generate(self, requests: Sequence[SampleRequest]) -> Iterator[Sample]:
         """The samples as they come, in any order; one that cannot be had is logged and left out."""
 
-    def example(self, request: Request) -> str:
+    def example(self, request: SampleRequest) -> str:
         """The prompt of a request as the model sees it, for the report."""
 
 
-def requests(problems: Sequence[Problem], config: EvalConfig) -> list[Request]:
+def requests(problems: Sequence[Problem], config: EvalConfig) -> list[SampleRequest]:
     """All samples of an evaluation."""
     return [
-        Request(problem.name, i, messages(problem, config), sample_seed(config.seed, problem.name, i))
+        SampleRequest(problem.name, i, messages(problem, config), sample_seed(config.seed, problem.name, i))
         for problem in problems
         for i in range(config.n)
     ]
@@ -110,11 +110,11 @@ class InProcess:
         self._config = config
         self.description = description
 
-    def example(self, request: Request) -> str:
+    def example(self, request: SampleRequest) -> str:
         """See `Backend`."""
         return self._chat.render_prompt(list(request.messages))
 
-    def generate(self, requests: Sequence[Request]) -> Iterator[Sample]:
+    def generate(self, requests: Sequence[SampleRequest]) -> Iterator[Sample]:
         """See `Backend`."""
         by_problem = {request.problem: self.example(request) for request in requests}
         encoded = dict(zip(by_problem, self._chat.encode(list(by_problem.values())), strict=True))
@@ -139,7 +139,7 @@ class InProcess:
         mesh = self._weights.model.mesh
         return sharding.row_places(mesh) if mesh is not None else 1
 
-    def _batch(self, requests: Sequence[Request], ids: Sequence[np.ndarray], size: int) -> Iterator[Sample]:
+    def _batch(self, requests: Sequence[SampleRequest], ids: Sequence[np.ndarray], size: int) -> Iterator[Sample]:
         """The samples of at most `size` requests, which are filled up with repeats of the last."""
         width = padded_width(ids)
         rows = [min(row, len(requests) - 1) for row in range(size)]

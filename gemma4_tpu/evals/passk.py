@@ -87,7 +87,7 @@ def scores(counts: Sequence[tuple[int, int]], seed: int = 0) -> list[Score]:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Difference:
+class ScoreDifference:
     """Mean pass@k of A minus B, problem by problem."""
 
     k: int
@@ -112,13 +112,13 @@ class Difference:
         return self.low > 0 or self.high < 0
 
 
-def difference(a: Sequence[tuple[int, int]], b: Sequence[tuple[int, int]], k: int, seed: int = 0) -> Difference:
+def difference(a: Sequence[tuple[int, int]], b: Sequence[tuple[int, int]], k: int, seed: int = 0) -> ScoreDifference:
     """A minus B; `a` and `b` are (n, c) of the same problems in the same order."""
     gaps = np.array([pass_at_k(*x, k) - pass_at_k(*y, k) for x, y in zip(a, b, strict=True)])
     low, high = interval(gaps, (-1.0, 1.0), seed)
     errors = [_sampling_error(counts, k) for counts in (a, b)]
     error = None if None in errors else sqrt(sum(e * e for e in errors if e is not None))
-    return Difference(
+    return ScoreDifference(
         k=k, value=float(gaps.mean()), low=low, high=high, sampling_error=error,
         better=int((gaps > 0).sum()), worse=int((gaps < 0).sum()), equal=int((gaps == 0).sum()),
     )  # fmt: skip

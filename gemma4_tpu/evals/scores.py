@@ -40,7 +40,7 @@ class ProblemOutcome:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Outcome:
+class EvaluationOutcome:
     """An evaluation of one subject."""
 
     name: str
@@ -116,7 +116,7 @@ class Outcome:
         write_record(path, EVALUATION, told)
 
     @classmethod
-    def read(cls, path: Path) -> Outcome:
+    def read(cls, path: Path) -> EvaluationOutcome:
         """The inverse of `write`.
 
         Raises:

@@ -35,7 +35,7 @@ Shown = Callable[[Sequence[Delta], RunFolder, str], Path]
 
 
 @dataclass(frozen=True)
-class Job:
+class ExportJob:
     """An export that has passed every check that needs no writing."""
 
     trained: Trained
@@ -107,7 +107,7 @@ class Job:
         }
 
 
-def prepare(run: Path | str, export: ExportConfig, *, several: bool) -> Job:
+def prepare(run: Path | str, export: ExportConfig, *, several: bool) -> ExportJob:
     """Opens a run and checks it, its base and the targets; writes nothing.
 
     Raises:
@@ -119,7 +119,7 @@ def prepare(run: Path | str, export: ExportConfig, *, several: bool) -> Job:
     places = {kind: Place(target) for kind, target in _targets(run, export, several).items()}
     for kind, place in places.items():
         place.check(_identity(trained, kind), export.overwrite)
-    return Job(trained, export, places)
+    return ExportJob(trained, export, places)
 
 
 def _targets(run: Path | str, export: ExportConfig, several: bool) -> dict[str, str]:
@@ -183,7 +183,7 @@ def _adapter_bytes(trained: Trained) -> int:
     return sum(4 * ranks[t.name] * len(t.hf_names) * sum(t.hf_shape) for t in trained.tensors.values())
 
 
-def prepare_all(runs: tuple[Path | str, ...], export: ExportConfig) -> list[Job]:
+def prepare_all(runs: tuple[Path | str, ...], export: ExportConfig) -> list[ExportJob]:
     """`prepare` for each run of a sweep: all problems in one message, before anything is written."""
     jobs, problems = [], []
     for run in runs:

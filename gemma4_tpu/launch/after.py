@@ -17,7 +17,7 @@ _STAND_IN = f"{_KEY}embedded:verilog_smoke/heldout_problems.jsonl.gz"
 
 
 @dataclass(frozen=True)
-class Stage:
+class FollowUp:
     """One entry point that runs on the first host after the training."""
 
     name: str
@@ -49,7 +49,7 @@ def after_problems(after: list[str], model: str, *, hosts: int) -> list[str]:
     return messages
 
 
-def stages(after: list[str], run_dir: str, model: str, *, base: str | None = None) -> list[Stage]:
+def stages(after: list[str], run_dir: str, model: str, *, base: str | None = None) -> list[FollowUp]:
     """The stages of `launch.after` for a run.
 
     Args:
@@ -62,7 +62,7 @@ def stages(after: list[str], run_dir: str, model: str, *, base: str | None = Non
       UserError: neither merge nor evaluate, or an evaluate without a merged model before it.
       ValueError: an unbalanced quote.
     """
-    found: list[Stage] = []
+    found: list[FollowUp] = []
     merged: str | None = None
     for text in after:
         name, *words = shlex.split(text) or [""]
@@ -74,13 +74,13 @@ def stages(after: list[str], run_dir: str, model: str, *, base: str | None = Non
                 words.append(f"export.target={target}")
             merged = {"both": f"{target}/merged", "peft": None}.get(form, target)
             words += [f"run={run_dir}", *([f"export.base={base}"] if base else [])]
-            found.append(Stage(name, words))
+            found.append(FollowUp(name, words))
         elif name == "evaluate":
             if merged is None:
                 raise UserError("looks at the merged model; put a merge before it")
             problems = next((w.removeprefix(_KEY) for w in words if w.startswith(f"{_KEY}gs://")), None)
             words = [f"{_KEY}{PROBLEMS}" if w == f"{_KEY}{problems}" else w for w in words]
-            found.append(Stage(name, [*words, f"model={model}", f"model.path={merged}"], problems))
+            found.append(FollowUp(name, [*words, f"model={model}", f"model.path={merged}"], problems))
         else:
             raise UserError("give merge or evaluate, with settings of theirs behind")
     return found

@@ -12,7 +12,7 @@ from typing import Any
 from gemma4_tpu.config.load import Loaded
 from gemma4_tpu.config.schema import HardwareConfig
 from gemma4_tpu.hardware import Slice, slice_of
-from gemma4_tpu.launch.after import Stage, stages
+from gemma4_tpu.launch.after import FollowUp, stages
 from gemma4_tpu.launch.schema import PlaceConfig, TpuVmConfig, TpuVmRoot
 from gemma4_tpu.prices import ON_DEMAND, SPOT, Price, price_in_zone
 from gemma4_tpu.train import load_train
@@ -43,7 +43,7 @@ class Launch:
     train: list[str]
     """Command line of `python -m gemma4_tpu.train`."""
     after: list[dict[str, Any]]
-    """Stages that follow, as `after.Stage`."""
+    """Stages that follow, as `after.FollowUp`."""
     model_source: str | None
     """gs:// checkpoint to copy to `MODEL_IN_MEMORY`."""
     launch: dict[str, Any]
@@ -56,8 +56,8 @@ class Launch:
         return TpuVmConfig(**self.launch)
 
     @property
-    def stages(self) -> list[Stage]:
-        return [Stage(**stage) for stage in self.after]
+    def stages(self) -> list[FollowUp]:
+        return [FollowUp(**stage) for stage in self.after]
 
     @property
     def hardware(self) -> Slice:

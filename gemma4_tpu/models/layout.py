@@ -24,7 +24,7 @@ Path = tuple[str | int, ...]
 
 
 @dataclass(frozen=True)
-class Stage:
+class LayerStage:
     """R repeats of a group of J layers; layer numbers as `[R][J]`."""
 
     layers: tuple[tuple[int, ...], ...]
@@ -64,7 +64,7 @@ class Leaf:
         return (len(self.tunix_names), *self.shape) if self.stacked else self.shape
 
 
-def _stages(arch: Architecture, adapters: tuple[OfLayer, ...]) -> tuple[Stage, ...]:
+def _stages(arch: Architecture, adapters: tuple[OfLayer, ...]) -> tuple[LayerStage, ...]:
     """Cuts the layers into stages: repeats of the shortest period, split where KV sharing begins or adapters change."""
     stages = []
     shared_from = arch.num_unshared_layers
@@ -83,9 +83,9 @@ def _stages(arch: Architecture, adapters: tuple[OfLayer, ...]) -> tuple[Stage, .
             repeats = [r for r in repeats if r[-1] < first]
             rest = tuple(i for r in own for i in r) + rest
         alike = groupby(repeats, key=lambda group: [adapters[i] for i in group])
-        stages += [Stage(tuple(groups)) for _, groups in alike]
+        stages += [LayerStage(tuple(groups)) for _, groups in alike]
         if rest:
-            stages.append(Stage((rest,), exports_kv=exporting))
+            stages.append(LayerStage((rest,), exports_kv=exporting))
     return tuple(stages)
 
 
@@ -94,7 +94,7 @@ class Layout:
     """The parameter tree of an architecture: `{"embedder", "final_norm", "stages": [[layer, …J], …]}`."""
 
     arch: Architecture
-    stages: tuple[Stage, ...]
+    stages: tuple[LayerStage, ...]
     of_layers: tuple[OfLayer, ...]
     """The adapters of each layer."""
 

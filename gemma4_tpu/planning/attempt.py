@@ -13,8 +13,8 @@ from typing import Any
 from rich import progress
 
 from gemma4_tpu.planning.auto_remat import AUTO, first_that_fits
-from gemma4_tpu.planning.calibration import Rates
-from gemma4_tpu.planning.compilation import FINISHED, Compilation, Request
+from gemma4_tpu.planning.calibration import ScheduleRates
+from gemma4_tpu.planning.compilation import FINISHED, Compilation, CompilationRequest
 from gemma4_tpu.planning.estimate import ESTIMATED_BY, PlanResult, estimate
 from gemma4_tpu.planning.planned import Planned
 from gemma4_tpu.planning.schedule import from_plain
@@ -83,7 +83,7 @@ def plan_one(planned: Planned) -> PlanResult:
 
 def start(planned: Planned, stage: Callable[[str], None]) -> Compilation:
     """Begins to compile a configuration."""
-    return Compilation(Request(planned.config), stage)
+    return Compilation(CompilationRequest(planned.config), stage)
 
 
 def result_of(planned: Planned, answer: dict[str, Any]) -> tuple[PlanResult, Walked | None]:
@@ -93,7 +93,7 @@ def result_of(planned: Planned, answer: dict[str, Any]) -> tuple[PlanResult, Wal
         walked, ops = None, answer["compiled"]["schedule"]
         if ops and config.plan.schedule:
             visited = cache(partial(planned.fill.share_visited, length=config.data.sequence_length))
-            walked = walk(from_plain(ops), Rates.of(checked.slice), visited)
+            walked = walk(from_plain(ops), ScheduleRates.of(checked.slice), visited)
         return estimate(planned, answer, walked), walked
     told, limit = answer["out_of_memory"], answer["hbm_limit_bytes"]
     result = PlanResult(

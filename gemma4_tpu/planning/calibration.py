@@ -40,7 +40,7 @@ cycles. *Assumed*."""
 
 
 @dataclass(frozen=True)
-class Rates:
+class ScheduleRates:
     """How fast a chip works through a schedule."""
 
     clock_hertz: float
@@ -50,7 +50,7 @@ class Rates:
     kernel_flops_per_second: float
 
     @staticmethod
-    def of(wanted: Slice) -> Rates:
+    def of(wanted: Slice) -> ScheduleRates:
         """The rates of each device of a slice.
 
         Raises:
@@ -59,7 +59,7 @@ class Rates:
         chip = wanted.chip.device
         if chip.name not in CLOCK_HERTZ:
             raise UserError(f"no clock is known for {chip.name}: plan.schedule=false leaves the schedule out")
-        return Rates(
+        return ScheduleRates(
             CLOCK_HERTZ[chip.name],
             chip.hbm_bytes_per_second * HBM_REACHED,
             link_bytes_per_second(wanted) * LINK_REACHED,

@@ -28,7 +28,7 @@ WRITTEN = "written "
 
 
 @dataclass(frozen=True)
-class Request:
+class CompilationRequest:
     """What to compile."""
 
     config: PlanRoot
@@ -38,7 +38,7 @@ class Request:
 class Compilation:
     """A compilation under way."""
 
-    def __init__(self, request: Request, stage: Callable[[str], None] = lambda name: None):
+    def __init__(self, request: CompilationRequest, stage: Callable[[str], None] = lambda name: None):
         self._folder = tempfile.TemporaryDirectory(prefix="gemma4-plan-")
         self._place = Path(self._folder.name)
         content = {"config": to_yaml(request.config)}

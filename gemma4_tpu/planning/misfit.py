@@ -25,7 +25,7 @@ MARGIN = 1.15
 
 
 @dataclass(frozen=True)
-class Change:
+class ConfigChange:
     """A change to the configuration."""
 
     overrides: tuple[str, ...]
@@ -33,7 +33,7 @@ class Change:
     config: PlanRoot
 
 
-def changes(planned: Planned, meshes: list[MeshSizes], last: Callable[[], PlanResult]) -> Iterator[Change]:
+def changes(planned: Planned, meshes: list[MeshSizes], last: Callable[[], PlanResult]) -> Iterator[ConfigChange]:
     """Changes by what they cost: remat and microbatches cost time, then rows, mesh, quantised weights, length.
 
     From the second on each comes with the most remat, so that it is the change itself that decides.
@@ -46,11 +46,11 @@ def changes(planned: Planned, meshes: list[MeshSizes], last: Callable[[], PlanRe
     config, sizes = planned.config, planned.checked.mesh
     remat, saving = _most_remat(config.trainer)
     if remat:
-        yield Change(remat, replace(config, trainer=saving))
+        yield ConfigChange(remat, replace(config, trainer=saving))
         if last().fits:  # less remat may do, and computes less
             for policy in POLICIES[_place(config.trainer.remat) : -1]:
                 trainer = replace(config.trainer, remat=policy)
-                yield Change((f"trainer.remat={policy}",), replace(config, trainer=trainer))
+                yield ConfigChange((f"trainer.remat={policy}",), replace(config, trainer=trainer))
     rows = rows_per_update(saving, config.data)
     smaller = [
         n for n in range(saving.microbatches + 1, rows + 1) if rows % n == 0 and rows // n % sizes.row_places == 0
@@ -59,26 +59,26 @@ def changes(planned: Planned, meshes: list[MeshSizes], last: Callable[[], PlanRe
         wanted = saving.microbatches * _times_too_much(last()) * MARGIN
         number = next((n for n in smaller if n >= wanted), smaller[-1])
         trainer = replace(saving, microbatches=number)
-        yield Change((*remat, f"trainer.microbatches={number}"), replace(config, trainer=trainer))
+        yield ConfigChange((*remat, f"trainer.microbatches={number}"), replace(config, trainer=trainer))
     for other in meshes:
         if other == sizes:
             continue
         words, trainer = _one_row_each(saving, rows, other.row_places)
         mesh = ("mesh.dp=1",) * (sizes.dp > other.dp == 1) + other.overrides
         changed = replace(config, trainer=trainer, mesh=MeshConfig(**other._asdict()))
-        yield Change((*remat, *mesh, *words), changed)
+        yield ConfigChange((*remat, *mesh, *words), changed)
     words, trainer = _one_row_each(saving, rows, sizes.row_places)
     if not config.lora.enabled:
         lora = replace(config.lora, enabled=True)
-        yield Change((*remat, "lora=default", *words), replace(config, trainer=trainer, lora=lora))
+        yield ConfigChange((*remat, "lora=default", *words), replace(config, trainer=trainer, lora=lora))
     elif config.lora.quantize is None:
         lora = replace(config.lora, quantize="nf4")
-        yield Change((*remat, "lora.quantize=nf4", *words), replace(config, trainer=trainer, lora=lora))
+        yield ConfigChange((*remat, "lora.quantize=nf4", *words), replace(config, trainer=trainer, lora=lora))
     length = config.data.sequence_length // 2
     if length >= 1024:
         data = replace(config.data, sequence_length=length)
         word = f"data.sequence_length={length}"
-        yield Change((*remat, word, *words), replace(config, trainer=trainer, data=data))
+        yield ConfigChange((*remat, word, *words), replace(config, trainer=trainer, data=data))
 
 
 def _place(policy: str) -> int:

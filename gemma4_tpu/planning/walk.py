@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from gemma4_tpu.planning import calibration
-from gemma4_tpu.planning.calibration import Rates
+from gemma4_tpu.planning.calibration import ScheduleRates
 from gemma4_tpu.planning.kernels import Mask
 from gemma4_tpu.planning.schedule import COLLECTIVES, Op, Transfer
 
@@ -70,7 +70,7 @@ class Walked:
         self.rounds += [(seconds * times, one) for seconds, one in other.rounds]
 
 
-def walk(ops: Sequence[Op], rates: Rates, visited: Callable[[Mask], float] = lambda mask: 1.0) -> Walked:
+def walk(ops: Sequence[Op], rates: ScheduleRates, visited: Callable[[Mask], float] = lambda mask: 1.0) -> Walked:
     """The time of a schedule.
 
     Args:
@@ -82,7 +82,7 @@ def walk(ops: Sequence[Op], rates: Rates, visited: Callable[[Mask], float] = lam
 
 
 class _Walk:
-    def __init__(self, rates: Rates, visited: Callable[[Mask], float]):
+    def __init__(self, rates: ScheduleRates, visited: Callable[[Mask], float]):
         self.rates, self.visited = rates, visited
 
     def run(self, ops: Iterable[Op]) -> Walked:

@@ -12,7 +12,7 @@ from gemma4_tpu.costing.figures import BY, ESTIMATED, MEASURED, QUOTED, Figures
 from gemma4_tpu.costing.read import read
 from gemma4_tpu.errors import UserError
 from gemma4_tpu.evals.compare import compare
-from gemma4_tpu.evals.scores import Outcome
+from gemma4_tpu.evals.scores import EvaluationOutcome
 from gemma4_tpu.markdown import below, code, included, link, pictures, plain, shown, table
 from gemma4_tpu.planning.estimate import PlanResult
 from gemma4_tpu.prices import KINDS
@@ -126,7 +126,7 @@ def _parity(parity: Mapping[str, Any] | None) -> list[list[str]]:
 # ── evaluation ─────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def outcomes_of(records: Records) -> list[tuple[Path, Outcome]]:
+def outcomes_of(records: Records) -> list[tuple[Path, EvaluationOutcome]]:
     """Every subject of every finished evaluation, with its folder: trained models first, bases last."""
     places = [
         (folder, place)
@@ -134,7 +134,7 @@ def outcomes_of(records: Records) -> list[tuple[Path, Outcome]]:
         for place in (folder, *sorted(path for path in folder.iterdir() if path.is_dir()))
         if _is_scored(result_of(place))
     ]
-    found = [(folder, Outcome.read(place / "result.json")) for folder, place in places]
+    found = [(folder, EvaluationOutcome.read(place / "result.json")) for folder, place in places]
     return sorted(found, key=lambda pair: pair[1].name == BASE)
 
 
@@ -174,7 +174,7 @@ def evaluation(records: Records, page: Path) -> Iterator[str]:
         yield from [f"In full: {', '.join(link(path, page, f'{path.parent.name}/{path.name}') for path in whole)}", ""]
 
 
-def _scores(folder: Path, outcome: Outcome) -> Iterator[list[str]]:
+def _scores(folder: Path, outcome: EvaluationOutcome) -> Iterator[list[str]]:
     for rule, scopes in outcome.scores().items():
         for score in scopes["all"]:
             error = "not known" if score.sampling_error is None else f"{score.sampling_error:.4f}"
@@ -183,7 +183,7 @@ def _scores(folder: Path, outcome: Outcome) -> Iterator[list[str]]:
             yield [*first, str(outcome.n), rule, f"@{score.k} **{score.value:.3f}**", interval, error]
 
 
-def _claims(found: Sequence[tuple[Path, Outcome]]) -> Iterator[str]:
+def _claims(found: Sequence[tuple[Path, EvaluationOutcome]]) -> Iterator[str]:
     """Each trained model beside a base on the same benchmark, its own evaluation's before another's."""
     for folder, outcome in found:
         bases = [

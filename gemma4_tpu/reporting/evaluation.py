@@ -10,7 +10,7 @@ from typing import Any
 from gemma4_tpu.evals.compare import Comparison
 from gemma4_tpu.evals.passk import Score
 from gemma4_tpu.evals.problems import HOW_TO_STOP_LEAKS, VerdictClass
-from gemma4_tpu.evals.scores import CLASSES, MISSING, Outcome
+from gemma4_tpu.evals.scores import CLASSES, MISSING, EvaluationOutcome
 from gemma4_tpu.markdown import table
 from gemma4_tpu.plotting import new_figure
 
@@ -31,7 +31,7 @@ _WIDEST_LIST = 60  # problems whose names fit under the bars
 
 
 def write_report(
-    path: Path, outcomes: Sequence[Outcome], *, comparison: Comparison | None, prompt: str | None,
+    path: Path, outcomes: Sequence[EvaluationOutcome], *, comparison: Comparison | None, prompt: str | None,
     packages: dict[str, str], plots: Sequence[Path],
 ) -> None:  # fmt: skip
     """Writes `report.md`.
@@ -49,7 +49,7 @@ def write_report(
     path.write_text("\n".join([*lines[:1], "", *shown, *lines[1:]]) + "\n", encoding="utf-8")
 
 
-def summary(outcome: Outcome) -> str:
+def summary(outcome: EvaluationOutcome) -> str:
     """The score for a terminal."""
     lines = [f"{outcome.name}: {outcome.samples} samples of {len(outcome.problems)} problems ({outcome.benchmark})"]
     lines += [f"  pass@{score.k}  {score}" for score in outcome.scores()["strict"]["all"]]
@@ -62,7 +62,7 @@ def summary(outcome: Outcome) -> str:
 
 
 def _report(
-    outcomes: Sequence[Outcome], comparison: Comparison | None, prompt: str | None, packages: dict[str, str]
+    outcomes: Sequence[EvaluationOutcome], comparison: Comparison | None, prompt: str | None, packages: dict[str, str]
 ) -> Iterator[str]:
     subject = outcomes[0]
     yield f"# {subject.benchmark}: {', '.join(outcome.name for outcome in outcomes)}"
@@ -79,7 +79,7 @@ def _report(
     yield from _problems(outcomes)
 
 
-def _scores(outcomes: Sequence[Outcome]) -> Iterator[str]:
+def _scores(outcomes: Sequence[EvaluationOutcome]) -> Iterator[str]:
     yield from ["", "## Scores", ""]
     rows = []
     for outcome in outcomes:
@@ -107,7 +107,7 @@ def _cells(score: Score) -> list[str]:
     return [f"@{score.k} **{score.value:.3f}**", f"{score.low:.3f} to {score.high:.3f}", error]
 
 
-def _samples(outcome: Outcome) -> Iterator[str]:
+def _samples(outcome: EvaluationOutcome) -> Iterator[str]:
     total = outcome.samples
     yield from ["", f"## Samples: {outcome.name}", ""]
     rows = [[kind, count, f"{count / total:.1%}"] for kind, count in outcome.classes.items()]
@@ -123,7 +123,7 @@ def _samples(outcome: Outcome) -> Iterator[str]:
         yield f"Generated tokens: {outcome.tokens:,}{took}."
 
 
-def _second_opinions(outcome: Outcome) -> Iterator[str]:
+def _second_opinions(outcome: EvaluationOutcome) -> Iterator[str]:
     """What fresh stimulus, proofs and other tools say of the samples."""
     second, rows = outcome.second, outcome.second["disagreements"]
     against = sum(row["second"] == "differs" for row in rows)
@@ -151,7 +151,7 @@ def _counts(counts: Mapping[str, int]) -> str:
     return ", ".join(f"{count} {name}" for name, count in counts.items())
 
 
-def _settings(outcomes: Sequence[Outcome], packages: dict[str, str]) -> Iterator[str]:
+def _settings(outcomes: Sequence[EvaluationOutcome], packages: dict[str, str]) -> Iterator[str]:
     yield from ["", "## Settings", ""]
     keys = list(dict.fromkeys(key for outcome in outcomes for key in outcome.settings))
     rows = [[key, *(outcome.settings.get(key) for outcome in outcomes)] for key in keys]
@@ -164,7 +164,7 @@ def _settings(outcomes: Sequence[Outcome], packages: dict[str, str]) -> Iterator
         yield from (f"- {name}: {reason}" for name, reason in outcomes[0].cannot_pass.items())
 
 
-def _problems(outcomes: Sequence[Outcome]) -> Iterator[str]:
+def _problems(outcomes: Sequence[EvaluationOutcome]) -> Iterator[str]:
     yield from ["", "## Problems", ""]
     heads = [head for outcome in outcomes for head in (f"{outcome.name}: passed of n", "official", "other verdicts")]
     rows = []
@@ -178,7 +178,7 @@ def _problems(outcomes: Sequence[Outcome]) -> Iterator[str]:
     yield from list(table(["problem", *heads], rows))[:-1]
 
 
-def plot_problems(outcomes: Sequence[Outcome], path: Path) -> Path:
+def plot_problems(outcomes: Sequence[EvaluationOutcome], path: Path) -> Path:
     """A bar per problem, its samples by verdict: one panel per outcome, problems sorted by the subject's passes."""
     from matplotlib.patches import Patch
 
@@ -200,7 +200,7 @@ def plot_problems(outcomes: Sequence[Outcome], path: Path) -> Path:
     return path
 
 
-def _bars(axes: Any, outcome: Outcome, names: Sequence[str]) -> None:
+def _bars(axes: Any, outcome: EvaluationOutcome, names: Sequence[str]) -> None:
     bottom = [0.0] * len(names)
     for kind in CLASSES:
         shares = [outcome.problems[name].classes.get(kind, 0) / outcome.problems[name].n for name in names]

@@ -51,7 +51,7 @@ def exec_words(container: str, words: Sequence[str]) -> list[str]:
     return ["exec", *(["--env", CLIENT_KEY] if os.environ.get(CLIENT_KEY) else []), container, *words]
 
 
-class Engine:
+class ContainerEngine:
     """Runs one container; no process is left by any of its methods."""
 
     def __init__(self, command: str):

@@ -22,9 +22,9 @@ from gemma4_tpu.models.kv_cache import DTYPE_BYTES, parameter_count
 from gemma4_tpu.serving.checks import ServeChecked
 from gemma4_tpu.serving.command import model_name
 from gemma4_tpu.serving.local_api import Api, api_key
-from gemma4_tpu.serving.local_engine import LOADING, Engine
+from gemma4_tpu.serving.local_engine import LOADING, LocalEngine
 from gemma4_tpu.serving.local_metrics import Metrics
-from gemma4_tpu.serving.outcome import Outcome, client_of, confirm, until_stopped
+from gemma4_tpu.serving.outcome import ServerOutcome, client_of, confirm, until_stopped
 from gemma4_tpu.serving.signals import Signals
 
 log = logging.getLogger(__name__)
@@ -35,7 +35,7 @@ STOP_SECONDS = 2
 
 
 @dataclass(kw_only=True)
-class LocalOutcome(Outcome):
+class LocalOutcome(ServerOutcome):
     """What `result.json` holds of a server in this process."""
 
     weight_bytes: int
@@ -64,7 +64,7 @@ class LocalServer:
         self._serving, self._checked = serving, checked
         name = model_name(serving, checked)
         metrics = Metrics(name)
-        self._engine = Engine(
+        self._engine = LocalEngine(
             checked.model, serving.weight_dtype, metrics, sequences=serving.max_num_seqs,
             prompt_tokens=serving.max_num_batched_tokens,
         )  # fmt: skip
@@ -75,7 +75,9 @@ class LocalServer:
                 timeout_graceful_shutdown=STOP_SECONDS,
             )
         )  # fmt: skip
-        self.outcome = LocalOutcome(**Outcome.about(serving, checked), weight_bytes=weight_bytes(serving, checked))
+        self.outcome = LocalOutcome(
+            **ServerOutcome.about(serving, checked), weight_bytes=weight_bytes(serving, checked)
+        )
 
     def run(self) -> int:
         """Exit code: 0 stopped after it answered; 130 or 143 (128 + signal) stopped before.

@@ -18,10 +18,10 @@ from fastapi.responses import JSONResponse, Response, StreamingResponse
 from starlette.exceptions import HTTPException
 
 from gemma4_tpu.data.markup import strings
-from gemma4_tpu.serving.local_engine import READY, Engine
+from gemma4_tpu.serving.local_engine import READY, LocalEngine
 from gemma4_tpu.serving.local_metrics import Metrics
 from gemma4_tpu.serving.local_protocol import ApiError, ChatRequest, CompletionRequest, Reply
-from gemma4_tpu.serving.local_sampling import ABORT, ERROR, Answer, Piece
+from gemma4_tpu.serving.local_sampling import ABORT, ERROR, AnswerPiece, GeneratedAnswer
 
 GONE_SECONDS = 0.25
 """Between looks whether a client is still there."""
@@ -32,7 +32,7 @@ CHARACTERS_PER_TOKEN = 64
 class Api:
     """The endpoints around one engine."""
 
-    def __init__(self, engine: Engine, metrics: Metrics, model: str, max_model_len: int, key: str | None):
+    def __init__(self, engine: LocalEngine, metrics: Metrics, model: str, max_model_len: int, key: str | None):
         self._engine, self._metrics, self._model, self._longest = engine, metrics, model, max_model_len
         self._key, self._started = key, int(time.time())
         self._tokenizing = asyncio.Lock()
@@ -163,14 +163,14 @@ class Api:
             wanted = body.limit or 1
             if len(prompt) + wanted > self._longest:
                 raise self._too_long(f"the prompt has {len(prompt)} and {wanted} more are asked for", param)
-        queue: asyncio.Queue[tuple[int, Piece]] = asyncio.Queue()
+        queue: asyncio.Queue[tuple[int, AnswerPiece]] = asyncio.Queue()
         loop = asyncio.get_running_loop()
 
         def teller(index: int) -> Any:
             return lambda piece: _hand_over(loop, queue, (index, piece))
 
         answers = [
-            Answer(prompt, body.sampling(self._engine.defaults, self._longest - len(prompt), choice),
+            GeneratedAnswer(prompt, body.sampling(self._engine.defaults, self._longest - len(prompt), choice),
                    teller(place * body.n + choice), chat=kind == "chat")
             for place, prompt in enumerate(prompts) for choice in range(body.n)
         ]  # fmt: skip
@@ -180,7 +180,7 @@ class Api:
         if body.stream:
             events = self._stream(body, request, answers, queue, reply)
             return StreamingResponse(events, media_type="text/event-stream", headers={"Cache-Control": "no-cache"})
-        pieces: list[list[Piece]] = [[] for _ in answers]
+        pieces: list[list[AnswerPiece]] = [[] for _ in answers]
         async with self._under_way(request, answers):
             async for index, piece in _pieces(queue, len(answers)):
                 if piece.finish in (ERROR, ABORT):
@@ -190,8 +190,8 @@ class Api:
         return JSONResponse(reply.whole(pieces))
 
     async def _stream(
-        self, body: CompletionRequest | ChatRequest, request: Request, answers: list[Answer],
-        queue: asyncio.Queue[tuple[int, Piece]], reply: Reply,
+        self, body: CompletionRequest | ChatRequest, request: Request, answers: list[GeneratedAnswer],
+        queue: asyncio.Queue[tuple[int, AnswerPiece]], reply: Reply,
     ) -> AsyncIterator[str]:  # fmt: skip
         """Server-sent events: a chunk per token, usage if wanted, `[DONE]`."""
         wanted = body.stream_options
@@ -212,7 +212,7 @@ class Api:
         yield "data: [DONE]\n\n"
 
     @asynccontextmanager
-    async def _under_way(self, request: Request, answers: list[Answer]) -> AsyncIterator[None]:
+    async def _under_way(self, request: Request, answers: list[GeneratedAnswer]) -> AsyncIterator[None]:
         """Submits the answers; what is not finished at the end, or when the client goes, is given up."""
 
         def give_up() -> None:
@@ -234,7 +234,9 @@ class Api:
             watching.cancel()
 
 
-async def _pieces(queue: asyncio.Queue[tuple[int, Piece]], answers: int) -> AsyncIterator[tuple[int, Piece]]:
+async def _pieces(
+    queue: asyncio.Queue[tuple[int, AnswerPiece]], answers: int
+) -> AsyncIterator[tuple[int, AnswerPiece]]:
     """What the engine tells, until every answer has ended."""
     while answers:
         index, piece = await queue.get()
@@ -242,7 +244,7 @@ async def _pieces(queue: asyncio.Queue[tuple[int, Piece]], answers: int) -> Asyn
         yield index, piece
 
 
-def _hand_over(loop: asyncio.AbstractEventLoop, queue: asyncio.Queue[tuple[int, Piece]], item: Any) -> None:
+def _hand_over(loop: asyncio.AbstractEventLoop, queue: asyncio.Queue[tuple[int, AnswerPiece]], item: Any) -> None:
     """From the engine's thread to the loop's; one that is closed has nobody waiting."""
     if not loop.is_closed():
         loop.call_soon_threadsafe(queue.put_nowait, item)

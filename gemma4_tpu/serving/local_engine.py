@@ -22,7 +22,17 @@ from torch.nn.functional import pad
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
 
 from gemma4_tpu.serving.local_metrics import Metrics
-from gemma4_tpu.serving.local_sampling import ABORT, ERROR, LENGTH, STOP, Answer, AnswerText, Piece, choose, logprob
+from gemma4_tpu.serving.local_sampling import (
+    ABORT,
+    ERROR,
+    LENGTH,
+    STOP,
+    AnswerPiece,
+    AnswerText,
+    GeneratedAnswer,
+    choose,
+    logprob,
+)
 
 log = logging.getLogger(__name__)
 
@@ -33,15 +43,15 @@ SEQUENCES = 64
 """Answers under way at a time, where the configuration says nothing."""
 
 
-class Engine:
+class LocalEngine:
     """Loads a checkpoint and answers; every method may be called from any thread."""
 
     def __init__(self, folder: Path, dtype: str, metrics: Metrics, *, sequences: int | None, prompt_tokens: int | None):
         self._folder, self._dtype, self._metrics = folder, getattr(torch, dtype), metrics
         self._sequences, self._prompt_tokens = sequences or SEQUENCES, prompt_tokens or PROMPT_TOKENS
         self._lock = threading.Condition()
-        self._waiting: deque[Answer] = deque()
-        self._batch = Batch()
+        self._waiting: deque[GeneratedAnswer] = deque()
+        self._batch = DecodingBatch()
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self.tokenizer: Any = None
         self.state = LOADING
@@ -52,11 +62,11 @@ class Engine:
         """Starts the thread that computes."""
         self._thread.start()
 
-    def submit(self, answer: Answer) -> None:
+    def submit(self, answer: GeneratedAnswer) -> None:
         """Its `tell` gets a piece per token, the last one with `finish`."""
         with self._lock:
             if self.state != READY:
-                answer.tell(Piece("", (), ERROR, error=f"the engine is {self.state}"))
+                answer.tell(AnswerPiece("", (), ERROR, error=f"the engine is {self.state}"))
                 return
             answer.arrived = time.monotonic()
             self._waiting.append(answer)
@@ -133,11 +143,11 @@ class Engine:
             self._decode()
         self._metrics.under_way(*self.counts)
 
-    def _next(self) -> Answer | None:
+    def _next(self) -> GeneratedAnswer | None:
         with self._lock:
             return self._waiting[0] if self._waiting else None
 
-    def _read(self, answer: Answer, budget: int) -> int:
+    def _read(self, answer: GeneratedAnswer, budget: int) -> int:
         """Reads up to `budget` tokens of the prompt; with its end comes the first token. Returns how many it were."""
         cache = self._partial if self._partial is not None and answer is self._partial_of else DynamicCache()
         start = cache.get_seq_length()
@@ -157,7 +167,7 @@ class Engine:
 
     _partial: DynamicCache | None = None
     """Cache of the first waiting answer, whose prompt is not read to its end yet."""
-    _partial_of: Answer | None = None
+    _partial_of: GeneratedAnswer | None = None
 
     def _decode(self) -> None:
         """One token for every answer of the batch."""
@@ -179,7 +189,7 @@ class Engine:
         )  # fmt: skip
         return found.logits[:, -1].float()
 
-    def _add(self, answer: Answer, logits: torch.Tensor) -> str | None:
+    def _add(self, answer: GeneratedAnswer, logits: torch.Tensor) -> str | None:
         """Draws a token and tells it; returns why the answer ended, if it did."""
         sampling, text = answer.sampling, answer.text
         assert text is not None
@@ -197,10 +207,10 @@ class Engine:
             finish = STOP if text.stopped else finish
         chances = () if sampling.logprobs is None else (logprob(logits, token, sampling.logprobs),)
         self._metrics.token(answer, finish)
-        answer.tell(Piece(told, (token,), finish, chances, reasoning=reasoning))
+        answer.tell(AnswerPiece(told, (token,), finish, chances, reasoning=reasoning))
         return finish
 
-    def _drop(self, wanted: Callable[[Answer], bool]) -> None:
+    def _drop(self, wanted: Callable[[GeneratedAnswer], bool]) -> None:
         """Ends answers that nobody waits for."""
         with self._lock:
             gone = [answer for answer in self._waiting if wanted(answer)]
@@ -211,28 +221,28 @@ class Engine:
         self._batch.keep([row for row, answer in enumerate(self._batch.answers) if not wanted(answer)])
         for answer in gone:
             self._metrics.ended(answer, ABORT)
-            answer.tell(Piece("", (), ABORT))
+            answer.tell(AnswerPiece("", (), ABORT))
 
     def _end_all(self, finish: str, error: str, state: str | None = None) -> None:
         with self._lock:
             self.state = state or self.state
             left = [*self._batch.answers, *self._waiting]
             self._waiting.clear()
-            self._batch = Batch()
+            self._batch = DecodingBatch()
         for answer in left:
             self._metrics.ended(answer, finish)
-            answer.tell(Piece("", (), finish, error=error))
+            answer.tell(AnswerPiece("", (), finish, error=error))
         self._metrics.under_way(0, 0)
 
 
-class Batch:
+class DecodingBatch:
     """Answers under way, a row each, and their cache: every row ends at the same column, shorter ones begin later.
 
     Every layer keeps the whole sequence; the model's mask makes windows of it.
     """
 
     def __init__(self) -> None:
-        self.answers: list[Answer] = []
+        self.answers: list[GeneratedAnswer] = []
         self._parts: list[DynamicCache] = []  # of one or more rows each, in the order of `answers`
 
     @property
@@ -248,7 +258,7 @@ class Batch:
         lengths = torch.tensor([answer.length for answer in self.answers])
         return (torch.arange(width)[None] >= width - lengths[:, None]).long()
 
-    def join(self, answer: Answer, cache: DynamicCache) -> None:
+    def join(self, answer: GeneratedAnswer, cache: DynamicCache) -> None:
         """Adds a row with the cache of its prompt."""
         self.answers.append(answer)
         self._parts.append(cache)

@@ -7,7 +7,7 @@ from typing import Any
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
-from gemma4_tpu.serving.local_sampling import Answer
+from gemma4_tpu.serving.local_sampling import GeneratedAnswer
 
 _SECONDS = (0.001, 0.005, 0.01, 0.02, 0.04, 0.08, 0.16, 0.32, 0.64, 1.28, 2.56, 5.12, 10.24, 20.48, 40.96, 81.92)
 
@@ -47,7 +47,7 @@ class Metrics:
         self._running.set(running)
         self._waiting.set(waiting)
 
-    def token(self, answer: Answer, finish: str | None) -> None:
+    def token(self, answer: GeneratedAnswer, finish: str | None) -> None:
         """A token was made; with `finish` it was the last one."""
         self._generated.inc()
         if answer.first_token is None:
@@ -57,7 +57,7 @@ class Metrics:
         if finish:
             self.ended(answer, finish)
 
-    def ended(self, answer: Answer, finish: str) -> None:
+    def ended(self, answer: GeneratedAnswer, finish: str) -> None:
         """An answer ended, for the reason `finish`."""
         self._ended.labels(self._model, finish).inc()
         self._whole.observe(time.monotonic() - answer.arrived)

@@ -11,7 +11,7 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from gemma4_tpu.serving.local_sampling import Piece, Sampling
+from gemma4_tpu.serving.local_sampling import AnswerPiece, AnswerSampling
 
 MOST_CHOICES = 64
 _SILENT: tuple[Any, ...] = (None, False, 0, "", [], {}, "none", "auto", "text", {"type": "text"})
@@ -70,7 +70,7 @@ class _Request(BaseModel):
             if key not in _NOTHING_TO_DO and value not in _SILENT and value != _NEUTRAL.get(key, ...):
                 raise ApiError(400, f"{key} is not supported by this server", param=key, code="unsupported_parameter")
 
-    def sampling(self, defaults: Mapping[str, float], room: int, choice: int) -> Sampling:
+    def sampling(self, defaults: Mapping[str, float], room: int, choice: int) -> AnswerSampling:
         """What the request says, else the checkpoint's `defaults`. `room`: tokens that fit after the prompt."""
 
         def said(name: str, neutral: float) -> float:
@@ -78,7 +78,7 @@ class _Request(BaseModel):
             return defaults.get(name, neutral) if value is None else value
 
         stop = [self.stop] if isinstance(self.stop, str) else self.stop or []
-        return Sampling(
+        return AnswerSampling(
             max_tokens=room if self.limit is None else self.limit,
             temperature=said("temperature", 1.0), top_p=said("top_p", 1.0), top_k=max(0, int(said("top_k", 0))),
             seed=None if self.seed is None else (self.seed + choice) % 2**64, stop=tuple(text for text in stop if text),
@@ -106,7 +106,7 @@ class CompletionRequest(_Request):
         return [self.prompt] if single else self.prompt  # type: ignore[return-value]
 
 
-class Message(BaseModel):
+class ChatMessage(BaseModel):
     """One turn; content as text or as parts of text, which the chat template joins."""
 
     model_config = ConfigDict(extra="allow")
@@ -117,7 +117,7 @@ class Message(BaseModel):
 class ChatRequest(_Request):
     """`POST /v1/chat/completions`."""
 
-    messages: list[Message] = Field(min_length=1)
+    messages: list[ChatMessage] = Field(min_length=1)
     max_completion_tokens: int | None = Field(None, ge=1)
     chat_template_kwargs: dict[str, Any] = Field(default_factory=dict)
 
@@ -155,7 +155,7 @@ class Reply:
         name = "chat.completion.chunk" if self._kind == "chat" else "text_completion"
         return {**self._head, "object": name, "choices": choices, **more}
 
-    def delta(self, index: int, piece: Piece, *, first: bool) -> dict[str, Any]:
+    def delta(self, index: int, piece: AnswerPiece, *, first: bool) -> dict[str, Any]:
         """A piece of one choice, in a stream."""
         if self._kind == "chat":
             delta = {"role": "assistant"} if first else {}
@@ -165,7 +165,7 @@ class Reply:
             content = {"text": piece.text}
         return {"index": index, **content, "logprobs": self._logprobs([piece], 0), "finish_reason": piece.finish}
 
-    def whole(self, pieces: list[list[Piece]]) -> dict[str, Any]:
+    def whole(self, pieces: list[list[AnswerPiece]]) -> dict[str, Any]:
         """The answer without a stream; `pieces`: those of each choice."""
         choices = []
         for index, parts in enumerate(pieces):
@@ -184,7 +184,7 @@ class Reply:
         name = "chat.completion" if self._kind == "chat" else "text_completion"
         return {**self._head, "object": name, "choices": choices, "usage": self.usage()}
 
-    def _logprobs(self, pieces: list[Piece], offset: int) -> dict[str, Any] | None:
+    def _logprobs(self, pieces: list[AnswerPiece], offset: int) -> dict[str, Any] | None:
         """As `/v1/completions` tells them."""
         found = [chance for piece in pieces for chance in piece.logprobs]
         if not found:

@@ -18,7 +18,7 @@ _UNFINISHED = "\ufffd"  # what a tokenizer makes of half a character
 
 
 @dataclass(frozen=True)
-class Sampling:
+class AnswerSampling:
     """How one answer is drawn. Names follow vLLM."""
 
     max_tokens: int
@@ -45,7 +45,7 @@ class TokenLogprob(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Piece:
+class AnswerPiece:
     """What one step of the engine added to an answer."""
 
     text: str
@@ -58,12 +58,12 @@ class Piece:
 
 
 @dataclass(eq=False)
-class Answer:
+class GeneratedAnswer:
     """One sequence under way: its prompt, its tokens so far, and who is told."""
 
     prompt: list[int]
-    sampling: Sampling
-    tell: Callable[[Piece], None]
+    sampling: AnswerSampling
+    tell: Callable[[AnswerPiece], None]
     """Called from the engine's thread, once per token."""
     chat: bool = False
     """Whether thoughts are told apart from the answer, as vLLM's `--reasoning-parser gemma4` does."""
@@ -185,7 +185,7 @@ class AnswerText:
         return told
 
 
-def choose(logits: torch.Tensor, answer: Answer) -> int:
+def choose(logits: torch.Tensor, answer: GeneratedAnswer) -> int:
     """The next token. `logits`: [V], float32."""
     sampling = answer.sampling
     if sampling.temperature == 0:

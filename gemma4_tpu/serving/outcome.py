@@ -25,7 +25,7 @@ KEY = "VLLM_API_KEY"
 
 
 @dataclass(kw_only=True)
-class Outcome:
+class ServerOutcome:
     """What `result.json` holds."""
 
     status: str = "failed"
@@ -55,7 +55,7 @@ class Outcome:
         print(f"endpoint: {self.endpoint}\nmodel: {self.model}", flush=True)
 
 
-def until_stopped(outcome: Outcome, serve: Callable[[Signals], None], stopped: str) -> int:
+def until_stopped(outcome: ServerOutcome, serve: Callable[[Signals], None], stopped: str) -> int:
     """Runs `serve` until a signal ends it; returns the exit code: 0 if it had answered, else 128 + signal.
 
     Args:
@@ -83,7 +83,7 @@ def client_of(serving: ServingConfig) -> httpx.Client:
     return httpx.Client(base_url=url_of(serving), headers=headers, trust_env=False, verify=False)
 
 
-def confirm(client: httpx.Client, serving: ServingConfig, checked: ServeChecked, outcome: Outcome) -> None:
+def confirm(client: httpx.Client, serving: ServingConfig, checked: ServeChecked, outcome: ServerOutcome) -> None:
     """Asks whether it is the trained model, where the folder holds prompts for that.
 
     Raises:

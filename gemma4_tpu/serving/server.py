@@ -15,10 +15,10 @@ from gemma4_tpu.config.serving import ServingConfig
 from gemma4_tpu.errors import UserError
 from gemma4_tpu.serving.checks import ServeChecked
 from gemma4_tpu.serving.command import cache_folder, container_name, run_words, shown
-from gemma4_tpu.serving.engine import Engine
+from gemma4_tpu.serving.engine import ContainerEngine
 from gemma4_tpu.serving.log import ServerLog, Stages
 from gemma4_tpu.serving.memory import MemoryEstimate
-from gemma4_tpu.serving.outcome import Outcome, client_of, confirm, until_stopped
+from gemma4_tpu.serving.outcome import ServerOutcome, client_of, confirm, until_stopped
 from gemma4_tpu.serving.signals import Signals, Stopped
 from gemma4_tpu.serving.troubles import Trouble, trouble_in
 from gemma4_tpu.tracking.logs import console
@@ -40,7 +40,7 @@ class ServerFailed(UserError):
 
 
 @dataclass(kw_only=True)
-class ContainerOutcome(Outcome):
+class ContainerOutcome(ServerOutcome):
     """What `result.json` holds of a server in its container."""
 
     image: str
@@ -56,11 +56,11 @@ class Server:
     def __init__(self, serving: ServingConfig, checked: ServeChecked, memory: MemoryEstimate, log_path: Path):
         self._serving, self._checked, self._log_path = serving, checked, log_path
         self._words = run_words(serving, checked)
-        self._engine = Engine(serving.engine)
+        self._engine = ContainerEngine(serving.engine)
         self._client = client_of(serving)
         self._stop_seconds = STOP_SECONDS
         self.outcome = ContainerOutcome(
-            **Outcome.about(serving, checked), image=serving.image, memory=memory,
+            **ServerOutcome.about(serving, checked), image=serving.image, memory=memory,
             command=f"{serving.engine} {shown(self._words)}",
         )  # fmt: skip
 

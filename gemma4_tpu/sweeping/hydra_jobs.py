@@ -19,7 +19,7 @@ from gemma4_tpu.config.sweeps import fixed_keys, job_name, swept
 from gemma4_tpu.errors import REFUSED, UserError
 from gemma4_tpu.sweeping import state
 from gemma4_tpu.sweeping.processes import Monitor, Runner, Stop
-from gemma4_tpu.sweeping.state import Job, Sweep, SweepLock
+from gemma4_tpu.sweeping.state import Sweep, SweepJob, SweepLock
 from gemma4_tpu.sweeping.table import best_metric, outcome_value
 from gemma4_tpu.tracking.logs import setup_logging
 
@@ -107,9 +107,9 @@ def launch(
     return returns
 
 
-def _job(sweep: Sweep, words: list[str], fixed: set[str]) -> Job:
+def _job(sweep: Sweep, words: list[str], fixed: set[str]) -> SweepJob:
     values = swept(words, fixed)
-    job = Job(name=job_name(values), values=values, words=words)
+    job = SweepJob(name=job_name(values), values=values, words=words)
     if earlier := sweep.jobs.get(job.name):
         job.starts, job.status, job.error = earlier.starts, earlier.status, earlier.error
     return job

@@ -27,7 +27,7 @@ from gemma4_tpu.config.sweep_settings import Optuna
 from gemma4_tpu.errors import UserError
 from gemma4_tpu.sweeping import state
 from gemma4_tpu.sweeping.hydra_jobs import OpenSweep
-from gemma4_tpu.sweeping.state import Job
+from gemma4_tpu.sweeping.state import SweepJob
 from gemma4_tpu.sweeping.table import outcome_value
 from gemma4_tpu.tracking.result import Result
 
@@ -151,7 +151,7 @@ class Search:
             )
         return study
 
-    def _monitor(self, job: Job, row: dict[str, Any]) -> str | None:
+    def _monitor(self, job: SweepJob, row: dict[str, Any]) -> str | None:
         """Reports held-out losses of a running trial, and says when it is to be stopped."""
         loss, update = row.get("heldout_loss"), row["update"]
         trial = next((trial for words, trial in self._running.items() if words <= set(job.words)), None)
@@ -163,10 +163,10 @@ class Search:
             return None
         return f"held-out loss {loss:.4f} at update {update}, worse than the median of earlier trials there"
 
-    def _job(self, words: Sequence[str]) -> Job:
+    def _job(self, words: Sequence[str]) -> SweepJob:
         return next(job for job in self._opened.sweep.jobs.values() if set(words) <= set(job.words))
 
-    def _tell(self, study: optuna.Study, trial: optuna.Trial, job: Job) -> None:
+    def _tell(self, study: optuna.Study, trial: optuna.Trial, job: SweepJob) -> None:
         """The trial's state from its job's."""
         value = outcome_value(self._opened.sweep, job, self._settings.metric)
         if job.status not in _ENDED:

@@ -23,7 +23,7 @@ from gemma4_tpu.sweeping.devices import shares
 from gemma4_tpu.sweeping.display import Display
 from gemma4_tpu.sweeping.job_process import Child, command
 from gemma4_tpu.sweeping.plan_check import check_fit
-from gemma4_tpu.sweeping.state import Job, Sweep
+from gemma4_tpu.sweeping.state import Sweep, SweepJob
 from gemma4_tpu.tracking.files import jsonable
 from gemma4_tpu.tracking.progress import format_seconds
 from gemma4_tpu.tracking.records import result_of
@@ -39,7 +39,7 @@ _SAME_RESULT = (
 )  # fmt: skip
 """A finished job is not run again because of a difference in these."""
 
-Monitor = Callable[[Job, dict[str, Any]], str | None]
+Monitor = Callable[[SweepJob, dict[str, Any]], str | None]
 """Takes each new row of a job's `metrics.jsonl`; a text says why the job is to be stopped."""
 
 
@@ -73,7 +73,7 @@ class Stop:
 
 @dataclass
 class _Running:
-    job: Job
+    job: SweepJob
     child: Child
     share: dict[str, str]
 
@@ -86,7 +86,7 @@ class Runner:
     ):
         self.sweep, self._entry, self.settings, self.stop, self._monitor = sweep, entry, settings, stop, monitor
 
-    def run(self, jobs: Sequence[Job]) -> None:
+    def run(self, jobs: Sequence[SweepJob]) -> None:
         """Brings every job to an end, or to where it was stopped; its `status` tells. Saves the record as it goes.
 
         Raises:
@@ -122,7 +122,7 @@ class Runner:
         self.sweep.save()
 
     # ── before anything runs ───────────────────────────────────────────────────────────────────────────────────────
-    def _checked(self, jobs: Sequence[Job]) -> dict[str, Any]:
+    def _checked(self, jobs: Sequence[SweepJob]) -> dict[str, Any]:
         """Job → its configuration; those that the checks refuse are marked and left out."""
         configs = {}
         for job in jobs:
@@ -134,7 +134,7 @@ class Runner:
                 log.warning("refused: %s: %s", job.name, job.error)
         return configs
 
-    def _prepared(self, jobs: Sequence[Job], configs: dict[str, Any]) -> list[Job]:
+    def _prepared(self, jobs: Sequence[SweepJob], configs: dict[str, Any]) -> list[SweepJob]:
         """The jobs that are to run: not finished yet, and not known not to fit."""
         wanted, finished = [], 0
         for job in jobs:
@@ -169,12 +169,12 @@ class Runner:
             log.info("plan check: %s", told)
         return wanted
 
-    def _group(self, job: Job, tracker: TrackerConfig) -> None:
+    def _group(self, job: SweepJob, tracker: TrackerConfig) -> None:
         """W&B's group of a sweep is its folder, unless the user named another."""
         if tracker.group is None and not any(word.startswith("tracker.group=") for word in job.words):
             job.words.append(f"tracker.group='{'/'.join(self.sweep.folder.parts[-2:])}'")
 
-    def _is_finished(self, job: Job, config: Any) -> bool:
+    def _is_finished(self, job: SweepJob, config: Any) -> bool:
         folder = self.sweep.run_folder(job)
         if not (folder / "result.json").is_file() or not (folder / "config.yaml").is_file():
             return job.status == state.FINISHED and self._entry.name != "train" and folder.is_dir()
@@ -186,7 +186,7 @@ class Runner:
         return same and result_of(folder).values.get("status") == "finished"
 
     # ── while they run ─────────────────────────────────────────────────────────────────────────────────────────────
-    def _start(self, job: Job, share: dict[str, str], display: Display) -> _Running:
+    def _start(self, job: SweepJob, share: dict[str, str], display: Display) -> _Running:
         job.starts += 1
         job.status = state.RUNNING
         log_path, run_folder = self.sweep.log_path(job), self.sweep.run_folder(job)
@@ -215,7 +215,7 @@ class Runner:
             elif self.stop.count:
                 one.child.ask_to_stop(state.INTERRUPTED)
 
-    def _end(self, one: _Running, waiting: deque[Job], display: Display) -> None:
+    def _end(self, one: _Running, waiting: deque[SweepJob], display: Display) -> None:
         """What came of a process that ended: the job's status, or another start."""
         self._follow(one, display)
         job, child = one.job, one.child

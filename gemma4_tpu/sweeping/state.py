@@ -26,7 +26,7 @@ LOWER_IS_BETTER, HIGHER_IS_BETTER = "minimize", "maximize"
 
 
 @dataclass(kw_only=True)
-class Job:
+class SweepJob:
     """One job of a sweep."""
 
     name: str
@@ -61,7 +61,7 @@ class Sweep:
     """Key of `result.json` that the sweep was for, if it said so."""
     direction: str | None = None
     """`minimize` or `maximize`, if it said so."""
-    jobs: dict[str, Job] = field(default_factory=dict)
+    jobs: dict[str, SweepJob] = field(default_factory=dict)
     """By name, in the order of their first mention."""
 
     @classmethod
@@ -81,8 +81,8 @@ class Sweep:
         told = read_record(path).values
         if entry and told["entry"] != entry:
             raise UserError(f"hydra.sweep.dir={folder}: holds a sweep of {told['entry']}; give another folder")
-        known = {f.name for f in dataclasses.fields(Job)}
-        jobs = [Job(**{k: v for k, v in job.items() if k in known}) for job in told["jobs"]]
+        known = {f.name for f in dataclasses.fields(SweepJob)}
+        jobs = [SweepJob(**{k: v for k, v in job.items() if k in known}) for job in told["jobs"]]
         given = {key: told.get(key) for key in ("metric", "direction")}
         return cls(folder=folder, entry=told["entry"], jobs={job.name: job for job in jobs}, **given)
 
@@ -91,11 +91,11 @@ class Sweep:
         head = {"entry": self.entry, "metric": self.metric, "direction": self.direction}
         write_record(self.folder / RECORD, SWEEP, head | {"jobs": list(self.jobs.values())})
 
-    def run_folder(self, job: Job) -> Path:
+    def run_folder(self, job: SweepJob) -> Path:
         """Where a job keeps its record."""
         return self.folder / job.name
 
-    def log_path(self, job: Job) -> Path:
+    def log_path(self, job: SweepJob) -> Path:
         """What a job's processes printed."""
         return self.folder / "logs" / f"{job.name}.log"
 

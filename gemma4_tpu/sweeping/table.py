@@ -13,7 +13,7 @@ import yaml
 from gemma4_tpu.config.sweeps import fixed_keys, swept
 from gemma4_tpu.errors import UserError
 from gemma4_tpu.sweeping import state
-from gemma4_tpu.sweeping.state import HIGHER_IS_BETTER, LOWER_IS_BETTER, Job, Sweep
+from gemma4_tpu.sweeping.state import HIGHER_IS_BETTER, LOWER_IS_BETTER, Sweep, SweepJob
 from gemma4_tpu.tracking.records import result_of
 
 DEFAULT_METRIC = "heldout_loss_last"
@@ -44,7 +44,7 @@ class Metric:
 class JobRow:
     """One job."""
 
-    job: Job
+    job: SweepJob
     folder: Path
     result: dict[str, Any]
     """Its `result.json`; empty where there is none."""
@@ -130,7 +130,7 @@ def _rows_of(sweep: Sweep) -> list[JobRow]:
     return rows
 
 
-def _found(folders: Sequence[Path]) -> list[Job]:
+def _found(folders: Sequence[Path]) -> list[SweepJob]:
     """Run folders without a record: what differs between their overrides is what was swept."""
     words = {}
     for folder in folders:
@@ -143,7 +143,9 @@ def _found(folders: Sequence[Path]) -> list[Job]:
         values = swept(given, fixed_keys(sorted(common)))
         told = result_of(folder).values
         status = told.get("status", state.RUNNING)
-        jobs.append(Job(name=folder.name, values=values, words=given, status=status, error=told.get("error"), starts=1))
+        jobs.append(
+            SweepJob(name=folder.name, values=values, words=given, status=status, error=told.get("error"), starts=1)
+        )
     return jobs
 
 
@@ -155,7 +157,7 @@ def best_metric(sweep: Sweep, wanted: str | None) -> Metric:
     return Metric(key, HIGHER_IS_BETTER if any(word in key for word in _HIGHER) else LOWER_IS_BETTER)
 
 
-def outcome_value(sweep: Sweep, job: Job, key: str) -> float:
+def outcome_value(sweep: Sweep, job: SweepJob, key: str) -> float:
     """The metric of a job; NaN where it has none."""
     folder = sweep.run_folder(job)
     value = JobRow(job, folder, result_of(folder).values).value(key)

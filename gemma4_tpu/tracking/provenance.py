@@ -65,7 +65,7 @@ class Provenance:
 
 
 @dataclass(frozen=True)
-class Difference:
+class RecordDifference:
     """One entry that differs between two records."""
 
     key: str
@@ -126,7 +126,7 @@ def _processor() -> str:
     return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
 
 
-def record(run: RunFolder, provenance: Provenance) -> list[Difference]:
+def record(run: RunFolder, provenance: Provenance) -> list[RecordDifference]:
     """Writes `provenance.json`, and `git.diff` where the checkout has changes that fit into a megabyte.
 
     A resumed run keeps the record of its first start; later starts are listed under `resumed` with what differs, which
@@ -150,7 +150,7 @@ def record(run: RunFolder, provenance: Provenance) -> list[Difference]:
     return differences
 
 
-def compare(recorded: dict[str, Any], now: dict[str, Any]) -> list[Difference]:
+def compare(recorded: dict[str, Any], now: dict[str, Any]) -> list[RecordDifference]:
     """What could make a run come out differently: all but when, where and by which command it was started.
 
     Takes records as in `provenance.json` (or `dataclasses.asdict(Provenance)`).
@@ -159,7 +159,7 @@ def compare(recorded: dict[str, Any], now: dict[str, Any]) -> list[Difference]:
     before = dict(_leaves({key: value for key, value in recorded.items() if key not in about_the_start}))
     after = dict(_leaves({key: value for key, value in now.items() if key not in about_the_start}))
     keys = [*before, *(key for key in after if key not in before)]
-    return [Difference(key, before.get(key), after.get(key)) for key in keys if before.get(key) != after.get(key)]
+    return [RecordDifference(key, before.get(key), after.get(key)) for key in keys if before.get(key) != after.get(key)]
 
 
 def file_sha256(*paths: Path) -> str:

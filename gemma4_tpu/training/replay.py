@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from gemma4_tpu.errors import UserError
 from gemma4_tpu.tracking.metrics import read_metrics
-from gemma4_tpu.tracking.provenance import Difference, Provenance, compare
+from gemma4_tpu.tracking.provenance import Provenance, RecordDifference, compare
 from gemma4_tpu.tracking.records import REPLAY, read_record, write_record
 from gemma4_tpu.tracking.run import RunFolder, config_differences
 
@@ -185,7 +185,7 @@ def _part(key: str) -> str | None:
     return _FINGERPRINTS.get(name) if group == "fingerprints" else None
 
 
-def _told(difference: Difference) -> str:
+def _told(difference: RecordDifference) -> str:
     name = difference.key.partition(".")[2] or difference.key
     before, now = (_shown(value) for value in (difference.recorded, difference.now))
     return f"{name} {before} → {now}"

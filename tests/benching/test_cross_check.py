@@ -14,7 +14,7 @@ from gemma4_tpu.benching.cross_check import compare, verdict
 from gemma4_tpu.config.serving import ServeRoot
 from gemma4_tpu.serving.checks import examine_serve
 from gemma4_tpu.serving.command import container_name, run_words
-from gemma4_tpu.serving.engine import Engine
+from gemma4_tpu.serving.engine import ContainerEngine
 from tests.benching.conftest import cell
 
 FEW = ["bench=vllm", "bench.requests=6", "bench.warmup_requests=0"]
@@ -29,7 +29,7 @@ def record(docker, merged, port, tmp_path):
     serving.image, serving.slice, serving.port = "vllm/vllm-tpu:v0.32.0", "v6e-1", port
     checked, problems = examine_serve(root)
     assert not problems
-    engine = Engine("docker")
+    engine = ContainerEngine("docker")
     serving.compile_cache = None
     container = engine.run(run_words(serving, checked), container_name(serving))
     folder = tmp_path / "record"

@@ -8,14 +8,14 @@ from matplotlib.image import imread
 from gemma4_tpu.errors import UserError
 from gemma4_tpu.evals.compare import compare
 from gemma4_tpu.evals.problems import Verdict, VerdictClass
-from gemma4_tpu.evals.scores import Outcome, ProblemOutcome, tally
+from gemma4_tpu.evals.scores import EvaluationOutcome, ProblemOutcome, tally
 from gemma4_tpu.evals.store import Sample
 from gemma4_tpu.reporting.evaluation import plot_problems, summary, write_report
 
 
 def outcome(
     name: str, passes: list[int], n: int = 20, *, first: int = 0, benchmark="verilog_eval", **settings
-) -> Outcome:
+) -> EvaluationOutcome:
     problems = {
         f"Prob{first + i:03d}": ProblemOutcome(
             n=n, passed=c, official=c, classes={"pass": c, "mismatch": n - c}, truncated=0
@@ -24,10 +24,10 @@ def outcome(
     }
     check = {"simulator": "Icarus Verilog 12.0", "sandbox": "landlock"}
     settings = {"n": n, "temperature": 0.8, "weights": name, **settings}
-    return Outcome(name=name, benchmark=benchmark, settings=settings, problems=problems, selfcheck=check)
+    return EvaluationOutcome(name=name, benchmark=benchmark, settings=settings, problems=problems, selfcheck=check)
 
 
-def claims(a: Outcome, b: Outcome) -> str:
+def claims(a: EvaluationOutcome, b: EvaluationOutcome) -> str:
     return "\n".join(compare(a, b).claims())
 
 
@@ -82,24 +82,24 @@ def test_samples_that_never_came_stay_in_the_denominator():
     found = tally(["a", "b"], 4, samples, {("a", 0): good, ("a", 2): good})
     assert found["a"] == ProblemOutcome(n=4, passed=2, official=2, classes={"pass": 2, "missing": 2}, truncated=1)
     assert found["b"].classes == {"missing": 4}
-    made = Outcome(name="x", benchmark="b", settings={}, problems=found, selfcheck={})
+    made = EvaluationOutcome(name="x", benchmark="b", settings={}, problems=found, selfcheck={})
     assert made.scores()["strict"]["all"][0].value == pytest.approx(0.25)
 
 
 def test_scores_are_given_over_all_problems_and_over_those_that_can_pass(tmp_path):
     made = outcome("run", [20, 20, 0, 10])
-    made = Outcome(**{**vars(made), "cannot_pass": {"Prob002": "syntax: its own reference"}})
+    made = EvaluationOutcome(**{**vars(made), "cannot_pass": {"Prob002": "syntax: its own reference"}})
     found = made.scores()["strict"]
     assert found["all"][0].value == pytest.approx(0.625)
     assert (found["can_pass"][0].value, found["can_pass"][0].problems) == (pytest.approx(5 / 6), 3)
     made.write(tmp_path / "result.json")
-    assert Outcome.read(tmp_path / "result.json") == made
+    assert EvaluationOutcome.read(tmp_path / "result.json") == made
     assert json.loads((tmp_path / "result.json").read_text())["scores"]["strict"]["all"][0]["value"] == 0.625
 
 
 def test_a_report_has_what_is_needed_to_judge_it(tmp_path):
     a, b = outcome("run", [20, 12, 0]), outcome("base", [3, 0, 0])
-    a = Outcome(**{**vars(a), "cannot_pass": {"Prob002": "mismatch: 3 errors"}})
+    a = EvaluationOutcome(**{**vars(a), "cannot_pass": {"Prob002": "mismatch: 3 errors"}})
     plot = plot_problems([a, b], tmp_path / "plots/problems.png")
     write_report(
         tmp_path / "report.md", [a, b], comparison=compare(a, b), prompt="<bos>the very prompt",

@@ -13,7 +13,7 @@ import pytest
 
 from gemma4_tpu.assets import ROOT
 from gemma4_tpu.config.schema import LoraConfig
-from gemma4_tpu.evals.scores import Outcome
+from gemma4_tpu.evals.scores import EvaluationOutcome
 from gemma4_tpu.evals.verilog.mutants import mutants
 from gemma4_tpu.evaluate import main
 from tests.evals.server import Server, completion
@@ -52,7 +52,7 @@ def write_samples(path: Path, samples: list[tuple[str, str]]) -> Path:
 
 
 def passes(folder: Path) -> dict[str, tuple[int, int]]:
-    return {name: (p.passed, p.n) for name, p in Outcome.read(folder / "result.json").problems.items()}
+    return {name: (p.passed, p.n) for name, p in EvaluationOutcome.read(folder / "result.json").problems.items()}
 
 
 @pytest.fixture
@@ -121,7 +121,7 @@ def test_a_server_is_evaluated_and_what_never_came_counts_as_failed(tmp_path, ev
             f"eval.endpoint={server.url}", f"run_dir={tmp_path / 'served'}", f"eval.max_problems={COUNT}", "eval.n=2"
         )
     assert code == 0, said
-    found = Outcome.read(tmp_path / "served/result.json")
+    found = EvaluationOutcome.read(tmp_path / "served/result.json")
     assert [p.passed for p in found.problems.values()] == [2, 0, 2, 2, 2, 2]
     assert found.missing == 2
     cut_off = sum(body["seed"] % 2 for body in server.bodies if body["messages"][-1]["content"].strip() != lost)
@@ -162,7 +162,7 @@ def test_a_killed_evaluation_goes_on_to_the_same_result(tmp_path, cache):
         faster = ["eval.concurrency=8", f"run_dir={again}"]  # may change, as it decides nothing
         assert subprocess.run([*command, *faster], capture_output=True, timeout=120).returncode == 0
     assert passes(folder) == passes(again)
-    assert Outcome.read(folder / "result.json").missing == 0
+    assert EvaluationOutcome.read(folder / "result.json").missing == 0
 
 
 @pytest.mark.slow
@@ -208,7 +208,7 @@ def test_a_leaked_thought_is_a_class_of_its_own_and_never_code(tmp_path, evaluat
         code, said = evaluate(*words)
     assert code == 0, said
     assert passes(tmp_path / "served") == {row["id"]: (0, 1) for row in ROWS[:2]}
-    assert Outcome.read(tmp_path / "served/result.json").classes == {"leaked thought": 2}
+    assert EvaluationOutcome.read(tmp_path / "served/result.json").classes == {"leaked thought": 2}
     assert "--reasoning-parser gemma4" in (tmp_path / "served/report.md").read_text()
 
 
@@ -228,7 +228,7 @@ def test_second_opinions_stand_beside_the_score_and_name_who_differs(tmp_path, e
         "eval.columns=[lint,size]",
     )  # fmt: skip
     assert code == 0, said
-    found = Outcome.read(folder / "result.json")
+    found = EvaluationOutcome.read(folder / "result.json")
     assert (found.problems[name].passed, found.problems[name].confirmed) == (2, 1)
     assert [(row["sample"], row["second"]) for row in found.second["disagreements"]] == [(1, "differs")]
     assert found.second["seed"] == 3 and name in found.vacuous

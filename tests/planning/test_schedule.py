@@ -6,7 +6,7 @@ import pytest
 
 from gemma4_tpu.hardware import SLICES
 from gemma4_tpu.planning import calibration, counts, hlo, origins, schedule
-from gemma4_tpu.planning.calibration import Rates
+from gemma4_tpu.planning.calibration import ScheduleRates
 from gemma4_tpu.planning.links import Grid
 from gemma4_tpu.planning.walk import walk
 
@@ -57,7 +57,7 @@ def test_operations_tell_their_place_in_our_source():
 
 
 def test_the_whole_is_walked():
-    rates = Rates.of(V5P8)
+    rates = ScheduleRates.of(V5P8)
     told = walk(read(TEXT), rates)
     fetched = 5376 * 5376 * 2 / (2765e9 * calibration.HBM_REACHED)  # 23 µs, beside 10 µs of LoRA's product
     reduced = 2 * 3 / 4 * 4096 * 5376 * 2 / (2 * 100e9 * calibration.LINK_REACHED) + calibration.SYNCHRONOUS_SECONDS

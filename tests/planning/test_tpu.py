@@ -12,7 +12,7 @@ from gemma4_tpu.config.schema import HardwareConfig, LoraConfig, OptimizerConfig
 from gemma4_tpu.hardware import SLICES, MeshSizes
 from gemma4_tpu.models.sharding import make_mesh
 from gemma4_tpu.planning import compile as compiling
-from gemma4_tpu.planning.calibration import Rates
+from gemma4_tpu.planning.calibration import ScheduleRates
 from gemma4_tpu.planning.links import Grid
 from gemma4_tpu.planning.program import USED, OutOfMemory, compile_lowered, finish, until_assigned, used_bytes
 from gemma4_tpu.planning.schedule import PARTS, from_plain
@@ -89,7 +89,7 @@ LATER = {"cost_analysis": {}, "schedule": []}
 def check_schedule(told, slice_name):
     """The compiler's schedule is read: what takes time has cycles, and a place in our source."""
     ops = from_plain(told.schedule)
-    walked = walk(ops, Rates.of(SLICES[slice_name]))
+    walked = walk(ops, ScheduleRates.of(SLICES[slice_name]))
     peak = SLICES[slice_name].chip.peak_flops_per_second
     assert walked.seconds > told.counts["flops"] / peak  # a roofline is a lower bound
     assert sum(walked.parts.values()) == pytest.approx(walked.seconds)

@@ -4,13 +4,15 @@ import pytest
 
 from gemma4_tpu.hardware import SLICES
 from gemma4_tpu.planning import calibration
-from gemma4_tpu.planning.calibration import Rates
+from gemma4_tpu.planning.calibration import ScheduleRates
 from gemma4_tpu.planning.kernels import Mask
 from gemma4_tpu.planning.schedule import Op, Transfer, from_plain, plain
 from gemma4_tpu.planning.walk import CORE, HBM, slowest_loop, walk
 from gemma4_tpu.reporting.timeline import plot_timeline
 
-RATES = Rates(clock_hertz=1e9, hbm_bytes_per_second=1e12, link_bytes_per_second=1e11, kernel_flops_per_second=1e14)
+RATES = ScheduleRates(
+    clock_hertz=1e9, hbm_bytes_per_second=1e12, link_bytes_per_second=1e11, kernel_flops_per_second=1e14
+)
 MS = 1_000_000
 """Cycles of a millisecond."""
 SYNC, ASYNC = calibration.SYNCHRONOUS_SECONDS, calibration.ASYNCHRONOUS_SECONDS
@@ -147,7 +149,7 @@ def test_a_group_of_layers_is_drawn(tmp_path):
 
 @pytest.mark.parametrize("name", [name for name, known in SLICES.items() if known.topology])
 def test_every_tpu_slice_has_rates(name):
-    rates = Rates.of(SLICES[name])
+    rates = ScheduleRates.of(SLICES[name])
     assert 1e9 < rates.clock_hertz < 3e9
     # A matrix unit is 128 × 128 or 256 × 256: the peak is a whole number of them.
     units = SLICES[name].chip.peak_flops_per_second / (2 * 128 * 128 * rates.clock_hertz)

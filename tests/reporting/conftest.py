@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from gemma4_tpu.evals.scores import Outcome, ProblemOutcome
+from gemma4_tpu.evals.scores import EvaluationOutcome, ProblemOutcome
 from gemma4_tpu.tracking.files import read_json, write_json
 
 EXPERIMENTS = Path(__file__).parents[2] / "experiments"
@@ -48,7 +48,7 @@ def evaluate(folder: Path, name: str, passes: list[int], config: dict | None = N
         f"p{i}": ProblemOutcome(n=2, passed=n, official=n, classes={"pass": n, "syntax": 2 - n}, truncated=0)
         for i, n in enumerate(passes)
     }
-    outcome = Outcome(name=name, benchmark="verilog_smoke", settings={"n": 2, **settings}, problems=problems,
+    outcome = EvaluationOutcome(name=name, benchmark="verilog_smoke", settings={"n": 2, **settings}, problems=problems,
                       selfcheck={"simulator": "Icarus Verilog 11.0", "sandbox": "landlock"}, tokens=500,
                       generation_seconds=10.0)  # fmt: skip
     outcome.write(folder / "result.json")

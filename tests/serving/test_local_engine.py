@@ -11,9 +11,18 @@ import torch
 from transformers import AutoTokenizer
 
 from gemma4_tpu.serving.local_api import Api
-from gemma4_tpu.serving.local_engine import FAILED, LOADING, READY, Engine
+from gemma4_tpu.serving.local_engine import FAILED, LOADING, READY, LocalEngine
 from gemma4_tpu.serving.local_metrics import Metrics
-from gemma4_tpu.serving.local_sampling import ABORT, ERROR, Answer, AnswerText, GrowingText, Sampling, choose, logprob
+from gemma4_tpu.serving.local_sampling import (
+    ABORT,
+    ERROR,
+    AnswerSampling,
+    AnswerText,
+    GeneratedAnswer,
+    GrowingText,
+    choose,
+    logprob,
+)
 from tests.models.checkpoints import load_hf, make_checkpoint
 from tests.serving import TINY
 
@@ -23,7 +32,7 @@ def engine():
     made = []
 
     def make(folder, **more):
-        made.append(Engine(folder, "float32", Metrics("m"), **{"sequences": 3, "prompt_tokens": 16} | more))
+        made.append(LocalEngine(folder, "float32", Metrics("m"), **{"sequences": 3, "prompt_tokens": 16} | more))
         made[-1].start()
         while made[-1].state == LOADING:
             time.sleep(0.02)
@@ -40,8 +49,8 @@ class Asked:
 
     def __init__(self, engine, prompt, count, **more):
         self.told = queue.SimpleQueue()
-        sampling = Sampling(max_tokens=count, **{"temperature": 0, "ignore_eos": True} | more)
-        self.answer = Answer(prompt, sampling, self.told.put)
+        sampling = AnswerSampling(max_tokens=count, **{"temperature": 0, "ignore_eos": True} | more)
+        self.answer = GeneratedAnswer(prompt, sampling, self.told.put)
         engine.submit(self.answer)
 
     def pieces(self):
@@ -135,7 +144,7 @@ def test_drawing_keeps_to_top_k_and_top_p_and_to_the_chances():
     logits = torch.tensor([0.5, 0.3, 0.15, 0.05]).log()
 
     def shares(**sampling):
-        answer = Answer([1], Sampling(max_tokens=1, **sampling), lambda piece: None)
+        answer = GeneratedAnswer([1], AnswerSampling(max_tokens=1, **sampling), lambda piece: None)
         answer.generator = torch.Generator().manual_seed(0)
         drawn = torch.tensor([choose(logits, answer) for _ in range(2000)])
         return (drawn.bincount(minlength=4) / 2000).tolist()

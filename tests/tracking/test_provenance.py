@@ -9,7 +9,7 @@ import pytest
 from gemma4_tpu.tracking import logs, provenance
 from gemma4_tpu.tracking.files import read_json
 from gemma4_tpu.tracking.metrics import MetricsFile
-from gemma4_tpu.tracking.provenance import Difference, capture, compare, record
+from gemma4_tpu.tracking.provenance import RecordDifference, capture, compare, record
 from gemma4_tpu.tracking.redact import redact, redact_arguments
 
 SECRETS = {
@@ -69,7 +69,7 @@ def test_every_kind_of_difference_is_named(checkout):
         "code.sha256", "code.git_dirty", "code.git_diff_sha256", "code.git_untracked", "packages.jax", "packages.numpy",
         "hardware.devices", "seeds.trainer", "fingerprints.data",
     }  # fmt: skip
-    assert differences["fingerprints.data"] == Difference("fingerprints.data", "d1", "d2")
+    assert differences["fingerprints.data"] == RecordDifference("fingerprints.data", "d1", "d2")
     assert differences["packages.numpy"].now is None
     assert str(differences["hardware.devices"]) == "hardware.devices: 4 → 8"
 
@@ -98,7 +98,7 @@ def test_a_repository_that_the_package_is_only_installed_in_says_nothing(checkou
 def test_a_resumed_run_keeps_its_first_record_and_lists_what_differs(run, caplog):
     record(run, capture(**INPUTS))
     differences = record(run, capture(**(INPUTS | {"hardware": {"devices": 8}})))
-    assert differences == [Difference("hardware.devices", 4, 8)]
+    assert differences == [RecordDifference("hardware.devices", 4, 8)]
     assert "hardware.devices: 4 → 8" in caplog.text
     written = read_json(run.provenance_path)
     assert written["hardware"] == {"devices": 4}

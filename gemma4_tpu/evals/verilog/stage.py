@@ -17,7 +17,7 @@ from gemma4_tpu.evals.verilog import stand_ins
 from gemma4_tpu.evals.verilog.iverilog import Tools
 from gemma4_tpu.evals.verilog.sandbox import Finished
 from gemma4_tpu.evals.verilog.scan import blank, defined_modules, without_dumps
-from gemma4_tpu.evals.verilog.stand_ins import Interface, Port
+from gemma4_tpu.evals.verilog.stand_ins import BenchPort, Interface
 
 BENCH_SOURCE, BESIDE, PROGRAM = "bench.sv", "beside.sv", "program.vvp"
 PLAYER, SETTINGS, BENCH_PROGRAM, ABOUT = "player.sv", "compiler.conf", "bench.vvp", "stage.json"
@@ -175,7 +175,7 @@ def read_interface(program: str, problem: Problem) -> Interface:
             raise NoStage(f"the port {name} is {direction.lower()}, which can't be replayed")
         if not re.fullmatch(r"[A-Za-z_]\w*", name, re.ASCII):  # it is written into what runs with the bench
             raise NoStage(f"the port {name!r} has an escaped name, which can't be replayed")
-        ports.append(Port(name=name, width=int(width), output=direction == "OUTPUT"))
+        ports.append(BenchPort(name=name, width=int(width), output=direction == "OUTPUT"))
     precision = _PRECISION.search(program)
     assert precision is not None  # every compiled program has one
     around = next((scope for scope in scopes if scope[1] == problem.bench_top), mine[0])

@@ -28,7 +28,7 @@ CAPPED = "limit"
 
 
 @dataclass(frozen=True, kw_only=True)
-class Port:
+class BenchPort:
     """A port of the design, as elaborated in the bench."""
 
     name: str
@@ -44,7 +44,7 @@ class Port:
 class Interface:
     """How a bench instantiates the design."""
 
-    ports: tuple[Port, ...]
+    ports: tuple[BenchPort, ...]
     parameters: Mapping[str, str]
     """What an instantiation may override, with the bits that it has there (none, where it is no vector)."""
     overrides: str
@@ -57,11 +57,11 @@ class Interface:
     """Power of ten of a tick, in seconds."""
 
     @property
-    def inputs(self) -> list[Port]:
+    def inputs(self) -> list[BenchPort]:
         return [port for port in self.ports if not port.output]
 
     @property
-    def outputs(self) -> list[Port]:
+    def outputs(self) -> list[BenchPort]:
         return [port for port in self.ports if port.output]
 
     @property
@@ -74,25 +74,25 @@ class Interface:
         return f"`timescale {number}{units[unit]}/{number}{units[unit]}\n"
 
 
-def _joined(ports: Sequence[Port]) -> str:
+def _joined(ports: Sequence[BenchPort]) -> str:
     """A concatenation, which can be assigned to and read."""
     return f"{{{', '.join(port.name for port in ports)}}}"
 
 
-def _changes(ports: Sequence[Port]) -> str:
+def _changes(ports: Sequence[BenchPort]) -> str:
     """Waits for a change of any of them; for ever, where there are none."""
     return f"@({', '.join(port.name for port in ports) or 'judge_never'})"
 
 
-def _bits(ports: Sequence[Port]) -> int:
+def _bits(ports: Sequence[BenchPort]) -> int:
     return max(1, sum(port.width for port in ports))
 
 
-def _value(ports: Sequence[Port]) -> str:
+def _value(ports: Sequence[BenchPort]) -> str:
     return _joined(ports) if ports else "1'b0"
 
 
-def _edges(ports: Sequence[Port]) -> str:
+def _edges(ports: Sequence[BenchPort]) -> str:
     """Whether a one-bit port has changed since `judge_last`."""
     terms, position = [], sum(port.width for port in ports)
     for port in ports:
@@ -104,7 +104,7 @@ def _edges(ports: Sequence[Port]) -> str:
     return " || ".join(f"({term})" for term in terms) or "0"
 
 
-def _assign(ports: Sequence[Port], operator: str) -> str:
+def _assign(ports: Sequence[BenchPort], operator: str) -> str:
     return f"{_joined(ports)} {operator} judge_bits;" if ports else ""
 
 
@@ -285,7 +285,7 @@ endmodule
 """
 
 
-def _play(inputs: Sequence[Port]) -> str:
+def _play(inputs: Sequence[BenchPort]) -> str:
     """Drives the inputs line by line, and ends the simulation behind the last one."""
     return f"""  integer judge_stimulus, judge_responses, judge_got, judge_hop;
   reg [63:0] judge_at;
@@ -317,7 +317,7 @@ def _play(inputs: Sequence[Port]) -> str:
 """
 
 
-def _respond(outputs: Sequence[Port]) -> str:
+def _respond(outputs: Sequence[BenchPort]) -> str:
     """Writes down what the outputs do, and behind which line of the stimulus."""
     return f"""  reg [{_bits(outputs) - 1}:0] judge_last;
   task judge_note;
