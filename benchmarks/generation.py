@@ -30,9 +30,9 @@ PEER_BATCHED, PEER = "transformers, 64 at a time", "transformers, one by one"
 
 def ours(batch_size: int, problems: int, tokens: int) -> Callable[[], int]:
     """Our generator: a call generates all answers and returns how many tokens they have."""
-    from gemma4_tpu.config.schema import ModelConfig
-    from gemma4_tpu.config.tasks import EvalConfig, EvaluateRoot
-    from gemma4_tpu.evals.evaluated_models import load_backends
+    from gemma4_tpu.config.schema import HardwareConfig, MeshConfig, ModelConfig
+    from gemma4_tpu.config.tasks import EvalConfig
+    from gemma4_tpu.evals.evaluated_models import of_checkpoint
     from gemma4_tpu.evals.generate import requests
     from gemma4_tpu.evals.verilog.smoke import VerilogSmoke
 
@@ -40,8 +40,8 @@ def ours(batch_size: int, problems: int, tokens: int) -> Callable[[], int]:
         benchmark="verilog_smoke", n=1, temperature=0, max_new_tokens=tokens, batch_size=batch_size,
         compute_dtype="float32",
     )  # fmt: skip
-    root = EvaluateRoot(model=ModelConfig(path="embedded:tiny"), eval=config)
-    (backend,) = load_backends(root).by_name.values()
+    loaded = of_checkpoint(ModelConfig(path="embedded:tiny"), config, HardwareConfig(), MeshConfig())
+    (backend,) = loaded.by_name.values()
     asked = requests(VerilogSmoke().load()[:problems], config)
 
     def run() -> int:

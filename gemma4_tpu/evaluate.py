@@ -23,6 +23,7 @@ from gemma4_tpu.evals.checks import EvaluateChecked, examine_evaluate, normalise
 
 if TYPE_CHECKING:
     from gemma4_tpu.evals.draw_and_judge import Evaluated
+    from gemma4_tpu.evals.evaluated_models import Backends
     from gemma4_tpu.tracking.run import RunFolder
 
 log = logging.getLogger(__name__)
@@ -89,10 +90,19 @@ def _evaluate(loaded: Loaded[EvaluateRoot, EvaluateChecked]) -> int:
     setup_logging(record.log_path)
 
     def job() -> int:
-        _report(record, evaluate(config, form, record.path), config)
+        _report(record, evaluate(config.eval, form, record.path, lambda: _models(config)), config)
         return 0
 
     return record.work(job)
+
+
+def _models(config: EvaluateRoot) -> Backends:
+    """What there is to generate with; starts JAX."""
+    from gemma4_tpu.evals.evaluated_models import of_checkpoint, of_run
+
+    if config.run:
+        return of_run(config.run, config.eval, config.hardware, config.mesh)
+    return of_checkpoint(config.model, config.eval, config.hardware, config.mesh)
 
 
 def _report(record: RunFolder, done: Evaluated, config: EvaluateRoot) -> None:

@@ -14,6 +14,7 @@ from gemma4_tpu.reporting.checks import LISTED, ReportChecked, examine_report, n
 
 _PLAIN = r"[\w./-]+"
 """Words that need no quotes on the command line."""
+_COST_KEYS = ("serving_hours", "serving_slices", "prices", "spot_prices", "out")
 
 
 REPORT: EntryPoint[ReportRoot, ReportChecked] = EntryPoint(
@@ -46,8 +47,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _answer(loaded: Loaded[ReportRoot, ReportChecked]) -> int:
     """By the key that was given."""
+    from gemma4_tpu.costing.cost import Prices
     from gemma4_tpu.reporting.ceilings import show_plausibility
-    from gemma4_tpu.reporting.costs import show_costs
+    from gemma4_tpu.reporting.costs import CostTerms, command_line, show_costs
     from gemma4_tpu.reporting.experiments import check_experiment
     from gemma4_tpu.reporting.page import show_runs
     from gemma4_tpu.reporting.price_list import show_price_list
@@ -55,12 +57,17 @@ def _answer(loaded: Loaded[ReportRoot, ReportChecked]) -> int:
     from gemma4_tpu.tracking import wandb_sync
 
     root = loaded.root
+    terms = CostTerms(
+        prices=Prices(on_demand=root.prices, spot=root.spot_prices), serving_hours=root.serving_hours,
+        serving_slices=root.serving_slices,
+    )  # fmt: skip
+    changed = {key: getattr(root, key) for key in _COST_KEYS if getattr(root, key) != getattr(ReportRoot(), key)}
     answers: dict[str, Callable[[], int]] = {
-        "run": lambda: show_runs(root),
+        "run": lambda: show_runs(root.run, root.records, terms, root.out),
         "sweep": lambda: show_sweep(root.sweep, root.metric),
         "wandb": lambda: wandb_sync.show(root.wandb),
         "check": lambda: check_experiment(root.check),
-        "cost": lambda: show_costs(root),
+        "cost": lambda: show_costs(root.cost, terms, root.out, command_line("cost", root.cost, changed)),
         "plausibility": lambda: show_plausibility(root.plausibility, root.out),
         "price_list": show_price_list,
     }

@@ -10,13 +10,13 @@ import hashlib
 import logging
 import time
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from gemma4_tpu.config.tasks import EvalConfig, EvaluateRoot
+from gemma4_tpu.config.tasks import EvalConfig
 from gemma4_tpu.evals import endpoint
 from gemma4_tpu.evals.benchmarks import load_problems
 from gemma4_tpu.evals.generate import Backend, requests
@@ -36,6 +36,9 @@ from gemma4_tpu.evals.store import Key, Rows, Sample, Samples, read_foreign
 from gemma4_tpu.evals.verilog.strength import Strength, grade, sentences, to_rows, vacuous
 from gemma4_tpu.evals.verilog.verilog_judge import VerilogJudge
 from gemma4_tpu.tracking.records import SELFCHECK, write_record
+
+if TYPE_CHECKING:
+    from gemma4_tpu.evals.evaluated_models import Backends
 
 log = logging.getLogger(__name__)
 
@@ -85,32 +88,31 @@ class _Court:
     second: Second | None
 
 
-def evaluate(config: EvaluateRoot, form: str, folder: Path) -> Evaluated:
+def evaluate(config: EvalConfig, form: str, folder: Path, load_models: Callable[[], Backends]) -> Evaluated:
     """Runs an evaluation in `folder`, from where it was.
 
     Args:
-      config: the whole configuration; `form` says which subject counts.
-      form: `run`, `checkpoint`, `endpoint`, `samples`, or `resimulate`.
+      config: what is generated, and how it is judged.
+      form: which subject counts: `run`, `checkpoint`, `endpoint`, `samples`, or `resimulate`.
       folder: the record's.
+      load_models: of a run or a checkpoint; called once there is a judge.
 
     Raises:
       UserError: no simulator, no sandbox, no model, damaged files.
     """
-    problems = load_problems(config.eval)
-    log.info("%s: %d problems, %d samples of each", config.eval.benchmark, len(problems), config.eval.n)
-    with VerilogJudge(config.eval.judge) as judge:
+    problems = load_problems(config)
+    log.info("%s: %d problems, %d samples of each", config.benchmark, len(problems), config.n)
+    with VerilogJudge(config.judge) as judge:
         check = judge.prepare(problems)
         log.info("%s, sandbox %s; %d problems cannot pass here", check.simulator, check.sandbox, len(check.cannot_pass))
-        scrutiny = config.eval.second_opinion
-        grades = grade(problems, judge, check.cannot_pass, config.eval.judge) if scrutiny else {}
+        scrutiny = config.second_opinion
+        grades = grade(problems, judge, check.cannot_pass, config.judge) if scrutiny else {}
         write_record(folder / SELFCHECK_FILE, SELFCHECK, {**check.to_row(), "benches": to_rows(grades)})
-        court = _Court(judge, check, grades, _second(problems, judge, config.eval, folder))
-        subjects = _subjects(config, form, folder, problems)
-        outcomes = [
-            _evaluate(subject, problems, config.eval, court, again=form == "resimulate") for subject in subjects
-        ]
+        court = _Court(judge, check, grades, _second(problems, judge, config, folder))
+        subjects = _subjects(config, form, folder, problems, load_models)
+        outcomes = [_evaluate(subject, problems, config, court, again=form == "resimulate") for subject in subjects]
     backend = subjects[0].backend
-    prompt = backend.example(requests(problems[:1], config.eval)[0]) if backend else None
+    prompt = backend.example(requests(problems[:1], config)[0]) if backend else None
     fingerprints = {"problems": _fingerprint(problems), **subjects[0].fingerprints}
     return Evaluated(outcomes, problems, check, prompt, fingerprints)
 
@@ -124,22 +126,22 @@ def _fingerprint(problems: Sequence[Problem]) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def _subjects(config: EvaluateRoot, form: str, folder: Path, problems: Sequence[Problem]) -> list[Subject]:
+def _subjects(
+    config: EvalConfig, form: str, folder: Path, problems: Sequence[Problem], load_models: Callable[[], Backends]
+) -> list[Subject]:
     """The subject in `folder` itself, what it is compared with in a folder of that name beneath."""
     match form:
         case "run" | "checkpoint":
-            from gemma4_tpu.evals.evaluated_models import load_backends  # starts JAX
-
-            loaded = load_backends(config)
+            loaded = load_models()
             return [
-                Subject(name, _place(folder, i, name), backend, config.eval.n, fingerprints=loaded.fingerprints)
+                Subject(name, _place(folder, i, name), backend, config.n, fingerprints=loaded.fingerprints)
                 for i, (name, backend) in enumerate(loaded.by_name.items())
             ]
         case "endpoint":
-            return [Subject("endpoint", folder, endpoint.Endpoint(config.eval), config.eval.n)]
+            return [Subject("endpoint", folder, endpoint.Endpoint(config), config.n)]
         case "samples":
-            _take_over(config.eval, folder, problems)
-            return [Subject("samples", folder, None, None, {"samples": config.eval.samples})]
+            _take_over(config, folder, problems)
+            return [Subject("samples", folder, None, None, {"samples": config.samples})]
     recorded = [folder, *(place for place in sorted(folder.iterdir()) if (place / SAMPLES_FILE).is_file())]
     results = [EvaluationOutcome.read(place / RESULT_FILE) for place in recorded]
     return [

@@ -12,7 +12,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from gemma4_tpu.config.schema import HardwareConfig, LoraConfig, MeshConfig, ModelConfig, TrainerConfig
-from gemma4_tpu.config.tasks import EvalConfig, EvaluateRoot, ExportConfig
+from gemma4_tpu.config.tasks import EvalConfig, ExportConfig
 from gemma4_tpu.data.tokenizer import load_tokenizer, tokenizer_fingerprint
 from gemma4_tpu.evals.generate import InProcess, Weights, checkpoint_stop_ids
 from gemma4_tpu.export.trained import Trained, open_trained
@@ -37,18 +37,12 @@ class Backends:
     fingerprints: dict[str, str]
 
 
-def load_backends(config: EvaluateRoot) -> Backends:
-    """The backends of `run` (and its base, where asked for) or of the checkpoint `model.path`.
+def of_run(run: str, config: EvalConfig, hardware: HardwareConfig, mesh_config: MeshConfig) -> Backends:
+    """What a run trained, its base, or both, as `eval.adapter` says.
 
     Raises:
       UserError: what is named can't be loaded or does not fit together.
     """
-    if config.run:
-        return _of_run(config.run, config.eval, config.hardware, config.mesh)
-    return _of_checkpoint(config.model, config.eval, config.hardware, config.mesh)
-
-
-def _of_run(run: str, config: EvalConfig, hardware: HardwareConfig, mesh_config: MeshConfig) -> Backends:
     trained = open_trained(run, ExportConfig(checkpoint=config.checkpoint))
     mesh = start_mesh(hardware, mesh_config, trained.base.arch)
     policy = config.thoughts or trained.run.read_config().get("data", {}).get("thoughts", "drop")
@@ -65,9 +59,14 @@ def _of_run(run: str, config: EvalConfig, hardware: HardwareConfig, mesh_config:
     )  # fmt: skip
 
 
-def _of_checkpoint(
+def of_checkpoint(
     model: ModelConfig, config: EvalConfig, hardware: HardwareConfig, mesh_config: MeshConfig
 ) -> Backends:
+    """The checkpoint `model.path` by itself.
+
+    Raises:
+      UserError: as `of_run`.
+    """
     base = resolve_base(model)
     audit(base).enforce()
     mesh = start_mesh(hardware, mesh_config, base.arch)

@@ -9,14 +9,12 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from gemma4_tpu.config.load import Loaded
 from gemma4_tpu.config.schema import HardwareConfig
 from gemma4_tpu.hardware import Slice, slice_of
-from gemma4_tpu.launch.after import FollowUp, stages
-from gemma4_tpu.launch.schema import PlaceConfig, TpuVmConfig, TpuVmRoot
+from gemma4_tpu.launch.after import FollowUp
+from gemma4_tpu.launch.schema import PlaceConfig, TpuVmConfig
 from gemma4_tpu.prices import ON_DEMAND, SPOT, Price, price_in_zone
 from gemma4_tpu.train import load_train
-from gemma4_tpu.training.checks import Checked
 
 PREFIX = "gemma4-tpu-"
 """Names of what is launched begin with it."""
@@ -82,28 +80,6 @@ def saved() -> dict[str, Launch]:
     for path in sorted(RECORDS.glob("*/job.json")):
         found[path.parent.name] = Launch(**json.loads(path.read_text(encoding="utf-8")))
     return found
-
-
-def new_launch(loaded: Loaded[TpuVmRoot, Checked], now: datetime | None = None) -> Launch:
-    """The launch that a command line describes.
-
-    Raises:
-      UserError: train would refuse the words that it is given on the slice.
-    """
-    root, config = loaded.root, loaded.root.launch
-    name, run_dir = name_and_folder(root.name, root.run_dir, config, now)
-    words = train_words(loaded.overrides, run_dir)
-    source = None
-    if config.model_in_memory:
-        source = (root.model.path or "").rstrip("/")
-        words = [word for word in words if not word.startswith("model.path=")] + [f"model.path={MODEL_IN_MEMORY}"]
-    return Launch(
-        id=name, project=config.project or "", zone=config.zone or "",
-        slice=root.hardware.name, spot=root.hardware.spot,
-        run_dir=run_dir, launch_dir=f"gs://{run_dir.split('/')[2]}/launches/{name}", train=words,
-        after=[asdict(stage) for stage in stages(config.after, run_dir, root.model.name, base=source)],
-        model_source=source, launch=asdict(config), created=datetime.now(UTC).isoformat(timespec="seconds"),
-    )  # fmt: skip
 
 
 def name_and_folder(name: str, run_dir: str | None, place: PlaceConfig, now: datetime | None = None) -> tuple[str, str]:

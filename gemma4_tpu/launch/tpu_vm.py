@@ -11,16 +11,19 @@ import shlex
 import sys
 import tempfile
 from collections.abc import Sequence
+from dataclasses import asdict
+from datetime import UTC, datetime
 from pathlib import Path
 
 from gemma4_tpu.config.entry import EntryPoint
-from gemma4_tpu.config.load import load
+from gemma4_tpu.config.load import Loaded, load
 from gemma4_tpu.errors import UserError, exit_code
 from gemma4_tpu.launch import gcloud, owned, parcel
+from gemma4_tpu.launch.after import stages
 from gemma4_tpu.launch.checks import PROJECT, ZONE, examine_tpu_vm, normalise_launch
 from gemma4_tpu.launch.doors import LaunchEntry, look_at_checkpoint, shorthands
 from gemma4_tpu.launch.gcloud import GcloudError
-from gemma4_tpu.launch.record import Launch, cost, new_launch, saved
+from gemma4_tpu.launch.record import MODEL_IN_MEMORY, Launch, cost, name_and_folder, saved, train_words
 from gemma4_tpu.launch.render import render
 from gemma4_tpu.launch.schema import TpuVmRoot
 from gemma4_tpu.launch.watch import how_to_delete, still_there, submit, watch
@@ -72,6 +75,28 @@ def _run(words: list[str]) -> int:
     if not loaded.root.launch.dry_run:
         warnings += look_at_checkpoint(loaded.root.model)
     return _launch(new_launch(loaded), warnings)
+
+
+def new_launch(loaded: Loaded[TpuVmRoot, Checked], now: datetime | None = None) -> Launch:
+    """The launch that a command line describes.
+
+    Raises:
+      UserError: train would refuse the words that it is given on the slice.
+    """
+    root, config = loaded.root, loaded.root.launch
+    name, run_dir = name_and_folder(root.name, root.run_dir, config, now)
+    words = train_words(loaded.overrides, run_dir)
+    source = None
+    if config.model_in_memory:
+        source = (root.model.path or "").rstrip("/")
+        words = [word for word in words if not word.startswith("model.path=")] + [f"model.path={MODEL_IN_MEMORY}"]
+    return Launch(
+        id=name, project=config.project or "", zone=config.zone or "",
+        slice=root.hardware.name, spot=root.hardware.spot,
+        run_dir=run_dir, launch_dir=f"gs://{run_dir.split('/')[2]}/launches/{name}", train=words,
+        after=[asdict(stage) for stage in stages(config.after, run_dir, root.model.name, base=source)],
+        model_source=source, launch=asdict(config), created=datetime.now(UTC).isoformat(timespec="seconds"),
+    )  # fmt: skip
 
 
 def _launch(launched: Launch, warnings: Sequence[str]) -> int:

@@ -6,8 +6,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from gemma4_tpu.config.tasks import ReportRoot
-from gemma4_tpu.costing.cost import Prices
 from gemma4_tpu.costing.figures import BY, ESTIMATED, MEASURED, QUOTED, Figures
 from gemma4_tpu.costing.read import read
 from gemma4_tpu.errors import UserError
@@ -16,7 +14,7 @@ from gemma4_tpu.evals.scores import EvaluationOutcome
 from gemma4_tpu.markdown import below, code, included, link, pictures, plain, shown, table
 from gemma4_tpu.planning.estimate import PlanResult
 from gemma4_tpu.prices import KINDS
-from gemma4_tpu.reporting.costs import cost_report
+from gemma4_tpu.reporting.costs import CostTerms, cost_report
 from gemma4_tpu.reporting.found import Records
 from gemma4_tpu.reporting.plans import plan_rows
 from gemma4_tpu.tracking.progress import format_seconds
@@ -244,18 +242,17 @@ def figures_of(records: Records) -> Figures:
     return read([shown(place) for place in places]) if places else Figures()
 
 
-def cost(figures: Figures, root: ReportRoot) -> Iterator[str]:
+def cost(figures: Figures, terms: CostTerms) -> Iterator[str]:
     """Dollars of everything that is recorded, as `report cost` gives them."""
     yield from ["## Cost", ""]
-    prices = Prices(on_demand=root.prices, spot=root.spot_prices)
     everything = [*figures.trainings, *figures.points, *figures.evaluations]
-    slices = list(dict.fromkeys([*(figure.slice for figure in everything), *root.serving_slices]))
+    slices = list(dict.fromkeys([*(figure.slice for figure in everything), *terms.serving_slices]))
     configured = any(training.usd_per_hour is not None for training in figures.trainings)
-    if not configured and not any(prices.of(name, kind) for name in slices for kind in KINDS):
+    if not configured and not any(terms.prices.of(name, kind) for name in slices for kind in KINDS):
         names = ", ".join(slices) or "these records"
         given = code(f"'prices={{{slices[0] if slices else 'local'}: <USD per hour>}}'")
         yield from [f"No price is known for {plain(names)}, so nothing is said about dollars; give {given}.", ""]
         return
     yield f"{_ESTIMATED}: hours and rates as their rows say, times prices that are {BY[QUOTED]} below, dated."
     yield ""
-    yield from below(cost_report(figures, prices, root.serving_hours, slices=root.serving_slices), 1)
+    yield from below(cost_report(figures, terms), 1)

@@ -5,10 +5,10 @@ from __future__ import annotations
 import math
 import shlex
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from gemma4_tpu.config.tasks import ReportRoot
 from gemma4_tpu.costing.cost import (
     NO,
     ROUNDED,
@@ -31,32 +31,29 @@ from gemma4_tpu.prices import FLEX_START, ON_DEMAND, SPOT, spoken
 from gemma4_tpu.tracking.files import write_text
 
 UNKNOWN = "not known"
-_KEYS = ("serving_hours", "serving_slices", "prices", "spot_prices", "out")
 
 
-def show_costs(root: ReportRoot) -> int:
-    """Costs of `root.cost`. Returns 0."""
-    changed = {key: getattr(root, key) for key in _KEYS if getattr(root, key) != getattr(ReportRoot(), key)}
-    text = cost_report(
-        read(root.cost), Prices(on_demand=root.prices, spot=root.spot_prices), root.serving_hours,
-        slices=root.serving_slices, command=command_line("cost", root.cost, changed),
-    )  # fmt: skip
-    deliver(text, root.out)
+@dataclass(frozen=True, kw_only=True)
+class CostTerms:
+    """What dollars are worked out with, besides what is recorded."""
+
+    prices: Prices = field(default_factory=Prices)
+    """Given ones come before those of `prices.yaml`."""
+    serving_hours: Sequence[float]
+    """For the totals of training and serving."""
+    serving_slices: Sequence[str] = ()
+    """To serve on, besides those of the loads."""
+
+
+def show_costs(places: Sequence[str], terms: CostTerms, out: str | None, command: str) -> int:
+    """Costs of the records in `places`, to the file `out` or the terminal. Returns 0."""
+    deliver(cost_report(read(places), terms, command), out)
     return 0
 
 
-def cost_report(
-    figures: Figures, prices: Prices, hours: Sequence[float], *, slices: Sequence[str] = (), command: str | None = None
-) -> str:
-    """What everything costs.
-
-    Args:
-      figures: of all records.
-      prices: given ones before those of `prices.yaml`.
-      hours: of serving, for the totals.
-      slices: to serve on, besides those of the loads.
-      command: that makes this report again.
-    """
+def cost_report(figures: Figures, terms: CostTerms, command: str | None = None) -> str:
+    """What everything costs; `command` is what makes this report again."""
+    prices, hours, slices = terms.prices, terms.serving_hours, terms.serving_slices
     kinds = _kinds(figures, prices, slices)
     parts = [head("Costs", command), _prices(figures, prices, slices, kinds)]
     if figures.trainings:

@@ -11,12 +11,12 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 import gemma4_tpu
-from gemma4_tpu.config.tasks import ReportRoot
 from gemma4_tpu.costing.figures import BY, ESTIMATED, MEASURED, QUOTED, Figures
 from gemma4_tpu.markdown import below, code, pictures, plain, shown, table
 from gemma4_tpu.prices import format_usd
 from gemma4_tpu.reporting import afterwards, training
 from gemma4_tpu.reporting.ceilings import nearest_to_ceiling
+from gemma4_tpu.reporting.costs import CostTerms
 from gemma4_tpu.reporting.curves import draw_curves
 from gemma4_tpu.reporting.found import KINDS, OUTPUTS, Records, find
 from gemma4_tpu.reporting.html import html_page
@@ -26,16 +26,22 @@ from gemma4_tpu.tracking.records import LOAD_TEST, MERGE, result_of
 _MEASURED, _ESTIMATED = BY[MEASURED], BY[ESTIMATED]
 
 
-def show_runs(root: ReportRoot) -> int:
-    """Writes the page of `root.run`, and says where. Returns 0.
+def show_runs(runs: Sequence[str], others: Sequence[str], terms: CostTerms, out: str | None) -> int:
+    """Writes a page, and says where. Returns 0.
+
+    Args:
+      runs: run folders of trainings.
+      others: records about them, besides those that are found.
+      terms: what dollars are worked out with.
+      out: the page; None: `report.md` in the run folder, of several runs in `outputs/reports`.
 
     Raises:
       UserError: no run folder, a given folder without a record, a damaged record.
     """
-    several = find(root.run, root.records)
-    page = Path(root.out).expanduser().absolute() if root.out else _default(several)
+    several = find(runs, others)
+    page = Path(out).expanduser().absolute() if out else _default(several)
     page.parent.mkdir(parents=True, exist_ok=True)
-    text = markdown_page(several, root, page, page.with_name(f"{page.stem}_plots"))
+    text = markdown_page(several, _command(runs, others), terms, page, page.with_name(f"{page.stem}_plots"))
     write_text(page, text)
     write_text(page.with_suffix(".html"), html_page(text, page.parent))
     for records in several:
@@ -56,17 +62,18 @@ def _counted(records: Records) -> str:
     return ", ".join(f"{count} {word}{'s' * (count != 1)}" for word, count in counts.items())
 
 
-def markdown_page(several: Sequence[Records], root: ReportRoot, page: Path, folder: Path) -> str:
+def markdown_page(several: Sequence[Records], command: str, terms: CostTerms, page: Path, folder: Path) -> str:
     """The whole page.
 
     Args:
       several: one run, or several that are put side by side.
-      root: prices and hours of serving.
+      command: that makes it.
+      terms: what dollars are worked out with.
       page: the file it will be written to; links and pictures are seen from its folder.
       folder: for the pictures that are drawn here.
     """
     figures = [afterwards.figures_of(records) for records in several]
-    lines = [*_head(several, root)]
+    lines = [*_head(several, command)]
     if len(several) == 1:
         lines += _one(several[0], figures[0], page, folder)
     else:
@@ -74,27 +81,22 @@ def markdown_page(several: Sequence[Records], root: ReportRoot, page: Path, fold
         for number, (records, own) in enumerate(zip(several, figures, strict=True), start=1):
             lines += [f"## {plain(records.name)}", ""]
             lines += [*below("\n".join(_one(records, own, page, folder / str(number))), 1), ""]
-    lines += afterwards.cost(Figures.together(figures), root)
+    lines += afterwards.cost(Figures.together(figures), terms)
     lines += _last(several)
     return "\n".join(lines).rstrip() + "\n"
 
 
-def _head(several: Sequence[Records], root: ReportRoot) -> Iterator[str]:
+def _command(runs: Sequence[str], others: Sequence[str]) -> str:
+    words = [f"run=[{','.join(runs)}]" if len(runs) > 1 else f"run={runs[0]}"]
+    words += [f"records=[{','.join(others)}]"] if others else []
+    return shlex.join(["python", "-m", "gemma4_tpu.report", *words])
+
+
+def _head(several: Sequence[Records], command: str) -> Iterator[str]:
     names = several[0].name if len(several) == 1 else f"{len(several)} runs"
-    words = [
-        "python",
-        "-m",
-        "gemma4_tpu.report",
-        f"run=[{','.join(root.run)}]" if len(several) > 1 else f"run={root.run[0]}",
-    ]
-    words += [f"records=[{','.join(root.records)}]"] if root.records else []
     now = datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC")
-    yield from [
-        f"# {plain(names)}",
-        "",
-        f"Made on {now} by gemma4-tpu {gemma4_tpu.__version__}: {code(shlex.join(words))}",
-    ]
-    yield ""
+    yield from [f"# {plain(names)}", ""]
+    yield from [f"Made on {now} by gemma4-tpu {gemma4_tpu.__version__}: {code(command)}", ""]
     yield f"Every figure says where it is from. {_MEASURED}: by this program, on the machine that its record names;"
     yield f"{_ESTIMATED}: worked out, from what its row says; {BY[QUOTED]}: from a source that is named."
     yield ""

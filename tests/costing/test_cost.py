@@ -13,7 +13,7 @@ from gemma4_tpu.costing.figures import ESTIMATED, MEASURED, Figures
 from gemma4_tpu.costing.read import read
 from gemma4_tpu.errors import UserError
 from gemma4_tpu.report import main, spelt_out
-from gemma4_tpu.reporting.costs import cost_report
+from gemma4_tpu.reporting.costs import CostTerms, cost_report
 from gemma4_tpu.tracking.result import Result
 
 EXPERIMENTS = Path(__file__).parents[2] / "experiments"
@@ -160,7 +160,7 @@ def test_given_prices_come_before_configured_ones_before_the_tables(run):
     assert Prices().hourly("v6e-8", "on_demand", training) == 21.6
     assert Prices().hourly("v6e-8", "spot", training) == 8.0
     assert Prices(spot={"v6e-8": 7.0}).hourly("v6e-8", "spot", training) == 7.0
-    text = cost_report(figures, Prices(on_demand={"v6e-8": 20.0}), HOURS)
+    text = cost_report(figures, CostTerms(prices=Prices(on_demand={"v6e-8": 20.0}), serving_hours=HOURS))
     assert "| v6e-8 | on demand | $20.00 |  | this report | given |" in text
     assert "| $10.00 | $1.67 | $4.00 | $0.667 |" in text  # run and per million, on demand and spot
 
@@ -174,7 +174,7 @@ def test_a_plan_is_estimated_and_a_folder_of_plans_stands_for_its_plans():
     assert found["usd"] == round(known["usd_estimate"]["on_demand"]["mid"], 2)
     assert found["usd_per_million_real_tokens"] == round(known["usd_per_million_real_tokens"], 2)
     usd = known["usd_estimate"]["on_demand"]
-    text = cost_report(Figures(trainings=[plan]), Prices(), HOURS)
+    text = cost_report(Figures(trainings=[plan]), CostTerms(serving_hours=HOURS))
     assert f"| ${usd['high']:.2f} to ${usd['low']:.2f} |" in text  # never a point
 
 

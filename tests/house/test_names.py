@@ -1,6 +1,7 @@
-"""A name means one thing: no two classes of the package share one, nor two modules of one room and another's."""
+"""A name means one thing, and a function asks for no more than it needs."""
 
 import ast
+import re
 from collections import defaultdict
 
 from tests.house.scripts import ROOT
@@ -8,6 +9,13 @@ from tests.house.scripts import ROOT
 SHARED = {"__init__.py", "checks.py", "schema.py"}
 """The same thing in each room: its door, its checks, the types of its keys."""
 PLACES = ("gemma4_tpu", "launch", "hydra_plugins")
+ROOTS_BELONG_TO = {
+    "launch/tpu_vm.py": "a door",
+    "launch/gke.py": "a door",
+    "planning/planned.py": "holds the configuration that is planned",
+    "sweeping/plan_check.py": "makes a plan of a training",
+}
+"""Beside the doors (`gemma4_tpu/*.py`) and the checks."""
 
 
 def test_no_two_public_classes_of_one_name():
@@ -27,3 +35,17 @@ def test_no_two_modules_of_one_name_with_different_meanings():
         if path.name not in SHARED:
             places[path.name].append(str(path.relative_to(ROOT)))
     assert {name: found for name, found in places.items() if len(found) > 1} == {}
+
+
+def test_roots_stay_at_the_doors():
+    """CONTRIBUTING: a function receives the dataclass of its own concern, never the root configuration."""
+    found = set()
+    for path in sorted((ROOT / "gemma4_tpu").glob("*/**/*.py")):
+        if path.stem == "checks" or path.parent.name == "config":
+            continue
+        for node in ast.walk(ast.parse(path.read_text("utf-8"))):
+            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+                arguments = [*node.args.args, *node.args.kwonlyargs]
+                if any(re.search(r"\w+Root\b", ast.unparse(a.annotation)) for a in arguments if a.annotation):
+                    found.add(str(path.relative_to(ROOT / "gemma4_tpu")))
+    assert found == set(ROOTS_BELONG_TO), "take the groups that are needed, or say why the root is right"

@@ -12,8 +12,8 @@ import time
 
 import pytest
 
-from gemma4_tpu.launch.record import new_launch
 from gemma4_tpu.launch.render import render
+from gemma4_tpu.launch.tpu_vm import new_launch
 from gemma4_tpu.train import load_train
 from tests.launch.conftest import ROOT, RUN, composed
 
