@@ -14,13 +14,15 @@ from typing import Any
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
 from gemma4_tpu.commands import ENTRIES
-from gemma4_tpu.config.conf import config_dir, defaults, groups_of
+from gemma4_tpu.config.conf import WITHOUT_FILES, config_dir, defaults, groups_of
 from gemma4_tpu.config.entry import EntryPoint
 from gemma4_tpu.config.help import shown
 from gemma4_tpu.config.keys import element_type, field_docs, field_types, is_group, is_mapping, type_name
 from gemma4_tpu.config.limits import CHOICES, RANGES
 from gemma4_tpu.config.schema import TrainRoot
 from gemma4_tpu.config.sweep_settings import GridSweep, Optuna, Processes
+from gemma4_tpu.data import checks as data_checks
+from gemma4_tpu.evals import checks as evals_checks
 from gemma4_tpu.launch.gke import GKE
 from gemma4_tpu.launch.tpu_vm import TPU_VM
 from gemma4_tpu.markdown import table
@@ -33,7 +35,8 @@ INTRODUCTION = """\
 *Made by `python docs/make_configuration.py` from `gemma4_tpu/config/schema.py`, `tasks.py` and `serving.py` (types,
 meanings), `limits.py` (limits) and `conf/` (values); a test holds it to them.*
 
-Every command takes words: `group=option` chooses a file of `conf/<group>/`, `key=value` sets one value, whatever the
+Every command takes words: `group=option` chooses a file of `conf/<group>/` (of `hardware` a slice of
+`gemma4_tpu/hardware.py`, of `model` also any size of `architectures.py`), `key=value` sets one value, whatever the
 order. Lists are written `'key=[a,b]'`, mappings `'key={a: 1}'`, no value is `null`. All words are checked together,
 before anything starts; `--help` shows the same as this page for one command, `--cfg job` the composed configuration.
 What is always wanted on one machine goes into `conf/local/default.yaml` (first line `# @package _global_`), which git
@@ -99,6 +102,8 @@ def _group(name: str) -> list[str]:
 
 def _option(group: str, option: str) -> list[str]:
     path = config_dir() / group / f"{option}.yaml"
+    if not path.is_file():
+        return [f"`{group}={option}`", "", ", ".join(f"`{k}={v}`" for k, v in WITHOUT_FILES[group][option].items())]
     comments = [line[2:] for line in path.read_text(encoding="utf-8").splitlines() if line.startswith("# ")]
     told = " ".join(
         f"`{line.strip()}`" if line.startswith("  ") else line for line in comments if not line.startswith("@package")
@@ -179,8 +184,8 @@ def _row(schema: type, name: str, key: str, default: str, others: str = "") -> l
         kind = "list of the following"
     else:
         kind = "mapping" if is_mapping(annotation) else type_name(annotation)
-    if key in CHOICES:
-        kind += ": " + ", ".join(f"`{choice}`" for choice in CHOICES[key])
+    if choices := (CHOICES | data_checks.CHOICES | evals_checks.CHOICES).get(key):
+        kind += ": " + ", ".join(f"`{choice}`" for choice in choices)
     elif key in RANGES:
         kind += f", {RANGES[key][1].removeprefix('a number of ').removeprefix('a number ')}"
     shown_default = f"`{default}`" if default else "empty"

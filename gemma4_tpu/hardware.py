@@ -13,9 +13,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
-from typing import NamedTuple
-
-from gemma4_tpu.config.schema import HardwareConfig
+from typing import NamedTuple, Protocol
 
 GB, GIB = 10**9, 2**30
 LOCAL = "local"
@@ -41,8 +39,11 @@ class Chip:
     """Dense bf16 matrix multiplication."""
     interconnect_bytes_per_second: float
     """Between chips, both directions together (ICI or NVLink)."""
+    slices: str = ""
+    """Chips along each side of the slices that there are of it, `2x2x1 2x2x2`; a v5e or v6e slice is a whole pod at
+    most. Empty: no TPU."""
     accelerator_type: str | None = None
-    """What `--accelerator-type` of `gcloud compute tpus` calls slices of it; None: no TPU."""
+    """What `--accelerator-type` of `gcloud compute tpus` calls slices of it, where that is not `name`."""
     runtime_version: str | None = None
     """`--runtime-version` of `gcloud compute tpus`; None: not offered as a TPU VM."""
     host_chips: int = 4
@@ -123,54 +124,51 @@ class MeshSizes(NamedTuple):
 
 
 # fmt: off
-V5E = Chip(
-    name="v5e", platform="tpu", device_kinds=("tpu v5 lite", "tpu v5e"), hbm_bytes=int(15.75 * GIB),
-    hbm_bytes_per_second=819e9, peak_flops_per_second=197e12, interconnect_bytes_per_second=400e9,
-    accelerator_type="v5litepod", runtime_version="v2-alpha-tpuv5-lite", host_chips=8,
-)
-V5P = Chip(
-    name="v5p", platform="tpu", device_kinds=("tpu v5p", "tpu v5"), cores=2, hbm_bytes=int(102.8 * GB),
-    hbm_bytes_per_second=2765e9, peak_flops_per_second=459e12, interconnect_bytes_per_second=1200e9,
-    accelerator_type="v5p", runtime_version="v2-alpha-tpuv5",
-)
-V6E = Chip(
-    name="v6e", platform="tpu", device_kinds=("tpu v6 lite", "tpu v6e"), hbm_bytes=int(31.25 * GIB),
-    hbm_bytes_per_second=1640e9, peak_flops_per_second=918e12, interconnect_bytes_per_second=800e9,
-    accelerator_type="v6e", runtime_version="v2-alpha-tpuv6e", host_chips=8,
-)
-TPU7X = Chip(
-    name="tpu7x", platform="tpu", device_kinds=("tpu7x", "tpu v7x"), devices=2, cores=2, hbm_bytes=int(189.5 * GIB),
-    hbm_bytes_per_second=7380e9, peak_flops_per_second=2307e12, interconnect_bytes_per_second=1200e9,
-    accelerator_type="tpu7x",
-)
-H100 = Chip(
-    name="h100", platform="gpu", device_kinds=("nvidia h100",), hbm_bytes=80 * GB,
-    hbm_bytes_per_second=3350e9, peak_flops_per_second=989e12, interconnect_bytes_per_second=900e9,
-)
-H200 = Chip(
-    name="h200", platform="gpu", device_kinds=("nvidia h200",), hbm_bytes=141 * GB,
-    hbm_bytes_per_second=4800e9, peak_flops_per_second=989e12, interconnect_bytes_per_second=900e9,
-)
-# fmt: on
-CHIPS = {chip.name: chip for chip in (V5E, V5P, V6E, TPU7X, H100, H200)}
-
-_SHAPES = {
-    V5P.name: "2x2x1 2x2x2 2x2x4 2x4x4 4x4x4 4x4x8 4x8x8 8x8x8",
-    V6E.name: "1x1 2x2 2x4 4x4 4x8 8x8 8x16 16x16",
-    V5E.name: "1x1 2x2 2x4 4x4 4x8 8x8 8x16 16x16",
-    TPU7X.name: "2x2x1 2x2x2 2x2x4 2x4x4 4x4x4",
+CHIPS = {
+    chip.name: chip for chip in (
+        Chip(
+            name="v5e", platform="tpu", device_kinds=("tpu v5 lite", "tpu v5e"), hbm_bytes=int(15.75 * GIB),
+            hbm_bytes_per_second=819e9, peak_flops_per_second=197e12, interconnect_bytes_per_second=400e9,
+            accelerator_type="v5litepod", runtime_version="v2-alpha-tpuv5-lite", host_chips=8,
+            slices="1x1 2x2 2x4 4x4 4x8 8x8 8x16 16x16",
+        ),
+        Chip(
+            name="v5p", platform="tpu", device_kinds=("tpu v5p", "tpu v5"), cores=2, hbm_bytes=int(102.8 * GB),
+            hbm_bytes_per_second=2765e9, peak_flops_per_second=459e12, interconnect_bytes_per_second=1200e9,
+            runtime_version="v2-alpha-tpuv5", slices="2x2x1 2x2x2 2x2x4 2x4x4 4x4x4 4x4x8 4x8x8 8x8x8",
+        ),
+        Chip(
+            name="v6e", platform="tpu", device_kinds=("tpu v6 lite", "tpu v6e"), hbm_bytes=int(31.25 * GIB),
+            hbm_bytes_per_second=1640e9, peak_flops_per_second=918e12, interconnect_bytes_per_second=800e9,
+            runtime_version="v2-alpha-tpuv6e", host_chips=8, slices="1x1 2x2 2x4 4x4 4x8 8x8 8x16 16x16",
+        ),
+        Chip(
+            name="tpu7x", platform="tpu", device_kinds=("tpu7x", "tpu v7x"), devices=2, cores=2,
+            hbm_bytes=int(189.5 * GIB), hbm_bytes_per_second=7380e9, peak_flops_per_second=2307e12,
+            interconnect_bytes_per_second=1200e9, slices="2x2x1 2x2x2 2x2x4 2x4x4 4x4x4",
+        ),
+        Chip(
+            name="h100", platform="gpu", device_kinds=("nvidia h100",), hbm_bytes=80 * GB,
+            hbm_bytes_per_second=3350e9, peak_flops_per_second=989e12, interconnect_bytes_per_second=900e9,
+        ),
+        Chip(
+            name="h200", platform="gpu", device_kinds=("nvidia h200",), hbm_bytes=141 * GB,
+            hbm_bytes_per_second=4800e9, peak_flops_per_second=989e12, interconnect_bytes_per_second=900e9,
+        ),
+    )
 }
-"""Chips along each side of the slices of a generation. A v5e or v6e slice is a whole pod at most."""
+# fmt: on
 
 
 def _tpus() -> Iterator[Slice]:
-    for chip, shapes in ((CHIPS[name], shapes) for name, shapes in _SHAPES.items()):
-        for shape in shapes.split():
+    for chip in CHIPS.values():
+        for shape in chip.slices.split():
             chips = math.prod(map(int, shape.split("x")))
             size = chips * chip.cores
             yield Slice(
                 name=f"{chip.name}-{size}", chip=chip, chips=chips, topology=f"{chip.name}:{shape}",
-                hosts=1 if chips <= chip.host_chips else chips // 4, accelerator_type=f"{chip.accelerator_type}-{size}",
+                hosts=1 if chips <= chip.host_chips else chips // 4,
+                accelerator_type=f"{chip.accelerator_type or chip.name}-{size}",
             )  # fmt: skip
 
 
@@ -178,8 +176,8 @@ SLICES: dict[str, Slice] = {
     one.name: one
     for one in [
         *_tpus(),
-        Slice(name="h100x2", chip=H100, chips=2, hosts=1, accelerator_type="a3-highgpu-2g"),
-        Slice(name="h200", chip=H200, chips=1, hosts=1),
+        Slice(name="h100x2", chip=CHIPS["h100"], chips=2, hosts=1, accelerator_type="a3-highgpu-2g"),
+        Slice(name="h200", chip=CHIPS["h200"], chips=1, hosts=1),
     ]
 }
 """Every slice by name. `local` is not one: it stands for whatever JAX finds."""
@@ -190,8 +188,12 @@ def option_name(slice_name: str) -> str:
     return slice_name.replace("-", "_" if slice_name.startswith("tpu") else "")
 
 
-def slice_of(hardware: HardwareConfig) -> Slice | None:
-    """The slice that `hardware` names; None for `local`."""
+class _Named(Protocol):
+    name: str
+
+
+def slice_of(hardware: _Named) -> Slice | None:
+    """The slice that `hardware` (a `HardwareConfig`) names; None for `local`."""
     return SLICES.get(hardware.name)
 
 

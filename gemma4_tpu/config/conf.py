@@ -11,10 +11,17 @@ from hydra.core.config_store import ConfigStore
 from omegaconf import DictConfig, OmegaConf
 
 import gemma4_tpu
+from gemma4_tpu.architectures import ARCHITECTURES
 from gemma4_tpu.config.entry import EntryPoint
-from gemma4_tpu.config.overrides import groups_in
+from gemma4_tpu.config.overrides import groups_in, naturally
+from gemma4_tpu.hardware import LOCAL, SLICES, option_name
 
 VERSION_BASE = "1.3"
+WITHOUT_FILES = {
+    "hardware": {option_name(name): {"name": name} for name in (LOCAL, *SLICES)},
+    "model": {name: {"name": name} for name in ARCHITECTURES},
+}
+"""Group → options that follow from a table: every slice, every size. A file of the same name in `conf/` comes first."""
 
 
 def config_dir() -> Path:
@@ -30,15 +37,22 @@ def groups_of(entry: EntryPoint) -> dict[str, list[str]]:
     """The config groups that `conf/<name>.yaml` composes, each with its options."""
     chosen = OmegaConf.load(config_dir() / f"{entry.name}.yaml").defaults
     names = {str(group).split()[-1] for item in chosen if isinstance(item, DictConfig) for group in item}
-    return {group: options for group, options in groups_in(config_dir()).items() if group in names}
+    files = groups_in(config_dir())
+    options = {group: {*files.get(group, ()), *WITHOUT_FILES.get(group, ())} for group in {*files, *WITHOUT_FILES}}
+    return {group: sorted(options[group], key=naturally) for group in sorted(options) if group in names}
 
 
 def register(entry: EntryPoint) -> None:
-    """Makes the root schema known to Hydra under the name that `conf/<name>.yaml` starts from, and to OmegaConf what
-    `${unless:…}` in conf/ means.
+    """Makes known to Hydra the root schema, under the name that `conf/<name>.yaml` starts from, and the options without
+    files; to OmegaConf what `${unless:…}` in conf/ means.
     """
     OmegaConf.register_new_resolver("unless", lambda given, value: value if given is None else None, replace=True)
-    ConfigStore.instance().store(name=f"{entry.name}_schema", node=entry.schema)
+    store = ConfigStore.instance()
+    store.store(name=f"{entry.name}_schema", node=entry.schema)
+    for group, options in WITHOUT_FILES.items():
+        for option, values in options.items():
+            if not (config_dir() / group / f"{option}.yaml").is_file():  # Hydra would take ours for its schema
+                store.store(group=group, name=option, node=values)
 
 
 @contextmanager

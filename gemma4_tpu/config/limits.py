@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from gemma4_tpu.config.keys import did_you_mean
@@ -14,7 +14,6 @@ MAX_WEIGHT = 1000
 CHOICES: dict[str, tuple[str, ...]] = {
     "hardware.flags": ("none", "tuned"),
     "lora.quantize": ("nf4", "int8"),
-    "data.format": ("auto", "chat", "sharegpt", "alpaca", "prompt_completion", "text", "codev_r1"),
     "data.packing": ("true", "false", "buckets"),
     "data.thoughts": ("drop", "train"),
     "data.train_on": ("all", "last"),
@@ -27,7 +26,6 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "tracker.mode": ("auto", "online", "offline"),
     "export.format": ("merged", "peft", "both"),
     "export.verify": ("true", "stream", "false"),
-    "eval.benchmark": ("verilog_eval", "rtllm", "verilog_smoke", "verilog_eval_completion", "resbench", "cvdp"),
     "eval.adapter": ("run", "none", "both"),
     "eval.thoughts": ("drop", "train"),
     "eval.compute_dtype": ("auto", "bfloat16", "float32"),
@@ -87,10 +85,15 @@ RANGES: dict[str, tuple[Callable[[Any], bool], str]] = {
 }  # fmt: skip
 
 
-def limit_problems(root: Any) -> list[str]:
-    """One message for each value of a root configuration that is no choice or out of range."""
+def limit_problems(root: Any, more: Mapping[str, tuple[str, ...]] | None = None) -> list[str]:
+    """One message for each value of a root configuration that is no choice or out of range.
+
+    Args:
+      root: the configuration.
+      more: choices that follow from what a room has, such as its benchmarks.
+    """
     messages = []
-    for key, choices in CHOICES.items():
+    for key, choices in {**(more or {}), **CHOICES}.items():
         value = _get(root, key)
         if value is not None and value not in choices:
             hint = did_you_mean(str(value), choices, (key + "={}").format)

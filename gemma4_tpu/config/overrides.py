@@ -44,13 +44,13 @@ class Groups:
 def groups_in(folder: Path) -> dict[str, list[str]]:
     """Group → options, from the folders of `folder`."""
     return {
-        group.name: sorted((option.stem for option in group.glob("*.yaml")), key=_natural)
+        group.name: sorted((option.stem for option in group.glob("*.yaml")), key=naturally)
         for group in sorted(folder.iterdir())
         if group.is_dir()
     }
 
 
-def _natural(name: str) -> list[Any]:
+def naturally(name: str) -> list[Any]:
     """Sorts v5p8 before v5p16."""
     return [int(part) if part.isdecimal() else part for part in re.split(r"(\d+)", name)]
 

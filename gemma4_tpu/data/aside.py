@@ -9,7 +9,7 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-from gemma4_tpu.data.normalise import Conversation
+from gemma4_tpu.data.forms import Conversation
 
 logger = logging.getLogger(__name__)
 

@@ -22,7 +22,7 @@ import numpy as np
 
 from gemma4_tpu.data import markup
 from gemma4_tpu.data.drops import RowDropped, unreadable
-from gemma4_tpu.data.normalise import Conversation
+from gemma4_tpu.data.forms import Conversation
 from gemma4_tpu.data.proof import Prover, Span
 from gemma4_tpu.data.timeout import row_limit
 from gemma4_tpu.errors import UserError

@@ -1,11 +1,13 @@
-"""Checks of `data=`: sources that are there, lengths that make sense. No JAX."""
+"""Checks of `data=`: a form that there is, sources that are there, lengths that make sense. No JAX."""
 
 from __future__ import annotations
 
 from gemma4_tpu.config.limits import MAX_WEIGHT
 from gemma4_tpu.config.paths import local_place, sibling
 from gemma4_tpu.config.schema import DataConfig, DataSource
+from gemma4_tpu.data.forms import AUTO, FORMS
 
+CHOICES = {"data.format": (AUTO, *FORMS)}
 HUGGING_FACE = "hf:"
 
 

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
-from gemma4_tpu.data.examples import Origin
 from gemma4_tpu.errors import UserError
 
 EXAMPLES_KEPT = 5
@@ -42,6 +41,16 @@ REASONS = {
     "too_slow": "reading or rendering the row took longer than its time limit",
 }
 """Every reason for a drop, and what it means."""
+
+
+class Origin(NamedTuple):
+    """Where a row came from: file (or data set) and 1-based row number in it."""
+
+    file: str
+    row: int
+
+    def __str__(self) -> str:
+        return f"{self.file}:{self.row}"
 
 
 def printable(text: str) -> str:

@@ -4,19 +4,10 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import dataclass, field
-from typing import NamedTuple
 
 import numpy as np
 
-
-class Origin(NamedTuple):
-    """Where a row came from: file (or data set) and 1-based row number in it."""
-
-    file: str
-    row: int
-
-    def __str__(self) -> str:
-        return f"{self.file}:{self.row}"
+from gemma4_tpu.data.drops import Origin
 
 
 @dataclass(frozen=True)

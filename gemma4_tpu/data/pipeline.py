@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 
 from gemma4_tpu.config.schema import DataConfig
-from gemma4_tpu.data.examples import Examples, Origin
+from gemma4_tpu.data.drops import Origin
+from gemma4_tpu.data.examples import Examples
 from gemma4_tpu.data.updates import PlannedUpdate, Updates
 from gemma4_tpu.errors import UserError
 

@@ -17,8 +17,7 @@ import zlib
 from collections.abc import Callable, Iterator
 from typing import IO, Any, NamedTuple
 
-from gemma4_tpu.data.drops import RowDropped
-from gemma4_tpu.data.examples import Origin
+from gemma4_tpu.data.drops import Origin, RowDropped
 from gemma4_tpu.errors import UserError
 
 MAX_LINE_BYTES = 16 * 2**20  # no example of any legal length comes near; keeps a binary file from filling memory

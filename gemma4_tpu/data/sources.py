@@ -16,7 +16,7 @@ from typing import Any
 from gemma4_tpu import assets
 from gemma4_tpu.config.schema import DataSource
 from gemma4_tpu.data.checks import HUGGING_FACE
-from gemma4_tpu.data.examples import Origin
+from gemma4_tpu.data.drops import Origin
 from gemma4_tpu.data.readers import READERS, RawRow, endings, read_file
 from gemma4_tpu.errors import UserError
 from gemma4_tpu.storage import filesystem

@@ -16,9 +16,9 @@ from gemma4_tpu.config.schema import DataConfig, DataSource
 from gemma4_tpu.data import codev
 from gemma4_tpu.data.aside import Identity, identity
 from gemma4_tpu.data.chat import ChatFormat, Example, Rendering
-from gemma4_tpu.data.drops import DropReport, RowDropped, unreadable
-from gemma4_tpu.data.examples import Origin
-from gemma4_tpu.data.normalise import Conversation, Normalised, Normaliser
+from gemma4_tpu.data.drops import DropReport, Origin, RowDropped, unreadable
+from gemma4_tpu.data.forms import Conversation
+from gemma4_tpu.data.normalise import Normalised, Normaliser
 from gemma4_tpu.data.readers import RawRow
 from gemma4_tpu.data.sources import SourcePlace
 from gemma4_tpu.data.timeout import row_limit

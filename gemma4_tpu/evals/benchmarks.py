@@ -33,7 +33,9 @@ def load_problems(config: EvalConfig) -> list[Problem]:
     if not isinstance(source, type) or not callable(getattr(source, "load", None)):
         raise UserError(f"benchmark {config.benchmark}: {source!r} is no class with a method load (a `ProblemSource`)")
     problems = source().load(assets.resolve(config.problems_path or ""))
-    if not isinstance(problems, list) or not problems:
+    if problems == []:
+        raise UserError(f"eval.problems_path={config.problems_path}: no problem of {config.benchmark} in it")
+    if not isinstance(problems, list):
         raise UserError(
             f"benchmark {config.benchmark}: load gave {type(problems).__name__} {problems!r}, not a list of `Problem`s"
         )

@@ -11,8 +11,10 @@ from gemma4_tpu.config.limits import limit_problems
 from gemma4_tpu.config.paths import folder_of, local_place, name_problem
 from gemma4_tpu.config.refusals import Refusal
 from gemma4_tpu.config.tasks import EvalConfig, EvaluateRoot
+from gemma4_tpu.evals.benchmarks import SOURCES
 from gemma4_tpu.tracking.run import is_run
 
+CHOICES = {"eval.benchmark": tuple(SOURCES)}
 SAMPLES_FILE = "samples.jsonl"
 
 
@@ -43,7 +45,7 @@ def normalise_evaluate(root: EvaluateRoot) -> EvaluateRoot:
 def examine_evaluate(root: EvaluateRoot) -> tuple[EvaluateChecked | None, list[Refusal]]:
     """Everything that can be checked without a model or a simulator; None when there are problems."""
     form, messages = _form(root)
-    messages += limit_problems(root)
+    messages += limit_problems(root, CHOICES)
     match form:
         case "compare":
             messages += _compared(root.compare)

@@ -96,6 +96,17 @@ _TEXTS = (
 )  # fmt: skip
 
 
+def texts_of(row: Any, keys: Sequence[str], where: str) -> dict[str, str]:
+    """The texts that a row of a benchmark's file holds under `keys`.
+
+    Raises:
+      UserError: it has not all of them; names those, behind `where`.
+    """
+    if missing := [key for key in keys if not (isinstance(row, Mapping) and isinstance(row.get(key), str))]:
+        raise UserError(f"{where}: {', '.join(missing)} missing")
+    return {key: row[key] for key in keys}
+
+
 HOW_TO_STOP_LEAKS = (
     "The server takes the markup of thought channels away and leaves the thoughts: start it with its reasoning parser"
     " (vLLM: --reasoning-parser gemma4; the presets of `serve` set it) and draw the samples again."
@@ -190,8 +201,6 @@ class SelfCheck(Protocol):
 
 class ProblemSource(Protocol):
     """A benchmark's files."""
-
-    name: str
 
     def load(self, path: str | Path) -> list[Problem]:
         """The problems in `path`, in their order. Raises: UserError: there are none, or one is incomplete."""

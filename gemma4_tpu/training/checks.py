@@ -27,7 +27,7 @@ from gemma4_tpu.config.schema import (
     TrainerConfig,
     TrainRoot,
 )
-from gemma4_tpu.data.checks import data_problems
+from gemma4_tpu.data.checks import CHOICES, data_problems
 from gemma4_tpu.errors import UserError
 from gemma4_tpu.hardware import MeshSizes, slice_of
 from gemma4_tpu.storage import is_remote
@@ -78,7 +78,7 @@ def normalise(root: TrainRoot) -> TrainRoot:
 
 def examine_train(root: TrainRoot) -> tuple[Checked | None, list[Refusal]]:
     """Everything that can be checked without JAX: what was found out, or the problems."""
-    messages = limit_problems(root)
+    messages = limit_problems(root, CHOICES)
     messages += _lengths(root.trainer) + _batch(root.trainer, root.data) + _lora(root.lora)
     messages += data_problems(root.data) + _tracker(root.tracker) + _run(root)
     architecture, model_messages = checkpoint_architecture(root.model)

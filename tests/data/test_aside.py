@@ -4,7 +4,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gemma4_tpu.data.aside import Identity, identity, set_aside
-from gemma4_tpu.data.normalise import Conversation
+from gemma4_tpu.data.forms import Conversation
 
 
 def talk(prompt, answer):

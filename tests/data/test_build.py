@@ -11,7 +11,7 @@ import pytest
 from gemma4_tpu.config.schema import DataConfig, DataSource
 from gemma4_tpu.data.build import build_data
 from gemma4_tpu.data.chat import ChatFormat
-from gemma4_tpu.data.normalise import Conversation
+from gemma4_tpu.data.forms import Conversation
 from gemma4_tpu.data.tokenizer import load_tokenizer
 from gemma4_tpu.errors import UserError
 from tests.data.conftest import TEMPLATE, chat_row, make_tokenizer

@@ -4,7 +4,7 @@ import pytest
 
 from gemma4_tpu.data.chat import ChatFormat, render_prompt
 from gemma4_tpu.data.drops import RowDropped
-from gemma4_tpu.data.normalise import Conversation
+from gemma4_tpu.data.forms import Conversation
 from gemma4_tpu.errors import UserError
 from tests.data.conftest import TEMPLATE, make_tokenizer
 from tests.data.conversations import answer, call, calls, result, user

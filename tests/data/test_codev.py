@@ -7,7 +7,7 @@ import pytest
 from gemma4_tpu.data import codev
 from gemma4_tpu.data.chat import ChatFormat
 from gemma4_tpu.data.drops import RowDropped
-from gemma4_tpu.data.normalise import Conversation
+from gemma4_tpu.data.forms import Conversation
 from gemma4_tpu.errors import UserError
 
 INV = "module inv(input a, output y);\n  assign y = ~a;\nendmodule"

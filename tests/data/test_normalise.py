@@ -10,7 +10,8 @@ from gemma4_tpu.config.schema import DataConfig, DataSource
 from gemma4_tpu.data.build import build_data
 from gemma4_tpu.data.drops import RowDropped
 from gemma4_tpu.data.examples import Origin
-from gemma4_tpu.data.normalise import FORMS, Conversation, Normalised, Normaliser
+from gemma4_tpu.data.forms import FORMS, Conversation
+from gemma4_tpu.data.normalise import Normalised, Normaliser
 from gemma4_tpu.data.readers import RawRow
 from gemma4_tpu.errors import UserError
 
@@ -337,9 +338,9 @@ def test_any_value_in_any_place_is_an_example_or_a_counted_drop(tiny_tokenizer, 
 
 
 def test_every_form_can_be_named():
-    from gemma4_tpu.config.limits import CHOICES
+    from gemma4_tpu.data.checks import CHOICES
 
-    assert CHOICES["data.format"] == ("auto", *FORMS)
+    assert {"data.format": ("auto", *FORMS)} == CHOICES
     assert read({"messages": [ASK, ANSWER], "text": "once"}, form="text")[0].text == "once"
 
 

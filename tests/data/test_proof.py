@@ -15,7 +15,7 @@ from gemma4_tpu.assets import ROOT
 from gemma4_tpu.data import markup
 from gemma4_tpu.data.chat import ChatFormat
 from gemma4_tpu.data.drops import RowDropped
-from gemma4_tpu.data.normalise import Conversation
+from gemma4_tpu.data.forms import Conversation
 from gemma4_tpu.data.tokenizer import load_tokenizer
 from tests.data import conversations as kinds
 

@@ -107,18 +107,19 @@ def test_a_chip(extended):
 
 def test_a_model_size_and_a_data_source(extended):
     """Trained together, to save a start."""
-    given = [*words("tiny_wide"), *words("data=forum"), *SMALL, "run_dir=run"]
+    given = [*words("tiny_wide"), *words("data=chat_jsonl"), *SMALL, "run_dir=run"]
     python(extended, "-m", "gemma4_tpu.train", *given)
     result = json.loads((extended / "run/result.json").read_text())
     drops = json.loads((extended / "run/data.json").read_text())["train"]
     assert result["status"] == "finished"
     assert yaml.safe_load((extended / "run/config.yaml").read_text())["model"]["name"] == "tiny_wide"
     assert "no_response" in json.dumps(drops)
+    assert json.loads((extended / "run/data.json").read_text())["forms"] == {"forum": 60}
 
 
 def test_an_adapted_weight(extended):
     """The one line trains it, and what is exported of it is what was trained."""
-    given = [*words("tiny_e2b"), *words("data=forum"), *SMALL, "run_dir=adapted"]
+    given = [*words("tiny_e2b"), *words("data=chat_jsonl"), *SMALL, "run_dir=adapted"]
     python(extended, "-m", "gemma4_tpu.train", *given)
     assert "per_layer_input_gate 10" in (extended / "adapted/log.txt").read_text()
     python(extended, "-c", ADAPTED)

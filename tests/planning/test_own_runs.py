@@ -3,7 +3,7 @@
 import pytest
 
 from gemma4_tpu.errors import UserError
-from gemma4_tpu.hardware import V5P
+from gemma4_tpu.hardware import CHIPS
 from gemma4_tpu.planning.own_runs import band_of_runs
 from gemma4_tpu.tracking.result import Result
 
@@ -21,18 +21,18 @@ def test_the_band_spans_the_runs_on_that_chip(tmp_path):
     left(tmp_path / "b", "v5p-32", 1.21, 1.4)
     left(tmp_path / "c", "v6e-8", 3.0, 4.0)  # says nothing of v5p
     left(tmp_path / "d", "v5p-8")  # had no plan
-    band = band_of_runs(tmp_path, V5P)
+    band = band_of_runs(tmp_path, CHIPS["v5p"])
     assert (band.low, band.high) == (pytest.approx(1.0), pytest.approx(1.54))
     assert "2 own run(s) on v5p" in band.source
-    assert band_of_runs(tmp_path / "a", V5P).high == pytest.approx(1.43)
+    assert band_of_runs(tmp_path / "a", CHIPS["v5p"]).high == pytest.approx(1.43)
 
 
 def test_runs_that_say_nothing_are_refused(tmp_path):
     with pytest.raises(UserError, match=r"of 0 run\(s\) none has"):
-        band_of_runs(tmp_path, V5P)
+        band_of_runs(tmp_path, CHIPS["v5p"])
     left(tmp_path / "c", "v6e-8", 3.0, 4.0)
     with pytest.raises(UserError, match=r"of 1 run\(s\) none has measured_over_predicted in result\.json on v5p"):
-        band_of_runs(tmp_path, V5P)
+        band_of_runs(tmp_path, CHIPS["v5p"])
     (tmp_path / "c" / "config.yaml").write_text("a: [")
     with pytest.raises(UserError, match="damaged, or no training run"):
-        band_of_runs(tmp_path, V5P)
+        band_of_runs(tmp_path, CHIPS["v5p"])

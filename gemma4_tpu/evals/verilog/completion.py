@@ -20,8 +20,6 @@ INSTRUCTION = (  # quoted from the benchmark's script
 class VerilogEvalCompletion:
     """The 156 problems of the task, from a clone of verilog-eval. An answer may be the whole module or its body."""
 
-    name = "verilog-eval completion"
-
     def load(self, path: str | Path) -> list[Problem]:
         """The problems in `path`: the clone, or its folder `dataset_code-complete-iccad2023`.
 

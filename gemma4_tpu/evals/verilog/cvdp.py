@@ -26,8 +26,6 @@ _TOP = re.compile(r"^\s*TOPLEVEL\s*=\s*(\w+)\s*$", re.MULTILINE)
 class Cvdp:
     """The rows of a JSONL file that can be judged by simulation."""
 
-    name = "cvdp"
-
     def load(self, path: str | Path) -> list[Problem]:
         """The problems in the file `path`.
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from gemma4_tpu.errors import UserError
-from gemma4_tpu.evals.problems import Problem
+from gemma4_tpu.evals.problems import Problem, texts_of
 from gemma4_tpu.evals.verilog.announcing import announcing_problem
 
 FILE = "problems.json"
@@ -21,8 +21,6 @@ class ResBench:
     """Problems from a clone of ResBench, or from a file of its form. Some of its headers hold the whole solution: the
     model is shown them up to the end of the ports.
     """
-
-    name = "resbench"
 
     def load(self, path: str | Path) -> list[Problem]:
         """The problems of `problems.json` in the folder `path`, or of the file `path`.
@@ -43,10 +41,7 @@ class ResBench:
 
 
 def _problem(row: Any, where: str) -> Problem:
-    given = {key: row[key] for key in KEYS if isinstance(row, dict) and isinstance(row.get(key), str)}
-    if missing := [key for key in KEYS if key not in given]:
-        raise UserError(f"{where}: {', '.join(missing)} missing")
-    top, description, header, testbench = (given[key] for key in KEYS)
+    top, description, header, testbench = texts_of(row, KEYS, where).values()
     head = _HEAD.match(header)
     header = head[0] if head else header
     prompt = PROMPT.format(problem=description, header=header)

@@ -29,8 +29,6 @@ def official_rule(log: str) -> bool:
 class RtllmFolders:
     """Problems in folders as a clone of RTLLM has them; the folder's name is the problem's."""
 
-    name = "rtllm"
-
     def load(self, path: str | Path) -> list[Problem]:
         """The problems beneath `path`, sorted by their folders.
 

@@ -18,8 +18,6 @@ EMBEDDED = ROOT / "verilog_smoke/heldout_problems.jsonl.gz"
 class VerilogSmoke:
     """Rows of `{"id", "prompt", "reference", "testbench"}`; the reference defines `TopModule`, as answers do."""
 
-    name = "verilog-smoke"
-
     def load(self, path: str | Path = EMBEDDED) -> list[Problem]:
         """The problems in a JSONL file (.gz or not).
 

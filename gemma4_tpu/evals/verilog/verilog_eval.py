@@ -56,8 +56,6 @@ def make_problem(name: str, *, prompt: str, reference: str, testbench: str) -> P
 class VerilogEval:
     """The 156 problems of the benchmark, from a clone of it."""
 
-    name = "verilog-eval"
-
     def load(self, path: str | Path) -> list[Problem]:
         """The problems in `path`: the clone, or its folder `dataset_spec-to-rtl`.
 
