@@ -114,23 +114,23 @@ def build_data(data: DataConfig, tokenizer: Any) -> TrainingData:
     tokeniser = Tokeniser(data, chat)
     rows = list(tokeniser.run("data.train", data.train, places, data.max_rows))
     made_of["rows"], train_report = tokeniser.digest, tokeniser.report
-    heldout_rows, heldout_report, heldout_made_of = [], None, made_of
+    heldout_report, heldout_made_of = None, made_of
+    weights = [source.weight for source in data.train]
     if heldout_places:
         heldout_rows = list(tokeniser.run("data.heldout", heldout_sources, heldout_places))
         heldout_made_of, heldout_report = {**made_of, "rows": tokeniser.digest}, tokeniser.report
+        heldout_weights = [source.weight for source in heldout_sources]
     else:
         aside = set_aside([row.identity for row in rows], data.heldout_fraction)
         heldout_rows = [row for row, out in zip(rows, aside, strict=True) if out]
         rows = [row for row, out in zip(rows, aside, strict=True) if not out]
+        heldout_weights = [1.0] * len(weights)  # each held-out row counts once, however often its like is trained on
 
     trained = {row.identity.whole for row in rows}
     prompts = {row.identity.prompt for row in rows}
-    weights = [source.weight for source in (heldout_sources if heldout_places else data.train)]
     built = TrainingData(
-        train=_store(rows, [source.weight for source in data.train], made_of),
-        heldout=_store(heldout_rows, weights if heldout_places else [1.0] * len(weights), heldout_made_of)
-        if heldout_rows
-        else None,
+        train=_store(rows, weights, made_of),
+        heldout=_store(heldout_rows, heldout_weights, heldout_made_of) if heldout_rows else None,
         train_report=train_report,
         heldout_report=heldout_report,
         shared_prompts=sum(row.identity.prompt in prompts for row in heldout_rows),
@@ -140,19 +140,24 @@ def build_data(data: DataConfig, tokenizer: Any) -> TrainingData:
         places=[line for place in [*places, *heldout_places] for line in place.told()],
         seconds=time.monotonic() - started,
     )
+    _tell(built, len(rows), len(heldout_rows))
+    if data.thoughts == "train" and not chat.holds_thoughts(built.train.tokens, built.train.flags):
+        logger.warning("data.thoughts=train, but no answer holds a thought: thinking prompts with plain answers")
+    logger.info("train: %s; held out: %s; %.1f s", built.train, built.heldout or "none", built.seconds)
+    return built
+
+
+def _tell(built: TrainingData, trained: int, heldout: int) -> None:
+    """Logs what was read, and warns of what is there twice among so many trained and held-out rows."""
     for line in built.told():
         logger.info("%s", line)
     if built.shared_prompts:
         logger.warning(
             "%d of %d held-out rows have a first prompt that is also trained on, %d are trained on as they are",
-            built.shared_prompts, len(heldout_rows), built.shared_rows,
+            built.shared_prompts, heldout, built.shared_rows,
         )  # fmt: skip
     if built.duplicates:
-        logger.warning("%d of %d training rows say exactly what an earlier one says", built.duplicates, len(rows))
-    if data.thoughts == "train" and not chat.holds_thoughts(built.train.tokens, built.train.flags):
-        logger.warning("data.thoughts=train, but no answer holds a thought: thinking prompts with plain answers")
-    logger.info("train: %s; held out: %s; %.1f s", built.train, built.heldout or "none", built.seconds)
-    return built
+        logger.warning("%d of %d training rows say exactly what an earlier one says", built.duplicates, trained)
 
 
 def _find(name: str, sources: list[DataSource]) -> list[SourcePlace]:

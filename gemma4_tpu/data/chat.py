@@ -105,8 +105,7 @@ class ChatFormat:
         self._control = markup.control_pattern(control)
         self._channel_end = vocabulary.get(markup.CHANNEL_END, -1)
         self._bos_added = False
-        self.primer = self._find_primer()
-        """What the template's generation prompt puts behind the model's header."""
+        self._check_generation_prompt()
         if self._bos_added:
             logger.warning(
                 "the chat template writes no BOS token: examples begin with one, yet servers that send the template's "
@@ -256,7 +255,8 @@ class ChatFormat:
             raise RowDropped("no_target", "the text is empty")
         return Rendering([], text=self._tokenizer.bos_token + text + self._tokenizer.eos_token)
 
-    def _find_primer(self) -> str:
+    def _check_generation_prompt(self) -> None:
+        """Raises `UserError` where the template can't ask the model for an answer as Gemma 4's does."""
         try:
             with row_limit():
                 prompt = self._prompt([{"role": "user", "content": "x"}], None)
@@ -264,13 +264,12 @@ class ChatFormat:
             raise UserError(
                 f"the chat template cannot render a single question ({problem}); take the stock one"
             ) from problem
-        _, header, channel = _split_prompt(prompt)
+        _, header, _ = _split_prompt(prompt)
         if not header:
             raise UserError(
                 f"the chat template's generation prompt ends in {prompt[-60:]!r}; expected Gemma 4's "
                 f"{markup.MODEL_HEADER!r}, and behind it nothing or a thought channel"
             )
-        return channel
 
     def _find_words(self, role: str) -> tuple[str, str]:
         """What the template itself writes (before, behind) a message of this role, in its turn."""

@@ -8,7 +8,7 @@ An example is trained on only if
    of the turn, or the one that hands over to a tool.
 
 (That each answer continues the very ids of a server's prompt is seen to where examples are put together, in `chat`.)
-Nothing here knows a template: control tokens split the ids into pieces, and each message must find its own.
+Nothing here knows a template: each message must find its own among the stretches between control tokens.
 """
 
 from __future__ import annotations
@@ -16,25 +16,15 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from gemma4_tpu.data import markup
 from gemma4_tpu.data.drops import RowDropped
+from gemma4_tpu.data.stretches import SHOWN, TEXT, TURN_OF, Splitter, Stretch, shown
 
-_CLOSED_BY = {
-    markup.CHANNEL: markup.CHANNEL_END,
-    markup.TOOL: markup.TOOL_END,
-    markup.TOOL_CALL: markup.TOOL_CALL_END,
-    markup.TOOL_RESPONSE: markup.TOOL_RESPONSE_END,
-}
-_QUOTED_IN = (markup.TOOL, markup.TOOL_CALL, markup.TOOL_RESPONSE)
-_TURN_OF = {"system": ("system", "developer"), "user": ("user",), "assistant": ("model",), "tool": ("model", "tool")}
-_TEXT = "text"
 _MARKS = set("{}[]:,")
-_SHOWN = 60  # characters of a text in a message
 
 
 class Span(NamedTuple):
@@ -43,27 +33,6 @@ class Span(NamedTuple):
     message: int  # its number in the conversation
     start: int
     stop: int  # behind the token that ends it
-
-
-@dataclass
-class Stretch:
-    """A stretch of ids between control tokens, or a block of tools or thoughts with its delimiters."""
-
-    kind: str  # "text", a block's opening token, or a turn's opening or closing one
-    start: int
-    stop: int
-    texts: list[str]  # a block's texts between quotes; a turn's role
-    closed: bool = True
-    owner: int | None = None  # the message that it belongs to
-
-    @property
-    def space(self) -> bool:
-        return self.kind == _TEXT and not "".join(self.texts).strip()
-
-    @property
-    def blank(self) -> bool:
-        """White space, or an empty thought: belongs to nobody."""
-        return self.space or (self.kind == markup.CHANNEL and "".join(self.texts).strip() in ("", "thought"))
 
 
 class Prover:
@@ -78,10 +47,7 @@ class Prover:
 
     def __init__(self, control: dict[str, int], bos: int, header: np.ndarray, words: dict[str, tuple[str, str]]):
         self._names = {number: name for name, number in control.items()}
-        self._ids = np.array(sorted(self._names), np.int64)
-        self._pattern = markup.control_pattern(control)
-        self._bos = bos
-        self._header = header
+        self._splitter = Splitter(control, bos, header)
         self._words = words
 
     def check(
@@ -99,57 +65,10 @@ class Prover:
         Raises:
           RowDropped: `bad_rendering`, naming the message and what was found in its place.
         """
-        pieces = self._pieces(ids, text)
+        pieces = self._splitter.split(ids, text)
         _Reader(pieces, messages, tools or [], {span.message for span in spans}, self._words).read()
         for span in spans:
             _check_span(ids, pieces, span, messages, self._names)
-
-    def _pieces(self, ids: np.ndarray, text: str) -> list[Stretch]:
-        """The pieces of an example, in order; raises RowDropped where the markup does not nest."""
-        places = np.flatnonzero(np.isin(ids, self._ids))
-        parts = self._pattern.split(text)
-        names = [self._names[number] for number in ids[places].tolist()]
-        if parts[1::2] != names:
-            raise RowDropped("bad_rendering", "the tokenizer reads other control tokens than the text holds")
-        if not names or ids[0] != self._bos or np.count_nonzero(ids == self._bos) != 1:
-            raise RowDropped("bad_rendering", f"{np.count_nonzero(ids == self._bos)} BOS tokens; one, in front, is due")
-        pieces: list[Stretch] = []
-        role: str | None = None
-        block: Stretch | None = None
-        stops = [*places[1:].tolist(), len(ids)]
-        for name, place, after, stop in zip(names[1:], stops[:-1], parts[4::2], stops[1:], strict=True):
-            text_start = place + 1
-            if block is not None:
-                if name == _CLOSED_BY[block.kind]:
-                    block.stop, block.closed, block = place + 1, True, None
-                elif name == markup.QUOTE and block.kind in _QUOTED_IN:
-                    block.texts.append(after)
-                    continue
-                else:
-                    raise RowDropped("bad_rendering", f"{name} inside an open {block.kind}")
-            elif name == markup.TURN and role is None:
-                role, newline, after = after.partition("\n")
-                if not newline:
-                    raise RowDropped("bad_rendering", f"a turn without a header: {role[:_SHOWN]!r}")
-                if role == "model" and np.array_equal(ids[text_start : text_start + len(self._header)], self._header):
-                    text_start += len(self._header)
-                pieces.append(Stretch(markup.TURN, place, text_start, [role]))
-            elif name == markup.TURN_END and role is not None:
-                role = None
-                pieces.append(Stretch(markup.TURN_END, place, place + 1, []))
-            elif name in _CLOSED_BY and role is not None:
-                block = Stretch(name, place, len(ids), [after], closed=False)
-                pieces.append(block)
-                continue
-            elif name != markup.THINK or role not in _TURN_OF["system"]:
-                raise RowDropped("bad_rendering", f"{name} where it cannot stand")
-            if after.strip() and role is None:
-                raise RowDropped("bad_rendering", f"text outside of turns: {after.strip()[:_SHOWN]!r}")
-            if after:
-                pieces.append(Stretch(_TEXT, text_start, stop, [after]))
-        if parts[0] or parts[2].strip():
-            raise RowDropped("bad_rendering", f"text before the first turn: {(parts[0] + parts[2])[:_SHOWN]!r}")
-        return pieces
 
 
 class _Reader:
@@ -185,30 +104,30 @@ class _Reader:
         if (rest := self._peek()) and rest.kind == markup.TOOL_RESPONSE and not rest.closed and not any(rest.texts):
             self._at += 1
         if rest := self._peek():
-            raise RowDropped("bad_rendering", f"behind the last message stands {_shown(rest)}")
+            raise RowDropped("bad_rendering", f"behind the last message stands {shown(rest)}")
 
     def _read_system(self, first: dict[str, Any]) -> None:
         """The turn in front: the system's message, the tools, or what the template itself has to say."""
         told = first["role"] == "system"
         piece = self._peek()
-        if piece is None or piece.kind != markup.TURN or piece.texts[0] not in _TURN_OF["system"]:
+        if piece is None or piece.kind != markup.TURN or piece.texts[0] not in TURN_OF["system"]:
             if told or self._tools:
                 raise self._problem(0, "the system turn is not there")
             return
         self._at += 1
         said, declared = [], []
         while (piece := self._peek()) and piece.kind != markup.TURN_END:
-            if piece.kind == _TEXT:
+            if piece.kind == TEXT:
                 said.append(piece.texts[0])
             elif piece.kind == markup.TOOL:
                 declared.append(piece)
             else:
-                raise self._problem(0, f"{_shown(piece)} in the system turn")
+                raise self._problem(0, f"{shown(piece)} in the system turn")
             self._at += 1
         self._at += 1
         content = _texts(first)
         if told and content and sum(self._says("system", text, content) for text in said) != 1:
-            raise self._problem(0, f"the system turn reads {' '.join(said).strip()[:_SHOWN]!r}")
+            raise self._problem(0, f"the system turn reads {' '.join(said).strip()[:SHOWN]!r}")
         names = [str((tool.get("function") or tool).get("name", "")) for tool in self._tools]
         if len(declared) != len(names) or not all(
             name in "".join(piece.texts) for name, piece in zip(names, declared, strict=True)
@@ -216,7 +135,7 @@ class _Reader:
             raise self._problem(0, f"{len(declared)} of {len(names)} tools are declared as they are named")
 
     def _read_answer(self, number: int, message: dict[str, Any]) -> None:
-        if self._role not in _TURN_OF["assistant"]:
+        if self._role not in TURN_OF["assistant"]:
             self._open(number)
         thought = message.get("reasoning")
         calls = list(message.get("tool_calls") or [])
@@ -226,7 +145,7 @@ class _Reader:
                 thought = None
             elif piece.kind == markup.TOOL_CALL and calls and _is_call(piece, calls[0]):
                 calls.pop(0)
-            elif piece.kind == _TEXT and content and _is(piece.texts[0], content):
+            elif piece.kind == TEXT and content and _is(piece.texts[0], content):
                 content = []
             else:
                 break
@@ -236,21 +155,21 @@ class _Reader:
         if calls or content or lost:
             missing = f"the call of {calls[0]['function']['name']!r}" if calls else "its content"
             missing = missing if calls or content else "its thought"
-            raise self._problem(number, f"in place of {missing} stands {_shown(self._peek())}")
+            raise self._problem(number, f"in place of {missing} stands {shown(self._peek())}")
         self._leave_turn()
 
     def _read_response(self, number: int, message: dict[str, Any]) -> None:
-        if self._role not in _TURN_OF["tool"]:
+        if self._role not in TURN_OF["tool"]:
             self._open(number)
         piece = self._peek()
         if piece is None or piece.kind != markup.TOOL_RESPONSE or not piece.closed:
-            raise self._problem(number, f"in place of the tool's response stands {_shown(piece)}")
+            raise self._problem(number, f"in place of the tool's response stands {shown(piece)}")
         content = _texts(message)
         # In quotes of its own, or once among the template's words.
         written = "".join(piece.texts)
         once = isinstance(message.get("content"), str) and content and written.count(content[0]) == 1
         if content and not once and not any(_is(text, content) for text in (written, *piece.texts)):
-            raise self._problem(number, f"the tool's response reads {_shown(piece)}")
+            raise self._problem(number, f"the tool's response reads {shown(piece)}")
         piece.owner = number
         self._at += 1
         self._leave_turn()
@@ -258,13 +177,13 @@ class _Reader:
     def _take_text(self, number: int) -> None:
         piece = self._peek()
         content = _texts(self._messages[number])
-        if piece is not None and piece.kind == _TEXT:
+        if piece is not None and piece.kind == TEXT:
             if not self._says("user", piece.texts[0], content):
-                raise self._problem(number, f"its turn reads {_shown(piece)}")
+                raise self._problem(number, f"its turn reads {shown(piece)}")
             piece.owner = number
             self._at += 1
         elif content:
-            raise self._problem(number, f"in place of its content stands {_shown(piece)}")
+            raise self._problem(number, f"in place of its content stands {shown(piece)}")
 
     def _says(self, role: str, found: str, content: list[str]) -> bool:
         before, behind = self._words.get(role, ("", ""))
@@ -273,14 +192,14 @@ class _Reader:
     def _open(self, number: int) -> None:
         piece = self._peek()
         role = self._messages[number]["role"]
-        if self._role is not None or piece is None or piece.kind != markup.TURN or piece.texts[0] not in _TURN_OF[role]:
-            raise self._problem(number, f"in place of its turn stands {_shown(piece)}")
+        if self._role is not None or piece is None or piece.kind != markup.TURN or piece.texts[0] not in TURN_OF[role]:
+            raise self._problem(number, f"in place of its turn stands {shown(piece)}")
         self._role = piece.texts[0]
         self._at += 1
 
     def _close(self, number: int) -> None:
         if not self._leave_turn():
-            raise self._problem(number, f"its turn goes on with {_shown(self._peek())}")
+            raise self._problem(number, f"its turn goes on with {shown(self._peek())}")
 
     def _leave_turn(self) -> bool:
         """Steps over the end of a turn, if that is what comes."""
@@ -312,7 +231,7 @@ def _check_span(
     ends = names.get(int(ids[last])) in (markup.TURN_END, markup.TOOL_RESPONSE)
     if begun or foreign or cut or not own or not ends:
         odd = (begun + foreign + cut)[:1]
-        what = f"its loss would lie on {_shown(odd[0])}" if odd else "the template does not end its turn"
+        what = f"its loss would lie on {shown(odd[0])}" if odd else "the template does not end its turn"
         role = messages[span.message]["role"]
         raise RowDropped("bad_rendering", f"message {span.message} ({role}): {what}")
 
@@ -377,14 +296,3 @@ def _notation(value: Any, in_order: bool) -> str:
     if value is None or isinstance(value, bool):
         return {None: "null", True: "true", False: "false"}[value]
     return str(value)
-
-
-def _shown(piece: Stretch | None) -> str:
-    if piece is None:
-        return "the end"
-    if piece.kind == markup.TURN:
-        return f"a turn of {piece.texts[0]!r}"
-    if piece.kind == markup.TURN_END:
-        return "the end of the turn"
-    text = repr(" ".join(text.strip() for text in piece.texts).strip()[:_SHOWN])
-    return text if piece.kind == _TEXT else f"{piece.kind} {text}"
