@@ -48,8 +48,8 @@ def pack(lengths: Sequence[int] | np.ndarray, capacity: int, window: int = WINDO
     return packed
 
 
-def choose_buckets(lengths: np.ndarray, capacity: int, count: int = MAX_BUCKETS) -> list[int]:
-    """At most `count` static lengths, the last of them `capacity`, that waste the fewest padding slots.
+def choose_buckets(lengths: np.ndarray, capacity: int) -> list[int]:
+    """At most `MAX_BUCKETS` static lengths, the last of them `capacity`, that waste the fewest padding slots.
 
     Exact for candidates that are multiples of `BUCKET_ALIGNMENT` (or the capacity itself), by dynamic programming
     over the histogram of `lengths`, which are slots per example.
@@ -59,7 +59,7 @@ def choose_buckets(lengths: np.ndarray, capacity: int, count: int = MAX_BUCKETS)
     # cost[j]: slots of padded rows when candidate j is the longest bucket so far; one round adds one bucket
     cost = below * np.array(candidates, np.int64)
     chosen = [[j] for j in range(len(candidates))]
-    for _ in range(min(count, len(candidates)) - 1):
+    for _ in range(min(MAX_BUCKETS, len(candidates)) - 1):
         best, paths = cost.copy(), list(chosen)
         for j in range(1, len(candidates)):
             options = cost[:j] + (below[j] - below[:j]) * candidates[j]

@@ -19,8 +19,8 @@ class _Expired(BaseException):
 
 
 @contextmanager
-def row_limit(seconds: float = ROW_SECONDS) -> Iterator[None]:
-    """Ends what takes longer than `seconds`, by the alarm signal; regular expressions heed it too.
+def row_limit() -> Iterator[None]:
+    """Ends what takes longer than `ROW_SECONDS`, by the alarm signal; regular expressions heed it too.
 
     Signals reach Python's main thread only, which is where rows are read; elsewhere there is no limit.
 
@@ -37,11 +37,11 @@ def row_limit(seconds: float = ROW_SECONDS) -> Iterator[None]:
             raise _Expired
 
     before = signal.signal(signal.SIGALRM, expire)
-    others = signal.setitimer(signal.ITIMER_REAL, seconds, _AGAIN_SECONDS)
+    others = signal.setitimer(signal.ITIMER_REAL, ROW_SECONDS, _AGAIN_SECONDS)
     try:
         yield
     except _Expired:
-        raise RowDropped("too_slow", f"more than {seconds:g} s") from None
+        raise RowDropped("too_slow", f"more than {ROW_SECONDS:g} s") from None
     finally:
         inside = False
         signal.setitimer(signal.ITIMER_REAL, 0)

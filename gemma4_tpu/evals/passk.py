@@ -79,11 +79,11 @@ def score(counts: Sequence[tuple[int, int]], k: int, seed: int = 0) -> Score:
     )
 
 
-def scores(counts: Sequence[tuple[int, int]], seed: int = 0) -> list[Score]:
+def scores(counts: Sequence[tuple[int, int]]) -> list[Score]:
     """`score` for each k of `KS` that the number of samples allows; none without problems."""
     if not counts:
         return []
-    return [score(counts, k, seed) for k in KS if k <= min(n for n, _ in counts)]
+    return [score(counts, k) for k in KS if k <= min(n for n, _ in counts)]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -112,10 +112,10 @@ class ScoreDifference:
         return self.low > 0 or self.high < 0
 
 
-def difference(a: Sequence[tuple[int, int]], b: Sequence[tuple[int, int]], k: int, seed: int = 0) -> ScoreDifference:
+def difference(a: Sequence[tuple[int, int]], b: Sequence[tuple[int, int]], k: int) -> ScoreDifference:
     """A minus B; `a` and `b` are (n, c) of the same problems in the same order."""
     gaps = np.array([pass_at_k(*x, k) - pass_at_k(*y, k) for x, y in zip(a, b, strict=True)])
-    low, high = interval(gaps, (-1.0, 1.0), seed)
+    low, high = interval(gaps, (-1.0, 1.0))
     errors = [_sampling_error(counts, k) for counts in (a, b)]
     error = None if None in errors else sqrt(sum(e * e for e in errors if e is not None))
     return ScoreDifference(

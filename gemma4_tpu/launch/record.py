@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 from dataclasses import asdict, dataclass
-from datetime import UTC, datetime
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -82,9 +82,9 @@ def saved() -> dict[str, Launch]:
     return found
 
 
-def name_and_folder(name: str, run_dir: str | None, place: PlaceConfig, now: datetime | None = None) -> tuple[str, str]:
+def name_and_folder(name: str, run_dir: str | None, place: PlaceConfig, now: datetime) -> tuple[str, str]:
     """(id of a new launch, its run folder on gs://)."""
-    moment = f"{now or datetime.now(UTC):%Y%m%d-%H%M%S}"
+    moment = f"{now:%Y%m%d-%H%M%S}"
     plain = re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")[:30].strip("-")
     return f"{PREFIX}{plain}-{moment}", run_dir or f"{place.bucket}/{name}/{moment}"
 

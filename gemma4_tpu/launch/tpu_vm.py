@@ -77,14 +77,14 @@ def _run(words: list[str]) -> int:
     return _launch(new_launch(loaded), warnings)
 
 
-def new_launch(loaded: Loaded[TpuVmRoot, Checked], now: datetime | None = None) -> Launch:
+def new_launch(loaded: Loaded[TpuVmRoot, Checked]) -> Launch:
     """The launch that a command line describes.
 
     Raises:
       UserError: train would refuse the words that it is given on the slice.
     """
     root, config = loaded.root, loaded.root.launch
-    name, run_dir = name_and_folder(root.name, root.run_dir, config, now)
+    name, run_dir = name_and_folder(root.name, root.run_dir, config, now := datetime.now(UTC))
     words = train_words(loaded.overrides, run_dir)
     source = None
     if config.model_in_memory:
@@ -95,7 +95,7 @@ def new_launch(loaded: Loaded[TpuVmRoot, Checked], now: datetime | None = None) 
         slice=root.hardware.name, spot=root.hardware.spot,
         run_dir=run_dir, launch_dir=f"gs://{run_dir.split('/')[2]}/launches/{name}", train=words,
         after=[asdict(stage) for stage in stages(config.after, run_dir, root.model.name, base=source)],
-        model_source=source, launch=asdict(config), created=datetime.now(UTC).isoformat(timespec="seconds"),
+        model_source=source, launch=asdict(config), created=now.isoformat(timespec="seconds"),
     )  # fmt: skip
 
 

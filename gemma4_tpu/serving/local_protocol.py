@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
+from itertools import accumulate
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field
@@ -163,7 +164,7 @@ class Reply:
             content: dict[str, Any] = {"delta": {**delta, **thought, "content": piece.text}}
         else:
             content = {"text": piece.text}
-        return {"index": index, **content, "logprobs": self._logprobs([piece], 0), "finish_reason": piece.finish}
+        return {"index": index, **content, "logprobs": self._logprobs([piece]), "finish_reason": piece.finish}
 
     def whole(self, pieces: list[list[AnswerPiece]]) -> dict[str, Any]:
         """The answer without a stream; `pieces`: those of each choice."""
@@ -175,24 +176,18 @@ class Reply:
                 thought = "".join(piece.reasoning for piece in parts)
                 message = {"role": "assistant", "content": text, **({"reasoning": thought} if thought else {})}
                 content = {"message": message}
-            choices.append(
-                {
-                    "index": index, **content, "logprobs": self._logprobs(parts, 0),
-                    "finish_reason": parts[-1].finish,
-                }
-            )  # fmt: skip
+            finish = parts[-1].finish
+            choices.append({"index": index, **content, "logprobs": self._logprobs(parts), "finish_reason": finish})
         name = "chat.completion" if self._kind == "chat" else "text_completion"
         return {**self._head, "object": name, "choices": choices, "usage": self.usage()}
 
-    def _logprobs(self, pieces: list[AnswerPiece], offset: int) -> dict[str, Any] | None:
+    def _logprobs(self, pieces: list[AnswerPiece]) -> dict[str, Any] | None:
         """As `/v1/completions` tells them."""
         found = [chance for piece in pieces for chance in piece.logprobs]
         if not found:
             return None
-        names, offsets = [self._name(one.token) for one in found], []
-        for name in names:
-            offsets.append(offset)
-            offset += len(name)
+        names = [self._name(one.token) for one in found]
+        offsets = list(accumulate(map(len, names[:-1]), initial=0))
         top = [{self._name(token): value for token, value in one.top} for one in found]
         return {
             "tokens": names, "token_logprobs": [one.logprob for one in found], "top_logprobs": top,

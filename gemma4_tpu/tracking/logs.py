@@ -26,16 +26,15 @@ def console() -> Console:
     return Console(stderr=True, highlight=False)
 
 
-def setup_logging(log_path: Path | None = None, level: str = "INFO", *, process: int = 0) -> None:
+def setup_logging(log_path: Path | None = None, *, process: int = 0) -> None:
     """Sends log records to the console and, where given, to the run folder's `log.txt`.
 
-    Our own records count from `level` on; those of libraries from WARNING on. Python's warnings and the traceback of
+    Our own records count from INFO on; those of libraries from WARNING on. Python's warnings and the traceback of
     an exception that nobody caught go to the file. Calling it again (once the run folder is known) replaces the
     handlers of the call before.
 
     Args:
       log_path: `RunFolder.log_path`; None: console only.
-      level: `DEBUG`, `INFO`, `WARNING` or `ERROR`.
       process: index of this process; all but the first are silent on the console below WARNING.
     """
     root = logging.getLogger()
@@ -46,7 +45,7 @@ def setup_logging(log_path: Path | None = None, level: str = "INFO", *, process:
     for handler in _handlers:
         handler.addFilter(_is_wanted)
         root.addHandler(handler)
-    root.setLevel(level)
+    root.setLevel(logging.INFO)
     logging.captureWarnings(True)
     sys.excepthook = _log_uncaught
 
