@@ -20,7 +20,7 @@ from gemma4_tpu.config.help import shown
 from gemma4_tpu.config.keys import element_type, field_docs, field_types, is_group, is_mapping, type_name
 from gemma4_tpu.config.limits import CHOICES, RANGES
 from gemma4_tpu.config.schema import TrainRoot
-from gemma4_tpu.config.sweep_settings import GridSweep, Optuna, Processes
+from gemma4_tpu.config.sweeps import GridSweep, Optuna, Processes
 from gemma4_tpu.data import checks as data_checks
 from gemma4_tpu.evals import checks as evals_checks
 from gemma4_tpu.launch.gke import GKE

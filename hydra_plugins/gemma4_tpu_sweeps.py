@@ -17,7 +17,7 @@ from hydra.plugins.sweeper import Sweeper
 from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig
 
-from gemma4_tpu.config import sweep_settings as settings
+from gemma4_tpu.config import sweeps as settings
 
 _STORE = ConfigStore.instance()
 _STORE.store(group="hydra/launcher", name="processes", node=settings.Processes, provider="gemma4_tpu")

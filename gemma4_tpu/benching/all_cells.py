@@ -8,13 +8,15 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from gemma4_tpu.benching.bar import Bar, told_of
+from rich import progress
+
 from gemma4_tpu.benching.cells import Cell, cells_of
 from gemma4_tpu.benching.checks import BenchChecked
 from gemma4_tpu.benching.client import Target, find_target
-from gemma4_tpu.benching.one_cell import FAILED, INFEASIBLE, OK, run_cell
+from gemma4_tpu.benching.one_cell import FAILED, INFEASIBLE, OK, Told, run_cell
 from gemma4_tpu.config.serving import BenchConfig
 from gemma4_tpu.errors import UserError
+from gemma4_tpu.tracking.logs import console
 from gemma4_tpu.tracking.records import CELL, read_record, write_record
 
 log = logging.getLogger(__name__)
@@ -46,7 +48,7 @@ def run_sweep(config: BenchConfig, checked: BenchChecked, folder: Path) -> Resul
         log.info(
             "the model's vocabulary is not known: prompts are of the token ids 256 to 511 (architecture=<size> says it)"
         )
-    with Bar(len(cells)) as bar:
+    with _Bar(len(cells)) as bar:
         for cell in cells:
             if cell not in kept:
                 attempt = results[cell]["attempt"] + 1 if cell in results else 0
@@ -56,7 +58,7 @@ def run_sweep(config: BenchConfig, checked: BenchChecked, folder: Path) -> Resul
                 )
                 write_record(_path(folder, cell), CELL, result, compact=True)
                 results[cell] = result
-                log.log(logging.INFO if result["state"] == OK else logging.WARNING, "%s", told_of(cell, result))
+                log.log(logging.INFO if result["state"] == OK else logging.WARNING, "%s", _told_of(cell, result))
                 if result["state"] == FAILED and not result["completed"]:
                     _still_there(target, folder)
             bar.done()
@@ -127,3 +129,56 @@ def _still_there(target: Target, folder: Path) -> None:
         asyncio.run(find_target(target.endpoint, target.model))
     except UserError as gone:
         raise UserError(f"{gone} (the same command with run_dir={folder} goes on when it is back)") from None
+
+
+# ── what a person sees ─────────────────────────────────────────────────────────────────────────────────────────────
+
+
+class _Bar:
+    """Progress over cells and the requests of the one that runs; nothing where there is no terminal."""
+
+    def __init__(self, cells: int):
+        self._bar = progress.Progress(
+            progress.BarColumn(bar_width=None),
+            progress.MofNCompleteColumn(),
+            progress.TextColumn("{task.description}"),
+            console=console(),
+            expand=True,
+            disable=not console().is_terminal,
+        )
+        self._cells = self._bar.add_task("cells", total=cells)
+        self._requests = self._bar.add_task("", total=None)
+
+    def __enter__(self) -> _Bar:
+        self._bar.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._bar.stop()
+
+    def cell(self, name: str, requests: int) -> Told:
+        """Begins a cell; the function that it returns is told of requests."""
+        self._bar.reset(self._requests, total=requests, description=name)
+
+        def told(done: int, failed: int) -> None:
+            text = f"{name}, {failed} failed" if failed else name
+            self._bar.update(self._requests, completed=done, description=text)
+
+        return told
+
+    def done(self) -> None:
+        """One more cell."""
+        self._bar.advance(self._cells)
+
+
+def _told_of(cell: Cell, result: dict[str, Any]) -> str:
+    """One line about a cell that has run."""
+    if "reason" in result:
+        return f"{cell.shown}: {result['state']}: {result['reason']}"
+    facts = [f"{result['output_throughput']:,.1f} tok/s"]
+    facts += [
+        f"{label} {result[key]:,.1f} ms"
+        for label, key in (("TTFT", "median_ttft_ms"), ("TPOT", "median_tpot_ms"))
+        if result[key] is not None
+    ]
+    return f"{cell.shown}: {', '.join(facts)}"

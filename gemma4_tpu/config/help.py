@@ -13,7 +13,7 @@ from omegaconf import OmegaConf
 from gemma4_tpu.config.conf import defaults, groups_of
 from gemma4_tpu.config.entry import EntryPoint
 from gemma4_tpu.config.keys import field_docs, field_types, is_group, is_mapping, type_name
-from gemma4_tpu.config.sweep_settings import GridSweep, Optuna, Processes
+from gemma4_tpu.config.sweeps import GridSweep, Optuna, Processes
 
 _NARROWEST, _WIDEST = 60, 110
 _WORD = re.compile(r"""(?:[^\s'"]|'[^']*'|"[^"]*")+""")

@@ -55,7 +55,7 @@ def draw_curves(runs: Sequence[Followed], folder: Path) -> list[Path]:
     for curve in _CURVES:
         if len(runs) == 1 and curve.key == "heldout_loss" and "loss" in _recorded(runs):
             continue
-        lines = [(run.name, *_points(run.rows, curve.key, curve.scale)) for run in runs]
+        lines = [(run.name, *points_of(run.rows, curve.key, curve.scale)) for run in runs]
         if any(updates for _, updates, _ in lines):
             drawn.append(_draw(curve, lines, runs, folder / f"{curve.file}.png"))
     return drawn
@@ -110,7 +110,7 @@ def _line(axes: Any, updates: list[int], values: list[float], colour: str, label
 
 
 def _add_heldout(axes: Any, run: Followed) -> None:
-    updates, values = _points(run.rows, "heldout_loss")
+    updates, values = points_of(run.rows, "heldout_loss")
     if not values:
         return
     axes.set_title("loss (nats per target token)")
@@ -120,7 +120,7 @@ def _add_heldout(axes: Any, run: Followed) -> None:
                       color=COLOURS[1], ha="left" if at == 0 else "right", va="bottom")  # fmt: skip
 
 
-def _points(rows: Sequence[dict[str, Any]], key: str, scale: float = 1.0) -> tuple[list[int], list[float]]:
+def points_of(rows: Sequence[dict[str, Any]], key: str, scale: float = 1.0) -> tuple[list[int], list[float]]:
     """(updates, values) of the rows that have this key with a finite value."""
     having = [row for row in rows if row.get(key) is not None and math.isfinite(row[key])]
     return [row["update"] for row in having], [row[key] * scale for row in having]
@@ -134,16 +134,16 @@ def plot_run(run: RunFolder) -> list[Path]:
     rows = read_metrics(run.metrics_path)
     title = f"{run.path.parent.name} / {run.path.name}"
     drawn = []
-    if _points(rows, "loss")[0] or _points(rows, "heldout_loss")[0]:
+    if points_of(rows, "loss")[0] or points_of(rows, "heldout_loss")[0]:
         drawn.append(_losses_of(rows, title, run.plots / "loss.png"))
-    if _points(rows, "real_tokens_per_second")[0]:
+    if points_of(rows, "real_tokens_per_second")[0]:
         drawn.append(_throughput_of(rows, title, run.plots / "throughput.png"))
     return drawn
 
 
 def _losses_of(rows: Sequence[dict[str, Any]], title: str, path: Path) -> Path:
-    updates, losses = _points(rows, "loss")
-    heldout_updates, heldout = _points(rows, "heldout_loss")
+    updates, losses = points_of(rows, "loss")
+    heldout_updates, heldout = points_of(rows, "heldout_loss")
 
     def draw(axes) -> None:
         smooth = len(losses) >= SMOOTH_FROM_POINTS
@@ -176,7 +176,7 @@ def _label_ends(axes: Any, updates: Sequence[int], losses: Sequence[float]) -> N
 
 
 def _throughput_of(rows: Sequence[dict[str, Any]], title: str, path: Path) -> Path:
-    updates, rates = _points(rows, "real_tokens_per_second")
+    updates, rates = points_of(rows, "real_tokens_per_second")
 
     def draw(axes) -> None:
         median = statistics.median(rates)

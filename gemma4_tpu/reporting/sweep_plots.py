@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from gemma4_tpu.plotting import INK, draw_titled
+from gemma4_tpu.reporting.curves import points_of
 from gemma4_tpu.sweeping import state
 from gemma4_tpu.sweeping.table import JobRow, SweepTable
 from gemma4_tpu.tracking.metrics import read_metrics
@@ -150,14 +151,9 @@ def _curves(rows: Sequence[JobRow]) -> dict[str, tuple[list[int], list[float]]]:
     """Job → (updates, held-out losses)."""
     curves = {}
     for row in rows:
-        path = row.folder / "metrics.jsonl"
-        points = [
-            (told["update"], told["heldout_loss"])
-            for told in (read_metrics(path) if path.is_file() else [])
-            if isinstance(told.get("heldout_loss"), float) and math.isfinite(told["heldout_loss"])
-        ]
-        if points:
-            curves[row.job.name] = ([p[0] for p in points], [p[1] for p in points])
+        points = points_of(read_metrics(row.folder / "metrics.jsonl"), "heldout_loss")
+        if points[0]:
+            curves[row.job.name] = points
     return curves
 
 

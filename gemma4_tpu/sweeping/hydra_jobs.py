@@ -14,8 +14,7 @@ from hydra.core.utils import JobReturn, JobStatus
 from omegaconf import DictConfig, OmegaConf
 
 from gemma4_tpu.config.entry import EntryPoint
-from gemma4_tpu.config.sweep_settings import Processes
-from gemma4_tpu.config.sweeps import fixed_keys, job_name, swept
+from gemma4_tpu.config.sweeps import Processes, fixed_keys, job_name, swept
 from gemma4_tpu.errors import REFUSED, UserError
 from gemma4_tpu.sweeping import state
 from gemma4_tpu.sweeping.processes import Monitor, Runner, Stop

@@ -23,7 +23,7 @@ from gemma4_tpu.config.conf import config_dir, groups_of
 from gemma4_tpu.config.keys import did_you_mean, field_types, is_group, type_name
 from gemma4_tpu.config.overrides import Groups, check_overrides
 from gemma4_tpu.config.refusals import refusal
-from gemma4_tpu.config.sweep_settings import Optuna
+from gemma4_tpu.config.sweeps import Optuna
 from gemma4_tpu.errors import UserError
 from gemma4_tpu.sweeping import state
 from gemma4_tpu.sweeping.hydra_jobs import OpenSweep

@@ -16,7 +16,7 @@ from hydra.core.global_hydra import GlobalHydra
 from gemma4_tpu.config.entry import EntryPoint
 from gemma4_tpu.config.load import load
 from gemma4_tpu.config.schema import TrackerConfig, TrainRoot
-from gemma4_tpu.config.sweep_settings import Processes
+from gemma4_tpu.config.sweeps import Processes
 from gemma4_tpu.errors import INTERRUPTED, PREEMPTED, UserError
 from gemma4_tpu.sweeping import state
 from gemma4_tpu.sweeping.devices import shares
