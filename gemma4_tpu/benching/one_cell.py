@@ -43,6 +43,7 @@ async def run_cell(
         warm = await _send(client, target, cell, bodies[count:], [0.0] * warmup, lambda done, failed: None)
         if refused := next((a.error for a in warm[1] if a.error and _TOO_LONG.match(a.error)), None):
             return {**about, "state": INFEASIBLE, "reason": refused}
+        # Read behind the warm-up, whose prompts are not part of the cell.
         before = await prefix_cache_tokens(client, target.endpoint)
         if cell.users is not None:
             started, answers, seconds = await _take_turns(client, target, cell, bodies[:count], told)
@@ -102,6 +103,7 @@ async def _send(
 
     async with asyncio.TaskGroup() as tasks:
         for body, answer in zip(bodies, answers, strict=True):
+            # An open loop: what is late is sent at once and says so (`sending_lag`); it pushes back nothing behind it.
             if (wait := answer.due_at - time.perf_counter()) > 0:
                 await asyncio.sleep(wait)
             tasks.create_task(one(body, answer))

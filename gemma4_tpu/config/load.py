@@ -86,6 +86,7 @@ def compose_all(words: list[str], entry: EntryPoint, *, multirun: bool = False) 
     if multirun:
         return None, extended(good, entry.schema, lambda some: defaults(entry, some)), problems
     name, taken = entry.name, [*good, *one_length(good)]
+    # `good` is what the user said and what is recorded; `taken` is what Hydra composes for it.
     if (run := recorded.replayed(good, entry.schema)) is not None:
         started, found = recorded.start_from(run, entry.name, entry.schema, lambda: defaults(entry))
         taken, refused = recorded.over_recorded(taken, groups)

@@ -253,6 +253,7 @@ def train(model: ModelDemand, slice_: Slice, lora: LoraConfig, mean_length: floa
 def _running(serving: Serving, context: float, sequences: float | None) -> float:
     """Sequences that one step can hold."""
     room = serving.room(context)
+    # Unknown limits count as none: a ceiling may be too high, never too low.
     running = min(MANY if sequences is None else sequences, MANY if room is None else room)
     if not serving.fits or running < 1:
         needed = serving.replicas * serving.weight_bytes + serving.kv_bytes(context)

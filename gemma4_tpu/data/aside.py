@@ -72,5 +72,8 @@ def _chosen_keys(counts: Counter[int], fraction: float) -> set[int]:
     """The keys whose rows are held out; empty: no key will do."""
     half = counts.total() // 2
     fitting = sorted(key for key, count in counts.items() if count <= half)
+    # Hashes are uniform in 64 bits, so those below a share of their range are about that share of the rows, and a row's
+    # side stays what it is when others are added. Where chance puts none there, the smallest hash goes.
     below = [key for key in fitting if key < fraction * 2**64] or fitting[:1]
+    # Something has to be left to train on.
     return set(below[:-1] if len(below) == len(counts) else below)

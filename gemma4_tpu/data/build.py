@@ -126,6 +126,7 @@ def build_data(data: DataConfig, tokenizer: Any) -> TrainingData:
         rows = [row for row, out in zip(rows, aside, strict=True) if not out]
         heldout_weights = [1.0] * len(weights)  # each held-out row counts once, however often its like is trained on
 
+    # Counted on rows, not examples: one row may have become several, and they would all be alike.
     trained = {row.identity.whole for row in rows}
     prompts = {row.identity.prompt for row in rows}
     built = TrainingData(

@@ -181,6 +181,8 @@ class ChatFormat:
             start = len(prompt)
             span = Span(answer.message, start + answer.closes, start + len(own))
             spans = [span]
+            # A prompt that begins with the very ids of the example before it continues it: both answers share one
+            # example. Where a template changes the past (drops its thoughts, say), each answer gets one of its own.
             if drafts and np.array_equal(prompt[: len(drafts[-1][0])], drafts[-1][0]):
                 spans = [*drafts.pop()[2], span]
             drafts.append((np.concatenate([prompt, own]), answer.prompt + answer.text, spans))

@@ -36,8 +36,10 @@ def pack(lengths: Sequence[int] | np.ndarray, capacity: int, window: int = WINDO
     for start in range(0, len(lengths), window):
         bins: list[list[int]] = []
         rooms: list[tuple[int, int]] = []  # (slots left, number of the bin), sorted
+        # By length inside a window only: rows are full, and an epoch's order stays random at the scale of windows.
         for position in start + np.argsort(-lengths[start : start + window], kind="stable"):
             length = int(lengths[position])
+            # The first bin with at least `length` slots left is the fullest one that has room.
             fit = bisect.bisect_left(rooms, (length, 0))
             room, number = rooms.pop(fit) if fit < len(rooms) else (capacity, len(bins))
             if number == len(bins):

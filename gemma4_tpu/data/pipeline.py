@@ -61,6 +61,7 @@ class Assembler:
 
     def __call__(self, planned: PlannedUpdate) -> Update:
         """The arrays of an update, padded with empty rows to its full size."""
+        # The last update of a run may have fewer rows; its shape stays, or the step would be compiled again for it.
         padded = planned.rows + [[]] * (self._microbatches * self._rows - len(planned.rows))
         rows = [padded[m * self._rows : (m + 1) * self._rows] for m in range(self._microbatches)]
         shape = (self._microbatches, self._stop - self._start, planned.length)

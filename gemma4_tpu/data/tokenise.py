@@ -155,6 +155,7 @@ def _by_weight(each: list[Iterator[RawRow]], weights: list[float], limit: int) -
     """(source, row) of the first `limit` rows, taken from the sources in turns by weight."""
     taken = dict.fromkeys(range(len(each)), 0)
     while limit and taken:
+        # As seats are given to parties (D'Hondt): to whom has the fewest rows by its weight, the next one included.
         number = min(taken, key=lambda source: (taken[source] + 1) / weights[source])
         row = next(each[number], None)
         if row is None:

@@ -114,10 +114,12 @@ class Updates:
         """Plan `epoch`, all earlier ones having been planned once, or take it from those kept."""
         if epoch in self._kept:
             return self._kept[epoch]
+        # Seeded by the epoch's own number, so that one that was forgotten is planned again with the same draws.
         rng = np.random.default_rng([self._seed, epoch])
         order = self._order(rng)
         lead = self._rests[epoch]
         filled, rest = self._fill(order, lead, rng)
+        # Rows that lead this epoch were visited, and counted, as part of the one before.
         visited = np.cumsum([sum(map(len, rows)) for _, rows in filled]) - sum(map(len, lead))
         planned = _Epoch(
             updates=[
@@ -126,6 +128,7 @@ class Updates:
             ],
             rest=rest,
         )
+        # Only the first time; an epoch planned again after it was forgotten starts where it started.
         if epoch + 1 == len(self._starts):
             self._starts.append(self._starts[epoch] + len(planned.updates))
             self._rests.append(planned.rest)

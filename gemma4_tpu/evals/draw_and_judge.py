@@ -245,6 +245,7 @@ def _judge(samples: Sequence[Sample], problems: Sequence[Problem], judge: Judge,
         if equal:
             log.info("judging %d samples, %d of them distinct", sum(map(len, equal.values())), len(equal))
         verdicts = judge.judge_all((by_name[problem], completion) for problem, completion in equal)
+        # Verdicts come in the order of the samples, and each is stored as it comes: a kill loses none that was given.
         for alike, verdict in zip(_reported(equal.values(), len(equal)), verdicts, strict=True):
             for sample in alike:
                 rows.add(_row(sample, verdict))

@@ -149,6 +149,7 @@ class Endpoint:
         """
         with_seed = self._takes_seeds
         response = await client.post(f"{self._config.endpoint}/chat/completions", json=self._body(request, with_seed))
+        # Some servers refuse the key `seed` itself. Others of the requests under way may have found out first.
         if response.status_code in (400, 422) and with_seed and "seed" in response.text.lower():
             if self._takes_seeds:
                 self._takes_seeds = False

@@ -145,6 +145,7 @@ class InProcess:
         rows = [min(row, len(requests) - 1) for row in range(size)]
         tokens = np.zeros((size, width), np.int32)
         for row, i in enumerate(rows):
+            # Padded on the left: every row's next token stands in the same column, which one write to the cache needs.
             tokens[row, width - len(ids[i]) :] = ids[i]
         lengths = np.array([len(ids[i]) for i in rows], np.int32)
         seeds = np.array([requests[i].seed for i in rows], np.uint32)

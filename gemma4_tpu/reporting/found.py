@@ -95,6 +95,7 @@ def _below(folder: Path, levels: int) -> Iterator[Path]:
 
 def _elsewhere(run: Path) -> Iterator[Path]:
     """Records under `outputs` that have the name of the run's folder somewhere in them."""
+    # A cheap look for the folder's name first; whether the record is about the run is asked of its keys.
     for config in sorted(Path(OUTPUTS).absolute().glob("*/*/config.yaml")):
         folder = config.parent
         texts = (path for path in (config, folder / "result.json") if path.is_file())

@@ -158,6 +158,7 @@ class LocalEngine:
             answer.text = AnswerText(self.tokenizer, answer.sampling.stop, answer.prompt if answer.chat else None)
             seed = answer.sampling.seed
             answer.generator = torch.Generator().manual_seed(secrets.randbits(63) if seed is None else seed)
+            # Off the queue only once its prompt is read: until then `_next`, `_drop` and `_end_all` find it there.
             finish = self._add(answer, logits[0])
             with self._lock:
                 self._waiting.popleft()

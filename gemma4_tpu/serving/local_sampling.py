@@ -96,6 +96,8 @@ class GrowingText:
     def add(self, token: int) -> str:
         """The text that is certain now; `stopped` where a stop string ended it."""
         self._tokens.append(token)
+        # A token by itself may decode otherwise than in its place (half a character, a space that only stands between
+        # words), so the last ones are decoded with and without it, and the difference is what it adds.
         known = self._plain(self._tokens[self._start : self._read])
         grown = self._plain(self._tokens[self._start :])
         if len(grown) > len(known) and not grown.endswith(_UNFINISHED):

@@ -170,6 +170,7 @@ class Server:
         state = self._engine.state(container)
         if state.running:  # its log broke off
             return self._failure("can no longer be followed: the engine's log ended", follower, trouble)
+        # It has ended, so there is nothing to stop.
         self._stop_seconds = 0
         if state.out_of_memory or state.exit_code == 137:
             trouble = trouble or Trouble(

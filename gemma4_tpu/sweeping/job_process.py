@@ -95,6 +95,7 @@ class Follower:
         """The complete rows since the last call."""
         try:
             with self._path.open("rb") as file:
+                # A resumed job drops rows behind its checkpoint by writing the file anew, which makes it shorter.
                 if file.seek(0, os.SEEK_END) < self._offset:
                     self._offset = 0
                 file.seek(self._offset)

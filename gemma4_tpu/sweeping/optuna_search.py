@@ -62,6 +62,7 @@ class Search:
             trials = [study.ask(space) for _ in range(min(left, self._launcher.settings["parallel"]))]
             words = [[*fixed, *(f"{key}={_text(trial.params[key])}" for key in space)] for trial in trials]
             self._running = {frozenset(w): trial for w, trial in zip(words, trials, strict=True)}
+            # Trials may draw the same values: they are one job, and each is told its outcome.
             self._launcher.launch([list(w) for w in dict.fromkeys(map(tuple, words))], 0)
             for trial, given in zip(trials, words, strict=True):
                 self._tell(study, trial, self._job(given))

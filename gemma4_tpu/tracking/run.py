@@ -101,6 +101,7 @@ class RunFolder:
         run = cls(path, write=write, bucket=bucket)
         if write:
             _make(path)
+            # Before anything is read: an earlier writer must be gone, or its record could change under our eyes.
             run._take_lock()
             if bucket:
                 bucket.pull()
