@@ -39,3 +39,10 @@ def exit_code(run: Callable[[], int], *, interrupted: str = "interrupted") -> in
 def first_line(error: BaseException) -> str:
     """What went wrong, for a record of one line; the log has the rest."""
     return (str(error) or repr(error)).splitlines()[0]
+
+
+def last_words(printed: str) -> str | None:
+    """Why a command of ours ended, by what it printed: its last refusal, else its last line; None: it printed none."""
+    lines = [line.strip() for line in printed.splitlines() if line.strip()]
+    told = [line.removeprefix("error: ") for line in lines if line.startswith("error: ")] or lines
+    return told[-1] if told else None

@@ -11,7 +11,6 @@ import logging
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -32,7 +31,7 @@ from gemma4_tpu.evals.problems import (
 )  # fmt: skip
 from gemma4_tpu.evals.scores import EvaluationOutcome, disagreements, tally
 from gemma4_tpu.evals.second_opinions import OPINIONS_FILE, Second, columns, prepare, second_opinions
-from gemma4_tpu.evals.store import Key, Rows, Sample, Samples, read_foreign
+from gemma4_tpu.evals.store import Key, Rows, Sample, Samples, alike, read_foreign
 from gemma4_tpu.evals.verilog.strength import Strength, grade, sentences, to_rows, vacuous
 from gemma4_tpu.evals.verilog.verilog_judge import VerilogJudge
 from gemma4_tpu.tracking.records import SELFCHECK, write_record
@@ -156,7 +155,7 @@ def _place(folder: Path, index: int, name: str) -> Path:
 
 def _take_over(config: EvalConfig, folder: Path, problems: Sequence[Problem]) -> None:
     """Foreign samples as our own `samples.jsonl`."""
-    with closing(Samples(folder / SAMPLES_FILE)) as store:
+    with Samples(folder / SAMPLES_FILE) as store:
         for sample in read_foreign(config.samples or "", [problem.name for problem in problems]):
             if sample.key not in store.rows:
                 store.add_sample(sample)
@@ -171,7 +170,7 @@ def _evaluate(
     if again:
         for made in (VERDICTS_FILE, OPINIONS_FILE):
             (subject.folder / made).unlink(missing_ok=True)
-    with closing(Samples(subject.folder / SAMPLES_FILE)) as store:
+    with Samples(subject.folder / SAMPLES_FILE) as store:
         samples = store.samples
     started = time.perf_counter()
     check, second = court.check, court.second
@@ -220,7 +219,7 @@ def _generate(subject: Subject, problems: Sequence[Problem], config: EvalConfig)
     """Draws what is not stored yet; returns the seconds it took."""
     assert subject.backend is not None
     started = time.perf_counter()
-    with closing(Samples(subject.folder / SAMPLES_FILE)) as store:
+    with Samples(subject.folder / SAMPLES_FILE) as store:
         wanted = [r for r in requests(problems, config) if (r.problem, r.sample) not in store.rows]
         if stored := len(store.rows):
             log.info("%s: %d samples are stored, %d to draw", subject.name, stored, len(wanted))
@@ -233,27 +232,20 @@ def _generate(subject: Subject, problems: Sequence[Problem], config: EvalConfig)
 def _judge(samples: Sequence[Sample], problems: Sequence[Problem], judge: Judge, path: Path) -> Mapping[Key, Verdict]:
     """Verdicts of all samples; equal completions of a problem are simulated once."""
     by_name = {problem.name: problem for problem in problems}
-    with closing(Rows(path)) as rows:
-        equal: dict[tuple[str, str], list[Sample]] = {}
-        for sample in samples:
-            if sample.key in rows.rows or sample.problem not in by_name:
-                continue
+    with Rows(path) as rows:
+        fresh = [s for s in samples if s.key not in rows.rows and s.problem in by_name]
+        for sample in fresh:
             if is_leaked_thought(sample.completion):
-                rows.add(_row(sample, LEAKED))
-            else:
-                equal.setdefault((sample.problem, sample.completion), []).append(sample)
+                rows.add_for(sample, LEAKED.to_row())
+        equal = alike(s for s in fresh if not is_leaked_thought(s.completion))
         if equal:
             log.info("judging %d samples, %d of them distinct", sum(map(len, equal.values())), len(equal))
         verdicts = judge.judge_all((by_name[problem], completion) for problem, completion in equal)
         # Verdicts come in the order of the samples, and each is stored as it comes: a kill loses none that was given.
-        for alike, verdict in zip(_reported(equal.values(), len(equal)), verdicts, strict=True):
-            for sample in alike:
-                rows.add(_row(sample, verdict))
+        for same, verdict in zip(_reported(equal.values(), len(equal)), verdicts, strict=True):
+            for sample in same:
+                rows.add_for(sample, verdict.to_row())
         return {key: _verdict(row) for key, row in rows.rows.items()}
-
-
-def _row(sample: Sample, verdict: Verdict) -> dict[str, Any]:
-    return {"problem": sample.problem, "sample": sample.sample, **verdict.to_row()}
 
 
 def _verdict(row: Mapping[str, Any]) -> Verdict:

@@ -23,7 +23,7 @@ from typing import Any
 
 import httpx
 
-from gemma4_tpu.errors import UserError
+from gemma4_tpu.errors import UserError, last_words
 
 ANNOUNCEMENT = "judging at "
 """Begins the line on stdout that ends with the server's address."""
@@ -98,9 +98,7 @@ class JudgeProcess:
     def _said(self) -> str:
         """Its refusal, or else the end of what it printed on stderr."""
         self._errors.seek(0)
-        lines = [line.strip() for line in self._errors.read().split("\n") if line.strip()]
-        refusals = [line.removeprefix("error: ") for line in lines if line.startswith("error: ")]
-        return (refusals or lines or [f"exit code {self._process.poll()}"])[-1]
+        return last_words(self._errors.read()) or f"exit code {self._process.poll()}"
 
     def __enter__(self) -> JudgeProcess:
         return self

@@ -107,12 +107,12 @@ class EvaluationOutcome:
     def missing(self) -> int:
         return sum(p.missing for p in self.problems.values())
 
-    def write(self, path: Path, **more: Any) -> None:
-        """Writes `result.json`, with the scores and `more` in it."""
+    def write(self, path: Path) -> None:
+        """Writes `result.json`, with the scores in it."""
         fields = {name: getattr(self, name) for name in self.__dataclass_fields__}
         totals = {"classes": self.classes, "truncated": self.truncated, "missing": self.missing, "n": self.n}
         problems = fields.pop("problems")
-        told = {"status": "finished", "scores": self.scores(), **totals, **more, **fields, "problems": problems}
+        told = {"status": "finished", "scores": self.scores(), **totals, **fields, "problems": problems}
         write_record(path, EVALUATION, told)
 
     @classmethod

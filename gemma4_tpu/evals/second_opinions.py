@@ -14,13 +14,12 @@ import statistics
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import Future
-from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from gemma4_tpu.evals.problems import Problem, Verdict, VerdictClass
-from gemma4_tpu.evals.store import Key, Rows, Sample
+from gemma4_tpu.evals.store import Key, Rows, Sample, alike
 from gemma4_tpu.evals.verilog import synthesis
 from gemma4_tpu.evals.verilog.extract import extract
 from gemma4_tpu.evals.verilog.header import with_header
@@ -92,23 +91,19 @@ def second_opinions(
       columns: `lint`, `size`: also what verilator and yosys say of samples that pass.
       path: rows are kept here; those that are there already are not made again.
     """
-    with closing(Rows(path)) as rows:
-        equal: dict[tuple[str, str], list[Sample]] = {}
-        for sample in samples:
-            if sample.problem not in second.problems or sample.key in rows.rows:
-                continue
-            if verdicts[sample.key].kind in (VerdictClass.PASS, VerdictClass.MISMATCH):
-                equal.setdefault((sample.problem, sample.completion), []).append(sample)
+    with Rows(path) as rows:
+        fresh = [s for s in samples if s.problem in second.problems and s.key not in rows.rows]
+        equal = alike(s for s in fresh if verdicts[s.key].kind in (VerdictClass.PASS, VerdictClass.MISMATCH))
         if equal:
             log.info("second opinions on %d samples, %d of them distinct", sum(map(len, equal.values())), len(equal))
         extras = [
-            _extras(second, problem, completion, judge, columns) if verdicts[alike[0].key].passed else {}
-            for (problem, completion), alike in equal.items()
+            _extras(second, problem, completion, judge, columns) if verdicts[same[0].key].passed else {}
+            for (problem, completion), same in equal.items()
         ]
         opinions = judge.judge_all(
             ((second.problems[problem], completion) for problem, completion in equal), official=False
         )
-        for alike, opinion, futures in zip(equal.values(), opinions, extras, strict=True):
+        for same, opinion, futures in zip(equal.values(), opinions, extras, strict=True):
             more = {name: future.result() for name, future in futures.items()}
             cells, transistors = more.pop(SIZE, (None, None))
             row = {
@@ -116,8 +111,8 @@ def second_opinions(
                 "samples": opinion.samples, "equivalent": None, LINT: None, "cells": cells,
                 "transistors": transistors, **more,
             }  # fmt: skip
-            for sample in alike:
-                rows.add({"problem": sample.problem, "sample": sample.sample, **row})
+            for sample in same:
+                rows.add_for(sample, row)
         return dict(rows.rows)
 
 

@@ -13,7 +13,7 @@ import logging
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 from gemma4_tpu.errors import UserError
 from gemma4_tpu.tracking.files import write_text
@@ -76,11 +76,15 @@ class Rows:
         self._file.flush()
         self.rows.setdefault((row["problem"], row["sample"]), row)
 
+    def add_for(self, sample: Sample, found: dict[str, Any]) -> None:
+        """Appends what was found out about a sample."""
+        self.add({"problem": sample.problem, "sample": sample.sample, **found})
+
     def close(self) -> None:
         """Closes the file; what was added is in it already."""
         self._file.close()
 
-    def __enter__(self) -> Rows:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -99,6 +103,14 @@ class Samples(Rows):
         """All there are, by problem and number."""
         known = Sample.__dataclass_fields__
         return [Sample(**{k: v for k, v in self.rows[key].items() if k in known}) for key in sorted(self.rows)]
+
+
+def alike(samples: Iterable[Sample]) -> dict[tuple[str, str], list[Sample]]:
+    """(problem, completion) → the samples that have it: what is the same is worked on once."""
+    groups: dict[tuple[str, str], list[Sample]] = {}
+    for sample in samples:
+        groups.setdefault((sample.problem, sample.completion), []).append(sample)
+    return groups
 
 
 def read_foreign(path: str, problems: Sequence[str]) -> list[Sample]:

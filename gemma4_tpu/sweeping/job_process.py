@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from gemma4_tpu.errors import PREEMPTED, TERMINATED
+from gemma4_tpu.errors import PREEMPTED, TERMINATED, last_words
 from gemma4_tpu.tracking.records import result_of
 
 log = logging.getLogger(__name__)
@@ -79,9 +79,7 @@ class Child:
             return str(told["error"])
         with self.log_path.open("rb") as output:
             output.seek(self._log_start)
-            lines = [line.strip() for line in output.read().decode(errors="replace").splitlines() if line.strip()]
-        refusals = [line.removeprefix("error: ") for line in lines if line.startswith("error: ")]
-        return (refusals or lines or [f"exit code {code}"])[-1]
+            return last_words(output.read().decode(errors="replace")) or f"exit code {code}"
 
 
 class Follower:
