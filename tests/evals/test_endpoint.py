@@ -12,7 +12,7 @@ from gemma4_tpu.config.tasks import EvalConfig
 from gemma4_tpu.errors import UserError
 from gemma4_tpu.evals import endpoint
 from gemma4_tpu.evals.endpoint import Endpoint
-from gemma4_tpu.evals.generate import Request
+from gemma4_tpu.evals.generate import SampleRequest
 from tests.evals.server import Server, completion
 
 
@@ -22,8 +22,10 @@ def _no_waiting(monkeypatch):
     monkeypatch.delenv("OPENAI_API_KEY", raising=False)
 
 
-def asked(count: int = 4) -> list[Request]:
-    return [Request(f"p{i}", 0, ({"role": "user", "content": f"problem {i}"},), seed=100 + i) for i in range(count)]
+def asked(count: int = 4) -> list[SampleRequest]:
+    return [
+        SampleRequest(f"p{i}", 0, ({"role": "user", "content": f"problem {i}"},), seed=100 + i) for i in range(count)
+    ]
 
 
 def ask(server: Server, count: int = 4, **settings):
