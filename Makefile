@@ -61,7 +61,7 @@ $(VENV)/.python:
 	@touch $@
 
 $(VENV)/.core: $(VENV)/.python requirements/core.lock pyproject.toml
-	@echo "Installing the locked dependencies into $(VENV) (about 2.5 GB, some minutes) …"
+	@echo "Installing the locked dependencies into $(VENV) (about 2 GB, some minutes) …"
 	$(LOCKED) -r requirements/core.lock
 	$(PIP) install --no-deps --no-build-isolation --editable .
 	@touch $@
@@ -75,12 +75,12 @@ $(VENV)/.dev: $(VENV)/.core requirements/dev.lock requirements/torch.txt
 # Pins stay as they are unless pyproject.toml forbids them; ARGS=--upgrade takes the newest that it allows.
 PIN := $(BIN)/uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-header --no-annotate \
   --no-emit-index-url --no-emit-find-links $(ARGS)
-COMPILE := $(PIN) --override requirements/no-torch.in pyproject.toml requirements/build.in
+COMPILE := $(PIN) --override requirements/overrides.in pyproject.toml requirements/build.in
 
 lock: setup-dev
 	$(COMPILE) --extra tpu --extra gcp --output-file requirements/core.lock
 	$(COMPILE) --extra dev --constraint requirements/core.lock --output-file requirements/dev.lock
-	$(PIN) --no-deps requirements/newest_transformers.in --output-file requirements/newest_transformers.lock
+	$(PIN) --no-deps requirements/oldest_transformers.in --output-file requirements/oldest_transformers.lock
 
 clean:
 	rm -rf $(VENV) build dist .pytest_cache .ruff_cache .mypy_cache .hypothesis

@@ -189,7 +189,8 @@ def _choose(names: Iterable[str | None], wanted: str | None, heldout: bool, path
 
 
 def _find_hugging_face(source: DataSource, heldout: bool) -> SourcePlace:
-    datasets = _import_datasets(source.path)
+    import datasets
+
     parts = HUGGING_FACE_NAME.fullmatch(source.path)
     if parts is None:
         raise UserError(f"{source.path}: write hf:NAME, hf:NAME:SPLIT or hf:NAME:SUBSET:SPLIT")
@@ -204,8 +205,9 @@ def _find_hugging_face(source: DataSource, heldout: bool) -> SourcePlace:
 
 
 def _read_hugging_face(place: SourcePlace) -> Iterator[RawRow]:
+    import datasets
+
     assert place.hub is not None
-    datasets = _import_datasets(place.name)
     with _hub_errors(place.name):
         dataset = datasets.load_dataset(place.hub[0], place.hub[1], split=place.split)
     for number, value in enumerate(dataset, start=1):
@@ -219,11 +221,3 @@ def _hub_errors(path: str) -> Iterator[None]:
         yield
     except Exception as error:
         raise UserError(f"{path}: cannot load the data set ({type(error).__name__}: {error})") from error
-
-
-def _import_datasets(path: str) -> Any:
-    try:
-        import datasets
-    except ImportError as error:
-        raise UserError(f"{path}: reading Hugging Face data sets needs `pip install datasets`") from error
-    return datasets

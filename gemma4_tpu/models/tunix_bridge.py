@@ -1,6 +1,6 @@
 """Our base weights in Tunix's own Gemma 4 model, so that Tunix's sampler and trainers can run them.
 
-Training itself does not go through here (see `gemma4.py`).
+Training itself does not go through here (see `gemma4.py`). Needs Tunix: the extra `tunix`.
 """
 
 from __future__ import annotations

@@ -10,7 +10,7 @@ from gemma4_tpu import assets, check, merge, train
 from gemma4_tpu.architectures import ARCHITECTURES, to_hf_config
 from gemma4_tpu.hf_config import with_both_key_sets
 from tests.models.checkpoints import hf_logits, make_batch, save
-from tests.models.newest import newest
+from tests.models.oldest import by_oldest
 from tests.models.test_forward import LOGIT_TOLERANCE
 
 KINDS = {"31B": "tiny", "26B-A4B": "tiny_moe", "E2B": "tiny_e2b", "12B": "tiny"}
@@ -42,18 +42,18 @@ def saved_by_the_installed(size, folder):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("version", ["newest", "installed"])
+@pytest.mark.parametrize("version", ["oldest", "installed"])
 @pytest.mark.parametrize("size", KINDS)
 def test_it_trains_merges_and_loads_back_in_both(size, version, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     base, run = tmp_path / "base", tmp_path / "run"
     tokens = np.maximum(make_batch()[0], 3)
-    if version == "newest":
-        newest(tokens, configs=[(config_of(size), base)])
+    if version == "oldest":
+        by_oldest(tokens, configs=[(config_of(size), base)])
     else:
         saved_by_the_installed(size, base)
     saved = json.loads((base / "config.json").read_text())
-    assert ("per_layer_config" in saved, "global_head_dim" in saved) == (version == "newest", version == "installed")
+    assert ("per_layer_config" in saved, "global_head_dim" in saved) == (version == "installed", version == "oldest")
     for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "generation_config.json"):
         shutil.copy(assets.ROOT / "tiny" / name, base / name)
 
@@ -65,7 +65,7 @@ def test_it_trains_merges_and_loads_back_in_both(size, version, tmp_path, monkey
 
     merged = json.loads((run / "merged" / "config.json").read_text())
     assert merged == with_both_key_sets(saved)
-    newest(tokens, logits=[(run / "merged", tmp_path / "merged.npy")])
+    by_oldest(tokens, logits=[(run / "merged", tmp_path / "merged.npy")])
     in_both = hf_logits(run / "merged", tokens), np.load(tmp_path / "merged.npy")
     assert np.abs(in_both[0] - in_both[1]).max() <= LOGIT_TOLERANCE
     parity = json.loads(next(run.glob("merges/*/parity.json")).read_text())  # the LoRA model's, by our forward pass

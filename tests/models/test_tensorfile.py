@@ -25,7 +25,7 @@ def arrays():
         "fp16": rng.standard_normal(7).astype(np.float16),
         "counter": np.int64(3)[None],
         "nothing": np.zeros((0, 4), np.float32),
-        "scalar": np.float32(2.5).reshape(()),
+        "scalar": np.full((), 2.5, np.float32),
     }
 
 
