@@ -4,9 +4,9 @@
     python -m benchmarks.slices --render                             # only the table, slices.md
 
 Ours are the LoRA plans in `experiments/plans/results`. The recipe's step (`seed_recipe.py`, rows padded to 3,072, one
-row for each place on the fsdp axis, tp as large as the heads allow, for E4B and E2B 1) is compiled up to where memory
-is assigned and kept in `results/`, one small file for each cell, not made again while it is there. Small models first;
-31B takes minutes.
+row for each place on the fsdp axis, tp as large as the heads allow, for 12B, E4B and E2B 1) is compiled up to where
+memory is assigned and kept in `results/`, one small file for each cell, not made again while it is there. Small models
+first; 31B takes minutes.
 """
 
 from __future__ import annotations

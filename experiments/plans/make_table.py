@@ -33,8 +33,9 @@ from gemma4_tpu.training.meshes import legal_meshes
 
 HERE = Path(__file__).resolve().parent
 RESULTS, TABLE = HERE / "results", HERE / "README.md"
-SIZES = ("gemma4_31b", "gemma4_26b_a4b", "gemma4_e4b", "gemma4_e2b")
-SMALL = ("gemma4_e4b", "gemma4_e2b")
+SIZES = ("gemma4_31b", "gemma4_26b_a4b", "gemma4_12b", "gemma4_e4b", "gemma4_e2b")
+SMALL = ("gemma4_12b", "gemma4_e4b", "gemma4_e2b")
+"""Those that one chip of 32 GB can hold."""
 MACHINES = ("v5p-8", "v5p-32", "v6e-4", "v6e-8", "v5e-16")
 TRAINED = {"lora": "default", "qlora": "qlora_nf4"}
 COMMON = ("lora.rank=64", "lora.alpha=64", "data.sequence_length=4096", "trainer.remat=auto", "plan.max_attempts=0")
@@ -43,11 +44,11 @@ FITS, MISFIT = 0, 1
 INTRODUCTION = """\
 LoRA (and QLoRA, nf4) of rank 64 on packed rows of 4096 tokens, one row for each place on the axes dp and fsdp and
 update, remat chosen by what fits; of up to four meshes (weights split over all chips, or only as far as leaves four
-fifths or half of HBM free, and for E4B and E2B over tp = 2, too) the cheapest. All figures are *estimated*: memory by
-the TPU compiler, which compiles the whole training step without a TPU; time from the compiler's schedule, times a band
-of measured over scheduled time (`docs/planning.md`), or, in rows without one, at 40% to 60% of the binding roofline;
-dollars from the prices in `hardware.py`. Minutes are for the paper's job: 9,959 rows of 922 tokens on average, one
-epoch. Nothing here ran on a TPU."""
+fifths or half of HBM free, and for 12B, E4B and E2B over tp = 2, too) the cheapest. All figures are *estimated*: memory
+by the TPU compiler, which compiles the whole training step without a TPU; time from the compiler's schedule, times a
+band of measured over scheduled time (`docs/planning.md`), or, in rows without one, at 40% to 60% of the binding
+roofline; dollars from the prices in `hardware.py`. Minutes are for the paper's job: 9,959 rows of 922 tokens on
+average, one epoch. Nothing here ran on a TPU."""
 
 PAPER = {"seconds_per_sample": 1.21, "hours": 3.34, "usd": 56.11, "samples": 9959, "mean_tokens": 922}
 """Quoted: the paper's run of 31B with LoRA on a v5p-8; the tokens are those of its rows, padded to 3072."""

@@ -23,6 +23,7 @@ from gemma4_tpu.config.refusals import Refusal
 from gemma4_tpu.config.serving import ServeRoot, ServingConfig
 from gemma4_tpu.errors import UserError
 from gemma4_tpu.hardware import LOCAL, SLICES
+from gemma4_tpu.hf_config import UNIFIED
 from gemma4_tpu.serving.local_checks import local_problems
 from gemma4_tpu.tracking.run import is_run
 
@@ -103,7 +104,7 @@ def examine_serve(root: ServeRoot) -> tuple[ServeChecked | None, list[Refusal]]:
     elif architecture is not None and model is not None and not messages:
         refused, notes = _split(serving, architecture)
         messages += refused + _length(serving, model)
-        notes += _text_only(serving, model)
+        notes += _on_tpu(serving, model) if SLICES[serving.slice].chip.platform == "tpu" else []
     messages += name_problem(root.name)
     if root.run_dir is not None and "://" in root.run_dir:
         messages.append(f"run_dir={root.run_dir}: the record of a server is local")
@@ -326,11 +327,17 @@ def _length(serving: ServingConfig, model: Path) -> list[str]:
     return []
 
 
-def _text_only(serving: ServingConfig, model: Path) -> list[str]:
+def _on_tpu(serving: ServingConfig, model: Path) -> list[str]:
+    """Checkpoints that vLLM's JAX implementation has no model for, or was seen to refuse."""
     config = json.loads((model / "config.json").read_text(encoding="utf-8"))
-    if "text_config" in config or SLICES[serving.slice].chip.platform != "tpu":
+    if serving.env.get("MODEL_IMPL_TYPE") == "vllm":
         return []
-    return [
+    if config.get("model_type") in UNIFIED:
+        return [
+            f"config.json: model_type={config['model_type']} (12B) is none of the models of tpu-inference 0.32, vLLM's"
+            " JAX implementation; serving.env.MODEL_IMPL_TYPE=vllm takes vLLM's PyTorch one (as serving=v6e4_12b does)"
+        ]
+    return [] if "text_config" in config else [
         "config.json is that of a text-only checkpoint (no text_config), which vLLM's JAX implementation of Gemma 4 was"
         " seen to refuse; merge onto the multimodal checkpoint that Google publishes if it does"
-    ]
+    ]  # fmt: skip

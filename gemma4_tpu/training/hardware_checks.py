@@ -10,7 +10,7 @@ from gemma4_tpu.prices import kind_of, price_of, regions, spoken
 
 BYTES_TRAINED_IN_FULL = 16
 """Of each parameter: weight, gradient and two moments in float32."""
-LARGE = {"gemma4_31b": 31e9, "gemma4_26b_a4b": 26e9}
+LARGE = {"gemma4_31b": 31e9, "gemma4_26b_a4b": 26e9, "gemma4_12b": 12e9}
 """Parameters of the sizes that only large slices train in full."""
 
 

@@ -68,6 +68,7 @@ REFUSALS = [
     ),
     (["model=gemma4_31b", "model.path=random:0", "lora=none", "hardware=v5p8"], "496 GB of HBM, v5p8 has 411 GB; give"),
     (["model=gemma4_26b_a4b", "model.path=random:0", "lora=none"], "takes 416 GB of HBM; give lora=default, another"),
+    (["model=gemma4_12b", "model.path=random:0", "lora=none", "hardware=v6e4"], "192 GB of HBM, v6e4 has 134 GB; give"),
     (["hardware.name=2xv5p-8"], "several slices joined by the data-centre network (multi-slice) are not supported"),
     (
         ["hardware.spot=true", "hardware.flex_start=true"],
@@ -192,7 +193,8 @@ def test_auto_takes_the_largest_legal_tp():
     assert mesh("gemma4_31b", 8) == (1, 2, 4)  # four global key/value heads
     assert mesh("gemma4_31b", 32) == (1, 8, 4)
     assert mesh("gemma4_26b_a4b", 8) == (1, 4, 2)  # two global key/value heads
-    assert mesh("gemma4_e2b", 8) == (1, 1, 8)  # one key/value head is held by all
+    assert mesh("gemma4_12b", 8) == (1, 1, 8)  # one global key/value head is held by all, and so are E2B's
+    assert mesh("gemma4_e2b", 8) == (1, 1, 8)
     assert mesh("tiny", 1) == (1, 1, 1)
 
 

@@ -20,7 +20,7 @@ from gemma4_tpu.models.sharding import make_mesh, places
 from gemma4_tpu.models.tensorfile import Checkpoint
 from tests.export.conftest import same
 from tests.export.runs import make_run
-from tests.models.checkpoints import hf_logits, load_hf, make_batch
+from tests.models.checkpoints import OTHERS, UNIFIED, hf_logits, load_hf, make_batch
 
 BASES = [
     ("dense", "causal"),
@@ -29,6 +29,7 @@ BASES = [
     ("moe", "multimodal"),
     ("e2b", "causal"),
     ("e4b", "multimodal"),
+    (UNIFIED, "multimodal"),
 ]
 
 
@@ -65,9 +66,10 @@ def test_transformers_and_peft_have_the_logits_of_the_lora_model(kind, prefix, r
     np.testing.assert_allclose(hf_logits(run / "merged", tokens), ours, atol=2e-3)
     np.testing.assert_allclose(peft_logits(base, run / "adapter", tokens), ours, atol=2e-3)
     assert np.abs(ours - plain).max() > 0.1
-    towers = {name.split(".")[1] for name in open_trained(run, ExportConfig()).match.passthrough}
-    assert ("vision_tower" in towers) == (prefix == "multimodal")
-    assert ("audio_tower" in towers) == (prefix == "multimodal" and kind == "e4b")
+    others = open_trained(run, ExportConfig()).match.passthrough
+    assert {name.split(".")[1] for name in others} == (OTHERS[kind] if prefix == "multimodal" else set())
+    for name in others:
+        same(Checkpoint(str(run / "merged")).read(name), Checkpoint(str(base)).read(name))
     parity = json.loads(next(run.glob("merges/*/parity.json")).read_text())
     assert parity["passed"] and parity["weights"]["worst"] <= 1
     assert parity["logits"]["differs_from_base"] and parity["logits"]["merged_to_lora"] < 1e-4

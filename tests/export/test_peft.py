@@ -9,12 +9,18 @@ from safetensors.numpy import load_file
 
 from gemma4_tpu.config.schema import LoraConfig
 from gemma4_tpu.export.peft import vllm_warning
-from tests.models.checkpoints import load_hf
+from tests.models.checkpoints import UNIFIED, load_hf
 
 
 @pytest.mark.parametrize(
     ("kind", "prefix", "targets"),
-    [("dense", "causal", None), ("dense", "multimodal", None), ("e2b", "multimodal", ["mlp"]), ("moe", "causal", None)],
+    [
+        ("dense", "causal", None),
+        ("dense", "multimodal", None),
+        ("e2b", "multimodal", ["mlp"]),
+        ("moe", "causal", None),
+        (UNIFIED, "multimodal", None),
+    ],
 )
 def test_target_modules_match_the_adapted_modules_and_no_others(kind, prefix, targets, run_of, merge):
     lora = LoraConfig(rank=4, **({"targets": targets} if targets else {}))

@@ -2,7 +2,7 @@
 
 Every architecture in miniature, with two or more repeats of its layer pattern, a window shorter than the sequences,
 and non-trivial norms, layer scalars and router scales (transformers initialises all of those to ones).
-Folders are made once per process and shared: copy one before changing it. `newest.py` runs this module as a program,
+Folders are made once per process and shared: copy one before changing it. `oldest.py` runs this module as a program,
 with another transformers.
 """
 
@@ -58,12 +58,16 @@ _TEXT = {
         "attention_k_eq_v": True,
     },
 }  # fmt: skip
+_TOWER, _HEARING = {"vision_tower", "embed_vision"}, {"audio_tower", "embed_audio"}
+OTHERS = {
+    "dense": _TOWER, "moe": _TOWER, "e2b": _TOWER | _HEARING, "e4b": _TOWER | _HEARING,
+    UNIFIED: {"vision_embedder", "embed_vision", "embed_audio"},
+}  # fmt: skip
+"""What a multimodal checkpoint holds beside the text model, as its tensors' names begin."""
 _VISION = {
     "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2,
     "num_key_value_heads": 2, "head_dim": 8, "patch_size": 4, "position_embedding_size": 8,
 }  # fmt: skip
-
-
 _UNIFIED_VISION = {"patch_size": 4, "mm_embed_dim": 64, "mm_posemb_size": 16, "output_proj_dims": 64}
 _AUDIO = {  # the small sizes hear too
     "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "subsampling_conv_channels": [4, 4],
@@ -180,8 +184,6 @@ def _program(job: dict) -> None:
     """What a child process is asked for: checkpoints to make, and logits [B, T, V] to write as .npy files."""
     import transformers
 
-    for kind, prefix, folder in job.get("kinds", []):
-        save(_model(kind, prefix), Path(folder))
     for config, folder in job.get("configs", []):
         config = transformers.AutoConfig.for_model(**config)
         save(transformers.AutoModelForCausalLM.from_config(config), Path(folder))

@@ -6,7 +6,7 @@ import pytest
 
 from gemma4_tpu.models import sharding
 from gemma4_tpu.models.decode import Sampling, generate, sample
-from tests.models.checkpoints import KINDS, VOCAB_SIZE, load_hf, make_checkpoint
+from tests.models.checkpoints import KINDS, UNIFIED, VOCAB_SIZE, load_hf, make_checkpoint
 from tests.models.test_forward import load
 
 NEW = 12
@@ -46,7 +46,7 @@ def hf_greedy(folder, row: np.ndarray) -> list[int]:
     return made[0, len(row) :].tolist()
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", [*KINDS, UNIFIED])
 def test_greedy_tokens_are_those_of_transformers(kind):
     """Prompts shorter and longer than the window of 8, generated past it, padded by different amounts in one batch."""
     rows = prompts(3, 11, 24)

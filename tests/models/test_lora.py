@@ -32,6 +32,7 @@ RANK_64 = LoraConfig(rank=64, alpha=64.0)
     [
         # 31B: 50 sliding layers with one fused K/V projection, 10 global ones whose K is V
         ("gemma4_31b", {"q_einsum": 60, "kv_einsum": 50, "k_einsum": 10, "attn_vec_einsum": 60, "mlp": 180}),
+        ("gemma4_12b", {"q_einsum": 48, "kv_einsum": 40, "k_einsum": 8, "attn_vec_einsum": 48, "mlp": 144}),
         # 26B-A4B: the dense MLP beside the experts is adapted, router and experts are not
         ("gemma4_26b_a4b", {"q_einsum": 30, "kv_einsum": 25, "k_einsum": 5, "attn_vec_einsum": 30, "mlp": 90}),
         # E-series: KV-shared layers project no keys and values

@@ -10,7 +10,7 @@ from gemma4_tpu.errors import UserError
 from gemma4_tpu.models.match import PREFIXES, match
 from gemma4_tpu.models.names import name_map, peft_tensors
 from gemma4_tpu.models.tensorfile import Checkpoint
-from tests.models.checkpoints import KINDS, make_checkpoint
+from tests.models.checkpoints import KINDS, OTHERS, UNIFIED, make_checkpoint
 
 
 def open_checkpoint(kind, **options):
@@ -24,7 +24,7 @@ def shapes_of(checkpoint):
 
 
 @pytest.mark.parametrize("options", [{}, {"prefix": "multimodal", "shards": 3}], ids=["causal", "multimodal-sharded"])
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", [*KINDS, UNIFIED])
 def test_every_text_tensor_survives_the_round_trip_bit_by_bit(kind, options):
     arch, checkpoint = open_checkpoint(kind, **options)
     found = match(arch, shapes_of(checkpoint), checkpoint.folder)
@@ -38,9 +38,7 @@ def test_every_text_tensor_survives_the_round_trip_bit_by_bit(kind, options):
     for name, value in back.items():
         np.testing.assert_array_equal(value, checkpoint.read(name), err_msg=name)
     if options:
-        others = {name.split(".")[1] for name in found.passthrough}
-        hears = {"audio_tower", "embed_audio"} if kind in ("e2b", "e4b") else set()
-        assert others == {"vision_tower", "embed_vision"} | hears
+        assert {name.split(".")[1] for name in found.passthrough} == OTHERS[kind]
     else:
         assert found.passthrough == ()
 

@@ -48,7 +48,8 @@ def after(words, flag):
 
 @pytest.mark.parametrize("option", [option for option in groups_of(SERVE)["serving"] if option != "local"])
 def test_every_recipe_passes_the_checks_and_holds_flags_that_vllm_has(option, merged, dry_run):
-    words = dry_run(merged("gemma4_26b_a4b" if "moe" in option else "gemma4_31b"), f"serving={option}")
+    size = {"v6e4_moe": "gemma4_26b_a4b", "v6e4_12b": "gemma4_12b"}.get(option, "gemma4_31b")
+    words = dry_run(merged(size), f"serving={option}")
     serve = words[words.index("serve") :]
     assert {word[2:] for word in serve if word.startswith("--")} <= known_flags()
     assert len(known_flags()) == 408
@@ -66,6 +67,22 @@ def test_the_papers_command(merged, dry_run, port):
         "--served-model-name", "model", "--tensor-parallel-size", "8", "--max-model-len", "16384",
         "--gpu-memory-utilization", "0.9", "--disable-chunked-mm-input", "--reasoning-parser", "gemma4",
     ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (["serving=v6e4_12b", "serving.env={MODEL_IMPL_TYPE: flax_nnx}"], True),
+        (["serving=v6e4_12b"], False),
+        (["serving=h100x2"], False),
+    ],
+)
+def test_that_tpus_have_no_jax_model_of_12b_is_told(words, told, merged, port):
+    model = merged("gemma4_12b")
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps(config | {"model_type": "gemma4_unified"}))
+    notes = load([f"run={model}", f"serving.port={port}", *words], SERVE).checked.notes
+    assert any("model_type=gemma4_unified (12B) is none of" in note for note in notes) == told
 
 
 def test_flags_become_words(merged, dry_run, monkeypatch):

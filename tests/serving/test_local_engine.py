@@ -23,7 +23,7 @@ from gemma4_tpu.serving.local_sampling import (
     choose,
     logprob,
 )
-from tests.models.checkpoints import load_hf, make_checkpoint
+from tests.models.checkpoints import UNIFIED, load_hf, make_checkpoint
 from tests.serving import TINY
 
 
@@ -60,10 +60,11 @@ class Asked:
         return found
 
 
-def test_answers_side_by_side_are_those_that_transformers_gives(engine, tmp_path):
-    """KV-shared layers, the multimodal class; prompts that join late and leave early, beyond the window."""
-    folder = tmp_path / "e2b"
-    shutil.copytree(make_checkpoint("e2b", prefix="multimodal"), folder)
+@pytest.mark.parametrize("kind", ["e2b", UNIFIED])
+def test_answers_side_by_side_are_those_that_transformers_gives(kind, engine, tmp_path):
+    """KV-shared layers, the multimodal classes; prompts that join late and leave early, beyond the window."""
+    folder = tmp_path / kind
+    shutil.copytree(make_checkpoint(kind, prefix="multimodal"), folder)
     for name in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copy(TINY / name, folder)
     draw, model, made = torch.Generator().manual_seed(1), load_hf(folder), engine(folder)
