@@ -67,7 +67,7 @@ def from_answers(trained: Trained) -> list[dict[str, Any]]:
     rows = [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line]
     before = {row["prompt"]: row["answer"] for row in rows if row["update"] == 0}
     after = {row["prompt"]: row["answer"] for row in rows if row["update"] == trained.state.update}
-    probes = []
+    probes: list[dict[str, Any]] = []
     for prompt in before.keys() & after.keys():
         start, base, merged = (
             tokenizer.encode(text, add_special_tokens=False).ids for text in (prompt, before[prompt], after[prompt])
