@@ -48,7 +48,9 @@ def load_train(argv: list[str]) -> Loaded[TrainRoot, Checked]:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Exit code: 0 finished, 2 refused (one message on stderr), 3 hung, 42 preempted and saved, 130 interrupted."""
+    """Exit code: 0 finished (or stopped by `trainer.time_limit`, and saved), 2 refused (one message on stderr), 3 hung,
+    42 preempted and saved, 130 interrupted.
+    """
     return exit_code(lambda: _run(load_train(list(sys.argv[1:] if argv is None else argv))))
 
 
@@ -107,6 +109,8 @@ def _record(loaded: Loaded[TrainRoot, Checked], hosts: Hosts, preemption: Preemp
     if result.status == "preempted":
         log.warning("preempted and saved at update %d: run_dir=%s goes on from there", result.updates, folder.address)
         return PREEMPTED
+    if result.ended:
+        log.warning("ended after update %d: %s", result.updates, result.ended)
     if folder.write:
         steps = [f"look at {path}" for path in drawn[:1]]
         if not (config.model.path or "").startswith("random:"):

@@ -31,6 +31,7 @@ from gemma4_tpu.training.batches import Batches, make_batches
 from gemma4_tpu.training.checkpoint import Checkpoints
 from gemma4_tpu.training.checks import Checked, warmup_warning
 from gemma4_tpu.training.compile_cache import log_compile_cache, use_compile_cache
+from gemma4_tpu.training.endings import TimeLimit, check_patience
 from gemma4_tpu.training.hosts import Hosts
 from gemma4_tpu.training.loop import Loop
 from gemma4_tpu.training.prediction import predict
@@ -91,7 +92,7 @@ def train(loaded: Loaded[TrainRoot, Checked], folder: RunFolder, hosts: Hosts, p
     Raises:
       UserError: what files, devices or an earlier start of the run forbid.
     """
-    config = loaded.root
+    config, time_limit = loaded.root, TimeLimit(loaded.root.trainer.time_limit, hosts)
     use_compile_cache(config.trainer.compile_cache)
     resume_from = hosts.from_first(lambda: resume.newest_verified(folder.checkpoints))
 
@@ -107,7 +108,8 @@ def train(loaded: Loaded[TrainRoot, Checked], folder: RunFolder, hosts: Hosts, p
     batches = make_batches(data, config.data, config.trainer, mesh)
     run = Run(config, loaded.overrides, folder, hosts, resume_from, base, start, tokenizer, data, mesh, batches)
     check_profile(config.trainer.profile, run.updates)
-    if told := hosts.from_first(lambda: resume.nothing_left(folder, resume_from, run.updates)):
+    check_patience(config.trainer, bool(batches.heldout))
+    if told := hosts.from_first(lambda: resume.nothing_left(folder, resume_from, run.updates, config.trainer)):
         log.info(told)
         return None
     if (warning := warmup_warning(config.optimizer, run.updates)) and warning not in loaded.checked.warnings:
@@ -129,7 +131,7 @@ def train(loaded: Loaded[TrainRoot, Checked], folder: RunFolder, hosts: Hosts, p
     folder.begun()
     if start is not None:
         start.tell(folder, base.fingerprint)
-    return _loop(run, recipe, setup, replay, preemption)
+    return _loop(run, recipe, setup, replay, preemption, time_limit)
 
 
 def _made_of(run: Run) -> Provenance:
@@ -145,7 +147,9 @@ def _made_of(run: Run) -> Provenance:
     )
 
 
-def _loop(run: Run, recipe: Recipe, setup: Setup, replay: Replay | None, preemption: Preemption) -> Result:
+def _loop(
+    run: Run, recipe: Recipe, setup: Setup, replay: Replay | None, preemption: Preemption, time_limit: TimeLimit
+) -> Result:
     """Runs the updates there are to run, under the eyes of a watchdog."""
     config, folder, pipeline = run.config, run.folder, run.batches.pipeline
     checkpoints = Checkpoints(folder.checkpoints, config.checkpoint, setup.trained_leaves, setup.mesh)
@@ -167,6 +171,7 @@ def _loop(run: Run, recipe: Recipe, setup: Setup, replay: Replay | None, preempt
         report=reports,
         flush=folder.push,
         preemption=preemption,
+        time_limit=time_limit,
         watchdog=watchdog,
         sample=lambda trained, update: answers(setup, trained, update, tracker),
         profile=Profile(config.trainer.profile, folder.path if folder.write else None),

@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from gemma4_tpu.config.durations import FORMS, seconds_of
 from gemma4_tpu.config.keys import did_you_mean
 
 MAX_WEIGHT = 1000
@@ -17,7 +18,8 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "data.packing": ("true", "false", "buckets"),
     "data.thoughts": ("drop", "train"),
     "data.train_on": ("all", "last"),
-    "optimizer.schedule": ("cosine", "linear", "constant"),
+    "optimizer.kind": ("adamw", "adafactor", "lion", "muon", "schedule_free"),
+    "optimizer.schedule": ("cosine", "linear", "constant", "wsd"),
     "trainer.remat": ("none", "products", "attention", "decoder", "auto"),  # from most memory to most arithmetic
     "trainer.attention": ("auto", "splash", "einsum"),
     "trainer.compute_dtype": ("auto", "bfloat16", "float32"),
@@ -48,7 +50,10 @@ RANGES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "data.heldout_fraction": _DECAY, "data.max_rows": _FROM_1, "data.max_drop_fraction": _SHARE,
     "data.sequence_length": (lambda v: v >= 2, "at least 2"),
     "optimizer.learning_rate": _POSITIVE, "optimizer.b1": _DECAY, "optimizer.b2": _DECAY, "optimizer.eps": _POSITIVE,
+    "optimizer.decay_rate": _POSITIVE, "optimizer.clipping_threshold": _FROM_1, "optimizer.beta": _DECAY,
+    "optimizer.ns_steps": _FROM_1, "optimizer.consistent_rms": _POSITIVE,
     "optimizer.weight_decay": _FROM_0, "optimizer.warmup_updates": _FROM_0, "optimizer.end_fraction": _SHARE,
+    "optimizer.warmup_fraction": _SHARE, "optimizer.decay_fraction": _PART,
     "optimizer.max_grad_norm": (lambda v: v > 0, "more than 0 (null: off)"),
     "trainer.max_updates": _FROM_1, "trainer.epochs": _POSITIVE, "trainer.global_batch_tokens": _FROM_1,
     "trainer.global_batch_sequences": _FROM_1, "trainer.microbatches": _FROM_1, "trainer.eval_every": _FROM_0,
@@ -56,6 +61,9 @@ RANGES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "trainer.sample_prompts": _FROM_0, "trainer.sample_tokens": _FROM_1,
     "trainer.log_every": _FROM_1, "trainer.loss_chunk_tokens": _FROM_1,
     "trainer.spike_factor": (lambda v: 1 < v < math.inf, "more than 1 (null: off)"),
+    "trainer.ema_decay": (lambda v: 0 < v < 1, "more than 0 and less than 1 (null: off)"),
+    "trainer.patience": _FROM_1, "trainer.min_delta": _FROM_0,
+    "trainer.time_limit": (lambda v: (seconds_of(v) or 0) > 0, f"a time of more than 0: {FORMS}"),
     "trainer.stall_seconds": _POSITIVE,
     "distributed.num_processes": _FROM_1, "distributed.process_id": _FROM_0,
     "checkpoint.every": _FROM_1, "checkpoint.keep": _FROM_1,

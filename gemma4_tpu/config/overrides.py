@@ -28,7 +28,8 @@ from gemma4_tpu.config.refusals import Refusal
 from gemma4_tpu.config.synonyms import synonym
 from gemma4_tpu.config.values import bad_value
 
-LENGTHS = ("trainer.epochs", "trainer.max_updates")
+ONE_OF = (("trainer.epochs", "trainer.max_updates"), ("optimizer.warmup_fraction", "optimizer.warmup_updates"))
+"""Keys that say the same in two ways."""
 
 
 @dataclass(frozen=True)
@@ -86,13 +87,16 @@ def check_overrides(
 
 
 def one_length(words: list[str]) -> list[str]:
-    """What `trainer.epochs=3` or `trainer.max_updates=100` alone also says: that the other one, set in conf/, is not
-    meant. With both in these (sound) words the shorter run is meant.
+    """What one key of a pair in `ONE_OF` alone also says, such as `trainer.epochs=3`: that the other one, set in conf/,
+    is not meant. Both in these (sound) words are both meant.
     """
     overrides = [OverridesParser.create().parse_override(word) for word in words]
     given = {o.key_or_group: o.value() for o in overrides if not o.is_sweep_override()}
-    alone = [key for key in LENGTHS if given.get(key) is not None]
-    return [f"{key}=null" for key in LENGTHS if len(alone) == 1 and key not in given]
+    dropped = []
+    for pair in ONE_OF:
+        alone = [key for key in pair if given.get(key) is not None]
+        dropped += [f"{key}=null" for key in pair if len(alone) == 1 and key not in given]
+    return dropped
 
 
 def check_file(content: DictConfig, *, label: str, prefix: str, schema: type) -> list[Refusal]:

@@ -156,26 +156,57 @@ class DataConfig:
 
 @dataclass(kw_only=True)
 class OptimizerConfig:
-    """AdamW and its learning-rate schedule (`optimizer=`)."""
+    """The optimizer, one of Optax's, and its learning-rate schedule (`optimizer=`).
 
+    Keys that a kind does not have are null there.
+    """
+
+    kind: str = "adamw"
+    """`adamw`, `adafactor`, `lion`, `muon` or `schedule_free`; `optimizer=<kind>` sets it and all of its keys."""
     learning_rate: float = 1e-4
     """Peak learning rate."""
-    b1: float = 0.9
-    """Decay of the first moment."""
-    b2: float = 0.999
-    """Decay of the second moment."""
-    eps: float = 1e-8
-    """Added to the root of the second moment."""
+    b1: float | None = 0.9
+    """Decay of the first moment; of `schedule_free` the weight of the average in the values that gradients are taken
+    at. `muon` has it for Adam, which takes what is no matrix."""
+    b2: float | None = 0.999
+    """Decay of the second moment; of `lion` that of its one moment, while `b1` is for the step. `muon`: as `b1`."""
+    eps: float | None = 1e-8
+    """Added to the root of the second moment; of `adafactor` to squared gradients."""
+    decay_rate: float | None = None
+    """`adafactor`: the second moment of update u decays by 1 - u^-decay_rate."""
+    clipping_threshold: float | None = None
+    """`adafactor`: an array's step is scaled down to this root mean square; null: never."""
+    multiply_by_parameter_scale: bool | None = None
+    """`adafactor`: steps are relative to the root mean square of an array's values."""
+    beta: float | None = None
+    """`muon`: decay of the momentum that is orthogonalised."""
+    ns_steps: int | None = None
+    """`muon`: Newton-Schulz iterations."""
+    consistent_rms: float | None = None
+    """`muon`: root mean square of a step of learning rate 1, whatever the shape of the matrix; at 0.2 learning rates
+    of AdamW suit. null: a matrix's step grows with √(outputs / inputs) where that is more than 1."""
     weight_decay: float = 0.0
-    """Decoupled weight decay."""
+    """Decoupled weight decay, times the learning rate."""
     schedule: str = "cosine"
-    """After the warm-up: `cosine`, `linear` or `constant`."""
-    warmup_updates: int = 0
+    """After the warm-up: `cosine`, `linear`, `constant`, or `wsd`: constant, and linear at the end
+    (`decay_fraction`)."""
+    warmup_updates: int | None = 0
     """Updates of linear warm-up from 0. More than a tenth of the run is reported, never changed."""
+    warmup_fraction: float | None = None
+    """The warm-up as a share of the run's updates, rounded. Instead of `warmup_updates`: one of the two given on the
+    command line sets the other one aside."""
+    decay_fraction: float | None = None
+    """`schedule=wsd`: share of the run's updates over which the learning rate decays; null: 0.1."""
     end_fraction: float = 0.0
     """Learning rate at the last update, as a fraction of the peak."""
     max_grad_norm: float | None = 1.0
     """Clip the global gradient norm; null: off."""
+
+    def warmup(self, total_updates: int) -> int:
+        """Updates of warm-up in a run of `total_updates`."""
+        if self.warmup_fraction is not None:
+            return round(self.warmup_fraction * total_updates)
+        return self.warmup_updates or 0
 
 
 @dataclass(kw_only=True)
@@ -224,6 +255,17 @@ class TrainerConfig:
     plan: str | None = None
     """Folder of the plan (or its plan.json) whose step time the measured one is compared with, in `result.json`; null:
     the run folder's own, else the newest under `outputs/plan` for this configuration."""
+    ema_decay: float | None = None
+    """Decay per update of an average of the trained values, without their initial ones. Held-out losses, samples and
+    exports are then of the average; checkpoints hold both. null: there is none."""
+    patience: int | None = None
+    """End the run after so many held-out evaluations in a row that did not lower the loss (exit code 0); null:
+    never."""
+    min_delta: float = 0.0
+    """By how much a held-out loss must be below the lowest to count for `patience`, in nats per target token."""
+    time_limit: str | None = None
+    """Save and end at the first update boundary this long after the start, loading and compilation included (exit
+    code 0; the same command goes on): `2h30m`, `1d`, `90s`, or a number of minutes. null: none."""
     stall_seconds: float | None = 1800
     """No progress for this long (compilation apart) dumps all stacks and ends the run with code 3; null: never."""
     compile_cache: str | None = "auto"

@@ -23,12 +23,8 @@ _UPDATES = "counted in updates"
 MEANINGS: tuple[tuple[str, str, str], ...] = (
     # words; our setting, {} for their value; what to know about the value
     ("lr base_lr peak_lr max_lr", "optimizer.learning_rate={}", ""),
-    ("lr_scheduler lr_scheduler_type lr_schedule scheduler", "optimizer.schedule={}", "cosine, linear or constant"),
-    (
-        "warmup_ratio warmup_fraction warmup_steps_fraction",
-        "optimizer.warmup_updates=…",
-        "{} times the run's updates, which its log tells",
-    ),
+    ("lr_scheduler lr_scheduler_type lr_schedule scheduler", "optimizer.schedule={}", "cosine, linear, constant, wsd"),
+    ("warmup_ratio warmup_steps_fraction", "optimizer.warmup_fraction={}", "of the run's updates"),
     ("warmup warmup_steps num_warmup_steps warmup_iters", "optimizer.warmup_updates={}", _UPDATES),
     ("min_lr lr_min min_learning_rate", "optimizer.end_fraction=…", "{} as a fraction of the peak"),
     (
@@ -41,7 +37,7 @@ MEANINGS: tuple[tuple[str, str, str], ...] = (
     ("adam_epsilon adam_eps epsilon", "optimizer.eps={}", ""),
     ("wd", "optimizer.weight_decay={}", ""),
     ("grad_clip clip_grad_norm gradient_clipping gradient_clip_val", "optimizer.max_grad_norm={}", ""),
-    ("optim optimizer_type optimizer_name opt_type", "optimizer=adamw", "there is no other"),
+    ("optim optimizer_type optimizer_name opt_type", "optimizer=adamw", "or adafactor, lion, muon, schedule_free"),
     (
         "max_steps num_steps total_steps train_steps num_train_steps max_iters steps",
         "trainer.max_updates={}",
@@ -73,6 +69,9 @@ MEANINGS: tuple[tuple[str, str, str], ...] = (
     ),
     ("save_total_limit", "checkpoint.keep={}", ""),
     ("load_best_model_at_end", "checkpoint.keep_best={}", "merge and evaluate take checkpoint=best"),
+    ("early_stopping_patience", "trainer.patience={}", "held-out evaluations, every trainer.eval_every updates"),
+    ("early_stopping_threshold early_stopping_min_delta", "trainer.min_delta={}", ""),
+    ("max_time max_train_time time_budget", "trainer.time_limit={}", "such as 2h30m, or minutes"),
     ("eval_steps eval_interval eval_strategy evaluation_strategy", "trainer.eval_every={}", _UPDATES),
     ("logging_steps log_interval log_every_n_steps logging_interval", "trainer.log_every={}", _UPDATES),
     ("output_dir out_dir save_dir logging_dir base_output_directory", "run_dir={}", ""),

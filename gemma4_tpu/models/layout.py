@@ -18,7 +18,7 @@ from typing import Any
 from gemma4_tpu.architectures import Architecture
 from gemma4_tpu.config.schema import LoraConfig
 from gemma4_tpu.models.adapted import Adapted, OfLayer, adapted
-from gemma4_tpu.models.weights import Axes, Weight, rows, sizes
+from gemma4_tpu.models.weights import EMBEDDING, PER_LAYER_TABLE, Axes, Weight, rows, sizes
 
 Path = tuple[str | int, ...]
 
@@ -62,6 +62,20 @@ class Leaf:
     @property
     def array_shape(self) -> tuple[int, ...]:
         return (len(self.tunix_names), *self.shape) if self.stacked else self.shape
+
+    @property
+    def matrix(self) -> tuple[tuple[int, ...], tuple[int, ...]] | None:
+        """Places, in the array, of the dims that its product contracts and of those that it makes; the other dims count
+        products: layers, experts, keys and values. None: it is a vector, or a table that is looked up.
+        """
+        if self.weight.name in (EMBEDDING, PER_LAYER_TABLE):
+            return None
+        inputs, outputs = self.weight.inputs, self.weight.outputs.replace("c", "")
+        if "r" in self.dims:  # A makes the rank, B contracts it
+            inputs, outputs = (inputs, "r") if any(dim in inputs for dim in self.dims) else ("r", outputs)
+        ends = (tuple(i for i, dim in enumerate(self.dims, self.stacked) if dim in end) for end in (inputs, outputs))
+        contracted, made = ends
+        return (contracted, made) if contracted and made else None
 
 
 def _stages(arch: Architecture, adapters: tuple[OfLayer, ...]) -> tuple[LayerStage, ...]:

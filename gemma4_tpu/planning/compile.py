@@ -38,12 +38,14 @@ class Shapes:
     batch: dict[str, jax.ShapeDtypeStruct]
 
     def bytes_per_chip(self) -> dict[str, int]:
-        """What lies on each chip between updates, by kind: base, lora (or trained weights), optimizer."""
+        """What lies on each chip between updates, by kind: base, lora (or trained weights), optimizer, average."""
         trained = "weights" if self.step.full else "lora"
+        average = {} if self.state.average is None else {"average": _on_one_chip(self.state.average)}
         return {
             "base": _on_one_chip(self.base),
             trained: _on_one_chip(self.state.trained),
             "optimizer": _on_one_chip(self.state.optimizer),
+            **average,
             "batch": _on_one_chip(self.batch),
         }
 

@@ -53,8 +53,9 @@ class PlanResult:
     hbm_bytes_per_chip: int | None
     """Arguments and temporaries at their peak, as the compiler holds it against the limit."""
     hbm_parts_bytes_per_chip: dict[str, int] = field(default_factory=dict)
-    """`base` weights, `lora` (`weights` in full fine-tuning), `optimizer` state, `batch` (tokens, counters and what
-    layouts pad), `temporaries` (activations and work space)."""
+    """`base` weights, `lora` (`weights` in full fine-tuning), `optimizer` state, `average` (with
+    `trainer.ema_decay`), `batch` (tokens, counters and what layouts pad), `temporaries` (activations and work
+    space)."""
     flops_per_chip: float | None = None
     """Of one update: products, kernels and elementwise work, corrected for loops."""
     flops_parts_per_chip: dict[str, float] = field(default_factory=dict)

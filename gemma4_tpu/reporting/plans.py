@@ -23,14 +23,15 @@ _CAPACITY = {"on_demand": "On demand", "spot": "Spot", "flex_start": "Flex-start
 HIDDEN = "collectives_hidden"
 """Of `PlanResult.step_parts`: beside the core."""
 _COLOURS = {
-    "base": "#4c78c8", "weights": "#4c78c8", "lora": "#54a24b", "optimizer": "#e0a63a", "batch": "#9d9d9d",
-    "temporaries": "#d9692c", "free": "#f0f0f0",
+    "base": "#4c78c8", "weights": "#4c78c8", "lora": "#54a24b", "optimizer": "#e0a63a", "average": "#8e6bbf",
+    "batch": "#9d9d9d", "temporaries": "#d9692c", "free": "#f0f0f0",
 }  # fmt: skip
 _MEANING = {
     "base": "base weights",
     "weights": "weights (trained)",
     "lora": "LoRA",
     "optimizer": "optimizer state",
+    "average": "average (trainer.ema_decay)",
     "batch": "batch and padding",
     "temporaries": "activations, temporaries",
 }

@@ -69,7 +69,8 @@ def _why(absent: Sequence[str]) -> str:
 
 def facts(result: Result) -> list[Fact]:
     """Everything in `result.json` that is known."""
-    ended = plain(result.status) + (f": {plain(result.error)}" if result.error else "")
+    reason = result.error or result.ended
+    ended = plain(result.status) + (f": {plain(reason)}" if reason else "")
     found: list[Fact] = [("Status", ended, ""), ("Updates", f"{result.updates:,}", _MEASURED)]
     if result.skipped_updates:
         found.append(("Updates skipped as spikes", f"{result.skipped_updates:,}", _MEASURED))

@@ -17,6 +17,7 @@ from jax.stages import Wrapped
 
 from gemma4_tpu.models.gemma4 import Model, hidden_states
 from gemma4_tpu.step.loss import summed_cross_entropy
+from gemma4_tpu.step.optimizer import next_average, schedule_free_average
 
 Batch = dict[str, jax.Array]
 """tokens, targets, segment_ids, positions (int32) and target_mask (bool), each [M, B, T]."""
@@ -32,6 +33,18 @@ class TrainState(NamedTuple):
     """int32: updates done."""
     key: jax.Array
     """Dropout key of the run; folded with the update and the microbatch, never advanced."""
+    average: Any = None
+    """Exponential average of `trained`; None: none is kept."""
+
+    def evaluated(self) -> Any:
+        """The values that the run stands for, shaped like `trained`: what is evaluated, exported and begun from.
+
+        An average where one is kept, by us or by a schedule-free optimizer; else `trained` itself.
+        """
+        if self.average is not None:
+            return self.average
+        average = schedule_free_average(self.optimizer, self.trained)
+        return self.trained if average is None else average
 
 
 class UpdateMetrics(NamedTuple):
@@ -56,10 +69,14 @@ class Step:
     chunk_tokens: int = 512
     compiler_options: Mapping[str, Any] | None = field(default=None, hash=False)
     """Of `compiler_flags.py`."""
+    ema_decay: float | None = None
+    """Of the average of the trained values, per update; None: there is none."""
 
     def init(self, trained: Any, key: jax.Array) -> TrainState:
         """State before the first update."""
-        return TrainState(trained, self.optimizer.init(trained), jnp.zeros((), jnp.int32), key)
+        # A copy: an array may be donated only once.
+        average = None if self.ema_decay is None else jax.tree.map(jnp.copy, trained)
+        return TrainState(trained, self.optimizer.init(trained), jnp.zeros((), jnp.int32), key, average)
 
     def summed_loss(self, trained: Any, base: Any, rows: Batch, key: jax.Array | None) -> jax.Array:
         """Summed loss of the rows of one microbatch; arrays are [B, T]."""
@@ -109,14 +126,15 @@ class Step:
         """
         loss, grads, count = self.gradients(state, base, batch)
         changes, optimizer = self.optimizer.update(grads, state.optimizer, state.trained)
-        trained = optax.apply_updates(state.trained, changes)
-        if spike_limit is not None:  # Adam's own count goes on with the run's, so that the schedule does
-            trained = _unless(loss > spike_limit, trained, state.trained)
-            moments = {m: _unless(loss > spike_limit, *(optax.tree.get(o, m) for o in (optimizer, state.optimizer)))
-                       for m in ("mu", "nu")}  # fmt: skip
-            optimizer = optax.tree.set(optimizer, **moments)
+        trained, average = optax.apply_updates(state.trained, changes), state.average
+        if self.ema_decay is not None:
+            average = next_average(average, trained, self.ema_decay, state.update + 1)
+        if spike_limit is not None:
+            skipped = loss > spike_limit
+            trained, average = (_unless(skipped, trained, state.trained), _unless(skipped, average, state.average))
+            optimizer = _unless(skipped, optimizer, state.optimizer)
         metrics = UpdateMetrics(loss, optax.global_norm(grads), count)
-        return TrainState(trained, optimizer, state.update + 1, state.key), metrics
+        return TrainState(trained, optimizer, state.update + 1, state.key, average), metrics
 
     def evaluate(self, trained: Any, base: Any, batch: Batch) -> tuple[jax.Array, jax.Array]:
         """Summed loss and number of target tokens of an [M, B, T] batch, dropout off."""
@@ -129,7 +147,12 @@ class Step:
 
 
 def _unless(skipped: jax.Array, new: Any, old: Any) -> Any:
-    return jax.tree.map(lambda n, o: jnp.where(skipped, o, n), new, old)
+    """The old values where an update is skipped; counters go on with the run's, so that the schedule does."""
+
+    def chosen(n: jax.Array, o: jax.Array) -> jax.Array:
+        return n if jnp.issubdtype(n.dtype, jnp.integer) else jnp.where(skipped, o, n)
+
+    return jax.tree.map(chosen, new, old)
 
 
 def compiled_functions(step: Step, state: TrainState) -> tuple[Wrapped, Wrapped]:

@@ -104,7 +104,7 @@ def _bar() -> progress.Progress:
 
 def print_summary(run: RunFolder, result: Result, next_steps: Sequence[str] = ()) -> None:
     """Prints what came of the run to stdout, and what to do next (commands or paths, one per line)."""
-    rows = [("Run folder", shown(run.path)), ("Status", result.status + (f": {result.error}" * bool(result.error)))]
+    rows = [("Run folder", shown(run.path)), ("Status", _ended(result))]
     if result.heldout_loss_last is not None:
         best = f"  (best {result.heldout_loss_best:.4f}" if result.heldout_loss_best is not None else ""
         at = f" at update {result.heldout_update_best}" if best and result.heldout_update_best is not None else ""
@@ -121,6 +121,11 @@ def print_summary(run: RunFolder, result: Result, next_steps: Sequence[str] = ()
     out.print()
     for label, value in rows:
         out.print(Text(f"{label:<15}", style="bold").append(value, style="not bold"), soft_wrap=True)
+
+
+def _ended(result: Result) -> str:
+    reason = result.error or result.ended
+    return result.status + (f": {reason}" if reason else "")
 
 
 def format_seconds(seconds: float) -> str:

@@ -51,7 +51,10 @@ class Result(Totals):
     """The totals of a run, how it ended, and what follows from them; None (null) where a run doesn't know."""
 
     status: str
-    """`finished`; `preempted` (saved; the same command continues); `failed` (see `error` and log.txt)."""
+    """`finished`; `stopped` by `trainer.time_limit` or `preempted` (saved; the same command continues); `failed` (see
+    `error` and log.txt)."""
+    ended: str | None = None
+    """Why it ended before its last update by its own settings, on a line; a `finished` one by `trainer.patience`."""
     error: str | None = None
     """One line on why the run failed."""
     fill: float | None = None

@@ -34,9 +34,9 @@ log = logging.getLogger(__name__)
 MAY_CHANGE = (
     "checkpoint", "distributed", "hardware", "lora.start", "lora.start_checkpoint", "mesh", "name", "preview", "replay",
     "replay_allow", "run_dir", "tracker", "trainer.attention", "trainer.compile_cache", "trainer.epochs",
-    "trainer.eval_every", "trainer.log_every", "trainer.loss_chunk_tokens", "trainer.max_updates", "trainer.plan",
-    "trainer.profile", "trainer.remat",
-    "trainer.sample_prompts", "trainer.sample_tokens", "trainer.stall_seconds",
+    "trainer.eval_every", "trainer.log_every", "trainer.loss_chunk_tokens", "trainer.max_updates", "trainer.min_delta",
+    "trainer.patience", "trainer.plan", "trainer.profile", "trainer.remat", "trainer.sample_prompts",
+    "trainer.sample_tokens", "trainer.stall_seconds", "trainer.time_limit",
 )  # fmt: skip
 """Keys (and groups) that a resumed run may give anew; any other would make it another run."""
 

@@ -29,4 +29,4 @@ class Tracker:
         """What came of the run, such as the fields of `Result`."""
 
     def close(self, status: str = "finished") -> None:
-        """Ends tracking; any status but `finished` and `preempted` marks the run as failed."""
+        """Ends tracking; any status but `finished`, `stopped` and `preempted` marks the run as failed."""

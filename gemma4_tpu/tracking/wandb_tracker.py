@@ -115,7 +115,7 @@ class WandbTracker(Tracker):
 
     def close(self, status: str = "finished") -> None:
         """As `Tracker.close`."""
-        self._run.finish(exit_code=0 if status in ("finished", "preempted") else 1)
+        self._run.finish(exit_code=0 if status in ("finished", "stopped", "preempted") else 1)
 
 
 def _in_time(call: Callable[[], object]) -> None:

@@ -13,20 +13,23 @@ from gemma4_tpu.config.schema import CheckpointConfig
 from gemma4_tpu.errors import UserError
 from gemma4_tpu.models.layout import Leaf
 from gemma4_tpu.storage import is_remote
-from gemma4_tpu.training.checkpoint import state_bytes
 
 _MIB = 2**20
 
 
-def check_disk(checkpoints: str, config: CheckpointConfig, leaves: Iterable[Leaf]) -> None:
+def check_disk(checkpoints: str, config: CheckpointConfig, one: int) -> None:
     """Compares the checkpoints that the run will keep, and one under way, with the free space.
+
+    Args:
+      checkpoints: their folder, local or gs://.
+      config: how many are kept.
+      one: bytes of a checkpoint.
 
     Raises:
       UserError: they don't fit; gs:// is never full.
     """
     if is_remote(checkpoints):
         return
-    one = state_bytes(leaves)
     wanted = one * (config.keep + config.keep_best + 1)
     there = sum(path.stat().st_size for path in Path(checkpoints).rglob("*") if path.is_file())
     free = shutil.disk_usage(checkpoints).free
@@ -38,7 +41,7 @@ def check_disk(checkpoints: str, config: CheckpointConfig, leaves: Iterable[Leaf
         )
 
 
-def check_memory(platform: str, base: Iterable[Leaf], trained: Iterable[Leaf], value_bytes: int) -> None:
+def check_memory(platform: str, base: Iterable[Leaf], state_bytes: int, value_bytes: int) -> None:
     """Compares what the host must hold at the least with its free memory.
 
     On CPUs that is the model and its training state; elsewhere this process's part of the largest array, which is on
@@ -47,14 +50,14 @@ def check_memory(platform: str, base: Iterable[Leaf], trained: Iterable[Leaf], v
     Args:
       platform: of the devices.
       base: the weights.
-      trained: the trained values.
+      state_bytes: of the training state.
       value_bytes: of one weight on the devices.
 
     Raises:
       UserError: it doesn't fit.
     """
     sizes = [value_bytes * math.prod(leaf.array_shape) for leaf in base]
-    wanted = sum(sizes) + state_bytes(trained) if platform == "cpu" else max(sizes)
+    wanted = sum(sizes) + state_bytes if platform == "cpu" else max(sizes)
     free = psutil.virtual_memory().available
     if wanted > free:
         raise UserError(

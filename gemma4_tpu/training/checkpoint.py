@@ -1,14 +1,14 @@
-"""Checkpoints of a run: trained values, Adam moments, counters, dropout key and the data position, by Orbax.
+"""Checkpoints of a run: trained values, optimizer state, counters, dropout key and the data position, by Orbax.
 
 On disk every tensor has its own per-layer name (`layers.7.attn.q_einsum.w_lora_a`), whatever the mesh or the stacking
-in memory, so that a run can resume on another mesh and a merge can read one layer at a time.
+in memory, so that a run can resume on another mesh and a merge can read one layer at a time. `trained` are the values
+that the run stands for; where those are an average, `current` are the ones that updates go on from.
 """
 
 from __future__ import annotations
 
 import errno
 import logging
-import math
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -17,7 +17,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import optax
 import orbax.checkpoint as ocp
 from jax.sharding import Mesh, NamedSharding
 from orbax.checkpoint import checkpoint_managers as policies
@@ -26,7 +25,9 @@ from gemma4_tpu.config.schema import CheckpointConfig
 from gemma4_tpu.errors import UserError
 from gemma4_tpu.models import sharding
 from gemma4_tpu.models.layout import Leaf, build_tree, get
+from gemma4_tpu.models.layout import Path as TreePath
 from gemma4_tpu.models.weights import Axes
+from gemma4_tpu.step.optimizer_state import Part, parts
 from gemma4_tpu.step.train_step import TrainState
 from gemma4_tpu.storage import is_remote, join, list_folder
 from gemma4_tpu.training import checksums
@@ -36,7 +37,6 @@ CHUNK_BYTES = 32 << 20  # large tensors are saved in pieces, so that a merge nee
 _UNDER_WAY = ".orbax-checkpoint-tmp"  # ending of the folder of a save under way, until all of it is there
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _FULL_SAID = ("No space left", "Disk quota exceeded", "File too large")
-_MOMENTS = ("mu", "nu")  # AdamW's two moments, shaped like the trained tree
 
 
 class Checkpoints:
@@ -116,10 +116,11 @@ class Checkpoints:
         """
         abstract = jax.eval_shape(partial(_to_disk, leaves=self._leaves), state)
         axes = {name: leaf.axes for leaf in self._leaves for name in leaf.tunix_names}
+        shapes = {name: leaf.shape for leaf in self._leaves for name in leaf.tunix_names}
         targets = {
-            group: {name: self._target(axes[name], x) for name, x in value.items()}
+            group: {name: self._target(axes[name] if x.shape == shapes[name] else (), x) for name, x in value.items()}
             if isinstance(value, dict)
-            else self._target((), value)  # counters and keys lie everywhere
+            else self._target((), value)  # scalars and keys lie everywhere
             for group, value in abstract.items()
         }
         wanted = ocp.args.Composite(state=ocp.args.StandardRestore(targets), position=ocp.args.JsonRestore())
@@ -172,21 +173,60 @@ def _heldout_loss(metrics: dict[str, float]) -> float:
 
 
 def _to_disk(state: TrainState, leaves: list[Leaf]) -> dict[str, Any]:
-    """The state as flat dicts from tensor name to array."""
-    disk: dict[str, Any] = {"trained": _unstack(state.trained, leaves)}
-    for moment in _MOMENTS:
-        disk[moment] = _unstack(optax.tree.get(state.optimizer, moment), leaves)
+    """The state as flat dicts from tensor name to array; a field of the optimizer's that is a scalar as itself.
+
+    Counters are not saved: each of them counts the updates.
+    """
+    evaluated = state.evaluated()
+    disk: dict[str, Any] = {"trained": _unstack(evaluated, leaves)}
+    if evaluated is not state.trained:
+        disk["current"] = _unstack(state.trained, leaves)
+    by_path = {leaf.path: leaf for leaf in leaves}
+    fields: dict[str, dict[TreePath, jax.Array]] = {}
+    for part, array in _saved_parts(state):
+        if part.path is None:
+            disk[part.field] = array
+        else:
+            fields.setdefault(part.field, {})[part.path] = array
+    for field, arrays in fields.items():
+        own = [by_path[path] for path in arrays]
+        disk[field] = _unstack(build_tree(iter(arrays.items())), own)
     return disk | {"update": state.update, "key": jax.random.key_data(state.key)}
 
 
 def _from_disk(disk: dict[str, Any], like: TrainState, leaves: list[Leaf]) -> TrainState:
-    """Inverse of `_to_disk`; every counter of the optimizer equals the number of updates."""
-    trees = {group: _stack(disk[group], leaves) for group in ("trained", *_MOMENTS)}
-    trees = {group: jax.tree.map(_like, tree, like.trained) for group, tree in trees.items()}
-    optimizer = optax.tree.set(like.optimizer, mu=trees["mu"], nu=trees["nu"], count=disk["update"])
+    """Inverse of `_to_disk`; `like` is the state before the first update."""
+    saved, current = (_stack(disk[name], leaves, like.trained) for name in ("trained", _current(disk)))
+    by_path, update = {leaf.path: leaf for leaf in leaves}, disk["update"]
+
+    def restored(part: Part, initial: jax.Array) -> jax.Array:
+        if _is_counter(initial):
+            return initial + update
+        if part.path is None:
+            return disk[part.field]
+        return _like(_joined(disk[part.field], by_path[part.path]), initial)
+
+    initial, tree = jax.tree.flatten(like.optimizer)
+    optimizer = jax.tree.unflatten(tree, map(restored, parts(like.optimizer, like.trained), initial))
     key = jax.random.wrap_key_data(disk["key"], impl=jax.random.key_impl(like.key))
-    state = TrainState(trees["trained"], optimizer, disk["update"], key)
+    average = None if like.average is None else saved
+    state = TrainState(current, optimizer, update, key, average)
     return jax.tree.map(lambda x: jnp.copy(x) if x.ndim == 0 else x, state)  # an array may be donated only once
+
+
+def _current(disk: dict[str, Any]) -> str:
+    return "current" if "current" in disk else "trained"
+
+
+def _saved_parts(state: TrainState) -> list[tuple[Part, jax.Array]]:
+    """What is saved of the optimizer's state: all but counters."""
+    arrays = jax.tree.leaves(state.optimizer)
+    named = zip(parts(state.optimizer, state.trained), arrays, strict=True)
+    return [(part, array) for part, array in named if not _is_counter(array)]
+
+
+def _is_counter(x: Any) -> bool:
+    return jnp.issubdtype(x.dtype, jnp.integer)
 
 
 def _like(x: jax.Array, y: jax.Array) -> jax.Array:
@@ -209,13 +249,20 @@ def _unstack(tree: Any, leaves: list[Leaf]) -> dict[str, jax.Array]:
     return _slices(tree, tuple(leaves))
 
 
-def _stack(flat: dict[str, jax.Array], leaves: list[Leaf]) -> Any:
-    return build_tree(
-        (leaf.path, jnp.stack([flat[n] for n in leaf.tunix_names]) if leaf.stacked else flat[leaf.tunix_names[0]])
-        for leaf in leaves
-    )
+def _stack(flat: dict[str, jax.Array], leaves: list[Leaf], like: Any) -> Any:
+    return build_tree((leaf.path, _like(_joined(flat, leaf), get(like, leaf.path))) for leaf in leaves)
 
 
-def state_bytes(leaves: Iterable[Leaf]) -> int:
-    """Bytes of one checkpoint: values and two moments in float32."""
-    return 3 * 4 * sum(math.prod(leaf.array_shape) for leaf in leaves)
+def _joined(flat: dict[str, jax.Array], leaf: Leaf) -> jax.Array:
+    return jnp.stack([flat[n] for n in leaf.tunix_names]) if leaf.stacked else flat[leaf.tunix_names[0]]
+
+
+def state_bytes(state: TrainState) -> int:
+    """Bytes of the trained values, the optimizer's state and the average, from arrays or shapes."""
+    return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves((state.trained, state.optimizer, state.average)))
+
+
+def saved_bytes(state: TrainState, leaves: Iterable[Leaf]) -> int:
+    """Bytes of one checkpoint, from shapes."""
+    disk = jax.eval_shape(partial(_to_disk, leaves=list(leaves)), state)
+    return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(disk))

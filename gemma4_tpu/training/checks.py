@@ -33,6 +33,7 @@ from gemma4_tpu.hardware import MeshSizes, slice_of
 from gemma4_tpu.storage import is_remote
 from gemma4_tpu.training.hardware_checks import full_problems, hardware_problems, price_warning
 from gemma4_tpu.training.meshes import resolve_mesh
+from gemma4_tpu.training.optimizer_checks import optimizer_problems, stop_problems, trained_bytes
 from gemma4_tpu.training.recipe import batch_key, count, rows_per_microbatch, rows_per_update
 
 LORA_TARGETS = ("attention", "mlp")
@@ -80,6 +81,7 @@ def examine_train(root: TrainRoot) -> tuple[Checked | None, list[Refusal]]:
     """Everything that can be checked without JAX: what was found out, or the problems."""
     messages = limit_problems(root, CHOICES)
     messages += _lengths(root.trainer) + _batch(root.trainer, root.data) + _lora(root.lora)
+    messages += optimizer_problems(root.optimizer, root.trainer) + stop_problems(root.trainer)
     messages += data_problems(root.data) + _tracker(root.tracker) + _run(root)
     architecture, model_messages = checkpoint_architecture(root.model)
     messages += model_messages
@@ -96,11 +98,11 @@ def examine_train(root: TrainRoot) -> tuple[Checked | None, list[Refusal]]:
 
 def warmup_warning(optimizer: OptimizerConfig, updates: int) -> str | None:
     """A line for a warm-up of more than a tenth of the run's updates; None: it is not."""
-    if optimizer.warmup_updates * 10 <= updates:
+    warmup = optimizer.warmup(updates)
+    if warmup * 10 <= updates:
         return None
-    return (
-        f"optimizer.warmup_updates={optimizer.warmup_updates} is more than a tenth of the run's {updates} updates"
-        + ("; the peak learning rate is never reached" if optimizer.warmup_updates >= updates else "")
+    return f"optimizer.warmup_updates={warmup} is more than a tenth of the run's {updates} updates" + (
+        "; the peak learning rate is never reached" if warmup >= updates else ""
     )
 
 
@@ -186,7 +188,8 @@ def _tracker(tracker: TrackerConfig) -> list[str]:
 
 
 def _run(root: TrainRoot) -> list[str]:
-    messages = hardware_problems(root.hardware) + full_problems(root.hardware, root.lora, root.model.name)
+    each = trained_bytes(root.optimizer, root.trainer)
+    messages = hardware_problems(root.hardware) + full_problems(root.hardware, root.lora, root.model.name, each)
     wanted = slice_of(root.hardware)
     if wanted and wanted.chip.platform != "tpu" and root.trainer.attention == "splash":
         messages.append(f"trainer.attention=splash: a TPU kernel, but {wanted.name} has GPUs; give auto or einsum")

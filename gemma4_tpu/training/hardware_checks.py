@@ -8,8 +8,6 @@ from gemma4_tpu.errors import UserError
 from gemma4_tpu.hardware import GB, LOCAL, SLICES, chip_of, option_name, slice_of
 from gemma4_tpu.prices import kind_of, price_of, regions, spoken
 
-BYTES_TRAINED_IN_FULL = 16
-"""Of each parameter: weight, gradient and two moments in float32."""
 LARGE = {"gemma4_31b": 31e9, "gemma4_26b_a4b": 26e9, "gemma4_12b": 12e9}
 """Parameters of the sizes that only large slices train in full."""
 
@@ -34,11 +32,14 @@ def hardware_problems(hardware: HardwareConfig) -> list[str]:
     return messages
 
 
-def full_problems(hardware: HardwareConfig, lora: LoraConfig, model_name: str) -> list[str]:
-    """Full fine-tuning of a large size on a slice that is not known to have the memory for it."""
+def full_problems(hardware: HardwareConfig, lora: LoraConfig, model_name: str, value_bytes: int) -> list[str]:
+    """Full fine-tuning of a large size on a slice that is not known to have the memory for it.
+
+    `value_bytes`: of a weight and all that training keeps for it.
+    """
     if lora.enabled or model_name not in LARGE:
         return []
-    wanted, needed = slice_of(hardware), BYTES_TRAINED_IN_FULL * LARGE[model_name]
+    wanted, needed = slice_of(hardware), value_bytes * LARGE[model_name]
     if wanted is not None and wanted.hbm_bytes > needed:
         return []
     there = "" if wanted is None else f", {option_name(wanted.name)} has {wanted.hbm_bytes / GB:,.0f} GB"

@@ -18,6 +18,7 @@ from gemma4_tpu.step.train_step import TrainState, UpdateMetrics
 from gemma4_tpu.tracking.result import Result, Totals
 from gemma4_tpu.training.batches import Batches
 from gemma4_tpu.training.checkpoint import Checkpoints
+from gemma4_tpu.training.endings import Patience, TimeLimit
 from gemma4_tpu.training.prediction import Prediction
 from gemma4_tpu.training.preemption import Preemption
 from gemma4_tpu.training.profile import Profile
@@ -62,6 +63,7 @@ class Loop:
     flush: Callable[[], None]
     """Called before each save: what was reported is then where the checkpoint will be."""
     preemption: Preemption
+    time_limit: TimeLimit
     watchdog: Watchdog
     sample: Callable[[Any, int], None]
     """Takes the trained values at each held-out evaluation: answers to held-out prompts."""
@@ -70,7 +72,7 @@ class Loop:
     """The step time of the run's plan."""
 
     def run(self, resume_from: int | None) -> Result:
-        """Trains to the last update, or to the one that a preemption stops at, and returns the result.
+        """Trains to the last update, or to the one that something stops at, and returns the result.
 
         Args:
           resume_from: the update whose checkpoint to continue from; None: from the start.
@@ -78,11 +80,12 @@ class Loop:
         Raises:
           Diverged: NaN or infinity; the checkpoints before it are kept.
         """
-        state, totals, spikes = self._begin(resume_from)
+        state, totals, spikes, patience = self._begin(resume_from)
         tally = Tally(self.setup, self.rates, totals, self.prediction)
-        done, last, stops = int(state.update), self.batches.pipeline.total_updates, False
+        done, last = int(state.update), self.batches.pipeline.total_updates
         programs = Programs(self.setup.step, state, self.batches.lengths, self.watchdog.paused)
         in_flight: list[InFlight] = []  # one at most
+        preempted = timed_out = False
 
         def land() -> None:
             while in_flight:
@@ -90,11 +93,11 @@ class Loop:
 
         # ── held-out loss before the first update ──────────────────────────────────────────────────────────────────
         if done == 0:
-            self._evaluate(programs, state, tally, 0)
+            self._evaluate(programs, state, tally, patience, 0)
         tally.start_lap()
 
         # ── updates: while the devices work on one, the host reads the metrics of the one before ───────────────────
-        for update in self.batches.pipeline:
+        for update in () if patience.exhausted else self.batches.pipeline:
             done += 1
             limit = spikes.limit(done)
             if self.profile.starts(done):  # the trace holds whole updates only
@@ -109,39 +112,45 @@ class Loop:
                 land()
                 self.profile.stop()
                 tally.start_lap()
-            stops = self.preemption.reached(done)
+            preempted, timed_out = self.preemption.reached(done), self.time_limit.reached()
             evaluates = done == last or _due(done, self.trainer.eval_every)
-            saves = stops or done == last or _due(done, self.checkpoint.every)
+            saves = preempted or timed_out or done == last or _due(done, self.checkpoint.every)
             if not (evaluates or saves):
                 continue
 
             # ── held-out loss and checkpoint: what is saved has been seen to be finite ─────────────────────────────
             land()
-            heldout_loss = self._evaluate(programs, state, tally, done) if evaluates else None
-            if saves or (self.checkpoint.keep_best and tally.totals().heldout_update_best == done):
+            heldout_loss = self._evaluate(programs, state, tally, patience, done) if evaluates else None
+            best = self.checkpoint.keep_best and tally.totals().heldout_update_best == done
+            if saves or best or patience.exhausted:
                 self.flush()
-                self.checkpoints.save(state, self._position(tally, spikes), heldout_loss)
+                self.checkpoints.save(state, self._position(tally, spikes, patience), heldout_loss)
             tally.start_lap()
-            if stops:
+            if preempted or timed_out or patience.exhausted:
                 break
 
         # ── result ─────────────────────────────────────────────────────────────────────────────────────────────────
         self.checkpoints.wait()
-        return tally.result("preempted" if stops and done < last else "finished")
+        if done < last and not preempted:
+            ended = patience.told() if patience.exhausted else self.time_limit.told()
+            return tally.result("finished" if patience.exhausted else "stopped", ended)
+        return tally.result("finished" if done == last else "preempted")
 
-    def _begin(self, resume_from: int | None) -> tuple[TrainState, Totals, Spikes]:
+    def _begin(self, resume_from: int | None) -> tuple[TrainState, Totals, Spikes, Patience]:
         """State, sums and losses to go on with: fresh, or those of a checkpoint."""
         state, totals, spikes = self.setup.state, Totals(), Spikes(self.trainer.spike_factor)
+        patience = Patience(self.trainer)
         if resume_from is not None:
             state, position = self.checkpoints.restore(resume_from, state)
             self.batches.pipeline.set_state(position["pipeline"], self.checkpoint.resume_allow)
             totals = Totals(**position["totals"])
             spikes = Spikes(self.trainer.spike_factor, **position["spikes"])
+            patience = Patience.of(self.trainer, position)
             log.info("resumed from the checkpoint at update %d", resume_from)
         self.watchdog.progress()
-        return state, totals, spikes
+        return state, totals, spikes, patience
 
-    def _position(self, tally: Tally, spikes: Spikes) -> dict[str, Any]:
+    def _position(self, tally: Tally, spikes: Spikes, patience: Patience) -> dict[str, Any]:
         """What a resumed run needs besides the training state, as JSON."""
         return {
             "fingerprints": self.fingerprints,
@@ -152,6 +161,7 @@ class Loop:
             "pipeline": self.batches.pipeline.get_state(),
             "totals": asdict(tally.totals()),
             "spikes": {"losses": spikes.losses, "newest_at": spikes.newest_at},
+            "patience": patience.saved(),
         }
 
     def _finish(self, flight: InFlight, tally: Tally, spikes: Spikes) -> None:
@@ -174,20 +184,23 @@ class Loop:
             row = {"loss": loss, "learning_rate": learning_rate, "grad_norm": grad_norm, **more}
             self.report(row | tally.row(flight.update), flight.done)
 
-    def _evaluate(self, programs: Programs, state: TrainState, tally: Tally, update: int) -> float | None:
-        """Mean loss over the held-out set, dropout off; reported and remembered."""
+    def _evaluate(
+        self, programs: Programs, state: TrainState, tally: Tally, patience: Patience, update: int
+    ) -> float | None:
+        """Mean loss over the held-out set, dropout off, of what the run stands for; reported and remembered."""
         if not self.batches.heldout:
             return None
-        total, count = 0.0, 0
+        total, count, values = 0.0, 0, state.evaluated()
         for batch in self.batches.heldout:
-            summed, targets = programs.evaluate(state.trained, self.setup.base, to_mesh(batch.arrays, self.setup.mesh))
+            summed, targets = programs.evaluate(values, self.setup.base, to_mesh(batch.arrays, self.setup.mesh))
             total, count = total + float(summed), count + int(targets)
             self.watchdog.progress()
         loss = total / count
         self.report({"heldout_loss": loss}, update)
         with self.watchdog.paused():
-            self.sample(state.trained, update)
+            self.sample(values, update)
         tally.count_heldout(loss, update)
+        patience.add(loss)
         return loss
 
     def _stop_diverged(self, done: int, update: Update, loss: float, grad_norm: float) -> None:

@@ -7,7 +7,7 @@ import math
 from collections.abc import Collection
 from typing import Any
 
-from gemma4_tpu.config.schema import CheckpointConfig, OptimizerConfig
+from gemma4_tpu.config.schema import CheckpointConfig, OptimizerConfig, TrainerConfig
 from gemma4_tpu.errors import UserError
 from gemma4_tpu.step.optimizer import make_schedule
 from gemma4_tpu.storage import filesystem, join
@@ -15,6 +15,7 @@ from gemma4_tpu.storage import read_json as read_object
 from gemma4_tpu.tracking.result import Result
 from gemma4_tpu.tracking.run import RunFolder
 from gemma4_tpu.training import checksums
+from gemma4_tpu.training.endings import Patience
 from gemma4_tpu.training.saved import saved_updates
 
 log = logging.getLogger(__name__)
@@ -141,21 +142,32 @@ def refuse_jump(
     log.info(told)
 
 
-def nothing_left(folder: RunFolder, done: int | None, updates: int) -> str | None:
+def nothing_left(folder: RunFolder, done: int | None, updates: int, trainer: TrainerConfig) -> str | None:
     """Why there is nothing to do in a run that has done so many updates, in words; None: there is something.
 
-    A run whose last update is done, but not its result, has its result to do.
+    A run whose last update is done, by its length or `trainer.patience`, but not its result, has its result to do.
     """
-    if done is None or done < updates or (done == updates and not _finished(folder)):
+    if done is None:
         return None
-    return (
-        f"run_dir={folder.address}: {done} updates are done, and this command asks for {updates}: nothing is left to"
-        " do, nothing was changed; for more give more trainer.max_updates or trainer.epochs"
-    )
+    patience = Patience.of(trainer, position(folder.checkpoints, done))
+    at_its_end = done == updates or (done < updates and patience.exhausted)
+    if not _finished(folder, done) if at_its_end else done < updates:
+        return None
+    if done < updates:
+        told = f"run_dir={folder.address}: ended after update {done} of {updates} by {patience.told()}"
+        more = "a larger trainer.patience, or null"
+    else:
+        told = f"run_dir={folder.address}: {done} updates are done, and this command asks for {updates}"
+        more = "more trainer.max_updates or trainer.epochs"
+    return f"{told}: nothing is left to do, nothing was changed; for more give {more}"
 
 
-def _finished(folder: RunFolder) -> bool:
-    return folder.result_path.exists() and Result.read(folder.result_path).status == "finished"
+def _finished(folder: RunFolder, done: int) -> bool:
+    """Whether the result of a run that ended after update `done` is there."""
+    if not folder.result_path.exists():
+        return False
+    result = Result.read(folder.result_path)
+    return result.status == "finished" and result.updates == done
 
 
 def _shown(key: str, fingerprints: dict[str, Any]) -> str:

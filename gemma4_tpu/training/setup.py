@@ -10,7 +10,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import optax
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -23,12 +22,14 @@ from gemma4_tpu.models import lora as adapters
 from gemma4_tpu.models import quantize, sharding
 from gemma4_tpu.models.base import Base
 from gemma4_tpu.models.gemma4 import Model
-from gemma4_tpu.models.layout import Layout, Leaf
+from gemma4_tpu.models.layout import Layout, Leaf, build_tree, get
 from gemma4_tpu.models.params import load_params, random_params
 from gemma4_tpu.models.splash import make_attention
 from gemma4_tpu.step.optimizer import make_optimizer
+from gemma4_tpu.step.optimizer_state import Part, parts
 from gemma4_tpu.step.train_step import Step, TrainState
 from gemma4_tpu.training.capacity import check_disk, check_memory
+from gemma4_tpu.training.checkpoint import saved_bytes, state_bytes
 from gemma4_tpu.training.hardware_checks import check_devices
 from gemma4_tpu.training.meshes import resolve_mesh
 from gemma4_tpu.training.recipe import Recipe
@@ -94,8 +95,14 @@ def make_model(arch: Architecture, lora: LoraConfig, trainer: TrainerConfig, mes
 def make_step(recipe: Recipe, mesh: Mesh) -> Step:
     """The step's definition; planning compiles it without any weights."""
     model = make_model(recipe.arch, recipe.lora, recipe.trainer, mesh)
-    optimizer, options = make_optimizer(recipe.optimizer, recipe.updates), compiler_options(recipe.hardware)
-    return Step(model, optimizer, not recipe.lora.enabled, recipe.trainer.loss_chunk_tokens, options)
+    optimizer = make_optimizer(recipe.optimizer, recipe.updates, trained_leaves(model.layout, recipe.lora))
+    trainer, options = recipe.trainer, compiler_options(recipe.hardware)
+    return Step(model, optimizer, not recipe.lora.enabled, trainer.loss_chunk_tokens, options, trainer.ema_decay)
+
+
+def trained_leaves(layout: Layout, lora: LoraConfig) -> list[Leaf]:
+    """Every array that training changes."""
+    return list(adapters.leaves(layout) if lora.enabled else layout.leaves())
 
 
 def weight_dtype(step: Step) -> Any:
@@ -107,11 +114,12 @@ def check_capacity(recipe: Recipe, checkpoint: CheckpointConfig, mesh: Mesh, che
     """Refuses (`UserError`) a run that this machine's disk or memory can't hold."""
     platform, lora = mesh.devices.flat[0].platform, recipe.lora
     layout = Layout.of(recipe.arch, lora)
-    weights = tuple(layout.leaves())
-    trained = tuple(adapters.leaves(layout)) if lora.enabled else weights
+    leaves = trained_leaves(layout, lora)
+    values = build_tree((leaf.path, jax.ShapeDtypeStruct(leaf.array_shape, jnp.float32)) for leaf in leaves)
+    state = jax.eval_shape(make_step(recipe, mesh).init, values, jax.eval_shape(lambda: jax.random.key(0)))
     value_bytes = jnp.dtype(compute_dtype(recipe.trainer, platform)).itemsize if lora.enabled else 0
-    check_disk(checkpoints, checkpoint, trained)
-    check_memory(platform, weights, trained, value_bytes)
+    check_disk(checkpoints, checkpoint, saved_bytes(state, leaves))
+    check_memory(platform, layout.leaves(), state_bytes(state), value_bytes)
 
 
 def set_up(base: Base, recipe: Recipe, mesh: Mesh, start: Start | None = None) -> Setup:
@@ -130,7 +138,7 @@ def set_up(base: Base, recipe: Recipe, mesh: Mesh, start: Start | None = None) -
         trained = jax.jit(partial(adapters.init, model.layout), out_shardings=place)(init_key)
         if start is not None:
             trained = start.place(trained, model.layout, mesh)
-        frozen, leaves = weights, tuple(adapters.leaves(model.layout))
+        frozen, leaves = weights, tuple(trained_leaves(model.layout, lora))
     _log_replicated(leaves if full else (*model.layout.leaves(), *leaves), mesh)
     state = init_state(step, trained, dropout_key, mesh)
     counts = {} if full else adapters.module_counts(model.layout)
@@ -163,18 +171,23 @@ def init_state(step: Step, trained: Any, key: jax.Array, mesh: Mesh) -> TrainSta
 
 
 def state_places(step: Step, trained: Any, key: Any, mesh: Mesh) -> TrainState:
-    """Sharding of every array of the state: moments lie where the values they belong to lie, counters everywhere.
+    """Sharding of every array of the state: what is shaped like a trained value lies where it lies, all else
+    everywhere: counters, and the rows and columns that Adafactor keeps of a matrix.
 
     `trained` and `key` are arrays, or shapes (`trained` with shardings).
     """
     everywhere = NamedSharding(mesh, P())
-    places = jax.tree.map(lambda _: everywhere, jax.eval_shape(step.init, trained, key))
+    state = jax.eval_shape(step.init, trained, key)
     like = jax.tree.map(lambda x: x.sharding, trained)
-    return places._replace(trained=like, optimizer=_moments_like(places.optimizer, like))
 
+    def place(part: Part, x: jax.ShapeDtypeStruct) -> NamedSharding:
+        own = None if part.path is None else get(trained, part.path)
+        return own.sharding if own is not None and own.shape == x.shape else everywhere
 
-def _moments_like(optimizer: Any, places: Any) -> Any:
-    return optax.tree.set(optimizer, mu=places, nu=places)
+    kept, tree = jax.tree.flatten(state.optimizer)
+    optimizer = jax.tree.unflatten(tree, map(place, parts(state.optimizer, trained), kept))
+    places = jax.tree.map(lambda _: everywhere, state)
+    return places._replace(trained=like, optimizer=optimizer, average=None if state.average is None else like)
 
 
 def _quantizing(lora: LoraConfig, mesh: Mesh) -> Any:

@@ -114,13 +114,14 @@ class Tally:
             "measured_over_predicted_high": high,
         }
 
-    def result(self, status: str) -> Result:
-        """What came of the run."""
+    def result(self, status: str, ended: str | None = None) -> Result:
+        """What came of the run, and why it `ended` before its last update, if it did."""
         totals = self.totals()
         rate = totals.timed_tokens / totals.timed_seconds if totals.timed_seconds else None
         return Result(
             **asdict(totals),
             status=status,
+            ended=ended,
             fill=totals.real_tokens / totals.slots if totals.slots else None,
             real_tokens_per_second=rate,
             lora_parameters=0 if self._setup.step.full else self._setup.trained_parameters,

@@ -39,6 +39,28 @@ REFUSALS = [
         "data.sequence_length or data.buckets [500] must be multiples of 128",
     ),
     (["optimizer.schedule=cos"], "did you mean optimizer.schedule=cosine?"),
+    # optimizers: keys of another kind, schedules, averages
+    (["optimizer=lion", "optimizer.eps=1e-6"], "optimizer.eps=1e-06: not with optimizer=lion; give null, or"),
+    (
+        ["optimizer.kind=muon"],
+        "optimizer.beta=null, optimizer.ns_steps=null: optimizer=muon needs a value; optimizer=muon on the",
+    ),
+    (["optimizer.ns_steps=3"], "optimizer.ns_steps=3: not with optimizer=adamw"),
+    (["optimizer=adafactor", "optimizer.b1=0.9"], "optimizer.b1=0.9: not with optimizer=adafactor; give null"),
+    (["optimizer.b2=null"], "optimizer.b2=null: optimizer=adamw needs a value"),
+    (["optimizer=adam"], "did you mean optimizer=adamw?"),
+    (["optimizer=schedule_free", "optimizer.schedule=cosine"], "give optimizer.schedule=constant (after the warm-up)"),
+    (["optimizer=schedule_free", "optimizer.b1=0"], "optimizer.b1=0: optimizer=schedule_free needs more than 0"),
+    (["optimizer=schedule_free", "trainer.ema_decay=0.99"], "keeps an average of its own; give trainer.ema_decay=null"),
+    (["optimizer.decay_fraction=0.1"], "give optimizer.schedule=wsd, or optimizer.decay_fraction=null"),
+    (["optimizer.schedule=wsd", "optimizer.decay_fraction=0"], "must be more than 0 and at most 1"),
+    (["optimizer.warmup_fraction=0.1"], "add optimizer.warmup_fraction=null or optimizer.warmup_updates=null"),
+    # what ends a run early
+    (["trainer.patience=2", "trainer.eval_every=0"], "makes none before the last update; give trainer.eval_every="),
+    (["trainer.min_delta=0.1"], "trainer.min_delta=0.1: only with trainer.patience=<evaluations>"),
+    (["trainer.time_limit=soon"], "must be a time of more than 0: 2h30m, 1d, 90s, or a number of minutes"),
+    (["trainer.time_limit=30m2h"], "trainer.time_limit=30m2h: must be a time"),
+    (["trainer.ema_decay=1"], "trainer.ema_decay=1.0: must be more than 0 and less than 1 (null: off)"),
     (["tracker.mode=disabled"], "choices: auto, online, offline"),
     (["checkpoint.resume=always"], "choices: auto, never"),
     # length of the run, size of an update

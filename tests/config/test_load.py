@@ -13,6 +13,7 @@ import gemma4_tpu
 from gemma4_tpu.config import conf as conf_module
 from gemma4_tpu.config import load as load_module
 from gemma4_tpu.config.conf import config_dir, groups_of
+from gemma4_tpu.config.durations import seconds_of
 from gemma4_tpu.config.load import from_yaml, to_yaml
 from gemma4_tpu.errors import UserError
 from gemma4_tpu.hardware import SLICES
@@ -197,6 +198,34 @@ def test_one_length_alone_is_meant_alone(words, epochs, updates, tmp_path):
     (tmp_path / "experiment" / "mine.yaml").write_text("# @package _global_\ntrainer:\n  epochs: 2\n")
     trainer = load_train(["model=tiny_moe", f"hydra.searchpath=[file://{tmp_path}]", *words]).root.trainer
     assert (trainer.epochs, trainer.max_updates) == (epochs, updates)
+
+
+@pytest.mark.parametrize(
+    ("words", "warmup", "of_1000"),
+    [
+        ([], (5, None), 5),
+        (["optimizer.warmup_fraction=0.03"], (None, 0.03), 30),
+        (["optimizer.warmup_updates=7"], (7, None), 7),
+        (
+            ["experiment=v5p8", "model=gemma4_31b", "model.path=random:0", "optimizer.warmup_fraction=0.1"],
+            (None, 0.1),
+            100,
+        ),
+    ],
+)
+def test_one_warm_up_alone_is_meant_alone(words, warmup, of_1000):
+    optimizer = load_train(["model=tiny_moe", *words]).root.optimizer
+    assert (optimizer.warmup_updates, optimizer.warmup_fraction) == warmup
+    assert optimizer.warmup(1000) == of_1000
+
+
+@pytest.mark.parametrize(
+    ("written", "seconds"),
+    [("2h30m", 9000), ("1d", 86_400), ("90s", 90), ("1.5h", 5400), ("90", 5400), ("1H 1m", 3660), ("0", 0), ("", None),
+     ("m", None), ("2h30", None), ("-1", None), ("1m1h", None), ("1e3", None)],
+)  # fmt: skip
+def test_durations(written, seconds):
+    assert seconds_of(written) == seconds
 
 
 def test_hydras_word_for_the_run_folder(tmp_path):

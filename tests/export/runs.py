@@ -55,7 +55,7 @@ def make_run(
     (folder / "checkpoints").mkdir(parents=True)
     mesh = sharding.make_mesh(1, 1)
     saver = Checkpoints(folder / "checkpoints", CheckpointConfig(keep=9), leaves, mesh)
-    optimizer = make_optimizer(OptimizerConfig(), 10)
+    optimizer = make_optimizer(OptimizerConfig(), 10, leaves)
     for update in updates:
         tree = _values(leaves, lora, place, seed + update, size)
         state = TrainState(tree, optimizer.init(tree), jnp.int32(update), jax.random.key(1))

@@ -37,12 +37,14 @@ def mesh_of(fsdp: int, tp: int) -> jax.sharding.Mesh:
 
 def make(
     kind: str = "tiny", *, fsdp: int = 1, tp: int = 1, lora: LoraConfig = LORA, full: bool = False, rate: float = 1e-2,
-    **settings,
+    optimizer: OptimizerConfig | None = None, ema_decay: float | None = None, **settings,
 ):  # fmt: skip
     """(step, base, trained) in fp32 with non-zero lora_b."""
     mesh = mesh_of(fsdp, tp)
     model = Model(layout=Layout.of(small(kind), lora), compute_dtype=jnp.float32, mesh=mesh, **settings)
-    step = Step(model, make_optimizer(OptimizerConfig(learning_rate=rate), 10), full=full, chunk_tokens=16)
+    leaves = model.layout.leaves() if full else adapters.leaves(model.layout)
+    optimizer = make_optimizer(optimizer or OptimizerConfig(learning_rate=rate), 10, leaves)
+    step = Step(model, optimizer, full=full, chunk_tokens=16, ema_decay=ema_decay)
     base, trained = weights(kind, fsdp, tp)
     return (step, {}, base) if full else (step, base, trained)
 

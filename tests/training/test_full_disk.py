@@ -80,16 +80,14 @@ def test_a_disk_that_fills_up_stops_with_one_message_and_the_last_checkpoint_who
 
 def test_a_disk_too_small_for_the_checkpoints_is_refused_at_the_start(almost_full):
     disk, _ = almost_full
-    step, _, _ = make()
-    leaves = list(step.model.layout.leaves())
     with pytest.raises(UserError, match=r"checkpoint.keep=100000: needs .* MiB .*are free; make space"):
-        check_disk(str(disk), CheckpointConfig(keep=100_000), leaves)
-    check_disk("gs://bucket/run/checkpoints", CheckpointConfig(keep=100_000), leaves)
+        check_disk(str(disk), CheckpointConfig(keep=100_000), 2**20)
+    check_disk("gs://bucket/run/checkpoints", CheckpointConfig(keep=100_000), 2**20)
 
 
 def test_a_model_larger_than_the_memory_is_refused_at_the_start():
     step, _, _ = make()
     leaves = list(step.model.layout.leaves())
-    check_memory("cpu", leaves, leaves, 4)
+    check_memory("cpu", leaves, 2**20, 4)
     with pytest.raises(UserError, match=r"needs at least .* MiB of this machine's memory"):
-        check_memory("cpu", leaves, leaves, 10**9)
+        check_memory("cpu", leaves, 2**20, 10**9)

@@ -1,0 +1,81 @@
+"""Checks of `optimizer=` and of what averages the trained values or ends a run early. No JAX here."""
+
+from __future__ import annotations
+
+from gemma4_tpu.config.schema import OptimizerConfig, TrainerConfig
+
+KEYS = {
+    "adamw": ("b1", "b2", "eps"),
+    "adafactor": ("eps", "decay_rate", "clipping_threshold", "multiply_by_parameter_scale"),
+    "lion": ("b1", "b2"),
+    "muon": ("b1", "b2", "eps", "beta", "ns_steps", "consistent_rms"),
+    "schedule_free": ("b1", "b2", "eps"),
+}
+"""What each kind takes besides the schedule's keys, `weight_decay` and `max_grad_norm`, which all have."""
+MAY_BE_NULL = ("clipping_threshold", "consistent_rms")
+SCHEDULE_FREE = "schedule_free"
+STATE_VALUES = {"adamw": 2, "adafactor": 0, "lion": 1, "muon": 1, "schedule_free": 2}
+"""float32 values that a kind keeps for each trained one, at the least."""
+
+
+def trained_bytes(optimizer: OptimizerConfig, trainer: TrainerConfig) -> int:
+    """Of each trained value: itself, its gradient, the optimizer's state and the average, in float32."""
+    return 4 * (2 + STATE_VALUES.get(optimizer.kind, 0) + (trainer.ema_decay is not None))
+
+
+def optimizer_problems(optimizer: OptimizerConfig, trainer: TrainerConfig) -> list[str]:
+    """Keys that a kind does not have, or lacks; a schedule or an average that it does not take; two warm-ups."""
+    if optimizer.kind not in KEYS:  # its choices say so
+        return []
+    own, kind = KEYS[optimizer.kind], f"optimizer={optimizer.kind}"
+    every = dict.fromkeys(name for names in KEYS.values() for name in names)
+    given = {name: value for name in every if (value := getattr(optimizer, name)) is not None}
+    messages = []
+    if alien := [f"optimizer.{name}={value}" for name, value in given.items() if name not in own]:
+        known = ", ".join(f"optimizer.{name}" for name in own)
+        messages.append(f"{', '.join(alien)}: not with {kind}; give null, or {kind}, which sets its own keys ({known})")
+    if missing := [f"optimizer.{name}=null" for name in own if name not in (*given, *MAY_BE_NULL)]:
+        messages.append(f"{', '.join(missing)}: {kind} needs a value; {kind} on the command line sets one")
+    if optimizer.kind == SCHEDULE_FREE:
+        messages += _schedule_free(optimizer, trainer)
+    if optimizer.decay_fraction is not None and optimizer.schedule != "wsd":
+        messages.append(
+            f"optimizer.decay_fraction={optimizer.decay_fraction}: optimizer.schedule={optimizer.schedule} has none; "
+            "give optimizer.schedule=wsd, or optimizer.decay_fraction=null"
+        )
+    updates, fraction = optimizer.warmup_updates, optimizer.warmup_fraction
+    if updates is not None and fraction is not None:
+        messages.append(
+            f"optimizer.warmup_updates={updates}, optimizer.warmup_fraction={fraction}: give one of them; add "
+            "optimizer.warmup_fraction=null or optimizer.warmup_updates=null"
+        )
+    return messages
+
+
+def _schedule_free(optimizer: OptimizerConfig, trainer: TrainerConfig) -> list[str]:
+    messages = []
+    if optimizer.schedule != "constant":
+        messages.append(
+            f"optimizer.schedule={optimizer.schedule}: optimizer={SCHEDULE_FREE} averages instead of decaying; give "
+            "optimizer.schedule=constant (after the warm-up), or another optimizer"
+        )
+    if trainer.ema_decay is not None:
+        messages.append(
+            f"trainer.ema_decay={trainer.ema_decay}: optimizer={SCHEDULE_FREE} keeps an average of its own; give "
+            "trainer.ema_decay=null, or another optimizer"
+        )
+    if optimizer.b1 == 0:
+        messages.append(f"optimizer.b1=0: optimizer={SCHEDULE_FREE} needs more than 0, such as 0.9")
+    return messages
+
+
+def stop_problems(trainer: TrainerConfig) -> list[str]:
+    """`trainer.patience` that counts evaluations which are never made, and `trainer.min_delta` without it."""
+    if trainer.patience is None and trainer.min_delta:
+        return [f"trainer.min_delta={trainer.min_delta}: only with trainer.patience=<evaluations>; give 0"]
+    if trainer.patience is not None and not trainer.eval_every:
+        return [
+            f"trainer.patience={trainer.patience}: counts held-out evaluations, but trainer.eval_every=0 makes none "
+            "before the last update; give trainer.eval_every=<updates>"
+        ]
+    return []
