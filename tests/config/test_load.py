@@ -206,15 +206,11 @@ def test_one_length_alone_is_meant_alone(words, epochs, updates, tmp_path):
         ([], (5, None), 5),
         (["optimizer.warmup_fraction=0.03"], (None, 0.03), 30),
         (["optimizer.warmup_updates=7"], (7, None), 7),
-        (
-            ["experiment=v5p8", "model=gemma4_31b", "model.path=random:0", "optimizer.warmup_fraction=0.1"],
-            (None, 0.1),
-            100,
-        ),
+        (["experiment=v5p8", "model=gemma4_31b", "optimizer.warmup_fraction=0.1"], (None, 0.1), 100),
     ],
 )
 def test_one_warm_up_alone_is_meant_alone(words, warmup, of_1000):
-    optimizer = load_train(["model=tiny_moe", *words]).root.optimizer
+    optimizer = load_train(["model=tiny_moe", "model.path=random:0", *words]).root.optimizer
     assert (optimizer.warmup_updates, optimizer.warmup_fraction) == warmup
     assert optimizer.warmup(1000) == of_1000
 

@@ -1,13 +1,21 @@
 """Checkpoints: which are kept, across restarts too, and that they restore exactly on any mesh."""
 
+from dataclasses import replace
+
 import jax
+import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 from gemma4_tpu.config.schema import CheckpointConfig
 from gemma4_tpu.models import lora as adapters
-from gemma4_tpu.training.checkpoint import Checkpoints
+from gemma4_tpu.models.layout import get
+from gemma4_tpu.step.optimizer import next_average
+from gemma4_tpu.training.checkpoint import Checkpoints, saved_bytes
+from gemma4_tpu.training.saved import open_saved
 from gemma4_tpu.training.setup import init_state
+from tests.step.test_optimizer import KINDS
 from tests.step.test_train_step import make
 
 POSITION = {"pipeline": {"place": 7}, "totals": {"seconds": 1.5}}
@@ -68,3 +76,53 @@ def test_restores_exactly_on_another_mesh(tmp_path, shape):
             assert mine.sharding.is_equivalent_to(place.sharding, mine.ndim)
             if mine.ndim:  # AdamW's counters are those of the update
                 np.testing.assert_array_equal(np.asarray(mine), np.asarray(theirs))
+
+
+@pytest.mark.parametrize(("kind", "ema_decay"), [*((kind, None) for kind in KINDS), ("muon", 0.9)])
+def test_every_optimizer_goes_on_from_the_very_state_it_was_saved_in(tmp_path, kind, ema_decay):
+    """Counters included; `trained` on disk, which merges read, is what the run stands for."""
+    settings = {"optimizer": replace(KINDS[kind], warmup_updates=1), "ema_decay": ema_decay}
+    step, _, trained = make(fsdp=2, tp=2, **settings)
+    fresh = init_state(step, trained, jax.random.key(0), step.model.mesh)
+    state = fresh
+    for _ in range(2):
+        state = updated(step, state)
+    (tmp_path / "config.yaml").touch()
+    first = open_folder(tmp_path / "checkpoints", step)
+    first.save(state, POSITION)
+    first.close()
+
+    restored, _ = open_folder(tmp_path / "checkpoints", step).restore(2, fresh)
+    assert jax.tree.structure(restored) == jax.tree.structure(state)
+    for (path, mine), theirs, place in zip(
+        jax.tree_util.tree_leaves_with_path(restored), jax.tree.leaves(state), jax.tree.leaves(fresh), strict=True
+    ):
+        if not jnp.issubdtype(mine.dtype, jax.dtypes.prng_key):
+            np.testing.assert_array_equal(mine, theirs, err_msg=jax.tree_util.keystr(path))
+        assert mine.sharding.is_equivalent_to(place.sharding, mine.ndim), path
+
+    saved, leaf = open_saved(tmp_path, "latest"), next(adapters.leaves(step.model.layout))
+    stands_for = leaf_of(state.evaluated(), leaf)
+    np.testing.assert_array_equal(saved.read(leaf.tunix_names[0]), stands_for[0])
+    averaged = ema_decay is not None or kind == "schedule_free"
+    assert averaged == (not np.array_equal(stands_for, leaf_of(state.trained, leaf)))
+    values = sum(x.size for x in jax.tree.leaves(trained)) * 4
+    copies = {"adamw": 3, "adafactor": 2, "lion": 2, "muon": 2, "schedule_free": 4}[kind] + (ema_decay is not None)
+    assert saved_bytes(state, adapters.leaves(step.model.layout)) == pytest.approx(copies * values, rel=0.01)
+
+
+@jax.jit
+def _gradients(trained):
+    return jax.tree.map(lambda x: jnp.sin(100 * x), trained)
+
+
+def updated(step, state):
+    """After an update with gradients out of the air."""
+    changes, optimizer = jax.jit(step.optimizer.update)(_gradients(state.trained), state.optimizer, state.trained)
+    trained = optax.apply_updates(state.trained, changes)
+    average = None if step.ema_decay is None else next_average(state.average, trained, step.ema_decay, state.update + 1)
+    return state._replace(trained=trained, optimizer=optimizer, average=average, update=state.update + 1)
+
+
+def leaf_of(tree, leaf) -> np.ndarray:
+    return np.asarray(get(tree, leaf.path))
