@@ -22,7 +22,8 @@ def last_state(run: Path) -> tuple[int, dict[str, np.ndarray]]:
     with ocp.CheckpointManager(run / "checkpoints", item_names=("state", "position")) as manager:
         update = manager.latest_step()
         saved = manager.restore(update, args=ocp.args.Composite(state=ocp.args.StandardRestore()))["state"]
-    flat = {f"{group}/{name}": np.asarray(x) for group in ("trained", "mu", "nu") for name, x in saved[group].items()}
+    groups = {name: value for name, value in saved.items() if isinstance(value, dict)}
+    flat = {f"{group}/{name}": np.asarray(x) for group, value in groups.items() for name, x in value.items()}
     return update, flat
 
 
