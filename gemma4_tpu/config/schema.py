@@ -202,12 +202,6 @@ class OptimizerConfig:
     max_grad_norm: float | None = 1.0
     """Clip the global gradient norm; null: off."""
 
-    def warmup(self, total_updates: int) -> int:
-        """Updates of warm-up in a run of `total_updates`."""
-        if self.warmup_fraction is not None:
-            return round(self.warmup_fraction * total_updates)
-        return self.warmup_updates or 0
-
 
 @dataclass(kw_only=True)
 class TrainerConfig:

@@ -16,6 +16,7 @@ from optax.contrib import MuonDimensionNumbers, ScheduleFreeState
 
 from gemma4_tpu.config.schema import OptimizerConfig
 from gemma4_tpu.models.layout import Leaf, build_tree
+from gemma4_tpu.step.warmup import warmup_updates
 
 DECAY_FRACTION = 0.1
 """Of a `wsd` schedule that does not say."""
@@ -27,7 +28,7 @@ def make_schedule(config: OptimizerConfig, total_updates: int) -> optax.Schedule
     Warm-up rises linearly from 0; update 0 with a warm-up therefore changes nothing. After it, `cosine` and `linear`
     reach `end_fraction · learning_rate` at the last update; `wsd` stays at the peak until its last `decay_fraction`.
     """
-    warmup = config.warmup(total_updates)
+    warmup = warmup_updates(config, total_updates)
     peak, last = config.learning_rate, total_updates - 1
     rest = max(last - warmup, 1)
     end = peak * config.end_fraction
@@ -60,7 +61,7 @@ def make_optimizer(
         "lion": lambda: optax.lion(rate, config.b1, config.b2, weight_decay=config.weight_decay),
         "muon": lambda: _muon(config, rate, trained),
         "schedule_free": lambda: optax.contrib.schedule_free_adamw(
-            config.learning_rate, config.warmup(total_updates) or None, config.b1, config.b2, config.eps,
+            config.learning_rate, warmup_updates(config, total_updates) or None, config.b1, config.b2, config.eps,
             config.weight_decay,
         ),
     }[config.kind]()  # fmt: skip

@@ -201,7 +201,7 @@ def _from_disk(disk: dict[str, Any], like: TrainState, leaves: list[Leaf]) -> Tr
 
     def restored(part: Part, initial: jax.Array) -> jax.Array:
         if _is_counter(initial):
-            return initial + update
+            return _like(initial + update, initial)
         if part.path is None:
             return disk[part.field]
         return _like(_joined(disk[part.field], by_path[part.path]), initial)

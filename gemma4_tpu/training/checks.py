@@ -30,6 +30,7 @@ from gemma4_tpu.config.schema import (
 from gemma4_tpu.data.checks import CHOICES, data_problems
 from gemma4_tpu.errors import UserError
 from gemma4_tpu.hardware import MeshSizes, slice_of
+from gemma4_tpu.step.warmup import warmup_updates
 from gemma4_tpu.storage import is_remote
 from gemma4_tpu.training.hardware_checks import full_problems, hardware_problems, price_warning
 from gemma4_tpu.training.meshes import resolve_mesh
@@ -98,7 +99,7 @@ def examine_train(root: TrainRoot) -> tuple[Checked | None, list[Refusal]]:
 
 def warmup_warning(optimizer: OptimizerConfig, updates: int) -> str | None:
     """A line for a warm-up of more than a tenth of the run's updates; None: it is not."""
-    warmup = optimizer.warmup(updates)
+    warmup = warmup_updates(optimizer, updates)
     if warmup * 10 <= updates:
         return None
     return f"optimizer.warmup_updates={warmup} is more than a tenth of the run's {updates} updates" + (
