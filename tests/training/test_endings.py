@@ -48,6 +48,7 @@ def test_the_clock_of_a_time_limit():
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 def test_stopped_by_time_it_goes_on_and_ends_by_patience_with_the_very_bits(shallow, tmp_path):
     """With an average of the values and another optimizer's state, too."""
     words = [*HARD, "optimizer=muon", "optimizer.warmup_updates=0", "trainer.ema_decay=0.9", "trainer.eval_every=2",
