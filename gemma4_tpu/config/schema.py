@@ -87,9 +87,17 @@ class LoraConfig:
     dropout: float = 0.0
     """Dropout rate on the adapter's input, in training only."""
     targets: list[str] = field(default_factory=lambda: ["attention", "mlp"])
-    """Roles that get adapters: `attention` (q, k, v, o), `mlp` (gate, up, down)."""
+    """What gets adapters: `attention` (q, k, v, o), `mlp` (gate, up, down), or some of these modules by themselves."""
+    layers: list[str] | None = None
+    """Only these layers, counted from 0, such as `[0-11,24,-6-]`: ranges with both their ends, a layer, the last six;
+    null: all."""
+    ranks: dict[str, int] = field(default_factory=dict)
+    """Ranks that are not `rank`, by module: `{o: 32, layers.5.*: 8}`. Patterns are compared with names such as
+    `layers.5.self_attn.o_proj` or the end of them; the first that fits counts. `alpha` is the same for all."""
     rslora: bool = False
     """Rank-stabilised scaling, alpha/√r."""
+    dora: bool = False
+    """Also train the lengths of the adapted weights' rows (DoRA)."""
     start: str | None = None
     """Begin from trained adapters instead of fresh ones: a run folder, or that of a PEFT adapter, local or gs://. A run
     that goes on from a checkpoint does not read them again."""

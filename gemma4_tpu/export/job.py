@@ -179,8 +179,11 @@ def _merged_bytes(trained: Trained) -> int:
 
 
 def _adapter_bytes(trained: Trained) -> int:
-    ranks = {name: how.rank for name, how in trained.layout.adapted.items()}
-    return sum(4 * ranks[t.name] * len(t.hf_names) * sum(t.hf_shape) for t in trained.tensors.values())
+    return 4 * sum(
+        len(t.hf_names) * (how.rank * sum(t.hf_shape) + how.dora * t.hf_shape[0])
+        for t in trained.tensors.values()
+        if (how := trained.layout.adapted[t.name])
+    )
 
 
 def prepare_all(runs: tuple[Path | str, ...], export: ExportConfig) -> list[ExportJob]:

@@ -103,12 +103,14 @@ def compare_logits(trained: Trained, merged: Checkpoint) -> LogitParity:
 
 
 def _merge_in_place(params: Any, trained: Trained, adapter: adapters.Adapter, dtype: Any) -> None:
-    """Replaces a stacked weight [R, …] of the tree by base + scale·A·B, rounded to `dtype`."""
-    leaf, read = adapter.base, trained.state.read
-    pairs = zip(adapter.a.tunix_names, adapter.b.tunix_names, strict=True)
-    delta = adapter.scale * np.stack([adapters.product(leaf.weight, read(a), read(b)) for a, b in pairs])
+    """Replaces a stacked weight [R, …] of the tree by base and adapter, rounded to `dtype`."""
+    leaf, how, read = adapter.base, adapter.how, trained.state.read
     node = get(params, leaf.path[:-1])
-    node[leaf.path[-1]] = (node[leaf.path[-1]] + jnp.asarray(delta)).astype(dtype).astype(jnp.float32)
+    whole = np.array(node[leaf.path[-1]])
+    for of_layer, *names in zip(whole, *(part.tunix_names for part in adapter.leaves), strict=True):
+        where = list(how.pieces) if len(leaf.weight.hf_names) > 1 else slice(None)
+        of_layer[where] = adapters.merged(leaf.weight, how, of_layer[where], [read(name) for name in names])
+    node[leaf.path[-1]] = jnp.asarray(whole).astype(dtype).astype(jnp.float32)
 
 
 def _compare(

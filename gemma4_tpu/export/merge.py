@@ -30,6 +30,7 @@ log = logging.getLogger(__name__)
 BLOCK_VALUES = 4 << 20  # of a weight that are worked on at a time: 16 MiB in float32
 MEMORY_BYTES = 512 << 20  # of all pieces under way
 LORA_BYTES, FULL_BYTES = 12, 6  # per value of a block: base, result, and float32 copies (of LoRA's whole block)
+DORA_BYTES = LORA_BYTES + 8  # and what it differs by from the base
 PART_BYTES = 20  # per value of the part of a block that is read of a checkpoint at a time: float32 copies of it
 WORKERS = min(8, 2 * (os.cpu_count() or 1))  # twice the cores: some of them wait for the disk
 
@@ -71,6 +72,8 @@ class Factors:
     """[r, in]."""
     b: np.ndarray
     """[out, r], scaled."""
+    magnitude: np.ndarray | None
+    """[out], of DoRA."""
 
     @property
     def squared_norm(self) -> float:
@@ -137,7 +140,8 @@ class Merger:
             merged = self._lora_block(name, change, file) if lora else self._full_block(name, change, file)
             rows = self._rows_at_once(change.tensor)
             block_values = rows * math.prod(change.tensor.hf_shape) // change.tensor.split[0]
-            memory_bytes = block_values * (LORA_BYTES if lora else FULL_BYTES)
+            per_value = DORA_BYTES if self.trained.lora.dora else LORA_BYTES
+            memory_bytes = block_values * (per_value if lora else FULL_BYTES)
             if not lora:
                 memory_bytes += PART_BYTES * min(block_values, BLOCK_VALUES)
             for start, stop in _blocks(change.tensor, rows):
@@ -153,7 +157,7 @@ class Merger:
             raise UserError(f"{name}: NaN or infinity after the merge: the training diverged, or the base is damaged")
         change = self.trained.changes[name]
         tensor = change.tensor
-        if self.trained.lora.enabled:
+        if self.trained.lora.enabled and not self.trained.lora.dora:
             delta_squared = self._factors(tensor.name)[tensor.hf_names[change.source]].squared_norm
         norm, base_norm = math.sqrt(max(delta_squared, 0)), math.sqrt(base_squared)
         return Delta(name, tensor.name, norm, base_norm, math.prod(tensor.hf_shape), int(changed))
@@ -173,20 +177,22 @@ class Merger:
 
     def _read_factors(self, tunix_name: str) -> dict[str, Factors]:
         tensor, state = self.trained.tensors[tunix_name], self.trained.state
-        lora_a, lora_b = (state.read(name) for name in tensor.lora_names)
-        for name, array in zip(tensor.lora_names, (lora_a, lora_b), strict=True):
+        arrays = {name: state.read(name) for name in self.trained.factor_names(tensor)}
+        for name, array in arrays.items():
             if not np.isfinite(array).all():
                 raise UserError(
                     f"{state.folder}: {name} holds NaN or infinity: the training diverged; give another checkpoint"
                 )
-        found = tensor.lora_factors(lora_a, lora_b)
+        lora_a, lora_b, *magnitude = arrays.values()
+        lengths = tensor.magnitudes(*magnitude) if magnitude else {}
+        scale = np.float32(self.trained.layout.adapted[tunix_name].scale)
         return {
-            name: Factors(np.ascontiguousarray(a), np.ascontiguousarray(b) * np.float32(self.trained.scale(tensor)))
-            for name, (a, b) in found.items()
+            name: Factors(np.ascontiguousarray(a), np.ascontiguousarray(b) * scale, lengths.get(name))
+            for name, (a, b) in tensor.lora_factors(lora_a, lora_b).items()
         }
 
     def _lora_block(self, name: str, change: Change, file: TensorFile) -> Callable[[int, int], Any]:
-        """Base + b @ a, for rows [start, stop) of the first split dim."""
+        """Base + b @ a, with DoRA's lengths of rows, for rows [start, stop) of the first split dim."""
         tensor = change.tensor
         factors = self._factors(tensor.name)[tensor.hf_names[change.source]]
         height = tensor.hf_shape[0] // tensor.split[0]
@@ -197,7 +203,11 @@ class Merger:
             merged = base.astype(np.float32)
             base_squared = _squared(merged)
             merged += factors.b[rows] @ factors.a
-            rounded, sums = _rounded(merged, base, base_squared, 0.0)
+            delta_squared = 0.0
+            if factors.magnitude is not None:
+                merged *= (factors.magnitude[rows] / np.linalg.norm(merged, axis=1))[:, None]
+                delta_squared = _squared(merged - base.astype(np.float32))
+            rounded, sums = _rounded(merged, base, base_squared, delta_squared)
             return _bytes(rounded), sums
 
         return block

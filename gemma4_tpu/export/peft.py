@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import re
 import struct
 from collections.abc import Iterator
@@ -15,12 +16,13 @@ from gemma4_tpu.config.schema import LoraConfig
 from gemma4_tpu.errors import UserError
 from gemma4_tpu.export.place import Place
 from gemma4_tpu.export.trained import Trained
-from gemma4_tpu.models.names import Tensor, peft_names, peft_tensors
+from gemma4_tpu.models.names import Tensor, peft_magnitude_name, peft_names, peft_tensors
 
 log = logging.getLogger(__name__)
 
 VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 """What vLLM's --max-lora-rank takes."""
+_MODULE = re.compile(r"layers\.(?P<layer>\d+)\.(?P<module>.+)\.weight")
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 
 
@@ -28,8 +30,16 @@ def check_peft(trained: Trained) -> None:
     """Raises `UserError` where there is no adapter to write; reports ranks that vLLM does not take as they are."""
     if not trained.lora.enabled:
         raise UserError(f"export=peft: {trained.run.path} trained every weight (lora=none); give export=merged")
-    if warning := vllm_warning(trained.lora.rank):
+    ranks = {how.rank for how in trained.layout.adapted.values()}
+    if warning := vllm_warning(max(ranks)):
         log.warning(warning)
+    if trained.lora.dora:
+        log.warning("lora.dora: vLLM refuses adapters with use_dora; serve the merged model")
+    if len(ranks) > 1:
+        log.warning(
+            "lora.ranks: vLLM does not read rank_pattern and would scale every adapter by lora_alpha/r=%g/%d; serve the"
+            " merged model", trained.lora.alpha, trained.lora.rank,
+        )  # fmt: skip
 
 
 def vllm_warning(rank: int) -> str | None:
@@ -55,7 +65,8 @@ def write_peft(trained: Trained, place: Place) -> None:
     with place.create(CONFIG) as out:
         out.write((json.dumps(peft_config(trained), indent=2) + "\n").encode())
         place.finish(CONFIG, out)
-    log.info("PEFT adapter of rank %d on %d weights", trained.lora.rank, len(trained.changes))
+    ranks = sorted({how.rank for how in trained.layout.adapted.values()})
+    log.info("PEFT adapter of rank %s on %d weights", ", ".join(map(str, ranks)), len(trained.changes))
 
 
 def peft_config(trained: Trained) -> dict[str, Any]:
@@ -66,9 +77,11 @@ def peft_config(trained: Trained) -> dict[str, Any]:
         "task_type": "CAUSAL_LM",
         "base_model_name_or_path": trained.base.folder,
         "r": lora.rank,
+        "rank_pattern": rank_pattern(trained),
         "lora_alpha": int(lora.alpha) if float(lora.alpha).is_integer() else lora.alpha,
         "lora_dropout": lora.dropout,
         "use_rslora": lora.rslora,
+        "use_dora": lora.dora,
         "target_modules": target_modules(trained),
         "bias": "none",
         "fan_in_fan_out": False,
@@ -77,17 +90,33 @@ def peft_config(trained: Trained) -> dict[str, Any]:
     }
 
 
+def rank_pattern(trained: Trained) -> dict[str, int]:
+    """The ranks that are not `lora.rank`, by the names of the modules; alpha is the same for all."""
+    ranks = {name: trained.layout.adapted[t.name].rank for t in trained.tensors.values() for name in t.hf_names}
+    return {name.removesuffix(".weight"): rank for name, rank in ranks.items() if rank != trained.lora.rank}
+
+
 def target_modules(trained: Trained) -> str:
-    """A regular expression for the adapted modules of the text model only: a list would match vision towers too."""
-    local = {re.sub(r"^layers\.\d+\.|\.weight$", "", name) for t in trained.tensors.values() for name in t.hf_names}
+    """A regular expression for the adapted modules of the text model only: a list would match vision towers too.
+
+    PEFT takes `layers_to_transform` with a list alone, so that the layers are named here.
+    """
+    found = [_MODULE.fullmatch(name) for t in trained.tensors.values() for name in t.hf_names]
+    local = {match["module"] for match in found if match}
     modules = "|".join(re.escape(name) for name in sorted(local))
+    layers = r"\d+"
+    if trained.lora.layers is not None:
+        layers = f"({'|'.join(map(str, sorted({int(match['layer']) for match in found if match})))})"
     tower = r".*language_model" if "language_model" in trained.prefix else r"(.*\.)?model"
-    return rf"{tower}\.layers\.\d+\.({modules})"
+    return rf"{tower}\.layers\.{layers}\.({modules})"
 
 
 def _tensors(trained: Trained, tensor: Tensor) -> dict[str, np.ndarray]:
-    lora_a, lora_b = (trained.state.read(name) for name in tensor.lora_names)
-    return peft_tensors(tensor, lora_a, lora_b, trained.prefix)
+    lora_a, lora_b, *magnitude = (trained.state.read(name) for name in trained.factor_names(tensor))
+    found = peft_tensors(tensor, lora_a, lora_b, trained.prefix)
+    for name, lengths in (tensor.magnitudes(*magnitude) if magnitude else {}).items():
+        found[peft_magnitude_name(name, trained.prefix)] = lengths
+    return found
 
 
 def _header(trained: Trained) -> bytes:
@@ -95,7 +124,7 @@ def _header(trained: Trained) -> bytes:
     entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     for name, shape in _shapes(trained):
         start = next(reversed(entries.values())).get("data_offsets", [0, 0])[1]
-        stop = start + 4 * shape[0] * shape[1]
+        stop = start + 4 * math.prod(shape)
         entries[name] = {"dtype": "F32", "shape": shape, "data_offsets": [start, stop]}
     text = json.dumps(entries, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
@@ -105,6 +134,9 @@ def _header(trained: Trained) -> bytes:
 def _shapes(trained: Trained) -> Iterator[tuple[str, list[int]]]:
     """Name and shape of every tensor, in the order in which they are written."""
     for tensor in trained.tensors.values():
-        rank, (out_size, in_size) = trained.layout.adapted[tensor.name].rank, tensor.hf_shape
+        how, (out_size, in_size) = trained.layout.adapted[tensor.name], tensor.hf_shape
+        shapes = [how.rank, in_size], [out_size, how.rank]
         for hf_name in tensor.hf_names:
-            yield from zip(peft_names(hf_name, trained.prefix), ([rank, in_size], [out_size, rank]), strict=True)
+            yield from zip(peft_names(hf_name, trained.prefix), shapes, strict=True)
+        for hf_name in tensor.hf_names if how.dora else ():
+            yield peft_magnitude_name(hf_name, trained.prefix), [out_size]

@@ -19,7 +19,7 @@ from gemma4_tpu.models import lora as adapters
 from gemma4_tpu.models.base import Base, resolve_base
 from gemma4_tpu.models.layout import Layout
 from gemma4_tpu.models.match import Match, fit
-from gemma4_tpu.models.names import Tensor, name_map
+from gemma4_tpu.models.names import Tensor, adapted_tensors, name_map
 from gemma4_tpu.models.tensorfile import Checkpoint
 from gemma4_tpu.tracking.files import read_json
 from gemma4_tpu.tracking.run import RunFolder
@@ -62,18 +62,18 @@ class Trained:
         """Of the base, with this run's adapters."""
         return Layout.of(self.base.arch, self.lora)
 
-    def scale(self, tensor: Tensor) -> float:
-        """Factor on a tensor's A·B."""
-        return self.layout.adapted[tensor.name].scale
+    def factor_names(self, tensor: Tensor) -> tuple[str, ...]:
+        """Names of the arrays that adapt a tensor: A, B and DoRA's magnitudes."""
+        dora = self.layout.adapted[tensor.name].dora
+        return (*tensor.lora_names, *([tensor.magnitude_name] if dora else []))
 
     @cached_property
     def tensors(self) -> Mapping[str, Tensor]:
-        """Tunix name → the weights that were trained or adapted."""
-        trained = set(self.state.names)
-        tensors = name_map(self.base.arch).values()
+        """Tunix name → the weights that were trained, or what of them was adapted."""
         if self.lora.enabled:
-            return {t.name: t for t in tensors if t.lora_names[0] in trained}
-        return {t.name: t for t in tensors if t.name in trained}
+            return adapted_tensors(self.base.arch, self.layout.adapted)
+        trained = set(self.state.names)
+        return {t.name: t for t in name_map(self.base.arch).values() if t.name in trained}
 
     @cached_property
     def changes(self) -> Mapping[str, Change]:

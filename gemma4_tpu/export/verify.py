@@ -84,16 +84,16 @@ def _expected(trained: Trained, tensor: Tensor, index: tuple[slice, ...]) -> tup
     if not trained.lora.enabled:
         return trained.state.read(tensor.name, index).astype(np.float64), 0.0
     where = dict(zip(tensor.weight.dims, index, strict=True)) | {"r": slice(None)}
-    lora_a, lora_b = (
-        trained.state.read(name)[tuple(where[dim] for dim in dims)]
-        for name, dims in zip(tensor.lora_names, tensor.weight.adapter_dims, strict=True)
-    )
-    scale = trained.scale(tensor)
-    delta = scale * adapters.product(tensor.weight, lora_a.astype(np.float64), lora_b.astype(np.float64))
+    weight, how = tensor.weight, trained.layout.adapted[tensor.name]
+    factors = [
+        trained.state.read(name)[tuple(where[dim] for dim in dims)].astype(np.float64)
+        for name, dims in zip(trained.factor_names(tensor), (*weight.adapter_dims, weight.outputs), strict=False)
+    ]
     base = _read(tensor, trained.checkpoint, trained.prefix, index).astype(np.float64)
-    rank = lora_a.shape[-1]
-    largest = scale * rank * float(np.abs(lora_a).max() * np.abs(lora_b).max()) + float(np.abs(base).max())
-    return base + delta, (rank + 4) * _FLOAT32_ROUNDING * largest
+    largest = how.scale * how.rank * float(np.abs(factors[0]).max() * np.abs(factors[1]).max())
+    merged = adapters.merged(weight, how, base, factors)
+    growth = max(1.0, float(np.abs(merged).max() / np.abs(base).max())) if how.dora else 1.0
+    return merged, growth * (how.rank + 4) * _FLOAT32_ROUNDING * (largest + float(np.abs(base).max()))
 
 
 def _half_spacing(dtype: np.dtype) -> float:

@@ -12,7 +12,7 @@ import math
 from gemma4_tpu.architectures import Architecture
 from gemma4_tpu.config.schema import LoraConfig
 from gemma4_tpu.models.layout import Layout
-from gemma4_tpu.models.names import Tensor, name_map
+from gemma4_tpu.models.names import Tensor, adapted_tensors, name_map
 from gemma4_tpu.models.weights import PER_LAYER_TABLE
 
 
@@ -28,9 +28,12 @@ def matmul_parameters(arch: Architecture) -> int:
 
 
 def lora_parameters(arch: Architecture, lora: LoraConfig) -> int:
-    """Trained parameters of the adapters: an A `[r, in]` and, for each weight on disk, a B `[out, r]`."""
-    adapted = ((how.rank, name_map(arch)[name]) for name, how in Layout.of(arch, lora).adapted.items())
-    return sum(rank * (t.hf_shape[-1] + len(t.hf_names) * t.hf_shape[-2]) for rank, t in adapted)
+    """Trained parameters of the adapters: an A `[r, in]`; for each weight on disk a B `[out, r]` and DoRA's lengths."""
+    adapted, count = Layout.of(arch, lora).adapted, 0
+    for tensor in adapted_tensors(arch, adapted).values():
+        how, outputs = adapted[tensor.name], len(tensor.hf_names) * tensor.hf_shape[-2]
+        count += how.rank * (tensor.hf_shape[-1] + outputs) + how.dora * outputs
+    return count
 
 
 def attention_flops(arch: Architecture, length: float) -> float:

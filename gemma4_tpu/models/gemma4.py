@@ -22,11 +22,10 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import qwix
 from jax.sharding import Mesh
 
 from gemma4_tpu.architectures import Architecture
-from gemma4_tpu.models import quantize
+from gemma4_tpu.models import dora, quantize
 from gemma4_tpu.models.attention import einsum_attention, rope
 from gemma4_tpu.models.layout import Layout, get
 from gemma4_tpu.models.moe import moe
@@ -105,7 +104,7 @@ def _project(layer: Layer, name: str, x: jax.Array, whole: jax.Array | None = No
     held = get(layer.params, weight.path)
     if layer.lora and weight.role:  # frozen: a trained weight's gradient would be gathered, too
         held = gathered(held, weight, model.mesh)
-    y = jnp.einsum(base_eq, x if whole is None else whole, _dense(held, model.compute_dtype))
+    y = jnp.einsum(base_eq, x if whole is None else whole, quantize.dense(held, model.compute_dtype))
     if TP in weight.axes_of(weight.inputs):  # each chip has a part of the sum: scattered here, not added up whole
         y = constrain(y, "BSD", model.mesh)
     *module, last = weight.path
@@ -122,12 +121,20 @@ def _project(layer: Layer, name: str, x: jax.Array, whole: jax.Array | None = No
     low = jnp.einsum(a_eq, x, adapter[f"{last}_lora_a"].astype(x.dtype)) * how.scale
     low = keep(constrain(low, "BSD", model.mesh), "low")  # [B, S, r]
     low = low if whole is None else constrain(low, "BTD", model.mesh)
-    return y + jnp.einsum(b_eq, low, adapter[f"{last}_lora_b"].astype(x.dtype))
+    added = jnp.einsum(b_eq, low, adapter[f"{last}_lora_b"].astype(x.dtype))
+    if how.dora:
+        a, b, magnitude = (adapter[f"{last}_lora_{part}"] for part in ("a", "b", "magnitude"))
+        norm = keep(dora.norms(weight, how, quantize.dense(held, model.compute_dtype), a, b), "low")
+        added = dora.added(weight, how, magnitude, norm, y, added)
+    return y + _among(added, how.pieces, len(weight.hf_names))
 
 
-def _dense(weight: Any, dtype: Any) -> jax.Array:
-    """A base weight in the compute dtype; quantised ones (QLoRA) are dequantised for this use only."""
-    return quantize.dequantize(weight, dtype) if isinstance(weight, qwix.QArray) else weight.astype(dtype)
+def _among(added: jax.Array, pieces: tuple[int, ...], of: int) -> jax.Array:
+    """What is added to some pieces of a stacked weight's output [c, …], among zeros for the others."""
+    if len(pieces) == of:
+        return added
+    own = dict(zip(pieces, added, strict=True))
+    return jnp.stack([own.get(i, jnp.zeros_like(added[0])) for i in range(of)])
 
 
 def _attention(layer: Layer, x: jax.Array, shared_kv: KV | None) -> tuple[jax.Array, KV]:
@@ -263,7 +270,7 @@ def through_layers(
         nothing: list[Any] = [{} for _ in stage.layers[0]]
         slices = (
             params["stages"][s],
-            lora["stages"][s] if lora else nothing,
+            _of_stage(lora, s, len(nothing)),
             numbers,
             None if per_layer is None else per_layer[numbers],  # [R, J, B, S, P]
             beside[s] if beside else nothing,
@@ -293,6 +300,13 @@ def through_layers(
             x, (found, _) = jax.lax.scan(group, x, slices)
         collected.append(found)
     return rms_norm(x, params["final_norm"]["scale"]), collected
+
+
+def _of_stage(lora: Params | None, s: int, layers: int) -> list[Params]:
+    """The adapters of each layer of a stage's group; the tree ends with the last layer that has some."""
+    stages = lora["stages"] if lora else []
+    own = list(stages[s]) if s < len(stages) else []
+    return own + [{}] * (layers - len(own))
 
 
 def logits(model: Model, params: Params, hidden: jax.Array) -> jax.Array:

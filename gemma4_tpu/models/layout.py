@@ -155,7 +155,10 @@ def _layout(arch: Architecture, adapters: tuple[OfLayer, ...]) -> Layout:
 
 
 def build_tree(items: Iterator[tuple[Path, Any]]) -> dict[str, Any]:
-    """Nested dicts (lists where the path has numbers) from `(path, value)` pairs."""
+    """Nested dicts (lists where the path has numbers) from `(path, value)` pairs.
+
+    What has no pair before the last that has one is `{}`: a layer without adapters, in the tree of adapters.
+    """
     root: dict[str | int, Any] = {}
     for path, value in items:
         node = root
@@ -170,7 +173,7 @@ def _listify(node: Any) -> Any:
         return node
     children = {k: _listify(v) for k, v in node.items()}
     if children and all(isinstance(k, int) for k in children):
-        return [children[i] for i in range(len(children))]
+        return [children.get(i, {}) for i in range(max(children) + 1)]
     return children
 
 

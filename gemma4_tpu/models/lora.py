@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import math
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import jax
@@ -17,23 +18,30 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from gemma4_tpu.models import sharding
+from gemma4_tpu.models import dora, sharding
 from gemma4_tpu.models.adapted import Adapted
-from gemma4_tpu.models.layout import Layout, Leaf, build_tree
+from gemma4_tpu.models.layout import Layout, Leaf, build_tree, get
+from gemma4_tpu.models.quantize import dense
 from gemma4_tpu.models.weights import Weight
 
 
 @dataclass(frozen=True)
 class Adapter:
-    """The pair of arrays beside one (stacked) base weight."""
+    """The arrays beside one (stacked) base weight."""
 
     base: Leaf
+    how: Adapted
+    """What its rank and scale are; the same for all of a stack."""
     a: Leaf
     b: Leaf
+    magnitude: Leaf | None
+    """Of DoRA."""
     fan_in: int
-    rank: int
-    scale: float
-    """Factor on its output."""
+
+    @property
+    def leaves(self) -> tuple[Leaf, ...]:
+        """Its arrays."""
+        return (self.a, self.b, *([self.magnitude] if self.magnitude else []))
 
 
 def adapters(layout: Layout) -> list[Adapter]:
@@ -43,6 +51,8 @@ def adapters(layout: Layout) -> list[Adapter]:
 
 def _adapter(leaf: Leaf, how: Adapted) -> Adapter:
     size = dict(zip(leaf.dims, leaf.shape, strict=True)) | {"r": how.rank}
+    if len(leaf.weight.hf_names) > 1:
+        size["c"] = len(how.pieces)
 
     def beside(factor: str, dims: str) -> Leaf:
         path = (*leaf.path[:-1], f"{leaf.path[-1]}_{factor}")
@@ -51,21 +61,28 @@ def _adapter(leaf: Leaf, how: Adapted) -> Adapter:
 
     a, b = leaf.weight.adapter_dims
     fan_in = math.prod(size[dim] for dim in leaf.weight.inputs)
-    return Adapter(leaf, beside("lora_a", a), beside("lora_b", b), fan_in, how.rank, how.scale)
+    magnitude = beside("lora_magnitude", leaf.weight.outputs) if how.dora else None
+    return Adapter(leaf, how, beside("lora_a", a), beside("lora_b", b), magnitude, fan_in)
 
 
 def product(weight: Weight, lora_a: np.ndarray, lora_b: np.ndarray) -> np.ndarray:
-    """A·B of one weight in its own layout in memory."""
+    """A·B of one weight in its own layout in memory; of the pieces that B is of."""
     a, b = weight.adapter_dims
     dims = a[:-1] + b[1:]  # of the tensor product over r
     return np.tensordot(lora_a, lora_b, axes=1).transpose([dims.index(dim) for dim in weight.dims])
 
 
+def merged(weight: Weight, how: Adapted, base: np.ndarray, factors: Sequence[np.ndarray]) -> np.ndarray:
+    """A weight (its adapted pieces) with the adapter in it, in memory's layout; `factors`: A, B, DoRA's magnitudes."""
+    lora_a, lora_b, *magnitude = factors
+    whole = base + how.scale * product(weight, lora_a, lora_b)
+    return dora.scaled(weight, whole, *magnitude) if magnitude else whole
+
+
 def leaves(layout: Layout) -> Iterator[Leaf]:
     """Every array of the LoRA tree."""
     for adapter in adapters(layout):
-        yield adapter.a
-        yield adapter.b
+        yield from adapter.leaves
 
 
 def shardings(layout: Layout, mesh: Mesh) -> dict[str, Any]:
@@ -73,8 +90,8 @@ def shardings(layout: Layout, mesh: Mesh) -> dict[str, Any]:
     return build_tree((leaf.path, sharding.named(mesh, leaf)) for leaf in leaves(layout))
 
 
-def init(layout: Layout, key: jax.Array) -> dict[str, Any]:
-    """Initial adapters in float32: A uniform in ±√(1/fan_in) (PEFT's default), B zero.
+def init(layout: Layout, key: jax.Array, base: Any = None) -> dict[str, Any]:
+    """Initial adapters in float32: A uniform in ±√(1/fan_in) (PEFT's default), B zero; DoRA's magnitudes `base`'s own.
 
     Values depend on the key and each tensor's own name only, not on mesh, stacking or the other tensors.
     """
@@ -88,7 +105,14 @@ def init(layout: Layout, key: jax.Array) -> dict[str, Any]:
         bound = math.sqrt(1.0 / adapter.fan_in)
         a = jnp.stack([tensor(name, adapter.a.shape, bound) for name in adapter.a.tunix_names])
         items += [(adapter.a.path, a), (adapter.b.path, jnp.zeros(adapter.b.array_shape, jnp.float32))]
+        if adapter.magnitude:
+            lengths = jax.vmap(partial(_lengths, adapter.base.weight, adapter.how.pieces))
+            items.append((adapter.magnitude.path, lengths(get(base, adapter.base.path))))
     return build_tree(iter(items))
+
+
+def _lengths(weight: Weight, pieces: tuple[int, ...], base: Any) -> jax.Array:
+    return dora.lengths(weight, dora.of_pieces(weight, dense(base, jnp.float32), pieces))
 
 
 def parameter_count(layout: Layout) -> int:
@@ -100,6 +124,9 @@ def module_counts(layout: Layout) -> dict[str, int]:
     """Adapted modules by kind, such as `{"attn.q_einsum": 60, …}`."""
     counts: dict[str, int] = {}
     for adapter in adapters(layout):
-        kind = adapter.base.weight.name.rsplit(".", 1)[0]
+        weight, pieces = adapter.base.weight, adapter.how.pieces
+        kind = weight.name.rsplit(".", 1)[0]
+        if len(pieces) < len(weight.hf_names):
+            kind += f" ({', '.join(str(weight.modules[i]) for i in pieces)})"
         counts[kind] = counts.get(kind, 0) + len(adapter.base.tunix_names)
     return counts

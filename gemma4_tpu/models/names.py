@@ -10,13 +10,14 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 
 import numpy as np
 
 from gemma4_tpu.architectures import Architecture
 from gemma4_tpu.errors import UserError
+from gemma4_tpu.models.adapted import Adapted
 from gemma4_tpu.models.weights import Weight, rows, sizes
 
 # What PEFT calls a factor, with the adapter's name (`.default`) in files that were not saved by PEFT itself, and what
@@ -52,7 +53,14 @@ class Tensor:
     @property
     def several(self) -> bool:
         """The leading dim in memory counts sources on disk."""
-        return len(self.hf_names) > 1
+        return len(self.weight.hf_names) > 1
+
+    def of_pieces(self, pieces: Sequence[int]) -> Tensor:
+        """The part of it that some of its sources on disk make."""
+        if not self.several:
+            return self
+        names = tuple(self.hf_names[i] for i in pieces)
+        return replace(self, hf_names=names, shape=(len(pieces), *self.shape[1:]))
 
     def from_hf(self, read: Read, index: Index | None = None) -> np.ndarray:
         """The slice `index` of the tensor in memory's layout (in the dtype on disk, often a view).
@@ -89,6 +97,15 @@ class Tensor:
     def lora_names(self) -> tuple[str, str]:
         """Names of the adapter's two arrays."""
         return f"{self.name}_lora_a", f"{self.name}_lora_b"
+
+    @property
+    def magnitude_name(self) -> str:
+        """Name of DoRA's array."""
+        return f"{self.name}_lora_magnitude"
+
+    def magnitudes(self, array: np.ndarray) -> dict[str, np.ndarray]:
+        """DoRA's magnitudes [out] by Hugging Face weight name."""
+        return dict(zip(self.hf_names, array.reshape(len(self.hf_names), -1), strict=True))
 
     def lora_factors(self, lora_a: np.ndarray, lora_b: np.ndarray) -> dict[str, tuple[np.ndarray, np.ndarray]]:
         """The adapter as pairs (A `[r, in]`, B `[out, r]`) by Hugging Face weight name, in float32, unscaled.
@@ -145,6 +162,11 @@ def peft_names(hf_name: str, prefix: str) -> tuple[str, str]:
     return f"{module}.lora_A.weight", f"{module}.lora_B.weight"
 
 
+def peft_magnitude_name(hf_name: str, prefix: str) -> str:
+    """What PEFT calls DoRA's magnitudes of the weight `hf_name`."""
+    return f"base_model.model.{prefix}{hf_name.removesuffix('.weight')}.lora_magnitude_vector"
+
+
 def from_peft_name(name: str) -> tuple[str, str, str] | None:
     """The inverse of `peft_names` for every spelling in use; None: not a factor of a weight's adapter.
 
@@ -180,6 +202,11 @@ def name_map(arch: Architecture) -> Mapping[str, Tensor]:
     for layer in range(arch.num_layers):
         tensors += [_tensor(f"layers.{layer}.", weight, sizes(arch, layer)) for weight in rows(arch, layer)]
     return {tensor.name: tensor for tensor in tensors}
+
+
+def adapted_tensors(arch: Architecture, adapted: Mapping[str, Adapted]) -> dict[str, Tensor]:
+    """What is adapted of each tensor, by its Tunix name; `adapted` is that of a `Layout`."""
+    return {name: name_map(arch)[name].of_pieces(how.pieces) for name, how in adapted.items()}
 
 
 def _tensor(prefix: str, weight: Weight, size: Mapping[str, int]) -> Tensor:

@@ -63,6 +63,11 @@ def dequantize(weight: qwix.QArray, dtype: Any) -> jax.Array:
     return (values[0] * scale).reshape(shape).astype(dtype)
 
 
+def dense(weight: Any, dtype: Any) -> jax.Array:
+    """A base weight in a dtype; a quantised one is dequantised for this use only."""
+    return dequantize(weight, dtype) if isinstance(weight, qwix.QArray) else weight.astype(dtype)
+
+
 def quantizer(leaf: Leaf, qtype: str | None, mesh: Mesh) -> Any:
     """The compiled function that quantises this weight (`is_quantized`) on the mesh and frees the original."""
     assert qtype is not None

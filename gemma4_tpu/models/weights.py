@@ -89,6 +89,12 @@ class Weight:
         """Its name on disk, or the names of its pieces."""
         return tuple(self.on_disk.split())
 
+    @property
+    def modules(self) -> tuple[str | None, ...]:
+        """What `lora.targets` calls each of its pieces by itself: `k`, `v`; None: only the role names it."""
+        found = [re.search(r"(\w+)_proj\.weight$", name) for name in self.hf_names]
+        return tuple(name[1] if name and self.role else None for name in found)
+
     @cached_property
     def groups(self) -> tuple[str, ...]:
         """The dims on disk, each with the letters that it holds: `("nh", "d")`."""
@@ -184,7 +190,9 @@ LAYER = (
 
 BY_NAME = {weight.name: weight for weight in (*OUTER, *LAYER)}
 ROLES = tuple(dict.fromkeys(weight.role for weight in LAYER if weight.role))
-"""What `lora.targets` can name."""
+"""What `lora.targets` can name: several weights each."""
+MODULES = {module: weight.role for weight in LAYER for module in weight.modules if module}
+"""What else it can name: single modules, and the role that each of them is of."""
 
 
 def sizes(arch: Architecture, layer: int = 0) -> dict[str, int]:

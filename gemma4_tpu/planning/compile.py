@@ -86,7 +86,7 @@ def shapes(recipe: Recipe, mesh: Mesh) -> Shapes:
     if step.full:
         trained, base = weights, {}
     else:
-        initial = jax.eval_shape(partial(adapters.init, layout), key)
+        initial = jax.eval_shape(partial(adapters.init, layout), key, weights)
         trained, base = _placed(initial, adapters.shardings(layout, mesh)), weights
     places = state_places(step, trained, key, mesh)
     state = _placed(jax.eval_shape(step.init, trained, key), places)

@@ -31,13 +31,15 @@ from gemma4_tpu.data.checks import CHOICES, data_problems
 from gemma4_tpu.errors import UserError
 from gemma4_tpu.hardware import MeshSizes, slice_of
 from gemma4_tpu.step.warmup import warmup_updates
+from gemma4_tpu.models.adapted import adapted
+from gemma4_tpu.models.weights import MODULES, ROLES
 from gemma4_tpu.storage import is_remote
 from gemma4_tpu.training.hardware_checks import full_problems, hardware_problems, price_warning
 from gemma4_tpu.training.meshes import resolve_mesh
 from gemma4_tpu.training.optimizer_checks import optimizer_problems, stop_problems, trained_bytes
 from gemma4_tpu.training.recipe import batch_key, count, rows_per_microbatch, rows_per_update
 
-LORA_TARGETS = ("attention", "mlp")
+LORA_TARGETS = (*ROLES, *MODULES)
 HIGH_LEARNING_RATE = 1e-3
 """More than LoRA on a released size usually bears; reported, never changed."""
 PARTS = ("code", "packages", "data", "tokenizer", "base", "hardware")
@@ -88,6 +90,8 @@ def examine_train(root: TrainRoot) -> tuple[Checked | None, list[Refusal]]:
     messages += model_messages
     if not model_messages:
         messages += tokenizer_problem(root.model)
+    if architecture is not None and not any(message.startswith("lora.") for message in messages):
+        messages += _adapted(root.lora, architecture)
     mesh, mesh_messages = _mesh(root, architecture)
     messages += mesh_messages
     if root.trainer.attention == "splash" and architecture is not None:
@@ -162,12 +166,35 @@ def _lora(lora: LoraConfig) -> list[str]:
             f"lora.targets=[]: nothing would be trained; give some of {known}, or lora=none for full fine-tuning"
         )
     unknown = [
-        f"lora.targets: {target!r} is no role{did_you_mean(target, LORA_TARGETS)} (roles: {known})"
+        f"lora.targets: {target!r} is no target{did_you_mean(target, LORA_TARGETS)} (targets: {known})"
         for target in lora.targets
         if target not in LORA_TARGETS
     ]
     twice = [target for target in dict.fromkeys(lora.targets) if lora.targets.count(target) > 1]
-    return messages + unknown + [f"lora.targets: {target!r} is given twice" for target in twice]
+    within = [target for target in lora.targets if MODULES.get(target) in lora.targets]
+    messages += unknown + [f"lora.targets: {target!r} is given twice" for target in twice]
+    messages += [f"lora.targets: {target!r} is part of {MODULES[target]!r}; give one of them" for target in within]
+    if lora.dora and lora.dropout:
+        messages.append(
+            f"lora.dropout={lora.dropout}: lora.dora=true scales the base's product too, dropout would need a second"
+            " one; give lora.dropout=0"
+        )
+    if lora.dora and lora.start is not None:
+        messages.append(
+            f"lora.start={lora.start}: adapters without magnitudes, which lora.dora=true trains; merge them and give"
+            " model.path=<merged folder>, or lora.dora=false"
+        )
+    low = [f"lora.ranks.{pattern}={rank}: must be at least 1" for pattern, rank in lora.ranks.items() if rank < 1]
+    return messages + low
+
+
+def _adapted(lora: LoraConfig, architecture: Architecture) -> list[str]:
+    """Layers and ranks that this model has not."""
+    try:
+        adapted(architecture, lora)
+    except UserError as problem:
+        return [str(problem)]
+    return []
 
 
 def _splash(architecture: Architecture, data: DataConfig) -> list[str]:

@@ -51,10 +51,17 @@ class Recipe:
 
 
 def trained_as(lora: LoraConfig) -> str:
-    """`lora r=64`, `qlora nf4 r=64` or `full`."""
+    """`lora r=64`, `qlora nf4 r=64` or `full`; and what else is not the default: `lora r=64 layers=0-11`."""
     if not lora.enabled:
         return "full"
-    return f"qlora {lora.quantize} r={lora.rank}" if lora.quantize else f"lora r={lora.rank}"
+    kind = "dora" if lora.dora else "lora"
+    name = f"q{kind} {lora.quantize}" if lora.quantize else kind
+    others = [f"ranks={lora.ranks}"] if lora.ranks else []
+    if lora.targets != LoraConfig().targets:
+        others.append(f"targets={','.join(lora.targets)}")
+    if lora.layers is not None:
+        others.append(f"layers={','.join(lora.layers)}")
+    return " ".join([name, f"r={lora.rank}", *others])
 
 
 def rows_per_update(trainer: TrainerConfig, data: DataConfig) -> int:

@@ -135,7 +135,7 @@ def set_up(base: Base, recipe: Recipe, mesh: Mesh, start: Start | None = None) -
         trained, frozen, leaves = weights, {}, tuple(model.layout.leaves())
     else:
         place = adapters.shardings(model.layout, mesh)
-        trained = jax.jit(partial(adapters.init, model.layout), out_shardings=place)(init_key)
+        trained = jax.jit(partial(adapters.init, model.layout), out_shardings=place)(init_key, weights)
         if start is not None:
             trained = start.place(trained, model.layout, mesh)
         frozen, leaves = weights, tuple(trained_leaves(model.layout, lora))

@@ -12,7 +12,7 @@ import logging
 import math
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property, partial
 from typing import Any
 
@@ -30,7 +30,7 @@ from gemma4_tpu.models import lora as adapters
 from gemma4_tpu.models.adapted import Adapted
 from gemma4_tpu.models.adapter_files import CONFIG, Given, read_peft
 from gemma4_tpu.models.layout import Layout, Leaf, build_tree, get
-from gemma4_tpu.models.names import Tensor, name_map, some
+from gemma4_tpu.models.names import Tensor, adapted_tensors, some
 from gemma4_tpu.models.weights import ROLES
 from gemma4_tpu.storage import list_folder
 from gemma4_tpu.tracking.files import read_json
@@ -150,7 +150,7 @@ def open_start(lora: LoraConfig, arch: Architecture, resume_from: int | None = N
             f"lora.start={lora.start}: neither a run folder (config.yaml) nor a PEFT adapter ({CONFIG}): {found}"
         )
     layout = Layout.of(arch, lora)
-    tensors = _tensors(arch, layout)
+    tensors = adapted_tensors(arch, layout.adapted)
     known = {name for t in tensors.values() for name in t.hf_names}
     idle = tuple(sorted(name for name in given.keys() - known if not given[name].read()[1].any()))
     taken = {name: one for name, one in given.items() if name not in idle}
@@ -188,7 +188,16 @@ def _of_run(lora: LoraConfig, arch: Architecture) -> tuple[str, str, str | None,
     base = None
     if run.provenance_path.exists():
         base = read_json(run.provenance_path).get("fingerprints", {}).get("base")
-    adapted, tensors = Layout.of(arch, known.lora).adapted, name_map(arch)
+    if known.lora.dora:
+        raise UserError(
+            f"lora.start={lora.start}: trained with lora.dora, whose magnitudes plain adapters can't hold; merge it and"
+            " give model.path=<merged folder>"
+        )
+    try:
+        adapted = Layout.of(arch, known.lora).adapted
+    except UserError as problem:
+        raise UserError(f"lora.start={lora.start}: not adapters for {arch.name}; its config.yaml: {problem}") from None
+    tensors = adapted_tensors(arch, adapted)
     given: dict[str, Given] = {}
     for name in state.names:
         if (own := name.removesuffix("_lora_a")) != name:
@@ -216,23 +225,19 @@ def _absent(state: SavedState, name: str) -> Given:
     return Given(state.shape(name), state.shape(other), 1.0, lambda: (state.read(name), state.read(other)))
 
 
-def _tensors(arch: Architecture, layout: Layout) -> dict[str, Tensor]:
-    names = name_map(arch)
-    return {name: names[name] for name in layout.adapted}
-
-
 def _unmatched(start: Start, arch: Architecture) -> list[str]:
     """Given weights that this run does not adapt."""
     ours = {name for t in start.tensors.values() for name in t.hf_names}
     rest = sorted(start.given.keys() - ours)
-    every = _tensors(arch, Layout.of(arch, replace(start.lora, targets=list(ROLES))))
-    targets = {name for t in every.values() for name in t.hf_names}
+    every = Layout.of(arch, LoraConfig(targets=list(ROLES))).adapted
+    targets = {name for t in adapted_tensors(arch, every).values() for name in t.hf_names}
     untargeted, alien = [n for n in rest if n in targets], [n for n in rest if n not in targets]
     lines = []
     if untargeted:
+        layers = "" if start.lora.layers is None else f" lora.layers=[{','.join(start.lora.layers)}]"
         lines.append(
-            f"lora.targets=[{','.join(start.lora.targets)}] leaves out {len(untargeted)} of its weights"
-            f" ({some(untargeted)}); give lora.targets=[{','.join(ROLES)}]"
+            f"lora.targets=[{','.join(start.lora.targets)}]{layers} leaves out {len(untargeted)} of its weights"
+            f" ({some(untargeted)}); give lora.targets=[{','.join(ROLES)}]{layers and ' lora.layers=null'}"
         )
     if alien:
         lines.append(

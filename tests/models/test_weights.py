@@ -2,12 +2,12 @@
 
 import pytest
 
-from gemma4_tpu.models.weights import BY_NAME, LAYER, OUTER, ROLES
-from gemma4_tpu.training.checks import LORA_TARGETS
+from gemma4_tpu.models.weights import BY_NAME, LAYER, MODULES, OUTER
 
 
-def test_lora_targets_are_the_roles_of_weights():
-    assert set(ROLES) == set(LORA_TARGETS)
+def test_single_modules_are_named_as_people_name_them():
+    assert {"q": "attention", "k": "attention", "v": "attention", "o": "attention"}.items() <= MODULES.items()
+    assert {"gate": "mlp", "up": "mlp", "down": "mlp"}.items() <= MODULES.items()
 
 
 def test_dropout_is_drawn_as_it_was_for_runs_that_go_on_from_older_checkpoints():

@@ -1,0 +1,70 @@
+"""DoRA (arXiv 2402.09353): a weight's direction is adapted by A and B, the length of each of its rows is trained.
+
+A row is what one output of a product takes from its inputs. It becomes magnitude · (W + scale·A·B) / ‖W + scale·A·B‖,
+and the norm counts as a constant in the backward pass (section 4.3, as PEFT has it).
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from gemma4_tpu.models.adapted import Adapted
+from gemma4_tpu.models.weights import Weight
+
+
+def of_pieces(weight: Weight, x: jax.Array, pieces: tuple[int, ...]) -> jax.Array:
+    """The adapted ones [c', …] of the pieces [c, …] of a weight or of what it makes."""
+    if len(pieces) == len(weight.hf_names):
+        return x
+    return jnp.stack([x[i] for i in pieces])
+
+
+def norms(weight: Weight, how: Adapted, base: jax.Array, lora_a: jax.Array, lora_b: jax.Array) -> jax.Array:
+    """‖W + scale·A·B‖ of each row, float32, with the dims `weight.outputs`; W [dims in memory] is dense.
+
+    The sum is never formed: its squared norm is ‖W‖² + 2·scale·W·(A·B) + scale²·‖A·B‖², and W·A has r columns only.
+    """
+    (a, b), out = weight.adapter_dims, weight.outputs
+    lora_a, lora_b = lora_a.astype(jnp.float32), lora_b.astype(jnp.float32)
+    base = of_pieces(weight, base, how.pieces)
+    crossed = jnp.einsum(
+        f"{weight.dims},{a}->r{out}", base, lora_a.astype(base.dtype), preferred_element_type=jnp.float32
+    )
+    gram = jnp.einsum(f"{a},{a.replace('r', 'z')}->rz", lora_a, lora_a)
+    added = jnp.einsum(f"rz,{b.replace('r', 'z')}->r{out}", gram, lora_b)
+    grown = jnp.sum(lora_b * (2 * how.scale * crossed + how.scale**2 * added), axis=0)
+    return jnp.sqrt(jnp.maximum(lengths(weight, base) ** 2 + grown, 0.0))
+
+
+def lengths(weight: Weight, base: jax.Array) -> jax.Array:
+    """‖W‖ of each row, float32: what magnitudes begin with."""
+    inputs = tuple(i for i, dim in enumerate(weight.dims, base.ndim - len(weight.dims)) if dim in weight.inputs)
+    return jnp.sqrt(jnp.sum(jnp.square(base.astype(jnp.float32)), axis=inputs))
+
+
+def added(
+    weight: Weight, how: Adapted, magnitude: jax.Array, norm: jax.Array, y: jax.Array, low_rank: jax.Array
+) -> jax.Array:
+    """What DoRA adds to y = x·W, from what LoRA would add.
+
+    Args:
+      weight: its row.
+      how: it is adapted.
+      magnitude: with the dims `weight.outputs`, of the adapted pieces.
+      norm: `norms`.
+      y: x·W, pieces first where there are several.
+      low_rank: scale·x·A·B, of the adapted pieces.
+    """
+    ratio = magnitude / jax.lax.stop_gradient(norm)
+    ratio = ratio[:, None, None] if "c" in weight.outputs else ratio  # [c, B, T, …]: rows and tokens come behind c
+    turned = of_pieces(weight, y, how.pieces) * (ratio - 1).astype(y.dtype)
+    return turned + low_rank * ratio.astype(y.dtype)
+
+
+def scaled(weight: Weight, merged: np.ndarray, magnitude: np.ndarray) -> np.ndarray:
+    """W + scale·A·B [dims in memory] with the rows' lengths as trained."""
+    inputs = tuple(i for i, dim in enumerate(weight.dims) if dim in weight.inputs)
+    norm = np.sqrt(np.sum(np.square(merged), axis=inputs))
+    return merged * np.expand_dims(magnitude / norm, inputs)
