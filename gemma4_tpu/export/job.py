@@ -22,6 +22,7 @@ from gemma4_tpu.export.place import Place, Unfinished, total_bytes
 from gemma4_tpu.export.probe_prompts import write_probes
 from gemma4_tpu.export.trained import Trained, open_trained
 from gemma4_tpu.export.verify import refusal, verify
+from gemma4_tpu.models.names import Tensor
 from gemma4_tpu.models.tensorfile import Checkpoint
 from gemma4_tpu.storage import join
 from gemma4_tpu.tracking.records import PARITY, write_record
@@ -179,11 +180,11 @@ def _merged_bytes(trained: Trained) -> int:
 
 
 def _adapter_bytes(trained: Trained) -> int:
-    return 4 * sum(
-        len(t.hf_names) * (how.rank * sum(t.hf_shape) + how.dora * t.hf_shape[0])
-        for t in trained.tensors.values()
-        if (how := trained.layout.adapted[t.name])
-    )
+    def values(tensor: Tensor) -> int:  # an A, a B and perhaps DoRA's lengths for each weight on disk
+        how = trained.layout.adapted[tensor.name]
+        return len(tensor.hf_names) * (how.rank * sum(tensor.hf_shape) + (tensor.hf_shape[0] if how.dora else 0))
+
+    return 4 * sum(map(values, trained.tensors.values()))
 
 
 def prepare_all(runs: tuple[Path | str, ...], export: ExportConfig) -> list[ExportJob]:

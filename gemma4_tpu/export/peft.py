@@ -37,9 +37,10 @@ def check_peft(trained: Trained) -> None:
         log.warning("lora.dora: vLLM refuses adapters with use_dora; serve the merged model")
     if len(ranks) > 1:
         log.warning(
-            "lora.ranks: vLLM does not read rank_pattern and would scale every adapter by lora_alpha/r=%g/%d; serve the"
-            " merged model", trained.lora.alpha, trained.lora.rank,
-        )  # fmt: skip
+            "lora.ranks: vLLM does not read rank_pattern and would scale all adapters as those of rank %d; serve the"
+            " merged model",
+            trained.lora.rank,
+        )
 
 
 def vllm_warning(rank: int) -> str | None:
