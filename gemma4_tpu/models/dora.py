@@ -22,12 +22,19 @@ def of_pieces(weight: Weight, x: jax.Array, pieces: tuple[int, ...]) -> jax.Arra
 
 
 def norms(weight: Weight, how: Adapted, base: jax.Array, lora_a: jax.Array, lora_b: jax.Array) -> jax.Array:
-    """‖W + scale·A·B‖ of each row, float32, with the dims `weight.outputs`; W [dims in memory] is dense.
+    """‖W + scale·A·B‖ of each row, float32, with the dims `weight.outputs`, for the backward pass a constant.
 
     The sum is never formed: its squared norm is ‖W‖² + 2·scale·W·(A·B) + scale²·‖A·B‖², and W·A has r columns only.
+
+    Args:
+      weight: its row.
+      how: it is adapted.
+      base: W, dense, with its dims in memory.
+      lora_a: A.
+      lora_b: B, of the adapted pieces.
     """
     (a, b), out = weight.adapter_dims, weight.outputs
-    lora_a, lora_b = lora_a.astype(jnp.float32), lora_b.astype(jnp.float32)
+    lora_a, lora_b = (jax.lax.stop_gradient(x.astype(jnp.float32)) for x in (lora_a, lora_b))
     base = of_pieces(weight, base, how.pieces)
     crossed = jnp.einsum(
         f"{weight.dims},{a}->r{out}", base, lora_a.astype(base.dtype), preferred_element_type=jnp.float32
@@ -57,7 +64,7 @@ def added(
       y: x·W, pieces first where there are several.
       low_rank: scale·x·A·B, of the adapted pieces.
     """
-    ratio = magnitude / jax.lax.stop_gradient(norm)
+    ratio = magnitude / norm
     ratio = ratio[:, None, None] if "c" in weight.outputs else ratio  # [c, B, T, …]: rows and tokens come behind c
     turned = of_pieces(weight, y, how.pieces) * (ratio - 1).astype(y.dtype)
     return turned + low_rank * ratio.astype(y.dtype)

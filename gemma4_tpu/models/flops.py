@@ -2,7 +2,7 @@
 
 A multiply-add counts as two. Backward passes: activation gradients cost as much as the forward pass; weight gradients
 as much again, but only for weights that are trained. LoRA trains almost none, hence 4 FLOPs per parameter and token
-instead of 6.
+instead of 6; and 2 in layers before the first that is adapted, to which no gradient goes back.
 """
 
 from __future__ import annotations
@@ -16,14 +16,19 @@ from gemma4_tpu.models.names import Tensor, adapted_tensors, name_map
 from gemma4_tpu.models.weights import PER_LAYER_TABLE
 
 
-def matmul_parameters(arch: Architecture) -> int:
-    """Parameters that each token is multiplied with: active experts only, the output table included."""
+def matmul_parameters(arch: Architecture, before: int | None = None) -> int:
+    """Parameters that each token is multiplied with: active experts only, the output table included.
+
+    `before`: of the layers before this one alone.
+    """
 
     def active(tensor: Tensor) -> int:
         values = math.prod(tensor.shape)
         return values // arch.num_experts * arch.experts_per_token if tensor.weight.each else values
 
-    products = (t for t in name_map(arch).values() if t.weight.inputs and t.name != PER_LAYER_TABLE)
+    products = [t for t in name_map(arch).values() if t.weight.inputs and t.name != PER_LAYER_TABLE]
+    if before is not None:
+        products = [t for t in products if t.name.startswith("layers.") and int(t.name.split(".")[1]) < before]
     return sum(map(active, products))
 
 
@@ -36,10 +41,13 @@ def lora_parameters(arch: Architecture, lora: LoraConfig) -> int:
     return count
 
 
-def attention_flops(arch: Architecture, length: float) -> float:
-    """Scores and weighted values of one forward pass, per token of a segment with `length` tokens (causal mean)."""
+def attention_flops(arch: Architecture, length: float, before: int | None = None) -> float:
+    """Scores and weighted values of one forward pass, per token of a segment with `length` tokens (causal mean).
+
+    `before`: of the layers before this one alone.
+    """
     flops = 0.0
-    for i in range(arch.num_layers):
+    for i in range(arch.num_layers if before is None else before):
         seen = (length + 1) / 2
         window = arch.sliding_window
         if not arch.is_global(i) and length > window:
@@ -53,4 +61,6 @@ def train_flops_per_token(arch: Architecture, lora: LoraConfig, mean_length: flo
     if not lora.enabled:
         return 6 * matmul_parameters(arch) + 3 * attention_flops(arch, mean_length)
     base = 4 * matmul_parameters(arch) + 3 * attention_flops(arch, mean_length)
-    return base + 6 * lora_parameters(arch, lora)
+    first = next(i for i, layer in enumerate(Layout.of(arch, lora).of_layers) if layer)
+    forward_only = 2 * matmul_parameters(arch, first) + 2 * attention_flops(arch, mean_length, first)
+    return base - forward_only + 6 * lora_parameters(arch, lora)

@@ -106,3 +106,16 @@ def test_all_of_a_stack_are_adapted_alike(name):
     layout = Layout.of(ARCHITECTURES[name], lora)
     for leaf in layout.leaves():
         assert {layout.adapted.get(name) for name in leaf.tunix_names} == {leaf.adapted}
+
+
+def test_layers_before_the_first_adapted_one_are_only_run_forward():
+    """The second half of 31B's layers, which are groups of equal size; attention of one token is one score."""
+
+    def flops_of(**settings):
+        lora = LoraConfig(**settings)
+        return flops.train_flops_per_token(BIG, lora, 1.0) - 6 * flops.lora_parameters(BIG, lora)
+
+    layers = flops.matmul_parameters(BIG) - BIG.vocab_size * BIG.embed_dim
+    saved = layers + flops.attention_flops(BIG, 1.0)
+    assert flops_of() - flops_of(layers=["30-"]) == pytest.approx(saved)
+    assert flops_of() == flops_of(layers=["0", "59"])
