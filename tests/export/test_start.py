@@ -71,6 +71,28 @@ def test_from_a_run_and_from_its_export_to_the_bit(kind, prefix, run_of, merge):
                 np.testing.assert_array_equal(np.asarray(get(tree, leaf.path))[number], trained.state.read(name))
 
 
+def test_from_adapters_of_some_layers_modules_and_ranks_to_the_bit(run_of, merge):
+    lora = LoraConfig(rank=4, alpha=8.0, targets=["v", "o"], layers=["1-7"], ranks={"layers.2.*": 6})
+    run, base = run_of(lora=lora)
+    merge(run, "export=peft")
+    trained, arch = open_trained(run, ExportConfig()), arch_of(base)
+    for folder in (run, run / "adapter"):
+        start = open_start(replace(lora, start=str(folder)), arch)
+        tree = begin(start, arch)
+        assert not start.fresh and not start.idle
+        for leaf in adapters.leaves(trained.layout):
+            for number, name in enumerate(leaf.tunix_names):
+                np.testing.assert_array_equal(np.asarray(get(tree, leaf.path))[number], trained.state.read(name))
+    with pytest.raises(UserError, match=r"lora\.layers=\[1-5\] leaves out .*layers\.6\..*lora\.layers=null"):
+        open_start(replace(lora, layers=["1-5"], start=str(run)), arch)
+
+
+def test_magnitudes_are_not_begun_from(run_of):
+    run, base = run_of(lora=LoraConfig(rank=4, dora=True, targets=["o"]))
+    with pytest.raises(UserError, match=r"trained with lora\.dora, .*model\.path="):
+        open_start(LoraConfig(rank=4, start=str(run)), arch_of(base))
+
+
 @pytest.fixture(scope="module")
 def by_peft(tmp_path_factory):
     """Makes an adapter with PEFT itself, B not zero: (base, adapter folder)."""
