@@ -98,7 +98,8 @@ def open_trained(run: str | Path, export: ExportConfig) -> Trained:
     folder = RunFolder.existing(run)
     config = folder.read_config()
     try:
-        known: TrainRoot = from_yaml(yaml.safe_dump({key: config[key] for key in ("model", "lora")}))
+        recorded = {key: config[key] for key in ("model", "lora")}
+        known: TrainRoot = from_yaml(yaml.safe_dump(recorded, sort_keys=False))  # the order of lora.ranks counts
     except KeyError as error:
         raise UserError(f"run={run}: config.yaml has no {error}: not the run folder of a training") from None
     state = open_saved(folder.address, export.checkpoint)

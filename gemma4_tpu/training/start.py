@@ -178,7 +178,7 @@ def _of_run(lora: LoraConfig, arch: Architecture) -> tuple[str, str, str | None,
     config = run.read_config()
     if "lora" not in config:
         raise UserError(f"lora.start={lora.start}: its config.yaml has no lora: not the run folder of a training")
-    known: TrainRoot = from_yaml(yaml.safe_dump({"lora": config["lora"]}))
+    known: TrainRoot = from_yaml(yaml.safe_dump({"lora": config["lora"]}, sort_keys=False))
     if not known.lora.enabled:
         raise UserError(
             f"lora.start={lora.start}: trained every weight (lora=none), so there are no adapters; merge it and give"

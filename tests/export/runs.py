@@ -63,7 +63,7 @@ def make_run(
     saver.wait()
     saver.close()
     config = {"model": asdict(ModelConfig(name=name, path=str(base))), "lora": asdict(lora), "name": "train"}
-    (folder / "config.yaml").write_text(yaml.safe_dump(config))
+    (folder / "config.yaml").write_text(yaml.safe_dump(config, sort_keys=False))
     (folder / "provenance.json").write_text(json.dumps({"fingerprints": {"base": place.fingerprint}}))
     return folder
 
