@@ -29,6 +29,7 @@ KINDS = {
 
 
 @pytest.mark.parametrize("case", KINDS)
+@pytest.mark.slow
 def test_transformers_and_peft_have_the_logits_of_the_adapted_model(case, run_of, merge):
     kind, settings = KINDS[case]
     prefix = "multimodal" if case in ("layers", "all") else "causal"

@@ -57,6 +57,7 @@ def plain(kind: str):
 
 
 @pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.slow
 def test_meshes_and_remat_change_nothing(kind):
     step, base, trained = make(KINDS[kind], fsdp=2, tp=2, remat="decoder")
     place = sharding.batch(step.model.mesh)
@@ -87,6 +88,7 @@ def test_dora_begins_as_the_base_and_trains_directions_and_lengths_apart():
         np.testing.assert_allclose(dora.lengths(adapter.base.weight, jnp.asarray(merged)), m, rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_qlora_with_dora_is_dora_on_the_dequantised_base():
     lora = replace(KINDS["dora"], quantize="nf4")
     step, base, trained = make(lora)
