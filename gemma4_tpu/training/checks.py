@@ -30,9 +30,9 @@ from gemma4_tpu.config.schema import (
 from gemma4_tpu.data.checks import CHOICES, data_problems
 from gemma4_tpu.errors import UserError
 from gemma4_tpu.hardware import MeshSizes, slice_of
-from gemma4_tpu.step.warmup import warmup_updates
 from gemma4_tpu.models.adapted import adapted
 from gemma4_tpu.models.weights import MODULES, ROLES
+from gemma4_tpu.step.warmup import warmup_updates
 from gemma4_tpu.storage import is_remote
 from gemma4_tpu.training.hardware_checks import full_problems, hardware_problems, price_warning
 from gemma4_tpu.training.meshes import resolve_mesh
