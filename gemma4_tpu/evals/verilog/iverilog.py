@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import tempfile
@@ -19,8 +20,8 @@ LANGUAGE = "-g2012"
 WARNINGS = ("-Wall", "-Winfloop", "-Wno-timescale")  # as the benchmark's own Makefile has them
 ASKING_SECONDS = 30.0
 _TOP, _OUTPUT = "top_asked_for", "output_asked_for"
-_COMPILE_AND_SIMULATE = '"$1" -C"$2" -- "$3" && echo "$0" && echo "$0" >&2 && exec "$4" -n "$5"'
-_NOT_NEEDED = re.compile(r"^(?:ivlpp:.*|module:.*vhdl\w*\.vpi)\n", re.MULTILINE)  # loaded by each simulation, for VHDL
+_NOT_NEEDED = re.compile(r"^(?:ivlpp:.*|module:.*vhdl\w*\.vpi)\n", re.MULTILINE)
+_FOR_VHDL = re.compile(r'^:vpi_module ".*vhdl\w*\.vpi";\n', re.MULTILINE)  # each simulation would load it
 HOW_TO_INSTALL = (
     "install Icarus Verilog 11 or newer (`sudo apt-get install iverilog`), or give its folder in eval.judge.iverilog"
 )
@@ -60,13 +61,18 @@ class Tools:
         """Content of the settings with which `compiler` does what the driver does in `build`."""
         return self.compiler_settings.replace(_TOP, top).replace(_OUTPUT, output)
 
-    def compile_and_simulate(self, settings: str, source: str, program: str, mark: str) -> list[str]:
-        """As `build` and `simulate`, for a source without macros and a file with `settings`.
+    def compile_and_simulate(self, settings: str, source: str, program: str, mark: str) -> str:
+        """As `build` and `simulate`, for a source without macros and a file with `settings`: a line for a shell.
 
         Once it is built, a line `mark` is printed on both outputs.
         """
-        words = [str(self.compiler), settings, source, str(self.vvp), program]
-        return ["/bin/sh", "-c", _COMPILE_AND_SIMULATE, mark, *words]
+        compiled = shlex.join([str(self.compiler), f"-C{settings}", "--", source])
+        return f"{compiled} && echo {mark} && echo {mark} >&2 && exec {shlex.join(self.simulate(program))}"
+
+    @staticmethod
+    def lightened(program: str) -> str:
+        """A compiled program without what only VHDL needs."""
+        return _FOR_VHDL.sub("", program)
 
     def simulate(self, program: str) -> list[str]:
         """`-n`: `$stop` ends the simulation instead of asking."""

@@ -21,10 +21,12 @@ from typing import Any, TypeVar
 
 from gemma4_tpu.config.tasks import JudgeConfig
 from gemma4_tpu.evals.problems import Problem, Verdict, VerdictClass
+from gemma4_tpu.evals.verilog.benches import Benches
 from gemma4_tpu.evals.verilog.iverilog import Tools
 from gemma4_tpu.evals.verilog.official import builds_unchanged, passes_officially
 from gemma4_tpu.evals.verilog.replays import Replays
-from gemma4_tpu.evals.verilog.sandbox import Finished, Level, Sandbox
+from gemma4_tpu.evals.verilog.running import Finished
+from gemma4_tpu.evals.verilog.sandbox import Level, Sandbox
 from gemma4_tpu.evals.verilog.spy import spy
 from gemma4_tpu.evals.verilog.stage import NoStage, Stage, build, load
 from gemma4_tpu.evals.verilog.verdict import CPU_FACTOR, Golden, Trial, judge_code, reference_as_answer
@@ -106,6 +108,7 @@ class _Worker:
     tools: Tools
     folder: Path
     sandboxes: dict[Level, Sandbox] = field(default_factory=dict)
+    benches: dict[Level, Benches] = field(default_factory=dict)
     replays: Replays = field(default_factory=Replays)
 
     def sandbox(self, level: Level) -> Sandbox:
@@ -122,6 +125,8 @@ class _Worker:
 
     def trial(self, problem: Problem, code: str, level: Level, golden: Golden | None = None) -> Trial:
         sandbox = self.sandbox(level)
+        if level not in self.benches:
+            self.benches[level] = Benches(sandbox, self.empty_folder(sandbox, f"bench_{level}"))
         judged = golden is None or golden.failure is None
         return Trial(
             problem=problem,
@@ -129,7 +134,7 @@ class _Worker:
             tools=self.tools,
             sandbox=sandbox,
             folder=self.empty_folder(sandbox),
-            empty_bench_folder=functools.partial(self.empty_folder, sandbox, "bench"),
+            benches=self.benches[level],
             stage=functools.partial(self.stage, problem, sandbox) if judged else None,
             limit_seconds=max(1.0, CPU_FACTOR * golden.cpu_seconds) if golden and judged else None,
             replays=self.replays if golden else Replays(),  # references are timed, and run anew

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections import OrderedDict
 
-from gemma4_tpu.evals.verilog.sandbox import Finished
+from gemma4_tpu.evals.verilog.running import Finished
 from gemma4_tpu.evals.verilog.stage import Stage
 
 MOST_REMEMBERED = 2048

@@ -15,16 +15,13 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import functools
-import itertools
 import math
 import os
-import resource
-import selectors
+import shlex
 import shutil
 import signal
 import subprocess
-import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 from pathlib import Path
@@ -33,15 +30,14 @@ import psutil
 
 from gemma4_tpu.config.tasks import JudgeConfig
 from gemma4_tpu.evals.verilog import landlock
+from gemma4_tpu.evals.verilog.running import Finished, Running
 
 SYSTEM_PATHS = tuple(Path(p) for p in ("/usr", "/bin", "/lib", "/lib32", "/lib64", "/nix/store", "/etc/ld.so.cache"))
 DEVICES = (Path("/dev/null"),)
 FIRST_UID, UIDS = 60706, 478  # a range that neither distributions nor systemd give to anyone
 OTHERS_HEADROOM = 4096  # the kernel counts all processes of an ordinary user: room for what else they start meanwhile
-PATIENCE = 10  # half milliseconds that killed processes get before those of other groups are looked for
-WALL_FACTOR, WALL_EXTRA_SECONDS = 6, 10  # on a busy machine CPU time is what counts; this ends what only sleeps
 
-_OUT_OF_CPU_TIME = (-signal.SIGXCPU, 128 + signal.SIGXCPU)  # the command itself, or one that it waited for
+_ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGALRM)  # see pool.py
 _PR_SET_PDEATHSIG, _PR_SET_CHILD_SUBREAPER = 1, 36
 _libc = ctypes.CDLL(None, use_errno=True)
 
@@ -52,20 +48,6 @@ class Level(StrEnum):
     BUBBLEWRAP = "bubblewrap"
     LANDLOCK = "landlock"
     NONE = "none"
-
-
-@dataclass(frozen=True, kw_only=True)
-class Finished:
-    """What a command did."""
-
-    returncode: int
-    """Negative or above 128: ended by a signal."""
-    stdout: str
-    stderr: str
-    cpu_seconds: float
-    """Of all its processes."""
-    stopped: str | None
-    """Why it was stopped: `cpu`, `wall`, `output`; null: it ended by itself."""
 
 
 @dataclass(kw_only=True)
@@ -97,37 +79,61 @@ class Sandbox:
                 os.chown(path, self.uid, self.uid)
 
     def run(
-        self, command: Sequence[str], folder: Path, *, writable: Sequence[Path] = (), cpu_seconds: float | None = None
+        self,
+        command: Sequence[str] | str,
+        folder: Path,
+        *,
+        writable: Sequence[Path] = (),
+        cpu_seconds: float | None = None,
     ) -> Finished:
-        """Runs `command` in `folder`, which it may read; it may write only beneath `writable`.
+        """Runs `command`, words or a shell's line, in `folder`, which it may read; it may write only beneath `writable`.
 
         `cpu_seconds` is a limit on CPU time below that of the configuration.
         """
-        limit_seconds = min(self.config.cpu_seconds, cpu_seconds or self.config.cpu_seconds)
-        ruleset = None
-        if self.level is Level.BUBBLEWRAP:
-            command = [*self._bubblewrap(folder, writable), *command]
-        elif self.level is Level.LANDLOCK:
-            readable = (*SYSTEM_PATHS, *self.readable, folder)
-            ruleset = landlock.make_ruleset(readable, (*DEVICES, *writable))
+        limit_seconds = self.seconds(cpu_seconds)
+        line = command if isinstance(command, str) else f"exec {shlex.join(command)}"
+        running = self.start(f"{limit_cpu(limit_seconds)} && {line}", folder, writable)
+        stopped = None
         try:
-            process = subprocess.Popen(
-                command,
-                cwd=folder,
-                env={"PATH": "/usr/bin:/bin", "LC_ALL": "C", "TMP": str(folder), "TMPDIR": str(folder)},
-                stdin=subprocess.DEVNULL,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.PIPE,
-                start_new_session=True,
-                user=self.uid,
-                group=self.uid,
-                extra_groups=None if self.uid is None else [],
-                preexec_fn=functools.partial(_confine, self._limits(limit_seconds), ruleset),
-            )
+            stopped = running.collect(limit_seconds)
+        finally:
+            done = running.end(stopped)
+        return done
+
+    def seconds(self, cpu_seconds: float | None) -> float:
+        """The limit on CPU time of a command that is given `cpu_seconds`."""
+        return min(self.config.cpu_seconds, cpu_seconds or self.config.cpu_seconds)
+
+    def start(self, line: str, folder: Path, writable: Sequence[Path], *, stays: bool = False) -> Running:
+        """Starts a shell with a line. As `run`, but without a limit on CPU time, and the caller ends it.
+
+        If it `stays`, it has an input, and other commands run meanwhile.
+        """
+        words = ["/bin/sh", "-c", f"{self._limits()} && {line}"]
+        ruleset, confine = None, None
+        if self.level is Level.BUBBLEWRAP:
+            words = [*self._bubblewrap(folder, writable), *words]
+        else:
+            if self.level is Level.LANDLOCK:
+                readable = (*SYSTEM_PATHS, *self.readable, folder)
+                ruleset = landlock.make_ruleset(readable, (*DEVICES, *writable))
+            confine = functools.partial(_confine, ruleset)
+        try:
+            with _acting_as(self.uid):
+                process = subprocess.Popen(
+                    words,
+                    cwd=folder,
+                    env={"PATH": "/usr/bin:/bin", "LC_ALL": "C", "TMP": str(folder), "TMPDIR": str(folder)},
+                    stdin=subprocess.PIPE if stays else subprocess.DEVNULL,
+                    stdout=subprocess.PIPE,
+                    stderr=subprocess.PIPE,
+                    start_new_session=True,
+                    preexec_fn=confine,
+                )
         finally:
             if ruleset is not None:
                 os.close(ruleset)
-        return self._supervise(process, limit_seconds)
+        return Running(process, self.config.output_kib << 10, stays=stays)
 
     def _bubblewrap(self, folder: Path, writable: Sequence[Path]) -> list[str]:
         arguments = [*self._system, "--ro-bind", str(folder), str(folder)]
@@ -154,61 +160,47 @@ class Sandbox:
                 seen.append(path)
         return arguments
 
-    def _limits(self, limit_seconds: float) -> list[tuple[int, int]]:
-        return [
-            (resource.RLIMIT_CPU, math.ceil(limit_seconds)),
-            (resource.RLIMIT_AS, self.config.memory_mib << 20),
-            (resource.RLIMIT_FSIZE, self.config.file_mib << 20),
-            (resource.RLIMIT_NPROC, self.max_processes),
-            (resource.RLIMIT_NOFILE, 64),
-            (resource.RLIMIT_CORE, 0),
-        ]
-
-    def _supervise(self, process: subprocess.Popen[bytes], limit_seconds: float) -> Finished:
-        """Collects output until the command ends or has to be stopped; then nothing of it runs any more."""
-        cap_bytes = self.config.output_kib << 10
-        deadline = time.monotonic() + WALL_FACTOR * limit_seconds + WALL_EXTRA_SECONDS
-        assert process.stdout is not None and process.stderr is not None
-        pipes = {process.stdout: bytearray(), process.stderr: bytearray()}
-        stopped = None
-        ended = os.pidfd_open(process.pid)
-        try:
-            with selectors.DefaultSelector() as selector:
-                selector.register(ended, selectors.EVENT_READ)
-                for pipe in pipes:
-                    os.set_blocking(pipe.fileno(), False)
-                    selector.register(pipe, selectors.EVENT_READ)
-                over = False
-                while not over and stopped is None:
-                    ready = selector.select(max(0.0, deadline - time.monotonic()))
-                    for key, _ in ready:
-                        over |= key.fileobj == ended
-                        if key.fileobj in pipes and not _drain(key.fileobj, pipes[key.fileobj], cap_bytes):
-                            selector.unregister(key.fileobj)
-                    if any(len(text) > cap_bytes for text in pipes.values()):
-                        stopped = "output"
-                    elif not ready:
-                        stopped = "wall"
-        finally:
-            os.close(ended)
-            returncode, cpu_seconds = _end_all(process)
-            for pipe, text in pipes.items():
-                _drain(pipe, text, cap_bytes)
-                pipe.close()
-        if stopped is None and any(len(text) > cap_bytes for text in pipes.values()):
-            stopped = "output"
-        if stopped is None and returncode in _OUT_OF_CPU_TIME:
-            stopped = "cpu"
-        stdout, stderr = (text[:cap_bytes].decode("utf-8", "replace") for text in pipes.values())
-        return Finished(returncode=returncode, stdout=stdout, stderr=stderr, cpu_seconds=cpu_seconds, stopped=stopped)
+    def _limits(self) -> str:
+        """For a shell, and all that it starts. What bash calls -u is -p elsewhere."""
+        processes = self.max_processes
+        return (
+            f"ulimit -c 0 && ulimit -n 64 && ulimit -v {self.config.memory_mib << 10} && ulimit -f"
+            f" {self.config.file_mib << 11} && {{ ulimit -u {processes} 2>/dev/null || ulimit -p {processes}; }}"
+        )
 
 
-def _confine(limits: list[tuple[int, int]], ruleset: int | None) -> None:
-    """Between fork and exec of the command: it dies with its worker, its resources and its files are limited."""
+def limit_cpu(limit_seconds: float) -> str:
+    """For a shell, which then becomes a command. The soft limit signals, the hard one kills."""
+    seconds = math.ceil(limit_seconds)
+    return f"ulimit -S -t {seconds} && ulimit -H -t {seconds + 1}"
+
+
+@contextlib.contextmanager
+def _acting_as(uid: int | None) -> Iterator[None]:
+    """What root starts meanwhile is this user's, for good; null: nothing changes.
+
+    `Popen(user=…)` does the same, but forks the whole worker for it, which takes longer than bubblewrap itself.
+    """
+    if uid is None:
+        yield
+        return
+    signals = signal.pthread_sigmask(signal.SIG_BLOCK, _ENDING)  # who tidies up has to be root
+    groups, gids = os.getgroups(), os.getresgid()
+    try:
+        os.setgroups([])
+        os.setresgid(uid, uid, gids[2])
+        os.setresuid(uid, uid, 0)
+        yield
+    finally:
+        os.setresuid(0, 0, 0)
+        os.setresgid(*gids)
+        os.setgroups(groups)
+        signal.pthread_sigmask(signal.SIG_SETMASK, signals)
+
+
+def _confine(ruleset: int | None) -> None:
+    """Between fork and exec of the command, as bubblewrap does it: it dies with its worker, its files are limited."""
     _libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
-    for kind, limit in limits:
-        hard = limit + 1 if kind == resource.RLIMIT_CPU else limit  # the soft limit signals, the hard one kills
-        resource.setrlimit(kind, (limit, hard))
     if ruleset is not None:
         landlock.restrict_self(ruleset)
 
@@ -218,40 +210,3 @@ def _own_threads() -> int:
     mine = os.getuid()
     found = [process.info for process in psutil.process_iter(["uids", "num_threads"])]
     return sum(info["num_threads"] or 1 for info in found if info["uids"] and info["uids"].real == mine)
-
-
-def _drain(pipe, text: bytearray, cap_bytes: int) -> bool:
-    """Moves what the pipe holds to `text`, little more than the cap; false at the end of file."""
-    while len(text) <= cap_bytes:
-        try:
-            chunk = os.read(pipe.fileno(), 1 << 16)
-        except BlockingIOError:
-            return True
-        if not chunk:
-            return False
-        text += chunk
-    return True
-
-
-def _end_all(process: subprocess.Popen[bytes]) -> tuple[int, float]:
-    """Kills the command's group and whatever became of its children: (return code, CPU seconds of all)."""
-    cpu_seconds = 0.0
-    for attempt in itertools.count():
-        try:
-            pid, status, usage = os.wait4(-1, os.WNOHANG)
-            while pid:
-                cpu_seconds += usage.ru_utime + usage.ru_stime
-                if pid == process.pid:
-                    process.returncode = os.waitstatus_to_exitcode(status)
-                pid, status, usage = os.wait4(-1, os.WNOHANG)
-        except ChildProcessError:
-            return process.returncode, cpu_seconds
-        if attempt == 0:
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)
-        elif attempt >= PATIENCE:  # they left the group
-            for child in psutil.Process().children(recursive=True):
-                with contextlib.suppress(psutil.NoSuchProcess):
-                    child.kill()
-        time.sleep(0.0005)
-    raise AssertionError("unreachable")

@@ -15,7 +15,7 @@ from pathlib import Path
 from gemma4_tpu.evals.problems import Problem, VerdictClass
 from gemma4_tpu.evals.verilog import stand_ins
 from gemma4_tpu.evals.verilog.iverilog import Tools
-from gemma4_tpu.evals.verilog.sandbox import Finished
+from gemma4_tpu.evals.verilog.running import Finished
 from gemma4_tpu.evals.verilog.scan import blank, defined_modules, without_dumps
 from gemma4_tpu.evals.verilog.stand_ins import BenchPort, Interface
 
@@ -119,7 +119,9 @@ def build(problem: Problem, tools: Tools, run: Callable[..., Finished], folder: 
     log = compiled()
     player_top = f"player_{secrets.token_hex(8)}"
     first = stimulus.partition("\n")[0].rpartition(" ")[2]
-    (folder / PROGRAM).rename(folder / BENCH_PROGRAM)
+    program = tools.lightened((folder / PROGRAM).read_text(encoding="utf-8", errors="surrogateescape"))
+    (folder / BENCH_PROGRAM).write_text(program, encoding="utf-8", errors="surrogateescape")
+    (folder / PROGRAM).unlink()
     about = {
         "result_marker": marker,
         "player_top": player_top,

@@ -11,7 +11,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from gemma4_tpu.evals.verilog.iverilog import Tools
-from gemma4_tpu.evals.verilog.sandbox import Finished, Level, Sandbox
+from gemma4_tpu.evals.verilog.running import Finished
+from gemma4_tpu.evals.verilog.sandbox import Level, Sandbox
 from gemma4_tpu.evals.verilog.verilog_judge import VerilogJudge
 
 YOSYS, VERILATOR = "yosys", "verilator"

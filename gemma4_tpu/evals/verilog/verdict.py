@@ -28,9 +28,11 @@ from pathlib import Path
 
 from gemma4_tpu.evals.problems import Problem, VerdictClass
 from gemma4_tpu.evals.verilog import scan, stand_ins
+from gemma4_tpu.evals.verilog.benches import Benches
 from gemma4_tpu.evals.verilog.iverilog import Tools
 from gemma4_tpu.evals.verilog.replays import Replays
-from gemma4_tpu.evals.verilog.sandbox import Finished, Sandbox
+from gemma4_tpu.evals.verilog.running import Finished
+from gemma4_tpu.evals.verilog.sandbox import Sandbox
 from gemma4_tpu.evals.verilog.stage import (
     BENCH_PROGRAM,
     PLAYER,
@@ -97,8 +99,8 @@ class Trial:
     sandbox: Sandbox
     folder: Path
     """Where the design is compiled and simulated."""
-    empty_bench_folder: Callable[[], Path]
-    """Where the bench is simulated, made when it is. No design reads it."""
+    benches: Benches
+    """Simulate the bench, where no design reads it."""
     stage: Callable[[str], Stage] | None
     """Makes the bench ready for the design's text, or raises `NoStage`; null: only the benchmark's own rule can be
     asked."""
@@ -108,7 +110,6 @@ class Trial:
     cpu_seconds: float = 0.0
     pruned: bool = field(default=False, init=False)
     """Modules that the design does not use were left out."""
-    bench_folder: Path | None = field(default=None, init=False)
 
     def strict(self, golden: Golden | None) -> Findings:
         """All measures; without `golden` the last one only asks for no errors."""
@@ -125,7 +126,7 @@ class Trial:
         Raises:
           Refused: by `measure`, a command that had to be stopped.
         """
-        return self._checked(self._run(command, self.folder, writable), measure)
+        return self._checked(self._run(command, writable), measure)
 
     def _text(self) -> str:
         """Measure 1: the text that is compiled."""
@@ -204,7 +205,7 @@ class Trial:
         program, mark = self.folder / PROGRAM, secrets.token_hex(8)
         self.sandbox.adopt(program)
         command = self.tools.compile_and_simulate(SETTINGS, PLAYED, PROGRAM, mark)
-        text, done = self._written(stand_ins.RESPONSES, command, self.folder, [program])
+        text, done = self._written(command, [program])
         printed, built, stdout = done.stdout.partition(f"{mark}\n")
         if not built:
             raise Refused(build_failure(self._checked(done, "build")), "build", _complaint(done))
@@ -214,7 +215,7 @@ class Trial:
 
     def _played_again(self) -> tuple[str, Finished]:
         """Measure 3: what the design answers to the stimulus in its folder, and what it printed."""
-        text, done = self._written(stand_ins.RESPONSES, self.tools.simulate(PROGRAM), self.folder)
+        text, done = self._written(self.tools.simulate(PROGRAM))
         return self._responses(text, done), done
 
     def _responses(self, text: str, done: Finished) -> str:
@@ -234,26 +235,21 @@ class Trial:
         """The stimulus that the bench gives to a design with these responses (`first`, often), and what it says."""
         if known := self.replays.get(stage, responses):
             return first, known
-        if self.bench_folder is None:
-            self.bench_folder = self.empty_bench_folder()
-            os.link(stage.folder / BENCH_PROGRAM, self.bench_folder / BENCH_PROGRAM)
-            write(self.bench_folder, self.problem.files)
-        write(self.bench_folder, {stand_ins.RESPONSES: responses})
-        seen, done = self._written(stand_ins.SEEN, self.tools.simulate(BENCH_PROGRAM), self.bench_folder)
+        command, files = self.tools.simulate(BENCH_PROGRAM), {**self.problem.files, stand_ins.RESPONSES: responses}
+        seen, done = self.benches.simulate(command, stage.folder / BENCH_PROGRAM, files, self.limit_seconds)
+        self.cpu_seconds += done.cpu_seconds
         self._checked(done, "replay")
         if seen == first and self.problem.reference:  # else the stage is the design's own
             self.replays.put(stage, responses, done)
         return seen, done
 
-    def _written(
-        self, name: str, command: Sequence[str], folder: Path, writable: Sequence[Path] = ()
-    ) -> tuple[str, Finished]:
-        """What a simulation wrote to a file, and what it printed; it may write to no other but those in `writable`."""
-        file = folder / name
+    def _written(self, command: Sequence[str] | str, writable: Sequence[Path] = ()) -> tuple[str, Finished]:
+        """The responses that a simulation wrote, and what it printed; it may write to no other file but `writable`."""
+        file = self.folder / stand_ins.RESPONSES
         file.unlink(missing_ok=True)
         with file.open("x+b") as opened:  # read through this handle: the name could lead elsewhere by then
             self.sandbox.adopt(file)
-            done = self._run(command, folder, [file, *writable])
+            done = self._run(command, [file, *writable])
             opened.seek(0)
             return opened.read().decode("ascii", "replace"), done
 
@@ -275,8 +271,8 @@ class Trial:
             log=log,
         )
 
-    def _run(self, command: Sequence[str], folder: Path, writable: Sequence[Path]) -> Finished:
-        done = self.sandbox.run(command, folder, writable=writable, cpu_seconds=self.limit_seconds)
+    def _run(self, command: Sequence[str] | str, writable: Sequence[Path]) -> Finished:
+        done = self.sandbox.run(command, self.folder, writable=writable, cpu_seconds=self.limit_seconds)
         self.cpu_seconds += done.cpu_seconds
         return done
 

@@ -11,7 +11,8 @@ from pathlib import Path
 
 from gemma4_tpu.config.tasks import JudgeConfig
 from gemma4_tpu.evals.verilog.iverilog import find_tools
-from gemma4_tpu.evals.verilog.sandbox import Finished, Level, Sandbox
+from gemma4_tpu.evals.verilog.running import Finished
+from gemma4_tpu.evals.verilog.sandbox import Level, Sandbox
 
 REPOSITORY = Path(__file__).parents[3]
 

@@ -19,7 +19,8 @@ from gemma4_tpu.errors import UserError
 from gemma4_tpu.evals.problems import Verdict, VerdictClass
 from gemma4_tpu.evals.verilog import replays
 from gemma4_tpu.evals.verilog.iverilog import find_tools
-from gemma4_tpu.evals.verilog.sandbox import Finished, Level
+from gemma4_tpu.evals.verilog.running import Finished
+from gemma4_tpu.evals.verilog.sandbox import Level
 from gemma4_tpu.evals.verilog.smoke import VerilogSmoke
 from gemma4_tpu.evals.verilog.spy import choose_level
 from gemma4_tpu.evals.verilog.stage import Stage

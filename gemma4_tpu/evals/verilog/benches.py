@@ -1,0 +1,103 @@
+"""Simulations of benches: one after another in a sandbox that stays, in which no design ever runs.
+
+What starts each of them is a fork of a small shell; a sandbox of its own would take as long as the simulation. Of a
+design nothing gets there but its responses, checked line by line.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import secrets
+import shlex
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from gemma4_tpu.evals.verilog import stand_ins
+from gemma4_tpu.evals.verilog.running import OUT_OF_CPU_TIME, Finished, Running
+from gemma4_tpu.evals.verilog.sandbox import Sandbox, limit_cpu
+from gemma4_tpu.evals.verilog.work_folder import write
+
+_TIMES = r"(?:\d+m[\d.]+s \d+m[\d.]+s\n){2}"  # of the shell, of what it started
+_TIME = re.compile(r"(\d+)m([\d.]+)s")
+_LONGEST_END = 200
+
+
+class Benches:
+    """Belongs to one worker and one sandbox, as this does to the worker."""
+
+    def __init__(self, sandbox: Sandbox, folder: Path):
+        """Args:
+        sandbox: in which the shell is started when it is needed.
+        folder: empty, the sandbox's own.
+        """
+        self._sandbox, self._folder = sandbox, folder
+        self._seen = folder / stand_ins.SEEN
+        self._shell: Running | None = None
+        self._used_seconds = 0.0
+
+    def simulate(
+        self, command: Sequence[str], program: Path, files: Mapping[str, str], cpu_seconds: float | None
+    ) -> tuple[str, Finished]:
+        """What a bench wrote to `SEEN`, the one file that it may write to, and what it printed.
+
+        Args:
+          command: simulates the program, by its name.
+          program: the compiled bench.
+          files: that it reads.
+          cpu_seconds: as for `Sandbox.run`.
+        """
+        if self._shell is None or self._shell.process.poll() is not None:
+            self._start()
+        for left in self._folder.iterdir():
+            if left != self._seen:
+                left.unlink()
+        os.link(program, self._folder / program.name)
+        write(self._folder, files)
+        with self._seen.open("r+b") as seen:  # read through this handle: the name could lead elsewhere by then
+            seen.truncate()
+            done = self._run(command, self._sandbox.seconds(cpu_seconds))
+            return seen.read().decode("ascii", "replace"), done
+
+    def close(self) -> None:
+        """Ends the shell."""
+        if self._shell is not None:
+            self._shell.end(None)
+            self._shell = None
+
+    def _start(self) -> None:
+        self.close()
+        self._seen.touch()
+        self._sandbox.adopt(self._seen)
+        self._shell = self._sandbox.start("exec /bin/sh", self._folder, [self._seen], stays=True)
+        self._used_seconds = 0.0
+
+    def _run(self, command: Sequence[str], limit_seconds: float) -> Finished:
+        shell, mark = self._shell, secrets.token_hex(8)
+        assert shell is not None and shell.process.stdin is not None
+        line = f"({limit_cpu(limit_seconds)} && exec {shlex.join(command)}) </dev/null"
+        with contextlib.suppress(BrokenPipeError):  # it has ended, which is seen below
+            shell.process.stdin.write(f"{line}; echo {mark} $?; times; echo {mark} >&2\n".encode())
+            shell.process.stdin.flush()
+        end, end_of_errors = re.compile(rf"{mark} (\d+)\n{_TIMES}\Z"), f"{mark}\n".encode()
+
+        def complete(stdout: bytes, stderr: bytes) -> bool:
+            return stderr.endswith(end_of_errors) and end.search(stdout[-_LONGEST_END:].decode("ascii", "replace"))
+
+        stopped = shell.collect(limit_seconds, complete)
+        stdout, stderr = shell.take()
+        told = end.search(stdout)
+        if stopped or told is None:
+            self._shell = None
+            return replace(shell.end(stopped), stdout=stdout, stderr=stderr)
+        used_seconds = sum(60 * int(minutes) + float(seconds) for minutes, seconds in _TIME.findall(told[0]))
+        before, self._used_seconds = self._used_seconds, used_seconds
+        return Finished(
+            returncode=int(told[1]),
+            stdout=stdout[: told.start()],
+            stderr=stderr.removesuffix(f"{mark}\n"),
+            cpu_seconds=max(0.0, used_seconds - before),
+            stopped="cpu" if int(told[1]) in OUT_OF_CPU_TIME else None,
+        )
