@@ -86,12 +86,12 @@ def by_hand(tools: Tools, folder: Path, problem: Problem, code: str) -> float:
     return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
 
 
-def judge_seconds() -> float:
-    """CPU seconds of this process and its workers so far, with all that these ran; not what was run by hand."""
+def judge_seconds(judge_processes: list[psutil.Process]) -> float:
+    """CPU seconds of this process and of the judge's so far, with all that these ran; not what was run by hand."""
     mine = resource.getrusage(resource.RUSAGE_SELF)
     total = mine.ru_utime + mine.ru_stime
-    for worker in psutil.Process().children():
-        times = worker.cpu_times()
+    for process in judge_processes:
+        times = process.cpu_times()
         total += times.user + times.system + times.children_user + times.children_system
     return total
 
@@ -107,13 +107,14 @@ def measure(level: Level, problems: list[Problem], samples: int, cache: Path) ->
         short = [p for p in problems if not golden[p.name].failure and (golden[p.name].samples or 0) <= LONGEST_BENCH]
         for problem in short:  # the worker makes the benches ready
             judge.submit(problem, f"```verilog\n{reference_as_answer(problem)}\n```", official=False).result()
+        judge_processes = psutil.Process().children(recursive=True)  # looked for once: that takes longer than a verdict
         for kind in KINDS:
             given, hand, programs, spent, passed = answers(short, kind, samples), [], [], 0.0, 0
             for problem, code in given:
                 hand.append(1e3 * by_hand(judge.tools, Path(folder), problem, code))
-                before = judge_seconds()
+                before = judge_seconds(judge_processes)
                 verdict = judge.submit(problem, f"```verilog\n{code}```", official=False).result()
-                spent += 1e3 * (judge_seconds() - before)
+                spent += 1e3 * (judge_seconds(judge_processes) - before)
                 programs.append(1e3 * verdict.cpu_seconds)
                 passed += verdict.passed
             count = len(given)

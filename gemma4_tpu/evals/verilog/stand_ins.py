@@ -93,15 +93,17 @@ def _value(ports: Sequence[BenchPort]) -> str:
 
 
 def _edges(ports: Sequence[BenchPort]) -> str:
-    """Whether a one-bit port has changed since `judge_last`."""
-    terms, position = [], sum(port.width for port in ports)
+    """Whether there is an edge of a one-bit port between `judge_last` and `judge_now`: no edge leads from X to Z."""
+    terms, mask, position = [], 0, sum(port.width for port in ports)
     for port in ports:
         position -= port.width
         if port.width == 1:
-            terms.append(
-                f"(^{port.name} !== 1'bx || ^judge_last[{position}] !== 1'bx) && {port.name} !== judge_last[{position}]"
-            )
-    return " || ".join(f"({term})" for term in terms) or "0"
+            now, last = f"judge_now[{position}]", f"judge_last[{position}]"
+            terms.append(f"(^{now} !== 1'bx || ^{last} !== 1'bx) && {now} !== {last}")
+            mask |= 1 << position
+    any_of_them = " || ".join(f"({term})" for term in terms) or "0"
+    changed = "(judge_now ^ judge_last)"  # where nothing is unknown, it tells all
+    return f"^{changed} === 1'bx ? {any_of_them} : |({changed} & {_bits(ports)}'h{mask:x})"
 
 
 def _assign(ports: Sequence[BenchPort], operator: str) -> str:
@@ -123,18 +125,19 @@ def _watch(interface: Interface) -> str:
     wait for the same edges. A change of a one-bit input is noted by the block that waits for its edge.
     """
     inputs = interface.inputs
-    value = _value(inputs)
-    write = """$fwrite(judge_seen, "%0h %0h %b\\n", $time, {hop}, judge_last);
+    look = f"judge_now = {_value(inputs)};"
+    write = """judge_time = $time;
+        $fwrite(judge_seen, "%0h %0h %b\\n", judge_time, {hop}, judge_last);
         judge_line = judge_line + 1;
-        judge_then = $time;
+        judge_then = judge_time;
         judge_tick = judge_tick + 1;
         judge_settled <= judge_tick;"""
     note = f"""begin
-        judge_last = {value};
-        {write.format(hop="judge_then == $time && judge_settled == judge_tick")}
+        judge_last = judge_now;
+        {write.format(hop="judge_then == judge_time && judge_settled == judge_tick")}
       end"""
     edges = [
-        f"  always @({edge} {port.name}) if (judge_line >= 0 && {value} !== judge_last) {note}"
+        f"  always @({edge} {port.name}) begin {look} if (judge_now !== judge_last && judge_line >= 0) {note} end"
         for port in inputs
         if port.width == 1
         for edge in ("posedge", "negedge")
@@ -147,8 +150,8 @@ def _watch(interface: Interface) -> str:
     return f"""
   integer judge_seen = $fopen("{SEEN}", "w");
   integer judge_line = -1, judge_tick = 0, judge_settled = -1;
-  reg [63:0] judge_then = 0;
-  reg [{_bits(inputs) - 1}:0] judge_last;
+  reg [63:0] judge_then = 0, judge_time;
+  reg [{_bits(inputs) - 1}:0] judge_last, judge_now;
   reg [{max(len(inputs), 1) - 1}:0] judge_moved = 0;
   event judge_never;
 {chr(10).join(moved)}
@@ -156,10 +159,14 @@ def _watch(interface: Interface) -> str:
     #0;
     judge_last = {f"{{{before}}}" if inputs else "1'b0"};
     {write.format(hop="0")}
-    if ({value} !== judge_last) {note}
+    {look}
+    if (judge_now !== judge_last) {note}
   end
-  always {_changes(inputs)}
-    if (judge_line >= 0 && {value} !== judge_last && !({_edges(inputs)})) {note}
+  always {_changes(inputs)} begin
+    {look}
+    if (judge_now !== judge_last && judge_line >= 0)
+      if (!({_edges(inputs)})) {note}
+  end
 {chr(10).join(edges)}
   final $fwrite(judge_seen, "stop %0h\\n", $time);
 """
@@ -207,7 +214,7 @@ def stand_in(interface: Interface, top: str, last_tick: int) -> str:
     outputs = interface.outputs
     return f"""{_head(interface, top, "reg")}{_watch(interface)}  integer judge_responses = $fopen("{RESPONSES}", "r");
   integer judge_got = 4, judge_for = -1, judge_hop = 0, judge_answered = -1;
-  reg [63:0] judge_at = 0;
+  reg [63:0] judge_at = 0, judge_clock = 0;  // asking for $time takes as long as a line of text
   reg [{_bits(outputs) - 1}:0] judge_bits;
   reg judge_hopping = 0, judge_sleeping = 0, judge_kick = 0;
   event judge_sleep;
@@ -217,7 +224,7 @@ def stand_in(interface: Interface, top: str, last_tick: int) -> str:
   endtask
   task judge_respond;
     begin
-      while (judge_got == 4 && !judge_hopping && judge_for <= judge_line && judge_at <= $time) begin
+      while (judge_got == 4 && !judge_hopping && judge_for <= judge_line && judge_at <= judge_clock) begin
         if (judge_hop) begin
           {_assign(outputs, "<=")}
           judge_hopping = 1;
@@ -240,8 +247,9 @@ def stand_in(interface: Interface, top: str, last_tick: int) -> str:
     forever begin
       wait (judge_line != judge_answered);  // no event: one that comes meanwhile would be lost
       judge_answered = judge_line;
+      judge_clock = judge_then;
       judge_respond;
-      if ($time > {last_tick}) begin  // looked at here, since a process that waits would keep the simulation alive
+      if (judge_clock > {last_tick}) begin  // looked at here, since a process that waits would keep the simulation alive
         $fwrite(judge_seen, "{CAPPED}\\n");
         $finish;
       end
@@ -254,6 +262,7 @@ def stand_in(interface: Interface, top: str, last_tick: int) -> str:
   always @(judge_sleep) begin
     #(judge_at - $time);
     judge_sleeping = 0;
+    judge_clock = $time;
     judge_respond;
   end
 endmodule
@@ -277,7 +286,7 @@ def player(interface: Interface, top: str, name: str, first: str) -> str:
     return f"""{interface.timescale}module {name};
 {newline.join([*interface.constants, *declared])}
   integer judge_line = 0, judge_known = 0, judge_tick = 0, judge_settled = -1;
-  reg [63:0] judge_then = 0;
+  reg [63:0] judge_then = 0, judge_time;
   event judge_never;
 {_play(inputs)}{_respond(outputs)}  {top} {interface.overrides} judge_design ({connections});
 endmodule
@@ -288,7 +297,7 @@ endmodule
 def _play(inputs: Sequence[BenchPort]) -> str:
     """Drives the inputs line by line, and ends the simulation behind the last one."""
     return f"""  integer judge_stimulus, judge_responses, judge_got, judge_hop;
-  reg [63:0] judge_at;
+  reg [63:0] judge_at, judge_now;
   reg [{_bits(inputs) - 1}:0] judge_bits;
   initial begin
     judge_stimulus = $fopen("{STIMULUS}", "r");
@@ -296,8 +305,9 @@ def _play(inputs: Sequence[BenchPort]) -> str:
     judge_got = $fscanf(judge_stimulus, "%h %h %b\\n", judge_at, judge_hop, judge_bits);
     #0;
     while (judge_got == 3) begin
-      if (judge_at > $time || !judge_hop) begin
-        if (judge_at > $time) #(judge_at - $time);
+      judge_now = $time;
+      if (judge_at > judge_now || !judge_hop) begin
+        if (judge_at > judge_now) #(judge_at - judge_now);
         else #0;
         judge_line = judge_line + 1;
         {_assign(inputs, "=")}
@@ -337,9 +347,10 @@ def _respond(outputs: Sequence[BenchPort]) -> str:
       judge_note;
       if ({_value(outputs)} !== judge_last) begin
         judge_last = {_value(outputs)};
-        $fwrite(judge_responses, "%0h %0h %0h %b\\n", judge_line, $time,
-                judge_then != $time || judge_settled == judge_tick, judge_last);
-        judge_then = $time;
+        judge_time = $time;
+        $fwrite(judge_responses, "%0h %0h %0h %b\\n", judge_line, judge_time,
+                judge_then != judge_time || judge_settled == judge_tick, judge_last);
+        judge_then = judge_time;
         judge_tick = judge_tick + 1;
         judge_settled <= judge_tick;
       end
