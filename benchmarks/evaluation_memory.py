@@ -1,11 +1,12 @@
 """Whether a judge that serves for long holds its memory: distinct completions, a share of them again, in one process.
 
-    python -m benchmarks.evaluation_memory [--verdicts 100000] [--workers 2] [--out rows.jsonl]
+    python -m benchmarks.evaluation_memory [--verdicts 100000] [--simulated 1.0] [--workers 2] [--out rows.jsonl]
 
 Answers to the package's own problems: right ones, mutants, ones that don't compile, ones that print, and none at all.
-First the service's memory of verdicts, which is bounded, is filled with texts that hold no code. Then every thousand
-verdicts a row is printed: memory of the service and of its workers (resident, MiB), open files, and what lies in
-/dev/shm and in the temporary folder under the judge's name.
+All but the share `--simulated` of them are spoilt by a system task, which the workers' scanner refuses: those go the
+whole way but for the simulator, so that 100,000 verdicts take minutes. First the service's memory of verdicts, which is
+bounded, is filled with such ones. Then every thousand verdicts a row is printed: memory of the service and of its
+workers (resident, MiB), open files, and what lies in /dev/shm and in the temporary folder under the judge's name.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ AGAIN = 0.1
 """Share of samples that were judged not long before."""
 
 
-def samples(problems: list[Problem], seed: int) -> Iterator[tuple[str, str]]:
+def samples(problems: list[Problem], seed: int, simulated: float) -> Iterator[tuple[str, str]]:
     """(problem's name, completion), without end; each text is new, but for the share `AGAIN`."""
     rng = random.Random(seed)
     past: list[tuple[str, str]] = []
@@ -51,6 +52,8 @@ def samples(problems: list[Problem], seed: int) -> Iterator[tuple[str, str]]:
                 right.replace("endmodule", 'initial $display("Mismatches: 0 in 20 samples");\nendmodule', 1), "",
             ]
         )  # fmt: skip
+        if rng.random() >= simulated:
+            code = right.replace("endmodule", f'initial $fopen("{number}");\nendmodule', 1)
         number += 1
         past = [*past[-999:], (problem.name, f"Number {number}.\n\n```verilog\n{code}\n// {number}\n```\n")]
         yield past[-1]
@@ -77,15 +80,17 @@ def usage(judge: JudgeProcess) -> dict[str, float]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--verdicts", type=int, default=100_000)
+    parser.add_argument("--simulated", type=float, default=1.0, help="share of samples that are not refused before")
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, help="rows as JSON lines")
     args = parser.parse_args()
     problems = VerilogSmoke().load()
-    asked = samples(problems, args.seed)
+    refused, asked = samples(problems, args.seed + 1, 0.0), samples(problems, args.seed, args.simulated)
     started, passed = time.monotonic(), 0
     with JudgeProcess("eval=verilog_smoke", f"eval.judge.workers={args.workers}") as judge:
-        judge([(problems[0].name, f"No code {number}.") for number in range(REMEMBERED)])
+        for _ in range(0, 5 * REMEMBERED // 4, BATCH):  # some of them come again
+            judge([next(refused) for _ in range(BATCH)])
         for done in range(0, args.verdicts + 1, BATCH):
             if done % EVERY == 0:
                 row = {"verdicts": done, "seconds": round(time.monotonic() - started), "passed": passed, **usage(judge)}

@@ -201,7 +201,8 @@ def test_the_compiler_by_itself_does_what_its_driver_does(tmp_path, source):
     (tmp_path / "settings").write_text(tools.settings("top", "short.vvp"))
 
     def done(command):
-        return subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+        by_shell = isinstance(command, str)
+        return subprocess.run(command, shell=by_shell, cwd=tmp_path, capture_output=True, text=True, check=False)
 
     built = done(tools.build("top", "long.vvp", ["source.sv"]))
     ran = done(tools.simulate("long.vvp"))
