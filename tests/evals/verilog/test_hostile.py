@@ -3,8 +3,10 @@
 The designs are run as they are, without the scan that would refuse most of them: the sandbox has to hold by itself.
 """
 
+import json
 import os
 import subprocess
+import sys
 import tempfile
 import time
 from pathlib import Path
@@ -18,13 +20,14 @@ from gemma4_tpu.evals.verilog import landlock
 from gemma4_tpu.evals.verilog.iverilog import find_tools
 from gemma4_tpu.evals.verilog.pool import Pool
 from gemma4_tpu.evals.verilog.sandbox import Level
-from tests.evals.verilog.confined import Confined
+from tests.evals.verilog.confined import REPOSITORY, Confined
 from tests.evals.verilog.designs import fenced, honest, module, needs_iverilog, smoke_problem
 
 pytestmark = [needs_iverilog, pytest.mark.slow]
 
 LIMITS = JudgeConfig(cpu_seconds=1, memory_mib=512, file_mib=1, output_kib=64, processes=32)
 SECRET = "the-secret-of-the-house"
+USERS = ["root", "ordinary user"] if os.getuid() == 0 else ["this user"]
 
 # Read a file and print it. {secret} is a file that anyone may read.
 READING = {
@@ -98,11 +101,17 @@ def levels():
         return pool.try_levels()
 
 
+@pytest.fixture(scope="module", params=USERS)
+def ordinary(request):
+    """Whether commands run for a user who is not root, unlike the tests."""
+    return request.param == "ordinary user"
+
+
 @pytest.fixture(scope="module", params=[Level.BUBBLEWRAP, Level.LANDLOCK])
-def confined(request, levels):
+def confined(request, levels, ordinary):
     if levels[request.param]:
         pytest.skip(f"{request.param} does not work on this machine ({levels[request.param]}): not exercised")
-    confined = Confined(request.param, LIMITS)
+    confined = Confined(request.param, LIMITS, ordinary=ordinary)
     yield confined
     confined.close()
 
@@ -225,7 +234,7 @@ def test_no_process_is_left_running(confined, folder, name):
 
 
 def test_no_process_outside_is_reached(confined, folder):
-    if confined.level is Level.LANDLOCK and os.getuid() != 0 and landlock.abi_version() < 6:
+    if confined.level is Level.LANDLOCK and (confined.ordinary or os.getuid() != 0) and landlock.abi_version() < 6:
         pytest.skip("Landlock before version 6 (Linux 6.12) stops no signals to this user's processes: not exercised")
     victim = subprocess.Popen(["sleep", "60"])
     try:
@@ -235,6 +244,18 @@ def test_no_process_outside_is_reached(confined, folder):
     finally:
         victim.kill()
         victim.wait()
+
+
+@pytest.mark.parametrize("level", [Level.BUBBLEWRAP, Level.LANDLOCK])
+def test_an_ordinary_user_gets_the_same_verdicts(level):
+    """Root's tests become one for it."""
+    command = [sys.executable, "-m", "tests.evals.verilog.ordinary_user", level]
+    done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=True)
+    trouble, kinds = json.loads(done.stdout)
+    if trouble:
+        pytest.skip(f"{level} does not work on this machine ({trouble}): not exercised")
+    assert kinds.pop("right") == "pass"
+    assert len(kinds) >= 15 and "pass" not in kinds.values()
 
 
 def test_hostile_designs_get_a_verdict_and_leave_nothing(judge, tmp_path):
