@@ -82,6 +82,14 @@ BEHIND = {
     "program_block": f'program other; initial $display("{FORGED}"); endprogram',
     "root_scope_process": f'initial $display("{FORGED}");',
     "silence_the_bench": "`define display(x) display(1)",
+    "package_with_a_task": (
+        "package p; task automatic t; $finish; endtask endpackage\nmodule other; initial p::t(); endmodule"
+    ),
+    "interface": f'interface other; initial begin $display("{FORGED}"); $finish; end endinterface',
+    "class_in_the_unit": "class c; task t; $finish; endtask endclass",
+    "config": "config c; design TopModule; default liblist work; endconfig",
+    "design_again": "module TopModule(output {o}); assign {o} = 1'bx; endmodule",
+    "player_again": "module player; initial $finish; endmodule\nmodule judge_design; initial $finish; endmodule",
     "line_directive": '`line 1 "tb" 0\nmodule other; initial force tb.tb_match = 1; endmodule',
 }
 

@@ -75,6 +75,41 @@ HONEST = {
         "module TopModule(a, b, y);\n input [3:0] a, b;\n output [4:0] y;\n reg [4:0] y;\n"
         " always @(a or b) y = a + b;\nendmodule"
     ),
+    "functions_of_a_package": fenced(
+        "package adding;\n  typedef logic [4:0] sum_t;\n"
+        "  function automatic sum_t add(logic [3:0] x, logic [3:0] y); return x + y; endfunction\nendpackage\n"
+        "module TopModule import adding::*; (input logic [3:0] a, b, output sum_t y); assign y = add(a, b); endmodule"
+    ),
+    "types_of_the_file": fenced(
+        "typedef enum {IDLE, BUSY} state_t;\nparameter EXTRA = 1;\n"
+        "module TopModule #(parameter W = 4) (input [W-1:0] a, b, output logic [W-1+EXTRA:0] y);\n"
+        "  state_t s; typedef struct packed { logic c; logic [3:0] s; } sum_t; sum_t t;\n"
+        "  always_comb begin s = BUSY; t = a + b; y = s == BUSY ? t : '0; end\nendmodule"
+    ),
+    "module_that_uses_itself": fenced(
+        f"{HEAD} add #(4) top (a, b, y); endmodule\n"
+        "module add #(parameter N = 1) (input [N-1:0] a, b, output [N:0] y); generate if (N == 1) assign y = a + b;\n"
+        "  else begin : g wire [N-1:0] low; add #(N-1) rest (a[N-2:0], b[N-2:0], low);\n"
+        "    assign y = {{{1'b0, a[N-1]} + {1'b0, b[N-1]} + low[N-1]}, low[N-2:0]}; end endgenerate endmodule"
+    ),
+    "primitive_and_wired_net": fenced(
+        "primitive carry(o, a, b); output o; input a, b; table 11:1; 0?:0; ?0:0; endtable endprimitive\n"
+        f"{HEAD} wire [3:0] s, c; wor [4:0] all; assign s = a ^ b; assign all = 0;\n"
+        "  carry k0(c[0], a[0], b[0]), k1(c[1], a[1], b[1]), k2(c[2], a[2], b[2]), k3(c[3], a[3], b[3]);\n"
+        "  assign all = s + {c, 1'b0}; assign y = all; endmodule"
+    ),
+    "macromodule_with_specify": fenced(
+        f"macro{HEAD} assign y = a + b; specify (a *> y) = (0, 0); (b *> y) = 0; endspecify endmodule"
+    ),
+    "names_of_the_player": fenced(
+        f"{HEAD} reg [4:0] judge_last; wire [3:0] judge_line = a; always @* judge_last = judge_line + b;"
+        " assign y = judge_last; endmodule"
+    ),
+    "signed_numbers": fenced(
+        f"{HEAD} wire signed [5:0] p = $signed({{2'b0, a}}); wire signed [5:0] m = -6'sd1 * $signed({{2'b0, b}});"
+        " wire signed [5:0] d = p - m; assign y = d[4:0]; endmodule"
+    ),
+    "in_a_list": "1. The module:\n\n   ```verilog\n   " + PLAIN.replace("\n", "\n   ") + "\n   ```\n2. Done.",
     "systemverilog": fenced(f"{HEAD.replace('output', 'output logic')} always_comb y = a + b; endmodule : TopModule"),
     "assertion": fenced(f'{HEAD} assign y = a + b; always @* if (^y === 1\'bx) $error("unknown"); endmodule'),
     "attributes_and_escaped_name": fenced(
