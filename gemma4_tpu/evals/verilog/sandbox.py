@@ -86,7 +86,7 @@ class Sandbox:
         writable: Sequence[Path] = (),
         cpu_seconds: float | None = None,
     ) -> Finished:
-        """Runs `command`, words or a shell's line, in `folder`, which it may read; it may write only beneath `writable`.
+        """Runs `command` (words, or a line for a shell) in `folder`, which it may read; it may write beneath `writable`.
 
         `cpu_seconds` is a limit on CPU time below that of the configuration.
         """

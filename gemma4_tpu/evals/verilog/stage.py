@@ -58,6 +58,8 @@ class Stage:
     player_top: str
     build_log: str
     """What the compiler said of the bench."""
+    response_bits: int
+    """How many bits the design's outputs have."""
     unknown_bit_ticks: int
     """How long, and how many, bits of the reference's own stimulus are X or Z."""
 
@@ -126,6 +128,7 @@ def build(problem: Problem, tools: Tools, run: Callable[..., Finished], folder: 
         "result_marker": marker,
         "player_top": player_top,
         "build_log": log.stdout + log.stderr,
+        "response_bits": interface.response_bits,
         "unknown_bit_ticks": unknown_bit_ticks(stimulus),
     }
     player = stand_ins.player(interface, problem.top, player_top, first)

@@ -65,6 +65,11 @@ class Interface:
         return [port for port in self.ports if port.output]
 
     @property
+    def response_bits(self) -> int:
+        """How many bits a line of responses has."""
+        return _bits(self.outputs)
+
+    @property
     def timescale(self) -> str:
         units = ("s", "ms", "us", "ns", "ps", "fs")
         unit, rest = divmod(-self.precision, 3)
@@ -249,7 +254,7 @@ def stand_in(interface: Interface, top: str, last_tick: int) -> str:
       judge_answered = judge_line;
       judge_clock = judge_then;
       judge_respond;
-      if (judge_clock > {last_tick}) begin  // looked at here, since a process that waits would keep the simulation alive
+      if (judge_clock > {last_tick}) begin  // here, since a process that waits would keep the simulation alive
         $fwrite(judge_seen, "{CAPPED}\\n");
         $finish;
       end

@@ -51,7 +51,6 @@ ROUNDS = 200  # of a bench that waits for its design
 CPU_FACTOR = 10
 """A compilation or simulation gets this many times what judging the reference took, and at least a second."""
 DETAIL_CHARACTERS = 200
-_RESPONSES = re.compile(r"(?:[0-9a-f]{1,8} [0-9a-f]{1,16} [01] [01xz]+\n)*+", re.ASCII)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -172,7 +171,7 @@ class Trial:
             if build_log is None:
                 responses, played, build_log = self._built_and_played(stage, design)
             else:
-                responses, played = self._played_again()
+                responses, played = self._played_again(stage)
             seen, bench = self._seen(stage, first, responses)
             if seen == stimulus:
                 break
@@ -211,21 +210,22 @@ class Trial:
             raise Refused(build_failure(self._checked(done, "build")), "build", _complaint(done))
         complained, _, stderr = done.stderr.partition(f"{mark}\n")
         played = replace(done, stdout=stdout, stderr=stderr)
-        return self._responses(text, played), played, printed + complained
+        return self._responses(stage, text, played), played, printed + complained
 
-    def _played_again(self) -> tuple[str, Finished]:
+    def _played_again(self, stage: Stage) -> tuple[str, Finished]:
         """Measure 3: what the design answers to the stimulus in its folder, and what it printed."""
         text, done = self._written(self.tools.simulate(PROGRAM))
-        return self._responses(text, done), done
+        return self._responses(stage, text, done), done
 
-    def _responses(self, text: str, done: Finished) -> str:
+    def _responses(self, stage: Stage, text: str, done: Finished) -> str:
         """The lines of responses in what a simulation wrote.
 
         A design could write there what it likes. It would still be nothing but a claim about its outputs.
         """
         if self._checked(done, "run").returncode:
             raise Refused(VerdictClass.RUNTIME, "run", f"exit code {done.returncode}: {_complaint(done)}")
-        lines = _RESPONSES.match(text)
+        line = rf"[0-9a-f]{{1,8}} [0-9a-f]{{1,16}} [01] [01xz]{{{stage.response_bits}}}\n"
+        lines = re.match(rf"(?:{line})*+", text)
         assert lines is not None  # it matches the empty text
         if text[lines.end() :] != stand_ins.END:
             raise Refused(VerdictClass.RUNTIME, "run", "the simulation ended before the stimulus did")

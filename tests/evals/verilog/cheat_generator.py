@@ -94,15 +94,15 @@ STATEMENTS = (
     "cmos ({i}, {v}, 1'b1, 1'b0);",
     "integer r; initial #{t} r = $rewind(32'h8000000{d});",
     "integer r; initial #{t} r = $ungetc(49, 32'h8000000{d});",
-    'integer i; initial for (i = 0; i < 9; i = i + 1) $fclose(32\'h80000000 + i);',
+    "integer i; initial for (i = 0; i < 9; i = i + 1) $fclose(32'h80000000 + i);",
     'initial #{t} $fmonitor(32\'h8000000{d}, "0 0 0 {bits}");',
     'initial begin $dumpfile("{file}"); $dumpvars(0); end',
     'initial $sdf_annotate("{file}");',
     'initial $display("%0999999d", {i});',
     "specify $setup({i}, {o}, 10); $hold(posedge {i}, {o}, 10); endspecify",
-    "string s; initial begin s = \"aaaaaaaaaaaaaaaa\"; forever s = {s, s}; end",
+    'string s; initial begin s = "aaaaaaaaaaaaaaaa"; forever s = {s, s}; end',
     "reg r = 0; always #1 r = ~r; assign {o} = r;",
-    "initial begin $timeformat(-9, 0, \"{result}\", 9); $display(\"%t\", $time); end",
+    'initial begin $timeformat(-9, 0, "{result}", 9); $display("%t", $time); end',
 )
 PLACES = {
     "inside": "{s}",

@@ -24,6 +24,7 @@ from gemma4_tpu.evals.verilog.sandbox import Level
 from gemma4_tpu.evals.verilog.smoke import VerilogSmoke
 from gemma4_tpu.evals.verilog.spy import choose_level
 from gemma4_tpu.evals.verilog.stage import Stage
+from gemma4_tpu.evals.verilog.verdict import Refused, Trial
 from gemma4_tpu.evals.verilog.verilog_eval import VerilogEval, official_rule
 from gemma4_tpu.evals.verilog.verilog_judge import VerilogJudge
 from gemma4_tpu.evals.verilog.work_folder import MEMORY_FOLDER, WorkFolder
@@ -213,6 +214,17 @@ def test_the_compiler_by_itself_does_what_its_driver_does(tmp_path, source):
     assert ("undeclared" in source or "asign" in source) == (built.returncode != 0)
 
 
+@pytest.mark.parametrize("line", ["0 0 0 1", "0 0 0 101", "0 0 2 10", "0 0 0 1?", "0 0 0 10\r", "stop", ""])
+def test_responses_have_the_outputs_bits_or_are_none(line):
+    """Whatever a design writes, a bench is given nothing else."""
+    stage = Stage(folder=Path(), result_marker="m", player_top="p", build_log="", response_bits=2, unknown_bit_ticks=0)
+    ended = Finished(returncode=0, stdout="", stderr="", cpu_seconds=0.0, stopped=None)
+    trial = object.__new__(Trial)
+    assert trial._responses(stage, "0 0 0 1x\n1 a0 1 z0\nstop\n", ended) == "0 0 0 1x\n1 a0 1 z0\n"
+    with pytest.raises(Refused):
+        trial._responses(stage, f"0 0 0 1x\n{line}\nstop\n", ended)
+
+
 @needs_iverilog
 @pytest.mark.parametrize(
     ("body", "measure", "kind"),
@@ -234,7 +246,7 @@ def test_what_refuses_a_design_is_told_though_it_is_built_and_run_at_once(judge,
 
 def test_what_benches_did_is_remembered_up_to_a_bound(monkeypatch):
     monkeypatch.setattr(replays, "MOST_REMEMBERED", 3)
-    stage = Stage(folder=Path(), result_marker="m", player_top="p", build_log="", unknown_bit_ticks=0)
+    stage = Stage(folder=Path(), result_marker="m", player_top="p", build_log="", response_bits=1, unknown_bit_ticks=0)
     done = Finished(returncode=0, stdout="said", stderr="", cpu_seconds=0.0, stopped=None)
     known = replays.Replays()
     for responses in ("a", "b", "c"):
