@@ -49,7 +49,7 @@ class Benches:
           files: that it reads.
           cpu_seconds: as for `Sandbox.run`.
         """
-        if self._shell is None or self._shell.process.poll() is not None:
+        if self._shell is None or self._shell.ended:
             self._start()
         for left in self._folder.iterdir():
             if left != self._seen:
@@ -83,15 +83,18 @@ class Benches:
             shell.process.stdin.flush()
         end, end_of_errors = re.compile(rf"{mark} (\d+)\n{_TIMES}\Z"), f"{mark}\n".encode()
 
-        def complete(stdout: bytes, stderr: bytes) -> bool:
-            return stderr.endswith(end_of_errors) and end.search(stdout[-_LONGEST_END:].decode("ascii", "replace"))
+        def complete(stdout: bytearray, stderr: bytearray) -> bool:
+            if not stderr.endswith(end_of_errors):
+                return False
+            return end.search(stdout[-_LONGEST_END:].decode("ascii", "replace")) is not None
 
         stopped = shell.collect(limit_seconds, complete)
         stdout, stderr = shell.take()
         told = end.search(stdout)
         if stopped or told is None:
-            self._shell = None
-            return replace(shell.end(stopped), stdout=stdout, stderr=stderr)
+            self._shell, done = None, shell.end(stopped)
+            used_seconds = max(0.0, done.cpu_seconds - self._used_seconds)
+            return replace(done, stdout=stdout, stderr=stderr, cpu_seconds=used_seconds)
         used_seconds = sum(60 * int(minutes) + float(seconds) for minutes, seconds in _TIME.findall(told[0]))
         before, self._used_seconds = self._used_seconds, used_seconds
         return Finished(

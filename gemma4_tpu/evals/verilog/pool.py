@@ -25,7 +25,7 @@ from gemma4_tpu.evals.verilog.benches import Benches
 from gemma4_tpu.evals.verilog.iverilog import Tools
 from gemma4_tpu.evals.verilog.official import builds_unchanged, passes_officially
 from gemma4_tpu.evals.verilog.replays import Replays
-from gemma4_tpu.evals.verilog.running import Finished
+from gemma4_tpu.evals.verilog.running import Finished, kill_commands
 from gemma4_tpu.evals.verilog.sandbox import Level, Sandbox
 from gemma4_tpu.evals.verilog.spy import spy
 from gemma4_tpu.evals.verilog.stage import NoStage, Stage, build, load
@@ -180,7 +180,8 @@ def _here() -> _Worker:
 
 
 def _leave(root: Path) -> None:
-    """Ends a worker whose parent was killed, or is about to be; the command that it runs dies with it."""
+    """Ends a worker whose parent was killed, or is about to be, and what it runs."""
+    kill_commands()
     shutil.rmtree(root, ignore_errors=True)
     os._exit(1)
 

@@ -54,7 +54,14 @@ class Running:
         if stays:
             _staying.add(process.pid)
 
-    def collect(self, limit_seconds: float, complete: Callable[[bytes, bytes], bool] | None = None) -> str | None:
+    @property
+    def ended(self) -> bool:
+        """Whether its first process has ended. It is not waited for, so that its number remains its own until `end`."""
+        return os.waitid(os.P_PID, self.process.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
+
+    def collect(
+        self, limit_seconds: float, complete: Callable[[bytearray, bytearray], bool] | None = None
+    ) -> str | None:
         """Reads what it prints, until it ends or that is `complete`; or why it has to be stopped.
 
         `limit_seconds` is its limit on CPU time. On a busy machine, or asleep, it may take longer.
@@ -101,7 +108,7 @@ class Running:
         stdout, stderr = self.take()
         return Finished(returncode=returncode, stdout=stdout, stderr=stderr, cpu_seconds=cpu_seconds, stopped=stopped)
 
-    def _texts(self) -> tuple[bytes, bytes]:
+    def _texts(self) -> tuple[bytearray, bytearray]:
         stdout, stderr = self._printed.values()
         return stdout, stderr
 
@@ -120,6 +127,13 @@ class Running:
                 return False
             text += chunk
         return True
+
+
+def kill_commands() -> None:
+    """Kills the groups of all commands, those that stay as well, and waits for none: this process is about to end."""
+    for pid in _children():
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(pid, signal.SIGKILL)
 
 
 def _end_all(process: subprocess.Popen[bytes]) -> tuple[int, float]:

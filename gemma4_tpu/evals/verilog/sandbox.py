@@ -1,4 +1,4 @@
-"""Runs one hostile command at a time: confined, limited, and with nothing of it left when it ends.
+"""Runs hostile commands, confined and limited, one after another; when one ends, nothing of it is left (`running.py`).
 
 A `Sandbox` belongs to one single-threaded worker process. Levels, from the strictest:
 
@@ -86,9 +86,9 @@ class Sandbox:
         writable: Sequence[Path] = (),
         cpu_seconds: float | None = None,
     ) -> Finished:
-        """Runs `command` (words, or a line for a shell) in `folder`, which it may read; it may write beneath `writable`.
+        """Runs `command` in `folder`, which it may read; it may write only beneath `writable`.
 
-        `cpu_seconds` is a limit on CPU time below that of the configuration.
+        `command` are words, or a line for a shell. `cpu_seconds` is a limit below that of the configuration.
         """
         limit_seconds = self.seconds(cpu_seconds)
         line = command if isinstance(command, str) else f"exec {shlex.join(command)}"
