@@ -14,10 +14,10 @@ from pathlib import Path
 
 from gemma4_tpu.evals.problems import Problem, VerdictClass
 from gemma4_tpu.evals.verilog import stand_ins
+from gemma4_tpu.evals.verilog.interface import BenchPort, Interface
 from gemma4_tpu.evals.verilog.iverilog import Tools
 from gemma4_tpu.evals.verilog.running import Finished
 from gemma4_tpu.evals.verilog.scan import blank, defined_modules, without_dumps
-from gemma4_tpu.evals.verilog.stand_ins import BenchPort, Interface
 
 BENCH_SOURCE, BESIDE, PROGRAM = "bench.sv", "beside.sv", "program.vvp"
 PLAYER, SETTINGS, BENCH_PROGRAM, ABOUT = "player.sv", "compiler.conf", "bench.vvp", "stage.json"
