@@ -20,6 +20,7 @@ from gemma4_tpu.errors import exit_code
 if TYPE_CHECKING:
     from gemma4_tpu.benching.all_cells import Results
     from gemma4_tpu.benching.vllm_client import VllmClient
+    from gemma4_tpu.prices import Price
     from gemma4_tpu.tracking.run import RunFolder
 
 log = logging.getLogger(__name__)
@@ -35,12 +36,14 @@ BENCH: EntryPoint[BenchRoot, BenchChecked] = EntryPoint(
     examine=examine_bench,
     summary=(
         "Put load on a server and measure latency and throughput as `vllm bench serve` defines them: request rates ×"
-        " lengths, or users × context. Raw results for each cell, tables, plots, one HTML page."
+        " lengths, or users × context; or the highest rate that keeps limits on latency. Raw results for each cell,"
+        " tables, plots, one HTML page."
     ),
     examples=(
         ("endpoint=http://127.0.0.1:8000 slice=v6e-8 architecture=gemma4_31b", "rates 1 to 64 and unbounded"),
         ("served=outputs/servings/<server> bench=matrix", "1 to 2048 users, 16 to 16,256 tokens"),
         ("endpoint=http://127.0.0.1:8000 'bench.lengths=[[1024,128]]' 'bench.rates=[2,inf]'", "your own cells"),
+        ("endpoint=http://127.0.0.1:8000 bench=slo 'bench.slo={p99_ttft_ms: 500}'", "the highest rate that keeps it"),
         ("served=outputs/servings/<server> bench=vllm", "beside `vllm bench serve` in the server's container"),
         ("endpoint=http://127.0.0.1:8000 run_dir=outputs/benchmarks/<run>", "go on; cells that are done are kept"),
     ),
@@ -58,9 +61,12 @@ def _run(loaded: Loaded[BenchRoot, BenchChecked]) -> int:
 
 def _dry_run(loaded: Loaded[BenchRoot, BenchChecked]) -> int:
     """The cells as comments, and the commands of a cross-check, for a shell."""
-    from gemma4_tpu.benching.cells import cells_of
+    from gemma4_tpu.benching.cells import cells_of, is_search
 
     config, client = loaded.root.bench, _client(loaded)
+    if is_search(config):
+        for prompt, answer in config.lengths:
+            print(f"# {prompt:,} in, {answer:,} out: the highest rate, by trials of {config.requests:,} requests")
     for cell in cells_of(config):
         print(f"# {cell.shown}: {cell.requests(config):,} requests")
         if client:
@@ -81,7 +87,8 @@ def _client(loaded: Loaded[BenchRoot, BenchChecked]) -> VllmClient | None:
 
 def _bench(loaded: Loaded[BenchRoot, BenchChecked]) -> int:
     """The benchmark and its record."""
-    from gemma4_tpu.benching.all_cells import run_sweep
+    from gemma4_tpu.benching.all_cells import run_sweep, search_rates, slo_outcome
+    from gemma4_tpu.benching.cells import is_search
     from gemma4_tpu.benching.cross_check import cross_check
     from gemma4_tpu.tracking import provenance, records
     from gemma4_tpu.tracking.logs import setup_logging
@@ -102,21 +109,36 @@ def _bench(loaded: Loaded[BenchRoot, BenchChecked]) -> int:
             hardware={"slice": checked.slice}, seeds={"bench": config.bench.seed}, fingerprints={}
         )
         provenance.record(record, captured)
-        results = run_sweep(config.bench, checked, record.path)
+        if is_search(config.bench):
+            results, found = search_rates(config.bench, checked, record.path)
+        else:
+            results, found = run_sweep(config.bench, checked, record.path), []
         compared = cross_check(client, config.bench, results, record.path) if client else None
-        return _report(record, results, compared, checked)
+        searched = slo_outcome(config.bench, found, results, _price(checked.slice))
+        return _report(record, results, compared, searched, checked)
 
     return record.work(job)
 
 
-def _report(record: RunFolder, results: Results, compared: dict[str, Any] | None, checked: BenchChecked) -> int:
+def _price(slice_: str) -> Price | None:
+    """What an hour on the server's slice costs."""
+    from gemma4_tpu.hardware import SLICES
+    from gemma4_tpu.prices import ON_DEMAND, slice_price
+
+    return slice_price(SLICES[slice_], ON_DEMAND) if slice_ in SLICES else None
+
+
+def _report(
+    record: RunFolder, results: Results, compared: dict[str, Any] | None, searched: dict[str, Any] | None,
+    checked: BenchChecked,
+) -> int:  # fmt: skip
     """`result.json`, `report.md`, `report.html`, and the coverage on the terminal."""
     from gemma4_tpu.benching.all_cells import coverage_line, outcome_of
     from gemma4_tpu.reporting.load_test import write_report
 
-    found = outcome_of(results, compared)
+    found = outcome_of(results, compared, searched)
     record.leave(found)
-    print(write_report(record.path, results, compared, checked))
+    print(write_report(record.path, results, compared, searched, checked))
     print(coverage_line(results))
     print(f"report: {record.path / 'report.html'}")
     return 0 if found["status"] == "finished" else FAILED_REQUESTS

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections import Counter
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -13,78 +14,137 @@ from rich import progress
 from gemma4_tpu.benching.cells import Cell, cells_of
 from gemma4_tpu.benching.checks import BenchChecked
 from gemma4_tpu.benching.client import Target, find_target
-from gemma4_tpu.benching.one_cell import FAILED, INFEASIBLE, OK, Told, run_cell
+from gemma4_tpu.benching.one_cell import FAILED, INFEASIBLE, MEASURED, OK, Told, run_cell
+from gemma4_tpu.benching.rate_search import RateFound, RateSearch, figures_of
+from gemma4_tpu.benching.slo import limits_of
 from gemma4_tpu.config.serving import BenchConfig
 from gemma4_tpu.errors import UserError
+from gemma4_tpu.prices import Price
 from gemma4_tpu.tracking.logs import console
 from gemma4_tpu.tracking.records import CELL, read_record, write_record
 
 log = logging.getLogger(__name__)
 
+STATES = (*MEASURED, INFEASIBLE, FAILED)
+
 Results = dict[Cell, dict[str, Any]]
 """Cells that have run, in the order of the benchmark."""
 
 
-def run_sweep(config: BenchConfig, checked: BenchChecked, folder: Path) -> Results:
-    """Runs what isn't there yet.
+class Runner:
+    """Runs cells that aren't there yet, one at a time; each leaves `cells/<cell>.json` in the benchmark's folder."""
 
-    Args:
-      config: the cells and how they are run.
-      checked: endpoint and vocabulary.
-      folder: of the benchmark; results go to `cells/<cell>.json`.
+    def __init__(self, config: BenchConfig, checked: BenchChecked, folder: Path, bar: _Bar):
+        """Raises `UserError` where the server can't be used."""
+        self._config, self._checked, self._folder, self._bar = config, checked, folder, bar
+        self._target = asyncio.run(find_target(checked.endpoint, config.served_model_name))
+        (folder / "cells").mkdir(exist_ok=True)
+        self.results: Results = {}
+        """Of all cells so far."""
+        if checked.vocabulary is None:
+            log.info(
+                "the model's vocabulary is not known: prompts are of the token ids 256 to 511 (architecture=<size> says"
+                " it)"
+            )
+
+    def __call__(self, cell: Cell) -> dict[str, Any]:
+        """The cell's result, from an earlier start if it did not fail.
+
+        Raises:
+          UserError: the server is gone; cells that are done are kept.
+        """
+        before = _read(self._folder, cell)
+        result = before if before and before["state"] != FAILED else self._run(cell, before)
+        self.results[cell] = result
+        self._bar.done()
+        return result
+
+    def _run(self, cell: Cell, before: dict[str, Any] | None) -> dict[str, Any]:
+        attempt = before["attempt"] + 1 if before else 0
+        told = self._bar.cell(cell.shown, cell.requests(self._config))
+        vocabulary = self._checked.vocabulary
+        result = asyncio.run(
+            run_cell(self._config, cell, self._target, vocabulary=vocabulary, attempt=attempt, told=told)
+        )
+        write_record(_path(self._folder, cell), CELL, result, compact=True)
+        log.log(logging.INFO if result["state"] == OK else logging.WARNING, "%s", _told_of(cell, result))
+        if result["state"] == FAILED and not result["completed"]:
+            _still_there(self._target, self._folder)
+        return result
+
+
+def run_sweep(config: BenchConfig, checked: BenchChecked, folder: Path) -> Results:
+    """Runs all cells that the configuration lists.
 
     Raises:
       UserError: the server can't be used, or is gone; cells that are done are kept.
     """
-    target = asyncio.run(find_target(checked.endpoint, config.served_model_name))
     cells = cells_of(config)
-    (folder / "cells").mkdir(exist_ok=True)
-    results = {cell: result for cell in cells if (result := _read(folder, cell)) is not None}
-    kept = {cell for cell, result in results.items() if result["state"] != FAILED}
-    if results:
-        again = f"; {len(results) - len(kept)} that failed run again" if len(results) > len(kept) else ""
-        log.info("%d of %d cells are done%s", len(kept), len(cells), again)
-    if checked.vocabulary is None:
-        log.info(
-            "the model's vocabulary is not known: prompts are of the token ids 256 to 511 (architecture=<size> says it)"
-        )
     with _Bar(len(cells)) as bar:
+        run = Runner(config, checked, folder, bar)
+        if there := [result for cell in cells if (result := _read(folder, cell)) is not None]:
+            failed = sum(result["state"] == FAILED for result in there)
+            again = f"; {failed} that failed run again" if failed else ""
+            log.info("%d of %d cells are done%s", len(there) - failed, len(cells), again)
         for cell in cells:
-            if cell not in kept:
-                attempt = results[cell]["attempt"] + 1 if cell in results else 0
-                told = bar.cell(cell.shown, cell.requests(config))
-                result = asyncio.run(
-                    run_cell(config, cell, target, vocabulary=checked.vocabulary, attempt=attempt, told=told)
-                )
-                write_record(_path(folder, cell), CELL, result, compact=True)
-                results[cell] = result
-                log.log(logging.INFO if result["state"] == OK else logging.WARNING, "%s", _told_of(cell, result))
-                if result["state"] == FAILED and not result["completed"]:
-                    _still_there(target, folder)
-            bar.done()
-    return {cell: results[cell] for cell in cells}
+            run(cell)
+    return run.results
+
+
+def search_rates(config: BenchConfig, checked: BenchChecked, folder: Path) -> tuple[Results, list[RateFound]]:
+    """Looks for the highest rate that keeps `bench.slo`, for each pair of lengths; raises as `run_sweep`."""
+    found = []
+    with _Bar(None) as bar:
+        run = Runner(config, checked, folder, bar)
+        for lengths in config.lengths:
+            found.append(RateSearch(run, limits_of(config.slo), *lengths).run())
+            log.info("%s", found[-1].told)
+    lengths_of = config.lengths.index
+    in_order = sorted(run.results, key=lambda c: (lengths_of([c.input_tokens, c.output_tokens]), c.rate, c.round))
+    return {cell: run.results[cell] for cell in in_order}, found
 
 
 def coverage(results: Results) -> dict[str, int]:
     """Cells by state."""
     counts = Counter(result["state"] for result in results.values())
-    return {"cells": len(results), **{state: counts[state] for state in (OK, INFEASIBLE, FAILED)}}
+    return {"cells": len(results), **{state: counts[state] for state in STATES}}
 
 
 def coverage_line(results: Results) -> str:
     """How much of what was asked for has been measured."""
     counts = coverage(results)
-    missing = ", ".join(f"{counts[state]} {state}" for state in (INFEASIBLE, FAILED) if counts[state])
+    states = ", ".join(f"{counts[state]} {state}" for state in STATES if state != OK and counts[state])
+    measured = sum(counts[state] for state in MEASURED)
     completed, failed = (sum(result.get(key, 0) for result in results.values()) for key in ("completed", "failed"))
     return (
-        f"{counts[OK]} of {counts['cells']} cells measured{f' ({missing})' if missing else ''};"
+        f"{measured} of {counts['cells']} cells measured{f' ({states})' if states else ''};"
         f" {completed:,} requests completed, {failed:,} failed"
     )
 
 
-def outcome_of(results: Results, compared: dict[str, Any] | None) -> dict[str, Any]:
-    """What `result.json` holds. `compared`: what `cross_check` returned, if it was asked for."""
-    measured = {cell: result for cell, result in results.items() if result["state"] == OK}
+def slo_outcome(
+    config: BenchConfig, found: list[RateFound], results: Results, price: Price | None
+) -> dict[str, Any] | None:
+    """What `result.json` says about searches of a rate; None: there was none. `price`: an hour of the server."""
+    if not found:
+        return None
+    hourly = price.usd_per_hour if price else None
+    return {
+        "limits": dict(config.slo),
+        "price": asdict(price) if price else None,
+        "searches": [figures_of(one, results, hourly) for one in found],
+    }
+
+
+def outcome_of(results: Results, compared: dict[str, Any] | None, searched: dict[str, Any] | None) -> dict[str, Any]:
+    """What `result.json` holds.
+
+    Args:
+      results: of the cells.
+      compared: what `cross_check` returned, if it was asked for.
+      searched: what `slo_outcome` returned.
+    """
+    measured = {cell: result for cell, result in results.items() if result["state"] in MEASURED}
     best = max(measured, key=lambda cell: measured[cell]["output_throughput"], default=None)
     failed = sum(result.get("failed", 0) for result in results.values())
     checks = compared["cells"] if compared else {}
@@ -102,6 +162,7 @@ def outcome_of(results: Results, compared: dict[str, Any] | None) -> dict[str, A
         "peak_output_throughput": measured[best]["output_throughput"] if best else None,
         "peak_cell": best.name if best else None,
         "cross_check": crossed if compared else None,
+        "slo": searched,
     }
 
 
@@ -113,7 +174,7 @@ def _read(folder: Path, cell: Cell) -> dict[str, Any] | None:
         result = read_record(path).values
     except UserError:  # damaged
         result = {}
-    if result.get("state") in (OK, INFEASIBLE, FAILED):
+    if result.get("state") in STATES:
         return result
     log.warning("%s: no result of a cell; it runs again", path)
     return None
@@ -137,7 +198,8 @@ def _still_there(target: Target, folder: Path) -> None:
 class _Bar:
     """Progress over cells and the requests of the one that runs; nothing where there is no terminal."""
 
-    def __init__(self, cells: int):
+    def __init__(self, cells: int | None):
+        """`cells`: how many there will be; None: nobody knows yet."""
         self._bar = progress.Progress(
             progress.BarColumn(bar_width=None),
             progress.MofNCompleteColumn(),
@@ -181,4 +243,5 @@ def _told_of(cell: Cell, result: dict[str, Any]) -> str:
         for label, key in (("TTFT", "median_ttft_ms"), ("TPOT", "median_tpot_ms"))
         if result[key] is not None
     ]
-    return f"{cell.shown}: {', '.join(facts)}"
+    state = "" if result["state"] == OK else f"{result['state']}: "
+    return f"{cell.shown}: {state}{', '.join(facts)}"

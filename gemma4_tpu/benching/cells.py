@@ -25,12 +25,15 @@ class Cell:
     """Requests per second, `inf`: all at once; None: `users` decide."""
     users: int | None = None
     """Requests under way at a time; None: as many as come."""
+    round: int = 1
+    """The same load may be measured several times, with other prompts and arrivals."""
 
     @property
     def name(self) -> str:
         """Also that of its file."""
         load = f"rate{self.rate:g}" if self.rate is not None else f"users{self.users}"
-        return f"in{self.input_tokens}_out{self.output_tokens}_{load}"
+        again = f"_round{self.round}" if self.round > 1 else ""
+        return f"in{self.input_tokens}_out{self.output_tokens}_{load}{again}"
 
     @property
     def shown(self) -> str:
@@ -40,7 +43,8 @@ class Cell:
     def load(self) -> str:
         """How many requests, without their lengths."""
         if self.rate is not None:
-            return f"{rate_text(self.rate)} requests/s"
+            again = f", round {self.round}" if self.round > 1 else ""
+            return f"{rate_text(self.rate)} requests/s{again}"
         return f"{self.users:,} user{'s' * (self.users != 1)}"
 
     def requests(self, config: BenchConfig) -> int:
@@ -55,6 +59,11 @@ def cells_of(config: BenchConfig) -> list[Cell]:
         cells += [Cell(input_tokens, output_tokens, rate=rate) for rate in sorted(config.rates)]
         cells += [Cell(input_tokens, output_tokens, users=users) for users in sorted(config.users)]
     return cells
+
+
+def is_search(config: BenchConfig) -> bool:
+    """Whether the cells are not listed, but the trials of a search of the highest rate that keeps `bench.slo`."""
+    return bool(config.slo) and not config.rates and not config.users
 
 
 def rate_text(rate: float) -> str:

@@ -12,6 +12,7 @@ from urllib.parse import urlsplit
 import yaml
 
 from gemma4_tpu.architectures import ARCHITECTURES
+from gemma4_tpu.benching.slo import slo_problems
 from gemma4_tpu.config.keys import did_you_mean
 from gemma4_tpu.config.limits import limit_problems
 from gemma4_tpu.config.paths import folder_of, name_problem
@@ -79,11 +80,14 @@ def _cells(bench: BenchConfig) -> Iterator[str]:
     for pair in bench.lengths:
         if len(pair) != 2 or min(pair) < 1:
             yield f"bench.lengths: {pair} is no pair of prompt and answer in tokens, such as [512,256]"
-    if bool(bench.rates) == bool(bench.users):
+    searched = not bench.rates and not bench.users
+    if (bench.rates and bench.users) or (searched and not bench.slo):
         yield (
             f"bench.rates={bench.rates}, bench.users={bench.users}: give one of them, and [] for the other"
-            " (requests per second, or users at a time)"
+            " (requests per second, or users at a time); or give limits, such as 'bench.slo={p99_ttft_ms: 500}', and"
+            " the highest rate that keeps them is looked for"
         )
+    yield from slo_problems(bench.slo, bench.requests, searched=searched)
     yield from (f"bench.rates: {rate} must be more than 0, or inf" for rate in bench.rates if not rate > 0)
     yield from (f"bench.users: {users} must be at least 1" for users in bench.users if users < 1)
     for key in ("lengths", "rates", "users"):

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import resource
 import time
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
@@ -85,6 +86,9 @@ def session(timeout_seconds: float) -> aiohttp.ClientSession:
 
     aiohttp, as in `vllm bench serve`, since a client of more overhead would be part of what is measured.
     """
+    least, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if least != most:  # a thousand requests at once are as many files, about what a shell allows
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
     headers = {"Authorization": f"Bearer {key}"} if (key := os.environ.get(KEY)) else {}
     timeout = aiohttp.ClientTimeout(total=None, sock_connect=CONNECT_SECONDS, sock_read=timeout_seconds)
     return aiohttp.ClientSession(headers=headers, timeout=timeout, connector=aiohttp.TCPConnector(limit=0))

@@ -13,8 +13,8 @@ from typing import Any
 
 from gemma4_tpu.benching.all_cells import Results
 from gemma4_tpu.benching.cells import Cell
-from gemma4_tpu.benching.latencies import P99_FROM
-from gemma4_tpu.benching.one_cell import FAILED, OK
+from gemma4_tpu.benching.latencies import LAG_MS, P99_FROM
+from gemma4_tpu.benching.one_cell import FAILED, MEASURED, OK
 from gemma4_tpu.benching.vllm_client import VllmClient
 from gemma4_tpu.config.serving import BenchConfig
 from gemma4_tpu.tracking.records import CELL, CROSS_CHECK, read_record, write_record
@@ -32,7 +32,6 @@ COMPARED = {
     "median_itl_ms": (LATENCY_BOUND, 1.0), "median_e2el_ms": (LATENCY_BOUND, 5.0),
 }  # fmt: skip
 """Key → (largest difference as a part of vLLM's figure, difference that is never one: a client's own time)."""
-_LAG_MS = 10.0
 _SHARE = 0.02  # of tokens: smaller differences explain nothing
 
 
@@ -47,7 +46,7 @@ def cross_check(client: VllmClient, config: BenchConfig, results: Results, folde
     """
     place = folder / FOLDER
     place.mkdir(exist_ok=True)
-    cells = [cell for cell, result in results.items() if result["state"] == OK]
+    cells = [cell for cell, result in results.items() if result["state"] in MEASURED]
     compared = {}
     for number, cell in enumerate(cells, start=1):
         log.info("vllm bench serve, %d of %d: %s", number, len(cells), cell.shown)
@@ -110,7 +109,7 @@ def _causes(ours: dict[str, Any], theirs: dict[str, Any], figures: dict[str, Any
     if abs((cached[0] or 0) - (cached[1] or 0)) > _SHARE:
         shares = " and ".join("?" if share is None else f"{share:.0%}" for share in cached)
         causes.append(f"{shares} of prompt tokens from the prefix cache (vLLM's warm-up repeats its first prompt)")
-    if ours["median_sending_lag_ms"] > _LAG_MS:
+    if ours["median_sending_lag_ms"] > LAG_MS:
         causes.append(f"this client sent {ours['median_sending_lag_ms']:,.0f} ms late (median)")
     gaps = figures.get("median_itl_ms")
     if gaps and not gaps["agrees"] and ours["chunks_per_token"] < 1 - _SHARE:

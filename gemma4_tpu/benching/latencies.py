@@ -6,29 +6,38 @@ gaps between chunks, pooled. E2EL: from sending to the last chunk with choices. 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from gemma4_tpu.benching.client import TimedAnswer
+from gemma4_tpu.benching.slo import METRICS, Limit, limits_of
 
 P99_FROM = 100
 """A 99th percentile of fewer values is that of the largest one or two; it is marked."""
-METRICS = ("ttft", "tpot", "itl", "e2el")
+LAG_MS = 10.0
+"""A client that sends later than this (median) has become part of what is measured."""
+OUTRUN = 0.05
+"""Latency may grow by so much per second of load: over a thousand requests that is chance, or a server at its limit."""
 
 
-def summary(answers: Sequence[TimedAnswer], duration_seconds: float, output_tokens: int) -> dict[str, Any]:
+def summary(
+    answers: Sequence[TimedAnswer], duration_seconds: float, output_tokens: int, slo: Mapping[str, float]
+) -> dict[str, Any]:
     """Counts, throughputs and latencies of one cell.
 
     Args:
       answers: of all its requests.
       duration_seconds: from the first request's turn to the last answer.
       output_tokens: what each answer was asked to have.
+      slo: limits as in `bench.slo`; their percentiles are told, and how many requests keep them.
     """
     done = [answer for answer in answers if answer.error is None]
     total_in, total_out = sum(a.prompt_tokens for a in done), sum(a.output_tokens for a in done)
     chunks = sum(answer.chunks for answer in done)
+    limits = limits_of(slo)
     seconds = {
         "ttft": [a.ttft_seconds for a in done],
         "tpot": [tpot for a in done if (tpot := a.tpot_seconds) is not None],
@@ -45,8 +54,11 @@ def summary(answers: Sequence[TimedAnswer], duration_seconds: float, output_toke
         "request_throughput": len(done) / duration_seconds,
         "output_throughput": total_out / duration_seconds,
         "total_token_throughput": (total_in + total_out) / duration_seconds,
+        "request_goodput": _goodput(done, limits) / duration_seconds if limits else None,
+        "max_output_tokens_per_s": _most_in_a_second(done),
         "max_concurrent_requests": _most_at_a_time(answers),
         **{key: value for name in METRICS for key, value in _statistics(name, seconds[name]).items()},
+        **{limit.key: _figure(limit, seconds[limit.metric]) for limit in limits},
         "p99_marked": [name for name in METRICS if len(seconds[name]) < P99_FROM],
         "median_sending_lag_ms": float(np.median(lags_ms)) if lags_ms else None,
         "max_sending_lag_ms": max(lags_ms, default=None),
@@ -54,6 +66,27 @@ def summary(answers: Sequence[TimedAnswer], duration_seconds: float, output_toke
         "tokens_counted_by": "server" if all(a.counted for a in done) else "chunks",
         "short_answers": sum(a.output_tokens < output_tokens for a in done),
     }
+
+
+def latency_growth(answers: Sequence[TimedAnswer]) -> float | None:
+    """Seconds that latency grows by in each second in which requests are sent; None: too few answers to tell.
+
+    A server that answers C requests per second of R > C that come falls behind, and latency grows by R / C - 1 per
+    second. Below its capacity latency does not depend on when a request came.
+    """
+    done = [answer for answer in answers if answer.error is None]
+    sent, latencies = (np.array([getattr(a, name) for a in done]) for name in ("sent_at", "latency_seconds"))
+    if len(done) < 3 or not np.ptp(sent):
+        return None
+    away = sent - sent.mean()
+    return float(away @ latencies / (away @ away))  # least squares
+
+
+def is_overloaded(growth: float | None, requests: int) -> bool:
+    """Whether arrivals outran completions, by more than chance: of a Poisson process that ends at its time, so many
+    requests may come early or late in a row, half of the root of their number at most, as a rule.
+    """
+    return growth is not None and growth > max(OUTRUN, 1 / math.sqrt(requests))
 
 
 def raw(answers: Sequence[TimedAnswer], started_at: float) -> dict[str, Any]:
@@ -78,6 +111,33 @@ def _statistics(name: str, seconds: Sequence[float]) -> dict[str, float | None]:
         f"std_{name}_ms": float(ms.std()),
         f"p99_{name}_ms": float(np.percentile(ms, 99)),
     }
+
+
+def _goodput(done: Sequence[TimedAnswer], limits: Sequence[Limit]) -> int:
+    """Requests that keep every limit themselves, whatever percentile it is of. As in vLLM, gaps (ITL) don't count."""
+
+    def keeps(answer: TimedAnswer) -> bool:
+        own = {"ttft": answer.ttft_seconds, "tpot": answer.tpot_seconds, "e2el": answer.latency_seconds}
+        return all((own.get(limit.metric) or 0.0) * 1000 <= limit.ms for limit in limits)
+
+    return sum(map(keeps, done))
+
+
+def _figure(limit: Limit, seconds: Sequence[float]) -> float | None:
+    """What is held against a limit, in ms."""
+    if not seconds:
+        return None
+    return 1000 * float(np.mean(seconds) if limit.percentile is None else np.percentile(seconds, limit.percentile))
+
+
+def _most_in_a_second(done: Sequence[TimedAnswer]) -> float:
+    """Output tokens in the best of the seconds that begin with the first request."""
+    if not done:
+        return 0.0
+    start = min(answer.sent_at for answer in done)
+    times = [np.cumsum([a.sent_at - start + a.ttft_seconds, *a.gaps_seconds]) for a in done]
+    tokens = [np.full(a.chunks, a.output_tokens / a.chunks) for a in done]
+    return float(np.bincount(np.concatenate(times).astype(int), np.concatenate(tokens)).max())
 
 
 def _most_at_a_time(answers: Sequence[TimedAnswer]) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import re
 import time
 from collections.abc import Callable, Sequence
@@ -16,7 +17,10 @@ from gemma4_tpu.benching.cells import Cell, arrivals_seconds, generator, prompts
 from gemma4_tpu.benching.client import Target, TimedAnswer, ask, prefix_cache_tokens, request_body, session
 from gemma4_tpu.config.serving import BenchConfig
 
-OK, INFEASIBLE, FAILED = "ok", "infeasible", "failed"
+OK, OVERLOADED, INFEASIBLE, FAILED = "ok", "overloaded", "infeasible", "failed"
+MEASURED = (OK, OVERLOADED)
+"""Every request was answered. Latencies of an `overloaded` cell grow for as long as it lasts: they are none of the
+server's; its throughput is the most that the server does."""
 _TOO_LONG = re.compile(r"^4\d\d: .*(context length|max_model_len|too long|longer than|maximum length)", re.IGNORECASE)
 
 Told = Callable[[int, int], None]
@@ -54,16 +58,33 @@ async def run_cell(
         after = await prefix_cache_tokens(client, target.endpoint)
     if answers and all(a.error and _TOO_LONG.match(a.error) for a in answers):
         return {**about, "state": INFEASIBLE, "reason": answers[0].error}
-    found = latencies.summary(answers, seconds, cell.output_tokens)
-    reason = next((answer.error for answer in answers if answer.error), None)
     return {
         **about,
-        "state": FAILED if found["failed"] else OK,
-        **({"reason": f"{found['failed']} of {count} requests: {reason}"} if reason else {}),
-        **found,
+        **measured(config, cell, answers, seconds),
         "prefix_cache_hit_tokens": after[0] - before[0] if before and after else None,
         "prefix_cache_query_tokens": after[1] - before[1] if before and after else None,
         **latencies.raw(answers, started),
+    }
+
+
+def measured(config: BenchConfig, cell: Cell, answers: Sequence[TimedAnswer], seconds: float) -> dict[str, Any]:
+    """State and figures of a cell that was run.
+
+    Args:
+      config: with the limits that figures are held against.
+      cell: what was asked.
+      answers: of all its requests.
+      seconds: from the first request's turn to the last answer.
+    """
+    found = latencies.summary(answers, seconds, cell.output_tokens, config.slo)
+    growth = latencies.latency_growth(answers) if cell.rate is not None and math.isfinite(cell.rate) else None
+    overloaded = latencies.is_overloaded(growth, len(answers))
+    reason = next((answer.error for answer in answers if answer.error), None)
+    return {
+        "state": FAILED if found["failed"] else OVERLOADED if overloaded else OK,
+        **({"reason": f"{found['failed']} of {len(answers)} requests: {reason}"} if reason else {}),
+        **found,
+        "latency_growth": growth,
     }
 
 
@@ -80,6 +101,7 @@ def _about(config: BenchConfig, cell: Cell, target: Target, attempt: int) -> dic
         "max_concurrency": cell.users,
         "random_input_len": cell.input_tokens,
         "random_output_len": cell.output_tokens,
+        "round": cell.round,
         "attempt": attempt,
     }
 

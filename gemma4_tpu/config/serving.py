@@ -79,7 +79,9 @@ class ServeRoot:
 
 @dataclass(kw_only=True)
 class BenchConfig:
-    """Load on a server, cell by cell (`bench=`): each of `lengths` with each of `rates`, or with each of `users`."""
+    """Load on a server, cell by cell (`bench=`): each of `lengths` with each of `rates`, or with each of `users`; or
+    with the highest rate that keeps `slo`.
+    """
 
     lengths: list[list[int]] = field(default_factory=lambda: [[512, 256]])
     """Pairs of tokens: prompt, answer. Answers are asked for at exactly this length (`ignore_eos`)."""
@@ -88,8 +90,13 @@ class BenchConfig:
     is given."""
     users: list[int] = field(default_factory=list)
     """Users at a time; each sends its next request when the last one is answered."""
+    slo: dict[str, float] = field(default_factory=dict)
+    """Limits on latency in ms, such as `{p99_ttft_ms: 500, p50_tpot_ms: 30}`: mean, median or p1 to p99 of ttft, tpot,
+    itl or e2el. Cells tell how many requests keep them. Without `rates` and `users`, the highest rate that keeps them
+    is looked for (`bench=slo`)."""
     requests: int = 30
-    """With `rates`: requests of a cell. With `users`: of each user."""
+    """With `rates`: requests of a cell. With `users`: of each user. Where a rate is looked for, of each trial: 1,000
+    make a p99."""
     arrivals: str = "poisson"
     """At a rate, requests come as a `poisson` process, or at `fixed` distances."""
     warmup_requests: int = 2

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ from gemma4_tpu.tracking.records import CELL, config_of, read_record
 log = logging.getLogger(__name__)
 
 _MERGED = "merged"
+_OVERLOADED = "overloaded"  # its throughput is the server's; how long its answers took, the queue's
 
 
 def read_points(folder: Path, *, setup: Serving | None = None, system: str | None = None) -> list[Point] | None:
@@ -36,6 +38,7 @@ def read_points(folder: Path, *, setup: Serving | None = None, system: str | Non
     """
     records = [(path, read_record(path)) for path in sorted({*folder.glob("*.json"), *folder.glob("cells/*.json")})]
     cells = [(path, record.values) for path, record in records if record.kind == CELL and "completed" in record.values]
+    cells.sort(key=lambda one: _load(one[1]))
     if not cells:
         return None
     slice_, serving = (setup.slice.name, setup) if setup else _setup(folder)
@@ -50,9 +53,17 @@ def read_points(folder: Path, *, setup: Serving | None = None, system: str | Non
     return [_point(path, cell, slice_, serving, system) for path, cell in cells if _is_whole(cell)]
 
 
+def _load(cell: Mapping[str, Any]) -> tuple[float, ...]:
+    """By what cells are put in order: lengths, then how many requests, as numbers (10 comes after 2)."""
+    n = max(1, cell["completed"])
+    rate, users = cell.get("request_rate"), cell.get("max_concurrency")
+    loads = (math.inf if rate is None else float(rate), math.inf if users is None else float(users))
+    return cell["total_input_tokens"] / n, cell["total_output_tokens"] / n, *loads
+
+
 def _is_whole(cell: Mapping[str, Any]) -> bool:
     """Something was measured, and under the load that it is said to have been."""
-    return bool(cell["completed"]) and cell.get("state", "ok") == "ok"
+    return bool(cell["completed"]) and cell.get("state", "ok") in ("ok", _OVERLOADED)
 
 
 def _point(path: Path, cell: Mapping[str, Any], slice_: str, serving: Serving | None, system: str | None) -> Point:
@@ -62,7 +73,7 @@ def _point(path: Path, cell: Mapping[str, Any], slice_: str, serving: Serving | 
     load = f"{rate} requests/s" if rate is not None else ""
     if users is not None:
         load = f"{users} users" if rate in (None, "inf") else f"{load}, {users} at a time"
-    cached = _cached(cell)
+    cached, overloaded = _cached(cell), cell.get("state") == _OVERLOADED
     return Point(
         name=f"{mean_in:,.0f} in, {mean_out:,.0f} out" + (f", {load}" if load else ""),
         label=MEASURED,
@@ -75,7 +86,7 @@ def _point(path: Path, cell: Mapping[str, Any], slice_: str, serving: Serving | 
         sequences=users or n,
         output_tokens_per_second=cell["output_throughput"],
         whole=not cached,
-        ttft_seconds=None if cached else _seconds(cell.get("median_ttft_ms")),
+        ttft_seconds=None if cached or overloaded else _seconds(cell.get("median_ttft_ms")),
         tpot_seconds=_seconds(cell.get("median_tpot_ms")),
         note="Prompts were found in the prefix cache: they are not held against the ceiling." if cached else "",
     )

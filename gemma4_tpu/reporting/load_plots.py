@@ -1,4 +1,6 @@
-"""Pictures of a benchmark: throughput and TTFT over the request rate; for users × context, heat maps."""
+"""Pictures of a benchmark: throughput and TTFT over the request rate; latency over throughput; heat maps of users ×
+context. Latencies of overloaded cells are in none of them.
+"""
 
 from __future__ import annotations
 
@@ -8,23 +10,26 @@ from typing import Any
 
 from gemma4_tpu.benching.all_cells import Results
 from gemma4_tpu.benching.cells import Cell, rate_text
-from gemma4_tpu.benching.one_cell import FAILED, INFEASIBLE, OK
+from gemma4_tpu.benching.one_cell import FAILED, INFEASIBLE, MEASURED, OK
 from gemma4_tpu.plotting import COLOURS, INK, draw_titled
 
-_QUANTITIES = (  # file, key, label, colours of a heat map: the brighter the better
-    ("throughput", "output_throughput", "output tokens per second", "viridis"),
-    ("ttft", "median_ttft_ms", "median time to first token (ms)", "viridis_r"),
+_QUANTITIES = (  # file, key, label, colours of a heat map: the brighter the better; states of cells that are shown
+    ("throughput", "output_throughput", "output tokens per second", "viridis", MEASURED),
+    ("ttft", "median_ttft_ms", "median time to first token (ms)", "viridis_r", (OK,)),
 )
+_CURVES = {"ttft": "time to first token (ms)", "tpot": "time per output token (ms)"}
 
 
-def plot_results(results: Results, folder: Path, title: str) -> list[Path]:
-    """Draws what there is to draw; returns the paths."""
+def plot_results(results: Results, folder: Path, title: str, searched: dict[str, Any] | None) -> list[Path]:
+    """Draws what there is to draw; returns the paths. `searched`: what `slo_outcome` returned, if rates were looked
+    for.
+    """
     folder.mkdir(exist_ok=True)
-    drawn = []
-    for name, key, label, colours in _QUANTITIES:
-        known = {cell: r[key] for cell, r in results.items() if r["state"] == OK and r[key] is not None}
+    drawn = [path for name in _CURVES if (path := _curve(results, name, title, folder, searched))]
+    for name, key, label, colours, states in _QUANTITIES:
+        known = {cell: r[key] for cell, r in results.items() if r["state"] in states and r[key] is not None}
         rates = {cell: value for cell, value in known.items() if cell.rate is not None}
-        if rates:
+        if rates and not searched:  # whose rates are no list that one would read along
             drawn.append(_over_rate(rates, label, title, folder / f"{name}.png", logarithmic=name == "ttft"))
         if any(cell.users is not None for cell in known):
             drawn.append(_matrix(results, key, label, colours, title, folder / f"{name}_matrix.png"))
@@ -67,6 +72,47 @@ def _over_rate(values: dict[Cell, float], label: str, title: str, path: Path, *,
     return draw_titled(draw, title, path, (8.5, 4))
 
 
+def _curve(results: Results, name: str, title: str, folder: Path, searched: dict[str, Any] | None) -> Path | None:
+    """Latency over throughput: a line for each pair of lengths, its p99 dashed; limits of `bench.slo` lie across, and
+    the highest rate that keeps them stands upright. None: there are no two points.
+    """
+    keys = {f"median_{name}_ms": ("-", "o", "median"), f"p99_{name}_ms": ("--", "", "p99")}
+    lines: dict[str, list[dict[str, Any]]] = {}
+    for cell, result in results.items():
+        bounded = cell.rate is not None and not math.isinf(cell.rate)
+        if bounded and result["state"] == OK and all(result[key] is not None for key in keys):
+            lines.setdefault(f"{cell.input_tokens:,} in, {cell.output_tokens:,} out", []).append(result)
+    if max(map(len, lines.values()), default=0) < 2:
+        return None
+
+    def draw(axes: Any) -> None:
+        for number, (lengths, points) in enumerate(lines.items()):
+            points.sort(key=lambda result: result["output_throughput"])
+            for key, (dashes, marker, statistic) in keys.items():
+                style = {
+                    "color": COLOURS[number % len(COLOURS)],
+                    "linestyle": dashes,
+                    "marker": marker,
+                    "markersize": 4,
+                }
+                values = [result[key] for result in points]
+                axes.plot([r["output_throughput"] for r in points], values, label=f"{lengths}: {statistic}", **style)
+        for key, ms in (searched["limits"] if searched else {}).items():
+            if f"_{name}_" in key:
+                axes.axhline(ms, color="#a33", linewidth=1, linestyle=":")
+                axes.annotate(key, (1, ms), xycoords=("axes fraction", "data"), ha="right", va="bottom", color="#a33")
+        for found in searched["searches"] if searched else ():
+            if found["output_throughput"]:
+                axes.axvline(found["output_throughput"], color="#999999", linewidth=1, linestyle=":")
+        axes.set_xlim(left=0)
+        axes.set_ylim(bottom=0)
+        axes.set_xlabel("output tokens per second")
+        axes.set_ylabel(_CURVES[name])
+        axes.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0))
+
+    return draw_titled(draw, title, folder / f"{name}_over_throughput.png", (8.5, 4))
+
+
 def _matrix(results: Results, key: str, label: str, colours: str, title: str, path: Path) -> Path:
     """Users upwards, lengths to the right; each place holds its number, or why there is none."""
     cells = [cell for cell in results if cell.users is not None]
@@ -80,7 +126,7 @@ def _matrix(results: Results, key: str, label: str, colours: str, title: str, pa
         grid = [[math.nan] * len(lengths) for _ in users]
         for cell in cells:
             result = results[cell]
-            if result["state"] == OK and result[key]:
+            if result["state"] in MEASURED and result[key]:
                 grid[lines[cell.users]][lengths.index((cell.input_tokens, cell.output_tokens))] = result[key]
         known = [value for row in grid for value in row if not math.isnan(value)]
         apart = max(known) > 5 * min(known)
@@ -107,13 +153,13 @@ def _matrix(results: Results, key: str, label: str, colours: str, title: str, pa
 
 def _write_in(axes: Any, at: tuple[float, float], result: dict[str, Any], key: str, image: Any) -> None:
     state, value = result["state"], result.get(key)
-    if state == OK and value:
+    if state in MEASURED and value:
         red, green, blue, _ = image.cmap(image.norm(value))
         dark = 0.3 * red + 0.59 * green + 0.11 * blue < 0.55
         text, colour = _short(value), "white" if dark else INK
     else:
         text, colour = (
-            {INFEASIBLE: "too\nlong", FAILED: "failed", OK: "–"}[state],
+            {INFEASIBLE: "too\nlong", FAILED: "failed"}.get(state, "–"),
             "#a33" if state == FAILED else "#888",
         )
     axes.text(*at, text, ha="center", va="center", fontsize=8, color=colour)

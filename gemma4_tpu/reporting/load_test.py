@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,37 +10,55 @@ from gemma4_tpu.benching.all_cells import Results, coverage_line
 from gemma4_tpu.benching.cells import Cell
 from gemma4_tpu.benching.checks import BenchChecked
 from gemma4_tpu.benching.cross_check import LATENCY_BOUND, THROUGHPUT_BOUND, verdict
+from gemma4_tpu.benching.latencies import LAG_MS
+from gemma4_tpu.benching.one_cell import OVERLOADED
 from gemma4_tpu.markdown import table
 from gemma4_tpu.reporting.html import html_page
 from gemma4_tpu.reporting.load_plots import plot_results
+from gemma4_tpu.reporting.load_rates import RATE_COLUMNS, rate_facts, rate_rows
 from gemma4_tpu.tracking.files import write_text
 
 _MARK = "†"
-_COLUMNS = ("in", "out", "load", "state", "output tok/s", "total tok/s", "requests/s",
-            "TTFT p50", "TTFT p99", "TPOT p50", "ITL p50", "E2EL p50", "notes")  # fmt: skip
+_LATENCIES = ("ttft", "tpot", "itl", "e2el")
+_THROUGHPUTS = {  # column → key of a cell
+    "output tok/s": "output_throughput", "most in 1 s": "max_output_tokens_per_s",
+    "total tok/s": "total_token_throughput",
+}  # fmt: skip
+_COLUMNS = (
+    "in", "out", "load", "state", *_THROUGHPUTS, "requests/s", "goodput",
+    *(f"{name.upper()} {statistic}" for name in _LATENCIES for statistic in ("p50", "p99")), "notes",
+)  # fmt: skip
 _COMPARED = {  # column → key of `cross_check.COMPARED`
     "requests/s": "request_throughput", "output tok/s": "output_throughput", "TTFT p50": "median_ttft_ms",
     "TPOT p50": "median_tpot_ms", "ITL p50": "median_itl_ms", "E2EL p50": "median_e2el_ms",
 }  # fmt: skip
-_WORDS = {"state", "notes", "verdict"}
+_WORDS = {"state", "notes", "verdict", "above it"}
 """Columns of words; the others hold numbers."""
-_LAG_MS = 10.0  # a client that sends later than this has become part of what is measured
 
 
-def write_report(folder: Path, results: Results, compared: dict[str, Any] | None, checked: BenchChecked) -> str:
+def write_report(
+    folder: Path, results: Results, compared: dict[str, Any] | None, searched: dict[str, Any] | None,
+    checked: BenchChecked,
+) -> str:  # fmt: skip
     """Writes `report.md`, `report.html` and `plots/`; returns the tables as Markdown.
 
     Args:
       folder: of the benchmark.
       results: of its cells.
       compared: what `cross_check` returned, if it was asked for.
+      searched: what `slo_outcome` returned, if rates were looked for.
       checked: where the server is.
     """
-    plots = plot_results(results, folder / "plots", f"{folder.parent.name} / {folder.name}")
-    tables = [_measured(results)] + ([_crossed(results, compared)] if compared else [])
-    parts = [f"# Benchmark {folder.name}", *_facts(results, checked), tables[0]]
+    plots = plot_results(results, folder / "plots", f"{folder.parent.name} / {folder.name}", searched)
+    tables = [_measured(results)]
+    parts = [f"# Benchmark {folder.name}", *_facts(results, checked)]
+    if searched:
+        tables.append(_table(RATE_COLUMNS, rate_rows(searched)))
+        parts += ["## The highest rate that keeps the limits", rate_facts(searched), tables[-1], "## Trials"]
+    parts.append(tables[0])
     if compared:
-        parts += ["## Cross-check by `vllm bench serve`", _agreement(results, compared), tables[1]]
+        tables.append(_crossed(results, compared))
+        parts += ["## Cross-check by `vllm bench serve`", _agreement(results, compared), tables[-1]]
     pictures = "\n".join(f"![{path.stem}](plots/{path.name})" for path in plots)
     text = "\n\n".join([*parts, pictures]).rstrip() + "\n"
     write_text(folder / "report.md", text)
@@ -60,13 +78,17 @@ def _facts(results: Results, checked: BenchChecked) -> list[str]:
         f"Model `{model}` at `{checked.endpoint}` ({checked.slice}). Measured by this client;"
         " times in ms, definitions of `vllm bench serve`.",
         f"{coverage_line(results)}. {_prefix_cache(results)}",
+        "`overloaded`: arrivals outran completions, so that latencies grow for as long as the load lasts.",
         f"{_MARK} of fewer than 100 values: that of the slowest one or two, not a 99th percentile to rely on.",
     ]
 
 
 def _measured(results: Results) -> str:
-    """Our own client's figures."""
-    return _table(_COLUMNS, [_row(cell, result) for cell, result in results.items()])
+    """Our own client's figures; goodput where there are limits for it."""
+    rows = [dict(zip(_COLUMNS, _row(cell, result), strict=True)) for cell, result in results.items()]
+    limited = any(result.get("request_goodput") is not None for result in results.values())
+    columns = [column for column in _COLUMNS if limited or column != "goodput"]
+    return _table(columns, [[row[column] for column in columns] for row in rows])
 
 
 def _prefix_cache(results: Results) -> str:
@@ -84,15 +106,19 @@ def _prefix_cache(results: Results) -> str:
 def _row(cell: Cell, result: dict[str, Any]) -> list[str]:
     first = [*_asked(cell), result["state"]]
     if not result.get("completed"):
-        return [*first, *["–"] * 8, result.get("reason", "")]
-    throughputs = [_number(result[f"{name}_throughput"]) for name in ("output", "total_token")]
-    marked = _MARK if "ttft" in result["p99_marked"] else ""
+        return [*first, *["–"] * (len(_COLUMNS) - len(first) - 1), result.get("reason", "")]
+    goodput = result.get("request_goodput")
     return [
-        *first, *throughputs, f"{result['request_throughput']:.2f}",
-        _number(result["median_ttft_ms"]), f"{_number(result['p99_ttft_ms'])}{marked}",
-        _number(result["median_tpot_ms"]), _number(result["median_itl_ms"]), _number(result["median_e2el_ms"]),
-        "; ".join(_notes(result)),
+        *first, *(_number(result.get(key)) for key in _THROUGHPUTS.values()), f"{result['request_throughput']:.2f}",
+        "–" if goodput is None else f"{goodput:.2f}", *_latencies(result), "; ".join(_notes(result)),
     ]  # fmt: skip
+
+
+def _latencies(result: dict[str, Any]) -> Iterator[str]:
+    for name in _LATENCIES:
+        yield _number(result[f"median_{name}_ms"])
+        p99 = result[f"p99_{name}_ms"]
+        yield _number(p99) + (_MARK if p99 is not None and name in result["p99_marked"] else "")
 
 
 def _asked(cell: Cell) -> list[str]:
@@ -102,10 +128,12 @@ def _asked(cell: Cell) -> list[str]:
 def _notes(result: dict[str, Any]) -> list[str]:
     """What makes a cell's figures mean something else."""
     notes = [result["reason"]] if "reason" in result else []
+    if result["state"] == OVERLOADED:
+        notes.append(f"each second of load adds {result['latency_growth']:.2f} s of latency")
     hits, queries = result["prefix_cache_hit_tokens"], result["prefix_cache_query_tokens"]
     if hits:
         notes.append(f"{hits / queries:.0%} of prompt tokens from the prefix cache")
-    if result["median_sending_lag_ms"] > _LAG_MS:
+    if result["median_sending_lag_ms"] > LAG_MS:
         notes.append(f"sent {result['median_sending_lag_ms']:,.0f} ms late (median)")
     if result["short_answers"]:
         notes.append(f"{result['short_answers']} answers shorter than asked for")

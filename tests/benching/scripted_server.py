@@ -5,6 +5,7 @@ request was there, and when each chunk went out (`time.perf_counter`, the same c
 """
 
 import asyncio
+import heapq
 import json
 import sys
 import time
@@ -20,9 +21,11 @@ SCRIPT = {
     "cached": None,  # share of prompt tokens that /metrics says were in the prefix cache; None: there is no /metrics
     "die_at": None,  # the server dies of this request
     "short": 0,  # tokens that each answer lacks
+    "slots": None,  # answers at a time, the others wait: slots / (seconds of an answer) per second, by the clock
     **json.loads(sys.argv[1]),
 }
 asked = {"requests": 0, "prompt_tokens": 0}
+free_at = [0.0] * (SCRIPT["slots"] or 0)  # each slot
 
 
 async def serve(reader, writer):
@@ -68,9 +71,9 @@ async def complete(writer, asked_for, came):
         return whole(writer, 400, '{"error": "This model\'s maximum context length is 64 tokens"}')
     broken = SCRIPT["fail_every"] and asked["requests"] % SCRIPT["fail_every"] == 0
     writer.write(b"HTTP/1.1 200 OK\r\ncontent-type: text/event-stream\r\ntransfer-encoding: chunked\r\n\r\n")
-    sent = []
+    sent, begun = [], turn(came, -(-tokens // SCRIPT["tokens_per_chunk"]))
     for number in range(0, tokens, SCRIPT["tokens_per_chunk"]):
-        due = came + SCRIPT["first_seconds"] + SCRIPT["chunk_seconds"] * len(sent)
+        due = begun + SCRIPT["first_seconds"] + SCRIPT["chunk_seconds"] * len(sent)
         await asyncio.sleep(max(0.0, due - time.perf_counter()))
         last = number + SCRIPT["tokens_per_chunk"] >= tokens
         event(writer, {"choices": [{"text": " x", "finish_reason": "length" if last else None}]})
@@ -82,6 +85,15 @@ async def complete(writer, asked_for, came):
     event(writer, "[DONE]")
     writer.write(b"0\r\n\r\n")
     print(json.dumps({"came": came, "sent": sent, "asked": asked_for}), flush=True)
+
+
+def turn(came, chunks):
+    """When a request's turn begins. By the script, not by when a busy machine woke up: the capacity is exact."""
+    if not free_at:
+        return came
+    begun = max(came, free_at[0])
+    heapq.heapreplace(free_at, begun + SCRIPT["first_seconds"] + SCRIPT["chunk_seconds"] * (chunks - 1))
+    return begun
 
 
 def event(writer, data):

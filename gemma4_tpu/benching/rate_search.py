@@ -1,0 +1,167 @@
+"""The highest request rate at which the limits of `bench.slo` hold: bisection over trials, each a cell of its own.
+
+A trial's result depends on its cell alone, so a search that was cut off goes on by the trials that have their files.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from gemma4_tpu.benching.cells import Cell
+from gemma4_tpu.benching.latencies import LAG_MS
+from gemma4_tpu.benching.one_cell import MEASURED, OVERLOADED
+from gemma4_tpu.benching.slo import Limit
+from gemma4_tpu.prices import usd_per_million_tokens
+
+PRECISION = 0.02
+"""The rate that is found holds, and one that is higher by so much doesn't."""
+ROUNDS = 3
+"""So many trials at the rate that is found, each with other prompts and arrivals, have to hold."""
+GROWTH = 1.1
+"""From what all at once take, upwards; each step is the square of the one before."""
+GIVE_UP = 16
+"""A limit that breaks at this part of the saturation is no matter of the rate."""
+_THROUGHPUTS = ("request_throughput", "output_throughput", "total_token_throughput")
+
+Measure = Callable[[Cell], dict[str, Any]]
+"""Runs a cell, or knows its result."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RateFound:
+    """What a search comes to, for one pair of lengths."""
+
+    input_tokens: int
+    output_tokens: int
+    rate: float | None = None
+    """Requests per second, the highest that hold; None: none does."""
+    cells: tuple[str, ...] = ()
+    """Names of the trials at that rate."""
+    breaks_at: float | None = None
+    """The lowest rate above it that was tried and doesn't hold."""
+    breaks_by: str | None = None
+    """What doesn't hold there; without a rate: why there is none."""
+    trials: int = 0
+
+    @property
+    def told(self) -> str:
+        """In a sentence."""
+        lengths = f"{self.input_tokens:,} in, {self.output_tokens:,} out"
+        if self.rate is None:
+            return f"{lengths}: no rate keeps the limits ({self.breaks_by})"
+        return f"{lengths}: {self.rate:g} requests/s keep the limits; {self.breaks_at:g} don't ({self.breaks_by})"
+
+
+def figures_of(
+    found: RateFound, results: Mapping[Cell, Mapping[str, Any]], usd_per_hour: float | None
+) -> dict[str, Any]:
+    """What `result.json` holds of a search: means over the trials at its rate, and the most of any trial.
+
+    Args:
+      found: what it came to.
+      results: of all trials.
+      usd_per_hour: what the server costs; None: nobody knows.
+    """
+    own = {
+        cell.name: result
+        for cell, result in results.items()
+        if (cell.input_tokens, cell.output_tokens) == (found.input_tokens, found.output_tokens)
+        and "completed" in result
+    }
+    at = [own[name] for name in found.cells]
+    most = {key: max((result[key] for result in own.values()), default=None) for key in _THROUGHPUTS}
+    goodput = statistics.fmean(result["request_goodput"] for result in at) if at else None
+    tokens = {"output": found.output_tokens, "total": found.input_tokens + found.output_tokens}
+    return {
+        **asdict(found),
+        **{key: statistics.fmean(result[key] for result in at) if at else None for key in _THROUGHPUTS},
+        "request_goodput": goodput,
+        **{f"saturation_{key}": value for key, value in most.items()},
+        **{
+            f"usd_per_million_{kind}_tokens": usd_per_million_tokens(usd_per_hour, count * (goodput or 0))
+            for kind, count in tokens.items()
+        },
+    }
+
+
+def broken(result: dict[str, Any], limits: list[Limit]) -> str | None:
+    """What of a trial does not hold; None: all does."""
+    if result["state"] not in MEASURED:
+        return str(result["reason"])
+    if result["state"] == OVERLOADED:
+        return "overloaded: arrivals outrun completions"
+    if result["median_sending_lag_ms"] > LAG_MS:
+        return f"this client sent {result['median_sending_lag_ms']:,.0f} ms late (median): it is no faster"
+    for limit in limits:
+        found = result[limit.key]
+        if found is None or found > limit.ms:
+            return f"{limit.key} {'unknown' if found is None else f'{found:,.1f}'}, more than {limit.ms:g}"
+    return None
+
+
+class RateSearch:
+    """Looks for the highest rate with one pair of lengths."""
+
+    def __init__(self, measure: Measure, limits: list[Limit], input_tokens: int, output_tokens: int):
+        self._measure, self._limits = measure, limits
+        self._input_tokens, self._output_tokens = input_tokens, output_tokens
+        self._trials = 0
+        self._held: list[float] = []  # rates whose trials hold, rising
+        self._broken: list[tuple[float, str]] = []  # rates that don't, falling, each with the reason
+
+    def run(self) -> RateFound:
+        """All trials, one after the other."""
+        burst = self._trial(math.inf)
+        if not burst.get("completed"):
+            return self._found(None, burst["reason"])
+        start, step = burst["request_throughput"], GROWTH
+        while True:
+            low = self._held[-1] if self._held else 0.0
+            high = self._broken[-1][0] if self._broken else math.inf
+            if high <= low * (1 + PRECISION):
+                if self._is_confirmed(low):
+                    return self._found(low, self._broken[-1][1])
+            elif math.isinf(high):
+                self._try(low * step if low else start)
+                step *= step if low else 1
+            elif low:
+                self._try(math.sqrt(low * high))
+            elif high > start / GIVE_UP:
+                self._try(high / 2)
+            else:
+                return self._found(None, self._broken[-1][1])
+
+    def _try(self, rate: float) -> None:
+        rate = float(f"{rate:.4g}")
+        why = broken(self._trial(rate), self._limits)
+        if why is None:
+            self._held.append(rate)
+        else:
+            self._broken.append((rate, why))
+
+    def _is_confirmed(self, rate: float) -> bool:
+        """Whether it holds in the other rounds too; a rate that doesn't is one that is broken."""
+        for number in range(2, ROUNDS + 1):
+            if why := broken(self._trial(rate, number), self._limits):
+                self._held.pop()
+                self._broken.append((rate, why))
+                return False
+        return True
+
+    def _trial(self, rate: float, number: int = 1) -> dict[str, Any]:
+        self._trials += 1
+        return self._measure(self._cell(rate, number))
+
+    def _cell(self, rate: float, number: int) -> Cell:
+        return Cell(self._input_tokens, self._output_tokens, rate=rate, round=number)
+
+    def _found(self, rate: float | None, why: str) -> RateFound:
+        cells = () if rate is None else tuple(self._cell(rate, number).name for number in range(1, ROUNDS + 1))
+        return RateFound(
+            input_tokens=self._input_tokens, output_tokens=self._output_tokens, rate=rate, cells=cells,
+            breaks_at=self._broken[-1][0] if self._broken else None, breaks_by=why, trials=self._trials,
+        )  # fmt: skip

@@ -1,0 +1,46 @@
+"""The highest rates that keep limits on latency, for the page about a load test."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from gemma4_tpu.benching.rate_search import PRECISION, ROUNDS
+
+RATE_COLUMNS = ("in", "out", "requests/s", "goodput", "output tok/s", "saturation requests/s", "saturation tok/s",
+                "USD per million generated", "USD per million in and out", "trials", "above it")  # fmt: skip
+"""Of the table."""
+
+
+def rate_rows(searched: dict[str, Any]) -> list[list[str]]:
+    """A row for each pair of lengths. `searched`: what `slo_outcome` returned."""
+    return [_row(found) for found in searched["searches"]]
+
+
+def _row(found: dict[str, Any]) -> list[str]:
+    numbers = ("request_goodput", "output_throughput", "saturation_request_throughput", "saturation_output_throughput")
+    dollars = ("usd_per_million_output_tokens", "usd_per_million_total_tokens")
+    above = f"{found['breaks_at']:g}: {found['breaks_by']}" if found["breaks_at"] else found["breaks_by"]
+    return [
+        f"{found['input_tokens']:,}", f"{found['output_tokens']:,}",
+        "none" if found["rate"] is None else f"{found['rate']:g}",
+        *("–" if found[key] is None else f"{found[key]:,.2f}" for key in numbers),
+        *("–" if found[key] is None else f"{found[key]:,.3g}" for key in dollars),
+        str(found["trials"]), above,
+    ]  # fmt: skip
+
+
+def rate_facts(searched: dict[str, Any]) -> str:
+    """What was looked for, and what its dollars are."""
+    limits = ", ".join(f"`{key}` ≤ {value:g}" for key, value in searched["limits"].items())
+    price = searched["price"]
+    told = (
+        f"Dollars: {price['usd_per_hour']:,.2f} an hour on demand (*quoted*: {price['source']}, {price['date']}), over"
+        " the tokens of requests that keep every limit."
+        if price
+        else "No price of the server is known."
+    )
+    return (
+        f"{limits}. The rate held in {ROUNDS} trials of {ROUNDS}; what stands as above it, by no more than"
+        f" {PRECISION:.0%}, did not. Goodput: requests/s that keep every limit themselves. Saturation: the most of any"
+        f" trial. {told}"
+    )
