@@ -8,25 +8,28 @@ import json
 import os
 import time
 import uuid
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from typing import Any
 
 from fastapi import FastAPI, Request
-from fastapi.exceptions import RequestValidationError
+from fastapi.middleware.cors import CORSMiddleware
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 from starlette.exceptions import HTTPException
 
 from gemma4_tpu.data.markup import strings
 from gemma4_tpu.serving.local_engine import READY, LocalEngine
 from gemma4_tpu.serving.local_metrics import Metrics
-from gemma4_tpu.serving.local_protocol import ApiError, ChatRequest, CompletionRequest, Reply
+from gemma4_tpu.serving.local_protocol import ApiError, ChatRequest, CompletionRequest, Reply, read_request
 from gemma4_tpu.serving.local_sampling import ABORT, ERROR, AnswerPiece, GeneratedAnswer
+from gemma4_tpu.serving.local_template import TemplateRefused
 
 GONE_SECONDS = 0.25
 """Between looks whether a client is still there."""
 CHARACTERS_PER_TOKEN = 64
 """A prompt with more characters than this for each token that fits is refused unread."""
+BODY_BYTES = 32 * 2**20
+"""Of a request, at most."""
 
 
 class Api:
@@ -40,9 +43,10 @@ class Api:
     def app(self) -> FastAPI:
         """The application; its docs pages are left out, since they load scripts from elsewhere."""
         app = FastAPI(title="gemma4-tpu", docs_url=None, redoc_url=None, openapi_url=None)
+        app.add_middleware(CORSMiddleware, allow_origins=["*"], allow_methods=["GET", "POST"], allow_headers=["*"])
         app.add_exception_handler(ApiError, lambda _, error: _error(error))
-        app.add_exception_handler(RequestValidationError, lambda _, error: _error(_invalid(error)))
-        app.add_exception_handler(HTTPException, lambda _, error: _error(ApiError(error.status_code, error.detail)))
+        app.add_exception_handler(HTTPException, _http_error)
+        app.add_exception_handler(Exception, lambda _, error: _error(ApiError(500, f"{type(error).__name__}: {error}")))
         app.get("/health")(self.health)
         app.get("/metrics")(self.metrics)
         app.get("/v1/models")(self.models)
@@ -81,36 +85,44 @@ class Api:
             "max_model_len": self._longest,
         }  # fmt: skip
 
-    async def completions(self, body: CompletionRequest, request: Request) -> Response:
+    async def completions(self, request: Request) -> Response:
         """`POST /v1/completions`: texts or token ids are continued."""
-        self._admit(body, request)
+        self._authorise(request)
+        body = read_request(CompletionRequest, await whole_body(request))
+        self._admit(body)
         self._engine_ready()
         prompts = [await self._tokens(prompt) for prompt in body.prompts]
         if not prompts:
             raise ApiError(400, "prompt is empty", param="prompt")
         return await self._answer(body, request, prompts, "text", body.return_tokens_as_token_ids)
 
-    async def chat(self, body: ChatRequest, request: Request) -> Response:
+    async def chat(self, request: Request) -> Response:
         """`POST /v1/chat/completions`: the next turn of a conversation."""
-        self._admit(body, request)
+        self._authorise(request)
+        body = read_request(ChatRequest, await whole_body(request))
+        self._admit(body)
         self._engine_ready()
         turns = body.turns()
         self._check_characters(sum(map(len, strings([turn["content"] for turn in turns]))), "messages")
-
-        def render() -> list[int]:
-            options = {**body.chat_template_kwargs, "tokenize": True, "return_dict": True}
-            options.setdefault("add_generation_prompt", True)
-            return self._engine.tokenizer.apply_chat_template(turns, **options)["input_ids"]
-
+        self._check_arguments(body.chat_template_kwargs)
+        options = {"add_generation_prompt": True, **body.chat_template_kwargs}
+        most = self._longest * CHARACTERS_PER_TOKEN
         try:
             async with self._tokenizing:
-                prompt = await asyncio.to_thread(render)
-        except Exception as error:  # a template may refuse its input in many ways
+                prompt = await asyncio.to_thread(self._engine.render, turns, options, most)
+        except TemplateRefused as error:
             raise ApiError(400, f"the chat template refuses this: {error}", param="messages") from None
         return await self._answer(body, request, [prompt], "chat", False)
 
-    def _admit(self, body: CompletionRequest | ChatRequest, request: Request) -> None:
-        self._authorise(request)
+    def _check_arguments(self, given: Mapping[str, Any]) -> None:
+        known = self._engine.template_arguments | {"add_generation_prompt"}
+        if unknown := sorted(given.keys() - known):
+            raise ApiError(
+                400, f"the chat template has no argument {unknown[0]!r}; it has {', '.join(sorted(known))}",
+                param=f"chat_template_kwargs.{unknown[0]}",
+            )  # fmt: skip
+
+    def _admit(self, body: CompletionRequest | ChatRequest) -> None:
         if body.model is not None:
             self._check_model(body.model)
         body.check_unknown()
@@ -254,17 +266,29 @@ def _event(content: dict[str, Any]) -> str:
     return f"data: {json.dumps(content, ensure_ascii=False, separators=(',', ':'))}\n\n"
 
 
-def _error(error: ApiError) -> JSONResponse:
-    return JSONResponse(error.plain(), error.status)
+def _error(error: ApiError, headers: Mapping[str, str] | None = None) -> JSONResponse:
+    return JSONResponse(error.plain(), error.status, headers)
 
 
-def _invalid(error: RequestValidationError) -> ApiError:
-    """What does not have the form of a request: 400, as OpenAI says it."""
-    first = error.errors()[0]
-    if first["type"] == "json_invalid":
-        return ApiError(400, f"the body is not JSON: {first.get('ctx', {}).get('error', first['msg'])}")
-    place = ".".join(str(part) for part in first["loc"] if part != "body") or None
-    return ApiError(400, f"{place or 'body'}: {first['msg']}", param=place)
+def _http_error(request: Request, error: Any) -> Response:
+    """No such page, or not by this method; who asks for a page's methods is told."""
+    if request.method == "OPTIONS" and error.status_code == 405:
+        return Response(status_code=204, headers=error.headers)
+    return _error(ApiError(error.status_code, error.detail), error.headers)
+
+
+async def whole_body(request: Request) -> bytes:
+    """Raises `ApiError` where it isn't declared as JSON, or too large."""
+    kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    if kind != "application/json":
+        told = f"content-type is {kind}" if kind else "there is no content-type"
+        raise ApiError(415, f"{told}; send application/json")
+    body = bytearray()
+    async for piece in request.stream():
+        body += piece
+        if len(body) > BODY_BYTES:
+            raise ApiError(413, f"the body has more than {BODY_BYTES} bytes")
+    return bytes(body)
 
 
 def api_key() -> str | None:

@@ -13,7 +13,7 @@ import secrets
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +33,8 @@ from gemma4_tpu.serving.local_sampling import (
     choose,
     logprob,
 )
+from gemma4_tpu.serving.local_template import TemplateProcess, TemplateRefused
+from gemma4_tpu.templates import arguments
 
 log = logging.getLogger(__name__)
 
@@ -54,6 +56,9 @@ class LocalEngine:
         self._batch = DecodingBatch()
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self.tokenizer: Any = None
+        self._templates: TemplateProcess | None = None
+        self.template_arguments: frozenset[str] = frozenset()
+        """What the chat template takes besides the conversation."""
         self.state = LOADING
         self.error: BaseException | None = None
         """Why it failed."""
@@ -78,7 +83,11 @@ class LocalEngine:
             if self.state != FAILED:
                 self.state = STOPPED
             self._lock.notify()
+        if self._templates is not None:
+            self._templates.close()
         self._thread.join()
+        if self._templates is not None:  # that of a checkpoint which was still being loaded
+            self._templates.close()
 
     @property
     def alive(self) -> bool:
@@ -111,10 +120,34 @@ class LocalEngine:
         self._model = model.eval()
         eos = self._model.generation_config.eos_token_id
         self._eos = frozenset(eos if isinstance(eos, list) else [] if eos is None else [eos])
-        self.tokenizer = tokenizer
+        self.take_tokenizer(tokenizer)
         with self._lock:
             if self.state == LOADING:
                 self.state = READY
+
+    def take_tokenizer(self, tokenizer: Any) -> None:
+        """The checkpoint's own, with its chat template."""
+        self.tokenizer = tokenizer
+        if tokenizer.chat_template is not None:
+            template = tokenizer.get_chat_template()
+            self.template_arguments = arguments(template)
+            self._templates = TemplateProcess(template, tokenizer.special_tokens_map)
+
+    def render(self, messages: Sequence[Mapping[str, Any]], options: Mapping[str, Any], characters: int) -> list[int]:
+        """Tokens of a conversation.
+
+        Args:
+          messages: for the chat template.
+          options: some of `template_arguments`.
+          characters: that the rendered text may have.
+
+        Raises:
+          TemplateRefused: the template does not take this, or there is none.
+        """
+        if self._templates is None:
+            raise TemplateRefused("the checkpoint has none")
+        text = self._templates.render(messages, options, characters=characters)
+        return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
 
     @property
     def defaults(self) -> dict[str, float]:
@@ -191,7 +224,21 @@ class LocalEngine:
         return found.logits[:, -1].float()
 
     def _add(self, answer: GeneratedAnswer, logits: torch.Tensor) -> str | None:
-        """Draws a token and tells it; returns why the answer ended, if it did."""
+        """Draws a token and tells it; returns why the answer ended, if it did.
+
+        What goes wrong with one answer ends that one alone.
+        """
+        try:
+            piece = self._drawn(answer, logits)
+        except Exception as error:
+            log.exception("an answer failed")
+            self._metrics.ended(answer, ERROR)
+            piece = AnswerPiece("", (), ERROR, error=f"the answer failed: {error or repr(error)}")
+        answer.tell(piece)
+        return piece.finish
+
+    def _drawn(self, answer: GeneratedAnswer, logits: torch.Tensor) -> AnswerPiece:
+        """The next token, and what it adds."""
         sampling, text = answer.sampling, answer.text
         assert text is not None
         token = choose(logits, answer)
@@ -208,8 +255,7 @@ class LocalEngine:
             finish = STOP if text.stopped else finish
         chances = () if sampling.logprobs is None else (logprob(logits, token, sampling.logprobs),)
         self._metrics.token(answer, finish)
-        answer.tell(AnswerPiece(told, (token,), finish, chances, reasoning=reasoning))
-        return finish
+        return AnswerPiece(told, (token,), finish, chances, reasoning=reasoning)
 
     def _drop(self, wanted: Callable[[GeneratedAnswer], bool]) -> None:
         """Ends answers that nobody waits for."""

@@ -5,16 +5,20 @@ Keys that OpenAI or vLLM know and this server does not honour are refused unless
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Mapping
 from itertools import accumulate
-from typing import Any
+from typing import Annotated, Any, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from gemma4_tpu.serving.local_sampling import AnswerPiece, AnswerSampling
 
 MOST_CHOICES = 64
+MOST_STOPS = 64
+"""Each is looked for after every token."""
+Form = TypeVar("Form", bound=BaseModel)
 _SILENT: tuple[Any, ...] = (None, False, 0, "", [], {}, "none", "auto", "text", {"type": "text"})
 _NEUTRAL = {"best_of": 1, "repetition_penalty": 1, "length_penalty": 1, "skip_special_tokens": True, "store": True}
 _NOTHING_TO_DO = ("user", "metadata", "request_id", "priority", "service_tier", "safety_identifier", "prompt_cache_key")
@@ -31,6 +35,31 @@ class ApiError(Exception):
         """As OpenAI writes it."""
         kind = "invalid_request_error" if self.status < 500 else "server_error"
         return {"error": {"message": self.message, "type": kind, "param": self.param, "code": self.code}}
+
+
+def read_request(form: type[Form], body: bytes) -> Form:
+    """The request in the body of a POST.
+
+    Raises:
+      ApiError: it is not JSON, holds text that is not Unicode, or is not such a request.
+    """
+    try:
+        value = json.loads(body, parse_constant=_no_number)
+        json.dumps(value, ensure_ascii=False).encode()  # half a surrogate pair is no text that a tokenizer could read
+    except UnicodeEncodeError:
+        raise ApiError(400, "the body holds a lone surrogate, which is no character") from None
+    except (ValueError, RecursionError) as error:
+        raise ApiError(400, f"the body is not JSON that can be read: {error}") from None
+    try:
+        return form.model_validate(value)
+    except ValidationError as error:
+        first = error.errors(include_url=False, include_input=False)[0]
+        place = ".".join(map(str, first["loc"])) or None
+        raise ApiError(400, f"{place or 'body'}: {first['msg']}", param=place) from None
+
+
+def _no_number(name: str) -> None:
+    raise ValueError(f"{name} is no number of JSON")
 
 
 class StreamOptions(BaseModel):
@@ -51,7 +80,7 @@ class _Request(BaseModel):
     top_p: float | None = Field(None, gt=0, le=1)
     top_k: int | None = Field(None, ge=-1)
     seed: int | None = Field(None, ge=-(2**63), lt=2**64)
-    stop: str | list[str] | None = None
+    stop: str | Annotated[list[str], Field(max_length=MOST_STOPS)] | None = None
     stop_token_ids: list[int] | None = None
     ignore_eos: bool = False
     max_tokens: int | None = Field(None, ge=1)

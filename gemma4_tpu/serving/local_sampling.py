@@ -12,6 +12,8 @@ from gemma4_tpu.data.markup import CHANNEL, CHANNEL_END
 
 STOP, LENGTH, ABORT, ERROR = "stop", "length", "abort", "error"
 """Why an answer ended; the first two as OpenAI calls them."""
+GREEDY_BELOW = 1e-5
+"""Temperatures under this one are 0, as in vLLM: dividing by them leaves the range of float32."""
 THOUGHT_NAME = "thought\n"
 """What a thought channel begins with."""
 _UNFINISHED = "\ufffd"  # what a tokenizer makes of half a character
@@ -23,7 +25,7 @@ class AnswerSampling:
 
     max_tokens: int
     temperature: float = 1.0
-    """0: the likeliest token, always."""
+    """Under `GREEDY_BELOW`: the likeliest token, always."""
     top_p: float = 1.0
     top_k: int = 0
     """0: all."""
@@ -190,7 +192,7 @@ class AnswerText:
 def choose(logits: torch.Tensor, answer: GeneratedAnswer) -> int:
     """The next token. `logits`: [V], float32."""
     sampling = answer.sampling
-    if sampling.temperature == 0:
+    if sampling.temperature < GREEDY_BELOW:
         return int(logits.argmax())
     scaled, tokens = logits / sampling.temperature, None
     if 0 < sampling.top_k < len(scaled):
@@ -199,8 +201,10 @@ def choose(logits: torch.Tensor, answer: GeneratedAnswer) -> int:
         scaled, tokens = scaled.sort(descending=True)
     chances = scaled.softmax(-1)
     if sampling.top_p < 1:
-        before = chances.cumsum(-1) - chances  # of likelier tokens; the likeliest one always stays
-        chances = torch.where(before < sampling.top_p, chances, 0.0)
+        before = chances.cumsum(-1) - chances  # of likelier tokens
+        kept = before < sampling.top_p
+        kept[0] = True  # also where top_p is too small for float32
+        chances = torch.where(kept, chances, 0.0)
     drawn = int(torch.multinomial(chances, 1, generator=answer.generator))
     return drawn if tokens is None else int(tokens[drawn])
 
