@@ -61,6 +61,7 @@ class TemplateProcess:
         """Ends the process, whatever it does; who waits for it hears that it is refused."""
         self._closed = True
         self._process.kill()
+        self._process.wait()
 
     def _start(self) -> None:
         command = [sys.executable, "-m", "gemma4_tpu.serving.local_template"]
