@@ -124,7 +124,7 @@ def test_goodput_and_the_best_second():
 @pytest.mark.slow
 def test_a_server_of_known_capacity_is_found_within_5_percent(played, bench):
     """100 requests/s by the clock. Above it the median of 150 waits 75 (1 / C - 1 / R): over its 20 ms from 1.028 C on.
-    Below it nobody waits, and a busy machine may add those 20 ms. Bisection leaves 2%: 5% on either side. A machine that
+    Below it nobody waits, and a busy machine may add those 20 ms. Bisection leaves 2%: 5% on either side. One that
     adds more is no error of the search: the best of three counts.
     """
     server = played(slots=4, first_seconds=0.02, chunk_seconds=0.02)
