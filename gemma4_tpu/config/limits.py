@@ -27,6 +27,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "tracker.kind": ("none", "wandb", "tensorboard", "jsonl"),
     "tracker.mode": ("auto", "online", "offline"),
     "export.format": ("merged", "peft", "both"),
+    "export.peft_experts": ("fused", "per_expert"),
     "export.verify": ("true", "stream", "false"),
     "eval.adapter": ("run", "none", "both"),
     "eval.thoughts": ("drop", "train"),
@@ -46,7 +47,7 @@ _SHARE = (lambda v: 0 <= v <= 1, "between 0 and 1")
 RANGES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "hardware.usd_per_hour": _FROM_0,
     "mesh.dp": _FROM_1, "mesh.fsdp": _FROM_1, "mesh.tp": _FROM_1,
-    "lora.rank": _FROM_1, "lora.alpha": _POSITIVE, "lora.dropout": _DECAY,
+    "lora.rank": _FROM_1, "lora.expert_rank": _FROM_1, "lora.alpha": _POSITIVE, "lora.dropout": _DECAY,
     "data.heldout_fraction": _DECAY, "data.max_rows": _FROM_1, "data.max_drop_fraction": _SHARE,
     "data.sequence_length": (lambda v: v >= 2, "at least 2"),
     "optimizer.learning_rate": _POSITIVE, "optimizer.b1": _DECAY, "optimizer.b2": _DECAY, "optimizer.eps": _POSITIVE,

@@ -87,7 +87,11 @@ class LoraConfig:
     dropout: float = 0.0
     """Dropout rate on the adapter's input, in training only."""
     targets: list[str] = field(default_factory=lambda: ["attention", "mlp"])
-    """What gets adapters: `attention` (q, k, v, o), `mlp` (gate, up, down), or some of these modules by themselves."""
+    """What gets adapters: `attention` (q, k, v, o), `mlp` (gate, up, down), some of these modules by themselves,
+    `experts` (of a mixture: gate, up and down of each one; the router has none)."""
+    expert_rank: int | None = None
+    """Inner dimension of each expert's adapter, which is scaled by alpha over this rank; null: `rank` over the experts
+    that a token passes through, at least 1."""
     layers: list[str] | None = None
     """Only these layers, counted from 0, such as `[0-11,24,-6-]`: ranges with both their ends, a layer, the last six;
     null: all."""

@@ -14,7 +14,7 @@ from gemma4_tpu.config.values import bad_value
 _ROWS = "rows of data.sequence_length tokens per update, over all devices and microbatches"
 _TIMES = "{} times devices times accumulation, " + _ROWS
 _SPLIT = "an update's rows (trainer.global_batch_sequences) are split into so many, not multiplied"
-_ROLES = "attention is q, k, v, o; mlp is gate, up, down; or some of these, such as [q,v]"
+_ROLES = "attention is q, k, v, o; mlp is gate, up, down; or some of these, such as [q,v]; experts those of experts"
 _FOLDER = "a folder with the Hugging Face checkpoint, local or gs://"
 _DATA = "a file, a folder, gs://… or hf:NAME"
 _HELDOUT = "its loss is measured every trainer.eval_every updates"
@@ -122,6 +122,7 @@ MEANINGS: tuple[tuple[str, str, str], ...] = (
     ("target_modules lora_target_modules lora_target", "lora.targets=[attention,mlp]", _ROLES),
     ("layers_to_transform", "lora.layers={}", "layers and ranges, such as [0-11,24]"),
     ("rank_pattern", "lora.ranks={}", ""),
+    ("target_parameters lora_target_parameters", "lora.targets=[attention,mlp,experts]", _ROLES),
     ("use_rslora", "lora.rslora={}", ""),
     ("use_dora", "lora.dora={}", ""),
     ("load_in_4bit use_4bit", "lora.quantize=nf4", "null for false"),

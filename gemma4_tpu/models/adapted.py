@@ -88,9 +88,19 @@ def _of_layer(arch: Architecture, lora: LoraConfig, ranks: _Ranks, layer: int) -
             i for i, module in enumerate(weight.modules) if weight.role in lora.targets or module in lora.targets
         )
         if weight.role and pieces:
-            rank = ranks.of(weight, layer, pieces)
-            scale = lora.alpha / (math.sqrt(rank) if lora.rslora else rank)
-            yield weight.name, Adapted(rank, scale, pieces, lora.dora)
+            otherwise = expert_rank(arch, lora) if weight.each else lora.rank
+            rank = ranks.of(weight, layer, pieces, otherwise)
+            yield weight.name, Adapted(rank, lora.alpha / scaled_by(rank, lora.rslora), pieces, lora.dora)
+
+
+def expert_rank(arch: Architecture, lora: LoraConfig) -> int:
+    """Of each expert's adapter; by default those that a token passes through have the rank of one product together."""
+    return lora.expert_rank or max(1, lora.rank // arch.experts_per_token)
+
+
+def scaled_by(rank: int, rslora: bool) -> float:
+    """What alpha is divided by: the rank, with rsLoRA its root."""
+    return math.sqrt(rank) if rslora else rank
 
 
 class _Ranks:
@@ -100,20 +110,20 @@ class _Ranks:
         self._lora = lora
         self.used: set[str] = set()
 
-    def of(self, weight: Weight, layer: int, pieces: tuple[int, ...]) -> int:
+    def of(self, weight: Weight, layer: int, pieces: tuple[int, ...], otherwise: int) -> int:
         names = [f"layers.{layer}.{weight.hf_names[i].removesuffix('.weight')}" for i in pieces]
-        ranks = {name: self._of_module(name) for name in names}
+        ranks = {name: self._of_module(name, otherwise) for name in names}
         if len(set(ranks.values())) > 1:
             told = ", ".join(f"{name} {rank}" for name, rank in ranks.items())
             raise UserError(f"lora.ranks: {told}: these share A, so give both the same rank, or adapt one of them")
         return ranks[names[0]]
 
-    def _of_module(self, name: str) -> int:
+    def _of_module(self, name: str, otherwise: int) -> int:
         for pattern, rank in self._lora.ranks.items():
             if any(fnmatchcase(short, end) for short in (name, name.removesuffix("_proj")) for end in _ends(pattern)):
                 self.used.add(pattern)
                 return rank
-        return self._lora.rank
+        return otherwise
 
 
 def _ends(pattern: str) -> tuple[str, str]:

@@ -34,10 +34,16 @@ def matmul_parameters(arch: Architecture, before: int | None = None) -> int:
 
 def lora_parameters(arch: Architecture, lora: LoraConfig) -> int:
     """Trained parameters of the adapters: an A `[r, in]`; for each weight on disk a B `[out, r]` and DoRA's lengths."""
+    return _lora_parameters(arch, lora, arch.num_experts)
+
+
+def _lora_parameters(arch: Architecture, lora: LoraConfig, experts: int) -> int:
+    """Those of so many experts of each layer, and of everything else."""
     adapted, count = Layout.of(arch, lora).adapted, 0
     for tensor in adapted_tensors(arch, adapted).values():
         how, outputs = adapted[tensor.name], len(tensor.hf_names) * tensor.hf_shape[-2]
-        count += how.rank * (tensor.hf_shape[-1] + outputs) + how.dora * outputs
+        each = experts if tensor.weight.each else 1
+        count += each * (how.rank * (tensor.hf_shape[-1] + outputs) + how.dora * outputs)
     return count
 
 
@@ -63,4 +69,4 @@ def train_flops_per_token(arch: Architecture, lora: LoraConfig, mean_length: flo
     base = 4 * matmul_parameters(arch) + 3 * attention_flops(arch, mean_length)
     first = next(i for i, layer in enumerate(Layout.of(arch, lora).of_layers) if layer)
     forward_only = 2 * matmul_parameters(arch, first) + 2 * attention_flops(arch, mean_length, first)
-    return base - forward_only + 6 * lora_parameters(arch, lora)
+    return base - forward_only + 6 * _lora_parameters(arch, lora, arch.experts_per_token)

@@ -25,10 +25,11 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from gemma4_tpu.architectures import Architecture
-from gemma4_tpu.models import dora, quantize
+from gemma4_tpu.models import dora
 from gemma4_tpu.models.attention import einsum_attention, rope
 from gemma4_tpu.models.layout import Layout, get
-from gemma4_tpu.models.moe import moe
+from gemma4_tpu.models.moe import Adapters, moe
+from gemma4_tpu.models.quantize import dense
 from gemma4_tpu.models.remat import keep, rematerialised
 from gemma4_tpu.models.sharding import constrain, gathered
 from gemma4_tpu.models.weights import BY_NAME, TP
@@ -104,7 +105,7 @@ def _project(layer: Layer, name: str, x: jax.Array, whole: jax.Array | None = No
     held = get(layer.params, weight.path)
     if layer.lora and weight.role:  # frozen: a trained weight's gradient would be gathered, too
         held = gathered(held, weight, model.mesh)
-    y = jnp.einsum(base_eq, x if whole is None else whole, quantize.dense(held, model.compute_dtype))
+    y = jnp.einsum(base_eq, x if whole is None else whole, dense(held, model.compute_dtype))
     if TP in weight.axes_of(weight.inputs):  # each chip has a part of the sum: scattered here, not added up whole
         y = constrain(y, "BSD", model.mesh)
     *module, last = weight.path
@@ -124,7 +125,7 @@ def _project(layer: Layer, name: str, x: jax.Array, whole: jax.Array | None = No
     added = jnp.einsum(b_eq, low, adapter[f"{last}_lora_b"].astype(x.dtype))
     if how.dora:
         a, b, magnitude = (adapter[f"{last}_lora_{part}"] for part in ("a", "b", "magnitude"))
-        norm = keep(dora.norms(weight, how, quantize.dense(held, model.compute_dtype), a, b), "low")
+        norm = keep(dora.norms(weight, how, dense(held, model.compute_dtype), a, b), "low")
         added = dora.added(weight, how, magnitude, norm, y, added)
     return y + _among(added, how.pieces, len(weight.hf_names))
 
@@ -171,6 +172,16 @@ def _mlp(layer: Layer, x: jax.Array) -> jax.Array:
     return keep(_project(layer, "mlp.down_proj.kernel", jax.nn.gelu(gate, approximate=True) * up), "mlp_out")
 
 
+def _of_experts(layer: Layer) -> Adapters:
+    """The adapters of a layer's experts."""
+    given, found = layer.lora.get("moe", {}), {}
+    for name in ("gating_einsum", "linear"):
+        if f"{name}_lora_a" in given:
+            how = layer.model.layout.adapted[f"layers.{layer.number}.moe.{name}"]
+            found[name] = given[f"{name}_lora_a"], given[f"{name}_lora_b"] * how.scale
+    return found
+
+
 def decoder_layer(
     layer: Layer, x: jax.Array, per_layer_input: jax.Array | None, shared_kv: KV | None
 ) -> tuple[jax.Array, KV]:
@@ -184,7 +195,7 @@ def decoder_layer(
     if model.arch.num_experts:  # beside the dense MLP, not instead of it; the router reads x itself
         out = rms_norm(out, p["dense_post_ffw_norm"]["scale"])
         normed = rms_norm(x, p["moe_pre_ffw_norm"]["scale"])
-        mixed = moe(p["moe"], x, normed, model.arch.experts_per_token, model.mesh)
+        mixed = moe(p["moe"], _of_experts(layer), x, normed, model.arch.experts_per_token, model.mesh)
         out = out + rms_norm(mixed, p["moe_post_ffw_norm"]["scale"])
     x = x + rms_norm(out, p["post_ffw_norm"]["scale"])
 

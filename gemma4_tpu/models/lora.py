@@ -66,10 +66,13 @@ def _adapter(leaf: Leaf, how: Adapted) -> Adapter:
 
 
 def product(weight: Weight, lora_a: np.ndarray, lora_b: np.ndarray) -> np.ndarray:
-    """A·B of one weight in its own layout in memory; of the pieces that B is of."""
+    """A·B of one weight in its own layout in memory; of the pieces that B is of, of experts each one's own."""
     a, b = weight.adapter_dims
-    dims = a[:-1] + b[1:]  # of the tensor product over r
-    return np.tensordot(lora_a, lora_b, axes=1).transpose([dims.index(dim) for dim in weight.dims])
+    each = len(weight.each)
+    made = lora_a.reshape(*lora_a.shape[:each], -1, lora_a.shape[-1]) @ lora_b.reshape(*lora_b.shape[: each + 1], -1)
+    dims = a[:-1] + b[each + 1 :]
+    made = made.reshape(*lora_a.shape[:-1], *lora_b.shape[each + 1 :])
+    return made.transpose([dims.index(dim) for dim in weight.dims])
 
 
 def merged(weight: Weight, how: Adapted, base: np.ndarray, factors: Sequence[np.ndarray]) -> np.ndarray:
@@ -125,7 +128,7 @@ def module_counts(layout: Layout) -> dict[str, int]:
     counts: dict[str, int] = {}
     for adapter in adapters(layout):
         weight, pieces = adapter.base.weight, adapter.how.pieces
-        kind = weight.name.rsplit(".", 1)[0]
+        kind = weight.name if weight.each else weight.name.rsplit(".", 1)[0]
         if len(pieces) < len(weight.hf_names):
             kind += f" ({', '.join(str(weight.modules[i]) for i in pieces)})"
         counts[kind] = counts.get(kind, 0) + len(adapter.base.tunix_names)

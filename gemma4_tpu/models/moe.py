@@ -5,6 +5,9 @@ the normed input).
 
 On a mesh every chip holds a slice of the hidden units of *all* experts: tokens travel (some MB), experts stay where
 they are (1.5 GB a layer), and the work is the same on every chip whatever the router chooses.
+
+Each expert can have an adapter of its own, `scale · (x·A)·B` of its rows: two more grouped products beside each of the
+experts' own. PEFT adds B·A to the weights instead, which needs the gradient of every whole expert.
 """
 
 from __future__ import annotations
@@ -16,13 +19,19 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
+from jax.sharding import PartitionSpec as P
 
+from gemma4_tpu.models.quantize import dense
 from gemma4_tpu.models.remat import keep
 from gemma4_tpu.models.sharding import activation_spec, axes_of, fit
-from gemma4_tpu.models.weights import BY_NAME
+from gemma4_tpu.models.weights import BY_NAME, Weight
 
 Params = dict[str, Any]
+Adapters = dict[str, tuple[jax.Array, jax.Array]]
+"""A `[E, in, r]` and B `[E, r, out]`, scaled, of `gating_einsum` and `linear`; empty: the experts have none."""
 
+SCOPE = "experts_lora"
+"""In the names of the adapters' products, by which a plan tells them from the experts' own."""
 _BY_LAST_DIM = jax.lax.RaggedDotDimensionNumbers(
     dot_dimension_numbers=(((1,), (2,)), ((), ())), lhs_ragged_dimensions=[0], rhs_group_dimensions=[0]
 )
@@ -45,23 +54,67 @@ def route(p: Params, residual: jax.Array, experts_per_token: int) -> tuple[jax.A
     return ids, weights * p["per_expert_scale"].astype(jnp.float32)[ids]
 
 
-def run_experts(p: Params, x: jax.Array, ids: jax.Array, weights: jax.Array) -> jax.Array:
+def run_experts(
+    p: Params, lora: Adapters, x: jax.Array, ids: jax.Array, weights: jax.Array, hidden_axes: tuple[str, ...] = ()
+) -> jax.Array:
     """Weighted sum of each token's experts. x [S, D], ids and weights [S, k] → [S, D].
 
     Tokens are sorted by expert, so that `ragged_dot` multiplies each expert's rows with its own matrix. `p` may hold a
-    slice of the hidden units: the result is that slice's share of the sum.
+    slice of the hidden units, split over `hidden_axes`: the result is that slice's share of the sum.
+
+    The ends of the adapters at the model dim are split over these axes, too (where they divide it): a rank of 8 takes a
+    matrix unit as long as one of 128, and on many chips repeating that would cost more than the experts themselves.
     """
     experts, _, hidden, dim = p["gating_einsum"].shape
     k = ids.shape[1]
     order, back, group_sizes = (keep(a, "routing") for a in _sort(ids.reshape(-1), experts))
     rows = _dispatch(k, x, order, back)  # [S*k, D]
-    gate_up = p["gating_einsum"].reshape(experts, 2 * hidden, dim).astype(x.dtype)
+    gate_up = dense(p["gating_einsum"], x.dtype).reshape(experts, 2 * hidden, dim)
     both = jax.lax.ragged_dot_general(rows, gate_up, group_sizes, _BY_LAST_DIM)  # [S*k, 2F]
+    if "gating_einsum" in lora:
+        with jax.named_scope(SCOPE):
+            both = both + _from_model_dim(lora["gating_einsum"], rows, group_sizes, hidden_axes)
     both = keep(both, "experts_gate_up")
     act = jax.nn.gelu(both[:, :hidden], approximate=True) * both[:, hidden:]
     act = act * _permute(weights.reshape(-1), order, back).astype(act.dtype)[:, None]
-    out = jax.lax.ragged_dot(act, p["linear"].astype(x.dtype), group_sizes)  # [S*k, D]
-    return _collect(k, out, order, back)
+    out = jax.lax.ragged_dot(act, dense(p["linear"], x.dtype), group_sizes)  # [S*k, D]
+    out = _collect(k, out, order, back)
+    if "linear" in lora:
+        with jax.named_scope(SCOPE):
+            added = _collect(k, _to_model_dim(lora["linear"], act, group_sizes, dim, hidden_axes), order, back)
+            own = _own(out, added.shape[1], hidden_axes) + added
+            out = jax.lax.dynamic_update_slice_in_dim(out, own, _start(out, added.shape[1], hidden_axes), axis=1)
+    return out
+
+
+def _from_model_dim(
+    adapter: tuple[jax.Array, jax.Array], rows: jax.Array, group_sizes: jax.Array, axes: tuple[str, ...]
+) -> jax.Array:
+    """What the adapters of gate and up add. rows [N, D] in expert order → [N, 2F]."""
+    a, b = (factor.astype(rows.dtype) for factor in adapter)  # [E, D, r], [E, r, 2, F]; D perhaps split
+    low = jax.lax.ragged_dot(_own(rows, a.shape[1], axes), a, group_sizes)
+    low = keep(low if a.shape[1] == rows.shape[1] else jax.lax.psum(low, axes), "low")  # [N, r]
+    return jax.lax.ragged_dot(low, b.reshape(*b.shape[:2], -1), group_sizes)
+
+
+def _to_model_dim(
+    adapter: tuple[jax.Array, jax.Array], act: jax.Array, group_sizes: jax.Array, dim: int, axes: tuple[str, ...]
+) -> jax.Array:
+    """What the adapters of down add, this chip's columns of it where D = `dim` is split. act [N, F] → [N, D]."""
+    a, b = (factor.astype(act.dtype) for factor in adapter)  # [E, F, r], [E, r, D]
+    low = jax.lax.ragged_dot(act, a, group_sizes)
+    low = keep(low if b.shape[2] == dim else jax.lax.psum(low, axes), "low")  # [N, r]
+    return jax.lax.ragged_dot(low, b, group_sizes)
+
+
+def _own(x: jax.Array, width: int, axes: tuple[str, ...]) -> jax.Array:
+    """This chip's columns of x [N, D], where each chip along `axes` has `width` of them."""
+    return jax.lax.dynamic_slice_in_dim(x, _start(x, width, axes), width, axis=1)
+
+
+def _start(x: jax.Array, width: int, axes: tuple[str, ...]) -> jax.Array | int:
+    """Where these columns begin."""
+    return 0 if width == x.shape[1] else jax.lax.axis_index(axes) * width
 
 
 def _sort(ids: jax.Array, experts: int) -> tuple[jax.Array, jax.Array, jax.Array]:
@@ -118,49 +171,56 @@ _collect.defvjp(
 _permute.defvjp(lambda x, order, back: (x[order], back), lambda back, g: (g[back], None, None))
 
 
-def moe(p: Params, residual: jax.Array, normed: jax.Array, experts_per_token: int, mesh: Mesh | None) -> jax.Array:
-    """residual, normed [B, S, D] → [B, S, D]."""
+def moe(
+    p: Params, lora: Adapters, residual: jax.Array, normed: jax.Array, experts_per_token: int, mesh: Mesh | None
+) -> jax.Array:
+    """residual, normed [B, S, D] → [B, S, D]. `p` may hold quantised weights."""
     if mesh is None:
-        return _share(p, residual, normed, experts_per_token)
+        return _share(p, lora, residual, normed, experts_per_token)
     tokens = activation_spec("BSD", residual.shape, mesh)
     rows = {name: BY_NAME[f"moe.{name}"] for name in p}
-    weights = {name: fit(row.axes_of(row.dims), p[name].shape, mesh) for name, row in rows.items()}
-    hidden = axes_of(weights["linear"][1])
-    if axes_of(weights["gating_einsum"][2]) != hidden:
-        raise AssertionError(f"hidden units of experts split in two ways: {weights}")
+
+    def places(row: Weight, dims: str, array: Any) -> Any:  # of a quantised weight: of its values and of its scales
+        return jax.tree.map(lambda x: fit(row.axes_of(dims), x.shape, mesh), array)
+
+    weights = {name: places(row, row.dims, p[name]) for name, row in rows.items()}
+    factors = {name: tuple(map(partial(places, rows[name]), rows[name].adapter_dims, ab)) for name, ab in lora.items()}
+    hidden = axes_of(fit(rows["linear"].axes_of("x"), p["linear"].shape[1:2], mesh)[0])
+    if not hidden:  # a chip that has all hidden units works on its own tokens alone, and takes adapters whole
+        factors = jax.tree.map(lambda _: P(), lora)
     gathered = tuple(a for dim in tokens[:2] for a in axes_of(dim) if a in hidden)
-    summed = tuple(a for a in hidden if a not in gathered)
-    block = partial(_share, experts_per_token=experts_per_token, gathered=gathered, summed=summed)
-    return jax.shard_map(block, mesh=mesh, in_specs=(weights, tokens, tokens), out_specs=tokens, check_vma=False)(
-        p, residual, normed
-    )
+    block = partial(_share, experts_per_token=experts_per_token, hidden=hidden, gathered=gathered)
+    specs = (weights, factors, tokens, tokens)
+    return jax.shard_map(block, mesh=mesh, in_specs=specs, out_specs=tokens, check_vma=False)(p, lora, residual, normed)
 
 
 def _share(
     p: Params,
+    lora: Adapters,
     residual: jax.Array,
     normed: jax.Array,
     experts_per_token: int,
+    hidden: tuple[str, ...] = (),
     gathered: tuple[str, ...] = (),
-    summed: tuple[str, ...] = (),
 ) -> jax.Array:
     """One chip's part: routes its own tokens, runs its slice of the experts on the tokens of all, and adds up.
 
     Args:
       p: the router, and a slice of the experts' hidden units.
+      lora: adapters of that slice.
       residual: [B, S, D] this chip's tokens.
       normed: as residual.
       experts_per_token: k.
-      gathered: mesh axes that split tokens and hidden units: tokens are gathered, results scattered over them.
-      summed: mesh axes that split hidden units only: results are added up over them.
+      hidden: mesh axes that split hidden units: results are added up over them.
+      gathered: those of them that split tokens, too: tokens are gathered, results scattered over them.
     """
     shape = residual.shape
     ids, weights = route(p, residual.reshape(-1, shape[-1]), experts_per_token)
     x = normed.reshape(-1, shape[-1])
     if gathered:
         x, ids, weights = (jax.lax.all_gather(a, gathered, axis=0, tiled=True) for a in (x, ids, weights))
-    out = run_experts(p, x, ids, weights)
-    if summed:
+    out = run_experts(p, lora, x, ids, weights, hidden)
+    if summed := tuple(a for a in hidden if a not in gathered):
         out = jax.lax.psum(out, summed)
     if gathered:
         out = jax.lax.psum_scatter(out, gathered, scatter_dimension=0, tiled=True)

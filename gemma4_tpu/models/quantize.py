@@ -1,7 +1,9 @@
 """QLoRA: the frozen base weights of the adapted modules in 4 or 8 bits, by Qwix.
 
-`int8` keeps one scale per output unit, `nf4` (NormalFloat-4) one per `NF4_TILE` input units of an output unit. A weight
-is dequantised to the compute dtype where it is used and nowhere else; everything without an adapter stays as it is.
+`int8` keeps one scale per output unit, `nf4` (NormalFloat-4) one per `NF4_TILE` input units of an output unit (of
+experts, whose hidden units are split among chips: per so many values along the model dim, which no chip splits, so that
+the values do not depend on the mesh). A weight is dequantised to the compute dtype where it is used and nowhere else;
+everything without an adapter stays as it is.
 """
 
 from __future__ import annotations
@@ -38,10 +40,15 @@ def quantize(leaf: Leaf, weight: jax.Array, qtype: str) -> qwix.QArray:
     inputs = [i for i, dim in enumerate(leaf.dims, 1) if dim in leaf.weight.inputs]  # from 1, after the repeats
     if qtype == "int8":
         return qwix.quantize(weight, "int8", channelwise_axes=[i for i in range(weight.ndim) if i not in inputs])
-    tiled = inputs[-1]
+    tiled = weight.ndim - 1 if leaf.weight.each else inputs[-1]
     own_scale = [i for i in range(weight.ndim) if i != tiled]
     tile = math.gcd(weight.shape[tiled], NF4_TILE)
     return qwix.quantize(weight, "nf4", channelwise_axes=own_scale, tiled_axes={tiled: tile})
+
+
+def dense(weight: Any, dtype: Any) -> jax.Array:
+    """A base weight in the compute dtype; quantised ones (QLoRA) are dequantised for this use only."""
+    return dequantize(weight, dtype) if isinstance(weight, qwix.QArray) else weight.astype(dtype)
 
 
 def dequantize(weight: qwix.QArray, dtype: Any) -> jax.Array:
@@ -61,11 +68,6 @@ def dequantize(weight: qwix.QArray, dtype: Any) -> jax.Array:
         is_set = (codes >> bit) & 1 == 1
         values = [jnp.where(is_set, odd, even) for even, odd in zip(values[::2], values[1::2], strict=True)]
     return (values[0] * scale).reshape(shape).astype(dtype)
-
-
-def dense(weight: Any, dtype: Any) -> jax.Array:
-    """A base weight in a dtype; a quantised one is dequantised for this use only."""
-    return dequantize(weight, dtype) if isinstance(weight, qwix.QArray) else weight.astype(dtype)
 
 
 def quantizer(leaf: Leaf, qtype: str | None, mesh: Mesh) -> Any:

@@ -72,12 +72,14 @@ class Weight:
     role: str | None = None
     """The name in `lora.targets` that gives it an adapter; None: it gets none."""
     fold: int = -1
-    """What is folded into a layer's dropout key for its adapter. Every weight with a role has its own, for good: with
-    another one, runs that go on from a checkpoint would draw other masks."""
+    """What is folded into a layer's dropout key for its adapter. Each has its own, for good: with another one, runs
+    that go on from a checkpoint would draw other masks. -1: its adapter has no dropout (experts, as in PEFT)."""
     only: Callable[[Architecture, int], bool] = _always
     """Which layers (or which models, where it is outside the layers) have it."""
     axes: Mapping[str, Axes] = field(default_factory=dict)
     """Exceptions from `AXES`."""
+    adapter_axes: Mapping[str, Axes] = field(default_factory=dict)
+    """Exceptions from both for its adapter, which may be split where the weight must not be."""
 
     @property
     def path(self) -> tuple[str, ...]:
@@ -142,7 +144,8 @@ class Weight:
 
         Norms and scalars are small, and read whole by every chip.
         """
-        found = tuple({**AXES, **self.axes}.get(dim) for dim in dims)
+        own = self.axes if dims == self.dims else {**self.axes, **self.adapter_axes}
+        found = tuple({**AXES, **own}.get(dim) for dim in dims)
         return found if len(self.dims) > 1 and any(found) else ()
 
 
@@ -180,8 +183,10 @@ LAYER = (
     Weight("moe.router_logits", "e d -> d e", "router.proj.weight", only=_experts, axes={"d": None}),
     Weight("moe.router_scale", "d -> d", "router.scale", only=_experts),
     Weight("moe.per_expert_scale", "e -> e", "router.per_expert_scale", only=_experts),
-    Weight("moe.gating_einsum", "e (c x) d -> e c x d", "experts.gate_up_proj", only=_experts, axes={"d": None}),
-    Weight("moe.linear", "e d x -> e x d", "experts.down_proj", only=_experts, axes={"d": None}),
+    Weight("moe.gating_einsum", "e (c x) d -> e c x d", "experts.gate_up_proj", role="experts", only=_experts,
+           axes={"d": None}, adapter_axes={"d": AXES["x"]}),
+    Weight("moe.linear", "e d x -> e x d", "experts.down_proj", role="experts", only=_experts,
+           axes={"d": None}, adapter_axes={"d": AXES["x"]}),
     Weight("per_layer_input_gate.w", "p d -> d p", "per_layer_input_gate.weight", only=_per_layer),
     Weight("per_layer_projection.w", "d p -> p d", "per_layer_projection.weight", only=_per_layer),
     Weight("post_per_layer_input_norm.scale", "d -> d", "post_per_layer_input_norm.weight", only=_per_layer),

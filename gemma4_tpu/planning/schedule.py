@@ -32,6 +32,7 @@ _CYCLES = re.compile(r'"estimated_cycles":"(\d+)"')
 _EQUATION = re.compile(r"[a-z]+(?:,[a-z]+)+->[a-z]+")
 _OP_NAME = re.compile(r'op_name="([^"]*)"')
 _ATTENDING = ("attend_", "splash")
+_OF_EXPERTS = "experts_lora"
 _ROOT = "jit(train)/"
 _OPTIMIZER_FILES = ("/optax/", "step/optimizer.py")
 _BEGIN, _END = 'custom_call_target="AsyncCollectiveStart"', 'custom_call_target="AsyncCollectiveDone"'
@@ -216,7 +217,8 @@ class _Reading:
             if attending:
                 return ATTENTION
             # In our equations r is the adapter's rank and nothing else (`models/gemma4.py`).
-            return LORA if (told := _EQUATION.search(name)) and "r" in told[0] else BASE
+            ranked = (told := _EQUATION.search(name)) and "r" in told[0]
+            return LORA if ranked or _OF_EXPERTS in name else BASE
         if attending:
             return GLUE
         if any(word in frame.file for frame in self.frames.of(one.attributes) for word in _OPTIMIZER_FILES):

@@ -12,7 +12,7 @@ import math
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from gemma4_tpu.architectures import Architecture
+from gemma4_tpu.architectures import ARCHITECTURES, Architecture
 from gemma4_tpu.checkpoint_folder import checkpoint_architecture, tokenizer_problem
 from gemma4_tpu.config.keys import did_you_mean
 from gemma4_tpu.config.limits import limit_problems
@@ -39,6 +39,7 @@ from gemma4_tpu.training.meshes import resolve_mesh
 from gemma4_tpu.training.optimizer_checks import optimizer_problems, stop_problems, trained_bytes
 from gemma4_tpu.training.recipe import batch_key, count, rows_per_microbatch, rows_per_update
 
+EXPERTS = "experts"
 LORA_TARGETS = (*ROLES, *MODULES)
 HIGH_LEARNING_RATE = 1e-3
 """More than LoRA on a released size usually bears; reported, never changed."""
@@ -96,6 +97,9 @@ def examine_train(root: TrainRoot) -> tuple[Checked | None, list[Refusal]]:
     messages += mesh_messages
     if root.trainer.attention == "splash" and architecture is not None:
         messages += _splash(architecture, root.data)
+    if EXPERTS in root.lora.targets and root.lora.enabled and architecture is not None and not architecture.num_experts:
+        there = ", ".join(name for name, other in ARCHITECTURES.items() if other.num_experts)
+        messages.append(f"lora.targets: experts, but {architecture.name} has none ({there} have); leave them out")
     if messages or architecture is None:
         return None, [Refusal(m) for m in messages]
     return Checked(architecture, mesh, tuple(_warnings(root))), []
@@ -170,6 +174,17 @@ def _lora(lora: LoraConfig) -> list[str]:
         for target in lora.targets
         if target not in LORA_TARGETS
     ]
+    if lora.expert_rank is not None and EXPERTS not in lora.targets:
+        given = ",".join([*lora.targets, EXPERTS])
+        messages.append(
+            f"lora.expert_rank={lora.expert_rank}: experts get no adapters; give lora.targets=[{given}] or"
+            " lora.expert_rank=null"
+        )
+    if lora.dropout and lora.targets == [EXPERTS]:
+        messages.append(
+            f"lora.dropout={lora.dropout}: adapters of experts have none, nor do PEFT's; give lora.dropout=0, or adapt"
+            " attention or mlp, too"
+        )
     twice = [target for target in dict.fromkeys(lora.targets) if lora.targets.count(target) > 1]
     within = [target for target in lora.targets if MODULES.get(target) in lora.targets]
     messages += unknown + [f"lora.targets: {target!r} is given twice" for target in twice]
@@ -178,6 +193,10 @@ def _lora(lora: LoraConfig) -> list[str]:
         messages.append(
             f"lora.dropout={lora.dropout}: lora.dora=true scales the base's product too, dropout would need a second"
             " one; give lora.dropout=0"
+        )
+    if lora.dora and EXPERTS in lora.targets:
+        messages.append(
+            "lora.dora=true: not for lora.targets=[…,experts], nor in PEFT; leave experts out, or give lora.dora=false"
         )
     if lora.dora and lora.start is not None:
         messages.append(
@@ -318,6 +337,8 @@ def _warnings(root: TrainRoot) -> list[str]:
         lines.append(
             "no held-out rows: no held-out loss, no best checkpoint (data.heldout=[], data.heldout_fraction=0)"
         )
+    if root.lora.enabled and root.lora.dropout and EXPERTS in root.lora.targets:
+        lines.append(f"lora.dropout={root.lora.dropout}: adapters of experts have none (nor do PEFT's); the others do")
     if (line := price_warning(root.hardware)) is not None:
         lines.append(line)
     return lines

@@ -9,6 +9,7 @@ from gemma4_tpu.architectures import Architecture
 from gemma4_tpu.config.schema import DataConfig, HardwareConfig, LoraConfig, OptimizerConfig, TrainerConfig
 from gemma4_tpu.errors import UserError
 from gemma4_tpu.hardware import MeshSizes, slice_of
+from gemma4_tpu.models.adapted import expert_rank
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,7 +40,7 @@ class Recipe:
             "slice": self.hardware.name,
             "chips": wanted.chips if wanted else None,
             "model": self.arch.name,
-            "trained": trained_as(self.lora),
+            "trained": trained_as(self.lora, self.arch),
             "lora_rank": self.lora.rank if self.lora.enabled else None,
             "mesh": self.mesh._asdict(),
             "remat": self.trainer.remat,
@@ -50,13 +51,14 @@ class Recipe:
         }
 
 
-def trained_as(lora: LoraConfig) -> str:
+def trained_as(lora: LoraConfig, arch: Architecture) -> str:
     """`lora r=64`, `qlora nf4 r=64` or `full`; and what else is not the default: `lora r=64 layers=0-11`."""
     if not lora.enabled:
         return "full"
     kind = "dora" if lora.dora else "lora"
     name = f"q{kind} {lora.quantize}" if lora.quantize else kind
-    others = [f"ranks={lora.ranks}"] if lora.ranks else []
+    others = [f"experts={expert_rank(arch, lora)}"] if "experts" in lora.targets else []
+    others += [f"ranks={lora.ranks}"] if lora.ranks else []
     if lora.targets != LoraConfig().targets:
         others.append(f"targets={','.join(lora.targets)}")
     if lora.layers is not None:

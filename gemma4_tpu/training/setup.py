@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
@@ -152,6 +153,12 @@ def set_up(base: Base, recipe: Recipe, mesh: Mesh, start: Start | None = None) -
         log.info(
             "LoRA: %s parameters on %d modules (%s)", f"{setup.trained_parameters:,}", setup.adapted_modules, modules
         )
+        if of_experts := [adapter for adapter in adapters.adapters(model.layout) if adapter.base.weight.each]:
+            size = sum(math.prod(leaf.array_shape) for adapter in of_experts for leaf in (adapter.a, adapter.b))
+            log.info(
+                "of these %s of experts: rank %d, scale %g, for each of %d in every layer",
+                f"{size:,}", of_experts[0].rank, of_experts[0].scale, model.arch.num_experts,
+            )  # fmt: skip
     return setup
 
 

@@ -76,14 +76,25 @@ REFUSALS = [
     # LoRA
     (["lora=none", "lora.quantize=nf4"], "lora.quantize=nf4: quantised weights can't be trained"),
     (["lora.targets=[]"], "lora.targets=[]: nothing would be trained"),
-    (["lora.targets=[attn]"], "lora.targets: 'attn' is no target; did you mean attention? (targets: attention, mlp, q"),
+    (["lora.targets=[attn]"], "lora.targets: 'attn' is no target; did you mean attention? (targets: attention, mlp, experts, q"),
     (["lora.targets=[attention,q]"], "lora.targets: 'q' is part of 'attention'; give one of them"),
     (["lora.layers=[3-9]"], "lora.layers: '3-9': not layers of this model, which are 0-5"),
     (["lora.layers=[first]"], "lora.layers: 'first': give layers (24; -1 is the last) and ranges"),
     (["lora.ranks={o:0}"], "lora.ranks.o=0: must be at least 1"),
     (["lora.ranks={k:4}"], "these share A, so give both the same rank"),
     (["lora.dora=true", "lora.dropout=0.1"], "lora.dropout=0.1: lora.dora=true scales the base's product too"),
+    (["model=tiny_moe", "lora.dora=true", "lora.targets=[mlp,experts]"], "lora.dora=true: not for lora.targets=[…,experts]"),
     (["lora.dora=true", "lora.start=."], "lora.start=.: adapters without magnitudes"),
+    (
+        ["model=tiny", "lora.targets=[mlp,experts]"],
+        "lora.targets: experts, but tiny has none (gemma4_26b_a4b, tiny_moe have); leave",
+    ),
+    (["model=tiny_moe", "lora.expert_rank=2"], "experts get no adapters; give lora.targets=[attention,mlp,experts] or"),
+    (["model=tiny_moe", "lora.targets=[experts]", "lora.expert_rank=0"], "lora.expert_rank=0: must be at least 1"),
+    (
+        ["model=tiny_moe", "lora.targets=[experts]", "lora.dropout=0.1"],
+        "lora.dropout=0.1: adapters of experts have none, nor do PEFT's; give lora.dropout=0, or adapt",
+    ),
     (["lora.targets=[mlp,mlp]"], "lora.targets: 'mlp' is given twice"),
     (["lora=none", "lora.start=."], "lora.enabled=false trains every weight; merge them and give model.path="),
     (

@@ -47,7 +47,7 @@ def test_every_intended_module_is_adapted(name, counts):
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
-@pytest.mark.parametrize("targets", [["attention"], ["mlp"], ["attention", "mlp"]])
+@pytest.mark.parametrize("targets", [["attention"], ["mlp"], ["attention", "mlp"], ["mlp", "experts"]])
 def test_the_analytic_parameter_count_is_that_of_the_arrays(name, targets):
     lora = LoraConfig(rank=8, targets=targets)
     arch = ARCHITECTURES[name]

@@ -8,15 +8,18 @@ import numpy as np
 import optax
 import pytest
 
-from gemma4_tpu.config.schema import CheckpointConfig
+from gemma4_tpu.config.schema import CheckpointConfig, OptimizerConfig
 from gemma4_tpu.models import lora as adapters
+from gemma4_tpu.models.gemma4 import Model
 from gemma4_tpu.models.layout import get
-from gemma4_tpu.step.optimizer import next_average
+from gemma4_tpu.step.optimizer import make_optimizer, next_average
+from gemma4_tpu.step.train_step import Step
 from gemma4_tpu.training.checkpoint import Checkpoints, saved_bytes
 from gemma4_tpu.training.saved import open_saved
 from gemma4_tpu.training.setup import init_state
+from tests.models import test_experts as experts
 from tests.step.test_optimizer import KINDS
-from tests.step.test_train_step import make
+from tests.step.test_train_step import make, make_batch
 
 POSITION = {"pipeline": {"place": 7}, "totals": {"seconds": 1.5}}
 
@@ -126,3 +129,23 @@ def updated(step, state):
 
 def leaf_of(tree, leaf) -> np.ndarray:
     return np.asarray(get(tree, leaf.path))
+
+
+def test_adapters_of_experts_go_on_to_the_bit(tmp_path):
+    mesh = experts.mesh_of(2, 2, 2)
+    layout, base, trained = experts.trained(experts.small(), experts.LORA, mesh)
+    model = Model(layout=layout, compute_dtype=np.float32, mesh=mesh)
+    step = Step(model, make_optimizer(OptimizerConfig(learning_rate=1e-3), 10, tuple(adapters.leaves(layout))), chunk_tokens=16)
+    train, batch = jax.jit(step.train), make_batch(4)
+    like = init_state(step, trained, jax.random.key(0), mesh)
+    state, _ = train(like, base, batch)
+    checkpoints = open_folder(tmp_path / "checkpoints", step)
+    checkpoints.save(state, POSITION, 1.0)
+    checkpoints.wait()
+    restored, _ = checkpoints.restore(1, like)
+    checkpoints.close()
+    (whole, loss), (again, same_loss) = (train(one, base, batch) for one in (state, restored))
+    assert float(loss.loss) == float(same_loss.loss)
+    for mine, theirs in zip(jax.tree.leaves(again.trained), jax.tree.leaves(whole.trained), strict=True):
+        np.testing.assert_array_equal(np.asarray(mine), np.asarray(theirs))
+        assert mine.sharding == theirs.sharding
