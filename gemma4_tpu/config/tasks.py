@@ -16,6 +16,9 @@ class ExportConfig:
     checkpoint: str = "latest"
     """Which checkpoint: `latest`, `best` (lowest held-out loss) or the number of an update.
     `checkpoint=` for short."""
+    peft_experts: str = "fused"
+    """Form in which a PEFT adapter holds adapters of experts: `fused` as PEFT itself does, or `per_expert`, which vLLM
+    loads as it is (PEFT doesn't)."""
     base: str | None = None
     """Folder of the base checkpoint (local or gs://), where it is no longer the run's `model.path`; must hold the same
     weights."""

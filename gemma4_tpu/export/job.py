@@ -17,7 +17,7 @@ from gemma4_tpu.errors import UserError
 from gemma4_tpu.export.companions import companions, write_config
 from gemma4_tpu.export.hub import push_to_hub
 from gemma4_tpu.export.merge import Delta, Merger
-from gemma4_tpu.export.peft import check_peft, write_peft
+from gemma4_tpu.export.peft import adapter_bytes, check_peft, write_peft
 from gemma4_tpu.export.place import Place, Unfinished, total_bytes
 from gemma4_tpu.export.probe_prompts import write_probes
 from gemma4_tpu.export.trained import Trained, open_trained
@@ -50,10 +50,9 @@ class ExportJob:
 
         A refusal on the way removes them; after a full disk or a crash the same export goes on with what is there.
         """
-        needed = {MERGED: _merged_bytes, ADAPTER: _adapter_bytes}
         try:
             for kind, place in self.places.items():
-                place.open(_identity(self.trained, kind), needed[kind](self.trained))
+                place.open(_identity(self.trained, kind, self.export), _bytes(self.trained, kind, self.export))
             try:
                 yield
             except Unfinished:
@@ -87,7 +86,7 @@ class ExportJob:
         if place := self.places.get(MERGED):
             result |= _write_merged(trained, place, self.export.verify, record, show)
         if (place := self.places.get(ADAPTER)) and not place.published:
-            write_peft(trained, place)
+            write_peft(trained, place, self.export.peft_experts)
         result["targets"] = {kind: place.publish() for kind, place in self.places.items()}
         for kind, target in result["targets"].items():
             log.info("%s: %s", kind, target)
@@ -116,10 +115,10 @@ def prepare(run: Path | str, export: ExportConfig, *, several: bool) -> ExportJo
     """
     trained = open_trained(run, export)
     if export.format != "merged":
-        check_peft(trained)
+        check_peft(trained, export.peft_experts)
     places = {kind: Place(target) for kind, target in _targets(run, export, several).items()}
     for kind, place in places.items():
-        place.check(_identity(trained, kind), export.overwrite)
+        place.check(_identity(trained, kind, export), export.overwrite)
     return ExportJob(trained, export, places)
 
 
@@ -162,7 +161,7 @@ def _told(report: dict[str, Any]) -> str:
     return "; ".join(lines)
 
 
-def _identity(trained: Trained, kind: str) -> dict[str, Any]:
+def _identity(trained: Trained, kind: str, export: ExportConfig) -> dict[str, Any]:
     """Two exports of the same identity write the same bytes."""
     return {
         "kind": kind,
@@ -170,21 +169,17 @@ def _identity(trained: Trained, kind: str) -> dict[str, Any]:
         "update": trained.state.update,
         "base": trained.base.fingerprint,
         "lora": asdict(trained.lora),
+        "peft_experts": export.peft_experts if kind == ADAPTER else None,
         "version": gemma4_tpu.__version__,
     }
 
 
-def _merged_bytes(trained: Trained) -> int:
+def _bytes(trained: Trained, kind: str, export: ExportConfig) -> int:
+    """What an export takes on disk."""
+    if kind == ADAPTER:
+        return adapter_bytes(trained, export.peft_experts)
     shards = trained.checkpoint.files.values()
     return sum(file.size_bytes for file in shards) + total_bytes(companions(trained)[0].values())
-
-
-def _adapter_bytes(trained: Trained) -> int:
-    def values(tensor: Tensor) -> int:  # an A, a B and perhaps DoRA's lengths for each weight on disk
-        how = trained.layout.adapted[tensor.name]
-        return len(tensor.hf_names) * (how.rank * sum(tensor.hf_shape) + (tensor.hf_shape[0] if how.dora else 0))
-
-    return 4 * sum(map(values, trained.tensors.values()))
 
 
 def prepare_all(runs: tuple[Path | str, ...], export: ExportConfig) -> list[ExportJob]:

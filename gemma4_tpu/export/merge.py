@@ -66,7 +66,7 @@ class Delta:
 
 @dataclass
 class Factors:
-    """The adapter of one weight on disk."""
+    """The adapter of one weight on disk; of experts with a leading dim."""
 
     a: np.ndarray
     """[r, in]."""
@@ -79,7 +79,7 @@ class Factors:
     def squared_norm(self) -> float:
         """Of b @ a, by way of [r, r] matrices."""
         a, b = self.a.astype(np.float64), self.b.astype(np.float64)
-        return float(np.sum((b.T @ b) * (a @ a.T)))
+        return float(np.sum((b.swapaxes(-1, -2) @ b) * (a @ a.swapaxes(-1, -2))))
 
 
 class Merger:
@@ -202,7 +202,7 @@ class Merger:
             base = _rows(file, name, rows)
             merged = base.astype(np.float32)
             base_squared = _squared(merged)
-            merged += factors.b[rows] @ factors.a
+            merged += factors.b[rows] @ (factors.a[rows] if change.tensor.weight.each else factors.a)
             delta_squared = 0.0
             if factors.magnitude is not None:
                 merged *= (factors.magnitude[rows] / np.linalg.norm(merged, axis=1))[:, None]

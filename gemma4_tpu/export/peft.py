@@ -16,31 +16,39 @@ from gemma4_tpu.config.schema import LoraConfig
 from gemma4_tpu.errors import UserError
 from gemma4_tpu.export.place import Place
 from gemma4_tpu.export.trained import Trained
-from gemma4_tpu.models.names import Tensor, peft_magnitude_name, peft_names, peft_tensors
+from gemma4_tpu.models.adapted import scaled_by
+from gemma4_tpu.models.expert_files import modules
+from gemma4_tpu.models.names import Tensor, peft_magnitude_name, peft_tensors
 
 log = logging.getLogger(__name__)
 
 VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 """What vLLM's --max-lora-rank takes."""
-_MODULE = re.compile(r"layers\.(?P<layer>\d+)\.(?P<module>.+)\.weight")
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
+_SERVING = {
+    "fused": "adapters of experts: this form is PEFT's; vLLM on GPUs loads export.peft_experts=per_expert (this one"
+    " only with --enable-mixed-moe-lora-format and is_3d_lora_weight); on TPUs serve the merged model",
+    "per_expert": "adapters of experts: this form is vLLM's, on GPUs; PEFT would leave them out without a word (it"
+    " takes export.peft_experts=fused); on TPUs serve the merged model",
+}
+"""What each form is for."""
 
 
-def check_peft(trained: Trained) -> None:
-    """Raises `UserError` where there is no adapter to write; reports ranks that vLLM does not take as they are."""
+def check_peft(trained: Trained, experts: str) -> None:
+    """Raises `UserError` where there is no adapter to write; reports what servers do not take as it is.
+
+    Args:
+      trained: the run.
+      experts: the form of adapters of experts, `export.peft_experts`.
+    """
     if not trained.lora.enabled:
         raise UserError(f"export=peft: {trained.run.path} trained every weight (lora=none); give export=merged")
-    ranks = {how.rank for how in trained.layout.adapted.values()}
-    if warning := vllm_warning(max(ranks)):
+    if warning := vllm_warning(max(how.rank for how in trained.layout.adapted.values())):
         log.warning(warning)
     if trained.lora.dora:
         log.warning("lora.dora: vLLM refuses adapters with use_dora; serve the merged model")
-    if len(ranks) > 1:
-        log.warning(
-            "lora.ranks: vLLM does not read rank_pattern and would scale all adapters as those of rank %d; serve the"
-            " merged model",
-            trained.lora.rank,
-        )
+    if _parameters(trained):
+        log.warning(_SERVING[experts])
 
 
 def vllm_warning(rank: int) -> str | None:
@@ -49,95 +57,153 @@ def vllm_warning(rank: int) -> str | None:
         return None
     larger = [known for known in VLLM_RANKS if known > rank]
     if not larger:
-        return f"lora.rank={rank}: vLLM refuses ranks above {VLLM_RANKS[-1]}; serve the merged model"
-    return f"lora.rank={rank}: vLLM refuses --max-lora-rank {rank}; give it --max-lora-rank {larger[0]}"
+        return f"adapters of rank {rank}: vLLM refuses ranks above {VLLM_RANKS[-1]}; serve the merged model"
+    return f"adapters of rank {rank}: vLLM refuses --max-lora-rank {rank}; give it --max-lora-rank {larger[0]}"
 
 
-def write_peft(trained: Trained, place: Place) -> None:
-    """Writes the adapter's two files to the staging folder, in float32 as trained; the configuration comes last."""
+def write_peft(trained: Trained, place: Place, experts: str) -> None:
+    """Writes the adapter's two files to the staging folder, in float32 as trained; the configuration comes last.
+
+    vLLM takes rank and alpha of the whole adapter for every module, and passes over patterns without a word. So all
+    modules have one scale in the file: where the run's own is another (experts'), B is multiplied.
+    """
     with place.create(WEIGHTS) as out:
-        out.write(_header(trained))
+        out.write(_header(trained, experts))
         for tensor in trained.tensors.values():
-            for name, array in _tensors(trained, tensor).items():
+            for name, array in _tensors(trained, tensor, experts).items():
                 if not np.isfinite(array).all():
                     raise UserError(f"{trained.state.folder}: {name} holds NaN or infinity: the training diverged")
                 out.write(array.astype("<f4", copy=False))
         place.finish(WEIGHTS, out)
     with place.create(CONFIG) as out:
-        out.write((json.dumps(peft_config(trained), indent=2) + "\n").encode())
+        out.write((json.dumps(peft_config(trained, experts), indent=2) + "\n").encode())
         place.finish(CONFIG, out)
     ranks = sorted({how.rank for how in trained.layout.adapted.values()})
     log.info("PEFT adapter of rank %s on %d weights", ", ".join(map(str, ranks)), len(trained.changes))
 
 
-def peft_config(trained: Trained) -> dict[str, Any]:
+def peft_config(trained: Trained, experts: str) -> dict[str, Any]:
     """`adapter_config.json`."""
     lora: LoraConfig = trained.lora
-    return {
+    ranks = rank_pattern(trained, experts)
+    config = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
         "base_model_name_or_path": trained.base.folder,
         "r": lora.rank,
-        "rank_pattern": rank_pattern(trained),
-        "lora_alpha": int(lora.alpha) if float(lora.alpha).is_integer() else lora.alpha,
+        "lora_alpha": _number(lora.alpha),
+        "rank_pattern": ranks,
+        "alpha_pattern": {name: _number(_scale(lora) * scaled_by(rank, lora.rslora)) for name, rank in ranks.items()},
         "lora_dropout": lora.dropout,
         "use_rslora": lora.rslora,
         "use_dora": lora.dora,
-        "target_modules": target_modules(trained),
+        "target_modules": target_modules(trained, experts),
         "bias": "none",
         "fan_in_fan_out": False,
         "inference_mode": True,
         "modules_to_save": None,
     }
+    if parameters := _parameters(trained) if experts == "fused" else []:
+        config |= {"target_parameters": parameters, "lora_dropout": 0.0}  # with dropout PEFT takes no parameters
+    return config
 
 
-def rank_pattern(trained: Trained) -> dict[str, int]:
-    """The ranks that are not `lora.rank`, by the names of the modules; alpha is the same for all."""
-    ranks = {name: trained.layout.adapted[t.name].rank for t in trained.tensors.values() for name in t.hf_names}
-    return {name.removesuffix(".weight"): rank for name, rank in ranks.items() if rank != trained.lora.rank}
+def rank_pattern(trained: Trained, experts: str) -> dict[str, int]:
+    """The ranks that are not `lora.rank`, by the names of the modules; with their layers only where these differ."""
+    found: dict[str, dict[str, int]] = {}
+    for tensor in trained.tensors.values():
+        for name in _modules(tensor, experts):
+            found.setdefault(_local(name), {})[name] = trained.layout.adapted[tensor.name].rank
+    ranks: dict[str, int] = {}
+    for local, of_layers in found.items():
+        ranks |= of_layers if len(set(of_layers.values())) > 1 else {local: next(iter(of_layers.values()))}
+    return {name: rank for name, rank in ranks.items() if rank != trained.lora.rank}
 
 
-def target_modules(trained: Trained) -> str:
+def target_modules(trained: Trained, experts: str) -> str | list[str]:
     """A regular expression for the adapted modules of the text model only: a list would match vision towers too.
 
     PEFT takes `layers_to_transform` with a list alone, so that the layers are named here.
     """
-    found = [_MODULE.fullmatch(name) for t in trained.tensors.values() for name in t.hf_names]
-    local = {match["module"] for match in found if match}
+    wrapped = set(_parameters(trained)) if experts == "fused" else set()
+    names = [name for tensor in trained.tensors.values() for name in _modules(tensor, experts)]
+    local = {_local(name) for name in names} - wrapped
+    if not local:
+        return []
     modules = "|".join(re.escape(name) for name in sorted(local))
     layers = r"\d+"
     if trained.lora.layers is not None:
-        layers = f"({'|'.join(map(str, sorted({int(match['layer']) for match in found if match})))})"
+        numbers = {int(name.split(".")[1]) for name in names}
+        layers = f"({'|'.join(map(str, sorted(numbers)))})"
     tower = r".*language_model" if "language_model" in trained.prefix else r"(.*\.)?model"
     return rf"{tower}\.layers\.{layers}\.({modules})"
 
 
-def _tensors(trained: Trained, tensor: Tensor) -> dict[str, np.ndarray]:
+def _tensors(trained: Trained, tensor: Tensor, experts: str) -> dict[str, np.ndarray]:
     lora_a, lora_b, *magnitude = (trained.state.read(name) for name in trained.factor_names(tensor))
-    found = peft_tensors(tensor, lora_a, lora_b, trained.prefix)
+    if (factor := trained.scale(tensor) / _scale(trained.lora)) != 1:
+        lora_b = lora_b * np.float32(factor)
+    return _named(trained, tensor, experts, lora_a, lora_b, *magnitude)
+
+
+def _named(trained: Trained, tensor: Tensor, experts: str, *factors: np.ndarray) -> dict[str, np.ndarray]:
+    """A, B and perhaps DoRA's lengths under their names in the file."""
+    lora_a, lora_b, *magnitude = factors
+    found = peft_tensors(tensor, lora_a, lora_b, trained.prefix, experts)
     for name, lengths in (tensor.magnitudes(*magnitude) if magnitude else {}).items():
         found[peft_magnitude_name(name, trained.prefix)] = lengths
     return found
 
 
-def _header(trained: Trained) -> bytes:
+def _parameters(trained: Trained) -> list[str]:
+    """The adapted parameters of experts, as PEFT's `target_parameters` names them."""
+    adapted = (tensor for tensor in trained.tensors.values() if tensor.weight.each)
+    return list(dict.fromkeys(_local(name) for tensor in adapted for name in _modules(tensor, "fused")))
+
+
+def _modules(tensor: Tensor, experts: str) -> list[str]:
+    """What PEFT calls the weights of a tensor: `layers.5.self_attn.q_proj`."""
+    names = list(tensor.hf_names)
+    if tensor.weight.each and experts == "per_expert":
+        names = [name for own in modules(names[0], tensor.hf_shape[0]) for name in own]
+    return [name.removesuffix(".weight") for name in names]
+
+
+def _local(module: str) -> str:
+    """Its name in any layer: `self_attn.q_proj`."""
+    return re.sub(r"^layers\.\d+\.", "", module)
+
+
+def _scale(lora: LoraConfig) -> float:
+    """Factor on B·A of every module: servers read no patterns, so that other ranks have theirs in B."""
+    return lora.alpha / scaled_by(lora.rank, lora.rslora)
+
+
+def _number(value: float) -> int | float:
+    return int(value) if float(value).is_integer() else value
+
+
+def adapter_bytes(trained: Trained, experts: str) -> int:
+    """What the weights' file holds."""
+    return sum(4 * math.prod(shape) for _, shape in _shapes(trained, experts))
+
+
+def _header(trained: Trained, experts: str) -> bytes:
     """The safetensors header: shapes are known before any value is read."""
     entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    for name, shape in _shapes(trained):
-        start = next(reversed(entries.values())).get("data_offsets", [0, 0])[1]
-        stop = start + 4 * math.prod(shape)
+    stop = 0
+    for name, shape in _shapes(trained, experts):
+        start, stop = stop, stop + 4 * math.prod(shape)
         entries[name] = {"dtype": "F32", "shape": shape, "data_offsets": [start, stop]}
     text = json.dumps(entries, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     return struct.pack("<Q", len(text)) + text
 
 
-def _shapes(trained: Trained) -> Iterator[tuple[str, list[int]]]:
+def _shapes(trained: Trained, experts: str) -> Iterator[tuple[str, list[int]]]:
     """Name and shape of every tensor, in the order in which they are written."""
     for tensor in trained.tensors.values():
-        how, (out_size, in_size) = trained.layout.adapted[tensor.name], tensor.hf_shape
-        shapes = [how.rank, in_size], [out_size, how.rank]
-        for hf_name in tensor.hf_names:
-            yield from zip(peft_names(hf_name, trained.prefix), shapes, strict=True)
-        for hf_name in tensor.hf_names if how.dora else ():
-            yield peft_magnitude_name(hf_name, trained.prefix), [out_size]
+        shapes = (trained.state.shape(name) for name in trained.factor_names(tensor))
+        factors = (np.broadcast_to(np.float32(0), shape) for shape in shapes)
+        for name, array in _named(trained, tensor, experts, *factors).items():
+            yield name, list(array.shape)

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from gemma4_tpu.errors import UserError
+from gemma4_tpu.models.expert_files import by_parameter, from_experts, from_fused, parameter_of
 from gemma4_tpu.models.names import from_peft_name, some
 from gemma4_tpu.models.tensorfile import TensorFile
 from gemma4_tpu.storage import join, list_folder, open_bytes, read_json
@@ -31,7 +32,10 @@ _WITHOUT_EFFECT = {
 }  # fmt: skip
 """Keys of PEFT's configuration that say nothing about what a saved adapter computes, beside those that are read. Any
 other key must be off, also one that a later version of PEFT brings."""
-_READ = {"peft_type", "r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern", "init_lora_weights"}
+_READ = {
+    "peft_type", "r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern", "init_lora_weights",
+    "target_parameters",
+}  # fmt: skip
 _OFF: tuple[Any, ...] = (None, False, "none", [], {})
 _ON_THE_SAME_BASE = (True, False, "gaussian", "eva", "orthogonal", "mica")
 """Initialisations that leave the base weights as they are."""
@@ -39,7 +43,7 @@ _ON_THE_SAME_BASE = (True, False, "gaussian", "eva", "orthogonal", "mica")
 
 @dataclass(frozen=True)
 class Given:
-    """The trained adapter of one weight `[out, in]`: its delta is scale · B @ A."""
+    """The trained adapter of one weight `[out, in]`: its delta is scale · B @ A. Of experts all dims follow theirs."""
 
     a_shape: tuple[int, ...]
     """`[r, in]`"""
@@ -48,6 +52,15 @@ class Given:
     scale: float
     read: Callable[[], tuple[np.ndarray, np.ndarray]]
     """(A, B) in float32."""
+
+    @property
+    def rank(self) -> int:
+        return self.a_shape[-2]
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of the weight."""
+        return *self.a_shape[:-2], self.b_shape[-2], self.a_shape[-1]
 
 
 @dataclass(frozen=True)
@@ -80,7 +93,8 @@ def read_peft(folder: str) -> PeftAdapter:
     config, file = read_json(join(folder, CONFIG)), TensorFile(join(folder, WEIGHTS))
     _check_config(config, join(folder, CONFIG))
     pairs, modules = _pairs(file)
-    weights = {weight: _given(file, pair, _scale(config, modules[weight])) for weight, pair in pairs.items()}
+    weights = _experts(file, config, pairs, modules)
+    weights |= {weight: _given(file, pair, _scale(config, modules[weight])) for weight, pair in pairs.items()}
     return PeftAdapter(weights, config.get("base_model_name_or_path"), _sha256(folder))
 
 
@@ -128,17 +142,88 @@ def _pairs(file: TensorFile) -> tuple[dict[str, dict[str, str]], dict[str, str]]
 
 
 def _given(file: TensorFile, pair: Mapping[str, str], scale: tuple[float, int]) -> Given:
-    a, b = (file.tensors[pair[factor]] for factor in "AB")
-    for name, info in ((pair["A"], a), (pair["B"], b)):
-        if info.dtype.name not in _DTYPES or len(info.shape) != 2:
-            raise UserError(f"{file.path}: {name} is {info.dtype.name}{list(info.shape)}, not a matrix of floats")
+    a, b = (_matrix(file, pair[factor]) for factor in "AB")
     factor, rank = scale
-    if not a.shape[0] == b.shape[1] == rank:
+    if not a[0] == b[1] == rank:
+        raise _apart(file, pair, a, b, rank)
+    return Given(a, b, factor, lambda: (_read(file, pair["A"]), _read(file, pair["B"])))
+
+
+def _matrix(file: TensorFile, name: str) -> tuple[int, ...]:
+    """The shape of a tensor that must be a matrix of floats."""
+    info = file.tensors[name]
+    if info.dtype.name not in _DTYPES or len(info.shape) != 2:
+        raise UserError(f"{file.path}: {name} is {info.dtype.name}{list(info.shape)}, not a matrix of floats")
+    return info.shape
+
+
+def _apart(file: TensorFile, pair: Mapping[str, str], a: tuple[int, ...], b: tuple[int, ...], rank: int) -> UserError:
+    return UserError(
+        f"{file.path}: {pair['A']} has shape {list(a)}, {pair['B']} {list(b)}, but {CONFIG} says rank {rank}; these"
+        " files don't belong together"
+    )
+
+
+def _experts(
+    file: TensorFile, config: Mapping[str, Any], pairs: dict[str, dict[str, str]], names: Mapping[str, str]
+) -> dict[str, Given]:
+    """The adapters of experts in both forms of `expert_files.py`; takes them out of `pairs`."""
+    found = {}
+    for weight in list(pairs):
+        if own := parameter_of(names[weight], config.get("target_parameters") or []):
+            in_base, here = (
+                name.removesuffix(".base_layer") for name in (names[weight], weight.removesuffix(".weight"))
+            )
+            found[f"{here}.{own}"] = _fused(file, pairs.pop(weight), _scale(config, f"{in_base}.{own}"))
+    try:
+        grouped = by_parameter([weight.removesuffix(".weight") for weight in pairs])
+    except ValueError as missing:
         raise UserError(
-            f"{file.path}: {pair['A']} has shape {list(a.shape)}, {pair['B']} {list(b.shape)}, but {CONFIG} says rank"
-            f" {rank}; these files don't belong together"
-        )
-    return Given(a.shape, b.shape, factor, lambda: (_read(file, pair["A"]), _read(file, pair["B"])))
+            f"{file.path}: no adapter of {missing}, though other experts have one; save all of them"
+        ) from None
+    for parameter, matrices in grouped.items():
+        parts = [[pairs.pop(f"{module}.weight") for module in row] for row in matrices]
+        if parameter in found:
+            raise UserError(
+                f"{file.path}: {parameter} has an adapter for all experts and one for each; save one of them"
+            )
+        scales = {_scale(config, names[f"{module}.weight"]) for row in matrices for module in row}
+        if len(scales) > 1:
+            raise UserError(f"{file.path}: {parameter}: its experts have several ranks or scales: {sorted(scales)}")
+        found[parameter] = _per_expert(file, parts, *scales)
+    return found
+
+
+def _fused(file: TensorFile, pair: Mapping[str, str], scale: tuple[float, int]) -> Given:
+    factor, rank = scale
+    a, b = (_matrix(file, pair[name]) for name in "AB")
+    experts = a[0] // rank
+    if not a[0] == b[1] == experts * rank:
+        raise _apart(file, pair, a, b, rank)
+
+    def read() -> tuple[np.ndarray, np.ndarray]:
+        return from_fused(_read(file, pair["A"]), _read(file, pair["B"]), rank)
+
+    return Given((experts, rank, a[1]), (experts, b[0], rank), factor, read)
+
+
+def _per_expert(file: TensorFile, parts: list[list[dict[str, str]]], scale: tuple[float, int]) -> Given:
+    factor, rank = scale
+    for row in parts:
+        shapes = [(_matrix(file, pair["A"]), _matrix(file, pair["B"])) for pair in row]
+        for pair, (a, b) in zip(row, shapes, strict=True):
+            if not a[0] == b[1] == rank or (a, b) != shapes[0]:
+                raise _apart(file, pair, a, b, rank)
+
+    def read() -> tuple[np.ndarray, np.ndarray]:
+        return from_experts([[(_read(file, pair["A"]), _read(file, pair["B"])) for pair in row] for row in parts])
+
+    for pair, *others in zip(*parts, strict=True):  # of one expert
+        if not all(np.array_equal(_read(file, pair["A"]), _read(file, other["A"])) for other in others):
+            rank *= len(parts)
+            break
+    (_, in_size), outs = _matrix(file, parts[0][0]["A"]), [_matrix(file, row[0]["B"])[0] for row in parts]
+    return Given((len(parts[0]), rank, in_size), (len(parts[0]), sum(outs), rank), factor, read)
 
 
 def _read(file: TensorFile, name: str) -> np.ndarray:

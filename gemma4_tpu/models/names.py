@@ -18,6 +18,7 @@ import numpy as np
 from gemma4_tpu.architectures import Architecture
 from gemma4_tpu.errors import UserError
 from gemma4_tpu.models.adapted import Adapted
+from gemma4_tpu.models.expert_files import to_files
 from gemma4_tpu.models.weights import Weight, rows, sizes
 
 # What PEFT calls a factor, with the adapter's name (`.default`) in files that were not saved by PEFT itself, and what
@@ -110,50 +111,53 @@ class Tensor:
     def lora_factors(self, lora_a: np.ndarray, lora_b: np.ndarray) -> dict[str, tuple[np.ndarray, np.ndarray]]:
         """The adapter as pairs (A `[r, in]`, B `[out, r]`) by Hugging Face weight name, in float32, unscaled.
 
-        The delta of a weight `[out, in]` is scale · B @ A. K and V of a fused projection share A.
+        Of experts, A is `[E, r, in]` and B `[E, out, r]`. The delta of a weight `[out, in]` is scale · B @ A. K and V
+        of a fused projection share A.
 
         Raises:
           UserError: shapes that do not fit this weight or each other; names the tensor.
         """
-        out_size, in_size = self.hf_shape
-        rank = lora_a.shape[-1]
-        expected = (in_size * rank, rank * out_size * len(self.hf_names))
-        if (lora_a.size, lora_b.size) != expected or lora_b.shape[0] != rank:
+        *each, out_size, in_size = self.hf_shape
+        rank, copies = lora_a.shape[-1], math.prod(each)
+        expected = (copies * in_size * rank, copies * rank * out_size * len(self.hf_names))
+        if (lora_a.size, lora_b.size) != expected or lora_b.shape[len(each)] != rank:
             raise UserError(
                 f"{self.name}: lora_a {list(lora_a.shape)} and lora_b {list(lora_b.shape)} do not fit its weights"
                 f" {list(self.hf_names)} of shape {list(self.hf_shape)}"
             )
-        a = np.asarray(lora_a, np.float32).reshape(in_size, rank).T
-        b = np.asarray(lora_b, np.float32).reshape(rank, len(self.hf_names), out_size)
-        return {name: (a, b[:, i].T) for i, name in enumerate(self.hf_names)}
+        a = np.asarray(lora_a, np.float32).reshape(*each, in_size, rank).swapaxes(-1, -2)
+        b = np.asarray(lora_b, np.float32).reshape(*each, rank, len(self.hf_names), out_size)
+        return {name: (a, b[..., i, :].swapaxes(-1, -2)) for i, name in enumerate(self.hf_names)}
 
     def from_lora_factors(
         self, factors: Mapping[str, tuple[np.ndarray, np.ndarray]], rank: int
     ) -> tuple[np.ndarray, np.ndarray]:
-        """The inverse of `lora_factors`: A `[in, rank]` and B `[rank, sources, out]` in float32, zero in unused ranks.
+        """The inverse of `lora_factors`: A `[in, rank]` and B `[rank, sources, out]` in float32, zero in unused ranks;
+        of experts with a leading dim.
 
         K and V of a fused projection share A, so that an A of each takes ranks of its own.
 
         Args:
-          factors: pairs (A `[r, in]`, B `[out, r]`) by Hugging Face weight name; of some of this tensor's weights.
+          factors: pairs as `lora_factors` has them, of some of this tensor's weights.
           rank: of the result, at least `lora_rank(…)`.
         """
-        out_size, in_size = self.hf_shape
-        a = np.zeros((in_size, rank), np.float32)
-        b = np.zeros((rank, len(self.hf_names), out_size), np.float32)
+        *each, out_size, in_size = self.hf_shape
+        a = np.zeros((*each, in_size, rank), np.float32)
+        b = np.zeros((*each, rank, len(self.hf_names), out_size), np.float32)
         start = 0
         shared = _share_a(list(factors.values()))
         for name, (factor_a, factor_b) in factors.items():
-            used = slice(start, start + len(factor_a))
-            a[:, used], b[used, self.hf_names.index(name)] = factor_a.T, factor_b.T
-            start += 0 if shared else len(factor_a)
+            used = slice(start, start + factor_a.shape[-2])
+            a[..., used] = factor_a.swapaxes(-1, -2)
+            b[..., used, self.hf_names.index(name), :] = factor_b.swapaxes(-1, -2)
+            start += 0 if shared else factor_a.shape[-2]
         return a, b
 
     @staticmethod
     def lora_rank(factors: Mapping[str, tuple[np.ndarray, np.ndarray]]) -> int:
         """What `from_lora_factors` needs: the rank of A where the weights share it, else the sum of their ranks."""
         pairs = list(factors.values())
-        return len(pairs[0][0]) if _share_a(pairs) else sum(len(a) for a, _ in pairs)
+        return pairs[0][0].shape[-2] if _share_a(pairs) else sum(a.shape[-2] for a, _ in pairs)
 
 
 def peft_names(hf_name: str, prefix: str) -> tuple[str, str]:
@@ -183,11 +187,14 @@ def from_peft_name(name: str) -> tuple[str, str, str] | None:
     return weight, found["factor"], module.removeprefix("base_model.model.")
 
 
-def peft_tensors(tensor: Tensor, lora_a: np.ndarray, lora_b: np.ndarray, prefix: str) -> dict[str, np.ndarray]:
-    """The adapter as PEFT names and stores it (A `[r, in]`, B `[out, r]`), unscaled."""
+def peft_tensors(
+    tensor: Tensor, lora_a: np.ndarray, lora_b: np.ndarray, prefix: str, experts: str = "fused"
+) -> dict[str, np.ndarray]:
+    """The adapter as PEFT names and stores it (A `[r, in]`, B `[out, r]`), unscaled; that of experts in this form."""
     found: dict[str, np.ndarray] = {}
     for name, pair in tensor.lora_factors(lora_a, lora_b).items():
-        found |= {key: np.ascontiguousarray(x) for key, x in zip(peft_names(name, prefix), pair, strict=True)}
+        for module, (a, b) in to_files(name, *pair, experts) if tensor.weight.each else [(name, pair)]:
+            found |= {key: np.ascontiguousarray(x) for key, x in zip(peft_names(module, prefix), (a, b), strict=True)}
     return found
 
 

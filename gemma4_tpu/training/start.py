@@ -119,7 +119,7 @@ class Start:
             log.info("lora.start: scale %s: B is multiplied", some(differing))
         if folder.write:
             record = {"source": self.source, "sha256": self.sha256, "base": self.base, "given": sorted(self.given)}
-            ranks = dict(Counter(str(given.a_shape[0]) for given in self.given.values()))
+            ranks = dict(Counter(str(given.rank) for given in self.given.values()))
             left = {"ranks": ranks, "left_out": self.idle, "fresh": self.fresh}
             write_record(folder.path / FILE, START, record | left)
 
@@ -208,9 +208,10 @@ def _of_run(lora: LoraConfig, arch: Architecture) -> tuple[str, str, str | None,
 
 
 def _of_tensor(state: SavedState, tensor: Tensor, scale: float) -> dict[str, Given]:
-    rank = state.shape(tensor.lora_names[0])[-1]
-    a_size, b_size = (math.prod(state.shape(name)) for name in tensor.lora_names)
-    shapes = (rank, a_size // rank), (b_size // rank // len(tensor.hf_names), rank)
+    shape = state.shape(tensor.lora_names[0])
+    each, rank = shape[: len(tensor.weight.each)], shape[-1]
+    a_size, b_size = (math.prod(state.shape(name)) // math.prod(each) // rank for name in tensor.lora_names)
+    shapes = (*each, rank, a_size), (*each, b_size // len(tensor.hf_names), rank)
 
     def read(name: str) -> tuple[np.ndarray, np.ndarray]:
         lora_a, lora_b = (state.read(own) for own in tensor.lora_names)
@@ -230,25 +231,27 @@ def _unmatched(start: Start, arch: Architecture) -> list[str]:
     ours = {name for t in start.tensors.values() for name in t.hf_names}
     rest = sorted(start.given.keys() - ours)
     every = Layout.of(arch, LoraConfig(targets=list(ROLES))).adapted
-    targets = {name for t in adapted_tensors(arch, every).values() for name in t.hf_names}
-    untargeted, alien = [n for n in rest if n in targets], [n for n in rest if n not in targets]
+    roles = {name: t.weight.role for t in adapted_tensors(arch, every).values() for name in t.hf_names}
+    untargeted, alien = [n for n in rest if n in roles], [n for n in rest if n not in roles]
     lines = []
     if untargeted:
+        wanted = {*start.lora.targets, *(roles[name] for name in untargeted)}
         layers = "" if start.lora.layers is None else f" lora.layers=[{','.join(start.lora.layers)}]"
         lines.append(
             f"lora.targets=[{','.join(start.lora.targets)}]{layers} leaves out {len(untargeted)} of its weights"
-            f" ({some(untargeted)}); give lora.targets=[{','.join(ROLES)}]{layers and ' lora.layers=null'}"
+            f" ({some(untargeted)}); give lora.targets=[{','.join(role for role in ROLES if role in wanted)}]"
+            f"{layers and ' lora.layers=null'}"
         )
     if alien:
         lines.append(
             f"{len(alien)} of its weights are none that get adapters on {arch.name} ({some(alien)}); give an adapter of"
-            " the text model's attention and MLP only, trained on this model"
+            " the text model's attention, MLP and experts only, trained on this model"
         )
     return lines
 
 
 def _shapes(start: Start) -> list[str]:
-    found = {name: (given.b_shape[0], given.a_shape[1]) for name, given in start.given.items()}
+    found = {name: given.shape for name, given in start.given.items()}
     wrong = [
         f"{name} {list(found[name])} instead of {list(tensor.hf_shape)}"
         for tensor in start.tensors.values()
@@ -262,11 +265,17 @@ def _unrepresentable(start: Start) -> list[str]:
     """Ranks and scales that would not come out exactly."""
     lora, adapted = start.lora, start.adapted
     needed = {t.name: _rank_of(start, t) for t in start.tensors.values()}
-    rank = max([lora.rank, *needed.values()])
+    experts = [name for name in needed if start.tensors[name].weight.each]
+    rank = max([lora.rank, *(ranks for name, ranks in needed.items() if name not in experts)])
     scale, _ = Counter(given.scale for given in start.given.values()).most_common(1)[0]
     fitting = f"lora.rank={rank} lora.alpha={scale * (math.sqrt(rank) if lora.rslora else rank):.9g}"
     lines = []
-    if over := [name for name, ranks in needed.items() if ranks > adapted[name].rank]:
+    over = [name for name, ranks in needed.items() if ranks > adapted[name].rank]
+    if of_experts := [name for name in over if name in experts]:
+        wanted, there = max(needed[name] for name in of_experts), adapted[of_experts[0]].rank
+        fitting += f" lora.expert_rank={wanted}"
+        lines.append(f"its experts need rank {wanted}, lora.expert_rank is {there}: {some(of_experts)}; give {fitting}")
+    if over := [name for name in over if name not in experts]:
         shared = any(start.tensors[name].several for name in over)
         why = " (K and V share A here, its have one each, so their ranks add up)" if shared else ""
         lines.append(f"it needs rank {rank}{why}, lora.rank is {lora.rank}: {some(over)}; give {fitting}")
@@ -282,7 +291,7 @@ def _rank_of(start: Start, tensor: Tensor) -> int:
     """The rank that a tensor needs; values are read only where K and V may share A."""
     names = [name for name in tensor.hf_names if name in start.given]
     if len(names) < 2:
-        return max((start.given[name].a_shape[0] for name in names), default=0)
+        return max((start.given[name].rank for name in names), default=0)
     return tensor.lora_rank({name: start.given[name].read() for name in names})
 
 

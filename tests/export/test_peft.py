@@ -53,4 +53,4 @@ def test_such_a_rank_is_reported(run_of, merge, caplog):
     run, _ = run_of(lora=LoraConfig(rank=5))
     with caplog.at_level(logging.WARNING):
         merge(run, "export=peft")
-    assert "lora.rank=5: vLLM refuses --max-lora-rank 5; give it --max-lora-rank 8" in caplog.text
+    assert "adapters of rank 5: vLLM refuses --max-lora-rank 5; give it --max-lora-rank 8" in caplog.text
