@@ -22,7 +22,6 @@ from gemma4_tpu.export.place import Place, Unfinished, total_bytes
 from gemma4_tpu.export.probe_prompts import write_probes
 from gemma4_tpu.export.trained import Trained, open_trained
 from gemma4_tpu.export.verify import refusal, verify
-from gemma4_tpu.models.names import Tensor
 from gemma4_tpu.models.tensorfile import Checkpoint
 from gemma4_tpu.storage import join
 from gemma4_tpu.tracking.records import PARITY, write_record

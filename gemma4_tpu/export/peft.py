@@ -65,7 +65,7 @@ def write_peft(trained: Trained, place: Place, experts: str) -> None:
     """Writes the adapter's two files to the staging folder, in float32 as trained; the configuration comes last.
 
     vLLM takes rank and alpha of the whole adapter for every module, and passes over patterns without a word. So all
-    modules have one scale in the file: where the run's own is another (experts'), B is multiplied.
+    modules have one scale in the file: where the run's own is another (of other ranks), B is multiplied.
     """
     with place.create(WEIGHTS) as out:
         out.write(_header(trained, experts))
@@ -141,7 +141,7 @@ def target_modules(trained: Trained, experts: str) -> str | list[str]:
 
 def _tensors(trained: Trained, tensor: Tensor, experts: str) -> dict[str, np.ndarray]:
     lora_a, lora_b, *magnitude = (trained.state.read(name) for name in trained.factor_names(tensor))
-    if (factor := trained.scale(tensor) / _scale(trained.lora)) != 1:
+    if (factor := trained.layout.adapted[tensor.name].scale / _scale(trained.lora)) != 1:
         lora_b = lora_b * np.float32(factor)
     return _named(trained, tensor, experts, lora_a, lora_b, *magnitude)
 

@@ -157,7 +157,7 @@ def set_up(base: Base, recipe: Recipe, mesh: Mesh, start: Start | None = None) -
             size = sum(math.prod(leaf.array_shape) for adapter in of_experts for leaf in (adapter.a, adapter.b))
             log.info(
                 "of these %s of experts: rank %d, scale %g, for each of %d in every layer",
-                f"{size:,}", of_experts[0].rank, of_experts[0].scale, model.arch.num_experts,
+                f"{size:,}", of_experts[0].how.rank, of_experts[0].how.scale, model.arch.num_experts,
             )  # fmt: skip
     return setup
 

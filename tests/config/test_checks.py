@@ -76,14 +76,20 @@ REFUSALS = [
     # LoRA
     (["lora=none", "lora.quantize=nf4"], "lora.quantize=nf4: quantised weights can't be trained"),
     (["lora.targets=[]"], "lora.targets=[]: nothing would be trained"),
-    (["lora.targets=[attn]"], "lora.targets: 'attn' is no target; did you mean attention? (targets: attention, mlp, experts, q"),
+    (
+        ["lora.targets=[attn]"],
+        "lora.targets: 'attn' is no target; did you mean attention? (targets: attention, mlp, experts, q",
+    ),
     (["lora.targets=[attention,q]"], "lora.targets: 'q' is part of 'attention'; give one of them"),
     (["lora.layers=[3-9]"], "lora.layers: '3-9': not layers of this model, which are 0-5"),
     (["lora.layers=[first]"], "lora.layers: 'first': give layers (24; -1 is the last) and ranges"),
     (["lora.ranks={o:0}"], "lora.ranks.o=0: must be at least 1"),
     (["lora.ranks={k:4}"], "these share A, so give both the same rank"),
     (["lora.dora=true", "lora.dropout=0.1"], "lora.dropout=0.1: lora.dora=true scales the base's product too"),
-    (["model=tiny_moe", "lora.dora=true", "lora.targets=[mlp,experts]"], "lora.dora=true: not for lora.targets=[…,experts]"),
+    (
+        ["model=tiny_moe", "lora.dora=true", "lora.targets=[mlp,experts]"],
+        "lora.dora=true: not for lora.targets=[…,experts]",
+    ),
     (["lora.dora=true", "lora.start=."], "lora.start=.: adapters without magnitudes"),
     (
         ["model=tiny", "lora.targets=[mlp,experts]"],

@@ -135,7 +135,9 @@ def test_adapters_of_experts_go_on_to_the_bit(tmp_path):
     mesh = experts.mesh_of(2, 2, 2)
     layout, base, trained = experts.trained(experts.small(), experts.LORA, mesh)
     model = Model(layout=layout, compute_dtype=np.float32, mesh=mesh)
-    step = Step(model, make_optimizer(OptimizerConfig(learning_rate=1e-3), 10, tuple(adapters.leaves(layout))), chunk_tokens=16)
+    step = Step(
+        model, make_optimizer(OptimizerConfig(learning_rate=1e-3), 10, tuple(adapters.leaves(layout))), chunk_tokens=16
+    )
     train, batch = jax.jit(step.train), make_batch(4)
     like = init_state(step, trained, jax.random.key(0), mesh)
     state, _ = train(like, base, batch)
