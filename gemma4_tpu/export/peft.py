@@ -24,6 +24,7 @@ log = logging.getLogger(__name__)
 
 VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 """What vLLM's --max-lora-rank takes."""
+_EXPERT = re.compile(r"\bexperts\.")
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 _SERVING = {
     "fused": "adapters of experts: this form is PEFT's; vLLM on GPUs loads export.peft_experts=per_expert (this one"
@@ -47,6 +48,12 @@ def check_peft(trained: Trained, experts: str) -> None:
         log.warning(warning)
     if trained.lora.dora:
         log.warning("lora.dora: vLLM refuses adapters with use_dora; serve the merged model")
+    if len({how.rank for name, how in trained.layout.adapted.items() if not trained.tensors[name].weight.each}) > 1:
+        log.warning(
+            "lora.ranks: vLLM does not read rank_pattern and would scale all adapters as those of rank %d; serve the"
+            " merged model",
+            trained.lora.rank,
+        )
     if _parameters(trained):
         log.warning(_SERVING[experts])
 
@@ -64,8 +71,9 @@ def vllm_warning(rank: int) -> str | None:
 def write_peft(trained: Trained, place: Place, experts: str) -> None:
     """Writes the adapter's two files to the staging folder, in float32 as trained; the configuration comes last.
 
-    vLLM takes rank and alpha of the whole adapter for every module, and passes over patterns without a word. So all
-    modules have one scale in the file: where the run's own is another (of other ranks), B is multiplied.
+    vLLM takes rank and alpha of the whole adapter for every module, and passes over patterns without a word. So experts
+    have its scale in the file: where their own is another, B is multiplied. Other modules keep theirs (`lora.ranks`),
+    and their values to the bit.
     """
     with place.create(WEIGHTS) as out:
         out.write(_header(trained, experts))
@@ -86,6 +94,7 @@ def peft_config(trained: Trained, experts: str) -> dict[str, Any]:
     """`adapter_config.json`."""
     lora: LoraConfig = trained.lora
     ranks = rank_pattern(trained, experts)
+    scaled = {name: rank for name, rank in ranks.items() if _EXPERT.search(name)}
     config = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
@@ -93,7 +102,7 @@ def peft_config(trained: Trained, experts: str) -> dict[str, Any]:
         "r": lora.rank,
         "lora_alpha": _number(lora.alpha),
         "rank_pattern": ranks,
-        "alpha_pattern": {name: _number(_scale(lora) * scaled_by(rank, lora.rslora)) for name, rank in ranks.items()},
+        "alpha_pattern": {name: _number(_scale(lora) * scaled_by(rank, lora.rslora)) for name, rank in scaled.items()},
         "lora_dropout": lora.dropout,
         "use_rslora": lora.rslora,
         "use_dora": lora.dora,
@@ -141,7 +150,8 @@ def target_modules(trained: Trained, experts: str) -> str | list[str]:
 
 def _tensors(trained: Trained, tensor: Tensor, experts: str) -> dict[str, np.ndarray]:
     lora_a, lora_b, *magnitude = (trained.state.read(name) for name in trained.factor_names(tensor))
-    if (factor := trained.layout.adapted[tensor.name].scale / _scale(trained.lora)) != 1:
+    factor = trained.layout.adapted[tensor.name].scale / _scale(trained.lora)
+    if tensor.weight.each and factor != 1:
         lora_b = lora_b * np.float32(factor)
     return _named(trained, tensor, experts, lora_a, lora_b, *magnitude)
 
@@ -175,7 +185,7 @@ def _local(module: str) -> str:
 
 
 def _scale(lora: LoraConfig) -> float:
-    """Factor on B·A of every module: servers read no patterns, so that other ranks have theirs in B."""
+    """Factor on B·A as a server has it, which reads no patterns."""
     return lora.alpha / scaled_by(lora.rank, lora.rslora)
 
 

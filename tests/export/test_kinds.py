@@ -59,7 +59,8 @@ def test_transformers_and_peft_have_the_logits_of_the_adapted_model(case, run_of
 
 
 def test_what_vllm_would_not_read_is_told(run_of, merge, caplog):
-    run, _ = run_of(lora=LoraConfig(rank=8, alpha=8.0, dora=True, targets=["q", "o"]))
+    run, _ = run_of(lora=LoraConfig(rank=8, alpha=8.0, dora=True, ranks={"o": 16}, targets=["q", "o"]))
     with caplog.at_level(logging.WARNING):
         merge(run, "export=peft")
     assert "vLLM refuses adapters with use_dora" in caplog.text
+    assert "vLLM does not read rank_pattern and would scale all adapters as those of rank 8" in caplog.text
