@@ -31,7 +31,7 @@ Results = dict[Cell, dict[str, Any]]
 """Cells that have run, in the order of the benchmark."""
 
 
-class Runner:
+class CellRunner:
     """Runs cells that aren't there yet, one at a time; each leaves `cells/<cell>.json` in the benchmark's folder."""
 
     def __init__(self, config: BenchConfig, checked: BenchChecked, folder: Path, bar: _Bar):
@@ -81,7 +81,7 @@ def run_sweep(config: BenchConfig, checked: BenchChecked, folder: Path) -> Resul
     """
     cells = cells_of(config)
     with _Bar(len(cells)) as bar:
-        run = Runner(config, checked, folder, bar)
+        run = CellRunner(config, checked, folder, bar)
         if there := [result for cell in cells if (result := _read(folder, cell)) is not None]:
             failed = sum(result["state"] == FAILED for result in there)
             again = f"; {failed} that failed run again" if failed else ""
@@ -95,7 +95,7 @@ def search_rates(config: BenchConfig, checked: BenchChecked, folder: Path) -> tu
     """Looks for the highest rate that keeps `bench.slo`, for each pair of lengths; raises as `run_sweep`."""
     found = []
     with _Bar(None) as bar:
-        run = Runner(config, checked, folder, bar)
+        run = CellRunner(config, checked, folder, bar)
         for lengths in config.lengths:
             found.append(RateSearch(run, limits_of(config.slo), *lengths).run())
             log.info("%s", found[-1].told)

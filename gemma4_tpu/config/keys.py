@@ -113,13 +113,19 @@ def type_at(schema: type, key: str) -> Any:
     return where
 
 
+MUCH_NEARER = 0.1
+"""In shares of letters: `rnk` is .86 like `rank` and .75 like `ranks`."""
+
+
 def nearest(given: str, candidates: Iterable[str]) -> list[str]:
-    """At most two candidates that `given` may have meant; one if only case and punctuation differ."""
+    """At most two candidates that `given` may have meant; one if it is much nearer than the next."""
     plain = {re.sub(r"[^a-z0-9.]", "", candidate.lower()): candidate for candidate in candidates}
     wanted = re.sub(r"[^a-z0-9.]", "", given.lower())
     if wanted in plain:
         return [plain[wanted]]
-    return [plain[near] for near in difflib.get_close_matches(wanted, plain, n=2, cutoff=0.6)]
+    near = difflib.get_close_matches(wanted, plain, n=2, cutoff=0.6)
+    ratios = [difflib.SequenceMatcher(None, candidate, wanted).ratio() for candidate in near]
+    return [plain[candidate] for candidate, ratio in zip(near, ratios, strict=True) if ratio > ratios[0] - MUCH_NEARER]
 
 
 def did_you_mean(given: str, candidates: Iterable[str], write: Callable[[str], str] = str) -> str:
