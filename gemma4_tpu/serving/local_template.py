@@ -101,6 +101,9 @@ def _main() -> None:
 
     about = json.loads(sys.stdin.buffer.readline())
     _limit_memory()
+    # What started this process may ignore or block the timer's signal (some libraries profile by it), and hand that on.
+    signal.signal(signal.SIGPROF, signal.SIG_DFL)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGPROF})
     for line in sys.stdin.buffer:
         signal.setitimer(signal.ITIMER_PROF, about["cpu_seconds"])  # nobody handles its signal: it ends the process
         asked = json.loads(line)

@@ -153,7 +153,9 @@ def test_a_template_that_loops_or_fills_the_memory_is_refused_and_the_next_one_r
         + "{% set own = 1 %}{% endif %}{{ bos_token }}{{ messages[0].content }}{{ tail }}{{ own }}"
     )  # fmt: skip
     assert arguments(template) == {"tail"}
+    signals = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGPROF})  # as a library may leave it
     process = TemplateProcess(template, {"bos_token": "<bos>"}, cpu_seconds=0.5)
+    signal.pthread_sigmask(signal.SIG_SETMASK, signals)
 
     def render(text, characters=100):
         return process.render([{"role": "user", "content": text}], {"tail": "!"}, characters=characters)
