@@ -248,16 +248,21 @@ def _shown(value: Any) -> str:
     return repr(value)
 
 
+_VOCABULARIES = ("vocab_size", "vocab_size_per_layer_input")
+
+
 def contradictions(expected: Architecture, found: Architecture) -> list[str]:
     """Fields in which a checkpoint's architecture differs from the configured one, as `field: expected … found …`.
 
-    A RoPE factor, by which a checkpoint was made to read longer texts, does not make it one of another size.
+    A RoPE factor, by which a checkpoint was made to read longer texts, does not make it one of another size, nor do
+    rows that were added to the vocabulary.
     """
     return [
         f"{key}: model={expected.name} has {_shown(value)}, the checkpoint {_shown(getattr(found, key))}"
         for key, value in replace(expected, name="").__dict__.items()
         if key not in ("name", "global_rope_factor") and not _same(value, getattr(found, key))
-    ]
+        and not (key in _VOCABULARIES and getattr(found, key) > value)
+    ]  # fmt: skip
 
 
 def _same(a: Any, b: Any) -> bool:

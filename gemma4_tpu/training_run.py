@@ -83,6 +83,7 @@ class Run:
             arch=self.base.arch, hardware=config.hardware, lora=config.lora, optimizer=config.optimizer,
             trainer=config.trainer, mesh=MeshSizes(**self.mesh.shape), rows=self.batches.rows,
             length=max(self.batches.pipeline.lengths), updates=self.updates,
+            new_tokens=tuple(self.base.token_places.ids.values()),
         )  # fmt: skip
 
 
@@ -100,7 +101,7 @@ def train(loaded: Loaded[TrainRoot, Checked], folder: RunFolder, hosts: Hosts, p
     base = resolve_base(config.model)
     audit(base).enforce()
     start = open_start(config.lora, base.arch, resume_from)
-    tokenizer = load_tokenizer(base.tokenizer_folder)
+    tokenizer = load_tokenizer(base.tokenizer_folder, base.new_tokens)
     data = build_data(config.data, tokenizer)
 
     # ── devices, and the rows that are this process's ──────────────────────────────────────────────────────────────
@@ -166,7 +167,7 @@ def _loop(
     loop = Loop(
         setup, run.batches, checkpoints, config.trainer, config.checkpoint,
         schedule=make_schedule(config.optimizer, run.updates),
-        rates=Rates.of(run.base.arch, config.lora, config.hardware, run.batches.mean_tokens, setup.mesh),
+        rates=Rates.of(recipe, run.batches.mean_tokens, setup.mesh),
         fingerprints=run.fingerprints,
         report=reports,
         flush=folder.push,

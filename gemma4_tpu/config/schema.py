@@ -72,6 +72,9 @@ class ModelConfig:
     or `random:SEED` for random weights of this architecture."""
     tokenizer: str | None = None
     """Folder with the tokenizer; null: the checkpoint folder (the embedded tiny one for random weights)."""
+    new_tokens: list[str] = field(default_factory=list)
+    """Tokens of your own, such as `['<result>','<note>']`: each takes a row that the tokenizer holds in reserve
+    (`<unused0>`, …), or keeps the one that it has. Their rows of the embedding are trained beside the adapters."""
 
 
 @dataclass(kw_only=True)
@@ -98,6 +101,10 @@ class LoraConfig:
     ranks: dict[str, int] = field(default_factory=dict)
     """Ranks that are not `rank`, by module: `{o: 32, layers.5.*: 8}`. Patterns are compared with names such as
     `layers.5.self_attn.o_proj` or the end of them; the first that fits counts. `alpha` is the same for all."""
+    modules_to_train: list[str] = field(default_factory=list)
+    """Weights to train in full beside the adapters (PEFT's `modules_to_save`): `norms`, `per_layer_projections` (E2B,
+    E4B), `embeddings` (the output matrix too), or names and patterns of modules on disk, each in every layer that has
+    it, such as `q_norm` or `mlp.*`. They get no adapter, stay unquantised, and take 16 bytes of HBM per parameter."""
     rslora: bool = False
     """Rank-stabilised scaling, alpha/√r."""
     dora: bool = False

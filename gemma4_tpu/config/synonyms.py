@@ -123,6 +123,16 @@ MEANINGS: tuple[tuple[str, str, str], ...] = (
     ("layers_to_transform", "lora.layers={}", "layers and ranges, such as [0-11,24]"),
     ("rank_pattern", "lora.ranks={}", ""),
     ("target_parameters lora_target_parameters", "lora.targets=[attention,mlp,experts]", _ROLES),
+    (
+        "modules_to_save lora_modules_to_save additional_target additional_trainable_modules",
+        "lora.modules_to_train=[embeddings]",
+        "or norms, per_layer_projections, names and patterns of modules; embeddings are the output matrix too",
+    ),
+    (
+        "tokens add_tokens added_tokens new_special_tokens additional_special_tokens trainable_token_indices",
+        "model.new_tokens=['<result>']",
+        "their rows of the embedding are trained; the whole table by lora.modules_to_train=[embeddings]",
+    ),
     ("use_rslora", "lora.rslora={}", ""),
     ("use_dora", "lora.dora={}", ""),
     ("load_in_4bit use_4bit", "lora.quantize=nf4", "null for false"),

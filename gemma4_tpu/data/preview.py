@@ -142,7 +142,8 @@ def show(model: ModelConfig, data: DataConfig, *, rows_per_update: int, seed: in
     from gemma4_tpu.models.base import resolve_base
 
     logging.getLogger("gemma4_tpu.data").addHandler(logging.NullHandler())  # the preview itself tells of drops
-    tokenizer = load_tokenizer(resolve_base(model).tokenizer_folder)
+    base = resolve_base(model)
+    tokenizer = load_tokenizer(base.tokenizer_folder, base.new_tokens)
     built = build_data(replace(data, max_drop_fraction=1.0), tokenizer)
     console = Console(highlight=False)
     preview(built, data, tokenizer, rows_per_update=rows_per_update, seed=seed, console=console, plot_path=PLOT)

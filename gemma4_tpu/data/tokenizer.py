@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from gemma4_tpu import assets
 from gemma4_tpu.errors import UserError
+from gemma4_tpu.new_tokens import places, rewritten
 from gemma4_tpu.storage import is_remote, join, list_folder, open_bytes
 
 FILES = (
@@ -21,18 +23,18 @@ FILES = (
 )
 
 
-def load_tokenizer(folder: str) -> Any:
-    """The tokenizer in `folder` (local, gs://… or `embedded:NAME`), with its chat template.
+def load_tokenizer(folder: str, new_tokens: Sequence[str] = ()) -> Any:
+    """The tokenizer in `folder` (local, gs://… or `embedded:NAME`), with its chat template and `model.new_tokens`.
 
     Raises:
-      UserError: no tokenizer is there, or it has no chat template.
+      UserError: no tokenizer is there, it has no chat template, or no room for the new tokens.
     """
     from transformers import AutoTokenizer
 
     path = assets.resolve(folder)
     with tempfile.TemporaryDirectory() as scratch:
-        if is_remote(path):
-            _fetch(path, Path(scratch))
+        if new_tokens or is_remote(path):
+            _fetch(path, Path(scratch), places(path, new_tokens).renamed if new_tokens else {})
             path = scratch
         if not (Path(path) / "tokenizer.json").is_file():
             raise UserError(f"{folder}: there is no tokenizer.json; model.tokenizer may name another folder")
@@ -48,13 +50,13 @@ def load_tokenizer(folder: str) -> Any:
     return tokenizer
 
 
-def _fetch(folder: str, target: Path) -> None:
-    """Copy the tokenizer's files, and nothing else, from a remote folder."""
+def _fetch(folder: str, target: Path, renamed: dict[str, str]) -> None:
+    """Copy the tokenizer's files, and nothing else, with new names for reserved tokens."""
     present = list_folder(folder)
     for name in FILES:
         if name in present:
             file = open_bytes(join(folder, name))
-            (target / name).write_bytes(file.read(0, file.size_bytes))
+            (target / name).write_bytes(rewritten(name, file.read(0, file.size_bytes), renamed))
 
 
 def tokenizer_fingerprint(tokenizer: Any) -> dict[str, str]:

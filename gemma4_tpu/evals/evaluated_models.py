@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
@@ -17,10 +18,11 @@ from gemma4_tpu.data.tokenizer import load_tokenizer, tokenizer_fingerprint
 from gemma4_tpu.evals.generate import InProcess, Weights, checkpoint_stop_ids
 from gemma4_tpu.export.trained import Trained, open_trained
 from gemma4_tpu.models import lora as adapters
-from gemma4_tpu.models import quantize, sharding
+from gemma4_tpu.models import quantize, sharding, token_rows
 from gemma4_tpu.models.audit import audit
 from gemma4_tpu.models.base import Base, resolve_base
-from gemma4_tpu.models.layout import Leaf, build_tree
+from gemma4_tpu.models.layout import Leaf, Path, build_tree, get
+from gemma4_tpu.models.weights import BY_NAME, EMBEDDING
 from gemma4_tpu.training.setup import load_weights, make_model, start_mesh
 
 log = logging.getLogger(__name__)
@@ -53,7 +55,7 @@ def of_run(run: str, config: EvalConfig, hardware: HardwareConfig, mesh_config: 
         name: _backend(trained.base, base if name == BASE else run_weights, config, policy, {**about, "weights": name})
         for name in wanted
     }
-    tokenizer = tokenizer_fingerprint(load_tokenizer(trained.base.tokenizer_folder))
+    tokenizer = tokenizer_fingerprint(load_tokenizer(trained.base.tokenizer_folder, trained.base.new_tokens))
     return Backends(
         backends, {"base": trained.base.fingerprint, "checkpoint": trained.state.identity, **tokenizer}
     )  # fmt: skip
@@ -73,41 +75,46 @@ def of_checkpoint(
     settings = make_model(base.arch, LoraConfig(enabled=False), _trainer(config), mesh)
     params = load_weights(base, settings.layout, mesh, settings.compute_dtype, lambda _, array: array)
     backend = _backend(base, Weights(settings, params, None), config, config.thoughts or "drop", {"base": model.path})
-    tokenizer = tokenizer_fingerprint(load_tokenizer(base.tokenizer_folder))
+    tokenizer = tokenizer_fingerprint(load_tokenizer(base.tokenizer_folder, base.new_tokens))
     return Backends({MODEL: backend}, {"base": base.fingerprint, **tokenizer})
 
 
 def _weights(trained: Trained, config: EvalConfig, mesh: Mesh) -> tuple[Weights, Weights]:
-    """(base, run), in the compute dtype, adapters in float32; a base trained on in quantised form is used in that."""
+    """(base, run), in the compute dtype, adapters in float32; a base trained on in quantised form is used in that.
+
+    Weights that are trained in full are the base's own in the one, the trained ones in the other.
+    """
     lora, base = trained.lora, trained.base
     model = make_model(base.arch, lora, _trainer(config), mesh)
 
     def then(leaf: Leaf, array: jax.Array) -> Any:
-        if not (lora.enabled and quantize.is_quantized(leaf, lora)):
+        if not quantize.is_quantized(leaf, lora):
             return array
         return quantize.quantizer(leaf, lora.quantize, mesh)(array)
 
     params = load_weights(base, model.layout, mesh, model.compute_dtype, then)
-    if lora.enabled:
-        tuned = _on_mesh(trained, adapters.leaves(model.layout), mesh, np.float32)
-        return Weights(model, params, None), Weights(model, params, tuned)
-    tuned = _on_mesh(trained, model.layout.leaves(), mesh, model.compute_dtype)
-    return Weights(model, params, None), Weights(model, tuned, None)
+    own = _on_mesh(trained, model.layout.trained_in_full(), mesh, model.compute_dtype)
+    if rows := trained.token_rows:
+        path = BY_NAME[EMBEDDING].path
+        own[path] = token_rows.put(get(params, path), rows, jnp.asarray(trained.state.read(token_rows.NAME)))
+    tuned = model.layout.tree(lambda leaf: own.get(leaf.path, get(params, leaf.path)))
+    factors = _on_mesh(trained, adapters.leaves(model.layout), mesh, np.float32)
+    return Weights(model, params, None), Weights(model, tuned, build_tree(iter(factors.items())) or None)
 
 
-def _on_mesh(trained: Trained, leaves: Iterable[Leaf], mesh: Mesh, dtype: Any) -> Any:
-    """The trained values as the tree that the forward pass takes, each in its place."""
+def _on_mesh(trained: Trained, leaves: Iterable[Leaf], mesh: Mesh, dtype: Any) -> dict[Path, jax.Array]:
+    """The trained values by their path in the tree that the forward pass takes, each in its place."""
 
     def array(leaf: Leaf) -> jax.Array:
         parts = [trained.state.read(name) for name in leaf.tunix_names]
         value = (np.stack(parts) if leaf.stacked else parts[0]).astype(dtype)
         return jax.device_put(value, sharding.named(mesh, leaf))
 
-    return build_tree((leaf.path, array(leaf)) for leaf in leaves)
+    return {leaf.path: array(leaf) for leaf in leaves}
 
 
 def _backend(base: Base, weights: Weights, config: EvalConfig, policy: str, description: dict[str, Any]) -> InProcess:
-    tokenizer = load_tokenizer(base.tokenizer_folder)
+    tokenizer = load_tokenizer(base.tokenizer_folder, base.new_tokens)
     stops = checkpoint_stop_ids(base, tokenizer)
     about = {**description, "thoughts": policy, "stop_ids": list(stops), "batch_size": config.batch_size}
     return InProcess(weights, tokenizer, stops, config, policy, about)

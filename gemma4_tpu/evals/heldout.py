@@ -78,10 +78,8 @@ class HeldoutAnswers:
         tokens = np.zeros((len(prompts), width), np.int32)
         for row, prompt in enumerate(prompts):
             tokens[row, width - len(prompt) :] = prompt
-        full = setup.step.full
         made = generate(
-            setup.step.model, trained if full else setup.base, None if full else trained,
-            *_on(setup.mesh, tokens, prompts),
+            setup.step.model, *setup.step.weights(trained, setup.base), *_on(setup.mesh, tokens, prompts),
             max_new_tokens=self._trainer.sample_tokens, sampling=Sampling(temperature=0), stop_ids=self._stop_ids,
         )  # fmt: skip
         out, counts, stopped = (np.asarray(x) for x in made)

@@ -9,6 +9,7 @@ from gemma4_tpu.export.place import Place
 from gemma4_tpu.export.trained import Trained
 from gemma4_tpu.hf_config import with_both_key_sets
 from gemma4_tpu.models.tensorfile import INDEX_NAME
+from gemma4_tpu.new_tokens import rewritten
 from gemma4_tpu.storage import filesystem, join, list_folder, open_bytes, read_json
 
 COPY_BYTES = 16 << 20  # at a time
@@ -49,10 +50,14 @@ def companions(trained: Trained) -> tuple[dict[str, str], list[str]]:
     return found, left
 
 
-def copy_file(path: str, place: Place, name: str) -> None:
-    """A file, byte for byte."""
+def copy_file(path: str, place: Place, name: str, renamed: dict[str, str]) -> None:
+    """A file, byte for byte; those of the tokenizer with the tokens that were `renamed`."""
     data = open_bytes(path)
     with place.create(name) as out:
+        if renamed and name.startswith(_TOKENIZER):
+            out.write(rewritten(name, data.read(0, data.size_bytes), renamed))
+            place.finish(name, out)
+            return
         for at in range(0, data.size_bytes, COPY_BYTES):
             out.write(data.read(at, min(at + COPY_BYTES, data.size_bytes)))
         place.finish(name, out)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -15,11 +16,12 @@ import numpy as np
 from gemma4_tpu.export.probe_prompts import from_logits
 from gemma4_tpu.export.trained import Trained
 from gemma4_tpu.models import lora as adapters
-from gemma4_tpu.models import sharding
+from gemma4_tpu.models import sharding, token_rows
 from gemma4_tpu.models.gemma4 import Model, hidden_states, logits
 from gemma4_tpu.models.layout import Leaf, build_tree, get
 from gemma4_tpu.models.params import load_params
 from gemma4_tpu.models.tensorfile import Checkpoint
+from gemma4_tpu.models.weights import EMBEDDING
 
 log = logging.getLogger(__name__)
 
@@ -75,42 +77,58 @@ class LogitParity:
 
 def compare_logits(trained: Trained, merged: Checkpoint) -> LogitParity:
     """Runs the models one after the other; one of them is in memory at a time."""
-    arch, lora = trained.base.arch, trained.lora
+    arch = trained.base.arch
     mesh = sharding.make_mesh(1, 1, jax.devices()[:1])
     model = Model(layout=trained.layout, compute_dtype=jnp.float32, mesh=mesh)
     tokens, mask, kind = _prompts(trained)
     places = sharding.places(model.layout, mesh)
-    dtype = merged.dtype(trained.prefix + next(iter(trained.tensors.values())).hf_names[0])
+
+    def dtype(name: str) -> Any:
+        """Of a weight on disk; norms may have another than matrices."""
+        return merged.dtype(trained.prefix + trained.tensors[name].hf_names[0])
 
     def run(params: Any, adapter: Any = None) -> np.ndarray:
         return np.asarray(forward(model, params, adapter, tokens, mask))[mask > 0]  # [positions, V]
 
     params = load_params(trained.checkpoint, arch, model.layout, places, np.float32)
     base = run(params)
-    if lora.enabled:
-        tuned = run(params, stacked(trained, adapters.leaves(model.layout)))
-        for adapter in adapters.adapters(model.layout):
-            _merge_in_place(params, trained, adapter, dtype)
-    else:
-        params = stacked(trained, model.layout.leaves())
-        tuned = run(params)
-        params = jax.tree.map(lambda x: x.astype(dtype).astype(jnp.float32), params)
+    for leaf in model.layout.trained_in_full():
+        _put(params, leaf, values(trained, leaf))
+    table, rows = params["embedder"], trained.token_rows
+    if rows:
+        new = jnp.asarray(trained.state.read(token_rows.NAME))
+        table["input_embedding"] = token_rows.put(table["input_embedding"], rows, new)
+    tuned = run(params, stacked(trained, adapters.leaves(model.layout)) or None)
+    for leaf in model.layout.trained_in_full():
+        _put(params, leaf, _rounded(get(params, leaf.path), dtype(leaf.tunix_names[0])))
+    for adapter in adapters.adapters(model.layout):
+        _merge_in_place(params, trained, adapter, dtype(adapter.base.tunix_names[0]))
+    if rows:
+        table["input_embedding"] = token_rows.put(table["input_embedding"], rows, _rounded(new, dtype(EMBEDDING)))
     rounded = run(params)
-    del params
+    del params, table
     final = run(load_params(merged, arch, model.layout, places, np.float32))
     probes = from_logits(tokens, mask, base, final)
-    return _compare(base, tuned, rounded, final, dtype, kind, tuple(probes))
+    largest = max(trained.tensors.values(), key=lambda tensor: math.prod(tensor.hf_shape))
+    return _compare(base, tuned, rounded, final, dtype(largest.name), kind, tuple(probes))
 
 
 def _merge_in_place(params: Any, trained: Trained, adapter: adapters.Adapter, dtype: Any) -> None:
     """Replaces a stacked weight [R, …] of the tree by base and adapter, rounded to `dtype`."""
     leaf, how, read = adapter.base, adapter.how, trained.state.read
-    node = get(params, leaf.path[:-1])
-    whole = np.array(node[leaf.path[-1]])
+    whole = np.array(get(params, leaf.path))
     for of_layer, *names in zip(whole, *(part.tunix_names for part in adapter.leaves), strict=True):
         where = list(how.pieces) if len(leaf.weight.hf_names) > 1 else slice(None)
         of_layer[where] = adapters.merged(leaf.weight, how, of_layer[where], [read(name) for name in names])
-    node[leaf.path[-1]] = jnp.asarray(whole).astype(dtype).astype(jnp.float32)
+    _put(params, leaf, _rounded(jnp.asarray(whole), dtype))
+
+
+def _put(params: Any, leaf: Leaf, value: jax.Array) -> None:
+    get(params, leaf.path[:-1])[leaf.path[-1]] = value
+
+
+def _rounded(value: jax.Array, dtype: Any) -> jax.Array:
+    return value.astype(dtype).astype(jnp.float32)
 
 
 def _compare(
@@ -149,13 +167,14 @@ def forward(model: Model, params: Any, lora: Any, tokens: Any, mask: Any) -> jax
 
 
 def stacked(trained: Trained, leaves: Any) -> Any:
-    """The trained values as the tree that the forward pass takes."""
+    """Trained values as the tree that the forward pass takes."""
+    return build_tree((leaf.path, values(trained, leaf)) for leaf in leaves)
 
-    def array(leaf: Leaf) -> jax.Array:
-        parts = [trained.state.read(name) for name in leaf.tunix_names]
-        return jnp.asarray(np.stack(parts) if leaf.stacked else parts[0], jnp.float32)
 
-    return build_tree((leaf.path, array(leaf)) for leaf in leaves)
+def values(trained: Trained, leaf: Leaf) -> jax.Array:
+    """The trained values of one array."""
+    parts = [trained.state.read(name) for name in leaf.tunix_names]
+    return jnp.asarray(np.stack(parts) if leaf.stacked else parts[0], jnp.float32)
 
 
 def _prompts(trained: Trained) -> tuple[np.ndarray, np.ndarray, str]:

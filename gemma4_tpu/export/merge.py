@@ -22,6 +22,7 @@ from gemma4_tpu.errors import UserError
 from gemma4_tpu.export.companions import COPY_BYTES, companions, copy_file
 from gemma4_tpu.export.place import Place
 from gemma4_tpu.export.trained import Change, Trained
+from gemma4_tpu.models import token_rows
 from gemma4_tpu.models.names import Tensor
 from gemma4_tpu.models.tensorfile import TensorFile
 
@@ -111,7 +112,7 @@ class Merger:
             log.info("not copied from %s: %s", self.trained.base.folder, ", ".join(left))
         for name, path in found.items():
             if name != "config.json" and place.done(name) is None:
-                copy_file(path, place, name)
+                copy_file(path, place, name, self.trained.base.token_places.renamed)
         return deltas
 
     def _shard(self, shard: str, file: TensorFile, place: Place, workers: ThreadPoolExecutor) -> list[Delta]:
@@ -136,18 +137,26 @@ class Merger:
             if change is None:
                 continue
             yield from _copies(file, copied_to, info.start)
-            lora = self.trained.lora.enabled
-            merged = self._lora_block(name, change, file) if lora else self._full_block(name, change, file)
+            full = self.trained.is_in_full(change.tensor)
+            merged = self._block(name, change, file)
             rows = self._rows_at_once(change.tensor)
             block_values = rows * math.prod(change.tensor.hf_shape) // change.tensor.split[0]
-            per_value = DORA_BYTES if self.trained.lora.dora else LORA_BYTES
-            memory_bytes = block_values * (per_value if lora else FULL_BYTES)
-            if not lora:
+            lora_bytes = DORA_BYTES if self.trained.lora.dora else LORA_BYTES
+            memory_bytes = block_values * (FULL_BYTES if full else lora_bytes)
+            if full:
                 memory_bytes += PART_BYTES * min(block_values, BLOCK_VALUES)
             for start, stop in _blocks(change.tensor, rows):
                 yield Piece(name, memory_bytes, partial(merged, start, stop))
             copied_to = info.stop
         yield from _copies(file, copied_to, file.size_bytes)
+
+    def _block(self, name: str, change: Change, file: TensorFile) -> Callable[[int, int], Any]:
+        """What makes the rows [start, stop) of the first split dim of a changed weight."""
+        if self.trained.is_in_full(change.tensor):
+            return self._full_block(name, change, file)
+        if self.trained.rows_of(change.tensor):
+            return self._rows_block(name, change, file)
+        return self._lora_block(name, change, file)
 
     def _delta(
         self, name: str, delta_squared: float, base_squared: float, changed: float, merged_squared: float
@@ -157,7 +166,7 @@ class Merger:
             raise UserError(f"{name}: NaN or infinity after the merge: the training diverged, or the base is damaged")
         change = self.trained.changes[name]
         tensor = change.tensor
-        if self.trained.lora.enabled and not self.trained.lora.dora:
+        if tensor.name in self.trained.layout.adapted and not self.trained.lora.dora:
             delta_squared = self._factors(tensor.name)[tensor.hf_names[change.source]].squared_norm
         norm, base_norm = math.sqrt(max(delta_squared, 0)), math.sqrt(base_squared)
         return Delta(name, tensor.name, norm, base_norm, math.prod(tensor.hf_shape), int(changed))
@@ -166,7 +175,7 @@ class Merger:
         """Of the first split dim on disk: what a block holds, in whole chunks of the checkpoint."""
         per_row = math.prod(tensor.hf_shape) // tensor.split[0]
         rows = max(1, BLOCK_VALUES // per_row)
-        if self.trained.lora.enabled:
+        if not self.trained.is_in_full(tensor):
             return rows
         chunk = self._chunk(tensor, 0)
         return min(tensor.split[0], max(1, rows // chunk) * chunk)
@@ -240,6 +249,22 @@ class Merger:
                 out[part], of_part = _rounded(merged, of_base, base_squared, _squared(difference))
                 sums += of_part
             return _bytes(out), sums
+
+        return block
+
+    def _rows_block(self, name: str, change: Change, file: TensorFile) -> Callable[[int, int], Any]:
+        """The base with the rows that were trained alone in their places, for rows [start, stop)."""
+        rows = dict(zip(self.trained.rows_of(change.tensor), self.trained.state.read(token_rows.NAME), strict=True))
+
+        def block(start: int, stop: int) -> tuple[np.ndarray, np.ndarray]:
+            base = _rows(file, name, slice(start, stop))
+            merged = base.astype(np.float32)
+            base_squared, delta_squared = _squared(merged), 0.0
+            for row in rows.keys() & set(range(start, stop)):
+                delta_squared += _squared(rows[row] - merged[row - start])
+                merged[row - start] = rows[row]
+            rounded, sums = _rounded(merged, base, base_squared, delta_squared)
+            return _bytes(rounded), sums
 
         return block
 

@@ -16,9 +16,10 @@ from gemma4_tpu.config.schema import LoraConfig
 from gemma4_tpu.errors import UserError
 from gemma4_tpu.export.place import Place
 from gemma4_tpu.export.trained import Trained
+from gemma4_tpu.models import token_rows
 from gemma4_tpu.models.adapted import scaled_by
 from gemma4_tpu.models.expert_files import modules
-from gemma4_tpu.models.names import Tensor, peft_magnitude_name, peft_tensors
+from gemma4_tpu.models.names import HEAD, PEFT_PREFIX, Tensor, peft_magnitude_name, peft_tensors, some
 
 log = logging.getLogger(__name__)
 
@@ -44,6 +45,14 @@ def check_peft(trained: Trained, experts: str) -> None:
     """
     if not trained.lora.enabled:
         raise UserError(f"export=peft: {trained.run.path} trained every weight (lora=none); give export=merged")
+    whole = _whole(trained)
+    if parts := [name for name in whole if not name.endswith(".weight")]:
+        raise UserError(
+            f"export=peft: {trained.run.path} trained {some(parts, 3)} in full: no modules of their own, and PEFT saves"
+            " whole modules only; give export=merged"
+        )
+    if whole or trained.token_rows:
+        log.warning("vLLM takes no adapter with whole modules or rows of tokens: serve the merged model")
     if warning := vllm_warning(max(how.rank for how in trained.layout.adapted.values())):
         log.warning(warning)
     if trained.lora.dora:
@@ -87,13 +96,14 @@ def write_peft(trained: Trained, place: Place, experts: str) -> None:
         out.write((json.dumps(peft_config(trained, experts), indent=2) + "\n").encode())
         place.finish(CONFIG, out)
     ranks = sorted({how.rank for how in trained.layout.adapted.values()})
-    log.info("PEFT adapter of rank %s on %d weights", ", ".join(map(str, ranks)), len(trained.changes))
+    adapted = sum(len(tensor.hf_names) for tensor in trained.adapted.values())
+    log.info("PEFT adapter of rank %s on %d weights", ", ".join(map(str, ranks)), adapted)
 
 
 def peft_config(trained: Trained, experts: str) -> dict[str, Any]:
     """`adapter_config.json`."""
     lora: LoraConfig = trained.lora
-    ranks = rank_pattern(trained, experts)
+    rows, ranks = list(trained.token_rows), rank_pattern(trained, experts)
     scaled = {name: rank for name, rank in ranks.items() if _EXPERT.search(name)}
     config = {
         "peft_type": "LORA",
@@ -110,7 +120,10 @@ def peft_config(trained: Trained, experts: str) -> dict[str, Any]:
         "bias": "none",
         "fan_in_fan_out": False,
         "inference_mode": True,
-        "modules_to_save": None,
+        # by their whole paths: PEFT takes every module that ends so, those of vision towers too
+        "modules_to_save": [name.removesuffix(".weight") for name in _whole(trained)] or None,
+        **({"ensure_weight_tying": True} if HEAD in _whole(trained) else {}),
+        **({"trainable_token_indices": {trained.match.embedding.removesuffix(".weight"): rows}} if rows else {}),
     }
     if parameters := _parameters(trained) if experts == "fused" else []:
         config |= {"target_parameters": parameters, "lora_dropout": 0.0}  # with dropout PEFT takes no parameters
@@ -120,7 +133,7 @@ def peft_config(trained: Trained, experts: str) -> dict[str, Any]:
 def rank_pattern(trained: Trained, experts: str) -> dict[str, int]:
     """The ranks that are not `lora.rank`, by the names of the modules; with their layers only where these differ."""
     found: dict[str, dict[str, int]] = {}
-    for tensor in trained.tensors.values():
+    for tensor in trained.adapted.values():
         for name in _modules(tensor, experts):
             found.setdefault(_local(name), {})[name] = trained.layout.adapted[tensor.name].rank
     ranks: dict[str, int] = {}
@@ -135,7 +148,7 @@ def target_modules(trained: Trained, experts: str) -> str | list[str]:
     PEFT takes `layers_to_transform` with a list alone, so that the layers are named here.
     """
     wrapped = set(_parameters(trained)) if experts == "fused" else set()
-    names = [name for tensor in trained.tensors.values() for name in _modules(tensor, experts)]
+    names = [name for tensor in trained.adapted.values() for name in _modules(tensor, experts)]
     local = {_local(name) for name in names} - wrapped
     if not local:
         return []
@@ -148,7 +161,30 @@ def target_modules(trained: Trained, experts: str) -> str | list[str]:
     return rf"{tower}\.layers\.{layers}\.({modules})"
 
 
+def _whole(trained: Trained) -> list[str]:
+    """Names on disk of what was trained in full."""
+    return [name for t in trained.tensors.values() if trained.is_in_full(t) for name in _whole_names(trained, t)]
+
+
+def _whole_names(trained: Trained, tensor: Tensor) -> list[str]:
+    """With the embedding goes the output matrix: tied or not, PEFT would leave it as it was."""
+    names = [trained.prefix + name for name in tensor.hf_names]
+    return [*names, HEAD] if trained.match.embedding in names else names
+
+
+def _token_rows_name(trained: Trained) -> str:
+    """What PEFT calls the rows of the embedding that are trained alone; it ties the output matrix to them."""
+    return f"{PEFT_PREFIX}{trained.match.embedding.removesuffix('.weight')}.token_adapter.trainable_tokens_delta"
+
+
 def _tensors(trained: Trained, tensor: Tensor, experts: str) -> dict[str, np.ndarray]:
+    if trained.is_in_full(tensor):
+        pieces = list(tensor.to_hf(trained.state.read(tensor.name)).values())
+        names = _whole_names(trained, tensor)
+        pieces += pieces[:1] * (len(names) - len(pieces))
+        return {PEFT_PREFIX + name: np.ascontiguousarray(x) for name, x in zip(names, pieces, strict=True)}
+    if trained.rows_of(tensor):
+        return {_token_rows_name(trained): trained.state.read(token_rows.NAME)}
     lora_a, lora_b, *magnitude = (trained.state.read(name) for name in trained.factor_names(tensor))
     factor = trained.layout.adapted[tensor.name].scale / _scale(trained.lora)
     if tensor.weight.each and factor != 1:
@@ -167,7 +203,7 @@ def _named(trained: Trained, tensor: Tensor, experts: str, *factors: np.ndarray)
 
 def _parameters(trained: Trained) -> list[str]:
     """The adapted parameters of experts, as PEFT's `target_parameters` names them."""
-    adapted = (tensor for tensor in trained.tensors.values() if tensor.weight.each)
+    adapted = (tensor for tensor in trained.adapted.values() if tensor.weight.each)
     return list(dict.fromkeys(_local(name) for tensor in adapted for name in _modules(tensor, "fused")))
 
 
@@ -213,6 +249,12 @@ def _header(trained: Trained, experts: str) -> bytes:
 def _shapes(trained: Trained, experts: str) -> Iterator[tuple[str, list[int]]]:
     """Name and shape of every tensor, in the order in which they are written."""
     for tensor in trained.tensors.values():
+        if trained.is_in_full(tensor):
+            yield from ((PEFT_PREFIX + name, list(tensor.hf_shape)) for name in _whole_names(trained, tensor))
+            continue
+        if rows := trained.rows_of(tensor):
+            yield _token_rows_name(trained), [len(rows), tensor.hf_shape[1]]
+            continue
         shapes = (trained.state.shape(name) for name in trained.factor_names(tensor))
         factors = (np.broadcast_to(np.float32(0), shape) for shape in shapes)
         for name, array in _named(trained, tensor, experts, *factors).items():

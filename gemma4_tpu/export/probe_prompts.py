@@ -17,6 +17,7 @@ import numpy as np
 from gemma4_tpu.checkpoint_folder import PROBE_NAME
 from gemma4_tpu.export.place import Place
 from gemma4_tpu.export.trained import Trained
+from gemma4_tpu.new_tokens import rewritten
 
 log = logging.getLogger(__name__)
 
@@ -63,7 +64,8 @@ def from_answers(trained: Trained) -> list[dict[str, Any]]:
         return []
     from tokenizers import Tokenizer
 
-    tokenizer = Tokenizer.from_file(str(tokenizer_path))
+    renamed = trained.base.token_places.renamed
+    tokenizer = Tokenizer.from_buffer(bytes(rewritten(tokenizer_path.name, tokenizer_path.read_bytes(), renamed)))
     rows = [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line]
     before = {row["prompt"]: row["answer"] for row in rows if row["update"] == 0}
     after = {row["prompt"]: row["answer"] for row in rows if row["update"] == trained.state.update}

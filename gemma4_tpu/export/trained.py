@@ -16,11 +16,13 @@ from gemma4_tpu.config.schema import LoraConfig, ModelConfig, TrainRoot
 from gemma4_tpu.config.tasks import ExportConfig
 from gemma4_tpu.errors import UserError
 from gemma4_tpu.models import lora as adapters
+from gemma4_tpu.models import token_rows
 from gemma4_tpu.models.base import Base, resolve_base
 from gemma4_tpu.models.layout import Layout
 from gemma4_tpu.models.match import Match, fit
 from gemma4_tpu.models.names import Tensor, adapted_tensors, name_map
 from gemma4_tpu.models.tensorfile import Checkpoint
+from gemma4_tpu.models.weights import EMBEDDING
 from gemma4_tpu.tracking.files import read_json
 from gemma4_tpu.tracking.run import RunFolder
 from gemma4_tpu.training.saved import SavedState, open_saved
@@ -69,11 +71,27 @@ class Trained:
 
     @cached_property
     def tensors(self) -> Mapping[str, Tensor]:
-        """Tunix name → the weights that were trained, or what of them was adapted."""
-        if self.lora.enabled:
-            return adapted_tensors(self.base.arch, self.layout.adapted)
-        trained = set(self.state.names)
-        return {t.name: t for t in name_map(self.base.arch).values() if t.name in trained}
+        """Tunix name → the weights that were trained in full or in some rows, or what of them was adapted."""
+        others = {n: t for n, t in name_map(self.base.arch).items() if self.is_in_full(t) or self.rows_of(t)}
+        return {**self.adapted, **others}
+
+    @cached_property
+    def adapted(self) -> Mapping[str, Tensor]:
+        """Those with adapters: what of them was adapted."""
+        return adapted_tensors(self.base.arch, self.layout.adapted)
+
+    def is_in_full(self, tensor: Tensor) -> bool:
+        """Whether a weight was trained itself, without an adapter."""
+        return tensor.weight.name in self.layout.in_full
+
+    @cached_property
+    def token_rows(self) -> tuple[int, ...]:
+        """Rows of the embedding that were trained alone: those of new tokens."""
+        return token_rows.trained_alone(self.layout, tuple(self.base.token_places.ids.values()))
+
+    def rows_of(self, tensor: Tensor) -> tuple[int, ...]:
+        """Rows of a weight that were trained alone."""
+        return self.token_rows if tensor.name == EMBEDDING else ()
 
     @cached_property
     def changes(self) -> Mapping[str, Change]:
@@ -142,7 +160,7 @@ def _check_fingerprint(folder: RunFolder, base: Base) -> None:
 def _check_values(trained: Trained) -> None:
     """The checkpoint holds exactly the tensors that the configuration trains, in their shapes."""
     lora = trained.lora
-    leaves = adapters.leaves(trained.layout) if lora.enabled else trained.layout.leaves()
+    leaves = adapters.trained_leaves(trained.layout, len(trained.base.new_tokens))
     expected = {name: leaf.shape for leaf in leaves for name in leaf.tunix_names}
     where = f"{trained.state.folder}"
     if missing := sorted(expected.keys() - set(trained.state.names)):

@@ -18,6 +18,7 @@ import numpy as np
 from gemma4_tpu.errors import UserError
 from gemma4_tpu.export.trained import Trained
 from gemma4_tpu.models import lora as adapters
+from gemma4_tpu.models import token_rows
 from gemma4_tpu.models.names import Tensor
 from gemma4_tpu.models.tensorfile import Checkpoint
 
@@ -48,7 +49,7 @@ class WeightParity:
 def compare_weights(trained: Trained, merged: Checkpoint) -> WeightParity:
     """Compares a block of every changed weight, read in memory's layout."""
     rng = np.random.default_rng(0)
-    blocks = [(tensor, _some_block(tensor, rng)) for tensor in trained.tensors.values()]
+    blocks = [(tensor, index) for tensor in trained.tensors.values() for index in _blocks(trained, tensor, rng)]
 
     def off(tensor: Tensor, index: tuple[slice, ...]) -> tuple[float, int]:
         expected, slack = _expected(trained, tensor, index)
@@ -61,7 +62,13 @@ def compare_weights(trained: Trained, merged: Checkpoint) -> WeightParity:
         ratios, values = zip(*threads.map(off, *zip(*blocks, strict=True)), strict=True)
     worst = max(ratios)
     worst_weight = blocks[ratios.index(worst)][0].name
-    return WeightParity(len(blocks), sum(values), worst, worst_weight if worst else "", worst <= 1.0)
+    return WeightParity(len(trained.tensors), sum(values), worst, worst_weight if worst else "", worst <= 1.0)
+
+
+def _blocks(trained: Trained, tensor: Tensor, rng: np.random.Generator) -> list[tuple[slice, ...]]:
+    """What is compared of a weight: some of it, and every row that was trained alone."""
+    rows = [(slice(row, row + 1), slice(0, tensor.shape[1])) for row in trained.rows_of(tensor)]
+    return [_some_block(tensor, rng), *rows]
 
 
 def _some_block(tensor: Tensor, rng: np.random.Generator) -> tuple[slice, ...]:
@@ -81,8 +88,15 @@ def _read(tensor: Tensor, checkpoint: Checkpoint, prefix: str, index: tuple[slic
 
 def _expected(trained: Trained, tensor: Tensor, index: tuple[slice, ...]) -> tuple[np.ndarray, float]:
     """(float64 values in memory's layout, what float32 arithmetic may be off by)."""
-    if not trained.lora.enabled:
+    if trained.is_in_full(tensor):
         return trained.state.read(tensor.name, index).astype(np.float64), 0.0
+    if rows := trained.rows_of(tensor):
+        expected = _read(tensor, trained.checkpoint, trained.prefix, index).astype(np.float64)
+        start, stop, _ = index[0].indices(tensor.shape[0])
+        for row, values in zip(rows, trained.state.read(token_rows.NAME), strict=True):
+            if start <= row < stop:
+                expected[row - start] = values[index[1]]
+        return expected, 0.0
     where = dict(zip(tensor.weight.dims, index, strict=True)) | {"r": slice(None)}
     weight, how = tensor.weight, trained.layout.adapted[tensor.name]
     factors = [

@@ -11,6 +11,7 @@ from fnmatch import fnmatchcase
 from gemma4_tpu.architectures import Architecture
 from gemma4_tpu.config.schema import LoraConfig
 from gemma4_tpu.errors import UserError
+from gemma4_tpu.models.in_full import is_in_full
 from gemma4_tpu.models.weights import MODULES, ROLES, Weight, rows
 
 _LAYERS = re.compile(r"(?P<first>-?\d+)(?P<range>-(?P<last>-?\d+)?)?")
@@ -34,7 +35,7 @@ OfLayer = tuple[tuple[str, Adapted], ...]
 
 
 def adapted(arch: Architecture, lora: LoraConfig | None) -> tuple[OfLayer, ...]:
-    """Of each layer. The router has none.
+    """Of each layer. The router has none, nor has what is trained in full.
 
     Raises:
       UserError: `lora.layers`, `lora.targets` or `lora.ranks` name what this model has not, or no weight is adapted.
@@ -48,6 +49,8 @@ def adapted(arch: Architecture, lora: LoraConfig | None) -> tuple[OfLayer, ...]:
     )
     if not any(found):
         where = "" if lora.layers is None else f" in lora.layers=[{','.join(lora.layers)}]"
+        if lora.modules_to_train:
+            where += f" that lora.modules_to_train=[{','.join(lora.modules_to_train)}] leaves"
         known = ", ".join([*ROLES, *MODULES])
         raise UserError(f"lora.targets=[{','.join(lora.targets)}] adapts no module{where}; use some of {known}")
     if idle := [pattern for pattern in lora.ranks if pattern not in ranks.used]:
@@ -87,7 +90,7 @@ def _of_layer(arch: Architecture, lora: LoraConfig, ranks: _Ranks, layer: int) -
         pieces = tuple(
             i for i, module in enumerate(weight.modules) if weight.role in lora.targets or module in lora.targets
         )
-        if weight.role and pieces:
+        if weight.role and pieces and not is_in_full(weight, lora):
             otherwise = expert_rank(arch, lora) if weight.each else lora.rank
             rank = ranks.of(weight, layer, pieces, otherwise)
             yield weight.name, Adapted(rank, lora.alpha / scaled_by(rank, lora.rslora), pieces, lora.dora)

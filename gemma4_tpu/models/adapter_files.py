@@ -10,14 +10,16 @@ import math
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
 
 from gemma4_tpu.errors import UserError
 from gemma4_tpu.models.expert_files import by_parameter, from_experts, from_fused, parameter_of
-from gemma4_tpu.models.names import from_peft_name, some
+from gemma4_tpu.models.names import HEAD, from_peft_module, from_peft_name, some
 from gemma4_tpu.models.tensorfile import TensorFile
+from gemma4_tpu.models.weights import BY_NAME, EMBEDDING
 from gemma4_tpu.storage import join, list_folder, open_bytes, read_json
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
@@ -26,7 +28,8 @@ _NAME = re.compile(r"\^?[\w.]+")  # of a module; PEFT takes regular expressions,
 _HASHED_AT_ONCE_BYTES = 32 << 20
 
 _WITHOUT_EFFECT = {
-    "auto_mapping", "base_model_name_or_path", "eva_config", "exclude_modules", "fan_in_fan_out", "inference_mode",
+    "auto_mapping", "base_model_name_or_path", "ensure_weight_tying", "eva_config", "exclude_modules", "fan_in_fan_out",
+    "inference_mode",
     "layers_pattern", "layers_to_transform", "lora_dropout", "megatron_core", "peft_version", "qalora_group_size",
     "revision", "runtime_config", "target_modules", "task_type",
 }  # fmt: skip
@@ -34,7 +37,7 @@ _WITHOUT_EFFECT = {
 other key must be off, also one that a later version of PEFT brings."""
 _READ = {
     "peft_type", "r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern", "init_lora_weights",
-    "target_parameters",
+    "modules_to_save", "target_parameters",
 }  # fmt: skip
 _OFF: tuple[Any, ...] = (None, False, "none", [], {})
 _ON_THE_SAME_BASE = (True, False, "gaussian", "eva", "orthogonal", "mica")
@@ -64,11 +67,23 @@ class Given:
 
 
 @dataclass(frozen=True)
+class Whole:
+    """A weight that was trained in full."""
+
+    shape: tuple[int, ...]
+    """On disk."""
+    read: Callable[[], np.ndarray]
+    """Its values in float32, with the dims on disk."""
+
+
+@dataclass(frozen=True)
 class PeftAdapter:
     """The two files of an adapter, read and checked as far as headers go."""
 
     weights: Mapping[str, Given]
     """By the weight's name without prefix: `layers.3.self_attn.q_proj.weight`."""
+    whole: Mapping[str, Whole]
+    """Of modules that were saved themselves (`modules_to_save`), by the same names."""
     base: str | None
     """The base model that it says it was trained on."""
     sha256: str
@@ -92,10 +107,11 @@ def read_peft(folder: str) -> PeftAdapter:
         raise UserError(f"{folder}: has no {WEIGHTS}; found {', '.join(present[:10])}")
     config, file = read_json(join(folder, CONFIG)), TensorFile(join(folder, WEIGHTS))
     _check_config(config, join(folder, CONFIG))
-    pairs, modules = _pairs(file)
+    pairs, modules, others = _pairs(file)
+    whole = _whole(file, others, config.get("modules_to_save"))
     weights = _experts(file, config, pairs, modules)
     weights |= {weight: _given(file, pair, _scale(config, modules[weight])) for weight, pair in pairs.items()}
-    return PeftAdapter(weights, config.get("base_model_name_or_path"), _sha256(folder))
+    return PeftAdapter(weights, whole, config.get("base_model_name_or_path"), _sha256(folder))
 
 
 def _check_config(config: Mapping[str, Any], where: str) -> None:
@@ -120,25 +136,45 @@ def _check_config(config: Mapping[str, Any], where: str) -> None:
         raise UserError(f"{where}: {'; '.join(problems)}")
 
 
-def _pairs(file: TensorFile) -> tuple[dict[str, dict[str, str]], dict[str, str]]:
-    """Weight → (`A`, `B`) → name of the tensor; and weight → the module's path as spelt."""
+def _pairs(file: TensorFile) -> tuple[dict[str, dict[str, str]], dict[str, str], list[str]]:
+    """Weight → (`A`, `B`) → name of the tensor; weight → the module's path as spelt; tensors that are no factors."""
     pairs: dict[str, dict[str, str]] = {}
     modules: dict[str, str] = {}
-    strange = []
+    others = []
     for name in file.tensors:
         if (found := from_peft_name(name)) is None:
-            strange.append(name)
+            others.append(name)
             continue
         weight, factor, modules[weight] = found[0], found[1], found[2]
         if (other := pairs.setdefault(weight, {}).setdefault(factor, name)) != name:
             raise UserError(f"{file.path}: {other} and {name} are two adapters of one weight; save one of them alone")
-    if strange:
-        raise UserError(f"{file.path}: {some(strange)}: not the A or B of a LoRA adapter; nothing here could take them")
     if half := [name for pair in pairs.values() for name in pair.values() if len(pair) < 2]:
         raise UserError(f"{file.path}: {some(half)}: A without B, or B without A; save the adapter again")
     if not pairs:
         raise UserError(f"{file.path}: holds no adapter")
-    return pairs, modules
+    return pairs, modules, others
+
+
+def _whole(file: TensorFile, names: list[str], modules_to_save: list[str] | None) -> dict[str, Whole]:
+    """The tensors that are no factors of adapters, if PEFT's configuration says that there are such."""
+    found: dict[str, Whole] = {}
+    for name in names:
+        info = file.tensors[name]
+        if not modules_to_save or info.dtype.name not in _DTYPES or (weight := from_peft_module(name)) in found:
+            raise UserError(
+                f"{file.path}: {name}: neither the A or B of a LoRA adapter nor a weight of a module in {CONFIG}'s"
+                f" modules_to_save={modules_to_save}; nothing here could take it"
+            )
+        found[weight] = Whole(info.shape, partial(_read, file, name))
+    head, embedding = found.get(HEAD), found.get(BY_NAME[EMBEDDING].on_disk)
+    if (head or embedding) and not (head and embedding and np.array_equal(head.read(), embedding.read())):
+        raise UserError(
+            f"{file.path}: embedding and output matrix are not the same, which Gemma 4's are; train them as one"
+            " (ensure_weight_tying=True)"
+        )
+    if absent := [m for m in modules_to_save or () if not any(n.removesuffix(".weight").endswith(m) for n in names)]:
+        raise UserError(f"{file.path}: {CONFIG} says modules_to_save={absent}, of which no tensor is here")
+    return {name: one for name, one in found.items() if name != HEAD}
 
 
 def _given(file: TensorFile, pair: Mapping[str, str], scale: tuple[float, int]) -> Given:

@@ -13,6 +13,7 @@ from gemma4_tpu import assets
 from gemma4_tpu.checkpoint_folder import BaseFound, find_base
 from gemma4_tpu.config.schema import ModelConfig
 from gemma4_tpu.models.tensorfile import Checkpoint
+from gemma4_tpu.new_tokens import NewTokens, places
 
 RANDOM_TOKENIZER = "embedded:tiny"
 """Tokenizer of random weights unless `model.tokenizer` names another."""
@@ -23,6 +24,8 @@ class Base(BaseFound):
     """A base model, found but not loaded."""
 
     tokenizer_folder: str
+    new_tokens: tuple[str, ...] = ()
+    """`model.new_tokens`."""
 
     @cached_property
     def checkpoint(self) -> Checkpoint:
@@ -34,6 +37,11 @@ class Base(BaseFound):
         if self.folder is None:
             raise ValueError("random weights have no checkpoint")
         return Checkpoint(self.folder)
+
+    @cached_property
+    def token_places(self) -> NewTokens:
+        """Where the new tokens are. Raises `UserError` where the tokenizer has no room for them."""
+        return places(self.tokenizer_folder, self.new_tokens) if self.new_tokens else NewTokens({}, {})
 
     @cached_property
     def fingerprint(self) -> str:
@@ -51,4 +59,5 @@ def resolve_base(model: ModelConfig) -> Base:
     """
     found = find_base(model, remote=True)
     tokenizer = assets.resolve(model.tokenizer) if model.tokenizer else found.folder
-    return Base(found.arch, found.folder, found.seed, tokenizer or assets.resolve(RANDOM_TOKENIZER))
+    folder = tokenizer or assets.resolve(RANDOM_TOKENIZER)
+    return Base(found.arch, found.folder, found.seed, folder, tuple(model.new_tokens))

@@ -1,34 +1,34 @@
 """Analytic FLOP counts: what the model's mathematics needs, whatever a compiler makes of it. No JAX here.
 
 A multiply-add counts as two. Backward passes: activation gradients cost as much as the forward pass; weight gradients
-as much again, but only for weights that are trained. LoRA trains almost none, hence 4 FLOPs per parameter and token
-instead of 6; and 2 in layers before the first that is adapted, to which no gradient goes back.
+as much again, but only for weights that are trained: 6 FLOPs per parameter and token, and 4 where it is frozen. LoRA
+trains almost none; and its layers before the first that is trained take 2, as no gradient goes back to them.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 from gemma4_tpu.architectures import Architecture
 from gemma4_tpu.config.schema import LoraConfig
 from gemma4_tpu.models.layout import Layout
 from gemma4_tpu.models.names import Tensor, adapted_tensors, name_map
-from gemma4_tpu.models.weights import PER_LAYER_TABLE
+from gemma4_tpu.models.weights import PER_LAYER_TABLE, rows
 
 
-def matmul_parameters(arch: Architecture, before: int | None = None) -> int:
+def matmul_parameters(arch: Architecture, only: Callable[[Tensor], bool] = lambda _: True) -> int:
     """Parameters that each token is multiplied with: active experts only, the output table included.
 
-    `before`: of the layers before this one alone.
+    `only` picks some of the weights.
     """
 
     def active(tensor: Tensor) -> int:
         values = math.prod(tensor.shape)
         return values // arch.num_experts * arch.experts_per_token if tensor.weight.each else values
 
-    products = [t for t in name_map(arch).values() if t.weight.inputs and t.name != PER_LAYER_TABLE]
-    if before is not None:
-        products = [t for t in products if t.name.startswith("layers.") and int(t.name.split(".")[1]) < before]
+    tensors = (t for t in name_map(arch).values() if only(t))
+    products = (t for t in tensors if t.weight.inputs and t.name != PER_LAYER_TABLE)
     return sum(map(active, products))
 
 
@@ -62,11 +62,28 @@ def attention_flops(arch: Architecture, length: float, before: int | None = None
     return flops
 
 
-def train_flops_per_token(arch: Architecture, lora: LoraConfig, mean_length: float) -> float:
-    """Forward and backward of one real token in segments of `mean_length` tokens, without rematerialisation."""
-    if not lora.enabled:
-        return 6 * matmul_parameters(arch) + 3 * attention_flops(arch, mean_length)
+def train_flops_per_token(arch: Architecture, lora: LoraConfig, mean_length: float, token_rows: bool = False) -> float:
+    """Forward and backward of one real token in segments of `mean_length` tokens, without rematerialisation.
+
+    `token_rows`: some rows of the embedding are trained as well, see `token_rows.py`.
+    """
+    layout = Layout.of(arch, lora)
+    first = 0 if token_rows else _first_trained_layer(layout)
+    before = tuple(f"layers.{layer}." for layer in range(first))
+    below = matmul_parameters(arch, lambda t: t.name.startswith(before))
+    forward_only = 2 * below + 2 * attention_flops(arch, mean_length, first)
+    in_full = matmul_parameters(arch, lambda t: t.weight.name in layout.in_full)
     base = 4 * matmul_parameters(arch) + 3 * attention_flops(arch, mean_length)
-    first = next(i for i, layer in enumerate(Layout.of(arch, lora).of_layers) if layer)
-    forward_only = 2 * matmul_parameters(arch, first) + 2 * attention_flops(arch, mean_length, first)
-    return base - forward_only + 6 * _lora_parameters(arch, lora, arch.experts_per_token)
+    return base - forward_only + 2 * in_full + 6 * _lora_parameters(arch, lora, arch.experts_per_token)
+
+
+def _first_trained_layer(layout: Layout) -> int:
+    """Down to which gradients go: what is trained of the embedder, per-layer inputs included, is below all layers."""
+    arch, in_full = layout.arch, layout.in_full
+    if any(weight.path[0] == "embedder" and weight.name in in_full for weight in rows(arch)):
+        return 0
+    return next(
+        layer
+        for layer, adapters in enumerate(layout.of_layers)
+        if adapters or any(weight.name in in_full for weight in rows(arch, layer))
+    )

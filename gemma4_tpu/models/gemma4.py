@@ -52,6 +52,8 @@ class Model:
     """A policy of `remat.py`."""
     attention: Callable[..., jax.Array] = einsum_attention
     mesh: Mesh | None = None
+    token_rows: tuple[int, ...] = ()
+    """Rows of the embedding that are trained alone, see `token_rows.py`."""
 
     @property
     def arch(self) -> Architecture:
@@ -103,7 +105,8 @@ def _project(layer: Layer, name: str, x: jax.Array, whole: jax.Array | None = No
     model, weight = layer.model, BY_NAME[name]
     base_eq, a_eq, b_eq = weight.equations
     held = get(layer.params, weight.path)
-    if layer.lora and weight.role:  # frozen: a trained weight's gradient would be gathered, too
+    frozen = name not in model.layout.in_full
+    if layer.lora and weight.role and frozen:  # a trained weight's gradient would be gathered, too
         held = gathered(held, weight, model.mesh)
     y = jnp.einsum(base_eq, x if whole is None else whole, dense(held, model.compute_dtype))
     if TP in weight.axes_of(weight.inputs):  # each chip has a part of the sum: scattered here, not added up whole

@@ -9,7 +9,7 @@ checkpoint does not depend on the layout.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache, cached_property
 from itertools import groupby
@@ -18,6 +18,7 @@ from typing import Any
 from gemma4_tpu.architectures import Architecture
 from gemma4_tpu.config.schema import LoraConfig
 from gemma4_tpu.models.adapted import Adapted, OfLayer, adapted
+from gemma4_tpu.models.in_full import names
 from gemma4_tpu.models.weights import EMBEDDING, PER_LAYER_TABLE, Axes, Weight, rows, sizes
 
 Path = tuple[str | int, ...]
@@ -111,6 +112,8 @@ class Layout:
     stages: tuple[LayerStage, ...]
     of_layers: tuple[OfLayer, ...]
     """The adapters of each layer."""
+    in_full: frozenset[str]
+    """Names, without `layers.N.`, of the weights that are trained themselves."""
 
     @staticmethod
     def of(arch: Architecture, lora: LoraConfig | None = None) -> Layout:
@@ -119,7 +122,7 @@ class Layout:
         Raises:
           UserError: `lora` adapts no weight.
         """
-        return _layout(arch, adapted(arch, lora))
+        return _layout(arch, adapted(arch, lora), names(lora) if lora else frozenset())
 
     @cached_property
     def adapted(self) -> Mapping[str, Adapted]:
@@ -138,6 +141,10 @@ class Layout:
                 how = self.adapted.get(names[0])
                 yield Leaf((*path, *weight.path), names, weight.shape(size), True, weight, weight.dims, how)
 
+    def trained_in_full(self) -> list[Leaf]:
+        """The arrays that are trained themselves."""
+        return [leaf for leaf in self.leaves() if leaf.weight.name in self.in_full]
+
     def groups(self) -> Iterator[tuple[Path, tuple[int, ...]]]:
         """`(path of a stacked layer, the layer numbers stacked in it)`."""
         for s, stage in enumerate(self.stages):
@@ -150,8 +157,8 @@ class Layout:
 
 
 @cache
-def _layout(arch: Architecture, adapters: tuple[OfLayer, ...]) -> Layout:
-    return Layout(arch, _stages(arch, adapters), adapters)
+def _layout(arch: Architecture, adapters: tuple[OfLayer, ...], in_full: frozenset[str]) -> Layout:
+    return Layout(arch, _stages(arch, adapters), adapters, in_full)
 
 
 def build_tree(items: Iterator[tuple[Path, Any]]) -> dict[str, Any]:
@@ -175,6 +182,15 @@ def _listify(node: Any) -> Any:
     if children and all(isinstance(k, int) for k in children):
         return [children.get(i, {}) for i in range(max(children) + 1)]
     return children
+
+
+def without(tree: Any, paths: Collection[Path], at: Path = ()) -> Any:
+    """A parameter tree (the part of it at `at`) without the leaves at `paths`."""
+    if isinstance(tree, list):
+        return [without(child, paths, (*at, i)) for i, child in enumerate(tree)]
+    if not isinstance(tree, dict):
+        return tree
+    return {key: without(child, paths, (*at, key)) for key, child in tree.items() if (*at, key) not in paths}
 
 
 def get(tree: Mapping[str, Any], path: Path) -> Any:

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from gemma4_tpu.models import dora, sharding
+from gemma4_tpu.models import dora, sharding, token_rows
 from gemma4_tpu.models.adapted import Adapted
 from gemma4_tpu.models.layout import Layout, Leaf, build_tree, get
 from gemma4_tpu.models.quantize import dense
@@ -88,6 +88,12 @@ def leaves(layout: Layout) -> Iterator[Leaf]:
         yield from adapter.leaves
 
 
+def trained_leaves(layout: Layout, new_tokens: int = 0) -> list[Leaf]:
+    """Every array that training changes: those of the adapters, weights that are trained in full, rows of tokens."""
+    rows = len(token_rows.trained_alone(layout, range(new_tokens)))
+    return [*leaves(layout), *layout.trained_in_full(), *([token_rows.leaf(layout, rows)] if rows else [])]
+
+
 def shardings(layout: Layout, mesh: Mesh) -> dict[str, Any]:
     """NamedSharding of every LoRA array."""
     return build_tree((leaf.path, sharding.named(mesh, leaf)) for leaf in leaves(layout))
@@ -119,7 +125,7 @@ def _lengths(weight: Weight, pieces: tuple[int, ...], base: Any) -> jax.Array:
 
 
 def parameter_count(layout: Layout) -> int:
-    """Number of trained values."""
+    """Number of values of the adapters."""
     return sum(math.prod(leaf.array_shape) for leaf in leaves(layout))
 
 

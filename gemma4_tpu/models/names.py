@@ -21,10 +21,15 @@ from gemma4_tpu.models.adapted import Adapted
 from gemma4_tpu.models.expert_files import to_files
 from gemma4_tpu.models.weights import Weight, rows, sizes
 
+HEAD = "lm_head.weight"
+"""A stored output matrix, without prefix."""
+PEFT_PREFIX = "base_model.model."
+"""What PEFT writes before the names of the model that it wrapped."""
 # What PEFT calls a factor, with the adapter's name (`.default`) in files that were not saved by PEFT itself, and what
 # stands in a module's path only because the model was wrapped: by PEFT, a class of transformers, DDP, FSDP,
 # torch.compile or activation checkpointing.
 _PEFT_KEY = re.compile(r"(?P<module>.+)\.lora_(?P<factor>[AB])(?:\.[^.]+)?\.weight")
+_SAVED_MODULE = re.compile(r"\.modules_to_save\.[^.]+\.")
 _WRAPPED = {"module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
 _WRAPPERS = {"base_model", "model", "language_model", *_WRAPPED}
 
@@ -162,7 +167,7 @@ class Tensor:
 
 def peft_names(hf_name: str, prefix: str) -> tuple[str, str]:
     """What PEFT calls A and B of the weight `hf_name`, for a base checkpoint whose keys have `prefix`."""
-    module = f"base_model.model.{prefix}{hf_name.removesuffix('.weight')}"
+    module = f"{PEFT_PREFIX}{prefix}{hf_name.removesuffix('.weight')}"
     return f"{module}.lora_A.weight", f"{module}.lora_B.weight"
 
 
@@ -183,8 +188,17 @@ def from_peft_name(name: str) -> tuple[str, str, str] | None:
     if found is None:
         return None
     module = ".".join(part for part in found["module"].split(".") if part not in _WRAPPED)
-    weight = ".".join(part for part in module.split(".") if part not in _WRAPPERS) + ".weight"
-    return weight, found["factor"], module.removeprefix("base_model.model.")
+    weight = _bare(module) + ".weight"
+    return weight, found["factor"], module.removeprefix(PEFT_PREFIX)
+
+
+def from_peft_module(name: str) -> str:
+    """The weight, without prefix, that a tensor of a module in PEFT's `modules_to_save` is."""
+    return _bare(_SAVED_MODULE.sub(".", name))
+
+
+def _bare(module: str) -> str:
+    return ".".join(part for part in module.split(".") if part not in _WRAPPERS)
 
 
 def peft_tensors(

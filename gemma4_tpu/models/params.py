@@ -11,7 +11,7 @@ import math
 import os
 import time
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -48,8 +48,9 @@ def _keep(leaf: Leaf, array: jax.Array) -> jax.Array:
 
 
 def load_params(
-    checkpoint: Checkpoint, arch: Architecture, layout: Layout, shardings: Any, dtype: Any, then: Then = _keep
-) -> Any:
+    checkpoint: Checkpoint, arch: Architecture, layout: Layout, shardings: Any, dtype: Any, then: Then = _keep,
+    float32: Collection[str] = (),
+) -> Any:  # fmt: skip
     """The base parameters of `arch` as sharded arrays, in the tree and the stacking of `layout`.
 
     Args:
@@ -59,6 +60,7 @@ def load_params(
       shardings: tree like the parameters, a NamedSharding for each array.
       dtype: of the arrays; weights on disk (float32, bfloat16 or float16) are converted.
       then: applied to each array.
+      float32: names of rows of `weights.py` whose arrays are float32 instead.
 
     Raises:
       UserError: missing, unexpected, wrongly shaped or quantised tensors (before anything is read), an output matrix
@@ -77,7 +79,7 @@ def load_params(
             check_tied(checkpoint, found, _slices(box), block)
         return block
 
-    params = _params(layout, shardings, dtype, source, then, checkpoint.folder)
+    params = _params(layout, shardings, _dtypes(dtype, float32), source, then, checkpoint.folder)
     logger.info(
         "loaded %d tensors of %s as %s in %.1f s; left alone %d of other modalities, tied or unused",
         len(tensors), checkpoint.folder, np.dtype(dtype).name, time.perf_counter() - started, len(found.passthrough),
@@ -85,7 +87,10 @@ def load_params(
     return params
 
 
-def random_params(arch: Architecture, layout: Layout, shardings: Any, dtype: Any, seed: int, then: Then = _keep) -> Any:
+def random_params(
+    arch: Architecture, layout: Layout, shardings: Any, dtype: Any, seed: int, then: Then = _keep,
+    float32: Collection[str] = (),
+) -> Any:  # fmt: skip
     """Random base parameters: matrices uniform around 0 with variance 1/fan_in, vectors (norms, scales) ones.
 
     A tensor's values depend on the seed and its name only: not on mesh, stacking or the other tensors. Arguments as in
@@ -102,14 +107,20 @@ def random_params(arch: Architecture, layout: Layout, shardings: Any, dtype: Any
         values *= math.sqrt(12 / tensor.hf_shape[-1])  # [0, 1) has variance 1/12
         return values[_slices(box)]
 
-    return _params(layout, shardings, dtype, source, then, f"random:{seed}")
+    return _params(layout, shardings, _dtypes(dtype, float32), source, then, f"random:{seed}")
 
 
-def _params(layout: Layout, shardings: Any, dtype: Any, source: Source, then: Then, where: str) -> Any:
+def _dtypes(dtype: Any, float32: Collection[str]) -> Callable[[Leaf], np.dtype]:
+    return lambda leaf: np.dtype(np.float32 if leaf.weight.name in float32 else dtype)
+
+
+def _params(
+    layout: Layout, shardings: Any, dtype: Callable[[Leaf], np.dtype], source: Source, then: Then, where: str
+) -> Any:
     with ThreadPoolExecutor(_READERS, thread_name_prefix="read-weights") as readers:
 
         def value(leaf: Leaf) -> Any:
-            return then(leaf, _array(leaf, get(shardings, leaf.path), np.dtype(dtype), source, readers, where))
+            return then(leaf, _array(leaf, get(shardings, leaf.path), dtype(leaf), source, readers, where))
 
         return layout.tree(value)
 

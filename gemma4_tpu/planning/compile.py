@@ -16,14 +16,14 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from gemma4_tpu.models import lora as adapters
-from gemma4_tpu.models import quantize, sharding
-from gemma4_tpu.models.layout import Leaf
+from gemma4_tpu.models import quantize, sharding, token_rows
+from gemma4_tpu.models.layout import Leaf, build_tree, get, without
 from gemma4_tpu.planning import counts, hlo, origins, schedule
 from gemma4_tpu.planning.links import Grid
 from gemma4_tpu.planning.program import OutOfMemory, Program, compile_lowered
 from gemma4_tpu.step.train_step import Step, TrainState, compiled_functions
 from gemma4_tpu.training.recipe import Recipe
-from gemma4_tpu.training.setup import make_step, state_places, weight_dtype
+from gemma4_tpu.training.setup import make_step, state_places
 
 log = logging.getLogger(__name__)
 
@@ -38,12 +38,14 @@ class Shapes:
     batch: dict[str, jax.ShapeDtypeStruct]
 
     def bytes_per_chip(self) -> dict[str, int]:
-        """What lies on each chip between updates, by kind: base, lora (or trained weights), optimizer, average."""
-        trained = "weights" if self.step.full else "lora"
+        """What lies on each chip between updates, by kind: base, lora, weights trained in full, optimizer, average."""
+        own = {leaf.path for leaf in self.step.model.layout.trained_in_full()}
+        adapters_alone = _on_one_chip(without(self.state.trained, own | {token_rows.PATH}))
+        trained = {"lora": adapters_alone, "weights": _on_one_chip(self.state.trained) - adapters_alone}
         average = {} if self.state.average is None else {"average": _on_one_chip(self.state.average)}
         return {
             "base": _on_one_chip(self.base),
-            trained: _on_one_chip(self.state.trained),
+            **{kind: size_bytes for kind, size_bytes in trained.items() if size_bytes},
             "optimizer": _on_one_chip(self.state.optimizer),
             **average,
             "batch": _on_one_chip(self.batch),
@@ -71,10 +73,11 @@ class Compiled:
 def shapes(recipe: Recipe, mesh: Mesh) -> Shapes:
     """The step of a run and the shapes of what it takes, on a mesh of devices that are there or not."""
     step, lora = make_step(recipe, mesh), recipe.lora
-    layout, dtype = step.model.layout, weight_dtype(step)
+    layout = step.model.layout
 
     def base_leaf(leaf: Leaf) -> Any:
         place = sharding.named(mesh, leaf)
+        dtype = jnp.float32 if leaf.weight.name in layout.in_full else step.model.compute_dtype
         weight = jax.ShapeDtypeStruct(leaf.array_shape, dtype, sharding=place)
         if not quantize.is_quantized(leaf, lora):
             return weight
@@ -83,11 +86,15 @@ def shapes(recipe: Recipe, mesh: Mesh) -> Shapes:
 
     weights = layout.tree(base_leaf)
     key = jax.eval_shape(lambda: jax.random.key(0))
-    if step.full:
-        trained, base = weights, {}
-    else:
-        initial = jax.eval_shape(partial(adapters.init, layout), key, weights)
-        trained, base = _placed(initial, adapters.shardings(layout, mesh)), weights
+    changed = {leaf.path: get(weights, leaf.path) for leaf in layout.trained_in_full()}
+    base = without(weights, changed)
+    initial = jax.eval_shape(partial(adapters.init, layout), key, weights)
+    initial = _placed(initial, adapters.shardings(layout, mesh))
+    changed |= {leaf.path: get(initial, leaf.path) for leaf in adapters.leaves(layout)}
+    if rows := len(step.model.token_rows):
+        leaf = token_rows.leaf(layout, rows)
+        changed[leaf.path] = jax.ShapeDtypeStruct(leaf.shape, jnp.float32, sharding=sharding.named(mesh, leaf))
+    trained = build_tree(iter(changed.items()))
     places = state_places(step, trained, key, mesh)
     state = _placed(jax.eval_shape(step.init, trained, key), places)
     return Shapes(step, state, base, _batch(recipe, mesh))

@@ -168,7 +168,8 @@ def estimate(planned: Planned, answer: dict[str, Any], walked: Walked | None = N
     flops, again = counts["flops"] - skipped, counts["hbm_read_again_bytes"]
     traffic, accessed = counts["hbm_traffic_bytes"] + again, counts["bytes_accessed"]
     tokens = fill.real_tokens_per_update
-    analytic = train_flops_per_token(recipe.arch, recipe.lora, fill.mean_tokens) * tokens / wanted.devices
+    per_token = train_flops_per_token(recipe.arch, recipe.lora, fill.mean_tokens, bool(recipe.new_tokens))
+    analytic = per_token * tokens / wanted.devices
     parts = _memory_parts(compiled)
     seconds = roofline(wanted, flops, traffic, counts["collectives"], counts["link_bytes"])
     return PlanResult(

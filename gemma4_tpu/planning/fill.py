@@ -117,7 +117,8 @@ def _read(model: ModelConfig, data: DataConfig) -> Examples:
     from gemma4_tpu.models.base import resolve_base
 
     named: Any = model if model.path else replace(model, path="random:0")
-    return build_data(data, load_tokenizer(resolve_base(named).tokenizer_folder)).train
+    base = resolve_base(named)
+    return build_data(data, load_tokenizer(base.tokenizer_folder, base.new_tokens)).train
 
 
 def _stated_lengths(plan: PlanConfig, data: DataConfig) -> np.ndarray:

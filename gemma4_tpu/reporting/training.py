@@ -103,6 +103,8 @@ def facts(result: Result) -> list[Fact]:
     if result.lora_parameters is not None:
         trained = f"{result.lora_parameters:,} on {result.adapted_modules} matrices"
         found.append(("LoRA parameters", trained if result.lora_parameters else "none: full fine-tuning", _MEASURED))
+    if result.in_full_parameters:
+        found.append(("Parameters trained in full", f"{result.in_full_parameters:,}", _MEASURED))
     if result.usd is not None:
         found.append(("Cost", format_usd(result.usd), f"{_ESTIMATED}: measured time × price"))
     return found

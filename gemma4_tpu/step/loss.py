@@ -36,7 +36,7 @@ def summed_cross_entropy(
     target_mask: jax.Array,
     cap: float | None,
     chunk_tokens: int,
-    train_table: bool,
+    trained_rows: tuple[int, ...] | None,
     mesh: Mesh | None,
 ) -> jax.Array:
     """Sum of negative log-likelihoods of the target tokens.
@@ -48,16 +48,16 @@ def summed_cross_entropy(
       target_mask: [B, T] bool; only these count.
       cap: softcap of the logits.
       chunk_tokens: tokens per row whose logits exist at one time (rounded down to divide T evenly).
-      train_table: also take the gradient with respect to `table` (full fine-tuning); otherwise it is treated as frozen.
+      trained_rows: also take the gradient with respect to these rows of `table` (`()`: all); None: it is frozen.
       mesh: mesh for sharding constraints, or None.
 
     Returns:
       float32 scalar.
     """
-    return _forward(hidden, table, targets, target_mask, cap, chunk_tokens, False, False, mesh)[0]
+    return _forward(hidden, table, targets, target_mask, cap, chunk_tokens, False, None, mesh)[0]
 
 
-def _forward(hidden, table, targets, target_mask, cap, chunk_tokens, hidden_grad, table_grad, mesh):
+def _forward(hidden, table, targets, target_mask, cap, chunk_tokens, hidden_grad, trained_rows, mesh):
     """Loss and the gradients asked for, one chunk of T at a time."""
     b, t, _ = hidden.shape
     parts = _parts(t, mesh)
@@ -93,23 +93,29 @@ def _forward(hidden, table, targets, target_mask, cap, chunk_tokens, hidden_grad
             d_raw = d_capped if cap is None else d_capped * (1.0 - jnp.square(capped / cap))
             d_raw = d_raw.astype(hidden.dtype)
             d_hidden = constrain(jnp.einsum("bcv,vd->bcd", d_raw, weights), "BSD", mesh)
-            if table_grad:
+            if trained_rows is not None:
+                d_raw = d_raw[..., jnp.asarray(trained_rows)] if trained_rows else d_raw
                 d_table += jnp.einsum("bcv,bcd->vd", d_raw, h, preferred_element_type=jnp.float32)
         return (total, d_table), d_hidden
 
-    start = jnp.zeros((), jnp.float32), jnp.zeros(table.shape if table_grad else (), jnp.float32)
+    gradient = () if trained_rows is None else (len(trained_rows) or len(table), table.shape[1])
+    start = jnp.zeros((), jnp.float32), jnp.zeros(gradient, jnp.float32)
     (total, d_table), d_hidden = jax.lax.scan(body, start, (split(hidden), split(targets), split(target_mask)))
     if hidden_grad:
         d_hidden = join(d_hidden)
-    return total, d_hidden, d_table.astype(table.dtype) if table_grad else None
+    if trained_rows:
+        d_table = jnp.zeros(table.shape, jnp.float32).at[jnp.asarray(trained_rows)].set(d_table)
+    return total, d_hidden, None if trained_rows is None else d_table.astype(table.dtype)
 
 
-def _vjp_forward(hidden, table, targets, target_mask, cap, chunk_tokens, train_table, mesh):
-    total, d_hidden, d_table = _forward(hidden, table, targets, target_mask, cap, chunk_tokens, True, train_table, mesh)
+def _vjp_forward(hidden, table, targets, target_mask, cap, chunk_tokens, trained_rows, mesh):
+    total, d_hidden, d_table = _forward(
+        hidden, table, targets, target_mask, cap, chunk_tokens, True, trained_rows, mesh
+    )
     return total, (d_hidden, d_table)
 
 
-def _vjp_backward(cap, chunk_tokens, train_table, mesh, residuals, g):
+def _vjp_backward(cap, chunk_tokens, trained_rows, mesh, residuals, g):
     d_hidden, d_table = residuals
     d_hidden = (d_hidden * g).astype(d_hidden.dtype)
     return d_hidden, None if d_table is None else (d_table * g).astype(d_table.dtype), None, None

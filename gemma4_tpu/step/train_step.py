@@ -15,7 +15,10 @@ import jax.numpy as jnp
 import optax
 from jax.stages import Wrapped
 
-from gemma4_tpu.models.gemma4 import Model, hidden_states
+from gemma4_tpu.models import token_rows
+from gemma4_tpu.models.gemma4 import Model, Params, hidden_states
+from gemma4_tpu.models.layout import get, without
+from gemma4_tpu.models.weights import EMBEDDING
 from gemma4_tpu.step.loss import summed_cross_entropy
 from gemma4_tpu.step.optimizer import next_average, schedule_free_average
 
@@ -27,7 +30,7 @@ class TrainState(NamedTuple):
     """Everything an update changes."""
 
     trained: Any
-    """LoRA tree, or all parameters in full fine-tuning; float32."""
+    """Adapters, weights that are trained in full and rows of the embedding, in one tree; float32."""
     optimizer: Any
     update: jax.Array
     """int32: updates done."""
@@ -64,8 +67,6 @@ class Step:
 
     model: Model
     optimizer: optax.GradientTransformation
-    full: bool = False
-    """Full fine-tuning: every weight is trained and there are no adapters."""
     chunk_tokens: int = 512
     compiler_options: Mapping[str, Any] | None = field(default=None, hash=False)
     """Of `compiler_flags.py`."""
@@ -78,9 +79,20 @@ class Step:
         average = None if self.ema_decay is None else jax.tree.map(jnp.copy, trained)
         return TrainState(trained, self.optimizer.init(trained), jnp.zeros((), jnp.int32), key, average)
 
+    def weights(self, trained: Any, base: Any) -> tuple[Params, Params | None]:
+        """Every weight, frozen or trained in full, and the adapters (None: there are none)."""
+        layout = self.model.layout
+        own = {leaf.path for leaf in layout.trained_in_full()}
+        params = layout.tree(lambda leaf: get(trained if leaf.path in own else base, leaf.path))
+        if ids := self.model.token_rows:
+            table = token_rows.put(params["embedder"]["input_embedding"], ids, get(trained, token_rows.PATH))
+            params["embedder"]["input_embedding"] = table
+        lora = without(trained, own | {token_rows.PATH})
+        return params, lora if jax.tree.leaves(lora) else None
+
     def summed_loss(self, trained: Any, base: Any, rows: Batch, key: jax.Array | None) -> jax.Array:
         """Summed loss of the rows of one microbatch; arrays are [B, T]."""
-        params, lora = (trained, None) if self.full else (base, trained)
+        params, lora = self.weights(trained, base)
         hidden = hidden_states(self.model, params, lora, rows["tokens"], rows["segment_ids"], rows["positions"], key)
         return summed_cross_entropy(
             hidden,
@@ -89,7 +101,7 @@ class Step:
             rows["target_mask"],
             self.model.arch.final_logit_softcap,
             self.chunk_tokens,
-            self.full,
+            () if EMBEDDING in self.model.layout.in_full else self.model.token_rows or None,
             self.model.mesh,
         )
 

@@ -34,12 +34,15 @@ _KEY = "hydra.launcher.plan"
 _COUNTS = {
     "hardware": ("name", "flags", "compiler_options"),
     "mesh": ("dp", "fsdp", "tp"),
-    "model": ("name",),
-    "lora": ("enabled", "rank", "dropout", "targets", "quantize"),
+    "model": ("name", "new_tokens"),
+    "lora": (
+        "enabled", "rank", "dropout", "targets", "expert_rank", "layers", "ranks", "modules_to_train", "dora", "quantize",
+    ),
+    "optimizer": ("kind",),
     "data": ("sequence_length", "packing", "buckets"),
     "trainer": (
         "global_batch_tokens", "global_batch_sequences", "microbatches", "remat", "attention", "loss_chunk_tokens",
-        "compute_dtype",
+        "compute_dtype", "ema_decay",
     ),
 }  # fmt: skip
 """The keys that decide how much memory a step takes: jobs that differ in others share a plan."""

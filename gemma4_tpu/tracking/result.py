@@ -63,6 +63,8 @@ class Result(Totals):
     """Real tokens per second of update time, over all chips, without the first update (compilation)."""
     lora_parameters: int | None = None
     """Trained LoRA parameters; 0 for full fine-tuning."""
+    in_full_parameters: int | None = None
+    """Parameters of the weights that were trained in full (`lora.modules_to_train`, or all of them)."""
     adapted_modules: int | None = None
     """Weight matrices that carry an adapter."""
     mfu: float | None = None

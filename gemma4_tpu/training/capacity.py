@@ -57,7 +57,7 @@ def check_memory(platform: str, base: Iterable[Leaf], state_bytes: int, value_by
       UserError: it doesn't fit.
     """
     sizes = [value_bytes * math.prod(leaf.array_shape) for leaf in base]
-    wanted = sum(sizes) + state_bytes if platform == "cpu" else max(sizes)
+    wanted = sum(sizes) + state_bytes if platform == "cpu" else max(sizes, default=0)
     free = psutil.virtual_memory().available
     if wanted > free:
         raise UserError(

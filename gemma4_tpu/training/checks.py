@@ -12,6 +12,7 @@ import math
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from gemma4_tpu import new_tokens
 from gemma4_tpu.architectures import ARCHITECTURES, Architecture
 from gemma4_tpu.checkpoint_folder import checkpoint_architecture, tokenizer_problem
 from gemma4_tpu.config.keys import did_you_mean
@@ -30,6 +31,7 @@ from gemma4_tpu.config.schema import (
 from gemma4_tpu.data.checks import CHOICES, data_problems
 from gemma4_tpu.errors import UserError
 from gemma4_tpu.hardware import MeshSizes, slice_of
+from gemma4_tpu.models import in_full
 from gemma4_tpu.models.adapted import adapted
 from gemma4_tpu.models.weights import MODULES, ROLES
 from gemma4_tpu.step.warmup import warmup_updates
@@ -91,6 +93,8 @@ def examine_train(root: TrainRoot) -> tuple[Checked | None, list[Refusal]]:
     messages += model_messages
     if not model_messages:
         messages += tokenizer_problem(root.model)
+    if architecture is not None and root.lora.enabled:
+        messages += in_full.problems(architecture, root.lora)
     if architecture is not None and not any(message.startswith("lora.") for message in messages):
         messages += _adapted(root.lora, architecture)
     mesh, mesh_messages = _mesh(root, architecture)
@@ -100,6 +104,7 @@ def examine_train(root: TrainRoot) -> tuple[Checked | None, list[Refusal]]:
     if EXPERTS in root.lora.targets and root.lora.enabled and architecture is not None and not architecture.num_experts:
         there = ", ".join(name for name, other in ARCHITECTURES.items() if other.num_experts)
         messages.append(f"lora.targets: experts, but {architecture.name} has none ({there} have); leave them out")
+    messages += new_tokens.problems(root.model.new_tokens)
     if messages or architecture is None:
         return None, [Refusal(m) for m in messages]
     return Checked(architecture, mesh, tuple(_warnings(root))), []
@@ -157,6 +162,11 @@ def _lora(lora: LoraConfig) -> list[str]:
             messages.append(
                 f"lora.start={lora.start}: adapters, but lora.enabled=false trains every weight; merge them and give"
                 " model.path=<merged folder>"
+            )
+        if lora.modules_to_train:
+            messages.append(
+                f"lora.modules_to_train=[{','.join(lora.modules_to_train)}]: lora.enabled=false trains every weight"
+                " already; give lora.enabled=true, or lora.modules_to_train=[]"
             )
         if lora.quantize:
             messages.append(

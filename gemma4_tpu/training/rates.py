@@ -6,11 +6,10 @@ from typing import NamedTuple
 
 from jax.sharding import Mesh
 
-from gemma4_tpu.architectures import Architecture
-from gemma4_tpu.config.schema import HardwareConfig, LoraConfig
 from gemma4_tpu.hardware import chip_of
 from gemma4_tpu.models.flops import train_flops_per_token
 from gemma4_tpu.prices import price_of, usd
+from gemma4_tpu.training.recipe import Recipe
 
 
 class Rates(NamedTuple):
@@ -22,12 +21,12 @@ class Rates(NamedTuple):
     usd_per_hour: float | None
 
     @staticmethod
-    def of(arch: Architecture, lora: LoraConfig, hardware: HardwareConfig, mean_tokens: float, mesh: Mesh) -> Rates:
+    def of(recipe: Recipe, mean_tokens: float, mesh: Mesh) -> Rates:
         """As far as the chip of the mesh and the price of the machine are known; `mean_tokens` of an example."""
         device = mesh.devices.flat[0]
-        chip, price = chip_of(device.platform, device.device_kind), price_of(hardware)
+        chip, price = chip_of(device.platform, device.device_kind), price_of(recipe.hardware)
         return Rates(
-            flops_per_token=train_flops_per_token(arch, lora, mean_tokens),
+            flops_per_token=train_flops_per_token(recipe.arch, recipe.lora, mean_tokens, bool(recipe.new_tokens)),
             peak_flops_per_second=chip.device.peak_flops_per_second * mesh.size if chip else None,
             usd_per_hour=price.usd_per_hour if price else None,
         )

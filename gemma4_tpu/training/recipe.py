@@ -32,6 +32,8 @@ class Recipe:
     """T, in tokens."""
     updates: int
     """Of the whole run: a constant of the learning rate's schedule."""
+    new_tokens: tuple[int, ...] = ()
+    """Rows of `model.new_tokens`."""
 
     def described(self) -> dict[str, Any]:
         """What a plan and a run must have in common to be compared, under the keys of `plan.json`."""
@@ -52,7 +54,7 @@ class Recipe:
 
 
 def trained_as(lora: LoraConfig, arch: Architecture) -> str:
-    """`lora r=64`, `qlora nf4 r=64` or `full`; and what else is not the default: `lora r=64 layers=0-11`."""
+    """`lora r=64`, `qlora nf4 r=64` or `full`; and what else is not the default: `lora r=64 layers=0-11 + norms`."""
     if not lora.enabled:
         return "full"
     kind = "dora" if lora.dora else "lora"
@@ -63,7 +65,7 @@ def trained_as(lora: LoraConfig, arch: Architecture) -> str:
         others.append(f"targets={','.join(lora.targets)}")
     if lora.layers is not None:
         others.append(f"layers={','.join(lora.layers)}")
-    return " ".join([name, f"r={lora.rank}", *others])
+    return " + ".join([" ".join([name, f"r={lora.rank}", *others]), *lora.modules_to_train])
 
 
 def rows_per_update(trainer: TrainerConfig, data: DataConfig) -> int:

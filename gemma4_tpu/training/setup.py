@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -20,12 +20,13 @@ from gemma4_tpu.compiler_flags import compiler_options
 from gemma4_tpu.config.schema import CheckpointConfig, HardwareConfig, LoraConfig, MeshConfig, TrainerConfig
 from gemma4_tpu.hardware import LOCAL
 from gemma4_tpu.models import lora as adapters
-from gemma4_tpu.models import quantize, sharding
+from gemma4_tpu.models import quantize, sharding, token_rows
 from gemma4_tpu.models.base import Base
 from gemma4_tpu.models.gemma4 import Model
-from gemma4_tpu.models.layout import Layout, Leaf, build_tree, get
+from gemma4_tpu.models.layout import Layout, Leaf, build_tree, get, without
 from gemma4_tpu.models.params import load_params, random_params
 from gemma4_tpu.models.splash import make_attention
+from gemma4_tpu.models.weights import BY_NAME, EMBEDDING
 from gemma4_tpu.step.optimizer import make_optimizer
 from gemma4_tpu.step.optimizer_state import Part, parts
 from gemma4_tpu.step.train_step import Step, TrainState
@@ -38,6 +39,8 @@ from gemma4_tpu.training.start import Start
 
 log = logging.getLogger(__name__)
 
+_TABLE = BY_NAME[EMBEDDING].path
+
 
 @dataclass(frozen=True)
 class Setup:
@@ -46,12 +49,14 @@ class Setup:
     step: Step
     mesh: Mesh
     base: Any
-    """Frozen weights; an empty tree in full fine-tuning."""
+    """The frozen weights; none in full fine-tuning."""
     state: TrainState
     """Before the first update."""
     trained_leaves: tuple[Leaf, ...]
     adapted_modules: int
-    trained_parameters: int
+    adapter_parameters: int
+    in_full_parameters: int
+    """Of the weights that are trained themselves."""
 
 
 def start_mesh(hardware: HardwareConfig, mesh: MeshConfig, arch: Architecture) -> Mesh:
@@ -77,99 +82,130 @@ def compute_dtype(trainer: TrainerConfig, platform: str) -> Any:
     return jnp.dtype(trainer.compute_dtype)
 
 
-def make_model(arch: Architecture, lora: LoraConfig, trainer: TrainerConfig, mesh: Mesh) -> Model:
+def make_model(
+    arch: Architecture, lora: LoraConfig, trainer: TrainerConfig, mesh: Mesh, new_tokens: Sequence[int] = ()
+) -> Model:
     """The model's settings for this mesh.
 
     Raises:
       UserError: `trainer.attention` names a kernel that cannot run here.
     """
+    layout = Layout.of(arch, lora)
     return Model(
-        layout=Layout.of(arch, lora),
+        layout=layout,
         compute_dtype=compute_dtype(trainer, mesh.devices.flat[0].platform),
         lora_dropout=lora.dropout if lora.enabled else 0.0,
         remat=trainer.remat,
         attention=make_attention(trainer.attention, mesh),
         mesh=mesh,
+        token_rows=token_rows.trained_alone(layout, new_tokens),
     )
 
 
 def make_step(recipe: Recipe, mesh: Mesh) -> Step:
     """The step's definition; planning compiles it without any weights."""
-    model = make_model(recipe.arch, recipe.lora, recipe.trainer, mesh)
-    optimizer = make_optimizer(recipe.optimizer, recipe.updates, trained_leaves(model.layout, recipe.lora))
+    model = make_model(recipe.arch, recipe.lora, recipe.trainer, mesh, recipe.new_tokens)
+    leaves = adapters.trained_leaves(model.layout, len(recipe.new_tokens))
+    optimizer = make_optimizer(recipe.optimizer, recipe.updates, leaves)
     trainer, options = recipe.trainer, compiler_options(recipe.hardware)
-    return Step(model, optimizer, not recipe.lora.enabled, trainer.loss_chunk_tokens, options, trainer.ema_decay)
-
-
-def trained_leaves(layout: Layout, lora: LoraConfig) -> list[Leaf]:
-    """Every array that training changes."""
-    return list(adapters.leaves(layout) if lora.enabled else layout.leaves())
-
-
-def weight_dtype(step: Step) -> Any:
-    """The dtype of the base weights: float32 where they are trained, else that of the activations."""
-    return jnp.float32 if step.full else step.model.compute_dtype
+    return Step(model, optimizer, trainer.loss_chunk_tokens, options, trainer.ema_decay)
 
 
 def check_capacity(recipe: Recipe, checkpoint: CheckpointConfig, mesh: Mesh, checkpoints: str) -> None:
     """Refuses (`UserError`) a run that this machine's disk or memory can't hold."""
-    platform, lora = mesh.devices.flat[0].platform, recipe.lora
-    layout = Layout.of(recipe.arch, lora)
-    leaves = trained_leaves(layout, lora)
+    platform = mesh.devices.flat[0].platform
+    layout = Layout.of(recipe.arch, recipe.lora)
+    frozen = [leaf for leaf in layout.leaves() if leaf.weight.name not in layout.in_full]
+    leaves = adapters.trained_leaves(layout, len(recipe.new_tokens))
     values = build_tree((leaf.path, jax.ShapeDtypeStruct(leaf.array_shape, jnp.float32)) for leaf in leaves)
     state = jax.eval_shape(make_step(recipe, mesh).init, values, jax.eval_shape(lambda: jax.random.key(0)))
-    value_bytes = jnp.dtype(compute_dtype(recipe.trainer, platform)).itemsize if lora.enabled else 0
     check_disk(checkpoints, checkpoint, saved_bytes(state, leaves))
-    check_memory(platform, layout.leaves(), state_bytes(state), value_bytes)
+    value_bytes = jnp.dtype(compute_dtype(recipe.trainer, platform)).itemsize
+    check_memory(platform, frozen, state_bytes(state), value_bytes)
 
 
 def set_up(base: Base, recipe: Recipe, mesh: Mesh, start: Start | None = None) -> Setup:
     """Loads the base weights and makes the initial state, every array in its place on the mesh.
 
-    LoRA and the optimizer's state are float32; the frozen weights have the compute dtype, or are quantised (QLoRA).
+    What is trained and the optimizer's state are float32; the frozen weights have the compute dtype, or are quantised
+    (QLoRA).
     """
     step, lora = make_step(recipe, mesh), recipe.lora
-    model, full = step.model, step.full
-    weights = load_weights(base, model.layout, mesh, weight_dtype(step), _quantizing(lora, mesh))
+    layout = step.model.layout
+    weights = load_weights(base, layout, mesh, step.model.compute_dtype, _quantizing(lora, mesh), layout.in_full)
+    weights = _with_new_rows(weights, base.token_places.taken)
     init_key, dropout_key = jax.random.split(jax.random.key(recipe.trainer.seed))
-    if full:
-        trained, frozen, leaves = weights, {}, tuple(model.layout.leaves())
-    else:
-        place = adapters.shardings(model.layout, mesh)
-        trained = jax.jit(partial(adapters.init, model.layout), out_shardings=place)(init_key, weights)
-        if start is not None:
-            trained = start.place(trained, model.layout, mesh)
-        frozen, leaves = weights, tuple(trained_leaves(model.layout, lora))
-    _log_replicated(leaves if full else (*model.layout.leaves(), *leaves), mesh)
+    own = {leaf.path: get(weights, leaf.path) for leaf in layout.trained_in_full()}
+    frozen = without(weights, own)
+    fresh = jax.jit(partial(adapters.init, layout), out_shardings=adapters.shardings(layout, mesh))
+    initial = fresh(init_key, weights)
+    own |= {leaf.path: get(initial, leaf.path) for leaf in adapters.leaves(layout)}
+    if ids := step.model.token_rows:
+        place = sharding.named(mesh, token_rows.leaf(layout, len(ids)))
+        own[token_rows.PATH] = jax.jit(partial(token_rows.take, ids=ids), out_shardings=place)(get(weights, _TABLE))
+    trained = build_tree(iter(own.items()))
+    if start is not None:
+        trained = start.place(trained, layout, mesh)
+    leaves = tuple(adapters.trained_leaves(layout, len(recipe.new_tokens)))
+    _log_replicated({leaf.path: leaf for leaf in (*layout.leaves(), *leaves)}.values(), mesh)
     state = init_state(step, trained, dropout_key, mesh)
-    counts = {} if full else adapters.module_counts(model.layout)
-    setup = Setup(
-        step, mesh, frozen, state, leaves, sum(counts.values()), sum(x.size for x in jax.tree.leaves(trained))
-    )
-    if full:
-        log.info("full fine-tuning: %s parameters", f"{setup.trained_parameters:,}")
-    else:
-        modules = ", ".join(f"{kind} {n}" for kind, n in counts.items())
-        log.info(
-            "LoRA: %s parameters on %d modules (%s)", f"{setup.trained_parameters:,}", setup.adapted_modules, modules
-        )
-        if of_experts := [adapter for adapter in adapters.adapters(model.layout) if adapter.base.weight.each]:
-            size = sum(math.prod(leaf.array_shape) for adapter in of_experts for leaf in (adapter.a, adapter.b))
-            log.info(
-                "of these %s of experts: rank %d, scale %g, for each of %d in every layer",
-                f"{size:,}", of_experts[0].how.rank, of_experts[0].how.scale, model.arch.num_experts,
-            )  # fmt: skip
+    counts, values = adapters.module_counts(layout), adapters.parameter_count(layout)
+    own_values = sum(math.prod(leaf.array_shape) for leaf in leaves) - values
+    setup = Setup(step, mesh, frozen, state, leaves, sum(counts.values()), values, own_values)
+    _log_trained(setup, counts)
     return setup
 
 
-def load_weights(base: Base, layout: Layout, mesh: Mesh, dtype: Any, then: Callable[[Leaf, jax.Array], Any]) -> Any:
-    """The base parameters on the mesh, array by array; `then` decides what becomes of each."""
+def _log_trained(setup: Setup, counts: dict[str, int]) -> None:
+    if not counts:
+        log.info("full fine-tuning: %s parameters", f"{setup.in_full_parameters:,}")
+        return
+    modules = ", ".join(f"{kind} {n}" for kind, n in counts.items())
+    log.info("LoRA: %s parameters on %d modules (%s)", f"{setup.adapter_parameters:,}", setup.adapted_modules, modules)
+    if of_experts := [one for one in adapters.adapters(setup.step.model.layout) if one.base.weight.each]:
+        size, how = sum(math.prod(leaf.array_shape) for one in of_experts for leaf in one.leaves), of_experts[0].how
+        log.info(
+            "of these %s of experts: rank %d, scale %g, for each of %d in every layer",
+            f"{size:,}", how.rank, how.scale, setup.step.model.arch.num_experts,
+        )  # fmt: skip
+    if setup.in_full_parameters:
+        whole = sorted({leaf.weight.name for leaf in setup.step.model.layout.trained_in_full()})
+        rows = [f"{len(setup.step.model.token_rows)} rows of the embedding"] if setup.step.model.token_rows else []
+        log.info("trained in full beside them: %s parameters (%s)", f"{setup.in_full_parameters:,}",
+                 ", ".join([*whole, *rows]))  # fmt: skip
+
+
+def _with_new_rows(weights: Any, ids: Sequence[int]) -> Any:
+    """The weights with the mean of the embedding in the rows that tokens took which were in reserve.
+
+    As transformers begins tokens when it enlarges a table: a row that nothing has trained is far from all others.
+    """
+    if not ids:
+        return weights
+    table = get(weights, _TABLE)
+
+    def fill(table: jax.Array) -> jax.Array:
+        mean = table.mean(axis=0, dtype=jnp.float32)
+        return token_rows.put(table, ids, jnp.broadcast_to(mean, (len(ids), len(mean))))
+
+    get(weights, _TABLE[:-1])[_TABLE[-1]] = jax.jit(fill, out_shardings=table.sharding)(table)
+    return weights
+
+
+def load_weights(
+    base: Base, layout: Layout, mesh: Mesh, dtype: Any, then: Callable[[Leaf, jax.Array], Any],
+    float32: Collection[str] = (),
+) -> Any:  # fmt: skip
+    """The base parameters on the mesh, array by array; `then` decides what becomes of each.
+
+    `float32` names rows of `weights.py` whose arrays have that dtype instead.
+    """
     places = sharding.places(layout, mesh)
     if base.folder is None:
         assert base.seed is not None
         log.info("random base weights (seed %d)", base.seed)
-        return random_params(base.arch, layout, places, dtype, base.seed, then)
-    return load_params(base.checkpoint, base.arch, layout, places, dtype, then)
+        return random_params(base.arch, layout, places, dtype, base.seed, then, float32)
+    return load_params(base.checkpoint, base.arch, layout, places, dtype, then, float32)
 
 
 def init_state(step: Step, trained: Any, key: jax.Array, mesh: Mesh) -> TrainState:

@@ -14,6 +14,7 @@ from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property, partial
+from itertools import chain
 from typing import Any
 
 import jax
@@ -26,9 +27,10 @@ from gemma4_tpu.architectures import Architecture
 from gemma4_tpu.config.load import from_yaml
 from gemma4_tpu.config.schema import LoraConfig, TrainRoot
 from gemma4_tpu.errors import UserError
+from gemma4_tpu.models import in_full
 from gemma4_tpu.models import lora as adapters
 from gemma4_tpu.models.adapted import Adapted
-from gemma4_tpu.models.adapter_files import CONFIG, Given, read_peft
+from gemma4_tpu.models.adapter_files import CONFIG, Given, Whole, read_peft
 from gemma4_tpu.models.layout import Layout, Leaf, build_tree, get
 from gemma4_tpu.models.names import Tensor, adapted_tensors, some
 from gemma4_tpu.models.weights import ROLES
@@ -37,6 +39,7 @@ from gemma4_tpu.tracking.files import read_json
 from gemma4_tpu.tracking.records import START, write_record
 from gemma4_tpu.tracking.run import RunFolder
 from gemma4_tpu.training.saved import SavedState, open_saved
+from gemma4_tpu.training.start_in_full import StartInFull, of_run
 
 log = logging.getLogger(__name__)
 
@@ -57,6 +60,7 @@ class Start:
     lora: LoraConfig
     given: Mapping[str, Given]
     """By weight, those that add something."""
+    whole: StartInFull
     idle: tuple[str, ...]
     """Weights whose B is zero and that this run does not adapt: left out."""
     tensors: Mapping[str, Tensor]
@@ -81,7 +85,7 @@ class Start:
         return found
 
     def place(self, initial: dict[str, Any], layout: Layout, mesh: Mesh) -> dict[str, Any]:
-        """The adapters on the mesh: what was given over the `initial` ones, which stay where nothing was."""
+        """The trained values on the mesh: what was given over the `initial` ones, which stay where nothing was."""
         places = adapters.shardings(layout, mesh)
 
         def pair(adapter: adapters.Adapter) -> list[tuple[Any, jax.Array]]:
@@ -92,7 +96,8 @@ class Start:
             fill = jax.jit(_fill, out_shardings=get(places, adapter.a.path))
             return [(adapter.a.path, fill(get(initial, adapter.a.path), a, used)), (adapter.b.path, b)]
 
-        return build_tree(item for adapter in adapters.adapters(layout) for item in pair(adapter))
+        pairs = (item for adapter in adapters.adapters(layout) for item in pair(adapter))
+        return build_tree(chain(pairs, self.whole.place(initial, layout, mesh)))
 
     def _values(self, tensor: Tensor) -> tuple[np.ndarray, np.ndarray, int]:
         """A, B and how many ranks of A were given."""
@@ -103,6 +108,8 @@ class Start:
     def tell(self, folder: RunFolder, base: str) -> None:
         """Logs what went where, and writes it to `start.json`; `base` is the fingerprint of this run's base."""
         log.info("lora.start: %s: all %d adapted weights taken over", self.source, len(self.given))
+        if self.whole.given:
+            log.info("lora.start: %d weights that were trained in full taken over", len(self.whole.given))
         if self.base not in (None, base):
             log.warning("lora.start: trained on another base (fingerprint %.12s, here %.12s)", self.base, base)
         if self.idle:
@@ -120,7 +127,7 @@ class Start:
         if folder.write:
             record = {"source": self.source, "sha256": self.sha256, "base": self.base, "given": sorted(self.given)}
             ranks = dict(Counter(str(given.rank) for given in self.given.values()))
-            left = {"ranks": ranks, "left_out": self.idle, "fresh": self.fresh}
+            left = {"ranks": ranks, "left_out": self.idle, "fresh": self.fresh, "in_full": sorted(self.whole.given)}
             write_record(folder.path / FILE, START, record | left)
 
 
@@ -141,9 +148,9 @@ def open_start(lora: LoraConfig, arch: Architecture, resume_from: int | None = N
     if CONFIG in present:
         peft = read_peft(lora.start)
         source = f"PEFT adapter {lora.start}" + (f" (trained on {peft.base})" if peft.base else "")
-        sha256, base, given = peft.sha256, None, dict(peft.weights)
+        sha256, base, given, whole = peft.sha256, None, dict(peft.weights), peft.whole
     elif "config.yaml" in present:
-        source, sha256, base, given = _of_run(lora, arch)
+        source, sha256, base, given, whole = _of_run(lora, arch)
     else:
         found = f"it holds {some(present)}" if present else "no such folder, or an empty one"
         raise UserError(
@@ -154,10 +161,11 @@ def open_start(lora: LoraConfig, arch: Architecture, resume_from: int | None = N
     known = {name for t in tensors.values() for name in t.hf_names}
     idle = tuple(sorted(name for name in given.keys() - known if not given[name].read()[1].any()))
     taken = {name: one for name, one in given.items() if name not in idle}
-    start = Start(source, sha256, base, lora, taken, idle, tensors, layout.adapted)
-    if not start.given:
+    start = Start(source, sha256, base, lora, taken, StartInFull(lora, whole), idle, tensors, layout.adapted)
+    if not start.given and not whole:
         raise UserError(f"lora.start={lora.start}: {source} adds nothing: B is zero everywhere")
-    if problems := [*_unmatched(start, arch), *_shapes(start)] or _unrepresentable(start):
+    unfit = [*_unmatched(start, arch), *_shapes(start), *start.whole.problems(arch)]
+    if problems := unfit or _unrepresentable(start):
         listed = "".join(f"\n  - {problem}" for problem in problems)
         raise UserError(f"lora.start={lora.start}: this run can't begin from {source}:{listed}")
     return start
@@ -173,7 +181,7 @@ def start_fingerprint(start: Start | None, folder: RunFolder, resume_from: int |
     return {"start": recorded["start"]} if "start" in recorded else {}
 
 
-def _of_run(lora: LoraConfig, arch: Architecture) -> tuple[str, str, str | None, dict[str, Given]]:
+def _of_run(lora: LoraConfig, arch: Architecture) -> tuple[str, str, str | None, dict[str, Given], dict[str, Whole]]:
     run = RunFolder.existing(str(lora.start), key="lora.start")
     config = run.read_config()
     if "lora" not in config:
@@ -204,7 +212,7 @@ def _of_run(lora: LoraConfig, arch: Architecture) -> tuple[str, str, str | None,
             given |= (
                 _of_tensor(state, tensors[own], adapted[own].scale) if own in adapted else {own: _absent(state, name)}
             )
-    return f"update {state.update} of {run.address}", state.identity, base, given
+    return f"update {state.update} of {run.address}", state.identity, base, given, of_run(state, arch)
 
 
 def _of_tensor(state: SavedState, tensor: Tensor, scale: float) -> dict[str, Given]:
@@ -230,12 +238,18 @@ def _unmatched(start: Start, arch: Architecture) -> list[str]:
     """Given weights that this run does not adapt."""
     ours = {name for t in start.tensors.values() for name in t.hf_names}
     rest = sorted(start.given.keys() - ours)
-    every = Layout.of(arch, LoraConfig(targets=list(ROLES))).adapted
-    roles = {name: t.weight.role for t in adapted_tensors(arch, every).values() for name in t.hf_names}
-    untargeted, alien = [n for n in rest if n in roles], [n for n in rest if n not in roles]
+    every = adapted_tensors(arch, Layout.of(arch, LoraConfig(targets=list(ROLES))).adapted)
+    weights = {name: tensor.weight for tensor in every.values() for name in tensor.hf_names}
+    full = [name for name in rest if name in weights and in_full.is_in_full(weights[name], start.lora)]
+    untargeted, alien = [n for n in rest if n in weights and n not in full], [n for n in rest if n not in weights]
     lines = []
+    if full:
+        lines.append(
+            f"lora.modules_to_train trains {len(full)} of its adapted weights in full ({some(full)}); leave them out of"
+            " it, or merge first and give model.path=<merged folder>"
+        )
     if untargeted:
-        wanted = {*start.lora.targets, *(roles[name] for name in untargeted)}
+        wanted = {*start.lora.targets, *(weights[name].role for name in untargeted)}
         layers = "" if start.lora.layers is None else f" lora.layers=[{','.join(start.lora.layers)}]"
         lines.append(
             f"lora.targets=[{','.join(start.lora.targets)}]{layers} leaves out {len(untargeted)} of its weights"

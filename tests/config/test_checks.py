@@ -102,6 +102,24 @@ REFUSALS = [
         "lora.dropout=0.1: adapters of experts have none, nor do PEFT's; give lora.dropout=0, or adapt",
     ),
     (["lora.targets=[mlp,mlp]"], "lora.targets: 'mlp' is given twice"),
+    (
+        ["lora=none", "lora.modules_to_train=[norms]"],
+        "lora.enabled=false trains every weight already; give lora.enabled=",
+    ),
+    (
+        ["lora.modules_to_train=[norm_]"],
+        "lora.modules_to_train: 'norm_' is nothing that tiny_moe has; give norms, embeddings,",
+    ),
+    (
+        ["lora.modules_to_train=[k_proj]"],
+        "self_attn.k_proj and self_attn.v_proj are one array here; name self_attn.v_proj",
+    ),
+    (["lora.modules_to_train=[per_layer_projections]"], "'per_layer_projections' is nothing that tiny_moe has"),
+    (
+        ["lora.targets=[mlp]", "lora.modules_to_train=[mlp.*]"],
+        "adapts no module that lora.modules_to_train=[mlp.*] leaves; use some of attention",
+    ),
+    (["model.new_tokens=['<|x|>']"], "has the form of Gemma's control tokens, which rows must not contain; write <x>"),
     (["lora=none", "lora.start=."], "lora.enabled=false trains every weight; merge them and give model.path="),
     (
         ["lora.start=/no/such/run"],

@@ -14,7 +14,7 @@ import yaml
 from gemma4_tpu.architectures import from_hf_config
 from gemma4_tpu.config.schema import CheckpointConfig, LoraConfig, ModelConfig, OptimizerConfig
 from gemma4_tpu.models import lora as adapters
-from gemma4_tpu.models import sharding
+from gemma4_tpu.models import sharding, token_rows
 from gemma4_tpu.models.base import Base
 from gemma4_tpu.models.layout import Layout, build_tree
 from gemma4_tpu.models.match import match
@@ -34,6 +34,7 @@ def make_run(
     name: str = "tiny",
     seed: int = 0,
     size: float = 0.05,
+    new_tokens: tuple[str, ...] = (),
 ) -> Path:
     """A run folder with a checkpoint after each of `updates`; the trained values differ from update to update.
 
@@ -46,36 +47,43 @@ def make_run(
       name: `model.name`; must be a key of `ARCHITECTURES` when the run is opened.
       seed: of the values.
       size: of the values in B (or the change of each weight).
+      new_tokens: `model.new_tokens`.
     """
     lora = lora or LoraConfig(rank=4, alpha=8.0)
     arch = from_hf_config(json.loads((base / "config.json").read_text()), name=name)
     layout = Layout.of(arch, lora)
-    leaves = list(adapters.leaves(layout) if lora.enabled else layout.leaves())
-    place = Base(arch, str(base), None, str(base))
+    leaves = adapters.trained_leaves(layout, len(new_tokens))
+    place = Base(arch, str(base), None, str(base), new_tokens)
     (folder / "checkpoints").mkdir(parents=True)
     mesh = sharding.make_mesh(1, 1)
     saver = Checkpoints(folder / "checkpoints", CheckpointConfig(keep=9), leaves, mesh)
     optimizer = make_optimizer(OptimizerConfig(), 10, leaves)
     for update in updates:
-        tree = _values(leaves, lora, place, seed + update, size)
+        tree = _values(leaves, place, seed + update, size)
         state = TrainState(tree, optimizer.init(tree), jnp.int32(update), jax.random.key(1))
         saver.save(state, {"pipeline": {}, "totals": {"heldout_update_best": best}})
     saver.wait()
     saver.close()
-    config = {"model": asdict(ModelConfig(name=name, path=str(base))), "lora": asdict(lora), "name": "train"}
+    config = {
+        "model": asdict(ModelConfig(name=name, path=str(base), new_tokens=[*new_tokens])),
+        "lora": asdict(lora),
+        "name": "train",
+    }
     (folder / "config.yaml").write_text(yaml.safe_dump(config, sort_keys=False))
     (folder / "provenance.json").write_text(json.dumps({"fingerprints": {"base": place.fingerprint}}))
     return folder
 
 
-def _values(leaves, lora: LoraConfig, base: Base, seed: int, size: float):
+def _values(leaves, base: Base, seed: int, size: float):
     rng = np.random.default_rng(seed)
 
     def array(leaf):
         noise = rng.standard_normal(leaf.array_shape).astype(np.float32)
-        if lora.enabled:
+        if leaf.tunix_names[0].endswith(("lora_a", "lora_b")):
             is_b = leaf.tunix_names[0].endswith("lora_b")
             return jnp.asarray(noise * (size if is_b else 1 / np.sqrt(np.prod(leaf.shape[:-1]))))
+        if leaf.path == token_rows.PATH:
+            return jnp.asarray(noise * size)
         return jnp.asarray(_of_base(base, leaf) + size * noise)
 
     return build_tree((leaf.path, array(leaf)) for leaf in leaves)

@@ -67,7 +67,8 @@ def _ours(trained, tree, tokens):
     mesh = make_mesh(1, 1, jax.devices()[:1])
     model = Model(layout=trained.layout, compute_dtype=jnp.float32, mesh=mesh)
     params = load_params(trained.checkpoint, model.arch, model.layout, places(model.layout, mesh), np.float32)
-    optimizer = make_optimizer(OptimizerConfig(schedule="constant", max_grad_norm=None, **ADAM), UPDATES)
+    config = OptimizerConfig(schedule="constant", max_grad_norm=None, **ADAM)
+    optimizer = make_optimizer(config, UPDATES, adapters.leaves(model.layout))
     step = Step(model, optimizer, chunk_tokens=16)
     rows, length = tokens.shape[0], tokens.shape[1] - 1
     segments, positions = np.indices((rows, length))

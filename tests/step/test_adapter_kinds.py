@@ -47,7 +47,7 @@ def make(lora: LoraConfig, fsdp: int = 1, tp: int = 1, **settings):
     trained = jax.tree.map(
         lambda x: x if x.any() else 0.05 * jax.random.normal(jax.random.key(next(moved)), x.shape), trained
     )
-    optimizer = make_optimizer(OptimizerConfig(learning_rate=1e-2), 10)
+    optimizer = make_optimizer(OptimizerConfig(learning_rate=1e-2), 10, adapters.leaves(model.layout))
     return Step(model, optimizer, chunk_tokens=16), base, jax.device_put(trained, place)
 
 

@@ -33,7 +33,7 @@ def test_equals_the_plain_loss_and_its_gradient(arrays, cap, chunk):
     hidden, table, targets, mask = arrays
 
     def ours(hidden, table):
-        return summed_cross_entropy(hidden, table, targets, mask, cap, chunk, True, None)
+        return summed_cross_entropy(hidden, table, targets, mask, cap, chunk, (), None)
 
     value, grads = jax.value_and_grad(ours, argnums=(0, 1))(hidden, table)
     expected, expected_grads = jax.value_and_grad(plain, argnums=(0, 1))(hidden, table, targets, mask, cap)
@@ -47,7 +47,7 @@ def test_a_frozen_table_gets_no_gradient_and_scales_with_the_cotangent(arrays):
     hidden, table, targets, mask = arrays
 
     def scaled(hidden, factor):
-        return factor * summed_cross_entropy(hidden, table, targets, mask, 30.0, 8, False, None)
+        return factor * summed_cross_entropy(hidden, table, targets, mask, 30.0, 8, None, None)
 
     once, thrice = jax.grad(scaled)(hidden, 1.0), jax.grad(scaled)(hidden, 3.0)
     np.testing.assert_allclose(3 * once, thrice, rtol=1e-6)
@@ -56,9 +56,9 @@ def test_a_frozen_table_gets_no_gradient_and_scales_with_the_cotangent(arrays):
 def test_masked_targets_do_not_count(arrays):
     hidden, table, targets, mask = arrays
     other = jnp.where(mask, targets, (targets + 1) % V)
-    losses = [summed_cross_entropy(hidden, table, t, mask, 30.0, 8, False, None) for t in (targets, other)]
+    losses = [summed_cross_entropy(hidden, table, t, mask, 30.0, 8, None, None) for t in (targets, other)]
     assert losses[0] == losses[1]
-    nothing = summed_cross_entropy(hidden, table, targets, jnp.zeros_like(mask), 30.0, 8, False, None)
+    nothing = summed_cross_entropy(hidden, table, targets, jnp.zeros_like(mask), 30.0, 8, None, None)
     assert nothing == 0.0
 
 
@@ -67,7 +67,7 @@ def test_the_whole_vocabulary_is_never_in_memory():
     rows, length, dim, vocab = 1, 2048, 64, 262_144
 
     def loss(hidden, table, targets, mask):
-        return summed_cross_entropy(hidden, table, targets, mask, 30.0, 64, False, None)
+        return summed_cross_entropy(hidden, table, targets, mask, 30.0, 64, None, None)
 
     shapes = [((rows, length, dim), jnp.float32), ((vocab, dim), jnp.float32), ((rows, length), jnp.int32),
               ((rows, length), jnp.bool_)]  # fmt: skip

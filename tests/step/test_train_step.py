@@ -40,11 +40,11 @@ def make(
     optimizer: OptimizerConfig | None = None, ema_decay: float | None = None, **settings,
 ):  # fmt: skip
     """(step, base, trained) in fp32 with non-zero lora_b."""
-    mesh = mesh_of(fsdp, tp)
-    model = Model(layout=Layout.of(small(kind), lora), compute_dtype=jnp.float32, mesh=mesh, **settings)
-    leaves = model.layout.leaves() if full else adapters.leaves(model.layout)
+    mesh, what = mesh_of(fsdp, tp), replace(lora, enabled=not full)
+    model = Model(layout=Layout.of(small(kind), what), compute_dtype=jnp.float32, mesh=mesh, **settings)
+    leaves = adapters.trained_leaves(model.layout)
     optimizer = make_optimizer(optimizer or OptimizerConfig(learning_rate=rate), 10, leaves)
-    step = Step(model, optimizer, full=full, chunk_tokens=16, ema_decay=ema_decay)
+    step = Step(model, optimizer, chunk_tokens=16, ema_decay=ema_decay)
     base, trained = weights(kind, fsdp, tp)
     return (step, {}, base) if full else (step, base, trained)
 

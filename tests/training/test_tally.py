@@ -13,7 +13,7 @@ from gemma4_tpu.training.rates import Rates
 from gemma4_tpu.training.tally import Tally
 
 JOB = SimpleNamespace(
-    step=SimpleNamespace(full=False), trained_parameters=10, adapted_modules=2, mesh=SimpleNamespace(local_devices=[])
+    adapter_parameters=10, in_full_parameters=0, adapted_modules=2, mesh=SimpleNamespace(local_devices=[])
 )
 KNOWN = Rates(flops_per_token=6.0, peak_flops_per_second=1000.0, usd_per_hour=36.0)
 UNKNOWN = Rates(flops_per_token=6.0, peak_flops_per_second=None, usd_per_hour=None)
