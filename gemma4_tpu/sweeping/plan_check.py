@@ -36,7 +36,8 @@ _COUNTS = {
     "mesh": ("dp", "fsdp", "tp"),
     "model": ("name", "new_tokens"),
     "lora": (
-        "enabled", "rank", "dropout", "targets", "expert_rank", "layers", "ranks", "modules_to_train", "dora", "quantize",
+        "enabled", "rank", "dropout", "targets", "expert_rank", "layers", "ranks", "modules_to_train", "dora",
+        "quantize",
     ),
     "optimizer": ("kind",),
     "data": ("sequence_length", "packing", "buckets"),
@@ -108,7 +109,8 @@ def _key(config: TrainRoot) -> str:
             counted[package] = version(package)
         except PackageNotFoundError:
             counted[package] = None
-    return hashlib.sha256(json.dumps(counted, sort_keys=True).encode()).hexdigest()[:12]
+    # Not sorted: the order of lora.ranks counts.
+    return hashlib.sha256(json.dumps(counted).encode()).hexdigest()[:12]
 
 
 def _compile(config: TrainRoot, answer: Path, stopped: Callable[[], bool]) -> None:

@@ -54,7 +54,8 @@ def lora_logits(run, tokens):
 
 @pytest.mark.parametrize(("kind", "prefix"), MODULES)
 def test_transformers_and_peft_have_the_logits_and_a_run_can_begin_from_both(kind, prefix, run_of, merge):
-    lora = LoraConfig(rank=4, alpha=8.0, modules_to_train=MODULES[kind, prefix])
+    targets = ["attention", "mlp", *(["experts"] if kind == "moe" else [])]
+    lora = LoraConfig(rank=4, alpha=8.0, targets=targets, modules_to_train=MODULES[kind, prefix])
     run, base = run_of(kind, prefix=prefix, shards=3, lora=lora)
     merge(run, "export=both")
     tokens = np.maximum(make_batch(batch=4, length=48)[0], 3)
