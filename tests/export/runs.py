@@ -79,7 +79,7 @@ def _values(leaves, base: Base, seed: int, size: float):
 
     def array(leaf):
         noise = rng.standard_normal(leaf.array_shape).astype(np.float32)
-        if leaf.tunix_names[0].endswith(("lora_a", "lora_b")):
+        if "_lora_" in leaf.tunix_names[0]:
             is_b = leaf.tunix_names[0].endswith("lora_b")
             return jnp.asarray(noise * (size if is_b else 1 / np.sqrt(np.prod(leaf.shape[:-1]))))
         if leaf.path == token_rows.PATH:
