@@ -77,7 +77,7 @@ MISTAKES = [
     ("max_seq_length=2048", "here it is data.sequence_length=2048"),
     ("output_dir=out", "here it is run_dir=out"),
     ("bf16=true", "here it is trainer.compute_dtype=bfloat16"),
-    ("target_modules=[q_proj,v_proj]", "here it is lora.targets=[attention,mlp] (attention is q, k, v, o; mlp is gate, up, down"),
+    ("target_modules=[q_proj,v_proj]", "here it is lora.targets=[attention,mlp] (attention is q, k, v, o; mlp"),
     ("eval_dataset=a.jsonl", "here it is data.heldout=a.jsonl"),
     ("dataset.path=a.jsonl", "here it is data.train=a.jsonl"),
     ("data.path=a.jsonl", "here it is data.train=a.jsonl"),
