@@ -52,6 +52,7 @@ def lora_logits(run, tokens):
                               np.ones_like(tokens)))  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("kind", "prefix"), MODULES)
 def test_transformers_and_peft_have_the_logits_and_a_run_can_begin_from_both(kind, prefix, run_of, merge):
     targets = ["attention", "mlp", *(["experts"] if kind == "moe" else [])]

@@ -33,7 +33,7 @@ def test_heldout_answers_serve_where_no_logits_were_compared(tmp_path):
     rows = [row(0, "module a;", " wire x;"), row(5, "module a;", " zebra"), row(9, "module a;", " wire y;")]
     rows += [row(0, "same", "yes"), row(9, "same", "yes")]
     (tmp_path / "heldout_samples.jsonl").write_text("\n".join(rows) + "\n")
-    base = SimpleNamespace(tokenizer_folder=resolve("embedded:tiny"))
+    base = SimpleNamespace(tokenizer_folder=resolve("embedded:tiny"), token_places=SimpleNamespace(renamed={}))
     trained = SimpleNamespace(run=SimpleNamespace(path=tmp_path), base=base, state=SimpleNamespace(update=9))
     (probe,) = from_answers(trained)
     from tokenizers import Tokenizer

@@ -127,6 +127,7 @@ def test_values_and_gradients_are_those_of_the_merged_weights(shape, settings):
     same(value_and_grad(model, base, lora, merge=False), expected())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sizes", [{"expert_dim": 30}, {"embed_dim": 66}], ids=["hidden units", "model dim"])
 def test_dims_that_the_mesh_does_not_divide_stay_whole(sizes):
     mesh = mesh_of(2, 2, 2)
@@ -135,6 +136,7 @@ def test_dims_that_the_mesh_does_not_divide_stay_whole(sizes):
     same(value_and_grad(model, base, lora, merge=False), expected(**sizes))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("qtype", ["int8", "nf4"])
 def test_quantised_experts_have_the_same_values_on_every_mesh(qtype):
     """The tiles of scales must not be cut by the mesh: 32 hidden units of an expert lie on four chips."""

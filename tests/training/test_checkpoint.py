@@ -131,6 +131,7 @@ def leaf_of(tree, leaf) -> np.ndarray:
     return np.asarray(get(tree, leaf.path))
 
 
+@pytest.mark.slow
 def test_adapters_of_experts_go_on_to_the_bit(tmp_path):
     mesh = experts.mesh_of(2, 2, 2)
     layout, base, trained = experts.trained(experts.small(), experts.LORA, mesh)
