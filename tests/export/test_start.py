@@ -288,7 +288,10 @@ DAMAGE = {
     ),
     "another layer": (lambda f, t: copy_with(f, t, **renamed("layers.1.", "layers.99.")), r"layers\.99\."),
     "A without B": (lambda f, t: copy_with(f, t, **renamed("0.mlp.up_proj.lora_B", "0.mlp.x.lora_B")), "A without B"),
-    "no adapter": (lambda f, t: copy_with(f, t, **renamed("0.mlp.up_proj.lora_", "0.mlp.up_proj.hada_")), "neither the A or B"),
+    "no adapter": (
+        lambda f, t: copy_with(f, t, **renamed("0.mlp.up_proj.lora_", "0.mlp.up_proj.hada_")),
+        "neither the A or B",
+    ),
     "NaN": (lambda f, t: copy_with(f, t, value=lambda _, x: x * np.float32("nan")), "NaN or infinity"),
     "all zero": (lambda f, t: copy_with(f, t, **renamed("layers", "blocks"), value=lambda _, x: x * 0), "adds nothing"),
     "another size": (
