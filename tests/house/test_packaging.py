@@ -123,7 +123,7 @@ def test_completion_in_bash(script, tmp_path):
         "gemma4-tpu pl": {"plan"},
         "gemma4-tpu launch ": {"gke", "tpu_vm"},
         "gemma4-tpu launch gke launch.clus": {"launch.cluster="},
-        "gemma4-tpu train lora.ra": {"lora.rank="},
+        "gemma4-tpu train lora.al": {"lora.alpha="},
         "gemma4-tpu serve serving=v6e8": {"serving=v6e8", "serving=v6e8_tuned"},
     }
     lines = ['eval "$(gemma4-tpu --shell-completion install=bash)"']

@@ -65,11 +65,11 @@ def test_a_real_step_compiles_for_a_slice_that_is_not_there(slice_name, tmp_path
     # No loop has more than one round here, so XLA's own count must agree, attention kernels aside.
     arithmetic = told.counts["matmul_flops"] + told.counts["other_flops"]
     assert arithmetic == pytest.approx(told.cost_analysis["flops"], rel=0.02)
-    # Splash: one block in the sliding and the global layer; 2 + 5 products of [T, T, width], two heads per chip.
-    assert told.counts["kernel_flops"] == 7 * 2 * 2 * T * T * (ARCH.head_dim + ARCH.global_head_dim)
+    # Splash: one block in the sliding and the global layer; 2 + 3 + 4 products of [T, T, width], two heads per chip.
+    assert told.counts["kernel_flops"] == 9 * 2 * 2 * T * T * (ARCH.head_dim + ARCH.global_head_dim)
     assert {one["window"]: one["flops"] for one in told.counts["attention"]} == {
-        ARCH.sliding_window: 7 * 2 * 2 * T * T * ARCH.head_dim,
-        None: 7 * 2 * 2 * T * T * ARCH.global_head_dim,
+        ARCH.sliding_window: 9 * 2 * 2 * T * T * ARCH.head_dim,
+        None: 9 * 2 * 2 * T * T * ARCH.global_head_dim,
     }
     assert told.counts["hbm_traffic_bytes"] > held["base"]  # every weight is read at least once
     assert not told.counts["not_counted"]
