@@ -32,17 +32,14 @@ from gemma4_tpu.data.checks import CHOICES, data_problems
 from gemma4_tpu.errors import UserError
 from gemma4_tpu.hardware import MeshSizes, slice_of
 from gemma4_tpu.models import in_full
-from gemma4_tpu.models.adapted import adapted
-from gemma4_tpu.models.weights import MODULES, ROLES
 from gemma4_tpu.step.warmup import warmup_updates
 from gemma4_tpu.storage import is_remote
 from gemma4_tpu.training.hardware_checks import full_problems, hardware_problems, price_warning
+from gemma4_tpu.training.lora_checks import EXPERTS, adapted_problems, lora_problems
 from gemma4_tpu.training.meshes import resolve_mesh
 from gemma4_tpu.training.optimizer_checks import optimizer_problems, stop_problems, trained_bytes
 from gemma4_tpu.training.recipe import batch_key, count, rows_per_microbatch, rows_per_update
 
-EXPERTS = "experts"
-LORA_TARGETS = (*ROLES, *MODULES)
 HIGH_LEARNING_RATE = 1e-3
 """More than LoRA on a released size usually bears; reported, never changed."""
 PARTS = ("code", "packages", "data", "tokenizer", "base", "hardware")
@@ -86,7 +83,7 @@ def normalise(root: TrainRoot) -> TrainRoot:
 def examine_train(root: TrainRoot) -> tuple[Checked | None, list[Refusal]]:
     """Everything that can be checked without JAX: what was found out, or the problems."""
     messages = limit_problems(root, CHOICES)
-    messages += _lengths(root.trainer) + _batch(root.trainer, root.data) + _lora(root.lora)
+    messages += _lengths(root.trainer) + _batch(root.trainer, root.data) + lora_problems(root.lora)
     messages += optimizer_problems(root.optimizer, root.trainer) + stop_problems(root.trainer)
     messages += data_problems(root.data) + _tracker(root.tracker) + _run(root)
     architecture, model_messages = checkpoint_architecture(root.model)
@@ -96,7 +93,7 @@ def examine_train(root: TrainRoot) -> tuple[Checked | None, list[Refusal]]:
     if architecture is not None and root.lora.enabled:
         messages += in_full.problems(architecture, root.lora)
     if architecture is not None and not any(message.startswith("lora.") for message in messages):
-        messages += _adapted(root.lora, architecture)
+        messages += adapted_problems(root.lora, architecture)
     mesh, mesh_messages = _mesh(root, architecture)
     messages += mesh_messages
     if root.trainer.attention == "splash" and architecture is not None:
@@ -152,77 +149,6 @@ def _batch(trainer: TrainerConfig, data: DataConfig) -> list[str]:
             f"trainer.microbatches={trainer.microbatches}: does not divide the {count(rows, 'row')} of an update "
             f"({batch_key(trainer)}); it could be {', '.join(map(str, divisors))}"
         ]
-    return []
-
-
-def _lora(lora: LoraConfig) -> list[str]:
-    messages = []
-    if not lora.enabled:
-        if lora.start is not None:
-            messages.append(
-                f"lora.start={lora.start}: adapters, but lora.enabled=false trains every weight; merge them and give"
-                " model.path=<merged folder>"
-            )
-        if lora.modules_to_train:
-            messages.append(
-                f"lora.modules_to_train=[{','.join(lora.modules_to_train)}]: lora.enabled=false trains every weight"
-                " already; give lora.enabled=true, or lora.modules_to_train=[]"
-            )
-        if lora.quantize:
-            messages.append(
-                f"lora.quantize={lora.quantize}: quantised weights can't be trained; give lora.enabled=true (QLoRA) "
-                "or lora.quantize=null"
-            )
-        return messages
-    known = ", ".join(LORA_TARGETS)
-    if not lora.targets:
-        messages.append(
-            f"lora.targets=[]: nothing would be trained; give some of {known}, or lora=none for full fine-tuning"
-        )
-    unknown = [
-        f"lora.targets: {target!r} is no target{did_you_mean(target, LORA_TARGETS)} (targets: {known})"
-        for target in lora.targets
-        if target not in LORA_TARGETS
-    ]
-    if lora.expert_rank is not None and EXPERTS not in lora.targets:
-        given = ",".join([*lora.targets, EXPERTS])
-        messages.append(
-            f"lora.expert_rank={lora.expert_rank}: experts get no adapters; give lora.targets=[{given}] or"
-            " lora.expert_rank=null"
-        )
-    if lora.dropout and lora.targets == [EXPERTS]:
-        messages.append(
-            f"lora.dropout={lora.dropout}: adapters of experts have none, nor do PEFT's; give lora.dropout=0, or adapt"
-            " attention or mlp, too"
-        )
-    twice = [target for target in dict.fromkeys(lora.targets) if lora.targets.count(target) > 1]
-    within = [target for target in lora.targets if MODULES.get(target) in lora.targets]
-    messages += unknown + [f"lora.targets: {target!r} is given twice" for target in twice]
-    messages += [f"lora.targets: {target!r} is part of {MODULES[target]!r}; give one of them" for target in within]
-    if lora.dora and lora.dropout:
-        messages.append(
-            f"lora.dropout={lora.dropout}: lora.dora=true scales the base's product too, dropout would need a second"
-            " one; give lora.dropout=0"
-        )
-    if lora.dora and EXPERTS in lora.targets:
-        messages.append(
-            "lora.dora=true: not for lora.targets=[…,experts], nor in PEFT; leave experts out, or give lora.dora=false"
-        )
-    if lora.dora and lora.start is not None:
-        messages.append(
-            f"lora.start={lora.start}: adapters without magnitudes, which lora.dora=true trains; merge them and give"
-            " model.path=<merged folder>, or lora.dora=false"
-        )
-    low = [f"lora.ranks.{pattern}={rank}: must be at least 1" for pattern, rank in lora.ranks.items() if rank < 1]
-    return messages + low
-
-
-def _adapted(lora: LoraConfig, architecture: Architecture) -> list[str]:
-    """Layers and ranks that this model has not."""
-    try:
-        adapted(architecture, lora)
-    except UserError as problem:
-        return [str(problem)]
     return []
 
 
