@@ -88,7 +88,7 @@ class LocalServer:
         return until_stopped(self.outcome, self._serve, "the server is stopped")
 
     @contextmanager
-    def _threads(self) -> Iterator[None]:
+    def _threads(self, signals: Signals) -> Iterator[None]:
         """HTTP and engine, both ended with the block."""
         http = threading.Thread(target=self._listen, name="http", daemon=True)
         http.start()
@@ -100,7 +100,8 @@ class LocalServer:
                         " it meanwhile? give another serving.port"
                     )
                 time.sleep(POLL_SECONDS)
-            self._engine.start()
+            with signals.held():  # a thread that is half started can't be waited for
+                self._engine.start()
             yield
         finally:
             self._http.should_exit = True
@@ -114,7 +115,7 @@ class LocalServer:
             return
 
     def _serve(self, signals: Signals) -> None:
-        with self._threads():
+        with self._threads(signals):
             self._answer()
 
     def _answer(self) -> None:

@@ -78,13 +78,15 @@ class LocalEngine:
             self._lock.notify()
 
     def stop(self) -> None:
-        """Ends every answer under way and waits for the thread."""
+        """Ends every answer under way and waits for the thread, if it was started."""
         with self._lock:
             if self.state != FAILED:
                 self.state = STOPPED
             self._lock.notify()
         if self._templates is not None:
             self._templates.close()
+        if self._thread.ident is None:
+            return
         self._thread.join()
         if self._templates is not None:  # that of a checkpoint which was still being loaded
             self._templates.close()

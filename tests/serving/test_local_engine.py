@@ -44,6 +44,10 @@ def engine():
         one.stop()
 
 
+def test_an_engine_that_was_never_started_ends(tmp_path):
+    LocalEngine(tmp_path, "float32", Metrics("m"), sequences=3, prompt_tokens=16).stop()
+
+
 class Asked:
     """An answer and what was told of it."""
 
