@@ -1,6 +1,6 @@
 """What a verdict costs: CPU seconds at each level of isolation that works here, beside Icarus Verilog run by hand.
 
-    python -m benchmarks.evaluation --problems <clone of verilog-eval> [--samples 2] [--out benchmarks/evaluation.md]
+    python -m benchmarks.evaluation --problems <clone of verilog-eval> [--samples 5] [--out benchmarks/evaluation.md]
 
 Answers are the references, and a mutant of each, as often as `--samples` says. By turns each is judged, as by
 `python -m gemma4_tpu.judge`, and compiled and simulated by hand: `iverilog` and `vvp`, without sandbox, limits or any
@@ -19,7 +19,7 @@ import tempfile
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from statistics import median
+from statistics import mean, median
 
 import psutil
 
@@ -53,7 +53,7 @@ class Row:
     verdicts: int
     passed: int
     programs_ms: float
-    """CPU milliseconds of the programs of a verdict, median."""
+    """CPU milliseconds of the programs of a verdict: median over problems of the mean over its answers."""
     judge_ms: float
     """The same of the judge's own processes for a verdict, mean: a clock's tick is too long for one of them."""
     mean_ms: float
@@ -112,17 +112,19 @@ def measure(level: Level, problems: list[Problem], samples: int, cache: Path) ->
             judge.submit(problem, f"```verilog\n{reference_as_answer(problem)}\n```", official=False).result()
         judge_processes = psutil.Process().children(recursive=True)  # looked for once: that takes longer than a verdict
         for kind in KINDS:
-            given, hand, programs, spent, passed = answers(short, kind, samples), [], [], 0.0, 0
+            given, hand, spent, passed = answers(short, kind, samples), [], 0.0, 0
+            programs: dict[str, list[float]] = {}
             for problem, code in given:
                 hand.append(1e3 * by_hand(judge.tools, Path(folder), problem, code))
                 before = judge_seconds(judge_processes)
                 verdict = judge.submit(problem, f"```verilog\n{code}```", official=False).result()
                 spent += 1e3 * (judge_seconds(judge_processes) - before)
-                programs.append(1e3 * verdict.cpu_seconds)
+                programs.setdefault(problem.name, []).append(1e3 * verdict.cpu_seconds)
                 passed += verdict.passed
             count = len(given)
-            own = (spent - sum(programs)) / count
-            row = Row(level, kind, count, passed, median(programs), own, spent / count, median(hand))
+            own = (spent - sum(map(sum, programs.values()))) / count
+            typical = median(map(mean, programs.values()))
+            row = Row(level, kind, count, passed, typical, own, spent / count, median(hand))
             rows.append(row)
             print(row, flush=True)
     return rows
@@ -144,9 +146,9 @@ def report(rows: list[Row], simulator: str, command: str) -> str:
     lines = [
         *("# Judging by simulation", "", head, "", f"    {command}", ""),
         *table(HEADS, cells, "llrrrrrrr"),
-        "CPU time: medians of the programs, and with them the mean of the judge's own processes; then the mean of all,",
-        "with the long benches. The shell that starts benches tells their CPU time in ticks of 10 ms. A verdict is the",
-        "strict one: scan, design built and simulated behind the player, bench simulated with its responses (not again",
+        "CPU time: the median over problems of the programs of a verdict (a problem's mean, since the shell that starts",
+        "benches tells time in ticks of 10 ms), and with it the mean of the judge's own processes; then the mean of all,",
+        "with the long benches. A verdict is the strict one: scan, design built and simulated behind the player, bench simulated with its responses (not again",
         "where these are known, as a right answer's are). *By hand* is `iverilog` and `vvp` on the benchmark's files,",
         f"by turns with the verdicts. Benches with more than {LONGEST_BENCH} comparisons are left out. The estimate is",
         "for two cores: 2 divided by the CPU seconds of a verdict, which are fewer where nothing else runs.",
@@ -157,7 +159,7 @@ def report(rows: list[Row], simulator: str, command: str) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--problems", type=Path, required=True, help="a clone of verilog-eval")
-    parser.add_argument("--samples", type=int, default=2)
+    parser.add_argument("--samples", type=int, default=5)
     parser.add_argument("--work", type=Path, default=Path("outputs/bench_evaluation"), help="for the self-check's file")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/evaluation.md"))
     args = parser.parse_args()
