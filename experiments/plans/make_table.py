@@ -46,9 +46,9 @@ LoRA (and QLoRA, nf4) of rank 64 on packed rows of 4096 tokens, one row for each
 update, remat chosen by what fits; of up to four meshes (weights split over all chips, or only as far as leaves four
 fifths or half of HBM free, and for 12B, E4B and E2B over tp = 2, too) the cheapest. All figures are *estimated*: memory
 by the TPU compiler, which compiles the whole training step without a TPU; time from the compiler's schedule, times a
-band of measured over scheduled time (`docs/planning.md`), or, in rows without one, at 40% to 60% of the binding
-roofline; dollars from the prices in `hardware.py`. Minutes are for the paper's job: 9,959 rows of 922 tokens on
-average, one epoch. Nothing here ran on a TPU."""
+band of measured over scheduled time (`docs/planning.md`); dollars from the prices in `hardware.py`. A cell that was not
+compiled to the end yet has no time, only its roofline, which is a lower bound. Minutes are for the paper's job: 9,959
+rows of 922 tokens on average, one epoch. Nothing here ran on a TPU."""
 
 PAPER = {"seconds_per_sample": 1.21, "hours": 3.34, "usd": 56.11, "samples": 9959, "mean_tokens": 922}
 """Quoted: the paper's run of 31B with LoRA on a v5p-8; the tokens are those of its rows, padded to 3072."""
@@ -152,12 +152,11 @@ def row(key: tuple[str, str, str], plan: dict[str, Any]) -> list[str]:
     cells_ = [size, machine, kind, mesh, plan["remat"], str(plan["rows_per_update"]), "yes" if plan["fits"] else "no"]
     if not plan["fits"]:
         return [*cells_, memory, *["–"] * 6]
-    scheduled = plan.get("step_seconds")
+    cells_ += [memory, plan["bound_by"], f"{plan['roofline_seconds']['update'] * 1e3:,.0f}"]
+    if not plan.get("step_seconds"):
+        return [*cells_, *["–"] * 4]
     cells_ += [
-        memory,
-        plan["bound_by"],
-        f"{plan['roofline_seconds']['update'] * 1e3:,.0f}",
-        f"{scheduled * 1e3:,.0f}" if scheduled else "–",
+        f"{plan['step_seconds'] * 1e3:,.0f}",
         band(plan["real_tokens_per_second"]),
         band(plan["hours"], times=60),
         _price(plan),
@@ -171,17 +170,17 @@ def _price(plan: dict[str, Any]) -> str:
 
 
 def cheapest(plans: dict[tuple[str, str, str], dict[str, Any]]) -> list[str]:
-    """For each size the slice with the lowest price per million real tokens."""
+    """For each size the slice with the lowest price per million real tokens, of those whose time is known."""
     lines = []
     for size in SIZES:
         priced = [
             (plan["usd_per_million_real_tokens"], machine, kind, _price(plan))
             for (its_size, machine, kind), plan in plans.items()
-            if its_size == size and plan["fits"] and plan["usd_per_million_real_tokens"] is not None
+            if its_size == size and plan["fits"] and plan.get("step_seconds") and plan["usd_per_million_real_tokens"]
         ]
         if priced:
             _, machine, kind, told = min(priced)
-            lines.append(f"- {size}: {machine} ({kind}), ${told} per million real tokens")
+            lines.append(f"- {size}: {machine} ({kind}), ${told} per million real tokens, of {len(priced)} cells")
     return lines
 
 

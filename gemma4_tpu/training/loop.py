@@ -129,12 +129,14 @@ class Loop:
             if preempted or timed_out or patience.exhausted:
                 break
 
-        # ── result ─────────────────────────────────────────────────────────────────────────────────────────────────
         self.checkpoints.wait()
-        if done < last and not preempted:
-            ended = patience.told() if patience.exhausted else self.time_limit.told()
-            return tally.result("finished" if patience.exhausted else "stopped", ended)
-        return tally.result("finished" if done == last else "preempted")
+        if done == last:
+            return tally.result("finished")
+        if preempted:
+            return tally.result("preempted")
+        if patience.exhausted:
+            return tally.result("finished", patience.told())
+        return tally.result("stopped", self.time_limit.told())
 
     def _begin(self, resume_from: int | None) -> tuple[TrainState, Totals, Spikes, Patience]:
         """State, sums and losses to go on with: fresh, or those of a checkpoint."""
