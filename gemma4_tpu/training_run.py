@@ -29,8 +29,8 @@ from gemma4_tpu.tracking.result import Result
 from gemma4_tpu.tracking.run import RunFolder
 from gemma4_tpu.tracking.trackers import make_tracker, run_name
 from gemma4_tpu.training import resume
-from gemma4_tpu.training.began import open_began
 from gemma4_tpu.training.batches import Batches, make_batches
+from gemma4_tpu.training.began import open_began
 from gemma4_tpu.training.checkpoint import Checkpoints
 from gemma4_tpu.training.checks import Checked, warmup_warning
 from gemma4_tpu.training.compile_cache import log_compile_cache, use_compile_cache

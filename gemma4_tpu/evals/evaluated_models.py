@@ -50,7 +50,7 @@ def of_run(run: str, config: EvalConfig, hardware: HardwareConfig, mesh_config: 
     trained = open_trained(run, ExportConfig(checkpoint=config.checkpoint))
     mesh = start_mesh(hardware, mesh_config, trained.base.arch)
     policy = config.thoughts or trained.run.read_config().get("data", {}).get("thoughts", "drop")
-    base, run_weights = _weights(trained, config, mesh)
+    base, run_weights = weights_of(trained, config, mesh)
     wanted = {"run": (RUN,), "none": (BASE,), "both": (RUN, BASE)}[config.adapter]
     about = {"base": trained.base.folder, "run": str(trained.run.path), "checkpoint": trained.state.update}
     backends = {
@@ -81,7 +81,7 @@ def of_checkpoint(
     return Backends({MODEL: backend}, {"base": base.fingerprint, **tokenizer})
 
 
-def _weights(trained: Trained, config: EvalConfig, mesh: Mesh) -> tuple[Weights, Weights]:
+def weights_of(trained: Trained, config: EvalConfig, mesh: Mesh) -> tuple[Weights, Weights]:
     """(base, run), in the compute dtype, adapters in float32; a base trained on in quantised form is used in that.
 
     Weights that are trained in full are the base's own in the one, the trained ones in the other. Where quantised

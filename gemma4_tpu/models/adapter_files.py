@@ -147,7 +147,9 @@ def _check_config(config: Mapping[str, Any], where: str) -> None:
 
 
 def _pairs(file: TensorFile) -> tuple[dict[str, dict[str, str]], dict[str, str], list[str]]:
-    """Weight → (`A`, `B`, with DoRA `magnitude_vector`) → name of the tensor; weight → the module's path as spelt; tensors that are no factors."""
+    """Weight → (`A`, `B`, with DoRA `magnitude_vector`) → name of the tensor; weight → the module's path as spelt;
+    tensors that are no factors.
+    """
     pairs: dict[str, dict[str, str]] = {}
     modules: dict[str, str] = {}
     others = []

@@ -2,9 +2,9 @@
 
 What is given must be represented exactly, or the run is refused: every product scale · B @ A comes out as it was. A
 smaller rank is filled up with fresh ranks, which add nothing at first; K and V share A here, so that an A of each takes
-ranks of its own; a scale that is a power of two away goes into B. DoRA's magnitudes are taken over, and where there were
-none they begin as the lengths that rows have. What was given, where it went and what is fresh is logged and written to
-`start.json`.
+ranks of its own; a scale that is a power of two away goes into B. DoRA's magnitudes are taken over, and where there
+were none they begin as the lengths that rows have. What was given, where it went and what is fresh is logged and
+written to `start.json`.
 """
 
 from __future__ import annotations

@@ -12,9 +12,10 @@ from safetensors.numpy import load_file, save_file
 
 from gemma4_tpu.architectures import ARCHITECTURES
 from gemma4_tpu.config.schema import LoraConfig
-from gemma4_tpu.config.tasks import ExportConfig
+from gemma4_tpu.config.tasks import EvalConfig, ExportConfig
 from gemma4_tpu.errors import UserError
-from gemma4_tpu.export.logits import forward
+from gemma4_tpu.evals.evaluated_models import weights_of
+from gemma4_tpu.export.logits import forward, stacked
 from gemma4_tpu.export.trained import open_trained
 from gemma4_tpu.models import lora as adapters
 from gemma4_tpu.models.gemma4 import Model
@@ -31,7 +32,7 @@ from tests.export.conftest import same
 from tests.export.runs import make_run
 from tests.export.test_merge import lora_logits, peft_logits
 from tests.export.test_start import arch_of, begin, logits
-from tests.export.test_training_as_peft import UPDATES, our_updates, peft_updates
+from tests.export.test_training_as_peft import our_updates, peft_updates
 from tests.models.checkpoints import VOCAB_SIZE, hf_logits, load_hf, make_checkpoint
 
 TARGETS = ["q", "v", "down"]
@@ -178,6 +179,25 @@ def test_a_new_run_begins_from_it_with_plain_adapters_of_twice_the_rank(run_of):
     tree = begin(open_start(plain, arch_of(base)), arch_of(base))
     tokens = np.random.default_rng(0).integers(3, VOCAB_SIZE, (1, 16))
     same(logits(base, plain, tree, tokens), lora_logits(run, tokens))
+
+
+def test_a_quantised_rest_is_evaluated_as_it_was_trained(run_of):
+    """Whole weights, quantised, are others than a quantised rest and what was taken out of it."""
+    lora = LoraConfig(rank=4, init="pissa", targets=["o"], quantize="int8")
+    parts = on_mesh(make_checkpoint("dense"), lora)[2]
+    run, base = run_of(lora=lora, initial=parts.factors)
+    trained, mesh = open_trained(run, ExportConfig()), make_mesh(1, 1, jax.devices()[:1])
+    tokens = np.random.default_rng(0).integers(3, VOCAB_SIZE, (1, 16))
+
+    def logits_of(model, params, lora):
+        return np.asarray(forward(model, params, lora, tokens, np.ones_like(tokens)))
+
+    at_first, after = (logits_of(one.model, one.params, one.lora) for one in weights_of(trained, EvalConfig(), mesh))
+    model, held, _ = on_mesh(base, lora, trained.state.began.read)
+    same(after, logits_of(model, held, stacked(trained.as_trained, adapters.leaves(model.layout))))
+    same(at_first, logits_of(model, held, parts.factors))
+    # of 10: int8 of the rest of one matrix in each layer
+    assert 1e-4 < np.abs(at_first - hf_logits(base, tokens)).max() < 0.5
 
 
 def test_without_what_they_began_as_nothing_is_made_of_them(run_of, refused):

@@ -48,7 +48,7 @@ def matrices(layout, weights, parts):
 
 @pytest.mark.parametrize(("init", "split"), [("pissa", (1, 1)), ("pissa", (2, 2)), ("olora", (2, 2))])
 def test_products_are_those_of_whole_decompositions_on_any_mesh(init, split):
-    """The products, since signs of singular vectors are anyone's. `v` alone is a piece of the array that holds K too."""
+    """The products, since signs of singular vectors are anyone's. `v` alone is a piece of an array with K."""
     lora = LoraConfig(rank=4, alpha=6.0, init=init, targets=["v", "o", "down"], ranks={"v": 3})
     for adapter, w, left, a, b in matrices(*load(lora, *split)):
         rank, scale = adapter.how.rank, adapter.how.scale
@@ -86,6 +86,8 @@ def test_the_part_that_is_left_is_what_is_quantised_and_saved_factors_leave_the_
 
 def test_a_rank_that_a_weight_does_not_have_is_refused():
     arch = replace(ARCH, embed_dim=8)
-    with pytest.raises(UserError, match=r"lora\.init=olora: rank 9, but layers\.0\.self_attn\.q_proj\.weight has only 8"):
+    with pytest.raises(
+        UserError, match=r"lora\.init=olora: rank 9, but layers\.0\.self_attn\.q_proj\.weight has only 8"
+    ):
         Layout.of(arch, LoraConfig(rank=9, init="olora"))
     assert Layout.of(arch, LoraConfig(rank=9)).adapted
