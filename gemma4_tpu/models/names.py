@@ -183,8 +183,8 @@ def from_peft_name(name: str) -> tuple[str, str, str] | None:
 
     Returns:
       (weight, factor, module): the weight's name without prefix (`layers.3.self_attn.q_proj.weight`; in other parts of
-      a model with their path), `A`, `B` or `magnitude_vector`, the module's path in the base model, as patterns of PEFT's
-      name it: before it was wrapped.
+      a model with their path), `A`, `B` or `magnitude_vector`, the module's path in the base model, as patterns of
+      PEFT's name it: before it was wrapped.
     """
     found = _PEFT_KEY.fullmatch(name)
     if found is None:
