@@ -215,7 +215,8 @@ def test_dora_and_whole_weights_do_not_disturb_each_other():
     together, *apart = found
     for path, grad in together.items():
         others = [grads[path] for grads in apart if path in grads]
-        assert others and np.abs(grad).max() > 0, path
+        assert others, path
+        assert np.abs(grad).max() > 0 or "lora_a" in str(path[-1])  # nothing goes through a B that is zero
         for other in others:  # magnitudes are the rows' lengths: a ratio of 1, and fp32 sums in another order
             np.testing.assert_allclose(grad, other, atol=5e-5 * np.abs(grad).max(), err_msg=str(path))
 
