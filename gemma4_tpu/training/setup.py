@@ -145,7 +145,8 @@ def set_up(
     step, lora = make_step(recipe, mesh), recipe.lora
     layout = step.model.layout
     init_key, dropout_key = jax.random.split(jax.random.key(recipe.trainer.seed))
-    parts = Parts(lora.init, mesh, init_key, initial and initial.read) if takes_part(lora) else None
+    saved = initial.read if initial else None
+    parts = Parts(lora.init, mesh, init_key, saved) if takes_part(lora) else None
     then = holding(lora, mesh, parts)
     weights = load_weights(base, layout, mesh, step.model.compute_dtype, then, layout.in_full)
     weights = _with_new_rows(weights, base.token_places.taken)
