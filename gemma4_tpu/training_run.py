@@ -16,8 +16,10 @@ from gemma4_tpu.data.build import TrainingData, build_data
 from gemma4_tpu.data.tokenizer import load_tokenizer
 from gemma4_tpu.evals.heldout import HeldoutAnswers
 from gemma4_tpu.hardware import MeshSizes
+from gemma4_tpu.models.adapted import takes_part
 from gemma4_tpu.models.audit import audit
 from gemma4_tpu.models.base import Base, resolve_base
+from gemma4_tpu.models.lora import factors
 from gemma4_tpu.planning.auto_remat import resolve_remat
 from gemma4_tpu.step.optimizer import make_schedule
 from gemma4_tpu.tracking import provenance
@@ -28,6 +30,7 @@ from gemma4_tpu.tracking.run import RunFolder
 from gemma4_tpu.tracking.trackers import make_tracker, run_name
 from gemma4_tpu.training import resume
 from gemma4_tpu.training.batches import Batches, make_batches
+from gemma4_tpu.training.began import open_began
 from gemma4_tpu.training.checkpoint import Checkpoints
 from gemma4_tpu.training.checks import Checked, warmup_warning
 from gemma4_tpu.training.compile_cache import log_compile_cache, use_compile_cache
@@ -127,7 +130,8 @@ def train(loaded: Loaded[TrainRoot, Checked], folder: RunFolder, hosts: Hosts, p
     # ── weights, adapters, optimizer; only now is the run one that has begun ───────────────────────────────────────
     check_capacity(run.recipe(), config.checkpoint, mesh, folder.checkpoints)
     recipe = resolve_remat(run.recipe(), mesh)
-    setup = set_up(base, recipe, mesh, start)
+    began = open_began(folder.checkpoints) if takes_part(config.lora) and resume_from is not None else None
+    setup = set_up(base, recipe, mesh, start, began)
     provenance.record(folder, made_of)
     folder.begun()
     if start is not None:
@@ -154,6 +158,8 @@ def _loop(
     """Runs the updates there are to run, under the eyes of a watchdog."""
     config, folder, pipeline = run.config, run.folder, run.batches.pipeline
     checkpoints = Checkpoints(folder.checkpoints, config.checkpoint, setup.trained_leaves, setup.mesh)
+    if takes_part(config.lora) and run.resume_from is None:
+        checkpoints.save_initial(setup.state.trained, factors(setup.step.model.layout))
     answers = HeldoutAnswers(
         run.data.heldout, run.base, run.tokenizer, config.trainer, folder.path, run.resume_from, write=folder.write
     )  # fmt: skip

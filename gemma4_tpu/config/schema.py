@@ -109,6 +109,9 @@ class LoraConfig:
     """Rank-stabilised scaling, alpha/√r."""
     dora: bool = False
     """Also train the lengths of the adapted weights' rows (DoRA)."""
+    init: str = "default"
+    """What fresh adapters begin as: `default` (A random, B zero), or a part of their weight that is taken out of it:
+    `pissa` (its largest singular values), `olora` (of its QR decomposition). Exports are for the whole base."""
     start: str | None = None
     """Begin from trained adapters instead of fresh ones: a run folder, or that of a PEFT adapter, local or gs://. A run
     that goes on from a checkpoint does not read them again."""

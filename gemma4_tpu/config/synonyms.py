@@ -135,6 +135,7 @@ MEANINGS: tuple[tuple[str, str, str], ...] = (
     ),
     ("use_rslora", "lora.rslora={}", ""),
     ("use_dora", "lora.dora={}", ""),
+    ("init_lora_weights", "lora.init={}", "default, pissa or olora"),
     ("load_in_4bit use_4bit", "lora.quantize=nf4", "null for false"),
     ("load_in_8bit use_8bit", "lora.quantize=int8", "null for false"),
     (

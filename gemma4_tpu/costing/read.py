@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -95,9 +96,15 @@ def _model(name: str) -> ModelDemand | None:
     return ModelDemand.of(ARCHITECTURES[name]) if name in ARCHITECTURES else None
 
 
+def _lora(config: dict[str, Any]) -> LoraConfig:
+    """What a recorded configuration trains; keys of other versions are left out."""
+    recorded = config.get("lora", {})
+    return LoraConfig(**{key: value for key, value in recorded.items() if key in LoraConfig.__dataclass_fields__})
+
+
 def _run(result: dict[str, Any], path: Path) -> Training:
     config = _config(path)
-    hardware, lora = config.get("hardware", {}), config.get("lora", {})
+    hardware = config.get("hardware", {})
     if result.get("status") not in (None, "finished"):
         log.warning("%s: %s; what it did until then is costed", path, result["status"])
     data = read_record(path / "data.json").values if (path / "data.json").is_file() else {}
@@ -113,7 +120,7 @@ def _run(result: dict[str, Any], path: Path) -> Training:
         kind=kind_of(HardwareConfig(**{key: hardware.get(key, False) for key in ("spot", "flex_start")})),
         region=hardware.get("region"),
         model=_model(config.get("model", {}).get("name", "")),
-        lora=LoraConfig(**{key: value for key, value in lora.items() if key in LoraConfig.__dataclass_fields__}),
+        lora=_lora(config),
         mean_tokens=data.get("train", {}).get("length_tokens", {}).get("mean") or 1.0,
     )
 
@@ -130,6 +137,7 @@ def _plan(plan: dict[str, Any], path: Path) -> Figures:
     if by:
         said = f"its schedule, times {by['low']:g} to {by['high']:g}"
     rank = plan["lora_rank"]
+    lora = _lora(config_of(path)) if (path / CONFIG).is_file() else LoraConfig()
     made = Training(
         name=f"{plan['model']}, {plan['trained']}, {plan['slice']}",
         label=ESTIMATED,
@@ -143,7 +151,7 @@ def _plan(plan: dict[str, Any], path: Path) -> Figures:
         kind=price.get("kind", ON_DEMAND),
         region=price.get("region"),
         model=_model(plan["model"]),
-        lora=LoraConfig(enabled=False) if rank is None else LoraConfig(rank=rank),
+        lora=LoraConfig(enabled=False) if rank is None else replace(lora, enabled=True, rank=rank),
     )
     return Figures(trainings=[made])
 

@@ -18,12 +18,14 @@ from gemma4_tpu.data.tokenizer import load_tokenizer, tokenizer_fingerprint
 from gemma4_tpu.evals.generate import InProcess, Weights, checkpoint_stop_ids
 from gemma4_tpu.export.trained import Trained, open_trained
 from gemma4_tpu.models import lora as adapters
-from gemma4_tpu.models import quantize, sharding, token_rows
+from gemma4_tpu.models import sharding, token_rows
 from gemma4_tpu.models.audit import audit
 from gemma4_tpu.models.base import Base, resolve_base
 from gemma4_tpu.models.layout import Leaf, Path, build_tree, get
+from gemma4_tpu.models.lora_parts import Parts
 from gemma4_tpu.models.weights import BY_NAME, EMBEDDING
-from gemma4_tpu.training.setup import load_weights, make_model, start_mesh
+from gemma4_tpu.training.began import PlainState
+from gemma4_tpu.training.setup import holding, load_weights, make_model, start_mesh
 
 log = logging.getLogger(__name__)
 
@@ -48,7 +50,7 @@ def of_run(run: str, config: EvalConfig, hardware: HardwareConfig, mesh_config: 
     trained = open_trained(run, ExportConfig(checkpoint=config.checkpoint))
     mesh = start_mesh(hardware, mesh_config, trained.base.arch)
     policy = config.thoughts or trained.run.read_config().get("data", {}).get("thoughts", "drop")
-    base, run_weights = _weights(trained, config, mesh)
+    base, run_weights = weights_of(trained, config, mesh)
     wanted = {"run": (RUN,), "none": (BASE,), "both": (RUN, BASE)}[config.adapter]
     about = {"base": trained.base.folder, "run": str(trained.run.path), "checkpoint": trained.state.update}
     backends = {
@@ -79,27 +81,27 @@ def of_checkpoint(
     return Backends({MODEL: backend}, {"base": base.fingerprint, **tokenizer})
 
 
-def _weights(trained: Trained, config: EvalConfig, mesh: Mesh) -> tuple[Weights, Weights]:
+def weights_of(trained: Trained, config: EvalConfig, mesh: Mesh) -> tuple[Weights, Weights]:
     """(base, run), in the compute dtype, adapters in float32; a base trained on in quantised form is used in that.
 
-    Weights that are trained in full are the base's own in the one, the trained ones in the other.
+    Weights that are trained in full are the base's own in the one, the trained ones in the other. Where quantised
+    weights lack what adapters began as, the base is what training began with.
     """
+    parts = None
+    if trained.lora.quantize and isinstance(state := trained.state, PlainState):
+        trained = trained.as_trained
+        parts = Parts(trained.lora.init, mesh, jax.random.key(0), state.began.read)
     lora, base = trained.lora, trained.base
     model = make_model(base.arch, lora, _trainer(config), mesh)
-
-    def then(leaf: Leaf, array: jax.Array) -> Any:
-        if not quantize.is_quantized(leaf, lora):
-            return array
-        return quantize.quantizer(leaf, lora.quantize, mesh)(array)
-
-    params = load_weights(base, model.layout, mesh, model.compute_dtype, then)
+    params = load_weights(base, model.layout, mesh, model.compute_dtype, holding(lora, mesh, parts))
     own = _on_mesh(trained, model.layout.trained_in_full(), mesh, model.compute_dtype)
     if rows := trained.token_rows:
         path = BY_NAME[EMBEDDING].path
         own[path] = token_rows.put(get(params, path), rows, jnp.asarray(trained.state.read(token_rows.NAME)))
     tuned = model.layout.tree(lambda leaf: own.get(leaf.path, get(params, leaf.path)))
     factors = _on_mesh(trained, adapters.leaves(model.layout), mesh, np.float32)
-    return Weights(model, params, None), Weights(model, tuned, build_tree(iter(factors.items())) or None)
+    begun = adapters.init(model.layout, jax.random.key(0), params, parts.factors) if parts else None
+    return Weights(model, params, begun), Weights(model, tuned, build_tree(iter(factors.items())) or None)
 
 
 def _on_mesh(trained: Trained, leaves: Iterable[Leaf], mesh: Mesh, dtype: Any) -> dict[Path, jax.Array]:

@@ -25,6 +25,7 @@ from gemma4_tpu.models.tensorfile import Checkpoint
 from gemma4_tpu.models.weights import EMBEDDING
 from gemma4_tpu.tracking.files import read_json
 from gemma4_tpu.tracking.run import RunFolder
+from gemma4_tpu.training.began import PlainState, open_plain
 from gemma4_tpu.training.saved import SavedState, open_saved
 
 log = logging.getLogger(__name__)
@@ -46,6 +47,9 @@ class Trained:
     run: RunFolder
     state: SavedState
     lora: LoraConfig
+    """Of the adapters as plain ones beside the base (see `began.py`)."""
+    recorded: LoraConfig
+    """As the run has it."""
     base: Base
     match: Match
     """How the base checkpoint's names correspond to the architecture's."""
@@ -58,6 +62,12 @@ class Trained:
     @property
     def checkpoint(self) -> Checkpoint:
         return self.base.checkpoint
+
+    @property
+    def as_trained(self) -> Trained:
+        """With the adapters that training had, be it on weights that lack what these began as."""
+        state = self.state.as_trained if isinstance(self.state, PlainState) else self.state
+        return replace(self, lora=self.recorded, state=state)
 
     @cached_property
     def layout(self) -> Layout:
@@ -124,10 +134,15 @@ def open_trained(run: str | Path, export: ExportConfig) -> Trained:
     base = _base(folder, known.model, export)
     found = fit(base.arch, base.checkpoint)
     _check_fingerprint(folder, base)
-    trained = Trained(folder, state, known.lora, base, found)
+    state, lora = open_plain(state, known.lora)
+    trained = Trained(folder, state, lora, known.lora, base, found)
     _check_values(trained)
     if known.lora.quantize and known.lora.enabled:
         log.info("QLoRA: trained on %s weights; exported on the unquantised base", known.lora.quantize)
+    if lora is not known.lora:
+        log.info(
+            "lora.init=%s: exported as plain adapters of rank %d, for the original base", known.lora.init, lora.rank
+        )
     return trained
 
 

@@ -5,14 +5,14 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 
 from gemma4_tpu.architectures import Architecture
 from gemma4_tpu.config.schema import LoraConfig
 from gemma4_tpu.errors import UserError
 from gemma4_tpu.models.in_full import is_in_full
-from gemma4_tpu.models.weights import MODULES, ROLES, Weight, rows
+from gemma4_tpu.models.weights import MODULES, ROLES, Weight, rows, sizes
 
 _LAYERS = re.compile(r"(?P<first>-?\d+)(?P<range>-(?P<last>-?\d+)?)?")
 
@@ -93,7 +93,30 @@ def _of_layer(arch: Architecture, lora: LoraConfig, ranks: _Ranks, layer: int) -
         if weight.role and pieces and not is_in_full(weight, lora):
             otherwise = expert_rank(arch, lora) if weight.each else lora.rank
             rank = ranks.of(weight, layer, pieces, otherwise)
+            if takes_part(lora) and rank > (most := _most_ranks(arch, layer, weight, len(pieces))):
+                raise UserError(
+                    f"lora.init={lora.init}: rank {rank}, but layers.{layer}.{weight.hf_names[pieces[0]]} has only"
+                    f" {most}; give a lower lora.rank, or this weight another (lora.ranks)"
+                )
             yield weight.name, Adapted(rank, lora.alpha / scaled_by(rank, lora.rslora), pieces, lora.dora)
+
+
+def _most_ranks(arch: Architecture, layer: int, weight: Weight, pieces: int) -> int:
+    """The rank of a weight, or of so many of its pieces together."""
+    size = sizes(arch, layer) | {"c": pieces}
+    return min(math.prod(size[dim] for dim in dims) for dims in (weight.inputs, weight.outputs))
+
+
+def takes_part(lora: LoraConfig) -> bool:
+    """Whether adapters begin as a part of their weights (PiSSA, OLoRA), which the frozen weights then lack."""
+    return lora.enabled and lora.init != "default"
+
+
+def as_plain(lora: LoraConfig) -> LoraConfig:
+    """What such adapters are as plain ones beside whole weights: of twice the rank, at the same scale."""
+    ranks = {pattern: 2 * rank for pattern, rank in lora.ranks.items()}
+    alpha = lora.alpha * scaled_by(2, lora.rslora)
+    return replace(lora, init="default", rank=2 * lora.rank, alpha=alpha, ranks=ranks)
 
 
 def expert_rank(arch: Architecture, lora: LoraConfig) -> int:

@@ -17,7 +17,7 @@ import numpy as np
 
 from gemma4_tpu.errors import UserError
 from gemma4_tpu.models.expert_files import by_parameter, from_experts, from_fused, parameter_of
-from gemma4_tpu.models.names import HEAD, from_peft_module, from_peft_name, some
+from gemma4_tpu.models.names import HEAD, MAGNITUDE, from_peft_module, from_peft_name, some
 from gemma4_tpu.models.tensorfile import TensorFile
 from gemma4_tpu.models.weights import BY_NAME, EMBEDDING
 from gemma4_tpu.storage import join, list_folder, open_bytes, read_json
@@ -37,7 +37,7 @@ _WITHOUT_EFFECT = {
 other key must be off, also one that a later version of PEFT brings."""
 _READ = {
     "peft_type", "r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern", "init_lora_weights",
-    "modules_to_save", "target_parameters",
+    "modules_to_save", "target_parameters", "use_dora",
 }  # fmt: skip
 _OFF: tuple[Any, ...] = (None, False, "none", [], {})
 _ON_THE_SAME_BASE = (True, False, "gaussian", "eva", "orthogonal", "mica")
@@ -55,6 +55,13 @@ class Given:
     scale: float
     read: Callable[[], tuple[np.ndarray, np.ndarray]]
     """(A, B) in float32."""
+    magnitude: Callable[[], np.ndarray] | None = None
+    """DoRA's, `[out]` in float32."""
+
+    @property
+    def adds_nothing(self) -> bool:
+        """The weight is the base's."""
+        return self.magnitude is None and not self.read()[1].any()
 
     @property
     def rank(self) -> int:
@@ -108,8 +115,11 @@ def read_peft(folder: str) -> PeftAdapter:
     config, file = read_json(join(folder, CONFIG)), TensorFile(join(folder, WEIGHTS))
     _check_config(config, join(folder, CONFIG))
     pairs, modules, others = _pairs(file)
+    _check_magnitudes(file, pairs, bool(config.get("use_dora")))
     whole = _whole(file, others, config.get("modules_to_save"))
     weights = _experts(file, config, pairs, modules)
+    if weights and config.get("use_dora"):
+        raise UserError(f"{file.path}: use_dora for experts ({some(list(weights))}), whose adapters have no magnitudes")
     weights |= {weight: _given(file, pair, _scale(config, modules[weight])) for weight, pair in pairs.items()}
     return PeftAdapter(weights, whole, config.get("base_model_name_or_path"), _sha256(folder))
 
@@ -137,7 +147,9 @@ def _check_config(config: Mapping[str, Any], where: str) -> None:
 
 
 def _pairs(file: TensorFile) -> tuple[dict[str, dict[str, str]], dict[str, str], list[str]]:
-    """Weight → (`A`, `B`) → name of the tensor; weight → the module's path as spelt; tensors that are no factors."""
+    """Weight → (`A`, `B`, with DoRA `magnitude_vector`) → name of the tensor; weight → the module's path as spelt;
+    tensors that are no factors.
+    """
     pairs: dict[str, dict[str, str]] = {}
     modules: dict[str, str] = {}
     others = []
@@ -148,11 +160,21 @@ def _pairs(file: TensorFile) -> tuple[dict[str, dict[str, str]], dict[str, str],
         weight, factor, modules[weight] = found[0], found[1], found[2]
         if (other := pairs.setdefault(weight, {}).setdefault(factor, name)) != name:
             raise UserError(f"{file.path}: {other} and {name} are two adapters of one weight; save one of them alone")
-    if half := [name for pair in pairs.values() for name in pair.values() if len(pair) < 2]:
+    if half := [name for pair in pairs.values() for name in pair.values() if not {"A", "B"} <= pair.keys()]:
         raise UserError(f"{file.path}: {some(half)}: A without B, or B without A; save the adapter again")
     if not pairs:
         raise UserError(f"{file.path}: holds no adapter")
     return pairs, modules, others
+
+
+def _check_magnitudes(file: TensorFile, pairs: Mapping[str, Mapping[str, str]], dora: bool) -> None:
+    """Raises `UserError` where some weights have DoRA's magnitudes and others not, or all against the configuration."""
+    if other := [weight for weight, pair in pairs.items() if (MAGNITUDE in pair) != dora]:
+        has = "no magnitudes" if dora else "magnitudes"
+        raise UserError(
+            f"{file.path}: {some(other)}: {has}, but {CONFIG} says use_dora={str(dora).lower()}; these files don't"
+            " belong together"
+        )
 
 
 def _whole(file: TensorFile, names: list[str], modules_to_save: list[str] | None) -> dict[str, Whole]:
@@ -182,7 +204,11 @@ def _given(file: TensorFile, pair: Mapping[str, str], scale: tuple[float, int]) 
     factor, rank = scale
     if not a[0] == b[1] == rank:
         raise _apart(file, pair, a, b, rank)
-    return Given(a, b, factor, lambda: (_read(file, pair["A"]), _read(file, pair["B"])))
+    magnitude = pair.get(MAGNITUDE)
+    if magnitude and file.tensors[magnitude].shape != b[:1]:
+        raise UserError(f"{file.path}: {magnitude} has shape {list(file.tensors[magnitude].shape)}, not [{b[0]}]")
+    lengths = partial(_read, file, magnitude) if magnitude else None
+    return Given(a, b, factor, lambda: (_read(file, pair["A"]), _read(file, pair["B"])), lengths)
 
 
 def _matrix(file: TensorFile, name: str) -> tuple[int, ...]:

@@ -24,6 +24,8 @@ def of_pieces(weight: Weight, x: jax.Array, pieces: tuple[int, ...]) -> jax.Arra
 def norms(weight: Weight, how: Adapted, base: jax.Array, lora_a: jax.Array, lora_b: jax.Array) -> jax.Array:
     """‖W + scale·A·B‖ of each row, float32, with the dims `weight.outputs`, for the backward pass a constant.
 
+    What magnitudes begin with.
+
     The sum is never formed: its squared norm is ‖W‖² + 2·scale·W·(A·B) + scale²·‖A·B‖², and W·A has r columns only.
 
     Args:
@@ -42,13 +44,13 @@ def norms(weight: Weight, how: Adapted, base: jax.Array, lora_a: jax.Array, lora
     gram = jnp.einsum(f"{a},{a.replace('r', 'z')}->rz", lora_a, lora_a)
     added = jnp.einsum(f"rz,{b.replace('r', 'z')}->r{out}", gram, lora_b)
     grown = jnp.sum(lora_b * (2 * how.scale * crossed + how.scale**2 * added), axis=0)
-    return jnp.sqrt(jnp.maximum(lengths(weight, base) ** 2 + grown, 0.0))
+    return jnp.sqrt(jnp.maximum(squared_lengths(weight, base) + grown, 0.0))
 
 
-def lengths(weight: Weight, base: jax.Array) -> jax.Array:
-    """‖W‖ of each row, float32: what magnitudes begin with."""
-    inputs = tuple(i for i, dim in enumerate(weight.dims, base.ndim - len(weight.dims)) if dim in weight.inputs)
-    return jnp.sqrt(jnp.sum(jnp.square(base.astype(jnp.float32)), axis=inputs))
+def squared_lengths(weight: Weight, base: jax.Array) -> jax.Array:
+    """‖W‖² of each row, float32."""
+    inputs = tuple(i for i, dim in enumerate(weight.dims) if dim in weight.inputs)
+    return jnp.sum(jnp.square(base.astype(jnp.float32)), axis=inputs)
 
 
 def added(

@@ -10,7 +10,6 @@ import math
 import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import jax
@@ -46,10 +45,13 @@ class Adapter:
 
 def adapters(layout: Layout) -> list[Adapter]:
     """Every adapter of the layout."""
-    return [_adapter(leaf, leaf.adapted) for leaf in layout.leaves() if leaf.adapted]
+    return [found for leaf in layout.leaves() if (found := adapter_of(leaf))]
 
 
-def _adapter(leaf: Leaf, how: Adapted) -> Adapter:
+def adapter_of(leaf: Leaf) -> Adapter | None:
+    """That of some base weights; None: they have none."""
+    if (how := leaf.adapted) is None:
+        return None
     size = dict(zip(leaf.dims, leaf.shape, strict=True)) | {"r": how.rank}
     if len(leaf.weight.hf_names) > 1:
         size["c"] = len(how.pieces)
@@ -82,6 +84,11 @@ def merged(weight: Weight, how: Adapted, base: np.ndarray, factors: Sequence[np.
     return dora.scaled(weight, whole, *magnitude) if magnitude else whole
 
 
+def factors(layout: Layout) -> list[Leaf]:
+    """Every A and B."""
+    return [leaf for adapter in adapters(layout) for leaf in (adapter.a, adapter.b)]
+
+
 def leaves(layout: Layout) -> Iterator[Leaf]:
     """Every array of the LoRA tree."""
     for adapter in adapters(layout):
@@ -99,10 +106,11 @@ def shardings(layout: Layout, mesh: Mesh) -> dict[str, Any]:
     return build_tree((leaf.path, sharding.named(mesh, leaf)) for leaf in leaves(layout))
 
 
-def init(layout: Layout, key: jax.Array, base: Any = None) -> dict[str, Any]:
-    """Initial adapters in float32: A uniform in ±√(1/fan_in) (PEFT's default), B zero; DoRA's magnitudes `base`'s own.
+def init(layout: Layout, key: jax.Array, base: Any = None, begun: Any = None) -> dict[str, Any]:
+    """Initial adapters in float32: A uniform in ±√(1/fan_in) (PEFT's default), B zero, or both as `begun` has them.
 
-    Values depend on the key and each tensor's own name only, not on mesh, stacking or the other tensors.
+    DoRA's magnitudes are the lengths that rows of `base` have with A and B. Values depend on the key and each tensor's
+    own name only, not on mesh, stacking or the other tensors.
     """
 
     def tensor(name: str, shape: tuple[int, ...], bound: float) -> jax.Array:
@@ -111,17 +119,26 @@ def init(layout: Layout, key: jax.Array, base: Any = None) -> dict[str, Any]:
 
     items = []
     for adapter in adapters(layout):
-        bound = math.sqrt(1.0 / adapter.fan_in)
-        a = jnp.stack([tensor(name, adapter.a.shape, bound) for name in adapter.a.tunix_names])
-        items += [(adapter.a.path, a), (adapter.b.path, jnp.zeros(adapter.b.array_shape, jnp.float32))]
+        if begun:
+            a, b = (get(begun, leaf.path) for leaf in (adapter.a, adapter.b))
+        else:
+            bound = math.sqrt(1.0 / adapter.fan_in)
+            a = jnp.stack([tensor(name, adapter.a.shape, bound) for name in adapter.a.tunix_names])
+            b = jnp.zeros(adapter.b.array_shape, jnp.float32)
+        items += [(adapter.a.path, a), (adapter.b.path, b)]
         if adapter.magnitude:
-            lengths = jax.vmap(partial(_lengths, adapter.base.weight, adapter.how.pieces))
-            items.append((adapter.magnitude.path, lengths(get(base, adapter.base.path))))
+            items.append((adapter.magnitude.path, magnitudes(adapter, get(base, adapter.base.path), a, b)))
     return build_tree(iter(items))
 
 
-def _lengths(weight: Weight, pieces: tuple[int, ...], base: Any) -> jax.Array:
-    return dora.lengths(weight, dora.of_pieces(weight, dense(base, jnp.float32), pieces))
+def magnitudes(adapter: Adapter, base: Any, lora_a: jax.Array, lora_b: jax.Array) -> jax.Array:
+    """What DoRA's begin with beside stacked weights (perhaps quantised) and these A and B; a layer at a time."""
+
+    def of_layer(arrays: tuple[Any, jax.Array, jax.Array]) -> jax.Array:
+        weight, a, b = arrays
+        return dora.norms(adapter.base.weight, adapter.how, dense(weight, jnp.float32), a, b)
+
+    return jax.lax.map(of_layer, (base, lora_a, lora_b))
 
 
 def parameter_count(layout: Layout) -> int:

@@ -25,10 +25,12 @@ HEAD = "lm_head.weight"
 """A stored output matrix, without prefix."""
 PEFT_PREFIX = "base_model.model."
 """What PEFT writes before the names of the model that it wrapped."""
+MAGNITUDE = "magnitude_vector"
+"""What PEFT calls DoRA's magnitudes, after `lora_`."""
 # What PEFT calls a factor, with the adapter's name (`.default`) in files that were not saved by PEFT itself, and what
 # stands in a module's path only because the model was wrapped: by PEFT, a class of transformers, DDP, FSDP,
 # torch.compile or activation checkpointing.
-_PEFT_KEY = re.compile(r"(?P<module>.+)\.lora_(?P<factor>[AB])(?:\.[^.]+)?\.weight")
+_PEFT_KEY = re.compile(rf"(?P<module>.+)\.lora_(?P<factor>[AB](?=.*\.weight)|{MAGNITUDE})(?:\.[^.]+)?(?:\.weight)?")
 _SAVED_MODULE = re.compile(r"\.modules_to_save\.[^.]+\.")
 _WRAPPED = {"module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
 _WRAPPERS = {"base_model", "model", "language_model", *_WRAPPED}
@@ -173,7 +175,7 @@ def peft_names(hf_name: str, prefix: str) -> tuple[str, str]:
 
 def peft_magnitude_name(hf_name: str, prefix: str) -> str:
     """What PEFT calls DoRA's magnitudes of the weight `hf_name`."""
-    return f"base_model.model.{prefix}{hf_name.removesuffix('.weight')}.lora_magnitude_vector"
+    return f"base_model.model.{prefix}{hf_name.removesuffix('.weight')}.lora_{MAGNITUDE}"
 
 
 def from_peft_name(name: str) -> tuple[str, str, str] | None:
@@ -181,8 +183,8 @@ def from_peft_name(name: str) -> tuple[str, str, str] | None:
 
     Returns:
       (weight, factor, module): the weight's name without prefix (`layers.3.self_attn.q_proj.weight`; in other parts of
-      a model with their path), `A` or `B`, the module's path in the base model, as patterns of PEFT's name it: before
-      it was wrapped.
+      a model with their path), `A`, `B` or `magnitude_vector`, the module's path in the base model, as patterns of
+      PEFT's name it: before it was wrapped.
     """
     found = _PEFT_KEY.fullmatch(name)
     if found is None:

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
-from gemma4_tpu.config.schema import MeshConfig, TrainerConfig
+from gemma4_tpu.architectures import Architecture
+from gemma4_tpu.config.schema import LoraConfig, MeshConfig, TrainerConfig
 from gemma4_tpu.config.tasks import PlanRoot
 from gemma4_tpu.hardware import GIB, MeshSizes
+from gemma4_tpu.models.layout import Layout
 from gemma4_tpu.planning.attempt import plan_one
 from gemma4_tpu.planning.auto_remat import AUTO, POLICIES
 from gemma4_tpu.planning.checks import examine_plan
@@ -34,7 +37,8 @@ class ConfigChange:
 
 
 def changes(planned: Planned, meshes: list[MeshSizes], last: Callable[[], PlanResult]) -> Iterator[ConfigChange]:
-    """Changes by what they cost: remat and microbatches cost time, then rows, mesh, quantised weights, length.
+    """Changes by what they cost: remat and microbatches cost time, then rows, mesh, quantised weights, the largest of
+    those that are trained in full, length.
 
     From the second on each comes with the most remat, so that it is the change itself that decides.
 
@@ -74,11 +78,26 @@ def changes(planned: Planned, meshes: list[MeshSizes], last: Callable[[], PlanRe
     elif config.lora.quantize is None:
         lora = replace(config.lora, quantize="nf4")
         yield ConfigChange((*remat, "lora.quantize=nf4", *words), replace(config, trainer=trainer, lora=lora))
+    if config.lora.enabled and config.lora.modules_to_train:
+        lora = _without_the_largest(config.lora, planned.checked.architecture)
+        word = f"lora.modules_to_train=[{','.join(lora.modules_to_train)}]"
+        yield ConfigChange((*remat, word, *words), replace(config, trainer=trainer, lora=lora))
     length = config.data.sequence_length // 2
     if length >= 1024:
         data = replace(config.data, sequence_length=length)
         word = f"data.sequence_length={length}"
         yield ConfigChange((*remat, word, *words), replace(config, trainer=trainer, data=data))
+
+
+def _without_the_largest(lora: LoraConfig, arch: Architecture) -> LoraConfig:
+    """Without what takes most of the weights that are trained in full: 16 bytes of HBM per parameter with AdamW."""
+
+    def parameters(module: str) -> int:
+        leaves = Layout.of(arch, replace(lora, modules_to_train=[module])).trained_in_full()
+        return sum(math.prod(leaf.array_shape) for leaf in leaves)
+
+    largest = max(lora.modules_to_train, key=parameters)
+    return replace(lora, modules_to_train=[module for module in lora.modules_to_train if module != largest])
 
 
 def _place(policy: str) -> int:

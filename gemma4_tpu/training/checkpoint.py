@@ -30,7 +30,7 @@ from gemma4_tpu.models.weights import Axes
 from gemma4_tpu.step.optimizer_state import Part, parts
 from gemma4_tpu.step.train_step import TrainState
 from gemma4_tpu.storage import is_remote, join, list_folder
-from gemma4_tpu.training import checksums
+from gemma4_tpu.training import began, checksums
 
 log = logging.getLogger(__name__)
 CHUNK_BYTES = 32 << 20  # large tensors are saved in pieces, so that a merge need not hold one whole
@@ -100,6 +100,19 @@ class Checkpoints:
                 force=True,
             )
         log.info("checkpoint at update %d", update)
+
+    def save_initial(self, trained: Any, leaves: Iterable[Leaf]) -> None:
+        """Saves what some of the trained values are before the first update (see `began.py`), and waits for it.
+
+        Raises:
+          UserError: the disk is full.
+        """
+        folder, values = join(self.folder, began.FOLDER), _unstack(trained, list(leaves))
+        with self._telling_full_disks(), ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as saver:
+            state = ocp.args.StandardSave({"trained": values})
+            saver.save(folder, args=ocp.args.Composite(state=state), force=True)
+        if jax.process_index() == 0:
+            checksums.write(folder)
 
     def _complete(self) -> None:
         """Called by Orbax, in its own thread, when all parts are written and before the folder gets its final name."""

@@ -6,7 +6,7 @@ from gemma4_tpu.architectures import Architecture
 from gemma4_tpu.config.keys import did_you_mean
 from gemma4_tpu.config.schema import LoraConfig
 from gemma4_tpu.errors import UserError
-from gemma4_tpu.models.adapted import adapted
+from gemma4_tpu.models.adapted import adapted, takes_part
 from gemma4_tpu.models.weights import MODULES, ROLES
 
 EXPERTS = "experts"
@@ -67,10 +67,15 @@ def lora_problems(lora: LoraConfig) -> list[str]:
         messages.append(
             "lora.dora=true: not for lora.targets=[…,experts], nor in PEFT; leave experts out, or give lora.dora=false"
         )
-    if lora.dora and lora.start is not None:
+    if takes_part(lora) and EXPERTS in lora.targets:
         messages.append(
-            f"lora.start={lora.start}: adapters without magnitudes, which lora.dora=true trains; merge them and give"
-            " model.path=<merged folder>, or lora.dora=false"
+            f"lora.init={lora.init}: not for lora.targets=[…,experts], nor in PEFT; leave experts out, or give"
+            " lora.init=default"
+        )
+    if takes_part(lora) and lora.start is not None:
+        messages.append(
+            f"lora.init={lora.init}: says what fresh adapters begin as, but lora.start={lora.start} gives trained ones;"
+            " give lora.init=default, or merge them and give model.path=<merged folder>"
         )
     low = [f"lora.ranks.{pattern}={rank}: must be at least 1" for pattern, rank in lora.ranks.items() if rank < 1]
     return messages + low

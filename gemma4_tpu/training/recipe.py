@@ -9,7 +9,7 @@ from gemma4_tpu.architectures import Architecture
 from gemma4_tpu.config.schema import DataConfig, HardwareConfig, LoraConfig, OptimizerConfig, TrainerConfig
 from gemma4_tpu.errors import UserError
 from gemma4_tpu.hardware import MeshSizes, slice_of
-from gemma4_tpu.models.adapted import expert_rank
+from gemma4_tpu.models.adapted import expert_rank, takes_part
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,7 +59,8 @@ def trained_as(lora: LoraConfig, arch: Architecture) -> str:
         return "full"
     kind = "dora" if lora.dora else "lora"
     name = f"q{kind} {lora.quantize}" if lora.quantize else kind
-    others = [f"experts={expert_rank(arch, lora)}"] if "experts" in lora.targets else []
+    others = [lora.init] if takes_part(lora) else []
+    others += [f"experts={expert_rank(arch, lora)}"] if "experts" in lora.targets else []
     others += [f"ranks={lora.ranks}"] if lora.ranks else []
     if lora.targets != LoraConfig().targets:
         others.append(f"targets={','.join(lora.targets)}")

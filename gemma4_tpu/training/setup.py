@@ -21,9 +21,11 @@ from gemma4_tpu.config.schema import CheckpointConfig, HardwareConfig, LoraConfi
 from gemma4_tpu.hardware import LOCAL
 from gemma4_tpu.models import lora as adapters
 from gemma4_tpu.models import quantize, sharding, token_rows
+from gemma4_tpu.models.adapted import takes_part
 from gemma4_tpu.models.base import Base
 from gemma4_tpu.models.gemma4 import Model
 from gemma4_tpu.models.layout import Layout, Leaf, build_tree, get, without
+from gemma4_tpu.models.lora_parts import Parts
 from gemma4_tpu.models.params import load_params, random_params
 from gemma4_tpu.models.splash import make_attention
 from gemma4_tpu.models.weights import BY_NAME, EMBEDDING
@@ -35,6 +37,7 @@ from gemma4_tpu.training.checkpoint import saved_bytes, state_bytes
 from gemma4_tpu.training.hardware_checks import check_devices
 from gemma4_tpu.training.meshes import resolve_mesh
 from gemma4_tpu.training.recipe import Recipe
+from gemma4_tpu.training.saved import SavedState
 from gemma4_tpu.training.start import Start
 
 log = logging.getLogger(__name__)
@@ -124,28 +127,40 @@ def check_capacity(recipe: Recipe, checkpoint: CheckpointConfig, mesh: Mesh, che
     check_memory(platform, frozen, state_bytes(state), value_bytes)
 
 
-def set_up(base: Base, recipe: Recipe, mesh: Mesh, start: Start | None = None) -> Setup:
+def set_up(
+    base: Base, recipe: Recipe, mesh: Mesh, start: Start | None = None, initial: SavedState | None = None
+) -> Setup:
     """Loads the base weights and makes the initial state, every array in its place on the mesh.
 
     What is trained and the optimizer's state are float32; the frozen weights have the compute dtype, or are quantised
     (QLoRA).
+
+    Args:
+      base: the checkpoint.
+      recipe: the step.
+      mesh: where everything lies.
+      start: adapters to begin from, where `lora.start` names some.
+      initial: where a run goes on whose adapters began as a part of their weights: what they began as.
     """
     step, lora = make_step(recipe, mesh), recipe.lora
     layout = step.model.layout
-    weights = load_weights(base, layout, mesh, step.model.compute_dtype, _quantizing(lora, mesh), layout.in_full)
-    weights = _with_new_rows(weights, base.token_places.taken)
     init_key, dropout_key = jax.random.split(jax.random.key(recipe.trainer.seed))
+    saved = initial.read if initial else None
+    parts = Parts(lora.init, mesh, init_key, saved) if takes_part(lora) else None
+    then = holding(lora, mesh, parts)
+    weights = load_weights(base, layout, mesh, step.model.compute_dtype, then, layout.in_full)
+    weights = _with_new_rows(weights, base.token_places.taken)
     own = {leaf.path: get(weights, leaf.path) for leaf in layout.trained_in_full()}
     frozen = without(weights, own)
     fresh = jax.jit(partial(adapters.init, layout), out_shardings=adapters.shardings(layout, mesh))
-    initial = fresh(init_key, weights)
-    own |= {leaf.path: get(initial, leaf.path) for leaf in adapters.leaves(layout)}
+    begun = fresh(init_key, weights, parts and parts.factors)
+    own |= {leaf.path: get(begun, leaf.path) for leaf in adapters.leaves(layout)}
     if ids := step.model.token_rows:
         place = sharding.named(mesh, token_rows.leaf(layout, len(ids)))
         own[token_rows.PATH] = jax.jit(partial(token_rows.take, ids=ids), out_shardings=place)(get(weights, _TABLE))
     trained = build_tree(iter(own.items()))
     if start is not None:
-        trained = start.place(trained, layout, mesh)
+        trained = start.place(trained, layout, mesh, weights)
     leaves = tuple(adapters.trained_leaves(layout, len(recipe.new_tokens)))
     _log_replicated({leaf.path: leaf for leaf in (*layout.leaves(), *leaves)}.values(), mesh)
     state = init_state(step, trained, dropout_key, mesh)
@@ -233,10 +248,14 @@ def state_places(step: Step, trained: Any, key: Any, mesh: Mesh) -> TrainState:
     return places._replace(trained=like, optimizer=optimizer, average=None if state.average is None else like)
 
 
-def _quantizing(lora: LoraConfig, mesh: Mesh) -> Any:
-    """What becomes of a base weight once it is loaded: quantised where the configuration says so."""
+def holding(lora: LoraConfig, mesh: Mesh, parts: Parts | None = None) -> Any:
+    """What becomes of a base weight once it is loaded: adapters take their part, and the rest is quantised where the
+    configuration says so.
+    """
 
     def then(leaf: Leaf, array: jax.Array) -> Any:
+        if parts is not None:
+            array = parts.take(leaf, array)
         if not quantize.is_quantized(leaf, lora):
             return array
         return quantize.quantizer(leaf, lora.quantize, mesh)(array)

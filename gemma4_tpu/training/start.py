@@ -2,8 +2,9 @@
 
 What is given must be represented exactly, or the run is refused: every product scale · B @ A comes out as it was. A
 smaller rank is filled up with fresh ranks, which add nothing at first; K and V share A here, so that an A of each takes
-ranks of its own; a scale that is a power of two away goes into B. What was given, where it went and what is fresh is
-logged and written to `start.json`.
+ranks of its own; a scale that is a power of two away goes into B. DoRA's magnitudes are taken over, and where there
+were none they begin as the lengths that rows have. What was given, where it went and what is fresh is logged and
+written to `start.json`.
 """
 
 from __future__ import annotations
@@ -20,17 +21,15 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-import yaml
 from jax.sharding import Mesh
 
 from gemma4_tpu.architectures import Architecture
-from gemma4_tpu.config.load import from_yaml
-from gemma4_tpu.config.schema import LoraConfig, TrainRoot
+from gemma4_tpu.config.schema import LoraConfig
 from gemma4_tpu.errors import UserError
 from gemma4_tpu.models import in_full
 from gemma4_tpu.models import lora as adapters
 from gemma4_tpu.models.adapted import Adapted
-from gemma4_tpu.models.adapter_files import CONFIG, Given, Whole, read_peft
+from gemma4_tpu.models.adapter_files import CONFIG, Given, read_peft
 from gemma4_tpu.models.layout import Layout, Leaf, build_tree, get
 from gemma4_tpu.models.names import Tensor, adapted_tensors, some
 from gemma4_tpu.models.weights import ROLES
@@ -38,8 +37,8 @@ from gemma4_tpu.storage import list_folder
 from gemma4_tpu.tracking.files import read_json
 from gemma4_tpu.tracking.records import START, write_record
 from gemma4_tpu.tracking.run import RunFolder
-from gemma4_tpu.training.saved import SavedState, open_saved
-from gemma4_tpu.training.start_in_full import StartInFull, of_run
+from gemma4_tpu.training.start_in_full import StartInFull
+from gemma4_tpu.training.start_of_run import read_run
 
 log = logging.getLogger(__name__)
 
@@ -84,20 +83,40 @@ class Start:
                 found[name] = (a, b * np.float32(_ratio(self.given[name].scale, ours)))
         return found
 
-    def place(self, initial: dict[str, Any], layout: Layout, mesh: Mesh) -> dict[str, Any]:
-        """The trained values on the mesh: what was given over the `initial` ones, which stay where nothing was."""
+    def place(self, initial: dict[str, Any], layout: Layout, mesh: Mesh, base: Any = None) -> dict[str, Any]:
+        """The trained values on the mesh: what was given over the `initial` ones, which stay where nothing was.
+
+        DoRA's magnitudes begin as the rows' lengths in `base` with what was given, where none were.
+        """
         places = adapters.shardings(layout, mesh)
 
-        def pair(adapter: adapters.Adapter) -> list[tuple[Any, jax.Array]]:
+        def arrays(adapter: adapters.Adapter) -> list[tuple[Any, jax.Array]]:
             values = [self._values(self.tensors[name]) for name in adapter.base.tunix_names]
             used = np.array([rank for _, _, rank in values], np.int32)
             a = _on_mesh(np.stack([a.reshape(adapter.a.shape) for a, _, _ in values]), adapter.a, places)
             b = _on_mesh(np.stack([b.reshape(adapter.b.shape) for _, b, _ in values]), adapter.b, places)
-            fill = jax.jit(_fill, out_shardings=get(places, adapter.a.path))
-            return [(adapter.a.path, fill(get(initial, adapter.a.path), a, used)), (adapter.b.path, b)]
+            a = jax.jit(_fill, out_shardings=get(places, adapter.a.path))(get(initial, adapter.a.path), a, used)
+            found = [(adapter.a.path, a), (adapter.b.path, b)]
+            if (magnitude := adapter.magnitude) is not None:
+                given = _on_mesh(self._magnitudes(adapter).reshape(magnitude.array_shape), magnitude, places)
+                begin = jax.jit(partial(_begin, adapter), out_shardings=get(places, magnitude.path))
+                found.append((magnitude.path, begin(given, get(base, adapter.base.path), a, b)))
+            return found
 
-        pairs = (item for adapter in adapters.adapters(layout) for item in pair(adapter))
+        pairs = (item for adapter in adapters.adapters(layout) for item in arrays(adapter))
         return build_tree(chain(pairs, self.whole.place(initial, layout, mesh)))
+
+    def _magnitudes(self, adapter: adapters.Adapter) -> np.ndarray:
+        """DoRA's of a stack, [layers, pieces, out]; NaN where none were given."""
+        tensors = [self.tensors[name] for name in adapter.base.tunix_names]
+        values = np.full((len(tensors), len(tensors[0].hf_names), tensors[0].hf_shape[0]), np.nan, np.float32)
+        for of_layer, tensor in zip(values, tensors, strict=True):
+            for i, name in enumerate(tensor.hf_names):
+                if name in self.given and (magnitude := self.given[name].magnitude):
+                    of_layer[i] = magnitude()
+                    if not np.isfinite(of_layer[i]).all():
+                        raise UserError(f"lora.start={self.lora.start}: {name} holds NaN or infinity; give another")
+        return values
 
     def _values(self, tensor: Tensor) -> tuple[np.ndarray, np.ndarray, int]:
         """A, B and how many ranks of A were given."""
@@ -150,7 +169,8 @@ def open_start(lora: LoraConfig, arch: Architecture, resume_from: int | None = N
         source = f"PEFT adapter {lora.start}" + (f" (trained on {peft.base})" if peft.base else "")
         sha256, base, given, whole = peft.sha256, None, dict(peft.weights), peft.whole
     elif "config.yaml" in present:
-        source, sha256, base, given, whole = _of_run(lora, arch)
+        run = read_run(lora, arch)
+        source, sha256, base, given, whole = run.source, run.sha256, run.base, dict(run.weights), run.whole
     else:
         found = f"it holds {some(present)}" if present else "no such folder, or an empty one"
         raise UserError(
@@ -159,12 +179,12 @@ def open_start(lora: LoraConfig, arch: Architecture, resume_from: int | None = N
     layout = Layout.of(arch, lora)
     tensors = adapted_tensors(arch, layout.adapted)
     known = {name for t in tensors.values() for name in t.hf_names}
-    idle = tuple(sorted(name for name in given.keys() - known if not given[name].read()[1].any()))
+    idle = tuple(sorted(name for name in given.keys() - known if given[name].adds_nothing))
     taken = {name: one for name, one in given.items() if name not in idle}
     start = Start(source, sha256, base, lora, taken, StartInFull(lora, whole), idle, tensors, layout.adapted)
     if not start.given and not whole:
         raise UserError(f"lora.start={lora.start}: {source} adds nothing: B is zero everywhere")
-    unfit = [*_unmatched(start, arch), *_shapes(start), *start.whole.problems(arch)]
+    unfit = [*_unmatched(start, arch), *_lengths(start), *_shapes(start), *start.whole.problems(arch)]
     if problems := unfit or _unrepresentable(start):
         listed = "".join(f"\n  - {problem}" for problem in problems)
         raise UserError(f"lora.start={lora.start}: this run can't begin from {source}:{listed}")
@@ -179,59 +199,6 @@ def start_fingerprint(start: Start | None, folder: RunFolder, resume_from: int |
         return {}
     recorded = read_json(folder.provenance_path).get("fingerprints", {})
     return {"start": recorded["start"]} if "start" in recorded else {}
-
-
-def _of_run(lora: LoraConfig, arch: Architecture) -> tuple[str, str, str | None, dict[str, Given], dict[str, Whole]]:
-    run = RunFolder.existing(str(lora.start), key="lora.start")
-    config = run.read_config()
-    if "lora" not in config:
-        raise UserError(f"lora.start={lora.start}: its config.yaml has no lora: not the run folder of a training")
-    known: TrainRoot = from_yaml(yaml.safe_dump({"lora": config["lora"]}, sort_keys=False))
-    if not known.lora.enabled:
-        raise UserError(
-            f"lora.start={lora.start}: trained every weight (lora=none), so there are no adapters; merge it and give"
-            " model.path=<merged folder>"
-        )
-    state = open_saved(run.address, lora.start_checkpoint, key="lora.start", which_key="lora.start_checkpoint")
-    base = None
-    if run.provenance_path.exists():
-        base = read_json(run.provenance_path).get("fingerprints", {}).get("base")
-    if known.lora.dora:
-        raise UserError(
-            f"lora.start={lora.start}: trained with lora.dora, whose magnitudes plain adapters can't hold; merge it and"
-            " give model.path=<merged folder>"
-        )
-    try:
-        adapted = Layout.of(arch, known.lora).adapted
-    except UserError as problem:
-        raise UserError(f"lora.start={lora.start}: not adapters for {arch.name}; its config.yaml: {problem}") from None
-    tensors = adapted_tensors(arch, adapted)
-    given: dict[str, Given] = {}
-    for name in state.names:
-        if (own := name.removesuffix("_lora_a")) != name:
-            given |= (
-                _of_tensor(state, tensors[own], adapted[own].scale) if own in adapted else {own: _absent(state, name)}
-            )
-    return f"update {state.update} of {run.address}", state.identity, base, given, of_run(state, arch)
-
-
-def _of_tensor(state: SavedState, tensor: Tensor, scale: float) -> dict[str, Given]:
-    shape = state.shape(tensor.lora_names[0])
-    each, rank = shape[: len(tensor.weight.each)], shape[-1]
-    a_size, b_size = (math.prod(state.shape(name)) // math.prod(each) // rank for name in tensor.lora_names)
-    shapes = (*each, rank, a_size), (*each, b_size // len(tensor.hf_names), rank)
-
-    def read(name: str) -> tuple[np.ndarray, np.ndarray]:
-        lora_a, lora_b = (state.read(own) for own in tensor.lora_names)
-        return tensor.lora_factors(lora_a, lora_b)[name]
-
-    return {name: Given(*shapes, scale, partial(read, name)) for name in tensor.hf_names}
-
-
-def _absent(state: SavedState, name: str) -> Given:
-    """Of a layer that this model has not, where its scale does not matter."""
-    other = name.removesuffix("a") + "b"
-    return Given(state.shape(name), state.shape(other), 1.0, lambda: (state.read(name), state.read(other)))
 
 
 def _unmatched(start: Start, arch: Architecture) -> list[str]:
@@ -262,6 +229,12 @@ def _unmatched(start: Start, arch: Architecture) -> list[str]:
             " the text model's attention, MLP and experts only, trained on this model"
         )
     return lines
+
+
+def _lengths(start: Start) -> list[str]:
+    """DoRA's magnitudes that this run could not hold."""
+    dora = any(given.magnitude for given in start.given.values())
+    return ["it trained lengths of rows, too (DoRA); give lora.dora=true"] if dora and not start.lora.dora else []
 
 
 def _shapes(start: Start) -> list[str]:
@@ -323,3 +296,8 @@ def _fill(initial: jax.Array, given: jax.Array, used: jax.Array) -> jax.Array:
     """A `[L, …, r]`: the first `used` [L] ranks of each layer as given, the others as they are initially."""
     ranks = used.reshape(-1, *[1] * (given.ndim - 1))
     return jnp.where(jnp.arange(given.shape[-1]) < ranks, given, initial)
+
+
+def _begin(adapter: adapters.Adapter, given: jax.Array, base: Any, lora_a: jax.Array, lora_b: jax.Array) -> jax.Array:
+    """DoRA's magnitudes of a stack as given; where NaN is, the rows' lengths."""
+    return jnp.where(jnp.isnan(given), adapters.magnitudes(adapter, base, lora_a, lora_b), given)

@@ -84,7 +84,7 @@ class StartInFull:
 def of_run(state: SavedState, arch: Architecture) -> dict[str, Whole]:
     """What a run trained in full."""
     tensors, found = name_map(arch), {}
-    for name in (name for name in state.names if not name.endswith(("_lora_a", "_lora_b"))):
+    for name in (name for name in state.names if not name.endswith(("_lora_a", "_lora_b", "_lora_magnitude"))):
         if (tensor := tensors.get(name)) is None or state.shape(name) != tensor.shape:
             found[name] = Whole(state.shape(name), partial(state.read, name))  # another model's
         else:

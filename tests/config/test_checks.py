@@ -90,7 +90,13 @@ REFUSALS = [
         ["model=tiny_moe", "lora.dora=true", "lora.targets=[mlp,experts]"],
         "lora.dora=true: not for lora.targets=[…,experts]",
     ),
-    (["lora.dora=true", "lora.start=."], "lora.start=.: adapters without magnitudes"),
+    (["lora.init=pissa", "lora.start=."], "lora.init=pissa: says what fresh adapters begin as, but lora.start=."),
+    (["lora.init=loftq"], "lora.init=loftq: not a choice"),
+    (["lora.init=olora", "lora.ranks={o: 999}"], "lora.init=olora: rank 999, but layers.0.self_attn.o_proj.weight has"),
+    (
+        ["model=tiny_moe", "lora.init=pissa", "lora.targets=[mlp,experts]"],
+        "lora.init=pissa: not for lora.targets=[…,experts]",
+    ),
     (
         ["model=tiny", "lora.targets=[mlp,experts]"],
         "lora.targets: experts, but tiny has none (gemma4_26b_a4b, tiny_moe have); leave",

@@ -1,12 +1,13 @@
 """Dollars to the cent: the paper's tables from its inputs, and what runs, plans, evaluations and loads cost."""
 
 import json
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
 import yaml
 
+from gemma4_tpu.config.schema import LoraConfig
 from gemma4_tpu.config.serving import ServeRoot
 from gemma4_tpu.costing.cost import NO, ROUNDED, Prices, compare, named, solved, together, total_usd_per_million
 from gemma4_tpu.costing.figures import ESTIMATED, MEASURED, Figures
@@ -267,6 +268,18 @@ def test_a_damaged_record_is_named(request, record, file, content, message):
         (folder / file).write_text(content)
     with pytest.raises(UserError, match=message):
         read([str(folder)])
+
+
+def test_a_plan_and_a_run_are_held_against_what_they_train(tmp_path):
+    """Fewer layers and whole modules beside them: another ceiling than that of adapters everywhere."""
+    known = json.loads((EXPERIMENTS / "plans/results/gemma4_31b_v5p8_lora_fsdp1_tp4.json").read_text())
+    (tmp_path / "plan.json").write_text(json.dumps(known))
+    lora = LoraConfig(rank=2, layers=["-6-"], modules_to_train=["norms", "embeddings"])
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump({"lora": asdict(lora)}))
+    (plan,) = read([str(tmp_path)]).trainings
+    assert plan.lora == replace(lora, rank=known["lora_rank"])
+    (alone,) = read([str(tmp_path / "plan.json")]).trainings
+    assert alone.lora == LoraConfig(rank=known["lora_rank"])
 
 
 def test_a_plan_that_does_not_fit_costs_nothing(tmp_path, caplog):

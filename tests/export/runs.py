@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -35,6 +36,8 @@ def make_run(
     seed: int = 0,
     size: float = 0.05,
     new_tokens: tuple[str, ...] = (),
+    trained: Any = None,
+    initial: Any = None,
 ) -> Path:
     """A run folder with a checkpoint after each of `updates`; the trained values differ from update to update.
 
@@ -48,6 +51,8 @@ def make_run(
       seed: of the values.
       size: of the values in B (or the change of each weight).
       new_tokens: `model.new_tokens`.
+      trained: values instead of random ones, the same after each update.
+      initial: with `lora.init`, what the adapters began as.
     """
     lora = lora or LoraConfig(rank=4, alpha=8.0)
     arch = from_hf_config(json.loads((base / "config.json").read_text()), name=name)
@@ -59,9 +64,11 @@ def make_run(
     saver = Checkpoints(folder / "checkpoints", CheckpointConfig(keep=9), leaves, mesh)
     optimizer = make_optimizer(OptimizerConfig(), 10, leaves)
     for update in updates:
-        tree = _values(leaves, place, seed + update, size)
+        tree = trained or _values(leaves, place, seed + update, size)
         state = TrainState(tree, optimizer.init(tree), jnp.int32(update), jax.random.key(1))
         saver.save(state, {"pipeline": {}, "totals": {"heldout_update_best": best}})
+    if initial:
+        saver.save_initial(initial, adapters.factors(layout))
     saver.wait()
     saver.close()
     config = {

@@ -37,23 +37,26 @@ def arch_of(base):
     return from_hf_config(json.loads((base / "config.json").read_text()), name="test")
 
 
-def begin(start, arch):
-    """The tree that a run would begin with."""
+def begin(start, arch, base=None):
+    """The tree that a run would begin with; DoRA's needs the base's folder."""
     layout = Layout.of(arch, start.lora)
-    return start.place(adapters.init(layout, jax.random.key(5)), layout, mesh_of_one())
+    params = base and weights(base, layout)
+    return start.place(adapters.init(layout, jax.random.key(5), params), layout, mesh_of_one(), params)
 
 
 def mesh_of_one():
     return make_mesh(1, 1, jax.devices()[:1])
 
 
+def weights(base, layout):
+    return load_params(Checkpoint(str(base)), layout.arch, layout, places(layout, mesh_of_one()), np.float32)
+
+
 def logits(base, lora, tree, tokens):
     """Logits [B, T, V] of base + adapters by the forward pass of training."""
-    arch, mesh = arch_of(base), mesh_of_one()
-    layout = Layout.of(arch, lora)
-    params = load_params(Checkpoint(str(base)), arch, layout, places(layout, mesh), np.float32)
-    model = Model(layout=layout, compute_dtype=jnp.float32, mesh=mesh)
-    return np.asarray(forward(model, params, tree, tokens, np.ones_like(tokens)))
+    layout = Layout.of(arch_of(base), lora)
+    model = Model(layout=layout, compute_dtype=jnp.float32, mesh=mesh_of_one())
+    return np.asarray(forward(model, weights(base, layout), tree, tokens, np.ones_like(tokens)))
 
 
 @pytest.mark.parametrize(("kind", "prefix"), BASES)
@@ -87,10 +90,39 @@ def test_from_adapters_of_some_layers_modules_and_ranks_to_the_bit(run_of, merge
         open_start(replace(lora, layers=["1-5"], start=str(run)), arch)
 
 
-def test_magnitudes_are_not_begun_from(run_of):
-    run, base = run_of(lora=LoraConfig(rank=4, dora=True, targets=["o"]))
-    with pytest.raises(UserError, match=r"trained with lora\.dora, .*model\.path="):
-        open_start(LoraConfig(rank=4, start=str(run)), arch_of(base))
+def test_dora_from_a_run_and_from_its_export_to_the_bit(run_of, merge):
+    lora = LoraConfig(rank=4, alpha=8.0, dora=True, targets=["v", "o"])
+    run, base = run_of(lora=lora)
+    merge(run, "export=peft")
+    trained, arch = open_trained(run, ExportConfig()), arch_of(base)
+    for folder in (run, run / "adapter"):
+        tree = begin(open_start(replace(lora, start=str(folder)), arch), arch, base)
+        for leaf in adapters.leaves(trained.layout):
+            for number, name in enumerate(leaf.tunix_names):
+                np.testing.assert_array_equal(np.asarray(get(tree, leaf.path))[number], trained.state.read(name))
+        with pytest.raises(UserError, match=r"lengths of rows, too \(DoRA\); give lora\.dora=true"):
+            open_start(replace(lora, dora=False, start=str(folder)), arch)
+
+
+def test_dora_from_plain_adapters_begins_as_the_same_model(run_of):
+    """Magnitudes are the lengths that rows have, also where fresh ranks are added and where nothing was given."""
+    run, base = run_of(lora=LoraConfig(rank=4, alpha=8.0, targets=["v", "o"]))
+    arch, tokens = arch_of(base), np.maximum(make_batch(batch=1, length=16)[0], 3)
+    plain = LoraConfig(rank=4, alpha=8.0, targets=["v", "o"], start=str(run))
+    wider = LoraConfig(rank=6, alpha=12.0, targets=["v", "o", "up"], dora=True, start=str(run))
+    before, after = (
+        logits(base, lora, begin(open_start(lora, arch), arch, base), tokens) for lora in (plain, wider)
+    )  # fmt: skip
+    np.testing.assert_allclose(after, before, atol=1e-4)  # of 10: a division by a norm and its product, in fp32
+
+
+@pytest.mark.slow
+def test_dora_from_what_peft_saved(by_peft):
+    base, folder = by_peft("e2b", "causal", use_dora=True)
+    lora = LoraConfig(rank=8, alpha=16.0, dora=True, start=str(folder))
+    tree = begin(open_start(lora, arch_of(base)), arch_of(base), base)
+    tokens = np.maximum(make_batch(batch=2, length=32)[0], 3)
+    np.testing.assert_allclose(logits(base, lora, tree, tokens), peft_logits(base, folder, tokens), atol=2e-3)
 
 
 @pytest.fixture(scope="module")
@@ -113,6 +145,8 @@ def by_peft(tmp_path_factory):
         for name, value in model.named_parameters():
             if "lora_B" in name:
                 torch.nn.init.normal_(value, std=0.05)
+            elif "magnitude" in name:
+                value.data *= 1.2
         model.save_pretrained(folder)
         load_hf.cache_clear()
         return base, folder
@@ -256,7 +290,7 @@ REFUSALS = {
         {},
         r"lora.targets=\[mlp\] leaves out .*q_proj.*give lora.targets=\[attention,mlp\]",
     ),
-    "DoRA": ({}, {"use_dora": True}, "use_dora=True: changes more than A and B"),
+    "DoRA without magnitudes": ({"dora": True}, {"use_dora": True}, "no magnitudes, but .* says use_dora=true"),
     "a key of a later PEFT": ({}, {"use_novelty": {"depth": 2}}, "use_novelty="),
     "whole modules": ({}, {"modules_to_save": ["lm_head"]}, r"modules_to_save=\['lm_head'\]"),
     "PiSSA": ({}, {"init_lora_weights": "pissa"}, "init_lora_weights=pissa: changed the base weights"),

@@ -32,13 +32,19 @@ KINDS = {
 @pytest.mark.slow
 def test_updates_are_peft_s(case, run_of, merge):
     lora = LoraConfig(rank=4, alpha=8.0, **KINDS[case])
+    from peft import PeftModel
+
     run, base = run_of("dense", lora=lora)
     merge(run, "export=peft")
     tokens = np.random.default_rng(0).integers(3, VOCAB_SIZE, (2, 25))
     trained = open_trained(run, ExportConfig())
     before = stacked(trained, adapters.leaves(trained.layout))
-    ours, our_losses = _ours(trained, before, tokens)
-    theirs, their_losses = _theirs(base, run / "adapter", tokens)
+    model = Model(layout=trained.layout, compute_dtype=jnp.float32, mesh=make_mesh(1, 1, jax.devices()[:1]))
+    held = load_params(trained.checkpoint, model.arch, model.layout, places(model.layout, model.mesh), np.float32)
+    ours, our_losses = our_updates(model, held, before, tokens)
+    load_hf.cache_clear()  # PEFT changes the model in place
+    peft = PeftModel.from_pretrained(load_hf(base), run / "adapter", is_trainable=True)
+    theirs, their_losses = peft_updates(peft, tokens)
     # fp32 on both sides; logits differ by up to 3e-4 of 10, see test_merge.py
     np.testing.assert_allclose(our_losses, their_losses, rtol=1e-4)
     for adapter in adapters.adapters(trained.layout):
@@ -62,11 +68,8 @@ def _named(trained, name, new, old):
             yield key, tensor.magnitudes(m[0])[hf_name], tensor.magnitudes(m0[0])[hf_name]
 
 
-def _ours(trained, tree, tokens):
-    """Two packed segments in one row: PEFT gets them as two rows."""
-    mesh = make_mesh(1, 1, jax.devices()[:1])
-    model = Model(layout=trained.layout, compute_dtype=jnp.float32, mesh=mesh)
-    params = load_params(trained.checkpoint, model.arch, model.layout, places(model.layout, mesh), np.float32)
+def our_updates(model, params, tree, tokens):
+    """(Values after some updates, losses). Two packed segments in one row: PEFT gets them as two rows."""
     config = OptimizerConfig(schedule="constant", max_grad_norm=None, **ADAM)
     optimizer = make_optimizer(config, UPDATES, adapters.leaves(model.layout))
     step = Step(model, optimizer, chunk_tokens=16)
@@ -82,12 +85,10 @@ def _ours(trained, tree, tokens):
     return state.trained, losses
 
 
-def _theirs(base, folder, tokens):
+def peft_updates(model, tokens):
+    """The same of a model of PEFT's, by its names."""
     import torch
-    from peft import PeftModel
 
-    load_hf.cache_clear()  # PEFT changes the model in place
-    model = PeftModel.from_pretrained(load_hf(base), folder, is_trainable=True)
     parameters = {name: value for name, value in model.named_parameters() if value.requires_grad}
     optimizer = torch.optim.AdamW(parameters.values(), lr=ADAM["learning_rate"], eps=ADAM["eps"], weight_decay=0.0)
     ids, losses = torch.tensor(tokens).long(), []

@@ -223,6 +223,15 @@ def test_the_cheapest_changes_are_tried_first(planned, monkeypatch):
     assert misfit.nearest_fits(large, start, attempts=0) == []
 
 
+def test_the_largest_of_the_weights_trained_in_full_is_left_out_at_last(planned):
+    lora = replace(planned.config.lora, modules_to_train=["norms", "embeddings"])
+    large = replace(planned, config=replace(planned.config, lora=lora))
+    start = result(large, fits=False, hbm_bytes_per_chip=4000, hbm_limit_bytes_per_chip=1000)
+    found = [change.overrides[-1] for change in misfit.changes(large, [], lambda: start)]
+    at = found.index("lora.modules_to_train=[norms]")
+    assert any("lora.quantize=nf4" in word for word in found[:at])
+
+
 def test_auto_takes_the_first_policy_with_room():
     needs = dict.fromkeys(POLICIES, 90) | {POLICIES[0]: 200, POLICIES[1]: 98}
     chosen = first_that_fits(lambda policy: (policy, needs[policy]), lambda result: (result[1], 100))

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from gemma4_tpu.config.schema import LoraConfig, OptimizerConfig
+from gemma4_tpu.config.schema import CheckpointConfig, LoraConfig, OptimizerConfig
 from gemma4_tpu.models import lora as adapters
 from gemma4_tpu.models import quantize, sharding, token_rows
 from gemma4_tpu.models.gemma4 import Model
@@ -17,6 +17,8 @@ from gemma4_tpu.models.params import load_params, random_params
 from gemma4_tpu.models.tensorfile import Checkpoint
 from gemma4_tpu.step.optimizer import make_optimizer
 from gemma4_tpu.step.train_step import Step
+from gemma4_tpu.training.checkpoint import Checkpoints
+from gemma4_tpu.training.saved import SavedState
 from gemma4_tpu.training.start import open_start
 from tests.export.test_start import arch_of
 from tests.models.checkpoints import VOCAB_SIZE, load_hf, make_checkpoint
@@ -188,3 +190,71 @@ def test_rows_of_tokens_have_the_gradient_that_they_have_in_the_whole_table():
     np.testing.assert_allclose(found[0][0], found[1][0], rtol=1e-6)
     np.testing.assert_allclose(rows, table[list(ids)], atol=5e-5 * np.abs(table).max())
     assert (np.abs(rows).max(axis=1) > 0).all()
+
+
+def begun(arch, lora, **settings):
+    """(step, frozen weights, trained values before the first update) with random weights on one device."""
+    mesh = mesh_of(1, 1)
+    step = the_step(arch, lora, mesh, **settings)
+    layout = step.model.layout
+    params = random_params(arch, layout, sharding.places(layout, mesh), jnp.float32, 0)
+    trained, own = trained_tree(layout, params, adapters.init(layout, jax.random.key(1), params))
+    if ids := step.model.token_rows:
+        trained.setdefault("embedder", {})["token_rows"] = token_rows.take(params["embedder"]["input_embedding"], ids)
+    return step, without(params, own), trained
+
+
+def test_dora_and_whole_weights_do_not_disturb_each_other():
+    """From the same point the gradients of each are those that it has without the other."""
+    arch, dora = small("tiny"), LoraConfig(rank=4, dora=True, targets=["o", "up"], modules_to_train=["norms", "q_proj"])
+    found = []
+    for lora in (dora, replace(dora, modules_to_train=[]), replace(dora, dora=False)):
+        step, base, trained = begun(arch, lora)
+        _, grads, _ = jax.jit(step.gradients)(step.init(trained, jax.random.key(0)), base, make_batch(2))
+        found.append(dict(jax.tree_util.tree_leaves_with_path(grads)))
+    together, *apart = found
+    for path, grad in together.items():
+        others = [grads[path] for grads in apart if path in grads]
+        assert others, path
+        assert np.abs(grad).max() > 0 or "lora_a" in str(path[-1])  # nothing goes through a B that is zero
+        for other in others:  # magnitudes are the rows' lengths: a ratio of 1, and fp32 sums in another order
+            np.testing.assert_allclose(grad, other, atol=5e-5 * np.abs(grad).max(), err_msg=str(path))
+
+
+def test_an_average_is_kept_of_whole_weights_too_and_saved(tmp_path):
+    """Of two updates at a decay of 1/2: one part of the first, two of the second."""
+    step, base, trained = begun(small("tiny"), replace(LORA, targets=["o"], modules_to_train=["norms", "q_proj"]))
+    step = replace(step, ema_decay=0.5)
+    state, train, after = step.init(trained, jax.random.key(0)), jax.jit(step.train), []
+    for seed in range(2):
+        state, _ = train(state, base, make_batch(2, seed))
+        after.append(state.trained)
+    layout = step.model.layout
+    saver = Checkpoints(tmp_path, CheckpointConfig(), adapters.trained_leaves(layout), step.model.mesh)
+    saver.save(state, {})
+    saver.wait()
+    saved = SavedState(str(tmp_path / "2"), 2)
+    for leaf in layout.trained_in_full():
+        first, second = (np.asarray(get(tree, leaf.path)) for tree in after)
+        expected = (first + 2 * second) / 3
+        assert np.abs(first - second).max() > 0
+        np.testing.assert_allclose(get(state.average, leaf.path), expected, rtol=1e-5)
+        exported = [saved.read(name) for name in leaf.tunix_names]
+        np.testing.assert_array_equal(exported if leaf.stacked else exported[0], get(state.average, leaf.path))
+    restored, _ = saver.restore(2, state)
+    jax.tree.map(np.testing.assert_array_equal, (restored.trained, restored.average), (state.trained, state.average))
+    saver.close()
+
+
+def test_gradients_reach_the_rows_of_tokens_below_the_first_adapted_layer():
+    """What has no adapter runs forward only, unless something below it is trained."""
+    arch, ids, batch, found = small("tiny"), (5, 77), make_batch(2), []
+    batch["tokens"][:, :, 3] = batch["tokens"][:, :, 9] = ids[0]
+    batch["targets"][:, :, 2] = ids[1]
+    for layers in (["1"], None):  # at first adapters add nothing, wherever they are
+        lora = LoraConfig(rank=4, targets=["o"], layers=layers)
+        step, base, trained = begun(arch, lora, token_rows=ids)
+        _, grads, _ = jax.jit(step.gradients)(step.init(trained, jax.random.key(0)), base, batch)
+        found.append(np.asarray(grads["embedder"]["token_rows"]))
+    assert (np.abs(found[0]).max(axis=1) > 0).all()
+    np.testing.assert_allclose(*found, atol=5e-5 * np.abs(found[1]).max())

@@ -1,0 +1,98 @@
+"""What adapters began as that began as a part of their weights (PiSSA, OLoRA), and what follows from it afterwards.
+
+A run trains beside W - s·B₀·A₀, so that A and B by themselves belong to a base that nobody has. A₀ and B₀ are saved
+once, beside the checkpoints. With them a checkpoint is one of plain adapters beside W, of twice the rank:
+
+    W - s·B₀·A₀ + s·B·A = W + s·[B, -B₀]·[A; A₀]
+
+which is what PEFT converts to, too (`path_initial_model_for_weight_conversion`). All that reads a run, but training
+itself, reads it so.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from gemma4_tpu.config.schema import LoraConfig
+from gemma4_tpu.errors import UserError
+from gemma4_tpu.models.adapted import as_plain, takes_part
+from gemma4_tpu.storage import join
+from gemma4_tpu.training import checksums
+from gemma4_tpu.training.saved import SavedState
+
+FOLDER = "initial"
+"""In `checkpoints/`."""
+
+
+@dataclass(frozen=True)
+class PlainState(SavedState):
+    """A checkpoint with its adapters as plain ones: A is [A, A₀], B is [B, -B₀], along the rank."""
+
+    began: SavedState
+
+    @property
+    def as_trained(self) -> SavedState:
+        """The checkpoint as it is."""
+        return SavedState(self.folder, self.update)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Of an array."""
+        own = super().shape(name)
+        if name not in self.began.names:
+            return own
+        rank, rest = _rank_dim(name), self.began.shape(name)
+        both = own[rank] + rest[rank]
+        return tuple(both if i == rank % len(own) else size for i, size in enumerate(own))
+
+    def read(self, name: str, index: Sequence[slice | int] | None = None) -> np.ndarray:
+        """As `SavedState.read`."""
+        if name not in self.began.names:
+            return super().read(name, index)
+        own, rest = super().read(name), self.began.read(name)
+        both = np.concatenate([own, -rest if _is_b(name) else rest], axis=_rank_dim(name))
+        return both if index is None else both[tuple(index)]
+
+
+def _is_b(name: str) -> bool:
+    return name.endswith("_lora_b")
+
+
+def _rank_dim(name: str) -> int:
+    return 0 if _is_b(name) else -1
+
+
+def open_began(checkpoints: str) -> SavedState:
+    """A₀ and B₀ of a run, verified.
+
+    Args:
+      checkpoints: its folder of checkpoints, local or gs://.
+
+    Raises:
+      UserError: they are not there, or not as they were saved.
+    """
+    folder = join(checkpoints, FOLDER)
+    if problem := checksums.problem(folder):
+        raise UserError(
+            f"{folder}: what the adapters began as (lora.init) can't be read: {problem}; without it nothing can be made"
+            " of the checkpoints: bring back a good copy"
+        )
+    return SavedState(folder, 0)
+
+
+def open_plain(state: SavedState, lora: LoraConfig) -> tuple[SavedState, LoraConfig]:
+    """A checkpoint, and the configuration of its adapters, as those of plain adapters beside the original weights.
+
+    Args:
+      state: the checkpoint.
+      lora: the configuration that it was trained with.
+
+    Raises:
+      UserError: what the adapters began as can't be read.
+    """
+    if not takes_part(lora):
+        return state, lora
+    began = open_began(state.folder.rpartition("/")[0])
+    return PlainState(state.folder, state.update, began), as_plain(lora)
