@@ -6,13 +6,18 @@ the normed input).
 On a mesh every chip holds a slice of the hidden units of *all* experts: tokens travel (some MB), experts stay where
 they are (1.5 GB a layer), and the work is the same on every chip whatever the router chooses.
 
-Each expert can have an adapter of its own, `scale · (x·A)·B` of its rows: two more grouped products beside each of the
-experts' own. PEFT adds B·A to the weights instead, which needs the gradient of every whole expert.
+Each expert can have an adapter of its own, `scale · (x·A)·B` of its rows. PEFT adds B·A to the weights instead, which
+needs the gradient of every whole expert. Here all experts' pairs stand side by side, E·r columns of one A and as many
+rows of one B: a row meets all of them, and a mask leaves what belongs to its own expert. That is E times the arithmetic
+of grouped products, and far faster: r is small enough that E·r is less than the model dim, grouped products of such
+matrices leave a matrix unit almost empty, and their gradients take the TPU compiler a product over all rows for each
+expert. At the model dim even the k experts of a token share one product, since tokens have not been repeated there yet.
 """
 
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -68,12 +73,13 @@ def run_experts(
     experts, _, hidden, dim = p["gating_einsum"].shape
     k = ids.shape[1]
     order, back, group_sizes = (keep(a, "routing") for a in _sort(ids.reshape(-1), experts))
+    chosen = _Chosen(ids, order, back, experts)
     rows = _dispatch(k, x, order, back)  # [S*k, D]
     gate_up = dense(p["gating_einsum"], x.dtype).reshape(experts, 2 * hidden, dim)
     both = jax.lax.ragged_dot_general(rows, gate_up, group_sizes, _BY_LAST_DIM)  # [S*k, 2F]
     if "gating_einsum" in lora:
         with jax.named_scope(SCOPE):
-            both = both + _from_model_dim(lora["gating_einsum"], rows, group_sizes, hidden_axes)
+            both = both + _from_model_dim(lora["gating_einsum"], x, chosen, hidden_axes)
     both = keep(both, "experts_gate_up")
     act = jax.nn.gelu(both[:, :hidden], approximate=True) * both[:, hidden:]
     act = act * _permute(weights.reshape(-1), order, back).astype(act.dtype)[:, None]
@@ -81,30 +87,60 @@ def run_experts(
     out = _collect(k, out, order, back)
     if "linear" in lora:
         with jax.named_scope(SCOPE):
-            added = _collect(k, _to_model_dim(lora["linear"], act, group_sizes, dim, hidden_axes), order, back)
+            added = _to_model_dim(lora["linear"], act, chosen, dim, hidden_axes)
             own = _own(out, added.shape[1], hidden_axes) + added
             out = jax.lax.dynamic_update_slice_in_dim(out, own, _start(out, added.shape[1], hidden_axes), axis=1)
     return out
 
 
+@dataclass(frozen=True)
+class _Chosen:
+    """Which experts serve which token, as masks of ones and zeros."""
+
+    ids: jax.Array
+    """[S, k]"""
+    order: jax.Array
+    """See `_sort`."""
+    back: jax.Array
+    experts: int
+
+    def of_tokens(self, dtype: Any) -> jax.Array:
+        """[S, k, E]"""
+        return jax.nn.one_hot(self.ids, self.experts, dtype=dtype)
+
+    def of_rows(self, dtype: Any) -> jax.Array:
+        """Of the tokens' vectors in expert order, [S*k, E]."""
+        return jax.nn.one_hot(self.ids.reshape(-1)[self.order], self.experts, dtype=dtype)
+
+
 def _from_model_dim(
-    adapter: tuple[jax.Array, jax.Array], rows: jax.Array, group_sizes: jax.Array, axes: tuple[str, ...]
+    adapter: tuple[jax.Array, jax.Array], x: jax.Array, chosen: _Chosen, axes: tuple[str, ...]
 ) -> jax.Array:
-    """What the adapters of gate and up add. rows [N, D] in expert order → [N, 2F]."""
-    a, b = (factor.astype(rows.dtype) for factor in adapter)  # [E, D, r], [E, r, 2, F]; D perhaps split
-    low = jax.lax.ragged_dot(_own(rows, a.shape[1], axes), a, group_sizes)
-    low = keep(low if a.shape[1] == rows.shape[1] else jax.lax.psum(low, axes), "low")  # [N, r]
-    return jax.lax.ragged_dot(low, b.reshape(*b.shape[:2], -1), group_sizes)
+    """What the adapters of gate and up add. x [S, D] → [S*k, 2F] in expert order."""
+    a, b = (factor.astype(x.dtype) for factor in adapter)  # [E, D, r], [E, r, 2, F]; D perhaps split
+    low = jnp.einsum("sd,edr->ser", _own(x, a.shape[1], axes), a)
+    low = jnp.einsum("ske,ser->skr", chosen.of_tokens(x.dtype), low).reshape(len(x), -1)
+    low = keep(low if a.shape[1] == x.shape[1] else jax.lax.psum(low, axes), "low")  # [S, k*r]
+    low = _permute(low.reshape(-1, a.shape[2]), chosen.order, chosen.back)  # [S*k, r]
+    low = jnp.einsum("ne,nr->ner", chosen.of_rows(x.dtype), low)
+    return jnp.einsum("ner,ercx->ncx", low, b).reshape(len(low), -1)
 
 
 def _to_model_dim(
-    adapter: tuple[jax.Array, jax.Array], act: jax.Array, group_sizes: jax.Array, dim: int, axes: tuple[str, ...]
+    adapter: tuple[jax.Array, jax.Array], act: jax.Array, chosen: _Chosen, dim: int, axes: tuple[str, ...]
 ) -> jax.Array:
-    """What the adapters of down add, this chip's columns of it where D = `dim` is split. act [N, F] → [N, D]."""
+    """What the adapters of down add, this chip's columns of it where D = `dim` is split.
+
+    act [S*k, F] in expert order → [S, D].
+    """
     a, b = (factor.astype(act.dtype) for factor in adapter)  # [E, F, r], [E, r, D]
-    low = jax.lax.ragged_dot(act, a, group_sizes)
-    low = keep(low if b.shape[2] == dim else jax.lax.psum(low, axes), "low")  # [N, r]
-    return jax.lax.ragged_dot(low, b, group_sizes)
+    tokens, k = chosen.ids.shape
+    low = jnp.einsum("nx,exr->ner", act, a)
+    low = jnp.einsum("ne,ner->nr", chosen.of_rows(act.dtype), low)
+    low = _permute(low, chosen.back, chosen.order).reshape(tokens, -1)
+    low = keep(low if b.shape[2] == dim else jax.lax.psum(low, axes), "low")  # [S, k*r]
+    low = jnp.einsum("ske,skr->ser", chosen.of_tokens(act.dtype), low.reshape(tokens, k, -1))
+    return jnp.einsum("ser,erd->sd", low, b)
 
 
 def _own(x: jax.Array, width: int, axes: tuple[str, ...]) -> jax.Array:
