@@ -175,8 +175,9 @@ def _repeat(k: int, x: jax.Array, order: jax.Array) -> jax.Array:
 
 
 def _add_up(k: int, rows: jax.Array, back: jax.Array) -> jax.Array:
-    # The k of a token apart, not side by side: a TPU adds whole registers six times as fast as the lines within them.
-    return rows[back.reshape(-1, k).T].sum(axis=0)
+    # By the TPU compiler's cycles `sum` takes three times as long over [S, k, D], five over [k, S, D].
+    each = rows[back.reshape(-1, k).T]  # [k, S, D]
+    return sum((each[j].astype(jnp.float32) for j in range(1, k)), each[0].astype(jnp.float32)).astype(rows.dtype)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
