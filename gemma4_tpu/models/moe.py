@@ -116,8 +116,8 @@ def _from_model_dim(
 ) -> jax.Array:
     """What the adapters of gate and up add. x [S, D] → [S*k, 2F] in expert order."""
     a, b = (factor.astype(x.dtype) for factor in adapter)  # [E, D, r], [E, r, 2, F]; D perhaps split
-    low = jnp.einsum("sd,edr->ser", _own(x, a.shape[1], axes), a)
-    low = jnp.einsum("ske,ser->skr", chosen.of_tokens(x.dtype), low).reshape(len(x), -1)
+    low = jnp.einsum("td,edr->ter", _own(x, a.shape[1], axes), a)
+    low = jnp.einsum("tke,ter->tkr", chosen.of_tokens(x.dtype), low).reshape(len(x), -1)
     low = keep(low if a.shape[1] == x.shape[1] else jax.lax.psum(low, axes), "low")  # [S, k*r]
     low = _permute(low.reshape(-1, a.shape[2]), chosen.order, chosen.back)  # [S*k, r]
     low = jnp.einsum("ne,nr->ner", chosen.of_rows(x.dtype), low)
@@ -137,8 +137,8 @@ def _to_model_dim(
     low = jnp.einsum("ne,ner->nr", chosen.of_rows(act.dtype), low)
     low = _permute(low, chosen.back, chosen.order).reshape(tokens, -1)
     low = keep(low if b.shape[2] == dim else jax.lax.psum(low, axes), "low")  # [S, k*r]
-    low = jnp.einsum("ske,skr->ser", chosen.of_tokens(act.dtype), low.reshape(tokens, k, -1))
-    return jnp.einsum("ser,erd->sd", low, b)
+    low = jnp.einsum("tke,tkr->ter", chosen.of_tokens(act.dtype), low.reshape(tokens, k, -1))
+    return jnp.einsum("ter,erd->td", low, b)
 
 
 def _own(x: jax.Array, width: int, axes: tuple[str, ...]) -> jax.Array:
