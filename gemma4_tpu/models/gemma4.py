@@ -28,7 +28,7 @@ from gemma4_tpu.architectures import Architecture
 from gemma4_tpu.models import dora
 from gemma4_tpu.models.attention import einsum_attention, rope
 from gemma4_tpu.models.layout import Layout, get
-from gemma4_tpu.models.moe import Adapters, moe
+from gemma4_tpu.models.moe import Adapters, frozen_experts, moe, with_experts
 from gemma4_tpu.models.quantize import dense
 from gemma4_tpu.models.remat import keep, rematerialised
 from gemma4_tpu.models.sharding import constrain, gathered
@@ -52,6 +52,8 @@ class Model:
     """A policy of `remat.py`."""
     attention: Callable[..., jax.Array] = einsum_attention
     mesh: Mesh | None = None
+    expert_kernel: bool = False
+    """Grouped products by a TPU kernel, which reads frozen experts where they lie, see `grouped.py`."""
     token_rows: tuple[int, ...] = ()
     """Rows of the embedding that are trained alone, see `token_rows.py`."""
 
@@ -282,24 +284,28 @@ def through_layers(
     for s, stage in enumerate(model.layout.stages):
         numbers = jnp.asarray(stage.layers, jnp.int32)  # [R, J]
         nothing: list[Any] = [{} for _ in stage.layers[0]]
+        sliced = params["stages"][s]
+        in_place = nothing
+        if model.expert_kernel and stage.repeats > 1:
+            sliced, in_place = frozen_experts(sliced, model.layout.in_full)
         slices = (
-            params["stages"][s],
+            jnp.arange(stage.repeats),
+            sliced,
             _of_stage(lora, s, len(nothing)),
             numbers,
             None if per_layer is None else per_layer[numbers],  # [R, J, B, S, P]
             beside[s] if beside else nothing,
         )
 
-        def group(x, slices, stage=stage, shared=shared):
-            weights, adapters, numbers, inputs, others = slices
+        def group(x, slices, stage=stage, shared=shared, in_place=in_place):
+            repeat, weights, adapters, numbers, inputs, others = slices
             kvs: dict[str, KV] = {}
             found = []
             for j, number in enumerate(stage.layers[0]):
                 # By the layer's own number, not by its place in a stage: a mask does not depend on the stacking.
                 key = None if dropout_key is None else jax.random.fold_in(dropout_key, numbers[j])
-                layer = Layer(
-                    model, number, weights[j], adapters[j], segment_ids, positions, key, in_loop=stage.repeats > 1
-                )
+                held = with_experts(weights[j], in_place[j], repeat, model.mesh)
+                layer = Layer(model, number, held, adapters[j], segment_ids, positions, key, in_loop=stage.repeats > 1)
                 kind = model.arch.layer_types[number]
                 shared_kv = shared[kind] if layer.is_kv_shared else None
                 x, kvs[kind], own = visit(layer, x, None if inputs is None else inputs[j], shared_kv, others[j])

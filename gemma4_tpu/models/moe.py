@@ -6,13 +6,19 @@ the normed input).
 On a mesh every chip holds a slice of the hidden units of *all* experts: tokens travel (some MB), experts stay where
 they are (1.5 GB a layer), and the work is the same on every chip whatever the router chooses.
 
-Each expert can have an adapter of its own, `scale · (x·A)·B` of its rows: two more grouped products beside each of the
-experts' own. PEFT adds B·A to the weights instead, which needs the gradient of every whole expert.
+Each expert can have an adapter of its own, `scale · (x·A)·B` of its rows. PEFT adds B·A to the weights instead, which
+needs the gradient of every whole expert. Here all experts' pairs stand side by side, E·r columns of one A and as many
+rows of one B: a row meets all of them, and a mask leaves what belongs to its own expert. That is E times the arithmetic
+of grouped products, and far faster: r is small enough that E·r is less than the model dim, grouped products of such
+matrices leave a matrix unit almost empty, and their gradients take the TPU compiler a product over all rows for each
+expert. At the model dim even the k experts of a token share one product, since tokens have not been repeated there yet.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Collection
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -20,8 +26,10 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
+from qwix import QArray
 
-from gemma4_tpu.models.quantize import dense
+from gemma4_tpu.models.grouped import InStack, grouped
+from gemma4_tpu.models.layout import without
 from gemma4_tpu.models.remat import keep
 from gemma4_tpu.models.sharding import activation_spec, axes_of, fit
 from gemma4_tpu.models.weights import BY_NAME, Weight
@@ -32,10 +40,6 @@ Adapters = dict[str, tuple[jax.Array, jax.Array]]
 
 SCOPE = "experts_lora"
 """In the names of the adapters' products, by which a plan tells them from the experts' own."""
-_BY_LAST_DIM = jax.lax.RaggedDotDimensionNumbers(
-    dot_dimension_numbers=(((1,), (2,)), ((), ())), lhs_ragged_dimensions=[0], rhs_group_dimensions=[0]
-)
-"""rows [S, D] with experts [E, F, D]: the layout in which the weights lie, so that nothing is copied."""
 
 
 def route(p: Params, residual: jax.Array, experts_per_token: int) -> tuple[jax.Array, jax.Array]:
@@ -59,52 +63,82 @@ def run_experts(
 ) -> jax.Array:
     """Weighted sum of each token's experts. x [S, D], ids and weights [S, k] → [S, D].
 
-    Tokens are sorted by expert, so that `ragged_dot` multiplies each expert's rows with its own matrix. `p` may hold a
-    slice of the hidden units, split over `hidden_axes`: the result is that slice's share of the sum.
+    Tokens are sorted by expert, so that a grouped product multiplies each expert's rows with its own matrix. `p` may
+    hold a slice of the hidden units, split over `hidden_axes`: the result is that slice's share of the sum.
 
-    The ends of the adapters at the model dim are split over these axes, too (where they divide it): a rank of 8 takes a
-    matrix unit as long as one of 128, and on many chips repeating that would cost more than the experts themselves.
+    The ends of the adapters at the model dim are split over these axes, too (where they divide it), so that no chip
+    repeats another's products.
     """
     experts, _, hidden, dim = p["gating_einsum"].shape
     k = ids.shape[1]
     order, back, group_sizes = (keep(a, "routing") for a in _sort(ids.reshape(-1), experts))
+    chosen = _Chosen(ids, order, back, experts)
     rows = _dispatch(k, x, order, back)  # [S*k, D]
-    gate_up = dense(p["gating_einsum"], x.dtype).reshape(experts, 2 * hidden, dim)
-    both = jax.lax.ragged_dot_general(rows, gate_up, group_sizes, _BY_LAST_DIM)  # [S*k, 2F]
+    both = grouped(rows, p["gating_einsum"], group_sizes, last=True)  # [S*k, 2F]
     if "gating_einsum" in lora:
         with jax.named_scope(SCOPE):
-            both = both + _from_model_dim(lora["gating_einsum"], rows, group_sizes, hidden_axes)
+            both = both + _from_model_dim(lora["gating_einsum"], x, chosen, hidden_axes)
     both = keep(both, "experts_gate_up")
     act = jax.nn.gelu(both[:, :hidden], approximate=True) * both[:, hidden:]
     act = act * _permute(weights.reshape(-1), order, back).astype(act.dtype)[:, None]
-    out = jax.lax.ragged_dot(act, dense(p["linear"], x.dtype), group_sizes)  # [S*k, D]
+    out = grouped(act, p["linear"], group_sizes, last=False)  # [S*k, D]
     out = _collect(k, out, order, back)
     if "linear" in lora:
         with jax.named_scope(SCOPE):
-            added = _collect(k, _to_model_dim(lora["linear"], act, group_sizes, dim, hidden_axes), order, back)
+            added = _to_model_dim(lora["linear"], act, chosen, dim, hidden_axes)
             own = _own(out, added.shape[1], hidden_axes) + added
             out = jax.lax.dynamic_update_slice_in_dim(out, own, _start(out, added.shape[1], hidden_axes), axis=1)
     return out
 
 
+@dataclass(frozen=True)
+class _Chosen:
+    """Which experts serve which token, as masks of ones and zeros."""
+
+    ids: jax.Array
+    """[S, k]"""
+    order: jax.Array
+    """See `_sort`."""
+    back: jax.Array
+    experts: int
+
+    def of_tokens(self, dtype: Any) -> jax.Array:
+        """[S, k, E]"""
+        return jax.nn.one_hot(self.ids, self.experts, dtype=dtype)
+
+    def of_rows(self, dtype: Any) -> jax.Array:
+        """Of the tokens' vectors in expert order, [S*k, E]."""
+        return jax.nn.one_hot(self.ids.reshape(-1)[self.order], self.experts, dtype=dtype)
+
+
 def _from_model_dim(
-    adapter: tuple[jax.Array, jax.Array], rows: jax.Array, group_sizes: jax.Array, axes: tuple[str, ...]
+    adapter: tuple[jax.Array, jax.Array], x: jax.Array, chosen: _Chosen, axes: tuple[str, ...]
 ) -> jax.Array:
-    """What the adapters of gate and up add. rows [N, D] in expert order → [N, 2F]."""
-    a, b = (factor.astype(rows.dtype) for factor in adapter)  # [E, D, r], [E, r, 2, F]; D perhaps split
-    low = jax.lax.ragged_dot(_own(rows, a.shape[1], axes), a, group_sizes)
-    low = keep(low if a.shape[1] == rows.shape[1] else jax.lax.psum(low, axes), "low")  # [N, r]
-    return jax.lax.ragged_dot(low, b.reshape(*b.shape[:2], -1), group_sizes)
+    """What the adapters of gate and up add. x [S, D] → [S*k, 2F] in expert order."""
+    a, b = (factor.astype(x.dtype) for factor in adapter)  # [E, D, r], [E, r, 2, F]; D perhaps split
+    low = jnp.einsum("td,edr->ter", _own(x, a.shape[1], axes), a)
+    low = jnp.einsum("tke,ter->tkr", chosen.of_tokens(x.dtype), low).reshape(len(x), -1)
+    low = keep(low if a.shape[1] == x.shape[1] else jax.lax.psum(low, axes), "low")  # [S, k*r]
+    low = _permute(low.reshape(-1, a.shape[2]), chosen.order, chosen.back)  # [S*k, r]
+    low = jnp.einsum("ne,nr->ner", chosen.of_rows(x.dtype), low)
+    return jnp.einsum("ner,ercx->ncx", low, b).reshape(len(low), -1)
 
 
 def _to_model_dim(
-    adapter: tuple[jax.Array, jax.Array], act: jax.Array, group_sizes: jax.Array, dim: int, axes: tuple[str, ...]
+    adapter: tuple[jax.Array, jax.Array], act: jax.Array, chosen: _Chosen, dim: int, axes: tuple[str, ...]
 ) -> jax.Array:
-    """What the adapters of down add, this chip's columns of it where D = `dim` is split. act [N, F] → [N, D]."""
+    """What the adapters of down add, this chip's columns of it where D = `dim` is split.
+
+    act [S*k, F] in expert order → [S, D].
+    """
     a, b = (factor.astype(act.dtype) for factor in adapter)  # [E, F, r], [E, r, D]
-    low = jax.lax.ragged_dot(act, a, group_sizes)
-    low = keep(low if b.shape[2] == dim else jax.lax.psum(low, axes), "low")  # [N, r]
-    return jax.lax.ragged_dot(low, b, group_sizes)
+    tokens, k = chosen.ids.shape
+    low = jnp.einsum("nx,exr->ner", act, a)
+    low = jnp.einsum("ne,ner->nr", chosen.of_rows(act.dtype), low)
+    low = _permute(low, chosen.back, chosen.order).reshape(tokens, -1)
+    low = keep(low if b.shape[2] == dim else jax.lax.psum(low, axes), "low")  # [S, k*r]
+    low = jnp.einsum("tke,tkr->ter", chosen.of_tokens(act.dtype), low.reshape(tokens, k, -1))
+    return jnp.einsum("ter,erd->td", low, b)
 
 
 def _own(x: jax.Array, width: int, axes: tuple[str, ...]) -> jax.Array:
@@ -141,7 +175,9 @@ def _repeat(k: int, x: jax.Array, order: jax.Array) -> jax.Array:
 
 
 def _add_up(k: int, rows: jax.Array, back: jax.Array) -> jax.Array:
-    return rows[back].reshape(-1, k, rows.shape[-1]).sum(axis=1)
+    # By the TPU compiler's cycles `sum` takes three times as long over [S, k, D], five over [k, S, D].
+    each = rows[back.reshape(-1, k).T]  # [k, S, D]
+    return sum((each[j].astype(jnp.float32) for j in range(1, k)), each[0].astype(jnp.float32)).astype(rows.dtype)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -171,6 +207,28 @@ _collect.defvjp(
 _permute.defvjp(lambda x, order, back: (x[order], back), lambda back, g: (g[back], None, None))
 
 
+def frozen_experts(layers: list[Params], in_full: Collection[str]) -> tuple[list[Params], list[Params]]:
+    """Stacked layers without the experts that can be read where they lie, and these alone.
+
+    What is trained in full needs its gradient, and what is quantised is made anew in each layer.
+    """
+    names = [weight.path[-1] for weight in BY_NAME.values() if weight.each and weight.name not in in_full]
+    stacks = [
+        {name: own["moe"][name] for name in names if "moe" in own and not isinstance(own["moe"][name], QArray)}
+        for own in layers
+    ]
+    return without(layers, {(j, "moe", name) for j, own in enumerate(stacks) for name in own}), stacks
+
+
+def with_experts(layer: Params, stacks: Params, repeat: jax.Array, mesh: Mesh | None) -> Params:
+    """One layer's weights, with the experts of these stacks that are its."""
+    if not stacks:
+        return layer
+    interpret = mesh is None or mesh.devices.flat[0].platform != "tpu"
+    own = {name: InStack(stack, repeat, interpret) for name, stack in stacks.items()}
+    return {**layer, "moe": {**layer["moe"], **own}}
+
+
 def moe(
     p: Params, lora: Adapters, residual: jax.Array, normed: jax.Array, experts_per_token: int, mesh: Mesh | None
 ) -> jax.Array:
@@ -181,6 +239,8 @@ def moe(
     rows = {name: BY_NAME[f"moe.{name}"] for name in p}
 
     def places(row: Weight, dims: str, array: Any) -> Any:  # of a quantised weight: of its values and of its scales
+        if isinstance(array, InStack):
+            return replace(array, stack=P(None, *fit(row.axes_of(dims), array.shape, mesh)), layer=P())
         return jax.tree.map(lambda x: fit(row.axes_of(dims), x.shape, mesh), array)
 
     weights = {name: places(row, row.dims, p[name]) for name, row in rows.items()}

@@ -17,6 +17,8 @@ _MATMULS = {"fwd": 2, "dq": 3, "dkv": 4}
 """Products of [block, head width] blocks: scores and values; scores, their gradient, dq; … dk and dv as well."""
 _FUSED_BACKWARD_MATMULS = 5
 _SMALL = ("s8", "u8")
+_GROUPED = "/jit(gmm)/"
+"""In the name of the operation."""
 _SCOPE = re.compile(r"\battend_(?:global|window_(\d+))\b")
 """Of `splash.scope`, in the name of the operation."""
 
@@ -60,8 +62,20 @@ def kernel_work(call: Instruction, operands: list[tuple[Array, ...]]) -> Work | 
     if told is None:
         return None
     values = dict(re.findall(r'"(\w+)":"?(\d+)', told[1]))
+    flops = float(values.get("flops", 0))
+    if _GROUPED in _op_name(call):
+        return Work(flops, _grouped_bytes(call, operands))
     boundary = call.bytes + sum(array.bytes for arrays in operands for array in arrays)
-    return Work(float(values.get("flops", 0)), float(values.get("bytes_accessed", boundary)))
+    return Work(flops, float(values.get("bytes_accessed", boundary)))
+
+
+def _grouped_bytes(call: Instruction, operands: list[tuple[Array, ...]]) -> float:
+    """Of a grouped product (`models/grouped.py`); its own estimate has a matrix read again for each tile of its rows.
+
+    Operands: tables, of which the second is [groups + 1]; rows [N, D]; a stack of matrices, most of other layers'.
+    """
+    (offsets, *_), (rows, *_), (stack, *_) = operands[1], operands[-2], operands[-1]
+    return call.bytes + rows.bytes + (offsets.elements - 1) * stack.bytes / stack.dims[0]
 
 
 def _splash(call: Instruction, operands: list[Array]) -> Work | None:

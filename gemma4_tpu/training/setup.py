@@ -93,14 +93,15 @@ def make_model(
     Raises:
       UserError: `trainer.attention` names a kernel that cannot run here.
     """
-    layout = Layout.of(arch, lora)
+    layout, platform = Layout.of(arch, lora), mesh.devices.flat[0].platform
     return Model(
         layout=layout,
-        compute_dtype=compute_dtype(trainer, mesh.devices.flat[0].platform),
+        compute_dtype=compute_dtype(trainer, platform),
         lora_dropout=lora.dropout if lora.enabled else 0.0,
         remat=trainer.remat,
         attention=make_attention(trainer.attention, mesh),
         mesh=mesh,
+        expert_kernel=platform == "tpu",
         token_rows=token_rows.trained_alone(layout, new_tokens),
     )
 

@@ -127,6 +127,20 @@ def test_values_and_gradients_are_those_of_the_merged_weights(shape, settings):
     same(value_and_grad(model, base, lora, merge=False), expected())
 
 
+def test_experts_are_the_same_read_where_they_lie():
+    """By the TPU kernel, which finds a layer's experts in the stack; interpreted here."""
+    mesh = mesh_of(1, 2, 2)
+    layout, base, factors = trained(small(), LORA, mesh)
+    found, wanted = (
+        value_and_grad(
+            Model(layout=layout, compute_dtype=jnp.float32, mesh=mesh, remat="decoder", expert_kernel=kernel),
+            base, factors, merge=False,
+        )
+        for kernel in (True, False)
+    )  # fmt: skip
+    same(found, wanted)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("sizes", [{"expert_dim": 30}, {"embed_dim": 66}], ids=["hidden units", "model dim"])
 def test_dims_that_the_mesh_does_not_divide_stay_whole(sizes):

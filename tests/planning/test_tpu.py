@@ -10,9 +10,12 @@ import pytest
 from gemma4_tpu.architectures import ARCHITECTURES, GLOBAL, SLIDING
 from gemma4_tpu.config.schema import HardwareConfig, LoraConfig, OptimizerConfig, TrainerConfig
 from gemma4_tpu.hardware import SLICES, MeshSizes
+from gemma4_tpu.models.grouped import InStack, grouped
 from gemma4_tpu.models.sharding import make_mesh
 from gemma4_tpu.planning import compile as compiling
+from gemma4_tpu.planning import hlo
 from gemma4_tpu.planning.calibration import ScheduleRates
+from gemma4_tpu.planning.kernels import TARGET, kernel_work
 from gemma4_tpu.planning.links import Grid
 from gemma4_tpu.planning.program import USED, OutOfMemory, compile_lowered, finish, until_assigned, used_bytes
 from gemma4_tpu.planning.schedule import PARTS, from_plain
@@ -176,3 +179,34 @@ def test_every_tpu_slice_is_known_to_the_compiler_with_its_hbm(name):
     assert len(devices) == known.devices
     assert devices[0].device_kind.lower().startswith(known.chip.device_kinds)
     assert compiling.hbm_limit_bytes(devices[0]) == pytest.approx(known.chip.device.hbm_bytes, rel=0.001)
+
+
+def test_experts_of_a_stack_are_read_where_they_lie():
+    """Forward and backward, either way round: nothing makes an array of one layer's experts."""
+    layers, experts, hidden, dim, rows = 3, 8, 64, 256, 1024
+    place = jax.sharding.SingleDeviceSharding(absent_devices(SLICES["v5p-8"])[0])
+
+    def shape(*dims, dtype=jnp.bfloat16):
+        return jax.ShapeDtypeStruct(dims, dtype, sharding=place)
+
+    def run(x, up, down, sizes):
+        def layer(x, number):
+            held = [InStack(stack, number, interpret=False) for stack in (up, down)]
+            return grouped(grouped(x, held[0], sizes, last=True), held[1], sizes, last=False), None
+
+        return jnp.sum(jax.lax.scan(layer, x, jnp.arange(layers))[0].astype(jnp.float32))
+
+    stack = shape(layers, experts, hidden, dim)
+    given = shape(rows, dim), stack, stack, shape(experts, dtype=jnp.int32)
+    module = hlo.parse(compile_lowered(jax.jit(jax.value_and_grad(run)).lower(*given)).as_text())
+    inside = [(within, one) for within in module.computations.values() for one in within.instructions.values()]
+    of_a_layer = experts * hidden * dim
+    assert not [one.name for _, one in inside for array in one.arrays if array.elements == of_a_layer]
+    works = [
+        kernel_work(one, [within.instructions[name].arrays for name in one.operands])
+        for within, one in inside
+        if f'"{TARGET}"' in one.attributes
+    ]
+    # Two products forward and two backward, of which each reads a layer's experts once.
+    assert [work.flops for work in works] == [2 * rows * hidden * dim] * 4
+    assert [work.bytes for work in works] == [2 * (rows * hidden + rows * dim + of_a_layer)] * 4
