@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.cpu_compiler import flags
+
 REPO = Path(__file__).parents[2]
 
 # Everything that makes a bitwise resume hard: dropout, accumulation, packing, asynchronous saves.
@@ -26,9 +28,8 @@ class Command:
 
     def environment(self, devices: int = 1) -> dict[str, str]:
         """Of a process with so many CPU devices."""
-        flags = f"--xla_backend_optimization_level=0 --xla_force_host_platform_device_count={devices}"
         return {
-            **os.environ, "PYTHONPATH": str(REPO), "JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags,
+            **os.environ, "PYTHONPATH": str(REPO), "JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags(devices),
             "JAX_COMPILATION_CACHE_DIR": str(self._cache), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
         }  # fmt: skip
 
