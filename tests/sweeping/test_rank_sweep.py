@@ -33,7 +33,7 @@ def write_rows(path: Path) -> None:
 def test_two_by_two_with_a_preempted_and_a_failing_job(tmp_path):
     write_rows(tmp_path / "rows.jsonl")
     environment = {
-        **os.environ, "PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu",
+        **os.environ, "PYTHONPATH": f"{ROOT / 'tests/without_torch'}{os.pathsep}{ROOT}", "JAX_PLATFORMS": "cpu",
         "XLA_FLAGS": flags(devices=1),
         "JAX_COMPILATION_CACHE_DIR": str(tmp_path / "compiled"), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
     }  # fmt: skip

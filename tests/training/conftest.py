@@ -21,7 +21,7 @@ HARD = [
 
 
 class Command:
-    """A training on one CPU device, with a compilation cache that the runs of a session share."""
+    """A training on one CPU device, with a compilation cache that the runs of a session share; without PyTorch."""
 
     def __init__(self, cache: Path, *program: str):
         self._cache, self._program = cache, program
@@ -29,7 +29,8 @@ class Command:
     def environment(self, devices: int = 1) -> dict[str, str]:
         """Of a process with so many CPU devices."""
         return {
-            **os.environ, "PYTHONPATH": str(REPO), "JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags(devices),
+            **os.environ, "PYTHONPATH": f"{REPO / 'tests/without_torch'}{os.pathsep}{REPO}",
+            "JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags(devices),
             "JAX_COMPILATION_CACHE_DIR": str(self._cache), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
         }  # fmt: skip
 
