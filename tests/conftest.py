@@ -6,12 +6,12 @@ from pathlib import Path
 
 import pytest
 
+from tests.cpu_compiler import flags
 from tests.gcs import bucket, gcs_emulator  # noqa: F401 (fixtures)
 
-# JAX reads these when it is first asked for a device; child processes inherit them. The tests compile far more than
-# they run, so the compiler is told to hurry.
+# JAX reads these when it is first asked for a device; child processes inherit them.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0")
+os.environ.setdefault("XLA_FLAGS", flags(devices=8))
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 # The emulator of tests/gcs.py speaks HTTP; without this gcsfs asks over gRPC first what kind of bucket it has.

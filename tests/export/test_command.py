@@ -14,6 +14,7 @@ from gemma4_tpu.config.tasks import ExportConfig
 from gemma4_tpu.errors import UserError
 from gemma4_tpu.export.trained import open_trained
 from gemma4_tpu.merge import MERGE
+from tests.cpu_compiler import flags
 from tests.export.test_merge import lora_logits
 
 PROMPT = "module adder(input [3:0] a, input [3:0] b, output [4:0] s);\n"
@@ -27,7 +28,7 @@ def test_a_training_merged_generates_the_lora_models_greedy_tokens(tmp_path):
 
     run = tmp_path / "run"
     train = ["experiment=smoke", "optimizer.learning_rate=1e-2", "trainer.max_updates=6", f"run_dir={run}"]
-    one_device = os.environ | {"XLA_FLAGS": ""}
+    one_device = os.environ | {"XLA_FLAGS": flags(devices=1)}
     command = [sys.executable, "-m", "gemma4_tpu.train", *train]
     subprocess.run(command, check=True, capture_output=True, timeout=300, env=one_device)
     merge = [sys.executable, "-m", "gemma4_tpu.merge", f"run={run}", "checkpoint=best"]

@@ -12,6 +12,7 @@ import pytest
 import yaml
 
 from gemma4_tpu.evals.verilog.smoke import VerilogSmoke
+from tests.cpu_compiler import flags
 from tests.house.scripts import ROOT
 from tests.tpu_compiler import needs_tpu_compiler
 
@@ -84,7 +85,7 @@ def extended(tmp_path_factory):
 
 def python(copy, *arguments):
     """Runs Python in the copy, whose package then comes before the installed one; returns what it printed."""
-    one_device = os.environ | {"XLA_FLAGS": "--xla_backend_optimization_level=0"}  # compiles in a quarter of the time
+    one_device = os.environ | {"XLA_FLAGS": flags(devices=1)}
     command = [sys.executable, *arguments]
     done = subprocess.run(command, cwd=copy, env=one_device, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]

@@ -93,7 +93,7 @@ def composed(words: tuple[str, ...]):
 def launch(played, capsys, monkeypatch):
     """Launches with further words; returns (exit code, standard output, standard error)."""
     monkeypatch.setattr(tpu_vm, "load", lambda words, entry: composed(tuple(words)))
-    monkeypatch.setattr(tpu_vm, "look_at_checkpoint", lambda model: [])  # its bucket is nowhere; test_checkpoint.py
+    monkeypatch.setattr(tpu_vm, "look_at_checkpoint", lambda model: [])  # its bucket is nowhere; models/test_audit.py
     # what an earlier test in this process set up writes to that test's standard error
     others = [handler for handler in logging.root.handlers if type(handler) is not logging.StreamHandler]
     monkeypatch.setattr(logging.root, "handlers", others)

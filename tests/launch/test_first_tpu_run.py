@@ -77,6 +77,8 @@ def test_every_command_of_the_page_runs(played, tmp_path, monkeypatch):
     (tmp_path / ".venv/bin/activate").touch()
     (tmp_path / "rows.jsonl").touch()
     monkeypatch.setenv("PYTHON_OF_TEST", str(tmp_path / "socket"))
+    for launcher in (gke, tpu_vm):  # the page's bucket is nowhere; tests/models/test_audit.py
+        monkeypatch.setattr(launcher, "look_at_checkpoint", lambda model: [])
     # test_tpu_vm.py has the real one
     monkeypatch.setattr(parcel, "pack", lambda folder, checkout: [tmp_path / "rows.jsonl"])
     runs: list[list[str]] = []

@@ -138,7 +138,13 @@ def test_xpk_makes_a_jobset_of_it(home, monkeypatch, capsys):
     assert root.run_dir.startswith("gs://my-bucket/v5p8/")
 
 
-@pytest.mark.slow
+@pytest.fixture
+def unseen(monkeypatch):
+    """Nobody waits half a minute for a bucket that is nowhere."""
+    monkeypatch.setattr(gke, "look_at_checkpoint", lambda model: [])
+
+
+@pytest.mark.usefixtures("unseen")
 def test_without_xpk_the_install_command_is_named(monkeypatch, capsys, tmp_path):
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.chdir(tmp_path)
@@ -159,7 +165,7 @@ def test_gke_refuses_what_can_not_work(capsys):
     assert "a setting holds $" in capsys.readouterr().err
 
 
-@pytest.mark.slow
+@pytest.mark.usefixtures("unseen")
 def test_submits_and_says_how_to_delete(monkeypatch, capsys, tmp_path):
     put_on_path(monkeypatch, tmp_path / "bin", "xpk", f'#!/bin/sh\necho "$@" > {tmp_path}/called\n')
     assert gke.main([*RUN, *CLUSTER, "name=a_long_name_for_a_workload"]) == 0

@@ -148,7 +148,8 @@ def test_somebody_deletes_the_slice(launch, played, messages):
 @pytest.mark.slow
 def test_ctrl_c_says_what_still_runs_and_how_to_delete_it(played, tmp_path):
     played.play({"states": ["ACTIVE"]})
-    command = [sys.executable, "-m", "launch.tpu_vm", *RUN, GIT]
+    nowhere = "model.path=http://127.0.0.1:9/base"  # which is known at once; a bucket is given half a minute
+    command = [sys.executable, "-m", "launch.tpu_vm", *RUN, nowhere, GIT]
     process = subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=tmp_path,
         env=os.environ | {"PYTHONPATH": str(ROOT)},

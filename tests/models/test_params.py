@@ -26,10 +26,11 @@ from gemma4_tpu.models.match import match
 from gemma4_tpu.models.names import name_map
 from gemma4_tpu.models.params import by_name, load_params, random_params
 from gemma4_tpu.models.tensorfile import Checkpoint, TensorFile
+from tests.cpu_compiler import flags
 from tests.models.checkpoints import KINDS, make_checkpoint
 
 ROOT = Path(__file__).parents[2]
-ENVIRONMENT = {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": "--xla_force_host_platform_device_count=8"}
+ENVIRONMENT = {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags(devices=8)}
 MESHES = [(1, 4), (2, 4), (4, 1), (2, 2), (1, 1)]
 
 
@@ -313,7 +314,7 @@ def test_two_processes_read_what_their_own_devices_hold(tmp_path):
     with socket.socket() as probe:
         probe.bind(("localhost", 0))
         port = probe.getsockname()[1]
-    env = ENVIRONMENT | {"XLA_FLAGS": "--xla_force_host_platform_device_count=4"}
+    env = ENVIRONMENT | {"XLA_FLAGS": flags(devices=4)}
     processes = [
         subprocess.Popen(
             [sys.executable, "-c", PROCESS, str(folder), str(port), str(i)], env=env, cwd=ROOT, text=True,

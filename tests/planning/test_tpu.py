@@ -163,8 +163,11 @@ def test_a_kernel_that_asks_for_too_much_on_chip_memory_says_nothing_of_hbm():
     assert OutOfMemory(message).needed_bytes is OutOfMemory(message).limit_bytes is None
 
 
-@pytest.mark.parametrize("name", [name for name, known in SLICES.items() if known.topology])
-def test_every_tpu_slice_is_known_to_the_compiler_with_its_hbm(name):
+ON_TPUS = {name: known for name, known in SLICES.items() if known.topology}
+
+
+@pytest.mark.parametrize("name", ON_TPUS)
+def test_every_tpu_slice_is_known_to_the_compiler(name):
     known = SLICES[name]
     devices = absent_devices(known)
     for sizes in legal_meshes(ARCH, known.devices):  # JAX lays each of them out, as training does
@@ -178,7 +181,14 @@ def test_every_tpu_slice_is_known_to_the_compiler_with_its_hbm(name):
     )
     assert len(devices) == known.devices
     assert devices[0].device_kind.lower().startswith(known.chip.device_kinds)
-    assert compiling.hbm_limit_bytes(devices[0]) == pytest.approx(known.chip.device.hbm_bytes, rel=0.001)
+
+
+@pytest.mark.parametrize("name", {known.chip.name: name for name, known in ON_TPUS.items()}.values())
+def test_the_compiler_gives_every_kind_of_chip_its_hbm(name):
+    """In the largest slice of each kind: the limit is a chip's, and to be told it a program is compiled."""
+    known = SLICES[name]
+    (device, *_) = absent_devices(known)
+    assert compiling.hbm_limit_bytes(device) == pytest.approx(known.chip.device.hbm_bytes, rel=0.001)
 
 
 def test_experts_of_a_stack_are_read_where_they_lie():

@@ -11,6 +11,7 @@ import pytest
 from gemma4_tpu.sweeping.state import Sweep
 from gemma4_tpu.tracking.metrics import read_metrics
 from gemma4_tpu.tracking.result import Result
+from tests.cpu_compiler import flags
 
 ROOT = Path(__file__).parents[2]
 SHORT = [
@@ -32,8 +33,8 @@ def write_rows(path: Path) -> None:
 def test_two_by_two_with_a_preempted_and_a_failing_job(tmp_path):
     write_rows(tmp_path / "rows.jsonl")
     environment = {
-        **os.environ, "PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu",
-        "XLA_FLAGS": "--xla_backend_optimization_level=0 --xla_force_host_platform_device_count=1",
+        **os.environ, "PYTHONPATH": f"{ROOT / 'tests/without_torch'}{os.pathsep}{ROOT}", "JAX_PLATFORMS": "cpu",
+        "XLA_FLAGS": flags(devices=1),
         "JAX_COMPILATION_CACHE_DIR": str(tmp_path / "compiled"), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
     }  # fmt: skip
     script = str(ROOT / "experiments" / "rank_sweep" / "interrupted.py")

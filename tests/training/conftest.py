@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.cpu_compiler import flags
+
 REPO = Path(__file__).parents[2]
 
 # Everything that makes a bitwise resume hard: dropout, accumulation, packing, asynchronous saves.
@@ -19,16 +21,16 @@ HARD = [
 
 
 class Command:
-    """A training on one CPU device, with a compilation cache that the runs of a session share."""
+    """A training on one CPU device, with a compilation cache that the runs of a session share; without PyTorch."""
 
     def __init__(self, cache: Path, *program: str):
         self._cache, self._program = cache, program
 
     def environment(self, devices: int = 1) -> dict[str, str]:
         """Of a process with so many CPU devices."""
-        flags = f"--xla_backend_optimization_level=0 --xla_force_host_platform_device_count={devices}"
         return {
-            **os.environ, "PYTHONPATH": str(REPO), "JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags,
+            **os.environ, "PYTHONPATH": f"{REPO / 'tests/without_torch'}{os.pathsep}{REPO}",
+            "JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags(devices),
             "JAX_COMPILATION_CACHE_DIR": str(self._cache), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
         }  # fmt: skip
 
