@@ -163,7 +163,7 @@ class Counting:
                 total.kernel_flops += work.flops
                 if work.mask is not None:
                     total.attention_flops[work.mask] += round(work.flops)
-                traffic = Traffic(traffic.accessed, max(traffic.hbm, work.bytes))
+                traffic = Traffic(traffic.accessed, work.bytes if work.reads_part else max(traffic.hbm, work.bytes))
         total.traffic += traffic
 
     def _fusion(self, one: Instruction) -> Counts:

@@ -52,6 +52,8 @@ class Work:
     """Read from and written to HBM."""
     mask: Mask | None = None
     """Of an attention kernel."""
+    reads_part: bool = False
+    """It reads only part of its operands."""
 
 
 def kernel_work(call: Instruction, operands: list[tuple[Array, ...]]) -> Work | None:
@@ -64,7 +66,7 @@ def kernel_work(call: Instruction, operands: list[tuple[Array, ...]]) -> Work | 
     values = dict(re.findall(r'"(\w+)":"?(\d+)', told[1]))
     flops = float(values.get("flops", 0))
     if _GROUPED in _op_name(call):
-        return Work(flops, _grouped_bytes(call, operands))
+        return Work(flops, _grouped_bytes(call, operands), reads_part=True)
     boundary = call.bytes + sum(array.bytes for arrays in operands for array in arrays)
     return Work(flops, float(values.get("bytes_accessed", boundary)))
 

@@ -13,9 +13,9 @@ from gemma4_tpu.hardware import SLICES, MeshSizes
 from gemma4_tpu.models.grouped import InStack, grouped
 from gemma4_tpu.models.sharding import make_mesh
 from gemma4_tpu.planning import compile as compiling
-from gemma4_tpu.planning import hlo
+from gemma4_tpu.planning import counts, hlo
 from gemma4_tpu.planning.calibration import ScheduleRates
-from gemma4_tpu.planning.kernels import TARGET, kernel_work
+from gemma4_tpu.planning.kernels import TARGET
 from gemma4_tpu.planning.links import Grid
 from gemma4_tpu.planning.program import USED, OutOfMemory, compile_lowered, finish, until_assigned, used_bytes
 from gemma4_tpu.planning.schedule import PARTS, from_plain
@@ -212,11 +212,8 @@ def test_experts_of_a_stack_are_read_where_they_lie():
     inside = [(within, one) for within in module.computations.values() for one in within.instructions.values()]
     of_a_layer = experts * hidden * dim
     assert not [one.name for _, one in inside for array in one.arrays if array.elements == of_a_layer]
-    works = [
-        kernel_work(one, [within.instructions[name].arrays for name in one.operands])
-        for within, one in inside
-        if f'"{TARGET}"' in one.attributes
-    ]
+    counting = counts.Counting(module)
+    works = [counting.instruction(within, one) for within, one in inside if f'"{TARGET}"' in one.attributes]
     # Two products forward and two backward, of which each reads a layer's experts once.
-    assert [work.flops for work in works] == [2 * rows * hidden * dim] * 4
-    assert [work.bytes for work in works] == [2 * (rows * hidden + rows * dim + of_a_layer)] * 4
+    assert [work.kernel_flops for work in works] == [2 * rows * hidden * dim] * 4
+    assert [work.traffic.hbm for work in works] == [2 * (rows * hidden + rows * dim + of_a_layer)] * 4
