@@ -12,7 +12,6 @@ from gemma4_tpu.config.keys import element_type, is_group, type_at, type_name, u
 
 def bad_value(schema: type, key: str, value: Any) -> str | None:
     """None if `value` fits the type of `key`, else the refusal."""
-    probe = OmegaConf.structured(schema)
     kind = type_at(schema, key)
     element = element_type(kind)
     if element is not None and is_group(element) and isinstance(value, list):
@@ -21,18 +20,12 @@ def bad_value(schema: type, key: str, value: Any) -> str | None:
                 message = unknown_key(element, str(name))
                 if message:
                     return f"{key}.{index}.{name}: {message}"
-    head, *rest = key.split(".")
-    list_depth = next((i for i, part in enumerate(rest) if part.isdecimal()), None)
-    if list_depth is not None:  # an item of a list: its own type is what counts
-        parent = type_at(schema, ".".join([head, *rest[: list_depth + 1]]))
-        if not is_group(parent):
-            return None
-        probe, inner = OmegaConf.structured(parent), ".".join(rest[list_depth + 1 :])
-    else:
-        inner = key
-    try:
-        if inner:
-            OmegaConf.update(probe, inner, value, merge=True)
+    where, _, name = key.rpartition(".")
+    group = type_at(schema, where) if where else schema
+    if not is_group(group):  # an item of a list, judged by what is set in it
+        return None
+    try:  # in the group alone: to build a whole configuration for each key would take ten times as long
+        OmegaConf.update(OmegaConf.structured(group), name, value, merge=True)
     except (OmegaConfBaseException, ValueError, TypeError):
         shown = "null" if value is None else value
         return f"{key}={shown}: not {_article(type_name(kind))}{_list_hint(key, element, value)}"

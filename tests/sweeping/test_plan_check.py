@@ -50,7 +50,7 @@ def test_the_planner_decides(installed, monkeypatch, tmp_path, used_gib, fits, t
         )  # fmt: skip
 
     monkeypatch.setattr("gemma4_tpu.planning.attempt.plan_one", plan_one)
-    config = job("hardware=v6e1", "lora.rank=48", "trainer.microbatches=2")
+    config = job("hardware=v6e1", "lora.rank=48", "trainer.microbatches=2", "data.max_rows=100")
     (tmp_path / "job.yaml").write_text(to_yaml(config))
     plan_check.main(tmp_path / "job.yaml", tmp_path / "answer.json")
     assert read_json(tmp_path / "answer.json") == {"fits": fits, "told": told}
