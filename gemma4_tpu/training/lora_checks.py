@@ -69,8 +69,7 @@ def lora_problems(lora: LoraConfig) -> list[str]:
         )
     if takes_part(lora) and EXPERTS in lora.targets:
         messages.append(
-            f"lora.init={lora.init}: not for lora.targets=[…,experts], nor in PEFT; leave experts out, or give"
-            " lora.init=default"
+            f"lora.init={lora.init}: not for lora.targets=[…,experts]; leave experts out, or give lora.init=default"
         )
     if takes_part(lora) and lora.start is not None:
         messages.append(
