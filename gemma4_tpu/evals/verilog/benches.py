@@ -20,7 +20,7 @@ from gemma4_tpu.evals.verilog.running import OUT_OF_CPU_TIME, Finished, Running
 from gemma4_tpu.evals.verilog.sandbox import Sandbox, limit_cpu
 from gemma4_tpu.evals.verilog.work_folder import write
 
-_TIMES = r"(?:\d+m[\d.]+s \d+m[\d.]+s\n){2}"  # of the shell, of what it started
+_END = re.compile(r"([0-9a-f]{16}) (\d+)\n(?:\d+m[\d.]+s \d+m[\d.]+s\n){2}\Z")  # of the shell, of what it started
 _TIME = re.compile(r"(\d+)m([\d.]+)s")
 _LONGEST_END = 200
 
@@ -81,16 +81,20 @@ class Benches:
         with contextlib.suppress(BrokenPipeError):  # it has ended, which is seen below
             shell.process.stdin.write(f"{line}; echo {mark} $?; times; echo {mark} >&2\n".encode())
             shell.process.stdin.flush()
-        end, end_of_errors = re.compile(rf"{mark} (\d+)\n{_TIMES}\Z"), f"{mark}\n".encode()
+        end_of_errors = f"{mark}\n".encode()
+
+        def end(stdout: str) -> re.Match[str] | None:
+            told = _END.search(stdout)
+            return told if told and told[1] == mark else None
 
         def complete(stdout: bytearray, stderr: bytearray) -> bool:
             if not stderr.endswith(end_of_errors):
                 return False
-            return end.search(stdout[-_LONGEST_END:].decode("ascii", "replace")) is not None
+            return end(stdout[-_LONGEST_END:].decode("ascii", "replace")) is not None
 
         stopped = shell.collect(limit_seconds, complete)
         stdout, stderr = shell.take()
-        told = end.search(stdout)
+        told = end(stdout)
         if stopped or told is None:
             self._shell, done = None, shell.end(stopped)
             used_seconds = max(0.0, done.cpu_seconds - self._used_seconds)
@@ -98,9 +102,9 @@ class Benches:
         used_seconds = sum(60 * int(minutes) + float(seconds) for minutes, seconds in _TIME.findall(told[0]))
         before, self._used_seconds = self._used_seconds, used_seconds
         return Finished(
-            returncode=int(told[1]),
+            returncode=int(told[2]),
             stdout=stdout[: told.start()],
             stderr=stderr.removesuffix(f"{mark}\n"),
             cpu_seconds=max(0.0, used_seconds - before),
-            stopped="cpu" if int(told[1]) in OUT_OF_CPU_TIME else None,
+            stopped="cpu" if int(told[2]) in OUT_OF_CPU_TIME else None,
         )
