@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -29,6 +30,7 @@ def load_tokenizer(folder: str, new_tokens: Sequence[str] = ()) -> Any:
     Raises:
       UserError: no tokenizer is there, it has no chat template, or no room for the new tokens.
     """
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # that PyTorch is missing: tokenizers need none
     from transformers import AutoTokenizer
 
     path = assets.resolve(folder)
