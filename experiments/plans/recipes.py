@@ -51,6 +51,7 @@ RECIPES = (
     Recipe("v5p8", "v5p8"),
     Recipe("v6e8_qlora", "v6e8_qlora"),
     Recipe("26b_a4b_v5p8", "26b_a4b_v5p8"),
+    Recipe("26b_a4b_experts", "26b_a4b_experts"),
     Recipe("12b_v6e1", "12b_v6e1"),
     Recipe("e4b_v6e1", "e4b_v6e1"),
     Recipe("rank_sweep", "v5p8", {f"rank {r}": (f"lora.rank={r}", f"lora.alpha={r}") for r in (16, 32, 64, 128)}, 2),

@@ -13,6 +13,8 @@ ENVIRONMENT = {
     "JAX_PLATFORMS": "cpu",  # nothing runs on an accelerator
     "TPU_SKIP_MDS_QUERY": "1",  # there is no metadata server to ask
     "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # several plans at a time
+    # Kernels name their source: a program is the same wherever the package lies, and is found again (kept_programs.py).
+    "JAX_HLO_SOURCE_FILE_CANONICALIZATION_REGEX": "^.*/(?:site|dist)-packages/|^.*/(?=gemma4_tpu/)",
 }
 """What a process that compiles for absent TPUs sets before it imports JAX."""
 

@@ -1,12 +1,17 @@
 """The real TPU compiler on a small model with the released sizes' features: splash attention, loops, a mesh."""
 
 import os
+import shutil
+import subprocess
+import sys
 from dataclasses import replace
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import pytest
 
+import gemma4_tpu
 from gemma4_tpu.architectures import ARCHITECTURES, GLOBAL, SLIDING
 from gemma4_tpu.config.schema import HardwareConfig, LoraConfig, OptimizerConfig, TrainerConfig
 from gemma4_tpu.hardware import SLICES, MeshSizes
@@ -217,3 +222,34 @@ def test_experts_of_a_stack_are_read_where_they_lie():
     # Two products forward and two backward, of which each reads a layer's experts once.
     assert [work.kernel_flops for work in works] == [2 * rows * hidden * dim] * 4
     assert [work.traffic.hbm for work in works] == [2 * (rows * hidden + rows * dim + of_a_layer)] * 4
+
+
+LOWER = """
+from gemma4_tpu.planning.topology import absent_devices, set_environment
+set_environment()
+import jax, jax.numpy as jnp
+from gemma4_tpu.hardware import SLICES
+from gemma4_tpu.models.grouped import InStack, grouped
+place = jax.sharding.SingleDeviceSharding(absent_devices(SLICES["v6e-1"])[0])
+rows, stack, sizes = (
+    jax.ShapeDtypeStruct(shape, dtype, sharding=place)
+    for shape, dtype in (((128, 128), jnp.bfloat16), ((2, 2, 128, 128), jnp.bfloat16), ((2,), jnp.int32))
+)
+run = lambda rows, stack, sizes: grouped(rows, InStack(stack, jnp.int32(1), interpret=False), sizes, last=True)
+print(jax.jit(run).lower(rows, stack, sizes).as_text())
+"""
+
+
+def test_a_program_is_the_same_wherever_the_package_lies(tmp_path):
+    """Its kernels name the files that they come from; what was compiled for one checkout is known in another."""
+    package = Path(gemma4_tpu.__file__).parent
+    shutil.copytree(package, tmp_path / "gemma4_tpu", ignore=shutil.ignore_patterns("__pycache__"))
+    texts = [
+        subprocess.run(
+            [sys.executable, "-c", LOWER], env={**os.environ, "PYTHONPATH": str(folder)}, cwd=tmp_path.parent,
+            capture_output=True, text=True, check=True,
+        ).stdout
+        for folder in (package.parent, tmp_path)
+    ]  # fmt: skip
+    assert "tpu_custom_call" in texts[0]
+    assert texts[0] == texts[1]
