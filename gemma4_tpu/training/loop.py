@@ -130,10 +130,8 @@ class Loop:
                 break
 
         self.checkpoints.wait()
-        if done == last:
-            return tally.result("finished")
-        if preempted:
-            return tally.result("preempted")
+        if done == last or preempted:
+            return tally.result("finished" if done == last else "preempted")
         if patience.exhausted:
             return tally.result("finished", patience.told())
         return tally.result("stopped", self.time_limit.told())

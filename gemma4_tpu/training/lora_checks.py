@@ -58,6 +58,13 @@ def lora_problems(lora: LoraConfig) -> list[str]:
     within = [target for target in lora.targets if MODULES.get(target) in lora.targets]
     messages += unknown + [f"lora.targets: {target!r} is given twice" for target in twice]
     messages += [f"lora.targets: {target!r} is part of {MODULES[target]!r}; give one of them" for target in within]
+    low = [f"lora.ranks.{pattern}={rank}: must be at least 1" for pattern, rank in lora.ranks.items() if rank < 1]
+    return messages + _kind_problems(lora) + low
+
+
+def _kind_problems(lora: LoraConfig) -> list[str]:
+    """What DoRA and starts other than LoRA's do not go with."""
+    messages = []
     if lora.dora and lora.dropout:
         messages.append(
             f"lora.dropout={lora.dropout}: lora.dora=true scales the base's product too, dropout would need a second"
@@ -76,8 +83,7 @@ def lora_problems(lora: LoraConfig) -> list[str]:
             f"lora.init={lora.init}: says what fresh adapters begin as, but lora.start={lora.start} gives trained ones;"
             " give lora.init=default, or merge them and give model.path=<merged folder>"
         )
-    low = [f"lora.ranks.{pattern}={rank}: must be at least 1" for pattern, rank in lora.ranks.items() if rank < 1]
-    return messages + low
+    return messages
 
 
 def adapted_problems(lora: LoraConfig, architecture: Architecture) -> list[str]:
