@@ -86,7 +86,7 @@ def test_committed_plans_say_their_rank():
         found = records.read_record(path)
         full = found.values["trained"] == "full"
         assert found.kind == records.PLAN
-        assert found.values["lora_rank"] == (None if full else int(found.values["trained"].split("r=")[1]))
+        assert found.values["lora_rank"] == (None if full else int(re.search(r"r=(\d+)", found.values["trained"])[1]))
 
 
 @pytest.mark.parametrize(
