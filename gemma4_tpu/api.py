@@ -65,6 +65,11 @@ def train(*words: Words) -> Done:
     return _done(words, TRAIN, _train, RESULT)
 
 
+def preview(*words: Words) -> None:
+    """Prints what a training would learn from: rendered rows, lengths, drops; as `train` with `preview=true`."""
+    _train(load([*_command_line(words), "preview=true"], TRAIN))
+
+
 def plan(*words: Words) -> Done:
     """Whether it fits, how fast it is and what it costs: `python -m gemma4_tpu.plan …`.
 
@@ -89,9 +94,7 @@ def evaluate(*words: Words) -> Done:
 def _done(
     given: tuple[Words, ...], entry: EntryPoint, command: Callable[[Loaded[Any, Any]], Ended], *records: str
 ) -> Done:
-    words: list[str] = []
-    for one in given:
-        words += [one] if isinstance(one, str) else [as_word(key, _plain(value)) for key, value in one.items()]
+    words = _command_line(given)
     ended = command(load(words, entry))
     if ended.code == INTERRUPTED:
         raise KeyboardInterrupt
@@ -103,6 +106,13 @@ def _done(
     (folder,) = ended.folders
     written = next(path for path in map(partial(Path, folder), records) if path.is_file())
     return Done(folder, read_record(written), ended.code)
+
+
+def _command_line(given: tuple[Words, ...]) -> list[str]:
+    words: list[str] = []
+    for one in given:
+        words += [one] if isinstance(one, str) else [as_word(key, _plain(value)) for key, value in one.items()]
+    return words
 
 
 def _plain(value: Any) -> Any:
