@@ -19,7 +19,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "data.packing": ("true", "false", "buckets"),
     "data.thoughts": ("drop", "train"),
     "data.train_on": ("all", "last"),
-    "objective.kind": ("sft", "dpo"),
+    "objective.kind": ("sft", "dpo", "ipo", "orpo"),
     "optimizer.kind": ("adamw", "adafactor", "lion", "muon", "schedule_free"),
     "optimizer.schedule": ("cosine", "linear", "constant", "wsd"),
     "trainer.remat": ("none", "products", "attention", "decoder", "auto"),  # from most memory to most arithmetic

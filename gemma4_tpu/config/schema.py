@@ -181,11 +181,11 @@ class ObjectiveConfig:
     """What is minimised, and with it which rows are taken (`objective=`). Keys that a kind does not have are null."""
 
     kind: str = "sft"
-    """`sft`: conversations, whose answers are learnt; `dpo`: pairs of a chosen and a rejected answer.
+    """`sft`: conversations, whose answers are learnt; `dpo`, `ipo`, `orpo`: pairs of a chosen and a rejected answer.
     `objective=<kind>` sets it and all of its keys."""
     beta: float | None = None
-    """`dpo`: how much a nat of log-likelihood gained over the reference counts. The smaller, the further a run may go
-    from where it began."""
+    """`dpo`, `ipo`: how much a nat of log-likelihood gained over the reference counts; the smaller, the further a run
+    may go from where it began. `orpo`: weight of the preference beside the cross-entropy (its paper's λ)."""
     label_smoothing: float | None = None
     """`dpo`: share of the pairs that are taken to be the wrong way round."""
 

@@ -29,6 +29,8 @@ _OF_PAIRS = ("accuracy", "margin", "chosen_logp", "rejected_logp")
 KINDS = {
     SFT: Kind((), CONVERSATIONS),
     "dpo": Kind(("beta", "label_smoothing"), PAIRS, True, (*_OF_PAIRS, "chosen_reward", "rejected_reward")),
+    "ipo": Kind(("beta",), PAIRS, True, (*_OF_PAIRS, "chosen_reward", "rejected_reward")),
+    "orpo": Kind(("beta",), PAIRS, False, _OF_PAIRS),
 }
 
 

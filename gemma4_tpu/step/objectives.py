@@ -4,12 +4,16 @@ from __future__ import annotations
 
 from gemma4_tpu.config.schema import ObjectiveConfig
 from gemma4_tpu.step.objective import Objective
-from gemma4_tpu.step.preference import Dpo
+from gemma4_tpu.step.objective_kinds import SFT
+from gemma4_tpu.step.preference import Dpo, Ipo, Orpo
 
 
 def make_objective(config: ObjectiveConfig) -> Objective | None:
     """None: supervised tuning, which is the step's own (`Step.objective`)."""
+    if config.kind == SFT:
+        return None
+    assert config.beta is not None  # the checks: the keys of its kind are set
     if config.kind == "dpo":
-        assert config.beta is not None and config.label_smoothing is not None  # the checks: its keys are set
+        assert config.label_smoothing is not None
         return Dpo(config.beta, config.label_smoothing)
-    return None
+    return {"ipo": Ipo, "orpo": Orpo}[config.kind](config.beta)
