@@ -5,7 +5,7 @@ Keys that plots, progress and results understand (others are welcome):
 | key | unit |
 |---|---|
 | `update` | updates done so far; 0 is the state before the first one |
-| `loss`, `heldout_loss` | nats per target token |
+| `loss`, `heldout_loss` | nats per target token; of another objective, per what it counts |
 | `learning_rate`, `grad_norm` | the norm is global and before clipping |
 | `real_tokens`, `target_tokens` | tokens in this update |
 | `real_tokens_per_second`, `target_tokens_per_second` | |
@@ -14,6 +14,8 @@ Keys that plots, progress and results understand (others are welcome):
 | `mfu` | model FLOP/s over the chips' peak |
 | `hbm_bytes`, `hbm_peak_bytes` | of the fullest device: now, and since the start |
 | `usd` | the run so far |
+
+An objective's own measures stand beside the losses, as `heldout_…` beside the held-out one.
 """
 
 from __future__ import annotations

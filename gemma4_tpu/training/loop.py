@@ -14,6 +14,7 @@ import optax
 from gemma4_tpu.config.schema import CheckpointConfig, TrainerConfig
 from gemma4_tpu.data.pipeline import Update
 from gemma4_tpu.errors import UserError
+from gemma4_tpu.step.objective import means
 from gemma4_tpu.step.train_step import TrainState, UpdateMetrics
 from gemma4_tpu.tracking.result import Result, Totals
 from gemma4_tpu.training.batches import Batches
@@ -172,7 +173,8 @@ class Loop:
         self.preemption.something_to_save()
         self.watchdog.progress()
         skipped = spikes.add(flight.done, loss, flight.spike_limit)
-        tally.count(flight.update, loss, skipped=skipped)
+        measures = means(flight.metrics.stats)
+        tally.count(flight.update, loss, measures, skipped=skipped)
         if skipped:
             log.warning(
                 "update %d skipped: loss %.4f is above %.4f (trainer.spike_factor=%g times the median); made from the"
@@ -181,7 +183,7 @@ class Loop:
         if flight.done % self.trainer.log_every == 0 or flight.done == self.batches.pipeline.total_updates:
             more = {} if spikes.factor is None else {"skipped_updates": tally.totals().skipped_updates}
             learning_rate = float(self.schedule(flight.done - 1))
-            row = {"loss": loss, "learning_rate": learning_rate, "grad_norm": grad_norm, **more}
+            row = {"loss": loss, **measures, "learning_rate": learning_rate, "grad_norm": grad_norm, **more}
             self.report(row | tally.row(flight.update), flight.done)
 
     def _evaluate(
@@ -190,16 +192,18 @@ class Loop:
         """Mean loss over the held-out set, dropout off, of what the run stands for; reported and remembered."""
         if not self.batches.heldout:
             return None
-        total, count, values = 0.0, 0, state.evaluated()
+        total, count, values = 0.0, 0.0, state.evaluated()
+        sums: dict[str, Any] = {}
         for batch in self.batches.heldout:
-            summed, targets = programs.evaluate(values, self.setup.base, to_mesh(batch.arrays, self.setup.mesh))
-            total, count = total + float(summed), count + int(targets)
+            summed, part, stats = programs.evaluate(values, self.setup.base, to_mesh(batch.arrays, self.setup.mesh))
+            total, count = total + float(summed), count + float(part)
+            sums = {name: np.add(sums.get(name, 0.0), np.array(pair, np.float64)) for name, pair in stats.items()}
             self.watchdog.progress()
-        loss = total / count
-        self.report({"heldout_loss": loss}, update)
+        loss, measures = total / count, {f"heldout_{name}": value for name, value in means(sums).items()}
+        self.report({"heldout_loss": loss, **measures}, update)
         with self.watchdog.paused():
             self.sample(values, update)
-        tally.count_heldout(loss, update)
+        tally.count_heldout(loss, update, measures)
         patience.add(loss)
         return loss
 
