@@ -72,12 +72,12 @@ class Run:
     @property
     def updates(self) -> int:
         """Of the whole run."""
-        return self.batches.pipeline.total_updates
+        return self.batches.source.total_updates
 
     @cached_property
     def fingerprints(self) -> dict[str, Any]:
         """Of base, tokenizer and rows; saved with every checkpoint."""
-        return {"base": self.base.fingerprint, **self.batches.pipeline.fingerprint}
+        return {"base": self.base.fingerprint, **self.batches.source.fingerprint}
 
     def recipe(self) -> Recipe:
         """The step, with the remat policy that was asked for."""
@@ -85,7 +85,7 @@ class Run:
         return Recipe(
             arch=self.base.arch, hardware=config.hardware, lora=config.lora, optimizer=config.optimizer,
             trainer=config.trainer, mesh=MeshSizes(**self.mesh.shape), rows=self.batches.rows,
-            length=max(self.batches.pipeline.lengths), updates=self.updates,
+            length=max(self.batches.source.lengths), updates=self.updates,
             new_tokens=tuple(self.base.token_places.ids.values()),
         )  # fmt: skip
 
@@ -156,7 +156,7 @@ def _loop(
     run: Run, recipe: Recipe, setup: Setup, replay: Replay | None, preemption: Preemption, time_limit: TimeLimit
 ) -> Result:
     """Runs the updates there are to run, under the eyes of a watchdog."""
-    config, folder, pipeline = run.config, run.folder, run.batches.pipeline
+    config, folder, source = run.config, run.folder, run.batches.source
     checkpoints = Checkpoints(folder.checkpoints, config.checkpoint, setup.trained_leaves, setup.mesh)
     if takes_part(config.lora) and run.resume_from is None:
         checkpoints.save_initial(setup.state.trained, factors(setup.step.model.layout))
@@ -184,7 +184,7 @@ def _loop(
         profile=Profile(config.trainer.profile, folder.path if folder.write else None),
         prediction=predict(recipe, config.trainer.plan, folder.path) if folder.write else None,
     )  # fmt: skip
-    with closing(pipeline), closing(checkpoints), closing(answers), reports, loop.profile.closing():
+    with closing(source), closing(checkpoints), closing(answers), reports, loop.profile.closing():
         with watchdog, reports.progress:
             result = loop.run(run.resume_from)
         log_compile_cache()

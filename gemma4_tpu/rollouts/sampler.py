@@ -18,6 +18,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from gemma4_tpu.models import sharding
 from gemma4_tpu.rollouts import slots as decoding
+from gemma4_tpu.rollouts.digest import digest
 from gemma4_tpu.step.train_step import Step
 
 SEGMENT_TOKENS = 16
@@ -88,6 +89,8 @@ class Sampler:
         self._empty = jax.jit(partial(decoding.empty, slots=shapes.slots, new_tokens=shapes.new_tokens, model=model))
         self._admit = jax.jit(decoding.admit, donate_argnums=0)
         self._advance = jax.jit(partial(decoding.advance, step, tokens=SEGMENT_TOKENS), donate_argnums=2)
+        self.drawn_from = ""
+        """Digest of the trained values that the last samples were drawn with."""
         self.decoded_slots = 0
         """Tokens decoded in all, those of rows without a sample and behind the end of one included."""
 
@@ -102,6 +105,7 @@ class Sampler:
           prompts: token ids of each, at most `prompts` of them.
           wanted: the samples, of any of them.
         """
+        self.drawn_from = digest(trained)
         read = self._prompts(trained, base, prompts)
         state, waiting = self._empty(read), deque(wanted)
         rows: list[_Row | None] = [None] * self._shapes.slots
