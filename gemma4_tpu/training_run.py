@@ -21,6 +21,7 @@ from gemma4_tpu.models.audit import audit
 from gemma4_tpu.models.base import Base, resolve_base
 from gemma4_tpu.models.lora import factors
 from gemma4_tpu.planning.auto_remat import resolve_remat
+from gemma4_tpu.step.objective_kinds import KINDS, rows_of
 from gemma4_tpu.step.optimizer import make_schedule
 from gemma4_tpu.tracking import provenance
 from gemma4_tpu.tracking.files import write_json
@@ -30,7 +31,7 @@ from gemma4_tpu.tracking.run import RunFolder
 from gemma4_tpu.tracking.trackers import make_tracker, run_name
 from gemma4_tpu.training import resume
 from gemma4_tpu.training.batches import Batches, make_batches
-from gemma4_tpu.training.began import open_began
+from gemma4_tpu.training.began import FOLDER, REFERENCE_FOLDER, open_began, open_reference
 from gemma4_tpu.training.checkpoint import Checkpoints
 from gemma4_tpu.training.checks import Checked, warmup_warning
 from gemma4_tpu.training.compile_cache import log_compile_cache, use_compile_cache
@@ -86,7 +87,7 @@ class Run:
             arch=self.base.arch, hardware=config.hardware, lora=config.lora, optimizer=config.optimizer,
             trainer=config.trainer, mesh=MeshSizes(**self.mesh.shape), rows=self.batches.rows,
             length=max(self.batches.source.lengths), updates=self.updates,
-            new_tokens=tuple(self.base.token_places.ids.values()),
+            new_tokens=tuple(self.base.token_places.ids.values()), objective=config.objective,
         )  # fmt: skip
 
 
@@ -105,7 +106,7 @@ def train(loaded: Loaded[TrainRoot, Checked], folder: RunFolder, hosts: Hosts, p
     audit(base).enforce()
     start = open_start(config.lora, base.arch, resume_from)
     tokenizer = load_tokenizer(base.tokenizer_folder, base.new_tokens)
-    data = build_data(config.data, tokenizer)
+    data = build_data(config.data, tokenizer, rows_of(config.objective))
 
     # ── devices, and the rows that are this process's ──────────────────────────────────────────────────────────────
     mesh = start_mesh(config.hardware, config.mesh, base.arch)
@@ -130,8 +131,10 @@ def train(loaded: Loaded[TrainRoot, Checked], folder: RunFolder, hosts: Hosts, p
     # ── weights, adapters, optimizer; only now is the run one that has begun ───────────────────────────────────────
     check_capacity(run.recipe(), config.checkpoint, mesh, folder.checkpoints)
     recipe = resolve_remat(run.recipe(), mesh)
-    began = open_began(folder.checkpoints) if takes_part(config.lora) and resume_from is not None else None
-    setup = set_up(base, recipe, mesh, start, began)
+    goes_on = resume_from is not None
+    began = open_began(folder.checkpoints) if goes_on and takes_part(config.lora) else None
+    reference = open_reference(folder.checkpoints) if goes_on and recipe.keeps_reference else None
+    setup = set_up(base, recipe, mesh, start, began, reference)
     provenance.record(folder, made_of)
     folder.begun()
     if start is not None:
@@ -158,13 +161,19 @@ def _loop(
     """Runs the updates there are to run, under the eyes of a watchdog."""
     config, folder, source = run.config, run.folder, run.batches.source
     checkpoints = Checkpoints(folder.checkpoints, config.checkpoint, setup.trained_leaves, setup.mesh)
-    if takes_part(config.lora) and run.resume_from is None:
-        checkpoints.save_initial(setup.state.trained, factors(setup.step.model.layout))
+    if run.resume_from is None:
+        if takes_part(config.lora):
+            checkpoints.save_initial(FOLDER, setup.state.trained, factors(setup.step.model.layout))
+        if recipe.keeps_reference:
+            checkpoints.save_initial(REFERENCE_FOLDER, setup.state.trained, setup.trained_leaves)
     answers = HeldoutAnswers(
         run.data.heldout, run.base, run.tokenizer, config.trainer, folder.path, run.resume_from, write=folder.write
     )  # fmt: skip
     tracker = make_tracker(config.tracker, folder, asdict(config), name=run_name(config.name, run.overrides))
-    reports = Reports(folder, tracker, replay, updates=run.updates, resume_from=run.resume_from)
+    first_measure = next(iter(KINDS[config.objective.kind].measures), None)
+    reports = Reports(
+        folder, tracker, replay, updates=run.updates, resume_from=run.resume_from, beside_loss=first_measure
+    )
     watchdog = Watchdog(
         config.trainer.stall_seconds,
         folder.log_path if folder.write else None,
@@ -173,7 +182,7 @@ def _loop(
     loop = Loop(
         setup, run.batches, checkpoints, config.trainer, config.checkpoint,
         schedule=make_schedule(config.optimizer, run.updates),
-        rates=Rates.of(recipe, run.batches.mean_tokens, setup.mesh),
+        rates=Rates.of(recipe, run.batches.segment_tokens, setup.mesh),
         fingerprints=run.fingerprints,
         report=reports,
         flush=folder.push,

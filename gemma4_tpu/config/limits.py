@@ -19,6 +19,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "data.packing": ("true", "false", "buckets"),
     "data.thoughts": ("drop", "train"),
     "data.train_on": ("all", "last"),
+    "objective.kind": ("sft", "dpo"),
     "optimizer.kind": ("adamw", "adafactor", "lion", "muon", "schedule_free"),
     "optimizer.schedule": ("cosine", "linear", "constant", "wsd"),
     "trainer.remat": ("none", "products", "attention", "decoder", "auto"),  # from most memory to most arithmetic
@@ -51,6 +52,8 @@ RANGES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "lora.rank": _FROM_1, "lora.expert_rank": _FROM_1, "lora.alpha": _POSITIVE, "lora.dropout": _DECAY,
     "data.heldout_fraction": _DECAY, "data.max_rows": _FROM_1, "data.max_drop_fraction": _SHARE,
     "data.sequence_length": (lambda v: v >= 2, "at least 2"),
+    "objective.beta": _POSITIVE,
+    "objective.label_smoothing": (lambda v: 0 <= v < 0.5, "at least 0 and less than 0.5"),
     "optimizer.learning_rate": _POSITIVE, "optimizer.b1": _DECAY, "optimizer.b2": _DECAY, "optimizer.eps": _POSITIVE,
     "optimizer.decay_rate": _POSITIVE, "optimizer.clipping_threshold": _FROM_1, "optimizer.beta": _DECAY,
     "optimizer.ns_steps": _FROM_1, "optimizer.consistent_rms": _POSITIVE,

@@ -177,6 +177,20 @@ class DataConfig:
 
 
 @dataclass(kw_only=True)
+class ObjectiveConfig:
+    """What is minimised, and with it which rows are taken (`objective=`). Keys that a kind does not have are null."""
+
+    kind: str = "sft"
+    """`sft`: conversations, whose answers are learnt; `dpo`: pairs of a chosen and a rejected answer.
+    `objective=<kind>` sets it and all of its keys."""
+    beta: float | None = None
+    """`dpo`: how much a nat of log-likelihood gained over the reference counts. The smaller, the further a run may go
+    from where it began."""
+    label_smoothing: float | None = None
+    """`dpo`: share of the pairs that are taken to be the wrong way round."""
+
+
+@dataclass(kw_only=True)
 class OptimizerConfig:
     """The optimizer, one of Optax's, and its learning-rate schedule (`optimizer=`).
 
@@ -333,6 +347,7 @@ class TrainRoot:
     mesh: MeshConfig = field(default_factory=MeshConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
     lora: LoraConfig = field(default_factory=LoraConfig)
+    objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
     data: DataConfig = field(default_factory=DataConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     trainer: TrainerConfig = field(default_factory=TrainerConfig)

@@ -131,10 +131,10 @@ class Assembler:
         )
 
     def _write(self, views: dict[str, np.ndarray], row: list[int]) -> None:
-        """Write the examples of one row, one after the other, into views [T]."""
+        """Write the examples of one row, one after the other, into views [T]; each sequence is a segment."""
         start = 0
-        for segment, index in enumerate(row, start=1):
-            ids, flags = self._examples.example(index)
+        sequences = (sequence for index in row for sequence in self._examples.sequences(index))
+        for segment, (ids, flags) in enumerate(sequences, start=1):
             part = slice(start, start + len(ids) - 1)
             views["tokens"][part] = ids[:-1]
             views["targets"][part] = ids[1:]

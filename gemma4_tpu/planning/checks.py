@@ -96,6 +96,7 @@ def recipe_of(root: PlanRoot, checked: PlanChecked) -> Recipe:
         trainer=root.trainer, mesh=checked.mesh,
         rows=rows_per_microbatch(root.trainer, root.data, checked.mesh.row_places),
         length=root.data.sequence_length, updates=UPDATES, new_tokens=tuple(range(len(root.model.new_tokens))),
+        objective=root.objective,
     )  # fmt: skip
 
 

@@ -6,6 +6,7 @@ import logging
 from dataclasses import replace
 from typing import Any, NamedTuple
 
+import numpy as np
 from jax.sharding import Mesh
 
 from gemma4_tpu.config.schema import DataConfig, TrainerConfig
@@ -26,8 +27,8 @@ class Batches(NamedTuple):
     """In a fixed order; empty: there is no held-out set."""
     rows: int
     """Of a microbatch, over all processes."""
-    mean_tokens: float
-    """Real tokens of a training example."""
+    segment_tokens: float
+    """Mean of a segment of the rows: of a training example, or of a side of a pair."""
 
     @property
     def lengths(self) -> list[int]:
@@ -57,4 +58,4 @@ def make_batches(
     heldout = list(heldout_batches(data.heldout, same_lengths, **shape)) if data.heldout else []
     updates, epochs = source.total_updates, source.total_epochs
     log.info("%d updates of %d rows: %.2f epochs", updates, shape["rows_per_update"], epochs)
-    return Batches(source, heldout, rows, float(data.train.slots.mean()))
+    return Batches(source, heldout, rows, float(data.train.lengths(np.arange(len(data.train))).mean()))

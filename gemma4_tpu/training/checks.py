@@ -37,6 +37,7 @@ from gemma4_tpu.storage import is_remote
 from gemma4_tpu.training.hardware_checks import full_problems, hardware_problems, price_warning
 from gemma4_tpu.training.lora_checks import EXPERTS, adapted_problems, lora_problems
 from gemma4_tpu.training.meshes import resolve_mesh
+from gemma4_tpu.training.objective_checks import objective_problems
 from gemma4_tpu.training.optimizer_checks import optimizer_problems, stop_problems, trained_bytes
 from gemma4_tpu.training.recipe import batch_key, count, rows_per_microbatch, rows_per_update
 
@@ -85,6 +86,7 @@ def examine_train(root: TrainRoot) -> tuple[Checked | None, list[Refusal]]:
     messages = limit_problems(root, CHOICES)
     messages += _lengths(root.trainer) + _batch(root.trainer, root.data) + lora_problems(root.lora)
     messages += optimizer_problems(root.optimizer, root.trainer) + stop_problems(root.trainer)
+    messages += objective_problems(root.objective, root.data, root.lora, root.trainer)
     messages += data_problems(root.data) + _tracker(root.tracker) + _run(root)
     architecture, model_messages = checkpoint_architecture(root.model)
     messages += model_messages

@@ -16,6 +16,7 @@ from gemma4_tpu.data.pipeline import Update
 from gemma4_tpu.errors import UserError
 from gemma4_tpu.step.objective import means
 from gemma4_tpu.step.train_step import TrainState, UpdateMetrics
+from gemma4_tpu.tracking.metrics import HELDOUT
 from gemma4_tpu.tracking.result import Result, Totals
 from gemma4_tpu.training.batches import Batches
 from gemma4_tpu.training.checkpoint import Checkpoints
@@ -205,7 +206,7 @@ class Loop:
             total, count = total + float(summed), count + float(part)
             sums = {name: np.add(sums.get(name, 0.0), np.array(pair, np.float64)) for name, pair in stats.items()}
             self.watchdog.progress()
-        loss, measures = total / count, {f"heldout_{name}": value for name, value in means(sums).items()}
+        loss, measures = total / count, {f"{HELDOUT}{name}": value for name, value in means(sums).items()}
         self.report({"heldout_loss": loss, **measures}, update)
         with self.watchdog.paused():
             self.sample(values, update)
