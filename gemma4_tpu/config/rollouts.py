@@ -45,7 +45,8 @@ class RolloutsConfig:
     overlong_penalty: float = 1.0
     """What an answer of `new_tokens` tokens loses of its reward; less, the earlier it ends, down to nothing."""
     check_every: int = 10
-    """Updates between checks of the sampler against the trainer; the first two updates are always checked."""
+    """Updates between checks of the sampler against the trainer; the first one is always checked, and the first
+    one after the adapters have changed."""
     max_logprob_difference: float | None = None
     """Mean difference of the two in nats per token at which the run is refused; null: 0.001 in float32, 0.05 in
     bfloat16."""

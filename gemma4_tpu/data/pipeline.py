@@ -36,7 +36,7 @@ class Update:
     """[M][B over all processes]: the examples in each row."""
     examples: Examples
     figures: Mapping[str, float] = field(default_factory=dict)
-    """What there is to report of how it came about, under the keys of `metrics.jsonl`."""
+    """Measures of how it came about."""
 
     def origins(self, microbatch: int | None = None) -> list[list[Origin]]:
         """Where the examples of each row came from, of one microbatch or of all, for messages."""
@@ -90,8 +90,8 @@ class Assembler:
         self, examples: Examples, rows_per_update: int, microbatches: int, row_slice: tuple[int, int] | None,
         beside: Mapping[str, np.ndarray] | None = None,
     ):  # fmt: skip
-        """`beside`: further arrays of an update by name, each given as a value for every token of the examples; a
-        token's value stands where the token is the target.
+        """`beside`: further arrays of an update by name, each given as a value for every token of the examples (of one
+        sequence each); a token's value stands where the token is the target.
         """
         if rows_per_update % microbatches:
             raise UserError(
@@ -133,17 +133,18 @@ class Assembler:
     def _write(self, views: dict[str, np.ndarray], row: list[int]) -> None:
         """Write the examples of one row, one after the other, into views [T]; each sequence is a segment."""
         start = 0
-        sequences = (sequence for index in row for sequence in self._examples.sequences(index))
-        for segment, (ids, flags) in enumerate(sequences, start=1):
+        sequences = (
+            (self._examples.offsets[index], sequence) for index in row for sequence in self._examples.sequences(index)
+        )
+        for segment, (first, (ids, flags)) in enumerate(sequences, start=1):
             part = slice(start, start + len(ids) - 1)
             views["tokens"][part] = ids[:-1]
             views["targets"][part] = ids[1:]
             views["target_mask"][part] = flags[1:]
             views["segment_ids"][part] = segment
             views["positions"][part] = np.arange(len(ids) - 1)
-            first, behind = self._examples.offsets[index : index + 2]
             for name, values in self._beside.items():
-                views[name][part] = values[first + 1 : behind]
+                views[name][part] = values[first + 1 : first + len(ids)]
             start = part.stop
 
 

@@ -207,8 +207,8 @@ def _attend_beside(q: jax.Array, cache: KV, new: KV, seen: jax.Array) -> jax.Arr
 
 def _extend(cache: KV, new: KV, place: jax.Array) -> KV:
     """Keys and values [B, C, K, H] with those of one more token [B, 1, K, H]."""
-    stacked = (put(c[None], n[None], place) for c, n in zip(cache, new, strict=True))
-    return tuple(c[0] for c in stacked)
+    keys, values = (put(c[None], n[None], place)[0] for c, n in zip(cache, new, strict=True))
+    return keys, values
 
 
 def put(cache: jax.Array, new: jax.Array, place: jax.Array) -> jax.Array:

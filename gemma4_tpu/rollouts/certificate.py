@@ -28,11 +28,11 @@ from gemma4_tpu.config.rollouts import RolloutsConfig
 from gemma4_tpu.errors import UserError
 from gemma4_tpu.rollouts.collecting import Collected, Group
 from gemma4_tpu.tracking.metrics import MetricsFile, read_metrics
-from gemma4_tpu.tracking.records import CERTIFICATE, write_record
+from gemma4_tpu.tracking.records import CERTIFICATE, CERTIFICATE_FILE, write_record
 
 log = logging.getLogger(__name__)
 
-FILE, ROWS_FILE = "certificate.json", "certificate.jsonl"
+ROWS_FILE = "certificate.jsonl"
 MAX_DIFFERENCE = {"float32": 1e-3, "bfloat16": 0.05}
 """Mean |Δ log p| in nats per token. In float32 the two differ by 1e-6 (measured on `tiny`); quoted from
 halo#11, in bfloat16: 0.02 with the softcap, 0.5 to 1.2 without."""
@@ -90,16 +90,17 @@ class Certificate:
 
     def __init__(self, run: Path, config: RolloutsConfig, dtype: Any, resume_from: int | None):
         """Of a policy computed in `dtype`. Goes on from the rows up to the update `resume_from`; None: a new run."""
-        self._path, self._config = run / FILE, config
+        self._path, self._config = run / CERTIFICATE_FILE, config
         self._limit = config.max_logprob_difference or MAX_DIFFERENCE[np.dtype(dtype).name]
         self._rows = MetricsFile(run / ROWS_FILE, after_update=resume_from)
         self._known: list[dict[str, Any]] = read_metrics(run / ROWS_FILE)
 
-    def is_due(self, update: int) -> bool:
-        """Whether the roll-outs of `update` are to be compared. The second follows the first step of the adapters,
-        before which a sampler that never gets them agrees.
+    def is_due(self, update: int, trained: str) -> bool:
+        """Whether the roll-outs of `update`, of the values with this digest, are to be compared: every so often, the
+        first ones, and the first ones of other values: until then a sampler that never gets any agrees.
         """
-        return update <= 2 or update % self._config.check_every == 0
+        compared = {row["adapter"] for row in self._known if "compared" in row}
+        return update % self._config.check_every == 0 or (len(compared) < 2 and trained not in compared)
 
     def sampled(self, update: int, collected: Collected, live: int, trained: str, compared: Compared | None) -> None:
         """What an update is made of, before it is made.

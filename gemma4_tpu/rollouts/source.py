@@ -173,8 +173,9 @@ class OnPolicySource:
         collected = making.collector(update, trained, making.base, self._ask())
         live = [group for group in collected.groups if self.selection.is_live(group)]
         seconds = time.perf_counter() - started
-        compared = self._compared(trained, collected) if making.certificate.is_due(update) else None
-        making.certificate.sampled(update, collected, len(live), digest(trained), compared)
+        own = digest(trained)
+        compared = self._compared(trained, collected) if making.certificate.is_due(update, own) else None
+        making.certificate.sampled(update, collected, len(live), own, compared)
         placed = [self.selection.placed(group) for group in live]
         answers = that_fit(placed, self._shape)
         if left_out := sum(map(len, placed)) - len(answers):

@@ -14,7 +14,7 @@ from gemma4_tpu.config.tasks import EvalConfig
 from gemma4_tpu.data.chat import ChatFormat
 from gemma4_tpu.data.examples import Examples
 from gemma4_tpu.errors import UserError
-from gemma4_tpu.evals.benchmarks import load_problems
+from gemma4_tpu.evals.benchmarks import SOURCES, load_problems
 from gemma4_tpu.evals.heldout import split
 
 log = logging.getLogger(__name__)
@@ -49,7 +49,9 @@ def of_rows(examples: Examples, tokenizer: Any) -> list[Task]:
 
 
 def of_problems(config: RolloutsConfig, chat: ChatFormat) -> list[Task]:
-    """The problems of a benchmark, rendered as an evaluation renders them."""
+    """The problems of a benchmark, rendered as an evaluation renders them. Raises: UserError: no such, or damaged."""
+    if config.benchmark not in SOURCES:
+        raise UserError(f"rollouts.benchmark={config.benchmark}: not a choice (choices: {', '.join(SOURCES)})")
     problems = load_problems(EvalConfig(benchmark=config.benchmark, problems_path=config.problems_path))
     texts = [chat.render_prompt([{"role": "user", "content": problem.prompt}]) for problem in problems]
     encoded = chat.encode(texts)

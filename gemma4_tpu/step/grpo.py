@@ -28,9 +28,9 @@ class Grpo(Objective):
     """A token whose probability has fallen by more than this share gives no gradient that lowers it further."""
     clip_high: float
     """The same for tokens that rise."""
-    max_drift: float | None
+    max_drift: float
     """Answers with a negative advantage give no gradient once the policy has moved away from them by more than so many
-    nats per token, as it has when it is not the one that drew them; None: all do."""
+    nats per token, as it has when it is not the one that drew them."""
 
     fields: ClassVar[Mapping[str, Any]] = {OLD_LOGPROBS: jnp.float32, ADVANTAGES: jnp.float32, COPIES: jnp.float32}
     """Log-probability at which the token was drawn; advantage of its answer; how many equal answers it stands for."""
@@ -44,9 +44,7 @@ class Grpo(Objective):
         ratio = jnp.exp(moved)
         bounded = jnp.clip(ratio, 1 - self.clip_low, 1 + self.clip_high)
         surrogate = jnp.minimum(ratio * gain, bounded * gain)
-        kept = jnp.ones_like(mask)
-        if self.max_drift is not None:
-            kept = (gain >= 0) | (_sequence_mean(-moved, mask, rows["segment_ids"]) <= self.max_drift)
+        kept = (gain >= 0) | (_sequence_mean(-moved, mask, rows["segment_ids"]) <= self.max_drift)
         clipped = jnp.where(gain > 0, ratio > 1 + self.clip_high, ratio < 1 - self.clip_low) & (gain != 0)
         tokens = copies.sum()
         return -jnp.where(kept, copies * surrogate, 0.0).sum(), {

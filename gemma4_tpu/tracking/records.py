@@ -28,6 +28,7 @@ CELL, CERTIFICATE, CROSS_CHECK, DATA, DELTAS, PARITY, PROVENANCE, REPLAY, SEARCH
 VERSION = 1
 """Of the form of every kind."""
 FOLDER, RESULT, PLAN_FILE, CONFIG = "record.json", "result.json", "plan.json", "config.yaml"
+CERTIFICATE_FILE = "certificate.json"
 
 
 @dataclass(frozen=True)

@@ -180,7 +180,7 @@ class Loop:
         self.preemption.something_to_save()
         self.watchdog.progress()
         skipped = spikes.add(flight.done, loss, flight.spike_limit)
-        measures = means(flight.metrics.stats)
+        measures = means(flight.metrics.stats) | {**flight.update.figures}
         tally.count(flight.update, loss, measures, skipped=skipped)
         if skipped:
             log.warning(
@@ -191,7 +191,7 @@ class Loop:
             more = {} if spikes.factor is None else {"skipped_updates": tally.totals().skipped_updates}
             learning_rate = float(self.schedule(flight.done - 1))
             row = {"loss": loss, **measures, "learning_rate": learning_rate, "grad_norm": grad_norm, **more}
-            self.report(row | {**flight.update.figures} | tally.row(flight.update), flight.done)
+            self.report(row | tally.row(flight.update), flight.done)
 
     def _evaluate(
         self, programs: Programs, state: TrainState, tally: Tally, patience: Patience, update: int

@@ -33,7 +33,7 @@ CONFIG = RolloutsConfig(
 TASKS = [Task(f"rows:{i}", np.array([3, 10 + i, 40 + i], np.int32), "", "") for i in range(20)]
 STOPS = tuple(range(480, 512))
 SHAPE = BatchShape(microbatches=3, rows=4, length=64)
-OBJECTIVE = Grpo(0.2, 0.28, None)
+OBJECTIVE = Grpo(0.2, 0.28, 9.0)
 
 
 @dataclass(frozen=True)

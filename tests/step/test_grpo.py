@@ -40,14 +40,14 @@ def gradient(objective, new, rows):
     ],
 )  # fmt: skip
 def test_the_gradient_of_a_token_is_minus_ratio_times_advantage_within_the_clip(moved, gain, expected):
-    objective = Grpo(LOW, HIGH, None)
+    objective = Grpo(LOW, HIGH, 9.0)
     np.testing.assert_allclose(gradient(objective, [-1.0 + moved], rows([-1.0], gain)), [expected], rtol=1e-6)
     _, stats = objective.loss(jnp.float32([[1.0 - moved]]), rows([-1.0], gain))
     assert means(stats)["clipped"] == (expected == 0)
 
 
 def test_what_is_no_target_has_no_part_and_copies_count_in_loss_and_denominator():
-    objective = Grpo(LOW, HIGH, None)
+    objective = Grpo(LOW, HIGH, 9.0)
     some = rows([-1.0, -1.0, -1.0], [1.0, 1.0, -1.0], copies=[1.0, 3.0, 5.0], mask=jnp.array([[True, True, False]]))
     np.testing.assert_allclose(gradient(objective, [-1.0] * 3, some), [-1.0, -3.0, 0.0])
     assert float(objective.denominator({k: v[None] for k, v in some.items()})) == 4
@@ -58,7 +58,7 @@ def test_an_answer_that_the_policy_has_moved_away_from_is_left_alone_as_a_whole(
     segments, old = jnp.array([[1, 1, 2, 2, 3]]), [-1.0] * 5
     new = [-1.1, -3.0, -1.1, -1.0, -4.0]
     some = rows(old, [-1.0, -1.0, -1.0, -1.0, 1.0], segments=segments)
-    free, bound = (gradient(Grpo(0.99, 9.0, limit), new, some) for limit in (None, 0.5))
+    free, bound = (gradient(Grpo(0.99, 9.0, limit), new, some) for limit in (9.0, 0.5))
     assert (free != 0).all()
     np.testing.assert_array_equal(bound, np.where(np.array([1, 1, 0, 0, 0]), 0, free))
     _, stats = Grpo(0.99, 9.0, 0.5).loss(-jnp.float32([new]), some)
