@@ -17,7 +17,7 @@ TOOLS := iverilog:iverilog bwrap:bubblewrap shellcheck:shellcheck chromium/googl
 PYTEST = -m pytest -n logical --maxprocesses 4 --dist worksteal $(if $(CI),--allowed-skips tests/allowed_skips.txt) \
   -m "$(MARKED)" $(ARGS)
 
-.PHONY: train test test-slow test-all coverage check demo lock setup setup-dev clean
+.PHONY: train test test-slow test-all coverage check docs demo lock setup setup-dev clean
 
 train: setup
 	$(BIN)/python -m gemma4_tpu.train $(ARGS)
@@ -50,6 +50,11 @@ check: setup-dev
 	$(BIN)/lint-imports --no-cache --no-logo
 	$(BIN)/python -m pytest -q -p no:xdist tests/test_floors.py tests/house/test_links.py \
 	  tests/house/test_configuration.py::test_the_page_is_what_the_schema_says
+
+# The site: docs/, README, benchmarks and experiments as pages with a search, in build/site; a warning is an error.
+docs: setup-dev
+	JAX_PLATFORMS=cpu $(BIN)/sphinx-build --quiet --fail-on-warning --keep-going -c docs/site . build/site
+	@echo "build/site/docs/site/index.html"
 
 setup: $(VENV)/.core
 setup-dev: $(VENV)/.dev

@@ -1,3 +1,17 @@
 """Fine-tune, merge, evaluate, serve, benchmark and cost Gemma 4 on TPUs."""
 
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from gemma4_tpu.in_memory import Gemma4 as Gemma4
+
 __version__ = "0.1.0"
+
+
+def __getattr__(name: str) -> Any:
+    """`Gemma4`, at its first use: commands answer before JAX is there."""
+    if name == "Gemma4":
+        from gemma4_tpu.in_memory import Gemma4
+
+        return Gemma4
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

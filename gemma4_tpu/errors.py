@@ -1,9 +1,11 @@
-"""The one exception for what a user can put right, and the exit codes of every entry point."""
+"""The one exception for what a user can put right, how a command ends, and the exit codes of every entry point."""
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
 
 REFUSED = 2
 """A `UserError`: one message on stderr."""
@@ -22,6 +24,15 @@ class UserError(ValueError):
 
     Entry points print its message without a traceback and exit with code 2.
     """
+
+
+class Ended(NamedTuple):
+    """How a command ended that was not refused."""
+
+    code: int
+    """Its exit code."""
+    folders: tuple[Path, ...] = ()
+    """The run folders that it left."""
 
 
 def exit_code(run: Callable[[], int], *, interrupted: str = "interrupted") -> int:

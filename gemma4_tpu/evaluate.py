@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 from gemma4_tpu.config.entry import EntryPoint
 from gemma4_tpu.config.load import Loaded, from_yaml, load
 from gemma4_tpu.config.tasks import EvaluateRoot
-from gemma4_tpu.errors import exit_code
+from gemma4_tpu.errors import Ended, exit_code
 from gemma4_tpu.evals.checks import EvaluateChecked, examine_evaluate, normalise_evaluate
 
 if TYPE_CHECKING:
@@ -60,19 +60,20 @@ EVALUATE: EntryPoint[EvaluateRoot, EvaluateChecked] = EntryPoint(
 def main(argv: Sequence[str] | None = None) -> int:
     """Exit code: 0 done, 2 refused (one message on stderr), 130 interrupted."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    return exit_code(lambda: _run(load(list(sys.argv[1:] if argv is None else argv), EVALUATE)))
+    return exit_code(lambda: run(load(list(sys.argv[1:] if argv is None else argv), EVALUATE)).code)
 
 
-def _run(loaded: Loaded[EvaluateRoot, EvaluateChecked]) -> int:
+def run(loaded: Loaded[EvaluateRoot, EvaluateChecked]) -> Ended:
+    """Whichever form of evaluation the command line asks for."""
     match loaded.checked.form:
         case "selfcheck":
-            return _selfcheck(loaded.root)
+            return Ended(_selfcheck(loaded.root))
         case "compare":
-            return _compare(loaded.root.compare)
+            return Ended(_compare(loaded.root.compare))
     return _evaluate(loaded)
 
 
-def _evaluate(loaded: Loaded[EvaluateRoot, EvaluateChecked]) -> int:
+def _evaluate(loaded: Loaded[EvaluateRoot, EvaluateChecked]) -> Ended:
     """One evaluation and its record."""
     from gemma4_tpu.evals.draw_and_judge import evaluate
     from gemma4_tpu.tracking import records
@@ -93,7 +94,7 @@ def _evaluate(loaded: Loaded[EvaluateRoot, EvaluateChecked]) -> int:
         _report(record, evaluate(config.eval, form, record.path, lambda: _models(config)), config)
         return 0
 
-    return record.work(job)
+    return Ended(record.work(job), (record.path,))
 
 
 def _models(config: EvaluateRoot) -> Backends:

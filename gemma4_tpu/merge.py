@@ -11,6 +11,7 @@ import sys
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import asdict
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import yaml
@@ -18,7 +19,7 @@ import yaml
 from gemma4_tpu.config.entry import EntryPoint
 from gemma4_tpu.config.load import Loaded, from_yaml, load
 from gemma4_tpu.config.tasks import MergeRoot
-from gemma4_tpu.errors import UserError, exit_code, first_line
+from gemma4_tpu.errors import Ended, UserError, exit_code, first_line
 from gemma4_tpu.export.checks import MergeChecked, examine_merge, normalise_merge
 
 if TYPE_CHECKING:
@@ -53,12 +54,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     os.environ["JAX_PLATFORMS"] = "cpu"  # an export leaves accelerators to others
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # blocks of rows are worked on in parallel instead
     return exit_code(
-        lambda: _run(load(list(sys.argv[1:] if argv is None else argv), MERGE)),
+        lambda: run(load(list(sys.argv[1:] if argv is None else argv), MERGE)).code,
         interrupted="interrupted; the same command goes on with the file it was at",
     )
 
 
-def _run(loaded: Loaded[MergeRoot, MergeChecked]) -> int:
+def run(loaded: Loaded[MergeRoot, MergeChecked]) -> Ended:
     """Exports every run; one that fails does not keep the others from being exported."""
     from gemma4_tpu.export.job import prepare_all
     from gemma4_tpu.tracking.logs import setup_logging
@@ -67,19 +68,19 @@ def _run(loaded: Loaded[MergeRoot, MergeChecked]) -> int:
     for told in loaded.checked.skipped:
         log.warning("left out, not finished: %s", told)
     jobs = prepare_all(loaded.checked.runs, loaded.root.export)
-    failures = []
+    folders, failures = [], []
     for job in jobs:
         try:
-            _export(job, loaded, several=len(jobs) > 1)
+            folders.append(_export(job, loaded, several=len(jobs) > 1))
         except UserError as failure:
             failures.append(f"{job.trained.run.path}: {failure}" if len(jobs) > 1 else str(failure))
     if failures:
         raise UserError("\n".join(failures))
-    return 0
+    return Ended(0, tuple(folders))
 
 
-def _export(job: ExportJob, loaded: Loaded[MergeRoot, MergeChecked], *, several: bool) -> None:
-    """One export and its record: configuration, provenance, log, delta norms, parity, result."""
+def _export(job: ExportJob, loaded: Loaded[MergeRoot, MergeChecked], *, several: bool) -> Path:
+    """One export and its record: configuration, provenance, log, delta norms, parity, result; returns its folder."""
     from gemma4_tpu.reporting.deltas import write_deltas
     from gemma4_tpu.tracking import provenance, records
     from gemma4_tpu.tracking.logs import setup_logging
@@ -106,6 +107,7 @@ def _export(job: ExportJob, loaded: Loaded[MergeRoot, MergeChecked], *, several:
             record.close()
     for kind, target in result["targets"].items():
         print(f"{kind}: {target}")
+    return record.path
 
 
 def _track(job: ExportJob, record: RunFolder, result: dict[str, Any], config: dict[str, Any]) -> None:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 from gemma4_tpu.config.entry import EntryPoint
 from gemma4_tpu.config.load import Loaded, load
 from gemma4_tpu.config.tasks import PlanRoot
-from gemma4_tpu.errors import exit_code
+from gemma4_tpu.errors import Ended, exit_code
 from gemma4_tpu.planning.checks import PlanChecked, examine_plan, normalise_plan
 
 if TYPE_CHECKING:
@@ -51,10 +51,10 @@ PLAN: EntryPoint[PlanRoot, PlanChecked] = EntryPoint(
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Exit code: 0 it fits, 1 it does not fit, 2 refused (one message on stderr), 130 interrupted."""
-    return exit_code(lambda: _run(load(list(sys.argv[1:] if argv is None else argv), PLAN)))
+    return exit_code(lambda: run(load(list(sys.argv[1:] if argv is None else argv), PLAN)).code)
 
 
-def _run(loaded: Loaded[PlanRoot, PlanChecked]) -> int:
+def run(loaded: Loaded[PlanRoot, PlanChecked]) -> Ended:
     """Opens the plan's folder and leaves plan.json (search.json) and pictures there."""
     from gemma4_tpu.planning.planned import Planned
     from gemma4_tpu.tracking import records
@@ -73,7 +73,8 @@ def _run(loaded: Loaded[PlanRoot, PlanChecked]) -> int:
         log.warning(warning)
     _look_at_checkpoint(config.model, loaded.checked.warnings)
     try:
-        return _search(planned, folder) if config.plan.search else _plan(planned, folder)
+        code = _search(planned, folder) if config.plan.search else _plan(planned, folder)
+        return Ended(code, (folder.path,))
     finally:
         folder.close()
 

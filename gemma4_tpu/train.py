@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 from gemma4_tpu.config.entry import EntryPoint
 from gemma4_tpu.config.load import Loaded, load
 from gemma4_tpu.config.schema import TrainRoot
-from gemma4_tpu.errors import INTERRUPTED, PREEMPTED, exit_code, first_line
+from gemma4_tpu.errors import INTERRUPTED, PREEMPTED, Ended, exit_code, first_line
 from gemma4_tpu.step.objective_kinds import rows_of
 from gemma4_tpu.training.checks import Checked, examine_train, normalise
 from gemma4_tpu.training.recipe import rows_per_update
@@ -52,17 +52,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Exit code: 0 finished (or stopped by `trainer.time_limit`, and saved), 2 refused (one message on stderr), 3 hung,
     42 preempted and saved, 130 interrupted.
     """
-    return exit_code(lambda: _run(load_train(list(sys.argv[1:] if argv is None else argv))))
+    return exit_code(lambda: run(load_train(list(sys.argv[1:] if argv is None else argv))).code)
 
 
-def _run(loaded: Loaded[TrainRoot, Checked]) -> int:
+def run(loaded: Loaded[TrainRoot, Checked]) -> Ended:
     """Joins the other processes, trains, and ends this one so that the others notice where it fails alone."""
     config = loaded.root
     if config.preview:
         from gemma4_tpu.data.preview import show
 
         rows, rows_are = rows_per_update(config.trainer, config.data), rows_of(config.objective)
-        return show(config.model, config.data, rows_are, rows_per_update=rows, seed=config.trainer.seed)
+        return Ended(show(config.model, config.data, rows_are, rows_per_update=rows, seed=config.trainer.seed))
 
     from gemma4_tpu.training.hosts import start_hosts
     from gemma4_tpu.training.preemption import Preemption
@@ -75,7 +75,7 @@ def _run(loaded: Loaded[TrainRoot, Checked]) -> int:
             return _record(loaded, hosts, preemption)
 
 
-def _record(loaded: Loaded[TrainRoot, Checked], hosts: Hosts, preemption: Preemption) -> int:
+def _record(loaded: Loaded[TrainRoot, Checked], hosts: Hosts, preemption: Preemption) -> Ended:
     """Opens the run folder, trains in it, and leaves a result, plots and a summary there."""
     from gemma4_tpu.reporting.curves import plot_run
     from gemma4_tpu.tracking.logs import log_refusal, setup_logging
@@ -93,13 +93,13 @@ def _record(loaded: Loaded[TrainRoot, Checked], hosts: Hosts, preemption: Preemp
 
         result = train(loaded, folder, hosts, preemption)
         if result is None:
-            return 0
+            return Ended(0, (folder.path,))
         folder.leave_result(result)
         drawn = plot_run(folder) if folder.write and result.status != "preempted" else []
     except KeyboardInterrupt:
         hint = f"the same command with run_dir={folder.address} goes on from its last checkpoint"
         print(f"\ninterrupted; {hint}", file=sys.stderr)
-        return INTERRUPTED
+        return Ended(INTERRUPTED, (folder.path,))
     except Exception as error:
         folder.leave_result(Result(status="failed", error=first_line(error)))
         log_refusal(error)
@@ -109,7 +109,7 @@ def _record(loaded: Loaded[TrainRoot, Checked], hosts: Hosts, preemption: Preemp
         folder.close()
     if result.status == "preempted":
         log.warning("preempted and saved at update %d: run_dir=%s goes on from there", result.updates, folder.address)
-        return PREEMPTED
+        return Ended(PREEMPTED, (folder.path,))
     if result.ended:
         log.warning("ended after update %d: %s", result.updates, result.ended)
     if folder.write:
@@ -117,7 +117,7 @@ def _record(loaded: Loaded[TrainRoot, Checked], hosts: Hosts, preemption: Preemp
         if not (config.model.path or "").startswith("random:"):
             steps.append(f"python -m gemma4_tpu.merge run={folder.address}")
         print_summary(folder, result, steps)
-    return 0
+    return Ended(0, (folder.path,))
 
 
 def _open_folder(loaded: Loaded[TrainRoot, Checked], hosts: Hosts) -> RunFolder:

@@ -25,7 +25,7 @@ def in_full(word: str, override: Override, schema: type) -> str:
         return word
     key, value = word.partition("=")[0], override.value()
     if isinstance(value, str) and (item := _group_of(schema, override.key_or_group.rpartition(".")[0])) is not None:
-        return word if unknown_key(schema, override.key_or_group) else _word(f"{key}.{fields(item)[0].name}", value)
+        return word if unknown_key(schema, override.key_or_group) else as_word(f"{key}.{fields(item)[0].name}", value)
     group = _group_of(schema, override.key_or_group)
     if group is None:
         return word
@@ -33,7 +33,7 @@ def in_full(word: str, override: Override, schema: type) -> str:
     if not any(isinstance(item, str) for item in items):
         return word
     first = fields(group)[0].name
-    return _word(key, [{first: item} if isinstance(item, str) else item for item in items])
+    return as_word(key, [{first: item} if isinstance(item, str) else item for item in items])
 
 
 def extended(words: Sequence[str], schema: type, compose: Callable[[list[str]], DictConfig]) -> list[str]:
@@ -61,7 +61,7 @@ def extended(words: Sequence[str], schema: type, compose: Callable[[list[str]], 
         listed.extend([group() for _ in behind])
         for override in items:
             OmegaConf.update(listed, override.key_or_group.removeprefix(f"{key}."), override.value())
-        taken = [*others, OverridesParser.create().parse_override(_word(key, OmegaConf.to_container(listed)))]
+        taken = [*others, OverridesParser.create().parse_override(as_word(key, OmegaConf.to_container(listed)))]
     return [override.input_line or "" for override in taken]
 
 
@@ -81,7 +81,8 @@ def _list_of(override: Override, schema: type) -> str | None:
     return key if _group_of(schema, key) is not None else None
 
 
-def _word(key: str, value: Any) -> str:
+def as_word(key: str, value: Any) -> str:
+    """`key=value` as a word of the command line."""
     return f"{key}={_written(value)}"
 
 

@@ -74,11 +74,16 @@ def of_checkpoint(
     base = resolve_base(model)
     audit(base).enforce()
     mesh = start_mesh(hardware, mesh_config, base.arch)
-    settings = make_model(base.arch, LoraConfig(enabled=False), _trainer(config), mesh)
-    params = load_weights(base, settings.layout, mesh, settings.compute_dtype, lambda _, array: array)
-    backend = _backend(base, Weights(settings, params, None), config, config.thoughts or "drop", {"base": model.path})
+    weights = weights_as_they_are(base, config, mesh)
+    backend = _backend(base, weights, config, config.thoughts or "drop", {"base": model.path})
     tokenizer = tokenizer_fingerprint(load_tokenizer(base.tokenizer_folder, base.new_tokens))
     return Backends({MODEL: backend}, {"base": base.fingerprint, **tokenizer})
+
+
+def weights_as_they_are(base: Base, config: EvalConfig, mesh: Mesh) -> Weights:
+    """A checkpoint's own, in the compute dtype."""
+    model = make_model(base.arch, LoraConfig(enabled=False), _trainer(config), mesh)
+    return Weights(model, load_weights(base, model.layout, mesh, model.compute_dtype, lambda _, array: array), None)
 
 
 def weights_of(trained: Trained, config: EvalConfig, mesh: Mesh) -> tuple[Weights, Weights]:

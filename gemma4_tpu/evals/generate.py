@@ -150,8 +150,9 @@ class InProcess:
         lengths = np.array([len(ids[i]) for i in rows], np.int32)
         seeds = np.array([requests[i].seed for i in rows], np.uint32)
         weights, config = self._weights, self._config
+        given = (on_mesh(x, weights.model.mesh) for x in (tokens, lengths, seeds))
         made = generate(
-            weights.model, weights.params, weights.lora, *(self._on_mesh(x) for x in (tokens, lengths, seeds)),
+            weights.model, weights.params, weights.lora, *given,
             max_new_tokens=config.max_new_tokens, sampling=Sampling(config.temperature, config.top_p),
             stop_ids=self._stop_ids,
         )  # fmt: skip
@@ -165,12 +166,12 @@ class InProcess:
                 finish=STOP if stopped[row] else LENGTH, tokens=int(counts[row]),
             )  # fmt: skip
 
-    def _on_mesh(self, x: np.ndarray) -> jax.Array:
-        mesh = self._weights.model.mesh
-        if mesh is None:
-            return jax.numpy.asarray(x)
-        spec = jax.sharding.PartitionSpec(sharding.ROWS if x.shape[0] % sharding.row_places(mesh) == 0 else None)
-        return jax.device_put(x, jax.sharding.NamedSharding(mesh, spec))
+def on_mesh(x: np.ndarray, mesh: jax.sharding.Mesh | None) -> jax.Array:
+    """An array of rows, split among devices where the rows are enough."""
+    if mesh is None:
+        return jax.numpy.asarray(x)
+    spec = jax.sharding.PartitionSpec(sharding.ROWS if x.shape[0] % sharding.row_places(mesh) == 0 else None)
+    return jax.device_put(x, jax.sharding.NamedSharding(mesh, spec))
 
 
 def visible(text: str, tokenizer: Any) -> str:

@@ -1,6 +1,7 @@
 """Records have a kind and a version; those from before are known by their form."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest

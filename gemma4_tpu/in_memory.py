@@ -1,0 +1,182 @@
+"""`Gemma4`: a checkpoint or a trained run in memory, for notebooks and scripts. Starts JAX."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from gemma4_tpu import assets
+from gemma4_tpu.architectures import Architecture
+from gemma4_tpu.checkpoint_folder import RANDOM, recognise
+from gemma4_tpu.config.schema import HardwareConfig, MeshConfig, ModelConfig
+from gemma4_tpu.config.tasks import EvalConfig, ExportConfig
+from gemma4_tpu.data.chat import Message
+from gemma4_tpu.data.tokenizer import load_tokenizer
+from gemma4_tpu.errors import UserError
+from gemma4_tpu.evals.evaluated_models import weights_as_they_are, weights_of
+from gemma4_tpu.evals.generate import (
+    InProcess,
+    SampleRequest,
+    Weights,
+    checkpoint_stop_ids,
+    on_mesh,
+    padded_width,
+    sample_seed,
+)
+from gemma4_tpu.export.trained import open_trained
+from gemma4_tpu.models import sharding
+from gemma4_tpu.models.audit import audit
+from gemma4_tpu.models.base import Base, resolve_base
+from gemma4_tpu.models.gemma4 import Model, Params, hidden_states, logits
+from gemma4_tpu.storage import list_folder
+from gemma4_tpu.training.setup import start_mesh
+
+Prompt = str | Sequence[Message]
+"""What a user says, or a conversation of `{"role": …, "content": …}`."""
+Text = str | Sequence[int]
+"""Text, which gets the BOS token before it, or token ids as they are."""
+
+
+@dataclass(frozen=True)
+class Gemma4:
+    """A model in memory: base weights and, of a run, what it trained. Made by `load`.
+
+    It lies on all devices of this process; results are NumPy arrays on the host, one for each row that was given.
+    """
+
+    weights: Weights
+    base: Base
+    tokenizer: Any
+    thoughts: str
+    """Policy for the prompt's thought channel, `drop` or `train`."""
+
+    @classmethod
+    def load(
+        cls, source: str | Path, *, checkpoint: str = "latest", adapters: bool = True, compute_dtype: str = "auto",
+        mesh: MeshConfig | None = None, model: str | None = None,
+    ) -> Gemma4:  # fmt: skip
+        """Loads what commands take as `run=` or `model.path=`.
+
+        Args:
+          source: a run folder, or a Hugging Face checkpoint, local or gs://; `embedded:tiny`, `random:SEED`.
+          checkpoint: of a run: `latest`, `best` (lowest held-out loss) or the number of an update.
+          adapters: of a run: False leaves out what it trained.
+          compute_dtype: `float32`, `bfloat16`, or `auto` (float32 on CPUs, else bfloat16).
+          mesh: how devices are laid out; None: the largest legal tp, the rest fsdp.
+          model: the architecture by name; only random weights need it.
+
+        Raises:
+          UserError: nothing of the kind is there, or its parts don't fit together.
+        """
+        place, mesh = str(source), mesh or MeshConfig(tp=None)
+        settings = EvalConfig(compute_dtype=compute_dtype, checkpoint=checkpoint)
+        if _is_checkpoint(place):
+            name = model or ("" if place.startswith(RANDOM) else recognise(assets.resolve(place)))
+            base = resolve_base(ModelConfig(name=name, path=place))
+            audit(base).enforce()
+            weights = weights_as_they_are(base, settings, start_mesh(HardwareConfig(), mesh, base.arch))
+            return cls(weights, base, load_tokenizer(base.tokenizer_folder), "drop")
+        trained = open_trained(place, ExportConfig(checkpoint=checkpoint))
+        base = trained.base
+        without, tuned = weights_of(trained, settings, start_mesh(HardwareConfig(), mesh, base.arch))
+        thoughts = trained.run.read_config().get("data", {}).get("thoughts", "drop")
+        tokenizer = load_tokenizer(base.tokenizer_folder, base.new_tokens)
+        return cls(tuned if adapters else without, base, tokenizer, thoughts)
+
+    @property
+    def architecture(self) -> Architecture:
+        """Sizes and layer types."""
+        return self.weights.model.arch
+
+    def generate(
+        self, prompts: Prompt | Sequence[Prompt], *, max_new_tokens: int = 256, temperature: float = 0.0,
+        top_p: float = 1.0, seed: int = 0, batch_size: int = 64,
+    ) -> list[str]:  # fmt: skip
+        """An answer to each prompt, rendered by the checkpoint's chat template; without thoughts and control tokens.
+
+        Args:
+          prompts: one or several; of a conversation the next answer.
+          max_new_tokens: answers are cut off here.
+          temperature: 0: the likeliest token each time.
+          top_p: draw from the smallest set of tokens with this share of the probability.
+          seed: a prompt's draws follow from it and the prompt's place in the list, whatever else is in a batch.
+          batch_size: prompts in one decoding step.
+
+        Raises:
+          UserError: a malformed conversation, or one that the template refuses.
+        """
+        settings = EvalConfig(
+            max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, batch_size=batch_size
+        )
+        stops = checkpoint_stop_ids(self.base, self.tokenizer)
+        decoder = InProcess(self.weights, self.tokenizer, stops, settings, self.thoughts, {})
+        asked = [
+            SampleRequest(f"{i}", 0, messages, sample_seed(seed, f"{i}", 0))
+            for i, messages in enumerate(map(_messages, _several(prompts)))
+        ]
+        return [s.completion for s in sorted(decoder.generate(asked), key=lambda sample: int(sample.problem))]
+
+    def logits(self, texts: Text | Sequence[Text]) -> list[np.ndarray]:
+        """Of the next token after each token: [T, V] float32 for each text. A large vocabulary takes 1 MB per token."""
+        return self._rows(texts, _logits)
+
+    def embed(self, texts: Text | Sequence[Text]) -> list[np.ndarray]:
+        """Final hidden states, normalised: [T, D] float32 for each text."""
+        return self._rows(texts, _hidden)
+
+    def token_ids(self, text: Text) -> list[int]:
+        """What `logits` and `embed` take a text as."""
+        return list(self.tokenizer(text)["input_ids"]) if isinstance(text, str) else list(text)
+
+    def _rows(self, texts: Text | Sequence[Text], forward: Callable[..., jax.Array]) -> list[np.ndarray]:
+        """Runs all texts as one batch, each a row padded at its end."""
+        ids = [self.token_ids(text) for text in _several(texts)]
+        model = self.weights.model
+        places = sharding.row_places(model.mesh) if model.mesh is not None else 1
+        tokens = np.zeros((-(-len(ids) // places) * places, padded_width(ids)), np.int32)
+        segments = np.zeros_like(tokens)
+        for row, of_text in enumerate(ids):
+            tokens[row, : len(of_text)], segments[row, : len(of_text)] = of_text, 1
+        given = (on_mesh(x, model.mesh) for x in (tokens, segments))
+        found = forward(model, self.weights.params, self.weights.lora, *given)
+        return [np.asarray(found[row, : len(of_text)], np.float32) for row, of_text in enumerate(ids)]
+
+
+@partial(jax.jit, static_argnames="model")
+def _hidden(model: Model, params: Params, lora: Params | None, tokens: jax.Array, segments: jax.Array) -> jax.Array:
+    """[B, T, D]."""
+    positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
+    return hidden_states(model, params, lora, tokens, segments, positions)
+
+
+@partial(jax.jit, static_argnames="model")
+def _logits(model: Model, params: Params, lora: Params | None, tokens: jax.Array, segments: jax.Array) -> jax.Array:
+    """[B, T, V]."""
+    return logits(model, params, _hidden(model, params, lora, tokens, segments))
+
+
+def _is_checkpoint(place: str) -> bool:
+    """Whether it is one, or else a run."""
+    if place.startswith((RANDOM, assets.PREFIX)):
+        return True
+    present = list_folder(place)
+    if "config.json" not in present and "config.yaml" not in present:
+        raise UserError(f"{place}: neither a checkpoint (it has no config.json) nor a run folder (no config.yaml)")
+    return "config.json" in present
+
+
+def _messages(prompt: Prompt) -> tuple[Message, ...]:
+    return ({"role": "user", "content": prompt},) if isinstance(prompt, str) else tuple(prompt)
+
+
+def _several(given: Any) -> list[Any]:
+    """A list of prompts or texts; one by itself is a list of one."""
+    alone = isinstance(given, str) or (len(given) > 0 and isinstance(given[0], dict | int | np.integer))
+    return [given] if alone else list(given)
