@@ -115,7 +115,7 @@ def train(loaded: Loaded[TrainRoot, Checked], folder: RunFolder, hosts: Hosts, p
 
     # ── devices, and the rows that are this process's ──────────────────────────────────────────────────────────────
     mesh = start_mesh(config.hardware, config.mesh, base.arch)
-    own = _own_answers(config, mesh, data, tokenizer, base, hosts) if is_on_policy(config) else None
+    own = _own_answers(config, mesh, data, tokenizer, base, hosts) if is_on_policy(config.objective) else None
     batches = make_batches(data, config.data, config.trainer, mesh, own)
     run = Run(config, loaded.overrides, folder, hosts, resume_from, base, start, tokenizer, data, mesh, batches)
     check_profile(config.trainer.profile, run.updates)

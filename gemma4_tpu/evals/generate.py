@@ -162,9 +162,9 @@ class InProcess:
         for row, (request, text) in enumerate(zip(requests, texts, strict=True)):
             yield Sample(
                 problem=request.problem, sample=request.sample, completion=visible(text, self._tokenizer),
-                seed=request.seed,
-                finish=STOP if stopped[row] else LENGTH, tokens=int(counts[row]),
+                seed=request.seed, finish=STOP if stopped[row] else LENGTH, tokens=int(counts[row]),
             )  # fmt: skip
+
 
 def on_mesh(x: np.ndarray, mesh: jax.sharding.Mesh | None) -> jax.Array:
     """An array of rows, split among devices where the rows are enough."""

@@ -98,7 +98,7 @@ def generate(
         done = done | jnp.isin(token, stops)
         place = p + i
         positions = (place - first)[:, None]
-        visit = decoding(Place(place, first))
+        visit = decoding(DecodingPlace(place, first))
         hidden, kvs = forward(token[:, None], jnp.ones((b, 1), jnp.int32), positions, visit, beside=cache)
         cache = jax.tree.map(partial(put, place=place), cache, kvs)
         return i + 1, logits(model, params, hidden)[:, 0], done, counts, out, cache
@@ -142,7 +142,7 @@ def draw(scores: jax.Array, keys: jax.Array, index: jax.Array) -> jax.Array:
     return of_row(keys, jnp.broadcast_to(index, keys.shape), scores).astype(jnp.int32)
 
 
-class Place(NamedTuple):
+class DecodingPlace(NamedTuple):
     """Where a decoding step stands."""
 
     place: jax.Array
@@ -151,7 +151,7 @@ class Place(NamedTuple):
     """[B] place of each row's first real token."""
 
 
-def decoding(at: Place | None) -> Visit:
+def decoding(at: DecodingPlace | None) -> Visit:
     """What happens at a layer: its new keys and values [R, B, T, K, H] are collected, if it has its own.
 
     `at` None: a prompt by itself; else T = 1, and the token sees what the cache beside the layer holds.
@@ -171,7 +171,13 @@ def decoding(at: Place | None) -> Visit:
 
 
 def _attend_past(
-    at: Place, cache: KV | None, q: jax.Array, k: jax.Array, v: jax.Array, _segment_ids: jax.Array, _window: int | None
+    at: DecodingPlace,
+    cache: KV | None,
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    _segment_ids: jax.Array,
+    _window: int | None,
 ) -> jax.Array:
     """Attention of one new token per row, q [B, 1, N, H], to the cache and itself.
 

@@ -14,11 +14,11 @@ from gemma4_tpu.data.examples import Examples
 from gemma4_tpu.rollouts.batch import BatchShape
 from gemma4_tpu.rollouts.certificate import Certificate
 from gemma4_tpu.rollouts.collecting import Collector
+from gemma4_tpu.rollouts.prompts import Task, of_problems, of_rows, that_fit
 from gemma4_tpu.rollouts.rewarding import JUDGE, open_reward
 from gemma4_tpu.rollouts.sampler import Sampler, SamplerShapes
 from gemma4_tpu.rollouts.scoring import Scorer
 from gemma4_tpu.rollouts.source import Making, OnPolicySource, Selection, by_advantage, by_reward
-from gemma4_tpu.rollouts.tasks import Task, of_problems, of_rows, that_fit
 from gemma4_tpu.step.grpo import Grpo
 from gemma4_tpu.step.train_step import Step
 

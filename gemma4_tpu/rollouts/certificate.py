@@ -53,7 +53,7 @@ class Drifted(UserError):
 
 
 @dataclass(frozen=True)
-class Compared:
+class Agreement:
     """A sampler and a trainer on the same tokens."""
 
     tokens: int
@@ -68,7 +68,7 @@ class Compared:
     @classmethod
     def of(
         cls, mask: np.ndarray, sampled: np.ndarray, trained: np.ndarray, entropy: np.ndarray, variance: np.ndarray
-    ) -> Compared:
+    ) -> Agreement:
         """From arrays of one shape: targets, log-probabilities of both, and the trainer's distribution there."""
         gap = np.abs(sampled - trained)[mask].astype(np.float64)
         surprise = (-trained - entropy)[mask].sum(dtype=np.float64)
@@ -102,7 +102,7 @@ class Certificate:
         compared = {row["adapter"] for row in self._known if "compared" in row}
         return update % self._config.check_every == 0 or (len(compared) < 2 and trained not in compared)
 
-    def sampled(self, update: int, collected: Collected, live: int, trained: str, compared: Compared | None) -> None:
+    def sampled(self, update: int, collected: Collected, live: int, trained: str, compared: Agreement | None) -> None:
         """What an update is made of, before it is made.
 
         Args:

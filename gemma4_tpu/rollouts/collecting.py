@@ -22,10 +22,10 @@ from gemma4_tpu.errors import UserError
 from gemma4_tpu.evals.generate import visible
 from gemma4_tpu.evals.store import Key
 from gemma4_tpu.rollouts.digest import digest
+from gemma4_tpu.rollouts.prompts import Task
 from gemma4_tpu.rollouts.rewarding import Answer, Reward, Rewarded
 from gemma4_tpu.rollouts.sampler import Drawn, Sampler, Wanted
 from gemma4_tpu.rollouts.stored import StoredUpdate
-from gemma4_tpu.rollouts.tasks import Task
 
 log = logging.getLogger(__name__)
 

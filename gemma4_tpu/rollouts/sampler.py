@@ -12,11 +12,9 @@ from functools import partial
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-from jax.sharding import NamedSharding, PartitionSpec
 
-from gemma4_tpu.models import sharding
+from gemma4_tpu.evals.generate import on_mesh
 from gemma4_tpu.rollouts import slots as decoding
 from gemma4_tpu.rollouts.digest import digest
 from gemma4_tpu.step.train_step import Step
@@ -154,8 +152,4 @@ class Sampler:
                 rows[b] = None
 
     def _placed(self, x: np.ndarray) -> jax.Array:
-        """[B] or [Q] rows over the mesh's places for rows, where they divide them."""
-        if self._mesh is None:
-            return jnp.asarray(x)
-        rows = sharding.ROWS if x.shape[0] % sharding.row_places(self._mesh) == 0 else None
-        return jax.device_put(x, NamedSharding(self._mesh, PartitionSpec(rows)))
+        return on_mesh(x, self._mesh)

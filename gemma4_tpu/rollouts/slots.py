@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from gemma4_tpu.models.decode import Cache, Place, Sampling, decoding, draw, is_global, put, shaped
+from gemma4_tpu.models.decode import Cache, DecodingPlace, Sampling, decoding, draw, is_global, put, shaped
 from gemma4_tpu.models.gemma4 import Model, logits, through_layers
 from gemma4_tpu.step.train_step import Step
 
@@ -121,7 +121,7 @@ def advance(step: Step, trained: Any, base: Any, slots: Slots, *, tokens: int) -
         scores = shaped(slots.scores, SAMPLING)
         token = draw(scores, slots.keys, slots.drawn)
         chance = jnp.take_along_axis(jax.nn.log_softmax(scores, axis=-1), token[:, None], axis=-1)[:, 0]
-        at = Place(slots.places, jnp.zeros_like(slots.places))
+        at = DecodingPlace(slots.places, jnp.zeros_like(slots.places))
         hidden, kvs = through_layers(
             model, params, lora, token[:, None], jnp.ones((b, 1), jnp.int32), slots.places[:, None], decoding(at),
             beside=slots.cache,

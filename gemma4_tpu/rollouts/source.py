@@ -19,11 +19,11 @@ from gemma4_tpu.data.pipeline import STATE_VERSION, Update, check_position
 from gemma4_tpu.errors import UserError
 from gemma4_tpu.rollouts import advantages
 from gemma4_tpu.rollouts.batch import BatchShape, Placed, assembled, that_fit
-from gemma4_tpu.rollouts.certificate import Certificate, Compared, ExpectedLoss, described
+from gemma4_tpu.rollouts.certificate import Agreement, Certificate, ExpectedLoss, described
 from gemma4_tpu.rollouts.collecting import Collected, Collector, Group
 from gemma4_tpu.rollouts.digest import digest
+from gemma4_tpu.rollouts.prompts import Task
 from gemma4_tpu.rollouts.scoring import Scorer
-from gemma4_tpu.rollouts.tasks import Task
 from gemma4_tpu.step.grpo import ADVANTAGES, COPIES, OLD_LOGPROBS
 
 log = logging.getLogger(__name__)
@@ -190,7 +190,7 @@ class OnPolicySource:
         arrays = {name: array for name, array in made.arrays.items() if name not in not_asked_for}
         return replace(made, arrays=arrays, figures=_figures(collected, len(live), seconds))
 
-    def _compared(self, trained: Any, collected: Collected) -> Compared:
+    def _compared(self, trained: Any, collected: Collected) -> Agreement:
         """Sampler and trainer on as many answers as fit, whatever they were worth: chosen by reward, they would be less
         surprising than the policy is.
         """
@@ -200,7 +200,7 @@ class OnPolicySource:
         arrays = dict(assembled(that_fit(all_of, self._shape), self._shape, 0.0).arrays)
         by_trainer = making.scorer.logprobs(trained, making.base, arrays)
         spread = making.scorer.spread(trained, making.base, arrays)
-        return Compared.of(arrays["target_mask"], arrays[OLD_LOGPROBS], by_trainer, *spread)
+        return Agreement.of(arrays["target_mask"], arrays[OLD_LOGPROBS], by_trainer, *spread)
 
     def landed(self, update: int, loss: float) -> None:
         """See `Source`."""

@@ -87,7 +87,8 @@ def examine_train(root: TrainRoot) -> tuple[Checked | None, list[Refusal]]:
     messages = limit_problems(root, CHOICES)
     messages += _lengths(root.trainer) + _batch(root.trainer, root.data) + lora_problems(root.lora)
     messages += optimizer_problems(root.optimizer, root.trainer) + stop_problems(root.trainer)
-    messages += objective_problems(root.objective, root.data, root.lora, root.trainer) + rollouts_problems(root)
+    messages += objective_problems(root.objective, root.data, root.lora, root.trainer)
+    messages += rollouts_problems(root.objective, root.rollouts, root.data, root.lora)
     messages += data_problems(root.data) + _tracker(root.tracker) + _run(root)
     architecture, model_messages = checkpoint_architecture(root.model)
     messages += model_messages
@@ -251,7 +252,7 @@ def _mesh(root: TrainRoot, architecture: Architecture | None) -> tuple[MeshSizes
         return None, []
     try:
         sizes = resolve_mesh(root.mesh, architecture, wanted.devices)
-        if is_on_policy(root):
+        if is_on_policy(root.objective):
             check_decoding_mesh(sizes, architecture)
     except UserError as error:
         return None, [str(error)]

@@ -8,7 +8,7 @@ from urllib.parse import urlsplit
 from gemma4_tpu.architectures import Architecture
 from gemma4_tpu.config.paths import local_place
 from gemma4_tpu.config.rollouts import RolloutsConfig
-from gemma4_tpu.config.schema import DataConfig, LoraConfig, TrainRoot
+from gemma4_tpu.config.schema import DataConfig, LoraConfig, ObjectiveConfig
 from gemma4_tpu.errors import UserError
 from gemma4_tpu.hardware import MeshSizes
 from gemma4_tpu.models.kv_cache import weight_bytes
@@ -18,18 +18,19 @@ JUDGE = "judge"
 """The reward that is a process of ours."""
 
 
-def is_on_policy(root: TrainRoot) -> bool:
+def is_on_policy(objective: ObjectiveConfig) -> bool:
     """Whether the run's batches are its own answers."""
-    kind = KINDS.get(root.objective.kind)
+    kind = KINDS.get(objective.kind)
     return kind is not None and kind.on_policy
 
 
-def rollouts_problems(root: TrainRoot) -> list[str]:
+def rollouts_problems(
+    objective: ObjectiveConfig, config: RolloutsConfig, data: DataConfig, lora: LoraConfig
+) -> list[str]:
     """Values that don't go together; none where no roll-outs are made."""
-    if not is_on_policy(root):
+    if not is_on_policy(objective):
         return []
-    config = root.rollouts
-    messages = _lengths(config, root.data) + _reward(config) + _sampled_as_trained(root.lora, root.data)
+    messages = _lengths(config, data) + _reward(config) + _sampled_as_trained(lora, data)
     if config.overlong_tokens > config.new_tokens:
         messages.append(
             f"rollouts.overlong_tokens={config.overlong_tokens}: more than the {config.new_tokens} tokens of the"

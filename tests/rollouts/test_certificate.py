@@ -14,14 +14,14 @@ from gemma4_tpu.config.schema import TrainerConfig
 from gemma4_tpu.models.decode import Sampling, draw, shaped
 from gemma4_tpu.rollouts import slots
 from gemma4_tpu.rollouts.batch import BatchShape
-from gemma4_tpu.rollouts.certificate import Certificate, Compared, Drifted, NotOnPolicy
+from gemma4_tpu.rollouts.certificate import Agreement, Certificate, Drifted, NotOnPolicy
 from gemma4_tpu.rollouts.collecting import Collector
 from gemma4_tpu.rollouts.digest import digest
+from gemma4_tpu.rollouts.prompts import Task
 from gemma4_tpu.rollouts.rewarding import Rewarded
 from gemma4_tpu.rollouts.sampler import Sampler, SamplerShapes
 from gemma4_tpu.rollouts.scoring import Scorer
 from gemma4_tpu.rollouts.source import Making, OnPolicySource, by_advantage
-from gemma4_tpu.rollouts.tasks import Task
 from gemma4_tpu.step.grpo import COPIES, Grpo
 from gemma4_tpu.step.train_step import Step
 from tests.rollouts.test_collecting import Decoder
@@ -213,7 +213,7 @@ def test_draws_from_a_distribution_are_as_surprising_as_it_is_and_others_are_not
     def z(uniform) -> float:
         drawn = (cumulative < uniform[:, None]).sum(axis=1).clip(max=49)
         told = np.log(chances[np.arange(len(drawn)), drawn])
-        found = Compared.of(np.ones(len(drawn), bool), told, told, entropy, variance)
+        found = Agreement.of(np.ones(len(drawn), bool), told, told, entropy, variance)
         assert found.mean_difference == 0 and found.tokens == len(drawn)
         return found.surprise / found.variance**0.5
 

@@ -8,10 +8,10 @@ from gemma4_tpu.errors import UserError
 from gemma4_tpu.rollouts.advantages import is_live
 from gemma4_tpu.rollouts.collecting import Collector
 from gemma4_tpu.rollouts.digest import digest
+from gemma4_tpu.rollouts.prompts import Task
 from gemma4_tpu.rollouts.rewarding import Rewarded
 from gemma4_tpu.rollouts.sampler import Drawn, Wanted
 from gemma4_tpu.rollouts.stored import FOLDER, StoredUpdate
-from gemma4_tpu.rollouts.tasks import Task
 
 POLICY = {"a": np.float32([1.0, 2.0]), "b": np.float32([[3.0]])}
 CONFIG = RolloutsConfig(prompts=2, samples=3, resample=2.0)

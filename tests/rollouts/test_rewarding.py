@@ -12,8 +12,8 @@ from gemma4_tpu.config.rollouts import RolloutsConfig
 from gemma4_tpu.errors import UserError
 from gemma4_tpu.evals.verilog.smoke import VerilogSmoke
 from gemma4_tpu.evals.verilog.verdict import reference_as_answer
+from gemma4_tpu.rollouts.prompts import Task
 from gemma4_tpu.rollouts.rewarding import Answer, ByJudge, Rewarded, open_reward
-from gemma4_tpu.rollouts.tasks import Task
 from tests.evals.verilog.designs import fenced, needs_iverilog
 
 NOTHING = np.zeros(1, np.int32)
