@@ -8,7 +8,12 @@ import pytest
 
 from experiments.verilog_smoke.make_data import make_problems
 from experiments.verilog_smoke.prompts import answer, chat_row
+from gemma4_tpu.errors import UserError
+from gemma4_tpu.reporting.found import Records
+from gemma4_tpu.reporting.on_policy import on_policy
 from gemma4_tpu.tracking.metrics import read_metrics
+from gemma4_tpu.tracking.run import RunFolder
+from gemma4_tpu.train import load_train
 from tests.evals.verilog.designs import needs_iverilog
 from tests.training.conftest import cache, shallow, train  # noqa: F401 (fixtures)
 from tests.training.test_resume import last_state
@@ -57,24 +62,53 @@ def test_killed_at_any_moment_it_ends_with_the_very_bits_and_judges_nothing_twic
     assert len(notes) <= record["answers"]["answers"]  # equal answers to a prompt in an update are judged once
 
 
+SHARED = ["data.heldout=[]", "trainer.global_batch_sequences=8", "checkpoint.keep_best=false"]
+
+
+@pytest.fixture(scope="module")
+def solver(train, tmp_path_factory):  # noqa: F811
+    """A policy that was tuned on some problems for a while, so that it solves some of them, and those problems."""
+    made, folder = make_problems(0, 12, heldout=False), tmp_path_factory.mktemp("solver")
+    rows, problems, start = folder / "rows.jsonl", folder / "problems.jsonl", folder / "start"
+    rows.write_text("".join(json.dumps(chat_row(p.id, p.prompt, answer(d))) + "\n" for d, p in made))
+    problems.write_text("".join(json.dumps(p.to_row()) + "\n" for _, p in made))
+    words = [f"data.train={rows}", "trainer.max_updates=60", "optimizer.learning_rate=5e-3", f"run_dir={start}"]
+    train(*SHARED, *words, cwd=folder)
+    return [f"data.train={rows}", f"lora.start={start}", f"rollouts.problems_path={problems}"]
+
+
 @pytest.mark.slow
 @needs_iverilog
 @pytest.mark.parametrize("objective", ["grpo", "expert_iteration"])
-def test_it_trains_on_designs_that_the_judge_passes(objective, train, tmp_path):  # noqa: F811
-    """From a policy that was tuned on the problems for a while, so that it solves some of them."""
-    made = make_problems(0, 12, heldout=False)
-    rows, problems, start = tmp_path / "rows.jsonl", tmp_path / "problems.jsonl", tmp_path / "start"
-    rows.write_text("".join(json.dumps(chat_row(p.id, p.prompt, answer(d))) + "\n" for d, p in made))
-    problems.write_text("".join(json.dumps(p.to_row()) + "\n" for _, p in made))
-    shared = [f"data.train={rows}", "data.heldout=[]", "trainer.global_batch_sequences=8", "checkpoint.keep_best=false"]
-    train(*shared, "trainer.max_updates=60", "optimizer.learning_rate=5e-3", f"run_dir={start}", cwd=tmp_path)
+def test_it_trains_on_designs_that_the_judge_passes(objective, solver, train, tmp_path):  # noqa: F811
     run = tmp_path / "run"
     train(
-        *shared, f"objective={objective}", f"lora.start={start}", f"rollouts.problems_path={problems}",
-        "rollouts.prompts=4", "rollouts.samples=4", "rollouts.slots=16", "trainer.microbatches=4",
-        "trainer.max_updates=2", "optimizer.learning_rate=1e-4", "optimizer.warmup_updates=0", f"run_dir={run}",
-        cwd=tmp_path,
+        *SHARED, *solver, f"objective={objective}", "rollouts.prompts=4", "rollouts.samples=4", "rollouts.slots=16",
+        "trainer.microbatches=4", "trainer.max_updates=2", "optimizer.learning_rate=1e-4",
+        "optimizer.warmup_updates=0", f"run_dir={run}", cwd=tmp_path,
     )  # fmt: skip
     record = json.loads((run / "certificate.json").read_text())
     assert record["holds"] and record["updates"] == 2 and record["by_kind"]["pass"]["mean_reward"] == 1
     assert sum(one["answers"] for one in record["by_kind"].values()) == record["answers"]["answers"]
+    page = "\n".join(on_policy(Records(run=RunFolder(run), name="run")))
+    assert "It holds over 2 updates" in page and "| pass |" in page
+
+
+REFUSED = [
+    ("rollouts.reward=judge", r"rollouts\.problems_path: rollouts\.reward=judge needs problems"),
+    ("rollouts.reward=nothing", r"rollouts\.reward=nothing: give judge, module:function, or a URL"),
+    ("data.sequence_length=200", r"rollouts\.prompt_tokens=128 \+ rollouts\.new_tokens=128; give at least 255"),
+    ("lora.dropout=0.1", r"lora\.dropout=0\.1: the policy is sampled without dropout"),
+    ("data.packing=false", r"data\.packing=false: roll-outs lie in packed rows"),
+    ("rollouts.overlong_tokens=500", r"rollouts\.overlong_tokens=500: more than the 128 tokens"),
+    ("hardware=v5p8 mesh=fsdp model=gemma4_31b model.path=random:0",
+     r"mesh\.fsdp=4: .* would gather 42\.9 GiB of weights onto every chip; .*mesh\.fsdp=1 mesh\.tp=4"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("words", "said"), REFUSED)
+def test_what_cannot_be_sampled_as_it_is_trained_is_refused_at_once(words, said):
+    with pytest.raises(UserError, match=said):
+        load_train(["objective=grpo", "rollouts.reward=a.b:c", *words.split()])
+    if not words.startswith("lora.dropout"):  # supervised tuning does not read them, or bears them
+        load_train([word for word in words.split() if "sequence_length" not in word])
