@@ -11,6 +11,7 @@ from gemma4_tpu.config.rollouts import RolloutsConfig
 from gemma4_tpu.config.schema import DataConfig, TrainerConfig
 from gemma4_tpu.data.chat import ChatFormat
 from gemma4_tpu.data.examples import Examples
+from gemma4_tpu.evals.generate import padded_width
 from gemma4_tpu.rollouts.batch import BatchShape
 from gemma4_tpu.rollouts.certificate import Certificate
 from gemma4_tpu.rollouts.collecting import Collector
@@ -81,7 +82,8 @@ def begin(
     Raises:
       UserError: the reward does not start.
     """
-    shapes = SamplerShapes(config.slots, config.prompts, config.prompt_tokens, config.new_tokens)
+    width = padded_width([range(config.prompt_tokens)])  # that attention's kernel takes
+    shapes = SamplerShapes(config.slots, config.prompts, width, config.new_tokens)
     with ExitStack() as opened:
         reward = opened.enter_context(open_reward(config))
         certificate = Certificate(run, config, step.model.compute_dtype, resume_from)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -65,10 +65,22 @@ def _rows(answers: Sequence[Placed], shape: BatchShape) -> int:
     return len(pack([one.slots for one in answers], shape.length)) if answers else 0
 
 
-def assembled(answers: Sequence[Placed], shape: BatchShape, epoch: float) -> Update:
+def in_batches(answers: Sequence[Placed], shape: BatchShape) -> Iterator[Update]:
+    """All answers, in as many batches as they take."""
+    rows = pack([one.slots for one in answers], shape.length)
+    for start in range(0, len(rows), shape.capacity):
+        part = rows[start : start + shape.capacity]
+        places = {index: place for place, index in enumerate(index for row in part for index in row)}
+        yield assembled([answers[i] for i in places], shape, 0.0, [[places[i] for i in row] for row in part])
+
+
+def assembled(
+    answers: Sequence[Placed], shape: BatchShape, epoch: float, rows: list[list[int]] | None = None
+) -> Update:
     """The arrays [M, B, T] of an update: those of every batch, and `old_logprobs`, `advantages` and `copies`.
 
-    Microbatches fill up from the first on; those that nothing is left for hold padding alone.
+    Microbatches fill up from the first on; those that nothing is left for hold padding alone. `rows`: which answers
+    share one; None: as they fit best.
     """
     builder = ExamplesBuilder([1.0])
     beside: dict[str, list[np.ndarray]] = {OLD_LOGPROBS: [], ADVANTAGES: [], COPIES: []}
@@ -84,4 +96,5 @@ def assembled(answers: Sequence[Placed], shape: BatchShape, epoch: float) -> Upd
     examples = builder.build({})
     flat = {name: np.concatenate(parts) for name, parts in beside.items()}
     assemble = Assembler(examples, shape.capacity, shape.microbatches, None, flat)
-    return assemble(PlannedUpdate(shape.length, pack(examples.slots, shape.length), epoch))
+    packed = pack(examples.slots, shape.length) if rows is None else rows
+    return assemble(PlannedUpdate(shape.length, packed, epoch))

@@ -159,7 +159,7 @@ class _Judging:
     """The judge's process, as long as it is needed."""
 
     def __init__(self, config: RolloutsConfig):
-        self._words = [f"eval.benchmark={config.benchmark}", f"eval.problems_path={config.problems_path}"]
+        self._words = [f"eval.benchmark={config.benchmark}", f'eval.problems_path="{config.problems_path}"']
 
     def __enter__(self) -> Reward:
         self._judge = JudgeProcess(*self._words)

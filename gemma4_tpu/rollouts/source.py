@@ -18,7 +18,7 @@ from gemma4_tpu.config.schema import TrainerConfig
 from gemma4_tpu.data.pipeline import STATE_VERSION, Update, check_position
 from gemma4_tpu.errors import UserError
 from gemma4_tpu.rollouts import advantages
-from gemma4_tpu.rollouts.batch import BatchShape, Placed, assembled, that_fit
+from gemma4_tpu.rollouts.batch import BatchShape, Placed, assembled, in_batches, that_fit
 from gemma4_tpu.rollouts.certificate import Agreement, Certificate, ExpectedLoss, described
 from gemma4_tpu.rollouts.collecting import Collected, Collector, Group
 from gemma4_tpu.rollouts.digest import digest
@@ -191,16 +191,17 @@ class OnPolicySource:
         return replace(made, arrays=arrays, figures=_figures(collected, len(live), seconds))
 
     def _compared(self, trained: Any, collected: Collected) -> Agreement:
-        """Sampler and trainer on as many answers as fit, whatever they were worth: chosen by reward, they would be less
-        surprising than the policy is.
+        """Sampler and trainer on all answers: chosen by reward or length, they would not be as surprising as the
+        policy is.
         """
         assert self._making is not None
-        making = self._making
-        all_of = [[Placed(group.task, one) for one in group.drawn] for group in collected.groups]
-        arrays = dict(assembled(that_fit(all_of, self._shape), self._shape, 0.0).arrays)
-        by_trainer = making.scorer.logprobs(trained, making.base, arrays)
-        spread = making.scorer.spread(trained, making.base, arrays)
-        return Agreement.of(arrays["target_mask"], arrays[OLD_LOGPROBS], by_trainer, *spread)
+        scorer, base = self._making.scorer, self._making.base
+        answers = [Placed(group.task, one) for group in collected.groups for one in group.drawn]
+        parts = []
+        for batch in in_batches(answers, self._shape):
+            found = scorer.logprobs(trained, base, batch.arrays), *scorer.spread(trained, base, batch.arrays)
+            parts.append((batch.arrays["target_mask"], batch.arrays[OLD_LOGPROBS], *found))
+        return Agreement.of(*map(np.concatenate, zip(*parts, strict=True)))
 
     def landed(self, update: int, loss: float) -> None:
         """See `Source`."""
