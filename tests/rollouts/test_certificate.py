@@ -175,7 +175,7 @@ class MeanOfMeans(Grpo):
 @pytest.mark.slow
 def test_a_mean_of_the_microbatches_means(tmp_path):
     with pytest.raises(NotOnPolicy, match=r"update \d: the step's loss is .* divided once"):
-        run(tmp_path, objective=MeanOfMeans(0.2, 0.28, None))
+        run(tmp_path, objective=MeanOfMeans(0.2, 0.28, 9.0))
 
 
 @pytest.mark.slow
