@@ -119,10 +119,7 @@ class Certificate:
             **described(collected.groups), "live": live, "dead": len(collected.groups) - live,
             "delivered": collected.adapters == {trained}, "adapter": trained,
         }  # fmt: skip
-        self._add(row | ({"compared": vars(compared)} if compared else {}), update)
-        summary = self._write()
-        if not summary["holds"]:
-            raise NotOnPolicy(f"update {update}: {'; '.join(summary['broken'])}. The run is ended: {self._path}")
+        self._take(row | ({"compared": vars(compared)} if compared else {}), update)
         self._check_bands(update, last_good=update - 2)
 
     def trained(self, update: int, loss: float, expected: ExpectedLoss) -> None:
@@ -131,14 +128,8 @@ class Certificate:
         Raises:
           NotOnPolicy: not the loss of this batch.
         """
-        error = abs(loss - expected.value)
-        self._add({"loss_error": error}, update)
-        if not error <= self._limit * expected.per_nat + ROUNDING:
-            self._write()
-            raise NotOnPolicy(
-                f"update {update}: the step's loss is {loss:.6g}, and that of its batch, summed over all tokens and"
-                f" divided once, {expected.value:.6g}. The run is ended: {self._path}"
-            )
+        allowed = self._limit * expected.per_nat + ROUNDING
+        self._take({"loss": loss, "expected_loss": expected.value, "allowed_error": allowed}, update)
 
     def moved(self, update: int, kl: float) -> None:
         """How far `update` moved the policy, in nats per token.
@@ -146,8 +137,7 @@ class Certificate:
         Raises:
           Drifted: too far.
         """
-        self._add({"kl": kl}, update)
-        self._write()
+        self._take({"kl": kl}, update)
         limit = self._config.max_kl
         if limit is not None and kl > limit:
             said = f"moved the policy by {kl:.3g} nats per token, more than rollouts.max_kl={limit:g}"
@@ -171,14 +161,13 @@ class Certificate:
         if told:
             raise Drifted(_drifted(update - 1, f"left the policy where {'; '.join(told)}", last_good))
 
-    def _add(self, row: dict[str, Any], update: int) -> None:
+    def _take(self, row: dict[str, Any], update: int) -> None:
         self._rows.log(row, update)
         self._known.append({"update": update, **row})
-
-    def _write(self) -> dict[str, Any]:
         summary = summed_up(self._known, self._limit)
         write_record(self._path, CERTIFICATE, summary)
-        return summary
+        if not summary["holds"]:
+            raise NotOnPolicy(f"update {update}: {'; '.join(summary['broken'])}. The run is ended: {self._path}")
 
     def close(self) -> None:
         """Closes the rows."""
@@ -209,23 +198,15 @@ def summed_up(rows: Sequence[Mapping[str, Any]], limit: float) -> dict[str, Any]
     """What `certificate.json` holds, from the rows of all updates; `limit` on the mean |Δ log p|."""
     sampled = [row for row in rows if "answers" in row]
     compared = [row["compared"] | {"update": row["update"]} for row in sampled if "compared" in row]
-    moves = {row["update"]: row["kl"] for row in rows if "kl" in row}
-    surprise, variance, tokens = (sum(one[key] for one in compared) for key in ("surprise", "variance", "tokens"))
-    z = surprise / math.sqrt(variance) if variance else 0.0
-    broken = [f"the samples were not drawn with the values that are trained (update {row['update']})"
-              for row in sampled if not row["delivered"]]  # fmt: skip
-    broken += [
-        f"the sampler's log-probabilities are {one['mean_difference']:.3g} nats per token off the trainer's, more than"
-        f" {limit:g} (update {one['update']})"
-        for one in compared
-        if not one["mean_difference"] <= limit
-    ]
+    losses = [row for row in rows if "expected_loss" in row]
+    moves = [row["kl"] for row in rows if "kl" in row]
+    tokens, z = sum(one["tokens"] for one in compared), _surprise(compared)
+    broken = [*_misdelivered(sampled), *_disagreeing(compared, limit), *_other_losses(losses)]
     if tokens >= LEAST_TOKENS and not abs(z) <= MAX_Z:
         broken.append(
             f"the samples were not drawn from the distribution whose log-probabilities are told: {tokens} tokens are"
             f" {'less' if z < 0 else 'more'} surprising than it, by {abs(z):.1f} standard errors"
         )
-    losses = [row["loss_error"] for row in rows if "loss_error" in row]
     kinds: Counter[str] = Counter()
     rewards: Counter[str] = Counter()
     for row in sampled:
@@ -240,14 +221,46 @@ def summed_up(rows: Sequence[Mapping[str, Any]], limit: float) -> dict[str, Any]
             "max_difference": max((one["max_difference"] for one in compared), default=None),
             "surprise_z": z, "surprise_limit": MAX_Z,
         },
-        "max_loss_error": max(losses, default=None),
+        "max_loss_error": max((abs(row["loss"] - row["expected_loss"]) for row in losses), default=None),
         "adapters": len({row["adapter"] for row in sampled}),
         "groups": {key: sum(row[key] for row in sampled) for key in ("live", "dead")},
         "answers": {key: sum(row[key] for row in sampled) for key in ("answers", "distinct", "truncated", "tokens")},
         "by_kind": {kind: {"answers": n, "mean_reward": rewards[kind] / n} for kind, n in kinds.most_common()},
-        "kl": {"mean": float(np.mean([*moves.values()])) if moves else None, "max": max(moves.values(), default=None)},
+        "kl": {"mean": float(np.mean(moves)) if moves else None, "max": max(moves, default=None)},
         **{when: _state(row) for when, row in zip(("first", "last"), (sampled[0], sampled[-1]), strict=True)},
     }  # fmt: skip
+
+
+def _misdelivered(sampled: Sequence[Mapping[str, Any]]) -> list[str]:
+    return [
+        f"the samples were not drawn with the values that are trained (update {row['update']})"
+        for row in sampled
+        if not row["delivered"]
+    ]
+
+
+def _disagreeing(compared: Sequence[Mapping[str, Any]], limit: float) -> list[str]:
+    return [
+        f"the sampler's log-probabilities are {one['mean_difference']:.3g} nats per token off the trainer's, more than"
+        f" {limit:g} (update {one['update']})"
+        for one in compared
+        if not one["mean_difference"] <= limit
+    ]
+
+
+def _other_losses(losses: Sequence[Mapping[str, Any]]) -> list[str]:
+    return [
+        f"the step's loss is {row['loss']:.6g}, and that of its batch, summed over all tokens and divided once,"
+        f" {row['expected_loss']:.6g} (update {row['update']})"
+        for row in losses
+        if not abs(row["loss"] - row["expected_loss"]) <= row["allowed_error"]
+    ]
+
+
+def _surprise(compared: Sequence[Mapping[str, Any]]) -> float:
+    """By how many standard errors all compared tokens are more surprising than the distributions they are told of."""
+    variance = sum(one["variance"] for one in compared)
+    return sum(one["surprise"] for one in compared) / math.sqrt(variance) if variance else 0.0
 
 
 def _state(row: Mapping[str, Any]) -> dict[str, Any]:

@@ -176,6 +176,7 @@ class MeanOfMeans(Grpo):
 def test_a_mean_of_the_microbatches_means(tmp_path):
     with pytest.raises(NotOnPolicy, match=r"update \d: the step's loss is .* divided once"):
         run(tmp_path, objective=MeanOfMeans(0.2, 0.28, 9.0))
+    assert json.loads((tmp_path / "certificate.json").read_text())["holds"] is False
 
 
 @pytest.mark.slow
