@@ -19,7 +19,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "data.packing": ("true", "false", "buckets"),
     "data.thoughts": ("drop", "train"),
     "data.train_on": ("all", "last"),
-    "objective.kind": ("sft", "dpo", "grpo", "expert_iteration"),
+    "objective.kind": ("sft", "dpo", "ipo", "orpo", "grpo", "expert_iteration"),
     "rollouts.advantages": ("mean", "std"),
     "optimizer.kind": ("adamw", "adafactor", "lion", "muon", "schedule_free"),
     "optimizer.schedule": ("cosine", "linear", "constant", "wsd"),

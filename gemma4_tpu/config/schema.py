@@ -183,13 +183,13 @@ class ObjectiveConfig:
     """What is minimised, and with it which rows are taken (`objective=`). Keys that a kind does not have are null."""
 
     kind: str = "sft"
-    """`sft`: conversations, whose answers are learnt; `dpo`: pairs of a chosen and a rejected answer; `grpo`: the
-    policy's own answers to the rows' prompts (or to problems), each by how much better than others to its prompt it was
-    rewarded; `expert_iteration`: those of them that were rewarded are learnt. See `rollouts=` for these two.
+    """`sft`: conversations, whose answers are learnt; `dpo`, `ipo`, `orpo`: pairs of a chosen and a rejected answer;
+    `grpo`: the policy's own answers to the rows' prompts (or to problems), each by how much better than others to its
+    prompt it was rewarded; `expert_iteration`: those of them that were rewarded are learnt. See `rollouts=` for these.
     `objective=<kind>` sets it and all of its keys."""
     beta: float | None = None
-    """`dpo`: how much a nat of log-likelihood gained over the reference counts. The smaller, the further a run may go
-    from where it began."""
+    """`dpo`, `ipo`: how much a nat of log-likelihood gained over the reference counts; the smaller, the further a run
+    may go from where it began. `orpo`: weight of the preference beside the cross-entropy (its paper's λ)."""
     label_smoothing: float | None = None
     """`dpo`: share of the pairs that are taken to be the wrong way round."""
     clip_low: float | None = None

@@ -34,6 +34,8 @@ _OF_ANSWERS = (
 KINDS = {
     SFT: Kind((), CONVERSATIONS),
     "dpo": Kind(("beta", "label_smoothing"), PAIRS, True, (*_OF_PAIRS, "chosen_reward", "rejected_reward")),
+    "ipo": Kind(("beta",), PAIRS, True, (*_OF_PAIRS, "chosen_reward", "rejected_reward")),
+    "orpo": Kind(("beta",), PAIRS, False, _OF_PAIRS),
     "grpo": Kind(
         ("clip_low", "clip_high", "max_drift"), CONVERSATIONS, False, (*_OF_ANSWERS, "clipped", "drifted"), True
     ),

@@ -47,11 +47,6 @@ def _sums_backward(segment_ids, g):  # without this the comparison [B, S, T] wou
 pair_sums.defvjp(_sums_forward, _sums_backward)
 
 
-def target_counts(rows: Mapping[str, jax.Array]) -> jax.Array:
-    """float32 [B, T // 2, 2]: target tokens of both sides of each pair; 0 where there is none."""
-    return pair_sums(rows["target_mask"].astype(jnp.float32), rows["segment_ids"])
-
-
 class Preference(Objective):
     """What all objectives over pairs have in common: the mean is over pairs."""
 
@@ -59,6 +54,42 @@ class Preference(Objective):
         """int32: pairs. A pair begins where its chosen side does."""
         starts = (batch["positions"] == 0) & (batch["segment_ids"] % 2 == 1)
         return starts.sum(dtype=jnp.int32)
+
+
+class _Pairs:
+    """What all losses over pairs are made of; arrays [B, P, 2] hold the chosen and the rejected side of each pair."""
+
+    def __init__(self, nll: jax.Array, rows: Mapping[str, jax.Array]):
+        self._nll, self._rows = nll, rows
+        self.logp = self._summed(-nll)
+        """Log-likelihoods of the answers, in nats."""
+        self.tokens = self._summed(jnp.ones_like(nll))
+        """Target tokens."""
+        self._there = self.tokens[..., 0] > 0
+
+    def gained(self) -> jax.Array:
+        """[B, P, 2]: log-likelihood beyond the reference's, in nats."""
+        return self._summed(self._rows[REFERENCE_NLL] - self._nll)
+
+    def total(self, each: jax.Array) -> jax.Array:
+        """Sum of a value [B, P] of each pair, as far as there are pairs."""
+        return jnp.where(self._there, each, 0.0).sum()
+
+    def told(self, margin: jax.Array, rewards: jax.Array | None = None) -> Stats:
+        """The figures that every objective over pairs has, from its margins [B, P], and those of its rewards."""
+        each = {
+            "accuracy": (margin > 0) + 0.5 * (margin == 0),  # where both are as likely, no side has won
+            "margin": margin,
+            "chosen_logp": self.logp[..., 0],
+            "rejected_logp": self.logp[..., 1],
+        }
+        if rewards is not None:
+            each |= {"chosen_reward": rewards[..., 0], "rejected_reward": rewards[..., 1]}
+        pairs = self._there.sum(dtype=jnp.float32)
+        return jax.lax.stop_gradient({name: Mean(self.total(value), pairs) for name, value in each.items()})
+
+    def _summed(self, values: jax.Array) -> jax.Array:
+        return pair_sums(jnp.where(self._rows["target_mask"], values, 0.0), self._rows["segment_ids"])
 
 
 @dataclass(frozen=True)
@@ -71,27 +102,42 @@ class Dpo(Preference):
 
     def loss(self, nll: jax.Array, rows: Mapping[str, jax.Array]) -> tuple[jax.Array, Stats]:
         """-log σ(margin), where the margin is β times what chosen gained over rejected, in nats."""
-        mask, segments = rows["target_mask"], rows["segment_ids"]
-        gained = pair_sums(jnp.where(mask, rows[REFERENCE_NLL] - nll, 0.0), segments)  # log π - log π_ref
-        there = target_counts(rows)[..., 0] > 0  # [B, P]
-        margin = self.beta * (gained[..., 0] - gained[..., 1])
-        smoothed = self.label_smoothing
+        pairs = _Pairs(nll, rows)
+        rewards = self.beta * pairs.gained()
+        margin, smoothed = rewards[..., 0] - rewards[..., 1], self.label_smoothing
         each = -(1 - smoothed) * jax.nn.log_sigmoid(margin) - smoothed * jax.nn.log_sigmoid(-margin)
-        return jnp.where(there, each, 0.0).sum(), _told(nll, rows, there, margin, self.beta * gained)
+        return pairs.total(each), pairs.told(margin, rewards)
 
 
-def _told(
-    nll: jax.Array, rows: Mapping[str, jax.Array], there: jax.Array, margin: jax.Array, rewards: jax.Array
-) -> Stats:
-    """What there is to tell of pairs: means over those that are `there` [B, P], `rewards` [B, P, 2] of their sides."""
-    logp = -pair_sums(jnp.where(rows["target_mask"], nll, 0.0), rows["segment_ids"])
-    pairs = there.sum(dtype=jnp.float32)
-    each = {
-        "accuracy": (margin > 0) + 0.5 * (margin == 0),  # where both are as likely, no side has won
-        "margin": margin,
-        "chosen_logp": logp[..., 0],
-        "rejected_logp": logp[..., 1],
-        "chosen_reward": rewards[..., 0],
-        "rejected_reward": rewards[..., 1],
-    }
-    return jax.lax.stop_gradient({name: Mean(jnp.where(there, x, 0.0).sum(), pairs) for name, x in each.items()})
+@dataclass(frozen=True)
+class Ipo(Preference):
+    """Identity preference optimisation (arXiv 2310.12036), on log-likelihoods per target token as TRL has it."""
+
+    beta: float
+    reference: ClassVar[bool] = KINDS["ipo"].reference
+
+    def loss(self, nll: jax.Array, rows: Mapping[str, jax.Array]) -> tuple[jax.Array, Stats]:
+        """(what chosen gained over rejected, in nats per token, - 1 / 2β)²; the margin is β times the former."""
+        pairs = _Pairs(nll, rows)
+        gained = pairs.gained() / jnp.maximum(pairs.tokens, 1.0)
+        gap = gained[..., 0] - gained[..., 1]
+        each = jnp.square(gap - 1 / (2 * self.beta))
+        return pairs.total(each), pairs.told(self.beta * gap, self.beta * gained)
+
+
+@dataclass(frozen=True)
+class Orpo(Preference):
+    """Odds-ratio preference optimisation (arXiv 2403.07691): tuning on the chosen answers and preference in one."""
+
+    beta: float
+
+    def loss(self, nll: jax.Array, rows: Mapping[str, jax.Array]) -> tuple[jax.Array, Stats]:
+        """Mean cross-entropy of the chosen answer - β · log σ(log of the ratio of both sides' odds), the margin."""
+        pairs = _Pairs(nll, rows)
+        there = pairs.tokens > 0
+        # Of a token on the mean, as the paper has it; a side that is not there has odds that no gradient minds.
+        logp = jnp.where(there, pairs.logp / jnp.maximum(pairs.tokens, 1.0), -1.0)
+        odds = logp - jnp.log(-jnp.expm1(jnp.minimum(logp, -1e-6)))  # finite where an answer is certain
+        margin = odds[..., 0] - odds[..., 1]
+        each = -logp[..., 0] - self.beta * jax.nn.log_sigmoid(margin)
+        return pairs.total(each), pairs.told(margin)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from gemma4_tpu.config.schema import DataConfig, LoraConfig, ObjectiveConfig, TrainerConfig
-from gemma4_tpu.data.forms import AUTO, FORMS
+from gemma4_tpu.data.forms import FORMS
 from gemma4_tpu.step.objective_kinds import KINDS, SFT
 from gemma4_tpu.training.optimizer_checks import kind_problems
 
@@ -20,8 +20,8 @@ def objective_problems(
     if form is not None and form.rows != kind.rows:
         others = [other for other, one in KINDS.items() if one.rows == form.rows]
         messages.append(
-            f"data.format={data.format}: its rows are {form.rows}, {name} takes {kind.rows}; give data.format={AUTO}"
-            + (f", or objective={' or '.join(others)}" if others else "")
+            f"data.format={data.format}: its rows are {form.rows}, {name} takes {kind.rows}; give data=chat_jsonl"
+            f" data.train=<your {kind.rows}>, or objective={' or '.join(others)}"
         )
     if kind.reference and not lora.enabled:
         messages.append(
