@@ -10,6 +10,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
+from gemma4_tpu.config.rollouts import RolloutsConfig
+
 
 @dataclass(kw_only=True)
 class HardwareConfig:
@@ -181,13 +183,22 @@ class ObjectiveConfig:
     """What is minimised, and with it which rows are taken (`objective=`). Keys that a kind does not have are null."""
 
     kind: str = "sft"
-    """`sft`: conversations, whose answers are learnt; `dpo`, `ipo`, `orpo`: pairs of a chosen and a rejected answer.
+    """`sft`: conversations, whose answers are learnt; `dpo`, `ipo`, `orpo`: pairs of a chosen and a rejected answer;
+    `grpo`: the policy's own answers to the rows' prompts (or to problems), each by how much better than others to its
+    prompt it was rewarded; `expert_iteration`: those of them that were rewarded are learnt. See `rollouts=` for these.
     `objective=<kind>` sets it and all of its keys."""
     beta: float | None = None
     """`dpo`, `ipo`: how much a nat of log-likelihood gained over the reference counts; the smaller, the further a run
     may go from where it began. `orpo`: weight of the preference beside the cross-entropy (its paper's λ)."""
     label_smoothing: float | None = None
     """`dpo`: share of the pairs that are taken to be the wrong way round."""
+    clip_low: float | None = None
+    """`grpo`: a token of a worse answer is pushed down until its probability has fallen by this share."""
+    clip_high: float | None = None
+    """`grpo`: a token of a better answer is pushed up until its probability has risen by this share."""
+    max_drift: float | None = None
+    """`grpo`: worse answers that the policy has moved away from by more than so many nats per token, since they were
+    drawn, are left alone."""
 
 
 @dataclass(kw_only=True)
@@ -348,6 +359,7 @@ class TrainRoot:
     model: ModelConfig = field(default_factory=ModelConfig)
     lora: LoraConfig = field(default_factory=LoraConfig)
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
+    rollouts: RolloutsConfig = field(default_factory=RolloutsConfig)
     data: DataConfig = field(default_factory=DataConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     trainer: TrainerConfig = field(default_factory=TrainerConfig)

@@ -39,6 +39,9 @@ class Objective:
     stands at each of its tokens; zeros where there is padding."""
     reference: ClassVar[bool] = False
     """Whether `loss` reads `REFERENCE_NLL`, for which the step runs the reference forward, too."""
+    on_policy: ClassVar[bool] = False
+    """Whether its batches are the policy's own answers; held-out rows, whose answers are given, are then scored by
+    their cross-entropy."""
 
     def loss(self, nll: jax.Array, rows: Mapping[str, jax.Array]) -> tuple[jax.Array, Stats]:
         """The loss, summed over rows, and what there is to tell of it.

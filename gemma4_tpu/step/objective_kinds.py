@@ -22,15 +22,24 @@ class Kind(NamedTuple):
     """Whether what the run begins as is part of the loss."""
     measures: tuple[str, ...] = ()
     """What is told beside the loss; the first one also in lines of progress."""
+    on_policy: bool = False
+    """Whether it learns from its own answers (`rollouts=`); of the rows it takes their prompts."""
 
 
 SFT = "sft"
 _OF_PAIRS = ("accuracy", "margin", "chosen_logp", "rejected_logp")
+_OF_ANSWERS = (
+    "reward", "entropy", "malformed", "answer_tokens", "truncated", "distinct", "live_groups", "rollout_seconds",
+)  # fmt: skip
 KINDS = {
     SFT: Kind((), CONVERSATIONS),
     "dpo": Kind(("beta", "label_smoothing"), PAIRS, True, (*_OF_PAIRS, "chosen_reward", "rejected_reward")),
     "ipo": Kind(("beta",), PAIRS, True, (*_OF_PAIRS, "chosen_reward", "rejected_reward")),
     "orpo": Kind(("beta",), PAIRS, False, _OF_PAIRS),
+    "grpo": Kind(
+        ("clip_low", "clip_high", "max_drift"), CONVERSATIONS, False, (*_OF_ANSWERS, "clipped", "drifted"), True
+    ),
+    "expert_iteration": Kind((), CONVERSATIONS, False, _OF_ANSWERS, True),
 }
 
 

@@ -7,8 +7,8 @@ targets fall.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 import jax
@@ -128,6 +128,8 @@ class Step:
         # So a run that goes on draws what it would have drawn, and there is no generator's state to save.
         update_key = jax.random.fold_in(state.key, state.update)
         differentiate = jax.value_and_grad(self.summed_loss, has_aux=True)
+        if self.objective is not None and self.objective.on_policy:
+            differentiate = _where_there_are_targets(differentiate)
 
         def microbatch(total, item):
             index, rows = item
@@ -172,6 +174,8 @@ class Step:
 
     def evaluate(self, trained: Any, base: Any, batch: Batch) -> tuple[jax.Array, jax.Array, Stats]:
         """Summed loss of an [M, B, T] batch, what to divide it by, and the objective's sums; dropout off."""
+        if self.objective is not None and self.objective.on_policy:
+            return replace(self, objective=None).evaluate(trained, base, batch)
 
         def microbatch(total, rows):
             loss, stats = self.summed_loss(trained, base, rows, None)
@@ -180,6 +184,19 @@ class Step:
         total, each = jax.lax.scan(microbatch, jnp.zeros((), jnp.float32), batch)
         denominator = _target_tokens(batch) if self.objective is None else self.objective.denominator(batch)
         return total, denominator, jax.tree.map(lambda x: x.sum(axis=0), each)
+
+
+def _where_there_are_targets(differentiate: Callable[..., Any]) -> Callable[..., Any]:
+    """The same without work for a microbatch of nothing but padding, as the last ones of a batch of samples are."""
+
+    def of_rows(trained: Any, base: Any, rows: Batch, key: jax.Array | None) -> Any:
+        def nothing() -> Any:
+            shapes = jax.eval_shape(differentiate, trained, base, rows, key)
+            return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+
+        return jax.lax.cond(rows["target_mask"].any(), lambda: differentiate(trained, base, rows, key), nothing)
+
+    return of_rows
 
 
 def _target_tokens(batch: Batch) -> jax.Array:
