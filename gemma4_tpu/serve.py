@@ -44,7 +44,10 @@ SERVE: EntryPoint[ServeRoot, ServeChecked] = EntryPoint(
         ("serving=v6e8 run=<merged folder> dry_run=true", "check, and show the container command"),
         ("serving=v6e8_tuned run=<merged folder> serving.max_model_len=8192", "two copies in fp8, shorter sequences"),
         ("serving=v6e4_moe run=<merged folder> 'serving.flags={seed: 0}'", "26B-A4B, with a flag of vllm serve"),
-        ("serving=h100x2 'adapters=[outputs/train/<a>,outputs/train/<b>]'", "runs of one base, without merging them"),
+        (
+            "serving=h100x2 'adapters=[outputs/train/<run>,outputs/train/<other run>]'",
+            "runs of one base, without merging them",
+        ),
         ("serving=vllm_cpu run=outputs/train/<run>", "a small checkpoint on this CPU, by what `make vllm` installs"),
         ("serving=local run=outputs/train/<run>", "a small checkpoint on this CPU, without vLLM"),
     ),
@@ -79,11 +82,12 @@ def _run_embedded(loaded: Loaded[ServeRoot, ServeChecked]) -> int:
 
 
 def _run_vllm(loaded: Loaded[ServeRoot, ServeChecked]) -> int:
-    from gemma4_tpu.serving.adapter_weights import check_weights
     from gemma4_tpu.serving.memory import check_memory, estimate
 
     serving, checked = loaded.root.serving, loaded.checked
     if checked.adapters:
+        from gemma4_tpu.serving.adapter_weights import check_weights
+
         check_weights(checked.adapters, platform_of(serving))
     memory = estimate(checked.architecture, serving, checked.adapters)
     check_memory(memory, checked.architecture, serving, checked.adapters)

@@ -10,7 +10,7 @@ from typing import Any
 
 import yaml
 
-from gemma4_tpu.config.serving import ServeRoot, ServingConfig
+from gemma4_tpu.config.serving import ServingConfig
 from gemma4_tpu.hardware import SLICES
 from gemma4_tpu.serving.model_checks import ADAPTER, platform_of
 from gemma4_tpu.tracking.run import is_run
@@ -37,27 +37,29 @@ def lora_rank(adapters: Sequence[ServedAdapter]) -> int:
     return min(rank for rank in LORA_RANKS if rank >= max(adapter.rank for adapter in adapters))
 
 
-def find_adapters(root: ServeRoot) -> tuple[tuple[ServedAdapter, ...], str, list[str]]:
-    """The adapters, the folder of their base, and what is wrong with them."""
-    messages = [*_server_problems(root.serving)]
+def find_adapters(
+    folders: Sequence[str], run: str, serving: ServingConfig
+) -> tuple[tuple[ServedAdapter, ...], str, list[str]]:
+    """The adapters, the folder of their base (`run`, if that is given), and what is wrong with them."""
+    messages = [*_server_problems(serving)]
     found: list[tuple[Path, Path, dict[str, Any]]] = []  # what was given, the adapter, its configuration
-    for given in root.adapters:
+    for given in folders:
         folder, config, problem = _read(given)
         if folder is None or config is None:
             messages.append(problem)
         else:
-            messages += [f"adapters: {given}: {why}" for why in _unserved(config, root.serving)]
+            messages += [f"adapters: {given}: {why}" for why in _unserved(config)]
             found.append((Path(given), folder, config))
     if len({folder for _, folder, _ in found}) < len(found):
         messages.append("adapters: one of them stands there twice")
     if messages:
-        return (), root.run, messages
+        return (), run, messages
     messages += _bases(found)
     names = _names([given.absolute() for given, _, _ in found])
     adapters = tuple(
         ServedAdapter(name, folder, _rank(config)) for name, (_, folder, config) in zip(names, found, strict=True)
     )
-    base = root.run or str(found[0][2].get("base_model_name_or_path") or "")
+    base = run or str(found[0][2].get("base_model_name_or_path") or "")
     if not messages and not Path(base).is_dir():
         messages.append(
             f"run: the adapters' base is {base or 'unknown'}, no folder here; give run=<folder of the base>"
@@ -101,7 +103,7 @@ def _read(given: str) -> tuple[Path | None, dict[str, Any] | None, str]:
     return folder.absolute(), config, ""
 
 
-def _unserved(config: dict[str, Any], serving: ServingConfig) -> Iterator[str]:
+def _unserved(config: dict[str, Any]) -> Iterator[str]:
     """Why vLLM would refuse it or leave parts of it out (`peft_helper.py` and `lora_model.py` of 0.32)."""
     merged = "serve merged weights"
     if config.get("peft_type") != "LORA" or not _is_rank(config.get("r")):

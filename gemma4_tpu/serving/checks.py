@@ -71,7 +71,7 @@ def examine_serve(root: ServeRoot) -> tuple[ServeChecked | None, list[Refusal]]:
     messages = limit_problems(root)
     messages += local_problems(serving) if serving.runner == "embedded" else vllm_problems(serving)
     messages += _slice(serving) + _place(serving)
-    adapters, folder, refused = find_adapters(root) if root.adapters else ((), root.run, [])
+    adapters, folder, refused = find_adapters(root.adapters, root.run, serving) if root.adapters else ((), root.run, [])
     messages += refused
     model, architecture, found = find_model(folder, mounted=serving.runner == "docker") if not refused else _NOTHING
     messages += found

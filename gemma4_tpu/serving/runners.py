@@ -35,7 +35,7 @@ _PYTHON = ("PYTHONHOME", "PYTHONPATH")
 _prctl = ctypes.CDLL(None).prctl if sys.platform == "linux" else None
 
 
-class Runner(Protocol):
+class VllmRunner(Protocol):
     """Runs one vLLM; nothing is left of it after `remove`."""
 
     command: str
@@ -64,7 +64,7 @@ class Runner(Protocol):
         """Leaves nothing of it, running or not."""
 
 
-def runner_of(serving: ServingConfig, checked: ServeChecked) -> Runner:
+def runner_of(serving: ServingConfig, checked: ServeChecked) -> VllmRunner:
     """The one that `serving.runner` names."""
     return ContainerRunner(serving, checked) if serving.runner == "docker" else ProcessRunner(serving, checked)
 
