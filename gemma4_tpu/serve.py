@@ -111,6 +111,14 @@ def _dry_run(loaded: Loaded[ServeRoot, ServeChecked], memory: MemoryEstimate) ->
 
     for line in _told(memory):
         print(f"# {line}")
+    if loaded.checked.adapters:
+        from gemma4_tpu.serving.adapter_copies import lacking_v
+
+        for adapter in loaded.checked.adapters:
+            if lacking_v(adapter, loaded.checked.architecture):
+                print(
+                    f"# {adapter.name}: vLLM would apply K's adapter to K alone where V is K; a start gives it a copy"
+                )
     print(runner_of(loaded.root.serving, loaded.checked).command)
     return 0
 

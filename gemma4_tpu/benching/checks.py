@@ -19,7 +19,9 @@ from gemma4_tpu.config.paths import folder_of, name_problem
 from gemma4_tpu.config.refusals import Refusal
 from gemma4_tpu.config.serving import BenchConfig, BenchRoot, ServingConfig
 from gemma4_tpu.hardware import LOCAL, SLICES
-from gemma4_tpu.serving.checks import MERGED, name_of, url_of
+from gemma4_tpu.serving.adapter_checks import find_adapters
+from gemma4_tpu.serving.checks import name_of, url_of
+from gemma4_tpu.serving.model_checks import MERGED
 
 
 @dataclass(frozen=True)
@@ -68,7 +70,7 @@ def examine_bench(root: BenchRoot) -> tuple[BenchChecked | None, list[Refusal]]:
         messages += [] if root.served and serving is None else [_no_vllm(root.served)]
     if messages:
         return None, [Refusal(message) for message in messages]
-    run = _run(root.served) if root.served else None
+    run = _run(root.served, serving) if root.served and serving else None
     vocabulary = ARCHITECTURES[root.architecture].vocab_size if root.architecture else _vocabulary(run)
     folder = run / MERGED if run and (run / MERGED).is_dir() else run
     model = root.bench.served_model_name
@@ -134,9 +136,12 @@ def _no_vllm(served: str | None) -> str:
     return f"bench.cross_check=true: runs vLLM's own client beside the server; {told}"
 
 
-def _run(served: str) -> Path | None:
-    """The folder that a server's record says it serves."""
-    run = yaml.safe_load(Path(served, "config.yaml").read_text(encoding="utf-8")).get("run")
+def _run(served: str, serving: ServingConfig) -> Path | None:
+    """The folder that a server's record says it serves; with adapters, that of their base."""
+    told = yaml.safe_load(Path(served, "config.yaml").read_text(encoding="utf-8"))
+    run = told.get("run")
+    if not run and (adapters := told.get("adapters")):
+        _, run, _ = find_adapters(adapters, "", serving)
     return Path(str(run)) if run else None
 
 

@@ -13,7 +13,7 @@ from typing import Protocol
 
 from gemma4_tpu.config.serving import ServingConfig
 from gemma4_tpu.errors import UserError
-from gemma4_tpu.serving.command import MODEL_MOUNT, container_name, shown
+from gemma4_tpu.serving.command import MODEL_MOUNT, container_name, inherited, process_environment, shown
 from gemma4_tpu.serving.engine import ContainerEngine, exec_words
 
 PLACE = "/tmp/gemma4-bench"
@@ -89,7 +89,7 @@ class OnThisMachine:
     """By `serving.executable`."""
 
     def __init__(self, serving: ServingConfig, folder: Path | None):
-        self._executable = serving.executable
+        self._executable, self._environment = serving.executable, process_environment(serving)
         self.model = str(folder)
 
     def check(self) -> None:
@@ -106,7 +106,7 @@ class OnThisMachine:
         with tempfile.TemporaryDirectory() as folder, open(output, "ab") as file:
             process = subprocess.Popen(
                 [self._executable, *words, *_result_words(folder)], stdin=subprocess.DEVNULL, stdout=file,
-                stderr=subprocess.STDOUT, start_new_session=True,
+                stderr=subprocess.STDOUT, env=inherited() | self._environment, start_new_session=True,
             )  # fmt: skip
             try:
                 code = process.wait()

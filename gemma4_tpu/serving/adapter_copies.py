@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 import shutil
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -28,9 +28,9 @@ def copied(adapters: Sequence[ServedAdapter], arch: Architecture, place: Path) -
     """The adapters as vLLM needs them: those that lack V are copied into folders below `place`."""
     found = []
     for number, adapter in enumerate(adapters):
-        if lacking := _lacking(TensorFile(str(adapter.folder / WEIGHTS)).tensors, arch):
+        if lacking := lacking_v(adapter, arch):
             folder = place / str(number)
-            folder.mkdir(parents=True)
+            folder.mkdir(parents=True, exist_ok=True)
             shutil.copy(adapter.folder / CONFIG, folder)
             tensors = load_file(adapter.folder / WEIGHTS)
             save_file(
@@ -43,9 +43,9 @@ def copied(adapters: Sequence[ServedAdapter], arch: Architecture, place: Path) -
     return tuple(found)
 
 
-def _lacking(names: Iterable[str], arch: Architecture) -> dict[str, str]:
-    """Tensors of K's adapters whose twins of V are not there: K's name → V's."""
-    present = set(names)
+def lacking_v(adapter: ServedAdapter, arch: Architecture) -> dict[str, str]:
+    """Tensors of K's adapters whose twins of V are not there: K's name → V's. Empty: it is served as it is."""
+    present = set(TensorFile(str(adapter.folder / WEIGHTS)).tensors)
     matches = {name: found for name in present if arch.k_eq_v and (found := _K.fullmatch(name))}
     twins = {
         name: f"{found['before']}v_proj{found['after']}"

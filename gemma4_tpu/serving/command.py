@@ -75,6 +75,11 @@ def process_environment(serving: ServingConfig) -> dict[str, str]:
     return environment(serving, str(cache) if cache else None)
 
 
+def inherited() -> dict[str, str]:
+    """This process's environment, but for what would lay its packages over those of vLLM."""
+    return {name: value for name, value in os.environ.items() if name not in ("PYTHONHOME", "PYTHONPATH")}
+
+
 def environment(serving: ServingConfig, cache: str | None) -> dict[str, str]:
     """Variables that vLLM is given; `cache` is the folder for compiled programs as vLLM sees it."""
     own: dict[str, Any] = {"VLLM_ENGINE_READY_TIMEOUT_S": int(serving.ready_timeout_seconds) or 1}

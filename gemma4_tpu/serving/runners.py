@@ -18,6 +18,7 @@ from gemma4_tpu.serving.checks import ServeChecked
 from gemma4_tpu.serving.command import (
     cache_folder,
     container_name,
+    inherited,
     process_environment,
     process_words,
     run_words,
@@ -30,8 +31,6 @@ log = logging.getLogger(__name__)
 _LEAVING_SECONDS = 5.0
 """A process whose log has ended is gone soon."""
 _PR_SET_PDEATHSIG = 1
-_PYTHON = ("PYTHONHOME", "PYTHONPATH")
-"""Variables that would lay this process's packages over those of vLLM."""
 _prctl = ctypes.CDLL(None).prctl if sys.platform == "linux" else None
 
 
@@ -138,10 +137,9 @@ class ProcessRunner:
 
     def start(self) -> str:
         """Starts vLLM. Where this process is killed, vLLM is asked to end too (on Linux)."""
-        inherited = {name: value for name, value in os.environ.items() if name not in _PYTHON}
         self._process = subprocess.Popen(
             self._words, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-            env=inherited | self._environment, start_new_session=True, preexec_fn=_end_with_parent,
+            env=inherited() | self._environment, start_new_session=True, preexec_fn=_end_with_parent,
         )  # fmt: skip
         self._reaper = threading.Thread(target=self._reap, name="vllm-reaper", daemon=True)
         self._reaper.start()

@@ -97,7 +97,7 @@ def _runs(process):
 def test_the_whole_way(run, served, tmp_path):
     endpoint = served(f"run={run}")
     record = tmp_path / "record"
-    words = ["bench=vllm", "bench.lengths=[[64,32]]", "bench.rates=[4]", "bench.requests=40"]
+    words = ["bench=vllm", "bench.lengths=[[64,32]]", "bench.rates=[4]", "bench.requests=40", f"bench.slo={{{SLO}}}"]
     assert bench.main([f"served={record}", f"run_dir={tmp_path / 'bench'}", *words]) == 0
     ours, theirs = (
         json.loads((tmp_path / "bench" / folder / "in64_out32_rate4.json").read_text())
@@ -105,6 +105,8 @@ def test_the_whole_way(run, served, tmp_path):
     )
     for found in (ours, theirs):
         assert (found["state"], found["completed"], found["total_output_tokens"]) == ("ok", 40, 40 * 32)
+    for key, value in _as_vllm_defines(ours).items():
+        assert ours[key] == pytest.approx(value, rel=0.03 if key in COUNTED_BY_CHUNKS else 1e-3), key
     words = [f"eval.endpoint={endpoint}", "eval.max_problems=4", f"run_dir={tmp_path / 'evaluation'}"]
     assert evaluate.main(words) == 0
     assert json.loads((tmp_path / "evaluation/result.json").read_text())["status"] == "finished"
@@ -143,6 +145,41 @@ def _expected_logprobs(folder, tokens):
     largest = logits.max(-1, keepdims=True)
     logprobs = logits - largest - np.log(np.exp(logits - largest).sum(-1, keepdims=True))
     return logprobs[np.arange(len(tokens) - 1), tokens[1:]]
+
+
+SLO = "p50_tpot_ms: 8"
+COUNTED_BY_CHUNKS = ("max_output_tokens_per_s",)
+"""By vLLM's client; ours knows how many tokens a chunk has."""
+_DEFINITIONS = """
+import json, sys
+from vllm.benchmarks.lib.endpoint_request_func import RequestFuncOutput
+from vllm.benchmarks.serve import calculate_metrics
+cell = json.load(sys.stdin)
+each = zip(*(cell[key] for key in ("input_lens", "output_lens", "ttfts", "itls", "start_times")))
+outputs = [
+    RequestFuncOutput(
+        success=True, prompt_len=prompt, output_tokens=answer, start_time=at, ttft=ttft, itl=itl,
+        latency=ttft + sum(itl),
+    )
+    for prompt, answer, ttft, itl, at in each
+]
+found, _ = calculate_metrics([], outputs, cell["duration"], None, [99], {"tpot": 8})
+print("found:", json.dumps(vars(found)))
+"""
+
+
+def _as_vllm_defines(cell):
+    """The figures of a cell's requests as vLLM's own client works them out."""
+    done = subprocess.run(
+        [VLLM.parent / "python", "-c", _DEFINITIONS], input=json.dumps(cell), capture_output=True, text=True, check=True
+    )
+    (line,) = (line for line in done.stdout.splitlines() if line.startswith("found: "))
+    found = json.loads(line.removeprefix("found: "))
+    for name in ("ttft", "tpot", "itl", "e2el"):
+        ((_, found[f"p99_{name}_ms"]),) = found.pop(f"percentiles_{name}_ms")
+    same = {key: value for key, value in found.items() if key in cell and key != "max_concurrent_requests"}
+    assert len(same) == 2 + 4 + 16 + 1  # counts, throughputs, four statistics of four latencies, the best second
+    return same
 
 
 _PARSE = """
