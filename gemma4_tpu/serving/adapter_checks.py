@@ -42,20 +42,20 @@ def find_adapters(
 ) -> tuple[tuple[ServedAdapter, ...], str, list[str]]:
     """The adapters, the folder of their base (`run`, if that is given), and what is wrong with them."""
     messages = [*_server_problems(serving)]
-    found: list[tuple[Path, Path, dict[str, Any]]] = []  # what was given, the adapter, its configuration
+    found: list[tuple[Path, Path, dict[str, Any]]] = []  # the run, or else the adapter; the adapter; its configuration
     for given in folders:
         folder, config, problem = _read(given)
         if folder is None or config is None:
             messages.append(problem)
         else:
             messages += [f"adapters: {given}: {why}" for why in _unserved(config)]
-            found.append((Path(given), folder, config))
+            found.append((folder.parent if is_run(folder.parent) else folder, folder, config))
     if len({folder for _, folder, _ in found}) < len(found):
         messages.append("adapters: one of them stands there twice")
     if messages:
         return (), run, messages
     messages += _bases(found)
-    names = _names([given.absolute() for given, _, _ in found])
+    names = _names([place for place, _, _ in found])
     adapters = tuple(
         ServedAdapter(name, folder, _rank(config)) for name, (_, folder, config) in zip(names, found, strict=True)
     )
@@ -86,7 +86,7 @@ def _server_problems(serving: ServingConfig) -> Iterator[str]:
 
 def _read(given: str) -> tuple[Path | None, dict[str, Any] | None, str]:
     """The adapter's folder and configuration, or what is wrong."""
-    place = Path(given)
+    place = Path(given).absolute()
     folder = place / ADAPTER if is_run(place) else place
     if not place.is_dir():
         return None, None, f"adapters: {given}: no such folder"
@@ -100,7 +100,7 @@ def _read(given: str) -> tuple[Path | None, dict[str, Any] | None, str]:
             raise ValueError("not an object")
     except ValueError as error:
         return None, None, f"adapters: {given}: {CONFIG} is damaged: {error}"
-    return folder.absolute(), config, ""
+    return folder, config, ""
 
 
 def _unserved(config: dict[str, Any]) -> Iterator[str]:
@@ -136,7 +136,7 @@ def _rank(config: dict[str, Any]) -> int:
 
 def _bases(found: Sequence[tuple[Path, Path, dict[str, Any]]]) -> Iterator[str]:
     """Whether they were trained on one base: by its fingerprint where the runs are here, else by its folder."""
-    bases = {str(given): _base(given, config) for given, _, config in found}
+    bases = {str(place): _base(place, config) for place, _, config in found}
     for key in ("fingerprint", "folder"):
         told = {name: base[key] for name, base in bases.items()}
         if None in told.values():
@@ -151,10 +151,10 @@ def _bases(found: Sequence[tuple[Path, Path, dict[str, Any]]]) -> Iterator[str]:
         return
 
 
-def _base(given: Path, config: dict[str, Any]) -> dict[str, str | None]:
+def _base(place: Path, config: dict[str, Any]) -> dict[str, str | None]:
     """What tells the base from others: its fingerprint, by the run's record, and its folder."""
     try:
-        text = (given / "provenance.json").read_text(encoding="utf-8")
+        text = (place / "provenance.json").read_text(encoding="utf-8")
         fingerprint = yaml.safe_load(text)["fingerprints"]["base"]
     except (OSError, yaml.YAMLError, KeyError, TypeError):
         fingerprint = None

@@ -137,10 +137,15 @@ class ProcessRunner:
 
     def start(self) -> str:
         """Starts vLLM. Where this process is killed, vLLM is asked to end too (on Linux)."""
-        self._process = subprocess.Popen(
-            self._words, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-            env=inherited() | self._environment, start_new_session=True, preexec_fn=_end_with_parent,
-        )  # fmt: skip
+        try:
+            self._process = subprocess.Popen(
+                self._words, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+                env=inherited() | self._environment, start_new_session=True, preexec_fn=_end_with_parent,
+            )  # fmt: skip
+        except OSError as error:
+            raise UserError(
+                f"serving.executable={self._executable}: can't be run ({error.strerror}); was its environment moved?"
+            ) from None
         self._reaper = threading.Thread(target=self._reap, name="vllm-reaper", daemon=True)
         self._reaper.start()
         return f"process {self._process.pid}"

@@ -6,6 +6,7 @@ import signal
 from pathlib import Path
 
 import pytest
+from safetensors.numpy import load_file
 
 from gemma4_tpu.architectures import ARCHITECTURES
 from gemma4_tpu.config.load import load
@@ -13,6 +14,7 @@ from gemma4_tpu.config.serving import ServingConfig
 from gemma4_tpu.errors import UserError
 from gemma4_tpu.serve import SERVE, main
 from gemma4_tpu.serving.adapter_checks import ServedAdapter
+from gemma4_tpu.serving.adapter_copies import copied
 from gemma4_tpu.serving.memory import estimate
 from tests.serving.conftest import MODULE
 from tests.serving.test_server import result
@@ -61,6 +63,8 @@ def test_the_base_gets_all_of_them_under_their_names(adapted, base, dry_run):
 
 
 def test_names_are_as_long_as_they_must_be(adapted, dry_run):
+    _, words = dry_run(given(adapted("z/0") / "adapter"), *GPU)
+    assert json.loads(words[words.index("--lora-modules") + 1])["name"] == "0"
     _, words = dry_run(given(adapted("x/0"), adapted("y/0")), *GPU)
     at = words.index("--lora-modules")
     assert [json.loads(word)["name"] for word in words[at + 1 : at + 3]] == ["x/0", "y/0"]
@@ -135,3 +139,20 @@ def test_each_is_asked_and_one_like_the_base_ends_it(docker, adapted, port, tmp_
     assert capsys.readouterr().out.splitlines()[1:] == ["model: base", "adapter: a", "adapter: b"]
     assert {name: probe["as_merged"] for name, probe in result(serve)["probe"].items()} == {"a": 1, "b": 1}
     assert docker.containers == []
+
+
+def test_where_v_is_k_vllm_is_told_of_v_too(adapted, tmp_path):
+    k = [MODULE.replace("0.self_attn.q_proj", f"{layer}.self_attn.k_proj") for layer in (0, 5)]
+    run = adapted(modules=k, probe=[{"tokens": [5], "merged": 1, "base": 2}])
+    adapter = ServedAdapter("a", run / "adapter", 8)
+    arch = ARCHITECTURES["gemma4_31b"]  # whose layer 5 is global
+    for _ in range(2):  # a record that is opened again
+        (copy,) = copied([adapter], arch, tmp_path / "copies")
+    names = set(load_file(copy.folder / "adapter_model.safetensors"))
+    before = set(load_file(adapter.folder / "adapter_model.safetensors"))
+    assert names - before == {f"{k[1].replace('k_proj', 'v_proj')}.lora_{x}.weight" for x in "AB"}
+    for file in ("adapter_config.json", "probe.json"):
+        assert (copy.folder / file).read_bytes() == (adapter.folder / file).read_bytes()
+    assert copied([copy], arch, tmp_path / "again") == (copy,)
+    assert copied([adapter], ARCHITECTURES["gemma4_e2b"], tmp_path / "again") == (adapter,)  # V has its own weight
+    assert not (tmp_path / "again").exists()

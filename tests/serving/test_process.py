@@ -97,3 +97,8 @@ def test_a_launcher_that_is_killed_leaves_no_server(process, merged, docker, vll
 def test_a_command_that_is_not_there(serve, merged, docker, capsys):
     assert serve(merged(), "serving.runner=process", "serving.executable=/nowhere/vllm") == 2
     assert "serving.executable=/nowhere/vllm: no such command" in capsys.readouterr().err
+    moved = docker.folder / "vllm"
+    moved.write_text("#!/nowhere/python\n")
+    moved.chmod(0o755)
+    assert serve(merged(folder="again"), "serving.runner=process", f"serving.executable={moved}") == 2
+    assert "can't be run (No such file or directory); was its environment moved?" in capsys.readouterr().err
