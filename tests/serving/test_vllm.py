@@ -26,7 +26,7 @@ from tests.serving.wide import WIDE, make_wide
 ROOT = Path(__file__).parents[2]
 VLLM = ROOT / ".venv-vllm" / "bin" / "vllm"
 NOT_THERE = "vLLM's CPU build is not installed: make vllm"
-pytestmark = [pytest.mark.slow, pytest.mark.skipif(not VLLM.exists(), reason=NOT_THERE)]
+pytestmark = [pytest.mark.slow, pytest.mark.skipif(not (VLLM.parents[1] / ".installed").exists(), reason=NOT_THERE)]
 
 
 @pytest.fixture(scope="module")
