@@ -37,6 +37,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "eval.compute_dtype": ("auto", "bfloat16", "float32"),
     "eval.judge.sandbox": ("auto", "bubblewrap", "landlock"),
     "bench.arrivals": ("poisson", "fixed"),
+    "serving.runner": ("docker", "process", "embedded"),
     "serving.weight_dtype": ("bfloat16", "fp8", "float32"),
     "serving.kv_cache_dtype": ("auto", "bfloat16", "fp8"),
 }

@@ -10,13 +10,17 @@ import threading
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
+from safetensors.numpy import save_file
 
 from gemma4_tpu import assets
 from gemma4_tpu.architectures import ARCHITECTURES, to_hf_config
 from gemma4_tpu.serve import main
 from tests.serving import fake_docker_path
 
+MODULE = "base_model.model.model.language_model.layers.0.self_attn.q_proj"
+"""That an adapter adapts."""
 FLAGS = Path(assets.ROOT, "vllm_0_32_flags.txt")
 
 
@@ -93,6 +97,33 @@ def merged(tmp_path):
         if probe is not None:
             (place / "probe.json").write_text(json.dumps({"prompts": probe}))
         return place
+
+    return make
+
+
+@pytest.fixture
+def base(merged):
+    return merged("gemma4_e2b", folder="base")
+
+
+@pytest.fixture
+def adapted(tmp_path, base):
+    """Makes a run folder with an adapter, as far as anything here looks."""
+
+    def make(name="a", *, fingerprint="f", probe=None, modules=(MODULE,), **changes):
+        run = tmp_path / name
+        folder = run / "adapter"
+        folder.mkdir(parents=True)
+        (run / "checkpoints").mkdir()
+        (run / "config.yaml").write_text("{}")
+        (run / "provenance.json").write_text(json.dumps({"fingerprints": {"base": fingerprint}}))
+        config = {"peft_type": "LORA", "r": 8, "lora_alpha": 8, "base_model_name_or_path": str(base)}
+        (folder / "adapter_config.json").write_text(json.dumps(config | changes))
+        factors = {f"{m}.lora_{x}.weight": np.zeros((2, 2), np.float32) for m in modules for x in "AB"}
+        save_file(factors, folder / "adapter_model.safetensors")
+        if probe is not None:
+            (folder / "probe.json").write_text(json.dumps({"prompts": probe}))
+        return run
 
     return make
 
