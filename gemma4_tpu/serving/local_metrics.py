@@ -47,12 +47,15 @@ class Metrics:
         self._running.set(running)
         self._waiting.set(waiting)
 
+    def read(self, answer: GeneratedAnswer) -> None:
+        """The prompt was read."""
+        self._prompt.inc(len(answer.prompt))
+
     def token(self, answer: GeneratedAnswer, finish: str | None) -> None:
         """A token was made; with `finish` it was the last one."""
         self._generated.inc()
         if answer.first_token is None:
             answer.first_token = time.monotonic()
-            self._prompt.inc(len(answer.prompt))
             self._first.observe(answer.first_token - answer.arrived)
         if finish:
             self.ended(answer, finish)
