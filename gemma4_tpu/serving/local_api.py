@@ -21,7 +21,14 @@ from gemma4_tpu.serving.local_engine import READY, LocalEngine
 from gemma4_tpu.serving.local_grammar import AnswerGrammar
 from gemma4_tpu.serving.local_metrics import Metrics
 from gemma4_tpu.serving.local_process import WorkRefused
-from gemma4_tpu.serving.local_protocol import ApiError, ChatRequest, CompletionRequest, ResponseFormat, read_request
+from gemma4_tpu.serving.local_protocol import (
+    ApiError,
+    ChatRequest,
+    CompletionRequest,
+    ResponseFormat,
+    TokenizeRequest,
+    read_request,
+)
 from gemma4_tpu.serving.local_reply import Reply
 from gemma4_tpu.serving.local_sampling import ABORT, ERROR, AnswerPiece, GeneratedAnswer
 
@@ -58,6 +65,7 @@ class Api:
         app.get("/metrics")(self.metrics)
         app.get("/v1/models")(self.models)
         app.get("/v1/models/{name:path}")(self.one_model)
+        app.post("/tokenize")(self.tokenize)
         app.post("/v1/completions")(self.completions)
         app.post("/v1/chat/completions")(self.chat)
         return app
@@ -91,6 +99,18 @@ class Api:
             "id": self._model, "object": "model", "created": self._started, "owned_by": "gemma4-tpu",
             "max_model_len": self._longest,
         }  # fmt: skip
+
+    async def tokenize(self, request: Request) -> dict[str, Any]:
+        """`POST /tokenize`, as vLLM has it for texts: their ids."""
+        self._authorise(request)
+        body = read_request(TokenizeRequest, await whole_body(request))
+        if body.model is not None:
+            self._check_model(body.model)
+        self._engine_ready()
+        options = {"add_special_tokens": body.add_special_tokens}
+        async with self._tokenizing:
+            tokens = await asyncio.to_thread(lambda: self._engine.tokenizer(body.prompt, **options)["input_ids"])
+        return {"tokens": tokens, "count": len(tokens), "max_model_len": self._longest}
 
     async def completions(self, request: Request) -> Response:
         """`POST /v1/completions`: texts or token ids are continued."""

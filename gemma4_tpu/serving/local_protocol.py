@@ -205,6 +205,14 @@ class CompletionRequest(_Request):
         return [self.prompt] if single else self.prompt  # type: ignore[return-value]
 
 
+class TokenizeRequest(BaseModel):
+    """`POST /tokenize`."""
+
+    model: str | None = None
+    prompt: str = Field(max_length=2**20)
+    add_special_tokens: bool = True
+
+
 class CalledFunction(BaseModel):
     """Of a call; its arguments are written as JSON, and templates want the object."""
 

@@ -42,7 +42,8 @@ def test_what_a_template_writes_is_read_back(template):
         (" call: f { a : 1 , b:[ ] } ", {"a": 1, "b": []}),
         ("call:f{a:Berlin, north,b:2024-01-02}", None),  # a text without its marks ends at the comma
         ("call:f{a:Berlin north,b:2024-01-02}", {"a": "Berlin north", "b": "2024-01-02"}),
-        ("call:f{a:NaN,b:-Infinity,c:1e999,d:" + "9" * 5000 + "}", {"a": "NaN", "b": "-Infinity", "c": "1e999", "d": "9" * 5000}),
+        ("call:f{a:NaN,b:-Infinity,c:1e999}", {"a": "NaN", "b": "-Infinity", "c": "1e999"}),  # no numbers of JSON
+        (f"call:f{{a:{'9' * 5000}}}", {"a": "9" * 5000}),
         ("call:f{a:{b:" + "[" * 70 + "]" * 70 + "}}", None),
         (f"call:f{{a:{QUOTE}never closed}}", None),
         ("call:f{a:1", None),

@@ -15,7 +15,7 @@ from gemma4_tpu.serving.local_engine import READY, LocalEngine
 from gemma4_tpu.serving.local_metrics import Metrics
 from gemma4_tpu.serving.local_sampling import AnswerSampling, GeneratedAnswer, choose
 from tests.serving import TINY
-from tests.serving.local_requests import application, started
+from tests.serving.local_requests import application, send, started
 
 LONGEST = 640
 PROMPT = "module adder(input [3:0] a, input [3:0] b, output [4:0] y);\n" * 6
@@ -117,6 +117,12 @@ def test_a_chats_logprobs_are_the_models(tiny_engine, reference):
     parts = [part for chunk in chunks for part in chunk.choices[0].logprobs.content]
     assert [(p.token, p.top_logprobs) for p in parts] == [(one.token, []) for one in choice.logprobs.content]
     assert [p.logprob for p in parts] == pytest.approx([one.logprob for one in choice.logprobs.content], abs=NEAR)
+
+
+def test_a_texts_tokens_are_told(tiny_engine):
+    ask = {"url": "/tokenize", "json": {"model": "m", "prompt": PROMPT, "add_special_tokens": False}}
+    (answer,) = send(tiny_engine, [ask])
+    assert answer.json()["tokens"] == tiny_engine.tokenizer(PROMPT, add_special_tokens=False)["input_ids"]
 
 
 # ── drawing ────────────────────────────────────────────────────────────────────────────────────────────────────────
