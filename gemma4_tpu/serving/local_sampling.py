@@ -95,7 +95,8 @@ class GeneratedAnswer:
     generator: torch.Generator | None = None
     arrived: float = 0.0
     """`time.monotonic()`"""
-    first_token: float | None = None
+    last_token: float | None = None
+    """When it was made; `time.monotonic()`."""
     aborted: bool = False
     """Set from any thread; the engine drops it at its next step."""
 
