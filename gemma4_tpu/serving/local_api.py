@@ -118,7 +118,7 @@ class Api:
         body = read_request(CompletionRequest, await whole_body(request))
         self._admit(body)
         self._engine_ready()
-        prompts = [await self._prompt(prompt, body.echo) for prompt in body.prompts]
+        prompts = [await self._prompt(prompt, body) for prompt in body.prompts]
         if not prompts:
             raise ApiError(400, "prompt is empty", param="prompt")
         return await self._answer(body, request, prompts)
@@ -178,19 +178,19 @@ class Api:
         message = f"this model's maximum context length is {self._longest} tokens; {told}"
         return ApiError(400, message, param=param, code="context_length_exceeded")
 
-    async def _prompt(self, prompt: str | list[int], echo: bool) -> _Prompt:
+    async def _prompt(self, prompt: str | list[int], body: CompletionRequest) -> _Prompt:
         """A text as the tokenizer starts one (with `<bos>`), or the text of tokens (without)."""
         if not prompt:
             raise ApiError(400, "prompt is empty", param="prompt")
-        tokenizer = self._engine.tokenizer
+        tokenizer, options = self._engine.tokenizer, {"add_special_tokens": body.add_special_tokens}
         if isinstance(prompt, str):
             self._check_characters(len(prompt), "prompt")
             async with self._tokenizing:
-                tokens = await asyncio.to_thread(lambda: tokenizer(prompt)["input_ids"])
-            return _Prompt(tokens, prompt if echo else None)
+                tokens = await asyncio.to_thread(lambda: tokenizer(prompt, **options)["input_ids"])
+            return _Prompt(tokens, prompt if body.echo else None)
         self._check_tokens(prompt, "prompt")
         start = prompt[0] == tokenizer.bos_token_id
-        return _Prompt(prompt, tokenizer.decode(prompt[start:]) if echo else None)
+        return _Prompt(prompt, tokenizer.decode(prompt[start:]) if body.echo else None)
 
     def _check_tokens(self, tokens: Iterable[int], param: str) -> None:
         if not all(0 <= token < self._engine.vocabulary for token in tokens):
@@ -200,7 +200,7 @@ class Api:
         if wanted is None or wanted.schema_wanted is None:
             return None
         try:
-            return await asyncio.to_thread(self._engine.grammars.of_schema, wanted.schema_wanted)
+            return await asyncio.to_thread(self._engine.grammar, wanted.schema_wanted)
         except WorkRefused as error:
             raise ApiError(400, f"response_format can't be kept: {error}", param="response_format") from None
 
@@ -227,7 +227,7 @@ class Api:
         answers = [
             GeneratedAnswer(
                 tokens, body.sampling(self._engine.defaults, self._longest - len(tokens), choice),
-                teller(place * body.n + choice), chat=is_chat, has_tools=bool(body.callable_tools), echo=echo,
+                teller(place * body.n + choice), chat=is_chat, most_calls=body.most_calls, echo=echo,
                 grammar=grammar.copy() if grammar else None,
             )
             for place, (tokens, echo) in enumerate(prompts) for choice in range(body.n)

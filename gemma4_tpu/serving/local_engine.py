@@ -22,7 +22,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
 
 from gemma4_tpu.serving.local_batch import DecodingBatch
-from gemma4_tpu.serving.local_grammar import Grammars
+from gemma4_tpu.serving.local_grammar import AnswerGrammar, Grammars
 from gemma4_tpu.serving.local_metrics import Metrics
 from gemma4_tpu.serving.local_process import WorkRefused
 from gemma4_tpu.serving.local_sampling import (
@@ -65,8 +65,7 @@ class LocalEngine:
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self.tokenizer: Any = None
         self._templates: TemplateProcess | None = None
-        self.grammars: Grammars
-        """For `response_format`; there once the checkpoint is loaded."""
+        self._grammars: Grammars | None = None
         self.template_arguments: frozenset[str] = frozenset()
         """What the chat template takes besides the conversation."""
         self.state = LOADING
@@ -100,9 +99,10 @@ class LocalEngine:
         self._end_processes()  # those of a checkpoint which was still being loaded
 
     def _end_processes(self) -> None:
-        for one in (self._templates, getattr(self, "grammars", None)):
-            if one is not None:
-                one.close()
+        if self._templates is not None:
+            self._templates.close()
+        if self._grammars is not None:
+            self._grammars.close()
 
     @property
     def alive(self) -> bool:
@@ -143,7 +143,7 @@ class LocalEngine:
     def take_tokenizer(self, tokenizer: Any) -> None:
         """The checkpoint's own, with its chat template."""
         self.tokenizer = tokenizer
-        self.grammars = Grammars(tokenizer, self.vocabulary, self._eos)
+        self._grammars = Grammars(tokenizer, self.vocabulary, self._eos)
         if tokenizer.chat_template is not None:
             template = tokenizer.get_chat_template()
             self.template_arguments = arguments(template)
@@ -167,6 +167,11 @@ class LocalEngine:
             raise WorkRefused("the checkpoint has none")
         text = self._templates.render(messages, tools, options, characters=characters)
         return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
+
+    def grammar(self, schema: Mapping[str, Any] | bool) -> AnswerGrammar:
+        """For answers that are JSON of this schema; raises `WorkRefused`."""
+        assert self._grammars is not None  # it is ready
+        return self._grammars.of_schema(schema)
 
     @property
     def defaults(self) -> dict[str, float]:
@@ -229,7 +234,7 @@ class LocalEngine:
         """The prompt is read. Tells it where it is wanted; returns it, if that is all."""
         self._metrics.read(answer)
         chat = answer.prompt if answer.chat else None
-        answer.text = AnswerText(self.tokenizer, answer.sampling.stop, chat, has_tools=answer.has_tools)
+        answer.text = AnswerText(self.tokenizer, answer.sampling.stop, chat, most_calls=answer.most_calls)
         seed = answer.sampling.seed
         answer.generator = torch.Generator().manual_seed(secrets.randbits(63) if seed is None else seed)
         piece = AnswerPiece(answer.echo or "", (), logprobs=tuple(self._placed(answer)))

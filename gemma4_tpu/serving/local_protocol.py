@@ -6,6 +6,7 @@ Keys that OpenAI or vLLM know and this server does not honour are refused unless
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal, TypeVar
 
@@ -22,10 +23,13 @@ DEEPEST = 100
 """Levels of lists and objects in a body."""
 Form = TypeVar("Form", bound=BaseModel)
 _SILENT: tuple[Any, ...] = (None, False, 0, "", [], {}, "none", "auto", "text", {"type": "text"})
-_NEUTRAL = {
-    "best_of": 1, "length_penalty": 1, "skip_special_tokens": True, "store": True, "parallel_tool_calls": True,
+_USUAL = {
+    "best_of": 1, "length_penalty": 1, "skip_special_tokens": True, "spaces_between_special_tokens": True,
+    "add_generation_prompt": True, "include_reasoning": True,
 }  # fmt: skip
-_NOTHING_TO_DO = ("user", "metadata", "request_id", "priority", "service_tier", "safety_identifier", "prompt_cache_key")
+"""What other keys say that say nothing: these are not off where they are left out."""
+_NOTHING_TO_DO = ("user", "metadata", "request_id", "priority", "service_tier", "safety_identifier", "prompt_cache_key",
+                  "store")  # fmt: skip
 
 
 class ApiError(Exception):
@@ -150,14 +154,15 @@ class _Request(BaseModel):
         return None
 
     @property
-    def callable_tools(self) -> list[dict[str, Any]]:
-        """For the chat template."""
-        return []
+    def most_calls(self) -> float:
+        """Of tools, in an answer."""
+        return 0
 
     def check_unknown(self) -> None:
         """Raises `ApiError` for a key that would change the answer and is not honoured."""
         for key, value in (self.model_extra or {}).items():
-            if key not in _NOTHING_TO_DO and value not in _SILENT and value != _NEUTRAL.get(key, ...):
+            silent = value in (None, _USUAL[key]) if key in _USUAL else value in _SILENT
+            if key not in _NOTHING_TO_DO and not silent:
                 raise ApiError(400, f"{key} is not supported by this server", param=key, code="unsupported_parameter")
 
     def sampling(self, defaults: Mapping[str, float], room: int, choice: int) -> AnswerSampling:
@@ -187,6 +192,7 @@ class CompletionRequest(_Request):
     max_tokens: int | None = Field(16, ge=0)
     logprobs: int | None = Field(None, ge=0, le=MOST_LOGPROBS)
     echo: bool = False
+    add_special_tokens: bool = True
 
     @model_validator(mode="after")
     def _says_something(self) -> CompletionRequest:
@@ -281,6 +287,7 @@ class ChatRequest(_Request):
     tools: list[Tool] | None = None
     tool_choice: Literal["none", "auto"] | None = None
     """By default as OpenAI's: `auto` where there are tools. A call can't be forced."""
+    parallel_tool_calls: bool | None = None
 
     @model_validator(mode="after")
     def _asks_for_logprobs(self) -> ChatRequest:
@@ -300,6 +307,10 @@ class ChatRequest(_Request):
     def callable_tools(self) -> list[dict[str, Any]]:
         """For the chat template; none where the model is not to call any."""
         return [] if self.tool_choice == "none" else [tool.model_dump() for tool in self.tools or ()]
+
+    @property
+    def most_calls(self) -> float:
+        return 0 if not self.callable_tools else 1 if self.parallel_tool_calls is False else math.inf
 
     def turns(self) -> list[dict[str, Any]]:
         """For the chat template."""

@@ -82,8 +82,8 @@ class GeneratedAnswer:
     """Called from the engine's thread, once per token."""
     chat: bool = False
     """Whether thoughts are told apart from the answer, as vLLM's `--reasoning-parser gemma4` does."""
-    has_tools: bool = False
-    """Whether calls are, as its `--tool-call-parser gemma4` does."""
+    most_calls: float = 0
+    """So many calls are told apart too, as its `--tool-call-parser gemma4` does, and the last one ends the answer."""
     echo: str | None = None
     """The prompt's text, told before the answer."""
     grammar: AnswerGrammar | None = None

@@ -101,34 +101,34 @@ class AnswerText:
       tokenizer: the checkpoint's own.
       stop: texts that end the answer; thoughts and calls are not searched for them.
       prompt: the ids before the answer, for a thought that they leave open; None: nothing is told apart.
-      has_tools: whether there are tools to be called; without, calls are not told apart.
+      most_calls: of tools, the last one of which ends the answer; 0: there are no tools, and no calls are told apart.
     """
 
     def __init__(
-        self, tokenizer: Any, stop: Sequence[str], prompt: Sequence[int] | None = None, *, has_tools: bool = False
+        self, tokenizer: Any, stop: Sequence[str], prompt: Sequence[int] | None = None, *, most_calls: float = 0
     ):
         self._tokenizer = tokenizer
         self._answer = GrowingText(tokenizer, stop)
         self._opens, self._closes, thinks = tokenizer.convert_tokens_to_ids([CHANNEL, CHANNEL_END, THINK])
         marks = [TOOL_CALL, TOOL_CALL_END, TOOL_RESPONSE]
-        ids: list[int | None] = tokenizer.convert_tokens_to_ids(marks) if has_tools else [None] * 3
+        ids: list[int | None] = tokenizer.convert_tokens_to_ids(marks) if most_calls else [None] * 3
         self._calls, self._called, self._response = ids
         self._apart = prompt is not None
         self._thought: GrowingText | None = None
         self._call: list[int] | None = None
         self._named = False  # whether the channel's name is behind us
         self._held = ""  # of the thought, not told yet
-        self._responds = False
+        self._calls_left, self._responds = most_calls, False
         given = list(prompt or ())
         channels = [token for token in given if token in (self._opens, self._closes)]
         if channels and channels[-1] == self._opens:
             self._thought, self._named = GrowingText(tokenizer), True  # the prompt wrote the name, too
         thinking = self._apart and thinks in given and given[-1] != self._closes
-        self._openers = ([self._opens] if thinking else []) + ([self._calls] if has_tools else [])
+        self._openers = ([self._opens] if thinking else []) + ([self._calls] if most_calls else [])
 
     @property
     def stopped(self) -> bool:
-        """By a stop string, or where the response to a call would begin, which is not the model's to write."""
+        """By a stop string, the last call, or where a response would begin, which is not the model's to write."""
         return self._answer.stopped or self._responds
 
     @property
@@ -179,6 +179,8 @@ class AnswerText:
             call = read_call(written.removeprefix(TOOL_CALL).removesuffix(TOOL_CALL_END))
         except ValueError:
             return Grown(self._answer.insert(written))
+        self._calls_left -= 1
+        self._responds = self._responds or not self._calls_left
         return Grown(calls=(ToolCall(*call),))
 
     def _end_thought(self) -> str:

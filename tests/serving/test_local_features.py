@@ -125,6 +125,14 @@ def test_a_texts_tokens_are_told(tiny_engine):
     assert answer.json()["tokens"] == tiny_engine.tokenizer(PROMPT, add_special_tokens=False)["input_ids"]
 
 
+def test_a_prompt_may_begin_without_the_start_token(tiny_engine):
+    counts = [
+        completed(tiny_engine, prompt="module", max_tokens=1, extra_body={"add_special_tokens": start}).usage
+        for start in (True, False)
+    ]
+    assert counts[0].prompt_tokens == counts[1].prompt_tokens + 1
+
+
 # ── drawing ────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
@@ -286,6 +294,12 @@ def test_calls_are_read_whole_and_in_a_stream(scripted, written, content, calls,
     assert [call.index for call in told] == list(range(len(calls)))
     assert [json.loads(call.function.arguments) for call in told] == calls
     assert deltas[-1].finish_reason == why
+
+
+def test_one_call_at_a_time_ends_with_the_first(scripted):
+    scripted.say(CALL + SECOND)
+    choice = chatted(scripted, messages=ASKED, tools=[WEATHER], parallel_tool_calls=False).choices[0]
+    assert (len(choice.message.tool_calls), choice.finish_reason) == (1, "tool_calls")
 
 
 def test_results_of_calls_go_back_and_choice_none_hides_the_tools(scripted):

@@ -83,6 +83,7 @@ ENDLESS = {"allOf": [{"type": "string", "pattern": f"a.*{number}"} for number in
         (completions(ASK | {"logit_bias": {"512": 1}}), 400, "token ids are from 0 to 511"),
         (completions(ASK | {"logit_bias": {"5": 101}}), 400, "logit_bias.5"),
         (completions(ASK | {"max_tokens": 0}), 400, "except with echo"),
+        (completions(ASK | {"skip_special_tokens": False}), 400, "skip_special_tokens is not supported"),
         (completions(ASK | {"response_format": schema({"not": {}})}), 400, "can't be kept: Unimplemented keys"),
         (completions(ASK | {"response_format": schema(ENDLESS)}), 400, "it takes more than 2 s"),
         (completions(ASK | {"response_format": {"type": "json_schema"}}), 400, "json_schema is missing"),
