@@ -109,22 +109,23 @@ class AnswerText:
     ):
         self._tokenizer = tokenizer
         self._answer = GrowingText(tokenizer, stop)
-        self._opens, self._closes, thinks = tokenizer.convert_tokens_to_ids([CHANNEL, CHANNEL_END, THINK])
-        marks = [TOOL_CALL, TOOL_CALL_END, TOOL_RESPONSE]
-        ids: list[int | None] = tokenizer.convert_tokens_to_ids(marks) if most_calls else [None] * 3
-        self._calls, self._called, self._response = ids
+        self._opens, self._closes, thinks = _ids(tokenizer, CHANNEL, CHANNEL_END, THINK)
+        calls: list[int | None] = [None] * 3
+        if most_calls:
+            calls = _ids(tokenizer, TOOL_CALL, TOOL_CALL_END, TOOL_RESPONSE)
+        self._calls, self._called, self._response = calls
         self._apart = prompt is not None
         self._thought: GrowingText | None = None
         self._call: list[int] | None = None
         self._named = False  # whether the channel's name is behind us
         self._held = ""  # of the thought, not told yet
-        self._calls_left, self._responds = most_calls, False
+        self._calls_left, self._has_called, self._responds = most_calls, False, False
         given = list(prompt or ())
         channels = [token for token in given if token in (self._opens, self._closes)]
         if channels and channels[-1] == self._opens:
             self._thought, self._named = GrowingText(tokenizer), True  # the prompt wrote the name, too
         thinking = self._apart and thinks in given and given[-1] != self._closes
-        self._openers = ([self._opens] if thinking else []) + ([self._calls] if most_calls else [])
+        self._openers = [mark for mark in (self._opens if thinking else None, self._calls) if mark is not None]
 
     @property
     def stopped(self) -> bool:
@@ -138,8 +139,8 @@ class AnswerText:
 
     @property
     def is_apart(self) -> bool:
-        """Whether a thought or a call is under way."""
-        return self._thought is not None or self._call is not None
+        """Whether what comes is not the answer's text: in a thought, in a call, behind a call."""
+        return self._thought is not None or self._call is not None or self._has_called
 
     @property
     def openers(self) -> list[int]:
@@ -179,7 +180,7 @@ class AnswerText:
             call = read_call(written.removeprefix(TOOL_CALL).removesuffix(TOOL_CALL_END))
         except ValueError:
             return Grown(self._answer.insert(written))
-        self._calls_left -= 1
+        self._has_called, self._calls_left = True, self._calls_left - 1
         self._responds = self._responds or not self._calls_left
         return Grown(calls=(ToolCall(*call),))
 
@@ -199,3 +200,10 @@ class AnswerText:
             self._named, told = True, text.removesuffix("\n")
         self._held = text[len(told) :]
         return told
+
+
+def _ids(tokenizer: Any, *marks: str) -> list[int | None]:
+    """Of control tokens; None for one that the tokenizer doesn't have."""
+    found = tokenizer.convert_tokens_to_ids(list(marks))
+    there = tokenizer.convert_ids_to_tokens([0 if token is None else token for token in found])
+    return [token if name == mark else None for mark, token, name in zip(marks, found, there, strict=True)]
