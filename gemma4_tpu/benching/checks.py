@@ -99,8 +99,23 @@ def _cells(bench: BenchConfig) -> Iterator[str]:
         values = [tuple(v) if isinstance(v, list) else v for v in getattr(bench, key)]
         if twice := sorted({v for v in values if values.count(v) > 1}):
             yield f"bench.{key}: {twice[0]} stands there twice"
+    yield from _prompts(bench)
     if bench.arrivals == "fixed" and bench.users:
         yield "bench.arrivals=fixed: only with bench.rates; users send when their last request is answered"
+
+
+def _prompts(bench: BenchConfig) -> Iterator[str]:
+    shortest = min((pair[0] for pair in bench.lengths if pair), default=1)
+    if bench.shared_tokens >= shortest:
+        yield f"bench.shared_tokens={bench.shared_tokens}: a prompt of bench.lengths has {shortest}; give fewer"
+    if bench.turns > 1 and not bench.users:
+        yield f"bench.turns={bench.turns}: only with bench.users, whose next request waits for the answer to the last"
+    if bench.turns > 1 and bench.requests % bench.turns:
+        yield f"bench.requests={bench.requests}: no whole number of sessions of bench.turns={bench.turns}"
+    if bench.prompts is not None and not Path(bench.prompts).is_file():
+        yield f"bench.prompts={bench.prompts}: no such file"
+    if bench.cross_check and (bench.prompts is not None or bench.turns > 1):
+        yield "bench.cross_check=true: vLLM's client has neither bench.prompts nor bench.turns; leave them out"
 
 
 def _names(root: BenchRoot) -> Iterator[str]:

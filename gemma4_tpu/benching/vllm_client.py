@@ -43,6 +43,11 @@ class VllmClient:
             "num-prompts": cell.requests(bench), "num-warmups": bench.warmup_requests, "seed": seed,
             "temperature": bench.temperature, "percentile-metrics": "ttft,tpot,itl,e2el", "metric-percentiles": "99",
         }  # fmt: skip
+        if bench.shared_tokens:
+            flags |= {
+                "random-prefix-len": bench.shared_tokens,
+                "random-input-len": cell.input_tokens - bench.shared_tokens,
+            }
         if cell.users is not None:
             flags["max-concurrency"] = cell.users
         elif cell.rate is not None and not math.isinf(cell.rate):

@@ -95,6 +95,7 @@ RANGES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "eval.judge.workers": _FROM_1, "eval.judge.cpu_seconds": _FROM_1, "eval.judge.file_mib": _FROM_1,
     "eval.judge.output_kib": _FROM_1,
     "eval.judge.memory_mib": (lambda v: v >= 128, "at least 128, which the simulator itself needs"),
+    "bench.shared_tokens": _FROM_0, "bench.turns": _FROM_1,
     "bench.requests": _FROM_1, "bench.warmup_requests": _FROM_0, "bench.temperature": _FROM_0,
     "bench.seed": (lambda v: 0 <= v < 2**32, "at least 0 and less than 2**32"),
     "bench.max_model_len": _FROM_1, "bench.request_timeout_seconds": _POSITIVE,

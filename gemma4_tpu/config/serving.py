@@ -109,6 +109,15 @@ class BenchConfig:
     make a p99."""
     arrivals: str = "poisson"
     """At a rate, requests come as a `poisson` process, or at `fixed` distances."""
+    prompts: str | None = None
+    """File of UTF-8 text that prompts are cut from, at random places; the server makes tokens of it (`/tokenize`, as
+    vLLM has it). null: random token ids, which no speculation guesses."""
+    shared_tokens: int = 0
+    """So many tokens at the beginning are the same in all prompts of a cell, as of a system prompt: what a prefix cache
+    finds again."""
+    turns: int = 1
+    """With `users`: requests of a session. Each prompt after the first is the one before it, tokens that stand for its
+    answer, and as many more as `lengths` says."""
     warmup_requests: int = 2
     """Requests before each cell, at a time and uncounted."""
     seed: int = 0

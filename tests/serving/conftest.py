@@ -17,7 +17,7 @@ from safetensors.numpy import save_file
 from gemma4_tpu import assets
 from gemma4_tpu.architectures import ARCHITECTURES, to_hf_config
 from gemma4_tpu.serve import main
-from tests.serving import fake_docker_path
+from tests.serving import TINY, fake_docker_path
 
 MODULE = "base_model.model.model.language_model.layers.0.self_attn.q_proj"
 """That an adapter adapts."""
@@ -180,3 +180,15 @@ def process(docker, port, tmp_path):
         if one.poll() is None:
             one.kill()
         one.communicate()
+
+
+@pytest.fixture(scope="session")
+def tiny_engine():
+    """The embedded server's engine in this process, with the tiny model."""
+    from gemma4_tpu.serving.local_engine import LocalEngine
+    from gemma4_tpu.serving.local_metrics import Metrics
+    from tests.serving.local_requests import started
+
+    made = started(LocalEngine(TINY, "float32", Metrics("m"), sequences=8, prompt_tokens=512))
+    yield made
+    made.stop()
