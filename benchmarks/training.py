@@ -123,7 +123,7 @@ def ours(examples: Examples, held_out: Examples, rank: int) -> Outcome:
 
     def loss() -> float:
         sums = [evaluate(state.trained, job.base, to_mesh(rows, mesh)) for rows in packed(held_out, 1)]
-        return float(sum(s for s, _ in sums) / sum(n for _, n in sums))
+        return float(sum(s for s, _, _ in sums) / sum(n for _, n, _ in sums))
 
     before = loss()
     tokens, times = [], [time.perf_counter()]

@@ -82,7 +82,7 @@ def _client(loaded: Loaded[BenchRoot, BenchChecked]) -> VllmClient | None:
     if not config.cross_check:
         return None
     assert checked.serving is not None  # the checks
-    return VllmClient(checked.serving, config, checked.endpoint)
+    return VllmClient(checked.serving, config, checked.endpoint, checked.folder)
 
 
 def _bench(loaded: Loaded[BenchRoot, BenchChecked]) -> int:

@@ -1,7 +1,7 @@
-"""`python -m gemma4_tpu.serve run=<merged folder>`: a vLLM server in its container, until Ctrl-C. No JAX here.
+"""`python -m gemma4_tpu.serve run=<merged folder>`: a vLLM server, until Ctrl-C. No JAX here.
 
-Configuration → memory estimated → container started, followed, asked if it is the trained model → stopped, removed.
-`serving=local` serves small checkpoints in this process instead.
+Configuration → memory estimated → vLLM started in its container (or as a process, `serving.runner=process`), followed,
+asked if it is the trained model → stopped, removed. `serving=local` serves small checkpoints in this process instead.
 """
 
 from __future__ import annotations
@@ -9,15 +9,16 @@ from __future__ import annotations
 import logging
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import TYPE_CHECKING
 
 from gemma4_tpu.config.entry import EntryPoint
 from gemma4_tpu.config.load import Loaded, load
 from gemma4_tpu.config.serving import ServeRoot
 from gemma4_tpu.errors import exit_code
-from gemma4_tpu.hardware import GIB, LOCAL
+from gemma4_tpu.hardware import GIB
 from gemma4_tpu.serving.checks import ServeChecked, examine_serve, normalise_serve
+from gemma4_tpu.serving.model_checks import platform_of
 
 if TYPE_CHECKING:
     from gemma4_tpu.serving.local import LocalServer
@@ -35,14 +36,20 @@ SERVE: EntryPoint[ServeRoot, ServeChecked] = EntryPoint(
     examine=examine_serve,
     summary=(
         "Serve a merged checkpoint by vLLM in its container: checked first, followed while it compiles, asked if it"
-        " is the trained model, stopped and removed on Ctrl-C. Needs Docker or Podman."
+        " is the trained model, stopped and removed on Ctrl-C. Needs Docker or Podman, or vLLM on this machine"
+        " (serving.runner=process)."
     ),
     examples=(
         ("serving=v6e8 run=outputs/train/<run>", "31B on v6e-8 as in the paper"),
         ("serving=v6e8 run=<merged folder> dry_run=true", "check, and show the container command"),
         ("serving=v6e8_tuned run=<merged folder> serving.max_model_len=8192", "two copies in fp8, shorter sequences"),
         ("serving=v6e4_moe run=<merged folder> 'serving.flags={seed: 0}'", "26B-A4B, with a flag of vllm serve"),
-        ("serving=local run=outputs/train/<run>", "a small checkpoint on this CPU, without a container"),
+        (
+            "serving=h100x2 'adapters=[outputs/train/<run>,outputs/train/<other run>]'",
+            "runs of one base, without merging them",
+        ),
+        ("serving=vllm_cpu run=outputs/train/<run>", "a small checkpoint on this CPU, by what `make vllm` installs"),
+        ("serving=local run=outputs/train/<run>", "a small checkpoint on this CPU, without vLLM"),
     ),
 )
 
@@ -56,10 +63,10 @@ def _run(loaded: Loaded[ServeRoot, ServeChecked]) -> int:
     from gemma4_tpu.tracking.logs import setup_logging
 
     setup_logging()
-    return _run_local(loaded) if loaded.root.serving.slice == LOCAL else _run_container(loaded)
+    return _run_embedded(loaded) if loaded.root.serving.runner == "embedded" else _run_vllm(loaded)
 
 
-def _run_local(loaded: Loaded[ServeRoot, ServeChecked]) -> int:
+def _run_embedded(loaded: Loaded[ServeRoot, ServeChecked]) -> int:
     from gemma4_tpu.serving.local import LocalServer, check_host_memory, weight_bytes
 
     serving, checked = loaded.root.serving, loaded.checked
@@ -74,12 +81,16 @@ def _run_local(loaded: Loaded[ServeRoot, ServeChecked]) -> int:
     return _recorded(loaded, lambda record: LocalServer(serving, checked))
 
 
-def _run_container(loaded: Loaded[ServeRoot, ServeChecked]) -> int:
+def _run_vllm(loaded: Loaded[ServeRoot, ServeChecked]) -> int:
     from gemma4_tpu.serving.memory import check_memory, estimate
 
     serving, checked = loaded.root.serving, loaded.checked
-    memory = estimate(checked.architecture, serving)
-    check_memory(memory, checked.architecture, serving)
+    if checked.adapters:
+        from gemma4_tpu.serving.adapter_weights import check_weights
+
+        check_weights(checked.adapters, platform_of(serving))
+    memory = estimate(checked.architecture, serving, checked.adapters)
+    check_memory(memory, checked.architecture, serving, checked.adapters)
     if serving.warning:
         log.warning("serving: %s", serving.warning)
     for note in checked.notes:
@@ -96,21 +107,32 @@ def _told(memory: MemoryEstimate) -> list[str]:
 
 def _dry_run(loaded: Loaded[ServeRoot, ServeChecked], memory: MemoryEstimate) -> int:
     """The estimate as comments and the command, for a shell."""
-    from gemma4_tpu.serving.command import run_words, shown
+    from gemma4_tpu.serving.runners import runner_of
 
     for line in _told(memory):
         print(f"# {line}")
-    print(f"{loaded.root.serving.engine} {shown(run_words(loaded.root.serving, loaded.checked))}")
+    if loaded.checked.adapters:
+        from gemma4_tpu.serving.adapter_copies import lacking_v
+
+        for adapter in loaded.checked.adapters:
+            if lacking_v(adapter, loaded.checked.architecture):
+                print(
+                    f"# {adapter.name}: vLLM would apply K's adapter to K alone where V is K; a start gives it a copy"
+                )
+    print(runner_of(loaded.root.serving, loaded.checked).command)
     return 0
 
 
 def _serve(loaded: Loaded[ServeRoot, ServeChecked], memory: MemoryEstimate) -> int:
+    from gemma4_tpu.serving.adapter_copies import copied
     from gemma4_tpu.serving.server import Server
 
     def make(record: RunFolder) -> Server:
         for line in _told(memory):
             log.info("%s", line)
-        return Server(loaded.root.serving, loaded.checked, memory, record.path / "server.log")
+        checked = loaded.checked
+        adapters = copied(checked.adapters, checked.architecture, record.path / "adapters")
+        return Server(loaded.root.serving, replace(checked, adapters=adapters), memory, record.path / "server.log")
 
     return _recorded(loaded, make)
 
@@ -129,9 +151,9 @@ def _recorded(loaded: Loaded[ServeRoot, ServeChecked], make: Callable[[RunFolder
     setup_logging(record.log_path)
     server = make(record)
     try:
-        captured = provenance.capture(
-            hardware={"slice": config.serving.slice}, seeds={}, fingerprints={"image": config.serving.image}
-        )
+        serving = config.serving
+        program = {"docker": {"image": serving.image}, "process": {"executable": serving.executable}, "embedded": {}}
+        captured = provenance.capture(hardware={"slice": serving.slice}, seeds={}, fingerprints=program[serving.runner])
         provenance.record(record, captured)
         return server.run()
     finally:

@@ -15,6 +15,7 @@ from gemma4_tpu.config.entry import EntryPoint
 from gemma4_tpu.config.load import Loaded, load
 from gemma4_tpu.config.schema import TrainRoot
 from gemma4_tpu.errors import INTERRUPTED, PREEMPTED, Ended, exit_code, first_line
+from gemma4_tpu.step.objective_kinds import rows_of
 from gemma4_tpu.training.checks import Checked, examine_train, normalise
 from gemma4_tpu.training.recipe import rows_per_update
 
@@ -60,8 +61,8 @@ def run(loaded: Loaded[TrainRoot, Checked]) -> Ended:
     if config.preview:
         from gemma4_tpu.data.preview import show
 
-        rows = rows_per_update(config.trainer, config.data)
-        return Ended(show(config.model, config.data, rows_per_update=rows, seed=config.trainer.seed))
+        rows, rows_are = rows_per_update(config.trainer, config.data), rows_of(config.objective)
+        return Ended(show(config.model, config.data, rows_are, rows_per_update=rows, seed=config.trainer.seed))
 
     from gemma4_tpu.training.hosts import start_hosts
     from gemma4_tpu.training.preemption import Preemption

@@ -14,6 +14,8 @@ from gemma4_tpu.config.load import Loaded
 from gemma4_tpu.config.schema import TrainRoot
 from gemma4_tpu.data.build import TrainingData, build_data
 from gemma4_tpu.data.tokenizer import load_tokenizer
+from gemma4_tpu.errors import UserError
+from gemma4_tpu.evals.generate import checkpoint_stop_ids
 from gemma4_tpu.evals.heldout import HeldoutAnswers
 from gemma4_tpu.hardware import MeshSizes
 from gemma4_tpu.models.adapted import takes_part
@@ -21,6 +23,9 @@ from gemma4_tpu.models.audit import audit
 from gemma4_tpu.models.base import Base, resolve_base
 from gemma4_tpu.models.lora import factors
 from gemma4_tpu.planning.auto_remat import resolve_remat
+from gemma4_tpu.rollouts.assembly import begin, make_source
+from gemma4_tpu.rollouts.source import OnPolicySource
+from gemma4_tpu.step.objective_kinds import KINDS, rows_of
 from gemma4_tpu.step.optimizer import make_schedule
 from gemma4_tpu.tracking import provenance
 from gemma4_tpu.tracking.files import write_json
@@ -30,7 +35,7 @@ from gemma4_tpu.tracking.run import RunFolder
 from gemma4_tpu.tracking.trackers import make_tracker, run_name
 from gemma4_tpu.training import resume
 from gemma4_tpu.training.batches import Batches, make_batches
-from gemma4_tpu.training.began import open_began
+from gemma4_tpu.training.began import FOLDER, REFERENCE_FOLDER, open_began, open_reference
 from gemma4_tpu.training.checkpoint import Checkpoints
 from gemma4_tpu.training.checks import Checked, warmup_warning
 from gemma4_tpu.training.compile_cache import log_compile_cache, use_compile_cache
@@ -41,9 +46,10 @@ from gemma4_tpu.training.prediction import predict
 from gemma4_tpu.training.preemption import Preemption
 from gemma4_tpu.training.profile import Profile, check_profile
 from gemma4_tpu.training.rates import Rates
-from gemma4_tpu.training.recipe import Recipe
+from gemma4_tpu.training.recipe import Recipe, rows_per_microbatch
 from gemma4_tpu.training.replay import Replay
 from gemma4_tpu.training.reports import Reports
+from gemma4_tpu.training.rollouts_checks import check_decoding_mesh, is_on_policy
 from gemma4_tpu.training.setup import Setup, check_capacity, set_up, start_mesh
 from gemma4_tpu.training.start import Start, open_start, start_fingerprint
 from gemma4_tpu.training.watchdog import Watchdog
@@ -72,12 +78,12 @@ class Run:
     @property
     def updates(self) -> int:
         """Of the whole run."""
-        return self.batches.pipeline.total_updates
+        return self.batches.source.total_updates
 
     @cached_property
     def fingerprints(self) -> dict[str, Any]:
         """Of base, tokenizer and rows; saved with every checkpoint."""
-        return {"base": self.base.fingerprint, **self.batches.pipeline.fingerprint}
+        return {"base": self.base.fingerprint, **self.batches.source.fingerprint}
 
     def recipe(self) -> Recipe:
         """The step, with the remat policy that was asked for."""
@@ -85,8 +91,8 @@ class Run:
         return Recipe(
             arch=self.base.arch, hardware=config.hardware, lora=config.lora, optimizer=config.optimizer,
             trainer=config.trainer, mesh=MeshSizes(**self.mesh.shape), rows=self.batches.rows,
-            length=max(self.batches.pipeline.lengths), updates=self.updates,
-            new_tokens=tuple(self.base.token_places.ids.values()),
+            length=max(self.batches.source.lengths), updates=self.updates,
+            new_tokens=tuple(self.base.token_places.ids.values()), objective=config.objective,
         )  # fmt: skip
 
 
@@ -105,11 +111,12 @@ def train(loaded: Loaded[TrainRoot, Checked], folder: RunFolder, hosts: Hosts, p
     audit(base).enforce()
     start = open_start(config.lora, base.arch, resume_from)
     tokenizer = load_tokenizer(base.tokenizer_folder, base.new_tokens)
-    data = build_data(config.data, tokenizer)
+    data = build_data(config.data, tokenizer, rows_of(config.objective))
 
     # ── devices, and the rows that are this process's ──────────────────────────────────────────────────────────────
     mesh = start_mesh(config.hardware, config.mesh, base.arch)
-    batches = make_batches(data, config.data, config.trainer, mesh)
+    own = _own_answers(config, mesh, data, tokenizer, base, hosts) if is_on_policy(config.objective) else None
+    batches = make_batches(data, config.data, config.trainer, mesh, own)
     run = Run(config, loaded.overrides, folder, hosts, resume_from, base, start, tokenizer, data, mesh, batches)
     check_profile(config.trainer.profile, run.updates)
     check_patience(config.trainer, bool(batches.heldout))
@@ -130,13 +137,32 @@ def train(loaded: Loaded[TrainRoot, Checked], folder: RunFolder, hosts: Hosts, p
     # ── weights, adapters, optimizer; only now is the run one that has begun ───────────────────────────────────────
     check_capacity(run.recipe(), config.checkpoint, mesh, folder.checkpoints)
     recipe = resolve_remat(run.recipe(), mesh)
-    began = open_began(folder.checkpoints) if takes_part(config.lora) and resume_from is not None else None
-    setup = set_up(base, recipe, mesh, start, began)
+    goes_on = resume_from is not None
+    began = open_began(folder.checkpoints) if goes_on and takes_part(config.lora) else None
+    reference = open_reference(folder.checkpoints) if goes_on and recipe.keeps_reference else None
+    setup = set_up(base, recipe, mesh, start, began, reference)
     provenance.record(folder, made_of)
     folder.begun()
     if start is not None:
         start.tell(folder, base.fingerprint)
     return _loop(run, recipe, setup, replay, preemption, time_limit)
+
+
+def _own_answers(
+    config: TrainRoot, mesh: Mesh, data: TrainingData, tokenizer: Any, base: Base, hosts: Hosts
+) -> OnPolicySource:
+    """The source of an on-policy run, which is made ready once there are weights."""
+    if hosts.count > 1:
+        raise UserError(
+            f"objective={config.objective.kind}: roll-outs are drawn and judged by one process, and this run has"
+            f" {hosts.count}; give hardware of one host"
+        )
+    sizes = MeshSizes(**mesh.shape)
+    check_decoding_mesh(sizes, base.arch)
+    rows = rows_per_microbatch(config.trainer, config.data, sizes.row_places)
+    return make_source(
+        config.objective.kind, config.rollouts, config.trainer, config.data, rows, data.train, tokenizer
+    )  # fmt: skip
 
 
 def _made_of(run: Run) -> Provenance:
@@ -156,15 +182,21 @@ def _loop(
     run: Run, recipe: Recipe, setup: Setup, replay: Replay | None, preemption: Preemption, time_limit: TimeLimit
 ) -> Result:
     """Runs the updates there are to run, under the eyes of a watchdog."""
-    config, folder, pipeline = run.config, run.folder, run.batches.pipeline
+    config, folder, source = run.config, run.folder, run.batches.source
     checkpoints = Checkpoints(folder.checkpoints, config.checkpoint, setup.trained_leaves, setup.mesh)
-    if takes_part(config.lora) and run.resume_from is None:
-        checkpoints.save_initial(setup.state.trained, factors(setup.step.model.layout))
+    if run.resume_from is None:
+        if takes_part(config.lora):
+            checkpoints.save_initial(FOLDER, setup.state.trained, factors(setup.step.model.layout))
+        if recipe.keeps_reference:
+            checkpoints.save_initial(REFERENCE_FOLDER, setup.state.trained, setup.trained_leaves)
     answers = HeldoutAnswers(
         run.data.heldout, run.base, run.tokenizer, config.trainer, folder.path, run.resume_from, write=folder.write
     )  # fmt: skip
     tracker = make_tracker(config.tracker, folder, asdict(config), name=run_name(config.name, run.overrides))
-    reports = Reports(folder, tracker, replay, updates=run.updates, resume_from=run.resume_from)
+    first_measure = next(iter(KINDS[config.objective.kind].measures), None)
+    reports = Reports(
+        folder, tracker, replay, updates=run.updates, resume_from=run.resume_from, beside_loss=first_measure
+    )
     watchdog = Watchdog(
         config.trainer.stall_seconds,
         folder.log_path if folder.write else None,
@@ -173,7 +205,7 @@ def _loop(
     loop = Loop(
         setup, run.batches, checkpoints, config.trainer, config.checkpoint,
         schedule=make_schedule(config.optimizer, run.updates),
-        rates=Rates.of(recipe, run.batches.mean_tokens, setup.mesh),
+        rates=Rates.of(recipe, run.batches.segment_tokens, setup.mesh),
         fingerprints=run.fingerprints,
         report=reports,
         flush=folder.push,
@@ -184,7 +216,13 @@ def _loop(
         profile=Profile(config.trainer.profile, folder.path if folder.write else None),
         prediction=predict(recipe, config.trainer.plan, folder.path) if folder.write else None,
     )  # fmt: skip
-    with closing(pipeline), closing(checkpoints), closing(answers), reports, loop.profile.closing():
+    with closing(source), closing(checkpoints), closing(answers), reports, loop.profile.closing():
+        if isinstance(source, OnPolicySource):
+            begin(
+                source, config.rollouts, setup.step, setup.base, run.tokenizer,
+                checkpoint_stop_ids(run.base, run.tokenizer), seed=config.trainer.seed, run=folder.path,
+                resume_from=run.resume_from, report=reports, progress=watchdog.progress,
+            )  # fmt: skip
         with watchdog, reports.progress:
             result = loop.run(run.resume_from)
         log_compile_cache()

@@ -35,6 +35,6 @@ def setup(app):
 
     def parsed(app, what, name, obj, options, lines):
         if what != "attribute":
-            lines[:] = GoogleDocstring(lines, Config(), app, what, name, obj, options).lines()
+            lines[:] = GoogleDocstring(lines, Config(), app, what, name, obj, options).lines()  # type: ignore[arg-type]
 
     app.connect("autodoc-process-docstring", parsed)

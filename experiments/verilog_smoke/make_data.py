@@ -85,13 +85,17 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--train-rows", type=int, default=4000)
     parser.add_argument("--heldout-rows", type=int, default=200)
+    parser.add_argument("--problems", type=Path, help="write only the training rows' problems with their benches, here")
     parser.add_argument("--mutants", action="store_true", help="also report how many mutants the held-out benches kill")
     parser.add_argument("--verbose", action="store_true", help="show surviving mutants")
     args = parser.parse_args()
     logging.basicConfig(level=logging.DEBUG if args.verbose else logging.INFO, format="%(message)s")
 
-    args.out.mkdir(parents=True, exist_ok=True)
     train = keep_correct(make_problems(args.seed, args.train_rows, heldout=False))
+    if args.problems:  # to learn from the judge: they do not travel with the package
+        write_jsonl_gz(args.problems, [p.to_row() for _, p in train])
+        return
+    args.out.mkdir(parents=True, exist_ok=True)
     heldout = keep_correct(make_problems(args.seed, args.heldout_rows, heldout=True))
     for name, pairs in (("train", train), ("heldout", heldout)):
         write_jsonl_gz(args.out / f"{name}.jsonl.gz", [chat_row(p.id, p.prompt, answer(d)) for d, p in pairs])

@@ -9,12 +9,14 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from rich import progress
 
 from gemma4_tpu.benching.cells import Cell, cells_of
 from gemma4_tpu.benching.checks import BenchChecked
-from gemma4_tpu.benching.client import Target, find_target
+from gemma4_tpu.benching.client import Target, find_target, tokens_of
 from gemma4_tpu.benching.one_cell import FAILED, INFEASIBLE, MEASURED, OK, Told, run_cell
+from gemma4_tpu.benching.prompts import PromptSource, read_text
 from gemma4_tpu.benching.rate_search import RateFound, RateSearch, figures_of
 from gemma4_tpu.benching.slo import limits_of
 from gemma4_tpu.config.serving import BenchConfig
@@ -41,7 +43,8 @@ class CellRunner:
         (folder / "cells").mkdir(exist_ok=True)
         self.results: Results = {}
         """Of all cells so far."""
-        if checked.vocabulary is None:
+        self._source = PromptSource(checked.vocabulary, self._text(config.prompts), config.shared_tokens, config.turns)
+        if checked.vocabulary is None and config.prompts is None:
             log.info(
                 "the model's vocabulary is not known: prompts are of the token ids 256 to 511 (architecture=<size> says"
                 " it)"
@@ -59,12 +62,15 @@ class CellRunner:
         self._bar.done()
         return result
 
+    def _text(self, path: str | None) -> np.ndarray | None:
+        """Ids of a file of text, as the server reads it."""
+        return None if path is None else np.array(asyncio.run(tokens_of(self._target, path, read_text(path))))
+
     def _run(self, cell: Cell, before: dict[str, Any] | None) -> dict[str, Any]:
         attempt = before["attempt"] + 1 if before else 0
         told = self._bar.cell(cell.shown, cell.requests(self._config))
-        vocabulary = self._checked.vocabulary
         result = asyncio.run(
-            run_cell(self._config, cell, self._target, vocabulary=vocabulary, attempt=attempt, told=told)
+            run_cell(self._config, cell, self._target, source=self._source, attempt=attempt, told=told)
         )
         write_record(_path(self._folder, cell), CELL, result, compact=True)
         log.log(logging.INFO if result["state"] == OK else logging.WARNING, "%s", _told_of(cell, result))

@@ -1,18 +1,14 @@
-"""The cells of a benchmark, each with its own seed: prompts that share no prefix, and when they are sent."""
+"""The cells of a benchmark, each with its own seed, and when their requests are sent."""
 
 from __future__ import annotations
 
 import math
 import zlib
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
 
 from gemma4_tpu.config.serving import BenchConfig
-
-_ORDINARY = (1000, 255_000)  # Gemma's vocabulary begins and ends with special tokens
-_ANYWHERE = (256, 512)  # in every vocabulary, the tiny models' too, and nothing special
 
 
 @dataclass(frozen=True)
@@ -74,16 +70,6 @@ def rate_text(rate: float) -> str:
 def generator(config: BenchConfig, cell: Cell, attempt: int) -> np.random.Generator:
     """The cell's own randomness; a further attempt has another, so that a prefix cache doesn't know its prompts."""
     return np.random.default_rng([config.seed, zlib.crc32(cell.name.encode()), attempt])
-
-
-def prompts(rng: np.random.Generator, count: int, tokens: int, vocabulary: int | None) -> Iterator[list[int]]:
-    """Random token ids. First tokens are different as long as there are enough ids."""
-    low, high = _ANYWHERE
-    if vocabulary is not None and vocabulary > _ORDINARY[1]:
-        low, high = _ORDINARY
-    firsts = rng.permutation(np.arange(low, high))
-    for number in range(count):
-        yield [int(firsts[number % len(firsts)]), *rng.integers(low, high, tokens - 1).tolist()]
 
 
 def arrivals_seconds(rng: np.random.Generator, count: int, rate: float, kind: str) -> list[float]:

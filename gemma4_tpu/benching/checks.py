@@ -19,7 +19,9 @@ from gemma4_tpu.config.paths import folder_of, name_problem
 from gemma4_tpu.config.refusals import Refusal
 from gemma4_tpu.config.serving import BenchConfig, BenchRoot, ServingConfig
 from gemma4_tpu.hardware import LOCAL, SLICES
-from gemma4_tpu.serving.checks import MERGED, name_of, url_of
+from gemma4_tpu.serving.adapter_checks import find_adapters
+from gemma4_tpu.serving.checks import name_of, url_of
+from gemma4_tpu.serving.model_checks import MERGED
 
 
 @dataclass(frozen=True)
@@ -36,6 +38,8 @@ class BenchChecked:
     """How the server was started, by its record; None: there is no record."""
     model: str | None
     """The model's name on the server, as far as configuration and record say it."""
+    folder: Path | None
+    """The model's folder, as far as the record says it."""
 
 
 def normalise_bench(root: BenchRoot) -> BenchRoot:
@@ -62,16 +66,17 @@ def examine_bench(root: BenchRoot) -> tuple[BenchChecked | None, list[Refusal]]:
         messages.append("endpoint: which server? give endpoint=http://127.0.0.1:8000, or served=<record of serve>")
     elif endpoint and (urlsplit(endpoint).scheme not in ("http", "https") or not urlsplit(endpoint).netloc):
         messages.append(f"endpoint={root.endpoint}: not the address of a server; such as http://127.0.0.1:8000")
-    if root.bench.cross_check and (serving is None or serving.slice == LOCAL):
-        messages += [] if root.served and serving is None else [_no_container(root.served)]
+    if root.bench.cross_check and (serving is None or serving.runner == "embedded"):
+        messages += [] if root.served and serving is None else [_no_vllm(root.served)]
     if messages:
         return None, [Refusal(message) for message in messages]
-    run = _run(root.served) if root.served else None
+    run = _run(root.served, serving) if root.served and serving else None
     vocabulary = ARCHITECTURES[root.architecture].vocab_size if root.architecture else _vocabulary(run)
+    folder = run / MERGED if run and (run / MERGED).is_dir() else run
     model = root.bench.served_model_name
     if model is None and serving is not None:
         model = serving.served_model_name or (name_of(run) if run else None)
-    return BenchChecked(endpoint, serving.slice if serving else root.slice, vocabulary, serving, model), []
+    return BenchChecked(endpoint, serving.slice if serving else root.slice, vocabulary, serving, model, folder), []
 
 
 def _cells(bench: BenchConfig) -> Iterator[str]:
@@ -94,8 +99,23 @@ def _cells(bench: BenchConfig) -> Iterator[str]:
         values = [tuple(v) if isinstance(v, list) else v for v in getattr(bench, key)]
         if twice := sorted({v for v in values if values.count(v) > 1}):
             yield f"bench.{key}: {twice[0]} stands there twice"
+    yield from _prompts(bench)
     if bench.arrivals == "fixed" and bench.users:
         yield "bench.arrivals=fixed: only with bench.rates; users send when their last request is answered"
+
+
+def _prompts(bench: BenchConfig) -> Iterator[str]:
+    shortest = min((pair[0] for pair in bench.lengths if pair), default=1)
+    if bench.shared_tokens >= shortest:
+        yield f"bench.shared_tokens={bench.shared_tokens}: a prompt of bench.lengths has {shortest}; give fewer"
+    if bench.turns > 1 and not bench.users:
+        yield f"bench.turns={bench.turns}: only with bench.users, whose next request waits for the answer to the last"
+    if bench.turns > 1 and bench.requests % bench.turns:
+        yield f"bench.requests={bench.requests}: no whole number of sessions of bench.turns={bench.turns}"
+    if bench.prompts is not None and not Path(bench.prompts).is_file():
+        yield f"bench.prompts={bench.prompts}: no such file"
+    if bench.cross_check and (bench.prompts is not None or bench.turns > 1):
+        yield "bench.cross_check=true: vLLM's client has neither bench.prompts nor bench.turns; leave them out"
 
 
 def _names(root: BenchRoot) -> Iterator[str]:
@@ -120,18 +140,23 @@ def _record(folder: str) -> tuple[ServingConfig | None, list[str]]:
         told = None
     if not isinstance(told, dict) or not {"slice", "host", "port"} <= told.keys():
         return None, [f"served={folder}: not the record of a server (python -m gemma4_tpu.serve writes one)"]
+    if told["slice"] == LOCAL:  # records from before there was a runner
+        told = {"runner": "embedded", **told}
     known = {field.name for field in fields(ServingConfig)}
     return ServingConfig(**{key: value for key, value in told.items() if key in known}), []
 
 
-def _no_container(served: str | None) -> str:
-    told = "the server of served= runs without a container" if served else "give served=<record of serve>"
-    return f"bench.cross_check=true: runs vLLM's own client in the server's container; {told}"
+def _no_vllm(served: str | None) -> str:
+    told = "the server of served= runs without vLLM" if served else "give served=<record of serve>"
+    return f"bench.cross_check=true: runs vLLM's own client beside the server; {told}"
 
 
-def _run(served: str) -> Path | None:
-    """The folder that a server's record says it serves."""
-    run = yaml.safe_load(Path(served, "config.yaml").read_text(encoding="utf-8")).get("run")
+def _run(served: str, serving: ServingConfig) -> Path | None:
+    """The folder that a server's record says it serves; with adapters, that of their base."""
+    told = yaml.safe_load(Path(served, "config.yaml").read_text(encoding="utf-8"))
+    run = told.get("run")
+    if not run and (adapters := told.get("adapters")):
+        _, run, _ = find_adapters(adapters, "", serving)
     return Path(str(run)) if run else None
 
 

@@ -22,6 +22,7 @@ KEY = "OPENAI_API_KEY"
 CONNECT_SECONDS = 60.0
 _TROUBLE = (aiohttp.ClientError, OSError, TimeoutError)
 _JSON = {"Content-Type": "application/json"}
+_PIECE = 50_000  # characters of a text that a server is given at a time
 _SHOWN = 300  # characters of a server's message
 _HITS = re.compile(r"^vllm:(?:gpu_)?prefix_cache_(hits|queries)(?:_total)?(?:\{[^}]*\})? ([-+.\deE]+)", re.MULTILINE)
 
@@ -119,6 +120,29 @@ async def find_target(endpoint: str, name: str | None) -> Target:
         raise UserError(f"bench.served_model_name={name}: the server has {', '.join(models) or 'no model'}")
     name = name or next(iter(models))
     return Target(endpoint, name, models[name].get("max_model_len"))
+
+
+async def tokens_of(target: Target, path: str, text: str) -> list[int]:
+    """Ids of the text in the file `path`, by the server's own tokenizer (vLLM's `/tokenize`).
+
+    Raises:
+      UserError: the server doesn't say.
+    """
+    tokens: list[int] = []
+    try:
+        async with session(300.0) as client:
+            for start in range(0, len(text), _PIECE):
+                piece = {"model": target.model, "prompt": text[start : start + _PIECE], "add_special_tokens": False}
+                async with client.post(f"{target.endpoint}/tokenize", json=piece) as response:
+                    if response.status != 200:
+                        raise ValueError(await _said(response))
+                    tokens += map(int, json.loads(await response.read())["tokens"])
+        return tokens
+    except (*_TROUBLE, LookupError, TypeError, ValueError) as error:
+        raise UserError(
+            f"bench.prompts={path}: the server at {target.endpoint} makes no tokens of it at /tokenize, as vLLM does"
+            f" ({str(error) or repr(error)}); leave it out for random token ids"
+        ) from None
 
 
 async def prefix_cache_tokens(client: aiohttp.ClientSession, endpoint: str) -> tuple[float, float] | None:

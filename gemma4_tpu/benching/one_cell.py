@@ -8,13 +8,14 @@ import re
 import time
 from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
-from typing import Any
+from typing import Any, NamedTuple
 
 import aiohttp
 
 from gemma4_tpu.benching import latencies
-from gemma4_tpu.benching.cells import Cell, arrivals_seconds, generator, prompts
+from gemma4_tpu.benching.cells import Cell, arrivals_seconds, generator
 from gemma4_tpu.benching.client import Target, TimedAnswer, ask, prefix_cache_tokens, request_body, session
+from gemma4_tpu.benching.prompts import PromptSource, longest_sequence
 from gemma4_tpu.config.serving import BenchConfig
 
 OK, OVERLOADED, INFEASIBLE, FAILED = "ok", "overloaded", "infeasible", "failed"
@@ -23,28 +24,37 @@ MEASURED = (OK, OVERLOADED)
 server's; its throughput is the most that the server does."""
 _TOO_LONG = re.compile(r"^4\d\d: .*(context length|max_model_len|too long|longer than|maximum length)", re.IGNORECASE)
 
+
+class Sent(NamedTuple):
+    """A request."""
+
+    prompt_tokens: int
+    body: bytes
+
+
 Told = Callable[[int, int], None]
 """Is told after each request how many are done, and how many of those failed."""
 
 
 async def run_cell(
-    config: BenchConfig, cell: Cell, target: Target, *, vocabulary: int | None, attempt: int, told: Told
+    config: BenchConfig, cell: Cell, target: Target, *, source: PromptSource, attempt: int, told: Told
 ) -> dict[str, Any]:
     """The cell's result, with `state` and, if it isn't ok, `reason`."""
     about = _about(config, cell, target, attempt)
     longest = config.max_model_len or target.max_model_len
-    if longest is not None and cell.input_tokens + cell.output_tokens > longest:
-        needed = cell.input_tokens + cell.output_tokens
+    needed = longest_sequence(config, cell.input_tokens, cell.output_tokens)
+    if longest is not None and needed > longest:
         return {**about, "state": INFEASIBLE, "reason": f"{needed:,} tokens; the longest sequence has {longest:,}"}
     rng = generator(config, cell, attempt)
     count, warmup = cell.requests(config), config.warmup_requests
     seeds = rng.integers(0, 2**31, count + warmup).tolist()
+    asked = source.prompts(rng, count, warmup, cell.input_tokens, cell.output_tokens, cell.users or 1)
     bodies = [
-        request_body(target, prompt, cell.output_tokens, config.temperature, seed if config.request_seeds else None)
-        for prompt, seed in zip(prompts(rng, count + warmup, cell.input_tokens, vocabulary), seeds, strict=True)
+        Sent(len(prompt), request_body(target, prompt, cell.output_tokens, config.temperature, seed))
+        for prompt, seed in zip(asked, seeds if config.request_seeds else [None] * len(seeds), strict=True)
     ]
     async with session(config.request_timeout_seconds) as client:
-        warm = await _send(client, target, cell, bodies[count:], [0.0] * warmup, lambda done, failed: None)
+        warm = await _send(client, target, bodies[count:], [0.0] * warmup, lambda done, failed: None)
         if refused := next((a.error for a in warm[1] if a.error and _TOO_LONG.match(a.error)), None):
             return {**about, "state": INFEASIBLE, "reason": refused}
         # Read behind the warm-up, whose prompts are not part of the cell.
@@ -54,7 +64,7 @@ async def run_cell(
         else:
             assert cell.rate is not None
             times = arrivals_seconds(rng, count, cell.rate, config.arrivals)
-            started, answers, seconds = await _send(client, target, cell, bodies[:count], times, told)
+            started, answers, seconds = await _send(client, target, bodies[:count], times, told)
         after = await prefix_cache_tokens(client, target.endpoint)
     if answers and all(a.error and _TOO_LONG.match(a.error) for a in answers):
         return {**about, "state": INFEASIBLE, "reason": answers[0].error}
@@ -101,39 +111,39 @@ def _about(config: BenchConfig, cell: Cell, target: Target, attempt: int) -> dic
         "max_concurrency": cell.users,
         "random_input_len": cell.input_tokens,
         "random_output_len": cell.output_tokens,
+        "shared_tokens": config.shared_tokens,
+        "turns": config.turns,
+        "prompts": config.prompts,
         "round": cell.round,
         "attempt": attempt,
     }
 
 
 async def _send(
-    client: aiohttp.ClientSession,
-    target: Target,
-    cell: Cell,
-    bodies: Sequence[bytes],
-    times: Sequence[float],
-    told: Told,
+    client: aiohttp.ClientSession, target: Target, bodies: Sequence[Sent], times: Sequence[float], told: Told
 ) -> tuple[float, list[TimedAnswer], float]:
     """Each request at its time. Returns when that began, the answers, and seconds to the last of them."""
     started = time.perf_counter()
-    answers = [TimedAnswer(cell.input_tokens, due_at=started + seconds) for seconds in times]
+    answers = [
+        TimedAnswer(sent.prompt_tokens, due_at=started + seconds) for sent, seconds in zip(bodies, times, strict=True)
+    ]
     count = _Count(told)
 
-    async def one(body: bytes, answer: TimedAnswer) -> None:
-        await ask(client, target, body, answer)
+    async def one(sent: Sent, answer: TimedAnswer) -> None:
+        await ask(client, target, sent.body, answer)
         count.add(answer)
 
     async with asyncio.TaskGroup() as tasks:
-        for body, answer in zip(bodies, answers, strict=True):
+        for sent, answer in zip(bodies, answers, strict=True):
             # An open loop: what is late is sent at once and says so (`sending_lag`); it pushes back nothing behind it.
             if (wait := answer.due_at - time.perf_counter()) > 0:
                 await asyncio.sleep(wait)
-            tasks.create_task(one(body, answer))
+            tasks.create_task(one(sent, answer))
     return started, answers, time.perf_counter() - started
 
 
 async def _take_turns(
-    client: aiohttp.ClientSession, target: Target, cell: Cell, bodies: Sequence[bytes], told: Told
+    client: aiohttp.ClientSession, target: Target, cell: Cell, bodies: Sequence[Sent], told: Told
 ) -> tuple[float, list[TimedAnswer], float]:
     """As `_send`, but each user sends when its last request is answered."""
     assert cell.users is not None
@@ -141,11 +151,11 @@ async def _take_turns(
     answers: list[TimedAnswer] = []
     count = _Count(told)
 
-    async def user(own: Sequence[bytes]) -> None:
-        for body in own:
-            answer = TimedAnswer(cell.input_tokens, due_at=time.perf_counter())
+    async def user(own: Sequence[Sent]) -> None:
+        for sent in own:
+            answer = TimedAnswer(sent.prompt_tokens, due_at=time.perf_counter())
             answers.append(answer)
-            await ask(client, target, body, answer)
+            await ask(client, target, sent.body, answer)
             count.add(answer)
 
     async with asyncio.TaskGroup() as tasks:

@@ -13,7 +13,7 @@ from typing import Any
 
 from gemma4_tpu.benching.cells import Cell
 from gemma4_tpu.benching.latencies import LAG_MS
-from gemma4_tpu.benching.one_cell import MEASURED, OVERLOADED
+from gemma4_tpu.benching.one_cell import MEASURED, OK, OVERLOADED
 from gemma4_tpu.benching.slo import Limit
 from gemma4_tpu.prices import usd_per_million_tokens
 
@@ -109,7 +109,7 @@ class RateSearch:
     def __init__(self, measure: Measure, limits: list[Limit], input_tokens: int, output_tokens: int):
         self._measure, self._limits = measure, limits
         self._input_tokens, self._output_tokens = input_tokens, output_tokens
-        self._trials = 0
+        self._results: dict[Cell, dict[str, Any]] = {}
         self._held: list[float] = []  # rates whose trials hold, rising
         self._broken: list[tuple[float, str]] = []  # rates that don't, falling, each with the reason
 
@@ -137,15 +137,18 @@ class RateSearch:
 
     def _try(self, rate: float) -> None:
         rate = float(f"{rate:.4g}")
-        why = broken(self._trial(rate), self._limits)
+        result = self._trial(rate)
+        why = broken(result, self._limits)
+        if why and result["state"] == OK:  # a server that stumbled once would send the search far below its rate
+            why = broken(self._trial(rate, 2), self._limits)
         if why is None:
             self._held.append(rate)
         else:
             self._broken.append((rate, why))
 
     def _is_confirmed(self, rate: float) -> bool:
-        """Whether it holds in the other rounds too; a rate that doesn't is one that is broken."""
-        for number in range(2, ROUNDS + 1):
+        """Whether it holds in every round; a rate that doesn't is one that is broken."""
+        for number in range(1, ROUNDS + 1):
             if why := broken(self._trial(rate, number), self._limits):
                 self._held.pop()
                 self._broken.append((rate, why))
@@ -153,8 +156,10 @@ class RateSearch:
         return True
 
     def _trial(self, rate: float, number: int = 1) -> dict[str, Any]:
-        self._trials += 1
-        return self._measure(self._cell(rate, number))
+        cell = self._cell(rate, number)
+        if cell not in self._results:
+            self._results[cell] = self._measure(cell)
+        return self._results[cell]
 
     def _cell(self, rate: float, number: int) -> Cell:
         return Cell(self._input_tokens, self._output_tokens, rate=rate, round=number)
@@ -163,5 +168,5 @@ class RateSearch:
         cells = () if rate is None else tuple(self._cell(rate, number).name for number in range(1, ROUNDS + 1))
         return RateFound(
             input_tokens=self._input_tokens, output_tokens=self._output_tokens, rate=rate, cells=cells,
-            breaks_at=self._broken[-1][0] if self._broken else None, breaks_by=why, trials=self._trials,
+            breaks_at=self._broken[-1][0] if self._broken else None, breaks_by=why, trials=len(self._results),
         )  # fmt: skip

@@ -10,6 +10,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
+from gemma4_tpu.config.rollouts import RolloutsConfig
+
 
 @dataclass(kw_only=True)
 class HardwareConfig:
@@ -144,7 +146,7 @@ class DataConfig:
     format: str = "auto"
     """The form of rows: `auto` recognises it by their keys; `chat` (`messages`), `sharegpt` (`conversations`), `alpaca`
     (`instruction`, `input`, `output`), `prompt_completion`, `text` (continued pre-training), `codev_r1` (the Verilog in
-    `response`)."""
+    `response`); of pairs `preference` (`chosen`, `rejected`, `prompt`)."""
     columns: dict[str, str] = field(default_factory=dict)
     """What the rows call the columns of these forms, where they have names of their own: `{prompt: task, completion:
     reply}`; `role` and `content` are the names within turns."""
@@ -174,6 +176,29 @@ class DataConfig:
     """`codev_r1` only: also drop targets that `iverilog -t null` rejects (needs iverilog)."""
     shuffle: bool = True
     """Visit the rows of each epoch in an order drawn from `trainer.seed`."""
+
+
+@dataclass(kw_only=True)
+class ObjectiveConfig:
+    """What is minimised, and with it which rows are taken (`objective=`). Keys that a kind does not have are null."""
+
+    kind: str = "sft"
+    """`sft`: conversations, whose answers are learnt; `dpo`, `ipo`, `orpo`: pairs of a chosen and a rejected answer;
+    `grpo`: the policy's own answers to the rows' prompts (or to problems), each by how much better than others to its
+    prompt it was rewarded; `expert_iteration`: those of them that were rewarded are learnt. See `rollouts=` for these.
+    `objective=<kind>` sets it and all of its keys."""
+    beta: float | None = None
+    """`dpo`, `ipo`: how much a nat of log-likelihood gained over the reference counts; the smaller, the further a run
+    may go from where it began. `orpo`: weight of the preference beside the cross-entropy (its paper's λ)."""
+    label_smoothing: float | None = None
+    """`dpo`: share of the pairs that are taken to be the wrong way round."""
+    clip_low: float | None = None
+    """`grpo`: a token of a worse answer is pushed down until its probability has fallen by this share."""
+    clip_high: float | None = None
+    """`grpo`: a token of a better answer is pushed up until its probability has risen by this share."""
+    max_drift: float | None = None
+    """`grpo`: worse answers that the policy has moved away from by more than so many nats per token, since they were
+    drawn, are left alone."""
 
 
 @dataclass(kw_only=True)
@@ -333,6 +358,8 @@ class TrainRoot:
     mesh: MeshConfig = field(default_factory=MeshConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
     lora: LoraConfig = field(default_factory=LoraConfig)
+    objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
+    rollouts: RolloutsConfig = field(default_factory=RolloutsConfig)
     data: DataConfig = field(default_factory=DataConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     trainer: TrainerConfig = field(default_factory=TrainerConfig)

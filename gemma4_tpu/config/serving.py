@@ -8,8 +8,15 @@ from typing import Any
 
 @dataclass(kw_only=True)
 class ServingConfig:
-    """A vLLM server in its container, or an embedded one (`serving=local`). Names follow `vllm serve`."""
+    """A vLLM server in its container or as a process, or an embedded one (`serving=local`). Names follow
+    `vllm serve`.
+    """
 
+    runner: str = "docker"
+    """`docker`: vLLM in its container, by `engine`. `process`: vLLM's command on this machine, `executable`.
+    `embedded`: no vLLM; PyTorch serves in this process (`serving=local`)."""
+    executable: str = "vllm"
+    """With `runner=process`: vLLM's command, a path or a name on the PATH."""
     engine: str = "docker"
     """Command of the container engine: `docker`, `podman`, or with words before it, such as
     `sudo --preserve-env=HF_TOKEN docker`."""
@@ -17,7 +24,7 @@ class ServingConfig:
     """Container image with a version tag or a digest; one that can change (`latest`, `nightly`) is refused."""
     slice: str = "v6e-8"
     """The machine that this runs on: key of `hardware.SLICES`. Decides memory, and how devices reach the container.
-    `local`: no container; PyTorch serves in this process, on the CPU."""
+    `local`: this machine's CPU, with `runner=process` or `embedded`."""
     tensor_parallel_size: int = 1
     """Chips that each layer is split over."""
     data_parallel_size: int = 1
@@ -31,8 +38,8 @@ class ServingConfig:
     gpu_memory_utilization: float = 0.9
     """Share of each chip's memory for weights and KV cache (TPUs too, whatever its name)."""
     weight_dtype: str = "bfloat16"
-    """`bfloat16`, or `fp8`: weights are quantised when they are loaded (by Qwix on TPUs). `float32` and `bfloat16` for
-    `serving=local`."""
+    """`bfloat16`, or `fp8`: weights are quantised when they are loaded (by Qwix on TPUs). `float32` and `bfloat16` on a
+    CPU."""
     kv_cache_dtype: str = "auto"
     """`auto` (the image decides; counted as bfloat16), `bfloat16` or `fp8`."""
     flags: dict[str, Any] = field(default_factory=dict)
@@ -41,7 +48,7 @@ class ServingConfig:
     extra_args: list[str] = field(default_factory=list)
     """Further words for `vllm serve`, as they are and unchecked."""
     env: dict[str, Any] = field(default_factory=dict)
-    """Environment variables of the container. No secrets: HF_TOKEN and VLLM_API_KEY are handed on from the environment
+    """Environment variables of vLLM. No secrets: HF_TOKEN and VLLM_API_KEY are handed on from the environment
     by name."""
     host: str = "127.0.0.1"
     """Address to listen on; 0.0.0.0 opens the server to everyone who can reach this machine."""
@@ -68,7 +75,10 @@ class ServeRoot:
 
     serving: ServingConfig = field(default_factory=ServingConfig)
     run: str = ""
-    """Folder of a merged checkpoint, or the run folder of a training that has `merged` in it."""
+    """Folder of a merged checkpoint, or the run folder of a training that has `merged` in it. With `adapters`: their
+    base; empty: the one that they were trained on."""
+    adapters: list[str] = field(default_factory=list)
+    """Run folders whose adapters (`merge export=peft`) are served on one base, each under its folder's name."""
     dry_run: bool = False
     """Check, show the estimate of memory and the container command, then stop."""
     name: str = "servings"
@@ -99,6 +109,15 @@ class BenchConfig:
     make a p99."""
     arrivals: str = "poisson"
     """At a rate, requests come as a `poisson` process, or at `fixed` distances."""
+    prompts: str | None = None
+    """File of UTF-8 text that prompts are cut from, at random places; the server makes tokens of it (`/tokenize`, as
+    vLLM has it). null: random token ids, which no speculation guesses."""
+    shared_tokens: int = 0
+    """So many tokens at the beginning are the same in all prompts of a cell, as of a system prompt: what a prefix cache
+    finds again."""
+    turns: int = 1
+    """With `users`: requests of a session. Each prompt after the first is the one before it, tokens that stand for its
+    answer, and as many more as `lengths` says."""
     warmup_requests: int = 2
     """Requests before each cell, at a time and uncounted."""
     seed: int = 0

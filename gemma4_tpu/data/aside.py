@@ -9,25 +9,29 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-from gemma4_tpu.data.forms import Conversation
+from gemma4_tpu.data.forms import Conversation, Pair, Said
 
 logger = logging.getLogger(__name__)
 
 
 class Identity(NamedTuple):
-    """What a conversation is told apart by: 64 bits of a hash each."""
+    """What a row is told apart by: 64 bits of a hash each."""
 
     prompt: int
     """Of everything before the first answer (of the whole where nothing is)."""
     whole: int
 
 
-def identity(conversation: Conversation) -> Identity:
+def identity(said: Said) -> Identity:
     """Follows from the normal form alone: neither template nor tokenizer nor the form of the row matter.
 
     Raises:
       UnicodeEncodeError: a text holds half of a surrogate pair.
     """
+    if isinstance(said, Pair):
+        sides = [identity(side) for side in said.sides.values()]
+        return Identity(sides[0].prompt, _hash(b"%d %d" % (sides[0].whole, sides[1].whole)))
+    conversation: Conversation = said
     turns = conversation.messages
     first = next((number for number, turn in enumerate(turns) if turn["role"] == "assistant"), 0)
     prompt = _canonical(turns[:first])

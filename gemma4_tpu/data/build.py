@@ -16,6 +16,7 @@ from gemma4_tpu.data.aside import set_aside
 from gemma4_tpu.data.chat import ChatFormat
 from gemma4_tpu.data.drops import DropReport
 from gemma4_tpu.data.examples import Examples, ExamplesBuilder
+from gemma4_tpu.data.forms import CONVERSATIONS
 from gemma4_tpu.data.normalise import VERSION, Normalised
 from gemma4_tpu.data.sources import SourcePlace, find
 from gemma4_tpu.data.tokenise import TokenisedRow, Tokeniser
@@ -92,8 +93,8 @@ def summary(examples: Examples) -> dict[str, Any]:
     }
 
 
-def build_data(data: DataConfig, tokenizer: Any) -> TrainingData:
-    """Read and tokenise the training and held-out rows.
+def build_data(data: DataConfig, tokenizer: Any, rows_are: str = CONVERSATIONS) -> TrainingData:
+    """Read and tokenise the training and held-out rows, which are of one kind of `forms.py`.
 
     Held out are the rows of `data.heldout`, or else the validation (or test) splits of the training sources, or else
     `data.heldout_fraction` of the training rows (see `aside.py`).
@@ -111,7 +112,7 @@ def build_data(data: DataConfig, tokenizer: Any) -> TrainingData:
     heldout_sources = data.heldout or _heldout_splits(data.train, places)
     heldout_places = _find("data.heldout", heldout_sources) if heldout_sources else []
 
-    tokeniser = Tokeniser(data, chat)
+    tokeniser = Tokeniser(data, chat, rows_are)
     rows = list(tokeniser.run("data.train", data.train, places, data.max_rows))
     made_of["rows"], train_report = tokeniser.digest, tokeniser.report
     heldout_report, heldout_made_of = None, made_of
@@ -188,5 +189,5 @@ def _store(rows: list[TokenisedRow], weights: list[float], made_of: dict[str, st
     store = ExamplesBuilder(weights)
     for row in rows:
         for example in row.examples:
-            store.add(example.ids, example.flags, row.source, row.origin)
+            store.add(example.ids, example.flags, row.source, row.origin, example.second)
     return store.build(made_of)

@@ -1,12 +1,14 @@
-"""Calls of tools, the responses to them, and the tools' definitions, in one normal form."""
+"""Calls of tools, the responses to them, and the tools' definitions, in one normal form; calls as Gemma writes them."""
 
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable
 from typing import Any
 
 from gemma4_tpu.data.drops import RowDropped
+from gemma4_tpu.data.markup import QUOTE
 
 Turn = dict[str, Any]
 Tell = Callable[[str], None]
@@ -14,6 +16,7 @@ Tell = Callable[[str], None]
 
 CALL_KEYS = {"id", "type", "index", "function"}
 TOOL_KEYS = {"name", "description", "parameters", "response", "return", "strict"}
+_DEEPEST = 64  # levels of a written call's arguments
 
 
 def parsed(value: Any, what: str, tell: Tell) -> Any:
@@ -124,3 +127,84 @@ def to_tools(tools: Any, tell: Tell) -> list[Turn] | None:
             {**tool, "function": {**function, **({"parameters": parameters} if parameters is not None else {})}}
         )
     return made
+
+
+def read_call(written: str) -> tuple[str, Turn]:
+    """(name, arguments) of a call as Gemma 4 writes it between its control tokens: `call:name{key:value,…}`.
+
+    Texts stand between `<|"|>`; what stands there without them is JSON's number, true, false or null (`None` in
+    Google's templates of April 2026), else a text.
+
+    Raises:
+      ValueError: it is not such a call.
+    """
+    head, brace, _ = written.partition("{")
+    name = head.strip().removeprefix("call:").strip()
+    if not head.strip().startswith("call:") or not name or not brace:
+        raise ValueError(f"not a call: {written[:60]!r}")
+    reader = _CallReader(written, len(head))
+    arguments = reader.value()
+    if written[reader.at :].strip():
+        raise ValueError(f"text behind a call: {written[reader.at :][:60]!r}")
+    return name, arguments
+
+
+class _CallReader:
+    """Reads one value after the other; `at`: how far it has come."""
+
+    def __init__(self, text: str, at: int):
+        self._text, self.at, self._depth = text, at, 0
+
+    def value(self) -> Any:
+        if self._take(QUOTE):
+            return self._until(QUOTE)
+        if self._take("{"):
+            return dict(self._inside("}", lambda: (self._key(), self.value())))
+        if self._take("["):
+            return self._inside("]", self.value)
+        bare = self._bare(",}]")
+        try:
+            found = json.loads("null" if bare == "None" else bare, parse_constant=str)
+        except ValueError:
+            return bare
+        return bare if found in (math.inf, -math.inf) else found
+
+    def _inside(self, end: str, read: Callable[[], Any]) -> list[Any]:
+        self._depth += 1
+        if self._depth > _DEEPEST:
+            raise ValueError(f"a call with more than {_DEEPEST} levels")
+        items: list[Any] = []
+        while not self._take(end):
+            if items and not self._take(","):
+                raise ValueError(f"no comma before {self._text[self.at :][:30]!r}")
+            items.append(read())
+        self._depth -= 1
+        return items
+
+    def _key(self) -> str:
+        key = self._until(QUOTE) if self._take(QUOTE) else self._bare(":,{}[]")
+        if not self._take(":"):
+            raise ValueError(f"no colon behind the key {key[:30]!r}")
+        return key
+
+    def _take(self, mark: str) -> bool:
+        while self._text[self.at : self.at + 1].isspace():
+            self.at += 1
+        found = self._text.startswith(mark, self.at)
+        self.at += len(mark) * found
+        return found
+
+    def _until(self, mark: str) -> str:
+        start, self.at = self.at, self._text.find(mark, self.at)
+        if self.at < 0:
+            raise ValueError(f"a text that is not closed: {self._text[start:][:30]!r}")
+        self.at += len(mark)
+        return self._text[start : self.at - len(mark)]
+
+    def _bare(self, ends: str) -> str:
+        start = self.at
+        while self.at < len(self._text) and self._text[self.at] not in ends:
+            self.at += 1
+        if not (bare := self._text[start : self.at].strip()):
+            raise ValueError(f"nothing before {self._text[self.at :][:30]!r}")
+        return bare

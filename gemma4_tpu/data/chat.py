@@ -47,6 +47,13 @@ class Example(NamedTuple):
     """bool [n + 1]: True where predicting this token counts in the loss."""
     answers: int
     """Answers with loss in it."""
+    second: int = 0
+    """Where a second sequence begins in `ids` (the rejected side of a pair); 0: there is one only."""
+
+    @property
+    def slots(self) -> int:
+        """Of a packed row."""
+        return len(self.ids) - 1 - (self.second > 0)
 
 
 class _Answer(NamedTuple):

@@ -31,6 +31,10 @@ REASONS = {
     "too_long": "longer than `data.sequence_length`",
     "no_prompt": "there is no prompt",
     "no_response": "there is no response",
+    "equal_sides": "both sides of a pair are the same",
+    "different_prompts": "the sides of a pair differ in more than their answers to the same prompt",
+    "split_side": "a side of a pair has several answers, and the template shows past ones otherwise than they are "
+    "generated: `data.train_on=last` takes the last",
     "unclosed_think": "`<think>` is never closed: the text is a draft",
     "no_module": "the answer holds no Verilog module",
     "unbalanced_module": "`module` and `endmodule` do not pair up",

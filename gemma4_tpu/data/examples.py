@@ -12,7 +12,10 @@ from gemma4_tpu.data.drops import Origin
 
 @dataclass(frozen=True)
 class Examples:
-    """N tokenised examples; the i-th owns `tokens[offsets[i]:offsets[i + 1]]`: n + 1 ids, n slots of a packed row."""
+    """N tokenised examples; the i-th owns `tokens[offsets[i]:offsets[i + 1]]`: n + 1 ids, n slots of a packed row.
+
+    Those of pairs are of two sequences, which share a row: each has an id more than slots.
+    """
 
     tokens: np.ndarray
     """int32 [S]: token ids of all examples, one after the other."""
@@ -30,6 +33,8 @@ class Examples:
     """int32 [N]: index into `files`."""
     row: np.ndarray
     """int64 [N]: 1-based row number in that file."""
+    second: np.ndarray | None = None
+    """int64 [N]: where within its ids the second sequence of each example begins; None: examples are of one."""
     fingerprint: dict[str, str] = field(default_factory=dict)
     """What the examples were made of (rows, tokenizer, template, policies), by name."""
 
@@ -41,12 +46,12 @@ class Examples:
 
     @property
     def slots(self) -> np.ndarray:
-        """int64 [N]: slots each example takes in a packed row, one less than its ids."""
-        return np.diff(self.offsets) - 1
+        """int64 [N]: slots each example takes in a packed row, for each of its sequences one less than ids."""
+        return np.diff(self.offsets) - (1 if self.second is None else 2)
 
     @property
     def targets(self) -> np.ndarray:
-        """int64 [N]: target tokens of each example (its first token is never a target)."""
+        """int64 [N]: target tokens of each example (the first token of a sequence is never a target)."""
         total = np.concatenate([[0], np.cumsum(self.flags, dtype=np.int64)])
         return total[self.offsets[1:]] - total[self.offsets[:-1] + 1]
 
@@ -59,6 +64,21 @@ class Examples:
         part = slice(self.offsets[index], self.offsets[index + 1])
         return self.tokens[part], self.flags[part]
 
+    def sequences(self, index: int) -> list[tuple[np.ndarray, np.ndarray]]:
+        """(ids, flags) of each sequence of example `index`, the segments that it takes in a row."""
+        ids, flags = self.example(index)
+        if self.second is None:
+            return [(ids, flags)]
+        cut = self.second[index]
+        return [(ids[:cut], flags[:cut]), (ids[cut:], flags[cut:])]
+
+    def lengths(self, indices: list[int] | np.ndarray) -> np.ndarray:
+        """int64: slots of each segment of a row that holds these examples."""
+        if self.second is None:
+            return self.slots[indices]
+        first = self.second[indices] - 1
+        return np.stack([first, self.slots[indices] - first], axis=1).reshape(-1)
+
 
 class ExamplesBuilder:
     """Collects examples into flat arrays; about 5 bytes per token while it grows."""
@@ -70,18 +90,23 @@ class ExamplesBuilder:
         self._source: list[int] = []
         self._file: list[int] = []
         self._row: list[int] = []
+        self._second: list[int] = []
         self._files: dict[str, int] = {}
 
     def __len__(self) -> int:
         return len(self._tokens)
 
-    def add(self, ids: np.ndarray, flags: np.ndarray, source: int, origin: Origin) -> None:
-        """Append one example: `ids` int32 [n + 1] with `flags` bool [n + 1], from source number `source`."""
+    def add(self, ids: np.ndarray, flags: np.ndarray, source: int, origin: Origin, second: int = 0) -> None:
+        """Append one example: `ids` int32 [n + 1] with `flags` bool [n + 1], from source number `source`.
+
+        `second`: where the second of its sequences begins; all examples have one, or none has.
+        """
         self._tokens.append(np.asarray(ids, np.int32))
         self._flags.append(np.asarray(flags, bool))
         self._source.append(source)
         self._file.append(self._files.setdefault(origin.file, len(self._files)))
         self._row.append(origin.row)
+        self._second.append(second)
 
     def build(self, fingerprint: dict[str, str]) -> Examples:
         """The finished store; its own content joins `fingerprint` as `examples`."""
@@ -91,7 +116,9 @@ class ExamplesBuilder:
         flags = np.concatenate([np.zeros(0, bool), *self._flags])
         source = np.array(self._source, np.int16)
         digest = hashlib.sha256()
-        for array in (tokens, flags, offsets, source, np.array(self._weights)):
+        second = np.array(self._second, np.int64)
+        pairs = [second] if second.any() else []
+        for array in (tokens, flags, offsets, source, np.array(self._weights), *pairs):
             digest.update(np.ascontiguousarray(array).tobytes())
         return Examples(
             tokens=tokens,
@@ -102,5 +129,6 @@ class ExamplesBuilder:
             files=tuple(self._files),
             file=np.array(self._file, np.int32),
             row=np.array(self._row, np.int64),
+            second=second if pairs else None,
             fingerprint={**fingerprint, "examples": digest.hexdigest()},
         )

@@ -1,4 +1,5 @@
-"""The forms of rows that people have, each a function from a row's columns to a conversation in one normal form.
+"""The forms of rows that people have, each a function from a row's columns to what it says, in one normal form: a
+conversation, or a pair of them.
 
 Another form is a function and a line of `FORMS`. No JAX here, nor NumPy: the checks name the forms, too.
 """
@@ -15,6 +16,8 @@ from gemma4_tpu.data.drops import RowDropped
 from gemma4_tpu.data.turns import to_turns
 
 AUTO = "auto"
+CONVERSATIONS, PAIRS = "conversations", "pairs"
+"""What rows are: a conversation each, or two that are answers to the same."""
 TURN_COLUMNS = ("role", "content")
 NAMES = {
     "messages": ("messages",),
@@ -42,6 +45,24 @@ class Conversation:
     """Definitions of tools, `{"type": "function", "function": {…}}`."""
     text: str | None = None
     """Plain text for continued pre-training: all of it carries loss."""
+
+
+@dataclass(frozen=True)
+class Pair:
+    """Two conversations that are the same up to an answer, of which one is better."""
+
+    chosen: Conversation
+    rejected: Conversation
+
+    @property
+    def sides(self) -> dict[str, Conversation]:
+        """Both by name, in the order in which they lie in a row."""
+        return {CHOSEN: self.chosen, REJECTED: self.rejected}
+
+
+CHOSEN, REJECTED = "chosen", "rejected"
+Said = Conversation | Pair
+"""What a row says."""
 
 
 class Columns:
@@ -106,25 +127,48 @@ def _instruction(columns: Columns, turn_columns: Mapping[str, str], tell: Tell) 
     return _conversation(to_turns(given, {}, tell), columns, tell)
 
 
-def _pair(columns: Columns, turn_columns: Mapping[str, str], tell: Tell) -> Conversation:
+def _prompt_completion(columns: Columns, turn_columns: Mapping[str, str], tell: Tell) -> Conversation:
     """A prompt and what completes it, each a text or turns. Answers in the prompt are read, not learnt."""
-    asked, answered = (_turns_in(columns.get(name), turn_columns, tell) for name in ("prompt", "completion"))
-    if not isinstance(asked, list | dict):
-        asked = columns.text("prompt")
-        if not asked.strip():
-            raise RowDropped("no_prompt")
-        asked = [{"role": "user", "content": asked}]
-    if not isinstance(answered, list | dict):
-        answered = columns.text("completion")
-        if not answered.strip():
-            raise RowDropped("no_response")
-        answered = [{"role": "assistant", "content": answered}]
-    before = to_turns(asked, turn_columns, tell)
-    if history := [turn for turn in before if turn["role"] == "assistant"]:
+    before = _without_loss(_said("prompt", "user", "no_prompt", columns, turn_columns, tell), tell)
+    answered = _said("completion", "assistant", "no_response", columns, turn_columns, tell)
+    return _conversation([*before, *answered], columns, tell)
+
+
+def _preference(columns: Columns, turn_columns: Mapping[str, str], tell: Tell) -> Pair:
+    """Two answers to one prompt: whole conversations that begin alike, or what completes a prompt of its own."""
+    sides = [_said(name, "assistant", "no_response", columns, turn_columns, tell) for name in (CHOSEN, REJECTED)]
+    if any(side[0]["role"] == "assistant" for side in sides):
+        asked = _said("prompt", "user", "no_prompt", columns, turn_columns, tell)
+        sides = [[*asked, *side] for side in sides]
+    shared = next((n for n, (a, b) in enumerate(zip(*sides, strict=False)) if a != b), min(map(len, sides)))
+    rest = [side[shared:] for side in sides]
+    if not any(rest):
+        raise RowDropped("equal_sides")
+    if not shared or not all(turns and turns[0]["role"] == "assistant" for turns in rest):
+        told = ["ends" if not turns else f"goes on with a {turns[0]['role']} turn" for turns in rest]
+        raise RowDropped("different_prompts", f"after {shared} turns chosen {told[0]}, rejected {told[1]}")
+    before = _without_loss(sides[0][:shared], tell)
+    return Pair(*(_conversation([*before, *turns], columns, tell) for turns in rest))
+
+
+def _said(
+    column: str, role: str, absent: str, columns: Columns, turn_columns: Mapping[str, str], tell: Tell
+) -> list[Turn]:
+    """The turns in a column: its own, or one of this role that says its text; `absent` is why a row without drops."""
+    given = _turns_in(columns.get(column), turn_columns, tell)
+    if not isinstance(given, list | dict):
+        text = columns.text(column)
+        if not text.strip():
+            raise RowDropped(absent)
+        given = [{"role": role, "content": text}]
+    return to_turns(given, turn_columns, tell)
+
+
+def _without_loss(turns: list[Turn], tell: Tell) -> list[Turn]:
+    """The turns of a prompt, whose answers are read, not learnt."""
+    if any(turn["role"] == "assistant" for turn in turns):
         tell("answers in a prompt carry no loss")
-        for turn in history:
-            turn["train"] = False
-    return _conversation([*before, *to_turns(answered, turn_columns, tell)], columns, tell)
+    return [{**turn, "train": False} if turn["role"] == "assistant" else turn for turn in turns]
 
 
 def _turns_in(value: Any, turn_columns: Mapping[str, str], tell: Tell) -> Any:
@@ -162,19 +206,26 @@ def _codev(columns: Columns, turn_columns: Mapping[str, str], tell: Tell) -> Con
 
 
 class Form:
-    """One form of rows: the columns that tell it, and what makes a conversation of them."""
+    """One form of rows: the columns that tell it, what makes of them what they say, and which kind of rows it is of."""
 
-    def __init__(self, needs: tuple[str, ...], make: Callable[[Columns, Mapping[str, str], Tell], Conversation]):
+    def __init__(
+        self,
+        needs: tuple[str, ...],
+        make: Callable[[Columns, Mapping[str, str], Tell], Said],
+        rows: str = CONVERSATIONS,
+    ):
         self.needs = needs
         self.make = make
+        self.rows = rows
 
 
 FORMS = {
     "chat": Form(("messages",), _messages),
     "sharegpt": Form(("conversations",), _messages),
     "alpaca": Form(("instruction", "output"), _instruction),
-    "prompt_completion": Form(("prompt", "completion"), _pair),
+    "prompt_completion": Form(("prompt", "completion"), _prompt_completion),
     "text": Form(("text",), _text),
     "codev_r1": Form(("prompt",), _codev),
+    "preference": Form((CHOSEN, REJECTED), _preference, PAIRS),
 }
-"""`data.format` → form, in the order in which `auto` tries them (the last one by what its answers hold)."""
+"""`data.format` → form, in the order in which `auto` tries those of a kind (CodeV-R1's by what its answers hold)."""

@@ -1,4 +1,4 @@
-"""Rows in the forms that people have, to conversations in one normal form; and what was done to them, in numbers."""
+"""Rows in the forms that people have, to what they say in one normal form; and what was done to them, in numbers."""
 
 from __future__ import annotations
 
@@ -12,7 +12,19 @@ from typing import Any
 
 from gemma4_tpu.data.calls import Tell
 from gemma4_tpu.data.drops import RowDropped, printable
-from gemma4_tpu.data.forms import AUTO, FORMS, NAMES, TURN_COLUMNS, Columns, Conversation, name_of
+from gemma4_tpu.data.forms import (
+    AUTO,
+    CHOSEN,
+    CONVERSATIONS,
+    FORMS,
+    NAMES,
+    PAIRS,
+    REJECTED,
+    TURN_COLUMNS,
+    Columns,
+    Said,
+    name_of,
+)
 from gemma4_tpu.data.readers import RawRow
 from gemma4_tpu.errors import UserError
 
@@ -24,8 +36,10 @@ MEDIA = ("image", "images", "audio", "audios", "video", "videos")
 """Columns of what the texts of a row are about; without it they are not what somebody said."""
 CHOICES = ("context", "choices", "options")
 """What may belong to a question: a question beside it could be meant in several ways."""
-COLUMNS = (*NAMES, *TURN_COLUMNS)
+COLUMNS = (*NAMES, CHOSEN, REJECTED, *TURN_COLUMNS)
 """What `data.columns` can name."""
+OBJECTIVES = {CONVERSATIONS: "sft", PAIRS: "dpo"}
+"""Kind of rows → an objective that takes them, for messages."""
 
 
 @dataclass
@@ -54,15 +68,16 @@ class Normalised:
 
 
 class Normaliser:
-    """Turns the rows of one source into conversations by `data.format` and `data.columns`; `done` counts what it did.
+    """Turns the rows of one source into what they say by `data.format` and `data.columns`; `done` counts what it did.
 
     Raises:
-      UserError: no such format, or columns that no form has.
+      UserError: no such format among those of this kind of `rows`, or columns that no form has.
     """
 
-    def __init__(self, form: str, columns: Mapping[str, str], done: Normalised):
-        if form not in (AUTO, *FORMS):
-            raise UserError(f"data.format={form}: there are {', '.join((AUTO, *FORMS))}")
+    def __init__(self, form: str, columns: Mapping[str, str], done: Normalised, rows: str = CONVERSATIONS):
+        there = (AUTO, *(name for name, one in FORMS.items() if one.rows == rows))
+        if form not in there:
+            raise UserError(f"data.format={form}: of {rows} there are {', '.join(there)}")
         if unknown := [name for name in columns if name not in COLUMNS]:
             swapped = {own: name for name, own in columns.items()}
             advice = f"; did you mean {{{unknown[0]}: …}} the other way round?" if set(swapped) <= set(COLUMNS) else ""
@@ -70,7 +85,7 @@ class Normaliser:
                 f"data.columns: {unknown[0]} is no column of any form{advice} (write {{<ours>: <yours>}}; ours are "
                 f"{', '.join(COLUMNS)})"
             )
-        self._form = form
+        self._form, self._rows = form, rows
         self._own = {own: name for name, own in columns.items() if name not in TURN_COLUMNS}
         self._turn_columns = {name: own for name, own in columns.items() if name in TURN_COLUMNS}
         self._pairs_are_codev = False
@@ -85,18 +100,19 @@ class Normaliser:
         read = [row for row in rows if row.problem is None]
         forms = {self.form_of(row) for row in read}
         if read and forms == {None}:
-            raise UserError(printable(unknown_form(name, read[0].value, self._form)))
+            raise UserError(printable(unknown_form(name, read[0].value, self._form, self._rows)))
         if self._form == AUTO:
             self._pairs_are_codev = any(_is_codev(row.value) for row in read)
 
     def form_of(self, row: RawRow) -> str | None:
         """The form of a row, by its keys; None: it has none of them."""
         there = frozenset(self._own.get(key, key) for key, value in row.value.items() if value is not None)
-        form = recognised(there, self._form) or recognised(frozenset(row.value), self._form)
+        given = frozenset(row.value)
+        form = recognised(there, self._form, self._rows) or recognised(given, self._form, self._rows)
         return "codev_r1" if form == "prompt_completion" and self._pairs_are_codev else form
 
-    def __call__(self, row: RawRow) -> Conversation:
-        """The conversation in a row that was read.
+    def __call__(self, row: RawRow) -> Said:
+        """What a row that was read says.
 
         Raises:
           RowDropped: the row is of no known form, or what it holds can't be understood.
@@ -143,10 +159,14 @@ def _is_nan(value: Any) -> bool:
 
 
 @cache
-def recognised(names: frozenset[str], wanted: str = AUTO) -> str | None:
-    """The form of rows with these columns, if it is the wanted one; None: they are of no such form."""
+def recognised(names: frozenset[str], wanted: str = AUTO, rows: str = CONVERSATIONS) -> str | None:
+    """The form of `rows` with these columns, if it is the wanted one; None: they are of no such form."""
     for form, row in FORMS.items():
-        if wanted not in (form, AUTO) or any(name_of(column, names) is None for column in row.needs):
+        if (
+            row.rows != rows
+            or wanted not in (form, AUTO)
+            or any(name_of(column, names) is None for column in row.needs)
+        ):
             continue
         if wanted == AUTO and form == "codev_r1":
             continue
@@ -166,9 +186,19 @@ def _is_codev(row: Mapping[str, Any]) -> bool:
     return any(isinstance(text, str) and "<answer>" in text and "endmodule" in text for text in row.values())
 
 
-def unknown_form(name: str, row: Mapping[str, Any], wanted: str) -> str:
+def unknown_form(name: str, row: Mapping[str, Any], wanted: str, rows: str = CONVERSATIONS) -> str:
     """Why rows like `row` of the source `name` can't be read, and the words that would tell how."""
     there = [key for key, value in row.items() if value is not None]
+    for other, objective in OBJECTIVES.items():
+        if other != rows and wanted == AUTO and (form := recognised(frozenset(there), AUTO, other)):
+            return f"{name}: rows of the form {form} are {other}, this run takes {rows}; give objective={objective}"
+    if rows == PAIRS:
+        guess = f"{{prompt: {name_of('prompt', there) or '…'}, {CHOSEN}: …, {REJECTED}: …}}"
+        return (
+            f"{name}: rows with the keys {', '.join(map(str, row)) or '(none)'} are no pairs: they need {CHOSEN} and "
+            f"{REJECTED}, and a prompt where these do not begin with it; say which column is which, such as "
+            f"data.columns='{guess}'"
+        )
     known = {name: column for column in NAMES for name in NAMES[column]}
     lists = [key for key in there if isinstance(row[key], list | dict) and key not in known]
     # A column that has a meaning already is not another's guess, and identities are nobody's words.
@@ -193,7 +223,7 @@ def unknown_form(name: str, row: Mapping[str, Any], wanted: str) -> str:
             f"{name}: rows with the keys {', '.join(map(str, row))} are single turns (of one {min(speaker)}); write "
             'those of one conversation into one row, {"messages": [{"role": …, "content": …}, …]}'
         )
-    needs = "; ".join(f"{form}: {', '.join(row.needs)}" for form, row in FORMS.items())
+    needs = "; ".join(f"{form}: {', '.join(row.needs)}" for form, row in FORMS.items() if row.rows == rows)
     wanted = "" if wanted == AUTO else f" (data.format={wanted})"
     return (
         f"{name}: rows with the keys {', '.join(map(str, row)) or '(none)'} are of no known form{wanted}; say which "

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
-from dataclasses import dataclass, replace
-from typing import Any
+from collections.abc import Callable, Collection, Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -35,6 +35,8 @@ class Update:
     rows: list[list[list[int]]]
     """[M][B over all processes]: the examples in each row."""
     examples: Examples
+    figures: Mapping[str, float] = field(default_factory=dict)
+    """Measures of how it came about."""
 
     def origins(self, microbatch: int | None = None) -> list[list[Origin]]:
         """Where the examples of each row came from, of one microbatch or of all, for messages."""
@@ -42,15 +44,60 @@ class Update:
         return [[self.examples.origin(index) for index in row] for group in groups for row in group]
 
 
+class Source(Protocol):
+    """Where the loop gets its updates from: given rows, or answers of the policy that is trained."""
+
+    fingerprint: dict[str, Any]
+    """What decides the content of every update; a saved position is valid for the same fingerprint only."""
+
+    @property
+    def total_updates(self) -> int:
+        """Updates in the whole run."""
+
+    @property
+    def total_epochs(self) -> float:
+        """Passes over the data in the whole run."""
+
+    @property
+    def lengths(self) -> list[int]:
+        """Static row lengths T that updates may have."""
+
+    def updates(self, trained: Callable[[], Any]) -> Iterator[Update]:
+        """The updates from the position on. `trained()` gives the values after the update before, as they are when
+        the next one is asked for.
+        """
+
+    def landed(self, update: int, loss: float) -> None:
+        """Called with the loss that the step found for `update`. Raises: UserError: it is not that of the batch."""
+
+    def ready_to_save(self, trained: Any, update: int) -> None:
+        """Called with the values after `update`, before they are saved. Raises: UserError: they are not fit to be."""
+
+    def get_state(self) -> dict[str, Any]:
+        """The position, ready for JSON."""
+
+    def set_state(self, state: dict[str, Any], allow: Collection[str] = ()) -> None:
+        """Continue where `get_state` was called. Raises: UserError: with other data or settings."""
+
+    def close(self) -> None:
+        """Let go of what it holds."""
+
+
 class Assembler:
     """Turns a planned update into arrays [M, B, T] of the rows that this process owns."""
 
-    def __init__(self, examples: Examples, rows_per_update: int, microbatches: int, row_slice: tuple[int, int] | None):
+    def __init__(
+        self, examples: Examples, rows_per_update: int, microbatches: int, row_slice: tuple[int, int] | None,
+        beside: Mapping[str, np.ndarray] | None = None,
+    ):  # fmt: skip
+        """`beside`: further arrays of an update by name, each given as a value for every token of the examples (of one
+        sequence each); a token's value stands where the token is the target.
+        """
         if rows_per_update % microbatches:
             raise UserError(
                 f"{rows_per_update} rows per update do not divide into trainer.microbatches={microbatches} equal parts"
             )
-        self._examples = examples
+        self._examples, self._beside = examples, beside or {}
         self._targets = examples.targets
         self._slots = examples.slots
         self._microbatches = microbatches
@@ -67,6 +114,7 @@ class Assembler:
         shape = (self._microbatches, self._stop - self._start, planned.length)
         arrays = {name: np.zeros(shape, np.int32) for name in ("tokens", "targets", "segment_ids", "positions")}
         arrays["target_mask"] = np.zeros(shape, bool)
+        arrays |= {name: np.zeros(shape, values.dtype) for name, values in self._beside.items()}
         for m, group in enumerate(rows):
             for b, row in enumerate(group[self._start : self._stop]):
                 self._write({name: array[m, b] for name, array in arrays.items()}, row)
@@ -83,16 +131,20 @@ class Assembler:
         )
 
     def _write(self, views: dict[str, np.ndarray], row: list[int]) -> None:
-        """Write the examples of one row, one after the other, into views [T]."""
+        """Write the examples of one row, one after the other, into views [T]; each sequence is a segment."""
         start = 0
-        for segment, index in enumerate(row, start=1):
-            ids, flags = self._examples.example(index)
+        sequences = (
+            (self._examples.offsets[index], sequence) for index in row for sequence in self._examples.sequences(index)
+        )
+        for segment, (first, (ids, flags)) in enumerate(sequences, start=1):
             part = slice(start, start + len(ids) - 1)
             views["tokens"][part] = ids[:-1]
             views["targets"][part] = ids[1:]
             views["target_mask"][part] = flags[1:]
             views["segment_ids"][part] = segment
             views["positions"][part] = np.arange(len(ids) - 1)
+            for name, values in self._beside.items():
+                views[name][part] = values[first + 1 : first + len(ids)]
             start = part.stop
 
 
@@ -156,6 +208,16 @@ class Pipeline:
         """Static row lengths T that updates may have; the step compiles once for each."""
         return list(self._plan.buckets)
 
+    def updates(self, trained: Callable[[], Any]) -> Iterator[Update]:
+        """See `Source`: what is trained makes no difference here."""
+        return self
+
+    def landed(self, update: int, loss: float) -> None:
+        """See `Source`."""
+
+    def ready_to_save(self, trained: Any, update: int) -> None:
+        """See `Source`."""
+
     def __iter__(self) -> Iterator[Update]:
         return self
 
@@ -176,16 +238,7 @@ class Pipeline:
         Raises:
           UserError: the state belongs to other data, another tokenizer, packing, seed or batch size.
         """
-        saved = {"version": state.get("version"), **state.get("fingerprint", {})}
-        own = {"version": STATE_VERSION, **self.fingerprint}
-        changed = [key for key in {**saved, **own} if saved.get(key) != own.get(key) and key not in allow]
-        if changed:
-            lines = "".join(f"\n  {key}: saved {saved.get(key)!r}, now {own.get(key)!r}" for key in changed)
-            raise UserError(
-                f"the saved position belongs to another data pipeline:{lines}\n"
-                "Continue with the settings and files that the run began with, start a new run folder, or accept these "
-                f"differences: checkpoint.resume_allow=[{','.join(changed)}]"
-            )
+        check_position(state, self.fingerprint, allow)
         self._reader().set_state(state["iterator"])
 
     def close(self) -> None:
@@ -203,6 +256,24 @@ class Pipeline:
             dataset = grain.MapDataset.source(self._plan).map(self._assemble)
             self._iterator = iter(dataset.to_iter_dataset(options))
         return self._iterator
+
+
+def check_position(state: dict[str, Any], fingerprint: dict[str, Any], allow: Collection[str]) -> None:
+    """Whether a saved position is one of a source with this fingerprint.
+
+    Raises:
+      UserError: it is not, and `allow` does not name what differs.
+    """
+    saved = {"version": state.get("version"), **state.get("fingerprint", {})}
+    own = {"version": STATE_VERSION, **fingerprint}
+    changed = [key for key in {**saved, **own} if saved.get(key) != own.get(key) and key not in allow]
+    if changed:
+        lines = "".join(f"\n  {key}: saved {saved.get(key)!r}, now {own.get(key)!r}" for key in changed)
+        raise UserError(
+            f"the saved position belongs to another data pipeline:{lines}\n"
+            "Continue with the settings and files that the run began with, start a new run folder, or accept these "
+            f"differences: checkpoint.resume_allow=[{','.join(changed)}]"
+        )
 
 
 def heldout_batches(

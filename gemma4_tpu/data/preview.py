@@ -18,7 +18,7 @@ from rich.text import Text
 
 from gemma4_tpu.config.schema import DataConfig, ModelConfig
 from gemma4_tpu.data.build import TrainingData, build_data
-from gemma4_tpu.data.examples import Examples
+from gemma4_tpu.data.forms import CHOSEN, REJECTED
 from gemma4_tpu.data.updates import Updates
 from gemma4_tpu.plotting import new_figure
 
@@ -45,12 +45,17 @@ def preview(
     train = built.train
     colour = console.is_terminal and not console.no_color
     how = "in green" if colour else f"inside {'…'.join(TRAINED_MARKS)}"
-    console.print(Text(f"{len(train)} training examples; what is trained on is {how}\n", "bold"))
+    what = "examples" if train.second is None else "pairs"
+    console.print(Text(f"{len(train)} training {what}; what is trained on is {how}\n", "bold"))
     for index in np.linspace(0, len(train) - 1, min(ROWS_SHOWN, len(train)), dtype=int).tolist():
         slots, targets = train.slots[index], train.targets[index]
         head = f"── {train.origin(index)} · {slots} tokens, {targets} with loss"
         console.print(Text(head, "bold"), soft_wrap=True)
-        console.print(rendered(train, index, tokenizer, colour), soft_wrap=True)
+        sequences = train.sequences(index)
+        for side, (ids, flags) in zip((CHOSEN, REJECTED), sequences, strict=False):
+            if len(sequences) > 1:
+                console.print(Text(f"{side}, {int(flags.sum())} tokens with loss:", "bold"), soft_wrap=True)
+            console.print(rendered(ids, flags, tokenizer, colour), soft_wrap=True)
     console.print(Text("── lengths in tokens", "bold"))
     console.print(Text(histogram(train.slots, data.sequence_length)), soft_wrap=True)
     for line in _totals(built, data, rows_per_update, seed):
@@ -60,9 +65,8 @@ def preview(
         console.print(Text(f"length histogram: {plot_path}"), soft_wrap=True)
 
 
-def rendered(examples: Examples, index: int, tokenizer: Any, colour: bool) -> Text:
-    """One example as text, the tokens with loss in colour or between marks."""
-    ids, flags = examples.example(index)
+def rendered(ids: np.ndarray, flags: np.ndarray, tokenizer: Any, colour: bool) -> Text:
+    """One sequence as text, the tokens with loss in colour or between marks."""
     cuts = [0, *(np.flatnonzero(np.diff(flags)) + 1).tolist(), len(ids)]
     text = Text()
     for start, stop in itertools.pairwise(cuts):
@@ -130,8 +134,10 @@ def _totals(built: TrainingData, data: DataConfig, rows_per_update: int, seed: i
     return lines
 
 
-def show(model: ModelConfig, data: DataConfig, *, rows_per_update: int, seed: int) -> int:
+def show(model: ModelConfig, data: DataConfig, rows_are: str, *, rows_per_update: int, seed: int) -> int:
     """Builds the data of a training configuration and previews it; too many dropped rows are shown, not refused.
+
+    `rows_are`: of which kind of `forms.py`.
 
     Returns the exit code, 0.
 
@@ -144,7 +150,7 @@ def show(model: ModelConfig, data: DataConfig, *, rows_per_update: int, seed: in
     logging.getLogger("gemma4_tpu.data").addHandler(logging.NullHandler())  # the preview itself tells of drops
     base = resolve_base(model)
     tokenizer = load_tokenizer(base.tokenizer_folder, base.new_tokens)
-    built = build_data(replace(data, max_drop_fraction=1.0), tokenizer)
+    built = build_data(replace(data, max_drop_fraction=1.0), tokenizer, rows_are)
     console = Console(highlight=False)
     preview(built, data, tokenizer, rows_per_update=rows_per_update, seed=seed, console=console, plot_path=PLOT)
     return 0

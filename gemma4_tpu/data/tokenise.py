@@ -12,12 +12,14 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
+import numpy as np
+
 from gemma4_tpu.config.schema import DataConfig, DataSource
 from gemma4_tpu.data import codev
 from gemma4_tpu.data.aside import Identity, identity
 from gemma4_tpu.data.chat import ChatFormat, Example, Rendering
 from gemma4_tpu.data.drops import DropReport, Origin, RowDropped, unreadable
-from gemma4_tpu.data.forms import Conversation
+from gemma4_tpu.data.forms import CONVERSATIONS, Conversation, Pair, Said
 from gemma4_tpu.data.normalise import Normalised, Normaliser
 from gemma4_tpu.data.readers import RawRow
 from gemma4_tpu.data.sources import SourcePlace
@@ -44,15 +46,15 @@ class _Taken(NamedTuple):
 
     source: int
     origin: Origin
-    conversation: Conversation
+    said: Said
     identity: Identity
 
 
 class Tokeniser:
     """Runs sources through normalising, rendering and encoding. `report` and `digest` belong to the latest run."""
 
-    def __init__(self, data: DataConfig, chat: ChatFormat):
-        self._data = data
+    def __init__(self, data: DataConfig, chat: ChatFormat, rows: str = CONVERSATIONS):
+        self._data, self._rows = data, rows
         self._chat = chat
         self._iverilog = codev.find_iverilog() if data.check_syntax and data.format == "codev_r1" else None
         self.normalised = Normalised()
@@ -68,7 +70,8 @@ class Tokeniser:
         """
         self.report = DropReport()
         digest = hashlib.sha256()
-        normalisers = [Normaliser(self._data.format, self._data.columns, self.normalised) for _ in places]
+        form, columns = self._data.format, self._data.columns
+        normalisers = [Normaliser(form, columns, self.normalised, self._rows) for _ in places]
         each = [_begun(place, normaliser) for place, normaliser in zip(places, normalisers, strict=True)]
         rows = _in_turn(each) if max_rows is None else _by_weight(each, [s.weight for s in sources], max_rows)
         report_at = time.monotonic() + PROGRESS_SECONDS
@@ -85,7 +88,7 @@ class Tokeniser:
         self.report.check(name, self._data.max_drop_fraction)
 
     def _take(self, number: int, row: RawRow, normaliser: Normaliser, digest: Any) -> _Taken | None:
-        """The conversation of a row, whose content joins the digest of all; None: it is dropped."""
+        """What a row says, whose content joins the digest of all; None: it is dropped."""
         problem = row.problem
         try:
             if problem is None:
@@ -118,17 +121,18 @@ class Tokeniser:
 
     def _syntax_problem(self, row: _Taken) -> RowDropped | None:
         try:
-            codev.check_syntax(codev.fenced_code(row.conversation.messages), str(self._iverilog))
+            assert isinstance(row.said, Conversation)  # only rows of CodeV-R1's form are compiled
+            codev.check_syntax(codev.fenced_code(row.said.messages), str(self._iverilog))
         except RowDropped as problem:
             return problem
         return None
 
     def _tokenise(self, taken: list[_Taken]) -> Iterator[TokenisedRow]:
-        for row, examples in zip(taken, _examples(self._chat, [row.conversation for row in taken]), strict=True):
+        for row, examples in zip(taken, _examples(self._chat, [row.said for row in taken]), strict=True):
             if isinstance(examples, RowDropped):
                 self.report.drop(examples, row.origin)
                 continue
-            lengths = [len(example.ids) - 1 for example in examples]
+            lengths = [example.slots for example in examples]
             fitting = [e for e, length in zip(examples, lengths, strict=True) if length <= self._data.sequence_length]
             if fitting:
                 self.report.rows_split += len(examples) > 1
@@ -166,11 +170,29 @@ def _by_weight(each: list[Iterator[RawRow]], weights: list[float], limit: int) -
         yield number, row
 
 
-def _examples(chat: ChatFormat, conversations: list[Conversation]) -> list[list[Example] | RowDropped]:
-    """The proven examples of each conversation, or why there are none."""
-    rendered = [_rendered(chat, conversation) for conversation in conversations]
+def _examples(chat: ChatFormat, said: list[Said]) -> list[list[Example] | RowDropped]:
+    """The proven examples of each row, or why there are none."""
+    sides = [list(one.sides.values()) if isinstance(one, Pair) else [one] for one in said]
+    rendered = [_rendered(chat, conversation) for row in sides for conversation in row]
     proven = iter(chat.examples([made for made in rendered if isinstance(made, Rendering)]))
-    return [made if isinstance(made, RowDropped) else next(proven) for made in rendered]
+    made = iter([one if isinstance(one, RowDropped) else next(proven) for one in rendered])
+    return [_pair({name: next(made) for name in one.sides}) if isinstance(one, Pair) else next(made) for one in said]
+
+
+def _pair(sides: dict[str, list[Example] | RowDropped]) -> list[Example] | RowDropped:
+    """Both sides as one example; it is dropped where one of them is."""
+    whole: list[Example] = []
+    for name, made in sides.items():
+        if isinstance(made, RowDropped):
+            return RowDropped(made.reason, f"{name}: {made.detail}" if made.detail else name)
+        if len(made) > 1:
+            return RowDropped("split_side", f"{name}: {len(made)} examples")
+        whole += made
+    chosen, rejected = whole
+    if np.array_equal(chosen.ids, rejected.ids):
+        return RowDropped("equal_sides", "once they are rendered")
+    ids, flags = (np.concatenate(both) for both in zip(chosen[:2], rejected[:2], strict=True))
+    return [Example(ids, flags, chosen.answers + rejected.answers, second=len(chosen.ids))]
 
 
 def _rendered(chat: ChatFormat, conversation: Conversation) -> Rendering | RowDropped:

@@ -161,16 +161,9 @@ class InProcess:
         texts = self._tokenizer.batch_decode(answers, skip_special_tokens=False, clean_up_tokenization_spaces=False)
         for row, (request, text) in enumerate(zip(requests, texts, strict=True)):
             yield Sample(
-                problem=request.problem, sample=request.sample, completion=self._answer(text), seed=request.seed,
-                finish=STOP if stopped[row] else LENGTH, tokens=int(counts[row]),
+                problem=request.problem, sample=request.sample, completion=visible(text, self._tokenizer),
+                seed=request.seed, finish=STOP if stopped[row] else LENGTH, tokens=int(counts[row]),
             )  # fmt: skip
-
-    def _answer(self, text: str) -> str:
-        """What a user would see: without thoughts and control tokens."""
-        text = without_thoughts(text)
-        for token in self._tokenizer.all_special_tokens:
-            text = text.replace(token, "")
-        return text
 
 
 def on_mesh(x: np.ndarray, mesh: jax.sharding.Mesh | None) -> jax.Array:
@@ -179,6 +172,14 @@ def on_mesh(x: np.ndarray, mesh: jax.sharding.Mesh | None) -> jax.Array:
         return jax.numpy.asarray(x)
     spec = jax.sharding.PartitionSpec(sharding.ROWS if x.shape[0] % sharding.row_places(mesh) == 0 else None)
     return jax.device_put(x, jax.sharding.NamedSharding(mesh, spec))
+
+
+def visible(text: str, tokenizer: Any) -> str:
+    """What a user would see of an answer: without thoughts and control tokens."""
+    text = without_thoughts(text)
+    for token in tokenizer.all_special_tokens:
+        text = text.replace(token, "")
+    return text
 
 
 def padded_width(prompts: Sequence[Any]) -> int:

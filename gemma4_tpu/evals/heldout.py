@@ -52,7 +52,8 @@ class HeldoutAnswers:
             log.warning("trainer.sample_prompts=%d: not with several processes; no samples are drawn", count)
             count = 0
         self._trainer, self._tokenizer = trainer, tokenizer
-        self._pairs = [_split(*examples.example(i)) for i in range(count)] if examples and count else []
+        # Of pairs the chosen side, which comes first.
+        self._pairs = [split(*examples.sequences(i)[0]) for i in range(count)] if examples and count else []
         self._stop_ids = checkpoint_stop_ids(base, tokenizer) if count else ()
         self._rows = MetricsFile(folder / FILE, after_update=resume_from, write=write) if count else None
 
@@ -91,7 +92,7 @@ class HeldoutAnswers:
         return answers
 
 
-def _split(ids: np.ndarray, flags: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def split(ids: np.ndarray, flags: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """(prompt, reference): the last run of target tokens, and all that comes before it."""
     last = int(np.flatnonzero(flags)[-1])
     before = np.flatnonzero(~flags[: last + 1])

@@ -85,7 +85,8 @@ class ExportJob:
         if place := self.places.get(MERGED):
             result |= _write_merged(trained, place, self.export.verify, record, show)
         if (place := self.places.get(ADAPTER)) and not place.published:
-            write_peft(trained, place, self.export.peft_experts)
+            write_probes(trained, place, result.get("parity"))
+            write_peft(trained, place, self.export.peft_experts)  # nothing loads before its configuration is there
         result["targets"] = {kind: place.publish() for kind, place in self.places.items()}
         for kind, target in result["targets"].items():
             log.info("%s: %s", kind, target)

@@ -59,8 +59,7 @@ def check_peft(trained: Trained, experts: str) -> None:
         log.warning("lora.dora: vLLM refuses adapters with use_dora; serve the merged model")
     if len({how.rank for name, how in trained.layout.adapted.items() if not trained.tensors[name].weight.each}) > 1:
         log.warning(
-            "lora.ranks: vLLM does not read rank_pattern and would scale all adapters as those of rank %d; serve the"
-            " merged model",
+            "lora.ranks: vLLM 0.32 reads rank_pattern; one that does not would scale all adapters as those of rank %d",
             trained.lora.rank,
         )
     if _parameters(trained):

@@ -79,9 +79,9 @@ def generate(
     places = jnp.arange(p)[None, :]
     segments = (places >= first[:, None]).astype(jnp.int32)
     forward = partial(through_layers, model, params, lora)
-    hidden, kvs = forward(tokens, segments, jnp.maximum(places - first[:, None], 0), _decoding(None))
+    hidden, kvs = forward(tokens, segments, jnp.maximum(places - first[:, None], 0), decoding(None))
     cache = jax.tree.map(
-        partial(_to_cache, total=p + max_new_tokens, window=model.arch.sliding_window), kvs, _is_global(model, kvs)
+        partial(_to_cache, total=p + max_new_tokens, window=model.arch.sliding_window), kvs, is_global(model, kvs)
     )
     keys = jax.vmap(jax.random.key)(seeds)
     stops = jnp.asarray(stop_ids, jnp.int32)
@@ -98,9 +98,9 @@ def generate(
         done = done | jnp.isin(token, stops)
         place = p + i
         positions = (place - first)[:, None]
-        visit = _decoding(_Place(place, first))
+        visit = decoding(DecodingPlace(place, first))
         hidden, kvs = forward(token[:, None], jnp.ones((b, 1), jnp.int32), positions, visit, beside=cache)
-        cache = jax.tree.map(lambda c, new: _put(c, new, place, axis=2), cache, kvs)
+        cache = jax.tree.map(partial(put, place=place), cache, kvs)
         return i + 1, logits(model, params, hidden)[:, 0], done, counts, out, cache
 
     scores = logits(model, params, hidden[:, -1:])[:, 0]
@@ -116,11 +116,16 @@ def sample(scores: jax.Array, keys: jax.Array, index: jax.Array, sampling: Sampl
     Args:
       scores: [B, V] float32 logits.
       keys: [B] keys, one per row.
-      index: of the token in its sequence; with the key it decides the draw.
+      index: of the token in its sequence, one for all rows or [B]; with the key it decides the draw.
       sampling: temperature and top_p.
     """
     if sampling.temperature == 0:
         return scores.argmax(-1).astype(jnp.int32)
+    return draw(shaped(scores, sampling), keys, index)
+
+
+def shaped(scores: jax.Array, sampling: Sampling) -> jax.Array:
+    """Logits [B, V] of the very distribution that tokens are drawn from, at a temperature above 0."""
     scores = scores / sampling.temperature
     if sampling.top_p < 1:
         probabilities = jax.nn.softmax(scores, axis=-1)
@@ -128,20 +133,25 @@ def sample(scores: jax.Array, keys: jax.Array, index: jax.Array, sampling: Sampl
         before = jnp.cumsum(ranked, axis=-1) - ranked  # probability of everything likelier
         least = jnp.min(jnp.where(before < sampling.top_p, ranked, jnp.inf), axis=-1, keepdims=True)
         scores = jnp.where(probabilities >= least, scores, MASKED)
-    draw = jax.vmap(lambda key, row: jax.random.categorical(jax.random.fold_in(key, index), row))
-    return draw(keys, scores).astype(jnp.int32)
+    return scores
 
 
-class _Place(NamedTuple):
+def draw(scores: jax.Array, keys: jax.Array, index: jax.Array) -> jax.Array:
+    """A token of each row's distribution, whose logits are `scores`; see `sample`."""
+    of_row = jax.vmap(lambda key, i, row: jax.random.categorical(jax.random.fold_in(key, i), row))
+    return of_row(keys, jnp.broadcast_to(index, keys.shape), scores).astype(jnp.int32)
+
+
+class DecodingPlace(NamedTuple):
     """Where a decoding step stands."""
 
     place: jax.Array
-    """The new token's place, the same in every row."""
+    """The new token's place: one for all rows, or [B]."""
     first: jax.Array
     """[B] place of each row's first real token."""
 
 
-def _decoding(at: _Place | None) -> Visit:
+def decoding(at: DecodingPlace | None) -> Visit:
     """What happens at a layer: its new keys and values [R, B, T, K, H] are collected, if it has its own.
 
     `at` None: a prompt by itself; else T = 1, and the token sees what the cache beside the layer holds.
@@ -161,19 +171,26 @@ def _decoding(at: _Place | None) -> Visit:
 
 
 def _attend_past(
-    at: _Place, cache: KV | None, q: jax.Array, k: jax.Array, v: jax.Array, _segment_ids: jax.Array, _window: int | None
+    at: DecodingPlace,
+    cache: KV | None,
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    _segment_ids: jax.Array,
+    _window: int | None,
 ) -> jax.Array:
     """Attention of one new token per row, q [B, 1, N, H], to the cache and itself.
 
     `cache` None: a KV-shared layer, whose k and v are the whole cache of the layer that it shares.
     """
     slots = (cache[0] if cache else k).shape[1]
-    places = at.place - (at.place - jnp.arange(slots)) % slots  # [C] the last place that went into each slot
-    seen = places[None, :] >= at.first[:, None]  # a ring no longer than the window holds nothing older than it
+    place = at.place[..., None]
+    places = place - (place - jnp.arange(slots)) % slots  # [C] or [B, C]: the last place that went into each slot
+    seen = places >= at.first[:, None]  # a ring no longer than the window holds nothing older than it
     if cache is None:
         return attend(q, k, v, seen[:, None, :])
     # The new token's slot holds one that has left the window, or nothing.
-    return _attend_beside(q, cache, (k, v), seen & (places != at.place))
+    return _attend_beside(q, cache, (k, v), seen & (places != place))
 
 
 def _attend_beside(q: jax.Array, cache: KV, new: KV, seen: jax.Array) -> jax.Array:
@@ -196,14 +213,19 @@ def _attend_beside(q: jax.Array, cache: KV, new: KV, seen: jax.Array) -> jax.Arr
 
 def _extend(cache: KV, new: KV, place: jax.Array) -> KV:
     """Keys and values [B, C, K, H] with those of one more token [B, 1, K, H]."""
-    return _put(cache[0], new[0], place, axis=1), _put(cache[1], new[1], place, axis=1)
+    keys, values = (put(c[None], n[None], place)[0] for c, n in zip(cache, new, strict=True))
+    return keys, values
 
 
-def _put(cache: jax.Array, new: jax.Array, place: jax.Array, axis: int) -> jax.Array:
-    return jax.lax.dynamic_update_slice_in_dim(cache, new, place % cache.shape[axis], axis)
+def put(cache: jax.Array, new: jax.Array, place: jax.Array) -> jax.Array:
+    """Keys or values [R, B, C, K, H] with those of a token [R, B, 1, K, H] at its `place`, one for all rows or [B]."""
+    slot = place % cache.shape[2]
+    if place.ndim == 0:
+        return jax.lax.dynamic_update_slice_in_dim(cache, new, slot, axis=2)
+    return cache.at[:, jnp.arange(cache.shape[1]), slot].set(new[:, :, 0])
 
 
-def _is_global(model: Model, kvs: Cache) -> Any:
+def is_global(model: Model, kvs: Cache) -> Any:
     """A tree like `kvs` that says of each array whether its layer is global."""
     return [
         [own and (model.arch.is_global(n),) * len(own) for n, own in zip(stage.layers[0], kvs_of_stage, strict=True)]

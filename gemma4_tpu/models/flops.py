@@ -62,10 +62,17 @@ def attention_flops(arch: Architecture, length: float, before: int | None = None
     return flops
 
 
-def train_flops_per_token(arch: Architecture, lora: LoraConfig, mean_length: float, token_rows: bool = False) -> float:
+def train_flops_per_token(
+    arch: Architecture, lora: LoraConfig, mean_length: float, token_rows: bool = False, reference: bool = False
+) -> float:
     """Forward and backward of one real token in segments of `mean_length` tokens, without rematerialisation.
 
-    `token_rows`: some rows of the embedding are trained as well, see `token_rows.py`.
+    Args:
+      arch: the model.
+      lora: what is trained of it.
+      mean_length: of the segments that attention sees.
+      token_rows: some rows of the embedding are trained as well, see `token_rows.py`.
+      reference: a forward pass of the base goes with it.
     """
     layout = Layout.of(arch, lora)
     first = 0 if token_rows else _first_trained_layer(layout)
@@ -74,6 +81,8 @@ def train_flops_per_token(arch: Architecture, lora: LoraConfig, mean_length: flo
     forward_only = 2 * below + 2 * attention_flops(arch, mean_length, first)
     in_full = matmul_parameters(arch, lambda t: t.weight.name in layout.in_full)
     base = 4 * matmul_parameters(arch) + 3 * attention_flops(arch, mean_length)
+    if reference:
+        base += 2 * matmul_parameters(arch) + attention_flops(arch, mean_length)
     return base - forward_only + 2 * in_full + 6 * _lora_parameters(arch, lora, arch.experts_per_token)
 
 

@@ -18,6 +18,7 @@ from gemma4_tpu.hardware import LOCAL, SLICES, MeshSizes, Slice, option_name, sl
 from gemma4_tpu.training.checks import examine_train, normalise
 from gemma4_tpu.training.meshes import resolve_mesh
 from gemma4_tpu.training.recipe import Recipe, rows_per_microbatch
+from gemma4_tpu.training.rollouts_checks import is_on_policy
 
 UPDATES = 1_000
 """Of the run, as the program's learning rates see it: the same for all plans, so that a run with other rows or epochs
@@ -79,13 +80,16 @@ def examine_plan(root: PlanRoot) -> tuple[PlanChecked | None, list[Refusal]]:
     # The rest by the checks of training, on a run whose files are no question.
     model = replace(root.model, path=f"{RANDOM}0", tokenizer=None)
     data = replace(root.data, train=[DataSource(path="hf:absent")], heldout=[])
-    checked, problems = examine_train(replace(root, model=model, data=data))
+    rollouts = replace(root.rollouts, reward="absent:absent")
+    checked, problems = examine_train(replace(root, model=model, data=data, rollouts=rollouts))
     problems = [Refusal(message) for message in messages] + problems
     if problems or checked is None or architecture is None or wanted is None or checked.mesh is None:
         return None, problems
     warnings = [w for w in checked.warnings if "held-out" not in w]
     if missing:
         warnings.append(f"{'; '.join(missing)}: planned with the numbers of {architecture.name}")
+    if is_on_policy(root.objective):
+        warnings.append(f"objective={root.objective.kind}: the update alone is planned, not the roll-outs before it")
     return PlanChecked(architecture, wanted, checked.mesh, _data_here(root), tuple(warnings)), []
 
 
@@ -96,6 +100,7 @@ def recipe_of(root: PlanRoot, checked: PlanChecked) -> Recipe:
         trainer=root.trainer, mesh=checked.mesh,
         rows=rows_per_microbatch(root.trainer, root.data, checked.mesh.row_places),
         length=root.data.sequence_length, updates=UPDATES, new_tokens=tuple(range(len(root.model.new_tokens))),
+        objective=root.objective,
     )  # fmt: skip
 
 

@@ -21,6 +21,7 @@ from gemma4_tpu.models.layout import Leaf, build_tree, get, without
 from gemma4_tpu.planning import counts, hlo, origins, schedule
 from gemma4_tpu.planning.links import Grid
 from gemma4_tpu.planning.program import OutOfMemory, Program, compile_lowered
+from gemma4_tpu.step.objective import REFERENCE
 from gemma4_tpu.step.train_step import Step, TrainState, compiled_functions
 from gemma4_tpu.training.recipe import Recipe
 from gemma4_tpu.training.setup import make_step, state_places
@@ -38,16 +39,21 @@ class Shapes:
     batch: dict[str, jax.ShapeDtypeStruct]
 
     def bytes_per_chip(self) -> dict[str, int]:
-        """What lies on each chip between updates, by kind: base, lora, weights trained in full, optimizer, average."""
+        """What lies on each chip between updates, by kind: base, lora, weights trained in full, optimizer, average,
+        reference.
+        """
         own = {leaf.path for leaf in self.step.model.layout.trained_in_full()}
         adapters_alone = _on_one_chip(without(self.state.trained, own | {token_rows.PATH}))
         trained = {"lora": adapters_alone, "weights": _on_one_chip(self.state.trained) - adapters_alone}
         average = {} if self.state.average is None else {"average": _on_one_chip(self.state.average)}
+        base = {name: arrays for name, arrays in self.base.items() if name != REFERENCE}
+        reference = {REFERENCE: _on_one_chip(self.base[REFERENCE])} if REFERENCE in self.base else {}
         return {
-            "base": _on_one_chip(self.base),
+            "base": _on_one_chip(base),
             **{kind: size_bytes for kind, size_bytes in trained.items() if size_bytes},
             "optimizer": _on_one_chip(self.state.optimizer),
             **average,
+            **reference,
             "batch": _on_one_chip(self.batch),
         }
 
@@ -97,16 +103,19 @@ def shapes(recipe: Recipe, mesh: Mesh) -> Shapes:
     trained = build_tree(iter(changed.items()))
     places = state_places(step, trained, key, mesh)
     state = _placed(jax.eval_shape(step.init, trained, key), places)
-    return Shapes(step, state, base, _batch(recipe, mesh))
+    if recipe.keeps_reference:
+        base = {**base, REFERENCE: trained}
+    return Shapes(step, state, base, _batch(recipe, step, mesh))
 
 
 def _placed(tree: Any, places: Any) -> Any:
     return jax.tree.map(lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), tree, places)
 
 
-def _batch(recipe: Recipe, mesh: Mesh) -> dict[str, jax.ShapeDtypeStruct]:
+def _batch(recipe: Recipe, step: Step, mesh: Mesh) -> dict[str, jax.ShapeDtypeStruct]:
     place, shape = sharding.batch(mesh), (recipe.trainer.microbatches, recipe.rows, recipe.length)  # [M, B, T]
     dtypes = dict.fromkeys(("tokens", "targets", "segment_ids", "positions"), jnp.int32) | {"target_mask": jnp.bool_}
+    dtypes |= step.objective.fields if step.objective else {}
     return {name: jax.ShapeDtypeStruct(shape, dtype, sharding=place) for name, dtype in dtypes.items()}
 
 

@@ -17,6 +17,7 @@ from gemma4_tpu.planning.own_runs import band_of_runs
 from gemma4_tpu.planning.planned import Planned
 from gemma4_tpu.planning.schedule import COLLECTIVES, PARTS
 from gemma4_tpu.planning.walk import Walked
+from gemma4_tpu.step.objective_kinds import SFT
 
 PEAKS = ("compute", "hbm", "interconnect")
 TOP = 10
@@ -35,6 +36,8 @@ class PlanResult:
     model: str
     trained: str
     """`lora r=64`, `qlora nf4 r=64`, `full`."""
+    objective: str = SFT  # of plans made before there were others
+    """`objective.kind`."""
     lora_rank: int | None = None
     """Of the adapters; None: full fine-tuning."""
     mesh: dict[str, int]
@@ -168,7 +171,9 @@ def estimate(planned: Planned, answer: dict[str, Any], walked: Walked | None = N
     flops, again = counts["flops"] - skipped, counts["hbm_read_again_bytes"]
     traffic, accessed = counts["hbm_traffic_bytes"] + again, counts["bytes_accessed"]
     tokens = fill.real_tokens_per_update
-    per_token = train_flops_per_token(recipe.arch, recipe.lora, fill.mean_tokens, bool(recipe.new_tokens))
+    per_token = train_flops_per_token(
+        recipe.arch, recipe.lora, fill.segment_tokens, bool(recipe.new_tokens), recipe.has_reference
+    )
     analytic = per_token * tokens / wanted.devices
     parts = _memory_parts(compiled)
     seconds = roofline(wanted, flops, traffic, counts["collectives"], counts["link_bytes"])

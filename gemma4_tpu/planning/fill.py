@@ -17,6 +17,7 @@ import numpy as np
 from gemma4_tpu.config.schema import DataConfig, ModelConfig, TrainerConfig
 from gemma4_tpu.config.tasks import PlanConfig
 from gemma4_tpu.data.examples import Examples
+from gemma4_tpu.data.forms import CONVERSATIONS
 from gemma4_tpu.data.updates import Updates
 from gemma4_tpu.planning.kernels import Mask
 from gemma4_tpu.training.recipe import rows_per_update
@@ -32,6 +33,9 @@ class Fill:
 
     examples: int
     mean_tokens: float
+    """Of an example."""
+    segment_tokens: float
+    """Mean of a segment: of an example, or of a side of a pair."""
     real_tokens_per_update: float
     """Mean over the run, over all chips."""
     fill: float
@@ -42,7 +46,7 @@ class Fill:
     source: str
     """`measured` or `assumed`, and from what."""
     rows: list[np.ndarray] = field(default_factory=list)
-    """Tokens of each example, for some rows of T."""
+    """Tokens of each segment, for some rows of T."""
 
     def share_visited(self, mask: Mask, length: int) -> float:
         """Of the blocks that `mask` leaves in rows of so many tokens, the share that hold a common example.
@@ -69,14 +73,18 @@ class Lengths:
     """As `Fill.source`."""
 
 
-def lengths_of(model: ModelConfig, data: DataConfig, stated: PlanConfig, *, data_here: bool) -> Lengths:
+def lengths_of(
+    model: ModelConfig, data: DataConfig, stated: PlanConfig, rows_are: str = CONVERSATIONS, *, data_here: bool
+) -> Lengths:
     """Measures the lengths of the training examples by tokenising them, or assumes those that are `stated`.
 
     Raises:
       UserError: the data is here, but cannot be read.
     """
     if data_here:
-        return Lengths(_read(model, data), f"measured: {', '.join(s.path for s in data.train)}, tokenised here")
+        return Lengths(
+            _read(model, data, rows_are), f"measured: {', '.join(s.path for s in data.train)}, tokenised here"
+        )
     examples = _of_lengths(_stated_lengths(stated, data))
     return Lengths(
         examples,
@@ -99,10 +107,11 @@ def fill_of(lengths: Lengths, data: DataConfig, trainer: TrainerConfig) -> Fill:
         real += sum(int(slots[row].sum()) for row in update.rows)
         row_tokens += update.length
         if update.length == data.sequence_length and len(whole) < ROWS_LOOKED_AT:
-            whole += [slots[row] for row in update.rows]
+            whole += [examples.lengths(row) for row in update.rows]
     mean, share = real / looked_at, row_tokens / looked_at / data.sequence_length
     fill = mean / (rows * data.sequence_length * share)
-    return Fill(len(examples), float(slots.mean()), mean, fill, share, len(plan), lengths.source, whole)
+    segments = float(examples.lengths(np.arange(len(examples))).mean())
+    return Fill(len(examples), float(slots.mean()), segments, mean, fill, share, len(plan), lengths.source, whole)
 
 
 def _ends(example: np.ndarray, size: int) -> tuple[np.ndarray, np.ndarray]:
@@ -111,14 +120,14 @@ def _ends(example: np.ndarray, size: int) -> tuple[np.ndarray, np.ndarray]:
     return example[starts], example[np.minimum(starts + size, len(example)) - 1]
 
 
-def _read(model: ModelConfig, data: DataConfig) -> Examples:
+def _read(model: ModelConfig, data: DataConfig, rows_are: str) -> Examples:
     from gemma4_tpu.data.build import build_data
     from gemma4_tpu.data.tokenizer import load_tokenizer
     from gemma4_tpu.models.base import resolve_base
 
     named: Any = model if model.path else replace(model, path="random:0")
     base = resolve_base(named)
-    return build_data(data, load_tokenizer(base.tokenizer_folder, base.new_tokens)).train
+    return build_data(data, load_tokenizer(base.tokenizer_folder, base.new_tokens), rows_are).train
 
 
 def _stated_lengths(plan: PlanConfig, data: DataConfig) -> np.ndarray:

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 from gemma4_tpu.hardware import GIB
 from gemma4_tpu.plotting import COLOURS, INK, new_figure, running_means
-from gemma4_tpu.tracking.metrics import read_metrics
+from gemma4_tpu.tracking.metrics import HELDOUT, measures_of, read_metrics
 from gemma4_tpu.tracking.run import RunFolder
 
 SMOOTH_FROM_POINTS = 40
@@ -33,9 +33,11 @@ class _Curve(NamedTuple):
     smooth: bool = False
 
 
+_PER_TOKEN = " (nats per target token)"
+"""Not of objectives that count something else; those have measures of their own."""
 _CURVES = (
-    _Curve("loss", "training loss (nats per target token)", "loss", smooth=True),
-    _Curve("heldout_loss", "held-out loss (nats per target token)", "heldout_loss"),
+    _Curve("loss", f"training loss{_PER_TOKEN}", "loss", smooth=True),
+    _Curve("heldout_loss", f"held-out loss{_PER_TOKEN}", "heldout_loss"),
     _Curve("learning_rate", "learning rate", "learning_rate"),
     _Curve("throughput", "real tokens per second", "real_tokens_per_second", smooth=True),
     _Curve("hbm", "device memory in use (GiB, fullest device)", "hbm_bytes", 1 / GIB),
@@ -52,13 +54,20 @@ def draw_curves(runs: Sequence[Followed], folder: Path) -> list[Path]:
       Paths, in the order in which they are to be seen.
     """
     drawn = []
-    for curve in _CURVES:
-        if len(runs) == 1 and curve.key == "heldout_loss" and "loss" in _recorded(runs):
-            continue
+    measures = measures_of(row for run in runs for row in run.rows)
+    for curve in (*_CURVES, *map(_of_measure, measures), *(_of_measure(f"{HELDOUT}{name}") for name in measures)):
+        own = curve.key.removeprefix(HELDOUT)
+        if len(runs) == 1 and curve.key.startswith(HELDOUT) and own in _recorded(runs):
+            continue  # both in one picture
         lines = [(run.name, *points_of(run.rows, curve.key, curve.scale)) for run in runs]
         if any(updates for _, updates, _ in lines):
             drawn.append(_draw(curve, lines, runs, folder / f"{curve.file}.png"))
     return drawn
+
+
+def _of_measure(key: str) -> _Curve:
+    words = key.removeprefix(HELDOUT).replace("_", " ")
+    return _Curve(key, f"held-out {words}" if key.startswith(HELDOUT) else words, key, smooth=True)
 
 
 def missing(runs: Sequence[Followed]) -> list[str]:
@@ -80,13 +89,14 @@ def _draw(
         axes = figure.subplots()
         for number, (name, updates, values) in enumerate(lines):
             _line(axes, updates, values, COLOURS[number % len(COLOURS)], name if len(lines) > 1 else None, curve.smooth)
-        axes.set_title(curve.title)
-        if len(lines) == 1 and curve.key == "loss":
-            _add_heldout(axes, runs[0])
+        measures = measures_of(row for run in runs for row in run.rows)
+        axes.set_title(curve.title.removesuffix(_PER_TOKEN) if measures else curve.title)
+        if len(lines) == 1 and (curve.key == "loss" or curve.key in measures):
+            _add_heldout(axes, runs[0], curve.key)
         axes.set_xlabel("update")
         axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=6, steps=[1, 2, 2.5, 5, 10]))
         axes.yaxis.set_major_locator(MaxNLocator(nbins=6, steps=[1, 2, 2.5, 5, 10]))
-        if curve.key != "heldout_loss":
+        if curve.key != "heldout_loss" and not measures:
             axes.set_ylim(bottom=0)
         if curve.key == "learning_rate":
             axes.ticklabel_format(axis="y", style="sci", scilimits=(-2, 4))
@@ -109,11 +119,11 @@ def _line(axes: Any, updates: list[int], values: list[float], colour: str, label
     axes.plot(updates, means, color=colour, linewidth=2, label=label or f"mean of {window} points")
 
 
-def _add_heldout(axes: Any, run: Followed) -> None:
-    updates, values = points_of(run.rows, "heldout_loss")
+def _add_heldout(axes: Any, run: Followed, key: str) -> None:
+    updates, values = points_of(run.rows, f"{HELDOUT}{key}")
     if not values:
         return
-    axes.set_title("loss (nats per target token)")
+    axes.set_title(axes.get_title().removeprefix("training "))
     axes.plot(updates, values, color=COLOURS[1], linewidth=2, marker="o", markersize=4, label="held-out")
     for at in {0, len(values) - 1}:
         axes.annotate(f"{values[at]:.3g}", (updates[at], values[at]), xytext=(0, 6), textcoords="offset points",
@@ -159,7 +169,7 @@ def _losses_of(rows: Sequence[dict[str, Any]], title: str, path: Path) -> Path:
             style = {"color": COLOURS[1], "linewidth": 2, "marker": "o", "markersize": 4}
             axes.plot(heldout_updates, heldout, label="held-out", **style)
             _label_ends(axes, heldout_updates, heldout)
-        axes.set_ylabel("loss (nats per target token)")
+        axes.set_ylabel("loss" if measures_of(rows) else f"loss{_PER_TOKEN}")
         axes.legend(loc="upper right")
 
     return _over_updates(draw, title, path)

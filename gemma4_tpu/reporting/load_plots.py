@@ -5,6 +5,7 @@ context. Latencies of overloaded cells are in none of them.
 from __future__ import annotations
 
 import math
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -43,11 +44,9 @@ def _over_rate(values: dict[Cell, float], label: str, title: str, path: Path, *,
     lines: dict[str, list[tuple[int, float]]] = {}
     for cell, value in values.items():
         assert cell.rate is not None
-        lines.setdefault(f"{cell.input_tokens:,} in, {cell.output_tokens:,} out", []).append((places[cell.rate], value))
+        lines.setdefault(_lengths(cell.input_tokens, cell.output_tokens), []).append((places[cell.rate], value))
 
     def draw(axes: Any) -> None:
-        from matplotlib.ticker import LogLocator, NullLocator
-
         for number, (name, points) in enumerate(lines.items()):
             style = {"color": COLOURS[number % len(COLOURS)], "marker": "o", "markersize": 5, "linewidth": 1.8}
             bounded = sorted(point for point in points if not math.isinf(rates[point[0]]))
@@ -60,57 +59,78 @@ def _over_rate(values: dict[Cell, float], label: str, title: str, path: Path, *,
         axes.set_xticks(range(len(rates)), [rate_text(rate) for rate in rates])
         axes.set_xlabel("requests per second (∞: all at once)")
         axes.set_ylabel(label)
-        if logarithmic and max(values.values()) > 5 * min(values.values()) > 0:
-            axes.set_yscale("log")
-            axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-            axes.yaxis.set_minor_locator(NullLocator())
-        else:
-            axes.set_ylim(0, max(values.values()) * 1.12)
-        axes.yaxis.set_major_formatter(lambda value, _: f"{value:,.6g}")
-        axes.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0))
+        _scale(axes, values.values(), logarithmic=logarithmic)
+        axes.figure.legend(loc="outside lower left", ncols=2, fontsize=9)
 
-    return draw_titled(draw, title, path, (8.5, 4))
+    return draw_titled(draw, title, path, _inches(len(lines)))
 
 
 def _curve(results: Results, name: str, title: str, folder: Path, searched: dict[str, Any] | None) -> Path | None:
-    """Latency over throughput: a line for each pair of lengths, its p99 dashed; limits of `bench.slo` lie across, and
-    the highest rate that keeps them stands upright. None: there are no two points.
+    """Latency over throughput, median and p99: a line for each pair of lengths. Trials of a search, which crowd around
+    the rate that it finds, are points; that rate stands upright, and limits of `bench.slo` lie across. None: there are
+    no two points.
     """
-    keys = {f"median_{name}_ms": ("-", "o", "median"), f"p99_{name}_ms": ("--", "", "p99")}
+    keys = {f"median_{name}_ms": ("-", "o", "median"), f"p99_{name}_ms": ("--", "^", "p99")}
     lines: dict[str, list[dict[str, Any]]] = {}
     for cell, result in results.items():
         bounded = cell.rate is not None and not math.isinf(cell.rate)
         if bounded and result["state"] == OK and all(result[key] is not None for key in keys):
-            lines.setdefault(f"{cell.input_tokens:,} in, {cell.output_tokens:,} out", []).append(result)
+            lines.setdefault(_lengths(cell.input_tokens, cell.output_tokens), []).append(result)
     if max(map(len, lines.values()), default=0) < 2:
         return None
+    values = [result[key] for points in lines.values() for result in points for key in keys]
+    limits = {key: ms for key, ms in (searched["limits"] if searched else {}).items() if f"_{name}_" in key}
+    colours = {lengths: COLOURS[number % len(COLOURS)] for number, lengths in enumerate(lines)}
 
     def draw(axes: Any) -> None:
-        for number, (lengths, points) in enumerate(lines.items()):
-            points.sort(key=lambda result: result["output_throughput"])
+        for lengths, points in lines.items():
+            points.sort(key=lambda result: float(result["request_rate"]))
             for key, (dashes, marker, statistic) in keys.items():
-                style = {
-                    "color": COLOURS[number % len(COLOURS)],
-                    "linestyle": dashes,
-                    "marker": marker,
-                    "markersize": 4,
-                }
-                values = [result[key] for result in points]
-                axes.plot([r["output_throughput"] for r in points], values, label=f"{lengths}: {statistic}", **style)
-        for key, ms in (searched["limits"] if searched else {}).items():
-            if f"_{name}_" in key:
-                axes.axhline(ms, color="#a33", linewidth=1, linestyle=":")
-                axes.annotate(key, (1, ms), xycoords=("axes fraction", "data"), ha="right", va="bottom", color="#a33")
+                axes.plot(
+                    [r["output_throughput"] for r in points], [r[key] for r in points], label=f"{lengths}: {statistic}",
+                    color=colours[lengths], linestyle="" if searched else dashes, marker=marker, markersize=4.5,
+                    markerfacecolor=colours[lengths] if statistic == "median" else "white",
+                )  # fmt: skip
         for found in searched["searches"] if searched else ():
-            if found["output_throughput"]:
-                axes.axvline(found["output_throughput"], color="#999999", linewidth=1, linestyle=":")
+            lengths = _lengths(found["input_tokens"], found["output_tokens"])
+            if found["output_throughput"] and lengths in colours:
+                told = f"{lengths}: {found['rate']:g} requests/s"
+                axes.axvline(found["output_throughput"], color=colours[lengths], linewidth=1, linestyle=":", label=told)
+        for key, ms in limits.items():
+            axes.axhline(ms, color="#a33", linewidth=1, linestyle=":")
+            told = f"{key} ≤ {ms:g}"
+            axes.annotate(told, (0.01, ms), xycoords=("axes fraction", "data"), va="bottom", color="#a33", fontsize=8)
         axes.set_xlim(left=0)
-        axes.set_ylim(bottom=0)
+        _scale(axes, [*values, *limits.values()])
+        axes.xaxis.set_major_formatter(lambda value, _: f"{value:,.6g}")
         axes.set_xlabel("output tokens per second")
         axes.set_ylabel(_CURVES[name])
-        axes.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0))
+        axes.figure.legend(loc="outside lower left", ncols=2, fontsize=9)
 
-    return draw_titled(draw, title, folder / f"{name}_over_throughput.png", (8.5, 4))
+    entries = 2 * len(lines) + (len(searched["searches"]) if searched else 0)
+    return draw_titled(draw, title, folder / f"{name}_over_throughput.png", _inches(entries))
+
+
+def _inches(entries: int) -> tuple[float, float]:
+    """Of a picture with so many entries in two columns below it: narrow enough to be read on a telephone."""
+    return 5.8, 3.6 + 0.2 * math.ceil(entries / 2)
+
+
+def _lengths(input_tokens: int, output_tokens: int) -> str:
+    return f"{input_tokens:,} in, {output_tokens:,} out"
+
+
+def _scale(axes: Any, values: Collection[float], *, logarithmic: bool = True) -> None:
+    """Logarithmic, if that is wanted, where the values lie far apart, else from 0."""
+    from matplotlib.ticker import LogLocator, NullLocator
+
+    if logarithmic and max(values) > 5 * min(values) > 0:
+        axes.set_yscale("log")
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.yaxis.set_minor_locator(NullLocator())
+    else:
+        axes.set_ylim(0, max(values) * 1.12)
+    axes.yaxis.set_major_formatter(lambda value, _: f"{value:,.6g}")
 
 
 def _matrix(results: Results, key: str, label: str, colours: str, title: str, path: Path) -> Path:

@@ -20,6 +20,7 @@ from gemma4_tpu.reporting.costs import CostTerms
 from gemma4_tpu.reporting.curves import draw_curves
 from gemma4_tpu.reporting.found import KINDS, OUTPUTS, Records, find
 from gemma4_tpu.reporting.html import html_page
+from gemma4_tpu.reporting.on_policy import on_policy
 from gemma4_tpu.tracking.files import write_text
 from gemma4_tpu.tracking.records import LOAD_TEST, MERGE, result_of
 
@@ -108,6 +109,7 @@ def _one(records: Records, figures: Figures, page: Path, folder: Path) -> Iterat
     yield from table(["", "figure", "by"], [list(fact) for fact in _glance(records)])
     yield from afterwards.plan(records, page)
     yield from training.training(records, page, folder)
+    yield from on_policy(records)
     yield from afterwards.merge(records, page)
     yield from afterwards.evaluation(records, page)
     yield from afterwards.serving(records, page)

@@ -17,6 +17,7 @@ from gemma4_tpu.planning.misfit import format_bytes, misfit_line
 from gemma4_tpu.planning.search import LEFT_OUT, Found, cost, free
 from gemma4_tpu.plotting import new_figure
 from gemma4_tpu.prices import format_usd
+from gemma4_tpu.step.objective_kinds import SFT
 from gemma4_tpu.tracking.progress import format_seconds
 
 _CAPACITY = {"on_demand": "On demand", "spot": "Spot", "flex_start": "Flex-start, at best", "configured": "Cost"}
@@ -24,6 +25,7 @@ HIDDEN = "collectives_hidden"
 """Of `PlanResult.step_parts`: beside the core."""
 _COLOURS = {
     "base": "#4c78c8", "weights": "#4c78c8", "lora": "#54a24b", "optimizer": "#e0a63a", "average": "#8e6bbf",
+    "reference": "#b279a2",
     "batch": "#9d9d9d", "temporaries": "#d9692c", "free": "#f0f0f0",
 }  # fmt: skip
 _MEANING = {
@@ -32,6 +34,7 @@ _MEANING = {
     "lora": "LoRA",
     "optimizer": "optimizer state",
     "average": "average (trainer.ema_decay)",
+    "reference": "reference (objective)",
     "batch": "batch and padding",
     "temporaries": "activations, temporaries",
 }
@@ -93,7 +96,7 @@ def plan_rows(result: PlanResult) -> list[tuple[str, str]]:
     """A plan in words: (what, figure)."""
     mesh = MeshSizes.recorded(result.mesh)
     rows = [
-        ("Run", f"{result.model}, {result.trained}, remat {result.remat}, on {result.slice} ({mesh})"),
+        ("Run", f"{result.model}, {_trained(result)}, remat {result.remat}, on {result.slice} ({mesh})"),
         (
             "Update",
             f"{result.rows_per_update} rows of {result.sequence_length} in {result.microbatches} microbatch(es)",
@@ -242,12 +245,16 @@ def _draw_bars(axes: Any, results: Sequence[PlanResult]) -> None:
     axes.figure.legend(loc="outside lower center", ncols=3, fontsize=9)
 
 
+def _trained(result: PlanResult) -> str:
+    return result.trained if result.objective == SFT else f"{result.trained}, {result.objective}"
+
+
 def _described(result: PlanResult) -> list[str]:
     """What may differ between the bars of one picture."""
     rows, batches = result.rows_per_update // result.microbatches, result.microbatches
     return [
         result.model,
-        result.trained,
+        _trained(result),
         result.slice,
         str(MeshSizes.recorded(result.mesh)),
         f"remat {result.remat}",

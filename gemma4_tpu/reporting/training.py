@@ -15,7 +15,7 @@ from gemma4_tpu.markdown import code, pictures, plain, table
 from gemma4_tpu.prices import format_usd
 from gemma4_tpu.reporting.curves import Followed, draw_curves, missing
 from gemma4_tpu.reporting.found import Records
-from gemma4_tpu.tracking.metrics import read_metrics
+from gemma4_tpu.tracking.metrics import HELDOUT, read_metrics
 from gemma4_tpu.tracking.progress import format_seconds
 from gemma4_tpu.tracking.records import config_of, read_record
 from gemma4_tpu.tracking.result import Result
@@ -82,6 +82,7 @@ def facts(result: Result) -> list[Fact]:
     if result.heldout_loss_best is not None:
         at = f"{result.heldout_loss_best:.4f} at update {result.heldout_update_best}"
         found.append(("Lowest held-out loss", at, _MEASURED))
+    found += [(_words(name), f"{value:.4g}", _MEASURED) for name, value in result.measures.items()]
     tokens = f"{result.real_tokens:,}, {result.target_tokens:,} of them with loss"
     fill = f", fill {result.fill:.1%}" if result.fill is not None else ""
     found += [("Real tokens", tokens + fill, _MEASURED), ("Time", format_seconds(result.seconds), _MEASURED)]
@@ -108,6 +109,12 @@ def facts(result: Result) -> list[Fact]:
     if result.usd is not None:
         found.append(("Cost", format_usd(result.usd), f"{_ESTIMATED}: measured time × price"))
     return found
+
+
+def _words(measure: str) -> str:
+    """What a key of `Result.measures` says of what."""
+    name = measure.removeprefix(HELDOUT).replace("_", " ")
+    return f"Held-out {name}, at last" if measure.startswith(HELDOUT) else f"{name.capitalize()}, last update"
 
 
 def heldout(result: Result) -> str:

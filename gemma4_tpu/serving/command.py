@@ -1,4 +1,4 @@
-"""The container command, word by word. Secrets are named, never written: `--env HF_TOKEN`."""
+"""vLLM's command, word by word, in its container or on this machine. Secrets are named, never written."""
 
 from __future__ import annotations
 
@@ -10,10 +10,12 @@ from pathlib import Path
 from typing import Any
 
 from gemma4_tpu.config.serving import ServingConfig
-from gemma4_tpu.hardware import SLICES
-from gemma4_tpu.serving.checks import HANDED_ON, ServeChecked, name_of
+from gemma4_tpu.serving.adapter_checks import lora_rank
+from gemma4_tpu.serving.checks import ServeChecked, name_of
+from gemma4_tpu.serving.flag_checks import HANDED_ON
+from gemma4_tpu.serving.model_checks import platform_of
 
-MODEL_MOUNT, CACHE_MOUNT = "/model", "/cache"
+MODEL_MOUNT, ADAPTER_MOUNT, CACHE_MOUNT = "/model", "/adapters", "/cache"
 LABEL = "gemma4-tpu.serve"
 QWIX_FP8 = {"module_path": ".*", "weight_qtype": "float8_e4m3fn", "act_qtype": "float8_e4m3fn"}
 
@@ -39,24 +41,57 @@ def run_words(serving: ServingConfig, checked: ServeChecked) -> list[str]:
     """What follows the container engine's name: `run --detach …`."""
     words = ["run", "--detach", "--name", container_name(serving), "--label", LABEL]
     words += ["--network", "host", "--shm-size", f"{serving.shm_size_gib}g"]
-    on_tpu = SLICES[serving.slice].chip.platform == "tpu"
-    words += ["--privileged"] if on_tpu else ["--gpus", "all"]
-    words += ["--mount", f"type=bind,source={checked.model},target={MODEL_MOUNT},readonly"]
-    environment: dict[str, Any] = {"VLLM_ENGINE_READY_TIMEOUT_S": int(serving.ready_timeout_seconds) or 1}
+    words += ["--privileged"] if platform_of(serving) == "tpu" else ["--gpus", "all"]
+    mounts = {str(checked.model): MODEL_MOUNT, **dict(zip(_folders(checked), _adapter_mounts(checked), strict=True))}
+    for source, target in mounts.items():
+        words += ["--mount", f"type=bind,source={source},target={target},readonly"]
     if cache := cache_folder(serving):
         words += ["--mount", f"type=bind,source={cache},target={CACHE_MOUNT}"]
-        environment |= {"VLLM_XLA_CACHE_PATH": CACHE_MOUNT} if on_tpu else {"VLLM_CACHE_ROOT": CACHE_MOUNT}
-    for name, value in (environment | serving.env).items():
-        words += ["--env", f"{name}={_plain(value)}"]
+    for name, value in environment(serving, CACHE_MOUNT if cache else None).items():
+        words += ["--env", f"{name}={value}"]
     for name in HANDED_ON:
         words += ["--env", name] if os.environ.get(name) else []
-    return [*words, "--entrypoint", "vllm", serving.image, *serve_words(serving, model_name(serving, checked))]
+    served = serve_words(serving, checked, MODEL_MOUNT, _adapter_mounts(checked))
+    return [*words, "--entrypoint", "vllm", serving.image, *served]
 
 
-def serve_words(serving: ServingConfig, name: str) -> list[str]:
-    """What follows `vllm`: `serve /model …`."""
+def process_words(serving: ServingConfig, checked: ServeChecked) -> list[str]:
+    """The command on this machine, without its environment."""
+    return [serving.executable, *serve_words(serving, checked, str(checked.model), _folders(checked))]
+
+
+def _folders(checked: ServeChecked) -> list[str]:
+    return [str(adapter.folder) for adapter in checked.adapters]
+
+
+def _adapter_mounts(checked: ServeChecked) -> list[str]:
+    """Where the container sees the adapters' folders."""
+    return [f"{ADAPTER_MOUNT}/{number}" for number in range(len(checked.adapters))]
+
+
+def process_environment(serving: ServingConfig) -> dict[str, str]:
+    """What vLLM's process gets besides the environment of this one."""
+    cache = cache_folder(serving)
+    return environment(serving, str(cache) if cache else None)
+
+
+def inherited() -> dict[str, str]:
+    """This process's environment, but for what would lay its packages over those of vLLM."""
+    return {name: value for name, value in os.environ.items() if name not in ("PYTHONHOME", "PYTHONPATH")}
+
+
+def environment(serving: ServingConfig, cache: str | None) -> dict[str, str]:
+    """Variables that vLLM is given; `cache` is the folder for compiled programs as vLLM sees it."""
+    own: dict[str, Any] = {"VLLM_ENGINE_READY_TIMEOUT_S": int(serving.ready_timeout_seconds) or 1}
+    if cache:
+        own["VLLM_XLA_CACHE_PATH" if platform_of(serving) == "tpu" else "VLLM_CACHE_ROOT"] = cache
+    return {name: _plain(value) for name, value in (own | serving.env).items()}
+
+
+def serve_words(serving: ServingConfig, checked: ServeChecked, model: str, adapters: Sequence[str]) -> list[str]:
+    """What follows `vllm`: `serve /model …`; `model` and `adapters` are the folders as vLLM sees them."""
     own: dict[str, Any] = {
-        "host": serving.host, "port": serving.port, "served-model-name": name,
+        "host": serving.host, "port": serving.port, "served-model-name": model_name(serving, checked),
         "tensor-parallel-size": serving.tensor_parallel_size,
         "data-parallel-size": serving.data_parallel_size if serving.data_parallel_size > 1 else None,
         "max-model-len": serving.max_model_len, "max-num-seqs": serving.max_num_seqs,
@@ -64,14 +99,29 @@ def serve_words(serving: ServingConfig, name: str) -> list[str]:
         "gpu-memory-utilization": serving.gpu_memory_utilization,
         "kv-cache-dtype": None if serving.kv_cache_dtype == "auto" else serving.kv_cache_dtype,
     }  # fmt: skip
-    if serving.weight_dtype == "fp8":
-        on_tpu = SLICES[serving.slice].chip.platform == "tpu"
-        own |= (
-            {"additional-config": {"quantization": {"qwix": {"rules": [QWIX_FP8]}}}}
-            if on_tpu
-            else {"quantization": "fp8"}
-        )
-    return ["serve", MODEL_MOUNT, *_flag_words(own), *_flag_words(serving.flags), *serving.extra_args]
+    own |= _weights(serving)
+    lora = _lora_words(checked, adapters) if adapters else []
+    return ["serve", model, *_flag_words(own), *lora, *_flag_words(serving.flags), *serving.extra_args]
+
+
+def _lora_words(checked: ServeChecked, folders: Sequence[str]) -> list[str]:
+    """All adapters stay loaded, so that requests for any of them share a batch."""
+    named = zip(checked.adapters, folders, strict=True)
+    modules = [_plain({"name": adapter.name, "path": folder}) for adapter, folder in named]
+    flags = {"enable-lora": True, "max-lora-rank": lora_rank(checked.adapters), "max-loras": len(modules)}
+    return [*_flag_words(flags), "--lora-modules", *modules]
+
+
+def _weights(serving: ServingConfig) -> dict[str, Any]:
+    """The flags that `serving.weight_dtype` stands for; checkpoints are in bfloat16 already."""
+    match serving.weight_dtype, platform_of(serving):
+        case "fp8", "tpu":
+            return {"additional-config": {"quantization": {"qwix": {"rules": [QWIX_FP8]}}}}
+        case "fp8", _:
+            return {"quantization": "fp8"}
+        case dtype, "cpu":
+            return {"dtype": dtype}
+    return {}
 
 
 def shown(words: Sequence[str]) -> str:

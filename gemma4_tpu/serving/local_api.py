@@ -7,10 +7,9 @@ import hmac
 import json
 import os
 import time
-import uuid
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
 from contextlib import asynccontextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 from fastapi import FastAPI, Request
 from fastapi.middleware.cors import CORSMiddleware
@@ -19,10 +18,19 @@ from starlette.exceptions import HTTPException
 
 from gemma4_tpu.data.markup import strings
 from gemma4_tpu.serving.local_engine import READY, LocalEngine
+from gemma4_tpu.serving.local_grammar import AnswerGrammar
 from gemma4_tpu.serving.local_metrics import Metrics
-from gemma4_tpu.serving.local_protocol import ApiError, ChatRequest, CompletionRequest, Reply, read_request
+from gemma4_tpu.serving.local_process import WorkRefused
+from gemma4_tpu.serving.local_protocol import (
+    ApiError,
+    ChatRequest,
+    CompletionRequest,
+    ResponseFormat,
+    TokenizeRequest,
+    read_request,
+)
+from gemma4_tpu.serving.local_reply import Reply
 from gemma4_tpu.serving.local_sampling import ABORT, ERROR, AnswerPiece, GeneratedAnswer
-from gemma4_tpu.serving.local_template import TemplateRefused
 
 GONE_SECONDS = 0.25
 """Between looks whether a client is still there."""
@@ -30,6 +38,12 @@ CHARACTERS_PER_TOKEN = 64
 """A prompt with more characters than this for each token that fits is refused unread."""
 BODY_BYTES = 32 * 2**20
 """Of a request, at most."""
+
+
+class _Prompt(NamedTuple):
+    tokens: list[int]
+    echo: str | None = None
+    """Its text, where that is told again."""
 
 
 class Api:
@@ -51,6 +65,7 @@ class Api:
         app.get("/metrics")(self.metrics)
         app.get("/v1/models")(self.models)
         app.get("/v1/models/{name:path}")(self.one_model)
+        app.post("/tokenize")(self.tokenize)
         app.post("/v1/completions")(self.completions)
         app.post("/v1/chat/completions")(self.chat)
         return app
@@ -85,16 +100,28 @@ class Api:
             "max_model_len": self._longest,
         }  # fmt: skip
 
+    async def tokenize(self, request: Request) -> dict[str, Any]:
+        """`POST /tokenize`, as vLLM has it for texts: their ids."""
+        self._authorise(request)
+        body = read_request(TokenizeRequest, await whole_body(request))
+        if body.model is not None:
+            self._check_model(body.model)
+        self._engine_ready()
+        options = {"add_special_tokens": body.add_special_tokens}
+        async with self._tokenizing:
+            tokens = await asyncio.to_thread(lambda: self._engine.tokenizer(body.prompt, **options)["input_ids"])
+        return {"tokens": tokens, "count": len(tokens), "max_model_len": self._longest}
+
     async def completions(self, request: Request) -> Response:
         """`POST /v1/completions`: texts or token ids are continued."""
         self._authorise(request)
         body = read_request(CompletionRequest, await whole_body(request))
         self._admit(body)
         self._engine_ready()
-        prompts = [await self._tokens(prompt) for prompt in body.prompts]
+        prompts = [await self._prompt(prompt, body) for prompt in body.prompts]
         if not prompts:
             raise ApiError(400, "prompt is empty", param="prompt")
-        return await self._answer(body, request, prompts, "text", body.return_tokens_as_token_ids)
+        return await self._answer(body, request, prompts)
 
     async def chat(self, request: Request) -> Response:
         """`POST /v1/chat/completions`: the next turn of a conversation."""
@@ -102,17 +129,17 @@ class Api:
         body = read_request(ChatRequest, await whole_body(request))
         self._admit(body)
         self._engine_ready()
-        turns = body.turns()
-        self._check_characters(sum(map(len, strings([turn["content"] for turn in turns]))), "messages")
+        turns, tools = body.turns(), body.callable_tools
+        self._check_characters(sum(map(len, strings([turns, tools]))), "messages")
         self._check_arguments(body.chat_template_kwargs)
         options = {"add_generation_prompt": True, **body.chat_template_kwargs}
         most = self._longest * CHARACTERS_PER_TOKEN
         try:
             async with self._tokenizing:
-                prompt = await asyncio.to_thread(self._engine.render, turns, options, most)
-        except TemplateRefused as error:
+                prompt = await asyncio.to_thread(self._engine.render, turns, tools, options, most)
+        except WorkRefused as error:
             raise ApiError(400, f"the chat template refuses this: {error}", param="messages") from None
-        return await self._answer(body, request, [prompt], "chat", False)
+        return await self._answer(body, request, [_Prompt(prompt)])
 
     def _check_arguments(self, given: Mapping[str, Any]) -> None:
         known = self._engine.template_arguments | {"add_generation_prompt"}
@@ -151,30 +178,46 @@ class Api:
         message = f"this model's maximum context length is {self._longest} tokens; {told}"
         return ApiError(400, message, param=param, code="context_length_exceeded")
 
-    async def _tokens(self, prompt: str | list[int]) -> list[int]:
-        """A prompt's tokens; of a text as the tokenizer starts one (with `<bos>`)."""
+    async def _prompt(self, prompt: str | list[int], body: CompletionRequest) -> _Prompt:
+        """A text as the tokenizer starts one (with `<bos>`), or the text of tokens (without)."""
         if not prompt:
             raise ApiError(400, "prompt is empty", param="prompt")
+        tokenizer, options = self._engine.tokenizer, {"add_special_tokens": body.add_special_tokens}
         if isinstance(prompt, str):
             self._check_characters(len(prompt), "prompt")
             async with self._tokenizing:
-                return await asyncio.to_thread(lambda: self._engine.tokenizer(prompt)["input_ids"])
-        if not all(0 <= token < self._engine.vocabulary for token in prompt):
-            raise ApiError(400, f"token ids are from 0 to {self._engine.vocabulary - 1}", param="prompt")
-        return prompt
+                tokens = await asyncio.to_thread(lambda: tokenizer(prompt, **options)["input_ids"])
+            return _Prompt(tokens, prompt if body.echo else None)
+        self._check_tokens(prompt, "prompt")
+        start = prompt[0] == tokenizer.bos_token_id
+        return _Prompt(prompt, tokenizer.decode(prompt[start:]) if body.echo else None)
+
+    def _check_tokens(self, tokens: Iterable[int], param: str) -> None:
+        if not all(0 <= token < self._engine.vocabulary for token in tokens):
+            raise ApiError(400, f"token ids are from 0 to {self._engine.vocabulary - 1}", param=param)
+
+    async def _grammar(self, wanted: ResponseFormat | None) -> AnswerGrammar | None:
+        if wanted is None or wanted.schema_wanted is None:
+            return None
+        try:
+            return await asyncio.to_thread(self._engine.grammar, wanted.schema_wanted)
+        except WorkRefused as error:
+            raise ApiError(400, f"response_format can't be kept: {error}", param="response_format") from None
 
     async def _answer(
-        self, body: CompletionRequest | ChatRequest, request: Request, prompts: Sequence[list[int]], kind: str,
-        as_ids: bool,
-    ) -> Response:  # fmt: skip
+        self, body: CompletionRequest | ChatRequest, request: Request, prompts: Sequence[_Prompt]
+    ) -> Response:
         """Every prompt `n` times, as one reply or a stream."""
-        param = "messages" if kind == "chat" else "prompt"
+        is_chat = isinstance(body, ChatRequest)
         if len(prompts) * body.n > self._longest:
-            raise ApiError(400, f"{len(prompts)} prompts are too many", param=param)
-        for prompt in prompts:
-            wanted = body.limit or 1
-            if len(prompt) + wanted > self._longest:
-                raise self._too_long(f"the prompt has {len(prompt)} and {wanted} more are asked for", param)
+            raise ApiError(400, f"{len(prompts)} prompts are too many", param="messages" if is_chat else "prompt")
+        for tokens, _ in prompts:
+            wanted = 1 if body.limit is None else body.limit
+            if len(tokens) + wanted > self._longest:
+                told = f"the prompt has {len(tokens)} and {wanted} more are asked for"
+                raise self._too_long(told, "messages" if is_chat else "prompt")
+        self._check_tokens(body.logit_bias or (), "logit_bias")
+        grammar = await self._grammar(body.response_format)
         queue: asyncio.Queue[tuple[int, AnswerPiece]] = asyncio.Queue()
         loop = asyncio.get_running_loop()
 
@@ -182,13 +225,17 @@ class Api:
             return lambda piece: _hand_over(loop, queue, (index, piece))
 
         answers = [
-            GeneratedAnswer(prompt, body.sampling(self._engine.defaults, self._longest - len(prompt), choice),
-                   teller(place * body.n + choice), chat=kind == "chat")
-            for place, prompt in enumerate(prompts) for choice in range(body.n)
+            GeneratedAnswer(
+                tokens, body.sampling(self._engine.defaults, self._longest - len(tokens), choice),
+                teller(place * body.n + choice), chat=is_chat, most_calls=body.most_calls, echo=echo,
+                grammar=grammar.copy() if grammar else None,
+            )
+            for place, (tokens, echo) in enumerate(prompts) for choice in range(body.n)
         ]  # fmt: skip
-        identifier = f"{'chatcmpl' if kind == 'chat' else 'cmpl'}-{uuid.uuid4().hex}"
-        tokens = sum(map(len, prompts))
-        reply = Reply(kind, identifier, self._model, tokens, self._engine.tokenizer, as_ids)
+        reply = Reply(
+            self._model, sum(len(tokens) for tokens, _ in prompts), self._engine.tokenizer, is_chat=is_chat,
+            as_ids=body.return_tokens_as_token_ids,
+        )  # fmt: skip
         if body.stream:
             events = self._stream(body, request, answers, queue, reply)
             return StreamingResponse(events, media_type="text/event-stream", headers={"Cache-Control": "no-cache"})

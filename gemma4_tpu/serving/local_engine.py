@@ -13,27 +13,31 @@ import secrets
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch.nn.functional import pad
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
 
+from gemma4_tpu.serving.local_batch import DecodingBatch
+from gemma4_tpu.serving.local_grammar import AnswerGrammar, Grammars
 from gemma4_tpu.serving.local_metrics import Metrics
+from gemma4_tpu.serving.local_process import WorkRefused
 from gemma4_tpu.serving.local_sampling import (
     ABORT,
     ERROR,
     LENGTH,
     STOP,
     AnswerPiece,
-    AnswerText,
     GeneratedAnswer,
+    TokenLogprob,
     choose,
     logprob,
 )
-from gemma4_tpu.serving.local_template import TemplateProcess, TemplateRefused
+from gemma4_tpu.serving.local_template import TemplateProcess
+from gemma4_tpu.serving.local_text import AnswerText, GrowingText, Grown
 from gemma4_tpu.templates import arguments
 
 log = logging.getLogger(__name__)
@@ -43,6 +47,10 @@ PROMPT_TOKENS = 1024
 """Prompt tokens read per step, where the configuration says nothing: more hold up the answers under way."""
 SEQUENCES = 64
 """Answers under way at a time, where the configuration says nothing."""
+DEFAULTS = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
+"""What a checkpoint's `generation_config.json` may say for requests that don't."""
+SCORED_TOKENS = 128
+"""Prompt tokens whose own log-probabilities are told, per step: Gemma 4's logits of so many are 128 MiB."""
 
 
 class LocalEngine:
@@ -57,6 +65,7 @@ class LocalEngine:
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self.tokenizer: Any = None
         self._templates: TemplateProcess | None = None
+        self._grammars: Grammars | None = None
         self.template_arguments: frozenset[str] = frozenset()
         """What the chat template takes besides the conversation."""
         self.state = LOADING
@@ -83,13 +92,17 @@ class LocalEngine:
             if self.state != FAILED:
                 self.state = STOPPED
             self._lock.notify()
-        if self._templates is not None:
-            self._templates.close()
+        self._end_processes()
         if self._thread.ident is None:
             return
         self._thread.join()
-        if self._templates is not None:  # that of a checkpoint which was still being loaded
+        self._end_processes()  # those of a checkpoint which was still being loaded
+
+    def _end_processes(self) -> None:
+        if self._templates is not None:
             self._templates.close()
+        if self._grammars is not None:
+            self._grammars.close()
 
     @property
     def alive(self) -> bool:
@@ -130,32 +143,41 @@ class LocalEngine:
     def take_tokenizer(self, tokenizer: Any) -> None:
         """The checkpoint's own, with its chat template."""
         self.tokenizer = tokenizer
+        self._grammars = Grammars(tokenizer, self.vocabulary, self._eos)
         if tokenizer.chat_template is not None:
             template = tokenizer.get_chat_template()
             self.template_arguments = arguments(template)
             self._templates = TemplateProcess(template, tokenizer.special_tokens_map)
 
-    def render(self, messages: Sequence[Mapping[str, Any]], options: Mapping[str, Any], characters: int) -> list[int]:
+    def render(
+        self, messages: Sequence[Mapping[str, Any]], tools: Sequence[Any], options: Mapping[str, Any], characters: int
+    ) -> list[int]:
         """Tokens of a conversation.
 
         Args:
           messages: for the chat template.
+          tools: that the model may call, as OpenAI defines them.
           options: some of `template_arguments`.
           characters: that the rendered text may have.
 
         Raises:
-          TemplateRefused: the template does not take this, or there is none.
+          WorkRefused: the template does not take this, or there is none.
         """
         if self._templates is None:
-            raise TemplateRefused("the checkpoint has none")
-        text = self._templates.render(messages, options, characters=characters)
+            raise WorkRefused("the checkpoint has none")
+        text = self._templates.render(messages, tools, options, characters=characters)
         return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
+
+    def grammar(self, schema: Mapping[str, Any] | bool) -> AnswerGrammar:
+        """For answers that are JSON of this schema; raises `WorkRefused`."""
+        assert self._grammars is not None  # it is ready
+        return self._grammars.of_schema(schema)
 
     @property
     def defaults(self) -> dict[str, float]:
         """Sampling that the checkpoint's `generation_config.json` asks for, as vLLM takes it too."""
         config = self._model.generation_config
-        found = {name: getattr(config, name, None) for name in ("temperature", "top_p", "top_k")}
+        found = {name: getattr(config, name, None) for name in DEFAULTS}
         return {name: value for name, value in found.items() if value is not None}
 
     @property
@@ -186,20 +208,50 @@ class LocalEngine:
         """Reads up to `budget` tokens of the prompt; with its end comes the first token. Returns how many it were."""
         cache = self._partial if self._partial is not None and answer is self._partial_of else DynamicCache()
         start = cache.get_seq_length()
-        end = min(len(answer.prompt), start + budget)
-        logits = self._forward([answer.prompt[start:end]], cache, [start], torch.ones(1, end, dtype=torch.long))
+        end = min(len(answer.prompt), start + (min(budget, SCORED_TOKENS) if answer.scores_prompt else budget))
+        keep = 0 if answer.scores_prompt else 1
+        logits = self._forward([answer.prompt[start:end]], cache, [start], torch.ones(1, end, dtype=torch.long), keep)
+        if answer.scores_prompt:
+            self._score(answer, logits[0], start)
         self._partial, self._partial_of = (cache, answer) if end < len(answer.prompt) else (None, None)
         if self._partial is None:
-            answer.text = AnswerText(self.tokenizer, answer.sampling.stop, answer.prompt if answer.chat else None)
-            seed = answer.sampling.seed
-            answer.generator = torch.Generator().manual_seed(secrets.randbits(63) if seed is None else seed)
             # Off the queue only once its prompt is read: until then `_next`, `_drop` and `_end_all` find it there.
-            finish = self._add(answer, logits[0])
+            finish = self._add(answer, logits[0, -1])
             with self._lock:
                 self._waiting.popleft()
             if finish is None:
                 self._batch.join(answer, cache)
         return end - start
+
+    def _score(self, answer: GeneratedAnswer, logits: torch.Tensor, start: int) -> None:
+        """The prompt's own tokens behind those whose logits [T, V] these are; `start`: the place of the first."""
+        count = answer.sampling.logprobs or 0
+        told = answer.prompt_logprobs or [TokenLogprob(answer.prompt[0], None, ())]
+        told += [logprob(row, token, count) for row, token in zip(logits, answer.prompt[start + 1 :], strict=False)]
+        answer.prompt_logprobs = told
+
+    def _begin(self, answer: GeneratedAnswer) -> AnswerPiece | None:
+        """The prompt is read. Tells it where it is wanted; returns it, if that is all."""
+        self._metrics.read(answer)
+        chat = answer.prompt if answer.chat else None
+        answer.text = AnswerText(self.tokenizer, answer.sampling.stop, chat, most_calls=answer.most_calls)
+        seed = answer.sampling.seed
+        answer.generator = torch.Generator().manual_seed(secrets.randbits(63) if seed is None else seed)
+        piece = AnswerPiece(answer.echo or "", (), logprobs=tuple(self._placed(answer)))
+        if not answer.sampling.max_tokens:
+            self._metrics.ended(answer, LENGTH)
+            return replace(piece, finish=LENGTH)
+        if answer.echo is not None:
+            answer.tell(piece)
+        return None
+
+    def _placed(self, answer: GeneratedAnswer) -> Iterator[TokenLogprob]:
+        """The prompt's tokens with their places in its text, which the start token is no part of."""
+        text = GrowingText(self.tokenizer, control=True)
+        for place, one in enumerate(answer.prompt_logprobs):
+            yield one._replace(offset=text.length)
+            if place or one.token != self.tokenizer.bos_token_id:
+                text.add(one.token)
 
     _partial: DynamicCache | None = None
     """Cache of the first waiting answer, whose prompt is not read to its end yet."""
@@ -210,28 +262,29 @@ class LocalEngine:
         batch = self._batch
         tokens = [[answer.tokens[-1]] for answer in batch.answers]
         logits = self._forward(tokens, batch.cache, [a.length - 1 for a in batch.answers], batch.mask())
-        ended = {id(a) for a, row in zip(batch.answers, logits, strict=True) if self._add(a, row) is not None}
+        ended = {id(a) for a, row in zip(batch.answers, logits[:, -1], strict=True) if self._add(a, row) is not None}
         batch.keep([row for row, answer in enumerate(batch.answers) if id(answer) not in ended])
 
     def _forward(
-        self, tokens: Sequence[Sequence[int]], cache: DynamicCache, starts: Sequence[int], mask: torch.Tensor
-    ) -> torch.Tensor:
-        """Logits after the last token, [B, V] in float32. `mask`: [B, cached tokens + new tokens]."""
+        self, tokens: Sequence[Sequence[int]], cache: DynamicCache, starts: Sequence[int], mask: torch.Tensor,
+        keep: int = 1,
+    ) -> torch.Tensor:  # fmt: skip
+        """Logits after the last `keep` tokens (0: all), [B, keep, V] in float32. `mask`: [B, cached + new tokens]."""
         ids = torch.tensor(tokens)  # [B, T]
         positions = torch.tensor(starts)[:, None] + torch.arange(ids.shape[1])
         found = self._model(
             input_ids=ids, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True,
-            logits_to_keep=1,
+            logits_to_keep=keep,
         )  # fmt: skip
-        return found.logits[:, -1].float()
+        return found.logits.float()
 
     def _add(self, answer: GeneratedAnswer, logits: torch.Tensor) -> str | None:
-        """Draws a token and tells it; returns why the answer ended, if it did.
+        """Draws a token and tells it, the prompt before the first; returns why the answer ended, if it did.
 
         What goes wrong with one answer ends that one alone.
         """
         try:
-            piece = self._drawn(answer, logits)
+            piece = (self._begin(answer) if answer.text is None else None) or self._drawn(answer, logits)
         except Exception as error:
             log.exception("an answer failed")
             self._metrics.ended(answer, ERROR)
@@ -243,21 +296,25 @@ class LocalEngine:
         """The next token, and what it adds."""
         sampling, text = answer.sampling, answer.text
         assert text is not None
-        token = choose(logits, answer)
+        grammar = None if text.is_apart else answer.grammar
+        token = choose(logits, answer, torch.from_numpy(grammar.allowed(text.openers)) if grammar else None)
+        if grammar and token not in text.openers:
+            grammar.take(token)
         answer.tokens.append(token)
-        told, reasoning = text.add(token)
+        place = len(answer.echo or "") + text.length
+        is_end = token in self._eos and not sampling.ignore_eos
+        grown = Grown() if is_end else text.add(token)
         finish = None
-        if (token in self._eos and not sampling.ignore_eos) or token in sampling.stop_token_ids or text.stopped:
+        if is_end or token in sampling.stop_token_ids or text.stopped or (grammar and grammar.is_over):
             finish = STOP
         elif len(answer.tokens) >= sampling.max_tokens:
             finish = LENGTH
         if finish:
-            rest, rest_of_thought = text.end()
-            told, reasoning = told + rest, reasoning + rest_of_thought
+            grown = grown.followed_by(text.end())
             finish = STOP if text.stopped else finish
-        chances = () if sampling.logprobs is None else (logprob(logits, token, sampling.logprobs),)
+        chances = () if sampling.logprobs is None else (logprob(logits, token, sampling.logprobs, place),)
         self._metrics.token(answer, finish)
-        return AnswerPiece(told, (token,), finish, chances, reasoning=reasoning)
+        return AnswerPiece(grown.text, (token,), finish, chances, reasoning=grown.reasoning, calls=grown.calls)
 
     def _drop(self, wanted: Callable[[GeneratedAnswer], bool]) -> None:
         """Ends answers that nobody waits for."""
@@ -282,67 +339,3 @@ class LocalEngine:
             self._metrics.ended(answer, finish)
             answer.tell(AnswerPiece("", (), finish, error=error))
         self._metrics.under_way(0, 0)
-
-
-class DecodingBatch:
-    """Answers under way, a row each, and their cache: every row ends at the same column, shorter ones begin later.
-
-    Every layer keeps the whole sequence; the model's mask makes windows of it.
-    """
-
-    def __init__(self) -> None:
-        self.answers: list[GeneratedAnswer] = []
-        self._parts: list[DynamicCache] = []  # of one or more rows each, in the order of `answers`
-
-    @property
-    def cache(self) -> DynamicCache:
-        """One cache of all rows."""
-        if len(self._parts) != 1:
-            self._parts = [_side_by_side(self._parts)]
-        return self._parts[0]
-
-    def mask(self) -> torch.Tensor:
-        """[B, cached tokens + 1]: what each row may look at, the token to come included."""
-        width = self.cache.get_seq_length() + 1
-        lengths = torch.tensor([answer.length for answer in self.answers])
-        return (torch.arange(width)[None] >= width - lengths[:, None]).long()
-
-    def join(self, answer: GeneratedAnswer, cache: DynamicCache) -> None:
-        """Adds a row with the cache of its prompt."""
-        self.answers.append(answer)
-        self._parts.append(cache)
-
-    def keep(self, rows: list[int]) -> None:
-        """Leaves the other rows out, and the columns that only they had."""
-        if len(rows) == len(self.answers):
-            return
-        layers = _tensors(self.cache)
-        self.answers = [self.answers[row] for row in rows]
-        self._parts = []
-        if rows:
-            width = max(answer.length for answer in self.answers) - 1  # the last token of each is not cached yet
-            chosen = torch.tensor(rows)
-            self._parts = [_cache([[tensor[chosen, :, -width:] for tensor in layer] for layer in layers])]
-
-
-def _side_by_side(parts: Sequence[DynamicCache]) -> DynamicCache:
-    width = max((part.get_seq_length() for part in parts), default=0)
-    rows = [[[_wide(tensor, width) for tensor in layer] for layer in _tensors(part)] for part in parts]
-    return _cache([[torch.cat(pair) for pair in zip(*layers, strict=True)] for layers in zip(*rows, strict=True)])
-
-
-def _tensors(cache: DynamicCache) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    """Keys and values of each layer, [B, KV heads, T, D]."""
-    layers: list[Any] = cache.layers  # by their type some could be without keys; Gemma 4 has none such
-    return [(layer.keys, layer.values) for layer in layers]
-
-
-def _cache(layers: Sequence[Sequence[torch.Tensor]]) -> DynamicCache:
-    cache = DynamicCache()
-    for index, (keys, values) in enumerate(layers):
-        cache.update(keys, values, index)
-    return cache
-
-
-def _wide(tensor: torch.Tensor, width: int) -> torch.Tensor:
-    return pad(tensor, (0, 0, width - tensor.shape[-2], 0))

@@ -38,6 +38,9 @@ class Metrics:
             buckets=_SECONDS,
             **options,
         ).labels(model)
+        self._between = Histogram(
+            "vllm:inter_token_latency_seconds", "From one token of an answer to the next.", buckets=_SECONDS, **options
+        ).labels(model)
         self._whole = Histogram(
             "vllm:e2e_request_latency_seconds", "From a request's arrival to its end.", buckets=_SECONDS, **options
         ).labels(model)
@@ -47,13 +50,19 @@ class Metrics:
         self._running.set(running)
         self._waiting.set(waiting)
 
+    def read(self, answer: GeneratedAnswer) -> None:
+        """The prompt was read."""
+        self._prompt.inc(len(answer.prompt))
+
     def token(self, answer: GeneratedAnswer, finish: str | None) -> None:
         """A token was made; with `finish` it was the last one."""
         self._generated.inc()
-        if answer.first_token is None:
-            answer.first_token = time.monotonic()
-            self._prompt.inc(len(answer.prompt))
-            self._first.observe(answer.first_token - answer.arrived)
+        now = time.monotonic()
+        if answer.last_token is None:
+            self._first.observe(now - answer.arrived)
+        else:
+            self._between.observe(now - answer.last_token)
+        answer.last_token = now
         if finish:
             self.ended(answer, finish)
 

@@ -1,4 +1,4 @@
-"""OpenAI's completions as the embedded server takes them: requests with their limits, errors, answers as JSON.
+"""OpenAI's completions as the embedded server takes them: requests with their limits, and errors.
 
 Keys that OpenAI or vLLM know and this server does not honour are refused unless they say nothing (null, 0, false, …).
 """
@@ -6,22 +6,30 @@ Keys that OpenAI or vLLM know and this server does not honour are refused unless
 from __future__ import annotations
 
 import json
-import time
+import math
 from collections.abc import Mapping
-from itertools import accumulate
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
-from gemma4_tpu.serving.local_sampling import AnswerPiece, AnswerSampling
+from gemma4_tpu.serving.local_sampling import AnswerSampling
 
 MOST_CHOICES = 64
 MOST_STOPS = 64
 """Each is looked for after every token."""
+MOST_LOGPROBS = 20
+"""Likeliest tokens that are told with each token, as OpenAI and vLLM limit them."""
+DEEPEST = 100
+"""Levels of lists and objects in a body."""
 Form = TypeVar("Form", bound=BaseModel)
 _SILENT: tuple[Any, ...] = (None, False, 0, "", [], {}, "none", "auto", "text", {"type": "text"})
-_NEUTRAL = {"best_of": 1, "repetition_penalty": 1, "length_penalty": 1, "skip_special_tokens": True, "store": True}
-_NOTHING_TO_DO = ("user", "metadata", "request_id", "priority", "service_tier", "safety_identifier", "prompt_cache_key")
+_USUAL = {
+    "best_of": 1, "length_penalty": 1, "skip_special_tokens": True, "spaces_between_special_tokens": True,
+    "add_generation_prompt": True, "include_reasoning": True,
+}  # fmt: skip
+"""What other keys say that say nothing: these are not off where they are left out."""
+_NOTHING_TO_DO = ("user", "metadata", "request_id", "priority", "service_tier", "safety_identifier", "prompt_cache_key",
+                  "store")  # fmt: skip
 
 
 class ApiError(Exception):
@@ -44,18 +52,35 @@ def read_request(form: type[Form], body: bytes) -> Form:
       ApiError: it is not JSON, holds text that is not Unicode, or is not such a request.
     """
     try:
-        value = json.loads(body, parse_constant=_no_number)
-        json.dumps(value, ensure_ascii=False).encode()  # half a surrogate pair is no text that a tokenizer could read
-    except UnicodeEncodeError:
-        raise ApiError(400, "the body holds a lone surrogate, which is no character") from None
-    except (ValueError, RecursionError) as error:
+        value = read_json(body)
+    except ValueError as error:
         raise ApiError(400, f"the body is not JSON that can be read: {error}") from None
     try:
         return form.model_validate(value)
     except ValidationError as error:
         first = error.errors(include_url=False, include_input=False)[0]
         place = ".".join(map(str, first["loc"])) or None
-        raise ApiError(400, f"{place or 'body'}: {first['msg']}", param=place) from None
+        told = first["msg"].removeprefix("Value error, ")
+        raise ApiError(400, f"{place or 'body'}: {told}", param=place) from None
+
+
+def read_json(text: str | bytes) -> Any:
+    """Raises `ValueError` for what is not JSON, goes too deep or holds text that is not Unicode."""
+    try:
+        value = json.loads(text, parse_constant=_no_number)
+    except RecursionError:
+        raise ValueError(f"more than {DEEPEST} levels") from None
+    level = [value]
+    for _ in range(DEEPEST + 1):
+        holders = [one.values() if isinstance(one, dict) else one for one in level if isinstance(one, dict | list)]
+        level = [item for holder in holders for item in holder]
+    if level:
+        raise ValueError(f"more than {DEEPEST} levels")
+    try:  # half a surrogate pair is no text that a tokenizer could read
+        json.dumps(value, ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        raise ValueError("a lone surrogate, which is no character") from None
+    return value
 
 
 def _no_number(name: str) -> None:
@@ -69,6 +94,33 @@ class StreamOptions(BaseModel):
     continuous_usage_stats: bool = False
 
 
+class NamedSchema(BaseModel):
+    """Of `response_format`; `strict` says nothing here, since every schema is kept or refused."""
+
+    name: str | None = None
+    content: dict[str, Any] | bool = Field(alias="schema")
+
+
+class ResponseFormat(BaseModel):
+    """What an answer's text has to be."""
+
+    type: Literal["text", "json_object", "json_schema"]
+    json_schema: NamedSchema | None = None
+
+    @model_validator(mode="after")
+    def _has_schema(self) -> ResponseFormat:
+        if self.type == "json_schema" and self.json_schema is None:
+            raise ValueError("json_schema is missing")
+        return self
+
+    @property
+    def schema_wanted(self) -> dict[str, Any] | bool | None:
+        """The schema; None: any text will do."""
+        if self.type == "json_schema" and self.json_schema is not None:
+            return self.json_schema.content
+        return {"type": "object"} if self.type == "json_object" else None
+
+
 class _Request(BaseModel):
     model_config = ConfigDict(extra="allow", allow_inf_nan=False)
 
@@ -79,11 +131,18 @@ class _Request(BaseModel):
     temperature: float | None = Field(None, ge=0)
     top_p: float | None = Field(None, gt=0, le=1)
     top_k: int | None = Field(None, ge=-1)
+    min_p: float | None = Field(None, ge=0, le=1)
+    presence_penalty: float | None = Field(None, ge=-2, le=2)
+    frequency_penalty: float | None = Field(None, ge=-2, le=2)
+    repetition_penalty: float | None = Field(None, ge=0.01, le=100)
+    logit_bias: dict[int, Annotated[float, Field(ge=-100, le=100)]] | None = None
     seed: int | None = Field(None, ge=-(2**63), lt=2**64)
     stop: str | Annotated[list[str], Field(max_length=MOST_STOPS)] | None = None
     stop_token_ids: list[int] | None = None
     ignore_eos: bool = False
     max_tokens: int | None = Field(None, ge=1)
+    response_format: ResponseFormat | None = None
+    return_tokens_as_token_ids: bool = False
 
     @property
     def limit(self) -> int | None:
@@ -94,10 +153,16 @@ class _Request(BaseModel):
     def told_logprobs(self) -> int | None:
         return None
 
+    @property
+    def most_calls(self) -> float:
+        """Of tools, in an answer."""
+        return 0
+
     def check_unknown(self) -> None:
         """Raises `ApiError` for a key that would change the answer and is not honoured."""
         for key, value in (self.model_extra or {}).items():
-            if key not in _NOTHING_TO_DO and value not in _SILENT and value != _NEUTRAL.get(key, ...):
+            silent = value in (None, _USUAL[key]) if key in _USUAL else value in _SILENT
+            if key not in _NOTHING_TO_DO and not silent:
                 raise ApiError(400, f"{key} is not supported by this server", param=key, code="unsupported_parameter")
 
     def sampling(self, defaults: Mapping[str, float], room: int, choice: int) -> AnswerSampling:
@@ -111,6 +176,9 @@ class _Request(BaseModel):
         return AnswerSampling(
             max_tokens=room if self.limit is None else self.limit,
             temperature=said("temperature", 1.0), top_p=said("top_p", 1.0), top_k=max(0, int(said("top_k", 0))),
+            min_p=said("min_p", 0.0), repetition_penalty=said("repetition_penalty", 1.0),
+            presence_penalty=self.presence_penalty or 0.0, frequency_penalty=self.frequency_penalty or 0.0,
+            logit_bias=self.logit_bias or {},
             seed=None if self.seed is None else (self.seed + choice) % 2**64, stop=tuple(text for text in stop if text),
             stop_token_ids=frozenset(self.stop_token_ids or ()), ignore_eos=self.ignore_eos,
             logprobs=self.told_logprobs,
@@ -121,9 +189,16 @@ class CompletionRequest(_Request):
     """`POST /v1/completions`."""
 
     prompt: str | list[int] | list[str] | list[list[int]]
-    max_tokens: int | None = Field(16, ge=1)
-    logprobs: int | None = Field(None, ge=0, le=20)
-    return_tokens_as_token_ids: bool = False
+    max_tokens: int | None = Field(16, ge=0)
+    logprobs: int | None = Field(None, ge=0, le=MOST_LOGPROBS)
+    echo: bool = False
+    add_special_tokens: bool = True
+
+    @model_validator(mode="after")
+    def _says_something(self) -> CompletionRequest:
+        if self.max_tokens == 0 and not self.echo:
+            raise ValueError("max_tokens: Input should be greater than 0, except with echo")
+        return self
 
     @property
     def told_logprobs(self) -> int | None:
@@ -136,12 +211,69 @@ class CompletionRequest(_Request):
         return [self.prompt] if single else self.prompt  # type: ignore[return-value]
 
 
+class TokenizeRequest(BaseModel):
+    """`POST /tokenize`."""
+
+    model: str | None = None
+    prompt: str = Field(max_length=2**20)
+    add_special_tokens: bool = True
+
+
+class CalledFunction(BaseModel):
+    """Of a call; its arguments are written as JSON, and templates want the object."""
+
+    name: str
+    arguments: dict[str, Any] = Field(default_factory=dict)
+
+    @field_validator("arguments", mode="before")
+    @classmethod
+    def _read(cls, value: Any) -> Any:
+        return read_json(value or "{}") if isinstance(value, str) else value
+
+
+class MadeCall(BaseModel):
+    """A call of a tool, in a turn of the model."""
+
+    id: str | None = None
+    type: Literal["function"] = "function"
+    function: CalledFunction
+
+
 class ChatMessage(BaseModel):
     """One turn; content as text or as parts of text, which the chat template joins."""
 
     model_config = ConfigDict(extra="allow")
     role: str
     content: str | list[dict[str, Any]] | None = None
+    reasoning: str | None = None
+    reasoning_content: str | None = None
+    tool_calls: list[MadeCall] | None = None
+
+    def turn(self) -> dict[str, Any]:
+        """For the chat template."""
+        for part in self.content if isinstance(self.content, list) else ():
+            if part.get("type") != "text" or not isinstance(part.get("text"), str):
+                what = f"content of type {part.get('type')!r}: this server reads text only"
+                raise ApiError(400, what, param="messages")
+        thought = self.reasoning or self.reasoning_content
+        thoughts = {"reasoning": thought, "reasoning_content": thought} if thought else {}  # templates read either
+        said = self.model_dump(exclude_none=True, exclude={"reasoning", "reasoning_content"})
+        return {**said, **thoughts, "content": self.content or ""}
+
+
+class ToolFunction(BaseModel):
+    """A function that the model may call; templates show what they know of its `parameters`."""
+
+    model_config = ConfigDict(extra="allow")
+    name: str = Field(min_length=1)
+
+
+class Tool(BaseModel):
+    """`strict` of a function says nothing here: calls are read, not forced."""
+
+    model_config = ConfigDict(extra="allow")
+    type: Literal["function"]
+    function: ToolFunction
 
 
 class ChatRequest(_Request):
@@ -150,78 +282,36 @@ class ChatRequest(_Request):
     messages: list[ChatMessage] = Field(min_length=1)
     max_completion_tokens: int | None = Field(None, ge=1)
     chat_template_kwargs: dict[str, Any] = Field(default_factory=dict)
+    logprobs: bool | None = None
+    top_logprobs: int | None = Field(None, ge=0, le=MOST_LOGPROBS)
+    tools: list[Tool] | None = None
+    tool_choice: Literal["none", "auto"] | None = None
+    """By default as OpenAI's: `auto` where there are tools. A call can't be forced."""
+    parallel_tool_calls: bool | None = None
+
+    @model_validator(mode="after")
+    def _asks_for_logprobs(self) -> ChatRequest:
+        if self.top_logprobs and not self.logprobs:
+            raise ValueError("top_logprobs: needs logprobs: true")
+        return self
+
+    @property
+    def told_logprobs(self) -> int | None:
+        return self.top_logprobs or 0 if self.logprobs else None
 
     @property
     def limit(self) -> int | None:
         return self.max_completion_tokens if self.max_completion_tokens is not None else self.max_tokens
 
+    @property
+    def callable_tools(self) -> list[dict[str, Any]]:
+        """For the chat template; none where the model is not to call any."""
+        return [] if self.tool_choice == "none" else [tool.model_dump() for tool in self.tools or ()]
+
+    @property
+    def most_calls(self) -> float:
+        return 0 if not self.callable_tools else 1 if self.parallel_tool_calls is False else math.inf
+
     def turns(self) -> list[dict[str, Any]]:
         """For the chat template."""
-        for message in self.messages:
-            for part in message.content if isinstance(message.content, list) else ():
-                if part.get("type") != "text" or not isinstance(part.get("text"), str):
-                    what = f"content of type {part.get('type')!r}: this server reads text only"
-                    raise ApiError(400, what, param="messages")
-        return [{**message.model_dump(), "content": message.content or ""} for message in self.messages]
-
-
-class Reply:
-    """Writes the answers to one request; `kind` is `chat` or `text`."""
-
-    def __init__(self, kind: str, identifier: str, model: str, prompt_tokens: int, tokenizer: Any, as_ids: bool):
-        self._kind, self._tokenizer, self._as_ids = kind, tokenizer, as_ids
-        self._head = {"id": identifier, "created": int(time.time()), "model": model}
-        self._prompt_tokens, self.completion_tokens = prompt_tokens, 0
-
-    def usage(self) -> dict[str, int]:
-        """Tokens so far, as OpenAI counts them."""
-        total = self._prompt_tokens + self.completion_tokens
-        return {
-            "prompt_tokens": self._prompt_tokens, "completion_tokens": self.completion_tokens, "total_tokens": total,
-        }  # fmt: skip
-
-    def chunk(self, choices: list[dict[str, Any]], **more: Any) -> dict[str, Any]:
-        """One event of a stream."""
-        name = "chat.completion.chunk" if self._kind == "chat" else "text_completion"
-        return {**self._head, "object": name, "choices": choices, **more}
-
-    def delta(self, index: int, piece: AnswerPiece, *, first: bool) -> dict[str, Any]:
-        """A piece of one choice, in a stream."""
-        if self._kind == "chat":
-            delta = {"role": "assistant"} if first else {}
-            thought = {"reasoning": piece.reasoning} if piece.reasoning else {}
-            content: dict[str, Any] = {"delta": {**delta, **thought, "content": piece.text}}
-        else:
-            content = {"text": piece.text}
-        return {"index": index, **content, "logprobs": self._logprobs([piece]), "finish_reason": piece.finish}
-
-    def whole(self, pieces: list[list[AnswerPiece]]) -> dict[str, Any]:
-        """The answer without a stream; `pieces`: those of each choice."""
-        choices = []
-        for index, parts in enumerate(pieces):
-            text = "".join(piece.text for piece in parts)
-            content: dict[str, Any] = {"text": text}
-            if self._kind == "chat":
-                thought = "".join(piece.reasoning for piece in parts)
-                message = {"role": "assistant", "content": text, **({"reasoning": thought} if thought else {})}
-                content = {"message": message}
-            finish = parts[-1].finish
-            choices.append({"index": index, **content, "logprobs": self._logprobs(parts), "finish_reason": finish})
-        name = "chat.completion" if self._kind == "chat" else "text_completion"
-        return {**self._head, "object": name, "choices": choices, "usage": self.usage()}
-
-    def _logprobs(self, pieces: list[AnswerPiece]) -> dict[str, Any] | None:
-        """As `/v1/completions` tells them."""
-        found = [chance for piece in pieces for chance in piece.logprobs]
-        if not found:
-            return None
-        names = [self._name(one.token) for one in found]
-        offsets = list(accumulate(map(len, names[:-1]), initial=0))
-        top = [{self._name(token): value for token, value in one.top} for one in found]
-        return {
-            "tokens": names, "token_logprobs": [one.logprob for one in found], "top_logprobs": top,
-            "text_offset": offsets,
-        }  # fmt: skip
-
-    def _name(self, token: int) -> str:
-        return f"token_id:{token}" if self._as_ids else self._tokenizer.decode([token])
+        return [message.turn() for message in self.messages]

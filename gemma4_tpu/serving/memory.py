@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
+
+import psutil
 
 from gemma4_tpu.architectures import Architecture
 from gemma4_tpu.config.serving import ServingConfig
 from gemma4_tpu.errors import UserError
-from gemma4_tpu.hardware import GIB, SLICES
+from gemma4_tpu.hardware import GIB, LOCAL, SLICES
 from gemma4_tpu.models.kv_cache import DTYPE_BYTES, kv_cache_bytes, kv_heads_held, parameter_count
+from gemma4_tpu.serving.adapter_checks import ServedAdapter, lora_rank
+from gemma4_tpu.serving.model_checks import platform_of
 
 
 @dataclass(frozen=True)
@@ -34,19 +38,21 @@ class MemoryEstimate:
         return self.sequences > 0
 
 
-def estimate(arch: Architecture, serving: ServingConfig) -> MemoryEstimate:
-    """The estimate for a model on `serving.slice`."""
-    slice_, tp = SLICES[serving.slice], serving.tensor_parallel_size
+def estimate(arch: Architecture, serving: ServingConfig, adapters: Sequence[ServedAdapter] = ()) -> MemoryEstimate:
+    """The estimate for a model, and adapters on it, on `serving.slice`."""
+    tp = serving.tensor_parallel_size
     windowed = _keeps_windows(serving)
     weight_dtype_bytes = DTYPE_BYTES[serving.weight_dtype]
-    kv_dtype_bytes = 2 if serving.kv_cache_dtype == "auto" else DTYPE_BYTES[serving.kv_cache_dtype]
+    usual = serving.weight_dtype if serving.slice == LOCAL else "bfloat16"
+    kv_dtype_bytes = DTYPE_BYTES[usual if serving.kv_cache_dtype == "auto" else serving.kv_cache_dtype]
 
     def cache(tokens: int) -> float:
         return kv_cache_bytes(arch, tokens, kv_dtype_bytes, tp=tp, windowed=windowed) / tp
 
-    weights = parameter_count(arch) * weight_dtype_bytes / tp
-    device, kind = slice_.chip.device, "chip" if slice_.chip.devices == 1 else "device"
-    room = device.hbm_bytes * serving.gpu_memory_utilization
+    slots, slots_told = _adapter_slots(arch, serving, adapters)
+    weights = parameter_count(arch) * weight_dtype_bytes / tp + slots
+    memory, whose = _memory(serving)
+    room = memory * serving.gpu_memory_utilization
     one = cache(serving.max_model_len)
     sequences = max(0, int((room - weights) // one)) * serving.data_parallel_size
     low, high = 0, 1 << 24
@@ -55,36 +61,60 @@ def estimate(arch: Architecture, serving: ServingConfig) -> MemoryEstimate:
         low, high = (middle, high) if cache(middle) <= room - weights else (low, middle)
     formula = (
         f"weights {weights / GIB:.2f} GiB = {parameter_count(arch) / 1e9:.2f} G parameters × {weight_dtype_bytes} bytes"
-        f" / {tp} chips",
+        f" / {tp} chips{slots_told}",
         f"KV cache of one sequence {one / GIB:.2f} GiB = {_cache_formula(arch, serving, kv_dtype_bytes, windowed)}",
-        f"room {room / GIB:.2f} GiB = {device.hbm_bytes / GIB:.2f} GiB of a {device.name} {kind}"
-        f" × {serving.gpu_memory_utilization:g}",
+        f"room {room / GIB:.2f} GiB = {memory / GIB:.2f} GiB of {whose} × {serving.gpu_memory_utilization:g}",
     )
     return MemoryEstimate(weights, one, room, sequences, low, formula)
 
 
-def check_memory(found: MemoryEstimate, arch: Architecture, serving: ServingConfig) -> None:
+def _adapter_slots(arch: Architecture, serving: ServingConfig, adapters: Sequence[ServedAdapter]) -> tuple[float, str]:
+    """Bytes on each chip that vLLM sets aside for adapters: for each of them A and B of every product, at the largest
+    rank; and these in words.
+    """
+    if not adapters:
+        return 0.0, ""
+    sides = 0  # sizes of both sides of every product
+    for layer in range(arch.num_layers):
+        width, hidden = arch.layer_head_dim(layer), arch.layer_hidden_dim(layer)
+        outputs = [arch.num_heads * width, *[arch.layer_kv_heads(layer) * width] * 2, hidden, hidden]
+        sides += sum(outputs) + len(outputs) * arch.embed_dim + arch.num_heads * width + hidden + 2 * arch.embed_dim
+    rank, bytes_each = lora_rank(adapters), DTYPE_BYTES["float32" if serving.weight_dtype == "float32" else "bfloat16"]
+    found = len(adapters) * rank * sides * bytes_each / serving.tensor_parallel_size
+    return found, f" + {found / GIB:.2f} GiB for {len(adapters)} adapters of rank {rank}"
+
+
+def _memory(serving: ServingConfig) -> tuple[float, str]:
+    """Bytes that one device has, and whose they are."""
+    if serving.slice == LOCAL:
+        return psutil.virtual_memory().total, "this machine"
+    chip = SLICES[serving.slice].chip
+    return chip.device.hbm_bytes, f"a {chip.device.name} {'chip' if chip.devices == 1 else 'device'}"
+
+
+def check_memory(
+    found: MemoryEstimate, arch: Architecture, serving: ServingConfig, adapters: Sequence[ServedAdapter] = ()
+) -> None:
     """Raises `UserError` where the weights and one sequence of full length don't fit; says which changes would."""
     if found.fits:
         return
-    slice_ = SLICES[serving.slice]
     total = (found.weight_bytes + found.kv_bytes) / GIB
     lines = "".join(f"\n  {line}" for line in found.formula)
     ways = [
         " ".join(f"serving.{key}={value}" for key, value in change.items())
         for change in _changes(found, arch, serving)
-        if estimate(arch, replace(serving, **change)).fits
+        if estimate(arch, replace(serving, **change), adapters).fits
     ]
     advice = f"what would fit: {'; '.join(ways)}" if ways else "no single change helps; take a larger slice"
     raise UserError(
-        f"serving.max_model_len={serving.max_model_len}: does not fit into {slice_.name}: per chip {total:.2f} GiB are"
-        f" needed, {found.room_bytes / GIB:.2f} GiB are there (estimated):{lines}\n{advice}"
+        f"serving.max_model_len={serving.max_model_len}: does not fit into {serving.slice}: per chip {total:.2f} GiB"
+        f" are needed, {found.room_bytes / GIB:.2f} GiB are there (estimated):{lines}\n{advice}"
     )
 
 
 def _changes(found: MemoryEstimate, arch: Architecture, serving: ServingConfig) -> Iterator[dict[str, Any]]:
     """Changes worth trying, the mildest first."""
-    devices = SLICES[serving.slice].devices
+    devices = 1 if serving.slice == LOCAL else SLICES[serving.slice].devices
     yield {"kv_cache_dtype": "fp8"}
     for tp in range(serving.tensor_parallel_size + 1, devices + 1):
         if devices % tp == 0 and arch.num_heads % tp == 0:
@@ -98,11 +128,11 @@ def _changes(found: MemoryEstimate, arch: Architecture, serving: ServingConfig) 
 def _keeps_windows(serving: ServingConfig) -> bool:
     """Whether sliding layers keep their window only.
 
-    vLLM's cache manager does that on GPUs. On TPUs tpu-inference gives every layer of Gemma 4 the whole sequence, since
-    its layers' heads differ in width ("re-enable sliding_window once mixed dims … is supported", kv_cache_manager.py).
+    vLLM's cache manager does that on GPUs and CPUs. On TPUs tpu-inference gives every layer of Gemma 4 the whole
+    sequence, since its layers' heads differ in width ("re-enable sliding_window once mixed dims … is supported",
+    kv_cache_manager.py).
     """
-    on_gpu = SLICES[serving.slice].chip.platform == "gpu"
-    return on_gpu and not serving.flags.get("disable-hybrid-kv-cache-manager")
+    return platform_of(serving) != "tpu" and not serving.flags.get("disable-hybrid-kv-cache-manager")
 
 
 def _cache_formula(arch: Architecture, serving: ServingConfig, dtype_bytes: int, windowed: bool) -> str:

@@ -6,6 +6,7 @@ import logging
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -38,6 +39,7 @@ class ServerOutcome:
     """From the start to the first answer."""
     served_seconds: float | None = None
     probe: dict[str, Any] | None = None
+    """With adapters: of each, by name."""
     error: str | None = None
 
     @staticmethod
@@ -92,14 +94,22 @@ def confirm(client: httpx.Client, serving: ServingConfig, checked: ServeChecked,
     if not serving.probe:
         log.warning("serving.probe=false: nobody has asked whether this is the trained model")
         return
-    found = probe(client, outcome.model, checked.model)
+    if not checked.adapters:
+        outcome.probe = _confirmed(client, outcome.model, checked.model)
+        return
+    outcome.probe = {each.name: _confirmed(client, each.name, each.folder) for each in checked.adapters}
+
+
+def _confirmed(client: httpx.Client, name: str, folder: Path) -> dict[str, Any] | None:
+    """How the server answers as `name`; None: the folder holds nothing to ask."""
+    found = probe(client, name, folder)
     if found is None:
         log.warning(
-            "%s holds no %s with prompts on which merged and base model differ, so the server was not asked which"
-            " of them it is; merge with verify=true stores some", checked.model, PROBE_NAME,
+            "%s holds no %s with prompts on which trained and base model differ, so the server was not asked which"
+            " of them it is; merge with verify=true (export=merged or both) stores some", folder, PROBE_NAME,
         )  # fmt: skip
-        return
-    outcome.probe = found.plain()
+        return None
     say = log.info if found.as_merged > found.prompts / 2 else log.warning
     hint = "" if say == log.info else ": quantised weights may do that; is it another model?"
-    say("the server %s%s", found.told, hint)
+    say("%s: the server %s%s", name, found.told, hint)
+    return found.plain()

@@ -54,7 +54,7 @@ def probe(client: httpx.Client, name: str, folder: Path) -> ProbeResult | None:
             "return_tokens_as_token_ids": True,
         }  # fmt: skip
         answers.append(_token(client, body))
-    return _judge(stored, answers)
+    return _judge(name, stored, answers)
 
 
 def _token(client: httpx.Client, body: dict[str, Any]) -> int:
@@ -75,15 +75,15 @@ def _token(client: httpx.Client, body: dict[str, Any]) -> int:
         ) from None
 
 
-def _judge(stored: list[dict[str, Any]], answers: list[int]) -> ProbeResult:
+def _judge(name: str, stored: list[dict[str, Any]], answers: list[int]) -> ProbeResult:
     as_merged = sum(answer == one["merged"] for one, answer in zip(stored, answers, strict=True))
     as_base = sum(answer == one["base"] for one, answer in zip(stored, answers, strict=True))
     count = f"{len(stored)} stored prompt{'s' * (len(stored) > 1)}"
     if as_base > len(stored) / 2:
         raise UserError(
-            f"the server answers {as_base} of {count} like the base model and {as_merged} like the merged one: it does"
-            " not serve what was trained; is run= the merged folder, whole and unchanged? (serving.probe=false leaves"
-            " this out)"
+            f"{name}: the server answers {as_base} of {count} like the base model and {as_merged} like the merged one:"
+            " it does not serve what was trained; is the folder whole and unchanged? (serving.probe=false leaves this"
+            " out)"
         )
     told = f"answers {as_merged} of {count} like the merged model, {as_base} like the base"
     return ProbeResult(len(stored), as_merged, as_base, told)

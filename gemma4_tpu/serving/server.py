@@ -1,4 +1,4 @@
-"""One server: its container started, followed until it answers, asked whether it is the trained model, stopped."""
+"""One vLLM server: started, followed until it answers, asked whether it is the trained model, stopped."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ import httpx
 from gemma4_tpu.config.serving import ServingConfig
 from gemma4_tpu.errors import UserError
 from gemma4_tpu.serving.checks import ServeChecked
-from gemma4_tpu.serving.command import cache_folder, container_name, run_words, shown
-from gemma4_tpu.serving.engine import ContainerEngine
+from gemma4_tpu.serving.command import cache_folder
 from gemma4_tpu.serving.log import ServerLog, Stages
 from gemma4_tpu.serving.memory import MemoryEstimate
 from gemma4_tpu.serving.outcome import ServerOutcome, client_of, confirm, until_stopped
+from gemma4_tpu.serving.runners import runner_of
 from gemma4_tpu.serving.signals import Signals, Stopped
 from gemma4_tpu.serving.troubles import Trouble, trouble_in
 from gemma4_tpu.tracking.logs import console
@@ -40,14 +40,18 @@ class ServerFailed(UserError):
 
 
 @dataclass(kw_only=True)
-class ContainerOutcome(ServerOutcome):
-    """What `result.json` holds of a server in its container."""
+class VllmOutcome(ServerOutcome):
+    """What `result.json` holds of a vLLM server."""
 
-    image: str
+    runner: str
+    image: str | None
+    """None: without a container."""
     command: str
     memory: MemoryEstimate
     image_digest: str | None = None
     """`<name>@sha256:…`; None: the image was built here."""
+    version: str | None = None
+    """vLLM's, as the server tells it."""
 
 
 class Server:
@@ -55,13 +59,12 @@ class Server:
 
     def __init__(self, serving: ServingConfig, checked: ServeChecked, memory: MemoryEstimate, log_path: Path):
         self._serving, self._checked, self._log_path = serving, checked, log_path
-        self._words = run_words(serving, checked)
-        self._engine = ContainerEngine(serving.engine)
+        self._runner = runner_of(serving, checked)
         self._client = client_of(serving)
         self._stop_seconds = STOP_SECONDS
-        self.outcome = ContainerOutcome(
-            **ServerOutcome.about(serving, checked), image=serving.image, memory=memory,
-            command=f"{serving.engine} {shown(self._words)}",
+        self.outcome = VllmOutcome(
+            **ServerOutcome.about(serving, checked), runner=serving.runner, memory=memory,
+            image=serving.image if serving.runner == "docker" else None, command=self._runner.command,
         )  # fmt: skip
 
     def run(self) -> int:
@@ -71,46 +74,39 @@ class Server:
           UserError: it did not start, is not the trained model, or ended by itself.
         """
         with self._client:
-            return until_stopped(self.outcome, self._serve, "the server is stopped and its container removed")
+            return until_stopped(self.outcome, self._serve, self._runner.stopped)
 
     def _serve(self, signals: Signals) -> None:
-        self._prepare()
+        self.outcome.image_digest = self._runner.prepare()
+        self._make_cache()
         with ExitStack() as stack:
             with signals.held():
-                container = self._engine.run(self._words, container_name(self._serving))
-                stack.callback(self._remove, container, signals)
+                what = self._runner.start()
+                stack.callback(self._remove, signals)
             started = time.monotonic()
-            follower = stack.enter_context(ServerLog(self._engine.logs(container), self._log_path))
-            stack.callback(self._stop, container)
-            log.info("container %s started; its log: %s", container[:12], self._log_path)
-            self._wait_until_ready(container, follower)
+            follower = stack.enter_context(ServerLog(self._runner.follow(), self._log_path))
+            stack.callback(self._stop)
+            log.info("%s started; its log: %s", what, self._log_path)
+            self._wait_until_ready(follower)
             ready = time.monotonic()
+            self.outcome.version = self._version()
             confirm(self._client, self._serving, self._checked, self.outcome)
-            self.outcome.announce(ready - started, "stops the server and removes its container")
+            self.outcome.announce(ready - started, self._runner.stopping)
+            for adapter in self._checked.adapters:
+                print(f"adapter: {adapter.name}", flush=True)
             try:
-                self._wait_until_end(container, follower)
+                self._wait_until_end(follower)
             finally:
                 self.outcome.served_seconds = time.monotonic() - ready
 
-    def _prepare(self) -> None:
-        """Engine, image and the compile cache's folder."""
-        self._engine.check()
-        image = self._serving.image
-        if (digests := self._engine.digests(image)) is None:
-            log.info("fetching %s …", image)
-            self._engine.pull(image)
-            digests = self._engine.digests(image)
-        if digests:
-            self.outcome.image_digest = digests[0]
-            if "@" not in image:
-                log.info("%s is %s; serving.image=<that> pins it for good", image, digests[0])
+    def _make_cache(self) -> None:
         if cache := cache_folder(self._serving):
             try:
                 cache.mkdir(parents=True, exist_ok=True)
             except OSError as error:
                 raise UserError(f"serving.compile_cache={cache}: can't make this folder ({error.strerror})") from None
 
-    def _wait_until_ready(self, container: str, follower: ServerLog) -> None:
+    def _wait_until_ready(self, follower: ServerLog) -> None:
         serving, stages = self._serving, Stages()
         trouble: tuple[float, Trouble] | None = None
         started = line_at = time.monotonic()
@@ -130,7 +126,7 @@ class Server:
                     line_at = time.monotonic()
                     log.info("%s, %s", stages.told, format_seconds(waited))
                 if follower.ended:
-                    raise self._ended(container, follower, trouble[1] if trouble else None, "did not start")
+                    raise self._ended(follower, trouble[1] if trouble else None, "did not start")
                 if self._answers():
                     return
                 if trouble and time.monotonic() - trouble[0] > TROUBLE_SECONDS:
@@ -154,7 +150,14 @@ class Server:
         except (httpx.HTTPError, ValueError, KeyError, TypeError):
             return False
 
-    def _wait_until_end(self, container: str, follower: ServerLog) -> None:
+    def _version(self) -> str | None:
+        """Of vLLM; None: the server doesn't tell."""
+        try:
+            return self._client.get("/version").json()["version"]
+        except (httpx.HTTPError, ValueError, KeyError, TypeError):
+            return None
+
+    def _wait_until_end(self, follower: ServerLog) -> None:
         seen: set[str] = set()
         trouble = None
         while not follower.ended:
@@ -164,12 +167,12 @@ class Server:
                     seen.add(found.remedy)
                     trouble = found
                     log.warning("%s: %s", found.line, found.remedy)
-        raise self._ended(container, follower, trouble, "ended by itself")
+        raise self._ended(follower, trouble, "ended by itself")
 
-    def _ended(self, container: str, follower: ServerLog, trouble: Trouble | None, what: str) -> ServerFailed:
-        state = self._engine.state(container)
+    def _ended(self, follower: ServerLog, trouble: Trouble | None, what: str) -> ServerFailed:
+        state = self._runner.state()
         if state.running:  # its log broke off
-            return self._failure("can no longer be followed: the engine's log ended", follower, trouble)
+            return self._failure("can no longer be followed: its log ended", follower, trouble)
         # It has ended, so there is nothing to stop.
         self._stop_seconds = 0
         if state.out_of_memory or state.exit_code == 137:
@@ -185,16 +188,16 @@ class Server:
         last = "".join(f"\n  {line}" for line in follower.last) or "\n  (it printed nothing)"
         return ServerFailed(f"{told}; its last lines:{last}\n(its log: {self._log_path})")
 
-    def _stop(self, container: str) -> None:
+    def _stop(self) -> None:
         """Lets the server end by itself; a second signal ends it at once."""
         if not self._stop_seconds:
             return
         try:
             log.info("stopping the server (at most %d s; Ctrl-C again for at once)", self._stop_seconds)
-            self._engine.stop(container, self._stop_seconds)
+            self._runner.stop(self._stop_seconds)
         except Stopped:
-            self._engine.remove(container)
+            self._runner.remove()
 
-    def _remove(self, container: str, signals: Signals) -> None:
+    def _remove(self, signals: Signals) -> None:
         with signals.held(drop=True):
-            self._engine.remove(container)
+            self._runner.remove()

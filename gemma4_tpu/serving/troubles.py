@@ -36,6 +36,9 @@ _KNOWN: tuple[tuple[str, str], ...] = (
      "no parser of that name; Gemma 4's is gemma4"),
     (r"'Gemma4TextConfig' object has no attribute 'text_config'",
      "this vLLM takes no text-only checkpoint of Gemma 4; merge onto the multimodal base that Google publishes"),
+    (r"Could not import module 'Gemma4\w*Processor'",
+     "this vLLM has no torchvision, which checkpoints that take images need (make vllm installs none); serving=local"
+     " serves their text model"),
     (r"does not recognize this architecture|Model architectures .* (?:are not supported|failed to be inspected)",
      "the image is too old for Gemma 4; give a newer serving.image"),
     (r"must be divisible by tensor parallel size|not divisible by (?:tp|tensor parallel)",

@@ -1,8 +1,9 @@
-"""Cross-entropy over a vocabulary of 262,144 without ever holding [B, T, V].
+"""Cross-entropy over a vocabulary of 262,144 without ever holding [B, T, V]: summed, or of each token.
 
 The loss is a *sum* over target tokens, so that microbatches add up exactly; whoever calls divides once by the count.
 The forward pass walks over chunks of T, and while a chunk's logits exist it takes the gradient with respect to the
 hidden states as well: two passes over the vocabulary in all (logits, gradient) where checkpointing would need three.
+`token_nll` keeps the tokens apart, for objectives that weigh them by what is known only once all of them are there.
 """
 
 from __future__ import annotations
@@ -57,8 +58,32 @@ def summed_cross_entropy(
     return _forward(hidden, table, targets, target_mask, cap, chunk_tokens, False, None, mesh)[0]
 
 
+@partial(jax.custom_vjp, nondiff_argnums=(3, 4, 5, 6))
+def token_nll(
+    hidden: jax.Array,
+    table: jax.Array,
+    targets: jax.Array,
+    cap: float | None,
+    chunk_tokens: int,
+    trained_rows: tuple[int, ...] | None,
+    mesh: Mesh | None,
+) -> jax.Array:
+    """Negative log-likelihood of every target, in nats; arguments as of `summed_cross_entropy`.
+
+    A frozen table takes the same two passes over the vocabulary. The gradient of a trained one is a product over
+    tokens, whose weights only the backward pass knows: it walks over the chunks once more, four passes in all.
+
+    Returns:
+      float32 [B, T], of padding too.
+    """
+    return _forward(hidden, table, targets, None, cap, chunk_tokens, False, None, mesh)[0]
+
+
 def _forward(hidden, table, targets, target_mask, cap, chunk_tokens, hidden_grad, trained_rows, mesh):
-    """Loss and the gradients asked for, one chunk of T at a time."""
+    """Loss and the gradients asked for, one chunk of T at a time; without a mask the loss of each token.
+
+    `target_mask` may hold weights where only gradients are asked for.
+    """
     b, t, _ = hidden.shape
     parts = _parts(t, mesh)
     c = chunk_length(t // parts, chunk_tokens // parts)
@@ -86,26 +111,31 @@ def _forward(hidden, table, targets, target_mask, cap, chunk_tokens, hidden_grad
         is_target = jnp.arange(capped.shape[-1]) == y[..., None]
         target_score = jnp.where(is_target, capped, 0.0).sum(axis=-1)
         nll = jnp.log(denominator[..., 0]) + top[..., 0] - target_score
-        total += jnp.where(m, nll, 0.0).sum()
+        each = nll if m is None else None
+        if m is not None:
+            total += jnp.where(m, nll, 0.0).sum()
         d_hidden = None
         if hidden_grad:
-            d_capped = (exponentials / denominator - is_target) * m[..., None]
+            d_capped = exponentials / denominator - is_target
+            d_capped = d_capped if m is None else d_capped * m[..., None]
             d_raw = d_capped if cap is None else d_capped * (1.0 - jnp.square(capped / cap))
             d_raw = d_raw.astype(hidden.dtype)
             d_hidden = constrain(jnp.einsum("bcv,vd->bcd", d_raw, weights), "BSD", mesh)
             if trained_rows is not None:
                 d_raw = d_raw[..., jnp.asarray(trained_rows)] if trained_rows else d_raw
                 d_table += jnp.einsum("bcv,bcd->vd", d_raw, h, preferred_element_type=jnp.float32)
-        return (total, d_table), d_hidden
+        return (total, d_table), (each, d_hidden)
 
     gradient = () if trained_rows is None else (len(trained_rows) or len(table), table.shape[1])
     start = jnp.zeros((), jnp.float32), jnp.zeros(gradient, jnp.float32)
-    (total, d_table), d_hidden = jax.lax.scan(body, start, (split(hidden), split(targets), split(target_mask)))
+    chunks = split(hidden), split(targets), None if target_mask is None else split(target_mask)
+    (total, d_table), (each, d_hidden) = jax.lax.scan(body, start, chunks)
     if hidden_grad:
         d_hidden = join(d_hidden)
     if trained_rows:
         d_table = jnp.zeros(table.shape, jnp.float32).at[jnp.asarray(trained_rows)].set(d_table)
-    return total, d_hidden, None if trained_rows is None else d_table.astype(table.dtype)
+    loss = total if each is None else join(each)
+    return loss, d_hidden, None if trained_rows is None else d_table.astype(table.dtype)
 
 
 def _vjp_forward(hidden, table, targets, target_mask, cap, chunk_tokens, trained_rows, mesh):
@@ -122,3 +152,20 @@ def _vjp_backward(cap, chunk_tokens, trained_rows, mesh, residuals, g):
 
 
 summed_cross_entropy.defvjp(_vjp_forward, _vjp_backward)
+
+
+def _token_vjp_forward(hidden, table, targets, cap, chunk_tokens, trained_rows, mesh):
+    frozen = trained_rows is None
+    nll, d_hidden, _ = _forward(hidden, table, targets, None, cap, chunk_tokens, frozen, None, mesh)
+    return nll, d_hidden if frozen else (hidden, table, targets)
+
+
+def _token_vjp_backward(cap, chunk_tokens, trained_rows, mesh, residuals, g):
+    if trained_rows is None:
+        return (residuals * g[..., None]).astype(residuals.dtype), None, None
+    hidden, table, targets = residuals
+    _, d_hidden, d_table = _forward(hidden, table, targets, g, cap, chunk_tokens, True, trained_rows, mesh)
+    return d_hidden, d_table, None
+
+
+token_nll.defvjp(_token_vjp_forward, _token_vjp_backward)

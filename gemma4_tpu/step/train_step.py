@@ -1,13 +1,14 @@
 """The one train step: training runs it, planning compiles it for a slice that is not there, benchmarks time it.
 
 An update is M microbatches. Each adds its summed loss and gradient; one division by the global number of target tokens
-follows, so that 8 microbatches of 1 row equal 1 of 8, however unevenly the targets fall.
+(of an objective's own units: pairs, say) follows, so that 8 microbatches of 1 row equal 1 of 8, however unevenly the
+targets fall.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 import jax
@@ -19,11 +20,12 @@ from gemma4_tpu.models import token_rows
 from gemma4_tpu.models.gemma4 import Model, Params, hidden_states
 from gemma4_tpu.models.layout import get, without
 from gemma4_tpu.models.weights import EMBEDDING
-from gemma4_tpu.step.loss import summed_cross_entropy
+from gemma4_tpu.step.loss import summed_cross_entropy, token_nll
+from gemma4_tpu.step.objective import REFERENCE, REFERENCE_NLL, Objective, Stats
 from gemma4_tpu.step.optimizer import next_average, schedule_free_average
 
 Batch = dict[str, jax.Array]
-"""tokens, targets, segment_ids, positions (int32) and target_mask (bool), each [M, B, T]."""
+"""tokens, targets, segment_ids, positions (int32), target_mask (bool) and an objective's own, each [M, B, T]."""
 
 
 class TrainState(NamedTuple):
@@ -54,11 +56,13 @@ class UpdateMetrics(NamedTuple):
     """Scalars of one update, float32 unless said otherwise."""
 
     loss: jax.Array
-    """Mean negative log-likelihood per target token."""
+    """Mean negative log-likelihood per target token, or what an objective takes the mean of."""
     grad_norm: jax.Array
     """Global norm before clipping."""
     target_tokens: jax.Array
     """int32."""
+    stats: Stats
+    """Of the objective."""
 
 
 @dataclass(frozen=True)
@@ -72,6 +76,8 @@ class Step:
     """Of `compiler_flags.py`."""
     ema_decay: float | None = None
     """Of the average of the trained values, per update; None: there is none."""
+    objective: Objective | None = None
+    """None: the cross-entropy of the given answers, which needs no likelihoods of single tokens."""
 
     def init(self, trained: Any, key: jax.Array) -> TrainState:
         """State before the first update."""
@@ -90,44 +96,62 @@ class Step:
         lora = without(trained, own | {token_rows.PATH})
         return params, lora if jax.tree.leaves(lora) else None
 
-    def summed_loss(self, trained: Any, base: Any, rows: Batch, key: jax.Array | None) -> jax.Array:
-        """Summed loss of the rows of one microbatch; arrays are [B, T]."""
+    def token_nll(self, trained: Any, base: Any, rows: Batch, key: jax.Array | None = None) -> jax.Array:
+        """float32 [B, T]: negative log-likelihood of every target of one microbatch (arrays [B, T]), padding too."""
+        return token_nll(*self._scored(trained, base, rows, key), rows["targets"], *self._scoring())
+
+    def summed_loss(self, trained: Any, base: Any, rows: Batch, key: jax.Array | None) -> tuple[jax.Array, Stats]:
+        """Summed loss of the rows of one microbatch, and what the objective tells of them; arrays are [B, T]."""
+        if self.objective is None:
+            hidden, table = self._scored(trained, base, rows, key)
+            return summed_cross_entropy(hidden, table, rows["targets"], rows["target_mask"], *self._scoring()), {}
+        nll = self.token_nll(trained, base, rows, key)
+        if self.objective.reference:
+            # In the same program, so that nothing has to be kept, found again or trusted when a run goes on.
+            rows = rows | {REFERENCE_NLL: self.token_nll(base.get(REFERENCE, {}), base, rows)}
+        return self.objective.loss(nll, rows)
+
+    def _scored(self, trained: Any, base: Any, rows: Batch, key: jax.Array | None) -> tuple[jax.Array, jax.Array]:
+        """Final hidden states [B, T, D] and the output matrix [V, D]."""
         params, lora = self.weights(trained, base)
         hidden = hidden_states(self.model, params, lora, rows["tokens"], rows["segment_ids"], rows["positions"], key)
-        return summed_cross_entropy(
-            hidden,
-            params["embedder"]["input_embedding"],
-            rows["targets"],
-            rows["target_mask"],
-            self.model.arch.final_logit_softcap,
-            self.chunk_tokens,
-            () if EMBEDDING in self.model.layout.in_full else self.model.token_rows or None,
-            self.model.mesh,
-        )
+        return hidden, params["embedder"]["input_embedding"]
 
-    def gradients(self, state: TrainState, base: Any, batch: Batch) -> tuple[jax.Array, Any, jax.Array]:
-        """Mean loss, mean gradient and number of target tokens over all microbatches."""
+    def _scoring(self) -> tuple[Any, ...]:
+        """What both losses of `loss.py` take last."""
+        trained_rows = () if EMBEDDING in self.model.layout.in_full else self.model.token_rows or None
+        return self.model.arch.final_logit_softcap, self.chunk_tokens, trained_rows, self.model.mesh
+
+    def gradients(self, state: TrainState, base: Any, batch: Batch) -> tuple[jax.Array, Any, jax.Array, Stats]:
+        """Mean loss and gradient, number of target tokens and the objective's sums, over all microbatches."""
         # Dropout keys are folded, never advanced: the run's with update, microbatch, layer and weight, in this order.
         # So a run that goes on draws what it would have drawn, and there is no generator's state to save.
         update_key = jax.random.fold_in(state.key, state.update)
+        differentiate = jax.value_and_grad(self.summed_loss, has_aux=True)
+        if self.objective is not None and self.objective.on_policy:
+            differentiate = _where_there_are_targets(differentiate)
 
         def microbatch(total, item):
             index, rows = item
             key = jax.random.fold_in(update_key, index) if self.model.lora_dropout else None
-            loss, grads = jax.value_and_grad(self.summed_loss)(state.trained, base, rows, key)
-            return jax.tree.map(jnp.add, total, (loss, grads)), None
+            (loss, stats), grads = differentiate(state.trained, base, rows, key)
+            return jax.tree.map(jnp.add, total, (loss, grads)), stats
 
-        count = batch["target_mask"].sum(dtype=jnp.int32)
+        count = _target_tokens(batch)
+        denominator = count if self.objective is None else self.objective.denominator(batch)
         microbatches = batch["tokens"].shape[0]
         if microbatches == 1:  # nothing to add up, so neither a loop nor a tree of sums
             rows = jax.tree.map(lambda x: x[0], batch)
             key = jax.random.fold_in(update_key, 0) if self.model.lora_dropout else None
-            total = jax.value_and_grad(self.summed_loss)(state.trained, base, rows, key)
+            (loss, stats), grads = differentiate(state.trained, base, rows, key)
+            total = loss, grads
         else:
             zeros = jnp.zeros((), jnp.float32), jax.tree.map(jnp.zeros_like, state.trained)
-            total, _ = jax.lax.scan(microbatch, zeros, (jnp.arange(microbatches), batch))
-        loss, grads = jax.tree.map(lambda x: x / jnp.maximum(count, 1), total)  # rows without targets: 0, not NaN
-        return loss, grads, count
+            total, each = jax.lax.scan(microbatch, zeros, (jnp.arange(microbatches), batch))
+            stats = jax.tree.map(lambda x: x.sum(axis=0), each)
+        # Rows without targets: 0, not NaN.
+        loss, grads = jax.tree.map(lambda x: x / jnp.maximum(denominator, 1), total)
+        return loss, grads, count, stats
 
     def train(
         self, state: TrainState, base: Any, batch: Batch, spike_limit: jax.Array | None = None
@@ -136,7 +160,7 @@ class Step:
 
         A loss above `spike_limit` (float32 scalar) leaves values and moments as they are; the counters go on.
         """
-        loss, grads, count = self.gradients(state, base, batch)
+        loss, grads, count, stats = self.gradients(state, base, batch)
         changes, optimizer = self.optimizer.update(grads, state.optimizer, state.trained)
         trained, average = optax.apply_updates(state.trained, changes), state.average
         if self.ema_decay is not None:
@@ -145,17 +169,38 @@ class Step:
             skipped = loss > spike_limit
             trained, average = (_unless(skipped, trained, state.trained), _unless(skipped, average, state.average))
             optimizer = _unless(skipped, optimizer, state.optimizer)
-        metrics = UpdateMetrics(loss, optax.global_norm(grads), count)
+        metrics = UpdateMetrics(loss, optax.global_norm(grads), count, stats)
         return TrainState(trained, optimizer, state.update + 1, state.key, average), metrics
 
-    def evaluate(self, trained: Any, base: Any, batch: Batch) -> tuple[jax.Array, jax.Array]:
-        """Summed loss and number of target tokens of an [M, B, T] batch, dropout off."""
+    def evaluate(self, trained: Any, base: Any, batch: Batch) -> tuple[jax.Array, jax.Array, Stats]:
+        """Summed loss of an [M, B, T] batch, what to divide it by, and the objective's sums; dropout off."""
+        if self.objective is not None and self.objective.on_policy:
+            return replace(self, objective=None).evaluate(trained, base, batch)
 
         def microbatch(total, rows):
-            return total + self.summed_loss(trained, base, rows, None), None
+            loss, stats = self.summed_loss(trained, base, rows, None)
+            return total + loss, stats
 
-        total, _ = jax.lax.scan(microbatch, jnp.zeros((), jnp.float32), batch)
-        return total, batch["target_mask"].sum(dtype=jnp.int32)
+        total, each = jax.lax.scan(microbatch, jnp.zeros((), jnp.float32), batch)
+        denominator = _target_tokens(batch) if self.objective is None else self.objective.denominator(batch)
+        return total, denominator, jax.tree.map(lambda x: x.sum(axis=0), each)
+
+
+def _where_there_are_targets(differentiate: Callable[..., Any]) -> Callable[..., Any]:
+    """The same without work for a microbatch of nothing but padding, as the last ones of a batch of samples are."""
+
+    def of_rows(trained: Any, base: Any, rows: Batch, key: jax.Array | None) -> Any:
+        def nothing() -> Any:
+            shapes = jax.eval_shape(differentiate, trained, base, rows, key)
+            return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+
+        return jax.lax.cond(rows["target_mask"].any(), lambda: differentiate(trained, base, rows, key), nothing)
+
+    return of_rows
+
+
+def _target_tokens(batch: Batch) -> jax.Array:
+    return batch["target_mask"].sum(dtype=jnp.int32)
 
 
 def _unless(skipped: jax.Array, new: Any, old: Any) -> Any:

@@ -25,10 +25,12 @@ from gemma4_tpu.config.overrides import Groups, check_overrides
 from gemma4_tpu.config.refusals import refusal
 from gemma4_tpu.config.sweeps import Optuna
 from gemma4_tpu.errors import UserError
+from gemma4_tpu.step.objective_kinds import every_measure
 from gemma4_tpu.sweeping import state
 from gemma4_tpu.sweeping.hydra_jobs import OpenSweep
 from gemma4_tpu.sweeping.state import SweepJob
 from gemma4_tpu.sweeping.table import outcome_value
+from gemma4_tpu.tracking.metrics import HELDOUT
 from gemma4_tpu.tracking.result import Result
 
 log = logging.getLogger(__name__)
@@ -80,7 +82,8 @@ class Search:
             value = getattr(settings, key)
             if value not in choices:
                 raise UserError(f"hydra.sweeper.{key}={value}: not a choice (choices: {', '.join(choices)})")
-        numbers = [f.name for f in dataclasses.fields(Result) if f.name not in ("status", "error")]
+        numbers = [f.name for f in dataclasses.fields(Result) if f.name not in ("status", "error", "measures")]
+        numbers += [f"{of}{name}" for name in every_measure() for of in (HELDOUT, "")]
         if entry == "train" and settings.metric not in numbers:
             hint = did_you_mean(settings.metric, numbers)
             raise UserError(

@@ -37,8 +37,9 @@ _COUNTS = {
     "model": ("name", "new_tokens"),
     "lora": (
         "enabled", "rank", "dropout", "targets", "expert_rank", "layers", "ranks", "modules_to_train", "dora",
-        "quantize",
+        "quantize", "start", "init",
     ),
+    "objective": ("kind",),
     "optimizer": ("kind",),
     "data": ("sequence_length", "packing", "buckets"),
     "trainer": (

@@ -22,7 +22,7 @@ RESULTS = (
     "real_tokens_per_second", "mfu", "usd",
 )  # fmt: skip
 """The keys of `result.json` that a table shows where some job has them."""
-_HIGHER = ("fill", "mfu", "updates", "pass", "accuracy", "per_second")
+_HIGHER = ("fill", "mfu", "updates", "pass", "accuracy", "margin", "reward", "per_second")
 """Metrics with these in their name are better when higher, unless the sweep says otherwise."""
 
 
@@ -47,7 +47,7 @@ class JobRow:
     job: SweepJob
     folder: Path
     result: dict[str, Any]
-    """Its `result.json`; empty where there is none."""
+    """Its `result.json`, the objective's measures among its keys; empty where there is none."""
 
     def value(self, key: str) -> float | None:
         """A finite figure of a job that finished or was pruned; None: it has none."""
@@ -126,8 +126,14 @@ def _rows_of(sweep: Sweep) -> list[JobRow]:
     rows = []
     for job in jobs:
         folder = sweep.run_folder(job)
-        rows.append(JobRow(job, folder, result_of(folder).values))
+        rows.append(JobRow(job, folder, _figures(folder)))
     return rows
+
+
+def _figures(folder: Path) -> dict[str, Any]:
+    """`result.json` of a run, the measures of its objective among the others."""
+    values = result_of(folder).values
+    return values | values.get("measures", {})
 
 
 def _found(folders: Sequence[Path]) -> list[SweepJob]:
@@ -160,5 +166,5 @@ def best_metric(sweep: Sweep, wanted: str | None) -> Metric:
 def outcome_value(sweep: Sweep, job: SweepJob, key: str) -> float:
     """The metric of a job; NaN where it has none."""
     folder = sweep.run_folder(job)
-    value = JobRow(job, folder, result_of(folder).values).value(key)
+    value = JobRow(job, folder, _figures(folder)).value(key)
     return math.nan if value is None else value

@@ -1,11 +1,11 @@
 """`metrics.jsonl`: one JSON object per line, in the order of the updates, whatever interrupts the run.
 
-Keys that plots, progress and results understand (others are welcome):
+Keys of every run:
 
 | key | unit |
 |---|---|
 | `update` | updates done so far; 0 is the state before the first one |
-| `loss`, `heldout_loss` | nats per target token |
+| `loss`, `heldout_loss` | nats per target token; of another objective, per what it counts |
 | `learning_rate`, `grad_norm` | the norm is global and before clipping |
 | `real_tokens`, `target_tokens` | tokens in this update |
 | `real_tokens_per_second`, `target_tokens_per_second` | |
@@ -14,18 +14,34 @@ Keys that plots, progress and results understand (others are welcome):
 | `mfu` | model FLOP/s over the chips' peak |
 | `hbm_bytes`, `hbm_peak_bytes` | of the fullest device: now, and since the start |
 | `usd` | the run so far |
+
+All others are measures of the objective; those of the held-out set begin with `heldout_`.
 """
 
 from __future__ import annotations
 
 import json
 import logging
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from gemma4_tpu.tracking.files import from_jsonable, jsonable, write_text
 
 log = logging.getLogger(__name__)
+
+HELDOUT = "heldout_"
+_KNOWN = (
+    "update", "loss", "heldout_loss", "learning_rate", "grad_norm", "skipped_updates", "epoch", "real_tokens",
+    "target_tokens", "real_tokens_per_second", "target_tokens_per_second", "fill", "update_seconds", "seconds", "mfu",
+    "hbm_bytes", "hbm_peak_bytes", "usd",
+)  # fmt: skip
+"""Every key but an objective's."""
+
+
+def measures_of(rows: Iterable[dict[str, Any]]) -> list[str]:
+    """Measures of the objective that rows hold, without `heldout_`, in the order in which they first come."""
+    return list(dict.fromkeys(key.removeprefix(HELDOUT) for row in rows for key in row if key not in _KNOWN))
 
 
 class MetricsFile:

@@ -14,6 +14,7 @@ from rich.text import Text
 from gemma4_tpu.markdown import shown
 from gemma4_tpu.prices import format_usd
 from gemma4_tpu.tracking.logs import console
+from gemma4_tpu.tracking.metrics import HELDOUT
 from gemma4_tpu.tracking.result import Result
 from gemma4_tpu.tracking.run import RunFolder
 
@@ -28,9 +29,14 @@ class Progress:
     """
 
     def __init__(
-        self, total_updates: int, *, first_update: int = 0, show: bool = True, seconds_between_lines: float = 5.0
-    ):
-        """Starts at `first_update` (that of the checkpoint, in a resumed run); `show=False` prints nothing."""
+        self, total_updates: int, *, first_update: int = 0, show: bool = True, seconds_between_lines: float = 5.0,
+        beside_loss: str | None = None,
+    ):  # fmt: skip
+        """Starts at `first_update` (that of the checkpoint, in a resumed run); `show=False` prints nothing.
+
+        `beside_loss`: a measure that stands beside the held-out loss, or until there is one beside the other.
+        """
+        self._beside_loss = beside_loss
         self._total = total_updates
         self._update = first_update
         self._seconds_between_lines = seconds_between_lines
@@ -81,15 +87,23 @@ class Progress:
         return time.monotonic() - self._last_line_at >= self._seconds_between_lines
 
     def _facts(self) -> str:
-        loss, heldout, rate = (self._metrics.get(key) for key in ("loss", "heldout_loss", "real_tokens_per_second"))
+        rate = self._metrics.get("real_tokens_per_second")
         left = self.seconds_left()
         facts = [
-            f"loss {loss:.4f}" if loss is not None else "",
-            f"held-out {heldout:.4f}" if heldout is not None else "",
+            *self._losses(),
             f"{rate:,.0f} tok/s" if rate is not None else "",
             f"ETA {_clock(left)}" if left is not None else "",
         ]
         return "  ".join(fact for fact in facts if fact)
+
+    def _losses(self) -> list[str]:
+        """Both losses, as far as they are known; the last one with the measure beside it."""
+        known = [(label, prefix) for label, prefix in (("loss", ""), ("held-out", HELDOUT))
+                 if self._metrics.get(f"{prefix}loss") is not None]  # fmt: skip
+        told = [f"{label} {self._metrics[f'{prefix}loss']:.4f}" for label, prefix in known]
+        if known and (beside := self._metrics.get(f"{known[-1][1]}{self._beside_loss}")) is not None:
+            told[-1] += f" ({self._beside_loss} {beside:.2f})"
+        return told
 
 
 def _bar() -> progress.Progress:
@@ -110,6 +124,8 @@ def print_summary(run: RunFolder, result: Result, next_steps: Sequence[str] = ()
         at = f" at update {result.heldout_update_best}" if best and result.heldout_update_best is not None else ""
         first = f"{result.heldout_loss_first:.4f} → " if result.heldout_loss_first is not None else ""
         rows.append(("Held-out loss", f"{first}{result.heldout_loss_last:.4f}{best}{at}{')' * bool(best)}"))
+    if result.measures:
+        rows.append(("Measures", ", ".join(f"{name} {value:.4g}" for name, value in shown_measures(result).items())))
     fill = f", fill {result.fill:.1%}" if result.fill is not None else ""
     rows.append(("Trained on", f"{result.real_tokens:,} real tokens ({result.target_tokens:,} with loss){fill}"))
     rate = f", {result.real_tokens_per_second:,.0f} real tokens/s" if result.real_tokens_per_second else ""
@@ -121,6 +137,12 @@ def print_summary(run: RunFolder, result: Result, next_steps: Sequence[str] = ()
     out.print()
     for label, value in rows:
         out.print(Text(f"{label:<15}", style="bold").append(value, style="not bold"), soft_wrap=True)
+
+
+def shown_measures(result: Result) -> dict[str, float]:
+    """What the objective says of the held-out set at last, under `heldout_…`, or else of the last update."""
+    heldout = {name: value for name, value in result.measures.items() if name.startswith(HELDOUT)}
+    return heldout or result.measures
 
 
 def _ended(result: Result) -> str:

@@ -21,13 +21,14 @@ TRAINING, PLAN, MERGE, EVALUATION, SERVING, LOAD_TEST = WORK = (
     "training", "plan", "merge", "evaluation", "serving", "load_test",
 )  # fmt: skip
 """What a run folder is of; its `result.json` (a plan's `plan.json`) has the same kind."""
-CELL, CROSS_CHECK, DATA, DELTAS, PARITY, PROVENANCE, REPLAY, SEARCH, SELFCHECK, START, STIMULUS, SWEEP = (
-    "cell", "cross_check", "data", "deltas", "parity", "provenance", "replay", "search", "selfcheck", "start",
-    "stimulus", "sweep",
+CELL, CERTIFICATE, CROSS_CHECK, DATA, DELTAS, PARITY, PROVENANCE, REPLAY, SEARCH, SELFCHECK, START, STIMULUS, SWEEP = (
+    "cell", "certificate", "cross_check", "data", "deltas", "parity", "provenance", "replay", "search", "selfcheck",
+    "start", "stimulus", "sweep",
 )  # fmt: skip
 VERSION = 1
 """Of the form of every kind."""
 FOLDER, RESULT, PLAN_FILE, CONFIG = "record.json", "result.json", "plan.json", "config.yaml"
+CERTIFICATE_FILE = "certificate.json"
 
 
 @dataclass(frozen=True)

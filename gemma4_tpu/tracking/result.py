@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from gemma4_tpu.tracking.records import TRAINING, read_record, write_record
@@ -13,7 +13,8 @@ from gemma4_tpu.tracking.records import TRAINING, read_record, write_record
 class Totals:
     """What adds up over a run, interruptions included; saved with every checkpoint.
 
-    A figure that a run doesn't know is None (null). Losses are means in nats per target token.
+    A figure that a run doesn't know is None (null). Losses are means in nats per target token, those of other
+    objectives in nats per what they count.
     """
 
     updates: int = 0
@@ -44,6 +45,8 @@ class Totals:
     """Lowest held-out loss seen."""
     heldout_update_best: int | None = None
     """The update at which it was seen."""
+    measures: dict[str, float] = field(default_factory=dict)
+    """What an objective tells besides its loss: of the last update, and, as `heldout_…`, of the last evaluation."""
 
 
 @dataclass(kw_only=True)

@@ -33,7 +33,9 @@ log = logging.getLogger(__name__)
 
 MAY_CHANGE = (
     "checkpoint", "distributed", "hardware", "lora.start", "lora.start_checkpoint", "mesh", "name", "preview", "replay",
-    "replay_allow", "run_dir", "tracker", "trainer.attention", "trainer.compile_cache", "trainer.epochs",
+    "replay_allow", "rollouts.check_every", "rollouts.entropy_high", "rollouts.entropy_low", "rollouts.max_kl",
+    "rollouts.max_logprob_difference", "rollouts.max_malformed", "rollouts.reward_timeout_seconds",
+    "run_dir", "tracker", "trainer.attention", "trainer.compile_cache", "trainer.epochs",
     "trainer.eval_every", "trainer.log_every", "trainer.loss_chunk_tokens", "trainer.max_updates", "trainer.min_delta",
     "trainer.patience", "trainer.plan", "trainer.profile", "trainer.remat", "trainer.sample_prompts",
     "trainer.sample_tokens", "trainer.stall_seconds", "trainer.time_limit",

@@ -6,11 +6,12 @@ import logging
 from dataclasses import replace
 from typing import Any, NamedTuple
 
+import numpy as np
 from jax.sharding import Mesh
 
 from gemma4_tpu.config.schema import DataConfig, TrainerConfig
 from gemma4_tpu.data.build import TrainingData
-from gemma4_tpu.data.pipeline import Pipeline, Update, heldout_batches
+from gemma4_tpu.data.pipeline import Pipeline, Source, Update, heldout_batches
 from gemma4_tpu.models.sharding import row_places
 from gemma4_tpu.training.checks import rows_per_microbatch, rows_per_update
 from gemma4_tpu.training.setup import rows_here
@@ -21,22 +22,24 @@ log = logging.getLogger(__name__)
 class Batches(NamedTuple):
     """What a run trains and is measured on, update by update."""
 
-    pipeline: Pipeline
+    source: Source
     heldout: list[Update]
     """In a fixed order; empty: there is no held-out set."""
     rows: int
     """Of a microbatch, over all processes."""
-    mean_tokens: float
-    """Real tokens of a training example."""
+    segment_tokens: float
+    """Mean of a segment of the rows: of a training example, or of a side of a pair."""
 
     @property
     def lengths(self) -> list[int]:
         """Static lengths T of all rows, sorted."""
-        return sorted({*self.pipeline.lengths, *(update.arrays["tokens"].shape[-1] for update in self.heldout)})
+        return sorted({*self.source.lengths, *(update.arrays["tokens"].shape[-1] for update in self.heldout)})
 
 
-def make_batches(data: TrainingData, config: DataConfig, trainer: TrainerConfig, mesh: Mesh) -> Batches:
-    """Packs the rows into updates; the held-out ones into rows of the same lengths.
+def make_batches(
+    data: TrainingData, config: DataConfig, trainer: TrainerConfig, mesh: Mesh, on_policy: Source | None = None
+) -> Batches:
+    """Packs the rows into updates, but where they come of the policy; the held-out ones into rows of the same lengths.
 
     Raises:
       UserError: the rows of an update don't divide evenly over the mesh, or there is nothing to train on.
@@ -47,12 +50,12 @@ def make_batches(data: TrainingData, config: DataConfig, trainer: TrainerConfig,
         "microbatches": trainer.microbatches,
         "row_slice": rows_here(mesh, rows),
     }
-    pipeline = Pipeline(
+    source = on_policy or Pipeline(
         examples=data.train, data=config, seed=trainer.seed, epochs=trainer.epochs, max_updates=trainer.max_updates,
         **shape,
     )  # fmt: skip
-    same_lengths = replace(config, buckets=pipeline.lengths)
+    same_lengths = replace(config, buckets=source.lengths)
     heldout = list(heldout_batches(data.heldout, same_lengths, **shape)) if data.heldout else []
-    updates, epochs = pipeline.total_updates, pipeline.total_epochs
+    updates, epochs = source.total_updates, source.total_epochs
     log.info("%d updates of %d rows: %.2f epochs", updates, shape["rows_per_update"], epochs)
-    return Batches(pipeline, heldout, rows, float(data.train.slots.mean()))
+    return Batches(source, heldout, rows, float(data.train.lengths(np.arange(len(data.train))).mean()))

@@ -7,6 +7,9 @@ once, beside the checkpoints. With them a checkpoint is one of plain adapters be
 
 which is what PEFT converts to, too (`path_initial_model_for_weight_conversion`). All that reads a run, but training
 itself, reads it so.
+
+Where an objective holds the trained values against what they began as, and that is not the base alone, all of them are
+saved in the same way, in a folder of their own, which only training reads.
 """
 
 from __future__ import annotations
@@ -23,7 +26,7 @@ from gemma4_tpu.storage import join
 from gemma4_tpu.training import checksums
 from gemma4_tpu.training.saved import SavedState
 
-FOLDER = "initial"
+FOLDER, REFERENCE_FOLDER = "initial", "reference"
 """In `checkpoints/`."""
 
 
@@ -73,11 +76,18 @@ def open_began(checkpoints: str) -> SavedState:
     Raises:
       UserError: they are not there, or not as they were saved.
     """
-    folder = join(checkpoints, FOLDER)
+    return _open(join(checkpoints, FOLDER), "what the adapters began as (lora.init)", "nothing can be made of")
+
+
+def open_reference(checkpoints: str) -> SavedState:
+    """What a run began as that an objective holds it against, verified; arguments and errors as of `open_began`."""
+    return _open(join(checkpoints, REFERENCE_FOLDER), "what the run began as, its reference,", "no run can go on from")
+
+
+def _open(folder: str, what: str, without: str) -> SavedState:
     if problem := checksums.problem(folder):
         raise UserError(
-            f"{folder}: what the adapters began as (lora.init) can't be read: {problem}; without it nothing can be made"
-            " of the checkpoints: bring back a good copy"
+            f"{folder}: {what} can't be read: {problem}; without it {without} the checkpoints: bring back a good copy"
         )
     return SavedState(folder, 0)
 

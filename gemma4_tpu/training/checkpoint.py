@@ -30,7 +30,7 @@ from gemma4_tpu.models.weights import Axes
 from gemma4_tpu.step.optimizer_state import Part, parts
 from gemma4_tpu.step.train_step import TrainState
 from gemma4_tpu.storage import is_remote, join, list_folder
-from gemma4_tpu.training import began, checksums
+from gemma4_tpu.training import checksums
 
 log = logging.getLogger(__name__)
 CHUNK_BYTES = 32 << 20  # large tensors are saved in pieces, so that a merge need not hold one whole
@@ -101,13 +101,18 @@ class Checkpoints:
             )
         log.info("checkpoint at update %d", update)
 
-    def save_initial(self, trained: Any, leaves: Iterable[Leaf]) -> None:
+    def save_initial(self, name: str, trained: Any, leaves: Iterable[Leaf]) -> None:
         """Saves what some of the trained values are before the first update (see `began.py`), and waits for it.
+
+        Args:
+          name: of the folder beside the checkpoints.
+          trained: the values.
+          leaves: those to save.
 
         Raises:
           UserError: the disk is full.
         """
-        folder, values = join(self.folder, began.FOLDER), _unstack(trained, list(leaves))
+        folder, values = join(self.folder, name), _unstack(trained, list(leaves))
         with self._telling_full_disks(), ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as saver:
             state = ocp.args.StandardSave({"trained": values})
             saver.save(folder, args=ocp.args.Composite(state=state), force=True)

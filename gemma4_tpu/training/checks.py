@@ -37,8 +37,10 @@ from gemma4_tpu.storage import is_remote
 from gemma4_tpu.training.hardware_checks import full_problems, hardware_problems, price_warning
 from gemma4_tpu.training.lora_checks import EXPERTS, adapted_problems, lora_problems
 from gemma4_tpu.training.meshes import resolve_mesh
+from gemma4_tpu.training.objective_checks import objective_problems
 from gemma4_tpu.training.optimizer_checks import optimizer_problems, stop_problems, trained_bytes
 from gemma4_tpu.training.recipe import batch_key, count, rows_per_microbatch, rows_per_update
+from gemma4_tpu.training.rollouts_checks import check_decoding_mesh, is_on_policy, rollouts_problems
 
 HIGH_LEARNING_RATE = 1e-3
 """More than LoRA on a released size usually bears; reported, never changed."""
@@ -85,6 +87,8 @@ def examine_train(root: TrainRoot) -> tuple[Checked | None, list[Refusal]]:
     messages = limit_problems(root, CHOICES)
     messages += _lengths(root.trainer) + _batch(root.trainer, root.data) + lora_problems(root.lora)
     messages += optimizer_problems(root.optimizer, root.trainer) + stop_problems(root.trainer)
+    messages += objective_problems(root.objective, root.data, root.lora, root.trainer)
+    messages += rollouts_problems(root.objective, root.rollouts, root.data, root.lora)
     messages += data_problems(root.data) + _tracker(root.tracker) + _run(root)
     architecture, model_messages = checkpoint_architecture(root.model)
     messages += model_messages
@@ -248,6 +252,8 @@ def _mesh(root: TrainRoot, architecture: Architecture | None) -> tuple[MeshSizes
         return None, []
     try:
         sizes = resolve_mesh(root.mesh, architecture, wanted.devices)
+        if is_on_policy(root.objective):
+            check_decoding_mesh(sizes, architecture)
     except UserError as error:
         return None, [str(error)]
     if _lengths(root.trainer) or _batch(root.trainer, root.data) or root.trainer.microbatches < 1:

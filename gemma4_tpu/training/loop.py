@@ -14,7 +14,9 @@ import optax
 from gemma4_tpu.config.schema import CheckpointConfig, TrainerConfig
 from gemma4_tpu.data.pipeline import Update
 from gemma4_tpu.errors import UserError
+from gemma4_tpu.step.objective import means
 from gemma4_tpu.step.train_step import TrainState, UpdateMetrics
+from gemma4_tpu.tracking.metrics import HELDOUT
 from gemma4_tpu.tracking.result import Result, Totals
 from gemma4_tpu.training.batches import Batches
 from gemma4_tpu.training.checkpoint import Checkpoints
@@ -82,7 +84,7 @@ class Loop:
         """
         state, totals, spikes, patience = self._begin(resume_from)
         tally = Tally(self.setup, self.rates, totals, self.prediction)
-        done, last = int(state.update), self.batches.pipeline.total_updates
+        done, last = int(state.update), self.batches.source.total_updates
         programs = Programs(self.setup.step, state, self.batches.lengths, self.watchdog.paused)
         in_flight: list[InFlight] = []  # one at most
         preempted = timed_out = False
@@ -91,13 +93,17 @@ class Loop:
             while in_flight:
                 self._finish(in_flight.pop(), tally, spikes)
 
+        def trained() -> Any:  # asked for where the next update is made of what the ones before led to
+            land()
+            return state.trained
+
         # ── held-out loss before the first update ──────────────────────────────────────────────────────────────────
         if done == 0:
             self._evaluate(programs, state, tally, patience, 0)
         tally.start_lap()
 
         # ── updates: while the devices work on one, the host reads the metrics of the one before ───────────────────
-        for update in () if patience.exhausted else self.batches.pipeline:
+        for update in () if patience.exhausted else self.batches.source.updates(trained):
             done += 1
             limit = spikes.limit(done)
             if self.profile.starts(done):  # the trace holds whole updates only
@@ -123,6 +129,7 @@ class Loop:
             heldout_loss = self._evaluate(programs, state, tally, patience, done) if evaluates else None
             best = self.checkpoint.keep_best and tally.totals().heldout_update_best == done
             if saves or best or patience.exhausted:
+                self.batches.source.ready_to_save(state.trained, done)
                 self.flush()
                 self.checkpoints.save(state, self._position(tally, spikes, patience), heldout_loss)
             tally.start_lap()
@@ -142,7 +149,7 @@ class Loop:
         patience = Patience(self.trainer)
         if resume_from is not None:
             state, position = self.checkpoints.restore(resume_from, state)
-            self.batches.pipeline.set_state(position["pipeline"], self.checkpoint.resume_allow)
+            self.batches.source.set_state(position["pipeline"], self.checkpoint.resume_allow)
             totals = Totals(**position["totals"])
             spikes = Spikes(self.trainer.spike_factor, **position["spikes"])
             patience = Patience.of(self.trainer, position)
@@ -155,10 +162,10 @@ class Loop:
         return {
             "fingerprints": self.fingerprints,
             "schedule": {
-                "updates": self.batches.pipeline.total_updates,
+                "updates": self.batches.source.total_updates,
                 "learning_rate": float(self.schedule(tally.totals().updates - 1)),
             },
-            "pipeline": self.batches.pipeline.get_state(),
+            "pipeline": self.batches.source.get_state(),
             "totals": asdict(tally.totals()),
             "spikes": {"losses": spikes.losses, "newest_at": spikes.newest_at},
             "patience": patience.saved(),
@@ -169,19 +176,21 @@ class Loop:
         loss, grad_norm = float(flight.metrics.loss), float(flight.metrics.grad_norm)
         if not (math.isfinite(loss) and math.isfinite(grad_norm)):
             self._stop_diverged(flight.done, flight.update, loss, grad_norm)
+        self.batches.source.landed(flight.done, loss)
         self.preemption.something_to_save()
         self.watchdog.progress()
         skipped = spikes.add(flight.done, loss, flight.spike_limit)
-        tally.count(flight.update, loss, skipped=skipped)
+        measures = means(flight.metrics.stats) | {**flight.update.figures}
+        tally.count(flight.update, loss, measures, skipped=skipped)
         if skipped:
             log.warning(
                 "update %d skipped: loss %.4f is above %.4f (trainer.spike_factor=%g times the median); made from the"
                 " rows %s", flight.done, loss, flight.spike_limit, spikes.factor, ", ".join(_row_names(flight.update)),
             )  # fmt: skip
-        if flight.done % self.trainer.log_every == 0 or flight.done == self.batches.pipeline.total_updates:
+        if flight.done % self.trainer.log_every == 0 or flight.done == self.batches.source.total_updates:
             more = {} if spikes.factor is None else {"skipped_updates": tally.totals().skipped_updates}
             learning_rate = float(self.schedule(flight.done - 1))
-            row = {"loss": loss, "learning_rate": learning_rate, "grad_norm": grad_norm, **more}
+            row = {"loss": loss, **measures, "learning_rate": learning_rate, "grad_norm": grad_norm, **more}
             self.report(row | tally.row(flight.update), flight.done)
 
     def _evaluate(
@@ -190,16 +199,18 @@ class Loop:
         """Mean loss over the held-out set, dropout off, of what the run stands for; reported and remembered."""
         if not self.batches.heldout:
             return None
-        total, count, values = 0.0, 0, state.evaluated()
+        total, count, values = 0.0, 0.0, state.evaluated()
+        sums: dict[str, Any] = {}
         for batch in self.batches.heldout:
-            summed, targets = programs.evaluate(values, self.setup.base, to_mesh(batch.arrays, self.setup.mesh))
-            total, count = total + float(summed), count + int(targets)
+            summed, part, stats = programs.evaluate(values, self.setup.base, to_mesh(batch.arrays, self.setup.mesh))
+            total, count = total + float(summed), count + float(part)
+            sums = {name: np.add(sums.get(name, 0.0), np.array(pair, np.float64)) for name, pair in stats.items()}
             self.watchdog.progress()
-        loss = total / count
-        self.report({"heldout_loss": loss}, update)
+        loss, measures = total / count, {f"{HELDOUT}{name}": value for name, value in means(sums).items()}
+        self.report({"heldout_loss": loss, **measures}, update)
         with self.watchdog.paused():
             self.sample(values, update)
-        tally.count_heldout(loss, update)
+        tally.count_heldout(loss, update, measures)
         patience.add(loss)
         return loss
 

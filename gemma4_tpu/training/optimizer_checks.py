@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from gemma4_tpu.config.schema import OptimizerConfig, TrainerConfig
+from collections.abc import Mapping
+
+from gemma4_tpu.config.schema import ObjectiveConfig, OptimizerConfig, TrainerConfig
 
 KEYS = {
     "adamw": ("b1", "b2", "eps"),
@@ -27,15 +29,7 @@ def optimizer_problems(optimizer: OptimizerConfig, trainer: TrainerConfig) -> li
     """Keys that a kind does not have, or lacks; a schedule or an average that it does not take; two warm-ups."""
     if optimizer.kind not in KEYS:  # its choices say so
         return []
-    own, kind = KEYS[optimizer.kind], f"optimizer={optimizer.kind}"
-    every = dict.fromkeys(name for names in KEYS.values() for name in names)
-    given = {name: value for name in every if (value := getattr(optimizer, name)) is not None}
-    messages = []
-    if alien := [f"optimizer.{name}={value}" for name, value in given.items() if name not in own]:
-        known = ", ".join(f"optimizer.{name}" for name in own)
-        messages.append(f"{', '.join(alien)}: not with {kind}; give null, or {kind}, which sets its own keys ({known})")
-    if missing := [f"optimizer.{name}=null" for name in own if name not in (*given, *MAY_BE_NULL)]:
-        messages.append(f"{', '.join(missing)}: {kind} needs a value; {kind} on the command line sets one")
+    messages = kind_problems("optimizer", optimizer, KEYS, MAY_BE_NULL)
     if optimizer.kind == SCHEDULE_FREE:
         messages += _schedule_free(optimizer, trainer)
     if optimizer.decay_fraction is not None and optimizer.schedule != "wsd":
@@ -49,6 +43,24 @@ def optimizer_problems(optimizer: OptimizerConfig, trainer: TrainerConfig) -> li
             f"optimizer.warmup_updates={updates}, optimizer.warmup_fraction={fraction}: give one of them; add "
             "optimizer.warmup_fraction=null or optimizer.warmup_updates=null"
         )
+    return messages
+
+
+def kind_problems(
+    group: str, config: OptimizerConfig | ObjectiveConfig, keys: Mapping[str, tuple[str, ...]],
+    may_be_null: tuple[str, ...] = (),
+) -> list[str]:  # fmt: skip
+    """Keys of a config group that its kind does not have, or lacks; `keys` says which ones each kind has."""
+    own, kind = keys[config.kind], f"{group}={config.kind}"
+    every = dict.fromkeys(name for names in keys.values() for name in names)
+    given = {name: value for name in every if (value := getattr(config, name)) is not None}
+    messages = []
+    if alien := [f"{group}.{name}={value}" for name, value in given.items() if name not in own]:
+        known = ", ".join(f"{group}.{name}" for name in own)
+        its = f"which sets its own keys ({known})" if own else "which has no keys"
+        messages.append(f"{', '.join(alien)}: not with {kind}; give null, or {kind}, {its}")
+    if missing := [f"{group}.{name}=null" for name in own if name not in (*given, *may_be_null)]:
+        messages.append(f"{', '.join(missing)}: {kind} needs a value; {kind} on the command line sets one")
     return messages
 
 

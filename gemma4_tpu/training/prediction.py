@@ -10,13 +10,16 @@ from typing import Any, NamedTuple
 
 from gemma4_tpu.errors import UserError
 from gemma4_tpu.hardware import slice_of
+from gemma4_tpu.step.objective_kinds import SFT
 from gemma4_tpu.tracking.files import read_json
 from gemma4_tpu.training.recipe import Recipe
 
 log = logging.getLogger(__name__)
 
 PLAN, PLANS = "plan.json", Path("outputs/plan")
-_DESCRIBED = ("slice", "model", "trained", "mesh", "remat", "sequence_length", "rows_per_update", "microbatches")
+_DESCRIBED = (
+    "slice", "model", "trained", "objective", "mesh", "remat", "sequence_length", "rows_per_update", "microbatches",
+)  # fmt: skip
 """What a plan and a run must have in common."""
 
 
@@ -87,4 +90,5 @@ def _read(path: Path) -> dict[str, Any] | None:
 
 
 def _differences(plan: dict[str, Any], own: dict[str, Any]) -> list[str]:
+    plan = {"objective": SFT} | plan  # those made before there were others don't say
     return [key for key in _DESCRIBED if plan.get(key) != own[key]]

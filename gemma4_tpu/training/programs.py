@@ -11,6 +11,7 @@ from typing import Any
 
 import jax
 
+from gemma4_tpu.step.objective import Stats
 from gemma4_tpu.step.train_step import Batch, Step, TrainState, UpdateMetrics, compiled_functions
 
 log = logging.getLogger(__name__)
@@ -64,8 +65,8 @@ class Programs:
         """One update; `state` is donated. A `spike_limit` is given at every update, or at none."""
         return self._run("train", state, base, batch, *([] if spike_limit is None else [spike_limit]))
 
-    def evaluate(self, trained: Any, base: Any, batch: Batch) -> tuple[jax.Array, jax.Array]:
-        """(summed loss, target tokens) of a held-out batch."""
+    def evaluate(self, trained: Any, base: Any, batch: Batch) -> tuple[jax.Array, jax.Array, Stats]:
+        """(summed loss, what to divide it by, the objective's sums) of a held-out batch."""
         return self._run("evaluate", trained, base, batch)
 
     def _run(self, name: str, values: Any, base: Any, batch: Batch, *more: Any) -> Any:

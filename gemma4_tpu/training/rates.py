@@ -21,12 +21,14 @@ class Rates(NamedTuple):
     usd_per_hour: float | None
 
     @staticmethod
-    def of(recipe: Recipe, mean_tokens: float, mesh: Mesh) -> Rates:
-        """As far as the chip of the mesh and the price of the machine are known; `mean_tokens` of an example."""
+    def of(recipe: Recipe, segment_tokens: float, mesh: Mesh) -> Rates:
+        """As far as the chip of the mesh and the price of the machine are known; `segment_tokens` on the mean."""
         device = mesh.devices.flat[0]
         chip, price = chip_of(device.platform, device.device_kind), price_of(recipe.hardware)
         return Rates(
-            flops_per_token=train_flops_per_token(recipe.arch, recipe.lora, mean_tokens, bool(recipe.new_tokens)),
+            flops_per_token=train_flops_per_token(
+                recipe.arch, recipe.lora, segment_tokens, bool(recipe.new_tokens), recipe.has_reference
+            ),
             peak_flops_per_second=chip.device.peak_flops_per_second * mesh.size if chip else None,
             usd_per_hour=price.usd_per_hour if price else None,
         )

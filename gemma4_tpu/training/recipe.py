@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from gemma4_tpu.architectures import Architecture
-from gemma4_tpu.config.schema import DataConfig, HardwareConfig, LoraConfig, OptimizerConfig, TrainerConfig
+from gemma4_tpu.config.schema import (
+    DataConfig,
+    HardwareConfig,
+    LoraConfig,
+    ObjectiveConfig,
+    OptimizerConfig,
+    TrainerConfig,
+)
 from gemma4_tpu.errors import UserError
 from gemma4_tpu.hardware import MeshSizes, slice_of
 from gemma4_tpu.models.adapted import expert_rank, takes_part
+from gemma4_tpu.step.objective_kinds import KINDS
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,6 +42,19 @@ class Recipe:
     """Of the whole run: a constant of the learning rate's schedule."""
     new_tokens: tuple[int, ...] = ()
     """Rows of `model.new_tokens`."""
+    objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
+
+    @property
+    def has_reference(self) -> bool:
+        """Whether every update scores its rows once more, by what the run began as."""
+        return KINDS[self.objective.kind].reference
+
+    @property
+    def keeps_reference(self) -> bool:
+        """Whether that takes a copy of the trained values as they began: not where the base alone says the same."""
+        lora = self.lora
+        begins_as_base = not (lora.start or takes_part(lora) or lora.modules_to_train or self.new_tokens)
+        return self.has_reference and not begins_as_base
 
     def described(self) -> dict[str, Any]:
         """What a plan and a run must have in common to be compared, under the keys of `plan.json`."""
@@ -43,6 +64,7 @@ class Recipe:
             "chips": wanted.chips if wanted else None,
             "model": self.arch.name,
             "trained": trained_as(self.lora, self.arch),
+            "objective": self.objective.kind,
             "lora_rank": self.lora.rank if self.lora.enabled else None,
             "mesh": self.mesh._asdict(),
             "remat": self.trainer.remat,

@@ -20,11 +20,15 @@ class Reports:
     """Takes the metrics of each update; a context manager that closes what it told them to."""
 
     def __init__(
-        self, folder: RunFolder, tracker: Tracker, replay: Replay | None, *, updates: int, resume_from: int | None
-    ):
-        """Of a run of so many `updates`; rows that were reported after the update `resume_from` are dropped."""
+        self, folder: RunFolder, tracker: Tracker, replay: Replay | None, *, updates: int, resume_from: int | None,
+        beside_loss: str | None = None,
+    ):  # fmt: skip
+        """Of a run of so many `updates`; rows that were reported after the update `resume_from` are dropped.
+
+        `beside_loss`: a measure for the line of progress.
+        """
         self.tracker = tracker
-        self.progress = Progress(updates, first_update=resume_from or 0, show=folder.write)
+        self.progress = Progress(updates, first_update=resume_from or 0, show=folder.write, beside_loss=beside_loss)
         """A context manager too: on a terminal the bar is there while it is open."""
         self._metrics = MetricsFile(folder.metrics_path, after_update=resume_from, write=folder.write)
         self._replay = replay

@@ -11,6 +11,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -29,6 +30,8 @@ from gemma4_tpu.models.lora_parts import Parts
 from gemma4_tpu.models.params import load_params, random_params
 from gemma4_tpu.models.splash import make_attention
 from gemma4_tpu.models.weights import BY_NAME, EMBEDDING
+from gemma4_tpu.step.objective import REFERENCE
+from gemma4_tpu.step.objectives import make_objective
 from gemma4_tpu.step.optimizer import make_optimizer
 from gemma4_tpu.step.optimizer_state import Part, parts
 from gemma4_tpu.step.train_step import Step, TrainState
@@ -52,7 +55,8 @@ class Setup:
     step: Step
     mesh: Mesh
     base: Any
-    """The frozen weights; none in full fine-tuning."""
+    """The frozen weights, none in full fine-tuning; and, where the objective needs a copy of them, under `REFERENCE`
+    what the trained values began as."""
     state: TrainState
     """Before the first update."""
     trained_leaves: tuple[Leaf, ...]
@@ -112,7 +116,9 @@ def make_step(recipe: Recipe, mesh: Mesh) -> Step:
     leaves = adapters.trained_leaves(model.layout, len(recipe.new_tokens))
     optimizer = make_optimizer(recipe.optimizer, recipe.updates, leaves)
     trainer, options = recipe.trainer, compiler_options(recipe.hardware)
-    return Step(model, optimizer, trainer.loss_chunk_tokens, options, trainer.ema_decay)
+    return Step(
+        model, optimizer, trainer.loss_chunk_tokens, options, trainer.ema_decay, make_objective(recipe.objective)
+    )
 
 
 def check_capacity(recipe: Recipe, checkpoint: CheckpointConfig, mesh: Mesh, checkpoints: str) -> None:
@@ -129,8 +135,9 @@ def check_capacity(recipe: Recipe, checkpoint: CheckpointConfig, mesh: Mesh, che
 
 
 def set_up(
-    base: Base, recipe: Recipe, mesh: Mesh, start: Start | None = None, initial: SavedState | None = None
-) -> Setup:
+    base: Base, recipe: Recipe, mesh: Mesh, start: Start | None = None, initial: SavedState | None = None,
+    reference: SavedState | None = None,
+) -> Setup:  # fmt: skip
     """Loads the base weights and makes the initial state, every array in its place on the mesh.
 
     What is trained and the optimizer's state are float32; the frozen weights have the compute dtype, or are quantised
@@ -142,6 +149,7 @@ def set_up(
       mesh: where everything lies.
       start: adapters to begin from, where `lora.start` names some.
       initial: where a run goes on whose adapters began as a part of their weights: what they began as.
+      reference: where a run goes on that keeps one (`Recipe.keeps_reference`): what it began as.
     """
     step, lora = make_step(recipe, mesh), recipe.lora
     layout = step.model.layout
@@ -163,6 +171,9 @@ def set_up(
     if start is not None:
         trained = start.place(trained, layout, mesh, weights)
     leaves = tuple(adapters.trained_leaves(layout, len(recipe.new_tokens)))
+    if recipe.keeps_reference:  # of its own: the state's arrays are donated
+        kept = jax.tree.map(jnp.copy, trained) if reference is None else _read(reference, leaves, trained)
+        frozen = {**frozen, REFERENCE: kept}
     _log_replicated({leaf.path: leaf for leaf in (*layout.leaves(), *leaves)}.values(), mesh)
     state = init_state(step, trained, dropout_key, mesh)
     counts, values = adapters.module_counts(layout), adapters.parameter_count(layout)
@@ -189,6 +200,17 @@ def _log_trained(setup: Setup, counts: dict[str, int]) -> None:
         rows = [f"{len(setup.step.model.token_rows)} rows of the embedding"] if setup.step.model.token_rows else []
         log.info("trained in full beside them: %s parameters (%s)", f"{setup.in_full_parameters:,}",
                  ", ".join([*whole, *rows]))  # fmt: skip
+
+
+def _read(saved: SavedState, leaves: Iterable[Leaf], like: Any) -> Any:
+    """Saved values of all leaves, placed as those of `like`."""
+
+    def array(leaf: Leaf) -> jax.Array:
+        parts = [saved.read(name) for name in leaf.tunix_names]
+        value, place = np.stack(parts) if leaf.stacked else parts[0], get(like, leaf.path).sharding
+        return jax.make_array_from_callback(value.shape, place, lambda index: value[index])
+
+    return build_tree((leaf.path, array(leaf)) for leaf in leaves)
 
 
 def _with_new_rows(weights: Any, ids: Sequence[int]) -> Any:

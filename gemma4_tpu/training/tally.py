@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -49,8 +49,8 @@ class Tally:
         """The time of the next update counts from now on; that since the last one is the run's, but no update's."""
         self._lap_at = time.perf_counter()
 
-    def count(self, update: Update, loss: float, *, skipped: bool) -> None:
-        """Adds an update that is finished, or was skipped because its loss (nats per target token) was a spike."""
+    def count(self, update: Update, loss: float, measures: Mapping[str, float], *, skipped: bool) -> None:
+        """Adds an update that is finished, or was skipped because its loss was a spike; `measures` of its objective."""
         totals, window = self._totals, self._window
         now = time.perf_counter()
         seconds, self._lap_at = now - self._lap_at, now
@@ -73,10 +73,12 @@ class Tally:
         if totals.train_loss_first is None:
             totals.train_loss_first = loss
         totals.train_loss_last = loss
+        totals.measures |= measures
 
-    def count_heldout(self, loss: float, update: int) -> None:
-        """Remembers the held-out loss after `update`."""
+    def count_heldout(self, loss: float, update: int, measures: Mapping[str, float]) -> None:
+        """Remembers the held-out loss after `update`, and what the objective says beside it."""
         totals = self._totals
+        totals.measures |= measures
         if totals.heldout_loss_first is None:
             totals.heldout_loss_first = loss
         totals.heldout_loss_last = loss

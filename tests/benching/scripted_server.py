@@ -36,7 +36,9 @@ async def serve(reader, writer):
                 if header.lower().startswith(b"content-length:"):
                     length = int(header.split(b":")[1])
             path, body = line.split()[1].decode(), await reader.readexactly(length)
-            if path == "/v1/completions":
+            if path == "/tokenize":
+                whole(writer, 200, json.dumps({"tokens": [ord(letter) for letter in json.loads(body)["prompt"]]}))
+            elif path == "/v1/completions":
                 await complete(writer, json.loads(body), time.perf_counter())
             else:
                 tell(writer, path)

@@ -153,6 +153,16 @@ def test_the_commands_can_be_seen_before(docker, tmp_path, capsys):
     assert docker.calls == []
 
 
+def test_a_server_without_a_container_has_its_client_beside_it(docker, tmp_path, capsys):
+    serving = {"slice": "local", "runner": "process", "executable": "/v/bin/vllm", "host": "127.0.0.1", "port": 8765}
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump({"serving": serving, "run": str(tmp_path / "a")}))
+    assert main([f"served={tmp_path}", "bench=vllm", "dry_run=true"]) == 0
+    out = capsys.readouterr().out
+    assert out.count("/v/bin/vllm bench serve") == 3 and f"--model {tmp_path / 'a'} " in out
+    assert main([f"served={tmp_path}", "bench=vllm", f"run_dir={tmp_path / 'bench'}"]) == 2
+    assert "/v/bin/vllm: no such command any more" in capsys.readouterr().err
+
+
 FIGURES = {
     "state": "ok", "completed": 200, "request_throughput": 10.0, "output_throughput": 1000.0,
     "total_token_throughput": 9000.0, "median_ttft_ms": 100.0, "median_tpot_ms": 20.0, "median_itl_ms": 20.0,

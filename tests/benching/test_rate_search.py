@@ -91,6 +91,24 @@ def test_a_poisson_process_finds_the_rate_of_a_long_run():
     assert found.rate == pytest.approx(low, rel=0.05)
 
 
+def test_a_server_that_stumbles_once_is_found_all_the_same():
+    """One trial far below the rate that it keeps says that it doesn't: the search would stay below that."""
+    config = BenchConfig(slo={"p90_e2el_ms": 1000 * (SERVICE + 0.1)}, requests=300)
+    calm, limits = simulated(config), limits_of(config.slo)
+    stumbled = []
+
+    def measure(asked):
+        result = calm(asked)
+        if asked.rate < 0.6 * CAPACITY and not stumbled:
+            stumbled.append(asked)
+            return {**result, "p90_e2el_ms": 10_000.0}
+        return result
+
+    wanted, found = RateSearch(calm, limits, 16, 2).run(), RateSearch(measure, limits, 16, 2).run()
+    assert stumbled[0].rate < 0.8 * wanted.rate
+    assert found.rate == pytest.approx(wanted.rate, rel=0.05)
+
+
 def test_limits_that_no_rate_keeps_say_so():
     found, results = search(slo={"p99_ttft_ms": 1}, requests=100, arrivals="fixed")
     assert found.rate is None and "p99_ttft_ms 200.0, more than 1" in found.told

@@ -17,6 +17,7 @@ from gemma4_tpu.config.durations import seconds_of
 from gemma4_tpu.config.load import from_yaml, to_yaml
 from gemma4_tpu.errors import UserError
 from gemma4_tpu.hardware import SLICES
+from gemma4_tpu.step.objective_kinds import KINDS
 from gemma4_tpu.step.warmup import warmup_updates
 from gemma4_tpu.train import TRAIN, load_train
 
@@ -30,8 +31,12 @@ def test_every_option_composes_and_passes_the_checks(group, option, tmp_path):
     rows = tmp_path / "rows.jsonl"
     rows.touch()
     words = [f"{group}={option}"]
-    if group == "experiment" or option == "chat_jsonl":  # rows of the user's own
+    own_rows = group == "objective" and KINDS[option].rows != KINDS["sft"].rows
+    words += ["data=chat_jsonl"] * own_rows
+    if group == "experiment" or option == "chat_jsonl" or own_rows:  # rows of the user's own
         words += [f"data.train=[{{path: {rows}}}]", "data.heldout=[]"]
+    if group == "objective" and KINDS[option].on_policy:  # problems of the user's own
+        words.append(f"rollouts.problems_path={rows}")
     if f"{group}={option}" != "model=tiny":  # which has its own checkpoint
         words.append("model.path=random:0")
     if group == "hardware" and option != "local":  # rows must divide over the largest mesh

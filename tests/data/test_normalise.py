@@ -111,7 +111,6 @@ def test_columns_of_ones_own():
         ({"talk": [ASK, ANSWER]}, "data.columns='{messages: talk}'"),
         ({"body": "a"}, "data.columns='{text: body}'"),
         ({"question": "a", "context": "b", "answer": "c"}, "{instruction: question, input: context, output: answer}"),
-        ({"prompt": "a", "chosen": "b", "rejected": "c"}, "keys prompt, chosen, rejected"),
         ({"question": "a", "response": "long", "answer": "c"}, "keys question, response, answer"),  # either could be it
         ({"text": "a", "prompt": "b"}, "keys text, prompt"),
         ({}, "keys (none)"),

@@ -22,6 +22,7 @@ from gemma4_tpu.models.match import match
 from gemma4_tpu.models.names import name_map
 from gemma4_tpu.step.optimizer import make_optimizer
 from gemma4_tpu.step.train_step import TrainState
+from gemma4_tpu.training.began import FOLDER
 from gemma4_tpu.training.checkpoint import Checkpoints
 
 
@@ -68,7 +69,7 @@ def make_run(
         state = TrainState(tree, optimizer.init(tree), jnp.int32(update), jax.random.key(1))
         saver.save(state, {"pipeline": {}, "totals": {"heldout_update_best": best}})
     if initial:
-        saver.save_initial(initial, adapters.factors(layout))
+        saver.save_initial(FOLDER, initial, adapters.factors(layout))
     saver.wait()
     saver.close()
     config = {

@@ -53,6 +53,15 @@ def reader(tmp_path_factory):
     (merged / "config.json").write_text(json.dumps(to_hf_config(ARCHITECTURES["gemma4_31b"])))
     (merged / "model.safetensors").touch()
     shutil.copy(f"{assets.resolve('embedded:tiny')}/tokenizer.json", merged)
+    base = shutil.copytree(merged, here / "base")
+    for run in ("run", "other"):
+        adapter = here / "outputs/train" / run / "adapter"
+        adapter.mkdir(parents=True)
+        (adapter.parent / "checkpoints").mkdir(exist_ok=True)
+        (adapter.parent / "config.yaml").touch()
+        config = {"peft_type": "LORA", "r": 8, "base_model_name_or_path": str(base)}
+        (adapter / "adapter_config.json").write_text(json.dumps(config))
+        (adapter / "adapter_model.safetensors").touch()
     for folder in ("evaluation", "benchmark", "outputs/benchmarks/run", "outputs/plan/plan", "outputs/servings/server"):
         (here / folder).mkdir(parents=True)
         (here / folder / "result.json").write_text("{}")

@@ -12,6 +12,7 @@ import pytest
 from gemma4_tpu.config.load import load
 from gemma4_tpu.launch import tpu_vm
 from gemma4_tpu.launch.tpu_vm import TPU_VM
+from tests.serving.conftest import merged  # noqa: F401  (fixture)
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 PLACE = ["bucket=gs://my-bucket", "project=my-project", "zone=us-east5-a"]

@@ -13,14 +13,17 @@ from pathlib import Path
 import pytest
 import yaml
 
+from gemma4_tpu.config.load import load
 from gemma4_tpu.errors import PREEMPTED, STALLED
 from gemma4_tpu.hardware import SLICES
 from gemma4_tpu.launch import gke
+from gemma4_tpu.serve import SERVE
+from gemma4_tpu.serving.checks import HANDED_ON
 from gemma4_tpu.train import load_train
 from tests.launch.conftest import PLACE, ROOT, RUN, put_on_path
 
 CLUSTER = ["cluster=c", "image=us-docker.pkg.dev/p/r/gemma4-tpu:1"]
-SKYPILOT = ROOT / "launch/skypilot.yaml"
+SKYPILOT, SERVICE = ROOT / "launch/skypilot.yaml", ROOT / "launch/skypilot_serve.yaml"
 
 
 def tool(requirement: str) -> Path:
@@ -96,6 +99,44 @@ def test_skypilots_command_is_one_that_train_takes(tmp_path):
     root = load_train([word for word in words[module + 1 :] if word.strip()]).root
     assert (root.hardware.name, root.model.path, root.run_dir) == ("v5p-8", "gs://b/m", "gs://b/r")
     assert (ROOT / job["setup"].split()[1]).is_file()
+    if shutil.which("shellcheck") is None:
+        pytest.skip("shellcheck is not installed: sudo apt-get install shellcheck")
+    for part in ("setup", "run"):
+        script = tmp_path / f"{part}.sh"
+        script.write_text(f"#!/usr/bin/env bash\n{job[part]}")
+        assert subprocess.run(["shellcheck", str(script)], capture_output=True, text=True, check=False).stdout == ""
+
+
+def test_skypilot_reads_the_service(home):
+    code = f"""
+import json, sky, yaml
+config = yaml.safe_load(open({str(SERVICE)!r}))
+task = sky.Task.from_yaml_config(
+    config, env_overrides=[("RUN", "gs://b/merged")], secrets_overrides=[("VLLM_API_KEY", "k")]
+)
+(r,) = task.resources
+s = task.service
+probe = [s.readiness_path, s.initial_delay_seconds, s.min_replicas, s.max_replicas, s.target_qps_per_replica]
+print(json.dumps([r.accelerators, r.accelerator_args, r.ports, r.use_spot, probe]))
+"""
+    command = [str(tool("skypilot==0.14.1") / "python"), "-c", code]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    accelerators, arguments, ports, spot, probe = json.loads(done.stdout.splitlines()[-1])
+    assert accelerators == {"tpu-v6e-8": 1}
+    assert arguments == {"runtime_version": SLICES["v6e-8"].runtime_version}
+    assert (ports, spot, probe) == (["8000"], False, ["/health", 3600, 1, 4, 1])
+
+
+def test_the_services_command_is_one_that_serve_takes(tmp_path, merged, monkeypatch):
+    job, model = yaml.safe_load(SERVICE.read_text()), merged("gemma4_31b")
+    monkeypatch.setenv("VLLM_API_KEY", "k")
+    words = shlex.split(job["run"].replace("$HOME/model", str(model)))
+    module = words.index("gemma4_tpu.serve")
+    root = load([word for word in words[module + 1 :] if word.strip()], SERVE).root
+    assert (root.serving.slice, str(root.serving.port)) == ("v6e-8", str(job["resources"]["ports"]))
+    assert root.serving.ready_timeout_seconds <= job["service"]["readiness_probe"]["initial_delay_seconds"]
+    assert set(job["secrets"]) <= set(HANDED_ON)
     if shutil.which("shellcheck") is None:
         pytest.skip("shellcheck is not installed: sudo apt-get install shellcheck")
     for part in ("setup", "run"):

@@ -10,13 +10,17 @@ import threading
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
+from safetensors.numpy import save_file
 
 from gemma4_tpu import assets
 from gemma4_tpu.architectures import ARCHITECTURES, to_hf_config
 from gemma4_tpu.serve import main
-from tests.serving import fake_docker_path
+from tests.serving import TINY, fake_docker_path
 
+MODULE = "base_model.model.model.language_model.layers.0.self_attn.q_proj"
+"""That an adapter adapts."""
 FLAGS = Path(assets.ROOT, "vllm_0_32_flags.txt")
 
 
@@ -98,6 +102,33 @@ def merged(tmp_path):
 
 
 @pytest.fixture
+def base(merged):
+    return merged("gemma4_e2b", folder="base")
+
+
+@pytest.fixture
+def adapted(tmp_path, base):
+    """Makes a run folder with an adapter, as far as anything here looks."""
+
+    def make(name="a", *, fingerprint="f", probe=None, modules=(MODULE,), **changes):
+        run = tmp_path / name
+        folder = run / "adapter"
+        folder.mkdir(parents=True)
+        (run / "checkpoints").mkdir()
+        (run / "config.yaml").write_text("{}")
+        (run / "provenance.json").write_text(json.dumps({"fingerprints": {"base": fingerprint}}))
+        config = {"peft_type": "LORA", "r": 8, "lora_alpha": 8, "base_model_name_or_path": str(base)}
+        (folder / "adapter_config.json").write_text(json.dumps(config | changes))
+        factors = {f"{m}.lora_{x}.weight": np.zeros((2, 2), np.float32) for m in modules for x in "AB"}
+        save_file(factors, folder / "adapter_model.safetensors")
+        if probe is not None:
+            (folder / "probe.json").write_text(json.dumps({"prompts": probe}))
+        return run
+
+    return make
+
+
+@pytest.fixture
 def serve(docker, port, tmp_path, monkeypatch):
     """Runs `python -m gemma4_tpu.serve` in this process; returns its exit code. `record` is the record's folder."""
     monkeypatch.setattr("gemma4_tpu.serving.server.POLL_SECONDS", 0.05)
@@ -149,3 +180,15 @@ def process(docker, port, tmp_path):
         if one.poll() is None:
             one.kill()
         one.communicate()
+
+
+@pytest.fixture(scope="session")
+def tiny_engine():
+    """The embedded server's engine in this process, with the tiny model."""
+    from gemma4_tpu.serving.local_engine import LocalEngine
+    from gemma4_tpu.serving.local_metrics import Metrics
+    from tests.serving.local_requests import started
+
+    made = started(LocalEngine(TINY, "float32", Metrics("m"), sequences=8, prompt_tokens=512))
+    yield made
+    made.stop()

@@ -1,5 +1,6 @@
 """A container engine that is played: takes the commands and flags that Docker takes, records every call, and acts out a
-server. Run as `docker`; its folder is FAKE_DOCKER.
+server. Run as `docker`; its folder is FAKE_DOCKER. With `_process` as its first word it is a `vllm` without a
+container.
 
 `scenario.json`: `image`: false (it has to be pulled), `pull_error`; `run_error`; `lines`: [[seconds, line], …] that the
 container prints before it listens; `exit`: the code it ends with instead of listening; `hang`: neither; `deaf`: it
@@ -19,6 +20,7 @@ import sys
 import threading
 import time
 import urllib.parse
+from collections.abc import Callable
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
@@ -53,6 +55,8 @@ def main() -> None:
     words = sys.argv[1:]
     if words[0] == "_container":
         return container(place(words[1]))
+    if words[0] == "_process":
+        return process(words[1:])
     if words[0] == "_vllm":
         return bench(words[1:])
     with (FOLDER / "calls.jsonl").open("a") as calls:
@@ -180,8 +184,6 @@ def follow(folder: Path) -> None:
 
 
 def container(folder: Path) -> None:
-    play, about = scenario(), json.loads((folder / "about.json").read_text())
-
     def say(line: str) -> None:
         with (folder / "log").open("a") as log:
             log.write(line + "\n")
@@ -190,6 +192,19 @@ def container(folder: Path) -> None:
         (folder / "code").write_text(str(code))
         os._exit(code)
 
+    server(json.loads((folder / "about.json").read_text()), say, leave)
+
+
+def process(words: list[str]) -> None:
+    """A vLLM without a container, with a process of its own that does not end by itself."""
+    child = subprocess.Popen(["sleep", "600"])
+    about = {"command": words, "mounts": {words[1]: words[1]}, "environment": dict(os.environ), "child": child.pid}
+    (FOLDER / "last.json").write_text(json.dumps(about))
+    server(about, lambda line: print(line, flush=True), os._exit)
+
+
+def server(about: dict, say: Callable[[str], None], leave: Callable[[int], None]) -> None:
+    play = scenario()
     deaf = play.get("deaf", False)
     signal.signal(signal.SIGTERM, signal.SIG_IGN if deaf else lambda *_: (say("Shutting down"), leave(0)))
     serve, model, *words = about["command"]

@@ -4,6 +4,7 @@ import json
 import shlex
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -14,7 +15,7 @@ from gemma4_tpu.errors import UserError
 from gemma4_tpu.hardware import GIB
 from gemma4_tpu.models.kv_cache import kv_cache_bytes, parameter_count
 from gemma4_tpu.serve import SERVE, main
-from gemma4_tpu.serving.checks import known_flags
+from gemma4_tpu.serving.flag_checks import known_flags
 from gemma4_tpu.serving.memory import estimate
 
 
@@ -42,18 +43,45 @@ def refused(port):
     return run
 
 
+def recipes_model(option, merged):
+    """A model of the size that a recipe is for."""
+    if option == "vllm_cpu":
+        return merged("tiny", head_dim=32, global_head_dim=32, per_layer_config={})
+    return merged({"v6e4_moe": "gemma4_26b_a4b", "v6e4_12b": "gemma4_12b"}.get(option, "gemma4_31b"))
+
+
 def after(words, flag):
     return words[words.index(flag) + 1]
 
 
 @pytest.mark.parametrize("option", [option for option in groups_of(SERVE)["serving"] if option != "local"])
 def test_every_recipe_passes_the_checks_and_holds_flags_that_vllm_has(option, merged, dry_run):
-    size = {"v6e4_moe": "gemma4_26b_a4b", "v6e4_12b": "gemma4_12b"}.get(option, "gemma4_31b")
-    words = dry_run(merged(size), f"serving={option}")
+    words = dry_run(recipes_model(option, merged), f"serving={option}")
     serve = words[words.index("serve") :]
     assert {word[2:] for word in serve if word.startswith("--")} <= known_flags()
     assert len(known_flags()) == 408
-    assert after(words, "--reasoning-parser") == "gemma4"  # else thoughts get into the answers
+    if option != "vllm_cpu":  # whose models don't think
+        assert after(words, "--reasoning-parser") == "gemma4"  # else thoughts get into the answers
+
+
+@pytest.mark.parametrize("tag", ["v0.32.0", "nightly-20261001", "0.32.0-cu130", "9f8e7d6c5b4a"])
+def test_tags_that_stay(merged, dry_run, tag):
+    assert f"vllm/vllm-tpu:{tag}" in dry_run(merged(), f"serving.image=vllm/vllm-tpu:{tag}")
+
+
+def test_a_process_gets_the_same_flags(merged, dry_run, port):
+    model = merged()
+    inside = dry_run(model, "serving=v6e8_tuned")
+    words = dry_run(model, "serving=v6e8_tuned", "serving.runner=process", "serving.executable='~/v/bin/vllm'")
+    serve = words.index("serve")
+    assert words[0] == "env" and "USE_BATCHED_RPA_KERNEL=1" in words[:serve]
+    assert words[serve - 1] == str(Path("~/v/bin/vllm").expanduser())
+    assert words[serve + 1] == str(model)
+    assert words[serve + 2 :] == inside[inside.index("serve") + 2 :]
+
+
+def test_heads_that_vllm_on_cpus_does_not_take(merged, refused):
+    assert "heads of width 16: vLLM's attention on CPUs takes 32, 64" in refused(merged("tiny"), "serving=vllm_cpu")
 
 
 def test_the_papers_command(merged, dry_run, port):
@@ -113,7 +141,7 @@ def test_refusals_of_flags_name_key_and_remedy_all_at_once(merged, refused):
         "max-num-seq": (3, "did you mean max-num-seqs"),
         "disable-log-requests": ("true", "no-enable-log-requests"),
         "port": (3, "serving.flags.port: give serving.port instead"),
-        "enable_lora": ("true", "serving.flags.enable-lora: LoRA adapters are not served"),
+        "enable_lora": ("true", "serving.flags.enable-lora: adapters are served by adapters=["),
         "tool-call-parser": ("hermes", "Gemma 4's is gemma4"),
         "hf-token": ("x", "put it into HF_TOKEN"),
         "seed": ("false", "has no --no-seed"),
@@ -122,7 +150,12 @@ def test_refusals_of_flags_name_key_and_remedy_all_at_once(merged, refused):
     words = [f"serving.flags={{{given}}}", "serving.extra_args=['--lora-modules=a=b']", "serving.env={HF_TOKEN: x}"]
     message = refused(merged(), *words)
     told = [told for _, told in flags.values()]
-    for part in (*told, "serving.extra_args: --lora-modules: LoRA", "serving.env.HF_TOKEN: no secrets", "9 problems"):
+    for part in (
+        *told,
+        "serving.extra_args: --lora-modules: adapters are",
+        "serving.env.HF_TOKEN: no secrets",
+        "9 problems",
+    ):
         assert part in message, part
 
 
@@ -131,6 +164,14 @@ def test_refusals_of_flags_name_key_and_remedy_all_at_once(merged, refused):
     [
         (["serving.image=vllm/vllm-tpu:nightly"], "the tag nightly can mean another image tomorrow"),
         (["serving.image=vllm/vllm-tpu"], "no tag can mean another image"),
+        (["serving.image=vllm/vllm-tpu:latest"], "the tag latest can mean another image tomorrow"),
+        (["serving.image=vllm/vllm-tpu:gemma4"], "the tag gemma4 can mean another image tomorrow"),
+        (["serving.image=vllm/vllm-tpu:v0"], "the tag v0 can mean another image tomorrow"),
+        (["serving.slice=local"], "a CPU serves by serving=local (PyTorch in this process) or serving=vllm_cpu"),
+        (["serving.runner=embedded", "serving.image=''"], "serving.runner=embedded serves on this machine's CPU"),
+        (["serving=vllm_cpu", "serving.weight_dtype=fp8"], "a CPU takes float32 or bfloat16"),
+        (["serving=vllm_cpu", "serving.data_parallel_size=2"], "one CPU holds one copy"),
+        (["serving.weight_dtype=float32"], "v6e-8 takes bfloat16 or fp8"),
         (["serving.tensor_parallel_size=3"], "does not divide the model's 32 query heads; it may be 1, 2, 4, 8"),
         (["serving.data_parallel_size=2"], "× serving.data_parallel_size=2: v6e-8 has 8 devices"),
         (["serving.slice=v6e-16"], "has 4 hosts"),
@@ -151,7 +192,7 @@ def test_an_image_of_another_version_brings_its_own_flags(merged, dry_run):
 def test_folders_that_are_not_a_merged_model(merged, refused, tmp_path):
     adapter = merged(folder="adapter")
     (adapter / "adapter_config.json").write_text("{}")
-    assert "LoRA adapters are not served" in refused(adapter)
+    assert "an adapter; adapters=[" in refused(adapter)
     training = tmp_path / "training"
     (training / "checkpoints").mkdir(parents=True)
     (training / "config.yaml").write_text("{}")

@@ -170,7 +170,7 @@ def test_seeds_draw_the_same_again_and_choices_differ(client):
         ({"prompt": "x" * 10**6}, 400, "has 1000000 characters"),
         ({"max_tokens": 0}, 400, "max_tokens: Input should be greater"),
         ({"temperature": -1}, 400, "temperature:"),
-        ({"frequency_penalty": 0.5}, 400, "frequency_penalty is not supported"),
+        ({"best_of": 2}, 400, "best_of is not supported"),
         ({"stop": 5}, 400, "stop"),
     ],
 )

@@ -4,6 +4,7 @@ import asyncio
 import queue
 import shutil
 import time
+from functools import reduce
 
 import httpx
 import pytest
@@ -13,16 +14,8 @@ from transformers import AutoTokenizer
 from gemma4_tpu.serving.local_api import Api
 from gemma4_tpu.serving.local_engine import FAILED, LOADING, READY, LocalEngine
 from gemma4_tpu.serving.local_metrics import Metrics
-from gemma4_tpu.serving.local_sampling import (
-    ABORT,
-    ERROR,
-    AnswerSampling,
-    AnswerText,
-    GeneratedAnswer,
-    GrowingText,
-    choose,
-    logprob,
-)
+from gemma4_tpu.serving.local_sampling import ABORT, ERROR, AnswerSampling, GeneratedAnswer, choose, logprob
+from gemma4_tpu.serving.local_text import AnswerText, GrowingText, Grown
 from tests.models.checkpoints import UNIFIED, load_hf, make_checkpoint
 from tests.serving import TINY
 
@@ -185,7 +178,10 @@ def test_thoughts_are_told_apart_in_a_chat(prompt, written, content, reasoning):
         tokenizer(text, add_special_tokens=False)["input_ids"] for text in (f"<|turn>model\n{prompt}", written)
     )
     text = AnswerText(tokenizer, [], before)
-    told = [*map(text.add, ids), text.end()]
-    assert ("".join(a for a, _ in told), "".join(r for _, r in told)) == (content, reasoning)
-    plain = AnswerText(tokenizer, [])
-    assert "".join(a for a, _ in [*map(plain.add, ids), plain.end()]) == tokenizer.decode(ids, skip_special_tokens=True)
+    assert told(text, ids) == Grown(content, reasoning)
+    assert told(AnswerText(tokenizer, []), ids) == Grown(tokenizer.decode(ids, skip_special_tokens=True))
+
+
+def told(text, ids):
+    """All that an answer of these tokens tells."""
+    return reduce(Grown.followed_by, [*map(text.add, ids), text.end()])

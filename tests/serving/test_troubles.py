@@ -22,6 +22,8 @@ from gemma4_tpu.serving.troubles import trouble_in
         ("huggingface_hub.errors.HFValidationError: Repo id must be in the form x", "not visible in the container"),
         ("vllm: error: unrecognized arguments: --max-num-seq 3", "does not know --max-num-seq 3"),
         ("AttributeError: 'Gemma4TextConfig' object has no attribute 'text_config'", "multimodal base"),
+        ("(APIServer pid=23354) ERROR 11-26 16:14:15 [registry.py:1120] ModuleNotFoundError: Could not import module"
+         " 'Gemma4Processor'. Are this object's requirements defined correctly?", "has no torchvision"),
         ("OSError: [Errno 28] No space left on device", "a disk is full"),
         ("RuntimeError: Compilation failed: stack overflow", "NUM_PRECOMPILE_WORKERS: 1"),
     ],

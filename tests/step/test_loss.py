@@ -1,22 +1,25 @@
-"""The chunked cross-entropy against the plain one, in value and gradient."""
+"""The chunked cross-entropy, summed and of each token, against the plain one, in value and gradient."""
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from gemma4_tpu.step.loss import chunk_length, summed_cross_entropy
+from gemma4_tpu.step.loss import chunk_length, summed_cross_entropy, token_nll
 
 B, T, D, V = 2, 24, 16, 96
 
 
-def plain(hidden, table, targets, mask, cap):
+def plain_nll(hidden, table, targets, cap):
     """The definition, with [B, T, V] in full."""
     scores = jnp.einsum("btd,vd->btv", hidden, table)
     if cap is not None:
         scores = jnp.tanh(scores / cap) * cap
-    nll = -jnp.take_along_axis(jax.nn.log_softmax(scores), targets[..., None], axis=-1)[..., 0]
-    return jnp.where(mask, nll, 0.0).sum()
+    return -jnp.take_along_axis(jax.nn.log_softmax(scores), targets[..., None], axis=-1)[..., 0]
+
+
+def plain(hidden, table, targets, mask, cap):
+    return jnp.where(mask, plain_nll(hidden, table, targets, cap), 0.0).sum()
 
 
 @pytest.fixture
@@ -60,6 +63,51 @@ def test_masked_targets_do_not_count(arrays):
     assert losses[0] == losses[1]
     nothing = summed_cross_entropy(hidden, table, targets, jnp.zeros_like(mask), 30.0, 8, None, None)
     assert nothing == 0.0
+
+
+@pytest.mark.parametrize("rows", [None, (), (3, 90)], ids=["frozen", "table", "rows"])
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_the_losses_of_tokens_add_up_to_the_summed_one_and_so_do_their_gradients(arrays, dtype, rows):
+    hidden, table, targets, mask = arrays
+    hidden, table = hidden.astype(dtype), table.astype(dtype)
+
+    def summed(hidden, table):
+        return summed_cross_entropy(hidden, table, targets, mask, 30.0, 8, rows, None)
+
+    def apart(hidden, table):
+        return jnp.where(mask, token_nll(hidden, table, targets, 30.0, 8, rows, None), 0.0).sum()
+
+    wanted = (0, 1) if rows is not None else 0
+    (value, grads), (expected, expected_grads) = (
+        jax.jit(jax.value_and_grad(loss, argnums=wanted))(hidden, table) for loss in (apart, summed)
+    )
+    np.testing.assert_allclose(value, expected, rtol=1e-6)  # the same 30 float32 values, added in another order
+    for got, due in zip(jax.tree.leaves(grads), jax.tree.leaves(expected_grads), strict=True):
+        got, due = (np.asarray(x, np.float32) for x in (got, due))
+        # The same operations in the same order; the compiler fuses them otherwise, which may round a last bit.
+        np.testing.assert_allclose(got, due, rtol=0, atol=2 * float(jnp.finfo(dtype).eps) * np.abs(due).max())
+
+
+@pytest.mark.parametrize("rows", [None, (), (3, 90)], ids=["frozen", "table", "rows"])
+def test_each_token_takes_part_by_its_own_weight(arrays, rows):
+    """Weights of either sign, that depend on the losses themselves, as objectives' do."""
+    hidden, table, targets, _ = arrays
+    weights = jnp.asarray(np.random.default_rng(1).normal(size=(B, T)), jnp.float32)
+
+    def objective(nll):
+        return (weights * jnp.tanh(nll / 5)).sum() ** 2
+
+    def ours(hidden, table):
+        return objective(token_nll(hidden, table, targets, 30.0, 8, rows, None))
+
+    def expected(hidden, table):
+        return objective(plain_nll(hidden, table, targets, 30.0))
+
+    (value, grads), (due, due_grads) = (jax.value_and_grad(f, argnums=(0, 1))(hidden, table) for f in (ours, expected))
+    np.testing.assert_allclose(value, due, rtol=1e-5)
+    trained = {None: np.zeros(V, bool), (): np.ones(V, bool)}.get(rows, np.isin(np.arange(V), rows or ()))
+    for got, wanted in zip(grads, (due_grads[0], jnp.where(trained[:, None], due_grads[1], 0.0)), strict=True):
+        np.testing.assert_allclose(got, wanted, rtol=1e-5, atol=1e-5 * float(jnp.abs(due_grads[0]).max()))
 
 
 def test_the_whole_vocabulary_is_never_in_memory():

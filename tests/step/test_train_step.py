@@ -120,7 +120,7 @@ def test_eight_microbatches_of_one_row_equal_one_of_eight():
 def test_every_adapted_module_gets_a_gradient(kind):
     step, base, trained = make(kind)
     layout = step.model.layout
-    _, grads, _ = gradients(step, base, trained, make_batch(4))
+    _, grads, _, _ = gradients(step, base, trained, make_batch(4))
     flat = {n: g for leaf in adapters.leaves(layout) for n, g in _named(leaf, grads)}
     arch = step.model.arch
     shared = arch.num_kv_shared_layers
@@ -182,8 +182,8 @@ def test_dropout_is_reproducible_and_off_in_evaluation():
     first, again, other = (float(gradients(step, base, trained, batch, key)[0]) for key in (0, 0, 1))
     assert first == again != other
     dry, dry_base, _ = make(lora=lora)
-    expected, count = jax.jit(dry.evaluate)(trained, dry_base, batch)
-    summed, _ = jax.jit(step.evaluate)(trained, base, batch)
+    expected, count, _ = jax.jit(dry.evaluate)(trained, dry_base, batch)
+    summed, _, _ = jax.jit(step.evaluate)(trained, base, batch)
     assert summed == expected
     assert first != pytest.approx(float(expected) / int(count), rel=1e-6)
 
@@ -242,6 +242,6 @@ def test_packed_rows_have_the_total_loss_of_padded_ones(kind):
                 start = part.stop
         return batch
 
-    loss = jax.jit(lambda batch: step.summed_loss(trained, base, batch, None))
+    loss = jax.jit(lambda batch: step.summed_loss(trained, base, batch, None)[0])
     packed, padded = loss(rows([pieces])), loss(rows([[piece] for piece in pieces]))
     np.testing.assert_allclose(packed, padded, rtol=1e-5)  # fp32: the same 20-odd terms, masked zeros between them

@@ -31,7 +31,7 @@ def clock(monkeypatch):
 def run(clock, tally, *seconds: float, losses=(2.0, 1.0, 0.5)) -> None:
     for took, loss in zip(seconds, losses, strict=False):
         clock.seconds += took
-        tally.count(UPDATE, loss, skipped=False)
+        tally.count(UPDATE, loss, {}, skipped=False)
 
 
 def test_rates_leave_out_compilation_and_evaluations(clock):
@@ -39,7 +39,7 @@ def test_rates_leave_out_compilation_and_evaluations(clock):
     run(clock, tally, 60.0)  # the first update compiles
     assert tally.row(UPDATE)["real_tokens_per_second"] == 90 / 60  # the row says what was, the result what is typical
     clock.seconds += 40.0  # a held-out evaluation
-    tally.count_heldout(1.5, 1)
+    tally.count_heldout(1.5, 1, {})
     tally.start_lap()
     run(clock, tally, 2.0, 4.0)
     row, result = tally.row(UPDATE), tally.result("finished")
@@ -53,12 +53,12 @@ def test_rates_leave_out_compilation_and_evaluations(clock):
 def test_an_interrupted_run_adds_up_to_the_whole(clock):
     first = Tally(JOB, KNOWN, Totals())
     run(clock, first, 60.0, 2.0)
-    first.count_heldout(1.5, 2)
+    first.count_heldout(1.5, 2, {})
     saved = asdict(first.totals())
     clock.seconds += 5000.0  # nobody pays for the time between
     second = Tally(JOB, KNOWN, Totals(**saved))
     run(clock, second, 50.0, 2.0, losses=(0.8, 0.7))
-    second.count_heldout(1.6, 4)
+    second.count_heldout(1.6, 4, {})
     result = second.result("finished")
     assert (result.seconds, result.updates, result.real_tokens_per_second) == (114.0, 4, 45.0)
     assert (result.train_loss_first, result.train_loss_last) == (2.0, 0.7)
@@ -81,7 +81,7 @@ def test_measured_times_are_held_against_the_plans(clock):
     update = SimpleNamespace(**vars(UPDATE), arrays={"tokens": np.zeros((1, 4, 8))})
     for took in (60.0, 3.0, 2.0, 4.0):  # the first compiles
         clock.seconds += took
-        tally.count(update, 1.0, skipped=False)
+        tally.count(update, 1.0, {}, skipped=False)
     result = tally.result("finished")
     assert (result.update_seconds, result.update_seconds_predicted, result.predicted_by) == (3.0, 2.0, "plan.json")
     assert result.measured_over_predicted == 1.5

@@ -1,0 +1,55 @@
+"""The section about a run that learned from its own answers: its certificate."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from gemma4_tpu.costing.figures import BY, MEASURED
+from gemma4_tpu.markdown import plain, table
+from gemma4_tpu.reporting.found import Records
+from gemma4_tpu.tracking.records import CERTIFICATE_FILE, read_record
+
+_MEASURED = BY[MEASURED]
+
+
+def on_policy(records: Records) -> Iterator[str]:
+    """Whether its batches came from the policy that they trained, by which figures; nothing for other runs."""
+    path = records.run.path / CERTIFICATE_FILE
+    if not path.is_file():
+        return
+    known = read_record(path).values
+    yield from ["## On-policy certificate", ""]
+    if known["holds"]:
+        yield f"It holds over {known['updates']:,} updates. {_MEASURED}, all of it: `{CERTIFICATE_FILE}`."
+    else:
+        yield f"**It does not hold**: {plain('; '.join(known['broken']))}."
+    yield ""
+    yield from table(["", "figure"], list(_proof(known)))
+    yield from table(["answers by verdict", "answers", "mean reward"], [
+        [plain(kind), f"{one['answers']:,}", f"{one['mean_reward']:.3f}"] for kind, one in known["by_kind"].items()
+    ])  # fmt: skip
+    yield from table(["", "reward", "tokens", "entropy (nats per token)", "malformed"], [
+        [f"update {one['update']}", f"{one['reward']:.3f}", f"{one['mean_tokens']:.1f}", f"{one['entropy']:.3f}",
+         f"{one['malformed']:.1%}"]
+        for one in (known["first"], known["last"])
+    ])  # fmt: skip
+
+
+def _proof(known: dict[str, Any]) -> Iterator[list[str]]:
+    compared, groups, answers, kl = (known[key] for key in ("compared", "groups", "answers", "kl"))
+    updates = ", ".join(map(str, compared["updates"][:6])) + (", …" if len(compared["updates"]) > 6 else "")
+    if compared["tokens"]:
+        yield ["Sampler against trainer, mean |Δ log p| (worst update; limit)",
+               f"{compared['mean_difference']:.2g} ({compared['limit']:g}), {compared['tokens']:,} tokens of updates"
+               f" {updates}"]  # fmt: skip
+        yield ["The same, of one token at most", f"{compared['max_difference']:.2g}"]
+        yield ["Surprise of the samples, standard errors (limit)",
+               f"{compared['surprise_z']:+.1f} ({compared['surprise_limit']:g})"]  # fmt: skip
+    yield ["Policies sampled from and trained, told apart by digest", f"{known['adapters']:,}"]
+    if known["max_loss_error"] is not None:
+        yield ["Loss of the step against its batch, off by at most", f"{known['max_loss_error']:.1g}"]
+    yield ["Groups with and without something to learn from", f"{groups['live']:,} and {groups['dead']:,}"]
+    yield ["Answers; distinct; cut off", f"{answers['answers']:,}; {answers['distinct']:,}; {answers['truncated']:,}"]
+    if kl["max"] is not None:
+        yield ["KL per update, nats per token: mean, most", f"{kl['mean']:.2g}, {kl['max']:.2g}"]

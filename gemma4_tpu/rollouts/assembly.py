@@ -1,0 +1,95 @@
+"""From a configuration to a source of on-policy updates: first what needs no weights, then what does."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+from gemma4_tpu.config.rollouts import RolloutsConfig
+from gemma4_tpu.config.schema import DataConfig, TrainerConfig
+from gemma4_tpu.data.chat import ChatFormat
+from gemma4_tpu.data.examples import Examples
+from gemma4_tpu.evals.generate import padded_width
+from gemma4_tpu.rollouts.batch import BatchShape
+from gemma4_tpu.rollouts.certificate import Certificate
+from gemma4_tpu.rollouts.collecting import Collector
+from gemma4_tpu.rollouts.prompts import Task, of_problems, of_rows, that_fit
+from gemma4_tpu.rollouts.rewarding import JUDGE, open_reward
+from gemma4_tpu.rollouts.sampler import Sampler, SamplerShapes
+from gemma4_tpu.rollouts.scoring import Scorer
+from gemma4_tpu.rollouts.source import Making, OnPolicySource, Selection, by_advantage, by_reward
+from gemma4_tpu.step.grpo import Grpo
+from gemma4_tpu.step.train_step import Step
+
+SELECTIONS: dict[str, Callable[[RolloutsConfig], Selection]] = {
+    "grpo": lambda config: by_advantage(config, Grpo.fields),
+    "expert_iteration": by_reward,
+}
+"""Kind of objective → which answers it learns from."""
+
+
+def make_source(
+    kind: str, config: RolloutsConfig, trainer: TrainerConfig, data: DataConfig, rows: int, train: Examples,
+    tokenizer: Any,
+) -> OnPolicySource:  # fmt: skip
+    """The source of a run's updates, before there are weights.
+
+    Args:
+      kind: of the objective.
+      config: what is sampled, and how it is rewarded.
+      trainer: length of the run and microbatches.
+      data: length of the rows; thoughts.
+      rows: of one microbatch.
+      train: the training rows, whose prompts are asked where the reward brings no problems.
+      tokenizer: the checkpoint's own.
+
+    Raises:
+      UserError: no prompts, or too few.
+    """
+    tasks: Sequence[Task]
+    if config.reward == JUDGE:
+        tasks = of_problems(config, ChatFormat(tokenizer, data.thoughts))
+    else:
+        tasks = of_rows(train, tokenizer)
+    shape = BatchShape(trainer.microbatches, rows, data.sequence_length)
+    return OnPolicySource(
+        that_fit(tasks, config.prompt_tokens), config, trainer, shape, SELECTIONS[kind](config)
+    )  # fmt: skip
+
+
+def begin(
+    source: OnPolicySource, config: RolloutsConfig, step: Step, base: Any, tokenizer: Any, stop_ids: Sequence[int], *,
+    seed: int, run: Path, resume_from: int | None, report: Callable[[dict[str, Any], int], None],
+    progress: Callable[[], None],
+) -> None:  # fmt: skip
+    """Makes a source ready: the reward is started, sampler and certificate stand.
+
+    Args:
+      source: of `make_source`.
+      config: as there.
+      step: the trainer's own.
+      base: the frozen weights.
+      tokenizer: the checkpoint's own.
+      stop_ids: tokens that end an answer.
+      seed: of the run.
+      run: the run folder.
+      resume_from: update that the run goes on from.
+      report: takes metrics of an update.
+      progress: called now and then.
+
+    Raises:
+      UserError: the reward does not start.
+    """
+    width = padded_width([range(config.prompt_tokens)])  # that attention's kernel takes
+    shapes = SamplerShapes(config.slots, config.prompts, width, config.new_tokens)
+    with ExitStack() as opened:
+        reward = opened.enter_context(open_reward(config))
+        certificate = Certificate(run, config, step.model.compute_dtype, resume_from)
+        opened.callback(certificate.close)
+        collector = Collector(
+            Sampler(step, stop_ids, shapes), reward, tokenizer, config,
+            seed=seed, run=run, is_live=source.selection.is_live, progress=progress,
+        )  # fmt: skip
+        source.begin(Making(collector, Scorer(step), certificate, base, report, opened.pop_all()))

@@ -1,0 +1,100 @@
+"""Answers in packed rows, as training on given answers has them, with what objectives want beside them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from gemma4_tpu.data.drops import Origin
+from gemma4_tpu.data.examples import ExamplesBuilder
+from gemma4_tpu.data.packing import pack
+from gemma4_tpu.data.pipeline import Assembler, Update
+from gemma4_tpu.data.updates import PlannedUpdate
+from gemma4_tpu.rollouts.prompts import Task
+from gemma4_tpu.rollouts.sampler import Drawn
+from gemma4_tpu.step.grpo import ADVANTAGES, COPIES, OLD_LOGPROBS
+
+
+@dataclass(frozen=True)
+class Placed:
+    """One answer, behind its prompt."""
+
+    task: Task
+    drawn: Drawn
+    advantage: float = 0.0
+    copies: int = 1
+    """Equal answers that it stands for."""
+
+    @property
+    def slots(self) -> int:
+        """Of a packed row."""
+        return len(self.task.ids) + len(self.drawn.tokens) - 1
+
+
+@dataclass(frozen=True)
+class BatchShape:
+    """The static shape of an update's arrays: M microbatches of B rows of T tokens."""
+
+    microbatches: int
+    rows: int
+    length: int
+
+    @property
+    def capacity(self) -> int:
+        """Rows of an update."""
+        return self.microbatches * self.rows
+
+
+def that_fit(groups: Sequence[Sequence[Placed]], shape: BatchShape) -> list[Placed]:
+    """The answers of as many groups, from the first on, as have room in an update; at least some of the first."""
+    chosen: list[Placed] = []
+    for group in groups:
+        if _rows([*chosen, *group], shape) > shape.capacity:
+            break
+        chosen += group
+    if not chosen:
+        for one in groups[0] if groups else ():
+            if _rows([*chosen, one], shape) <= shape.capacity:
+                chosen.append(one)
+    return chosen
+
+
+def _rows(answers: Sequence[Placed], shape: BatchShape) -> int:
+    return len(pack([one.slots for one in answers], shape.length)) if answers else 0
+
+
+def in_batches(answers: Sequence[Placed], shape: BatchShape) -> Iterator[Update]:
+    """All answers, in as many batches as they take."""
+    rows = pack([one.slots for one in answers], shape.length)
+    for start in range(0, len(rows), shape.capacity):
+        part = rows[start : start + shape.capacity]
+        places = {index: place for place, index in enumerate(index for row in part for index in row)}
+        yield assembled([answers[i] for i in places], shape, 0.0, [[places[i] for i in row] for row in part])
+
+
+def assembled(
+    answers: Sequence[Placed], shape: BatchShape, epoch: float, rows: list[list[int]] | None = None
+) -> Update:
+    """The arrays [M, B, T] of an update: those of every batch, and `old_logprobs`, `advantages` and `copies`.
+
+    Microbatches fill up from the first on; those that nothing is left for hold padding alone. `rows`: which answers
+    share one; None: as they fit best.
+    """
+    builder = ExamplesBuilder([1.0])
+    beside: dict[str, list[np.ndarray]] = {OLD_LOGPROBS: [], ADVANTAGES: [], COPIES: []}
+    for one in answers:
+        prompt, size = len(one.task.ids), len(one.drawn.tokens)
+        flags = np.arange(prompt + size) >= prompt
+        origin = Origin(one.task.name, one.drawn.wanted.sample)
+        builder.add(np.concatenate([one.task.ids, one.drawn.tokens]), flags, 0, origin)
+        nothing = np.zeros(prompt, np.float32)
+        beside[OLD_LOGPROBS] += [nothing, one.drawn.logprobs]
+        beside[ADVANTAGES] += [nothing, np.full(size, one.advantage, np.float32)]
+        beside[COPIES] += [nothing, np.full(size, one.copies, np.float32)]
+    examples = builder.build({})
+    flat = {name: np.concatenate(parts) for name, parts in beside.items()}
+    assemble = Assembler(examples, shape.capacity, shape.microbatches, None, flat)
+    packed = pack(examples.slots, shape.length) if rows is None else rows
+    return assemble(PlannedUpdate(shape.length, packed, epoch))

@@ -1,0 +1,272 @@
+"""Proof, update by update, that what is trained is what was sampled, and how far it goes.
+
+`certificate.json` says whether the run's batches came from the policy that they trained, and by which figures; the
+rows that it sums up are `certificate.jsonl`. A run whose certificate does not hold ends.
+
+1. *Delivered*: the digest of the values that samples were drawn with is that of the values that are trained.
+2. *The same distribution*: the sampler's log-probabilities are the trainer's, on the same tokens.
+3. *Really drawn from it*: over many tokens −log p of what was drawn comes to the entropy, up to chance. What is drawn
+   from a part of it (top-p, another temperature) and told with probabilities of the whole agrees token by token, and
+   fails here: a sum of N differences with known variances, z of them far from 0.
+4. *One denominator*: the loss that the step found is that of the batch, summed over all tokens and divided once; known
+   beforehand, since on-policy every ratio is 1. A mean of the microbatches' means is another.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from gemma4_tpu.config.rollouts import RolloutsConfig
+from gemma4_tpu.errors import UserError
+from gemma4_tpu.rollouts.collecting import Collected, Group
+from gemma4_tpu.tracking.metrics import MetricsFile, read_metrics
+from gemma4_tpu.tracking.records import CERTIFICATE, CERTIFICATE_FILE, write_record
+
+log = logging.getLogger(__name__)
+
+ROWS_FILE = "certificate.jsonl"
+MAX_DIFFERENCE = {"float32": 1e-3, "bfloat16": 0.05}
+"""Mean |Δ log p| in nats per token. In float32 the two differ by 1e-6 (measured on `tiny`); quoted from
+halo#11, in bfloat16: 0.02 with the softcap, 0.5 to 1.2 without."""
+ROUNDING = 1e-5
+"""Of a loss, in nats: float32 sums of terms of about 1."""
+MAX_Z = 6.0
+"""Standard errors, which chance alone reaches about once in 10⁹."""
+LEAST_TOKENS = 500
+"""Before the sum of so many differences is near enough to a normal one to be judged."""
+
+
+class NotOnPolicy(UserError):
+    """The certificate does not hold."""
+
+
+class Drifted(UserError):
+    """An update moved the policy out of its bands."""
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """A sampler and a trainer on the same tokens."""
+
+    tokens: int
+    mean_difference: float
+    """Of |Δ log p|, in nats per token."""
+    max_difference: float
+    surprise: float
+    """Sum of −log p of the tokens less the entropies where they were drawn, in nats."""
+    variance: float
+    """Of that sum, if they were drawn from the distribution whose entropies these are."""
+
+    @classmethod
+    def of(
+        cls, mask: np.ndarray, sampled: np.ndarray, trained: np.ndarray, entropy: np.ndarray, variance: np.ndarray
+    ) -> Agreement:
+        """From arrays of one shape: targets, log-probabilities of both, and the trainer's distribution there."""
+        gap = np.abs(sampled - trained)[mask].astype(np.float64)
+        surprise = (-trained - entropy)[mask].sum(dtype=np.float64)
+        total = variance[mask].sum(dtype=np.float64)
+        return cls(int(mask.sum()), float(gap.mean()), float(gap.max()), float(surprise), float(total))
+
+
+@dataclass(frozen=True)
+class ExpectedLoss:
+    """What the step has to find."""
+
+    value: float
+    per_nat: float
+    """By how much it may be off for each nat per token that sampler and trainer differ by."""
+
+
+class Certificate:
+    """Takes what each update came of, and ends a run that is not on-policy or that leaves its bands."""
+
+    def __init__(self, run: Path, config: RolloutsConfig, dtype: Any, resume_from: int | None):
+        """Of a policy computed in `dtype`. Goes on from the rows up to the update `resume_from`; None: a new run."""
+        self._path, self._config = run / CERTIFICATE_FILE, config
+        self._limit = config.max_logprob_difference or MAX_DIFFERENCE[np.dtype(dtype).name]
+        self._rows = MetricsFile(run / ROWS_FILE, after_update=resume_from)
+        self._known: list[dict[str, Any]] = read_metrics(run / ROWS_FILE)
+
+    def is_due(self, update: int, trained: str) -> bool:
+        """Whether the roll-outs of `update`, of the values with this digest, are to be compared: every so often, the
+        first ones, and the first ones of other values: until then a sampler that never gets any agrees.
+        """
+        compared = {row["adapter"] for row in self._known if "compared" in row}
+        return update % self._config.check_every == 0 or (len(compared) < 2 and trained not in compared)
+
+    def sampled(self, update: int, collected: Collected, live: int, trained: str, compared: Agreement | None) -> None:
+        """What an update is made of, before it is made.
+
+        Args:
+          update: from 1.
+          collected: its roll-outs.
+          live: groups that had something to learn from.
+          trained: digest of the trainer's values.
+          compared: where it is due.
+
+        Raises:
+          NotOnPolicy: the roll-outs are not those of the policy.
+        """
+        row = {
+            **described(collected.groups), "live": live, "dead": len(collected.groups) - live,
+            "delivered": collected.adapters == {trained}, "adapter": trained,
+        }  # fmt: skip
+        self._take(row | ({"compared": vars(compared)} if compared else {}), update)
+        self._check_bands(update, last_good=update - 2)
+
+    def trained(self, update: int, loss: float, expected: ExpectedLoss) -> None:
+        """What the step made of the batch.
+
+        Raises:
+          NotOnPolicy: not the loss of this batch.
+        """
+        allowed = self._limit * expected.per_nat + ROUNDING
+        self._take({"loss": loss, "expected_loss": expected.value, "allowed_error": allowed}, update)
+
+    def moved(self, update: int, kl: float) -> None:
+        """How far `update` moved the policy, in nats per token.
+
+        Raises:
+          Drifted: too far.
+        """
+        self._take({"kl": kl}, update)
+        limit = self._config.max_kl
+        if limit is not None and kl > limit:
+            said = f"moved the policy by {kl:.3g} nats per token, more than rollouts.max_kl={limit:g}"
+            raise Drifted(_drifted(update, said, update - 1))
+
+    def _check_bands(self, update: int, last_good: int) -> None:
+        """Entropy and form of what the policy says now, against what they were at first."""
+        config, first, now = self._config, *(self._known[i] for i in (0, -1))
+        told = []
+        share = now["entropy"] / first["entropy"] if first["entropy"] else 1.0
+        low, high = config.entropy_low, config.entropy_high
+        if (low is not None and share < low) or (high is not None and share > high):
+            bands = f"rollouts.entropy_low={low}, rollouts.entropy_high={high}"
+            told.append(f"entropy is {now['entropy']:.3g} nats per token, {share:.3g} times what it was ({bands})")
+        rise = now["malformed"] - first["malformed"]
+        if config.max_malformed is not None and rise > config.max_malformed:
+            told.append(
+                f"{now['malformed']:.0%} of the answers are malformed, {rise:.0%} more than at first"
+                f" (rollouts.max_malformed={config.max_malformed:g})"
+            )
+        if told:
+            raise Drifted(_drifted(update - 1, f"left the policy where {'; '.join(told)}", last_good))
+
+    def _take(self, row: dict[str, Any], update: int) -> None:
+        self._rows.log(row, update)
+        self._known.append({"update": update, **row})
+        summary = summed_up(self._known, self._limit)
+        write_record(self._path, CERTIFICATE, summary)
+        if not summary["holds"]:
+            raise NotOnPolicy(f"update {update}: {'; '.join(summary['broken'])}. The run is ended: {self._path}")
+
+    def close(self) -> None:
+        """Closes the rows."""
+        self._rows.close()
+
+
+def described(groups: Sequence[Group]) -> dict[str, Any]:
+    """Figures of an update's roll-outs, live and dead groups alike."""
+    drawn = [one for group in groups for one in group.drawn]
+    rewarded = [one for group in groups for one in group.rewarded]
+    tokens = sum(len(one.tokens) for one in drawn)
+    distinct = sum(len({one.tokens.tobytes() for one in group.drawn}) for group in groups)
+    kinds: dict[str, list[float]] = {}
+    for one in rewarded:
+        count, total = kinds.get(one.kind, (0, 0.0))
+        kinds[one.kind] = [count + 1, total + one.reward]
+    return {
+        "answers": len(drawn), "distinct": distinct, "truncated": sum(not one.stopped for one in drawn),
+        "tokens": tokens, "reward": float(np.mean([one.reward for one in rewarded])),
+        "mean_tokens": tokens / len(drawn),
+        "entropy": -sum(float(one.logprobs.sum(dtype=np.float64)) for one in drawn) / tokens,  # −log p of its own draws
+        "malformed": float(np.mean([not one.well_formed for one in rewarded])),
+        "kinds": kinds,
+    }  # fmt: skip
+
+
+def summed_up(rows: Sequence[Mapping[str, Any]], limit: float) -> dict[str, Any]:
+    """What `certificate.json` holds, from the rows of all updates; `limit` on the mean |Δ log p|."""
+    sampled = [row for row in rows if "answers" in row]
+    compared = [row["compared"] | {"update": row["update"]} for row in sampled if "compared" in row]
+    losses = [row for row in rows if "expected_loss" in row]
+    moves = [row["kl"] for row in rows if "kl" in row]
+    tokens, z = sum(one["tokens"] for one in compared), _surprise(compared)
+    broken = [*_misdelivered(sampled), *_disagreeing(compared, limit), *_other_losses(losses)]
+    if tokens >= LEAST_TOKENS and not abs(z) <= MAX_Z:
+        broken.append(
+            f"the samples were not drawn from the distribution whose log-probabilities are told: {tokens} tokens are"
+            f" {'less' if z < 0 else 'more'} surprising than it, by {abs(z):.1f} standard errors"
+        )
+    kinds: Counter[str] = Counter()
+    rewards: Counter[str] = Counter()
+    for row in sampled:
+        for kind, (count, total) in row["kinds"].items():
+            kinds[kind] += count
+            rewards[kind] += total
+    return {
+        "holds": not broken, "broken": broken, "updates": len(sampled),
+        "compared": {
+            "updates": [one["update"] for one in compared], "tokens": tokens, "limit": limit,
+            "mean_difference": max((one["mean_difference"] for one in compared), default=None),
+            "max_difference": max((one["max_difference"] for one in compared), default=None),
+            "surprise_z": z, "surprise_limit": MAX_Z,
+        },
+        "max_loss_error": max((abs(row["loss"] - row["expected_loss"]) for row in losses), default=None),
+        "adapters": len({row["adapter"] for row in sampled}),
+        "groups": {key: sum(row[key] for row in sampled) for key in ("live", "dead")},
+        "answers": {key: sum(row[key] for row in sampled) for key in ("answers", "distinct", "truncated", "tokens")},
+        "by_kind": {kind: {"answers": n, "mean_reward": rewards[kind] / n} for kind, n in kinds.most_common()},
+        "kl": {"mean": float(np.mean(moves)) if moves else None, "max": max(moves, default=None)},
+        **{when: _state(row) for when, row in zip(("first", "last"), (sampled[0], sampled[-1]), strict=True)},
+    }  # fmt: skip
+
+
+def _misdelivered(sampled: Sequence[Mapping[str, Any]]) -> list[str]:
+    return [
+        f"the samples were not drawn with the values that are trained (update {row['update']})"
+        for row in sampled
+        if not row["delivered"]
+    ]
+
+
+def _disagreeing(compared: Sequence[Mapping[str, Any]], limit: float) -> list[str]:
+    return [
+        f"the sampler's log-probabilities are {one['mean_difference']:.3g} nats per token off the trainer's, more than"
+        f" {limit:g} (update {one['update']})"
+        for one in compared
+        if not one["mean_difference"] <= limit
+    ]
+
+
+def _other_losses(losses: Sequence[Mapping[str, Any]]) -> list[str]:
+    return [
+        f"the step's loss is {row['loss']:.6g}, and that of its batch, summed over all tokens and divided once,"
+        f" {row['expected_loss']:.6g} (update {row['update']})"
+        for row in losses
+        if not abs(row["loss"] - row["expected_loss"]) <= row["allowed_error"]
+    ]
+
+
+def _surprise(compared: Sequence[Mapping[str, Any]]) -> float:
+    """By how many standard errors all compared tokens are more surprising than the distributions they are told of."""
+    variance = sum(one["variance"] for one in compared)
+    return sum(one["surprise"] for one in compared) / math.sqrt(variance) if variance else 0.0
+
+
+def _state(row: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: row[key] for key in ("update", "reward", "mean_tokens", "entropy", "malformed")}
+
+
+def _drifted(update: int, said: str, last_good: int) -> str:
+    kept = f"checkpoints up to update {last_good} are from before" if last_good > 0 else "there is nothing from before"
+    return f"update {update} {said}; the run is ended, and {kept}. Lower optimizer.learning_rate, or widen the band"

@@ -1,0 +1,217 @@
+"""The roll-outs of one update: drawn, judged while further ones are drawn, stored, and asked for again until enough
+groups have something to learn from.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import zlib
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from gemma4_tpu.config.rollouts import RolloutsConfig
+from gemma4_tpu.errors import UserError
+from gemma4_tpu.evals.generate import visible
+from gemma4_tpu.evals.store import Key
+from gemma4_tpu.rollouts.digest import digest
+from gemma4_tpu.rollouts.prompts import Task
+from gemma4_tpu.rollouts.rewarding import Answer, Reward, Rewarded
+from gemma4_tpu.rollouts.sampler import Drawn, Sampler, Wanted
+from gemma4_tpu.rollouts.stored import StoredUpdate
+
+log = logging.getLogger(__name__)
+
+LEAST_SHARE = 0.25
+"""Of live groups that is counted on at the least: a wave asks at most so many times more prompts than are missing."""
+WITHOUT_ANY = 4
+"""Times `rollouts.resample` that are asked before an update without a single live group is given up."""
+
+
+@dataclass(frozen=True)
+class Group:
+    """A prompt with its answers."""
+
+    task: Task
+    drawn: list[Drawn]
+    rewarded: list[Rewarded]
+
+    @cached_property
+    def rewards(self) -> np.ndarray:
+        """float64 [G]."""
+        return np.array([one.reward for one in self.rewarded])
+
+    @cached_property
+    def lengths(self) -> np.ndarray:
+        """int64 [G], in tokens."""
+        return np.array([len(one.tokens) for one in self.drawn])
+
+
+@dataclass(frozen=True)
+class Collected:
+    """The roll-outs of an update."""
+
+    groups: list[Group]
+    """All that were asked, in their order."""
+    adapters: frozenset[str]
+    """Digests of the trained values that the sampler was given, or that stored samples were drawn with."""
+
+
+class Collector:
+    """Asks the policy and has its answers judged."""
+
+    def __init__(
+        self, sampler: Sampler, reward: Reward, tokenizer: Any, config: RolloutsConfig, *, seed: int, run: Path,
+        is_live: Callable[[Group], bool], progress: Callable[[], None] = lambda: None,
+    ):  # fmt: skip
+        """Args:
+        sampler: draws.
+        reward: judges.
+        tokenizer: makes text of tokens.
+        config: how many of what.
+        seed: of the run.
+        run: the run folder.
+        is_live: whether a group has something to learn from.
+        progress: called now and then.
+        """
+        self._sampler, self._reward, self._tokenizer, self._config = sampler, reward, tokenizer, config
+        self._seed, self._run, self._is_live, self._progress = seed, run, is_live, progress
+
+    def __call__(self, update: int, trained: Any, base: Any, tasks: Iterator[Task]) -> Collected:
+        """The roll-outs for `update`: of as many of `tasks` as are needed, within bounds.
+
+        Raises:
+          UserError: not one of many groups has anything to learn from.
+        """
+        config, live = self._config, 0
+        groups: list[Group] = []
+        drawn_with: set[str] = set()
+        budget = int(config.resample * config.prompts)
+        with StoredUpdate(self._run, update, digest(trained)) as store:
+            while live < config.prompts and len(groups) < (budget if live else WITHOUT_ANY * budget):
+                share = max(live / len(groups), LEAST_SHARE) if groups else 1.0
+                size = min(math.ceil((config.prompts - live) / share), config.prompts)
+                wave = list(islice(tasks, size))
+                if not wave:
+                    break  # all there are have been asked
+                groups += self._wave(update, trained, base, wave, store, drawn_with)
+                live = sum(map(self._is_live, groups))
+            if not live:
+                raise UserError(_nothing_to_learn(update, groups))
+        return Collected(groups, frozenset(drawn_with))
+
+    def _wave(
+        self, update: int, trained: Any, base: Any, tasks: Sequence[Task], store: StoredUpdate, drawn_with: set[str]
+    ) -> list[Group]:
+        """The groups of some prompts; what is stored of them is neither drawn nor judged again."""
+        drawn: dict[Key, Drawn] = {}
+        missing = []
+        for place, task in enumerate(tasks):
+            for number in range(self._config.samples):
+                key = task.name, number
+                wanted = Wanted(place, number, sample_seed(self._seed, update, *key))
+                if (known := store.drawn(key, wanted)) is not None:
+                    drawn[key] = known
+                    drawn_with.add(store.adapter)
+                else:
+                    missing.append(wanted)
+        with ThreadPoolExecutor(1, thread_name_prefix="reward") as thread:
+            judging = _Judging(self._reward, store, thread)
+            judging.add([(key, self._answer(tasks[one.wanted.prompt], one)) for key, one in drawn.items()])
+            if missing:
+                for one in self._sampler(trained, base, [task.ids for task in tasks], missing):
+                    task = tasks[one.wanted.prompt]
+                    key = task.name, one.wanted.sample
+                    drawn[key] = one
+                    store.add_drawn(key, one)
+                    judging.add([(key, self._answer(task, one))])
+                    self._progress()
+                drawn_with.add(self._sampler.drawn_from)
+            rewarded = judging.finish()
+        self._progress()
+        numbers = range(self._config.samples)
+        return [
+            Group(task, [drawn[task.name, n] for n in numbers], [rewarded[task.name, n] for n in numbers])
+            for task in tasks
+        ]
+
+    def _answer(self, task: Task, drawn: Drawn) -> Answer:
+        ids = drawn.tokens[:-1] if drawn.stopped else drawn.tokens
+        text = self._tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+        return Answer(task, visible(text, self._tokenizer), drawn.stopped)
+
+
+class _Judging:
+    """Has answers judged in a thread beside the decoding: while a batch is, the next one gathers."""
+
+    def __init__(self, reward: Reward, store: StoredUpdate, thread: ThreadPoolExecutor):
+        self._reward, self._store, self._thread = reward, store, thread
+        self._rewarded: dict[Key, Rewarded] = {}
+        self._known: dict[tuple[str, str, bool], Rewarded] = {}
+        self._gathered: list[tuple[Key, Answer]] = []
+        self._under_way: Future[None] | None = None
+
+    def add(self, answers: Sequence[tuple[Key, Answer]]) -> None:
+        """Answers to be judged."""
+        self._gathered += answers
+        if self._under_way is None or self._under_way.done():
+            self._begin()
+
+    def finish(self) -> dict[Key, Rewarded]:
+        """Waits until all are judged."""
+        while self._under_way is not None:
+            self._begin()
+        return self._rewarded
+
+    def _begin(self) -> None:
+        if self._under_way is not None:
+            self._under_way.result()  # raises what went wrong
+            self._under_way = None
+        if self._gathered:
+            self._under_way = self._thread.submit(self._judge, self._gathered)
+            self._gathered = []
+
+    def _judge(self, answers: Sequence[tuple[Key, Answer]]) -> None:
+        """Those that are not stored; equal answers to a prompt once."""
+        alike: dict[tuple[str, str, bool], list[tuple[Key, Answer]]] = {}
+        for key, answer in answers:
+            if (stored := self._store.rewarded(key)) is not None:
+                self._rewarded[key] = stored
+            else:
+                alike.setdefault((answer.task.name, answer.text, answer.stopped), []).append((key, answer))
+        new = [same for same in alike if same not in self._known]
+        if new:
+            found = self._reward([alike[same][0][1] for same in new])
+            self._known |= dict(zip(new, found, strict=True))
+        for same, several in alike.items():
+            for key, _ in several:
+                self._rewarded[key] = self._known[same]
+                self._store.add_rewarded(key, self._known[same])
+
+
+def sample_seed(seed: int, update: int, problem: str, sample: int) -> int:
+    """A sample's own seed, below 2**32: no state of a generator to be saved."""
+    return zlib.crc32(f"{seed}/{update}/{problem}/{sample}".encode())
+
+
+def _nothing_to_learn(update: int, groups: Sequence[Group]) -> str:
+    rewards = np.concatenate([group.rewards for group in groups])
+    kinds: dict[str, int] = {}
+    for group in groups:
+        for one in group.rewarded:
+            kinds[one.kind] = kinds.get(one.kind, 0) + 1
+    cut = sum(not one.stopped for group in groups for one in group.drawn)
+    most = ", ".join(f"{n} {kind}" for kind, n in sorted(kinds.items(), key=lambda item: -item[1])[:4])
+    return (
+        f"update {update}: none of {len(groups)} prompts has answers with anything to learn from (mean reward"
+        f" {rewards.mean():.3g}; {most}; {cut} of {len(rewards)} answers cut off at rollouts.new_tokens)."
+        " Begin from a policy that solves some (lora.start=<run>), or give other prompts, more rollouts.samples, or"
+        " a reward with degrees"
+    )

@@ -1,0 +1,81 @@
+"""What the policy is asked: the prompts of training rows, or the problems of a benchmark."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from gemma4_tpu.config.rollouts import RolloutsConfig
+from gemma4_tpu.config.tasks import EvalConfig
+from gemma4_tpu.data.chat import ChatFormat
+from gemma4_tpu.data.examples import Examples
+from gemma4_tpu.errors import UserError
+from gemma4_tpu.evals.benchmarks import SOURCES, load_problems
+from gemma4_tpu.evals.heldout import split
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Task:
+    """One prompt."""
+
+    name: str
+    """Of the problem, or `file:row`; no two tasks share one."""
+    ids: np.ndarray
+    """int32 [n]: the prompt as a server with the checkpoint's template sends it."""
+    prompt: str
+    """The same as text."""
+    reference: str
+    """The answer that the row has; of a problem: its reference design."""
+
+
+def of_rows(examples: Examples, tokenizer: Any) -> list[Task]:
+    """The prompts of training rows: all that comes before a row's last answer, which is the reference."""
+    pairs = [split(*examples.example(i)) for i in range(len(examples))]
+    prompts, references = (
+        tokenizer.batch_decode([pair[side] for pair in pairs], clean_up_tokenization_spaces=False) for side in (0, 1)
+    )
+    tasks: dict[str, Task] = {}
+    for i, (ids, _) in enumerate(pairs):
+        name = str(examples.origin(i))
+        name = name if name not in tasks else f"{name}#{i}"  # a row may be several examples
+        tasks[name] = Task(name, ids, prompts[i], references[i])
+    return list(tasks.values())
+
+
+def of_problems(config: RolloutsConfig, chat: ChatFormat) -> list[Task]:
+    """The problems of a benchmark, rendered as an evaluation renders them. Raises: UserError: no such, or damaged."""
+    if config.benchmark not in SOURCES:
+        raise UserError(f"rollouts.benchmark={config.benchmark}: not a choice (choices: {', '.join(SOURCES)})")
+    problems = load_problems(EvalConfig(benchmark=config.benchmark, problems_path=config.problems_path))
+    texts = [chat.render_prompt([{"role": "user", "content": problem.prompt}]) for problem in problems]
+    encoded = chat.encode(texts)
+    return [
+        Task(problem.name, ids, text, problem.reference)
+        for problem, ids, text in zip(problems, encoded, texts, strict=True)
+    ]
+
+
+def that_fit(tasks: Sequence[Task], prompt_tokens: int) -> list[Task]:
+    """Those whose prompt is not too long; says how many are not.
+
+    Raises:
+      UserError: none is left.
+    """
+    fitting = [task for task in tasks if len(task.ids) <= prompt_tokens]
+    longest = max((len(task.ids) for task in tasks), default=0)
+    if dropped := len(tasks) - len(fitting):
+        log.warning(
+            "%d of %d prompts are longer than rollouts.prompt_tokens=%d and left out (the longest has %d)",
+            dropped, len(tasks), prompt_tokens, longest,
+        )  # fmt: skip
+    if not fitting:
+        raise UserError(
+            f"rollouts.prompt_tokens={prompt_tokens}: all {len(tasks)} prompts are longer; the longest has {longest}"
+        )
+    return fitting

@@ -1,0 +1,210 @@
+"""Rewards: how good a sampled answer is, and of which class; by the judge, or a function or server of yours."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import inspect
+import math
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Any, Protocol
+from urllib.parse import urlsplit
+
+import httpx
+
+from gemma4_tpu.config.rollouts import RolloutsConfig
+from gemma4_tpu.errors import UserError
+from gemma4_tpu.evals.reward import JudgeProcess
+from gemma4_tpu.rollouts.prompts import Task
+
+JUDGE = "judge"
+TRUNCATED, NO_FENCE, PASSED, OTHER = "truncated", "no fence", "pass", "scored"
+"""Classes of verdicts, besides those of the judge and of what functions and servers name."""
+FENCE = "```"
+
+
+@dataclass(frozen=True)
+class Answer:
+    """A sampled answer, as it is rewarded."""
+
+    task: Task
+    text: str
+    """As a user would see it: without thoughts and control tokens."""
+    stopped: bool
+    """False: cut off."""
+
+    def to_row(self) -> dict[str, Any]:
+        """For functions and servers."""
+        task = self.task
+        return {
+            "problem": task.name, "prompt": task.prompt, "completion": self.text, "reference": task.reference,
+            "stopped": self.stopped,
+        }  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Rewarded:
+    """What an answer is worth."""
+
+    reward: float
+    kind: str
+    """Class of the verdict, for the certificate: drift between classes shows what is learned."""
+    detail: str = ""
+    well_formed: bool = True
+    """Whether it has the form that answers are to have; where that share falls, form drifts."""
+
+
+class Reward(Protocol):
+    """Rewards answers; called from one thread at a time."""
+
+    def __call__(self, answers: Sequence[Answer]) -> list[Rewarded]:
+        """A reward for each answer, in their order. Raises: UserError: it can't give them."""
+
+
+class ByJudge:
+    """1 for an answer that passes its test bench, has come to its end, and opens with the fence; else 0.
+
+    The judge finds code wherever it stands; a policy that is rewarded for that drifts into prose before the code. So
+    the form is part of the reward, and what lacks it has a class of its own.
+    """
+
+    def __init__(self, judge: JudgeProcess):
+        self._judge = judge
+
+    def __call__(self, answers: Sequence[Answer]) -> list[Rewarded]:
+        """See `Reward`."""
+        rows = self._judge([(answer.task.name, answer.text) for answer in answers])
+        return [self._one(answer, row) for answer, row in zip(answers, rows, strict=True)]
+
+    def _one(self, answer: Answer, row: dict[str, Any]) -> Rewarded:
+        fenced = answer.text.lstrip().startswith(FENCE)
+        if not row["passed"]:
+            return Rewarded(0.0, row["kind"], row["detail"], fenced)
+        if not answer.stopped:
+            return Rewarded(0.0, TRUNCATED, "passes, but was cut off before its end", fenced)
+        if not fenced:
+            return Rewarded(0.0, NO_FENCE, "passes, but does not open with a fence", fenced)
+        return Rewarded(1.0, PASSED)
+
+
+class ByFunction:
+    """A Python function of a list of rows (`Answer.to_row`); gives a number, or (number, class), for each."""
+
+    def __init__(self, name: str):
+        """Args:
+        name: `module:function`.
+
+        Raises:
+          UserError: there is none of that name.
+        """
+        self._name, self._function = name, load_function(name)
+
+    def __call__(self, answers: Sequence[Answer]) -> list[Rewarded]:
+        """See `Reward`."""
+        given = self._function([answer.to_row() for answer in answers])
+        if not isinstance(given, Sequence) or len(given) != len(answers):
+            raise UserError(
+                f"rollouts.reward={self._name}: gave {_shown(given)} for {len(answers)} answers; give a list with a"
+                " number, or (number, class), for each"
+            )
+        return [_rewarded(one, f"rollouts.reward={self._name}") for one in given]
+
+
+class ByEndpoint:
+    """A server: POST {"samples": [row, …]} → {"verdicts": [{"score": number, "kind": class}, …]}, in this order.
+
+    `gemma4_tpu.judge` speaks so, too.
+    """
+
+    def __init__(self, url: str, timeout_seconds: float):
+        self._url, self._client = url, httpx.Client(timeout=timeout_seconds)
+
+    def __call__(self, answers: Sequence[Answer]) -> list[Rewarded]:
+        """See `Reward`."""
+        where = f"rollouts.reward={self._url}"
+        try:
+            response = self._client.post(self._url, json={"samples": [answer.to_row() for answer in answers]})
+            response.raise_for_status()
+            rows = response.json()["verdicts"]
+            given = [(row["score"], row.get("kind", OTHER), row.get("detail", "")) for row in rows]
+        except httpx.HTTPError as error:
+            raise UserError(
+                f"{where}: {error or repr(error)}; what was judged is kept, the same command goes on"
+            ) from None
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise UserError(
+                f'{where}: answered something else than {{"verdicts": [{{"score": …}}, …]}} ({error!r})'
+            ) from None
+        if len(given) != len(answers):
+            raise UserError(f"{where}: {len(given)} verdicts for {len(answers)} samples")
+        return [_rewarded(one, where) for one in given]
+
+
+def open_reward(config: RolloutsConfig) -> AbstractContextManager[Reward]:
+    """The reward that `rollouts.reward` names, ready; a context manager.
+
+    Raises:
+      UserError: no such function, or a judge that does not start.
+    """
+    if config.reward == JUDGE:
+        return _Judging(config)
+    if is_address(config.reward):
+        return nullcontext(ByEndpoint(config.reward, config.reward_timeout_seconds))
+    return nullcontext(ByFunction(config.reward))
+
+
+class _Judging:
+    """The judge's process, as long as it is needed."""
+
+    def __init__(self, config: RolloutsConfig):
+        self._words = [f"eval.benchmark={config.benchmark}", f'eval.problems_path="{config.problems_path}"']
+
+    def __enter__(self) -> Reward:
+        self._judge = JudgeProcess(*self._words)
+        return ByJudge(self._judge)
+
+    def __exit__(self, *_: object) -> None:
+        self._judge.close()
+
+
+def is_address(name: str) -> bool:
+    """Whether a reward is a server's."""
+    return urlsplit(name).scheme in ("http", "https")
+
+
+def load_function(name: str) -> Callable[[list[dict[str, Any]]], Any]:
+    """The function `module:function`, the module found as Python finds it from the working folder.
+
+    Raises:
+      UserError: the module can't be imported, or holds no such function.
+    """
+    module_name, _, function_name = name.partition(":")
+    try:
+        module = importlib.import_module(module_name)
+    except ImportError as error:
+        raise UserError(
+            f"rollouts.reward={name}: the module {module_name} can't be imported ({error}); give module:function of one"
+            " on PYTHONPATH, a URL, or judge"
+        ) from None
+    function = getattr(module, function_name, None)
+    if not callable(function):
+        there = ", ".join(sorted(n for n, f in vars(module).items() if inspect.isfunction(f))[:8])
+        raise UserError(f"rollouts.reward={name}: {module_name} has no function {function_name!r} (it has {there})")
+    return function
+
+
+def _rewarded(given: Any, where: str) -> Rewarded:
+    """A number, or (number, class) or (number, class, detail)."""
+    parts = list(given) if isinstance(given, list | tuple) else [given]
+    with contextlib.suppress(TypeError, ValueError, IndexError):
+        if math.isfinite(reward := float(parts[0])):
+            kind, detail = (str(part) for part in (parts + [OTHER, ""][len(parts) - 1 :])[1:3])
+            return Rewarded(reward, kind, detail)
+    raise UserError(f"{where}: gave {_shown(given)} for an answer; give a finite number, or (number, class)")
+
+
+def _shown(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) < 80 else f"{text[:80]}…"

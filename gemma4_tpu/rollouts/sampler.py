@@ -1,0 +1,155 @@
+"""Samples of the policy: token ids and the log-probability of each token in the distribution that it was drawn from.
+
+The host fills slots (`slots.py`) and empties those whose sample has ended, every few tokens; compiled once.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import jax
+import numpy as np
+
+from gemma4_tpu.evals.generate import on_mesh
+from gemma4_tpu.rollouts import slots as decoding
+from gemma4_tpu.rollouts.digest import digest
+from gemma4_tpu.step.train_step import Step
+
+SEGMENT_TOKENS = 16
+"""Tokens of every row between two looks of the host: a sample that ends wastes half as many on average, and filling
+slots costs about as much as one token."""
+
+
+@dataclass(frozen=True)
+class SamplerShapes:
+    """The static shapes of the sampler's programs."""
+
+    slots: int
+    """Sequences in one decoding step."""
+    prompts: int
+    """Prompts that are read at a time."""
+    prompt_tokens: int
+    """The longest prompt."""
+    new_tokens: int
+    """The longest answer."""
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """A sample to be drawn."""
+
+    prompt: int
+    """Its place among the prompts."""
+    sample: int
+    """Its number among the samples of its prompt."""
+    seed: int
+    """Below 2**32."""
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """A sample of the policy."""
+
+    wanted: Wanted
+    tokens: np.ndarray
+    """int32 [n], the token that ended it included."""
+    logprobs: np.ndarray
+    """float32 [n]: of each token in the distribution that it was drawn from."""
+    stopped: bool
+    """False: cut off after `new_tokens`."""
+
+
+@dataclass
+class _Row:
+    """A sample under way."""
+
+    wanted: Wanted
+    tokens: list[np.ndarray] = field(default_factory=list)
+    logprobs: list[np.ndarray] = field(default_factory=list)
+
+
+class Sampler:
+    """Draws samples with whatever weights it is given; keeps none of its own."""
+
+    def __init__(self, step: Step, stop_ids: Sequence[int], shapes: SamplerShapes):
+        """Args:
+        step: the trainer's own, so that its model is the one that is sampled from.
+        stop_ids: tokens that end an answer.
+        shapes: static; the sampler's programs are compiled once.
+        """
+        self._shapes, self._stop_ids, self._mesh = shapes, np.array(stop_ids, np.int32), step.model.mesh
+        model = step.model
+        self._read = jax.jit(partial(decoding.read, step))
+        self._empty = jax.jit(partial(decoding.empty, slots=shapes.slots, new_tokens=shapes.new_tokens, model=model))
+        self._admit = jax.jit(decoding.admit, donate_argnums=0)
+        self._advance = jax.jit(partial(decoding.advance, step, tokens=SEGMENT_TOKENS), donate_argnums=2)
+        self.drawn_from = ""
+        """Digest of the trained values that the last samples were drawn with."""
+        self.decoded_slots = 0
+        """Tokens decoded in all, those of rows without a sample and behind the end of one included."""
+
+    def __call__(
+        self, trained: Any, base: Any, prompts: Sequence[np.ndarray], wanted: Sequence[Wanted]
+    ) -> Iterator[Drawn]:
+        """The samples as they end.
+
+        Args:
+          trained: the policy's trained values, as the next update will find them.
+          base: the frozen weights.
+          prompts: token ids of each, at most `prompts` of them.
+          wanted: the samples, of any of them.
+        """
+        self.drawn_from = digest(trained)
+        read = self._prompts(trained, base, prompts)
+        state, waiting = self._empty(read), deque(wanted)
+        rows: list[_Row | None] = [None] * self._shapes.slots
+        while waiting or any(rows):
+            if waiting and not all(rows):
+                state = self._fill(state, read, rows, waiting)
+            state, tokens, logprobs = self._advance(trained, base, state)
+            self.decoded_slots += tokens.size
+            yield from self._ended(rows, np.asarray(tokens), np.asarray(logprobs))
+
+    def _prompts(self, trained: Any, base: Any, prompts: Sequence[np.ndarray]) -> decoding.Prompts:
+        shapes = self._shapes
+        tokens = np.zeros((shapes.prompts, shapes.prompt_tokens), np.int32)
+        lengths = np.ones(shapes.prompts, np.int32)  # those of rows that hold no prompt
+        for row, ids in enumerate(prompts):
+            tokens[row, : len(ids)], lengths[row] = ids, len(ids)
+        return self._read(trained, base, self._placed(tokens), self._placed(lengths))
+
+    def _fill(
+        self, state: decoding.Slots, read: decoding.Prompts, rows: list[_Row | None], waiting: deque[Wanted]
+    ) -> decoding.Slots:
+        """Samples that wait take the rows that are free."""
+        taken = np.zeros(len(rows), bool)
+        which, seeds = np.zeros(len(rows), np.int32), np.zeros(len(rows), np.uint32)
+        for b, row in enumerate(rows):
+            if row is None and waiting:
+                wanted = waiting.popleft()
+                rows[b] = _Row(wanted)
+                taken[b], which[b], seeds[b] = True, wanted.prompt, wanted.seed
+        return self._admit(state, read, *map(self._placed, (taken, which, seeds)))
+
+    def _ended(self, rows: list[_Row | None], tokens: np.ndarray, logprobs: np.ndarray) -> Iterator[Drawn]:
+        """Takes a segment [B, K] of every row's tokens, and the samples that end in it out of their rows."""
+        for b, row in enumerate(rows):
+            if row is None:
+                continue
+            row.tokens.append(tokens[b])
+            row.logprobs.append(logprobs[b])
+            stops = np.flatnonzero(np.isin(tokens[b], self._stop_ids))
+            before = SEGMENT_TOKENS * (len(row.tokens) - 1)
+            end = before + int(stops[0]) + 1 if len(stops) else np.inf
+            if end <= self._shapes.new_tokens or before + SEGMENT_TOKENS >= self._shapes.new_tokens:
+                size = int(min(end, self._shapes.new_tokens))
+                ids, chances = (np.concatenate(x)[:size] for x in (row.tokens, row.logprobs))
+                yield Drawn(row.wanted, ids, chances, stopped=end <= self._shapes.new_tokens)
+                rows[b] = None
+
+    def _placed(self, x: np.ndarray) -> jax.Array:
+        return on_mesh(x, self._mesh)

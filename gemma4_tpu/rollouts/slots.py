@@ -1,0 +1,138 @@
+"""Decoding in slots: each row of a static batch holds a sequence at its own place, and takes the next when it ends.
+
+A prompt is read once, whatever the number of its samples. A place of a sequence lies in the same slot of the cache
+whenever and wherever it is decoded (place t in slot t mod C), and rows don't see each other: a sample depends on its
+weights, prompt, seed and these static shapes, to the bit, and on nothing that happens in other rows.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from gemma4_tpu.models.decode import Cache, DecodingPlace, Sampling, decoding, draw, is_global, put, shaped
+from gemma4_tpu.models.gemma4 import Model, logits, through_layers
+from gemma4_tpu.step.train_step import Step
+
+
+class Prompts(NamedTuple):
+    """Prompts that have been read; Q of them."""
+
+    kvs: Cache
+    """Keys and values [R, Q, S, K, H], each place in its slot; S: what the prompt may take of a layer's cache."""
+    scores: jax.Array
+    """[Q, V] float32 logits of the first token of an answer."""
+    lengths: jax.Array
+    """[Q] int32."""
+
+
+class Slots(NamedTuple):
+    """B sequences under way."""
+
+    cache: Cache
+    """Keys and values [R, B, C, K, H]."""
+    scores: jax.Array
+    """[B, V] float32 logits of the next token."""
+    places: jax.Array
+    """[B] int32: where the next token stands, from the beginning of its prompt."""
+    drawn: jax.Array
+    """[B] int32: tokens drawn so far."""
+    keys: jax.Array
+    """[B] keys of the samples."""
+
+
+def for_decoding(model: Model) -> Model:
+    """The trained model without what is for training only."""
+    return replace(model, remat="none", lora_dropout=0.0)
+
+
+def read(step: Step, trained: Any, base: Any, tokens: jax.Array, lengths: jax.Array) -> Prompts:
+    """Reads prompts, [Q, P] int32 padded on the right, with [Q] `lengths` of at least 1."""
+    model, (params, lora) = for_decoding(step.model), step.weights(trained, base)
+    places = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
+    segments = (places < lengths[:, None]).astype(jnp.int32)
+    hidden, kvs = through_layers(model, params, lora, tokens, segments, places, decoding(None))
+    last = lengths - 1
+    window = model.arch.sliding_window
+    kvs = jax.tree.map(partial(_in_slots, last=last, window=window), kvs, is_global(model, kvs))
+    hidden = jnp.take_along_axis(hidden, last[:, None, None], axis=1)  # [Q, 1, D]
+    return Prompts(kvs, logits(model, params, hidden)[:, 0], lengths)
+
+
+def _in_slots(x: jax.Array, is_global: bool, *, last: jax.Array, window: int) -> jax.Array:
+    """A prompt's keys or values [R, Q, P, K, H], each place in its slot; `last` [Q] is the prompt's last place."""
+    length = x.shape[2]
+    if is_global or length <= window:
+        return x
+    places = last[:, None] - (last[:, None] - jnp.arange(window)) % window  # [Q, C]
+    return jnp.take_along_axis(x, jnp.maximum(places, 0)[None, :, :, None, None], axis=2)
+
+
+def empty(prompts: Prompts, slots: int, new_tokens: int, model: Model) -> Slots:
+    """`slots` rows that hold nothing, with room for the longest prompt and `new_tokens`."""
+    window = model.arch.sliding_window
+
+    def rows(x: jax.Array, is_global: bool) -> jax.Array:
+        r, _, s, *dims = x.shape
+        total = s + new_tokens
+        return jnp.zeros((r, slots, total if is_global else min(total, window), *dims), x.dtype)
+
+    nothing = jnp.zeros(slots, jnp.int32)
+    scores = jnp.zeros((slots, prompts.scores.shape[1]), jnp.float32)
+    keys = jax.vmap(jax.random.key)(jnp.zeros(slots, jnp.uint32))
+    return Slots(jax.tree.map(rows, prompts.kvs, is_global(model, prompts.kvs)), scores, nothing, nothing, keys)
+
+
+def admit(slots: Slots, prompts: Prompts, taken: jax.Array, which: jax.Array, seeds: jax.Array) -> Slots:
+    """New samples in the rows `taken` [B] (bool): of the prompts `which` [B], with `seeds` [B] uint32."""
+
+    def replaced(old: jax.Array, of_prompts: jax.Array) -> jax.Array:
+        own = of_prompts[which]
+        return jnp.where(taken.reshape(-1, *[1] * (own.ndim - 1)), own, old)
+
+    def filled(cache: jax.Array, kv: jax.Array) -> jax.Array:
+        # What an earlier sample left in other slots lies behind the new one's place, so nothing looks at it.
+        part = jnp.where(taken[None, :, None, None, None], kv[:, which], cache[:, :, : kv.shape[2]])
+        return jax.lax.dynamic_update_slice_in_dim(cache, part, 0, axis=2)
+
+    return Slots(
+        jax.tree.map(filled, slots.cache, prompts.kvs),
+        replaced(slots.scores, prompts.scores),
+        replaced(slots.places, prompts.lengths),
+        jnp.where(taken, 0, slots.drawn),
+        jnp.where(taken, jax.vmap(jax.random.key)(seeds), slots.keys),
+    )
+
+
+def advance(step: Step, trained: Any, base: Any, slots: Slots, *, tokens: int) -> tuple[Slots, jax.Array, jax.Array]:
+    """The next `tokens` tokens K of every row, whether or not its sequence has ended: whoever calls knows.
+
+    Returns:
+      The slots; tokens [B, K] int32; their log-probabilities [B, K] float32 in the distribution they were drawn from.
+    """
+    model, (params, lora) = for_decoding(step.model), step.weights(trained, base)
+    b = slots.places.shape[0]
+
+    def one(slots: Slots, _: None) -> tuple[Slots, tuple[jax.Array, jax.Array]]:
+        scores = shaped(slots.scores, SAMPLING)
+        token = draw(scores, slots.keys, slots.drawn)
+        chance = jnp.take_along_axis(jax.nn.log_softmax(scores, axis=-1), token[:, None], axis=-1)[:, 0]
+        at = DecodingPlace(slots.places, jnp.zeros_like(slots.places))
+        hidden, kvs = through_layers(
+            model, params, lora, token[:, None], jnp.ones((b, 1), jnp.int32), slots.places[:, None], decoding(at),
+            beside=slots.cache,
+        )  # fmt: skip
+        cache = jax.tree.map(partial(put, place=slots.places), slots.cache, kvs)
+        new = Slots(cache, logits(model, params, hidden)[:, 0], slots.places + 1, slots.drawn + 1, slots.keys)
+        return new, (token, chance)
+
+    slots, (drawn, chances) = jax.lax.scan(one, slots, None, length=tokens)
+    return slots, drawn.T, chances.T
+
+
+SAMPLING = Sampling(temperature=1.0, top_p=1.0)
+"""Of roll-outs, and no key changes it: then what is drawn from is the policy that the trainer differentiates."""

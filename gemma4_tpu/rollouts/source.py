@@ -1,0 +1,263 @@
+"""Updates that the policy itself makes: ask it, have it judged, keep what there is to learn from, prove it, pack it."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import math
+import time
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+
+from gemma4_tpu.config.rollouts import RolloutsConfig
+from gemma4_tpu.config.schema import TrainerConfig
+from gemma4_tpu.data.pipeline import STATE_VERSION, Update, check_position
+from gemma4_tpu.errors import UserError
+from gemma4_tpu.rollouts import advantages
+from gemma4_tpu.rollouts.batch import BatchShape, Placed, assembled, in_batches, that_fit
+from gemma4_tpu.rollouts.certificate import Agreement, Certificate, ExpectedLoss, described
+from gemma4_tpu.rollouts.collecting import Collected, Collector, Group
+from gemma4_tpu.rollouts.digest import digest
+from gemma4_tpu.rollouts.prompts import Task
+from gemma4_tpu.rollouts.scoring import Scorer
+from gemma4_tpu.step.grpo import ADVANTAGES, COPIES, OLD_LOGPROBS
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Selection:
+    """Which answers an objective learns from."""
+
+    is_live: Callable[[Group], bool]
+    """Whether a group has any."""
+    placed: Callable[[Group], list[Placed]]
+    """Those of a live group, each with its weight."""
+    fields: Collection[str]
+    """What its batches hold besides the arrays of every batch."""
+    loss: Callable[[Mapping[str, np.ndarray]], ExpectedLoss]
+    """What the step has to find for a batch if the policy is the one that drew it."""
+
+
+def _policy_loss(arrays: Mapping[str, np.ndarray]) -> ExpectedLoss:
+    """Every ratio is 1: the mean advantage over all tokens, equal answers counted each."""
+    copies = np.where(arrays["target_mask"], arrays[COPIES], 0.0).astype(np.float64)
+    gains = arrays[ADVANTAGES].astype(np.float64)
+    return ExpectedLoss(-(copies * gains).sum() / copies.sum(), (copies * np.abs(gains)).sum() / copies.sum())
+
+
+def _cross_entropy(arrays: Mapping[str, np.ndarray]) -> ExpectedLoss:
+    """The mean of −log p over all tokens, as they were drawn."""
+    return ExpectedLoss(-float(arrays[OLD_LOGPROBS][arrays["target_mask"]].mean(dtype=np.float64)), 1.0)
+
+
+def by_advantage(config: RolloutsConfig, fields: Collection[str]) -> Selection:
+    """Answers by how much better than their group they are; groups whose rewards differ."""
+
+    def rewards(group: Group) -> np.ndarray:
+        return advantages.penalised(group.rewards, group.lengths, config)
+
+    def placed(group: Group) -> list[Placed]:
+        stopped = [one.stopped for one in group.drawn]
+        tokens = [one.tokens for one in group.drawn]
+        chosen = advantages.weighed(tokens, rewards(group), stopped, config)
+        return [Placed(group.task, group.drawn[one.sample], one.advantage, one.copies) for one in chosen]
+
+    # A group of which masking leaves nothing has nothing to learn from either.
+    return Selection(lambda g: advantages.is_live(rewards(g)) and bool(placed(g)), placed, fields, _policy_loss)
+
+
+def by_reward(config: RolloutsConfig) -> Selection:
+    """Answers with a reward above 0, each distinct one once; groups that have some."""
+
+    def placed(group: Group) -> list[Placed]:
+        good = [
+            one
+            for one, reward in zip(group.drawn, group.rewards, strict=True)
+            if reward > 0 and (one.stopped or not config.mask_truncated)
+        ]
+        return [Placed(group.task, one) for one in {one.tokens.tobytes(): one for one in good}.values()]
+
+    return Selection(lambda group: bool(placed(group)), placed, (), _cross_entropy)
+
+
+@dataclass(frozen=True)
+class Making:
+    """What makes updates of roll-outs, once there are weights."""
+
+    collector: Collector
+    scorer: Scorer
+    certificate: Certificate
+    base: Any
+    """The frozen weights."""
+    report: Callable[[dict[str, Any], int], None]
+    """Takes metrics of an update."""
+    held: ExitStack
+    """What is closed at the end: the reward's process, open files."""
+
+
+class OnPolicySource:
+    """See `data.pipeline.Source`."""
+
+    def __init__(
+        self, tasks: Sequence[Task], config: RolloutsConfig, trainer: TrainerConfig, shape: BatchShape,
+        selection: Selection,
+    ):  # fmt: skip
+        """Args:
+        tasks: the prompts.
+        config: how many of them, and of their answers.
+        trainer: length and seed of the run.
+        shape: of an update's arrays.
+        selection: what is learned from.
+
+        Raises:
+          UserError: fewer prompts than an update asks.
+        """
+        if len(tasks) < config.prompts:
+            raise UserError(f"rollouts.prompts={config.prompts}: there are {len(tasks)} prompts; give at most so many")
+        self._tasks, self._config, self._trainer, self._shape = list(tasks), config, trainer, shape
+        self.selection = selection
+        """What is learned from."""
+        self._asked = 0  # prompts, in all
+        self._update = 0
+        self._made: Update | None = None
+        self._old: np.ndarray | None = None
+        self._making: Making | None = None
+        content = hashlib.sha256()
+        for task in tasks:
+            content.update(repr((task.name, task.ids.tolist(), task.reference)).encode())
+        self.fingerprint: dict[str, Any] = {
+            "prompts": content.hexdigest(), "sequence_length": shape.length, "rows_per_update": shape.capacity,
+            "seed": trainer.seed,
+        }  # fmt: skip
+
+    def begin(self, making: Making) -> None:
+        """From now on updates can be made."""
+        self._making = making
+
+    @property
+    def total_updates(self) -> int:
+        """See `Source`."""
+        trainer, lengths = self._trainer, []
+        if trainer.epochs is not None:
+            lengths.append(math.ceil(trainer.epochs * len(self._tasks) / self._config.prompts))
+        if trainer.max_updates is not None:
+            lengths.append(trainer.max_updates)
+        return min(lengths)
+
+    @property
+    def total_epochs(self) -> float:
+        """See `Source`; without the prompts that replace others."""
+        return self.total_updates * self._config.prompts / len(self._tasks)
+
+    @property
+    def lengths(self) -> list[int]:
+        """See `Source`."""
+        return [self._shape.length]
+
+    def updates(self, trained: Callable[[], Any]) -> Iterator[Update]:
+        """See `Source`; each update is made from the values as they are when it is asked for."""
+        while self._update < self.total_updates:
+            values = trained()
+            self.ready_to_save(values, self._update)
+            yield self._next(values)
+
+    def _next(self, trained: Any) -> Update:
+        assert self._making is not None
+        making, update = self._making, self._update + 1
+        started = time.perf_counter()
+        collected = making.collector(update, trained, making.base, self._ask())
+        live = [group for group in collected.groups if self.selection.is_live(group)]
+        seconds = time.perf_counter() - started
+        own = digest(trained)
+        compared = self._compared(trained, collected) if making.certificate.is_due(update, own) else None
+        making.certificate.sampled(update, collected, len(live), own, compared)
+        placed = [self.selection.placed(group) for group in live]
+        answers = that_fit(placed, self._shape)
+        if left_out := sum(map(len, placed)) - len(answers):
+            log.warning(
+                "update %d: %d of %d answers have no room in %d rows of %d tokens and are left out; give more"
+                " trainer.global_batch_sequences", update, left_out, left_out + len(answers), self._shape.capacity,
+                self._shape.length,
+            )  # fmt: skip
+        made = assembled(answers, self._shape, self._asked / len(self._tasks))
+        self._made, self._old, self._update = made, made.arrays[OLD_LOGPROBS], update
+        not_asked_for = {OLD_LOGPROBS, ADVANTAGES, COPIES} - {*self.selection.fields}
+        arrays = {name: array for name, array in made.arrays.items() if name not in not_asked_for}
+        return replace(made, arrays=arrays, figures=_figures(collected, len(live), seconds))
+
+    def _compared(self, trained: Any, collected: Collected) -> Agreement:
+        """Sampler and trainer on all answers: chosen by reward or length, they would not be as surprising as the
+        policy is.
+        """
+        assert self._making is not None
+        scorer, base = self._making.scorer, self._making.base
+        answers = [Placed(group.task, one) for group in collected.groups for one in group.drawn]
+        parts = []
+        for batch in in_batches(answers, self._shape):
+            found = scorer.logprobs(trained, base, batch.arrays), *scorer.spread(trained, base, batch.arrays)
+            parts.append((batch.arrays["target_mask"], batch.arrays[OLD_LOGPROBS], *found))
+        return Agreement.of(*map(np.concatenate, zip(*parts, strict=True)))
+
+    def landed(self, update: int, loss: float) -> None:
+        """See `Source`."""
+        if self._made is not None and self._making is not None and math.isfinite(loss):
+            self._making.certificate.trained(update, loss, self.selection.loss(self._made.arrays))
+
+    def ready_to_save(self, trained: Any, update: int) -> None:
+        """See `Source`; measures how far the update moved the policy, once."""
+        if self._made is None or self._making is None or update != self._update:
+            return
+        arrays, mask = self._made.arrays, self._made.arrays["target_mask"]
+        assert self._old is not None
+        moved = (self._making.scorer.logprobs(trained, self._making.base, arrays) - self._old)[mask]
+        self._made = self._old = None
+        kl = float(np.mean(np.expm1(moved.astype(np.float64)) - moved))  # never negative; its mean is KL(old ‖ new)
+        if math.isfinite(kl):  # else the loop ends the run by its loss
+            self._making.report({"kl": kl}, update)
+            self._making.certificate.moved(update, kl)
+
+    def _ask(self) -> Iterator[Task]:
+        """Prompts from the position on, in an order of their own in each pass; none twice in an update."""
+        seen: set[str] = set()
+        while len(seen) < len(self._tasks):
+            epoch, place = divmod(self._asked, len(self._tasks))
+            order = np.random.default_rng((self._trainer.seed, epoch)).permutation(len(self._tasks))
+            task = self._tasks[order[place]]
+            self._asked += 1
+            if task.name not in seen:
+                seen.add(task.name)
+                yield task
+
+    def get_state(self) -> dict[str, Any]:
+        """See `Source`."""
+        return {
+            "version": STATE_VERSION, "asked": self._asked, "update": self._update, "fingerprint": self.fingerprint
+        }  # fmt: skip
+
+    def set_state(self, state: dict[str, Any], allow: Collection[str] = ()) -> None:
+        """See `Source`."""
+        check_position(state, self.fingerprint, allow)
+        self._asked, self._update = state["asked"], state["update"]
+
+    def close(self) -> None:
+        """See `Source`."""
+        if self._making is not None:
+            self._making.held.close()
+
+
+def _figures(collected: Collected, live: int, seconds: float) -> dict[str, float]:
+    """For `metrics.jsonl`."""
+    known = described(collected.groups)
+    return {
+        **{name: known[name] for name in ("reward", "entropy", "malformed")},
+        "answer_tokens": known["mean_tokens"],
+        "truncated": known["truncated"] / known["answers"],
+        "distinct": known["distinct"] / known["answers"],
+        "live_groups": live / len(collected.groups),
+        "rollout_seconds": seconds,
+    }

@@ -1,0 +1,170 @@
+"""Checks of adapters that are served on one base: whole, of one base, of a kind that vLLM applies. No JAX."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from gemma4_tpu.config.serving import ServingConfig
+from gemma4_tpu.hardware import SLICES
+from gemma4_tpu.serving.model_checks import ADAPTER, platform_of
+from gemma4_tpu.tracking.run import is_run
+
+CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
+"""What `--max-lora-rank` of vLLM 0.32 takes."""
+_WITH_TPUS = "serving.env.MODEL_IMPL_TYPE=vllm"
+
+
+@dataclass(frozen=True)
+class ServedAdapter:
+    """An adapter and the name that clients ask for it by."""
+
+    name: str
+    folder: Path
+    """Holds `adapter_config.json` and `adapter_model.safetensors`."""
+    rank: int
+    """The largest rank in it."""
+
+
+def lora_rank(adapters: Sequence[ServedAdapter]) -> int:
+    """`--max-lora-rank` for all of them."""
+    return min(rank for rank in LORA_RANKS if rank >= max(adapter.rank for adapter in adapters))
+
+
+def find_adapters(
+    folders: Sequence[str], run: str, serving: ServingConfig
+) -> tuple[tuple[ServedAdapter, ...], str, list[str]]:
+    """The adapters, the folder of their base (`run`, if that is given), and what is wrong with them."""
+    messages = [*_server_problems(serving)]
+    found: list[tuple[Path, Path, dict[str, Any]]] = []  # the run, or else the adapter; the adapter; its configuration
+    for given in folders:
+        folder, config, problem = _read(given)
+        if folder is None or config is None:
+            messages.append(problem)
+        else:
+            messages += [f"adapters: {given}: {why}" for why in _unserved(config)]
+            found.append((folder.parent if is_run(folder.parent) else folder, folder, config))
+    if len({folder for _, folder, _ in found}) < len(found):
+        messages.append("adapters: one of them stands there twice")
+    if messages:
+        return (), run, messages
+    messages += _bases(found)
+    names = _names([place for place, _, _ in found])
+    adapters = tuple(
+        ServedAdapter(name, folder, _rank(config)) for name, (_, folder, config) in zip(names, found, strict=True)
+    )
+    base = run or str(found[0][2].get("base_model_name_or_path") or "")
+    if not messages and not Path(base).is_dir():
+        messages.append(
+            f"run: the adapters' base is {base or 'unknown'}, no folder here; give run=<folder of the base>"
+        )
+    return adapters, base, messages
+
+
+def _server_problems(serving: ServingConfig) -> Iterator[str]:
+    """Servers that don't apply adapters."""
+    if serving.runner == "embedded":
+        yield "adapters: serving=local serves merged weights only; serving=vllm_cpu applies adapters on this CPU"
+    if serving.slice in SLICES and platform_of(serving) == "tpu":
+        if serving.env.get("MODEL_IMPL_TYPE") != "vllm":
+            yield (
+                "adapters: tpu-inference 0.32, vLLM's JAX implementation, ignores adapters without a word, so that the"
+                f" base would answer; {_WITH_TPUS} takes vLLM's PyTorch one, or serve merged weights"
+            )
+        if serving.data_parallel_size > 1:
+            yield (
+                f"serving.data_parallel_size={serving.data_parallel_size}: not with adapters on TPUs; give"
+                " serving.data_parallel_size=1"
+            )
+
+
+def _read(given: str) -> tuple[Path | None, dict[str, Any] | None, str]:
+    """The adapter's folder and configuration, or what is wrong."""
+    place = Path(given).absolute()
+    folder = place / ADAPTER if is_run(place) else place
+    if not place.is_dir():
+        return None, None, f"adapters: {given}: no such folder"
+    if not (folder / CONFIG).is_file() or not (folder / WEIGHTS).is_file():
+        return None, None, (
+            f"adapters: {given}: no adapter in it; python -m gemma4_tpu.merge run={given} export=peft writes one"
+        )  # fmt: skip
+    try:
+        config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+        if not isinstance(config, dict):
+            raise ValueError("not an object")
+    except ValueError as error:
+        return None, None, f"adapters: {given}: {CONFIG} is damaged: {error}"
+    return folder, config, ""
+
+
+def _unserved(config: dict[str, Any]) -> Iterator[str]:
+    """Why vLLM would refuse it or leave parts of it out (`peft_helper.py` and `lora_model.py` of 0.32)."""
+    merged = "serve merged weights"
+    if config.get("peft_type") != "LORA" or not _is_rank(config.get("r")):
+        yield f"{CONFIG} describes no LoRA (peft_type, r)"
+        return
+    if config.get("use_dora"):
+        yield f"DoRA (use_dora), which vLLM refuses; {merged}"
+    if whole := config.get("modules_to_save"):
+        yield f"whole modules beside the adapter (modules_to_save={whole}), which vLLM refuses; {merged}"
+    if config.get("trainable_token_indices"):
+        yield f"trained rows of tokens (trainable_token_indices), which vLLM leaves out without a word; {merged}"
+    if config.get("target_parameters"):
+        yield (
+            "adapters of experts in PEFT's form (target_parameters); on GPUs vLLM takes that of"
+            f" export.peft_experts=per_expert, elsewhere {merged}"
+        )
+    if config.get("lora_bias") or config.get("bias", "none") != "none":
+        yield f"biases (bias, lora_bias), which vLLM refuses; {merged}"
+    if (rank := _rank(config)) > LORA_RANKS[-1]:
+        yield f"rank {rank}: vLLM takes ranks up to {LORA_RANKS[-1]}; {merged}"
+
+
+def _is_rank(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value > 0
+
+
+def _rank(config: dict[str, Any]) -> int:
+    return max([config["r"], *(rank for rank in (config.get("rank_pattern") or {}).values() if _is_rank(rank))])
+
+
+def _bases(found: Sequence[tuple[Path, Path, dict[str, Any]]]) -> Iterator[str]:
+    """Whether they were trained on one base: by its fingerprint where the runs are here, else by its folder."""
+    bases = {str(place): _base(place, config) for place, _, config in found}
+    for key in ("fingerprint", "folder"):
+        told = {name: base[key] for name, base in bases.items()}
+        if None in told.values():
+            continue
+        first, *others = told
+        other = next((name for name in others if told[name] != told[first]), None)
+        if other:
+            yield (
+                f"adapters: {other} was trained on another base ({bases[other]['folder']}) than {first}"
+                f" ({bases[first]['folder']}); a server has one base"
+            )
+        return
+
+
+def _base(place: Path, config: dict[str, Any]) -> dict[str, str | None]:
+    """What tells the base from others: its fingerprint, by the run's record, and its folder."""
+    try:
+        text = (place / "provenance.json").read_text(encoding="utf-8")
+        fingerprint = yaml.safe_load(text)["fingerprints"]["base"]
+    except (OSError, yaml.YAMLError, KeyError, TypeError):
+        fingerprint = None
+    return {"fingerprint": fingerprint, "folder": config.get("base_model_name_or_path")}
+
+
+def _names(folders: Sequence[Path]) -> list[str]:
+    """The last part of each path, or as many as tell them apart."""
+    for count in range(1, max(len(folder.parts) for folder in folders) + 1):
+        names = ["/".join(folder.parts[-count:]) for folder in folders]
+        if len(set(names)) == len(names):
+            return names
+    raise AssertionError("folders that differ have different paths")

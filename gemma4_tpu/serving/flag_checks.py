@@ -1,0 +1,131 @@
+"""Checks of what vLLM is given: its image, flags and environment. No JAX.
+
+The flags of `vllm serve` are those that version 0.32 prints with `--help=all` (`assets/vllm_0_32_flags.txt`).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from functools import cache
+from pathlib import Path
+
+from gemma4_tpu import assets
+from gemma4_tpu.config.keys import did_you_mean
+from gemma4_tpu.config.serving import ServingConfig
+
+KNOWN_IMAGES = r"(.*/)?vllm/vllm-(tpu|openai):v0\.32\.\d+(@sha256:[0-9a-f]{64})?"
+"""Those whose flags the list holds."""
+LORA_FLAGS = "adapters are served by adapters=[<run folder>, …], which checks them first"
+HANDED_ON = ("HF_TOKEN", "VLLM_API_KEY")
+"""Environment variables that vLLM gets by name, so that no command line or file shows their values."""
+OWN_FLAGS = {
+    "model": "run", "host": "serving.host", "port": "serving.port", "served-model-name": "serving.served_model_name",
+    "tensor-parallel-size": "serving.tensor_parallel_size", "data-parallel-size": "serving.data_parallel_size",
+    "max-model-len": "serving.max_model_len", "max-num-seqs": "serving.max_num_seqs",
+    "max-num-batched-tokens": "serving.max_num_batched_tokens", "kv-cache-dtype": "serving.kv_cache_dtype",
+    "gpu-memory-utilization": "serving.gpu_memory_utilization",
+}  # fmt: skip
+"""Flags that have a key of their own."""
+_RENAMED = {"disable-log-requests": "no-enable-log-requests (it was renamed; requests are not logged by default)"}
+_SECRET = re.compile(r"(^|_)(token|key|secret|password)$", re.IGNORECASE)
+_LORA = re.compile(r"-{0,2}(no-)?(enable[-_]lora|lora[-_]\w+|max[-_]loras?\b.*|default[-_]mm[-_]loras)", re.IGNORECASE)
+_PARSERS = ("tool-call-parser", "reasoning-parser")
+_PARSER = "gemma4"
+_PINNED = re.compile(r"\d+\.\d+|20\d{6}|20\d\d-\d\d-\d\d|\b(?=[0-9a-f]*\d)[0-9a-f]{7,40}\b")
+"""What is in a tag that does not move: a version, a day or a commit. A digit alone is none: `gemma4` moves."""
+
+
+@cache
+def known_flags() -> frozenset[str]:
+    """Flags of `vllm serve` 0.32, without dashes in front."""
+    return frozenset(Path(assets.ROOT, "vllm_0_32_flags.txt").read_text(encoding="utf-8").split())
+
+
+def vllm_problems(serving: ServingConfig) -> list[str]:
+    """What speaks against the image, flags and environment that vLLM is given."""
+    messages = _image(serving) if serving.runner == "docker" else []
+    return messages + _flags(serving) + _environment(serving) + _told_secret(serving)
+
+
+def _image(serving: ServingConfig) -> list[str]:
+    image = serving.image
+    name, _, digest = image.partition("@")
+    tag = name.rsplit("/", 1)[-1].partition(":")[2]
+    if not image:
+        return ["serving.image: which container image? give serving.image=<name>:<version> or <name>@sha256:<digest>"]
+    if re.search(r"\s", image) or image.startswith("-"):
+        return [f"serving.image={image}: not the name of an image"]
+    if digest or _PINNED.search(tag):
+        return []
+    told = f"the tag {tag}" if tag else "no tag"
+    return [
+        f"serving.image={image}: {told} can mean another image tomorrow; pin a version (vllm/vllm-tpu:v0.32.0) or a"
+        " digest (vllm/vllm-tpu@sha256:…)"
+    ]
+
+
+def _flags(serving: ServingConfig) -> list[str]:
+    messages = []
+    checked = serving.runner == "process" or re.fullmatch(KNOWN_IMAGES, serving.image) is not None
+    for name, value in serving.flags.items():
+        given = f"serving.flags.{name}"
+        if _LORA.fullmatch(name):
+            messages.append(f"{given}: {LORA_FLAGS}")
+        elif name in ("api-key", "hf-token"):
+            variable = {"api-key": "VLLM_API_KEY", "hf-token": "HF_TOKEN"}[name]
+            messages.append(f"{given}: would stand on a command line for all to read; put it into {variable} instead")
+        elif name in OWN_FLAGS:
+            messages.append(f"{given}: give {OWN_FLAGS[name]} instead")
+        elif name in _PARSERS and value not in (None, _PARSER):
+            messages.append(
+                f"{given}={value}: Gemma 4's is {_PARSER}, and a name that vLLM doesn't know fails only when the server"
+                f" starts; serving.extra_args=[--{name},{value}] passes it unchecked"
+            )
+        elif checked and name not in known_flags():
+            messages.append(f"{given}: {_no_such_flag(name)}")
+        elif checked and value is False and f"no-{name}" not in known_flags():
+            messages.append(f"{given}=false: vllm serve 0.32 has no --no-{name}; null leaves the flag out")
+    for word in serving.extra_args:
+        if _LORA.fullmatch(word.partition("=")[0]):
+            messages.append(f"serving.extra_args: {word.partition('=')[0]}: {LORA_FLAGS}")
+        elif word.partition("=")[0] in ("--api-key", "--hf-token"):
+            messages.append(f"serving.extra_args: {word.partition('=')[0]}: secrets come from the environment, by name")
+    if serving.weight_dtype == "fp8" and {"additional-config", "quantization"} & serving.flags.keys():
+        messages.append(
+            "serving.weight_dtype=fp8: give it, or serving.flags.additional-config or quantization, not both"
+        )
+    return messages
+
+
+def _no_such_flag(name: str) -> str:
+    if name in _RENAMED:
+        return f"no flag of vllm serve 0.32; did you mean {_RENAMED[name]}?"
+    hint = did_you_mean(name, known_flags())
+    return f"no flag of vllm serve 0.32{hint} (serving.extra_args passes words unchecked)"
+
+
+def _told_secret(serving: ServingConfig) -> list[str]:
+    """Whether a secret of this process's environment would stand on the command line."""
+    words = json.dumps([serving.flags, serving.extra_args, serving.env, serving.engine], default=str)
+    return [
+        f"serving: the value of {name} is in flags, extra_args or env, for all to read; it is handed on by name anyway"
+        for name in HANDED_ON
+        if len(value := os.environ.get(name, "")) >= 8 and value in words
+    ]
+
+
+def _environment(serving: ServingConfig) -> list[str]:
+    messages = []
+    for name, value in serving.env.items():
+        if not re.fullmatch(r"[A-Za-z_]\w*", name):
+            messages.append(f"serving.env.{name}: not the name of an environment variable")
+        elif _SECRET.search(name):
+            messages.append(
+                f"serving.env.{name}: no secrets in the configuration; HF_TOKEN and VLLM_API_KEY are handed on from the"
+                " environment, other names by serving.engine (docker's own configuration)"
+            )
+        elif isinstance(value, dict | list):
+            messages.append(f"serving.env.{name}: a text or a number is wanted")
+    return messages

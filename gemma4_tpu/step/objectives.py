@@ -1,0 +1,25 @@
+"""The objective that a configuration asks for."""
+
+from __future__ import annotations
+
+from gemma4_tpu.config.schema import ObjectiveConfig
+from gemma4_tpu.step.grpo import ExpertIteration, Grpo
+from gemma4_tpu.step.objective import Objective
+from gemma4_tpu.step.objective_kinds import SFT
+from gemma4_tpu.step.preference import Dpo, Ipo, Orpo
+
+
+def make_objective(config: ObjectiveConfig) -> Objective | None:
+    """None: supervised tuning, which is the step's own (`Step.objective`)."""
+    if config.kind == SFT:
+        return None
+    if config.kind == "grpo":
+        assert config.clip_low is not None and config.clip_high is not None and config.max_drift is not None
+        return Grpo(config.clip_low, config.clip_high, config.max_drift)  # the checks: the keys of its kind are set
+    if config.kind == "expert_iteration":
+        return ExpertIteration()
+    assert config.beta is not None
+    if config.kind == "dpo":
+        assert config.label_smoothing is not None
+        return Dpo(config.beta, config.label_smoothing)
+    return {"ipo": Ipo, "orpo": Orpo}[config.kind](config.beta)

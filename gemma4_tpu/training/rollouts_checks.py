@@ -1,0 +1,95 @@
+"""What is wrong with `rollouts=` for an on-policy objective, by itself and with the rest of a training. No JAX here."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from urllib.parse import urlsplit
+
+from gemma4_tpu.architectures import Architecture
+from gemma4_tpu.config.paths import local_place
+from gemma4_tpu.config.rollouts import RolloutsConfig
+from gemma4_tpu.config.schema import DataConfig, LoraConfig, ObjectiveConfig
+from gemma4_tpu.errors import UserError
+from gemma4_tpu.hardware import MeshSizes
+from gemma4_tpu.models.kv_cache import weight_bytes
+from gemma4_tpu.step.objective_kinds import KINDS
+
+JUDGE = "judge"
+"""The reward that is a process of ours."""
+
+
+def is_on_policy(objective: ObjectiveConfig) -> bool:
+    """Whether the run's batches are its own answers."""
+    kind = KINDS.get(objective.kind)
+    return kind is not None and kind.on_policy
+
+
+def rollouts_problems(
+    objective: ObjectiveConfig, config: RolloutsConfig, data: DataConfig, lora: LoraConfig
+) -> list[str]:
+    """Values that don't go together; none where no roll-outs are made."""
+    if not is_on_policy(objective):
+        return []
+    messages = _lengths(config, data) + _reward(config) + _sampled_as_trained(lora, data)
+    if config.overlong_tokens > config.new_tokens:
+        messages.append(
+            f"rollouts.overlong_tokens={config.overlong_tokens}: more than the {config.new_tokens} tokens of the"
+            " longest answer (rollouts.new_tokens)"
+        )
+    return messages
+
+
+def _lengths(config: RolloutsConfig, data: DataConfig) -> list[str]:
+    longest = config.prompt_tokens + config.new_tokens - 1
+    if longest <= data.sequence_length:
+        return []
+    return [
+        f"data.sequence_length={data.sequence_length}: too short for a prompt and its answer,"
+        f" rollouts.prompt_tokens={config.prompt_tokens} + rollouts.new_tokens={config.new_tokens}; give"
+        f" at least {longest}"
+    ]
+
+
+def _sampled_as_trained(lora: LoraConfig, data: DataConfig) -> list[str]:
+    """What would make the trainer's likelihoods others than the sampler's, or its programs more than one."""
+    messages = []
+    if lora.enabled and lora.dropout:
+        messages.append(f"lora.dropout={lora.dropout}: the policy is sampled without dropout, so train it without: 0")
+    if data.packing != "true":
+        messages.append(f"data.packing={data.packing}: roll-outs lie in packed rows of one length; give true")
+    return messages
+
+
+def _reward(config: RolloutsConfig) -> list[str]:
+    name = config.reward
+    if urlsplit(name).scheme in ("http", "https"):
+        return []
+    if name != JUDGE:
+        module, _, function = name.partition(":")
+        if all(part.isidentifier() for part in [*module.split("."), function]):
+            return []
+        return [f"rollouts.reward={name}: give judge, module:function, or a URL (http://…)"]
+    if not config.problems_path:
+        return [
+            f"rollouts.problems_path: rollouts.reward={JUDGE} needs problems of"
+            f" rollouts.benchmark={config.benchmark} to train on; give their file or folder (not the one that you"
+            " evaluate with)"
+        ]
+    place, messages = local_place(f"rollouts.problems_path={config.problems_path}", config.problems_path)
+    if not messages and (place is None or not Path(place).exists()):
+        messages = [f"rollouts.problems_path={config.problems_path}: no such file or folder on this machine"]
+    return messages
+
+
+def check_decoding_mesh(mesh: MeshSizes, arch: Architecture, value_bytes: int = 2) -> None:
+    """Refuses (`UserError`) a mesh on which every decoded token would gather the weights over `fsdp`."""
+    if mesh.fsdp == 1:
+        return
+    gathered = weight_bytes(arch, value_bytes) / mesh.tp * (mesh.fsdp - 1) / mesh.fsdp
+    legal = [tp for tp in arch.legal_tp(mesh.fsdp * mesh.tp) if tp > mesh.tp]
+    better = f"mesh.fsdp=1 mesh.tp={max(legal)}" if legal else f"mesh.fsdp=1 mesh.dp={mesh.dp * mesh.fsdp}"
+    raise UserError(
+        f"mesh.fsdp={mesh.fsdp}: answers are decoded a token at a time, and each would gather"
+        f" {gathered / 2**30:.3g} GiB of weights onto every chip; give a mesh that keeps whole weights or splits them"
+        f" over tp: {better}"
+    )

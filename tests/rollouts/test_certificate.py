@@ -1,0 +1,223 @@
+"""On-policy runs of a small model, honest ones and one with each known fault: the certificate tells them apart."""
+
+import json
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from functools import cache
+
+import jax
+import numpy as np
+import pytest
+
+from gemma4_tpu.config.rollouts import RolloutsConfig
+from gemma4_tpu.config.schema import TrainerConfig
+from gemma4_tpu.models.decode import Sampling, draw, shaped
+from gemma4_tpu.rollouts import slots
+from gemma4_tpu.rollouts.batch import BatchShape
+from gemma4_tpu.rollouts.certificate import Agreement, Certificate, Drifted, NotOnPolicy
+from gemma4_tpu.rollouts.collecting import Collector
+from gemma4_tpu.rollouts.digest import digest
+from gemma4_tpu.rollouts.prompts import Task
+from gemma4_tpu.rollouts.rewarding import Rewarded
+from gemma4_tpu.rollouts.sampler import Sampler, SamplerShapes
+from gemma4_tpu.rollouts.scoring import Scorer
+from gemma4_tpu.rollouts.source import Making, OnPolicySource, by_advantage
+from gemma4_tpu.step.grpo import COPIES, Grpo
+from gemma4_tpu.step.train_step import Step
+from tests.rollouts.test_collecting import Decoder
+from tests.step.test_train_step import make
+
+CONFIG = RolloutsConfig(
+    prompts=4, samples=8, prompt_tokens=8, new_tokens=24, slots=16, check_every=100, max_kl=None, mask_truncated=False
+)
+TASKS = [Task(f"rows:{i}", np.array([3, 10 + i, 40 + i], np.int32), "", "") for i in range(20)]
+STOPS = tuple(range(480, 512))
+SHAPE = BatchShape(microbatches=3, rows=4, length=64)
+OBJECTIVE = Grpo(0.2, 0.28, 9.0)
+
+
+@dataclass(frozen=True)
+class Small:
+    """A model of two layers that is about as sure of itself as a real one, and what is compiled for it."""
+
+    step: Step
+    base: dict
+    trained: dict
+    sampler: Sampler
+    scorer: Scorer
+
+
+@cache
+def small() -> Small:
+    step, base, trained = make(rate=1e-2)
+    step = replace(step, objective=OBJECTIVE)
+    base = {**base, "final_norm": {"scale": base["final_norm"]["scale"] * 2}}
+    return Small(step, base, trained, sampler_of(step), Scorer(step))
+
+
+def sampler_of(step: Step) -> Sampler:
+    return Sampler(step, STOPS, SamplerShapes(CONFIG.slots, CONFIG.prompts, CONFIG.prompt_tokens, CONFIG.new_tokens))
+
+
+def even_tokens(answers):
+    """How many of the tokens are even: something that a policy can learn."""
+    ids = [[int(word) for word in answer.text.split()] for answer in answers]
+    return [Rewarded(float(np.mean([i % 2 == 0 for i in some] or [0])), "scored") for some in ids]
+
+
+def run(folder, *, updates=3, sampler=None, objective=OBJECTIVE, reward=even_tokens, config=CONFIG):
+    """Trains, and hands back the record and the rewards of each update."""
+    it = small()
+    selection = by_advantage(config, OBJECTIVE.fields)
+    source = OnPolicySource(TASKS, config, TrainerConfig(max_updates=updates), SHAPE, selection)
+    collector = Collector(
+        sampler or it.sampler, reward, Decoder(), config, seed=0, run=folder, is_live=selection.is_live
+    )
+    certificate = Certificate(folder, config, "float32", None)
+    making = Making(collector, it.scorer, certificate, it.base, lambda row, update: None, ExitStack())
+    source.begin(making)
+    step = it.step if objective is OBJECTIVE else replace(it.step, objective=objective)
+    states, train, rewards = [step.init(it.trained, jax.random.key(0))], _train(step), []
+    for number, update in enumerate(source.updates(lambda: states[-1].trained), start=1):
+        state, metrics = train(states[-1], it.base, update.arrays)
+        states.append(state)
+        source.landed(number, float(metrics.loss))
+        rewards.append(update.figures["reward"])
+    source.ready_to_save(states[-1].trained, updates)
+    certificate.close()
+    return json.loads((folder / "certificate.json").read_text()), rewards
+
+
+@cache
+def _train(step: Step):
+    return jax.jit(step.train)
+
+
+@pytest.mark.slow
+def test_an_honest_run_holds_and_learns(tmp_path):
+    record, rewards = run(tmp_path, updates=10)
+    assert record["kind"] == "certificate" and record["holds"] and not record["broken"]
+    assert record["updates"] == record["adapters"] == 10
+    assert record["compared"]["updates"] == [1, 2] and record["compared"]["tokens"] > 900
+    assert record["compared"]["max_difference"] < 1e-3 and abs(record["compared"]["surprise_z"]) < 5
+    assert record["max_loss_error"] < 1e-4
+    assert record["groups"]["live"] >= 30 and record["answers"]["answers"] >= 320
+    assert 0 < record["kl"]["mean"] < record["kl"]["max"] < 1
+    assert np.mean(rewards[-2:]) > np.mean(rewards[:2]) + 0.05  # of 0.5; a mean of 64 answers of 15 tokens errs by 0.02
+
+
+class Frozen:
+    """Gets the adapters once."""
+
+    def __init__(self, sampler):
+        self._sampler, self._first = sampler, None
+
+    @property
+    def drawn_from(self):
+        return self._sampler.drawn_from
+
+    def __call__(self, trained, *more):
+        self._first = trained if self._first is None else self._first
+        return self._sampler(self._first, *more)
+
+
+class FrozenAndLying(Frozen):
+    """And says that it has the later ones."""
+
+    def __call__(self, trained, *more):
+        self._told = digest(trained)
+        return super().__call__(trained, *more)
+
+    @property
+    def drawn_from(self):
+        return self._told
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("kind", "said"), [(Frozen, "not drawn with the values that are trained"), (FrozenAndLying, "off the trainer's")]
+)
+def test_adapters_that_never_reach_the_sampler(tmp_path, kind, said):
+    with pytest.raises(NotOnPolicy, match="update 2: .*" + said):
+        run(tmp_path, sampler=kind(small().sampler))
+
+
+@pytest.mark.slow
+def test_a_sampler_without_the_softcap(tmp_path):
+    step = small().step
+    arch = replace(step.model.layout.arch, final_logit_softcap=None)
+    bare = replace(step, model=replace(step.model, layout=replace(step.model.layout, arch=arch)))
+    with pytest.raises(NotOnPolicy, match=r"update 1: .*off the trainer's"):
+        run(tmp_path, sampler=sampler_of(bare))
+
+
+@pytest.mark.slow
+def test_log_probabilities_of_the_whole_distribution_beside_draws_from_a_part(tmp_path, monkeypatch):
+    """Token by token they agree with the trainer's; the tokens are too good to be true."""
+    nucleus = Sampling(temperature=1.0, top_p=0.7)
+    monkeypatch.setattr(slots, "draw", lambda scores, *more: draw(shaped(scores, nucleus), *more))
+    with pytest.raises(NotOnPolicy, match=r"update [12]: .*less surprising than it, by \d+") as found:
+        run(tmp_path, sampler=sampler_of(small().step))
+    assert "off the trainer's" not in str(found.value)
+
+
+class MeanOfMeans(Grpo):
+    """Each microbatch divided by its own tokens."""
+
+    def loss(self, nll, rows):
+        total, stats = super().loss(nll, rows)
+        return total / jax.numpy.maximum((rows["target_mask"] * rows[COPIES]).sum(), 1), stats
+
+    def denominator(self, batch):
+        return batch["target_mask"].any((1, 2)).sum()
+
+
+@pytest.mark.slow
+def test_a_mean_of_the_microbatches_means(tmp_path):
+    with pytest.raises(NotOnPolicy, match=r"update \d: the step's loss is .* divided once"):
+        run(tmp_path, objective=MeanOfMeans(0.2, 0.28, 9.0))
+    assert json.loads((tmp_path / "certificate.json").read_text())["holds"] is False
+
+
+@pytest.mark.slow
+def test_an_update_that_goes_too_far_ends_the_run_before_it_is_saved(tmp_path):
+    with pytest.raises(Drifted, match=r"update 1 moved the policy by .* rollouts\.max_kl=1e-05.*nothing from before"):
+        run(tmp_path, config=replace(CONFIG, max_kl=1e-5))
+
+
+@pytest.mark.slow
+def test_answers_that_lose_their_form_end_the_run(tmp_path):
+    """As of a policy that finds out that the judge reads code wherever it stands."""
+    asked = 0
+
+    def drifting(answers):
+        nonlocal asked
+        asked += len(answers)
+        found = even_tokens(answers)
+        return [replace(one, kind="no fence", well_formed=asked <= 40) for one in found]
+
+    with pytest.raises(Drifted, match=r"update \d left the policy where \d+% of the answers are malformed"):
+        run(tmp_path, reward=drifting)
+    record = json.loads((tmp_path / "certificate.json").read_text())
+    assert record["holds"] and record["by_kind"]["no fence"]["answers"] == record["answers"]["answers"]
+    assert record["first"]["malformed"] == 0 and record["last"]["malformed"] > CONFIG.max_malformed
+
+
+def test_draws_from_a_distribution_are_as_surprising_as_it_is_and_others_are_not():
+    """z over 20,000 draws of known distributions; of a part of each, far below."""
+    rng = np.random.default_rng(0)
+    chances = rng.dirichlet(np.full(50, 0.3), size=20_000)
+    cumulative = chances.cumsum(axis=1)
+    entropy = -(chances * np.log(chances + 1e-300)).sum(axis=1)
+    variance = (chances * (np.log(chances + 1e-300) + entropy[:, None]) ** 2).sum(axis=1)
+
+    def z(uniform) -> float:
+        drawn = (cumulative < uniform[:, None]).sum(axis=1).clip(max=49)
+        told = np.log(chances[np.arange(len(drawn)), drawn])
+        found = Agreement.of(np.ones(len(drawn), bool), told, told, entropy, variance)
+        assert found.mean_difference == 0 and found.tokens == len(drawn)
+        return found.surprise / found.variance**0.5
+
+    assert abs(z(rng.random(20_000))) < 4
+    largest = chances.argmax(axis=1)  # always the likeliest one
+    assert z(cumulative[np.arange(20_000), largest] - chances.max(axis=1) / 2) < -50

@@ -1,0 +1,138 @@
+"""Roll-outs of an update: stored as they come, judged once, asked for again where a group teaches nothing."""
+
+import numpy as np
+import pytest
+
+from gemma4_tpu.config.rollouts import RolloutsConfig
+from gemma4_tpu.errors import UserError
+from gemma4_tpu.rollouts.advantages import is_live
+from gemma4_tpu.rollouts.collecting import Collector
+from gemma4_tpu.rollouts.digest import digest
+from gemma4_tpu.rollouts.prompts import Task
+from gemma4_tpu.rollouts.rewarding import Rewarded
+from gemma4_tpu.rollouts.sampler import Drawn, Wanted
+from gemma4_tpu.rollouts.stored import FOLDER, StoredUpdate
+
+POLICY = {"a": np.float32([1.0, 2.0]), "b": np.float32([[3.0]])}
+CONFIG = RolloutsConfig(prompts=2, samples=3, resample=2.0)
+TASKS = [Task(f"rows:{i}", np.array([7 + i], np.int32), "", "") for i in range(12)]
+
+
+class Letters:
+    """Stands for the sampler: tokens follow from prompt and seed; counts what it draws."""
+
+    drawn_from = ""
+
+    def __init__(self, dies_after: int | None = None):
+        self.drawn, self.dies_after = [], dies_after
+
+    def __call__(self, trained, base, prompts, wanted):
+        self.drawn_from = digest(trained)
+        for one in wanted:
+            if len(self.drawn) == self.dies_after:
+                raise KeyboardInterrupt
+            self.drawn.append((int(prompts[one.prompt][0]), one.sample))
+            tokens = np.array([int(prompts[one.prompt][0]), one.sample, 1], np.int32)
+            yield Drawn(one, tokens, np.float32([0.1, one.seed % 1000, 1 / 3]) * -1, True)
+
+
+class Decoder:
+    all_special_tokens = ()
+
+    def decode(self, ids, **_):
+        return " ".join(map(str, ids))
+
+
+class Judge:
+    """1 for the second sample of prompts with even numbers; counts what it is asked."""
+
+    def __init__(self):
+        self.asked = []
+
+    def __call__(self, answers):
+        self.asked += [(answer.task.name, answer.text) for answer in answers]
+        return [Rewarded(float(a.text.endswith(" 1") and int(a.text.split()[0]) % 2), "x", "é") for a in answers]
+
+
+def collect(folder, sampler, judge, tasks=TASKS, policy=POLICY, update=1):
+    collector = Collector(
+        sampler, judge, Decoder(), CONFIG, seed=3, run=folder, is_live=lambda group: is_live(group.rewards)
+    )
+    return collector(update, policy, {}, iter(tasks))
+
+
+def contents(collected):
+    return [
+        (
+            group.task.name,
+            [(d.tokens.tobytes(), d.logprobs.tobytes(), d.wanted.seed) for d in group.drawn],
+            group.rewarded,
+        )
+        for group in collected.groups
+    ]
+
+
+def test_dead_groups_are_replaced_within_bounds(tmp_path):
+    collected = collect(tmp_path, Letters(), Judge())
+    live = [is_live(group.rewards) for group in collected.groups]
+    assert live == [True, False, True, False]  # a wave of two, then two for the one that is missing
+    assert collected.adapters == {digest(POLICY)}
+    dead = [TASKS[i] for i in (1, 3, 5, 7, 9, 0, 11)]
+    assert [g.task.name for g in collect(tmp_path, Letters(), Judge(), dead, update=2).groups] == [
+        t.name for t in dead[:6]
+    ]
+
+
+def test_without_a_single_live_group_the_run_says_why(tmp_path):
+    with pytest.raises(UserError, match=r"update 1: none of 6 prompts has .*18 x; 0 of 18 .*Begin from a policy"):
+        collect(tmp_path, Letters(), Judge(), [TASKS[i] for i in (1, 3, 5, 7, 9, 11)])
+
+
+@pytest.mark.parametrize("dies_after", [0, 1, 4, 7])
+def test_what_is_stored_is_neither_drawn_nor_judged_again(tmp_path, dies_after):
+    for name in "ab":
+        (tmp_path / name).mkdir()
+    whole = contents(collect(tmp_path / "a", Letters(), Judge()))
+    first, again, early, late = Letters(dies_after), Letters(), Judge(), Judge()
+    with pytest.raises(KeyboardInterrupt):
+        collect(tmp_path / "b", first, early)
+    assert contents(collect(tmp_path / "b", again, late)) == whole
+    assert not {*first.drawn} & {*again.drawn} and len(first.drawn) + len(again.drawn) == 12
+    assert not {*early.asked} & {*late.asked} and len(early.asked) + len(late.asked) == 12
+    third, judge = Letters(), Judge()
+    assert contents(collect(tmp_path / "b", third, judge)) == whole
+    assert not third.drawn and not judge.asked
+
+
+def test_roll_outs_of_another_policy_are_drawn_again(tmp_path):
+    collect(tmp_path, Letters(), Judge())
+    sampler, other = Letters(), {**POLICY, "b": np.float32([[3.0000002]])}
+    assert collect(tmp_path, sampler, Judge(), policy=other).adapters == {digest(other)}
+    assert len(sampler.drawn) == 12
+
+
+def test_a_torn_line_is_drawn_again(tmp_path):
+    whole = contents(collect(tmp_path, Letters(), Judge()))
+    path = tmp_path / FOLDER / "000001.samples.jsonl"
+    path.write_bytes(path.read_bytes()[:-20])
+    sampler = Letters()
+    assert contents(collect(tmp_path, sampler, Judge())) == whole
+    assert len(sampler.drawn) == 1
+
+
+def test_log_probabilities_come_back_to_the_bit(tmp_path):
+    bits = np.float32([-1 / 3, -1e-30, -0.0, -23.456789])
+    with StoredUpdate(tmp_path, 1, "x") as store:
+        store.add_drawn(("p", 0), Drawn(Wanted(0, 0, 5), np.arange(4, dtype=np.int32), bits, False))
+    with StoredUpdate(tmp_path, 1, "x") as store:
+        assert store.drawn(("p", 0), None).logprobs.tobytes() == bits.tobytes()
+
+
+def test_a_digest_tells_values_by_every_bit_and_place():
+    values = {"a": np.arange(1000, dtype=np.float32), "b": np.float32([1, 2])}
+    others = [
+        {**values, "b": np.float32([2, 1])}, {**values, "b": np.float32([1, np.nextafter(np.float32(2), 3)])},
+        {"a": values["a"][::-1], "b": values["b"]}, {"a": values["a"] + 0.0, "b": -values["b"]},
+    ]  # fmt: skip
+    assert len({digest(v) for v in (values, *others)}) == 5
+    assert digest({"a": values["a"].copy(), "b": values["b"]}) == digest(values)

@@ -1,0 +1,114 @@
+"""Whole runs on the command line: rewarded by a function and by the judge, killed and gone on with."""
+
+import json
+import os
+import signal
+
+import pytest
+
+from experiments.verilog_smoke.make_data import make_problems
+from experiments.verilog_smoke.prompts import answer, chat_row
+from gemma4_tpu.errors import UserError
+from gemma4_tpu.reporting.found import Records
+from gemma4_tpu.reporting.on_policy import on_policy
+from gemma4_tpu.tracking.metrics import read_metrics
+from gemma4_tpu.tracking.run import RunFolder
+from gemma4_tpu.train import load_train
+from tests.evals.verilog.designs import needs_iverilog
+from tests.training.conftest import cache, shallow, train  # noqa: F401 (fixtures)
+from tests.training.test_resume import last_state
+
+FUNCTION = [
+    "model.path=random:0", "objective=grpo", "rollouts.reward=tests.rollouts.noted:vowels", "rollouts.prompts=4",
+    "rollouts.samples=4", "rollouts.new_tokens=16", "rollouts.slots=8", "rollouts.mask_truncated=false",
+    "rollouts.max_kl=null", "data.max_rows=40", "data.heldout=[]", "trainer.max_updates=6", "lora.rank=4",
+    "trainer.global_batch_sequences=8", "trainer.microbatches=4", "optimizer.learning_rate=2e-2",
+    "optimizer.schedule=constant", "optimizer.warmup_updates=0", "checkpoint.every=2",
+]  # fmt: skip
+BY_CHANCE = ("seconds", "per_second", "mfu")  # endings of the metrics that are never the same
+
+
+def metrics(run) -> list[dict]:
+    return [
+        {key: value for key, value in row.items() if not key.endswith(BY_CHANCE)}
+        for row in read_metrics(run / "metrics.jsonl")
+    ]
+
+
+@pytest.mark.slow
+def test_killed_at_any_moment_it_ends_with_the_very_bits_and_judges_nothing_twice(shallow, tmp_path, monkeypatch):  # noqa: F811
+    """Killed in the middle of judging, before the first checkpoint and behind it."""
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    shallow(*FUNCTION, f"run_dir={whole}", cwd=tmp_path)
+    record = json.loads((whole / "certificate.json").read_text())
+    assert record["holds"] and record["updates"] == record["adapters"] == 6
+
+    monkeypatch.setenv("NOTES", str(tmp_path / "notes"))
+    for killed_at in (3, 9):
+        monkeypatch.setenv("KILLED_AT", str(killed_at))
+        shallow(*FUNCTION, f"run_dir={broken}", cwd=tmp_path, exit_code=-signal.SIGKILL)
+    monkeypatch.delenv("KILLED_AT")
+    shallow(*FUNCTION, f"run_dir={broken}", cwd=tmp_path)
+
+    assert metrics(broken) == metrics(whole)
+    assert json.loads((broken / "certificate.json").read_text()) == record
+    (update, expected), (resumed, found) = last_state(whole), last_state(broken)
+    assert update == resumed == 6 and found.keys() == expected.keys()
+    assert not [name for name in expected if found[name].tobytes() != expected[name].tobytes()]
+    for name in sorted(os.listdir(whole / "rollouts")):
+        stored = [sorted((run / "rollouts" / name).read_text().splitlines()) for run in (whole, broken)]
+        assert stored[0] == stored[1], name
+    notes = (tmp_path / "notes").read_text().splitlines()
+    assert len(notes) <= record["answers"]["answers"]  # equal answers to a prompt in an update are judged once
+
+
+SHARED = ["data.heldout=[]", "trainer.global_batch_sequences=8", "checkpoint.keep_best=false"]
+
+
+@pytest.fixture(scope="module")
+def solver(train, tmp_path_factory):  # noqa: F811
+    """A policy that was tuned on some problems for a while, so that it solves some of them, and those problems."""
+    made, folder = make_problems(0, 12, heldout=False), tmp_path_factory.mktemp("solver")
+    rows, problems, start = folder / "rows.jsonl", folder / "problems.jsonl", folder / "start"
+    rows.write_text("".join(json.dumps(chat_row(p.id, p.prompt, answer(d))) + "\n" for d, p in made))
+    problems.write_text("".join(json.dumps(p.to_row()) + "\n" for _, p in made))
+    words = [f"data.train={rows}", "trainer.max_updates=60", "optimizer.learning_rate=5e-3", f"run_dir={start}"]
+    train(*SHARED, *words, cwd=folder)
+    return [f"data.train={rows}", f"lora.start={start}", f"rollouts.problems_path={problems}"]
+
+
+@pytest.mark.slow
+@needs_iverilog
+@pytest.mark.parametrize("objective", ["grpo", "expert_iteration"])
+def test_it_trains_on_designs_that_the_judge_passes(objective, solver, train, tmp_path):  # noqa: F811
+    run = tmp_path / "run"
+    train(
+        *SHARED, *solver, f"objective={objective}", "rollouts.prompts=4", "rollouts.samples=4", "rollouts.slots=16",
+        "trainer.microbatches=4", "trainer.max_updates=2", "optimizer.learning_rate=1e-4",
+        "optimizer.warmup_updates=0", f"run_dir={run}", cwd=tmp_path,
+    )  # fmt: skip
+    record = json.loads((run / "certificate.json").read_text())
+    assert record["holds"] and record["updates"] == 2 and record["by_kind"]["pass"]["mean_reward"] == 1
+    assert sum(one["answers"] for one in record["by_kind"].values()) == record["answers"]["answers"]
+    page = "\n".join(on_policy(Records(run=RunFolder(run), name="run")))
+    assert "It holds over 2 updates" in page and "| pass |" in page
+
+
+REFUSED = [
+    ("rollouts.reward=judge", r"rollouts\.problems_path: rollouts\.reward=judge needs problems"),
+    ("rollouts.reward=nothing", r"rollouts\.reward=nothing: give judge, module:function, or a URL"),
+    ("data.sequence_length=200", r"rollouts\.prompt_tokens=128 \+ rollouts\.new_tokens=128; give at least 255"),
+    ("lora.dropout=0.1", r"lora\.dropout=0\.1: the policy is sampled without dropout"),
+    ("data.packing=false", r"data\.packing=false: roll-outs lie in packed rows"),
+    ("rollouts.overlong_tokens=500", r"rollouts\.overlong_tokens=500: more than the 128 tokens"),
+    ("hardware=v5p8 mesh=fsdp model=gemma4_31b model.path=random:0",
+     r"mesh\.fsdp=4: .* would gather 42\.9 GiB of weights onto every chip; .*mesh\.fsdp=1 mesh\.tp=4"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("words", "said"), REFUSED)
+def test_what_cannot_be_sampled_as_it_is_trained_is_refused_at_once(words, said):
+    with pytest.raises(UserError, match=said):
+        load_train(["objective=grpo", "rollouts.reward=a.b:c", *words.split()])
+    if not words.startswith("lora.dropout"):  # supervised tuning does not read them, or bears them
+        load_train([word for word in words.split() if "sequence_length" not in word])

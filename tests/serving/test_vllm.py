@@ -1,0 +1,225 @@
+"""A real vLLM on this CPU (`make vllm`): from a training to a server's answers, and the flags of every recipe."""
+
+import json
+import re
+import shlex
+import signal
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import httpx
+import numpy as np
+import psutil
+import pytest
+
+from gemma4_tpu import bench, evaluate, merge, serve, train
+from gemma4_tpu.architectures import ARCHITECTURES
+from gemma4_tpu.config.conf import groups_of
+from gemma4_tpu.config.schema import LoraConfig
+from tests.export.runs import make_run
+from tests.models.checkpoints import hf_logits
+from tests.serving.test_checks import recipes_model
+from tests.serving.wide import WIDE, make_wide
+
+ROOT = Path(__file__).parents[2]
+VLLM = ROOT / ".venv-vllm" / "bin" / "vllm"
+NOT_THERE = "vLLM's CPU build is not installed: make vllm"
+pytestmark = [pytest.mark.slow, pytest.mark.skipif(not (VLLM.parents[1] / ".installed").exists(), reason=NOT_THERE)]
+
+
+@pytest.fixture(scope="module")
+def wide(tmp_path_factory):
+    """A base that vLLM's CPU build serves, in the place of `model=tiny`."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(ARCHITECTURES, "tiny", WIDE)
+        yield make_wide(tmp_path_factory.mktemp("wide") / "base")
+
+
+@pytest.fixture
+def run(wide, tmp_path):
+    """A short training on it, merged."""
+    folder = tmp_path / "tuned"
+    words = ["trainer.max_updates=20", "data.max_rows=400", "lora.rank=8"]
+    assert train.main([f"model.path={wide}", f"run_dir={folder}", *words]) == 0
+    assert merge.main([f"run={folder}"]) == 0
+    return folder
+
+
+@pytest.fixture
+def runs(wide, tmp_path):
+    """Two runs with random adapters, merged and not; one has modules of another rank."""
+    loras = {
+        "first": LoraConfig(rank=8, alpha=8.0),
+        "second": LoraConfig(rank=12, alpha=6.0, ranks={"self_attn.o_proj": 20}),
+    }
+    for seed, (name, lora) in enumerate(loras.items()):
+        make_run(tmp_path / name, wide, lora=lora, seed=seed, size=0.02)
+        assert merge.main([f"run={tmp_path / name}", "export=both"]) == 0
+    return {name: tmp_path / name for name in loras}
+
+
+@pytest.fixture
+def served(tmp_path):
+    """Starts a server by the launcher; returns its URL. It is stopped by SIGTERM, and nothing of it may be left."""
+    started = []
+
+    def start(*words):
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        command = [sys.executable, "-m", "gemma4_tpu.serve", "serving=vllm_cpu", f"serving.executable={VLLM}", *words]
+        command += [f"serving.port={port}", f"run_dir={tmp_path / 'record'}"]
+        server = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=tmp_path)
+        started.append(server)
+        for line in server.stdout:
+            if line.startswith("endpoint: "):
+                return line.split()[1]
+        raise AssertionError(server.stderr.read())
+
+    yield start
+    for server in started:
+        below = psutil.Process(server.pid).children(recursive=True) if server.poll() is None else []
+        server.send_signal(signal.SIGTERM)
+        _, told = server.communicate(timeout=60)
+        assert server.returncode == 0, told
+        assert below and not [child for child in below if _runs(child)]
+
+
+def _runs(process):
+    try:
+        return process.status() != psutil.STATUS_ZOMBIE  # one that nobody has waited for yet
+    except psutil.NoSuchProcess:
+        return False
+
+
+def test_the_whole_way(run, served, tmp_path):
+    endpoint = served(f"run={run}")
+    record = tmp_path / "record"
+    words = ["bench=vllm", "bench.lengths=[[64,32]]", "bench.rates=[4]", "bench.requests=40", f"bench.slo={{{SLO}}}"]
+    assert bench.main([f"served={record}", f"run_dir={tmp_path / 'bench'}", *words]) == 0
+    ours, theirs = (
+        json.loads((tmp_path / "bench" / folder / "in64_out32_rate4.json").read_text())
+        for folder in ("cells", "cross_check")
+    )
+    for found in (ours, theirs):
+        assert (found["state"], found["completed"], found["total_output_tokens"]) == ("ok", 40, 40 * 32)
+    for key, value in _as_vllm_defines(ours).items():
+        assert ours[key] == pytest.approx(value, rel=0.03 if key in COUNTED_BY_CHUNKS else 1e-3), key
+    words = [f"eval.endpoint={endpoint}", "eval.max_problems=4", f"run_dir={tmp_path / 'evaluation'}"]
+    assert evaluate.main(words) == 0
+    assert json.loads((tmp_path / "evaluation/result.json").read_text())["status"] == "finished"
+
+
+def test_adapters_are_told_apart_and_answer_as_their_merged_models(runs, served, tmp_path):
+    update = "serving.env={VLLM_ALLOW_RUNTIME_LORA_UPDATING: 1, VLLM_CPU_KVCACHE_SPACE: 1}"
+    endpoint = served(f"adapters=[{','.join(map(str, runs.values()))}]", update)
+    log = (tmp_path / "record" / "log.txt").read_text()
+    tokens = np.random.default_rng(0).integers(3, 512, 60).tolist()
+    of_base = _prompt_logprobs(endpoint, "base", tokens)
+    for name, folder in runs.items():
+        assert re.search(rf"{name}: the server answers (\d) of \1 stored prompts? like the merged model", log), log
+        expected = _expected_logprobs(folder / "merged", tokens)
+        assert np.abs(expected - of_base).max() > 0.1
+        np.testing.assert_allclose(_prompt_logprobs(endpoint, name, tokens), expected, atol=2e-3, err_msg=name)
+    # Without adapter_copies.py, V of global layers is the base's.
+    as_it_is = {"lora_name": "as it is", "lora_path": str(runs["second"] / "adapter")}
+    httpx.post(f"{endpoint}/load_lora_adapter", json=as_it_is, timeout=120).raise_for_status()
+    assert np.abs(_prompt_logprobs(endpoint, "as it is", tokens) - expected).max() > 0.02
+    words = [f"eval.endpoint={endpoint}", "eval.endpoint_model=second", "eval.max_problems=1"]
+    assert evaluate.main([*words, f"run_dir={tmp_path / 'evaluation'}"]) == 0
+
+
+def _prompt_logprobs(endpoint, name, tokens):
+    """[T - 1]: of each token of a prompt but the first."""
+    body = {"model": name, "prompt": tokens, "max_tokens": 1, "temperature": 0, "prompt_logprobs": 0}
+    answer = httpx.post(f"{endpoint}/completions", json=body, timeout=120).raise_for_status().json()
+    found = answer["choices"][0]["prompt_logprobs"][1:]
+    return np.array([here[str(token)]["logprob"] for here, token in zip(found, tokens[1:], strict=True)])
+
+
+def _expected_logprobs(folder, tokens):
+    """The same by transformers, in float32."""
+    logits = hf_logits(folder, np.array([tokens]))[0].astype(np.float64)
+    largest = logits.max(-1, keepdims=True)
+    logprobs = logits - largest - np.log(np.exp(logits - largest).sum(-1, keepdims=True))
+    return logprobs[np.arange(len(tokens) - 1), tokens[1:]]
+
+
+SLO = "p50_tpot_ms: 8"
+COUNTED_BY_CHUNKS = ("max_output_tokens_per_s",)
+"""By vLLM's client; ours knows how many tokens a chunk has."""
+_DEFINITIONS = """
+import json, sys
+from vllm.benchmarks.lib.endpoint_request_func import RequestFuncOutput
+from vllm.benchmarks.serve import calculate_metrics
+cell = json.load(sys.stdin)
+each = zip(*(cell[key] for key in ("input_lens", "output_lens", "ttfts", "itls", "start_times")))
+outputs = [
+    RequestFuncOutput(
+        success=True, prompt_len=prompt, output_tokens=answer, start_time=at, ttft=ttft, itl=itl,
+        latency=ttft + sum(itl),
+    )
+    for prompt, answer, ttft, itl, at in each
+]
+found, _ = calculate_metrics([], outputs, cell["duration"], None, [99], {"tpot": 8})
+print("found:", json.dumps(vars(found)))
+"""
+
+
+def _as_vllm_defines(cell):
+    """The figures of a cell's requests as vLLM's own client works them out."""
+    done = subprocess.run(
+        [VLLM.parent / "python", "-c", _DEFINITIONS], input=json.dumps(cell), capture_output=True, text=True, check=True
+    )
+    (line,) = (line for line in done.stdout.splitlines() if line.startswith("found: "))
+    found = json.loads(line.removeprefix("found: "))
+    for name in ("ttft", "tpot", "itl", "e2el"):
+        ((_, found[f"p99_{name}_ms"]),) = found.pop(f"percentiles_{name}_ms")
+    same = {key: value for key, value in found.items() if key in cell and key != "max_concurrent_requests"}
+    assert len(same) == 2 + 4 + 16 + 1  # counts, throughputs, four statistics of four latencies, the best second
+    return same
+
+
+_PARSE = """
+import json, sys
+from vllm.entrypoints.cli.serve import cmd_init
+from vllm.utils.argparse_utils import FlexibleArgumentParser
+(command,) = cmd_init()
+parser = FlexibleArgumentParser()
+command.subparser_init(parser.add_subparsers(dest="subparser"))
+for words in json.load(sys.stdin):
+    args = parser.parse_args(words)
+    command.validate(args)
+    lora = [[module.name, module.path] for module in args.lora_modules or []]
+    print("parsed:", json.dumps([args.model_tag, args.max_model_len, args.reasoning_parser, lora]))
+"""
+
+
+def test_vllms_parser_takes_every_recipe(merged, adapted, port, capsys):
+    """Its real parser, by the version that the recipes name."""
+    commands = []
+    for option in groups_of(serve.SERVE)["serving"]:
+        words = [f"serving={option}", f"serving.port={port}", "dry_run=true"]
+        if option == "local":
+            continue
+        model = recipes_model(option, lambda *given, folder=option, **more: merged(*given, folder=folder, **more))
+        commands += [[*words, f"run={model}"]]
+    commands += [["serving=h100x2", f"adapters=[{adapted('x/0')},{adapted('y/0', r=20)}]", *words[1:]]]
+    for number, words in enumerate(commands):
+        assert serve.main(words) == 0
+        told = shlex.split(capsys.readouterr().out.replace("\\\n", " "), comments=True)
+        commands[number] = told[told.index("serve") :]
+    parser = [VLLM.parent / "python", "-c", _PARSE]
+    done = subprocess.run(parser, input=json.dumps(commands), capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    parsed = [json.loads(line[8:]) for line in done.stdout.splitlines() if line.startswith("parsed: ")]
+    assert len(parsed) == len(commands)
+    assert parsed[-1] == ["/model", 16384, "gemma4", [["x/0", "/adapters/0"], ["y/0", "/adapters/1"]]]
+
+
+def test_the_name_that_the_makefile_gives_is_still_asked_for():
+    """Else the line that makes it can go."""
+    asked = next(VLLM.parents[1].glob("lib/python*/site-packages/vllm/entrypoints/cli/main.py")).read_text()
+    assert 'importlib.metadata.version("vllm")' in asked
