@@ -1,5 +1,6 @@
 """Fine-tune, merge, evaluate, serve, benchmark and cost Gemma 4 on TPUs."""
 
+import logging
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -10,8 +11,12 @@ __version__ = "0.1.0"
 
 def __getattr__(name: str) -> Any:
     """`Gemma4`, at its first use: commands answer before JAX is there."""
-    if name == "Gemma4":
+    if name != "Gemma4":
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    root, silent = logging.getLogger(), logging.NullHandler()
+    root.addHandler(silent)  # absl logs while Orbax is imported, and gives a root without a handler one of its own
+    try:
         from gemma4_tpu.in_memory import Gemma4
-
-        return Gemma4
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    finally:
+        root.removeHandler(silent)
+    return Gemma4

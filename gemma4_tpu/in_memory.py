@@ -97,9 +97,9 @@ class Gemma4:
 
     def generate(
         self, prompts: Prompt | Sequence[Prompt], *, max_new_tokens: int = 256, temperature: float = 0.0,
-        top_p: float = 1.0, seed: int = 0, batch_size: int = 64,
+        top_p: float = 1.0, seed: int = 0, batch_size: int = 64, tools: Sequence[Any] = (), whole: bool = False,
     ) -> list[str]:  # fmt: skip
-        """An answer to each prompt, rendered by the checkpoint's chat template; without thoughts and control tokens.
+        """An answer to each prompt, rendered by the checkpoint's chat template.
 
         Args:
           prompts: one or several; of a conversation the next answer.
@@ -108,6 +108,8 @@ class Gemma4:
           top_p: draw from the smallest set of tokens with this share of the probability.
           seed: a prompt's draws follow from it and the prompt's place in the list, whatever else is in a batch.
           batch_size: prompts in one decoding step.
+          tools: functions that the model may call, as JSON schemas.
+          whole: answers keep their thoughts and control tokens, so that calls can be read (`data.calls.read_call`).
 
         Raises:
           UserError: a malformed conversation, or one that the template refuses.
@@ -116,9 +118,9 @@ class Gemma4:
             max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, batch_size=batch_size
         )
         stops = checkpoint_stop_ids(self.base, self.tokenizer)
-        decoder = InProcess(self.weights, self.tokenizer, stops, settings, self.thoughts, {})
+        decoder = InProcess(self.weights, self.tokenizer, stops, settings, self.thoughts, {}, whole)
         asked = [
-            SampleRequest(f"{i}", 0, messages, sample_seed(seed, f"{i}", 0))
+            SampleRequest(f"{i}", 0, messages, sample_seed(seed, f"{i}", 0), tuple(tools) or None)
             for i, messages in enumerate(map(_messages, _several(prompts)))
         ]
         return [s.completion for s in sorted(decoder.generate(asked), key=lambda sample: int(sample.problem))]

@@ -15,7 +15,7 @@ extensions = ["myst_parser", "sphinx.ext.autodoc"]
 root_doc = "docs/site/index"
 include_patterns = [
     "README.md", "CONTRIBUTING.md", "CHANGELOG.md", "docs/*.md", "docs/site/*.md", "benchmarks/*.md",
-    "experiments/**.md",
+    "experiments/**.md", "examples/README.md",
 ]  # fmt: skip
 exclude_patterns = [".*", "build", "dist", "multirun", "outputs", "tests"]
 

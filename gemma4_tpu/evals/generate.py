@@ -44,6 +44,8 @@ class SampleRequest:
     sample: int
     messages: tuple[Message, ...]
     seed: int
+    tools: tuple[Any, ...] | None = None
+    """Functions that the model may call, as JSON schemas."""
 
 
 class Backend(Protocol):
@@ -95,7 +97,7 @@ class InProcess:
 
     def __init__(
         self, weights: Weights, tokenizer: Any, stop_ids: Sequence[int], config: EvalConfig, policy: str,
-        description: dict[str, Any],
+        description: dict[str, Any], whole: bool = False,
     ):  # fmt: skip
         """Args:
         weights: model, base and adapters.
@@ -104,7 +106,9 @@ class InProcess:
         config: sampling and batch size.
         policy: for thoughts, as in training (`drop` or `train`).
         description: for the report.
+        whole: answers keep their thoughts and control tokens.
         """
+        self._whole = whole
         self._weights, self._tokenizer, self._stop_ids = weights, tokenizer, tuple(stop_ids)
         self._chat = ChatFormat(tokenizer, policy)
         self._config = config
@@ -112,7 +116,7 @@ class InProcess:
 
     def example(self, request: SampleRequest) -> str:
         """See `Backend`."""
-        return self._chat.render_prompt(list(request.messages))
+        return self._chat.render_prompt(list(request.messages), list(request.tools) if request.tools else None)
 
     def generate(self, requests: Sequence[SampleRequest]) -> Iterator[Sample]:
         """See `Backend`."""
@@ -160,9 +164,10 @@ class InProcess:
         answers = [out[row, : counts[row] - int(stopped[row])] for row in range(len(requests))]
         texts = self._tokenizer.batch_decode(answers, skip_special_tokens=False, clean_up_tokenization_spaces=False)
         for row, (request, text) in enumerate(zip(requests, texts, strict=True)):
+            answer = text if self._whole else visible(text, self._tokenizer)
             yield Sample(
-                problem=request.problem, sample=request.sample, completion=visible(text, self._tokenizer),
-                seed=request.seed, finish=STOP if stopped[row] else LENGTH, tokens=int(counts[row]),
+                problem=request.problem, sample=request.sample, completion=answer, seed=request.seed,
+                finish=STOP if stopped[row] else LENGTH, tokens=int(counts[row]),
             )  # fmt: skip
 
 
