@@ -49,6 +49,8 @@ def find_adapters(
             messages.append(problem)
         else:
             messages += [f"adapters: {given}: {why}" for why in _unserved(config)]
+            if serving.runner == "docker" and "," in str(folder):
+                messages.append(f"adapters: {given}: a folder with a comma in its path can't be mounted; move it")
             found.append((folder.parent if is_run(folder.parent) else folder, folder, config))
     if len({folder for _, folder, _ in found}) < len(found):
         messages.append("adapters: one of them stands there twice")

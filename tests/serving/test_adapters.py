@@ -97,6 +97,7 @@ def test_what_a_server_can_not_do(adapted, refused, tmp_path, base):
     assert f"merge run={base} export=peft" in refused(given(base), *GPU)
     assert "stands there twice" in refused(given(run, run / "adapter"), *GPU)
     assert "the name of an adapter too" in refused(given(run), *GPU, "serving.served_model_name=a")
+    assert "comma in its path can't be mounted" in refused(f"adapters=['{adapted('x,y')}']", *GPU)
     other = adapted("b", fingerprint="g")
     assert f"{other} was trained on another base" in refused(given(run, other), *GPU)
     (run / "adapter/adapter_config.json").write_text("[")
