@@ -146,7 +146,7 @@ class DataConfig:
     format: str = "auto"
     """The form of rows: `auto` recognises it by their keys; `chat` (`messages`), `sharegpt` (`conversations`), `alpaca`
     (`instruction`, `input`, `output`), `prompt_completion`, `text` (continued pre-training), `codev_r1` (the Verilog in
-    `response`)."""
+    `response`); of pairs `preference` (`chosen`, `rejected`, `prompt`)."""
     columns: dict[str, str] = field(default_factory=dict)
     """What the rows call the columns of these forms, where they have names of their own: `{prompt: task, completion:
     reply}`; `role` and `content` are the names within turns."""

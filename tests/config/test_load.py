@@ -31,7 +31,9 @@ def test_every_option_composes_and_passes_the_checks(group, option, tmp_path):
     rows = tmp_path / "rows.jsonl"
     rows.touch()
     words = [f"{group}={option}"]
-    if group == "experiment" or option == "chat_jsonl":  # rows of the user's own
+    own_rows = group == "objective" and KINDS[option].rows != KINDS["sft"].rows
+    words += ["data=chat_jsonl"] * own_rows
+    if group == "experiment" or option == "chat_jsonl" or own_rows:  # rows of the user's own
         words += [f"data.train=[{{path: {rows}}}]", "data.heldout=[]"]
     if group == "objective" and KINDS[option].on_policy:  # problems of the user's own
         words.append(f"rollouts.problems_path={rows}")

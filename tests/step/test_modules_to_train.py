@@ -184,7 +184,7 @@ def test_rows_of_tokens_have_the_gradient_that_they_have_in_the_whole_table():
         if not modules:
             trained.setdefault("embedder", {})["token_rows"] = params["embedder"]["input_embedding"][jnp.array(ids)]
         state = step.init(trained, jax.random.key(0))
-        loss, grads, _ = jax.jit(step.gradients)(state, without(params, own), batch)
+        loss, grads, *_ = jax.jit(step.gradients)(state, without(params, own), batch)
         found[len(modules)] = loss, grads["embedder"]["token_rows" if not modules else "input_embedding"]
     rows, table = np.asarray(found[0][1]), np.asarray(found[1][1])
     np.testing.assert_allclose(found[0][0], found[1][0], rtol=1e-6)
@@ -210,7 +210,7 @@ def test_dora_and_whole_weights_do_not_disturb_each_other():
     found = []
     for lora in (dora, replace(dora, modules_to_train=[]), replace(dora, dora=False)):
         step, base, trained = begun(arch, lora)
-        _, grads, _ = jax.jit(step.gradients)(step.init(trained, jax.random.key(0)), base, make_batch(2))
+        _, grads, *_ = jax.jit(step.gradients)(step.init(trained, jax.random.key(0)), base, make_batch(2))
         found.append(dict(jax.tree_util.tree_leaves_with_path(grads)))
     together, *apart = found
     for path, grad in together.items():
@@ -254,7 +254,7 @@ def test_gradients_reach_the_rows_of_tokens_below_the_first_adapted_layer():
     for layers in (["1"], None):  # at first adapters add nothing, wherever they are
         lora = LoraConfig(rank=4, targets=["o"], layers=layers)
         step, base, trained = begun(arch, lora, token_rows=ids)
-        _, grads, _ = jax.jit(step.gradients)(step.init(trained, jax.random.key(0)), base, batch)
+        _, grads, *_ = jax.jit(step.gradients)(step.init(trained, jax.random.key(0)), base, batch)
         found.append(np.asarray(grads["embedder"]["token_rows"]))
     assert (np.abs(found[0]).max(axis=1) > 0).all()
     np.testing.assert_allclose(*found, atol=5e-5 * np.abs(found[1]).max())
