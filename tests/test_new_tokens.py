@@ -8,7 +8,7 @@ import pytest
 
 from gemma4_tpu import assets, new_tokens
 from gemma4_tpu.data.chat import ChatFormat
-from gemma4_tpu.data.normalise import Conversation
+from gemma4_tpu.data.forms import Conversation
 from gemma4_tpu.data.tokenizer import load_tokenizer
 from gemma4_tpu.errors import UserError
 

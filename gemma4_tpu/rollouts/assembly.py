@@ -15,7 +15,7 @@ from gemma4_tpu.evals.generate import padded_width
 from gemma4_tpu.rollouts.batch import BatchShape
 from gemma4_tpu.rollouts.certificate import Certificate
 from gemma4_tpu.rollouts.collecting import Collector
-from gemma4_tpu.rollouts.prompts import Task, of_problems, of_rows, that_fit
+from gemma4_tpu.rollouts.policy_tasks import Task, of_problems, of_rows, that_fit
 from gemma4_tpu.rollouts.rewarding import JUDGE, open_reward
 from gemma4_tpu.rollouts.sampler import Sampler, SamplerShapes
 from gemma4_tpu.rollouts.scoring import Scorer

@@ -12,7 +12,7 @@ from gemma4_tpu.data.examples import ExamplesBuilder
 from gemma4_tpu.data.packing import pack
 from gemma4_tpu.data.pipeline import Assembler, Update
 from gemma4_tpu.data.updates import PlannedUpdate
-from gemma4_tpu.rollouts.prompts import Task
+from gemma4_tpu.rollouts.policy_tasks import Task
 from gemma4_tpu.rollouts.sampler import Drawn
 from gemma4_tpu.step.grpo import ADVANTAGES, COPIES, OLD_LOGPROBS
 

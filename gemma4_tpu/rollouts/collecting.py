@@ -22,7 +22,7 @@ from gemma4_tpu.errors import UserError
 from gemma4_tpu.evals.generate import visible
 from gemma4_tpu.evals.store import Key
 from gemma4_tpu.rollouts.digest import digest
-from gemma4_tpu.rollouts.prompts import Task
+from gemma4_tpu.rollouts.policy_tasks import Task
 from gemma4_tpu.rollouts.rewarding import Answer, Reward, Rewarded
 from gemma4_tpu.rollouts.sampler import Drawn, Sampler, Wanted
 from gemma4_tpu.rollouts.stored import StoredUpdate

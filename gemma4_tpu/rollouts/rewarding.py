@@ -17,7 +17,7 @@ import httpx
 from gemma4_tpu.config.rollouts import RolloutsConfig
 from gemma4_tpu.errors import UserError
 from gemma4_tpu.evals.reward import JudgeProcess
-from gemma4_tpu.rollouts.prompts import Task
+from gemma4_tpu.rollouts.policy_tasks import Task
 
 JUDGE = "judge"
 TRUNCATED, NO_FENCE, PASSED, OTHER = "truncated", "no fence", "pass", "scored"

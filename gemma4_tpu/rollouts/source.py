@@ -22,7 +22,7 @@ from gemma4_tpu.rollouts.batch import BatchShape, Placed, assembled, in_batches,
 from gemma4_tpu.rollouts.certificate import Agreement, Certificate, ExpectedLoss, described
 from gemma4_tpu.rollouts.collecting import Collected, Collector, Group
 from gemma4_tpu.rollouts.digest import digest
-from gemma4_tpu.rollouts.prompts import Task
+from gemma4_tpu.rollouts.policy_tasks import Task
 from gemma4_tpu.rollouts.scoring import Scorer
 from gemma4_tpu.step.grpo import ADVANTAGES, COPIES, OLD_LOGPROBS
 

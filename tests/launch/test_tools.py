@@ -18,7 +18,7 @@ from gemma4_tpu.errors import PREEMPTED, STALLED
 from gemma4_tpu.hardware import SLICES
 from gemma4_tpu.launch import gke
 from gemma4_tpu.serve import SERVE
-from gemma4_tpu.serving.checks import HANDED_ON
+from gemma4_tpu.serving.flag_checks import HANDED_ON
 from gemma4_tpu.train import load_train
 from tests.launch.conftest import PLACE, ROOT, RUN, put_on_path
 

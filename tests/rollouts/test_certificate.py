@@ -17,7 +17,7 @@ from gemma4_tpu.rollouts.batch import BatchShape
 from gemma4_tpu.rollouts.certificate import Agreement, Certificate, Drifted, NotOnPolicy
 from gemma4_tpu.rollouts.collecting import Collector
 from gemma4_tpu.rollouts.digest import digest
-from gemma4_tpu.rollouts.prompts import Task
+from gemma4_tpu.rollouts.policy_tasks import Task
 from gemma4_tpu.rollouts.rewarding import Rewarded
 from gemma4_tpu.rollouts.sampler import Sampler, SamplerShapes
 from gemma4_tpu.rollouts.scoring import Scorer

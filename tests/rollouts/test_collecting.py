@@ -8,7 +8,7 @@ from gemma4_tpu.errors import UserError
 from gemma4_tpu.rollouts.advantages import is_live
 from gemma4_tpu.rollouts.collecting import Collector
 from gemma4_tpu.rollouts.digest import digest
-from gemma4_tpu.rollouts.prompts import Task
+from gemma4_tpu.rollouts.policy_tasks import Task
 from gemma4_tpu.rollouts.rewarding import Rewarded
 from gemma4_tpu.rollouts.sampler import Drawn, Wanted
 from gemma4_tpu.rollouts.stored import FOLDER, StoredUpdate

@@ -12,7 +12,7 @@ from gemma4_tpu.config.rollouts import RolloutsConfig
 from gemma4_tpu.errors import UserError
 from gemma4_tpu.evals.verilog.smoke import VerilogSmoke
 from gemma4_tpu.evals.verilog.verdict import reference_as_answer
-from gemma4_tpu.rollouts.prompts import Task
+from gemma4_tpu.rollouts.policy_tasks import Task
 from gemma4_tpu.rollouts.rewarding import Answer, ByJudge, Rewarded, open_reward
 from tests.evals.verilog.designs import fenced, needs_iverilog
 
