@@ -129,7 +129,7 @@ def _scale(axes: Any, values: Collection[float], *, logarithmic: bool = True) ->
         axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         axes.yaxis.set_minor_locator(NullLocator())
     else:
-        axes.set_ylim(0, max(values) * 1.12)
+        axes.set_ylim(0, 1.12 * max(values) or 1.0)
     axes.yaxis.set_major_formatter(lambda value, _: f"{value:,.6g}")
 
 
