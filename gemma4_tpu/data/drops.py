@@ -10,22 +10,22 @@ from gemma4_tpu.errors import UserError
 EXAMPLES_KEPT = 5
 
 REASONS = {
-    "invalid_json": "the line is no JSON (torn or garbled), or an object in it has the same key twice",
-    "invalid_utf8": "the line is no UTF-8, or holds half of a surrogate pair",
-    "not_an_object": "the row is no JSON object",
+    "invalid_json": "the line is not valid JSON (torn or garbled), or an object in it has the same key twice",
+    "invalid_utf8": "the line is not valid UTF-8, or holds half of a surrogate pair",
+    "not_an_object": "the row is not a JSON object",
     "invalid_csv": "the row has more or fewer cells than the header, or a quote that is never closed",
     "line_too_long": "the line is longer than any example could be",
     "unknown_form": "the row's keys are those of no form, or could mean several: `data.columns` says which is which",
     "no_messages": "there are no turns, or no list of them",
     "bad_role": "a turn's role is unknown, or a system turn is not the first",
-    "bad_content": "a turn's content is no text (an image, a number, nothing)",
+    "bad_content": "a turn's content is not text (an image, a number, nothing)",
     "bad_tool_call": "`tools` or `tool_calls` are malformed",
     "bad_weight": "a turn's `weight` or `train` is not 0, 1, false or true, or asks for loss outside an answer",
     "bad_order": "two assistant turns follow each other",
     "control_token": "a text, a key or a tool's definition holds one of the tokenizer's control tokens",
     "empty_answer": "an assistant turn is empty",
     "template_error": "the chat template refuses the conversation",
-    "bad_rendering": "the chat template moves, changes or loses a message, or shows a past that no server would send",
+    "bad_rendering": "the chat template moves, changes or loses a message, or renders earlier turns as no server would send them",
     "no_target": "no token would get loss",
     "no_text": "`text` is empty",
     "too_long": "longer than `data.sequence_length`",
@@ -33,15 +33,15 @@ REASONS = {
     "no_response": "there is no response",
     "equal_sides": "both sides of a pair are the same",
     "different_prompts": "the sides of a pair differ in more than their answers to the same prompt",
-    "split_side": "a side of a pair has several answers, and the template shows past ones otherwise than they are "
-    "generated: `data.train_on=last` takes the last",
+    "split_side": "a side of a pair has several answers, and the template renders earlier ones differently from how "
+    "they are generated: `data.train_on=last` takes the last",
     "unclosed_think": "`<think>` is never closed: the text is a draft",
     "no_module": "the answer holds no Verilog module",
     "unbalanced_module": "`module` and `endmodule` do not pair up",
     "unterminated_comment": "a comment or string of the Verilog code is never closed",
     "conflicting_modules": "code fences define the same module in ways that cannot be joined",
     "syntax_error": "`iverilog -t null` rejects the code",
-    "unreadable_row": "reading or rendering the row failed in a way that none of the other reasons tells",
+    "unreadable_row": "reading or rendering the row failed in a way that no other reason covers",
     "too_slow": "reading or rendering the row took longer than its time limit",
 }
 """Every reason for a drop, and what it means."""
