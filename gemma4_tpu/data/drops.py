@@ -25,7 +25,8 @@ REASONS = {
     "control_token": "a text, a key or a tool's definition holds one of the tokenizer's control tokens",
     "empty_answer": "an assistant turn is empty",
     "template_error": "the chat template refuses the conversation",
-    "bad_rendering": "the chat template moves, changes or loses a message, or renders earlier turns as no server would send them",
+    "bad_rendering": "the chat template moves, changes or loses a message, or renders earlier turns as no server would "
+    "send them",
     "no_target": "no token would get loss",
     "no_text": "`text` is empty",
     "too_long": "longer than `data.sequence_length`",
