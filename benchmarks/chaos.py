@@ -372,8 +372,8 @@ def page(counts: Counts, command: str) -> str:
         "",
         *table(["", ""], rows),
         f"Each training makes {UPDATES} updates of `tiny`, cut to two layers, with dropout, two microbatches, packed"
-        f" rows and a checkpoint every {EVERY} updates, written while training goes on. A kill loses what was done"
-        " since the last complete checkpoint: at most one interval, and the updates made while the next one was being"
+        f" rows and a checkpoint every {EVERY} updates, written while training continues. A kill loses the updates"
+        " since the last complete checkpoint: at most one interval, plus those made while the next one was being"
         " written.",
     ]
     return "\n".join([*lines, *[f"- {line}" for line in counts.unrecoverable + counts.different], ""])

@@ -146,13 +146,13 @@ def report(rows: list[Row], simulator: str, command: str) -> str:
     lines = [
         *("# Judging by simulation", "", head, "", f"    {command}", ""),
         *table(HEADS, cells, "llrrrrrrr"),
-        "CPU time: the median over problems of the programs of a verdict (a problem's mean, since the shell that",
-        "starts benches tells time in ticks of 10 ms), and with it the mean of the judge's own processes; then the",
-        "mean of all, with the long benches. A verdict is the strict one: scan, design built and simulated behind the",
-        "player, bench simulated with its responses (not again where these are known, as a right answer's are). *By",
-        "hand* is `iverilog` and `vvp` on the benchmark's files, by turns with the verdicts. Benches with more than",
-        f"{LONGEST_BENCH} comparisons are left out. The estimate is for two cores: 2 divided by the CPU seconds of a",
-        "verdict, which are fewer where nothing else runs.",
+        "CPU ms per verdict is the median over problems of the time of a verdict's programs (averaged per problem,",
+        "since the shell that starts benches measures time in ticks of 10 ms), plus the mean of the judge's own",
+        "processes; *mean* is the mean of all, with the long benches. A verdict is the strict one: scan, design",
+        "built and simulated behind the player, bench simulated with its responses (unless these are already known,",
+        "as for a correct answer). *By hand* is `iverilog` and `vvp` on the benchmark's files, alternating with the",
+        f"verdicts. Benches with more than {LONGEST_BENCH} comparisons are left out. The estimate is for two cores: 2",
+        "divided by the CPU seconds of a verdict, which are fewer when nothing else runs.",
     ]
     return "\n".join(lines) + "\n"
 

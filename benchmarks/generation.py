@@ -110,9 +110,9 @@ def report(seconds: dict[str, list[float]], made: dict[str, int], command: str) 
         f"    {command}",
         "",
         *table(["way", "tokens generated", "seconds", "tokens/s", "ratio"], rows, "lrrrr"),
-        "A batch goes on until its longest answer ends, and on a CPU a step of so small a model costs nearly as much",
-        "for each sequence. What batches are for, weights that are read once for 64 sequences, shows on an accelerator",
-        "only.",
+        "A batch runs until its longest answer ends, and on a CPU a step of such a small model costs nearly the same",
+        "for each sequence. The benefit of batching, reading weights once for 64 sequences, shows only on an",
+        "accelerator.",
     ]
     return "\n".join(lines) + "\n"
 

@@ -169,7 +169,7 @@ def section(setting: Setting, rows: list[Row], loads: list[float], base_bytes: i
     lines = [
         f"## {setting.about[0].upper()}{setting.about[1:]}",
         "",
-        f"{setting.layers} layers, {base_bytes / 1e9:.1f} GB; load of the machine {min(loads):.0f}–{max(loads):.0f}.",
+        f"{setting.layers} layers, {base_bytes / 1e9:.1f} GB; machine load {min(loads):.0f}–{max(loads):.0f}.",
         "",
     ]
     heads = ["way", "runs", "seconds: median (range)", "of `cp`", "CPU seconds", "peak RSS GiB", "written GB"]
@@ -227,7 +227,7 @@ def main() -> None:
         "",
         f"    python -m benchmarks.merge --settings {' '.join(arguments.settings)}",
         "",
-        "Seconds from cold files to `sync`, process start and imports included; each way in its own process.",
+        "Seconds from cold files to `sync`, including process start and imports; each way runs in its own process.",
         "",
     ]
     for name in arguments.settings:

@@ -187,13 +187,13 @@ def page(load: Load, before: float, command: str) -> str:
     return f"""# The local server under load
 
 *Measured* on {datetime.now(UTC):%Y-%m-%d}, {platform.machine()} with {os.cpu_count()} CPU cores (shared with the \
-clients; load before {before:.1f}), by `{command}`: {load.users} users of OpenAI's Python client, one request after \
-the other, against `python -m gemma4_tpu.serve serving=local` with the tiny checkpoint of the package.
+clients; load before {before:.1f}), by `{command}`: {load.users} users of OpenAI's Python client, each sending one \
+request after the other, to `python -m gemma4_tpu.serve serving=local` with the package's tiny checkpoint.
 
 {text}
 {held}
 {f"Left in the server: {'; '.join(load.leaks)}." if load.leaks else "Nothing is left in the server."} Prompts have \
-4 to 200 tokens, answers 4 to 48, greedy and drawn; each answer was as long as it was asked to be.
+4 to 200 tokens, answers 4 to 48, both greedy and sampled; each answer had exactly the requested length.
 """
 
 
