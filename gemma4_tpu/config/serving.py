@@ -13,60 +13,59 @@ class ServingConfig:
     """
 
     runner: str = "docker"
-    """`docker`: vLLM in its container, by `engine`. `process`: vLLM's command on this machine, `executable`.
+    """`docker`: vLLM in its container, started by `engine`. `process`: vLLM's command on this machine, `executable`.
     `embedded`: no vLLM; PyTorch serves in this process (`serving=local`)."""
     executable: str = "vllm"
-    """With `runner=process`: vLLM's command, a path or a name on the PATH."""
+    """With `runner=process`: vLLM's command, as a path or a name on the PATH."""
     engine: str = "docker"
-    """Command of the container engine: `docker`, `podman`, or with words before it, such as
-    `sudo --preserve-env=HF_TOKEN docker`."""
+    """Command of the container engine: `docker`, `podman`, or one with words before it, such as `sudo
+    --preserve-env=HF_TOKEN docker`."""
     image: str = ""
-    """Container image with a version tag or a digest; one that can change (`latest`, `nightly`) is refused."""
+    """Container image with a version tag or a digest; moving tags (`latest`, `nightly`) are refused."""
     slice: str = "v6e-8"
-    """The machine that this runs on: key of `hardware.SLICES`. Decides memory, and how devices reach the container.
+    """The machine that this runs on: key of `hardware.SLICES`. Determines memory, and how devices reach the container.
     `local`: this machine's CPU, with `runner=process` or `embedded`."""
     tensor_parallel_size: int = 1
-    """Chips that each layer is split over."""
+    """Chips that each layer is split across."""
     data_parallel_size: int = 1
     """Copies of the model, each on `tensor_parallel_size` chips."""
     max_model_len: int = 16384
     """Longest sequence in tokens, prompt and answer together."""
     max_num_seqs: int | None = None
-    """Sequences under way at a time; null: vLLM's default, for `serving=local` 64."""
+    """Maximum number of concurrent sequences; null: vLLM's default, or 64 for `serving=local`."""
     max_num_batched_tokens: int | None = None
-    """Tokens of one step; null: vLLM's default. For `serving=local` those of prompts, and 1024."""
+    """Tokens per step; null: vLLM's default. For `serving=local`, prompt tokens only, and null is 1024."""
     gpu_memory_utilization: float = 0.9
-    """Share of each chip's memory for weights and KV cache (TPUs too, whatever its name)."""
+    """Share of each chip's memory for weights and KV cache (on TPUs too, despite its name)."""
     weight_dtype: str = "bfloat16"
-    """`bfloat16`, or `fp8`: weights are quantised when they are loaded (by Qwix on TPUs). `float32` and `bfloat16` on a
-    CPU."""
+    """`bfloat16`, or `fp8`: weights are quantised on load (by Qwix on TPUs). On a CPU: `float32` or `bfloat16`."""
     kv_cache_dtype: str = "auto"
     """`auto` (the image decides; counted as bfloat16), `bfloat16` or `fp8`."""
     flags: dict[str, Any] = field(default_factory=dict)
     """Further flags of `vllm serve` without dashes, such as `{enable-prefix-caching: true, seed: 0}`: true is `--flag`,
-    false `--no-flag`, null leaves it out, lists and mappings become JSON. Checked against the image's flags."""
+    false `--no-flag`, null omits it, lists and mappings become JSON. Checked against the image's flags."""
     extra_args: list[str] = field(default_factory=list)
-    """Further words for `vllm serve`, as they are and unchecked."""
+    """Further words for `vllm serve`, passed through unchecked."""
     env: dict[str, Any] = field(default_factory=dict)
-    """Environment variables of vLLM. No secrets: HF_TOKEN and VLLM_API_KEY are handed on from the environment
-    by name."""
+    """Environment variables of vLLM. No secrets: HF_TOKEN and VLLM_API_KEY are passed on from the environment by
+    name."""
     host: str = "127.0.0.1"
     """Address to listen on; 0.0.0.0 opens the server to everyone who can reach this machine."""
     port: int = 8000
     """Port to listen on."""
     served_model_name: str | None = None
-    """Name that clients ask for; null: the folder's name, for `<run>/merged` the run's."""
+    """Model name that clients request; null: the folder's name, or the run's for `<run>/merged`."""
     compile_cache: str | None = "auto"
-    """Local folder for compiled programs, kept from start to start; `auto`: `gemma4_tpu/vllm` in the user's cache
-    folder; null: none."""
+    """Local folder for compiled programs, kept between starts; `auto`: `gemma4_tpu/vllm` in the user's cache folder;
+    null: none."""
     shm_size_gib: int = 16
-    """Shared memory of the container in GiB."""
+    """Shared memory of the container, in GiB."""
     ready_timeout_seconds: float = 3600.0
-    """A server that does not answer after this long is stopped; compiling takes 8 to 30 minutes the first time."""
+    """A server that has not answered within this time is stopped; compiling takes 8 to 30 minutes the first time."""
     probe: bool = True
-    """Ask the server that has started a few stored prompts, on which merged and base model differ."""
+    """After the start, ask the server a few stored prompts on which merged and base model differ."""
     warning: str | None = None
-    """What is known to go wrong with this recipe; told before the start."""
+    """What is known to go wrong with this recipe; shown before the start."""
 
 
 @dataclass(kw_only=True)
@@ -76,11 +75,11 @@ class ServeRoot:
     serving: ServingConfig = field(default_factory=ServingConfig)
     run: str = ""
     """Folder of a merged checkpoint, or the run folder of a training that has `merged` in it. With `adapters`: their
-    base; empty: the one that they were trained on."""
+    base; empty: the one they were trained on."""
     adapters: list[str] = field(default_factory=list)
     """Run folders whose adapters (`merge export=peft`) are served on one base, each under its folder's name."""
     dry_run: bool = False
-    """Check, show the estimate of memory and the container command, then stop."""
+    """Check, show the memory estimate and the container command, then stop."""
     name: str = "servings"
     """Name of the records' folder in the run folder, or in `outputs`."""
     run_dir: str | None = None
@@ -89,52 +88,51 @@ class ServeRoot:
 
 @dataclass(kw_only=True)
 class BenchConfig:
-    """Load on a server, cell by cell (`bench=`): each of `lengths` with each of `rates`, or with each of `users`; or
-    with the highest rate that keeps `slo`.
+    """Load on a server, cell by cell (`bench=`): each of `lengths` with each of `rates` or each of `users`, or with the
+    highest rate that keeps `slo`.
     """
 
     lengths: list[list[int]] = field(default_factory=lambda: [[512, 256]])
-    """Pairs of tokens: prompt, answer. Answers are asked for at exactly this length (`ignore_eos`)."""
+    """Pairs of token counts: prompt, answer. Answers are requested at exactly this length (`ignore_eos`)."""
     rates: list[float] = field(default_factory=list)
-    """Requests per second, sent whether or not earlier ones are answered; `inf`: all at once. Either `rates` or `users`
-    is given."""
+    """Requests per second, sent whether or not earlier ones are answered; `inf`: all at once. Give either `rates` or
+    `users`."""
     users: list[int] = field(default_factory=list)
-    """Users at a time; each sends its next request when the last one is answered."""
+    """Concurrent users; each sends its next request when the last one is answered."""
     slo: dict[str, float] = field(default_factory=dict)
     """Limits on latency in ms, such as `{p99_ttft_ms: 500, p50_tpot_ms: 30}`: mean, median or p1 to p99 of ttft, tpot,
-    itl or e2el. Cells tell how many requests keep them. Without `rates` and `users`, the highest rate that keeps them
-    is looked for (`bench=slo`)."""
+    itl or e2el. Cells report how many requests keep them. Without `rates` and `users`, the highest rate that keeps them
+    is searched for (`bench=slo`)."""
     requests: int = 30
-    """With `rates`: requests of a cell. With `users`: of each user. Where a rate is looked for, of each trial: 1,000
-    make a p99."""
+    """With `rates`: requests per cell. With `users`: per user. In a search for a rate: per trial; a p99 takes 1,000."""
     arrivals: str = "poisson"
-    """At a rate, requests come as a `poisson` process, or at `fixed` distances."""
+    """At a rate, requests arrive as a `poisson` process, or at `fixed` intervals."""
     prompts: str | None = None
-    """File of UTF-8 text that prompts are cut from, at random places; the server makes tokens of it (`/tokenize`, as
-    vLLM has it). null: random token ids, which no speculation guesses."""
+    """File of UTF-8 text that prompts are cut from, at random places; the server tokenizes it (`/tokenize`, as vLLM has
+    it). null: random token ids, which no speculation guesses."""
     shared_tokens: int = 0
-    """So many tokens at the beginning are the same in all prompts of a cell, as of a system prompt: what a prefix cache
-    finds again."""
+    """This many tokens at the beginning are the same in all prompts of a cell, like a system prompt: a prefix cache
+    finds them again."""
     turns: int = 1
-    """With `users`: requests of a session. Each prompt after the first is the one before it, tokens that stand for its
+    """With `users`: requests per session. Each prompt after the first is the previous one, tokens that stand for its
     answer, and as many more as `lengths` says."""
     warmup_requests: int = 2
-    """Requests before each cell, at a time and uncounted."""
+    """Requests sent all at once before each cell, and not counted."""
     seed: int = 0
-    """Each cell's own seed, for prompts and arrivals, is made from this one and its name. The same prompts again can
-    come from a prefix cache: restart the server, or give another seed."""
+    """Each cell's own seed, for prompts and arrivals, is derived from this one and the cell's name. Repeated prompts
+    can come from a prefix cache: restart the server, or give another seed."""
     temperature: float = 0.0
-    """Sampling temperature; 0: the likeliest token."""
+    """Sampling temperature; 0: greedy."""
     request_seeds: bool = False
     """Send a seed with each request. vLLM refuses that on TPUs."""
     served_model_name: str | None = None
     """The model's name on the server; null: the only one that it lists."""
     max_model_len: int | None = None
-    """Longest sequence in tokens: longer cells are infeasible. null: as the server says."""
+    """Longest sequence in tokens: longer cells are infeasible. null: as the server reports."""
     request_timeout_seconds: float = 3600.0
-    """A request fails when nothing comes for this long."""
+    """A request fails when nothing arrives for this long."""
     cross_check: bool = False
-    """Put the same cells under the load of `vllm bench serve` too, run in the container of the server of `served`, and
+    """Also put the same cells under the load of `vllm bench serve`, run in the container of the server of `served`, and
     compare its figures with ours."""
 
 
@@ -146,18 +144,18 @@ class BenchRoot:
     """Base URL of an OpenAI-compatible server, with or without /v1. A key is taken from OPENAI_API_KEY. null: the
     server of `served`."""
     served: str | None = None
-    """Folder of the record that `python -m gemma4_tpu.serve` keeps of the server: says `slice` and which model it
-    is."""
+    """Folder of the record that `python -m gemma4_tpu.serve` keeps of the server: gives `slice` and the model."""
     slice: str = "local"
-    """Where the server runs: key of `hardware.SLICES`, for costs and ceilings; `local`: none of them."""
+    """Where the server runs: key of `hardware.SLICES`, for costs and ceilings; `local`: neither."""
     architecture: str | None = None
-    """The size that it serves: key of `architectures.ARCHITECTURES`, for ceilings, and prompts from its whole
-    vocabulary. null: that of `served`; otherwise unknown, and prompts are of the token ids 256 to 511."""
+    """The size it serves: key of `architectures.ARCHITECTURES`, for ceilings, and for prompts from its whole
+    vocabulary. null: that of `served`; otherwise unknown, and prompts use the token ids 256 to 511."""
     bench: BenchConfig = field(default_factory=BenchConfig)
     dry_run: bool = False
-    """Check, show the cells and with `bench.cross_check` the commands in the container, then stop; nobody is asked."""
+    """Check, show the cells and, with `bench.cross_check`, the commands in the container, then stop; no request is
+    sent."""
     name: str = "benchmarks"
     """Name of the records' folder in `outputs`."""
     run_dir: str | None = None
-    """Folder of this benchmark; null: `outputs/<name>/<date>_<time>`. Giving the same folder again goes on: cells that
-    are done are kept."""
+    """Folder of this benchmark; null: `outputs/<name>/<date>_<time>`. Giving the same folder again resumes it: finished
+    cells are kept."""

@@ -9,31 +9,30 @@ from gemma4_tpu.config.schema import HardwareConfig, MeshConfig, ModelConfig, Tr
 
 @dataclass(kw_only=True)
 class ExportConfig:
-    """What becomes of a trained run (`export=`)."""
+    """How a trained run is exported (`export=`)."""
 
     format: str = "merged"
     """`merged`: a Hugging Face checkpoint with the adapters merged in; `peft`: a PEFT adapter; `both`."""
     checkpoint: str = "latest"
-    """Which checkpoint: `latest`, `best` (lowest held-out loss) or the number of an update.
-    `checkpoint=` for short."""
+    """Which checkpoint: `latest`, `best` (lowest held-out loss) or an update number. Short form: `checkpoint=`."""
     peft_experts: str = "fused"
-    """Form in which a PEFT adapter holds adapters of experts: `fused` as PEFT itself does, or `per_expert`, which vLLM
-    loads as it is (PEFT doesn't)."""
+    """How a PEFT adapter stores adapters of experts: `fused` as PEFT itself does, or `per_expert`, which vLLM loads as
+    it is (PEFT doesn't)."""
     base: str | None = None
-    """Folder of the base checkpoint (local or gs://), where it is no longer the run's `model.path`; must hold the same
+    """Folder of the base checkpoint (local or gs://), if it is no longer the run's `model.path`; must hold the same
     weights."""
     target: str | None = None
-    """Folder to write (local or gs://); with `format=both` its `merged` and `adapter`, for several runs one folder
-    named after each in it. null: `merged` and `adapter` in the run folder. `target=` for short."""
+    """Folder to write (local or gs://); with `format=both`, its subfolders `merged` and `adapter`; for several runs,
+    one subfolder named after each. null: `merged` and `adapter` in the run folder. Short form: `target=`."""
     overwrite: bool = False
-    """Replace a target that exists. `overwrite=` for short."""
+    """Replace an existing target. Short form: `overwrite=`."""
     verify: str = "true"
-    """What is compared before the merged model is published: `true`: every adapted weight, and the logits of merged
-    and LoRA model where the model fits into memory (float32, on the CPU); `stream`: the weights only; `false`:
-    nothing. `verify=` for short."""
+    """What is compared before the merged model is published: `true`: every adapted weight, and the logits of the merged
+    and the LoRA model if the model fits into memory (float32, on the CPU); `stream`: the weights only; `false`:
+    nothing. Short form: `verify=`."""
     push_to_hub: str | None = None
-    """`owner/name` of a Hugging Face repository (private if new) to upload to; needs HF_TOKEN in the environment.
-    `push_to_hub=` for short."""
+    """`owner/name` of a Hugging Face repository (private if new) to upload to; needs HF_TOKEN in the environment. Short
+    form: `push_to_hub=`."""
 
 
 @dataclass(kw_only=True)
@@ -43,15 +42,15 @@ class JudgeConfig:
     iverilog: str | None = None
     """Folder with `iverilog` and `vvp`; null: the first on the PATH."""
     workers: int | None = None
-    """Simulations at one time; null: one on each CPU core that this process may use."""
+    """Simulations at a time; null: one per CPU core that this process may use."""
     sandbox: str = "auto"
-    """`bubblewrap`, `landlock`, or `auto`: the first of them that works on this machine."""
+    """`bubblewrap`, `landlock`, or `auto`: the first of these that works on this machine."""
     unsafe: bool = False
-    """Where no sandbox works: judge with limits on resources alone, so that samples can read and write files.
-    `eval.unsafe=` for short."""
+    """If no sandbox works: judge with resource limits alone, so that samples can read and write files. Short form:
+    `eval.unsafe=`."""
     cpu_seconds: int = 20
-    """CPU time of one compilation or simulation at most; more is a timeout, and so is ten times what the reference
-    took (if that is over a second)."""
+    """Maximum CPU time of one compilation or simulation; more is a timeout, and so is ten times what the reference took
+    (if that is over a second)."""
     memory_mib: int = 2048
     """Address space of each process, in MiB."""
     file_mib: int = 32
@@ -59,9 +58,9 @@ class JudgeConfig:
     output_kib: int = 1024
     """Text that a process may print, in KiB; more is a runtime error."""
     processes: int = 64
-    """Processes at one time in a sandbox."""
+    """Maximum number of processes at a time in a sandbox."""
     cache_dir: str | None = None
-    """Folder for what the references did on this simulator; null: `gemma4_tpu` in the user's cache folder."""
+    """Folder for the references' results on this simulator; null: `gemma4_tpu` in the user's cache folder."""
 
 
 @dataclass(kw_only=True)
@@ -75,7 +74,7 @@ class MergeRoot:
     """Name of the records' folder in the run folder."""
     run_dir: str | None = None
     """Folder for the record of this export (configuration, log, parity, delta norms); null:
-    `<run>/<name>/<date>_<time>`. With several runs one folder for each in it."""
+    `<run>/<name>/<date>_<time>`. With several runs, one subfolder for each."""
 
 
 @dataclass(kw_only=True)
@@ -86,23 +85,23 @@ class EvalConfig:
     """`verilog_eval` (version 2, specification to RTL), `verilog_eval_completion` (its other task), `rtllm` (folders in
     RTLLM's style), `resbench` (`problems.json`), `cvdp` (JSONL), or `verilog_smoke` (synthetic problems)."""
     problems_path: str | None = None
-    """Local clone of the benchmark or its folder of problems; for `verilog_smoke` and `cvdp` a JSONL file."""
+    """Local clone of the benchmark, or its folder of problems; for `verilog_smoke` and `cvdp` a JSONL file."""
     max_problems: int | None = None
-    """Take only the first N problems; null: all."""
+    """Use only the first N problems; null: all."""
     checkpoint: str = "latest"
-    """Which checkpoint of `run`: `latest`, `best` (lowest held-out loss) or the number of an update."""
+    """Which checkpoint of `run`: `latest`, `best` (lowest held-out loss) or an update number."""
     adapter: str = "run"
     """With `run`: `run` (what was trained), `none` (its base alone), or `both`, compared problem by problem."""
     n: int = 20
     """Samples per problem; pass@k is estimated for k up to n."""
     temperature: float = 0.8
-    """0: the likeliest token each time."""
+    """Sampling temperature; 0: greedy."""
     top_p: float = 0.95
-    """Draw from the smallest set of tokens with this share of the probability."""
+    """Sample from the smallest set of tokens with this share of the probability."""
     max_new_tokens: int = 2048
-    """Samples are cut off here, in tokens; how many were is reported."""
+    """Samples are cut off at this many tokens; the number cut off is reported."""
     seed: int = 0
-    """Each sample's own seed is made from this one, its problem and its number."""
+    """Each sample's own seed is derived from this one, its problem and its number."""
     system: str | None = None
     """System message before each problem; null: none."""
     thoughts: str | None = None
@@ -112,27 +111,27 @@ class EvalConfig:
     compute_dtype: str = "auto"
     """As `trainer.compute_dtype`."""
     endpoint: str | None = None
-    """Base URL of an OpenAI-compatible server, such as http://localhost:8000/v1, to generate there. A key is taken from
+    """Base URL of an OpenAI-compatible server, such as http://localhost:8000/v1, to generate with. A key is taken from
     OPENAI_API_KEY."""
     endpoint_model: str | None = None
-    """The model's name there; null: the only one that the server lists."""
+    """The model's name on that server; null: the only one that the server lists."""
     concurrency: int = 32
-    """Requests under way at a time."""
+    """Requests in flight at a time."""
     retries: int = 5
-    """Further attempts at a request that failed, each after twice the wait; a sample that never comes is a failure."""
+    """Further attempts at a failed request, each after twice the wait; a sample that never arrives is a failure."""
     request_timeout_seconds: float = 600.0
-    """For one answer."""
+    """Timeout for one answer."""
     samples: str | None = None
-    """JSONL file with samples from elsewhere to judge: `{"problem": …, "completion": …}` per line."""
+    """JSONL file of samples from elsewhere to judge: `{"problem": …, "completion": …}` per line."""
     second_opinion: bool = True
-    """Also grade the benches by designs that do nothing, and compare samples with the reference under fresh random
-    stimulus, where there is a reference (and by proof, where the problem is combinational and yosys is installed).
-    Beside the score, never in it."""
+    """Also grade the benches with designs that do nothing, and, where there is a reference, compare samples with it
+    under fresh random stimulus (and by proof, where the problem is combinational and yosys is installed). Reported next
+    to the score, never part of it."""
     stimulus_seed: int | None = None
     """Seed of that stimulus; null: a new one for each evaluation, which is recorded."""
     columns: list[str] = field(default_factory=list)
-    """What else to find out about samples that pass: `lint` (warnings, by verilator), `size` (cells and transistors,
-    by yosys). Where the tool is not installed the column stays empty."""
+    """What else to report about samples that pass: `lint` (warnings, by verilator), `size` (cells and transistors, by
+    yosys). If the tool is not installed, the column stays empty."""
     resimulate: bool = False
     """Judge the stored samples of `run_dir` again."""
     judge: JudgeConfig = field(default_factory=JudgeConfig)
@@ -147,15 +146,15 @@ class EvaluateRoot:
     model: ModelConfig = field(default_factory=ModelConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
     run: str = ""
-    """Run folder of a training: what it trained is evaluated."""
+    """Run folder of the training to evaluate."""
     compare: list[str] = field(default_factory=list)
-    """Two folders of evaluations to compare problem by problem."""
+    """Two evaluation folders to compare problem by problem."""
     selfcheck: bool = False
-    """Show what sandbox and simulator do here, then stop."""
+    """Show how sandbox and simulator behave on this machine, then stop."""
     name: str = "evaluations"
     """Name of the records' folder in the run folder, or in `outputs`."""
     run_dir: str | None = None
-    """Folder of this evaluation; null: `<run>/<name>/<date>_<time>`. Giving the same folder again goes on with it."""
+    """Folder of this evaluation; null: `<run>/<name>/<date>_<time>`. Giving the same folder again resumes it."""
 
 
 @dataclass(kw_only=True)
@@ -163,58 +162,59 @@ class JudgeRoot:
     """Everything `python -m gemma4_tpu.judge` takes."""
 
     eval: EvalConfig = field(default_factory=EvalConfig)
-    """Of these only `benchmark`, `problems_path`, `max_problems` and `judge` count."""
+    """Only `benchmark`, `problems_path`, `max_problems` and `judge` are used."""
     port: int = 8765
-    """On 127.0.0.1; 0: any that is free. The address is printed."""
+    """Port on 127.0.0.1; 0: any free one. The address is printed."""
     with_parent: bool = False
-    """End when standard input is closed, as it is when the process at its other end is gone."""
+    """End when standard input is closed, as happens when the process at its other end is gone."""
 
 
 @dataclass(kw_only=True)
 class PlanConfig:
-    """What is assumed and tried (`plan=`)."""
+    """What a plan assumes and tries (`plan=`)."""
 
     rows: int = 9959
-    """Training examples, where the data can't be read here. The defaults are those of the paper's 10,000 rows."""
+    """Training examples, if the data can't be read here. The defaults are those of the paper's 10,000 rows."""
     mean_tokens: float = 922.0
     """Their mean length."""
     p99_tokens: float = 2553.0
     """Length that 99% of them do not exceed."""
     schedule: bool = True
-    """After the first answer compile to the end, and take time from the compiler's schedule: minutes for the large
-    models, once (compiled programs are kept). It also finds kernels that ask for too much on-chip memory, and adds
+    """After the first answer, compile to the end and take the time from the compiler's schedule: minutes for the large
+    models, once (compiled programs are kept). This also finds kernels that ask for too much on-chip memory, and adds
     XLA's own counts (`cost_analysis`)."""
     utilization_low: float = 0.4
-    """Without a schedule: share of the binding roofline that a slow run reaches, the estimates' pessimistic end."""
+    """Without a schedule: share of the binding roofline that a slow run reaches, the pessimistic end of the
+    estimates."""
     utilization_high: float = 0.6
-    """Without a schedule: share that a fast run reaches, the estimates' optimistic end."""
+    """Without a schedule: share that a fast run reaches, the optimistic end of the estimates."""
     hours_between_preemptions: float = 8.0
-    """How long spot capacity stays on average; an assumption, for its costs."""
+    """How long spot capacity lasts on average, for its costs; an assumption."""
     restart_minutes: float = 10.0
-    """From a new slice to the first update after a preemption: start, restore, compile; an assumption."""
+    """Minutes from a new slice to the first update after a preemption: start, restore, compile; an assumption."""
     calibration: str | None = None
-    """Folder of one's own runs (or a run folder): how much longer their updates took than planned takes the place of
-    the published band. `calibration=` for short."""
+    """Folder of your own runs (or one run folder): how much longer their updates took than planned replaces the
+    published band. Short form: `calibration=`."""
     max_attempts: int = 4
-    """When the run does not fit: changes to compile in search of some that do; 0: none."""
+    """If the run does not fit: how many changes to compile in search of some that do; 0: none."""
     search: bool = False
-    """Compile every legal mesh with each remat policy and batch size of the slice, and show which are worth it."""
+    """Compile every legal mesh with each remat policy and batch size of the slice, and show which are worthwhile."""
     search_schedules: int = 3
-    """With `plan.schedule`: of what fits, so many are compiled to the end, those with the best rooflines; they are
-    ranked by the schedule."""
+    """With `plan.schedule`: of those that fit, this many with the best rooflines are compiled to the end and ranked by
+    the schedule."""
     search_flags: list[str] = field(default_factory=lambda: ["none", "tuned"])
     """Values of `hardware.flags` with which each of these is compiled to the end."""
     search_rows: list[int] = field(default_factory=lambda: [1, 2, 4])
-    """Rows of T for each place on the fsdp axis and microbatch that a search tries."""
+    """Rows of T that a search tries, per position on the fsdp axis and microbatch."""
     max_candidates: int = 24
-    """A search compiles at most so many; the others are named as left out."""
+    """A search compiles at most this many; the others are listed as left out."""
     parallel: int = 1
     """Compilations at a time in a search, as far as memory permits."""
 
 
 @dataclass(kw_only=True)
 class PlanRoot(TrainRoot):
-    """Everything `python -m gemma4_tpu.plan` takes: what train takes, and what is assumed."""
+    """Everything `python -m gemma4_tpu.plan` takes: what train takes, plus assumptions."""
 
     plan: PlanConfig = field(default_factory=PlanConfig)
     name: str = "plan"
@@ -234,39 +234,39 @@ class CheckRoot:
 
 @dataclass(kw_only=True)
 class ReportRoot:
-    """Everything `python -m gemma4_tpu.report` takes; exactly one of the subjects is given."""
+    """Everything `python -m gemma4_tpu.report` takes; exactly one subject is given."""
 
     run: list[str] = field(default_factory=list)
-    """Run folder of a training, or several: one page about all that is recorded of it. `run=<folder>` will do."""
+    """Run folder of a training, or several: one page about everything recorded of it. `run=<folder>` works, too."""
     records: list[str] = field(default_factory=list)
-    """With `run`: folders of plans, evaluations, benchmarks and the like (or folders of such), besides those that lie
-    in the run folder, or under `outputs` and name it."""
+    """With `run`: folders of plans, evaluations, benchmarks and the like (or folders of such), in addition to those
+    that are in the run folder, or are under `outputs` and name it."""
     sweep: str = ""
-    """Sweep folder, or any folder of run folders: its table, best run and plots are made anew."""
+    """Sweep folder, or any folder of run folders: its table, best run and plots are regenerated."""
     wandb: str = ""
-    """Run folder tracked by W&B: how its records are synced."""
+    """Run folder tracked by W&B: shows how to sync its records."""
     check: str = ""
     """Folder of a committed experiment: it is run again and compared with its recorded result."""
     cost: list[str] = field(default_factory=list)
     """Runs, plans, evaluations, benchmarks and folders with a `figures.yaml`, or folders of such: what each costs, and
-    training with serving together. Also written `report cost <folder> <folder>`."""
+    training plus serving. Also written `report cost <folder> <folder>`."""
     plausibility: list[str] = field(default_factory=list)
-    """The same kinds of folders: each throughput and latency beside the slice's physical ceiling."""
+    """The same kinds of folders: each throughput and latency compared with the slice's physical ceiling."""
     price_list: bool = False
-    """What an hour on each chip costs by region and kind of capacity, from whom, and how old that is. Also written
-    `report prices`."""
+    """Price of an hour on each chip by region and kind of capacity, with its source and age. Also written `report
+    prices`."""
     serving_hours: list[float] = field(default_factory=lambda: [1.0, 8.0, 24.0])
-    """With `cost` or `run`: hours of serving for which totals are worked out."""
+    """With `cost` or `run`: hours of serving for which totals are calculated."""
     serving_slices: list[str] = field(default_factory=list)
-    """With `cost` or `run`: slices to serve on, besides those of the benchmarks; keys of `hardware.SLICES`."""
+    """With `cost` or `run`: slices to serve on, in addition to those of the benchmarks; keys of `hardware.SLICES`."""
     prices: dict[str, float] = field(default_factory=dict)
-    """With `cost` or `run`: USD per hour on demand by slice, such as `{v6e-8: 21.5, local: 0.1}`, before those of
-    `prices.yaml`."""
+    """With `cost` or `run`: on-demand USD per hour by slice, such as `{v6e-8: 21.5, local: 0.1}`; they override those
+    of `prices.yaml`."""
     spot_prices: dict[str, float] = field(default_factory=dict)
-    """With `cost` or `run`: USD per hour on spot capacity by slice."""
+    """With `cost` or `run`: spot USD per hour by slice."""
     out: str | None = None
     """With `cost`, `plausibility` or `run`: Markdown file to write; null: the first two are printed, the page of a run
-    goes to its folder (`report.md`), of several runs to `outputs/reports`. The HTML page lies beside it."""
+    goes to its folder (`report.md`), that of several runs to `outputs/reports`. The HTML page is written next to it."""
     metric: str | None = None
     """With `sweep`: the key of `result.json` that decides which run is best; null: the sweep's own, else
     `heldout_loss_last`."""
