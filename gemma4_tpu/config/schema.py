@@ -1,4 +1,4 @@
-"""Types of a training's configuration: one dataclass per config group, values live in `conf/`.
+"""Types of a training run's configuration: one dataclass per config group, values live in `conf/`.
 
 This module is ground: it imports neither JAX nor Hydra, so that every process can read a configuration at once.
 A string that follows a field documents it; `null` in YAML is `None` here. Cross-field rules live in

@@ -74,8 +74,8 @@ class ServeRoot:
 
     serving: ServingConfig = field(default_factory=ServingConfig)
     run: str = ""
-    """Folder of a merged checkpoint, or the run folder of a training that has `merged` in it. With `adapters`: their
-    base; empty: the one they were trained on."""
+    """Folder of a merged checkpoint, or a run folder that has `merged` in it. With `adapters`: their base; empty: the
+    one they were trained on."""
     adapters: list[str] = field(default_factory=list)
     """Run folders whose adapters (`merge export=peft`) are served on one base, each under its folder's name."""
     dry_run: bool = False

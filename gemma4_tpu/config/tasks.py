@@ -1,4 +1,4 @@
-"""Types of what runs before and after a training: check, plan, merge, evaluate, report. Ground: `schema.py`."""
+"""Types of what runs before and after a training run: check, plan, merge, evaluate, report. Ground: `schema.py`."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ class MergeRoot:
     """Everything `python -m gemma4_tpu.merge` takes."""
 
     run: str = ""
-    """Run folder of a training, or a folder of run folders (a sweep): each is exported."""
+    """A training run's folder, or a folder of run folders (a sweep): each is exported."""
     export: ExportConfig = field(default_factory=ExportConfig)
     name: str = "merges"
     """Name of the records' folder in the run folder."""
@@ -146,7 +146,7 @@ class EvaluateRoot:
     model: ModelConfig = field(default_factory=ModelConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
     run: str = ""
-    """Run folder of the training to evaluate."""
+    """Run folder of the training run to evaluate."""
     compare: list[str] = field(default_factory=list)
     """Two evaluation folders to compare problem by problem."""
     selfcheck: bool = False
@@ -237,7 +237,7 @@ class ReportRoot:
     """Everything `python -m gemma4_tpu.report` takes; exactly one subject is given."""
 
     run: list[str] = field(default_factory=list)
-    """Run folder of a training, or several: one page about everything recorded of it. `run=<folder>` works, too."""
+    """Run folder of a training run, or several: one page about everything recorded of it. `run=<folder>` works, too."""
     records: list[str] = field(default_factory=list)
     """With `run`: folders of plans, evaluations, benchmarks and the like (or folders of such), in addition to those
     that are in the run folder, or are under `outputs` and name it."""
