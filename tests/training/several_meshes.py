@@ -25,4 +25,4 @@ with Preemption() as preemption:
             dp, fsdp, tp = mesh.split("x")
             sizes = f"mesh.dp={dp}", f"mesh.fsdp={fsdp}", f"mesh.tp={tp}"
             words = [*sizes, f"run_dir={folder}/{mesh}", *overrides]
-            assert _record(load_train(words), hosts, preemption) == 0
+            assert _record(load_train(words), hosts, preemption).code == 0
