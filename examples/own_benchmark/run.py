@@ -27,7 +27,7 @@ def main() -> None:
             "data": "chat_jsonl",
             "data.train": [write(problems[HELDOUT:], "problems.jsonl")],
             "data.sequence_length": 256,
-            "trainer.max_updates": 150,
+            "trainer.max_updates": 100,
             "trainer.global_batch_sequences": 4,
             "optimizer.learning_rate": 1e-2,
         }

@@ -33,7 +33,7 @@ def main() -> None:
             "model.path": MODEL,
             "data": "chat_jsonl",
             "data.train": [write(rows[HELDOUT:], "calls.jsonl")],
-            "data.sequence_length": 512,
+            "data.sequence_length": 320,
             "trainer.max_updates": 180,
             "trainer.global_batch_sequences": 4,
             "optimizer.learning_rate": 1e-2,
