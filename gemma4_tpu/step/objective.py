@@ -6,6 +6,7 @@ microbatch, and says what the sum over all of them is divided by: once, over the
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from typing import Any, ClassVar, NamedTuple
 
@@ -31,7 +32,7 @@ Stats = dict[str, Mean]
 """Name, as in `metrics.jsonl` → figure; the same names for all rows."""
 
 
-class Objective:
+class Objective(ABC):
     """Base class; instances are hashable, as the step is that holds them."""
 
     fields: ClassVar[Mapping[str, Any]] = {}
@@ -43,6 +44,7 @@ class Objective:
     """Whether its batches are the policy's own answers; held-out rows, whose answers are given, are then scored by
     their cross-entropy."""
 
+    @abstractmethod
     def loss(self, nll: jax.Array, rows: Mapping[str, jax.Array]) -> tuple[jax.Array, Stats]:
         """The loss, summed over rows, and what there is to tell of it.
 
@@ -50,11 +52,10 @@ class Objective:
           nll: float32 [B, T], negative log-likelihood of every target; where `target_mask` is False too, so mask it.
           rows: arrays [B, T] of one microbatch, some of which may be padding throughout.
         """
-        raise NotImplementedError
 
+    @abstractmethod
     def denominator(self, batch: Mapping[str, jax.Array]) -> jax.Array:
         """What the sum over all microbatches is divided by, from the whole batch [M, B, T]: a scalar, at least 0."""
-        raise NotImplementedError
 
 
 def means(sums: Mapping[str, Any]) -> dict[str, float]:
