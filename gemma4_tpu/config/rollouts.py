@@ -3,6 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from urllib.parse import urlsplit
+
+JUDGE = "judge"
+"""The reward that is a process of ours."""
+
+
+def is_address(reward: str) -> bool:
+    """Whether a reward is a server's."""
+    return urlsplit(reward).scheme in ("http", "https")
 
 
 @dataclass(kw_only=True)

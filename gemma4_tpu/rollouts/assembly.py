@@ -7,7 +7,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-from gemma4_tpu.config.rollouts import RolloutsConfig
+from gemma4_tpu.config.rollouts import JUDGE, RolloutsConfig
 from gemma4_tpu.config.schema import DataConfig, TrainerConfig
 from gemma4_tpu.data.chat import ChatFormat
 from gemma4_tpu.data.examples import Examples
@@ -16,7 +16,7 @@ from gemma4_tpu.rollouts.batch import BatchShape
 from gemma4_tpu.rollouts.certificate import Certificate
 from gemma4_tpu.rollouts.collecting import Collector
 from gemma4_tpu.rollouts.policy_tasks import Task, of_problems, of_rows, that_fit
-from gemma4_tpu.rollouts.rewarding import JUDGE, open_reward
+from gemma4_tpu.rollouts.rewarding import open_reward
 from gemma4_tpu.rollouts.sampler import Sampler, SamplerShapes
 from gemma4_tpu.rollouts.scoring import Scorer
 from gemma4_tpu.rollouts.source import Making, OnPolicySource, Selection, by_advantage, by_reward

@@ -10,16 +10,14 @@ from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Protocol
-from urllib.parse import urlsplit
 
 import httpx
 
-from gemma4_tpu.config.rollouts import RolloutsConfig
+from gemma4_tpu.config.rollouts import JUDGE, RolloutsConfig, is_address
 from gemma4_tpu.errors import UserError
 from gemma4_tpu.evals.reward import JudgeProcess
 from gemma4_tpu.rollouts.policy_tasks import Task
 
-JUDGE = "judge"
 TRUNCATED, NO_FENCE, PASSED, OTHER = "truncated", "no fence", "pass", "scored"
 """Classes of verdicts, besides those of the judge and of what functions and servers name."""
 FENCE = "```"
@@ -167,11 +165,6 @@ class _Judging:
 
     def __exit__(self, *_: object) -> None:
         self._judge.close()
-
-
-def is_address(name: str) -> bool:
-    """Whether a reward is a server's."""
-    return urlsplit(name).scheme in ("http", "https")
 
 
 def load_function(name: str) -> Callable[[list[dict[str, Any]]], Any]:

@@ -3,19 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
-from urllib.parse import urlsplit
 
 from gemma4_tpu.architectures import Architecture
 from gemma4_tpu.config.paths import local_place
-from gemma4_tpu.config.rollouts import RolloutsConfig
+from gemma4_tpu.config.rollouts import JUDGE, RolloutsConfig, is_address
 from gemma4_tpu.config.schema import DataConfig, LoraConfig, ObjectiveConfig
 from gemma4_tpu.errors import UserError
 from gemma4_tpu.hardware import MeshSizes
 from gemma4_tpu.models.kv_cache import weight_bytes
 from gemma4_tpu.step.objective_kinds import KINDS
-
-JUDGE = "judge"
-"""The reward that is a process of ours."""
 
 
 def is_on_policy(objective: ObjectiveConfig) -> bool:
@@ -62,7 +58,7 @@ def _sampled_as_trained(lora: LoraConfig, data: DataConfig) -> list[str]:
 
 def _reward(config: RolloutsConfig) -> list[str]:
     name = config.reward
-    if urlsplit(name).scheme in ("http", "https"):
+    if is_address(name):
         return []
     if name != JUDGE:
         module, _, function = name.partition(":")
