@@ -52,7 +52,7 @@ check: setup-dev
 	$(BIN)/python -m pytest -q -p no:xdist tests/test_floors.py tests/house/test_links.py \
 	  tests/house/test_configuration.py::test_the_page_is_what_the_schema_says
 
-# The site: docs/, README, benchmarks and experiments as pages with a search, in build/site; a warning is an error.
+# The site: docs/, benchmarks and experiments as pages with a search, in build/site; a warning is an error.
 docs: setup-dev
 	JAX_PLATFORMS=cpu $(BIN)/sphinx-build --quiet --fail-on-warning --keep-going -c docs/site . build/site
 	@echo "build/site/docs/site/index.html"

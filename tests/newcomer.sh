@@ -2,9 +2,9 @@
 # tests/newcomer.sh [FOLDER]: does what README tells a newcomer, and fails where anything does.
 #
 # HEAD is cloned into FOLDER (which must be empty; by default a temporary one that is removed), and HOME is an empty
-# folder. Each command of README's section "Two commands" runs as it stands there, in a clone of its own: no environment
-# but the one that it makes. Then the plan on README's first screen runs in the first of those environments. Material in
-# ../shared, which some tests read, is linked to where the clones look for it. What is skipped is said at the end.
+# folder. Each of README's two `make` commands runs as it stands there, in a clone of its own: no environment but the one
+# that it makes. Then README's plan runs in the first of those environments. Material in ../shared, which some tests read,
+# is linked to where the clones look for it. What is skipped is said at the end.
 set -euo pipefail
 repository=$(cd "$(dirname "$0")/.." && pwd)
 if [[ $# -gt 0 ]]; then
@@ -24,10 +24,9 @@ as_newcomer() {  # runs a line of README
     HOME="$place/home" bash -c "$1"
 }
 
-mapfile -t commands < <(awk '/^## / { here = /^## Two commands/ } here && /^```/ { if (++fences == 2) exit; next }
-  here && fences' "$repository/README.md")
-plan=$(grep -m 1 '^python -m gemma4_tpu.plan ' "$repository/README.md")
-[[ ${#commands[@]} -eq 2 ]] || { echo "README shows ${#commands[@]} commands, not two" >&2; exit 2; }
+mapfile -t commands < <(grep '^make ' "$repository/README.md")
+plan=$(grep -m 1 '^gemma4-tpu plan ' "$repository/README.md")
+[[ ${#commands[@]} -eq 2 ]] || { echo "README shows ${#commands[@]} commands of make, not two" >&2; exit 2; }
 [[ -z $(git -C "$repository" status --porcelain) ]] || echo "Uncommitted changes are left out: HEAD is what is cloned."
 
 skipped=()

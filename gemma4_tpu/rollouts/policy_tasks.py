@@ -15,6 +15,7 @@ from gemma4_tpu.data.chat import ChatFormat
 from gemma4_tpu.data.examples import Examples
 from gemma4_tpu.errors import UserError
 from gemma4_tpu.evals.benchmarks import SOURCES, load_problems
+from gemma4_tpu.evals.generate import visible
 from gemma4_tpu.evals.heldout import split
 
 log = logging.getLogger(__name__)
@@ -31,7 +32,7 @@ class Task:
     prompt: str
     """The same as text."""
     reference: str
-    """The answer that the row has; of a problem: its reference design."""
+    """The answer that the row has, as a user would see it; of a problem: its reference design."""
 
 
 def of_rows(examples: Examples, tokenizer: Any) -> list[Task]:
@@ -44,7 +45,7 @@ def of_rows(examples: Examples, tokenizer: Any) -> list[Task]:
     for i, (ids, _) in enumerate(pairs):
         name = str(examples.origin(i))
         name = name if name not in tasks else f"{name}#{i}"  # a row may be several examples
-        tasks[name] = Task(name, ids, prompts[i], references[i])
+        tasks[name] = Task(name, ids, prompts[i], visible(references[i], tokenizer))
     return list(tasks.values())
 
 
