@@ -35,9 +35,9 @@ BENCH: EntryPoint[BenchRoot, BenchChecked] = EntryPoint(
     normalise=normalise_bench,
     examine=examine_bench,
     summary=(
-        "Put load on a server and measure latency and throughput as `vllm bench serve` defines them: request rates ×"
-        " lengths, or users × context; or the highest rate that keeps limits on latency. Raw results for each cell,"
-        " tables, plots, one HTML page."
+        "Load-test a server: latency and throughput by rate, length, users. Defined as in `vllm bench serve`: request"
+        " rates × lengths, or users × context, or the highest rate within limits on latency. Leaves raw results for each"
+        " cell, tables, plots and one HTML page."
     ),
     examples=(
         ("endpoint=http://127.0.0.1:8000 slice=v6e-8 architecture=gemma4_31b", "rates 1 to 64 and unbounded"),

@@ -50,8 +50,8 @@ CHECK: EntryPoint[CheckRoot, Nothing] = EntryPoint(
     normalise=_normalise,
     examine=_examine,
     summary=(
-        "Say what a checkpoint is and whether it can be trained, in seconds: tensors, parameters, output matrix, RoPE,"
-        " chat template, vocabulary and stop ids, from headers and small files. Training, plan and launch do the same."
+        "Say what a checkpoint is and whether it can be trained, in seconds. Reads headers and small files only: tensors,"
+        " parameters, output matrix, RoPE, chat template, vocabulary, stop ids. Training, plan and launch check the same."
     ),
     examples=(
         ("model.path=embedded:tiny", "the base that travels with the package"),

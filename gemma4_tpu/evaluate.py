@@ -40,8 +40,8 @@ EVALUATE: EntryPoint[EvaluateRoot, EvaluateChecked] = EntryPoint(
     normalise=normalise_evaluate,
     examine=examine_evaluate,
     summary=(
-        "Generate solutions to Verilog problems, judge them by simulation in a sandbox, and report pass@k with its"
-        " uncertainty. Needs Icarus Verilog."
+        "Score a model on Verilog problems by simulation: pass@k. Solutions are generated, judged in a sandbox, and"
+        " reported with their uncertainty. Needs Icarus Verilog."
     ),
     examples=(
         ("run=outputs/train/<run>", "a run beside its base, on the synthetic problems of the package"),

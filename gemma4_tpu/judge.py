@@ -42,8 +42,8 @@ JUDGE: EntryPoint[JudgeRoot, Nothing] = EntryPoint(
     normalise=_normalise,
     examine=_examine,
     summary=(
-        "Judge Verilog completions as a service on loopback, for rewards: batches of problem and completion in,"
-        " verdicts and graded scores out. Tries itself with cheats first. Needs Icarus Verilog."
+        "Serve verdicts on Verilog completions, as a reward. Takes batches of problem and completion on loopback, and"
+        " answers with verdicts and graded scores. Tests itself with known cheats first. Needs Icarus Verilog."
     ),
     examples=(
         ("", "the synthetic problems of the package, on port 8765"),

@@ -35,8 +35,8 @@ MERGE: EntryPoint[MergeRoot, MergeChecked] = EntryPoint(
     normalise=normalise_merge,
     examine=examine_merge,
     summary=(
-        "Turn a trained run into a model that others can load: a merged Hugging Face checkpoint, a PEFT adapter, or"
-        " both. Written beside the target, compared with the LoRA model, then renamed."
+        "Export a run as a merged checkpoint, a PEFT adapter, or both. Written next to the target, compared with the"
+        " LoRA model, then renamed."
     ),
     examples=(
         ("run=outputs/train/<run>", "the run's last checkpoint, to outputs/train/<run>/merged"),

@@ -23,8 +23,8 @@ REPORT: EntryPoint[ReportRoot, ReportChecked] = EntryPoint(
     normalise=normalise_report,
     examine=examine_report,
     summary=(
-        "Look back at what was recorded: one page about a run from plan to cost, a sweep's table and plots, W&B records"
-        " to sync, an experiment's result."
+        "Report on a run from plan to cost, on a sweep, or on costs. From what was recorded: one page about a run, a"
+        " sweep's table and plots, W&B records to sync, an experiment run again and compared."
     ),
     examples=(
         ("run=outputs/train/<run>", "one page: plan, training, merge, evaluation, serving, cost (Markdown and HTML)"),

@@ -35,9 +35,9 @@ SERVE: EntryPoint[ServeRoot, ServeChecked] = EntryPoint(
     normalise=normalise_serve,
     examine=examine_serve,
     summary=(
-        "Serve a merged checkpoint by vLLM in its container: checked first, followed while it compiles, asked if it"
-        " is the trained model, stopped and removed on Ctrl-C. Needs Docker or Podman, or vLLM on this machine"
-        " (serving.runner=process)."
+        "Serve a merged checkpoint, or adapters, with vLLM in its container. Checks first, follows the start, verifies"
+        " that the server has the trained model, stops and removes the container on Ctrl-C. Needs Docker or Podman, or"
+        " vLLM on this machine (serving.runner=process)."
     ),
     examples=(
         ("serving=v6e8 run=outputs/train/<run>", "31B on v6e-8 as in the paper"),

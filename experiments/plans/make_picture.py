@@ -1,6 +1,6 @@
 """Draws README's picture from the plans of this folder: what one job costs for each size, on two slices.
 
-    python experiments/plans/make_picture.py
+python experiments/plans/make_picture.py
 """
 
 from __future__ import annotations

@@ -28,10 +28,16 @@ class EntryPoint(Generic[Root, Checks]):
     examine: Callable[[Root], tuple[Checks | None, list[Refusal]]]
     """Everything that can be checked without JAX: what was found out, or the problems."""
     summary: str
+    """Help's first paragraph; its first sentence is the command's line in the map of commands."""
     examples: tuple[tuple[str, str], ...]
     """(arguments, what they do)"""
     shorthands: Mapping[str, str] = field(default_factory=dict)
     """Short name → key that it stands for on the command line."""
+
+    @property
+    def gist(self) -> str:
+        """The command in one line."""
+        return f"{self.summary.partition('. ')[0].rstrip('.')}."
 
     @property
     def module(self) -> str:

@@ -32,11 +32,15 @@ MEANINGS: tuple[tuple[str, str, str], ...] = (
         "optimizer.end_fraction={}",
         "of the peak",
     ),
-    ("adam_beta1 beta1", "optimizer.b1={}", ""),
-    ("adam_beta2 beta2", "optimizer.b2={}", ""),
+    ("adam_beta1 beta1 adam_b1", "optimizer.b1={}", ""),
+    ("adam_beta2 beta2 adam_b2", "optimizer.b2={}", ""),
     ("adam_epsilon adam_eps epsilon", "optimizer.eps={}", ""),
-    ("wd", "optimizer.weight_decay={}", ""),
-    ("grad_clip clip_grad_norm gradient_clipping gradient_clip_val", "optimizer.max_grad_norm={}", ""),
+    ("wd adam_weight_decay", "optimizer.weight_decay={}", ""),
+    (
+        "grad_clip clip_grad_norm gradient_clipping gradient_clip_val gradient_clipping_threshold",
+        "optimizer.max_grad_norm={}",
+        "",
+    ),
     ("optim optimizer_type optimizer_name opt_type", "optimizer=adamw", "or adafactor, lion, muon, schedule_free"),
     (
         "max_steps num_steps total_steps train_steps num_train_steps max_iters steps",
@@ -133,8 +137,8 @@ MEANINGS: tuple[tuple[str, str, str], ...] = (
         "model.new_tokens=['<result>']",
         "their rows of the embedding are trained; the whole table by lora.modules_to_train=[embeddings]",
     ),
-    ("use_rslora", "lora.rslora={}", ""),
-    ("use_dora", "lora.dora={}", ""),
+    ("use_rslora peft_use_rslora", "lora.rslora={}", ""),
+    ("use_dora peft_use_dora", "lora.dora={}", ""),
     ("init_lora_weights", "lora.init={}", "default, pissa or olora"),
     ("load_in_4bit use_4bit", "lora.quantize=nf4", "null for false"),
     ("load_in_8bit use_8bit", "lora.quantize=int8", "null for false"),
@@ -164,7 +168,41 @@ MEANINGS: tuple[tuple[str, str, str], ...] = (
         "such as v5p8; local takes what is there",
     ),
 )
-_BY_WORD = {word: (setting, remark) for words, setting, remark in MEANINGS for word in words.split()}
+BY_WORD = {word: (setting, remark) for words, setting, remark in MEANINGS for word in words.split()}
+"""Their word → (our setting, what to know about the value)."""
+
+SAME = {"learning_rate": "optimizer", "weight_decay": "optimizer", "max_grad_norm": "optimizer", "seed": "trainer"}
+"""Their words that are ours, too → our group."""
+VALUES: dict[str, dict[str, str]] = {
+    "adapter": {"lora": "lora=default", "qlora": "lora=qlora_nf4"},
+    "use_peft": {"true": "lora=default"},
+    "load_in_4bit": {"true": "lora.quantize=nf4"},
+    "load_in_8bit": {"true": "lora.quantize=int8"},
+    "lora_target_linear": {"true": "lora.targets=[attention,mlp]"},
+    "lora_target_modules": {"all-linear": "lora.targets=[attention,mlp]"},
+    "rl": {kind: f"objective={kind}" for kind in ("dpo", "ipo", "orpo")},
+    "use_dpo": {"true": "objective=dpo"},
+    "optimizer optim opt_type": dict.fromkeys(("adamw_torch", "adamw_torch_fused", "adamw"), "optimizer=adamw")
+    | {kind: f"optimizer={kind}" for kind in ("adafactor", "lion", "muon")},
+    "packing sample_packing": {"true": "data.packing=true", "false": "data.packing=false"},
+}
+"""Their words → their value → our word, where it is not simply the value: what `translate` takes."""
+SETTLEMENTS = {
+    "train_on_inputs assistant_only_loss completion_only_loss sft_train_on_completion_only": "loss is on answers only",
+    "gradient_checkpointing gradient_checkpointing_kwargs remat_policy": "trainer.remat=auto recomputes what it must",
+    "bf16 fp16 tf32 dtype torch_dtype weight_dtype": "bfloat16 on TPUs; adapters and optimizer are float32",
+    "flash_attention attn_implementation attention": "trainer.attention=auto picks the kernel",
+    "deepspeed fsdp fsdp_config fsdp_version": "mesh=auto shards over the slice; or set mesh.fsdp, mesh.tp, mesh.dp",
+    "trust_remote_code": "code from a checkpoint never runs",
+    "output_dir base_output_directory": "runs are in outputs/train; run_dir=<folder> names another place",
+    "load_parameters_path": "a converted checkpoint; give model.path=<folder> with the original safetensors",
+    "chat_template": "the checkpoint's own template is used",
+    "special_tokens": "the tokenizer's own are used; model.new_tokens adds more",
+    "dataset_config dataset_train_split": "belongs to the data set: data.train.0.subset, data.train.0.split",
+}
+"""Their words → what is the case here, so that nothing is to be set, or nothing follows from their value."""
+BY_VALUE = {word: values for words, values in VALUES.items() for word in words.split()}
+SETTLED = {word: reason for words, reason in SETTLEMENTS.items() for word in words.split()}
 
 
 def synonym(schema: type, key: str, value: str) -> str | None:
@@ -181,10 +219,10 @@ def synonym(schema: type, key: str, value: str) -> str | None:
     plain = key.lower().replace("-", "_")
     ours = {leaf.rsplit(".", 1)[-1] for leaf in leaf_keys(schema)}
     candidates = (plain.rsplit(".", 1)[-1], plain.replace(".", "_"))  # `dataset.path` is their `dataset_path`
-    word = next((c for c in candidates if c in _BY_WORD and c not in ours), None)
+    word = next((c for c in candidates if c in BY_WORD and c not in ours), None)
     if word is None:
         return None
-    setting, remark = _BY_WORD[word]
+    setting, remark = BY_WORD[word]
     where, _, written = setting.partition("=")
     if unknown_key(schema, where) is not None:
         return None

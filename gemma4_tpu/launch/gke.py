@@ -44,7 +44,9 @@ GKE: EntryPoint[GkeRoot, Checked] = LaunchEntry(
     schema=GkeRoot,
     normalise=normalise_launch,
     examine=examine_gke,
-    summary="Train on a GKE cluster made by xpk: a JobSet that waits in Kueue's queue and restarts after preemptions.",
+    summary=(
+        "Train on a GKE cluster made by xpk. Submits a JobSet that waits in Kueue's queue and restarts after preemptions."
+    ),
     examples=(
         (
             "experiment=v5p8 model.path=gs://bucket/gemma-4-31b bucket=gs://bucket project=p zone=us-east5-a"

@@ -39,8 +39,8 @@ TPU_VM: EntryPoint[TpuVmRoot, Checked] = LaunchEntry(
     normalise=normalise_launch,
     examine=examine_tpu_vm,
     summary=(
-        "Train on a Cloud TPU slice: asks for it (queued resources), installs, trains there as python -m"
-        " gemma4_tpu.train would with the same words, goes on after preemptions, uploads, deletes the slice."
+        "Train on a Cloud TPU slice that deletes itself afterwards. Requests it (queued resources), installs, runs what"
+        " python -m gemma4_tpu.train would with the same words, resumes after preemptions, uploads, deletes the slice."
     ),
     examples=(
         (

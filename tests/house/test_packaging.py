@@ -96,7 +96,7 @@ def test_every_command_answers_from_any_directory(script, tmp_path):
 def test_the_launchers_travel_too(script, tmp_path):
     """Messages name the command that is there, and sources come from git where there is no checkout."""
     usage = run(script, "launch", cwd=tmp_path)
-    assert usage.returncode == 0 and "\nlaunch tpu_vm " in usage.stdout and "\nlaunch gke " in usage.stdout
+    assert usage.returncode == 0 and "\n  launch tpu_vm " in usage.stdout and "\n  launch gke " in usage.stdout
     shown = run(script, "launch", "tpu_vm", "--help", cwd=tmp_path)
     assert shown.returncode == 0 and "Usage: gemma4-tpu launch tpu_vm" in shown.stdout
     place = ["model.path=gs://bucket/gemma-4-31b", "bucket=gs://bucket", "project=p", "zone=us-east5-a", "dry_run=true"]
@@ -109,29 +109,15 @@ def test_the_launchers_travel_too(script, tmp_path):
     assert "delete_slice()" in dry.stdout  # the script that every host runs
 
 
+def test_the_wheel_completes_words(script, tmp_path):
+    """As its shells ask it on Tab: tests/house/test_completion.py."""
+    asked = run(script, "completion", "query", cwd=tmp_path, COMP_LINE="gemma4-tpu serve serving=v6e8")
+    assert asked.stdout.split() == ["serving=v6e8", "serving=v6e8_tuned"], asked.stderr
+
+
 def test_the_wheel_reads_its_own_conf(script, tmp_path):
     """Composition and the plugins for sweeps: all from the installed files."""
     refused = run(script, "train", "-m", "lora.rnk=1,2", cwd=tmp_path)
     assert refused.returncode == 2 and "did you mean lora.rank?" in refused.stderr
     where = run(script, "train", "--info", "searchpath", cwd=tmp_path)
     assert str(script.parents[1]) in where.stdout and str(ROOT / "conf") not in where.stdout
-
-
-def test_completion_in_bash(script, tmp_path):
-    """As docs/configuration.md tells to switch it on; Bash asks the function when the user presses Tab."""
-    asked = {
-        "gemma4-tpu pl": {"plan"},
-        "gemma4-tpu launch ": {"gke", "tpu_vm"},
-        "gemma4-tpu launch gke launch.clus": {"launch.cluster="},
-        "gemma4-tpu train lora.al": {"lora.alpha="},
-        "gemma4-tpu serve serving=v6e8": {"serving=v6e8", "serving=v6e8_tuned"},
-    }
-    lines = ['eval "$(gemma4-tpu --shell-completion install=bash)"']
-    for line in asked:
-        lines += [f"COMP_LINE='{line}' COMP_POINT={len(line)} COMP_CWORD={line.count(' ')}"]
-        lines += ["hydra_bash_completion", 'echo "${COMPREPLY[@]}"']
-    environment = dict(os.environ, PATH=f"{script.parent}:{os.environ['PATH']}")
-    done = subprocess.run(
-        ["bash", "-c", "\n".join(lines)], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=60
-    )
-    assert [set(line.split()) for line in done.stdout.splitlines()] == list(asked.values()), done.stderr
