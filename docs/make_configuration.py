@@ -42,8 +42,8 @@ starts; `--help` shows the same as this page for one command, `--cfg job` the co
 always want on one machine go into `conf/local/default.yaml` (first line `# @package _global_`), which git ignores and
 every command that takes `local` reads last; files elsewhere are found with `hydra.searchpath=[file://<folder>]`.
 
-`gemma4-tpu train …` is `python -m gemma4_tpu.train …`, and so on; `gemma4-tpu` alone is a map of the commands. This makes
-Tab complete commands, groups, options and keys in new shells (Bash, zsh or fish, whichever `$SHELL` names):
+`gemma4-tpu train …` is `python -m gemma4_tpu.train …`, and so on; `gemma4-tpu` alone is a map of the commands. After
+this, Tab completes commands, groups, options and keys in new shells (Bash, zsh or fish, whichever `$SHELL` names):
 
 ```bash
 gemma4-tpu completion --install

@@ -36,8 +36,8 @@ BENCH: EntryPoint[BenchRoot, BenchChecked] = EntryPoint(
     examine=examine_bench,
     summary=(
         "Load-test a server: latency and throughput by rate, length, users. Defined as in `vllm bench serve`: request"
-        " rates × lengths, or users × context, or the highest rate within limits on latency. Leaves raw results for each"
-        " cell, tables, plots and one HTML page."
+        " rates × lengths, or users × context, or the highest rate within limits on latency. Leaves raw results for"
+        " each cell, tables, plots and one HTML page."
     ),
     examples=(
         ("endpoint=http://127.0.0.1:8000 slice=v6e-8 architecture=gemma4_31b", "rates 1 to 64 and unbounded"),

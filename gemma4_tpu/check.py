@@ -50,8 +50,9 @@ CHECK: EntryPoint[CheckRoot, Nothing] = EntryPoint(
     normalise=_normalise,
     examine=_examine,
     summary=(
-        "Say what a checkpoint is and whether it can be trained, in seconds. Reads headers and small files only: tensors,"
-        " parameters, output matrix, RoPE, chat template, vocabulary, stop ids. Training, plan and launch check the same."
+        "Say what a checkpoint is and whether it can be trained, in seconds. Reads only headers and small files:"
+        " tensors, parameters, output matrix, RoPE, chat template, vocabulary, stop ids. Training, plan and launch do the"
+        " same."
     ),
     examples=(
         ("model.path=embedded:tiny", "the base that travels with the package"),
