@@ -22,8 +22,8 @@ THEIRS = {
     " load_best_model_at_end resume_from_checkpoint report_to run_name seed output_dir trust_remote_code",
     "axolotl": "base_model datasets val_set_size sequence_len sample_packing train_on_inputs micro_batch_size"
     " gradient_accumulation_steps num_epochs max_steps learning_rate lr_scheduler warmup_ratio warmup_steps"
-    " weight_decay max_grad_norm optimizer adapter lora_r lora_alpha lora_dropout lora_target_modules lora_target_linear"
-    " lora_modules_to_save lora_model_dir peft_use_dora peft_use_rslora load_in_4bit load_in_8bit rl"
+    " weight_decay max_grad_norm optimizer adapter lora_r lora_alpha lora_dropout lora_target_modules"
+    " lora_target_linear lora_modules_to_save lora_model_dir peft_use_dora peft_use_rslora load_in_4bit load_in_8bit rl"
     " gradient_checkpointing bf16 tf32 flash_attention deepspeed fsdp_config save_steps save_total_limit eval_steps"
     " logging_steps early_stopping_patience resume_from_checkpoint wandb_project wandb_entity seed output_dir"
     " chat_template special_tokens",

@@ -27,9 +27,9 @@ FIELD = "# Expected "
 INTRODUCTION = """\
 # Recipes and results
 
-Each folder is one experiment: a recipe (`conf/experiment/<name>.yaml`), the command, what came of it or what to expect.
-*Measured* is what ran, so far on CPUs with tiny models; *estimated* is what the TPU compiler's schedule or, where a plan
-has none yet, the roofline gives for TPUs; *quoted* is what others published. **Nothing here has run on a TPU yet.**
+Each folder is one experiment: a recipe (`conf/experiment/<name>.yaml`), the command, and the result, recorded or
+expected. *Measured* is what ran, so far on CPUs with tiny models; *estimated* follows from the TPU compiler's schedule
+or, for plans without one, from the roofline; *quoted* is what others published. **Nothing here has run on a TPU yet.**
 
 Made by `python -m experiments.make_leaderboard` from the records in these folders. To add a row, commit the record:
 [how](../docs/records.md#experiments)."""
@@ -197,8 +197,9 @@ def page() -> str:
     lines += table(("run", "slice", "model", "rank", "hours", "real tokens/s"), quoted, "lllrrr")
     lines += [
         "Their recipes, kept runnable: [on TPU](paper_v5p8/README.md), [on GPU](gpu_baseline_h100x2/README.md); their",
-        "dollars: [costs](paper_costs/README.md); their throughputs held against the hardware:",
-        "[plausibility](plausibility/README.md); published step times next to ours: [calibration](calibration/README.md).",
+        "dollars: [costs](paper_costs/README.md); their throughputs compared with the",
+        "hardware's limits: [plausibility](plausibility/README.md); published step times next to ours:",
+        "[calibration](calibration/README.md).",
     ]
     return "\n".join(lines) + "\n"
 

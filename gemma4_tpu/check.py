@@ -51,8 +51,8 @@ CHECK: EntryPoint[CheckRoot, Nothing] = EntryPoint(
     examine=_examine,
     summary=(
         "Say what a checkpoint is and whether it can be trained, in seconds. Reads only headers and small files:"
-        " tensors, parameters, output matrix, RoPE, chat template, vocabulary, stop ids. Training, plan and launch do the"
-        " same."
+        " tensors, parameters, output matrix, RoPE, chat template, vocabulary, stop ids. Training, plan and launch do"
+        " the same."
     ),
     examples=(
         ("model.path=embedded:tiny", "the base that travels with the package"),

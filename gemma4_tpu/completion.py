@@ -20,8 +20,8 @@ from gemma4_tpu.commands import COMMANDS, TOOLS
 from gemma4_tpu.config.load import load
 from gemma4_tpu.errors import UserError, exit_code
 
-# A candidate that ends in one of `=./` is continued; all others are followed by a space. Bash ends words at `=` and `:`,
-# so the part that it takes for an earlier word is cut off.
+# A candidate that ends in one of `=./` is continued; all others are followed by a space. Bash ends words at `=` and
+# `:`, so the part that it takes for an earlier word is cut off.
 _BASH = r"""_gemma4_tpu() {
   local line=${COMP_LINE:0:COMP_POINT} word=${COMP_WORDS[COMP_CWORD]} one
   local typed=${line##* }

@@ -34,8 +34,8 @@ PLAN: EntryPoint[PlanRoot, PlanChecked] = EntryPoint(
     normalise=normalise_plan,
     examine=examine_plan,
     summary=(
-        "Say whether a run fits a TPU slice, how long it takes, what it costs. Compiles the training step for the slice,"
-        " without a TPU and without weights. Without arguments: 31B with LoRA on a v5p-8, in some minutes."
+        "Say whether a run fits a TPU slice, how long it takes, what it costs. Compiles the training step for the"
+        " slice, without a TPU and without weights. Without arguments: 31B with LoRA on a v5p-8, in some minutes."
     ),
     examples=(
         ("hardware=v5p8 model=gemma4_31b lora.rank=64", "31B with LoRA of rank 64 on a v5p-8"),

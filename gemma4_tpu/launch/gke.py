@@ -45,7 +45,8 @@ GKE: EntryPoint[GkeRoot, Checked] = LaunchEntry(
     normalise=normalise_launch,
     examine=examine_gke,
     summary=(
-        "Train on a GKE cluster made by xpk. Submits a JobSet that waits in Kueue's queue and restarts after preemptions."
+        "Train on a GKE cluster made by xpk. Submits a JobSet that waits in Kueue's queue and restarts after"
+        " preemptions."
     ),
     examples=(
         (

@@ -1,4 +1,4 @@
-"""experiments/README.md and the heads of recipes: their figures are those of the records, and each names its command."""
+"""experiments/README.md and the heads of recipes: figures are those of the records, and each names its command."""
 
 import re
 
