@@ -9,7 +9,7 @@ from importlib import import_module
 from gemma4_tpu import __version__
 from gemma4_tpu.commands import COMMANDS, TOOLS
 from gemma4_tpu.config.keys import did_you_mean
-from gemma4_tpu.errors import REFUSED
+from gemma4_tpu.errors import REFUSED, tell
 
 _HELP = ("-h", "--help")
 _FIRST = """\
@@ -37,11 +37,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     gists = {name: entry.gist for name, entry in COMMANDS.items()} | TOOLS
     if not words or words[0] in _HELP:
-        print(_FIRST + _lines(gists) + _LAST)
+        tell(_FIRST + _lines(gists) + _LAST)
         return 0
     of = {name: gist for name, gist in gists.items() if name.split()[0] == words[0]}  # `launch` alone is no command
     if of and (len(words) == 1 or words[1] in _HELP):
-        print("Usage: gemma4-tpu <command> [group=option | key=value] …\n\n" + _lines(of) + _LAST)
+        tell("Usage: gemma4-tpu <command> [group=option | key=value] …\n\n" + _lines(of) + _LAST)
         return 0
     given, known = " ".join(words[:2] if of else words[:1]), of or gists
     hint = did_you_mean(given, known)

@@ -7,9 +7,7 @@ that all problems come in one message.
 from __future__ import annotations
 
 import argparse
-import os
 import re
-import sys
 from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,7 +31,7 @@ from gemma4_tpu.config.lists import extended
 from gemma4_tpu.config.overrides import Groups, check_file, check_overrides, groups_in, one_length
 from gemma4_tpu.config.refusals import Refusal, refusal
 from gemma4_tpu.config.schema import TrainRoot
-from gemma4_tpu.errors import UserError
+from gemma4_tpu.errors import UserError, tell
 
 
 @dataclass(frozen=True)
@@ -164,11 +162,8 @@ def _joined(argv: list[str], flags: Collection[str]) -> list[str]:
 
 
 def _tell(text: str) -> NoReturn:
-    """Prints what was asked for and ends the process, also where the reader has seen enough (`| head`)."""
-    try:
-        print(text, flush=True)
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    """Prints what was asked for and ends the process."""
+    tell(text)
     raise SystemExit(0)
 
 

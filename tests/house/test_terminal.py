@@ -28,9 +28,10 @@ def test_help_fits_into_the_terminal(name, columns, monkeypatch):
 
 def test_help_can_be_cut_short():
     """`--help | head -1`: no traceback when the reader has seen enough."""
-    command = f"{sys.executable} -m gemma4_tpu.train --help | head -1"
-    done = subprocess.run(["bash", "-c", command], cwd=ROOT, capture_output=True, text=True, timeout=60, env=os.environ)
-    assert done.stdout.startswith("Fine-tune Gemma 4") and done.stderr == ""
+    for words in ("gemma4_tpu.train --help", "gemma4_tpu"):
+        command = ["bash", "-c", f"{sys.executable} -m {words} | head -1"]
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60, env=os.environ)
+        assert done.stdout.startswith("Fine-tune Gemma 4") and done.stderr == ""
 
 
 def test_gemma4_tpu_alone_is_a_map_on_one_screen(capsys):
