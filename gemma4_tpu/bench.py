@@ -43,9 +43,12 @@ BENCH: EntryPoint[BenchRoot, BenchChecked] = EntryPoint(
         ("endpoint=http://127.0.0.1:8000 slice=v6e-8 architecture=gemma4_31b", "rates 1 to 64 and unbounded"),
         ("served=outputs/servings/<server> bench=matrix", "1 to 2048 users, 16 to 16,256 tokens"),
         ("endpoint=http://127.0.0.1:8000 'bench.lengths=[[1024,128]]' 'bench.rates=[2,inf]'", "your own cells"),
-        ("endpoint=http://127.0.0.1:8000 bench=slo 'bench.slo={p99_ttft_ms: 500}'", "the highest rate that keeps it"),
-        ("served=outputs/servings/<server> bench=vllm", "beside `vllm bench serve` in the server's container"),
-        ("endpoint=http://127.0.0.1:8000 run_dir=outputs/benchmarks/<run>", "go on; cells that are done are kept"),
+        (
+            "endpoint=http://127.0.0.1:8000 bench=slo 'bench.slo={p99_ttft_ms: 500}'",
+            "the highest rate within that limit",
+        ),
+        ("served=outputs/servings/<server> bench=vllm", "compared with `vllm bench serve` in the server's container"),
+        ("endpoint=http://127.0.0.1:8000 run_dir=outputs/benchmarks/<run>", "resume; finished cells are kept"),
     ),
 )
 

@@ -55,7 +55,7 @@ CHECK: EntryPoint[CheckRoot, Nothing] = EntryPoint(
         " the same."
     ),
     examples=(
-        ("model.path=embedded:tiny", "the base that travels with the package"),
+        ("model.path=embedded:tiny", "the embedded base"),
         ("model.path=<checkpoint>", "a local folder; the size is recognised"),
         ("model=gemma4_31b model.path=gs://bucket/gemma-4-31b", "in a bucket; it must be 31B"),
         ("model.path=<checkpoint> model.tokenizer=<folder>", "with the tokenizer of another folder"),

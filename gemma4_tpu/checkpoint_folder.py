@@ -128,7 +128,7 @@ def no_tokenizer(given: str, folder: str) -> list[str]:
     if chat_template(folder) is None:
         return [
             f"{given}: the tokenizer has no chat template ({TEMPLATE_NAME}); take an instruction-tuned checkpoint's"
-            f" tokenizer (model.tokenizer=<folder>), or put a {TEMPLATE_NAME} beside it"
+            f" tokenizer (model.tokenizer=<folder>), or put a {TEMPLATE_NAME} next to it"
         ]
     return []
 

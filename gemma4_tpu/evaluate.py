@@ -44,13 +44,13 @@ EVALUATE: EntryPoint[EvaluateRoot, EvaluateChecked] = EntryPoint(
         " reported with their uncertainty. Needs Icarus Verilog."
     ),
     examples=(
-        ("run=outputs/train/<run>", "a run beside its base, on the synthetic problems of the package"),
+        ("run=outputs/train/<run>", "a run compared with its base, on the embedded synthetic problems"),
         ("run=outputs/train/<run> eval=verilog_eval eval.problems_path=<clone>", "on verilog-eval, 20 samples each"),
         ("model=gemma4_31b model.path=<checkpoint> eval=paper eval.problems_path=<clone>", "a checkpoint, 5 samples"),
         ("eval.endpoint=http://localhost:8000/v1 eval=verilog_eval eval.problems_path=<clone>", "a model on a server"),
-        ("eval.samples=samples.jsonl eval=verilog_eval eval.problems_path=<clone>", "judge what is generated already"),
+        ("eval.samples=samples.jsonl eval=verilog_eval eval.problems_path=<clone>", "judge existing samples"),
         ("run_dir=<evaluation> eval.resimulate=true", "judge stored samples again"),
-        ("selfcheck=true", "show what sandbox and simulator do here"),
+        ("selfcheck=true", "check the sandbox and the simulator on this machine"),
         ("compare=[<evaluation>,<evaluation>]", "two evaluations, problem by problem"),
     ),
     shorthands={"eval.unsafe": "eval.judge.unsafe"},

@@ -46,7 +46,7 @@ JUDGE: EntryPoint[JudgeRoot, Nothing] = EntryPoint(
         " answers with verdicts and graded scores. Tests itself with known cheats first. Needs Icarus Verilog."
     ),
     examples=(
-        ("", "the synthetic problems of the package, on port 8765"),
+        ("", "the embedded synthetic problems, on port 8765"),
         ("eval=verilog_eval eval.problems_path=<clone> port=9000", "verilog-eval, on another port"),
     ),
     shorthands={"eval.unsafe": "eval.judge.unsafe"},

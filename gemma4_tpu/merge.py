@@ -55,7 +55,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # blocks of rows are worked on in parallel instead
     return exit_code(
         lambda: run(load(list(sys.argv[1:] if argv is None else argv), MERGE)).code,
-        interrupted="interrupted; the same command goes on with the file it was at",
+        interrupted="interrupted; the same command resumes at the file that it was writing",
     )
 
 

@@ -39,7 +39,7 @@ PLAN: EntryPoint[PlanRoot, PlanChecked] = EntryPoint(
     ),
     examples=(
         ("hardware=v5p8 model=gemma4_31b lora.rank=64", "31B with LoRA of rank 64 on a v5p-8"),
-        ("experiment=v5p8", "the run that train experiment=v5p8 would be"),
+        ("experiment=v5p8", "the run that `train experiment=v5p8` starts"),
         ("hardware=v6e4 lora=qlora_nf4 trainer.global_batch_sequences=2", "QLoRA on a v6e-4, two rows per update"),
         ("hardware=v6e8 search=true", "meshes × remat × batch: dollars against headroom"),
         ("experiment=v5p8 calibration=outputs/train", "time in the band of your own runs on such chips"),
@@ -102,7 +102,7 @@ def _plan(planned: Planned, folder: RunFolder) -> int:
         if first:
             _keep(attempt, folder)
             print_plan(attempt.result, folder.path)
-            log.info("the schedule takes minutes; what is above stays, and plan.schedule=false leaves it out")
+            log.info("the schedule takes minutes; the figures above stay, and plan.schedule=false skips it")
             attempt.finish()
         result, walked = attempt.result, attempt.walked
     if not result.fits:

@@ -35,7 +35,7 @@ REPORT: EntryPoint[ReportRoot, ReportChecked] = EntryPoint(
         ("wandb=outputs/train/<run>", "how to sync a run that W&B recorded offline"),
         ("check=experiments/<name>", "run a committed experiment again and compare"),
         ("cost outputs/train/<run> outputs/plan/<plan> serving_slices=[v6e-8]", "dollars of training, serving, both"),
-        ("plausibility=[<benchmark>] out=plausibility.md", "throughputs beside the slice's physical ceiling"),
+        ("plausibility=[<benchmark>] out=plausibility.md", "throughputs compared with what the slice can do"),
     ),
 )
 

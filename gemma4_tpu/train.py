@@ -33,12 +33,12 @@ TRAIN: EntryPoint[TrainRoot, Checked] = EntryPoint(
     examine=examine_train,
     summary="Fine-tune Gemma 4 with LoRA, QLoRA or in full. Without arguments: a small run, minutes on a laptop.",
     examples=(
-        ("", "the tiny model on the data that travels with the package"),
+        ("", "the embedded tiny model on the embedded data"),
         ("preview=true", "look at the rows: what is trained on, lengths, fill, drops"),
         ("data=chat_jsonl data.train.0.path=rows.jsonl", "your own conversations"),
         ("lora.rank=8 trainer.max_updates=100", "other values"),
         ("experiment=v5p8 model.path=gs://bucket/gemma-4-31b", "31B on a v5p-8 slice"),
-        ("run_dir=outputs/train/<run>", "go on with a run that was stopped"),
+        ("run_dir=outputs/train/<run>", "resume a run that was stopped"),
     ),
 )
 
@@ -97,7 +97,7 @@ def _record(loaded: Loaded[TrainRoot, Checked], hosts: Hosts, preemption: Preemp
         folder.leave_result(result)
         drawn = plot_run(folder) if folder.write and result.status != "preempted" else []
     except KeyboardInterrupt:
-        hint = f"the same command with run_dir={folder.address} goes on from its last checkpoint"
+        hint = f"the same command with run_dir={folder.address} resumes from its last checkpoint"
         print(f"\ninterrupted; {hint}", file=sys.stderr)
         return Ended(INTERRUPTED, (folder.path,))
     except Exception as error:
@@ -108,7 +108,7 @@ def _record(loaded: Loaded[TrainRoot, Checked], hosts: Hosts, preemption: Preemp
         folder.put_back()
         folder.close()
     if result.status == "preempted":
-        log.warning("preempted and saved at update %d: run_dir=%s goes on from there", result.updates, folder.address)
+        log.warning("preempted and saved at update %d: run_dir=%s resumes from there", result.updates, folder.address)
         return Ended(PREEMPTED, (folder.path,))
     if result.ended:
         log.warning("ended after update %d: %s", result.updates, result.ended)

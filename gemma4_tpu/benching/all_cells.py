@@ -46,8 +46,7 @@ class CellRunner:
         self._source = PromptSource(checked.vocabulary, self._text(config.prompts), config.shared_tokens, config.turns)
         if checked.vocabulary is None and config.prompts is None:
             log.info(
-                "the model's vocabulary is not known: prompts are of the token ids 256 to 511 (architecture=<size> says"
-                " it)"
+                "the model's vocabulary is unknown: prompts use token ids 256 to 511 (architecture=<size> says it)"
             )
 
     def __call__(self, cell: Cell) -> dict[str, Any]:
@@ -182,7 +181,7 @@ def _read(folder: Path, cell: Cell) -> dict[str, Any] | None:
         result = {}
     if result.get("state") in STATES:
         return result
-    log.warning("%s: no result of a cell; it runs again", path)
+    log.warning("%s: not the result of a cell; running it again", path)
     return None
 
 
@@ -195,7 +194,7 @@ def _still_there(target: Target, folder: Path) -> None:
     try:
         asyncio.run(find_target(target.endpoint, target.model))
     except UserError as gone:
-        raise UserError(f"{gone} (the same command with run_dir={folder} goes on when it is back)") from None
+        raise UserError(f"{gone} (the same command with run_dir={folder} resumes when it is back)") from None
 
 
 # ── what a person sees ─────────────────────────────────────────────────────────────────────────────────────────────

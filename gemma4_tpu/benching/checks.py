@@ -65,7 +65,7 @@ def examine_bench(root: BenchRoot) -> tuple[BenchChecked | None, list[Refusal]]:
     if not endpoint and root.served is None:
         messages.append("endpoint: which server? give endpoint=http://127.0.0.1:8000, or served=<record of serve>")
     elif endpoint and (urlsplit(endpoint).scheme not in ("http", "https") or not urlsplit(endpoint).netloc):
-        messages.append(f"endpoint={root.endpoint}: not the address of a server; such as http://127.0.0.1:8000")
+        messages.append(f"endpoint={root.endpoint}: not a server address; give one such as http://127.0.0.1:8000")
     if root.bench.cross_check and (serving is None or serving.runner == "embedded"):
         messages += [] if root.served and serving is None else [_no_vllm(root.served)]
     if messages:
@@ -84,7 +84,7 @@ def _cells(bench: BenchConfig) -> Iterator[str]:
         yield "bench.lengths=[]: give at least one pair of prompt and answer, such as [[512,256]]"
     for pair in bench.lengths:
         if len(pair) != 2 or min(pair) < 1:
-            yield f"bench.lengths: {pair} is no pair of prompt and answer in tokens, such as [512,256]"
+            yield f"bench.lengths: {pair} is not a pair of prompt and answer lengths in tokens, such as [512,256]"
     searched = not bench.rates and not bench.users
     if (bench.rates and bench.users) or (searched and not bench.slo):
         yield (
@@ -98,7 +98,7 @@ def _cells(bench: BenchConfig) -> Iterator[str]:
     for key in ("lengths", "rates", "users"):
         values = [tuple(v) if isinstance(v, list) else v for v in getattr(bench, key)]
         if twice := sorted({v for v in values if values.count(v) > 1}):
-            yield f"bench.{key}: {twice[0]} stands there twice"
+            yield f"bench.{key}: {twice[0]} is listed twice"
     yield from _prompts(bench)
     if bench.arrivals == "fixed" and bench.users:
         yield "bench.arrivals=fixed: only with bench.rates; users send when their last request is answered"
@@ -111,7 +111,7 @@ def _prompts(bench: BenchConfig) -> Iterator[str]:
     if bench.turns > 1 and not bench.users:
         yield f"bench.turns={bench.turns}: only with bench.users, whose next request waits for the answer to the last"
     if bench.turns > 1 and bench.requests % bench.turns:
-        yield f"bench.requests={bench.requests}: no whole number of sessions of bench.turns={bench.turns}"
+        yield f"bench.requests={bench.requests}: not a multiple of bench.turns={bench.turns}"
     if bench.prompts is not None and not Path(bench.prompts).is_file():
         yield f"bench.prompts={bench.prompts}: no such file"
     if bench.cross_check and (bench.prompts is not None or bench.turns > 1):
@@ -148,7 +148,7 @@ def _record(folder: str) -> tuple[ServingConfig | None, list[str]]:
 
 def _no_vllm(served: str | None) -> str:
     told = "the server of served= runs without vLLM" if served else "give served=<record of serve>"
-    return f"bench.cross_check=true: runs vLLM's own client beside the server; {told}"
+    return f"bench.cross_check=true: runs vLLM's own client next to the server; {told}"
 
 
 def _run(served: str, serving: ServingConfig) -> Path | None:

@@ -111,7 +111,7 @@ async def find_target(endpoint: str, name: str | None) -> Target:
     except UserError:
         raise
     except (*_TROUBLE, LookupError, TypeError, ValueError) as error:
-        raise UserError(f"{given}: lists no models ({str(error) or repr(error)}); is a server there?") from None
+        raise UserError(f"{given}: lists no models ({str(error) or repr(error)}); is a server running there?") from None
     if name is None and len(models) != 1:
         raise UserError(
             f"{given}: it has {', '.join(models) or 'no model'}; give bench.served_model_name=<one of them>"
@@ -171,7 +171,7 @@ async def ask(client: aiohttp.ClientSession, target: Target, body: bytes, answer
                 return
             ended = await _follow(response, answer)
         if answer.error is None and answer.first_at is None:
-            answer.error = "an answer without a single token"
+            answer.error = "the answer holds no token"
         elif answer.error is None and not ended:
             answer.error = f"the answer broke off after {answer.chunks} chunks"
     except (*_TROUBLE, LookupError, TypeError, AttributeError, ValueError) as error:

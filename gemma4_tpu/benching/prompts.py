@@ -92,5 +92,5 @@ def read_text(path: str) -> str:
     except UnicodeDecodeError as error:
         raise UserError(f"bench.prompts={path}: not UTF-8 (byte {error.start}); give a file of text") from None
     if not text.strip():
-        raise UserError(f"bench.prompts={path}: there is no text in it")
+        raise UserError(f"bench.prompts={path}: holds no text")
     return text

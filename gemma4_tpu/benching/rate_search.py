@@ -95,7 +95,7 @@ def broken(result: dict[str, Any], limits: list[Limit]) -> str | None:
     if result["state"] == OVERLOADED:
         return "overloaded: arrivals outrun completions"
     if result["median_sending_lag_ms"] > LAG_MS:
-        return f"this client sent {result['median_sending_lag_ms']:,.0f} ms late (median): it is no faster"
+        return f"this client sent {result['median_sending_lag_ms']:,.0f} ms late (median): it cannot send faster"
     for limit in limits:
         found = result[limit.key]
         if found is None or found > limit.ms:

@@ -95,7 +95,7 @@ class OnThisMachine:
     def check(self) -> None:
         """Raises `UserError` where there is no such command."""
         if shutil.which(self._executable) is None:
-            raise UserError(f"bench.cross_check=true: {self._executable}: no such command any more")
+            raise UserError(f"bench.cross_check=true: {self._executable}: the command no longer exists")
 
     def shown(self, words: Sequence[str]) -> str:
         """As it is."""

@@ -30,7 +30,7 @@ def config_dir() -> Path:
     for folder in (package / "conf", package.parent / "conf"):
         if (folder / "train.yaml").is_file():
             return folder.resolve()
-    raise FileNotFoundError(f"no conf/train.yaml beside or in {package}: the installation is damaged")
+    raise FileNotFoundError(f"no conf/train.yaml next to or in {package}: the installation is damaged")
 
 
 def groups_of(entry: EntryPoint) -> dict[str, list[str]]:

@@ -82,7 +82,7 @@ MEANINGS: tuple[tuple[str, str, str], ...] = (
     (
         "resume_from_checkpoint auto_resume_from_checkpoints",
         "run_dir=…",
-        "the run's folder: the same command goes on from its newest checkpoint",
+        "the run's folder: the same command resumes from its newest checkpoint",
     ),
     ("run_name experiment_name", "name={}", ""),
     ("report_to", "tracker={}", "none, wandb, tensorboard or jsonl"),

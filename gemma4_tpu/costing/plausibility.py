@@ -56,7 +56,7 @@ def _why_not(figure: Training | Point) -> str:
         return f"no peaks are known for {figure.slice}"
     if isinstance(figure, Training):
         return "no throughput is told" if not figure.real_tokens_per_second else "the model's architecture is not known"
-    return "model or slice are not told" if figure.serving is None else "no throughput or latency is told"
+    return "no model or slice given" if figure.serving is None else "no throughput or latency given"
 
 
 def _training(training: Training) -> Iterator[Judgement]:

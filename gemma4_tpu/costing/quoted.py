@@ -56,7 +56,7 @@ def read_figures(path: Path) -> Figures:
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: no YAML: {' '.join(str(error).split())}") from None
+        raise UserError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
     top = _mapping(content, f"{path}")
     _known(top, ("label", "source", "setups", *_LISTS), f"{path}")
     label, source = top.get("label"), top.get("source")
@@ -159,7 +159,7 @@ def _mapping(value: Any, where: str) -> dict[str, Any]:
 
 def _texts(value: Any, where: str) -> list[str]:
     if value is not None and not (isinstance(value, list) and all(isinstance(text, str) for text in value)):
-        raise UserError(f"{where}: a list of texts is needed (in quotes, where they hold a colon)")
+        raise UserError(f"{where}: give a list of texts (in quotes, if they hold a colon)")
     return list(value or [])
 
 
@@ -178,9 +178,9 @@ def _make(kind: type[Kind], given: Mapping[str, Any], where: str) -> Kind:
     for key, value in given.items():
         if "float" in types[key] or types[key].startswith("int"):
             if value is not None and (isinstance(value, bool) or not isinstance(value, int | float)):
-                raise UserError(f"{where}: {key}={value!r}: a number is needed")
+                raise UserError(f"{where}: {key}={value!r}: give a number")
         elif types[key].startswith("str") and value is not None and not isinstance(value, str):
-            raise UserError(f"{where}: {key}={value!r}: a text is needed (in quotes)")
+            raise UserError(f"{where}: {key}={value!r}: give a text, in quotes")
     needed = [f.name for f in fields(kind) if f.default is MISSING and f.default_factory is MISSING]  # type: ignore[arg-type]
     if missing := [key for key in needed if key not in given]:
         raise UserError(f"{where}: {' and '.join(missing)} is missing")

@@ -106,7 +106,7 @@ def _run(result: dict[str, Any], path: Path) -> Training:
     config = _config(path)
     hardware = config.get("hardware", {})
     if result.get("status") not in (None, "finished"):
-        log.warning("%s: %s; what it did until then is costed", path, result["status"])
+        log.warning("%s: %s; its cost covers what it did until then", path, result["status"])
     data = read_record(path / "data.json").values if (path / "data.json").is_file() else {}
     return Training(
         name=_short(path),

@@ -70,8 +70,8 @@ class TrainingData:
     def told(self) -> list[str]:
         """What was read, what was done to it, and what is there twice, a line each."""
         counts = {
-            "training rows say exactly what an earlier one says": self.duplicates,
-            "held-out rows are trained on as they are": self.shared_rows,
+            "training rows repeat an earlier row exactly": self.duplicates,
+            "held-out rows are also training rows": self.shared_rows,
             "held-out rows have a first prompt that is also trained on": self.shared_prompts,
         }
         return [*self.places, *self.normalised.lines(), *(f"{n} {what}" for what, n in counts.items() if n)]
@@ -155,11 +155,11 @@ def _tell(built: TrainingData, trained: int, heldout: int) -> None:
         logger.info("%s", line)
     if built.shared_prompts:
         logger.warning(
-            "%d of %d held-out rows have a first prompt that is also trained on, %d are trained on as they are",
+            "%d of %d held-out rows have a first prompt that is also trained on, %d are also training rows",
             built.shared_prompts, heldout, built.shared_rows,
         )  # fmt: skip
     if built.duplicates:
-        logger.warning("%d of %d training rows say exactly what an earlier one says", built.duplicates, trained)
+        logger.warning("%d of %d training rows repeat an earlier row exactly", built.duplicates, trained)
 
 
 def _find(name: str, sources: list[DataSource]) -> list[SourcePlace]:

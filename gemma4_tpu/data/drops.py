@@ -155,6 +155,6 @@ class DropReport:
         if self.fraction > max_drop_fraction:
             raise UserError(
                 f"{name}: {self.rows_dropped} of {self.rows_read} rows dropped ({self.fraction:.1%}), more than "
-                f"data.max_drop_fraction={max_drop_fraction}:{reasons}\nMend the rows (or, for too_long, raise "
-                "data.sequence_length), or allow the loss with a larger data.max_drop_fraction."
+                f"data.max_drop_fraction={max_drop_fraction}:{reasons}\nFix the rows (or, for too_long, raise "
+                "data.sequence_length), or allow more drops with a larger data.max_drop_fraction."
             )

@@ -121,7 +121,7 @@ def _instruction(columns: Columns, turn_columns: Mapping[str, str], tell: Tell) 
         raise RowDropped("no_response")
     history = columns.get("history") or []
     if not isinstance(history, list) or not all(isinstance(pair, list) and len(pair) == 2 for pair in history):
-        raise RowDropped("bad_content", "history is no list of pairs")
+        raise RowDropped("bad_content", "history is not a list of pairs")
     said = [*(text for pair in history for text in pair), f"{instruction}\n\n{more}" if more.strip() else instruction]
     given = [{"role": ("user", "assistant")[n % 2], "content": text} for n, text in enumerate([*said, output])]
     return _conversation(to_turns(given, {}, tell), columns, tell)

@@ -96,7 +96,7 @@ def _refuse_another_format(head: bytes, name: str, ending: str) -> None:
     found = next(((what, right) for magic, (what, right) in MAGIC.items() if head.startswith(magic)), None)
     if ending in TABLES:
         if head and (found is None or found[1] != ending):
-            held = f"holds {found[0]}" if found else "is torn at its beginning, or something else"
+            held = f"holds {found[0]}" if found else "is truncated at its start, or is something else"
             raise UserError(f"{name}: {held}, not {TABLES[ending]}; copy it again or rename it")
         return
     if found is not None:
@@ -172,7 +172,7 @@ def _decoder() -> tuple[json.JSONDecoder, list[str]]:
 def _checked(value: Any, escapes: bool, origin: Origin, twice: list[str]) -> RawRow:
     """The row of a parsed value: an object, no key of it there twice, no escape in it half of a surrogate pair."""
     if twice:
-        return RawRow(origin, {}, RowDropped("invalid_json", f"the key {twice[0][:40]!r} stands twice in one object"))
+        return RawRow(origin, {}, RowDropped("invalid_json", f"the key {twice[0][:40]!r} appears twice in one object"))
     if escapes:
         try:
             json.dumps(value, ensure_ascii=False).encode("utf-8")
@@ -196,7 +196,7 @@ def _read_json(stream: Any, name: str) -> Iterator[RawRow]:
     try:
         text = content.removeprefix(UTF8_MARK).decode("utf-8")
     except UnicodeDecodeError as error:
-        raise UserError(f"{name}: no UTF-8 at byte {error.start} ({error.reason})") from error
+        raise UserError(f"{name}: not UTF-8 at byte {error.start} ({error.reason})") from error
     (decoder, twice), number = _decoder(), 0
     at = _skipped(text, 0, BLANKS)
     array = text.startswith("[", at)

@@ -80,7 +80,7 @@ class SourcePlace:
             lines.append(f"{self.name}: split {self.split or '(files without a split in their name)'}{left}")
         if self.passed_over:
             counts = ", ".join(f"{count} × {ending}" for ending, count in self.passed_over.most_common())
-            lines.append(f"{self.name}: {len(self.files)} files read, passed over: {counts}")
+            lines.append(f"{self.name}: {len(self.files)} files read, skipped: {counts}")
         return lines
 
 
@@ -183,7 +183,7 @@ def _choose(names: Iterable[str | None], wanted: str | None, heldout: bool, path
             else f"nothing is there to be {'held out' if heldout else 'trained on'}"
         )
         raise UserError(
-            f"{path}: {trouble} (there are: {listed}); name one beside the path: {{path: '{path}', split: <name>}}"
+            f"{path}: {trouble} (there are: {listed}); name one next to the path: {{path: '{path}', split: <name>}}"
         )
     return fitting[0]
 

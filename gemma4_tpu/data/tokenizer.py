@@ -47,7 +47,7 @@ def load_tokenizer(folder: str, new_tokens: Sequence[str] = ()) -> Any:
     if not tokenizer.chat_template:
         raise UserError(
             f"{folder}: the tokenizer has no chat template; take an instruction-tuned checkpoint's tokenizer "
-            "(model.tokenizer=…), or put a chat_template.jinja beside it"
+            "(model.tokenizer=…), or put a chat_template.jinja next to it"
         )
     return tokenizer
 

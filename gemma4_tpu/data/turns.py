@@ -76,7 +76,7 @@ def to_turns(messages: Any, columns: Mapping[str, str], tell: Tell) -> list[Turn
 def _turn(given: Any, position: int, columns: Mapping[str, str], tell: Tell) -> list[Turn]:
     """The turn, or the several that stand in one where responses stand beside their calls."""
     if not isinstance(given, dict):
-        raise RowDropped("bad_role", f"turn {position} is no object but {type(given).__name__}")
+        raise RowDropped("bad_role", f"turn {position} is not an object but {type(given).__name__}")
     turn = {key: value for key, value in given.items() if value is not None}
     for standard, own in columns.items():
         if own in turn:

@@ -31,7 +31,9 @@ def load_problems(config: EvalConfig) -> list[Problem]:
     """
     source = SOURCES[config.benchmark]
     if not isinstance(source, type) or not callable(getattr(source, "load", None)):
-        raise UserError(f"benchmark {config.benchmark}: {source!r} is no class with a method load (a `ProblemSource`)")
+        raise UserError(
+            f"benchmark {config.benchmark}: {source!r} is not a class with a method load (a `ProblemSource`)"
+        )
     problems = source().load(assets.resolve(config.problems_path or ""))
     if problems == []:
         raise UserError(f"eval.problems_path={config.problems_path}: no problem of {config.benchmark} in it")

@@ -94,7 +94,7 @@ def _compared(folders: list[str]) -> list[str]:
     if len(folders) != 2:
         return [f"compare=[{','.join(folders)}]: give two folders of evaluations, compare=[A,B]"]
     return [
-        f"compare: {folder}: no evaluation (it has no result.json)"
+        f"compare: {folder}: not an evaluation (it has no result.json)"
         for folder in folders
         if not (Path(folder) / "result.json").is_file()
     ]
@@ -104,7 +104,7 @@ def _resimulated(run_dir: str | None) -> list[str]:
     if run_dir is None:
         return ["eval.resimulate=true: which evaluation? give run_dir=<its folder>"]
     if not (Path(run_dir) / "config.yaml").is_file() or not (Path(run_dir) / SAMPLES_FILE).is_file():
-        return [f"run_dir={run_dir}: no evaluation with stored samples (config.yaml and {SAMPLES_FILE})"]
+        return [f"run_dir={run_dir}: not an evaluation with stored samples (config.yaml and {SAMPLES_FILE})"]
     return []
 
 
@@ -126,7 +126,7 @@ def _run(root: EvaluateRoot) -> list[str]:
     if "://" in root.run:
         messages.append(f"run={root.run}: a run folder is local; copy it here first")
     elif not is_run(Path(root.run)):
-        there = "not the run folder of a training (config.yaml and checkpoints/)" if Path(root.run).is_dir() else (
+        there = "not the folder of a training run (config.yaml and checkpoints/)" if Path(root.run).is_dir() else (
             "no such folder"
         )  # fmt: skip
         messages.append(f"run={root.run}: {there}")

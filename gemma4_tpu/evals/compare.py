@@ -54,8 +54,8 @@ class Comparison:
         lines.append(_about_these(first, problems))
         lines.append(_about_new(first))
         lines.append(
-            "Each side is one set of weights: what a second training with another seed, other hardware or other data"
-            " would give is not in these numbers, so a gap cannot be put down to any of them."
+            "Each side is one set of weights: what a second training run with another seed, other hardware or other"
+            " data would give is not in these numbers, so a gap cannot be put down to any of them."
         )
         if self.unlike:
             listed = "; ".join(f"{key}: {a} against {b}" for key, (a, b) in sorted(self.unlike.items()))

@@ -153,7 +153,7 @@ class Endpoint:
         if response.status_code in (400, 422) and with_seed and "seed" in response.text.lower():
             if self._takes_seeds:
                 self._takes_seeds = False
-                log.warning("the server takes no seeds; none are sent, so that samples can't be drawn again alike")
+                log.warning("the server refuses seeds, so none are sent: samples can't be drawn again alike")
             return await self._ask(client, request)
         self._check(response)
         text, finish, tokens = _answer(response)
@@ -197,7 +197,7 @@ class Endpoint:
         except UserError:
             raise
         except (httpx.HTTPError, RequestRefused, ValueError) as error:
-            raise UserError(f"{given}: lists no models ({error or repr(error)}); is a server there?") from None
+            raise UserError(f"{given}: lists no models ({error or repr(error)}); is a server running there?") from None
         if len(names) != 1:
             raise UserError(f"{given}: it has {', '.join(names) or 'no model'}; give eval.endpoint_model=<one of them>")
         return names[0]

@@ -60,7 +60,7 @@ class Rows:
         data = path.read_bytes() if path.exists() else b""
         whole = data[: data.rfind(b"\n") + 1].decode("utf-8", errors="replace")
         if data and not data.endswith(b"\n"):
-            log.warning("%s: the last line is torn and left out", path)
+            log.warning("%s: the last line is incomplete and ignored", path)
             write_text(path, whole)
         for number, line in enumerate(whole.split("\n")[:-1], 1):
             try:

@@ -64,7 +64,7 @@ def _runs(run: str) -> tuple[list[Path] | list[str], list[str]]:
         return [folder], []
     inside = sorted((place for place in folder.iterdir() if place.is_dir() and is_run(place)), key=_natural)
     if not inside:
-        return [], [f"run={run}: not the run folder of a training (config.yaml and checkpoints/), nor a folder of some"]
+        return [], [f"run={run}: not the folder of a training run (config.yaml and checkpoints/), nor a folder of some"]
     unfinished = _unfinished(folder)
     finished = [place for place in inside if place.name not in unfinished]
     if not finished:
@@ -94,7 +94,7 @@ def _export(export: ExportConfig, *, several: bool) -> list[str]:
         if not re.fullmatch(r"[\w.-]+/[\w.-]+", hub):
             messages.append(f"export.push_to_hub={hub}: give owner/name")
         if not os.environ.get(TOKEN):
-            messages.append(f"export.push_to_hub={hub}: needs a token that may write; put it into {TOKEN}")
+            messages.append(f"export.push_to_hub={hub}: needs a token with write access, in {TOKEN}")
         if several:
             messages.append(f"export.push_to_hub={hub}: one repository for several runs; give one run at a time")
         if export.target is not None and "://" in export.target:

@@ -27,6 +27,6 @@ def push_to_hub(folder: str, repository: str) -> str:
         commit = api.upload_folder(folder_path=folder, repo_id=repository, commit_message="Upload by gemma4-tpu")
     except (HfHubHTTPError, OSError, ValueError) as error:
         reason = redact(str(error)).splitlines()[0]
-        raise UserError(f"push_to_hub={repository}: {reason}; the model is in {folder}, whole") from None
+        raise UserError(f"push_to_hub={repository}: {reason}; the complete model is in {folder}") from None
     log.info("uploaded to %s", repository)
     return str(commit)

@@ -65,7 +65,7 @@ class ExportJob:
                     raise
                 targets = ", ".join(place.target for place in self.places.values())
                 raise Unfinished(
-                    f"target={targets}: the disk is full; make space, and the same command goes on where it was"
+                    f"target={targets}: the disk is full; free some space, and the same command resumes where it was"
                 ) from None
         finally:
             for place in self.places.values():

@@ -163,7 +163,9 @@ class Merger:
     ) -> Delta:
         """What the sums over a weight's blocks say."""
         if not math.isfinite(merged_squared):
-            raise UserError(f"{name}: NaN or infinity after the merge: the training diverged, or the base is damaged")
+            raise UserError(
+                f"{name}: NaN or infinity after the merge: the training run diverged, or the base is damaged"
+            )
         change = self.trained.changes[name]
         tensor = change.tensor
         if tensor.name in self.trained.layout.adapted and not self.trained.lora.dora:
@@ -190,7 +192,7 @@ class Merger:
         for name, array in arrays.items():
             if not np.isfinite(array).all():
                 raise UserError(
-                    f"{state.folder}: {name} holds NaN or infinity: the training diverged; give another checkpoint"
+                    f"{state.folder}: {name} holds NaN or infinity: the training run diverged; give another checkpoint"
                 )
         lora_a, lora_b, *magnitude = arrays.values()
         lengths = tensor.magnitudes(*magnitude) if magnitude else {}

@@ -30,7 +30,7 @@ WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 _SERVING = {
     "fused": "adapters of experts: this form is PEFT's; vLLM on GPUs loads export.peft_experts=per_expert (this one"
     " only with --enable-mixed-moe-lora-format and is_3d_lora_weight); on TPUs serve the merged model",
-    "per_expert": "adapters of experts: this form is vLLM's, on GPUs; PEFT would leave them out without a word (it"
+    "per_expert": "adapters of experts: this form is vLLM's, on GPUs; PEFT would silently ignore them (it"
     " takes export.peft_experts=fused); on TPUs serve the merged model",
 }
 """What each form is for."""
@@ -88,7 +88,7 @@ def write_peft(trained: Trained, place: Place, experts: str) -> None:
         for tensor in trained.tensors.values():
             for name, array in _tensors(trained, tensor, experts).items():
                 if not np.isfinite(array).all():
-                    raise UserError(f"{trained.state.folder}: {name} holds NaN or infinity: the training diverged")
+                    raise UserError(f"{trained.state.folder}: {name} holds NaN or infinity: the training run diverged")
                 out.write(array.astype("<f4", copy=False))
         place.finish(WEIGHTS, out)
     with place.create(CONFIG) as out:

@@ -84,9 +84,9 @@ class Place:
         self.journal = {"identity": identity, "files": {}}
         if found.get("identity") == identity:
             self.journal["files"] = self._whole(found["files"], self.staging)
-            log.info("going on with an interrupted export: %d files are done", len(self.journal["files"]))
+            log.info("resuming an interrupted export: %d files are done", len(self.journal["files"]))
         elif found:
-            log.info("%s: what another export left there is removed", self.staging)
+            log.info("%s: removing what another export left there", self.staging)
         for name in set(names) - {LOCK, JOURNAL} - set(self.journal["files"]):
             self._remove(name)
         self._check_space(needed_bytes - sum(entry["bytes"] for entry in self.journal["files"].values()))
@@ -107,7 +107,7 @@ class Place:
             if name in there and self._stamp(name, folder) == noted["stamp"]:
                 whole[name] = noted
             else:
-                log.warning("%s: holds other bytes than were written", join(folder, name))
+                log.warning("%s: its bytes are not those that were written", join(folder, name))
         return whole
 
     def _stamp(self, name: str, folder: str) -> str:
@@ -129,7 +129,7 @@ class Place:
                 shutil.rmtree(self.staging)
             raise UserError(
                 f"target={self.target}: {needed_bytes / 1e9:.2f} GB are needed, {free / 1e9:.2f} GB are free there;"
-                " make space, or give a target on another disk"
+                " free some space, or give a target on another disk"
             )
 
     def done(self, name: str) -> dict[str, Any] | None:
@@ -232,7 +232,7 @@ class Place:
             self.close()
             raise UserError(f"target={self.target}: another process is exporting there; wait for it") from None
         except OSError as error:
-            log.warning("%s: no file locks here (%s); don't export there twice at a time", self.staging, error)
+            log.warning("%s: no file locks here (%s); do not run two exports there at once", self.staging, error)
 
 
 class RemoteFile:

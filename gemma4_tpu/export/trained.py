@@ -129,7 +129,7 @@ def open_trained(run: str | Path, export: ExportConfig) -> Trained:
         recorded = {key: config[key] for key in ("model", "lora")}
         known: TrainRoot = from_yaml(yaml.safe_dump(recorded, sort_keys=False))  # the order of lora.ranks counts
     except KeyError as error:
-        raise UserError(f"run={run}: config.yaml has no {error}: not the run folder of a training") from None
+        raise UserError(f"run={run}: config.yaml has no {error}: not the folder of a training run") from None
     state = open_saved(folder.address, export.checkpoint)
     base = _base(folder, known.model, export)
     found = fit(base.arch, base.checkpoint)

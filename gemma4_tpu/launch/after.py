@@ -38,7 +38,7 @@ def after_problems(after: list[str], model: str, *, hosts: int) -> list[str]:
             words = [_STAND_IN if stage.problems and word.startswith(_KEY) else word for word in stage.words]
             if local := [word for word in words if word.startswith(_KEY) and ":" not in word]:
                 raise UserError(
-                    f"{local[0]}: lies on this machine, not on the slice; copy it to a bucket and give gs://…"
+                    f"{local[0]}: is on this machine, not on the slice; copy it to a bucket and give gs://…"
                 )
             if stage.name == "merge":
                 load(words, MERGE)
@@ -82,5 +82,5 @@ def stages(after: list[str], run_dir: str, model: str, *, base: str | None = Non
             words = [f"{_KEY}{PROBLEMS}" if w == f"{_KEY}{problems}" else w for w in words]
             found.append(FollowUp(name, [*words, f"model={model}", f"model.path={merged}"], problems))
         else:
-            raise UserError("give merge or evaluate, with settings of theirs behind")
+            raise UserError("give merge or evaluate, followed by their settings")
     return found

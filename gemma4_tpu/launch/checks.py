@@ -137,7 +137,7 @@ def _local_files(root: TrainRoot) -> list[str]:
     }
     named = {"model.path": root.model.path, "model.tokenizer": root.model.tokenizer, "replay": root.replay, **sources}
     return [
-        f"{key}={path}: lies on this machine, not on the slice; gcloud storage cp -r it to a bucket and give gs://…"
+        f"{key}={path}: is on this machine, not on the slice; gcloud storage cp -r it to a bucket and give gs://…"
         for key, path in named.items()
         if path and "://" not in path and not path.startswith(_NOT_FILES)
     ]

@@ -111,7 +111,7 @@ def _submit(command: list[str], config: GkeConfig) -> int:
         place = f"--cluster={config.cluster} --project={config.project} --zone={config.zone}"
         name = command[3].partition("=")[2]
         print(
-            f"submitted {name}; it waits in Kueue's queue until there is room\n"
+            f"submitted {name}; it waits in Kueue's queue until there is capacity\n"
             f"  follow it: xpk workload list {place}\n"
             f"  delete it: xpk workload delete --workload={name} {place}\n"
             "the cluster's nodes cost money until they are gone, with or without a workload: xpk cluster delete"

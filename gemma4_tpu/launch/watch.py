@@ -111,7 +111,7 @@ class Watcher:
                 "%s: %s after %d slices (launch.recreations); %s", launched.id, reason, self._slices, again(launched)
             )
             return PREEMPTED
-        log.warning("%s: %s; slice %d is asked for, which goes on from the last checkpoint", launched.id, reason,
+        log.warning("%s: %s; slice %d is asked for, which resumes from the last checkpoint", launched.id, reason,
                     self._slices + 1)  # fmt: skip
         self._slices += 1
         self._state = ""
@@ -170,13 +170,13 @@ def how_to_delete(launched: Launch) -> str:
 
 def again(launched: Launch) -> str:
     """How the run goes on."""
-    return f"the same command with run_dir={launched.run_dir} goes on from the last checkpoint"
+    return f"the same command with run_dir={launched.run_dir} resumes from the last checkpoint"
 
 
 def still_there(launched: Launch) -> str:
     """What is there when nobody watches."""
     return (
-        f"{launched.id} is still in the queue or up, and goes on by itself: {cost(launched)}. It deletes itself when"
+        f"{launched.id} is still in the queue or up, and continues by itself: {cost(launched)}. It deletes itself when"
         f" the run is over; after a preemption only a watcher asks for a new slice.\n"
         f"  follow it: {called('tpu_vm')} watch {launched.id}\n"
         f"  {how_to_delete(launched)}"

@@ -131,7 +131,7 @@ def _check_config(config: Mapping[str, Any], where: str) -> None:
         if not (isinstance(found := config.get(key) or {}, dict) and all(_NAME.fullmatch(name) for name in found))
     ]
     if str(config.get("peft_type")).upper() != "LORA":
-        problems.append(f"peft_type={config.get('peft_type')}: only LORA adapters can be gone on with")
+        problems.append(f"peft_type={config.get('peft_type')}: only LORA adapters can be continued")
     problems += [
         f"{key}={value}: changes more than A and B of plain LoRA do"
         for key, value in config.items()

@@ -214,7 +214,7 @@ def _vocabulary(found: Audit, base: Base) -> dict[str, int]:
     revision = templates.revision(template)
     found.facts["chat template"] = revision or f"of none of the known revisions (sha256 {templates.sha256(template)})"
     if revision is None:
-        found.notes.append(f"{folder}: a template of none of the known revisions; examples are proven all the same")
+        found.notes.append(f"{folder}: the template is none of the known revisions; examples are verified all the same")
         if wrong := templates.syntax_problem(template):
             found.problems.append(f"{folder}: the chat template can't be read ({wrong}); take the stock one")
     ids = _token_ids(join(folder, files.TOKENIZER_NAME))

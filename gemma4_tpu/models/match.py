@@ -140,7 +140,7 @@ def check_tied(checkpoint: Checkpoint, found: Match, index: Index, embedding: np
     embedding = checkpoint.read(found.embedding, index) if embedding is None else embedding
     if not np.array_equal(checkpoint.read(found.head, index), embedding):
         raise UserError(
-            f"{checkpoint.file_of(found.head).path}: {found.head} is not {found.embedding}: an output matrix of its own"
+            f"{checkpoint.file_of(found.head).path}: {found.head} is not {found.embedding}: a separate output matrix"
             " (tie_word_embeddings=false), which Gemma 4 as released does not have and this project does not train;"
             " give a checkpoint with tied weights"
         )

@@ -65,7 +65,7 @@ class TensorFile:
 
     def _header(self) -> dict[str, Any]:
         if self.size_bytes < 8:
-            raise UserError(f"{self.path}: {self.size_bytes} bytes are no safetensors file; copy it again")
+            raise UserError(f"{self.path}: {self.size_bytes} bytes are not a safetensors file; copy it again")
         (length,) = struct.unpack("<Q", self._file.read(0, 8))
         if length > min(self.size_bytes - 8, _MAX_HEADER_BYTES):
             raise UserError(

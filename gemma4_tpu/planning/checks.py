@@ -67,7 +67,7 @@ def examine_plan(root: PlanRoot) -> tuple[PlanChecked | None, list[Refusal]]:
     if root.plan.utilization_low > root.plan.utilization_high:
         messages.append(
             f"plan.utilization_low={root.plan.utilization_low} is more than plan.utilization_high="
-            f"{root.plan.utilization_high}; exchange them"
+            f"{root.plan.utilization_high}; swap them"
         )
     if root.plan.p99_tokens < root.plan.mean_tokens:
         messages.append(f"plan.p99_tokens={root.plan.p99_tokens} is less than plan.mean_tokens={root.plan.mean_tokens}")
@@ -107,12 +107,9 @@ def recipe_of(root: PlanRoot, checked: PlanChecked) -> Recipe:
 def _compiler(root: PlanRoot, wanted: Slice | None) -> list[str]:
     tpus = ", ".join(option_name(s.name) for s in SLICES.values() if s.topology)
     if root.hardware.name == LOCAL:
-        return [f"hardware=local: a plan is for a slice that is not here; give hardware=<slice> ({tpus})"]
+        return [f"hardware=local: plans are for TPU slices; give hardware=<slice> ({tpus})"]
     if wanted is not None and wanted.topology is None:
-        return [
-            f"hardware={option_name(wanted.name)}: there is no compiler here for absent GPUs; TPU slices can be "
-            f"planned ({tpus})"
-        ]
+        return [f"hardware={option_name(wanted.name)}: only TPU slices can be planned ({tpus})"]
     if importlib.util.find_spec("libtpu") is None:
         return ["planning compiles with libtpu, which is not installed: pip install 'gemma4-tpu[tpu]'"]
     return []

@@ -115,7 +115,7 @@ def _parity(parity: Mapping[str, Any] | None) -> list[list[str]]:
         rows += [
             ["Logits off by", f"{logits['merged_to_lora']:.1e} ({logits['rounded_to_lora']:.1e} is rounding to"
              f" {plain(logits['dtype'])})", _MEASURED],
-            ["Effect of the training on logits", f"{logits['base_to_lora']:.1e}", _MEASURED],
+            ["Effect of training on logits", f"{logits['base_to_lora']:.1e}", _MEASURED],
             ["Same likeliest token", f"{logits['top1_agreement']:.1%} of {logits['tokens']}", _MEASURED],
         ]  # fmt: skip
     return rows
@@ -190,7 +190,7 @@ def _claims(found: Sequence[tuple[Path, EvaluationOutcome]]) -> Iterator[str]:
         if outcome.name == BASE or not bases:
             continue
         _, base = next((pair for pair in bases if pair[0] == folder), bases[0])
-        yield from [f"### {plain(folder.name)}: {plain(outcome.name)} beside the base", ""]
+        yield from [f"### {plain(folder.name)}: {plain(outcome.name)} compared with the base", ""]
         yield from (f"- {plain(claim)}" for claim in compare(outcome, base).claims())
         yield ""
 
@@ -226,7 +226,7 @@ def serving(records: Records, page: Path) -> Iterator[str]:
         if not report.is_file():
             yield from [f"{plain(folder.name)}: {_status(result_of(folder).values)}.", ""]
             continue
-        yield from [f"#### {plain(folder.name)}", "", f"{_MEASURED}: {link(report, page)}, raw results beside it.", ""]
+        yield from [f"#### {plain(folder.name)}", "", f"{_MEASURED}: {link(report, page)}, raw results next to it.", ""]
         yield from [*included(report, page, 3), ""]
 
 

@@ -75,11 +75,11 @@ def _places(root: ReportRoot, subject: str) -> Iterator[str]:
     )
     if root.out is not None:
         if subject == "run" and not root.out.endswith(".md"):
-            yield f"out={root.out}: a name that ends in .md is needed; the HTML page gets the same with .html"
+            yield f"out={root.out}: give a name that ends in .md; the HTML page gets the same name with .html"
         if subject not in LISTED:
             yield f"out={root.out}: only with {' or '.join(LISTED)}"
         elif Path(root.out).is_dir() or not Path(root.out).absolute().parent.is_dir():
-            yield f"out={root.out}: a file in a folder that is there is needed"
+            yield f"out={root.out}: give a file in a folder that exists"
 
 
 def _costs(root: ReportRoot, subject: str) -> Iterator[str]:

@@ -47,7 +47,7 @@ def check_experiment(folder: str) -> int:
     command = [sys.executable, "-m", "gemma4_tpu.train", *words]
     code = subprocess.run(command, env=_environment(hardware), check=False).returncode
     if code:
-        print(f"\n{folder}: the training ended with code {code}, see {run_dir}", file=sys.stderr)
+        print(f"\n{folder}: the run ended with code {code}, see {run_dir}", file=sys.stderr)
         return code
     failures = _compare(place, Path(run_dir), tolerance)
     print("\nfailed: " + "\n        ".join(failures) if failures else "\npassed")
@@ -90,7 +90,7 @@ def _refuse_unrecorded(folder: str, place: Path) -> None:
         recorded = sorted(p.parent.name for p in place.absolute().parent.glob("*/check.yaml"))
         raise UserError(
             f"check={folder}: has no {', '.join(missing)}: no run is recorded there that could be repeated (a plan is"
-            f" an estimate). Recorded beside it: {', '.join(recorded) or 'none'}"
+            f" an estimate). Recorded there: {', '.join(recorded) or 'none'}"
         )
 
 

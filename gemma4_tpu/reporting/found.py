@@ -71,7 +71,7 @@ def find(runs: Sequence[str], further: Sequence[str] = ()) -> list[Records]:
 def _of_run(run: str) -> Records:
     folder = RunFolder.existing(run)
     if not (folder.metrics_path.exists() or folder.result_path.exists()) or folder.kind != TRAINING:
-        raise UserError(f"run={run}: not the run folder of a training (config.yaml with metrics.jsonl or result.json)")
+        raise UserError(f"run={run}: not the folder of a training run (config.yaml with metrics.jsonl or result.json)")
     found = Records(run=folder, name="/".join(folder.path.parts[-2:]))
     for path in _below(folder.path, 2):
         if (kind := kind_of(path)) in KINDS:

@@ -113,5 +113,5 @@ def _parse(text: str, path: Path) -> list[dict[str, Any]]:
         except json.JSONDecodeError as error:
             if number != len(lines):  # only the last line lacks its newline
                 raise ValueError(f"{path}, line {number}: not JSON ({error})") from error
-            log.warning("%s: the last line is torn and left out", path.name)
+            log.warning("%s: the last line is incomplete and ignored", path.name)
     return rows

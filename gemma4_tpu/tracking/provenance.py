@@ -142,7 +142,7 @@ def record(run: RunFolder, provenance: Provenance) -> list[RecordDifference]:
     first = read_record(run.provenance_path).values
     differences = compare(first, now)
     for difference in differences:
-        log.warning("not as when the run began: %s", difference)
+        log.warning("changed since the run began: %s", difference)
     start = {"started": now["started"], "command": now["command"], "differences": differences}
     write_record(run.provenance_path, PROVENANCE, {**first, "resumed": [*first["resumed"], start]})
     if any(difference.key.startswith("code.") for difference in differences):

@@ -80,7 +80,7 @@ def result_of(folder: Path) -> Record:
         return Record(None, {})
     found = read_record(path)
     if not found.values:
-        raise UserError(f"{path}: damaged (no JSON object)")
+        raise UserError(f"{path}: damaged (not a JSON object)")
     return found
 
 
@@ -90,7 +90,7 @@ def config_of(folder: Path) -> dict[str, Any]:
     try:
         value = yaml.safe_load(path.read_text(encoding="utf-8")) if path.is_file() else {}
     except yaml.YAMLError as error:
-        raise UserError(f"{path}: no YAML: {' '.join(str(error).split())}") from None
+        raise UserError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
     return value if isinstance(value, dict) else {}
 
 

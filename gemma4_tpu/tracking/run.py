@@ -230,7 +230,7 @@ class RunFolder:
         try:
             return job()
         except KeyboardInterrupt:
-            print(f"\ninterrupted; the same command with run_dir={self.path} goes on", file=sys.stderr)
+            print(f"\ninterrupted; the same command with run_dir={self.path} resumes it", file=sys.stderr)
             return INTERRUPTED
         except Exception as error:
             self.leave({"status": "failed", "error": first_line(error)})
@@ -261,7 +261,7 @@ class RunFolder:
                 " run_dir"
             ) from error
         except OSError as error:
-            log.warning("%s: no file locks here (%s); don't start this run twice at a time", self.path, error)
+            log.warning("%s: no file locks here (%s); do not start this run twice at once", self.path, error)
             return
         os.truncate(self._lock, 0)
         os.pwrite(self._lock, str(os.getpid()).encode(), 0)

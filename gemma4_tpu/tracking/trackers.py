@@ -122,7 +122,9 @@ class _Guarded(Tracker):
 
 def _warn(what: str, error: Exception) -> None:
     reason = (str(error).splitlines() or [""])[0]
-    log.warning("tracker %s (%s: %s); the run goes on, its folder has it all", what, type(error).__name__, reason)
+    log.warning(
+        "tracker %s (%s: %s); the run continues, and its folder has everything", what, type(error).__name__, reason
+    )
 
 
 class _TensorBoard(Tracker):

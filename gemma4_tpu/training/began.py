@@ -87,7 +87,7 @@ def open_reference(checkpoints: str) -> SavedState:
 def _open(folder: str, what: str, without: str) -> SavedState:
     if problem := checksums.problem(folder):
         raise UserError(
-            f"{folder}: {what} can't be read: {problem}; without it {without} the checkpoints: bring back a good copy"
+            f"{folder}: {what} can't be read: {problem}; without it {without} the checkpoints: restore a good copy"
         )
     return SavedState(folder, 0)
 

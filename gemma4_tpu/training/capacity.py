@@ -36,8 +36,8 @@ def check_disk(checkpoints: str, config: CheckpointConfig, one: int) -> None:
     if wanted - there > free:
         raise UserError(
             f"checkpoint.keep={config.keep}: needs {_mib(wanted)} in {checkpoints} ({_mib(one)} each, one more while it"
-            f" is saved{', and the best' if config.keep_best else ''}), but {_mib(free)} are free; make space, lower"
-            " checkpoint.keep, or give a run_dir on a larger disk"
+            f" is saved{', and the best' if config.keep_best else ''}), but {_mib(free)} are free; free some space,"
+            " lower checkpoint.keep, or give a run_dir on a larger disk"
         )
 
 

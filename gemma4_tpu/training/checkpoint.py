@@ -178,7 +178,7 @@ class Checkpoints:
             last = f"the last good checkpoint is at update {kept[-1]}" if kept else "there is no checkpoint yet"
             raise UserError(
                 f"the disk of {self.folder} is full: the checkpoint at update {self._saving} could not be written;"
-                f" {last}. Make space, or lower checkpoint.keep, and the same command goes on"
+                f" {last}. Free some space, or lower checkpoint.keep, and the same command resumes"
             ) from error
 
     def _target(self, axes: Sequence[Axes], x: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:

@@ -213,7 +213,8 @@ def _replay(run: str | None, allow: list[str], run_dir: str | None) -> list[str]
     if run is None:
         return [f"replay_allow=[{','.join(allow)}]: only with replay=<run folder>"] if allow else []
     messages = [
-        f"replay_allow: {name!r} is nothing that is compared{did_you_mean(name, PARTS)} (there are {', '.join(PARTS)})"
+        f"replay_allow: {name!r} is not a part that is compared{did_you_mean(name, PARTS)} (there are"
+        f" {', '.join(PARTS)})"
         for name in allow
         if name not in PARTS
     ]

@@ -32,7 +32,7 @@ def write(folder: str) -> None:
 def problem(folder: str) -> str | None:
     """What is wrong with a checkpoint, in a few words; None: every byte of its items is as it was saved."""
     if not is_finished(folder):
-        return "the save did not come to its end"
+        return "the save was interrupted"
     fs, root = filesystem(folder)
     try:
         expected: dict[str, str] = json.loads(fs.cat_file(join(root, FILE)))["sha256"]
@@ -44,7 +44,7 @@ def problem(folder: str) -> str | None:
         if name not in found:
             return f"{name} is missing"
         if _sha256(fs, found[name]) != expected[name]:
-            return f"{name} holds other bytes than were saved"
+            return f"{name} has other bytes than those saved"
     return None
 
 

@@ -76,4 +76,4 @@ class TimeLimit:
 
     def told(self) -> str:
         """Why it ended, and how it goes on."""
-        return f"trainer.time_limit={self._limit} is over; saved, and the same command with this run_dir goes on"
+        return f"trainer.time_limit={self._limit} has passed; saved, and the same command with this run_dir resumes"

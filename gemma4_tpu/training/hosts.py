@@ -96,8 +96,8 @@ class Hosts:
             exit_now(REFUSED)
         sys.excepthook(type(error), error, error.__traceback__)
         print(
-            f"process {self.index} of {self.count} failed, and so the others will stop; if one of them is gone, that is"
-            " why. The same command on every host goes on from the last checkpoint",
+            f"process {self.index} of {self.count} failed, so the others will stop; if one of them is gone, that is"
+            " why. The same command on every host resumes from the last checkpoint",
             file=sys.stderr,
         )
         exit_now(INTERRUPTED if isinstance(error, KeyboardInterrupt) else 1)

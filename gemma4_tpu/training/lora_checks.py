@@ -80,7 +80,7 @@ def _kind_problems(lora: LoraConfig) -> list[str]:
         )
     if takes_part(lora) and lora.start is not None:
         messages.append(
-            f"lora.init={lora.init}: says what fresh adapters begin as, but lora.start={lora.start} gives trained ones;"
+            f"lora.init={lora.init}: sets what fresh adapters begin as, but lora.start={lora.start} gives trained ones;"
             " give lora.init=default, or merge them and give model.path=<merged folder>"
         )
     return messages

@@ -25,12 +25,12 @@ def objective_problems(
         )
     if kind.reference and not lora.enabled:
         messages.append(
-            f"lora.enabled=false: {name} holds the model against what it began as, of which full fine-tuning would need"
+            f"lora.enabled=false: {name} compares the model with what it began as, of which full fine-tuning would need"
             " a second copy; give lora.enabled=true, whose reference is the base without adapters"
         )
     if objective.kind != SFT and trainer.spike_factor is not None:
         messages.append(
-            f"trainer.spike_factor={trainer.spike_factor}: losses of {name} have no level that a spike could be told"
-            " from; give trainer.spike_factor=null"
+            f"trainer.spike_factor={trainer.spike_factor}: losses of {name} have no baseline from which a spike stands"
+            " out; give trainer.spike_factor=null"
         )
     return messages

@@ -73,7 +73,7 @@ def _schedule_free(optimizer: OptimizerConfig, trainer: TrainerConfig) -> list[s
         )
     if trainer.ema_decay is not None:
         messages.append(
-            f"trainer.ema_decay={trainer.ema_decay}: optimizer={SCHEDULE_FREE} keeps an average of its own; give "
+            f"trainer.ema_decay={trainer.ema_decay}: optimizer={SCHEDULE_FREE} keeps its own average; give "
             "trainer.ema_decay=null, or another optimizer"
         )
     if optimizer.b1 == 0:

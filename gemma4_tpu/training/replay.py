@@ -99,8 +99,8 @@ class Replay:
         if refused:
             shown = "".join(f"\n  {line}" for line in lines)
             raise UserError(
-                f"replay={self.run}: not all is as when it was recorded:{shown}\n"
-                f"bring it back, or accept what differs: replay_allow=[{','.join(self._parts)}]"
+                f"replay={self.run}: differences from the recorded run:{shown}\n"
+                f"restore it, or accept the differences: replay_allow=[{','.join(self._parts)}]"
             )
         for line in lines:
             log.warning("not as recorded: %s", line)

@@ -50,11 +50,11 @@ def newest_verified(checkpoints: str) -> int | None:
     if problems and found is None:
         listed = "".join(f"\n  update {update}: {problem}" for update, problem in problems.items())
         raise UserError(
-            f"{checkpoints}: no checkpoint verifies:{listed}\nbring back a good copy of one of them, or give another"
+            f"{checkpoints}: no checkpoint verifies:{listed}\nrestore a good copy of one of them, or give another"
             " run_dir to start afresh"
         )
     for update in unfinished:
-        log.warning("the save at update %d did not come to its end: removed", update)
+        log.warning("the save at update %d was interrupted: removed", update)
         _remove(join(checkpoints, str(update)))
     for update, problem in problems.items():
         log.warning("the checkpoint at update %d is damaged (%s): set aside as %d%s", update, problem, update, DAMAGED)
@@ -100,7 +100,7 @@ def refuse_differences(recorded: dict[str, Any], now: dict[str, Any], allow: Col
     if refused := [key for key in changed if key not in allow]:
         lines = "".join(f"\n  {_shown(key, now)} (the run has {recorded.get(key)})" for key in refused)
         raise UserError(
-            f"run_dir={run} holds a run with other data or another base model:{lines}\nbring back what the run began"
+            f"run_dir={run} holds a run with other data or another base model:{lines}\nrestore what the run began"
             " with, give another run_dir to start afresh, or accept the differences:"
             f" checkpoint.resume_allow=[{','.join(refused)}]"
         )
@@ -159,7 +159,7 @@ def nothing_left(folder: RunFolder, done: int | None, updates: int, trainer: Tra
     else:
         told = f"run_dir={folder.address}: {done} updates are done, and this command asks for {updates}"
         more = "more trainer.max_updates or trainer.epochs"
-    return f"{told}: nothing is left to do, nothing was changed; for more give {more}"
+    return f"{told}: nothing left to do, nothing changed; to train further, give {more}"
 
 
 def _finished(folder: RunFolder, done: int) -> bool:

@@ -198,7 +198,7 @@ def _log_trained(setup: Setup, counts: dict[str, int]) -> None:
     if setup.in_full_parameters:
         whole = sorted({leaf.weight.name for leaf in setup.step.model.layout.trained_in_full()})
         rows = [f"{len(setup.step.model.token_rows)} rows of the embedding"] if setup.step.model.token_rows else []
-        log.info("trained in full beside them: %s parameters (%s)", f"{setup.in_full_parameters:,}",
+        log.info("also trained in full: %s parameters (%s)", f"{setup.in_full_parameters:,}",
                  ", ".join([*whole, *rows]))  # fmt: skip
 
 

@@ -128,7 +128,7 @@ class Start:
         """Logs what went where, and writes it to `start.json`; `base` is the fingerprint of this run's base."""
         log.info("lora.start: %s: all %d adapted weights taken over", self.source, len(self.given))
         if self.whole.given:
-            log.info("lora.start: %d weights that were trained in full taken over", len(self.whole.given))
+            log.info("lora.start: %d weights trained in full, taken over", len(self.whole.given))
         if self.base not in (None, base):
             log.warning("lora.start: trained on another base (fingerprint %.12s, here %.12s)", self.base, base)
         if self.idle:

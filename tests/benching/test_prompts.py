@@ -77,7 +77,7 @@ def test_a_server_without_tokenize_is_no_server_for_texts(bench, tmp_path, monke
     [
         (["bench.shared_tokens=512"], "bench.shared_tokens=512: a prompt of bench.lengths has 512"),
         (["bench.turns=2"], "bench.turns=2: only with bench.users"),
-        (["bench=matrix", "bench.turns=3"], "bench.requests=2: no whole number of sessions of bench.turns=3"),
+        (["bench=matrix", "bench.turns=3"], "bench.requests=2: not a multiple of bench.turns=3"),
         (["bench.prompts=nowhere"], "bench.prompts=nowhere: no such file"),
     ],
 )

@@ -119,7 +119,7 @@ def test_a_record_of_serve_says_where(played, bench, tmp_path):
     ("words", "told"),
     [
         ([], "endpoint: which server?"),
-        (["endpoint=127.0.0.1:8000"], "endpoint=127.0.0.1:8000: not the address of a server"),
+        (["endpoint=127.0.0.1:8000"], "endpoint=127.0.0.1:8000: not a server address"),
         (["bench.users=[1]"], "bench.rates=[1.0, 2.0"),
         (["bench.rates=[]"], "bench.rates=[], bench.users=[]: give one of them"),
         (["bench.rates=[0]"], "bench.rates: 0.0 must be more than 0"),
@@ -127,7 +127,7 @@ def test_a_record_of_serve_says_where(played, bench, tmp_path):
         (["bench=matrix", "bench.arrivals=fixed"], "bench.arrivals=fixed: only with bench.rates"),
         (["bench.arrivals=steady"], "bench.arrivals=steady: not a choice"),
         (["bench.lengths=[[16]]"], "bench.lengths: [16] is no pair"),
-        (["bench.rates=[1,1]"], "bench.rates: 1.0 stands there twice"),
+        (["bench.rates=[1,1]"], "bench.rates: 1.0 is listed twice"),
         (["bench.requests=0"], "bench.requests=0: must be at least 1"),
         (["slice=v6e8"], "slice=v6e8: there is no such slice; did you mean slice=v6e-8?"),
         (["architecture=gemma4"], "architecture=gemma4: there is no such architecture"),

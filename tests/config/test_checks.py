@@ -51,7 +51,7 @@ REFUSALS = [
     (["optimizer=adam"], "did you mean optimizer=adamw?"),
     (["optimizer=schedule_free", "optimizer.schedule=cosine"], "give optimizer.schedule=constant (after the warm-up)"),
     (["optimizer=schedule_free", "optimizer.b1=0"], "optimizer.b1=0: optimizer=schedule_free needs more than 0"),
-    (["optimizer=schedule_free", "trainer.ema_decay=0.99"], "keeps an average of its own; give trainer.ema_decay=null"),
+    (["optimizer=schedule_free", "trainer.ema_decay=0.99"], "keeps its own average; give trainer.ema_decay=null"),
     (["optimizer.decay_fraction=0.1"], "give optimizer.schedule=wsd, or optimizer.decay_fraction=null"),
     (["optimizer.schedule=wsd", "optimizer.decay_fraction=0"], "must be more than 0 and at most 1"),
     (["optimizer.warmup_fraction=0.1"], "add optimizer.warmup_fraction=null or optimizer.warmup_updates=null"),
@@ -90,7 +90,7 @@ REFUSALS = [
         ["model=tiny_moe", "lora.dora=true", "lora.targets=[mlp,experts]"],
         "lora.dora=true: not for lora.targets=[…,experts]",
     ),
-    (["lora.init=pissa", "lora.start=."], "lora.init=pissa: says what fresh adapters begin as, but lora.start=."),
+    (["lora.init=pissa", "lora.start=."], "lora.init=pissa: sets what fresh adapters begin as, but lora.start=."),
     (["lora.init=loftq"], "lora.init=loftq: not a choice"),
     (["lora.init=olora", "lora.ranks={o: 999}"], "lora.init=olora: rank 999, but layers.0.self_attn.o_proj.weight has"),
     (

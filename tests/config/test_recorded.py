@@ -68,7 +68,7 @@ def test_a_recorded_run_can_be_planned(recorded):
         (["replay=nowhere"], r"replay=nowhere: not a run folder \(it has no config.yaml\)"),
         (["replay="], "replay=: not a run folder"),
         (["replay=HERE", "experiment=smoke"], "experiment=smoke: replay has a whole recipe already"),
-        (["replay=HERE", "replay_allow=[cod]"], r"'cod' is nothing that is compared; did you mean code\?"),
+        (["replay=HERE", "replay_allow=[cod]"], r"'cod' is not a part that is compared; did you mean code\?"),
         (["replay=HERE", "run_dir=HERE"], "holds the run to repeat; give another run_dir"),
         (["replay=HERE", "lora.rnk=3"], r"lora.rnk=3: no such key; did you mean lora.rank\?"),
         (["replay=HERE", "lora.rank=0"], "lora.rank=0"),
@@ -83,9 +83,9 @@ def test_refusals(recorded, words, message):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ("run: x\nexport: {}\n", "not the run folder of a training"),
+        ("run: x\nexport: {}\n", "not the folder of a training run"),
         ("lora: [\n", "config.yaml can't be read"),
-        ("- 1\n", "not the run folder of a training"),
+        ("- 1\n", "not the folder of a training run"),
         ("trainer:\n  sede: 1\n", r"config.yaml: trainer.sede: no such key; did you mean trainer.seed\?"),
         ("trainer:\n  seed: many\n", "config.yaml: trainer.seed=many: not an int"),
     ],

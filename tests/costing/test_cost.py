@@ -247,7 +247,7 @@ def test_all_refusals_come_together(tmp_path, capsys):
     assert "prices.v6e8=3.0: no such slice; did you mean v6e-8" in told
     assert "serving_hours: -1.0: hours, 0 or more" in told
     assert "metric=usd: only with sweep=<folder>" in told
-    assert "a file in a folder that is there is needed" in told
+    assert "give a file in a folder that exists" in told
 
 
 @pytest.mark.parametrize(
@@ -306,7 +306,7 @@ def test_a_folder_without_a_record_is_refused(tmp_path):
         ("points: [{name: x, setup: b}]", "points.0: setup='b': no such setup"),
         ("trainings: [{name: x, slice: v5p-8}]", "trainings.0: hours is missing"),
         ("trainings: [{name: x, slice: v5p, hours: 1}]", "trainings.0: slice='v5p': one of v5p-8"),
-        ("trainings: [{name: x, slice: v5p-8, hours: long}]", "trainings.0: hours='long': a number is needed"),
+        ("trainings: [{name: x, slice: v5p-8, hours: long}]", "trainings.0: hours='long': give a number"),
         ("benchmarks: [{folder: gone}]", "benchmarks.0: folder='gone': no results of a benchmark"),
         ("points: [", "no YAML"),
     ],

@@ -150,7 +150,7 @@ def test_validation_splits_are_held_out_and_never_trained_on(tokenizer, write_js
 def test_duplicates_are_counted(tokenizer, write_jsonl, caplog):
     built = build_data(config(write_jsonl(rows(3) + rows(2))), tokenizer)
     assert built.duplicates == built.to_json()["duplicates"] == 2
-    assert "2 of 5 training rows say exactly what an earlier one says" in caplog.text
+    assert "2 of 5 training rows repeat an earlier row exactly" in caplog.text
 
 
 def test_a_row_that_takes_too_long_is_dropped_and_the_next_ones_are_not(write_jsonl, monkeypatch):

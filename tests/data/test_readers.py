@@ -138,4 +138,4 @@ def test_a_key_that_stands_twice_in_an_object_drops_its_row_alone():
     for name in ("rows.jsonl", "rows.json"):
         rows = list(read_file(io.BytesIO(twice + lines()), name))
         assert [row.value for row in rows[1:]] == ROWS
-        assert str(rows[0].problem) == "invalid_json: the key 'content' stands twice in one object"
+        assert str(rows[0].problem) == "invalid_json: the key 'content' appears twice in one object"

@@ -14,11 +14,11 @@ pytestmark = pytest.mark.skipif(not FOLDER.is_dir(), reason="../shared is absent
 
 # file → (training examples, held-out ones, what is said); of the rows that chat templates can't be blamed for.
 FOUND = {
-    "alpaca.jsonl": (2, 1, ["rows read: 3 as alpaca", "1 training rows say exactly what an earlier one says"]),
+    "alpaca.jsonl": (2, 1, ["rows read: 3 as alpaca", "1 training rows repeat an earlier row exactly"]),
     "pc.jsonl": (2, 1, ["rows read: 3 as prompt_completion"]),
     "seq.parquet": (2, 1, ["a dict of lists turned into turns: 3 rows"]),
     "sharegpt.jsonl": (2, 1, ["role human read as user: 3 rows", "role gpt read as assistant: 3 rows"]),
-    "split_folders": (3, 3, ["3 held-out rows are trained on as they are"]),
+    "split_folders": (3, 3, ["3 held-out rows are also training rows"]),
     "tcint.jsonl": (1, 0, ["rows read: 1 as chat"]),
     "think.jsonl": (1, 0, ["thoughts taken out of the content: 1 rows"]),
     "think_multi.jsonl": (1, 1, []),

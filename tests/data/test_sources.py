@@ -93,7 +93,7 @@ def test_files_passed_over_are_counted_by_ending(write_jsonl, tmp_path):
     for name in ("README.md", "notes.md", "rows.xlsx", "dataset_info.json", ".gitattributes"):
         (tmp_path / "set" / name).write_text("x")
     (told,) = find(DataSource(path=str(tmp_path / "set"))).told()
-    assert "1 files read, passed over: 2 × .md" in told
+    assert "1 files read, skipped: 2 × .md" in told
     assert all(f"1 × {what}" in told for what in ("hidden", "dataset_info.json", ".xlsx"))
 
 

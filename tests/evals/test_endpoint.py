@@ -152,7 +152,7 @@ def test_no_seeds_are_sent_to_a_server_that_refuses_them(caplog):
     assert [s.completion for s in samples] == ["fine"] * 8
     assert {s.seed for s in samples} == {None}
     assert sum("seed" in body for body in server.bodies) <= 2  # those under way when the first was refused
-    assert caplog.text.count("takes no seeds") == 1
+    assert caplog.text.count("refuses seeds") == 1
 
 
 def test_concurrency_is_bounded():

@@ -62,7 +62,7 @@ def test_a_disk_that_fills_halfway(tmp_path, merge):
     done = subprocess.run(command, capture_output=True, text=True, timeout=200)
     assert done.returncode == 0, done.stderr
     first, again = done.stdout.split("AGAIN")
-    assert f"error: target={disk}/model: the disk is full; make space, and the same command goes on" in first
+    assert f"error: target={disk}/model: the disk is full; free some space, and the same command resumes" in first
     assert "Traceback" not in first and "\n2\n['.model.partial', 'theirs']\n" in first
     finished = int(first.split("finished ")[1].split()[0])
     assert 1 <= finished < 12 and "unfinished 0" in first

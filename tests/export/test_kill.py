@@ -71,7 +71,7 @@ def test_killed_at_random_points_it_goes_on_and_ends_with_the_same_bytes(tiny_ru
         time.sleep(rng.random() * 0.02)
         process.send_signal(signal.SIGKILL)
         _, told = process.communicate(timeout=60)
-        resumed += "going on with an interrupted export" in told
+        resumed += "resuming an interrupted export" in told
         if process.returncode == 0:
             break
         kills += 1
@@ -124,8 +124,8 @@ def test_a_finished_shard_that_holds_other_bytes_is_written_again(run_of, merge,
         file.write(bytes(1000))
     with caplog.at_level(logging.INFO):
         merge(run, "verify=false")
-    assert "going on with an interrupted export: 2 files are done" in caplog.text
-    assert f"{shard}: holds other bytes than were written" in caplog.text
+    assert "resuming an interrupted export: 2 files are done" in caplog.text
+    assert f"{shard}: its bytes are not those that were written" in caplog.text
     assert caplog.text.count("(done before)") == 2
     assert tree(run / "merged") == tree(run / "reference")
 

@@ -165,7 +165,7 @@ REFUSALS = {
     "trained in full here": (
         {"modules_to_train": ["norms", "embeddings", "o_proj"]}, None, {}, "trains 12 of its adapted weights in full"
     ),
-    "an output matrix of its own": ({}, tied_otherwise, {}, "embedding and output matrix are not the same"),
+    "a separate output matrix": ({}, tied_otherwise, {}, "embedding and output matrix are not the same"),
     "a module that is not there": (
         {}, None, {"modules_to_save": ["score"]}, r"modules_to_save=\['score'\], of which no tensor"
     ),

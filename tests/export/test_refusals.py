@@ -120,7 +120,7 @@ def test_damaged_checkpoint(file, run_of, refused):
 def test_what_no_folder_is_right_for(refused_unwritten, tmp_path):
     assert "run: which run?" in refused_unwritten()
     assert "no such folder" in refused_unwritten(f"run={tmp_path}/nowhere")
-    assert "not the run folder of a training" in refused_unwritten(f"run={tmp_path}")
+    assert "not the folder of a training run" in refused_unwritten(f"run={tmp_path}")
     assert "local or on gs://" in refused_unwritten("run=s3://bucket/run")
 
 
@@ -224,7 +224,7 @@ def test_hub_needs_a_token_and_never_shows_it(run_of, refused_unwritten, refused
     run, _ = run_of()
     monkeypatch.delenv("HF_TOKEN", raising=False)
     message = refused_unwritten(f"run={run}", "push_to_hub=me/model")
-    assert "needs a token that may write; put it into HF_TOKEN" in message
+    assert "needs a token with write access, in HF_TOKEN" in message
     token = "hf_" + "secret" * 6
     monkeypatch.setenv("HF_TOKEN", token)
 

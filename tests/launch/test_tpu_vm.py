@@ -83,7 +83,7 @@ def test_preemptions_end_somewhere(launch, played, messages):
     code, _, _ = launch(GIT, "launch.recreations=2")
     assert code == 42
     assert len(played.asked("create")) == 3
-    assert "goes on from the last checkpoint" in messages.text
+    assert "resumes from the last checkpoint" in messages.text
     assert played.resources == []
 
 
@@ -218,7 +218,7 @@ def test_without_gcloud_the_install_command_is_named(launch, monkeypatch):
         (["mesh.tp=3", "mesh.fsdp=null"], "legal meshes"),
         (["hardware=h200"], "which TPU slice?"),
         (["data=chat_jsonl", "data.train.0.path=rows.jsonl"], "gcloud storage cp"),
-        (["model.path=/models/gemma"], "lies on this machine"),
+        (["model.path=/models/gemma"], "is on this machine"),
         (["run_dir=outputs/train/x"], "a slice that is deleted takes its disk with it"),
         (["bucket=bk"], "give gs://<bucket>"),
         (["bucket=gs://b"], "give gs://<bucket>"),
@@ -230,7 +230,7 @@ def test_without_gcloud_the_install_command_is_named(launch, monkeypatch):
         (["after=['evaluate eval.n=5']"], "put a merge before it"),
         (["after=['merge checkpoint=bset']"], "give best, latest or the number of an update"),
         (["after=[merge,'evaluate eval.n=five']"], "eval.n=five"),
-        (["after=[merge,'evaluate eval.problems_path=/ve']"], "lies on this machine"),
+        (["after=[merge,'evaluate eval.problems_path=/ve']"], "is on this machine"),
         (["after=[merge,evaluate]", "hardware=v5p16"], "runs on one host, and this slice has 2"),
         (["git=main"], "give <URL>@"),
         (["max_hours=0"], "null for no limit"),

@@ -92,7 +92,7 @@ def test_an_output_matrix_of_its_own_is_refused_and_a_copy_of_the_embedding_is_n
         file.seek(info.start)
         file.write(b"\x80\x3f" * 128)  # a row of ones
     (problem,) = found(folder).problems
-    assert "model.safetensors: lm_head.weight is not model.embed_tokens.weight: an output matrix of its own" in problem
+    assert "model.safetensors: lm_head.weight is not model.embed_tokens.weight: a separate output matrix" in problem
     (problem,) = found(write_skeleton(tmp_path / "lost", "tiny", config=untied)).problems
     assert "config.json says tie_word_embeddings=false, but there is no lm_head.weight" in problem
     wrong = {"lm_head.weight": ("BF16", (513, 128))}
@@ -157,7 +157,7 @@ def test_a_template_is_missing_unknown_or_known(tmp_path):
     assert found(folder).facts["chat template"] == "the embedded tiny model's" and not found(folder).notes
     place.write_text("{{ messages }}")
     assert "of none of the known revisions (sha256 " in found(folder).facts["chat template"]
-    assert any("a template of none of the known revisions" in note for note in found(folder).notes)
+    assert any("the template is none of the known revisions" in note for note in found(folder).notes)
     place.write_text("\n")
     assert "the tokenizer has no chat template" in found(folder).problems[0]
     place.unlink()

@@ -168,7 +168,7 @@ def test_a_stored_output_matrix_is_compared_to_its_last_value(tmp_path, same):
         load(folder, (2, 2))
         return
     with pytest.raises(
-        UserError, match=r"lm_head\.weight is not model\.embed_tokens\.weight: an output matrix of its own"
+        UserError, match=r"lm_head\.weight is not model\.embed_tokens\.weight: a separate output matrix"
     ):
         load(folder, (2, 2))
 

@@ -95,7 +95,7 @@ def damage(path, *, header=None, header_bytes=None, tail=b""):
     ("change", "message"),
     [
         (lambda p: p.write_bytes(p.read_bytes()[:-40]), r"truncated: tensor \w+ ends at byte \d+, the file at \d+"),
-        (lambda p: p.write_bytes(p.read_bytes()[:5]), "5 bytes are no safetensors file"),
+        (lambda p: p.write_bytes(p.read_bytes()[:5]), "5 bytes are not a safetensors file"),
         (lambda p: p.write_bytes(p.read_bytes()[:60]), r"claims a header of \d+ bytes, but the file has 60"),
         (lambda p: p.write_bytes(b"\xff" * 4000), "truncated, or not a safetensors file"),
         (lambda p: damage(p, header_bytes=b'{"matrix": '), "header is not valid JSON"),

@@ -169,7 +169,7 @@ def test_refusals(run, tmp_path, capsys):
     assert "not a run folder" in refusal(capsys, "run=empty")
     assert "run=gone: no such folder" in refusal(capsys, "run=gone")
     assert "is given twice" in refusal(capsys, f"run=[{run},{run}]")
-    assert "not the run folder of a training" in refusal(capsys, f"run={leave(tmp_path / 'merged', {'export': {}})}")
+    assert "not the folder of a training run" in refusal(capsys, f"run={leave(tmp_path / 'merged', {'export': {}})}")
     assert "no plan (plan.json), evaluation" in refusal(capsys, f"run={run}", "records=empty")
     assert "names none of the runs" in refusal(capsys, f"run=[{run},{second}]", f"records={lost}")
     assert "a name that ends in .md" in refusal(capsys, f"run={run}", "out=page.html")

@@ -63,7 +63,8 @@ def test_stopped_by_time_it_goes_on_and_ends_by_patience_with_the_very_bits(shal
     stopped = Result.read(broken / "result.json")
     assert (stopped.status, stopped.updates) == ("stopped", 1)
     assert (
-        "trainer.time_limit=1s is over; saved, and the same command" in stopped.ended and stopped.ended in told.stderr
+        "trainer.time_limit=1s has passed; saved, and the same command" in stopped.ended
+        and stopped.ended in told.stderr
     )
     shallow(*words, f"run_dir={broken}", cwd=tmp_path)
     assert rows(broken) == rows(whole) and rows(whole)[-1]["update"] == 4
@@ -75,7 +76,7 @@ def test_stopped_by_time_it_goes_on_and_ends_by_patience_with_the_very_bits(shal
 
     once_more = shallow(*words, f"run_dir={broken}", cwd=tmp_path)
     assert "ended after update 4 of 8 by trainer.patience=2" in once_more.stderr
-    assert "nothing is left to do, nothing was changed; for more give a larger trainer.patience" in once_more.stderr
+    assert "nothing left to do, nothing changed; to train further, give a larger trainer.patience" in once_more.stderr
     (broken / "result.json").unlink()  # killed between checkpoint and result
     shallow(*words, f"run_dir={broken}", cwd=tmp_path)
     assert Result.read(broken / "result.json").ended == result.ended and rows(broken) == rows(whole)

@@ -66,7 +66,7 @@ def test_a_disk_that_fills_up_stops_with_one_message_and_the_last_checkpoint_who
         save()
     message = str(caught.value)
     assert "is full: the checkpoint at update 4 could not be written" in message
-    assert "the last good checkpoint is at update 2" in message and "the same command goes on" in message
+    assert "the last good checkpoint is at update 2" in message and "the same command resumes" in message
     with contextlib.suppress(UserError):
         checkpoints.close()
     assert newest_verified(str(disk / "checkpoints")) == 2

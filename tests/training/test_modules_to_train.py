@@ -33,4 +33,4 @@ def test_resumed_it_ends_with_the_very_bits_and_counts_them(shallow, tmp_path):
     assert all(x.dtype == "float32" for x in own.values())
     result = Result.read(whole / "result.json")
     assert result.in_full_parameters == sum(x.size for x in own.values())
-    assert f"trained in full beside them: {result.in_full_parameters:,} parameters" in done.stderr + done.stdout
+    assert f"also trained in full: {result.in_full_parameters:,} parameters" in done.stderr + done.stdout

@@ -156,7 +156,7 @@ def test_what_cannot_be_checked_is_refused(experiment):
     with pytest.raises(UserError, match=r"check.yaml: loss_tolerance=some: give the largest difference"):
         check_experiment(str(experiment))
     (experiment / "metrics.jsonl").unlink()
-    with pytest.raises(UserError, match=r"has no metrics.jsonl: no run is recorded .*beside it: experiment$"):
+    with pytest.raises(UserError, match=r"has no metrics.jsonl: no run is recorded .*Recorded there: experiment$"):
         check_experiment(str(experiment))
 
 
@@ -250,7 +250,7 @@ def test_a_replay_elsewhere_is_refused_and_says_why(module, checked):
     (other / "provenance.json").write_text(json.dumps(recorded))
     refused = module("gemma4_tpu.train", f"replay={other}", "replay_allow=[packages]", exit_code=2)
     lines = refused.stderr[refused.stderr.index("error: ") :].splitlines()
-    assert lines[0] == f"error: replay={other}: not all is as when it was recorded:"
+    assert lines[0] == f"error: replay={other}: differences from the recorded run:"
     parts = [line.partition(":")[0].strip() for line in lines[1:-1] if not line.startswith("  code: ")]
     assert parts == ["packages", "hardware"]
     assert "\n  packages: jax 0.9.0 → " in refused.stderr

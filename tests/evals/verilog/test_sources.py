@@ -198,8 +198,8 @@ def made(problems):
 @pytest.mark.parametrize(
     ("source", "said"),
     [
-        (lambda: None, "is no class with a method load"),
-        (NoSource, "is no class with a method load"),
+        (lambda: None, "is not a class with a method load"),
+        (NoSource, "is not a class with a method load"),
         (made(None), "load gave NoneType None"),
         (made([]), "eval.problems_path=x: no problem of verilog_eval in it"),
         (made([{"name": "x"}]), "problem 0 is a dict; a source makes `Problem`s"),
