@@ -42,14 +42,15 @@ coverage:
 	$(BIN)/coverage combine --quiet
 	$(BIN)/coverage report
 
-# What CI and the pre-commit hook run first: style, types, spelling, which way imports point; links and pages of docs/.
+# What CI and the pre-commit hook run first: style, types, spelling, which way imports point; links, words and pages of
+# docs/.
 check: setup-dev
 	$(BIN)/ruff check --quiet .
 	$(BIN)/ruff format --quiet --check .
 	$(BIN)/codespell
 	$(BIN)/mypy
 	$(BIN)/lint-imports --no-cache --no-logo
-	$(BIN)/python -m pytest -q -p no:xdist tests/test_floors.py tests/house/test_links.py \
+	$(BIN)/python -m pytest -q -p no:xdist tests/test_floors.py tests/house/test_links.py tests/house/test_words.py \
 	  tests/house/test_configuration.py::test_the_page_is_what_the_schema_says
 
 # The site: docs/, benchmarks and experiments as pages with a search, in build/site; a warning is an error.

@@ -349,11 +349,11 @@ def page(counts: Counts, command: str) -> str:
     """The result as Markdown."""
     lost = counts.lost_updates
     rows = [
-        ("trainings (series)", counts.series),
+        ("training runs (series)", counts.series),
         *[(f"kills: {what}", number) for what, number in sorted(counts.kills.items())],
         ("kills in all", counts.total_kills),
         ("of them while a checkpoint was being written", counts.interrupted_saves),
-        ("SIGTERM during a training that exited with 42", counts.exits_42),
+        ("SIGTERM during a training run that exited with 42", counts.exits_42),
         ("starts that resumed from a checkpoint", counts.resumes),
         ("starts that found no checkpoint yet", counts.fresh_starts),
         (f"updates lost by a kill (checkpoint.every={EVERY}): mean", f"{np.mean(lost):.1f}" if lost else "-"),

@@ -100,7 +100,7 @@ def _done(
         raise KeyboardInterrupt
     if len(ended.folders) != 1:
         raise UserError(
-            f"{' '.join(words)}: leaves {len(ended.folders)} run folders, and this function returns what stands in one;"
+            f"{' '.join(words)}: leaves {len(ended.folders)} run folders, and this function returns the record of one;"
             f" use {entry.command}, or a call for each run"
         )
     (folder,) = ended.folders

@@ -207,7 +207,7 @@ def render() -> str:
         "",
         *(cheapest(plans) or ["Nothing planned yet."]),
         "",
-        "## Beside the paper",
+        "## Compared with the paper",
         "",
         f"*Quoted*: 31B with LoRA of rank 64 on a v5p-8 took {PAPER['seconds_per_sample']} s per sample,"
         f" {PAPER['hours']} h and ${PAPER['usd']}, every row padded to 3072 tokens. With its rows' mean of 922 tokens"

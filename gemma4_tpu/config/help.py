@@ -45,10 +45,10 @@ def help_text(entry: EntryPoint) -> str:
 def _sweeps(entry: EntryPoint) -> list[str]:
     """What `--multirun` does, and its keys."""
     about = (
-        "Sweeps: --multirun (-m) runs each combination of key=a,b,c as a process of its own, in"
-        " multirun/<name>/<swept keys>_<hash of what all jobs share>, where each job has a folder named after its"
-        " values: the same command skips what is finished and goes on with what is not. Ctrl-C lets jobs save, a"
-        " second one kills them. At the end come sweep.md, sweep.csv and plots."
+        "Sweeps: --multirun (-m) runs each combination of key=a,b,c in its own process, under"
+        " multirun/<name>/<swept keys>_<hash of what all jobs share>; each job has a folder named after its values."
+        " The same command skips finished jobs and resumes the others. Ctrl-C lets jobs save, a second one kills them."
+        " A sweep ends with sweep.md, sweep.csv and plots."
     )
     lines = _wrapped(about)
     if entry.name != "train":

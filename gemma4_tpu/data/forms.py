@@ -145,7 +145,7 @@ def _preference(columns: Columns, turn_columns: Mapping[str, str], tell: Tell) -
     if not any(rest):
         raise RowDropped("equal_sides")
     if not shared or not all(turns and turns[0]["role"] == "assistant" for turns in rest):
-        told = ["ends" if not turns else f"goes on with a {turns[0]['role']} turn" for turns in rest]
+        told = ["ends" if not turns else f"continues with a {turns[0]['role']} turn" for turns in rest]
         raise RowDropped("different_prompts", f"after {shared} turns chosen {told[0]}, rejected {told[1]}")
     before = _without_loss(sides[0][:shared], tell)
     return Pair(*(_conversation([*before, *turns], columns, tell) for turns in rest))

@@ -125,8 +125,8 @@ def _totals(built: TrainingData, data: DataConfig, rows_per_update: int, seed: i
             )
             if report.rows_split:
                 lines.append(
-                    f"  {report.rows_split} rows have an example for each answer: the chat template shows past answers "
-                    "otherwise from how they are generated"
+                    f"  {report.rows_split} rows have an example for each answer: the chat template renders past "
+                    "answers differently from how they are generated"
                 )
             lines += [f"  {UNPRINTABLE.sub('?', line)}" for line in report.lines()]
             if report.fraction > data.max_drop_fraction:

@@ -199,7 +199,7 @@ class _Reader:
 
     def _close(self, number: int) -> None:
         if not self._leave_turn():
-            raise self._problem(number, f"its turn goes on with {shown(self._peek())}")
+            raise self._problem(number, f"its turn continues with {shown(self._peek())}")
 
     def _leave_turn(self) -> bool:
         """Steps over the end of a turn, if that is what comes."""
@@ -231,7 +231,7 @@ def _check_span(
     ends = names.get(int(ids[last])) in (markup.TURN_END, markup.TOOL_RESPONSE)
     if begun or foreign or cut or not own or not ends:
         odd = (begun + foreign + cut)[:1]
-        what = f"its loss would lie on {shown(odd[0])}" if odd else "the template does not end its turn"
+        what = f"its loss would be on {shown(odd[0])}" if odd else "the template does not end its turn"
         role = messages[span.message]["role"]
         raise RowDropped("bad_rendering", f"message {span.message} ({role}): {what}")
 

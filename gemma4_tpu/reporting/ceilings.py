@@ -27,7 +27,7 @@ def show_plausibility(places: Sequence[str], out: str | None) -> int:
 def plausibility_report(figures: Figures, *, command: str | None = None) -> str:
     """Every throughput and latency beside its ceiling, with the arithmetic."""
     judged, left = judge(figures)
-    parts = [head("Throughputs and latencies beside the slice's ceiling", command), _ceiling_rules(judged)]
+    parts = [head("Throughputs and latencies compared with the slice's ceiling", command), _ceiling_rules(judged)]
     return joined([*parts, _judged(judged), _arithmetic(judged), _left(left), remarks(figures.remarks)])
 
 

@@ -129,8 +129,8 @@ def _second_opinions(outcome: EvaluationOutcome) -> Iterator[str]:
     against = sum(row["second"] == "differs" for row in rows)
     yield from ["", f"## Second opinions: {outcome.name}", ""]
     yield (
-        f"Every sample that ran, beside the reference under random stimulus (seed {second['seed']}): of those that"
-        f" pass, {against} differ from it; of those that fail, {len(rows) - against} do not. One that passes and"
+        f"Every sample that ran, compared with the reference under random stimulus (seed {second['seed']}): of those"
+        f" that pass, {against} differ from it; of those that fail, {len(rows) - against} do not. One that passes and"
         " differs may know the bench by heart, or do something else where the specification leaves it open."
     )
     if any(second["proofs"].values()):

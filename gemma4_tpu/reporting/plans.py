@@ -167,7 +167,7 @@ def _schedule(result: PlanResult) -> list[tuple[str, str]]:
             f"{format_time(result.step_seconds_high or 0)}",
         ),
         ("  of it", told),
-        ("  beside it", f"collectives {format_time(result.step_parts[HIDDEN])}"),
+        ("  alongside", f"collectives {format_time(result.step_parts[HIDDEN])}"),
         (
             "  utilization",
             f"{shares['schedule_compute']:.1%} of the peak FLOP/s, {shares['schedule_hbm']:.1%} of HBM's bandwidth, "

@@ -129,7 +129,7 @@ class ByEndpoint:
             given = [(row["score"], row.get("kind", OTHER), row.get("detail", "")) for row in rows]
         except httpx.HTTPError as error:
             raise UserError(
-                f"{where}: {error or repr(error)}; what was judged is kept, the same command goes on"
+                f"{where}: {error or repr(error)}; what was judged is kept, the same command resumes"
             ) from None
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise UserError(

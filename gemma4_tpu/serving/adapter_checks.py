@@ -53,7 +53,7 @@ def find_adapters(
                 messages.append(f"adapters: {given}: a folder with a comma in its path can't be mounted; move it")
             found.append((folder.parent if is_run(folder.parent) else folder, folder, config))
     if len({folder for _, folder, _ in found}) < len(found):
-        messages.append("adapters: one of them stands there twice")
+        messages.append("adapters: one of them is listed twice")
     if messages:
         return (), run, messages
     messages += _bases(found)
@@ -76,7 +76,7 @@ def _server_problems(serving: ServingConfig) -> Iterator[str]:
     if serving.slice in SLICES and platform_of(serving) == "tpu":
         if serving.env.get("MODEL_IMPL_TYPE") != "vllm":
             yield (
-                "adapters: tpu-inference 0.32, vLLM's JAX implementation, ignores adapters without a word, so that the"
+                "adapters: tpu-inference 0.32, vLLM's JAX implementation, silently ignores adapters, so that the"
                 f" base would answer; {_WITH_TPUS} takes vLLM's PyTorch one, or serve merged weights"
             )
         if serving.data_parallel_size > 1:
@@ -114,9 +114,9 @@ def _unserved(config: dict[str, Any]) -> Iterator[str]:
     if config.get("use_dora"):
         yield f"DoRA (use_dora), which vLLM refuses; {merged}"
     if whole := config.get("modules_to_save"):
-        yield f"whole modules beside the adapter (modules_to_save={whole}), which vLLM refuses; {merged}"
+        yield f"whole modules alongside the adapter (modules_to_save={whole}), which vLLM refuses; {merged}"
     if config.get("trainable_token_indices"):
-        yield f"trained rows of tokens (trainable_token_indices), which vLLM leaves out without a word; {merged}"
+        yield f"trained rows of tokens (trainable_token_indices), which vLLM silently ignores; {merged}"
     if config.get("target_parameters"):
         yield (
             "adapters of experts in PEFT's form (target_parameters); on GPUs vLLM takes that of"

@@ -75,7 +75,7 @@ def _flags(serving: ServingConfig) -> list[str]:
             messages.append(f"{given}: {LORA_FLAGS}")
         elif name in ("api-key", "hf-token"):
             variable = {"api-key": "VLLM_API_KEY", "hf-token": "HF_TOKEN"}[name]
-            messages.append(f"{given}: would stand on a command line for all to read; put it into {variable} instead")
+            messages.append(f"{given}: would be on a command line that everyone can read; set {variable} instead")
         elif name in OWN_FLAGS:
             messages.append(f"{given}: give {OWN_FLAGS[name]} instead")
         elif name in _PARSERS and value not in (None, _PARSER):

@@ -225,7 +225,7 @@ class Runner:
         if code == 0:
             job.status = state.FINISHED
         elif self.stop.count:
-            job.status, job.error = state.INTERRUPTED, "the sweep was stopped; the same command goes on"
+            job.status, job.error = state.INTERRUPTED, "the sweep was stopped; the same command resumes it"
         elif child.asked is not None and child.stopped_by_signal():
             job.status, job.error = state.PRUNED, child.asked
         elif child.stopped_by_signal() and job.restarts < self.settings.max_restarts:

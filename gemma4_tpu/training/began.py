@@ -81,7 +81,9 @@ def open_began(checkpoints: str) -> SavedState:
 
 def open_reference(checkpoints: str) -> SavedState:
     """What a run began as that an objective holds it against, verified; arguments and errors as of `open_began`."""
-    return _open(join(checkpoints, REFERENCE_FOLDER), "what the run began as, its reference,", "no run can go on from")
+    return _open(
+        join(checkpoints, REFERENCE_FOLDER), "what the run began as, its reference,", "no run can continue from"
+    )
 
 
 def _open(folder: str, what: str, without: str) -> SavedState:

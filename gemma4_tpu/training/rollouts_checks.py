@@ -52,7 +52,7 @@ def _sampled_as_trained(lora: LoraConfig, data: DataConfig) -> list[str]:
     if lora.enabled and lora.dropout:
         messages.append(f"lora.dropout={lora.dropout}: the policy is sampled without dropout, so train it without: 0")
     if data.packing != "true":
-        messages.append(f"data.packing={data.packing}: roll-outs lie in packed rows of one length; give true")
+        messages.append(f"data.packing={data.packing}: roll-outs are in packed rows of one length; give true")
     return messages
 
 

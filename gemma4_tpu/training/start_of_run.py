@@ -46,7 +46,7 @@ def read_run(lora: LoraConfig, arch: Architecture) -> OfRun:
     run = RunFolder.existing(str(lora.start), key="lora.start")
     config = run.read_config()
     if "lora" not in config:
-        raise UserError(f"lora.start={lora.start}: its config.yaml has no lora: not the run folder of a training")
+        raise UserError(f"lora.start={lora.start}: its config.yaml has no lora: not the folder of a training run")
     known: TrainRoot = from_yaml(yaml.safe_dump({"lora": config["lora"]}, sort_keys=False))
     if not known.lora.enabled:
         raise UserError(

@@ -67,5 +67,5 @@ class Watchdog:
         if self._log_path:
             with self._log_path.open("a", encoding="utf-8") as file:
                 faulthandler.dump_traceback(file, all_threads=True)
-        self._last_words(f"{reason}; the stacks are in log.txt. The same command goes on from the last checkpoint")
+        self._last_words(f"{reason}; the stacks are in log.txt. The same command resumes from the last checkpoint")
         exit_now(STALLED)

@@ -155,7 +155,7 @@ def test_an_empty_thought_that_only_the_past_shows_is_never_trained_on(primed, p
 def test_an_empty_thought_inside_of_an_answer_is_never_trained_on():
     inside = OWN.replace(SAID, "{{- answered ~ ('<|channel>thought\\n<channel|>' if calls else '') ~ said -}}")
     assert inside != OWN
-    with pytest.raises(RowDropped, match=r"bad_rendering: message 1 .*its loss would lie on"):
+    with pytest.raises(RowDropped, match=r"bad_rendering: message 1 .*its loss would be on"):
         examples(ChatFormat(with_template(inside)), kinds.WITH_TOOLS["ends with words and a call"], kinds.TOOLS)
 
 

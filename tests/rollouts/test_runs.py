@@ -99,7 +99,7 @@ REFUSED = [
     ("rollouts.reward=nothing", r"rollouts\.reward=nothing: give judge, module:function, or a URL"),
     ("data.sequence_length=200", r"rollouts\.prompt_tokens=128 \+ rollouts\.new_tokens=128; give at least 255"),
     ("lora.dropout=0.1", r"lora\.dropout=0\.1: the policy is sampled without dropout"),
-    ("data.packing=false", r"data\.packing=false: roll-outs lie in packed rows"),
+    ("data.packing=false", r"data\.packing=false: roll-outs are in packed rows"),
     ("rollouts.overlong_tokens=500", r"rollouts\.overlong_tokens=500: more than the 128 tokens"),
     ("hardware=v5p8 mesh=fsdp model=gemma4_31b model.path=random:0",
      r"mesh\.fsdp=4: .* would gather 42\.9 GiB of weights onto every chip; .*mesh\.fsdp=1 mesh\.tp=4"),

@@ -74,7 +74,7 @@ def test_names_are_as_long_as_they_must_be(adapted, dry_run):
     ("changes", "told"),
     [
         ({"use_dora": True}, "DoRA (use_dora), which vLLM refuses; serve merged weights"),
-        ({"modules_to_save": ["lm_head"]}, "whole modules beside the adapter (modules_to_save=['lm_head'])"),
+        ({"modules_to_save": ["lm_head"]}, "whole modules alongside the adapter (modules_to_save=['lm_head'])"),
         ({"trainable_token_indices": {"embed_tokens": [3]}}, "trained rows of tokens"),
         ({"target_parameters": ["experts.down_proj"]}, "adapters of experts in PEFT's form"),
         ({"r": 513}, "rank 513: vLLM takes ranks up to 512"),
@@ -89,13 +89,13 @@ def test_adapters_that_vllm_does_not_apply(adapted, refused, changes, told):
 
 def test_what_a_server_can_not_do(adapted, refused, tmp_path, base):
     run = adapted()
-    assert "ignores adapters without a word" in refused(given(run), "serving=v6e8")
+    assert "silently ignores adapters" in refused(given(run), "serving=v6e8")
     words = ["serving=v6e8_tuned", "serving.env={MODEL_IMPL_TYPE: vllm}"]
     assert "data_parallel_size=2: not with adapters on TPUs" in refused(given(run), *words)
     assert "serving=vllm_cpu applies adapters" in refused(given(run), "serving=local")
     assert "nowhere: no such folder" in refused("adapters=[nowhere]", *GPU)
     assert f"merge run={base} export=peft" in refused(given(base), *GPU)
-    assert "stands there twice" in refused(given(run, run / "adapter"), *GPU)
+    assert "is listed twice" in refused(given(run, run / "adapter"), *GPU)
     assert "the name of an adapter too" in refused(given(run), *GPU, "serving.served_model_name=a")
     assert "comma in its path can't be mounted" in refused(f"adapters=['{adapted('x,y')}']", *GPU)
     other = adapted("b", fingerprint="g")

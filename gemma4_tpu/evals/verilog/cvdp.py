@@ -44,7 +44,7 @@ class Cvdp:
                 " instantiates the design; tests in Python (cocotb) are not run here"
             )
         if len(rows) > len(problems):
-            log.warning("%s: %d of %d rows have no Verilog test bench and are passed over (tests in Python don't run)",
+            log.warning("%s: %d of %d rows have no Verilog test bench and are skipped (tests in Python don't run)",
                         path, len(rows) - len(problems), len(rows))  # fmt: skip
         return problems
 

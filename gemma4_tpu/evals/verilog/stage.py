@@ -231,4 +231,4 @@ def _write(folder: Path, files: Mapping[str, str]) -> None:
 
 def _first_line(done: Finished) -> str:
     lines: Sequence[str] = [line for line in (done.stderr + done.stdout).split("\n") if line.strip()]
-    return lines[0].strip() if lines else f"exit code {done.returncode} without a word"
+    return lines[0].strip() if lines else f"exit code {done.returncode} and no output"

@@ -302,4 +302,4 @@ def _complaint(done: Finished) -> str:
     """The first line of what a tool complained of, behind its warnings."""
     lines = [line.strip() for line in (done.stderr + done.stdout).split("\n") if line.strip()]
     graver = [line for line in lines if "warning:" not in line]
-    return (graver or lines or [f"exit code {done.returncode} without a word"])[0]
+    return (graver or lines or [f"exit code {done.returncode} and no output"])[0]
