@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
+from rich.measure import Measurement
 from rich.table import Table
 from rich.text import Text
 
@@ -28,6 +29,8 @@ _COLOURS = {
     "reference": "#b279a2",
     "batch": "#9d9d9d", "temporaries": "#d9692c", "free": "#f0f0f0",
 }  # fmt: skip
+_WIDEST = 200
+"""Columns where there is no terminal: enough for any row."""
 _MEANING = {
     "base": "base weights",
     "weights": "weights (trained)",
@@ -82,14 +85,20 @@ def _print_top(out: Console, result: PlanResult) -> None:
         cells = [f"{one['seconds'] * 1e3:.1f}", f"{one['share']:.1%}", f"{one['times']:,}", one["part"]]
         table.add_row(*cells, Text(f"{direction}{what}"), Text(one["source"]))
     out.print(Text("Most of the core's time, by the schedule:"))
-    out.print(table)
+    _print_whole(out, table)
     out.print()
+
+
+def _print_whole(out: Console, table: Table) -> None:
+    """A table of figures, a line for each row: on a narrower terminal lines run on, but no cell is broken up."""
+    needed = Measurement.get(out, out.options.update(max_width=_WIDEST), table).maximum
+    Console(highlight=False, width=max(out.width, needed)).print(table)
 
 
 def _console() -> Console:
     """Stdout; where it is no terminal, lines are long enough for any row."""
     console = Console(highlight=False)
-    return console if console.is_terminal else Console(highlight=False, width=200)
+    return console if console.is_terminal else Console(highlight=False, width=_WIDEST)
 
 
 def plan_rows(result: PlanResult) -> list[tuple[str, str]]:
@@ -311,7 +320,7 @@ def print_search(found: Found, folder: Path) -> None:
             cells += [f"does not fit ({format_bytes(one.hbm_bytes_per_chip or 0)})"]
         table.add_row(*cells)
     out.print()
-    out.print(table)
+    _print_whole(out, table)
     if found.front:
         by = "the middle of the schedule's band" if found.front[0].step_seconds is not None else "half the roofline"
         out.print(Text(f"\n→ nothing else is both cheaper and has more HBM free. Tokens and dollars at {by}."))

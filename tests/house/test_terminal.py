@@ -17,7 +17,7 @@ COMMANDS = script("docs/make_configuration.py").COMMANDS
 
 
 @pytest.mark.parametrize("name", sorted(set(COMMANDS) - {TPU_VM.name}))  # its keys are those of train and gke
-@pytest.mark.parametrize("columns", [80, 200])
+@pytest.mark.parametrize("columns", [60, 80, 200])
 def test_help_fits_into_the_terminal(name, columns, monkeypatch):
     monkeypatch.setenv("COLUMNS", str(columns))
     lines = help_text(COMMANDS[name]).splitlines()
