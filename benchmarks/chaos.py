@@ -1,4 +1,4 @@
-"""Kills trainings and merges at random moments, starts them again, and compares what comes of them, bit by bit.
+"""Kills training runs and merges at random moments, starts them again, and compares what comes of them, bit by bit.
 
     python benchmarks/chaos.py                       100 kills, some minutes
     python benchmarks/chaos.py --kills 5 --seconds 120
@@ -43,7 +43,7 @@ TRAIN = [
 ]  # fmt: skip
 KILLS_PER_TRAIN, KILLS_PER_MERGE = 8, 3
 SHARE_IN_START = 0.15
-"""Of the kills of trainings; the others come during updates."""
+"""Of the kills of training runs; the others come during updates."""
 UNDER_A_SAVE = 3
 """Updates that may pass while the checkpoint before them is still being written; they are lost with it."""
 
@@ -56,7 +56,7 @@ class Counts:
     kills: dict[str, int] = field(default_factory=dict)
     """By what was killed, and how: `train SIGKILL`."""
     resumes: int = 0
-    """Starts that went on from a checkpoint."""
+    """Starts that resumed from a checkpoint."""
     fresh_starts: int = 0
     """Starts that found none yet."""
     exits_42: int = 0

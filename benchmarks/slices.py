@@ -172,7 +172,7 @@ def render() -> None:
     """Writes the table between its marks in `slices.md`."""
     text = TABLE.read_text(encoding="utf-8")
     made, all_ = len(found := rows()), len(SIZES) * len(MACHINES)
-    missing = [f"{made} of {all_} cells are compiled so far; the command goes on with the rest.", ""]
+    missing = [f"{made} of {all_} cells are compiled so far; the command continues with the rest.", ""]
     lines = [BEGIN, "", *(missing if made < all_ else []), *table(HEADS, found, "lll" + "r" * 10), END]
     TABLE.write_text(re.sub(f"{BEGIN}.*{END}", lambda _: "\n".join(lines), text, flags=re.DOTALL), encoding="utf-8")
 

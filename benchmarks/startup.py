@@ -2,7 +2,7 @@
 
     python -m benchmarks.startup [--times 5]
 
-Each command runs in a process of its own, after one run that does not count; medians. Beside them a bare Python, and
+Each command runs in its own process, after one run that does not count; medians. Beside them a bare Python, and
 one that imports JAX: what the commands before `plan` do not pay for.
 """
 

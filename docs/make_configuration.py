@@ -121,7 +121,7 @@ def _base(item: Any) -> str:
 
 
 def _flat(content: DictConfig, prefix: str = "") -> Iterator[tuple[str, str]]:
-    """(dotted key, value as on a command line) of a YAML file, `${…}` as it stands there."""
+    """(dotted key, value as on a command line) of a YAML file, `${…}` as written there."""
     for key in content:
         name = f"{prefix}{key!s}"
         value: Any = content._get_node(key)

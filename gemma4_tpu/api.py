@@ -41,14 +41,14 @@ Words = str | Mapping[str, Any]
 
 @dataclass(frozen=True)
 class Done:
-    """What a command left."""
+    """The result of a command."""
 
     folder: Path
     """Its run folder."""
     record: Record
-    """What stands in its `result.json` (a plan's `plan.json`, a search's `search.json`)."""
+    """The content of its `result.json` (a plan's `plan.json`, a search's `search.json`)."""
     exit_code: int
-    """As on the command line: 0, or a plan's 1 (does not fit) and a training's 42 (preempted and saved)."""
+    """As on the command line: 0, or a plan's 1 (does not fit) and a training run's 42 (preempted and saved)."""
 
     @property
     def values(self) -> dict[str, Any]:
@@ -66,7 +66,7 @@ def train(*words: Words) -> Done:
 
 
 def preview(*words: Words) -> None:
-    """Prints what a training would learn from: rendered rows, lengths, drops; as `train` with `preview=true`."""
+    """Prints what a run would learn from: rendered rows, lengths, drops; as `train` with `preview=true`."""
     _train(load([*_command_line(words), "preview=true"], TRAIN))
 
 

@@ -1,4 +1,4 @@
-"""The commands by name: `gemma4-tpu train` is `python -m gemma4_tpu.train`; help and checks stand in each module."""
+"""The commands by name: `gemma4-tpu train` is `python -m gemma4_tpu.train`; help and checks are in each module."""
 
 from __future__ import annotations
 

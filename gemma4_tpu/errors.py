@@ -13,7 +13,7 @@ REFUSED = 2
 STALLED = 3
 """No progress for `trainer.stall_seconds`; all stacks are in log.txt."""
 PREEMPTED = 42
-"""Preempted and saved (or there was nothing to save yet): the same command goes on. Nothing else exits with it."""
+"""Preempted and saved (or there was nothing to save yet): the same command resumes. Nothing else exits with it."""
 INTERRUPTED = 130
 """Ctrl-C."""
 TERMINATED = 143

@@ -48,7 +48,7 @@ Text = str | Sequence[int]
 class Gemma4:
     """A model in memory: base weights and, of a run, what it trained. Made by `load`.
 
-    It lies on all devices of this process; results are NumPy arrays on the host, one for each row that was given.
+    It is on all devices of this process; results are NumPy arrays on the host, one for each row that was given.
     """
 
     weights: Weights

@@ -50,7 +50,7 @@ def code(text: object) -> str:
 
 
 def shown(path: Path | str) -> str:
-    """A path as seen from the working folder, if it lies in it."""
+    """A path as seen from the working folder, if it is in it."""
     here = Path.cwd()
     return str(Path(path).relative_to(here)) if Path(path).is_relative_to(here) else str(path)
 

@@ -1,6 +1,6 @@
 """`python -m gemma4_tpu.merge run=<run folder>`: a trained run as a model that others can load.
 
-Configuration → runs, bases and targets checked → each written beside its target, compared, renamed.
+Configuration → runs, bases and targets checked → each written next to its target, compared, renamed.
 """
 
 from __future__ import annotations
@@ -118,7 +118,7 @@ def _track(job: ExportJob, record: RunFolder, result: dict[str, Any], config: di
     known = from_yaml(yaml.safe_dump({"tracker": trained.run.read_config().get("tracker", {})})).tracker
     try:
         tracker = make_tracker(known, record, config, name=f"merge of {trained.run.path.name}", job="merge")
-    except UserError as refusal:  # the training had a key or a package that is not here
+    except UserError as refusal:  # training had a key or a package that is not here
         log.warning("the export is not tracked: %s", refusal)
         return
     about: dict[str, Any] = {

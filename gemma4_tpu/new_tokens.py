@@ -1,4 +1,4 @@
-"""`model.new_tokens`: tokens of one's own in rows of the vocabulary that the tokenizer holds in reserve. No JAX here.
+"""`model.new_tokens`: custom tokens in rows of the vocabulary that the tokenizer holds in reserve. No JAX here.
 
 Gemma's tokenizers name their spare rows `<unused0>`, `<unused1>`, … Each new token takes the name of the next one over,
 in `tokenizer.json` and what else names it, so that no tensor changes its shape and everything that loads the base loads

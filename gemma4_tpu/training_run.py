@@ -59,14 +59,14 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Run:
-    """What one start of a training is made of, before there are weights."""
+    """What one start of a training run is made of, before there are weights."""
 
     config: TrainRoot
     overrides: list[str]
     folder: RunFolder
     hosts: Hosts
     resume_from: int | None
-    """The update whose checkpoint it goes on from."""
+    """The update whose checkpoint it resumes from."""
     base: Base
     start: Start | None
     """Adapters to begin from, where `lora.start` names some."""
@@ -181,7 +181,7 @@ def _made_of(run: Run) -> Provenance:
 def _loop(
     run: Run, recipe: Recipe, setup: Setup, replay: Replay | None, preemption: Preemption, time_limit: TimeLimit
 ) -> Result:
-    """Runs the updates there are to run, under the eyes of a watchdog."""
+    """Runs the updates there are to run, with a stall watchdog."""
     config, folder, source = run.config, run.folder, run.batches.source
     checkpoints = Checkpoints(folder.checkpoints, config.checkpoint, setup.trained_leaves, setup.mesh)
     if run.resume_from is None:

@@ -32,7 +32,7 @@ step train "run_dir=$run" "$@"
 say "merge: a checkpoint that others can load"
 step merge "run=$run" "run_dir=$run/merges/demo"
 
-say "evaluate: the run beside its base"
+say "evaluate: the run compared with its base"
 step evaluate "run=$run" "run_dir=$run/evaluations/run"
 
 say "serve: the merged checkpoint"

@@ -1,4 +1,4 @@
-"""A benchmark of one's own, scored by exact match with an interval: `python -m examples.own_benchmark.run`."""
+"""A custom benchmark, scored by exact match with an interval: `python -m examples.own_benchmark.run`."""
 
 from __future__ import annotations
 

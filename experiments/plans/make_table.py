@@ -190,7 +190,7 @@ def _missing(planned: int) -> list[str]:
 
 
 def render() -> str:
-    """The README: what was planned, the table, the cheapest slices, the paper beside it."""
+    """The README: what was planned, the table, the cheapest slices, and the paper for comparison."""
     plans = known()
     tokens = PAPER["samples"] * PAPER["mean_tokens"]
     paper_usd = PAPER["usd"] / tokens * 1e6

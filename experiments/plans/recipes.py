@@ -3,7 +3,7 @@
     python experiments/plans/recipes.py                  # all of them, some minutes on two cores
     python experiments/plans/recipes.py v5p8 rank_sweep
 
-Each job is one `python -m gemma4_tpu.plan experiment=…`; its plan.json is kept beside the README (a sweep has one for
+Each job is one `python -m gemma4_tpu.plan experiment=…`; its plan.json is kept next to the README (a sweep has one for
 each job, `plans/<job>.json`) with a picture of HBM per chip.
 """
 

@@ -1,8 +1,8 @@
 """Make the tokenizer of the embedded tiny models: `python experiments/tiny_base/make_tokenizer.py`.
 
 A byte-level BPE, trained on the synthetic problems and documents alone, with Gemma 4's control tokens. Writes
-`config.json`, `tokenizer.json`, `tokenizer_config.json` and `generation_config.json` beside the chat template, which is
-written by hand.
+`config.json`, `tokenizer.json`, `tokenizer_config.json` and `generation_config.json` next to the chat template, which
+is written by hand.
 """
 
 from __future__ import annotations

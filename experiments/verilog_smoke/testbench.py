@@ -82,7 +82,7 @@ endmodule
 
 
 def make_testbench(design: Design) -> str:
-    """The bench of `design`; it needs `RefModule` and `TopModule` to be compiled beside it."""
+    """The bench of `design`; it needs `RefModule` and `TopModule` to be compiled with it."""
     clock = design.clock
     driven = [port for port in design.inputs if port.role != "clock"]
     clock_pins = [f".{clock.name}(clk)"] if clock else []

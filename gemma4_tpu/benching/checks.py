@@ -161,7 +161,7 @@ def _run(served: str, serving: ServingConfig) -> Path | None:
 
 
 def _vocabulary(run: Path | None) -> int | None:
-    """Of the model in a folder, where it lies on this machine."""
+    """Of the model in a folder, if it is on this machine."""
     for path in (run / "config.json", run / MERGED / "config.json") if run else ():
         if path.is_file():
             config = json.loads(path.read_text(encoding="utf-8"))

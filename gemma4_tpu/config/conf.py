@@ -25,7 +25,7 @@ WITHOUT_FILES = {
 
 
 def config_dir() -> Path:
-    """The folder `conf`: beside the modules in an installed wheel, else at the root of the checkout."""
+    """The folder `conf`: next to the modules in an installed wheel, else at the root of the checkout."""
     package = Path(gemma4_tpu.__file__).parent
     for folder in (package / "conf", package.parent / "conf"):
         if (folder / "train.yaml").is_file():

@@ -1,4 +1,4 @@
-"""What a command is to the ground: its schema, its help and its checks. Each command's stands in its own module."""
+"""What a command is to the ground: its schema, its help and its checks. Each command defines its own, in its module."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """Paths and names that a configuration gives: one spelling, where they lie, and what is wrong with them.
 
-Looks at local files only: what lies on gs:// or in a Hugging Face data set shows when it is read.
+Looks at local files only: what is on gs:// or in a Hugging Face data set shows when it is read.
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ def remote_problem(given: str, path: str) -> list[str]:
 
 
 def sibling(place: Path) -> str:
-    """A hint at what lies beside a place that is not there."""
+    """A hint at what is next to a place that does not exist."""
     try:
         names = [entry.name for entry in place.parent.iterdir()]
     except OSError:

@@ -149,7 +149,7 @@ class Serving:
         return self.model.kv_bytes(context, DTYPE_BYTES[self.kv_dtype])
 
     def room(self, context: float) -> int | None:
-        """Sequences whose caches fit beside the weights; None: the model's cache is not known."""
+        """Sequences whose caches fit alongside the weights; None: the model's cache is not known."""
         one = self.kv_bytes(context)
         return None if not one else int((self.slice.hbm_bytes - self.replicas * self.weight_bytes) // one)
 
@@ -200,7 +200,7 @@ def decode(serving: Serving, context: float, sequences: float | None) -> Ceiling
     More sequences than the caches have room for wait: the step is that of those that fit. None: as many as fit.
 
     Raises:
-      DoesNotFit: the weights alone do not fit, or not one sequence beside them.
+      DoesNotFit: the weights alone do not fit, or not a single sequence with them.
     """
     running = _running(serving, context, sequences)
     tokens = running * (serving.speculated + 1)

@@ -1,4 +1,4 @@
-"""Dollars: of a training, per million real tokens, per million served tokens, per solved problem, and in total."""
+"""Dollars: of a training run, per million real tokens, per million served tokens, per solved problem, and in total."""
 
 from __future__ import annotations
 
@@ -183,7 +183,7 @@ class Compared:
 
 
 def compare(figures: Figures, prices: Prices, hours: Sequence[float], slices: Sequence[str] = ()) -> list[Compared]:
-    """Each number that the sources print beside its figure, from `named`."""
+    """Each number that the sources print, with its figure, from `named`."""
     known, rounded = (named(figures, prices, hours, slices, rounded=rounded) for rounded in (False, True))
     return [Compared(printed=p, value=_value(p, known), after_rounding=_value(p, rounded)) for p in figures.printed]
 

@@ -1,4 +1,4 @@
-"""Figures that costs and ceilings are worked out from: trainings, points of a load, evaluations, and who says so."""
+"""Figures that costs and ceilings are computed from: training runs, points of a load, evaluations, and who says so."""
 
 from __future__ import annotations
 
@@ -26,15 +26,15 @@ class Figure:
     slice: str
     """Key of `hardware.SLICES`, or `local`."""
     system: str | None = None
-    """Trainings and servings of one system are added up; None: with those of any."""
+    """Training and serving of one system are added up; None: with those of any."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Training(Figure):
-    """A training that was done, or is planned."""
+    """A training run, recorded or planned."""
 
     hours: float
-    """All of it that is paid for, as far as it is told; of a band the middle."""
+    """All of it that is paid for, as far as it is known; of a range the middle."""
     band: tuple[float, float] | None = None
     """From how many to how many times these hours it may be; None: they are known."""
     real_tokens: float | None = None

@@ -1,6 +1,6 @@
 """Points of a load from benchmark results under the key names of `vllm bench serve`: one JSON object per cell.
 
-What was asked comes from `config.yaml` beside the cells: `served` (a record of `gemma4_tpu.serve`) or `slice` and
+What was asked comes from `config.yaml` next to the cells: `served` (a record of `gemma4_tpu.serve`) or `slice` and
 `architecture`, as `gemma4_tpu.bench` writes them; `serving` with `run`; `hardware.name` and `model.name`; or from a
 `setup` of a `figures.yaml` that lists the folder. Without any of them the slice is `local` and no ceiling is known.
 """

@@ -18,7 +18,7 @@ DOUBTFUL_FROM = 0.7
 
 @dataclass(frozen=True, kw_only=True)
 class Judgement:
-    """One figure beside its ceiling."""
+    """One figure compared with its ceiling."""
 
     figure: Figure
     quantity: str

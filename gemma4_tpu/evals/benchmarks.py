@@ -1,4 +1,4 @@
-"""Which problem source stands behind `eval.benchmark`. Another benchmark is one file and one line here."""
+"""Which problem source belongs to `eval.benchmark`. Another benchmark is one file and one line here."""
 
 from __future__ import annotations
 

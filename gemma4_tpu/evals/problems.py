@@ -34,7 +34,7 @@ class Problem:
     bench_top: str
     """The root module of `testbench`."""
     bench_needs_reference: bool
-    """Whether the bench instantiates the reference beside the answer, or holds what it expects itself."""
+    """Whether the bench instantiates the reference next to the answer, or holds what it expects itself."""
     result_marker: str
     """Text inside a string of the bench's with which it announces its result. A nonce is put behind it."""
     result_pattern: str
@@ -136,7 +136,7 @@ class VerdictClass(StrEnum):
 
 @dataclass(frozen=True, kw_only=True)
 class Verdict:
-    """The strict verdict on one completion, and beside it the benchmark's own."""
+    """The strict verdict on one completion, and alongside it the benchmark's own."""
 
     kind: VerdictClass
     detail: str = ""

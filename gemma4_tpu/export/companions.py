@@ -29,7 +29,7 @@ _OTHER_WEIGHTS = (
 
 
 def companions(trained: Trained) -> tuple[dict[str, str], list[str]]:
-    """Name → path of the files that belong to the checkpoint besides its weights, and what else lies beside them.
+    """Name → path of the files that belong to the checkpoint besides its weights, and what else is next to them.
 
     The base's, but tokenizer and chat template from the folder that the run took them from.
     """

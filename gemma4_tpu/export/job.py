@@ -1,4 +1,4 @@
-"""One run, exported: checked, written beside the target, compared, published."""
+"""One run, exported: checked, written next to the target, compared, published."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ class ExportJob:
     def reserved(self) -> Iterator[None]:
         """Holds the staging folders; raises `UserError` where there is no space or another process is at work.
 
-        A refusal on the way removes them; after a full disk or a crash the same export goes on with what is there.
+        A refusal on the way removes them; after a full disk or a crash the same export resumes with what is there.
         """
         try:
             for kind, place in self.places.items():

@@ -79,9 +79,9 @@ def vllm_warning(rank: int) -> str | None:
 def write_peft(trained: Trained, place: Place, experts: str) -> None:
     """Writes the adapter's two files to the staging folder, in float32 as trained; the configuration comes last.
 
-    vLLM takes rank and alpha of the whole adapter for every module, and passes over patterns without a word. So experts
+    vLLM takes rank and alpha of the whole adapter for every module, and silently ignores patterns. So experts
     have its scale in the file: where their own is another, B is multiplied. Other modules keep theirs (`lora.ranks`),
-    and their values to the bit.
+    and bit-identical values.
     """
     with place.create(WEIGHTS) as out:
         out.write(_header(trained, experts))

@@ -1,9 +1,9 @@
-"""Where an export is written: a staging folder beside the target that becomes the target in one rename.
+"""Where an export is written: a staging folder next to the target that becomes the target in one rename.
 
 The staging folder is `.<name>.partial`. Finished files are listed in its journal with their checksums, so that a killed
-export goes on with the file it was at. The journal stays in the target: it says what the model was made of, and the
-same export, started again, finds itself done. On gs:// a rename is a copy of each object; there `config.json`, without
-which nothing loads, comes last.
+export resumes with the file that it was writing. The journal stays in the target: it says what the model was made
+of, and the same export, started again, finds itself done. On gs:// a rename is a copy of each object; there
+`config.json`, without which nothing loads, comes last.
 """
 
 from __future__ import annotations
@@ -31,11 +31,11 @@ UPLOAD_BYTES = 32 << 20  # one request
 
 
 class Unfinished(UserError):
-    """Stopped halfway: what is finished stays in the staging folder, and the same command goes on with it."""
+    """Stopped halfway: what is finished stays in the staging folder, and the same command resumes with it."""
 
 
 class Place:
-    """A target folder, local or remote, and the staging folder beside it."""
+    """A target folder, local or remote, and the staging folder next to it."""
 
     def __init__(self, target: str):
         self.target = target.rstrip("/") if is_remote(target) else str(Path(target).absolute())
@@ -66,7 +66,7 @@ class Place:
         return os.path.lexists(self.target)
 
     def open(self, identity: dict[str, Any], needed_bytes: int) -> None:
-        """Makes the staging folder, or goes on with what an interrupted export of the same identity left.
+        """Makes the staging folder, or resumes what an interrupted export of the same identity left.
 
         Raises:
           UserError: another process is writing there, or there is not enough space.

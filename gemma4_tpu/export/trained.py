@@ -42,12 +42,12 @@ class Change:
 
 @dataclass(frozen=True)
 class Trained:
-    """A run's trained values beside their base."""
+    """A run's trained values and their base."""
 
     run: RunFolder
     state: SavedState
     lora: LoraConfig
-    """Of the adapters as plain ones beside the base (see `began.py`)."""
+    """Of the adapters as plain ones on the base (see `began.py`)."""
     recorded: LoraConfig
     """As the run has it."""
     base: Base

@@ -56,7 +56,7 @@ def stages(after: list[str], run_dir: str, model: str, *, base: str | None = Non
       after: `launch.after`.
       run_dir: gs:// run folder of the training.
       model: `model.name`.
-      base: where the base checkpoint lies on the slice, if not where the run's configuration says.
+      base: where the base checkpoint is on the slice, if not where the run's configuration says.
 
     Raises:
       UserError: neither merge nor evaluate, or an evaluate without a merged model before it.

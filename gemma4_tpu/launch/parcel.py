@@ -15,7 +15,7 @@ log = logging.getLogger(__name__)
 ARCHIVE, BUNDLE = "source.tar.gz", "source.bundle"
 _ABOVE = Path(gemma4_tpu.__file__).resolve().parent.parent
 CHECKOUT = _ABOVE if (_ABOVE / "launch/install.sh").is_file() else None
-"""The checkout that this package lies in; None: it is installed from a wheel."""
+"""The checkout that holds this package; None: it is installed from a wheel."""
 _LOCAL = "conf/local/default.yaml"
 _MAX_BYTES = 200 << 20
 

@@ -59,7 +59,7 @@ TPU_VM: EntryPoint[TpuVmRoot, Checked] = LaunchEntry(
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Exit code: the training's (0 finished, 42 to be gone on with); 2 refused, 130 interrupted; 0 without watching."""
+    """Exit code: the training's (0 finished, 42 to be resumed); 2 refused, 130 interrupted; 0 without watching."""
     words = list(sys.argv[1:] if argv is None else argv)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S", stream=sys.stderr)
     return exit_code(lambda: _run(words), interrupted="interrupted; nothing was asked for")

@@ -30,7 +30,7 @@ _GONE = ("SUSPENDING", "SUSPENDED")
 
 
 def watch(launched: Launch) -> int:
-    """Follows a launch to its end; returns the training's exit code (1: the slice is gone without a word).
+    """Follows a launch to its end; returns the training's exit code (1: the slice is gone without an outcome).
 
     Raises:
       GcloudError: the slice can't be had, or Google can't be asked; says what is left.
@@ -169,7 +169,7 @@ def how_to_delete(launched: Launch) -> str:
 
 
 def again(launched: Launch) -> str:
-    """How the run goes on."""
+    """How to resume the run."""
     return f"the same command with run_dir={launched.run_dir} resumes from the last checkpoint"
 
 

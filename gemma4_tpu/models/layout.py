@@ -1,4 +1,4 @@
-"""How a model's layers lie in memory: layers of equal structure are stacked, so that one `lax.scan` runs them all.
+"""How layers are laid out in memory: those of equal structure are stacked, so that one `lax.scan` runs them all.
 
 Gemma 4 repeats a group of layers (five sliding, one global). A *stage* holds R repeats of one group as arrays with a
 leading dim R; the step compiles the group once instead of once per layer. They are stacked as they are loaded: stacked

@@ -1,4 +1,4 @@
-"""Where every array lies on a mesh: the axes of its dims (for weights those of `weights.py`), as far as they fit.
+"""How every array is sharded on a mesh: the axes of its dims (for weights those of `weights.py`), as far as they fit.
 
 Three axes. `dp` splits the rows of a batch only, every weight is there as often; `fsdp` splits the rows and one dim of
 each weight; `tp` splits heads, hidden units and the vocabulary. A dim that its axis does not divide is replicated over

@@ -1,4 +1,4 @@
-"""Rows of the embedding that are trained alone: those of `model.new_tokens`, beside the adapters.
+"""Rows of the embedding that are trained alone: those of `model.new_tokens`, alongside the adapters.
 
 As PEFT's `trainable_token_indices`: the rows of the table that the tokens are looked up in, and of the output matrix.
 """

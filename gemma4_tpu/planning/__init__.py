@@ -1,1 +1,1 @@
-"""Plans: the training step compiled for a slice that is not there, and what the run will cost."""
+"""Plans: the training step compiled without TPU hardware, and what the run will cost."""

@@ -138,7 +138,7 @@ def _tuples(rows: np.ndarray) -> list[tuple[int, ...]]:
 
 
 def own_of_fusion(one: Instruction) -> tuple[slice, slice]:
-    """Which operands and results a fusion works on itself, not handing on a collective that runs beside it.
+    """Which operands and results a fusion works on itself, not handing on a collective that runs alongside.
 
     The arrays of such a collective count where it starts: `(operand, result, …)`, the operand in its own place.
     """

@@ -39,7 +39,7 @@ class Shapes:
     batch: dict[str, jax.ShapeDtypeStruct]
 
     def bytes_per_chip(self) -> dict[str, int]:
-        """What lies on each chip between updates, by kind: base, lora, weights trained in full, optimizer, average,
+        """What each chip holds between updates, by kind: base, lora, weights trained in full, optimizer, average,
         reference.
         """
         own = {leaf.path for leaf in self.step.model.layout.trained_in_full()}

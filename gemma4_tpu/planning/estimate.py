@@ -319,7 +319,7 @@ def _time_and_money(planned: Planned, seconds: dict[str, float], walked: Walked 
 
 
 def _memory_parts(compiled: dict[str, Any]) -> dict[str, int]:
-    """HBM of one chip by what lies there."""
+    """HBM of one chip by what it holds."""
     named = {kind: size for kind, size in compiled["held"].items() if kind != "batch"}
     rest = compiled["argument_bytes"] - sum(named.values())
     return {**named, "batch": max(rest, 0), "temporaries": compiled["peak_bytes"] - compiled["argument_bytes"]}

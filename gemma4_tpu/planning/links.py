@@ -1,6 +1,6 @@
 """Which links of the interconnect a collective has: those between the chips that take part in it.
 
-Chips of a slice lie on a grid, two- or three-dimensional, whose ends are joined in large slices. A mesh axis has only
+Chips of a slice form a grid, two- or three-dimensional, whose ends are joined in large slices. A mesh axis has only
 the links along which its own chips lie: four chips in a square have two each, four in a row without joined ends have
 one at the ends, which decides how fast all are, however many links the slice has.
 """

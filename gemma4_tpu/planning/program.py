@@ -148,7 +148,7 @@ def compile_lowered(lowered: Any, options: dict[str, Any] | None = None) -> Any:
 def peak_bytes(compiled: Any) -> int:
     """HBM of one chip that a compiled program takes with its arguments.
 
-    Near `Program.peak_bytes`, but without fragmentation and with what lies in on-chip memory (128 MiB at most).
+    Near `Program.peak_bytes`, but without fragmentation and with what is in on-chip memory (128 MiB at most).
     """
     told = compiled.memory_analysis()
     sizes = told.argument_size_in_bytes + told.temp_size_in_bytes + told.output_size_in_bytes

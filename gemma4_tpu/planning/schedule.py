@@ -1,4 +1,4 @@
-"""The compiler's schedule of a program: what a chip's core does, in order, and what runs beside it.
+"""The compiler's schedule of a program: what a chip's core does, in order, and what runs alongside.
 
 A program that is compiled to the end is written down with its instructions in the order in which they start, and with
 the cycles that the compiler expects of each fusion (`window_config.estimated_cycles`). `read` turns that text into
@@ -72,7 +72,7 @@ class Op:
     transfer: Transfer | None = None
     """Copies and collectives, and the traffic of what has no cycles."""
     starts: str = ""
-    """It only starts its transfer, which runs beside the core under this name."""
+    """It only starts its transfer, which runs alongside the core under this name."""
     waits_for: str = ""
     """The transfer under this name must have ended."""
     trips: int = 1
@@ -162,7 +162,7 @@ class _Reading:
         return {}
 
     def _exchange(self, within: Computation, one: Instruction, inside: Instruction, counts: Counts) -> dict[str, Any]:
-        """A collective: the core waits for it, or it starts and ends beside it, perhaps in fusions of its own."""
+        """A collective: the core waits for it, or it starts and ends alongside, perhaps in its own fusions."""
         links, lanes = collectives.over(inside, self.grid, one.attributes)
         sent = sum(counts.collective_bytes.values())
         transfer = Transfer(hbm_bytes=counts.traffic.hbm, sent_bytes=sent, links=links, lanes=lanes)

@@ -1,7 +1,7 @@
-"""Gives a schedule time: a core that works in order, and queues beside it for HBM and for the links.
+"""Gives a schedule time: a core that works in order, and separate queues for HBM and for the links.
 
 A queue takes one transfer after another; the core waits where a transfer must have ended. Loops run one round, times
-their trips. What is not modelled: that copies beside the core slow down what it reads itself, and that the core does
+their trips. What is not modelled: that copies alongside the core slow down what it reads itself, and that the core does
 some of the work of transfers.
 """
 

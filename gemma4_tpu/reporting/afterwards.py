@@ -182,7 +182,7 @@ def _scores(folder: Path, outcome: EvaluationOutcome) -> Iterator[list[str]]:
 
 
 def _claims(found: Sequence[tuple[Path, EvaluationOutcome]]) -> Iterator[str]:
-    """Each trained model beside a base on the same benchmark, its own evaluation's before another's."""
+    """Each trained model compared with a base on the same benchmark, its own evaluation's before another's."""
     for folder, outcome in found:
         bases = [
             (place, base) for place, base in found if base.name == BASE and base.benchmark == outcome.benchmark

@@ -15,7 +15,7 @@ MEASURED_WRONG = 1
 
 
 def show_plausibility(places: Sequence[str], out: str | None) -> int:
-    """Throughputs and latencies of all places beside their ceilings. Returns `MEASURED_WRONG` or 0."""
+    """Throughputs and latencies of all places compared with their ceilings. Returns `MEASURED_WRONG` or 0."""
     figures = read(places)
     command = command_line("plausibility", places, {"out": out} if out else {})
     deliver(plausibility_report(figures, command=command), out)
@@ -25,7 +25,7 @@ def show_plausibility(places: Sequence[str], out: str | None) -> int:
 
 
 def plausibility_report(figures: Figures, *, command: str | None = None) -> str:
-    """Every throughput and latency beside its ceiling, with the arithmetic."""
+    """Every throughput and latency compared with its ceiling, with the arithmetic."""
     judged, left = judge(figures)
     parts = [head("Throughputs and latencies compared with the slice's ceiling", command), _ceiling_rules(judged)]
     return joined([*parts, _judged(judged), _arithmetic(judged), _left(left), remarks(figures.remarks)])

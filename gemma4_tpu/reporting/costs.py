@@ -82,7 +82,7 @@ def _small_usd(amount: float | None) -> str:
 
 
 def _span(training: Training, amount: float | None, told: Callable[[float], str], *, per_hour: bool = False) -> str:
-    """What grows with the hours of a training (or, `per_hour`, shrinks): both ends where these are a band."""
+    """What grows with the hours of a training run (or, `per_hour`, shrinks): both ends where these are a band."""
     if amount is None or training.band is None:
         return UNKNOWN if amount is None else told(amount)
     low, high = (1 / training.band[1], 1 / training.band[0]) if per_hour else training.band

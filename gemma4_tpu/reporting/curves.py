@@ -176,7 +176,7 @@ def _losses_of(rows: Sequence[dict[str, Any]], title: str, path: Path) -> Path:
 
 
 def _label_ends(axes: Any, updates: Sequence[int], losses: Sequence[float]) -> None:
-    """Writes the first and the last held-out loss beside their points."""
+    """Writes the first and the last held-out loss next to their points."""
     axes.margins(x=0.09)
     for at, align, shift in {(0, "right", -7), (len(losses) - 1, "left", 7)}:
         axes.annotate(

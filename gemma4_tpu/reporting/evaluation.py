@@ -42,7 +42,7 @@ def write_report(
       comparison: of the first two, where there are two.
       prompt: an example, exactly as the model saw it.
       packages: name → version.
-      plots: beside the report.
+      plots: next to the report.
     """
     lines = list(_report(outcomes, comparison, prompt, packages))
     shown = [f"![{plot.stem}]({plot.relative_to(path.parent)})" for plot in plots]

@@ -55,7 +55,7 @@ def find(runs: Sequence[str], further: Sequence[str] = ()) -> list[Records]:
       further: folders of records, or of such folders. One that names none of the runs is taken for the only run's.
 
     Raises:
-      UserError: no run folder of a training; a given folder without a record, or of nobody knows which run; a damaged
+      UserError: not the folder of a training run; a given folder without a record, or one of an unknown run; a damaged
         file.
     """
     several = [_of_run(run) for run in runs]

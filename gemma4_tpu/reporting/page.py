@@ -1,6 +1,6 @@
 """`python -m gemma4_tpu.report run=…`: at a glance, side by side if there are several runs, then each run's sections.
 
-The page is written as Markdown, and as HTML beside it.
+The page is written as Markdown, and as HTML next to it.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ def show_runs(runs: Sequence[str], others: Sequence[str], terms: CostTerms, out:
     """Writes a page, and says where. Returns 0.
 
     Args:
-      runs: run folders of trainings.
+      runs: folders of training runs.
       others: records about them, besides those that are found.
       terms: what dollars are worked out with.
       out: the page; None: `report.md` in the run folder, of several runs in `outputs/reports`.

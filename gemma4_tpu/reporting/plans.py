@@ -23,7 +23,7 @@ from gemma4_tpu.tracking.progress import format_seconds
 
 _CAPACITY = {"on_demand": "On demand", "spot": "Spot", "flex_start": "Flex-start, at best", "configured": "Cost"}
 HIDDEN = "collectives_hidden"
-"""Of `PlanResult.step_parts`: beside the core."""
+"""Of `PlanResult.step_parts`: alongside the core."""
 _COLOURS = {
     "base": "#4c78c8", "weights": "#4c78c8", "lora": "#54a24b", "optimizer": "#e0a63a", "average": "#8e6bbf",
     "reference": "#b279a2",

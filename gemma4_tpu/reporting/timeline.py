@@ -21,7 +21,7 @@ _NAMES = {
 
 
 def plot_timeline(walked: Walked, title: str, path: Path) -> None:
-    """Draws the rows core, HBM (copies beside the core) and interconnect, a row for each set of links in use.
+    """Draws the rows core, HBM (copies alongside the core) and interconnect, a row for each set of links in use.
 
     Args:
       walked: of the whole step.

@@ -1,4 +1,4 @@
-"""The one train step: training runs it, planning compiles it for a slice that is not there, benchmarks time it.
+"""The one train step: training runs it, planning compiles it without TPU hardware, benchmarks time it.
 
 An update is M microbatches. Each adds its summed loss and gradient; one division by the global number of target tokens
 (of an objective's own units: pairs, say) follows, so that 8 microbatches of 1 row equal 1 of 8, however unevenly the
@@ -107,7 +107,7 @@ class Step:
             return summed_cross_entropy(hidden, table, rows["targets"], rows["target_mask"], *self._scoring()), {}
         nll = self.token_nll(trained, base, rows, key)
         if self.objective.reference:
-            # In the same program, so that nothing has to be kept, found again or trusted when a run goes on.
+            # In the same program, so that nothing has to be kept, found again or trusted when a run resumes.
             rows = rows | {REFERENCE_NLL: self.token_nll(base.get(REFERENCE, {}), base, rows)}
         return self.objective.loss(nll, rows)
 

@@ -1,7 +1,7 @@
 """A run folder on gs://: small files are worked on in a local folder and copied, checkpoints are written directly.
 
 The bucket holds the truth. A start copies the small files here, each checkpoint and the end of the run copy those that
-changed back, so that any machine can go on with the run.
+changed back, so that any machine can resume the run.
 """
 
 from __future__ import annotations

@@ -34,7 +34,7 @@ class Progress:
     ):  # fmt: skip
         """Starts at `first_update` (that of the checkpoint, in a resumed run); `show=False` prints nothing.
 
-        `beside_loss`: a measure that stands beside the held-out loss, or until there is one beside the other.
+        `beside_loss`: a measure to show with the held-out loss, or until there is one with the other.
         """
         self._beside_loss = beside_loss
         self._total = total_updates
@@ -97,7 +97,7 @@ class Progress:
         return "  ".join(fact for fact in facts if fact)
 
     def _losses(self) -> list[str]:
-        """Both losses, as far as they are known; the last one with the measure beside it."""
+        """Both losses, as far as they are known; the last one with the measure."""
         known = [(label, prefix) for label, prefix in (("loss", ""), ("held-out", HELDOUT))
                  if self._metrics.get(f"{prefix}loss") is not None]  # fmt: skip
         told = [f"{label} {self._metrics[f'{prefix}loss']:.4f}" for label, prefix in known]

@@ -113,7 +113,7 @@ class RunFolder:
                 known = [path for path in (run.config_path, run.overrides_path, run.record_path) if path.exists()]
                 run._earlier = {path: path.read_bytes() for path in known}
             write_text(run.config_path, yaml.safe_dump(jsonable(config), sort_keys=False, allow_unicode=True))
-            if kind != PLAN or not run.resumed:  # a plan may lie in the folder of the run that it is for
+            if kind != PLAN or not run.resumed:  # a plan can be in the folder of the run that it is for
                 write_record(run.record_path, kind, {})
             write_text(run.overrides_path, yaml.safe_dump(list(overrides), allow_unicode=True))
             run.plots.mkdir(exist_ok=True)
@@ -223,7 +223,7 @@ class RunFolder:
             log.warning("%s: can't be written (%s)", self.result_path, error)
 
     def work(self, job: Callable[[], int]) -> int:
-        """Does a job that goes on where it was, such as an evaluation, and closes the folder; returns its exit code.
+        """Does a job that resumes where it was, such as an evaluation, and closes the folder; returns its exit code.
 
         Ctrl-C is exit code 130 and a line that says how to go on. What fails leaves its reason in `result.json`.
         """
@@ -305,7 +305,7 @@ def leaves(config: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]
 
 
 def is_among(key: str, allowed: Sequence[str]) -> bool:
-    """Whether a key or a group that it lies in is named."""
+    """Whether a key or a group that holds it is named."""
     return any(key == name or key.startswith(name + ".") for name in allowed)
 
 
@@ -344,5 +344,5 @@ def _given_folder(run_dir: str) -> Path:
 
 
 def is_run(folder: Path) -> bool:
-    """Whether a folder is the run folder of a training."""
+    """Whether a folder is that of a training run."""
     return (folder / "config.yaml").is_file() and (folder / "checkpoints").is_dir()

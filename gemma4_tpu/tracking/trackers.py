@@ -34,8 +34,8 @@ def make_tracker(
     Args:
       config: the tracker's group.
       run: where the tracker's own files go. W&B's id of the run, and its name, are kept there too, so that a resumed
-        run goes on under them.
-      resolved_config: the whole configuration as plain values, shown beside the run.
+        run resumes under them.
+      resolved_config: the whole configuration as plain values, shown with the run.
       name: what the tracker calls the run; see `run_name`.
       job: what kind of run it is, `train` or `merge`.
 

@@ -187,7 +187,7 @@ def _answers(url: str) -> bool:
 def _identity(run: RunFolder, name: str) -> dict[str, str]:
     """The run's id and name at W&B: those in the run folder, where it is resumed, else new ones, which are kept there.
 
-    The folder's small files reach a bucket before each checkpoint does, so the id is there wherever the run goes on.
+    The folder's small files reach a bucket before each checkpoint does, so the id is there wherever the run resumes.
     """
     path = run.path / "tracker.json"
     if path.exists():

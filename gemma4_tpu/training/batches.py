@@ -28,7 +28,7 @@ class Batches(NamedTuple):
     rows: int
     """Of a microbatch, over all processes."""
     segment_tokens: float
-    """Mean of a segment of the rows: of a training example, or of a side of a pair."""
+    """Mean of a segment of the rows: of an example, or of a side of a pair."""
 
     @property
     def lengths(self) -> list[int]:

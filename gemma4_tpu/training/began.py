@@ -1,7 +1,7 @@
 """What adapters began as that began as a part of their weights (PiSSA, OLoRA), and what follows from it afterwards.
 
 A run trains beside W - s·B₀·A₀, so that A and B by themselves belong to a base that nobody has. A₀ and B₀ are saved
-once, beside the checkpoints. With them a checkpoint is one of plain adapters beside W, of twice the rank:
+once, next to the checkpoints. With them a checkpoint is one of plain adapters beside W, of twice the rank:
 
     W - s·B₀·A₀ + s·B·A = W + s·[B, -B₀]·[A; A₀]
 

@@ -2,7 +2,7 @@
 
 On disk every tensor has its own per-layer name (`layers.7.attn.q_einsum.w_lora_a`), whatever the mesh or the stacking
 in memory, so that a run can resume on another mesh and a merge can read one layer at a time. `trained` are the values
-that the run stands for; where those are an average, `current` are the ones that updates go on from.
+that the run stands for; where those are an average, `current` are the ones that updates continue from.
 """
 
 from __future__ import annotations
@@ -105,7 +105,7 @@ class Checkpoints:
         """Saves what some of the trained values are before the first update (see `began.py`), and waits for it.
 
         Args:
-          name: of the folder beside the checkpoints.
+          name: of the folder next to the checkpoints.
           trained: the values.
           leaves: those to save.
 

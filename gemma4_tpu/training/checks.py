@@ -1,4 +1,4 @@
-"""Checks across the fields of a training's configuration: ranges, choices, files, batch sizes and the mesh. No JAX.
+"""Checks across the fields of a training configuration: ranges, choices, files, batch sizes and the mesh. No JAX.
 
 `examine_train` finds everything that can be known before an accelerator runtime starts. `meshes.resolve_mesh` and
 `recipe.rows_per_microbatch` are asked again once JAX has said which devices there are, and

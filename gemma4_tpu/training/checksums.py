@@ -1,7 +1,7 @@
 """Checksums over what a checkpoint holds: written when all of it is there, compared before anything is restored.
 
 They cover the items: every file in a folder of its own (`state/`, `position/`, `metrics/`). Those are final when Orbax
-calls `post_finalization_callback`. What stands beside the folders is not: `_CHECKPOINT_METADATA` (types and times) is
+calls `post_finalization_callback`. What is next to the folders is not: `_CHECKPOINT_METADATA` (types and times) is
 written by a thread of its own that Orbax waits for only afterwards, and `commit_success.txt` comes last. Nothing is
 restored from those two, and Orbax 0.12 reads checkpoints whose metadata is missing or damaged.
 

@@ -67,7 +67,7 @@ def check_devices(hardware: HardwareConfig, platform: str, device_kind: str, cou
       platform: of the devices, as JAX calls it.
       device_kind: of the devices, as JAX calls it.
       count: devices of all processes.
-      slices: TPU slices that they lie on.
+      slices: TPU slices that they are on.
 
     Raises:
       UserError: it is another one; says which, and what to give instead. Or there are several slices.

@@ -144,7 +144,7 @@ class Loop:
         return tally.result("stopped", self.time_limit.told())
 
     def _begin(self, resume_from: int | None) -> tuple[TrainState, Totals, Spikes, Patience]:
-        """State, sums and losses to go on with: fresh, or those of a checkpoint."""
+        """State, sums and losses to continue from: fresh, or those of a checkpoint."""
         state, totals, spikes = self.setup.state, Totals(), Spikes(self.trainer.spike_factor)
         patience = Patience(self.trainer)
         if resume_from is not None:

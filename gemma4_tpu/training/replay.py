@@ -1,4 +1,4 @@
-"""A recorded run, repeated: what is otherwise than when it was recorded, and whether its losses come again."""
+"""A recorded run, repeated: differences from the record, and whether its losses come again."""
 
 from __future__ import annotations
 

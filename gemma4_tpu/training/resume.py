@@ -1,4 +1,4 @@
-"""Which checkpoint a run goes on from: the newest that verifies. Damaged ones are set aside, never used."""
+"""Which checkpoint a run resumes from: the newest that verifies. Damaged ones are set aside, never used."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def newest_verified(checkpoints: str) -> int | None:
 
 
 def position(checkpoints: str, update: int) -> dict[str, Any]:
-    """What was saved beside the training state at `update`."""
+    """What was saved with the training state at `update`."""
     return read_object(join(checkpoints, f"{update}/position/metadata"))
 
 
@@ -77,7 +77,7 @@ def check(
     optimizer: OptimizerConfig,
     checkpoint: CheckpointConfig,
 ) -> None:
-    """Compares this start with the checkpoint after update `done` that it goes on from.
+    """Compares this start with the checkpoint after update `done` that it resumes from.
 
     Raises:
       UserError: other data, another base, or a learning rate that would jump, and `checkpoint.resume_allow` does not

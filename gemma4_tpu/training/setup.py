@@ -148,8 +148,8 @@ def set_up(
       recipe: the step.
       mesh: where everything lies.
       start: adapters to begin from, where `lora.start` names some.
-      initial: where a run goes on whose adapters began as a part of their weights: what they began as.
-      reference: where a run goes on that keeps one (`Recipe.keeps_reference`): what it began as.
+      initial: for a resumed run whose adapters began as a part of their weights: what they began as.
+      reference: for a resumed run that keeps one (`Recipe.keeps_reference`): what it began as.
     """
     step, lora = make_step(recipe, mesh), recipe.lora
     layout = step.model.layout

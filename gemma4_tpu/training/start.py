@@ -153,7 +153,7 @@ class Start:
 def open_start(lora: LoraConfig, arch: Architecture, resume_from: int | None = None) -> Start | None:
     """The adapters that `lora.start` names, read as far as is needed to know that they can be represented exactly.
 
-    None: it names none, or the run goes on from a checkpoint, which holds more.
+    None: it names none, or the run resumes from a checkpoint, which holds more.
 
     Raises:
       UserError: no adapters there, or such as this run can't hold; says which and what would hold them.

@@ -31,7 +31,7 @@ class Tally:
     """Tokens, time and losses of a run, earlier starts included."""
 
     def __init__(self, setup: Setup, rates: Rates, totals: Totals, prediction: Prediction | None = None):
-        """Goes on from the `totals` of earlier starts; measured times are held against a plan's `prediction`."""
+        """Continues from the `totals` of earlier starts; measured times are compared with a plan's `prediction`."""
         self._setup, self._rates, self._totals, self._prediction = setup, rates, totals, prediction
         self._update_seconds: list[float] = []
         self._ratios: list[float] = []
@@ -76,7 +76,7 @@ class Tally:
         totals.measures |= measures
 
     def count_heldout(self, loss: float, update: int, measures: Mapping[str, float]) -> None:
-        """Remembers the held-out loss after `update`, and what the objective says beside it."""
+        """Remembers the held-out loss after `update`, and what the objective reports with it."""
         totals = self._totals
         totals.measures |= measures
         if totals.heldout_loss_first is None:

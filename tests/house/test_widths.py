@@ -1,4 +1,4 @@
-"""On narrow and wide terminals: a row of figures is a line, a value that wraps stays under itself, a bar is one line."""
+"""On narrow and wide terminals: a row of figures is one line, a value wraps within its column, a bar is one line."""
 
 import re
 from dataclasses import replace

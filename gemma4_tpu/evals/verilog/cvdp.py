@@ -1,7 +1,7 @@
 """Problems in CVDP's form: JSONL of `id`, `input` (`prompt`, `context`), `output` (`context`), `harness` (`files`).
 
 Only rows whose harness is a Verilog test bench can be judged here. CVDP's own code-generation rows test in Python
-(cocotb), beside the design in one process: they are passed over, and counted.
+(cocotb), with the design in one process: they are skipped, and counted.
 """
 
 from __future__ import annotations

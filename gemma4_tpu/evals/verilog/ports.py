@@ -33,7 +33,7 @@ class Port:
 
     @property
     def written(self) -> str:
-        """As it stands in code: escaped where it has to be."""
+        """As written in code: escaped where it has to be."""
         return self.name if _PLAIN_NAME.fullmatch(self.name) else f"\\{self.name} "
 
 

@@ -139,7 +139,7 @@ class Sandbox:
         arguments = [*self._system, "--ro-bind", str(folder), str(folder)]
         for path in writable:
             arguments += ["--bind", str(path), str(path)]
-        # What bubblewrap makes lies in memory, without a limit: nothing may write there.
+        # What bubblewrap makes is in memory, without a limit: nothing may write there.
         return [*arguments, "--remount-ro", "/", "--chdir", str(folder), "--"]
 
     @functools.cached_property

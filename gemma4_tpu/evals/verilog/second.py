@@ -1,4 +1,4 @@
-"""A second opinion: the design beside the reference under random stimulus that nobody has seen.
+"""A second opinion: the design compared with the reference under random stimulus that nobody has seen.
 
 It is a `Problem` like any other, with a bench of our own, so that the same judge runs it behind the same walls. A
 design that knows the benchmark's stimulus by heart passes there and fails here. It is an opinion and no verdict: random

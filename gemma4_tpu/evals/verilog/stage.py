@@ -50,7 +50,7 @@ class NoStage(Exception):
 
 @dataclass(frozen=True, kw_only=True)
 class Stage:
-    """What judging needs to know of a problem. Bench, player, compiler settings and stimulus lie in its folder."""
+    """What judging needs to know of a problem. Bench, player, compiler settings and stimulus are in its folder."""
 
     folder: Path
     result_marker: str
