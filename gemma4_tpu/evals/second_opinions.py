@@ -1,4 +1,4 @@
-"""Second opinions on the samples of an evaluation, besides their verdicts: fresh random stimulus, proofs, lint and size.
+"""Second opinions on the samples of an evaluation, besides verdicts: fresh random stimulus, proofs, lint and size.
 
 ```
 second_opinions.jsonl   {"problem", "sample", "kind", "mismatches", "samples", "equivalent", "lint", "cells", …}
