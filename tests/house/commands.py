@@ -13,7 +13,14 @@ from tests.house.scripts import ROOT
 
 PAGES = sorted(
     path
-    for pattern in ("*.md", "docs/*.md", "experiments/*/README.md", "benchmarks/*.md")
+    for pattern in (
+        "*.md",
+        "docs/*.md",
+        "docs/site/*.md",
+        "experiments/**/README.md",
+        "examples/*.md",
+        "benchmarks/*.md",
+    )
     for path in ROOT.glob(pattern)
 )
 OF_ITS_OWN_TEST = {"docs/first_tpu_run.md", "docs/extending.md"}

@@ -8,6 +8,7 @@ from tests.house.commands import PAGES
 from tests.house.scripts import ROOT
 
 _LINK = re.compile(r"!?\[[^\]]*\]\(([^()\s]+)\)")
+_SOURCE = re.compile(r"""\bsrc(?:set)?="([^"]+)"|^```{image} (\S+)$""", re.M)
 _FOLDERS = r"docs|gemma4_tpu|conf(?!/local)|launch|experiments|benchmarks|tests|requirements"
 _PATH = re.compile(rf"`((?:{_FOLDERS})/[\w/-]*(?:/|\.\w+))`")
 _PAGE = re.compile(r"\b(?:docs|benchmarks|experiments/\w+)/\w+\.md\b")
@@ -30,7 +31,7 @@ def anchors(text: str) -> set[str]:
 def test_links_and_paths_of_a_page_lead_somewhere(page):
     text = page.read_text(encoding="utf-8")
     broken = []
-    for link in _LINK.findall(text):
+    for link in [*_LINK.findall(text), *("".join(found) for found in _SOURCE.findall(text))]:
         if link.startswith(("http://", "https://", "mailto:")):
             continue
         file, _, anchor = link.partition("#")
@@ -39,6 +40,16 @@ def test_links_and_paths_of_a_page_lead_somewhere(page):
             broken.append(link)
     broken += [path for path in _PATH.findall(text) if not (ROOT / path).exists()]
     assert not broken
+
+
+@pytest.mark.parametrize(
+    "target",
+    ["../data.md", "../../experiments/plans/README.md", "../data.md#why-rows-are-dropped", "../rewards.md"],
+    ids=["train on my own CSV", "what a v6e-4 costs", "why a row was dropped", "how to write a reward"],
+)
+def test_the_index_of_the_site_answers_what_is_asked_most(target):
+    """Each is one click away; three are allowed."""
+    assert target in _LINK.findall((ROOT / "docs/site/index.md").read_text(encoding="utf-8"))
 
 
 def test_pages_that_code_and_configuration_name_are_there():
