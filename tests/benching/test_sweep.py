@@ -126,7 +126,7 @@ def test_a_record_of_serve_says_where(played, bench, tmp_path):
         (["bench=matrix", "bench.users=[0]"], "bench.users: 0 must be at least 1"),
         (["bench=matrix", "bench.arrivals=fixed"], "bench.arrivals=fixed: only with bench.rates"),
         (["bench.arrivals=steady"], "bench.arrivals=steady: not a choice"),
-        (["bench.lengths=[[16]]"], "bench.lengths: [16] is no pair"),
+        (["bench.lengths=[[16]]"], "bench.lengths: [16] is not a pair"),
         (["bench.rates=[1,1]"], "bench.rates: 1.0 is listed twice"),
         (["bench.requests=0"], "bench.requests=0: must be at least 1"),
         (["slice=v6e8"], "slice=v6e8: there is no such slice; did you mean slice=v6e-8?"),

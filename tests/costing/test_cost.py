@@ -254,10 +254,10 @@ def test_all_refusals_come_together(tmp_path, capsys):
     ("record", "file", "content", "message"),
     [
         ("run", "result.json", "{", "result.json: damaged"),
-        ("run", "config.yaml", "a: [", "config.yaml: no YAML"),
+        ("run", "config.yaml", "a: [", "config.yaml: not valid YAML"),
         ("run", "config.yaml", None, "config.yaml is missing; it says which slice this ran on"),
         ("load", "cells/0.json", "{", "0.json: damaged"),
-        ("load", "config.yaml", "a: [", "config.yaml: no YAML"),
+        ("load", "config.yaml", "a: [", "config.yaml: not valid YAML"),
     ],
 )
 def test_a_damaged_record_is_named(request, record, file, content, message):
@@ -308,7 +308,7 @@ def test_a_folder_without_a_record_is_refused(tmp_path):
         ("trainings: [{name: x, slice: v5p, hours: 1}]", "trainings.0: slice='v5p': one of v5p-8"),
         ("trainings: [{name: x, slice: v5p-8, hours: long}]", "trainings.0: hours='long': give a number"),
         ("benchmarks: [{folder: gone}]", "benchmarks.0: folder='gone': no results of a benchmark"),
-        ("points: [", "no YAML"),
+        ("points: [", "not valid YAML"),
     ],
 )
 def test_what_is_wrong_with_written_figures_is_said(tmp_path, entry, message):

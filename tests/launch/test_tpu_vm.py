@@ -117,7 +117,7 @@ def test_the_exit_code_is_that_of_the_training(launch, played, messages):
     played.play({"states": ["ACTIVE", "OVER:42"]})
     code, _, _ = launch(GIT, "run_dir=gs://my-bucket/runs/mine")
     assert code == 42
-    assert "run_dir=gs://my-bucket/runs/mine goes on" in messages.text
+    assert "run_dir=gs://my-bucket/runs/mine resumes" in messages.text
 
 
 def test_a_slice_that_could_not_delete_itself_is_deleted(launch, played, messages):

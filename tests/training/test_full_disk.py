@@ -80,7 +80,7 @@ def test_a_disk_that_fills_up_stops_with_one_message_and_the_last_checkpoint_who
 
 def test_a_disk_too_small_for_the_checkpoints_is_refused_at_the_start(almost_full):
     disk, _ = almost_full
-    with pytest.raises(UserError, match=r"checkpoint.keep=100000: needs .* MiB .*are free; make space"):
+    with pytest.raises(UserError, match=r"checkpoint.keep=100000: needs .* MiB .*are free; free some space"):
         check_disk(str(disk), CheckpointConfig(keep=100_000), 2**20)
     check_disk("gs://bucket/run/checkpoints", CheckpointConfig(keep=100_000), 2**20)
 
