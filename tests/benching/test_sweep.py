@@ -92,7 +92,7 @@ def test_failed_cells_run_again_with_other_prompts(played, bench):
 def test_a_server_that_goes_away(played, bench):
     words = [*FEW, "bench.lengths=[[16,4],[17,4],[18,4]]", "bench.rates=[100]"]
     code, folder, _, err = bench(played(die_at=6), *words)  # after warm-up and cell of the first lengths
-    assert code == 2 and "lists no models" in err and f"run_dir={folder} goes on" in err
+    assert code == 2 and "lists no models" in err and f"run_dir={folder} resumes" in err
     assert json.loads((folder / "result.json").read_text())["status"] == "failed"
     assert [path.name for path in sorted((folder / "cells").iterdir())] == [
         "in16_out4_rate100.json", "in17_out4_rate100.json"
