@@ -16,9 +16,9 @@ _FIRST = """\
 Fine-tune Gemma 4 on TPUs: plan, train, verify, serve, and know what it cost.
 
 First:
-  gemma4-tpu train                                  # a tiny model: does it work?
-  gemma4-tpu plan hardware=v6e4 model=gemma4_31b    # fits? minutes? dollars?
-  gemma4-tpu train data=chat_jsonl data.train=rows.csv preview=true   # your rows
+  gemma4-tpu train                                 # a tiny model: does it work?
+  gemma4-tpu plan hardware=v6e4 model=gemma4_31b   # fits? minutes? dollars?
+  gemma4-tpu train data=chat_jsonl data.train=rows.csv preview=true  # your rows
 
 Commands:
 """

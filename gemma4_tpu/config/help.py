@@ -23,7 +23,7 @@ def help_text(entry: EntryPoint) -> str:
     """The whole help page."""
     values = OmegaConf.to_container(defaults(entry), resolve=True)
     lines = _wrapped(entry.summary)
-    lines += ["", f"Usage: {entry.command} [group=option | key=value] …", "", "Examples:"]
+    lines += ["", *_wrapped(f"Usage: {entry.command} [group=option | key=value] …"), "", "Examples:"]
     for arguments, meaning in entry.examples:
         lines += [*_command(f"{entry.command} {arguments}"), *_wrapped(meaning, 6)]
     groups = {group: options for group, options in groups_of(entry).items() if options}
