@@ -35,7 +35,7 @@ BENCH: EntryPoint[BenchRoot, BenchChecked] = EntryPoint(
     normalise=normalise_bench,
     examine=examine_bench,
     summary=(
-        "Load-test a server: latency and throughput by rate, length, users. Defined as in `vllm bench serve`: request"
+        "Load-test a server: latency and throughput by rate and length. Defined as in `vllm bench serve`: request"
         " rates × lengths, or users × context, or the highest rate within limits on latency. Leaves raw results for"
         " each cell, tables, plots and one HTML page."
     ),

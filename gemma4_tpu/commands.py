@@ -22,7 +22,7 @@ ENTRIES: dict[str, EntryPoint] = {
 COMMANDS: dict[str, EntryPoint] = {**ENTRIES, "launch tpu_vm": TPU_VM, "launch gke": GKE}
 """By the words behind `gemma4-tpu`, in the order in which the map of commands lists them."""
 TOOLS = {
-    "translate": "Translate a configuration of axolotl, TRL or MaxText into overrides.",
+    "translate": "Translate an axolotl, TRL or MaxText configuration to overrides.",
     "completion": "Complete commands, groups and keys with Tab: bash, zsh, fish.",
 }
 """Commands without a configuration (`gemma4_tpu/<name>.py`), with their line in the map."""

@@ -35,7 +35,7 @@ SERVE: EntryPoint[ServeRoot, ServeChecked] = EntryPoint(
     normalise=normalise_serve,
     examine=examine_serve,
     summary=(
-        "Serve a merged checkpoint, or adapters, with vLLM in its container. Checks first, follows the start, verifies"
+        "Serve a merged checkpoint or adapters with vLLM. In its container: checks first, follows the start, verifies"
         " that the server has the trained model, stops and removes the container on Ctrl-C. Needs Docker or Podman, or"
         " vLLM on this machine (serving.runner=process)."
     ),
