@@ -50,7 +50,7 @@ CHECK: EntryPoint[CheckRoot, Nothing] = EntryPoint(
     normalise=_normalise,
     examine=_examine,
     summary=(
-        "Say what a checkpoint is and whether it can be trained. Takes seconds: reads headers and small files only,"
+        "Say what a checkpoint is and whether it can be trained. Takes seconds, from headers and small files only:"
         " tensors, parameters, output matrix, RoPE, chat template, vocabulary, stop ids. Training, plan and launch do"
         " the same."
     ),
