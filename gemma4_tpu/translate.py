@@ -2,8 +2,8 @@
 
     gemma4-tpu translate axolotl.yaml --devices 8
 
-Prints the command, then every key that is not in it, with the reason. Nothing is guessed, and values that `train` would
-refuse are listed as well. `config/synonyms.py` holds most of their words; docs/coming_from.md is made from both.
+Prints the command, then every key that is not in it, with the reason; values that `train` would refuse are among them.
+`config/synonyms.py` holds their words, and docs/coming_from.md is made from them.
 """
 
 from __future__ import annotations
@@ -26,18 +26,13 @@ from gemma4_tpu.config.synonyms import BY_VALUE, BY_WORD, SAME, SETTLED
 from gemma4_tpu.errors import UserError, exit_code
 from gemma4_tpu.train import TRAIN
 
-MODELS = ("base_model", "model_name_or_path", "model_name")
-ROWS = ("micro_batch_size", "per_device_train_batch_size", "per_device_batch_size")
-ACCUMULATION = "gradient_accumulation_steps"
-_LORA = {"adapter", "use_peft", "lora_r", "lora_rank", "load_in_4bit"}
-_PLACE = re.compile(r"^(/|\.|~|gs://|hf:)|\.(jsonl?|csv|tsv|parquet|arrow)(\.gz|\.zst)?$")
-"""A file or folder, where a name could stand."""
+ROWS = ("trainer.global_batch_sequences", "…")  # what does not follow from rows per device alone
+_PLACE = re.compile(r"^(/|\.|~|gs://|hf:)|\.(jsonl?|csv|tsv|parquet|arrow)(\.gz|\.zst)?$")  # no name
 
 
 def translate(theirs: dict[str, Any], devices: int | None = None) -> tuple[list[str], dict[str, str]]:
     """(words for `train`, their key → why it, or part of it, is not among them)."""
-    full = not any(theirs.get(key) for key in _LORA)  # without an adapter they train all weights
-    words: dict[str, str] = {"lora=none": "no adapter"} if full else {}
+    words: dict[str, str] = {}
     left: dict[str, str] = {}
     for key, value in theirs.items():
         try:
@@ -45,11 +40,18 @@ def translate(theirs: dict[str, Any], devices: int | None = None) -> tuple[list[
                 words[word] = key  # those before a reason are kept
         except UserError as reason:
             left[key] = str(reason)
-    for word, key in list(words.items()) if _refused(list(words)) else []:  # which of them?
-        if message := _refused([word]):
-            left[key] = message
-            del words[word]
-    return sorted(words, key=lambda word: "." in word.partition("=")[0]), left  # groups first
+    switches = [theirs[key] for key in ("adapter", "use_peft") if key in theirs]
+    if not any(switches or [theirs.get(key) for key in ("lora_r", "lora_rank", "r")]):  # they train all weights
+        left |= {key: "there is no adapter" for word, key in words.items() if word.startswith("lora")}
+        words = {word: key for word, key in words.items() if not word.startswith("lora")} | {"lora=none": "adapter"}
+    ordered = sorted(words, key=lambda word: "." in word.partition("=")[0])  # groups first
+    taken = ordered if not _refused(ordered) else []
+    for word in ordered if not taken else []:
+        if message := _refused([*taken, word]):
+            left[words[word]] = message
+        else:
+            taken.append(word)
+    return taken, left
 
 
 def _refused(words: list[str]) -> str:
@@ -60,32 +62,28 @@ def _refused(words: list[str]) -> str:
 def _words(key: str, value: Any, theirs: dict[str, Any], devices: int | None) -> Iterator[str]:
     """Raises: UserError: why there are none."""
     shown = str(value).lower() if isinstance(value, bool) else str(value)
-    ours, _, written = BY_WORD.get(key, ("", ""))[0].partition("=")
+    ours, _, written = (f"{SAME[key]}.{key}={{}}" if key in SAME else BY_WORD.get(key, ("", ""))[0]).partition("=")
     if value in (None, "", [], {}):
         raise UserError("empty")
     if shown in BY_VALUE.get(key, {}):
         yield BY_VALUE[key][shown]
     elif key in SETTLED:
         raise UserError(SETTLED[key])
-    elif key in MODELS:
+    elif ours == "model.path":
         yield from _model(shown)
     elif ours == "data.train" or key == "hf_path":
-        yield "data=chat_jsonl"
-        for at, source in enumerate(value if isinstance(value, list) else [value]):
-            yield from _source(f"data.train.{at}", source)
-    elif key in (*ROWS, ACCUMULATION) and devices is None:
+        yield from _sources(value if isinstance(value, list) else [value])
+    elif (per_device := (ours, written) == ROWS or ours == "trainer.microbatches") and devices is None:
         raise UserError("counts per device, and the file does not say how many there were: give --devices N")
-    elif key in ROWS and devices:
-        rows = float(shown) * int(theirs.get(ACCUMULATION) or 1) * devices
-        yield _word("trainer.global_batch_sequences", int(rows))
+    elif per_device and devices and ours == ROWS[0]:
+        parts = [str(part) for part in (value, theirs.get("gradient_accumulation_steps") or 1)]
+        if not all(re.fullmatch(r"\d+(\.\d+)?", part) for part in parts):
+            raise UserError(f"{' × '.join(parts)} is not a number of rows")
+        yield _word("trainer.global_batch_sequences", int(float(parts[0]) * float(parts[1]) * devices))
     elif ours == "lora.targets" and isinstance(value, list):
         yield _word(ours, [str(module).removesuffix("_proj") for module in value])
     elif key in BY_VALUE:
-        raise UserError(
-            "off, as here" if shown == "false" else f"{shown}: only {', '.join(BY_VALUE[key])} can be translated"
-        )
-    elif key in SAME:
-        yield _word(f"{SAME[key]}.{key}", value)
+        raise UserError("off, as here" if shown == "false" else f"{shown}: none of {', '.join(BY_VALUE[key])}")
     elif written == "{}":
         if ours.startswith("tracker."):
             yield "tracker=wandb"
@@ -105,14 +103,19 @@ def _model(name: str) -> Iterator[str]:
     yield _word("model.path", name)
 
 
-def _source(key: str, source: Any) -> Iterator[str]:
-    """One entry of axolotl's `datasets`, or a name; the form of the rows is recognised by their keys."""
-    entry = source if isinstance(source, dict) else {"path": source}
-    path = str(entry.get("data_files") or entry.get("path"))
-    yield _word(f"{key}.path", path if _PLACE.search(path) else f"hf:{path}")
-    for theirs, ours in (("name", "subset"), ("split", "split")):
-        if entry.get(theirs):
-            yield _word(f"{key}.{ours}", entry[theirs])
+def _sources(given: list[Any]) -> Iterator[str]:
+    """Entries of axolotl's `datasets`, or names; the form of the rows is recognised by their keys."""
+    yield "data=chat_jsonl"
+    entries = [one if isinstance(one, dict) else {"path": one} for one in given]
+    named = [(entry, entry.get("data_files") or entry.get("path")) for entry in entries]
+    paths = [(entry, path) for entry, paths in named for path in (paths if isinstance(paths, list) else [paths])]
+    for at, (entry, path) in enumerate(paths):
+        if not path:
+            raise UserError(f"{entry}: names no path")
+        place = str(path) if _PLACE.search(str(path)) else f"hf:{path}"
+        for ours, value in {"path": place, "subset": entry.get("name"), "split": entry.get("split")}.items():
+            if value:
+                yield _word(f"data.train.{at}.{ours}", value)
 
 
 def _word(key: str, value: Any) -> str:
@@ -137,10 +140,8 @@ def _tell(file: Path, devices: int | None) -> int:
     if not isinstance(theirs, dict):
         raise UserError(f"{file}: holds no keys; give a configuration of axolotl, TRL or MaxText")
     words, left = translate({str(key): value for key, value in theirs.items()}, devices)
-    print(" \\\n    ".join([TRAIN.command, *map(shlex.quote, words)]))
-    print("\nNot translated:" if left else "\nEvery key is translated.")
-    for key, reason in left.items():
-        print(f"  {key}: {reason}")
+    command = " \\\n    ".join([TRAIN.command, *map(shlex.quote, words)])
+    print("\n".join([command, "", "Not translated:", *(f"  {key}: {reason}" for key, reason in left.items())]))
     return 0
 
 

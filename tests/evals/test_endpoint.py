@@ -188,5 +188,5 @@ def test_the_model_has_to_be_named_where_there_are_several():
 
 
 def test_no_server_is_one_message():
-    with pytest.raises(UserError, match="is a server there"):
+    with pytest.raises(UserError, match="is a server running there"):
         Endpoint(EvalConfig(endpoint="http://127.0.0.1:9/v1"))
