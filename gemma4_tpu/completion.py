@@ -131,7 +131,7 @@ def _folder(variable: str, default: str) -> Path:
 
 def query(line: str) -> int:
     """Prints the words that can follow, one a line: commands, or what Hydra makes of a command's words."""
-    program, *given = [*line.split(), *[""] * line.endswith(" ")]
+    program, *given = [*line.split(), *[""] * line.endswith(" ")] or [""]
     *before, typed = given or [""]
     names = [name.split() for name in (*COMMANDS, *TOOLS)]
     following = {name[len(before)] for name in names if name[: len(before)] == before and len(name) > len(before)}
