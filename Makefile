@@ -18,7 +18,7 @@ TOOLS := iverilog:iverilog bwrap:bubblewrap shellcheck:shellcheck chromium/googl
 PYTEST = -m pytest -n logical --maxprocesses 4 --dist worksteal $(if $(CI),--allowed-skips tests/allowed_skips.txt) \
   -m "$(MARKED)" $(ARGS)
 
-.PHONY: train test test-slow test-all coverage check docs demo vllm lock setup setup-dev clean
+.PHONY: train test test-slow test-all coverage check docs demo benchmarks vllm lock setup setup-dev clean
 
 train: setup
 	$(BIN)/python -m gemma4_tpu.train $(ARGS)
@@ -57,6 +57,10 @@ check: setup-dev
 docs: setup-dev
 	JAX_PLATFORMS=cpu $(BIN)/sphinx-build --quiet --fail-on-warning --keep-going -c docs/site . build/site
 	@echo "build/site/docs/site/index.html"
+
+# Measures again what stands on the pages of benchmarks/, on a machine that does nothing else: about an hour.
+benchmarks: setup-dev
+	$(BIN)/python -m benchmarks $(ARGS)
 
 # vLLM's CPU build, for `serving=vllm_cpu` and the tests that serve by it. It shares no packages with .venv.
 vllm: $(VLLM)/.installed

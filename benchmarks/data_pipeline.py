@@ -21,7 +21,6 @@ import argparse
 import gzip
 import json
 import os
-import platform
 import re
 import statistics
 import subprocess
@@ -30,12 +29,12 @@ import sysconfig
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from benchmarks.pages import measured
 from benchmarks.step import PACKED, PADDED, lengths
 from gemma4_tpu.markdown import table
 
@@ -262,15 +261,14 @@ def main() -> None:
     parser.add_argument("--times", type=int, default=5)
     parser.add_argument("--tokenizer", help="folder of a checkpoint; none: the tiny one and one with Gemma's rules")
     parser.add_argument("--trl", help="a Python with TRL and this package")
-    parser.add_argument("--out", type=Path, help="file that the tables are appended to")
     parser.add_argument("--way", nargs=4, help=argparse.SUPPRESS)
     asked = parser.parse_args()
     if asked.way:
         return _measured(*asked.way)
     from gemma4_tpu.data.tokenizer import load_tokenizer
 
-    load = os.getloadavg()[0]
-    lines: list[str] = []
+    told = f"Medians of {asked.times} turns, each way in a process pinned to one core, per second of its own CPU time."
+    lines = [measured("tokenizers", "transformers", "grain"), told, ""]
     with tempfile.TemporaryDirectory() as work:
         folders = {asked.tokenizer: asked.tokenizer} if asked.tokenizer else {"the tiny tokenizer": "embedded:tiny"}
         if not asked.tokenizer:
@@ -288,12 +286,7 @@ def main() -> None:
             size = rows.stat().st_size / 1e6
             told = f"{asked.rows:,} rows of {tokens / examples:,.0f} tokens on average, {size:.1f} MB of JSON."
             lines += [*lines_of(name, found), told, ""]
-    machine = f"{datetime.now(UTC):%Y-%m-%d}, {os.cpu_count()} CPU cores ({platform.machine()}), load before {load:.1f}"
-    lines += [f"*{machine}*", ""]
     print("\n".join(lines))
-    if asked.out:
-        with asked.out.open("a", encoding="utf-8") as file:
-            file.write("\n".join(lines))
     return None
 
 

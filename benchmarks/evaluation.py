@@ -1,6 +1,6 @@
 """What a verdict costs: CPU seconds at each level of isolation that works here, beside Icarus Verilog run by hand.
 
-    python -m benchmarks.evaluation --problems <clone of verilog-eval> [--samples 5] [--out benchmarks/evaluation.md]
+    python -m benchmarks.evaluation --problems <clone of verilog-eval> [--samples 5]
 
 Answers are the references, and a mutant of each, as often as `--samples` says. By turns each is judged, as by
 `python -m gemma4_tpu.judge`, and compiled and simulated by hand: `iverilog` and `vvp`, without sandbox, limits or any
@@ -10,19 +10,19 @@ check. CPU seconds are those of all processes: other load changes them less than
 from __future__ import annotations
 
 import argparse
-import os
-import platform
 import random
 import resource
 import subprocess
+import sys
 import tempfile
+from collections.abc import Iterator
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from pathlib import Path
 from statistics import mean, median
 
 import psutil
 
+from benchmarks.pages import measured
 from gemma4_tpu.config.tasks import JudgeConfig
 from gemma4_tpu.errors import UserError
 from gemma4_tpu.evals.problems import Problem
@@ -126,16 +126,12 @@ def measure(level: Level, problems: list[Problem], samples: int, cache: Path) ->
             typical = median(map(mean, programs.values()))
             row = Row(level, kind, count, passed, typical, own, spent / count, median(hand))
             rows.append(row)
-            print(row, flush=True)
+            print(row, file=sys.stderr, flush=True)
     return rows
 
 
-def report(rows: list[Row], simulator: str, command: str) -> str:
-    """The table as Markdown."""
-    head = (
-        f"{datetime.now(UTC):%Y-%m-%d}, {len(os.sched_getaffinity(0))} CPU cores ({platform.machine()}), {simulator};"
-        f" load over five minutes {os.getloadavg()[1]:.1f}. *Measured* by"
-    )
+def lines_of(rows: list[Row]) -> Iterator[str]:
+    """The lines of the table."""
     cells = [
         [
             *(row.level, row.kind, row.verdicts, row.passed, f"{row.verdict_ms:.1f}", f"{row.mean_ms:.1f}"),
@@ -143,18 +139,7 @@ def report(rows: list[Row], simulator: str, command: str) -> str:
         ]
         for row in rows
     ]
-    lines = [
-        *("# Judging by simulation", "", head, "", f"    {command}", ""),
-        *table(HEADS, cells, "llrrrrrrr"),
-        "CPU ms per verdict is the median over problems of the time of a verdict's programs (averaged per problem,",
-        "since the shell that starts benches measures time in ticks of 10 ms), plus the mean of the judge's own",
-        "processes; *mean* is the mean of all, with the long benches. A verdict is the strict one: scan, design",
-        "built and simulated behind the player, bench simulated with its responses (unless these are already known,",
-        "as for a correct answer). *By hand* is `iverilog` and `vvp` on the benchmark's files, alternating with the",
-        f"verdicts. Benches with more than {LONGEST_BENCH} comparisons are left out. The estimate is for two cores: 2",
-        "divided by the CPU seconds of a verdict, which are fewer when nothing else runs.",
-    ]
-    return "\n".join(lines) + "\n"
+    return table(HEADS, cells, "llrrrrrrr")
 
 
 def main() -> None:
@@ -162,19 +147,17 @@ def main() -> None:
     parser.add_argument("--problems", type=Path, required=True, help="a clone of verilog-eval")
     parser.add_argument("--samples", type=int, default=5)
     parser.add_argument("--work", type=Path, default=Path("outputs/bench_evaluation"), help="for the self-check's file")
-    parser.add_argument("--out", type=Path, default=Path("benchmarks/evaluation.md"))
-    args = parser.parse_args()
+    args, stamp = parser.parse_args(), measured()
     problems = VerilogEval().load(args.problems)
     rows: list[Row] = []
     for level in (Level.BUBBLEWRAP, Level.LANDLOCK):
         try:
             rows += measure(level, problems, args.samples, args.work)
         except UserError as refusal:
-            print(refusal)
+            print(refusal, file=sys.stderr)
     with VerilogJudge(JudgeConfig(workers=1, cache_dir=str(args.work))) as judge:
         simulator = judge.tools.name
-    command = f"python -m benchmarks.evaluation --problems <verilog-eval> --samples {args.samples}"
-    args.out.write_text(report(rows, simulator, command))
+    print("\n".join([f"{stamp} {simulator}.", "", *lines_of(rows)]))
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """Generating the answers of an evaluation: ours, many problems in one decoding step, beside loops over the problems.
 
-    python -m benchmarks.generation [--problems 64] [--tokens 96] [--times 3] [--out benchmarks/generation.md]
+    python -m benchmarks.generation [--problems 64] [--tokens 96] [--times 3]
 
 The same prompts (the package's held-out problems), the embedded tiny model in float32, greedy, the same limit. *Ours,
 one by one* is our own generator with `eval.batch_size=1`; *transformers, one by one* is `generate` with its cache, as
@@ -13,15 +13,13 @@ from __future__ import annotations
 
 import argparse
 import os
-import platform
 import statistics
+import sys
 import time
-from collections.abc import Callable
-from datetime import UTC, datetime
-from importlib.metadata import version
-from pathlib import Path
+from collections.abc import Callable, Iterator
 from typing import Any
 
+from benchmarks.pages import measured
 from gemma4_tpu.markdown import table
 
 BATCHED, SINGLE = "ours, 64 at a time", "ours, one by one"
@@ -92,29 +90,15 @@ def peer(batch_size: int, problems: int, tokens: int, threads: int) -> Callable[
     return run
 
 
-def report(seconds: dict[str, list[float]], made: dict[str, int], command: str) -> str:
-    """The table as Markdown."""
+def rows_of(seconds: dict[str, list[float]], made: dict[str, int]) -> Iterator[str]:
+    """The lines of the table."""
     medians = {way: statistics.median(times) for way, times in seconds.items()}
     rates = {way: made[way] / medians[way] for way in medians}
     rows = [
         [way, f"{made[way]:,}", f"{medians[way]:.1f}", f"{rates[way]:,.0f}", f"{rates[way] / rates[PEER]:.1f}×"]
         for way in (PEER, PEER_BATCHED, SINGLE, BATCHED)
     ]
-    lines = [
-        "# Generating the answers of an evaluation",
-        "",
-        f"{datetime.now(UTC):%Y-%m-%d}, {len(os.sched_getaffinity(0))} CPU cores ({platform.machine()}), JAX"
-        f" {version('jax')}, transformers {version('transformers')}; load over five minutes {os.getloadavg()[1]:.1f}."
-        " *Measured* by",
-        "",
-        f"    {command}",
-        "",
-        *table(["way", "tokens generated", "seconds", "tokens/s", "ratio"], rows, "lrrrr"),
-        "A batch runs until its longest answer ends, and on a CPU a step of such a small model costs nearly the same",
-        "for each sequence. The benefit of batching, reading weights once for 64 sequences, shows only on an",
-        "accelerator.",
-    ]
-    return "\n".join(lines) + "\n"
+    return table(["way", "tokens generated", "seconds", "tokens/s", "ratio"], rows, "lrrrr")
 
 
 def main() -> None:
@@ -122,8 +106,7 @@ def main() -> None:
     parser.add_argument("--problems", type=int, default=64)
     parser.add_argument("--tokens", type=int, default=96, help="at most, per answer")
     parser.add_argument("--times", type=int, default=3)
-    parser.add_argument("--out", type=Path, default=Path("benchmarks/generation.md"))
-    args = parser.parse_args()
+    args, stamp = parser.parse_args(), measured("jax", "transformers", "torch")
     ways = {
         BATCHED: ours(64, args.problems, args.tokens),
         SINGLE: ours(1, args.problems, args.tokens),
@@ -131,16 +114,15 @@ def main() -> None:
         PEER: peer(1, args.problems, args.tokens, 1),
     }
     made = {way: run() for way, run in ways.items()}
-    print("tokens generated:", made, flush=True)
+    print("tokens generated:", made, file=sys.stderr, flush=True)
     seconds: dict[str, list[float]] = {way: [] for way in ways}
     for _ in range(args.times):
         for way, run in ways.items():
             started = time.perf_counter()
             run()
             seconds[way].append(time.perf_counter() - started)
-            print(way, f"{seconds[way][-1]:.1f} s", flush=True)
-    command = f"python -m benchmarks.generation --problems {args.problems} --tokens {args.tokens} --times {args.times}"
-    args.out.write_text(report(seconds, made, command))
+            print(way, f"{seconds[way][-1]:.1f} s", file=sys.stderr, flush=True)
+    print("\n".join([stamp, "", *rows_of(seconds, made)]))
 
 
 if __name__ == "__main__":

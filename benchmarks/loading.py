@@ -17,11 +17,11 @@ import subprocess
 import tempfile
 import time
 from collections.abc import Callable
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 from benchmarks.merge_files import make_base, small_31b
+from benchmarks.pages import measured
 from gemma4_tpu.markdown import table
 
 GIB = 2**30
@@ -85,7 +85,7 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=6)
     parser.add_argument("--times", type=int, default=3)
     asked = parser.parse_args()
-    context, load = multiprocessing.get_context("spawn"), os.getloadavg()[0]
+    context, stamp = multiprocessing.get_context("spawn"), measured("jax")
     found: dict[str, list[tuple[float, int]]] = {name: [] for name in WAYS}
     with tempfile.TemporaryDirectory() as work:
         folder = Path(work) / "base"
@@ -102,14 +102,14 @@ def main() -> None:
                 if turn:  # the first turn fills the page cache
                     runs.append(outcome)
     least = statistics.median(seconds for seconds, _ in found["dd"])
-    print(f"{size / 1e9:.1f} GB in {asked.layers} layers\n")
     rows = []
     for name, runs in found.items():
         seconds = statistics.median(s for s, _ in runs)
         held = max(held for _, held in runs) / GIB
         rows.append([name, f"{seconds:.1f}", f"{seconds / least:.1f}×", f"{held:.2f}"])
-    print("\n".join(table(["way", "seconds, median", "beside dd", "memory beyond the arrays, GiB"], rows, "lrrr")))
-    print(f"*{datetime.now(UTC):%Y-%m-%d}, {os.cpu_count()} CPU cores, load before {load:.1f}*")
+    told = f"{size / 1e9:.1f} GB in 31B's layout ({asked.layers} layers), onto a CPU device, page cache warm"
+    print(f"{stamp} {told}; medians of {asked.times}.\n")
+    print("\n".join(table(["way", "seconds", "beside dd", "memory beyond the arrays, GiB"], rows, "lrrr")))
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """Merging side by side: ours, a whole dictionary in memory, PEFT's `merge_and_unload`, and `cp` of the same files.
 
-    python -m benchmarks.merge [--settings lora slow full] [--ways cp ours …] [--out benchmarks/merge.md]
+    python -m benchmarks.merge [--settings lora slow full] [--ways cp ours …]
 
 Makes a random bfloat16 checkpoint in 31B's layout with fewer layers and a run on it, gives each way a process of its
 own, and removes everything again. The base's pages are dropped before each way, and each ends with `sync`, so that all
@@ -14,7 +14,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import shutil
 import statistics
 import subprocess
@@ -22,10 +21,10 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from datetime import UTC, datetime
 from pathlib import Path
 
 from benchmarks.merge_files import make, register
+from benchmarks.pages import measured
 from gemma4_tpu.markdown import table
 
 
@@ -196,7 +195,7 @@ def run_setting(setting: Setting, work: Path) -> list[str]:
         for way in setting.ways:
             loads.append(os.getloadavg()[0])
             rows.append(measure(way, work, setting.read_mb_per_second))
-            print(f"load {loads[-1]:.1f}", rows[-1], flush=True)
+            print(f"load {loads[-1]:.1f}", rows[-1], file=sys.stderr, flush=True)
         return section(setting, rows, loads, base_bytes)
     finally:
         shutil.rmtree(work, ignore_errors=True)
@@ -209,7 +208,6 @@ def main() -> None:
     parser.add_argument("--settings", nargs="*", default=list(SETTINGS), choices=list(SETTINGS))
     parser.add_argument("--ways", nargs="*", default=list(WAYS), choices=list(WAYS))
     parser.add_argument("--work", type=Path, default=Path("outputs/bench_merge"))
-    parser.add_argument("--out", type=Path, default=Path("benchmarks/merge.md"))
     parser.add_argument("--way", choices=list(WAYS), help=argparse.SUPPRESS)
     parser.add_argument("--make", nargs=2, type=int, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
@@ -218,22 +216,11 @@ def main() -> None:
         return make(work, arguments.make[0], arguments.make[1] or None)
     if arguments.way:
         return run_way(arguments.way, work)
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9
-    lines = [
-        "# Merging a trained run into a checkpoint",
-        "",
-        f"{datetime.now(UTC):%Y-%m-%d}, {os.cpu_count()} CPU cores ({platform.machine()}), {memory:.0f} GB of memory,"
-        " local disk. Base: 31B's layout with fewer layers, bfloat16. *Measured* by",
-        "",
-        f"    python -m benchmarks.merge --settings {' '.join(arguments.settings)}",
-        "",
-        "Seconds from cold files to `sync`, including process start and imports; each way runs in its own process.",
-        "",
-    ]
+    lines = [measured("safetensors", "transformers", "peft"), ""]
     for name in arguments.settings:
         setting = SETTINGS[name]
         lines += run_setting(replace(setting, ways=tuple(w for w in setting.ways if w in arguments.ways)), work)
-        arguments.out.write_text("\n".join(lines))
+    print("\n".join(lines))
 
 
 if __name__ == "__main__":

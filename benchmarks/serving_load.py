@@ -1,8 +1,7 @@
 """Many users at once on the local server (`serving=local`), through OpenAI's own client: failures, latencies, leaks.
 
-    python benchmarks/serving_load.py                              64 users for 60 s
-    python benchmarks/serving_load.py --users 16 --seconds 10
-    python benchmarks/serving_load.py --write benchmarks/serving_load.md
+    python -m benchmarks.serving_load                              64 users for 60 s
+    python -m benchmarks.serving_load --users 16 --seconds 10
 
 Users send one request after the other: streams of completions, chats, and now and then one that they leave in the
 middle, or one that is longer than the server takes. The model is the tiny checkpoint that travels with the package.
@@ -15,7 +14,6 @@ import argparse
 import asyncio
 import itertools
 import os
-import platform
 import random
 import socket
 import subprocess
@@ -24,7 +22,6 @@ import tempfile
 import time
 from collections import Counter
 from dataclasses import dataclass, field
-from datetime import UTC, datetime
 from pathlib import Path
 
 import httpx
@@ -32,6 +29,7 @@ import numpy as np
 import openai
 import psutil
 
+from benchmarks.pages import measured
 from gemma4_tpu import assets
 from gemma4_tpu.markdown import table
 
@@ -166,8 +164,8 @@ async def _one(client: openai.AsyncOpenAI, kind: str, draw: random.Random, load:
     return "completed"
 
 
-def page(load: Load, before: float, command: str) -> str:
-    """The result as Markdown; `before`: the machine's load average when it began."""
+def tables(load: Load) -> str:
+    """The result as Markdown."""
     assert load.before and load.settled and load.after
     total = sum(load.ended.values())
     rows = [("users at a time", f"{load.users}"), ("seconds", f"{load.seconds:g}"), ("requests", f"{total:,}")]
@@ -184,17 +182,8 @@ def page(load: Load, before: float, command: str) -> str:
     moments = (("before", load.before), ("a third into it", load.settled), ("after", load.after))
     cells = [[when, f"{now.rss_mib:,.1f}", now.threads, now.fds] for when, now in moments]
     held = "\n".join(table(["server's process", "RSS, MiB", "threads", "file descriptors"], cells, "lrrr"))
-    return f"""# The local server under load
-
-*Measured* on {datetime.now(UTC):%Y-%m-%d}, {platform.machine()} with {os.cpu_count()} CPU cores (shared with the \
-clients; load before {before:.1f}), by `{command}`: {load.users} users of OpenAI's Python client, each sending one \
-request after the other, to `python -m gemma4_tpu.serve serving=local` with the package's tiny checkpoint.
-
-{text}
-{held}
-{f"Left in the server: {'; '.join(load.leaks)}." if load.leaks else "Nothing is left in the server."} Prompts have \
-4 to 200 tokens, answers 4 to 48, both greedy and sampled; each answer had exactly the requested length.
-"""
+    left = f"Left in the server: {'; '.join(load.leaks)}." if load.leaks else "Nothing is left in the server."
+    return f"{text}\n{held}\n{left}"
 
 
 def serve(folder: Path) -> tuple[subprocess.Popen[str], str]:
@@ -221,9 +210,8 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
     parser.add_argument("--users", type=int, default=64)
     parser.add_argument("--seconds", type=float, default=60)
-    parser.add_argument("--write", type=Path, help="Markdown file for the table")
     given = parser.parse_args()
-    before = os.getloadavg()[0]
+    stamp = measured("openai")
     with tempfile.TemporaryDirectory(prefix="serving-load-") as folder:
         process, url = serve(Path(folder))
         try:
@@ -231,10 +219,7 @@ def main() -> int:
         finally:
             process.terminate()
             process.wait(timeout=30)
-    text = page(load, before, f"python benchmarks/serving_load.py --users {given.users} --seconds {given.seconds:g}")
-    print(text)
-    if given.write:
-        given.write.write_text(text, encoding="utf-8")
+    print(f"{stamp}\n\n{tables(load)}")
     return 1 if load.ended["failed"] or load.leaks else 0
 
 

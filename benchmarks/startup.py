@@ -9,15 +9,14 @@ one that imports JAX: what the commands before `plan` do not pay for.
 from __future__ import annotations
 
 import argparse
-import os
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
-from datetime import UTC, datetime
 from pathlib import Path
 
+from benchmarks.pages import measured
 from gemma4_tpu.markdown import table
 
 COMMANDS = {
@@ -44,14 +43,14 @@ def main() -> None:
     """Prints the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--times", type=int, default=5)
-    times, load = parser.parse_args().times, os.getloadavg()[0]
+    times, stamp = parser.parse_args().times, measured("jax")
     rows = []
     for name, arguments in COMMANDS.items():
         seconds(arguments)
         found = [seconds(arguments) for _ in range(times)]
         rows.append([f"`{name}`", *(f"{value:.2f}" for value in (statistics.median(found), min(found), max(found)))])
-    print("\n".join(table(["command", "seconds, median", "least", "most"], rows, "lrrr")))
-    print(f"*{datetime.now(UTC):%Y-%m-%d}, {os.cpu_count()} CPU cores, load before {load:.1f}*")
+    heads = ["command", "seconds, median", "least", "most"]
+    print("\n".join([f"{stamp} Each command in its own process.", "", *table(heads, rows, "lrrr")]))
 
 
 if __name__ == "__main__":

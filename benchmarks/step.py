@@ -3,24 +3,21 @@
     python -m benchmarks.step [--model gemma4_31b] [--slice v5p-8]
 
 Lengths are those of the recipe's data (log-normal, mean 922, 99th percentile 2,553). The recipe pads each example to
-3,072; ours packs them into rows of 4,096. Only real tokens count. `--out` appends the table to a file. Both run on a
-CPU in `training.py`.
+3,072; ours packs them into rows of 4,096. Only real tokens count. Both run on a CPU in `training.py`.
 """
 
 from __future__ import annotations
 
 import argparse
 import multiprocessing
-import os
-import platform
 import sys
 import tempfile
 import time
-from datetime import UTC, datetime
 from pathlib import Path
 
 import numpy as np
 
+from benchmarks.pages import measured
 from gemma4_tpu.markdown import table
 
 PADDED, PACKED = 3072, 4096
@@ -60,7 +57,7 @@ def compare(model: str, slice_name: str, rank: int) -> list[str]:
             sys.exit(f"{name}: the compiling process ended without an answer")
         finally:
             process.kill()  # it would go on to generate code
-        print(" | ".join(rows[-1]), flush=True)
+        print(" | ".join(rows[-1]), file=sys.stderr, flush=True)
     return list(table(heads, rows, "lrrrrrrrr"))
 
 
@@ -126,16 +123,9 @@ def main() -> None:
     parser.add_argument("--model", default="gemma4_31b")
     parser.add_argument("--slice", default="v5p-8")
     parser.add_argument("--rank", type=int, default=64)
-    parser.add_argument("--out", type=Path)
     asked = parser.parse_args()
-    lines = compare(asked.model, asked.slice, asked.rank)
-    load = os.getloadavg()[0]
-    machine = f"{datetime.now(UTC):%Y-%m-%d}, {os.cpu_count()} CPU cores ({platform.machine()}), load {load:.1f}"
-    text = "\n".join([*lines, f"*{machine}*", ""])
-    print(text)
-    if asked.out:
-        with asked.out.open("a", encoding="utf-8") as file:
-            file.write(text)
+    stamp = measured("jax", "libtpu", word="Estimated")
+    print("\n".join([stamp, "", *compare(asked.model, asked.slice, asked.rank)]))
 
 
 if __name__ == "__main__":

@@ -1,0 +1,45 @@
+"""The pages of benchmarks/: a block of figures names the command that made it, and is replaced as a whole."""
+
+import subprocess
+import sys
+
+import pytest
+
+from benchmarks import __main__, pages
+from tests.house.scripts import ROOT
+
+
+@pytest.fixture
+def page(tmp_path, monkeypatch):
+    monkeypatch.setattr(pages, "FOLDER", tmp_path / "benchmarks")
+    pages.FOLDER.mkdir()
+    path = pages.FOLDER / "speed.md"
+    path.write_text(
+        "# Speed\n\n<!-- measured: echo '| 7 |' -->\n\nold\n\n<!-- end -->\n\nProse.\n\n"
+        "<!-- measured: echo '| 8 |'; exit 3 -->\n\nkept\n\n<!-- end -->\n"
+    )
+    return path
+
+
+def test_what_a_command_prints_replaces_its_block_unless_it_fails(page, monkeypatch, capfd):
+    monkeypatch.setattr(sys, "argv", ["benchmarks", "speed"])
+    assert __main__.main() == 1
+    assert page.read_text() == (
+        "# Speed\n\n<!-- measured: echo '| 7 |' -->\n\n    echo '| 7 |'\n\n| 7 |\n\n<!-- end -->\n\nProse.\n\n"
+        "<!-- measured: echo '| 8 |'; exit 3 -->\n\nkept\n\n<!-- end -->\n"
+    )
+    assert "exit code 3; the page keeps its figures" in capfd.readouterr().out
+
+
+def test_what_needs_a_variable_is_left_out_without_it(page, monkeypatch, capfd):
+    page.write_text("<!-- measured: echo $NOT_SET_HERE -->\n\nold\n\n<!-- end -->\n")
+    monkeypatch.setattr(sys, "argv", ["benchmarks"])
+    assert __main__.main() == 0 and "old" in page.read_text()
+    assert "left out, since NOT_SET_HERE is not set" in capfd.readouterr().out
+
+
+def test_every_page_s_command_is_shown_on_it_and_takes_its_words():
+    for path, command in pages.commands():
+        assert f"\n    {command}\n" in path.read_text(encoding="utf-8")
+    listed = subprocess.run([sys.executable, "-m", "benchmarks", "--list"], cwd=ROOT, capture_output=True, text=True)
+    assert listed.returncode == 0 and len(listed.stdout.splitlines()) >= 9
