@@ -29,7 +29,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "checkpoint.resume": ("auto", "never"),
     "tracker.kind": ("none", "wandb", "tensorboard", "jsonl"),
     "tracker.mode": ("auto", "online", "offline"),
-    "export.format": ("merged", "peft", "both"),
+    "export.format": ("merged", "peft", "both", "int8", "fp8"),
     "export.peft_experts": ("fused", "per_expert"),
     "export.verify": ("true", "stream", "false"),
     "eval.adapter": ("run", "none", "both"),
