@@ -198,18 +198,26 @@ def _claims(found: Sequence[tuple[Path, EvaluationOutcome]]) -> Iterator[str]:
 # ── serving ────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
+def _answered(probe: Mapping[str, Any] | None) -> str:
+    """What a server answered when it was asked whether it is the trained model; of adapters each."""
+    if not probe:
+        return "was not asked"
+    if "told" in probe:
+        return str(probe["told"])
+    return "; ".join(f"{name}: {_answered(each)}" for name, each in probe.items())
+
+
 def serving(records: Records, page: Path) -> Iterator[str]:
     """Servers, and what they did under load."""
     yield from ["## Serving", ""]
     rows = []
     for folder in records.by_kind[SERVING]:
         found = result_of(folder).values
-        probe = (found.get("probe") or {}).get("told") or ("asked" if found.get("probe") else "was not asked")
         ready, served = (found.get(key) for key in ("ready_seconds", "served_seconds"))
         rows.append([
             plain(folder.name), plain(found.get("slice", "–")), _status(found),
             "–" if ready is None else format_seconds(ready), "–" if served is None else format_seconds(served),
-            plain(probe),
+            plain(_answered(found.get("probe"))),
         ])  # fmt: skip
     if rows:
         yield from table(["server", "slice", "status", "ready after", "served for", "the trained model?"], rows)

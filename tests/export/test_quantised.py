@@ -5,7 +5,6 @@ import shutil
 
 import numpy as np
 import pytest
-from safetensors.numpy import load_file
 
 from gemma4_tpu.config.limits import CHOICES
 from gemma4_tpu.export.checks import QUANTISED
@@ -21,7 +20,8 @@ HALF_STEP = {"int8": (0.0, 0.5), "fp8": (2**-4, 2**-10)}
 
 def tensors(folder):
     """Of all shards."""
-    return {name: value for path in sorted(folder.glob("*.safetensors")) for name, value in load_file(path).items()}
+    checkpoint = Checkpoint(str(folder))
+    return {name: checkpoint.read(name) for name in checkpoint.names()}
 
 
 def rows_of(merged, name):
