@@ -33,6 +33,11 @@ os._exit(int(codes[0]))
 """
 
 
+SERVED = [
+    "hardware=v6e8", "mesh=auto", "trainer.global_batch_sequences=4", "after=[merge,'serve serving=v6e8']",
+]  # fmt: skip
+
+
 class Host:
     """One host of a slice that is already installed."""
 
@@ -148,8 +153,7 @@ def test_what_follows_runs_once_even_over_two_slices(host, played, tmp_path):
 
 
 def test_the_merged_model_is_served_from_the_slices_own_disk(host, played):
-    words = ["hardware=v6e8", "mesh=auto", "run_dir=gs://my-bucket/one", "after=[merge,'serve serving=v6e8']"]
-    first = host(*words)
+    first = host(*SERVED, "run_dir=gs://my-bucket/one")
     for record in ("outputs/gs/my-bucket/one/merges", "outputs/servings"):
         (first.folder / record).mkdir(parents=True)
     played.put("gs://my-bucket/one/merged/*", "a checkpoint")
@@ -236,7 +240,7 @@ SCRIPTS = {
     ],
     "evaluated": ["after=['merge export=both','evaluate eval=verilog_eval eval.problems_path=\"gs://my-bucket/ve x\"']",
                   "git=https://example.org/x.git@main"],
-    "served": ["hardware=v6e8", "mesh=auto", "after=[merge,'serve serving=v6e8']"],
+    "served": SERVED,
 }  # fmt: skip
 
 
