@@ -14,12 +14,9 @@ KINDS = ("gemma4_assistant", "gemma4_unified_assistant")
 """`model_type` of Gemma 4's drafters."""
 
 
-def speculation(serving: ServingConfig, drafter: str | None) -> dict[str, Any] | None:
-    """The value of `--speculative-config`; `drafter` is its folder as vLLM sees it. None: the flag is not given."""
-    given = serving.flags.get(SPECULATION)
-    if drafter is None:
-        return given
-    return {"method": MTP, **(given or {}), "model": drafter}
+def speculation(serving: ServingConfig, drafter: str) -> dict[str, Any]:
+    """The value of `--speculative-config`; `drafter` is its folder as vLLM sees it."""
+    return {"method": MTP, **(serving.flags.get(SPECULATION) or {}), "model": drafter}
 
 
 def drafter_problems(serving: ServingConfig, arch: Architecture) -> list[str]:
@@ -37,6 +34,8 @@ def drafter_problems(serving: ServingConfig, arch: Architecture) -> list[str]:
     if "model" in (given or {}):
         return [f"serving.flags.{SPECULATION}: serving.drafter is its model; leave model out"]
     folder = Path(serving.drafter)
+    if serving.runner == "docker" and "," in str(folder.absolute()):
+        return [f"serving.drafter={folder}: a folder with a comma in its path can't be mounted; move it"]
     try:
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         kind, width = config.get("model_type"), config.get("backbone_hidden_size")

@@ -7,12 +7,15 @@ from pathlib import Path
 import pytest
 import yaml
 
+from gemma4_tpu.architectures import ARCHITECTURES
 from gemma4_tpu.config.schema import LoraConfig
 from gemma4_tpu.config.serving import ServeRoot
+from gemma4_tpu.costing.ceiling import ModelDemand, Serving
 from gemma4_tpu.costing.cost import NO, ROUNDED, Prices, compare, named, solved, together, total_usd_per_million
 from gemma4_tpu.costing.figures import ESTIMATED, MEASURED, Figures
 from gemma4_tpu.costing.read import read
 from gemma4_tpu.errors import UserError
+from gemma4_tpu.hardware import SLICES
 from gemma4_tpu.report import main, spelt_out
 from gemma4_tpu.reporting.costs import CostTerms, cost_report
 from gemma4_tpu.tracking.result import Result
@@ -208,6 +211,26 @@ def test_a_solved_problem_by_tokens_where_the_slice_has_no_price(evaluation, loa
     found = solved(figures.evaluations[0], figures, Prices(), "on_demand")
     assert found.usd == pytest.approx(0.1 * 21.6 / 3.6)
     assert "(estimated)" in found.by
+
+
+def test_what_an_endpoint_generated_is_not_priced_by_the_client_or_by_another_model(evaluation, load):
+    (evaluation / "config.yaml").write_text(
+        "{hardware: {name: v6e-4}, model: {name: tiny}, eval: {endpoint: http://h/v1}}"
+    )
+    figures = read([str(evaluation), str(load)])
+    (one,) = figures.evaluations
+    assert one.slice == "endpoint"
+    assert "(estimated)" in solved(one, figures, Prices(), "on_demand").by  # by its tokens at the only load's rate
+    sizes = [ARCHITECTURES[name] for name in ("gemma4_31b", "gemma4_e2b")]
+    served = [Serving(model=ModelDemand.of(size), slice=SLICES["v6e-8"]) for size in sizes]
+    (point,) = figures.points
+    figures.points = [replace(point, serving=each) for each in served]
+    assert solved(one, figures, Prices(), "on_demand") is None  # which of the two it was is not known
+    known = replace(one, model=served[1].model)
+    assert solved(known, figures, Prices(), "on_demand").usd > 0
+    assert (
+        solved(replace(one, model=ModelDemand.of(ARCHITECTURES["gemma4_12b"])), figures, Prices(), "on_demand") is None
+    )
 
 
 def test_training_and_serving_of_any_set(run, load):

@@ -37,10 +37,10 @@ def wide(tmp_path_factory):
         yield make_wide(tmp_path_factory.mktemp("wide") / "base")
 
 
-@pytest.fixture
-def run(wide, tmp_path):
+@pytest.fixture(scope="module")
+def run(wide, tmp_path_factory):
     """A short training on it, merged."""
-    folder = tmp_path / "tuned"
+    folder = tmp_path_factory.mktemp("run") / "tuned"
     words = ["trainer.max_updates=20", "data.max_rows=400", "lora.rank=8"]
     assert train.main([f"model.path={wide}", f"run_dir={folder}", *words]) == 0
     assert merge.main([f"run={folder}"]) == 0
@@ -112,7 +112,7 @@ def test_the_whole_way(run, served, tmp_path):
     assert json.loads((tmp_path / "evaluation/result.json").read_text())["status"] == "finished"
 
 
-def test_int8_and_fp8_answer_nearly_as_the_merged_model(run, served, tmp_path):
+def test_int8_answers_nearly_as_the_merged_model(run, served, tmp_path):
     """What the export measures is of weights alone; vLLM's kernels quantise the activations as well."""
     assert merge.main([f"run={run}", "export=int8", "name=records"]) == 0
     (record,) = (run / "records").iterdir()
