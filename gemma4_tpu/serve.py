@@ -116,11 +116,11 @@ def _told(memory: MemoryEstimate) -> list[str]:
 
 def _show_objects(loaded: Loaded[ServeRoot, ServeChecked], memory: MemoryEstimate) -> int:
     """The estimate as comments, and Kubernetes' objects."""
-    from gemma4_tpu.serving.gke import rendered
+    from gemma4_tpu.serving.kubernetes import rendered
 
     for line in _told(memory):
         print(f"# {line}")
-    print(rendered(loaded.root.serving, loaded.checked, loaded.root.run), end="")
+    print(rendered(loaded.root.serving, loaded.checked), end="")
     return 0
 
 

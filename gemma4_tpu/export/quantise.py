@@ -64,7 +64,7 @@ SCHEMES = {
 
 
 @dataclass(frozen=True)
-class Part:
+class Matrix:
     """A matrix `[rows, width]` that is stored quantised."""
 
     name: str
@@ -93,9 +93,9 @@ class Part:
         return ((at, min(at + step, self.rows)) for at in range(0, self.rows, step))
 
 
-def parts_of(arch: Architecture, prefix: str) -> dict[str, list[Part]]:
+def parts_of(arch: Architecture, prefix: str) -> dict[str, list[Matrix]]:
     """Tensor of the merged checkpoint → the matrices that it is stored as; tensors that stay as they are have none."""
-    found: dict[str, list[Part]] = {}
+    found: dict[str, list[Matrix]] = {}
     for tensor in name_map(arch).values():
         if tensor.weight.role is None:
             continue
@@ -104,7 +104,7 @@ def parts_of(arch: Architecture, prefix: str) -> dict[str, list[Part]]:
             names = [[f"{own}.weight" for own in row] for row in modules(name, *each)] if each else [[name]]
             own = rows // len(names[0])
             found[prefix + name] = [
-                Part(prefix + matrix, prefix + name, number * own, own, width)
+                Matrix(prefix + matrix, prefix + name, number * own, own, width)
                 for number, matrix in enumerate(matrix for row in names for matrix in row)
             ]
     return found
@@ -133,11 +133,11 @@ class Shard:
 
     file: TensorFile
     """Of the merged checkpoint."""
-    parts: tuple[Part, ...]
+    parts: tuple[Matrix, ...]
     scheme: Scheme
 
     @classmethod
-    def of(cls, file: TensorFile, parts: Mapping[str, Sequence[Part]], scheme: Scheme) -> Shard:
+    def of(cls, file: TensorFile, parts: Mapping[str, Sequence[Matrix]], scheme: Scheme) -> Shard:
         """What a file of the merged checkpoint becomes."""
         names = sorted(file.tensors.keys() & parts.keys(), key=lambda name: file.tensors[name].start)
         return cls(file, tuple(part for name in names for part in parts[name]), scheme)
@@ -149,7 +149,7 @@ class Shard:
         kept = [(name, info) for name, info in self.file.tensors.items() if name not in quantised_names]
         return [name for name, info in sorted(kept, key=lambda item: (-item[1].dtype.itemsize, item[1].start))]
 
-    def scale_dtype(self, part: Part) -> np.dtype[Any]:
+    def scale_dtype(self, part: Matrix) -> np.dtype[Any]:
         """That of the weights."""
         return self.file.tensors[part.source].dtype
 
@@ -188,7 +188,7 @@ class Shard:
                     part.name, VALUE_BYTES * (stop - start) * part.width, partial(self._made, part, start, stop)
                 )
 
-    def _made(self, part: Part, start: int, stop: int) -> tuple[np.ndarray, tuple[np.ndarray, np.ndarray]]:
+    def _made(self, part: Matrix, start: int, stop: int) -> tuple[np.ndarray, tuple[np.ndarray, np.ndarray]]:
         values = part.read(self.file, start, stop)
         stored, scales = quantised(values, self.scheme, self.scale_dtype(part))
         error = stored.astype(np.float32) * scales.astype(np.float32) - values

@@ -15,7 +15,7 @@ import numpy as np
 
 from gemma4_tpu.architectures import Architecture
 from gemma4_tpu.export.logits import forward, log_softmax
-from gemma4_tpu.export.quantise import Part, Scheme, parts_of
+from gemma4_tpu.export.quantise import Matrix, Scheme, parts_of
 from gemma4_tpu.models import sharding
 from gemma4_tpu.models.gemma4 import Model
 from gemma4_tpu.models.layout import Layout
@@ -28,7 +28,7 @@ SAMPLE_VALUES = 1 << 20  # of each tensor that are read back
 class Dequantised(Checkpoint):
     """A quantised checkpoint with the names, shapes and dtypes of the one it was made from."""
 
-    def __init__(self, folder: str, merged: Checkpoint, parts: Mapping[str, Sequence[Part]]):
+    def __init__(self, folder: str, merged: Checkpoint, parts: Mapping[str, Sequence[Matrix]]):
         super().__init__(folder)
         self._merged, self._parts = merged, parts
 
@@ -51,12 +51,12 @@ class Dequantised(Checkpoint):
         whole = np.concatenate([self.rows(part, 0, part.rows) for part in self._parts[name]])
         return whole.reshape(self.shape(name) if shape is None else tuple(shape))[tuple(index or ())]
 
-    def rows(self, part: Part, start: int, stop: int) -> np.ndarray:
+    def rows(self, part: Matrix, start: int, stop: int) -> np.ndarray:
         """Rows `[start, stop)` of a matrix, in float32."""
         stored, scales = self.stored(part, start, stop)
         return stored * scales
 
-    def stored(self, part: Part, start: int, stop: int) -> tuple[np.ndarray, np.ndarray]:
+    def stored(self, part: Matrix, start: int, stop: int) -> tuple[np.ndarray, np.ndarray]:
         """What is stored for these rows, and their scales, in float32."""
         where = [slice(start, stop), slice(None)]
         stored, scales = (super(Dequantised, self).read(name, where) for name in (part.name, part.scale_name))
@@ -112,7 +112,7 @@ def about_errors(scheme: str, errors: Mapping[str, float]) -> QuantisedParity:
 
 
 def within_half_a_step(
-    written: Dequantised, merged: Checkpoint, parts: Mapping[str, Sequence[Part]], scheme: Scheme
+    written: Dequantised, merged: Checkpoint, parts: Mapping[str, Sequence[Matrix]], scheme: Scheme
 ) -> str | None:
     """The first tensor that is further from the merged one than rounding explains; None: there is none.
 

@@ -50,6 +50,8 @@ class ServeChecked:
     """Served on `model`, which is then their base."""
     quantised_bytes: int | None = None
     """Of the weights' files, where they are quantised; None: they are not."""
+    bucket: str | None = None
+    """With `runner=gke`: the folder on gs:// that pods mount."""
 
 
 def name_of(model: Path) -> str:
@@ -115,7 +117,7 @@ def examine_serve(root: ServeRoot) -> tuple[ServeChecked | None, list[Refusal]]:
     run = next((place for place in (Path(root.run), found.folder.parent) if is_run(place)), None)
     return ServeChecked(
         found.folder if serving.runner == GKE else found.folder.absolute(), run, found.architecture, tuple(notes),
-        adapters, found.quantised_bytes,
+        adapters, found.quantised_bytes, root.run if serving.runner == GKE else None,
     ), []  # fmt: skip
 
 
@@ -128,7 +130,7 @@ def _model(root: ServeRoot, folder: str) -> tuple[FoundModel | None, list[str]]:
 def _runner(root: ServeRoot) -> list[str]:
     """Keys that count with another runner only."""
     serving = root.serving
-    messages = gke_problems(root) if serving.runner == GKE else []
+    messages = gke_problems(serving, root.adapters) if serving.runner == GKE else []
     if serving.runner in ("docker", GKE) and serving.executable != ServingConfig().executable:
         messages.append(
             f"serving.executable={serving.executable}: the container has its own; leave it out, or give"

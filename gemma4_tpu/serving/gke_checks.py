@@ -7,7 +7,7 @@ import re
 from dataclasses import replace
 from pathlib import PurePosixPath
 
-from gemma4_tpu.config.serving import ServeRoot, ServingConfig
+from gemma4_tpu.config.serving import ServingConfig
 from gemma4_tpu.hardware import LOCAL, SLICES
 
 GKE = "gke"
@@ -24,13 +24,13 @@ def in_a_pod(serving: ServingConfig, run: str) -> ServingConfig:
     return replace(serving, host=host, served_model_name=serving.served_model_name or named)
 
 
-def gke_problems(root: ServeRoot) -> list[str]:
+def gke_problems(serving: ServingConfig, adapters: list[str]) -> list[str]:
     """What speaks against pods of this kind."""
-    serving, gke, messages = root.serving, root.serving.gke, []
+    gke, messages = serving.gke, []
     slice_ = SLICES.get(serving.slice)
     if serving.slice == LOCAL or (slice_ is not None and slice_.chip.name not in ACCELERATORS):
         messages.append(f"serving.slice={serving.slice}: serving.runner=gke knows TPU slices; give one, such as v6e-8")
-    if root.adapters:
+    if adapters:
         messages.append("adapters: serving.runner=gke serves one merged folder; leave them out")
     if serving.drafter:
         messages.append("serving.drafter: serving.runner=gke mounts one folder; leave it out")

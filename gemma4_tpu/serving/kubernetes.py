@@ -23,14 +23,8 @@ WAITING = "vllm:num_requests_waiting"
 PROBE_SECONDS = 10
 
 
-def manifests(serving: ServingConfig, checked: ServeChecked, folder: str) -> list[dict[str, Any]]:
-    """Deployment, Service, PodMonitoring and HorizontalPodAutoscaler.
-
-    Args:
-      serving: with `runner=gke`.
-      checked: what the checks found out.
-      folder: gs:// folder of the merged checkpoint.
-    """
+def manifests(serving: ServingConfig, checked: ServeChecked) -> list[dict[str, Any]]:
+    """Deployment, Service, PodMonitoring and HorizontalPodAutoscaler, for `runner=gke`."""
     name, labels = object_name(model_name(serving, checked)), {"app": object_name(model_name(serving, checked))}
     about = {"name": name, "namespace": serving.gke.namespace, "labels": labels}
     deployment = {
@@ -40,7 +34,7 @@ def manifests(serving: ServingConfig, checked: ServeChecked, folder: str) -> lis
             "progressDeadlineSeconds": int(serving.ready_timeout_seconds) + 600,
             "template": {
                 "metadata": {"labels": labels, "annotations": {"gke-gcsfuse/volumes": "true"}},
-                "spec": _pod(serving, checked, folder),
+                "spec": _pod(serving, checked),
             },
         },
     }  # fmt: skip
@@ -70,9 +64,9 @@ def manifests(serving: ServingConfig, checked: ServeChecked, folder: str) -> lis
     return [deployment, service, monitoring, autoscaler]
 
 
-def rendered(serving: ServingConfig, checked: ServeChecked, folder: str) -> str:
+def rendered(serving: ServingConfig, checked: ServeChecked) -> str:
     """The objects as YAML documents."""
-    return yaml.safe_dump_all(manifests(serving, checked, folder), sort_keys=False, width=120)
+    return yaml.safe_dump_all(manifests(serving, checked), sort_keys=False, width=120)
 
 
 def object_name(model: str) -> str:
@@ -80,9 +74,9 @@ def object_name(model: str) -> str:
     return re.sub(r"[^a-z0-9]+", "-", f"vllm-{model}".lower()).strip("-")[:63].strip("-")
 
 
-def _pod(serving: ServingConfig, checked: ServeChecked, folder: str) -> dict[str, Any]:
+def _pod(serving: ServingConfig, checked: ServeChecked) -> dict[str, Any]:
     slice_ = SLICES[serving.slice]
-    bucket, _, path = folder.removeprefix("gs://").partition("/")
+    bucket, _, path = (checked.bucket or "").removeprefix("gs://").partition("/")
     chips = {"google.com/tpu": str(slice_.chips)}
     health = {"httpGet": {"path": "/health", "port": "http"}, "periodSeconds": PROBE_SECONDS, "timeoutSeconds": 5}
     named = environment(serving, checked, CACHE_MOUNT)
