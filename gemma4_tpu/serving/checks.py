@@ -93,8 +93,10 @@ def examine_serve(root: ServeRoot) -> tuple[ServeChecked | None, list[Refusal]]:
     messages += _slice(serving) + ([] if serving.runner == GKE else _place(serving))
     adapters, folder, refused = find_adapters(root.adapters, root.run, serving) if root.adapters else ((), root.run, [])
     messages += refused
-    found, refused = (None, []) if refused else _model(root, folder)
-    messages += refused
+    found: FoundModel | None = None
+    if not refused:
+        found, lacking = _model(root, folder)
+        messages += lacking
     notes: list[str] = []
     if found is not None and not messages:
         messages += longest_problem(serving, found) + quantised_problems(serving, found)

@@ -78,7 +78,11 @@ def _pod(serving: ServingConfig, checked: ServeChecked) -> dict[str, Any]:
     slice_ = SLICES[serving.slice]
     bucket, _, path = (checked.bucket or "").removeprefix("gs://").partition("/")
     chips = {"google.com/tpu": str(slice_.chips)}
-    health = {"httpGet": {"path": "/health", "port": "http"}, "periodSeconds": PROBE_SECONDS, "timeoutSeconds": 5}
+    health: dict[str, Any] = {
+        "httpGet": {"path": "/health", "port": "http"},
+        "periodSeconds": PROBE_SECONDS,
+        "timeoutSeconds": 5,
+    }
     named = environment(serving, checked, CACHE_MOUNT)
     variables: list[dict[str, Any]] = [{"name": name, "value": value} for name, value in named.items()]
     if secret := serving.gke.secret:
