@@ -330,6 +330,11 @@ def test_a_folder_without_a_record_is_refused(tmp_path):
         ("trainings: [{name: x, slice: v5p-8}]", "trainings.0: hours is missing"),
         ("trainings: [{name: x, slice: v5p, hours: 1}]", "trainings.0: slice='v5p': one of v5p-8"),
         ("trainings: [{name: x, slice: v5p-8, hours: long}]", "trainings.0: hours='long': a number is needed"),
+        (
+            "trainings: [{name: x, slice: v5p-8, hours: 1, rate_over_hours: true}]",
+            "takes real_tokens_per_second and hours",
+        ),
+        ("evaluations: [{name: x, slice: v6e-8, samples: 1, passing: 1, model: big}]", "evaluations.0: model='big'"),
         ("benchmarks: [{folder: gone}]", "benchmarks.0: folder='gone': no results of a benchmark"),
         ("points: [", "no YAML"),
     ],
@@ -341,6 +346,18 @@ def test_what_is_wrong_with_written_figures_is_said(tmp_path, entry, message):
         read([str(tmp_path)])
     assert message in str(refused.value)
     assert str(tmp_path / "figures.yaml") in str(refused.value)
+
+
+def test_a_rate_is_multiplied_with_hours_only_where_it_is_their_mean(tmp_path):
+    """One that leaves out compilation is not the rate of the hours that are paid for."""
+    entry = "name: x, slice: v5p-8, hours: 2, real_tokens_per_second: 1000"
+    rows = [f"trainings: [{{{entry}}}]", f"trainings: [{{{entry}, rate_over_hours: true}}]"]
+    tokens = []
+    for row in rows:
+        (tmp_path / "figures.yaml").write_text(f"source: me\nlabel: quoted\n{row}\n")
+        (training,) = read([str(tmp_path)]).trainings
+        tokens.append(training.real_tokens)
+    assert tokens == [None, 7_200_000]
 
 
 def test_a_benchmark_is_given_a_setup_by_a_written_file(tmp_path, load):
