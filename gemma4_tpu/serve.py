@@ -18,6 +18,7 @@ from gemma4_tpu.config.serving import ServeRoot
 from gemma4_tpu.errors import exit_code
 from gemma4_tpu.hardware import GIB
 from gemma4_tpu.serving.checks import ServeChecked, examine_serve, normalise_serve
+from gemma4_tpu.serving.gke_checks import GKE
 from gemma4_tpu.serving.model_checks import platform_of
 
 if TYPE_CHECKING:
@@ -47,6 +48,10 @@ SERVE: EntryPoint[ServeRoot, ServeChecked] = EntryPoint(
         (
             "serving=h100x2 'adapters=[outputs/train/<run>,outputs/train/<other run>]'",
             "runs of one base, without merging them",
+        ),
+        (
+            "serving=v6e8 serving.runner=gke run=gs://bucket/<run>/merged architecture=gemma4_31b",
+            "Kubernetes objects for GKE, for kubectl apply -f -",
         ),
         ("serving=vllm_cpu run=outputs/train/<run>", "a small checkpoint on this CPU, by what `make vllm` installs"),
         ("serving=local run=outputs/train/<run>", "a small checkpoint on this CPU, without vLLM"),
@@ -89,12 +94,16 @@ def _run_vllm(loaded: Loaded[ServeRoot, ServeChecked]) -> int:
         from gemma4_tpu.serving.adapter_weights import check_weights
 
         check_weights(checked.adapters, platform_of(serving))
-    memory = estimate(checked.architecture, serving, checked.adapters)
-    check_memory(memory, checked.architecture, serving, checked.adapters)
+    memory = estimate(checked.architecture, serving, checked.adapters, checked.quantised_bytes)
+    check_memory(memory, checked.architecture, serving, checked.adapters, checked.quantised_bytes)
+    if serving.source:
+        log.info("serving: from %s", serving.source)
     if serving.warning:
         log.warning("serving: %s", serving.warning)
     for note in checked.notes:
         log.info("%s", note)
+    if serving.runner == GKE:
+        return _show_objects(loaded, memory)
     return _dry_run(loaded, memory) if loaded.root.dry_run else _serve(loaded, memory)
 
 
@@ -103,6 +112,16 @@ def _told(memory: MemoryEstimate) -> list[str]:
         *(f"per chip, estimated: {line}" for line in memory.formula),
         f"room for {memory.sequences} sequences of full length, on all copies together",
     ]
+
+
+def _show_objects(loaded: Loaded[ServeRoot, ServeChecked], memory: MemoryEstimate) -> int:
+    """The estimate as comments, and Kubernetes' objects."""
+    from gemma4_tpu.serving.kubernetes import rendered
+
+    for line in _told(memory):
+        print(f"# {line}")
+    print(rendered(loaded.root.serving, loaded.checked), end="")
+    return 0
 
 
 def _dry_run(loaded: Loaded[ServeRoot, ServeChecked], memory: MemoryEstimate) -> int:

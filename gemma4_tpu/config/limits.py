@@ -29,7 +29,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "checkpoint.resume": ("auto", "never"),
     "tracker.kind": ("none", "wandb", "tensorboard", "jsonl"),
     "tracker.mode": ("auto", "online", "offline"),
-    "export.format": ("merged", "peft", "both"),
+    "export.format": ("merged", "peft", "both", "int8", "fp8"),
     "export.peft_experts": ("fused", "per_expert"),
     "export.verify": ("true", "stream", "false"),
     "eval.adapter": ("run", "none", "both"),
@@ -37,7 +37,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "eval.compute_dtype": ("auto", "bfloat16", "float32"),
     "eval.judge.sandbox": ("auto", "bubblewrap", "landlock"),
     "bench.arrivals": ("poisson", "fixed"),
-    "serving.runner": ("docker", "process", "embedded"),
+    "serving.runner": ("docker", "process", "embedded", "gke"),
     "serving.weight_dtype": ("bfloat16", "fp8", "float32"),
     "serving.kv_cache_dtype": ("auto", "bfloat16", "fp8"),
 }
@@ -104,6 +104,7 @@ RANGES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "port": (lambda v: 0 <= v <= 65535, "between 0 and 65535"),
     "serving.port": (lambda v: 1 <= v <= 65535, "between 1 and 65535"), "serving.shm_size_gib": _FROM_1,
     "serving.ready_timeout_seconds": _POSITIVE,
+    "serving.gke.min_replicas": _FROM_1, "serving.gke.max_replicas": _FROM_1, "serving.gke.waiting_requests": _FROM_1,
     "eval.judge.processes": (lambda v: v >= 8, "at least 8, which the compiler itself needs"),
 }  # fmt: skip
 

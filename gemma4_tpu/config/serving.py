@@ -7,6 +7,25 @@ from typing import Any
 
 
 @dataclass(kw_only=True)
+class GkeServingConfig:
+    """The Kubernetes objects of `serving.runner=gke` (`serving.gke.`)."""
+
+    namespace: str = "default"
+    """Namespace of all objects."""
+    service_account: str | None = None
+    """Kubernetes service account of the pods, which may read the bucket (Workload Identity); null: the namespace's
+    default."""
+    secret: str | None = None
+    """Kubernetes secret with the keys HF_TOKEN and VLLM_API_KEY, both optional; null: neither is set."""
+    min_replicas: int = 1
+    """Slices that always run."""
+    max_replicas: int = 4
+    """Slices that run under load."""
+    waiting_requests: int = 8
+    """Another slice starts when more requests than this wait in a slice's queue, on average."""
+
+
+@dataclass(kw_only=True)
 class ServingConfig:
     """A vLLM server in its container or as a process, or an embedded one (`serving=local`). Names follow
     `vllm serve`.
@@ -14,7 +33,8 @@ class ServingConfig:
 
     runner: str = "docker"
     """`docker`: vLLM in its container, started by `engine`. `process`: vLLM's command on this machine, `executable`.
-    `embedded`: no vLLM; PyTorch serves in this process (`serving=local`)."""
+    `embedded`: no vLLM; PyTorch serves in this process (`serving=local`). `gke`: nothing starts here; the Kubernetes
+    objects that serve `run=gs://…` on GKE are printed, for `kubectl apply -f -`."""
     executable: str = "vllm"
     """With `runner=process`: vLLM's command, as a path or a name on the PATH."""
     engine: str = "docker"
@@ -44,6 +64,9 @@ class ServingConfig:
     flags: dict[str, Any] = field(default_factory=dict)
     """Further flags of `vllm serve` without dashes, such as `{enable-prefix-caching: true, seed: 0}`: true is `--flag`,
     false `--no-flag`, null omits it, lists and mappings become JSON. Checked against the image's flags."""
+    drafter: str | None = None
+    """Folder of a drafter (such as gemma-4-31B-it-assistant), which guesses tokens that the model then checks. Becomes
+    `model` in `flags.speculative-config`, with `method: mtp` unless that names another one."""
     extra_args: list[str] = field(default_factory=list)
     """Further words for `vllm serve`, passed through unchecked."""
     env: dict[str, Any] = field(default_factory=dict)
@@ -64,6 +87,9 @@ class ServingConfig:
     """A server that has not answered within this time is stopped; compiling takes 8 to 30 minutes the first time."""
     probe: bool = True
     """After the start, ask the server a few stored prompts on which merged and base model differ."""
+    gke: GkeServingConfig = field(default_factory=GkeServingConfig)
+    source: str | None = None
+    """Where this recipe is from, and of which day; shown before the start."""
     warning: str | None = None
     """What is known to go wrong with this recipe; shown before the start."""
 
@@ -75,7 +101,10 @@ class ServeRoot:
     serving: ServingConfig = field(default_factory=ServingConfig)
     run: str = ""
     """Folder of a merged checkpoint, or a run folder that has `merged` in it. With `adapters`: their base; empty: the
-    one they were trained on."""
+    one they were trained on. With `serving.runner=gke`: the merged folder on gs://."""
+    architecture: str | None = None
+    """With `serving.runner=gke`: the size in that folder, key of `architectures.ARCHITECTURES`, where the bucket can't
+    be read from this machine; null: its config.json says it."""
     adapters: list[str] = field(default_factory=list)
     """Run folders whose adapters (`merge export=peft`) are served on one base, each under its folder's name."""
     dry_run: bool = False

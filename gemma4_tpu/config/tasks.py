@@ -12,7 +12,8 @@ class ExportConfig:
     """How a trained run is exported (`export=`)."""
 
     format: str = "merged"
-    """`merged`: a Hugging Face checkpoint with the adapters merged in; `peft`: a PEFT adapter; `both`."""
+    """`merged`: a Hugging Face checkpoint with the adapters merged in; `peft`: a PEFT adapter; `both`; `int8` or `fp8`:
+    the merged checkpoint, and another one with its products quantised, in the form of compressed-tensors."""
     checkpoint: str = "latest"
     """Which checkpoint: `latest`, `best` (lowest held-out loss) or an update number. Short form: `checkpoint=`."""
     peft_experts: str = "fused"
@@ -22,14 +23,18 @@ class ExportConfig:
     """Folder of the base checkpoint (local or gs://), if it is no longer the run's `model.path`; must hold the same
     weights."""
     target: str | None = None
-    """Folder to write (local or gs://); with `format=both`, its subfolders `merged` and `adapter`; for several runs,
-    one subfolder named after each. null: `merged` and `adapter` in the run folder. Short form: `target=`."""
+    """Folder to write (local or gs://); where the format has two parts, its subfolders `merged` and `adapter`, `int8`
+    or `fp8`; for several runs, one subfolder named after each. null: those subfolders in the run folder. Short form:
+    `target=`."""
     overwrite: bool = False
     """Replace an existing target. Short form: `overwrite=`."""
     verify: str = "true"
     """What is compared before the merged model is published: `true`: every adapted weight, and the logits of the merged
     and the LoRA model if the model fits into memory (float32, on the CPU); `stream`: the weights only; `false`:
     nothing. Short form: `verify=`."""
+    prompts: str | None = None
+    """Text file with a prompt on each line, on which the quantised model is compared with the merged one, up to 512
+    tokens of each (`verify=true`); null: four short built-in ones."""
     push_to_hub: str | None = None
     """`owner/name` of a Hugging Face repository (private if new) to upload to; needs HF_TOKEN in the environment. Short
     form: `push_to_hub=`."""

@@ -72,13 +72,28 @@ class Solved:
     """How the dollars come about."""
 
 
+def _loads_of(evaluation: Evaluation, figures: Figures) -> list[Point]:
+    """The loads whose rates can be those of an evaluation: of its system, and of its model as far as they are known."""
+    found = [p for p in figures.points if None in (p.system, evaluation.system) or p.system == evaluation.system]
+    sizes = {p.serving.model.parameters for p in found if p.serving}
+    if evaluation.model is None:
+        return found if len(sizes) < 2 else []
+    return [p for p in found if p.serving is None or p.serving.model.parameters == evaluation.model.parameters]
+
+
 def solved(evaluation: Evaluation, figures: Figures, prices: Prices, kind: str) -> Solved | None:
-    """By its slice's price and time, else by what its tokens cost at the cheapest of the loads; None: neither known."""
+    """By its slice's price and time, else by what its tokens cost at the cheapest load of its model; None: neither
+    known.
+    """
     hourly = prices.hourly(evaluation.slice, kind)
     cost = None if evaluation.seconds is None else usd(evaluation.seconds, hourly)
     by = f"generation time on {evaluation.slice}"
     if cost is None and evaluation.tokens:
-        served = [(rate, p.name) for p in figures.points if (rate := generated_usd_per_million(p, prices, kind))]
+        served = [
+            (rate, p.name)
+            for p in _loads_of(evaluation, figures)
+            if (rate := generated_usd_per_million(p, prices, kind))
+        ]
         if served:
             rate, name = min(served)
             cost, by = evaluation.tokens / 1e6 * rate, f"its generated tokens at the price of {name} (estimated)"

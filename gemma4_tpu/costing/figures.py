@@ -10,6 +10,8 @@ from gemma4_tpu.costing.ceiling import ModelDemand, Serving
 from gemma4_tpu.prices import ON_DEMAND
 
 MEASURED, ESTIMATED, QUOTED, GIVEN = LABELS = ("measured", "estimated", "quoted", "given")
+ENDPOINT = "endpoint"
+"""The slice of what another server generated: not known, and shared with whoever else it answered."""
 BY = {label: f"*{label}*" for label in LABELS}
 """How a page marks who says so."""
 
@@ -24,7 +26,7 @@ class Figure:
     source: str
     """Folder, or who is quoted."""
     slice: str
-    """Key of `hardware.SLICES`, or `local`."""
+    """Key of `hardware.SLICES`, `local` or `ENDPOINT`."""
     system: str | None = None
     """Training and serving of one system are added up; None: with those of any."""
 
@@ -95,6 +97,8 @@ class Evaluation(Figure):
     samples: int
     passing: float
     """Samples that pass."""
+    model: ModelDemand | None = None
+    """None: not known."""
 
 
 @dataclass(frozen=True, kw_only=True)

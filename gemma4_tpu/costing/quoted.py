@@ -6,7 +6,7 @@ source: whose figures these are
 setups:                           # what `setup:` below refers to
   TPU v6e-8: {slice: v6e-8, model: gemma4_31b, kv_dtype: fp8}
 trainings:
-  - {name: TPU, slice: v5p-8, hours: 3.34, real_tokens_per_second: 763}
+  - {name: TPU, slice: v5p-8, hours: 3.34, real_tokens_per_second: 763, rate_over_hours: true}
 points:
   - {name: TPU short, setup: TPU v6e-8, input_tokens: 512, output_tokens_per_second: 1403}
 benchmarks:                       # folders of JSON as `vllm bench serve` writes it, beside this file
@@ -19,6 +19,8 @@ remarks: [what a reader of the throughputs should know]
 cost_remarks: [what a reader of the costs should know]
 ```
 
+`rate_over_hours: true` says that a training's rate is the mean over its `hours`, so that they are multiplied to
+`real_tokens`. A rate that leaves out compilation and evaluations is none of paid hours, and is multiplied with nothing.
 A setup's model is a size (`gemma4_31b`), or a number of parameters where no more is told. Keys are the fields of
 `figures.py` and `ceiling.Serving`.
 """
@@ -80,7 +82,8 @@ def read_figures(path: Path) -> Figures:
     for where, given in _entries(top, "benchmarks", path):
         found.points += _benchmark(given, setups, path, where)
     for where, given in _entries(top, "evaluations", path):
-        found.evaluations.append(_make(Evaluation, given | own, where))
+        model = {"model": _model(given["model"], where)} if "model" in given else {}
+        found.evaluations.append(_make(Evaluation, given | own | model, where))
     for where, given in _entries(top, "printed", path):
         pairs = {key: tuple(given[key]) for key in ("ratio", "saving") if key in given}
         found.printed.append(_make(Printed, given | pairs, where))
@@ -97,13 +100,15 @@ def _setup(given: dict[str, Any], where: str) -> Serving:
 
 
 def _training(given: dict[str, Any], where: str) -> dict[str, Any]:
-    """Real tokens from rate and hours where they aren't told; `model` and `lora_rank` as objects."""
+    """Real tokens from rate and hours where these belong together; `model` and `lora_rank` as objects."""
     made = dict(given)
     if "lora_rank" in made:
         made["lora"] = LoraConfig(rank=made.pop("lora_rank"))
     if "model" in made:
         made["model"] = _model(made["model"], where)
-    if "real_tokens" not in made and {"real_tokens_per_second", "hours"} <= made.keys():
+    if made.pop("rate_over_hours", False):
+        if "real_tokens" in made or not {"real_tokens_per_second", "hours"} <= made.keys():
+            raise UserError(f"{where}: rate_over_hours: takes real_tokens_per_second and hours, and no real_tokens")
         made["real_tokens"] = made["real_tokens_per_second"] * made["hours"] * 3600
     return made
 

@@ -12,7 +12,7 @@ from gemma4_tpu.architectures import ARCHITECTURES
 from gemma4_tpu.config.schema import HardwareConfig, LoraConfig
 from gemma4_tpu.costing import load_tests, quoted
 from gemma4_tpu.costing.ceiling import ModelDemand
-from gemma4_tpu.costing.figures import ESTIMATED, MEASURED, Evaluation, Figures, Training
+from gemma4_tpu.costing.figures import ENDPOINT, ESTIMATED, MEASURED, Evaluation, Figures, Training
 from gemma4_tpu.errors import UserError
 from gemma4_tpu.hardware import LOCAL
 from gemma4_tpu.planning.money import CONFIGURED
@@ -157,12 +157,14 @@ def _plan(plan: dict[str, Any], path: Path) -> Figures:
 
 
 def _evaluation(result: dict[str, Any], path: Path) -> Evaluation:
-    problems = result["problems"].values()
+    problems, config = result["problems"].values(), _config(path)
+    remote = bool(config.get("eval", {}).get("endpoint"))  # then slice and model of the configuration are the client's
     return Evaluation(
         name=f"{result['benchmark']}, {result['name']}, {_short(path)}",
         label=MEASURED,
         source=str(path),
-        slice=_config(path).get("hardware", {}).get("name", LOCAL),
+        slice=ENDPOINT if remote else config.get("hardware", {}).get("name", LOCAL),
+        model=None if remote else _model(config.get("model", {}).get("name", "")),
         seconds=result.get("generation_seconds"),
         tokens=result.get("tokens"),
         samples=sum(problem["n"] for problem in problems),

@@ -15,6 +15,8 @@ from gemma4_tpu.config.tasks import ExportConfig, MergeRoot
 from gemma4_tpu.tracking.run import is_run
 
 TOKEN = "HF_TOKEN"
+QUANTISED = ("int8", "fp8")
+"""Formats that are made from the merged checkpoint."""
 
 
 @dataclass(frozen=True)
@@ -90,6 +92,8 @@ def _export(export: ExportConfig, *, several: bool) -> list[str]:
     messages = []
     if export.checkpoint not in ("best", "latest") and not export.checkpoint.isdecimal():
         messages.append(f"export.checkpoint={export.checkpoint}: give best, latest or the number of an update")
+    if export.prompts is not None and export.format not in QUANTISED:
+        messages.append(f"export.prompts={export.prompts}: compares quantised models; give export=int8 or fp8 with it")
     if (hub := export.push_to_hub) is not None:
         if not re.fullmatch(r"[\w.-]+/[\w.-]+", hub):
             messages.append(f"export.push_to_hub={hub}: give owner/name")
@@ -100,5 +104,7 @@ def _export(export: ExportConfig, *, several: bool) -> list[str]:
         if export.target is not None and "://" in export.target:
             messages.append(f"export.push_to_hub={hub}: uploads from a local folder; give a local export.target")
         if export.format == "both":
-            messages.append(f"export.push_to_hub={hub}: one repository holds one format; give export=merged or peft")
+            messages.append(
+                f"export.push_to_hub={hub}: one repository holds one format; give export=merged, peft, int8 or fp8"
+            )
     return messages

@@ -7,7 +7,7 @@ import logging
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,16 +20,24 @@ from gemma4_tpu.export.merge import Delta, Merger
 from gemma4_tpu.export.peft import adapter_bytes, check_peft, write_peft
 from gemma4_tpu.export.place import Place, Unfinished, total_bytes
 from gemma4_tpu.export.probe_prompts import write_probes
+from gemma4_tpu.export.quantise import SCHEMES, Quantiser, parts_of
 from gemma4_tpu.export.trained import Trained, open_trained
-from gemma4_tpu.export.verify import refusal, verify
+from gemma4_tpu.export.verify import fits_in_memory, refusal, verify
 from gemma4_tpu.models.tensorfile import Checkpoint
 from gemma4_tpu.storage import join
-from gemma4_tpu.tracking.records import PARITY, write_record
+from gemma4_tpu.tracking.records import PARITY, QUANTISED, write_record
 from gemma4_tpu.tracking.run import RunFolder
 
 log = logging.getLogger(__name__)
 
 MERGED, ADAPTER = "merged", "adapter"
+KINDS = {
+    "merged": (MERGED,),
+    "peft": (ADAPTER,),
+    "both": (MERGED, ADAPTER),
+    **{name: (MERGED, name) for name in SCHEMES},
+}
+"""What each `export.format` writes, and so the names of the folders; a quantised model is made from the merged one."""
 Shown = Callable[[Sequence[Delta], RunFolder, str], Path]
 """Lays out what a merge added, for the record and under a title; returns the page."""
 
@@ -41,7 +49,7 @@ class ExportJob:
     trained: Trained
     export: ExportConfig
     places: dict[str, Place]
-    """`merged`, `adapter` or both."""
+    """By the folders that `KINDS` names."""
 
     @contextmanager
     def reserved(self) -> Iterator[None]:
@@ -50,8 +58,10 @@ class ExportJob:
         A refusal on the way removes them; after a full disk or a crash the same export resumes with what is there.
         """
         try:
+            needed_bytes = 0
             for kind, place in self.places.items():
-                place.open(_identity(self.trained, kind, self.export), _bytes(self.trained, kind, self.export))
+                needed_bytes += 0 if place.published else _bytes(self.trained, kind, self.export)
+                place.open(_identity(self.trained, kind, self.export), needed_bytes)
             try:
                 yield
             except Unfinished:
@@ -87,11 +97,15 @@ class ExportJob:
         if (place := self.places.get(ADAPTER)) and not place.published:
             write_probes(trained, place, result.get("parity"))
             write_peft(trained, place, self.export.peft_experts)  # nothing loads before its configuration is there
-        result["targets"] = {kind: place.publish() for kind, place in self.places.items()}
+        result["targets"] = {kind: place.publish() for kind, place in self.places.items() if kind not in SCHEMES}
+        for kind in SCHEMES.keys() & self.places.keys():
+            place = self.places[kind]
+            result["quantised"] = _write_quantised(trained, kind, place, result["targets"][MERGED], self.export, record)
+            result["targets"][kind] = place.publish()
         for kind, target in result["targets"].items():
             log.info("%s: %s", kind, target)
         if self.export.push_to_hub:
-            (target,) = result["targets"].values()
+            *_, target = result["targets"].values()  # the quantised one, where there is one
             result["hub"] = push_to_hub(target, self.export.push_to_hub)
         return result | {"seconds": time.perf_counter() - started}
 
@@ -114,8 +128,12 @@ def prepare(run: Path | str, export: ExportConfig, *, several: bool) -> ExportJo
       UserError: anything that does not fit together, a target that exists, too little space.
     """
     trained = open_trained(run, export)
-    if export.format != "merged":
+    if ADAPTER in KINDS[export.format]:
         check_peft(trained, export.peft_experts)
+    if export.prompts is not None:
+        from gemma4_tpu.export.logits import prompts_of
+
+        prompts_of(trained, export.prompts)
     places = {kind: Place(target) for kind, target in _targets(run, export, several).items()}
     for kind, place in places.items():
         place.check(_identity(trained, kind, export), export.overwrite)
@@ -123,7 +141,7 @@ def prepare(run: Path | str, export: ExportConfig, *, several: bool) -> ExportJo
 
 
 def _targets(run: Path | str, export: ExportConfig, several: bool) -> dict[str, str]:
-    kinds = {"merged": (MERGED,), "peft": (ADAPTER,), "both": (MERGED, ADAPTER)}[export.format]
+    kinds = KINDS[export.format]
     if export.target is None:
         place = run if isinstance(run, str) else str(run.absolute())  # a str: on gs://
         return {kind: join(place, kind) for kind in kinds}
@@ -147,6 +165,34 @@ def _write_merged(trained: Trained, place: Place, mode: str, record: RunFolder, 
     if place.done("config.json") is None:  # nothing loads without it
         write_config(companions(trained)[0]["config.json"], place)
     return {"parity": report, "changed_weights": len(deltas)}
+
+
+def _write_quantised(
+    trained: Trained, kind: str, place: Place, merged_folder: str, export: ExportConfig, record: RunFolder
+) -> dict[str, Any]:
+    """Quantises the merged model into the staging folder and compares; all but the renaming."""
+    from gemma4_tpu.export.quantised_parity import about_errors, compare_quantised, dequantised, within_half_a_step
+
+    merged, arch = Checkpoint(merged_folder), trained.base.arch
+    writer = Quantiser(merged, arch, trained.prefix, SCHEMES[kind])
+    found = about_errors(kind, writer.run(place))
+    written = dequantised(place.target if place.published else place.staging, merged, arch, trained.prefix)
+    if export.verify != "false":
+        off = within_half_a_step(written, merged, parts_of(arch, trained.prefix), SCHEMES[kind])
+        if off is not None:
+            raise UserError(f"{off}: what was read back of {place.target} is not what was written; check the disk")
+        found = replace(found, passed=True)
+    if export.verify == "true" and fits_in_memory(trained):
+        from gemma4_tpu.export.logits import prompts_of
+
+        found = replace(found, logits=compare_quantised(written, merged, arch, *prompts_of(trained, export.prompts)))
+    elif export.verify == "true":
+        log.info("the model does not fit into memory: weights are compared, log-probabilities are not")
+    write_record(record.path / "quantised.json", QUANTISED, found)
+    log.info("%s: %s", kind, found.told)
+    if place.done("config.json") is None:
+        writer.write_config(place)
+    return asdict(found)
 
 
 def _told(report: dict[str, Any]) -> str:
@@ -178,8 +224,10 @@ def _bytes(trained: Trained, kind: str, export: ExportConfig) -> int:
     """What an export takes on disk."""
     if kind == ADAPTER:
         return adapter_bytes(trained, export.peft_experts)
-    shards = trained.checkpoint.files.values()
-    return sum(file.size_bytes for file in shards) + total_bytes(companions(trained)[0].values())
+    others = total_bytes(companions(trained)[0].values())
+    if kind in SCHEMES:  # the base has the merged model's shapes
+        return Quantiser(trained.checkpoint, trained.base.arch, trained.prefix, SCHEMES[kind]).needed_bytes + others
+    return sum(file.size_bytes for file in trained.checkpoint.files.values()) + others
 
 
 def prepare_all(runs: tuple[Path | str, ...], export: ExportConfig) -> list[ExportJob]:

@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from gemma4_tpu.errors import UserError
 from gemma4_tpu.export.probe_prompts import from_logits
 from gemma4_tpu.export.trained import Trained
 from gemma4_tpu.models import lora as adapters
@@ -32,6 +33,8 @@ PROMPTS = (
     "def fibonacci(n: int) -> int:\n    return n if n < 2 else",
 )
 TOKENS = 48
+GIVEN_TOKENS = 512
+"""Of each prompt of a file."""
 FLOAT32_BOUND = 2e-3  # relative rms that two orders of summation in float32 explain; measured: under 1e-4
 
 
@@ -80,7 +83,7 @@ def compare_logits(trained: Trained, merged: Checkpoint) -> LogitParity:
     arch = trained.base.arch
     mesh = sharding.make_mesh(1, 1, jax.devices()[:1])
     model = Model(layout=trained.layout, compute_dtype=jnp.float32, mesh=mesh)
-    tokens, mask, kind = _prompts(trained)
+    tokens, mask, kind = prompts_of(trained)
     places = sharding.places(model.layout, mesh)
 
     def dtype(name: str) -> Any:
@@ -177,24 +180,48 @@ def values(trained: Trained, leaf: Leaf) -> jax.Array:
     return jnp.asarray(np.stack(parts) if leaf.stacked else parts[0], jnp.float32)
 
 
-def _prompts(trained: Trained) -> tuple[np.ndarray, np.ndarray, str]:
-    """Tokens [B, T] and segment ids [B, T] (1 = real)."""
-    folder, vocab_size = Path(trained.base.tokenizer_folder), trained.base.arch.vocab_size
-    tokens = np.zeros((len(PROMPTS), TOKENS), np.int32)
-    mask = np.zeros_like(tokens)
-    kind = "text"
-    if (folder / "tokenizer.json").is_file():
+def prompts_of(trained: Trained, path: str | None = None) -> tuple[np.ndarray, np.ndarray, str]:
+    """Tokens [B, T], segment ids [B, T] (1 = real), and what they are: `text`, `random` or the file.
+
+    Args:
+      trained: the run; without a tokenizer the tokens are random.
+      path: a file of prompts, one on each line; None: `PROMPTS`.
+
+    Raises:
+      UserError: the file holds no prompt, or there is no tokenizer for it.
+    """
+    texts, length = (PROMPTS, TOKENS) if path is None else (given_prompts(path), GIVEN_TOKENS)
+    tokenizer = Path(trained.base.tokenizer_folder) / "tokenizer.json"
+    if tokenizer.is_file():
         from tokenizers import Tokenizer
 
-        encode = Tokenizer.from_file(str(folder / "tokenizer.json")).encode
-        rows = [encode(prompt).ids[:TOKENS] for prompt in PROMPTS]
+        encode = Tokenizer.from_file(str(tokenizer)).encode
+        rows = [encode(text).ids[:length] for text in texts]
+    elif path is not None:
+        raise UserError(f"export.prompts={path}: there is no {tokenizer} to read them with; leave it out")
     else:
-        kind = "random"
         rng = np.random.default_rng(0)
-        rows = [rng.integers(3, vocab_size, TOKENS - 4 * i).tolist() for i in range(len(PROMPTS))]
+        rows = [rng.integers(3, trained.base.arch.vocab_size, TOKENS - 4 * i).tolist() for i in range(len(texts))]
+    tokens = np.zeros((len(rows), max(map(len, rows)) if path else TOKENS), np.int32)
+    mask = np.zeros_like(tokens)
     for row, ids in enumerate(rows):
         tokens[row, : len(ids)], mask[row, : len(ids)] = ids, 1
-    return tokens, mask, kind
+    return tokens, mask, path or ("text" if tokenizer.is_file() else "random")
+
+
+def given_prompts(path: str) -> list[str]:
+    """The lines of a file that are not empty.
+
+    Raises:
+      UserError: it can't be read, or has none.
+    """
+    try:
+        lines = Path(path).read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"export.prompts={path}: can't be read ({error}); give a file of UTF-8 text") from None
+    if not (found := [line for line in lines if line.strip()]):
+        raise UserError(f"export.prompts={path}: holds no prompt; give one on each line")
+    return found
 
 
 def _rms(values: np.ndarray) -> float:
@@ -203,10 +230,11 @@ def _rms(values: np.ndarray) -> float:
 
 def _mean_kl(first: np.ndarray, second: np.ndarray) -> float:
     """KL(first ‖ second) of the distributions that logits [positions, V] stand for, in nats per position."""
-    p, q = _log_softmax(first), _log_softmax(second)
+    p, q = log_softmax(first), log_softmax(second)
     return float(np.mean(np.sum(np.exp(p) * (p - q), axis=-1)))
 
 
-def _log_softmax(scores: np.ndarray) -> np.ndarray:
+def log_softmax(scores: np.ndarray) -> np.ndarray:
+    """Over the last dim, in float64."""
     shifted = scores.astype(np.float64) - scores.max(-1, keepdims=True)
     return shifted - np.log(np.sum(np.exp(shifted), axis=-1, keepdims=True))

@@ -8,18 +8,17 @@ from __future__ import annotations
 
 import logging
 import math
-import os
-from collections import deque
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from functools import lru_cache, partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
 from gemma4_tpu.errors import UserError
-from gemma4_tpu.export.companions import COPY_BYTES, companions, copy_file
+from gemma4_tpu.export.companions import companions, copy_file
+from gemma4_tpu.export.pieces import WORKERS, Piece, as_bytes, copies, in_order, rows_of
 from gemma4_tpu.export.place import Place
 from gemma4_tpu.export.trained import Change, Trained
 from gemma4_tpu.models import token_rows
@@ -29,22 +28,9 @@ from gemma4_tpu.models.tensorfile import TensorFile
 log = logging.getLogger(__name__)
 
 BLOCK_VALUES = 4 << 20  # of a weight that are worked on at a time: 16 MiB in float32
-MEMORY_BYTES = 512 << 20  # of all pieces under way
 LORA_BYTES, FULL_BYTES = 12, 6  # per value of a block: base, result, and float32 copies (of LoRA's whole block)
 DORA_BYTES = LORA_BYTES + 8  # and what it differs by from the base
 PART_BYTES = 20  # per value of the part of a block that is read of a checkpoint at a time: float32 copies of it
-WORKERS = min(8, 2 * (os.cpu_count() or 1))  # twice the cores: some of them wait for the disk
-
-
-class Piece(NamedTuple):
-    """Consecutive bytes of a shard."""
-
-    name: str | None
-    """The changed weight that they belong to; None: they are copied."""
-    memory_bytes: int
-    """What making them takes."""
-    make: Callable[[], tuple[np.ndarray, np.ndarray | None]]
-    """Gives the bytes, and the sums over them (see `_rounded`)."""
 
 
 @dataclass(frozen=True)
@@ -119,7 +105,7 @@ class Merger:
         """Writes one shard, in the order of its bytes."""
         sums: dict[str, np.ndarray] = {}
         with place.create(shard) as out:
-            for name, (data, of_block) in _in_order(workers, self._pieces(file)):
+            for name, (data, of_block) in in_order(workers, self._pieces(file)):
                 out.write(data)
                 if name is not None:
                     sums[name] = sums.get(name, 0) + of_block
@@ -136,7 +122,7 @@ class Merger:
             change = self.trained.changes.get(name)
             if change is None:
                 continue
-            yield from _copies(file, copied_to, info.start)
+            yield from copies(file, copied_to, info.start)
             full = self.trained.is_in_full(change.tensor)
             merged = self._block(name, change, file)
             rows = self._rows_at_once(change.tensor)
@@ -148,7 +134,7 @@ class Merger:
             for start, stop in _blocks(change.tensor, rows):
                 yield Piece(name, memory_bytes, partial(merged, start, stop))
             copied_to = info.stop
-        yield from _copies(file, copied_to, file.size_bytes)
+        yield from copies(file, copied_to, file.size_bytes)
 
     def _block(self, name: str, change: Change, file: TensorFile) -> Callable[[int, int], Any]:
         """What makes the rows [start, stop) of the first split dim of a changed weight."""
@@ -210,7 +196,7 @@ class Merger:
 
         def block(start: int, stop: int) -> tuple[np.ndarray, np.ndarray]:
             rows = slice(start * height, stop * height)
-            base = _rows(file, name, rows)
+            base = rows_of(file, name, rows)
             merged = base.astype(np.float32)
             base_squared = _squared(merged)
             merged += factors.b[rows] @ (factors.a[rows] if change.tensor.weight.each else factors.a)
@@ -219,7 +205,7 @@ class Merger:
                 merged *= (factors.magnitude[rows] / np.linalg.norm(merged, axis=1))[:, None]
                 delta_squared = _squared(merged - base.astype(np.float32))
             rounded, sums = _rounded(merged, base, base_squared, delta_squared)
-            return _bytes(rounded), sums
+            return as_bytes(rounded), sums
 
         return block
 
@@ -234,7 +220,7 @@ class Merger:
         size = tensor.split[dim]
 
         def block(start: int, stop: int) -> tuple[np.ndarray, np.ndarray]:
-            base = _rows(file, name, slice(start * height, stop * height)).reshape(stop - start, *tensor.split[1:])
+            base = rows_of(file, name, slice(start * height, stop * height)).reshape(stop - start, *tensor.split[1:])
             out, sums = np.empty_like(base), np.zeros(4)
             chunk = self._chunk(tensor, dim) if dim else size
             step = max(1, BLOCK_VALUES * size // base.size // chunk) * chunk
@@ -250,7 +236,7 @@ class Merger:
                 np.subtract(merged, difference, out=difference)
                 out[part], of_part = _rounded(merged, of_base, base_squared, _squared(difference))
                 sums += of_part
-            return _bytes(out), sums
+            return as_bytes(out), sums
 
         return block
 
@@ -259,14 +245,14 @@ class Merger:
         rows = dict(zip(self.trained.rows_of(change.tensor), self.trained.state.read(token_rows.NAME), strict=True))
 
         def block(start: int, stop: int) -> tuple[np.ndarray, np.ndarray]:
-            base = _rows(file, name, slice(start, stop))
+            base = rows_of(file, name, slice(start, stop))
             merged = base.astype(np.float32)
             base_squared, delta_squared = _squared(merged), 0.0
             for row in rows.keys() & set(range(start, stop)):
                 delta_squared += _squared(rows[row] - merged[row - start])
                 merged[row - start] = rows[row]
             rounded, sums = _rounded(merged, base, base_squared, delta_squared)
-            return _bytes(rounded), sums
+            return as_bytes(rounded), sums
 
         return block
 
@@ -284,27 +270,6 @@ def _rounded(
     return rounded, np.array([delta_squared, base_squared, changed, merged_squared])
 
 
-def _bytes(values: np.ndarray) -> np.ndarray:
-    return values.reshape(-1).view(np.uint8)
-
-
-def _rows(file: TensorFile, name: str, rows: slice) -> np.ndarray:
-    """Rows of a tensor, in memory of this process."""
-    info = file.tensors[name]
-    row_bytes = (info.stop - info.start) // info.shape[0]
-    data = file.read_bytes(info.start + rows.start * row_bytes, info.start + rows.stop * row_bytes)
-    return data.view(info.dtype).reshape(-1, *info.shape[1:])
-
-
-def _copies(file: TensorFile, start: int, stop: int) -> Iterator[Piece]:
-    """Bytes `[start, stop)` of a file as they are."""
-
-    def copy(at: int) -> tuple[np.ndarray, None]:
-        return file.read_bytes(at, min(at + COPY_BYTES, stop)), None
-
-    return (Piece(None, COPY_BYTES, partial(copy, at)) for at in range(start, stop, COPY_BYTES))
-
-
 def _squared(values: np.ndarray) -> float:
     flat = values.reshape(-1)
     return float(np.dot(flat, flat))
@@ -313,19 +278,6 @@ def _squared(values: np.ndarray) -> float:
 def _blocks(tensor: Tensor, rows: int) -> Iterator[tuple[int, int]]:
     total = tensor.split[0]
     return ((start, min(start + rows, total)) for start in range(0, total, rows))
-
-
-def _in_order(workers: ThreadPoolExecutor, pieces: Iterator[Piece]) -> Iterator[tuple[str | None, Any]]:
-    """Name and result of each piece, in order, with only so many under way that memory stays bounded."""
-    under_way: deque[tuple[Piece, Future[Any]]] = deque()
-    for piece in pieces:
-        while under_way and piece.memory_bytes + sum(other.memory_bytes for other, _ in under_way) > MEMORY_BYTES:
-            first, result = under_way.popleft()
-            yield first.name, result.result()
-        under_way.append((piece, workers.submit(piece.make)))
-    while under_way:
-        first, result = under_way.popleft()
-        yield first.name, result.result()
 
 
 def _check_applied(trained: Trained, deltas: list[Delta]) -> None:

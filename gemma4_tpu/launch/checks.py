@@ -73,7 +73,9 @@ def examine_tpu_vm(root: TpuVmRoot) -> tuple[Checked | None, list[Refusal]]:
             "launch.git: which sources? the package is installed here without a checkout that could be uploaded; give"
             " git=<URL>@<branch, tag or commit>"
         )
-    messages += after_problems(launch.after, root.model.name, hosts=slice_.hosts if slice_ else 1)
+    messages += after_problems(
+        launch.after, root.model.name, hosts=slice_.hosts if slice_ else 1, slice_name=root.hardware.name
+    )
     return _with_train(root, messages)
 
 

@@ -6,7 +6,7 @@ import shlex
 from pathlib import Path
 
 from gemma4_tpu.errors import UserError
-from gemma4_tpu.launch.after import PROBLEMS
+from gemma4_tpu.launch.after import PROBLEMS, SERVED
 from gemma4_tpu.launch.parcel import called
 from gemma4_tpu.launch.record import MODEL_IN_MEMORY, Launch
 from gemma4_tpu.tracking.redact import redact
@@ -74,11 +74,14 @@ def _after(launched: Launch) -> list[str]:
         if stage.name == "merge":  # its record lies in the local copy of the run folder
             record = f"outputs/gs/{launched.run_dir.removeprefix('gs://')}/merges"
         else:
-            record = "outputs/evaluations"
+            record = {"serve": "outputs/servings"}.get(stage.name, "outputs/evaluations")
         commands = []
         if stage.problems:
             place = shlex.quote(stage.problems.rstrip("/"))
             commands += [f'mkdir -p "$ROOT/{PROBLEMS}"', f'gcloud storage cp --quiet -r {place}/* "$ROOT/{PROBLEMS}/"']
+        if stage.served:
+            place = shlex.quote(stage.served)
+            commands += [f"mkdir -p {SERVED}", f"gcloud storage cp --quiet -r {place}/* {SERVED}/"]
         commands += [
             f"run gemma4_tpu.{stage.name} {shlex.join(stage.words)}",
             f"gcloud storage cp --quiet -r {shlex.quote(record)} {shlex.quote(launched.run_dir + '/')}",

@@ -46,8 +46,8 @@ class TpuVmConfig(PlaceConfig):
     """Environment variable → name of its secret in Secret Manager, as {WANDB_API_KEY: wandb-key}; the slice reads it.
     `secrets=` for short."""
     after: list[str] = field(default_factory=list)
-    """What the first host does when training is finished, before the slice is deleted: `merge …`, `evaluate …` (on
-    the merged model), with further settings of those. `after=` for short."""
+    """What the first host does when training is finished, before the slice is deleted: `merge …`, `evaluate …` and
+    `serve …` (of the merged model; until `max_hours`), with further settings of those. `after=` for short."""
     keep: bool = False
     """Leave the slice running (and costing) after the end. `keep=` for short."""
     watch: bool = True

@@ -50,6 +50,11 @@ TPU_VM: EntryPoint[TpuVmRoot, Checked] = LaunchEntry(
         ),
         ("experiment=v5p8 model.path=gs://… bucket=gs://… spot=true after=[merge]", "spot capacity, merged at the end"),
         ("experiment=v5p8 model.path=gs://… run_dir=gs://bucket/v5p8/<run>", "resume a run"),
+        (
+            "experiment=v5p8 model.path=gs://… hardware=v6e8 mesh=auto trainer.global_batch_sequences=4"
+            " run_dir=gs://bucket/v5p8/<run> max_hours=8 \"after=[merge,'serve serving=v6e8']\"",
+            "serve a finished run on a slice of its own",
+        ),
         ("list", "what runs or waits, and what it costs"),
         ("watch <id>", "follow a run again, and restart it after preemptions"),
         ("delete <id>", "delete a slice and its place in the queue"),

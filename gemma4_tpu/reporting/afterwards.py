@@ -92,7 +92,7 @@ def merge(records: Records, page: Path) -> Iterator[str]:
         if found.get("seconds") is not None:
             rows.append(["Time", format_seconds(found["seconds"]), _MEASURED])
         if found.get("status") == "finished":
-            rows += _parity(found.get("parity"))
+            rows += _parity(found.get("parity")) + _quantised(found.get("quantised"))
         yield from table(["", "figure", "by"], rows)
         yield from pictures([folder / "plots" / "deltas.png"], page)
         if (folder / "deltas.md").is_file():
@@ -118,6 +118,21 @@ def _parity(parity: Mapping[str, Any] | None) -> list[list[str]]:
             ["Effect of training on logits", f"{logits['base_to_lora']:.1e}", _MEASURED],
             ["Same likeliest token", f"{logits['top1_agreement']:.1%} of {logits['tokens']}", _MEASURED],
         ]  # fmt: skip
+    return rows
+
+
+def _quantised(found: Mapping[str, Any] | None) -> list[list[str]]:
+    """How near the quantised model is to the merged one."""
+    if not found:
+        return []
+    scheme = plain(found["scheme"])
+    rows = [[f"Weights in {scheme} off by", f"{found['mean_error']:.2%} (rms, mean of the tensors)", _MEASURED]]
+    if logits := found.get("logits"):
+        off = f"{logits['max_logprob_difference']:.2g} at most, {logits['mean_logprob_difference']:.2g} on average"
+        rows += [
+            [f"Log-probabilities in {scheme} off by", off, _MEASURED],
+            [f"Same likeliest token in {scheme}", f"{logits['top1_agreement']:.1%} of {logits['tokens']}", _MEASURED],
+        ]
     return rows
 
 
@@ -198,18 +213,26 @@ def _claims(found: Sequence[tuple[Path, EvaluationOutcome]]) -> Iterator[str]:
 # ── serving ────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
+def _answered(probe: Mapping[str, Any] | None) -> str:
+    """What a server answered when it was asked whether it is the trained model; of adapters each."""
+    if not probe:
+        return "was not asked"
+    if "told" in probe:
+        return str(probe["told"])
+    return "; ".join(f"{name}: {_answered(each)}" for name, each in probe.items())
+
+
 def serving(records: Records, page: Path) -> Iterator[str]:
     """Servers, and what they did under load."""
     yield from ["## Serving", ""]
     rows = []
     for folder in records.by_kind[SERVING]:
         found = result_of(folder).values
-        probe = (found.get("probe") or {}).get("told") or ("asked" if found.get("probe") else "was not asked")
         ready, served = (found.get(key) for key in ("ready_seconds", "served_seconds"))
         rows.append([
             plain(folder.name), plain(found.get("slice", "–")), _status(found),
             "–" if ready is None else format_seconds(ready), "–" if served is None else format_seconds(served),
-            plain(probe),
+            plain(_answered(found.get("probe"))),
         ])  # fmt: skip
     if rows:
         yield from table(["server", "slice", "status", "ready after", "served for", "the trained model?"], rows)

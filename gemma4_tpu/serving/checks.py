@@ -11,15 +11,25 @@ from gemma4_tpu.config.keys import did_you_mean
 from gemma4_tpu.config.limits import limit_problems
 from gemma4_tpu.config.paths import at_home, folder_of, name_problem
 from gemma4_tpu.config.refusals import Refusal
-from gemma4_tpu.config.serving import ServeRoot, ServingConfig
+from gemma4_tpu.config.serving import GkeServingConfig, ServeRoot, ServingConfig
 from gemma4_tpu.hardware import LOCAL, SLICES
 from gemma4_tpu.serving.adapter_checks import ServedAdapter, find_adapters
+from gemma4_tpu.serving.drafter_checks import drafter_problems
 from gemma4_tpu.serving.flag_checks import vllm_problems
+from gemma4_tpu.serving.gke_checks import GKE, gke_problems, in_a_pod
 from gemma4_tpu.serving.local_checks import local_problems
-from gemma4_tpu.serving.model_checks import MERGED, find_model, longest_problem, on_tpu, platform_of
+from gemma4_tpu.serving.model_checks import (
+    MERGED,
+    FoundModel,
+    find_in_bucket,
+    find_model,
+    longest_problem,
+    on_tpu,
+    platform_of,
+    quantised_problems,
+)
 from gemma4_tpu.tracking.run import is_run
 
-_NOTHING: tuple[None, None, list[str]] = (None, None, [])
 CPU_HEAD_WIDTHS = (32, 64, 80, 96, 112, 128, 160, 192, 224, 256, 512)
 """Those of attention in vLLM 0.32's CPU build (`cpu_attn.py`)."""
 
@@ -38,12 +48,20 @@ class ServeChecked:
     """To report; nothing was changed."""
     adapters: tuple[ServedAdapter, ...] = ()
     """Served on `model`, which is then their base."""
+    quantised_bytes: int | None = None
+    """Of the weights' files, where they are quantised; None: they are not."""
+    bucket: str | None = None
+    """With `runner=gke`: the folder on gs:// that pods mount."""
 
 
 def name_of(model: Path) -> str:
-    """What clients ask for where `served_model_name` is null: the folder's name, for `<run>/merged` the run's."""
+    """What clients ask for where `served_model_name` is null: the folder's name, for `<run>/merged` the run's, for
+    other folders in a run both.
+    """
     folder = model.absolute()
-    return folder.parent.name if folder.name == MERGED and is_run(folder.parent) else folder.name
+    if not is_run(folder.parent):
+        return folder.name
+    return folder.parent.name if folder.name == MERGED else f"{folder.parent.name}-{folder.name}"
 
 
 def url_of(serving: ServingConfig) -> str:
@@ -58,7 +76,9 @@ def normalise_serve(root: ServeRoot) -> ServeRoot:
     flags = {name.lstrip("-").replace("_", "-"): value for name, value in serving.flags.items()}
     cache = folder_of(serving.compile_cache)
     serving = replace(serving, flags=flags, compile_cache=None if cache in (None, "", "null", "none") else cache)
-    serving = replace(serving, executable=at_home(serving.executable))
+    serving = replace(serving, executable=at_home(serving.executable), drafter=folder_of(serving.drafter))
+    if serving.runner == GKE:
+        serving = in_a_pod(serving, root.run)
     return replace(
         root, serving=serving, run=folder_of(root.run) or "", run_dir=folder_of(root.run_dir),
         adapters=[folder_of(folder) or "" for folder in root.adapters],
@@ -68,33 +88,62 @@ def normalise_serve(root: ServeRoot) -> ServeRoot:
 def examine_serve(root: ServeRoot) -> tuple[ServeChecked | None, list[Refusal]]:
     """Everything that can be checked before anything is started; `ServeChecked` is None when there are problems."""
     serving = root.serving
-    messages = limit_problems(root)
+    messages = limit_problems(root) + _runner(root)
     messages += local_problems(serving) if serving.runner == "embedded" else vllm_problems(serving)
-    messages += _slice(serving) + _place(serving)
+    messages += _slice(serving) + ([] if serving.runner == GKE else _place(serving))
     adapters, folder, refused = find_adapters(root.adapters, root.run, serving) if root.adapters else ((), root.run, [])
     messages += refused
-    model, architecture, found = find_model(folder, mounted=serving.runner == "docker") if not refused else _NOTHING
-    messages += found
+    found: FoundModel | None = None
+    if not refused:
+        found, lacking = _model(root, folder)
+        messages += lacking
     notes: list[str] = []
-    if architecture is not None and model is not None and not messages:
-        messages += longest_problem(serving, model)
+    if found is not None and not messages:
+        messages += longest_problem(serving, found) + quantised_problems(serving, found)
+        messages += drafter_problems(serving, found.architecture)
         match platform_of(serving):
             case "cpu":
-                messages += _on_cpu(serving, architecture)
+                messages += _on_cpu(serving, found.architecture)
             case platform:
-                refused, notes = _split(serving, architecture)
+                refused, notes = _split(serving, found.architecture)
                 messages += refused
-                notes += on_tpu(serving, model) if platform == "tpu" else []
-    own = serving.served_model_name or (name_of(model) if model else None)
+                notes += on_tpu(serving, found) if platform == "tpu" else []
+    own = serving.served_model_name or (name_of(found.folder) if found else None)
     if own in [adapter.name for adapter in adapters]:
         messages.append(f"serving.served_model_name={own}: the name of an adapter too; give the base another one")
     messages += name_problem(root.name)
     if root.run_dir is not None and "://" in root.run_dir:
         messages.append(f"run_dir={root.run_dir}: the record of a server is local")
-    if messages or model is None or architecture is None:
+    if messages or found is None:
         return None, [Refusal(m) for m in messages]
-    run = next((place for place in (Path(root.run), model.parent) if is_run(place)), None)
-    return ServeChecked(model.absolute(), run, architecture, tuple(notes), adapters), []
+    run = next((place for place in (Path(root.run), found.folder.parent) if is_run(place)), None)
+    return ServeChecked(
+        found.folder if serving.runner == GKE else found.folder.absolute(), run, found.architecture, tuple(notes),
+        adapters, found.quantised_bytes, root.run if serving.runner == GKE else None,
+    ), []  # fmt: skip
+
+
+def _model(root: ServeRoot, folder: str) -> tuple[FoundModel | None, list[str]]:
+    if root.serving.runner == GKE:
+        return find_in_bucket(root.run, root.architecture)
+    return find_model(folder, mounted=root.serving.runner == "docker")
+
+
+def _runner(root: ServeRoot) -> list[str]:
+    """Keys that count with another runner only."""
+    serving = root.serving
+    messages = gke_problems(serving, root.adapters) if serving.runner == GKE else []
+    if serving.runner in ("docker", GKE) and serving.executable != ServingConfig().executable:
+        messages.append(
+            f"serving.executable={serving.executable}: the container has its own; leave it out, or give"
+            " serving.runner=process"
+        )
+    if serving.runner != GKE:
+        given = {"architecture": (root.architecture, None), "serving.gke": (serving.gke, GkeServingConfig())}
+        messages += [
+            f"{key}: for serving.runner=gke; leave it out" for key, (own, usual) in given.items() if own != usual
+        ]
+    return messages
 
 
 def _slice(serving: ServingConfig) -> list[str]:

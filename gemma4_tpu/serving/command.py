@@ -12,12 +12,17 @@ from typing import Any
 from gemma4_tpu.config.serving import ServingConfig
 from gemma4_tpu.serving.adapter_checks import lora_rank
 from gemma4_tpu.serving.checks import ServeChecked, name_of
+from gemma4_tpu.serving.drafter_checks import SPECULATION, speculation
 from gemma4_tpu.serving.flag_checks import HANDED_ON
 from gemma4_tpu.serving.model_checks import platform_of
 
-MODEL_MOUNT, ADAPTER_MOUNT, CACHE_MOUNT = "/model", "/adapters", "/cache"
+MODEL_MOUNT, ADAPTER_MOUNT, DRAFTER_MOUNT, CACHE_MOUNT = "/model", "/adapters", "/drafter", "/cache"
 LABEL = "gemma4-tpu.serve"
-QWIX_FP8 = {"module_path": ".*", "weight_qtype": "float8_e4m3fn", "act_qtype": "float8_e4m3fn"}
+QWIX_FP8 = {"weight_qtype": "float8_e4m3fn", "act_qtype": "float8_e4m3fn"}
+NO_EXPERTS = r"^(?!.*(moe|expert)).*$"
+"""Qwix's rule leaves experts to `REQUANTIZE`, by which they are in fp8 before it sees them: it would refuse them
+(tpu-inference #3500, 2026-09-01)."""
+REQUANTIZE = {"MOE_REQUANTIZE_WEIGHT_DTYPE": "float8_e4m3fn"}
 
 
 def container_name(serving: ServingConfig) -> str:
@@ -43,21 +48,25 @@ def run_words(serving: ServingConfig, checked: ServeChecked) -> list[str]:
     words += ["--network", "host", "--shm-size", f"{serving.shm_size_gib}g"]
     words += ["--privileged"] if platform_of(serving) == "tpu" else ["--gpus", "all"]
     mounts = {str(checked.model): MODEL_MOUNT, **dict(zip(_folders(checked), _adapter_mounts(checked), strict=True))}
+    if serving.drafter:
+        mounts[str(Path(serving.drafter).absolute())] = DRAFTER_MOUNT
     for source, target in mounts.items():
         words += ["--mount", f"type=bind,source={source},target={target},readonly"]
     if cache := cache_folder(serving):
         words += ["--mount", f"type=bind,source={cache},target={CACHE_MOUNT}"]
-    for name, value in environment(serving, CACHE_MOUNT if cache else None).items():
+    for name, value in environment(serving, checked, CACHE_MOUNT if cache else None).items():
         words += ["--env", f"{name}={value}"]
     for name in HANDED_ON:
         words += ["--env", name] if os.environ.get(name) else []
-    served = serve_words(serving, checked, MODEL_MOUNT, _adapter_mounts(checked))
+    drafter = DRAFTER_MOUNT if serving.drafter else None
+    served = serve_words(serving, checked, MODEL_MOUNT, _adapter_mounts(checked), drafter)
     return [*words, "--entrypoint", "vllm", serving.image, *served]
 
 
 def process_words(serving: ServingConfig, checked: ServeChecked) -> list[str]:
     """The command on this machine, without its environment."""
-    return [serving.executable, *serve_words(serving, checked, str(checked.model), _folders(checked))]
+    drafter = str(Path(serving.drafter).absolute()) if serving.drafter else None
+    return [serving.executable, *serve_words(serving, checked, str(checked.model), _folders(checked), drafter)]
 
 
 def _folders(checked: ServeChecked) -> list[str]:
@@ -69,10 +78,10 @@ def _adapter_mounts(checked: ServeChecked) -> list[str]:
     return [f"{ADAPTER_MOUNT}/{number}" for number in range(len(checked.adapters))]
 
 
-def process_environment(serving: ServingConfig) -> dict[str, str]:
+def process_environment(serving: ServingConfig, checked: ServeChecked) -> dict[str, str]:
     """What vLLM's process gets besides the environment of this one."""
     cache = cache_folder(serving)
-    return environment(serving, str(cache) if cache else None)
+    return environment(serving, checked, str(cache) if cache else None)
 
 
 def inherited() -> dict[str, str]:
@@ -80,16 +89,20 @@ def inherited() -> dict[str, str]:
     return {name: value for name, value in os.environ.items() if name not in ("PYTHONHOME", "PYTHONPATH")}
 
 
-def environment(serving: ServingConfig, cache: str | None) -> dict[str, str]:
+def environment(serving: ServingConfig, checked: ServeChecked, cache: str | None) -> dict[str, str]:
     """Variables that vLLM is given; `cache` is the folder for compiled programs as vLLM sees it."""
     own: dict[str, Any] = {"VLLM_ENGINE_READY_TIMEOUT_S": int(serving.ready_timeout_seconds) or 1}
     if cache:
         own["VLLM_XLA_CACHE_PATH" if platform_of(serving) == "tpu" else "VLLM_CACHE_ROOT"] = cache
+    if checked.architecture.num_experts and (serving.weight_dtype, platform_of(serving)) == ("fp8", "tpu"):
+        own |= REQUANTIZE
     return {name: _plain(value) for name, value in (own | serving.env).items()}
 
 
-def serve_words(serving: ServingConfig, checked: ServeChecked, model: str, adapters: Sequence[str]) -> list[str]:
-    """What follows `vllm`: `serve /model …`; `model` and `adapters` are the folders as vLLM sees them."""
+def serve_words(
+    serving: ServingConfig, checked: ServeChecked, model: str, adapters: Sequence[str] = (), drafter: str | None = None
+) -> list[str]:
+    """What follows `vllm`: `serve /model …`; `model`, `adapters` and `drafter` are the folders as vLLM sees them."""
     own: dict[str, Any] = {
         "host": serving.host, "port": serving.port, "served-model-name": model_name(serving, checked),
         "tensor-parallel-size": serving.tensor_parallel_size,
@@ -99,9 +112,10 @@ def serve_words(serving: ServingConfig, checked: ServeChecked, model: str, adapt
         "gpu-memory-utilization": serving.gpu_memory_utilization,
         "kv-cache-dtype": None if serving.kv_cache_dtype == "auto" else serving.kv_cache_dtype,
     }  # fmt: skip
-    own |= _weights(serving)
+    own |= _weights(serving, checked)
     lora = _lora_words(checked, adapters) if adapters else []
-    return ["serve", model, *_flag_words(own), *lora, *_flag_words(serving.flags), *serving.extra_args]
+    flags = serving.flags | ({SPECULATION: speculation(serving, drafter)} if drafter else {})
+    return ["serve", model, *_flag_words(own), *lora, *_flag_words(flags), *serving.extra_args]
 
 
 def _lora_words(checked: ServeChecked, folders: Sequence[str]) -> list[str]:
@@ -112,11 +126,13 @@ def _lora_words(checked: ServeChecked, folders: Sequence[str]) -> list[str]:
     return [*_flag_words(flags), "--lora-modules", *modules]
 
 
-def _weights(serving: ServingConfig) -> dict[str, Any]:
+def _weights(serving: ServingConfig, checked: ServeChecked) -> dict[str, Any]:
     """The flags that `serving.weight_dtype` stands for; checkpoints are in bfloat16 already."""
     match serving.weight_dtype, platform_of(serving):
         case "fp8", "tpu":
-            return {"additional-config": {"quantization": {"qwix": {"rules": [QWIX_FP8]}}}}
+            modules = NO_EXPERTS if checked.architecture.num_experts else ".*"
+            rules = [{"module_path": modules, **QWIX_FP8}]
+            return {"additional-config": {"quantization": {"qwix": {"rules": rules}}}}
         case "fp8", _:
             return {"quantization": "fp8"}
         case dtype, "cpu":

@@ -45,7 +45,7 @@ def known_flags() -> frozenset[str]:
 
 def vllm_problems(serving: ServingConfig) -> list[str]:
     """What speaks against the image, flags and environment that vLLM is given."""
-    messages = _image(serving) if serving.runner == "docker" else []
+    messages = [] if serving.runner == "process" else _image(serving)
     return messages + _flags(serving) + _environment(serving) + _told_secret(serving)
 
 

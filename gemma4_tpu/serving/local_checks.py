@@ -6,11 +6,11 @@ from importlib.util import find_spec
 
 from gemma4_tpu.config.serving import ServingConfig
 
-CONTAINER_ONLY = (
-    "engine", "image", "tensor_parallel_size", "data_parallel_size", "gpu_memory_utilization", "kv_cache_dtype",
-    "flags", "extra_args", "env", "compile_cache", "shm_size_gib",
+VLLM_ONLY = (
+    "engine", "executable", "image", "tensor_parallel_size", "data_parallel_size", "gpu_memory_utilization",
+    "kv_cache_dtype", "flags", "drafter", "extra_args", "env", "compile_cache", "shm_size_gib",
 )  # fmt: skip
-"""Keys of the container and of vLLM in it."""
+"""Keys of vLLM and of its container."""
 NEEDED = ("fastapi", "prometheus_client", "torch", "uvicorn")
 """Modules of the extra `local-serving`."""
 
@@ -19,8 +19,8 @@ def local_problems(serving: ServingConfig) -> list[str]:
     """What speaks against a server in this process."""
     usual = ServingConfig()
     messages = [
-        f"serving.{key}={value}: of vLLM's container, which serving=local does without; leave it out"
-        for key in CONTAINER_ONLY
+        f"serving.{key}={value}: of vLLM, which serving=local does without; leave it out"
+        for key in VLLM_ONLY
         if (value := getattr(serving, key)) != getattr(usual, key)
     ]
     if serving.weight_dtype == "fp8":

@@ -38,8 +38,16 @@ class MemoryEstimate:
         return self.sequences > 0
 
 
-def estimate(arch: Architecture, serving: ServingConfig, adapters: Sequence[ServedAdapter] = ()) -> MemoryEstimate:
-    """The estimate for a model, and adapters on it, on `serving.slice`."""
+def estimate(
+    arch: Architecture,
+    serving: ServingConfig,
+    adapters: Sequence[ServedAdapter] = (),
+    quantised_bytes: int | None = None,
+) -> MemoryEstimate:
+    """The estimate for a model, and adapters on it, on `serving.slice`.
+
+    `quantised_bytes`: what its files hold, where they are quantised.
+    """
     tp = serving.tensor_parallel_size
     windowed = _keeps_windows(serving)
     weight_dtype_bytes = DTYPE_BYTES[serving.weight_dtype]
@@ -50,7 +58,10 @@ def estimate(arch: Architecture, serving: ServingConfig, adapters: Sequence[Serv
         return kv_cache_bytes(arch, tokens, kv_dtype_bytes, tp=tp, windowed=windowed) / tp
 
     slots, slots_told = _adapter_slots(arch, serving, adapters)
-    weights = parameter_count(arch) * weight_dtype_bytes / tp + slots
+    told = f"{parameter_count(arch) / 1e9:.2f} G parameters × {weight_dtype_bytes} bytes"
+    if quantised_bytes is not None:
+        told = f"{quantised_bytes / GIB:.2f} GiB of quantised files"
+    weights = (quantised_bytes or parameter_count(arch) * weight_dtype_bytes) / tp + slots
     memory, whose = _memory(serving)
     room = memory * serving.gpu_memory_utilization
     one = cache(serving.max_model_len)
@@ -60,8 +71,7 @@ def estimate(arch: Architecture, serving: ServingConfig, adapters: Sequence[Serv
         middle = (low + high) // 2
         low, high = (middle, high) if cache(middle) <= room - weights else (low, middle)
     formula = (
-        f"weights {weights / GIB:.2f} GiB = {parameter_count(arch) / 1e9:.2f} G parameters × {weight_dtype_bytes} bytes"
-        f" / {tp} chips{slots_told}",
+        f"weights {weights / GIB:.2f} GiB = {told} / {tp} chips{slots_told}",
         f"KV cache of one sequence {one / GIB:.2f} GiB = {_cache_formula(arch, serving, kv_dtype_bytes, windowed)}",
         f"room {room / GIB:.2f} GiB = {memory / GIB:.2f} GiB of {whose} × {serving.gpu_memory_utilization:g}",
     )
@@ -93,7 +103,11 @@ def _memory(serving: ServingConfig) -> tuple[float, str]:
 
 
 def check_memory(
-    found: MemoryEstimate, arch: Architecture, serving: ServingConfig, adapters: Sequence[ServedAdapter] = ()
+    found: MemoryEstimate,
+    arch: Architecture,
+    serving: ServingConfig,
+    adapters: Sequence[ServedAdapter] = (),
+    quantised_bytes: int | None = None,
 ) -> None:
     """Raises `UserError` where the weights and one sequence of full length don't fit; says which changes would."""
     if found.fits:
@@ -103,7 +117,8 @@ def check_memory(
     ways = [
         " ".join(f"serving.{key}={value}" for key, value in change.items())
         for change in _changes(found, arch, serving)
-        if estimate(arch, replace(serving, **change), adapters).fits
+        if not (quantised_bytes and "weight_dtype" in change)
+        and estimate(arch, replace(serving, **change), adapters, quantised_bytes).fits
     ]
     advice = f"what would fit: {'; '.join(ways)}" if ways else "no single change helps; take a larger slice"
     raise UserError(

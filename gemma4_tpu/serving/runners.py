@@ -122,7 +122,7 @@ class ProcessRunner:
 
     def __init__(self, serving: ServingConfig, checked: ServeChecked):
         self._executable, self._words = serving.executable, process_words(serving, checked)
-        self._environment = process_environment(serving)
+        self._environment = process_environment(serving, checked)
         pairs = [f"{name}={value}" for name, value in self._environment.items()]
         self.command = shown(["env", *pairs, *self._words])
         self._cache = cache_folder(serving)

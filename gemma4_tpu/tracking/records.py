@@ -21,9 +21,12 @@ TRAINING, PLAN, MERGE, EVALUATION, SERVING, LOAD_TEST = WORK = (
     "training", "plan", "merge", "evaluation", "serving", "load_test",
 )  # fmt: skip
 """What a run folder is of; its `result.json` (a plan's `plan.json`) has the same kind."""
-CELL, CERTIFICATE, CROSS_CHECK, DATA, DELTAS, PARITY, PROVENANCE, REPLAY, SEARCH, SELFCHECK, START, STIMULUS, SWEEP = (
-    "cell", "certificate", "cross_check", "data", "deltas", "parity", "provenance", "replay", "search", "selfcheck",
-    "start", "stimulus", "sweep",
+(
+    CELL, CERTIFICATE, CROSS_CHECK, DATA, DELTAS, PARITY, PROVENANCE, QUANTISED, REPLAY, SEARCH, SELFCHECK, START,
+    STIMULUS, SWEEP,
+) = (
+    "cell", "certificate", "cross_check", "data", "deltas", "parity", "provenance", "quantised", "replay", "search",
+    "selfcheck", "start", "stimulus", "sweep",
 )  # fmt: skip
 VERSION = 1
 """Of the form of every kind."""

@@ -7,12 +7,15 @@ from pathlib import Path
 import pytest
 import yaml
 
+from gemma4_tpu.architectures import ARCHITECTURES
 from gemma4_tpu.config.schema import LoraConfig
 from gemma4_tpu.config.serving import ServeRoot
+from gemma4_tpu.costing.ceiling import ModelDemand, Serving
 from gemma4_tpu.costing.cost import NO, ROUNDED, Prices, compare, named, solved, together, total_usd_per_million
 from gemma4_tpu.costing.figures import ESTIMATED, MEASURED, Figures
 from gemma4_tpu.costing.read import read
 from gemma4_tpu.errors import UserError
+from gemma4_tpu.hardware import SLICES
 from gemma4_tpu.report import main, spelt_out
 from gemma4_tpu.reporting.costs import CostTerms, cost_report
 from gemma4_tpu.tracking.result import Result
@@ -210,6 +213,26 @@ def test_a_solved_problem_by_tokens_where_the_slice_has_no_price(evaluation, loa
     assert "(estimated)" in found.by
 
 
+def test_what_an_endpoint_generated_is_not_priced_by_the_client_or_by_another_model(evaluation, load):
+    (evaluation / "config.yaml").write_text(
+        "{hardware: {name: v6e-4}, model: {name: tiny}, eval: {endpoint: http://h/v1}}"
+    )
+    figures = read([str(evaluation), str(load)])
+    (one,) = figures.evaluations
+    assert one.slice == "endpoint"
+    assert "(estimated)" in solved(one, figures, Prices(), "on_demand").by  # by its tokens at the only load's rate
+    sizes = [ARCHITECTURES[name] for name in ("gemma4_31b", "gemma4_e2b")]
+    served = [Serving(model=ModelDemand.of(size), slice=SLICES["v6e-8"]) for size in sizes]
+    (point,) = figures.points
+    figures.points = [replace(point, serving=each) for each in served]
+    assert solved(one, figures, Prices(), "on_demand") is None  # which of the two it was is not known
+    known = replace(one, model=served[1].model)
+    assert solved(known, figures, Prices(), "on_demand").usd > 0
+    assert (
+        solved(replace(one, model=ModelDemand.of(ARCHITECTURES["gemma4_12b"])), figures, Prices(), "on_demand") is None
+    )
+
+
 def test_training_and_serving_of_any_set(run, load):
     figures = read([str(run), str(load)])
     pairs = {pair.slice: pair for pair in together(figures, ["v6e-4", "local"])}
@@ -307,6 +330,11 @@ def test_a_folder_without_a_record_is_refused(tmp_path):
         ("trainings: [{name: x, slice: v5p-8}]", "trainings.0: hours is missing"),
         ("trainings: [{name: x, slice: v5p, hours: 1}]", "trainings.0: slice='v5p': one of v5p-8"),
         ("trainings: [{name: x, slice: v5p-8, hours: long}]", "trainings.0: hours='long': give a number"),
+        (
+            "trainings: [{name: x, slice: v5p-8, hours: 1, rate_over_hours: true}]",
+            "takes real_tokens_per_second and hours",
+        ),
+        ("evaluations: [{name: x, slice: v6e-8, samples: 1, passing: 1, model: big}]", "evaluations.0: model='big'"),
         ("benchmarks: [{folder: gone}]", "benchmarks.0: folder='gone': no results of a benchmark"),
         ("points: [", "not valid YAML"),
     ],
@@ -318,6 +346,18 @@ def test_what_is_wrong_with_written_figures_is_said(tmp_path, entry, message):
         read([str(tmp_path)])
     assert message in str(refused.value)
     assert str(tmp_path / "figures.yaml") in str(refused.value)
+
+
+def test_a_rate_is_multiplied_with_hours_only_where_it_is_their_mean(tmp_path):
+    """One that leaves out compilation is not the rate of the hours that are paid for."""
+    entry = "name: x, slice: v5p-8, hours: 2, real_tokens_per_second: 1000"
+    rows = [f"trainings: [{{{entry}}}]", f"trainings: [{{{entry}, rate_over_hours: true}}]"]
+    tokens = []
+    for row in rows:
+        (tmp_path / "figures.yaml").write_text(f"source: me\nlabel: quoted\n{row}\n")
+        (training,) = read([str(tmp_path)]).trainings
+        tokens.append(training.real_tokens)
+    assert tokens == [None, 7_200_000]
 
 
 def test_a_benchmark_is_given_a_setup_by_a_written_file(tmp_path, load):

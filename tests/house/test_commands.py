@@ -54,6 +54,10 @@ def reader(tmp_path_factory):
     (merged / "model.safetensors").touch()
     shutil.copy(f"{assets.resolve('embedded:tiny')}/tokenizer.json", merged)
     base = shutil.copytree(merged, here / "base")
+    shutil.copytree(merged, merged.with_name("fp8"))
+    (here / "drafter").mkdir()
+    drafter = {"model_type": "gemma4_assistant", "backbone_hidden_size": ARCHITECTURES["gemma4_31b"].embed_dim}
+    (here / "drafter/config.json").write_text(json.dumps(drafter))
     for run in ("run", "other"):
         adapter = here / "outputs/train" / run / "adapter"
         adapter.mkdir(parents=True)

@@ -27,6 +27,7 @@ SPENT_BY_THE_CHECKS = {
     ("EvaluateRoot", "selfcheck"): "evals/checks: which form of evaluation it is",
     ("MergeRoot", "run"): "export/checks: MergeChecked.runs",
     ("ServeRoot", "run"): "serving/checks: ServeChecked.model",
+    ("ServeRoot", "architecture"): "serving/model_checks: ServeChecked.architecture",
     ("ServeRoot", "adapters"): "serving/checks: ServeChecked.adapters",
     ("BenchRoot", "endpoint"): "benching/checks: BenchChecked.endpoint",
     ("BenchRoot", "served"): "benching/checks: BenchChecked.endpoint, .slice",

@@ -33,6 +33,11 @@ os._exit(int(codes[0]))
 """
 
 
+SERVED = [
+    "hardware=v6e8", "mesh=auto", "trainer.global_batch_sequences=4", "after=[merge,'serve serving=v6e8']",
+]  # fmt: skip
+
+
 class Host:
     """One host of a slice that is already installed."""
 
@@ -147,6 +152,17 @@ def test_what_follows_runs_once_even_over_two_slices(host, played, tmp_path):
     assert [ran[0][0] for ran in first.ran] == ["gemma4_tpu.train", "gemma4_tpu.evaluate"]
 
 
+def test_the_merged_model_is_served_from_the_slices_own_disk(host, played):
+    first = host(*SERVED, "run_dir=gs://my-bucket/one")
+    for record in ("outputs/gs/my-bucket/one/merges", "outputs/servings"):
+        (first.folder / record).mkdir(parents=True)
+    played.put("gs://my-bucket/one/merged/*", "a checkpoint")
+    assert first.run(0, 0, 0) == 0
+    assert first.ran[2][0] == ["gemma4_tpu.serve", "serving=v6e8", "run=served"]
+    assert first.outcome()["reason"] == "finished" and first.deletions == 1
+    assert list((first.folder / "served").iterdir())
+
+
 def test_a_run_that_is_over_is_not_begun_again(host, played):
     host = host()
     played.put(f"{host.job.launch_dir}/outcome.json", json.dumps({"code": 0, "host": 0, "reason": "finished"}))
@@ -224,6 +240,7 @@ SCRIPTS = {
     ],
     "evaluated": ["after=['merge export=both','evaluate eval=verilog_eval eval.problems_path=\"gs://my-bucket/ve x\"']",
                   "git=https://example.org/x.git@main"],
+    "served": SERVED,
 }  # fmt: skip
 
 

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from gemma4_tpu import serve
 from gemma4_tpu.config.load import load
 from gemma4_tpu.errors import PREEMPTED, STALLED
 from gemma4_tpu.hardware import SLICES
@@ -145,6 +146,59 @@ def test_the_services_command_is_one_that_serve_takes(tmp_path, merged, monkeypa
         assert subprocess.run(["shellcheck", str(script)], capture_output=True, text=True, check=False).stdout == ""
 
 
+def kubernetes_takes(folder: Path, objects: list) -> None:
+    """Whether Kubernetes' own schemas take these objects, unknown keys refused; skips as `tool` does."""
+    path = folder / "objects.yaml"
+    path.write_text(yaml.safe_dump_all(objects))
+    command = [str(tool("kubernetes-validate==1.37.0") / "kubernetes-validate"), "--strict", "-k", "1.37", str(path)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_kubernetes_takes_what_serves_on_gke(home, capsys):
+    words = ["serving=v6e8", "serving.runner=gke", "run=gs://bucket/my_run/merged", "architecture=gemma4_31b"]
+    more = ["serving.gke.secret=keys", "serving.gke.service_account=reader", "serving.gke.max_replicas=3"]
+    assert serve.main([*words, *more]) == 0
+    deployment, service, monitoring, autoscaler = objects = list(yaml.safe_load_all(capsys.readouterr().out))
+    pod = deployment["spec"]["template"]
+    assert pod["metadata"]["labels"] == deployment["spec"]["selector"]["matchLabels"] == service["spec"]["selector"]
+    assert monitoring["spec"]["selector"]["matchLabels"] == service["spec"]["selector"]
+    assert autoscaler["spec"]["scaleTargetRef"]["name"] == deployment["metadata"]["name"] == "vllm-my-run"
+    (metric,) = autoscaler["spec"]["metrics"]
+    _, name, kind = metric["pods"]["metric"]["name"].split("|")
+    known = Path(__file__).with_name("vllm_0_32_metrics.txt").read_text().splitlines()
+    assert f"{name} {kind}" in known
+    (container,) = pod["spec"]["containers"]
+    ports = {port["name"]: port["containerPort"] for port in container["ports"]}
+    assert ports[service["spec"]["ports"][0]["targetPort"]] == ports[monitoring["spec"]["endpoints"][0]["port"]] == 8000
+    args = container["args"]
+    assert args[:2] == ["serve", "/model"] and args[args.index("--host") + 1] == "0.0.0.0"
+    assert args[args.index("--served-model-name") + 1] == "my_run"
+    assert {mount["name"] for mount in container["volumeMounts"]} == {v["name"] for v in pod["spec"]["volumes"]}
+    assert container["resources"]["limits"] == {"google.com/tpu": "8"}
+    assert pod["spec"]["nodeSelector"]["cloud.google.com/gke-tpu-topology"] == "2x4"
+    started = container["startupProbe"]
+    assert started["httpGet"]["path"] == "/health" and started["failureThreshold"] * started["periodSeconds"] >= 3600
+    assert {variable["name"] for variable in container["env"]} >= set(HANDED_ON)
+    # PodMonitoring is an object of GKE's own, which Kubernetes' schemas don't know.
+    kubernetes_takes(home, [each for each in objects if each is not monitoring])
+
+
+def test_gke_serving_refuses_what_can_not_work(capsys, tmp_path):
+    given = ["serving.runner=gke", "architecture=gemma4_31b"]
+    cases = {
+        "give run=gs://<bucket>/<merged folder>": ["serving=v6e8", f"run={tmp_path}"],
+        "serving.runner=gke knows TPU slices": ["serving=h100x2", "run=gs://b/r/merged"],
+        "Kubernetes replaces $(…)": ["serving=v6e8", "run=gs://b/r/merged", "serving.env={X: '$(HOME)'}"],
+        "more than max_replicas=2": ["run=gs://b/r", "serving.gke.min_replicas=3", "serving.gke.max_replicas=2"],
+        "make a name in Kubernetes": ["run=gs://b/r", "serving.gke.namespace=My_Space"],
+        "has 4 hosts": ["run=gs://b/r", "serving.slice=v6e-16"],
+    }
+    for told, words in cases.items():
+        assert serve.main([*given, *words]) == 2
+        assert told in " ".join(capsys.readouterr().err.split()), told
+
+
 def test_xpk_makes_a_jobset_of_it(home, monkeypatch, capsys):
     monkeypatch.setenv("PATH", f"{tool('xpk==1.16.0')}{os.pathsep}{os.environ['PATH']}")
     tags = 'tracker.tags=["it\'s","a b","x: #y"]'
@@ -165,6 +219,9 @@ def test_xpk_makes_a_jobset_of_it(home, monkeypatch, capsys):
     (container,) = pod["containers"]
     assert container["image"] == "us-docker.pkg.dev/p/r/gemma4-tpu:1"
     assert "kueue.x-k8s.io/queue-name" in jobset["metadata"]["labels"]
+    # A JobSet's own schema is its controller's; the Jobs that it makes are Kubernetes'.
+    job = {"apiVersion": "batch/v1", "kind": "Job", "metadata": {"name": "one"}, "spec": hosts}
+    kubernetes_takes(home, [job])
 
     # what the container runs, run here: the words arrive to the letter, 42 leaves with 42
     played = 'printf "%s\\0" "$@" > words\nexit 42\n'

@@ -1,6 +1,7 @@
 """Command lines in, container commands or refusals out: `python -m gemma4_tpu.serve … dry_run=true`."""
 
 import json
+import re
 import shlex
 import subprocess
 import sys
@@ -27,7 +28,8 @@ def dry_run(capsys, port, monkeypatch, tmp_path):
 
     def run(model, *words):
         capsys.readouterr()
-        assert main([f"run={model}", f"serving.port={port}", "dry_run=true", *words]) == 0
+        given = model if str(model).startswith("run=") else f"run={model}"
+        assert main([given, f"serving.port={port}", "dry_run=true", *words]) == 0
         return shlex.split(capsys.readouterr().out.replace("\\\n", " "), comments=True)
 
     return run
@@ -43,11 +45,27 @@ def refused(port):
     return run
 
 
-def recipes_model(option, merged):
-    """A model of the size that a recipe is for."""
+SIZES = {"moe": "gemma4_26b_a4b", "12b": "gemma4_12b", "e4b": "gemma4_e4b"}
+"""By the end of a recipe's name; the others are for 31B."""
+
+
+def recipe_words(option, merged):
+    """What a recipe is given: a model of its size, and a drafter where it speculates with one."""
     if option == "vllm_cpu":
-        return merged("tiny", head_dim=32, global_head_dim=32, per_layer_config={})
-    return merged({"v6e4_moe": "gemma4_26b_a4b", "v6e4_12b": "gemma4_12b"}.get(option, "gemma4_31b"))
+        model = merged("tiny", head_dim=32, global_head_dim=32, per_layer_config={})
+    else:
+        model = merged(SIZES.get(option.rpartition("_")[2], "gemma4_31b"))
+    words = [f"serving={option}", f"run={model}"]
+    if option.endswith("_mtp"):
+        words.append(f"serving.drafter={make_drafter(model.parent / 'drafter', 5376)}")
+    return words
+
+
+def make_drafter(folder, width):
+    """A drafter as far as anything here looks."""
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps({"model_type": "gemma4_assistant", "backbone_hidden_size": width}))
+    return folder
 
 
 def after(words, flag):
@@ -55,8 +73,11 @@ def after(words, flag):
 
 
 @pytest.mark.parametrize("option", [option for option in groups_of(SERVE)["serving"] if option != "local"])
-def test_every_recipe_passes_the_checks_and_holds_flags_that_vllm_has(option, merged, dry_run):
-    words = dry_run(recipes_model(option, merged), f"serving={option}")
+def test_every_recipe_passes_the_checks_and_holds_flags_that_vllm_has(option, merged, dry_run, port):
+    given = recipe_words(option, merged)
+    root = load([*given, f"serving.port={port}"], SERVE).root
+    assert re.search(r"\b20\d\d\b", root.serving.source)
+    words = dry_run(*given[1:], given[0])
     serve = words[words.index("serve") :]
     assert {word[2:] for word in serve if word.startswith("--")} <= known_flags()
     assert len(known_flags()) == 408
@@ -130,6 +151,52 @@ def test_flags_become_words(merged, dry_run, monkeypatch):
     assert rules[0]["weight_qtype"] == "float8_e4m3fn"
 
 
+def test_experts_in_fp8_are_no_business_of_qwix(merged, dry_run):
+    words = dry_run(merged("gemma4_26b_a4b"), "serving=v6e8_moe")
+    assert "MOE_REQUANTIZE_WEIGHT_DTYPE=float8_e4m3fn" in words
+    (rule,) = json.loads(after(words, "--additional-config"))["quantization"]["qwix"]["rules"]
+    matched = [
+        path
+        for path in ("layers.3.self_attn.q_proj", "layers.3.mlp.gate_proj", "layers.3.experts", "layers.3.moe.kernel")
+        if re.fullmatch(rule["module_path"], path)
+    ]
+    assert matched == ["layers.3.self_attn.q_proj", "layers.3.mlp.gate_proj"]
+    dense = dry_run(merged(folder="dense"), "serving=v6e8_tuned")
+    assert not any("MOE_REQUANTIZE" in word for word in dense)
+
+
+def test_a_drafter_is_a_second_mount(merged, dry_run, refused, tmp_path):
+    model, drafter = merged(), make_drafter(tmp_path / "drafter", 5376)
+    words = dry_run(model, "serving=v6e4_mtp", f"serving.drafter={drafter}")
+    assert f"type=bind,source={drafter},target=/drafter,readonly" in words
+    speculation = {"method": "mtp", "num_speculative_tokens": 5, "model": "/drafter"}
+    assert json.loads(after(words, "--speculative-config")) == speculation
+    words = dry_run(model, "serving=v6e4_mtp", f"serving.drafter={drafter}", "serving.runner=process")
+    assert json.loads(after(words, "--speculative-config"))["model"] == str(drafter)
+    assert "serving.drafter: which drafter?" in refused(model, "serving=v6e4_mtp")
+    other = make_drafter(tmp_path / "other", 2816)
+    assert "made for a model of width 2816" in refused(model, "serving=v6e4_mtp", f"serving.drafter={other}")
+    assert "is no drafter of Gemma 4" in refused(model, "serving=v6e8", f"serving.drafter={model}")
+
+
+def test_a_quantised_folder_is_counted_and_named_as_what_it_is(merged, dry_run, refused, capsys, tmp_path, port):
+    quantised = merged(folder="my_run/int8")
+    (tmp_path / "my_run/checkpoints").mkdir()
+    (tmp_path / "my_run/config.yaml").write_text("{}")
+    config = json.loads((quantised / "config.json").read_text())
+    about = {"quant_method": "compressed-tensors", "format": "int-quantized"}
+    (quantised / "config.json").write_text(json.dumps(config | {"quantization_config": about}))
+    with open(quantised / "model.safetensors", "wb") as file:
+        file.truncate(32 * GIB)  # no block of it is on the disk
+    assert main([f"run={quantised}", f"serving.port={port}", "dry_run=true"]) == 0
+    shown = capsys.readouterr().out
+    assert "weights 4.00 GiB = 32.00 GiB of quantised files / 8 chips" in shown and "my_run-int8" in shown
+    assert "quantised by compressed-tensors already" in refused(quantised, "serving=v6e8_tuned")
+    assert "give the merged folder" in refused(quantised, "serving=local")
+    notes = load([f"run={quantised}", f"serving.port={port}", "serving=v6e8"], SERVE).checked.notes
+    assert any("tpu-inference #3305" in note.replace("\n", " ") for note in notes)
+
+
 def test_gpus_reach_the_container_their_own_way(merged, dry_run):
     words = dry_run(merged(), "serving=h100x2", "serving.weight_dtype=fp8")
     assert after(words, "--gpus") == "all" and "--privileged" not in words
@@ -167,6 +234,9 @@ def test_refusals_of_flags_name_key_and_remedy_all_at_once(merged, refused):
         (["serving.image=vllm/vllm-tpu:latest"], "the tag latest can mean another image tomorrow"),
         (["serving.image=vllm/vllm-tpu:gemma4"], "the tag gemma4 can mean another image tomorrow"),
         (["serving.image=vllm/vllm-tpu:v0"], "the tag v0 can mean another image tomorrow"),
+        (["serving.executable=/opt/vllm"], "the container has its own; leave it out, or give serving.runner=process"),
+        (["serving=local", "serving.executable=/opt/vllm"], "of vLLM, which serving=local does without"),
+        (["serving.gke.max_replicas=2"], "serving.gke: for serving.runner=gke"),
         (["serving.slice=local"], "a CPU serves by serving=local (PyTorch in this process) or serving=vllm_cpu"),
         (["serving.runner=embedded", "serving.image=''"], "serving.runner=embedded serves on this machine's CPU"),
         (["serving=vllm_cpu", "serving.weight_dtype=fp8"], "a CPU takes float32 or bfloat16"),

@@ -14,8 +14,14 @@ from tests.serving import TINY, free_port
 @pytest.mark.parametrize(
     ("words", "told"),
     [
-        (["serving.image=vllm/vllm-tpu:v0.32.0"], "serving.image=vllm/vllm-tpu:v0.32.0: of vLLM's container"),
-        (["serving.tensor_parallel_size=2"], "serving.tensor_parallel_size=2: of vLLM's container"),
+        (
+            ["serving.image=vllm/vllm-tpu:v0.32.0"],
+            "serving.image=vllm/vllm-tpu:v0.32.0: of vLLM, which serving=local does without",
+        ),
+        (
+            ["serving.tensor_parallel_size=2"],
+            "serving.tensor_parallel_size=2: of vLLM, which serving=local does without",
+        ),
         (["serving.weight_dtype=fp8"], "serving.weight_dtype=fp8: serving=local computes in float32 or bfloat16"),
         (["serving.max_model_len=200000"], "the model's longest sequence is 131072 tokens"),
         (["run=nowhere"], "run=nowhere: no such folder"),

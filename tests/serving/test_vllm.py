@@ -20,7 +20,7 @@ from gemma4_tpu.config.conf import groups_of
 from gemma4_tpu.config.schema import LoraConfig
 from tests.export.runs import make_run
 from tests.models.checkpoints import hf_logits
-from tests.serving.test_checks import recipes_model
+from tests.serving.test_checks import recipe_words
 from tests.serving.wide import WIDE, make_wide
 
 ROOT = Path(__file__).parents[2]
@@ -37,10 +37,10 @@ def wide(tmp_path_factory):
         yield make_wide(tmp_path_factory.mktemp("wide") / "base")
 
 
-@pytest.fixture
-def run(wide, tmp_path):
+@pytest.fixture(scope="module")
+def run(wide, tmp_path_factory):
     """A short training on it, merged."""
-    folder = tmp_path / "tuned"
+    folder = tmp_path_factory.mktemp("run") / "tuned"
     words = ["trainer.max_updates=20", "data.max_rows=400", "lora.rank=8"]
     assert train.main([f"model.path={wide}", f"run_dir={folder}", *words]) == 0
     assert merge.main([f"run={folder}"]) == 0
@@ -110,6 +110,43 @@ def test_the_whole_way(run, served, tmp_path):
     words = [f"eval.endpoint={endpoint}", "eval.max_problems=4", f"run_dir={tmp_path / 'evaluation'}"]
     assert evaluate.main(words) == 0
     assert json.loads((tmp_path / "evaluation/result.json").read_text())["status"] == "finished"
+
+
+def test_int8_answers_nearly_as_the_merged_model(run, served, tmp_path):
+    """What the export measures is of weights alone; vLLM's kernels quantise the activations as well."""
+    assert merge.main([f"run={run}", "export=int8", "name=records"]) == 0
+    (record,) = (run / "records").iterdir()
+    logits = json.loads((record / "quantised.json").read_text())["logits"]
+    assert 0 < logits["mean_logprob_difference"] < 0.1 and logits["top1_agreement"] > 0.9
+    tokens = np.random.default_rng(0).integers(3, 512, 60).tolist()
+    expected = _expected_logprobs(run / "merged", tokens)
+    endpoint = served(f"run={run / 'int8'}")
+    assert re.search(r"the server answers (\d) of \1 stored", (tmp_path / "record" / "log.txt").read_text())
+    off = np.abs(_prompt_logprobs(endpoint, "tuned-int8", tokens) - expected)
+    assert 0 < off.mean() < 0.1, off
+    loaded = _loaded_by_transformers(run / "int8", tokens)
+    assert np.abs(loaded - expected).mean() < 0.1
+
+
+_LOAD = """
+import json, sys
+import torch
+from transformers import AutoModelForCausalLM
+model = AutoModelForCausalLM.from_pretrained(sys.argv[1], trust_remote_code=False).eval()
+tokens = torch.tensor([json.loads(sys.argv[2])])
+with torch.no_grad():
+    logprobs = model(tokens).logits[0].double().log_softmax(-1)
+print("found:", json.dumps(logprobs[torch.arange(tokens.shape[1] - 1), tokens[0, 1:]].tolist()))
+"""
+
+
+def _loaded_by_transformers(folder, tokens):
+    """By the transformers of vLLM's environment, which has compressed-tensors."""
+    command = [VLLM.parent / "python", "-c", _LOAD, folder, json.dumps(tokens)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    (line,) = (line for line in done.stdout.splitlines() if line.startswith("found: "))
+    return np.array(json.loads(line.removeprefix("found: ")))
 
 
 def test_adapters_are_told_apart_and_answer_as_their_merged_models(runs, served, tmp_path):
@@ -199,14 +236,14 @@ for words in json.load(sys.stdin):
 
 def test_vllms_parser_takes_every_recipe(merged, adapted, port, capsys):
     """Its real parser, by the version that the recipes name."""
-    commands = []
+    commands, common = [], [f"serving.port={port}", "dry_run=true"]
     for option in groups_of(serve.SERVE)["serving"]:
-        words = [f"serving={option}", f"serving.port={port}", "dry_run=true"]
         if option == "local":
             continue
-        model = recipes_model(option, lambda *given, folder=option, **more: merged(*given, folder=folder, **more))
-        commands += [[*words, f"run={model}"]]
-    commands += [["serving=h100x2", f"adapters=[{adapted('x/0')},{adapted('y/0', r=20)}]", *words[1:]]]
+        place = f"{option}/model"
+        given = recipe_words(option, lambda *size, place=place, **more: merged(*size, folder=place, **more))
+        commands += [[*given, *common]]
+    commands += [["serving=h100x2", f"adapters=[{adapted('x/0')},{adapted('y/0', r=20)}]", *common]]
     for number, words in enumerate(commands):
         assert serve.main(words) == 0
         told = shlex.split(capsys.readouterr().out.replace("\\\n", " "), comments=True)

@@ -1,0 +1,288 @@
+"""A merged checkpoint with its products in int8 or fp8, in the form of compressed-tensors, which vLLM and others load.
+
+Every matrix of attention, MLP and experts is rounded to nearest, with a scale for each of its rows (output channels):
+weight ≈ scale · stored. Embedding, norms, router and what belongs to other modalities are copied. Servers quantise the
+activations, for each token as it comes, so that nothing is calibrated. Experts are stored as matrices of their own
+(`experts.7.gate_proj.weight`), as llm-compressor writes them.
+
+Streamed like the merge: block of rows by block of rows, journalled, shard by shard.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import struct
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+
+from gemma4_tpu.architectures import Architecture
+from gemma4_tpu.checkpoint_folder import INDEX_NAME
+from gemma4_tpu.errors import UserError
+from gemma4_tpu.export.companions import copy_file
+from gemma4_tpu.export.pieces import WORKERS, Piece, as_bytes, copies, in_order
+from gemma4_tpu.export.place import JOURNAL, LAST, Place
+from gemma4_tpu.models.expert_files import modules
+from gemma4_tpu.models.names import name_map
+from gemma4_tpu.models.tensorfile import DTYPES, Checkpoint, TensorFile
+from gemma4_tpu.storage import join, list_folder, read_json
+
+log = logging.getLogger(__name__)
+
+BLOCK_VALUES = 4 << 20  # of a matrix that are quantised at a time
+VALUE_BYTES = 16  # that a value takes meanwhile: as stored, in float32, scaled, its error, quantised
+_CODES = {dtype: code for code, dtype in DTYPES.items()}
+
+
+@dataclass(frozen=True)
+class Scheme:
+    """How the weights are stored."""
+
+    dtype: np.dtype[Any]
+    largest: float
+    """A row's largest weight is stored as this."""
+    half_step: tuple[float, float]
+    """Largest rounding error of a stored value: relative to it, and at least."""
+    kind: str
+    """Of numbers, in words of compressed-tensors."""
+    layout: str
+    """Its format there."""
+
+
+SCHEMES = {
+    "int8": Scheme(np.dtype(np.int8), 127.0, (0.0, 0.5), "int", "int-quantized"),
+    "fp8": Scheme(np.dtype(ml_dtypes.float8_e4m3fn), 448.0, (2.0**-4, 2.0**-10), "float", "float-quantized"),
+}
+"""By the name of the export."""
+
+
+@dataclass(frozen=True)
+class Matrix:
+    """A matrix `[rows, width]` that is stored quantised."""
+
+    name: str
+    """Of its weights on disk, with prefix."""
+    source: str
+    """The tensor of the merged checkpoint that holds it."""
+    start: int
+    """Its first row there."""
+    rows: int
+    width: int
+
+    @property
+    def scale_name(self) -> str:
+        """Of its scales `[rows, 1]`."""
+        return f"{self.name}_scale"
+
+    def read(self, file: TensorFile | Checkpoint, start: int, stop: int) -> np.ndarray:
+        """Its rows `[start, stop)` in float32, from the merged checkpoint or a file of it."""
+        shape = file.tensors[self.source].shape if isinstance(file, TensorFile) else file.shape(self.source)
+        where = [slice(self.start + start, self.start + stop), slice(None)]
+        return file.read(self.source, where, (math.prod(shape[:-1]), self.width)).astype(np.float32)
+
+    def blocks(self) -> Iterator[tuple[int, int]]:
+        """Its rows, some at a time."""
+        step = max(1, BLOCK_VALUES // self.width)
+        return ((at, min(at + step, self.rows)) for at in range(0, self.rows, step))
+
+
+def parts_of(arch: Architecture, prefix: str) -> dict[str, list[Matrix]]:
+    """Tensor of the merged checkpoint → the matrices that it is stored as; tensors that stay as they are have none."""
+    found: dict[str, list[Matrix]] = {}
+    for tensor in name_map(arch).values():
+        if tensor.weight.role is None:
+            continue
+        *each, rows, width = tensor.hf_shape
+        for name in tensor.hf_names:
+            names = [[f"{own}.weight" for own in row] for row in modules(name, *each)] if each else [[name]]
+            own = rows // len(names[0])
+            found[prefix + name] = [
+                Matrix(prefix + matrix, prefix + name, number * own, own, width)
+                for number, matrix in enumerate(matrix for row in names for matrix in row)
+            ]
+    return found
+
+
+def quantised(values: np.ndarray, scheme: Scheme, dtype: np.dtype[Any]) -> tuple[np.ndarray, np.ndarray]:
+    """Rows of a matrix as they are stored, and their scales `[rows, 1]` in `dtype`, that of the weights.
+
+    Args:
+      values: `[rows, width]` in float32.
+      scheme: one of `SCHEMES`.
+      dtype: of the scales; readers compute weights in it.
+    """
+    tops = np.abs(values).max(axis=1, keepdims=True) / scheme.largest
+    scales = np.maximum(tops, float(ml_dtypes.finfo(dtype).smallest_normal)).astype(dtype)  # rows of zeros too
+    stored = np.clip(values / scales.astype(np.float32), -scheme.largest, scheme.largest)
+    return (np.rint(stored) if scheme.kind == "int" else stored).astype(scheme.dtype), scales
+
+
+@dataclass(frozen=True)
+class Shard:
+    """What one file of the quantised checkpoint holds, in order: what is copied, the matrices, their scales.
+
+    Copies and scales are of larger numbers than the matrices, whose sizes are even: all of them stay aligned.
+    """
+
+    file: TensorFile
+    """Of the merged checkpoint."""
+    parts: tuple[Matrix, ...]
+    scheme: Scheme
+
+    @classmethod
+    def of(cls, file: TensorFile, parts: Mapping[str, Sequence[Matrix]], scheme: Scheme) -> Shard:
+        """What a file of the merged checkpoint becomes."""
+        names = sorted(file.tensors.keys() & parts.keys(), key=lambda name: file.tensors[name].start)
+        return cls(file, tuple(part for name in names for part in parts[name]), scheme)
+
+    @property
+    def copied(self) -> list[str]:
+        """Tensors that stay as they are, those of the largest numbers first."""
+        quantised_names = {part.source for part in self.parts}
+        kept = [(name, info) for name, info in self.file.tensors.items() if name not in quantised_names]
+        return [name for name, info in sorted(kept, key=lambda item: (-item[1].dtype.itemsize, item[1].start))]
+
+    def scale_dtype(self, part: Matrix) -> np.dtype[Any]:
+        """That of the weights."""
+        return self.file.tensors[part.source].dtype
+
+    def entries(self) -> Iterator[tuple[str, np.dtype[Any], tuple[int, ...]]]:
+        """Name, dtype and shape of every tensor, in order."""
+        for name in self.copied:
+            yield name, self.file.tensors[name].dtype, self.file.tensors[name].shape
+        for part in self.parts:
+            yield part.name, self.scheme.dtype, (part.rows, part.width)
+        for part in self.parts:
+            yield part.scale_name, self.scale_dtype(part), (part.rows, 1)
+
+    def header(self) -> bytes:
+        """That of a safetensors file."""
+        found: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+        stop = 0
+        for name, dtype, shape in self.entries():
+            start, stop = stop, stop + dtype.itemsize * math.prod(shape)
+            found[name] = {"dtype": _CODES[dtype], "shape": shape, "data_offsets": [start, stop]}
+        text = json.dumps(found, separators=(",", ":")).encode()
+        text += b" " * (-len(text) % 8)
+        return struct.pack("<Q", len(text)) + text
+
+    @property
+    def tensor_bytes(self) -> int:
+        return sum(dtype.itemsize * math.prod(shape) for _, dtype, shape in self.entries())
+
+    def pieces(self) -> Iterator[Piece]:
+        """The bytes up to the scales; a matrix's pieces come with its scales and errors."""
+        for name in self.copied:
+            info = self.file.tensors[name]
+            yield from copies(self.file, info.start, info.stop)
+        for part in self.parts:
+            for start, stop in part.blocks():
+                yield Piece(
+                    part.name, VALUE_BYTES * (stop - start) * part.width, partial(self._made, part, start, stop)
+                )
+
+    def _made(self, part: Matrix, start: int, stop: int) -> tuple[np.ndarray, tuple[np.ndarray, np.ndarray]]:
+        values = part.read(self.file, start, stop)
+        stored, scales = quantised(values, self.scheme, self.scale_dtype(part))
+        error = stored.astype(np.float32) * scales.astype(np.float32) - values
+        sums = np.array([np.vdot(error, error), np.vdot(values, values)], np.float64)
+        return as_bytes(stored), (scales, sums)
+
+
+class Quantiser:
+    """Writes a merged checkpoint anew, its products quantised."""
+
+    def __init__(self, merged: Checkpoint, arch: Architecture, prefix: str, scheme: Scheme):
+        self._merged, self._scheme = merged, scheme
+        self._parts = parts_of(arch, prefix)
+        self._shards = {name: Shard.of(file, self._parts, scheme) for name, file in sorted(merged.files.items())}
+
+    @property
+    def needed_bytes(self) -> int:
+        """What its weights take on disk."""
+        return sum(shard.tensor_bytes + len(shard.header()) for shard in self._shards.values())
+
+    def run(self, place: Place) -> dict[str, float]:
+        """Writes every file but `config.json` to the staging folder; returns the relative rms error of each tensor.
+
+        Raises:
+          UserError: NaN or infinity among the weights.
+        """
+        errors: dict[str, float] = {}
+        with ThreadPoolExecutor(WORKERS, thread_name_prefix="quantise") as workers:
+            for number, (name, shard) in enumerate(self._shards.items(), 1):
+                noted = place.done(name)
+                errors |= self._write(name, shard, place, workers) if noted is None else noted["errors"]
+                log.info("shard %d/%d: %s%s", number, len(self._shards), name, " (done before)" if noted else "")
+        if INDEX_NAME in list_folder(self._merged.folder) and place.done(INDEX_NAME) is None:
+            with place.create(INDEX_NAME) as out:
+                out.write(json.dumps(self._index(), indent=2).encode() + b"\n")
+                place.finish(INDEX_NAME, out)
+        for name in self._companions():
+            if place.done(name) is None:
+                copy_file(join(self._merged.folder, name), place, name, {})
+        return errors
+
+    def write_config(self, place: Place) -> None:
+        """`config.json`, without which nothing loads."""
+        config = read_json(join(self._merged.folder, LAST)) | {"quantization_config": self._config()}
+        with place.create(LAST) as out:
+            out.write(json.dumps(config, indent=2, ensure_ascii=False).encode() + b"\n")
+            place.finish(LAST, out)
+
+    def _write(self, name: str, shard: Shard, place: Place, workers: ThreadPoolExecutor) -> dict[str, float]:
+        scales: dict[str, list[np.ndarray]] = {part.name: [] for part in shard.parts}
+        sums = {part.source: np.zeros(2) for part in shard.parts}
+        sources = {part.name: part.source for part in shard.parts}
+        with place.create(name) as out:
+            out.write(shard.header())
+            for own, (data, about) in in_order(workers, shard.pieces()):
+                out.write(data)
+                if own is not None:
+                    scales[own].append(about[0])
+                    sums[sources[own]] += about[1]
+            for part in shard.parts:
+                out.write(as_bytes(np.concatenate(scales[part.name])))
+            if bad := [source for source, both in sums.items() if not np.isfinite(both).all()]:
+                raise UserError(f"{self._merged.folder}: {bad[0]} holds NaN or infinity; nothing was published")
+            errors = {source: math.sqrt(error / whole) if whole else 0.0 for source, (error, whole) in sums.items()}
+            place.finish(name, out, errors=errors)
+        return errors
+
+    def _index(self) -> dict[str, Any]:
+        homes = {entry: name for name, shard in self._shards.items() for entry, _, _ in shard.entries()}
+        total = sum(shard.tensor_bytes for shard in self._shards.values())
+        return {"metadata": {"total_size": total}, "weight_map": dict(sorted(homes.items()))}
+
+    def _companions(self) -> list[str]:
+        """Tokenizer, template, probe: all that the merged folder holds besides weights and `config.json`."""
+        own = {INDEX_NAME, JOURNAL, LAST, *self._merged.files}
+        return [name for name in list_folder(self._merged.folder) if name not in own]
+
+    def _config(self) -> dict[str, Any]:
+        """`quantization_config`, in the words of compressed-tensors. What is not quantised is named, module by module,
+        since `Linear` stands for all of them.
+        """
+        numbers = {"num_bits": 8, "type": self._scheme.kind, "symmetric": True}
+        kept = {name for name in self._merged.names() if name.endswith(".weight") and name not in self._parts}
+        linear = {name.removesuffix(".weight") for name in kept if len(self._merged.shape(name)) > 1}
+        return {
+            "quant_method": "compressed-tensors",
+            "format": self._scheme.layout,
+            "quantization_status": "compressed",
+            "config_groups": {
+                "group_0": {
+                    "targets": ["Linear"],
+                    "weights": numbers | {"strategy": "channel", "dynamic": False},
+                    "input_activations": numbers | {"strategy": "token", "dynamic": True},
+                }
+            },
+            "ignore": sorted(linear | {"lm_head"}),
+        }

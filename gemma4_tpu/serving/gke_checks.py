@@ -1,0 +1,46 @@
+"""Checks of `serving.runner=gke`: what is served there, and where. No JAX."""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import replace
+from pathlib import PurePosixPath
+
+from gemma4_tpu.config.serving import ServingConfig
+from gemma4_tpu.hardware import LOCAL, SLICES
+
+GKE = "gke"
+ACCELERATORS = {"v5e": "tpu-v5-lite-podslice", "v5p": "tpu-v5p-slice", "v6e": "tpu-v6e-slice", "tpu7x": "tpu7x"}
+"""GKE's names of the chips."""
+_NAME = r"[a-z0-9]([-a-z0-9]{0,61}[a-z0-9])?"
+
+
+def in_a_pod(serving: ServingConfig, run: str) -> ServingConfig:
+    """As pods run it: open to the Service, and named as the folder is; `merged` as its run."""
+    place = PurePosixPath(run)
+    named = place.parent.name if place.name == "merged" else place.name
+    host = "0.0.0.0" if serving.host == ServingConfig().host else serving.host
+    return replace(serving, host=host, served_model_name=serving.served_model_name or named)
+
+
+def gke_problems(serving: ServingConfig, adapters: list[str]) -> list[str]:
+    """What speaks against pods of this kind."""
+    gke, messages = serving.gke, []
+    slice_ = SLICES.get(serving.slice)
+    if serving.slice == LOCAL or (slice_ is not None and slice_.chip.name not in ACCELERATORS):
+        messages.append(f"serving.slice={serving.slice}: serving.runner=gke knows TPU slices; give one, such as v6e-8")
+    if adapters:
+        messages.append("adapters: serving.runner=gke serves one merged folder; leave them out")
+    if serving.drafter:
+        messages.append("serving.drafter: serving.runner=gke mounts one folder; leave it out")
+    if gke.min_replicas > gke.max_replicas:
+        messages.append(f"serving.gke.min_replicas={gke.min_replicas}: more than max_replicas={gke.max_replicas}")
+    messages += [
+        f"serving.gke.{key}={name}: lower-case letters, digits and dashes make a name in Kubernetes"
+        for key in ("namespace", "service_account", "secret")
+        if (name := getattr(gke, key)) is not None and not re.fullmatch(_NAME, name)
+    ]
+    if "$(" in json.dumps([serving.flags, serving.extra_args, serving.env, serving.served_model_name], default=str):
+        messages.append("serving: Kubernetes replaces $(…) in flags, extra_args and env; leave it out")
+    return messages
