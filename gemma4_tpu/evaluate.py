@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 from gemma4_tpu.config.entry import EntryPoint
 from gemma4_tpu.config.load import Loaded, from_yaml, load
 from gemma4_tpu.config.tasks import EvaluateRoot
-from gemma4_tpu.errors import Ended, exit_code
+from gemma4_tpu.errors import Ended, UserError, exit_code
 from gemma4_tpu.evals.checks import EvaluateChecked, examine_evaluate, normalise_evaluate
 
 if TYPE_CHECKING:
@@ -32,6 +32,8 @@ MAY_CHANGE = (
     "eval.second_opinion", "eval.stimulus_seed", "eval.columns",
 )  # fmt: skip
 """Keys (and groups) that a resumed evaluation may give anew."""
+JUDGED_ANEW = ("compare", "extract", "category", "choose")
+"""Keys of `eval.answers` that stored samples can be judged by anew."""
 
 
 EVALUATE: EntryPoint[EvaluateRoot, EvaluateChecked] = EntryPoint(
@@ -83,25 +85,28 @@ def _evaluate(loaded: Loaded[EvaluateRoot, EvaluateChecked]) -> Ended:
     setup_logging()
     config, form = loaded.root, loaded.checked.form
     if form == "resimulate":
-        config = _recorded(config)
+        config = _recorded(config, loaded.overrides)
     record = RunFolder.open(
         config.run or "outputs", config.name, config.run_dir, "auto",
-        config=asdict(config), kind=records.EVALUATION, overrides=loaded.overrides, resume_allow=MAY_CHANGE,
+        config=asdict(config), kind=records.EVALUATION, overrides=loaded.overrides,
+        resume_allow=(*MAY_CHANGE, *(["eval.answers"] if form == "resimulate" else [])),
     )  # fmt: skip
     setup_logging(record.log_path)
 
     def job() -> int:
-        _report(record, evaluate(config.eval, form, record.path, lambda: _models(config)), config)
+        _report(record, evaluate(config.eval, form, record.path, lambda: _models(config, form)), config)
         return 0
 
     return Ended(record.work(job), (record.path,))
 
 
-def _models(config: EvaluateRoot) -> Backends:
+def _models(config: EvaluateRoot, form: str) -> Backends:
     """What there is to generate with; starts JAX."""
-    from gemma4_tpu.evals.evaluated_models import of_checkpoint, of_run
+    from gemma4_tpu.evals.evaluated_models import of_checkpoint, of_run, on_server
 
-    if config.run:
+    if form == "endpoint":
+        return on_server(config.model, config.eval)
+    if form == "run":
         return of_run(config.run, config.eval, config.hardware, config.mesh)
     return of_checkpoint(config.model, config.eval, config.hardware, config.mesh)
 
@@ -109,7 +114,7 @@ def _models(config: EvaluateRoot) -> Backends:
 def _report(record: RunFolder, done: Evaluated, config: EvaluateRoot) -> None:
     """`report.md`, the plot, provenance, and the scores on the terminal."""
     from gemma4_tpu.evals.compare import compare
-    from gemma4_tpu.reporting.evaluation import plot_problems, summary, write_report
+    from gemma4_tpu.reporting.evaluation import plot_outcomes, summary, write_report
     from gemma4_tpu.tracking import provenance
 
     captured = provenance.capture(
@@ -117,7 +122,7 @@ def _report(record: RunFolder, done: Evaluated, config: EvaluateRoot) -> None:
     )
     provenance.record(record, captured)
     comparison = compare(done.outcomes[0], done.outcomes[1]) if len(done.outcomes) > 1 else None
-    plot = plot_problems(done.outcomes, record.plots / "problems.png")
+    plot = plot_outcomes(done.outcomes, record.plots)
     write_report(
         record.path / "report.md", done.outcomes, comparison=comparison, prompt=done.prompt,
         packages=captured.packages, plots=[plot],
@@ -128,14 +133,22 @@ def _report(record: RunFolder, done: Evaluated, config: EvaluateRoot) -> None:
     print(f"report: {record.path / 'report.md'}")
 
 
-def _recorded(config: EvaluateRoot) -> EvaluateRoot:
-    """The configuration of the evaluation in `run_dir`, judged as the command line says."""
+def _recorded(config: EvaluateRoot, words: Sequence[str]) -> EvaluateRoot:
+    """The configuration of the evaluation in `run_dir`, judged as the command line says; answers as recorded where it
+    says nothing.
+    """
     assert config.run_dir is not None  # the checks
     recorded: EvaluateRoot = from_yaml(Path(config.run_dir, "config.yaml").read_text(encoding="utf-8"), EvaluateRoot)
     given = config.eval
+    named = [key for key in JUDGED_ANEW if any(word.startswith(f"eval.answers.{key}=") for word in words)]
+    answers = replace(recorded.eval.answers, **{key: getattr(given.answers, key) for key in named})
+    if "letter" in {answers.choose, recorded.eval.answers.choose} and answers.choose != recorded.eval.answers.choose:
+        raise UserError(
+            f"eval.answers.choose={answers.choose}: the stored samples are for {recorded.eval.answers.choose}"
+        )
     evaluation = replace(
-        recorded.eval, judge=given.judge, second_opinion=given.second_opinion, stimulus_seed=given.stimulus_seed,
-        columns=given.columns,
+        recorded.eval, answers=answers, judge=given.judge, second_opinion=given.second_opinion,
+        stimulus_seed=given.stimulus_seed, columns=given.columns,
     )  # fmt: skip
     return replace(recorded, eval=evaluation, run_dir=config.run_dir)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, replace
 from pathlib import Path
 from urllib.parse import urlsplit
@@ -10,11 +11,24 @@ from gemma4_tpu.checkpoint_folder import RANDOM, checkpoint_architecture, tokeni
 from gemma4_tpu.config.limits import limit_problems
 from gemma4_tpu.config.paths import folder_of, local_place, name_problem
 from gemma4_tpu.config.refusals import Refusal
+from gemma4_tpu.config.schema import DataSource
 from gemma4_tpu.config.tasks import EvalConfig, EvaluateRoot
+from gemma4_tpu.data.checks import source_problem
+from gemma4_tpu.data.forms import AUTO, CONVERSATIONS, FORMS
+from gemma4_tpu.evals.accuracy.matching import ANSWERS, CHOOSE, LETTER, READINGS
 from gemma4_tpu.evals.benchmarks import SOURCES
 from gemma4_tpu.tracking.run import is_run
 
+ACCURACY = "accuracy"
 CHOICES = {"eval.benchmark": tuple(SOURCES)}
+"""Of the judge and of roll-outs, whose rewards come by simulation."""
+EVALUATE_CHOICES = {
+    "eval.benchmark": (*SOURCES, ACCURACY),
+    "eval.answers.format": (AUTO, *(name for name, form in FORMS.items() if form.rows == CONVERSATIONS)),
+    "eval.answers.compare": tuple(READINGS),
+    "eval.answers.answer": ANSWERS,
+    "eval.answers.choose": CHOOSE,
+}
 SAMPLES_FILE = "samples.jsonl"
 
 
@@ -45,7 +59,7 @@ def normalise_evaluate(root: EvaluateRoot) -> EvaluateRoot:
 def examine_evaluate(root: EvaluateRoot) -> tuple[EvaluateChecked | None, list[Refusal]]:
     """Everything that can be checked without a model or a simulator; None when there are problems."""
     form, messages = _form(root)
-    messages += limit_problems(root, CHOICES)
+    messages += limit_problems(root, EVALUATE_CHOICES)
     match form:
         case "compare":
             messages += _compared(root.compare)
@@ -60,7 +74,8 @@ def examine_evaluate(root: EvaluateRoot) -> tuple[EvaluateChecked | None, list[R
         case "checkpoint":
             messages += _checkpoint(root)
     if form in ("samples", "endpoint", "run", "checkpoint"):
-        messages += problems_path_messages(root.eval) + _names(root)
+        messages += (accuracy_messages(root) if root.eval.benchmark == ACCURACY else []) + _names(root)
+        messages += problems_path_messages(root.eval)
     if messages or form is None:
         return None, [Refusal(m) for m in messages]
     return EvaluateChecked(form), []
@@ -69,7 +84,8 @@ def examine_evaluate(root: EvaluateRoot) -> tuple[EvaluateChecked | None, list[R
 def _form(root: EvaluateRoot) -> tuple[str | None, list[str]]:
     """What the command line asks for, and what is wrong with that."""
     if root.selfcheck:
-        return "selfcheck", []
+        benches = root.eval.benchmark != ACCURACY
+        return "selfcheck", [] if benches else [f"selfcheck=true: eval.benchmark={ACCURACY} simulates nothing"]
     if root.compare:
         return "compare", []
     if root.eval.resimulate:
@@ -145,6 +161,9 @@ def _checkpoint(root: EvaluateRoot) -> list[str]:
 def problems_path_messages(evaluation: EvalConfig) -> list[str]:
     """What is wrong with the place of the problems."""
     path = evaluation.problems_path
+    if evaluation.benchmark == ACCURACY:
+        found = source_problem("eval.problems_path", DataSource(path=path or ""))
+        return [message.replace("eval.problems_path.path", "eval.problems_path") for message in found]
     if not path:
         return [
             f"eval.problems_path: eval.benchmark={evaluation.benchmark} needs a local clone of the benchmark; give"
@@ -153,6 +172,34 @@ def problems_path_messages(evaluation: EvalConfig) -> list[str]:
     place, messages = local_place(f"eval.problems_path={path}", path)
     if not messages and (place is None or not place.exists()):
         messages = [f"eval.problems_path={path}: no such file or folder on this machine"]
+    return messages
+
+
+def accuracy_messages(root: EvaluateRoot) -> list[str]:
+    """What is wrong with how answers are to be compared."""
+    evaluation, answers = root.eval, root.eval.answers
+    messages = []
+    if answers.extract is not None:
+        try:
+            re.compile(answers.extract)
+        except re.error as error:
+            messages.append(f"eval.answers.extract={answers.extract}: no regular expression ({error})")
+    if answers.choices is None:
+        messages += [
+            f"eval.answers.{key}={value}: only with eval.answers.choices=<column>"
+            for key, value, default in (("answer", answers.answer, None), ("choose", answers.choose, LETTER))
+            if value != default
+        ]
+    elif answers.choose != LETTER:
+        if evaluation.n > 1:
+            messages.append(f"eval.n={evaluation.n}: likelihoods are the same each time; give eval.n=1")
+        if evaluation.endpoint and not root.model.tokenizer:
+            messages.append(
+                f"eval.answers.choose={answers.choose}: a server scores tokens; give model.tokenizer=<folder with the"
+                " model's tokenizer>"
+            )
+    if evaluation.second_opinion:
+        messages.append(f"eval.second_opinion=true: only where designs are simulated, not with {ACCURACY}")
     return messages
 
 

@@ -1,5 +1,8 @@
 """Completions from an OpenAI-compatible server: bounded concurrency, retries with back-off, a seed for each sample.
 
+Answers that are to be scored go to its other endpoint, `/completions`, as the tokens that a local tokenizer makes of
+prompt and answer; the server tells the log-probabilities of its prompt (`echo`), as vLLM and the embedded one do.
+
 Whatever the server sends, a sample comes of it, another attempt, or in the end none; only a refusal of everything (a
 wrong key, no such model) ends an evaluation. The server renders the prompt by its own chat template. A key comes from
 OPENAI_API_KEY and is never shown.
@@ -21,9 +24,10 @@ from typing import Any
 import httpx
 
 from gemma4_tpu.config.tasks import EvalConfig
+from gemma4_tpu.data.chat import ChatFormat
 from gemma4_tpu.data.markup import without_thoughts
 from gemma4_tpu.errors import UserError
-from gemma4_tpu.evals.generate import SampleRequest
+from gemma4_tpu.evals.generate import SampleRequest, answer_ids, rendered, scored_sample
 from gemma4_tpu.evals.store import LENGTH, STOP, Sample
 
 log = logging.getLogger(__name__)
@@ -48,8 +52,13 @@ class Endpoint:
       UserError: it does not answer, or it lists several models and `endpoint_model` names none.
     """
 
-    def __init__(self, config: EvalConfig):
+    def __init__(self, config: EvalConfig, tokenizer: Any = None):
+        """Args:
+        config: which server, and sampling.
+        tokenizer: that of the model behind it, for answers that are to be scored.
+        """
         self._config = config
+        self._chat = ChatFormat(tokenizer, config.thoughts or "drop") if tokenizer is not None else None
         self._takes_seeds = True
         headers = {"Authorization": f"Bearer {key}"} if (key := os.environ.get(KEY)) else {}
         timeout = httpx.Timeout(config.request_timeout_seconds, connect=CONNECT_SECONDS)
@@ -147,6 +156,8 @@ class Endpoint:
           RequestRefused: it refuses this one.
           httpx.HTTPError, ValueError: no answer, or one that is none; it may work next time.
         """
+        if request.scored:
+            return await self._score(client, request)
         with_seed = self._takes_seeds
         response = await client.post(f"{self._config.endpoint}/chat/completions", json=self._body(request, with_seed))
         # Some servers refuse the key `seed` itself. Others of the requests under way may have found out first.
@@ -161,6 +172,22 @@ class Endpoint:
             problem=request.problem, sample=request.sample, completion=without_thoughts(text), finish=finish,
             tokens=tokens, seed=request.seed if with_seed else None,
         )  # fmt: skip
+
+    async def _score(self, client: httpx.AsyncClient, request: SampleRequest) -> Sample:
+        """The sample of a request whose answers are to be scored; raises as `_ask`."""
+        assert self._chat is not None  # the checks
+        (prompt,) = self._chat.encode([rendered(self._chat, request)])
+        choices = []
+        for own in answer_ids(self._chat, request.scored):
+            body = {
+                "model": self._model, "prompt": [*prompt.tolist(), *own.tolist()], "echo": True, "logprobs": 1,
+                "max_tokens": 1, "temperature": 0,
+            }  # fmt: skip
+            response = await client.post(f"{self._config.endpoint}/completions", json=body)
+            self._check(response)
+            found = _prompt_logprobs(response, len(prompt) + len(own))[len(prompt) :]
+            choices.append({"logprob": float(sum(found)), "tokens": len(own)})
+        return scored_sample(request, choices)
 
     def _check(self, response: httpx.Response) -> None:
         """Sorts answers that report no success by whether asking again can help."""
@@ -184,6 +211,8 @@ class Endpoint:
         }  # fmt: skip
         if config.thoughts == "train":
             body["chat_template_kwargs"] = {"enable_thinking": True}
+        if request.tools:
+            body["tools"] = list(request.tools)
         return {**body, "seed": request.seed} if with_seed else body
 
     async def _only_model(self) -> str:
@@ -224,6 +253,20 @@ def _answer(response: httpx.Response) -> tuple[str, str, int | None]:
                 finish = LENGTH if choice.get("finish_reason") == "length" else STOP
                 return text or "", finish, _tokens(rest.get("usage"))
     raise ValueError(f"{response.status_code} without choices[0].message.content: {_start(response)}")
+
+
+def _prompt_logprobs(response: httpx.Response, tokens: int) -> list[float]:
+    """Log-probabilities of the `tokens` of an echoed prompt, without what was generated behind it; of the first, 0.
+
+    Raises:
+      ValueError: the answer holds none.
+    """
+    match _json(response):
+        case {"choices": [{"logprobs": {"token_logprobs": [_, *found]}}, *_]}:
+            found = found[: tokens - 1]
+            if len(found) == tokens - 1 and all(isinstance(one, int | float) for one in found):
+                return [0.0, *found]
+    raise ValueError(f"{response.status_code} without a log-probability for each token of the prompt (echo, logprobs)")
 
 
 def _tokens(usage: Any) -> int | None:

@@ -164,7 +164,7 @@ def _planned(records: Records) -> Iterator[tuple[str, str, str]]:
 def _scored(records: Records) -> Iterator[tuple[str, str, str]]:
     for folder, outcome in afterwards.outcomes_of(records):
         score = outcome.scores()["strict"]["all"][0]
-        name = f"pass@{score.k} on {plain(outcome.benchmark)}, {plain(outcome.name)}"
+        name = f"{outcome.metric(score.k)} on {plain(outcome.benchmark)}, {plain(outcome.name)}"
         yield name, f"{score.value:.3f} [{score.low:.3f}, {score.high:.3f}]", f"{_MEASURED} in {plain(folder.name)}"
 
 
