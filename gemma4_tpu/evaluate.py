@@ -1,4 +1,4 @@
-"""`python -m gemma4_tpu.evaluate run=<run folder>`: solutions generated, judged by simulation, pass@k with error bars.
+"""`python -m gemma4_tpu.evaluate run=<run folder>`: answers generated and judged, scores with error bars.
 
 Configuration → judge ready → samples drawn and stored → verdicts → report. A killed evaluation goes on by run_dir=….
 """
@@ -42,20 +42,25 @@ EVALUATE: EntryPoint[EvaluateRoot, EvaluateChecked] = EntryPoint(
     normalise=normalise_evaluate,
     examine=examine_evaluate,
     summary=(
-        "Generate solutions to Verilog problems, judge them by simulation in a sandbox, and report pass@k with its"
-        " uncertainty. Needs Icarus Verilog."
+        "Generate solutions to Verilog problems and judge them by simulation in a sandbox (needs Icarus Verilog), or"
+        " answers to rows of your own and compare them; report pass@k or accuracy with its uncertainty."
     ),
     examples=(
         ("run=outputs/train/<run>", "a run beside its base, on the synthetic problems of the package"),
         ("run=outputs/train/<run> eval=verilog_eval eval.problems_path=<clone>", "on verilog-eval, 20 samples each"),
         ("model=gemma4_31b model.path=<checkpoint> eval=paper eval.problems_path=<clone>", "a checkpoint, 5 samples"),
         ("eval.endpoint=http://localhost:8000/v1 eval=verilog_eval eval.problems_path=<clone>", "a model on a server"),
+        ("run=outputs/train/<run> eval=accuracy eval.problems_path=test.jsonl", "on rows of your own"),
+        (
+            "eval=lm_eval eval.tasks=[arc_challenge] eval.endpoint=http://localhost:8000/v1 model.tokenizer=<folder>",
+            "tasks of lm-evaluation-harness",
+        ),
         ("eval.samples=samples.jsonl eval=verilog_eval eval.problems_path=<clone>", "judge what is generated already"),
         ("run_dir=<evaluation> eval.resimulate=true", "judge stored samples again"),
         ("selfcheck=true", "show what sandbox and simulator do here"),
         ("compare=[<evaluation>,<evaluation>]", "two evaluations, problem by problem"),
     ),
-    shorthands={"eval.unsafe": "eval.judge.unsafe"},
+    shorthands={"eval.unsafe": "eval.judge.unsafe", "eval.tasks": "eval.lm_eval.tasks"},
 )
 
 
@@ -72,6 +77,8 @@ def run(loaded: Loaded[EvaluateRoot, EvaluateChecked]) -> Ended:
             return Ended(_selfcheck(loaded.root))
         case "compare":
             return Ended(_compare(loaded.root.compare))
+        case "harness":
+            return _harness(loaded)
     return _evaluate(loaded)
 
 
@@ -95,6 +102,35 @@ def _evaluate(loaded: Loaded[EvaluateRoot, EvaluateChecked]) -> Ended:
 
     def job() -> int:
         _report(record, evaluate(config.eval, form, record.path, lambda: _models(config, form)), config)
+        return 0
+
+    return Ended(record.work(job), (record.path,))
+
+
+def _harness(loaded: Loaded[EvaluateRoot, EvaluateChecked]) -> Ended:
+    """Tasks of lm-evaluation-harness on a server, and their record."""
+    from gemma4_tpu.evals.harness_job import run_harness
+    from gemma4_tpu.reporting.harness_tables import write_harness_report
+    from gemma4_tpu.tracking import provenance, records
+    from gemma4_tpu.tracking.logs import setup_logging
+    from gemma4_tpu.tracking.run import RunFolder
+
+    setup_logging()
+    config = loaded.root
+    record = RunFolder.open(
+        "outputs", config.name, config.run_dir, "auto",
+        config=asdict(config), kind=records.HARNESS, overrides=loaded.overrides, resume_allow=MAY_CHANGE,
+    )  # fmt: skip
+    setup_logging(record.log_path)
+
+    def job() -> int:
+        assert config.model.tokenizer is not None  # the checks
+        outcome = run_harness(config.eval, config.model.tokenizer, record.path)
+        captured = provenance.capture(
+            hardware={"slice": config.hardware.name}, seeds={}, fingerprints={"lm_eval": outcome.version}
+        )
+        provenance.record(record, captured)
+        print(write_harness_report(outcome, record.path))
         return 0
 
     return Ended(record.work(job), (record.path,))
@@ -173,8 +209,14 @@ def _selfcheck(config: EvaluateRoot) -> int:
 def _compare(folders: Sequence[str]) -> int:
     """Two evaluations, problem by problem, in words."""
     from gemma4_tpu.evals.compare import compare
+    from gemma4_tpu.evals.harness import compare_harness
     from gemma4_tpu.evals.scores import EvaluationOutcome
+    from gemma4_tpu.tracking.records import HARNESS, result_of
 
+    if HARNESS in {result_of(Path(folder)).kind for folder in folders}:
+        print(f"A: {folders[0]}\nB: {folders[1]}")
+        _print_list(compare_harness(Path(folders[0]), Path(folders[1])).claims("A", "B"))
+        return 0
     a, b = (EvaluationOutcome.read(Path(folder, "result.json")) for folder in folders)
     names = (a.name, b.name) if a.name != b.name else ("A", "B")
     print(f"{names[0]}: {folders[0]}\n{names[1]}: {folders[1]}")

@@ -107,13 +107,28 @@ class AnswersConfig:
 
 
 @dataclass(kw_only=True)
+class HarnessConfig:
+    """What lm-evaluation-harness runs on a server (`eval.lm_eval`, with `eval=lm_eval`)."""
+
+    tasks: list[str] = field(default_factory=list)
+    """Its tasks and groups by name, such as `[arc_challenge, mmlu]`. Short form: `eval.tasks=`."""
+    include: str | None = None
+    """Folder with YAML files of tasks of your own; null: none."""
+    shots: int | None = None
+    """Examples before each question; null: the tasks' own number."""
+    chat_template: bool = True
+    """Put questions into the turns of the tokenizer's chat template, as tuned models expect; false: plain text, as for
+    models that are pre-trained only."""
+
+
+@dataclass(kw_only=True)
 class EvalConfig:
     """What is generated, and how it is judged (`eval=`)."""
 
     benchmark: str = "verilog_eval"
     """`verilog_eval` (version 2, specification to RTL), `verilog_eval_completion` (its other task), `rtllm` (folders in
-    RTLLM's style), `resbench` (`problems.json`), `cvdp` (JSONL), `verilog_smoke` (synthetic problems), or `accuracy`
-    (rows of your own, see `answers`)."""
+    RTLLM's style), `resbench` (`problems.json`), `cvdp` (JSONL), `verilog_smoke` (synthetic problems), `accuracy`
+    (rows of your own, see `answers`), or `lm_eval` (lm-evaluation-harness, see `lm_eval`)."""
     problems_path: str | None = None
     """Local clone of the benchmark, or its folder of problems; for `verilog_smoke` and `cvdp` a JSONL file; for
     `accuracy` whatever `data.train.0.path` takes, of which the validation (else test) split is read."""
@@ -167,6 +182,7 @@ class EvalConfig:
     """Judge the stored samples of `run_dir` again."""
     judge: JudgeConfig = field(default_factory=JudgeConfig)
     answers: AnswersConfig = field(default_factory=AnswersConfig)
+    lm_eval: HarnessConfig = field(default_factory=HarnessConfig)
 
 
 @dataclass(kw_only=True)

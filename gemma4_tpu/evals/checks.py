@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+import shutil
+import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
 from urllib.parse import urlsplit
@@ -19,11 +21,12 @@ from gemma4_tpu.evals.accuracy.matching import ANSWERS, CHOOSE, LETTER, READINGS
 from gemma4_tpu.evals.benchmarks import SOURCES
 from gemma4_tpu.tracking.run import is_run
 
-ACCURACY = "accuracy"
-CHOICES = {"eval.benchmark": tuple(SOURCES)}
+ACCURACY, LM_EVAL = "accuracy", "lm_eval"
+SIMULATED = tuple(SOURCES)
+CHOICES = {"eval.benchmark": SIMULATED}
 """Of the judge and of roll-outs, whose rewards come by simulation."""
 EVALUATE_CHOICES = {
-    "eval.benchmark": (*SOURCES, ACCURACY),
+    "eval.benchmark": (*SIMULATED, ACCURACY, LM_EVAL),
     "eval.answers.format": (AUTO, *(name for name, form in FORMS.items() if form.rows == CONVERSATIONS)),
     "eval.answers.compare": tuple(READINGS),
     "eval.answers.answer": ANSWERS,
@@ -37,7 +40,7 @@ class EvaluateChecked:
     """What the checks found out on the way."""
 
     form: str
-    """`selfcheck`, `compare`, `resimulate`, `samples`, `endpoint`, `run` or `checkpoint`."""
+    """`selfcheck`, `compare`, `resimulate`, `harness`, `samples`, `endpoint`, `run` or `checkpoint`."""
 
 
 def normalise_evaluate(root: EvaluateRoot) -> EvaluateRoot:
@@ -47,6 +50,7 @@ def normalise_evaluate(root: EvaluateRoot) -> EvaluateRoot:
         checkpoint=root.eval.checkpoint.strip().lower(),
         problems_path=folder_of(root.eval.problems_path),
         samples=folder_of(root.eval.samples),
+        lm_eval=replace(root.eval.lm_eval, include=folder_of(root.eval.lm_eval.include)),
         endpoint=root.eval.endpoint.rstrip("/") if root.eval.endpoint else None,
     )
     model = replace(root.model, path=folder_of(root.model.path), tokenizer=folder_of(root.model.tokenizer))
@@ -73,6 +77,8 @@ def examine_evaluate(root: EvaluateRoot) -> tuple[EvaluateChecked | None, list[R
             messages += _run(root)
         case "checkpoint":
             messages += _checkpoint(root)
+        case "harness":
+            messages += _endpoint(root.eval.endpoint) + _harness(root) + _names(root)
     if form in ("samples", "endpoint", "run", "checkpoint"):
         messages += (accuracy_messages(root) if root.eval.benchmark == ACCURACY else []) + _names(root)
         messages += problems_path_messages(root.eval)
@@ -84,8 +90,8 @@ def examine_evaluate(root: EvaluateRoot) -> tuple[EvaluateChecked | None, list[R
 def _form(root: EvaluateRoot) -> tuple[str | None, list[str]]:
     """What the command line asks for, and what is wrong with that."""
     if root.selfcheck:
-        benches = root.eval.benchmark != ACCURACY
-        return "selfcheck", [] if benches else [f"selfcheck=true: eval.benchmark={ACCURACY} simulates nothing"]
+        simulated = root.eval.benchmark in SIMULATED
+        return "selfcheck", [] if simulated else [f"selfcheck=true: eval={root.eval.benchmark} simulates nothing"]
     if root.compare:
         return "compare", []
     if root.eval.resimulate:
@@ -103,6 +109,12 @@ def _form(root: EvaluateRoot) -> tuple[str | None, list[str]]:
         ]
     if len(given) > 1:
         return None, [f"{' and '.join(keys[name] for name in given)} are given; an evaluation has one subject"]
+    if root.eval.benchmark == LM_EVAL:
+        asked = given[0] == "endpoint"
+        return "harness", [] if asked else [
+            f"{keys[given[0]]}: lm_eval asks a server; start one (python -m gemma4_tpu.serve) and give"
+            " eval.endpoint=<its URL>"
+        ]  # fmt: skip
     return given[0], []
 
 
@@ -114,6 +126,11 @@ def _compared(folders: list[str]) -> list[str]:
         for folder in folders
         if not (Path(folder) / "result.json").is_file()
     ]
+
+
+def find_command() -> str | None:
+    """The `lm_eval` of this environment, else the first on the PATH."""
+    return shutil.which(LM_EVAL, path=str(Path(sys.executable).parent)) or shutil.which(LM_EVAL)
 
 
 def _resimulated(run_dir: str | None) -> list[str]:
@@ -200,6 +217,27 @@ def accuracy_messages(root: EvaluateRoot) -> list[str]:
             )
     if evaluation.second_opinion:
         messages.append(f"eval.second_opinion=true: only where designs are simulated, not with {ACCURACY}")
+    return messages
+
+
+def _harness(root: EvaluateRoot) -> list[str]:
+    """What lm_eval needs, as far as this machine tells."""
+    messages, harness = [], root.eval.lm_eval
+    if not harness.tasks:
+        messages.append("eval.tasks=[]: name tasks of lm_eval, such as eval.tasks=[arc_challenge,mmlu]")
+    if harness.include is not None and not Path(harness.include).is_dir():
+        messages.append(f"eval.lm_eval.include={harness.include}: no such folder")
+    if not root.model.tokenizer:
+        messages.append("model.tokenizer: lm_eval renders questions itself; give the folder of the model's tokenizer")
+    elif "://" in root.model.tokenizer:
+        messages.append(f"model.tokenizer={root.model.tokenizer}: lm_eval reads local folders only; copy it here first")
+    else:
+        messages += tokenizer_problem(root.model)
+    if find_command() is None:
+        messages.append(
+            "eval=lm_eval: there is no command lm_eval here; pip install 'gemma4-tpu[lm-eval]', or put that of another"
+            " environment on the PATH"
+        )
     return messages
 
 

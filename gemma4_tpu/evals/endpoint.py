@@ -60,11 +60,9 @@ class Endpoint:
         self._config = config
         self._chat = ChatFormat(tokenizer, config.thoughts or "drop") if tokenizer is not None else None
         self._takes_seeds = True
-        headers = {"Authorization": f"Bearer {key}"} if (key := os.environ.get(KEY)) else {}
-        timeout = httpx.Timeout(config.request_timeout_seconds, connect=CONNECT_SECONDS)
         limits = httpx.Limits(max_connections=config.concurrency, max_keepalive_connections=config.concurrency)
-        self._options: dict[str, Any] = {"headers": headers, "timeout": timeout, "limits": limits}
-        self._model = config.endpoint_model or asyncio.run(self._only_model())
+        self._options = {**_options(config), "limits": limits}
+        self._model = config.endpoint_model or served_model(config)["id"]
 
     @property
     def description(self) -> dict[str, Any]:
@@ -166,7 +164,7 @@ class Endpoint:
                 self._takes_seeds = False
                 log.warning("the server takes no seeds; none are sent, so that samples can't be drawn again alike")
             return await self._ask(client, request)
-        self._check(response)
+        _check(response, self._config)
         text, finish, tokens = _answer(response)
         return Sample(
             problem=request.problem, sample=request.sample, completion=without_thoughts(text), finish=finish,
@@ -184,24 +182,10 @@ class Endpoint:
                 "max_tokens": 1, "temperature": 0,
             }  # fmt: skip
             response = await client.post(f"{self._config.endpoint}/completions", json=body)
-            self._check(response)
+            _check(response, self._config)
             found = _prompt_logprobs(response, len(prompt) + len(own))[len(prompt) :]
             choices.append({"logprob": float(sum(found)), "tokens": len(own)})
         return scored_sample(request, choices)
-
-    def _check(self, response: httpx.Response) -> None:
-        """Sorts answers that report no success by whether asking again can help."""
-        status = response.status_code
-        if response.is_success:
-            return
-        said = f"{status}: {_start(response)}"
-        if status in (401, 403):
-            raise UserError(f"eval.endpoint={self._config.endpoint}: {said}; is {KEY} in the environment right?")
-        if status == 404:
-            raise UserError(f"eval.endpoint={self._config.endpoint}: {said}; the base URL ends in /v1, usually")
-        if status >= 500 or status in _TRY_AGAIN:
-            raise httpx.HTTPStatusError(said, request=response.request, response=response)
-        raise RequestRefused(said)
 
     def _body(self, request: SampleRequest, with_seed: bool) -> dict[str, Any]:
         config = self._config
@@ -215,21 +199,48 @@ class Endpoint:
             body["tools"] = list(request.tools)
         return {**body, "seed": request.seed} if with_seed else body
 
-    async def _only_model(self) -> str:
-        """The name of the one model that the server lists."""
-        given = f"eval.endpoint={self._config.endpoint}"
-        try:
-            async with httpx.AsyncClient(**self._options) as client:
-                response = await client.get(f"{self._config.endpoint}/models")
-            self._check(response)
-            names = _names(_json(response))
-        except UserError:
-            raise
-        except (httpx.HTTPError, RequestRefused, ValueError) as error:
-            raise UserError(f"{given}: lists no models ({error or repr(error)}); is a server there?") from None
-        if len(names) != 1:
-            raise UserError(f"{given}: it has {', '.join(names) or 'no model'}; give eval.endpoint_model=<one of them>")
-        return names[0]
+
+def served_model(config: EvalConfig) -> dict[str, Any]:
+    """What the server lists of the model that is asked: its `id`, and whatever else it tells.
+
+    Raises:
+      UserError: no server is there, it lists no such model, or several and `endpoint_model` names none.
+    """
+    given = f"eval.endpoint={config.endpoint}"
+    try:
+        with httpx.Client(**_options(config)) as client:
+            response = client.get(f"{config.endpoint}/models")
+        _check(response, config)
+        listed = _models(_json(response))
+    except UserError:
+        raise
+    except (httpx.HTTPError, RequestRefused, ValueError) as error:
+        raise UserError(f"{given}: lists no models ({error or repr(error)}); is a server there?") from None
+    asked = [model for name, model in listed.items() if config.endpoint_model in (None, name)]
+    if len(asked) != 1:
+        raise UserError(f"{given}: it has {', '.join(listed) or 'no model'}; give eval.endpoint_model=<one of them>")
+    return asked[0]
+
+
+def _options(config: EvalConfig) -> dict[str, Any]:
+    """Of an HTTP client."""
+    headers = {"Authorization": f"Bearer {key}"} if (key := os.environ.get(KEY)) else {}
+    return {"headers": headers, "timeout": httpx.Timeout(config.request_timeout_seconds, connect=CONNECT_SECONDS)}
+
+
+def _check(response: httpx.Response, config: EvalConfig) -> None:
+    """Sorts answers that report no success by whether asking again can help."""
+    status = response.status_code
+    if response.is_success:
+        return
+    said = f"{status}: {_start(response)}"
+    if status in (401, 403):
+        raise UserError(f"eval.endpoint={config.endpoint}: {said}; is {KEY} in the environment right?")
+    if status == 404:
+        raise UserError(f"eval.endpoint={config.endpoint}: {said}; the base URL ends in /v1, usually")
+    if status >= 500 or status in _TRY_AGAIN:
+        raise httpx.HTTPStatusError(said, request=response.request, response=response)
+    raise RequestRefused(said)
 
 
 def _json(response: httpx.Response) -> Any:
@@ -274,11 +285,12 @@ def _tokens(usage: Any) -> int | None:
     return count if isinstance(count, int) else None
 
 
-def _names(listed: Any) -> list[str]:
-    """Raises: ValueError: no list of models."""
+def _models(listed: Any) -> dict[str, dict[str, Any]]:
+    """By name. Raises: ValueError: no list of models."""
     match listed:
         case {"data": [*models]}:
-            return [model["id"] for model in models if isinstance(model, Mapping) and isinstance(model.get("id"), str)]
+            named = [model for model in models if isinstance(model, dict) and isinstance(model.get("id"), str)]
+            return {model["id"]: model for model in named}
     raise ValueError("no {'data': [{'id': …}]}")
 
 

@@ -148,9 +148,13 @@ class InProcess:
         """See `Backend`."""
         by_problem = {request.problem: self.example(request) for request in requests}
         encoded = dict(zip(by_problem, self._chat.encode(list(by_problem.values())), strict=True))
-        yield from self._score([request for request in requests if request.scored], encoded)
-        requests = [request for request in requests if not request.scored]
-        ids = [encoded[request.problem] for request in requests]
+        if scored := [request for request in requests if request.scored]:
+            yield from self._score(scored, encoded)
+        if drawn := [request for request in requests if not request.scored]:
+            yield from self._draw(drawn, [encoded[request.problem] for request in drawn])
+
+    def _draw(self, requests: Sequence[SampleRequest], ids: Sequence[np.ndarray]) -> Iterator[Sample]:
+        """Samples of answers, batch by batch."""
         order = sorted(range(len(requests)), key=lambda i: (len(ids[i]), requests[i].problem, requests[i].sample))
         size = min(self._config.batch_size, -(-len(requests) // self._rows) * self._rows)
         tokens, started = 0, time.perf_counter()
@@ -167,7 +171,7 @@ class InProcess:
 
     def _score(self, requests: Sequence[SampleRequest], encoded: Mapping[str, np.ndarray]) -> Iterator[Sample]:
         """Samples with the log-probability of each answer, given the prompt as it is encoded."""
-        if requests and self._policy == "train":
+        if self._policy == "train":
             raise UserError(
                 "eval.thoughts=train: an answer's likelihood would be that of answering without a thought; give"
                 " eval.thoughts=drop, or eval.answers.choose=letter"

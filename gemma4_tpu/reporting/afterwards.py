@@ -154,8 +154,8 @@ def evaluation(records: Records, page: Path) -> Iterator[str]:
     if not found:
         return
     yield f"{_MEASURED}: pass@k by simulation, accuracy by comparing answers; intervals (95%) are over problems, errors"
-    yield "those of sampling. Strict: in simulation, no errors, the reference's own number of comparisons, no way around the"
-    yield "test bench. Official: the benchmark's own rule."
+    yield "those of sampling. Strict: in simulation, no errors, the reference's own number of comparisons, no way"
+    yield "around the test bench. Official: the benchmark's own rule."
     yield ""
     heads = ["evaluation", "subject", "benchmark", "problems", "n", "rule", "score", "interval", "sampling error"]
     yield from table(heads, [row for folder, outcome in found for row in _scores(folder, outcome)], "lllrrllll")

@@ -11,7 +11,7 @@ from typing import Any
 
 
 class Server:
-    """Serves `/v1/models` and `/v1/chat/completions`; a context manager.
+    """Serves `/v1/models` and every POST; a context manager.
 
     Args:
       answer: request body and number of earlier requests of the same problem text → (status, body[, headers]) or the
@@ -39,8 +39,8 @@ class Server:
             def do_POST(self):
                 body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
                 with served._lock:
-                    key = (body["messages"], body.get("seed"))
-                    earlier = sum((b["messages"], b.get("seed")) == key for b in served.bodies)
+                    key = (body.get("messages"), body.get("seed"))
+                    earlier = sum((b.get("messages"), b.get("seed")) == key for b in served.bodies)
                     served.bodies.append(body)
                     served.headers.append(dict(self.headers))
                     served._at_once += 1
