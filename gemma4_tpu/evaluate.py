@@ -127,7 +127,7 @@ def _harness(loaded: Loaded[EvaluateRoot, EvaluateChecked]) -> Ended:
         assert config.model.tokenizer is not None  # the checks
         outcome = run_harness(config.eval, config.model.tokenizer, record.path)
         captured = provenance.capture(
-            hardware={"slice": config.hardware.name}, seeds={}, fingerprints={"lm_eval": outcome.version}
+            hardware={"slice": config.hardware.name}, seeds={}, fingerprints={"lm_eval": outcome.lm_eval}
         )
         provenance.record(record, captured)
         print(write_harness_report(outcome, record.path))

@@ -210,7 +210,7 @@ class JudgeRoot:
     """Everything `python -m gemma4_tpu.judge` takes."""
 
     eval: EvalConfig = field(default_factory=EvalConfig)
-    """Only `benchmark`, `problems_path`, `max_problems` and `judge` are used."""
+    """Only `benchmark` (a simulated one), `problems_path`, `max_problems` and `judge` are used."""
     port: int = 8765
     """Port on 127.0.0.1; 0: any free one. The address is printed."""
     with_parent: bool = False

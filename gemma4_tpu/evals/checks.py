@@ -23,9 +23,9 @@ from gemma4_tpu.tracking.run import is_run
 
 ACCURACY, LM_EVAL = "accuracy", "lm_eval"
 SIMULATED = tuple(SOURCES)
-CHOICES = {"eval.benchmark": SIMULATED}
-"""Of the judge and of roll-outs, whose rewards come by simulation."""
-EVALUATE_CHOICES = {
+JUDGE_CHOICES = {"eval.benchmark": SIMULATED}
+"""Of the judge, whose verdicts come by simulation."""
+CHOICES: dict[str, tuple[str, ...]] = {
     "eval.benchmark": (*SIMULATED, ACCURACY, LM_EVAL),
     "eval.answers.format": (AUTO, *(name for name, form in FORMS.items() if form.rows == CONVERSATIONS)),
     "eval.answers.compare": tuple(READINGS),
@@ -63,7 +63,7 @@ def normalise_evaluate(root: EvaluateRoot) -> EvaluateRoot:
 def examine_evaluate(root: EvaluateRoot) -> tuple[EvaluateChecked | None, list[Refusal]]:
     """Everything that can be checked without a model or a simulator; None when there are problems."""
     form, messages = _form(root)
-    messages += limit_problems(root, EVALUATE_CHOICES)
+    messages += limit_problems(root, CHOICES)
     match form:
         case "compare":
             messages += _compared(root.compare)

@@ -58,8 +58,8 @@ class HarnessOutcome:
     """What lm_eval says of one model."""
 
     model: str
-    version: str
-    """Of lm_eval."""
+    lm_eval: str
+    """Its version."""
     settings: dict[str, Any]
     """Server, limits, template."""
     tasks: dict[str, HarnessTask]
@@ -238,7 +238,7 @@ def compare_harness(a: Path, b: Path) -> HarnessComparison:
     ]
     if not differences:
         raise UserError("compare: the two evaluations have no task in common")
-    told = [{"lm_eval": one.version, **one.settings, **_versions(one)} for one in (x, y)]
+    told = [{"lm_eval": one.lm_eval, **one.settings, **_versions(one)} for one in (x, y)]
     keys = [key for key in told[0] if key in told[1] and key not in _MAY_DIFFER]
     return HarnessComparison(differences, {k: (told[0][k], told[1][k]) for k in keys if told[0][k] != told[1][k]})
 

@@ -28,6 +28,7 @@ log = logging.getLogger(__name__)
 
 TOLD, LOG, WRITTEN, CACHE = "lm_eval.yaml", "lm_eval.log", "lm_eval", "responses"
 END_SECONDS = 10.0
+_BAR = "%|"  # in every line of a progress bar, which may come behind the last words
 
 
 def run_harness(config: EvalConfig, tokenizer: str, folder: Path) -> HarnessOutcome:
@@ -53,7 +54,7 @@ def run_harness(config: EvalConfig, tokenizer: str, folder: Path) -> HarnessOutc
         "system": config.system, "chat_template": config.lm_eval.chat_template,
     }  # fmt: skip
     outcome = HarnessOutcome(
-        model=model["id"], version=version, settings=settings, tasks=tasks, seconds=time.perf_counter() - started
+        model=model["id"], lm_eval=version, settings=settings, tasks=tasks, seconds=time.perf_counter() - started
     )
     write_documents(folder, values)
     outcome.write(folder)
@@ -94,5 +95,6 @@ def _run(command: Sequence[str], log_path: Path) -> None:
                 process.wait()
             raise
     if code:
-        said = last_words(log_path.read_text(encoding="utf-8", errors="replace"))
+        lines = log_path.read_text(encoding="utf-8", errors="replace").splitlines()
+        said = last_words("\n".join(line for line in lines if _BAR not in line))
         raise UserError(f"lm_eval ended with code {code}: {said}; all that it said: {log_path}")

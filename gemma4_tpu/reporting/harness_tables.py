@@ -20,7 +20,7 @@ def write_harness_report(outcome: HarnessOutcome, folder: Path) -> str:
     settings = [[key, plain(value)] for key, value in outcome.settings.items()]
     lines = [
         f"# lm-evaluation-harness: {plain(outcome.model)}", "",
-        f"{BY[MEASURED]} by lm_eval {plain(outcome.version)} on {code(outcome.settings['endpoint'])}. Standard errors"
+        f"{BY[MEASURED]} by lm_eval {plain(outcome.lm_eval)} on {code(outcome.settings['endpoint'])}. Standard errors"
         " are lm_eval's own. ↑ means that higher is better.", "", *scores, "## Settings", "",
         *table(["", ""], settings),
         "What lm_eval was told is in lm_eval.yaml, what it said in lm_eval.log, its own results in lm_eval/.",

@@ -8,6 +8,7 @@ import pytest
 import yaml
 
 from gemma4_tpu.assets import ROOT
+from gemma4_tpu.data.tokenizer import load_tokenizer
 from gemma4_tpu.errors import UserError
 from gemma4_tpu.evals.checks import find_command
 from gemma4_tpu.evals.harness import HarnessMetric, HarnessOutcome, HarnessTask, compare_harness, write_documents
@@ -39,15 +40,16 @@ class ScoringServer(Server):
     """Scores the choice that `likes` names higher than all others."""
 
     def __init__(self, likes):
+        self._tokenizer = load_tokenizer("embedded:tiny")
+
         def answer(body, _):
-            return 200, {"choices": [{"index": 0, "text": "", "logprobs": self._logprobs(body["prompt"], likes)}]}
+            (prompt,) = body["prompt"]
+            return 200, {"choices": [{"index": 0, "text": "", "logprobs": self._logprobs(prompt, likes)}]}
 
         super().__init__(answer)
 
     def _logprobs(self, prompt, likes):
-        from gemma4_tpu.data.tokenizer import load_tokenizer
-
-        text = load_tokenizer("embedded:tiny").decode(prompt)
+        text = self._tokenizer.decode(prompt)
         thing = text.split("Which colour is ")[1].split("?")[0]
         liked = -0.1 if text.rstrip().endswith(likes[thing]) else -5.0
         return {"token_logprobs": [None, *[liked] * len(prompt)], "top_logprobs": [{"a": -0.1}] * (len(prompt) + 1)}
@@ -65,8 +67,9 @@ def test_the_real_one_scores_two_models_and_they_are_compared(tasks, tmp_path, c
             ]  # fmt: skip
             assert main(words) == 0, capsys.readouterr()
             assert len(server.bodies) == 4 * len(COLOURS)
-            assert main(words) == 0
-            assert len(server.bodies) == 4 * len(COLOURS)  # a second start finds all answers in the cache
+            if name == "base":
+                assert main(words) == 0
+                assert len(server.bodies) == 4 * len(COLOURS)  # a second start finds all answers in the cache
     found = HarnessOutcome.read(tmp_path / "tuned").tasks["toy_colours"]
     assert (found.version, found.documents, found.metrics["acc,none"].value) == ("1.0", 6, 1.0)
     assert "<|turn>user" in next((tmp_path / "tuned/lm_eval").rglob("samples_*")).read_text()
@@ -82,7 +85,7 @@ def test_the_real_one_scores_two_models_and_they_are_compared(tasks, tmp_path, c
 def outcome(values, stderr=None, **settings):
     metric = HarnessMetric(value=sum(values) / len(values), stderr=stderr, higher_is_better=True)
     task = HarnessTask(version="1", documents=len(values), shots=0, metrics={"acc,none": metric})
-    return HarnessOutcome(model="m", version="0.4", settings={"limit": None, **settings}, tasks={"t": task})
+    return HarnessOutcome(model="m", lm_eval="0.4", settings={"limit": None, **settings}, tasks={"t": task})
 
 
 def leave(folder, values, *, documents=True, **more):

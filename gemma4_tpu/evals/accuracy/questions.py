@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
+import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -25,6 +26,8 @@ from gemma4_tpu.data.timeout import row_limit
 from gemma4_tpu.errors import UserError
 from gemma4_tpu.evals.accuracy.matching import ANSWERS, LETTER, LETTERS, Matcher
 from gemma4_tpu.evals.problems import Message
+
+log = logging.getLogger(__name__)
 
 FIRST_ROWS = 64
 """Tell the form of the rows, as in training."""
@@ -83,6 +86,8 @@ def load_questions(config: EvalConfig) -> list[Question]:
     rows: list[_Row] = _each(((str(row.origin), row) for row in itertools.chain(first, raw)), read, path)
     if not rows:
         raise UserError(f"eval.problems_path={path}: holds no rows")
+    for line in [*place.told(), *read.done.lines()]:
+        log.info("%s", line)
     question = _Asking(answers, _reading(answers, rows, path) if answers.choices else None)
     return _each(((row.place, (number, row)) for number, row in enumerate(rows, 1)), question, path)
 
@@ -112,8 +117,9 @@ class _Reader:
     """Rows to what they ask and expect."""
 
     def __init__(self, answers: AnswersConfig):
+        self.done = Normalised()
         with _our_keys():
-            self._normaliser = Normaliser(answers.format, answers.columns, Normalised())
+            self._normaliser = Normaliser(answers.format, answers.columns, self.done)
         self._answers = answers
 
     def begin(self, name: str, rows: Sequence[RawRow]) -> None:
@@ -155,7 +161,8 @@ def _our_keys() -> Iterator[None]:
         yield
     except UserError as refusal:
         told = str(refusal).replace("data.columns", "eval.answers.columns")
-        raise UserError(told.replace("data.format", "eval.answers.format")) from None
+        told = told.replace("data.format", "eval.answers.format")
+        raise UserError(f"{told}; a column of choices is named by eval.answers.choices=<column>") from None
 
 
 def _asked(said: Conversation) -> tuple[tuple[Message, ...], str]:
