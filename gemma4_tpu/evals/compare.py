@@ -76,7 +76,7 @@ class Comparison:
         return lines
 
 
-_GREEDY = "Both sides answer greedily: drawing again would change nothing."
+_GREEDY = "Both sides answer greedily, so there is no sampling error."
 
 
 def _about_categories(categories: Mapping[str, ScoreDifference]) -> str:

@@ -116,12 +116,10 @@ def _task(name: str, scores: Mapping[str, Any], found: Mapping[str, Any]) -> Har
     metrics = {}
     for key, value in scores.items():
         metric, comma, filtered = key.partition(",")
-        if not comma or metric.endswith(_STDERR) or not _is_number(value):
+        if not comma or metric.endswith(_STDERR) or (number := _number(value)) is None:
             continue
-        error = scores.get(f"{metric}{_STDERR},{filtered}")
-        metrics[key] = HarnessMetric(
-            value=float(value), stderr=float(error) if _is_number(error) else None, higher_is_better=better.get(metric)
-        )
+        error = _number(scores.get(f"{metric}{_STDERR},{filtered}"))
+        metrics[key] = HarnessMetric(value=number, stderr=error, higher_is_better=better.get(metric))
     return HarnessTask(
         version=str(found.get("versions", {}).get(name)), documents=counts.get("effective"),
         shots=found.get("n-shot", {}).get(name), metrics=metrics,
@@ -135,13 +133,14 @@ def _add_documents(values: Values, task: str, place: Path) -> None:
             continue
         row = json.loads(line)
         for metric in row.get("metrics") or ():
-            if _is_number(row.get(metric)):
+            if (number := _number(row.get(metric))) is not None:
                 documents = values.setdefault((task, f"{metric},{row.get('filter', 'none')}"), {})
-                documents[f"{row['doc_id']} {row.get('doc_hash', '')[:12]}"] = float(row[metric])
+                documents[f"{row['doc_id']} {row.get('doc_hash', '')[:12]}"] = number
 
 
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+def _number(value: Any) -> float | None:
+    """A finite number; None: it is something else, such as the parts that a metric is made from at the end."""
+    return float(value) if isinstance(value, int | float) and math.isfinite(value) else None
 
 
 def write_documents(folder: Path, values: Values) -> None:

@@ -99,8 +99,8 @@ class EvaluationOutcome:
 
     @property
     def greedy(self) -> bool:
-        """Nothing was drawn: doing it again gives the same answers."""
-        return self.settings.get("temperature") == 0
+        """Nothing was drawn; of samples from elsewhere that isn't known."""
+        return self.settings.get("temperature") == 0 and "samples" not in self.settings
 
     def metric(self, k: int) -> str:
         """What the score for `k` is called."""

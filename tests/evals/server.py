@@ -55,7 +55,7 @@ class Server:
                 data = body if isinstance(body, bytes) else json.dumps(body).encode()
                 try:
                     self.send_response(status)
-                    for name, value in (headers or {}).items():
+                    for name, value in {"Content-Type": "application/json", **(headers or {})}.items():
                         self.send_header(name, value)
                     self.send_header("Content-Length", str(len(data)))
                     self.end_headers()

@@ -78,7 +78,9 @@ def test_the_real_one_scores_two_models_and_they_are_compared(tasks, tmp_path, c
     assert main([f"compare=[{tmp_path / 'base'},{tmp_path / 'tuned'}]"]) == 0
     said = capsys.readouterr().out
     assert "toy_colours, acc,none: A 0.3333, B 1.0000: -0.6667" in said and "paired by document: worse" in said
-    assert main([*words, "eval.tasks=[no_such_task]", f"run_dir={tmp_path / 'absent'}"]) == 2
+    with ScoringServer(blind) as server:
+        words = [*words[:-2], f"eval.endpoint={server.url}", f"run_dir={tmp_path / 'absent'}"]
+        assert main([*words, "eval.tasks=[no_such_task]"]) == 2
     assert "no_such_task" in capsys.readouterr().err
 
 

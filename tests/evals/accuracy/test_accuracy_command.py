@@ -1,15 +1,9 @@
-"""`python -m gemma4_tpu.evaluate eval=accuracy` as a user runs it: rows of their own, on a server and in process."""
+"""`python -m gemma4_tpu.evaluate eval=accuracy` on rows of a user; likelihoods: tests/serving/test_local.py."""
 
 import json
-import threading
-import time
 
-import httpx
-import numpy as np
 import pytest
-import uvicorn
 
-from gemma4_tpu.assets import ROOT
 from gemma4_tpu.evals.scores import EvaluationOutcome
 from gemma4_tpu.evaluate import main
 from tests.evals.server import Server, completion
@@ -81,7 +75,7 @@ def test_answers_of_a_server_are_compared_stored_and_judged_anew(tmp_path, evalu
         assert evaluate(*words, f"run_dir={other}", "eval.answers.compare=casefold")[0] == 0
     code, said = evaluate(f"compare=[{other},{folder}]")
     assert code == 0
-    assert "accuracy: A is 0.500 above B" in said and "drawing again would change nothing" in said
+    assert "accuracy: A is 0.500 above B" in said and "so there is no sampling error" in said
     assert "of 2 categories the interval leaves out 0" in said and "like-for-like" not in said
 
 
@@ -116,63 +110,3 @@ def test_letters_are_generated_for_listed_choices(tmp_path, evaluate):
 def test_refusals_name_the_key_and_what_would_work(evaluate, words, told):
     code, said = evaluate("eval.endpoint=http://127.0.0.1:9/v1", *words)
     assert code == 2 and told in said, said
-
-
-@pytest.mark.slow  # loads and compiles the tiny model, and serves it
-def test_choices_are_scored_alike_in_process_on_a_server_and_by_logits(tmp_path, evaluate):
-    from gemma4_tpu import Gemma4
-    from gemma4_tpu.serving.local_api import Api
-    from gemma4_tpu.serving.local_engine import LocalEngine
-    from gemma4_tpu.serving.local_metrics import Metrics
-    from tests.serving.local_requests import started
-
-    choices = ["module a; endmodule", "assign y = a & b;", "assign y = a"]
-    rows = write(
-        tmp_path / "rows.jsonl",
-        [{"question": text, "choices": choices, "answer": choices[1]} for text in ("Write an and gate.", "And?")],
-    )
-    words = [f"eval.problems_path={rows}", "eval.answers.choices=choices", "eval.answers.choose=logprob"]
-    code, said = evaluate(*words, "model.path=embedded:tiny", f"run_dir={tmp_path / 'here'}", "eval.batch_size=4")
-    assert code == 0, said
-
-    engine = started(LocalEngine(str(ROOT / "tiny"), "float32", Metrics("m"), sequences=4, prompt_tokens=256))
-    server = uvicorn.Server(
-        uvicorn.Config(Api(engine, Metrics("m"), "m", 256, key=None).app(), port=0, log_level="error")
-    )
-    threading.Thread(target=server.run, daemon=True).start()
-    while not server.started:
-        time.sleep(0.01)
-    port = server.servers[0].sockets[0].getsockname()[1]
-    url = f"http://127.0.0.1:{port}/v1"
-    assert httpx.get(f"{url}/models").status_code == 200
-    code, said = evaluate(
-        *words, f"eval.endpoint={url}", "model.tokenizer=embedded:tiny", f"run_dir={tmp_path / 'there'}"
-    )
-    server.should_exit = True
-    engine.stop()
-    assert code == 0, said
-
-    model = Gemma4.load("embedded:tiny")
-    stored = {
-        where: [json.loads(line) for line in (tmp_path / where / "samples.jsonl").read_text().splitlines()]
-        for where in ("here", "there")
-    }
-    for where in stored.values():
-        assert len(where) == 2
-    for row in sorted(stored["here"], key=lambda row: row["problem"]):
-        (twin,) = [one for one in stored["there"] if one["problem"] == row["problem"]]
-        text = json.loads(rows.read_text().splitlines()[int(row["problem"].split("-")[0]) - 1])["question"]
-        prompt = model.tokenizer.apply_chat_template(
-            [{"role": "user", "content": text}], tokenize=False, add_generation_prompt=True
-        )
-        for choice, own, other in zip(choices, row["choices"], twin["choices"], strict=True):
-            before = model.tokenizer(prompt, add_special_tokens=False)["input_ids"]
-            answer = model.tokenizer(f"{choice}<turn|>", add_special_tokens=False)["input_ids"]
-            (logits,) = model.logits([before + answer])
-            scores = logits - np.logaddexp.reduce(logits, axis=-1, keepdims=True)
-            expected = sum(scores[len(before) - 1 + i, token] for i, token in enumerate(answer))
-            assert own["tokens"] == other["tokens"] == len(answer)
-            assert own["logprob"] == pytest.approx(expected, abs=2e-3)  # float32 sums of some 20 terms of about 5
-            assert other["logprob"] == pytest.approx(expected, abs=2e-3)
-        best = max(range(3), key=lambda i: row["choices"][i]["logprob"])
-        assert row["completion"] == twin["completion"] == choices[best]
