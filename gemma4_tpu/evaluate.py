@@ -52,7 +52,7 @@ EVALUATE: EntryPoint[EvaluateRoot, EvaluateChecked] = EntryPoint(
         ("eval.endpoint=http://localhost:8000/v1 eval=verilog_eval eval.problems_path=<clone>", "a model on a server"),
         ("run=outputs/train/<run> eval=accuracy eval.problems_path=test.jsonl", "on rows of your own"),
         (
-            "eval=lm_eval eval.tasks=[arc_challenge] eval.endpoint=http://localhost:8000/v1 model.tokenizer=<folder>",
+            "eval=lm_eval eval.tasks=[arc_challenge] eval.endpoint=http://localhost:8000/v1 model.tokenizer=<base>",
             "tasks of lm-evaluation-harness",
         ),
         ("eval.samples=samples.jsonl eval=verilog_eval eval.problems_path=<clone>", "judge what is generated already"),

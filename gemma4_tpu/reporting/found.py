@@ -27,8 +27,8 @@ from gemma4_tpu.tracking.run import RunFolder
 log = logging.getLogger(__name__)
 
 KINDS = {
-    PLAN: "plan", MERGE: "merge", EVALUATION: "evaluation", HARNESS: "lm_eval record", SERVING: "serving",
-    LOAD_TEST: "benchmark",
+    PLAN: "plan", MERGE: "merge", EVALUATION: "evaluation", SERVING: "serving", LOAD_TEST: "benchmark",
+    HARNESS: "lm_eval record",
 }  # fmt: skip
 """Kinds of records about a run, and what a person calls them."""
 OUTPUTS = "outputs"

@@ -207,6 +207,8 @@ def _by_letter(row: _Row) -> int | None:
 
 def _by_index(row: _Row) -> int | None:
     text = row.answer.strip()
+    if row.labels:  # which are what answers name then, be they numbers
+        return None
     return int(text) if text.isdecimal() and len(text) < 3 and int(text) < len(row.choices) else None
 
 

@@ -59,7 +59,8 @@ ANIMALS = ["cat", "dog", "bird", "newt"]
 @pytest.mark.parametrize(
     ("answers", "choices"),
     [(["C", "A"], ANIMALS), (["bird", "cat"], ANIMALS), ([2, 0], ANIMALS), (["2", "0"], json.dumps(ANIMALS)),
-     (["w", "y"], {"text": ANIMALS, "label": ["y", "z", "w", "x"]})],
+     (["w", "y"], {"text": ANIMALS, "label": ["y", "z", "w", "x"]}),
+     (["3", "1"], {"text": ANIMALS, "label": ["1", "2", "3", "4"]})],
 )  # fmt: skip
 def test_answers_name_choices_by_letter_label_text_or_index(load, answers, choices):
     found = load(
