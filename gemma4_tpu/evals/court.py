@@ -14,7 +14,7 @@ VERDICTS_FILE = "verdicts.jsonl"
 
 
 @dataclass(frozen=True)
-class Judgement:
+class Judged:
     """On the samples of one subject."""
 
     verdicts: Mapping[Key, Verdict]
@@ -56,5 +56,5 @@ class Court(Protocol):
     def told(self) -> Mapping[str, Any]:
         """Fields of `EvaluationOutcome` that are known before there are samples."""
 
-    def judge(self, samples: Sequence[Sample], folder: Path, *, again: bool) -> Judgement:
+    def judge(self, samples: Sequence[Sample], folder: Path, *, again: bool) -> Judged:
         """Verdicts on the samples of the subject in `folder`, kept there; `again`: not those that are there already."""

@@ -12,7 +12,7 @@ from typing import Any, Self
 
 from gemma4_tpu.config.tasks import EvalConfig
 from gemma4_tpu.evals.benchmarks import load_problems
-from gemma4_tpu.evals.court import VERDICTS_FILE, Judgement
+from gemma4_tpu.evals.court import VERDICTS_FILE, Judged
 from gemma4_tpu.evals.problems import LEAKED, Judge, Problem, Verdict, is_leaked_thought
 from gemma4_tpu.evals.scores import disagreements
 from gemma4_tpu.evals.second_opinions import OPINIONS_FILE, Second, columns, prepare, second_opinions
@@ -86,18 +86,18 @@ class Simulation:
             "benches": sentences(self._grades) if self._grades else [],
         }
 
-    def judge(self, samples: Sequence[Sample], folder: Path, *, again: bool) -> Judgement:
+    def judge(self, samples: Sequence[Sample], folder: Path, *, again: bool) -> Judged:
         """See `Court`."""
         if again:
             for made in (VERDICTS_FILE, OPINIONS_FILE):
                 (folder / made).unlink(missing_ok=True)
         verdicts = _judge(samples, self.problems, self._judge, folder / VERDICTS_FILE)
         if (second := self._second) is None:
-            return Judgement(verdicts)
+            return Judged(verdicts)
         opinions = second_opinions(
             samples, verdicts, second, self._judge, self._config.columns, folder / OPINIONS_FILE
         )  # fmt: skip
-        return Judgement(verdicts, opinions, {"second": _about(second, samples, verdicts, opinions)})
+        return Judged(verdicts, opinions, {"second": _about(second, samples, verdicts, opinions)})
 
 
 def _about(

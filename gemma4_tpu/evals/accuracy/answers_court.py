@@ -12,7 +12,7 @@ from typing import Any, Self
 from gemma4_tpu.config.tasks import EvalConfig
 from gemma4_tpu.evals.accuracy.matching import Matcher, unanswered, verdict
 from gemma4_tpu.evals.accuracy.questions import Question, load_questions
-from gemma4_tpu.evals.court import VERDICTS_FILE, Judgement
+from gemma4_tpu.evals.court import VERDICTS_FILE, Judged
 from gemma4_tpu.evals.problems import Verdict, VerdictClass
 from gemma4_tpu.evals.store import LENGTH, Key, Rows, Sample
 
@@ -61,7 +61,7 @@ class AnswersCourt:
         """See `Court`."""
         return {}
 
-    def judge(self, samples: Sequence[Sample], folder: Path, *, again: bool) -> Judgement:
+    def judge(self, samples: Sequence[Sample], folder: Path, *, again: bool) -> Judged:
         """See `Court`. Comparing costs nothing, so verdicts are always made anew."""
         path = folder / VERDICTS_FILE
         path.unlink(missing_ok=True)
@@ -75,7 +75,7 @@ class AnswersCourt:
                 rows.add_for(sample, found.to_row())
                 if not found.passed and len(examples) < EXAMPLES_SHOWN:
                     examples.append({"problem": sample.problem, "kind": str(found.kind), "detail": found.detail})
-        return Judgement(verdicts, told={"answers": {**self.settings, "chance": self._chance, "examples": examples}})
+        return Judged(verdicts, told={"answers": {**self.settings, "chance": self._chance, "examples": examples}})
 
     @property
     def _chance(self) -> float | None:
