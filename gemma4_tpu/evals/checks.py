@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import shutil
 import sys
 from dataclasses import dataclass, replace
@@ -80,7 +79,7 @@ def examine_evaluate(root: EvaluateRoot) -> tuple[EvaluateChecked | None, list[R
         case "harness":
             messages += _endpoint(root.eval.endpoint) + _harness(root) + _names(root)
     if form in ("samples", "endpoint", "run", "checkpoint"):
-        messages += (accuracy_messages(root) if root.eval.benchmark == ACCURACY else []) + _names(root)
+        messages += (_accuracy(root) if root.eval.benchmark == ACCURACY else []) + _names(root)
         messages += problems_path_messages(root.eval)
     if messages or form is None:
         return None, [Refusal(m) for m in messages]
@@ -192,15 +191,10 @@ def problems_path_messages(evaluation: EvalConfig) -> list[str]:
     return messages
 
 
-def accuracy_messages(root: EvaluateRoot) -> list[str]:
+def _accuracy(root: EvaluateRoot) -> list[str]:
     """What is wrong with how answers are to be compared."""
     evaluation, answers = root.eval, root.eval.answers
     messages = []
-    if answers.extract is not None:
-        try:
-            re.compile(answers.extract)
-        except re.error as error:
-            messages.append(f"eval.answers.extract={answers.extract}: no regular expression ({error})")
     if answers.choices is None:
         messages += [
             f"eval.answers.{key}={value}: only with eval.answers.choices=<column>"

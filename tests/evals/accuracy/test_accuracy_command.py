@@ -99,7 +99,7 @@ def test_letters_are_generated_for_listed_choices(tmp_path, evaluate):
     ("words", "told"),
     [
         (["eval.problems_path=absent.jsonl"], "eval.problems_path=absent.jsonl: no such file"),
-        (["eval.answers.extract='('"], "eval.answers.extract=(: no regular expression"),
+        (["eval.answers.extract='('"], "eval.answers.extract=(: must be a regular expression"),
         (["eval.answers.compare=numbers"], "did you mean eval.answers.compare=number?"),
         (["eval.answers.choose=logprob"], "only with eval.answers.choices=<column>"),
         (["eval.answers.choices=c", "eval.answers.choose=logprob"], "give model.tokenizer="),
