@@ -110,7 +110,7 @@ def _evaluate(loaded: Loaded[EvaluateRoot, EvaluateChecked]) -> Ended:
 def _harness(loaded: Loaded[EvaluateRoot, EvaluateChecked]) -> Ended:
     """Tasks of lm-evaluation-harness on a server, and their record."""
     from gemma4_tpu.evals.harness_job import run_harness
-    from gemma4_tpu.reporting.harness_tables import write_harness_report
+    from gemma4_tpu.reporting.harness_tables import harness_summary, write_harness_report
     from gemma4_tpu.tracking import provenance, records
     from gemma4_tpu.tracking.logs import setup_logging
     from gemma4_tpu.tracking.run import RunFolder
@@ -130,7 +130,8 @@ def _harness(loaded: Loaded[EvaluateRoot, EvaluateChecked]) -> Ended:
             hardware={"slice": config.hardware.name}, seeds={}, fingerprints={"lm_eval": outcome.lm_eval}
         )
         provenance.record(record, captured)
-        print(write_harness_report(outcome, record.path))
+        write_harness_report(outcome, record.path / "report.md")
+        print(f"{harness_summary(outcome)}\nreport: {record.path / 'report.md'}")
         return 0
 
     return Ended(record.work(job), (record.path,))

@@ -12,30 +12,40 @@ from gemma4_tpu.reporting.found import Records
 from gemma4_tpu.tracking.records import HARNESS, result_of
 
 _HEADS = ("task", "version", "shots", "documents", "metric", "score", "standard error")
+_ARROWS = {True: " ↑", False: " ↓", None: ""}
+"""Whether higher is better; null: lm_eval doesn't say."""
 
 
-def write_harness_report(outcome: HarnessOutcome, folder: Path) -> str:
-    """Writes `report.md` into the record's folder; returns what a terminal shows."""
-    scores = list(table(_HEADS, list(_rows(outcome)), "llrrlrr"))
+def harness_summary(outcome: HarnessOutcome) -> str:
+    """The scores for a terminal."""
+    lines = [f"{outcome.model} by lm_eval {outcome.lm_eval}"]
+    for name, task in outcome.tasks.items():
+        for metric, score in task.metrics.items():
+            error = "" if score.stderr is None else f" ± {score.stderr:.4f}"
+            lines.append(f"  {name}  {metric}{_ARROWS[score.higher_is_better]}  {score.value:.4f}{error}")
+    return "\n".join(lines)
+
+
+def write_harness_report(outcome: HarnessOutcome, path: Path) -> None:
+    """Writes the report of one evaluation."""
     settings = [[key, plain(value)] for key, value in outcome.settings.items()]
     lines = [
         f"# lm-evaluation-harness: {plain(outcome.model)}", "",
         f"{BY[MEASURED]} by lm_eval {plain(outcome.lm_eval)} on {code(outcome.settings['endpoint'])}. Standard errors"
-        " are lm_eval's own. ↑ means that higher is better.", "", *scores, "## Settings", "",
-        *table(["", ""], settings),
+        " are lm_eval's own. ↑ means that higher is better.", "",
+        *table(_HEADS, list(_rows(outcome)), "llrrlrr"), "## Settings", "", *table(["", ""], settings),
         "What lm_eval was told is in lm_eval.yaml, what it said in lm_eval.log, its own results in lm_eval/.",
     ]  # fmt: skip
-    (folder / "report.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
-    return "\n".join([*scores, f"report: {folder / 'report.md'}"])
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
 def _rows(outcome: HarnessOutcome) -> Iterator[list[str]]:
     for name, task in outcome.tasks.items():
         for metric, score in task.metrics.items():
-            arrow = {True: " ↑", False: " ↓", None: ""}[score.higher_is_better]
             error = "not known" if score.stderr is None else f"{score.stderr:.4f}"
             counts = ["" if count is None else f"{count:,}" for count in (task.shots, task.documents)]
-            yield [plain(name), plain(task.version), *counts, f"{plain(metric)}{arrow}", f"{score.value:.4f}", error]
+            named = f"{plain(metric)}{_ARROWS[score.higher_is_better]}"
+            yield [plain(name), plain(task.version), *counts, named, f"{score.value:.4f}", error]
 
 
 def other_benchmarks(records: Records, page: Path) -> Iterator[str]:

@@ -73,8 +73,8 @@ def test_the_real_one_scores_two_models_and_they_are_compared(tasks, tmp_path, c
     found = HarnessOutcome.read(tmp_path / "tuned").tasks["toy_colours"]
     assert (found.version, found.documents, found.metrics["acc,none"].value) == ("1.0", 6, 1.0)
     assert "<|turn>user" in next((tmp_path / "tuned/lm_eval").rglob("samples_*")).read_text()
-    assert "| toy" in (tmp_path / "tuned/report.md").read_text()
-    capsys.readouterr()
+    assert "| toy\\_colours | 1.0 |" in (tmp_path / "tuned/report.md").read_text()
+    assert "toy_colours  acc,none ↑  1.0000 ± 0.0000" in capsys.readouterr().out
     assert main([f"compare=[{tmp_path / 'base'},{tmp_path / 'tuned'}]"]) == 0
     said = capsys.readouterr().out
     assert "toy_colours, acc,none: A 0.3333, B 1.0000: -0.6667" in said and "paired by document: worse" in said
