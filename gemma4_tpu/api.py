@@ -87,7 +87,10 @@ def merge(*words: Words) -> Done:
 
 
 def evaluate(*words: Words) -> Done:
-    """Pass@k by simulation: `python -m gemma4_tpu.evaluate …`. Values: `evals.scores.EvaluationOutcome`."""
+    """Pass@k or accuracy: `python -m gemma4_tpu.evaluate …`.
+
+    Values: `evals.scores.EvaluationOutcome`, or with `eval=lm_eval` `evals.harness.HarnessOutcome`.
+    """
     return _done(words, EVALUATE, _evaluate, RESULT)
 
 

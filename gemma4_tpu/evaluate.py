@@ -1,4 +1,4 @@
-"""`python -m gemma4_tpu.evaluate run=<run folder>`: solutions generated, judged by simulation, pass@k with error bars.
+"""`python -m gemma4_tpu.evaluate run=<run folder>`: answers generated and judged, scores with error bars.
 
 Configuration → judge ready → samples drawn and stored → verdicts → report. A killed evaluation goes on by run_dir=….
 """
@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 from gemma4_tpu.config.entry import EntryPoint
 from gemma4_tpu.config.load import Loaded, from_yaml, load
 from gemma4_tpu.config.tasks import EvaluateRoot
-from gemma4_tpu.errors import Ended, exit_code
+from gemma4_tpu.errors import Ended, UserError, exit_code
 from gemma4_tpu.evals.checks import EvaluateChecked, examine_evaluate, normalise_evaluate
 
 if TYPE_CHECKING:
@@ -32,6 +32,8 @@ MAY_CHANGE = (
     "eval.second_opinion", "eval.stimulus_seed", "eval.columns",
 )  # fmt: skip
 """Keys (and groups) that a resumed evaluation may give anew."""
+JUDGED_ANEW = ("compare", "extract", "category", "choose")
+"""Keys of `eval.answers` that stored samples can be judged by anew."""
 
 
 EVALUATE: EntryPoint[EvaluateRoot, EvaluateChecked] = EntryPoint(
@@ -40,20 +42,25 @@ EVALUATE: EntryPoint[EvaluateRoot, EvaluateChecked] = EntryPoint(
     normalise=normalise_evaluate,
     examine=examine_evaluate,
     summary=(
-        "Score a model on Verilog problems by simulation: pass@k. Solutions are generated, judged in a sandbox, and"
-        " reported with their uncertainty. Needs Icarus Verilog."
+        "Score a model: Verilog solutions by simulation in a sandbox (pass@k; needs Icarus Verilog), or answers to rows of"
+        " your own by comparison (accuracy). Reports come with their uncertainty."
     ),
     examples=(
         ("run=outputs/train/<run>", "a run compared with its base, on the embedded synthetic problems"),
         ("run=outputs/train/<run> eval=verilog_eval eval.problems_path=<clone>", "on verilog-eval, 20 samples each"),
         ("model=gemma4_31b model.path=<checkpoint> eval=paper eval.problems_path=<clone>", "a checkpoint, 5 samples"),
         ("eval.endpoint=http://localhost:8000/v1 eval=verilog_eval eval.problems_path=<clone>", "a model on a server"),
+        ("run=outputs/train/<run> eval=accuracy eval.problems_path=test.jsonl", "on rows of your own"),
+        (
+            "eval=lm_eval eval.tasks=[arc_challenge] eval.endpoint=http://localhost:8000/v1 model.tokenizer=<base>",
+            "tasks of lm-evaluation-harness",
+        ),
         ("eval.samples=samples.jsonl eval=verilog_eval eval.problems_path=<clone>", "judge existing samples"),
         ("run_dir=<evaluation> eval.resimulate=true", "judge stored samples again"),
         ("selfcheck=true", "check the sandbox and the simulator on this machine"),
         ("compare=[<evaluation>,<evaluation>]", "two evaluations, problem by problem"),
     ),
-    shorthands={"eval.unsafe": "eval.judge.unsafe"},
+    shorthands={"eval.unsafe": "eval.judge.unsafe", "eval.tasks": "eval.lm_eval.tasks"},
 )
 
 
@@ -70,6 +77,8 @@ def run(loaded: Loaded[EvaluateRoot, EvaluateChecked]) -> Ended:
             return Ended(_selfcheck(loaded.root))
         case "compare":
             return Ended(_compare(loaded.root.compare))
+        case "harness":
+            return _harness(loaded)
     return _evaluate(loaded)
 
 
@@ -83,25 +92,58 @@ def _evaluate(loaded: Loaded[EvaluateRoot, EvaluateChecked]) -> Ended:
     setup_logging()
     config, form = loaded.root, loaded.checked.form
     if form == "resimulate":
-        config = _recorded(config)
+        config = _recorded(config, loaded.overrides)
     record = RunFolder.open(
         config.run or "outputs", config.name, config.run_dir, "auto",
-        config=asdict(config), kind=records.EVALUATION, overrides=loaded.overrides, resume_allow=MAY_CHANGE,
+        config=asdict(config), kind=records.EVALUATION, overrides=loaded.overrides,
+        resume_allow=(*MAY_CHANGE, *(["eval.answers"] if form == "resimulate" else [])),
     )  # fmt: skip
     setup_logging(record.log_path)
 
     def job() -> int:
-        _report(record, evaluate(config.eval, form, record.path, lambda: _models(config)), config)
+        _report(record, evaluate(config.eval, form, record.path, lambda: _models(config, form)), config)
         return 0
 
     return Ended(record.work(job), (record.path,))
 
 
-def _models(config: EvaluateRoot) -> Backends:
-    """What there is to generate with; starts JAX."""
-    from gemma4_tpu.evals.evaluated_models import of_checkpoint, of_run
+def _harness(loaded: Loaded[EvaluateRoot, EvaluateChecked]) -> Ended:
+    """Tasks of lm-evaluation-harness on a server, and their record."""
+    from gemma4_tpu.evals.harness_job import run_harness
+    from gemma4_tpu.reporting.harness_tables import harness_summary, write_harness_report
+    from gemma4_tpu.tracking import provenance, records
+    from gemma4_tpu.tracking.logs import setup_logging
+    from gemma4_tpu.tracking.run import RunFolder
 
-    if config.run:
+    setup_logging()
+    config = loaded.root
+    record = RunFolder.open(
+        "outputs", config.name, config.run_dir, "auto",
+        config=asdict(config), kind=records.HARNESS, overrides=loaded.overrides, resume_allow=MAY_CHANGE,
+    )  # fmt: skip
+    setup_logging(record.log_path)
+
+    def job() -> int:
+        assert config.model.tokenizer is not None  # the checks
+        outcome = run_harness(config.eval, config.model.tokenizer, record.path)
+        captured = provenance.capture(
+            hardware={"slice": config.hardware.name}, seeds={}, fingerprints={"lm_eval": outcome.lm_eval}
+        )
+        provenance.record(record, captured)
+        write_harness_report(outcome, record.path / "report.md")
+        print(f"{harness_summary(outcome)}\nreport: {record.path / 'report.md'}")
+        return 0
+
+    return Ended(record.work(job), (record.path,))
+
+
+def _models(config: EvaluateRoot, form: str) -> Backends:
+    """What there is to generate with; starts JAX."""
+    from gemma4_tpu.evals.evaluated_models import of_checkpoint, of_run, on_server
+
+    if form == "endpoint":
+        return on_server(config.model, config.eval)
+    if form == "run":
         return of_run(config.run, config.eval, config.hardware, config.mesh)
     return of_checkpoint(config.model, config.eval, config.hardware, config.mesh)
 
@@ -109,7 +151,7 @@ def _models(config: EvaluateRoot) -> Backends:
 def _report(record: RunFolder, done: Evaluated, config: EvaluateRoot) -> None:
     """`report.md`, the plot, provenance, and the scores on the terminal."""
     from gemma4_tpu.evals.compare import compare
-    from gemma4_tpu.reporting.evaluation import plot_problems, summary, write_report
+    from gemma4_tpu.reporting.evaluation import plot_outcomes, summary, write_report
     from gemma4_tpu.tracking import provenance
 
     captured = provenance.capture(
@@ -117,7 +159,7 @@ def _report(record: RunFolder, done: Evaluated, config: EvaluateRoot) -> None:
     )
     provenance.record(record, captured)
     comparison = compare(done.outcomes[0], done.outcomes[1]) if len(done.outcomes) > 1 else None
-    plot = plot_problems(done.outcomes, record.plots / "problems.png")
+    plot = plot_outcomes(done.outcomes, record.plots)
     write_report(
         record.path / "report.md", done.outcomes, comparison=comparison, prompt=done.prompt,
         packages=captured.packages, plots=[plot],
@@ -128,14 +170,22 @@ def _report(record: RunFolder, done: Evaluated, config: EvaluateRoot) -> None:
     print(f"report: {record.path / 'report.md'}")
 
 
-def _recorded(config: EvaluateRoot) -> EvaluateRoot:
-    """The configuration of the evaluation in `run_dir`, judged as the command line says."""
+def _recorded(config: EvaluateRoot, words: Sequence[str]) -> EvaluateRoot:
+    """The configuration of the evaluation in `run_dir`, judged as the command line says; answers as recorded where it
+    says nothing.
+    """
     assert config.run_dir is not None  # the checks
     recorded: EvaluateRoot = from_yaml(Path(config.run_dir, "config.yaml").read_text(encoding="utf-8"), EvaluateRoot)
     given = config.eval
+    named = [key for key in JUDGED_ANEW if any(word.startswith(f"eval.answers.{key}=") for word in words)]
+    answers = replace(recorded.eval.answers, **{key: getattr(given.answers, key) for key in named})
+    if "letter" in {answers.choose, recorded.eval.answers.choose} and answers.choose != recorded.eval.answers.choose:
+        raise UserError(
+            f"eval.answers.choose={answers.choose}: the stored samples are for {recorded.eval.answers.choose}"
+        )
     evaluation = replace(
-        recorded.eval, judge=given.judge, second_opinion=given.second_opinion, stimulus_seed=given.stimulus_seed,
-        columns=given.columns,
+        recorded.eval, answers=answers, judge=given.judge, second_opinion=given.second_opinion,
+        stimulus_seed=given.stimulus_seed, columns=given.columns,
     )  # fmt: skip
     return replace(recorded, eval=evaluation, run_dir=config.run_dir)
 
@@ -160,8 +210,14 @@ def _selfcheck(config: EvaluateRoot) -> int:
 def _compare(folders: Sequence[str]) -> int:
     """Two evaluations, problem by problem, in words."""
     from gemma4_tpu.evals.compare import compare
+    from gemma4_tpu.evals.harness import compare_harness
     from gemma4_tpu.evals.scores import EvaluationOutcome
+    from gemma4_tpu.tracking.records import HARNESS, result_of
 
+    if HARNESS in {result_of(Path(folder)).kind for folder in folders}:
+        print(f"A: {folders[0]}\nB: {folders[1]}")
+        _print_list(compare_harness(Path(folders[0]), Path(folders[1])).claims("A", "B"))
+        return 0
     a, b = (EvaluationOutcome.read(Path(folder, "result.json")) for folder in folders)
     names = (a.name, b.name) if a.name != b.name else ("A", "B")
     print(f"{names[0]}: {folders[0]}\n{names[1]}: {folders[1]}")

@@ -20,7 +20,7 @@ from gemma4_tpu.config.paths import folder_of
 from gemma4_tpu.config.refusals import Refusal
 from gemma4_tpu.config.tasks import JudgeRoot
 from gemma4_tpu.errors import UserError, exit_code
-from gemma4_tpu.evals.checks import CHOICES, problems_path_messages
+from gemma4_tpu.evals.checks import JUDGE_CHOICES, problems_path_messages
 
 log = logging.getLogger(__name__)
 
@@ -32,7 +32,7 @@ def _normalise(root: JudgeRoot) -> JudgeRoot:
 
 def _examine(root: JudgeRoot) -> tuple[Nothing | None, list[Refusal]]:
     """Everything that can be checked without a simulator; None when there are problems."""
-    messages = [*limit_problems(root, CHOICES), *problems_path_messages(root.eval)]
+    messages = [*limit_problems(root, JUDGE_CHOICES), *problems_path_messages(root.eval)]
     return (None, [Refusal(m) for m in messages]) if messages else (Nothing(), [])
 
 

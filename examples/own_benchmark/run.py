@@ -1,24 +1,17 @@
-"""A custom benchmark, scored by exact match with an interval: `python -m examples.own_benchmark.run`."""
+"""A custom benchmark, scored by accuracy with an interval: `python -m examples.own_benchmark.run`."""
 
 from __future__ import annotations
 
 from examples.classifier.make_data import write
 from examples.own_benchmark.make_data import make_problems
-from gemma4_tpu import Gemma4, api
-from gemma4_tpu.evals.passk import score
+from gemma4_tpu import api
 
 MODEL, SIZE = "embedded:tiny", "tiny"  # on a TPU VM: the folder of a checkpoint, and its size, such as gemma4_e4b
 HELDOUT = 60
 
 
-def passes(model: Gemma4, problems: list[dict[str, str]]) -> list[tuple[int, int]]:
-    """(samples, right ones) of each problem; one sample, the likeliest answer."""
-    answers = model.generate([problem["prompt"] for problem in problems], max_new_tokens=12)
-    return [(1, int(a.strip() == p["completion"])) for a, p in zip(answers, problems, strict=True)]
-
-
 def main() -> None:
-    """Trains, then scores the base and the tuned model on the same problems that neither has seen."""
+    """Trains, then scores the tuned model and its base on the same problems that neither has seen."""
     problems = make_problems()
     trained = api.train(
         {
@@ -32,9 +25,8 @@ def main() -> None:
             "optimizer.learning_rate": 1e-2,
         }
     )
-    for name, adapters in (("base", False), ("tuned", True)):
-        found = score(passes(Gemma4.load(trained.folder, adapters=adapters), problems[:HELDOUT]), 1)
-        print(f"{name}: exact match {found}")
+    heldout = {"eval.problems_path": write(problems[:HELDOUT], "heldout.jsonl"), "eval.max_new_tokens": 12}
+    api.evaluate("eval=accuracy", "eval.adapter=both", f"run={trained.folder}", heldout)
 
 
 if __name__ == "__main__":

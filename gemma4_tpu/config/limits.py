@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -48,6 +49,16 @@ _FROM_1 = (lambda v: 1 <= v < math.inf, "at least 1")
 _DECAY = (lambda v: 0 <= v < 1, "at least 0 and less than 1")
 _PART = (lambda v: 0 < v <= 1, "more than 0 and at most 1")
 _SHARE = (lambda v: 0 <= v <= 1, "between 0 and 1")
+
+
+def _is_pattern(text: str) -> bool:
+    try:
+        re.compile(text)
+    except re.error:
+        return False
+    return True
+
+
 RANGES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "hardware.usd_per_hour": _FROM_0,
     "mesh.dp": _FROM_1, "mesh.fsdp": _FROM_1, "mesh.tp": _FROM_1,
@@ -91,6 +102,7 @@ RANGES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "eval.seed": (lambda v: 0 <= v < 2**32, "at least 0 and less than 2**32"),
     "eval.request_timeout_seconds": _POSITIVE,
     "eval.stimulus_seed": (lambda v: 0 <= v < 2**32, "at least 0 and less than 2**32"),
+    "eval.answers.extract": (_is_pattern, "a regular expression"), "eval.lm_eval.shots": _FROM_0,
     "eval.columns": (lambda v: {*v} <= {"lint", "size"}, "a list of lint and size"),
     "eval.judge.workers": _FROM_1, "eval.judge.cpu_seconds": _FROM_1, "eval.judge.file_mib": _FROM_1,
     "eval.judge.output_kib": _FROM_1,

@@ -83,14 +83,60 @@ class MergeRoot:
 
 
 @dataclass(kw_only=True)
+class AnswersConfig:
+    """How rows of your own are asked and their answers compared (`eval.answers`, with `eval=accuracy`)."""
+
+    format: str = "auto"
+    """Format of the rows, as `data.format`: what comes before the last answer is asked, the last answer is expected."""
+    columns: dict[str, str] = field(default_factory=dict)
+    """The rows' own names for the columns of the format, as `data.columns`: `{prompt: question, completion: gold}`."""
+    category: str | None = None
+    """Column that names each row's category; scores are then also given by category. null: no categories."""
+    compare: str = "stripped"
+    """Both answers are read this way, then have to be equal: `exact` (to the letter), `stripped` (white space around
+    does not count), `casefold` (nor do case and runs of white space), `number` (the one number in the text), `json`
+    (the JSON value, in a code fence or not)."""
+    extract: str | None = None
+    """Regular expression whose last match (its first group, if it has one) is the answer within the text; an answer
+    without a match counts as unanswered, an expected answer without one is taken whole. null: the whole text."""
+    choices: str | None = None
+    """Column with the choices of each row: a list of texts (or its JSON), or `{text: […], label: […]}`; null: answers
+    are free."""
+    answer: str | None = None
+    """With `choices`, what the expected answer says: the `text` of a choice, its `letter` (or own label), or its
+    `index` from 0; null: whichever of these fits every row."""
+    choose: str = "letter"
+    """With `choices`: `letter` (the choices are listed under the question, and the letter is generated), `logprob` (the
+    most likely choice counts; they are not listed), or `logprob_per_token` (the most likely per token, which does not
+    favour short ones). With `eval.endpoint`, the latter two need `model.tokenizer`."""
+
+
+@dataclass(kw_only=True)
+class HarnessConfig:
+    """What lm-evaluation-harness runs on a server (`eval.lm_eval`, with `eval=lm_eval`)."""
+
+    tasks: list[str] = field(default_factory=list)
+    """Its tasks and groups by name, such as `[arc_challenge, mmlu]`. Short form: `eval.tasks=`."""
+    include: str | None = None
+    """Folder with YAML files of tasks of your own; null: none."""
+    shots: int | None = None
+    """Examples before each question; null: the tasks' own number."""
+    chat_template: bool = True
+    """Put questions into the turns of the tokenizer's chat template, as tuned models expect; false: plain text, as for
+    models that are pre-trained only."""
+
+
+@dataclass(kw_only=True)
 class EvalConfig:
     """What is generated, and how it is judged (`eval=`)."""
 
     benchmark: str = "verilog_eval"
     """`verilog_eval` (version 2, specification to RTL), `verilog_eval_completion` (its other task), `rtllm` (folders in
-    RTLLM's style), `resbench` (`problems.json`), `cvdp` (JSONL), or `verilog_smoke` (synthetic problems)."""
+    RTLLM's style), `resbench` (`problems.json`), `cvdp` (JSONL), `verilog_smoke` (synthetic problems), `accuracy`
+    (rows of your own, see `answers`), or `lm_eval` (lm-evaluation-harness, see `lm_eval`)."""
     problems_path: str | None = None
-    """Local clone of the benchmark, or its folder of problems; for `verilog_smoke` and `cvdp` a JSONL file."""
+    """Local clone of the benchmark, or its folder of problems; for `verilog_smoke` and `cvdp` a JSONL file; for
+    `accuracy` whatever `data.train.0.path` takes, of which the validation (else test) split is read."""
     max_problems: int | None = None
     """Use only the first N problems; null: all."""
     checkpoint: str = "latest"
@@ -140,6 +186,8 @@ class EvalConfig:
     resimulate: bool = False
     """Judge the stored samples of `run_dir` again."""
     judge: JudgeConfig = field(default_factory=JudgeConfig)
+    answers: AnswersConfig = field(default_factory=AnswersConfig)
+    lm_eval: HarnessConfig = field(default_factory=HarnessConfig)
 
 
 @dataclass(kw_only=True)
@@ -167,7 +215,7 @@ class JudgeRoot:
     """Everything `python -m gemma4_tpu.judge` takes."""
 
     eval: EvalConfig = field(default_factory=EvalConfig)
-    """Only `benchmark`, `problems_path`, `max_problems` and `judge` are used."""
+    """Only `benchmark` (a simulated one), `problems_path`, `max_problems` and `judge` are used."""
     port: int = 8765
     """Port on 127.0.0.1; 0: any free one. The address is printed."""
     with_parent: bool = False

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shutil
+import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
 from urllib.parse import urlsplit
@@ -10,11 +12,25 @@ from gemma4_tpu.checkpoint_folder import RANDOM, checkpoint_architecture, tokeni
 from gemma4_tpu.config.limits import limit_problems
 from gemma4_tpu.config.paths import folder_of, local_place, name_problem
 from gemma4_tpu.config.refusals import Refusal
+from gemma4_tpu.config.schema import DataSource
 from gemma4_tpu.config.tasks import EvalConfig, EvaluateRoot
+from gemma4_tpu.data.checks import source_problem
+from gemma4_tpu.data.forms import AUTO, CONVERSATIONS, FORMS
+from gemma4_tpu.evals.accuracy.matching import ANSWERS, CHOOSE, LETTER, READINGS
 from gemma4_tpu.evals.benchmarks import SOURCES
 from gemma4_tpu.tracking.run import is_run
 
-CHOICES = {"eval.benchmark": tuple(SOURCES)}
+ACCURACY, LM_EVAL = "accuracy", "lm_eval"
+SIMULATED = tuple(SOURCES)
+JUDGE_CHOICES = {"eval.benchmark": SIMULATED}
+"""Of the judge, whose verdicts come by simulation."""
+CHOICES: dict[str, tuple[str, ...]] = {
+    "eval.benchmark": (*SIMULATED, ACCURACY, LM_EVAL),
+    "eval.answers.format": (AUTO, *(name for name, form in FORMS.items() if form.rows == CONVERSATIONS)),
+    "eval.answers.compare": tuple(READINGS),
+    "eval.answers.answer": ANSWERS,
+    "eval.answers.choose": CHOOSE,
+}
 SAMPLES_FILE = "samples.jsonl"
 
 
@@ -23,7 +39,7 @@ class EvaluateChecked:
     """What the checks found out on the way."""
 
     form: str
-    """`selfcheck`, `compare`, `resimulate`, `samples`, `endpoint`, `run` or `checkpoint`."""
+    """`selfcheck`, `compare`, `resimulate`, `harness`, `samples`, `endpoint`, `run` or `checkpoint`."""
 
 
 def normalise_evaluate(root: EvaluateRoot) -> EvaluateRoot:
@@ -33,6 +49,7 @@ def normalise_evaluate(root: EvaluateRoot) -> EvaluateRoot:
         checkpoint=root.eval.checkpoint.strip().lower(),
         problems_path=folder_of(root.eval.problems_path),
         samples=folder_of(root.eval.samples),
+        lm_eval=replace(root.eval.lm_eval, include=folder_of(root.eval.lm_eval.include)),
         endpoint=root.eval.endpoint.rstrip("/") if root.eval.endpoint else None,
     )
     model = replace(root.model, path=folder_of(root.model.path), tokenizer=folder_of(root.model.tokenizer))
@@ -59,8 +76,11 @@ def examine_evaluate(root: EvaluateRoot) -> tuple[EvaluateChecked | None, list[R
             messages += _run(root)
         case "checkpoint":
             messages += _checkpoint(root)
+        case "harness":
+            messages += _endpoint(root.eval.endpoint) + _harness(root) + _names(root)
     if form in ("samples", "endpoint", "run", "checkpoint"):
-        messages += problems_path_messages(root.eval) + _names(root)
+        messages += (_accuracy(root) if root.eval.benchmark == ACCURACY else []) + _names(root)
+        messages += problems_path_messages(root.eval)
     if messages or form is None:
         return None, [Refusal(m) for m in messages]
     return EvaluateChecked(form), []
@@ -69,7 +89,8 @@ def examine_evaluate(root: EvaluateRoot) -> tuple[EvaluateChecked | None, list[R
 def _form(root: EvaluateRoot) -> tuple[str | None, list[str]]:
     """What the command line asks for, and what is wrong with that."""
     if root.selfcheck:
-        return "selfcheck", []
+        simulated = root.eval.benchmark in SIMULATED
+        return "selfcheck", [] if simulated else [f"selfcheck=true: eval={root.eval.benchmark} simulates nothing"]
     if root.compare:
         return "compare", []
     if root.eval.resimulate:
@@ -87,6 +108,12 @@ def _form(root: EvaluateRoot) -> tuple[str | None, list[str]]:
         ]
     if len(given) > 1:
         return None, [f"{' and '.join(keys[name] for name in given)} are given; an evaluation has one subject"]
+    if root.eval.benchmark == LM_EVAL:
+        asked = given[0] == "endpoint"
+        return "harness", [] if asked else [
+            f"{keys[given[0]]}: lm_eval asks a server; start one (python -m gemma4_tpu.serve) and give"
+            " eval.endpoint=<its URL>"
+        ]  # fmt: skip
     return given[0], []
 
 
@@ -98,6 +125,11 @@ def _compared(folders: list[str]) -> list[str]:
         for folder in folders
         if not (Path(folder) / "result.json").is_file()
     ]
+
+
+def find_command() -> str | None:
+    """The `lm_eval` of this environment, else the first on the PATH."""
+    return shutil.which(LM_EVAL, path=str(Path(sys.executable).parent)) or shutil.which(LM_EVAL)
 
 
 def _resimulated(run_dir: str | None) -> list[str]:
@@ -145,6 +177,9 @@ def _checkpoint(root: EvaluateRoot) -> list[str]:
 def problems_path_messages(evaluation: EvalConfig) -> list[str]:
     """What is wrong with the place of the problems."""
     path = evaluation.problems_path
+    if evaluation.benchmark == ACCURACY:
+        found = source_problem("eval.problems_path", DataSource(path=path or ""))
+        return [message.replace("eval.problems_path.path", "eval.problems_path") for message in found]
     if not path:
         return [
             f"eval.problems_path: eval.benchmark={evaluation.benchmark} needs a local clone of the benchmark; give"
@@ -153,6 +188,50 @@ def problems_path_messages(evaluation: EvalConfig) -> list[str]:
     place, messages = local_place(f"eval.problems_path={path}", path)
     if not messages and (place is None or not place.exists()):
         messages = [f"eval.problems_path={path}: no such file or folder on this machine"]
+    return messages
+
+
+def _accuracy(root: EvaluateRoot) -> list[str]:
+    """What is wrong with how answers are to be compared."""
+    evaluation, answers = root.eval, root.eval.answers
+    messages = []
+    if answers.choices is None:
+        messages += [
+            f"eval.answers.{key}={value}: only with eval.answers.choices=<column>"
+            for key, value, default in (("answer", answers.answer, None), ("choose", answers.choose, LETTER))
+            if value != default
+        ]
+    elif answers.choose != LETTER:
+        if evaluation.n > 1:
+            messages.append(f"eval.n={evaluation.n}: likelihoods are the same each time; give eval.n=1")
+        if evaluation.endpoint and not root.model.tokenizer:
+            messages.append(
+                f"eval.answers.choose={answers.choose}: a server scores tokens; give model.tokenizer=<folder with the"
+                " model's tokenizer>"
+            )
+    if evaluation.second_opinion:
+        messages.append(f"eval.second_opinion=true: only where designs are simulated, not with {ACCURACY}")
+    return messages
+
+
+def _harness(root: EvaluateRoot) -> list[str]:
+    """What lm_eval needs, as far as this machine tells."""
+    messages, harness = [], root.eval.lm_eval
+    if not harness.tasks:
+        messages.append("eval.tasks=[]: name tasks of lm_eval, such as eval.tasks=[arc_challenge,mmlu]")
+    if harness.include is not None and not Path(harness.include).is_dir():
+        messages.append(f"eval.lm_eval.include={harness.include}: no such folder")
+    if not root.model.tokenizer:
+        messages.append("model.tokenizer: lm_eval renders questions itself; give the folder of the model's tokenizer")
+    elif "://" in root.model.tokenizer:
+        messages.append(f"model.tokenizer={root.model.tokenizer}: lm_eval reads local folders only; copy it here first")
+    else:
+        messages += tokenizer_problem(root.model)
+    if find_command() is None:
+        messages.append(
+            "eval=lm_eval: there is no command lm_eval here; pip install 'gemma4-tpu[lm-eval]', or put that of another"
+            " environment on the PATH"
+        )
     return messages
 
 

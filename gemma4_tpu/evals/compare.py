@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 from gemma4_tpu.errors import UserError
@@ -39,20 +39,29 @@ class Comparison:
     only_b: int
     unlike: dict[str, tuple[Any, Any]]
     """Settings that differ though they should not."""
+    first_metric: str = "pass@1"
+    """What the difference for k = 1 is of."""
+    greedy: bool = False
+    """Neither side draws anything."""
+    categories: dict[str, ScoreDifference] = field(default_factory=dict)
+    """For k = 1, of the problems in each category; empty: there are none."""
 
     def claims(self) -> list[str]:
         """Sentences for people, the cautious ones included."""
         first = self.differences[0]
         problems = first.better + first.worse + first.equal
         lines = [
-            f"pass@{d.k}: {self.a} is {abs(d.value):.3f} {'above' if d.value >= 0 else 'below'} {self.b}"
+            f"{self.first_metric if d.k == 1 else f'pass@{d.k}'}: {self.a} is"
+            f" {abs(d.value):.3f} {'above' if d.value >= 0 else 'below'} {self.b}"
             f" (interval over problems [{d.low:+.3f}, {d.high:+.3f}]"
             + (f", sampling error {d.sampling_error:.3f}" if d.sampling_error is not None else "")
             + f"); better on {d.better} problems, worse on {d.worse}, equal on {d.equal}."
             for d in self.differences
         ]
-        lines.append(_about_these(first, problems))
+        lines.append(_GREEDY if self.greedy else _about_these(first, problems))
         lines.append(_about_new(first))
+        if self.categories:
+            lines.append(_about_categories(self.categories))
         lines.append(
             "Each side is one set of weights: what a second training run with another seed, other hardware or other"
             " data would give is not in these numbers, so a gap cannot be put down to any of them."
@@ -65,6 +74,18 @@ class Comparison:
                 f"Left out: {self.only_a} problems that only {self.a} has, {self.only_b} that only {self.b} has."
             )
         return lines
+
+
+_GREEDY = "Both sides answer greedily, so there is no sampling error."
+
+
+def _about_categories(categories: Mapping[str, ScoreDifference]) -> str:
+    beyond = {name: d for name, d in categories.items() if d.beyond_problems}
+    listed = "; ".join(f"{name} {d.value:+.3f} [{d.low:+.3f}, {d.high:+.3f}]" for name, d in beyond.items())
+    return (
+        f"In {len(beyond)} of {len(categories)} categories the interval leaves out 0"
+        f"{f' ({listed})' if listed else ''}; without any difference chance does that in one of twenty."
+    )
 
 
 def _about_these(d: ScoreDifference, problems: int) -> str:
@@ -100,8 +121,7 @@ def compare(a: EvaluationOutcome, b: EvaluationOutcome, names: tuple[str, str] |
     common = [name for name in a.problems if name in b.problems]
     if not common:
         raise UserError("compare: the two evaluations have no problem in common")
-    x = [(a.problems[name].n, a.problems[name].passed) for name in common]
-    y = [(b.problems[name].n, b.problems[name].passed) for name in common]
+    x, y = ([(one.problems[name].n, one.problems[name].passed) for name in common] for one in (a, b))
     most = min(n for n, _ in [*x, *y])
     first, second = names or (a.name, b.name)
     return Comparison(
@@ -111,7 +131,21 @@ def compare(a: EvaluationOutcome, b: EvaluationOutcome, names: tuple[str, str] |
         only_a=len(a.problems) - len(common),
         only_b=len(b.problems) - len(common),
         unlike=_unlike(a, b),
+        first_metric=a.metric(1),
+        greedy=a.greedy and b.greedy,
+        categories=_by_category([a.problems[name].category for name in common], x, y),
     )
+
+
+def _by_category(
+    categories: Sequence[str | None], x: Sequence[tuple[int, int]], y: Sequence[tuple[int, int]]
+) -> dict[str, ScoreDifference]:
+    """A minus B in each category; problems are in the same order everywhere."""
+    members: dict[str, list[int]] = {}
+    for number, category in enumerate(categories):
+        if category is not None:
+            members.setdefault(category, []).append(number)
+    return {name: difference([x[i] for i in own], [y[i] for i in own], 1) for name, own in members.items()}
 
 
 def _unlike(a: EvaluationOutcome, b: EvaluationOutcome) -> dict[str, tuple[Any, Any]]:

@@ -1,5 +1,8 @@
 """Completions from an OpenAI-compatible server: bounded concurrency, retries with back-off, a seed for each sample.
 
+Answers that are to be scored go to its other endpoint, `/completions`, as the tokens that a local tokenizer makes of
+prompt and answer; the server tells the log-probabilities of its prompt (`echo`), as vLLM and the embedded one do.
+
 Whatever the server sends, a sample comes of it, another attempt, or in the end none; only a refusal of everything (a
 wrong key, no such model) ends an evaluation. The server renders the prompt by its own chat template. A key comes from
 OPENAI_API_KEY and is never shown.
@@ -21,9 +24,10 @@ from typing import Any
 import httpx
 
 from gemma4_tpu.config.tasks import EvalConfig
+from gemma4_tpu.data.chat import ChatFormat
 from gemma4_tpu.data.markup import without_thoughts
 from gemma4_tpu.errors import UserError
-from gemma4_tpu.evals.generate import SampleRequest
+from gemma4_tpu.evals.generate import SampleRequest, answer_ids, rendered, scored_sample
 from gemma4_tpu.evals.store import LENGTH, STOP, Sample
 
 log = logging.getLogger(__name__)
@@ -48,14 +52,17 @@ class Endpoint:
       UserError: it does not answer, or it lists several models and `endpoint_model` names none.
     """
 
-    def __init__(self, config: EvalConfig):
+    def __init__(self, config: EvalConfig, tokenizer: Any = None):
+        """Args:
+        config: which server, and sampling.
+        tokenizer: that of the model behind it, for answers that are to be scored.
+        """
         self._config = config
+        self._chat = ChatFormat(tokenizer, config.thoughts or "drop") if tokenizer is not None else None
         self._takes_seeds = True
-        headers = {"Authorization": f"Bearer {key}"} if (key := os.environ.get(KEY)) else {}
-        timeout = httpx.Timeout(config.request_timeout_seconds, connect=CONNECT_SECONDS)
         limits = httpx.Limits(max_connections=config.concurrency, max_keepalive_connections=config.concurrency)
-        self._options: dict[str, Any] = {"headers": headers, "timeout": timeout, "limits": limits}
-        self._model = config.endpoint_model or asyncio.run(self._only_model())
+        self._options = {**_options(config), "limits": limits}
+        self._model = config.endpoint_model or served_model(config)["id"]
 
     @property
     def description(self) -> dict[str, Any]:
@@ -147,6 +154,8 @@ class Endpoint:
           RequestRefused: it refuses this one.
           httpx.HTTPError, ValueError: no answer, or one that is none; it may work next time.
         """
+        if request.scored:
+            return await self._score(client, request)
         with_seed = self._takes_seeds
         response = await client.post(f"{self._config.endpoint}/chat/completions", json=self._body(request, with_seed))
         # Some servers refuse the key `seed` itself. Others of the requests under way may have found out first.
@@ -155,26 +164,28 @@ class Endpoint:
                 self._takes_seeds = False
                 log.warning("the server refuses seeds, so none are sent: samples can't be drawn again alike")
             return await self._ask(client, request)
-        self._check(response)
+        _check(response, self._config)
         text, finish, tokens = _answer(response)
         return Sample(
             problem=request.problem, sample=request.sample, completion=without_thoughts(text), finish=finish,
             tokens=tokens, seed=request.seed if with_seed else None,
         )  # fmt: skip
 
-    def _check(self, response: httpx.Response) -> None:
-        """Sorts answers that report no success by whether asking again can help."""
-        status = response.status_code
-        if response.is_success:
-            return
-        said = f"{status}: {_start(response)}"
-        if status in (401, 403):
-            raise UserError(f"eval.endpoint={self._config.endpoint}: {said}; is {KEY} in the environment right?")
-        if status == 404:
-            raise UserError(f"eval.endpoint={self._config.endpoint}: {said}; the base URL ends in /v1, usually")
-        if status >= 500 or status in _TRY_AGAIN:
-            raise httpx.HTTPStatusError(said, request=response.request, response=response)
-        raise RequestRefused(said)
+    async def _score(self, client: httpx.AsyncClient, request: SampleRequest) -> Sample:
+        """The sample of a request whose answers are to be scored; raises as `_ask`."""
+        assert self._chat is not None  # the checks
+        (prompt,) = self._chat.encode([rendered(self._chat, request)])
+        choices = []
+        for own in answer_ids(self._chat, request.scored):
+            body = {
+                "model": self._model, "prompt": [*prompt.tolist(), *own.tolist()], "echo": True, "logprobs": 1,
+                "max_tokens": 1, "temperature": 0,
+            }  # fmt: skip
+            response = await client.post(f"{self._config.endpoint}/completions", json=body)
+            _check(response, self._config)
+            found = _prompt_logprobs(response, len(prompt) + len(own))[len(prompt) :]
+            choices.append({"logprob": float(sum(found)), "tokens": len(own)})
+        return scored_sample(request, choices)
 
     def _body(self, request: SampleRequest, with_seed: bool) -> dict[str, Any]:
         config = self._config
@@ -184,23 +195,52 @@ class Endpoint:
         }  # fmt: skip
         if config.thoughts == "train":
             body["chat_template_kwargs"] = {"enable_thinking": True}
+        if request.tools:
+            body["tools"] = list(request.tools)
         return {**body, "seed": request.seed} if with_seed else body
 
-    async def _only_model(self) -> str:
-        """The name of the one model that the server lists."""
-        given = f"eval.endpoint={self._config.endpoint}"
-        try:
-            async with httpx.AsyncClient(**self._options) as client:
-                response = await client.get(f"{self._config.endpoint}/models")
-            self._check(response)
-            names = _names(_json(response))
-        except UserError:
-            raise
-        except (httpx.HTTPError, RequestRefused, ValueError) as error:
-            raise UserError(f"{given}: lists no models ({error or repr(error)}); is a server running there?") from None
-        if len(names) != 1:
-            raise UserError(f"{given}: it has {', '.join(names) or 'no model'}; give eval.endpoint_model=<one of them>")
-        return names[0]
+
+def served_model(config: EvalConfig) -> dict[str, Any]:
+    """What the server lists of the model that is asked: its `id`, and whatever else it tells.
+
+    Raises:
+      UserError: no server is there, it lists no such model, or several and `endpoint_model` names none.
+    """
+    given = f"eval.endpoint={config.endpoint}"
+    try:
+        with httpx.Client(**_options(config)) as client:
+            response = client.get(f"{config.endpoint}/models")
+        _check(response, config)
+        listed = _models(_json(response))
+    except UserError:
+        raise
+    except (httpx.HTTPError, RequestRefused, ValueError) as error:
+        raise UserError(f"{given}: lists no models ({error or repr(error)}); is a server running there?") from None
+    asked = [model for name, model in listed.items() if config.endpoint_model in (None, name)]
+    if len(asked) != 1:
+        raise UserError(f"{given}: it has {', '.join(listed) or 'no model'}; give eval.endpoint_model=<one of them>")
+    return asked[0]
+
+
+def _options(config: EvalConfig) -> dict[str, Any]:
+    """Of an HTTP client."""
+    headers = {"Authorization": f"Bearer {key}"} if (key := os.environ.get(KEY)) else {}
+    return {"headers": headers, "timeout": httpx.Timeout(config.request_timeout_seconds, connect=CONNECT_SECONDS)}
+
+
+def _check(response: httpx.Response, config: EvalConfig) -> None:
+    """Sorts answers that report no success by whether asking again can help."""
+    status = response.status_code
+    if response.is_success:
+        return
+    said = f"{status}: {_start(response)}"
+    if status in (401, 403):
+        raise UserError(f"eval.endpoint={config.endpoint}: {said}; is {KEY} in the environment right?")
+    if status == 404:
+        raise UserError(f"eval.endpoint={config.endpoint}: {said}; the base URL ends in /v1, usually")
+    if status >= 500 or status in _TRY_AGAIN:
+        raise httpx.HTTPStatusError(said, request=response.request, response=response)
+    raise RequestRefused(said)
 
 
 def _json(response: httpx.Response) -> Any:
@@ -226,16 +266,31 @@ def _answer(response: httpx.Response) -> tuple[str, str, int | None]:
     raise ValueError(f"{response.status_code} without choices[0].message.content: {_start(response)}")
 
 
+def _prompt_logprobs(response: httpx.Response, tokens: int) -> list[float]:
+    """Log-probabilities of the `tokens` of an echoed prompt, without what was generated behind it; of the first, 0.
+
+    Raises:
+      ValueError: the answer holds none.
+    """
+    match _json(response):
+        case {"choices": [{"logprobs": {"token_logprobs": [_, *found]}}, *_]}:
+            found = found[: tokens - 1]
+            if len(found) == tokens - 1 and all(isinstance(one, int | float) for one in found):
+                return [0.0, *found]
+    raise ValueError(f"{response.status_code} without a log-probability for each token of the prompt (echo, logprobs)")
+
+
 def _tokens(usage: Any) -> int | None:
     count = usage.get("completion_tokens") if isinstance(usage, Mapping) else None
     return count if isinstance(count, int) else None
 
 
-def _names(listed: Any) -> list[str]:
-    """Raises: ValueError: no list of models."""
+def _models(listed: Any) -> dict[str, dict[str, Any]]:
+    """By name. Raises: ValueError: no list of models."""
     match listed:
         case {"data": [*models]}:
-            return [model["id"] for model in models if isinstance(model, Mapping) and isinstance(model.get("id"), str)]
+            named = [model for model in models if isinstance(model, dict) and isinstance(model.get("id"), str)]
+            return {model["id"]: model for model in named}
     raise ValueError("no {'data': [{'id': …}]}")
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -15,7 +15,8 @@ from jax.sharding import Mesh
 from gemma4_tpu.config.schema import HardwareConfig, LoraConfig, MeshConfig, ModelConfig, TrainerConfig
 from gemma4_tpu.config.tasks import EvalConfig, ExportConfig
 from gemma4_tpu.data.tokenizer import load_tokenizer, tokenizer_fingerprint
-from gemma4_tpu.evals.generate import InProcess, Weights, checkpoint_stop_ids
+from gemma4_tpu.evals.endpoint import Endpoint
+from gemma4_tpu.evals.generate import Backend, InProcess, Weights, checkpoint_stop_ids
 from gemma4_tpu.export.trained import Trained, open_trained
 from gemma4_tpu.models import lora as adapters
 from gemma4_tpu.models import sharding, token_rows
@@ -29,15 +30,15 @@ from gemma4_tpu.training.setup import holding, load_weights, make_model, start_m
 
 log = logging.getLogger(__name__)
 
-RUN, BASE, MODEL = "run", "base", "model"
+RUN, BASE, MODEL, ENDPOINT = "run", "base", "model", "endpoint"
 
 
 @dataclass(frozen=True)
 class Backends:
     """What an evaluation generates with."""
 
-    by_name: dict[str, InProcess]
-    """By what they are: `run` and `base`, or `model`; the subject first."""
+    by_name: Mapping[str, Backend]
+    """By what they are: `run` and `base`, `model` or `endpoint`; the subject first."""
     fingerprints: dict[str, str]
 
 
@@ -78,6 +79,18 @@ def of_checkpoint(
     backend = _backend(base, weights, config, config.thoughts or "drop", {"base": model.path})
     tokenizer = tokenizer_fingerprint(load_tokenizer(base.tokenizer_folder, base.new_tokens))
     return Backends({MODEL: backend}, {"base": base.fingerprint, **tokenizer})
+
+
+def on_server(model: ModelConfig, config: EvalConfig) -> Backends:
+    """What stands behind `eval.endpoint`; `model.tokenizer` is needed only where answers are scored.
+
+    Raises:
+      UserError: no server there, or no tokenizer.
+    """
+    if not model.tokenizer:
+        return Backends({ENDPOINT: Endpoint(config)}, {})
+    tokenizer = load_tokenizer(model.tokenizer, model.new_tokens)
+    return Backends({ENDPOINT: Endpoint(config, tokenizer)}, tokenizer_fingerprint(tokenizer))
 
 
 def weights_as_they_are(base: Base, config: EvalConfig, mesh: Mesh) -> Weights:

@@ -9,9 +9,9 @@ from __future__ import annotations
 import logging
 import time
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import jax
 import numpy as np
@@ -19,9 +19,10 @@ import numpy as np
 from gemma4_tpu.checkpoint_folder import GENERATION_NAME
 from gemma4_tpu.config.tasks import EvalConfig
 from gemma4_tpu.data.chat import ChatFormat, Message
-from gemma4_tpu.data.markup import without_thoughts
+from gemma4_tpu.data.markup import TURN_END, without_thoughts
 from gemma4_tpu.errors import UserError
-from gemma4_tpu.evals.problems import Problem
+from gemma4_tpu.evals.likelihood import answer_logprobs
+from gemma4_tpu.evals.problems import Asked
 from gemma4_tpu.evals.store import LENGTH, STOP, Sample
 from gemma4_tpu.models import sharding
 from gemma4_tpu.models.base import Base
@@ -35,6 +36,9 @@ TPU_PROMPT_MULTIPLE, PROMPT_MULTIPLE = 128, 32
 """Prompts are padded to a multiple of this many tokens, on TPUs what the attention kernel takes; each is a
 compilation."""
 
+ANSWER_MULTIPLE = 8
+"""The longest of the answers that are scored is padded to a multiple of this."""
+
 
 @dataclass(frozen=True)
 class SampleRequest:
@@ -46,6 +50,8 @@ class SampleRequest:
     seed: int
     tools: tuple[Any, ...] | None = None
     """Functions that the model may call, as JSON schemas."""
+    scored: tuple[str, ...] = ()
+    """Answers whose likelihoods are asked for, instead of one that is drawn."""
 
 
 class Backend(Protocol):
@@ -56,25 +62,35 @@ class Backend(Protocol):
         """Model and parameters, for the report."""
 
     def generate(self, requests: Sequence[SampleRequest]) -> Iterator[Sample]:
-        """The samples as they come, in any order; one that cannot be had is logged and left out."""
+        """The samples as they come, in any order; one that cannot be had is logged and left out.
+
+        Raises:
+          UserError: answers are to be scored, and this backend can't do that.
+        """
 
     def example(self, request: SampleRequest) -> str:
         """The prompt of a request as the model sees it, for the report."""
 
 
-def requests(problems: Sequence[Problem], config: EvalConfig) -> list[SampleRequest]:
-    """All samples of an evaluation."""
+def requests(problems: Sequence[Asked], config: EvalConfig) -> list[SampleRequest]:
+    """All samples of an evaluation. Raises: UserError: `eval.system` beside a problem's own system message."""
     return [
-        SampleRequest(problem.name, i, messages(problem, config), sample_seed(config.seed, problem.name, i))
+        SampleRequest(
+            problem.name, i, messages(problem, config), sample_seed(config.seed, problem.name, i), problem.tools,
+            problem.scored,
+        )
         for problem in problems
         for i in range(config.n)
-    ]
+    ]  # fmt: skip
 
 
-def messages(problem: Problem, config: EvalConfig) -> tuple[Message, ...]:
+def messages(problem: Asked, config: EvalConfig) -> tuple[Message, ...]:
     """The conversation that the model is to answer."""
-    system = [{"role": "system", "content": config.system}] if config.system else []
-    return (*system, {"role": "user", "content": problem.prompt})
+    if not config.system:
+        return problem.messages
+    if problem.messages[0]["role"] == "system":
+        raise UserError(f"eval.system: problem {problem.name} has a system message of its own; leave one of them out")
+    return ({"role": "system", "content": config.system}, *problem.messages)
 
 
 def sample_seed(seed: int, problem: str, sample: int) -> int:
@@ -90,6 +106,16 @@ class Weights:
     params: Any
     lora: Any
     """None: the base alone."""
+
+
+class _ScoredRow(NamedTuple):
+    """A prompt with one of the answers that are to be scored."""
+
+    request: int
+    """Its place among the requests."""
+    ids: np.ndarray
+    answer: int
+    """Tokens of the answer, at the end of `ids`."""
 
 
 class InProcess:
@@ -110,19 +136,25 @@ class InProcess:
         """
         self._whole = whole
         self._weights, self._tokenizer, self._stop_ids = weights, tokenizer, tuple(stop_ids)
-        self._chat = ChatFormat(tokenizer, policy)
+        self._chat, self._policy = ChatFormat(tokenizer, policy), policy
         self._config = config
         self.description = description
 
     def example(self, request: SampleRequest) -> str:
         """See `Backend`."""
-        return self._chat.render_prompt(list(request.messages), list(request.tools) if request.tools else None)
+        return rendered(self._chat, request)
 
     def generate(self, requests: Sequence[SampleRequest]) -> Iterator[Sample]:
         """See `Backend`."""
         by_problem = {request.problem: self.example(request) for request in requests}
         encoded = dict(zip(by_problem, self._chat.encode(list(by_problem.values())), strict=True))
-        ids = [encoded[request.problem] for request in requests]
+        if scored := [request for request in requests if request.scored]:
+            yield from self._score(scored, encoded)
+        if drawn := [request for request in requests if not request.scored]:
+            yield from self._draw(drawn, [encoded[request.problem] for request in drawn])
+
+    def _draw(self, requests: Sequence[SampleRequest], ids: Sequence[np.ndarray]) -> Iterator[Sample]:
+        """Samples of answers, batch by batch."""
         order = sorted(range(len(requests)), key=lambda i: (len(ids[i]), requests[i].problem, requests[i].sample))
         size = min(self._config.batch_size, -(-len(requests) // self._rows) * self._rows)
         tokens, started = 0, time.perf_counter()
@@ -136,6 +168,45 @@ class InProcess:
                 "%d of %d samples, %d tokens in %.1f s (%.0f tokens/s, compilation included)",
                 min(start + size, len(order)), len(order), tokens, seconds, tokens / seconds,
             )  # fmt: skip
+
+    def _score(self, requests: Sequence[SampleRequest], encoded: Mapping[str, np.ndarray]) -> Iterator[Sample]:
+        """Samples with the log-probability of each answer, given the prompt as it is encoded."""
+        if self._policy == "train":
+            raise UserError(
+                "eval.thoughts=train: an answer's likelihood would be that of answering without a thought; give"
+                " eval.thoughts=drop, or eval.answers.choose=letter"
+            )
+        answers = [answer_ids(self._chat, request.scored) for request in requests]
+        rows = [
+            _ScoredRow(i, np.concatenate([encoded[requests[i].problem], own]), len(own))
+            for i in sorted(range(len(requests)), key=lambda i: len(encoded[requests[i].problem]))
+            for own in answers[i]
+        ]
+        size = min(self._config.batch_size, -(-len(rows) // self._rows) * self._rows)
+        found: dict[int, list[dict[str, float]]] = {}
+        for start in range(0, len(rows), size):
+            batch = rows[start : start + size]
+            for row, logprob in zip(batch, self._logprobs(batch, size), strict=True):
+                choices = found.setdefault(row.request, [])
+                choices.append({"logprob": float(logprob), "tokens": row.answer})
+                if len(choices) == len(requests[row.request].scored):
+                    yield scored_sample(requests[row.request], choices)
+            log.info("%d of %d answers scored", min(start + size, len(rows)), len(rows))
+
+    def _logprobs(self, batch: Sequence[_ScoredRow], size: int) -> np.ndarray:
+        """float32 [rows of the batch]; it is filled up with repeats of the last one."""
+        filled = [batch[min(row, len(batch) - 1)] for row in range(size)]
+        width = padded_width([row.ids for row in filled])
+        longest = max(row.answer for row in filled)
+        most = min(-(-longest // ANSWER_MULTIPLE) * ANSWER_MULTIPLE, width - 1)
+        tokens = np.zeros((size, width), np.int32)
+        for place, row in enumerate(filled):
+            tokens[place, width - len(row.ids) :] = row.ids
+        lengths, answers = (np.array(x, np.int32) for x in zip(*((len(r.ids), r.answer) for r in filled), strict=True))
+        weights = self._weights
+        given = (on_mesh(x, weights.model.mesh) for x in (tokens, lengths, answers))
+        found = answer_logprobs(weights.model, weights.params, weights.lora, *given, most=most)
+        return np.asarray(found)[: len(batch)]
 
     @property
     def _rows(self) -> int:
@@ -169,6 +240,29 @@ class InProcess:
                 problem=request.problem, sample=request.sample, completion=answer, seed=request.seed,
                 finish=STOP if stopped[row] else LENGTH, tokens=int(counts[row]),
             )  # fmt: skip
+
+
+def rendered(chat: ChatFormat, request: SampleRequest) -> str:
+    """The prompt of a request. Raises: UserError: it can't be rendered; names the problem."""
+    try:
+        return chat.render_prompt(list(request.messages), list(request.tools) if request.tools else None)
+    except UserError as refusal:
+        raise UserError(f"problem {request.problem}: {refusal}") from None
+
+
+def answer_ids(chat: ChatFormat, answers: Sequence[str]) -> list[np.ndarray]:
+    """Tokens of each answer as training has them, the end of the turn included: without it, an answer that begins
+    another would always be the likelier of the two.
+    """
+    return chat.encode([answer + TURN_END for answer in answers])
+
+
+def scored_sample(request: SampleRequest, choices: list[dict[str, float]]) -> Sample:
+    """The likeliest of the answers that were to be scored, with the likelihoods of all."""
+    best = max(range(len(choices)), key=lambda i: choices[i]["logprob"])
+    return Sample(
+        problem=request.problem, sample=request.sample, completion=request.scored[best], choices=choices, tokens=0,
+    )  # fmt: skip
 
 
 def on_mesh(x: np.ndarray, mesh: jax.sharding.Mesh | None) -> jax.Array:

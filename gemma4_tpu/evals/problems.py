@@ -1,6 +1,7 @@
 """What every benchmark has: problems, where they come from, and who judges the completions.
 
-Another benchmark is one file with a `ProblemSource`; see `verilog/resbench.py`. This module imports nothing heavy.
+Another benchmark of Verilog is one file with a `ProblemSource`; see `verilog/resbench.py`. Rows with known answers need
+no code at all (`accuracy/`). This module imports nothing heavy.
 """
 
 from __future__ import annotations
@@ -14,6 +15,29 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from gemma4_tpu.errors import UserError
+
+Message = dict[str, Any]
+"""A turn: `role` and `content`."""
+
+
+class Asked(Protocol):
+    """What a model is asked, whoever judges its answer."""
+
+    @property
+    def name(self) -> str:
+        """No two problems of a benchmark share one."""
+
+    @property
+    def messages(self) -> tuple[Message, ...]:
+        """The conversation that the model is to answer."""
+
+    @property
+    def tools(self) -> tuple[Any, ...] | None:
+        """Functions that the model may call, as JSON schemas."""
+
+    @property
+    def scored(self) -> tuple[str, ...]:
+        """Answers whose likelihoods are asked for; empty: the model answers freely."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,6 +73,18 @@ class Problem:
     """Data files that the bench reads, by name."""
     header: str = ""
     """The head of the module `top`, where an answer may be its body alone."""
+
+    @property
+    def messages(self) -> tuple[Message, ...]:
+        return ({"role": "user", "content": self.prompt},)
+
+    @property
+    def tools(self) -> None:
+        return None
+
+    @property
+    def scored(self) -> tuple[str, ...]:
+        return ()
 
 
 def check_problems(problems: Sequence[Problem], benchmark: str) -> None:
@@ -132,6 +168,12 @@ class VerdictClass(StrEnum):
     LEAKED = "leaked thought"
     """The completion begins with a thought whose markup the server took away: no telling where the answer begins, so
     nothing of it is judged."""
+    WRONG = "wrong"
+    """Another answer than the expected one."""
+    UNANSWERED = "unanswered"
+    """Nothing in it that could be compared with the expected answer."""
+    CUT_OFF = "cut off"
+    """The answer reached the token limit. What it would have said is not known, so none of it is compared."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from gemma4_tpu.errors import UserError
-from gemma4_tpu.evals.passk import Score, scores
+from gemma4_tpu.evals.passk import Score, score, scores
 from gemma4_tpu.evals.problems import Verdict, VerdictClass
 from gemma4_tpu.evals.store import LENGTH, Key, Sample
 from gemma4_tpu.tracking.records import EVALUATION, read_record, write_record
@@ -26,13 +26,15 @@ class ProblemOutcome:
     n: int
     """Asked for; those never obtained included."""
     passed: int
-    official: int
-    """Passed by the benchmark's own rule."""
+    official: int | None
+    """Passed by the benchmark's own rule; null: it has none."""
     classes: dict[str, int]
     """Verdict class → samples."""
     truncated: int
     confirmed: int | None = None
     """Passed, and no second opinion disagrees; null: none was asked for."""
+    category: str | None = None
+    """Its row's, if rows have any."""
 
     @property
     def missing(self) -> int:
@@ -49,8 +51,8 @@ class EvaluationOutcome:
     settings: dict[str, Any]
     """Everything that decides the samples: model, prompt, sampling."""
     problems: dict[str, ProblemOutcome]
-    selfcheck: dict[str, Any]
-    """The judge's own row: simulator, sandbox."""
+    selfcheck: dict[str, Any] = field(default_factory=dict)
+    """The judge's own row: simulator, sandbox; empty: nothing was simulated."""
     cannot_pass: dict[str, str] = field(default_factory=dict)
     """Problem → why its own reference fails here."""
     vacuous: dict[str, list[str]] = field(default_factory=dict)
@@ -59,6 +61,9 @@ class EvaluationOutcome:
     """How strong the benches are, in sentences."""
     second: dict[str, Any] = field(default_factory=dict)
     """Second opinions: the stimulus' `seed`, `without` (problem → why none), `disagreements` (rows)."""
+    answers: dict[str, Any] = field(default_factory=dict)
+    """Of answers that were compared, not simulated: how (`compare` or `choose`, `extract`), the accuracy of choosing
+    blindly (`chance`), and `examples` that are not right (rows)."""
     tokens: int | None = None
     generation_seconds: float | None = None
     """Of this start; null: nothing was generated in it."""
@@ -76,11 +81,30 @@ class EvaluationOutcome:
         Rules: `strict`; `official`, the benchmark's own; `confirmed`, strict and no second opinion against it. Scopes:
         `all` problems; those that `can_pass` here; of these, the `strong` ones, whose bench no stub passes.
         """
-        confirmed = ("confirmed",) if all(p.confirmed is not None for p in self.problems.values()) else ()
         return {
             rule: {scope: scores(self.counts(rule, scope)) for scope in ("all", "can_pass", "strong")}
-            for rule in ("strict", *confirmed, "official")
+            for rule in ("strict", *(name for name in ("confirmed", "official") if self._has(name)))
         }
+
+    def _has(self, rule: str) -> bool:
+        return all(getattr(problem, rule) is not None for problem in self.problems.values())
+
+    def categories(self) -> dict[str, Score]:
+        """Strict pass@1 of each category, in the order of the problems; empty: there are none."""
+        counts: dict[str, list[tuple[int, int]]] = {}
+        for problem in self.problems.values():
+            if problem.category is not None:
+                counts.setdefault(problem.category, []).append((problem.n, problem.passed))
+        return {category: score(found, 1) for category, found in counts.items()}
+
+    @property
+    def greedy(self) -> bool:
+        """Nothing was drawn; of samples from elsewhere that isn't known."""
+        return self.settings.get("temperature") == 0 and "samples" not in self.settings
+
+    def metric(self, k: int) -> str:
+        """What the score for `k` is called."""
+        return "accuracy" if self.answers and k == 1 else f"pass@{k}"
 
     @property
     def classes(self) -> dict[str, int]:
@@ -112,7 +136,8 @@ class EvaluationOutcome:
         fields = {name: getattr(self, name) for name in self.__dataclass_fields__}
         totals = {"classes": self.classes, "truncated": self.truncated, "missing": self.missing, "n": self.n}
         problems = fields.pop("problems")
-        told = {"status": "finished", "scores": self.scores(), **totals, **fields, "problems": problems}
+        scored = {"scores": self.scores(), "categories": self.categories()}
+        told = {"status": "finished", **scored, **totals, **fields, "problems": problems}
         write_record(path, EVALUATION, told)
 
     @classmethod
@@ -133,9 +158,12 @@ class EvaluationOutcome:
 
 def tally(
     names: Sequence[str], n: int, samples: Iterable[Sample], verdicts: Mapping[Key, Verdict],
-    opinions: Mapping[Key, Mapping[str, Any]] | None = None,
+    opinions: Mapping[Key, Mapping[str, Any]] | None = None, *, official: bool = True,
+    categories: Mapping[str, str] | None = None,
 ) -> dict[str, ProblemOutcome]:  # fmt: skip
     """Counts of each problem; what is missing of `n` samples counts as failed.
+
+    `official`: whether the benchmark has a rule of its own; `categories`: problem → category.
 
     Raises:
       ValueError: more than n samples, or one without a verdict.
@@ -155,12 +183,13 @@ def tally(
         outcomes[name] = ProblemOutcome(
             n=n,
             passed=sum(verdict.passed for verdict in given),
-            official=sum(verdict.official is True for verdict in given),
+            official=sum(verdict.official is True for verdict in given) if official else None,
             classes={kind: classes[kind] for kind in CLASSES if classes[kind]},
             truncated=sum(sample.finish == LENGTH for sample in there),
             confirmed=None if opinions is None else sum(
                 verdicts[sample.key].passed and not contradicts(opinions.get(sample.key)) for sample in there
             ),
+            category=(categories or {}).get(name),
         )
         # fmt: on
     return outcomes

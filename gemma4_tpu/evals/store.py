@@ -40,6 +40,9 @@ class Sample:
     """Generated, the one that ended it included; None: not known."""
     seed: int | None = None
     """None: the server took none."""
+    choices: list[dict[str, float]] | None = None
+    """Of a problem whose answers are scored: `logprob` and `tokens` of each, the end of the turn included; then the
+    completion is the likeliest."""
 
     @property
     def key(self) -> Key:

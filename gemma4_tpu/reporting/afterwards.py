@@ -15,6 +15,7 @@ from gemma4_tpu.markdown import below, code, included, link, pictures, plain, sh
 from gemma4_tpu.planning.estimate import PlanResult
 from gemma4_tpu.prices import KINDS
 from gemma4_tpu.reporting.costs import CostTerms, cost_report
+from gemma4_tpu.reporting.evaluation import score_cells
 from gemma4_tpu.reporting.found import Records
 from gemma4_tpu.reporting.plans import plan_rows
 from gemma4_tpu.tracking.progress import format_seconds
@@ -167,10 +168,11 @@ def evaluation(records: Records, page: Path) -> Iterator[str]:
         yield from [f"Not evaluated: no record of it was found; {told} does it.", ""]
     if not found:
         return
-    yield f"{_MEASURED} by simulation; intervals (95%) are over problems, errors those of sampling. Strict: no errors,"
-    yield "the reference's own number of comparisons, no way around the test bench. Official: the benchmark's own rule."
+    yield f"{_MEASURED}: pass@k by simulation, accuracy by comparing answers; intervals (95%) are over problems, errors"
+    yield "those of sampling. Strict: in simulation, no errors, the reference's own number of comparisons, no way"
+    yield "around the test bench. Official: the benchmark's own rule."
     yield ""
-    heads = ["evaluation", "subject", "benchmark", "problems", "n", "rule", "pass@k", "interval", "sampling error"]
+    heads = ["evaluation", "subject", "benchmark", "problems", "n", "rule", "score", "interval", "sampling error"]
     yield from table(heads, [row for folder, outcome in found for row in _scores(folder, outcome)], "lllrrllll")
     heads = ["evaluation", "subject", "samples", "verdicts", "cut off", "never obtained"]
     rows = []
@@ -180,7 +182,7 @@ def evaluation(records: Records, page: Path) -> Iterator[str]:
         rows.append([plain(folder.name), plain(outcome.name), f"{outcome.samples:,}", verdicts, *counts])
     yield from table(heads, rows, "llrlrr")
     folders = list(dict.fromkeys(folder for folder, _ in found))
-    yield from pictures([folder / "plots" / "problems.png" for folder in folders], page)
+    yield from pictures([path for folder in folders for path in sorted((folder / "plots").glob("*.png"))], page)
     yield from _claims(found)
     whole = [folder / "report.md" for folder in folders if (folder / "report.md").is_file()]
     if whole:
@@ -190,10 +192,8 @@ def evaluation(records: Records, page: Path) -> Iterator[str]:
 def _scores(folder: Path, outcome: EvaluationOutcome) -> Iterator[list[str]]:
     for rule, scopes in outcome.scores().items():
         for score in scopes["all"]:
-            error = "not known" if score.sampling_error is None else f"{score.sampling_error:.4f}"
             first = [plain(folder.name), plain(outcome.name), plain(outcome.benchmark), str(score.problems)]
-            interval = f"{score.low:.3f} to {score.high:.3f}"
-            yield [*first, str(outcome.n), rule, f"@{score.k} **{score.value:.3f}**", interval, error]
+            yield [*first, str(outcome.n), rule, *score_cells(outcome, score)]
 
 
 def _claims(found: Sequence[tuple[Path, EvaluationOutcome]]) -> Iterator[str]:

@@ -13,6 +13,7 @@ from gemma4_tpu.evals.problems import HOW_TO_STOP_LEAKS, VerdictClass
 from gemma4_tpu.evals.scores import CLASSES, MISSING, EvaluationOutcome
 from gemma4_tpu.markdown import table
 from gemma4_tpu.plotting import new_figure
+from gemma4_tpu.reporting import accuracy
 
 PAPER = (
     ("the paper's TPU run", "0.641 [0.574, 0.706]", "0.795"),
@@ -23,10 +24,11 @@ PAPER = (
 _COLORS = {
     "pass": "#4c9a5b", "mismatch": "#d9692c", "syntax": "#8d6cab", "elaboration": "#b79fd0",
     "forbidden construct": "#333333", "runtime": "#c9a227", "timeout": "#7a5c1e", "no result": "#999999",
-    "leaked thought": "#4c78a8", MISSING: "#dddddd",
+    "leaked thought": "#4c78a8", "wrong": "#d9692c", "unanswered": "#999999", "cut off": "#c9a227", MISSING: "#dddddd",
 }  # fmt: skip
 _SCOPES = {"all": "all", "can_pass": "that can pass here", "strong": "these without vacuous benches"}
 _MOST_DISAGREEMENTS = 20
+_MOST_PROBLEMS = 500
 _WIDEST_LIST = 60  # problems whose names fit under the bars
 
 
@@ -52,7 +54,7 @@ def write_report(
 def summary(outcome: EvaluationOutcome) -> str:
     """The score for a terminal."""
     lines = [f"{outcome.name}: {outcome.samples} samples of {len(outcome.problems)} problems ({outcome.benchmark})"]
-    lines += [f"  pass@{score.k}  {score}" for score in outcome.scores()["strict"]["all"]]
+    lines += [f"  {outcome.metric(score.k)}  {score}" for score in outcome.scores()["strict"]["all"]]
     listed = ", ".join(f"{kind} {count}" for kind, count in outcome.classes.items())
     lines.append(f"  {listed}; cut off {outcome.truncated}")
     if against := sum(row["second"] == "differs" for row in outcome.second.get("disagreements", [])):
@@ -69,8 +71,10 @@ def _report(
     yield from _scores(outcomes)
     if comparison:
         yield from ["", "## What can be claimed", "", *(f"- {claim}" for claim in comparison.claims())]
+    yield from accuracy.by_category(outcomes, comparison)
     for outcome in outcomes:
         yield from _samples(outcome)
+        yield from accuracy.examples(outcome)
         if outcome.second:
             yield from _second_opinions(outcome)
     yield from _settings(outcomes, packages)
@@ -88,8 +92,13 @@ def _scores(outcomes: Sequence[EvaluationOutcome]) -> Iterator[str]:
                 if (scope == "can_pass" and not outcome.cannot_pass) or (scope == "strong" and not outcome.vacuous):
                     continue
                 first = [outcome.name, rule]
-                rows += [[*first, f"{score.problems} ({_SCOPES[scope]})", *_cells(score)] for score in found]
-    yield from table(["", "rule", "problems", "pass@k", "95% interval over problems", "sampling error"], rows)
+                rows += [
+                    [*first, f"{score.problems} ({_SCOPES[scope]})", *score_cells(outcome, score)] for score in found
+                ]
+    yield from table(["", "rule", "problems", "score", "95% interval over problems", "sampling error"], rows)
+    if outcomes[0].answers:
+        yield from accuracy.how(outcomes[0].answers)
+        return
     yield from outcomes[0].benches
     if "confirmed" in outcomes[0].scores():
         yield "Confirmed: strict, and no second opinion against it (see below)."
@@ -102,9 +111,12 @@ def _scores(outcomes: Sequence[EvaluationOutcome]) -> Iterator[str]:
         yield from list(table(["", "pass@1", "pass@5"], PAPER))[:-1]
 
 
-def _cells(score: Score) -> list[str]:
-    error = "not known" if score.sampling_error is None else f"{score.sampling_error:.4f}"
-    return [f"@{score.k} **{score.value:.3f}**", f"{score.low:.3f} to {score.high:.3f}", error]
+def score_cells(outcome: EvaluationOutcome, score: Score) -> list[str]:
+    """Score, interval over problems and sampling error, for a table."""
+    unknown = "none (greedy)" if outcome.greedy else "not known"
+    error = unknown if score.sampling_error is None else f"{score.sampling_error:.4f}"
+    name = outcome.metric(score.k).removeprefix("pass")
+    return [f"{name} **{score.value:.3f}**", f"{score.low:.3f} to {score.high:.3f}", error]
 
 
 def _samples(outcome: EvaluationOutcome) -> Iterator[str]:
@@ -156,8 +168,8 @@ def _settings(outcomes: Sequence[EvaluationOutcome], packages: dict[str, str]) -
     keys = list(dict.fromkeys(key for outcome in outcomes for key in outcome.settings))
     rows = [[key, *(outcome.settings.get(key) for outcome in outcomes)] for key in keys]
     yield from table(["", *(outcome.name for outcome in outcomes)], rows)
-    check = outcomes[0].selfcheck
-    yield from [f"Simulator {check['simulator']}, sandbox {check['sandbox']}."]
+    if check := outcomes[0].selfcheck:
+        yield from [f"Simulator {check['simulator']}, sandbox {check['sandbox']}."]
     yield "Packages: " + ", ".join(f"{name} {version}" for name, version in sorted(packages.items())) + "."
     if outcomes[0].cannot_pass:
         yield from ["", "Problems whose own reference fails here:", ""]
@@ -166,16 +178,27 @@ def _settings(outcomes: Sequence[EvaluationOutcome], packages: dict[str, str]) -
 
 def _problems(outcomes: Sequence[EvaluationOutcome]) -> Iterator[str]:
     yield from ["", "## Problems", ""]
-    heads = [head for outcome in outcomes for head in (f"{outcome.name}: passed of n", "official", "other verdicts")]
+    ruled = not outcomes[0].answers  # the benchmark has a rule of its own
+    official = ["official"] if ruled else []
+    heads = [head for o in outcomes for head in (f"{o.name}: passed of n", *official, "other verdicts")]
     rows = []
-    for name in outcomes[0].problems:
+    for name in list(outcomes[0].problems)[:_MOST_PROBLEMS]:
         cells = [name]
         for outcome in outcomes:
             problem = outcome.problems[name]
             others = ", ".join(f"{kind} {count}" for kind, count in problem.classes.items() if kind != "pass")
-            cells += [f"{problem.passed} of {problem.n}", str(problem.official), others]
+            cells += [f"{problem.passed} of {problem.n}", *([str(problem.official)] if ruled else []), others]
         rows.append(cells)
     yield from list(table(["problem", *heads], rows))[:-1]
+    if (left := len(outcomes[0].problems) - len(rows)) > 0:
+        yield from ["", f"And {left:,} more, in result.json."]
+
+
+def plot_outcomes(outcomes: Sequence[EvaluationOutcome], plots: Path) -> Path:
+    """The picture of an evaluation, in the folder `plots`."""
+    if outcomes[0].answers:
+        return accuracy.plot_categories(outcomes, plots / "categories.png")
+    return plot_problems(outcomes, plots / "problems.png")
 
 
 def plot_problems(outcomes: Sequence[EvaluationOutcome], path: Path) -> Path:

@@ -12,6 +12,7 @@ from gemma4_tpu.errors import UserError
 from gemma4_tpu.storage import is_remote
 from gemma4_tpu.tracking.records import (
     EVALUATION,
+    HARNESS,
     LOAD_TEST,
     MERGE,
     PLAN,
@@ -25,7 +26,10 @@ from gemma4_tpu.tracking.run import RunFolder
 
 log = logging.getLogger(__name__)
 
-KINDS = {PLAN: "plan", MERGE: "merge", EVALUATION: "evaluation", SERVING: "serving", LOAD_TEST: "benchmark"}
+KINDS = {
+    PLAN: "plan", MERGE: "merge", EVALUATION: "evaluation", SERVING: "serving", LOAD_TEST: "benchmark",
+    HARNESS: "lm_eval record",
+}  # fmt: skip
 """Kinds of records about a run, and what a person calls them."""
 OUTPUTS = "outputs"
 """Where entry points leave records that have no run folder to go to, below the working folder."""
@@ -110,7 +114,7 @@ def _is_about(folder: Path, kind: str, found: Records) -> bool:
     config = config_of(folder)
     model = config.get("model")
     named = [config.get(key) for key in ("run", "served", "replay")]
-    if kind == EVALUATION:
+    if kind in (EVALUATION, HARNESS):
         named.append(model.get("path") if isinstance(model, dict) else None)
         settings = result_of(folder).values.get("settings") or {}
         if settings.get("endpoint") and any(_answers(server, settings) for server in found.by_kind[SERVING]):

@@ -19,6 +19,7 @@ from gemma4_tpu.reporting.ceilings import nearest_to_ceiling
 from gemma4_tpu.reporting.costs import CostTerms
 from gemma4_tpu.reporting.curves import draw_curves
 from gemma4_tpu.reporting.found import KINDS, OUTPUTS, Records, find
+from gemma4_tpu.reporting.harness_tables import other_benchmarks
 from gemma4_tpu.reporting.html import html_page
 from gemma4_tpu.reporting.on_policy import on_policy
 from gemma4_tpu.tracking.files import write_text
@@ -112,6 +113,7 @@ def _one(records: Records, figures: Figures, page: Path, folder: Path) -> Iterat
     yield from on_policy(records)
     yield from afterwards.merge(records, page)
     yield from afterwards.evaluation(records, page)
+    yield from other_benchmarks(records, page)
     yield from afterwards.serving(records, page)
     yield from nearest_to_ceiling(figures)
 
@@ -164,7 +166,7 @@ def _planned(records: Records) -> Iterator[tuple[str, str, str]]:
 def _scored(records: Records) -> Iterator[tuple[str, str, str]]:
     for folder, outcome in afterwards.outcomes_of(records):
         score = outcome.scores()["strict"]["all"][0]
-        name = f"pass@{score.k} on {plain(outcome.benchmark)}, {plain(outcome.name)}"
+        name = f"{outcome.metric(score.k)} on {plain(outcome.benchmark)}, {plain(outcome.name)}"
         yield name, f"{score.value:.3f} [{score.low:.3f}, {score.high:.3f}]", f"{_MEASURED} in {plain(folder.name)}"
 
 

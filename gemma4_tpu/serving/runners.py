@@ -140,7 +140,7 @@ class ProcessRunner:
         try:
             self._process = subprocess.Popen(
                 self._words, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-                env=inherited() | self._environment, start_new_session=True, preexec_fn=_end_with_parent,
+                env=inherited() | self._environment, start_new_session=True, preexec_fn=end_with_parent,
             )  # fmt: skip
         except OSError as error:
             raise UserError(
@@ -188,6 +188,7 @@ class ProcessRunner:
             return
 
 
-def _end_with_parent() -> None:
+def end_with_parent() -> None:
+    """Has the kernel end this process with the one that started it; for `preexec_fn`."""
     if _prctl is not None:
         _prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)

@@ -17,8 +17,8 @@ import yaml
 from gemma4_tpu.errors import UserError
 from gemma4_tpu.tracking.files import jsonable, read_json, write_compact_json, write_json
 
-TRAINING, PLAN, MERGE, EVALUATION, SERVING, LOAD_TEST = WORK = (
-    "training", "plan", "merge", "evaluation", "serving", "load_test",
+TRAINING, PLAN, MERGE, EVALUATION, HARNESS, SERVING, LOAD_TEST = WORK = (
+    "training", "plan", "merge", "evaluation", "harness", "serving", "load_test",
 )  # fmt: skip
 """What a run folder is of; its `result.json` (a plan's `plan.json`) has the same kind."""
 (

@@ -11,7 +11,7 @@ from typing import Any
 
 
 class Server:
-    """Serves `/v1/models` and `/v1/chat/completions`; a context manager.
+    """Serves `/v1/models` and every POST; a context manager.
 
     Args:
       answer: request body and number of earlier requests of the same problem text → (status, body[, headers]) or the
@@ -39,8 +39,8 @@ class Server:
             def do_POST(self):
                 body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
                 with served._lock:
-                    key = (body["messages"], body.get("seed"))
-                    earlier = sum((b["messages"], b.get("seed")) == key for b in served.bodies)
+                    key = (body.get("messages"), body.get("seed"))
+                    earlier = sum((b.get("messages"), b.get("seed")) == key for b in served.bodies)
                     served.bodies.append(body)
                     served.headers.append(dict(self.headers))
                     served._at_once += 1
@@ -55,7 +55,7 @@ class Server:
                 data = body if isinstance(body, bytes) else json.dumps(body).encode()
                 try:
                     self.send_response(status)
-                    for name, value in (headers or {}).items():
+                    for name, value in {"Content-Type": "application/json", **(headers or {})}.items():
                         self.send_header(name, value)
                     self.send_header("Content-Length", str(len(data)))
                     self.end_headers()

@@ -36,6 +36,7 @@ PLACEHOLDERS = {
     "CodeV-R1 rows": "rows.jsonl", "team": "team", "id": "train_2026-11-21", "file or folder": "rows.jsonl",
     "command": "train", "other run": "other", "environment": ".venv-vllm",
     "drafter": "drafter",
+    "base": "base", "merged": "outputs/train/run/merged",
 }  # fmt: skip
 """`<…>` → what is there in the folder that the test runs in."""
 ELIDED = {"run=": "outputs/train/run", "data=": "verilog_smoke", "=gs://": "bucket/folder"}

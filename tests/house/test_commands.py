@@ -52,7 +52,8 @@ def reader(tmp_path_factory):
     merged.mkdir()
     (merged / "config.json").write_text(json.dumps(to_hf_config(ARCHITECTURES["gemma4_31b"])))
     (merged / "model.safetensors").touch()
-    shutil.copy(f"{assets.resolve('embedded:tiny')}/tokenizer.json", merged)
+    for file in ("tokenizer.json", "chat_template.jinja"):
+        shutil.copy(f"{assets.resolve('embedded:tiny')}/{file}", merged)
     base = shutil.copytree(merged, here / "base")
     shutil.copytree(merged, merged.with_name("fp8"))
     (here / "drafter").mkdir()
@@ -66,12 +67,16 @@ def reader(tmp_path_factory):
         config = {"peft_type": "LORA", "r": 8, "base_model_name_or_path": str(base)}
         (adapter / "adapter_config.json").write_text(json.dumps(config))
         (adapter / "adapter_model.safetensors").touch()
-    for folder in ("evaluation", "benchmark", "outputs/benchmarks/run", "outputs/plan/plan", "outputs/servings/server"):
+    for folder in ("evaluation", "benchmark", "outputs/benchmarks/run", "outputs/plan/plan", "outputs/servings/server",
+                   "outputs/lm_eval/base", "outputs/lm_eval/tuned"):  # fmt: skip
         (here / folder).mkdir(parents=True)
         (here / folder / "result.json").write_text("{}")
         (here / folder / "config.yaml").write_text("serving: {slice: v6e-8, host: 127.0.0.1, port: 8000}")
-    for file in ("evaluation/samples.jsonl", "samples.jsonl", "rows.jsonl"):
+    for file in ("evaluation/samples.jsonl", "samples.jsonl", "rows.jsonl", "test.jsonl", "test.csv", "test.parquet",
+                 "gsm8k.jsonl"):  # fmt: skip
         (here / file).touch()
+    (here / "bin").mkdir()
+    (here / "bin/lm_eval").touch(mode=0o755)
     converted = here / "outputs/verilog_eval_smoke"
     converted.mkdir()
     for file in ("train.jsonl", "heldout.jsonl"):
@@ -81,6 +86,7 @@ def reader(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(here)
         patch.setenv("HF_TOKEN", "none")
+        patch.setenv("PATH", f"{os.environ['PATH']}:{here / 'bin'}")
         patch.setenv("CLOUDSDK_CORE_PROJECT", "my-project")
         patch.setenv("CLOUDSDK_COMPUTE_ZONE", "us-east5-a")
         yield here

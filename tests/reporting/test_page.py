@@ -7,9 +7,11 @@ import gcsfs
 import pytest
 import yaml
 
+from gemma4_tpu.evals.harness import HarnessMetric, HarnessOutcome, HarnessTask
 from gemma4_tpu.report import main, spelt_out
 from gemma4_tpu.reporting.html import html_page
 from gemma4_tpu.tracking.files import read_json
+from gemma4_tpu.tracking.records import HARNESS, write_record
 from tests.reporting.conftest import ENDPOINT, EXPERIMENTS, evaluate, leave, merge, plan, serve, train, words_of
 
 RECORD = read_json(EXPERIMENTS / "smoke" / "result.json")
@@ -127,6 +129,20 @@ def test_records_elsewhere_are_found_where_they_name_the_run(run, tmp_path, caps
     assert "1 plan, 0 merges, 2 evaluations, 1 serving, 1 benchmark" in capsys.readouterr().out
     told = (run / "report.md").read_text()
     assert "| moved | model |" in told and "| ours | endpoint |" in told and "other" not in told
+
+
+def test_scores_of_lm_eval_have_a_section_of_their_own(run):
+    for name, value in (("base", 0.75), ("tuned", 0.25)):
+        folder = leave(run / "evaluations" / name, {"eval": {}})
+        write_record(folder / "record.json", HARNESS, {})
+        metric = HarnessMetric(value=value, stderr=0.01, higher_is_better=True)
+        task = HarnessTask(version="1.0", documents=100, shots=5, metrics={"acc,none": metric})
+        HarnessOutcome(model=name, lm_eval="0.4.13", settings={}, tasks={"arc": task}).write(folder)
+    report(f"run={run}")
+    told = words_of(run / "report.md")
+    assert "## Other benchmarks " in told
+    assert "| tuned | tuned | arc | 1.0 | 5 | 100 | acc,none ↑ | 0.2500 | 0.0100 |" in told
+    assert "base 0.7500, tuned 0.2500: +0.5000 [+0.4723, +0.5277], by standard errors: better" in told.replace("\\", "")
 
 
 def test_several_runs_side_by_side(run, tmp_path, capsys):

@@ -10,12 +10,15 @@ import time
 from collections import Counter
 
 import httpx
+import numpy as np
 import openai
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from benchmarks.serving_load import drive
+from gemma4_tpu import Gemma4
+from gemma4_tpu.evaluate import main as evaluate
 from tests.serving import TINY, free_port
 
 LONGEST = 320  # the tiny model's window is 128 tokens
@@ -227,6 +230,42 @@ def test_a_client_that_leaves_ends_its_answer(url):
         assert time.monotonic() < deadline, "still at it"
         time.sleep(0.05)
     assert counted(url)["vllm:generation_tokens_total"] - before < 40 * (LONGEST - 1)  # of twice as many
+
+
+@pytest.mark.slow  # loads and compiles the model in this process, too
+def test_choices_are_as_likely_here_as_in_process_and_by_logits(url, tmp_path):
+    """`eval=accuracy` by likelihoods."""
+    choices = ["module a; endmodule", "assign y = a & b;", "assign y = a"]
+    rows = [{"question": text, "choices": choices, "answer": choices[1]} for text in ("Write an and gate.", "And?")]
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    words = ["eval=accuracy", f"eval.problems_path={path}", "eval.answers.choices=choices"]
+    words += ["eval.answers.choose=logprob", "eval.batch_size=4"]
+    subjects = {
+        "here": ["model.path=embedded:tiny"],
+        "there": [f"eval.endpoint={url}/v1", "model.tokenizer=embedded:tiny"],
+    }
+    stored = {}
+    for name, subject in subjects.items():
+        assert evaluate([*words, *subject, f"run_dir={tmp_path / name}"]) == 0
+        lines = (tmp_path / name / "samples.jsonl").read_text().splitlines()
+        stored[name] = {row["problem"]: row for row in map(json.loads, lines)}
+    assert len(stored["here"]) == 2 and stored["here"].keys() == stored["there"].keys()
+    model = Gemma4.load("embedded:tiny")
+    for problem, row in stored["here"].items():
+        asked = [{"role": "user", "content": rows[int(problem.split("-")[0]) - 1]["question"]}]
+        prompt = model.tokenizer.apply_chat_template(asked, tokenize=False, add_generation_prompt=True)
+        before = model.tokenizer(prompt, add_special_tokens=False)["input_ids"]
+        for choice, own, other in zip(choices, row["choices"], stored["there"][problem]["choices"], strict=True):
+            answer = model.tokenizer(f"{choice}<turn|>", add_special_tokens=False)["input_ids"]
+            (logits,) = model.logits([before + answer])
+            scores = logits - np.logaddexp.reduce(logits, axis=-1, keepdims=True)
+            expected = sum(scores[len(before) - 1 + i, token] for i, token in enumerate(answer))
+            assert own["tokens"] == other["tokens"] == len(answer)
+            # Float32 sums of some 20 terms of about 5, each of logits that transformers' agree with to 3e-4.
+            assert own["logprob"] == pytest.approx(expected, abs=2e-3)
+            assert other["logprob"] == pytest.approx(expected, abs=2e-3)
+        assert row["completion"] == max(zip(row["choices"], choices, strict=True), key=lambda p: p[0]["logprob"])[1]
 
 
 def test_many_users_at_once_and_nothing_of_them_stays(server):

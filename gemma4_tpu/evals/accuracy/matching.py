@@ -1,0 +1,142 @@
+"""When an answer is the expected one: what is taken from the text, how it is read, and the verdict.
+
+`READINGS` is the one place for that. No JAX here, nor NumPy: the checks name the readings, too.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Sequence
+from decimal import Decimal
+from typing import Any
+
+from gemma4_tpu.config.tasks import AnswersConfig
+from gemma4_tpu.data.drops import RowDropped
+from gemma4_tpu.data.timeout import row_limit
+from gemma4_tpu.evals.problems import LEAKED, Verdict, VerdictClass, is_leaked_thought
+
+LETTER = "letter"
+CHOOSE = (LETTER, "logprob", "logprob_per_token")
+"""`eval.answers.choose`."""
+ANSWERS = ("text", LETTER, "index")
+"""`eval.answers.answer`."""
+LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
+_NUMBER = re.compile(r"[-+−]?(?:(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?(?:[eE][-+]?\d{1,4}\b)?|\.\d+)")
+_FENCE = re.compile(r"\s*```\w*\s*\n(.*?)\n?\s*```\s*", re.DOTALL)
+_LETTER = re.compile(r"\W*([A-Za-z])(?:\W*$|[.):\]*,])")
+_SHOWN = 80  # characters of an answer in a verdict
+
+
+def _folded(text: str) -> str:
+    return " ".join(text.casefold().split())
+
+
+def _number(text: str) -> Decimal:
+    """Raises: ValueError: the text holds no number, or several different ones."""
+    found = {Decimal(number.replace(",", "").replace("−", "-")) for number in _NUMBER.findall(text)}
+    if len(found) != 1:
+        raise ValueError(f"holds {len(found) or 'no'} number{'s' * (len(found) > 1)}")
+    return found.pop()
+
+
+def _json(text: str) -> str:
+    """The value in one spelling: 1 is 1.0, and neither "1" nor true. Raises: ValueError: it is no JSON."""
+    fenced = _FENCE.fullmatch(text)
+    try:
+        value = json.loads(fenced[1] if fenced else text, parse_int=Decimal, parse_float=Decimal)
+        return json.dumps(value, sort_keys=True, default=lambda number: {"": str(number.normalize())})
+    except (ValueError, RecursionError, ArithmeticError):
+        raise ValueError("is no JSON") from None
+
+
+READINGS: dict[str, Callable[[str], Any]] = {
+    "exact": str,
+    "stripped": str.strip,
+    "casefold": _folded,
+    "number": _number,
+    "json": _json,
+}
+"""`eval.answers.compare` → what of a text is compared, by equality; `ValueError` where the text holds nothing such."""
+
+
+class Matcher:
+    """Judges answers as `eval.answers` says."""
+
+    def __init__(self, config: AnswersConfig):
+        self._read = READINGS[config.compare]
+        self._extract = re.compile(config.extract, re.MULTILINE) if config.extract else None
+
+    def expected(self, text: str) -> Any:
+        """What an answer is to be equal to. Raises: ValueError: the text holds nothing that could be compared."""
+        found = self._extracted(text)
+        return self._read(text if found is None else found)
+
+    def verdict(self, answer: str, expected: str) -> Verdict:
+        """On a free answer."""
+        found = self._found(answer)
+        if isinstance(found, Verdict):
+            return found
+        try:
+            read = self._read(found)
+        except ValueError as error:
+            return unanswered(found, str(error))
+        return verdict(read == self.expected(expected), found, expected)
+
+    def letter(self, answer: str, choices: Sequence[str], right: int) -> Verdict:
+        """On a generated letter; a choice's own text is taken, too."""
+        found = self._found(answer)
+        if isinstance(found, Verdict):
+            return found
+        chosen = _chosen(found, choices)
+        if chosen is None:
+            return unanswered(found, "names no choice")
+        return verdict(chosen == right, f"{LETTERS[chosen]}. {choices[chosen]}", f"{LETTERS[right]}. {choices[right]}")
+
+    def _found(self, answer: str) -> str | Verdict:
+        """The part of an answer that counts, or the verdict where there is none."""
+        if is_leaked_thought(answer):
+            return LEAKED
+        if not answer.strip():
+            return unanswered(answer, "is empty")
+        try:
+            with row_limit():
+                found = self._extracted(answer)
+        except RowDropped as slow:
+            return unanswered(answer, f"eval.answers.extract took {slow.detail}")
+        return unanswered(answer, "has no match of eval.answers.extract") if found is None else found
+
+    def _extracted(self, text: str) -> str | None:
+        """What `extract` finds, the last match; None: nothing. All of the text where nothing is to be extracted."""
+        if self._extract is None:
+            return text
+        found = list(self._extract.finditer(text))
+        if not found:
+            return None
+        return (found[-1][1] if self._extract.groups else found[-1][0]) or ""
+
+
+def _chosen(text: str, choices: Sequence[str]) -> int | None:
+    """The number of the choice that a text names, by its letter or by being it; None: none, or no telling."""
+    by_text = [number for number, choice in enumerate(choices) if _folded(choice) == _folded(text)]
+    letter = _LETTER.match(text)
+    number = LETTERS.index(letter[1].upper()) if letter else len(choices)
+    if len(by_text) == 1:
+        return by_text[0]
+    return number if number < len(choices) else None
+
+
+def verdict(passed: bool, said: str, expected: str) -> Verdict:
+    """On an answer that could be read."""
+    if passed:
+        return Verdict(kind=VerdictClass.PASS, official=None)
+    return Verdict(kind=VerdictClass.WRONG, official=None, detail=f"{_shown(said)}, expected {_shown(expected)}")
+
+
+def unanswered(said: str, why: str) -> Verdict:
+    """On an answer in which there is nothing to compare."""
+    return Verdict(kind=VerdictClass.UNANSWERED, official=None, detail=f"{_shown(said)} {why}")
+
+
+def _shown(text: str) -> str:
+    return repr(text if len(text) <= _SHOWN else f"{text[:_SHOWN]}…")

@@ -1,0 +1,100 @@
+"""lm-evaluation-harness as a child process: told by a file, its results read back.
+
+It runs by its own command in its own environment, so that neither its packages nor its tasks' code get into ours. It
+asks the server's `/completions`, which scores and generates alike; the tokenizer puts questions into turns. What it was
+answered is cached, so a second start goes on.
+"""
+
+from __future__ import annotations
+
+import logging
+import subprocess
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from gemma4_tpu import assets
+from gemma4_tpu.config.tasks import EvalConfig
+from gemma4_tpu.errors import UserError, last_words
+from gemma4_tpu.evals.checks import LM_EVAL, find_command
+from gemma4_tpu.evals.endpoint import served_model
+from gemma4_tpu.evals.harness import HarnessOutcome, read_written, write_documents
+from gemma4_tpu.serving.runners import end_with_parent
+
+log = logging.getLogger(__name__)
+
+TOLD, LOG, WRITTEN, CACHE = "lm_eval.yaml", "lm_eval.log", "lm_eval", "responses"
+END_SECONDS = 10.0
+_BAR = "%|"  # in every line of a progress bar, which may come behind the last words
+
+
+def run_harness(config: EvalConfig, tokenizer: str, folder: Path) -> HarnessOutcome:
+    """Runs the tasks on `eval.endpoint` and leaves their scores in `folder`.
+
+    Args:
+      config: server, tasks, limits.
+      tokenizer: folder of the model's tokenizer.
+      folder: the record's.
+
+    Raises:
+      UserError: no server there, or lm_eval ended with an error, whose last words it repeats.
+    """
+    model = served_model(config)
+    told = arguments(config, tokenizer, folder, model)
+    (folder / TOLD).write_text(yaml.safe_dump(told, sort_keys=False), encoding="utf-8")
+    log.info("lm_eval: %s on %s; its log: %s", ", ".join(config.lm_eval.tasks), model["id"], folder / LOG)
+    started = time.perf_counter()
+    _run([find_command() or LM_EVAL, "run", "--config", str(folder / TOLD)], folder / LOG)
+    version, tasks, values = read_written(folder / WRITTEN)
+    settings = {
+        "endpoint": config.endpoint, "model": model["id"], "tokenizer": tokenizer, "limit": config.max_problems,
+        "system": config.system, "chat_template": config.lm_eval.chat_template,
+    }  # fmt: skip
+    outcome = HarnessOutcome(
+        model=model["id"], lm_eval=version, settings=settings, tasks=tasks, seconds=time.perf_counter() - started
+    )
+    write_documents(folder, values)
+    outcome.write(folder)
+    return outcome
+
+
+def arguments(config: EvalConfig, tokenizer: str, folder: Path, model: dict[str, Any]) -> dict[str, Any]:
+    """What `lm_eval run --config` takes. `model`: what the server lists of it."""
+    longest = model.get("max_model_len")
+    server = {
+        "base_url": f"{config.endpoint}/completions", "model": model["id"], "tokenizer": assets.resolve(tokenizer),
+        "tokenizer_backend": "huggingface", "num_concurrent": config.concurrency, "max_retries": config.retries + 1,
+        "timeout": int(config.request_timeout_seconds), **({"max_length": longest} if longest else {}),
+    }  # fmt: skip
+    harness = config.lm_eval
+    return {
+        "model": "local-completions", "model_args": server, "tasks": list(harness.tasks),
+        "include_path": harness.include, "num_fewshot": harness.shots, "limit": config.max_problems,
+        "apply_chat_template": harness.chat_template, "system_instruction": config.system, "log_samples": True,
+        "output_path": str(folder / WRITTEN), "use_cache": str(folder / CACHE),
+    }  # fmt: skip
+
+
+def _run(command: Sequence[str], log_path: Path) -> None:
+    """Waits for a command, which ends with this process, however that ends."""
+    with log_path.open("w", encoding="utf-8") as printed:
+        process = subprocess.Popen(
+            command, stdin=subprocess.DEVNULL, stdout=printed, stderr=subprocess.STDOUT, preexec_fn=end_with_parent
+        )
+        try:
+            code = process.wait()
+        except BaseException:
+            process.terminate()
+            try:
+                process.wait(END_SECONDS)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
+            raise
+    if code:
+        lines = log_path.read_text(encoding="utf-8", errors="replace").splitlines()
+        said = last_words("\n".join(line for line in lines if _BAR not in line))
+        raise UserError(f"lm_eval ended with code {code}: {said}; all that it said: {log_path}")
