@@ -105,7 +105,7 @@ def section(recipe: Recipe, plans: dict[str, dict[str, Any]]) -> list[str]:
     ]
     table_rows = []
     for label, told in plans.items():
-        mesh = " × ".join(str(told["mesh"][axis]) for axis in MeshSizes._fields)
+        mesh = MeshSizes.recorded(told["mesh"]).product
         rows = f"{told['rows_per_update'] // told['microbatches']} × {told['microbatches']}"
         limit = f"{told['hbm_limit_bytes_per_chip'] / GIB:.2f}"
         cells = [label or "the run", mesh, f"`{told['remat']}`", rows]

@@ -50,7 +50,7 @@ _PART = (lambda v: 0 < v <= 1, "more than 0 and at most 1")
 _SHARE = (lambda v: 0 <= v <= 1, "between 0 and 1")
 RANGES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "hardware.usd_per_hour": _FROM_0,
-    "mesh.dp": _FROM_1, "mesh.fsdp": _FROM_1, "mesh.tp": _FROM_1,
+    "mesh.dp": _FROM_1, "mesh.fsdp": _FROM_1, "mesh.tp": _FROM_1, "mesh.cp": _FROM_1,
     "lora.rank": _FROM_1, "lora.expert_rank": _FROM_1, "lora.alpha": _POSITIVE, "lora.dropout": _DECAY,
     "data.heldout_fraction": _DECAY, "data.max_rows": _FROM_1, "data.max_drop_fraction": _SHARE,
     "data.sequence_length": (lambda v: v >= 2, "at least 2"),

@@ -86,7 +86,9 @@ def _moves(parts: int) -> tuple[Sent, Sent]:
 
     Of two parts p and 2·parts - 1 - p one is even and one odd, so that each chip gets one first half and one second.
     """
-    first, second = ([(i, min(p, 2 * parts - 1 - p)) for i, p in enumerate(range(half, 2 * parts, 2))] for half in (0, 1))
+    first, second = (
+        [(i, min(p, 2 * parts - 1 - p)) for i, p in enumerate(range(half, 2 * parts, 2))] for half in (0, 1)
+    )
     return first, second
 
 
@@ -116,7 +118,7 @@ def blockwise_attention(
 
 
 def _by_blocks(q, k, v, segments, of_keys, before, window):
-    """q [B, S, N, H], k and v [B, keys, K, H]; `before`: keys before that of the first query, at least a window's."""
+    """Q [B, S, N, H], k and v [B, keys, K, H]; `before`: keys before that of the first query, at least a window's."""
     size = math.gcd(q.shape[1], QUERIES)
     reach = k.shape[1] if window is None else before + size
 

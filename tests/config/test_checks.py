@@ -38,6 +38,10 @@ REFUSALS = [
         ["model=gemma4_31b", "model.path=random:0", "trainer.attention=splash", "data.sequence_length=500"],
         "data.sequence_length or data.buckets [500] must be multiples of 128",
     ),
+    # rows that are split
+    (["hardware=v5p8", "mesh.cp=3"], "mesh.cp=3: not possible for model=tiny on 4 devices (dp × fsdp × cp × tp = 4;"),
+    (["hardware=v5p8", "mesh.cp=2", "mesh.tp=2", "data.sequence_length=4098"], "mesh.cp=2: rows of 4098 tokens"),
+    (["mesh.cp=2", "trainer.sample_prompts=1"], "trainer.sample_prompts=1 decodes answers, for which rows are not"),
     (["optimizer.schedule=cos"], "did you mean optimizer.schedule=cosine?"),
     # optimizers: keys of another kind, schedules, averages
     (["optimizer=lion", "optimizer.eps=1e-6"], "optimizer.eps=1e-06: not with optimizer=lion; give null, or"),
@@ -255,7 +259,7 @@ def test_an_incomplete_checkpoint_is_refused(refused, checkpoint, damage, told):
 
 def mesh(name: str, devices: int, **sizes: int | None) -> tuple[int, int, int]:
     """(dp, fsdp, tp)"""
-    return resolve_mesh(MeshConfig(**sizes), ARCHITECTURES[name], devices)
+    return resolve_mesh(MeshConfig(**sizes), ARCHITECTURES[name], devices)[:3]
 
 
 def test_auto_takes_the_largest_legal_tp():

@@ -36,10 +36,10 @@ def close(ours, wanted):
         np.testing.assert_allclose(got, gradient, atol=1e-5 * float(jnp.abs(gradient).max()))
 
 
-@pytest.mark.parametrize(("dp", "fsdp", "cp", "tp"), [(1, 1, 8, 1), (1, 1, 3, 2), (2, 1, 2, 2), (1, 2, 4, 1)])
-@pytest.mark.parametrize("window", [None, 5, 9, 40])
+@pytest.mark.parametrize(("dp", "fsdp", "cp", "tp"), [(1, 1, 8, 1), (2, 1, 2, 2)])
+@pytest.mark.parametrize("window", [None, 5, 40])
 def test_products_on_split_rows_are_those_on_whole_rows(window, dp, fsdp, cp, tp):
-    """Windows within a chip's tokens, of just one more than they are, and over several chips."""
+    """Windows within a chip's tokens, over several chips', and longer than all before them."""
     mesh = sharding.make_mesh(fsdp, tp, jax.devices()[: dp * fsdp * cp * tp], dp=dp, cp=cp)
     given = arrays(48, 8, 2, [13, 9, 7, 11, 8])
     q, k, v, segments, weight = given
@@ -47,14 +47,13 @@ def test_products_on_split_rows_are_those_on_whole_rows(window, dp, fsdp, cp, tp
     close(ours, value_and_gradients(einsum_attention, q, k, v, segments, window, weight))
 
 
-@pytest.mark.parametrize(("cp", "tp", "window"), [(2, 2, None), (4, 1, None), (2, 2, 200), (4, 1, 300)])
+@pytest.mark.slow
+@pytest.mark.parametrize(("cp", "tp", "window"), [(2, 2, None), (4, 1, 300)])
 def test_the_tpu_kernel_on_split_rows_equals_whole_rows(window, cp, tp):
     """The kernel runs in Pallas' interpreter; a window of 300 takes two chips' tokens of 256."""
     mesh = sharding.make_mesh(1, tp, jax.devices()[: cp * tp], cp=cp)
     q, k, v, segments, weight = arrays(1024, 128, 2, [190, 30, 250, 384, 170])
-    ours = value_and_gradients(
-        partial(splash_attention, mesh=mesh, interpret=True), q, k, v, segments, window, weight
-    )
+    ours = value_and_gradients(partial(splash_attention, mesh=mesh, interpret=True), q, k, v, segments, window, weight)
     close(ours, value_and_gradients(einsum_attention, q, k, v, segments, window, weight))
 
 
