@@ -47,7 +47,8 @@ def with_halo(x: jax.Array, tokens: int, axis: int) -> jax.Array:
     for distance in range(-(-tokens // own), 0, -1):
         size = min(own, tokens - (distance - 1) * own)
         last = jax.lax.slice_in_dim(x, own - size, own, axis=axis)
-        pieces.append(jax.lax.ppermute(last, CP, [(i, i + distance) for i in range(parts - distance)]))
+        sent = [(i, i + distance) for i in range(parts - distance)]
+        pieces.append(jax.lax.ppermute(last, CP, sent) if sent else jnp.zeros_like(last))
     return jnp.concatenate([*pieces, x], axis=axis)
 
 

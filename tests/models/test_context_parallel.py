@@ -10,7 +10,8 @@ import pytest
 from gemma4_tpu.models import sharding
 from gemma4_tpu.models.attention import einsum_attention
 from gemma4_tpu.models.context_parallel import blockwise_attention, exchanged_places
-from gemma4_tpu.models.splash import splash_attention
+from gemma4_tpu.models.splash import _grid, _kernel, splash_attention
+from gemma4_tpu.planning.kernels import Mask
 
 
 def value_and_gradients(attention, q, k, v, segments, window, weight):
@@ -62,3 +63,14 @@ def test_every_chip_has_as_many_pairs_of_tokens(parts):
     places = exchanged_places(48 * parts, parts).reshape(parts, -1)
     assert sorted(places.reshape(-1)) == list(range(48 * parts))
     assert len({int(chip.sum()) for chip in places}) == 1
+
+
+@pytest.mark.parametrize("window", [None, 300])
+def test_a_plan_counts_the_blocks_that_the_kernel_visits_on_each_chip(window):
+    length, parts = 4096, 4
+    grid = _grid(length, parts, window)
+    visited = np.asarray(_kernel(grid, 1, 1, parts, interpret=True).fwd_mask_info.block_mask) > 0
+    chips = parts if window is None else 1  # in sliding layers all have the same table
+    keys = length if window is None else length // parts + grid.halo
+    mask = Mask(window, grid.blocks.block_q, grid.blocks.block_kv)
+    assert (visited.reshape(chips, -1).sum(axis=1) == mask.of_chip(length // parts, keys)).all()
