@@ -40,10 +40,7 @@ REFUSALS = [
         "data.sequence_length or data.buckets [500] must be multiples of 128",
     ),
     # rows that are split
-    (
-        ["hardware=v5p8", "mesh.cp=3"],
-        "mesh.cp=3: not possible for model=tiny_moe on 4 devices (dp × fsdp × cp × tp = 4;",
-    ),
+    (["hardware=v5p8", "mesh.cp=3"], "mesh.cp=3: not possible for model=tiny_moe on 4 devices (dp × fsdp × cp × tp ="),
     (["hardware=v5p8", "mesh.cp=2", "mesh.tp=2", "data.sequence_length=4098"], "mesh.cp=2: rows of 4098 tokens"),
     (["mesh.cp=2", "trainer.sample_prompts=1"], "trainer.sample_prompts=1 decodes answers, for which rows are not"),
     (["optimizer.schedule=cos"], "did you mean optimizer.schedule=cosine?"),
