@@ -23,7 +23,6 @@ SPENT_BY_THE_CHECKS = {
     ("MeshConfig", "dp"): "meshes.resolve_mesh, which every caller asks",
     ("MeshConfig", "fsdp"): "meshes.resolve_mesh, which every caller asks",
     ("MeshConfig", "tp"): "meshes.resolve_mesh, which every caller asks",
-    ("MeshConfig", "cp"): "meshes.resolve_mesh, which every caller asks",
     ("EvalConfig", "resimulate"): "evals/checks: which form of evaluation it is",
     ("EvaluateRoot", "selfcheck"): "evals/checks: which form of evaluation it is",
     ("MergeRoot", "run"): "export/checks: MergeChecked.runs",
