@@ -306,7 +306,7 @@ def test_an_impossible_mesh_lists_the_legal_ones(name, devices, sizes):
 
 def test_the_mesh_of_a_known_slice_is_checked_without_jax(load, refused):
     assert load("hardware=v5p8", "model=gemma4_31b", "model.path=random:0").checked.mesh == MeshSizes(1, 1, 4)
-    assert load("hardware=v5p8", "mesh.fsdp=2", "mesh.tp=2").checked.mesh == (1, 2, 2)
+    assert load("hardware=v5p8", "mesh.fsdp=2", "mesh.tp=2").checked.mesh == MeshSizes(1, 2, 2)
     assert "legal meshes" in refused("hardware=v5p16", "model=gemma4_31b", "model.path=random:0", "mesh=tp")
 
 
