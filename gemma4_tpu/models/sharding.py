@@ -1,9 +1,9 @@
 """Where every array lies on a mesh: the axes of its dims (for weights those of `weights.py`), as far as they fit.
 
 Four axes. `dp` splits the rows of a batch only, every weight is there as often; `fsdp` splits the rows and one dim of
-each weight; `cp` splits the tokens of each row (see `context_parallel.py`), every weight is there as often; `tp` splits heads,
-hidden units and the vocabulary. A dim that its axis does not divide is replicated over that axis, which is reported
-once by `replicated`.
+each weight; `cp` splits the tokens of each row (`context_parallel.py`), every weight is there as often; `tp` splits
+heads, hidden units and the vocabulary. A dim that its axis does not divide is replicated over that axis, which is
+reported once by `replicated`.
 """
 
 from __future__ import annotations
