@@ -159,7 +159,7 @@ def _figure(value: float | str) -> str:
 
 
 def _mesh(sizes: dict[str, int]) -> str:
-    return " × ".join(str(sizes.get(axis, 1)) for axis in MeshSizes._fields)
+    return MeshSizes.recorded(sizes).product
 
 
 def _memory(one: dict[str, Any]) -> str:

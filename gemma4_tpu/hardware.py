@@ -103,11 +103,17 @@ class MeshSizes(NamedTuple):
     dp: int
     fsdp: int
     tp: int
+    cp: int = 1
 
     @classmethod
     def recorded(cls, sizes: Mapping[str, int]) -> MeshSizes:
         """Those of a record; old ones know no `dp`."""
         return cls(**{"dp": 1, **sizes})
+
+    @property
+    def record(self) -> dict[str, int]:
+        """As records have it: without `cp` where rows stay whole, which once was all there was."""
+        return {axis: size for axis, size in self._asdict().items() if axis != "cp" or size > 1}
 
     @property
     def row_places(self) -> int:
@@ -116,11 +122,18 @@ class MeshSizes(NamedTuple):
 
     @property
     def overrides(self) -> tuple[str, ...]:
-        """As given on the command line; without `mesh.dp` where it is 1."""
+        """As given on the command line; without `mesh.dp` and `mesh.cp` where they are 1."""
         return tuple(f"mesh.{word}" for word in str(self).split())
 
     def __str__(self) -> str:
-        return " ".join(f"{axis}={size}" for axis, size in self._asdict().items() if axis != "dp" or size > 1)
+        shown = (one for one in self._asdict().items() if one not in (("dp", 1), ("cp", 1)))
+        return " ".join(f"{axis}={size}" for axis, size in shown)
+
+    @property
+    def product(self) -> str:
+        """`1 × 2 × 4`, dp × fsdp × tp; where rows are split `1 × 1 × 4 × cp 2`."""
+        sizes = [self.dp, self.fsdp, self.tp, *([f"cp {self.cp}"] if self.cp > 1 else [])]
+        return " × ".join(map(str, sizes))
 
 
 # fmt: off

@@ -36,6 +36,7 @@ from gemma4_tpu.models.audit import audit
 from gemma4_tpu.models.base import Base, resolve_base
 from gemma4_tpu.models.gemma4 import Model, Params, hidden_states, logits
 from gemma4_tpu.storage import list_folder
+from gemma4_tpu.training.meshes import whole_rows_problems
 from gemma4_tpu.training.setup import start_mesh
 
 Prompt = str | Sequence[Message]
@@ -76,6 +77,8 @@ class Gemma4:
           UserError: nothing of the kind is there, or its parts don't fit together.
         """
         place, mesh = str(source), mesh or MeshConfig(tp=None)
+        if problems := whole_rows_problems(mesh.cp, "a model in memory takes texts of any length"):
+            raise UserError(problems[0])
         settings = EvalConfig(compute_dtype=compute_dtype, checkpoint=checkpoint)
         if _is_checkpoint(place):
             name = model or ("" if place.startswith(RANDOM) else recognise(assets.resolve(place)))

@@ -46,7 +46,7 @@ from gemma4_tpu.training.prediction import predict
 from gemma4_tpu.training.preemption import Preemption
 from gemma4_tpu.training.profile import Profile, check_profile
 from gemma4_tpu.training.rates import Rates
-from gemma4_tpu.training.recipe import Recipe, rows_per_microbatch
+from gemma4_tpu.training.recipe import Recipe, check_lengths, rows_per_microbatch
 from gemma4_tpu.training.replay import Replay
 from gemma4_tpu.training.reports import Reports
 from gemma4_tpu.training.rollouts_checks import check_decoding_mesh, is_on_policy
@@ -117,6 +117,7 @@ def train(loaded: Loaded[TrainRoot, Checked], folder: RunFolder, hosts: Hosts, p
     mesh = start_mesh(config.hardware, config.mesh, base.arch)
     own = _own_answers(config, mesh, data, tokenizer, base, hosts) if is_on_policy(config.objective) else None
     batches = make_batches(data, config.data, config.trainer, mesh, own)
+    check_lengths(batches.lengths, MeshSizes(**mesh.shape))
     run = Run(config, loaded.overrides, folder, hosts, resume_from, base, start, tokenizer, data, mesh, batches)
     check_profile(config.trainer.profile, run.updates)
     check_patience(config.trainer, bool(batches.heldout))

@@ -146,7 +146,7 @@ HEADS = (
 def row(key: tuple[str, str, str], plan: dict[str, Any]) -> list[str]:
     """Of the table."""
     size, machine, kind = key
-    mesh = " × ".join(str(plan["mesh"][axis]) for axis in MeshSizes._fields)
+    mesh = MeshSizes.recorded(plan["mesh"]).product
     needed = plan["hbm_bytes_per_chip"]
     memory = f"{needed / 2**30:.1f} of {plan['hbm_limit_bytes_per_chip'] / 2**30:.2f}" if needed else "too much"
     cells_ = [size, machine, kind, mesh, plan["remat"], str(plan["rows_per_update"]), "yes" if plan["fits"] else "no"]

@@ -40,12 +40,14 @@ class Recipe:
     jobs: dict[str, tuple[str, ...]] = field(default_factory=lambda: {"": ()})
     """Label → overrides; one without a label is the recipe itself."""
     runs: int = 1
-    """Runs as long as each planned one."""
+    """Runs as long as each planned one; 0: the jobs are alternatives."""
 
     def path(self, label: str) -> Path:
         folder = EXPERIMENTS / self.name
         return folder / "plans" / f"{label.replace(' ', '_')}.json" if label else folder / "plan.json"
 
+
+LONG = "plan.schedule=false", "plan.rows=1000", "plan.mean_tokens=131072", "plan.p99_tokens=131072"
 
 RECIPES = (
     Recipe("v5p8", "v5p8"),
@@ -67,6 +69,17 @@ RECIPES = (
             )
             for tp, microbatches in ((4, 4), (4, 2), (4, 1), (2, 2), (2, 1), (1, 1))
         },
+    ),
+    Recipe(
+        "long_context",
+        "long_context",
+        {
+            "31B on v6e-16": LONG,
+            "31B on v5p-16": (*LONG, "hardware=v5p16", "mesh.cp=2"),
+            "E4B on v6e-4": (*LONG, "hardware=v6e4", "model=gemma4_e4b", "mesh.cp=2", "mesh.tp=2"),
+            "31B on v5p-32": (*LONG, "hardware=v5p32", "trainer.remat=attention"),
+        },
+        runs=0,
     ),
 )  # fmt: skip
 
@@ -105,7 +118,7 @@ def section(recipe: Recipe, plans: dict[str, dict[str, Any]]) -> list[str]:
     ]
     table_rows = []
     for label, told in plans.items():
-        mesh = " × ".join(str(told["mesh"][axis]) for axis in MeshSizes._fields)
+        mesh = MeshSizes.recorded(told["mesh"]).product
         rows = f"{told['rows_per_update'] // told['microbatches']} × {told['microbatches']}"
         limit = f"{told['hbm_limit_bytes_per_chip'] / GIB:.2f}"
         cells = [label or "the run", mesh, f"`{told['remat']}`", rows]
@@ -130,7 +143,7 @@ def section(recipe: Recipe, plans: dict[str, dict[str, Any]]) -> list[str]:
     lines += list(table(HEADS, table_rows, "lllllrlrrrrrr"))[:-1]
     fitting = [told for told in plans.values() if told["fits"]]
     prices = [told["usd_estimate"].get("on_demand") for told in fitting]
-    if recipe.jobs.keys() != {""} and all(prices):
+    if recipe.runs and recipe.jobs.keys() != {""} and all(prices):
         hours, usd = ({end: recipe.runs * sum(one[end] for one in values) for end in ("low", "high")}
                       for values in ([told["hours"] for told in fitting], prices))  # fmt: skip
         times = f", each job {recipe.runs} times" if recipe.runs > 1 else ""

@@ -61,7 +61,7 @@ def _is_pattern(text: str) -> bool:
 
 RANGES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "hardware.usd_per_hour": _FROM_0,
-    "mesh.dp": _FROM_1, "mesh.fsdp": _FROM_1, "mesh.tp": _FROM_1,
+    "mesh.dp": _FROM_1, "mesh.fsdp": _FROM_1, "mesh.tp": _FROM_1, "mesh.cp": _FROM_1,
     "lora.rank": _FROM_1, "lora.expert_rank": _FROM_1, "lora.alpha": _POSITIVE, "lora.dropout": _DECAY,
     "data.heldout_fraction": _DECAY, "data.max_rows": _FROM_1, "data.max_drop_fraction": _SHARE,
     "data.sequence_length": (lambda v: v >= 2, "at least 2"),

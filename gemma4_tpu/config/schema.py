@@ -52,8 +52,8 @@ class DistributedConfig:
 
 @dataclass(kw_only=True)
 class MeshConfig:
-    """Device mesh with the axes `dp` (splits rows only: weights are replicated), `fsdp` (splits rows and weights) and
-    `tp` (splits heads and hidden units) (`mesh=`).
+    """Device mesh with the axes `dp` (splits rows only: weights are replicated), `fsdp` (splits rows and weights), `tp`
+    (splits heads and hidden units) and `cp` (splits the tokens of each row) (`mesh=`).
     """
 
     dp: int | None = 1
@@ -63,6 +63,8 @@ class MeshConfig:
     tp: int | None = None
     """Devices on the `tp` axis; null: those that the other axes leave. If several are null: the largest legal tp, the
     rest fsdp."""
+    cp: int = 1
+    """Devices on the `cp` axis, for rows that are too long for one chip; training only."""
 
 
 @dataclass(kw_only=True)

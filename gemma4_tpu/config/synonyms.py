@@ -162,6 +162,7 @@ MEANINGS: tuple[tuple[str, str, str], ...] = (
     ("tensor_parallel_size tp_size ici_tensor_parallelism", "mesh.tp={}", "devices on that axis"),
     ("data_parallel_size dp_size ici_data_parallelism", "mesh.dp={}", "devices on that axis"),
     ("fsdp_size ici_fsdp_parallelism", "mesh.fsdp={}", "devices on that axis"),
+    ("context_parallel_size cp_size ici_context_parallelism", "mesh.cp={}", "devices on that axis"),
     (
         "num_gpus n_gpu num_devices device devices accelerator",
         "hardware=<slice>",

@@ -19,6 +19,7 @@ from gemma4_tpu.data.forms import AUTO, CONVERSATIONS, FORMS
 from gemma4_tpu.evals.accuracy.matching import ANSWERS, CHOOSE, LETTER, READINGS
 from gemma4_tpu.evals.benchmarks import SOURCES
 from gemma4_tpu.tracking.run import is_run
+from gemma4_tpu.training.meshes import whole_rows_problems
 
 ACCURACY, LM_EVAL = "accuracy", "lm_eval"
 SIMULATED = tuple(SOURCES)
@@ -62,7 +63,7 @@ def normalise_evaluate(root: EvaluateRoot) -> EvaluateRoot:
 def examine_evaluate(root: EvaluateRoot) -> tuple[EvaluateChecked | None, list[Refusal]]:
     """Everything that can be checked without a model or a simulator; None when there are problems."""
     form, messages = _form(root)
-    messages += limit_problems(root, CHOICES)
+    messages += limit_problems(root, CHOICES) + whole_rows_problems(root.mesh.cp, "an evaluation decodes answers")
     match form:
         case "compare":
             messages += _compared(root.compare)

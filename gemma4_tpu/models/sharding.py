@@ -1,8 +1,9 @@
 """How every array is sharded on a mesh: the axes of its dims (for weights those of `weights.py`), as far as they fit.
 
-Three axes. `dp` splits the rows of a batch only, every weight is there as often; `fsdp` splits the rows and one dim of
-each weight; `tp` splits heads, hidden units and the vocabulary. A dim that its axis does not divide is replicated over
-that axis, which is reported once by `replicated`.
+Four axes. `dp` splits the rows of a batch only, every weight is there as often; `fsdp` splits the rows and one dim of
+each weight; `cp` splits the tokens of each row (`context_parallel.py`), every weight is there as often; `tp` splits
+heads, hidden units and the vocabulary. A dim that its axis does not divide is replicated over that axis, which is
+reported once by `replicated`.
 """
 
 from __future__ import annotations
@@ -19,29 +20,38 @@ from jax.sharding import PartitionSpec as P
 from gemma4_tpu.models.layout import Layout, Leaf
 from gemma4_tpu.models.weights import FSDP, TP, Axes, Weight
 
-DP = "dp"
+DP, CP = "dp", "cp"
 ROWS = (DP, FSDP)
 """The axes over which the rows of a microbatch are split."""
 
 # Dims of activations: B rows, T tokens, D model, N heads, H head width, F hidden units, V vocabulary, P per-layer
-# embedding, L layers, M microbatches; S: tokens split over tp (the residual stream). The others stay whole.
-_ACTIVATION_AXES: dict[str, Axes] = {"B": ROWS, "S": TP, "N": TP, "F": TP, "V": TP}
+# embedding, L layers, M microbatches; S: tokens split over tp, too (the residual stream). The others stay whole.
+_ACTIVATION_AXES: dict[str, Axes] = {"B": ROWS, "T": CP, "S": (CP, TP), "N": TP, "F": TP, "V": TP}
 
 
-def make_mesh(fsdp: int, tp: int, devices: Sequence[Any] | None = None, *, dp: int = 1) -> Mesh:
-    """A mesh with axes (`dp`, `fsdp`, `tp`) over `devices` (default: all), in an order that suits the interconnect.
+def make_mesh(fsdp: int, tp: int, devices: Sequence[Any] | None = None, *, dp: int = 1, cp: int = 1) -> Mesh:
+    """A mesh with axes (`dp`, `fsdp`, `cp`, `tp`) over `devices` (default: all), in an order that suits the
+    interconnect. Where rows stay whole there is no axis `cp`, and the program does not know of one.
 
     Absent devices are laid out like real ones, so that a plan compiles the program that training runs. An axis may take
     part of a torus axis: without that JAX refuses legal meshes, such as 2 × 2 × 4 on a v5p-32.
     """
-    shape = (dp, fsdp, tp)
+    sizes = {DP: dp, FSDP: fsdp, CP: cp, TP: tp}
+    if cp == 1:
+        del sizes[CP]
+    shape = tuple(sizes.values())
     chosen = (jax.devices() if devices is None else list(devices))[: math.prod(shape)]
-    return Mesh(create_device_mesh(shape, chosen, allow_split_physical_axes=True), (DP, FSDP, TP))
+    return Mesh(create_device_mesh(shape, chosen, allow_split_physical_axes=True), tuple(sizes))
 
 
 def row_places(mesh: Mesh) -> int:
     """Places among which the rows of a microbatch are split."""
     return _size(ROWS, mesh)
+
+
+def token_parts(mesh: Mesh | None) -> int:
+    """Parts into which the tokens of a row are split over `cp`."""
+    return mesh.shape.get(CP, 1) if mesh is not None else 1
 
 
 def axes_of(axes: Axes) -> tuple[str, ...]:
@@ -51,7 +61,8 @@ def axes_of(axes: Axes) -> tuple[str, ...]:
 
 def fit(axes: Sequence[Axes], shape: Sequence[int], mesh: Mesh) -> P:
     """PartitionSpec of `axes` where they divide their dim, of None (replicated) where they don't."""
-    return P(*(a if a and size % _size(a, mesh) == 0 else None for a, size in zip(axes, shape, strict=False)))
+    there = (tuple(a for a in axes_of(dim) if a in mesh.shape) for dim in axes)
+    return P(*(a if a and size % _size(a, mesh) == 0 else None for a, size in zip(there, shape, strict=False)))
 
 
 def _size(axes: Axes, mesh: Mesh) -> int:
@@ -84,7 +95,7 @@ def replicated(mesh: Mesh, leaf: Leaf) -> list[str]:
 
 def batch(mesh: Mesh) -> NamedSharding:
     """Sharding of the [M, B, T] arrays of an update."""
-    return NamedSharding(mesh, P(*map(_ACTIVATION_AXES.get, "MBT")))
+    return NamedSharding(mesh, P(None, ROWS, CP if CP in mesh.shape else None))
 
 
 def activation_spec(dims: str, shape: Sequence[int], mesh: Mesh) -> P:

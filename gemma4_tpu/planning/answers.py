@@ -38,7 +38,7 @@ def answers(recipe: Recipe, wanted: Slice, dump: Path, *, to_the_end: bool) -> I
       UserError: the compiler refuses it.
     """
     sizes = recipe.mesh
-    mesh = make_mesh(sizes.fsdp, sizes.tp, absent_devices(wanted), dp=sizes.dp)
+    mesh = make_mesh(sizes.fsdp, sizes.tp, absent_devices(wanted), dp=sizes.dp, cp=sizes.cp)
     devices = list(mesh.devices.flat)
     given = compiling.shapes(recipe, mesh)
     answer: dict[str, Any] = {

@@ -32,6 +32,17 @@ class Mask:
     block_q: int
     block_kv: int
 
+    def of_chip(self, queries: int, keys: int) -> float:
+        """Blocks that hold something unmasked of a chip's queries, where it may have more keys than queries.
+
+        In sliding layers they come before its queries. In global ones they are those of the whole row, of which every
+        chip works on an equal share (`models/context_parallel.py`).
+        """
+        if self.window is None:
+            return len(self.visited(keys)) * queries / keys
+        first = (keys - queries) // self.block_q
+        return sum(i >= first for i, _ in self.visited(keys))
+
     def visited(self, length: int) -> list[tuple[int, int]]:
         """(block of queries, block of keys) that hold something unmasked, in a row of so many tokens."""
         return [
@@ -83,7 +94,7 @@ def _grouped_bytes(call: Instruction, operands: list[tuple[Array, ...]]) -> floa
 def _splash(call: Instruction, operands: list[Array]) -> Work | None:
     """Splash attention, forward or backward.
 
-    Operands: block tables as small integers, then q [.., N, T, H], k and v [.., K, T, H]. Only blocks that hold
+    Operands: block tables as small integers, then q [.., N, T, H], k and v [.., K, keys, H]. Only blocks that hold
     something unmasked are visited; in each of them all products are taken.
     """
     kind = next((kind for kind in _MATMULS if f"_{kind}" in call.name + _op_name(call)), None)
@@ -94,7 +105,7 @@ def _splash(call: Instruction, operands: list[Array]) -> Work | None:
     mask = Mask(int(scope[1]) if scope[1] else None, *_blocks(call, kind))
     block_q, block_kv = mask.block_q, mask.block_kv
     length, width = q.dims[-2:]
-    visited = len(mask.visited(length))
+    visited = mask.of_chip(length, k.dims[-2])
     # A backward pass in one kernel leaves a dq for each block of keys: [kv blocks, N, T, H].
     fused = kind == "dkv" and any(array.dims[-3:] == q.dims[-3:] and len(array.dims) > 3 for array in call.arrays)
     matmuls = _FUSED_BACKWARD_MATMULS if fused else _MATMULS[kind]

@@ -18,6 +18,7 @@ from gemma4_tpu.planning.auto_remat import AUTO, POLICIES
 from gemma4_tpu.planning.checks import examine_plan
 from gemma4_tpu.planning.estimate import PlanResult
 from gemma4_tpu.planning.planned import Planned
+from gemma4_tpu.training.meshes import legal_meshes, row_splits
 from gemma4_tpu.training.recipe import rows_per_update
 
 log = logging.getLogger(__name__)
@@ -68,7 +69,8 @@ def changes(planned: Planned, meshes: list[MeshSizes], last: Callable[[], PlanRe
         if other == sizes:
             continue
         words, trainer = _one_row_each(saving, rows, other.row_places)
-        mesh = ("mesh.dp=1",) * (sizes.dp > other.dp == 1) + other.overrides
+        left_out = [f"mesh.{axis}=1" for axis in ("dp", "cp") if getattr(sizes, axis) > getattr(other, axis) == 1]
+        mesh = (*left_out, *other.overrides)
         changed = replace(config, trainer=trainer, mesh=MeshConfig(**other._asdict()))
         yield ConfigChange((*remat, *mesh, *words), changed)
     words, trainer = _one_row_each(saving, rows, sizes.row_places)
@@ -134,7 +136,9 @@ def _times_too_much(result: PlanResult) -> float:
 def nearest_fits(planned: Planned, misfit: PlanResult, attempts: int) -> list[dict[str, Any]]:
     """Tries changes until `ENOUGH` fit or `attempts` are spent; what was tried, as in `PlanResult.alternatives`."""
     devices, arch = planned.checked.slice.devices, planned.checked.architecture
-    meshes = [MeshSizes(1, devices // tp, tp) for tp in sorted(arch.legal_tp(devices), reverse=True)]
+    splits = row_splits(planned.config.data.sequence_length, devices)
+    meshes = [sizes for cp in splits for sizes in legal_meshes(arch, devices, cp) if sizes.dp == 1]
+    meshes.sort(key=lambda sizes: (-sizes.tp, -sizes.cp))
     tried: list[dict[str, Any]] = []
     results = [misfit]
     for change in changes(planned, meshes, lambda: results[-1]):

@@ -24,7 +24,7 @@ from gemma4_tpu.planning.checks import examine_plan
 from gemma4_tpu.planning.compilation import Compilation
 from gemma4_tpu.planning.estimate import PlanResult
 from gemma4_tpu.planning.planned import Planned
-from gemma4_tpu.training.meshes import legal_meshes, resolve_mesh
+from gemma4_tpu.training.meshes import legal_meshes, resolve_mesh, row_splits
 
 log = logging.getLogger(__name__)
 LEFT_OUT = "plan.max_candidates"
@@ -51,10 +51,10 @@ class Candidate:
         )
 
     def needs_more_than(self, other: Candidate) -> bool:
-        """As many chips share a weight's columns, and no more its rows; as much remat, and no fewer rows."""
+        """As many chips share a weight's columns, no more its rows or their tokens; as much remat, no fewer rows."""
         mesh, others = self.planned.checked.mesh, other.planned.checked.mesh
         same = mesh.tp == others.tp and self.planned.config.trainer.remat == other.planned.config.trainer.remat
-        return same and mesh.dp >= others.dp and self.rows >= other.rows
+        return same and mesh.fsdp <= others.fsdp and mesh.cp <= others.cp and self.rows >= other.rows
 
 
 @dataclass
@@ -171,7 +171,8 @@ def _candidates(planned: Planned, found: Found) -> Iterator[Candidate]:
             reason = str(error).partition("; legal meshes")[0]
             log.info("skipped: %s", reason)
             found.skipped.append({"candidate": f"mesh.tp={tp}", "reason": reason})
-    meshes = sorted(legal_meshes(checked.architecture, devices), key=lambda sizes: (-sizes.tp, sizes.dp))
+    legal = (legal_meshes(checked.architecture, devices, cp) for cp in row_splits(config.data.sequence_length, devices))
+    meshes = sorted(itertools.chain(*legal), key=lambda sizes: (-sizes.tp, sizes.dp, sizes.cp))
     for rows, policy, sizes in itertools.product(sorted(config.plan.search_rows), policies, meshes):
         changed = _with(planned, sizes, policy, rows)
         examined, problems = examine_plan(changed)

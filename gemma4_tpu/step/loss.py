@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from gemma4_tpu.models.gemma4 import softcap
-from gemma4_tpu.models.sharding import TP, constrain
+from gemma4_tpu.models.sharding import TP, constrain, token_parts
 
 
 def chunk_length(length: int, wanted: int) -> int:
@@ -24,9 +24,9 @@ def chunk_length(length: int, wanted: int) -> int:
 
 
 def _parts(length: int, mesh: Mesh | None) -> int:
-    """Into how many parts the `tp` axis splits T in the residual stream."""
-    tp = mesh.shape[TP] if mesh is not None else 1
-    return tp if length % tp == 0 else 1
+    """Into how many parts the `cp` and `tp` axes split T in the residual stream."""
+    parts = token_parts(mesh) * mesh.shape[TP] if mesh is not None else 1
+    return parts if length % parts == 0 else 1
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(4, 5, 6, 7))
@@ -48,7 +48,8 @@ def summed_cross_entropy(
       targets: [B, T] int32 next tokens.
       target_mask: [B, T] bool; only these count.
       cap: softcap of the logits.
-      chunk_tokens: tokens per row whose logits exist at one time (rounded down to divide T evenly).
+      chunk_tokens: tokens per row, or per part of a row that `cp` splits, whose logits exist at one time (rounded down
+        to divide T evenly).
       trained_rows: also take the gradient with respect to these rows of `table` (`()`: all); None: it is frozen.
       mesh: mesh for sharding constraints, or None.
 
@@ -86,7 +87,7 @@ def _forward(hidden, table, targets, target_mask, cap, chunk_tokens, hidden_grad
     """
     b, t, _ = hidden.shape
     parts = _parts(t, mesh)
-    c = chunk_length(t // parts, chunk_tokens // parts)
+    c = chunk_length(t // parts, chunk_tokens * token_parts(mesh) // parts)
     weights = constrain(table.astype(hidden.dtype), "VD", mesh)  # gathered over fsdp once, not in every chunk
 
     # Each chunk takes c tokens of every chip's part of T: cut in order, T would lie on one chip after the other.

@@ -33,7 +33,7 @@ MODES = ("auto", "true", "false")
 _KEY = "hydra.launcher.plan"
 _COUNTS = {
     "hardware": ("name", "flags", "compiler_options"),
-    "mesh": ("dp", "fsdp", "tp"),
+    "mesh": ("dp", "fsdp", "tp", "cp"),
     "model": ("name", "new_tokens"),
     "lora": (
         "enabled", "rank", "dropout", "targets", "expert_rank", "layers", "ranks", "modules_to_train", "dora",

@@ -36,10 +36,10 @@ from gemma4_tpu.step.warmup import warmup_updates
 from gemma4_tpu.storage import is_remote
 from gemma4_tpu.training.hardware_checks import full_problems, hardware_problems, price_warning
 from gemma4_tpu.training.lora_checks import EXPERTS, adapted_problems, lora_problems
-from gemma4_tpu.training.meshes import resolve_mesh
+from gemma4_tpu.training.meshes import resolve_mesh, whole_rows_problems
 from gemma4_tpu.training.objective_checks import objective_problems
 from gemma4_tpu.training.optimizer_checks import optimizer_problems, stop_problems, trained_bytes
-from gemma4_tpu.training.recipe import batch_key, count, rows_per_microbatch, rows_per_update
+from gemma4_tpu.training.recipe import batch_key, check_lengths, count, rows_per_microbatch, rows_per_update
 from gemma4_tpu.training.rollouts_checks import check_decoding_mesh, is_on_policy, rollouts_problems
 
 HIGH_LEARNING_RATE = 1e-3
@@ -101,7 +101,11 @@ def examine_train(root: TrainRoot) -> tuple[Checked | None, list[Refusal]]:
     mesh, mesh_messages = _mesh(root, architecture)
     messages += mesh_messages
     if root.trainer.attention == "splash" and architecture is not None:
-        messages += _splash(architecture, root.data)
+        messages += _splash(architecture, root.data, root.mesh.cp)
+    if root.trainer.sample_prompts:
+        messages += whole_rows_problems(
+            root.mesh.cp, f"trainer.sample_prompts={root.trainer.sample_prompts} decodes answers"
+        )
     if EXPERTS in root.lora.targets and root.lora.enabled and architecture is not None and not architecture.num_experts:
         there = ", ".join(name for name, other in ARCHITECTURES.items() if other.num_experts)
         messages.append(f"lora.targets: experts, but {architecture.name} has none ({there} have); leave them out")
@@ -156,15 +160,23 @@ def _batch(trainer: TrainerConfig, data: DataConfig) -> list[str]:
     return []
 
 
-def _splash(architecture: Architecture, data: DataConfig) -> list[str]:
-    """The TPU kernel wants whole registers of 128 lanes."""
+def _row_lengths(data: DataConfig) -> list[int]:
+    return [data.sequence_length, *(data.buckets or [])]
+
+
+def _splash(architecture: Architecture, data: DataConfig, cp: int) -> list[str]:
+    """The TPU kernel wants whole registers of 128 lanes, in each of two parts of a row for each chip on the axis cp."""
+    multiple = 128 if cp == 1 else 256 * cp
     widths = sorted({architecture.head_dim, architecture.global_head_dim})
     odd = [f"{architecture.name}'s head widths {widths}"] if any(width % 128 for width in widths) else []
-    lengths = [data.sequence_length, *(data.buckets or [])]
-    odd += [f"data.sequence_length or data.buckets {lengths}"] if any(length % 128 for length in lengths) else []
+    lengths = _row_lengths(data)
+    odd += [f"data.sequence_length or data.buckets {lengths}"] if any(length % multiple for length in lengths) else []
     if not odd:
         return []
-    return [f"trainer.attention=splash: {' and '.join(odd)} must be multiples of 128; give trainer.attention=auto"]
+    multiples = "128" if multiple == 128 else f"128, lengths of {multiple}"
+    return [
+        f"trainer.attention=splash: {' and '.join(odd)} must be multiples of {multiples}; give trainer.attention=auto"
+    ]
 
 
 def _tracker(tracker: TrackerConfig) -> list[str]:
@@ -255,6 +267,7 @@ def _mesh(root: TrainRoot, architecture: Architecture | None) -> tuple[MeshSizes
         sizes = resolve_mesh(root.mesh, architecture, wanted.devices)
         if is_on_policy(root.objective):
             check_decoding_mesh(sizes, architecture)
+        check_lengths(_row_lengths(root.data), sizes)
     except UserError as error:
         return None, [str(error)]
     if _lengths(root.trainer) or _batch(root.trainer, root.data) or root.trainer.microbatches < 1:

@@ -7,6 +7,9 @@ from gemma4_tpu.config.schema import MeshConfig
 from gemma4_tpu.errors import UserError
 from gemma4_tpu.hardware import MeshSizes
 
+LEAST_TOKENS = 8192
+"""Of a part of a row that is worth splitting off: a search tries no shorter ones."""
+
 
 def resolve_mesh(mesh: MeshConfig, architecture: Architecture, devices: int) -> MeshSizes:
     """Sizes of the axes on `devices` devices.
@@ -14,30 +17,46 @@ def resolve_mesh(mesh: MeshConfig, architecture: Architecture, devices: int) -> 
     Raises:
       UserError: the sizes don't multiply to `devices`, or tp divides the heads unevenly; lists the legal meshes.
     """
-    legal = legal_meshes(architecture, devices)
-    sizes_given = {"dp": mesh.dp, "fsdp": mesh.fsdp, "tp": mesh.tp}
+    legal = legal_meshes(architecture, devices, mesh.cp)
+    sizes_given = {"dp": mesh.dp, "fsdp": mesh.fsdp, "tp": mesh.tp, "cp": mesh.cp}
     given = {axis: size for axis, size in sizes_given.items() if size is not None}
     fitting = [sizes for sizes in legal if given.items() <= sizes._asdict().items()]
     if not fitting:
-        words = ", ".join(f"mesh.{axis}={size}" for axis, size in given.items() if axis != "dp" or size > 1)
+        words = ", ".join(f"mesh.{axis}={size}" for axis, size in given.items() if axis not in ("dp", "cp") or size > 1)
+        legal = legal or legal_meshes(architecture, devices)
         listed = [sizes for sizes in legal if sizes.dp == mesh.dp] or [sizes for sizes in legal if sizes.dp == 1]
+        axes = "dp × fsdp × cp × tp" if mesh.cp > 1 else "dp × fsdp × tp"
         raise UserError(
             f"{words}: not possible for model={architecture.name} on {devices} device{'s' * (devices != 1)} "
-            f"(dp × fsdp × tp = {devices}; tp divides {architecture.num_heads} query heads and "
+            f"({axes} = {devices}; tp divides {architecture.num_heads} query heads and "
             f"{_heads(architecture)} key/value heads); legal meshes: "
             + "; ".join(" ".join(sizes.overrides) for sizes in listed)
         )
     return max(fitting, key=lambda sizes: (sizes.tp, sizes.fsdp))
 
 
-def legal_meshes(architecture: Architecture, devices: int) -> list[MeshSizes]:
-    """Every mesh of `devices` devices for this model, by tp and then dp."""
+def legal_meshes(architecture: Architecture, devices: int, cp: int = 1) -> list[MeshSizes]:
+    """Every mesh of `devices` devices for this model with `cp` of them on that axis, by tp and then dp."""
+    if cp < 1 or devices % cp:
+        return []
+    rest = devices // cp
     return [
-        MeshSizes(dp, devices // tp // dp, tp)
-        for tp in architecture.legal_tp(devices)
-        for dp in range(1, devices // tp + 1)
-        if devices // tp % dp == 0
+        MeshSizes(dp, rest // tp // dp, tp, cp)
+        for tp in architecture.legal_tp(rest)
+        for dp in range(1, rest // tp + 1)
+        if rest // tp % dp == 0
     ]
+
+
+def row_splits(length: int, devices: int) -> list[int]:
+    """Sizes of the axis cp that are worth a try for rows of so many tokens, 1 first."""
+    most = max(1, length // LEAST_TOKENS)
+    return [cp for cp in range(1, min(most, devices) + 1) if devices % cp == 0]
+
+
+def whole_rows_problems(cp: int, what: str) -> list[str]:
+    """What is wrong with an axis cp for something that needs whole rows."""
+    return [f"mesh.cp={cp}: {what}, for which rows are not split; give mesh.cp=1"] if cp > 1 else []
 
 
 def _heads(architecture: Architecture) -> str:

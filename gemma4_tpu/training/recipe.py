@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -66,7 +67,7 @@ class Recipe:
             "trained": trained_as(self.lora, self.arch),
             "objective": self.objective.kind,
             "lora_rank": self.lora.rank if self.lora.enabled else None,
-            "mesh": self.mesh._asdict(),
+            "mesh": self.mesh.record,
             "remat": self.trainer.remat,
             "flags": self.hardware.flags,
             "sequence_length": self.length,
@@ -114,6 +115,18 @@ def rows_per_microbatch(trainer: TrainerConfig, data: DataConfig, places: int) -
             f"(a multiple of {better}), fewer trainer.microbatches, or a smaller mesh.dp or mesh.fsdp"
         )
     return rows
+
+
+def check_lengths(lengths: Iterable[int], mesh: MeshSizes) -> None:
+    """Refuses (`UserError`) rows of so many tokens that can't be split over the axes cp and tp."""
+    parts = mesh.cp * mesh.tp
+    odd = [length for length in sorted(set(lengths)) if length % parts]
+    if mesh.cp > 1 and odd:
+        nearest = max(1, round(odd[-1] / parts)) * parts
+        raise UserError(
+            f"mesh.cp={mesh.cp}: rows of {', '.join(map(str, odd))} tokens (data.sequence_length, data.buckets) can't"
+            f" be split over mesh.cp × mesh.tp = {parts}; give multiples of {parts}, such as {nearest}"
+        )
 
 
 def batch_key(trainer: TrainerConfig) -> str:

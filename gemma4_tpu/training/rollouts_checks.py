@@ -12,6 +12,7 @@ from gemma4_tpu.errors import UserError
 from gemma4_tpu.hardware import MeshSizes
 from gemma4_tpu.models.kv_cache import weight_bytes
 from gemma4_tpu.step.objective_kinds import KINDS
+from gemma4_tpu.training.meshes import whole_rows_problems
 
 
 def is_on_policy(objective: ObjectiveConfig) -> bool:
@@ -78,7 +79,9 @@ def _reward(config: RolloutsConfig) -> list[str]:
 
 
 def check_decoding_mesh(mesh: MeshSizes, arch: Architecture, value_bytes: int = 2) -> None:
-    """Refuses (`UserError`) a mesh on which every decoded token would gather the weights over `fsdp`."""
+    """Refuses (`UserError`) a mesh that splits rows, or on which every token would gather the weights over `fsdp`."""
+    if problems := whole_rows_problems(mesh.cp, "on-policy objectives decode answers"):
+        raise UserError(problems[0])
     if mesh.fsdp == 1:
         return
     gathered = weight_bytes(arch, value_bytes) / mesh.tp * (mesh.fsdp - 1) / mesh.fsdp

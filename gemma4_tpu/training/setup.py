@@ -79,7 +79,7 @@ def start_mesh(hardware: HardwareConfig, mesh: MeshConfig, arch: Architecture) -
     check_devices(hardware, device.platform, device.device_kind, jax.device_count(), slices)
     sizes = resolve_mesh(mesh, arch, jax.device_count())
     log.info("%d × %s, mesh %s", jax.device_count(), device.device_kind, sizes)
-    return sharding.make_mesh(sizes.fsdp, sizes.tp, dp=sizes.dp)
+    return sharding.make_mesh(sizes.fsdp, sizes.tp, dp=sizes.dp, cp=sizes.cp)
 
 
 def compute_dtype(trainer: TrainerConfig, platform: str) -> Any:
@@ -304,6 +304,12 @@ def rows_here(mesh: Mesh, rows: int) -> tuple[int, int]:
 
 
 def to_mesh(arrays: dict[str, Any], mesh: Mesh) -> dict[str, jax.Array]:
-    """Global [M, B, T] arrays from this process's rows."""
-    place = sharding.batch(mesh)
-    return {name: jax.make_array_from_process_local_data(place, array) for name, array in arrays.items()}
+    """Global [M, B, T] arrays from this process's rows, of which it has all tokens."""
+    place, places = sharding.batch(mesh), sharding.row_places(mesh)
+    start, stop = rows_here(mesh, places)
+
+    def put(array: Any) -> jax.Array:
+        m, rows, *rest = array.shape
+        return jax.make_array_from_process_local_data(place, array, (m, rows * places // (stop - start), *rest))
+
+    return {name: put(array) for name, array in arrays.items()}

@@ -19,6 +19,7 @@ from gemma4_tpu.config.schema import (
     TrainRoot,
 )
 from gemma4_tpu.errors import UserError
+from gemma4_tpu.hardware import MeshSizes
 from gemma4_tpu.training.checks import examine_train, warmup_warning
 from gemma4_tpu.training.hardware_checks import check_devices
 from gemma4_tpu.training.meshes import resolve_mesh
@@ -38,6 +39,10 @@ REFUSALS = [
         ["model=gemma4_31b", "model.path=random:0", "trainer.attention=splash", "data.sequence_length=500"],
         "data.sequence_length or data.buckets [500] must be multiples of 128",
     ),
+    # rows that are split
+    (["hardware=v5p8", "mesh.cp=3"], "mesh.cp=3: not possible for model=tiny_moe on 4 devices (dp × fsdp × cp × tp ="),
+    (["hardware=v5p8", "mesh.cp=2", "mesh.tp=2", "data.sequence_length=4098"], "mesh.cp=2: rows of 4098 tokens"),
+    (["mesh.cp=2", "trainer.sample_prompts=1"], "trainer.sample_prompts=1 decodes answers, for which rows are not"),
     (["optimizer.schedule=cos"], "did you mean optimizer.schedule=cosine?"),
     # optimizers: keys of another kind, schedules, averages
     (["optimizer=lion", "optimizer.eps=1e-6"], "optimizer.eps=1e-06: not with optimizer=lion; give null, or"),
@@ -255,7 +260,7 @@ def test_an_incomplete_checkpoint_is_refused(refused, checkpoint, damage, told):
 
 def mesh(name: str, devices: int, **sizes: int | None) -> tuple[int, int, int]:
     """(dp, fsdp, tp)"""
-    return resolve_mesh(MeshConfig(**sizes), ARCHITECTURES[name], devices)
+    return resolve_mesh(MeshConfig(**sizes), ARCHITECTURES[name], devices)[:3]
 
 
 def test_auto_takes_the_largest_legal_tp():
@@ -300,8 +305,8 @@ def test_an_impossible_mesh_lists_the_legal_ones(name, devices, sizes):
 
 
 def test_the_mesh_of_a_known_slice_is_checked_without_jax(load, refused):
-    assert load("hardware=v5p8", "model=gemma4_31b", "model.path=random:0").checked.mesh == (1, 1, 4)
-    assert load("hardware=v5p8", "mesh.fsdp=2", "mesh.tp=2").checked.mesh == (1, 2, 2)
+    assert load("hardware=v5p8", "model=gemma4_31b", "model.path=random:0").checked.mesh == MeshSizes(1, 1, 4)
+    assert load("hardware=v5p8", "mesh.fsdp=2", "mesh.tp=2").checked.mesh == MeshSizes(1, 2, 2)
     assert "legal meshes" in refused("hardware=v5p16", "model=gemma4_31b", "model.path=random:0", "mesh=tp")
 
 

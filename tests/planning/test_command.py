@@ -11,6 +11,7 @@ import pytest
 from gemma4_tpu import plan
 from gemma4_tpu.config.keys import field_docs, field_types
 from gemma4_tpu.config.load import load
+from gemma4_tpu.hardware import MeshSizes
 from gemma4_tpu.plan import PLAN
 from gemma4_tpu.planning import attempt, misfit, search
 from gemma4_tpu.planning.attempt import result_of
@@ -57,7 +58,7 @@ def test_what_cannot_work_is_refused_before_anything_is_compiled(words, told, ca
 
 def test_the_issues_own_words_plan_the_papers_rows():
     loaded = load(["hardware=v5p8", "model=gemma4_31b", "lora.rank=64"], PLAN)
-    assert loaded.checked.mesh == (1, 1, 4)
+    assert loaded.checked.mesh == MeshSizes(1, 1, 4)
     assert loaded.root.trainer.global_batch_sequences == 1
     assert not loaded.checked.data_here
     fill = Planned.of(loaded.root, loaded.checked).fill

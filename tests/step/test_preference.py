@@ -150,7 +150,7 @@ def test_microbatches_and_meshes_change_nothing(kind):
     step = replace(step, objective=make_objective(CONFIGS[kind]))
     loss, grads, _, stats = gradients(step, base, trained, pairs_batch())
     apart = gradients(step, base, trained, regroup(pairs_batch(), 4))
-    meshed, mesh_base, mesh_trained = make(fsdp=2, tp=2)
+    meshed, mesh_base, mesh_trained = make(fsdp=2, cp=2, tp=2)
     meshed = replace(meshed, objective=step.objective)
     place = sharding.batch(meshed.model.mesh)
     spread = {name: jax.device_put(value, place) for name, value in pairs_batch().items()}

@@ -15,6 +15,7 @@ from gemma4_tpu.models import sharding
 from gemma4_tpu.models.gemma4 import Model
 from gemma4_tpu.models.layout import Layout
 from gemma4_tpu.models.params import random_params
+from gemma4_tpu.models.splash import make_attention
 from gemma4_tpu.step.optimizer import make_optimizer
 from gemma4_tpu.step.train_step import Step
 
@@ -30,29 +31,31 @@ def small(kind: str) -> Architecture:
     return replace(arch, num_layers=len(types), layer_types=types, num_kv_shared_layers=shared, sliding_window=8)
 
 
-def mesh_of(fsdp: int, tp: int) -> jax.sharding.Mesh:
+def mesh_of(fsdp: int, tp: int, cp: int = 1, dp: int = 1) -> jax.sharding.Mesh:
     """A mesh of fake devices."""
-    return sharding.make_mesh(fsdp, tp, jax.devices()[: fsdp * tp])
+    return sharding.make_mesh(fsdp, tp, jax.devices()[: dp * fsdp * cp * tp], dp=dp, cp=cp)
 
 
 def make(
-    kind: str = "tiny", *, fsdp: int = 1, tp: int = 1, lora: LoraConfig = LORA, full: bool = False, rate: float = 1e-2,
-    optimizer: OptimizerConfig | None = None, ema_decay: float | None = None, **settings,
+    kind: str = "tiny", *, fsdp: int = 1, tp: int = 1, cp: int = 1, dp: int = 1, lora: LoraConfig = LORA,
+    full: bool = False, rate: float = 1e-2, optimizer: OptimizerConfig | None = None, ema_decay: float | None = None,
+    **settings,
 ):  # fmt: skip
     """(step, base, trained) in fp32 with non-zero lora_b."""
-    mesh, what = mesh_of(fsdp, tp), replace(lora, enabled=not full)
+    mesh, what = mesh_of(fsdp, tp, cp, dp), replace(lora, enabled=not full)
+    settings = {"attention": make_attention("auto", mesh)} | settings
     model = Model(layout=Layout.of(small(kind), what), compute_dtype=jnp.float32, mesh=mesh, **settings)
     leaves = adapters.trained_leaves(model.layout)
     optimizer = make_optimizer(optimizer or OptimizerConfig(learning_rate=rate), 10, leaves)
     step = Step(model, optimizer, chunk_tokens=16, ema_decay=ema_decay)
-    base, trained = weights(kind, fsdp, tp)
+    base, trained = weights(kind, fsdp, tp, cp, dp)
     return (step, {}, base) if full else (step, base, trained)
 
 
 @cache
-def weights(kind: str, fsdp: int, tp: int):
+def weights(kind: str, *shape: int):
     """(base, adapters): made once, since that compiles a program for each shape; no test here donates them."""
-    layout, mesh = Layout.of(small(kind), LORA), mesh_of(fsdp, tp)
+    layout, mesh = Layout.of(small(kind), LORA), mesh_of(*shape)
     place = sharding.places(layout, mesh)
     base = random_params(small(kind), layout, place, jnp.float32, 0)
     init = jax.jit(partial(adapters.init, layout), out_shardings=adapters.shardings(layout, mesh))

@@ -1,6 +1,6 @@
 """Run by `test_hosts.py` in each process: the same short training on one mesh after another, into a folder for each.
 
-python several_meshes.py <folder> <coordinator address> <processes> <process> <dp>x<fsdp>x<tp> … -- <overrides>
+python several_meshes.py <folder> <coordinator address> <processes> <process> <dp>x<fsdp>x<tp>x<cp> … -- <overrides>
 """
 
 import sys
@@ -22,7 +22,7 @@ with Preemption() as preemption:
     root = load_train([*where, *overrides]).root
     with start_hosts(root.distributed, root.hardware) as hosts:
         for mesh in meshes:
-            dp, fsdp, tp = mesh.split("x")
-            sizes = f"mesh.dp={dp}", f"mesh.fsdp={fsdp}", f"mesh.tp={tp}"
+            dp, fsdp, tp, cp = mesh.split("x")
+            sizes = f"mesh.dp={dp}", f"mesh.fsdp={fsdp}", f"mesh.tp={tp}", f"mesh.cp={cp}"
             words = [*sizes, f"run_dir={folder}/{mesh}", *overrides]
             assert _record(load_train(words), hosts, preemption).code == 0

@@ -52,7 +52,7 @@ def test_the_latest_and_the_best_are_kept_across_restarts(tmp_path, keep_best, k
     assert open_folder(tmp_path / "checkpoints", step).updates == kept
 
 
-@pytest.mark.parametrize("shape", [(4, 1), (1, 4), (2, 2)])
+@pytest.mark.parametrize("shape", [(4, 1, 1), (1, 4, 1), (2, 2, 2)])
 def test_restores_exactly_on_another_mesh(tmp_path, shape):
     step, _, trained = make(fsdp=2, tp=4)
     state = init_state(step, trained, jax.random.key(5), step.model.mesh)
@@ -66,7 +66,7 @@ def test_restores_exactly_on_another_mesh(tmp_path, shape):
     first.wait()
     first.close()
 
-    other, _, fresh = make(fsdp=shape[0], tp=shape[1])
+    other, _, fresh = make(fsdp=shape[0], tp=shape[1], cp=shape[2])
     like = init_state(other, fresh, jax.random.key(0), other.model.mesh)
     restored, position = open_folder(tmp_path / "checkpoints", other).restore(3, like)
     assert position == POSITION

@@ -40,7 +40,7 @@ def test_two_and_four_processes_make_the_very_numbers_of_one_on_every_mesh(shall
 
     With as many threads in each process, too: XLA's products on CPUs add up in as many parts (it reads NPROC).
     """
-    meshes = {1: ("1x2x2", "2x2x1", "1x1x4"), 2: ("2x2x1", "1x1x4"), 4: ("1x2x2", "2x2x1")}
+    meshes = {1: ("1x2x2x1", "2x2x1x1", "1x1x2x2"), 2: ("2x2x1x1", "1x1x2x2"), 4: ("1x2x2x1", "2x2x1x1")}
     script = Path(__file__).with_name("several_meshes.py")
     for count in meshes:
         folder, address = tmp_path / str(count), f"localhost:{free_port()}"

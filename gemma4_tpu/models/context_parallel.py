@@ -1,0 +1,135 @@
+"""Attention where the tokens of a row are split over the `cp` axis: what a chip needs of the others' tokens.
+
+All else in a layer works on each token by itself. Attention takes
+
+- in sliding layers the keys and values of the `window - 1` tokens before a chip's own: its halo, sent by the chip
+  before it, or by several where a chip has fewer tokens than that;
+- in global layers those of the whole row, gathered for one layer at a time. Gemma 4 has few of them: one head of keys
+  for eight of queries, so that they take less memory than the residual streams that a run keeps (31B at 131,072 tokens:
+  1 GiB over tp), and the same kernel does all of a chip's queries in one call. A ring would keep a chip's share of it,
+  for as many bytes sent, but has to merge the softmax of its steps, and the kernel's backward pass does not offer that.
+
+With the tokens in order, the chip with a row's last tokens would work twice as long in a global layer as they do on the
+average. So each row is cut into 2·cp parts, and chip i works on the queries of part i and of part 2·cp - 1 - i: as many
+pairs of tokens for each chip. Queries travel there, the output back (`exchange`).
+
+These functions run inside `shard_map`: arrays are a chip's own. S: the tokens of a chip, T/cp.
+"""
+
+from __future__ import annotations
+
+import math
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+from jax.sharding import PartitionSpec as P
+
+from gemma4_tpu.models.attention import attend, mask
+from gemma4_tpu.models.remat import CONTEXT, keep
+from gemma4_tpu.models.sharding import CP, TP, activation_spec
+
+NOBODYS = -1
+"""Segment of keys that are not there: of the halo before a row's first token. Padding is 0."""
+QUERIES = 128
+"""In a block of `blockwise_attention`, at most."""
+
+Sent = list[tuple[int, int]]
+"""(from, to) among the chips of the axis."""
+
+
+def with_halo(x: jax.Array, tokens: int, axis: int) -> jax.Array:
+    """[…, S, …] → […, tokens + S, …]; zeros where a row has not begun yet."""
+    own, parts = x.shape[axis], jax.lax.axis_size(CP)
+    pieces = []
+    for distance in range(-(-tokens // own), 0, -1):
+        size = min(own, tokens - (distance - 1) * own)
+        last = jax.lax.slice_in_dim(x, own - size, own, axis=axis)
+        sent = [(i, i + distance) for i in range(parts - distance)]
+        pieces.append(jax.lax.ppermute(last, CP, sent) if sent else jnp.zeros_like(last))
+    return jnp.concatenate([*pieces, x], axis=axis)
+
+
+def segments_with_halo(segment_ids: jax.Array, tokens: int) -> jax.Array:
+    """[B, S] → [B, tokens + S]; `NOBODYS` where a row has not begun yet."""
+    return with_halo(segment_ids - NOBODYS, tokens, axis=1) + NOBODYS
+
+
+def whole(x: jax.Array, axis: int) -> jax.Array:
+    """[…, S, …] → […, T, …]."""
+    return jax.lax.all_gather(x, CP, axis=axis, tiled=True)
+
+
+def exchange(x: jax.Array, axis: int, *, back: bool = False) -> jax.Array:
+    """[…, S, …] of a chip's own tokens → of those whose queries it works on in global layers; `back`: the inverse."""
+    halves = jnp.split(x, 2, axis=axis)
+    moves = _moves(jax.lax.axis_size(CP))
+    if back:
+        moves = tuple([(there, here) for here, there in sent] for sent in moves)
+    return jnp.concatenate(
+        [jax.lax.ppermute(half, CP, sent) for half, sent in zip(halves, moves, strict=True)], axis=axis
+    )
+
+
+def exchanged_places(length: int, parts: int) -> np.ndarray:
+    """int32 [T]: the place in its row of each token, chip after chip, as they lie once exchanged."""
+    order = np.empty((parts, 2), np.int32)  # which part of the row each chip has first and second
+    for half, sent in enumerate(_moves(parts)):
+        for here, there in sent:
+            order[there, half] = 2 * here + half
+    return np.arange(length, dtype=np.int32).reshape(2 * parts, -1)[order.reshape(-1)].reshape(-1)
+
+
+def _moves(parts: int) -> tuple[Sent, Sent]:
+    """Where the first and the second halves of all chips go: part p of 2·parts to chip p, or 2·parts - 1 - p.
+
+    Of two parts p and 2·parts - 1 - p one is even and one odd, so that each chip gets one first half and one second.
+    """
+    first, second = (
+        [(i, min(p, 2 * parts - 1 - p)) for i, p in enumerate(range(half, 2 * parts, 2))] for half in (0, 1)
+    )
+    return first, second
+
+
+def blockwise_attention(
+    q: jax.Array, k: jax.Array, v: jax.Array, segment_ids: jax.Array, window: int | None, *, mesh: Mesh
+) -> jax.Array:
+    """As `attention.einsum_attention`, by plain matrix products for rows that are split over `cp`.
+
+    One block of queries after the other, in the backward pass again: memory grows with T, not with its square. No
+    chip waits for another here but for the products above the diagonal, which are taken and masked.
+    """
+    heads = activation_spec("BTNH", q.shape, mesh)
+    keys = P(*heads[:2], TP if k.shape[2] % mesh.shape[TP] == 0 and heads[2] else None, None)
+    specs = heads, keys, keys, P(*heads[:2])
+
+    @partial(jax.shard_map, mesh=mesh, in_specs=specs, out_specs=heads, check_vma=False)
+    def attend_here(q, k, v, segments):
+        if window is None:
+            before = jax.lax.axis_index(CP) * q.shape[1]
+            k, v, of_keys = whole(k, 1), whole(v, 1), whole(segments, 1)
+        else:
+            before = window - 1
+            k, v, of_keys = with_halo(k, before, 1), with_halo(v, before, 1), segments_with_halo(segments, before)
+        return _by_blocks(q, k, v, segments, of_keys, before, window)
+
+    return keep(attend_here(q, k, v, segment_ids), CONTEXT)
+
+
+def _by_blocks(q, k, v, segments, of_keys, before, window):
+    """Q [B, S, N, H], k and v [B, keys, K, H]; `before`: keys before that of the first query, at least a window's."""
+    size = math.gcd(q.shape[1], QUERIES)
+    reach = k.shape[1] if window is None else before + size
+
+    @jax.checkpoint
+    def block(start):
+        first = jnp.zeros((), jnp.int32) if window is None else start
+        queries, own = (jax.lax.dynamic_slice_in_dim(x, start, size, axis=1) for x in (q, segments))
+        keys, values, theirs = (jax.lax.dynamic_slice_in_dim(x, first, reach, axis=1) for x in (k, v, of_keys))
+        distance = (before + start + jnp.arange(size))[:, None] - (first + jnp.arange(reach))[None, :]
+        return attend(queries, keys, values, mask(own, theirs, distance, window))
+
+    out = jax.lax.map(block, jnp.arange(0, q.shape[1], size, dtype=jnp.int32))  # [blocks, B, size, N, H]
+    return jnp.moveaxis(out, 0, 1).reshape(q.shape)
