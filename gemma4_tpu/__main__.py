@@ -7,13 +7,14 @@ import sys
 import textwrap
 from collections.abc import Mapping, Sequence
 from importlib import import_module
+from typing import NoReturn
 
 from gemma4_tpu import __version__
 from gemma4_tpu.commands import COMMANDS
 from gemma4_tpu.config.entry import EntryPoint
 from gemma4_tpu.config.keys import did_you_mean
 from gemma4_tpu.config.load import load
-from gemma4_tpu.errors import REFUSED
+from gemma4_tpu.errors import REFUSED, leave
 
 _HELP = ("-h", "--help")
 _COMPLETION = ("-sc", "--shell-completion")
@@ -40,6 +41,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     hint = did_you_mean(given, known)
     print(f"error: {given}: no such command{hint} (there are: {', '.join(known)})", file=sys.stderr)
     return REFUSED
+
+
+def script() -> NoReturn:
+    """The console script."""
+    leave(main())
 
 
 def _command(words: Sequence[str]) -> str | None:
@@ -79,4 +85,4 @@ def _complete(words: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    script()
