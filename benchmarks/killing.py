@@ -228,7 +228,9 @@ class Killer:
             time.sleep(0.05)
         if left:
             yield f"still running: {[' '.join(each.cmdline()[:6]) for each in left if each.is_running()]}"
-        if number != signal.SIGKILL and (files := [path.name for path in process.temporary.iterdir()]):
+        left_files = [path.name for path in process.temporary.iterdir()]
+        files = [name for name in left_files if not name.startswith("torchinductor")]  # PyTorch's own cache
+        if number != signal.SIGKILL and files:
             yield f"left in its temporary folder: {files}"
         shared = [name for name in os.listdir("/dev/shm") if f"_{process.pid}_" in name]  # other names are of others
         if shared:
