@@ -13,7 +13,8 @@ PIP    := $(BIN)/python -m pip --disable-pip-version-check --quiet
 LOCKED := $(PIP) install --require-hashes --no-deps
 
 # What tests use of the system: command:package of Debian.
-TOOLS := iverilog:iverilog bwrap:bubblewrap shellcheck:shellcheck chromium/google-chrome:chromium verilator:verilator yosys:yosys zsh:zsh fish:fish
+TOOLS := iverilog:iverilog bwrap:bubblewrap shellcheck:shellcheck chromium/google-chrome:chromium verilator:verilator yosys:yosys \
+  zsh:zsh fish:fish munged:munge slurmctld:slurmctld slurmd:slurmd srun:slurm-client
 # A worker for each core, up to four; `ARGS="-n 0 …"` runs the tests in one process.
 PYTEST = -m pytest -n logical --maxprocesses 4 --dist worksteal $(if $(CI),--allowed-skips tests/allowed_skips.txt) \
   -m "$(MARKED)" $(ARGS)

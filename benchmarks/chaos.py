@@ -1,14 +1,15 @@
-"""Kills training runs and merges at random moments, starts them again, and compares what comes of them, bit by bit.
+"""Kills every command at random moments, starts it again, and compares what comes of it with a run that was let be.
 
-    python benchmarks/chaos.py                       100 kills, some minutes
-    python benchmarks/chaos.py --kills 5 --seconds 120
-    python benchmarks/chaos.py --write benchmarks/chaos.md
+    python benchmarks/chaos.py                       300 kills, an hour or so
+    python benchmarks/chaos.py --kills 5 --seconds 120 --commands train
+    python benchmarks/chaos.py --state chaos.json --write benchmarks/chaos.md
 
-Each series is one training (dropout, accumulation, packing, asynchronous saves) that is killed several times, by
-SIGKILL or SIGTERM, at random moments of its updates and now and then of its start; then left alone; then its merge is
-killed at moments drawn evenly over its duration. Reference: the same training and merge, never touched. The model is
-`tiny` cut to two layers, and processes are forked from one that has imported everything, so that a start costs little;
-from there on each is its own.
+`--state` keeps the counts after each series: the same command adds to them. Training and merging are compared bit by
+bit here, the other commands (`killed_commands.py`) by what they leave. Each series of the former is one training run
+(dropout, accumulation, packing, asynchronous saves) that is killed several times, at random moments of its updates and
+now and then of its start; then left alone; then its merge is killed at moments drawn evenly over its duration. The
+model is `tiny` cut to two layers, and processes are forked from one that has imported everything, so that a start costs
+little; from there on each is its own.
 """
 
 from __future__ import annotations
@@ -17,7 +18,6 @@ import argparse
 import hashlib
 import json
 import os
-import platform
 import random
 import re
 import shutil
@@ -25,110 +25,33 @@ import signal
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field, replace
-from datetime import UTC, datetime
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
 
-from gemma4_tpu.markdown import table
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from benchmarks.chaos_page import EVERY, KILLS_PER_COMMAND, UPDATES, Counts, page
+from benchmarks.killed_commands import scripted_server, subjects
+from benchmarks.killing import CODES, TRAINS, Killer, Process, Tally
 
-EVERY = 3
-UPDATES = 60
 TRAIN = [
     "lora.rank=2", "lora.dropout=0.1", "data=chat_jsonl", "data.heldout_fraction=0", "data.sequence_length=64",
     "trainer.global_batch_sequences=2", "trainer.microbatches=2", f"trainer.max_updates={UPDATES}",
     "trainer.remat=none", "optimizer.warmup_updates=0", f"checkpoint.every={EVERY}", "checkpoint.keep=3",
 ]  # fmt: skip
 KILLS_PER_TRAIN, KILLS_PER_MERGE = 8, 3
+ASKING = (signal.SIGTERM, signal.SIGUSR2, signal.SIGINT)
 SHARE_IN_START = 0.15
 """Of the kills of training runs; the others come during updates."""
 UNDER_A_SAVE = 3
 """Updates that may pass while the checkpoint before them is still being written; they are lost with it."""
 
 
-@dataclass
-class Counts:
-    """What the table shows."""
-
-    series: int = 0
-    kills: dict[str, int] = field(default_factory=dict)
-    """By what was killed, and how: `train SIGKILL`."""
-    resumes: int = 0
-    """Starts that resumed from a checkpoint."""
-    fresh_starts: int = 0
-    """Starts that found none yet."""
-    exits_42: int = 0
-    interrupted_saves: int = 0
-    """Kills while a checkpoint was being written."""
-    lost_updates: list[int] = field(default_factory=list)
-    """Of each killed training: updates done that the next start has to do again."""
-    unrecoverable: list[str] = field(default_factory=list)
-    different: list[str] = field(default_factory=list)
-    equal_weights: int = 0
-    equal_metrics: int = 0
-    equal_merges: int = 0
-    seconds: float = 0.0
-
-    @property
-    def total_kills(self) -> int:
-        return sum(self.kills.values())
-
-
-class Process:
-    """A command in a forked child, its output in a file."""
-
-    def __init__(self, main: Callable[[list[str]], int], arguments: Sequence[str], output: Path):
-        self.output = output
-        sys.stdout.flush()
-        sys.stderr.flush()
-        self.pid = os.fork()
-        if self.pid == 0:
-            code = 99
-            try:
-                file = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
-                os.dup2(file, 1)
-                os.dup2(file, 2)
-                code = main(list(arguments))
-            except BaseException:
-                sys.excepthook(*sys.exc_info())
-            finally:
-                sys.stdout.flush()
-                sys.stderr.flush()
-                os._exit(code)
-        self.code: int | None = None
-
-    def poll(self) -> int | None:
-        """The exit code, negative for a signal; None: still running."""
-        if self.code is None:
-            pid, status = os.waitpid(self.pid, os.WNOHANG)
-            if pid:
-                self.code = os.waitstatus_to_exitcode(status)
-        return self.code
-
-    def wait(self, seconds: float) -> int | None:
-        """Waits at most this long."""
-        until = time.monotonic() + seconds
-        while self.poll() is None and time.monotonic() < until:
-            time.sleep(0.01)
-        return self.code
-
-    def kill(self, number: int) -> int:
-        """Sends the signal and waits for the end."""
-        os.kill(self.pid, number)
-        if self.wait(300) is None:
-            os.kill(self.pid, signal.SIGKILL)
-            self.wait(60)
-            raise TimeoutError(f"still running 300 s after {signal.Signals(number).name}")
-        assert self.code is not None
-        return self.code
-
-
 class Chaos:
     """Runs the series and counts."""
 
-    def __init__(self, folder: Path, seed: int):
+    def __init__(self, folder: Path, seed: int, counts: Counts):
         from gemma4_tpu.merge import main as merge
         from gemma4_tpu.train import main as train
 
@@ -136,9 +59,8 @@ class Chaos:
         self._train, self._merge = train, merge
         self._folder = folder
         self._words = [f"model.path={write_base(folder / 'base')}", f"data.train.0.path={write_rows(folder)}"]
-        self._random = random.Random(seed)
-        self.counts = Counts()
-        started = time.monotonic()
+        self._seed, self._random = seed, random.Random(seed)
+        self.counts = counts
         self._complete("compile", self._train_words("compile"))  # fills the compilation cache
         started = time.monotonic()
         self._complete("reference", self._train_words("reference"))
@@ -147,18 +69,15 @@ class Chaos:
         self._complete("reference", self._merge_words("reference"), merging=True)
         self._merge_seconds = time.monotonic() - started
 
-    def run(self, kills: int, seconds: float) -> None:
-        """Series after series until this many kills, or this much time."""
-        until, started = time.monotonic() + seconds, time.monotonic()
-        while self.counts.total_kills < kills and time.monotonic() < until:
-            name = f"series-{self.counts.series + 1}"
-            try:
-                self._series(name, kills)
-            except (AssertionError, TimeoutError) as error:
-                self.counts.unrecoverable.append(f"{name}: {error}")
-            self.counts.series += 1
-            self.counts.seconds = time.monotonic() - started
-            print(f"{name}: {self.counts.total_kills} kills, {self.counts.seconds:.0f} s", flush=True)
+    def series(self, kills: int) -> None:
+        """The next series, with so many kills at most."""
+        name, limit = f"series-{self.counts.series + 1}", self.counts.total_kills + kills
+        self._random = random.Random(f"{self._seed} {name}")
+        try:
+            self._series(name, limit)
+        except (AssertionError, TimeoutError) as error:
+            self.counts.unrecoverable.append(f"{name}: {error}")
+        self.counts.series += 1
 
     def _series(self, name: str, kills: int) -> None:
         for _ in range(KILLS_PER_TRAIN):
@@ -176,7 +95,7 @@ class Chaos:
         shutil.rmtree(run)
 
     def _killed_train(self, name: str) -> None:
-        run, number = self._folder / name, self._random.choice((signal.SIGKILL, signal.SIGKILL, signal.SIGTERM))
+        run, number = self._folder / name, self._random.choice((signal.SIGKILL, signal.SIGKILL, *ASKING))
         before = newest(run)
         process = Process(self._train, self._train_words(name), self._folder / f"{name}.txt")
         if self._random.random() < SHARE_IN_START:
@@ -185,14 +104,16 @@ class Chaos:
             self._wait_for_update(process, run, (before or 0) + self._random.randint(1, 4 * EVERY))
             process.wait(self._random.uniform(0, 0.1))
         if process.poll() is not None:
-            assert process.code == 0, said(process)
+            assert process.code == 0, process.said()
             return  # it was done before
         code = process.kill(number)
         self._count_start(process, before)
         self._count_kill(f"train {number.name}")
-        if number == signal.SIGTERM:
-            assert code in (42, 0, -signal.SIGTERM), f"exit {code} after SIGTERM: {said(process)}"
+        if number in ASKING:
+            assert code in (*TRAINS[number], 0), f"exit {code} after {number.name}: {process.said()}"
+            assert "Traceback" not in process.said(), process.said()
             self.counts.exits_42 += code == 42
+        assert not process.others(), "something still runs"
         self.counts.interrupted_saves += any(run.glob("checkpoints/*tmp*"))
         done = max((row["update"] for row in metrics(run)), default=0)
         lost = done - (newest(run) or 0)
@@ -219,21 +140,22 @@ class Chaos:
             self.counts.fresh_starts += 1
 
     def _killed_merge(self, name: str) -> None:
-        number = self._random.choice((signal.SIGKILL, signal.SIGTERM))
+        number = self._random.choice((signal.SIGKILL, *ASKING))
         process = Process(self._merge, self._merge_words(name), self._folder / f"{name}.txt")
         process.wait(self._random.uniform(0, 1.1 * self._merge_seconds))
         if process.poll() is not None:
-            assert process.code == 0, said(process)
+            assert process.code == 0, process.said()
             shutil.rmtree(self._folder / name / "merged")  # it was done before: once more
             return
-        process.kill(number)
+        code = process.kill(number)
+        assert code in (*CODES[number], 0) and "Traceback" not in process.said(), f"exit {code}: {process.said()}"
         self._count_kill(f"merge {number.name}")
 
     def _complete(self, name: str, words: list[str], merging: bool = False) -> None:
         before = newest(self._folder / name)
         process = Process(self._merge if merging else self._train, words, self._folder / f"{name}.txt")
         process.wait(1800)
-        assert process.code == 0, f"exit {process.code}: {said(process)}"
+        assert process.code == 0, f"exit {process.code}: {process.said()}"
         if not merging:
             self._count_start(process, before)
 
@@ -247,8 +169,8 @@ class Chaos:
         """In a child, too: what reads them starts threads."""
         process = Process(print_weights, [str(self._folder / name)], self._folder / f"{name}.weights.txt")
         process.wait(300)
-        assert process.code == 0, said(process)
-        return said(process)
+        assert process.code == 0, process.said()
+        return process.said()
 
     def _train_words(self, name: str) -> list[str]:
         return [
@@ -340,69 +262,83 @@ def files(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in sorted(folder.iterdir()) if path.name != "gemma4_tpu.json"}
 
 
-def said(process: Process) -> str:
-    """The end of what a process printed."""
-    return process.output.read_text(errors="replace")[-2000:]
-
-
-def page(counts: Counts, command: str) -> str:
-    """The result as Markdown."""
-    lost = counts.lost_updates
-    rows = [
-        ("training runs (series)", counts.series),
-        *[(f"kills: {what}", number) for what, number in sorted(counts.kills.items())],
-        ("kills in all", counts.total_kills),
-        ("of them while a checkpoint was being written", counts.interrupted_saves),
-        ("SIGTERM during a training run that exited with 42", counts.exits_42),
-        ("starts that resumed from a checkpoint", counts.resumes),
-        ("starts that found no checkpoint yet", counts.fresh_starts),
-        (f"updates lost by a kill (checkpoint.every={EVERY}): mean", f"{np.mean(lost):.1f}" if lost else "-"),
-        ("updates lost by a kill: most", max(lost, default=0)),
-        ("final weights equal to the reference, bitwise", f"{counts.equal_weights} of {counts.series}"),
-        ("metrics.jsonl equal to the reference, no gap or duplicate", f"{counts.equal_metrics} of {counts.series}"),
-        ("merged models equal to the reference, bitwise", f"{counts.equal_merges} of {counts.series}"),
-        ("unrecoverable", len(counts.unrecoverable)),
-        ("different results", len(counts.different)),
-    ]
-    lines = [
-        "# Chaos",
-        "",
-        f"*Measured* on {datetime.now(UTC):%Y-%m-%d}, {platform.machine()} with {os.cpu_count()} CPU cores (shared with"
-        f" other work), in {counts.seconds / 60:.0f} minutes, by `{command}`.",
-        "",
-        *table(["", ""], rows),
-        f"Each training makes {UPDATES} updates of `tiny`, cut to two layers, with dropout, two microbatches, packed"
-        f" rows and a checkpoint every {EVERY} updates, written while training continues. A kill loses the updates"
-        " since the last complete checkpoint: at most one interval, plus those made while the next one was being"
-        " written.",
-    ]
-    return "\n".join([*lines, *[f"- {line}" for line in counts.unrecoverable + counts.different], ""])
-
-
 def main() -> int:
-    """Exit code: 0 if nothing was unrecoverable and nothing differed."""
+    """Exit code: 0 if nothing was unrecoverable, nothing differed, and every command ended as documented."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--kills", type=int, default=100)
-    parser.add_argument("--seconds", type=float, default=3600, help="no new series after this long")
+    parser.add_argument("--kills", type=int, default=300, help="in all, those in --state included")
+    parser.add_argument("--seconds", type=float, default=7200, help="no new series after this long")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--each", type=int, default=100, help="kills of a series, at most")
+    parser.add_argument("--commands", help="such as train,plan (default: every one)")
     parser.add_argument("--folder", type=Path, help="where to work (default: a temporary folder)")
+    parser.add_argument("--state", type=Path, help="JSON file that keeps the counts, to go on from")
     parser.add_argument("--write", type=Path, help="Markdown file for the table")
     given = parser.parse_args()
     os.environ["JAX_PLATFORMS"] = "cpu"
     os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
     os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
+    kept = json.loads(given.state.read_text()) if given.state and given.state.is_file() else {}
+    counts = Counts(**kept.get("train", {}))
+    tallies = {name: Tally(**tally) for name, tally in kept.get("commands", {}).items()}
     with tempfile.TemporaryDirectory(prefix="chaos-") as temporary:
         folder = given.folder or Path(temporary)
         folder.mkdir(parents=True, exist_ok=True)
-        chaos = Chaos(folder, given.seed)
-        chaos.run(given.kills, given.seconds)
-    command = " ".join(["python benchmarks/chaos.py", *sys.argv[1:]])
-    text = page(chaos.counts, re.sub(r" --(write|folder) \S+", "", command))
+        _run(given, folder, counts, tallies)
+    text = page(counts, tallies, "python benchmarks/chaos.py")
     print(text)
-    print(json.dumps(asdict(chaos.counts)))
+    print(json.dumps({**asdict(counts), "commands": {name: asdict(tally) for name, tally in tallies.items()}}))
     if given.write:
         given.write.write_text(text, encoding="utf-8")
-    return 1 if chaos.counts.unrecoverable or chaos.counts.different else 0
+    wrong = counts.unrecoverable or counts.different or any(tally.wrong for tally in tallies.values())
+    return 1 if wrong else 0
+
+
+def _run(given: argparse.Namespace, folder: Path, counts: Counts, tallies: dict[str, Tally]) -> None:
+    """Series after series, of each command in turn, until there are enough kills or the time is over."""
+    cache = folder / "compiled"
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = str(cache)
+    server, endpoint = scripted_server()
+    chaos = Chaos(folder, given.seed, counts)
+    run, wanted = folder / "reference", given.commands.split(",") if given.commands else None
+    known = subjects(folder / "base", folder / "rows.jsonl", run, cache, endpoint)
+    killers = {one.name: Killer(folder, one) for one in known if wanted is None or one.name in wanted}
+    ready: set[str] = set()
+    broken: set[str] = set()
+    started, before = time.monotonic(), counts.seconds
+
+    def total() -> int:
+        return counts.total_kills + sum(tally.total for tally in tallies.values())
+
+    try:
+        while total() < given.kills and time.monotonic() - started < given.seconds:
+            for name in (["train"] if wanted is None or "train" in wanted else []) + list(killers):
+                left = min(given.kills - total(), given.each)
+                if left <= 0 or time.monotonic() - started > given.seconds:
+                    break
+                if name == "train":
+                    chaos.series(left)
+                else:
+                    tally, killer = tallies.setdefault(name, Tally()), killers[name]
+                    if name in broken:
+                        continue
+                    if name not in ready:
+                        try:
+                            killer.prepare()
+                        except AssertionError as error:  # it does not even end where nobody kills it
+                            tally.wrong.append(f"{name}: {error}")
+                            broken.add(name)
+                            continue
+                        ready.add(name)
+                    draw = random.Random(f"{given.seed} {name} {tally.series}")
+                    killer.series(tally.series, min(left, KILLS_PER_COMMAND), draw, tally)
+                counts.seconds = before + time.monotonic() - started
+                print(f"{name}: {total()} kills, {counts.seconds:.0f} s", flush=True)
+                if given.state:
+                    kept = {"train": asdict(counts), "commands": {n: asdict(each) for n, each in tallies.items()}}
+                    given.state.write_text(json.dumps(kept))
+    finally:
+        server.kill()
+        server.wait()
 
 
 if __name__ == "__main__":

@@ -106,7 +106,7 @@ def peft(work: Path) -> None:
     from peft import PeftModel
     from transformers import Gemma4ForCausalLM
 
-    model = Gemma4ForCausalLM.from_pretrained(work / "base", dtype=torch.bfloat16)
+    model = Gemma4ForCausalLM.from_pretrained(work / "base", dtype=torch.bfloat16, trust_remote_code=False)
     PeftModel.from_pretrained(model, work / "run" / "adapter").merge_and_unload().save_pretrained(work / "out")
 
 

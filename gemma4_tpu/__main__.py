@@ -5,11 +5,12 @@ from __future__ import annotations
 import sys
 from collections.abc import Mapping, Sequence
 from importlib import import_module
+from typing import NoReturn
 
 from gemma4_tpu import __version__
 from gemma4_tpu.commands import COMMANDS, TOOLS
 from gemma4_tpu.config.keys import did_you_mean
-from gemma4_tpu.errors import REFUSED, tell
+from gemma4_tpu.errors import REFUSED, leave, tell
 
 _HELP = ("-h", "--help")
 _FIRST = """\
@@ -53,5 +54,10 @@ def _lines(gists: Mapping[str, str]) -> str:
     return "".join(f"  {name:<13} {gist}\n" for name, gist in gists.items())
 
 
+def script() -> NoReturn:
+    """The console script."""
+    leave(main())
+
+
 if __name__ == "__main__":
-    sys.exit(main())
+    script()

@@ -24,7 +24,7 @@ from typing import Any
 from gemma4_tpu.config.entry import EntryPoint
 from gemma4_tpu.config.lists import as_word
 from gemma4_tpu.config.load import Loaded, load
-from gemma4_tpu.errors import INTERRUPTED, Ended, UserError
+from gemma4_tpu.errors import INTERRUPTED, TERMINATED, Ended, UserError
 from gemma4_tpu.evaluate import EVALUATE
 from gemma4_tpu.evaluate import run as _evaluate
 from gemma4_tpu.merge import MERGE
@@ -99,7 +99,7 @@ def _done(
 ) -> Done:
     words = _command_line(given)
     ended = command(load(words, entry))
-    if ended.code == INTERRUPTED:
+    if ended.code in (INTERRUPTED, TERMINATED):
         raise KeyboardInterrupt
     if len(ended.folders) != 1:
         raise UserError(

@@ -15,7 +15,7 @@ from gemma4_tpu.benching.checks import BenchChecked, examine_bench, normalise_be
 from gemma4_tpu.config.entry import EntryPoint
 from gemma4_tpu.config.load import Loaded, load
 from gemma4_tpu.config.serving import BenchRoot
-from gemma4_tpu.errors import exit_code
+from gemma4_tpu.errors import exit_code, leave
 
 if TYPE_CHECKING:
     from gemma4_tpu.benching.all_cells import Results
@@ -54,7 +54,7 @@ BENCH: EntryPoint[BenchRoot, BenchChecked] = EntryPoint(
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Exit code: 0 done, 1 requests failed, 2 refused (one message on stderr), 130 interrupted."""
+    """Exit code: 0 done, 1 requests failed, 2 refused (one message on stderr), 130 or 143 interrupted."""
     return exit_code(lambda: _run(load(list(sys.argv[1:] if argv is None else argv), BENCH)))
 
 
@@ -148,4 +148,4 @@ def _report(
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main())

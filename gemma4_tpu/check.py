@@ -17,7 +17,7 @@ from gemma4_tpu.config.load import Loaded, load
 from gemma4_tpu.config.paths import at_home, local_folder
 from gemma4_tpu.config.refusals import Refusal
 from gemma4_tpu.config.tasks import ANY_SIZE, CheckRoot
-from gemma4_tpu.errors import REFUSED, exit_code
+from gemma4_tpu.errors import REFUSED, exit_code, leave
 
 _SECONDS = 300.0
 """For a remote checkpoint: a tokenizer over a slow line, not the weights."""
@@ -64,7 +64,7 @@ CHECK: EntryPoint[CheckRoot, Nothing] = EntryPoint(
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Exit code: 0 it can be trained, 2 refused, or training would refuse it, 130 interrupted."""
+    """Exit code: 0 it can be trained, 2 refused, or training would refuse it, 130 or 143 interrupted."""
     return exit_code(lambda: _run(load(list(sys.argv[1:] if argv is None else argv), CHECK)))
 
 
@@ -82,4 +82,4 @@ def _run(loaded: Loaded[CheckRoot, Nothing]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main())

@@ -2,29 +2,56 @@
 
 from __future__ import annotations
 
+import errno
+import gc
+import logging
 import os
+import signal
 import sys
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import NamedTuple
+from types import FrameType
+from typing import NamedTuple, NoReturn
+
+from gemma4_tpu.redact import redact
 
 REFUSED = 2
 """A `UserError`: one message on stderr."""
 STALLED = 3
 """No progress for `trainer.stall_seconds`; all stacks are in log.txt."""
+STORAGE_GONE = 4
+"""The bucket of the run did not answer for `storage.deadline`; saved on this machine, where the message says."""
 PREEMPTED = 42
 """Preempted and saved (or there was nothing to save yet): the same command resumes. Nothing else exits with it."""
 INTERRUPTED = 130
 """Ctrl-C."""
 TERMINATED = 143
-"""A second SIGTERM, which does not wait for the save."""
+"""SIGTERM to a command that is no training run, or before there is one; a second one, which does not wait for the save.
+The same command goes on."""
+TERMINATING = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
+"""Signals that ask for an end: schedulers send SIGUSR1 or SIGUSR2 some time before the machine is taken."""
+SECONDS_TO_UNWIND = 30.0
+"""What a command has for that."""
+_AGAIN_SECONDS = 0.02
+DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+"""Numbers of an OSError where no more can be written."""
+_CLIENTS = ("aiohttp", "fsspec", "gcsfs", "google", "httpx", "huggingface_hub", "requests")
+"""Packages that ask other machines: what they raise is about an address or a connection, not about a defect of ours."""
 
 
 class UserError(ValueError):
     """A refusal: names the key, file or row, what was given, and what would work.
 
-    Entry points print its message without a traceback and exit with code 2.
+    Entry points print its message without a traceback and exit with `exit_code`.
     """
+
+    exit_code = REFUSED
+
+
+class Terminated(KeyboardInterrupt):
+    """One of `TERMINATING` came: unwinds what is open, as Ctrl-C does."""
 
 
 class Ended(NamedTuple):
@@ -37,15 +64,121 @@ class Ended(NamedTuple):
 
 
 def exit_code(run: Callable[[], int], *, interrupted: str = "interrupted") -> int:
-    """That of an entry point's work: a refusal is one message on stderr, Ctrl-C a line that says `interrupted`."""
+    """That of an entry point's work: a refusal, a full disk, or an address that can't be reached is one message on
+    stderr, Ctrl-C and SIGTERM a line that says `interrupted`.
+    """
     try:
-        return run()
+        with _terminable():
+            return run()
     except UserError as refusal:
-        print(f"error: {refusal}", file=sys.stderr)
-        return REFUSED
-    except KeyboardInterrupt:
+        print(redact(f"error: {refusal}"), file=sys.stderr)
+        return refusal.exit_code
+    except Exception as error:
+        if (known := _outside(error)) is None:
+            raise
+        logging.getLogger("gemma4_tpu.uncaught").info("where it happened", exc_info=True)
+        code, message = known
+        print(redact(f"error: {message}"), file=sys.stderr)
+        return code
+    except KeyboardInterrupt as stop:
         print(f"\n{interrupted}", file=sys.stderr)
-        return INTERRUPTED
+        return stopped_code(stop)
+
+
+def _outside(error: Exception) -> tuple[int, str] | None:
+    """(exit code, message) of an error whose cause is outside of this program; None: it may be a defect of ours."""
+    if isinstance(error, OSError) and error.errno in DISK_FULL:
+        where = f" ({error.filename})" if error.filename else ""
+        return REFUSED, f"the disk is full{where}: make space, and the same command goes on"
+    if type(error).__module__.partition(".")[0] in _CLIENTS:
+        return STORAGE_GONE, f"{type(error).__name__}: {first_line(error)}"
+    return None
+
+
+def stopped_code(stop: KeyboardInterrupt) -> int:
+    """Exit code after Ctrl-C or a signal that asks for an end."""
+    return TERMINATED if isinstance(stop, Terminated) else INTERRUPTED
+
+
+@contextmanager
+def _terminable() -> Iterator[None]:
+    """Signals that ask for an end unwind the main thread, as Ctrl-C does; a second one ends the process at once.
+
+    A command that knows better (a training run saves first) has its own handlers while it is at work. Where something
+    swallows the exception (imports of optional packages do), the process ends some time later all the same.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    unwound = threading.Event()
+
+    def end_anyway() -> None:
+        if not unwound.wait(SECONDS_TO_UNWIND):
+            print("\nended without unwinding", file=sys.stderr)
+            exit_now(TERMINATED)
+
+    def interrupt(number: int, frame: FrameType | None) -> None:
+        if is_dropped(frame):
+            send_again(number)
+        else:
+            raise KeyboardInterrupt
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        if is_dropped(frame):
+            send_again(number)
+            return
+        threading.Thread(target=end_anyway, name="end", daemon=True).start()
+        for each in TERMINATING:
+            signal.signal(each, lambda *_: exit_now(TERMINATED))
+        raise Terminated(signal.Signals(number).name)
+
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, *TERMINATING)}
+    for number, handler in before.items():
+        if handler == signal.SIG_DFL:
+            signal.signal(number, stop)
+        elif handler == signal.default_int_handler:
+            signal.signal(number, interrupt)
+    try:
+        yield
+    finally:
+        unwound.set()
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def is_dropped(frame: FrameType | None) -> bool:
+    """Whether Python would drop an exception raised here: in a finalizer, or a callback of the garbage collector
+    (JAX has one).
+    """
+    callbacks = {getattr(callback, "__code__", None) for callback in gc.callbacks}
+    while frame is not None:
+        if frame.f_code in callbacks or frame.f_code.co_name == "__del__":
+            return True
+        frame = frame.f_back
+    return False
+
+
+def send_again(number: int) -> None:
+    """Sends a signal to this process once more, a moment later."""
+    threading.Timer(_AGAIN_SECONDS, os.kill, [os.getpid(), number]).start()
+
+
+def leave(code: int) -> NoReturn:
+    """Ends the process of a command. After an interruption at once, since computations may still be under way, which
+    crash where Python takes JAX apart beneath them; where storage is gone, too, since requests to it never end.
+    """
+    if code in (INTERRUPTED, TERMINATED, STORAGE_GONE):
+        exit_now(code)
+    sys.exit(code)
+
+
+def exit_now(code: int) -> NoReturn:
+    """Ends the process from any thread, without waiting for the others: what was logged is on disk."""
+    logging.shutdown()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
 
 
 def tell(text: str) -> None:

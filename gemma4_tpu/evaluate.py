@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 from gemma4_tpu.config.entry import EntryPoint
 from gemma4_tpu.config.load import Loaded, from_yaml, load
 from gemma4_tpu.config.tasks import EvaluateRoot
-from gemma4_tpu.errors import Ended, UserError, exit_code
+from gemma4_tpu.errors import Ended, UserError, exit_code, leave
 from gemma4_tpu.evals.checks import EvaluateChecked, examine_evaluate, normalise_evaluate
 
 if TYPE_CHECKING:
@@ -42,8 +42,8 @@ EVALUATE: EntryPoint[EvaluateRoot, EvaluateChecked] = EntryPoint(
     normalise=normalise_evaluate,
     examine=examine_evaluate,
     summary=(
-        "Score a model: Verilog solutions by simulation in a sandbox (pass@k; needs Icarus Verilog), or answers to rows of"
-        " your own by comparison (accuracy). Reports come with their uncertainty."
+        "Score a model: Verilog solutions by simulation in a sandbox (pass@k; needs Icarus Verilog), or answers to"
+        " rows of your own by comparison (accuracy). Reports come with their uncertainty."
     ),
     examples=(
         ("run=outputs/train/<run>", "a run compared with its base, on the embedded synthetic problems"),
@@ -65,7 +65,7 @@ EVALUATE: EntryPoint[EvaluateRoot, EvaluateChecked] = EntryPoint(
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Exit code: 0 done, 2 refused (one message on stderr), 130 interrupted."""
+    """Exit code: 0 done, 2 refused (one message on stderr), 130 or 143 interrupted."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     return exit_code(lambda: run(load(list(sys.argv[1:] if argv is None else argv), EVALUATE)).code)
 
@@ -233,4 +233,4 @@ def _print_list(items: Iterable[str]) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main())

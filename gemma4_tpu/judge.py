@@ -19,7 +19,7 @@ from gemma4_tpu.config.load import Loaded, load
 from gemma4_tpu.config.paths import folder_of
 from gemma4_tpu.config.refusals import Refusal
 from gemma4_tpu.config.tasks import JudgeRoot
-from gemma4_tpu.errors import UserError, exit_code
+from gemma4_tpu.errors import TERMINATING, UserError, exit_code, leave
 from gemma4_tpu.evals.checks import JUDGE_CHOICES, problems_path_messages
 
 log = logging.getLogger(__name__)
@@ -54,7 +54,7 @@ JUDGE: EntryPoint[JudgeRoot, Nothing] = EntryPoint(
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Exit code: 0 stopped, 1 the workers died, 2 refused (one message on stderr), 130 interrupted."""
+    """Exit code: 0 stopped, 1 the workers died, 2 refused (one message on stderr), 130 or 143 interrupted."""
     return exit_code(lambda: _serve(load(list(sys.argv[1:] if argv is None else argv), JUDGE)))
 
 
@@ -68,7 +68,8 @@ def _serve(loaded: Loaded[JudgeRoot, Nothing]) -> int:
 
     setup_logging()
     root, died = loaded.root, threading.Event()
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # unwinds what is below, as SIGINT does
+    for number in TERMINATING:
+        signal.signal(number, lambda *_: sys.exit(0))  # unwinds what is below, as SIGINT does
     if root.with_parent:
         threading.Thread(target=_end_with_the_input, daemon=True).start()
     problems = load_problems(root.eval)
@@ -98,4 +99,4 @@ def _end_with_the_input() -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main())

@@ -19,7 +19,7 @@ import yaml
 from gemma4_tpu.config.entry import EntryPoint
 from gemma4_tpu.config.load import Loaded, from_yaml, load
 from gemma4_tpu.config.tasks import MergeRoot
-from gemma4_tpu.errors import Ended, UserError, exit_code, first_line
+from gemma4_tpu.errors import Ended, UserError, exit_code, first_line, leave
 from gemma4_tpu.export.checks import MergeChecked, examine_merge, normalise_merge
 
 if TYPE_CHECKING:
@@ -50,7 +50,7 @@ MERGE: EntryPoint[MergeRoot, MergeChecked] = EntryPoint(
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Exit code: 0 published, 2 refused or failed the comparison (one message on stderr), 130 interrupted."""
+    """Exit code: 0 published, 2 refused or failed the comparison (one message on stderr), 130 or 143 interrupted."""
     os.environ["JAX_PLATFORMS"] = "cpu"  # an export leaves accelerators to others
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # blocks of rows are worked on in parallel instead
     return exit_code(
@@ -131,4 +131,4 @@ def _track(job: ExportJob, record: RunFolder, result: dict[str, Any], config: di
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main())

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 from gemma4_tpu.config.entry import EntryPoint
 from gemma4_tpu.config.load import Loaded, load
 from gemma4_tpu.config.tasks import PlanRoot
-from gemma4_tpu.errors import Ended, exit_code
+from gemma4_tpu.errors import Ended, exit_code, leave
 from gemma4_tpu.planning.checks import PlanChecked, examine_plan, normalise_plan
 
 if TYPE_CHECKING:
@@ -50,7 +50,7 @@ PLAN: EntryPoint[PlanRoot, PlanChecked] = EntryPoint(
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Exit code: 0 it fits, 1 it does not fit, 2 refused (one message on stderr), 130 interrupted."""
+    """Exit code: 0 it fits, 1 it does not fit, 2 refused (one message on stderr), 130 or 143 interrupted."""
     return exit_code(lambda: run(load(list(sys.argv[1:] if argv is None else argv), PLAN)).code)
 
 
@@ -144,4 +144,4 @@ def _search(planned: Planned, folder: RunFolder) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main())

@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from gemma4_tpu.config.entry import EntryPoint
 from gemma4_tpu.config.load import Loaded, load
 from gemma4_tpu.config.tasks import ReportRoot
-from gemma4_tpu.errors import exit_code
+from gemma4_tpu.errors import exit_code, leave
 from gemma4_tpu.reporting.checks import LISTED, ReportChecked, examine_report, normalise_report
 
 _PLAIN = r"[\w./-]+"
@@ -41,7 +41,7 @@ REPORT: EntryPoint[ReportRoot, ReportChecked] = EntryPoint(
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Exit code: 0 all is well, 1 the report says otherwise, 2 refused (one message on stderr), 130 interrupted."""
+    """Exit code: 0 all is well, 1 the report says otherwise, 2 refused (one message), 130 or 143 interrupted."""
     return exit_code(lambda: _answer(load(spelt_out(sys.argv[1:] if argv is None else argv), REPORT)))
 
 
@@ -104,4 +104,4 @@ def _quoted(text: str) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main())

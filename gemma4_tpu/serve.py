@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 from gemma4_tpu.config.entry import EntryPoint
 from gemma4_tpu.config.load import Loaded, load
 from gemma4_tpu.config.serving import ServeRoot
-from gemma4_tpu.errors import exit_code
+from gemma4_tpu.errors import exit_code, leave
 from gemma4_tpu.hardware import GIB
 from gemma4_tpu.serving.checks import ServeChecked, examine_serve, normalise_serve
 from gemma4_tpu.serving.gke_checks import GKE
@@ -181,4 +181,4 @@ def _recorded(loaded: Loaded[ServeRoot, ServeChecked], make: Callable[[RunFolder
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main())

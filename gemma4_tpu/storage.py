@@ -7,14 +7,80 @@ import itertools
 import json
 import mmap
 import os
-from collections.abc import Sequence
+import threading
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from gemma4_tpu.errors import UserError
+from gemma4_tpu.errors import STORAGE_GONE, UserError, first_line
 
 _FETCH_BYTES = 32 << 20  # size of one remote request
 _FETCHES = 8  # remote requests under way at a time
+_ON_REQUEST_SECONDS = 15.0
+"""What is left of a deadline once the process was asked to end."""
+_LOOK_SECONDS, _AGAIN_SECONDS = 0.2, 1.0
+_NOT_GONE = (UserError, FileNotFoundError, PermissionError, KeyboardInterrupt)
+"""What another try, or time, does not change."""
+
+
+class StorageGone(UserError):
+    """A bucket that did not answer in time."""
+
+    exit_code = STORAGE_GONE
+
+
+@dataclass(frozen=True)
+class Deadline:
+    """How long anybody waits for a bucket."""
+
+    seconds: float
+    key: str | None = None
+    """That it was set by."""
+    hurry: Callable[[], bool] = lambda: False
+    """Whether the process was asked to end."""
+
+    def wait_for(self, what: str, call: Callable[[], object], *, again: bool = False) -> None:
+        """Calls what asks a bucket, in a thread of its own, which may never come back.
+
+        Args:
+          what: the bucket's address, for the message.
+          call: what is to be done.
+          again: it may be tried as often as there is time.
+
+        Raises:
+          StorageGone: it failed, or did not end in time; others: of `call`, where waiting does not help.
+        """
+        failures: list[BaseException] = []
+        ended, until = threading.Event(), time.monotonic() + self.seconds
+
+        def work() -> None:
+            while True:
+                try:
+                    call()
+                    failures.clear()
+                    break
+                except BaseException as error:
+                    failures[:] = [error]
+                    if isinstance(error, _NOT_GONE) or not again or time.monotonic() > until:
+                        break
+                    time.sleep(_AGAIN_SECONDS)
+            ended.set()
+
+        threading.Thread(target=work, name="storage", daemon=True).start()
+        while not ended.wait(_LOOK_SECONDS) and time.monotonic() < until:
+            if self.hurry():
+                until = min(until, time.monotonic() + _ON_REQUEST_SECONDS)
+                break
+        ended.wait(max(0.0, until - time.monotonic()))
+        if ended.is_set() and not failures:
+            return
+        if failures and isinstance(failures[0], _NOT_GONE):
+            raise failures[0]
+        reason = f"; last: {first_line(failures[0])[:300]}" if failures else ""
+        by = f" ({self.key})" if self.key else ""
+        raise StorageGone(f"{what}: no answer for {self.seconds:g} s{by}{reason}")
 
 
 def is_remote(path: str) -> bool:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 from gemma4_tpu.config.entry import EntryPoint
 from gemma4_tpu.config.load import Loaded, load
 from gemma4_tpu.config.schema import TrainRoot
-from gemma4_tpu.errors import INTERRUPTED, PREEMPTED, Ended, exit_code, first_line
+from gemma4_tpu.errors import PREEMPTED, Ended, exit_code, first_line, leave, stopped_code
 from gemma4_tpu.step.objective_kinds import rows_of
 from gemma4_tpu.training.checks import Checked, examine_train, normalise
 from gemma4_tpu.training.recipe import rows_per_update
@@ -50,7 +50,7 @@ def load_train(argv: list[str]) -> Loaded[TrainRoot, Checked]:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Exit code: 0 finished (or stopped by `trainer.time_limit`, and saved), 2 refused (one message on stderr), 3 hung,
-    42 preempted and saved, 130 interrupted.
+    42 preempted and saved, 130 or 143 interrupted.
     """
     return exit_code(lambda: run(load_train(list(sys.argv[1:] if argv is None else argv))).code)
 
@@ -96,10 +96,10 @@ def _record(loaded: Loaded[TrainRoot, Checked], hosts: Hosts, preemption: Preemp
             return Ended(0, (folder.path,))
         folder.leave_result(result)
         drawn = plot_run(folder) if folder.write and result.status != "preempted" else []
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as stop:
         hint = f"the same command with run_dir={folder.address} resumes from its last checkpoint"
         print(f"\ninterrupted; {hint}", file=sys.stderr)
-        return Ended(INTERRUPTED, (folder.path,))
+        return Ended(stopped_code(stop), (folder.path,))
     except Exception as error:
         folder.leave_result(Result(status="failed", error=first_line(error)))
         log_refusal(error)
@@ -139,4 +139,4 @@ def _open_folder(loaded: Loaded[TrainRoot, Checked], hosts: Hosts) -> RunFolder:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main())

@@ -10,6 +10,7 @@ from typing import Any
 
 from jax.sharding import Mesh
 
+from gemma4_tpu.config.durations import seconds_of
 from gemma4_tpu.config.load import Loaded
 from gemma4_tpu.config.schema import TrainRoot
 from gemma4_tpu.data.build import TrainingData, build_data
@@ -27,7 +28,9 @@ from gemma4_tpu.rollouts.assembly import begin, make_source
 from gemma4_tpu.rollouts.source import OnPolicySource
 from gemma4_tpu.step.objective_kinds import KINDS, rows_of
 from gemma4_tpu.step.optimizer import make_schedule
+from gemma4_tpu.storage import Deadline
 from gemma4_tpu.tracking import provenance
+from gemma4_tpu.tracking.bucket import CHECKPOINTS
 from gemma4_tpu.tracking.files import write_json
 from gemma4_tpu.tracking.provenance import Provenance
 from gemma4_tpu.tracking.result import Result
@@ -36,7 +39,7 @@ from gemma4_tpu.tracking.trackers import make_tracker, run_name
 from gemma4_tpu.training import resume
 from gemma4_tpu.training.batches import Batches, make_batches
 from gemma4_tpu.training.began import FOLDER, REFERENCE_FOLDER, open_began, open_reference
-from gemma4_tpu.training.checkpoint import Checkpoints
+from gemma4_tpu.training.checkpoint import Checkpoints, Refuge
 from gemma4_tpu.training.checks import Checked, warmup_warning
 from gemma4_tpu.training.compile_cache import log_compile_cache, use_compile_cache
 from gemma4_tpu.training.endings import TimeLimit, check_patience
@@ -184,7 +187,10 @@ def _loop(
 ) -> Result:
     """Runs the updates there are to run, with a stall watchdog."""
     config, folder, source = run.config, run.folder, run.batches.source
-    checkpoints = Checkpoints(folder.checkpoints, config.checkpoint, setup.trained_leaves, setup.mesh)
+    seconds = seconds_of(config.storage.deadline) or 0.0  # the limits know that it can be read
+    deadline = Deadline(seconds, "storage.deadline", lambda: preemption.requested)
+    refuge = Refuge(folder.path / CHECKPOINTS, deadline, folder.push, folder.forget_bucket)
+    checkpoints = Checkpoints(folder.checkpoints, config.checkpoint, setup.trained_leaves, setup.mesh, refuge)
     if run.resume_from is None:
         if takes_part(config.lora):
             checkpoints.save_initial(FOLDER, setup.state.trained, factors(setup.step.model.layout))
@@ -209,12 +215,12 @@ def _loop(
         rates=Rates.of(recipe, run.batches.segment_tokens, setup.mesh),
         fingerprints=run.fingerprints,
         report=reports,
-        flush=folder.push,
         preemption=preemption,
         time_limit=time_limit,
         watchdog=watchdog,
         sample=lambda trained, update: answers(setup, trained, update, tracker),
         profile=Profile(config.trainer.profile, folder.path if folder.write else None),
+        history=reports.history if folder.write else None,
         prediction=predict(recipe, config.trainer.plan, folder.path) if folder.write else None,
     )  # fmt: skip
     with closing(source), closing(checkpoints), closing(answers), reports, loop.profile.closing():

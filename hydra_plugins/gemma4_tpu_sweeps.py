@@ -21,6 +21,7 @@ from gemma4_tpu.config import sweeps as settings
 
 _STORE = ConfigStore.instance()
 _STORE.store(group="hydra/launcher", name="processes", node=settings.Processes, provider="gemma4_tpu")
+_STORE.store(group="hydra/launcher", name="slurm", node=settings.Slurm, provider="gemma4_tpu")
 _STORE.store(group="hydra/sweeper", name="grid", node=settings.GridSweep, provider="gemma4_tpu")
 _STORE.store(group="hydra/sweeper", name="optuna", node=settings.Optuna, provider="gemma4_tpu")
 
@@ -35,6 +36,8 @@ def _entry(config: DictConfig) -> Any:
 class ProcessesLauncher(Launcher):
     """Each job as a process of its own."""
 
+    form: type = settings.Processes
+
     def __init__(self, **settings: Any):
         self.settings = settings
         self.sweep: Any = None
@@ -48,7 +51,13 @@ class ProcessesLauncher(Launcher):
         """Runs the jobs, each with its overrides."""
         from gemma4_tpu.sweeping.hydra_jobs import launch
 
-        return launch(self.sweep, self.config, self.settings, job_overrides)
+        return launch(self.sweep, self.config, self.form(**self.settings), job_overrides)
+
+
+class SlurmLauncher(ProcessesLauncher):
+    """Each job as a batch job of SLURM."""
+
+    form = settings.Slurm
 
 
 class GridSweeper(BasicSweeper):

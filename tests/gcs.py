@@ -16,6 +16,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
 from http.server import HTTPServer
 from typing import Any
@@ -78,15 +79,22 @@ def _generation(storage: Any, path: str) -> str | None:
         return None
 
 
-@pytest.fixture(scope="session")
-def gcs_emulator() -> Iterator[str]:
-    """Address of an emulator in a process of its own."""
+@contextmanager
+def emulator() -> Iterator[tuple[subprocess.Popen, str]]:
+    """An emulator in a process of its own, and its address."""
     process = subprocess.Popen([sys.executable, __file__], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
     try:
-        yield process.stdout.readline().strip()
+        yield process, process.stdout.readline().strip()
     finally:
         process.kill()
         process.wait()
+
+
+@pytest.fixture(scope="session")
+def gcs_emulator() -> Iterator[str]:
+    """Address of an emulator that all tests share."""
+    with emulator() as (_, address):
+        yield address
 
 
 @pytest.fixture

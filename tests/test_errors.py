@@ -1,8 +1,14 @@
 """How every entry point ends."""
 
+import gc
+import signal
+import subprocess
+import sys
+import time
+
 import pytest
 
-from gemma4_tpu.errors import INTERRUPTED, REFUSED, UserError, exit_code, first_line
+from gemma4_tpu.errors import INTERRUPTED, REFUSED, TERMINATED, TERMINATING, UserError, exit_code, first_line
 
 
 def raising(error: BaseException):
@@ -25,3 +31,74 @@ def test_refusals_and_interruptions_are_one_message_and_other_errors_stay(capsys
 def test_a_record_has_one_line_of_an_error():
     assert first_line(ValueError("one\ntwo")) == "one"
     assert first_line(KeyError()) == "KeyError()"
+
+
+@pytest.mark.parametrize("number", TERMINATING)
+def test_signals_that_ask_for_an_end_unwind_as_ctrl_c_does(number, capsys):
+    unwound = []
+
+    def run() -> int:
+        try:
+            signal.raise_signal(number)
+        finally:
+            unwound.append(number)
+        return 0
+
+    before = signal.getsignal(number)
+    assert exit_code(run, interrupted="stopped; the same command goes on") == TERMINATED
+    assert unwound == [number] and capsys.readouterr().err == "\nstopped; the same command goes on\n"
+    assert signal.getsignal(number) == before
+
+
+def test_no_computation_under_way_crashes_an_interrupted_command():
+    code = """
+import os, signal, threading
+from gemma4_tpu.errors import exit_code, leave
+def work():
+    import jax, jax.numpy as jnp
+    step = jax.jit(lambda x: jax.lax.fori_loop(0, 300, lambda i, y: y @ y / 600.0, x))
+    x = step(jnp.ones((600, 600)))
+    threading.Timer(0.05, os.kill, [os.getpid(), signal.SIGINT]).start()
+    while True:
+        x = step(x)
+leave(exit_code(work))
+"""
+    for _ in range(2):
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=100)
+        assert (done.returncode, done.stderr) == (INTERRUPTED, "\ninterrupted\n")
+
+
+def test_a_signal_that_somebody_swallows_ends_the_process_all_the_same():
+    code = """
+import signal, time
+from gemma4_tpu import errors
+errors.SECONDS_TO_UNWIND = 0.5
+def work():
+    try:
+        signal.raise_signal(signal.SIGTERM)
+    except BaseException:  # as an import of an optional package
+        time.sleep(60)
+errors.leave(errors.exit_code(work))
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=30)
+    assert (done.returncode, done.stderr) == (TERMINATED, "\nended without unwinding\n")
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_in_the_garbage_collector_is_not_lost(number):
+    def callback(phase, info):
+        if phase == "start" and not sent:
+            sent.append(number)
+            signal.raise_signal(number)
+
+    def run() -> int:
+        gc.callbacks.append(callback)
+        try:
+            gc.collect()
+            time.sleep(10)
+        finally:
+            gc.callbacks.remove(callback)
+        return 0
+
+    sent: list[int] = []
+    assert exit_code(run) == (INTERRUPTED if number == signal.SIGINT else TERMINATED)

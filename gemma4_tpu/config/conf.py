@@ -9,12 +9,15 @@ from pathlib import Path
 from hydra import compose, initialize_config_dir
 from hydra.core.config_store import ConfigStore
 from omegaconf import DictConfig, OmegaConf
+from omegaconf.resolvers.oc import env
 
 import gemma4_tpu
 from gemma4_tpu.architectures import ARCHITECTURES
 from gemma4_tpu.config.entry import EntryPoint
 from gemma4_tpu.config.overrides import groups_in, naturally
+from gemma4_tpu.errors import UserError
 from gemma4_tpu.hardware import LOCAL, SLICES, option_name
+from gemma4_tpu.redact import is_secret_name, redact
 
 VERSION_BASE = "1.3"
 WITHOUT_FILES = {
@@ -44,8 +47,9 @@ def groups_of(entry: EntryPoint) -> dict[str, list[str]]:
 
 def register(entry: EntryPoint) -> None:
     """Makes known to Hydra the root schema, under the name that `conf/<name>.yaml` starts from, and the options without
-    files; to OmegaConf what `${unless:…}` in conf/ means.
+    files; to OmegaConf what `${unless:…}` in conf/ means, and that `${oc.env:…}` hands out no secrets.
     """
+    OmegaConf.register_new_resolver("oc.env", _environment_variable, replace=True)
     OmegaConf.register_new_resolver("unless", lambda given, value: value if given is None else None, replace=True)
     store = ConfigStore.instance()
     store.store(name=f"{entry.name}_schema", node=entry.schema)
@@ -53,6 +57,17 @@ def register(entry: EntryPoint) -> None:
         for option, values in options.items():
             if not (config_dir() / group / f"{option}.yaml").is_file():  # Hydra would take ours for its schema
                 store.store(group=group, name=option, node=values)
+
+
+def _environment_variable(name: str, *default: str | None) -> str | None:
+    """OmegaConf's `oc.env`, but for secrets: a configuration is written to the run folder and shown by trackers."""
+    value = env(name, *default)
+    if is_secret_name(name) or (value is not None and redact(value) != value):
+        raise UserError(
+            f"${{oc.env:{name}}} would put a secret into the configuration, which run folder and trackers show; leave"
+            " it in the environment, where the libraries that need it (HF_TOKEN, WANDB_API_KEY, …) read it themselves"
+        )
+    return value
 
 
 @contextmanager

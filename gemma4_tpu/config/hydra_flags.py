@@ -136,8 +136,6 @@ def _chosen(entry: EntryPoint, overrides: list[str]) -> dict[str, str]:
         try:
             return dict(compose(entry.name, overrides=single, return_hydra_config=True).hydra.runtime.choices)
         except MissingConfigException as error:
-            if "submitit" in str(error):
-                raise UserError("hydra/launcher=slurm needs submitit: pip install 'gemma4-tpu[slurm]'") from None
             raise UserError(" ".join(str(error).partition("Config search path")[0].split())) from None
         except (HydraException, OmegaConfBaseException) as error:  # what no word does alone
             raise UserError(" ".join(str(error).split())) from None

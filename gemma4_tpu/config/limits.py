@@ -88,6 +88,7 @@ RANGES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "trainer.spike_factor": (lambda v: 1 < v < math.inf, "more than 1 (null: off)"),
     "trainer.ema_decay": (lambda v: 0 < v < 1, "more than 0 and less than 1 (null: off)"),
     "trainer.patience": _FROM_1, "trainer.min_delta": _FROM_0,
+    "storage.deadline": (lambda v: (seconds_of(v) or 0) > 0, f"a time of more than 0: {FORMS}"),
     "trainer.time_limit": (lambda v: (seconds_of(v) or 0) > 0, f"a time of more than 0: {FORMS}"),
     "trainer.stall_seconds": _POSITIVE,
     "distributed.num_processes": _FROM_1, "distributed.process_id": _FROM_0,

@@ -29,6 +29,7 @@ from gemma4_tpu.config.hydra_flags import of_one_run, search_path, serve, with_c
 from gemma4_tpu.config.keys import field_types, unknown_key
 from gemma4_tpu.config.lists import extended
 from gemma4_tpu.config.overrides import Groups, check_file, check_overrides, groups_in, one_length
+from gemma4_tpu.config.paths import secret_place
 from gemma4_tpu.config.refusals import Refusal, refusal
 from gemma4_tpu.config.schema import TrainRoot
 from gemma4_tpu.errors import UserError, tell
@@ -66,6 +67,7 @@ def load(argv: list[str], entry: EntryPoint[Root, Checks]) -> Loaded[Root, Check
     if composed is not None and flags is None:
         root = entry.normalise(composed)
         checked, found = entry.examine(root)
+        found += [Refusal(problem) for problem in secret_place(getattr(root, "run_dir", None))]
         problems += [p for p in found if not any(earlier.clouds(p.message) for earlier in problems)]
     if problems or checked is None:
         raise UserError(f"{refusal(problems)}\n({entry.command} --help lists every key)")
@@ -112,7 +114,10 @@ def from_yaml(text: str, schema: type = TrainRoot) -> Any:
     Raises:
       UserError: a key that the schema does not have, or a value of another type; names all of them.
     """
-    content = OmegaConf.create(text)
+    try:
+        content = OmegaConf.create(text)
+    except (YAMLError, RecursionError) as error:
+        raise UserError(f"config.yaml: damaged, no YAML ({' '.join(str(error).split())})") from None
     if not isinstance(content, DictConfig):
         raise UserError("config.yaml: holds a list, not keys")
     problems = check_file(content, label="config.yaml", prefix="", schema=schema)
@@ -212,4 +217,5 @@ def _plain(error: Exception, schema: type) -> str:
     lines = [line.strip() for line in text.splitlines()]
     internals = ("full_key", "object_type", "reference_type", "In '")
     told = " ".join(line for line in lines if not line.startswith(internals))
+    told = re.sub(r"^\w+ raised while resolving interpolation: ", "", told)
     return f"{where}{key + ': ' if key else ''}{told}"

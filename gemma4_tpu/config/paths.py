@@ -13,6 +13,7 @@ from typing import Any
 
 from gemma4_tpu import assets
 from gemma4_tpu.errors import UserError
+from gemma4_tpu.redact import redact
 
 GCS = "gs://"
 
@@ -29,9 +30,20 @@ def folder_of(path: str | None) -> Any:
 
 def name_problem(name: str) -> list[str]:
     """What is wrong with `name=`, if anything."""
+    if redact(name) != name:
+        return ["name: holds a secret, and a folder is called after it; give another name"]
     if re.fullmatch(r"[\w.+-]*\w[\w.+-]*", name):
         return []
     return [f"name={name}: part of a folder's name; letters, digits and . _ + - only"]
+
+
+def secret_place(run_dir: str | None) -> list[str]:
+    """What is wrong with a run folder that is called after a secret."""
+    return (
+        ["run_dir: holds a secret, and a folder's name is seen by all; give another"]
+        if run_dir and redact(run_dir) != run_dir
+        else []
+    )
 
 
 def local_place(given: str, path: str) -> tuple[Path | None, list[str]]:

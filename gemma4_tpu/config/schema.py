@@ -341,6 +341,15 @@ class CheckpointConfig:
 
 
 @dataclass(kw_only=True)
+class StorageConfig:
+    """What happens where a run folder on gs:// can't be reached (`storage=`)."""
+
+    deadline: str = "15m"
+    """How long a run waits for its bucket, as `30s`, `15m`, `2h` or a number of minutes. Then it saves on this machine
+    and ends with exit code 4; SIGTERM cuts the wait short."""
+
+
+@dataclass(kw_only=True)
 class TrackerConfig:
     """Where metrics go in addition to `metrics.jsonl`, which is always written (`tracker=`)."""
 
@@ -373,6 +382,7 @@ class TrainRoot:
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    storage: StorageConfig = field(default_factory=StorageConfig)
     tracker: TrackerConfig = field(default_factory=TrackerConfig)
     name: str = "train"
     """Name of the run; part of the folder's name and of the tracker's."""

@@ -16,6 +16,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
 
 from gemma4_tpu.config.refusals import Refusal
+from gemma4_tpu.redact import redact
 
 PLUGINS = "hydra_plugins.gemma4_tpu_sweeps"
 MULTIRUN = "multirun"
@@ -42,6 +43,29 @@ class Processes:
     """Whether jobs that can't fit are left out: `auto` compiles for TPU slices where libtpu is installed, `true`
     insists on it, `false` doesn't."""
     _target_: str = f"{PLUGINS}.ProcessesLauncher"
+
+
+@dataclass
+class Slurm:
+    """`hydra/launcher=slurm`: each job as a batch job of SLURM, named after its overrides."""
+
+    partition: str | None = None
+    """Partition; null: the cluster's default."""
+    nodes: int = 1
+    """Nodes of each job, with one process on each; they find each other by `distributed.coordinator_address=auto`."""
+    timeout_min: int = 1440
+    """Minutes that a start may take; a run that needs more is requeued."""
+    save_seconds: int = 120
+    """Seconds before the end of that time at which a run is told to save (SIGUSR2)."""
+    max_restarts: int = 100
+    """Times that a job is requeued after it was preempted or out of time (exit code 42)."""
+    parallel: int = 1000
+    """Jobs that are in SLURM's queue at a time."""
+    sbatch: list[str] = field(default_factory=list)
+    """Further flags of sbatch, such as [--account=me,--gres=gpu:1]."""
+    plan: str = "auto"
+    """As of `processes`."""
+    _target_: str = f"{PLUGINS}.SlurmLauncher"
 
 
 @dataclass
@@ -144,7 +168,7 @@ def job_name(values: dict[str, str]) -> str:
 
     What such a name can't hold becomes `_`, and a hash of the whole is added.
     """
-    raw = "+".join(f"{key}-{value}" for key, value in values.items())
+    raw = redact("+".join(f"{key}-{value}" for key, value in values.items()))
     safe = re.sub(r"[^\w.+-]", "_", raw)
     if safe == raw and 0 < len(raw) <= _LONGEST_NAME:
         return raw

@@ -209,7 +209,7 @@ def _read_hugging_face(place: SourcePlace) -> Iterator[RawRow]:
 
     assert place.hub is not None
     with _hub_errors(place.name):
-        dataset = datasets.load_dataset(place.hub[0], place.hub[1], split=place.split)
+        dataset = datasets.load_dataset(place.hub[0], place.hub[1], split=place.split, trust_remote_code=False)
     for number, value in enumerate(dataset, start=1):
         yield RawRow(Origin(place.name, number), value, columnar=True)
 

@@ -7,7 +7,7 @@ import os
 
 from gemma4_tpu.errors import UserError
 from gemma4_tpu.export.checks import TOKEN
-from gemma4_tpu.tracking.redact import redact
+from gemma4_tpu.redact import redact
 
 log = logging.getLogger(__name__)
 

@@ -19,14 +19,14 @@ from pathlib import Path
 from gemma4_tpu.config.entry import EntryPoint
 from gemma4_tpu.config.load import Loaded, load
 from gemma4_tpu.config.schema import HardwareConfig
-from gemma4_tpu.errors import STALLED, UserError, exit_code
+from gemma4_tpu.errors import STALLED, UserError, exit_code, leave
 from gemma4_tpu.hardware import slice_of
 from gemma4_tpu.launch.checks import examine_gke, normalise_launch
 from gemma4_tpu.launch.doors import LaunchEntry, look_at_checkpoint, shorthands
 from gemma4_tpu.launch.record import PREFIX, name_and_folder, train_words
 from gemma4_tpu.launch.schema import GkeConfig, GkeRoot
 from gemma4_tpu.prices import price_of
-from gemma4_tpu.tracking.redact import redact
+from gemma4_tpu.redact import redact
 from gemma4_tpu.training.checks import Checked
 
 log = logging.getLogger(__name__)
@@ -148,4 +148,4 @@ def _cost(hardware: HardwareConfig) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main())

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ from gemma4_tpu.hardware import Slice, slice_of
 from gemma4_tpu.launch.after import FollowUp
 from gemma4_tpu.launch.schema import PlaceConfig, TpuVmConfig
 from gemma4_tpu.prices import ON_DEMAND, SPOT, Price, price_in_zone
+from gemma4_tpu.tracking.files import write_json
 from gemma4_tpu.train import load_train
 
 PREFIX = "gemma4-tpu-"
@@ -71,7 +72,7 @@ class Launch:
     def save(self) -> None:
         """Writes the record."""
         self.folder.mkdir(parents=True, exist_ok=True)
-        (self.folder / "job.json").write_text(json.dumps(asdict(self), indent=1), encoding="utf-8")
+        write_json(self.folder / "job.json", self)
 
 
 def saved() -> dict[str, Launch]:

@@ -9,7 +9,7 @@ from gemma4_tpu.errors import UserError
 from gemma4_tpu.launch.after import PROBLEMS, SERVED
 from gemma4_tpu.launch.parcel import called
 from gemma4_tpu.launch.record import MODEL_IN_MEMORY, Launch
-from gemma4_tpu.tracking.redact import redact
+from gemma4_tpu.redact import redact
 
 _BODY = Path(__file__).with_name("startup.sh")
 _MAX_BYTES = 256_000  # of one metadata value

@@ -17,7 +17,7 @@ from pathlib import Path
 
 from gemma4_tpu.config.entry import EntryPoint
 from gemma4_tpu.config.load import Loaded, load
-from gemma4_tpu.errors import UserError, exit_code
+from gemma4_tpu.errors import UserError, exit_code, leave
 from gemma4_tpu.launch import gcloud, owned, parcel
 from gemma4_tpu.launch.after import stages
 from gemma4_tpu.launch.checks import PROJECT, ZONE, examine_tpu_vm, normalise_launch
@@ -27,6 +27,7 @@ from gemma4_tpu.launch.record import MODEL_IN_MEMORY, Launch, cost, name_and_fol
 from gemma4_tpu.launch.render import render
 from gemma4_tpu.launch.schema import TpuVmRoot
 from gemma4_tpu.launch.watch import how_to_delete, still_there, submit, watch
+from gemma4_tpu.tracking.files import write_text
 from gemma4_tpu.training.checks import Checked
 
 log = logging.getLogger(__name__)
@@ -120,7 +121,7 @@ def _launch(launched: Launch, warnings: Sequence[str]) -> int:
     for warning in warnings:
         log.warning(warning)
     launched.save()
-    (launched.folder / "startup.sh").write_text(script, encoding="utf-8")
+    write_text(launched.folder / "startup.sh", script)
     _upload(launched)
     return exit_code(lambda: _submit(launched), interrupted=f"interrupted; {still_there(launched)}")
 
@@ -212,4 +213,4 @@ def _follow(launched: Launch) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main())

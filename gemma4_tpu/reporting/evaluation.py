@@ -14,6 +14,7 @@ from gemma4_tpu.evals.scores import CLASSES, MISSING, EvaluationOutcome
 from gemma4_tpu.markdown import table
 from gemma4_tpu.plotting import new_figure
 from gemma4_tpu.reporting import accuracy
+from gemma4_tpu.tracking.files import write_text
 
 PAPER = (
     ("the paper's TPU run", "0.641 [0.574, 0.706]", "0.795"),
@@ -48,7 +49,7 @@ def write_report(
     """
     lines = list(_report(outcomes, comparison, prompt, packages))
     shown = [f"![{plot.stem}]({plot.relative_to(path.parent)})" for plot in plots]
-    path.write_text("\n".join([*lines[:1], "", *shown, *lines[1:]]) + "\n", encoding="utf-8")
+    write_text(path, "\n".join([*lines[:1], "", *shown, *lines[1:]]) + "\n")
 
 
 def summary(outcome: EvaluationOutcome) -> str:

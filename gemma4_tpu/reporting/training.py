@@ -17,7 +17,7 @@ from gemma4_tpu.reporting.curves import Followed, draw_curves, missing
 from gemma4_tpu.reporting.found import Records
 from gemma4_tpu.tracking.metrics import HELDOUT, read_metrics
 from gemma4_tpu.tracking.progress import format_seconds
-from gemma4_tpu.tracking.records import config_of, read_record
+from gemma4_tpu.tracking.records import config_of, overrides_of, read_record
 from gemma4_tpu.tracking.result import Result
 from gemma4_tpu.tracking.run import leaves
 
@@ -86,6 +86,8 @@ def facts(result: Result) -> list[Fact]:
     tokens = f"{result.real_tokens:,}, {result.target_tokens:,} of them with loss"
     fill = f", fill {result.fill:.1%}" if result.fill is not None else ""
     found += [("Real tokens", tokens + fill, _MEASURED), ("Time", format_seconds(result.seconds), _MEASURED)]
+    if result.goodput is not None:
+        found.append(("Goodput: share of the run's time that trained", f"{result.goodput:.0%}", _MEASURED))
     if result.real_tokens_per_second:
         found.append(("Real tokens per second", f"{result.real_tokens_per_second:,.0f}", _MEASURED))
     if result.update_seconds is not None:
@@ -152,8 +154,7 @@ def _number(value: Any) -> str:
 def configuration(records: Records) -> Iterator[str]:
     """What was given on the command line, then everything."""
     yield from ["## Configuration", ""]
-    path = records.run.overrides_path
-    given = yaml.safe_load(path.read_text(encoding="utf-8")) if path.is_file() else None
+    given = overrides_of(records.run.path)
     if given is None:
         yield from ["No `overrides.yaml`: what was given on the command line is not recorded.", ""]
     elif given:

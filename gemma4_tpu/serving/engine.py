@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from gemma4_tpu.errors import UserError
-from gemma4_tpu.tracking.redact import redact
+from gemma4_tpu.redact import redact
 
 STDERR = 2
 CLIENT_KEY = "OPENAI_API_KEY"

@@ -31,6 +31,8 @@ OWN_FLAGS = {
 _RENAMED = {"disable-log-requests": "no-enable-log-requests (it was renamed; requests are not logged by default)"}
 _SECRET = re.compile(r"(^|_)(token|key|secret|password)$", re.IGNORECASE)
 _LORA = re.compile(r"-{0,2}(no-)?(enable[-_]lora|lora[-_]\w+|max[-_]loras?\b.*|default[-_]mm[-_]loras)", re.IGNORECASE)
+_REMOTE_CODE = "trust-remote-code"
+_NO_REMOTE_CODE = "would run code that a checkpoint names; Gemma 4 needs none: leave it out"
 _PARSERS = ("tool-call-parser", "reasoning-parser")
 _PARSER = "gemma4"
 _PINNED = re.compile(r"\d+\.\d+|20\d{6}|20\d\d-\d\d-\d\d|\b(?=[0-9a-f]*\d)[0-9a-f]{7,40}\b")
@@ -76,6 +78,8 @@ def _flags(serving: ServingConfig) -> list[str]:
         elif name in ("api-key", "hf-token"):
             variable = {"api-key": "VLLM_API_KEY", "hf-token": "HF_TOKEN"}[name]
             messages.append(f"{given}: would be on a command line that everyone can read; set {variable} instead")
+        elif name == _REMOTE_CODE and value is not False:
+            messages.append(f"{given}: {_NO_REMOTE_CODE}")
         elif name in OWN_FLAGS:
             messages.append(f"{given}: give {OWN_FLAGS[name]} instead")
         elif name in _PARSERS and value not in (None, _PARSER):
@@ -92,6 +96,8 @@ def _flags(serving: ServingConfig) -> list[str]:
             messages.append(f"serving.extra_args: {word.partition('=')[0]}: {LORA_FLAGS}")
         elif word.partition("=")[0] in ("--api-key", "--hf-token"):
             messages.append(f"serving.extra_args: {word.partition('=')[0]}: secrets come from the environment, by name")
+        elif word.partition("=")[0].lstrip("-").replace("_", "-") == _REMOTE_CODE:
+            messages.append(f"serving.extra_args: {word}: {_NO_REMOTE_CODE}")
     if serving.weight_dtype == "fp8" and {"additional-config", "quantization"} & serving.flags.keys():
         messages.append(
             "serving.weight_dtype=fp8: give it, or serving.flags.additional-config or quantization, not both"

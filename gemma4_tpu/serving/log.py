@@ -15,7 +15,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import BinaryIO
 
-from gemma4_tpu.tracking.redact import redact
+from gemma4_tpu.redact import redact
 
 log = logging.getLogger(__name__)
 

@@ -13,7 +13,7 @@ import httpx
 
 from gemma4_tpu.checkpoint_folder import PROBE_NAME
 from gemma4_tpu.config.serving import ServingConfig
-from gemma4_tpu.errors import first_line
+from gemma4_tpu.errors import TERMINATED, TERMINATING, first_line
 from gemma4_tpu.serving.checks import ServeChecked, url_of
 from gemma4_tpu.serving.command import model_name
 from gemma4_tpu.serving.probe import probe
@@ -72,7 +72,8 @@ def until_stopped(outcome: ServerOutcome, serve: Callable[[Signals], None], stop
             answered = outcome.ready_seconds is not None
             outcome.status = "stopped" if answered else "interrupted"
             log.info("%s: %s", signal, stopped)
-            return 0 if answered else 128 + signal.number
+            stopped_code = TERMINATED if signal.number in TERMINATING else 128 + signal.number
+            return 0 if answered else stopped_code
         except Exception as error:
             outcome.error = first_line(error)
             raise

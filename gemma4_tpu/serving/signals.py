@@ -7,7 +7,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
 
-_HANDLED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+from gemma4_tpu.errors import TERMINATING, is_dropped, send_again
+
+_HANDLED = (signal.SIGINT, signal.SIGHUP, *TERMINATING)
 
 
 class Stopped(BaseException):
@@ -52,5 +54,7 @@ class Signals:
     def _take(self, number: int, frame: FrameType | None) -> None:
         if self._held:
             self._waiting = number
+        elif is_dropped(frame):
+            send_again(number)
         else:
             raise Stopped(number)

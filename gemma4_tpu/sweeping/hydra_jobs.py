@@ -4,22 +4,23 @@ from __future__ import annotations
 
 import logging
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
+import yaml
 from hydra.core.utils import JobReturn, JobStatus
 from omegaconf import DictConfig, OmegaConf
 
 from gemma4_tpu.config.entry import EntryPoint
-from gemma4_tpu.config.sweeps import Processes, fixed_keys, job_name, swept
+from gemma4_tpu.config.sweeps import Processes, Slurm, fixed_keys, job_name, swept
 from gemma4_tpu.errors import REFUSED, UserError
 from gemma4_tpu.sweeping import state
 from gemma4_tpu.sweeping.processes import Monitor, Runner, Stop
 from gemma4_tpu.sweeping.state import Sweep, SweepJob, SweepLock
 from gemma4_tpu.sweeping.table import best_metric, outcome_value
+from gemma4_tpu.tracking.files import jsonable, write_text
 from gemma4_tpu.tracking.logs import setup_logging
 
 log = logging.getLogger(__name__)
@@ -80,7 +81,7 @@ def _exit_code(opened: OpenSweep) -> int:
 
 
 def launch(
-    opened: OpenSweep | None, config: DictConfig, settings: Mapping[str, Any], overrides: Sequence[Sequence[str]]
+    opened: OpenSweep | None, config: DictConfig, settings: Processes | Slurm, overrides: Sequence[Sequence[str]]
 ) -> list[JobReturn]:
     """Runs these jobs; each returns the value of the sweep's metric (NaN: there is none). A failing job does not raise.
 
@@ -88,15 +89,16 @@ def launch(
       UserError: `settings` that can't be, or no sweep is open: the sweeper is not one of ours.
     """
     if opened is None:
-        raise UserError("hydra/launcher=processes: works with hydra/sweeper=grid or hydra/sweeper=optuna")
+        raise UserError("hydra/launcher: processes and slurm work with hydra/sweeper=grid or hydra/sweeper=optuna")
     sweep = opened.sweep
+    _blank_secrets(sweep.folder / "multirun.yaml")
     given = OmegaConf.to_container(config.hydra.overrides)
     assert isinstance(given, dict)
     elsewhere = [word for word in given["hydra"] if word.lstrip("+").startswith("hydra.searchpath")]
     fixed = fixed_keys([*given["task"], *elsewhere])
     jobs = [_job(sweep, [*elsewhere, *words], fixed) for words in overrides]
     opened.launched |= {job.name for job in jobs}
-    Runner(sweep, opened.entry, Processes(**settings), opened.stop, opened.monitor).run(jobs)
+    Runner(sweep, opened.entry, settings, opened.stop, opened.monitor).run(jobs)
     metric = best_metric(sweep, None).key
     returns = []
     for job, words in zip(jobs, overrides, strict=True):
@@ -106,9 +108,15 @@ def launch(
     return returns
 
 
+def _blank_secrets(path: Path) -> None:
+    """Hydra has just written the command line there as it was given."""
+    if path.is_file():
+        write_text(path, yaml.safe_dump(jsonable(yaml.safe_load(path.read_text(encoding="utf-8"))), sort_keys=False))
+
+
 def _job(sweep: Sweep, words: list[str], fixed: set[str]) -> SweepJob:
     values = swept(words, fixed)
     job = SweepJob(name=job_name(values), values=values, words=words)
     if earlier := sweep.jobs.get(job.name):
-        job.starts, job.status, job.error = earlier.starts, earlier.status, earlier.error
+        job.starts, job.status, job.error, job.pid = earlier.starts, earlier.status, earlier.error, earlier.pid
     return job

@@ -1,4 +1,6 @@
-"""One job's process: fresh JAX, its own flags, its own session, so that Ctrl-C reaches the parent alone."""
+"""A job under way: a process of its own (fresh JAX, its own flags, its own session, so that Ctrl-C reaches the parent
+alone), or one that an earlier parent left behind.
+"""
 
 from __future__ import annotations
 
@@ -9,12 +11,16 @@ import signal
 import subprocess
 import sys
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import psutil
+
 from gemma4_tpu.errors import PREEMPTED, TERMINATED, last_words
-from gemma4_tpu.tracking.records import result_of
+from gemma4_tpu.tracking.records import RESULT, result_of
 
 log = logging.getLogger(__name__)
 
@@ -27,50 +33,46 @@ def command(entry: str, words: Sequence[str], run_dir: Path) -> list[str]:
     return [sys.executable, "-m", f"gemma4_tpu.{entry}", *words, f"run_dir='{run_dir}'"]
 
 
-class Child:
+class Child(ABC):
     """A job under way. What it prints goes to the end of `log_path`."""
 
-    def __init__(self, command: Sequence[str], log_path: Path, run_dir: Path, environment: Mapping[str, str]):
-        log_path.parent.mkdir(parents=True, exist_ok=True)
-        self.log_path, self.run_dir = log_path, run_dir
+    def __init__(self, pid: int, log_path: Path, run_dir: Path):
+        self.pid, self.log_path, self.run_dir = pid, log_path, run_dir
         self.asked: str | None = None
         """Why it was told to save and stop, if it was."""
+        self.started = time.monotonic()
         self._metrics = Follower(run_dir / "metrics.jsonl")
-        with log_path.open("a", encoding="utf-8") as output:
-            self._log_start = output.tell()
-            self._process = subprocess.Popen(
-                list(command), stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT,
-                env={**os.environ, **environment}, start_new_session=True,
-            )  # fmt: skip
-        self.pid, self.started = self._process.pid, time.monotonic()
+        self._log_start = log_path.stat().st_size if log_path.is_file() else 0
 
+    @abstractmethod
     def poll(self) -> int | None:
         """The exit code (negative: the signal that killed it); None while it runs."""
-        return self._process.poll()
+
+    @abstractmethod
+    def terminate(self) -> None:
+        """SIGTERM: a training run saves at its next update and exits with code 42."""
+
+    @abstractmethod
+    def kill(self) -> None:
+        """Ends it at once, with all that it started."""
 
     def new_rows(self) -> list[dict[str, Any]]:
         """Rows of `metrics.jsonl` since the last call."""
         return self._metrics.new_rows()
 
     def ask_to_stop(self, why: str) -> None:
-        """SIGTERM, once: a training saves at its next update and exits with code 42."""
+        """`terminate`, once."""
         if self.asked is None:
             self.asked = why
-            self._process.terminate()
-
-    def kill(self) -> None:
-        """SIGKILL, to all of its session."""
-        if self._process.poll() is None:
-            os.killpg(self.pid, signal.SIGKILL)
-            self._process.wait()
+            self.terminate()
 
     def stopped_by_signal(self) -> bool:
         """Whether it ended as after a SIGTERM: the same command goes on."""
-        return self._process.returncode in _STOPPED_BY_SIGNAL
+        return self.poll() in _STOPPED_BY_SIGNAL
 
     def error(self) -> str:
         """One line on why it failed: its result's, else the refusal or the exception in its log, else its exit code."""
-        code = self._process.returncode
+        code = self.poll() or 0
         if code < 0:
             memory = " (was the machine out of memory?)" if code == -signal.SIGKILL else ""
             return f"killed by signal {-code}{memory}"
@@ -80,6 +82,70 @@ class Child:
         with self.log_path.open("rb") as output:
             output.seek(self._log_start)
             return last_words(output.read().decode(errors="replace")) or f"exit code {code}"
+
+
+class OwnChild(Child):
+    """A process of this one."""
+
+    def __init__(self, command: Sequence[str], log_path: Path, run_dir: Path, environment: Mapping[str, str]):
+        log_path.parent.mkdir(parents=True, exist_ok=True)
+        with log_path.open("a", encoding="utf-8") as output:
+            self._process = subprocess.Popen(
+                list(command), stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT,
+                env={**os.environ, **environment}, start_new_session=True,
+            )  # fmt: skip
+            super().__init__(self._process.pid, log_path, run_dir)
+
+    def poll(self) -> int | None:
+        """As `Child.poll`."""
+        return self._process.poll()
+
+    def terminate(self) -> None:
+        """As `Child.terminate`."""
+        self._process.terminate()
+
+    def kill(self) -> None:
+        """SIGKILL, to all of its session."""
+        if self._process.poll() is None:
+            os.killpg(self.pid, signal.SIGKILL)
+            self._process.wait()
+
+
+class Orphan(Child):
+    """A job of a sweep whose process was killed: it goes on, and is followed by its pid and what it leaves."""
+
+    def __init__(self, process: psutil.Process, log_path: Path, run_dir: Path):
+        super().__init__(process.pid, log_path, run_dir)
+        self._process = process
+
+    @classmethod
+    def of(cls, pid: int | None, log_path: Path, run_dir: Path) -> Orphan | None:
+        """The process that works in a run folder, if that is the one with this pid; None: it has ended."""
+        try:
+            process = psutil.Process(pid) if pid is not None else None
+            ours = process is not None and f"run_dir='{run_dir}'" in process.cmdline()
+        except psutil.Error:
+            return None
+        return cls(process, log_path, run_dir) if process is not None and ours else None
+
+    def poll(self) -> int | None:
+        """As `Child.poll`; an exit code is told to parents only, so that it is what its result says."""
+        if self._process.is_running() and self._process.status() != psutil.STATUS_ZOMBIE:
+            return None
+        path = self.run_dir / RESULT
+        if not path.is_file() or path.stat().st_mtime < self._process.create_time():
+            return PREEMPTED  # it was killed: the same command goes on
+        return {"failed": 1, "preempted": PREEMPTED}.get(str(result_of(self.run_dir).values.get("status")), 0)
+
+    def terminate(self) -> None:
+        """As `Child.terminate`."""
+        with suppress(psutil.NoSuchProcess):
+            self._process.terminate()
+
+    def kill(self) -> None:
+        """SIGKILL, to all of its session."""
+        with suppress(ProcessLookupError):
+            os.killpg(self.pid, signal.SIGKILL)
 
 
 class Follower:

@@ -14,18 +14,21 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from gemma4_tpu.config.load import from_yaml, to_yaml
+import yaml
+
+from gemma4_tpu.config.load import from_yaml
 from gemma4_tpu.config.schema import HardwareConfig, TrainRoot
 from gemma4_tpu.config.tasks import PlanConfig, PlanRoot
 from gemma4_tpu.errors import UserError
 from gemma4_tpu.hardware import slice_of
-from gemma4_tpu.tracking.files import read_json, write_json, write_text
+from gemma4_tpu.tracking.files import from_jsonable, jsonable, read_json, write_json, write_text
 
 log = logging.getLogger(__name__)
 
@@ -116,11 +119,16 @@ def _key(config: TrainRoot) -> str:
 
 def _compile(config: TrainRoot, answer: Path, stopped: Callable[[], bool]) -> None:
     request = answer.with_suffix(".yaml")
-    write_text(request, to_yaml(config))
+    plain = from_jsonable(jsonable(asdict(config)))  # without secrets, which a compilation does not need
+    write_text(request, yaml.safe_dump(plain, sort_keys=False))
     command = [sys.executable, "-m", "gemma4_tpu.sweeping.plan_check", str(request), str(answer)]
     with answer.with_suffix(".log").open("w", encoding="utf-8") as output:
         process = subprocess.Popen(
-            command, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT, start_new_session=True
+            command,
+            stdin=subprocess.PIPE,  # closed when this process ends, however it ends
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
         )
         while True:
             try:
@@ -160,5 +168,13 @@ def main(request: Path, answer: Path) -> None:
     return write_json(answer, Fit(True, told))
 
 
+def _end_with_parent() -> None:
+    """A sweep that is killed leaves no compiler behind."""
+    while os.read(sys.stdin.fileno(), 4096):  # unbuffered: a lock on a buffer would be in the way at the end
+        pass
+    os.killpg(os.getpgid(0), signal.SIGKILL)
+
+
 if __name__ == "__main__":
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     main(Path(sys.argv[1]), Path(sys.argv[2]))

@@ -16,25 +16,25 @@ from hydra.core.global_hydra import GlobalHydra
 from gemma4_tpu.config.entry import EntryPoint
 from gemma4_tpu.config.load import load
 from gemma4_tpu.config.schema import TrackerConfig, TrainRoot
-from gemma4_tpu.config.sweeps import Processes
-from gemma4_tpu.errors import INTERRUPTED, PREEMPTED, UserError
+from gemma4_tpu.config.sweeps import Processes, Slurm
+from gemma4_tpu.errors import INTERRUPTED, PREEMPTED, TERMINATING, UserError
 from gemma4_tpu.sweeping import state
-from gemma4_tpu.sweeping.devices import shares
 from gemma4_tpu.sweeping.display import Display
-from gemma4_tpu.sweeping.job_process import Child, command
+from gemma4_tpu.sweeping.job_process import Child
 from gemma4_tpu.sweeping.plan_check import check_fit
+from gemma4_tpu.sweeping.sites import site_of
 from gemma4_tpu.sweeping.state import Sweep, SweepJob
 from gemma4_tpu.tracking.files import jsonable
 from gemma4_tpu.tracking.progress import format_seconds
-from gemma4_tpu.tracking.records import result_of
+from gemma4_tpu.tracking.records import config_of, result_of
 from gemma4_tpu.tracking.run import config_differences
 
 log = logging.getLogger(__name__)
 
 SECONDS_BETWEEN_LOOKS = 0.2
-_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+_SIGNALS = (signal.SIGINT, signal.SIGHUP, *TERMINATING)
 _SAME_RESULT = (
-    "checkpoint.", "distributed.", "name", "preview", "run_dir", "tracker.", "trainer.compile_cache",
+    "checkpoint.", "distributed.", "name", "preview", "run_dir", "storage.", "tracker.", "trainer.compile_cache",
     "trainer.log_every", "trainer.stall_seconds",
 )  # fmt: skip
 """A finished job is not run again because of a difference in these."""
@@ -44,7 +44,7 @@ Monitor = Callable[[SweepJob, dict[str, Any]], str | None]
 
 
 class Stop:
-    """Counts SIGINT, SIGTERM and SIGHUP while it is open as a context manager (in the main thread only).
+    """Counts SIGINT, SIGHUP, SIGTERM, SIGUSR1 and SIGUSR2 while it is open, as a context manager (main thread only).
 
     The first is passed on to the jobs as a wish to save, the second kills them.
     A signal that was ignored before, as `nohup` does with SIGHUP, stays ignored.
@@ -82,8 +82,9 @@ class Runner:
     """The jobs of one sweep folder. `stop` tells whether the sweep is being stopped, and with which exit code."""
 
     def __init__(
-        self, sweep: Sweep, entry: EntryPoint, settings: Processes, stop: Stop, monitor: Monitor = lambda job, row: None
-    ):
+        self, sweep: Sweep, entry: EntryPoint, settings: Processes | Slurm, stop: Stop,
+        monitor: Monitor = lambda job, row: None,
+    ):  # fmt: skip
         self.sweep, self._entry, self.settings, self.stop, self._monitor = sweep, entry, settings, stop, monitor
 
     def run(self, jobs: Sequence[SweepJob]) -> None:
@@ -96,9 +97,11 @@ class Runner:
             raise UserError(f"hydra.launcher.max_restarts={self.settings.max_restarts}: must be at least 0")
         for job in jobs:
             self.sweep.jobs[job.name] = job
+        self._site = site_of(self.sweep, self.settings)
         configs = self._checked(jobs)
-        free = shares(self.settings.parallel, [c.hardware for c in configs.values() if hasattr(c, "hardware")])
-        waiting = deque(self._prepared(jobs, configs))
+        free = self._site.shares(list(configs.values()))
+        # What an earlier process of this sweep left running is taken over before anything new takes its place.
+        waiting = deque(sorted(self._prepared(jobs, configs), key=lambda job: self._site.running(job) is None))
         self.sweep.save()
         running: list[_Running] = []
         try:
@@ -107,6 +110,9 @@ class Runner:
                     while waiting and free and not self.stop.count:
                         running.append(self._start(waiting.popleft(), free.pop(0), display))
                     time.sleep(SECONDS_BETWEEN_LOOKS)
+                    if self.stop.count and self._site.outlives_parent:
+                        log.warning("%d job(s) go on in SLURM's queue: the same command follows them", len(running))
+                        break
                     self._pass_stop_on(running)
                     for one in list(running):
                         self._follow(one, display)
@@ -116,7 +122,8 @@ class Runner:
                             self._end(one, waiting, display)
         finally:
             for one in running:
-                one.child.kill()
+                if not self._site.outlives_parent:
+                    one.child.kill()
         for job in waiting:
             job.status = state.WAITING if job.starts == 0 else state.INTERRUPTED
         self.sweep.save()
@@ -178,22 +185,21 @@ class Runner:
         folder = self.sweep.run_folder(job)
         if not (folder / "result.json").is_file() or not (folder / "config.yaml").is_file():
             return job.status == state.FINISHED and self._entry.name != "train" and folder.is_dir()
-        import yaml
-
-        recorded = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
-        different = config_differences(recorded, jsonable(asdict(config)))
+        different = config_differences(config_of(folder), jsonable(asdict(config)))
         same = all(key.startswith(_SAME_RESULT) for key, *_ in different)
         return same and result_of(folder).values.get("status") == "finished"
 
     # ── while they run ─────────────────────────────────────────────────────────────────────────────────────────────
     def _start(self, job: SweepJob, share: dict[str, str], display: Display) -> _Running:
-        job.starts += 1
         job.status = state.RUNNING
-        log_path, run_folder = self.sweep.log_path(job), self.sweep.run_folder(job)
-        child = Child(command(self.sweep.entry, job.words, run_folder), log_path, run_folder, share)
+        if (child := self._site.running(job)) is not None:
+            log.info("%s: still running (%d), taken over", job.name, child.pid)
+        else:
+            job.starts += 1
+            child = self._site.start(job, share)
+            again = f" (start {job.starts})" if job.starts > 1 else ""
+            log.info("%s: running%s, log: %s", job.name, again, child.log_path)
         job.pid = child.pid
-        again = f" (start {job.starts})" if job.starts > 1 else ""
-        log.info("%s: running%s, log: %s", job.name, again, log_path)
         self.sweep.save()
         display.start(job.name)
         return _Running(job, child, share)
@@ -228,7 +234,7 @@ class Runner:
             job.status, job.error = state.INTERRUPTED, "the sweep was stopped; the same command resumes it"
         elif child.asked is not None and child.stopped_by_signal():
             job.status, job.error = state.PRUNED, child.asked
-        elif child.stopped_by_signal() and job.restarts < self.settings.max_restarts:
+        elif child.stopped_by_signal() and not self._site.restarts_itself and job.restarts < self.settings.max_restarts:
             job.restarts += 1
             job.status, job.error = state.WAITING, None
             waiting.appendleft(job)

@@ -8,13 +8,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from gemma4_tpu.config.sweeps import fixed_keys, swept
 from gemma4_tpu.errors import UserError
 from gemma4_tpu.sweeping import state
 from gemma4_tpu.sweeping.state import HIGHER_IS_BETTER, LOWER_IS_BETTER, Sweep, SweepJob
-from gemma4_tpu.tracking.records import result_of
+from gemma4_tpu.tracking.records import overrides_of, result_of
 
 DEFAULT_METRIC = "heldout_loss_last"
 RESULTS = (
@@ -140,9 +138,8 @@ def _found(folders: Sequence[Path]) -> list[SweepJob]:
     """Run folders without a record: what differs between their overrides is what was swept."""
     words = {}
     for folder in folders:
-        path = folder / "overrides.yaml"
-        given = yaml.safe_load(path.read_text(encoding="utf-8")) if path.is_file() else []
-        words[folder] = [word for word in given or [] if not word.startswith("run_dir=")]
+        given = overrides_of(folder) or []
+        words[folder] = [word for word in given if not word.startswith("run_dir=")]
     common = set.intersection(*map(set, words.values())) if len(words) > 1 else set()
     jobs = []
     for folder, given in words.items():

@@ -7,12 +7,15 @@ changed back, so that any machine can resume the run.
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from pathlib import Path
 
-from gemma4_tpu.storage import filesystem, join
+from gemma4_tpu.storage import Deadline, filesystem, join
 
 log = logging.getLogger(__name__)
 
+_SECONDS_AT_THE_ENDS = 60.0
+"""How long a command waits for its bucket when it starts and ends; `storage.deadline` counts while it trains."""
 CHECKPOINTS = "checkpoints"
 PROFILE = "profile"
 """Folder of traces, which are copied there but not back."""
@@ -25,6 +28,8 @@ class Bucket:
         self.remote = remote.rstrip("/")
         self.local = local
         self._copied: dict[str, tuple[int, int]] = {}
+        self.gone = False
+        """It did not answer in time: nothing is copied there any more."""
 
     @classmethod
     def of(cls, remote: str, root: Path) -> Bucket:
@@ -32,6 +37,14 @@ class Bucket:
         filesystem(remote)
         scheme, _, place = remote.rstrip("/").partition("://")
         return cls(remote, root.expanduser().absolute() / scheme / place)
+
+    def reach(self, call: Callable[[], None]) -> None:
+        """`pull` or `push`, tried again for a while.
+
+        Raises:
+          StorageGone: the bucket does not answer.
+        """
+        Deadline(_SECONDS_AT_THE_ENDS).wait_for(self.remote, call, again=True)
 
     def pull(self) -> None:
         """Copies the small files here, over what an earlier start left."""
@@ -46,6 +59,8 @@ class Bucket:
 
     def push(self) -> None:
         """Copies the small files that changed since the last copy there."""
+        if self.gone:
+            return
         fs, root = filesystem(self.remote)
         for path in sorted(self.local.rglob("*")):
             name = path.relative_to(self.local).as_posix()

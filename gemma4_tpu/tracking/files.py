@@ -1,4 +1,4 @@
-"""Small files that are either whole or absent: atomic writes and strict JSON."""
+"""Small files that are either whole or absent: atomic writes and strict JSON, without secrets."""
 
 from __future__ import annotations
 
@@ -6,17 +6,23 @@ import dataclasses
 import json
 import math
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+from gemma4_tpu.redact import redact, redactor
 
 _NOT_FINITE = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
 
 
 def write_text(path: Path, text: str) -> None:
-    """Writes through a temporary neighbour and a rename: a reader, or a restart after `kill -9`, never sees half."""
+    """Writes through a temporary neighbour and a rename: a reader, or a restart after `kill -9`, never sees half.
+
+    Secrets are blanked (`gemma4_tpu.redact`).
+    """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     with open(temporary, "w", encoding="utf-8") as file:
-        file.write(text)
+        file.write(redact(text))
         file.flush()
         os.fsync(file.fileno())
     os.replace(temporary, path)
@@ -39,26 +45,33 @@ def read_json(path: Path) -> Any:
 
 def jsonable(value: Any) -> Any:
     """Plain JSON values: dataclasses become objects, arrays lists, NaN and the infinities the strings
-    `NaN`, `Infinity` and `-Infinity`, since strict JSON has no other word for them.
+    `NaN`, `Infinity` and `-Infinity`, since strict JSON has no other word for them. Secrets are blanked: whatever
+    records and trackers are given has gone through here.
 
     Raises:
       TypeError: a value of any other type; guessing (by `str`) would hide a mistake.
     """
+    return _plain(value, redactor())
+
+
+def _plain(value: Any, blank: Callable[[str], str]) -> Any:
     match value:
-        case None | bool() | int() | str():
+        case str():
+            return blank(value)
+        case None | bool() | int():
             return value
         case float():
             return value if math.isfinite(value) else json.dumps(value)
         case dict():
-            return {str(key): jsonable(item) for key, item in value.items()}
+            return {blank(str(key)): _plain(item, blank) for key, item in value.items()}
         case list() | tuple():
-            return [jsonable(item) for item in value]
+            return [_plain(item, blank) for item in value]
         case Path():
-            return str(value)
+            return blank(str(value))
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return jsonable(dataclasses.asdict(value))
+        return _plain(dataclasses.asdict(value), blank)
     if hasattr(value, "tolist"):  # NumPy and JAX scalars and arrays
-        return jsonable(value.tolist())
+        return _plain(value.tolist(), blank)
     raise TypeError(f"cannot write {type(value).__name__} as JSON: {value!r}")
 
 

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import logging
 import sys
+import threading
 from functools import cache
 from pathlib import Path
+from traceback import format_exception
 
 from rich.console import Console
 from rich.logging import RichHandler
 
-from gemma4_tpu.tracking.redact import redact
+from gemma4_tpu.errors import first_line
+from gemma4_tpu.redact import redact
 
 _OURS = ("gemma4_tpu", "__main__", "launch")
 _CLOCK = "%H:%M:%S"
@@ -48,6 +51,7 @@ def setup_logging(log_path: Path | None = None, *, process: int = 0) -> None:
     root.setLevel(logging.INFO)
     logging.captureWarnings(True)
     sys.excepthook = _log_uncaught
+    threading.excepthook = _log_in_thread
 
 
 def _is_wanted(record: logging.LogRecord) -> bool:
@@ -60,6 +64,7 @@ def _console_handler(process: int) -> logging.Handler:
     handler: logging.Handler
     if console().is_terminal:
         handler = RichHandler(console=console(), show_path=False, log_time_format=_CLOCK, omit_repeated_times=False)
+        handler.setFormatter(_Short("%(message)s"))
     else:
         handler = logging.StreamHandler()
         handler.setFormatter(_WarningsNamed("%(asctime)s %(message)s", _CLOCK))
@@ -70,23 +75,46 @@ def _console_handler(process: int) -> logging.Handler:
 
 
 def _file_handler(log_path: Path) -> logging.Handler:
-    handler = logging.FileHandler(log_path, encoding="utf-8")
+    handler = _File(log_path, encoding="utf-8")
     handler.setFormatter(_Redacted("%(asctime)s %(levelname)s %(name)s: %(message)s"))
     return handler
 
 
-class _WarningsNamed(logging.Formatter):
+class _File(logging.FileHandler):
+    """Says once that it can't write, instead of a traceback for each record, and goes on without."""
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        error = sys.exc_info()[1]
+        if not isinstance(error, OSError):
+            return super().handleError(record)
+        logging.getLogger().removeHandler(self)
+        print(f"{self.baseFilename}: can't be written any more ({error.strerror})", file=sys.stderr)
+
+
+class _Redacted(logging.Formatter):
+    def format(self, record: logging.LogRecord) -> str:
+        return redact(super().format(record))
+
+
+class _Short(_Redacted):
+    """Of an exception the console gets a line; the traceback is in `log.txt`."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        if record.exc_info and (error := record.exc_info[1]) is not None:
+            told = f"{record.getMessage()} ({type(error).__name__}: {first_line(error)})"
+            record = logging.makeLogRecord(
+                {**record.__dict__, "msg": told, "args": (), "exc_info": None, "exc_text": None}
+            )
+        return super().format(record)
+
+
+class _WarningsNamed(_Short):
     """Names the level from WARNING on, where it matters, and leaves the width to the message elsewhere."""
 
     def formatMessage(self, record: logging.LogRecord) -> str:
         if record.levelno >= logging.WARNING:
             record.message = f"{record.levelname}: {record.message}"
         return super().formatMessage(record)
-
-
-class _Redacted(logging.Formatter):
-    def format(self, record: logging.LogRecord) -> str:
-        return redact(super().format(record))
 
 
 def log_refusal(error: Exception) -> None:
@@ -97,4 +125,11 @@ def log_refusal(error: Exception) -> None:
 def _log_uncaught(kind, error, traceback) -> None:
     if not issubclass(kind, KeyboardInterrupt):
         logging.getLogger("gemma4_tpu.uncaught").critical("uncaught", exc_info=(kind, error, traceback))
-    sys.__excepthook__(kind, error, traceback)
+    sys.stderr.write(redact("".join(format_exception(kind, error, traceback))))
+
+
+def _log_in_thread(thread: threading.ExceptHookArgs) -> None:
+    if (error := thread.exc_value) is None or isinstance(error, SystemExit):
+        return
+    logging.getLogger("gemma4_tpu.uncaught").critical("uncaught in a thread", exc_info=error)
+    print(redact(f"a thread ended: {type(error).__name__}: {first_line(error)}"), file=sys.stderr)

@@ -26,6 +26,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from gemma4_tpu.errors import UserError
 from gemma4_tpu.tracking.files import from_jsonable, jsonable, write_text
 
 log = logging.getLogger(__name__)
@@ -62,6 +63,10 @@ class MetricsFile:
         self.path = path
         self._last_update = -1 if after_update is None else after_update
         self._file = None
+        self.rows = 0
+        """That are in the file."""
+        self.undone_at_seconds: float | None = None
+        """`seconds` of the last row that was dropped, which the run makes again."""
         if write:
             self._drop_rows_after(self._last_update)
             self._file = path.open("a", encoding="utf-8")
@@ -78,6 +83,15 @@ class MetricsFile:
         if self._file is not None:
             self._file.write(json.dumps(jsonable({"update": update, **metrics}), allow_nan=False) + "\n")
             self._file.flush()
+            self.rows += 1
+
+    def compare(self, rows: int | None) -> None:
+        """Tells where fewer rows are left than the checkpoint counted; None: it is of a version that did not count."""
+        if rows is not None and self.rows < rows:
+            log.warning(
+                "%s: %d of the %d rows up to update %d are left: curves and reports of this run will have a hole, the"
+                " training has none", self.path, self.rows, rows, self._last_update,
+            )  # fmt: skip
 
     def close(self) -> None:
         """Closes the file; rows are written as they come."""
@@ -88,8 +102,12 @@ class MetricsFile:
     def _drop_rows_after(self, update: int) -> None:
         if not self.path.exists():
             return
-        text = self.path.read_text(encoding="utf-8")
-        rows = [row for row in _parse(text, self.path) if row["update"] <= update]
+        text = self.path.read_text(encoding="utf-8", errors="replace")
+        found = _parse(text, self.path)
+        rows = [row for row in found if row["update"] <= update]
+        self.rows = len(rows)
+        if len(rows) < len(found):
+            self.undone_at_seconds = max((row.get("seconds", 0.0) for row in found[len(rows) :]), default=None)
         kept = "".join(json.dumps(jsonable(row), allow_nan=False) + "\n" for row in rows)
         if kept != text:
             dropped = text.count("\n") - len(rows)
@@ -99,7 +117,7 @@ class MetricsFile:
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
     """All rows of a `metrics.jsonl`; a torn last line (the process was killed while writing) is left out."""
-    return _parse(path.read_text(encoding="utf-8"), path) if path.exists() else []
+    return _parse(path.read_text(encoding="utf-8", errors="replace"), path) if path.exists() else []
 
 
 def _parse(text: str, path: Path) -> list[dict[str, Any]]:
@@ -109,9 +127,12 @@ def _parse(text: str, path: Path) -> list[dict[str, Any]]:
         if not line:
             continue
         try:
-            rows.append(from_jsonable(json.loads(line)))
-        except json.JSONDecodeError as error:
+            row = from_jsonable(json.loads(line))
+            if not isinstance(row, dict) or not isinstance(row.get("update"), int):
+                raise ValueError("no object with an update")
+            rows.append(row)
+        except (ValueError, RecursionError) as error:
             if number != len(lines):  # only the last line lacks its newline
-                raise ValueError(f"{path}, line {number}: not JSON ({error})") from error
+                raise UserError(f"{path}, line {number}: damaged ({error}); delete that line") from error
             log.warning("%s: the last line is incomplete and ignored", path.name)
     return rows

@@ -17,9 +17,9 @@ from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from gemma4_tpu.redact import redact, redact_arguments
 from gemma4_tpu.tracking.files import write_text
 from gemma4_tpu.tracking.records import PROVENANCE, read_record, write_record
-from gemma4_tpu.tracking.redact import redact, redact_arguments
 from gemma4_tpu.tracking.run import RunFolder
 
 if TYPE_CHECKING:
@@ -212,7 +212,7 @@ def _save_diff(path: Path) -> None:
     if not diff:
         return
     if len(diff) <= _MAX_DIFF_BYTES:
-        write_text(path, redact(diff))
+        write_text(path, diff)
     else:
         log.warning("%s: the checkout's changes take %.1f MB; only their hash is kept", path.name, len(diff) / 1e6)
 

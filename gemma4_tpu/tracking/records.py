@@ -31,6 +31,7 @@ TRAINING, PLAN, MERGE, EVALUATION, HARNESS, SERVING, LOAD_TEST = WORK = (
 VERSION = 1
 """Of the form of every kind."""
 FOLDER, RESULT, PLAN_FILE, CONFIG = "record.json", "result.json", "plan.json", "config.yaml"
+OVERRIDES = "overrides.yaml"
 CERTIFICATE_FILE = "certificate.json"
 
 
@@ -63,7 +64,7 @@ def read_record(path: Path) -> Record:
     """
     try:
         values = read_json(path)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{path}: damaged ({error})") from None
     if not isinstance(values, dict):
         return Record(None, {})
@@ -90,11 +91,24 @@ def result_of(folder: Path) -> Record:
 def config_of(folder: Path) -> dict[str, Any]:
     """`config.yaml` of a run folder as plain values; empty where there is none."""
     path = folder / CONFIG
+    return _read_yaml(path, dict) if path.is_file() else {}
+
+
+def overrides_of(folder: Path) -> list[str] | None:
+    """`overrides.yaml` of a run folder: what was given on its command line; None where there is none."""
+    path = folder / OVERRIDES
+    return [str(word) for word in _read_yaml(path, list)] if path.is_file() else None
+
+
+def _read_yaml(path: Path, form: type) -> Any:
+    """Raises `UserError` where the file is damaged."""
     try:
-        value = yaml.safe_load(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    except yaml.YAMLError as error:
-        raise UserError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
-    return value if isinstance(value, dict) else {}
+        value = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
+        raise UserError(f"{path}: not valid YAML ({' '.join(str(error).split())}); bring back a copy") from None
+    if not isinstance(value, form):
+        raise UserError(f"{path}: damaged, it holds a {type(value).__name__}, not a {form.__name__}; bring back a copy")
+    return value
 
 
 def kind_of(folder: Path) -> str | None:

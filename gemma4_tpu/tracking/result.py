@@ -33,6 +33,9 @@ class Totals:
     """Real tokens of updates whose time is in `timed_seconds`: all but the first after each start (compilation)."""
     timed_seconds: float = 0.0
     """Update time of `timed_tokens`."""
+    overhead_seconds: float = 0.0
+    """Time that is not in `seconds`: of each start before its updates (loading, placing), and of updates that a kill
+    undid. Starts that were killed before they saved count with their updates only."""
     train_loss_first: float | None = None
     """Training loss of the first update."""
     train_loss_last: float | None = None
@@ -64,6 +67,9 @@ class Result(Totals):
     """Real tokens over token slots."""
     real_tokens_per_second: float | None = None
     """Real tokens per second of update time, over all chips, without the first update (compilation)."""
+    goodput: float | None = None
+    """Share of the run's time that trained: `timed_seconds` over `seconds` and `overhead_seconds`. The rest is loading,
+    compilation, evaluation, waiting for checkpoints, and updates that a kill undid."""
     lora_parameters: int | None = None
     """Trained LoRA parameters; 0 for full fine-tuning."""
     in_full_parameters: int | None = None

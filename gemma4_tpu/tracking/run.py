@@ -22,20 +22,22 @@ from typing import Any
 
 import yaml
 
-from gemma4_tpu.errors import INTERRUPTED, UserError, first_line
+from gemma4_tpu.errors import UserError, first_line, stopped_code
+from gemma4_tpu.redact import redact_arguments
 from gemma4_tpu.storage import is_remote, join
 from gemma4_tpu.tracking.bucket import CHECKPOINTS, Bucket
 from gemma4_tpu.tracking.files import jsonable, write_text
-from gemma4_tpu.tracking.records import FOLDER, PLAN, TRAINING, kind_of, write_record
+from gemma4_tpu.tracking.records import FOLDER, PLAN, TRAINING, config_of, kind_of, write_record
 from gemma4_tpu.tracking.result import Result
 
 log = logging.getLogger(__name__)
 
+_BALLAST_BYTES = 32 << 10
 MAY_CHANGE = (
     "checkpoint", "distributed", "hardware", "lora.start", "lora.start_checkpoint", "mesh", "name", "preview", "replay",
     "replay_allow", "rollouts.check_every", "rollouts.entropy_high", "rollouts.entropy_low", "rollouts.max_kl",
     "rollouts.max_logprob_difference", "rollouts.max_malformed", "rollouts.reward_timeout_seconds",
-    "run_dir", "tracker", "trainer.attention", "trainer.compile_cache", "trainer.epochs",
+    "run_dir", "storage", "tracker", "trainer.attention", "trainer.compile_cache", "trainer.epochs",
     "trainer.eval_every", "trainer.log_every", "trainer.loss_chunk_tokens", "trainer.max_updates", "trainer.min_delta",
     "trainer.patience", "trainer.plan", "trainer.profile", "trainer.remat", "trainer.sample_prompts",
     "trainer.sample_tokens", "trainer.stall_seconds", "trainer.time_limit",
@@ -106,7 +108,7 @@ class RunFolder:
             # Before anything is read: an earlier writer must be gone, or its record could change under our eyes.
             run._take_lock()
             if bucket:
-                bucket.pull()
+                bucket.reach(bucket.pull)
             run.resumed = run.config_path.exists()
             if run.resumed:
                 run._check_resume(resume, jsonable(config), resume_allow)
@@ -115,10 +117,11 @@ class RunFolder:
             write_text(run.config_path, yaml.safe_dump(jsonable(config), sort_keys=False, allow_unicode=True))
             if kind != PLAN or not run.resumed:  # a plan can be in the folder of the run that it is for
                 write_record(run.record_path, kind, {})
-            write_text(run.overrides_path, yaml.safe_dump(list(overrides), allow_unicode=True))
+            write_text(run.overrides_path, yaml.safe_dump(redact_arguments(overrides), allow_unicode=True))
             run.plots.mkdir(exist_ok=True)
+            run._ballast.write_bytes(bytes(_BALLAST_BYTES))
             if bucket:
-                bucket.push()
+                bucket.reach(bucket.push)
             else:
                 Path(run.checkpoints).mkdir(exist_ok=True)
         return run
@@ -128,7 +131,7 @@ class RunFolder:
         """The run folder at `path`, local or gs://, for reading. Raises `UserError` (naming `key`) if there is none."""
         if is_remote(str(path)):
             bucket = Bucket.of(str(path), Path("outputs"))
-            bucket.pull()
+            bucket.reach(bucket.pull)
             run = cls(bucket.local, bucket=bucket)
         else:
             run = cls(Path(path).expanduser().absolute())
@@ -191,9 +194,14 @@ class RunFolder:
         if self.bucket and self.write:
             self.bucket.push()
 
+    def forget_bucket(self) -> None:
+        """It is gone: from here on this machine's copy of the folder is the run."""
+        if self.bucket:
+            self.bucket.gone = True
+
     def read_config(self) -> dict[str, Any]:
         """The recorded configuration, as plain values."""
-        return yaml.safe_load(self.config_path.read_text(encoding="utf-8"))
+        return config_of(self.path)
 
     def begun(self) -> None:
         """From here on the record is of this start."""
@@ -202,10 +210,12 @@ class RunFolder:
     def put_back(self) -> None:
         """Where this start came to nothing before it had `begun`: leaves the record of the one before as it was."""
         for path, content in self._earlier.items():
-            path.write_bytes(content)
+            if path.read_bytes() != content:  # a disk may have become full
+                write_text(path, content.decode())
 
     def leave(self, outcome: Any) -> None:
         """Writes `result.json`, from a mapping or a dataclass, as a record of this folder's kind."""
+        self._ballast.unlink(missing_ok=True)
         write_record(self.result_path, self.kind, outcome)
 
     def leave_result(self, result: Result) -> None:
@@ -214,6 +224,7 @@ class RunFolder:
         """
         if not self.write:
             return
+        self._ballast.unlink(missing_ok=True)
         if result.status == "finished":
             return result.write(self.result_path)
         try:
@@ -225,13 +236,14 @@ class RunFolder:
     def work(self, job: Callable[[], int]) -> int:
         """Does a job that resumes where it was, such as an evaluation, and closes the folder; returns its exit code.
 
-        Ctrl-C is exit code 130 and a line that says how to go on. What fails leaves its reason in `result.json`.
+        Ctrl-C is exit code 130, SIGTERM 143, and a line that says how to go on. What fails leaves its reason in
+        `result.json`.
         """
         try:
             return job()
-        except KeyboardInterrupt:
+        except KeyboardInterrupt as stop:
             print(f"\ninterrupted; the same command with run_dir={self.path} resumes it", file=sys.stderr)
-            return INTERRUPTED
+            return stopped_code(stop)
         except Exception as error:
             self.leave({"status": "failed", "error": first_line(error)})
             raise
@@ -240,8 +252,18 @@ class RunFolder:
 
     def close(self) -> None:
         """Copies what changed to the bucket, if any, and gives up the right to write."""
-        self.push()
-        self._unlock()
+        try:
+            if self.write:
+                self._ballast.unlink(missing_ok=True)
+            if self.bucket and self.write:
+                self.bucket.reach(self.bucket.push)
+        finally:
+            self._unlock()
+
+    @property
+    def _ballast(self) -> Path:
+        """What is thrown out for the result, which a full disk then still takes."""
+        return self.path / ".ballast"
 
     def _unlock(self) -> None:
         if self._lock is not None:

@@ -9,11 +9,13 @@ import json
 import logging
 import os
 from collections.abc import Sequence
+from dataclasses import asdict
 from typing import Any
 
 from gemma4_tpu.config.schema import TrackerConfig
 from gemma4_tpu.errors import UserError
 from gemma4_tpu.markdown import table
+from gemma4_tpu.redact import redact
 from gemma4_tpu.tracking.files import from_jsonable, jsonable
 from gemma4_tpu.tracking.run import RunFolder, is_among
 from gemma4_tpu.tracking.tracker import Tracker
@@ -46,6 +48,7 @@ def make_tracker(
         raise UserError(f"tracker.kind={config.kind}: unknown; give {', '.join(_PACKAGES)}")
     if config.kind == "none" or not run.write:
         return Tracker()
+    config, resolved_config, name = TrackerConfig(**jsonable(asdict(config))), jsonable(resolved_config), redact(name)
     try:
         if config.kind == "tensorboard":
             return _Guarded(_TensorBoard(run), config.kind)
@@ -95,10 +98,10 @@ class _Guarded(Tracker):
         self._call("log", from_jsonable(jsonable(metrics)), update)
 
     def table(self, name, columns, rows, update):
-        self._call("table", name, columns, rows, update)
+        self._call("table", name, columns, from_jsonable(jsonable(rows)), update)
 
     def artifact(self, kind, place, aliases, metadata):
-        self._call("artifact", kind, place, aliases, jsonable(metadata))
+        self._call("artifact", kind, redact(place), aliases, jsonable(metadata))
 
     def summary(self, values):
         self._call("summary", from_jsonable(jsonable(values)))

@@ -21,7 +21,7 @@ from wandb.sdk.lib.paths import LogicalPath
 from gemma4_tpu.config.schema import TrackerConfig
 from gemma4_tpu.errors import UserError
 from gemma4_tpu.storage import is_remote
-from gemma4_tpu.tracking.files import jsonable, read_json, write_json
+from gemma4_tpu.tracking.files import read_json, write_json
 from gemma4_tpu.tracking.run import RunFolder
 from gemma4_tpu.tracking.tracker import Tracker
 
@@ -53,7 +53,7 @@ class WandbTracker(Tracker):
             "tags": list(config.tags),
             "job_type": job,
             "name": known["name"],
-            "config": jsonable(resolved),
+            "config": resolved,
             "id": known["wandb_id"],
             "resume": "allow",
             "reinit": "create_new",  # never join a run that someone else started in this process

@@ -7,10 +7,10 @@ that the run stands for; where those are an average, `current` are the ones that
 
 from __future__ import annotations
 
-import errno
 import logging
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -22,21 +22,35 @@ from jax.sharding import Mesh, NamedSharding
 from orbax.checkpoint import checkpoint_managers as policies
 
 from gemma4_tpu.config.schema import CheckpointConfig
-from gemma4_tpu.errors import UserError
+from gemma4_tpu.errors import DISK_FULL, UserError
 from gemma4_tpu.models import sharding
 from gemma4_tpu.models.layout import Leaf, build_tree, get
 from gemma4_tpu.models.layout import Path as TreePath
 from gemma4_tpu.models.weights import Axes
 from gemma4_tpu.step.optimizer_state import Part, parts
 from gemma4_tpu.step.train_step import TrainState
-from gemma4_tpu.storage import is_remote, join, list_folder
+from gemma4_tpu.storage import Deadline, StorageGone, is_remote, join, list_folder
 from gemma4_tpu.training import checksums
 
 log = logging.getLogger(__name__)
 CHUNK_BYTES = 32 << 20  # large tensors are saved in pieces, so that a merge need not hold one whole
 _UNDER_WAY = ".orbax-checkpoint-tmp"  # ending of the folder of a save under way, until all of it is there
-_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _FULL_SAID = ("No space left", "Disk quota exceeded", "File too large")
+
+
+@dataclass
+class Refuge:
+    """Where a run on gs:// saves if its bucket is gone."""
+
+    folder: Path
+    """The local folder of checkpoints."""
+    deadline: Deadline
+    flush: Callable[[], None]
+    """Copies the run's small files to the bucket: they are there before the checkpoint is."""
+    bucket_gone: Callable[[], None]
+    """Told once nothing is to be copied there any more."""
+    taken: bool = False
+    """Something was saved there."""
 
 
 class Checkpoints:
@@ -46,7 +60,12 @@ class Checkpoints:
     checksums of its files.
     """
 
-    def __init__(self, folder: str | Path, config: CheckpointConfig, leaves: Iterable[Leaf], mesh: Mesh):
+    def __init__(
+        self, folder: str | Path, config: CheckpointConfig, leaves: Iterable[Leaf], mesh: Mesh,
+        refuge: Refuge | None = None,
+    ):  # fmt: skip
+        """`refuge`: where to save if a folder on gs:// can't be reached; None: nobody waits with a deadline."""
+        self._config, self._refuge = config, refuge if is_remote(str(folder)) else None
         self._leaves = list(leaves)
         self._mesh = mesh
         self.folder = str(folder) if is_remote(str(folder)) else str(Path(folder).absolute())
@@ -81,11 +100,17 @@ class Checkpoints:
 
         Raises:
           UserError: the disk is full, now or while the checkpoint before was saved.
+          StorageGone: the bucket can't be reached; the state is in the refuge.
         """
+        if self._refuge is None:
+            return self._save(state, position, heldout_loss)
+        self._reach(lambda: self._save(state, position, heldout_loss), state, position)
+
+    def _save(self, state: TrainState, position: dict[str, Any], heldout_loss: float | None) -> None:
         update = int(state.update)
         if update in self._manager.all_steps():
             return
-        self.wait()  # for the save before
+        self._wait()  # for the save before
         self._saving = update
         disk = _to_disk(state, self._leaves)
         chunked = ocp.SaveArgs(chunk_byte_size=CHUNK_BYTES)
@@ -112,7 +137,12 @@ class Checkpoints:
         Raises:
           UserError: the disk is full.
         """
-        folder, values = join(self.folder, name), _unstack(trained, list(leaves))
+        values = _unstack(trained, list(leaves))
+        places = [self.folder] if self._refuge is None else [self.folder, str(self._refuge.folder)]
+        for folder in (join(place, name) for place in places):
+            self._save_initial(folder, values)
+
+    def _save_initial(self, folder: str, values: Any) -> None:
         with self._telling_full_disks(), ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as saver:
             state = ocp.args.StandardSave({"trained": values})
             saver.save(folder, args=ocp.args.Composite(state=state), force=True)
@@ -154,15 +184,54 @@ class Checkpoints:
 
     def close(self) -> None:
         """Waits for saves under way."""
+        if self._refuge is None:
+            self._close()
+        elif not self._refuge.taken:  # what is under way then never ends
+            self._refuge.deadline.wait_for(self.folder, self._close)
+
+    def _close(self) -> None:
         with self._telling_full_disks():
             self._manager.close()
 
-    def wait(self) -> None:
-        """Waits for saves under way; the folder is complete afterwards.
+    def wait(self, state: TrainState | None = None, position: dict[str, Any] | None = None) -> None:
+        """Waits for saves under way; the folder is complete afterwards. `state` and `position` are what was saved last.
 
         Raises:
           UserError: the disk is full.
+          StorageGone: the bucket can't be reached; what was saved last is in the refuge.
         """
+        if self._refuge is None or state is None or position is None:
+            return self._wait()
+        self._reach(self._wait, state, position)
+
+    def _reach(self, call: Callable[[], None], state: TrainState, position: dict[str, Any]) -> None:
+        """Does what asks the bucket; where that can't be reached, saves in the refuge."""
+        assert self._refuge is not None
+        refuge = self._refuge
+
+        def with_small_files() -> None:
+            refuge.flush()
+            call()
+
+        try:
+            refuge.deadline.wait_for(self.folder, with_small_files, again=True)
+        except StorageGone as gone:
+            refuge.taken = True
+            refuge.bucket_gone()
+            if jax.process_count() > 1:
+                raise StorageGone(f"{gone}. Several processes have no folder in common without it: not saved") from gone
+            try:
+                local = Checkpoints(refuge.folder, self._config, self._leaves, self._mesh)
+                local.save(state, position)
+                local.close()
+            except UserError as full:
+                raise StorageGone(f"{gone}. Nor could it be saved here: {full}") from gone
+            raise StorageGone(
+                f"{gone}. Saved at update {int(state.update)} on this machine: run_dir={refuge.folder.parent} goes on"
+                " from there"
+            ) from gone
+
+    def _wait(self) -> None:
         with self._telling_full_disks():
             self._manager.wait_until_finished()
 
@@ -172,7 +241,7 @@ class Checkpoints:
         try:
             yield
         except Exception as error:
-            if getattr(error, "errno", None) not in _FULL and not any(said in str(error) for said in _FULL_SAID):
+            if getattr(error, "errno", None) not in DISK_FULL and not any(said in str(error) for said in _FULL_SAID):
                 raise
             kept = [u for u in self.updates if u != self._saving]
             last = f"the last good checkpoint is at update {kept[-1]}" if kept else "there is no checkpoint yet"

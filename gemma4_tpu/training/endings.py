@@ -74,6 +74,10 @@ class TimeLimit:
         seconds = seconds_of(self._limit) if self._limit is not None else None
         return seconds is not None and self._hosts.from_first(lambda: time.monotonic() - self._started_at >= seconds)
 
+    def elapsed_seconds(self) -> float:
+        """Since this start began."""
+        return time.monotonic() - self._started_at
+
     def told(self) -> str:
         """Why it ended, and how it goes on."""
         return f"trainer.time_limit={self._limit} has passed; saved, and the same command with this run_dir resumes"

@@ -14,9 +14,9 @@ from typing import Any
 import numpy as np
 
 from gemma4_tpu.config.schema import DistributedConfig, HardwareConfig
-from gemma4_tpu.errors import INTERRUPTED, REFUSED, UserError
+from gemma4_tpu.errors import REFUSED, UserError, exit_now, stopped_code
 from gemma4_tpu.hardware import slice_of
-from gemma4_tpu.training.preemption import exit_now
+from gemma4_tpu.redact import redact
 
 log = logging.getLogger(__name__)
 
@@ -92,7 +92,7 @@ class Hosts:
             jax.distributed.shutdown()
             return
         if isinstance(error, UserError):
-            print(f"error: {error}", file=sys.stderr)
+            print(redact(f"error: {error}"), file=sys.stderr)
             exit_now(REFUSED)
         sys.excepthook(type(error), error, error.__traceback__)
         print(
@@ -100,7 +100,7 @@ class Hosts:
             " why. The same command on every host resumes from the last checkpoint",
             file=sys.stderr,
         )
-        exit_now(INTERRUPTED if isinstance(error, KeyboardInterrupt) else 1)
+        exit_now(stopped_code(error) if isinstance(error, KeyboardInterrupt) else 1)
 
 
 def start_hosts(distributed: DistributedConfig, hardware: HardwareConfig) -> Hosts:

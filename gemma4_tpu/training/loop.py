@@ -16,7 +16,7 @@ from gemma4_tpu.data.pipeline import Update
 from gemma4_tpu.errors import UserError
 from gemma4_tpu.step.objective import means
 from gemma4_tpu.step.train_step import TrainState, UpdateMetrics
-from gemma4_tpu.tracking.metrics import HELDOUT
+from gemma4_tpu.tracking.metrics import HELDOUT, MetricsFile
 from gemma4_tpu.tracking.result import Result, Totals
 from gemma4_tpu.training.batches import Batches
 from gemma4_tpu.training.checkpoint import Checkpoints
@@ -62,8 +62,6 @@ class Loop:
     """Of data, tokenizer and base weights; saved with every checkpoint."""
     report: Callable[[dict[str, Any], int], None]
     """Takes the metrics of an update: metrics.jsonl, tracker and progress bar."""
-    flush: Callable[[], None]
-    """Called before each save: what was reported is then where the checkpoint will be."""
     preemption: Preemption
     time_limit: TimeLimit
     watchdog: Watchdog
@@ -72,6 +70,8 @@ class Loop:
     profile: Profile
     prediction: Prediction | None = None
     """The step time of the run's plan."""
+    history: MetricsFile | None = None
+    """What was reported so far."""
 
     def run(self, resume_from: int | None) -> Result:
         """Trains to the last update, or to the one that something stops at, and returns the result.
@@ -83,7 +83,8 @@ class Loop:
           Diverged: NaN or infinity; the checkpoints before it are kept.
         """
         state, totals, spikes, patience = self._begin(resume_from)
-        tally = Tally(self.setup, self.rates, totals, self.prediction)
+        overhead_seconds = self.time_limit.elapsed_seconds() + self._undone_seconds(totals)
+        tally = Tally(self.setup, self.rates, totals, self.prediction, overhead_seconds)
         done, last = int(state.update), self.batches.source.total_updates
         programs = Programs(self.setup.step, state, self.batches.lengths, self.watchdog.paused)
         in_flight: list[InFlight] = []  # one at most
@@ -130,13 +131,12 @@ class Loop:
             best = self.checkpoint.keep_best and tally.totals().heldout_update_best == done
             if saves or best or patience.exhausted:
                 self.batches.source.ready_to_save(state.trained, done)
-                self.flush()
                 self.checkpoints.save(state, self._position(tally, spikes, patience), heldout_loss)
             tally.start_lap()
             if preempted or timed_out or patience.exhausted:
                 break
 
-        self.checkpoints.wait()
+        self.checkpoints.wait(state, self._position(tally, spikes, patience))
         if done == last or preempted:
             return tally.result("finished" if done == last else "preempted")
         if patience.exhausted:
@@ -154,8 +154,15 @@ class Loop:
             spikes = Spikes(self.trainer.spike_factor, **position["spikes"])
             patience = Patience.of(self.trainer, position)
             log.info("resumed from the checkpoint at update %d", resume_from)
+            if self.history:
+                self.history.compare(position.get("rows"))
         self.watchdog.progress()
         return state, totals, spikes, patience
+
+    def _undone_seconds(self, totals: Totals) -> float:
+        """Of updates that an earlier start made after the checkpoint that this one goes on from."""
+        reported = self.history.undone_at_seconds if self.history else None
+        return max(0.0, reported - totals.seconds) if reported is not None else 0.0
 
     def _position(self, tally: Tally, spikes: Spikes, patience: Patience) -> dict[str, Any]:
         """What a resumed run needs besides the training state, as JSON."""
@@ -169,6 +176,7 @@ class Loop:
             "totals": asdict(tally.totals()),
             "spikes": {"losses": spikes.losses, "newest_at": spikes.newest_at},
             "patience": patience.saved(),
+            "rows": self.history.rows if self.history else None,
         }
 
     def _finish(self, flight: InFlight, tally: Tally, spikes: Spikes) -> None:

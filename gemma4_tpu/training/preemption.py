@@ -1,4 +1,4 @@
-"""SIGTERM: save at the next update boundary and exit with code 42; a second one exits at once.
+"""SIGTERM, SIGUSR1, SIGUSR2: save at the next update boundary and exit with code 42; a second one exits at once.
 
 The signal is read by a thread of its own, so that it is met while the main thread compiles or loads. Until there is
 something to save, the first SIGTERM ends the process at once, with code 42 too: the same command starts again.
@@ -9,12 +9,11 @@ from __future__ import annotations
 import logging
 import os
 import signal
-import sys
 import threading
 from collections.abc import Callable
 from typing import Any
 
-from gemma4_tpu.errors import PREEMPTED, TERMINATED
+from gemma4_tpu.errors import PREEMPTED, TERMINATED, TERMINATING, exit_now
 
 log = logging.getLogger(__name__)
 
@@ -32,12 +31,12 @@ class Preemption:
         self._requested = threading.Event()
         self._something_to_save = False
         self._signals = 0
-        self._before: Any = None
+        self._before: dict[signal.Signals, Any] = {}
 
     def __enter__(self) -> Preemption:
         self._read_end, self._write_end = os.pipe()
         os.set_blocking(self._write_end, False)
-        self._before = signal.getsignal(signal.SIGTERM)
+        self._before = {number: signal.getsignal(number) for number in TERMINATING}
         self.listen()
         signal.set_wakeup_fd(self._write_end, warn_on_full_buffer=False)
         threading.Thread(target=self._listen, name="sigterm", daemon=True).start()
@@ -45,12 +44,19 @@ class Preemption:
 
     def __exit__(self, *error: object) -> None:
         signal.set_wakeup_fd(-1)
-        signal.signal(signal.SIGTERM, self._before)
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
         os.close(self._write_end)  # ends the thread
 
     def listen(self) -> None:
-        """Takes the signal, also from JAX's preemption service, which has its own handler from its start on."""
-        signal.signal(signal.SIGTERM, lambda *_: None)  # so that Python writes it to the pipe
+        """Takes the signals, also from JAX's preemption service, which has its own handler from its start on."""
+        for number in TERMINATING:
+            signal.signal(number, lambda *_: None)  # so that Python writes it to the pipe
+
+    @property
+    def requested(self) -> bool:
+        """Whether this process was asked to end; `reached` is what all of them agree on."""
+        return self._requested.is_set()
 
     def something_to_save(self) -> None:
         """An update was made: from now on SIGTERM waits for a save."""
@@ -73,6 +79,8 @@ class Preemption:
             while number := pipe.read(1):
                 if number[0] == signal.SIGTERM:
                     self._terminate()
+                elif number[0] in TERMINATING:
+                    os.kill(os.getpid(), signal.SIGTERM)  # which JAX's preemption service knows
 
     def _terminate(self) -> None:
         self._signals += 1
@@ -86,11 +94,3 @@ class Preemption:
             log.warning("SIGTERM before the first update: there is nothing to save; the same command starts again")
             self.last_words()
             exit_now(PREEMPTED)
-
-
-def exit_now(code: int) -> None:
-    """Ends the process from any thread, without waiting for the others: what was logged is on disk."""
-    logging.shutdown()
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(code)

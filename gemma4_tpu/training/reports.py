@@ -30,13 +30,13 @@ class Reports:
         self.tracker = tracker
         self.progress = Progress(updates, first_update=resume_from or 0, show=folder.write, beside_loss=beside_loss)
         """A context manager too: on a terminal the bar is there while it is open."""
-        self._metrics = MetricsFile(folder.metrics_path, after_update=resume_from, write=folder.write)
+        self.history = MetricsFile(folder.metrics_path, after_update=resume_from, write=folder.write)
         self._replay = replay
         self._status = "failed"
 
     def __call__(self, row: dict[str, Any], update: int) -> None:
         """The metrics of an update, under the keys of `metrics.jsonl`."""
-        self._metrics.log(row, update)
+        self.history.log(row, update)
         self.tracker.log(row, update)
         self.progress.log(row, update)
         if self._replay:
@@ -58,4 +58,4 @@ class Reports:
 
     def __exit__(self, *error: object) -> None:
         self.tracker.close(self._status)
-        self._metrics.close()
+        self.history.close()

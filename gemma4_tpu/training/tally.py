@@ -30,8 +30,14 @@ class Window:
 class Tally:
     """Tokens, time and losses of a run, earlier starts included."""
 
-    def __init__(self, setup: Setup, rates: Rates, totals: Totals, prediction: Prediction | None = None):
-        """Continues from the `totals` of earlier starts; measured times are compared with a plan's `prediction`."""
+    def __init__(
+        self, setup: Setup, rates: Rates, totals: Totals, prediction: Prediction | None = None,
+        overhead_seconds: float = 0.0,
+    ):  # fmt: skip
+        """Continues from the `totals` of earlier starts; measured times are compared with a plan's `prediction`.
+        `overhead_seconds` are this start's up to here, and what earlier ones did in vain.
+        """
+        totals.overhead_seconds += overhead_seconds
         self._setup, self._rates, self._totals, self._prediction = setup, rates, totals, prediction
         self._update_seconds: list[float] = []
         self._ratios: list[float] = []
@@ -126,6 +132,7 @@ class Tally:
             ended=ended,
             fill=totals.real_tokens / totals.slots if totals.slots else None,
             real_tokens_per_second=rate,
+            goodput=_share(totals.timed_seconds, totals.seconds + totals.overhead_seconds),
             lora_parameters=self._setup.adapter_parameters,
             in_full_parameters=self._setup.in_full_parameters,
             adapted_modules=self._setup.adapted_modules,
@@ -139,6 +146,10 @@ class Tally:
 def _percentile(values: list[float], share: float) -> float | None:
     """The nearest value that this share of them does not exceed; None of none."""
     return sorted(values)[round(share * (len(values) - 1))] if values else None
+
+
+def _share(part: float, whole: float) -> float | None:
+    return part / whole if whole else None
 
 
 def _known(**figures: float | None) -> dict[str, float]:

@@ -11,8 +11,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from gemma4_tpu.errors import STALLED
-from gemma4_tpu.training.preemption import exit_now
+from gemma4_tpu.errors import STALLED, exit_now
 
 log = logging.getLogger(__name__)
 

@@ -79,6 +79,6 @@ def test_every_file_composes_for_every_command_that_takes_it(name):
 
 
 def test_every_file_belongs_to_a_command():
-    taken = {group for entry in COMMANDS.values() for group in groups_of(entry)} | {"hydra", "space"}
+    taken = {group for entry in COMMANDS.values() for group in groups_of(entry)} | {"space"}
     assert {path.name for path in config_dir().iterdir() if path.is_dir()} == taken
     assert {path.stem for path in config_dir().glob("*.yaml")} == set(COMMANDS)

@@ -3,33 +3,92 @@
 import ast
 import contextlib
 import json
+import re
 import shutil
 from pathlib import Path
 
 import pytest
+import yaml
 
 from gemma4_tpu.assets import ROOT
 from gemma4_tpu.data.tokenizer import load_tokenizer
 from gemma4_tpu.errors import UserError
 
 REPOSITORY = Path(__file__).parents[2]
+FOLDERS = ("gemma4_tpu", "hydra_plugins", "launch", "benchmarks", "experiments", "examples", "docs")
+EXECUTES = {"eval", "exec", "compile", "__import__"}
+UNPICKLES = {"pickle", "dill", "cloudpickle", "shelve", "marshal", "joblib"}
+NO_CODE = ("PeftModel",)
+"""Whose `from_pretrained` reads weights and JSON, and takes no `trust_remote_code`."""
 
 
-def loads():
-    """Every call of an `Auto…` class that reads a folder: (file, call)."""
-    for folder in ("gemma4_tpu", "launch", "benchmarks", "experiments"):
-        for file in sorted((REPOSITORY / folder).rglob("*.py")):
-            for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
-                if isinstance(node, ast.Call) and ast.unparse(node.func).endswith(".from_pretrained"):
-                    yield file, node
+def sources():
+    """All Python that is here, scripts, notebooks and what documents show: (where, parsed)."""
+    for path in [p for folder in FOLDERS for p in sorted((REPOSITORY / folder).rglob("*"))] + [
+        REPOSITORY / "README.md"
+    ]:
+        where, text = str(path.relative_to(REPOSITORY)), ""
+        if path.suffix == ".py":
+            text = path.read_text(encoding="utf-8")
+        elif path.suffix == ".ipynb":
+            cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
+            text = "\n".join("".join(cell["source"]) for cell in cells if cell["cell_type"] == "code")
+        elif path.suffix == ".md":
+            blocks = re.findall(r"^```(?:python|py)\n(.*?)^```", path.read_text(encoding="utf-8"), re.M | re.S)
+            text = "\n".join(blocks)
+        if text:
+            yield where, ast.parse(text, where)
 
 
-def test_every_load_forbids_it():
-    found = [(file, call) for file, call in loads() if "Auto" in ast.unparse(call.func)]
-    assert len(found) >= 5
-    for file, call in found:
-        said = {keyword.arg: ast.unparse(keyword.value) for keyword in call.keywords}
-        assert said.get("trust_remote_code") == "False", f"{file.name}:{call.lineno}"
+def said_in(call):
+    return {keyword.arg: ast.unparse(keyword.value) for keyword in call.keywords}
+
+
+def violations(where, tree):
+    """What could run somebody else's code, one line each."""
+    for node in ast.walk(tree):
+        at = f"{where}:{getattr(node, 'lineno', 0)}"
+        if isinstance(node, ast.Import | ast.ImportFrom):
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else [node.module or ""]
+            yield from (f"{at}: {name}" for name in names if name.split(".")[0] in UNPICKLES)
+        if not isinstance(node, ast.Call):
+            continue
+        called, said = ast.unparse(node.func), said_in(node)
+        owner, _, method = called.rpartition(".")
+        loads = method in ("from_pretrained", "load_dataset", "load_dataset_builder") and owner not in NO_CODE
+        if loads and said.get("trust_remote_code") != "False":
+            yield f"{at}: {called} without trust_remote_code=False"
+        if said.get("use_safetensors", "True") != "True":
+            yield f"{at}: {called} with use_safetensors={said['use_safetensors']}"
+        for keyword in ("trust_remote_code", "allow_pickle", "shell"):
+            if said.get(keyword, "False") != "False":
+                yield f"{at}: {called} with {keyword}={said[keyword]}"
+        if called == "torch.load" and said.get("weights_only") != "True":
+            yield f"{at}: torch.load without weights_only=True"
+        if called in ("yaml.load", "yaml.unsafe_load", "yaml.full_load") or called in EXECUTES:
+            yield f"{at}: {called}"
+
+
+def test_nothing_that_is_here_runs_unpickles_or_trusts_what_it_is_given():
+    trees = list(sources())
+    assert len(trees) > 300
+    assert [line for where, tree in trees for line in violations(where, tree)] == []
+
+
+def test_no_configuration_trusts_remote_code():
+    files = [p for folder in ("conf", "launch") for p in (REPOSITORY / folder).rglob("*.y*ml")]
+    said = [str(yaml.safe_load(path.read_text(encoding="utf-8"))) for path in files]  # without comments
+    assert len(said) > 50 and not [text for text in said if re.search(r"(?i)trust[_-]remote[_-]code", text)]
+
+
+@pytest.mark.parametrize(
+    "line",
+    ["AutoModel.from_pretrained(x)", "datasets.load_dataset('a', trust_remote_code=True)", "torch.load(f)", "eval(x)",
+     "np.load(f, allow_pickle=True)", "yaml.load(f)", "import pickle",
+     "AutoConfig.from_pretrained(p, trust_remote_code=t)"],
+)  # fmt: skip
+def test_the_lint_finds(line):
+    assert len(list(violations("here", ast.parse(line)))) >= 1
 
 
 def test_a_tokenizer_that_names_code_of_its_own_runs_none(tmp_path, monkeypatch):
@@ -44,9 +103,3 @@ def test_a_tokenizer_that_names_code_of_its_own_runs_none(tmp_path, monkeypatch)
     with contextlib.suppress(UserError):  # refusing it is as good
         load_tokenizer(str(tmp_path))
     assert not ran.exists()
-
-
-@pytest.mark.parametrize("call", [pytest.param(call, id=f"{file.name}:{call.lineno}") for file, call in loads()])
-def test_nothing_is_unpickled(call):
-    said = {keyword.arg: ast.unparse(keyword.value) for keyword in call.keywords}
-    assert said.get("use_safetensors", "True") == "True"

@@ -212,6 +212,7 @@ def test_refusals_of_flags_name_key_and_remedy_all_at_once(merged, refused):
         "tool-call-parser": ("hermes", "Gemma 4's is gemma4"),
         "hf-token": ("x", "put it into HF_TOKEN"),
         "seed": ("false", "has no --no-seed"),
+        "trust-remote-code": ("true", "would run code that a checkpoint names"),
     }
     given = ", ".join(f"{name}: {value}" for name, (value, _) in flags.items())
     words = [f"serving.flags={{{given}}}", "serving.extra_args=['--lora-modules=a=b']", "serving.env={HF_TOKEN: x}"]
@@ -221,7 +222,7 @@ def test_refusals_of_flags_name_key_and_remedy_all_at_once(merged, refused):
         *told,
         "serving.extra_args: --lora-modules: adapters are",
         "serving.env.HF_TOKEN: no secrets",
-        "9 problems",
+        "10 problems",
     ):
         assert part in message, part
 

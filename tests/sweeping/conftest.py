@@ -7,11 +7,12 @@ from pathlib import Path
 
 import pytest
 
-from gemma4_tpu.sweeping import processes
+from gemma4_tpu.sweeping import sites
 from gemma4_tpu.sweeping.state import Sweep
 from gemma4_tpu.train import main
 
 ROOT = Path(__file__).parents[2]
+STAND_IN = [sys.executable, str(Path(__file__).parent / "job.py")]
 
 
 class Sweeps:
@@ -50,7 +51,7 @@ def sweep(tmp_path, monkeypatch) -> Sweeps:
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
 
     def stand_in(entry, words, run_dir):
-        return [sys.executable, str(Path(__file__).parent / "job.py"), *words, f"run_dir='{run_dir}'"]
+        return [*STAND_IN, *words, f"run_dir='{run_dir}'"]
 
-    monkeypatch.setattr(processes, "command", stand_in)
+    monkeypatch.setattr(sites, "command", stand_in)
     return Sweeps(tmp_path)

@@ -11,6 +11,7 @@ import time
 from dataclasses import asdict
 from pathlib import Path
 
+from gemma4_tpu.errors import TERMINATING
 from gemma4_tpu.tracking.metrics import MetricsFile, read_metrics
 from gemma4_tpu.tracking.result import Result
 from gemma4_tpu.tracking.run import RunFolder
@@ -29,13 +30,14 @@ def main() -> int:
         file.write(f"{folder.path.name} {time.time()} {os.environ.get('CUDA_VISIBLE_DEVICES', '')}\n")
     starts = Path("starts.txt").read_text().count(f"{folder.path.name} ")
     stop = []
-    signal.signal(signal.SIGTERM, signal.SIG_IGN if mine.get("stubborn") else lambda *_: stop.append(1))
+    for number in TERMINATING:
+        signal.signal(number, signal.SIG_IGN if mine.get("stubborn") else lambda *_: stop.append(1))
     done = max((row["update"] for row in read_metrics(folder.metrics_path)), default=None)
     metrics = MetricsFile(folder.metrics_path, after_update=done)
     losses = mine.get("losses", [3.0, 2.0, 1.0])
     for update in range(0 if done is None else done + 1, len(losses)):
         metrics.log({"heldout_loss": losses[update]}, update)
-        until = time.monotonic() + mine.get("seconds", 0)
+        until = time.monotonic() + (mine.get("seconds", 0) if starts <= mine.get("slow_starts", 99) else 0)
         while time.monotonic() < until and not stop:
             time.sleep(0.02)
         if stop or (update > 0 and starts <= mine.get("preempted", 0)):

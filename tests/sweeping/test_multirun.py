@@ -16,8 +16,9 @@ from gemma4_tpu.config.tasks import MergeRoot
 from gemma4_tpu.errors import UserError
 from gemma4_tpu.export.checks import examine_merge
 from gemma4_tpu.sweeping import devices, plan_check
-from gemma4_tpu.sweeping.state import Sweep
+from gemma4_tpu.sweeping.state import Sweep, SweepJob
 from gemma4_tpu.tracking.files import write_json
+from tests.sweeping.conftest import STAND_IN
 
 RANKS = ("lora.rank-2", "lora.rank-4", "lora.rank-8")
 
@@ -190,3 +191,17 @@ def test_a_sweep_is_run_by_one_process_at_a_time(sweep, capsys):
         assert f"this sweep is being run by another process (pid {other.pid})" in capsys.readouterr().err
         other.stdin.close()
     assert not sweep.starts
+
+
+def test_a_job_that_outlived_its_sweep_is_taken_over_by_its_pid(sweep, caplog):
+    sweep.behave(all={"seconds": 1})
+    folder, words = sweep.folder / "lora.rank-8", ["model.path=random:0", "lora.rank=8"]
+    orphan = subprocess.Popen([*STAND_IN, *words, f"run_dir='{folder}'"])
+    job = SweepJob(name=folder.name, values={"lora.rank": "8"}, words=words, status="running", starts=1, pid=orphan.pid)
+    sweep.folder.mkdir()
+    Sweep(folder=sweep.folder, entry="train", jobs={job.name: job}).save()
+    done = sweep("lora.rank=4,8")
+    assert [one.status for one in done.jobs.values()] == ["finished", "finished"]
+    assert (done.jobs[job.name].pid, done.jobs[job.name].starts) == (orphan.pid, 1) and orphan.wait(10) == 0
+    assert sweep.starts == ["lora.rank-8", "lora.rank-4"]  # nothing new before it has ended
+    assert "lora.rank-8: still running" in caplog.text

@@ -6,11 +6,11 @@ import subprocess
 
 import pytest
 
+from gemma4_tpu.redact import redact, redact_arguments
 from gemma4_tpu.tracking import logs, provenance
 from gemma4_tpu.tracking.files import read_json
 from gemma4_tpu.tracking.metrics import MetricsFile
 from gemma4_tpu.tracking.provenance import RecordDifference, capture, compare, record
-from gemma4_tpu.tracking.redact import redact, redact_arguments
 
 SECRETS = {
     "HF_TOKEN": "hf_" + "Q7x" * 10,

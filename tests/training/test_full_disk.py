@@ -1,6 +1,8 @@
 """A disk that fills up during a save: one message, and the last checkpoint is as it was."""
 
 import contextlib
+import errno
+import logging
 import resource
 import shutil
 import subprocess
@@ -9,11 +11,15 @@ import jax
 import pytest
 
 from gemma4_tpu.config.schema import CheckpointConfig
-from gemma4_tpu.errors import UserError
+from gemma4_tpu.errors import UserError, exit_code
+from gemma4_tpu.tracking import logs
+from gemma4_tpu.tracking.result import Result
+from gemma4_tpu.tracking.run import RunFolder
 from gemma4_tpu.training.capacity import check_disk, check_memory
 from gemma4_tpu.training.resume import newest_verified
 from gemma4_tpu.training.setup import init_state
 from tests.step.test_train_step import make
+from tests.tracking.test_provenance import plain_logging  # noqa: F401 (fixture)
 from tests.training.test_checkpoint import POSITION, open_folder
 
 
@@ -91,3 +97,32 @@ def test_a_model_larger_than_the_memory_is_refused_at_the_start():
     check_memory("cpu", leaves, 2**20, 4)
     with pytest.raises(UserError, match=r"needs at least .* MiB of this machine's memory"):
         check_memory("cpu", leaves, 2**20, 10**9)
+
+
+def test_a_disk_that_is_full_leaves_the_reason_in_the_result_and_one_line_of_log(almost_full, capsys, plain_logging):  # noqa: F811
+    disk, full = almost_full
+    folder = RunFolder.open(disk, "a", str(disk / "run"), "auto", config={"name": "a"})
+    logs.setup_logging(folder.log_path)
+    config = folder.config_path.read_bytes()
+    with full():
+        for chance in range(400):
+            logging.getLogger("gemma4_tpu").warning("%s: row %d", "x" * 200, chance)
+        with contextlib.suppress(OSError):
+            (disk / "more").write_bytes(bytes(40 << 10))  # the last bytes
+        folder.leave_result(Result(status="failed", error="the disk is full"))
+        folder.put_back()
+        folder.close()
+    said = capsys.readouterr().err
+    assert "Traceback" not in said and said.count("can't be written any more") == 1
+    assert Result.read(folder.result_path).error == "the disk is full"
+    assert folder.config_path.read_bytes() == config
+
+
+def test_a_full_disk_is_one_message_of_any_command(capsys):
+    def run() -> int:
+        raise OSError(errno.ENOSPC, "No space left on device", "/there/file")
+
+    assert exit_code(run) == 2
+    assert capsys.readouterr().err == (
+        "error: the disk is full (/there/file): make space, and the same command goes on\n"
+    )

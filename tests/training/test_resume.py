@@ -44,7 +44,7 @@ def test_preempted_killed_and_damaged_it_ends_with_the_very_bits(shallow, tmp_pa
     broken, chance = tmp_path / "broken", random.Random(20)
     process = shallow.start(*HARD, f"run_dir={broken}", cwd=tmp_path)
     kill_when(process, broken, 3)
-    process.send_signal(signal.SIGTERM)
+    process.send_signal(signal.SIGUSR2)  # as SLURM does before the time is over; it becomes a SIGTERM
     _, error = process.communicate(timeout=300)
     assert process.returncode == PREEMPTED, error
     assert "preempted and saved at update" in error

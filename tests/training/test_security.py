@@ -1,13 +1,15 @@
 """What a run writes about itself holds no secret, and nothing it is given is executed or leads out of its folder."""
 
 import ast
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
 import gemma4_tpu
-from gemma4_tpu.errors import UserError
-from gemma4_tpu.train import load_train
+from gemma4_tpu.errors import REFUSED, STORAGE_GONE, UserError
+from gemma4_tpu.train import load_train, main
 
 ROOT = Path(gemma4_tpu.__file__).parent
 SECRETS = {
@@ -16,29 +18,93 @@ SECRETS = {
     "MY_SERVICE_PASSWORD": "correct-horse-planted-battery",
     "AWS_SECRET_ACCESS_KEY": "plantedAWSsecret/plantedAWSsecret/plante",
 }
-FORBIDDEN_CALLS = {"eval", "exec", "compile", "__import__"}
-FORBIDDEN_MODULES = {"pickle", "dill", "cloudpickle", "shelve", "marshal", "joblib"}
+PLANTED = [*SECRETS.values(), *(f"planted{kind}0123456789" for kind in ("Login", "Query", "Bearer"))]
+"""Those of the environment, and those that are only in URLs and headers on the command line.
+
+Assembled, since a run folder holds the diff of a checkout, this file included."""
+
+
+def leaks(folder: Path, *printed: str) -> list[tuple[str, str]]:
+    """(secret, where it is found)."""
+    texts = {str(path): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    texts |= {f"printed {number}": text.encode() for number, text in enumerate(printed)}
+    named = [(secret, str(path)) for path in folder.rglob("*") for secret in PLANTED if secret in str(path)]
+    return named + [(secret, where) for where, text in texts.items() for secret in PLANTED if secret.encode() in text]
 
 
 @pytest.mark.slow
-def test_a_full_run_with_planted_secrets_holds_none_of_them(train, tmp_path, monkeypatch):
+def test_secrets_wherever_a_user_can_put_them_are_in_no_file_and_no_output(shallow, tmp_path, monkeypatch):
     for name, value in SECRETS.items():
         monkeypatch.setenv(name, value)
-    done = train(
-        "experiment=smoke", "model.path=random:0", "data.max_rows=60", "data.heldout=[]", "trainer.max_updates=2",
-        "tracker=tensorboard", f"run_dir={tmp_path / 'run'}", cwd=tmp_path,
-    )  # fmt: skip
-    refused = train(
-        f"model.path=https://me:{SECRETS['MY_SERVICE_PASSWORD']}@host/x", f"run_dir={tmp_path / 'run'}", cwd=tmp_path,
-        exit_code=2,
-    )  # fmt: skip
-    assert "error: " in refused.stderr
-    written = [path for path in tmp_path.rglob("*") if path.is_file()]
-    assert len(written) > 15
-    for name, value in SECRETS.items():
-        holding = [path for path in written if value.encode() in path.read_bytes()]
-        assert not holding, (name, holding)
-        assert value not in done.stdout + done.stderr
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    run, rows = tmp_path / "run", tmp_path / "rows.jsonl"
+    rows.write_text('{"prompt": "1", "completion": "2"}\n' * 40)
+    words = [
+        "model.path=random:0", "lora.rank=2", "data=chat_jsonl", f"data.train.0.path={rows}", "data.sequence_length=64",
+        "data.heldout_fraction=0.1", "trainer.max_updates=2", "trainer.remat=none", "optimizer.warmup_updates=0",
+        "tracker=wandb", f"tracker.project={SECRETS['WANDB_API_KEY']}", f"tracker.group={SECRETS['HF_TOKEN']}",
+        f"tracker.tags=['https://me:{PLANTED[-3]}@host/x','https://host/rows?token={PLANTED[-2]}',"
+        f"'Authorization: Bearer {PLANTED[-1]}']",
+        f"tracker.entity={SECRETS['MY_SERVICE_PASSWORD']}", f"run_dir={run}",
+    ]  # fmt: skip
+    done = shallow(*words, cwd=tmp_path)
+    assert len(list(run.rglob("*"))) > 15 and list((run / "wandb").glob("offline-run-*/*.wandb"))
+    assert leaks(tmp_path, done.stdout, done.stderr) == []
+    assert "project: '***'" in (run / "config.yaml").read_text()
+
+    again = shallow(*words, "trainer.max_updates=3", cwd=tmp_path)  # what is blanked is no difference
+    assert "resumed from the checkpoint at update 2" in again.stderr
+    assert leaks(tmp_path, again.stdout, again.stderr) == []
+
+
+@pytest.mark.parametrize("key", ["name", "model.path", "run_dir", "data.train.0.path", "tracker.nonsense", "hardware"])
+def test_a_refusal_shows_no_secret(key, capsys, monkeypatch):
+    monkeypatch.setenv("HF_TOKEN", SECRETS["HF_TOKEN"])
+    for value in (SECRETS["HF_TOKEN"], f"https://me:{PLANTED[-3]}@host/x", f"hf://a/b?token={PLANTED[-2]}"):
+        assert main([f"{key}='{value}'"]) in (REFUSED, STORAGE_GONE)
+    said = "".join(capsys.readouterr())
+    assert not [secret for secret in PLANTED if secret in said]
+
+
+@pytest.mark.parametrize("name", ["HF_TOKEN", "OUR_WANDB_KEY", "DB_PASSWORD", "PLAIN"])
+def test_a_secret_is_not_taken_from_the_environment_into_the_configuration(name, monkeypatch):
+    monkeypatch.setenv(name, SECRETS["HF_TOKEN"])
+    for key in ("tracker.project", "tracker.group"):
+        with pytest.raises(UserError, match=r"oc\.env:\w+} would put a secret into the configuration") as refused:
+            load_train([f"{key}=${{oc.env:{name},none}}"])
+        assert SECRETS["HF_TOKEN"] not in str(refused.value)
+    monkeypatch.setenv("USER", "somebody")
+    assert load_train(["tracker.group=${oc.env:USER}"]).root.tracker.group == "somebody"
+
+
+@pytest.mark.slow
+def test_a_sweep_keeps_no_secret_either(tmp_path, monkeypatch):
+    monkeypatch.setenv("WANDB_API_KEY", SECRETS["WANDB_API_KEY"])
+    command = [
+        sys.executable, "-m", "gemma4_tpu.train", "-m", f"tracker.project={SECRETS['WANDB_API_KEY']}",
+        f"tracker.group={SECRETS['HF_TOKEN']},b", "model.path=nowhere",
+    ]  # fmt: skip
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, timeout=120)
+    assert done.returncode == 1, done.stderr  # every job is refused: there is no such model
+    assert list(tmp_path.rglob("sweep.json")) and list(tmp_path.rglob("multirun.yaml"))
+    assert leaks(tmp_path, done.stdout, done.stderr) == []
+
+
+def test_nothing_is_written_around_the_place_where_secrets_are_blanked():
+    """Text files of run folders are written by `tracking/files.py`; what writes by itself is known, and why."""
+    own = {
+        "data/codev.py", "evals/store.py", "evals/verilog/",  # what models said, and what judges run
+        "planning/child.py", "planning/compilation.py",  # a temporary folder of a process of ours
+        "sweeping/slurm.py",  # a batch script, which has to run; for its owner's eyes
+    }  # fmt: skip
+    found = set()
+    for path in sorted(ROOT.rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr == "write_text":
+                found.add(path.relative_to(ROOT).as_posix())
+            if isinstance(node, ast.Call) and ast.unparse(node.func) in ("yaml.dump", "json.dump", "OmegaConf.save"):
+                found.add(path.relative_to(ROOT).as_posix())
+    assert sorted(name for name in found if not name.startswith(tuple(own))) == []
 
 
 @pytest.mark.parametrize("name", ["../up", "a/b", "/etc", "..", "a\\b", "x\ny", ""])
@@ -54,20 +120,3 @@ def test_values_of_the_configuration_are_never_evaluated(tmp_path):
         with pytest.raises(UserError):
             load_train([f"name={value}"])
     assert not planted.exists()
-
-
-def test_no_file_of_the_package_unpickles_evaluates_or_trusts_remote_code():
-    for path in sorted(ROOT.rglob("*.py")):
-        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-            where = f"{path.relative_to(ROOT)}:{getattr(node, 'lineno', 0)}"
-            if isinstance(node, ast.Call):
-                name = node.func.id if isinstance(node.func, ast.Name) else None
-                assert name not in FORBIDDEN_CALLS, where
-                for keyword in node.keywords:
-                    trusted = keyword.arg in ("trust_remote_code", "allow_pickle", "shell")
-                    assert not (trusted and getattr(keyword.value, "value", None) is True), where
-                if isinstance(node.func, ast.Attribute) and node.func.attr == "load":
-                    assert getattr(node.func.value, "id", "") != "yaml", f"{where}: yaml.safe_load"
-            names = [a.name for a in node.names] if isinstance(node, ast.Import) else []
-            names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
-            assert not {n.split(".")[0] for n in names} & FORBIDDEN_MODULES, where

@@ -93,3 +93,14 @@ def test_without_a_plan_nothing_is_predicted(clock):
     run(clock, tally, 60.0, 3.0)
     result = tally.result("finished")
     assert (result.update_seconds, result.update_seconds_predicted, result.measured_over_predicted) == (3.0, None, None)
+
+
+def test_goodput_is_the_share_of_the_time_that_trained(clock):
+    first = Tally(JOB, KNOWN, Totals(), None, overhead_seconds=10.0)  # it loads
+    run(clock, first, 20.0, 5.0, 5.0)  # compiles, and trains
+    saved = asdict(first.totals())
+    assert first.result("preempted").goodput == 10 / 40
+    second = Tally(JOB, KNOWN, Totals(**saved), None, overhead_seconds=10.0 + 3.0)  # loads; 3 s were undone
+    run(clock, second, 2.0, 5.0)
+    assert second.result("finished").goodput == 15 / (40 + 13 + 7)
+    assert Tally(JOB, KNOWN, Totals()).result("finished").goodput is None

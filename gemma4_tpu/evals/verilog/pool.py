@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from gemma4_tpu.config.tasks import JudgeConfig
+from gemma4_tpu.errors import TERMINATING
 from gemma4_tpu.evals.problems import Problem, Verdict, VerdictClass
 from gemma4_tpu.evals.verilog.benches import Benches
 from gemma4_tpu.evals.verilog.iverilog import Tools
@@ -168,7 +169,8 @@ def _start_worker(config: JudgeConfig, tools: Tools, root: Path, parent: int) ->
     global _worker
     _worker = _Worker(config=config, tools=tools, folder=root / str(os.getpid()))
     signal.signal(signal.SIGINT, lambda *_: sys.exit(1))  # without a traceback; what runs is ended on the way out
-    signal.signal(signal.SIGTERM, lambda *_: _leave(root))  # sent to the group, it also ends who would tidy up
+    for number in TERMINATING:
+        signal.signal(number, lambda *_: _leave(root))  # sent to the group, it also ends who would tidy up
     signal.signal(signal.SIGALRM, lambda *_: _leave(root) if os.getppid() != parent else None)
     signal.setitimer(signal.ITIMER_REAL, ORPHAN_CHECK_SECONDS, ORPHAN_CHECK_SECONDS)
 

@@ -1,0 +1,101 @@
+"""What `chaos.py` counts, and the page that it makes of it."""
+
+from __future__ import annotations
+
+import os
+import platform
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+
+import numpy as np
+
+from benchmarks.killing import Tally
+from gemma4_tpu.markdown import table
+
+EVERY, UPDATES = 3, 60
+"""Updates between checkpoints, and of a training run."""
+KILLS_PER_COMMAND = 4
+
+
+@dataclass
+class Counts:
+    """What the table shows."""
+
+    series: int = 0
+    kills: dict[str, int] = field(default_factory=dict)
+    """By what was killed, and how: `train SIGKILL`."""
+    resumes: int = 0
+    """Starts that went on from a checkpoint."""
+    fresh_starts: int = 0
+    """Starts that found none yet."""
+    exits_42: int = 0
+    interrupted_saves: int = 0
+    """Kills while a checkpoint was being written."""
+    lost_updates: list[int] = field(default_factory=list)
+    """Of each killed training: updates done that the next start has to do again."""
+    unrecoverable: list[str] = field(default_factory=list)
+    different: list[str] = field(default_factory=list)
+    equal_weights: int = 0
+    equal_metrics: int = 0
+    equal_merges: int = 0
+    seconds: float = 0.0
+
+    @property
+    def total_kills(self) -> int:
+        return sum(self.kills.values())
+
+
+def page(counts: Counts, tallies: dict[str, Tally], command: str) -> str:
+    """The result as Markdown."""
+    lost = counts.lost_updates
+    rows = [
+        ("training runs (series)", counts.series),
+        *[(f"kills: {what}", number) for what, number in sorted(counts.kills.items())],
+        ("kills in all", counts.total_kills),
+        ("of them while a checkpoint was being written", counts.interrupted_saves),
+        ("SIGTERM or SIGUSR2 during a training run that exited with 42", counts.exits_42),
+        ("starts that resumed from a checkpoint", counts.resumes),
+        ("starts that found no checkpoint yet", counts.fresh_starts),
+        (f"updates lost by a kill (checkpoint.every={EVERY}): mean", f"{np.mean(lost):.1f}" if lost else "-"),
+        ("updates lost by a kill: most", max(lost, default=0)),
+        ("final weights equal to the reference, bitwise", f"{counts.equal_weights} of {counts.series}"),
+        ("metrics.jsonl equal to the reference, no gap or duplicate", f"{counts.equal_metrics} of {counts.series}"),
+        ("merged models equal to the reference, bitwise", f"{counts.equal_merges} of {counts.series}"),
+        ("unrecoverable", len(counts.unrecoverable)),
+        ("different results", len(counts.different)),
+    ]
+    others = [
+        (name, *(tally.kills.get(number, 0) for number in ("SIGINT", "SIGTERM", "SIGUSR2", "SIGKILL")),
+         ", ".join(f"{code} ({times})" for code, times in sorted(tally.exits.items())),
+         f"{tally.went_on} of {tally.series}", tally.left_by_sigkill, len(tally.wrong))
+        for name, tally in tallies.items()
+    ]  # fmt: skip
+    total = counts.total_kills + sum(tally.total for tally in tallies.values())
+    lines = [
+        "# Chaos",
+        "",
+        f"*Measured* on {datetime.now(UTC):%Y-%m-%d}, {platform.machine()} with {os.cpu_count()} CPU cores (shared with"
+        f" other work), in {counts.seconds / 60:.0f} minutes, by `{command}`: {total} kills.",
+        "",
+        "## Training and merging, bit by bit",
+        "",
+        *table(["", ""], rows),
+        f"Each training run makes {UPDATES} updates of `tiny`, cut to two layers, with dropout, two microbatches,"
+        f" packed rows and a checkpoint every {EVERY} updates, written while training continues. A kill loses the"
+        " updates since the last complete checkpoint: at most one interval, plus those made while the next one was"
+        " being written.",
+        "",
+        "## Every other command",
+        "",
+        f"{KILLS_PER_COMMAND} kills a series, at moments drawn evenly over the time of an untouched start. After each:"
+        " the documented exit code, one message and no traceback, no process left, and, but for SIGKILL, no temporary"
+        " file; after each series the same command, left alone, has to end with what an untouched one leaves.",
+        "",
+        *table(
+            ["command", "SIGINT", "SIGTERM", "SIGUSR2", "SIGKILL", "exit codes (times)", "series that ended as if never"
+             " touched", "SIGKILLs that left temporary files", "otherwise than documented"],
+            others,
+        ),
+    ]  # fmt: skip
+    wrong = [*counts.unrecoverable, *counts.different, *(line for tally in tallies.values() for line in tally.wrong)]
+    return "\n".join([*lines, *[f"- {' '.join(line.split())[:500]}" for line in wrong], ""])

@@ -1,0 +1,119 @@
+"""The commands that `chaos.py` kills, but for training and merging: their words, and what has to come of each."""
+
+from __future__ import annotations
+
+import json
+import socket
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from benchmarks.killing import SERVES, TRAINS, Subject
+
+
+def subjects(base: Path, rows: Path, run: Path, cache: Path, endpoint: str) -> list[Subject]:
+    """Every command but training and merging, which `chaos.py` compares bit by bit.
+
+    Args:
+      base: a checkpoint of `tiny`.
+      rows: conversations.
+      run: a finished training run on both.
+      cache: for compiled programs.
+      endpoint: a server to load.
+    """
+    on_policy = [
+        f"model.path={base}", "data=chat_jsonl", f"data.train.0.path={rows}", "data.heldout_fraction=0", "lora.rank=2",
+        "data.sequence_length=144", "trainer.remat=none", "trainer.global_batch_sequences=4", "trainer.max_updates=4",
+        "rollouts.reward=benchmarks.killed_commands:share_of_vowels", "rollouts.prompts=2", "rollouts.samples=2",
+        "rollouts.new_tokens=8", "rollouts.slots=4", "rollouts.mask_truncated=false", "rollouts.max_kl=null",
+        "checkpoint.every=1", "optimizer.warmup_updates=0", f"trainer.compile_cache={cache}",
+    ]  # fmt: skip
+    judged = ["eval.max_problems=2", "eval.judge.workers=1", f"eval.judge.cache_dir={cache / 'judge'}"]
+    swept = [
+        "-m", "model.path=random:0", "data=chat_jsonl", f"data.train.0.path={rows}", "data.heldout_fraction=0",
+        "data.sequence_length=64", "trainer.global_batch_sequences=2", "trainer.max_updates=3", "trainer.remat=none",
+        "optimizer.warmup_updates=0", "lora.rank=2,4", f"trainer.compile_cache={cache}",
+    ]  # fmt: skip
+    return [
+        *(
+            Subject(kind, "gemma4_tpu.train", _in_run(f"objective={kind}", *on_policy), _losses, codes=TRAINS)
+            for kind in ("grpo", "expert_iteration")
+        ),
+        Subject(
+            "evaluate", "gemma4_tpu.evaluate",
+            _in_run(f"run={run}", "eval.n=1", "eval.max_new_tokens=6", "eval.batch_size=2", *judged), _verdicts,
+        ),
+        Subject(
+            "plan", "gemma4_tpu.plan",
+            _in_run("model=tiny", "model.path=random:0", "hardware=v5e4", "data=chat_jsonl",
+                    f"data.train.0.path={rows}", "data.sequence_length=256", "plan.schedule=false",
+                    "trainer.remat=none"),
+            _plan,
+        ),
+        Subject(
+            "serve", "gemma4_tpu.serve",
+            lambda place: [f"run={run / 'merged'}", "serving=local", f"serving.port={_free_port()}",
+                           f"run_dir={place / 'run'}"],
+            lambda place: None, ready="endpoint: ", codes=SERVES,
+        ),
+        Subject("bench", "gemma4_tpu.bench", _in_run(f"endpoint={endpoint}", "bench=smoke"), _cells),
+        Subject("judge", "gemma4_tpu.judge", lambda place: [*judged, "port=0"], lambda place: None,
+                ready="http://", codes=SERVES),
+        Subject("sweep", "gemma4_tpu.train", lambda place: [*swept, f"hydra.sweep.dir={place / 'sweep'}"], _jobs,
+                codes=TRAINS, orphans=True),
+    ]  # fmt: skip
+
+
+def _in_run(*words: str) -> Callable[[Path], list[str]]:
+    return lambda place: [*words, f"run_dir={place / 'run'}"]
+
+
+def _free_port() -> int:
+    with socket.socket() as one:
+        one.bind(("127.0.0.1", 0))
+        return one.getsockname()[1]
+
+
+def share_of_vowels(rows: list[dict[str, Any]]) -> list[float]:
+    """A reward that needs no judge."""
+    return [sum(map(row["completion"].count, "aeiou")) / (1 + len(row["completion"])) for row in rows]
+
+
+def _losses(place: Path) -> list[tuple[int, float]]:
+    lines = (place / "run/metrics.jsonl").read_text().splitlines()
+    return [(row["update"], row["loss"]) for row in map(json.loads, lines) if "loss" in row]
+
+
+def _verdicts(place: Path) -> dict[str, list[Any]]:
+    made = sorted((place / "run").rglob("samples.jsonl")) + sorted((place / "run").rglob("verdicts.jsonl"))
+    skipped = ("cpu_seconds", "seconds")
+    return {
+        str(path.relative_to(place)): sorted(
+            json.dumps({k: v for k, v in json.loads(line).items() if k not in skipped})
+            for line in path.read_text().splitlines()
+        )
+        for path in made
+    }
+
+
+def _plan(place: Path) -> Any:
+    told = json.loads((place / "run/plan.json").read_text())
+    return {key: told[key] for key in ("fits", "hbm_bytes_per_chip", "flops_per_real_token_and_chip")}
+
+
+def _cells(place: Path) -> list[str]:
+    return sorted(path.name for path in (place / "run").rglob("*.json"))
+
+
+def _jobs(place: Path) -> list[tuple[str, str]]:
+    return [(job["name"], job["status"]) for job in json.loads((place / "sweep/sweep.json").read_text())["jobs"]]
+
+
+def scripted_server() -> tuple[subprocess.Popen[str], str]:
+    """A server that answers by the clock, for `bench`: (process, endpoint)."""
+    script = Path(__file__).parents[1] / "tests/benching/scripted_server.py"
+    process = subprocess.Popen([sys.executable, script, "{}"], stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    return process, f"http://127.0.0.1:{process.stdout.readline().split()[0]}"
