@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Any
 
-from gemma4_tpu.architectures import ARCHITECTURES, Architecture, contradictions, from_hf_config
+from gemma4_tpu.architectures import ARCHITECTURES, Architecture, contradictions, from_hf_config, seeing
 from gemma4_tpu.config.keys import did_you_mean
 from gemma4_tpu.config.paths import local_folder
 from gemma4_tpu.config.schema import ModelConfig
@@ -75,6 +75,23 @@ def checkpoint_architecture(model: ModelConfig) -> tuple[Architecture | None, li
         return find_base(model, remote=False).arch, []
     except UserError as error:
         return ARCHITECTURES.get(model.name), [str(error)]
+
+
+def seen_with(found: BaseFound) -> BaseFound:
+    """The base with what it takes to read pictures; a folder that is not local is looked into as well.
+
+    Raises:
+      UserError: random weights, or a checkpoint that reads no pictures.
+    """
+    if found.folder is None:
+        raise UserError(
+            f"model.path={RANDOM}{found.seed}: random weights have no vision tower; give a checkpoint, or leave out"
+            " data.image_cache"
+        )
+    try:
+        return replace(found, arch=seeing(found.arch, read_config(found.folder)))
+    except UserError as error:
+        raise UserError(f"model.path={found.folder}: {error}") from None
 
 
 def read_config(folder: str) -> dict[str, Any]:

@@ -16,6 +16,8 @@ TOOL, TOOL_END = "<|tool>", "<tool|>"
 TOOL_CALL, TOOL_CALL_END = "<|tool_call>", "<tool_call|>"
 TOOL_RESPONSE, TOOL_RESPONSE_END = "<|tool_response>", "<tool_response|>"
 QUOTE = '<|"|>'
+IMAGE_START, IMAGE, IMAGE_END = "<|image>", "<|image|>", "<image|>"
+"""A picture: templates write `IMAGE` once; a server puts as many as it has soft tokens between the other two."""
 
 MODEL_HEADER = f"{TURN}model\n"
 THOUGHT_HEADER = f"{CHANNEL}thought\n"

@@ -20,7 +20,7 @@ from gemma4_tpu.models import token_rows
 from gemma4_tpu.models.base import Base, resolve_base
 from gemma4_tpu.models.layout import Layout
 from gemma4_tpu.models.match import Match, fit
-from gemma4_tpu.models.names import Tensor, adapted_tensors, name_map
+from gemma4_tpu.models.names import Tensor, adapted_tensors, full_name, name_map
 from gemma4_tpu.models.tensorfile import Checkpoint
 from gemma4_tpu.models.weights import EMBEDDING
 from gemma4_tpu.tracking.files import read_json
@@ -107,7 +107,7 @@ class Trained:
     def changes(self) -> Mapping[str, Change]:
         """Full name on disk → what changes it; a stored output matrix stays the same as a trained embedding."""
         found = {
-            self.prefix + name: Change(tensor, source)
+            full_name(self.prefix, name): Change(tensor, source)
             for tensor in self.tensors.values()
             for source, name in enumerate(tensor.hf_names)
         }

@@ -27,7 +27,7 @@ from gemma4_tpu.hf_config import text_config
 from gemma4_tpu.models.base import Base, resolve_base
 from gemma4_tpu.models.kv_cache import parameter_count
 from gemma4_tpu.models.match import Match, check_tied, fit
-from gemma4_tpu.models.names import name_map
+from gemma4_tpu.models.names import full_name, name_map
 from gemma4_tpu.storage import is_remote, join, list_folder, read_json
 
 log = logging.getLogger(__name__)
@@ -153,7 +153,7 @@ def _model(arch: Architecture, config: dict[str, Any]) -> str:
 def _tensors(found: Audit, base: Base, config: dict[str, Any]) -> None:
     arch, checkpoint = base.arch, base.checkpoint
     fitting = fit(arch, checkpoint)
-    text = [fitting.prefix + name for tensor in name_map(arch).values() for name in tensor.hf_names]
+    text = [full_name(fitting.prefix, name) for tensor in name_map(arch).values() for name in tensor.hf_names]
     dtypes = Counter(checkpoint.dtype(name).name for name in text)
     shards = f"{len(checkpoint.files)} file{'s' if len(checkpoint.files) > 1 else ''}"
     found.facts["tensors"] = (

@@ -16,6 +16,7 @@ KINDS = {
     "norms": ("*norm*",),
     "per_layer_projections": ("per_layer_model_projection", "per_layer_input_gate", "per_layer_projection"),
     "embeddings": ("embed_tokens",),
+    "projector": ("embed_vision.embedding_projection",),
 }
 """What `lora.modules_to_train` can name beside patterns, which these stand for."""
 

@@ -22,7 +22,7 @@ from gemma4_tpu.planning import counts, hlo, origins, schedule
 from gemma4_tpu.planning.links import Grid
 from gemma4_tpu.planning.program import OutOfMemory, Program, compile_lowered
 from gemma4_tpu.step.objective import REFERENCE
-from gemma4_tpu.step.train_step import Step, TrainState, compiled_functions
+from gemma4_tpu.step.train_step import FEATURES, Step, TrainState, compiled_functions
 from gemma4_tpu.training.recipe import Recipe
 from gemma4_tpu.training.setup import make_step, state_places
 
@@ -116,7 +116,10 @@ def _batch(recipe: Recipe, step: Step, mesh: Mesh) -> dict[str, jax.ShapeDtypeSt
     place, shape = sharding.batch(mesh), (recipe.trainer.microbatches, recipe.rows, recipe.length)  # [M, B, T]
     dtypes = dict.fromkeys(("tokens", "targets", "segment_ids", "positions"), jnp.int32) | {"target_mask": jnp.bool_}
     dtypes |= step.objective.fields if step.objective else {}
-    return {name: jax.ShapeDtypeStruct(shape, dtype, sharding=place) for name, dtype in dtypes.items()}
+    found = {name: jax.ShapeDtypeStruct(shape, dtype, sharding=place) for name, dtype in dtypes.items()}
+    if vision := recipe.arch.vision:
+        found[FEATURES] = jax.ShapeDtypeStruct((*shape, vision.dim), jnp.bfloat16, sharding=place)
+    return found
 
 
 def read(program: Program, given: Shapes, grid: Grid) -> Compiled:

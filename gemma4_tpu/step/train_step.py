@@ -25,7 +25,9 @@ from gemma4_tpu.step.objective import REFERENCE, REFERENCE_NLL, Objective, Stats
 from gemma4_tpu.step.optimizer import next_average, schedule_free_average
 
 Batch = dict[str, jax.Array]
-"""tokens, targets, segment_ids, positions (int32), target_mask (bool) and an objective's own, each [M, B, T]."""
+"""tokens, targets, segment_ids, positions (int32), target_mask (bool) and an objective's own, each [M, B, T]; where rows
+have pictures, their features [M, B, T, I]."""
+FEATURES = "features"
 
 
 class TrainState(NamedTuple):
@@ -114,7 +116,8 @@ class Step:
     def _scored(self, trained: Any, base: Any, rows: Batch, key: jax.Array | None) -> tuple[jax.Array, jax.Array]:
         """Final hidden states [B, T, D] and the output matrix [V, D]."""
         params, lora = self.weights(trained, base)
-        hidden = hidden_states(self.model, params, lora, rows["tokens"], rows["segment_ids"], rows["positions"], key)
+        given = (rows["tokens"], rows["segment_ids"], rows["positions"], key)
+        hidden = hidden_states(self.model, params, lora, *given, features=rows.get(FEATURES))
         return hidden, params["embedder"]["input_embedding"]
 
     def _scoring(self) -> tuple[Any, ...]:
