@@ -242,8 +242,8 @@ def rope(text: Mapping[str, Any]) -> Rope:
 
 
 BLOCKWISE = (
-    "pictures are read by E2B and E4B alone so far: in 12B, 26B-A4B and 31B the tokens of one picture also see each other"
-    " on sliding layers (use_bidirectional_attention=vision), a mask that is not here; leave out data.image_cache"
+    "pictures are read by E2B and E4B alone so far: in 12B, 26B-A4B and 31B the tokens of one picture also see each"
+    " other on sliding layers (use_bidirectional_attention=vision), a mask that is not here; leave out data.image_cache"
 )
 """Why the larger sizes are trained on text alone."""
 

@@ -1,7 +1,7 @@
 """Make a tiny checkpoint that sees: `python experiments/pictures_smoke/make_base.py OUT`.
 
-E2B in miniature with a vision tower, by transformers' own classes: `Gemma4ForConditionalGeneration` with random weights,
-its image processor, and the embedded tiny tokenizer with the tokens of pictures. Text model: `tiny_e2b` of
+E2B in miniature with a vision tower, by transformers' own classes: `Gemma4ForConditionalGeneration` with random
+weights, its image processor, and the embedded tiny tokenizer with the tokens of pictures. Text model: `tiny_e2b` of
 `architectures.py`, with a larger vocabulary. Nothing is downloaded; the same seed gives the same weights.
 """
 
@@ -58,7 +58,7 @@ def _randomise(model: Any, generator: Any) -> None:
     import torch
 
     with torch.no_grad():
-        for name, tensor in sorted(model.named_parameters()):
+        for _, tensor in sorted(model.named_parameters()):
             noise = torch.randn(tensor.shape, generator=generator)
             tensor.copy_(noise / math.sqrt(tensor.shape[-1]) if tensor.ndim > 1 else torch.ones(tensor.shape))
 

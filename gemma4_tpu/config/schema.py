@@ -174,6 +174,9 @@ class DataConfig:
     Generation prompts follow the same policy."""
     train_on: str = "all"
     """Which assistant turns of a conversation carry loss: `all`, or only the `last` one."""
+    image_cache: str | None = None
+    """Train on pictures, too (E2B, E4B): folder, local or gs://, for the features that the frozen vision tower makes of
+    them before training, once for each picture and tower. null: text alone, and rows with pictures are dropped."""
     max_drop_fraction: float = 0.05
     """Dropping more than this share of the rows is an error."""
     check_syntax: bool = False

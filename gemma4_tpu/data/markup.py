@@ -28,6 +28,11 @@ def thought_channel(thought: str) -> str:
     return f"{THOUGHT_HEADER}{thought}\n{CHANNEL_END}"
 
 
+def picture(soft_tokens: int) -> str:
+    """A picture of so many soft tokens, as a server shows it to the model."""
+    return f"{IMAGE_START}{IMAGE * soft_tokens}{IMAGE_END}"
+
+
 def split_thoughts(text: str) -> tuple[list[str], str]:
     """(thoughts, rest): what stands inside the closed channels of `text`, and what stands outside them.
 

@@ -128,10 +128,11 @@ def open_trained(run: str | Path, export: ExportConfig) -> Trained:
     try:
         recorded = {key: config[key] for key in ("model", "lora")}
         known: TrainRoot = from_yaml(yaml.safe_dump(recorded, sort_keys=False))  # the order of lora.ranks counts
+        pictures = config.get("data", {}).get("image_cache") is not None
     except KeyError as error:
         raise UserError(f"run={run}: config.yaml has no {error}: not the run folder of a training") from None
     state = open_saved(folder.address, export.checkpoint)
-    base = _base(folder, known.model, export)
+    base = _base(folder, known.model, export, pictures)
     found = fit(base.arch, base.checkpoint)
     _check_fingerprint(folder, base)
     state, lora = open_plain(state, known.lora)
@@ -146,14 +147,14 @@ def open_trained(run: str | Path, export: ExportConfig) -> Trained:
     return trained
 
 
-def _base(folder: RunFolder, model: ModelConfig, export: ExportConfig) -> Base:
+def _base(folder: RunFolder, model: ModelConfig, export: ExportConfig, pictures: bool) -> Base:
     path = export.base or model.path
     if path and path.startswith(RANDOM):
         raise UserError(
             f"run={folder.path}: trained on random weights (model.path={path}); there is no base to export with"
         )
     try:
-        return resolve_base(replace(model, path=path))
+        return resolve_base(replace(model, path=path), pictures=pictures)
     except UserError as refusal:
         given = "export.base" if export.base else "the run's base"
         hint = "" if export.base else "; if it has moved, give export.base=<folder>"

@@ -60,7 +60,7 @@ def resolve_base(model: ModelConfig, *, pictures: bool = False) -> Base:
     """
     found = find_base(model, remote=True)
     if pictures:
-        found = seen_with(found)
+        found = seen_with(found, remote=True)
     tokenizer = assets.resolve(model.tokenizer) if model.tokenizer else found.folder
     folder = tokenizer or assets.resolve(RANDOM_TOKENIZER)
     return Base(found.arch, found.folder, found.seed, folder, tuple(model.new_tokens))

@@ -104,9 +104,7 @@ class Tower:
     @cached_property
     def key(self) -> str:
         """A hash of all that features follow from besides the picture: weights, their configuration, the processor."""
-        digest = hashlib.sha256(
-            json.dumps([VERSION, self._config, self._processor.settings], sort_keys=True).encode()
-        )
+        digest = hashlib.sha256(json.dumps([VERSION, self._config, self._processor.settings], sort_keys=True).encode())
         for name in self._names:
             array = np.ascontiguousarray(self._checkpoint.read(name))
             digest.update(f"{name} {array.dtype} {array.shape}\n".encode())
@@ -120,8 +118,8 @@ class Tower:
             from transformers import Gemma4VisionConfig, Gemma4VisionModel
         except ImportError as error:
             raise UserError(
-                f"the vision tower runs in PyTorch: pip install 'gemma4-tpu[pictures]' ({error}); where all features are"
-                " in data.image_cache already, it is not needed"
+                f"the vision tower runs in PyTorch: pip install 'gemma4-tpu[pictures]' ({error}); where all features"
+                " are in data.image_cache already, it is not needed"
             ) from None
         model = Gemma4VisionModel(Gemma4VisionConfig.from_dict(self._config))
         weights = {

@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
+from gemma4_tpu.data.pipeline import FEATURES
 from gemma4_tpu.models import lora as adapters
 from gemma4_tpu.models import quantize, sharding, token_rows
 from gemma4_tpu.models.layout import Leaf, build_tree, get, without
@@ -22,7 +23,7 @@ from gemma4_tpu.planning import counts, hlo, origins, schedule
 from gemma4_tpu.planning.links import Grid
 from gemma4_tpu.planning.program import OutOfMemory, Program, compile_lowered
 from gemma4_tpu.step.objective import REFERENCE
-from gemma4_tpu.step.train_step import FEATURES, Step, TrainState, compiled_functions
+from gemma4_tpu.step.train_step import Step, TrainState, compiled_functions
 from gemma4_tpu.training.recipe import Recipe
 from gemma4_tpu.training.setup import make_step, state_places
 
