@@ -107,9 +107,9 @@ class LoraConfig:
     `layers.5.self_attn.o_proj` or their ends; the first match counts. `alpha` is the same for all."""
     modules_to_train: list[str] = field(default_factory=list)
     """Weights to train in full alongside the adapters (PEFT's `modules_to_save`): `norms`, `per_layer_projections`
-    (E2B, E4B), `embeddings` (the output matrix too), or names and patterns of modules on disk, each in every layer that
-    has it, such as `q_norm` or `mlp.*`. They get no adapter, stay unquantised, and take 16 bytes of HBM per
-    parameter."""
+    (E2B, E4B), `embeddings` (the output matrix too), `projector` (of pictures), or names and patterns of modules on
+    disk, each in every layer that has it, such as `q_norm` or `mlp.*`. They get no adapter, stay unquantised, and take
+    16 bytes of HBM per parameter."""
     rslora: bool = False
     """Rank-stabilised scaling, alpha/√r."""
     dora: bool = False

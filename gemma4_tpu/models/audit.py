@@ -23,6 +23,7 @@ from gemma4_tpu.config.paths import local_folder
 from gemma4_tpu.config.schema import ModelConfig
 from gemma4_tpu.config.tasks import ANY_SIZE
 from gemma4_tpu.errors import UserError
+from gemma4_tpu.hf_config import vision
 from gemma4_tpu.hf_config import text_config
 from gemma4_tpu.models.base import Base, resolve_base
 from gemma4_tpu.models.kv_cache import parameter_count
@@ -136,6 +137,8 @@ def audit(base: Base) -> Audit:
         with found.collecting():
             _tensors(found, base, config)
         found.facts["RoPE"] = _rope(arch)
+        if config.get("vision_config"):
+            found.facts["pictures"] = _pictures(config)
     with found.collecting():
         ids = _vocabulary(found, base)
         if base.folder is not None:
@@ -203,6 +206,13 @@ def _rope(arch: Architecture) -> str:
         f"base {arch.local_rope_base:,.0f} on sliding layers; {arch.global_rope_base:,.0f} on global ones, on"
         f" {arch.global_rope_proportion:.0%} of the head width{factor}"
     )
+
+
+def _pictures(config: dict[str, Any]) -> str:
+    try:
+        return f"read with data.image_cache, as {vision(config).dim} features for each of their tokens"
+    except UserError as refusal:
+        return f"not read ({refusal})"
 
 
 def _vocabulary(found: Audit, base: Base) -> dict[str, int]:
