@@ -18,6 +18,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from gemma4_tpu.data.drops import RowDropped
 from gemma4_tpu.data.pictures import Picture
 from gemma4_tpu.errors import UserError
 from gemma4_tpu.storage import filesystem, is_remote, join, list_folder, open_bytes
@@ -75,7 +76,7 @@ class FeatureCache:
         own = [picture for picture in new.values() if int(picture.key[:8], 16) % count == index]
         for start in range(0, len(own), BATCH):
             batch, started = own[start : start + BATCH], time.monotonic()
-            for picture, features in zip(batch, self._tower.encode([one.image() for one in batch]), strict=True):
+            for picture, features in zip(batch, self._tower.encode(list(map(_image, batch))), strict=True):
                 if features.shape != (picture.tokens, self.dim):
                     raise UserError(
                         f"picture {picture.key[:12]}: the vision tower makes {len(features)} tokens of it, the"
@@ -166,6 +167,13 @@ class Shown:
                 " not fit these rows; delete it and start again"
             )
         view[places] = found
+
+
+def _image(picture: Picture) -> Any:
+    try:
+        return picture.image()
+    except RowDropped as problem:  # it was read a moment ago
+        raise UserError(f"a picture cannot be read any more ({problem.detail}); start again") from None
 
 
 def _described(tower: Encoder) -> bytes:

@@ -56,9 +56,12 @@ class Picture:
         """A PIL image, RGB, turned as its file says.
 
         Raises:
-          RowDropped: it cannot be decoded, or is no longer there.
+          RowDropped: it is no longer there, or no longer what it was.
         """
-        return _opened(_content(self.source) if isinstance(self.source, str) else self.source)
+        content = _content(self.source) if isinstance(self.source, str) else self.source
+        if _key(content) != self.key:
+            raise RowDropped("unreadable_picture", f"{self.source!r}: changed while rows were read")
+        return _opened(content)
 
 
 class Counting(Protocol):
@@ -92,8 +95,12 @@ class PictureReader:
           RowDropped: a picture is missing, unreadable, too large, or has no place.
         """
         turns, rest = conversation.messages, _listed(given)
-        if rest and not any(part["image"] is None for part in picture_parts(turns)):
+        parts = list(picture_parts(turns))
+        if rest and not parts:
             turns = _placed(turns, len(rest), tell)
+        elif rest and all(part["image"] is not None for part in parts):
+            tell("column of pictures not used: the turns have their own")
+            rest = []
         waiting = sum(part["image"] is None for part in picture_parts(turns))
         if waiting != len(rest):
             raise RowDropped("missing_picture", f"{len(rest)} in the column for {waiting} places in the turns")
@@ -125,7 +132,11 @@ class PictureReader:
             tokens = self._processor.tokens(*image.size)
         except ValueError as error:
             raise RowDropped("unreadable_picture", str(error)[:100]) from None
-        return Picture(hashlib.sha256(content).hexdigest(), tokens, source)
+        return Picture(_key(content), tokens, source)
+
+
+def _key(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()
 
 
 def picture_parts(turns: Sequence[Turn]) -> Iterator[Turn]:

@@ -23,8 +23,7 @@ from gemma4_tpu.config.paths import local_folder
 from gemma4_tpu.config.schema import ModelConfig
 from gemma4_tpu.config.tasks import ANY_SIZE
 from gemma4_tpu.errors import UserError
-from gemma4_tpu.hf_config import vision
-from gemma4_tpu.hf_config import text_config
+from gemma4_tpu.hf_config import text_config, vision
 from gemma4_tpu.models.base import Base, resolve_base
 from gemma4_tpu.models.kv_cache import parameter_count
 from gemma4_tpu.models.match import Match, check_tied, fit

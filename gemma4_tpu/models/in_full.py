@@ -43,8 +43,9 @@ def problems(arch: Architecture, lora: LoraConfig) -> list[str]:
     known = sorted({name for weight in weights for name in weight.hf_names})
     kinds = [kind for kind in KINDS if any(_named(name, [kind]) for name in known)]
     messages = [
-        f"lora.modules_to_train: {wanted!r} is nothing that {arch.name} has; give {', '.join(kinds)}, or names or"
-        f" patterns of {', '.join(map(_module, known))}"
+        f"lora.modules_to_train: {wanted!r} is nothing that {arch.name} has; give {', '.join(kinds)}"
+        f"{'' if arch.vision else ' (projector only with data.image_cache)'}, or names or patterns of"
+        f" {', '.join(map(_module, known))}"
         for wanted in lora.modules_to_train
         if not any(_named(name, [wanted]) for name in known)
     ]

@@ -16,10 +16,9 @@ class Tower:
     """Makes of a picture as many features as it is wide, and counts what it saw."""
 
     key, dtype, dim = "k" * 64, np.float32, 3
-    settings: dict = {}
 
     def __init__(self):
-        self.seen = 0
+        self.settings, self.seen = {}, 0
 
     def tokens(self, width, height):
         return width

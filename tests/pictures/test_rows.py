@@ -3,6 +3,7 @@
 import base64
 import io
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -15,6 +16,7 @@ from gemma4_tpu.data.seen import picture_reader
 from gemma4_tpu.data.tokenizer import load_tokenizer
 from gemma4_tpu.models.base import resolve_base
 
+SHARED = Path(__file__).resolve().parents[3] / "shared" / "data" / "templates"
 ANSWER = {"role": "assistant", "content": "1 red circle"}
 ASK = {"type": "text", "text": "What is it?"}
 
@@ -36,8 +38,9 @@ def read(base, tmp_path_factory):
     (folder / "bomb.png").write_bytes(png(9000, 9000))
     found = resolve_base(ModelConfig(name="tiny_e2b", path=str(base)), pictures=True)
     tokenizer = load_tokenizer(found.tokenizer_folder)
+    own_template = tokenizer.chat_template
 
-    def build(rows, name="rows.jsonl", pictures=True, **options):
+    def build(rows, name="rows.jsonl", pictures=True, template=None, **options):
         path = folder / name
         if name.endswith(".jsonl"):
             path.write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -46,6 +49,7 @@ def read(base, tmp_path_factory):
 
             datasets.Dataset.from_list(rows).to_parquet(path)
         data = DataConfig(train=[DataSource(path=str(path))], image_cache="cache", max_drop_fraction=1.0, **options)
+        tokenizer.chat_template = template or own_template
         built = build_data(data, tokenizer, pictures=picture_reader(found, data) if pictures else None)
         image_token = found.arch.vision.image_token
         soft = [int((built.train.example(i)[0] == image_token).sum()) for i in range(len(built.train))]
@@ -95,12 +99,13 @@ def test_two_pictures_stand_where_the_row_has_them_and_carry_no_loss(read):
 
 
 def test_parquet_as_datasets_writes_it(read):
-    rows = [
-        {"images": [{"bytes": png(), "path": None}], **said({"type": "image", "text": None}, {**ASK})},
-        {"images": [{"bytes": None, "path": "a.png"}], **said({"type": "image", "text": None}, {**ASK})},
-    ]
+    answer = {"role": "assistant", "content": [{"type": "text", "text": "1 red circle"}]}
+    turns = [{"role": "user", "content": [{"type": "image", "text": None}, ASK]}, answer]
+    rows = [{"images": [one], "messages": turns} for one in (
+        {"bytes": png(), "path": None}, {"bytes": None, "path": "a.png"}, {"bytes": png(), "path": "nothing.png"}
+    )]  # fmt: skip
     built, soft = read(rows, "rows.parquet")
-    assert soft == [64, 64] and built.train.pictures[0] == built.train.pictures[1]
+    assert soft == [64, 64, 64] and len(set(built.train.pictures)) == 1
 
 
 @pytest.mark.parametrize(
@@ -127,3 +132,15 @@ def test_without_a_cache_rows_with_pictures_are_dropped_and_the_key_is_named(rea
     built, _ = read([said({"type": "image", "path": "a.png"}, ASK), said(ASK)], pictures=False)
     assert "data.image_cache" in built.train_report.dropped["bad_content"].examples[0]
     assert built.train.pictures is None
+
+
+@pytest.mark.parametrize("revision", ["2026-04-13", "2026-04-29", "2026-07-09"])
+def test_googles_templates(read, revision):
+    path = SHARED / f"e2b_{revision}.jinja"
+    if not path.is_file():
+        pytest.skip("../shared is absent: no templates of released checkpoints")
+    two = {"messages": [*said({"type": "image", "path": "a.png"}, ASK)["messages"],
+                        *said(ASK, {"type": "image", "path": "b/c d.png"})["messages"]]}  # fmt: skip
+    built, soft = read([two], template=path.read_text(encoding="utf-8"))
+    assert built.train_report.rows_dropped == 0 and len(soft) == 1 and soft[0] > 64
+    assert len(built.train.pictures[0]) == 2
