@@ -47,7 +47,7 @@ class Conversation:
     """Plain text for continued pre-training: all of it carries loss."""
 
     def each(self, change: Callable[[Conversation], Conversation]) -> Conversation:
-        """Changed."""
+        """What `change` makes of it."""
         return change(self)
 
 
@@ -64,7 +64,7 @@ class Pair:
         return {CHOSEN: self.chosen, REJECTED: self.rejected}
 
     def each(self, change: Callable[[Conversation], Conversation]) -> Pair:
-        """With both sides changed."""
+        """What `change` makes of both sides."""
         return Pair(change(self.chosen), change(self.rejected))
 
 

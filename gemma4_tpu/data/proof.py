@@ -264,9 +264,7 @@ def _texts(message: dict[str, Any]) -> list[str]:
 def _content(message: dict[str, Any]) -> list[list[str] | Picture]:
     """The texts of a message as `_texts` has them, those between two pictures together, and its pictures, in order."""
     content = message.get("content") or ""
-    if isinstance(content, str) or not any(part.get("type") == IMAGE_PART for part in content):
-        texts = _texts(message)
-        return [texts] if texts else []
+    content = [{"text": content}] if isinstance(content, str) else content
     found: list[list[str] | Picture] = []
     for are_pictures, group in groupby(content, key=lambda part: part.get("type") == IMAGE_PART):
         parts = list(group)

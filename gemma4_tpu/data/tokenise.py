@@ -10,6 +10,7 @@ import os
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -95,6 +96,7 @@ class Tokeniser:
             made = list(self._tokenise(self._that_compile([row for row in taken if row is not None])))
             if self._pictures is not None:  # before the bytes of these rows are let go
                 self._keep([picture for row in made for example in row.examples for picture in example.pictures])
+                made = [row._replace(examples=list(map(_without_bytes, row.examples))) for row in made]
             yield from made
             if time.monotonic() > report_at:
                 logger.info("%s: %d rows read, %d dropped", name, self.report.rows_read, self.report.rows_dropped)
@@ -157,6 +159,11 @@ class Tokeniser:
                 yield TokenisedRow(fitting, row.source, row.origin, row.identity)
             else:
                 self.report.drop(RowDropped("too_long", f"{max(lengths)} tokens"), row.origin)
+
+
+def _without_bytes(example: Example) -> Example:
+    """With pictures that can no longer be read: all rows stay in memory, and their pictures would not fit."""
+    return example._replace(pictures=tuple(replace(picture, source="") for picture in example.pictures))
 
 
 def _in_words(value: Any) -> str:
