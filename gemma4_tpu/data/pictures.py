@@ -64,7 +64,7 @@ class Picture:
         return _opened(content)
 
 
-class Counting(Protocol):
+class TokenCounter(Protocol):
     """Says how many soft tokens a picture takes."""
 
     settings: dict[str, Any]
@@ -77,7 +77,7 @@ class Counting(Protocol):
 class PictureReader:
     """Finds the pictures of rows and checks them."""
 
-    def __init__(self, processor: Counting):
+    def __init__(self, processor: TokenCounter):
         self._processor = processor
         self.fingerprint = json.dumps(processor.settings, sort_keys=True)
         """What decides how many tokens pictures take."""
