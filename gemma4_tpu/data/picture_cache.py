@@ -34,10 +34,12 @@ PROGRESS_SECONDS = 10.0
 class Encoder(Protocol):
     """A frozen vision tower."""
 
-    key: str
-    """Of all that features follow from besides the picture."""
     dtype: Any
     dim: int
+
+    @property
+    def key(self) -> str:
+        """Of all that features follow from besides the picture."""
 
     def encode(self, images: Sequence[Any]) -> list[np.ndarray]:
         """Features [n, I] of each PIL image."""
@@ -128,8 +130,13 @@ class FeatureCache:
 class Features(Protocol):
     """Where features are read from: the cache, or a few in memory."""
 
-    dim: int
-    dtype: Any
+    @property
+    def dim(self) -> int:
+        """Width I."""
+
+    @property
+    def dtype(self) -> Any:
+        """As NumPy has it."""
 
     def read(self, keys: Sequence[str]) -> list[np.ndarray]:
         """Features [n, I] of each picture."""
@@ -147,6 +154,13 @@ class Shown:
         """Zeros [*shape, I]."""
         return np.zeros((*shape, self.features.dim), self.features.dtype)
 
+    def of_rows(self, tokens: np.ndarray, keys: Sequence[Sequence[str]]) -> np.ndarray:
+        """Features [B, P, I] of the pictures (keys of each row) in tokens [B, P]."""
+        features = self.empty(tokens.shape)
+        for row, own in enumerate(keys):
+            self.lay(tokens[row], own, features[row])
+        return features
+
     def lay(self, ids: np.ndarray, keys: Sequence[str], view: np.ndarray) -> None:
         """Writes the features of pictures into view [n, I] where their soft tokens stand in ids [n], in order.
 
@@ -159,7 +173,7 @@ class Shown:
         if not soft.any():
             return
         places = np.flatnonzero(soft)
-        keys = keys[: np.count_nonzero(np.diff(places) > 1) + 1]  # delimiters stand between two pictures
+        keys = keys[: int(np.count_nonzero(np.diff(places) > 1)) + 1]  # delimiters stand between two pictures
         found = np.concatenate([self.empty((0,)), *self.features.read(keys)])
         if len(found) != len(places):
             raise UserError(

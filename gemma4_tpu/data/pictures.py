@@ -67,8 +67,9 @@ class Picture:
 class TokenCounter(Protocol):
     """Says how many soft tokens a picture takes."""
 
-    settings: dict[str, Any]
-    """What decides that."""
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What decides that."""
 
     def tokens(self, width: int, height: int) -> int:
         """Of this size in pixels. Raises: ValueError: none that is read."""

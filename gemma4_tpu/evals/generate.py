@@ -156,11 +156,8 @@ class InProcess:
             tokens[row, width - len(ids[i]) :] = ids[i]
         features = None
         if self._shown is not None:
-            features = self._shown.empty(tokens.shape)
-            for row, i in enumerate(rows):
-                keys = [picture.key for picture in pictures_of(requests[i].messages)]
-                self._shown.lay(tokens[row], keys, features[row])
-            features = on_mesh(features, self._weights.model.mesh)
+            keys = [[picture.key for picture in pictures_of(requests[i].messages)] for i in rows]
+            features = on_mesh(self._shown.of_rows(tokens, keys), self._weights.model.mesh)
         lengths = np.array([len(ids[i]) for i in rows], np.int32)
         seeds = np.array([requests[i].seed for i in rows], np.uint32)
         weights, config = self._weights, self._config

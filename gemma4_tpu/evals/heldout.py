@@ -85,10 +85,8 @@ class HeldoutAnswers:
             tokens[row, width - len(prompt) :] = prompt
         features = None
         if self._shown is not None:
-            features = self._shown.empty(tokens.shape)
-            for row, keys in enumerate([*self._keys, *[self._keys[-1]] * padding]):
-                self._shown.lay(tokens[row], keys, features[row])
-            features = on_mesh(features, setup.mesh)
+            keys = [*self._keys, *[self._keys[-1]] * padding]
+            features = on_mesh(self._shown.of_rows(tokens, keys), setup.mesh)
         made = generate(
             setup.step.model, *setup.step.weights(trained, setup.base), *_on(setup.mesh, tokens, prompts),
             max_new_tokens=self._trainer.sample_tokens, sampling=Sampling(temperature=0), stop_ids=self._stop_ids,

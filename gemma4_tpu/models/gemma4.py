@@ -225,7 +225,9 @@ def _embed(
     # Factors are rounded to the compute dtype, as transformers does: √5376 is 73.5 in bfloat16.
     x = jnp.take(p["input_embedding"], tokens, axis=0).astype(dtype)
     x = constrain(x * jnp.sqrt(jnp.float32(x.shape[-1])).astype(dtype), "BSD", model.mesh)
-    if soft is not None:  # at every token: next to a layer, the projector costs nothing, and no index crosses chips
+    if (
+        soft is not None and features is not None
+    ):  # at every token: next to a layer, the projector costs nothing, and no index crosses chips
         projected = jnp.einsum(
             "bti,id->btd", rms_norm(features.astype(dtype), None), p["mm_input_projection"]["w"].astype(dtype)
         )
