@@ -217,21 +217,18 @@ def _embed(
     model: Model, p: Params, tokens: jax.Array, features: jax.Array | None
 ) -> tuple[jax.Array, jax.Array | None]:
     """Tokens [B, T] → x [B, S, D] and, for E2B/E4B, per-layer inputs [L, B, S, P]."""
-    dtype = model.compute_dtype
-    soft = None
-    if features is not None and model.arch.vision is not None:
-        soft = tokens == model.arch.vision.image_token
-        tokens = jnp.where(soft, model.arch.vision.pad_token, tokens)
+    dtype, vision, soft = model.compute_dtype, model.arch.vision, None
+    if features is not None and vision is not None:
+        soft = (tokens == vision.image_token)[..., None]
+        tokens = jnp.where(soft[..., 0], vision.pad_token, tokens)
+        # At every token: next to a layer, the projector costs nothing, and no index crosses chips.
+        features = rms_norm(features.astype(dtype), None)
+        seen = jnp.einsum("bti,id->btd", features, p["mm_input_projection"]["w"].astype(dtype))
     # Factors are rounded to the compute dtype, as transformers does: √5376 is 73.5 in bfloat16.
     x = jnp.take(p["input_embedding"], tokens, axis=0).astype(dtype)
     x = constrain(x * jnp.sqrt(jnp.float32(x.shape[-1])).astype(dtype), "BSD", model.mesh)
-    if (
-        soft is not None and features is not None
-    ):  # at every token: next to a layer, the projector costs nothing, and no index crosses chips
-        projected = jnp.einsum(
-            "bti,id->btd", rms_norm(features.astype(dtype), None), p["mm_input_projection"]["w"].astype(dtype)
-        )
-        x = jnp.where(soft[..., None], constrain(projected, "BSD", model.mesh), x)
+    if soft is not None:
+        x = jnp.where(soft, constrain(seen, "BSD", model.mesh), x)
     if not model.arch.per_layer_input_dim:
         return x, None
     projected = jnp.einsum("btd,dlp->lbtp", x, p["per_layer_model_projection"]["w"].astype(dtype))
