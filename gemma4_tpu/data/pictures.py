@@ -11,7 +11,6 @@ import binascii
 import hashlib
 import io
 import json
-import re
 import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -29,7 +28,7 @@ from gemma4_tpu.storage import is_remote, join, open_bytes
 
 COLUMNS = ("images", "image")
 """Columns of a row's pictures, in the order of their places in its turns."""
-PLACE = re.compile(r"<image>[ \t]*\n?|\n?[ \t]*<image>")
+PLACE = "<image>"
 """Where a picture of the column stands in a text, as LLaVA's rows have it."""
 FORMATS = ("PNG", "JPEG", "MPO", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF")
 """What is opened; of moving ones the first frame."""
@@ -162,7 +161,7 @@ def _listed(given: Any) -> list[Any]:
 def _placed(turns: list[Turn], count: int, tell: Tell) -> list[Turn]:
     """Turns with places for `count` pictures: where `<image>` stands in users' texts, else before the first of them."""
     users = [turn for turn in turns if turn["role"] == "user"]
-    found = sum(len(PLACE.findall(text)) for turn in users for text in _texts(turn))
+    found = sum(text.count(PLACE) for turn in users for text in _texts(turn))
     if found:
         tell("<image> in texts read as the places of the column's pictures")
         return [{**turn, "content": _cut(turn)} if turn["role"] == "user" else turn for turn in turns]
@@ -193,9 +192,9 @@ def _cut(turn: Turn) -> list[Turn]:
         if part["type"] != "text":
             made.append(part)
             continue
-        for number, text in enumerate(PLACE.split(part["text"])):
+        for number, text in enumerate(part["text"].split(PLACE)):
             made += [{"type": IMAGE_PART, "image": None}] if number else []
-            made += [{"type": "text", "text": text}] if text else []
+            made += [{"type": "text", "text": text}] if text.strip() else []
     return made
 
 
