@@ -64,7 +64,7 @@ def test_merged_and_peft_load_in_transformers_with_the_tower_as_it_was(run, base
     assert [name for name in changed if name.startswith(TOWER)] == ["model.embed_vision.embedding_projection.weight"]
     merged = AutoModelForImageTextToText.from_pretrained(targets["merged"], dtype=torch.float32)
     plain = AutoModelForImageTextToText.from_pretrained(base, dtype=torch.float32)
-    adapted = PeftModel.from_pretrained(plain, targets["peft"])
+    adapted = PeftModel.from_pretrained(plain, targets["adapter"])
     ids = torch.arange(3, 40)[None]
     pixels = {"pixel_values": torch.rand(1, 630, 48), "image_position_ids": torch.stack(
         [torch.arange(630) % 24, torch.arange(630) // 24], -1)[None]}  # fmt: skip
