@@ -194,7 +194,7 @@ def _cut(turn: Turn) -> list[Turn]:
             continue
         for number, text in enumerate(part["text"].split(PLACE)):
             made += [{"type": IMAGE_PART, "image": None}] if number else []
-            made += [{"type": "text", "text": text}] if text.strip() else []
+            made += [{"type": "text", "text": own}] if (own := text.strip()) else []
     return made
 
 
