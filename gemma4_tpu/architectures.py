@@ -6,11 +6,11 @@ No JAX here: configuration checks and sweeps read these numbers without starting
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from gemma4_tpu import hf_config
-from gemma4_tpu.hf_config import GLOBAL, LAYER_TYPES, SLIDING, UNIFIED, ArchitectureError, need, pattern
+from gemma4_tpu.hf_config import GLOBAL, LAYER_TYPES, SLIDING, UNIFIED, ArchitectureError, Vision, need, pattern
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,6 +53,8 @@ class Architecture:
     """Experts per layer (26B-A4B); 0: dense."""
     experts_per_token: int = 0
     expert_dim: int = 0
+    vision: Vision | None = field(default=None, repr=False)
+    """Set where pictures are read (`data.image_cache`); None: text alone, and the projector is left as it is."""
 
     @property
     def num_unshared_layers(self) -> int:
@@ -191,6 +193,23 @@ def from_hf_config(config: dict[str, Any], *, name: str = "checkpoint") -> Archi
     return arch
 
 
+def seeing(arch: Architecture, config: dict[str, Any] | None) -> Architecture:
+    """The architecture with what it takes to read pictures.
+
+    Args:
+      arch: a text model.
+      config: its checkpoint's `config.json`; None: it cannot be read yet, and is that of the released size.
+
+    Raises:
+      ArchitectureError: the checkpoint has no vision tower, or attends to pictures in a way that is not here.
+    """
+    if config is not None:
+        return replace(arch, vision=hf_config.vision(config))
+    if not arch.per_layer_input_dim:
+        raise ArchitectureError(f"{arch.name}: {hf_config.BLOCKWISE}")
+    return replace(arch, vision=Vision(dim=768, image_token=258_880, pad_token=0))
+
+
 def to_hf_config(arch: Architecture) -> dict[str, Any]:
     """The `config.json` of a text-only checkpoint of `arch` (inverse of `from_hf_config`)."""
     names = {v: k for k, v in LAYER_TYPES.items()}
@@ -260,7 +279,7 @@ def contradictions(expected: Architecture, found: Architecture) -> list[str]:
     return [
         f"{key}: model={expected.name} has {_shown(value)}, the checkpoint {_shown(getattr(found, key))}"
         for key, value in replace(expected, name="").__dict__.items()
-        if key not in ("name", "global_rope_factor") and not _same(value, getattr(found, key))
+        if key not in ("name", "global_rope_factor", "vision") and not _same(value, getattr(found, key))
         and not (key in _VOCABULARIES and getattr(found, key) > value)
     ]  # fmt: skip
 

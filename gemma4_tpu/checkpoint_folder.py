@@ -5,13 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Any
 
-from gemma4_tpu.architectures import ARCHITECTURES, Architecture, contradictions, from_hf_config
+from gemma4_tpu.architectures import ARCHITECTURES, Architecture, contradictions, from_hf_config, seeing
 from gemma4_tpu.config.keys import did_you_mean
 from gemma4_tpu.config.paths import local_folder
 from gemma4_tpu.config.schema import ModelConfig
 from gemma4_tpu.errors import UserError
 from gemma4_tpu.hf_config import UNQUANTISED, quantisation
-from gemma4_tpu.storage import join, list_folder, open_bytes, read_json
+from gemma4_tpu.storage import is_remote, join, list_folder, open_bytes, read_json
 
 RANDOM = "random:"
 INDEX_NAME, SINGLE_NAME = "model.safetensors.index.json", "model.safetensors"
@@ -69,12 +69,39 @@ def find_base(model: ModelConfig, *, remote: bool) -> BaseFound:
         raise UserError(f"model.path={model.path}: {error}") from None
 
 
-def checkpoint_architecture(model: ModelConfig) -> tuple[Architecture | None, list[str]]:
-    """The architecture that `model` stands for and what is wrong with its checkpoint, as far as local files tell."""
+def checkpoint_architecture(model: ModelConfig, *, pictures: bool = False) -> tuple[Architecture | None, list[str]]:
+    """The architecture that `model` stands for and what is wrong with its checkpoint, as far as local files tell.
+
+    `pictures`: whether it is to read them.
+    """
     try:
-        return find_base(model, remote=False).arch, []
+        found = find_base(model, remote=False)
+        return (seen_with(found, remote=False) if pictures else found).arch, []
     except UserError as error:
         return ARCHITECTURES.get(model.name), [str(error)]
+
+
+def seen_with(found: BaseFound, *, remote: bool) -> BaseFound:
+    """The base with what it takes to read pictures.
+
+    Args:
+      found: of `find_base`.
+      remote: as there; what cannot be looked into, random weights included, is then as the released size is.
+
+    Raises:
+      UserError: random weights, or a checkpoint that reads no pictures.
+    """
+    if not remote and (found.folder is None or is_remote(found.folder)):
+        return replace(found, arch=seeing(found.arch, None))
+    if found.folder is None:
+        raise UserError(
+            f"model.path={RANDOM}{found.seed}: random weights have no vision tower; give a checkpoint, or leave out"
+            " data.image_cache"
+        )
+    try:
+        return replace(found, arch=seeing(found.arch, read_config(found.folder)))
+    except UserError as error:
+        raise UserError(f"model.path={found.folder}: {error}") from None
 
 
 def read_config(folder: str) -> dict[str, Any]:

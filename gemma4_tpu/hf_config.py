@@ -55,6 +55,18 @@ class Rope:
     """Divides the frequencies of global layers."""
 
 
+@dataclass(frozen=True)
+class Vision:
+    """What a text model needs to know of a frozen vision tower whose features it reads."""
+
+    dim: int
+    """Width of the tower's output, one vector for each soft token."""
+    image_token: int
+    """The id that stands where a soft token goes."""
+    pad_token: int
+    """The id that both embedding tables are looked up with there."""
+
+
 def text_config(config: Mapping[str, Any]) -> Mapping[str, Any]:
     """The part of a `config.json` that is about text: of a multimodal model `text_config`, else all of it."""
     text = config.get("text_config", config)
@@ -227,6 +239,42 @@ def rope(text: Mapping[str, Any]) -> Rope:
     return Rope(
         float(local["rope_theta"]), float(wide["rope_theta"]), float(wide["partial_rotary_factor"]), float(factor)
     )
+
+
+BLOCKWISE = (
+    "pictures are read by E2B and E4B alone so far: in 12B, 26B-A4B and 31B the tokens of one picture also see each"
+    " other on sliding layers (use_bidirectional_attention=vision), a mask that is not here; leave out data.image_cache"
+)
+"""Why the larger sizes are trained on text alone."""
+
+
+def vision(config: Mapping[str, Any]) -> Vision:
+    """What a checkpoint's `config.json` says of its vision tower.
+
+    Raises:
+      ArchitectureError: there is none, or the model attends to pictures in a way that has no counterpart here.
+    """
+    text, tower = text_config(config), config.get("vision_config")
+    if text.get("model_type") in UNIFIED or text.get("use_bidirectional_attention") == "vision":
+        raise ArchitectureError(f"config.json: {BLOCKWISE}")
+    if not isinstance(tower, Mapping):
+        raise ArchitectureError(
+            "config.json: no vision_config: a text-only checkpoint, which reads no pictures; give one saved as"
+            " Gemma4ForConditionalGeneration, or leave out data.image_cache"
+        )
+    found = {
+        "vision_config.hidden_size": tower.get("hidden_size", 768),
+        "image_token_id": config.get("image_token_id", 258_880),
+        "text_config.pad_token_id": text.get("pad_token_id", 0),
+    }
+    for key, value in found.items():
+        if not _is_whole(value):
+            raise ArchitectureError(f"config.json: {key} is {value!r}; give a whole number, without quotes")
+    if tower.get("rms_norm_eps", 1e-6) != 1e-6:
+        raise ArchitectureError(
+            f"config.json: vision_config.rms_norm_eps={tower['rms_norm_eps']!r} is not supported; accepted: 1e-06"
+        )
+    return Vision(*found.values())
 
 
 def quantisation(config: Mapping[str, Any]) -> str | None:

@@ -18,6 +18,8 @@ from gemma4_tpu.checkpoint_folder import RANDOM, recognise
 from gemma4_tpu.config.schema import HardwareConfig, MeshConfig, ModelConfig
 from gemma4_tpu.config.tasks import EvalConfig, ExportConfig
 from gemma4_tpu.data.chat import Message
+from gemma4_tpu.data.picture_cache import Shown
+from gemma4_tpu.data.seen import holds_pictures, read_prompts, shown_at_once
 from gemma4_tpu.data.tokenizer import load_tokenizer
 from gemma4_tpu.errors import UserError
 from gemma4_tpu.evals.evaluated_models import weights_as_they_are, weights_of
@@ -61,7 +63,7 @@ class Gemma4:
     @classmethod
     def load(
         cls, source: str | Path, *, checkpoint: str = "latest", adapters: bool = True, compute_dtype: str = "auto",
-        mesh: MeshConfig | None = None, model: str | None = None,
+        mesh: MeshConfig | None = None, model: str | None = None, pictures: bool = False,
     ) -> Gemma4:  # fmt: skip
         """Loads what commands take as `run=` or `model.path=`.
 
@@ -72,6 +74,7 @@ class Gemma4:
           compute_dtype: `float32`, `bfloat16`, or `auto` (float32 on CPUs, else bfloat16).
           mesh: how devices are laid out; None: the largest legal tp, the rest fsdp.
           model: the architecture by name; only random weights need it.
+          pictures: of a checkpoint: whether prompts may have some (E2B, E4B). A run reads them if it was trained to.
 
         Raises:
           UserError: nothing of the kind is there, or its parts don't fit together.
@@ -82,7 +85,7 @@ class Gemma4:
         settings = EvalConfig(compute_dtype=compute_dtype, checkpoint=checkpoint)
         if _is_checkpoint(place):
             name = model or ("" if place.startswith(RANDOM) else recognise(assets.resolve(place)))
-            base = resolve_base(ModelConfig(name=name, path=place))
+            base = resolve_base(ModelConfig(name=name, path=place), pictures=pictures)
             audit(base).enforce()
             weights = weights_as_they_are(base, settings, start_mesh(HardwareConfig(), mesh, base.arch))
             return cls(weights, base, load_tokenizer(base.tokenizer_folder), "drop")
@@ -105,7 +108,8 @@ class Gemma4:
         """An answer to each prompt, rendered by the checkpoint's chat template.
 
         Args:
-          prompts: one or several; of a conversation the next answer.
+          prompts: one or several; of a conversation the next answer. Users' turns can hold pictures, as those of rows:
+            `"content": [{"type": "image", "path": "a.png"}, {"type": "text", "text": "What is it?"}]`.
           max_new_tokens: answers are cut off here.
           temperature: 0: the likeliest token each time.
           top_p: draw from the smallest set of tokens with this share of the probability.
@@ -121,12 +125,27 @@ class Gemma4:
             max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, batch_size=batch_size
         )
         stops = checkpoint_stop_ids(self.base, self.tokenizer)
-        decoder = InProcess(self.weights, self.tokenizer, stops, settings, self.thoughts, {}, whole)
+        conversations, shown = self._with_pictures([_messages(prompt) for prompt in _several(prompts)])
+        decoder = InProcess(self.weights, self.tokenizer, stops, settings, self.thoughts, {}, whole, shown)
         asked = [
             SampleRequest(f"{i}", 0, messages, sample_seed(seed, f"{i}", 0), tuple(tools) or None)
-            for i, messages in enumerate(map(_messages, _several(prompts)))
+            for i, messages in enumerate(conversations)
         ]
         return [s.completion for s in sorted(decoder.generate(asked), key=lambda sample: int(sample.problem))]
+
+    def _with_pictures(
+        self, conversations: list[tuple[Message, ...]]
+    ) -> tuple[list[tuple[Message, ...]], Shown | None]:
+        """Conversations with their pictures read, and the features of these; None: there are none."""
+        if not any(map(holds_pictures, conversations)):
+            return conversations, None
+        if self.base.arch.vision is None:
+            raise UserError(
+                "a prompt with a picture, for a model that was loaded for text: Gemma4.load(…, pictures=True) of an E2B"
+                " or E4B checkpoint, or a run with data.image_cache"
+            )
+        read = read_prompts(self.base, conversations)
+        return read, shown_at_once(self.base, read)
 
     def logits(self, texts: Text | Sequence[Text]) -> list[np.ndarray]:
         """Of the next token after each token: [T, V] float32 for each text. A large vocabulary takes 1 MB per token."""

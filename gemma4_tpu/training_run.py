@@ -14,6 +14,9 @@ from gemma4_tpu.config.durations import seconds_of
 from gemma4_tpu.config.load import Loaded
 from gemma4_tpu.config.schema import TrainRoot
 from gemma4_tpu.data.build import TrainingData, build_data
+from gemma4_tpu.data.picture_cache import FeatureCache, Shown
+from gemma4_tpu.data.seen import feature_cache, picture_reader, shown_with
+from gemma4_tpu.data.tokenise import let_go
 from gemma4_tpu.data.tokenizer import load_tokenizer
 from gemma4_tpu.errors import UserError
 from gemma4_tpu.evals.generate import checkpoint_stop_ids
@@ -110,16 +113,19 @@ def train(loaded: Loaded[TrainRoot, Checked], folder: RunFolder, hosts: Hosts, p
     resume_from = hosts.from_first(lambda: resume.newest_verified(folder.checkpoints))
 
     # ── what is read: the base, adapters to begin from, the tokenizer, rows ────────────────────────────────────────
-    base = resolve_base(config.model)
+    base = resolve_base(config.model, pictures=config.data.image_cache is not None)
     audit(base).enforce()
     start = open_start(config.lora, base.arch, resume_from)
     tokenizer = load_tokenizer(base.tokenizer_folder, base.new_tokens)
-    data = build_data(config.data, tokenizer, rows_of(config.objective))
+    cache = feature_cache(base, config.data, (hosts.index, hosts.count))
+    keep = cache.ensure if cache else let_go
+    data = build_data(config.data, tokenizer, rows_of(config.objective), picture_reader(base, config.data), keep)
+    shown = _shown(base, cache, data, hosts) if cache else None
 
     # ── devices, and the rows that are this process's ──────────────────────────────────────────────────────────────
     mesh = start_mesh(config.hardware, config.mesh, base.arch)
     own = _own_answers(config, mesh, data, tokenizer, base, hosts) if is_on_policy(config.objective) else None
-    batches = make_batches(data, config.data, config.trainer, mesh, own)
+    batches = make_batches(data, config.data, config.trainer, mesh, own, shown)
     check_lengths(batches.lengths, MeshSizes(**mesh.shape))
     run = Run(config, loaded.overrides, folder, hosts, resume_from, base, start, tokenizer, data, mesh, batches)
     check_profile(config.trainer.profile, run.updates)
@@ -150,6 +156,13 @@ def train(loaded: Loaded[TrainRoot, Checked], folder: RunFolder, hosts: Hosts, p
     if start is not None:
         start.tell(folder, base.fingerprint)
     return _loop(run, recipe, setup, replay, preemption, time_limit)
+
+
+def _shown(base: Base, cache: FeatureCache, data: TrainingData, hosts: Hosts) -> Shown:
+    """The features of all pictures, once each process has made its share of them."""
+    log.info("%s", cache.told())
+    hosts.check_same({"rows": data.train.fingerprint["examples"]}, "give every host the same files")  # and wait for all
+    return shown_with(base, cache, data, hosts.count)
 
 
 def _own_answers(
@@ -197,7 +210,8 @@ def _loop(
         if recipe.keeps_reference:
             checkpoints.save_initial(REFERENCE_FOLDER, setup.state.trained, setup.trained_leaves)
     answers = HeldoutAnswers(
-        run.data.heldout, run.base, run.tokenizer, config.trainer, folder.path, run.resume_from, write=folder.write
+        run.data.heldout, run.base, run.tokenizer, config.trainer, folder.path, run.resume_from, write=folder.write,
+        shown=run.batches.shown,
     )  # fmt: skip
     tracker = make_tracker(config.tracker, folder, asdict(config), name=run_name(config.name, run.overrides))
     first_measure = next(iter(KINDS[config.objective.kind].measures), None)

@@ -109,9 +109,9 @@ class LoraConfig:
     `layers.5.self_attn.o_proj` or their ends; the first match counts. `alpha` is the same for all."""
     modules_to_train: list[str] = field(default_factory=list)
     """Weights to train in full alongside the adapters (PEFT's `modules_to_save`): `norms`, `per_layer_projections`
-    (E2B, E4B), `embeddings` (the output matrix too), or names and patterns of modules on disk, each in every layer that
-    has it, such as `q_norm` or `mlp.*`. They get no adapter, stay unquantised, and take 16 bytes of HBM per
-    parameter."""
+    (E2B, E4B), `embeddings` (the output matrix too), `projector` (of pictures), or names and patterns of modules on
+    disk, each in every layer that has it, such as `q_norm` or `mlp.*`. They get no adapter, stay unquantised, and take
+    16 bytes of HBM per parameter."""
     rslora: bool = False
     """Rank-stabilised scaling, alpha/√r."""
     dora: bool = False
@@ -176,6 +176,9 @@ class DataConfig:
     Generation prompts follow the same policy."""
     train_on: str = "all"
     """Which assistant turns of a conversation carry loss: `all`, or only the `last` one."""
+    image_cache: str | None = None
+    """Train on pictures, too (E2B, E4B): folder, local or gs://, for the features that the frozen vision tower makes of
+    them before training, once for each picture and tower. null: text alone, and rows with pictures are dropped."""
     max_drop_fraction: float = 0.05
     """Dropping more than this share of the rows is an error."""
     check_syntax: bool = False

@@ -18,8 +18,9 @@ from gemma4_tpu.data.drops import DropReport
 from gemma4_tpu.data.examples import Examples, ExamplesBuilder
 from gemma4_tpu.data.forms import CONVERSATIONS
 from gemma4_tpu.data.normalise import VERSION, Normalised
+from gemma4_tpu.data.pictures import PictureReader
 from gemma4_tpu.data.sources import SourcePlace, find
-from gemma4_tpu.data.tokenise import TokenisedRow, Tokeniser
+from gemma4_tpu.data.tokenise import Keep, TokenisedRow, Tokeniser, let_go
 from gemma4_tpu.data.tokenizer import tokenizer_fingerprint
 from gemma4_tpu.errors import UserError
 
@@ -74,14 +75,18 @@ class TrainingData:
             "held-out rows are also training rows": self.shared_rows,
             "held-out rows have a first prompt that is also trained on": self.shared_prompts,
         }
-        return [*self.places, *self.normalised.lines(), *(f"{n} {what}" for what, n in counts.items() if n)]
+        shown = [key for keys in self.train.pictures or () for key in keys]
+        pictures = [f"{len(shown)} pictures in training examples, {len(set(shown))} of them distinct"] if shown else []
+        return [*self.places, *self.normalised.lines(), *pictures, *(f"{n} {what}" for what, n in counts.items() if n)]
 
 
 def summary(examples: Examples) -> dict[str, Any]:
     """Sizes of a set of examples; lengths are in slots of a packed row."""
     slots = examples.slots
+    shown = [key for keys in examples.pictures or () for key in keys]
     return {
         "examples": len(examples),
+        **({"pictures": len(shown), "distinct_pictures": len(set(shown))} if shown else {}),
         "real_tokens": int(slots.sum()),
         "target_tokens": int(examples.targets.sum()),
         "length_tokens": {
@@ -93,11 +98,14 @@ def summary(examples: Examples) -> dict[str, Any]:
     }
 
 
-def build_data(data: DataConfig, tokenizer: Any, rows_are: str = CONVERSATIONS) -> TrainingData:
+def build_data(
+    data: DataConfig, tokenizer: Any, rows_are: str = CONVERSATIONS, pictures: PictureReader | None = None,
+    keep: Keep = let_go,
+) -> TrainingData:  # fmt: skip
     """Read and tokenise the training and held-out rows, which are of one kind of `forms.py`.
 
     Held out are the rows of `data.heldout`, or else the validation (or test) splits of the training sources, or else
-    `data.heldout_fraction` of the training rows (see `aside.py`).
+    `data.heldout_fraction` of the training rows (see `aside.py`). `pictures` and `keep`: as of `Tokeniser`.
 
     Raises:
       UserError: a source cannot be read, too many rows were dropped, or a set is empty.
@@ -112,7 +120,9 @@ def build_data(data: DataConfig, tokenizer: Any, rows_are: str = CONVERSATIONS) 
     heldout_sources = data.heldout or _heldout_splits(data.train, places)
     heldout_places = _find("data.heldout", heldout_sources) if heldout_sources else []
 
-    tokeniser = Tokeniser(data, chat, rows_are)
+    if pictures is not None:
+        made_of["pictures"] = pictures.fingerprint
+    tokeniser = Tokeniser(data, chat, rows_are, pictures, keep)
     rows = list(tokeniser.run("data.train", data.train, places, data.max_rows))
     made_of["rows"], train_report = tokeniser.digest, tokeniser.report
     heldout_report, heldout_made_of = None, made_of
@@ -189,5 +199,6 @@ def _store(rows: list[TokenisedRow], weights: list[float], made_of: dict[str, st
     store = ExamplesBuilder(weights)
     for row in rows:
         for example in row.examples:
-            store.add(example.ids, example.flags, row.source, row.origin, example.second)
+            keys = tuple(picture.key for picture in example.pictures)
+            store.add(example.ids, example.flags, row.source, row.origin, example.second, keys)
     return store.build(made_of)

@@ -23,6 +23,7 @@ import numpy as np
 from gemma4_tpu.data import markup
 from gemma4_tpu.data.drops import RowDropped, unreadable
 from gemma4_tpu.data.forms import Conversation
+from gemma4_tpu.data.pictures import Picture, pictures_of
 from gemma4_tpu.data.proof import Prover, Span
 from gemma4_tpu.data.timeout import row_limit
 from gemma4_tpu.errors import UserError
@@ -49,6 +50,8 @@ class Example(NamedTuple):
     """Answers with loss in it."""
     second: int = 0
     """Where a second sequence begins in `ids` (the rejected side of a pair); 0: there is one only."""
+    pictures: tuple[Picture, ...] = ()
+    """In the order of their soft tokens."""
 
     @property
     def slots(self) -> int:
@@ -120,6 +123,7 @@ class ChatFormat:
             )
         header = self.encode([markup.MODEL_HEADER])[0][1:]
         words = {role: self._find_words(role) for role in ("system", "user")}
+        self._shows_pictures = {markup.IMAGE, markup.IMAGE_START, markup.IMAGE_END} <= vocabulary.keys()
         self._prover = Prover(control, tokenizer.bos_token_id, header, words)
 
     def render(self, conversation: Conversation) -> Rendering:
@@ -200,7 +204,7 @@ class ChatFormat:
             flags = np.zeros(len(ids), bool)
             for span in spans:
                 flags[span.start : span.stop] = True
-            examples.append(Example(ids, flags, len(spans)))
+            examples.append(Example(ids, flags, len(spans), pictures=tuple(pictures_of(messages))))
         return examples
 
     def _answer(self, messages: list[Message], number: int, tools: list[Any] | None) -> _Answer:
@@ -297,9 +301,20 @@ class ChatFormat:
             )
         except Exception as error:  # whatever a template's own code raises about this conversation
             raise RowDropped("template_error", f"{type(error).__name__}: {error}"[:120]) from error
+        if pictures := pictures_of(messages):
+            text = self._with_pictures(text, pictures)
         bos = self._tokenizer.bos_token
         self._bos_added = not text.startswith(bos)
         return bos + text if self._bos_added else text
+
+    def _with_pictures(self, text: str, pictures: list[Picture]) -> str:
+        """A rendering with each picture's place filled by its soft tokens, as transformers' processor does."""
+        if not self._shows_pictures:
+            raise RowDropped("template_error", f"the tokenizer has no {markup.IMAGE} and its delimiters")
+        first, *others = text.split(markup.IMAGE)
+        if len(others) != len(pictures):
+            raise RowDropped("bad_rendering", f"the template shows {len(others)} of {len(pictures)} pictures")
+        return first + "".join(markup.picture(one.tokens) + rest for one, rest in zip(pictures, others, strict=True))
 
 
 def render_prompt(tokenizer: Any, messages: list[Message], policy: str) -> list[int]:

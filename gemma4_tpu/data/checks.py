@@ -26,6 +26,11 @@ def data_problems(data: DataConfig) -> list[str]:
             messages.append(
                 f"data.buckets={data.buckets}: needs lengths between 2 and data.sequence_length={data.sequence_length}"
             )
+    if data.image_cache is not None:
+        place, found = local_place(f"data.image_cache={data.image_cache}", data.image_cache)
+        messages += found
+        if place is not None and place.is_file():
+            messages.append(f"data.image_cache={data.image_cache}: is a file; give a folder")
     if data.check_syntax and data.format != "codev_r1":
         messages.append(f"data.check_syntax=true: only with data.format=codev_r1 (it is {data.format})")
     return messages

@@ -35,6 +35,8 @@ class Examples:
     """int64 [N]: 1-based row number in that file."""
     second: np.ndarray | None = None
     """int64 [N]: where within its ids the second sequence of each example begins; None: examples are of one."""
+    pictures: tuple[tuple[str, ...], ...] | None = None
+    """[N]: keys of the pictures of each example, in the order of their soft tokens; None: there are no pictures."""
     fingerprint: dict[str, str] = field(default_factory=dict)
     """What the examples were made of (rows, tokenizer, template, policies), by name."""
 
@@ -91,15 +93,19 @@ class ExamplesBuilder:
         self._file: list[int] = []
         self._row: list[int] = []
         self._second: list[int] = []
+        self._pictures: list[tuple[str, ...]] = []
         self._files: dict[str, int] = {}
 
     def __len__(self) -> int:
         return len(self._tokens)
 
-    def add(self, ids: np.ndarray, flags: np.ndarray, source: int, origin: Origin, second: int = 0) -> None:
+    def add(
+        self, ids: np.ndarray, flags: np.ndarray, source: int, origin: Origin, second: int = 0,
+        pictures: tuple[str, ...] = (),
+    ) -> None:  # fmt: skip
         """Append one example: `ids` int32 [n + 1] with `flags` bool [n + 1], from source number `source`.
 
-        `second`: where the second of its sequences begins; all examples have one, or none has.
+        `second`: where the second of its sequences begins; all examples have one, or none has. `pictures`: keys.
         """
         self._tokens.append(np.asarray(ids, np.int32))
         self._flags.append(np.asarray(flags, bool))
@@ -107,6 +113,7 @@ class ExamplesBuilder:
         self._file.append(self._files.setdefault(origin.file, len(self._files)))
         self._row.append(origin.row)
         self._second.append(second)
+        self._pictures.append(pictures)
 
     def build(self, fingerprint: dict[str, str]) -> Examples:
         """The finished store; its own content joins `fingerprint` as `examples`."""
@@ -120,6 +127,9 @@ class ExamplesBuilder:
         pairs = [second] if second.any() else []
         for array in (tokens, flags, offsets, source, np.array(self._weights), *pairs):
             digest.update(np.ascontiguousarray(array).tobytes())
+        pictures = tuple(self._pictures) if any(self._pictures) else None
+        if pictures is not None:
+            digest.update(repr(pictures).encode())
         return Examples(
             tokens=tokens,
             flags=flags,
@@ -130,5 +140,6 @@ class ExamplesBuilder:
             file=np.array(self._file, np.int32),
             row=np.array(self._row, np.int64),
             second=second if pairs else None,
+            pictures=pictures,
             fingerprint={**fingerprint, "examples": digest.hexdigest()},
         )

@@ -46,6 +46,10 @@ class Conversation:
     text: str | None = None
     """Plain text for continued pre-training: all of it carries loss."""
 
+    def each(self, change: Callable[[Conversation], Conversation]) -> Conversation:
+        """What `change` makes of it."""
+        return change(self)
+
 
 @dataclass(frozen=True)
 class Pair:
@@ -58,6 +62,10 @@ class Pair:
     def sides(self) -> dict[str, Conversation]:
         """Both by name, in the order in which they lie in a row."""
         return {CHOSEN: self.chosen, REJECTED: self.rejected}
+
+    def each(self, change: Callable[[Conversation], Conversation]) -> Pair:
+        """What `change` makes of both sides."""
+        return Pair(change(self.chosen), change(self.rejected))
 
 
 CHOSEN, REJECTED = "chosen", "rejected"

@@ -16,6 +16,8 @@ TOOL, TOOL_END = "<|tool>", "<tool|>"
 TOOL_CALL, TOOL_CALL_END = "<|tool_call>", "<tool_call|>"
 TOOL_RESPONSE, TOOL_RESPONSE_END = "<|tool_response>", "<tool_response|>"
 QUOTE = '<|"|>'
+IMAGE_START, IMAGE, IMAGE_END = "<|image>", "<|image|>", "<image|>"
+"""A picture: templates write `IMAGE` once; a server puts as many as it has soft tokens between the other two."""
 
 MODEL_HEADER = f"{TURN}model\n"
 THOUGHT_HEADER = f"{CHANNEL}thought\n"
@@ -24,6 +26,11 @@ THOUGHT_HEADER = f"{CHANNEL}thought\n"
 def thought_channel(thought: str) -> str:
     """A thought as the model writes it and the stock templates show it."""
     return f"{THOUGHT_HEADER}{thought}\n{CHANNEL_END}"
+
+
+def picture(soft_tokens: int) -> str:
+    """A picture of so many soft tokens, as a server shows it to the model."""
+    return f"{IMAGE_START}{IMAGE * soft_tokens}{IMAGE_END}"
 
 
 def split_thoughts(text: str) -> tuple[list[str], str]:

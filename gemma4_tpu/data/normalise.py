@@ -22,9 +22,12 @@ from gemma4_tpu.data.forms import (
     REJECTED,
     TURN_COLUMNS,
     Columns,
+    Conversation,
     Said,
     name_of,
 )
+from gemma4_tpu.data.pictures import COLUMNS as COLUMNS_OF_PICTURES
+from gemma4_tpu.data.pictures import PictureReader, picture_parts
 from gemma4_tpu.data.readers import RawRow
 from gemma4_tpu.errors import UserError
 
@@ -74,7 +77,10 @@ class Normaliser:
       UserError: no such format among those of this kind of `rows`, or columns that no form has.
     """
 
-    def __init__(self, form: str, columns: Mapping[str, str], done: Normalised, rows: str = CONVERSATIONS):
+    def __init__(
+        self, form: str, columns: Mapping[str, str], done: Normalised, rows: str = CONVERSATIONS,
+        pictures: PictureReader | None = None,
+    ):  # fmt: skip
         there = (AUTO, *(name for name, one in FORMS.items() if one.rows == rows))
         if form not in there:
             raise UserError(f"data.format={form}: of {rows} there are {', '.join(there)}")
@@ -90,6 +96,7 @@ class Normaliser:
         self._turn_columns = {name: own for name, own in columns.items() if name in TURN_COLUMNS}
         self._pairs_are_codev = False
         self._done = done
+        self._pictures = pictures
 
     def begin(self, name: str, rows: Iterable[RawRow]) -> None:
         """Looks at the first rows of the source `name` before any of them is taken.
@@ -127,19 +134,35 @@ class Normaliser:
             value = {key: item for key, item in value.items() if key not in absent}
         if form == "prompt_completion" and value.get("label") is False:  # of unpaired preferences
             raise RowDropped("no_target", "label: false, the completion is a bad one")
-        if media := [key for key in MEDIA if value.get(key)]:
+        read = COLUMNS_OF_PICTURES if self._pictures else ()
+        if media := [key for key in MEDIA if key not in read and value.get(key)]:
             raise RowDropped(
-                "bad_content",
-                f"column {media[0]}: only text is trained on; leave it out of rows that make sense without",
+                "bad_content", f"column {media[0]}: {self._left_out}; leave it out of rows that make sense without"
             )
         if row.columnar:
             value = without_nulls(value, lambda note: notes.setdefault(note))
         columns = Columns(value)
         made = FORMS[form].make(columns, self._turn_columns, lambda note: notes.setdefault(note))
+        given = next(iter(columns.take(name for name in read if value.get(name)).values()), None)
+        made = made.each(lambda conversation: self._with_pictures(conversation, given, row, notes))
         for key in value.keys() - columns.used:
             notes.setdefault(f"column {key[:40]!r} not used")
         self._done.add(form, notes)
         return made
+
+    @property
+    def _left_out(self) -> str:
+        others = " and pictures" if self._pictures else " (and pictures, with data.image_cache)"
+        return f"only text{others} is trained on"
+
+    def _with_pictures(
+        self, conversation: Conversation, given: Any, row: RawRow, notes: dict[str, None]
+    ) -> Conversation:
+        if self._pictures is not None:
+            return self._pictures.within(conversation, given, row.origin, lambda note: notes.setdefault(note))
+        if any(picture_parts(conversation.messages)):
+            raise RowDropped("bad_content", f"a picture: {self._left_out}")
+        return conversation
 
 
 def without_nulls(value: Any, tell: Tell, depth: int = 0) -> Any:

@@ -11,10 +11,13 @@ import numpy as np
 from gemma4_tpu.config.schema import DataConfig
 from gemma4_tpu.data.drops import Origin
 from gemma4_tpu.data.examples import Examples
+from gemma4_tpu.data.picture_cache import Shown
 from gemma4_tpu.data.updates import PlannedUpdate, Updates
 from gemma4_tpu.errors import UserError
 
 STATE_VERSION = 1
+FEATURES = "features"
+"""Name of the array of a batch that holds those of pictures."""
 READ_AHEAD_UPDATES = 4
 
 
@@ -23,7 +26,8 @@ class Update:
     """What one update trains on. Counts are global (over all processes), arrays hold this process's rows."""
 
     arrays: dict[str, np.ndarray]
-    """`tokens`, `targets`, `segment_ids`, `positions` int32 and `target_mask` bool, each [M, B, T]."""
+    """`tokens`, `targets`, `segment_ids`, `positions` int32 and `target_mask` bool, each [M, B, T]; where pictures are
+    read, `features` [M, B, T, I]."""
     real_tokens: int
     """Slots that hold no padding."""
     target_tokens: int
@@ -88,16 +92,17 @@ class Assembler:
 
     def __init__(
         self, examples: Examples, rows_per_update: int, microbatches: int, row_slice: tuple[int, int] | None,
-        beside: Mapping[str, np.ndarray] | None = None,
+        beside: Mapping[str, np.ndarray] | None = None, shown: Shown | None = None,
     ):  # fmt: skip
-        """`beside`: further arrays of an update by name, each given as a value for every token of the examples (of one
-        sequence each); a token's value stands where the token is the target.
+        """`shown`: features of the examples' pictures; None: none are read. `beside`: further arrays of an update by
+        name, each given as a value for every token of the examples (of one sequence each); a token's value stands where
+        the token is the target.
         """
         if rows_per_update % microbatches:
             raise UserError(
                 f"{rows_per_update} rows per update do not divide into trainer.microbatches={microbatches} equal parts"
             )
-        self._examples, self._beside = examples, beside or {}
+        self._examples, self._beside, self._shown = examples, beside or {}, shown
         self._targets = examples.targets
         self._slots = examples.slots
         self._microbatches = microbatches
@@ -115,6 +120,8 @@ class Assembler:
         arrays = {name: np.zeros(shape, np.int32) for name in ("tokens", "targets", "segment_ids", "positions")}
         arrays["target_mask"] = np.zeros(shape, bool)
         arrays |= {name: np.zeros(shape, values.dtype) for name, values in self._beside.items()}
+        if self._shown is not None:
+            arrays[FEATURES] = self._shown.empty(shape)
         for m, group in enumerate(rows):
             for b, row in enumerate(group[self._start : self._stop]):
                 self._write({name: array[m, b] for name, array in arrays.items()}, row)
@@ -146,6 +153,9 @@ class Assembler:
             for name, values in self._beside.items():
                 views[name][part] = values[first + 1 : first + len(ids)]
             start = part.stop
+        if self._shown is not None and self._examples.pictures is not None:  # no answer ends in a picture
+            keys = [key for index in row for key in self._examples.pictures[index]]
+            self._shown.lay(views["tokens"], keys, views[FEATURES])
 
 
 class Pipeline:
@@ -160,6 +170,7 @@ class Pipeline:
       row_slice: (start, stop) of the rows of each microbatch that this process owns; None: all.
       epochs: length of the run in passes over the data; a fraction of a pass ends with the update that reaches it.
       max_updates: length of the run in updates; with both, the shorter one holds.
+      shown: features of the examples' pictures; None: none are read.
 
     Raises:
       UserError: no limit is given, rows do not divide into microbatches, or there is nothing to visit.
@@ -176,11 +187,12 @@ class Pipeline:
         row_slice: tuple[int, int] | None = None,
         epochs: float | None = None,
         max_updates: int | None = None,
+        shown: Shown | None = None,
     ):
         self._plan = Updates(
             examples, data, rows_per_update=rows_per_update, seed=seed, epochs=epochs, max_updates=max_updates
         )
-        self._assemble = Assembler(examples, rows_per_update, microbatches, row_slice)
+        self._assemble = Assembler(examples, rows_per_update, microbatches, row_slice, shown=shown)
         self.fingerprint: dict[str, Any] = {
             **examples.fingerprint,
             "sequence_length": data.sequence_length,
@@ -283,9 +295,10 @@ def heldout_batches(
     rows_per_update: int,
     microbatches: int = 1,
     row_slice: tuple[int, int] | None = None,
+    shown: Shown | None = None,
 ) -> Iterator[Update]:
     """One pass over held-out examples in a fixed order, packed like training; empty rows fill up the last batch."""
     fixed = replace(data, shuffle=False)
     plan = Updates(examples, fixed, rows_per_update=rows_per_update, seed=0, epochs=1)
-    assemble = Assembler(examples, rows_per_update, microbatches, row_slice)
+    assemble = Assembler(examples, rows_per_update, microbatches, row_slice, shown=shown)
     return (assemble(plan[update]) for update in range(len(plan)))

@@ -17,6 +17,7 @@ from rich.console import Console
 from rich.text import Text
 
 from gemma4_tpu.config.schema import DataConfig, ModelConfig
+from gemma4_tpu.data import markup
 from gemma4_tpu.data.build import TrainingData, build_data
 from gemma4_tpu.data.forms import CHOSEN, REJECTED
 from gemma4_tpu.data.updates import Updates
@@ -28,6 +29,7 @@ BAR_CELLS = 50
 PLOT = Path("outputs/preview/lengths.png")
 TRAINED_STYLE = "bold green"
 TRAINED_MARKS = "⟦", "⟧"  # where there is no colour
+PICTURE = re.compile(f"{re.escape(markup.IMAGE_START)}(?:{re.escape(markup.IMAGE)})+{re.escape(markup.IMAGE_END)}")
 UNPRINTABLE = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")  # what a row could steer the terminal with
 
 
@@ -72,6 +74,7 @@ def rendered(ids: np.ndarray, flags: np.ndarray, tokenizer: Any, colour: bool) -
     for start, stop in itertools.pairwise(cuts):
         piece = tokenizer.decode(ids[start:stop], skip_special_tokens=False)
         piece = UNPRINTABLE.sub(lambda match: f"\\x{ord(match[0]):02x}", piece)
+        piece = PICTURE.sub(lambda match: f"[picture of {match[0].count(markup.IMAGE)} tokens]", piece)
         trained = bool(flags[start])
         if trained and not colour:
             piece = piece.join(TRAINED_MARKS)
@@ -144,13 +147,15 @@ def show(model: ModelConfig, data: DataConfig, rows_are: str, *, rows_per_update
     Raises:
       UserError: no base model or tokenizer, unreadable sources, or not a single row to train on.
     """
+    from gemma4_tpu.data.seen import picture_reader
     from gemma4_tpu.data.tokenizer import load_tokenizer
     from gemma4_tpu.models.base import resolve_base
 
     logging.getLogger("gemma4_tpu.data").addHandler(logging.NullHandler())  # the preview itself tells of drops
     base = resolve_base(model)
     tokenizer = load_tokenizer(base.tokenizer_folder, base.new_tokens)
-    built = build_data(replace(data, max_drop_fraction=1.0), tokenizer, rows_are)
+    pictures = picture_reader(base, data)
+    built = build_data(replace(data, max_drop_fraction=1.0), tokenizer, rows_are, pictures)
     console = Console(highlight=False)
     preview(built, data, tokenizer, rows_per_update=rows_per_update, seed=seed, console=console, plot_path=PLOT)
     return 0

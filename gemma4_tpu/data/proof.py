@@ -16,13 +16,16 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator
+from itertools import groupby
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from gemma4_tpu.data import markup
 from gemma4_tpu.data.drops import RowDropped
+from gemma4_tpu.data.pictures import Picture
 from gemma4_tpu.data.stretches import SHOWN, TEXT, TURN_OF, Splitter, Stretch, shown
+from gemma4_tpu.data.turns import IMAGE_PART
 
 _MARKS = set("{}[]:,")
 
@@ -93,7 +96,7 @@ class _Reader:
                 self._read_system(message)
             if message["role"] == "user":
                 self._open(number)
-                self._take_text(number)
+                self._take_content(number)
                 self._close(number)
             elif message["role"] == "assistant":
                 self._read_answer(number, message)
@@ -174,9 +177,24 @@ class _Reader:
         self._at += 1
         self._leave_turn()
 
-    def _take_text(self, number: int) -> None:
+    def _take_content(self, number: int) -> None:
+        """The texts and pictures of a message, in order."""
+        for content in _content(self._messages[number]) or [[]]:
+            if isinstance(content, Picture):
+                self._take_picture(number, content)
+            else:
+                self._take_text(number, content)
+
+    def _take_picture(self, number: int, picture: Picture) -> None:
         piece = self._peek()
-        content = _texts(self._messages[number])
+        whole = piece is not None and piece.kind == markup.IMAGE_START and piece.closed and not any(piece.texts)
+        if piece is None or not whole or piece.soft_tokens != picture.tokens:
+            raise self._problem(number, f"in place of a picture of {picture.tokens} tokens stands {shown(piece)}")
+        piece.owner = number
+        self._at += 1
+
+    def _take_text(self, number: int, content: list[str]) -> None:
+        piece = self._peek()
         if piece is not None and piece.kind == TEXT:
             if not self._says("user", piece.texts[0], content):
                 raise self._problem(number, f"its turn reads {shown(piece)}")
@@ -241,6 +259,20 @@ def _texts(message: dict[str, Any]) -> list[str]:
     content = message.get("content") or ""
     parts = [content] if isinstance(content, str) else [part.get("text", "") for part in content]
     return [text for part in parts if (text := part.strip())]
+
+
+def _content(message: dict[str, Any]) -> list[list[str] | Picture]:
+    """The texts of a message as `_texts` has them, those between two pictures together, and its pictures, in order."""
+    content = message.get("content") or ""
+    content = [{"text": content}] if isinstance(content, str) else content
+    found: list[list[str] | Picture] = []
+    for are_pictures, group in groupby(content, key=lambda part: part.get("type") == IMAGE_PART):
+        parts = list(group)
+        if are_pictures:
+            found += [part["image"] for part in parts]
+        elif texts := _texts({"content": parts}):
+            found.append(texts)
+    return found
 
 
 def _is(found: str, expected: list[str]) -> bool:

@@ -210,8 +210,22 @@ def _read_hugging_face(place: SourcePlace) -> Iterator[RawRow]:
     assert place.hub is not None
     with _hub_errors(place.name):
         dataset = datasets.load_dataset(place.hub[0], place.hub[1], split=place.split, trust_remote_code=False)
+        for name, feature in dataset.features.items():  # as files, whose limits and hashes are ours to see to
+            kept = _undecoded(feature)
+            dataset = dataset if kept is feature else dataset.cast_column(name, kept)
     for number, value in enumerate(dataset, start=1):
         yield RawRow(Origin(place.name, number), value, columnar=True)
+
+
+def _undecoded(feature: Any) -> Any:
+    """A column's type with pictures as their bytes and paths; the same where it holds none."""
+    import datasets
+
+    if isinstance(feature, datasets.Image):
+        return datasets.Image(decode=False)
+    if isinstance(feature, datasets.List) and isinstance(feature.feature, datasets.Image):
+        return datasets.List(datasets.Image(decode=False))
+    return feature
 
 
 @contextmanager

@@ -17,6 +17,7 @@ _CLOSED_BY = {
     markup.TOOL: markup.TOOL_END,
     markup.TOOL_CALL: markup.TOOL_CALL_END,
     markup.TOOL_RESPONSE: markup.TOOL_RESPONSE_END,
+    markup.IMAGE_START: markup.IMAGE_END,
 }
 _QUOTED_IN = (markup.TOOL, markup.TOOL_CALL, markup.TOOL_RESPONSE)
 TURN_OF = {"system": ("system", "developer"), "user": ("user",), "assistant": ("model",), "tool": ("model", "tool")}
@@ -34,6 +35,7 @@ class Stretch:
     texts: list[str]  # a block's texts between quotes; a turn's role
     closed: bool = True
     owner: int | None = None  # the message that it belongs to
+    soft_tokens: int = 0  # of a picture
 
     @property
     def space(self) -> bool:
@@ -87,6 +89,10 @@ class Splitter:
             if block is not None:
                 if name == _CLOSED_BY[block.kind]:
                     block.stop, block.closed, block = place + 1, True, None
+                elif name == markup.IMAGE and block.kind == markup.IMAGE_START:
+                    block.soft_tokens += 1
+                    block.texts.append(after)
+                    continue
                 elif name == markup.QUOTE and block.kind in _QUOTED_IN:
                     block.texts.append(after)
                     continue
@@ -125,5 +131,7 @@ def shown(piece: Stretch | None) -> str:
         return f"a turn of {piece.texts[0]!r}"
     if piece.kind == markup.TURN_END:
         return "the end of the turn"
+    if piece.kind == markup.IMAGE_START:
+        return f"a picture of {piece.soft_tokens} tokens"
     text = repr(" ".join(text.strip() for text in piece.texts).strip()[:SHOWN])
     return text if piece.kind == TEXT else f"{piece.kind} {text}"

@@ -8,8 +8,9 @@ import json
 import logging
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -21,6 +22,7 @@ from gemma4_tpu.data.chat import ChatFormat, Example, Rendering
 from gemma4_tpu.data.drops import DropReport, Origin, RowDropped, unreadable
 from gemma4_tpu.data.forms import CONVERSATIONS, Conversation, Pair, Said
 from gemma4_tpu.data.normalise import Normalised, Normaliser
+from gemma4_tpu.data.pictures import Picture, PictureReader
 from gemma4_tpu.data.readers import RawRow
 from gemma4_tpu.data.sources import SourcePlace
 from gemma4_tpu.data.timeout import row_limit
@@ -30,6 +32,14 @@ logger = logging.getLogger(__name__)
 FIRST_ROWS = 64  # of each source, which tell its form
 CHUNK_ROWS = 512  # rows encoded by one call; enough to keep every core of the tokenizer busy
 PROGRESS_SECONDS = 10.0
+
+
+Keep = Callable[[list[Picture]], None]
+"""Takes pictures that examples show, while they can be read."""
+
+
+def let_go(pictures: list[Picture]) -> None:
+    """Keeps nothing: lengths are all that is asked for."""
 
 
 class TokenisedRow(NamedTuple):
@@ -53,8 +63,13 @@ class _Taken(NamedTuple):
 class Tokeniser:
     """Runs sources through normalising, rendering and encoding. `report` and `digest` belong to the latest run."""
 
-    def __init__(self, data: DataConfig, chat: ChatFormat, rows: str = CONVERSATIONS):
+    def __init__(
+        self, data: DataConfig, chat: ChatFormat, rows: str = CONVERSATIONS, pictures: PictureReader | None = None,
+        keep: Keep = let_go,
+    ):  # fmt: skip
+        """`pictures` reads those of rows; None: such rows are dropped. `keep` is given those of each chunk."""
         self._data, self._rows = data, rows
+        self._pictures, self._keep = pictures, keep
         self._chat = chat
         self._iverilog = codev.find_iverilog() if data.check_syntax and data.format == "codev_r1" else None
         self.normalised = Normalised()
@@ -71,14 +86,18 @@ class Tokeniser:
         self.report = DropReport()
         digest = hashlib.sha256()
         form, columns = self._data.format, self._data.columns
-        normalisers = [Normaliser(form, columns, self.normalised, self._rows) for _ in places]
+        normalisers = [Normaliser(form, columns, self.normalised, self._rows, self._pictures) for _ in places]
         each = [_begun(place, normaliser) for place, normaliser in zip(places, normalisers, strict=True)]
         rows = _in_turn(each) if max_rows is None else _by_weight(each, [s.weight for s in sources], max_rows)
         report_at = time.monotonic() + PROGRESS_SECONDS
         while chunk := list(itertools.islice(rows, CHUNK_ROWS)):
             self.report.rows_read += len(chunk)
             taken = [self._take(number, row, normalisers[number], digest) for number, row in chunk]
-            yield from self._tokenise(self._that_compile([row for row in taken if row is not None]))
+            made = list(self._tokenise(self._that_compile([row for row in taken if row is not None])))
+            if self._pictures is not None:  # before the bytes of these rows are let go
+                self._keep([picture for row in made for example in row.examples for picture in example.pictures])
+                made = [row._replace(examples=list(map(_without_bytes, row.examples))) for row in made]
+            yield from made
             if time.monotonic() > report_at:
                 logger.info("%s: %d rows read, %d dropped", name, self.report.rows_read, self.report.rows_dropped)
                 report_at = time.monotonic() + PROGRESS_SECONDS
@@ -93,7 +112,7 @@ class Tokeniser:
         try:
             if problem is None:
                 # What identifies a row's content, whatever file format it came in.
-                content = json.dumps(row.value, sort_keys=True, ensure_ascii=False, default=str)
+                content = json.dumps(row.value, sort_keys=True, ensure_ascii=False, default=_in_words)
                 digest.update(content.encode("utf-8", "surrogatepass"))
                 with row_limit():
                     made = normaliser(row)
@@ -140,6 +159,16 @@ class Tokeniser:
                 yield TokenisedRow(fitting, row.source, row.origin, row.identity)
             else:
                 self.report.drop(RowDropped("too_long", f"{max(lengths)} tokens"), row.origin)
+
+
+def _without_bytes(example: Example) -> Example:
+    """With pictures that can no longer be read: all rows stay in memory, and their pictures would not fit."""
+    return example._replace(pictures=tuple(replace(picture, source="") for picture in example.pictures))
+
+
+def _in_words(value: Any) -> str:
+    """What JSON cannot say; of bytes, which can be a whole picture, their hash."""
+    return hashlib.sha256(value).hexdigest() if isinstance(value, bytes) else str(value)
 
 
 def _begun(place: SourcePlace, normaliser: Normaliser) -> Iterator[RawRow]:
@@ -192,7 +221,8 @@ def _pair(sides: dict[str, list[Example] | RowDropped]) -> list[Example] | RowDr
     if np.array_equal(chosen.ids, rejected.ids):
         return RowDropped("equal_sides", "once they are rendered")
     ids, flags = (np.concatenate(both) for both in zip(chosen[:2], rejected[:2], strict=True))
-    return [Example(ids, flags, chosen.answers + rejected.answers, second=len(chosen.ids))]
+    pictures = chosen.pictures + rejected.pictures
+    return [Example(ids, flags, chosen.answers + rejected.answers, second=len(chosen.ids), pictures=pictures)]
 
 
 def _rendered(chat: ChatFormat, conversation: Conversation) -> Rendering | RowDropped:

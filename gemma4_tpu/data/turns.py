@@ -26,6 +26,11 @@ ROLES = {
 """How people call who speaks → the four roles."""
 THOUGHT_KEYS = ("reasoning", "reasoning_content", "thinking")
 TEXT_PARTS = ("text", "input_text", "output_text", None)
+IMAGE_PART = "image"
+"""Type of a part in normal form that is a picture; `image` in it says which, None the next of the row's column."""
+IMAGE_PARTS = (IMAGE_PART, "image_url", "input_image")
+IMAGE_KEYS = ("image", "image_url", "url", "path", "base64", "bytes")
+"""What a part says of its picture by: a path, an address, bytes, or an object that does."""
 CALLS = ("tool_calls", "function_call")
 CALL_ROLES = ("function_call", "tool_call")
 """Roles whose content is a call."""
@@ -154,6 +159,8 @@ def _content(content: Any, position: int, role: str, tell: Tell) -> str | list[T
     if isinstance(content, str):
         return content
     parts = _text_parts(content)
+    if parts is None and role == "user":
+        parts = _mixed_parts(content, tell)
     if parts is not None:
         return parts
     if role == "tool" and content is not None and not _has_parts(content):
@@ -168,6 +175,30 @@ def _text_parts(content: Any) -> list[Turn] | None:
         return None
     texts = [part if isinstance(part, str) else part.get("text") if _is_text(part) else None for part in content]
     return [{"type": "text", "text": t} for t in texts] if all(isinstance(t, str) for t in texts) else None
+
+
+def _mixed_parts(content: Any, tell: Tell) -> list[Turn] | None:
+    """Texts and pictures; None where there are no pictures, or something else is among the parts."""
+    if not isinstance(content, list):
+        return None
+    made, pictures = [], 0
+    for part in content:
+        if isinstance(part, dict) and part.get("type") in IMAGE_PARTS:
+            made.append({"type": IMAGE_PART, "image": _meant(part, tell)})
+            pictures += 1
+        elif (texts := _text_parts([part])) is not None:
+            made += texts
+        else:
+            return None
+    return made if pictures else None
+
+
+def _meant(part: Turn, tell: Tell) -> Any:
+    """What a part says of its picture; None: nothing."""
+    given = next((part[key] for key in IMAGE_KEYS if part.get(key)), None)
+    if isinstance(given, dict) and given.get("detail"):
+        tell("detail of pictures left out: each takes as many tokens as the processor says")
+    return {"base64": given} if given is not None and given is part.get("base64") else given
 
 
 def _is_text(part: Any) -> bool:

@@ -20,6 +20,8 @@ from gemma4_tpu.checkpoint_folder import GENERATION_NAME
 from gemma4_tpu.config.tasks import EvalConfig
 from gemma4_tpu.data.chat import ChatFormat, Message
 from gemma4_tpu.data.markup import TURN_END, without_thoughts
+from gemma4_tpu.data.picture_cache import Shown
+from gemma4_tpu.data.pictures import pictures_of
 from gemma4_tpu.errors import UserError
 from gemma4_tpu.evals.likelihood import answer_logprobs
 from gemma4_tpu.evals.problems import Asked
@@ -123,7 +125,7 @@ class InProcess:
 
     def __init__(
         self, weights: Weights, tokenizer: Any, stop_ids: Sequence[int], config: EvalConfig, policy: str,
-        description: dict[str, Any], whole: bool = False,
+        description: dict[str, Any], whole: bool = False, shown: Shown | None = None,
     ):  # fmt: skip
         """Args:
         weights: model, base and adapters.
@@ -133,8 +135,9 @@ class InProcess:
         policy: for thoughts, as in training (`drop` or `train`).
         description: for the report.
         whole: answers keep their thoughts and control tokens.
+        shown: features of the pictures in prompts; None: there are none.
         """
-        self._whole = whole
+        self._whole, self._shown = whole, shown
         self._weights, self._tokenizer, self._stop_ids = weights, tokenizer, tuple(stop_ids)
         self._chat, self._policy = ChatFormat(tokenizer, policy), policy
         self._config = config
@@ -222,6 +225,10 @@ class InProcess:
         for row, i in enumerate(rows):
             # Padded on the left: every row's next token stands in the same column, which one write to the cache needs.
             tokens[row, width - len(ids[i]) :] = ids[i]
+        features = None
+        if self._shown is not None:
+            keys = [[picture.key for picture in pictures_of(requests[i].messages)] for i in rows]
+            features = on_mesh(self._shown.of_rows(tokens, keys), self._weights.model.mesh)
         lengths = np.array([len(ids[i]) for i in rows], np.int32)
         seeds = np.array([requests[i].seed for i in rows], np.uint32)
         weights, config = self._weights, self._config
@@ -229,7 +236,7 @@ class InProcess:
         made = generate(
             weights.model, weights.params, weights.lora, *given,
             max_new_tokens=config.max_new_tokens, sampling=Sampling(config.temperature, config.top_p),
-            stop_ids=self._stop_ids,
+            stop_ids=self._stop_ids, features=features,
         )  # fmt: skip
         out, counts, stopped = (np.asarray(x) for x in made)
         answers = [out[row, : counts[row] - int(stopped[row])] for row in range(len(requests))]

@@ -14,7 +14,8 @@ from jax.sharding import Mesh
 
 from gemma4_tpu.config.schema import TrainerConfig
 from gemma4_tpu.data.examples import Examples
-from gemma4_tpu.evals.generate import checkpoint_stop_ids, padded_width
+from gemma4_tpu.data.picture_cache import Shown
+from gemma4_tpu.evals.generate import checkpoint_stop_ids, on_mesh, padded_width
 from gemma4_tpu.models.base import Base
 from gemma4_tpu.models.decode import Sampling, generate
 from gemma4_tpu.models.sharding import row_places
@@ -36,7 +37,7 @@ class HeldoutAnswers:
 
     def __init__(
         self, examples: Examples | None, base: Base, tokenizer: Any, trainer: TrainerConfig, folder: Path,
-        resume_from: int | None, *, write: bool,
+        resume_from: int | None, *, write: bool, shown: Shown | None = None,
     ):  # fmt: skip
         """Args:
         examples: held-out; None: there are none.
@@ -46,6 +47,7 @@ class HeldoutAnswers:
         folder: the run folder.
         resume_from: update that the run resumes from; later rows are dropped.
         write: False on every process but the first.
+        shown: features of the examples' pictures.
         """
         count = min(trainer.sample_prompts, len(examples) if examples else 0)
         if count and jax.process_count() > 1:
@@ -54,6 +56,8 @@ class HeldoutAnswers:
         self._trainer, self._tokenizer = trainer, tokenizer
         # Of pairs the chosen side, which comes first.
         self._pairs = [split(*examples.sequences(i)[0]) for i in range(count)] if examples and count else []
+        self._shown = shown if examples is not None and examples.pictures is not None else None
+        self._keys = examples.pictures[:count] if self._shown and examples and examples.pictures else ()
         self._stop_ids = checkpoint_stop_ids(base, tokenizer) if count else ()
         self._rows = MetricsFile(folder / FILE, after_update=resume_from, write=write) if count else None
 
@@ -79,9 +83,14 @@ class HeldoutAnswers:
         tokens = np.zeros((len(prompts), width), np.int32)
         for row, prompt in enumerate(prompts):
             tokens[row, width - len(prompt) :] = prompt
+        features = None
+        if self._shown is not None:
+            keys = [*self._keys, *[self._keys[-1]] * padding]
+            features = on_mesh(self._shown.of_rows(tokens, keys), setup.mesh)
         made = generate(
             setup.step.model, *setup.step.weights(trained, setup.base), *_on(setup.mesh, tokens, prompts),
             max_new_tokens=self._trainer.sample_tokens, sampling=Sampling(temperature=0), stop_ids=self._stop_ids,
+            features=features,
         )  # fmt: skip
         out, counts, stopped = (np.asarray(x) for x in made)
         answers = []

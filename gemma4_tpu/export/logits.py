@@ -20,6 +20,7 @@ from gemma4_tpu.models import lora as adapters
 from gemma4_tpu.models import sharding, token_rows
 from gemma4_tpu.models.gemma4 import Model, hidden_states, logits
 from gemma4_tpu.models.layout import Leaf, build_tree, get
+from gemma4_tpu.models.names import full_name
 from gemma4_tpu.models.params import load_params
 from gemma4_tpu.models.tensorfile import Checkpoint
 from gemma4_tpu.models.weights import EMBEDDING
@@ -88,7 +89,7 @@ def compare_logits(trained: Trained, merged: Checkpoint) -> LogitParity:
 
     def dtype(name: str) -> Any:
         """Of a weight on disk; norms may have another than matrices."""
-        return merged.dtype(trained.prefix + trained.tensors[name].hf_names[0])
+        return merged.dtype(full_name(trained.prefix, trained.tensors[name].hf_names[0]))
 
     def run(params: Any, adapter: Any = None) -> np.ndarray:
         return np.asarray(forward(model, params, adapter, tokens, mask))[mask > 0]  # [positions, V]

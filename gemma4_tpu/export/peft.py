@@ -19,7 +19,7 @@ from gemma4_tpu.export.trained import Trained
 from gemma4_tpu.models import token_rows
 from gemma4_tpu.models.adapted import scaled_by
 from gemma4_tpu.models.expert_files import modules
-from gemma4_tpu.models.names import HEAD, PEFT_PREFIX, Tensor, peft_magnitude_name, peft_tensors, some
+from gemma4_tpu.models.names import HEAD, PEFT_PREFIX, Tensor, full_name, peft_magnitude_name, peft_tensors, some
 
 log = logging.getLogger(__name__)
 
@@ -167,7 +167,7 @@ def _whole(trained: Trained) -> list[str]:
 
 def _whole_names(trained: Trained, tensor: Tensor) -> list[str]:
     """With the embedding goes the output matrix: tied or not, PEFT would leave it as it was."""
-    names = [trained.prefix + name for name in tensor.hf_names]
+    names = [full_name(trained.prefix, name) for name in tensor.hf_names]
     return [*names, HEAD] if trained.match.embedding in names else names
 
 

@@ -20,7 +20,7 @@ from gemma4_tpu.models import token_rows
 from gemma4_tpu.models.base import Base, resolve_base
 from gemma4_tpu.models.layout import Layout
 from gemma4_tpu.models.match import Match, fit
-from gemma4_tpu.models.names import Tensor, adapted_tensors, name_map
+from gemma4_tpu.models.names import Tensor, adapted_tensors, full_name, name_map
 from gemma4_tpu.models.tensorfile import Checkpoint
 from gemma4_tpu.models.weights import EMBEDDING
 from gemma4_tpu.tracking.files import read_json
@@ -107,7 +107,7 @@ class Trained:
     def changes(self) -> Mapping[str, Change]:
         """Full name on disk → what changes it; a stored output matrix stays the same as a trained embedding."""
         found = {
-            self.prefix + name: Change(tensor, source)
+            full_name(self.prefix, name): Change(tensor, source)
             for tensor in self.tensors.values()
             for source, name in enumerate(tensor.hf_names)
         }
@@ -128,10 +128,11 @@ def open_trained(run: str | Path, export: ExportConfig) -> Trained:
     try:
         recorded = {key: config[key] for key in ("model", "lora")}
         known: TrainRoot = from_yaml(yaml.safe_dump(recorded, sort_keys=False))  # the order of lora.ranks counts
+        pictures = config.get("data", {}).get("image_cache") is not None
     except KeyError as error:
         raise UserError(f"run={run}: config.yaml has no {error}: not the folder of a training run") from None
     state = open_saved(folder.address, export.checkpoint)
-    base = _base(folder, known.model, export)
+    base = _base(folder, known.model, export, pictures)
     found = fit(base.arch, base.checkpoint)
     _check_fingerprint(folder, base)
     state, lora = open_plain(state, known.lora)
@@ -146,14 +147,14 @@ def open_trained(run: str | Path, export: ExportConfig) -> Trained:
     return trained
 
 
-def _base(folder: RunFolder, model: ModelConfig, export: ExportConfig) -> Base:
+def _base(folder: RunFolder, model: ModelConfig, export: ExportConfig, pictures: bool) -> Base:
     path = export.base or model.path
     if path and path.startswith(RANDOM):
         raise UserError(
             f"run={folder.path}: trained on random weights (model.path={path}); there is no base to export with"
         )
     try:
-        return resolve_base(replace(model, path=path))
+        return resolve_base(replace(model, path=path), pictures=pictures)
     except UserError as refusal:
         given = "export.base" if export.base else "the run's base"
         hint = "" if export.base else "; if it has moved, give export.base=<folder>"

@@ -19,7 +19,7 @@ from gemma4_tpu.errors import UserError
 from gemma4_tpu.export.trained import Trained
 from gemma4_tpu.models import lora as adapters
 from gemma4_tpu.models import token_rows
-from gemma4_tpu.models.names import Tensor
+from gemma4_tpu.models.names import Tensor, full_name
 from gemma4_tpu.models.tensorfile import Checkpoint
 
 log = logging.getLogger(__name__)
@@ -83,7 +83,7 @@ def _some_block(tensor: Tensor, rng: np.random.Generator) -> tuple[slice, ...]:
 
 
 def _read(tensor: Tensor, checkpoint: Checkpoint, prefix: str, index: tuple[slice, ...]) -> np.ndarray:
-    return tensor.from_hf(lambda name, where, shape: checkpoint.read(prefix + name, where, shape), index)
+    return tensor.from_hf(lambda name, where, shape: checkpoint.read(full_name(prefix, name), where, shape), index)
 
 
 def _expected(trained: Trained, tensor: Tensor, index: tuple[slice, ...]) -> tuple[np.ndarray, float]:

@@ -23,11 +23,11 @@ from gemma4_tpu.config.paths import local_folder
 from gemma4_tpu.config.schema import ModelConfig
 from gemma4_tpu.config.tasks import ANY_SIZE
 from gemma4_tpu.errors import UserError
-from gemma4_tpu.hf_config import text_config
+from gemma4_tpu.hf_config import text_config, vision
 from gemma4_tpu.models.base import Base, resolve_base
 from gemma4_tpu.models.kv_cache import parameter_count
 from gemma4_tpu.models.match import Match, check_tied, fit
-from gemma4_tpu.models.names import name_map
+from gemma4_tpu.models.names import full_name, name_map
 from gemma4_tpu.storage import is_remote, join, list_folder, read_json
 
 log = logging.getLogger(__name__)
@@ -136,6 +136,8 @@ def audit(base: Base) -> Audit:
         with found.collecting():
             _tensors(found, base, config)
         found.facts["RoPE"] = _rope(arch)
+        if config.get("vision_config"):
+            found.facts["pictures"] = _pictures(config)
     with found.collecting():
         ids = _vocabulary(found, base)
         if base.folder is not None:
@@ -153,7 +155,7 @@ def _model(arch: Architecture, config: dict[str, Any]) -> str:
 def _tensors(found: Audit, base: Base, config: dict[str, Any]) -> None:
     arch, checkpoint = base.arch, base.checkpoint
     fitting = fit(arch, checkpoint)
-    text = [fitting.prefix + name for tensor in name_map(arch).values() for name in tensor.hf_names]
+    text = [full_name(fitting.prefix, name) for tensor in name_map(arch).values() for name in tensor.hf_names]
     dtypes = Counter(checkpoint.dtype(name).name for name in text)
     shards = f"{len(checkpoint.files)} file{'s' if len(checkpoint.files) > 1 else ''}"
     found.facts["tensors"] = (
@@ -203,6 +205,13 @@ def _rope(arch: Architecture) -> str:
         f"base {arch.local_rope_base:,.0f} on sliding layers; {arch.global_rope_base:,.0f} on global ones, on"
         f" {arch.global_rope_proportion:.0%} of the head width{factor}"
     )
+
+
+def _pictures(config: dict[str, Any]) -> str:
+    try:
+        return f"read with data.image_cache, as {vision(config).dim} features for each of their tokens"
+    except UserError as refusal:
+        return f"not read ({refusal})"
 
 
 def _vocabulary(found: Audit, base: Base) -> dict[str, int]:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from gemma4_tpu import assets
-from gemma4_tpu.checkpoint_folder import BaseFound, find_base
+from gemma4_tpu.checkpoint_folder import BaseFound, find_base, seen_with
 from gemma4_tpu.config.schema import ModelConfig
 from gemma4_tpu.models.tensorfile import Checkpoint
 from gemma4_tpu.new_tokens import NewTokens, places
@@ -51,13 +51,16 @@ class Base(BaseFound):
         return hashlib.sha256(f"random {self.seed} {self.arch}".encode()).hexdigest()
 
 
-def resolve_base(model: ModelConfig) -> Base:
-    """Finds the base model that `model` names.
+def resolve_base(model: ModelConfig, *, pictures: bool = False) -> Base:
+    """Finds the base model that `model` names; with `pictures`, its projector is one of its weights.
 
     Raises:
-      UserError: no path, no checkpoint there (a PEFT adapter, other formats), or one that contradicts `model.name`.
+      UserError: no path, no checkpoint there (a PEFT adapter, other formats), one that contradicts `model.name`, or one
+        that reads no pictures where it should.
     """
     found = find_base(model, remote=True)
+    if pictures:
+        found = seen_with(found, remote=True)
     tokenizer = assets.resolve(model.tokenizer) if model.tokenizer else found.folder
     folder = tokenizer or assets.resolve(RANDOM_TOKENIZER)
     return Base(found.arch, found.folder, found.seed, folder, tuple(model.new_tokens))

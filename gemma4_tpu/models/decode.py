@@ -59,6 +59,7 @@ def generate(
     max_new_tokens: int,
     sampling: Sampling,
     stop_ids: Sequence[int],
+    features: jax.Array | None = None,
 ) -> Generated:
     """Continues each row until one of `stop_ids` or for `max_new_tokens`. Compiled once per shape of `tokens`.
 
@@ -72,6 +73,7 @@ def generate(
       max_new_tokens: N.
       sampling: how tokens are drawn.
       stop_ids: a tuple.
+      features: [B, P, I] of the prompts' pictures, as `hidden_states` takes them.
     """
     model = replace(model, remat="none", lora_dropout=0.0)
     b, p = tokens.shape
@@ -79,7 +81,7 @@ def generate(
     places = jnp.arange(p)[None, :]
     segments = (places >= first[:, None]).astype(jnp.int32)
     forward = partial(through_layers, model, params, lora)
-    hidden, kvs = forward(tokens, segments, jnp.maximum(places - first[:, None], 0), decoding(None))
+    hidden, kvs = forward(tokens, segments, jnp.maximum(places - first[:, None], 0), decoding(None), features=features)
     cache = jax.tree.map(
         partial(_to_cache, total=p + max_new_tokens, window=model.arch.sliding_window), kvs, is_global(model, kvs)
     )

@@ -5,7 +5,7 @@ reference that this is tested against, beside transformers; training does not ru
 ids, cannot scan over layers, and see adapters only through one intercepted method.
 
 Dims: B rows, T tokens, D model, N query heads, K key/value heads, H head width, F hidden units, L layers,
-P per-layer embedding, V vocabulary, r adapter rank, R repeats of a stage.
+P per-layer embedding, V vocabulary, I features of a picture, r adapter rank, R repeats of a stage.
 
 S is T split over the `tp` axis: each chip keeps the residual stream of its own tokens (sequence parallelism). Were it
 whole on every chip, all of them would do the same norms, residuals and first halves of adapters, and sums over heads
@@ -213,12 +213,22 @@ def decoder_layer(
     return constrain(x * p["skip_scale"].astype(x.dtype), "BSD", model.mesh), kv
 
 
-def _embed(model: Model, p: Params, tokens: jax.Array) -> tuple[jax.Array, jax.Array | None]:
+def _embed(
+    model: Model, p: Params, tokens: jax.Array, features: jax.Array | None
+) -> tuple[jax.Array, jax.Array | None]:
     """Tokens [B, T] → x [B, S, D] and, for E2B/E4B, per-layer inputs [L, B, S, P]."""
-    dtype = model.compute_dtype
+    dtype, vision, soft = model.compute_dtype, model.arch.vision, None
+    if features is not None and vision is not None:
+        soft = (tokens == vision.image_token)[..., None]
+        tokens = jnp.where(soft[..., 0], vision.pad_token, tokens)
+        # At every token: next to a layer, the projector costs nothing, and no index crosses chips.
+        features = rms_norm(features.astype(dtype), None)
+        seen = jnp.einsum("bti,id->btd", features, p["mm_input_projection"]["w"].astype(dtype))
     # Factors are rounded to the compute dtype, as transformers does: √5376 is 73.5 in bfloat16.
     x = jnp.take(p["input_embedding"], tokens, axis=0).astype(dtype)
     x = constrain(x * jnp.sqrt(jnp.float32(x.shape[-1])).astype(dtype), "BSD", model.mesh)
+    if soft is not None:
+        x = jnp.where(soft, constrain(seen, "BSD", model.mesh), x)
     if not model.arch.per_layer_input_dim:
         return x, None
     projected = jnp.einsum("btd,dlp->lbtp", x, p["per_layer_model_projection"]["w"].astype(dtype))
@@ -238,6 +248,7 @@ def hidden_states(
     segment_ids: jax.Array,
     positions: jax.Array,
     dropout_key: jax.Array | None = None,
+    features: jax.Array | None = None,
 ) -> jax.Array:
     """Final hidden states of packed rows.
 
@@ -249,6 +260,8 @@ def hidden_states(
       segment_ids: [B, T] int32; 0 is padding; tokens see only their own segment.
       positions: [B, T] int32, from 0 in each segment.
       dropout_key: None switches adapter dropout off (evaluation).
+      features: [B, T, I] of the vision tower; what stands at other tokens than `arch.vision.image_token` is not read.
+        None: there are no pictures.
 
     Returns:
       [B, S, D] in `model.compute_dtype`, normalised, ready for `logits`.
@@ -258,7 +271,8 @@ def hidden_states(
         run = rematerialised(partial(decoder_layer, layer), model.remat, in_loop=layer.in_loop)
         return *run(x, per_layer_input, shared_kv), None
 
-    return through_layers(model, params, lora, tokens, segment_ids, positions, visit, dropout_key=dropout_key)[0]
+    given = (model, params, lora, tokens, segment_ids, positions, visit)
+    return through_layers(*given, dropout_key=dropout_key, features=features)[0]
 
 
 def through_layers(
@@ -272,13 +286,14 @@ def through_layers(
     *,
     dropout_key: jax.Array | None = None,
     beside: list[list[Any]] | None = None,
+    features: jax.Array | None = None,
 ) -> tuple[jax.Array, list[list[Any]]]:
     """As `hidden_states`, with `visit` run at each layer: training and decoding differ there and nowhere else.
 
     `beside` holds what `visit` gets with each layer, by stage and layer of its group, stacked like the weights. What it
     hands back to be collected is returned, too, in the same form.
     """
-    x, per_layer = _embed(model, params["embedder"], tokens)
+    x, per_layer = _embed(model, params["embedder"], tokens, features)
     shared: dict[str, KV] = {}
     collected = []
     for s, stage in enumerate(model.layout.stages):

@@ -16,6 +16,7 @@ KINDS = {
     "norms": ("*norm*",),
     "per_layer_projections": ("per_layer_model_projection", "per_layer_input_gate", "per_layer_projection"),
     "embeddings": ("embed_tokens",),
+    "projector": ("embed_vision.embedding_projection",),
 }
 """What `lora.modules_to_train` can name beside patterns, which these stand for."""
 
@@ -42,8 +43,9 @@ def problems(arch: Architecture, lora: LoraConfig) -> list[str]:
     known = sorted({name for weight in weights for name in weight.hf_names})
     kinds = [kind for kind in KINDS if any(_named(name, [kind]) for name in known)]
     messages = [
-        f"lora.modules_to_train: {wanted!r} is nothing that {arch.name} has; give {', '.join(kinds)}, or names or"
-        f" patterns of {', '.join(map(_module, known))}"
+        f"lora.modules_to_train: {wanted!r} is nothing that {arch.name} has; give {', '.join(kinds)}"
+        f"{'' if arch.vision else ' (projector only with data.image_cache)'}, or names or patterns of"
+        f" {', '.join(map(_module, known))}"
         for wanted in lora.modules_to_train
         if not any(_named(name, [wanted]) for name in known)
     ]

@@ -11,7 +11,7 @@ import numpy as np
 from gemma4_tpu.architectures import Architecture
 from gemma4_tpu.errors import UserError
 from gemma4_tpu.hf_config import UNQUANTISED
-from gemma4_tpu.models.names import name_map, some
+from gemma4_tpu.models.names import full_name, name_map, some
 from gemma4_tpu.models.tensorfile import Checkpoint, Index
 from gemma4_tpu.models.weights import BY_NAME, EMBEDDING
 
@@ -68,7 +68,7 @@ def match(arch: Architecture, shapes: Mapping[str, tuple[int, ...]], where: str)
             f" found {len(prefixes)} of them among {some(sorted(shapes))}"
         )
     (prefix,) = prefixes
-    expected = {prefix + name: t.hf_shape for t in name_map(arch).values() for name in t.hf_names}
+    expected = {full_name(prefix, name): t.hf_shape for t in name_map(arch).values() for name in t.hf_names}
     heads = sorted(name for name in shapes if _HEAD.match(name))
     wanted = expected | dict.fromkeys(heads, (arch.vocab_size, arch.embed_dim))
     rest = shapes.keys() - wanted.keys()
@@ -112,7 +112,7 @@ def fit(arch: Architecture, checkpoint: Checkpoint) -> Match:
       UserError: missing, unexpected, misshapen or quantised tensors; names them.
     """
     found = match(arch, {name: checkpoint.shape(name) for name in checkpoint.names()}, checkpoint.folder)
-    for name in (found.prefix + hf_name for tensor in name_map(arch).values() for hf_name in tensor.hf_names):
+    for name in (full_name(found.prefix, own) for tensor in name_map(arch).values() for own in tensor.hf_names):
         if (dtype := checkpoint.dtype(name).name) not in WEIGHT_DTYPES:
             raise UserError(
                 f"{checkpoint.file_of(name).path}: {name} is stored as {dtype}, not as a plain weight"

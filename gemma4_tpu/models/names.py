@@ -19,7 +19,7 @@ from gemma4_tpu.architectures import Architecture
 from gemma4_tpu.errors import UserError
 from gemma4_tpu.models.adapted import Adapted
 from gemma4_tpu.models.expert_files import to_files
-from gemma4_tpu.models.weights import Weight, rows, sizes
+from gemma4_tpu.models.weights import BESIDE_TEXT, Weight, rows, sizes
 
 HEAD = "lm_head.weight"
 """A stored output matrix, without prefix."""
@@ -165,6 +165,11 @@ class Tensor:
         """What `from_lora_factors` needs: the rank of A where the weights share it, else the sum of their ranks."""
         pairs = list(factors.values())
         return pairs[0][0].shape[-2] if _share_a(pairs) else sum(a.shape[-2] for a, _ in pairs)
+
+
+def full_name(prefix: str, hf_name: str) -> str:
+    """A name on disk with the checkpoint's prefix; the projector of pictures stands beside the text model."""
+    return (prefix.removesuffix("language_model.") if hf_name.startswith(BESIDE_TEXT) else prefix) + hf_name
 
 
 def peft_names(hf_name: str, prefix: str) -> tuple[str, str]:

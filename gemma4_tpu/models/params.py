@@ -23,7 +23,7 @@ from gemma4_tpu.architectures import Architecture
 from gemma4_tpu.errors import UserError
 from gemma4_tpu.models.layout import Layout, Leaf, get
 from gemma4_tpu.models.match import check_tied, fit
-from gemma4_tpu.models.names import name_map
+from gemma4_tpu.models.names import full_name, name_map
 from gemma4_tpu.models.tensorfile import Checkpoint
 from gemma4_tpu.models.weights import EMBEDDING
 
@@ -71,7 +71,7 @@ def load_params(
     found, tensors = fit(arch, checkpoint), name_map(arch)
 
     def read(hf_name: str, index: Any, shape: tuple[int, ...]) -> np.ndarray:
-        return checkpoint.read(found.prefix + hf_name, index, shape)
+        return checkpoint.read(full_name(found.prefix, hf_name), index, shape)
 
     def source(name: str, box: Box) -> np.ndarray:
         block = tensors[name].from_hf(read, _slices(box))

@@ -6,6 +6,7 @@ as `(n h) d -> n d h` how its dims lie in both: on the left on disk, on the righ
     v vocabulary   d model   n query heads   k KV heads   h head width   f hidden units   l layers
     e experts   x hidden units of an expert   c keys and values, or gate and up   s a single number
     p width of a per-layer embedding   u, w rows and columns of the table of all of them
+    i features of a picture
 
 Three letters stand for no dim of a weight: b and t, rows and tokens of an activation; r, the rank of an adapter.
 
@@ -34,6 +35,11 @@ PER_LAYER_TABLE = "embedder.per_layer_input_embedding"
 """Is only looked up, never multiplied with. Tunix has it as [V, L, P]; in whole rows a TPU neither pads it nor copies
 it for the lookup."""
 
+PROJECTOR = "embedder.mm_input_projection.w"
+"""From a picture's features to embeddings."""
+BESIDE_TEXT = "embed_vision."
+"""Begins names on disk of what stands beside the text model, not inside it."""
+
 
 def _always(arch: Architecture, layer: int) -> bool:
     return True
@@ -57,6 +63,10 @@ def _experts(arch: Architecture, layer: int) -> bool:
 
 def _per_layer(arch: Architecture, layer: int) -> bool:
     return arch.per_layer_input_dim > 0
+
+
+def _pictures(arch: Architecture, layer: int) -> bool:
+    return arch.vision is not None
 
 
 @dataclass(frozen=True, eq=False)
@@ -156,6 +166,7 @@ OUTER = (
            only=_per_layer, axes={"p": TP}),
     Weight("embedder.per_layer_projection_norm.scale", "p -> p", "per_layer_projection_norm.weight", only=_per_layer),
     Weight(PER_LAYER_TABLE, "u w -> u w", "embed_tokens_per_layer.weight", only=_per_layer),
+    Weight(PROJECTOR, "d i -> i d", f"{BESIDE_TEXT}embedding_projection.weight", only=_pictures),
 )  # fmt: skip
 """The weights outside the layers."""
 
@@ -207,6 +218,7 @@ def sizes(arch: Architecture, layer: int = 0) -> dict[str, int]:
         "h": arch.layer_head_dim(layer), "f": arch.layer_hidden_dim(layer), "l": arch.num_layers,
         "e": arch.num_experts, "x": arch.expert_dim, "c": 2, "s": 1, "p": arch.per_layer_input_dim,
         "u": arch.vocab_size_per_layer_input, "w": arch.num_layers * arch.per_layer_input_dim,
+        "i": arch.vision.dim if arch.vision else 0,
     }  # fmt: skip
 
 

@@ -6,7 +6,7 @@ import importlib.util
 from dataclasses import dataclass, replace
 from typing import cast
 
-from gemma4_tpu.architectures import ARCHITECTURES, Architecture
+from gemma4_tpu.architectures import Architecture
 from gemma4_tpu.checkpoint_folder import RANDOM, checkpoint_architecture, tokenizer_problem
 from gemma4_tpu.config.limits import CHOICES
 from gemma4_tpu.config.refusals import Refusal
@@ -117,9 +117,8 @@ def _compiler(root: PlanRoot, wanted: Slice | None) -> list[str]:
 
 def _architecture(root: PlanRoot) -> tuple[Architecture | None, list[str]]:
     """The checkpoint's architecture where it can be read, else that of `model.name`, and what is missing."""
-    if root.model.path is None:
-        return ARCHITECTURES.get(root.model.name), []
-    return checkpoint_architecture(root.model)
+    model = root.model if root.model.path is not None else replace(root.model, path=f"{RANDOM}0")
+    return checkpoint_architecture(model, pictures=root.data.image_cache is not None)
 
 
 def _data_here(root: PlanRoot) -> bool:

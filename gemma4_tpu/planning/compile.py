@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
+from gemma4_tpu.data.pipeline import FEATURES
 from gemma4_tpu.models import lora as adapters
 from gemma4_tpu.models import quantize, sharding, token_rows
 from gemma4_tpu.models.layout import Leaf, build_tree, get, without
@@ -116,7 +117,10 @@ def _batch(recipe: Recipe, step: Step, mesh: Mesh) -> dict[str, jax.ShapeDtypeSt
     place, shape = sharding.batch(mesh), (recipe.trainer.microbatches, recipe.rows, recipe.length)  # [M, B, T]
     dtypes = dict.fromkeys(("tokens", "targets", "segment_ids", "positions"), jnp.int32) | {"target_mask": jnp.bool_}
     dtypes |= step.objective.fields if step.objective else {}
-    return {name: jax.ShapeDtypeStruct(shape, dtype, sharding=place) for name, dtype in dtypes.items()}
+    found = {name: jax.ShapeDtypeStruct(shape, dtype, sharding=place) for name, dtype in dtypes.items()}
+    if vision := recipe.arch.vision:
+        found[FEATURES] = jax.ShapeDtypeStruct((*shape, vision.dim), jnp.bfloat16, sharding=place)
+    return found
 
 
 def read(program: Program, given: Shapes, grid: Grid) -> Compiled:

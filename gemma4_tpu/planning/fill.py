@@ -122,12 +122,14 @@ def _ends(example: np.ndarray, size: int) -> tuple[np.ndarray, np.ndarray]:
 
 def _read(model: ModelConfig, data: DataConfig, rows_are: str) -> Examples:
     from gemma4_tpu.data.build import build_data
+    from gemma4_tpu.data.seen import picture_reader
     from gemma4_tpu.data.tokenizer import load_tokenizer
     from gemma4_tpu.models.base import resolve_base
 
     named: Any = model if model.path else replace(model, path="random:0")
     base = resolve_base(named)
-    return build_data(data, load_tokenizer(base.tokenizer_folder, base.new_tokens), rows_are).train
+    tokenizer = load_tokenizer(base.tokenizer_folder, base.new_tokens)
+    return build_data(data, tokenizer, rows_are, picture_reader(base, data)).train
 
 
 def _stated_lengths(plan: PlanConfig, data: DataConfig) -> np.ndarray:

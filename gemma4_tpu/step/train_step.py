@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import optax
 from jax.stages import Wrapped
 
+from gemma4_tpu.data.pipeline import FEATURES
 from gemma4_tpu.models import token_rows
 from gemma4_tpu.models.gemma4 import Model, Params, hidden_states
 from gemma4_tpu.models.layout import get, without
@@ -25,7 +26,8 @@ from gemma4_tpu.step.objective import REFERENCE, REFERENCE_NLL, Objective, Stats
 from gemma4_tpu.step.optimizer import next_average, schedule_free_average
 
 Batch = dict[str, jax.Array]
-"""tokens, targets, segment_ids, positions (int32), target_mask (bool) and an objective's own, each [M, B, T]."""
+"""tokens, targets, segment_ids, positions (int32), target_mask (bool) and an objective's own, each [M, B, T]; where
+pictures are read, their features [M, B, T, I]."""
 
 
 class TrainState(NamedTuple):
@@ -114,7 +116,8 @@ class Step:
     def _scored(self, trained: Any, base: Any, rows: Batch, key: jax.Array | None) -> tuple[jax.Array, jax.Array]:
         """Final hidden states [B, T, D] and the output matrix [V, D]."""
         params, lora = self.weights(trained, base)
-        hidden = hidden_states(self.model, params, lora, rows["tokens"], rows["segment_ids"], rows["positions"], key)
+        given = (rows["tokens"], rows["segment_ids"], rows["positions"], key)
+        hidden = hidden_states(self.model, params, lora, *given, features=rows.get(FEATURES))
         return hidden, params["embedder"]["input_embedding"]
 
     def _scoring(self) -> tuple[Any, ...]:

@@ -11,6 +11,7 @@ from jax.sharding import Mesh
 
 from gemma4_tpu.config.schema import DataConfig, TrainerConfig
 from gemma4_tpu.data.build import TrainingData
+from gemma4_tpu.data.picture_cache import Shown
 from gemma4_tpu.data.pipeline import Pipeline, Source, Update, heldout_batches
 from gemma4_tpu.models.sharding import row_places
 from gemma4_tpu.training.checks import rows_per_microbatch, rows_per_update
@@ -29,6 +30,8 @@ class Batches(NamedTuple):
     """Of a microbatch, over all processes."""
     segment_tokens: float
     """Mean of a segment of the rows: of an example, or of a side of a pair."""
+    shown: Shown | None = None
+    """Features of the pictures."""
 
     @property
     def lengths(self) -> list[int]:
@@ -37,8 +40,9 @@ class Batches(NamedTuple):
 
 
 def make_batches(
-    data: TrainingData, config: DataConfig, trainer: TrainerConfig, mesh: Mesh, on_policy: Source | None = None
-) -> Batches:
+    data: TrainingData, config: DataConfig, trainer: TrainerConfig, mesh: Mesh, on_policy: Source | None = None,
+    shown: Shown | None = None,
+) -> Batches:  # fmt: skip
     """Packs the rows into updates, but where they come of the policy; the held-out ones into rows of the same lengths.
 
     Raises:
@@ -49,6 +53,7 @@ def make_batches(
         "rows_per_update": rows_per_update(trainer, config),
         "microbatches": trainer.microbatches,
         "row_slice": rows_here(mesh, rows),
+        "shown": shown,
     }
     source = on_policy or Pipeline(
         examples=data.train, data=config, seed=trainer.seed, epochs=trainer.epochs, max_updates=trainer.max_updates,
@@ -58,4 +63,4 @@ def make_batches(
     heldout = list(heldout_batches(data.heldout, same_lengths, **shape)) if data.heldout else []
     updates, epochs = source.total_updates, source.total_epochs
     log.info("%d updates of %d rows: %.2f epochs", updates, shape["rows_per_update"], epochs)
-    return Batches(source, heldout, rows, float(data.train.lengths(np.arange(len(data.train))).mean()))
+    return Batches(source, heldout, rows, float(data.train.lengths(np.arange(len(data.train))).mean()), shown)

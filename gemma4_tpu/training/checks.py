@@ -70,7 +70,13 @@ def normalise(root: TrainRoot) -> TrainRoot:
     return replace(
         root,
         model=replace(root.model, path=at_home(root.model.path), tokenizer=at_home(root.model.tokenizer)),
-        data=replace(root.data, packing=root.data.packing.strip().lower(), train=train, heldout=heldout),
+        data=replace(
+            root.data,
+            packing=root.data.packing.strip().lower(),
+            train=train,
+            heldout=heldout,
+            image_cache=folder_of(root.data.image_cache),
+        ),
         lora=replace(
             root.lora,
             quantize=quantize,
@@ -90,7 +96,7 @@ def examine_train(root: TrainRoot) -> tuple[Checked | None, list[Refusal]]:
     messages += objective_problems(root.objective, root.data, root.lora, root.trainer)
     messages += rollouts_problems(root.objective, root.rollouts, root.data, root.lora)
     messages += data_problems(root.data) + _tracker(root.tracker) + _run(root)
-    architecture, model_messages = checkpoint_architecture(root.model)
+    architecture, model_messages = checkpoint_architecture(root.model, pictures=root.data.image_cache is not None)
     messages += model_messages
     if not model_messages:
         messages += tokenizer_problem(root.model)

@@ -28,6 +28,11 @@ def rollouts_problems(
     if not is_on_policy(objective):
         return []
     messages = _lengths(config, data) + _reward(config) + _sampled_as_trained(lora, data)
+    if data.image_cache is not None:
+        messages.append(
+            f"data.image_cache={data.image_cache}: objective={objective.kind} samples answers to prompts of text alone;"
+            " leave it out, or give objective=sft or one on pairs"
+        )
     if config.overlong_tokens > config.new_tokens:
         messages.append(
             f"rollouts.overlong_tokens={config.overlong_tokens}: more than the {config.new_tokens} tokens of the"

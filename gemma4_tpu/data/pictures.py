@@ -1,0 +1,270 @@
+"""Pictures in rows: where they stand among the parts of a conversation, and the files, addresses or bytes they are.
+
+A part in normal form is `{"type": "image", "image": Picture}`. Pictures are identified by what their files hold, so
+that the same one under ten names is one. Pillow opens a fixed list of formats: some of its others start programs.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import hashlib
+import io
+import json
+import warnings
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+from urllib.parse import unquote, urlparse
+
+from gemma4_tpu.data.calls import Tell, Turn
+from gemma4_tpu.data.checks import HUGGING_FACE
+from gemma4_tpu.data.drops import Origin, RowDropped
+from gemma4_tpu.data.forms import Conversation
+from gemma4_tpu.data.turns import IMAGE_PART
+from gemma4_tpu.errors import UserError
+from gemma4_tpu.storage import is_remote, join, open_bytes
+
+COLUMNS = ("images", "image")
+"""Columns of a row's pictures, in the order of their places in its turns."""
+PLACE = "<image>"
+"""Where a picture of the column stands in a text, as LLaVA's rows have it."""
+FORMATS = ("PNG", "JPEG", "MPO", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF")
+"""What is opened; of moving ones the first frame."""
+MAX_BYTES = 64 * 2**20
+MAX_PIXELS = 2**26
+"""67 megapixels, 200 MB once unpacked; a model sees less than one of them."""
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A picture that can be read."""
+
+    key: str
+    """sha256 of its file, in hexadecimal digits."""
+    tokens: int
+    """Soft tokens that it takes."""
+    source: str | bytes = field(repr=False, compare=False)
+    """Its file, by address or as bytes."""
+
+    def __str__(self) -> str:
+        return self.key
+
+    def image(self) -> Any:
+        """A PIL image, RGB, turned as its file says.
+
+        Raises:
+          RowDropped: it is no longer there, or no longer what it was.
+        """
+        content = _content(self.source) if isinstance(self.source, str) else self.source
+        if _key(content) != self.key:
+            raise RowDropped("unreadable_picture", f"{self.source!r}: changed while rows were read")
+        return _opened(content)
+
+
+class TokenCounter(Protocol):
+    """Says how many soft tokens a picture takes."""
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What decides that."""
+
+    def tokens(self, width: int, height: int) -> int:
+        """Of this size in pixels. Raises: ValueError: none that is read."""
+
+
+class PictureReader:
+    """Finds the pictures of rows and checks them."""
+
+    def __init__(self, processor: TokenCounter):
+        self._processor = processor
+        self.fingerprint = json.dumps(processor.settings, sort_keys=True)
+        """What decides how many tokens pictures take."""
+
+    def within(self, conversation: Conversation, given: Any, origin: Origin, tell: Tell) -> Conversation:
+        """The conversation with its pictures read.
+
+        Args:
+          conversation: in normal form; its picture parts hold what the row says of each, or nothing.
+          given: the row's column of pictures: what the parts that hold nothing stand for, in order.
+          origin: of the row; paths are relative to its file.
+          tell: takes note of what was done.
+
+        Raises:
+          RowDropped: a picture is missing, unreadable, too large, or has no place.
+        """
+        turns, rest = conversation.messages, _listed(given)
+        parts = list(picture_parts(turns))
+        if rest and not parts:
+            turns = _placed(turns, len(rest), tell)
+        elif rest and all(part["image"] is not None for part in parts):
+            tell("column of pictures not used: the turns have their own")
+            rest = []
+        waiting = sum(part["image"] is None for part in picture_parts(turns))
+        if waiting != len(rest):
+            raise RowDropped("missing_picture", f"{len(rest)} in the column for {waiting} places in the turns")
+        column = iter(rest)
+
+        def read(part: Turn) -> Turn:
+            if part["type"] != IMAGE_PART:
+                return part
+            what = next(column) if part["image"] is None else part["image"]
+            return {"type": IMAGE_PART, "image": self.read(what, origin)}
+
+        made = [
+            {**turn, "content": [read(part) for part in turn["content"]]} if _in_parts(turn) else turn for turn in turns
+        ]
+        return Conversation(made, conversation.tools, conversation.text)
+
+    def read(self, what: Any, origin: Origin) -> Picture:
+        """The picture that a row means by a path, an address, a data: URL, bytes, or a struct of these.
+
+        Raises:
+          RowDropped: it is missing, unreadable, too large, or would have to be fetched from the web.
+        """
+        source = _source(what, origin)
+        content = _content(source) if isinstance(source, str) else source
+        if len(content) > MAX_BYTES:
+            raise RowDropped("picture_too_large", f"{len(content)} bytes, more than {MAX_BYTES}")
+        image = _opened(content)
+        try:
+            tokens = self._processor.tokens(*image.size)
+        except ValueError as error:
+            raise RowDropped("unreadable_picture", str(error)[:100]) from None
+        return Picture(_key(content), tokens, source)
+
+
+def _key(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()
+
+
+def picture_parts(turns: Sequence[Turn]) -> Iterator[Turn]:
+    """The parts of turns that are pictures, in order."""
+    return (part for turn in turns if _in_parts(turn) for part in turn["content"] if part.get("type") == IMAGE_PART)
+
+
+def pictures_of(turns: Sequence[Turn]) -> list[Picture]:
+    """The pictures of turns in normal form, in order."""
+    return [part["image"] for part in picture_parts(turns)]
+
+
+def _in_parts(turn: Turn) -> bool:
+    return isinstance(turn.get("content"), list)
+
+
+def _listed(given: Any) -> list[Any]:
+    """A column of pictures as a list; null entries in place of absent ones are left out."""
+    return [one for one in (given if isinstance(given, list) else [given]) if one is not None]
+
+
+def _placed(turns: list[Turn], count: int, tell: Tell) -> list[Turn]:
+    """Turns with places for `count` pictures: where `<image>` stands in users' texts, else before the first of them."""
+    users = [turn for turn in turns if turn["role"] == "user"]
+    found = sum(text.count(PLACE) for turn in users for text in _texts(turn))
+    if found:
+        tell("<image> in texts read as the places of the column's pictures")
+        return [{**turn, "content": _cut(turn)} if turn["role"] == "user" else turn for turn in turns]
+    if not users:
+        return turns
+    tell("pictures of the column placed before the first question")
+    places = [{"type": IMAGE_PART, "image": None}] * count
+    first = next(position for position, turn in enumerate(turns) if turn["role"] == "user")
+    return [
+        {**turn, "content": [*places, *_parts(turn)]} if position == first else turn
+        for position, turn in enumerate(turns)
+    ]
+
+
+def _parts(turn: Turn) -> list[Turn]:
+    content = turn["content"]
+    return [{"type": "text", "text": content}] if isinstance(content, str) else content
+
+
+def _texts(turn: Turn) -> list[str]:
+    return [part["text"] for part in _parts(turn) if part["type"] == "text"]
+
+
+def _cut(turn: Turn) -> list[Turn]:
+    """The parts of a turn, its texts cut at each `<image>`."""
+    made: list[Turn] = []
+    for part in _parts(turn):
+        if part["type"] != "text":
+            made.append(part)
+            continue
+        for number, text in enumerate(part["text"].split(PLACE)):
+            made += [{"type": IMAGE_PART, "image": None}] if number else []
+            made += [{"type": "text", "text": own}] if (own := text.strip()) else []
+    return made
+
+
+def _source(what: Any, origin: Origin) -> str | bytes:
+    """The bytes of a picture, or the address of its file."""
+    if isinstance(what, dict):  # as `datasets` stores pictures, and as OpenAI's parts nest them
+        key = next((key for key in ("bytes", "url", "path", "base64") if what.get(key)), None)
+        what = what.get(key)
+        if key == "base64" and isinstance(what, str):
+            return _unpacked(what)
+    if isinstance(what, bytes | bytearray | memoryview):
+        return bytes(what)
+    if not isinstance(what, str) or not what:
+        raise RowDropped("missing_picture", f"no path, address or bytes but {type(what).__name__}")
+    if what.startswith("data:"):
+        head, _, body = what.partition(",")
+        return _unpacked(body if head.endswith(";base64") else "")
+    scheme = what.partition("://")[0].lower() if is_remote(what) else ""
+    if scheme in ("http", "https", "ftp"):
+        raise RowDropped("picture_on_the_web", what[:80])
+    if origin.file.startswith(HUGGING_FACE) and not is_remote(origin.file):
+        raise RowDropped(
+            "missing_picture", f"a path in a data set of the Hub ({what[:60]}), which holds bytes or nothing"
+        )
+    if scheme == "file":
+        what = unquote(urlparse(what).path)
+    elif scheme:
+        return what
+    if is_remote(origin.file):
+        if what.startswith("/"):
+            raise RowDropped("missing_picture", f"{what[:80]}: a path of this machine, in rows that are elsewhere")
+        return join(origin.file.rpartition("/")[0], what)
+    return str(Path(origin.file).parent / Path(what).expanduser())
+
+
+def _unpacked(text: str) -> bytes:
+    try:
+        return base64.b64decode(text, validate=True)
+    except (binascii.Error, ValueError) as error:
+        raise RowDropped("unreadable_picture", f"no base64 ({error})") from None
+
+
+def _content(address: str) -> bytes:
+    try:
+        file = open_bytes(address)
+        if file.size_bytes > MAX_BYTES:
+            raise RowDropped("picture_too_large", f"{address}: {file.size_bytes} bytes, more than {MAX_BYTES}")
+        return bytes(file.read(0, file.size_bytes))
+    except (OSError, UserError) as error:
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+        raise RowDropped("missing_picture", f"{address}: {reason}"[:160]) from None
+
+
+def _opened(content: bytes) -> Any:
+    """A decoded PIL image, RGB; its size is known, and refused, before any pixel is unpacked."""
+    try:
+        from PIL import Image, ImageOps
+    except ImportError as error:
+        raise UserError(f"pictures need the extra: pip install 'gemma4-tpu[pictures]' ({error})") from None
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of odd metadata; what matters raises
+            image = Image.open(io.BytesIO(content), formats=FORMATS)
+            if image.width * image.height > MAX_PIXELS:
+                told = f"{image.width} × {image.height} pixels, more than {MAX_PIXELS} in all"
+                raise RowDropped("picture_too_large", told)
+            return ImageOps.exif_transpose(image).convert("RGB")
+    except RowDropped:
+        raise
+    except Image.DecompressionBombError as error:
+        raise RowDropped("picture_too_large", str(error)[:100]) from None
+    except Exception as error:  # whatever a decoder makes of damaged bytes
+        raise RowDropped("unreadable_picture", f"{type(error).__name__}: {error}"[:100]) from None

@@ -1,0 +1,106 @@
+"""What a run needs to read pictures with: who counts their tokens, and where their features come from."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from gemma4_tpu.config.schema import DataConfig
+from gemma4_tpu.data.build import TrainingData
+from gemma4_tpu.data.chat import Message
+from gemma4_tpu.data.drops import REASONS, Origin, RowDropped
+from gemma4_tpu.data.forms import Conversation
+from gemma4_tpu.data.picture_cache import BATCH, FeatureCache, Shown
+from gemma4_tpu.data.pictures import PictureReader, pictures_of
+from gemma4_tpu.data.turns import IMAGE_PARTS, to_turns
+from gemma4_tpu.errors import UserError
+from gemma4_tpu.models.base import Base
+from gemma4_tpu.models.vision_tower import PictureProcessor, Tower
+
+
+def picture_reader(base: Base, data: DataConfig) -> PictureReader | None:
+    """Reads the pictures of rows as the base does; None: rows with pictures are dropped.
+
+    Raises:
+      UserError: the checkpoint has no processor.
+    """
+    return None if data.image_cache is None else PictureReader(_processor(base))
+
+
+def feature_cache(base: Base, data: DataConfig, share: tuple[int, int] = (0, 1)) -> FeatureCache | None:
+    """Where the features of the base's tower are kept; None: pictures are not read. `share`: as of `FeatureCache`.
+
+    Raises:
+      UserError: the checkpoint has no tower or no processor, or the folder cannot be written to.
+    """
+    if data.image_cache is None:
+        return None
+    return FeatureCache(data.image_cache, Tower(base.checkpoint, _processor(base)), share)
+
+
+def shown_with(base: Base, cache: FeatureCache, data: TrainingData, processes: int) -> Shown:
+    """The features of all examples; call it once every process has made its share.
+
+    Raises:
+      UserError: some are missing.
+    """
+    every = [keys for examples in (data.train, data.heldout) if examples for keys in examples.pictures or ()]
+    if missing := cache.missing([key for keys in every for key in keys]):
+        several = f": {processes} processes need one folder, such as a bucket" if processes > 1 else ""
+        raise UserError(f"data.image_cache: {len(missing)} pictures have no features in {cache.folder}{several}")
+    assert base.arch.vision is not None
+    return Shown(cache, base.arch.vision.image_token)
+
+
+def holds_pictures(messages: Sequence[Message]) -> bool:
+    """Whether a turn has a part that is a picture, in any of the forms of rows."""
+    contents = [message.get("content") for message in messages]
+    return any(part.get("type") in IMAGE_PARTS for parts in contents if isinstance(parts, list) for part in parts)
+
+
+def read_prompts(base: Base, conversations: Sequence[Sequence[Message]]) -> list[tuple[Message, ...]]:
+    """Conversations with their pictures read; paths are relative to the current folder.
+
+    Raises:
+      UserError: a turn or a picture that a row would be dropped for.
+    """
+    reader, made = PictureReader(_processor(base)), []
+    for number, messages in enumerate(conversations, start=1):
+        try:
+            turns = to_turns(list(messages), {}, lambda note: None)
+            read = reader.within(Conversation(turns), None, Origin("prompt", number), lambda note: None)
+        except RowDropped as problem:
+            raise UserError(f"prompt {number}: {REASONS[problem.reason]} ({problem.detail})") from None
+        made.append(tuple(read.messages))
+    return made
+
+
+@dataclass(frozen=True)
+class _InMemory:
+    """Features of a few pictures."""
+
+    dim: int
+    dtype: Any
+    of: dict[str, np.ndarray]
+
+    def read(self, keys: Sequence[str]) -> list[np.ndarray]:
+        return [self.of[key] for key in keys]
+
+
+def shown_at_once(base: Base, conversations: Sequence[Sequence[Message]]) -> Shown:
+    """The features of all pictures of conversations that were read, made now and kept nowhere."""
+    assert base.arch.vision is not None
+    tower = Tower(base.checkpoint, _processor(base))
+    distinct = list({picture.key: picture for messages in conversations for picture in pictures_of(messages)}.values())
+    made: dict[str, np.ndarray] = {}
+    for start in range(0, len(distinct), BATCH):
+        batch = distinct[start : start + BATCH]
+        made |= zip([one.key for one in batch], tower.encode([one.image() for one in batch]), strict=True)
+    return Shown(_InMemory(tower.dim, tower.dtype, made), base.arch.vision.image_token)
+
+
+def _processor(base: Base) -> PictureProcessor:
+    return PictureProcessor.of(base.folder or base.tokenizer_folder)

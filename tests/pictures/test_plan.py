@@ -1,0 +1,45 @@
+"""What a plan counts of pictures, and which models it refuses them for."""
+
+from dataclasses import replace
+
+import jax
+import pytest
+
+from gemma4_tpu.architectures import ARCHITECTURES, seeing
+from gemma4_tpu.config.load import load
+from gemma4_tpu.config.schema import HardwareConfig, LoraConfig, OptimizerConfig, TrainerConfig
+from gemma4_tpu.errors import UserError
+from gemma4_tpu.hardware import MeshSizes
+from gemma4_tpu.models import sharding
+from gemma4_tpu.planning.compile import shapes
+from gemma4_tpu.train import TRAIN
+from gemma4_tpu.training.recipe import Recipe
+
+
+def test_features_and_projector_take_memory():
+    mesh = sharding.make_mesh(1, 1, jax.devices()[:1])
+    text = Recipe(
+        arch=ARCHITECTURES["gemma4_e4b"], hardware=HardwareConfig(), lora=LoraConfig(), optimizer=OptimizerConfig(),
+        trainer=TrainerConfig(compute_dtype="bfloat16", remat="none"), mesh=MeshSizes(**mesh.shape), rows=2, length=256,
+        updates=10,
+    )  # fmt: skip
+    sees = replace(text, arch=seeing(text.arch, None))
+    without, beside = (shapes(recipe, mesh).bytes_per_chip() for recipe in (text, sees))
+    assert beside["batch"] - without["batch"] == 2 * 256 * 768 * 2  # bfloat16 features of every slot
+    assert beside["base"] - without["base"] == 768 * 2560 * 2  # the projector
+    trained = shapes(replace(sees, lora=LoraConfig(modules_to_train=["projector"])), mesh).bytes_per_chip()
+    assert trained["weights"] == 768 * 2560 * 4
+
+
+@pytest.mark.parametrize("model", ["gemma4_31b", "gemma4_26b_a4b", "gemma4_12b"])
+def test_larger_sizes_are_refused_by_what_they_need(model, tmp_path):
+    (tmp_path / "rows.jsonl").write_text('{"prompt": "a", "completion": "b"}\n')
+    words = [f"model={model}", "model.path=gs://bucket/base", "data=chat_jsonl", f"data.train={tmp_path}/rows.jsonl"]
+    with pytest.raises(UserError, match="pictures are read by E2B and E4B alone"):
+        load([*words, f"data.image_cache={tmp_path}/cache"], TRAIN)
+
+
+def test_the_projector_is_named_only_where_pictures_are_read(tmp_path):
+    words = ["model=tiny", "lora.modules_to_train=[projector]", f"run_dir={tmp_path}/run"]
+    with pytest.raises(UserError, match="'projector' is nothing that tiny has"):
+        load(words, TRAIN)

@@ -1,0 +1,146 @@
+"""Rows with pictures, in the forms that people have them: what becomes of each, and what is dropped why."""
+
+import base64
+import io
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from gemma4_tpu.config.schema import DataConfig, DataSource, ModelConfig
+from gemma4_tpu.data.build import build_data
+from gemma4_tpu.data.markup import IMAGE
+from gemma4_tpu.data.seen import picture_reader
+from gemma4_tpu.data.tokenizer import load_tokenizer
+from gemma4_tpu.models.base import resolve_base
+
+SHARED = Path(__file__).resolve().parents[3] / "shared" / "data" / "templates"
+ANSWER = {"role": "assistant", "content": "1 red circle"}
+ASK = {"type": "text", "text": "What is it?"}
+
+
+def png(width=96, height=96, colour=(200, 30, 30)):
+    out = io.BytesIO()
+    Image.new("RGB", (width, height), colour).save(out, "PNG")
+    return out.getvalue()
+
+
+@pytest.fixture(scope="module")
+def read(base, tmp_path_factory):
+    """`read(rows)` → what is built of them; `a.png` and `b/c d.png` lie beside the file."""
+    folder = tmp_path_factory.mktemp("rows")
+    (folder / "a.png").write_bytes(png())
+    (folder / "b").mkdir()
+    (folder / "b" / "c d.png").write_bytes(png(64, 150))
+    (folder / "torn.png").write_bytes(png()[:-40])
+    (folder / "bomb.png").write_bytes(png(9000, 9000))
+    found = resolve_base(ModelConfig(name="tiny_e2b", path=str(base)), pictures=True)
+    tokenizer = load_tokenizer(found.tokenizer_folder)
+    own_template = tokenizer.chat_template
+
+    def build(rows, name="rows.jsonl", pictures=True, template=None, **options):
+        path = folder / name
+        if name.endswith(".jsonl"):
+            path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        else:
+            import datasets
+
+            datasets.Dataset.from_list(rows).to_parquet(path)
+        data = DataConfig(train=[DataSource(path=str(path))], image_cache="cache", max_drop_fraction=1.0, **options)
+        tokenizer.chat_template = template or own_template
+        built = build_data(data, tokenizer, pictures=picture_reader(found, data) if pictures else None)
+        image_token = found.arch.vision.image_token
+        soft = [int((built.train.example(i)[0] == image_token).sum()) for i in range(len(built.train))]
+        return built, soft
+
+    build.folder = folder
+    return build
+
+
+def said(*parts):
+    return {"messages": [{"role": "user", "content": list(parts)}, ANSWER]}
+
+
+def test_every_spelling_of_a_picture_is_the_same_picture(read):
+    path, data = read.folder / "a.png", base64.b64encode(png()).decode()
+    url = f"data:image/png;base64,{data}"
+    rows = [
+        said({"type": "image", "path": "a.png"}, ASK),
+        said({"type": "image", "image": str(path)}, ASK),
+        said({"type": "image_url", "image_url": {"url": url}}, ASK),
+        said({"type": "image_url", "image_url": path.as_uri()}, ASK),
+        said({"type": "input_image", "image_url": url}, ASK),
+        said({"type": "image", "base64": data}, ASK),
+        {**said({"type": "image"}, ASK), "images": ["a.png"]},
+        {"messages": [{"role": "user", "content": "<image>\nWhat is it?"}, ANSWER], "images": ["a.png"]},
+        {"conversations": [{"from": "human", "value": "What is it?"}, {"from": "gpt", "value": "1 red circle"}],
+         "image": "a.png"},
+        {"prompt": "What is it?", "completion": "1 red circle", "image": url},
+    ]  # fmt: skip
+    built, soft = read(rows)
+    assert built.train_report.rows_dropped == 0
+    assert len(set(built.train.pictures)) == 1 and built.duplicates == len(rows) - 1
+    assert soft == [64] * len(rows)  # 96 × 96 pixels in cells of 12
+
+
+def test_two_pictures_stand_where_the_row_has_them_and_carry_no_loss(read):
+    mixed = said({"type": "image", "path": "a.png"}, ASK, {"type": "image", "path": "b/c d.png"}, ASK)
+    placed = {"messages": [{"role": "user", "content": "What is it?<image>and<image>What is it?"}, ANSWER],
+              "images": ["a.png", "b/c d.png"]}  # fmt: skip
+    built, soft = read([mixed, placed])
+    assert soft[0] == soft[1] > 64 and built.train.pictures[0] == built.train.pictures[1]
+    ids, flags = built.train.example(0)
+    where = np.flatnonzero(flags)
+    assert (np.diff(where) == 1).all() and where[-1] == len(ids) - 1  # the answer alone
+    starts = np.flatnonzero(np.diff((ids == ids[np.bincount(ids)[ids].argmax()]).astype(int)) == 1)
+    assert len(starts) == 2 and starts[1] - starts[0] > 64 + 2  # the question between them
+
+
+def test_parquet_as_datasets_writes_it(read):
+    answer = {"role": "assistant", "content": [{"type": "text", "text": "1 red circle"}]}
+    turns = [{"role": "user", "content": [{"type": "image", "text": None}, ASK]}, answer]
+    rows = [{"images": [one], "messages": turns} for one in (
+        {"bytes": png(), "path": None}, {"bytes": None, "path": "a.png"}, {"bytes": png(), "path": "nothing.png"}
+    )]  # fmt: skip
+    built, soft = read(rows, "rows.parquet")
+    assert soft == [64, 64, 64] and len(set(built.train.pictures)) == 1
+
+
+@pytest.mark.parametrize(
+    ("row", "reason"),
+    [
+        (said({"type": "image", "path": "nothing.png"}, ASK), "missing_picture"),
+        (said({"type": "image"}, ASK), "missing_picture"),
+        ({**said({"type": "image"}, ASK), "images": ["a.png", "a.png"]}, "missing_picture"),
+        (said({"type": "image", "path": "rows.jsonl"}, ASK), "unreadable_picture"),
+        (said({"type": "image", "path": "torn.png"}, ASK), "unreadable_picture"),
+        (said({"type": "image_url", "image_url": "data:image/png;base64,%%"}, ASK), "unreadable_picture"),
+        (said({"type": "image", "path": "bomb.png"}, ASK), "picture_too_large"),
+        (said({"type": "image_url", "image_url": {"url": "https://example.com/a.png"}}, ASK), "picture_on_the_web"),
+        (said({"type": "video", "path": "a.mp4"}, ASK), "bad_content"),
+        (said(ASK, {"type": "text", "text": IMAGE}), "control_token"),
+    ],
+)
+def test_dropped_by_reason(read, row, reason):
+    built, _ = read([said({"type": "image", "path": "a.png"}, ASK), row])
+    assert list(built.train_report.dropped) == [reason]
+
+
+def test_without_a_cache_rows_with_pictures_are_dropped_and_the_key_is_named(read):
+    built, _ = read([said({"type": "image", "path": "a.png"}, ASK), said(ASK)], pictures=False)
+    assert "data.image_cache" in built.train_report.dropped["bad_content"].examples[0]
+    assert built.train.pictures is None
+
+
+@pytest.mark.parametrize("revision", ["2026-04-13", "2026-04-29", "2026-07-09"])
+def test_googles_templates(read, revision):
+    path = SHARED / f"e2b_{revision}.jinja"
+    if not path.is_file():
+        pytest.skip("../shared is absent: no templates of released checkpoints")
+    two = {"messages": [*said({"type": "image", "path": "a.png"}, ASK)["messages"],
+                        *said(ASK, {"type": "image", "path": "b/c d.png"})["messages"]]}  # fmt: skip
+    built, soft = read([two], template=path.read_text(encoding="utf-8"))
+    assert built.train_report.rows_dropped == 0 and len(soft) == 1 and soft[0] > 64
+    assert len(built.train.pictures[0]) == 2
