@@ -56,9 +56,9 @@ class PlanResult:
     hbm_bytes_per_chip: int | None
     """Arguments and temporaries at their peak, as the compiler holds it against the limit."""
     hbm_parts_bytes_per_chip: dict[str, int] = field(default_factory=dict)
-    """`base` weights, `lora` (`weights` in full fine-tuning), `optimizer` state, `average` (with
-    `trainer.ema_decay`), `batch` (tokens, counters and what layouts pad), `temporaries` (activations and work
-    space)."""
+    """`base` weights, `lora` (`weights` in full fine-tuning), `optimizer` state, `average` (with `trainer.ema_decay`),
+    an objective's `reference` or `teacher`, `batch` (tokens, counters and what layouts pad), `temporaries` (activations
+    and work space)."""
     flops_per_chip: float | None = None
     """Of one update: products, kernels and elementwise work, corrected for loops."""
     flops_parts_per_chip: dict[str, float] = field(default_factory=dict)
@@ -172,7 +172,7 @@ def estimate(planned: Planned, answer: dict[str, Any], walked: Walked | None = N
     traffic, accessed = counts["hbm_traffic_bytes"] + again, counts["bytes_accessed"]
     tokens = fill.real_tokens_per_update
     per_token = train_flops_per_token(
-        recipe.arch, recipe.lora, fill.segment_tokens, bool(recipe.new_tokens), recipe.has_reference
+        recipe.arch, recipe.lora, fill.segment_tokens, bool(recipe.new_tokens), recipe.beside
     )
     analytic = per_token * tokens / wanted.devices
     parts = _memory_parts(compiled)

@@ -26,6 +26,7 @@ HIDDEN = "collectives_hidden"
 _COLOURS = {
     "base": "#4c78c8", "weights": "#4c78c8", "lora": "#54a24b", "optimizer": "#e0a63a", "average": "#8e6bbf",
     "reference": "#b279a2",
+    "teacher": "#9d755d",
     "batch": "#9d9d9d", "temporaries": "#d9692c", "free": "#f0f0f0",
 }  # fmt: skip
 _MEANING = {
@@ -35,6 +36,7 @@ _MEANING = {
     "optimizer": "optimizer state",
     "average": "average (trainer.ema_decay)",
     "reference": "reference (objective)",
+    "teacher": "teacher (objective)",
     "batch": "batch and padding",
     "temporaries": "activations, temporaries",
 }

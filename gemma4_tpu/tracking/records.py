@@ -29,6 +29,7 @@ VERSION = 1
 """Of the form of every kind."""
 FOLDER, RESULT, PLAN_FILE, CONFIG = "record.json", "result.json", "plan.json", "config.yaml"
 CERTIFICATE_FILE = "certificate.json"
+VALIDATION_FILE = "validation.jsonl"
 
 
 @dataclass(frozen=True)
