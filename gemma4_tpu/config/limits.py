@@ -83,7 +83,7 @@ RANGES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "trainer.stall_seconds": _POSITIVE,
     "distributed.num_processes": _FROM_1, "distributed.process_id": _FROM_0,
     "checkpoint.every": _FROM_1, "checkpoint.keep": _FROM_1,
-    "plan.rows": _FROM_1, "plan.mean_tokens": _FROM_1, "plan.p99_tokens": _FROM_1,
+    "plan.rows": _FROM_1, "plan.mean_tokens": _FROM_1, "plan.p99_tokens": _FROM_1, "plan.answer_tokens": _FROM_1,
     "plan.utilization_low": _PART, "plan.utilization_high": _PART, "plan.max_attempts": _FROM_0,
     "plan.max_candidates": _FROM_1, "plan.parallel": _FROM_1, "plan.search_schedules": _FROM_1,
     "plan.hours_between_preemptions": _POSITIVE, "plan.restart_minutes": _FROM_0,

@@ -101,8 +101,10 @@ def examine_plan(root: PlanRoot) -> tuple[PlanChecked | None, list[Refusal]]:
     warnings = [w for w in checked.warnings if "held-out" not in w]
     if missing:
         warnings.append(f"{'; '.join(missing)}: planned with the numbers of {architecture.name}")
-    if is_on_policy(root.objective):
-        warnings.append(f"objective={root.objective.kind}: the update alone is planned, not the roll-outs before it")
+    if is_on_policy(root.objective) and root.rollouts.reward is not None:
+        warnings.append(
+            f"objective={root.objective.kind}: planned without rewards, which are given beside the decoding"
+        )
     return PlanChecked(architecture, wanted, checked.mesh, _data_here(root), tuple(warnings), teacher), []
 
 

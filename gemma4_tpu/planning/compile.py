@@ -45,18 +45,18 @@ class Shapes:
         reference, teacher.
         """
         own = {leaf.path for leaf in self.step.model.layout.trained_in_full()}
-        adapters_alone = _on_one_chip(without(self.state.trained, own | {token_rows.PATH}))
-        trained = {"lora": adapters_alone, "weights": _on_one_chip(self.state.trained) - adapters_alone}
-        average = {} if self.state.average is None else {"average": _on_one_chip(self.state.average)}
-        beside = {name: _on_one_chip(self.base[name]) for name in (REFERENCE, TEACHER) if name in self.base}
+        adapters_alone = on_one_chip(without(self.state.trained, own | {token_rows.PATH}))
+        trained = {"lora": adapters_alone, "weights": on_one_chip(self.state.trained) - adapters_alone}
+        average = {} if self.state.average is None else {"average": on_one_chip(self.state.average)}
+        beside = {name: on_one_chip(self.base[name]) for name in (REFERENCE, TEACHER) if name in self.base}
         base = {name: arrays for name, arrays in self.base.items() if name not in beside}
         return {
-            "base": _on_one_chip(base),
+            "base": on_one_chip(base),
             **{kind: size_bytes for kind, size_bytes in trained.items() if size_bytes},
-            "optimizer": _on_one_chip(self.state.optimizer),
+            "optimizer": on_one_chip(self.state.optimizer),
             **average,
             **beside,
-            "batch": _on_one_chip(self.batch),
+            "batch": on_one_chip(self.batch),
         }
 
 
@@ -175,7 +175,7 @@ def hbm_limit_bytes(device: Any) -> int:
     raise RuntimeError(f"{device.device_kind}: the compiler does not tell its HBM")
 
 
-def _on_one_chip(tree: Any) -> int:
+def on_one_chip(tree: Any) -> int:
     """Bytes of one chip's share of every array."""
 
     def size(x: jax.ShapeDtypeStruct) -> int:

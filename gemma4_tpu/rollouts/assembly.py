@@ -19,7 +19,8 @@ from gemma4_tpu.rollouts.policy_tasks import Task, of_problems, of_rows, that_fi
 from gemma4_tpu.rollouts.rewarding import open_reward
 from gemma4_tpu.rollouts.sampler import Sampler, SamplerShapes
 from gemma4_tpu.rollouts.scoring import Scorer
-from gemma4_tpu.rollouts.source import Making, OnPolicySource, Selection, Show, by_advantage, by_reward, every_answer
+from gemma4_tpu.rollouts.selection import Selection, by_advantage, by_reward, every_answer
+from gemma4_tpu.rollouts.source import Making, OnPolicySource, Show
 from gemma4_tpu.rollouts.validation import Validation, set_aside
 from gemma4_tpu.step.grpo import Grpo
 from gemma4_tpu.step.train_step import Step

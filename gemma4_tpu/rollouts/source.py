@@ -6,7 +6,6 @@ import hashlib
 import logging
 import math
 import time
-from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
@@ -19,13 +18,13 @@ from gemma4_tpu.config.rollouts import RolloutsConfig
 from gemma4_tpu.config.schema import TrainerConfig
 from gemma4_tpu.data.pipeline import STATE_VERSION, Update, check_position
 from gemma4_tpu.errors import UserError
-from gemma4_tpu.rollouts import advantages
 from gemma4_tpu.rollouts.batch import BatchShape, Placed, assembled, in_batches, that_fit
 from gemma4_tpu.rollouts.certificate import Agreement, Certificate, ExpectedLoss, described
-from gemma4_tpu.rollouts.collecting import Collected, Collector, Group
+from gemma4_tpu.rollouts.collecting import Collected, Collector
 from gemma4_tpu.rollouts.digest import digest
 from gemma4_tpu.rollouts.policy_tasks import Task
 from gemma4_tpu.rollouts.scoring import Scorer
+from gemma4_tpu.rollouts.selection import Selection
 from gemma4_tpu.rollouts.validation import Validation
 from gemma4_tpu.step.grpo import ADVANTAGES, COPIES, OLD_LOGPROBS
 
@@ -37,74 +36,6 @@ COLUMNS = ("prompt", "answer", "tokens", "stopped", "reward", "verdict")
 """Of the answers that a tracker gets."""
 SHOWN = 16
 """Answers."""
-
-
-@dataclass(frozen=True)
-class Selection:
-    """Which answers an objective learns from."""
-
-    is_live: Callable[[Group], bool]
-    """Whether a group has any."""
-    placed: Callable[[Group], list[Placed]]
-    """Those of a live group, each with its weight."""
-    fields: Collection[str]
-    """What its batches hold besides the arrays of every batch."""
-    loss: Callable[[Mapping[str, np.ndarray]], ExpectedLoss] | None
-    """What the step has to find for a batch if the policy is the one that drew it; None: the answers do not say, so
-    the trainer scores them token by token (`Scorer.divergences`) when it is compared with the sampler."""
-
-
-def _policy_loss(arrays: Mapping[str, np.ndarray]) -> ExpectedLoss:
-    """Every ratio is 1: the mean advantage over all tokens, equal answers counted each."""
-    copies = np.where(arrays["target_mask"], arrays[COPIES], 0.0).astype(np.float64)
-    gains = arrays[ADVANTAGES].astype(np.float64)
-    return ExpectedLoss(-(copies * gains).sum() / copies.sum(), (copies * np.abs(gains)).sum() / copies.sum())
-
-
-def _cross_entropy(arrays: Mapping[str, np.ndarray]) -> ExpectedLoss:
-    """The mean of −log p over all tokens, as they were drawn."""
-    return ExpectedLoss(-float(arrays[OLD_LOGPROBS][arrays["target_mask"]].mean(dtype=np.float64)), 1.0)
-
-
-def by_advantage(config: RolloutsConfig, fields: Collection[str]) -> Selection:
-    """Answers by how much better than their group they are; groups whose rewards differ."""
-
-    def rewards(group: Group) -> np.ndarray:
-        return advantages.penalised(group.rewards, group.lengths, config)
-
-    def placed(group: Group) -> list[Placed]:
-        stopped = [one.stopped for one in group.drawn]
-        tokens = [one.tokens for one in group.drawn]
-        chosen = advantages.weighed(tokens, rewards(group), stopped, config)
-        return [Placed(group.task, group.drawn[one.sample], one.advantage, one.copies) for one in chosen]
-
-    # A group of which masking leaves nothing has nothing to learn from either.
-    return Selection(lambda g: advantages.is_live(rewards(g)) and bool(placed(g)), placed, fields, _policy_loss)
-
-
-def by_reward(config: RolloutsConfig) -> Selection:
-    """Answers with a reward above 0, each distinct one once; groups that have some."""
-
-    def placed(group: Group) -> list[Placed]:
-        good = [
-            one
-            for one, reward in zip(group.drawn, group.rewards, strict=True)
-            if reward > 0 and (one.stopped or not config.mask_truncated)
-        ]
-        return [Placed(group.task, one) for one in {one.tokens.tobytes(): one for one in good}.values()]
-
-    return Selection(lambda group: bool(placed(group)), placed, (), _cross_entropy)
-
-
-def every_answer() -> Selection:
-    """All answers of all groups, each distinct one once, with their number; cut-off ones, too."""
-
-    def placed(group: Group) -> list[Placed]:
-        alike = Counter(one.tokens.tobytes() for one in group.drawn)
-        first = {one.tokens.tobytes(): one for one in reversed(group.drawn)}
-        return [Placed(group.task, first[tokens], copies=copies) for tokens, copies in alike.items()]
-
-    return Selection(lambda group: True, placed, (COPIES,), None)
 
 
 @dataclass(frozen=True)
@@ -315,11 +246,14 @@ def _shown(collected: Collected, collector: Collector) -> list[tuple[Any, ...]]:
 def _figures(collected: Collected, live: int, seconds: float) -> dict[str, float]:
     """For `metrics.jsonl`."""
     known = described(collected.groups)
+    of_rewards: dict[str, float] = {name: known[name] for name in ("reward", "malformed") if name in known}
+    if of_rewards:
+        of_rewards["live_groups"] = live / len(collected.groups)
     return {
-        **{name: known[name] for name in ("reward", "malformed", "entropy") if name in known},
+        **of_rewards,
+        "entropy": known["entropy"],
         "answer_tokens": known["mean_tokens"],
         "truncated": known["truncated"] / known["answers"],
         "distinct": known["distinct"] / known["answers"],
-        "live_groups": live / len(collected.groups),
         "rollout_seconds": seconds,
     }

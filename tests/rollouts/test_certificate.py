@@ -21,7 +21,8 @@ from gemma4_tpu.rollouts.policy_tasks import Task
 from gemma4_tpu.rollouts.rewarding import Rewarded
 from gemma4_tpu.rollouts.sampler import Sampler, SamplerShapes
 from gemma4_tpu.rollouts.scoring import Scorer
-from gemma4_tpu.rollouts.source import Making, OnPolicySource, by_advantage
+from gemma4_tpu.rollouts.selection import by_advantage
+from gemma4_tpu.rollouts.source import Making, OnPolicySource
 from gemma4_tpu.rollouts.validation import Validation
 from gemma4_tpu.step.grpo import COPIES, Grpo
 from gemma4_tpu.step.train_step import Step
