@@ -44,7 +44,9 @@ def divergences(runs: Sequence[str], teacher: str, *, prompts: int, new_tokens: 
     for run in runs:
         own = find_model(run).load(mesh, "float32")
         step = Step(own.model, optax.identity(), objective=Distill(REVERSE), teacher=its.model)
-        trained, base = own.lora or {}, {**own.params, TEACHER: {"params": its.params, "lora": its.lora or {}}}
+        # Without adapters all weights are what a step calls trained.
+        trained, frozen = (own.lora, own.params) if own.lora is not None else (own.params, {})
+        base = {**frozen, TEACHER: {"params": its.params, "lora": its.lora}}
         sampler = Sampler(step, stops, SamplerShapes(len(tasks), len(tasks), width, new_tokens))
         wanted = [Wanted(i, 0, sample_seed(0, "held-out", task.name, 0)) for i, task in enumerate(tasks)]
         drawn = {one.wanted.prompt: one for one in sampler(trained, base, [task.ids for task in tasks], wanted)}
