@@ -37,6 +37,8 @@ class PlanResult:
     """`lora r=64`, `qlora nf4 r=64`, `full`."""
     objective: str = SFT  # of plans made before there were others
     """`objective.kind`."""
+    teacher: str | None = None
+    """Architecture of its teacher, where it has one."""
     lora_rank: int | None = None
     """Of the adapters; None: full fine-tuning."""
     mesh: dict[str, int]

@@ -276,7 +276,8 @@ def _draw_bars(axes: Any, results: Sequence[PlanResult]) -> None:
 
 
 def _trained(result: PlanResult) -> str:
-    return result.trained if result.objective == SFT else f"{result.trained}, {result.objective}"
+    teacher = f" from {result.teacher}" if result.teacher else ""
+    return result.trained if result.objective == SFT else f"{result.trained}, {result.objective}{teacher}"
 
 
 def _described(result: PlanResult) -> list[str]:

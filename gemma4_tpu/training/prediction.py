@@ -18,7 +18,8 @@ log = logging.getLogger(__name__)
 
 PLAN, PLANS = "plan.json", Path("outputs/plan")
 _DESCRIBED = (
-    "slice", "model", "trained", "objective", "mesh", "remat", "sequence_length", "rows_per_update", "microbatches",
+    "slice", "model", "trained", "objective", "teacher", "mesh", "remat", "sequence_length", "rows_per_update",
+    "microbatches",
 )  # fmt: skip
 """What a plan and a run must have in common."""
 

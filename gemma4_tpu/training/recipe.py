@@ -79,6 +79,7 @@ class Recipe:
             "model": self.arch.name,
             "trained": trained_as(self.lora, self.arch),
             "objective": self.objective.kind,
+            "teacher": self.teacher.arch.name if self.teacher else None,
             "lora_rank": self.lora.rank if self.lora.enabled else None,
             "mesh": self.mesh._asdict(),
             "remat": self.trainer.remat,
