@@ -43,23 +43,25 @@ def objective_problems(
 
 def _teacher(objective: ObjectiveConfig) -> list[str]:
     """What is wrong with the teacher, as far as local files tell."""
-    path, which = objective.teacher, objective.teacher_checkpoint or ""
+    path, which, name = objective.teacher, objective.teacher_checkpoint or "", objective.teacher_model
+    messages = []
+    if name is not None and name not in ARCHITECTURES:
+        hint = did_you_mean(name, ARCHITECTURES, lambda one: f"objective.teacher_model={one}")
+        messages.append(f"objective.teacher_model={name}: no such architecture{hint}")
+    if which not in ("best", "latest") and not which.isdecimal():
+        messages.append(f"objective.teacher_checkpoint={which}: give best, latest or the number of an update")
     if not path:
         return [
+            *messages,
             f"objective.teacher: objective={objective.kind} learns from one; give a run folder or a checkpoint with the"
-            " same vocabulary (local, gs:// or embedded:NAME)"
+            " same vocabulary (local, gs:// or embedded:NAME); for a plan objective.teacher_model=<its size> will do",
         ]
     if is_address(path):
         return [
+            *messages,
             f"objective.teacher={path}: servers tell probabilities of a few tokens, and the whole distribution is"
-            " compared; give the checkpoint or the run folder that it serves"
+            " compared; give the checkpoint or the run folder that it serves",
         ]
-    messages = []
-    if which not in ("best", "latest") and not which.isdecimal():
-        messages.append(f"objective.teacher_checkpoint={which}: give best, latest or the number of an update")
-    if (name := objective.teacher_model) is not None and name not in ARCHITECTURES:
-        hint = did_you_mean(name, ARCHITECTURES, lambda one: f"objective.teacher_model={one}")
-        messages.append(f"objective.teacher_model={name}: no such architecture{hint}")
     if path.startswith(RANDOM):
         if not name:
             messages.append(f"objective.teacher={path}: random weights of which model? Give objective.teacher_model=")
