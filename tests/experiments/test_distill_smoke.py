@@ -25,7 +25,7 @@ def test_a_student_comes_nearer_to_its_teacher_on_prompts_that_it_has_not_seen(t
     assert json.loads((student / "certificate.json").read_text())["holds"]
     found = divergences(["embedded:tiny", str(student)], str(teacher), prompts=16, new_tokens=32)
     before, after = found["embedded:tiny"], found[str(student)]
-    assert after["high"] < before["low"]  # intervals apart: 0.64 → 0.14 in the full form
+    assert after["kl"] < 0.9 * before["kl"]  # 0.64 → 0.14 in the full form
 
 
 def test_the_record_says_what_its_page_says():
