@@ -12,17 +12,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from gemma4_tpu import assets
 from gemma4_tpu.architectures import Architecture
-from gemma4_tpu.checkpoint_folder import RANDOM, recognise
-from gemma4_tpu.config.schema import HardwareConfig, MeshConfig, ModelConfig
-from gemma4_tpu.config.tasks import EvalConfig, ExportConfig
+from gemma4_tpu.config.schema import HardwareConfig, MeshConfig
+from gemma4_tpu.config.tasks import EvalConfig
 from gemma4_tpu.data.chat import Message
 from gemma4_tpu.data.picture_cache import Shown
 from gemma4_tpu.data.seen import holds_pictures, read_prompts, shown_at_once
-from gemma4_tpu.data.tokenizer import load_tokenizer
 from gemma4_tpu.errors import UserError
-from gemma4_tpu.evals.evaluated_models import weights_as_they_are, weights_of
+from gemma4_tpu.evals.any_model import find_model
 from gemma4_tpu.evals.generate import (
     InProcess,
     SampleRequest,
@@ -32,12 +29,9 @@ from gemma4_tpu.evals.generate import (
     padded_width,
     sample_seed,
 )
-from gemma4_tpu.export.trained import open_trained
 from gemma4_tpu.models import sharding
-from gemma4_tpu.models.audit import audit
-from gemma4_tpu.models.base import Base, resolve_base
+from gemma4_tpu.models.base import Base
 from gemma4_tpu.models.gemma4 import Model, Params, hidden_states, logits
-from gemma4_tpu.storage import list_folder
 from gemma4_tpu.training.meshes import whole_rows_problems
 from gemma4_tpu.training.setup import start_mesh
 
@@ -79,22 +73,13 @@ class Gemma4:
         Raises:
           UserError: nothing of the kind is there, or its parts don't fit together.
         """
-        place, mesh = str(source), mesh or MeshConfig(tp=None)
+        mesh = mesh or MeshConfig(tp=None)
         if problems := whole_rows_problems(mesh.cp, "a model in memory takes texts of any length"):
             raise UserError(problems[0])
-        settings = EvalConfig(compute_dtype=compute_dtype, checkpoint=checkpoint)
-        if _is_checkpoint(place):
-            name = model or ("" if place.startswith(RANDOM) else recognise(assets.resolve(place)))
-            base = resolve_base(ModelConfig(name=name, path=place), pictures=pictures)
-            audit(base).enforce()
-            weights = weights_as_they_are(base, settings, start_mesh(HardwareConfig(), mesh, base.arch))
-            return cls(weights, base, load_tokenizer(base.tokenizer_folder), "drop")
-        trained = open_trained(place, ExportConfig(checkpoint=checkpoint))
-        base = trained.base
-        without, tuned = weights_of(trained, settings, start_mesh(HardwareConfig(), mesh, base.arch))
-        thoughts = trained.run.read_config().get("data", {}).get("thoughts", "drop")
-        tokenizer = load_tokenizer(base.tokenizer_folder, base.new_tokens)
-        return cls(tuned if adapters else without, base, tokenizer, thoughts)
+        found = find_model(str(source), checkpoint=checkpoint, model=model, pictures=pictures)
+        on = start_mesh(HardwareConfig(), mesh, found.base.arch)
+        thoughts = found.trained.run.read_config().get("data", {}).get("thoughts", "drop") if found.trained else "drop"
+        return cls(found.load(on, compute_dtype, adapters=adapters), found.base, found.tokenizer, thoughts)
 
     @property
     def architecture(self) -> Architecture:
@@ -184,16 +169,6 @@ def _hidden(model: Model, params: Params, lora: Params | None, tokens: jax.Array
 def _logits(model: Model, params: Params, lora: Params | None, tokens: jax.Array, segments: jax.Array) -> jax.Array:
     """[B, T, V]."""
     return logits(model, params, _hidden(model, params, lora, tokens, segments))
-
-
-def _is_checkpoint(place: str) -> bool:
-    """Whether it is one, or else a run."""
-    if place.startswith((RANDOM, assets.PREFIX)):
-        return True
-    present = list_folder(place)
-    if "config.json" not in present and "config.yaml" not in present:
-        raise UserError(f"{place}: neither a checkpoint (it has no config.json) nor a run folder (no config.yaml)")
-    return "config.json" in present
 
 
 def _messages(prompt: Prompt) -> tuple[Message, ...]:

@@ -107,8 +107,9 @@ def _plan(planned: Planned, folder: RunFolder) -> int:
         result, walked = attempt.result, attempt.walked
     if not result.fits:
         print(f"does not fit: {misfit_line(result)}", file=sys.stderr)
-        tried = nearest_fits(planned, result, planned.config.plan.max_attempts)
-        attempt.result = replace(result, alternatives=tried)
+        if "misfit" not in result.rollouts:  # which says what would fit
+            tried = nearest_fits(planned, result, planned.config.plan.max_attempts)
+            attempt.result = replace(result, alternatives=tried)
     _keep(attempt, folder)
     (print_schedule if first and walked is not None else print_plan)(attempt.result, folder.path)
     print_alternatives(attempt.result)

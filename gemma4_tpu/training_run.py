@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from contextlib import closing
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -29,6 +29,8 @@ from gemma4_tpu.models.lora import factors
 from gemma4_tpu.planning.auto_remat import resolve_remat
 from gemma4_tpu.rollouts.assembly import begin, make_source
 from gemma4_tpu.rollouts.source import OnPolicySource
+from gemma4_tpu.rollouts.teacher import Teacher, open_teacher
+from gemma4_tpu.step.objective import TEACHER
 from gemma4_tpu.step.objective_kinds import KINDS, rows_of
 from gemma4_tpu.step.optimizer import make_schedule
 from gemma4_tpu.storage import Deadline
@@ -80,6 +82,7 @@ class Run:
     data: TrainingData
     mesh: Mesh
     batches: Batches
+    teacher: Teacher | None
 
     @property
     def updates(self) -> int:
@@ -89,7 +92,8 @@ class Run:
     @cached_property
     def fingerprints(self) -> dict[str, Any]:
         """Of base, tokenizer and rows; saved with every checkpoint."""
-        return {"base": self.base.fingerprint, **self.batches.source.fingerprint}
+        teacher = {} if self.teacher is None else {"teacher": self.teacher.found.identity}
+        return {"base": self.base.fingerprint, **teacher, **self.batches.source.fingerprint}
 
     def recipe(self) -> Recipe:
         """The step, with the remat policy that was asked for."""
@@ -99,6 +103,7 @@ class Run:
             trainer=config.trainer, mesh=MeshSizes(**self.mesh.shape), rows=self.batches.rows,
             length=max(self.batches.source.lengths), updates=self.updates,
             new_tokens=tuple(self.base.token_places.ids.values()), objective=config.objective,
+            teacher=self.teacher.model if self.teacher else None,
         )  # fmt: skip
 
 
@@ -117,6 +122,7 @@ def train(loaded: Loaded[TrainRoot, Checked], folder: RunFolder, hosts: Hosts, p
     audit(base).enforce()
     start = open_start(config.lora, base.arch, resume_from)
     tokenizer = load_tokenizer(base.tokenizer_folder, base.new_tokens)
+    teacher = open_teacher(config.objective, base, tokenizer) if KINDS[config.objective.kind].taught else None
     cache = feature_cache(base, config.data, (hosts.index, hosts.count))
     keep = cache.ensure if cache else let_go
     data = build_data(config.data, tokenizer, rows_of(config.objective), picture_reader(base, config.data), keep)
@@ -127,7 +133,9 @@ def train(loaded: Loaded[TrainRoot, Checked], folder: RunFolder, hosts: Hosts, p
     own = _own_answers(config, mesh, data, tokenizer, base, hosts) if is_on_policy(config.objective) else None
     batches = make_batches(data, config.data, config.trainer, mesh, own, shown)
     check_lengths(batches.lengths, MeshSizes(**mesh.shape))
-    run = Run(config, loaded.overrides, folder, hosts, resume_from, base, start, tokenizer, data, mesh, batches)
+    run = Run(
+        config, loaded.overrides, folder, hosts, resume_from, base, start, tokenizer, data, mesh, batches, teacher
+    )  # fmt: skip
     check_profile(config.trainer.profile, run.updates)
     check_patience(config.trainer, bool(batches.heldout))
     if told := hosts.from_first(lambda: resume.nothing_left(folder, resume_from, run.updates, config.trainer)):
@@ -151,6 +159,9 @@ def train(loaded: Loaded[TrainRoot, Checked], folder: RunFolder, hosts: Hosts, p
     began = open_began(folder.checkpoints) if goes_on and takes_part(config.lora) else None
     reference = open_reference(folder.checkpoints) if goes_on and recipe.keeps_reference else None
     setup = set_up(base, recipe, mesh, start, began, reference)
+    if teacher is not None:
+        weights = teacher.weights(mesh, config.trainer.compute_dtype)
+        setup = replace(setup, base={**setup.base, TEACHER: weights})
     provenance.record(folder, made_of)
     folder.begun()
     if start is not None:
@@ -242,7 +253,7 @@ def _loop(
             begin(
                 source, config.rollouts, setup.step, setup.base, run.tokenizer,
                 checkpoint_stop_ids(run.base, run.tokenizer), seed=config.trainer.seed, run=folder.path,
-                resume_from=run.resume_from, report=reports, progress=watchdog.progress,
+                resume_from=run.resume_from, report=reports, show=tracker.table, progress=watchdog.progress,
             )  # fmt: skip
         with watchdog, reports.progress:
             result = loop.run(run.resume_from)

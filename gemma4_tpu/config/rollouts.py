@@ -21,10 +21,11 @@ class RolloutsConfig:
     Answers are drawn at temperature 1 from the whole distribution: that is the policy that is trained.
     """
 
-    reward: str = "judge"
+    reward: str | None = None
     """`judge` (Verilog by simulation: passes, has ended, opens with a fence), `module:function` (Python: takes a list
     of rows with `problem`, `prompt`, `completion`, `reference` and `stopped`, returns a number or (number, class) for
-    each), or a server's URL, POST `{"samples": [row, …]}` → `{"verdicts": [{"score", "kind"}, …]}`."""
+    each), or a server's URL, POST `{"samples": [row, …]}` → `{"verdicts": [{"score", "kind"}, …]}`; null: `judge`,
+    and for `objective=distill`, which needs none, no reward (with one it is told, not learnt from)."""
     benchmark: str = "verilog_smoke"
     """`reward=judge` only: the benchmark whose problems are the prompts, as `eval.benchmark`. With other rewards the
     prompts come from the rows of `data.train`, up to each one's last answer."""
@@ -33,9 +34,10 @@ class RolloutsConfig:
     reward_timeout_seconds: float = 600.0
     """Timeout for one answer of such a server."""
     prompts: int = 16
-    """Groups with differing rewards to train on in each update."""
+    """Groups to train on in each update: those with differing rewards (`grpo`), a reward (`expert_iteration`), or all
+    (`distill`)."""
     samples: int = 8
-    """Answers drawn for each prompt, which form a group."""
+    """Answers drawn for each prompt, which form a group; `grpo` needs 2 or more."""
     resample: float = 2.0
     """Ask at most this many times `prompts` per update, to replace groups that have nothing to learn from; 1: none are
     replaced."""
@@ -48,15 +50,21 @@ class RolloutsConfig:
     advantages: str = "mean"
     """Rewards minus their group's `mean`, or also divided by its standard deviation (`std`)."""
     mask_truncated: bool = True
-    """Do not train on answers that were cut off."""
+    """Do not train on answers that were cut off; `distill` does all the same, since each of their tokens has a teacher
+    of its own."""
     overlong_tokens: int = 0
     """Answers that end within this many tokens of `new_tokens` lose part of `overlong_penalty`; 0: none do."""
     overlong_penalty: float = 1.0
     """What an answer of `new_tokens` tokens loses of its reward; the earlier an answer ends, the less it loses, down to
     nothing."""
+    validation_prompts: int = 0
+    """Prompts to set aside from training, by a hash of their tokens: the policy answers them before the first update,
+    every `validation_every` and after the last, for `validation_reward` and its difference to the start's; 0: none."""
+    validation_every: int = 20
+    """Updates between such validations."""
     check_every: int = 10
     """Updates between checks of the sampler against the trainer; the first update is always checked, and so is the
-    first one after the adapters have changed."""
+    first one after the adapters have changed. With a tracker the answers to the first prompts go there, too."""
     max_logprob_difference: float | None = None
     """Mean difference between the two, in nats per token, at which the run is refused; null: 0.001 in float32, 0.05 in
     bfloat16."""

@@ -194,8 +194,10 @@ class ObjectiveConfig:
     kind: str = "sft"
     """`sft`: trains on the answers of conversations; `dpo`, `ipo`, `orpo`: on pairs of a chosen and a rejected answer;
     `grpo`: on the policy's own answers to the rows' prompts (or to problems), each weighted by how much better it was
-    rewarded than others to the same prompt; `expert_iteration`: on those of its own answers that were rewarded. For the
-    last two see `rollouts=`. `objective=<kind>` sets this and all keys of the kind."""
+    rewarded than others to the same prompt; `expert_iteration`: on those of its own answers that were rewarded;
+    `distill`: draws its distribution towards a teacher's on its own answers, `distill_offline`: on those of the rows.
+    For `grpo`, `expert_iteration` and `distill` see `rollouts=`. `objective=<kind>` sets this and all keys of the
+    kind."""
     beta: float | None = None
     """`dpo`, `ipo`: how much a nat of log-likelihood gained over the reference counts; the smaller, the further a run
     may move from where it started. `orpo`: weight of the preference term relative to the cross-entropy (its paper's
@@ -209,6 +211,17 @@ class ObjectiveConfig:
     max_drift: float | None = None
     """`grpo`: worse answers are left out once the policy has moved away from them, since they were drawn, by more than
     this many nats per token."""
+    teacher: str | None = None
+    """`distill`, `distill_offline`: whose distribution is learnt: a run folder or a Hugging Face checkpoint (local or
+    gs://, `embedded:NAME`, `random:SEED`) with the same vocabulary. It lies on the devices beside the model."""
+    teacher_model: str | None = None
+    """Its architecture, as `model.name`: for `random:SEED`, and for plans where the teacher is not there; null: its
+    `config.json` says."""
+    teacher_checkpoint: str | None = None
+    """Which checkpoint of such a run: `latest`, `best` (lowest held-out loss) or an update number."""
+    divergence: str | None = None
+    """Mean over tokens of `reverse` KL(model ‖ teacher), which makes the model do only what its teacher does, or
+    `forward` KL(teacher ‖ model), which makes it do all that its teacher does."""
 
 
 @dataclass(kw_only=True)

@@ -232,6 +232,8 @@ class PlanConfig:
     """Their mean length."""
     p99_tokens: float = 2553.0
     """Length that 99% of them do not exceed."""
+    answer_tokens: int | None = None
+    """Of objectives that sample: mean length of an answer, in tokens; null: `rollouts.new_tokens`, the longest."""
     schedule: bool = True
     """After the first answer, compile to the end and take the time from the compiler's schedule: minutes for the large
     models, once (compiled programs are kept). This also finds kernels that ask for too much on-chip memory, and adds

@@ -105,10 +105,10 @@ def weights_of(trained: Trained, config: EvalConfig, mesh: Mesh) -> tuple[Weight
     Weights that are trained in full are the base's own in the one, the trained ones in the other. Where quantised
     weights lack what adapters began as, the base is what training began with.
     """
-    parts = None
-    if trained.lora.quantize and isinstance(state := trained.state, PlainState):
-        trained = trained.as_trained
-        parts = Parts(trained.lora.init, mesh, jax.random.key(0), state.began.read)
+    parts, given = None, trained
+    if (trained := as_computed(given)) is not given:
+        assert isinstance(given.state, PlainState)
+        parts = Parts(trained.lora.init, mesh, jax.random.key(0), given.state.began.read)
     lora, base = trained.lora, trained.base
     model = make_model(base.arch, lora, _trainer(config), mesh)
     params = load_weights(base, model.layout, mesh, model.compute_dtype, holding(lora, mesh, parts))
@@ -120,6 +120,11 @@ def weights_of(trained: Trained, config: EvalConfig, mesh: Mesh) -> tuple[Weight
     factors = _on_mesh(trained, adapters.leaves(model.layout), mesh, np.float32)
     begun = adapters.init(model.layout, jax.random.key(0), params, parts.factors) if parts else None
     return Weights(model, params, begun), Weights(model, tuned, build_tree(iter(factors.items())) or None)
+
+
+def as_computed(trained: Trained) -> Trained:
+    """With the adapters that training had where quantised weights lack what those began as, else with plain ones."""
+    return trained.as_trained if trained.lora.quantize and isinstance(trained.state, PlainState) else trained
 
 
 def _on_mesh(trained: Trained, leaves: Iterable[Leaf], mesh: Mesh, dtype: Any) -> dict[Path, jax.Array]:

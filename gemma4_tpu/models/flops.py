@@ -63,7 +63,11 @@ def attention_flops(arch: Architecture, length: float, before: int | None = None
 
 
 def train_flops_per_token(
-    arch: Architecture, lora: LoraConfig, mean_length: float, token_rows: bool = False, reference: bool = False
+    arch: Architecture,
+    lora: LoraConfig,
+    mean_length: float,
+    token_rows: bool = False,
+    beside: Architecture | None = None,
 ) -> float:
     """Forward and backward of one real token in segments of `mean_length` tokens, without rematerialisation.
 
@@ -72,7 +76,7 @@ def train_flops_per_token(
       lora: what is trained of it.
       mean_length: of the segments that attention sees.
       token_rows: some rows of the embedding are trained as well, see `token_rows.py`.
-      reference: a forward pass of the base goes with it.
+      beside: a model whose forward pass goes with it, such as a teacher.
     """
     layout = Layout.of(arch, lora)
     first = 0 if token_rows else _first_trained_layer(layout)
@@ -81,8 +85,8 @@ def train_flops_per_token(
     forward_only = 2 * below + 2 * attention_flops(arch, mean_length, first)
     in_full = matmul_parameters(arch, lambda t: t.weight.name in layout.in_full)
     base = 4 * matmul_parameters(arch) + 3 * attention_flops(arch, mean_length)
-    if reference:
-        base += 2 * matmul_parameters(arch) + attention_flops(arch, mean_length)
+    if beside is not None:
+        base += 2 * matmul_parameters(beside) + attention_flops(beside, mean_length)
     return base - forward_only + 2 * in_full + 6 * _lora_parameters(arch, lora, arch.experts_per_token)
 
 

@@ -10,10 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from gemma4_tpu.compiler_flags import compiler_options
+from gemma4_tpu.config.rollouts import RolloutsConfig
 from gemma4_tpu.hardware import Slice
 from gemma4_tpu.models.sharding import make_mesh
 from gemma4_tpu.planning import compile as compiling
-from gemma4_tpu.planning import kept_programs
+from gemma4_tpu.planning import kept_programs, phases
 from gemma4_tpu.planning.compilation import ASSIGNED, FINISHED
 from gemma4_tpu.planning.links import Grid
 from gemma4_tpu.planning.program import OutOfMemory, Program, UnderWay
@@ -22,10 +23,13 @@ from gemma4_tpu.training.recipe import Recipe
 
 Answer = tuple[str, dict[str, Any]]
 """A stage, and what is known then: `hbm_limit_bytes`, `versions`, and either `compiled` (`compile.Compiled`) or
-`out_of_memory` (`message`, `needed_bytes`). What was compiled before is known at once, with its schedule."""
+`out_of_memory` (`message`, `needed_bytes`); of an on-policy objective also `phases` (`phases.compiled`). What was
+compiled before is known at once, with its schedule."""
 
 
-def answers(recipe: Recipe, wanted: Slice, dump: Path, *, to_the_end: bool) -> Iterator[Answer]:
+def answers(
+    recipe: Recipe, wanted: Slice, dump: Path, *, to_the_end: bool, rollouts: RolloutsConfig | None = None
+) -> Iterator[Answer]:
     """Compiles a step.
 
     Args:
@@ -33,6 +37,7 @@ def answers(recipe: Recipe, wanted: Slice, dump: Path, *, to_the_end: bool) -> I
       wanted: the slice.
       dump: a folder to make, for the compiler's files.
       to_the_end: generate code, for the schedule.
+      rollouts: of an on-policy objective: compile what comes before the update, too.
 
     Raises:
       UserError: the compiler refuses it.
@@ -51,11 +56,15 @@ def answers(recipe: Recipe, wanted: Slice, dump: Path, *, to_the_end: bool) -> I
     answer["lowering_seconds"] = time.perf_counter() - started
     places = [f"{device.device_kind} {device.coords}" for device in devices]
     key = kept_programs.key(lowered.as_text(), answer["versions"], compiler_options(recipe.hardware), places)
-    work = _Work(given, Grid.of(wanted, [device.coords for device in devices]), key)
+    grid = Grid.of(wanted, [device.coords for device in devices])
+    if rollouts is not None:
+        kept_as = [answer["versions"], places]
+        answer["phases"] = phases.compiled(given, rollouts, mesh, grid, dump, answer["hbm_limit_bytes"], kept_as)
+    work = _Work(given, grid, key)
     if (known := work.kept()) is not None:
         yield ASSIGNED, answer | known | {"kept": True}
     else:
-        for stage, more in work.compiled(lowered, dump, answer["hbm_limit_bytes"], to_the_end=to_the_end):
+        for stage, more in work.compiled(lowered, dump / "update", answer["hbm_limit_bytes"], to_the_end=to_the_end):
             yield stage, answer | more
 
 

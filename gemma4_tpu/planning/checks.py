@@ -6,18 +6,22 @@ import importlib.util
 from dataclasses import dataclass, replace
 from typing import cast
 
-from gemma4_tpu.architectures import Architecture
-from gemma4_tpu.checkpoint_folder import RANDOM, checkpoint_architecture, tokenizer_problem
+from gemma4_tpu import assets
+from gemma4_tpu.architectures import ARCHITECTURES, Architecture
+from gemma4_tpu.checkpoint_folder import RANDOM, checkpoint_architecture, recognise, tokenizer_problem
 from gemma4_tpu.config.limits import CHOICES
 from gemma4_tpu.config.refusals import Refusal
-from gemma4_tpu.config.schema import DataSource
+from gemma4_tpu.config.schema import DataSource, LoraConfig
 from gemma4_tpu.config.tasks import PlanRoot
 from gemma4_tpu.data.checks import HUGGING_FACE, source_problem
 from gemma4_tpu.errors import UserError
 from gemma4_tpu.hardware import LOCAL, SLICES, MeshSizes, Slice, option_name, slice_of
+from gemma4_tpu.step.objective_kinds import KINDS
+from gemma4_tpu.storage import list_folder
+from gemma4_tpu.tracking.run import RunFolder
 from gemma4_tpu.training.checks import examine_train, normalise
 from gemma4_tpu.training.meshes import resolve_mesh
-from gemma4_tpu.training.recipe import Recipe, rows_per_microbatch
+from gemma4_tpu.training.recipe import Recipe, TeacherModel, rows_per_microbatch
 from gemma4_tpu.training.rollouts_checks import is_on_policy
 
 UPDATES = 1_000
@@ -36,6 +40,8 @@ class PlanChecked:
     """Tokenizer and rows are on this machine: lengths are measured, not assumed."""
     warnings: tuple[str, ...]
     """To report; nothing was changed."""
+    teacher: TeacherModel | None = None
+    """Of an objective that has one; without adapters, which weigh next to nothing."""
 
 
 def normalise_plan(root: PlanRoot) -> PlanRoot:
@@ -77,20 +83,29 @@ def examine_plan(root: PlanRoot) -> tuple[PlanChecked | None, list[Refusal]]:
     if not root.plan.search_flags or not set(root.plan.search_flags) <= set(choices):
         messages.append(f"plan.search_flags={root.plan.search_flags}: give some of [{', '.join(choices)}]")
     architecture, missing = _architecture(root)
+    teacher, unknown = _teacher(root)
+    messages += unknown
     # The rest by the checks of training, on a run whose files are no question.
     model = replace(root.model, path=f"{RANDOM}0", tokenizer=None)
     data = replace(root.data, train=[DataSource(path="hf:absent")], heldout=[])
     rollouts = replace(root.rollouts, reward="absent:absent")
-    checked, problems = examine_train(replace(root, model=model, data=data, rollouts=rollouts))
+    objective = root.objective
+    if teacher is not None:
+        objective = replace(objective, teacher=f"{RANDOM}0", teacher_model=teacher.arch.name)
+    checked, problems = examine_train(
+        replace(root, model=model, data=data, rollouts=rollouts, objective=objective)
+    )  # fmt: skip
     problems = [Refusal(message) for message in messages] + problems
     if problems or checked is None or architecture is None or wanted is None or checked.mesh is None:
         return None, problems
     warnings = [w for w in checked.warnings if "held-out" not in w]
     if missing:
         warnings.append(f"{'; '.join(missing)}: planned with the numbers of {architecture.name}")
-    if is_on_policy(root.objective):
-        warnings.append(f"objective={root.objective.kind}: the update alone is planned, not the roll-outs before it")
-    return PlanChecked(architecture, wanted, checked.mesh, _data_here(root), tuple(warnings)), []
+    if is_on_policy(root.objective) and root.rollouts.reward is not None:
+        warnings.append(
+            f"objective={root.objective.kind}: planned without rewards, which are given beside the decoding"
+        )
+    return PlanChecked(architecture, wanted, checked.mesh, _data_here(root), tuple(warnings), teacher), []
 
 
 def recipe_of(root: PlanRoot, checked: PlanChecked) -> Recipe:
@@ -100,7 +115,7 @@ def recipe_of(root: PlanRoot, checked: PlanChecked) -> Recipe:
         trainer=root.trainer, mesh=checked.mesh,
         rows=rows_per_microbatch(root.trainer, root.data, checked.mesh.row_places),
         length=root.data.sequence_length, updates=UPDATES, new_tokens=tuple(range(len(root.model.new_tokens))),
-        objective=root.objective,
+        objective=root.objective, teacher=checked.teacher,
     )  # fmt: skip
 
 
@@ -119,6 +134,29 @@ def _architecture(root: PlanRoot) -> tuple[Architecture | None, list[str]]:
     """The checkpoint's architecture where it can be read, else that of `model.name`, and what is missing."""
     model = root.model if root.model.path is not None else replace(root.model, path=f"{RANDOM}0")
     return checkpoint_architecture(model, pictures=root.data.image_cache is not None)
+
+
+def _teacher(root: PlanRoot) -> tuple[TeacherModel | None, list[str]]:
+    """The teacher's architecture: as named, else as its folder says; and what keeps it from being known."""
+    objective, kind = root.objective, KINDS.get(root.objective.kind)
+    if kind is None or not kind.taught or (objective.teacher is None and objective.teacher_model is None):
+        return None, []  # the checks of training ask for one, and know which names there are
+    name, given = objective.teacher_model, f"objective.teacher={objective.teacher}"
+    try:
+        if name is None:
+            name = _name_of(str(objective.teacher))
+    except (UserError, OSError) as error:
+        return None, [f"{given}: {error}; name its architecture: objective.teacher_model=gemma4_31b"]
+    known = ARCHITECTURES.get(name)
+    return (TeacherModel(known, LoraConfig(enabled=False)) if known else None), []
+
+
+def _name_of(place: str) -> str:
+    """Name of the architecture of a checkpoint or of a run's base."""
+    folder = assets.resolve(place)
+    if "config.yaml" in list_folder(folder):
+        return str(RunFolder.existing(folder).read_config()["model"]["name"])
+    return recognise(folder)
 
 
 def _data_here(root: PlanRoot) -> bool:

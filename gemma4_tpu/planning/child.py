@@ -18,6 +18,7 @@ from gemma4_tpu.config.tasks import PlanRoot
 from gemma4_tpu.errors import UserError
 from gemma4_tpu.planning.checks import examine_plan, recipe_of
 from gemma4_tpu.planning.compilation import ASSIGNED, DUMP, REQUEST, WRITTEN
+from gemma4_tpu.training.rollouts_checks import is_on_policy
 
 
 def main(folder: str) -> None:
@@ -36,7 +37,10 @@ def main(folder: str) -> None:
         if checked is None:
             raise UserError("; ".join(problem.message for problem in problems))
         recipe = recipe_of(config, checked)
-        for stage, answer in answers(recipe, checked.slice, place / DUMP, to_the_end=config.plan.schedule):
+        rollouts = config.rollouts if is_on_policy(config.objective) else None
+        for stage, answer in answers(
+            recipe, checked.slice, place / DUMP, to_the_end=config.plan.schedule, rollouts=rollouts
+        ):  # fmt: skip
             _write(place / f"{stage}.json", answer)
     except UserError as refusal:
         _write(place / f"{ASSIGNED}.json", {"refused": str(refusal)})

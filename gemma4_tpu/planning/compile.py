@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 import re
+from collections.abc import Collection
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -15,16 +16,17 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
+from gemma4_tpu.config.schema import LoraConfig
 from gemma4_tpu.data.pipeline import FEATURES
 from gemma4_tpu.models import lora as adapters
 from gemma4_tpu.models import quantize, sharding, token_rows
-from gemma4_tpu.models.layout import Leaf, build_tree, get, without
+from gemma4_tpu.models.layout import Layout, Leaf, build_tree, get, without
 from gemma4_tpu.planning import counts, hlo, origins, schedule
 from gemma4_tpu.planning.links import Grid
 from gemma4_tpu.planning.program import OutOfMemory, Program, compile_lowered
-from gemma4_tpu.step.objective import REFERENCE
+from gemma4_tpu.step.objective import REFERENCE, TEACHER
 from gemma4_tpu.step.train_step import Step, TrainState, compiled_functions
-from gemma4_tpu.training.recipe import Recipe
+from gemma4_tpu.training.recipe import Recipe, TeacherModel
 from gemma4_tpu.training.setup import make_step, state_places
 
 log = logging.getLogger(__name__)
@@ -41,21 +43,21 @@ class Shapes:
 
     def bytes_per_chip(self) -> dict[str, int]:
         """What each chip holds between updates, by kind: base, lora, weights trained in full, optimizer, average,
-        reference.
+        reference, teacher.
         """
         own = {leaf.path for leaf in self.step.model.layout.trained_in_full()}
-        adapters_alone = _on_one_chip(without(self.state.trained, own | {token_rows.PATH}))
-        trained = {"lora": adapters_alone, "weights": _on_one_chip(self.state.trained) - adapters_alone}
-        average = {} if self.state.average is None else {"average": _on_one_chip(self.state.average)}
-        base = {name: arrays for name, arrays in self.base.items() if name != REFERENCE}
-        reference = {REFERENCE: _on_one_chip(self.base[REFERENCE])} if REFERENCE in self.base else {}
+        adapters_alone = on_one_chip(without(self.state.trained, own | {token_rows.PATH}))
+        trained = {"lora": adapters_alone, "weights": on_one_chip(self.state.trained) - adapters_alone}
+        average = {} if self.state.average is None else {"average": on_one_chip(self.state.average)}
+        beside = {name: on_one_chip(self.base[name]) for name in (REFERENCE, TEACHER) if name in self.base}
+        base = {name: arrays for name, arrays in self.base.items() if name not in beside}
         return {
-            "base": _on_one_chip(base),
+            "base": on_one_chip(base),
             **{kind: size_bytes for kind, size_bytes in trained.items() if size_bytes},
-            "optimizer": _on_one_chip(self.state.optimizer),
+            "optimizer": on_one_chip(self.state.optimizer),
             **average,
-            **reference,
-            "batch": _on_one_chip(self.batch),
+            **beside,
+            "batch": on_one_chip(self.batch),
         }
 
 
@@ -82,16 +84,7 @@ def shapes(recipe: Recipe, mesh: Mesh) -> Shapes:
     step, lora = make_step(recipe, mesh), recipe.lora
     layout = step.model.layout
 
-    def base_leaf(leaf: Leaf) -> Any:
-        place = sharding.named(mesh, leaf)
-        dtype = jnp.float32 if leaf.weight.name in layout.in_full else step.model.compute_dtype
-        weight = jax.ShapeDtypeStruct(leaf.array_shape, dtype, sharding=place)
-        if not quantize.is_quantized(leaf, lora):
-            return weight
-        quantized = quantize.quantizer(leaf, lora.quantize, mesh).lower(weight).out_info
-        return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), quantized)
-
-    weights = layout.tree(base_leaf)
+    weights = _weights(layout, lora, step.model.compute_dtype, mesh, layout.in_full)
     key = jax.eval_shape(lambda: jax.random.key(0))
     changed = {leaf.path: get(weights, leaf.path) for leaf in layout.trained_in_full()}
     base = without(weights, changed)
@@ -106,7 +99,33 @@ def shapes(recipe: Recipe, mesh: Mesh) -> Shapes:
     state = _placed(jax.eval_shape(step.init, trained, key), places)
     if recipe.keeps_reference:
         base = {**base, REFERENCE: trained}
+    if recipe.teacher is not None:
+        base = {**base, TEACHER: _teacher(recipe.teacher, step.model.compute_dtype, mesh)}
     return Shapes(step, state, base, _batch(recipe, step, mesh))
+
+
+def _weights(layout: Layout, lora: LoraConfig, dtype: Any, mesh: Mesh, float32: Collection[str] = ()) -> Any:
+    """Those of a model as they lie on the mesh; `float32` names rows of `weights.py` that have that dtype."""
+
+    def shape(leaf: Leaf) -> Any:
+        place = sharding.named(mesh, leaf)
+        own = jnp.float32 if leaf.weight.name in float32 else dtype
+        weight = jax.ShapeDtypeStruct(leaf.array_shape, own, sharding=place)
+        if not quantize.is_quantized(leaf, lora):
+            return weight
+        quantized = quantize.quantizer(leaf, lora.quantize, mesh).lower(weight).out_info
+        return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), quantized)
+
+    return layout.tree(shape)
+
+
+def _teacher(teacher: TeacherModel, dtype: Any, mesh: Mesh) -> dict[str, Any]:
+    """What `rollouts.teacher.Teacher.weights` gives."""
+    layout = Layout.of(*teacher)
+    params = _weights(layout, teacher.lora, dtype, mesh)
+    own = jax.eval_shape(partial(adapters.init, layout), jax.eval_shape(lambda: jax.random.key(0)), params)
+    own = _placed(own, adapters.shardings(layout, mesh))
+    return {"params": params} | ({"lora": own} if jax.tree.leaves(own) else {})
 
 
 def _placed(tree: Any, places: Any) -> Any:
@@ -160,7 +179,7 @@ def hbm_limit_bytes(device: Any) -> int:
     raise RuntimeError(f"{device.device_kind}: the compiler does not tell its HBM")
 
 
-def _on_one_chip(tree: Any) -> int:
+def on_one_chip(tree: Any) -> int:
     """Bytes of one chip's share of every array."""
 
     def size(x: jax.ShapeDtypeStruct) -> int:

@@ -7,19 +7,18 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from gemma4_tpu.hardware import Slice
 from gemma4_tpu.models.flops import train_flops_per_token
 from gemma4_tpu.planning.calibration import BAND, Band
 from gemma4_tpu.planning.kernels import Mask
-from gemma4_tpu.planning.links import link_bytes_per_second, sizes_of
 from gemma4_tpu.planning.money import chosen_price, chosen_usd, preemptions, usd_estimate
 from gemma4_tpu.planning.own_runs import band_of_runs
+from gemma4_tpu.planning.phase_times import rollouts_of
 from gemma4_tpu.planning.planned import Planned
+from gemma4_tpu.planning.roofline import PEAKS, roofline
 from gemma4_tpu.planning.schedule import COLLECTIVES, PARTS
 from gemma4_tpu.planning.walk import Walked
 from gemma4_tpu.step.objective_kinds import SFT
 
-PEAKS = ("compute", "hbm", "interconnect")
 TOP = 10
 """Operations that a plan names."""
 
@@ -38,6 +37,8 @@ class PlanResult:
     """`lora r=64`, `qlora nf4 r=64`, `full`."""
     objective: str = SFT  # of plans made before there were others
     """`objective.kind`."""
+    teacher: str | None = None
+    """Architecture of its teacher, where it has one."""
     lora_rank: int | None = None
     """Of the adapters; None: full fine-tuning."""
     mesh: dict[str, int]
@@ -56,9 +57,9 @@ class PlanResult:
     hbm_bytes_per_chip: int | None
     """Arguments and temporaries at their peak, as the compiler holds it against the limit."""
     hbm_parts_bytes_per_chip: dict[str, int] = field(default_factory=dict)
-    """`base` weights, `lora` (`weights` in full fine-tuning), `optimizer` state, `average` (with
-    `trainer.ema_decay`), `batch` (tokens, counters and what layouts pad), `temporaries` (activations and work
-    space)."""
+    """`base` weights, `lora` (`weights` in full fine-tuning), `optimizer` state, `average` (with `trainer.ema_decay`),
+    an objective's `reference` or `teacher`, `batch` (tokens, counters and what layouts pad), `temporaries` (activations
+    and work space)."""
     flops_per_chip: float | None = None
     """Of one update: products, kernels and elementwise work, corrected for loops."""
     flops_parts_per_chip: dict[str, float] = field(default_factory=dict)
@@ -112,7 +113,7 @@ class PlanResult:
     between (without a schedule `plan.utilization_low` and `plan.utilization_high`); with a schedule also its own share
     of the three peaks: `schedule_compute`, `schedule_hbm`, `schedule_interconnect`."""
     seconds_per_update: dict[str, float] = field(default_factory=dict)
-    """At each utilization; rows shorter than T in proportion."""
+    """At each utilization; rows shorter than T in proportion; with the `rollouts` before it."""
     real_tokens_per_second: dict[str, float] = field(default_factory=dict)
     """At each utilization, over all chips."""
     hours: dict[str, float] = field(default_factory=dict)
@@ -120,6 +121,12 @@ class PlanResult:
     usd_estimate: dict[str, dict[str, float]] = field(default_factory=dict)
     """`on_demand`, `spot` and `flex_start` as far as such a price is known, or `configured`: dollars at each
     utilization. Spot includes the preemptions to expect."""
+    rollouts: dict[str, Any] = field(default_factory=dict)
+    """Of an on-policy objective, what comes before each update: `phases` (`read`, `decode`, `score`; each with
+    `hbm_bytes_per_chip`, all that lies there included, `flops_per_chip`, `hbm_traffic_bytes_per_chip`,
+    `collective_bytes_per_chip`, `roofline_seconds`, `bound_by`; of `decode` for a token of every slot),
+    `kv_cache_bytes_per_chip`, `answer_tokens` (assumed), `decoding_steps` of an update, and `seconds` of each phase in
+    an update at each utilization that `plan` assumes; or `misfit`, in words. Judging is not in it."""
     usd_per_million_real_tokens: float | None = None
     """At the middle utilization and the price that the configuration selects."""
     price: dict[str, Any] = field(default_factory=dict)
@@ -149,6 +156,8 @@ class PlanResult:
 ESTIMATED_BY = {
     "hbm": "the memory that the TPU compiler assigns to the whole step, compiled without a TPU",
     "flops, traffic, collectives": "counted in the compiled program; attention kernels from the blocks that they visit",
+    "rollouts": "memory and counts of the compiled phases, their rooflines over the assumed utilization, an assumed"
+    " length of answers",
     "roofline": "the counts over the chip's published peaks; each collective over the links of its own mesh axis",
     "seconds, hours, dollars": "the compiler's schedule times a band of measured over scheduled time, or without a"
     " schedule the largest roofline over the assumed utilization; no measurement of this run on a TPU",
@@ -172,13 +181,15 @@ def estimate(planned: Planned, answer: dict[str, Any], walked: Walked | None = N
     traffic, accessed = counts["hbm_traffic_bytes"] + again, counts["bytes_accessed"]
     tokens = fill.real_tokens_per_update
     per_token = train_flops_per_token(
-        recipe.arch, recipe.lora, fill.segment_tokens, bool(recipe.new_tokens), recipe.has_reference
+        recipe.arch, recipe.lora, fill.segment_tokens, bool(recipe.new_tokens), recipe.beside
     )
     analytic = per_token * tokens / wanted.devices
     parts = _memory_parts(compiled)
     seconds = roofline(wanted, flops, traffic, counts["collectives"], counts["link_bytes"])
+    rollouts = rollouts_of(planned, answer) if "phases" in answer else {}
     return PlanResult(
-        fits=True,
+        fits="misfit" not in rollouts,
+        rollouts=rollouts,
         **recipe.described(),
         estimated_by=ESTIMATED_BY,
         hbm_limit_bytes_per_chip=answer["hbm_limit_bytes"],
@@ -209,7 +220,7 @@ def estimate(planned: Planned, answer: dict[str, Any], walked: Walked | None = N
         roofline_seconds=seconds,
         bound_by=max(PEAKS, key=lambda peak: seconds[peak]),
         **(_by_schedule(walked, band_of(planned)) if walked is not None else {}),
-        **_time_and_money(planned, seconds, walked),
+        **_time_and_money(planned, seconds, walked, rollouts.get("seconds", {})),
         lowering_seconds=answer["lowering_seconds"],
         compile_seconds=answer["compile_seconds"],
         compiled_before=answer.get("kept", False),
@@ -217,38 +228,6 @@ def estimate(planned: Planned, answer: dict[str, Any], walked: Walked | None = N
         not_counted=counts["not_counted"],
         versions=answer["versions"],
     )
-
-
-def roofline(
-    wanted: Slice,
-    flops: float,
-    traffic: float,
-    collectives: dict[str, dict[str, float]],
-    link_bytes: dict[str, float] | None = None,
-) -> dict[str, float]:
-    """Seconds of one update at each peak: `compute`, `hbm`, `interconnect` and the largest, `update`.
-
-    Args:
-      wanted: the slice.
-      flops: of one chip.
-      traffic: HBM bytes of one chip.
-      collectives: by kind, with the `bytes` that a chip sends.
-      link_bytes: over each link that a collective has, by direction (`Counts.link_bytes`). None, in records of old
-        counts: as if every collective had the links of the whole slice.
-    """
-    chip = wanted.chip.device
-    if link_bytes is None:
-        neighbours = sum(2 * (size - 1) / size for size in sizes_of(wanted))
-        sent = sum(kind["bytes"] for kind in collectives.values())
-        busiest = sent / neighbours if neighbours else 0.0
-    else:
-        busiest = max(link_bytes.values(), default=0.0)
-    seconds = {
-        "compute": flops / chip.peak_flops_per_second,
-        "hbm": traffic / chip.hbm_bytes_per_second,
-        "interconnect": busiest / link_bytes_per_second(wanted),
-    }
-    return {**seconds, "update": max(seconds.values())}
 
 
 def band_of(planned: Planned) -> Band:
@@ -299,9 +278,14 @@ def utilizations(planned: Planned, seconds: dict[str, float], walked: Walked | N
     return {"low": whole / band.high, "mid": whole / between, "high": whole / band.low, **reached}
 
 
-def _time_and_money(planned: Planned, seconds: dict[str, float], walked: Walked | None) -> dict[str, Any]:
+def _time_and_money(
+    planned: Planned, seconds: dict[str, float], walked: Walked | None, rollouts: dict[str, dict[str, float]]
+) -> dict[str, Any]:
     config, fill, reached = planned.config, planned.fill, utilizations(planned, seconds, walked)
-    per_update = {name: seconds["update"] * fill.length_share / reached[name] for name in ("low", "mid", "high")}
+    per_update = {
+        name: seconds["update"] * fill.length_share / reached[name] + sum(rollouts.get(name, {}).values())
+        for name in ("low", "mid", "high")
+    }
     rate = {name: fill.real_tokens_per_update / value for name, value in per_update.items()}
     hours = {name: value * fill.updates / 3600 for name, value in per_update.items()}
     dollars = usd_estimate(config.hardware, config.plan, config.checkpoint, hours, fill.updates)

@@ -170,6 +170,8 @@ def format_bytes(size: float) -> str:
 def misfit_line(result: PlanResult) -> str:
     """The compiler's figures in one line."""
     limit = f"{result.hbm_limit_bytes_per_chip / GIB:.2f} GiB of HBM per {result.slice.partition('-')[0]} chip"
+    if "misfit" in result.rollouts:
+        return str(result.rollouts["misfit"])
     if "vmem" in result.message.partition("\n")[0]:
         return f"a kernel asks for too much on-chip memory: {result.message.splitlines()[0]}"
     if result.hbm_bytes_per_chip is None:

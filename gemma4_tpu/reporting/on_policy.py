@@ -3,14 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 from gemma4_tpu.costing.figures import BY, MEASURED
 from gemma4_tpu.markdown import plain, table
 from gemma4_tpu.reporting.found import Records
-from gemma4_tpu.tracking.records import CERTIFICATE_FILE, read_record
+from gemma4_tpu.tracking.metrics import read_metrics
+from gemma4_tpu.tracking.records import CERTIFICATE_FILE, VALIDATION_FILE, read_record
 
 _MEASURED = BY[MEASURED]
+_STATES = {
+    "reward": ("reward", ".3f"), "mean_tokens": ("tokens", ".1f"), "entropy": ("entropy (nats per token)", ".3f"),
+    "malformed": ("malformed", ".1%"),
+}  # fmt: skip
+"""Key of a state of the policy → its heading and format."""
 
 
 def on_policy(records: Records) -> Iterator[str]:
@@ -26,14 +33,34 @@ def on_policy(records: Records) -> Iterator[str]:
         yield f"**It does not hold**: {plain('; '.join(known['broken']))}."
     yield ""
     yield from table(["", "figure"], list(_proof(known)))
-    yield from table(["answers by verdict", "answers", "mean reward"], [
-        [plain(kind), f"{one['answers']:,}", f"{one['mean_reward']:.3f}"] for kind, one in known["by_kind"].items()
-    ])  # fmt: skip
-    yield from table(["", "reward", "tokens", "entropy (nats per token)", "malformed"], [
-        [f"update {one['update']}", f"{one['reward']:.3f}", f"{one['mean_tokens']:.1f}", f"{one['entropy']:.3f}",
-         f"{one['malformed']:.1%}"]
+    if known["by_kind"]:
+        yield from table(["answers by verdict", "answers", "mean reward"], [
+            [plain(kind), f"{one['answers']:,}", f"{one['mean_reward']:.3f}"] for kind, one in known["by_kind"].items()
+        ])  # fmt: skip
+    yield from _validated(records.run.path / VALIDATION_FILE)
+    shown = [name for name in _STATES if name in known["first"]]
+    yield from table(["", *(_STATES[name][0] for name in shown)], [
+        [f"update {one['update']}", *(format(one[name], _STATES[name][1]) for name in shown)]
         for one in (known["first"], known["last"])
     ])  # fmt: skip
+
+
+def _validated(path: Path) -> Iterator[str]:
+    """The first, the last and the best of its validations, against the first."""
+    rows = read_metrics(path) if path.is_file() else []
+    if not rows:
+        return
+    best = max(rows, key=lambda row: row["reward"])
+    shown = {row["update"]: row for row in (rows[0], best, rows[-1])}
+    yield from table(["validation, after update", "mean reward", "difference to the start (95% over prompts)"], [
+        [f"{update}", f"{row['reward']:.3f}",
+         f"{row['difference']:+.3f} [{row['low']:+.3f}, {row['high']:+.3f}]" if "difference" in row else ""]
+        for update, row in sorted(shown.items())
+    ])  # fmt: skip
+    yield f"On {len(rows[0]['rewards'])} prompts that were not trained on, the same seeds each time. {_MEASURED}."
+    if best is not rows[-1]:
+        yield f"The best of {len(rows)} looks is better by chance, too: the last row is the run's."
+    yield ""
 
 
 def _proof(known: dict[str, Any]) -> Iterator[list[str]]:

@@ -27,6 +27,7 @@ HIDDEN = "collectives_hidden"
 _COLOURS = {
     "base": "#4c78c8", "weights": "#4c78c8", "lora": "#54a24b", "optimizer": "#e0a63a", "average": "#8e6bbf",
     "reference": "#b279a2",
+    "teacher": "#9d755d",
     "batch": "#9d9d9d", "temporaries": "#d9692c", "free": "#f0f0f0",
 }  # fmt: skip
 _WIDEST = 200
@@ -38,6 +39,7 @@ _MEANING = {
     "optimizer": "optimizer state",
     "average": "average (trainer.ema_decay)",
     "reference": "reference (objective)",
+    "teacher": "teacher (objective)",
     "batch": "batch and padding",
     "temporaries": "activations, temporaries",
 }
@@ -119,7 +121,7 @@ def plan_rows(result: PlanResult) -> list[tuple[str, str]]:
     )
     parts = result.hbm_parts_bytes_per_chip.items()  # of an earlier version, some may have other names
     rows += [(f"  {_MEANING.get(kind, kind)}", format_bytes(size)) for kind, size in parts]
-    return [*rows, *_work(result), *_schedule(result), *_money(result)]
+    return [*rows, *_work(result), *_schedule(result), *_rollouts(result), *_money(result)]
 
 
 def _work(result: PlanResult) -> list[tuple[str, str]]:
@@ -183,6 +185,34 @@ def _schedule(result: PlanResult) -> list[tuple[str, str]]:
             f"{shares['schedule_interconnect']:.1%} of the links'",
         ),
     ]
+
+
+def _rollouts(result: PlanResult) -> list[tuple[str, str]]:
+    """What comes before the update; no rows for objectives that sample nothing."""
+    told = result.rollouts
+    if not told:
+        return []
+    rows = [(
+        "Roll-outs",
+        f"{told['decoding_steps']:,} steps of decoding per update, answers of {told['answer_tokens']} tokens (assumed);"
+        f" KV cache {format_bytes(told['kv_cache_bytes_per_chip'])} per chip",
+    )]  # fmt: skip
+    for name, one in told["phases"].items():
+        sent = sum(one["collective_bytes_per_chip"].values())
+        what = "a token of every slot" if name == "decode" else "once"
+        rows.append((
+            f"  {name}",
+            f"{format_bytes(one['hbm_bytes_per_chip'])} HBM; {what}: {scaled(one['hbm_traffic_bytes_per_chip'])}B of"
+            f" traffic, {scaled(sent)}B sent, at least {format_time(one['roofline_seconds'])} ({one['bound_by']})",
+        ))  # fmt: skip
+    middle, whole = told["seconds"]["mid"], result.seconds_per_update
+    parts = {**middle, "update": whole["mid"] - sum(middle.values())}
+    shares = ", ".join(f"{name} {format_time(one)} ({one / whole['mid']:.0%})" for name, one in parts.items())
+    spent = " to ".join(format_time(one) for one in sorted((whole["low"], whole["high"])))
+    price = result.price.get("usd_per_hour")
+    usd = f", ${whole['mid'] / 3600 * price:.3f}" if price else ""
+    rows.append(("  per update", f"{spent} (assumed utilization){usd}: {shares}; rewards not counted"))
+    return rows
 
 
 def _money(result: PlanResult) -> list[tuple[str, str]]:
@@ -255,7 +285,8 @@ def _draw_bars(axes: Any, results: Sequence[PlanResult]) -> None:
 
 
 def _trained(result: PlanResult) -> str:
-    return result.trained if result.objective == SFT else f"{result.trained}, {result.objective}"
+    teacher = f" from {result.teacher}" if result.teacher else ""
+    return result.trained if result.objective == SFT else f"{result.trained}, {result.objective}{teacher}"
 
 
 def _described(result: PlanResult) -> list[str]:

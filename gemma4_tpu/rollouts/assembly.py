@@ -19,13 +19,16 @@ from gemma4_tpu.rollouts.policy_tasks import Task, of_problems, of_rows, that_fi
 from gemma4_tpu.rollouts.rewarding import open_reward
 from gemma4_tpu.rollouts.sampler import Sampler, SamplerShapes
 from gemma4_tpu.rollouts.scoring import Scorer
-from gemma4_tpu.rollouts.source import Making, OnPolicySource, Selection, by_advantage, by_reward
+from gemma4_tpu.rollouts.selection import Selection, by_advantage, by_reward, every_answer
+from gemma4_tpu.rollouts.source import Making, OnPolicySource, Show
+from gemma4_tpu.rollouts.validation import Validation, set_aside
 from gemma4_tpu.step.grpo import Grpo
 from gemma4_tpu.step.train_step import Step
 
 SELECTIONS: dict[str, Callable[[RolloutsConfig], Selection]] = {
     "grpo": lambda config: by_advantage(config, Grpo.fields),
     "expert_iteration": by_reward,
+    "distill": lambda config: every_answer(),
 }
 """Kind of objective → which answers it learns from."""
 
@@ -54,15 +57,14 @@ def make_source(
     else:
         tasks = of_rows(train, tokenizer)
     shape = BatchShape(trainer.microbatches, rows, data.sequence_length)
-    return OnPolicySource(
-        that_fit(tasks, config.prompt_tokens), config, trainer, shape, SELECTIONS[kind](config)
-    )  # fmt: skip
+    trained_on, validated_on = set_aside(that_fit(tasks, config.prompt_tokens), config.validation_prompts)
+    return OnPolicySource(trained_on, config, trainer, shape, SELECTIONS[kind](config), validated_on)
 
 
 def begin(
     source: OnPolicySource, config: RolloutsConfig, step: Step, base: Any, tokenizer: Any, stop_ids: Sequence[int], *,
     seed: int, run: Path, resume_from: int | None, report: Callable[[dict[str, Any], int], None],
-    progress: Callable[[], None],
+    show: Show, progress: Callable[[], None],
 ) -> None:  # fmt: skip
     """Makes a source ready: the reward is started, sampler and certificate stand.
 
@@ -77,6 +79,7 @@ def begin(
       run: the run folder.
       resume_from: update that the run goes on from.
       report: takes metrics of an update.
+      show: takes answers, as tables of a tracker.
       progress: called now and then.
 
     Raises:
@@ -92,4 +95,7 @@ def begin(
             Sampler(step, stop_ids, shapes), reward, tokenizer, config,
             seed=seed, run=run, is_live=source.selection.is_live, progress=progress,
         )  # fmt: skip
-        source.begin(Making(collector, Scorer(step), certificate, base, report, opened.pop_all()))
+        validation = Validation(source.validated_on, config, source.total_updates, run, resume_from)
+        opened.callback(validation.close)
+        making = Making(collector, Scorer(step), certificate, validation, base, report, show, opened.pop_all())
+        source.begin(making)

@@ -9,7 +9,8 @@ rows that it sums up are `certificate.jsonl`. A run whose certificate does not h
    from a part of it (top-p, another temperature) and told with probabilities of the whole agrees token by token, and
    fails here: a sum of N differences with known variances, z of them far from 0.
 4. *One denominator*: the loss that the step found is that of the batch, summed over all tokens and divided once; known
-   beforehand, since on-policy every ratio is 1. A mean of the microbatches' means is another.
+   beforehand, since on-policy every ratio is 1, or scored token by token with a teacher. A mean of the microbatches'
+   means is another.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ import numpy as np
 from gemma4_tpu.config.rollouts import RolloutsConfig
 from gemma4_tpu.errors import UserError
 from gemma4_tpu.rollouts.collecting import Collected, Group
+from gemma4_tpu.rollouts.rewarding import Rewarded
 from gemma4_tpu.tracking.metrics import MetricsFile, read_metrics
 from gemma4_tpu.tracking.records import CERTIFICATE, CERTIFICATE_FILE, write_record
 
@@ -152,7 +154,7 @@ class Certificate:
         if (low is not None and share < low) or (high is not None and share > high):
             bands = f"rollouts.entropy_low={low}, rollouts.entropy_high={high}"
             told.append(f"entropy is {now['entropy']:.3g} nats per token, {share:.3g} times what it was ({bands})")
-        rise = now["malformed"] - first["malformed"]
+        rise = now.get("malformed", 0.0) - first.get("malformed", 0.0)
         if config.max_malformed is not None and rise > config.max_malformed:
             told.append(
                 f"{now['malformed']:.0%} of the answers are malformed, {rise:.0%} more than at first"
@@ -180,18 +182,24 @@ def described(groups: Sequence[Group]) -> dict[str, Any]:
     rewarded = [one for group in groups for one in group.rewarded]
     tokens = sum(len(one.tokens) for one in drawn)
     distinct = sum(len({one.tokens.tobytes() for one in group.drawn}) for group in groups)
+    figures: dict[str, Any] = {
+        "answers": len(drawn), "distinct": distinct, "truncated": sum(not one.stopped for one in drawn),
+        "tokens": tokens, "mean_tokens": tokens / len(drawn),
+        "entropy": -sum(float(one.logprobs.sum(dtype=np.float64)) for one in drawn) / tokens,  # −log p of its own draws
+    }  # fmt: skip
+    return figures | (_of_rewards(rewarded) if rewarded else {})
+
+
+def _of_rewards(rewarded: Sequence[Rewarded]) -> dict[str, Any]:
     kinds: dict[str, list[float]] = {}
     for one in rewarded:
         count, total = kinds.get(one.kind, (0, 0.0))
         kinds[one.kind] = [count + 1, total + one.reward]
     return {
-        "answers": len(drawn), "distinct": distinct, "truncated": sum(not one.stopped for one in drawn),
-        "tokens": tokens, "reward": float(np.mean([one.reward for one in rewarded])),
-        "mean_tokens": tokens / len(drawn),
-        "entropy": -sum(float(one.logprobs.sum(dtype=np.float64)) for one in drawn) / tokens,  # −log p of its own draws
+        "reward": float(np.mean([one.reward for one in rewarded])),
         "malformed": float(np.mean([not one.well_formed for one in rewarded])),
         "kinds": kinds,
-    }  # fmt: skip
+    }
 
 
 def summed_up(rows: Sequence[Mapping[str, Any]], limit: float) -> dict[str, Any]:
@@ -210,7 +218,7 @@ def summed_up(rows: Sequence[Mapping[str, Any]], limit: float) -> dict[str, Any]
     kinds: Counter[str] = Counter()
     rewards: Counter[str] = Counter()
     for row in sampled:
-        for kind, (count, total) in row["kinds"].items():
+        for kind, (count, total) in row.get("kinds", {}).items():
             kinds[kind] += count
             rewards[kind] += total
     return {
@@ -264,7 +272,7 @@ def _surprise(compared: Sequence[Mapping[str, Any]]) -> float:
 
 
 def _state(row: Mapping[str, Any]) -> dict[str, Any]:
-    return {key: row[key] for key in ("update", "reward", "mean_tokens", "entropy", "malformed")}
+    return {key: row[key] for key in ("update", "reward", "mean_tokens", "entropy", "malformed") if key in row}
 
 
 def _drifted(update: int, said: str, last_good: int) -> str:

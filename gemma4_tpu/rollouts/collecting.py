@@ -42,6 +42,7 @@ class Group:
     task: Task
     drawn: list[Drawn]
     rewarded: list[Rewarded]
+    """Empty where there is no reward."""
 
     @cached_property
     def rewards(self) -> np.ndarray:
@@ -68,12 +69,12 @@ class Collector:
     """Asks the policy and has its answers judged."""
 
     def __init__(
-        self, sampler: Sampler, reward: Reward, tokenizer: Any, config: RolloutsConfig, *, seed: int, run: Path,
+        self, sampler: Sampler, reward: Reward | None, tokenizer: Any, config: RolloutsConfig, *, seed: int, run: Path,
         is_live: Callable[[Group], bool], progress: Callable[[], None] = lambda: None,
     ):  # fmt: skip
         """Args:
         sampler: draws.
-        reward: judges.
+        reward: judges; None: nobody does.
         tokenizer: makes text of tokens.
         config: how many of what.
         seed: of the run.
@@ -107,16 +108,29 @@ class Collector:
                 raise UserError(_nothing_to_learn(update, groups))
         return Collected(groups, frozenset(drawn_with))
 
+    def validated(self, update: int, trained: Any, base: Any, tasks: Sequence[Task]) -> list[Group]:
+        """The policy's answers after `update` to prompts that it is not trained on, each time with the same seeds."""
+        groups: list[Group] = []
+        with StoredUpdate(self._run, update, digest(trained), "validation_") as store:
+            for start in range(0, len(tasks), self._config.prompts):
+                some = tasks[start : start + self._config.prompts]
+                groups += self._wave("validation", trained, base, some, store, set())
+        return groups
+
     def _wave(
-        self, update: int, trained: Any, base: Any, tasks: Sequence[Task], store: StoredUpdate, drawn_with: set[str]
-    ) -> list[Group]:
-        """The groups of some prompts; what is stored of them is neither drawn nor judged again."""
+        self, when: int | str, trained: Any, base: Any, tasks: Sequence[Task], store: StoredUpdate,
+        drawn_with: set[str],
+    ) -> list[Group]:  # fmt: skip
+        """The groups of some prompts; what is stored of them is neither drawn nor judged again.
+
+        `when`: an update, or what else its seeds follow from.
+        """
         drawn: dict[Key, Drawn] = {}
         missing = []
         for place, task in enumerate(tasks):
             for number in range(self._config.samples):
                 key = task.name, number
-                wanted = Wanted(place, number, sample_seed(self._seed, update, *key))
+                wanted = Wanted(place, number, sample_seed(self._seed, when, *key))
                 if (known := store.drawn(key, wanted)) is not None:
                     drawn[key] = known
                     drawn_with.add(store.adapter)
@@ -136,22 +150,26 @@ class Collector:
                 drawn_with.add(self._sampler.drawn_from)
             rewarded = judging.finish()
         self._progress()
-        numbers = range(self._config.samples)
+        keys = [[(task.name, number) for number in range(self._config.samples)] for task in tasks]
         return [
-            Group(task, [drawn[task.name, n] for n in numbers], [rewarded[task.name, n] for n in numbers])
-            for task in tasks
+            Group(task, [drawn[key] for key in of_task], [rewarded[key] for key in of_task if key in rewarded])
+            for task, of_task in zip(tasks, keys, strict=True)
         ]
 
     def _answer(self, task: Task, drawn: Drawn) -> Answer:
+        return Answer(task, self.text(drawn), drawn.stopped)
+
+    def text(self, drawn: Drawn) -> str:
+        """An answer as a user would see it."""
         ids = drawn.tokens[:-1] if drawn.stopped else drawn.tokens
         text = self._tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
-        return Answer(task, visible(text, self._tokenizer), drawn.stopped)
+        return visible(text, self._tokenizer)
 
 
 class _Judging:
     """Has answers judged in a thread beside the decoding: while a batch is, the next one gathers."""
 
-    def __init__(self, reward: Reward, store: StoredUpdate, thread: ThreadPoolExecutor):
+    def __init__(self, reward: Reward | None, store: StoredUpdate, thread: ThreadPoolExecutor):
         self._reward, self._store, self._thread = reward, store, thread
         self._rewarded: dict[Key, Rewarded] = {}
         self._known: dict[tuple[str, str, bool], Rewarded] = {}
@@ -159,7 +177,9 @@ class _Judging:
         self._under_way: Future[None] | None = None
 
     def add(self, answers: Sequence[tuple[Key, Answer]]) -> None:
-        """Answers to be judged."""
+        """Answers to be judged, if anybody does."""
+        if self._reward is None:
+            return
         self._gathered += answers
         if self._under_way is None or self._under_way.done():
             self._begin()
@@ -187,7 +207,7 @@ class _Judging:
             else:
                 alike.setdefault((answer.task.name, answer.text, answer.stopped), []).append((key, answer))
         new = [same for same in alike if same not in self._known]
-        if new:
+        if new and self._reward is not None:
             found = self._reward([alike[same][0][1] for same in new])
             self._known |= dict(zip(new, found, strict=True))
         for same, several in alike.items():
@@ -196,9 +216,9 @@ class _Judging:
                 self._store.add_rewarded(key, self._known[same])
 
 
-def sample_seed(seed: int, update: int, problem: str, sample: int) -> int:
+def sample_seed(seed: int, when: int | str, problem: str, sample: int) -> int:
     """A sample's own seed, below 2**32: no state of a generator to be saved."""
-    return zlib.crc32(f"{seed}/{update}/{problem}/{sample}".encode())
+    return zlib.crc32(f"{seed}/{when}/{problem}/{sample}".encode())
 
 
 def _nothing_to_learn(update: int, groups: Sequence[Group]) -> str:

@@ -140,12 +140,14 @@ class ByEndpoint:
         return [_rewarded(one, where) for one in given]
 
 
-def open_reward(config: RolloutsConfig) -> AbstractContextManager[Reward]:
-    """The reward that `rollouts.reward` names, ready; a context manager.
+def open_reward(config: RolloutsConfig) -> AbstractContextManager[Reward | None]:
+    """The reward that `rollouts.reward` names, ready; a context manager. None: it names none.
 
     Raises:
       UserError: no such function, or a judge that does not start.
     """
+    if config.reward is None:
+        return nullcontext(None)
     if config.reward == JUDGE:
         return _Judging(config)
     if is_address(config.reward):

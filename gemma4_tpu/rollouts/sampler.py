@@ -85,7 +85,7 @@ class Sampler:
         model = step.model
         self._read = jax.jit(partial(decoding.read, step))
         self._empty = jax.jit(partial(decoding.empty, slots=shapes.slots, new_tokens=shapes.new_tokens, model=model))
-        self._admit = jax.jit(decoding.admit, donate_argnums=0)
+        self._admit = jax.jit(partial(decoding.admit, model=model), donate_argnums=0)
         self._advance = jax.jit(partial(decoding.advance, step, tokens=SEGMENT_TOKENS), donate_argnums=2)
         self.drawn_from = ""
         """Digest of the trained values that the last samples were drawn with."""

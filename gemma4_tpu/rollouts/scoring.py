@@ -22,6 +22,7 @@ class Scorer:
     def __init__(self, step: Step):
         self._step = step
         self._nll = jax.jit(step.token_nll)
+        self._divergence = jax.jit(step.divergence)
         self._spread = jax.jit(partial(_spread, step))
 
     def logprobs(self, trained: Any, base: Any, arrays: Mapping[str, np.ndarray]) -> np.ndarray:
@@ -38,6 +39,13 @@ class Scorer:
         for m in _used(arrays):
             means[m], variances[m] = self._spread(trained, base, self._rows(arrays, m))
         return np.where(mask, means, 0.0), np.where(mask, variances, 0.0)
+
+    def divergences(self, trained: Any, base: Any, arrays: Mapping[str, np.ndarray]) -> np.ndarray:
+        """float32 [M, B, T]: from the teacher's distribution, at every target; 0 where there is none."""
+        found = np.zeros(arrays["target_mask"].shape, np.float32)
+        for m in _used(arrays):
+            found[m] = self._divergence(trained, base, self._rows(arrays, m))
+        return np.where(arrays["target_mask"], found, 0.0)
 
     def _rows(self, arrays: Mapping[str, np.ndarray], m: int) -> Batch:
         """The arrays [B, T] of microbatch `m`, on the mesh."""

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 
 from gemma4_tpu.models.decode import Cache, DecodingPlace, Sampling, decoding, draw, is_global, put, shaped
 from gemma4_tpu.models.gemma4 import Model, logits, through_layers
+from gemma4_tpu.models.sharding import constrain
 from gemma4_tpu.step.train_step import Step
 
 
@@ -45,6 +46,15 @@ class Slots(NamedTuple):
     """[B] keys of the samples."""
 
 
+KV_DIMS, SCORE_DIMS = "LBTNH", "BV"
+"""Dims of a cache's arrays and of scores, as `models.sharding` places them: rows over dp, KV heads and vocabulary over
+tp. Pinned at every program's end: what is left to the compiler may be a whole cache on every chip."""
+
+
+def _pinned(model: Model, cache: Cache) -> Cache:
+    return jax.tree.map(lambda x: constrain(x, KV_DIMS, model.mesh), cache)
+
+
 def for_decoding(model: Model) -> Model:
     """The trained model without what is for training only."""
     return replace(model, remat="none", lora_dropout=0.0)
@@ -60,7 +70,8 @@ def read(step: Step, trained: Any, base: Any, tokens: jax.Array, lengths: jax.Ar
     window = model.arch.sliding_window
     kvs = jax.tree.map(partial(_in_slots, last=last, window=window), kvs, is_global(model, kvs))
     hidden = jnp.take_along_axis(hidden, last[:, None, None], axis=1)  # [Q, 1, D]
-    return Prompts(kvs, logits(model, params, hidden)[:, 0], lengths)
+    scores = constrain(logits(model, params, hidden)[:, 0], SCORE_DIMS, model.mesh)
+    return Prompts(_pinned(model, kvs), scores, lengths)
 
 
 def _in_slots(x: jax.Array, is_global: bool, *, last: jax.Array, window: int) -> jax.Array:
@@ -82,12 +93,15 @@ def empty(prompts: Prompts, slots: int, new_tokens: int, model: Model) -> Slots:
         return jnp.zeros((r, slots, total if is_global else min(total, window), *dims), x.dtype)
 
     nothing = jnp.zeros(slots, jnp.int32)
-    scores = jnp.zeros((slots, prompts.scores.shape[1]), jnp.float32)
+    scores = constrain(jnp.zeros((slots, prompts.scores.shape[1]), jnp.float32), SCORE_DIMS, model.mesh)
     keys = jax.vmap(jax.random.key)(jnp.zeros(slots, jnp.uint32))
-    return Slots(jax.tree.map(rows, prompts.kvs, is_global(model, prompts.kvs)), scores, nothing, nothing, keys)
+    cache = _pinned(model, jax.tree.map(rows, prompts.kvs, is_global(model, prompts.kvs)))
+    return Slots(cache, scores, nothing, nothing, keys)
 
 
-def admit(slots: Slots, prompts: Prompts, taken: jax.Array, which: jax.Array, seeds: jax.Array) -> Slots:
+def admit(
+    slots: Slots, prompts: Prompts, taken: jax.Array, which: jax.Array, seeds: jax.Array, *, model: Model
+) -> Slots:  # fmt: skip
     """New samples in the rows `taken` [B] (bool): of the prompts `which` [B], with `seeds` [B] uint32."""
 
     def replaced(old: jax.Array, of_prompts: jax.Array) -> jax.Array:
@@ -100,7 +114,7 @@ def admit(slots: Slots, prompts: Prompts, taken: jax.Array, which: jax.Array, se
         return jax.lax.dynamic_update_slice_in_dim(cache, part, 0, axis=2)
 
     return Slots(
-        jax.tree.map(filled, slots.cache, prompts.kvs),
+        _pinned(model, jax.tree.map(filled, slots.cache, prompts.kvs)),
         replaced(slots.scores, prompts.scores),
         replaced(slots.places, prompts.lengths),
         jnp.where(taken, 0, slots.drawn),
@@ -126,8 +140,9 @@ def advance(step: Step, trained: Any, base: Any, slots: Slots, *, tokens: int) -
             model, params, lora, token[:, None], jnp.ones((b, 1), jnp.int32), slots.places[:, None], decoding(at),
             beside=slots.cache,
         )  # fmt: skip
-        cache = jax.tree.map(partial(put, place=slots.places), slots.cache, kvs)
-        new = Slots(cache, logits(model, params, hidden)[:, 0], slots.places + 1, slots.drawn + 1, slots.keys)
+        cache = _pinned(model, jax.tree.map(partial(put, place=slots.places), slots.cache, kvs))
+        after = constrain(logits(model, params, hidden)[:, 0], SCORE_DIMS, model.mesh)
+        new = Slots(cache, after, slots.places + 1, slots.drawn + 1, slots.keys)
         return new, (token, chance)
 
     slots, (drawn, chances) = jax.lax.scan(one, slots, None, length=tokens)

@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
+from itertools import zip_longest
 from typing import Any
 
 import numpy as np
@@ -17,72 +18,24 @@ from gemma4_tpu.config.rollouts import RolloutsConfig
 from gemma4_tpu.config.schema import TrainerConfig
 from gemma4_tpu.data.pipeline import STATE_VERSION, Update, check_position
 from gemma4_tpu.errors import UserError
-from gemma4_tpu.rollouts import advantages
 from gemma4_tpu.rollouts.batch import BatchShape, Placed, assembled, in_batches, that_fit
 from gemma4_tpu.rollouts.certificate import Agreement, Certificate, ExpectedLoss, described
-from gemma4_tpu.rollouts.collecting import Collected, Collector, Group
+from gemma4_tpu.rollouts.collecting import Collected, Collector
 from gemma4_tpu.rollouts.digest import digest
 from gemma4_tpu.rollouts.policy_tasks import Task
 from gemma4_tpu.rollouts.scoring import Scorer
+from gemma4_tpu.rollouts.selection import Selection
+from gemma4_tpu.rollouts.validation import Validation
 from gemma4_tpu.step.grpo import ADVANTAGES, COPIES, OLD_LOGPROBS
 
 log = logging.getLogger(__name__)
 
-
-@dataclass(frozen=True)
-class Selection:
-    """Which answers an objective learns from."""
-
-    is_live: Callable[[Group], bool]
-    """Whether a group has any."""
-    placed: Callable[[Group], list[Placed]]
-    """Those of a live group, each with its weight."""
-    fields: Collection[str]
-    """What its batches hold besides the arrays of every batch."""
-    loss: Callable[[Mapping[str, np.ndarray]], ExpectedLoss]
-    """What the step has to find for a batch if the policy is the one that drew it."""
-
-
-def _policy_loss(arrays: Mapping[str, np.ndarray]) -> ExpectedLoss:
-    """Every ratio is 1: the mean advantage over all tokens, equal answers counted each."""
-    copies = np.where(arrays["target_mask"], arrays[COPIES], 0.0).astype(np.float64)
-    gains = arrays[ADVANTAGES].astype(np.float64)
-    return ExpectedLoss(-(copies * gains).sum() / copies.sum(), (copies * np.abs(gains)).sum() / copies.sum())
-
-
-def _cross_entropy(arrays: Mapping[str, np.ndarray]) -> ExpectedLoss:
-    """The mean of −log p over all tokens, as they were drawn."""
-    return ExpectedLoss(-float(arrays[OLD_LOGPROBS][arrays["target_mask"]].mean(dtype=np.float64)), 1.0)
-
-
-def by_advantage(config: RolloutsConfig, fields: Collection[str]) -> Selection:
-    """Answers by how much better than their group they are; groups whose rewards differ."""
-
-    def rewards(group: Group) -> np.ndarray:
-        return advantages.penalised(group.rewards, group.lengths, config)
-
-    def placed(group: Group) -> list[Placed]:
-        stopped = [one.stopped for one in group.drawn]
-        tokens = [one.tokens for one in group.drawn]
-        chosen = advantages.weighed(tokens, rewards(group), stopped, config)
-        return [Placed(group.task, group.drawn[one.sample], one.advantage, one.copies) for one in chosen]
-
-    # A group of which masking leaves nothing has nothing to learn from either.
-    return Selection(lambda g: advantages.is_live(rewards(g)) and bool(placed(g)), placed, fields, _policy_loss)
-
-
-def by_reward(config: RolloutsConfig) -> Selection:
-    """Answers with a reward above 0, each distinct one once; groups that have some."""
-
-    def placed(group: Group) -> list[Placed]:
-        good = [
-            one
-            for one, reward in zip(group.drawn, group.rewards, strict=True)
-            if reward > 0 and (one.stopped or not config.mask_truncated)
-        ]
-        return [Placed(group.task, one) for one in {one.tokens.tobytes(): one for one in good}.values()]
-
-    return Selection(lambda group: bool(placed(group)), placed, (), _cross_entropy)
+Show = Callable[[str, Sequence[str], Sequence[Sequence[Any]], int], None]
+"""Takes a table, as trackers do: name, columns, rows, update."""
+COLUMNS = ("prompt", "answer", "tokens", "stopped", "reward", "verdict")
+"""Of the answers that a tracker gets."""
+SHOWN = 16
+"""Answers."""
 
 
 @dataclass(frozen=True)
@@ -92,10 +45,12 @@ class Making:
     collector: Collector
     scorer: Scorer
     certificate: Certificate
+    validation: Validation
     base: Any
     """The frozen weights."""
     report: Callable[[dict[str, Any], int], None]
     """Takes metrics of an update."""
+    show: Show
     held: ExitStack
     """What is closed at the end: the reward's process, open files."""
 
@@ -105,7 +60,7 @@ class OnPolicySource:
 
     def __init__(
         self, tasks: Sequence[Task], config: RolloutsConfig, trainer: TrainerConfig, shape: BatchShape,
-        selection: Selection,
+        selection: Selection, validated_on: Sequence[Task] = (),
     ):  # fmt: skip
         """Args:
         tasks: the prompts.
@@ -113,6 +68,7 @@ class OnPolicySource:
         trainer: length and seed of the run.
         shape: of an update's arrays.
         selection: what is learned from.
+        validated_on: other prompts, for validation.
 
         Raises:
           UserError: fewer prompts than an update asks.
@@ -122,13 +78,16 @@ class OnPolicySource:
         self._tasks, self._config, self._trainer, self._shape = list(tasks), config, trainer, shape
         self.selection = selection
         """What is learned from."""
+        self.validated_on = validated_on
+        """Prompts that are never trained on."""
         self._asked = 0  # prompts, in all
         self._update = 0
         self._made: Update | None = None
         self._old: np.ndarray | None = None
+        self._expected: ExpectedLoss | None = None
         self._making: Making | None = None
         content = hashlib.sha256()
-        for task in tasks:
+        for task in (*tasks, *validated_on):
             content.update(repr((task.name, task.ids.tolist(), task.reference)).encode())
         self.fingerprint: dict[str, Any] = {
             "prompts": content.hexdigest(), "sequence_length": shape.length, "rows_per_update": shape.capacity,
@@ -176,6 +135,8 @@ class OnPolicySource:
         own = digest(trained)
         compared = self._compared(trained, collected) if making.certificate.is_due(update, own) else None
         making.certificate.sampled(update, collected, len(live), own, compared)
+        if compared is not None:
+            making.show("rollouts", COLUMNS, _shown(collected, making.collector), update)
         placed = [self.selection.placed(group) for group in live]
         answers = that_fit(placed, self._shape)
         if left_out := sum(map(len, placed)) - len(answers):
@@ -186,9 +147,21 @@ class OnPolicySource:
             )  # fmt: skip
         made = assembled(answers, self._shape, self._asked / len(self._tasks))
         self._made, self._old, self._update = made, made.arrays[OLD_LOGPROBS], update
+        self._expected = self._expected_loss(trained, made.arrays, compared is not None)
         not_asked_for = {OLD_LOGPROBS, ADVANTAGES, COPIES} - {*self.selection.fields}
         arrays = {name: array for name, array in made.arrays.items() if name not in not_asked_for}
         return replace(made, arrays=arrays, figures=_figures(collected, len(live), seconds))
+
+    def _expected_loss(self, trained: Any, arrays: Mapping[str, np.ndarray], is_due: bool) -> ExpectedLoss | None:
+        """What the step has to find, as far as it is known or due to be found out."""
+        if self.selection.loss is not None:
+            return self.selection.loss(arrays)
+        if not is_due:
+            return None
+        assert self._making is not None
+        copies = np.where(arrays["target_mask"], arrays[COPIES], 0.0).astype(np.float64)
+        each = self._making.scorer.divergences(trained, self._making.base, arrays)
+        return ExpectedLoss(float((copies * each).sum() / copies.sum()), 1.0)
 
     def _compared(self, trained: Any, collected: Collected) -> Agreement:
         """Sampler and trainer on all answers: chosen by reward or length, they would not be as surprising as the
@@ -205,13 +178,21 @@ class OnPolicySource:
 
     def landed(self, update: int, loss: float) -> None:
         """See `Source`."""
-        if self._made is not None and self._making is not None and math.isfinite(loss):
-            self._making.certificate.trained(update, loss, self.selection.loss(self._made.arrays))
+        if self._expected is not None and self._making is not None and math.isfinite(loss):
+            self._making.certificate.trained(update, loss, self._expected)
+        self._expected = None
 
     def ready_to_save(self, trained: Any, update: int) -> None:
-        """See `Source`; measures how far the update moved the policy, once."""
-        if self._made is None or self._making is None or update != self._update:
+        """See `Source`; measures how far the update moved the policy, and how good it is now, once each."""
+        if self._making is None:
             return
+        if self._made is not None and update == self._update:
+            self._moved(trained, update)
+        if self._making.validation.is_due(update):
+            self._making.validation(self._making.collector, trained, self._making.base, update, self._making.report)
+
+    def _moved(self, trained: Any, update: int) -> None:
+        assert self._made is not None and self._making is not None
         arrays, mask = self._made.arrays, self._made.arrays["target_mask"]
         assert self._old is not None
         moved = (self._making.scorer.logprobs(trained, self._making.base, arrays) - self._old)[mask]
@@ -250,14 +231,29 @@ class OnPolicySource:
             self._making.held.close()
 
 
+def _shown(collected: Collected, collector: Collector) -> list[tuple[Any, ...]]:
+    """The first answers, as `COLUMNS` have them."""
+    rows = []
+    for group in collected.groups:
+        for one, found in zip_longest(group.drawn, group.rewarded):
+            verdict = (found.reward, found.kind) if found else (None, None)
+            rows.append((group.task.prompt, collector.text(one), len(one.tokens), one.stopped, *verdict))
+        if len(rows) >= SHOWN:
+            break
+    return rows[:SHOWN]
+
+
 def _figures(collected: Collected, live: int, seconds: float) -> dict[str, float]:
     """For `metrics.jsonl`."""
     known = described(collected.groups)
+    of_rewards: dict[str, float] = {name: known[name] for name in ("reward", "malformed") if name in known}
+    if of_rewards:
+        of_rewards["live_groups"] = live / len(collected.groups)
     return {
-        **{name: known[name] for name in ("reward", "entropy", "malformed")},
+        **of_rewards,
+        "entropy": known["entropy"],
         "answer_tokens": known["mean_tokens"],
         "truncated": known["truncated"] / known["answers"],
         "distinct": known["distinct"] / known["answers"],
-        "live_groups": live / len(collected.groups),
         "rollout_seconds": seconds,
     }

@@ -5,6 +5,9 @@ rollouts/<update>.samples.jsonl    {"problem", "sample", "seed", "adapter", "ids
 rollouts/<update>.verdicts.jsonl   {"problem", "sample", "reward", "kind", "detail", "well_formed"}
 ```
 
+Those of prompts that are validated on are `<update>.validation_samples.jsonl` and `<update>.validation_verdicts.jsonl`,
+of the policy after that update.
+
 `logprobs` are float32 bits (base64, little-endian), so that a run that goes on trains on the very numbers. A verdict
 that was given is never asked for again: a judge may be slow, dear, or of two minds.
 """
@@ -31,17 +34,18 @@ _BITS = np.dtype("<f4")
 class StoredUpdate:
     """The roll-outs of one update; a context manager."""
 
-    def __init__(self, run: Path, update: int, adapter: str):
+    def __init__(self, run: Path, update: int, adapter: str, prefix: str = ""):
         """Opens what an earlier start left of this update, if it was drawn from the same policy.
 
         Args:
           run: the run folder.
           update: the update that they are for, from 1.
           adapter: digest of the policy's trained values.
+          prefix: of the files' names behind the update: `validation_` for answers that are not trained on.
         """
         folder = run / FOLDER
         folder.mkdir(exist_ok=True)
-        paths = [folder / f"{update:06}.{name}.jsonl" for name in ("samples", "verdicts")]
+        paths = [folder / f"{update:06}.{prefix}{name}.jsonl" for name in ("samples", "verdicts")]
         self.adapter = adapter
         """Digest of the policy that these are of."""
         self._samples, self._verdicts = (Rows(path) for path in paths)

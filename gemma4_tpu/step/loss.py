@@ -4,11 +4,14 @@ The loss is a *sum* over target tokens, so that microbatches add up exactly; who
 The forward pass walks over chunks of T, and while a chunk's logits exist it takes the gradient with respect to the
 hidden states as well: two passes over the vocabulary in all (logits, gradient) where checkpointing would need three.
 `token_nll` keeps the tokens apart, for objectives that weigh them by what is known only once all of them are there.
+Other losses over the vocabulary than the cross-entropy plug in as a `Score` (`token_losses`).
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +19,22 @@ from jax.sharding import Mesh
 
 from gemma4_tpu.models.gemma4 import softcap
 from gemma4_tpu.models.sharding import TP, constrain, token_parts
+
+Score = Callable[[jax.Array, Any, Any], tuple[jax.Array, jax.Array]]
+"""`score(logits [B, c, V] float32, a chunk of what stands beside each token, what is the same for all)` → loss [B, c]
+and its gradient with respect to the logits [B, c, V]."""
+
+
+def cross_entropy(logits: jax.Array, targets: jax.Array, _: Any) -> tuple[jax.Array, jax.Array]:
+    """A `Score`: negative log-likelihood of `targets` [B, c] int32."""
+    top = jax.lax.stop_gradient(logits.max(axis=-1, keepdims=True))
+    exponentials = jnp.exp(logits - top)
+    denominator = exponentials.sum(axis=-1, keepdims=True)
+    # [B, c, V], fused into the sums; a gather by target would cross the chips that the vocabulary is split over
+    is_target = jnp.arange(logits.shape[-1]) == targets[..., None]
+    target_score = jnp.where(is_target, logits, 0.0).sum(axis=-1)
+    nll = jnp.log(denominator[..., 0]) + top[..., 0] - target_score
+    return nll, exponentials / denominator - is_target
 
 
 def chunk_length(length: int, wanted: int) -> int:
@@ -56,10 +75,11 @@ def summed_cross_entropy(
     Returns:
       float32 scalar.
     """
-    return _forward(hidden, table, targets, target_mask, cap, chunk_tokens, False, None, mesh)[0]
+    return _forward(
+        hidden, table, targets, None, target_mask, cross_entropy, cap, chunk_tokens, False, None, mesh
+    )[0]  # fmt: skip
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(3, 4, 5, 6))
 def token_nll(
     hidden: jax.Array,
     table: jax.Array,
@@ -69,18 +89,46 @@ def token_nll(
     trained_rows: tuple[int, ...] | None,
     mesh: Mesh | None,
 ) -> jax.Array:
-    """Negative log-likelihood of every target, in nats; arguments as of `summed_cross_entropy`.
+    """Negative log-likelihood of every target, in nats, float32 [B, T], of padding too; see `token_losses`."""
+    return token_losses(hidden, table, targets, None, cross_entropy, cap, chunk_tokens, trained_rows, mesh)
 
-    A frozen table takes the same two passes over the vocabulary. The gradient of a trained one is a product over
-    tokens, whose weights only the backward pass knows: it walks over the chunks once more, four passes in all.
+
+@partial(jax.custom_vjp, nondiff_argnums=(4, 5, 6, 7, 8))
+def token_losses(
+    hidden: jax.Array,
+    table: jax.Array,
+    beside: jax.Array,
+    common: Any,
+    score: Score,
+    cap: float | None,
+    chunk_tokens: int,
+    trained_rows: tuple[int, ...] | None,
+    mesh: Mesh | None,
+) -> jax.Array:
+    """A loss over the vocabulary of every token.
+
+    A frozen table takes the same two passes over the vocabulary as `summed_cross_entropy`. The gradient of a trained
+    one is a product over tokens, whose weights only the backward pass knows: it walks over the chunks once more, four
+    passes in all.
+
+    Args:
+      hidden: as there; so are `table`, `cap`, `chunk_tokens`, `trained_rows` and `mesh`.
+      table: likewise.
+      beside: [B, T, …], what the score takes of each token; no gradient goes there.
+      common: what it takes of all of them; nor there.
+      score: the loss.
+      cap: likewise.
+      chunk_tokens: likewise.
+      trained_rows: likewise.
+      mesh: likewise.
 
     Returns:
       float32 [B, T], of padding too.
     """
-    return _forward(hidden, table, targets, None, cap, chunk_tokens, False, None, mesh)[0]
+    return _forward(hidden, table, beside, common, None, score, cap, chunk_tokens, False, None, mesh)[0]
 
 
-def _forward(hidden, table, targets, target_mask, cap, chunk_tokens, hidden_grad, trained_rows, mesh):
+def _forward(hidden, table, beside, common, target_mask, score, cap, chunk_tokens, hidden_grad, trained_rows, mesh):
     """Loss and the gradients asked for, one chunk of T at a time; without a mask the loss of each token.
 
     `target_mask` may hold weights where only gradients are asked for.
@@ -101,23 +149,16 @@ def _forward(hidden, table, targets, target_mask, cap, chunk_tokens, hidden_grad
 
     def body(carry, chunk):
         total, d_table = carry
-        h, y, m = chunk  # [B, c, D], [B, c], [B, c]
+        h, y, m = chunk  # [B, c, D], [B, c, …], [B, c]
         h = constrain(h, "BTD", mesh)
         raw = jnp.einsum("bcd,vd->bcv", h, weights, preferred_element_type=jnp.float32)
         capped = softcap(constrain(raw, "BTV", mesh), cap)
-        top = jax.lax.stop_gradient(capped.max(axis=-1, keepdims=True))
-        exponentials = jnp.exp(capped - top)
-        denominator = exponentials.sum(axis=-1, keepdims=True)
-        # [B, c, V], fused into the sums; a gather by target would cross the chips that the vocabulary is split over
-        is_target = jnp.arange(capped.shape[-1]) == y[..., None]
-        target_score = jnp.where(is_target, capped, 0.0).sum(axis=-1)
-        nll = jnp.log(denominator[..., 0]) + top[..., 0] - target_score
-        each = nll if m is None else None
+        losses, d_capped = score(capped, y, common)
+        each = losses if m is None else None
         if m is not None:
-            total += jnp.where(m, nll, 0.0).sum()
+            total += jnp.where(m, losses, 0.0).sum()
         d_hidden = None
         if hidden_grad:
-            d_capped = exponentials / denominator - is_target
             d_capped = d_capped if m is None else d_capped * m[..., None]
             d_raw = d_capped if cap is None else d_capped * (1.0 - jnp.square(capped / cap))
             d_raw = d_raw.astype(hidden.dtype)
@@ -129,7 +170,7 @@ def _forward(hidden, table, targets, target_mask, cap, chunk_tokens, hidden_grad
 
     gradient = () if trained_rows is None else (len(trained_rows) or len(table), table.shape[1])
     start = jnp.zeros((), jnp.float32), jnp.zeros(gradient, jnp.float32)
-    chunks = split(hidden), split(targets), None if target_mask is None else split(target_mask)
+    chunks = split(hidden), split(beside), None if target_mask is None else split(target_mask)
     (total, d_table), (each, d_hidden) = jax.lax.scan(body, start, chunks)
     if hidden_grad:
         d_hidden = join(d_hidden)
@@ -141,7 +182,7 @@ def _forward(hidden, table, targets, target_mask, cap, chunk_tokens, hidden_grad
 
 def _vjp_forward(hidden, table, targets, target_mask, cap, chunk_tokens, trained_rows, mesh):
     total, d_hidden, d_table = _forward(
-        hidden, table, targets, target_mask, cap, chunk_tokens, True, trained_rows, mesh
+        hidden, table, targets, None, target_mask, cross_entropy, cap, chunk_tokens, True, trained_rows, mesh
     )
     return total, (d_hidden, d_table)
 
@@ -155,18 +196,22 @@ def _vjp_backward(cap, chunk_tokens, trained_rows, mesh, residuals, g):
 summed_cross_entropy.defvjp(_vjp_forward, _vjp_backward)
 
 
-def _token_vjp_forward(hidden, table, targets, cap, chunk_tokens, trained_rows, mesh):
+def _token_vjp_forward(hidden, table, beside, common, score, cap, chunk_tokens, trained_rows, mesh):
     frozen = trained_rows is None
-    nll, d_hidden, _ = _forward(hidden, table, targets, None, cap, chunk_tokens, frozen, None, mesh)
-    return nll, d_hidden if frozen else (hidden, table, targets)
+    losses, d_hidden, _ = _forward(
+        hidden, table, beside, common, None, score, cap, chunk_tokens, frozen, None, mesh
+    )  # fmt: skip
+    return losses, d_hidden if frozen else (hidden, table, beside, common)
 
 
-def _token_vjp_backward(cap, chunk_tokens, trained_rows, mesh, residuals, g):
+def _token_vjp_backward(score, cap, chunk_tokens, trained_rows, mesh, residuals, g):
     if trained_rows is None:
-        return (residuals * g[..., None]).astype(residuals.dtype), None, None
-    hidden, table, targets = residuals
-    _, d_hidden, d_table = _forward(hidden, table, targets, g, cap, chunk_tokens, True, trained_rows, mesh)
-    return d_hidden, d_table, None
+        return (residuals * g[..., None]).astype(residuals.dtype), None, None, None
+    hidden, table, beside, common = residuals
+    _, d_hidden, d_table = _forward(
+        hidden, table, beside, common, g, score, cap, chunk_tokens, True, trained_rows, mesh
+    )  # fmt: skip
+    return d_hidden, d_table, None, None
 
 
-token_nll.defvjp(_token_vjp_forward, _token_vjp_backward)
+token_losses.defvjp(_token_vjp_forward, _token_vjp_backward)

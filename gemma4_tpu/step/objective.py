@@ -17,6 +17,8 @@ REFERENCE = "reference"
 is none, the reference is the base without adapters."""
 REFERENCE_NLL = "reference_nll"
 """float32 [B, T]: negative log-likelihoods under the reference; the step adds them to `rows` of who asks for them."""
+TEACHER = "teacher"
+"""Key of the frozen weights under which those of a teacher stand: `params`, and `lora` where it has adapters."""
 
 
 class Mean(NamedTuple):
@@ -41,8 +43,12 @@ class Objective(ABC):
     reference: ClassVar[bool] = False
     """Whether `loss` reads `REFERENCE_NLL`, for which the step runs the reference forward, too."""
     on_policy: ClassVar[bool] = False
-    """Whether its batches are the policy's own answers; held-out rows, whose answers are given, are then scored by
-    their cross-entropy."""
+    """Whether its batches are the policy's own answers."""
+
+    @property
+    def heldout(self) -> Objective | None:
+        """Of one that is on-policy: what held-out rows, whose answers are given, are scored by; None: cross-entropy."""
+        return None
 
     @abstractmethod
     def loss(self, nll: jax.Array, rows: Mapping[str, jax.Array]) -> tuple[jax.Array, Stats]:

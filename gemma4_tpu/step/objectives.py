@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from gemma4_tpu.config.schema import ObjectiveConfig
+from gemma4_tpu.step.distill import Distill, DistillOwn
 from gemma4_tpu.step.grpo import ExpertIteration, Grpo
 from gemma4_tpu.step.objective import Objective
-from gemma4_tpu.step.objective_kinds import SFT
+from gemma4_tpu.step.objective_kinds import KINDS, SFT
 from gemma4_tpu.step.preference import Dpo, Ipo, Orpo
 
 
@@ -18,6 +19,9 @@ def make_objective(config: ObjectiveConfig) -> Objective | None:
         return Grpo(config.clip_low, config.clip_high, config.max_drift)  # the checks: the keys of its kind are set
     if config.kind == "expert_iteration":
         return ExpertIteration()
+    if (kind := KINDS[config.kind]).taught:
+        assert config.divergence is not None
+        return (DistillOwn if kind.on_policy else Distill)(config.divergence)
     assert config.beta is not None
     if config.kind == "dpo":
         assert config.label_smoothing is not None

@@ -20,9 +20,11 @@ from gemma4_tpu.data.pipeline import FEATURES
 from gemma4_tpu.models import token_rows
 from gemma4_tpu.models.gemma4 import Model, Params, hidden_states
 from gemma4_tpu.models.layout import get, without
+from gemma4_tpu.models.sharding import constrain
 from gemma4_tpu.models.weights import EMBEDDING
-from gemma4_tpu.step.loss import summed_cross_entropy, token_nll
-from gemma4_tpu.step.objective import REFERENCE, REFERENCE_NLL, Objective, Stats
+from gemma4_tpu.step.distill import Distill, Divergence
+from gemma4_tpu.step.loss import summed_cross_entropy, token_losses, token_nll
+from gemma4_tpu.step.objective import REFERENCE, REFERENCE_NLL, TEACHER, Objective, Stats
 from gemma4_tpu.step.optimizer import next_average, schedule_free_average
 
 Batch = dict[str, jax.Array]
@@ -80,6 +82,8 @@ class Step:
     """Of the average of the trained values, per update; None: there is none."""
     objective: Objective | None = None
     """None: the cross-entropy of the given answers, which needs no likelihoods of single tokens."""
+    teacher: Model | None = None
+    """Of an objective that has one; its weights are frozen ones, under `TEACHER`."""
 
     def init(self, trained: Any, key: jax.Array) -> TrainState:
         """State before the first update."""
@@ -102,11 +106,24 @@ class Step:
         """float32 [B, T]: negative log-likelihood of every target of one microbatch (arrays [B, T]), padding too."""
         return token_nll(*self._scored(trained, base, rows, key), rows["targets"], *self._scoring())
 
+    def divergence(self, trained: Any, base: Any, rows: Batch, key: jax.Array | None = None) -> jax.Array:
+        """float32 [B, T]: how far the distribution of every token is from the teacher's, in nats, of padding too."""
+        assert self.teacher is not None and isinstance(self.objective, Distill)
+        params, lora = base[TEACHER]["params"], base[TEACHER].get("lora")
+        places = rows["tokens"], rows["segment_ids"], rows["positions"]
+        told = jax.lax.stop_gradient(hidden_states(self.teacher, params, lora, *places))
+        # Gathered over fsdp once, not in every chunk.
+        table = constrain(params["embedder"]["input_embedding"].astype(told.dtype), "VD", self.teacher.mesh)
+        score = Divergence(self.objective.divergence, self.teacher.arch.final_logit_softcap, self.teacher.mesh)
+        return token_losses(*self._scored(trained, base, rows, key), told, table, score, *self._scoring())
+
     def summed_loss(self, trained: Any, base: Any, rows: Batch, key: jax.Array | None) -> tuple[jax.Array, Stats]:
         """Summed loss of the rows of one microbatch, and what the objective tells of them; arrays are [B, T]."""
         if self.objective is None:
             hidden, table = self._scored(trained, base, rows, key)
             return summed_cross_entropy(hidden, table, rows["targets"], rows["target_mask"], *self._scoring()), {}
+        if isinstance(self.objective, Distill):
+            return self.objective.loss(self.divergence(trained, base, rows, key), rows)
         nll = self.token_nll(trained, base, rows, key)
         if self.objective.reference:
             # In the same program, so that nothing has to be kept, found again or trusted when a run resumes.
@@ -178,7 +195,7 @@ class Step:
     def evaluate(self, trained: Any, base: Any, batch: Batch) -> tuple[jax.Array, jax.Array, Stats]:
         """Summed loss of an [M, B, T] batch, what to divide it by, and the objective's sums; dropout off."""
         if self.objective is not None and self.objective.on_policy:
-            return replace(self, objective=None).evaluate(trained, base, batch)
+            return replace(self, objective=self.objective.heldout).evaluate(trained, base, batch)
 
         def microbatch(total, rows):
             loss, stats = self.summed_loss(trained, base, rows, None)

@@ -33,6 +33,7 @@ VERSION = 1
 FOLDER, RESULT, PLAN_FILE, CONFIG = "record.json", "result.json", "plan.json", "config.yaml"
 OVERRIDES = "overrides.yaml"
 CERTIFICATE_FILE = "certificate.json"
+VALIDATION_FILE = "validation.jsonl"
 
 
 @dataclass(frozen=True)

@@ -40,7 +40,7 @@ from gemma4_tpu.training.meshes import resolve_mesh, whole_rows_problems
 from gemma4_tpu.training.objective_checks import objective_problems
 from gemma4_tpu.training.optimizer_checks import optimizer_problems, stop_problems, trained_bytes
 from gemma4_tpu.training.recipe import batch_key, check_lengths, count, rows_per_microbatch, rows_per_update
-from gemma4_tpu.training.rollouts_checks import check_decoding_mesh, is_on_policy, rollouts_problems
+from gemma4_tpu.training.rollouts_checks import check_decoding_mesh, is_on_policy, reward_of, rollouts_problems
 
 HIGH_LEARNING_RATE = 1e-3
 """More than LoRA on a released size usually bears; reported, never changed."""
@@ -61,7 +61,9 @@ class Checked:
 
 
 def normalise(root: TrainRoot) -> TrainRoot:
-    """One spelling for what can be written in several: `packing: false`, `quantize: none`, `~/rows.jsonl`."""
+    """One spelling for what can be written in several: `packing: false`, `quantize: none`, `~/rows.jsonl`; and the
+    reward that is meant by none.
+    """
     quantize = None if root.lora.quantize in ("none", "null") else root.lora.quantize
     train, heldout = (
         [replace(source, path=at_home(source.path)) for source in sources]
@@ -83,6 +85,8 @@ def normalise(root: TrainRoot) -> TrainRoot:
             start=folder_of(root.lora.start),
             start_checkpoint=root.lora.start_checkpoint.strip().lower(),
         ),
+        objective=replace(root.objective, teacher=folder_of(root.objective.teacher)),
+        rollouts=replace(root.rollouts, reward=reward_of(root.objective, root.rollouts)),
         run_dir=at_home(root.run_dir),
         replay=at_home(root.replay),
     )

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+from gemma4_tpu.architectures import ARCHITECTURES
+from gemma4_tpu.checkpoint_folder import RANDOM
+from gemma4_tpu.config.keys import did_you_mean
+from gemma4_tpu.config.paths import local_place, sibling
+from gemma4_tpu.config.rollouts import is_address
 from gemma4_tpu.config.schema import DataConfig, LoraConfig, ObjectiveConfig, TrainerConfig
 from gemma4_tpu.data.forms import FORMS
-from gemma4_tpu.step.objective_kinds import KINDS, SFT
+from gemma4_tpu.step.objective_kinds import KINDS, MAY_BE_NULL, SFT
 from gemma4_tpu.training.optimizer_checks import kind_problems
 
 
@@ -15,7 +20,7 @@ def objective_problems(
     kind, name = KINDS.get(objective.kind), f"objective={objective.kind}"
     if kind is None:  # its choices say so
         return []
-    messages = kind_problems("objective", objective, {name: one.keys for name, one in KINDS.items()})
+    messages = kind_problems("objective", objective, {name: one.keys for name, one in KINDS.items()}, MAY_BE_NULL)
     form = FORMS.get(data.format)
     if form is not None and form.rows != kind.rows:
         others = [other for other, one in KINDS.items() if one.rows == form.rows]
@@ -33,4 +38,36 @@ def objective_problems(
             f"trainer.spike_factor={trainer.spike_factor}: losses of {name} have no baseline from which a spike stands"
             " out; give trainer.spike_factor=null"
         )
-    return messages
+    return messages + (_teacher(objective) if kind.taught else [])
+
+
+def _teacher(objective: ObjectiveConfig) -> list[str]:
+    """What is wrong with the teacher, as far as local files tell."""
+    path, which, name = objective.teacher, objective.teacher_checkpoint or "", objective.teacher_model
+    messages = []
+    if name is not None and name not in ARCHITECTURES:
+        hint = did_you_mean(name, ARCHITECTURES, lambda one: f"objective.teacher_model={one}")
+        messages.append(f"objective.teacher_model={name}: no such architecture{hint}")
+    if which not in ("best", "latest") and not which.isdecimal():
+        messages.append(f"objective.teacher_checkpoint={which}: give best, latest or the number of an update")
+    if not path:
+        return [
+            *messages,
+            f"objective.teacher: objective={objective.kind} learns from one; give a run folder or a checkpoint with the"
+            " same vocabulary (local, gs:// or embedded:NAME); for a plan objective.teacher_model=<its size> will do",
+        ]
+    if is_address(path):
+        return [
+            *messages,
+            f"objective.teacher={path}: servers tell probabilities of a few tokens, and the whole distribution is"
+            " compared; give the checkpoint or the run folder that it serves",
+        ]
+    if path.startswith(RANDOM):
+        if not name:
+            messages.append(f"objective.teacher={path}: random weights of which model? Give objective.teacher_model=")
+        return messages
+    place, found = local_place(f"objective.teacher={path}", path)
+    if place is not None and not place.is_dir():
+        what = "is a file, not a folder" if place.exists() else f"no such folder{sibling(place)}"
+        found.append(f"objective.teacher={path}: {what}; give a run folder or the folder of a checkpoint")
+    return messages + found

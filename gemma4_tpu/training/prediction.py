@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 from gemma4_tpu.errors import UserError
 from gemma4_tpu.hardware import slice_of
-from gemma4_tpu.step.objective_kinds import SFT
+from gemma4_tpu.step.objective_kinds import KINDS, SFT
 from gemma4_tpu.tracking.files import read_json
 from gemma4_tpu.training.recipe import Recipe
 
@@ -18,7 +18,8 @@ log = logging.getLogger(__name__)
 
 PLAN, PLANS = "plan.json", Path("outputs/plan")
 _DESCRIBED = (
-    "slice", "model", "trained", "objective", "mesh", "remat", "sequence_length", "rows_per_update", "microbatches",
+    "slice", "model", "trained", "objective", "teacher", "mesh", "remat", "sequence_length", "rows_per_update",
+    "microbatches",
 )  # fmt: skip
 """What a plan and a run must have in common."""
 
@@ -50,6 +51,8 @@ def predict(recipe: Recipe, plan: str | None, run_folder: Path, plans: Path = PL
       UserError: `plan` is of another configuration, or says nothing of time.
     """
     if slice_of(recipe.hardware) is None:
+        return None
+    if KINDS[recipe.objective.kind].on_policy:  # most of its time is roll-outs, which no schedule tells
         return None
     own = recipe.described()
     if plan is not None:

@@ -27,7 +27,7 @@ class Rates(NamedTuple):
         chip, price = chip_of(device.platform, device.device_kind), price_of(recipe.hardware)
         return Rates(
             flops_per_token=train_flops_per_token(
-                recipe.arch, recipe.lora, segment_tokens, bool(recipe.new_tokens), recipe.has_reference
+                recipe.arch, recipe.lora, segment_tokens, bool(recipe.new_tokens), recipe.beside
             ),
             peak_flops_per_second=chip.device.peak_flops_per_second * mesh.size if chip else None,
             usd_per_hour=price.usd_per_hour if price else None,

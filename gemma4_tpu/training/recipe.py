@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 from gemma4_tpu.architectures import Architecture
 from gemma4_tpu.config.schema import (
@@ -19,6 +19,14 @@ from gemma4_tpu.errors import UserError
 from gemma4_tpu.hardware import MeshSizes, slice_of
 from gemma4_tpu.models.adapted import expert_rank, takes_part
 from gemma4_tpu.step.objective_kinds import KINDS
+
+
+class TeacherModel(NamedTuple):
+    """A model that a distillation runs forward beside its own."""
+
+    arch: Architecture
+    lora: LoraConfig
+    """Its adapters; `enabled=False`: it has none."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,18 +52,24 @@ class Recipe:
     new_tokens: tuple[int, ...] = ()
     """Rows of `model.new_tokens`."""
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
+    teacher: TeacherModel | None = None
+    """Of an objective that has one."""
 
     @property
-    def has_reference(self) -> bool:
-        """Whether every update scores its rows once more, by what the run began as."""
-        return KINDS[self.objective.kind].reference
+    def beside(self) -> Architecture | None:
+        """The model that runs forward in every update, too: a teacher, or the base as what the run began as."""
+        if self.teacher is not None:
+            return self.teacher.arch
+        return self.arch if KINDS[self.objective.kind].reference else None
 
     @property
     def keeps_reference(self) -> bool:
-        """Whether that takes a copy of the trained values as they began: not where the base alone says the same."""
+        """Whether the objective's reference takes a copy of the trained values as they began: not where the base alone
+        says the same.
+        """
         lora = self.lora
         begins_as_base = not (lora.start or takes_part(lora) or lora.modules_to_train or self.new_tokens)
-        return self.has_reference and not begins_as_base
+        return KINDS[self.objective.kind].reference and not begins_as_base
 
     def described(self) -> dict[str, Any]:
         """What a plan and a run must have in common to be compared, under the keys of `plan.json`."""
@@ -66,6 +80,7 @@ class Recipe:
             "model": self.arch.name,
             "trained": trained_as(self.lora, self.arch),
             "objective": self.objective.kind,
+            "teacher": self.teacher.arch.name if self.teacher else None,
             "lora_rank": self.lora.rank if self.lora.enabled else None,
             "mesh": self.mesh.record,
             "remat": self.trainer.remat,

@@ -20,8 +20,10 @@ log = logging.getLogger(__name__)
 
 FILE = "replay.json"
 LOSSES = ("loss", "heldout_loss")
-_FINGERPRINTS = {"tokenizer": "tokenizer", "chat_template": "tokenizer", "base": "base", "start": "base",
-                 "rows": "data", "heldout": "data", "examples": "data"}  # fmt: skip
+_FINGERPRINTS = {
+    "tokenizer": "tokenizer", "chat_template": "tokenizer", "base": "base", "start": "base", "teacher": "base",
+    "rows": "data", "heldout": "data", "examples": "data", "prompts": "data",
+}  # fmt: skip
 """Those that say what came in; the others repeat values of the configuration."""
 _SHOWN_CHARACTERS = 40
 

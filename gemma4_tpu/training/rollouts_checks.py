@@ -21,6 +21,12 @@ def is_on_policy(objective: ObjectiveConfig) -> bool:
     return kind is not None and kind.on_policy
 
 
+def reward_of(objective: ObjectiveConfig, config: RolloutsConfig) -> str | None:
+    """`rollouts.reward`; where it is null, the judge for objectives that learn from rewards."""
+    kind = KINDS.get(objective.kind)
+    return JUDGE if config.reward is None and kind is not None and kind.rewarded else config.reward
+
+
 def rollouts_problems(
     objective: ObjectiveConfig, config: RolloutsConfig, data: DataConfig, lora: LoraConfig
 ) -> list[str]:
@@ -32,6 +38,13 @@ def rollouts_problems(
         messages.append(
             f"data.image_cache={data.image_cache}: objective={objective.kind} samples answers to prompts of text alone;"
             " leave it out, or give objective=sft or one on pairs"
+        )
+    if objective.kind == "grpo" and config.samples < 2:
+        messages.append(f"rollouts.samples={config.samples}: must be at least 2, so that answers can be compared")
+    if config.validation_prompts and config.reward is None:
+        messages.append(
+            f"rollouts.validation_prompts={config.validation_prompts}: objective={objective.kind} has no reward to"
+            " validate; give a rollouts.reward, or held-out rows, on which its divergence is measured"
         )
     if config.overlong_tokens > config.new_tokens:
         messages.append(
@@ -64,7 +77,7 @@ def _sampled_as_trained(lora: LoraConfig, data: DataConfig) -> list[str]:
 
 def _reward(config: RolloutsConfig) -> list[str]:
     name = config.reward
-    if is_address(name):
+    if name is None or is_address(name):
         return []
     if name != JUDGE:
         module, _, function = name.partition(":")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Callable, Collection, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -56,7 +56,7 @@ class Setup:
     mesh: Mesh
     base: Any
     """The frozen weights, none in full fine-tuning; and, where the objective needs a copy of them, under `REFERENCE`
-    what the trained values began as."""
+    what the trained values began as; a teacher's come to stand there under `TEACHER`."""
     state: TrainState
     """Before the first update."""
     trained_leaves: tuple[Leaf, ...]
@@ -116,9 +116,13 @@ def make_step(recipe: Recipe, mesh: Mesh) -> Step:
     leaves = adapters.trained_leaves(model.layout, len(recipe.new_tokens))
     optimizer = make_optimizer(recipe.optimizer, recipe.updates, leaves)
     trainer, options = recipe.trainer, compiler_options(recipe.hardware)
+    teacher = None
+    if recipe.teacher is not None:
+        teacher = make_model(recipe.teacher.arch, recipe.teacher.lora, replace(trainer, remat="none"), mesh)
     return Step(
-        model, optimizer, trainer.loss_chunk_tokens, options, trainer.ema_decay, make_objective(recipe.objective)
-    )
+        model, optimizer, trainer.loss_chunk_tokens, options, trainer.ema_decay, make_objective(recipe.objective),
+        teacher,
+    )  # fmt: skip
 
 
 def check_capacity(recipe: Recipe, checkpoint: CheckpointConfig, mesh: Mesh, checkpoints: str) -> None:
@@ -126,6 +130,8 @@ def check_capacity(recipe: Recipe, checkpoint: CheckpointConfig, mesh: Mesh, che
     platform = mesh.devices.flat[0].platform
     layout = Layout.of(recipe.arch, recipe.lora)
     frozen = [leaf for leaf in layout.leaves() if leaf.weight.name not in layout.in_full]
+    if recipe.teacher is not None:
+        frozen += Layout.of(*recipe.teacher).leaves()
     leaves = adapters.trained_leaves(layout, len(recipe.new_tokens))
     values = build_tree((leaf.path, jax.ShapeDtypeStruct(leaf.array_shape, jnp.float32)) for leaf in leaves)
     state = jax.eval_shape(make_step(recipe, mesh).init, values, jax.eval_shape(lambda: jax.random.key(0)))

@@ -35,7 +35,9 @@ def test_every_option_composes_and_passes_the_checks(group, option, tmp_path):
     words += ["data=chat_jsonl"] * own_rows
     if group == "experiment" or option == "chat_jsonl" or own_rows:  # rows of the user's own
         words += [f"data.train=[{{path: {rows}}}]", "data.heldout=[]"]
-    if group == "objective" and KINDS[option].on_policy:  # problems of the user's own
+    if group == "objective" and KINDS[option].taught:
+        words.append("objective.teacher=embedded:tiny")
+    if group == "objective" and KINDS[option].rewarded:  # problems of the user's own
         words.append(f"rollouts.problems_path={rows}")
     if f"{group}={option}" != "model=tiny":  # which has its own checkpoint
         words.append("model.path=random:0")

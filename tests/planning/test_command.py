@@ -18,11 +18,12 @@ from gemma4_tpu.planning.attempt import result_of
 from gemma4_tpu.planning.auto_remat import HEADROOM, POLICIES, first_that_fits
 from gemma4_tpu.planning.calibration import BAND
 from gemma4_tpu.planning.compilation import ASSIGNED, FINISHED
-from gemma4_tpu.planning.estimate import PlanResult, estimate, roofline
+from gemma4_tpu.planning.estimate import PlanResult, estimate
 from gemma4_tpu.planning.kernels import Mask
 from gemma4_tpu.planning.misfit import misfit_line
 from gemma4_tpu.planning.planned import Planned
 from gemma4_tpu.planning.program import OutOfMemory
+from gemma4_tpu.planning.roofline import roofline
 from gemma4_tpu.planning.schedule import Op, Transfer, plain
 from gemma4_tpu.planning.search import pareto
 from gemma4_tpu.reporting.plans import plot_hbm, print_plan

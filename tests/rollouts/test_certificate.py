@@ -21,7 +21,9 @@ from gemma4_tpu.rollouts.policy_tasks import Task
 from gemma4_tpu.rollouts.rewarding import Rewarded
 from gemma4_tpu.rollouts.sampler import Sampler, SamplerShapes
 from gemma4_tpu.rollouts.scoring import Scorer
-from gemma4_tpu.rollouts.source import Making, OnPolicySource, by_advantage
+from gemma4_tpu.rollouts.selection import by_advantage
+from gemma4_tpu.rollouts.source import Making, OnPolicySource
+from gemma4_tpu.rollouts.validation import Validation
 from gemma4_tpu.step.grpo import COPIES, Grpo
 from gemma4_tpu.step.train_step import Step
 from tests.rollouts.test_collecting import Decoder
@@ -74,7 +76,9 @@ def run(folder, *, updates=3, sampler=None, objective=OBJECTIVE, reward=even_tok
         sampler or it.sampler, reward, Decoder(), config, seed=0, run=folder, is_live=selection.is_live
     )
     certificate = Certificate(folder, config, "float32", None)
-    making = Making(collector, it.scorer, certificate, it.base, lambda row, update: None, ExitStack())
+    validation = Validation((), config, updates, folder, None)
+    nobody = lambda *told: None  # noqa: E731
+    making = Making(collector, it.scorer, certificate, validation, it.base, nobody, nobody, ExitStack())
     source.begin(making)
     step = it.step if objective is OBJECTIVE else replace(it.step, objective=objective)
     states, train, rewards = [step.init(it.trained, jax.random.key(0))], _train(step), []

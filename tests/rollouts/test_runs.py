@@ -24,6 +24,7 @@ FUNCTION = [
     "rollouts.max_kl=null", "data.max_rows=40", "data.heldout=[]", "trainer.max_updates=6", "lora.rank=4",
     "trainer.global_batch_sequences=8", "trainer.microbatches=4", "optimizer.learning_rate=2e-2",
     "optimizer.schedule=constant", "optimizer.warmup_updates=0", "checkpoint.every=2",
+    "rollouts.validation_prompts=5", "rollouts.validation_every=3",
 ]  # fmt: skip
 BY_CHANCE = ("seconds", "per_second", "mfu")  # endings of the metrics that are never the same
 
@@ -55,11 +56,16 @@ def test_killed_at_any_moment_it_ends_with_the_very_bits_and_judges_nothing_twic
     (update, expected), (resumed, found) = last_state(whole), last_state(broken)
     assert update == resumed == 6 and found.keys() == expected.keys()
     assert not [name for name in expected if found[name].tobytes() != expected[name].tobytes()]
+    validated = [read_metrics(run / "validation.jsonl") for run in (whole, broken)]
+    assert validated[0] == validated[1] and [row["update"] for row in validated[0]] == [0, 3, 6]
+    assert len(validated[0][0]["rewards"]) == 5 and "difference" in validated[0][1]
     for name in sorted(os.listdir(whole / "rollouts")):
         stored = [sorted((run / "rollouts" / name).read_text().splitlines()) for run in (whole, broken)]
         assert stored[0] == stored[1], name
     notes = (tmp_path / "notes").read_text().splitlines()
-    assert len(notes) <= record["answers"]["answers"]  # equal answers to a prompt in an update are judged once
+    assert (
+        len(notes) <= record["answers"]["answers"] + 3 * 5 * 4
+    )  # equal answers to a prompt in an update are judged once
 
 
 SHARED = ["data.heldout=[]", "trainer.global_batch_sequences=8", "checkpoint.keep_best=false"]
@@ -85,13 +91,14 @@ def test_it_trains_on_designs_that_the_judge_passes(objective, solver, train, tm
     train(
         *SHARED, *solver, f"objective={objective}", "rollouts.prompts=4", "rollouts.samples=4", "rollouts.slots=16",
         "trainer.microbatches=4", "trainer.max_updates=2", "optimizer.learning_rate=1e-4",
-        "optimizer.warmup_updates=0", f"run_dir={run}", cwd=tmp_path,
+        "optimizer.warmup_updates=0", "rollouts.validation_prompts=3", f"run_dir={run}", cwd=tmp_path,
     )  # fmt: skip
     record = json.loads((run / "certificate.json").read_text())
     assert record["holds"] and record["updates"] == 2 and record["by_kind"]["pass"]["mean_reward"] == 1
     assert sum(one["answers"] for one in record["by_kind"].values()) == record["answers"]["answers"]
     page = "\n".join(on_policy(Records(run=RunFolder(run), name="run")))
     assert "It holds over 2 updates" in page and "| pass |" in page
+    assert "On 3 prompts that were not trained on" in page
 
 
 REFUSED = [
@@ -100,6 +107,7 @@ REFUSED = [
     ("data.sequence_length=200", r"rollouts\.prompt_tokens=128 \+ rollouts\.new_tokens=128; give at least 255"),
     ("lora.dropout=0.1", r"lora\.dropout=0\.1: the policy is sampled without dropout"),
     ("data.packing=false", r"data\.packing=false: roll-outs are in packed rows"),
+    ("rollouts.samples=1", r"rollouts\.samples=1: must be at least 2, so that answers can be compared"),
     ("rollouts.overlong_tokens=500", r"rollouts\.overlong_tokens=500: more than the 128 tokens"),
     ("hardware=v5p8 mesh=fsdp model=gemma4_31b model.path=random:0",
      r"mesh\.fsdp=4: .* would gather 42\.9 GiB of weights onto every chip; .*mesh\.fsdp=1 mesh\.tp=4"),

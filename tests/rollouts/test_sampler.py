@@ -118,3 +118,16 @@ def test_half_a_segment_is_what_a_sample_wastes(drawn):
     sampler = Sampler(step, STOPS, replace(SHAPES, slots=1))
     used = sum(len(s.tokens) for s in sampler(trained, base, PROMPTS, WANTED))
     assert used <= sampler.decoded_slots < used + len(WANTED) * SEGMENT_TOKENS
+
+
+@pytest.mark.slow
+def test_on_a_mesh_each_chip_holds_its_heads_of_the_cache_and_log_probabilities_are_the_trainers():
+    step, base, trained = make(tp=2)
+    sampler = Sampler(step, STOPS, SHAPES)
+    read = sampler._prompts(trained, base, PROMPTS)
+    state = sampler._empty(read)
+    sizes = [x.shape[3] // x.sharding.shard_shape(x.shape)[3] for x in jax.tree.leaves(state.cache)]
+    assert set(sizes) <= {1, 2} and 2 in sizes  # a single KV head can't be split
+    for sample in sampler(trained, base, PROMPTS, WANTED[2:6]):
+        expected = trainer_logprobs(step, trained, base, PROMPTS[sample.wanted.prompt], sample.tokens)
+        np.testing.assert_allclose(sample.logprobs, expected, atol=TOLERANCE)

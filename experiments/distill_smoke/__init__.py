@@ -1,0 +1,1 @@
+"""On-policy distillation on `tiny`: see README.md."""

@@ -1,0 +1,83 @@
+"""Distillation: at every token the student's distribution is drawn towards a teacher's, over the whole vocabulary.
+
+The teacher runs forward in the same program, as the reference of `preference.py` does: nothing is stored, so nothing
+goes stale, and neither distribution exists for more than a chunk of tokens at a time. One number of a token, such as
+the log-ratio of the token that was drawn, would be an estimate of the same gradient with more noise and no less work,
+since what the teacher's pass over the vocabulary costs is paid in both.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+
+from gemma4_tpu.models.gemma4 import softcap
+from gemma4_tpu.models.sharding import constrain
+from gemma4_tpu.step.grpo import COPIES
+from gemma4_tpu.step.objective import Objective, Stats
+from gemma4_tpu.step.objective_kinds import REVERSE
+
+
+@dataclass(frozen=True)
+class Divergence:
+    """A `Score` (`loss.py`): from the teacher's final hidden states [B, c, D'] and output matrix [V, D']."""
+
+    kind: str
+    """`reverse`: KL(student ‖ teacher), `forward`: KL(teacher ‖ student)."""
+    cap: float | None
+    """Softcap of the teacher's logits."""
+    mesh: Mesh | None
+
+    def __call__(self, logits: jax.Array, hidden: jax.Array, table: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """In nats."""
+        raw = jnp.einsum("bcd,vd->bcv", hidden, table, preferred_element_type=jnp.float32)
+        student = jax.nn.log_softmax(logits, axis=-1)
+        teacher = jax.nn.log_softmax(softcap(constrain(raw, "BTV", self.mesh), self.cap), axis=-1)
+        gap, chances = student - teacher, jnp.exp(student)
+        if self.kind == REVERSE:
+            value = (chances * gap).sum(axis=-1)
+            return value, chances * (gap - value[..., None])
+        wanted = jnp.exp(teacher)
+        return -(wanted * gap).sum(axis=-1), chances - wanted
+
+
+@dataclass(frozen=True)
+class Distill(Objective):
+    """The mean divergence from the teacher over the target tokens of given rows."""
+
+    divergence: str
+    """See `Divergence.kind`."""
+
+    def loss(self, nll: jax.Array, rows: Mapping[str, jax.Array]) -> tuple[jax.Array, Stats]:
+        """See `Objective`, but that `nll` is the divergence at each token."""
+        return jnp.where(rows["target_mask"], nll, 0.0).sum(), {}
+
+    def denominator(self, batch: Mapping[str, jax.Array]) -> jax.Array:
+        """Target tokens."""
+        return batch["target_mask"].sum(dtype=jnp.int32)
+
+
+@dataclass(frozen=True)
+class DistillOwn(Distill):
+    """The same over the student's own answers, equal ones once and counted each."""
+
+    fields: ClassVar[Mapping[str, Any]] = {COPIES: jnp.float32}
+    on_policy: ClassVar[bool] = True
+
+    @property
+    def heldout(self) -> Objective:
+        """See `Objective`."""
+        return Distill(self.divergence)
+
+    def loss(self, nll: jax.Array, rows: Mapping[str, jax.Array]) -> tuple[jax.Array, Stats]:
+        """See `Distill`."""
+        return jnp.where(rows["target_mask"], rows[COPIES] * nll, 0.0).sum(), {}
+
+    def denominator(self, batch: Mapping[str, jax.Array]) -> jax.Array:
+        """Tokens of all answers, equal ones counted each."""
+        return jnp.where(batch["target_mask"], batch[COPIES], 0.0).sum()
