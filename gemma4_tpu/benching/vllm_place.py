@@ -89,7 +89,7 @@ class OnThisMachine:
     """By `serving.executable`."""
 
     def __init__(self, serving: ServingConfig, folder: Path | None):
-        self._executable, self._environment = serving.executable, process_environment(serving)
+        self._executable, self._environment = serving.executable, process_environment(serving, None)
         self.model = str(folder)
 
     def check(self) -> None:

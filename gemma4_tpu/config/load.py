@@ -117,7 +117,7 @@ def from_yaml(text: str, schema: type = TrainRoot) -> Any:
     try:
         content = OmegaConf.create(text)
     except (YAMLError, RecursionError) as error:
-        raise UserError(f"config.yaml: damaged, no YAML ({' '.join(str(error).split())})") from None
+        raise UserError(f"config.yaml: damaged, not valid YAML ({' '.join(str(error).split())})") from None
     if not isinstance(content, DictConfig):
         raise UserError("config.yaml: holds a list, not keys")
     problems = check_file(content, label="config.yaml", prefix="", schema=schema)

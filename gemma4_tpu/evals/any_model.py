@@ -53,13 +53,16 @@ class AnyModel:
         return weights_of(self.trained, config, mesh)[adapters]
 
 
-def find_model(place: str, *, checkpoint: str = "latest", model: str | None = None) -> AnyModel:
+def find_model(
+    place: str, *, checkpoint: str = "latest", model: str | None = None, pictures: bool = False
+) -> AnyModel:
     """Finds what commands take as `run=` or `model.path=`.
 
     Args:
       place: a run folder, or a Hugging Face checkpoint, local or gs://; `embedded:NAME`, `random:SEED`.
       checkpoint: of a run: `latest`, `best` (lowest held-out loss) or the number of an update.
       model: the architecture by name; only random weights need it.
+      pictures: of a checkpoint: whether its prompts may have some. A run reads them if it was trained to.
 
     Raises:
       UserError: nothing of the kind is there, or its parts don't fit together.
@@ -68,7 +71,7 @@ def find_model(place: str, *, checkpoint: str = "latest", model: str | None = No
         trained = open_trained(place, ExportConfig(checkpoint=checkpoint))
         return AnyModel(trained.base, trained)
     name = model or ("" if place.startswith(RANDOM) else recognise(assets.resolve(place)))
-    base = resolve_base(ModelConfig(name=name, path=place))
+    base = resolve_base(ModelConfig(name=name, path=place), pictures=pictures)
     audit(base).enforce()
     return AnyModel(base, None)
 

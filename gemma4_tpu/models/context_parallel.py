@@ -67,7 +67,8 @@ def exchange(x: jax.Array, axis: int, *, back: bool = False) -> jax.Array:
     halves = jnp.split(x, 2, axis=axis)
     moves = _moves(jax.lax.axis_size(CP))
     if back:
-        moves = tuple([(there, here) for here, there in sent] for sent in moves)
+        first, second = moves
+        moves = [(there, here) for here, there in first], [(there, here) for here, there in second]
     return jnp.concatenate(
         [jax.lax.ppermute(half, CP, sent) for half, sent in zip(halves, moves, strict=True)], axis=axis
     )

@@ -108,7 +108,7 @@ class Tower:
         for name in self._names:
             array = np.ascontiguousarray(self._checkpoint.read(name))
             digest.update(f"{name} {array.dtype} {array.shape}\n".encode())
-            digest.update(array.tobytes())
+            digest.update(array.reshape(-1).view(np.uint8).data)
         return digest.hexdigest()
 
     @cached_property

@@ -78,8 +78,8 @@ def _adapter_mounts(checked: ServeChecked) -> list[str]:
     return [f"{ADAPTER_MOUNT}/{number}" for number in range(len(checked.adapters))]
 
 
-def process_environment(serving: ServingConfig, checked: ServeChecked) -> dict[str, str]:
-    """What vLLM's process gets besides the environment of this one."""
+def process_environment(serving: ServingConfig, checked: ServeChecked | None) -> dict[str, str]:
+    """What vLLM's process gets besides the environment of this one; `checked` is None for its client."""
     cache = cache_folder(serving)
     return environment(serving, checked, str(cache) if cache else None)
 
@@ -89,12 +89,14 @@ def inherited() -> dict[str, str]:
     return {name: value for name, value in os.environ.items() if name not in ("PYTHONHOME", "PYTHONPATH")}
 
 
-def environment(serving: ServingConfig, checked: ServeChecked, cache: str | None) -> dict[str, str]:
-    """Variables that vLLM is given; `cache` is the folder for compiled programs as vLLM sees it."""
+def environment(serving: ServingConfig, checked: ServeChecked | None, cache: str | None) -> dict[str, str]:
+    """Variables that vLLM is given; `checked` is None for its client, `cache` the folder for compiled programs as vLLM
+    sees it.
+    """
     own: dict[str, Any] = {"VLLM_ENGINE_READY_TIMEOUT_S": int(serving.ready_timeout_seconds) or 1}
     if cache:
         own["VLLM_XLA_CACHE_PATH" if platform_of(serving) == "tpu" else "VLLM_CACHE_ROOT"] = cache
-    if checked.architecture.num_experts and (serving.weight_dtype, platform_of(serving)) == ("fp8", "tpu"):
+    if checked and checked.architecture.num_experts and (serving.weight_dtype, platform_of(serving)) == ("fp8", "tpu"):
         own |= REQUANTIZE
     return {name: _plain(value) for name, value in (own | serving.env).items()}
 
