@@ -53,9 +53,7 @@ class AnyModel:
         return weights_of(self.trained, config, mesh)[adapters]
 
 
-def find_model(
-    place: str, *, checkpoint: str = "latest", model: str | None = None, pictures: bool = False
-) -> AnyModel:
+def find_model(place: str, *, checkpoint: str = "latest", model: str | None = None, pictures: bool = False) -> AnyModel:
     """Finds what commands take as `run=` or `model.path=`.
 
     Args:
