@@ -11,7 +11,7 @@ Tokens that are gathered travel in int8, too.
 
 from __future__ import annotations
 
-from functools import partial
+from functools import partial, reduce
 from typing import Any
 
 import jax
@@ -46,7 +46,7 @@ def _from_model_dim_back(weights: tuple[Weight, ...], mesh: Mesh | None, held: A
         gradient, scale = _by_token(grad * _scales(weight, w, y), y)
         summed = _in_parts(y, gradient, weight.dims, w.qvalue, x, mesh)
         parts.append((summed * _along(scale, TOKENS, f"z{x}")).astype(grad.dtype))
-    return constrain(_added(sum(parts)), "BSD", mesh), None
+    return constrain(_added(reduce(jnp.add, parts)), "BSD", mesh), None
 
 
 from_model_dim.defvjp(
