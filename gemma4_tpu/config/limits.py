@@ -15,7 +15,7 @@ MAX_WEIGHT = 1000
 CHOICES: dict[str, tuple[str, ...]] = {
     "hardware.flags": ("none", "tuned"),
     "lora.init": ("default", "pissa", "olora"),
-    "lora.quantize": ("nf4", "int8", "int8_compute"),
+    "lora.quantize": ("nf4", "int8"),
     "data.packing": ("true", "false", "buckets"),
     "data.thoughts": ("drop", "train"),
     "data.train_on": ("all", "last"),

@@ -124,8 +124,7 @@ class LoraConfig:
     start_checkpoint: str = "latest"
     """Which checkpoint of such a run: `latest`, `best` (lowest held-out loss) or an update number."""
     quantize: str | None = None
-    """QLoRA: store the frozen base weights of the adapted modules as `nf4` or `int8`; `int8_compute`: as `int8`, and
-    multiply in int8, activations and gradients with a scale for each token; null: unquantised."""
+    """QLoRA: store the frozen base weights of the adapted modules as `nf4` or `int8`; null: unquantised."""
 
 
 @dataclass(kw_only=True)

@@ -52,8 +52,6 @@ class Model:
     mesh: Mesh | None = None
     expert_kernel: bool = False
     """Grouped products by a TPU kernel, which reads frozen experts where they lie, see `grouped.py`."""
-    in_int8: bool = False
-    """Products with quantised weights are in int8, see `int8.py`."""
     token_rows: tuple[int, ...] = ()
     """Rows of the embedding that are trained alone, see `token_rows.py`."""
 
@@ -97,7 +95,6 @@ class Layer:
             mesh=model.mesh,
             dropout=model.lora_dropout,
             key=self.key,
-            in_int8=model.in_int8,
         )
 
     @property

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from gemma4_tpu.models import dora, int8
+from gemma4_tpu.models import dora
 from gemma4_tpu.models.adapted import Adapted
 from gemma4_tpu.models.layout import get
 from gemma4_tpu.models.quantize import dense
@@ -62,8 +62,6 @@ class LinearMaps:
     dropout: float
     key: jax.Array | None
     """Of this layer's dropout; None: there is none."""
-    in_int8: bool
-    """Products with adapted weights, which are quantised, are in int8 (`int8.py`)."""
 
     def plain(self, name: str, x: jax.Array) -> jax.Array:
         """X · W, without an adapter."""
@@ -118,15 +116,11 @@ class LinearMaps:
 
     def _from_model_dim_alone(self, weights: tuple[Weight, ...], x: jax.Array) -> list[jax.Array]:
         """X · W of adapted weights."""
-        if self.in_int8:
-            return int8.from_model_dim(weights, self.mesh, x, [self._held(weight) for weight in weights])
         whole = constrain(x, "BTD", self.mesh)
         return [self.plain(weight.name, whole) for weight in weights]
 
     def _to_model_dim_alone(self, weight: Weight, x: jax.Array) -> jax.Array:
         """X · W of an adapted weight."""
-        if self.in_int8:
-            return int8.to_model_dim(weight, self.mesh, x, self._held(weight))
         return constrain(self.plain(weight.name, x), "BSD", self.mesh)
 
     def _turned(self, adapter: _Adapter, y: jax.Array) -> jax.Array:

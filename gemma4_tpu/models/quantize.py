@@ -1,10 +1,9 @@
 """QLoRA: the frozen base weights of the adapted modules in 4 or 8 bits, by Qwix.
 
-`int8` and `int8_compute` keep one scale per output unit, `nf4` (NormalFloat-4) one per `NF4_TILE` input units of an
-output unit (of experts, whose hidden units are split among chips: per so many values along the model dim, which no chip
-splits, so that the values do not depend on the mesh). A weight is dequantised to the compute dtype where it is used and
-nowhere else, with `int8_compute` not even there (`int8.py`; experts excepted); everything without an adapter stays as
-it is.
+`int8` keeps one scale per output unit, `nf4` (NormalFloat-4) one per `NF4_TILE` input units of an output unit (of
+experts, whose hidden units are split among chips: per so many values along the model dim, which no chip splits, so that
+the values do not depend on the mesh). A weight is dequantised to the compute dtype where it is used and nowhere else;
+everything without an adapter stays as it is.
 """
 
 from __future__ import annotations
@@ -22,9 +21,6 @@ from gemma4_tpu.config.schema import LoraConfig
 from gemma4_tpu.models import sharding
 from gemma4_tpu.models.layout import Leaf
 
-COMPUTE = "int8_compute"
-"""Of `lora.quantize`: products are in int8, too."""
-IN_INT8 = ("int8", COMPUTE)
 NF4_TILE = 64
 NF4_VALUES = (
     -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635, -0.18477343022823334,
@@ -42,7 +38,7 @@ def is_quantized(leaf: Leaf, lora: LoraConfig) -> bool:
 def quantize(leaf: Leaf, weight: jax.Array, qtype: str) -> qwix.QArray:
     """A stacked weight [R, …] as a quantised array."""
     inputs = [i for i, dim in enumerate(leaf.dims, 1) if dim in leaf.weight.inputs]  # from 1, after the repeats
-    if qtype in IN_INT8:
+    if qtype == "int8":
         return qwix.quantize(weight, "int8", channelwise_axes=[i for i in range(weight.ndim) if i not in inputs])
     tiled = weight.ndim - 1 if leaf.weight.each else inputs[-1]
     own_scale = [i for i in range(weight.ndim) if i != tiled]

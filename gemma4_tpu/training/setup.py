@@ -106,7 +106,6 @@ def make_model(
         attention=make_attention(trainer.attention, mesh),
         mesh=mesh,
         expert_kernel=platform == "tpu",
-        in_int8=lora.enabled and lora.quantize == quantize.COMPUTE,
         token_rows=token_rows.trained_alone(layout, new_tokens),
     )
 
