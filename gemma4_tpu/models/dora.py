@@ -53,23 +53,20 @@ def squared_lengths(weight: Weight, base: jax.Array) -> jax.Array:
     return jnp.sum(jnp.square(base.astype(jnp.float32)), axis=inputs)
 
 
-def added(
-    weight: Weight, how: Adapted, magnitude: jax.Array, norm: jax.Array, y: jax.Array, low_rank: jax.Array
-) -> jax.Array:
-    """What DoRA adds to y = x·W, from what LoRA would add.
+def turned(weight: Weight, how: Adapted, magnitude: jax.Array, norm: jax.Array, y: jax.Array) -> jax.Array:
+    """Y = x·W + scale·x·A·B with its rows' lengths as trained.
 
     Args:
       weight: its row.
       how: it is adapted.
       magnitude: with the dims `weight.outputs`, of the adapted pieces.
       norm: `norms`.
-      y: x·W, pieces first where there are several.
-      low_rank: scale·x·A·B, of the adapted pieces.
+      y: of all pieces, these first where there are several.
     """
     ratio = magnitude / norm
     ratio = ratio[:, None, None] if "c" in weight.outputs else ratio  # [c, B, T, …]: rows and tokens come behind c
-    turned = of_pieces(weight, y, how.pieces) * (ratio - 1).astype(y.dtype)
-    return turned + low_rank * ratio.astype(y.dtype)
+    change = of_pieces(weight, y, how.pieces) * (ratio - 1).astype(y.dtype)  # near 1, a ratio would be rounded too far
+    return y + change if len(change) == len(y) else y.at[jnp.asarray(how.pieces)].add(change)
 
 
 def scaled(weight: Weight, merged: np.ndarray, magnitude: np.ndarray) -> np.ndarray:

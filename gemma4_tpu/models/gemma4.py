@@ -25,14 +25,12 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from gemma4_tpu.architectures import Architecture
-from gemma4_tpu.models import dora
 from gemma4_tpu.models.attention import einsum_attention, rope
-from gemma4_tpu.models.layout import Layout, get
+from gemma4_tpu.models.layout import Layout
+from gemma4_tpu.models.linear import LinearMaps
 from gemma4_tpu.models.moe import Adapters, frozen_experts, moe, with_experts
-from gemma4_tpu.models.quantize import dense
 from gemma4_tpu.models.remat import keep, rematerialised
-from gemma4_tpu.models.sharding import constrain, gathered
-from gemma4_tpu.models.weights import BY_NAME, TP
+from gemma4_tpu.models.sharding import constrain
 
 Params = dict[str, Any]
 KV = tuple[jax.Array, jax.Array]
@@ -77,6 +75,27 @@ class Layer:
     """Of this layer's dropout; None: there is none."""
     in_loop: bool
     """It runs inside `lax.scan`."""
+    apart: int
+    """Of what it keeps for the backward pass, see `remat.keep`."""
+
+    def keep(self, x: jax.Array, name: str) -> jax.Array:
+        """Marks what a remat policy may keep."""
+        return keep(x, name, self.apart)
+
+    @property
+    def maps(self) -> LinearMaps:
+        """Its linear maps."""
+        model = self.model
+        return LinearMaps(
+            params=self.params,
+            lora=self.lora,
+            adapted=dict(model.layout.of_layers[self.number]),
+            in_full=model.layout.in_full,
+            dtype=model.compute_dtype,
+            mesh=model.mesh,
+            dropout=model.lora_dropout,
+            key=self.key,
+        )
 
     @property
     def is_global(self) -> bool:
@@ -96,53 +115,6 @@ def rms_norm(x: jax.Array, scale: jax.Array | None) -> jax.Array:
     return wide.astype(x.dtype)
 
 
-def _project(layer: Layer, name: str, x: jax.Array, whole: jax.Array | None = None) -> jax.Array:
-    """The linear map `name` on x, and what its adapter adds.
-
-    Each chip of the `tp` axis holds its own tokens of the residual stream, and makes its own heads or hidden units of
-    all tokens. A map that makes these takes x [B, S, D] and, gathered, the same as `whole` [B, T, D]: its adapter's
-    first half works on x, so that no chip repeats it. A map that contracts them takes x [B, T, …] and gives [B, S, D].
-    One that does neither works on each chip's own tokens.
-    """
-    model, weight = layer.model, BY_NAME[name]
-    base_eq, a_eq, b_eq = weight.equations
-    held = get(layer.params, weight.path)
-    frozen = name not in model.layout.in_full
-    if layer.lora and weight.role and frozen:  # a trained weight's gradient would be gathered, too
-        held = gathered(held, weight, model.mesh)
-    y = jnp.einsum(base_eq, x if whole is None else whole, dense(held, model.compute_dtype))
-    if TP in weight.axes_of(weight.inputs):  # each chip has a part of the sum: scattered here, not added up whole
-        y = constrain(y, "BSD", model.mesh)
-    *module, last = weight.path
-    adapter = layer.lora
-    for part in module:
-        adapter = adapter.get(part, {})
-    if f"{last}_lora_a" not in adapter:
-        return y
-    if model.lora_dropout and layer.key is not None:
-        key = jax.random.fold_in(layer.key, weight.fold)
-        kept = jax.random.bernoulli(key, 1.0 - model.lora_dropout, x.shape)
-        x = jnp.where(kept, x / (1.0 - model.lora_dropout), 0).astype(x.dtype)
-    how = model.layout.adapted[f"layers.{layer.number}.{name}"]
-    low = jnp.einsum(a_eq, x, adapter[f"{last}_lora_a"].astype(x.dtype)) * how.scale
-    low = keep(constrain(low, "BSD", model.mesh), "low")  # [B, S, r]
-    low = low if whole is None else constrain(low, "BTD", model.mesh)
-    added = jnp.einsum(b_eq, low, adapter[f"{last}_lora_b"].astype(x.dtype))
-    if how.dora:
-        a, b, magnitude = (adapter[f"{last}_lora_{part}"] for part in ("a", "b", "magnitude"))
-        norm = keep(dora.norms(weight, how, dense(held, model.compute_dtype), a, b), "low")
-        added = dora.added(weight, how, magnitude, norm, y, added)
-    return y + _among(added, how.pieces, len(weight.hf_names))
-
-
-def _among(added: jax.Array, pieces: tuple[int, ...], of: int) -> jax.Array:
-    """What is added to some pieces of a stacked weight's output [c, …], among zeros for the others."""
-    if len(pieces) == of:
-        return added
-    own = dict(zip(pieces, added, strict=True))
-    return jnp.stack([own.get(i, jnp.zeros_like(added[0])) for i in range(of)])
-
-
 def _attention(layer: Layer, x: jax.Array, shared_kv: KV | None) -> tuple[jax.Array, KV]:
     """X [B, S, D] → output [B, S, D] and the keys and values used, [B, T, K, H] each."""
     model, arch, p = layer.model, layer.model.arch, layer.params["attn"]
@@ -152,29 +124,29 @@ def _attention(layer: Layer, x: jax.Array, shared_kv: KV | None) -> tuple[jax.Ar
             rope, positions=layer.positions, base=arch.global_rope_base, proportion=arch.global_rope_proportion,
             factor=arch.global_rope_factor,
         )  # fmt: skip
-    whole = constrain(x, "BTD", model.mesh)
-    q = keep(constrain(_project(layer, "attn.q_einsum.w", x, whole), "BTNH", model.mesh), "query")
+    of_kv = [] if shared_kv is not None else ["attn.k_einsum.w" if "k_einsum" in p else "attn.kv_einsum.w"]
+    q, *made = layer.maps.from_model_dim(["attn.q_einsum.w", *of_kv], x)
+    q = layer.keep(constrain(q, "BTNH", model.mesh), "query")
     q = rotate(rms_norm(q, p["_query_norm"]["scale"]))
     if shared_kv is not None:
         k, v = shared_kv
     else:
         if "k_einsum" in p:  # the key projection is the value projection too
-            k = v = keep(constrain(_project(layer, "attn.k_einsum.w", x, whole), "BTNH", model.mesh), "key_value")
+            k = v = layer.keep(constrain(made[0], "BTNH", model.mesh), "key_value")
         else:
-            k, v = keep(constrain(_project(layer, "attn.kv_einsum.w", x, whole), "2BTNH", model.mesh), "key_value")
+            k, v = layer.keep(constrain(made[0], "2BTNH", model.mesh), "key_value")
         k, v = rotate(rms_norm(k, p["_key_norm"]["scale"])), rms_norm(v, None)  # values: no scale, no positions
     window = None if layer.is_global else arch.sliding_window
     out = constrain(model.attention(q, k, v, layer.segment_ids, window), "BTNH", model.mesh)
-    return keep(_project(layer, "attn.attn_vec_einsum.w", out), "attended"), (k, v)
+    return layer.keep(layer.maps.to_model_dim("attn.attn_vec_einsum.w", out), "attended"), (k, v)
 
 
 def _mlp(layer: Layer, x: jax.Array) -> jax.Array:
     """Gated MLP, [B, S, D] → [B, S, D]."""
-    mesh = layer.model.mesh
-    whole = constrain(x, "BTD", mesh)
-    gate = keep(constrain(_project(layer, "mlp.gate_proj.kernel", x, whole), "BTF", mesh), "gate_up")
-    up = keep(constrain(_project(layer, "mlp.up_proj.kernel", x, whole), "BTF", mesh), "gate_up")
-    return keep(_project(layer, "mlp.down_proj.kernel", jax.nn.gelu(gate, approximate=True) * up), "mlp_out")
+    made = layer.maps.from_model_dim(["mlp.gate_proj.kernel", "mlp.up_proj.kernel"], x)
+    gate, up = (layer.keep(constrain(y, "BTF", layer.model.mesh), "gate_up") for y in made)
+    out = layer.maps.to_model_dim("mlp.down_proj.kernel", jax.nn.gelu(gate, approximate=True) * up)
+    return layer.keep(out, "mlp_out")
 
 
 def _of_experts(layer: Layer) -> Adapters:
@@ -205,9 +177,9 @@ def decoder_layer(
     x = x + rms_norm(out, p["post_ffw_norm"]["scale"])
 
     if per_layer_input is not None:
-        gate = keep(_project(layer, "per_layer_input_gate.w", x), "per_layer")  # [B, S, P]
+        gate = layer.keep(layer.maps.plain("per_layer_input_gate.w", x), "per_layer")  # [B, S, P]
         gated = jax.nn.gelu(gate, approximate=True) * per_layer_input
-        added = keep(_project(layer, "per_layer_projection.w", gated), "per_layer")
+        added = layer.keep(layer.maps.plain("per_layer_projection.w", gated), "per_layer")
         x = x + rms_norm(added, p["post_per_layer_input_norm"]["scale"])
 
     return constrain(x * p["skip_scale"].astype(x.dtype), "BSD", model.mesh), kv
@@ -268,7 +240,7 @@ def hidden_states(
     """
 
     def visit(layer: Layer, x: jax.Array, per_layer_input: Any, shared_kv: Any, _: Any) -> tuple[jax.Array, KV, None]:
-        run = rematerialised(partial(decoder_layer, layer), model.remat, in_loop=layer.in_loop)
+        run = rematerialised(partial(decoder_layer, layer), model.remat, in_loop=layer.in_loop, apart=layer.apart)
         return *run(x, per_layer_input, shared_kv), None
 
     given = (model, params, lora, tokens, segment_ids, positions, visit)
@@ -299,9 +271,11 @@ def through_layers(
     for s, stage in enumerate(model.layout.stages):
         numbers = jnp.asarray(stage.layers, jnp.int32)  # [R, J]
         nothing: list[Any] = [{} for _ in stage.layers[0]]
+        in_loop = stage.repeats > 1
+        apart = sum(other.repeats == stage.repeats for other in model.layout.stages[:s]) if in_loop else 0
         sliced = params["stages"][s]
         in_place = nothing
-        if model.expert_kernel and stage.repeats > 1:
+        if model.expert_kernel and in_loop:
             sliced, in_place = frozen_experts(sliced, model.layout.in_full)
         slices = (
             jnp.arange(stage.repeats),
@@ -312,7 +286,7 @@ def through_layers(
             beside[s] if beside else nothing,
         )
 
-        def group(x, slices, stage=stage, shared=shared, in_place=in_place):
+        def group(x, slices, stage=stage, shared=shared, in_place=in_place, in_loop=in_loop, apart=apart):
             repeat, weights, adapters, numbers, inputs, others = slices
             kvs: dict[str, KV] = {}
             found = []
@@ -320,14 +294,14 @@ def through_layers(
                 # By the layer's own number, not by its place in a stage: a mask does not depend on the stacking.
                 key = None if dropout_key is None else jax.random.fold_in(dropout_key, numbers[j])
                 held = with_experts(weights[j], in_place[j], repeat, model.mesh)
-                layer = Layer(model, number, held, adapters[j], segment_ids, positions, key, in_loop=stage.repeats > 1)
+                layer = Layer(model, number, held, adapters[j], segment_ids, positions, key, in_loop, apart)
                 kind = model.arch.layer_types[number]
                 shared_kv = shared[kind] if layer.is_kv_shared else None
                 x, kvs[kind], own = visit(layer, x, None if inputs is None else inputs[j], shared_kv, others[j])
                 found.append(own)
             return x, (found, kvs if stage.exports_kv else {})
 
-        if stage.repeats == 1:  # without a loop, so that later stages can read its keys and values
+        if not in_loop:  # without a loop, so that later stages can read its keys and values
             x, (found, kvs) = group(x, jax.tree.map(lambda a: a[0], slices))
             found = jax.tree.map(lambda a: a[None], found)
             shared = kvs or shared

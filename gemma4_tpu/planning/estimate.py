@@ -172,48 +172,24 @@ def estimate(planned: Planned, answer: dict[str, Any], walked: Walked | None = N
       answer: of the compiling process (`answers.Answer`).
       walked: the time of its schedule.
     """
-    recipe, fill, wanted, compiled = planned.recipe, planned.fill, planned.checked.slice, answer["compiled"]
-    counts = compiled["counts"]
-    masks = [(Mask(one["window"], one["block_q"], one["block_kv"]), one["flops"]) for one in counts["attention"]]
-    visited = {mask: fill.share_visited(mask, recipe.length) for mask, _ in masks}
-    skipped = sum(flops * (1 - visited[mask]) for mask, flops in masks)
-    flops, again = counts["flops"] - skipped, counts["hbm_read_again_bytes"]
-    traffic, accessed = counts["hbm_traffic_bytes"] + again, counts["bytes_accessed"]
-    tokens = fill.real_tokens_per_update
-    per_token = train_flops_per_token(
-        recipe.arch, recipe.lora, fill.segment_tokens, bool(recipe.new_tokens), recipe.beside
-    )
-    analytic = per_token * tokens / wanted.devices
-    parts = _memory_parts(compiled)
-    seconds = roofline(wanted, flops, traffic, counts["collectives"], counts["link_bytes"])
+    compiled, fill = answer["compiled"], planned.fill
+    counts, counted, parts = compiled["counts"], _counted(planned, compiled["counts"]), _memory_parts(compiled)
+    seconds = roofline(
+        planned.checked.slice, counted["flops_per_chip"], counted["hbm_traffic_bytes_per_chip"], counts["collectives"],
+        counts["link_bytes"],
+    )  # fmt: skip
     rollouts = rollouts_of(planned, answer) if "phases" in answer else {}
     return PlanResult(
         fits="misfit" not in rollouts,
         rollouts=rollouts,
-        **recipe.described(),
+        **planned.recipe.described(),
         estimated_by=ESTIMATED_BY,
         hbm_limit_bytes_per_chip=answer["hbm_limit_bytes"],
         hbm_bytes_per_chip=sum(parts.values()),
         hbm_parts_bytes_per_chip=parts,
-        flops_per_chip=flops,
-        flops_parts_per_chip={
-            "matmul": counts["matmul_flops"],
-            "kernel": counts["kernel_flops"] - skipped,
-            "other": counts["other_flops"],
-        },
-        attention_blocks_visited={
-            "global" if mask.window is None else f"window {mask.window}": share for mask, share in visited.items()
-        },
-        analytic_flops_per_chip=analytic,
-        flops_over_analytic=flops / analytic,
-        hbm_traffic_bytes_per_chip=traffic,
-        hbm_read_again_bytes_per_chip=again if walked is not None else None,
-        bytes_accessed_per_chip=accessed,
-        collectives=counts["collectives"],
-        flops_per_real_token_and_chip=flops / tokens,
-        hbm_traffic_bytes_per_real_token_and_chip=traffic / tokens,
-        bytes_accessed_per_real_token_and_chip=accessed / tokens,
-        real_tokens_per_update=tokens,
+        **counted,
+        hbm_read_again_bytes_per_chip=counts["hbm_read_again_bytes"] if walked is not None else None,
+        real_tokens_per_update=fill.real_tokens_per_update,
         fill=fill.fill,
         updates=fill.updates,
         data=fill.source,
@@ -228,6 +204,39 @@ def estimate(planned: Planned, answer: dict[str, Any], walked: Walked | None = N
         not_counted=counts["not_counted"],
         versions=answer["versions"],
     )
+
+
+def _counted(planned: Planned, counts: dict[str, Any]) -> dict[str, Any]:
+    """FLOPs, bytes and collectives of one update, kernels without the blocks that they skip."""
+    recipe, fill, devices = planned.recipe, planned.fill, planned.checked.slice.devices
+    masks = [(Mask(one["window"], one["block_q"], one["block_kv"]), one["flops"]) for one in counts["attention"]]
+    visited = {mask: fill.share_visited(mask, recipe.length) for mask, _ in masks}
+    skipped = sum(flops * (1 - visited[mask]) for mask, flops in masks)
+    flops, traffic = counts["flops"] - skipped, counts["hbm_traffic_bytes"] + counts["hbm_read_again_bytes"]
+    tokens, accessed = fill.real_tokens_per_update, counts["bytes_accessed"]
+    per_token = train_flops_per_token(
+        recipe.arch, recipe.lora, fill.segment_tokens, bool(recipe.new_tokens), recipe.beside
+    )
+    analytic = per_token * tokens / devices
+    return {
+        "flops_per_chip": flops,
+        "flops_parts_per_chip": {
+            "matmul": counts["matmul_flops"],
+            "kernel": counts["kernel_flops"] - skipped,
+            "other": counts["other_flops"],
+        },
+        "attention_blocks_visited": {
+            "global" if mask.window is None else f"window {mask.window}": share for mask, share in visited.items()
+        },
+        "analytic_flops_per_chip": analytic,
+        "flops_over_analytic": flops / analytic,
+        "hbm_traffic_bytes_per_chip": traffic,
+        "bytes_accessed_per_chip": accessed,
+        "collectives": counts["collectives"],
+        "flops_per_real_token_and_chip": flops / tokens,
+        "hbm_traffic_bytes_per_real_token_and_chip": traffic / tokens,
+        "bytes_accessed_per_real_token_and_chip": accessed / tokens,
+    }
 
 
 def band_of(planned: Planned) -> Band:

@@ -12,7 +12,7 @@ from gemma4_tpu.architectures import ARCHITECTURES, GLOBAL, SLIDING, Architectur
 from gemma4_tpu.config.schema import LoraConfig, OptimizerConfig
 from gemma4_tpu.models import lora as adapters
 from gemma4_tpu.models import sharding
-from gemma4_tpu.models.gemma4 import Model
+from gemma4_tpu.models.gemma4 import Model, hidden_states
 from gemma4_tpu.models.layout import Layout
 from gemma4_tpu.models.params import random_params
 from gemma4_tpu.models.splash import make_attention
@@ -147,6 +147,28 @@ def test_remat_changes_nothing_but_memory(kind, remat):
     plain, again = without_remat(kind), gradients(*make(kind, remat=remat), make_batch(2))
     np.testing.assert_allclose(again[0], plain[0], rtol=1e-6)
     assert relative_difference(again[1], plain[1]) < 1e-5  # recomputed in fp32, fused otherwise
+
+
+def test_loops_of_as_many_rounds_keep_arrays_of_other_shapes():
+    """Where they had the same, the TPU compiler would fill all of them with zeros first, see `remat.keep`."""
+    arch = replace(
+        ARCHITECTURES["tiny_e2b"], num_layers=10, layer_types=(SLIDING, GLOBAL) * 5, num_kv_shared_layers=4,
+        kv_shared_hidden_dim=None,
+    )  # fmt: skip
+    model = Model(layout=Layout.of(arch, LORA), compute_dtype=jnp.float32, remat="products")
+    assert [stage.repeats for stage in model.layout.stages] == [2, 1, 2]
+    params = model.layout.tree(lambda leaf: jax.ShapeDtypeStruct(leaf.array_shape, jnp.float32))
+    lora = jax.eval_shape(partial(adapters.init, model.layout), jax.random.key(0))
+    row = jax.ShapeDtypeStruct((1, T), jnp.int32)
+
+    def summed(lora, params, tokens):
+        return hidden_states(model, params, lora, tokens, tokens, tokens).sum()
+
+    program = jax.make_jaxpr(jax.grad(summed))(lora, params, row)
+    loops = [equation for equation in program.eqns if equation.primitive.name == "scan"]
+    first, second = ({out.aval.shape for out in loop.outvars if out.aval.ndim > 3} for loop in loops[:2])
+    for wide in ((2, 1, T, arch.embed_dim), (2, 1, T, arch.hidden_dim)):
+        assert wide in first and wide not in second
 
 
 @cache
