@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import os
 import re
+import shlex
 import subprocess
 import sys
 import time
@@ -28,7 +29,9 @@ def measure(page: str, command: str) -> bool:
         return True
     print(f"{page}: {command}", flush=True)
     began = time.monotonic()
-    done = subprocess.run(command, shell=True, cwd=pages.FOLDER.parent, stdout=subprocess.PIPE, text=True)
+    program, *words = [os.path.expandvars(word) for word in shlex.split(command)]
+    program = sys.executable if program == "python" else program
+    done = subprocess.run([program, *words], cwd=pages.FOLDER.parent, stdout=subprocess.PIPE, text=True)
     told = f"{page}: {time.monotonic() - began:,.0f} s"
     if done.returncode:
         print(f"{told}, exit code {done.returncode}; the page keeps its figures", flush=True)

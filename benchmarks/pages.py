@@ -30,7 +30,7 @@ def measured(*packages: str, word: str = "Measured") -> str:
 
 
 def commands() -> Iterator[tuple[Path, str]]:
-    """Each page with a block, and the block's command, as the shell takes it."""
+    """Each page with a block, and the block's command; words such as `$VERILOG_EVAL` are variables."""
     for page in sorted(FOLDER.glob("*.md")):
         for block in _BLOCK.finditer(page.read_text(encoding="utf-8")):
             yield page, block["command"]

@@ -42,8 +42,8 @@ EVALUATE: EntryPoint[EvaluateRoot, EvaluateChecked] = EntryPoint(
     normalise=normalise_evaluate,
     examine=examine_evaluate,
     summary=(
-        "Score a model: Verilog solutions by simulation in a sandbox (pass@k; needs Icarus Verilog), or answers to"
-        " rows of your own by comparison (accuracy). Reports come with their uncertainty."
+        "Score a model on Verilog by simulation or on rows of yours. Verilog solutions are judged in a sandbox"
+        " (pass@k; needs Icarus Verilog), answers are compared (accuracy); reports come with their uncertainty."
     ),
     examples=(
         ("run=outputs/train/<run>", "a run compared with its base, on the embedded synthetic problems"),

@@ -35,7 +35,7 @@ PLACEHOLDERS = {
     "checkpoint": "random:0", "folder with the Hugging Face checkpoint": "random:0", "31B checkpoint": "random:0",
     "CodeV-R1 rows": "rows.jsonl", "team": "team", "id": "train_2026-11-21", "file or folder": "rows.jsonl",
     "command": "train", "other run": "other", "environment": ".venv-vllm",
-    "drafter": "drafter",
+    "drafter": "drafter", "rows": "rows.jsonl",
     "base": "base", "merged": "outputs/train/run/merged",
 }  # fmt: skip
 """`<…>` → what is there in the folder that the test runs in."""

@@ -16,7 +16,7 @@ def page(tmp_path, monkeypatch):
     path = pages.FOLDER / "speed.md"
     path.write_text(
         "# Speed\n\n<!-- measured: echo '| 7 |' -->\n\nold\n\n<!-- end -->\n\nProse.\n\n"
-        "<!-- measured: echo '| 8 |'; exit 3 -->\n\nkept\n\n<!-- end -->\n"
+        "<!-- measured: sh -c 'exit 3' -->\n\nkept\n\n<!-- end -->\n"
     )
     return path
 
@@ -26,7 +26,7 @@ def test_what_a_command_prints_replaces_its_block_unless_it_fails(page, monkeypa
     assert __main__.main() == 1
     assert page.read_text() == (
         "# Speed\n\n<!-- measured: echo '| 7 |' -->\n\n    echo '| 7 |'\n\n| 7 |\n\n<!-- end -->\n\nProse.\n\n"
-        "<!-- measured: echo '| 8 |'; exit 3 -->\n\nkept\n\n<!-- end -->\n"
+        "<!-- measured: sh -c 'exit 3' -->\n\nkept\n\n<!-- end -->\n"
     )
     assert "exit code 3; the page keeps its figures" in capfd.readouterr().out
 
