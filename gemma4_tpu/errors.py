@@ -89,7 +89,7 @@ def _outside(error: Exception) -> tuple[int, str] | None:
     """(exit code, message) of an error whose cause is outside of this program; None: it may be a defect of ours."""
     if isinstance(error, OSError) and error.errno in DISK_FULL:
         where = f" ({error.filename})" if error.filename else ""
-        return REFUSED, f"the disk is full{where}: make space, and the same command goes on"
+        return REFUSED, f"the disk is full{where}: make space, and the same command resumes"
     if type(error).__module__.partition(".")[0] in _CLIENTS:
         return STORAGE_GONE, f"{type(error).__name__}: {first_line(error)}"
     return None

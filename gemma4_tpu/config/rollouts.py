@@ -25,7 +25,7 @@ class RolloutsConfig:
     """`judge` (Verilog by simulation: passes, has ended, opens with a fence), `module:function` (Python: takes a list
     of rows with `problem`, `prompt`, `completion`, `reference` and `stopped`, returns a number or (number, class) for
     each), or a server's URL, POST `{"samples": [row, …]}` → `{"verdicts": [{"score", "kind"}, …]}`; null: `judge`,
-    and for `objective=distill`, which needs none, no reward (with one it is told, not learnt from)."""
+    and for `objective=distill`, which needs none, no reward (one that is given is reported, not learnt from)."""
     benchmark: str = "verilog_smoke"
     """`reward=judge` only: the benchmark whose problems are the prompts, as `eval.benchmark`. With other rewards the
     prompts come from the rows of `data.train`, up to each one's last answer."""

@@ -213,7 +213,7 @@ class ObjectiveConfig:
     this many nats per token."""
     teacher: str | None = None
     """`distill`, `distill_offline`: whose distribution is learnt: a run folder or a Hugging Face checkpoint (local or
-    gs://, `embedded:NAME`, `random:SEED`) with the same vocabulary. It lies on the devices beside the model."""
+    gs://, `embedded:NAME`, `random:SEED`) with the same vocabulary. It is on the devices next to the model."""
     teacher_model: str | None = None
     """Its architecture, as `model.name`: for `random:SEED`, and for plans where the teacher is not there; null: its
     `config.json` says."""

@@ -48,7 +48,7 @@ class PictureProcessor:
                 return cls(found)
         raise UserError(
             f"{folder}: pictures need the checkpoint's processor, and neither {' nor '.join(SETTINGS)} says how it is"
-            " set; copy the file beside the weights"
+            " set; copy the file next to the weights"
         )
 
     @cached_property

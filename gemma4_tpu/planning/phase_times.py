@@ -97,6 +97,6 @@ def _advice(name: str, config: RolloutsConfig, told: dict[str, Any], limit: int,
     each = told["kv_cache_bytes"] / config.slots
     fitting = 0 if needed is None else math.floor(SHARE * (limit - (needed - told["kv_cache_bytes"])) / each)
     if fitting < 1:
-        return "weights and what lies beside them leave no room for a cache: give a larger mesh.tp or slice"
+        return "weights and what is next to them leave no room for a cache: give a larger mesh.tp or slice"
     slots = min(fitting, config.slots - 1)
     return f"give rollouts.slots={slots} (each takes {each / 2**20:,.0f} MiB), or a larger mesh.tp"

@@ -89,8 +89,8 @@ class MetricsFile:
         """Tells where fewer rows are left than the checkpoint counted; None: it is of a version that did not count."""
         if rows is not None and self.rows < rows:
             log.warning(
-                "%s: %d of the %d rows up to update %d are left: curves and reports of this run will have a hole, the"
-                " training has none", self.path, self.rows, rows, self._last_update,
+                "%s: %d of the %d rows up to update %d are left: curves and reports of this run will have a gap; the"
+                " weights are not affected", self.path, self.rows, rows, self._last_update,
             )  # fmt: skip
 
     def close(self) -> None:

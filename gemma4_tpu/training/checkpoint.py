@@ -227,8 +227,8 @@ class Checkpoints:
             except UserError as full:
                 raise StorageGone(f"{gone}. Nor could it be saved here: {full}") from gone
             raise StorageGone(
-                f"{gone}. Saved at update {int(state.update)} on this machine: run_dir={refuge.folder.parent} goes on"
-                " from there"
+                f"{gone}. Saved at update {int(state.update)} on this machine: run_dir={refuge.folder.parent} resumes"
+                " there"
             ) from gone
 
     def _wait(self) -> None:

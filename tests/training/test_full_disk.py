@@ -124,5 +124,5 @@ def test_a_full_disk_is_one_message_of_any_command(capsys):
 
     assert exit_code(run) == 2
     assert capsys.readouterr().err == (
-        "error: the disk is full (/there/file): make space, and the same command goes on\n"
+        "error: the disk is full (/there/file): make space, and the same command resumes\n"
     )
