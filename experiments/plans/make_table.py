@@ -48,7 +48,9 @@ fifths or half of HBM free, and for 12B, E4B and E2B over tp = 2, too) the cheap
 by the TPU compiler, which compiles the whole training step without a TPU; time from the compiler's schedule, times a
 band of measured over scheduled time (`docs/planning.md`); dollars from the prices in `hardware.py`. A cell that was not
 compiled to the end yet has no time, only its roofline, which is a lower bound. Minutes are for the paper's job: 9,959
-rows of 922 tokens on average, one epoch. Nothing here ran on a TPU."""
+rows of 922 tokens on average, one epoch. All were compiled before adapters of one input shared a product, by which a
+layer of 31B on a v5p-8 is *estimated* to be 0.7% faster ([`docs/step.md`](../../docs/step.md)). Nothing here ran on a
+TPU."""
 
 PAPER = {"seconds_per_sample": 1.21, "hours": 3.34, "usd": 56.11, "samples": 9959, "mean_tokens": 922}
 """Quoted: the paper's run of 31B with LoRA on a v5p-8; the tokens are those of its rows, padded to 3072."""
