@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 import subprocess
+import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -23,6 +24,7 @@ from gemma4_tpu.evals.checks import LM_EVAL, find_command
 from gemma4_tpu.evals.endpoint import served_model
 from gemma4_tpu.evals.harness import HarnessOutcome, read_written, write_documents
 from gemma4_tpu.serving.runners import end_with_parent
+from gemma4_tpu.tracking.files import write_text
 
 log = logging.getLogger(__name__)
 
@@ -44,10 +46,14 @@ def run_harness(config: EvalConfig, tokenizer: str, folder: Path) -> HarnessOutc
     """
     model = served_model(config)
     told = arguments(config, tokenizer, folder, model)
-    (folder / TOLD).write_text(yaml.safe_dump(told, sort_keys=False), encoding="utf-8")
+    text = yaml.safe_dump(told, sort_keys=False)
+    write_text(folder / TOLD, text)
     log.info("lm_eval: %s on %s; its log: %s", ", ".join(config.lm_eval.tasks), model["id"], folder / LOG)
     started = time.perf_counter()
-    _run([find_command() or LM_EVAL, "run", "--config", str(folder / TOLD)], folder / LOG)
+    with tempfile.NamedTemporaryFile("w", suffix=".yaml", encoding="utf-8") as whole:  # the record's is without secrets
+        whole.write(text)
+        whole.flush()
+        _run([find_command() or LM_EVAL, "run", "--config", whole.name], folder / LOG)
     version, tasks, values = read_written(folder / WRITTEN)
     settings = {
         "endpoint": config.endpoint, "model": model["id"], "tokenizer": tokenizer, "limit": config.max_problems,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shlex
 import socket
 import tempfile
@@ -15,6 +14,7 @@ from gemma4_tpu.errors import UserError
 from gemma4_tpu.evaluate import EVALUATE
 from gemma4_tpu.merge import MERGE
 from gemma4_tpu.serve import SERVE
+from gemma4_tpu.tracking.files import write_json
 
 PROBLEMS = "problems"
 """Folder in which the slice finds what `eval.problems_path=gs://…` names."""
@@ -69,7 +69,7 @@ def _check_server(words: list[str], model: str, slice_name: str) -> None:
     """
     with tempfile.TemporaryDirectory() as folder, socket.socket() as free:
         config = {"model_type": "gemma4", "text_config": to_hf_config(ARCHITECTURES[model])}
-        (Path(folder) / "config.json").write_text(json.dumps(config), encoding="utf-8")
+        write_json(Path(folder) / "config.json", config)
         for name in ("model.safetensors", "tokenizer.json"):
             (Path(folder) / name).touch()
         free.bind(("127.0.0.1", 0))

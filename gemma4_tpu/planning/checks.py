@@ -102,9 +102,7 @@ def examine_plan(root: PlanRoot) -> tuple[PlanChecked | None, list[Refusal]]:
     if missing:
         warnings.append(f"{'; '.join(missing)}: planned with the numbers of {architecture.name}")
     if is_on_policy(root.objective) and root.rollouts.reward is not None:
-        warnings.append(
-            f"objective={root.objective.kind}: planned without rewards, which are given while it decodes"
-        )
+        warnings.append(f"objective={root.objective.kind}: planned without rewards, which are given while it decodes")
     return PlanChecked(architecture, wanted, checked.mesh, _data_here(root), tuple(warnings), teacher), []
 
 

@@ -9,6 +9,7 @@ from gemma4_tpu.costing.figures import BY, MEASURED
 from gemma4_tpu.evals.harness import HarnessOutcome, compare_harness
 from gemma4_tpu.markdown import code, link, plain, table
 from gemma4_tpu.reporting.found import Records
+from gemma4_tpu.tracking.files import write_text
 from gemma4_tpu.tracking.records import HARNESS, result_of
 
 _HEADS = ("task", "version", "shots", "documents", "metric", "score", "standard error")
@@ -36,7 +37,7 @@ def write_harness_report(outcome: HarnessOutcome, path: Path) -> None:
         *table(_HEADS, list(_rows(outcome)), "llrrlrr"), "## Settings", "", *table(["", ""], settings),
         "What lm_eval was told is in lm_eval.yaml, what it said in lm_eval.log, its own results in lm_eval/.",
     ]  # fmt: skip
-    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    write_text(path, "\n".join(lines) + "\n")
 
 
 def _rows(outcome: HarnessOutcome) -> Iterator[list[str]]:

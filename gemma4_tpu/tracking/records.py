@@ -106,7 +106,8 @@ def _read_yaml(path: Path, form: type) -> Any:
     try:
         value = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
-        raise UserError(f"{path}: not valid YAML ({' '.join(str(error).split())}); bring back a copy") from None
+        said = " ".join(str(error).split())
+        raise UserError(f"{path}: damaged, not valid YAML ({said}); bring back a copy") from None
     if not isinstance(value, form):
         raise UserError(f"{path}: damaged, it holds a {type(value).__name__}, not a {form.__name__}; bring back a copy")
     return value

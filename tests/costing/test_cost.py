@@ -277,10 +277,10 @@ def test_all_refusals_come_together(tmp_path, capsys):
     ("record", "file", "content", "message"),
     [
         ("run", "result.json", "{", "result.json: damaged"),
-        ("run", "config.yaml", "a: [", "config.yaml: not valid YAML"),
+        ("run", "config.yaml", "a: [", "config.yaml: damaged, not valid YAML"),
         ("run", "config.yaml", None, "config.yaml is missing; it says which slice this ran on"),
         ("load", "cells/0.json", "{", "0.json: damaged"),
-        ("load", "config.yaml", "a: [", "config.yaml: not valid YAML"),
+        ("load", "config.yaml", "a: [", "config.yaml: damaged, not valid YAML"),
     ],
 )
 def test_a_damaged_record_is_named(request, record, file, content, message):

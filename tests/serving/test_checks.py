@@ -210,7 +210,7 @@ def test_refusals_of_flags_name_key_and_remedy_all_at_once(merged, refused):
         "port": (3, "serving.flags.port: give serving.port instead"),
         "enable_lora": ("true", "serving.flags.enable-lora: adapters are served by adapters=["),
         "tool-call-parser": ("hermes", "Gemma 4's is gemma4"),
-        "hf-token": ("x", "put it into HF_TOKEN"),
+        "hf-token": ("x", "set HF_TOKEN instead"),
         "seed": ("false", "has no --no-seed"),
         "trust-remote-code": ("true", "would run code that a checkpoint names"),
     }

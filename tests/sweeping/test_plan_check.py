@@ -46,7 +46,7 @@ def test_the_planner_decides(installed, monkeypatch, tmp_path, used_gib, fits, t
         planned.append(given.config)
         return SimpleNamespace(
             fits=fits, hbm_bytes_per_chip=used_gib * GIB, hbm_limit_bytes_per_chip=int(31.25 * GIB), slice="v6e-1",
-            message="out of memory",
+            message="out of memory", rollouts={},
         )  # fmt: skip
 
     monkeypatch.setattr("gemma4_tpu.planning.attempt.plan_one", plan_one)

@@ -93,6 +93,7 @@ def test_a_sweep_keeps_no_secret_either(tmp_path, monkeypatch):
 def test_nothing_is_written_around_the_place_where_secrets_are_blanked():
     """Text files of run folders are written by `tracking/files.py`; what writes by itself is known, and why."""
     own = {
+        "completion.py",  # a shell's own files
         "data/codev.py", "evals/store.py", "evals/verilog/",  # what models said, and what judges run
         "planning/child.py", "planning/compilation.py",  # a temporary folder of a process of ours
         "sweeping/slurm.py",  # a batch script, which has to run; for its owner's eyes
