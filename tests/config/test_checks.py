@@ -119,7 +119,7 @@ REFUSALS = [
     ),
     (
         ["lora.modules_to_train=[norm_]"],
-        "lora.modules_to_train: 'norm_' is nothing that tiny_moe has; give norms, embeddings (projector only with data.image",
+        "lora.modules_to_train: 'norm_' is nothing that tiny_moe has; give norms, embeddings (projector only with",
     ),
     (
         ["lora.modules_to_train=[k_proj]"],
