@@ -58,7 +58,8 @@ class Planned:
 def planned(name: str) -> Planned | None:
     """From the recipe's committed plans."""
     recipe = next((recipe for recipe in RECIPES if recipe.name == name), Recipe(name, name))
-    paths = [recipe.path(label) for label in recipe.jobs]
+    jobs = list(recipe.jobs) if recipe.runs else list(recipe.jobs)[:1]  # the first of alternatives is the recipe itself
+    runs, paths = recipe.runs or 1, [recipe.path(label) for label in jobs]
     plans = [read_record(path).values for path in paths if path.is_file()]
     plans = [plan for plan in plans if plan["fits"]]
     if not plans:
@@ -66,9 +67,9 @@ def planned(name: str) -> Planned | None:
     usd = [plan["usd_estimate"].get("on_demand") for plan in plans]
     return Planned(
         plans[0]["slice"],
-        recipe.runs * len(plans),
-        _sum([plan["hours"] for plan in plans], 60 * recipe.runs),
-        _sum(usd, recipe.runs) if all(usd) else None,
+        runs * len(plans),
+        _sum([plan["hours"] for plan in plans], 60 * runs),
+        _sum(usd, runs) if all(usd) else None,
         max(plan["hbm_bytes_per_chip"] for plan in plans) / GIB,
         all(plan.get("step_seconds") for plan in plans),
     )
