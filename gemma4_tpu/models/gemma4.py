@@ -177,9 +177,9 @@ def decoder_layer(
     x = x + rms_norm(out, p["post_ffw_norm"]["scale"])
 
     if per_layer_input is not None:
-        gate = layer.keep(layer.maps.plain("per_layer_input_gate.w", x), "per_layer")  # [B, S, P]
+        gate = layer.keep(layer.maps.per_token("per_layer_input_gate.w", x), "per_layer")  # [B, S, P]
         gated = jax.nn.gelu(gate, approximate=True) * per_layer_input
-        added = layer.keep(layer.maps.plain("per_layer_projection.w", gated), "per_layer")
+        added = layer.keep(layer.maps.per_token("per_layer_projection.w", gated), "per_layer")
         x = x + rms_norm(added, p["post_per_layer_input_norm"]["scale"])
 
     return constrain(x * p["skip_scale"].astype(x.dtype), "BSD", model.mesh), kv

@@ -96,6 +96,10 @@ class LinearMaps:
         low = keep(constrain(low, "BSD", self.mesh), "low")  # [B, S, r]
         return self._turned(adapter, y + jnp.einsum(weight.equations[2], low, adapter.scaled_b(x.dtype)))
 
+    def per_token(self, name: str, x: jax.Array) -> jax.Array:
+        """A map whose weight is whole on each chip, of a chip's own tokens: [B, S, …] → [B, S, …]."""
+        return self.plain(name, x) if self._adapter(name) is None else self.to_model_dim(name, x)
+
     def _first_halves(self, adapters: list[_Adapter], x: jax.Array) -> jax.Array:
         """X · A of each, [B, S, Σr]; one product unless each drops other inputs."""
         factors = [adapter.a.astype(x.dtype) for adapter in adapters]

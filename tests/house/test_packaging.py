@@ -112,7 +112,7 @@ def test_the_launchers_travel_too(script, tmp_path):
 def test_the_wheel_completes_words(script, tmp_path):
     """As its shells ask it on Tab: tests/house/test_completion.py."""
     asked = run(script, "completion", "query", cwd=tmp_path, COMP_LINE="gemma4-tpu serve serving=v6e8")
-    assert asked.stdout.split() == ["serving=v6e8", "serving=v6e8_tuned"], asked.stderr
+    assert {"serving=v6e8", "serving=v6e8_tuned"} <= set(asked.stdout.split()), asked.stderr
 
 
 def test_the_wheel_reads_its_own_conf(script, tmp_path):

@@ -82,7 +82,7 @@ def test_a_bucket_that_pauses_is_waited_for_and_one_that_is_gone_ends_the_run_wi
         _, err = process.communicate(timeout=120)
     assert process.returncode == STORAGE_GONE, err
     assert f"{run}/checkpoints: no answer for 6 s (storage.deadline)" in err.splitlines()[-1], err
-    assert f"run_dir={local} goes on" in err.splitlines()[-1]
+    assert f"run_dir={local} resumes" in err.splitlines()[-1]
     assert "Traceback" not in err and len(err.splitlines()) < 60
     saved = int(re.search(r"Saved at update (\d+) on this machine", err)[1])
     assert saved >= paused_at + 12 and json.loads((local / "result.json").read_text())["status"] == "failed"

@@ -20,6 +20,6 @@ def test_a_few_random_kills_lose_nothing_but_time(train, tmp_path):
     assert done.returncode == 0, done.stdout + done.stderr
     counts = json.loads(done.stdout.splitlines()[-1])
     evaluated = counts["commands"]["evaluate"]
-    assert sum(counts["kills"].values()) == 4 and evaluated["series"] == evaluated["went_on"] > 0
+    assert sum(counts["kills"].values()) >= 4 and evaluated["series"] == evaluated["went_on"] > 0
     assert counts["equal_weights"] == counts["equal_metrics"] == counts["equal_merges"] == counts["series"] > 0
     assert not counts["unrecoverable"] and not counts["different"] and not evaluated["wrong"]
