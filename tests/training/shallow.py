@@ -3,7 +3,6 @@
 For tests of what happens around the step: saves, signals, processes. Weights are `model.path=random:0`.
 """
 
-import sys
 from dataclasses import replace
 
 from gemma4_tpu.architectures import ARCHITECTURES, GLOBAL, SLIDING
@@ -11,6 +10,7 @@ from gemma4_tpu.architectures import ARCHITECTURES, GLOBAL, SLIDING
 ARCHITECTURES["tiny"] = replace(ARCHITECTURES["tiny"], num_layers=2, layer_types=(SLIDING, GLOBAL))
 
 if __name__ == "__main__":
+    from gemma4_tpu.errors import leave
     from gemma4_tpu.train import main
 
-    sys.exit(main())
+    leave(main())
