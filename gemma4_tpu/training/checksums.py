@@ -37,7 +37,7 @@ def problem(folder: str) -> str | None:
     try:
         expected: dict[str, str] = json.loads(fs.cat_file(join(root, FILE)))["sha256"]
         names = [name for name in expected if name != _ABOUT]  # earlier versions noted it too, at times half written
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, IsADirectoryError):
         return f"{FILE} is damaged"
     found = _files(fs, root)
     for name in names:
