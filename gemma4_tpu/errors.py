@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import gc
 import logging
 import os
 import signal
@@ -13,7 +12,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
-from typing import NamedTuple, NoReturn
+from typing import NamedTuple, NoReturn, TypeVar
 
 from gemma4_tpu.redact import redact
 
@@ -35,6 +34,7 @@ TERMINATING = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
 SECONDS_TO_UNWIND = 30.0
 """What a command has for that."""
 _AGAIN_SECONDS = 0.02
+Stop = TypeVar("Stop", bound=BaseException)
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 """Numbers of an OSError where no more can be written."""
 _CLIENTS = ("aiohttp", "fsspec", "gcsfs", "google", "httpx", "huggingface_hub", "requests")
@@ -118,45 +118,49 @@ def _terminable() -> Iterator[None]:
             print("\nended without unwinding", file=sys.stderr)
             exit_now(TERMINATED)
 
-    def interrupt(number: int, frame: FrameType | None) -> None:
-        if is_dropped(frame):
-            send_again(number)
-        else:
-            raise KeyboardInterrupt
-
-    def stop(number: int, frame: FrameType | None) -> None:
-        if is_dropped(frame):
-            send_again(number)
-            return
+    def stop(number: int, _: FrameType | None) -> None:
         threading.Thread(target=end_anyway, name="end", daemon=True).start()
         for each in TERMINATING:
             signal.signal(each, lambda *_: exit_now(TERMINATED))
         raise Terminated(signal.Signals(number).name)
 
+    def again(dropped: KeyboardInterrupt) -> None:
+        if isinstance(dropped, Terminated):
+            for each in TERMINATING:
+                signal.signal(each, stop)
+        send_again(signal.Signals[str(dropped)] if isinstance(dropped, Terminated) else signal.SIGINT)
+
     before = {number: signal.getsignal(number) for number in (signal.SIGINT, *TERMINATING)}
     for number, handler in before.items():
         if handler == signal.SIG_DFL:
             signal.signal(number, stop)
-        elif handler == signal.default_int_handler:
-            signal.signal(number, interrupt)
     try:
-        yield
+        with none_dropped(KeyboardInterrupt, again):
+            yield
     finally:
         unwound.set()
         for number, handler in before.items():
             signal.signal(number, handler)
 
 
-def is_dropped(frame: FrameType | None) -> bool:
-    """Whether Python would drop an exception raised here: in a finalizer, or a callback of the garbage collector
-    (JAX has one).
+@contextmanager
+def none_dropped(kind: type[Stop], again: Callable[[Stop], None]) -> Iterator[None]:
+    """`again` is called with each exception of this kind that Python drops: raised in a finalizer, or in a callback of
+    a weak reference or of the garbage collector (JAX has one), an exception ends nothing, and a signal would be lost.
     """
-    callbacks = {getattr(callback, "__code__", None) for callback in gc.callbacks}
-    while frame is not None:
-        if frame.f_code in callbacks or frame.f_code.co_name == "__del__":
-            return True
-        frame = frame.f_back
-    return False
+    before = sys.unraisablehook
+
+    def hook(dropped: sys.UnraisableHookArgs) -> None:
+        if isinstance(dropped.exc_value, kind):
+            again(dropped.exc_value)
+        else:
+            before(dropped)
+
+    sys.unraisablehook = hook
+    try:
+        yield
+    finally:
+        sys.unraisablehook = before
 
 
 def send_again(number: int) -> None:

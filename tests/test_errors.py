@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import time
+import weakref
 
 import pytest
 
@@ -84,25 +85,47 @@ errors.leave(errors.exit_code(work))
     assert (done.returncode, done.stderr) == (TERMINATED, "\nended without unwinding\n")
 
 
+class Key:
+    """For weak references."""
+
+
+def collected(strike) -> None:
+    gc.callbacks.append(callback := lambda phase, info: strike() if phase == "start" else None)
+    try:
+        gc.collect()
+    finally:
+        gc.callbacks.remove(callback)
+
+
+def unreferenced(strike) -> None:
+    key = Key()
+    kept = weakref.ref(key, lambda _: strike())  # as a WeakKeyDictionary
+    del key
+    assert kept() is None
+
+
+def finalized(strike) -> None:
+    type("Resource", (), {"__del__": lambda _: strike()})()
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_in_the_garbage_collector_is_not_lost(number):
-    def callback(phase, info):
-        if phase == "start" and not sent:
+@pytest.mark.parametrize("place", [collected, unreferenced, finalized])
+def test_a_signal_where_python_drops_exceptions_is_not_lost(place, number):
+    def strike() -> None:
+        if not sent:
             sent.append(number)
             signal.raise_signal(number)
 
     def run() -> int:
-        gc.callbacks.append(callback)
-        try:
-            gc.collect()
-            time.sleep(10)
-        finally:
-            gc.callbacks.remove(callback)
+        place(strike)
+        time.sleep(30)
         return 0
 
     sent: list[int] = []
     before = signal.signal(signal.SIGINT, signal.default_int_handler)  # whatever a test before this one left
+    hook = sys.unraisablehook
     try:
         assert exit_code(run) == (INTERRUPTED if number == signal.SIGINT else TERMINATED)
     finally:
         signal.signal(signal.SIGINT, before)
+    assert sys.unraisablehook is hook

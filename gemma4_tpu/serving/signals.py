@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import signal
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from types import FrameType
 
-from gemma4_tpu.errors import TERMINATING, is_dropped, send_again
+from gemma4_tpu.errors import TERMINATING, none_dropped, send_again
 
 _HANDLED = (signal.SIGINT, signal.SIGHUP, *TERMINATING)
 
@@ -27,8 +27,10 @@ class Signals:
         self._held = 0
         self._waiting: int | None = None
         self._before: dict[int, object] = {}
+        self._open = ExitStack()
 
     def __enter__(self) -> Signals:
+        self._open.enter_context(none_dropped(Stopped, lambda stopped: send_again(stopped.number)))
         for number in _HANDLED:
             if signal.getsignal(number) is not signal.SIG_IGN:  # as under nohup
                 self._before[number] = signal.signal(number, self._take)
@@ -37,6 +39,7 @@ class Signals:
     def __exit__(self, *_: object) -> None:
         for number, handler in self._before.items():
             signal.signal(number, handler)  # type: ignore[arg-type]
+        self._open.close()
 
     @contextmanager
     def held(self, *, drop: bool = False) -> Iterator[None]:
@@ -51,10 +54,8 @@ class Signals:
             if not drop:
                 raise Stopped(number)
 
-    def _take(self, number: int, frame: FrameType | None) -> None:
+    def _take(self, number: int, _: FrameType | None) -> None:
         if self._held:
             self._waiting = number
-        elif is_dropped(frame):
-            send_again(number)
         else:
             raise Stopped(number)
