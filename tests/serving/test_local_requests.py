@@ -137,12 +137,8 @@ HUNGRY = "{% for a in range(20) %}{% set x.t = x.t ~ x.t %}{% endfor %}"
 
 
 @pytest.mark.parametrize(
-    "text, cpu_seconds, told",
-    [
-        ("spin", 0.5, "more than 0.5 s"),
-        ("eat", 60.0, "more than 512 MiB"),
-        ("x" * 200, 60.0, "has 206 characters"),
-    ],
+    ("text", "cpu_seconds", "told"),
+    [("spin", 0.5, "more than 0.5 s"), ("eat", 60.0, "more than 512 MiB"), ("x" * 200, 60.0, "has 206 characters")],
 )
 def test_a_template_that_loops_or_fills_the_memory_is_refused_and_the_next_one_rendered(text, cpu_seconds, told):
     template = (
