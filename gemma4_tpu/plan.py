@@ -118,7 +118,7 @@ def _plan(planned: Planned, folder: RunFolder) -> int:
 
 def _keep(attempt: Attempt, folder: RunFolder) -> None:
     """Leaves plan.json and pictures."""
-    from gemma4_tpu.reporting.plans import plot_hbm
+    from gemma4_tpu.reporting.memory_bars import plot_hbm
     from gemma4_tpu.reporting.timeline import plot_timeline
     from gemma4_tpu.tracking import records
 
@@ -133,7 +133,8 @@ def _keep(attempt: Attempt, folder: RunFolder) -> None:
 def _search(planned: Planned, folder: RunFolder) -> int:
     """Every candidate of the slice; which of them nothing else beats in both dollars and headroom."""
     from gemma4_tpu.planning.search import search
-    from gemma4_tpu.reporting.plans import plot_hbm, print_search
+    from gemma4_tpu.reporting.memory_bars import plot_hbm
+    from gemma4_tpu.reporting.plans import print_search
     from gemma4_tpu.tracking import records
 
     found = search(planned)

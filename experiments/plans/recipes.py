@@ -22,7 +22,7 @@ from gemma4_tpu.hardware import MeshSizes
 from gemma4_tpu.markdown import table
 from gemma4_tpu.planning.bands import band, usd_per_million
 from gemma4_tpu.planning.estimate import PlanResult
-from gemma4_tpu.reporting.plans import plot_hbm
+from gemma4_tpu.reporting.memory_bars import plot_hbm
 from gemma4_tpu.tracking.records import read_record
 
 EXPERIMENTS = Path(__file__).resolve().parent.parent

@@ -17,7 +17,7 @@ from gemma4_tpu.prices import KINDS
 from gemma4_tpu.reporting.costs import CostTerms, cost_report
 from gemma4_tpu.reporting.evaluation import score_cells
 from gemma4_tpu.reporting.found import Records
-from gemma4_tpu.reporting.plans import plan_rows
+from gemma4_tpu.reporting.plan_rows import plan_rows
 from gemma4_tpu.tracking.progress import format_seconds
 from gemma4_tpu.tracking.records import (
     EVALUATION,

@@ -15,11 +15,11 @@ from gemma4_tpu.markdown import code, pictures, plain, table
 from gemma4_tpu.prices import format_usd
 from gemma4_tpu.reporting.curves import Followed, draw_curves, missing
 from gemma4_tpu.reporting.found import Records
+from gemma4_tpu.tracking.differences import leaves
 from gemma4_tpu.tracking.metrics import HELDOUT, read_metrics
 from gemma4_tpu.tracking.progress import format_seconds
 from gemma4_tpu.tracking.records import config_of, overrides_of, read_record
 from gemma4_tpu.tracking.result import Result
-from gemma4_tpu.tracking.run import leaves
 
 _MEASURED, _ESTIMATED = BY[MEASURED], BY[ESTIMATED]
 _THEIR_OWN = ("run_dir", "name", "replay")

@@ -24,10 +24,10 @@ from gemma4_tpu.sweeping.job_process import Child
 from gemma4_tpu.sweeping.plan_check import check_fit
 from gemma4_tpu.sweeping.sites import site_of
 from gemma4_tpu.sweeping.state import Sweep, SweepJob
+from gemma4_tpu.tracking.differences import config_differences
 from gemma4_tpu.tracking.files import jsonable
 from gemma4_tpu.tracking.progress import format_seconds
 from gemma4_tpu.tracking.records import config_of, result_of
-from gemma4_tpu.tracking.run import config_differences
 
 log = logging.getLogger(__name__)
 

@@ -15,7 +15,7 @@ import fcntl
 import logging
 import os
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,7 @@ from gemma4_tpu.errors import UserError, first_line, stopped_code
 from gemma4_tpu.redact import redact_arguments
 from gemma4_tpu.storage import is_remote, join
 from gemma4_tpu.tracking.bucket import CHECKPOINTS, Bucket
+from gemma4_tpu.tracking.differences import check_same_run
 from gemma4_tpu.tracking.files import jsonable, write_text
 from gemma4_tpu.tracking.records import FOLDER, PLAN, TRAINING, config_of, kind_of, write_record
 from gemma4_tpu.tracking.result import Result
@@ -33,16 +34,6 @@ from gemma4_tpu.tracking.result import Result
 log = logging.getLogger(__name__)
 
 _BALLAST_BYTES = 32 << 10
-MAY_CHANGE = (
-    "checkpoint", "distributed", "hardware", "lora.start", "lora.start_checkpoint", "mesh", "name", "preview", "replay",
-    "replay_allow", "rollouts.check_every", "rollouts.entropy_high", "rollouts.entropy_low", "rollouts.max_kl",
-    "rollouts.max_logprob_difference", "rollouts.max_malformed", "rollouts.reward_timeout_seconds",
-    "run_dir", "storage", "tracker", "trainer.attention", "trainer.compile_cache", "trainer.epochs",
-    "trainer.eval_every", "trainer.log_every", "trainer.loss_chunk_tokens", "trainer.max_updates", "trainer.min_delta",
-    "trainer.patience", "trainer.plan", "trainer.profile", "trainer.remat", "trainer.sample_prompts",
-    "trainer.sample_tokens", "trainer.stall_seconds", "trainer.time_limit",
-)  # fmt: skip
-"""Keys (and groups) that a resumed run may give anew; any other would make it another run."""
 
 
 class RunFolder:
@@ -86,7 +77,7 @@ class RunFolder:
           config: the resolved configuration as plain values; written to `config.yaml`.
           kind: one of `records.WORK`: what the folder will be of.
           overrides: the command line's overrides; written to `overrides.yaml`.
-          resume_allow: `config.checkpoint.resume_allow`: keys and groups that may differ besides `MAY_CHANGE`.
+          resume_allow: `config.checkpoint.resume_allow`: keys and groups that may differ, too.
           write: False on every process but the first; they need `run_dir`, and touch nothing.
 
         Raises:
@@ -111,7 +102,7 @@ class RunFolder:
                 bucket.reach(bucket.pull)
             run.resumed = run.config_path.exists()
             if run.resumed:
-                run._check_resume(resume, jsonable(config), resume_allow)
+                check_same_run(run.address, resume, run.read_config(), jsonable(config), resume_allow)
                 known = [path for path in (run.config_path, run.overrides_path, run.record_path) if path.exists()]
                 run._earlier = {path: path.read_bytes() for path in known}
             write_text(run.config_path, yaml.safe_dump(jsonable(config), sort_keys=False, allow_unicode=True))
@@ -287,48 +278,6 @@ class RunFolder:
             return
         os.truncate(self._lock, 0)
         os.pwrite(self._lock, str(os.getpid()).encode(), 0)
-
-    def _check_resume(self, resume: str, config: dict[str, Any], allow: Sequence[str]) -> None:
-        if resume == "never":
-            raise UserError(
-                f"checkpoint.resume=never: {self.address} already holds a run; "
-                "give another run_dir, or checkpoint.resume=auto to continue it"
-            )
-        forbidden: dict[str, str] = {}
-        for key, recorded, given in config_differences(self.read_config(), config):
-            if is_among(key, MAY_CHANGE) or is_among(key, allow):
-                log.info("resuming with %s=%s (was %s)", key, given, recorded)
-            else:
-                forbidden[key] = f"\n  {key}: {given} (the run has {recorded})"
-        if forbidden:
-            raise UserError(
-                f"run_dir={self.address} holds a run with another configuration:{''.join(forbidden.values())}\n"
-                "give the run's values to resume it, another run_dir to start afresh, or accept the differences: "
-                f"checkpoint.resume_allow=[{','.join(forbidden)}]"
-            )
-
-
-def config_differences(recorded: dict[str, Any], given: dict[str, Any]) -> Iterator[tuple[str, Any, Any]]:
-    """Yields (dotted key, recorded value, given value) where two configurations differ.
-
-    Keys that only one of them has (it comes from another version) are left out.
-    """
-    before, now = dict(leaves(recorded)), dict(leaves(given))
-    return ((key, before[key], value) for key, value in now.items() if key in before and before[key] != value)
-
-
-def leaves(config: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """(dotted key, value) of everything in a configuration; a mapping without a key is a value."""
-    for key, value in config.items():
-        if isinstance(value, dict) and value:
-            yield from leaves(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", value
-
-
-def is_among(key: str, allowed: Sequence[str]) -> bool:
-    """Whether a key or a group that holds it is named."""
-    return any(key == name or key.startswith(name + ".") for name in allowed)
 
 
 def _new_folder(parent: Path) -> Path:

@@ -16,8 +16,9 @@ from gemma4_tpu.config.schema import TrackerConfig
 from gemma4_tpu.errors import UserError
 from gemma4_tpu.markdown import table
 from gemma4_tpu.redact import redact
+from gemma4_tpu.tracking.differences import is_among
 from gemma4_tpu.tracking.files import from_jsonable, jsonable
-from gemma4_tpu.tracking.run import RunFolder, is_among
+from gemma4_tpu.tracking.run import RunFolder
 from gemma4_tpu.tracking.tracker import Tracker
 
 log = logging.getLogger(__name__)

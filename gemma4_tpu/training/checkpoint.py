@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import orbax.checkpoint as ocp
 from jax.sharding import Mesh, NamedSharding
 from orbax.checkpoint import checkpoint_managers as policies
@@ -24,13 +23,12 @@ from orbax.checkpoint import checkpoint_managers as policies
 from gemma4_tpu.config.schema import CheckpointConfig
 from gemma4_tpu.errors import DISK_FULL, UserError
 from gemma4_tpu.models import sharding
-from gemma4_tpu.models.layout import Leaf, build_tree, get
-from gemma4_tpu.models.layout import Path as TreePath
+from gemma4_tpu.models.layout import Leaf
 from gemma4_tpu.models.weights import Axes
-from gemma4_tpu.step.optimizer_state import Part, parts
 from gemma4_tpu.step.train_step import TrainState
 from gemma4_tpu.storage import Deadline, StorageGone, is_remote, join, list_folder
 from gemma4_tpu.training import checksums
+from gemma4_tpu.training.state_on_disk import from_disk, to_disk, unstack
 
 log = logging.getLogger(__name__)
 CHUNK_BYTES = 32 << 20  # large tensors are saved in pieces, so that a merge need not hold one whole
@@ -112,7 +110,7 @@ class Checkpoints:
             return
         self._wait()  # for the save before
         self._saving = update
-        disk = _to_disk(state, self._leaves)
+        disk = to_disk(state, self._leaves)
         chunked = ocp.SaveArgs(chunk_byte_size=CHUNK_BYTES)
         with self._telling_full_disks():
             self._manager.save(
@@ -137,7 +135,7 @@ class Checkpoints:
         Raises:
           UserError: the disk is full.
         """
-        values = _unstack(trained, list(leaves))
+        values = unstack(trained, list(leaves))
         places = [self.folder] if self._refuge is None else [self.folder, str(self._refuge.folder)]
         for folder in (join(place, name) for place in places):
             self._save_initial(folder, values)
@@ -162,7 +160,7 @@ class Checkpoints:
         Raises:
           UserError: the checkpoint holds other tensors than this run trains.
         """
-        abstract = jax.eval_shape(partial(_to_disk, leaves=self._leaves), state)
+        abstract = jax.eval_shape(partial(to_disk, leaves=self._leaves), state)
         axes = {name: leaf.axes for leaf in self._leaves for name in leaf.tunix_names}
         shapes = {name: leaf.shape for leaf in self._leaves for name in leaf.tunix_names}
         targets = {
@@ -180,7 +178,7 @@ class Checkpoints:
                 f"{self.folder}/{update}: does not hold what this run trains ({reason}); give the configuration that"
                 " the run began with, or another run_dir"
             ) from error
-        return _from_disk(saved["state"], state, self._leaves), saved["position"]
+        return from_disk(saved["state"], state, self._leaves), saved["position"]
 
     def close(self) -> None:
         """Waits for saves under way."""
@@ -257,99 +255,3 @@ class Checkpoints:
 
 def _heldout_loss(metrics: dict[str, float]) -> float:
     return metrics["heldout_loss"]
-
-
-def _to_disk(state: TrainState, leaves: list[Leaf]) -> dict[str, Any]:
-    """The state as flat dicts from tensor name to array; a field of the optimizer's that is a scalar as itself.
-
-    Counters are not saved: each of them counts the updates.
-    """
-    evaluated = state.evaluated()
-    disk: dict[str, Any] = {"trained": _unstack(evaluated, leaves)}
-    if evaluated is not state.trained:
-        disk["current"] = _unstack(state.trained, leaves)
-    by_path = {leaf.path: leaf for leaf in leaves}
-    fields: dict[str, dict[TreePath, jax.Array]] = {}
-    for part, array in _saved_parts(state):
-        if part.path is None:
-            disk[part.field] = array
-        else:
-            fields.setdefault(part.field, {})[part.path] = array
-    for field, arrays in fields.items():
-        own = [by_path[path] for path in arrays]
-        disk[field] = _unstack(build_tree(iter(arrays.items())), own)
-    return disk | {"update": state.update, "key": jax.random.key_data(state.key)}
-
-
-def _from_disk(disk: dict[str, Any], like: TrainState, leaves: list[Leaf]) -> TrainState:
-    """Inverse of `_to_disk`; `like` is the state before the first update."""
-    saved, current = (_stack(disk[name], leaves, like.trained) for name in ("trained", _current(disk)))
-    by_path, update = {leaf.path: leaf for leaf in leaves}, disk["update"]
-
-    def restored(part: Part, initial: jax.Array) -> jax.Array:
-        if _is_counter(initial):
-            return _like(initial + update, initial)
-        if part.path is None:
-            return disk[part.field]
-        return _like(_joined(disk[part.field], by_path[part.path]), initial)
-
-    initial, tree = jax.tree.flatten(like.optimizer)
-    optimizer = jax.tree.unflatten(tree, map(restored, parts(like.optimizer, like.trained), initial))
-    key = jax.random.wrap_key_data(disk["key"], impl=jax.random.key_impl(like.key))
-    average = None if like.average is None else saved
-    state = TrainState(current, optimizer, update, key, average)
-    return jax.tree.map(lambda x: jnp.copy(x) if x.ndim == 0 else x, state)  # an array may be donated only once
-
-
-def _current(disk: dict[str, Any]) -> str:
-    return "current" if "current" in disk else "trained"
-
-
-def _saved_parts(state: TrainState) -> list[tuple[Part, jax.Array]]:
-    """What is saved of the optimizer's state: all but counters."""
-    arrays = jax.tree.leaves(state.optimizer)
-    named = zip(parts(state.optimizer, state.trained), arrays, strict=True)
-    return [(part, array) for part, array in named if not _is_counter(array)]
-
-
-def _is_counter(x: Any) -> bool:
-    return jnp.issubdtype(x.dtype, jnp.integer)
-
-
-def _like(x: jax.Array, y: jax.Array) -> jax.Array:
-    return jax.device_put(x, y.sharding)
-
-
-@partial(jax.jit, static_argnums=1)
-def _slices(tree: Any, leaves: tuple[Leaf, ...]) -> dict[str, jax.Array]:
-    flat: dict[str, jax.Array] = {}
-    for leaf in leaves:
-        array = get(tree, leaf.path)
-        if leaf.stacked:
-            flat |= {name: array[r] for r, name in enumerate(leaf.tunix_names)}
-        else:
-            flat[leaf.tunix_names[0]] = array
-    return flat
-
-
-def _unstack(tree: Any, leaves: list[Leaf]) -> dict[str, jax.Array]:
-    return _slices(tree, tuple(leaves))
-
-
-def _stack(flat: dict[str, jax.Array], leaves: list[Leaf], like: Any) -> Any:
-    return build_tree((leaf.path, _like(_joined(flat, leaf), get(like, leaf.path))) for leaf in leaves)
-
-
-def _joined(flat: dict[str, jax.Array], leaf: Leaf) -> jax.Array:
-    return jnp.stack([flat[n] for n in leaf.tunix_names]) if leaf.stacked else flat[leaf.tunix_names[0]]
-
-
-def state_bytes(state: TrainState) -> int:
-    """Bytes of the trained values, the optimizer's state and the average, from arrays or shapes."""
-    return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves((state.trained, state.optimizer, state.average)))
-
-
-def saved_bytes(state: TrainState, leaves: Iterable[Leaf]) -> int:
-    """Bytes of one checkpoint, from shapes."""
-    disk = jax.eval_shape(partial(_to_disk, leaves=list(leaves)), state)
-    return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(disk))

@@ -8,10 +8,11 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 from gemma4_tpu.errors import UserError
+from gemma4_tpu.tracking.differences import config_differences
 from gemma4_tpu.tracking.metrics import read_metrics
 from gemma4_tpu.tracking.provenance import Provenance, RecordDifference, compare
 from gemma4_tpu.tracking.records import REPLAY, read_record, write_record
-from gemma4_tpu.tracking.run import RunFolder, config_differences
+from gemma4_tpu.tracking.run import RunFolder
 
 if TYPE_CHECKING:
     from gemma4_tpu.training.hosts import Hosts

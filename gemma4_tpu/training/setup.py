@@ -36,12 +36,12 @@ from gemma4_tpu.step.optimizer import make_optimizer
 from gemma4_tpu.step.optimizer_state import Part, parts
 from gemma4_tpu.step.train_step import Step, TrainState
 from gemma4_tpu.training.capacity import check_disk, check_memory
-from gemma4_tpu.training.checkpoint import saved_bytes, state_bytes
 from gemma4_tpu.training.hardware_checks import check_devices
 from gemma4_tpu.training.meshes import resolve_mesh
 from gemma4_tpu.training.recipe import Recipe
 from gemma4_tpu.training.saved import SavedState
 from gemma4_tpu.training.start import Start
+from gemma4_tpu.training.state_on_disk import saved_bytes, state_bytes
 
 log = logging.getLogger(__name__)
 

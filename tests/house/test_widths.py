@@ -7,7 +7,8 @@ import pytest
 
 from gemma4_tpu.planning.estimate import PlanResult
 from gemma4_tpu.planning.search import Found
-from gemma4_tpu.reporting.plans import plan_rows, print_plan, print_search
+from gemma4_tpu.reporting.plan_rows import plan_rows
+from gemma4_tpu.reporting.plans import print_plan, print_search
 from gemma4_tpu.tracking.logs import console
 from gemma4_tpu.tracking.progress import Progress
 from gemma4_tpu.tracking.records import read_record

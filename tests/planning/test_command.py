@@ -26,7 +26,8 @@ from gemma4_tpu.planning.program import OutOfMemory
 from gemma4_tpu.planning.roofline import roofline
 from gemma4_tpu.planning.schedule import Op, Transfer, plain
 from gemma4_tpu.planning.search import pareto
-from gemma4_tpu.reporting.plans import plot_hbm, print_plan
+from gemma4_tpu.reporting.memory_bars import plot_hbm
+from gemma4_tpu.reporting.plans import print_plan
 from tests.tpu_compiler import needs_tpu_compiler
 
 pytestmark = needs_tpu_compiler

@@ -9,8 +9,9 @@ import pytest
 import yaml
 
 from gemma4_tpu.errors import UserError
+from gemma4_tpu.tracking.differences import config_differences
 from gemma4_tpu.tracking.files import jsonable, read_json, write_json
-from gemma4_tpu.tracking.run import RunFolder, config_differences
+from gemma4_tpu.tracking.run import RunFolder
 from tests.tracking.conftest import CONFIG
 
 

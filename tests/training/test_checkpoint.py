@@ -14,9 +14,10 @@ from gemma4_tpu.models.gemma4 import Model
 from gemma4_tpu.models.layout import get
 from gemma4_tpu.step.optimizer import make_optimizer, next_average
 from gemma4_tpu.step.train_step import Step
-from gemma4_tpu.training.checkpoint import Checkpoints, saved_bytes
+from gemma4_tpu.training.checkpoint import Checkpoints
 from gemma4_tpu.training.saved import open_saved
 from gemma4_tpu.training.setup import init_state
+from gemma4_tpu.training.state_on_disk import saved_bytes
 from tests.models import test_experts as experts
 from tests.step.test_optimizer import KINDS
 from tests.step.test_train_step import make, make_batch
