@@ -14,6 +14,7 @@ from pathlib import Path
 from types import FrameType
 from typing import NamedTuple, NoReturn, TypeVar
 
+from gemma4_tpu import scratch
 from gemma4_tpu.redact import redact
 
 REFUSED = 2
@@ -179,6 +180,7 @@ def leave(code: int) -> NoReturn:
 
 def exit_now(code: int) -> NoReturn:
     """Ends the process from any thread, without waiting for the others: what was logged is on disk."""
+    scratch.remove_all()
     logging.shutdown()
     sys.stdout.flush()
     sys.stderr.flush()

@@ -6,6 +6,7 @@ import subprocess
 import sys
 import time
 import weakref
+from pathlib import Path
 
 import pytest
 
@@ -49,6 +50,25 @@ def test_signals_that_ask_for_an_end_unwind_as_ctrl_c_does(number, capsys):
     assert exit_code(run, interrupted="stopped; the same command goes on") == TERMINATED
     assert unwound == [number] and capsys.readouterr().err == "\nstopped; the same command goes on\n"
     assert signal.getsignal(number) == before
+
+
+FORK = "os.fork() or exit_now(0); os.wait(); print(kept.is_dir())"
+
+
+@pytest.mark.parametrize("end", ["exit_now(42)", "sys.exit(1)", FORK])
+def test_temporary_folders_are_gone_however_a_process_ends(end):
+    code = f"""
+import os, sys
+from gemma4_tpu.errors import exit_now
+from gemma4_tpu.scratch import make_folder
+kept = make_folder()
+(kept / "file").touch()
+print(kept, flush=True)
+{end}
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False)
+    place, *others = done.stdout.split()
+    assert not Path(place).exists() and others in ([], ["True"])  # and a fork's end removes nothing of its parent's
 
 
 def test_no_computation_under_way_crashes_an_interrupted_command():

@@ -193,15 +193,20 @@ def test_a_sweep_is_run_by_one_process_at_a_time(sweep, capsys):
     assert not sweep.starts
 
 
-def test_a_job_that_outlived_its_sweep_is_taken_over_by_its_pid(sweep, caplog):
-    sweep.behave(all={"seconds": 1})
+@pytest.mark.parametrize("kept", [True, False])
+def test_a_job_that_outlived_its_sweep_is_taken_over(sweep, caplog, kept):
+    """Also where the sweep was killed before it had kept that the job runs."""
     folder, words = sweep.folder / "lora.rank-8", ["model.path=random:0", "lora.rank=8"]
     orphan = subprocess.Popen([*STAND_IN, *words, f"run_dir='{folder}'"])
-    job = SweepJob(name=folder.name, values={"lora.rank": "8"}, words=words, status="running", starts=1, pid=orphan.pid)
+    orphan.send_signal(signal.SIGSTOP)  # until it is found
+    watch = when(lambda: "still running" in caplog.text, lambda: orphan.send_signal(signal.SIGCONT))
+    about = {"status": "running", "starts": 1, "pid": orphan.pid} if kept else {"status": "waiting"}
+    job = SweepJob(name=folder.name, values={"lora.rank": "8"}, words=words, **about)
     sweep.folder.mkdir()
     Sweep(folder=sweep.folder, entry="train", jobs={job.name: job}).save()
     done = sweep("lora.rank=4,8")
+    watch.join()
     assert [one.status for one in done.jobs.values()] == ["finished", "finished"]
-    assert (done.jobs[job.name].pid, done.jobs[job.name].starts) == (orphan.pid, 1) and orphan.wait(10) == 0
+    assert (done.jobs[job.name].pid, done.jobs[job.name].starts) == (orphan.pid, int(kept)) and orphan.wait(10) == 0
     assert sweep.starts == ["lora.rank-8", "lora.rank-4"]  # nothing new before it has ended
     assert "lora.rank-8: still running" in caplog.text

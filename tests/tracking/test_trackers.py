@@ -153,8 +153,8 @@ def test_none_and_other_processes_keep_nothing(run):
 
 
 def test_an_unknown_kind_is_refused(run):
-    with pytest.raises(UserError, match=r"tracker\.kind=mlflow: unknown; give none, wandb, tensorboard"):
-        make_tracker(TrackerConfig(kind="mlflow"), run, {}, name="t")
+    with pytest.raises(UserError, match=r"tracker\.kind=aim: unknown; give none, wandb, mlflow, trackio, tensorboard"):
+        make_tracker(TrackerConfig(kind="aim"), run, {}, name="t")
 
 
 def test_tensorboard_files_hold_the_metrics(run):
@@ -278,7 +278,7 @@ def test_wandb_without_a_key_is_offline_quiet_and_continues_under_one_id(python,
     ids = {
         next(record["run"]["run_id"] for record in records if record["type"] == "run") for records in (before, after)
     }
-    assert ids == {json.loads((tmp_path / "tracker.json").read_text())["wandb_id"]}
+    assert ids == {json.loads((tmp_path / "tracker.json").read_text())["id"]}
     assert history(before)[0] == {"loss": 1.0, "grad_norm": "Infinity"}
     artifacts = {record["artifact"]["type"]: record["artifact"] for record in before if record["type"] == "artifact"}
     checkpoint, merged = artifacts["checkpoint"], artifacts["merged"]
@@ -344,7 +344,7 @@ def test_wandb_online_knows_the_run_and_a_network_that_goes_costs_seconds(python
     assert done.stderr.count("takes no more samples and artifacts (TimeoutError: no answer within 1.5 s)") == 1
     asked = seen["UpsertBucket"][0]
     assert (asked["groupName"], asked["displayName"], asked["tags"]) == ("g", "my run", ["x"])
-    assert asked["name"] == json.loads((tmp_path / "tracker.json").read_text())["wandb_id"]
+    assert asked["name"] == json.loads((tmp_path / "tracker.json").read_text())["id"]
     assert json.loads(asked["config"])["lora"]["value"] == {"rank": 16}
 
 
