@@ -14,7 +14,7 @@ from gemma4_tpu.markdown import table
 
 EVERY, UPDATES = 3, 60
 """Updates between checkpoints, and of a training run."""
-KILLS_PER_COMMAND = 4
+KILLS_PER_COMMAND = 8
 
 
 @dataclass
