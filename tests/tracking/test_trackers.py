@@ -289,6 +289,8 @@ def test_wandb_without_a_key_is_offline_quiet_and_continues_under_one_id(python,
     assert [entry["ref"] for entry in merged["manifest"]["contents"]] == ["gs://bucket/model"]
     assert sorted({**history(before), **history(after)}) == [0, 1, 2, 3]
     assert {key.split(".")[0] for key in history(after)[3]} == {"loss", "grad_norm", "samples"}
+    tables = [json.loads(path.read_text()) for path in tmp_path.rglob("files/media/table/samples_*.table.json")]
+    assert [(table["columns"], table["data"]) for table in tables] == [(["prompt"], [["p"]])] * 2
     content = b"".join(path.read_bytes() for path in tmp_path.rglob("*") if path.is_file())
     assert b"planted-secret" not in content
 
