@@ -42,7 +42,7 @@ class Process:
         self.temporary = output.with_suffix(".tmp")
         shutil.rmtree(self.temporary, ignore_errors=True)
         self.temporary.mkdir()
-        self.output.unlink(missing_ok=True)  # what an earlier start said is not this one's
+        self.output.write_bytes(b"")  # what an earlier start said is not this one's
         self.mark = f"{output}:{time.monotonic_ns()}"
         sys.stdout.flush()
         sys.stderr.flush()

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from typing import Any
@@ -96,7 +97,7 @@ def run_name(name: str, overrides: Sequence[str]) -> str:
     Overrides that change nothing about the training are left out; without any that do, it is `name`, the configured
     one, which also stands first where it was given.
     """
-    given = [word.lstrip("+") for word in overrides]
+    given = [re.sub(r"\\(.)", r"\1", word.lstrip("+")) for word in overrides]  # without what Hydra's grammar escapes
     kept = [word for word in given if not is_among(word.partition("=")[0], _NOT_IN_NAMES)]
     if not kept or any(word.startswith("name=") for word in given):
         kept.insert(0, name)

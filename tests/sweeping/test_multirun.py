@@ -85,8 +85,7 @@ def test_wandb_has_a_sweep_as_a_group_of_runs_named_after_their_overrides(sweep,
         losses = [row["heldout_loss"] for row in history(records).values()]
         found[run["display_name"]] = (run["run_group"], run["config"]["update"]["lora"]["rank"], losses)
     group = "/".join(sweep.folder.parts[-2:])
-    words = "model.path=random:0 lora.rank="
-    assert found == {f"{words}{rank}": (group, rank, [3.0, 2.0, 1.0]) for rank in (2, 4)}
+    assert found == {f"model.path=random:0 lora.rank={rank}": (group, rank, [3.0, 2.0, 1.0]) for rank in (2, 4)}
 
 
 def test_what_the_checks_refuse_is_listed_and_the_rest_runs(sweep):

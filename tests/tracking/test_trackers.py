@@ -227,7 +227,7 @@ def test_json_lines_hold_all_that_a_tracker_is_told_across_restarts(run):
             "train",
         ),
         (["lora.rank=16", "run_dir='a/lora.rank=16'", "+trainer.seed=1"], "lora.rank=16 trainer.seed=1"),
-        (["name=train", "mesh=tp"], "train mesh=tp"),
+        (["name=train", "mesh=tp", r"model.path=random\:0"], "train mesh=tp model.path=random:0"),
         (["data.train.0.path=" + "x" * 200], "data.train.0.path=" + "x" * 109 + "…"),
     ],
 )
