@@ -11,7 +11,8 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from types import FrameType
+from traceback import format_exception
+from types import FrameType, TracebackType
 from typing import NamedTuple, NoReturn, TypeVar
 
 from gemma4_tpu import scratch
@@ -76,6 +77,8 @@ def exit_code(run: Callable[[], int], *, interrupted: str = "interrupted") -> in
         return refusal.exit_code
     except Exception as error:
         if (known := _outside(error)) is None:
+            if sys.excepthook is sys.__excepthook__:  # not yet that of the log
+                sys.excepthook = _without_secrets
             raise
         logging.getLogger("gemma4_tpu.uncaught").info("where it happened", exc_info=True)
         code, message = known
@@ -84,6 +87,11 @@ def exit_code(run: Callable[[], int], *, interrupted: str = "interrupted") -> in
     except KeyboardInterrupt as stop:
         print(f"\n{interrupted}", file=sys.stderr)
         return stopped_code(stop)
+
+
+def _without_secrets(kind: type[BaseException], error: BaseException, where: TracebackType | None) -> None:
+    """The traceback of a defect; its message may hold what the user gave."""
+    sys.stderr.write(redact("".join(format_exception(kind, error, where))))
 
 
 def _outside(error: Exception) -> tuple[int, str] | None:

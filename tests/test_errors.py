@@ -30,6 +30,15 @@ def test_refusals_and_interruptions_are_one_message_and_other_errors_stay(capsys
         exit_code(lambda: 1 // 0)
 
 
+def test_the_traceback_of_a_defect_shows_no_secret():
+    """Before there is a log, too, whose own hook blanks them."""
+    raising = "raise ValueError('no answer from https://me:' + 'planted0123' + '@host/x')"
+    code = f"from gemma4_tpu.errors import exit_code\ndef run():\n  {raising}\nexit_code(run)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 1 and done.stderr.startswith("Traceback")
+    assert "ValueError: no answer from https://***@host/x" in done.stderr and "me:planted0123" not in done.stderr
+
+
 def test_a_record_has_one_line_of_an_error():
     assert first_line(ValueError("one\ntwo")) == "one"
     assert first_line(KeyError()) == "KeyError()"

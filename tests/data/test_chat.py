@@ -96,7 +96,7 @@ def test_a_template_that_never_ends_is_refused_wherever_a_prompt_is_rendered(mon
     chat = ChatFormat(make_tokenizer("{% if 'loop' in messages[0].content %}" + endless + "{% endif %}" + TEMPLATE))
     assert chat.render_prompt([{"role": "user", "content": "add two"}])
     monkeypatch.setattr(timeout, "ROW_SECONDS", 0.3)
-    with pytest.raises(UserError, match="more than 0.3 s"):
+    with pytest.raises(UserError, match=r"more than 0\.3 s"):
         chat.render_prompt([{"role": "user", "content": "loop"}])
 
 
