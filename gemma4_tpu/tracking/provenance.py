@@ -30,7 +30,7 @@ log = logging.getLogger(__name__)
 PACKAGES = (
     "gemma4-tpu", "jax", "jaxlib", "libtpu", "flax", "optax", "google-tunix", "qwix", "grain", "orbax-checkpoint",
     "numpy", "safetensors", "transformers", "tokenizers", "jinja2", "pyarrow", "datasets", "hydra-core", "omegaconf",
-    "wandb", "mlflow-skinny", "trackio", "tensorboardX",
+    "wandb", "tensorboardX",
 )  # fmt: skip
 """Packages whose versions can change a result or how it was recorded."""
 
