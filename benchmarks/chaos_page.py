@@ -97,8 +97,8 @@ def page(counts: Counts, tallies: dict[str, Tally], command: str) -> str:
         "## Every other command",
         "",
         f"At most {KILLS_PER_COMMAND} kills a series, at moments drawn evenly over the time of an untouched start."
-        " After each: the documented exit code, one message and no traceback, no process left, and, but for SIGKILL, no temporary"
-        " file; after each series the same command, left alone, has to end with what an untouched one leaves."
+        " After each: the documented exit code, one message and no traceback, no process left, and, but for SIGKILL, no"
+        " temporary file; after each series the same command, left alone, has to end with what an untouched one leaves."
         " `search` is an Optuna search of 20 trials, `meshes` a sweep over meshes of 8 CPU devices.",
         "",
         *table(
