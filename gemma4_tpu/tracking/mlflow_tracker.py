@@ -7,10 +7,6 @@ from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from typing import Any
 
-from mlflow import MlflowClient
-from mlflow.entities import Metric, Param
-from mlflow.exceptions import MlflowException
-
 from gemma4_tpu.config.schema import TrackerConfig
 from gemma4_tpu.tracking.run import RunFolder
 from gemma4_tpu.tracking.tracker import Tracker, identity, is_good
@@ -25,6 +21,11 @@ class MlflowTracker(Tracker):
     """A run of the experiment `tracker.project`; its parameters are the resolved configuration's."""
 
     def __init__(self, config: TrackerConfig, run: RunFolder, resolved: dict[str, Any], name: str, job: str):
+        from mlflow import MlflowClient
+        from mlflow.entities import Metric, Param
+        from mlflow.exceptions import MlflowException
+
+        self._metric = Metric
         local, files = f"sqlite:///{run.path / 'mlflow.db'}", (run.path / "mlflow").as_uri()
         uri = os.environ.get("MLFLOW_TRACKING_URI", local)
         self._client, known = MlflowClient(tracking_uri=uri), identity(run, name)
@@ -44,7 +45,7 @@ class MlflowTracker(Tracker):
     def log(self, metrics: dict[str, Any], update: int) -> None:
         """As `Tracker.log`."""
         now, numbers = int(time.time() * 1000), {k: v for k, v in metrics.items() if isinstance(v, (int, float))}
-        self._client.log_batch(self._run, [Metric(key, value, now, update) for key, value in numbers.items()])
+        self._client.log_batch(self._run, [self._metric(key, value, now, update) for key, value in numbers.items()])
 
     def table(self, name: str, columns: Sequence[str], rows: Sequence[Sequence[Any]], update: int) -> None:
         """As `Tracker.table`: MLflow appends, so the rows tell their update."""
