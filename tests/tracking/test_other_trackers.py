@@ -56,13 +56,13 @@ told = {"losses": {row["step"]: row["loss"] for row in rows if "loss" in row}, "
 def told(python, kind, tmp_path):
     """What the library's own reader finds after a run, that was resumed once."""
     for first in ("0", "2"):
-        done = python(TOLD, kind, str(tmp_path), first)
+        done = python(TOLD, kind, str(tmp_path), first, timeout=300)
         assert done.returncode == 0, done.stderr
         assert done.stdout == "" and len(done.stderr.splitlines()) == 1, done.stderr  # where to look
     content = b"".join(path.read_bytes() for path in tmp_path.rglob("*") if path.is_file())
     assert SECRET.encode() not in content and SECRET not in done.stderr
     code = f"import json\nfolder = {str(tmp_path)!r}\n{READ[kind]}\nprint(json.dumps(told))"
-    read = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=False)
+    read = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300, check=False)
     assert read.returncode == 0, read.stderr
     return json.loads(read.stdout.splitlines()[-1])
 
