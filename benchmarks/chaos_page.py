@@ -22,6 +22,8 @@ FOUND = (
     " unwind nothing now remove them.",
     "A judge that was killed while it asked the simulator's driver for its settings left a preprocessor that waited for"
     " ever. It now reads to an end.",
+    "SIGUSR2 in the middle of a call of OmegaConf's made it raise an error of its own, which ended the command with a"
+    " traceback. An error that is raised while a signal unwinds is now that signal's end.",
 )
 """What kills have found in earlier runs; it was mended, and a test added."""
 

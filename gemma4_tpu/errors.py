@@ -72,10 +72,12 @@ def exit_code(run: Callable[[], int], *, interrupted: str = "interrupted") -> in
     try:
         with _terminable():
             return run()
-    except UserError as refusal:
-        print(redact(f"error: {refusal}"), file=sys.stderr)
-        return refusal.exit_code
     except Exception as error:
+        if (stop := _interruption(error)) is not None:
+            return _stopped(stop, interrupted)
+        if isinstance(error, UserError):
+            print(redact(f"error: {error}"), file=sys.stderr)
+            return error.exit_code
         if (known := _outside(error)) is None:
             if sys.excepthook is sys.__excepthook__:  # not yet that of the log
                 sys.excepthook = _without_secrets
@@ -85,8 +87,21 @@ def exit_code(run: Callable[[], int], *, interrupted: str = "interrupted") -> in
         print(redact(f"error: {message}"), file=sys.stderr)
         return code
     except KeyboardInterrupt as stop:
-        print(f"\n{interrupted}", file=sys.stderr)
-        return stopped_code(stop)
+        return _stopped(stop, interrupted)
+
+
+def _stopped(stop: KeyboardInterrupt, told: str) -> int:
+    print(f"\n{told}", file=sys.stderr)
+    return stopped_code(stop)
+
+
+def _interruption(error: BaseException | None) -> KeyboardInterrupt | None:
+    """What cut short the work that raised this because it was half done, as OmegaConf does; None: nothing did."""
+    while error is not None:
+        if isinstance(error, KeyboardInterrupt):
+            return error
+        error = error.__context__
+    return None
 
 
 def _without_secrets(kind: type[BaseException], error: BaseException, where: TracebackType | None) -> None:

@@ -80,6 +80,21 @@ print(kept, flush=True)
     assert not Path(place).exists() and others in ([], ["True"])  # and a fork's end removes nothing of its parent's
 
 
+def test_what_a_signal_cut_short_may_raise_something_else(capsys):
+    def run() -> int:
+        try:
+            signal.raise_signal(signal.SIGTERM)
+        finally:
+            try:
+                [][0]  # half done
+            except IndexError as error:
+                raise UserError("wrapped") from error
+        return 0
+
+    assert exit_code(run, interrupted="stopped") == TERMINATED
+    assert capsys.readouterr().err == "\nstopped\n"
+
+
 def test_no_computation_under_way_crashes_an_interrupted_command():
     code = """
 import os, signal, threading
