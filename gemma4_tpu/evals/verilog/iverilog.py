@@ -94,7 +94,9 @@ def find_tools(folder: str | None) -> Tools:
     if missing := [name for name, path in found.items() if path is None]:
         raise UserError(f"{' and '.join(missing)} not found ({where}): {HOW_TO_INSTALL}")
     iverilog, vvp = (Path(path).absolute() for path in found.values() if path)
-    shown = subprocess.run([iverilog, "-V"], capture_output=True, text=True, timeout=30).stdout
+    with tempfile.TemporaryDirectory() as folder:  # it makes files there, even for this
+        said = subprocess.run([iverilog, "-V"], capture_output=True, text=True, timeout=30, env=_writing_to(folder))
+    shown = said.stdout
     match = re.search(r"Icarus Verilog version (\d+)\.(\d+)", shown)
     if not match or int(match[1]) < OLDEST_VERSION:
         raise UserError(f"{iverilog} is {shown[:60].strip() or 'no Icarus Verilog'!r}: {HOW_TO_INSTALL}")
@@ -105,6 +107,11 @@ def find_tools(folder: str | None) -> Tools:
     return Tools(
         iverilog=iverilog, vvp=vvp, version=f"{match[1]}.{match[2]}", compiler=compiler, compiler_settings=settings
     )
+
+
+def _writing_to(folder: str) -> dict[str, str]:
+    """The environment in which the driver's temporary files are in `folder`."""
+    return {**os.environ, "TMP": folder, "TMPDIR": folder, "TEMP": folder}
 
 
 @functools.cache
@@ -125,7 +132,7 @@ def _ask_driver(iverilog: Path) -> tuple[Path, str]:
             pipe.write(b"\n")
             process = subprocess.Popen(
                 [iverilog, "-v", *WARNINGS, LANGUAGE, "-s", _TOP, "-o", _OUTPUT, source.name],
-                cwd=folder, env={**os.environ, "TMP": folder, "TMPDIR": folder, "TEMP": folder},
+                cwd=folder, env=_writing_to(folder),
                 stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
             )  # fmt: skip
             try:
