@@ -40,7 +40,7 @@ TRAIN = [
     "trainer.global_batch_sequences=2", "trainer.microbatches=2", f"trainer.max_updates={UPDATES}",
     "trainer.remat=none", "optimizer.warmup_updates=0", f"checkpoint.every={EVERY}", "checkpoint.keep=3",
 ]  # fmt: skip
-KILLS_PER_TRAIN, KILLS_PER_MERGE = 8, 3
+KILLS_PER_TRAIN, KILLS_PER_MERGE = 8, 8
 ASKING = (signal.SIGTERM, signal.SIGUSR2, signal.SIGINT)
 SHARE_IN_START = 0.15
 """Of the kills of training runs; the others come during updates."""

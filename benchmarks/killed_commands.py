@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import json
+import os
 import socket
 import subprocess
 import sys
+import tempfile
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+import optuna
 
 from benchmarks.killing import SERVES, TRAINS, Subject
 
@@ -30,11 +35,16 @@ def subjects(base: Path, rows: Path, run: Path, cache: Path, endpoint: str) -> l
         "rollouts.new_tokens=8", "rollouts.slots=4", "rollouts.mask_truncated=false", "rollouts.max_kl=null",
         "checkpoint.every=1", "optimizer.warmup_updates=0", f"trainer.compile_cache={cache}",
     ]  # fmt: skip
+    flags = os.environ.get("XLA_FLAGS", "")
     judged = ["eval.max_problems=2", "eval.judge.workers=1", f"eval.judge.cache_dir={cache / 'judge'}"]
-    swept = [
+    jobs = [
         "-m", "model.path=random:0", "data=chat_jsonl", f"data.train.0.path={rows}", "data.heldout_fraction=0",
-        "data.sequence_length=64", "trainer.global_batch_sequences=2", "trainer.max_updates=3", "trainer.remat=none",
-        "optimizer.warmup_updates=0", "lora.rank=2,4", f"trainer.compile_cache={cache}",
+        "data.sequence_length=64", "trainer.global_batch_sequences=8", "trainer.max_updates=3", "trainer.remat=none",
+        "optimizer.warmup_updates=0", f"trainer.compile_cache={cache}",
+    ]  # fmt: skip
+    search = [
+        "hydra/sweeper=optuna", "hydra.sweeper.sampler=random", "hydra.sweeper.n_trials=20",
+        "hydra.sweeper.metric=real_tokens", "lora.rank=2,4",
     ]  # fmt: skip
     return [
         *(
@@ -61,13 +71,19 @@ def subjects(base: Path, rows: Path, run: Path, cache: Path, endpoint: str) -> l
         Subject("bench", "gemma4_tpu.bench", _in_run(f"endpoint={endpoint}", "bench=smoke"), _cells),
         Subject("judge", "gemma4_tpu.judge", lambda place: [*judged, "port=0"], lambda place: None,
                 ready="http://", codes=SERVES),
-        Subject("sweep", "gemma4_tpu.train", lambda place: [*swept, f"hydra.sweep.dir={place / 'sweep'}"], _jobs,
-                codes=TRAINS, orphans=True),
+        Subject("sweep", "gemma4_tpu.train", _in_sweep(*jobs, "lora.rank=2,4"), _jobs, codes=TRAINS, orphans=True),
+        Subject("search", "gemma4_tpu.train", _in_sweep(*jobs, *search), _trials, codes=TRAINS, orphans=True),
+        Subject("meshes", "gemma4_tpu.train", _in_sweep(*jobs, "lora.rank=2", "mesh.tp=1,2"), _jobs, codes=TRAINS,
+                orphans=True, environment={"XLA_FLAGS": f"{flags} --xla_force_host_platform_device_count=8"}),
     ]  # fmt: skip
 
 
 def _in_run(*words: str) -> Callable[[Path], list[str]]:
     return lambda place: [*words, f"run_dir={place / 'run'}"]
+
+
+def _in_sweep(*words: str) -> Callable[[Path], list[str]]:
+    return lambda place: [*words, f"hydra.sweep.dir={place / 'sweep'}"]
 
 
 def _free_port() -> int:
@@ -111,9 +127,19 @@ def _jobs(place: Path) -> list[tuple[str, str]]:
     return [(job["name"], job["status"]) for job in json.loads((place / "sweep/sweep.json").read_text())["jobs"]]
 
 
+def _trials(place: Path) -> tuple[int, set[str]]:
+    """Trials that are complete, and what the jobs that they share came to; which are drawn depends on the kills."""
+    backend = optuna.storages.journal.JournalFileBackend(str(place / "sweep/optuna.journal"))
+    study = optuna.load_study(study_name="sweep", storage=optuna.storages.JournalStorage(backend))
+    complete = [trial for trial in study.trials if trial.state == optuna.trial.TrialState.COMPLETE]
+    return len(complete), {status for _, status in _jobs(place)}
+
+
 def scripted_server() -> tuple[subprocess.Popen[str], str]:
     """A server that answers by the clock, for `bench`: (process, endpoint)."""
     script = Path(__file__).parents[1] / "tests/benching/scripted_server.py"
-    process = subprocess.Popen([sys.executable, script, "{}"], stdout=subprocess.PIPE, text=True)
-    assert process.stdout is not None
-    return process, f"http://127.0.0.1:{process.stdout.readline().split()[0]}"
+    with tempfile.NamedTemporaryFile("w+") as said:  # not a pipe, which would be full after some hundred answers
+        process = subprocess.Popen([sys.executable, script, "{}"], stdout=said)
+        while not (line := Path(said.name).read_text()).endswith("\n"):
+            time.sleep(0.05)
+    return process, f"http://127.0.0.1:{line.split()[0]}"

@@ -6,16 +6,18 @@ there, then leaves the last one alone and compares what came of it with a start 
 
 from __future__ import annotations
 
+import logging
 import os
 import random
 import shutil
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib import import_module
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import psutil
@@ -32,11 +34,15 @@ _SECONDS_TO_END, _SECONDS_FOR_CHILDREN = 120, 15
 class Process:
     """A command in a forked child: a session of its own, its output in a file, its temporary files in a folder."""
 
-    def __init__(self, main: Callable[[list[str]], int], arguments: Sequence[str], output: Path):
+    def __init__(
+        self, main: Callable[[list[str]], int], arguments: Sequence[str], output: Path,
+        environment: Mapping[str, str] = MappingProxyType({}),
+    ):  # fmt: skip
         self.output = output
         self.temporary = output.with_suffix(".tmp")
         shutil.rmtree(self.temporary, ignore_errors=True)
         self.temporary.mkdir()
+        self.output.write_bytes(b"")  # what an earlier start said is not this one's
         self.mark = f"{output}:{time.monotonic_ns()}"
         sys.stdout.flush()
         sys.stderr.flush()
@@ -45,10 +51,12 @@ class Process:
             code = 99
             try:
                 os.setsid()
+                signal.signal(signal.SIGINT, signal.default_int_handler)  # where a shell has it ignored: `chaos.py &`
+                logging.getLogger().handlers.clear()  # of imports; a command sets up its own
                 file = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
                 os.dup2(file, 1)
                 os.dup2(file, 2)
-                os.environ |= {MARK: self.mark, "TMPDIR": str(self.temporary)}
+                os.environ |= {**environment, MARK: self.mark, "TMPDIR": str(self.temporary)}
                 import tempfile
 
                 tempfile.tempdir = None  # it is remembered
@@ -120,6 +128,8 @@ class Subject:
     """What it prints once it serves; None: it ends by itself."""
     codes: dict[int, tuple[int, ...]] = field(default_factory=dict)
     """Signal → exit codes, where they are others than `CODES`."""
+    environment: dict[str, str] = field(default_factory=dict)
+    """Variables of its own."""
     orphans: bool = False
     """What a kill -9 leaves running goes on by design, and the next start takes it over."""
 
@@ -192,7 +202,8 @@ class Killer:
         return place
 
     def _start(self, place: Path) -> Process:
-        return Process(self._main, self._subject.words(place), place.with_suffix(".txt"))
+        subject = self._subject
+        return Process(self._main, subject.words(place), place.with_suffix(".txt"), subject.environment)
 
     def _kill(self, place: Path, number: signal.Signals, after: float, tally: Tally) -> None:
         process = self._start(place)

@@ -11,9 +11,11 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from types import FrameType
+from traceback import format_exception
+from types import FrameType, TracebackType
 from typing import NamedTuple, NoReturn, TypeVar
 
+from gemma4_tpu import scratch
 from gemma4_tpu.redact import redact
 
 REFUSED = 2
@@ -70,19 +72,41 @@ def exit_code(run: Callable[[], int], *, interrupted: str = "interrupted") -> in
     try:
         with _terminable():
             return run()
-    except UserError as refusal:
-        print(redact(f"error: {refusal}"), file=sys.stderr)
-        return refusal.exit_code
     except Exception as error:
+        if (stop := _interruption(error)) is not None:
+            return _stopped(stop, interrupted)
+        if isinstance(error, UserError):
+            print(redact(f"error: {error}"), file=sys.stderr)
+            return error.exit_code
         if (known := _outside(error)) is None:
+            if sys.excepthook is sys.__excepthook__:  # not yet that of the log
+                sys.excepthook = _without_secrets
             raise
         logging.getLogger("gemma4_tpu.uncaught").info("where it happened", exc_info=True)
         code, message = known
         print(redact(f"error: {message}"), file=sys.stderr)
         return code
     except KeyboardInterrupt as stop:
-        print(f"\n{interrupted}", file=sys.stderr)
-        return stopped_code(stop)
+        return _stopped(stop, interrupted)
+
+
+def _stopped(stop: KeyboardInterrupt, told: str) -> int:
+    print(f"\n{told}", file=sys.stderr)
+    return stopped_code(stop)
+
+
+def _interruption(error: BaseException | None) -> KeyboardInterrupt | None:
+    """What cut short the work that raised this because it was half done, as OmegaConf does; None: nothing did."""
+    while error is not None:
+        if isinstance(error, KeyboardInterrupt):
+            return error
+        error = error.__context__
+    return None
+
+
+def _without_secrets(kind: type[BaseException], error: BaseException, where: TracebackType | None) -> None:
+    """The traceback of a defect; its message may hold what the user gave."""
+    sys.stderr.write(redact("".join(format_exception(kind, error, where))))
 
 
 def _outside(error: Exception) -> tuple[int, str] | None:
@@ -179,6 +203,7 @@ def leave(code: int) -> NoReturn:
 
 def exit_now(code: int) -> NoReturn:
     """Ends the process from any thread, without waiting for the others: what was logged is on disk."""
+    scratch.remove_all()
     logging.shutdown()
     sys.stdout.flush()
     sys.stderr.flush()

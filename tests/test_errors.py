@@ -6,6 +6,7 @@ import subprocess
 import sys
 import time
 import weakref
+from pathlib import Path
 
 import pytest
 
@@ -29,6 +30,15 @@ def test_refusals_and_interruptions_are_one_message_and_other_errors_stay(capsys
         exit_code(lambda: 1 // 0)
 
 
+def test_the_traceback_of_a_defect_shows_no_secret():
+    """Before there is a log, too, whose own hook blanks them."""
+    raising = "raise ValueError('no answer from https://me:' + 'planted0123' + '@host/x')"
+    code = f"from gemma4_tpu.errors import exit_code\ndef run():\n  {raising}\nexit_code(run)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 1 and done.stderr.startswith("Traceback")
+    assert "ValueError: no answer from https://***@host/x" in done.stderr and "me:planted0123" not in done.stderr
+
+
 def test_a_record_has_one_line_of_an_error():
     assert first_line(ValueError("one\ntwo")) == "one"
     assert first_line(KeyError()) == "KeyError()"
@@ -49,6 +59,40 @@ def test_signals_that_ask_for_an_end_unwind_as_ctrl_c_does(number, capsys):
     assert exit_code(run, interrupted="stopped; the same command goes on") == TERMINATED
     assert unwound == [number] and capsys.readouterr().err == "\nstopped; the same command goes on\n"
     assert signal.getsignal(number) == before
+
+
+FORK = "os.fork() or exit_now(0); os.wait(); print(kept.is_dir())"
+
+
+@pytest.mark.parametrize("end", ["exit_now(42)", "sys.exit(1)", FORK])
+def test_temporary_folders_are_gone_however_a_process_ends(end):
+    code = f"""
+import os, sys
+from gemma4_tpu.errors import exit_now
+from gemma4_tpu.scratch import make_folder
+kept = make_folder()
+(kept / "file").touch()
+print(kept, flush=True)
+{end}
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False)
+    place, *others = done.stdout.split()
+    assert not Path(place).exists() and others in ([], ["True"])  # and a fork's end removes nothing of its parent's
+
+
+def test_what_a_signal_cut_short_may_raise_something_else(capsys):
+    def run() -> int:
+        try:
+            signal.raise_signal(signal.SIGTERM)
+        finally:
+            try:
+                [][0]  # half done
+            except IndexError as error:
+                raise UserError("wrapped") from error
+        return 0
+
+    assert exit_code(run, interrupted="stopped") == TERMINATED
+    assert capsys.readouterr().err == "\nstopped\n"
 
 
 def test_no_computation_under_way_crashes_an_interrupted_command():

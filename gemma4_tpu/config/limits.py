@@ -29,7 +29,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "trainer.attention": ("auto", "splash", "einsum"),
     "trainer.compute_dtype": ("auto", "bfloat16", "float32"),
     "checkpoint.resume": ("auto", "never"),
-    "tracker.kind": ("none", "wandb", "tensorboard", "jsonl"),
+    "tracker.kind": ("none", "wandb", "mlflow", "trackio", "tensorboard", "jsonl"),
     "tracker.mode": ("auto", "online", "offline"),
     "export.format": ("merged", "peft", "both", "int8", "fp8"),
     "export.peft_experts": ("fused", "per_expert"),

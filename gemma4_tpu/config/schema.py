@@ -370,15 +370,16 @@ class TrackerConfig:
     """Where metrics go in addition to `metrics.jsonl`, which is always written (`tracker=`)."""
 
     kind: str = "none"
-    """`none`, `wandb`, `tensorboard`, or `jsonl`: one JSON Lines file of everything that a tracker receives."""
+    """`none`, `wandb`, `mlflow`, `trackio`, `tensorboard`, or `jsonl`: one JSON Lines file of everything that a tracker
+    receives."""
     project: str = "gemma4-tpu"
-    """W&B project."""
+    """Project of W&B or Trackio, experiment of MLflow."""
     entity: str | None = None
     """W&B entity; null: the account's default."""
     group: str | None = None
-    """W&B group."""
+    """Group of runs at W&B and Trackio, a tag at MLflow; null: a sweep's own."""
     tags: list[str] = field(default_factory=list)
-    """W&B tags."""
+    """Tags of the run at W&B, MLflow and Trackio."""
     mode: str = "auto"
     """W&B mode: `auto` (online if there is a key, else offline), `online`, `offline`."""
 

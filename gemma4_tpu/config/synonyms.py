@@ -85,7 +85,7 @@ MEANINGS: tuple[tuple[str, str, str], ...] = (
         "the run's folder: the same command resumes from its newest checkpoint",
     ),
     ("run_name experiment_name", "name={}", ""),
-    ("report_to", "tracker={}", "none, wandb, tensorboard or jsonl"),
+    ("report_to", "tracker={}", "none, wandb, mlflow, trackio, tensorboard or jsonl"),
     ("wandb_project project_name", "tracker.project={}", ""),
     ("wandb_entity", "tracker.entity={}", ""),
     (

@@ -271,8 +271,7 @@ class ChatFormat:
     def _check_generation_prompt(self) -> None:
         """Raises `UserError` where the template can't ask the model for an answer as Gemma 4's does."""
         try:
-            with row_limit():
-                prompt = self._prompt([{"role": "user", "content": "x"}], None)
+            prompt = self._prompt([{"role": "user", "content": "x"}], None)
         except RowDropped as problem:
             raise UserError(
                 f"the chat template cannot render a single question ({problem}); take the stock one"
@@ -296,9 +295,12 @@ class ChatFormat:
 
     def _apply(self, messages: list[Message], tools: list[Any] | None, **options: Any) -> str:
         try:
-            text = self._tokenizer.apply_chat_template(
-                messages, tools=tools or None, tokenize=False, enable_thinking=self._keep_thoughts, **options
-            )
+            with row_limit():  # wherever it is rendered: a template comes with a checkpoint
+                text = self._tokenizer.apply_chat_template(
+                    messages, tools=tools or None, tokenize=False, enable_thinking=self._keep_thoughts, **options
+                )
+        except RowDropped:
+            raise
         except Exception as error:  # whatever a template's own code raises about this conversation
             raise RowDropped("template_error", f"{type(error).__name__}: {error}"[:120]) from error
         if pictures := pictures_of(messages):

@@ -11,12 +11,11 @@ import re
 import shutil
 import signal
 import subprocess
-import tempfile
-from pathlib import Path
 from typing import Any
 
 from gemma4_tpu.data.drops import RowDropped
 from gemma4_tpu.errors import UserError
+from gemma4_tpu.scratch import scratch_folder
 
 PROMPT_KEYS = ("prompt", "question", "problem")
 RESPONSE_KEYS = ("completion", "response", "answer")
@@ -164,8 +163,8 @@ def check_syntax(code: str, program: str) -> None:
     Raises:
       RowDropped: it is rejected, or takes longer than `SYNTAX_SECONDS`.
     """
-    with tempfile.TemporaryDirectory() as scratch:
-        file = Path(scratch) / "design.sv"
+    with scratch_folder() as scratch:
+        file = scratch / "design.sv"
         file.write_text(code, encoding="utf-8")
         command = [program, "-g2012", "-t", "null", file.name]
         with subprocess.Popen(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import os
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ from typing import Any
 from gemma4_tpu import assets
 from gemma4_tpu.errors import UserError
 from gemma4_tpu.new_tokens import places, rewritten
+from gemma4_tpu.scratch import scratch_folder
 from gemma4_tpu.storage import is_remote, join, list_folder, open_bytes
 
 FILES = (
@@ -34,10 +34,10 @@ def load_tokenizer(folder: str, new_tokens: Sequence[str] = ()) -> Any:
     from transformers import AutoTokenizer
 
     path = assets.resolve(folder)
-    with tempfile.TemporaryDirectory() as scratch:
+    with scratch_folder() as scratch:
         if new_tokens or is_remote(path):
-            _fetch(path, Path(scratch), places(path, new_tokens).renamed if new_tokens else {})
-            path = scratch
+            _fetch(path, scratch, places(path, new_tokens).renamed if new_tokens else {})
+            path = str(scratch)
         if not (Path(path) / "tokenizer.json").is_file():
             raise UserError(f"{folder}: there is no tokenizer.json; model.tokenizer may name another folder")
         try:

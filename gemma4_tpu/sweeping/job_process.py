@@ -119,14 +119,15 @@ class Orphan(Child):
         self._process = process
 
     @classmethod
-    def of(cls, pid: int | None, log_path: Path, run_dir: Path) -> Orphan | None:
-        """The process that works in a run folder, if that is the one with this pid; None: it has ended."""
-        try:
-            process = psutil.Process(pid) if pid is not None else None
-            ours = process is not None and f"run_dir='{run_dir}'" in process.cmdline()
-        except psutil.Error:
-            return None
-        return cls(process, log_path, run_dir) if process is not None and ours else None
+    def of(cls, log_path: Path, run_dir: Path) -> Orphan | None:
+        """The process on this machine that works in a run folder, by its command line: a parent can be killed before
+        it has kept the pid. None: there is none.
+        """
+        word = f"run_dir='{run_dir}'"
+        known = psutil.process_iter(["cmdline", "create_time"])
+        found = [each for each in known if word in (each.info["cmdline"] or ())]
+        # What it has forked has the same command line.
+        return cls(min(found, key=lambda each: each.info["create_time"]), log_path, run_dir) if found else None
 
     def poll(self) -> int | None:
         """As `Child.poll`; an exit code is told to parents only, so that it is what its result says."""

@@ -51,7 +51,7 @@ class Here(Site):
 
     def running(self, job: SweepJob) -> Child | None:
         """As `Site.running`."""
-        return Orphan.of(job.pid, self._sweep.log_path(job), self._sweep.run_folder(job))
+        return Orphan.of(self._sweep.log_path(job), self._sweep.run_folder(job))
 
 
 class Cluster(Site):

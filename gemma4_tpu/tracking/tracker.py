@@ -1,9 +1,19 @@
-"""The one small interface of all trackers."""
+"""The one small interface of all trackers, and what they call a run."""
 
 from __future__ import annotations
 
+import secrets
 from collections.abc import Sequence
 from typing import Any
+
+from gemma4_tpu.tracking.files import read_json, write_json
+from gemma4_tpu.tracking.run import RunFolder
+
+PACKAGES = {
+    "wandb": ("wandb", "wandb"), "tensorboard": ("tensorboardX", "tensorboardX"),
+    "mlflow": ("mlflow", "'gemma4-tpu[mlflow]'"), "trackio": ("trackio", "'gemma4-tpu[trackio]'"),
+}  # fmt: skip
+"""Kind of tracker → the module that it imports, and what pip installs for it."""
 
 
 class Tracker:
@@ -29,4 +39,24 @@ class Tracker:
         """What came of the run, such as the fields of `Result`."""
 
     def close(self, status: str = "finished") -> None:
-        """Ends tracking; any status but `finished`, `stopped` and `preempted` marks the run as failed."""
+        """Ends tracking; a status that is not `is_good` marks the run as failed."""
+
+
+def is_good(status: str) -> bool:
+    """Whether a run with this status (`Result.status`) went as it should."""
+    return status in ("finished", "stopped", "preempted")
+
+
+def identity(run: RunFolder, name: str) -> dict[str, str]:
+    """`id` and `name` of the run at its tracker: those in the run folder, where it is resumed, else new ones, which are
+    kept there, in `tracker.json`.
+
+    The folder's small files reach a bucket before each checkpoint does, so the id is there wherever the run resumes.
+    """
+    path = run.path / "tracker.json"
+    if path.exists():
+        known = read_json(path)
+        return {"id": known.get("wandb_id"), "name": name, **known}  # what it was called while W&B alone had one
+    new = {"id": secrets.token_hex(4), "name": name}
+    write_json(path, new)
+    return new

@@ -1,4 +1,4 @@
-"""Where metrics go besides `metrics.jsonl`: nowhere, Weights & Biases, TensorBoard or a file of JSON lines.
+"""Where metrics go besides `metrics.jsonl`: nowhere, W&B, MLflow, Trackio, TensorBoard or a file of JSON lines.
 
 `metrics.jsonl` is the record; a tracker is a convenience that can never stop or delay a run for long.
 """
@@ -8,10 +8,12 @@ from __future__ import annotations
 import json
 import logging
 import os
-from collections.abc import Sequence
+import re
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from typing import Any
 
+from gemma4_tpu.config.limits import CHOICES
 from gemma4_tpu.config.schema import TrackerConfig
 from gemma4_tpu.errors import UserError
 from gemma4_tpu.markdown import table
@@ -19,11 +21,19 @@ from gemma4_tpu.redact import redact
 from gemma4_tpu.tracking.differences import is_among
 from gemma4_tpu.tracking.files import from_jsonable, jsonable
 from gemma4_tpu.tracking.run import RunFolder
-from gemma4_tpu.tracking.tracker import Tracker
+from gemma4_tpu.tracking.tracker import PACKAGES, Tracker
 
 log = logging.getLogger(__name__)
 
-_PACKAGES = {"none": "", "wandb": "wandb", "tensorboard": "tensorboardX", "jsonl": ""}
+_DEFAULTS = {
+    "WANDB_ERROR_REPORTING": "false",  # crash reports, which can also delay the exit
+    "MLFLOW_DISABLE_TELEMETRY": "true",
+    "MLFLOW_LOGGING_LEVEL": "WARNING",  # else a line for each table of a new database
+    "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
+    "MLFLOW_HTTP_REQUEST_TIMEOUT": "10",  # with the next: a server that has gone costs seconds, not many minutes
+    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1",
+}
+"""What libraries read from the environment when they are imported, unless the user has set it."""
 _EXTRAS = ("table", "artifact")
 _NAME_CHARACTERS = 128  # what W&B takes
 _NOT_IN_NAMES = ("name", "run_dir", "tracker", "preview", "distributed", "checkpoint", "trainer.compile_cache")
@@ -36,8 +46,8 @@ def make_tracker(
 
     Args:
       config: the tracker's group.
-      run: where the tracker's own files go. W&B's id of the run, and its name, are kept there too, so that a resumed
-        run resumes under them.
+      run: where the tracker's own files go. The run's id and name there are kept in it too, so that a resumed run
+        resumes under them.
       resolved_config: the whole configuration as plain values, shown with the run.
       name: what the tracker calls the run; see `run_name`.
       job: what kind of run it is, `train` or `merge`.
@@ -45,22 +55,15 @@ def make_tracker(
     Raises:
       UserError: unknown kind, library not installed, or `tracker.mode=online` without a key.
     """
-    if config.kind not in _PACKAGES:
-        raise UserError(f"tracker.kind={config.kind}: unknown; give {', '.join(_PACKAGES)}")
+    if config.kind not in CHOICES["tracker.kind"]:
+        raise UserError(f"tracker.kind={config.kind}: unknown; give {', '.join(CHOICES['tracker.kind'])}")
     if config.kind == "none" or not run.write:
         return Tracker()
     config, resolved_config, name = TrackerConfig(**jsonable(asdict(config))), jsonable(resolved_config), redact(name)
     try:
-        if config.kind == "tensorboard":
-            return _Guarded(_TensorBoard(run), config.kind)
-        if config.kind == "jsonl":
-            return _Guarded(_JsonLines(run, resolved_config, name), config.kind)
-        os.environ.setdefault("WANDB_ERROR_REPORTING", "false")  # wandb's crash reports, which can also delay the exit
-        from gemma4_tpu.tracking.wandb_tracker import WandbTracker
-
-        return _Guarded(WandbTracker(config, run, resolved_config, name, job), config.kind)
+        return _Guarded(_tracker(config.kind)(config, run, resolved_config, name, job), config.kind)
     except ImportError as error:
-        remedy = f"pip install {_PACKAGES[config.kind]}, or give tracker=none"
+        remedy = f"pip install {PACKAGES[config.kind][1]}, or give tracker=none"
         raise UserError(f"tracker.kind={config.kind}: {error}; {remedy}") from error
     except UserError:
         raise
@@ -69,13 +72,33 @@ def make_tracker(
         return Tracker()
 
 
+def _tracker(kind: str) -> Callable[[TrackerConfig, RunFolder, dict[str, Any], str, str], Tracker]:
+    """Libraries are imported where they are used: their import takes seconds."""
+    for variable, value in _DEFAULTS.items():
+        os.environ.setdefault(variable, value)
+    match kind:
+        case "wandb":
+            from gemma4_tpu.tracking.wandb_tracker import WandbTracker
+
+            return WandbTracker
+        case "mlflow":
+            from gemma4_tpu.tracking.mlflow_tracker import MlflowTracker
+
+            return MlflowTracker
+        case "trackio":
+            from gemma4_tpu.tracking.trackio_tracker import TrackioTracker
+
+            return TrackioTracker
+    return _TensorBoard if kind == "tensorboard" else _JsonLines
+
+
 def run_name(name: str, overrides: Sequence[str]) -> str:
     """What tells a run from the others of a sweep: its overrides, as `lora.rank=16 trainer.seed=1`.
 
     Overrides that change nothing about the training are left out; without any that do, it is `name`, the configured
     one, which also stands first where it was given.
     """
-    given = [word.lstrip("+") for word in overrides]
+    given = [re.sub(r"\\(.)", r"\1", word.lstrip("+")) for word in overrides]  # without what Hydra's grammar escapes
     kept = [word for word in given if not is_among(word.partition("=")[0], _NOT_IN_NAMES)]
     if not kept or any(word.startswith("name=") for word in given):
         kept.insert(0, name)
@@ -134,7 +157,7 @@ def _warn(what: str, error: Exception) -> None:
 class _TensorBoard(Tracker):
     """Event files in `<run folder>/tensorboard`, written without TensorFlow."""
 
-    def __init__(self, run: RunFolder):
+    def __init__(self, config: TrackerConfig, run: RunFolder, resolved: dict[str, Any], name: str, job: str):
         from tensorboardX import SummaryWriter
 
         logging.getLogger("tensorboardX.x2num").setLevel(logging.ERROR)  # a line per NaN, without its name
@@ -168,9 +191,9 @@ class _JsonLines(Tracker):
     follow. Each has `event` (`start`, `metrics`, `table`, `artifact`, `summary`, `close`).
     """
 
-    def __init__(self, run: RunFolder, resolved_config: dict[str, Any], name: str):
+    def __init__(self, config: TrackerConfig, run: RunFolder, resolved: dict[str, Any], name: str, job: str):
         self._file = (run.path / "tracker.jsonl").open("a", encoding="utf-8")
-        self._write("start", name=name, config=resolved_config)
+        self._write("start", name=name, config=resolved)
 
     def log(self, metrics, update):
         self._write("metrics", update=update, **metrics)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import http.client
 import logging
 import os
-import secrets
 import ssl
 import threading
 import urllib.error
@@ -21,9 +20,8 @@ from wandb.sdk.lib.paths import LogicalPath
 from gemma4_tpu.config.schema import TrackerConfig
 from gemma4_tpu.errors import UserError
 from gemma4_tpu.storage import is_remote
-from gemma4_tpu.tracking.files import read_json, write_json
 from gemma4_tpu.tracking.run import RunFolder
-from gemma4_tpu.tracking.tracker import Tracker
+from gemma4_tpu.tracking.tracker import Tracker, identity, is_good
 
 log = logging.getLogger(__name__)
 
@@ -45,7 +43,7 @@ class WandbTracker(Tracker):
 
     def __init__(self, config: TrackerConfig, run: RunFolder, resolved: dict, name: str, job: str):
         wandb.setup(wandb.Settings(silent=True, quiet=True))
-        known = _identity(run, name)
+        known = identity(run, name)
         self._arguments: dict[str, Any] = {
             "project": config.project,
             "entity": config.entity,
@@ -54,7 +52,7 @@ class WandbTracker(Tracker):
             "job_type": job,
             "name": known["name"],
             "config": resolved,
-            "id": known["wandb_id"],
+            "id": known["id"],
             "resume": "allow",
             "reinit": "create_new",  # never join a run that someone else started in this process
             "dir": str(run.path),
@@ -115,7 +113,7 @@ class WandbTracker(Tracker):
 
     def close(self, status: str = "finished") -> None:
         """As `Tracker.close`."""
-        self._run.finish(exit_code=0 if status in ("finished", "stopped", "preempted") else 1)
+        self._run.finish(exit_code=0 if is_good(status) else 1)
 
 
 def _in_time(call: Callable[[], object]) -> None:
@@ -182,16 +180,3 @@ def _answers(url: str) -> bool:
     asking.start()
     asking.join(_REACH_TIMEOUT_SECONDS)
     return answered.is_set()
-
-
-def _identity(run: RunFolder, name: str) -> dict[str, str]:
-    """The run's id and name at W&B: those in the run folder, where it is resumed, else new ones, which are kept there.
-
-    The folder's small files reach a bucket before each checkpoint does, so the id is there wherever the run resumes.
-    """
-    path = run.path / "tracker.json"
-    if path.exists():
-        return {"name": name, **read_json(path)}
-    identity = {"wandb_id": secrets.token_hex(4), "name": name}
-    write_json(path, identity)
-    return identity

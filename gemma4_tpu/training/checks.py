@@ -34,6 +34,7 @@ from gemma4_tpu.hardware import MeshSizes, slice_of
 from gemma4_tpu.models import in_full
 from gemma4_tpu.step.warmup import warmup_updates
 from gemma4_tpu.storage import is_remote
+from gemma4_tpu.tracking.tracker import PACKAGES
 from gemma4_tpu.training.hardware_checks import full_problems, hardware_problems, price_warning
 from gemma4_tpu.training.lora_checks import EXPERTS, adapted_problems, lora_problems
 from gemma4_tpu.training.meshes import resolve_mesh, whole_rows_problems
@@ -190,9 +191,9 @@ def _splash(architecture: Architecture, data: DataConfig, cp: int) -> list[str]:
 
 
 def _tracker(tracker: TrackerConfig) -> list[str]:
-    package = {"wandb": "wandb", "tensorboard": "tensorboardX"}.get(tracker.kind)
-    if package and importlib.util.find_spec(package) is None:
-        return [f"tracker.kind={tracker.kind}: the package {package} is not installed; pip install {package}"]
+    module, installed_by = PACKAGES.get(tracker.kind, (None, None))
+    if module and importlib.util.find_spec(module) is None:
+        return [f"tracker.kind={tracker.kind}: the package {module} is not installed; pip install {installed_by}"]
     return []
 
 

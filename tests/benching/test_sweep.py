@@ -39,6 +39,16 @@ def swept(played, bench):
     return server, *bench(server, *RATES, "slice=v6e-8", "architecture=gemma4_31b")
 
 
+def test_a_login_in_the_endpoint_is_shown_nowhere(played, bench, monkeypatch, tmp_path):
+    monkeypatch.delenv("OPENAI_API_KEY", raising=False)
+    server, secret = played(), "planted" + "Login0123"
+    server.endpoint = server.endpoint.replace("://", f"://me:{secret}@")
+    code, folder, *said = bench(server, *FEW, "bench.lengths=[[16,4]]", "bench.rates=[inf]")
+    assert code == 0 and list((folder / "cells").iterdir())
+    assert not any(secret in text for text in said)
+    assert not [path for path in tmp_path.rglob("*") if path.is_file() and secret.encode() in path.read_bytes()]
+
+
 def test_states_and_what_is_left(swept, bench):
     server, code, folder, out, _ = swept
     assert code == 0

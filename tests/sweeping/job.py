@@ -15,6 +15,7 @@ from gemma4_tpu.errors import TERMINATING
 from gemma4_tpu.tracking.metrics import MetricsFile, read_metrics
 from gemma4_tpu.tracking.result import Result
 from gemma4_tpu.tracking.run import RunFolder
+from gemma4_tpu.tracking.trackers import make_tracker, run_name
 from gemma4_tpu.train import load_train
 
 
@@ -34,9 +35,11 @@ def main() -> int:
         signal.signal(number, signal.SIG_IGN if mine.get("stubborn") else lambda *_: stop.append(1))
     done = max((row["update"] for row in read_metrics(folder.metrics_path)), default=None)
     metrics = MetricsFile(folder.metrics_path, after_update=done)
+    tracker = make_tracker(config.tracker, folder, asdict(config), name=run_name(config.name, loaded.overrides))
     losses = mine.get("losses", [3.0, 2.0, 1.0])
     for update in range(0 if done is None else done + 1, len(losses)):
         metrics.log({"heldout_loss": losses[update]}, update)
+        tracker.log({"heldout_loss": losses[update]}, update)
         until = time.monotonic() + (mine.get("seconds", 0) if starts <= mine.get("slow_starts", 99) else 0)
         while time.monotonic() < until and not stop:
             time.sleep(0.02)
@@ -51,6 +54,7 @@ def main() -> int:
         real_tokens=1000, seconds=2.0, real_tokens_per_second=mine.get("speed", 500.0),
     )  # fmt: skip
     folder.leave_result(result)
+    tracker.close()
     return 0
 
 

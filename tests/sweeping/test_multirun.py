@@ -19,6 +19,7 @@ from gemma4_tpu.sweeping import devices, plan_check
 from gemma4_tpu.sweeping.state import Sweep, SweepJob
 from gemma4_tpu.tracking.files import write_json
 from tests.sweeping.conftest import STAND_IN
+from tests.tracking.test_trackers import history, read_wandb
 
 RANKS = ("lora.rank-2", "lora.rank-4", "lora.rank-8")
 
@@ -71,6 +72,20 @@ def test_a_job_is_given_up_after_so_many_preemptions(sweep):
     done = sweep("lora.rank=choice(2)", "hydra.launcher.max_restarts=1", exit_code=1)
     assert sweep.starts == ["lora.rank-2"] * 2
     assert done.jobs["lora.rank-2"].error == "preempted 2 times (hydra.launcher.max_restarts=1)"
+
+
+@pytest.mark.slow  # its jobs import wandb
+def test_wandb_has_a_sweep_as_a_group_of_runs_named_after_their_overrides(sweep, monkeypatch):
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    sweep("lora.rank=2,4", "tracker=wandb")
+    found = {}
+    for name in RANKS[:2]:
+        (records,) = read_wandb(sweep.folder / name)
+        run = next(record["run"] for record in records if record["type"] == "run")
+        losses = [row["heldout_loss"] for row in history(records).values()]
+        found[run["display_name"]] = (run["run_group"], run["config"]["update"]["lora"]["rank"], losses)
+    group = "/".join(sweep.folder.parts[-2:])
+    assert found == {f"model.path=random:0 lora.rank={rank}": (group, rank, [3.0, 2.0, 1.0]) for rank in (2, 4)}
 
 
 def test_what_the_checks_refuse_is_listed_and_the_rest_runs(sweep):
@@ -193,15 +208,20 @@ def test_a_sweep_is_run_by_one_process_at_a_time(sweep, capsys):
     assert not sweep.starts
 
 
-def test_a_job_that_outlived_its_sweep_is_taken_over_by_its_pid(sweep, caplog):
-    sweep.behave(all={"seconds": 1})
+@pytest.mark.parametrize("kept", [True, False])
+def test_a_job_that_outlived_its_sweep_is_taken_over(sweep, caplog, kept):
+    """Also where the sweep was killed before it had kept that the job runs."""
     folder, words = sweep.folder / "lora.rank-8", ["model.path=random:0", "lora.rank=8"]
     orphan = subprocess.Popen([*STAND_IN, *words, f"run_dir='{folder}'"])
-    job = SweepJob(name=folder.name, values={"lora.rank": "8"}, words=words, status="running", starts=1, pid=orphan.pid)
+    orphan.send_signal(signal.SIGSTOP)  # until it is found
+    watch = when(lambda: "still running" in caplog.text, lambda: orphan.send_signal(signal.SIGCONT))
+    about = {"status": "running", "starts": 1, "pid": orphan.pid} if kept else {"status": "waiting"}
+    job = SweepJob(name=folder.name, values={"lora.rank": "8"}, words=words, **about)
     sweep.folder.mkdir()
     Sweep(folder=sweep.folder, entry="train", jobs={job.name: job}).save()
     done = sweep("lora.rank=4,8")
+    watch.join()
     assert [one.status for one in done.jobs.values()] == ["finished", "finished"]
-    assert (done.jobs[job.name].pid, done.jobs[job.name].starts) == (orphan.pid, 1) and orphan.wait(10) == 0
+    assert (done.jobs[job.name].pid, done.jobs[job.name].starts) == (orphan.pid, int(kept)) and orphan.wait(10) == 0
     assert sweep.starts == ["lora.rank-8", "lora.rank-4"]  # nothing new before it has ended
     assert "lora.rank-8: still running" in caplog.text

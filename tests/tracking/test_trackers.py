@@ -153,8 +153,8 @@ def test_none_and_other_processes_keep_nothing(run):
 
 
 def test_an_unknown_kind_is_refused(run):
-    with pytest.raises(UserError, match=r"tracker\.kind=mlflow: unknown; give none, wandb, tensorboard"):
-        make_tracker(TrackerConfig(kind="mlflow"), run, {}, name="t")
+    with pytest.raises(UserError, match=r"tracker\.kind=aim: unknown; give none, wandb, mlflow, trackio, tensorboard"):
+        make_tracker(TrackerConfig(kind="aim"), run, {}, name="t")
 
 
 def test_tensorboard_files_hold_the_metrics(run):
@@ -227,7 +227,7 @@ def test_json_lines_hold_all_that_a_tracker_is_told_across_restarts(run):
             "train",
         ),
         (["lora.rank=16", "run_dir='a/lora.rank=16'", "+trainer.seed=1"], "lora.rank=16 trainer.seed=1"),
-        (["name=train", "mesh=tp"], "train mesh=tp"),
+        (["name=train", "mesh=tp", r"model.path=random\:0"], "train mesh=tp model.path=random:0"),
         (["data.train.0.path=" + "x" * 200], "data.train.0.path=" + "x" * 109 + "…"),
     ],
 )
@@ -278,7 +278,7 @@ def test_wandb_without_a_key_is_offline_quiet_and_continues_under_one_id(python,
     ids = {
         next(record["run"]["run_id"] for record in records if record["type"] == "run") for records in (before, after)
     }
-    assert ids == {json.loads((tmp_path / "tracker.json").read_text())["wandb_id"]}
+    assert ids == {json.loads((tmp_path / "tracker.json").read_text())["id"]}
     assert history(before)[0] == {"loss": 1.0, "grad_norm": "Infinity"}
     artifacts = {record["artifact"]["type"]: record["artifact"] for record in before if record["type"] == "artifact"}
     checkpoint, merged = artifacts["checkpoint"], artifacts["merged"]
@@ -289,6 +289,8 @@ def test_wandb_without_a_key_is_offline_quiet_and_continues_under_one_id(python,
     assert [entry["ref"] for entry in merged["manifest"]["contents"]] == ["gs://bucket/model"]
     assert sorted({**history(before), **history(after)}) == [0, 1, 2, 3]
     assert {key.split(".")[0] for key in history(after)[3]} == {"loss", "grad_norm", "samples"}
+    tables = [json.loads(path.read_text()) for path in tmp_path.rglob("files/media/table/samples_*.table.json")]
+    assert [(table["columns"], table["data"]) for table in tables] == [(["prompt"], [["p"]])] * 2
     content = b"".join(path.read_bytes() for path in tmp_path.rglob("*") if path.is_file())
     assert b"planted-secret" not in content
 
@@ -344,7 +346,7 @@ def test_wandb_online_knows_the_run_and_a_network_that_goes_costs_seconds(python
     assert done.stderr.count("takes no more samples and artifacts (TimeoutError: no answer within 1.5 s)") == 1
     asked = seen["UpsertBucket"][0]
     assert (asked["groupName"], asked["displayName"], asked["tags"]) == ("g", "my run", ["x"])
-    assert asked["name"] == json.loads((tmp_path / "tracker.json").read_text())["wandb_id"]
+    assert asked["name"] == json.loads((tmp_path / "tracker.json").read_text())["id"]
     assert json.loads(asked["config"])["lora"]["value"] == {"rank": 16}
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import array
+import fcntl
 import functools
 import os
 import re
@@ -9,9 +11,11 @@ import shlex
 import shutil
 import subprocess
 import tempfile
+import termios
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import IO
 
 from gemma4_tpu.errors import UserError
 
@@ -90,7 +94,9 @@ def find_tools(folder: str | None) -> Tools:
     if missing := [name for name, path in found.items() if path is None]:
         raise UserError(f"{' and '.join(missing)} not found ({where}): {HOW_TO_INSTALL}")
     iverilog, vvp = (Path(path).absolute() for path in found.values() if path)
-    shown = subprocess.run([iverilog, "-V"], capture_output=True, text=True, timeout=30).stdout
+    with tempfile.TemporaryDirectory() as folder:  # it makes files there, even for this
+        said = subprocess.run([iverilog, "-V"], capture_output=True, text=True, timeout=30, env=_writing_to(folder))
+    shown = said.stdout
     match = re.search(r"Icarus Verilog version (\d+)\.(\d+)", shown)
     if not match or int(match[1]) < OLDEST_VERSION:
         raise UserError(f"{iverilog} is {shown[:60].strip() or 'no Icarus Verilog'!r}: {HOW_TO_INSTALL}")
@@ -103,12 +109,17 @@ def find_tools(folder: str | None) -> Tools:
     )
 
 
+def _writing_to(folder: str) -> dict[str, str]:
+    """The environment in which the driver's temporary files are in `folder`."""
+    return {**os.environ, "TMP": folder, "TMPDIR": folder, "TEMP": folder}
+
+
 @functools.cache
 def _ask_driver(iverilog: Path) -> tuple[Path, str]:
     """(the compiler that the driver starts, the settings that it hands to it for the options of `Tools.build`).
 
     The driver names both when asked to be verbose, and removes the settings in the end: so it is given a pipe to read.
-    Once the preprocessor has opened this, the settings are written.
+    Once the preprocessor reads this, the settings are written.
 
     Raises:
       ValueError: the driver starts no compiler.
@@ -116,19 +127,22 @@ def _ask_driver(iverilog: Path) -> tuple[Path, str]:
     with tempfile.TemporaryDirectory() as folder:
         source = Path(folder, "source.sv")
         os.mkfifo(source)
-        process = subprocess.Popen(
-            [iverilog, "-v", *WARNINGS, LANGUAGE, "-s", _TOP, "-o", _OUTPUT, source.name],
-            cwd=folder, env={**os.environ, "TMP": folder, "TMPDIR": folder, "TEMP": folder},
-            stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-        )  # fmt: skip
-        try:
-            pipe = _open_when_read(source, process)
-            written = {str(file): file.read_text() for file in Path(folder).iterdir() if file.is_file()}
-            os.close(pipe)
-            said, _ = process.communicate(timeout=ASKING_SECONDS)
-        finally:
-            process.kill()
-            process.wait()
+        # Open at both ends: where this process is killed, whoever reads it has come to its end, and ends.
+        with open(os.open(source, os.O_RDWR), "wb", buffering=0) as pipe:
+            pipe.write(b"\n")
+            process = subprocess.Popen(
+                [iverilog, "-v", *WARNINGS, LANGUAGE, "-s", _TOP, "-o", _OUTPUT, source.name],
+                cwd=folder, env=_writing_to(folder),
+                stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+            )  # fmt: skip
+            try:
+                _wait_until_read(pipe, process)
+                written = {str(file): file.read_text() for file in Path(folder).iterdir() if file.is_file()}
+                pipe.close()
+                said, _ = process.communicate(timeout=ASKING_SECONDS)
+            finally:
+                process.kill()
+                process.wait()
     started = re.search(r"^translate: .*\|\s*(\S+)(.*)$", said, re.MULTILINE)
     if started is None:
         raise ValueError(said.strip()[:200] or "it starts no compiler")
@@ -137,11 +151,11 @@ def _ask_driver(iverilog: Path) -> tuple[Path, str]:
     return Path(started[1]), _NOT_NEEDED.sub("", "".join(f"{part.rstrip()}\n" for part in settings))
 
 
-def _open_when_read(pipe: Path, process: subprocess.Popen[str]) -> int:
-    deadline = time.monotonic() + ASKING_SECONDS
+def _wait_until_read(pipe: IO[bytes], process: subprocess.Popen[str]) -> None:
+    deadline, waiting = time.monotonic() + ASKING_SECONDS, array.array("i", [0])
     while process.poll() is None and time.monotonic() < deadline:
-        try:
-            return os.open(pipe, os.O_WRONLY | os.O_NONBLOCK)
-        except OSError:  # nobody reads it yet
-            time.sleep(0.002)
+        fcntl.ioctl(pipe, termios.FIONREAD, waiting)
+        if waiting[0] == 0:
+            return
+        time.sleep(0.002)
     raise ValueError("it does not read its source")

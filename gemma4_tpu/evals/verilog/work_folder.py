@@ -10,6 +10,8 @@ import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 
+from gemma4_tpu.scratch import make_folder, remove_folder
+
 MEMORY_FOLDER = Path("/dev/shm")
 PREFIX, _LOCK = "gemma4_tpu_judge_", "owner.lock"
 
@@ -29,7 +31,7 @@ class WorkFolder:
         if os.access(MEMORY_FOLDER, os.W_OK) and shutil.disk_usage(MEMORY_FOLDER).free >= needed_bytes:
             parent = MEMORY_FOLDER
         sweep()
-        self.path = Path(tempfile.mkdtemp(prefix=f"{PREFIX}{os.getpid()}_", dir=parent))
+        self.path = make_folder(f"{PREFIX}{os.getpid()}_", parent)
         self.path.chmod(0o711)  # workers run simulations as other users
         taken = self.path / f"{_LOCK}.new"
         self._lock = os.open(taken, os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o600)
@@ -38,7 +40,7 @@ class WorkFolder:
 
     def remove(self) -> None:
         """With all that is in it."""
-        shutil.rmtree(self.path, ignore_errors=True)
+        remove_folder(self.path)
         os.close(self._lock)
 
 

@@ -155,6 +155,30 @@ def test_a_killed_evaluation_leaves_nothing_running_and_nothing_in_memory(tmp_pa
     assert left == []
 
 
+ASKING = """
+import time
+from gemma4_tpu.evals.verilog import iverilog
+iverilog._wait_until_read = lambda pipe, process: print(process.args[0], flush=True) or time.sleep(60)
+iverilog.find_tools(None)
+"""
+
+
+@needs_iverilog
+def test_asking_the_simulators_driver_leaves_no_process_behind_where_the_judge_is_killed(tmp_path):
+    """The driver starts a shell, and that a preprocessor, which waits for its source."""
+    asking = subprocess.Popen(
+        [sys.executable, "-c", ASKING], stdout=subprocess.PIPE, env={**os.environ, "TMPDIR": str(tmp_path)}
+    )
+    asking.stdout.readline()
+    family, until = [], time.monotonic() + 20
+    while len(family) < 3 and time.monotonic() < until:
+        family = psutil.Process(asking.pid).children(recursive=True)
+    asking.kill()
+    asking.communicate()
+    _, alive = psutil.wait_procs(family, timeout=20)
+    assert len(family) >= 3 and alive == []
+
+
 HOLDING = """
 import sys
 from gemma4_tpu.evals.verilog.work_folder import WorkFolder
