@@ -40,6 +40,9 @@ class Accuracy:
 
 def run(out: Path, *, train: int, heldout: int, updates: int) -> dict[str, Any]:
     """Makes base and rows, trains both, and asks; returns what `results.json` holds."""
+    import torch
+
+    torch.set_num_threads(1)  # the tower is so small that threads would only wait for each other
     base, data = make_base(out / "base"), out / "data"
     make_data(data, train=train, heldout=heldout)
     trained = {

@@ -57,10 +57,27 @@ class Picture:
         Raises:
           RowDropped: it is no longer there, or no longer what it was.
         """
+        return _opened(self._file())
+
+    def data_url(self) -> str:
+        """The picture for a server, whose pixels are those of `image` whatever it reads pictures with.
+
+        Raises:
+          RowDropped: as `image`.
+        """
+        content = self._file()
+        kind = _plain_kind(content)
+        if kind is None:
+            out = io.BytesIO()
+            _opened(content).save(out, "PNG")
+            kind, content = "png", out.getvalue()
+        return f"data:image/{kind};base64,{base64.b64encode(content).decode()}"
+
+    def _file(self) -> bytes:
         content = _content(self.source) if isinstance(self.source, str) else self.source
         if _key(content) != self.key:
             raise RowDropped("unreadable_picture", f"{self.source!r}: changed while rows were read")
-        return _opened(content)
+        return content
 
 
 class TokenCounter(Protocol):
@@ -200,6 +217,8 @@ def _cut(turn: Turn) -> list[Turn]:
 
 def _source(what: Any, origin: Origin) -> str | bytes:
     """The bytes of a picture, or the address of its file."""
+    if isinstance(what, Picture):  # it was read before
+        return what.source
     if isinstance(what, dict):  # as `datasets` stores pictures, and as OpenAI's parts nest them
         key = next((key for key in ("bytes", "url", "path", "base64") if what.get(key)), None)
         what = what.get(key)
@@ -261,6 +280,8 @@ def _opened(content: bytes) -> Any:
             if image.width * image.height > MAX_PIXELS:
                 told = f"{image.width} × {image.height} pixels, more than {MAX_PIXELS} in all"
                 raise RowDropped("picture_too_large", told)
+            if image.mode.startswith(("I", "F")):  # its values would be cut off at 255, here and by servers
+                raise RowDropped("unreadable_picture", f"mode {image.mode}, more than 8 bits a channel: save it with 8")
             return ImageOps.exif_transpose(image).convert("RGB")
     except RowDropped:
         raise
@@ -268,3 +289,15 @@ def _opened(content: bytes) -> Any:
         raise RowDropped("picture_too_large", str(error)[:100]) from None
     except Exception as error:  # whatever a decoder makes of damaged bytes
         raise RowDropped("unreadable_picture", f"{type(error).__name__}: {error}"[:100]) from None
+
+
+def _plain_kind(content: bytes) -> str | None:
+    """`png`, `jpeg` or `webp` of a file that every reader makes the same pixels of; None: it is another.
+
+    Readers differ in what they do with transparency, palettes, inks and EXIF's turns.
+    """
+    from PIL import ExifTags, Image
+
+    with Image.open(io.BytesIO(content), formats=FORMATS) as image:
+        plain = image.mode in ("RGB", "L") and image.getexif().get(ExifTags.Base.Orientation, 1) == 1
+        return image.format.lower() if plain and image.format in ("PNG", "JPEG", "WEBP") else None
