@@ -30,8 +30,8 @@ COLUMNS = ("images", "image")
 """Columns of a row's pictures, in the order of their places in its turns."""
 PLACE = "<image>"
 """Where a picture of the column stands in a text, as LLaVA's rows have it."""
-FORMATS = ("PNG", "JPEG", "MPO", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF")
-"""What is opened; of moving ones the first frame."""
+FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF")
+"""What is opened, as far as this Pillow can; of moving ones the first frame."""
 MAX_BYTES = 64 * 2**20
 MAX_PIXELS = 2**26
 """67 megapixels, 200 MB once unpacked; a model sees less than one of them."""
@@ -144,12 +144,19 @@ class PictureReader:
         content = _content(source) if isinstance(source, str) else source
         if len(content) > MAX_BYTES:
             raise RowDropped("picture_too_large", f"{len(content)} bytes, more than {MAX_BYTES}")
-        image = _opened(content)
         try:
+            image = _opened(content)
             tokens = self._processor.tokens(*image.size)
+        except RowDropped as problem:
+            raise RowDropped(problem.reason, f"{_name(source)}{problem.detail}") from None
         except ValueError as error:
-            raise RowDropped("unreadable_picture", str(error)[:100]) from None
+            raise RowDropped("unreadable_picture", f"{_name(source)}{error}"[:160]) from None
         return Picture(_key(content), tokens, source)
+
+
+def _name(source: str | bytes) -> str:
+    """Of a picture's file, for details."""
+    return f"{source.rpartition('/')[2][-60:]}: " if isinstance(source, str) else ""
 
 
 def _key(content: bytes) -> str:
@@ -270,13 +277,13 @@ def _content(address: str) -> bytes:
 def _opened(content: bytes) -> Any:
     """A decoded PIL image, RGB; its size is known, and refused, before any pixel is unpacked."""
     try:
-        from PIL import Image, ImageOps
+        from PIL import Image, ImageOps, UnidentifiedImageError
     except ImportError as error:
         raise UserError(f"pictures need the extra: pip install 'gemma4-tpu[pictures]' ({error})") from None
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of odd metadata; what matters raises
-            image = Image.open(io.BytesIO(content), formats=FORMATS)
+            image = Image.open(io.BytesIO(content), formats=_formats())
             if image.width * image.height > MAX_PIXELS:
                 told = f"{image.width} × {image.height} pixels, more than {MAX_PIXELS} in all"
                 raise RowDropped("picture_too_large", told)
@@ -287,17 +294,29 @@ def _opened(content: bytes) -> Any:
         raise
     except Image.DecompressionBombError as error:
         raise RowDropped("picture_too_large", str(error)[:100]) from None
+    except UnidentifiedImageError:
+        raise RowDropped("unreadable_picture", f"none of {', '.join(_formats())}") from None
     except Exception as error:  # whatever a decoder makes of damaged bytes
         raise RowDropped("unreadable_picture", f"{type(error).__name__}: {error}"[:100]) from None
+
+
+def _formats() -> list[str]:
+    """Those that this Pillow knows: asked for others, it opens none that are listed behind them."""
+    from PIL import Image
+
+    Image.init()
+    return [name for name in FORMATS if name in Image.OPEN]
 
 
 def _plain_kind(content: bytes) -> str | None:
     """`png`, `jpeg` or `webp` of a file that every reader makes the same pixels of; None: it is another.
 
-    Readers differ in what they do with transparency, palettes, inks and EXIF's turns.
+    Readers differ in what they do with transparency, palettes, inks, EXIF's turns and moving pictures.
     """
     from PIL import ExifTags, Image
 
-    with Image.open(io.BytesIO(content), formats=FORMATS) as image:
-        plain = image.mode in ("RGB", "L") and image.getexif().get(ExifTags.Base.Orientation, 1) == 1
-        return image.format.lower() if plain and image.format in ("PNG", "JPEG", "WEBP") else None
+    with Image.open(io.BytesIO(content), formats=_formats()) as image:
+        moves = getattr(image, "is_animated", False)
+        upright = image.getexif().get(ExifTags.Base.Orientation, 1) == 1
+        plain = image.format in ("PNG", "JPEG", "WEBP") and image.mode in ("RGB", "L") and upright and not moves
+        return image.format.lower() if plain else None
