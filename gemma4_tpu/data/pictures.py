@@ -32,6 +32,8 @@ PLACE = "<image>"
 """Where a picture of the column stands in a text, as LLaVA's rows have it."""
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF")
 """What is opened, as far as this Pillow can; of moving ones the first frame."""
+ENCODED = ("base64", "data")
+"""Keys of an object under which a picture stands as base64."""
 MAX_BYTES = 64 * 2**20
 MAX_PIXELS = 2**26
 """67 megapixels, 200 MB once unpacked; a model sees less than one of them."""
@@ -226,10 +228,10 @@ def _source(what: Any, origin: Origin) -> str | bytes:
     """The bytes of a picture, or the address of its file."""
     if isinstance(what, Picture):  # it was read before
         return what.source
-    if isinstance(what, dict):  # as `datasets` stores pictures, and as OpenAI's parts nest them
-        key = next((key for key in ("bytes", "url", "path", "base64") if what.get(key)), None)
+    if isinstance(what, dict):  # as `datasets` stores pictures, and as parts of OpenAI's and Anthropic's nest them
+        key = next((key for key in ("bytes", "url", "path", *ENCODED) if what.get(key)), None)
         what = what.get(key)
-        if key == "base64" and isinstance(what, str):
+        if key in ENCODED and isinstance(what, str):
             return _unpacked(what)
     if isinstance(what, bytes | bytearray | memoryview):
         return bytes(what)
@@ -269,7 +271,7 @@ def _content(address: str) -> bytes:
         if file.size_bytes > MAX_BYTES:
             raise RowDropped("picture_too_large", f"{address}: {file.size_bytes} bytes, more than {MAX_BYTES}")
         return bytes(file.read(0, file.size_bytes))
-    except (OSError, UserError) as error:
+    except (OSError, UserError, ValueError) as error:  # of an address that can be none, such as one with a null
         reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
         raise RowDropped("missing_picture", f"{address}: {reason}"[:160]) from None
 

@@ -29,7 +29,7 @@ TEXT_PARTS = ("text", "input_text", "output_text", None)
 IMAGE_PART = "image"
 """Type of a part in normal form that is a picture; `image` in it says which, None the next of the row's column."""
 IMAGE_PARTS = (IMAGE_PART, "image_url", "input_image")
-IMAGE_KEYS = ("image", "image_url", "url", "path", "base64", "bytes")
+IMAGE_KEYS = ("image", "image_url", "url", "path", "base64", "bytes", "source")
 """What a part says of its picture by: a path, an address, bytes, or an object that does."""
 CALLS = ("tool_calls", "function_call")
 CALL_ROLES = ("function_call", "tool_call")

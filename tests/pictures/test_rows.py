@@ -73,6 +73,7 @@ def test_every_spelling_of_a_picture_is_the_same_picture(read):
         said({"type": "image_url", "image_url": path.as_uri()}, ASK),
         said({"type": "input_image", "image_url": url}, ASK),
         said({"type": "image", "base64": data}, ASK),
+        said({"type": "image", "source": {"type": "base64", "media_type": "image/png", "data": data}}, ASK),
         {**said({"type": "image"}, ASK), "images": ["a.png"]},
         {"messages": [{"role": "user", "content": "<image>\nWhat is it?"}, ANSWER], "images": ["a.png"]},
         {"conversations": [{"from": "human", "value": "What is it?"}, {"from": "gpt", "value": "1 red circle"}],
