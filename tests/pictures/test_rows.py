@@ -91,6 +91,7 @@ def test_two_pictures_stand_where_the_row_has_them_and_carry_no_loss(read):
     placed = {"messages": [{"role": "user", "content": "What is it?<image>and<image>What is it?"}, ANSWER],
               "images": ["a.png", "b/c d.png"]}  # fmt: skip
     built, soft = read([mixed, placed])
+    assert f"their tokens are {sum(soft)} of" in "\n".join(built.told())
     assert soft[0] == soft[1] > 64 and built.train.pictures[0] == built.train.pictures[1]
     ids, flags = built.train.example(0)
     where = np.flatnonzero(flags)
