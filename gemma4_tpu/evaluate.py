@@ -145,7 +145,7 @@ def _models(config: EvaluateRoot, form: str, *, pictures: bool) -> Backends:
     if form == "endpoint":
         return on_server(config.model, config.eval)
     if form == "run":
-        return of_run(config.run, config.eval, config.hardware, config.mesh)
+        return of_run(config.run, config.eval, config.hardware, config.mesh, pictures=pictures)
     return of_checkpoint(config.model, config.eval, config.hardware, config.mesh, pictures=pictures)
 
 

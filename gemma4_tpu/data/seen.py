@@ -77,6 +77,15 @@ class Sight:
     base: Base
     cache: str | None = None
 
+    def check(self) -> None:
+        """Raises: UserError: the model reads no pictures."""
+        if self.base.arch.vision is None:
+            raise UserError(
+                "a prompt with a picture, for a model that was loaded for text. A run reads pictures if it was trained"
+                " with data.image_cache, and an E2B or E4B checkpoint (also a merged one) with Gemma4.load(…,"
+                " pictures=True) or in an evaluation"
+            )
+
     def read(self, conversations: Sequence[Sequence[Message]]) -> list[tuple[Message, ...]]:
         """Conversations with their pictures read. Paths are relative to the current folder; the tokens of pictures that
         were read before are counted as this model does.
@@ -86,12 +95,7 @@ class Sight:
         """
         if not any(map(holds_pictures, conversations)):
             return [tuple(messages) for messages in conversations]
-        if self.base.arch.vision is None:
-            raise UserError(
-                "a prompt with a picture, for a model that was loaded for text. A run reads pictures if it was trained"
-                " with data.image_cache, and an E2B or E4B checkpoint (also a merged one) with Gemma4.load(…,"
-                " pictures=True) or in an evaluation"
-            )
+        self.check()
         reader, made = PictureReader(_processor(self.base)), []
         for number, messages in enumerate(conversations, start=1):
             try:

@@ -43,17 +43,21 @@ class Backends:
     fingerprints: dict[str, str]
 
 
-def of_run(run: str, config: EvalConfig, hardware: HardwareConfig, mesh_config: MeshConfig) -> Backends:
-    """What a run trained, its base, or both, as `eval.adapter` says.
+def of_run(
+    run: str, config: EvalConfig, hardware: HardwareConfig, mesh_config: MeshConfig, *, pictures: bool = False
+) -> Backends:
+    """What a run trained, its base, or both, as `eval.adapter` says; `pictures`: prompts have some.
 
     Raises:
       UserError: what is named can't be loaded or does not fit together.
     """
     trained = open_trained(run, ExportConfig(checkpoint=config.checkpoint))
-    mesh = start_mesh(hardware, mesh_config, trained.base.arch)
     data = trained.run.read_config().get("data", {})
-    policy = config.thoughts or data.get("thoughts", "drop")
     sight = Sight(trained.base, config.image_cache or data.get("image_cache"))
+    if pictures:
+        sight.check()
+    mesh = start_mesh(hardware, mesh_config, trained.base.arch)
+    policy = config.thoughts or data.get("thoughts", "drop")
     base, run_weights = weights_of(trained, config, mesh)
     wanted = {"run": (RUN,), "none": (BASE,), "both": (RUN, BASE)}[config.adapter]
     about = {"base": trained.base.folder, "run": str(trained.run.path), "checkpoint": trained.state.update}

@@ -28,13 +28,13 @@ def _write(path, count, rng):
 @pytest.mark.slow
 def test_it_names_colours_that_only_pictures_tell(base, tmp_path):
     rng = Random(0)
-    _write(tmp_path / "train.jsonl", 240, rng)
+    _write(tmp_path / "train.jsonl", 480, rng)
     _write(tmp_path / "heldout.jsonl", HELDOUT, rng)
     done = api.train(
         SETTINGS | {
             "model": "tiny_e2b", "model.path": base, "data.train": tmp_path / "train.jsonl",
             "data.heldout": tmp_path / "heldout.jsonl", "data.image_cache": tmp_path / "cache",
-            "data.sequence_length": 128, "lora.modules_to_train": [*WHOLE, "projector"], "trainer.max_updates": 40,
+            "data.sequence_length": 192, "lora.modules_to_train": [*WHOLE, "projector"], "trainer.max_updates": 60,
             "optimizer.warmup_updates": 5, "run_dir": tmp_path / "run",
         }
     )  # fmt: skip
