@@ -1,7 +1,7 @@
 """Does the model see? `python experiments/pictures_smoke/run.py OUT`.
 
 Trains the tiny base on pictures, and its twin on the same questions without them; asks both, and the base, about the
-held-out rows; writes `record.json` and prints a table. About four CPU minutes.
+held-out rows; writes `record.json` and prints a table. About six CPU minutes.
 """
 
 from __future__ import annotations
