@@ -320,5 +320,6 @@ def _plain_kind(content: bytes) -> str | None:
     with Image.open(io.BytesIO(content), formats=_formats()) as image:
         moves = getattr(image, "is_animated", False)
         upright = image.getexif().get(ExifTags.Base.Orientation, 1) == 1
-        plain = image.format in ("PNG", "JPEG", "WEBP") and image.mode in ("RGB", "L") and upright and not moves
-        return image.format.lower() if plain else None
+        kind = (image.format or "").lower()
+        plain = kind in ("png", "jpeg", "webp") and image.mode in ("RGB", "L") and upright and not moves
+        return kind if plain else None

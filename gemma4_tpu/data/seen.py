@@ -134,7 +134,8 @@ class _InMemory:
 
 
 def _made_now(tower: Tower, pictures: Sequence[Picture]) -> _InMemory:
-    distinct, made = list({picture.key: picture for picture in pictures}.values()), {}
+    distinct = list({picture.key: picture for picture in pictures}.values())
+    made: dict[str, np.ndarray] = {}
     for start in range(0, len(distinct), BATCH):
         batch = distinct[start : start + BATCH]
         made |= zip([one.key for one in batch], tower.encode([one.image() for one in batch]), strict=True)
