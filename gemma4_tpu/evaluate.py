@@ -12,6 +12,7 @@ import sys
 import textwrap
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -28,8 +29,8 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 MAY_CHANGE = (
-    "eval.batch_size", "eval.concurrency", "eval.judge", "eval.request_timeout_seconds", "eval.retries",
-    "eval.second_opinion", "eval.stimulus_seed", "eval.columns",
+    "eval.batch_size", "eval.columns", "eval.concurrency", "eval.image_cache", "eval.judge",
+    "eval.request_timeout_seconds", "eval.retries", "eval.second_opinion", "eval.stimulus_seed",
 )  # fmt: skip
 """Keys (and groups) that a resumed evaluation may give anew."""
 JUDGED_ANEW = ("compare", "extract", "category", "choose")
@@ -101,7 +102,7 @@ def _evaluate(loaded: Loaded[EvaluateRoot, EvaluateChecked]) -> Ended:
     setup_logging(record.log_path)
 
     def job() -> int:
-        _report(record, evaluate(config.eval, form, record.path, lambda: _models(config, form)), config)
+        _report(record, evaluate(config.eval, form, record.path, partial(_models, config, form)), config)
         return 0
 
     return Ended(record.work(job), (record.path,))
@@ -137,15 +138,15 @@ def _harness(loaded: Loaded[EvaluateRoot, EvaluateChecked]) -> Ended:
     return Ended(record.work(job), (record.path,))
 
 
-def _models(config: EvaluateRoot, form: str) -> Backends:
-    """What there is to generate with; starts JAX."""
+def _models(config: EvaluateRoot, form: str, *, pictures: bool) -> Backends:
+    """What there is to generate with; starts JAX. `pictures`: prompts have some."""
     from gemma4_tpu.evals.evaluated_models import of_checkpoint, of_run, on_server
 
     if form == "endpoint":
         return on_server(config.model, config.eval)
     if form == "run":
-        return of_run(config.run, config.eval, config.hardware, config.mesh)
-    return of_checkpoint(config.model, config.eval, config.hardware, config.mesh)
+        return of_run(config.run, config.eval, config.hardware, config.mesh, pictures=pictures)
+    return of_checkpoint(config.model, config.eval, config.hardware, config.mesh, pictures=pictures)
 
 
 def _report(record: RunFolder, done: Evaluated, config: EvaluateRoot) -> None:

@@ -16,8 +16,7 @@ from gemma4_tpu.architectures import Architecture
 from gemma4_tpu.config.schema import HardwareConfig, MeshConfig
 from gemma4_tpu.config.tasks import EvalConfig
 from gemma4_tpu.data.chat import Message
-from gemma4_tpu.data.picture_cache import Shown
-from gemma4_tpu.data.seen import holds_pictures, read_prompts, shown_at_once
+from gemma4_tpu.data.seen import Sight
 from gemma4_tpu.errors import UserError
 from gemma4_tpu.evals.any_model import find_model
 from gemma4_tpu.evals.generate import (
@@ -110,27 +109,13 @@ class Gemma4:
             max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, batch_size=batch_size
         )
         stops = checkpoint_stop_ids(self.base, self.tokenizer)
-        conversations, shown = self._with_pictures([_messages(prompt) for prompt in _several(prompts)])
-        decoder = InProcess(self.weights, self.tokenizer, stops, settings, self.thoughts, {}, whole, shown)
+        sight = Sight(self.base)
+        decoder = InProcess(self.weights, self.tokenizer, stops, settings, self.thoughts, {}, sight, whole)
         asked = [
-            SampleRequest(f"{i}", 0, messages, sample_seed(seed, f"{i}", 0), tuple(tools) or None)
-            for i, messages in enumerate(conversations)
+            SampleRequest(f"{i}", 0, _messages(prompt), sample_seed(seed, f"{i}", 0), tuple(tools) or None)
+            for i, prompt in enumerate(_several(prompts))
         ]
         return [s.completion for s in sorted(decoder.generate(asked), key=lambda sample: int(sample.problem))]
-
-    def _with_pictures(
-        self, conversations: list[tuple[Message, ...]]
-    ) -> tuple[list[tuple[Message, ...]], Shown | None]:
-        """Conversations with their pictures read, and the features of these; None: there are none."""
-        if not any(map(holds_pictures, conversations)):
-            return conversations, None
-        if self.base.arch.vision is None:
-            raise UserError(
-                "a prompt with a picture, for a model that was loaded for text: Gemma4.load(…, pictures=True) of an E2B"
-                " or E4B checkpoint, or a run with data.image_cache"
-            )
-        read = read_prompts(self.base, conversations)
-        return read, shown_at_once(self.base, read)
 
     def logits(self, texts: Text | Sequence[Text]) -> list[np.ndarray]:
         """Of the next token after each token: [T, V] float32 for each text. A large vocabulary takes 1 MB per token."""

@@ -161,6 +161,9 @@ class EvalConfig:
     """Sequences in one decoding step."""
     compute_dtype: str = "auto"
     """As `trainer.compute_dtype`."""
+    image_cache: str | None = None
+    """Folder, local or gs://, for the features of pictures in questions, as `data.image_cache`; null: that of `run`, or
+    for a checkpoint none, so that they are made anew each time."""
     endpoint: str | None = None
     """Base URL of an OpenAI-compatible server, such as http://localhost:8000/v1, to generate with. A key is taken from
     OPENAI_API_KEY."""

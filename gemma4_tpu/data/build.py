@@ -75,18 +75,26 @@ class TrainingData:
             "held-out rows are also training rows": self.shared_rows,
             "held-out rows have a first prompt that is also trained on": self.shared_prompts,
         }
-        shown = [key for keys in self.train.pictures or () for key in keys]
-        pictures = [f"{len(shown)} pictures in training examples, {len(set(shown))} of them distinct"] if shown else []
-        return [*self.places, *self.normalised.lines(), *pictures, *(f"{n} {what}" for what, n in counts.items() if n)]
+        train = self.train
+        shown = [key for keys in train.pictures or () for key in keys]
+        pictures = (
+            f"{len(shown)} pictures in training examples, {len(set(shown))} of them distinct; their tokens are"
+            f" {train.picture_tokens} of {int(train.slots.sum())}"
+        )
+        there = [pictures] if shown else []
+        return [*self.places, *self.normalised.lines(), *there, *(f"{n} {what}" for what, n in counts.items() if n)]
 
 
 def summary(examples: Examples) -> dict[str, Any]:
     """Sizes of a set of examples; lengths are in slots of a packed row."""
     slots = examples.slots
     shown = [key for keys in examples.pictures or () for key in keys]
+    pictures = {
+        "pictures": len(shown), "distinct_pictures": len(set(shown)), "picture_tokens": examples.picture_tokens
+    }  # fmt: skip
     return {
         "examples": len(examples),
-        **({"pictures": len(shown), "distinct_pictures": len(set(shown))} if shown else {}),
+        **(pictures if shown else {}),
         "real_tokens": int(slots.sum()),
         "target_tokens": int(examples.targets.sum()),
         "length_tokens": {
@@ -199,6 +207,5 @@ def _store(rows: list[TokenisedRow], weights: list[float], made_of: dict[str, st
     store = ExamplesBuilder(weights)
     for row in rows:
         for example in row.examples:
-            keys = tuple(picture.key for picture in example.pictures)
-            store.add(example.ids, example.flags, row.source, row.origin, example.second, keys)
+            store.add(example.ids, example.flags, row.source, row.origin, example.second, example.pictures)
     return store.build(made_of)

@@ -27,13 +27,16 @@ def data_problems(data: DataConfig) -> list[str]:
                 f"data.buckets={data.buckets}: needs lengths between 2 and data.sequence_length={data.sequence_length}"
             )
     if data.image_cache is not None:
-        place, found = local_place(f"data.image_cache={data.image_cache}", data.image_cache)
-        messages += found
-        if place is not None and place.is_file():
-            messages.append(f"data.image_cache={data.image_cache}: is a file; give a folder")
+        messages += cache_messages(f"data.image_cache={data.image_cache}", data.image_cache)
     if data.check_syntax and data.format != "codev_r1":
         messages.append(f"data.check_syntax=true: only with data.format=codev_r1 (it is {data.format})")
     return messages
+
+
+def cache_messages(said: str, folder: str) -> list[str]:
+    """What is wrong with the place of pictures' features; `said` is how it was given."""
+    place, messages = local_place(said, folder)
+    return [*messages, f"{said}: is a file; give a folder"] if place is not None and place.is_file() else messages
 
 
 def source_problem(key: str, source: DataSource) -> list[str]:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 
 from gemma4_tpu.data.drops import Origin
+from gemma4_tpu.data.pictures import Picture
 
 
 @dataclass(frozen=True)
@@ -37,6 +39,8 @@ class Examples:
     """int64 [N]: where within its ids the second sequence of each example begins; None: examples are of one."""
     pictures: tuple[tuple[str, ...], ...] | None = None
     """[N]: keys of the pictures of each example, in the order of their soft tokens; None: there are no pictures."""
+    picture_tokens: int = 0
+    """Soft tokens of them all."""
     fingerprint: dict[str, str] = field(default_factory=dict)
     """What the examples were made of (rows, tokenizer, template, policies), by name."""
 
@@ -94,6 +98,7 @@ class ExamplesBuilder:
         self._row: list[int] = []
         self._second: list[int] = []
         self._pictures: list[tuple[str, ...]] = []
+        self._picture_tokens = 0
         self._files: dict[str, int] = {}
 
     def __len__(self) -> int:
@@ -101,11 +106,11 @@ class ExamplesBuilder:
 
     def add(
         self, ids: np.ndarray, flags: np.ndarray, source: int, origin: Origin, second: int = 0,
-        pictures: tuple[str, ...] = (),
+        pictures: Sequence[Picture] = (),
     ) -> None:  # fmt: skip
         """Append one example: `ids` int32 [n + 1] with `flags` bool [n + 1], from source number `source`.
 
-        `second`: where the second of its sequences begins; all examples have one, or none has. `pictures`: keys.
+        `second`: where the second of its sequences begins; all examples have one, or none has.
         """
         self._tokens.append(np.asarray(ids, np.int32))
         self._flags.append(np.asarray(flags, bool))
@@ -113,7 +118,8 @@ class ExamplesBuilder:
         self._file.append(self._files.setdefault(origin.file, len(self._files)))
         self._row.append(origin.row)
         self._second.append(second)
-        self._pictures.append(pictures)
+        self._pictures.append(tuple(picture.key for picture in pictures))
+        self._picture_tokens += sum(picture.tokens for picture in pictures)
 
     def build(self, fingerprint: dict[str, str]) -> Examples:
         """The finished store; its own content joins `fingerprint` as `examples`."""
@@ -141,5 +147,6 @@ class ExamplesBuilder:
             row=np.array(self._row, np.int64),
             second=second if pairs else None,
             pictures=pictures,
+            picture_tokens=self._picture_tokens,
             fingerprint={**fingerprint, "examples": digest.hexdigest()},
         )

@@ -33,6 +33,14 @@ def picture(soft_tokens: int) -> str:
     return f"{IMAGE_START}{IMAGE * soft_tokens}{IMAGE_END}"
 
 
+_PICTURE = re.compile(f"{re.escape(IMAGE_START)}((?:{re.escape(IMAGE)})+){re.escape(IMAGE_END)}")
+
+
+def pictures_in_words(text: str) -> str:
+    """A text with `[picture of 256 tokens]` in place of each picture, for people."""
+    return _PICTURE.sub(lambda found: f"[picture of {len(found[1]) // len(IMAGE)} tokens]", text)
+
+
 def split_thoughts(text: str) -> tuple[list[str], str]:
     """(thoughts, rest): what stands inside the closed channels of `text`, and what stands outside them.
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cache
 from typing import Any
@@ -73,13 +73,15 @@ class Normalised:
 class Normaliser:
     """Turns the rows of one source into what they say by `data.format` and `data.columns`; `done` counts what it did.
 
+    Columns that the caller reads itself (`read_elsewhere`) are not counted as unused.
+
     Raises:
       UserError: no such format among those of this kind of `rows`, or columns that no form has.
     """
 
     def __init__(
         self, form: str, columns: Mapping[str, str], done: Normalised, rows: str = CONVERSATIONS,
-        pictures: PictureReader | None = None,
+        pictures: PictureReader | None = None, read_elsewhere: Collection[str] = (),
     ):  # fmt: skip
         there = (AUTO, *(name for name, one in FORMS.items() if one.rows == rows))
         if form not in there:
@@ -96,7 +98,7 @@ class Normaliser:
         self._turn_columns = {name: own for name, own in columns.items() if name in TURN_COLUMNS}
         self._pairs_are_codev = False
         self._done = done
-        self._pictures = pictures
+        self._pictures, self._read_elsewhere = pictures, read_elsewhere
 
     def begin(self, name: str, rows: Iterable[RawRow]) -> None:
         """Looks at the first rows of the source `name` before any of them is taken.
@@ -145,7 +147,7 @@ class Normaliser:
         made = FORMS[form].make(columns, self._turn_columns, lambda note: notes.setdefault(note))
         given = next(iter(columns.take(name for name in read if value.get(name)).values()), None)
         made = made.each(lambda conversation: self._with_pictures(conversation, given, row, notes))
-        for key in value.keys() - columns.used:
+        for key in value.keys() - columns.used - set(self._read_elsewhere):
             notes.setdefault(f"column {key[:40]!r} not used")
         self._done.add(form, notes)
         return made

@@ -64,7 +64,10 @@ class FeatureCache:
         try:
             _write(join(self.folder, DESCRIPTION), _described(tower))
         except OSError as error:
-            raise UserError(f"data.image_cache={place}: cannot be written to ({error}); give another folder") from None
+            raise UserError(
+                f"{place}: features of pictures cannot be written there ({error}); give another folder as"
+                " data.image_cache, in an evaluation as eval.image_cache"
+            ) from None
         self._there = set(list_folder(self.folder))
         self._found: set[str] = set()
         self._made = 0

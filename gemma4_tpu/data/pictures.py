@@ -30,8 +30,10 @@ COLUMNS = ("images", "image")
 """Columns of a row's pictures, in the order of their places in its turns."""
 PLACE = "<image>"
 """Where a picture of the column stands in a text, as LLaVA's rows have it."""
-FORMATS = ("PNG", "JPEG", "MPO", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF")
-"""What is opened; of moving ones the first frame."""
+FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF")
+"""What is opened, as far as this Pillow can; of moving ones the first frame."""
+ENCODED = ("base64", "data")
+"""Keys of an object under which a picture stands as base64."""
 MAX_BYTES = 64 * 2**20
 MAX_PIXELS = 2**26
 """67 megapixels, 200 MB once unpacked; a model sees less than one of them."""
@@ -57,10 +59,27 @@ class Picture:
         Raises:
           RowDropped: it is no longer there, or no longer what it was.
         """
+        return _opened(self._file())
+
+    def data_url(self) -> str:
+        """The picture for a server, whose pixels are those of `image` whatever it reads pictures with.
+
+        Raises:
+          RowDropped: as `image`.
+        """
+        content = self._file()
+        kind = _plain_kind(content)
+        if kind is None:
+            out = io.BytesIO()
+            _opened(content).save(out, "PNG")
+            kind, content = "png", out.getvalue()
+        return f"data:image/{kind};base64,{base64.b64encode(content).decode()}"
+
+    def _file(self) -> bytes:
         content = _content(self.source) if isinstance(self.source, str) else self.source
         if _key(content) != self.key:
             raise RowDropped("unreadable_picture", f"{self.source!r}: changed while rows were read")
-        return _opened(content)
+        return content
 
 
 class TokenCounter(Protocol):
@@ -127,12 +146,19 @@ class PictureReader:
         content = _content(source) if isinstance(source, str) else source
         if len(content) > MAX_BYTES:
             raise RowDropped("picture_too_large", f"{len(content)} bytes, more than {MAX_BYTES}")
-        image = _opened(content)
         try:
+            image = _opened(content)
             tokens = self._processor.tokens(*image.size)
+        except RowDropped as problem:
+            raise RowDropped(problem.reason, f"{_name(source)}{problem.detail}") from None
         except ValueError as error:
-            raise RowDropped("unreadable_picture", str(error)[:100]) from None
+            raise RowDropped("unreadable_picture", f"{_name(source)}{error}"[:160]) from None
         return Picture(_key(content), tokens, source)
+
+
+def _name(source: str | bytes) -> str:
+    """Of a picture's file, for details."""
+    return f"{source.rpartition('/')[2][-60:]}: " if isinstance(source, str) else ""
 
 
 def _key(content: bytes) -> str:
@@ -200,10 +226,12 @@ def _cut(turn: Turn) -> list[Turn]:
 
 def _source(what: Any, origin: Origin) -> str | bytes:
     """The bytes of a picture, or the address of its file."""
-    if isinstance(what, dict):  # as `datasets` stores pictures, and as OpenAI's parts nest them
-        key = next((key for key in ("bytes", "url", "path", "base64") if what.get(key)), None)
+    if isinstance(what, Picture):  # it was read before
+        return what.source
+    if isinstance(what, dict):  # as `datasets` stores pictures, and as parts of OpenAI's and Anthropic's nest them
+        key = next((key for key in ("bytes", "url", "path", *ENCODED) if what.get(key)), None)
         what = what.get(key)
-        if key == "base64" and isinstance(what, str):
+        if key in ENCODED and isinstance(what, str):
             return _unpacked(what)
     if isinstance(what, bytes | bytearray | memoryview):
         return bytes(what)
@@ -243,7 +271,7 @@ def _content(address: str) -> bytes:
         if file.size_bytes > MAX_BYTES:
             raise RowDropped("picture_too_large", f"{address}: {file.size_bytes} bytes, more than {MAX_BYTES}")
         return bytes(file.read(0, file.size_bytes))
-    except (OSError, UserError) as error:
+    except (OSError, UserError, ValueError) as error:  # of an address that can be none, such as one with a null
         reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
         raise RowDropped("missing_picture", f"{address}: {reason}"[:160]) from None
 
@@ -251,20 +279,47 @@ def _content(address: str) -> bytes:
 def _opened(content: bytes) -> Any:
     """A decoded PIL image, RGB; its size is known, and refused, before any pixel is unpacked."""
     try:
-        from PIL import Image, ImageOps
+        from PIL import Image, ImageOps, UnidentifiedImageError
     except ImportError as error:
         raise UserError(f"pictures need the extra: pip install 'gemma4-tpu[pictures]' ({error})") from None
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of odd metadata; what matters raises
-            image = Image.open(io.BytesIO(content), formats=FORMATS)
+            image = Image.open(io.BytesIO(content), formats=_formats())
             if image.width * image.height > MAX_PIXELS:
                 told = f"{image.width} × {image.height} pixels, more than {MAX_PIXELS} in all"
                 raise RowDropped("picture_too_large", told)
+            if image.mode.startswith(("I", "F")):  # its values would be cut off at 255, here and by servers
+                raise RowDropped("unreadable_picture", f"mode {image.mode}, more than 8 bits a channel: save it with 8")
             return ImageOps.exif_transpose(image).convert("RGB")
     except RowDropped:
         raise
     except Image.DecompressionBombError as error:
         raise RowDropped("picture_too_large", str(error)[:100]) from None
+    except UnidentifiedImageError:
+        raise RowDropped("unreadable_picture", f"none of {', '.join(_formats())}") from None
     except Exception as error:  # whatever a decoder makes of damaged bytes
         raise RowDropped("unreadable_picture", f"{type(error).__name__}: {error}"[:100]) from None
+
+
+def _formats() -> list[str]:
+    """Those that this Pillow knows: asked for others, it opens none that are listed behind them."""
+    from PIL import Image
+
+    Image.init()
+    return [name for name in FORMATS if name in Image.OPEN]
+
+
+def _plain_kind(content: bytes) -> str | None:
+    """`png`, `jpeg` or `webp` of a file that every reader makes the same pixels of; None: it is another.
+
+    Readers differ in what they do with transparency, palettes, inks, EXIF's turns and moving pictures.
+    """
+    from PIL import ExifTags, Image
+
+    with Image.open(io.BytesIO(content), formats=_formats()) as image:
+        moves = getattr(image, "is_animated", False)
+        upright = image.getexif().get(ExifTags.Base.Orientation, 1) == 1
+        kind = (image.format or "").lower()
+        plain = kind in ("png", "jpeg", "webp") and image.mode in ("RGB", "L") and upright and not moves
+        return kind if plain else None

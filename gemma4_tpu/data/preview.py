@@ -29,7 +29,6 @@ BAR_CELLS = 50
 PLOT = Path("outputs/preview/lengths.png")
 TRAINED_STYLE = "bold green"
 TRAINED_MARKS = "⟦", "⟧"  # where there is no colour
-PICTURE = re.compile(f"{re.escape(markup.IMAGE_START)}(?:{re.escape(markup.IMAGE)})+{re.escape(markup.IMAGE_END)}")
 UNPRINTABLE = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")  # what a row could steer the terminal with
 
 
@@ -74,7 +73,7 @@ def rendered(ids: np.ndarray, flags: np.ndarray, tokenizer: Any, colour: bool) -
     for start, stop in itertools.pairwise(cuts):
         piece = tokenizer.decode(ids[start:stop], skip_special_tokens=False)
         piece = UNPRINTABLE.sub(lambda match: f"\\x{ord(match[0]):02x}", piece)
-        piece = PICTURE.sub(lambda match: f"[picture of {match[0].count(markup.IMAGE)} tokens]", piece)
+        piece = markup.pictures_in_words(piece)
         trained = bool(flags[start])
         if trained and not colour:
             piece = piece.join(TRAINED_MARKS)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -14,11 +15,13 @@ from gemma4_tpu.data.chat import Message
 from gemma4_tpu.data.drops import REASONS, Origin, RowDropped
 from gemma4_tpu.data.forms import Conversation
 from gemma4_tpu.data.picture_cache import BATCH, FeatureCache, Shown
-from gemma4_tpu.data.pictures import PictureReader, pictures_of
+from gemma4_tpu.data.pictures import Picture, PictureReader, pictures_of
 from gemma4_tpu.data.turns import IMAGE_PARTS, to_turns
 from gemma4_tpu.errors import UserError
 from gemma4_tpu.models.base import Base
 from gemma4_tpu.models.vision_tower import PictureProcessor, Tower
+
+logger = logging.getLogger(__name__)
 
 
 def picture_reader(base: Base, data: DataConfig) -> PictureReader | None:
@@ -58,24 +61,64 @@ def shown_with(base: Base, cache: FeatureCache, data: TrainingData, processes: i
 def holds_pictures(messages: Sequence[Message]) -> bool:
     """Whether a turn has a part that is a picture, in any of the forms of rows."""
     contents = [message.get("content") for message in messages]
-    return any(part.get("type") in IMAGE_PARTS for parts in contents if isinstance(parts, list) for part in parts)
+    parts = (part for content in contents if isinstance(content, list) for part in content)
+    return any(part.get("type") in IMAGE_PARTS for part in parts if isinstance(part, dict))
 
 
-def read_prompts(base: Base, conversations: Sequence[Sequence[Message]]) -> list[tuple[Message, ...]]:
-    """Conversations with their pictures read; paths are relative to the current folder.
+@dataclass(frozen=True)
+class Sight:
+    """How a model in this process reads the pictures of prompts.
 
-    Raises:
-      UserError: a turn or a picture that a row would be dropped for.
+    Args:
+      base: its base; one that was resolved for text alone refuses them.
+      cache: folder where features are kept, as `data.image_cache`; None: they are made anew each time.
     """
-    reader, made = PictureReader(_processor(base)), []
-    for number, messages in enumerate(conversations, start=1):
-        try:
-            turns = to_turns(list(messages), {}, lambda note: None)
-            read = reader.within(Conversation(turns), None, Origin("prompt", number), lambda note: None)
-        except RowDropped as problem:
-            raise UserError(f"prompt {number}: {REASONS[problem.reason]} ({problem.detail})") from None
-        made.append(tuple(read.messages))
-    return made
+
+    base: Base
+    cache: str | None = None
+
+    def check(self) -> None:
+        """Raises: UserError: the model reads no pictures."""
+        if self.base.arch.vision is None:
+            raise UserError(
+                "a prompt with a picture, for a model that was loaded for text. A run reads pictures if it was trained"
+                " with data.image_cache, and an E2B or E4B checkpoint (also a merged one) with Gemma4.load(…,"
+                " pictures=True) or in an evaluation"
+            )
+
+    def read(self, conversations: Sequence[Sequence[Message]]) -> list[tuple[Message, ...]]:
+        """Conversations with their pictures read. Paths are relative to the current folder; the tokens of pictures that
+        were read before are counted as this model does.
+
+        Raises:
+          UserError: the model reads none, or a turn or a picture is one that a row would be dropped for.
+        """
+        if not any(map(holds_pictures, conversations)):
+            return [tuple(messages) for messages in conversations]
+        self.check()
+        reader, made = PictureReader(_processor(self.base)), []
+        for number, messages in enumerate(conversations, start=1):
+            try:
+                turns = to_turns(list(messages), {}, lambda note: None)
+                read = reader.within(Conversation(turns), None, Origin("prompt", number), lambda note: None)
+            except RowDropped as problem:
+                raise UserError(f"prompt {number}: {REASONS[problem.reason]} ({problem.detail})") from None
+            made.append(tuple(read.messages))
+        return made
+
+    def shown(self, conversations: Sequence[Sequence[Message]]) -> Shown | None:
+        """The features of all pictures of conversations that were read; None: there are none."""
+        pictures = [picture for messages in conversations for picture in pictures_of(messages)]
+        if not pictures:
+            return None
+        assert self.base.arch.vision is not None  # `read` refuses
+        image_token, tower = self.base.arch.vision.image_token, Tower(self.base.checkpoint, _processor(self.base))
+        if self.cache is None:
+            return Shown(_made_now(tower, pictures), image_token)
+        cache = FeatureCache(self.cache, tower)
+        cache.ensure(pictures)
+        logger.info("%s", cache.told())
+        return Shown(cache, image_token)
 
 
 @dataclass(frozen=True)
@@ -90,16 +133,13 @@ class _InMemory:
         return [self.of[key] for key in keys]
 
 
-def shown_at_once(base: Base, conversations: Sequence[Sequence[Message]]) -> Shown:
-    """The features of all pictures of conversations that were read, made now and kept nowhere."""
-    assert base.arch.vision is not None
-    tower = Tower(base.checkpoint, _processor(base))
-    distinct = list({picture.key: picture for messages in conversations for picture in pictures_of(messages)}.values())
+def _made_now(tower: Tower, pictures: Sequence[Picture]) -> _InMemory:
+    distinct = list({picture.key: picture for picture in pictures}.values())
     made: dict[str, np.ndarray] = {}
     for start in range(0, len(distinct), BATCH):
         batch = distinct[start : start + BATCH]
         made |= zip([one.key for one in batch], tower.encode([one.image() for one in batch]), strict=True)
-    return Shown(_InMemory(tower.dim, tower.dtype, made), base.arch.vision.image_token)
+    return _InMemory(tower.dim, tower.dtype, made)
 
 
 def _processor(base: Base) -> PictureProcessor:

@@ -196,6 +196,8 @@ def _mixed_parts(content: Any, tell: Tell) -> list[Turn] | None:
 def _meant(part: Turn, tell: Tell) -> Any:
     """What a part says of its picture; None: nothing."""
     given = next((part[key] for key in IMAGE_KEYS if part.get(key)), None)
+    if given is None and isinstance(part.get("source"), dict):  # Anthropic's; a text would say whence a picture comes
+        given = part["source"]
     if isinstance(given, dict) and given.get("detail"):
         tell("detail of pictures left out: each takes as many tokens as the processor says")
     return {"base64": given} if given is not None and given is part.get("base64") else given

@@ -14,7 +14,7 @@ from gemma4_tpu.config.paths import folder_of, local_place, name_problem
 from gemma4_tpu.config.refusals import Refusal
 from gemma4_tpu.config.schema import DataSource
 from gemma4_tpu.config.tasks import EvalConfig, EvaluateRoot
-from gemma4_tpu.data.checks import source_problem
+from gemma4_tpu.data.checks import cache_messages, source_problem
 from gemma4_tpu.data.forms import AUTO, CONVERSATIONS, FORMS
 from gemma4_tpu.evals.accuracy.matching import ANSWERS, CHOOSE, LETTER, READINGS
 from gemma4_tpu.evals.benchmarks import SOURCES
@@ -49,6 +49,7 @@ def normalise_evaluate(root: EvaluateRoot) -> EvaluateRoot:
         root.eval,
         checkpoint=root.eval.checkpoint.strip().lower(),
         problems_path=folder_of(root.eval.problems_path),
+        image_cache=folder_of(root.eval.image_cache),
         samples=folder_of(root.eval.samples),
         lm_eval=replace(root.eval.lm_eval, include=folder_of(root.eval.lm_eval.include)),
         endpoint=root.eval.endpoint.rstrip("/") if root.eval.endpoint else None,
@@ -81,6 +82,7 @@ def examine_evaluate(root: EvaluateRoot) -> tuple[EvaluateChecked | None, list[R
             messages += _endpoint(root.eval.endpoint) + _harness(root) + _names(root)
     if form in ("samples", "endpoint", "run", "checkpoint"):
         messages += (_accuracy(root) if root.eval.benchmark == ACCURACY else []) + _names(root)
+        messages += _image_cache(root.eval, form)
         messages += problems_path_messages(root.eval)
     if messages or form is None:
         return None, [Refusal(m) for m in messages]
@@ -213,6 +215,16 @@ def _accuracy(root: EvaluateRoot) -> list[str]:
     if evaluation.second_opinion:
         messages.append(f"eval.second_opinion=true: only where designs are simulated, not with {ACCURACY}")
     return messages
+
+
+def _image_cache(evaluation: EvalConfig, form: str) -> list[str]:
+    """What is wrong with where features of pictures are to be kept."""
+    if evaluation.image_cache is None:
+        return []
+    said = f"eval.image_cache={evaluation.image_cache}"
+    if evaluation.benchmark != ACCURACY or form not in ("run", "checkpoint"):
+        return [f"{said}: only with eval={ACCURACY} and a model in this process (run= or model.path=)"]
+    return cache_messages(said, evaluation.image_cache)
 
 
 def _harness(root: EvaluateRoot) -> list[str]:

@@ -9,12 +9,14 @@ from __future__ import annotations
 import logging
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from gemma4_tpu.config.tasks import EvalConfig
+from gemma4_tpu.data.seen import holds_pictures
+from gemma4_tpu.errors import UserError
 from gemma4_tpu.evals.accuracy.answers_court import AnswersCourt
 from gemma4_tpu.evals.checks import ACCURACY
 from gemma4_tpu.evals.court import Court
@@ -61,14 +63,21 @@ class Evaluated:
     """Of problems, weights and tokenizer."""
 
 
-def evaluate(config: EvalConfig, form: str, folder: Path, load_models: Callable[[], Backends]) -> Evaluated:
+class LoadModels(Protocol):
+    """Loads a run, a checkpoint or a server."""
+
+    def __call__(self, *, pictures: bool) -> Backends:
+        """`pictures`: prompts have some."""
+
+
+def evaluate(config: EvalConfig, form: str, folder: Path, load_models: LoadModels) -> Evaluated:
     """Runs an evaluation in `folder`, from where it was.
 
     Args:
       config: what is generated, and how it is judged.
       form: which subject counts: `run`, `checkpoint`, `endpoint`, `samples`, or `resimulate`.
       folder: the record's.
-      load_models: of a run, a checkpoint or a server; called once there is a judge.
+      load_models: called once there is a judge.
 
     Raises:
       UserError: no simulator, no sandbox, no model, damaged files.
@@ -84,12 +93,12 @@ def evaluate(config: EvalConfig, form: str, folder: Path, load_models: Callable[
 
 
 def _subjects(
-    config: EvalConfig, form: str, folder: Path, problems: Sequence[Asked], load_models: Callable[[], Backends]
+    config: EvalConfig, form: str, folder: Path, problems: Sequence[Asked], load_models: LoadModels
 ) -> list[Subject]:
     """The subject in `folder` itself, what it is compared with in a folder of that name beneath."""
     match form:
         case "run" | "checkpoint" | "endpoint":
-            loaded = load_models()
+            loaded = load_models(pictures=any(holds_pictures(problem.messages) for problem in problems))
             return [
                 Subject(name, _place(folder, i, name), backend, config.n, fingerprints=loaded.fingerprints)
                 for i, (name, backend) in enumerate(loaded.by_name.items())
@@ -157,7 +166,11 @@ def _evaluate(subject: Subject, config: EvalConfig, court: Court, *, again: bool
 
 
 def _generate(subject: Subject, problems: Sequence[Asked], config: EvalConfig) -> float:
-    """Draws what is not stored yet; returns the seconds it took."""
+    """Draws what is not stored yet; returns the seconds it took.
+
+    Raises:
+      UserError: no answer ever came, as from a server that does not read what it is asked.
+    """
     assert subject.backend is not None
     started = time.perf_counter()
     with Samples(subject.folder / SAMPLES_FILE) as store:
@@ -167,4 +180,9 @@ def _generate(subject: Subject, problems: Sequence[Asked], config: EvalConfig) -
         if wanted:
             for sample in subject.backend.generate(wanted):
                 store.add_sample(sample)
+        if not store.rows:
+            raise UserError(
+                f"{subject.name}: not one of {len(wanted)} answers came, so that there is nothing to score; the reasons"
+                " stand above and in the log"
+            )
     return time.perf_counter() - started

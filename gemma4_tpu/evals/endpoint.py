@@ -25,9 +25,13 @@ import httpx
 
 from gemma4_tpu.config.tasks import EvalConfig
 from gemma4_tpu.data.chat import ChatFormat
+from gemma4_tpu.data.drops import RowDropped
 from gemma4_tpu.data.markup import without_thoughts
+from gemma4_tpu.data.pictures import pictures_of
+from gemma4_tpu.data.turns import IMAGE_PART
 from gemma4_tpu.errors import UserError
 from gemma4_tpu.evals.generate import SampleRequest, answer_ids, rendered, scored_sample
+from gemma4_tpu.evals.problems import Message
 from gemma4_tpu.evals.store import LENGTH, STOP, Sample
 
 log = logging.getLogger(__name__)
@@ -73,14 +77,19 @@ class Endpoint:
 
     def example(self, request: SampleRequest) -> str:
         """The conversation; its markup is made by the server."""
-        return "\n".join(f"[{message['role']}]\n{message['content']}" for message in request.messages)
+        return "\n".join(f"[{message['role']}]\n{_in_words(message['content'])}" for message in request.messages)
 
     def generate(self, requests: Sequence[SampleRequest]) -> Iterator[Sample]:
         """The samples as they come; one that fails after all attempts is logged and left out.
 
         Raises:
-          UserError: the server refuses every request alike: a wrong key, no such model.
+          UserError: the server refuses every request alike: a wrong key, no such model; a likelihood after a picture.
         """
+        if any(request.scored and pictures_of(request.messages) for request in requests):
+            raise UserError(
+                "eval.answers.choose: a server scores tokens of text, and these questions have pictures; give"
+                " eval.answers.choose=letter, or the model itself (run= or model.path=) instead of eval.endpoint"
+            )
         done: queue.SimpleQueue[Any] = queue.SimpleQueue()
         stop = threading.Event()
 
@@ -190,7 +199,7 @@ class Endpoint:
     def _body(self, request: SampleRequest, with_seed: bool) -> dict[str, Any]:
         config = self._config
         body = {
-            "model": self._model, "messages": list(request.messages), "temperature": config.temperature,
+            "model": self._model, "messages": _as_openai(request.messages), "temperature": config.temperature,
             "top_p": config.top_p, "max_tokens": config.max_new_tokens, "n": 1,
         }  # fmt: skip
         if config.thoughts == "train":
@@ -198,6 +207,31 @@ class Endpoint:
         if request.tools:
             body["tools"] = list(request.tools)
         return {**body, "seed": request.seed} if with_seed else body
+
+
+def _as_openai(messages: Sequence[Message]) -> list[Message]:
+    """Messages as OpenAI has them: a picture in normal form becomes a `data:` URL."""
+    return [
+        {**message, "content": [_part_as_openai(part) for part in message["content"]]}
+        if isinstance(message.get("content"), list)
+        else message
+        for message in messages
+    ]
+
+
+def _part_as_openai(part: dict[str, Any]) -> dict[str, Any]:
+    if part["type"] != IMAGE_PART:
+        return part
+    try:
+        return {"type": "image_url", "image_url": {"url": part["image"].data_url()}}
+    except RowDropped as problem:  # it was read when the evaluation began
+        raise UserError(f"a picture cannot be read any more ({problem.detail}); start again") from None
+
+
+def _in_words(content: Any) -> str:
+    if isinstance(content, str):
+        return content
+    return "\n".join("[picture]" if part["type"] == IMAGE_PART else part["text"] for part in content)
 
 
 def served_model(config: EvalConfig) -> dict[str, Any]:

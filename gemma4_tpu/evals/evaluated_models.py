@@ -14,6 +14,7 @@ from jax.sharding import Mesh
 
 from gemma4_tpu.config.schema import HardwareConfig, LoraConfig, MeshConfig, ModelConfig, TrainerConfig
 from gemma4_tpu.config.tasks import EvalConfig, ExportConfig
+from gemma4_tpu.data.seen import Sight
 from gemma4_tpu.data.tokenizer import load_tokenizer, tokenizer_fingerprint
 from gemma4_tpu.evals.endpoint import Endpoint
 from gemma4_tpu.evals.generate import Backend, InProcess, Weights, checkpoint_stop_ids
@@ -42,20 +43,26 @@ class Backends:
     fingerprints: dict[str, str]
 
 
-def of_run(run: str, config: EvalConfig, hardware: HardwareConfig, mesh_config: MeshConfig) -> Backends:
-    """What a run trained, its base, or both, as `eval.adapter` says.
+def of_run(
+    run: str, config: EvalConfig, hardware: HardwareConfig, mesh_config: MeshConfig, *, pictures: bool = False
+) -> Backends:
+    """What a run trained, its base, or both, as `eval.adapter` says; `pictures`: prompts have some.
 
     Raises:
       UserError: what is named can't be loaded or does not fit together.
     """
     trained = open_trained(run, ExportConfig(checkpoint=config.checkpoint))
+    data = trained.run.read_config().get("data", {})
+    sight = Sight(trained.base, config.image_cache or data.get("image_cache"))
+    if pictures:
+        sight.check()
     mesh = start_mesh(hardware, mesh_config, trained.base.arch)
-    policy = config.thoughts or trained.run.read_config().get("data", {}).get("thoughts", "drop")
+    policy = config.thoughts or data.get("thoughts", "drop")
     base, run_weights = weights_of(trained, config, mesh)
     wanted = {"run": (RUN,), "none": (BASE,), "both": (RUN, BASE)}[config.adapter]
     about = {"base": trained.base.folder, "run": str(trained.run.path), "checkpoint": trained.state.update}
     backends = {
-        name: _backend(trained.base, base if name == BASE else run_weights, config, policy, {**about, "weights": name})
+        name: _backend(sight, base if name == BASE else run_weights, config, policy, {**about, "weights": name})
         for name in wanted
     }
     tokenizer = tokenizer_fingerprint(load_tokenizer(trained.base.tokenizer_folder, trained.base.new_tokens))
@@ -65,18 +72,19 @@ def of_run(run: str, config: EvalConfig, hardware: HardwareConfig, mesh_config: 
 
 
 def of_checkpoint(
-    model: ModelConfig, config: EvalConfig, hardware: HardwareConfig, mesh_config: MeshConfig
+    model: ModelConfig, config: EvalConfig, hardware: HardwareConfig, mesh_config: MeshConfig, *, pictures: bool = False
 ) -> Backends:
-    """The checkpoint `model.path` by itself.
+    """The checkpoint `model.path` by itself; `pictures`: prompts have some.
 
     Raises:
       UserError: as `of_run`.
     """
-    base = resolve_base(model)
+    base = resolve_base(model, pictures=pictures)
     audit(base).enforce()
     mesh = start_mesh(hardware, mesh_config, base.arch)
     weights = weights_as_they_are(base, config, mesh)
-    backend = _backend(base, weights, config, config.thoughts or "drop", {"base": model.path})
+    about = {"base": model.path}
+    backend = _backend(Sight(base, config.image_cache), weights, config, config.thoughts or "drop", about)
     tokenizer = tokenizer_fingerprint(load_tokenizer(base.tokenizer_folder, base.new_tokens))
     return Backends({MODEL: backend}, {"base": base.fingerprint, **tokenizer})
 
@@ -138,11 +146,12 @@ def _on_mesh(trained: Trained, leaves: Iterable[Leaf], mesh: Mesh, dtype: Any) -
     return {leaf.path: array(leaf) for leaf in leaves}
 
 
-def _backend(base: Base, weights: Weights, config: EvalConfig, policy: str, description: dict[str, Any]) -> InProcess:
+def _backend(sight: Sight, weights: Weights, config: EvalConfig, policy: str, description: dict[str, Any]) -> InProcess:
+    base = sight.base
     tokenizer = load_tokenizer(base.tokenizer_folder, base.new_tokens)
     stops = checkpoint_stop_ids(base, tokenizer)
     about = {**description, "thoughts": policy, "stop_ids": list(stops), "batch_size": config.batch_size}
-    return InProcess(weights, tokenizer, stops, config, policy, about)
+    return InProcess(weights, tokenizer, stops, config, policy, about, sight)
 
 
 def _trainer(config: EvalConfig) -> TrainerConfig:

@@ -10,7 +10,7 @@ import logging
 import time
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple, Protocol
 
 import jax
@@ -19,9 +19,10 @@ import numpy as np
 from gemma4_tpu.checkpoint_folder import GENERATION_NAME
 from gemma4_tpu.config.tasks import EvalConfig
 from gemma4_tpu.data.chat import ChatFormat, Message
-from gemma4_tpu.data.markup import TURN_END, without_thoughts
+from gemma4_tpu.data.markup import TURN_END, pictures_in_words, without_thoughts
 from gemma4_tpu.data.picture_cache import Shown
 from gemma4_tpu.data.pictures import pictures_of
+from gemma4_tpu.data.seen import Sight
 from gemma4_tpu.errors import UserError
 from gemma4_tpu.evals.likelihood import answer_logprobs
 from gemma4_tpu.evals.problems import Asked
@@ -125,7 +126,7 @@ class InProcess:
 
     def __init__(
         self, weights: Weights, tokenizer: Any, stop_ids: Sequence[int], config: EvalConfig, policy: str,
-        description: dict[str, Any], whole: bool = False, shown: Shown | None = None,
+        description: dict[str, Any], sight: Sight, whole: bool = False,
     ):  # fmt: skip
         """Args:
         weights: model, base and adapters.
@@ -134,10 +135,10 @@ class InProcess:
         config: sampling and batch size.
         policy: for thoughts, as in training (`drop` or `train`).
         description: for the report.
+        sight: how pictures in prompts are read.
         whole: answers keep their thoughts and control tokens.
-        shown: features of the pictures in prompts; None: there are none.
         """
-        self._whole, self._shown = whole, shown
+        self._whole, self._sight = whole, sight
         self._weights, self._tokenizer, self._stop_ids = weights, tokenizer, tuple(stop_ids)
         self._chat, self._policy = ChatFormat(tokenizer, policy), policy
         self._config = config
@@ -145,25 +146,36 @@ class InProcess:
 
     def example(self, request: SampleRequest) -> str:
         """See `Backend`."""
-        return rendered(self._chat, request)
+        (request,) = self._read([request])
+        return pictures_in_words(rendered(self._chat, request))
 
     def generate(self, requests: Sequence[SampleRequest]) -> Iterator[Sample]:
         """See `Backend`."""
-        by_problem = {request.problem: self.example(request) for request in requests}
+        requests = self._read(requests)
+        shown = self._sight.shown([request.messages for request in requests])
+        by_problem = {request.problem: rendered(self._chat, request) for request in requests}
         encoded = dict(zip(by_problem, self._chat.encode(list(by_problem.values())), strict=True))
         if scored := [request for request in requests if request.scored]:
-            yield from self._score(scored, encoded)
+            yield from self._score(scored, encoded, shown)
         if drawn := [request for request in requests if not request.scored]:
-            yield from self._draw(drawn, [encoded[request.problem] for request in drawn])
+            yield from self._draw(drawn, [encoded[request.problem] for request in drawn], shown)
 
-    def _draw(self, requests: Sequence[SampleRequest], ids: Sequence[np.ndarray]) -> Iterator[Sample]:
+    def _read(self, requests: Sequence[SampleRequest]) -> list[SampleRequest]:
+        """The requests with their pictures read."""
+        given = {request.problem: request.messages for request in requests}
+        read = dict(zip(given, self._sight.read(list(given.values())), strict=True))
+        return [replace(request, messages=read[request.problem]) for request in requests]
+
+    def _draw(
+        self, requests: Sequence[SampleRequest], ids: Sequence[np.ndarray], shown: Shown | None
+    ) -> Iterator[Sample]:
         """Samples of answers, batch by batch."""
         order = sorted(range(len(requests)), key=lambda i: (len(ids[i]), requests[i].problem, requests[i].sample))
         size = min(self._config.batch_size, -(-len(requests) // self._rows) * self._rows)
         tokens, started = 0, time.perf_counter()
         for start in range(0, len(order), size):
             batch = order[start : start + size]
-            for sample in self._batch([requests[i] for i in batch], [ids[i] for i in batch], size):
+            for sample in self._batch([requests[i] for i in batch], [ids[i] for i in batch], size, shown):
                 tokens += sample.tokens or 0
                 yield sample
             seconds = time.perf_counter() - started
@@ -172,7 +184,9 @@ class InProcess:
                 min(start + size, len(order)), len(order), tokens, seconds, tokens / seconds,
             )  # fmt: skip
 
-    def _score(self, requests: Sequence[SampleRequest], encoded: Mapping[str, np.ndarray]) -> Iterator[Sample]:
+    def _score(
+        self, requests: Sequence[SampleRequest], encoded: Mapping[str, np.ndarray], shown: Shown | None
+    ) -> Iterator[Sample]:
         """Samples with the log-probability of each answer, given the prompt as it is encoded."""
         if self._policy == "train":
             raise UserError(
@@ -189,27 +203,34 @@ class InProcess:
         found: dict[int, list[dict[str, float]]] = {}
         for start in range(0, len(rows), size):
             batch = rows[start : start + size]
-            for row, logprob in zip(batch, self._logprobs(batch, size), strict=True):
+            filled = [batch[min(row, len(batch) - 1)] for row in range(size)]
+            logprobs = self._logprobs(filled, _keys([requests[row.request] for row in filled]), shown)
+            for row, logprob in zip(batch, logprobs, strict=False):
                 choices = found.setdefault(row.request, [])
                 choices.append({"logprob": float(logprob), "tokens": row.answer})
                 if len(choices) == len(requests[row.request].scored):
                     yield scored_sample(requests[row.request], choices)
             log.info("%d of %d answers scored", min(start + size, len(rows)), len(rows))
 
-    def _logprobs(self, batch: Sequence[_ScoredRow], size: int) -> np.ndarray:
-        """float32 [rows of the batch]; it is filled up with repeats of the last one."""
-        filled = [batch[min(row, len(batch) - 1)] for row in range(size)]
-        width = padded_width([row.ids for row in filled])
-        longest = max(row.answer for row in filled)
+    def _logprobs(self, rows: Sequence[_ScoredRow], keys: list[list[str]], shown: Shown | None) -> np.ndarray:
+        """float32 [rows]; `keys`: of the pictures of each."""
+        width = padded_width([row.ids for row in rows])
+        longest = max(row.answer for row in rows)
         most = min(-(-longest // ANSWER_MULTIPLE) * ANSWER_MULTIPLE, width - 1)
-        tokens = np.zeros((size, width), np.int32)
-        for place, row in enumerate(filled):
+        tokens = np.zeros((len(rows), width), np.int32)
+        for place, row in enumerate(rows):
             tokens[place, width - len(row.ids) :] = row.ids
-        lengths, answers = (np.array(x, np.int32) for x in zip(*((len(r.ids), r.answer) for r in filled), strict=True))
+        lengths, answers = (np.array(x, np.int32) for x in zip(*((len(r.ids), r.answer) for r in rows), strict=True))
         weights = self._weights
         given = (on_mesh(x, weights.model.mesh) for x in (tokens, lengths, answers))
-        found = answer_logprobs(weights.model, weights.params, weights.lora, *given, most=most)
-        return np.asarray(found)[: len(batch)]
+        features = self._features(tokens, keys, shown)
+        return np.asarray(
+            answer_logprobs(weights.model, weights.params, weights.lora, *given, most=most, features=features)
+        )
+
+    def _features(self, tokens: np.ndarray, keys: list[list[str]], shown: Shown | None) -> jax.Array | None:
+        """[B, P, I] of the pictures in tokens [B, P]; None: there are none."""
+        return None if shown is None else on_mesh(shown.of_rows(tokens, keys), self._weights.model.mesh)
 
     @property
     def _rows(self) -> int:
@@ -217,7 +238,9 @@ class InProcess:
         mesh = self._weights.model.mesh
         return sharding.row_places(mesh) if mesh is not None else 1
 
-    def _batch(self, requests: Sequence[SampleRequest], ids: Sequence[np.ndarray], size: int) -> Iterator[Sample]:
+    def _batch(
+        self, requests: Sequence[SampleRequest], ids: Sequence[np.ndarray], size: int, shown: Shown | None
+    ) -> Iterator[Sample]:
         """The samples of at most `size` requests, which are filled up with repeats of the last."""
         width = padded_width(ids)
         rows = [min(row, len(requests) - 1) for row in range(size)]
@@ -225,10 +248,7 @@ class InProcess:
         for row, i in enumerate(rows):
             # Padded on the left: every row's next token stands in the same column, which one write to the cache needs.
             tokens[row, width - len(ids[i]) :] = ids[i]
-        features = None
-        if self._shown is not None:
-            keys = [[picture.key for picture in pictures_of(requests[i].messages)] for i in rows]
-            features = on_mesh(self._shown.of_rows(tokens, keys), self._weights.model.mesh)
+        features = self._features(tokens, _keys([requests[i] for i in rows]), shown)
         lengths = np.array([len(ids[i]) for i in rows], np.int32)
         seeds = np.array([requests[i].seed for i in rows], np.uint32)
         weights, config = self._weights, self._config
@@ -247,6 +267,11 @@ class InProcess:
                 problem=request.problem, sample=request.sample, completion=answer, seed=request.seed,
                 finish=STOP if stopped[row] else LENGTH, tokens=int(counts[row]),
             )  # fmt: skip
+
+
+def _keys(requests: Sequence[SampleRequest]) -> list[list[str]]:
+    """Keys of the pictures of each, in order."""
+    return [[picture.key for picture in pictures_of(request.messages)] for request in requests]
 
 
 def rendered(chat: ChatFormat, request: SampleRequest) -> str:

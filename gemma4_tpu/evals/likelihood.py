@@ -18,7 +18,7 @@ LOGITS_TOKENS = 1024
 @partial(jax.jit, static_argnames=("model", "most"))
 def answer_logprobs(
     model: Model, params: Params, lora: Params | None, tokens: jax.Array, lengths: jax.Array, answers: jax.Array, *,
-    most: int,
+    most: int, features: jax.Array | None = None,
 ) -> jax.Array:  # fmt: skip
     """Log-probability of each row's answer, given what comes before it: float32 [B], in nats.
 
@@ -30,12 +30,14 @@ def answer_logprobs(
       lengths: [B] int32, real tokens of each row.
       answers: [B] int32, tokens of its answer, from 1 to `most`.
       most: less than T.
+      features: [B, T, I] of the pictures, as `hidden_states` takes them.
     """
     model = replace(model, remat="none", lora_dropout=0.0)
     b, t = tokens.shape
     places, first = jnp.arange(t)[None, :], (t - lengths)[:, None]
     segments, positions = (places >= first).astype(jnp.int32), jnp.maximum(places - first, 0)
-    hidden = hidden_states(model, params, lora, tokens, segments, positions)[:, -most - 1 : -1]  # [B, most, D]
+    hidden = hidden_states(model, params, lora, tokens, segments, positions, features=features)
+    hidden = hidden[:, -most - 1 : -1]  # [B, most, D]
     table, cap = params["embedder"]["input_embedding"], model.arch.final_logit_softcap
     nll = token_nll(hidden, table, tokens[:, -most:], cap, max(1, LOGITS_TOKENS // b), None, model.mesh)
     counted = jnp.arange(most)[None, :] >= most - answers[:, None]

@@ -73,6 +73,7 @@ def test_every_spelling_of_a_picture_is_the_same_picture(read):
         said({"type": "image_url", "image_url": path.as_uri()}, ASK),
         said({"type": "input_image", "image_url": url}, ASK),
         said({"type": "image", "base64": data}, ASK),
+        said({"type": "image", "source": {"type": "base64", "media_type": "image/png", "data": data}}, ASK),
         {**said({"type": "image"}, ASK), "images": ["a.png"]},
         {"messages": [{"role": "user", "content": "<image>\nWhat is it?"}, ANSWER], "images": ["a.png"]},
         {"conversations": [{"from": "human", "value": "What is it?"}, {"from": "gpt", "value": "1 red circle"}],
@@ -90,6 +91,7 @@ def test_two_pictures_stand_where_the_row_has_them_and_carry_no_loss(read):
     placed = {"messages": [{"role": "user", "content": "What is it?<image>and<image>What is it?"}, ANSWER],
               "images": ["a.png", "b/c d.png"]}  # fmt: skip
     built, soft = read([mixed, placed])
+    assert f"their tokens are {sum(soft)} of" in "\n".join(built.told())
     assert soft[0] == soft[1] > 64 and built.train.pictures[0] == built.train.pictures[1]
     ids, flags = built.train.example(0)
     where = np.flatnonzero(flags)

@@ -20,6 +20,7 @@ from gemma4_tpu.config.tasks import AnswersConfig, EvalConfig
 from gemma4_tpu.data.drops import REASONS, RowDropped, unreadable
 from gemma4_tpu.data.forms import Conversation
 from gemma4_tpu.data.normalise import Normalised, Normaliser
+from gemma4_tpu.data.pictures import PictureReader
 from gemma4_tpu.data.readers import RawRow
 from gemma4_tpu.data.sources import find
 from gemma4_tpu.data.timeout import row_limit
@@ -113,13 +114,27 @@ def _each(items: Iterable[tuple[str, Any]], make: Callable[[Any], Any], path: st
     return made
 
 
+class _AnySize:
+    """Counts no tokens of pictures: which model is asked, and how it sees, is not known yet."""
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        return {}
+
+    def tokens(self, width: int, height: int) -> int:
+        return 0
+
+
 class _Reader:
     """Rows to what they ask and expect."""
 
     def __init__(self, answers: AnswersConfig):
         self.done = Normalised()
         with _our_keys():
-            self._normaliser = Normaliser(answers.format, answers.columns, self.done)
+            self._normaliser = Normaliser(
+                answers.format, answers.columns, self.done, pictures=PictureReader(_AnySize()),
+                read_elsewhere=(answers.category,) if answers.category else (),
+            )  # fmt: skip
         self._answers = answers
 
     def begin(self, name: str, rows: Sequence[RawRow]) -> None:

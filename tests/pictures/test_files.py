@@ -1,0 +1,76 @@
+"""Files of pictures as people have them: what is opened, what a server is sent of them, and what is dropped."""
+
+import base64
+import io
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from gemma4_tpu.data.drops import Origin, RowDropped
+from gemma4_tpu.data.pictures import FORMATS, PictureReader
+
+
+class Counter:
+    """A token for each pixel of width."""
+
+    @property
+    def settings(self):
+        return {}
+
+    def tokens(self, width, height):
+        return width
+
+
+@pytest.fixture
+def read(tmp_path):
+    """Writes a picture and reads it as of a row beside it."""
+
+    def run(image, name, **options):
+        image.save(tmp_path / name, **options)
+        return PictureReader(Counter()).read(name, Origin(str(tmp_path / "rows.jsonl"), 1))
+
+    return run
+
+
+NOISE = Image.fromarray(np.random.default_rng(0).integers(0, 256, (8, 12, 3), np.uint8))
+
+
+def sent(picture):
+    """The pixels that a server gets, whatever it thinks of modes and turns."""
+    head, _, data = picture.data_url().partition(",")
+    image = Image.open(io.BytesIO(base64.b64decode(data)))
+    assert head == f"data:image/{image.format.lower()};base64" and image.mode in ("RGB", "L")
+    return np.asarray(image.convert("RGB"))
+
+
+def test_each_format_is_opened(read):
+    Image.init()
+    there = [name for name in FORMATS if name in Image.SAVE]
+    assert len(there) >= 7
+    for name in there:
+        picture = read(NOISE, f"picture.{name.lower()}", format=name)
+        assert picture.tokens == 12 and np.array_equal(sent(picture), picture.image()), name
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGBA", "CMYK"])
+def test_modes_and_turns_reach_a_server_as_they_are_seen_here(read, mode):
+    exif = Image.Exif()
+    exif[274] = 6  # lies on its side
+    picture = read(NOISE.convert(mode), "picture.tiff" if mode == "CMYK" else "picture.png", exif=exif)
+    image = picture.image()
+    assert (image.mode, image.size) == ("RGB", (8, 12))
+    assert np.array_equal(sent(picture), image)
+
+
+def test_the_first_frame_of_a_moving_picture(read):
+    for name in ("a.gif", "a.webp"):
+        options = {"save_all": True, "append_images": [Image.new("RGB", NOISE.size)], "lossless": True}
+        picture = read(Image.new("RGB", NOISE.size, (255, 0, 0)), name, **options)
+        assert np.asarray(picture.image())[0, 0, 0] > 200 and np.array_equal(sent(picture), picture.image())
+
+
+def test_more_than_eight_bits_are_dropped_not_cut_off(read):
+    deep = Image.fromarray(np.full((8, 12), 40_000, np.uint16))
+    with pytest.raises(RowDropped, match=r"deep\.png: mode I;16, more than 8 bits a channel"):
+        read(deep, "deep.png")
