@@ -18,7 +18,6 @@ from gemma4_tpu.data.picture_cache import FeatureCache, Shown
 from gemma4_tpu.data.seen import feature_cache, picture_reader, shown_with
 from gemma4_tpu.data.tokenise import let_go
 from gemma4_tpu.data.tokenizer import load_tokenizer
-from gemma4_tpu.errors import UserError
 from gemma4_tpu.evals.generate import checkpoint_stop_ids
 from gemma4_tpu.evals.heldout import HeldoutAnswers
 from gemma4_tpu.hardware import MeshSizes
@@ -58,7 +57,7 @@ from gemma4_tpu.training.recipe import Recipe, check_lengths, rows_per_microbatc
 from gemma4_tpu.training.replay import Replay
 from gemma4_tpu.training.reports import Reports
 from gemma4_tpu.training.rollouts_checks import check_decoding_mesh, is_on_policy
-from gemma4_tpu.training.setup import Setup, check_capacity, set_up, start_mesh
+from gemma4_tpu.training.setup import Setup, check_capacity, rows_here, set_up, start_mesh
 from gemma4_tpu.training.start import Start, open_start, start_fingerprint
 from gemma4_tpu.training.watchdog import Watchdog
 
@@ -130,7 +129,7 @@ def train(loaded: Loaded[TrainRoot, Checked], folder: RunFolder, hosts: Hosts, p
 
     # ── devices, and the rows that are this process's ──────────────────────────────────────────────────────────────
     mesh = start_mesh(config.hardware, config.mesh, base.arch)
-    own = _own_answers(config, mesh, data, tokenizer, base, hosts) if is_on_policy(config.objective) else None
+    own = _own_answers(config, mesh, data, tokenizer, base) if is_on_policy(config.objective) else None
     batches = make_batches(data, config.data, config.trainer, mesh, own, shown)
     check_lengths(batches.lengths, MeshSizes(**mesh.shape))
     run = Run(
@@ -177,19 +176,15 @@ def _shown(base: Base, cache: FeatureCache, data: TrainingData, hosts: Hosts) ->
 
 
 def _own_answers(
-    config: TrainRoot, mesh: Mesh, data: TrainingData, tokenizer: Any, base: Base, hosts: Hosts
-) -> OnPolicySource:
+    config: TrainRoot, mesh: Mesh, data: TrainingData, tokenizer: Any, base: Base
+) -> OnPolicySource:  # fmt: skip
     """The source of an on-policy run, which is made ready once there are weights."""
-    if hosts.count > 1:
-        raise UserError(
-            f"objective={config.objective.kind}: roll-outs are drawn and judged by one process, and this run has"
-            f" {hosts.count}; give hardware of one host"
-        )
     sizes = MeshSizes(**mesh.shape)
     check_decoding_mesh(sizes, base.arch)
     rows = rows_per_microbatch(config.trainer, config.data, sizes.row_places)
     return make_source(
-        config.objective.kind, config.rollouts, config.trainer, config.data, rows, data.train, tokenizer
+        config.objective.kind, config.rollouts, config.trainer, config.data, rows, data.train, tokenizer,
+        rows_here(mesh, rows),
     )  # fmt: skip
 
 
@@ -254,6 +249,7 @@ def _loop(
                 source, config.rollouts, setup.step, setup.base, run.tokenizer,
                 checkpoint_stop_ids(run.base, run.tokenizer), seed=config.trainer.seed, run=folder.path,
                 resume_from=run.resume_from, report=reports, show=tracker.table, progress=watchdog.progress,
+                hosts=run.hosts,
             )  # fmt: skip
         with watchdog, reports.progress:
             result = loop.run(run.resume_from)

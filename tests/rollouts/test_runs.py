@@ -109,6 +109,7 @@ REFUSED = [
     ("data.packing=false", r"data\.packing=false: roll-outs are in packed rows"),
     ("rollouts.samples=1", r"rollouts\.samples=1: must be at least 2, so that answers can be compared"),
     ("rollouts.overlong_tokens=500", r"rollouts\.overlong_tokens=500: more than the 128 tokens"),
+    ("rollouts.recorded=/nowhere", r"rollouts\.recorded=/nowhere: no folder with rollouts/"),
     ("hardware=v5p8 mesh=fsdp model=gemma4_31b model.path=random:0",
      r"mesh\.fsdp=4: .* would gather 42\.9 GiB of weights onto every chip; .*mesh\.fsdp=1 mesh\.tp=4"),
 ]  # fmt: skip
