@@ -12,6 +12,7 @@ from jax.sharding import Mesh
 
 from gemma4_tpu.config.durations import seconds_of
 from gemma4_tpu.config.load import Loaded
+from gemma4_tpu.config.rollouts import is_address
 from gemma4_tpu.config.schema import TrainRoot
 from gemma4_tpu.data.build import TrainingData, build_data
 from gemma4_tpu.data.picture_cache import FeatureCache, Shown
@@ -27,6 +28,7 @@ from gemma4_tpu.models.base import Base, resolve_base
 from gemma4_tpu.models.lora import factors
 from gemma4_tpu.planning.auto_remat import resolve_remat
 from gemma4_tpu.rollouts.assembly import begin, make_source
+from gemma4_tpu.rollouts.served_teacher import ServedTeacher
 from gemma4_tpu.rollouts.source import OnPolicySource
 from gemma4_tpu.rollouts.teacher import Teacher, open_teacher
 from gemma4_tpu.step.objective import TEACHER
@@ -121,11 +123,14 @@ def train(loaded: Loaded[TrainRoot, Checked], folder: RunFolder, hosts: Hosts, p
     audit(base).enforce()
     start = open_start(config.lora, base.arch, resume_from)
     tokenizer = load_tokenizer(base.tokenizer_folder, base.new_tokens)
-    teacher = open_teacher(config.objective, base, tokenizer) if KINDS[config.objective.kind].taught else None
+    taught, served = KINDS[config.objective.kind].taught, is_address(config.objective.teacher or "")
+    teacher = open_teacher(config.objective, base, tokenizer) if taught and not served else None
     cache = feature_cache(base, config.data, (hosts.index, hosts.count))
     keep = cache.ensure if cache else let_go
     data = build_data(config.data, tokenizer, rows_of(config.objective), picture_reader(base, config.data), keep)
     shown = _shown(base, cache, data, hosts) if cache else None
+    if taught and served:
+        data = _told(ServedTeacher(config.objective, tokenizer), data, hosts)
 
     # ── devices, and the rows that are this process's ──────────────────────────────────────────────────────────────
     mesh = start_mesh(config.hardware, config.mesh, base.arch)
@@ -173,6 +178,17 @@ def _shown(base: Base, cache: FeatureCache, data: TrainingData, hosts: Hosts) ->
     log.info("%s", cache.told())
     hosts.check_same({"rows": data.train.fingerprint["examples"]}, "give every host the same files")  # and wait for all
     return shown_with(base, cache, data, hosts.count)
+
+
+def _told(teacher: ServedTeacher, data: TrainingData, hosts: Hosts) -> TrainingData:
+    """The rows with what a served teacher tells of them. One process after the other, so that those with a common store
+    ask nothing again.
+    """
+    for index in range(hosts.count):
+        if index == hosts.index:
+            train, heldout = teacher.tell(data.train), data.heldout and teacher.tell(data.heldout)
+        hosts.check_same({"rows": data.train.fingerprint["examples"]}, "give every host the same files")  # and wait
+    return replace(data, train=train, heldout=heldout)
 
 
 def _own_answers(

@@ -22,15 +22,15 @@ from gemma4_tpu.tracking.metrics import read_metrics
 PROBLEMS, ANSWERED = 1000, 400
 """Training problems, and how many of them have a reference answer; of the others there are test benches alone."""
 START_UPDATES = 160
-UPDATES = {"grpo": 40, "expert_iteration": 60}
-"""By objective; each is of 8 prompts × 8 answers that have something to teach. That they cost as much is the record's to
-say."""
+UPDATES = {"grpo": 20, "expert_iteration": 35}
+"""By objective; each is of 16 prompts × 8 answers that have something to teach. That they cost as much is the record's
+to say."""
 TUNED = {"tuned": "few", "tuned_on_all": "all"}
 """Run → which rows."""
 ON_POLICY = [
-    "rollouts.prompts=8", "rollouts.samples=8", "rollouts.slots=48", "rollouts.new_tokens=128",
-    "rollouts.validation_prompts=32", "rollouts.validation_every=20", "trainer.global_batch_sequences=40",
-    "trainer.microbatches=10", "optimizer.learning_rate=1e-3",
+    "rollouts.prompts=16", "rollouts.samples=8", "rollouts.slots=64", "rollouts.new_tokens=128",
+    "rollouts.validation_prompts=32", "trainer.global_batch_sequences=80", "trainer.microbatches=20",
+    "optimizer.learning_rate=2e-3", "optimizer.schedule=constant", "optimizer.warmup_updates=3",
 ]  # fmt: skip
 
 

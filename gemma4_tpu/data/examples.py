@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -37,6 +38,9 @@ class Examples:
     """int64 [N]: where within its ids the second sequence of each example begins; None: examples are of one."""
     pictures: tuple[tuple[str, ...], ...] | None = None
     """[N]: keys of the pictures of each example, in the order of their soft tokens; None: there are no pictures."""
+    beside: Mapping[str, np.ndarray] = field(default_factory=dict)
+    """Further arrays of an update by name: for every token [S], or [S, …] where it has several values. A token's value
+    stands where the token is the target. Only where examples are of one sequence each."""
     fingerprint: dict[str, str] = field(default_factory=dict)
     """What the examples were made of (rows, tokenizer, template, policies), by name."""
 

@@ -62,9 +62,10 @@ class StoredUpdate:
     def _open(self, paths: Sequence[Path], recorded: Path | None) -> list[dict[str, Any]]:
         """The samples that are there."""
         paths[0].parent.mkdir(exist_ok=True)
-        for path in paths if recorded else ():
-            if not path.exists() and (other := recorded / ROLLOUTS / path.name).exists():
-                write_text(path, other.read_text(encoding="utf-8"))
+        if recorded is not None and not any(path.exists() for path in paths):
+            for other in (recorded / ROLLOUTS / path.name for path in paths):
+                if other.exists():
+                    write_text(paths[0].with_name(other.name), other.read_text(encoding="utf-8"))
         samples, verdicts = (Rows(path) for path in paths)
         if any(row.get("adapter") != self.adapter for row in samples.rows.values()):
             log.warning("%s: drawn from another policy than this start's; drawn and judged again", paths[0].name)
