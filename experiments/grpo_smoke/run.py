@@ -22,7 +22,7 @@ from gemma4_tpu.tracking.metrics import read_metrics
 PROBLEMS, ANSWERED = 1000, 400
 """Training problems, and how many of them have a reference answer; of the others there are test benches alone."""
 START_UPDATES = 160
-UPDATES = {"grpo": 20, "expert_iteration": 35}
+UPDATES = {"grpo": 20, "expert_iteration": 25}
 """By objective; each is of 16 prompts × 8 answers that have something to teach. That they cost as much is the record's
 to say."""
 TUNED = {"tuned": "few", "tuned_on_all": "all"}

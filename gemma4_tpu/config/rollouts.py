@@ -33,8 +33,8 @@ class RolloutsConfig:
     reward_timeout_seconds: float = 600.0
     """Timeout for one answer of such a server."""
     recorded: str | None = None
-    """Another run's folder (local): its stored answers and verdicts are taken over as long as the policy is the very
-    one that gave them, to the bit, and the rest is drawn and judged; null: all is."""
+    """Another run's folder (local): its stored answers and verdicts are taken over as long as the policy is
+    bit-identical to the one that gave them, and the rest is drawn and judged; null: all is."""
     prompts: int = 16
     """Groups to train on in each update: those with differing rewards (`grpo`), a reward (`expert_iteration`), or all
     (`distill`)."""

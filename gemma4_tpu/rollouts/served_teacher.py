@@ -64,12 +64,13 @@ class ServedTeacher:
             missing = {key: row for row in rows if (key := _key(*row)) not in known}
             log.info("teacher: %s of %s; %d of %d rows to ask", model, self.objective.teacher, len(missing), len(rows))
             with path.open("a", encoding="utf-8") as file, ThreadPoolExecutor(AT_ONCE) as threads:
-                for key, told in zip(
-                    missing, threads.map(partial(self._ask, client, model), missing.values()), strict=True
-                ):
+                answers = zip(missing, threads.map(partial(self._ask, client, model), missing.values()), strict=True)
+                for number, (key, told) in enumerate(answers, 1):
                     known[key] = told
                     file.write(json.dumps({"row": key, "tokens": _text(told[0]), "logprobs": _text(told[1])}) + "\n")
                     file.flush()
+                    if number % 1000 == 0:
+                        log.info("teacher: %d of %d rows told", number, len(missing))
         shape = len(examples.tokens), self.top
         tokens, logprobs = np.zeros(shape, np.int32), np.zeros(shape, np.float32)
         for i, (ids, flags) in enumerate(rows):
@@ -87,8 +88,8 @@ class ServedTeacher:
         return self.objective.teacher_top
 
     def _only_model(self, client: httpx.Client) -> str:
-        listed = self._json(client, "GET", "models")
-        names = [str(one["id"]) for one in listed["data"]]
+        listed = self._json(client, "GET", "models").get("data")
+        names = [str(one.get("id")) for one in listed or () if isinstance(one, dict)]
         if len(names) != 1:
             self._refuse(f"it has {', '.join(names) or 'no model'}; give objective.teacher_model=<one of them>")
         return names[0]
@@ -128,7 +129,7 @@ class ServedTeacher:
 
     def _json(self, client: httpx.Client, how: str, where: str, body: Any = None) -> dict[str, Any]:
         try:
-            response = client.request(how, httpx.URL(f"{self.objective.teacher}/").join(where), json=body)
+            response = client.request(how, str(httpx.URL(f"{self.objective.teacher}/").join(where)), json=body)
             response.raise_for_status()
             answer = response.json()
         except (httpx.HTTPError, httpx.InvalidURL, ValueError) as error:
