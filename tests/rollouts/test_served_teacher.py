@@ -34,13 +34,10 @@ ROWS = DataConfig(
 @pytest.fixture
 def teacher(tiny_engine, monkeypatch, tmp_path):  # noqa: F811
     """Behind the embedded server; `teacher.asked` are the paths of requests."""
-    app, asked = Api(tiny_engine, Metrics("m"), "m", 400, key=None).app(), []
-
-    def client():
-        return TestClient(app, base_url=ADDRESS, client=("test", 1), raise_server_exceptions=True)
+    asked = []
 
     def noted():
-        made = client()
+        made = TestClient(Api(tiny_engine, Metrics("m"), "m", 400, key=None).app(), base_url=ADDRESS)
         made.event_hooks = {"request": [lambda request: asked.append(request.url.path)]}
         return made
 
