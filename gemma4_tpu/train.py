@@ -18,6 +18,7 @@ from gemma4_tpu.errors import PREEMPTED, Ended, exit_code, first_line, leave, st
 from gemma4_tpu.step.objective_kinds import rows_of
 from gemma4_tpu.training.checks import Checked, examine_train, normalise
 from gemma4_tpu.training.recipe import rows_per_update
+from gemma4_tpu.training.rollouts_checks import is_on_policy
 
 if TYPE_CHECKING:
     from gemma4_tpu.tracking.run import RunFolder
@@ -58,6 +59,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 def run(loaded: Loaded[TrainRoot, Checked]) -> Ended:
     """Joins the other processes, trains, and ends this one so that the others notice where it fails alone."""
     config = loaded.root
+    if config.preview and is_on_policy(config.objective):
+        from gemma4_tpu.rollouts.shown_prompts import show_prompts
+
+        return Ended(show_prompts(config))
     if config.preview:
         from gemma4_tpu.data.preview import show
 

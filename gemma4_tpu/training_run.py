@@ -12,13 +12,13 @@ from jax.sharding import Mesh
 
 from gemma4_tpu.config.durations import seconds_of
 from gemma4_tpu.config.load import Loaded
+from gemma4_tpu.config.rollouts import is_address
 from gemma4_tpu.config.schema import TrainRoot
 from gemma4_tpu.data.build import TrainingData, build_data
 from gemma4_tpu.data.picture_cache import FeatureCache, Shown
 from gemma4_tpu.data.seen import feature_cache, picture_reader, shown_with
 from gemma4_tpu.data.tokenise import let_go
 from gemma4_tpu.data.tokenizer import load_tokenizer
-from gemma4_tpu.errors import UserError
 from gemma4_tpu.evals.generate import checkpoint_stop_ids
 from gemma4_tpu.evals.heldout import HeldoutAnswers
 from gemma4_tpu.hardware import MeshSizes
@@ -28,6 +28,7 @@ from gemma4_tpu.models.base import Base, resolve_base
 from gemma4_tpu.models.lora import factors
 from gemma4_tpu.planning.auto_remat import resolve_remat
 from gemma4_tpu.rollouts.assembly import begin, make_source
+from gemma4_tpu.rollouts.served_teacher import ServedTeacher
 from gemma4_tpu.rollouts.source import OnPolicySource
 from gemma4_tpu.rollouts.teacher import Teacher, open_teacher
 from gemma4_tpu.step.objective import TEACHER
@@ -58,7 +59,7 @@ from gemma4_tpu.training.recipe import Recipe, check_lengths, rows_per_microbatc
 from gemma4_tpu.training.replay import Replay
 from gemma4_tpu.training.reports import Reports
 from gemma4_tpu.training.rollouts_checks import check_decoding_mesh, is_on_policy
-from gemma4_tpu.training.setup import Setup, check_capacity, set_up, start_mesh
+from gemma4_tpu.training.setup import Setup, check_capacity, rows_here, set_up, start_mesh
 from gemma4_tpu.training.start import Start, open_start, start_fingerprint
 from gemma4_tpu.training.watchdog import Watchdog
 
@@ -122,15 +123,18 @@ def train(loaded: Loaded[TrainRoot, Checked], folder: RunFolder, hosts: Hosts, p
     audit(base).enforce()
     start = open_start(config.lora, base.arch, resume_from)
     tokenizer = load_tokenizer(base.tokenizer_folder, base.new_tokens)
-    teacher = open_teacher(config.objective, base, tokenizer) if KINDS[config.objective.kind].taught else None
+    taught, served = KINDS[config.objective.kind].taught, is_address(config.objective.teacher or "")
+    teacher = open_teacher(config.objective, base, tokenizer) if taught and not served else None
     cache = feature_cache(base, config.data, (hosts.index, hosts.count))
     keep = cache.ensure if cache else let_go
     data = build_data(config.data, tokenizer, rows_of(config.objective), picture_reader(base, config.data), keep)
     shown = _shown(base, cache, data, hosts) if cache else None
+    if taught and served:
+        data = _told(ServedTeacher(config.objective, tokenizer), data, hosts)
 
     # ── devices, and the rows that are this process's ──────────────────────────────────────────────────────────────
     mesh = start_mesh(config.hardware, config.mesh, base.arch)
-    own = _own_answers(config, mesh, data, tokenizer, base, hosts) if is_on_policy(config.objective) else None
+    own = _own_answers(config, mesh, data, tokenizer, base) if is_on_policy(config.objective) else None
     batches = make_batches(data, config.data, config.trainer, mesh, own, shown)
     check_lengths(batches.lengths, MeshSizes(**mesh.shape))
     run = Run(
@@ -176,20 +180,27 @@ def _shown(base: Base, cache: FeatureCache, data: TrainingData, hosts: Hosts) ->
     return shown_with(base, cache, data, hosts.count)
 
 
+def _told(teacher: ServedTeacher, data: TrainingData, hosts: Hosts) -> TrainingData:
+    """The rows with what a served teacher tells of them. One process after the other, so that those with a common store
+    ask nothing again.
+    """
+    for index in range(hosts.count):
+        if index == hosts.index:
+            train, heldout = teacher.tell(data.train), data.heldout and teacher.tell(data.heldout)
+        hosts.check_same({"rows": data.train.fingerprint["examples"]}, "give every host the same files")  # and wait
+    return replace(data, train=train, heldout=heldout)
+
+
 def _own_answers(
-    config: TrainRoot, mesh: Mesh, data: TrainingData, tokenizer: Any, base: Base, hosts: Hosts
-) -> OnPolicySource:
+    config: TrainRoot, mesh: Mesh, data: TrainingData, tokenizer: Any, base: Base
+) -> OnPolicySource:  # fmt: skip
     """The source of an on-policy run, which is made ready once there are weights."""
-    if hosts.count > 1:
-        raise UserError(
-            f"objective={config.objective.kind}: roll-outs are drawn and judged by one process, and this run has"
-            f" {hosts.count}; give hardware of one host"
-        )
     sizes = MeshSizes(**mesh.shape)
     check_decoding_mesh(sizes, base.arch)
     rows = rows_per_microbatch(config.trainer, config.data, sizes.row_places)
     return make_source(
-        config.objective.kind, config.rollouts, config.trainer, config.data, rows, data.train, tokenizer
+        config.objective.kind, config.rollouts, config.trainer, config.data, rows, data.train, tokenizer,
+        rows_here(mesh, rows),
     )  # fmt: skip
 
 
@@ -254,6 +265,7 @@ def _loop(
                 source, config.rollouts, setup.step, setup.base, run.tokenizer,
                 checkpoint_stop_ids(run.base, run.tokenizer), seed=config.trainer.seed, run=folder.path,
                 resume_from=run.resume_from, report=reports, show=tracker.table, progress=watchdog.progress,
+                hosts=run.hosts,
             )  # fmt: skip
         with watchdog, reports.progress:
             result = loop.run(run.resume_from)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from urllib.parse import urlsplit
 
 JUDGE = "judge"
 """The reward that is a process of ours."""
@@ -11,7 +10,7 @@ JUDGE = "judge"
 
 def is_address(reward: str) -> bool:
     """Whether a reward is a server's."""
-    return urlsplit(reward).scheme in ("http", "https")
+    return reward.lower().startswith(("http://", "https://"))
 
 
 @dataclass(kw_only=True)
@@ -33,6 +32,9 @@ class RolloutsConfig:
     """`reward=judge` only: where its problems are, as `eval.problems_path`."""
     reward_timeout_seconds: float = 600.0
     """Timeout for one answer of such a server."""
+    recorded: str | None = None
+    """Another run's folder (local): its stored answers and verdicts are taken over as long as the policy is
+    bit-identical to the one that gave them, and the rest is drawn and judged; null: all is."""
     prompts: int = 16
     """Groups to train on in each update: those with differing rewards (`grpo`), a reward (`expert_iteration`), or all
     (`distill`)."""

@@ -213,12 +213,19 @@ class ObjectiveConfig:
     this many nats per token."""
     teacher: str | None = None
     """`distill`, `distill_offline`: whose distribution is learnt: a run folder or a Hugging Face checkpoint (local or
-    gs://, `embedded:NAME`, `random:SEED`) with the same vocabulary. It is on the devices next to the model."""
+    gs://, `embedded:NAME`, `random:SEED`) with the same vocabulary. It is on the devices next to the model.
+    `distill_offline` also takes the address of an OpenAI-compatible server (`http://host:8000/v1`) that tells
+    log-probabilities of its prompt (vLLM, `gemma4_tpu.serve`): it is asked about all rows before the run begins."""
     teacher_model: str | None = None
     """Its architecture, as `model.name`: for `random:SEED`, and for plans where the teacher is not there; null: its
-    `config.json` says."""
+    `config.json` says. Of a server: which of its models; null: the only one."""
     teacher_checkpoint: str | None = None
     """Which checkpoint of such a run: `latest`, `best` (lowest held-out loss) or an update number."""
+    teacher_top: int | None = None
+    """Of a server: how many of its likeliest tokens it tells at each target; all others are compared as one. Servers
+    set a limit of their own, usually 20."""
+    teacher_store: str | None = None
+    """Folder in which what a server has told is kept, for all runs: no row is asked about twice."""
     divergence: str | None = None
     """Mean over tokens of `reverse` KL(model ‖ teacher), which makes the model do only what its teacher does, or
     `forward` KL(teacher ‖ model), which makes it do all that its teacher does."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -41,6 +41,9 @@ class Examples:
     """[N]: keys of the pictures of each example, in the order of their soft tokens; None: there are no pictures."""
     picture_tokens: int = 0
     """Soft tokens of them all."""
+    beside: Mapping[str, np.ndarray] = field(default_factory=dict)
+    """Further arrays of an update by name: for every token [S], or [S, …] where it has several values. A token's value
+    stands where the token is the target. Only where examples are of one sequence each."""
     fingerprint: dict[str, str] = field(default_factory=dict)
     """What the examples were made of (rows, tokenizer, template, policies), by name."""
 

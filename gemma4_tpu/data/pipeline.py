@@ -92,17 +92,14 @@ class Assembler:
 
     def __init__(
         self, examples: Examples, rows_per_update: int, microbatches: int, row_slice: tuple[int, int] | None,
-        beside: Mapping[str, np.ndarray] | None = None, shown: Shown | None = None,
+        shown: Shown | None = None,
     ):  # fmt: skip
-        """`shown`: features of the examples' pictures; None: none are read. `beside`: further arrays of an update by
-        name, each given as a value for every token of the examples (of one sequence each); a token's value stands where
-        the token is the target.
-        """
+        """`shown`: features of the examples' pictures; None: none are read."""
         if rows_per_update % microbatches:
             raise UserError(
                 f"{rows_per_update} rows per update do not divide into trainer.microbatches={microbatches} equal parts"
             )
-        self._examples, self._beside, self._shown = examples, beside or {}, shown
+        self._examples, self._shown = examples, shown
         self._targets = examples.targets
         self._slots = examples.slots
         self._microbatches = microbatches
@@ -119,7 +116,9 @@ class Assembler:
         shape = (self._microbatches, self._stop - self._start, planned.length)
         arrays = {name: np.zeros(shape, np.int32) for name in ("tokens", "targets", "segment_ids", "positions")}
         arrays["target_mask"] = np.zeros(shape, bool)
-        arrays |= {name: np.zeros(shape, values.dtype) for name, values in self._beside.items()}
+        arrays |= {
+            name: np.zeros((*shape, *values.shape[1:]), values.dtype) for name, values in self._examples.beside.items()
+        }
         if self._shown is not None:
             arrays[FEATURES] = self._shown.empty(shape)
         for m, group in enumerate(rows):
@@ -150,7 +149,7 @@ class Assembler:
             views["target_mask"][part] = flags[1:]
             views["segment_ids"][part] = segment
             views["positions"][part] = np.arange(len(ids) - 1)
-            for name, values in self._beside.items():
+            for name, values in self._examples.beside.items():
                 views[name][part] = values[first + 1 : first + len(ids)]
             start = part.stop
         if self._shown is not None and self._examples.pictures is not None:  # no answer ends in a picture
@@ -192,7 +191,7 @@ class Pipeline:
         self._plan = Updates(
             examples, data, rows_per_update=rows_per_update, seed=seed, epochs=epochs, max_updates=max_updates
         )
-        self._assemble = Assembler(examples, rows_per_update, microbatches, row_slice, shown=shown)
+        self._assemble = Assembler(examples, rows_per_update, microbatches, row_slice, shown)
         self.fingerprint: dict[str, Any] = {
             **examples.fingerprint,
             "sequence_length": data.sequence_length,

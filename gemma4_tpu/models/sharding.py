@@ -119,6 +119,11 @@ def gathered(array: Any, weight: Weight, mesh: Mesh | None) -> Any:
     return jax.tree.map(lambda x: jax.lax.with_sharding_constraint(x, place(x)), array)
 
 
+def whole(x: jax.Array, mesh: Mesh | None) -> jax.Array:
+    """Pins an array to be whole on every device, so that every process can read it."""
+    return constrain(x, "?" * x.ndim, mesh)
+
+
 def constrain(x: jax.Array, dims: str, mesh: Mesh | None) -> jax.Array:
     """Pins an activation with these dims (`"BTD"`, `"BTNH"`, …) to the mesh; a dim that does not divide stays whole."""
     if mesh is None:

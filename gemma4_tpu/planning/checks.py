@@ -11,6 +11,7 @@ from gemma4_tpu.architectures import ARCHITECTURES, Architecture
 from gemma4_tpu.checkpoint_folder import RANDOM, checkpoint_architecture, recognise, tokenizer_problem
 from gemma4_tpu.config.limits import CHOICES
 from gemma4_tpu.config.refusals import Refusal
+from gemma4_tpu.config.rollouts import is_address
 from gemma4_tpu.config.schema import DataSource, LoraConfig
 from gemma4_tpu.config.tasks import PlanRoot
 from gemma4_tpu.data.checks import HUGGING_FACE, source_problem
@@ -139,6 +140,8 @@ def _teacher(root: PlanRoot) -> tuple[TeacherModel | None, list[str]]:
     objective, kind = root.objective, KINDS.get(root.objective.kind)
     if kind is None or not kind.taught or (objective.teacher is None and objective.teacher_model is None):
         return None, []  # the checks of training ask for one, and know which names there are
+    if is_address(objective.teacher or ""):
+        return None, []  # it takes no device of the run
     name, given = objective.teacher_model, f"objective.teacher={objective.teacher}"
     try:
         if name is None:

@@ -135,8 +135,10 @@ def _placed(tree: Any, places: Any) -> Any:
 def _batch(recipe: Recipe, step: Step, mesh: Mesh) -> dict[str, jax.ShapeDtypeStruct]:
     place, shape = sharding.batch(mesh), (recipe.trainer.microbatches, recipe.rows, recipe.length)  # [M, B, T]
     dtypes = dict.fromkeys(("tokens", "targets", "segment_ids", "positions"), jnp.int32) | {"target_mask": jnp.bool_}
-    dtypes |= step.objective.fields if step.objective else {}
     found = {name: jax.ShapeDtypeStruct(shape, dtype, sharding=place) for name, dtype in dtypes.items()}
+    if step.objective is not None:
+        own = (*shape, *step.objective.values)
+        found |= {n: jax.ShapeDtypeStruct(own, dtype, sharding=place) for n, dtype in step.objective.fields.items()}
     if vision := recipe.arch.vision:
         found[FEATURES] = jax.ShapeDtypeStruct((*shape, vision.dim), jnp.bfloat16, sharding=place)
     return found

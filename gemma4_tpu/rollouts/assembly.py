@@ -7,23 +7,23 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-from gemma4_tpu.config.rollouts import JUDGE, RolloutsConfig
+from gemma4_tpu.config.rollouts import RolloutsConfig
 from gemma4_tpu.config.schema import DataConfig, TrainerConfig
-from gemma4_tpu.data.chat import ChatFormat
 from gemma4_tpu.data.examples import Examples
 from gemma4_tpu.evals.generate import padded_width
 from gemma4_tpu.rollouts.batch import BatchShape
 from gemma4_tpu.rollouts.certificate import Certificate
 from gemma4_tpu.rollouts.collecting import Collector
-from gemma4_tpu.rollouts.policy_tasks import Task, of_problems, of_rows, that_fit
-from gemma4_tpu.rollouts.rewarding import open_reward
+from gemma4_tpu.rollouts.policy_tasks import asked
+from gemma4_tpu.rollouts.rewarding import Reward, open_reward
 from gemma4_tpu.rollouts.sampler import Sampler, SamplerShapes
 from gemma4_tpu.rollouts.scoring import Scorer
 from gemma4_tpu.rollouts.selection import Selection, by_advantage, by_reward, every_answer
 from gemma4_tpu.rollouts.source import Making, OnPolicySource, Show
-from gemma4_tpu.rollouts.validation import Validation, set_aside
+from gemma4_tpu.rollouts.validation import Validation
 from gemma4_tpu.step.grpo import Grpo
 from gemma4_tpu.step.train_step import Step
+from gemma4_tpu.training.hosts import ALONE, Hosts
 
 SELECTIONS: dict[str, Callable[[RolloutsConfig], Selection]] = {
     "grpo": lambda config: by_advantage(config, Grpo.fields),
@@ -35,7 +35,7 @@ SELECTIONS: dict[str, Callable[[RolloutsConfig], Selection]] = {
 
 def make_source(
     kind: str, config: RolloutsConfig, trainer: TrainerConfig, data: DataConfig, rows: int, train: Examples,
-    tokenizer: Any,
+    tokenizer: Any, own: tuple[int, int] | None = None,
 ) -> OnPolicySource:  # fmt: skip
     """The source of a run's updates, before there are weights.
 
@@ -47,24 +47,20 @@ def make_source(
       rows: of one microbatch.
       train: the training rows, whose prompts are asked where the reward brings no problems.
       tokenizer: the checkpoint's own.
+      own: (start, stop) of the rows of a microbatch that this process owns; None: all.
 
     Raises:
       UserError: no prompts, or too few.
     """
-    tasks: Sequence[Task]
-    if config.reward == JUDGE:
-        tasks = of_problems(config, ChatFormat(tokenizer, data.thoughts))
-    else:
-        tasks = of_rows(train, tokenizer)
     shape = BatchShape(trainer.microbatches, rows, data.sequence_length)
-    trained_on, validated_on = set_aside(that_fit(tasks, config.prompt_tokens), config.validation_prompts)
-    return OnPolicySource(trained_on, config, trainer, shape, SELECTIONS[kind](config), validated_on)
+    trained_on, validated_on = asked(config, data, train, tokenizer)
+    return OnPolicySource(trained_on, config, trainer, shape, SELECTIONS[kind](config), validated_on, own)
 
 
 def begin(
     source: OnPolicySource, config: RolloutsConfig, step: Step, base: Any, tokenizer: Any, stop_ids: Sequence[int], *,
     seed: int, run: Path, resume_from: int | None, report: Callable[[dict[str, Any], int], None],
-    show: Show, progress: Callable[[], None],
+    show: Show, progress: Callable[[], None], hosts: Hosts = ALONE,
 ) -> None:  # fmt: skip
     """Makes a source ready: the reward is started, sampler and certificate stand.
 
@@ -81,6 +77,7 @@ def begin(
       report: takes metrics of an update.
       show: takes answers, as tables of a tracker.
       progress: called now and then.
+      hosts: the processes of the run; the reward is started on process 0.
 
     Raises:
       UserError: the reward does not start.
@@ -88,14 +85,15 @@ def begin(
     width = padded_width([range(config.prompt_tokens)])  # that attention's kernel takes
     shapes = SamplerShapes(config.slots, config.prompts, width, config.new_tokens)
     with ExitStack() as opened:
-        reward = opened.enter_context(open_reward(config))
-        certificate = Certificate(run, config, step.model.compute_dtype, resume_from)
+        rewards: list[Reward | None] = []
+        hosts.from_first(lambda: rewards.append(opened.enter_context(open_reward(config))))
+        certificate = Certificate(run, config, step.model.compute_dtype, resume_from, hosts)
         opened.callback(certificate.close)
         collector = Collector(
-            Sampler(step, stop_ids, shapes), reward, tokenizer, config,
-            seed=seed, run=run, is_live=source.selection.is_live, progress=progress,
+            Sampler(step, stop_ids, shapes), rewards[0] if rewards else None, tokenizer, config,
+            seed=seed, run=run, is_live=source.selection.is_live, progress=progress, hosts=hosts,
         )  # fmt: skip
-        validation = Validation(source.validated_on, config, source.total_updates, run, resume_from)
+        validation = Validation(source.validated_on, config, source.total_updates, run, resume_from, hosts)
         opened.callback(validation.close)
         making = Making(collector, Scorer(step), certificate, validation, base, report, show, opened.pop_all())
         source.begin(making)

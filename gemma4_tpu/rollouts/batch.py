@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -93,8 +93,8 @@ def assembled(
         beside[OLD_LOGPROBS] += [nothing, one.drawn.logprobs]
         beside[ADVANTAGES] += [nothing, np.full(size, one.advantage, np.float32)]
         beside[COPIES] += [nothing, np.full(size, one.copies, np.float32)]
-    examples = builder.build({})
     flat = {name: np.concatenate(parts) for name, parts in beside.items()}
-    assemble = Assembler(examples, shape.capacity, shape.microbatches, None, flat)
+    examples = replace(builder.build({}), beside=flat)
+    assemble = Assembler(examples, shape.capacity, shape.microbatches, None)
     packed = pack(examples.slots, shape.length) if rows is None else rows
     return assemble(PlannedUpdate(shape.length, packed, epoch))

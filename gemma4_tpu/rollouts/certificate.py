@@ -31,6 +31,7 @@ from gemma4_tpu.rollouts.collecting import Collected, Group
 from gemma4_tpu.rollouts.rewarding import Rewarded
 from gemma4_tpu.tracking.metrics import MetricsFile, read_metrics
 from gemma4_tpu.tracking.records import CERTIFICATE, CERTIFICATE_FILE, write_record
+from gemma4_tpu.training.hosts import ALONE, Hosts
 
 log = logging.getLogger(__name__)
 
@@ -90,12 +91,15 @@ class ExpectedLoss:
 class Certificate:
     """Takes what each update came of, and ends a run that is not on-policy or that leaves its bands."""
 
-    def __init__(self, run: Path, config: RolloutsConfig, dtype: Any, resume_from: int | None):
+    def __init__(
+        self, run: Path, config: RolloutsConfig, dtype: Any, resume_from: int | None, hosts: Hosts = ALONE
+    ):  # fmt: skip
         """Of a policy computed in `dtype`. Goes on from the rows up to the update `resume_from`; None: a new run."""
+        self._hosts = hosts
         self._path, self._config = run / CERTIFICATE_FILE, config
         self._limit = config.max_logprob_difference or MAX_DIFFERENCE[np.dtype(dtype).name]
-        self._rows = MetricsFile(run / ROWS_FILE, after_update=resume_from)
-        self._known: list[dict[str, Any]] = read_metrics(run / ROWS_FILE)
+        self._rows = MetricsFile(run / ROWS_FILE, after_update=resume_from, write=hosts.first)
+        self._known: list[dict[str, Any]] = hosts.from_first(lambda: read_metrics(run / ROWS_FILE))
 
     def is_due(self, update: int, trained: str) -> bool:
         """Whether the roll-outs of `update`, of the values with this digest, are to be compared: every so often, the
@@ -167,7 +171,8 @@ class Certificate:
         self._rows.log(row, update)
         self._known.append({"update": update, **row})
         summary = summed_up(self._known, self._limit)
-        write_record(self._path, CERTIFICATE, summary)
+        if self._hosts.first:
+            write_record(self._path, CERTIFICATE, summary)
         if not summary["holds"]:
             raise NotOnPolicy(f"update {update}: {'; '.join(summary['broken'])}. The run is ended: {self._path}")
 

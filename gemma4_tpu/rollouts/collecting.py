@@ -26,6 +26,7 @@ from gemma4_tpu.rollouts.policy_tasks import Task
 from gemma4_tpu.rollouts.rewarding import Answer, Reward, Rewarded
 from gemma4_tpu.rollouts.sampler import Drawn, Sampler, Wanted
 from gemma4_tpu.rollouts.stored import StoredUpdate
+from gemma4_tpu.training.hosts import ALONE, Hosts
 
 log = logging.getLogger(__name__)
 
@@ -70,18 +71,21 @@ class Collector:
 
     def __init__(
         self, sampler: Sampler, reward: Reward | None, tokenizer: Any, config: RolloutsConfig, *, seed: int, run: Path,
-        is_live: Callable[[Group], bool], progress: Callable[[], None] = lambda: None,
+        is_live: Callable[[Group], bool], progress: Callable[[], None] = lambda: None, hosts: Hosts = ALONE,
     ):  # fmt: skip
         """Args:
         sampler: draws.
-        reward: judges; None: nobody does.
+        reward: judges; None: nobody does, or process 0 alone.
         tokenizer: makes text of tokens.
         config: how many of what.
         seed: of the run.
         run: the run folder.
         is_live: whether a group has something to learn from.
         progress: called now and then.
+        hosts: the processes of the run, all of which draw; process 0 judges and stores.
         """
+        self._hosts = hosts
+        self._recorded = Path(config.recorded) if config.recorded else None
         self._sampler, self._reward, self._tokenizer, self._config = sampler, reward, tokenizer, config
         self._seed, self._run, self._is_live, self._progress = seed, run, is_live, progress
 
@@ -95,7 +99,7 @@ class Collector:
         groups: list[Group] = []
         drawn_with: set[str] = set()
         budget = int(config.resample * config.prompts)
-        with StoredUpdate(self._run, update, digest(trained)) as store:
+        with StoredUpdate(self._run, update, digest(trained), "", self._hosts, self._recorded) as store:
             while live < config.prompts and len(groups) < (budget if live else WITHOUT_ANY * budget):
                 share = max(live / len(groups), LEAST_SHARE) if groups else 1.0
                 size = min(math.ceil((config.prompts - live) / share), config.prompts)
@@ -111,7 +115,7 @@ class Collector:
     def validated(self, update: int, trained: Any, base: Any, tasks: Sequence[Task]) -> list[Group]:
         """The policy's answers after `update` to prompts that it is not trained on, each time with the same seeds."""
         groups: list[Group] = []
-        with StoredUpdate(self._run, update, digest(trained), "validation_") as store:
+        with StoredUpdate(self._run, update, digest(trained), "validation_", self._hosts, self._recorded) as store:
             for start in range(0, len(tasks), self._config.prompts):
                 some = tasks[start : start + self._config.prompts]
                 groups += self._wave("validation", trained, base, some, store, set())
@@ -148,7 +152,8 @@ class Collector:
                     judging.add([(key, self._answer(task, one))])
                     self._progress()
                 drawn_with.add(self._sampler.drawn_from)
-            rewarded = judging.finish()
+            told = self._hosts.from_first(lambda: [[*key, vars(one)] for key, one in judging.finish().items()])
+            rewarded = {(name, number): Rewarded(**one) for name, number, one in told}
         self._progress()
         keys = [[(task.name, number) for number in range(self._config.samples)] for task in tasks]
         return [
@@ -181,8 +186,8 @@ class _Judging:
         if self._reward is None:
             return
         self._gathered += answers
-        if self._under_way is None or self._under_way.done():
-            self._begin()
+        if self._under_way is None or (self._under_way.done() and self._under_way.exception() is None):
+            self._begin()  # what went wrong waits for `finish`, where all processes meet; what is drawn by then is kept
 
     def finish(self) -> dict[Key, Rewarded]:
         """Waits until all are judged."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -9,7 +10,8 @@ from typing import Any
 
 import numpy as np
 
-from gemma4_tpu.config.rollouts import RolloutsConfig
+from gemma4_tpu.config.rollouts import JUDGE, RolloutsConfig
+from gemma4_tpu.config.schema import DataConfig
 from gemma4_tpu.config.tasks import EvalConfig
 from gemma4_tpu.data.chat import ChatFormat
 from gemma4_tpu.data.examples import Examples
@@ -33,6 +35,27 @@ class Task:
     """The same as text."""
     reference: str
     """The answer that the row has, as a user would see it; of a problem: its reference design."""
+
+
+def asked(
+    config: RolloutsConfig, data: DataConfig, train: Examples, tokenizer: Any
+) -> tuple[list[Task], list[Task]]:  # fmt: skip
+    """(trained on, validated on): the prompts of a run, as far as they fit; see `set_aside`.
+
+    Args:
+      config: which prompts.
+      data: thoughts.
+      train: the training rows, whose prompts are asked where the reward brings no problems.
+      tokenizer: the checkpoint's own.
+
+    Raises:
+      UserError: none, or too few.
+    """
+    if config.reward == JUDGE:
+        tasks = of_problems(config, ChatFormat(tokenizer, data.thoughts))
+    else:
+        tasks = of_rows(train, tokenizer)
+    return set_aside(that_fit(tasks, config.prompt_tokens), config.validation_prompts)
 
 
 def of_rows(examples: Examples, tokenizer: Any) -> list[Task]:
@@ -80,3 +103,21 @@ def that_fit(tasks: Sequence[Task], prompt_tokens: int) -> list[Task]:
             f"rollouts.prompt_tokens={prompt_tokens}: all {len(tasks)} prompts are longer; the longest has {longest}"
         )
     return fitting
+
+
+def set_aside(tasks: Sequence[Task], wanted: int) -> tuple[list[Task], list[Task]]:
+    """(trained on, validated on): `wanted` prompts by a hash of their tokens; equal ones are on one side.
+
+    Raises:
+      UserError: that leaves nothing to train on.
+    """
+    keys = [hashlib.sha256(task.ids.tobytes()).hexdigest() for task in tasks]
+    chosen = sorted({*keys})[:wanted]
+    rest = [task for task, key in zip(tasks, keys, strict=True) if key not in {*chosen}]
+    if wanted and not rest:
+        raise UserError(
+            f"rollouts.validation_prompts={wanted}: there are {len({*keys})} different prompts, which leaves none to"
+            " train on; give fewer"
+        )
+    of_key = dict(zip(reversed(keys), reversed(tasks), strict=True))
+    return rest, [of_key[key] for key in chosen]

@@ -6,6 +6,7 @@ import contextlib
 import importlib
 import inspect
 import math
+import traceback
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -101,7 +102,14 @@ class ByFunction:
 
     def __call__(self, answers: Sequence[Answer]) -> list[Rewarded]:
         """See `Reward`."""
-        given = self._function([answer.to_row() for answer in answers])
+        try:
+            given = self._function([answer.to_row() for answer in answers])
+        except (Exception, SystemExit) as error:  # whatever code of the user's may do
+            *_, last = traceback.extract_tb(error.__traceback__)
+            raise UserError(
+                f"rollouts.reward={self._name}: raised {error!r} ({last.filename}, line {last.lineno}); what was judged"
+                " is kept, the same command resumes"
+            ) from error
         if not isinstance(given, Sequence) or len(given) != len(answers):
             raise UserError(
                 f"rollouts.reward={self._name}: gave {_shown(given)} for {len(answers)} answers; give a list with a"
@@ -125,15 +133,17 @@ class ByEndpoint:
         try:
             response = self._client.post(self._url, json={"samples": [answer.to_row() for answer in answers]})
             response.raise_for_status()
+        except (httpx.HTTPError, httpx.InvalidURL, ValueError) as error:  # ValueError: no name of a host
+            raise UserError(
+                f"{where}: {str(error) or repr(error)}; what was judged is kept, the same command resumes"
+            ) from None
+        try:
             rows = response.json()["verdicts"]
             given = [(row["score"], row.get("kind", OTHER), row.get("detail", "")) for row in rows]
-        except httpx.HTTPError as error:
-            raise UserError(
-                f"{where}: {error or repr(error)}; what was judged is kept, the same command resumes"
-            ) from None
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise UserError(
-                f'{where}: answered something else than {{"verdicts": [{{"score": …}}, …]}} ({error!r})'
+                f'{where}: answered something else than {{"verdicts": [{{"score": …}}, …]}}: {_shown(response.text)}'
+                f" ({error!r})"
             ) from None
         if len(given) != len(answers):
             raise UserError(f"{where}: {len(given)} verdicts for {len(answers)} samples")
@@ -178,10 +188,10 @@ def load_function(name: str) -> Callable[[list[dict[str, Any]]], Any]:
     module_name, _, function_name = name.partition(":")
     try:
         module = importlib.import_module(module_name)
-    except ImportError as error:
+    except (Exception, SystemExit) as error:  # whatever code of the user's may do
         raise UserError(
-            f"rollouts.reward={name}: the module {module_name} can't be imported ({error}); give module:function of one"
-            " on PYTHONPATH, a URL, or judge"
+            f"rollouts.reward={name}: the module {module_name} can't be imported ({error!r}); give module:function of"
+            " one on PYTHONPATH, a URL, or judge"
         ) from None
     function = getattr(module, function_name, None)
     if not callable(function):

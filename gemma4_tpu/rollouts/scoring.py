@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from gemma4_tpu.models.gemma4 import hidden_states, logits
-from gemma4_tpu.models.sharding import ROWS
+from gemma4_tpu.models.sharding import ROWS, whole
 from gemma4_tpu.step.loss import chunk_length
 from gemma4_tpu.step.train_step import Batch, Step
 
@@ -21,9 +21,9 @@ class Scorer:
 
     def __init__(self, step: Step):
         self._step = step
-        self._nll = jax.jit(step.token_nll)
-        self._divergence = jax.jit(step.divergence)
-        self._spread = jax.jit(partial(_spread, step))
+        self._nll, self._divergence, self._spread = (
+            jax.jit(partial(_everywhere, score, step)) for score in (Step.token_nll, Step.divergence, _spread)
+        )
 
     def logprobs(self, trained: Any, base: Any, arrays: Mapping[str, np.ndarray]) -> np.ndarray:
         """float32 [M, B, T]: log-probability of every target by the trainer's own loss; 0 where there is none."""
@@ -54,6 +54,11 @@ class Scorer:
             return {name: jnp.asarray(array[m]) for name, array in arrays.items()}
         place = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(ROWS))
         return {name: jax.device_put(array[m], place) for name, array in arrays.items()}
+
+
+def _everywhere(score: Callable[..., Any], step: Step, trained: Any, base: Any, rows: Batch) -> Any:
+    """Scores [B, T] of the rows, whole on every device."""
+    return jax.tree.map(lambda x: whole(x, step.model.mesh), score(step, trained, base, rows))
 
 
 def _used(arrays: Mapping[str, np.ndarray]) -> list[int]:

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 
 from gemma4_tpu.models.decode import Cache, DecodingPlace, Sampling, decoding, draw, is_global, put, shaped
 from gemma4_tpu.models.gemma4 import Model, logits, through_layers
-from gemma4_tpu.models.sharding import constrain
+from gemma4_tpu.models.sharding import constrain, whole
 from gemma4_tpu.step.train_step import Step
 
 
@@ -127,6 +127,7 @@ def advance(step: Step, trained: Any, base: Any, slots: Slots, *, tokens: int) -
 
     Returns:
       The slots; tokens [B, K] int32; their log-probabilities [B, K] float32 in the distribution they were drawn from.
+      The latter two are whole on every device.
     """
     model, (params, lora) = for_decoding(step.model), step.weights(trained, base)
     b = slots.places.shape[0]
@@ -146,7 +147,7 @@ def advance(step: Step, trained: Any, base: Any, slots: Slots, *, tokens: int) -
         return new, (token, chance)
 
     slots, (drawn, chances) = jax.lax.scan(one, slots, None, length=tokens)
-    return slots, drawn.T, chances.T
+    return slots, whole(drawn.T, model.mesh), whole(chances.T, model.mesh)
 
 
 SAMPLING = Sampling(temperature=1.0, top_p=1.0)

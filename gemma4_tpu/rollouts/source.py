@@ -60,7 +60,7 @@ class OnPolicySource:
 
     def __init__(
         self, tasks: Sequence[Task], config: RolloutsConfig, trainer: TrainerConfig, shape: BatchShape,
-        selection: Selection, validated_on: Sequence[Task] = (),
+        selection: Selection, validated_on: Sequence[Task] = (), own: tuple[int, int] | None = None,
     ):  # fmt: skip
         """Args:
         tasks: the prompts.
@@ -69,6 +69,7 @@ class OnPolicySource:
         shape: of an update's arrays.
         selection: what is learned from.
         validated_on: other prompts, for validation.
+        own: (start, stop) of the rows of a microbatch that this process owns; None: all.
 
         Raises:
           UserError: fewer prompts than an update asks.
@@ -76,6 +77,7 @@ class OnPolicySource:
         if len(tasks) < config.prompts:
             raise UserError(f"rollouts.prompts={config.prompts}: there are {len(tasks)} prompts; give at most so many")
         self._tasks, self._config, self._trainer, self._shape = list(tasks), config, trainer, shape
+        self._own = slice(*own) if own else slice(None)
         self.selection = selection
         """What is learned from."""
         self.validated_on = validated_on
@@ -149,7 +151,7 @@ class OnPolicySource:
         self._made, self._old, self._update = made, made.arrays[OLD_LOGPROBS], update
         self._expected = self._expected_loss(trained, made.arrays, compared is not None)
         not_asked_for = {OLD_LOGPROBS, ADVANTAGES, COPIES} - {*self.selection.fields}
-        arrays = {name: array for name, array in made.arrays.items() if name not in not_asked_for}
+        arrays = {name: array[:, self._own] for name, array in made.arrays.items() if name not in not_asked_for}
         return replace(made, arrays=arrays, figures=_figures(collected, len(live), seconds))
 
     def _expected_loss(self, trained: Any, arrays: Mapping[str, np.ndarray], is_due: bool) -> ExpectedLoss | None:

@@ -5,6 +5,8 @@ rollouts/<update>.samples.jsonl    {"problem", "sample", "seed", "adapter", "ids
 rollouts/<update>.verdicts.jsonl   {"problem", "sample", "reward", "kind", "detail", "well_formed"}
 ```
 
+Process 0 reads and writes them, and the others hear from it what there is.
+
 Those of prompts that are validated on are `<update>.validation_samples.jsonl` and `<update>.validation_verdicts.jsonl`,
 of the policy after that update.
 
@@ -16,6 +18,7 @@ from __future__ import annotations
 
 import base64
 import logging
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,17 +27,21 @@ import numpy as np
 from gemma4_tpu.evals.store import Key, Rows
 from gemma4_tpu.rollouts.rewarding import Rewarded
 from gemma4_tpu.rollouts.sampler import Drawn, Wanted
+from gemma4_tpu.tracking.files import write_text
+from gemma4_tpu.tracking.records import ROLLOUTS
+from gemma4_tpu.training.hosts import ALONE, Hosts
 
 log = logging.getLogger(__name__)
 
-FOLDER = "rollouts"
 _BITS = np.dtype("<f4")
 
 
 class StoredUpdate:
     """The roll-outs of one update; a context manager."""
 
-    def __init__(self, run: Path, update: int, adapter: str, prefix: str = ""):
+    def __init__(
+        self, run: Path, update: int, adapter: str, prefix: str = "", hosts: Hosts = ALONE, recorded: Path | None = None
+    ):
         """Opens what an earlier start left of this update, if it was drawn from the same policy.
 
         Args:
@@ -42,23 +49,36 @@ class StoredUpdate:
           update: the update that they are for, from 1.
           adapter: digest of the policy's trained values.
           prefix: of the files' names behind the update: `validation_` for answers that are not trained on.
+          hosts: the processes of the run.
+          recorded: run folder whose roll-outs are taken over where this one has none yet.
         """
-        folder = run / FOLDER
-        folder.mkdir(exist_ok=True)
-        paths = [folder / f"{update:06}.{prefix}{name}.jsonl" for name in ("samples", "verdicts")]
         self.adapter = adapter
         """Digest of the policy that these are of."""
-        self._samples, self._verdicts = (Rows(path) for path in paths)
-        if any(row.get("adapter") != adapter for row in self._samples.rows.values()):
+        self._files: tuple[Rows, Rows] | None = None  # samples and verdicts; on process 0 alone
+        paths = [run / ROLLOUTS / f"{update:06}.{prefix}{name}.jsonl" for name in ("samples", "verdicts")]
+        known = hosts.from_first(lambda: self._open(paths, recorded))
+        self._known = {(row["problem"], row["sample"]): row for row in known}
+
+    def _open(self, paths: Sequence[Path], recorded: Path | None) -> list[dict[str, Any]]:
+        """The samples that are there."""
+        paths[0].parent.mkdir(exist_ok=True)
+        if recorded is not None and not any(path.exists() for path in paths):
+            for other in (recorded / ROLLOUTS / path.name for path in paths):
+                if other.exists():
+                    write_text(paths[0].with_name(other.name), other.read_text(encoding="utf-8"))
+        samples, verdicts = (Rows(path) for path in paths)
+        if any(row.get("adapter") != self.adapter for row in samples.rows.values()):
             log.warning("%s: drawn from another policy than this start's; drawn and judged again", paths[0].name)
-            self.close()
-            for path in paths:
+            for rows, path in zip((samples, verdicts), paths, strict=True):
+                rows.close()
                 path.unlink()
-            self._samples, self._verdicts = (Rows(path) for path in paths)
+            samples, verdicts = (Rows(path) for path in paths)
+        self._files = samples, verdicts
+        return list(samples.rows.values())
 
     def drawn(self, key: Key, wanted: Wanted) -> Drawn | None:
         """The sample (problem's name, number), if it is there."""
-        row = self._samples.rows.get(key)
+        row = self._known.get(key)
         if row is None:
             return None
         bits = np.frombuffer(base64.b64decode(row["logprobs"]), _BITS).astype(np.float32)
@@ -66,27 +86,30 @@ class StoredUpdate:
 
     def add_drawn(self, key: Key, drawn: Drawn) -> None:
         """Stores a sample."""
+        if self._files is None:
+            return
         bits = base64.b64encode(drawn.logprobs.astype(_BITS).tobytes()).decode()
-        self._samples.add(_named(key) | {
+        self._files[0].add(_named(key) | {
             "seed": drawn.wanted.seed, "adapter": self.adapter, "ids": drawn.tokens.tolist(), "logprobs": bits,
             "stopped": drawn.stopped,
         })  # fmt: skip
 
     def rewarded(self, key: Key) -> Rewarded | None:
-        """What a sample was found to be worth, if it has been judged."""
-        row = self._verdicts.rows.get(key)
+        """What a sample was found to be worth, if it has been judged; asked on process 0."""
+        row = self._files[1].rows.get(key) if self._files else None
         if row is None:
             return None
         return Rewarded(row["reward"], row["kind"], row["detail"], row["well_formed"])
 
     def add_rewarded(self, key: Key, found: Rewarded) -> None:
         """Stores a verdict."""
-        self._verdicts.add(_named(key) | vars(found))
+        if self._files is not None:
+            self._files[1].add(_named(key) | vars(found))
 
     def close(self) -> None:
         """Closes the files; what was added is in them already."""
-        self._samples.close()
-        self._verdicts.close()
+        for rows in self._files or ():
+            rows.close()
 
     def __enter__(self) -> StoredUpdate:
         return self

@@ -7,7 +7,6 @@ prompt, so that of two policies that draw alike nothing remains but their differ
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,30 +14,12 @@ from typing import Any
 import numpy as np
 
 from gemma4_tpu.config.rollouts import RolloutsConfig
-from gemma4_tpu.errors import UserError
 from gemma4_tpu.evals.passk import interval
 from gemma4_tpu.rollouts.collecting import Collector
 from gemma4_tpu.rollouts.policy_tasks import Task
 from gemma4_tpu.tracking.metrics import MetricsFile, read_metrics
 from gemma4_tpu.tracking.records import VALIDATION_FILE
-
-
-def set_aside(tasks: Sequence[Task], wanted: int) -> tuple[list[Task], list[Task]]:
-    """(trained on, validated on): `wanted` prompts by a hash of their tokens; equal ones are on one side.
-
-    Raises:
-      UserError: that leaves nothing to train on.
-    """
-    keys = [hashlib.sha256(task.ids.tobytes()).hexdigest() for task in tasks]
-    chosen = sorted({*keys})[:wanted]
-    rest = [task for task, key in zip(tasks, keys, strict=True) if key not in {*chosen}]
-    if wanted and not rest:
-        raise UserError(
-            f"rollouts.validation_prompts={wanted}: there are {len({*keys})} different prompts, which leaves none to"
-            " train on; give fewer"
-        )
-    of_key = dict(zip(reversed(keys), reversed(tasks), strict=True))
-    return rest, [of_key[key] for key in chosen]
+from gemma4_tpu.training.hosts import ALONE, Hosts
 
 
 class Validation:
@@ -48,11 +29,16 @@ class Validation:
     (`low`, `high`; the first row has none), and the `rewards` of the prompts, in their order.
     """
 
-    def __init__(self, tasks: Sequence[Task], config: RolloutsConfig, updates: int, run: Path, resume_from: int | None):
+    def __init__(
+        self, tasks: Sequence[Task], config: RolloutsConfig, updates: int, run: Path, resume_from: int | None,
+        hosts: Hosts = ALONE,
+    ):  # fmt: skip
         """Of a run of so many `updates`, which goes on from `resume_from`; None: a new run."""
         self._tasks, self._config, self._updates = list(tasks), config, updates
-        self._file = MetricsFile(run / VALIDATION_FILE, after_update=resume_from) if tasks else None
-        self._known: list[dict[str, Any]] = read_metrics(run / VALIDATION_FILE) if tasks else []
+        path, self._known = run / VALIDATION_FILE, list[dict[str, Any]]()
+        self._file = MetricsFile(path, after_update=resume_from, write=hosts.first) if tasks else None
+        if tasks:
+            self._known = hosts.from_first(lambda: read_metrics(path))
 
     def is_due(self, update: int) -> bool:
         """Before the first update, every so many, and after the last one; not twice."""

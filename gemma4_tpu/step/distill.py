@@ -22,6 +22,11 @@ from gemma4_tpu.step.grpo import COPIES
 from gemma4_tpu.step.objective import Objective, Stats
 from gemma4_tpu.step.objective_kinds import REVERSE
 
+TOP_TOKENS, TOP_LOGPROBS = "top_tokens", "top_logprobs"
+"""Fields [M, B, T, K]: the likeliest tokens at each target, int32, and their log-probabilities, float32."""
+LEAST_OF_OTHERS = 1e-6
+"""Probability of all tokens that are not told of, at the least: sums in float32 are not better known."""
+
 
 @dataclass(frozen=True)
 class Divergence:
@@ -47,6 +52,37 @@ class Divergence:
 
 
 @dataclass(frozen=True)
+class DivergenceOfTop:
+    """A `Score`: from what a teacher tells of its likeliest K tokens, ids and log-probabilities [B, c, K].
+
+    Both distributions are compared over K + 1 events: those tokens, and any other. That is at most what the whole
+    distributions differ by, and nothing has to be made up about the tokens that it does not tell of.
+    """
+
+    kind: str
+    """See `Divergence.kind`."""
+
+    def __call__(self, logits: jax.Array, told: tuple[jax.Array, jax.Array], _: None) -> tuple[jax.Array, jax.Array]:
+        """In nats."""
+        tokens, teacher = told
+
+        def value(logits: jax.Array) -> jax.Array:
+            student = _and_others(jnp.take_along_axis(jax.nn.log_softmax(logits, axis=-1), tokens, axis=-1))
+            wanted = _and_others(teacher)
+            one, other = (student, wanted) if self.kind == REVERSE else (wanted, student)
+            return (jnp.exp(one) * (one - other)).sum(axis=-1)
+
+        found, gradient = jax.vjp(value, logits)
+        return found, gradient(jnp.ones_like(found))[0]
+
+
+def _and_others(chances: jax.Array) -> jax.Array:
+    """Log-probabilities [B, c, K] of some tokens, and behind them that of any other: [B, c, K + 1]."""
+    others = jnp.maximum(1.0 - jnp.exp(chances).sum(axis=-1, keepdims=True), LEAST_OF_OTHERS)
+    return jnp.concatenate([chances, jnp.log(others)], axis=-1)
+
+
+@dataclass(frozen=True)
 class Distill(Objective):
     """The mean divergence from the teacher over the target tokens of given rows."""
 
@@ -60,6 +96,20 @@ class Distill(Objective):
     def denominator(self, batch: Mapping[str, jax.Array]) -> jax.Array:
         """Target tokens."""
         return batch["target_mask"].sum(dtype=jnp.int32)
+
+
+@dataclass(frozen=True)
+class DistillTop(Distill):
+    """The same from what a served teacher tells of its likeliest tokens, which stands beside the tokens of the rows."""
+
+    top: int
+    """K, how many."""
+    fields: ClassVar[Mapping[str, Any]] = {TOP_TOKENS: jnp.int32, TOP_LOGPROBS: jnp.float32}
+
+    @property
+    def values(self) -> tuple[int, ...]:
+        """See `Objective`."""
+        return (self.top,)
 
 
 @dataclass(frozen=True)

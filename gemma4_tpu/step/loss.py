@@ -97,7 +97,7 @@ def token_nll(
 def token_losses(
     hidden: jax.Array,
     table: jax.Array,
-    beside: jax.Array,
+    beside: Any,
     common: Any,
     score: Score,
     cap: float | None,
@@ -114,7 +114,7 @@ def token_losses(
     Args:
       hidden: as there; so are `table`, `cap`, `chunk_tokens`, `trained_rows` and `mesh`.
       table: likewise.
-      beside: [B, T, …], what the score takes of each token; no gradient goes there.
+      beside: tree of [B, T, …], what the score takes of each token; no gradient goes there.
       common: what it takes of all of them; nor there.
       score: the loss.
       cap: likewise.
@@ -170,7 +170,7 @@ def _forward(hidden, table, beside, common, target_mask, score, cap, chunk_token
 
     gradient = () if trained_rows is None else (len(trained_rows) or len(table), table.shape[1])
     start = jnp.zeros((), jnp.float32), jnp.zeros(gradient, jnp.float32)
-    chunks = split(hidden), split(beside), None if target_mask is None else split(target_mask)
+    chunks = split(hidden), jax.tree.map(split, beside), None if target_mask is None else split(target_mask)
     (total, d_table), (each, d_hidden) = jax.lax.scan(body, start, chunks)
     if hidden_grad:
         d_hidden = join(d_hidden)

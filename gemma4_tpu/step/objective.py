@@ -46,6 +46,11 @@ class Objective(ABC):
     """Whether its batches are the policy's own answers."""
 
     @property
+    def values(self) -> tuple[int, ...]:
+        """Dims of such a field behind [M, B, T], where a token has several values."""
+        return ()
+
+    @property
     def heldout(self) -> Objective | None:
         """Of one that is on-policy: what held-out rows, whose answers are given, are scored by; None: cross-entropy."""
         return None

@@ -54,7 +54,7 @@ KINDS = {
     ),
     "expert_iteration": Kind((), CONVERSATIONS, measures=(*_OF_REWARDS, *_OF_ANSWERS), on_policy=True),
     "distill": Kind(_TEACHING, CONVERSATIONS, measures=_OF_ANSWERS, on_policy=True, taught=True),
-    "distill_offline": Kind(_TEACHING, CONVERSATIONS, taught=True),
+    "distill_offline": Kind((*_TEACHING, "teacher_top", "teacher_store"), CONVERSATIONS, taught=True),
 }  # fmt: skip
 
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from gemma4_tpu.config.rollouts import is_address
 from gemma4_tpu.config.schema import ObjectiveConfig
-from gemma4_tpu.step.distill import Distill, DistillOwn
+from gemma4_tpu.step.distill import Distill, DistillOwn, DistillTop
 from gemma4_tpu.step.grpo import ExpertIteration, Grpo
 from gemma4_tpu.step.objective import Objective
 from gemma4_tpu.step.objective_kinds import KINDS, SFT
@@ -21,6 +22,9 @@ def make_objective(config: ObjectiveConfig) -> Objective | None:
         return ExpertIteration()
     if (kind := KINDS[config.kind]).taught:
         assert config.divergence is not None
+        if is_address(config.teacher or ""):
+            assert config.teacher_top is not None
+            return DistillTop(config.divergence, config.teacher_top)
         return (DistillOwn if kind.on_policy else Distill)(config.divergence)
     assert config.beta is not None
     if config.kind == "dpo":

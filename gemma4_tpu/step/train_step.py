@@ -22,7 +22,7 @@ from gemma4_tpu.models.gemma4 import Model, Params, hidden_states
 from gemma4_tpu.models.layout import get, without
 from gemma4_tpu.models.sharding import constrain
 from gemma4_tpu.models.weights import EMBEDDING
-from gemma4_tpu.step.distill import Distill, Divergence
+from gemma4_tpu.step.distill import TOP_LOGPROBS, TOP_TOKENS, Distill, DistillTop, Divergence, DivergenceOfTop
 from gemma4_tpu.step.loss import summed_cross_entropy, token_losses, token_nll
 from gemma4_tpu.step.objective import REFERENCE, REFERENCE_NLL, TEACHER, Objective, Stats
 from gemma4_tpu.step.optimizer import next_average, schedule_free_average
@@ -108,14 +108,18 @@ class Step:
 
     def divergence(self, trained: Any, base: Any, rows: Batch, key: jax.Array | None = None) -> jax.Array:
         """float32 [B, T]: how far the distribution of every token is from the teacher's, in nats, of padding too."""
-        assert self.teacher is not None and isinstance(self.objective, Distill)
+        assert isinstance(self.objective, Distill)
+        if isinstance(self.objective, DistillTop):
+            told, of_top = (rows[TOP_TOKENS], rows[TOP_LOGPROBS]), DivergenceOfTop(self.objective.divergence)
+            return token_losses(*self._scored(trained, base, rows, key), told, None, of_top, *self._scoring())
+        assert self.teacher is not None
         params, lora = base[TEACHER]["params"], base[TEACHER].get("lora")
         places = rows["tokens"], rows["segment_ids"], rows["positions"]
-        told = jax.lax.stop_gradient(hidden_states(self.teacher, params, lora, *places))
+        hidden = jax.lax.stop_gradient(hidden_states(self.teacher, params, lora, *places))
         # Gathered over fsdp once, not in every chunk.
-        table = constrain(params["embedder"]["input_embedding"].astype(told.dtype), "VD", self.teacher.mesh)
+        table = constrain(params["embedder"]["input_embedding"].astype(hidden.dtype), "VD", self.teacher.mesh)
         score = Divergence(self.objective.divergence, self.teacher.arch.final_logit_softcap, self.teacher.mesh)
-        return token_losses(*self._scored(trained, base, rows, key), told, table, score, *self._scoring())
+        return token_losses(*self._scored(trained, base, rows, key), hidden, table, score, *self._scoring())
 
     def summed_loss(self, trained: Any, base: Any, rows: Batch, key: jax.Array | None) -> tuple[jax.Array, Stats]:
         """Summed loss of the rows of one microbatch, and what the objective tells of them; arrays are [B, T]."""

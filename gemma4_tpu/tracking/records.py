@@ -34,6 +34,7 @@ FOLDER, RESULT, PLAN_FILE, CONFIG = "record.json", "result.json", "plan.json", "
 OVERRIDES = "overrides.yaml"
 CERTIFICATE_FILE = "certificate.json"
 VALIDATION_FILE = "validation.jsonl"
+ROLLOUTS = "rollouts"
 
 
 @dataclass(frozen=True)

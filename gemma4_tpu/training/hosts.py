@@ -103,6 +103,10 @@ class Hosts:
         exit_now(stopped_code(error) if isinstance(error, KeyboardInterrupt) else 1)
 
 
+ALONE = Hosts()
+"""The one process of a run that has no others."""
+
+
 def start_hosts(distributed: DistributedConfig, hardware: HardwareConfig) -> Hosts:
     """Joins the processes of the run, where there are several; imports JAX only then.
 
@@ -114,7 +118,7 @@ def start_hosts(distributed: DistributedConfig, hardware: HardwareConfig) -> Hos
     if address is None and ((slice_ and slice_.hosts > 1) or "," in os.environ.get("TPU_WORKER_HOSTNAMES", "")):
         address = AUTO
     if address is None:
-        return Hosts()
+        return ALONE
     import jax
 
     explicit: dict[str, Any] = {}

@@ -44,6 +44,8 @@ def objective_problems(
 def _teacher(objective: ObjectiveConfig) -> list[str]:
     """What is wrong with the teacher, as far as local files tell."""
     path, which, name = objective.teacher, objective.teacher_checkpoint or "", objective.teacher_model
+    if path and is_address(path):
+        return _served(objective)
     messages = []
     if name is not None and name not in ARCHITECTURES:
         hint = did_you_mean(name, ARCHITECTURES, lambda one: f"objective.teacher_model={one}")
@@ -56,12 +58,6 @@ def _teacher(objective: ObjectiveConfig) -> list[str]:
             f"objective.teacher: objective={objective.kind} learns from one; give a run folder or a checkpoint with the"
             " same vocabulary (local, gs:// or embedded:NAME); for a plan objective.teacher_model=<its size> will do",
         ]
-    if is_address(path):
-        return [
-            *messages,
-            f"objective.teacher={path}: servers tell probabilities of a few tokens, and the whole distribution is"
-            " compared; give the checkpoint or the run folder that it serves",
-        ]
     if path.startswith(RANDOM):
         if not name:
             messages.append(f"objective.teacher={path}: random weights of which model? Give objective.teacher_model=")
@@ -71,3 +67,14 @@ def _teacher(objective: ObjectiveConfig) -> list[str]:
         what = "is a file, not a folder" if place.exists() else f"no such folder{sibling(place)}"
         found.append(f"objective.teacher={path}: {what}; give a run folder or the folder of a checkpoint")
     return messages + found
+
+
+def _served(objective: ObjectiveConfig) -> list[str]:
+    """What is wrong with a server as the teacher."""
+    if KINDS[objective.kind].on_policy:
+        return [
+            f"objective.teacher={objective.teacher}: objective={objective.kind} compares whole distributions at every"
+            " update, and servers tell of a few tokens; give the checkpoint or the run folder that it serves, or"
+            " objective=distill_offline"
+        ]
+    return [] if objective.teacher_store else ["objective.teacher_store: where is kept what it tells? Give a folder"]

@@ -12,6 +12,7 @@ from gemma4_tpu.errors import UserError
 from gemma4_tpu.hardware import MeshSizes
 from gemma4_tpu.models.kv_cache import weight_bytes
 from gemma4_tpu.step.objective_kinds import KINDS
+from gemma4_tpu.tracking.records import ROLLOUTS
 from gemma4_tpu.training.meshes import whole_rows_problems
 
 
@@ -45,6 +46,11 @@ def rollouts_problems(
         messages.append(
             f"rollouts.validation_prompts={config.validation_prompts}: objective={objective.kind} has no reward to"
             " validate; give a rollouts.reward, or held-out rows, on which its divergence is measured"
+        )
+    if config.recorded is not None and not (Path(config.recorded) / ROLLOUTS).is_dir():
+        messages.append(
+            f"rollouts.recorded={config.recorded}: no folder with {ROLLOUTS}/, so no run with roll-outs; give the"
+            " folder of one on this machine"
         )
     if config.overlong_tokens > config.new_tokens:
         messages.append(

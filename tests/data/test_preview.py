@@ -74,3 +74,12 @@ def test_command_line(monkeypatch, tmp_path, capsys, write_jsonl):
     assert "training would refuse this" in capsys.readouterr().out
     assert main(["preview=true", "data.train=[{path: nowhere.jsonl}]"]) == 2
     assert "nowhere.jsonl" in capsys.readouterr().err
+
+
+def test_of_an_on_policy_run_prompts_are_shown(capsys):
+    words = ["rollouts.reward=a.b:c", "rollouts.validation_prompts=7", "data.heldout=[]", "data.max_rows=40"]
+    assert main(["preview=true", "model.path=random:0", "objective=grpo", *words]) == 0
+    out = " ".join(capsys.readouterr().out.split())
+    assert "32 prompts; answers to each are drawn from the policy" in out and "⟦" not in out
+    assert "<|turn>model reference, which the policy does not see: ```verilog module TopModule" in out
+    assert "one pass: 2 updates of 16 prompts × 8 answers of at most 128 tokens; set aside for validation: 7" in out

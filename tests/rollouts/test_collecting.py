@@ -1,5 +1,7 @@
 """Roll-outs of an update: stored as they come, judged once, asked for again where a group teaches nothing."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
@@ -11,7 +13,8 @@ from gemma4_tpu.rollouts.digest import digest
 from gemma4_tpu.rollouts.policy_tasks import Task
 from gemma4_tpu.rollouts.rewarding import Rewarded
 from gemma4_tpu.rollouts.sampler import Drawn, Wanted
-from gemma4_tpu.rollouts.stored import FOLDER, StoredUpdate
+from gemma4_tpu.rollouts.stored import StoredUpdate
+from gemma4_tpu.tracking.records import ROLLOUTS
 
 POLICY = {"a": np.float32([1.0, 2.0]), "b": np.float32([[3.0]])}
 CONFIG = RolloutsConfig(prompts=2, samples=3, resample=2.0)
@@ -54,9 +57,9 @@ class Judge:
         return [Rewarded(float(a.text.endswith(" 1") and int(a.text.split()[0]) % 2), "x", "é") for a in answers]
 
 
-def collect(folder, sampler, judge, tasks=TASKS, policy=POLICY, update=1):
+def collect(folder, sampler, judge, tasks=TASKS, policy=POLICY, update=1, config=CONFIG):
     collector = Collector(
-        sampler, judge, Decoder(), CONFIG, seed=3, run=folder, is_live=lambda group: is_live(group.rewards)
+        sampler, judge, Decoder(), config, seed=3, run=folder, is_live=lambda group: is_live(group.rewards)
     )
     return collector(update, policy, {}, iter(tasks))
 
@@ -104,6 +107,17 @@ def test_what_is_stored_is_neither_drawn_nor_judged_again(tmp_path, dies_after):
     assert not third.drawn and not judge.asked
 
 
+def test_recorded_roll_outs_of_the_very_policy_are_neither_drawn_nor_judged(tmp_path):
+    for name in "abc":
+        (tmp_path / name).mkdir()
+    whole, recorded = contents(collect(tmp_path / "a", Letters(), Judge())), replace(CONFIG, recorded=f"{tmp_path}/a")
+    sampler, judge = Letters(), Judge()
+    assert contents(collect(tmp_path / "b", sampler, judge, config=recorded)) == whole
+    assert not sampler.drawn and not judge.asked
+    collect(tmp_path / "c", sampler, judge, policy={**POLICY, "b": np.float32([[4.0]])}, config=recorded)
+    assert len(sampler.drawn) == 12 and len(judge.asked) == 12
+
+
 def test_roll_outs_of_another_policy_are_drawn_again(tmp_path):
     collect(tmp_path, Letters(), Judge())
     sampler, other = Letters(), {**POLICY, "b": np.float32([[3.0000002]])}
@@ -113,7 +127,7 @@ def test_roll_outs_of_another_policy_are_drawn_again(tmp_path):
 
 def test_a_torn_line_is_drawn_again(tmp_path):
     whole = contents(collect(tmp_path, Letters(), Judge()))
-    path = tmp_path / FOLDER / "000001.samples.jsonl"
+    path = tmp_path / ROLLOUTS / "000001.samples.jsonl"
     path.write_bytes(path.read_bytes()[:-20])
     sampler = Letters()
     assert contents(collect(tmp_path, sampler, Judge())) == whole

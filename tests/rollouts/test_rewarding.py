@@ -1,6 +1,7 @@
 """Rewards: a Python function, a server, and the judge with its form."""
 
 import json
+import re
 import threading
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, HTTPServer
@@ -36,8 +37,20 @@ def endless(rows):
     return [float("inf") for _ in rows]
 
 
-def reward(name: str):
-    return open_reward(RolloutsConfig(reward=name))
+def one_none(rows):
+    return [1.0, None]
+
+
+def failing(rows):
+    return [1 / len(row["missing"]) for row in rows]
+
+
+def leaving(rows):
+    raise SystemExit(0)
+
+
+def reward(name: str, timeout_seconds: float = 600.0):
+    return open_reward(RolloutsConfig(reward=name, reward_timeout_seconds=timeout_seconds))
 
 
 def test_a_function_gets_rows_and_gives_numbers_or_numbers_with_classes():
@@ -50,7 +63,8 @@ def test_a_function_gets_rows_and_gives_numbers_or_numbers_with_classes():
     [
         ("no_such_module:f", "can't be imported"), (f"{__name__}:nothing", "has no function 'nothing' (it has "),
         (f"{__name__}:too_few", "for 2 answers"), (f"{__name__}:words", "gave 'good' for an answer"),
-        (f"{__name__}:endless", "finite"),
+        (f"{__name__}:endless", "finite"), (f"{__name__}:one_none", "gave None for an answer"),
+        (f"{__name__}:failing", r"raised KeyError('missing') (" + __file__), (f"{__name__}:leaving", "SystemExit(0)"),
     ],
 )  # fmt: skip
 def test_what_gives_no_rewards_is_one_message(name, said):
@@ -91,11 +105,26 @@ def test_a_server_scores_what_it_is_sent():
 
 @pytest.mark.parametrize(
     ("answer", "said"),
-    [((500, b""), "500"), ((200, b"[]"), "answered something else"), ((200, b'{"verdicts": []}'), "0 verdicts for 2")],
-)
+    [
+        ((500, b""), "500"), ((200, b"[]"), "answered something else"), ((200, b"<p>\xff"), "something else.*<p>"),
+        ((200, b'{"verdicts": []}'), "0 verdicts for 2"), ((200, b'{"verdicts": ["a", "b"]}'), "something else"),
+        ((200, b'{"verdicts": [{"score": NaN}, {"score": 1}]}'), "gave .nan, 'scored', ''. for an answer"),
+    ],
+)  # fmt: skip
 def test_a_server_that_does_not_is_one_message(answer, said):
     with server(lambda _: answer) as url, reward(url) as judge, pytest.raises(UserError, match=said):
         judge(ANSWERS)
+
+
+def test_a_server_that_takes_too_long_or_is_none_is_one_message():
+    answered = threading.Event()
+    with server(lambda _: (answered.wait(10), (200, b""))[1]) as url:
+        with reward(url, timeout_seconds=0.2) as judge, pytest.raises(UserError, match="timed out; what was judged is"):
+            judge(ANSWERS)
+        answered.set()
+    for url in ("http://[", "http://a:b/", "http://xn--/"):
+        with reward(url) as judge, pytest.raises(UserError, match=rf"rollouts\.reward={re.escape(url)}: .*is kept"):
+            judge(ANSWERS)
 
 
 @needs_iverilog

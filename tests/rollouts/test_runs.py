@@ -39,10 +39,13 @@ def metrics(run) -> list[dict]:
 @pytest.mark.slow
 def test_killed_at_any_moment_it_ends_with_the_very_bits_and_judges_nothing_twice(shallow, tmp_path, monkeypatch):  # noqa: F811
     """Killed in the middle of judging, before the first checkpoint and behind it."""
-    whole, broken = tmp_path / "whole", tmp_path / "broken"
-    shallow(*FUNCTION, f"run_dir={whole}", cwd=tmp_path)
+    whole, broken, again = (tmp_path / name for name in ("whole", "broken", "again"))
+    shallow(*FUNCTION, "tracker=jsonl", f"run_dir={whole}", cwd=tmp_path)
     record = json.loads((whole / "certificate.json").read_text())
     assert record["holds"] and record["updates"] == record["adapters"] == 6
+    told = [json.loads(line) for line in (whole / "tracker.jsonl").read_text().splitlines()]
+    tables = [event for event in told if event["event"] == "table" and event["name"] == "rollouts"]
+    assert [event["update"] for event in tables] == [1, 2] and tables[0]["rows"][0][-1] in ("some", "none")
 
     monkeypatch.setenv("NOTES", str(tmp_path / "notes"))
     for killed_at in (3, 9):
@@ -62,7 +65,11 @@ def test_killed_at_any_moment_it_ends_with_the_very_bits_and_judges_nothing_twic
     for name in sorted(os.listdir(whole / "rollouts")):
         stored = [sorted((run / "rollouts" / name).read_text().splitlines()) for run in (whole, broken)]
         assert stored[0] == stored[1], name
-    notes = (tmp_path / "notes").read_text().splitlines()
+    noted = (tmp_path / "notes").read_text()
+    shallow(*FUNCTION, f"replay={whole}", f"rollouts.recorded={whole}", f"run_dir={again}", cwd=tmp_path)
+    assert json.loads((again / "replay.json").read_text())["losses"]["first_difference"] is None
+    assert metrics(again) == metrics(whole) and (tmp_path / "notes").read_text() == noted  # judged nothing
+    notes = noted.splitlines()
     assert (
         len(notes) <= record["answers"]["answers"] + 3 * 5 * 4
     )  # equal answers to a prompt in an update are judged once
@@ -109,6 +116,7 @@ REFUSED = [
     ("data.packing=false", r"data\.packing=false: roll-outs are in packed rows"),
     ("rollouts.samples=1", r"rollouts\.samples=1: must be at least 2, so that answers can be compared"),
     ("rollouts.overlong_tokens=500", r"rollouts\.overlong_tokens=500: more than the 128 tokens"),
+    ("rollouts.recorded=/nowhere", r"rollouts\.recorded=/nowhere: no folder with rollouts/"),
     ("hardware=v5p8 mesh=fsdp model=gemma4_31b model.path=random:0",
      r"mesh\.fsdp=4: .* would gather 42\.9 GiB of weights onto every chip; .*mesh\.fsdp=1 mesh\.tp=4"),
 ]  # fmt: skip

@@ -8,9 +8,9 @@ import pytest
 from gemma4_tpu.config.rollouts import RolloutsConfig
 from gemma4_tpu.errors import UserError
 from gemma4_tpu.rollouts.collecting import Collector
-from gemma4_tpu.rollouts.policy_tasks import Task
+from gemma4_tpu.rollouts.policy_tasks import Task, set_aside
 from gemma4_tpu.rollouts.rewarding import Rewarded
-from gemma4_tpu.rollouts.validation import Validation, set_aside
+from gemma4_tpu.rollouts.validation import Validation
 from tests.rollouts.test_collecting import POLICY, TASKS, Decoder, Letters
 
 CONFIG = RolloutsConfig(prompts=2, samples=4, validation_prompts=5, validation_every=10)

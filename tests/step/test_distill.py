@@ -8,7 +8,7 @@ import numpy as np
 import optax
 import pytest
 
-from gemma4_tpu.step.distill import Distill, DistillOwn, Divergence
+from gemma4_tpu.step.distill import Distill, DistillOwn, Divergence, DivergenceOfTop
 from gemma4_tpu.step.grpo import COPIES
 from gemma4_tpu.step.loss import token_losses
 from gemma4_tpu.step.objective import TEACHER
@@ -57,6 +57,32 @@ def test_value_and_gradient_are_those_of_pytorch(arrays, kind, rows):
     if rows:
         wanted = np.where(np.isin(np.arange(V), rows)[:, None], wanted, 0.0)
     np.testing.assert_allclose(grads[1], wanted, rtol=1e-4, atol=2e-4)
+
+
+@pytest.mark.parametrize("kind", ["reverse", "forward"])
+def test_of_some_tokens_and_all_others_it_is_a_lower_bound_that_grows_to_the_whole(arrays, kind):
+    hidden, table, its_hidden, its_table, weights = arrays
+    cap, its_cap = 2.0, 3.0  # flat enough that no token is rarer than 1e-6
+    teacher = jax.nn.log_softmax(its_cap * jnp.tanh(its_hidden @ its_table.T / its_cap), axis=-1)
+    score = Divergence(kind, its_cap, None)
+    whole = token_losses(hidden, table, its_hidden, its_table, score, cap, 8, None, None)
+    below = np.zeros_like(whole)
+    for top in (1, 8, V - 1):
+        logprobs, tokens = jax.lax.top_k(teacher, top)
+
+        def of_top(hidden, told=(tokens, logprobs)):
+            return token_losses(hidden, table, told, None, DivergenceOfTop(kind), cap, 8, None, None)
+
+        found = of_top(hidden)
+        assert (found > below - 1e-4).all() and (found < whole + 1e-4).all()
+        below = found
+    # the one token that is left is "any other": 1 less a float32 sum, which is off by 1e-7 of at least 1e-5
+    np.testing.assert_allclose(found, whole, rtol=1e-2, atol=1e-3)
+    ours, exact = (
+        jax.grad(lambda h, f=f: (weights * f(h)).sum())(jnp.array(hidden))
+        for f in (of_top, lambda h: token_losses(h, table, its_hidden, its_table, score, cap, 8, None, None))
+    )
+    np.testing.assert_allclose(ours, exact, rtol=1e-2, atol=1e-2)
 
 
 def taught(objective):

@@ -10,6 +10,7 @@ import optuna
 import pytest
 
 from gemma4_tpu.sweeping.state import Sweep
+from gemma4_tpu.tracking.run import RunFolder
 from tests.sweeping.test_multirun import when
 
 WORDS = ("hydra/sweeper=optuna", "hydra.sweeper.sampler=random", "hydra.sweeper.prune_after_trials=2")
@@ -97,6 +98,16 @@ def test_what_can_not_be_searched_is_refused(sweep, capsys, words, told):
     Path("bad.yaml").write_text("lora.rnk: choice(1,2)")
     sweep("hydra/sweeper=optuna", *words, exit_code=2)
     assert told in capsys.readouterr().err
+
+
+def test_objectives_are_searched_like_any_group(sweep):
+    Path("space.yaml").write_text("objective: choice(sft, grpo)\n")
+    words = ("hydra.sweeper.space=space.yaml", "rollouts.reward=a.b:c", "hydra.sweeper.seed=1")
+    swept = sweep(*WORDS, *words, "hydra.sweeper.n_trials=4")
+    assert {job.status for job in swept.jobs.values()} == {"finished"}
+    assert {trial.params["objective"] for trial in study_of(swept).trials} == {"sft", "grpo"}
+    for kind in ("sft", "grpo"):
+        assert RunFolder.existing(str(sweep.folder / f"objective-{kind}")).read_config()["objective"]["kind"] == kind
 
 
 def test_an_interval_is_not_enumerated(sweep, capsys):

@@ -5,6 +5,7 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -22,6 +23,9 @@ SHORT = [
 ]  # fmt: skip
 
 
+SCRIPT = Path(__file__).with_name("several_meshes.py")
+
+
 def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -33,6 +37,21 @@ def weights(run: Path) -> dict[str, bytes]:
     return {"update": state.update} | {name: state.read(name).tobytes() for name in state.names}
 
 
+def on_meshes(shallow, folder: Path, count: int, devices: int, meshes: Sequence[str], *words: str) -> list[str]:
+    """What `count` processes said that ran the same training on one mesh of `devices` after another."""
+    where = [str(folder), f"localhost:{free_port()}", str(count)]
+    environment = shallow.environment(devices // count) | {"NPROC": str(devices)}
+    processes = [
+        subprocess.Popen(
+            [sys.executable, SCRIPT, *where, str(index), *meshes, "--", *words], text=True, cwd=folder.parent,
+            env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+        ) for index in range(count)
+    ]  # fmt: skip
+    said = [process.communicate(timeout=600)[0] for process in processes]
+    assert [process.returncode for process in processes] == [0] * count, "\n".join(said)
+    return said
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_two_and_four_processes_make_the_very_numbers_of_one_on_every_mesh(shallow, tmp_path):
@@ -41,19 +60,8 @@ def test_two_and_four_processes_make_the_very_numbers_of_one_on_every_mesh(shall
     With as many threads in each process, too: XLA's products on CPUs add up in as many parts (it reads NPROC).
     """
     meshes = {1: ("1x2x2x1", "2x2x1x1", "1x1x2x2"), 2: ("2x2x1x1", "1x1x2x2"), 4: ("1x2x2x1", "2x2x1x1")}
-    script = Path(__file__).with_name("several_meshes.py")
     for count in meshes:
-        folder, address = tmp_path / str(count), f"localhost:{free_port()}"
-        words = [folder, address, count]
-        processes = [
-            subprocess.Popen(
-                [sys.executable, script, *map(str, [*words, index, *meshes[count]]), "--", *SHORT],
-                text=True, cwd=tmp_path, env=shallow.environment(4 // count) | {"NPROC": "4"},
-                stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-            ) for index in range(count)
-        ]  # fmt: skip
-        said = [process.communicate(timeout=600)[0] for process in processes]
-        assert [process.returncode for process in processes] == [0] * count, "\n".join(said)
+        said = on_meshes(shallow, tmp_path / str(count), count, 4, meshes[count], *SHORT)
         assert all("Run folder" not in text for text in said[1:])  # process 0 alone writes and reports
     for count in (2, 4):
         for mesh in meshes[count]:
