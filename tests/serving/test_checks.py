@@ -195,6 +195,9 @@ def test_a_quantised_folder_is_counted_and_named_as_what_it_is(merged, dry_run, 
     assert "give the merged folder" in refused(quantised, "serving=local")
     notes = load([f"run={quantised}", f"serving.port={port}", "serving=v6e8"], SERVE).checked.notes
     assert any("tpu-inference #3305" in note.replace("\n", " ") for note in notes)
+    about["config_groups"] = {"group_0": {"weights": {"num_bits": 8}, "input_activations": None}}
+    (quantised / "config.json").write_text(json.dumps(config | {"quantization_config": about}))
+    assert "no kernel for 8 bits without quantised activations" in refused(quantised, "serving=vllm_cpu")
 
 
 def test_gpus_reach_the_container_their_own_way(merged, dry_run):
