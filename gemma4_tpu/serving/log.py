@@ -24,7 +24,7 @@ _SPLIT = re.compile(rb"[\r\n]+")
 LAST_LINES = 20
 RAISED_LINES = 8
 _RAISED = re.compile(r"(?P<process>\(\S+ pid=\d+\)) ERROR .*?\] (?P<told>[\w.]+(?:Error|Exception): .*)")
-"""The last line of a traceback that one of vLLM's processes logs. The one that started it raises another, without it."""
+"""The last line of a traceback in the log of one of vLLM's processes. The process that started it raises another."""
 LEAVE_SECONDS = 10.0
 """The engine's `logs` ends by itself when the container has."""
 

@@ -20,6 +20,10 @@ from gemma4_tpu.benching import latencies
 from gemma4_tpu.benching.client import TimedAnswer
 from gemma4_tpu.config.conf import groups_of
 from gemma4_tpu.config.schema import LoraConfig
+from gemma4_tpu.export.quantise import parts_of
+from gemma4_tpu.export.quantised_parity import dequantised
+from gemma4_tpu.export.schemes import SCHEMES
+from gemma4_tpu.models.tensorfile import Checkpoint
 from tests.export.runs import make_run
 from tests.models.checkpoints import hf_logits
 from tests.serving.test_checks import recipe_words
@@ -129,29 +133,48 @@ def test_int8_answers_nearly_as_the_merged_model(run, served, tmp_path):
     assert re.search(r"the server answers (\d) of \1 stored", (tmp_path / "record" / "log.txt").read_text())
     off = np.abs(_prompt_logprobs(endpoint, "tuned-int8", tokens) - expected)
     assert 0 < off.mean() < 0.1, off
-    loaded = _loaded_by_transformers(run / "int8", tokens)
-    assert np.abs(loaded - expected).mean() < 0.1
 
 
+def test_transformers_reads_quantised_weights_as_the_record_does(run):
+    """Weight-only, that is all there is to it, so the record tells how far such a model is from the merged one."""
+    tokens = np.random.default_rng(0).integers(3, 512, 60).tolist()
+    expected = _expected_logprobs(run / "merged", tokens)
+    far = {"int8": 0.1, "int8_weight_only": 0.1, "fp8_weight_only": 0.5}  # mean |Δ log p|; fp8 rounds 4 times as far
+    for name in far:
+        assert merge.main([f"run={run}", f"export={name}", "verify=stream"]) == 0
+    found = _loaded_by_transformers([run / name for name in far], tokens)
+    merged = Checkpoint(str(run / "merged"))
+    parts = parts_of(WIDE, "model.")[ROW_OF]
+    for (name, limit), (logprobs, row) in zip(far.items(), found, strict=True):
+        assert np.abs(logprobs - expected).mean() < limit, name
+        written = dequantised(str(run / name), merged, WIDE, "model.", SCHEMES[name])
+        np.testing.assert_allclose(row, written.rows(parts[0], 0, 1)[0], rtol=1e-6, err_msg=name)
+
+
+ROW_OF = "model.layers.0.mlp.gate_proj.weight"
 _LOAD = """
 import json, sys
 import torch
 from transformers import AutoModelForCausalLM
-model = AutoModelForCausalLM.from_pretrained(sys.argv[1], trust_remote_code=False).eval()
-tokens = torch.tensor([json.loads(sys.argv[2])])
-with torch.no_grad():
-    logprobs = model(tokens).logits[0].double().log_softmax(-1)
-print("found:", json.dumps(logprobs[torch.arange(tokens.shape[1] - 1), tokens[0, 1:]].tolist()))
+tokens = torch.tensor([json.loads(sys.argv[1])])
+for folder in sys.argv[2:]:
+    model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=False).eval()
+    with torch.no_grad():
+        logprobs = model(tokens).logits[0].double().log_softmax(-1)
+    own = logprobs[torch.arange(tokens.shape[1] - 1), tokens[0, 1:]]
+    print("found:", json.dumps([own.tolist(), model.model.layers[0].mlp.gate_proj.weight[0].tolist()]))
 """
 
 
-def _loaded_by_transformers(folder, tokens):
-    """By the transformers of vLLM's environment, which has compressed-tensors."""
-    command = [VLLM.parent / "python", "-c", _LOAD, folder, json.dumps(tokens)]
+def _loaded_by_transformers(folders, tokens):
+    """By the transformers of vLLM's environment, which has compressed-tensors: log-probabilities, a row of a matrix."""
+    command = [VLLM.parent / "python", "-c", _LOAD, json.dumps(tokens), *folders]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
-    (line,) = (line for line in done.stdout.splitlines() if line.startswith("found: "))
-    return np.array(json.loads(line.removeprefix("found: ")))
+    return [
+        [np.array(values) for values in json.loads(line.removeprefix("found: "))]
+        for line in done.stdout.splitlines() if line.startswith("found: ")
+    ]  # fmt: skip
 
 
 def test_adapters_are_told_apart_and_answer_as_their_merged_models(runs, served, tmp_path):
