@@ -48,6 +48,7 @@ MISTAKES = [
     ("lora.rank", "lora.rank: settings are written key=value"),
     ("--lora.rank=8", "--lora.rank=8: no such flag; settings are written lora.rank=value"),
     ("name=a{b", "the value can't be read; quote it: \"name='a{b'\""),
+    ("adapters=[/my runs (1),b]", "quote what it lists: \"adapters=['/my runs (1)','b']\""),
     ("lora.rank=4,8", "several values are a sweep; give one value, or add --multirun"),
     ("lora.targets=attention,mlp", "write 'lora.targets=[a,b]', or add --multirun"),
     ("~lora", "~lora: every group keeps an option; give lora=<one of default, none"),

@@ -81,8 +81,7 @@ def test_every_recipe_passes_the_checks_and_holds_flags_that_vllm_has(option, me
     serve = words[words.index("serve") :]
     assert {word[2:] for word in serve if word.startswith("--")} <= known_flags()
     assert len(known_flags()) == 408
-    if option != "vllm_cpu":  # whose models don't think
-        assert after(words, "--reasoning-parser") == "gemma4"  # else thoughts get into the answers
+    assert after(words, "--reasoning-parser") == "gemma4"  # else thoughts get into the answers
 
 
 @pytest.mark.parametrize("tag", ["v0.32.0", "nightly-20261001", "0.32.0-cu130", "9f8e7d6c5b4a"])

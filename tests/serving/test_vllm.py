@@ -290,6 +290,7 @@ def test_vllms_parser_takes_every_recipe(merged, adapted, port, capsys):
     assert done.returncode == 0, done.stderr
     parsed = [json.loads(line[8:]) for line in done.stdout.splitlines() if line.startswith("parsed: ")]
     assert len(parsed) == len(commands)
+    assert {reasoning for _, _, reasoning, _ in parsed} == {"gemma4"}
     assert parsed[-1] == ["/model", 16384, "gemma4", [["x/0", "/adapters/0"], ["y/0", "/adapters/1"]]]
 
 
