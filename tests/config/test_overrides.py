@@ -40,6 +40,7 @@ MISTAKES = [
     ("lora.rslora=maybe", "lora.rslora=maybe: not a bool"),
     ("trainer.epochs=many", "trainer.epochs=many: not a float or null"),
     ("lora.targets=attention", "not a list of str; write 'lora.targets=[attention]'"),
+    ("lora.ranks=8", "not a dict; write 'lora.ranks={name: value}'"),
     ("data.train=a.jsonl", "data.train.0.path=a.jsonl: no such file"),
     ("data.train=a.jsonl,b.jsonl", "write 'data.train=[a,b]', or add --multirun"),
     ("data.train=[{pth: x}, a.jsonl]", "data.train.0.pth: no such key; did you mean path?"),
