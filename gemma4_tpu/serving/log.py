@@ -23,8 +23,9 @@ _END = object()
 _SPLIT = re.compile(rb"[\r\n]+")
 LAST_LINES = 20
 RAISED_LINES = 8
-_RAISED = re.compile(r"(?P<process>\(\S+ pid=\d+\)) ERROR .*?\] (?P<told>[\w.]+(?:Error|Exception): .*)")
-"""The last line of a traceback in the log of one of vLLM's processes. The process that started it raises another."""
+_RAISED = re.compile(r"(?P<process>\((?!APIServer)\S+ pid=\d+\)) ERROR .*?\] (?P<told>[\w.]+(?:Error|Exception): .*)")
+"""The last line of a traceback in the log of one of vLLM's processes, which ends the server. The process that started
+it raises another one. `APIServer` also logs those of single requests."""
 LEAVE_SECONDS = 10.0
 """The engine's `logs` ends by itself when the container has."""
 
@@ -41,7 +42,7 @@ class ServerLog:
         """The container has printed its last line."""
         self.last: deque[str] = deque(maxlen=LAST_LINES)
         self.raised: list[str] = []
-        """The first exception of any process of the server, in its own words."""
+        """The first exception of a process that the server needs, in its own words."""
         self._raises: str | None = None  # the process, while it still tells
 
     def __enter__(self) -> ServerLog:
