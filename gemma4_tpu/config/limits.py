@@ -31,7 +31,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "checkpoint.resume": ("auto", "never"),
     "tracker.kind": ("none", "wandb", "mlflow", "trackio", "tensorboard", "jsonl"),
     "tracker.mode": ("auto", "online", "offline"),
-    "export.format": ("merged", "peft", "both", "int8", "fp8"),
+    "export.format": ("merged", "peft", "both", "int8", "fp8", "int8_weight_only", "fp8_weight_only"),
     "export.peft_experts": ("fused", "per_expert"),
     "export.verify": ("true", "stream", "false"),
     "eval.adapter": ("run", "none", "both"),

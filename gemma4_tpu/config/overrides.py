@@ -191,6 +191,9 @@ def _not_an_override(word: str, schema: type) -> str:
     if "=" not in word:
         return f"{word}: settings are written key=value, such as lora.rank=8"
     key, _, value = word.partition("=")
+    if plain_list := re.fullmatch(r"\[([^\[\]'\"]+)\]", value):
+        value = ",".join(f"'{item.strip()}'" for item in plain_list[1].split(","))
+        return f'{word}: the value can\'t be read; quote what it lists: "{key}=[{value}]"'
     return f"{word}: the value can't be read; quote it: \"{key}='{value}'\""
 
 

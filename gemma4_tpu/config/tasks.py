@@ -13,7 +13,8 @@ class ExportConfig:
 
     format: str = "merged"
     """`merged`: a Hugging Face checkpoint with the adapters merged in; `peft`: a PEFT adapter; `both`; `int8` or `fp8`:
-    the merged checkpoint, and another one with its products quantised, in the form of compressed-tensors."""
+    the merged checkpoint, and another one with its products quantised, in the form of compressed-tensors, whose servers
+    quantise activations too; `int8_weight_only` or `fp8_weight_only`: with weights quantised only."""
     checkpoint: str = "latest"
     """Which checkpoint: `latest`, `best` (lowest held-out loss) or an update number. Short form: `checkpoint=`."""
     peft_experts: str = "fused"
@@ -23,9 +24,9 @@ class ExportConfig:
     """Folder of the base checkpoint (local or gs://), if it is no longer the run's `model.path`; must hold the same
     weights."""
     target: str | None = None
-    """Folder to write (local or gs://); where the format has two parts, its subfolders `merged` and `adapter`, `int8`
-    or `fp8`; for several runs, one subfolder named after each. null: those subfolders in the run folder. Short form:
-    `target=`."""
+    """Folder to write (local or gs://); where the format has two parts, its subfolders `merged` and `adapter`, or
+    `merged` and one named after the format; for several runs, one subfolder named after each. null: those subfolders in
+    the run folder. Short form: `target=`."""
     overwrite: bool = False
     """Replace an existing target. Short form: `overwrite=`."""
     verify: str = "true"

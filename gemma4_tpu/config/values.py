@@ -7,7 +7,7 @@ from typing import Any
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from gemma4_tpu.config.keys import element_type, is_group, type_at, type_name, unknown_key
+from gemma4_tpu.config.keys import element_type, is_group, is_mapping, type_at, type_name, unknown_key
 
 
 def bad_value(schema: type, key: str, value: Any) -> str | None:
@@ -28,11 +28,14 @@ def bad_value(schema: type, key: str, value: Any) -> str | None:
         OmegaConf.update(OmegaConf.structured(group), name, value, merge=True)
     except (OmegaConfBaseException, ValueError, TypeError):
         shown = "null" if value is None else value
-        return f"{key}={shown}: not {_article(type_name(kind))}{_list_hint(key, element, value)}"
+        return f"{key}={shown}: not {_article(type_name(kind))}{_form_hint(key, kind, element, value)}"
     return None
 
 
-def _list_hint(key: str, element: Any, value: Any) -> str:
+def _form_hint(key: str, kind: Any, element: Any, value: Any) -> str:
+    """How a list or a mapping is written."""
+    if is_mapping(kind):
+        return f"; write '{key}={{name: value}}'"
     if element is None or isinstance(value, list):
         return ""
     item = f"{{path: {value}}}" if is_group(element) else value

@@ -15,7 +15,7 @@ from gemma4_tpu.config.tasks import ExportConfig, MergeRoot
 from gemma4_tpu.tracking.run import is_run
 
 TOKEN = "HF_TOKEN"
-QUANTISED = ("int8", "fp8")
+QUANTISED = ("int8", "fp8", "int8_weight_only", "fp8_weight_only")
 """Formats that are made from the merged checkpoint."""
 
 
@@ -104,7 +104,5 @@ def _export(export: ExportConfig, *, several: bool) -> list[str]:
         if export.target is not None and "://" in export.target:
             messages.append(f"export.push_to_hub={hub}: uploads from a local folder; give a local export.target")
         if export.format == "both":
-            messages.append(
-                f"export.push_to_hub={hub}: one repository holds one format; give export=merged, peft, int8 or fp8"
-            )
+            messages.append(f"export.push_to_hub={hub}: one repository holds one format; give another than export=both")
     return messages

@@ -20,7 +20,8 @@ from gemma4_tpu.export.merge import Delta, Merger
 from gemma4_tpu.export.peft import adapter_bytes, check_peft, write_peft
 from gemma4_tpu.export.place import Place, Unfinished, total_bytes
 from gemma4_tpu.export.probe_prompts import write_probes
-from gemma4_tpu.export.quantise import SCHEMES, Quantiser, parts_of
+from gemma4_tpu.export.quantise import Quantiser, parts_of
+from gemma4_tpu.export.schemes import SCHEMES
 from gemma4_tpu.export.trained import Trained, open_trained
 from gemma4_tpu.export.verify import fits_in_memory, refusal, verify
 from gemma4_tpu.models.tensorfile import Checkpoint
@@ -176,7 +177,8 @@ def _write_quantised(
     merged, arch = Checkpoint(merged_folder), trained.base.arch
     writer = Quantiser(merged, arch, trained.prefix, SCHEMES[kind])
     found = about_errors(kind, writer.run(place))
-    written = dequantised(place.target if place.published else place.staging, merged, arch, trained.prefix)
+    folder = place.target if place.published else place.staging
+    written = dequantised(folder, merged, arch, trained.prefix, SCHEMES[kind])
     if export.verify != "false":
         off = within_half_a_step(written, merged, parts_of(arch, trained.prefix), SCHEMES[kind])
         if off is not None:

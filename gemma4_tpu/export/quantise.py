@@ -2,8 +2,8 @@
 
 Every matrix of attention, MLP and experts is rounded to nearest, with a scale for each of its rows (output channels):
 weight ≈ scale · stored. Embedding, norms, router and what belongs to other modalities are copied. Servers quantise the
-activations, for each token as it comes, so that nothing is calibrated. Experts are stored as matrices of their own
-(`experts.7.gate_proj.weight`), as llm-compressor writes them.
+activations, for each token as it comes, or leave them as they are (`weight_only`), so that nothing is calibrated.
+Experts are stored as matrices of their own (`experts.7.gate_proj.weight`), as llm-compressor writes them.
 
 Streamed like the merge: block of rows by block of rows, journalled, shard by shard.
 """
@@ -20,7 +20,6 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-import ml_dtypes
 import numpy as np
 
 from gemma4_tpu.architectures import Architecture
@@ -29,38 +28,18 @@ from gemma4_tpu.errors import UserError
 from gemma4_tpu.export.companions import copy_file
 from gemma4_tpu.export.pieces import WORKERS, Piece, as_bytes, copies, in_order
 from gemma4_tpu.export.place import JOURNAL, LAST, Place
+from gemma4_tpu.export.schemes import Scheme
 from gemma4_tpu.models.expert_files import modules
 from gemma4_tpu.models.names import name_map
-from gemma4_tpu.models.tensorfile import DTYPES, Checkpoint, TensorFile
+from gemma4_tpu.models.tensorfile import DTYPES, Checkpoint, TensorFile, TensorInfo
 from gemma4_tpu.storage import join, list_folder, read_json
 
 log = logging.getLogger(__name__)
 
 BLOCK_VALUES = 4 << 20  # of a matrix that are quantised at a time
 VALUE_BYTES = 16  # that a value takes meanwhile: as stored, in float32, scaled, its error, quantised
+_SHAPE = np.dtype(np.int64)
 _CODES = {dtype: code for code, dtype in DTYPES.items()}
-
-
-@dataclass(frozen=True)
-class Scheme:
-    """How the weights are stored."""
-
-    dtype: np.dtype[Any]
-    largest: float
-    """A row's largest weight is stored as this."""
-    half_step: tuple[float, float]
-    """Largest rounding error of a stored value: relative to it, and at least."""
-    kind: str
-    """Of numbers, in words of compressed-tensors."""
-    layout: str
-    """Its format there."""
-
-
-SCHEMES = {
-    "int8": Scheme(np.dtype(np.int8), 127.0, (0.0, 0.5), "int", "int-quantized"),
-    "fp8": Scheme(np.dtype(ml_dtypes.float8_e4m3fn), 448.0, (2.0**-4, 2.0**-10), "float", "float-quantized"),
-}
-"""By the name of the export."""
 
 
 @dataclass(frozen=True)
@@ -68,7 +47,7 @@ class Matrix:
     """A matrix `[rows, width]` that is stored quantised."""
 
     name: str
-    """Of its weights on disk, with prefix."""
+    """Of its weights, with prefix; on disk too, unless they are packed."""
     source: str
     """The tensor of the merged checkpoint that holds it."""
     start: int
@@ -80,6 +59,11 @@ class Matrix:
     def scale_name(self) -> str:
         """Of its scales `[rows, 1]`."""
         return f"{self.name}_scale"
+
+    @property
+    def shape_name(self) -> str:
+        """Of its rows and width, where it is packed."""
+        return f"{self.name}_shape"
 
     def read(self, file: TensorFile | Checkpoint, start: int, stop: int) -> np.ndarray:
         """Its rows `[start, stop)` in float32, from the merged checkpoint or a file of it."""
@@ -110,25 +94,13 @@ def parts_of(arch: Architecture, prefix: str) -> dict[str, list[Matrix]]:
     return found
 
 
-def quantised(values: np.ndarray, scheme: Scheme, dtype: np.dtype[Any]) -> tuple[np.ndarray, np.ndarray]:
-    """Rows of a matrix as they are stored, and their scales `[rows, 1]` in `dtype`, that of the weights.
-
-    Args:
-      values: `[rows, width]` in float32.
-      scheme: one of `SCHEMES`.
-      dtype: of the scales; readers compute weights in it.
-    """
-    tops = np.abs(values).max(axis=1, keepdims=True) / scheme.largest
-    scales = np.maximum(tops, float(ml_dtypes.finfo(dtype).smallest_normal)).astype(dtype)  # rows of zeros too
-    stored = np.clip(values / scales.astype(np.float32), -scheme.largest, scheme.largest)
-    return (np.rint(stored) if scheme.kind == "int" else stored).astype(scheme.dtype), scales
-
-
 @dataclass(frozen=True)
 class Shard:
-    """What one file of the quantised checkpoint holds, in order: what is copied, the matrices, their scales.
+    """What one file of the quantised checkpoint holds, in order: shapes, copies, the matrices, their scales, and copies
+    of smaller numbers than the matrices'.
 
-    Copies and scales are of larger numbers than the matrices, whose sizes are even: all of them stay aligned.
+    Numbers become smaller from one to the next, but for the scales behind matrices, whose sizes are even: all of them
+    stay aligned.
     """
 
     file: TensorFile
@@ -142,12 +114,14 @@ class Shard:
         names = sorted(file.tensors.keys() & parts.keys(), key=lambda name: file.tensors[name].start)
         return cls(file, tuple(part for name in names for part in parts[name]), scheme)
 
-    @property
-    def copied(self) -> list[str]:
-        """Tensors that stay as they are, those of the largest numbers first."""
-        quantised_names = {part.source for part in self.parts}
-        kept = [(name, info) for name, info in self.file.tensors.items() if name not in quantised_names]
-        return [name for name, info in sorted(kept, key=lambda item: (-item[1].dtype.itemsize, item[1].start))]
+    def _copied(self) -> tuple[list[tuple[str, TensorInfo]], list[tuple[str, TensorInfo]]]:
+        """Tensors that stay as they are, the largest numbers first: those before the matrices, and those behind."""
+        sources = {part.source for part in self.parts}
+        kept = [item for item in self.file.tensors.items() if item[0] not in sources]
+        kept.sort(key=lambda item: (-item[1].dtype.itemsize, item[1].start))
+        _, dtype, _ = self.scheme.stored(1, 1)
+        before = sum(info.dtype.itemsize >= dtype.itemsize for _, info in kept)
+        return kept[:before], kept[before:]
 
     def scale_dtype(self, part: Matrix) -> np.dtype[Any]:
         """That of the weights."""
@@ -155,12 +129,15 @@ class Shard:
 
     def entries(self) -> Iterator[tuple[str, np.dtype[Any], tuple[int, ...]]]:
         """Name, dtype and shape of every tensor, in order."""
-        for name in self.copied:
-            yield name, self.file.tensors[name].dtype, self.file.tensors[name].shape
+        if self.scheme.packed:
+            yield from ((part.shape_name, _SHAPE, (2,)) for part in self.parts)
+        larger, smaller = self._copied()
+        yield from ((name, info.dtype, info.shape) for name, info in larger)
         for part in self.parts:
-            yield part.name, self.scheme.dtype, (part.rows, part.width)
-        for part in self.parts:
-            yield part.scale_name, self.scale_dtype(part), (part.rows, 1)
+            added, dtype, shape = self.scheme.stored(part.rows, part.width)
+            yield part.name + added, dtype, shape
+        yield from ((part.scale_name, self.scale_dtype(part), (part.rows, 1)) for part in self.parts)
+        yield from ((name, info.dtype, info.shape) for name, info in smaller)
 
     def header(self) -> bytes:
         """That of a safetensors file."""
@@ -177,10 +154,12 @@ class Shard:
     def tensor_bytes(self) -> int:
         return sum(dtype.itemsize * math.prod(shape) for _, dtype, shape in self.entries())
 
-    def pieces(self) -> Iterator[Piece]:
+    def before_scales(self) -> Iterator[Piece]:
         """The bytes up to the scales; a matrix's pieces come with its scales and errors."""
-        for name in self.copied:
-            info = self.file.tensors[name]
+        if self.scheme.packed:
+            shapes = np.array([(part.rows, part.width) for part in self.parts], _SHAPE)
+            yield Piece(None, shapes.nbytes, lambda: (as_bytes(shapes), None))
+        for _, info in self._copied()[0]:
             yield from copies(self.file, info.start, info.stop)
         for part in self.parts:
             for start, stop in part.blocks():
@@ -188,12 +167,17 @@ class Shard:
                     part.name, VALUE_BYTES * (stop - start) * part.width, partial(self._made, part, start, stop)
                 )
 
+    def behind_scales(self) -> Iterator[Piece]:
+        """The bytes from there to the end."""
+        for _, info in self._copied()[1]:
+            yield from copies(self.file, info.start, info.stop)
+
     def _made(self, part: Matrix, start: int, stop: int) -> tuple[np.ndarray, tuple[np.ndarray, np.ndarray]]:
         values = part.read(self.file, start, stop)
-        stored, scales = quantised(values, self.scheme, self.scale_dtype(part))
-        error = stored.astype(np.float32) * scales.astype(np.float32) - values
+        numbers, scales = self.scheme.quantised(values, self.scale_dtype(part))
+        error = numbers.astype(np.float32) * scales.astype(np.float32) - values
         sums = np.array([np.vdot(error, error), np.vdot(values, values)], np.float64)
-        return as_bytes(stored), (scales, sums)
+        return as_bytes(self.scheme.pack(numbers)), (scales, sums)
 
 
 class Quantiser:
@@ -243,13 +227,15 @@ class Quantiser:
         sources = {part.name: part.source for part in shard.parts}
         with place.create(name) as out:
             out.write(shard.header())
-            for own, (data, about) in in_order(workers, shard.pieces()):
+            for own, (data, about) in in_order(workers, shard.before_scales()):
                 out.write(data)
                 if own is not None:
                     scales[own].append(about[0])
                     sums[sources[own]] += about[1]
             for part in shard.parts:
                 out.write(as_bytes(np.concatenate(scales[part.name])))
+            for _, (data, _) in in_order(workers, shard.behind_scales()):
+                out.write(data)
             if bad := [source for source, both in sums.items() if not np.isfinite(both).all()]:
                 raise UserError(f"{self._merged.folder}: {bad[0]} holds NaN or infinity; nothing was published")
             errors = {source: math.sqrt(error / whole) if whole else 0.0 for source, (error, whole) in sums.items()}
@@ -271,6 +257,7 @@ class Quantiser:
         since `Linear` stands for all of them.
         """
         numbers = {"num_bits": 8, "type": self._scheme.kind, "symmetric": True}
+        activations = None if self._scheme.weight_only else numbers | {"strategy": "token", "dynamic": True}
         kept = {name for name in self._merged.names() if name.endswith(".weight") and name not in self._parts}
         linear = {name.removesuffix(".weight") for name in kept if len(self._merged.shape(name)) > 1}
         return {
@@ -281,7 +268,7 @@ class Quantiser:
                 "group_0": {
                     "targets": ["Linear"],
                     "weights": numbers | {"strategy": "channel", "dynamic": False},
-                    "input_activations": numbers | {"strategy": "token", "dynamic": True},
+                    "input_activations": activations,
                 }
             },
             "ignore": sorted(linear | {"lm_head"}),

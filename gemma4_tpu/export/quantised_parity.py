@@ -1,6 +1,6 @@
 """How far a quantised checkpoint is from the merged one: weight by weight, and by the log-probabilities of prompts.
 
-The weights are those on disk, read back; activations are not quantised here, which a server adds.
+The weights are those on disk, read back; activations are not quantised here, which a server may add.
 """
 
 from __future__ import annotations
@@ -15,7 +15,8 @@ import numpy as np
 
 from gemma4_tpu.architectures import Architecture
 from gemma4_tpu.export.logits import forward, log_softmax
-from gemma4_tpu.export.quantise import Matrix, Scheme, parts_of
+from gemma4_tpu.export.quantise import Matrix, parts_of
+from gemma4_tpu.export.schemes import Scheme
 from gemma4_tpu.models import sharding
 from gemma4_tpu.models.gemma4 import Model
 from gemma4_tpu.models.layout import Layout
@@ -28,9 +29,9 @@ SAMPLE_VALUES = 1 << 20  # of each tensor that are read back
 class Dequantised(Checkpoint):
     """A quantised checkpoint with the names, shapes and dtypes of the one it was made from."""
 
-    def __init__(self, folder: str, merged: Checkpoint, parts: Mapping[str, Sequence[Matrix]]):
+    def __init__(self, folder: str, merged: Checkpoint, parts: Mapping[str, Sequence[Matrix]], scheme: Scheme):
         super().__init__(folder)
-        self._merged, self._parts = merged, parts
+        self._merged, self._parts, self._scheme = merged, parts, scheme
 
     def names(self) -> list[str]:
         """Those of the merged checkpoint, as are shapes and dtypes."""
@@ -59,8 +60,9 @@ class Dequantised(Checkpoint):
     def stored(self, part: Matrix, start: int, stop: int) -> tuple[np.ndarray, np.ndarray]:
         """What is stored for these rows, and their scales, in float32."""
         where = [slice(start, stop), slice(None)]
-        stored, scales = (super(Dequantised, self).read(name, where) for name in (part.name, part.scale_name))
-        return stored.astype(np.float32), scales.astype(np.float32)
+        added, _, _ = self._scheme.stored(part.rows, part.width)
+        stored, scales = (super(Dequantised, self).read(name, where) for name in (part.name + added, part.scale_name))
+        return self._scheme.unpack(stored, part.width).astype(np.float32), scales.astype(np.float32)
 
 
 @dataclass(frozen=True)
@@ -157,6 +159,6 @@ def compare_quantised(
     )
 
 
-def dequantised(folder: str, merged: Checkpoint, arch: Architecture, prefix: str) -> Dequantised:
+def dequantised(folder: str, merged: Checkpoint, arch: Architecture, prefix: str, scheme: Scheme) -> Dequantised:
     """The quantised checkpoint in `folder`, beside the one it was made from."""
-    return Dequantised(folder, merged, parts_of(arch, prefix))
+    return Dequantised(folder, merged, parts_of(arch, prefix), scheme)

@@ -19,6 +19,18 @@ CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 """What `--max-lora-rank` of vLLM 0.32 takes."""
 _WITH_TPUS = "serving.env.MODEL_IMPL_TYPE=vllm"
+_REFUSED = {
+    "use_dora": "DoRA",
+    "use_qalora": "QA-LoRA",
+    "use_bdlora": "block-diagonal LoRA",
+    "alora_invocation_tokens": "activated LoRA",
+    "layer_replication": "repeated layers",
+    "lora_bias": "biases",
+    "modules_to_save": "whole modules alongside the adapter",
+}
+"""Keys of PEFT's configuration that vLLM refuses where they hold something."""
+_PLAIN_INITS = ("gaussian", "eva", "orthogonal", "mica", "lora_ga")
+"""Of `init_lora_weights`: what begins as these is a plain adapter once it is saved. Others changed the base, too."""
 
 
 @dataclass(frozen=True)
@@ -111,10 +123,15 @@ def _unserved(config: dict[str, Any]) -> Iterator[str]:
     if config.get("peft_type") != "LORA" or not _is_rank(config.get("r")):
         yield f"{CONFIG} describes no LoRA (peft_type, r)"
         return
-    if config.get("use_dora"):
-        yield f"DoRA (use_dora), which vLLM refuses; {merged}"
-    if whole := config.get("modules_to_save"):
-        yield f"whole modules alongside the adapter (modules_to_save={whole}), which vLLM refuses; {merged}"
+    for key, what in _REFUSED.items():
+        if held := config.get(key):
+            yield f"{what} ({key}={held}), which vLLM refuses; {merged}"
+    init = config.get("init_lora_weights")
+    if isinstance(init, str) and init.lower() not in _PLAIN_INITS:
+        yield (
+            f"init_lora_weights={init}, which changed the base's weights too, so that vLLM refuses it; save it as a"
+            " plain adapter (PEFT's path_initial_model_for_weight_conversion)"
+        )
     if config.get("trainable_token_indices"):
         yield f"trained rows of tokens (trainable_token_indices), which vLLM silently ignores; {merged}"
     if config.get("target_parameters"):
@@ -122,8 +139,8 @@ def _unserved(config: dict[str, Any]) -> Iterator[str]:
             "adapters of experts in PEFT's form (target_parameters); on GPUs vLLM takes that of"
             f" export.peft_experts=per_expert, elsewhere {merged}"
         )
-    if config.get("lora_bias") or config.get("bias", "none") != "none":
-        yield f"biases (bias, lora_bias), which vLLM refuses; {merged}"
+    if (bias := config.get("bias", "none")) != "none":
+        yield f"biases (bias={bias}), which vLLM refuses; {merged}"
     if (rank := _rank(config)) > LORA_RANKS[-1]:
         yield f"rank {rank}: vLLM takes ranks up to {LORA_RANKS[-1]}; {merged}"
 

@@ -22,6 +22,10 @@ log = logging.getLogger(__name__)
 _END = object()
 _SPLIT = re.compile(rb"[\r\n]+")
 LAST_LINES = 20
+RAISED_LINES = 8
+_RAISED = re.compile(r"(?P<process>\((?!APIServer)\S+ pid=\d+\)) ERROR .*?\] (?P<told>[\w.]+(?:Error|Exception): .*)")
+"""The last line of a traceback in the log of one of vLLM's processes, which ends the server. The process that started
+it raises another one. `APIServer` also logs those of single requests."""
 LEAVE_SECONDS = 10.0
 """The engine's `logs` ends by itself when the container has."""
 
@@ -37,6 +41,9 @@ class ServerLog:
         self.ended = False
         """The container has printed its last line."""
         self.last: deque[str] = deque(maxlen=LAST_LINES)
+        self.raised: list[str] = []
+        """The first exception of a process that the server needs, in its own words."""
+        self._raises: str | None = None  # the process, while it still tells
 
     def __enter__(self) -> ServerLog:
         self._thread.start()
@@ -65,7 +72,18 @@ class ServerLog:
                 return
             assert isinstance(item, str)
             self.last.append(item)
+            self._look(item)
             yield item
+
+    def _look(self, line: str) -> None:
+        """Keeps the first exception, which may take some lines."""
+        if not self.raised and (found := _RAISED.match(line)):
+            self._raises = found["process"]
+            self.raised.append(found["told"])
+        elif self._raises and line.startswith(f"{self._raises} ERROR ") and len(self.raised) < RAISED_LINES:
+            self.raised.append(line.partition("] ")[2])
+        else:
+            self._raises = None
 
     def _read(self) -> None:
         pipe = self._process.stdout

@@ -39,6 +39,15 @@ class FoundModel:
         """The method that its weights are quantised by."""
         return quantisation(self.config)
 
+    @property
+    def weight_only(self) -> bool:
+        """compressed-tensors holds weights in eight bits, and activations stay as they are."""
+        groups = (self.config.get("quantization_config") or {}).get("config_groups") or {}
+        return any(
+            not group.get("input_activations") and (group.get("weights") or {}).get("num_bits") == 8
+            for group in groups.values()
+        )
+
 
 def platform_of(serving: ServingConfig) -> str:
     """What serves: `tpu`, `gpu` or `cpu`."""
@@ -137,6 +146,11 @@ def quantised_problems(serving: ServingConfig, model: FoundModel) -> list[str]:
         messages.append(
             f"run: quantised by {method}: serving=local computes with plain weights; give the merged folder"
         )
+    elif model.weight_only and platform_of(serving) == "cpu":
+        messages.append(
+            "run: weight-only quantised: vLLM 0.32's CPU build has no kernel for 8 bits without quantised activations;"
+            " export=int8 has them"
+        )
     if serving.weight_dtype == "fp8":
         messages.append(f"serving.weight_dtype=fp8: the weights are quantised by {method} already; leave it out")
     return messages
@@ -156,7 +170,9 @@ def on_tpu(serving: ServingConfig, model: FoundModel) -> list[str]:
         "config.json is that of a text-only checkpoint (no text_config), which vLLM's JAX implementation of Gemma 4 was"
         " seen to refuse; merge onto the multimodal checkpoint that Google publishes if it does"
     ]  # fmt: skip
-    if model.quantised_by and config["quantization_config"].get("format") == "int-quantized":
+    if model.weight_only:
+        notes.append("weight-only quantised: whether tpu-inference 0.32 reads that is not known; export=fp8 is read")
+    elif model.quantised_by and config["quantization_config"].get("format") == "int-quantized":
         notes.append(
             "int8 weights: vLLM's JAX implementation read fp8 (export=fp8) before int8, which came with tpu-inference"
             " #3305; if this image's refuses them, serving.env.MODEL_IMPL_TYPE=vllm takes vLLM's PyTorch model"

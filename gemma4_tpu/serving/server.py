@@ -185,6 +185,9 @@ class Server:
         told = f"the server {what}"
         if trouble:
             return ServerFailed(f"{told}\n  {trouble.line}\n{trouble.remedy}\n(its log: {self._log_path})")
+        if follower.raised:
+            raised = "\n  ".join(follower.raised)
+            return ServerFailed(f"{told}: {raised}\n(its log: {self._log_path})")
         last = "".join(f"\n  {line}" for line in follower.last) or "\n  (it printed nothing)"
         return ServerFailed(f"{told}; its last lines:{last}\n(its log: {self._log_path})")
 

@@ -9,7 +9,7 @@ import pytest
 from gemma4_tpu.config.limits import CHOICES
 from gemma4_tpu.export.checks import QUANTISED
 from gemma4_tpu.export.job import KINDS
-from gemma4_tpu.export.quantise import SCHEMES
+from gemma4_tpu.export.schemes import SCHEMES
 from gemma4_tpu.models.expert_files import PARTS
 from gemma4_tpu.models.tensorfile import Checkpoint
 from tests.export.conftest import tree
@@ -19,9 +19,15 @@ HALF_STEP = {"int8": (0.0, 0.5), "fp8": (2**-4, 2**-10)}
 
 
 def tensors(folder):
-    """Of all shards."""
+    """Of all shards; matrices of four weights to an int32 as the int8 that they stand for."""
     checkpoint = Checkpoint(str(folder))
-    return {name: checkpoint.read(name) for name in checkpoint.names()}
+    found = {name: checkpoint.read(name) for name in checkpoint.names()}
+    for name in [name for name in found if name.endswith("_packed")]:
+        words, own = found.pop(name), name.removesuffix("_packed")
+        rows, width = found.pop(f"{own}_shape")
+        numbers = [(words >> (8 * place)) & 255 for place in range(4)]  # the lowest bits first, plus 128
+        found[own] = (np.stack(numbers, -1).reshape(rows, -1)[:, :width] - 128).astype(np.int8)
+    return found
 
 
 def rows_of(merged, name):
@@ -41,13 +47,18 @@ def test_one_list_of_formats():
 
 @pytest.mark.parametrize(
     ("scheme", "kind", "options"),
-    [("int8", "moe", {"shards": 3, "prefix": "multimodal"}), ("fp8", "e2b", {"dtype": "bfloat16"})],
+    [
+        ("int8", "moe", {"shards": 3, "prefix": "multimodal"}),
+        ("fp8", "e2b", {"dtype": "bfloat16"}),
+        ("int8_weight_only", "e2b", {"dtype": "bfloat16"}),
+        ("fp8_weight_only", "dense", {}),
+    ],
 )
 def test_each_product_is_the_merged_one_to_half_a_step(scheme, kind, options, run_of, merge):
     run, _ = run_of(kind, **options)
     merge(run, f"export={scheme}", "name=record", "verify=stream")  # log-probabilities: tests/serving/test_vllm.py
     merged, stored = tensors(run / "merged"), tensors(run / scheme)
-    relative, least = HALF_STEP[scheme]
+    relative, least = HALF_STEP[scheme.removesuffix("_weight_only")]
     quantised = {name for name in stored if f"{name}_scale" in stored}
     assert len(quantised) >= 4 * 10
     for name in quantised:
@@ -63,7 +74,9 @@ def test_each_product_is_the_merged_one_to_half_a_step(scheme, kind, options, ru
     left = merged.keys() - stored.keys()
     assert all(".experts." in name for name in left)
     config = json.loads((run / scheme / "config.json").read_text())
-    ignored = set(config.pop("quantization_config")["ignore"])
+    told = config.pop("quantization_config")
+    ignored = set(told["ignore"])
+    assert (told["config_groups"]["group_0"]["input_activations"] is None) == scheme.endswith("_weight_only")
     assert config == json.loads((run / "merged/config.json").read_text())
     assert not {name.removesuffix(".weight") for name in quantised} & ignored
     products = {name for name, value in stored.items() if value.ndim > 1 and name.endswith(".weight")}

@@ -73,7 +73,9 @@ def test_names_are_as_long_as_they_must_be(adapted, dry_run):
 @pytest.mark.parametrize(
     ("changes", "told"),
     [
-        ({"use_dora": True}, "DoRA (use_dora), which vLLM refuses; serve merged weights"),
+        ({"use_dora": True}, "DoRA (use_dora=True), which vLLM refuses; serve merged weights"),
+        ({"alora_invocation_tokens": [5]}, "activated LoRA (alora_invocation_tokens=[5]), which vLLM refuses"),
+        ({"init_lora_weights": "pissa_niter_16"}, "init_lora_weights=pissa_niter_16, which changed the base's weights"),
         ({"modules_to_save": ["lm_head"]}, "whole modules alongside the adapter (modules_to_save=['lm_head'])"),
         ({"trainable_token_indices": {"embed_tokens": [3]}}, "trained rows of tokens"),
         ({"target_parameters": ["experts.down_proj"]}, "adapters of experts in PEFT's form"),

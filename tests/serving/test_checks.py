@@ -81,8 +81,7 @@ def test_every_recipe_passes_the_checks_and_holds_flags_that_vllm_has(option, me
     serve = words[words.index("serve") :]
     assert {word[2:] for word in serve if word.startswith("--")} <= known_flags()
     assert len(known_flags()) == 408
-    if option != "vllm_cpu":  # whose models don't think
-        assert after(words, "--reasoning-parser") == "gemma4"  # else thoughts get into the answers
+    assert after(words, "--reasoning-parser") == "gemma4"  # else thoughts get into the answers
 
 
 @pytest.mark.parametrize("tag", ["v0.32.0", "nightly-20261001", "0.32.0-cu130", "9f8e7d6c5b4a"])
@@ -195,6 +194,9 @@ def test_a_quantised_folder_is_counted_and_named_as_what_it_is(merged, dry_run, 
     assert "give the merged folder" in refused(quantised, "serving=local")
     notes = load([f"run={quantised}", f"serving.port={port}", "serving=v6e8"], SERVE).checked.notes
     assert any("tpu-inference #3305" in note.replace("\n", " ") for note in notes)
+    about["config_groups"] = {"group_0": {"weights": {"num_bits": 8}, "input_activations": None}}
+    (quantised / "config.json").write_text(json.dumps(config | {"quantization_config": about}))
+    assert "no kernel for 8 bits without quantised activations" in refused(quantised, "serving=vllm_cpu")
 
 
 def test_gpus_reach_the_container_their_own_way(merged, dry_run):

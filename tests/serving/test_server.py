@@ -88,6 +88,22 @@ def test_an_unknown_crash_shows_the_last_lines(serve, merged, docker, capsys):
     assert result(serve)["error"] == "the server did not start: exit code 3; its last lines:"
 
 
+def test_the_first_exception_of_vllms_processes_is_told(serve, merged, docker, capsys):
+    """As vLLM 0.32 logs it: the process that started the failed one raises again, and names no cause."""
+    worker = "(Worker pid=7) ERROR 11-26 22:35:35 [multiproc_executor.py:953]"
+    lines = [
+        f"{worker}     raise ValueError(", f"{worker} ValueError: Failed to find a kernel. Reasons:",
+        f"{worker}  CPUWNA16LinearKernel cannot implement it", "(EngineCore pid=3) INFO 11-26 [m.py:4] shutdown",
+        "(EngineCore pid=3) ERROR 11-26 22:35:40 [core.py:1510] Exception: WorkerProc initialization failed",
+        *[f"  File {n}" for n in range(30)], "RuntimeError: Engine core initialization failed. See root cause above.",
+    ]  # fmt: skip
+    docker.play(lines=[[0.0, line] for line in lines], exit=1)
+    assert serve(merged()) == 2
+    told = "exit code 1: ValueError: Failed to find a kernel. Reasons:\n   CPUWNA16LinearKernel cannot implement it\n("
+    assert told in capsys.readouterr().err
+    assert result(serve)["error"].endswith("exit code 1: ValueError: Failed to find a kernel. Reasons:")
+
+
 def test_a_server_that_dies_later_is_told(serve, merged, docker, capsys):
     docker.play(dies=1, dies_after=0.5)
     assert serve(merged(), "serving.probe=false") == 2
