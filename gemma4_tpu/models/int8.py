@@ -56,8 +56,8 @@ def products(
       [B, T, outputs…] of each, or [c, B, T, …], in x's dtype.
     """
     codes, scale = quantised(x, range(2, x.ndim))
-    if gather:
-        codes, scale = constrain(codes, "BTD", mesh), constrain(scale, "BTD", mesh)
+    if gather:  # made where the tokens are: left to itself, the compiler gathers float32 and rounds everywhere
+        codes, scale = (constrain(constrain(part, "BSD", mesh), "BTD", mesh) for part in (codes, scale))
     return [_product(*pair, mesh, codes, scale, x.dtype) for pair in zip(weights, held, strict=True)]
 
 

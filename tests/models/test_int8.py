@@ -1,15 +1,19 @@
 """int8 products of frozen weights: against the values that codes stand for, on meshes, and in the train step."""
 
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import NamedSharding, PartitionSpec
 
 from gemma4_tpu.architectures import ARCHITECTURES
 from gemma4_tpu.config.schema import LoraConfig
 from gemma4_tpu.models import int8, quantize, sharding
 from gemma4_tpu.models import lora as adapters
 from gemma4_tpu.models.layout import Layout
+from gemma4_tpu.models.weights import BY_NAME
 from tests.step.test_adapter_kinds import make
 from tests.step.test_train_step import gradients, make_batch, relative_difference
 
@@ -58,6 +62,26 @@ def test_products_are_those_of_the_values_that_codes_stand_for(fsdp, tp):
         for got, value in zip(both, values, strict=True):
             # fp32: sums of up to 256 addends in another order, the gradient's of values that differ by as much
             np.testing.assert_allclose(got, value, atol=5e-6 * float(jnp.abs(value).max()), err_msg=row.name)
+
+
+def test_codes_travel_between_chips_and_int32_does_not():
+    """Of tokens one byte for a value, of sums the compute dtype's."""
+    mesh = sharding.make_mesh(1, 4, jax.devices()[:4])
+
+    def array(dtype, shape, *axes):
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, PartitionSpec(*axes)))
+
+    up, down = BY_NAME["mlp.up_proj.kernel"], BY_NAME["mlp.down_proj.kernel"]
+    of_up = int8.Int8Weight(array("int8", (64, 256), None, "tp"), array("float32", (1, 256), None, "tp"))
+    of_down = int8.Int8Weight(array("int8", (256, 64), "tp"), array("float32", (1, 64)))
+
+    def mlp(x, of_up, of_down):
+        (y,) = int8.products((up,), mesh, True, sharding.constrain(jnp.sin(x), "BSD", mesh), [of_up])
+        return sharding.constrain(int8.products((down,), mesh, False, jnp.tanh(y), [of_down])[0], "BSD", mesh)
+
+    text = jax.jit(mlp).lower(array("float32", (2, 16, 64), None, "tp"), of_up, of_down).compile().as_text()
+    sent = re.findall(r" = (\w+)\[2,16,64\]\S* (all-gather|all-reduce|reduce-scatter)\(", text)
+    assert len(sent) == 2 and dict(sent)["s8"] == "all-gather" and "s32" not in dict(sent)
 
 
 @pytest.mark.slow
