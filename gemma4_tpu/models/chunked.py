@@ -21,6 +21,8 @@ BLOCK = 512
 """Tokens in a block, at most."""
 NO_QUERY, NO_KEY = -2, -3
 """Segments of what only fills a block."""
+Pair = tuple[jax.Array, jax.Array]
+"""Gradients of keys and of values."""
 
 
 def chunked_attention(
@@ -54,7 +56,8 @@ def attention_of(
     group = heads // k.shape[2]
     given = _Blocks(
         _cut(q, size).reshape(-1, b, size, k.shape[2], group, width).transpose(0, 1, 3, 4, 2, 5),
-        *(_cut(x, size).swapaxes(2, 3) for x in (k, v)),
+        _cut(k, size).swapaxes(2, 3),
+        _cut(v, size).swapaxes(2, 3),
         _cut(of_q, size, NO_QUERY),
         _cut(of_k, size, NO_KEY),
     )
@@ -147,7 +150,7 @@ def _backward(window: int | None, kept: tuple, g: jax.Array) -> tuple[_Blocks, N
     first, stop = _visited(given, before, window)
     along = jnp.sum(g.astype(jnp.float32) * out.astype(jnp.float32), axis=-1)  # what normalising takes off
 
-    def of_queries(grads: tuple[jax.Array, ...], i: jax.Array) -> tuple[tuple[jax.Array, ...], jax.Array]:
+    def of_queries(grads: Pair, i: jax.Array) -> tuple[Pair, jax.Array]:
         own = g[i]
 
         def add(j: jax.Array, carry: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
@@ -160,8 +163,8 @@ def _backward(window: int | None, kept: tuple, g: jax.Array) -> tuple[_Blocks, N
             dq = dq + _product("bkgqs,bksh->bkgqh", of_scores, given.k[j])
             return dq, dk.at[j].add(of_k), dv.at[j].add(of_v)
 
-        dq, *grads = jax.lax.fori_loop(first[i], stop[i], add, (jnp.zeros(own.shape), *grads))
-        return tuple(grads), dq.astype(given.q.dtype)
+        dq, dk, dv = jax.lax.fori_loop(first[i], stop[i], add, (jnp.zeros(own.shape), *grads))
+        return (dk, dv), dq.astype(given.q.dtype)
 
     begun = jnp.zeros(given.k.shape), jnp.zeros(given.v.shape)
     (dk, dv), dq = jax.lax.scan(of_queries, begun, jnp.arange(len(given.q)))
