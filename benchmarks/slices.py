@@ -116,7 +116,8 @@ def _short(error: Exception) -> str:
 HEADS = (
     "size", "slice", "dp × fsdp × tp: recipe's, ours", "GiB per chip: recipe's", "ours", "limit",
     "GFLOP per real token and chip: recipe's", "ours", "ratio", "HBM MB per real token and chip: recipe's", "ours",
-    "ratio", "real tokens/s at the roofline: ours beside recipe's",
+    "ratio", "real tokens/s at the roofline: ours beside recipe's", "ours by the schedule: rows per update", "ms",
+    "µs per real token",
 )  # fmt: skip
 
 
@@ -138,14 +139,23 @@ def _row(size: str, machine: str, plan: dict[str, Any], recipe: dict[str, Any]) 
     cells = [size.removeprefix("gemma4_"), machine, meshes, _memory(recipe), _memory(plan), f"{limit / 2**30:.1f}"]
     if not recipe["fits"]:
         ours = _per_token(plan) if plan["fits"] else ("–", "–")
-        return [*cells, "–", _figure(ours[0]), "–", "–", _figure(ours[1]), "–", "–"]
+        return [*cells, "–", _figure(ours[0]), "–", "–", _figure(ours[1]), "–", "–", *_by_schedule(plan)]
     theirs = recipe["flops"] / recipe["real_tokens"] / 1e9, recipe["hbm_traffic_bytes"] / recipe["real_tokens"] / 1e6
     for own, other in zip(_per_token(plan), theirs, strict=True):
         cells += [_figure(other), _figure(own), f"{other / own:.1f}×"]
     line = roofline(SLICES[machine], recipe["flops"], recipe["hbm_traffic_bytes"], recipe["collectives"])
     slower = line["update"] / recipe["real_tokens"]
     cells.append(f"{slower * plan['real_tokens_per_update'] / plan['roofline_seconds']['update']:.1f}×")
-    return cells
+    return [*cells, *_by_schedule(plan)]
+
+
+def _by_schedule(plan: dict[str, Any]) -> list[str]:
+    """Rows of an update of ours, its milliseconds, and microseconds per real token, if it was compiled to the end."""
+    seconds = plan.get("step_seconds")
+    if not seconds:
+        return ["–", "–", "–"]
+    each = 1e6 * seconds / plan["real_tokens_per_update"]
+    return [str(plan["rows_per_update"]), f"{1e3 * seconds:.0f}", _figure(each)]
 
 
 def _per_token(plan: dict[str, Any]) -> tuple[float, float]:
@@ -173,7 +183,7 @@ def render() -> None:
     text = TABLE.read_text(encoding="utf-8")
     made, all_ = len(found := rows()), len(SIZES) * len(MACHINES)
     missing = [f"{made} of {all_} cells are compiled so far; the command continues with the rest.", ""]
-    lines = [BEGIN, "", *(missing if made < all_ else []), *table(HEADS, found, "lll" + "r" * 10), END]
+    lines = [BEGIN, "", *(missing if made < all_ else []), *table(HEADS, found, "lll" + "r" * (len(HEADS) - 3)), END]
     TABLE.write_text(re.sub(f"{BEGIN}.*{END}", lambda _: "\n".join(lines), text, flags=re.DOTALL), encoding="utf-8")
 
 

@@ -16,7 +16,7 @@ MAX_WEIGHT = 1000
 CHOICES: dict[str, tuple[str, ...]] = {
     "hardware.flags": ("none", "tuned"),
     "lora.init": ("default", "pissa", "olora"),
-    "lora.quantize": ("nf4", "int8"),
+    "lora.quantize": ("nf4", "int8", "int8_compute"),
     "data.packing": ("true", "false", "buckets"),
     "data.thoughts": ("drop", "train"),
     "data.train_on": ("all", "last"),
@@ -26,7 +26,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "optimizer.kind": ("adamw", "adafactor", "lion", "muon", "schedule_free"),
     "optimizer.schedule": ("cosine", "linear", "constant", "wsd"),
     "trainer.remat": ("none", "products", "attention", "decoder", "auto"),  # from most memory to most arithmetic
-    "trainer.attention": ("auto", "splash", "einsum"),
+    "trainer.attention": ("auto", "splash", "chunked", "einsum"),
     "trainer.compute_dtype": ("auto", "bfloat16", "float32"),
     "checkpoint.resume": ("auto", "never"),
     "tracker.kind": ("none", "wandb", "mlflow", "trackio", "tensorboard", "jsonl"),

@@ -126,7 +126,9 @@ class LoraConfig:
     start_checkpoint: str = "latest"
     """Which checkpoint of such a run: `latest`, `best` (lowest held-out loss) or an update number."""
     quantize: str | None = None
-    """QLoRA: store the frozen base weights of the adapted modules as `nf4` or `int8`; null: unquantised."""
+    """QLoRA: store the frozen base weights of the adapted modules as `nf4` or `int8`; null: unquantised.
+    `int8_compute`: as `int8`, and their products are int8 × int8 forward, with activations quantised per token (not
+    those of experts)."""
 
 
 @dataclass(kw_only=True)
@@ -313,7 +315,9 @@ class TrainerConfig:
     (the MLP; attention's products are kept), `decoder` (everything; each layer's input is kept), `auto`: the first of
     these that fits into memory by the compiler's figures (`none` on CPUs)."""
     attention: str = "auto"
-    """Attention implementation: `auto`, `splash` (TPU kernel) or `einsum`."""
+    """Attention implementation: `splash` (TPU kernel), `chunked` (any backend, memory linear in the length), `einsum`
+    (any backend, a layer's scores in memory), or `auto`: `splash` on TPUs, elsewhere `einsum` up to rows of 2,048
+    tokens and `chunked` beyond."""
     loss_chunk_tokens: int = 1024
     """Number of tokens whose logits exist at one time while the loss is computed."""
     compute_dtype: str = "auto"

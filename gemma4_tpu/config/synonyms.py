@@ -158,7 +158,7 @@ MEANINGS: tuple[tuple[str, str, str], ...] = (
         "trainer.remat=auto",
         "or none, products, attention, decoder",
     ),
-    ("attn_implementation flash_attention flash_attn", "trainer.attention=auto", "or splash, einsum"),
+    ("attn_implementation flash_attention flash_attn", "trainer.attention=auto", "or splash, chunked, einsum"),
     ("tensor_parallel_size tp_size ici_tensor_parallelism", "mesh.tp={}", "devices on that axis"),
     ("data_parallel_size dp_size ici_data_parallelism", "mesh.dp={}", "devices on that axis"),
     ("fsdp_size ici_fsdp_parallelism", "mesh.fsdp={}", "devices on that axis"),

@@ -18,7 +18,6 @@ These functions run inside `shard_map`: arrays are a chip's own. S: the tokens o
 
 from __future__ import annotations
 
-import math
 from functools import partial
 
 import jax
@@ -27,14 +26,11 @@ import numpy as np
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
-from gemma4_tpu.models.attention import attend, mask
-from gemma4_tpu.models.remat import CONTEXT, keep
+from gemma4_tpu.models.chunked import attention_of
 from gemma4_tpu.models.sharding import CP, TP, activation_spec
 
 NOBODYS = -1
 """Segment of keys that are not there: of the halo before a row's first token. Padding is 0."""
-QUERIES = 128
-"""In a block of `blockwise_attention`, at most."""
 
 Sent = list[tuple[int, int]]
 """(from, to) among the chips of the axis."""
@@ -97,10 +93,9 @@ def _moves(parts: int) -> tuple[Sent, Sent]:
 def blockwise_attention(
     q: jax.Array, k: jax.Array, v: jax.Array, segment_ids: jax.Array, window: int | None, *, mesh: Mesh
 ) -> jax.Array:
-    """As `attention.einsum_attention`, by plain matrix products for rows that are split over `cp`.
+    """As `chunked.chunked_attention`, for rows that are split over `cp`.
 
-    One block of queries after the other, in the backward pass again: memory grows with T, not with its square. No
-    chip waits for another here but for the products above the diagonal, which are taken and masked.
+    Queries stay where they are: in global layers the chip with a row's end works longest.
     """
     heads = activation_spec("BTNH", q.shape, mesh)
     keys = P(*heads[:2], TP if k.shape[2] % mesh.shape[TP] == 0 and heads[2] else None, None)
@@ -114,23 +109,6 @@ def blockwise_attention(
         else:
             before = window - 1
             k, v, of_keys = with_halo(k, before, 1), with_halo(v, before, 1), segments_with_halo(segments, before)
-        return _by_blocks(q, k, v, segments, of_keys, before, window)
+        return attention_of(q, k, v, segments, of_keys, jnp.int32(before), window)
 
-    return keep(attend_here(q, k, v, segment_ids), CONTEXT)
-
-
-def _by_blocks(q, k, v, segments, of_keys, before, window):
-    """Q [B, S, N, H], k and v [B, keys, K, H]; `before`: keys before that of the first query, at least a window's."""
-    size = math.gcd(q.shape[1], QUERIES)
-    reach = k.shape[1] if window is None else before + size
-
-    @jax.checkpoint
-    def block(start):
-        first = jnp.zeros((), jnp.int32) if window is None else start
-        queries, own = (jax.lax.dynamic_slice_in_dim(x, start, size, axis=1) for x in (q, segments))
-        keys, values, theirs = (jax.lax.dynamic_slice_in_dim(x, first, reach, axis=1) for x in (k, v, of_keys))
-        distance = (before + start + jnp.arange(size))[:, None] - (first + jnp.arange(reach))[None, :]
-        return attend(queries, keys, values, mask(own, theirs, distance, window))
-
-    out = jax.lax.map(block, jnp.arange(0, q.shape[1], size, dtype=jnp.int32))  # [blocks, B, size, N, H]
-    return jnp.moveaxis(out, 0, 1).reshape(q.shape)
+    return attend_here(q, k, v, segment_ids)

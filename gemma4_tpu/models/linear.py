@@ -15,8 +15,9 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from gemma4_tpu.models import dora
+from gemma4_tpu.models import dora, int8
 from gemma4_tpu.models.adapted import Adapted
+from gemma4_tpu.models.int8 import Int8Weight
 from gemma4_tpu.models.layout import get
 from gemma4_tpu.models.quantize import dense
 from gemma4_tpu.models.remat import keep
@@ -66,7 +67,10 @@ class LinearMaps:
     def plain(self, name: str, x: jax.Array) -> jax.Array:
         """X · W, without an adapter."""
         weight = BY_NAME[name]
-        return jnp.einsum(weight.equations[0], x, self._dense(weight))
+        held = self._held(weight)
+        if isinstance(held, Int8Weight):
+            return int8.products((weight,), self.mesh, False, x, [held])[0]
+        return jnp.einsum(weight.equations[0], x, dense(held, self.dtype))
 
     def from_model_dim(self, names: Sequence[str], x: jax.Array) -> list[jax.Array]:
         """Maps of the same x [B, S, D] that make heads or hidden units of all tokens, [B, T, …] each.
@@ -120,6 +124,8 @@ class LinearMaps:
 
     def _from_model_dim_alone(self, weights: tuple[Weight, ...], x: jax.Array) -> list[jax.Array]:
         """X · W of adapted weights."""
+        if all(isinstance(get(self.params, weight.path), Int8Weight) for weight in weights):
+            return int8.products(weights, self.mesh, True, x, [self._held(weight) for weight in weights])
         whole = constrain(x, "BTD", self.mesh)
         return [self.plain(weight.name, whole) for weight in weights]
 
@@ -132,7 +138,7 @@ class LinearMaps:
         if adapter.magnitude is None:
             return y
         weight, how = adapter.weight, adapter.how
-        norm = keep(dora.norms(weight, how, self._dense(weight), adapter.a, adapter.b), "low")
+        norm = keep(dora.norms(weight, how, dense(self._held(weight), self.dtype), adapter.a, adapter.b), "low")
         return dora.turned(weight, how, adapter.magnitude, norm, y)
 
     @property
@@ -145,9 +151,6 @@ class LinearMaps:
             return x
         kept = jax.random.bernoulli(jax.random.fold_in(self.key, weight.fold), 1.0 - self.dropout, x.shape)
         return jnp.where(kept, x / (1.0 - self.dropout), 0).astype(x.dtype)
-
-    def _dense(self, weight: Weight) -> jax.Array:
-        return dense(self._held(weight), self.dtype)
 
     def _held(self, weight: Weight) -> Any:
         held = get(self.params, weight.path)

@@ -19,6 +19,7 @@ from jax.sharding import Mesh, NamedSharding
 
 from gemma4_tpu.config.schema import LoraConfig
 from gemma4_tpu.models import sharding
+from gemma4_tpu.models.int8 import Int8Weight
 from gemma4_tpu.models.layout import Leaf
 
 NF4_TILE = 64
@@ -38,8 +39,10 @@ def is_quantized(leaf: Leaf, lora: LoraConfig) -> bool:
 def quantize(leaf: Leaf, weight: jax.Array, qtype: str) -> qwix.QArray:
     """A stacked weight [R, …] as a quantised array."""
     inputs = [i for i, dim in enumerate(leaf.dims, 1) if dim in leaf.weight.inputs]  # from 1, after the repeats
-    if qtype == "int8":
-        return qwix.quantize(weight, "int8", channelwise_axes=[i for i in range(weight.ndim) if i not in inputs])
+    if qtype in ("int8", "int8_compute"):
+        held = qwix.quantize(weight, "int8", channelwise_axes=[i for i in range(weight.ndim) if i not in inputs])
+        as_int8 = qtype == "int8_compute" and not leaf.weight.each
+        return Int8Weight(held.qvalue, held.scale, qtype=held.qtype) if as_int8 else held
     tiled = weight.ndim - 1 if leaf.weight.each else inputs[-1]
     own_scale = [i for i in range(weight.ndim) if i != tiled]
     tile = math.gcd(weight.shape[tiled], NF4_TILE)

@@ -21,6 +21,7 @@ from jax.sharding import PartitionSpec as P
 
 from gemma4_tpu.errors import UserError
 from gemma4_tpu.models.attention import einsum_attention
+from gemma4_tpu.models.chunked import chunked_attention
 from gemma4_tpu.models.context_parallel import (
     blockwise_attention,
     exchange,
@@ -36,6 +37,8 @@ LANES = 128
 """The kernels want head widths and lengths in multiples of a TPU register's lanes."""
 BLOCK = 512
 """Tokens per block; 1024 does not compile for the backward pass at head width 512 (vector memory)."""
+EINSUM_TOKENS = 2048
+"""Rows up to which a layer's scores are formed, where there is no kernel: 0.3 GB of them in a global layer of 31B."""
 FEW = 4
 """Tokens per block of a mask that stands for longer rows."""
 
@@ -45,7 +48,8 @@ Attention = Callable[[jax.Array, jax.Array, jax.Array, jax.Array, int | None], j
 def make_attention(name: str, mesh: Mesh) -> Attention:
     """The implementation that `trainer.attention` names.
 
-    `auto` is splash on TPUs wherever head width and T allow it, else einsum.
+    `auto` is splash on TPUs wherever head width and T allow it; else einsum for rows whose scores are small, and
+    chunked for longer ones.
 
     Raises:
       UserError: splash is asked for on a machine that cannot run it.
@@ -54,8 +58,9 @@ def make_attention(name: str, mesh: Mesh) -> Attention:
     if name == "splash" and platform not in ("tpu", "cpu"):
         raise UserError(f"trainer.attention=splash: a TPU kernel, but this is {platform}; give trainer.attention=auto")
     parts = token_parts(mesh)
-    products = einsum_attention if parts == 1 else partial(blockwise_attention, mesh=mesh)
-    if name == "einsum" or (name == "auto" and platform != "tpu"):
+    whole_rows = {"einsum": einsum_attention, "chunked": chunked_attention}.get(name, _by_length)
+    products = whole_rows if parts == 1 else partial(blockwise_attention, mesh=mesh)
+    if name in ("einsum", "chunked") or (name == "auto" and platform != "tpu"):
         return products
     kernel = partial(splash_attention, mesh=mesh, interpret=platform == "cpu")
     multiple = kernel_multiple(parts)
@@ -67,6 +72,12 @@ def make_attention(name: str, mesh: Mesh) -> Attention:
         return (kernel if fits else products)(q, k, v, segment_ids, window)
 
     return kernel if name == "splash" else where_it_fits
+
+
+def _by_length(q: jax.Array, k: jax.Array, v: jax.Array, segment_ids: jax.Array, window: int | None) -> jax.Array:
+    """As both that it chooses from."""
+    attend = einsum_attention if q.shape[1] <= EINSUM_TOKENS else chunked_attention
+    return attend(q, k, v, segment_ids, window)
 
 
 def splash_attention(

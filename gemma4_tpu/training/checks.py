@@ -202,7 +202,9 @@ def _run(root: TrainRoot) -> list[str]:
     messages = hardware_problems(root.hardware) + full_problems(root.hardware, root.lora, root.model.name, each)
     wanted = slice_of(root.hardware)
     if wanted and wanted.chip.platform != "tpu" and root.trainer.attention == "splash":
-        messages.append(f"trainer.attention=splash: a TPU kernel, but {wanted.name} has GPUs; give auto or einsum")
+        messages.append(
+            f"trainer.attention=splash: a TPU kernel, but {wanted.name} has GPUs; give auto, chunked or einsum"
+        )
     messages += name_problem(root.name)
     if root.lora.start is not None and not _goes_on(root.run_dir):
         messages += _start(root.lora)

@@ -1,8 +1,8 @@
-"""The table of every size on every slice is made of the figures that are kept."""
+"""Tables that are made of the figures that are kept: every size on every slice, and the step against its targets."""
 
 import pytest
 
-from benchmarks import slices
+from benchmarks import slices, targets
 
 GIB = 2**30
 
@@ -25,17 +25,29 @@ def test_ratios_are_per_real_token(plan):
     }  # fmt: skip
     line = slices._row("gemma4_31b", "v6e-4", plan, recipe)
     # 8 ms at v6e's peak for 1,000 tokens beside 4 ms for 4,000: eight times as long per token
-    assert line[6:] == ["7.34", "8.00", "0.9×", "10.0", "2.00", "5.0×", "8.0×"]
+    assert line[6:] == ["7.34", "8.00", "0.9×", "10.0", "2.00", "5.0×", "8.0×", "–", "–", "–"]
     assert line[:6] == ["31b", "v6e-4", "1 × 1 × 4, 1 × 1 × 4", "10.0", "20.0", "31.0"]
 
 
 def test_a_step_that_does_not_fit_has_no_ratio(plan):
     recipe = {"fits": False, "mesh": {"fsdp": 1, "tp": 4}, "hbm_bytes_per_chip": 40 * GIB, "message": "OutOfMemory"}
     line = slices._row("gemma4_31b", "v6e-4", plan, recipe)
-    assert line[3:5] == ["**does not fit** 40.0", "20.0"] and line[6:] == ["–", "8.00", "–", "–", "2.00", "–", "–"]
+    assert line[3:5] == ["**does not fit** 40.0", "20.0"] and line[6:] == ["–", "8.00", "–", "–", "2.00", *["–"] * 5]
 
 
 def test_every_cell_that_is_kept_has_its_line():
     cells = [(size, machine) for size in slices.SIZES for machine in slices.MACHINES]
     kept = sum(slices.path_of(cell).is_file() for cell in cells)
     assert len(slices.rows()) == kept
+
+
+def test_a_step_is_compared_with_its_target_as_that_counts():
+    """31B per row, 26B-A4B per update; what is missing and what is over says so."""
+    plan = {"step_seconds": 0.8, "rows_per_update": 2, "flops_per_real_token_and_chip": 0.0338e12,
+            "real_tokens_per_update": 8000.0}  # fmt: skip
+    plans = {("gemma4_31b", "v5p-8"): plan, ("gemma4_26b_a4b", "v5p-8"): plan}
+    told = {line[0]: line[2:] for line in targets.verdicts(plans)}
+    assert told["31b on a v5p-8, ms per row"] == ["400", "**met**"]
+    assert told["26b_a4b on a v5p-8, ms per update"] == ["800", "not met: 220% over"]
+    assert told["31b on a v6e-4, ms per row"] == ["–", "not compiled to the end"]
+    assert told["31b on a v5p-8, TFLOP per real token and chip"][1] == "**met**"

@@ -9,6 +9,7 @@ import pytest
 
 from gemma4_tpu.models import sharding
 from gemma4_tpu.models.attention import einsum_attention
+from gemma4_tpu.models.chunked import attention_of, chunked_attention
 from gemma4_tpu.models.splash import make_attention, splash_attention
 
 
@@ -38,6 +39,55 @@ def test_einsum_attention_is_the_definition(window, heads):
     ours = einsum_attention(*map(jnp.asarray, (q, k, v, segments)), window)
     # fp32 against float64: scores up to about 10, sums of at most 32 terms
     np.testing.assert_allclose(ours, by_definition(q, k, v, segments, window), atol=1e-5)
+
+
+def total(attention, weight, segments, window, *given):
+    return (attention(*given, segments, window) * weight).sum()
+
+
+@pytest.mark.parametrize("window", [None, 5, 20])
+def test_chunked_attention_is_einsum_attention_in_values_and_gradients(window):
+    """Blocks of 8 in rows of 50: examples that share a block, span several, or fill the row; padding, too."""
+    rng = np.random.default_rng(0)
+    q, weight = (jnp.asarray(rng.normal(size=(2, 50, 4, 8)), jnp.float32) for _ in range(2))
+    k, v = (jnp.asarray(rng.normal(size=(2, 50, 2, 8)), jnp.float32) for _ in range(2))
+    segments = jnp.asarray([[1] * 13 + [2] * 9 + [3] * 20 + [0] * 8, [1] * 50], jnp.int32)
+
+    def chunked(q, k, v, segments, window):
+        return attention_of(q, k, v, segments, segments, jnp.int32(0), window, block=8)
+
+    (value, grads), (wanted, of_wanted) = (
+        jax.jit(jax.value_and_grad(partial(total, f, weight, segments, window), argnums=(0, 1, 2)))(q, k, v)
+        for f in (chunked, einsum_attention)
+    )
+    np.testing.assert_allclose(value, wanted, rtol=1e-5)
+    for got, gradient in zip(grads, of_wanted, strict=True):
+        # fp32 both, sums of at most 50 terms in another order: a few roundings of 1.2e-7
+        np.testing.assert_allclose(got, gradient, atol=5e-6 * float(jnp.abs(gradient).max()))
+
+
+@pytest.mark.parametrize("window", [None, 1024])
+def test_chunked_attention_takes_memory_for_the_length_and_not_for_its_square(window):
+    """Of the backward pass, in a sliding and a global layer; einsum's memory grows by 4 where there is no window."""
+
+    def temporaries(length):
+        of = [jax.ShapeDtypeStruct((1, length, heads, 8), jnp.float32) for heads in (2, 2, 1, 1)]
+        ids = jax.ShapeDtypeStruct((1, length), jnp.int32)
+        run = jax.grad(lambda weight, q, k, v, ids: total(chunked_attention, weight, ids, window, q, k, v), (1, 2, 3))
+        return jax.jit(run).lower(*of, ids).compile().memory_analysis().temp_size_in_bytes
+
+    assert temporaries(16384) < 2 * temporaries(8192)
+
+
+@pytest.mark.parametrize(("width", "window"), [(256, 1024), (512, None)])
+def test_chunked_attention_lowers_for_gpus(width, window):
+    """With 31B's heads, in bfloat16, forward and backward; no GPU is needed."""
+    keys = 16 if window else 4
+    of = [jax.ShapeDtypeStruct((1, 4096, heads, width), jnp.bfloat16) for heads in (32, 32, keys, keys)]
+    run = jax.grad(lambda weight, q, k, v, ids: total(chunked_attention, weight, ids, window, q, k, v), (1, 2, 3))
+    lowered = jax.export.export(jax.jit(run), platforms=["cuda"])(*of, jax.ShapeDtypeStruct((1, 4096), jnp.int32))
+    text = lowered.mlir_module()
+    assert "4096x4096" not in text and "custom_call" not in text
 
 
 def test_padding_gives_finite_values_and_gradients():
@@ -94,7 +144,11 @@ def test_blocks_of_other_examples_are_not_computed(window):
     assert np.isfinite(grad[:, 256:]).all()
 
 
-def test_a_cpu_takes_einsum_unless_told_otherwise():
+@pytest.mark.parametrize(("length", "wanted"), [(2048, einsum_attention), (2049, chunked_attention)])
+def test_a_cpu_forms_the_scores_of_short_rows_only(length, wanted):
     mesh = sharding.make_mesh(1, 1, jax.devices()[:1])
-    assert make_attention("auto", mesh) is make_attention("einsum", mesh) is einsum_attention
-    assert make_attention("splash", mesh) is not einsum_attention
+    assert make_attention("einsum", mesh) is einsum_attention
+    of = [jax.ShapeDtypeStruct((1, length, 1, 8), jnp.float32)] * 3 + [jax.ShapeDtypeStruct((1, length), jnp.int32)]
+    lowered = [jax.jit(partial(f, window=None)).lower(*of).as_text() for f in (make_attention("auto", mesh), wanted)]
+    assert lowered[0].count("while") == lowered[1].count("while")
+    assert lowered[0].count("dot_general") == lowered[1].count("dot_general")

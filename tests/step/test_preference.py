@@ -143,7 +143,7 @@ def test_each_kind_tells_what_its_class_does(kind):
     assert np.isfinite(float(loss)) and set(measures_of([told])) == set(told) == set(KINDS[kind].measures)
 
 
-@pytest.mark.parametrize("kind", ["dpo", "orpo"])
+@pytest.mark.parametrize("kind", CONFIGS)
 @pytest.mark.slow
 def test_microbatches_and_meshes_change_nothing(kind):
     step, base, trained = make()
