@@ -85,7 +85,9 @@ def _words(key: str, value: Any, theirs: dict[str, Any], devices: int | None) ->
     elif ours == "lora.targets" and isinstance(value, list):
         yield _word(ours, [str(module).removesuffix("_proj") for module in value])
     elif key in BY_VALUE:
-        raise UserError("off, which is the default here" if shown == "false" else f"{shown}: not one of {', '.join(BY_VALUE[key])}")
+        raise UserError(
+            "off, which is the default here" if shown == "false" else f"{shown}: not one of {', '.join(BY_VALUE[key])}"
+        )
     elif written == "{}":
         if ours.startswith("tracker."):
             yield "tracker=wandb"
@@ -133,7 +135,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Exit code: 0 translated, 2 refused (one message on stderr)."""
     parser = argparse.ArgumentParser(prog="gemma4-tpu translate", description=(__doc__ or "").partition("\n\n")[0])
     parser.add_argument("file", type=Path, help="YAML configuration of axolotl, TRL or MaxText")
-    parser.add_argument("--devices", type=int, help="number of devices the configuration was written for; converts rows per device")
+    parser.add_argument(
+        "--devices", type=int, help="number of devices the configuration was written for; converts rows per device"
+    )
     given = parser.parse_args(argv)
     return exit_code(lambda: _tell(given.file, given.devices))
 
