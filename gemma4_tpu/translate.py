@@ -108,7 +108,7 @@ def _model(name: str) -> Iterator[str]:
 
 
 def _sources(given: list[Any]) -> Iterator[str]:
-    """Yields sources for entries of axolotl's `datasets`, or for names; `train` recognises the form of rows by itself."""
+    """Yields sources for entries of axolotl's `datasets`, or for names; `train` recognises the form of the rows."""
     yield "data=chat_jsonl"
     entries = [one if isinstance(one, dict) else {"path": one} for one in given]
     named = [(entry, entry.get("data_files") or entry.get("path")) for entry in entries]

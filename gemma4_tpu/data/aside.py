@@ -1,4 +1,4 @@
-"""Chooses the held-out rows when no held-out source is given: a share of the training rows, selected by their content."""
+"""Chooses the held-out rows when no held-out source is given: a share of the training rows, by content."""
 
 from __future__ import annotations
 
