@@ -89,7 +89,7 @@ REFUSALS = [
     (["lora.layers=[3-9]"], "lora.layers: '3-9': not layers of this model, which are 0-5"),
     (["lora.layers=[first]"], "lora.layers: 'first': give layers (24; -1 is the last) and ranges"),
     (["lora.ranks={o:0}"], "lora.ranks.o=0: must be at least 1"),
-    (["lora.ranks={k:4}"], "these share A, so give both the same rank"),
+    (["lora.ranks={k:4}"], "these share A; give both the same rank"),
     (["lora.dora=true", "lora.dropout=0.1"], "lora.dropout=0.1: lora.dora=true scales the base's product too"),
     (
         ["model=tiny_moe", "lora.dora=true", "lora.targets=[mlp,experts]"],
@@ -119,13 +119,13 @@ REFUSALS = [
     ),
     (
         ["lora.modules_to_train=[norm_]"],
-        "lora.modules_to_train: 'norm_' is nothing that tiny_moe has; give norms, embeddings (projector only with",
+        "lora.modules_to_train: tiny_moe has no 'norm_'; use norms, embeddings (projector only with",
     ),
     (
         ["lora.modules_to_train=[k_proj]"],
         "self_attn.k_proj and self_attn.v_proj are one array here; name self_attn.v_proj",
     ),
-    (["lora.modules_to_train=[per_layer_projections]"], "'per_layer_projections' is nothing that tiny_moe has"),
+    (["lora.modules_to_train=[per_layer_projections]"], "tiny_moe has no 'per_layer_projections'"),
     (
         ["lora.targets=[mlp]", "lora.modules_to_train=[mlp.*]"],
         "adapts no module that lora.modules_to_train=[mlp.*] leaves; use some of attention",

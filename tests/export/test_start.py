@@ -296,7 +296,7 @@ REFUSALS = {
     "PiSSA": ({}, {"init_lora_weights": "pissa"}, "init_lora_weights=pissa: changed the base weights"),
     "another method": ({}, {"peft_type": "LOHA"}, "peft_type=LOHA: only LORA"),
     "another rank in the configuration": ({}, {"r": 5}, "says rank 5"),
-    "a pattern": ({}, {"alpha_pattern": {"(a+)+b": 3}}, "regular expressions; only names of modules are read"),
+    "a pattern": ({}, {"alpha_pattern": {"(a+)+b": 3}}, "regular expressions; only module names are read"),
 }
 
 
@@ -348,7 +348,7 @@ def test_a_pickle_is_never_read(dense, tmp_path):
     base, folder = dense
     shutil.copy(folder / CONFIG, tmp_path / CONFIG)
     (tmp_path / "adapter_model.bin").write_bytes(b"\x80\x04cos\nsystem\n")
-    with pytest.raises(UserError, match=r"adapter_model\.bin: pickled, which is never read"):
+    with pytest.raises(UserError, match=r"adapter_model\.bin: pickled, and pickles are not read"):
         open_start(LoraConfig(start=str(tmp_path)), arch_of(base))
 
 
