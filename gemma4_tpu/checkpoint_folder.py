@@ -122,7 +122,7 @@ def no_checkpoint(folder: str, present: list[str]) -> str:
         return f"{folder}: no such folder, or an empty one; expected a Hugging Face checkpoint"
     endings = {
         "adapter_config.json": "a PEFT adapter, not a model; give the folder of its base model",
-        ".gguf": "GGUF weights, which are quantised for inference; give the original safetensors checkpoint",
+        ".gguf": "GGUF weights, which are quantised for inference; use the original safetensors checkpoint",
         ".bin": "pickled PyTorch weights; load and save them with transformers to get safetensors",
         ".safetensors": f"weights, but not all of config.json and {SINGLE_NAME} or its index; copy those too",
     }

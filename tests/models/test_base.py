@@ -98,7 +98,7 @@ def test_a_contradiction_names_the_fields_and_the_fitting_model(tiny_moe):
     ("change", "message"),
     [
         ({"model_type": "gemma3_text"}, "model_type is 'gemma3_text'"),
-        ({"quantization_config": {"quant_method": "gptq"}}, "a checkpoint quantised with gptq; give the original"),
+        ({"quantization_config": {"quant_method": "gptq"}}, "a checkpoint quantised with gptq; use the original"),
         ({"hidden_size": None}, "hidden_size is missing"),
     ],
 )
