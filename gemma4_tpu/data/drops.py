@@ -10,7 +10,7 @@ from gemma4_tpu.errors import UserError
 EXAMPLES_KEPT = 5
 
 REASONS = {
-    "invalid_json": "the line is not valid JSON (torn or garbled), or an object in it has the same key twice",
+    "invalid_json": "the line is not valid JSON (truncated or garbled), or an object in it has the same key twice",
     "invalid_utf8": "the line is not valid UTF-8, or holds half of a surrogate pair",
     "not_an_object": "the row is not a JSON object",
     "invalid_csv": "the row has more or fewer cells than the header, or a quote that is never closed",

@@ -1,15 +1,15 @@
-"""Roll-outs on disk, an update at a time: what was drawn, and what it was worth; each is written as it comes.
+"""Stores roll-outs on disk, one update at a time: samples and verdicts, each written as it arrives.
 
 ```
 rollouts/<update>.samples.jsonl    {"problem", "sample", "seed", "adapter", "ids", "logprobs", "stopped"}
 rollouts/<update>.verdicts.jsonl   {"problem", "sample", "reward", "kind", "detail", "well_formed"}
 ```
 
-Those of prompts that are validated on are `<update>.validation_samples.jsonl` and `<update>.validation_verdicts.jsonl`,
-of the policy after that update.
+For validation prompts, the files are `<update>.validation_samples.jsonl` and `<update>.validation_verdicts.jsonl`, from
+the policy after that update.
 
-`logprobs` are float32 bits (base64, little-endian), so that a run that goes on trains on the very numbers. A verdict
-that was given is never asked for again: a judge may be slow, dear, or of two minds.
+`logprobs` are float32 bits (base64, little-endian), so that a resumed run trains on exactly the same numbers. A verdict
+is never requested twice: a judge can be slow, expensive, or inconsistent.
 """
 
 from __future__ import annotations
@@ -35,19 +35,19 @@ class StoredUpdate:
     """The roll-outs of one update; a context manager."""
 
     def __init__(self, run: Path, update: int, adapter: str, prefix: str = ""):
-        """Opens what an earlier start left of this update, if it was drawn from the same policy.
+        """Opens what an earlier start left of this update, provided that it was drawn from the same policy.
 
         Args:
           run: the run folder.
-          update: the update that they are for, from 1.
+          update: from 1.
           adapter: digest of the policy's trained values.
-          prefix: of the files' names behind the update: `validation_` for answers that are not trained on.
+          prefix: part of the file names after the update: `validation_` for answers that are not trained on.
         """
         folder = run / FOLDER
         folder.mkdir(exist_ok=True)
         paths = [folder / f"{update:06}.{prefix}{name}.jsonl" for name in ("samples", "verdicts")]
         self.adapter = adapter
-        """Digest of the policy that these are of."""
+        """Digest of the policy."""
         self._samples, self._verdicts = (Rows(path) for path in paths)
         if any(row.get("adapter") != adapter for row in self._samples.rows.values()):
             log.warning("%s: drawn from another policy than this start's; drawn and judged again", paths[0].name)
@@ -57,7 +57,7 @@ class StoredUpdate:
             self._samples, self._verdicts = (Rows(path) for path in paths)
 
     def drawn(self, key: Key, wanted: Wanted) -> Drawn | None:
-        """The sample (problem's name, number), if it is there."""
+        """The stored sample (problem's name, number), if any."""
         row = self._samples.rows.get(key)
         if row is None:
             return None
@@ -73,7 +73,7 @@ class StoredUpdate:
         })  # fmt: skip
 
     def rewarded(self, key: Key) -> Rewarded | None:
-        """What a sample was found to be worth, if it has been judged."""
+        """The stored verdict on a sample, if any."""
         row = self._verdicts.rows.get(key)
         if row is None:
             return None
@@ -84,7 +84,7 @@ class StoredUpdate:
         self._verdicts.add(_named(key) | vars(found))
 
     def close(self) -> None:
-        """Closes the files; what was added is in them already."""
+        """Closes the files; everything added is already in them."""
         self._samples.close()
         self._verdicts.close()
 

@@ -1,8 +1,8 @@
-"""How good the policy is on prompts that are asked in training's way but never trained on: a part of its own prompts.
+"""Measures the policy on prompts that are set aside from the training prompts and never trained on.
 
-Never the held-out set, which is looked at once, at the end: what decides when to stop or which run is better has been
-tuned on. Every time the same prompts are answered with the same seeds, and the start's answers are taken off prompt by
-prompt, so that of two policies that draw alike nothing remains but their difference.
+This is never the held-out set, which is used once, at the end: a set that decides when to stop, or which run is better,
+has been tuned on. The same prompts are always answered with the same seeds, and the initial rewards are subtracted
+prompt by prompt, which leaves only the difference between the policies.
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ from gemma4_tpu.tracking.records import VALIDATION_FILE
 
 
 def set_aside(tasks: Sequence[Task], wanted: int) -> tuple[list[Task], list[Task]]:
-    """(trained on, validated on): `wanted` prompts by a hash of their tokens; equal ones are on one side.
+    """(trained on, validated on): selects `wanted` prompts by a hash of their tokens; identical ones stay on one side.
 
     Raises:
-      UserError: that leaves nothing to train on.
+      UserError: nothing would be left to train on.
     """
     keys = [hashlib.sha256(task.ids.tobytes()).hexdigest() for task in tasks]
     chosen = sorted({*keys})[:wanted]
@@ -42,20 +42,20 @@ def set_aside(tasks: Sequence[Task], wanted: int) -> tuple[list[Task], list[Task
 
 
 class Validation:
-    """Answers the same prompts now and then; rows of `validation.jsonl`.
+    """Answers the same prompts now and then; writes rows of `validation.jsonl`.
 
-    Each row: `update`, the mean `reward`, its `difference` to the first row's with its 95% interval over prompts
-    (`low`, `high`; the first row has none), and the `rewards` of the prompts, in their order.
+    Each row has `update`, the mean `reward`, its `difference` to the first row's with the 95% interval over prompts
+    (`low`, `high`; absent in the first row), and the `rewards` of the prompts, in order.
     """
 
     def __init__(self, tasks: Sequence[Task], config: RolloutsConfig, updates: int, run: Path, resume_from: int | None):
-        """Of a run of so many `updates`, which goes on from `resume_from`; None: a new run."""
+        """Prepares validation of a run of `updates` updates, resumed from `resume_from`; None: a new run."""
         self._tasks, self._config, self._updates = list(tasks), config, updates
         self._file = MetricsFile(run / VALIDATION_FILE, after_update=resume_from) if tasks else None
         self._known: list[dict[str, Any]] = read_metrics(run / VALIDATION_FILE) if tasks else []
 
     def is_due(self, update: int) -> bool:
-        """Before the first update, every so many, and after the last one; not twice."""
+        """Before the first update, at intervals, and after the last one; never twice."""
         at = update % self._config.validation_every == 0 or update == self._updates
         return self._file is not None and at and update not in [row["update"] for row in self._known]
 

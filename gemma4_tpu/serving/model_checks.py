@@ -147,8 +147,8 @@ def on_tpu(serving: ServingConfig, model: FoundModel) -> list[str]:
         return []
     if config.get("model_type") in UNIFIED:
         return [
-            f"config.json: model_type={config['model_type']} (12B) is unsupported in tpu-inference 0.32, vLLM's"
-            " JAX implementation; serving.env.MODEL_IMPL_TYPE=vllm selects vLLM's PyTorch one (as serving=v6e4_12b does)"
+            f"config.json: model_type={config['model_type']} (12B) is not in tpu-inference 0.32, vLLM's"
+            " JAX implementation; serving.env.MODEL_IMPL_TYPE=vllm selects its PyTorch one (as serving=v6e4_12b does)"
         ]
     notes = [] if "text_config" in config else [
         "config.json describes a text-only checkpoint (no text_config), which vLLM's JAX implementation was"

@@ -81,7 +81,7 @@ def test_another_vocabulary_is_refused_by_its_tokens(tmp_path):
     first, second = list(vocabulary)[-2:]
     vocabulary[first], vocabulary[second] = vocabulary[second], vocabulary[first]
     (other / "tokenizer.json").write_text(json.dumps(content))
-    said = rf"teacher=embedded:tiny: 2 of its tokens are others: \d+ is {re.escape(repr(first))}, here "
+    said = rf"teacher=embedded:tiny: 2 of its tokens differ: \d+ is {re.escape(repr(first))}, here "
     with pytest.raises(UserError, match=said):
         open_teacher(objective, student, load_tokenizer(str(other)))
 

@@ -107,7 +107,7 @@ def test_what_a_server_can_not_do(adapted, refused, tmp_path, base):
 @pytest.mark.parametrize(
     ("modules", "words", "told"),
     [
-        ([MODULE, "base_model.model.model.embed_tokens"], GPU, "vLLM does not apply adapters to base_model.model.model.emb"),
+        ([MODULE, "base_model.model.model.embed_tokens"], GPU, "vLLM does not apply adapters to base_model"),
         ([MODULE.replace("self_attn.q_proj", "experts.3.gate_proj")], ["serving=vllm_cpu"], "on GPUs only"),
     ],
 )  # fmt: skip
