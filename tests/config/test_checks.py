@@ -42,7 +42,7 @@ REFUSALS = [
     # rows that are split
     (["hardware=v5p8", "mesh.cp=3"], "mesh.cp=3: not possible for model=tiny_moe on 4 devices (dp × fsdp × cp × tp ="),
     (["hardware=v5p8", "mesh.cp=2", "mesh.tp=2", "data.sequence_length=4098"], "mesh.cp=2: rows of 4098 tokens"),
-    (["mesh.cp=2", "trainer.sample_prompts=1"], "trainer.sample_prompts=1 decodes answers, for which rows are not"),
+    (["mesh.cp=2", "trainer.sample_prompts=1"], "trainer.sample_prompts=1 decodes answers, which needs whole rows"),
     (["optimizer.schedule=cos"], "did you mean optimizer.schedule=cosine?"),
     # optimizers: keys of another kind, schedules, averages
     (["optimizer=lion", "optimizer.eps=1e-6"], "optimizer.eps=1e-06: not with optimizer=lion; give null, or"),
@@ -69,7 +69,7 @@ REFUSALS = [
     (["tracker.mode=disabled"], "choices: auto, online, offline"),
     (["checkpoint.resume=always"], "choices: auto, never"),
     # length of the run, size of an update
-    (["trainer.max_updates=null"], "trainer.max_updates, trainer.epochs: give one of them; both are null"),
+    (["trainer.max_updates=null"], "trainer.max_updates, trainer.epochs: set one of them; both are null"),
     (["trainer.global_batch_tokens=4096"], "add trainer.global_batch_sequences=null"),
     (["trainer.global_batch_sequences=null"], "set exactly one; both are null"),
     (

@@ -100,7 +100,7 @@ def test_dora_from_a_run_and_from_its_export_to_the_bit(run_of, merge):
         for leaf in adapters.leaves(trained.layout):
             for number, name in enumerate(leaf.tunix_names):
                 np.testing.assert_array_equal(np.asarray(get(tree, leaf.path))[number], trained.state.read(name))
-        with pytest.raises(UserError, match=r"lengths of rows, too \(DoRA\); give lora\.dora=true"):
+        with pytest.raises(UserError, match=r"also trained row lengths \(DoRA\); set lora\.dora=true"):
             open_start(replace(lora, dora=False, start=str(folder)), arch)
 
 
@@ -315,7 +315,7 @@ def renamed(old, new):
 
 
 DAMAGE = {
-    "a trained tower": (lambda f, t: of_a_tower(f, t, trained=True), "none that get adapters.*vision_tower"),
+    "a trained tower": (lambda f, t: of_a_tower(f, t, trained=True), "get no adapters.*vision_tower"),
     "an expert": (
         lambda f, t: copy_with(f, t, **renamed("0.mlp.up_proj", "0.experts.base_layer")),
         "experts.base_layer",
@@ -365,5 +365,5 @@ def test_which_checkpoint(run_of):
     arch, lora = arch_of(base), LoraConfig(rank=4, alpha=8.0, start=str(run))
     assert [open_start(replace(lora, start_checkpoint=which), arch).source.split()[1] for which in
             ("latest", "best", "3")] == ["5", "3", "3"]  # fmt: skip
-    with pytest.raises(UserError, match=r"lora\.start_checkpoint=4: .* has none of that update; there are 3, 5"):
+    with pytest.raises(UserError, match=r"lora\.start_checkpoint=4: .* has no such checkpoint; there are 3, 5"):
         open_start(replace(lora, start_checkpoint="4"), arch)

@@ -89,8 +89,8 @@ def test_another_vocabulary_is_refused_by_its_tokens(tmp_path):
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        ("", r"objective\.teacher: objective=distill learns from one; give a run folder or a checkpoint"),
-        ("objective.teacher=http://host/v1", r"servers tell probabilities of a few tokens.*give the checkpoint"),
+        ("", r"objective\.teacher: objective=distill needs a teacher; set a run folder or a checkpoint"),
+        ("objective.teacher=http://host/v1", r"servers report probabilities of a few tokens.*use the checkpoint"),
         ("objective.teacher=absent", r"objective\.teacher=absent: no such folder"),
         ("objective.teacher=random:0", r"random weights of which model\? Give objective\.teacher_model="),
         ("objective.teacher=embedded:tiny objective.teacher_checkpoint=last", "give best, latest or the number"),

@@ -206,7 +206,7 @@ def test_a_replay_has_the_same_bits_and_is_tracked(module, checked):
     words = [f"replay={checked}", f"run_dir={new}", "tracker=wandb", "tracker.group=study", "tracker.tags=[smoke]"]
     words.append("replay_allow=[code]")  # which somebody may be editing while the tests run
     done = module("gemma4_tpu.train", *words)
-    assert "the same losses as recorded, bit for bit: 7 of 7" in done.stderr
+    assert "losses bit-identical to the recorded ones: 7 of 7" in done.stderr
     kept = json.loads((new / "replay.json").read_text())
     assert set(kept["differences"]) <= {"code"} and kept["losses"]["first_difference"] is None
     assert kept["config"]["tracker.kind"] == ["none", "wandb"]
