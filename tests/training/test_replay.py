@@ -56,7 +56,7 @@ def test_each_part_that_differs_is_named_and_refused_unless_allowed(part, tmp_pa
     for word in (str(SMOKE), f"\n  {part}: {key} ", f"replay_allow=[{part}]"):
         assert word in str(refusal.value)
     replay.check(Provenance(**now), ["code", part])
-    assert f"not as recorded: {part}: {key}" in caplog.text
+    assert f"differs from the record: {part}: {key}" in caplog.text
 
 
 def test_what_the_configuration_or_the_start_explains_is_no_difference():
