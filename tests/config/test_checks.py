@@ -153,7 +153,7 @@ REFUSALS = [
     (["trainer.profile=[3]"], "trainer.profile=[3]: give [first,last]"),
     (["hardware.region=us-centrl1"], "hardware.region=us-centrl1: no price is known there; did you mean"),
     # model
-    (["model=gemma4_31b"], "give model.path=<folder with the Hugging Face checkpoint> (local or gs://), or"),
+    (["model=gemma4_31b"], "set model.path=<folder with the Hugging Face checkpoint> (local or gs://), or"),
     (["model.name=tiny_mo"], "model.name=tiny_mo: no such architecture; did you mean model=tiny_moe"),
     (["model.path=random:x"], "model.path=random:x: write random:SEED, such as random:0"),
     (["model.path=/no/such/folder"], "model.path=/no/such/folder: no such folder (nor is there a folder /no/such)"),
@@ -227,7 +227,7 @@ def test_a_checkpoint_of_another_model_is_refused_and_the_right_name_given(refus
 
 def test_a_contradiction_is_named(refused, checkpoint):
     message = refused(f"model.path={checkpoint('tiny_moe', sliding_window=32)}")
-    assert "no architecture of this project fits it (sliding_window: model=tiny_moe has 64," in message
+    assert "it matches no architecture of this project (sliding_window: model=tiny_moe has 64," in message
 
 
 @pytest.mark.parametrize(

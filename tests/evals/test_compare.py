@@ -34,9 +34,9 @@ def claims(a: EvaluationOutcome, b: EvaluationOutcome) -> str:
 def test_a_clear_gap_is_claimed_for_these_and_for_new_problems_but_not_for_its_cause():
     said = claims(outcome("run", [18] * 40), outcome("base", [4] * 40))
     assert "pass@1: run is 0.700 above base" in said
-    assert "more than drawing the samples again would explain" in said
-    assert "can be expected to have the same sign" in said
-    assert "cannot be put down to any of them" in said
+    assert "larger than redrawing the samples would explain" in said
+    assert "expect the same sign" in said
+    assert "cannot be attributed to any of them" in said
     assert "like-for-like" not in said
 
 
@@ -45,13 +45,13 @@ def test_a_gap_on_few_problems_holds_for_these_only():
     said = claims(outcome("a", [20] * 4 + [0] * 3 + [10] * 33), outcome("b", [0] * 4 + [20] * 3 + [9] * 33, n=20))
     assert "undecided" in said
     wide = claims(outcome("a", [20] * 20 + [0] * 14), outcome("b", [0] * 14 + [20] * 14 + [0] * 6))
-    assert "more than drawing the samples again would explain" in wide
+    assert "larger than redrawing the samples would explain" in wide
     assert "undecided" in wide
 
 
 def test_no_gap_is_said_to_be_none():
     said = claims(outcome("a", [10, 11, 9, 12] * 10), outcome("b", [11, 10, 10, 11] * 10))
-    assert "no more than drawing the samples again could give" in said
+    assert "redrawing the samples could produce the gap" in said
     assert "undecided" in said
 
 

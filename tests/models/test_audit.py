@@ -162,7 +162,7 @@ def test_a_template_is_missing_unknown_or_known(tmp_path):
     assert "the tokenizer has no chat template" in found(folder).problems[0]
     place.unlink()
     (problem,) = found(folder).problems
-    assert "the tokenizer has no chat template (chat_template.jinja); take an instruction-tuned" in problem
+    assert "the tokenizer has no chat template (chat_template.jinja); use an instruction-tuned" in problem
     config = json.loads((folder / "tokenizer_config.json").read_text())
     for template in (text, [{"name": "tools", "template": "x"}, {"name": "default", "template": text}]):
         (folder / "tokenizer_config.json").write_text(json.dumps(config | {"chat_template": template}))
@@ -222,7 +222,7 @@ def test_the_command_says_that_a_checkpoint_is_out_of_reach(capsys):
             ["model=gemma4_12b", "model.path=embedded:tiny"],
             "not a checkpoint of gemma4_12b; give model=tiny (num_layers",
         ),
-        ([], "model.path: which checkpoint? give model.path=<folder"),
+        ([], "model.path is not set; set model.path=<folder"),
         (["model.path=nowhere"], "model.path=nowhere: no such folder"),
         (["model=gemma4_32b", "model.path=embedded:tiny"], "gemma4_32b"),
     ],
@@ -245,7 +245,7 @@ def test_a_rope_factor_makes_no_other_size(tmp_path):
 def test_a_checkpoint_of_no_size_is_compared_with_the_nearest(tmp_path):
     folder = write_skeleton(tmp_path / "base", "tiny", config={"sliding_window": 100})
     (problem,) = found(folder).problems
-    assert "no architecture of this project fits it; the nearest is tiny (sliding_window: model=tiny has 128" in problem
+    assert "matches no architecture of this project; the nearest is tiny (sliding_window: model=tiny has 128" in problem
 
 
 def test_training_is_refused_before_a_weight_is_read(tmp_path, monkeypatch, capsys):

@@ -68,7 +68,7 @@ def test_the_fingerprint_is_that_of_the_weights(tmp_path):
     ("model", "message"),
     [
         (ModelConfig(name="gemma3_27b"), "model.name=gemma3_27b: no such architecture.*there are: gemma4_31b, "),
-        (ModelConfig(name="gemma4_31b"), "model.path: gemma4_31b needs its checkpoint; give model.path=<folder"),
+        (ModelConfig(name="gemma4_31b"), "model.path: gemma4_31b needs its checkpoint; set model.path=<folder"),
         (ModelConfig(path="random:x"), "model.path=random:x: write random:SEED"),
         (
             ModelConfig(path="no/such/folder"),
