@@ -88,7 +88,7 @@ def _point(path: Path, cell: Mapping[str, Any], slice_: str, serving: Serving | 
         whole=not cached,
         ttft_seconds=None if cached or overloaded else _seconds(cell.get("median_ttft_ms")),
         tpot_seconds=_seconds(cell.get("median_tpot_ms")),
-        note="Prompts were found in the prefix cache: they are not held against the ceiling." if cached else "",
+        note="Prompts were found in the prefix cache: they are not compared with the ceiling." if cached else "",
     )
 
 

@@ -87,7 +87,7 @@ def to_calls(calls: Any, position: int, tell: Tell) -> list[Turn]:
         if arguments is None or arguments == "":
             arguments = {}
         if not isinstance(arguments, dict) or not _finite(arguments):
-            what = "are no object" if not isinstance(arguments, dict) else "hold a number that is not finite"
+            what = "are not an object" if not isinstance(arguments, dict) else "hold a number that is not finite"
             raise RowDropped("bad_tool_call", f"turn {position}: arguments of {name[:40]!r} {what}")
         identity = {"id": str(call["id"])} if call.get("id") is not None else {}
         made.append({**identity, "type": "function", "function": {"name": name, "arguments": arguments}})
@@ -185,7 +185,7 @@ class _CallReader:
     def _key(self) -> str:
         key = self._until(QUOTE) if self._take(QUOTE) else self._bare(":,{}[]")
         if not self._take(":"):
-            raise ValueError(f"no colon behind the key {key[:30]!r}")
+            raise ValueError(f"no colon after the key {key[:30]!r}")
         return key
 
     def _take(self, mark: str) -> bool:

@@ -19,7 +19,7 @@ class Metrics:
         self._registry = CollectorRegistry()
         self._model = model
         options: dict[str, Any] = {"labelnames": ["model_name"], "registry": self._registry}
-        self._running = Gauge("vllm:num_requests_running", "Answers under way.", **options).labels(model)
+        self._running = Gauge("vllm:num_requests_running", "Answers in progress.", **options).labels(model)
         self._waiting = Gauge("vllm:num_requests_waiting", "Requests that wait for their turn.", **options).labels(
             model
         )

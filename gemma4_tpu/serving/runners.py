@@ -90,7 +90,7 @@ class ContainerRunner:
         if not digests:
             return None
         if "@" not in self._image:
-            log.info("%s is %s; serving.image=<that> pins it for good", self._image, digests[0])
+            log.info("%s is %s; serving.image=<that> pins it permanently", self._image, digests[0])
         return digests[0]
 
     def start(self) -> str:
