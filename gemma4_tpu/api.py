@@ -63,10 +63,10 @@ def train(*words: Words) -> Done:
     and `Gemma4.load` accept. `run_dir=<folder>` resumes a run; `lora.start=<folder>` starts a new one from its
     adapters.
 
-    ```python
-    done = train("data=chat_jsonl", {"data.train.0.path": "rows.jsonl", "trainer.max_updates": 100})
-    print(done.values["heldout_loss_first"], done.values["heldout_loss_last"])  # nats per target token
-    ```
+    For example::
+
+        done = train("data=chat_jsonl", {"data.train.0.path": "rows.jsonl", "trainer.max_updates": 100})
+        print(done.values["heldout_loss_first"], done.values["heldout_loss_last"])  # nats per target token
 
     Args:
       *words: overrides of `conf/train.yaml`, as strings or mappings.
@@ -97,10 +97,10 @@ def plan(*words: Words) -> Done:
     figures are estimates. With `plan.schedule=false` it stops after memory and rooflines, which takes seconds instead
     of minutes.
 
-    ```python
-    done = plan("hardware=v6e4", "model=gemma4_31b", {"lora.rank": 64})
-    print(done.values["fits"], done.values["hbm_bytes_per_chip"])
-    ```
+    For example::
+
+        done = plan("hardware=v6e4", "model=gemma4_31b", {"lora.rank": 64})
+        print(done.values["fits"], done.values["hbm_bytes_per_chip"])
 
     Args:
       *words: overrides of `conf/plan.yaml`, as strings or mappings.
@@ -122,10 +122,10 @@ def merge(*words: Words) -> Done:
     and only then publishes the folder by renaming it. `export=peft` writes an adapter instead of a merged model,
     `export=int8` or `fp8` a quantised one.
 
-    ```python
-    done = merge(f"run={trained.folder}")
-    print(done.values["targets"]["merged"])
-    ```
+    For example::
+
+        done = merge(f"run={trained.folder}")
+        print(done.values["targets"]["merged"])
 
     Args:
       *words: overrides of `conf/merge.yaml`; `run=<folder>` names one run.
@@ -145,10 +145,10 @@ def evaluate(*words: Words) -> Done:
     Generates answers and judges them: `eval=verilog_eval` and the other Verilog benchmarks by simulation, which gives
     pass@k; `eval=accuracy` by comparing them with your rows; `eval=lm_eval` runs lm-evaluation-harness.
 
-    ```python
-    done = evaluate(f"run={trained.folder}", "eval=verilog_smoke", {"eval.n": 2})
-    print(done.folder / "report.md")
-    ```
+    For example::
+
+        done = evaluate(f"run={trained.folder}", "eval=verilog_smoke", {"eval.n": 2})
+        print(done.folder / "report.md")
 
     Args:
       *words: overrides of `conf/evaluate.yaml`, as strings or mappings.
