@@ -10,11 +10,11 @@ __version__ = "0.1.0"
 
 
 def __getattr__(name: str) -> Any:
-    """`Gemma4`, at its first use: commands answer before JAX is there."""
+    """Imports `Gemma4` on first use, so that commands answer before JAX is loaded."""
     if name != "Gemma4":
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     root, silent = logging.getLogger(), logging.NullHandler()
-    root.addHandler(silent)  # absl logs while Orbax is imported, and gives a root without a handler one of its own
+    root.addHandler(silent)  # absl logs while Orbax is imported, and adds a handler to a bare root logger
     try:
         from gemma4_tpu.in_memory import Gemma4
     finally:

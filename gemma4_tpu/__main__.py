@@ -1,4 +1,6 @@
-"""`gemma4-tpu <command> …`, the console script: what `python -m gemma4_tpu.<command> …` does, and a map of commands."""
+"""`gemma4-tpu <command> …`, the console script: equivalent to `python -m gemma4_tpu.<command> …`, and a map of
+commands.
+"""
 
 from __future__ import annotations
 
@@ -27,7 +29,7 @@ _LAST = "\ngemma4-tpu <command> --help lists its groups and keys, with examples.
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The exit code of the command; 2 where there is no such command."""
+    """Runs a command and returns its exit code; 2 if there is no such command."""
     words = list(sys.argv[1:] if argv is None else argv)
     if (command := next((name for name in COMMANDS if words[: len(name.split())] == name.split()), None)) is not None:
         return import_module(COMMANDS[command].module).main(words[len(command.split()) :])
@@ -40,7 +42,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not words or words[0] in _HELP:
         tell(_FIRST + _lines(gists) + _LAST)
         return 0
-    of = {name: gist for name, gist in gists.items() if name.split()[0] == words[0]}  # `launch` alone is no command
+    of = {name: gist for name, gist in gists.items() if name.split()[0] == words[0]}  # `launch` alone is not a command
     if of and (len(words) == 1 or words[1] in _HELP):
         tell("Usage: gemma4-tpu <command> [group=option | key=value] …\n\n" + _lines(of) + _LAST)
         return 0

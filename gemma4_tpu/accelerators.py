@@ -1,4 +1,4 @@
-"""Which accelerators this machine has. Asks neither JAX nor a driver, either of which might take hold of them."""
+"""Detects this machine's accelerators without JAX or a driver, either of which might take hold of them."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ _GPU_FOLDER = Path("/proc/driver/nvidia/gpus")
 
 
 def tpu_here() -> bool:
-    """Whether JAX would find a TPU: libtpu is installed, the device files are there, and nothing forbids it."""
+    """Whether JAX would find a TPU: libtpu is installed, the device files exist, and nothing forbids it."""
     if not _allowed("tpu") or importlib.util.find_spec("libtpu") is None:
         return False
     return any(any(Path(folder).glob(pattern)) for folder, pattern in _TPU_FILES)
 
 
 def gpus_here() -> list[str]:
-    """Names of the GPUs that a process may use, as `CUDA_VISIBLE_DEVICES` takes them."""
+    """Names of the GPUs that a process can use, as in `CUDA_VISIBLE_DEVICES`."""
     if not _allowed("cuda", "gpu"):
         return []
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
@@ -29,10 +29,10 @@ def gpus_here() -> list[str]:
 
 
 def only_cpus_here() -> bool:
-    """Whether JAX would end up on the CPU: no TPU is here, and no plugin of JAX for other devices is installed.
+    """Whether JAX would end up on the CPU: there is no TPU, and no JAX plugin for other devices is installed.
 
-    JAX starts libtpu wherever it is installed, also where it is there only to plan with; libtpu then takes its time and
-    writes warnings about the TPU that it misses.
+    JAX starts libtpu wherever it is installed, even if only for planning; libtpu then takes its time and warns about
+    the missing TPU.
     """
     plugins = importlib.util.find_spec("jax_plugins") or entry_points(group="jax_plugins")  # where JAX looks for them
     return not tpu_here() and not plugins

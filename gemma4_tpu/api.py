@@ -9,8 +9,8 @@ print(model.generate("What is a flip-flop?"))
 merged = api.merge(f"run={trained.folder}").values["targets"]["merged"]
 ```
 
-Words are those of the command line, composed and checked as there; mappings spare quoting. What a command refuses is a
-`UserError`; each leaves its run folder, and what it wrote there is what its function returns.
+Overrides are those of the command line and go through the same composition and checks; a mapping needs no quoting. Each
+function writes a run folder and returns the record in it. Whatever a command refuses is raised as `UserError`.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from gemma4_tpu.train import TRAIN
 from gemma4_tpu.train import run as _train
 
 Words = str | Mapping[str, Any]
-"""A word of the command line, such as `lora.rank=8`, or keys and groups with their values."""
+"""An override such as `lora.rank=8`, or a mapping from keys and groups to values."""
 
 
 @dataclass(frozen=True)
@@ -44,52 +44,120 @@ class Done:
     """The result of a command."""
 
     folder: Path
-    """Its run folder."""
+    """The run folder."""
     record: Record
-    """The content of its `result.json` (a plan's `plan.json`, a search's `search.json`)."""
+    """Contents of its `result.json` (for a plan, `plan.json`; for a search, `search.json`)."""
     exit_code: int
-    """As on the command line: 0, or a plan's 1 (does not fit) and a training run's 42 (preempted and saved)."""
+    """As on the command line: 0, 1 for a plan that does not fit, 42 for a training run that was preempted and saved."""
 
     @property
     def values(self) -> dict[str, Any]:
-        """The record's values by their key."""
+        """The record's values by key."""
         return self.record.values
 
 
 def train(*words: Words) -> Done:
-    """Fine-tunes: `python -m gemma4_tpu.train …`. Values: `tracking.result.Result`.
+    """Fine-tunes a model, like `python -m gemma4_tpu.train …`.
+
+    Composes the configuration, checks it before JAX starts, trains, and leaves a run folder that `merge`, `evaluate`
+    and `Gemma4.load` accept. `run_dir=<folder>` resumes a run; `lora.start=<folder>` starts a new one from its
+    adapters.
+
+    For example::
+
+        done = train("data=chat_jsonl", {"data.train.0.path": "rows.jsonl", "trainer.max_updates": 100})
+        print(done.values["heldout_loss_first"], done.values["heldout_loss_last"])  # nats per target token
+
+    Args:
+      *words: overrides of `conf/train.yaml`, as strings or mappings.
+
+    Returns:
+      The run's folder and `tracking.result.Result`. The exit code is 42 if the run was preempted and saved.
 
     Raises:
-      UserError: what the command refuses, in one message. So do the other functions here.
+      UserError: the configuration, the rows or the checkpoint is refused; one message names every problem.
+      KeyboardInterrupt: the run was interrupted; its last checkpoint is complete.
     """
     return _done(words, TRAIN, _train, RESULT)
 
 
 def preview(*words: Words) -> None:
-    """Prints what a run would learn from: rendered rows, lengths, drops; as `train` with `preview=true`."""
+    """Prints what a run would train on: rendered rows, lengths and drops, like `train` with `preview=true`.
+
+    Raises:
+      UserError: as for `train`.
+    """
     _train(load([*_command_line(words), "preview=true"], TRAIN))
 
 
 def plan(*words: Words) -> Done:
-    """Whether it fits, how fast it is and what it costs: `python -m gemma4_tpu.plan …`.
+    """Predicts whether a run fits, how fast it is and what it costs, like `python -m gemma4_tpu.plan …`.
 
-    Values: `planning.estimate.PlanResult`, or with `search=true` `planning.search.Found`.
+    Compiles the training step for `hardware=…` with the TPU compiler; no TPU is needed, but Linux on x86-64 is. All
+    figures are estimates. With `plan.schedule=false` it stops after memory and rooflines, which takes seconds instead
+    of minutes.
+
+    For example::
+
+        done = plan("hardware=v6e4", "model=gemma4_31b", {"lora.rank": 64})
+        print(done.values["fits"], done.values["hbm_bytes_per_chip"])
+
+    Args:
+      *words: overrides of `conf/plan.yaml`, as strings or mappings.
+
+    Returns:
+      The plan's folder and `planning.estimate.PlanResult`; with `search=true`, `planning.search.Found`. The exit code
+      is 1 if the run does not fit.
+
+    Raises:
+      UserError: the configuration is refused.
     """
     return _done(words, PLAN, _plan, PLAN_FILE, "search.json")
 
 
 def merge(*words: Words) -> Done:
-    """A trained run as a model that others can load: `python -m gemma4_tpu.merge …`, of one run.
+    """Exports a trained run as a model that other tools load, like `python -m gemma4_tpu.merge …`.
 
-    Values: among others `targets`, the folders written, by kind.
+    Writes into a staging folder, compares the weights and, where they fit in memory, the logits with the trained model,
+    and only then publishes the folder by renaming it. `export=peft` writes an adapter instead of a merged model,
+    `export=int8` or `fp8` a quantised one.
+
+    For example::
+
+        done = merge(f"run={trained.folder}")
+        print(done.values["targets"]["merged"])
+
+    Args:
+      *words: overrides of `conf/merge.yaml`; `run=<folder>` names one run.
+
+    Returns:
+      The folder of the export's record. Its values include `targets`: kind of export → folder written.
+
+    Raises:
+      UserError: the run has no checkpoint, the target exists, or the comparison failed; nothing is overwritten.
     """
     return _done(words, MERGE, _merge, RESULT)
 
 
 def evaluate(*words: Words) -> Done:
-    """Pass@k or accuracy: `python -m gemma4_tpu.evaluate …`.
+    """Scores a run, a checkpoint or a server, like `python -m gemma4_tpu.evaluate …`.
 
-    Values: `evals.scores.EvaluationOutcome`, or with `eval=lm_eval` `evals.harness.HarnessOutcome`.
+    Generates answers and judges them: `eval=verilog_eval` and the other Verilog benchmarks by simulation, which gives
+    pass@k; `eval=accuracy` by comparing them with your rows; `eval=lm_eval` runs lm-evaluation-harness.
+
+    For example::
+
+        done = evaluate(f"run={trained.folder}", "eval=verilog_smoke", {"eval.n": 2})
+        print(done.folder / "report.md")
+
+    Args:
+      *words: overrides of `conf/evaluate.yaml`, as strings or mappings.
+
+    Returns:
+      The evaluation's folder and `evals.scores.EvaluationOutcome`; with `eval=lm_eval`, `evals.harness.HarnessOutcome`.
+
+    Raises:
+      UserError: the configuration is refused, or the judge's sandbox does not work on this machine.
     """
     return _done(words, EVALUATE, _evaluate, RESULT)
 
@@ -103,8 +171,8 @@ def _done(
         raise KeyboardInterrupt
     if len(ended.folders) != 1:
         raise UserError(
-            f"{' '.join(words)}: leaves {len(ended.folders)} run folders, and this function returns the record of one;"
-            f" use {entry.command}, or a call for each run"
+            f"{' '.join(words)}: writes {len(ended.folders)} run folders, but this function returns the record of one;"
+            f" use {entry.command}, or one call per run"
         )
     (folder,) = ended.folders
     written = next(path for path in map(partial(Path, folder), records) if path.is_file())
@@ -119,7 +187,7 @@ def _command_line(given: tuple[Words, ...]) -> list[str]:
 
 
 def _plain(value: Any) -> Any:
-    """A value in types that the command line knows."""
+    """Converts a value to types that the command line accepts."""
     if isinstance(value, Mapping):
         return {key: _plain(item) for key, item in value.items()}
     if isinstance(value, list | tuple):

@@ -1,6 +1,6 @@
-"""Architectures of Gemma 4: the numbers that fix every shape, for the released sizes and for any `config.json`.
+"""Architectures of Gemma 4: the numbers that determine every shape, for the released sizes and for any `config.json`.
 
-No JAX here: configuration checks and sweeps read these numbers without starting an accelerator runtime.
+Imports no JAX: configuration checks and sweeps read these numbers without starting an accelerator runtime.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class Architecture:
     layer_types: tuple[str, ...]
     """`sliding` or `global`, one per layer."""
     k_eq_v: bool = False
-    """Global layers use their key projection as value projection too."""
+    """Global layers also use their key projection as value projection."""
     local_rope_base: float = 10_000.0
     global_rope_base: float = 1_000_000.0
     global_rope_proportion: float = 0.25
@@ -48,13 +48,13 @@ class Architecture:
     num_kv_shared_layers: int = 0
     """The last N layers read keys and values of the last unshared layer of their type."""
     kv_shared_hidden_dim: int | None = None
-    """MLP width of KV-shared layers where it differs (E2B doubles it)."""
+    """MLP width of KV-shared layers if it differs (E2B doubles it)."""
     num_experts: int = 0
     """Experts per layer (26B-A4B); 0: dense."""
     experts_per_token: int = 0
     expert_dim: int = 0
     vision: Vision | None = field(default=None, repr=False)
-    """Set where pictures are read (`data.image_cache`); None: text alone, and the projector is left as it is."""
+    """Set if pictures are read (`data.image_cache`); None: text only, and the projector is left untouched."""
 
     @property
     def num_unshared_layers(self) -> int:
@@ -65,7 +65,7 @@ class Architecture:
         return self.layer_types[layer] == GLOBAL
 
     def is_kv_shared(self, layer: int) -> bool:
-        """Whether a layer takes keys and values of an earlier one."""
+        """Whether a layer uses the keys and values of an earlier one."""
         return layer >= self.num_unshared_layers
 
     def kv_origin(self, layer: int) -> int:
@@ -148,7 +148,7 @@ def from_hf_config(config: dict[str, Any], *, name: str = "checkpoint") -> Archi
     Defaults are those of transformers' `Gemma4TextConfig` (5.12 to 5.24).
 
     Raises:
-      ArchitectureError: not a Gemma 4 config, or one with a feature that has no counterpart here; names the key.
+      ArchitectureError: it is not a Gemma 4 config, or uses an unsupported feature; names the key.
     """
     text = hf_config.text_config(config)
     hf_config.check_supported(text)
@@ -194,14 +194,14 @@ def from_hf_config(config: dict[str, Any], *, name: str = "checkpoint") -> Archi
 
 
 def seeing(arch: Architecture, config: dict[str, Any] | None) -> Architecture:
-    """The architecture with what it takes to read pictures.
+    """The architecture with its vision settings.
 
     Args:
       arch: a text model.
-      config: its checkpoint's `config.json`; None: it cannot be read yet, and is that of the released size.
+      config: its checkpoint's `config.json`; None: not readable yet, so assume the released size's.
 
     Raises:
-      ArchitectureError: the checkpoint has no vision tower, or attends to pictures in a way that is not here.
+      ArchitectureError: the checkpoint has no vision tower, or attends to pictures in an unsupported way.
     """
     if config is not None:
         return replace(arch, vision=hf_config.vision(config))
@@ -261,7 +261,7 @@ def to_hf_config(arch: Architecture) -> dict[str, Any]:
 
 
 def _shown(value: Any) -> str:
-    """A field's value; of layer types, which layers are global."""
+    """A field's value; for layer types, the global layers."""
     if isinstance(value, tuple):
         return f"global layers {', '.join(str(i) for i, kind in enumerate(value) if kind == GLOBAL)}"
     return repr(value)
@@ -273,8 +273,7 @@ _VOCABULARIES = ("vocab_size", "vocab_size_per_layer_input")
 def contradictions(expected: Architecture, found: Architecture) -> list[str]:
     """Fields in which a checkpoint's architecture differs from the configured one, as `field: expected … found …`.
 
-    A RoPE factor, by which a checkpoint was made to read longer texts, does not make it one of another size, nor do
-    rows that were added to the vocabulary.
+    A RoPE factor for longer texts, or rows added to the vocabulary, do not make it another size.
     """
     return [
         f"{key}: model={expected.name} has {_shown(value)}, the checkpoint {_shown(getattr(found, key))}"

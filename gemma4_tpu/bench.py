@@ -1,6 +1,7 @@
-"""`python -m gemma4_tpu.bench endpoint=<URL>`: load on a server, latencies and throughputs of each cell. No JAX.
+"""`python -m gemma4_tpu.bench endpoint=<URL>`: load-tests a server; latency and throughput per cell. Imports no JAX.
 
-Configuration → the server's model → cells, each left as a file → (the same by vLLM's own client) → tables, plots, page.
+Configuration → the server's model → cells, each saved as a file → (the same with vLLM's own client) → tables, plots,
+page.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 FAILED_REQUESTS = 1
 MAY_CHANGE = ("endpoint", "served", "bench.request_timeout_seconds", "bench.cross_check")
-"""Keys that a benchmark may be given anew when it goes on."""
+"""Keys that can change when a benchmark resumes."""
 
 
 BENCH: EntryPoint[BenchRoot, BenchChecked] = EntryPoint(
@@ -54,7 +55,7 @@ BENCH: EntryPoint[BenchRoot, BenchChecked] = EntryPoint(
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Exit code: 0 done, 1 requests failed, 2 refused (one message on stderr), 130 or 143 interrupted."""
+    """Returns 0 done, 1 requests failed, 2 refused (one message on stderr), 130 or 143 interrupted."""
     return exit_code(lambda: _run(load(list(sys.argv[1:] if argv is None else argv), BENCH)))
 
 
@@ -63,7 +64,7 @@ def _run(loaded: Loaded[BenchRoot, BenchChecked]) -> int:
 
 
 def _dry_run(loaded: Loaded[BenchRoot, BenchChecked]) -> int:
-    """The cells as comments, and the commands of a cross-check, for a shell."""
+    """Prints the cells as comments, and the commands of a cross-check, for a shell."""
     from gemma4_tpu.benching.cells import cells_of, is_search
 
     config, client = loaded.root.bench, _client(loaded)
@@ -78,13 +79,13 @@ def _dry_run(loaded: Loaded[BenchRoot, BenchChecked]) -> int:
 
 
 def _client(loaded: Loaded[BenchRoot, BenchChecked]) -> VllmClient | None:
-    """The client of vLLM, if it is wanted."""
+    """The client of vLLM, if a cross-check is requested."""
     from gemma4_tpu.benching.vllm_client import VllmClient
 
     config, checked = loaded.root.bench, loaded.checked
     if not config.cross_check:
         return None
-    assert checked.serving is not None  # the checks
+    assert checked.serving is not None  # ensured by the checks
     return VllmClient(checked.serving, config, checked.endpoint, checked.folder)
 
 
@@ -124,7 +125,7 @@ def _bench(loaded: Loaded[BenchRoot, BenchChecked]) -> int:
 
 
 def _price(slice_: str) -> Price | None:
-    """What an hour on the server's slice costs."""
+    """Hourly price of the server's slice."""
     from gemma4_tpu.hardware import SLICES
     from gemma4_tpu.prices import ON_DEMAND, slice_price
 
@@ -135,7 +136,7 @@ def _report(
     record: RunFolder, results: Results, compared: dict[str, Any] | None, searched: dict[str, Any] | None,
     checked: BenchChecked,
 ) -> int:  # fmt: skip
-    """`result.json`, `report.md`, `report.html`, and the coverage on the terminal."""
+    """Writes `result.json`, `report.md`, `report.html`, and prints the coverage."""
     from gemma4_tpu.benching.all_cells import coverage_line, outcome_of
     from gemma4_tpu.reporting.load_test import write_report
 

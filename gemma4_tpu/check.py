@@ -1,6 +1,6 @@
-"""`python -m gemma4_tpu.check model.path=<checkpoint>`: what a checkpoint is, and whether it can be trained.
+"""`python -m gemma4_tpu.check model.path=<checkpoint>`: reports what a checkpoint is, and whether it can be trained.
 
-Reads headers and small files, local or on gs://: seconds, whatever the size. No JAX here.
+Reads headers and small files, local or on gs://, in seconds, whatever the size. Imports no JAX.
 """
 
 from __future__ import annotations
@@ -20,25 +20,25 @@ from gemma4_tpu.config.tasks import ANY_SIZE, CheckRoot
 from gemma4_tpu.errors import REFUSED, exit_code, leave
 
 _SECONDS = 300.0
-"""For a remote checkpoint: a tokenizer over a slow line, not the weights."""
+"""For a remote checkpoint: enough for a tokenizer over a slow connection."""
 
 
 def _normalise(root: CheckRoot) -> CheckRoot:
-    """`~` written out."""
+    """Expands `~`."""
     return replace(
         root, model=replace(root.model, path=at_home(root.model.path), tokenizer=at_home(root.model.tokenizer))
     )
 
 
 def _examine(root: CheckRoot) -> tuple[Nothing | None, list[Refusal]]:
-    """Whether there is a folder to look into."""
+    """Checks that there is a folder to inspect."""
     name, path = root.model.name, root.model.path
     messages = []
     if name != ANY_SIZE and name not in ARCHITECTURES:
         hint = did_you_mean(name, ARCHITECTURES, lambda near: f"model={near}")
         messages.append(f"model.name={name}: no such architecture{hint} (there are: {', '.join(ARCHITECTURES)})")
     if not path:
-        messages.append("model.path: which checkpoint? give model.path=<folder with the Hugging Face checkpoint>")
+        messages.append("model.path is not set; set model.path=<folder with the Hugging Face checkpoint>")
     elif not path.startswith(RANDOM):
         messages += local_folder(f"model.path={path}", path)[1]
     return (None if messages else Nothing()), [Refusal(message) for message in messages]
@@ -50,7 +50,7 @@ CHECK: EntryPoint[CheckRoot, Nothing] = EntryPoint(
     normalise=_normalise,
     examine=_examine,
     summary=(
-        "Say what a checkpoint is and whether it can be trained. Takes seconds, from headers and small files only:"
+        "Report what a checkpoint is and whether it can be trained. Takes seconds, from headers and small files only:"
         " tensors, parameters, output matrix, RoPE, chat template, vocabulary, stop ids. Training, plan and launch do"
         " the same."
     ),
@@ -58,13 +58,13 @@ CHECK: EntryPoint[CheckRoot, Nothing] = EntryPoint(
         ("model.path=embedded:tiny", "the embedded base"),
         ("model.path=<checkpoint>", "a local folder; the size is recognised"),
         ("model=gemma4_31b model.path=gs://bucket/gemma-4-31b", "in a bucket; it must be 31B"),
-        ("model.path=<checkpoint> model.tokenizer=<folder>", "with the tokenizer of another folder"),
+        ("model.path=<checkpoint> model.tokenizer=<folder>", "with a tokenizer from another folder"),
     ),
 )
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Exit code: 0 it can be trained, 2 refused, or training would refuse it, 130 or 143 interrupted."""
+    """Returns 0 if it can be trained, 2 if refused or if training would refuse it, 130 or 143 interrupted."""
     return exit_code(lambda: _run(load(list(sys.argv[1:] if argv is None else argv), CHECK)))
 
 

@@ -1,4 +1,6 @@
-"""A checkpoint's folder, local or gs://: which model its `config.json` describes, and what it lacks. No JAX."""
+"""A checkpoint's folder, local or gs://: the model that its `config.json` describes, and what is missing. Imports no
+JAX.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +20,7 @@ INDEX_NAME, SINGLE_NAME = "model.safetensors.index.json", "model.safetensors"
 TOKENIZER_NAME, TOKENIZER_CONFIG_NAME = "tokenizer.json", "tokenizer_config.json"
 TEMPLATE_NAME, GENERATION_NAME = "chat_template.jinja", "generation_config.json"
 PROBE_NAME = "probe.json"
-"""In a merged folder: prompts on which it and its base differ."""
+"""File in a merged folder with prompts on which it and its base differ."""
 
 
 @dataclass(frozen=True)
@@ -33,15 +35,15 @@ class BaseFound:
 
 
 def find_base(model: ModelConfig, *, remote: bool) -> BaseFound:
-    """Finds the base model that `model` names; where there is a `config.json`, it decides the architecture.
+    """Finds the base model that `model` names; a `config.json` determines the architecture.
 
     Args:
       model: `model.name` and `model.path`.
-      remote: whether to look into folders that are not local; otherwise those have the named architecture.
+      remote: also look into remote folders; otherwise assume that they have the named architecture.
 
     Raises:
-      UserError: no such architecture, no path, no checkpoint there (a PEFT adapter, other formats), or one that
-        contradicts `model.name`.
+      UserError: the architecture or path is unknown, there is no checkpoint (or a PEFT adapter, or another format), or
+        it contradicts `model.name`.
     """
     named = ARCHITECTURES.get(model.name)
     if named is None:
@@ -49,7 +51,7 @@ def find_base(model: ModelConfig, *, remote: bool) -> BaseFound:
         raise UserError(f"model.name={model.name}: no such architecture{hint} (there are: {', '.join(ARCHITECTURES)})")
     if not model.path:
         raise UserError(
-            f"model.path: {named.name} needs its checkpoint; give model.path=<folder with the Hugging Face checkpoint>"
+            f"model.path: {named.name} needs its checkpoint; set model.path=<folder with the Hugging Face checkpoint>"
             f" (local or gs://), or model.path={RANDOM}0 to try without weights"
         )
     if model.path.startswith(RANDOM):
@@ -70,9 +72,9 @@ def find_base(model: ModelConfig, *, remote: bool) -> BaseFound:
 
 
 def checkpoint_architecture(model: ModelConfig, *, pictures: bool = False) -> tuple[Architecture | None, list[str]]:
-    """The architecture that `model` stands for and what is wrong with its checkpoint, as far as local files tell.
+    """The architecture that `model` refers to, and problems with its checkpoint, as far as local files show.
 
-    `pictures`: whether it is to read them.
+    `pictures`: whether it must read pictures.
     """
     try:
         found = find_base(model, remote=False)
@@ -82,20 +84,20 @@ def checkpoint_architecture(model: ModelConfig, *, pictures: bool = False) -> tu
 
 
 def seen_with(found: BaseFound, *, remote: bool) -> BaseFound:
-    """The base with what it takes to read pictures.
+    """The base with its vision settings.
 
     Args:
-      found: of `find_base`.
-      remote: as there; what cannot be looked into, random weights included, is then as the released size is.
+      found: from `find_base`.
+      remote: as there; what cannot be inspected, random weights included, is assumed to be as in the released size.
 
     Raises:
-      UserError: random weights, or a checkpoint that reads no pictures.
+      UserError: the weights are random, or the checkpoint cannot read pictures.
     """
     if not remote and (found.folder is None or is_remote(found.folder)):
         return replace(found, arch=seeing(found.arch, None))
     if found.folder is None:
         raise UserError(
-            f"model.path={RANDOM}{found.seed}: random weights have no vision tower; give a checkpoint, or leave out"
+            f"model.path={RANDOM}{found.seed}: random weights have no vision tower; use a checkpoint, or leave out"
             " data.image_cache"
         )
     try:
@@ -108,7 +110,7 @@ def read_config(folder: str) -> dict[str, Any]:
     """The `config.json` of a checkpoint folder, local or gs://.
 
     Raises:
-      UserError: there is none, or the folder holds something else than a model; says what.
+      UserError: there is none, or the folder contains something other than a model; says what.
     """
     present = list_folder(folder)
     if "config.json" not in present or "adapter_config.json" in present:
@@ -117,13 +119,13 @@ def read_config(folder: str) -> dict[str, Any]:
 
 
 def no_checkpoint(folder: str, present: list[str]) -> str:
-    """Why a folder that holds the files `present` is not a checkpoint that can be loaded, and what to do."""
+    """Why a folder with the files `present` is not a loadable checkpoint, and what to do."""
     if not present:
         return f"{folder}: no such folder, or an empty one; expected a Hugging Face checkpoint"
     endings = {
-        "adapter_config.json": "a PEFT adapter, not a model; give the folder of its base model",
-        ".gguf": "GGUF weights, which are quantised for inference; give the original safetensors checkpoint",
-        ".bin": "pickled PyTorch weights; load and save them with transformers to get safetensors",
+        "adapter_config.json": "a PEFT adapter, not a model; use the folder of its base model",
+        ".gguf": "GGUF weights, which are quantised for inference; use the original safetensors checkpoint",
+        ".bin": "pickled PyTorch weights; load and save them with transformers to convert them to safetensors",
         ".safetensors": f"weights, but not all of config.json and {SINGLE_NAME} or its index; copy those too",
     }
     for ending, meaning in endings.items():
@@ -134,7 +136,7 @@ def no_checkpoint(folder: str, present: list[str]) -> str:
 
 
 def tokenizer_problem(model: ModelConfig) -> list[str]:
-    """What is wrong with the tokenizer's folder, if anything."""
+    """Problems with the tokenizer's folder."""
     if model.tokenizer is None and (model.path or "").startswith(RANDOM):
         return []
     key = "model.tokenizer" if model.tokenizer is not None else "model.path"
@@ -149,19 +151,19 @@ def tokenizer_problem(model: ModelConfig) -> list[str]:
 
 
 def no_tokenizer(given: str, folder: str) -> list[str]:
-    """What a folder, local or remote, lacks of a tokenizer that renders conversations; `given` stands first."""
+    """What a folder, local or remote, lacks of a tokenizer that renders conversations; messages begin with `given`."""
     if TOKENIZER_NAME not in list_folder(folder):
-        return [f"{given}: there is no {TOKENIZER_NAME}; give model.tokenizer=<folder with the tokenizer>"]
+        return [f"{given}: there is no {TOKENIZER_NAME}; set model.tokenizer=<folder with the tokenizer>"]
     if chat_template(folder) is None:
         return [
-            f"{given}: the tokenizer has no chat template ({TEMPLATE_NAME}); take an instruction-tuned checkpoint's"
+            f"{given}: the tokenizer has no chat template ({TEMPLATE_NAME}); use an instruction-tuned checkpoint's"
             f" tokenizer (model.tokenizer=<folder>), or put a {TEMPLATE_NAME} next to it"
         ]
     return []
 
 
 def chat_template(folder: str) -> str | None:
-    """The chat template that transformers takes from a tokenizer's folder, local or remote; None: it has none.
+    """The chat template that transformers finds in a tokenizer's folder, local or remote; None if there is none.
 
     Raises:
       UserError: `tokenizer_config.json` is damaged.
@@ -179,17 +181,18 @@ def chat_template(folder: str) -> str | None:
 
 
 def recognise(folder: str) -> str:
-    """Which architecture of this project the checkpoint in a folder, local or remote, has: its name.
+    """Name of this project's architecture that the checkpoint in a folder, local or remote, has.
 
     Raises:
-      UserError: no checkpoint, one that can't be trained, or none of the sizes; names the nearest and what differs.
+      UserError: there is no checkpoint, it cannot be trained, or no size matches; names the nearest one and the
+        differences.
     """
     found = _described(folder)
     differences = {name: contradictions(arch, found) for name, arch in ARCHITECTURES.items()}
     nearest = min(differences, key=lambda name: len(differences[name]))
     if differences[nearest]:
         raise UserError(
-            f"config.json: no architecture of this project fits it; the nearest is {nearest}"
+            f"config.json: matches no architecture of this project; the nearest is {nearest}"
             f" ({'; '.join(differences[nearest])})"
         )
     return nearest
@@ -199,7 +202,7 @@ def _architecture(folder: str, named: Architecture) -> Architecture:
     found = replace(_described(folder), name=named.name)
     if differences := contradictions(named, found):
         fitting = [a.name for a in ARCHITECTURES.values() if not contradictions(a, found)]
-        advice = f"give model={fitting[0]}" if fitting else "no architecture of this project fits it"
+        advice = f"give model={fitting[0]}" if fitting else "it matches no architecture of this project"
         raise UserError(f"not a checkpoint of {named.name}; {advice} ({'; '.join(differences)})")
     return found
 
@@ -213,7 +216,7 @@ def _described(folder: str) -> Architecture:
         raise UserError(f"config.json: a checkpoint quantised with {method}; {UNQUANTISED}")
     try:
         return from_hf_config(config)
-    except (AttributeError, TypeError, ValueError) as error:  # such as a list where an object belongs
+    except (AttributeError, TypeError, ValueError) as error:  # for example, a list instead of an object
         if isinstance(error, UserError):
             raise
         raise UserError(f"config.json is damaged: {error}") from None

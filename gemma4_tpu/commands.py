@@ -1,4 +1,4 @@
-"""The commands by name: `gemma4-tpu train` is `python -m gemma4_tpu.train`; help and checks are in each module."""
+"""The commands by name: `gemma4-tpu train` is `python -m gemma4_tpu.train`; each module has its own help and checks."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ ENTRIES: dict[str, EntryPoint] = {
 }
 """By name: `train`."""
 COMMANDS: dict[str, EntryPoint] = {**ENTRIES, "launch tpu_vm": TPU_VM, "launch gke": GKE}
-"""By the words behind `gemma4-tpu`, in the order in which the map of commands lists them."""
+"""By the words after `gemma4-tpu`, in the order of the map of commands."""
 TOOLS = {
     "translate": "Translate an axolotl, TRL or MaxText configuration to overrides.",
     "completion": "Complete commands, groups and keys with Tab: bash, zsh, fish.",

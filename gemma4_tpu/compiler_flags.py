@@ -1,7 +1,7 @@
-"""Compiler flags of a run: `hardware.flags`, a preset of its chip, and `hardware.compiler_options`. No JAX.
+"""Compiler flags of a run: `hardware.flags`, a preset per chip, and `hardware.compiler_options`. Imports no JAX.
 
-Planning and training take theirs from `compiler_options` alone. What each preset gains by the compiler's schedule:
-`docs/planning.md`.
+Planning and training use `compiler_options` alone. `docs/planning.md` lists what each preset gains by the compiler's
+schedule.
 """
 
 from __future__ import annotations
@@ -16,22 +16,23 @@ _REDUCE_SCATTER = {
     "xla_tpu_relayout_group_size_threshold_for_reduce_scatter": 1,
     "xla_tpu_assign_all_reduce_scatter_layout": True,
 }
-"""Layouts with which an all-reduce of which each chip keeps a slice becomes a reduce-scatter."""
+"""Layouts that turn an all-reduce of which each chip keeps a slice into a reduce-scatter."""
 _ASYNCHRONOUS_GATHERS = {
     "xla_enable_async_all_gather": True,
     "xla_tpu_enable_async_collective_fusion_fuse_all_gather": True,
 }
-"""Gathers beside products; neither does anything alone."""
+"""Gathers that overlap with products; neither flag does anything alone."""
 TUNED: dict[str, dict[str, Any]] = {
     "v5p": {**_REDUCE_SCATTER, **_ASYNCHRONOUS_GATHERS, "xla_tpu_scoped_vmem_limit_kib": 48 * 1024},
     "v6e": {**_REDUCE_SCATTER, **_ASYNCHRONOUS_GATHERS},
 }
-"""`hardware.flags=tuned` by chip. More on-chip memory than the default lets products take larger windows: it pays on
-v5p, not on v6e."""
+"""`hardware.flags=tuned` by chip. More on-chip memory than the default allows larger windows in products, which pays on
+v5p but not on v6e.
+"""
 
 
 def compiler_options(hardware: HardwareConfig) -> dict[str, Any]:
-    """The preset of the chip, if there is one and it is asked for, and over it what is given by name."""
+    """The chip's preset, if requested, overridden by explicit options."""
     known = slice_of(hardware)
     preset = TUNED.get(known.chip.name, {}) if known is not None and hardware.flags == "tuned" else {}
     return {**preset, **hardware.compiler_options}

@@ -1,9 +1,9 @@
-"""`gemma4-tpu completion`: Tab completes commands, groups, options and keys in Bash, zsh and fish.
+"""`gemma4-tpu completion`: Tab completion of commands, groups, options and keys in Bash, zsh and fish.
 
     gemma4-tpu completion --install        for the shell in $SHELL; `--install zsh` for another one
     gemma4-tpu completion zsh              prints the script
 
-The scripts ask `gemma4-tpu completion query`, which knows the commands and leaves the rest to Hydra.
+The scripts call `gemma4-tpu completion query`, which knows the commands and leaves the rest to Hydra.
 """
 
 from __future__ import annotations
@@ -55,15 +55,15 @@ complete -c gemma4-tpu -f -a '(__gemma4_tpu)'
 
 @dataclass(frozen=True)
 class Shell:
-    """One shell: the script, where it goes, and the file that reads it at the start of a shell."""
+    """One shell: the script, its location, and the start-up file that loads it."""
 
     script: str
     home: tuple[str, str]
-    """Environment variable and default, beneath the home folder, of the folder for the script."""
+    """Environment variable and default (below the home folder) of the script's folder."""
     file: str
     """Of the script, in that folder."""
     startup: tuple[str, str, str] | None
-    """Variable, default and name of the start-up file that gets a line; None: the shell finds the script itself."""
+    """Variable, default and name of the start-up file that gets a line; None: the shell finds the script by itself."""
 
 
 _DATA = ("XDG_DATA_HOME", ".local/share")
@@ -75,13 +75,13 @@ SHELLS = {
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Exit code: 0 installed or printed, 2 refused (one message on stderr)."""
+    """Returns 0 installed or printed, 2 refused (one message on stderr)."""
     words = list(sys.argv[1:] if argv is None else argv)
     if words == ["query"]:
         return query(os.environ.get("COMP_LINE", ""))
     parser = argparse.ArgumentParser(prog="gemma4-tpu completion", description="Complete words with Tab.")
     parser.add_argument("shell", nargs="?", choices=list(SHELLS), help="default: the shell in $SHELL")
-    parser.add_argument("--install", action="store_true", help="write the script and have the shell read it")
+    parser.add_argument("--install", action="store_true", help="write the script and make the shell load it")
     given = parser.parse_args(words)
     return exit_code(lambda: _tell(given.shell, install=given.install))
 
@@ -99,7 +99,7 @@ def _tell(name: str | None, *, install: bool) -> int:
 
 
 def installed(shell: Shell) -> list[str]:
-    """Writes the script, and a line that reads it, once; returns what was done.
+    """Writes the script, and once a line that loads it; returns what was done.
 
     Raises:
       UserError: a file cannot be written.
@@ -130,7 +130,7 @@ def _folder(variable: str, default: str) -> Path:
 
 
 def query(line: str) -> int:
-    """Prints the words that can follow, one a line: commands, or what Hydra makes of a command's words."""
+    """Prints the possible next words, one per line: commands, or Hydra's completions of a command's words."""
     program, *given = [*line.split(), *[""] * line.endswith(" ")] or [""]
     *before, typed = given or [""]
     names = [name.split() for name in (*COMMANDS, *TOOLS)]
@@ -141,7 +141,7 @@ def query(line: str) -> int:
     command = next((name for name in COMMANDS if given[: len(name.split())] == name.split()), None)
     if command is not None:
         os.environ["COMP_LINE"] = " ".join([program, *given[len(command.split()) :]])
-        load(["--shell-completion", "query=fish"], COMMANDS[command])  # fish's answers come one a line
+        load(["--shell-completion", "query=fish"], COMMANDS[command])  # fish's answers come one per line
     return 0
 
 

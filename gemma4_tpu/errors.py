@@ -1,4 +1,4 @@
-"""The one exception for what a user can put right, how a command ends, and the exit codes of every entry point."""
+"""The one exception for what users can fix, how a command ends, and the exit codes of every entry point."""
 
 from __future__ import annotations
 
@@ -23,24 +23,27 @@ REFUSED = 2
 STALLED = 3
 """No progress for `trainer.stall_seconds`; all stacks are in log.txt."""
 STORAGE_GONE = 4
-"""The bucket of the run did not answer for `storage.deadline`; saved on this machine, where the message says."""
+"""The run's bucket was unreachable for `storage.deadline`; saved on this machine, at the place that the message
+names.
+"""
 PREEMPTED = 42
-"""Preempted and saved (or there was nothing to save yet): the same command resumes. Nothing else exits with it."""
+"""Preempted and saved (or nothing to save yet): the same command resumes. Nothing else uses this code."""
 INTERRUPTED = 130
 """Ctrl-C."""
 TERMINATED = 143
-"""SIGTERM to a command that is no training run, or before there is one; a second one, which does not wait for the save.
-The same command goes on."""
+"""SIGTERM to a command that is not a training run, or before training starts; or a second one, which does not wait for
+the save. The same command resumes.
+"""
 TERMINATING = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
-"""Signals that ask for an end: schedulers send SIGUSR1 or SIGUSR2 some time before the machine is taken."""
+"""Signals that request an end: schedulers send SIGUSR1 or SIGUSR2 some time before the machine is taken."""
 SECONDS_TO_UNWIND = 30.0
-"""What a command has for that."""
+"""Time that a command has to unwind."""
 _AGAIN_SECONDS = 0.02
 Stop = TypeVar("Stop", bound=BaseException)
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-"""Numbers of an OSError where no more can be written."""
+"""Error numbers of an OSError when no more can be written."""
 _CLIENTS = ("aiohttp", "fsspec", "gcsfs", "google", "httpx", "huggingface_hub", "requests")
-"""Packages that ask other machines: what they raise is about an address or a connection, not about a defect of ours."""
+"""Packages that talk to other machines: their exceptions concern an address or a connection, not a bug of ours."""
 
 
 class UserError(ValueError):
@@ -53,21 +56,21 @@ class UserError(ValueError):
 
 
 class Terminated(KeyboardInterrupt):
-    """One of `TERMINATING` came: unwinds what is open, as Ctrl-C does."""
+    """One of `TERMINATING` arrived: unwinds what is open, as Ctrl-C does."""
 
 
 class Ended(NamedTuple):
-    """How a command ended that was not refused."""
+    """How a command that was not refused ended."""
 
     code: int
     """Its exit code."""
     folders: tuple[Path, ...] = ()
-    """The run folders that it left."""
+    """The run folders that it wrote."""
 
 
 def exit_code(run: Callable[[], int], *, interrupted: str = "interrupted") -> int:
-    """That of an entry point's work: a refusal, a full disk, or an address that can't be reached is one message on
-    stderr, Ctrl-C and SIGTERM a line that says `interrupted`.
+    """Exit code of an entry point's work: a refusal, a full disk or an unreachable address is one message on stderr;
+    Ctrl-C and SIGTERM print a line that says `interrupted`.
     """
     try:
         with _terminable():
@@ -110,7 +113,7 @@ def _without_secrets(kind: type[BaseException], error: BaseException, where: Tra
 
 
 def _outside(error: Exception) -> tuple[int, str] | None:
-    """(exit code, message) of an error whose cause is outside of this program; None: it may be a defect of ours."""
+    """(exit code, message) of an error whose cause is outside this program; None: it may be a bug of ours."""
     if isinstance(error, OSError) and error.errno in DISK_FULL:
         where = f" ({error.filename})" if error.filename else ""
         return REFUSED, f"the disk is full{where}: make space, and the same command resumes"
@@ -120,16 +123,16 @@ def _outside(error: Exception) -> tuple[int, str] | None:
 
 
 def stopped_code(stop: KeyboardInterrupt) -> int:
-    """Exit code after Ctrl-C or a signal that asks for an end."""
+    """Exit code after Ctrl-C or a signal that requests an end."""
     return TERMINATED if isinstance(stop, Terminated) else INTERRUPTED
 
 
 @contextmanager
 def _terminable() -> Iterator[None]:
-    """Signals that ask for an end unwind the main thread, as Ctrl-C does; a second one ends the process at once.
+    """Makes signals that request an end unwind the main thread, as Ctrl-C does; a second one ends the process at once.
 
-    A command that knows better (a training run saves first) has its own handlers while it is at work. Where something
-    swallows the exception (imports of optional packages do), the process ends some time later all the same.
+    A command that handles them differently (a training run saves first) installs its own handlers while it works. If
+    something swallows the exception (imports of optional packages do), the process still ends some time later.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
@@ -169,8 +172,8 @@ def _terminable() -> Iterator[None]:
 
 @contextmanager
 def none_dropped(kind: type[Stop], again: Callable[[Stop], None]) -> Iterator[None]:
-    """`again` is called with each exception of this kind that Python drops: raised in a finalizer, or in a callback of
-    a weak reference or of the garbage collector (JAX has one), an exception ends nothing, and a signal would be lost.
+    """Calls `again` with each exception of this kind that Python drops: one raised in a finalizer, or in a callback of
+    a weak reference or of the garbage collector (JAX has one), ends nothing, and a signal would be lost.
     """
     before = sys.unraisablehook
 
@@ -188,13 +191,13 @@ def none_dropped(kind: type[Stop], again: Callable[[Stop], None]) -> Iterator[No
 
 
 def send_again(number: int) -> None:
-    """Sends a signal to this process once more, a moment later."""
+    """Sends a signal to this process again, a moment later."""
     threading.Timer(_AGAIN_SECONDS, os.kill, [os.getpid(), number]).start()
 
 
 def leave(code: int) -> NoReturn:
-    """Ends the process of a command. After an interruption at once, since computations may still be under way, which
-    crash where Python takes JAX apart beneath them; where storage is gone, too, since requests to it never end.
+    """Ends the process of a command: at once after an interruption, because computations may still be running and crash
+    when Python tears down JAX beneath them; likewise if storage is gone, because requests to it never end.
     """
     if code in (INTERRUPTED, TERMINATED, STORAGE_GONE):
         exit_now(code)
@@ -211,7 +214,7 @@ def exit_now(code: int) -> NoReturn:
 
 
 def tell(text: str) -> None:
-    """Prints what was asked for, also to a reader that has seen enough (`| head`)."""
+    """Prints requested output, even to a reader that stops reading (`| head`)."""
     try:
         print(text, flush=True)
     except BrokenPipeError:
@@ -219,12 +222,12 @@ def tell(text: str) -> None:
 
 
 def first_line(error: BaseException) -> str:
-    """What went wrong, for a record of one line; the log has the rest."""
+    """What went wrong, for a one-line record; the log has the rest."""
     return (str(error) or repr(error)).splitlines()[0]
 
 
 def last_words(printed: str) -> str | None:
-    """Why a command of ours ended, by what it printed: its last refusal, else its last line; None: it printed none."""
+    """Why a command of ours ended, judging by its output: its last refusal, else its last line; None: there is none."""
     lines = [line.strip() for line in printed.splitlines() if line.strip()]
     told = [line.removeprefix("error: ") for line in lines if line.startswith("error: ")] or lines
     return told[-1] if told else None

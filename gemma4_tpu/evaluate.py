@@ -1,6 +1,6 @@
-"""`python -m gemma4_tpu.evaluate run=<run folder>`: answers generated and judged, scores with error bars.
+"""`python -m gemma4_tpu.evaluate run=<run folder>`: generates and judges answers; scores come with error bars.
 
-Configuration → judge ready → samples drawn and stored → verdicts → report. A killed evaluation goes on by run_dir=….
+Configuration → judge ready → samples drawn and stored → verdicts → report. run_dir=… resumes a killed evaluation.
 """
 
 from __future__ import annotations
@@ -32,9 +32,9 @@ MAY_CHANGE = (
     "eval.batch_size", "eval.columns", "eval.concurrency", "eval.image_cache", "eval.judge",
     "eval.request_timeout_seconds", "eval.retries", "eval.second_opinion", "eval.stimulus_seed",
 )  # fmt: skip
-"""Keys (and groups) that a resumed evaluation may give anew."""
+"""Keys (and groups) that can change when an evaluation resumes."""
 JUDGED_ANEW = ("compare", "extract", "category", "choose")
-"""Keys of `eval.answers` that stored samples can be judged by anew."""
+"""Keys of `eval.answers` with which stored samples can be judged again."""
 
 
 EVALUATE: EntryPoint[EvaluateRoot, EvaluateChecked] = EntryPoint(
@@ -43,8 +43,8 @@ EVALUATE: EntryPoint[EvaluateRoot, EvaluateChecked] = EntryPoint(
     normalise=normalise_evaluate,
     examine=examine_evaluate,
     summary=(
-        "Score a model on Verilog by simulation or on rows of yours. Verilog solutions are judged in a sandbox"
-        " (pass@k; needs Icarus Verilog), answers are compared (accuracy); reports come with their uncertainty."
+        "Score a model on Verilog by simulation, or on your own rows. Verilog solutions are judged in a sandbox"
+        " (pass@k; needs Icarus Verilog), other answers are compared (accuracy); scores come with intervals."
     ),
     examples=(
         ("run=outputs/train/<run>", "a run compared with its base, on the embedded synthetic problems"),
@@ -66,13 +66,13 @@ EVALUATE: EntryPoint[EvaluateRoot, EvaluateChecked] = EntryPoint(
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Exit code: 0 done, 2 refused (one message on stderr), 130 or 143 interrupted."""
+    """Returns 0 done, 2 refused (one message on stderr), 130 or 143 interrupted."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     return exit_code(lambda: run(load(list(sys.argv[1:] if argv is None else argv), EVALUATE)).code)
 
 
 def run(loaded: Loaded[EvaluateRoot, EvaluateChecked]) -> Ended:
-    """Whichever form of evaluation the command line asks for."""
+    """Runs the form of evaluation that the command line asks for."""
     match loaded.checked.form:
         case "selfcheck":
             return Ended(_selfcheck(loaded.root))
@@ -125,7 +125,7 @@ def _harness(loaded: Loaded[EvaluateRoot, EvaluateChecked]) -> Ended:
     setup_logging(record.log_path)
 
     def job() -> int:
-        assert config.model.tokenizer is not None  # the checks
+        assert config.model.tokenizer is not None  # ensured by the checks
         outcome = run_harness(config.eval, config.model.tokenizer, record.path)
         captured = provenance.capture(
             hardware={"slice": config.hardware.name}, seeds={}, fingerprints={"lm_eval": outcome.lm_eval}
@@ -139,7 +139,7 @@ def _harness(loaded: Loaded[EvaluateRoot, EvaluateChecked]) -> Ended:
 
 
 def _models(config: EvaluateRoot, form: str, *, pictures: bool) -> Backends:
-    """What there is to generate with; starts JAX. `pictures`: prompts have some."""
+    """The models to generate with; starts JAX. `pictures`: prompts have some."""
     from gemma4_tpu.evals.evaluated_models import of_checkpoint, of_run, on_server
 
     if form == "endpoint":
@@ -150,7 +150,7 @@ def _models(config: EvaluateRoot, form: str, *, pictures: bool) -> Backends:
 
 
 def _report(record: RunFolder, done: Evaluated, config: EvaluateRoot) -> None:
-    """`report.md`, the plot, provenance, and the scores on the terminal."""
+    """Writes `report.md`, the plot and provenance, and prints the scores."""
     from gemma4_tpu.evals.compare import compare
     from gemma4_tpu.reporting.evaluation import plot_outcomes, summary, write_report
     from gemma4_tpu.tracking import provenance
@@ -172,10 +172,10 @@ def _report(record: RunFolder, done: Evaluated, config: EvaluateRoot) -> None:
 
 
 def _recorded(config: EvaluateRoot, words: Sequence[str]) -> EvaluateRoot:
-    """The configuration of the evaluation in `run_dir`, judged as the command line says; answers as recorded where it
-    says nothing.
+    """The configuration of the evaluation in `run_dir`, judged as the command line says; unset answer settings are as
+    recorded.
     """
-    assert config.run_dir is not None  # the checks
+    assert config.run_dir is not None  # ensured by the checks
     recorded: EvaluateRoot = from_yaml(Path(config.run_dir, "config.yaml").read_text(encoding="utf-8"), EvaluateRoot)
     given = config.eval
     named = [key for key in JUDGED_ANEW if any(word.startswith(f"eval.answers.{key}=") for word in words)]
@@ -192,7 +192,7 @@ def _recorded(config: EvaluateRoot, words: Sequence[str]) -> EvaluateRoot:
 
 
 def _selfcheck(config: EvaluateRoot) -> int:
-    """What sandbox and simulator do here; exit code 0 where all is as it should be."""
+    """Reports what sandbox and simulator do here; returns 0 if everything works."""
     from gemma4_tpu.evals.benchmarks import load_problems
     from gemma4_tpu.evals.verilog.strength import grade, sentences
     from gemma4_tpu.evals.verilog.verilog_judge import VerilogJudge
@@ -209,7 +209,7 @@ def _selfcheck(config: EvaluateRoot) -> int:
 
 
 def _compare(folders: Sequence[str]) -> int:
-    """Two evaluations, problem by problem, in words."""
+    """Compares two evaluations, problem by problem, in words."""
     from gemma4_tpu.evals.compare import compare
     from gemma4_tpu.evals.harness import compare_harness
     from gemma4_tpu.evals.scores import EvaluationOutcome
@@ -227,7 +227,7 @@ def _compare(folders: Sequence[str]) -> int:
 
 
 def _print_list(items: Iterable[str]) -> None:
-    """Whole words on a terminal; elsewhere a line for each."""
+    """Whole words on a terminal; one line each elsewhere."""
     width = shutil.get_terminal_size().columns if sys.stdout.isatty() else sys.maxsize
     for item in items:
         print(textwrap.fill(f"- {item}", width, subsequent_indent="  ", break_on_hyphens=False))

@@ -1,10 +1,10 @@
-"""Chips and slices: memory, peak rates and topology. The only place where such facts live. No JAX here.
+"""Chips and slices: memory, peak rates and topology. The only place for such facts. Imports no JAX.
 
 Peak rates, bandwidths and HBM are the manufacturers' published figures: docs.cloud.google.com/tpu/docs/v5e, v5p, v6e
-and tpu7x (copies read on 2026-11-26), and NVIDIA's data sheets (H100 SXM, H200). Usable HBM of v5p (102.8 GB) and v6e
-(31.25 GiB) is what the paper *Fine-Tuning and Serving Gemma 4 31B on Google Cloud TPU* found on the machines, and what
-the TPU compiler lets a program use, as it does for v5e (15.75 GiB) and tpu7x (94.75 GiB on each of a chip's two
-devices). Names of slices and hosts follow Cloud TPU's accelerator types and, for tpu7x, xpk's. What an hour costs is in
+and tpu7x (read on 2026-11-26), and NVIDIA's data sheets (H100 SXM, H200). Usable HBM of v5p (102.8 GB) and v6e (31.25
+GiB) is what the paper *Fine-Tuning and Serving Gemma 4 31B on Google Cloud TPU* found on the machines, and what the TPU
+compiler lets a program use; for v5e (15.75 GiB) and tpu7x (94.75 GiB on each of a chip's two devices) it is the
+compiler's limit. Names of slices and hosts follow Cloud TPU's accelerator types and, for tpu7x, xpk's. Prices are in
 `prices.py`.
 """
 
@@ -27,11 +27,11 @@ class Chip:
     platform: str
     """JAX's name of the platform: `tpu` or `gpu`."""
     device_kinds: tuple[str, ...]
-    """Lower-case beginnings of JAX's `device_kind` for this chip."""
+    """Lower-case prefixes of JAX's `device_kind` for this chip."""
     devices: int = 1
-    """JAX devices that it is; a tpu7x chip is two, each with a TensorCore and half of the memory."""
+    """Number of JAX devices; a tpu7x chip is two, each with a TensorCore and half of the memory."""
     cores: int = 1
-    """TensorCores, which the names of v5p and tpu7x slices count."""
+    """TensorCores, which slice names of v5p and tpu7x count."""
     hbm_bytes: int
     """High-bandwidth memory that programs can use."""
     hbm_bytes_per_second: float
@@ -40,8 +40,9 @@ class Chip:
     interconnect_bytes_per_second: float
     """Between chips, both directions together (ICI or NVLink)."""
     slices: str = ""
-    """Chips along each side of the slices that there are of it, `2x2x1 2x2x2`; a v5e or v6e slice is a whole pod at
-    most. Empty: no TPU."""
+    """Chips along each side of its available slices, `2x2x1 2x2x2`; a v5e or v6e slice is at most a whole pod. Empty:
+    not a TPU.
+    """
     accelerator_type: str | None = None
     """What `--accelerator-type` of `gcloud compute tpus` calls slices of it, where that is not `name`."""
     runtime_version: str | None = None

@@ -18,7 +18,7 @@ LAYER_TYPES = {"sliding_attention": SLIDING, "full_attention": GLOBAL}
 UNIFIED = ("gemma4_unified", "gemma4_unified_text")
 """`model_type` of 12B, which has no vision tower and no per-layer embeddings."""
 MODEL_TYPES = ("gemma4", "gemma4_text", *UNIFIED)
-UNQUANTISED = "give the original weights (lora.quantize=nf4 or int8 quantises them when they are loaded)"
+UNQUANTISED = "use the original weights (lora.quantize=nf4 or int8 quantises them when they are loaded)"
 """What to do about a quantised checkpoint."""
 _GLOBAL_HEAD_DIM = 512  # what transformers takes where neither key is there
 _OVERRIDES = ("head_dim", "num_key_value_heads")

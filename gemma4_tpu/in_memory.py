@@ -35,16 +35,21 @@ from gemma4_tpu.training.meshes import whole_rows_problems
 from gemma4_tpu.training.setup import start_mesh
 
 Prompt = str | Sequence[Message]
-"""What a user says, or a conversation of `{"role": …, "content": …}`."""
+"""A user's message, or a conversation of `{"role": …, "content": …}` turns."""
 Text = str | Sequence[int]
-"""Text, which gets the BOS token before it, or token ids as they are."""
+"""Text, which is tokenised with a leading BOS token, or token ids, which are used unchanged."""
 
 
 @dataclass(frozen=True)
 class Gemma4:
-    """A model in memory: base weights and, of a run, what it trained. Made by `load`.
+    """A model in memory: base weights and, for a run, what it trained. Created by `load`.
 
-    It is on all devices of this process; results are NumPy arrays on the host, one for each row that was given.
+    The model is sharded over all devices of this process. Methods return NumPy arrays on the host, one per input.
+
+    For example::
+
+        model = Gemma4.load("outputs/train/<run>")
+        print(model.generate("What is a flip-flop?", max_new_tokens=64))
     """
 
     weights: Weights
@@ -58,19 +63,20 @@ class Gemma4:
         cls, source: str | Path, *, checkpoint: str = "latest", adapters: bool = True, compute_dtype: str = "auto",
         mesh: MeshConfig | None = None, model: str | None = None, pictures: bool = False,
     ) -> Gemma4:  # fmt: skip
-        """Loads what commands take as `run=` or `model.path=`.
+        """Loads anything that commands accept as `run=` or `model.path=`.
 
         Args:
           source: a run folder, or a Hugging Face checkpoint, local or gs://; `embedded:tiny`, `random:SEED`.
-          checkpoint: of a run: `latest`, `best` (lowest held-out loss) or the number of an update.
-          adapters: of a run: False leaves out what it trained.
+          checkpoint: for a run: `latest`, `best` (lowest held-out loss) or the number of an update.
+          adapters: for a run; False loads its base without what it trained.
           compute_dtype: `float32`, `bfloat16`, or `auto` (float32 on CPUs, else bfloat16).
-          mesh: how devices are laid out; None: the largest legal tp, the rest fsdp.
+          mesh: sizes of the mesh axes; None: the largest legal tp, the remaining devices on fsdp.
           model: the architecture by name; only random weights need it.
-          pictures: of a checkpoint: whether prompts may have some (E2B, E4B). A run reads them if it was trained to.
+          pictures: for a checkpoint: also load what prompts with pictures need (E2B, E4B). A run does if it was trained
+            on pictures.
 
         Raises:
-          UserError: nothing of the kind is there, or its parts don't fit together.
+          UserError: `source` holds neither a run nor a checkpoint, or its parts do not fit together.
         """
         mesh = mesh or MeshConfig(tp=None)
         if problems := whole_rows_problems(mesh.cp, "a model in memory takes texts of any length"):
@@ -82,28 +88,31 @@ class Gemma4:
 
     @property
     def architecture(self) -> Architecture:
-        """Sizes and layer types."""
+        """Sizes and layer types of the model."""
         return self.weights.model.arch
 
     def generate(
         self, prompts: Prompt | Sequence[Prompt], *, max_new_tokens: int = 256, temperature: float = 0.0,
         top_p: float = 1.0, seed: int = 0, batch_size: int = 64, tools: Sequence[Any] = (), whole: bool = False,
     ) -> list[str]:  # fmt: skip
-        """An answer to each prompt, rendered by the checkpoint's chat template.
+        """Answers each prompt, rendered with the checkpoint's chat template.
 
         Args:
-          prompts: one or several; of a conversation the next answer. Users' turns can hold pictures, as those of rows:
+          prompts: one or several; a conversation gets its next answer. User turns can contain pictures, as in rows:
             `"content": [{"type": "image", "path": "a.png"}, {"type": "text", "text": "What is it?"}]`.
-          max_new_tokens: answers are cut off here.
-          temperature: 0: the likeliest token each time.
-          top_p: draw from the smallest set of tokens with this share of the probability.
-          seed: a prompt's draws follow from it and the prompt's place in the list, whatever else is in a batch.
-          batch_size: prompts in one decoding step.
-          tools: functions that the model may call, as JSON schemas.
-          whole: answers keep their thoughts and control tokens, so that calls can be read (`data.calls.read_call`).
+          max_new_tokens: maximal length of an answer, in tokens; longer ones are cut off.
+          temperature: 0 takes the most likely token each time.
+          top_p: draw from the smallest set of tokens whose probabilities add up to at least this.
+          seed: with a prompt's position in the list, determines its draws, whatever else is in the batch.
+          batch_size: prompts per decoding step.
+          tools: functions that the model can call, as JSON schemas.
+          whole: keep thoughts and control tokens, so that calls can be parsed (`data.calls.read_call`).
 
         Raises:
-          UserError: a malformed conversation, or one that the template refuses.
+          UserError: a conversation is malformed, or the template refuses it.
+
+        Returns:
+          One text per prompt, in order, without thoughts and control tokens unless `whole`.
         """
         settings = EvalConfig(
             max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, batch_size=batch_size
@@ -118,19 +127,27 @@ class Gemma4:
         return [s.completion for s in sorted(decoder.generate(asked), key=lambda sample: int(sample.problem))]
 
     def logits(self, texts: Text | Sequence[Text]) -> list[np.ndarray]:
-        """Of the next token after each token: [T, V] float32 for each text. A large vocabulary takes 1 MB per token."""
+        """Logits of the next token after each token: [T, V] float32 per text, 1 MB per token for the released sizes.
+
+        Args:
+          texts: one or several texts or lists of token ids.
+        """
         return self._rows(texts, _logits)
 
     def embed(self, texts: Text | Sequence[Text]) -> list[np.ndarray]:
-        """Final hidden states, normalised: [T, D] float32 for each text."""
+        """Final hidden states, normalised: [T, D] float32 per text.
+
+        Args:
+          texts: one or several texts or lists of token ids.
+        """
         return self._rows(texts, _hidden)
 
     def token_ids(self, text: Text) -> list[int]:
-        """What `logits` and `embed` take a text as."""
+        """The token ids that `logits` and `embed` use for a text, with a leading BOS token."""
         return list(self.tokenizer(text)["input_ids"]) if isinstance(text, str) else list(text)
 
     def _rows(self, texts: Text | Sequence[Text], forward: Callable[..., jax.Array]) -> list[np.ndarray]:
-        """Runs all texts as one batch, each a row padded at its end."""
+        """Runs all texts as one batch, one row each, padded at the end."""
         ids = [self.token_ids(text) for text in _several(texts)]
         model = self.weights.model
         places = sharding.row_places(model.mesh) if model.mesh is not None else 1
@@ -161,6 +178,6 @@ def _messages(prompt: Prompt) -> tuple[Message, ...]:
 
 
 def _several(given: Any) -> list[Any]:
-    """A list of prompts or texts; one by itself is a list of one."""
+    """A list of prompts or texts; a single one becomes a list of one."""
     alone = isinstance(given, str) or (len(given) > 0 and isinstance(given[0], dict | int | np.integer))
     return [given] if alone else list(given)

@@ -2,8 +2,8 @@
 
     gemma4-tpu translate axolotl.yaml --devices 8
 
-Prints the command, then every key that is not in it, with the reason; values that `train` would refuse are among them.
-`config/synonyms.py` holds their words, and docs/coming_from.md is made from them.
+Prints the command, then every key that it leaves out, with the reason; this includes values that `train` would refuse.
+`config/synonyms.py` holds the other tools' terms; docs/coming_from.md is generated from it.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from hydra.core.override_parser.types import Quote, QuotedString
 
 from gemma4_tpu.architectures import ARCHITECTURES
 from gemma4_tpu.config.limits import limit_problems
@@ -26,22 +27,23 @@ from gemma4_tpu.config.synonyms import BY_VALUE, BY_WORD, SAME, SETTLED
 from gemma4_tpu.errors import UserError, exit_code
 from gemma4_tpu.train import TRAIN
 
-ROWS = ("trainer.global_batch_sequences", "…")  # what does not follow from rows per device alone
-_PLACE = re.compile(r"^(/|\.|~|gs://|hf:)|\.(jsonl?|csv|tsv|parquet|arrow)(\.gz|\.zst)?$")  # no name
+ROWS = ("trainer.global_batch_sequences", "…")  # rows per device do not determine it alone
+_PLACE = re.compile(r"^(/|\.|~|gs://|hf:)|\.(jsonl?|csv|tsv|parquet|arrow)(\.gz|\.zst)?$")  # not a Hub name
+_PLAIN = re.compile(r"[\w./:@+-]+")
 
 
 def translate(theirs: dict[str, Any], devices: int | None = None) -> tuple[list[str], dict[str, str]]:
-    """(words for `train`, their key → why it, or part of it, is not among them)."""
+    """Returns (overrides for `train`, {their key: why all or part of it was left out})."""
     words: dict[str, str] = {}
     left: dict[str, str] = {}
     for key, value in theirs.items():
         try:
             for word in _words(key, value, theirs, devices):
-                words[word] = key  # those before a reason are kept
+                words[word] = key  # keeps overrides yielded before a refusal
         except UserError as reason:
             left[key] = str(reason)
     switches = [theirs[key] for key in ("adapter", "use_peft") if key in theirs]
-    if not any(switches or [theirs.get(key) for key in ("lora_r", "lora_rank", "r")]):  # they train all weights
+    if not any(switches or [theirs.get(key) for key in ("lora_r", "lora_rank", "r")]):  # a full fine-tune
         left |= {key: "there is no adapter" for word, key in words.items() if word.startswith("lora")}
         words = {word: key for word, key in words.items() if not word.startswith("lora")} | {"lora=none": "adapter"}
     ordered = sorted(words, key=lambda word: "." in word.partition("=")[0])  # groups first
@@ -60,7 +62,7 @@ def _refused(words: list[str]) -> str:
 
 
 def _words(key: str, value: Any, theirs: dict[str, Any], devices: int | None) -> Iterator[str]:
-    """Raises: UserError: why there are none."""
+    """Yields the overrides for one of their keys; raises UserError with the reason where there is none."""
     shown = str(value).lower() if isinstance(value, bool) else str(value)
     ours, _, written = (f"{SAME[key]}.{key}={{}}" if key in SAME else BY_WORD.get(key, ("", ""))[0]).partition("=")
     if value in (None, "", [], {}):
@@ -74,7 +76,7 @@ def _words(key: str, value: Any, theirs: dict[str, Any], devices: int | None) ->
     elif ours == "data.train" or key == "hf_path":
         yield from _sources(value if isinstance(value, list) else [value])
     elif (per_device := (ours, written) == ROWS or ours == "trainer.microbatches") and devices is None:
-        raise UserError("counts per device, and the file does not say how many there were: give --devices N")
+        raise UserError("counts rows per device, and the file does not give the number of devices: add --devices N")
     elif per_device and devices and ours == ROWS[0]:
         parts = [str(part) for part in (value, theirs.get("gradient_accumulation_steps") or 1)]
         if not all(re.fullmatch(r"\d+(\.\d+)?", part) for part in parts):
@@ -83,13 +85,15 @@ def _words(key: str, value: Any, theirs: dict[str, Any], devices: int | None) ->
     elif ours == "lora.targets" and isinstance(value, list):
         yield _word(ours, [str(module).removesuffix("_proj") for module in value])
     elif key in BY_VALUE:
-        raise UserError("off, as here" if shown == "false" else f"{shown}: none of {', '.join(BY_VALUE[key])}")
+        raise UserError(
+            "off, which is the default here" if shown == "false" else f"{shown}: not one of {', '.join(BY_VALUE[key])}"
+        )
     elif written == "{}":
         if ours.startswith("tracker."):
             yield "tracker=wandb"
         yield _word(ours, value[0] if isinstance(value, list) and len(value) == 1 else value)
     else:
-        raise UserError(f"does not follow from {shown}: see {ours}" if ours else "no counterpart is known")
+        raise UserError(f"no value of {ours} corresponds to {shown}" if ours else "no counterpart is known")
 
 
 def _model(name: str) -> Iterator[str]:
@@ -104,14 +108,14 @@ def _model(name: str) -> Iterator[str]:
 
 
 def _sources(given: list[Any]) -> Iterator[str]:
-    """Entries of axolotl's `datasets`, or names; the form of the rows is recognised by their keys."""
+    """Yields sources for entries of axolotl's `datasets`, or for names; `train` recognises the form of the rows."""
     yield "data=chat_jsonl"
     entries = [one if isinstance(one, dict) else {"path": one} for one in given]
     named = [(entry, entry.get("data_files") or entry.get("path")) for entry in entries]
     paths = [(entry, path) for entry, paths in named for path in (paths if isinstance(paths, list) else [paths])]
     for at, (entry, path) in enumerate(paths):
         if not path:
-            raise UserError(f"{entry}: names no path")
+            raise UserError(f"{entry}: has no path")
         place = str(path) if _PLACE.search(str(path)) else f"hf:{path}"
         for ours, value in {"path": place, "subset": entry.get("name"), "split": entry.get("split")}.items():
             if value:
@@ -119,15 +123,21 @@ def _sources(given: list[Any]) -> Iterator[str]:
 
 
 def _word(key: str, value: Any) -> str:
-    plain = isinstance(value, str) and re.fullmatch(r"[\w./:@+-]+", value)
-    return f"{key}={value}" if plain else as_word(key, value).replace("'", "" if isinstance(value, list) else "'")
+    """`key=value`; a string is quoted only where Hydra requires it, with the quotes that the shell leaves alone."""
+    if isinstance(value, list):
+        return f"{key}=[{','.join(_word('', item).removeprefix('=') for item in value)}]"
+    if not isinstance(value, str):
+        return as_word(key, value)
+    return f"{key}={value if _PLAIN.fullmatch(value) else QuotedString(value, Quote.double).with_quotes()}"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Exit code: 0 translated, 2 refused (one message on stderr)."""
     parser = argparse.ArgumentParser(prog="gemma4-tpu translate", description=(__doc__ or "").partition("\n\n")[0])
-    parser.add_argument("file", type=Path, help="YAML of axolotl, TRL or MaxText")
-    parser.add_argument("--devices", type=int, help="devices that the configuration was for: scales rows per device")
+    parser.add_argument("file", type=Path, help="YAML configuration of axolotl, TRL or MaxText")
+    parser.add_argument(
+        "--devices", type=int, help="number of devices the configuration was written for; converts rows per device"
+    )
     given = parser.parse_args(argv)
     return exit_code(lambda: _tell(given.file, given.devices))
 
@@ -138,10 +148,11 @@ def _tell(file: Path, devices: int | None) -> int:
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise UserError(f"{file}: not a readable YAML file ({' '.join(str(error).split())})") from None
     if not isinstance(theirs, dict):
-        raise UserError(f"{file}: holds no keys; give a configuration of axolotl, TRL or MaxText")
+        raise UserError(f"{file}: not a mapping of keys; pass a YAML configuration of axolotl, TRL or MaxText")
     words, left = translate({str(key): value for key, value in theirs.items()}, devices)
     command = " \\\n    ".join([TRAIN.command, *map(shlex.quote, words)])
-    print("\n".join([command, "", "Not translated:", *(f"  {key}: {reason}" for key, reason in left.items())]))
+    reasons = ["Not translated:", *(f"  {key}: {reason}" for key, reason in left.items())]
+    print("\n".join([command, "", *(reasons if left else ["Every key was translated."])]))
     return 0
 
 

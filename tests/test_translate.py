@@ -112,8 +112,17 @@ def test_whatever_is_in_their_file_is_taken_or_named():
     assert compose_all(words, TRAIN)[2] == []
     assert left["lora_r"] == "there is no adapter" and "lora=none" in words
     assert "data.train.0.path=a.jsonl" in words and "a=b,c" in left["lr_scheduler"]
-    assert "data.train.2.path=c.csv" in words and left["datasets"] == "{}: names no path"
+    assert "data.train.2.path=c.csv" in words and left["datasets"] == "{}: has no path"
     assert left.keys() == odd.keys()
+
+
+def test_the_command_quotes_as_a_person_would(tmp_path, capsys):
+    (tmp_path / "theirs.yaml").write_text("adapter: lora\ndatasets: [{path: my rows.jsonl, split: 'train[:9%]'}]\n")
+    assert translate.main([str(tmp_path / "theirs.yaml")]) == 0
+    command, _, reasons = capsys.readouterr().out.partition("\n\n")
+    assert """ 'data.train.0.path="my rows.jsonl"' """ in command
+    assert command.endswith(""" 'data.train.0.split="train[:9%]"'""")
+    assert reasons == "Every key was translated.\n"
 
 
 def test_what_is_no_configuration_is_one_message(tmp_path, capsys):

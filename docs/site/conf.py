@@ -14,7 +14,7 @@ version = release = gemma4_tpu.__version__
 extensions = ["myst_parser", "sphinx.ext.autodoc"]
 root_doc = "docs/site/index"
 include_patterns = [
-    "CONTRIBUTING.md", "CHANGELOG.md", "docs/*.md", "docs/site/*.md", "benchmarks/*.md",
+    "CONTRIBUTING.md", "CHANGELOG.md", "docs/*.md", "docs/concepts/*.md", "docs/site/*.md", "benchmarks/*.md",
     "experiments/**.md", "examples/README.md",
 ]  # fmt: skip
 exclude_patterns = [".*", "build", "dist", "multirun", "outputs", "tests"]

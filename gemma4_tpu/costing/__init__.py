@@ -1,1 +1,3 @@
-"""Physical ceilings of slices, throughputs held against them, and what runs and served tokens cost. No JAX here."""
+"""Physical ceilings of slices, throughputs compared with them, and the cost of runs and of served tokens. Imports no
+JAX.
+"""

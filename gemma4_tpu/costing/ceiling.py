@@ -1,15 +1,15 @@
-"""Physical ceilings: how fast a slice could train or serve a model if nothing but its peaks held it back. No JAX here.
+"""Physical ceilings: how fast a slice could train or serve a model if only its peaks limited it. Imports no JAX.
 
-A ceiling must not be beaten by a cleverer engine, so every choice here errs towards speed:
+A cleverer engine must not be able to beat a ceiling, so every choice here errs towards speed:
 
-- Compute: `models/flops.py`'s counts over the published dense peak; 8-bit weights are granted twice the bf16 peak.
-- Bandwidth: each decode step reads the weights once (every replica its own) and each sequence's KV cache once.
-  Sliding layers read their window at most, KV-shared layers nothing of their own, and where `k_eq_v` makes values a
-  function of keys only the keys are read (engines keep both, see `models/kv_cache.py`).
+- Compute: `models/flops.py`'s counts over the published dense peak; 8-bit weights get twice the bf16 peak.
+- Bandwidth: each decode step reads the weights once (every replica its own) and each sequence's KV cache once. Sliding
+  layers read at most their window, KV-shared layers nothing of their own, and where `k_eq_v` makes values a function of
+  keys, only the keys are read (engines keep both, see `models/kv_cache.py`).
 - A mixture of experts reads the experts that a batch chooses: `experts · (1 − (1 − k/experts)^tokens)` of them when
-  tokens choose independently; sequences that are all alike choose the same k.
-- Compute and reads overlap perfectly; kernels start, chips talk and schedulers think in no time.
-- With n speculated tokens, all of them are accepted: n + 1 tokens for one read of weights and cache.
+  tokens choose independently; identical sequences choose the same k.
+- Compute and reads overlap perfectly; kernel launches, communication and scheduling take no time.
+- With n speculated tokens, all of them are accepted: n + 1 tokens per read of weights and cache.
 """
 
 from __future__ import annotations
@@ -24,27 +24,27 @@ from gemma4_tpu.models.kv_cache import DTYPE_BYTES, parameter_count
 
 COMPUTE, HBM = "compute", "HBM bandwidth"
 EIGHT_BIT_SPEED = 2
-"""Peak of 8-bit over bf16 products, as the makers of every chip in `hardware.py` publish it (int8 or fp8)."""
+"""Ratio of 8-bit to bf16 peak, as published for every chip in `hardware.py` (int8 or fp8)."""
 ON_CHIP_BYTES = 128 * 2**20
-"""Per chip; none of `hardware.py`'s keeps more outside HBM. A model that fits there need not be read from HBM."""
+"""Per chip; no chip in `hardware.py` has more memory outside HBM. A model that fits there need not be read from HBM."""
 
 
 MANY = 1e9
-"""Sequences at a time where neither a limit nor the size of their caches is known: reads of weights cost nothing."""
+"""Number of sequences if neither a limit nor their cache size is known: reads of weights then cost nothing."""
 
 
 class DoesNotFit(ValueError):
-    """A model that a slice has no room for; the message shows the bytes."""
+    """The model does not fit on the slice; the message gives the bytes."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class ModelDemand:
-    """What a model's mathematics asks for, by its architecture, or by a number of parameters where no more is told."""
+    """What a model's mathematics needs, by its architecture, or by a number of parameters if nothing else is known."""
 
     name: str
     arch: Architecture | None = None
     parameters: float
-    """All of them, experts that are not chosen included."""
+    """All of them, including experts that are not chosen."""
 
     @classmethod
     def of(cls, arch: Architecture) -> ModelDemand:
@@ -58,15 +58,15 @@ class ModelDemand:
 
     @property
     def output_table(self) -> float:
-        """Of them those of the output table, which prompt tokens but the last do without; 0: not known."""
+        """Of these, the output table's, which only the last prompt token needs; 0: unknown."""
         return self.arch.vocab_size * self.arch.embed_dim if self.arch else 0
 
     def read(self, tokens: float, alike: bool = False) -> float:
-        """Parameters that a step with so many tokens must read."""
+        """Parameters that a step with `tokens` tokens must read."""
         if self.arch is None:
             return self.parameters
         arch = self.arch
-        looked_up = arch.vocab_size_per_layer_input * arch.num_layers * arch.per_layer_input_dim  # a row per token
+        looked_up = arch.vocab_size_per_layer_input * arch.num_layers * arch.per_layer_input_dim  # one row per token
         if not arch.num_experts:
             return self.parameters - looked_up
         one = arch.num_layers * 3 * arch.embed_dim * arch.expert_dim
@@ -75,16 +75,16 @@ class ModelDemand:
         return self.parameters - looked_up - one * arch.num_experts * (1 - share)
 
     def prompt_flops(self, length: float) -> float:
-        """Of a whole prompt: causal attention, and logits for its last token only."""
+        """FLOPs of a whole prompt: causal attention, and logits for its last token only."""
         attention = attention_flops(self.arch, length) if self.arch else 0.0
         return length * (2 * (self.multiplied - self.output_table) + attention) + 2 * self.output_table
 
     def token_flops(self, context: float) -> float:
-        """Of one generated token that looks back at `context` tokens."""
+        """FLOPs of one generated token that attends to `context` tokens."""
         return 2 * self.multiplied + sum(4 * width * seen for width, seen in self._queries(context))
 
     def kv_bytes(self, tokens: float, dtype_bytes: float) -> float:
-        """The least that must be read of the cache of a sequence of `tokens` tokens."""
+        """Minimal bytes to read from the cache of a sequence of `tokens` tokens."""
         if self.arch is None:
             return 0.0
         arch, total = self.arch, 0.0
@@ -110,7 +110,7 @@ class ModelDemand:
 
 @dataclass(frozen=True, kw_only=True)
 class Serving:
-    """A model on a slice, as far as it decides a ceiling."""
+    """A model on a slice, as far as a ceiling depends on it."""
 
     model: ModelDemand
     slice: Slice
@@ -118,11 +118,11 @@ class Serving:
     """Key of `DTYPE_BYTES`."""
     kv_dtype: str = "bfloat16"
     replicas: int = 1
-    """Data parallel: each replica reads weights of its own."""
+    """Data parallel: each replica reads its own weights."""
     speculated: int = 0
-    """Tokens that are speculated in each step, all accepted."""
+    """Tokens speculated per step, all accepted."""
     alike: bool = False
-    """All sequences are alike, so that their tokens choose the same experts."""
+    """All sequences are identical, so that their tokens choose the same experts."""
 
     @property
     def weight_bytes(self) -> float:
@@ -141,30 +141,30 @@ class Serving:
 
     @property
     def fits(self) -> bool:
-        """There is room for the weights in HBM."""
+        """Whether the weights fit in HBM."""
         return self.replicas * self.weight_bytes <= self.slice.hbm_bytes
 
     def kv_bytes(self, context: float) -> float:
-        """Cache of one sequence of `context` tokens, in bytes; 0 where the model's is not known."""
+        """Cache of one sequence of `context` tokens, in bytes; 0 if unknown."""
         return self.model.kv_bytes(context, DTYPE_BYTES[self.kv_dtype])
 
     def room(self, context: float) -> int | None:
-        """Sequences whose caches fit alongside the weights; None: the model's cache is not known."""
+        """Number of sequences whose caches fit next to the weights; None: the cache size is unknown."""
         one = self.kv_bytes(context)
         return None if not one else int((self.slice.hbm_bytes - self.replicas * self.weight_bytes) // one)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Ceiling:
-    """The least time for a piece of work, and what bounds it."""
+    """The least time for a piece of work, and what limits it."""
 
     seconds: float
     tokens: float
-    """Done in that time."""
+    """Tokens done in that time."""
     bound_by: str
     """`COMPUTE` or `HBM`."""
     arithmetic: str
-    """How the seconds come about, with the figures put in."""
+    """The derivation of the seconds, with figures."""
 
     @property
     def tokens_per_second(self) -> float:
@@ -177,7 +177,7 @@ def prefill(serving: Serving, length: float, *, one_request: bool = False) -> Ce
     Args:
       serving: the model on its slice.
       length: tokens of the prompt.
-      one_request: nothing else is there to do: only the chips of one replica work on it, and the weights are read for
+      one_request: there is nothing else to do: only the chips of one replica work on it, and the weights are read for
         it alone. Otherwise other prompts fill the slice and share the reads.
     """
     peak = serving.peak_flops / (serving.replicas if one_request else 1)
@@ -195,12 +195,12 @@ def prefill(serving: Serving, length: float, *, one_request: bool = False) -> Ce
 
 
 def decode(serving: Serving, context: float, sequences: float | None) -> Ceiling:
-    """One decode step of `sequences` sequences, each looking back at `context` tokens.
+    """One decode step of `sequences` sequences, each attending to `context` tokens.
 
-    More sequences than the caches have room for wait: the step is that of those that fit. None: as many as fit.
+    If the caches do not fit, some sequences wait: the step is that of those that fit. None: as many as fit.
 
     Raises:
-      DoesNotFit: the weights alone do not fit, or not a single sequence with them.
+      DoesNotFit: the weights alone do not fit, or not even one sequence with them.
     """
     running = _running(serving, context, sequences)
     tokens = running * (serving.speculated + 1)
@@ -217,9 +217,9 @@ def decode(serving: Serving, context: float, sequences: float | None) -> Ceiling
 
 
 def served(serving: Serving, prompt: float, output: float, sequences: float | None) -> Ceiling:
-    """Whole requests: the prompts must be processed on the same slice; tokens are those generated.
+    """Whole requests, with prompts processed on the same slice; tokens are those generated.
 
-    Compute and reads of one request's share, overlapped perfectly. Raises as `decode` does.
+    Compute and reads of one request's share, overlapped perfectly. Raises like `decode`.
     """
     running = _running(serving, prompt, sequences)
     flops = serving.model.prompt_flops(prompt) + (output - 1) * serving.model.token_flops(prompt)
@@ -240,7 +240,7 @@ def train(model: ModelDemand, slice_: Slice, lora: LoraConfig, mean_length: floa
     """One real token trained, in segments of `mean_length` tokens, without rematerialisation.
 
     Raises:
-      ValueError: a model without an architecture; what it needs per token is not known.
+      ValueError: a model without an architecture, whose FLOPs per token are unknown.
     """
     if model.arch is None:
         raise ValueError(f"{model.name}: FLOPs of training need the architecture")
@@ -253,7 +253,7 @@ def train(model: ModelDemand, slice_: Slice, lora: LoraConfig, mean_length: floa
 def _running(serving: Serving, context: float, sequences: float | None) -> float:
     """Sequences that one step can hold."""
     room = serving.room(context)
-    # Unknown limits count as none: a ceiling may be too high, never too low.
+    # Unknown limits count as none: a ceiling can be too high, never too low.
     running = min(MANY if sequences is None else sequences, MANY if room is None else room)
     if not serving.fits or running < 1:
         needed = serving.replicas * serving.weight_bytes + serving.kv_bytes(context)
@@ -265,7 +265,9 @@ def _running(serving: Serving, context: float, sequences: float | None) -> float
 
 
 def _read_bytes(serving: Serving, tokens: float) -> float:
-    """Weights that one replica reads from HBM for a step with so many tokens; 0: they can stay on the chips."""
+    """Bytes of weights that one replica reads from HBM for a step with `tokens` tokens; 0 if they can stay on the
+    chips.
+    """
     if serving.weight_bytes <= ON_CHIP_BYTES * serving.slice.chips / serving.replicas:
         return 0.0
     return serving.model.read(tokens, serving.alike) * DTYPE_BYTES[serving.weights_dtype]

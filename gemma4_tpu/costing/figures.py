@@ -1,4 +1,6 @@
-"""Figures that costs and ceilings are computed from: training runs, points of a load, evaluations, and who says so."""
+"""Figures from which costs and ceilings are computed: training runs, load-test points, evaluations, and their
+sources.
+"""
 
 from __future__ import annotations
 
@@ -11,14 +13,14 @@ from gemma4_tpu.prices import ON_DEMAND
 
 MEASURED, ESTIMATED, QUOTED, GIVEN = LABELS = ("measured", "estimated", "quoted", "given")
 ENDPOINT = "endpoint"
-"""The slice of what another server generated: not known, and shared with whoever else it answered."""
+"""The slice of another server's output: unknown, and shared with its other clients."""
 BY = {label: f"*{label}*" for label in LABELS}
-"""How a page marks who says so."""
+"""How a page marks the kind of a figure."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Figure:
-    """What every figure says about itself."""
+    """Common to every figure."""
 
     name: str
     label: str
@@ -36,40 +38,40 @@ class Training(Figure):
     """A training run, recorded or planned."""
 
     hours: float
-    """All of it that is paid for, as far as it is known; of a range the middle."""
+    """All paid hours, as far as known; the middle of a range."""
     band: tuple[float, float] | None = None
-    """From how many to how many times these hours it may be; None: they are known."""
+    """Bounds as factors of these hours; None: they are exact."""
     real_tokens: float | None = None
     """Non-padding tokens trained on."""
     real_tokens_per_second: float | None = None
-    """Over all chips; with compilation and evaluations left out where the source does."""
+    """Over all chips; excludes compilation and evaluations where the source does."""
     usd_per_hour: float | None = None
-    """The price in its own configuration; None: none."""
+    """The price set by its own configuration; None: none."""
     kind: str = ON_DEMAND
-    """Of the capacity that it ran (or will run) on: one of `prices.KINDS`."""
+    """Kind of capacity that it ran (or will run) on: one of `prices.KINDS`."""
     region: str | None = None
-    """Whose prices count; None: the first that is known."""
+    """Region whose prices apply; None: the first that is known."""
     model: ModelDemand | None = None
     lora: LoraConfig = field(default_factory=LoraConfig)
     mean_tokens: float = 1.0
-    """Mean length of its examples in tokens; 1 where it isn't known, for which a ceiling is highest."""
+    """Mean length of its examples in tokens; 1 if unknown, which gives the highest ceiling."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Point(Figure):
-    """A server under one load. A figure that isn't told is None."""
+    """A server under one load. Unknown figures are None."""
 
     serving: Serving | None = None
-    """None: no ceiling is known (a CPU, say)."""
+    """None: no ceiling is known (a CPU, for example)."""
     input_tokens: float | None = None
     """Of one request."""
     output_tokens: float | None = None
     sequences: float | None = None
-    """The most that can be under way at a time."""
+    """The most that can be in progress at a time."""
     output_tokens_per_second: float | None = None
     """Generated."""
     whole: bool = False
-    """The rate is a mean over whole requests, not a peak: the prompts were processed in the same time."""
+    """The rate is a mean over whole requests, not a peak: prompts were processed in the same time."""
     prompt_tokens_per_second: float | None = None
     """Prompt tokens processed, none of them cached."""
     ttft_seconds: float | None = None
@@ -88,7 +90,7 @@ class Point(Figure):
 
 @dataclass(frozen=True, kw_only=True)
 class Evaluation(Figure):
-    """Problems that a model was given, and how many of its samples pass."""
+    """Problems given to a model, and the number of samples that pass."""
 
     seconds: float | None = None
     """Of generation."""
@@ -103,13 +105,13 @@ class Evaluation(Figure):
 
 @dataclass(frozen=True, kw_only=True)
 class Printed:
-    """A number that a source prints, and which figure it should be."""
+    """A number printed in a source, and the figure it should equal."""
 
     where: str
     """Section or table."""
     what: str
     printed: str
-    """As printed, without unit: its decimals say how exact it is."""
+    """As printed, without unit: its decimals give its precision."""
     of: str | None = None
     """A named figure (see `cost.named`)."""
     ratio: tuple[str, str] | None = None
@@ -117,7 +119,7 @@ class Printed:
     saving: tuple[str, str] | None = None
     """By how many percent the first is below the second."""
     note: str = ""
-    """Said where it differs."""
+    """Shown if it differs."""
 
 
 @dataclass(kw_only=True)

@@ -25,15 +25,15 @@ from gemma4_tpu.tracking.records import CELL, config_of, read_record
 log = logging.getLogger(__name__)
 
 _MERGED = "merged"
-_OVERLOADED = "overloaded"  # its throughput is the server's; how long its answers took, the queue's
+_OVERLOADED = "overloaded"  # throughput is valid, but latencies measure the queue
 
 
 def read_points(folder: Path, *, setup: Serving | None = None, system: str | None = None) -> list[Point] | None:
-    """The points of a benchmark's folder (`*.json`, `cells/*.json`); None: it is none.
+    """The points of a benchmark's folder (`*.json`, `cells/*.json`); None if it is not one.
 
     Args:
-      folder: with a JSON object for each cell. Cells with failed requests are left out, and logged.
-      setup: model and slice; None: as `config.yaml` says.
+      folder: with a JSON object per cell. Cells with failed requests are skipped, and logged.
+      setup: model and slice; None: from `config.yaml`.
       system: whose training it is added to.
     """
     records = [(path, read_record(path)) for path in sorted({*folder.glob("*.json"), *folder.glob("cells/*.json")})]
@@ -45,7 +45,7 @@ def read_points(folder: Path, *, setup: Serving | None = None, system: str | Non
     left_out = [path.name for path, cell in cells if not _is_whole(cell)]
     if left_out:
         log.warning(
-            "%s: %d cells without a completed request, or with failed ones, are left out: %s",
+            "%s: skipped %d cells with failed requests or without a completed one: %s",
             folder,
             len(left_out),
             ", ".join(left_out),
@@ -54,7 +54,7 @@ def read_points(folder: Path, *, setup: Serving | None = None, system: str | Non
 
 
 def _load(cell: Mapping[str, Any]) -> tuple[float, ...]:
-    """By what cells are put in order: lengths, then how many requests, as numbers (10 comes after 2)."""
+    """Sort key of cells: lengths, then number of requests, numerically (10 comes after 2)."""
     n = max(1, cell["completed"])
     rate, users = cell.get("request_rate"), cell.get("max_concurrency")
     loads = (math.inf if rate is None else float(rate), math.inf if users is None else float(users))
@@ -62,7 +62,7 @@ def _load(cell: Mapping[str, Any]) -> tuple[float, ...]:
 
 
 def _is_whole(cell: Mapping[str, Any]) -> bool:
-    """Something was measured, and under the load that it is said to have been."""
+    """Whether anything was measured, under the stated load."""
     return bool(cell["completed"]) and cell.get("state", "ok") in ("ok", _OVERLOADED)
 
 
@@ -88,12 +88,12 @@ def _point(path: Path, cell: Mapping[str, Any], slice_: str, serving: Serving | 
         whole=not cached,
         ttft_seconds=None if cached or overloaded else _seconds(cell.get("median_ttft_ms")),
         tpot_seconds=_seconds(cell.get("median_tpot_ms")),
-        note="Prompts were found in the prefix cache: they are not held against the ceiling." if cached else "",
+        note="Prompts were found in the prefix cache: they are not compared with the ceiling." if cached else "",
     )
 
 
 def _cached(cell: Mapping[str, Any]) -> bool:
-    """Prompts were found in the prefix cache, as far as the client counted it."""
+    """Whether prompts were found in the prefix cache, as far as the client counted it."""
     counted = [value for key, value in cell.items() if key.startswith("prefix_cache_hit")]
     return any(isinstance(value, int | float) and value > 0 for value in counted)
 
@@ -120,7 +120,7 @@ def _setup(folder: Path) -> tuple[str, Serving | None]:
 
 
 def served_as(serving: Mapping[str, Any], model: ModelDemand) -> Serving:
-    """What `gemma4_tpu.serve` was told (`serving` of its configuration), as far as it decides a ceiling."""
+    """The settings of `gemma4_tpu.serve` (`serving` of its configuration) that a ceiling depends on."""
     weights, cache = serving.get("weight_dtype", "bfloat16"), serving.get("kv_cache_dtype", "auto")
     speculation = (serving.get("flags") or {}).get("speculative-config") or {}
     return Serving(
@@ -134,7 +134,7 @@ def served_as(serving: Mapping[str, Any], model: ModelDemand) -> Serving:
 
 
 def served_model(run: str) -> ModelDemand | None:
-    """The model in a merged folder, or in the run folder that holds one; None: it isn't there."""
+    """The model in a merged folder, or in the run folder that contains one; None if there is none."""
     for folder in (Path(run), Path(run) / _MERGED):
         if run and (folder / "config.json").is_file():
             try:

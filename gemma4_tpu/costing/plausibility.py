@@ -1,4 +1,6 @@
-"""Throughputs and latencies held against the slice's physical ceiling: what is above it did not happen as told."""
+"""Compares throughputs and latencies with the slice's physical ceiling: a figure above it cannot be right as
+reported.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +15,9 @@ from gemma4_tpu.hardware import SLICES
 
 IMPOSSIBLE, DOUBTFUL, POSSIBLE = "impossible", "doubtful", "possible"
 DOUBTFUL_FROM = 0.7
-"""Share of a ceiling above which a figure wants an explanation: whole models seldom get so near to a chip's peaks."""
+"""Share of a ceiling above which a figure needs an explanation: whole models seldom get this close to a chip's
+peaks.
+"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,7 +31,7 @@ class Judgement:
     limit: str
     """The ceiling, in the same unit."""
     share: float
-    """Of the ceiling; infinite where the model does not fit at all."""
+    """Share of the ceiling; infinite if the model does not fit at all."""
     bound_by: str
     arithmetic: str
 
@@ -116,5 +120,5 @@ def _latency(figure: Figure, what: str, seconds: float, shortest: float, least: 
 
 
 def worst(judged: Sequence[Judgement], figure: Figure) -> Judgement | None:
-    """The judgement of a figure that is nearest to (or farthest above) its ceiling."""
+    """The judgement of a figure that is closest to (or farthest above) its ceiling."""
     return max((one for one in judged if one.figure is figure), key=lambda one: one.share, default=None)

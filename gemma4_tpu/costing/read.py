@@ -1,4 +1,4 @@
-"""Figures from folders: runs, plans, evaluations, benchmarks of servers, and written-down ones (`figures.yaml`)."""
+"""Reads figures from folders: runs, plans, evaluations, server benchmarks, and written ones (`figures.yaml`)."""
 
 from __future__ import annotations
 
@@ -34,10 +34,10 @@ log = logging.getLogger(__name__)
 
 
 def read(places: Sequence[str]) -> Figures:
-    """The figures of all places; a folder that is no record itself stands for the records in it.
+    """The figures of all places; a folder that is not a record itself stands for the records in it.
 
     Raises:
-      UserError: nothing to cost there, or a damaged record.
+      UserError: there is nothing to cost, or a record is damaged.
     """
     return Figures.together(_place(Path(place)) for place in places)
 
@@ -55,7 +55,7 @@ def _place(place: Path) -> Figures:
 
 
 def _record(path: Path) -> Figures | None:
-    """The figures of one record; None: it is none."""
+    """The figures of one record; None if it is not one."""
     if path.is_file() and path.suffix == ".yaml":
         return quoted.read_figures(path) if path.name.endswith(quoted.NAME) else None
     if path.is_file():
@@ -70,7 +70,7 @@ def _record(path: Path) -> Figures | None:
 
 
 def _of(record: Record, path: Path) -> Figures | None:
-    """Of what has come to an end; None: of a kind that holds no figures."""
+    """Figures of a completed record; None for kinds without figures."""
     if record.kind == PLAN:
         return _plan(record.values, path)
     if record.kind == TRAINING:
@@ -81,7 +81,7 @@ def _of(record: Record, path: Path) -> Figures | None:
 
 
 def _config(path: Path) -> dict[str, Any]:
-    """`config.yaml` of a run folder as plain values; it says which slice this ran on."""
+    """`config.yaml` of a run folder as plain values; it names the slice."""
     if not (path / CONFIG).is_file():
         raise UserError(f"{path}: {CONFIG} is missing; it says which slice this ran on")
     return config_of(path)
@@ -97,7 +97,7 @@ def _model(name: str) -> ModelDemand | None:
 
 
 def _lora(config: dict[str, Any]) -> LoraConfig:
-    """What a recorded configuration trains; keys of other versions are left out."""
+    """What a recorded configuration trains; keys of other versions are ignored."""
     recorded = config.get("lora", {})
     return LoraConfig(**{key: value for key, value in recorded.items() if key in LoraConfig.__dataclass_fields__})
 
@@ -126,9 +126,9 @@ def _run(result: dict[str, Any], path: Path) -> Training:
 
 
 def _plan(plan: dict[str, Any], path: Path) -> Figures:
-    """A plan, in its band; one that does not fit costs nothing and is left out."""
+    """A plan, with its band; one that does not fit costs nothing and is skipped."""
     if not plan.get("fits"):
-        log.warning("%s: the plan does not fit and is left out", path)
+        log.warning("%s: skipped, the plan does not fit", path)
         return Figures()
     price = plan["price"]
     rate, hours, ends = plan["real_tokens_per_second"]["mid"], plan["hours"]["mid"], plan["hours"]
@@ -158,7 +158,7 @@ def _plan(plan: dict[str, Any], path: Path) -> Figures:
 
 def _evaluation(result: dict[str, Any], path: Path) -> Evaluation:
     problems, config = result["problems"].values(), _config(path)
-    remote = bool(config.get("eval", {}).get("endpoint"))  # then slice and model of the configuration are the client's
+    remote = bool(config.get("eval", {}).get("endpoint"))  # slice and model in the configuration are then the client's
     return Evaluation(
         name=f"{result['benchmark']}, {result['name']}, {_short(path)}",
         label=MEASURED,

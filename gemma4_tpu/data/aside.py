@@ -1,4 +1,4 @@
-"""Which rows are held out where no held-out source is given: a share of the training rows, by what they say."""
+"""Chooses the held-out rows when no held-out source is given: a share of the training rows, by content."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ logger = logging.getLogger(__name__)
 
 
 class Identity(NamedTuple):
-    """What a row is told apart by: 64 bits of a hash each."""
+    """Identifies a row by its content: two 64-bit hashes."""
 
     prompt: int
-    """Of everything before the first answer (of the whole where nothing is)."""
+    """Hash of everything before the first answer, or of the whole row if nothing precedes it."""
     whole: int
 
 
 def identity(said: Said) -> Identity:
-    """Follows from the normal form alone: neither template nor tokenizer nor the form of the row matter.
+    """Identity of a row, computed from its normal form alone: template, tokenizer and input form do not affect it.
 
     Raises:
-      UnicodeEncodeError: a text holds half of a surrogate pair.
+      UnicodeEncodeError: a text contains half of a surrogate pair.
     """
     if isinstance(said, Pair):
         sides = [identity(side) for side in said.sides.values()]
@@ -48,19 +48,22 @@ def _hash(content: bytes) -> int:
 
 
 def set_aside(rows: Sequence[Identity], fraction: float) -> list[bool]:
-    """Which of the rows are held out, in any order of the rows the same ones.
+    """Selects the held-out rows, independently of the order of the rows.
 
-    Rows with the same first prompt stay together, and what they are decides on their side; at least one row is held
-    out, at most half of them share a prompt. Where that can't be (all rows begin alike), whole conversations stay
-    together; where all are the same, single rows are told apart. A row that is alone is trained on.
+    Rows with the same first prompt stay on the same side, which their hash decides. At least one row is held out, and
+    at most half of the rows that share a prompt are. If that is impossible because all rows begin alike, whole
+    conversations are hashed instead; if those are identical too, rows are split individually. A single row is trained
+    on.
     """
     if len(rows) < 2 or not fraction:
         if fraction:
-            logger.warning("data.heldout_fraction=%g: a single row can't be divided; it is trained on", fraction)
+            logger.warning(
+                "data.heldout_fraction=%g: there is only one row, which is trained on; nothing is held out", fraction
+            )
         return [False] * len(rows)
     ways = (
         ([row.prompt for row in rows], ""),
-        ([row.whole for row in rows], "rows that begin with the same prompt are on both sides: most begin alike"),
+        ([row.whole for row in rows], "most rows begin alike, so rows with the same prompt are on both sides"),
         ([_hash(b"%d %d" % (row.whole, number)) for number, row in enumerate(rows)], "the same row is on both sides"),
     )
     for keys, warning in ways:
@@ -69,15 +72,16 @@ def set_aside(rows: Sequence[Identity], fraction: float) -> list[bool]:
             if warning:
                 logger.warning("data.heldout_fraction=%g: %s", fraction, warning)
             return [key in chosen for key in keys]
-    raise AssertionError("the last way gives each row a key of its own")
+    raise AssertionError("the last resort gives each row its own key")
 
 
 def _chosen_keys(counts: Counter[int], fraction: float) -> set[int]:
-    """The keys whose rows are held out; empty: no key will do."""
+    """Keys whose rows are held out; empty if no choice of keys works."""
     half = counts.total() // 2
     fitting = sorted(key for key, count in counts.items() if count <= half)
-    # Hashes are uniform in 64 bits, so those below a share of their range are about that share of the rows, and a row's
-    # side stays what it is when others are added. Where chance puts none there, the smallest hash goes.
+    # Hashes are uniform over 64 bits, so a threshold at a fraction of the range selects about that fraction of the
+    # rows, and a row keeps its side when others are added. If no hash falls below the threshold, the smallest one is
+    # taken.
     below = [key for key in fitting if key < fraction * 2**64] or fitting[:1]
-    # Something has to be left to train on.
+    # Something must be left to train on.
     return set(below[:-1] if len(below) == len(counts) else below)

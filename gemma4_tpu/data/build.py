@@ -1,4 +1,4 @@
-"""The training and held-out examples of a configuration, and what became of the rows."""
+"""Builds the training and held-out examples of a configuration, and reports what happened to the rows."""
 
 from __future__ import annotations
 
@@ -29,23 +29,23 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class TrainingData:
-    """What a run trains and is measured on, and what became of the rows."""
+    """The examples that a run trains on and is evaluated on, and what happened to the rows."""
 
     train: Examples
     heldout: Examples | None
     train_report: DropReport
     heldout_report: DropReport | None
-    """None where the held-out rows are a share of the training rows, whose report covers both."""
+    """None if the held-out rows are a share of the training rows; the training report then covers both."""
     shared_prompts: int
     """Held-out rows whose first prompt is also trained on."""
     shared_rows: int
-    """Held-out rows that are trained on as they are."""
+    """Held-out rows that are also trained on, unchanged."""
     duplicates: int
-    """Training rows that say exactly what an earlier one says."""
+    """Training rows identical to an earlier one."""
     normalised: Normalised
-    """What was done to the rows of all sources."""
+    """Normalisations applied to the rows of all sources."""
     places: list[str]
-    """What was read of each place, and what was not."""
+    """What was read from each source, and what was skipped."""
     seconds: float
     """Time to read and tokenise everything."""
 
@@ -69,7 +69,7 @@ class TrainingData:
         }
 
     def told(self) -> list[str]:
-        """What was read, what was done to it, and what is there twice, a line each."""
+        """One line each on what was read, how it was normalised, and what is duplicated."""
         counts = {
             "training rows repeat an earlier row exactly": self.duplicates,
             "held-out rows are also training rows": self.shared_rows,
@@ -110,10 +110,17 @@ def build_data(
     data: DataConfig, tokenizer: Any, rows_are: str = CONVERSATIONS, pictures: PictureReader | None = None,
     keep: Keep = let_go,
 ) -> TrainingData:  # fmt: skip
-    """Read and tokenise the training and held-out rows, which are of one kind of `forms.py`.
+    """Reads and tokenises the training and held-out rows.
 
-    Held out are the rows of `data.heldout`, or else the validation (or test) splits of the training sources, or else
-    `data.heldout_fraction` of the training rows (see `aside.py`). `pictures` and `keep`: as of `Tokeniser`.
+    Held-out rows are those of `data.heldout`, else the validation (or test) splits of the training sources, else
+    `data.heldout_fraction` of the training rows (see `aside.py`).
+
+    Args:
+      data: sources, form, lengths and policies.
+      tokenizer: the checkpoint's Hugging Face tokenizer.
+      rows_are: the kind of rows (`forms.py`): conversations or pairs.
+      pictures: reads the pictures of rows; None drops rows that have any.
+      keep: receives the pictures of each chunk of rows while their bytes are in memory.
 
     Raises:
       UserError: a source cannot be read, too many rows were dropped, or a set is empty.
@@ -143,9 +150,9 @@ def build_data(
         aside = set_aside([row.identity for row in rows], data.heldout_fraction)
         heldout_rows = [row for row, out in zip(rows, aside, strict=True) if out]
         rows = [row for row, out in zip(rows, aside, strict=True) if not out]
-        heldout_weights = [1.0] * len(weights)  # each held-out row counts once, however often its like is trained on
+        heldout_weights = [1.0] * len(weights)  # each held-out row counts once, however often its source is repeated
 
-    # Counted on rows, not examples: one row may have become several, and they would all be alike.
+    # Count rows, not examples: several examples can come from one row, and would be alike.
     trained = {row.identity.whole for row in rows}
     prompts = {row.identity.prompt for row in rows}
     built = TrainingData(
@@ -162,13 +169,13 @@ def build_data(
     )
     _tell(built, len(rows), len(heldout_rows))
     if data.thoughts == "train" and not chat.holds_thoughts(built.train.tokens, built.train.flags):
-        logger.warning("data.thoughts=train, but no answer holds a thought: thinking prompts with plain answers")
+        logger.warning("data.thoughts=train, but no answer contains a thought: thinking prompts get plain answers")
     logger.info("train: %s; held out: %s; %.1f s", built.train, built.heldout or "none", built.seconds)
     return built
 
 
 def _tell(built: TrainingData, trained: int, heldout: int) -> None:
-    """Logs what was read, and warns of what is there twice among so many trained and held-out rows."""
+    """Logs what was read, and warns about duplicates among the trained and held-out rows."""
     for line in built.told():
         logger.info("%s", line)
     if built.shared_prompts:

@@ -1,4 +1,4 @@
-"""Calls of tools, the responses to them, and the tools' definitions, in one normal form; calls as Gemma writes them."""
+"""Tool calls, tool responses and tool definitions in one normal form; parses calls as Gemma writes them."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from gemma4_tpu.data.markup import QUOTE
 
 Turn = dict[str, Any]
 Tell = Callable[[str], None]
-"""Takes note of something that was done to the row, in words."""
+"""Records a change made to the row, in words."""
 
 CALL_KEYS = {"id", "type", "index", "function"}
 TOOL_KEYS = {"name", "description", "parameters", "response", "return", "strict"}
-_DEEPEST = 64  # levels of a written call's arguments
+_DEEPEST = 64  # levels of nesting in the arguments of a call
 
 
 def parsed(value: Any, what: str, tell: Tell) -> Any:
-    """A value that may be given as JSON text, also twice over; other texts stay what they are."""
+    """Parses a value that may be JSON text, possibly encoded twice; any other text is returned unchanged."""
     while isinstance(value, str) and value.strip():
         try:
             value = json.loads(value)
@@ -31,12 +31,13 @@ def parsed(value: Any, what: str, tell: Tell) -> Any:
 
 
 def with_identities(turns: list[Turn], tell: Tell) -> list[Turn]:
-    """Says of each response which call it answers, by identity, else by name, else by order.
+    """Records on each response which call it answers: matched by id, else by name, else by order.
 
-    Without that, templates name a response after another call, or after none. One call without an id needs none.
+    Without this, templates label a response with the wrong call's name, or with none. A single call without an id needs
+    no label.
 
     Raises:
-      RowDropped: a response answers a call that is not there.
+      RowDropped: a response answers a call that does not exist.
     """
     pending: list[Turn] = []
     identified = several = False
@@ -54,16 +55,16 @@ def with_identities(turns: list[Turn], tell: Tell) -> list[Turn]:
         call = next((call for call in fitting if call["function"]["name"] == turn.get("name")), fitting[0])
         pending.remove(call)
         if (key is None or not identified) and (identified or several or key is not None):
-            tell("responses given to calls by name or order")
+            tell("responses matched to calls by name or order")
             turn["tool_call_id"] = call.setdefault("id", key if key is not None else str(position))
     return turns
 
 
 def to_calls(calls: Any, position: int, tell: Tell) -> list[Turn]:
-    """Calls of tools: `{"type": "function", "function": {"name": …, "arguments": {…}}}`, with `id` where it is given.
+    """Normalises tool calls to `{"type": "function", "function": {"name": …, "arguments": {…}}}`, keeping a given `id`.
 
     Raises:
-      RowDropped: they are malformed.
+      RowDropped: the calls are malformed.
     """
     calls = parsed(calls, "tool_calls", tell)
     if calls is None or calls == "" or calls == [] or calls == {}:
@@ -86,7 +87,7 @@ def to_calls(calls: Any, position: int, tell: Tell) -> list[Turn]:
         if arguments is None or arguments == "":
             arguments = {}
         if not isinstance(arguments, dict) or not _finite(arguments):
-            what = "are no object" if not isinstance(arguments, dict) else "hold a number that is not finite"
+            what = "are not an object" if not isinstance(arguments, dict) else "hold a number that is not finite"
             raise RowDropped("bad_tool_call", f"turn {position}: arguments of {name[:40]!r} {what}")
         identity = {"id": str(call["id"])} if call.get("id") is not None else {}
         made.append({**identity, "type": "function", "function": {"name": name, "arguments": arguments}})
@@ -94,7 +95,7 @@ def to_calls(calls: Any, position: int, tell: Tell) -> list[Turn]:
 
 
 def _finite(value: Any) -> bool:
-    """Whether a value is one of JSON, which knows neither NaN nor infinity (Python's reader does)."""
+    """Whether a value is valid JSON, which excludes NaN and infinity (Python's reader accepts them)."""
     try:
         json.dumps(value, allow_nan=False, default=str)
     except ValueError:
@@ -103,10 +104,10 @@ def _finite(value: Any) -> bool:
 
 
 def to_tools(tools: Any, tell: Tell) -> list[Turn] | None:
-    """Definitions of tools: `{"type": "function", "function": {…}}`; None: there are none.
+    """Normalises tool definitions to `{"type": "function", "function": {…}}`; None if there are none.
 
     Raises:
-      RowDropped: they are malformed.
+      RowDropped: the definitions are malformed.
     """
     tools = parsed(tools, "tools", tell)
     if tools is None or tools == "" or tools == [] or tools == {}:
@@ -121,7 +122,7 @@ def to_tools(tools: Any, tell: Tell) -> list[Turn] | None:
         if not isinstance(function, dict) or not isinstance(function.get("name"), str):
             raise RowDropped("bad_tool_call", f"tools: {str(tools)[:60]}")
         parameters = parsed(function.get("parameters"), "parameters of tools", tell)
-        if parameters is None and (others := function.keys() - TOOL_KEYS):  # templates would leave the schema out
+        if parameters is None and (others := function.keys() - TOOL_KEYS):  # templates would omit the schema
             raise RowDropped("bad_tool_call", f"tools: no parameters, but {', '.join(sorted(others))}"[:100])
         made.append(
             {**tool, "function": {**function, **({"parameters": parameters} if parameters is not None else {})}}
@@ -130,13 +131,13 @@ def to_tools(tools: Any, tell: Tell) -> list[Turn] | None:
 
 
 def read_call(written: str) -> tuple[str, Turn]:
-    """(name, arguments) of a call as Gemma 4 writes it between its control tokens: `call:name{key:value,…}`.
+    """(name, arguments) of a call in Gemma 4's notation between its control tokens: `call:name{key:value,…}`.
 
-    Texts stand between `<|"|>`; what stands there without them is JSON's number, true, false or null (`None` in
-    Google's templates of April 2026), else a text.
+    Strings are delimited by `<|"|>`. An undelimited value is a JSON number, true, false or null (`None` in Google's
+    templates of April 2026); anything else is read as a string.
 
     Raises:
-      ValueError: it is not such a call.
+      ValueError: the text is not such a call.
     """
     head, brace, _ = written.partition("{")
     name = head.strip().removeprefix("call:").strip()
@@ -145,12 +146,12 @@ def read_call(written: str) -> tuple[str, Turn]:
     reader = _CallReader(written, len(head))
     arguments = reader.value()
     if written[reader.at :].strip():
-        raise ValueError(f"text behind a call: {written[reader.at :][:60]!r}")
+        raise ValueError(f"text after a call: {written[reader.at :][:60]!r}")
     return name, arguments
 
 
 class _CallReader:
-    """Reads one value after the other; `at`: how far it has come."""
+    """Parses one value at a time; `at` is the current position."""
 
     def __init__(self, text: str, at: int):
         self._text, self.at, self._depth = text, at, 0
@@ -184,7 +185,7 @@ class _CallReader:
     def _key(self) -> str:
         key = self._until(QUOTE) if self._take(QUOTE) else self._bare(":,{}[]")
         if not self._take(":"):
-            raise ValueError(f"no colon behind the key {key[:30]!r}")
+            raise ValueError(f"no colon after the key {key[:30]!r}")
         return key
 
     def _take(self, mark: str) -> bool:
@@ -197,7 +198,7 @@ class _CallReader:
     def _until(self, mark: str) -> str:
         start, self.at = self.at, self._text.find(mark, self.at)
         if self.at < 0:
-            raise ValueError(f"a text that is not closed: {self._text[start:][:30]!r}")
+            raise ValueError(f"an unterminated string: {self._text[start:][:30]!r}")
         self.at += len(mark)
         return self._text[start : self.at - len(mark)]
 
@@ -206,5 +207,5 @@ class _CallReader:
         while self.at < len(self._text) and self._text[self.at] not in ends:
             self.at += 1
         if not (bare := self._text[start : self.at].strip()):
-            raise ValueError(f"nothing before {self._text[self.at :][:30]!r}")
+            raise ValueError(f"a missing value before {self._text[self.at :][:30]!r}")
         return bare

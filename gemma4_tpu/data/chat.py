@@ -1,14 +1,15 @@
-"""Conversations to token ids and loss flags, by the checkpoint's own chat template.
+"""Renders conversations to token ids and loss flags with the checkpoint's own chat template.
 
-An answer is trained as what a server would ask for: the ids of its prompt (the stock template's rendering of the
-messages before it, with the generation prompt), then the ids of the answer. Answers whose prompt begins with all that
-stands before share one example; where the template shows the past otherwise than it was generated (thoughts and empty
-channels left out, contents moved) each gets an example of its own. `proof` reads every example back.
+An answer is trained exactly as a server would ask for it: the ids of its prompt (the template's rendering of the
+preceding messages, with the generation prompt), followed by the ids of the answer. Answers share one example if each
+prompt begins with everything before it. Where the template renders earlier turns differently from how they were
+generated (thoughts and empty channels removed, content moved), each answer gets its own example. `proof` reads every
+example back.
 
-One policy for thoughts holds in training and generation alike:
+The same policy for thoughts applies in training and in generation:
 
 - `drop`: thoughts are removed, and the template is told that thinking is off;
-- `train`: the template is told that thinking is on; an answer's thought stands at its head, and carries loss.
+- `train`: the template is told that thinking is on; an answer's thought comes first and carries loss.
 """
 
 from __future__ import annotations
@@ -34,54 +35,54 @@ POLICIES = ("drop", "train")
 
 Message = dict[str, Any]
 
-# What may stand behind the model's header: a thought channel without a thought, closed; or, in a prompt, just opened.
+# What can follow the model's header: an empty, closed thought channel or, in a prompt, one that was just opened.
 _EMPTY_CHANNEL = re.compile(rf"{re.escape(markup.CHANNEL)}(?:thought)?\s*{re.escape(markup.CHANNEL_END)}\s*")
 _CHANNEL_TAIL = re.compile(rf"{_EMPTY_CHANNEL.pattern}|{re.escape(markup.CHANNEL)}(?:thought)?\s*")
 
 
 class Example(NamedTuple):
-    """A proven example."""
+    """An example that was verified."""
 
     ids: np.ndarray
     """int32 [n + 1]."""
     flags: np.ndarray
     """bool [n + 1]: True where predicting this token counts in the loss."""
     answers: int
-    """Answers with loss in it."""
+    """Number of answers with loss."""
     second: int = 0
-    """Where a second sequence begins in `ids` (the rejected side of a pair); 0: there is one only."""
+    """Index in `ids` where the second sequence (the rejected side of a pair) begins; 0 if there is only one."""
     pictures: tuple[Picture, ...] = ()
     """In the order of their soft tokens."""
 
     @property
     def slots(self) -> int:
-        """Of a packed row."""
+        """Slots that it takes in a packed row."""
         return len(self.ids) - 1 - (self.second > 0)
 
 
 class _Answer(NamedTuple):
-    """What a server sends before an answer, and the answer."""
+    """An answer, and what a server sends before it."""
 
     message: int
     prompt: str
     text: str
     closes: bool
-    """Whether its first token only closes a thought that the prompt opened and the answer has none for: no loss."""
+    """The first token only closes a thought that the prompt opened and the answer lacks, so it carries no loss."""
 
 
 @dataclass
 class Rendering:
-    """A conversation as texts, before they are encoded."""
+    """A conversation as texts, before encoding."""
 
     messages: list[Message]
     tools: list[Any] | None = None
     answers: list[_Answer] = field(default_factory=list)
     text: str | None = None
-    """Plain text, all of which carries loss."""
+    """Plain text, all of it with loss."""
 
     @property
     def texts(self) -> list[str]:
-        """What has to be encoded, in the order in which `ChatFormat.examples` takes it."""
+        """The texts to encode, in the order in which `ChatFormat.examples` consumes them."""
         if self.text is not None:
             return [self.text]
         return [text for answer in self.answers for text in (answer.prompt, answer.text)]
@@ -92,22 +93,24 @@ class ChatFormat:
 
     Args:
       tokenizer: a Hugging Face tokenizer with Gemma 4's control tokens and a chat template.
-      thoughts: `drop` or `train`, see the module's text.
+      thoughts: `drop` or `train`; see the module docstring.
       train_on: `all` answers carry loss, or only the `last` one of a conversation.
 
     Raises:
-      UserError: the tokenizer lacks a template or Gemma 4's turn tokens, or the template is of another kind.
+      UserError: the tokenizer lacks a template or Gemma 4's turn tokens, or its template is not a Gemma 4 template.
     """
 
     def __init__(self, tokenizer: Any, thoughts: str = "drop", train_on: str = "all"):
         if thoughts not in POLICIES or train_on not in ("all", "last"):
             raise UserError(f"data.thoughts={thoughts} (drop or train), data.train_on={train_on} (all or last)")
         if not tokenizer.chat_template:
-            raise UserError("the tokenizer has no chat template; take that of an instruction-tuned checkpoint")
+            raise UserError("the tokenizer has no chat template; use that of an instruction-tuned checkpoint")
         vocabulary = tokenizer.get_vocab()
         missing = [token for token in (markup.TURN, markup.TURN_END) if token not in vocabulary]
         if missing or tokenizer.bos_token is None:
-            raise UserError(f"the tokenizer has no {' and '.join(missing) or 'BOS token'}: it is not one of Gemma 4")
+            raise UserError(
+                f"the tokenizer has no {' and '.join(missing) or 'BOS token'}: it is not a Gemma 4 tokenizer"
+            )
         self._tokenizer = tokenizer
         self._keep_thoughts = thoughts == "train"
         self._train_on = train_on
@@ -118,8 +121,8 @@ class ChatFormat:
         self._check_generation_prompt()
         if self._bos_added:
             logger.warning(
-                "the chat template writes no BOS token: examples begin with one, yet servers that send the template's "
-                "text as it is (vLLM's chat endpoint) do not; put {{ bos_token }} at the head of the template"
+                "the chat template writes no BOS token: examples begin with one, but servers that send the template's "
+                "text unchanged (vLLM's chat endpoint) do not; put {{ bos_token }} at the start of the template"
             )
         header = self.encode([markup.MODEL_HEADER])[0][1:]
         words = {role: self._find_words(role) for role in ("system", "user")}
@@ -127,10 +130,10 @@ class ChatFormat:
         self._prover = Prover(control, tokenizer.bos_token_id, header, words)
 
     def render(self, conversation: Conversation) -> Rendering:
-        """The texts of a conversation: a prompt and an answer for each answer with loss.
+        """Renders a conversation: one prompt and one answer for each answer with loss.
 
         Raises:
-          RowDropped: it is malformed, the template refuses it, or it shows an answer otherwise than as an answer.
+          RowDropped: the conversation is malformed, or the template refuses it or misrenders an answer.
         """
         if conversation.text is not None:
             return self._plain_text(conversation.text)
@@ -145,7 +148,7 @@ class ChatFormat:
         return Rendering(messages[: learned[-1] + 1], conversation.tools, answers)
 
     def render_prompt(self, messages: list[Message], tools: list[Any] | None = None) -> str:
-        """The text after which the model is to answer, as a server with the same template sends it.
+        """The text that a server with the same template sends to get the next answer.
 
         Raises:
           UserError: the conversation is malformed.
@@ -156,8 +159,8 @@ class ChatFormat:
             raise UserError(f"cannot render the prompt: {problem}") from problem
 
     def encode(self, texts: list[str]) -> list[np.ndarray]:
-        """int32 [n + 1] ids of each text; nothing is added."""
-        # What `self._tokenizer(texts)` does too, but without offsets into the text: a quarter of the time less.
+        """Token ids of each text, int32 [n + 1]; adds no special tokens."""
+        # Equivalent to `self._tokenizer(texts)` without offsets into the text, which saves a quarter of the time.
         backend = self._tokenizer.backend_tokenizer
         backend.no_truncation()
         backend.no_padding()
@@ -165,7 +168,7 @@ class ChatFormat:
         return [np.array(piece.ids, np.int32) for piece in encoded]
 
     def examples(self, renderings: list[Rendering]) -> list[list[Example] | RowDropped]:
-        """The proven examples of each rendering, or why there are none; texts are encoded in one call."""
+        """The verified examples of each rendering, or the reason for dropping it; encodes all texts in one call."""
         encoded = iter(self.encode([text for rendering in renderings for text in rendering.texts]))
         made: list[list[Example] | RowDropped] = []
         for rendering in renderings:
@@ -174,12 +177,12 @@ class ChatFormat:
                 made.append(self._examples(rendering, ids))
             except RowDropped as problem:
                 made.append(problem)
-            except Exception as error:  # a row of a kind that nobody thought of is no reason to stop
+            except Exception as error:  # an unforeseen kind of row must not stop the run
                 made.append(unreadable(error))
         return made
 
     def holds_thoughts(self, ids: np.ndarray, flags: np.ndarray) -> bool:
-        """Whether a thought carries loss."""
+        """Whether any thought carries loss."""
         return bool(np.any((ids == self._channel_end) & flags))
 
     def _examples(self, rendering: Rendering, encoded: list[np.ndarray]) -> list[Example]:
@@ -192,8 +195,8 @@ class ChatFormat:
             start = len(prompt)
             span = Span(answer.message, start + answer.closes, start + len(own))
             spans = [span]
-            # A prompt that begins with the very ids of the example before it continues it: both answers share one
-            # example. Where a template changes the past (drops its thoughts, say), each answer gets one of its own.
+            # A prompt that begins with exactly the ids of the example so far continues it, so both answers share one
+            # example. If the template changes earlier turns (by dropping thoughts, say), each answer gets its own.
             if drafts and np.array_equal(prompt[: len(drafts[-1][0])], drafts[-1][0]):
                 spans = [*drafts.pop()[2], span]
             drafts.append((np.concatenate([prompt, own]), answer.prompt + answer.text, spans))
@@ -208,7 +211,7 @@ class ChatFormat:
         return examples
 
     def _answer(self, messages: list[Message], number: int, tools: list[Any] | None) -> _Answer:
-        """Prompt and answer number `number`, the latter as the template shows it, headed by its thought."""
+        """Prompt and answer number `number`, with the answer as the template renders it, preceded by its thought."""
         prompt = self._prompt(messages[:number], tools)
         history, header, channel = _split_prompt(prompt)
         message = {key: value for key, value in messages[number].items() if not key.startswith("reasoning")}
@@ -217,14 +220,15 @@ class ChatFormat:
         if body == shown:
             raise RowDropped("bad_rendering", f"message {number} (assistant): {_difference(history + header, shown)}")
         closed = channel.rstrip().endswith(markup.CHANNEL_END)
-        # A template may show the past with an empty thought, whatever its prompt ends in; nobody wrote that.
+        # A template can render earlier turns with an empty thought, whatever its prompt ends in; nobody wrote that
+        # thought.
         body = body.strip()
         if empty := _EMPTY_CHANNEL.match(body):
             body = body[empty.end() :]
         thought = messages[number].get("reasoning")
         if thought and closed:
             raise RowDropped(
-                "bad_rendering", f"message {number} (assistant): the prompt has closed its thought already"
+                "bad_rendering", f"message {number} (assistant): the prompt has already closed its thought"
             )
         opened = bool(channel) and not closed
         if opened:
@@ -237,7 +241,7 @@ class ChatFormat:
         return self._apply(messages, tools, add_generation_prompt=True)
 
     def _prepare(self, messages: Any, tools: Any = None) -> list[Message]:
-        """Messages fit for the template, free of control tokens, with thoughts by the policy."""
+        """Prepares messages for the template: no control tokens, thoughts handled by the policy."""
         if not isinstance(messages, list) or not messages:
             raise RowDropped("no_messages", type(messages).__name__)
         if any(self._control.search(text) for text in markup.strings(tools)):
@@ -246,7 +250,7 @@ class ChatFormat:
         for number, message in enumerate(messages):
             turn = {key: value for key, value in message.items() if key != "train"}
             if turn["role"] == "system" and isinstance(turn.get("content"), str):
-                # The policy decides on thinking.
+                # The policy decides whether thinking is on.
                 turn["content"] = turn["content"].removeprefix(markup.THINK).lstrip()
             if any(self._control.search(text) for text in markup.strings(turn)):
                 raise RowDropped("control_token", f"message {number} ({turn['role']})")
@@ -257,7 +261,7 @@ class ChatFormat:
                     raise RowDropped("empty_answer", f"message {number}")
                 thought = turn.pop("reasoning", None)
                 if thought and self._keep_thoughts:
-                    turn["reasoning"] = turn["reasoning_content"] = thought.strip()  # templates read either
+                    turn["reasoning"] = turn["reasoning_content"] = thought.strip()  # templates read either key
             prepared.append(turn)
         return prepared
 
@@ -269,27 +273,27 @@ class ChatFormat:
         return Rendering([], text=self._tokenizer.bos_token + text + self._tokenizer.eos_token)
 
     def _check_generation_prompt(self) -> None:
-        """Raises `UserError` where the template can't ask the model for an answer as Gemma 4's does."""
+        """Raises `UserError` if the template's generation prompt is not Gemma 4's."""
         try:
             prompt = self._prompt([{"role": "user", "content": "x"}], None)
         except RowDropped as problem:
             raise UserError(
-                f"the chat template cannot render a single question ({problem}); take the stock one"
+                f"the chat template cannot render a single question ({problem}); use the original one"
             ) from problem
         _, header, _ = _split_prompt(prompt)
         if not header:
             raise UserError(
                 f"the chat template's generation prompt ends in {prompt[-60:]!r}; expected Gemma 4's "
-                f"{markup.MODEL_HEADER!r}, and behind it nothing or a thought channel"
+                f"{markup.MODEL_HEADER!r}, followed by nothing or by a thought channel"
             )
 
     def _find_words(self, role: str) -> tuple[str, str]:
-        """What the template itself writes (before, behind) a message of this role, in its turn."""
+        """The text that the template itself adds (before, after) a message of this role within its turn."""
         probe = "0probe0"
         messages = [{"role": role, "content": probe}] + [{"role": "user", "content": "x"}] * (role == "system")
         try:
             before, _, behind = self._prompt(messages, None).partition(probe)
-        except RowDropped:  # a template may have no such turns
+        except RowDropped:  # a template can lack such turns
             return "", ""
         return self._control.split(before)[-1].partition("\n")[2].lstrip(), self._control.split(behind)[0].rstrip()
 
@@ -301,7 +305,7 @@ class ChatFormat:
                 )
         except RowDropped:
             raise
-        except Exception as error:  # whatever a template's own code raises about this conversation
+        except Exception as error:  # a template's own code can raise anything
             raise RowDropped("template_error", f"{type(error).__name__}: {error}"[:120]) from error
         if pictures := pictures_of(messages):
             text = self._with_pictures(text, pictures)
@@ -310,7 +314,9 @@ class ChatFormat:
         return bos + text if self._bos_added else text
 
     def _with_pictures(self, text: str, pictures: list[Picture]) -> str:
-        """A rendering with each picture's place filled by its soft tokens, as transformers' processor does."""
+        """A rendering in which each picture's placeholder is expanded to its soft tokens, as transformers' processor
+        does.
+        """
         if not self._shows_pictures:
             raise RowDropped("template_error", f"the tokenizer has no {markup.IMAGE} and its delimiters")
         first, *others = text.split(markup.IMAGE)
@@ -323,7 +329,7 @@ def render_prompt(tokenizer: Any, messages: list[Message], policy: str) -> list[
     """Ids of the generation prompt for `messages` under the thought policy `policy` (`drop` or `train`).
 
     Raises:
-      UserError: the conversation or the tokenizer is unfit.
+      UserError: the conversation is malformed or the tokenizer is not a Gemma 4 tokenizer.
     """
     chat = ChatFormat(tokenizer, policy)
     return chat.encode([chat.render_prompt(messages)])[0].tolist()
@@ -339,6 +345,6 @@ def _split_prompt(prompt: str) -> tuple[str, str, str]:
 
 
 def _difference(prompt: str, shown: str) -> str:
-    """Where a rendering with the answer leaves the prompt that it should continue."""
+    """Describes where a rendering that includes the answer departs from the prompt it should continue."""
     at = next((i for i, (a, b) in enumerate(zip(prompt, shown, strict=False)) if a != b), min(len(prompt), len(shown)))
     return f"a server's prompt has {prompt[at : at + 30]!r} where the template then shows {shown[at : at + 30]!r}"

@@ -1,4 +1,4 @@
-"""Checks of `data=`: a form that there is, sources that are there, lengths that make sense. No JAX."""
+"""Checks of `data=` before JAX starts: known form, existing sources, sensible lengths."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ HUGGING_FACE = "hf:"
 
 
 def data_problems(data: DataConfig) -> list[str]:
-    """What is wrong with rows and their packing, as far as local files tell."""
+    """Problems with rows and packing, as far as local files show."""
     messages = []
     if not data.train:
         messages.append("data.train=[]: no training rows; give data.train='[{path: rows.jsonl}]'")
@@ -40,7 +40,7 @@ def cache_messages(said: str, folder: str) -> list[str]:
 
 
 def source_problem(key: str, source: DataSource) -> list[str]:
-    """What is wrong with a data source, if anything; `key` is its place, such as `data.train.0`."""
+    """Problems with one data source; `key` is its place, such as `data.train.0`."""
     fits = 0 < source.weight <= MAX_WEIGHT
     messages = [] if fits else [f"{key}.weight={source.weight}: must be more than 0 and at most {MAX_WEIGHT}"]
     path = source.path

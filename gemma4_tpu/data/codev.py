@@ -1,7 +1,7 @@
 """CodeV-R1 rows (`system`, `prompt`, `response`) to conversations whose answer is one clean Verilog fence.
 
-The published responses read `<think>…</think> <answer>```verilog…```</answer>`, with every malformation that a sampled
-text can have. A row is kept only if what is left after cleaning is whole.
+The published responses have the form `<think>…</think> <answer>```verilog…```</answer>`, with every malformation that
+sampled text can have. A row is kept only if what remains after cleaning is complete.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ SYNTAX_SECONDS = 10
 
 THINK_TAG = re.compile(r"<(/?)think>", re.IGNORECASE)
 ANSWER_TAG = re.compile(r"<(/?)answer>", re.IGNORECASE)
-OPENING_FENCE = re.compile(r"```+[ \t]*(systemverilog|verilog|sv|v)(?=\s|$)", re.IGNORECASE)  # also behind prose
+OPENING_FENCE = re.compile(r"```+[ \t]*(systemverilog|verilog|sv|v)(?=\s|$)", re.IGNORECASE)  # also after prose
 FENCE_LINE = re.compile(r"\s*```+[ \t]*([\w+-]*)")
 FENCE_BEHIND_CODE = re.compile(r"(.*\bendmodule\b[^`]*)```+\s*$")
 NOT_CODE = re.compile(r'//[^\n]*|/\*.*?\*/|"(?:\\.|[^"\\\n])*"|(/\*|")', re.DOTALL)
@@ -38,10 +38,10 @@ DIRECTIVE = re.compile(r"^[ \t]*`(?:define|timescale|default_nettype|ifdef|ifnde
 
 
 def to_messages(row: dict[str, Any]) -> list[dict[str, Any]]:
-    """The conversation in one row; what was thought goes to the answer's `reasoning`, for the policy to decide on.
+    """The conversation of one row; the thinking goes into the answer's `reasoning`, which the policy keeps or drops.
 
     Raises:
-      RowDropped: there is no prompt, no response, or no whole module in it.
+      RowDropped: there is no prompt, no response, or no complete module.
     """
     turns, answered = _prompt_turns(row)
     response = next((row[key] for key in RESPONSE_KEYS if row.get(key)), answered)
@@ -56,12 +56,12 @@ def to_messages(row: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def fenced_code(messages: list[dict[str, Any]]) -> str:
-    """The code in the answer that `to_messages` made."""
+    """The code of the answer that `to_messages` made."""
     return messages[-1]["content"].removeprefix(FENCE).removesuffix(FENCE_END)
 
 
 def split_response(response: str) -> tuple[str, str]:
-    """(thought, answer): what stands before the last `</think>`, and the last `<answer>` behind it, closed or not.
+    """(thought, answer): the text before the last `</think>`, and the last `<answer>` after it, closed or not.
 
     Raises:
       RowDropped: a `<think>` is never closed.
@@ -82,13 +82,13 @@ def split_response(response: str) -> tuple[str, str]:
 
 
 def extract_code(answer: str) -> str:
-    """The Verilog code of an answer: its fences joined where they hold different modules, else its bare modules.
+    """The Verilog code of an answer: its fences, joined if they define different modules, else its unfenced modules.
 
-    A later fence replaces an earlier one that defines the same modules (a draft before the whole). Fences without a
-    module count only if they hold compiler directives.
+    A later fence replaces an earlier one that defines the same modules (a draft before the final version). Fences
+    without a module count only if they contain compiler directives.
 
     Raises:
-      RowDropped: there is no module, the modules are not whole, or the fences contradict each other.
+      RowDropped: there is no module, a module is incomplete, or the fences contradict each other.
     """
     kept: list[str] = []
     names: set[str] = set()
@@ -97,7 +97,7 @@ def extract_code(answer: str) -> str:
             own = module_names(block) if "module" in block else set()
         except RowDropped:
             begun = {match[2] for match in MODULE_WORD.finditer(block) if match[2]}
-            if names and begun <= names:  # a torn draft of what follows it whole
+            if names and begun <= names:  # a fragment of the complete code that follows
                 continue
             raise
         if own and own <= names:
@@ -113,10 +113,10 @@ def extract_code(answer: str) -> str:
 
 
 def module_names(code: str) -> set[str]:
-    """Names of the modules that `code` defines; comments and strings do not count.
+    """Names of the modules that `code` defines, ignoring comments and strings.
 
     Raises:
-      RowDropped: a comment or string is not closed, modules are not whole, or two have the same name.
+      RowDropped: a comment or string is not closed, a module is incomplete, or two modules share a name.
     """
     bare = []
     position = 0
@@ -158,10 +158,10 @@ def find_iverilog() -> str:
 
 
 def check_syntax(code: str, program: str) -> None:
-    """Let `iverilog -t null` read `code` (it writes no output at all).
+    """Runs `iverilog -t null` on `code`, which writes no output files.
 
     Raises:
-      RowDropped: it is rejected, or takes longer than `SYNTAX_SECONDS`.
+      RowDropped: the code is rejected, or takes longer than `SYNTAX_SECONDS`.
     """
     with scratch_folder() as scratch:
         file = scratch / "design.sv"
@@ -173,7 +173,7 @@ def check_syntax(code: str, program: str) -> None:
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,
             stderr=subprocess.PIPE,
-            start_new_session=True,  # elaboration runs in a grandchild, which only its group reaches
+            start_new_session=True,  # elaboration runs in a grandchild, which only a signal to the group reaches
         ) as process:
             try:
                 _, errors = process.communicate(timeout=SYNTAX_SECONDS)
@@ -185,7 +185,7 @@ def check_syntax(code: str, program: str) -> None:
 
 
 def _prompt_turns(row: dict[str, Any]) -> tuple[list[dict[str, Any]], str | None]:
-    """(turns before the answer, the answer if the prompt's own messages hold one)."""
+    """(turns before the answer, the answer if the prompt's own messages contain one)."""
     prompt = next((row[key] for key in PROMPT_KEYS if row.get(key)), None)
     system = row.get("system")
     answered = None
@@ -206,13 +206,13 @@ def _prompt_turns(row: dict[str, Any]) -> tuple[list[dict[str, Any]], str | None
 
 
 def _last_answer(response: list[Any]) -> Any:
-    """The text of a response that comes as chat messages (or as a list of one text)."""
+    """The text of a response given as chat messages, or as a list of one text."""
     last = response[-1] if response else None
     return last.get("content") if isinstance(last, dict) else last
 
 
 def fenced_blocks(answer: str) -> list[str]:
-    """The insides of Verilog fences (or bare ones), the last of which may be unclosed."""
+    """Contents of Verilog fences (or unlabelled ones); the last can be unclosed."""
     blocks: list[tuple[str, list[str]]] = []  # (language, lines)
     inside = False
     for line in answer.split("\n"):
@@ -232,7 +232,7 @@ def fenced_blocks(answer: str) -> list[str]:
 
 
 def _unfenced(answer: str) -> str:
-    """Bare code in prose: from the first line that begins like Verilog to the last `endmodule`."""
+    """Unfenced code in prose: from the first line that begins like Verilog to the last `endmodule`."""
     first = FIRST_CODE_LINE.search(answer)
     last = answer.rfind("endmodule")
     if first is None or last < first.start():

@@ -1,4 +1,4 @@
-"""Rows that cannot be trained on: counted by reason, with examples of where they are."""
+"""Rows that cannot be trained on, counted by reason, with examples of their locations."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ from gemma4_tpu.errors import UserError
 EXAMPLES_KEPT = 5
 
 REASONS = {
-    "invalid_json": "the line is not valid JSON (torn or garbled), or an object in it has the same key twice",
+    "invalid_json": "the line is not valid JSON (truncated or garbled), or an object in it has the same key twice",
     "invalid_utf8": "the line is not valid UTF-8, or holds half of a surrogate pair",
     "not_an_object": "the row is not a JSON object",
     "invalid_csv": "the row has more or fewer cells than the header, or a quote that is never closed",
     "line_too_long": "the line is longer than any example could be",
-    "unknown_form": "the row's keys are those of no form, or could mean several: `data.columns` says which is which",
+    "unknown_form": "the row's keys match no form, or several: `data.columns` says which column is which",
     "no_messages": "there are no turns, or no list of them",
     "bad_role": "a turn's role is unknown, or a system turn is not the first",
-    "bad_content": "a turn's content is not text (sound, a number, nothing; pictures need `data.image_cache`)",
-    "missing_picture": "a picture is not there, or the row has more or fewer of them than places for them",
+    "bad_content": "a turn's content is not text (audio, a number, nothing; pictures need `data.image_cache`)",
+    "missing_picture": "a picture does not exist, or the row has more or fewer pictures than places for them",
     "unreadable_picture": "a picture cannot be decoded, or its sides differ too much",
     "picture_too_large": "a picture has too many bytes or pixels",
     "picture_on_the_web": "a picture is an http(s) address, which is not fetched: download it and give its path",
@@ -31,7 +31,7 @@ REASONS = {
     "template_error": "the chat template refuses the conversation",
     "bad_rendering": "the chat template moves, changes or loses a message, or renders earlier turns as no server would "
     "send them",
-    "no_target": "no token would get loss",
+    "no_target": "no token would carry loss",
     "no_text": "`text` is empty",
     "too_long": "longer than `data.sequence_length`",
     "no_prompt": "there is no prompt",
@@ -49,11 +49,11 @@ REASONS = {
     "unreadable_row": "reading or rendering the row failed in a way that no other reason covers",
     "too_slow": "reading or rendering the row took longer than its time limit",
 }
-"""Every reason for a drop, and what it means."""
+"""Every reason for a drop → its meaning."""
 
 
 class Origin(NamedTuple):
-    """Where a row came from: file (or data set) and 1-based row number in it."""
+    """Where a row came from: a file (or data set) and the 1-based row number in it."""
 
     file: str
     row: int
@@ -63,12 +63,12 @@ class Origin(NamedTuple):
 
 
 def printable(text: str) -> str:
-    """What a row says, fit for logs and files: half of a surrogate pair is written as its escape."""
+    """Text made safe for logs and files: half of a surrogate pair becomes its escape."""
     return text.encode("utf-8", "backslashreplace").decode("utf-8")
 
 
 class RowDropped(Exception):
-    """Raised inside `data/` for one row: it is counted under `reason` and left out."""
+    """Raised inside `data/` to drop one row, which is counted under `reason`."""
 
     def __init__(self, reason: str, detail: str = ""):
         assert reason in REASONS, reason
@@ -79,7 +79,7 @@ class RowDropped(Exception):
 
 
 def unreadable(error: Exception) -> RowDropped:
-    """The drop of a row that made somebody's code fail in a way of its own."""
+    """The drop of a row on which third-party code failed in an unforeseen way."""
     return RowDropped("unreadable_row", f"{type(error).__name__}: {error}"[:120])
 
 
@@ -89,19 +89,21 @@ class Dropped:
 
     count: int = 0
     examples: list[str] = field(default_factory=list)
-    """The first few, as `file:row (detail)`."""
+    """The first few locations, as `file:row (detail)`."""
 
 
 @dataclass
 class DropReport:
-    """What became of the rows of one set of sources."""
+    """What happened to the rows of one set of sources."""
 
     rows_read: int = 0
     dropped: dict[str, Dropped] = field(default_factory=dict)
     rows_split: int = 0
-    """Rows with an example for each answer, since the template shows past answers otherwise than they are generated."""
+    """Rows that became one example per answer, because the template renders earlier answers differently from how they
+    are generated.
+    """
     examples_too_long: int = 0
-    """Examples longer than `data.sequence_length` of rows that others were made of, too."""
+    """Examples longer than `data.sequence_length`, of rows that also gave shorter ones."""
 
     @property
     def rows_dropped(self) -> int:
@@ -113,11 +115,11 @@ class DropReport:
 
     @property
     def fraction(self) -> float:
-        """Dropped rows by rows read."""
+        """Rows dropped over rows read."""
         return self.rows_dropped / max(self.rows_read, 1)
 
     def drop(self, problem: RowDropped, origin: Origin) -> None:
-        """Count one row."""
+        """Counts one dropped row."""
         entry = self.dropped.setdefault(problem.reason, Dropped())
         entry.count += 1
         if len(entry.examples) < EXAMPLES_KEPT:
@@ -127,7 +129,7 @@ class DropReport:
         """One line per reason, the most frequent first, for logs and messages."""
         ordered = sorted(self.dropped.items(), key=lambda item: -item[1].count)
         rows = [f"{drop.count} × {reason}: {REASONS[reason]}; {', '.join(drop.examples)}" for reason, drop in ordered]
-        examples = f"{self.examples_too_long} examples of rows that keep others: too long"
+        examples = f"{self.examples_too_long} examples too long, of rows with other examples that fit"
         return [*rows, examples] if self.examples_too_long else rows
 
     def to_json(self) -> dict[str, Any]:
@@ -146,14 +148,14 @@ class DropReport:
         }
 
     def check(self, name: str, max_drop_fraction: float) -> None:
-        """Refuse sources that lost too many rows, or all of them.
+        """Refuses sources that lost too many rows, or all of them.
 
         Raises:
           UserError: nothing is left, or more than `max_drop_fraction` was dropped.
         """
         reasons = "".join(f"\n  {line}" for line in self.lines())
         if not self.rows_read:
-            raise UserError(f"{name}: the sources hold no rows")
+            raise UserError(f"{name}: the sources contain no rows")
         if not self.rows_kept:
             raise UserError(f"{name}: none of the {self.rows_read} rows can be trained on:{reasons}")
         if self.fraction > max_drop_fraction:

@@ -1,4 +1,4 @@
-"""Tokenised examples in flat arrays: what lies between rendering and packing."""
+"""Tokenised examples in flat arrays, between rendering and packing."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from gemma4_tpu.data.pictures import Picture
 
 @dataclass(frozen=True)
 class Examples:
-    """N tokenised examples; the i-th owns `tokens[offsets[i]:offsets[i + 1]]`: n + 1 ids, n slots of a packed row.
+    """N tokenised examples; example i owns `tokens[offsets[i]:offsets[i + 1]]`: n + 1 ids, n slots of a packed row.
 
-    Those of pairs are of two sequences, which share a row: each has an id more than slots.
+    An example of a pair consists of two sequences that share a row; each has one id more than it takes slots.
     """
 
     tokens: np.ndarray
-    """int32 [S]: token ids of all examples, one after the other."""
+    """int32 [S]: token ids of all examples, concatenated."""
     flags: np.ndarray
     """bool [S]: True where predicting this token counts in the loss."""
     offsets: np.ndarray
@@ -34,18 +34,19 @@ class Examples:
     file: np.ndarray
     """int32 [N]: index into `files`."""
     row: np.ndarray
-    """int64 [N]: 1-based row number in that file."""
+    """int64 [N]: 1-based row number within that file."""
     second: np.ndarray | None = None
-    """int64 [N]: where within its ids the second sequence of each example begins; None: examples are of one."""
+    """int64 [N]: index within its ids where each example's second sequence begins; None if examples have one sequence.
+    """
     pictures: tuple[tuple[str, ...], ...] | None = None
-    """[N]: keys of the pictures of each example, in the order of their soft tokens; None: there are no pictures."""
+    """[N]: keys of each example's pictures, in the order of their soft tokens; None if there are no pictures."""
     picture_tokens: int = 0
-    """Soft tokens of them all."""
+    """Soft tokens of all pictures."""
     beside: Mapping[str, np.ndarray] = field(default_factory=dict)
-    """Further arrays of an update by name: for every token [S], or [S, …] where it has several values. A token's value
-    stands where the token is the target. Only where examples are of one sequence each."""
+    """Further arrays of an update by name, each with a value for every token: [S], or [S, â¦]. A value is placed where its
+    token is the target. Only where examples are of one sequence each."""
     fingerprint: dict[str, str] = field(default_factory=dict)
-    """What the examples were made of (rows, tokenizer, template, policies), by name."""
+    """What the examples were made from (rows, tokenizer, template, policies), by name."""
 
     def __len__(self) -> int:
         return len(self.offsets) - 1
@@ -55,7 +56,7 @@ class Examples:
 
     @property
     def slots(self) -> np.ndarray:
-        """int64 [N]: slots each example takes in a packed row, for each of its sequences one less than ids."""
+        """int64 [N]: slots that each example takes in a packed row, one less than the ids of each of its sequences."""
         return np.diff(self.offsets) - (1 if self.second is None else 2)
 
     @property
@@ -74,7 +75,7 @@ class Examples:
         return self.tokens[part], self.flags[part]
 
     def sequences(self, index: int) -> list[tuple[np.ndarray, np.ndarray]]:
-        """(ids, flags) of each sequence of example `index`, the segments that it takes in a row."""
+        """(ids, flags) of each sequence of example `index`, which become the segments of its row."""
         ids, flags = self.example(index)
         if self.second is None:
             return [(ids, flags)]
@@ -82,7 +83,7 @@ class Examples:
         return [(ids[:cut], flags[:cut]), (ids[cut:], flags[cut:])]
 
     def lengths(self, indices: list[int] | np.ndarray) -> np.ndarray:
-        """int64: slots of each segment of a row that holds these examples."""
+        """int64: slots of each segment in a row that holds these examples."""
         if self.second is None:
             return self.slots[indices]
         first = self.second[indices] - 1
@@ -90,7 +91,7 @@ class Examples:
 
 
 class ExamplesBuilder:
-    """Collects examples into flat arrays; about 5 bytes per token while it grows."""
+    """Collects examples into flat arrays; takes about 5 bytes per token while it grows."""
 
     def __init__(self, weights: list[float]):
         self._weights = tuple(weights)
@@ -111,9 +112,9 @@ class ExamplesBuilder:
         self, ids: np.ndarray, flags: np.ndarray, source: int, origin: Origin, second: int = 0,
         pictures: Sequence[Picture] = (),
     ) -> None:  # fmt: skip
-        """Append one example: `ids` int32 [n + 1] with `flags` bool [n + 1], from source number `source`.
+        """Appends one example: `ids` int32 [n + 1] with `flags` bool [n + 1], from source number `source`.
 
-        `second`: where the second of its sequences begins; all examples have one, or none has.
+        `second` is where its second sequence begins (set for all examples or for none).
         """
         self._tokens.append(np.asarray(ids, np.int32))
         self._flags.append(np.asarray(flags, bool))
@@ -125,7 +126,7 @@ class ExamplesBuilder:
         self._picture_tokens += sum(picture.tokens for picture in pictures)
 
     def build(self, fingerprint: dict[str, str]) -> Examples:
-        """The finished store; its own content joins `fingerprint` as `examples`."""
+        """The finished store; a hash of its contents joins `fingerprint` as `examples`."""
         lengths = np.array([len(ids) for ids in self._tokens], np.int64)
         offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
         tokens = np.concatenate([np.zeros(0, np.int32), *self._tokens])

@@ -1,7 +1,6 @@
-"""The forms of rows that people have, each a function from a row's columns to what it says, in one normal form: a
-conversation, or a pair of them.
+"""The supported forms of rows, each a function from a row's columns to one normal form: a conversation, or a pair.
 
-Another form is a function and a line of `FORMS`. No JAX here, nor NumPy: the checks name the forms, too.
+To add a form, add a function and a line in `FORMS`. Imports neither JAX nor NumPy, because the checks list the forms.
 """
 
 from __future__ import annotations
@@ -17,7 +16,7 @@ from gemma4_tpu.data.turns import to_turns
 
 AUTO = "auto"
 CONVERSATIONS, PAIRS = "conversations", "pairs"
-"""What rows are: a conversation each, or two that are answers to the same."""
+"""Kinds of rows: a conversation each, or two answers to the same prompt."""
 TURN_COLUMNS = ("role", "content")
 NAMES = {
     "messages": ("messages",),
@@ -32,7 +31,7 @@ NAMES = {
     "completion": ("completion", "response", "answer", "solution", "output"),
     "text": ("text",),
 }
-"""Column → what people call it. Where a row has several of the others, but not the first, none of them is guessed."""
+"""Column → other names for it. If a row has several of these but not the first, none is chosen."""
 
 
 @dataclass(frozen=True)
@@ -42,29 +41,29 @@ class Conversation:
     messages: list[Turn]
     """Empty for plain text."""
     tools: list[dict[str, Any]] | None = None
-    """Definitions of tools, `{"type": "function", "function": {…}}`."""
+    """Tool definitions, `{"type": "function", "function": {…}}`."""
     text: str | None = None
-    """Plain text for continued pre-training: all of it carries loss."""
+    """Plain text for continued pre-training; all of it carries loss."""
 
     def each(self, change: Callable[[Conversation], Conversation]) -> Conversation:
-        """What `change` makes of it."""
+        """Applies `change` to the conversation."""
         return change(self)
 
 
 @dataclass(frozen=True)
 class Pair:
-    """Two conversations that are the same up to an answer, of which one is better."""
+    """Two conversations that are identical up to an answer, one of them better."""
 
     chosen: Conversation
     rejected: Conversation
 
     @property
     def sides(self) -> dict[str, Conversation]:
-        """Both by name, in the order in which they lie in a row."""
+        """Both sides by name, in the order in which they are packed."""
         return {CHOSEN: self.chosen, REJECTED: self.rejected}
 
     def each(self, change: Callable[[Conversation], Conversation]) -> Pair:
-        """What `change` makes of both sides."""
+        """Applies `change` to both sides."""
         return Pair(change(self.chosen), change(self.rejected))
 
 
@@ -74,14 +73,14 @@ Said = Conversation | Pair
 
 
 class Columns:
-    """The columns of a row under the names that people give them; takes note of those that are used."""
+    """The columns of a row under their usual names; records which ones are used."""
 
     def __init__(self, row: Mapping[str, Any]):
         self._row = row
         self.used: set[str] = set()
 
     def get(self, column: str) -> Any:
-        """The value of a column; None: the row does not have it."""
+        """The value of a column; None if the row lacks it."""
         name = name_of(column, self._row)
         if name is None:
             return None
@@ -89,16 +88,16 @@ class Columns:
         return self._row[name]
 
     def take(self, names: Iterable[str]) -> dict[str, Any]:
-        """The columns with exactly these names, of those that are there."""
+        """The columns with exactly these names, where present."""
         there = {name: self._row[name] for name in names if name in self._row}
         self.used |= there.keys()
         return there
 
     def text(self, column: str) -> str:
-        """The text of a column, numbers written out; empty: the row does not have it.
+        """The text of a column, with numbers converted; empty if the row lacks it.
 
         Raises:
-          RowDropped: it holds something else.
+          RowDropped: the column holds something else.
         """
         value = self.get(column)
         if isinstance(value, int | float) and not isinstance(value, bool):
@@ -109,7 +108,7 @@ class Columns:
 
 
 def name_of(column: str, names: Iterable[str]) -> str | None:
-    """What a row with these column names calls a column; None: it has none, or several that could be meant."""
+    """The name under which a row with these column names has a column; None if it has none, or several candidates."""
     called = NAMES.get(column, (column,))
     there = [name for name in called if name in names]
     return there[0] if len(there) == 1 or called[0] in there else None
@@ -136,14 +135,14 @@ def _instruction(columns: Columns, turn_columns: Mapping[str, str], tell: Tell) 
 
 
 def _prompt_completion(columns: Columns, turn_columns: Mapping[str, str], tell: Tell) -> Conversation:
-    """A prompt and what completes it, each a text or turns. Answers in the prompt are read, not learnt."""
+    """A prompt and its completion, each a text or turns. Answers within the prompt carry no loss."""
     before = _without_loss(_said("prompt", "user", "no_prompt", columns, turn_columns, tell), tell)
     answered = _said("completion", "assistant", "no_response", columns, turn_columns, tell)
     return _conversation([*before, *answered], columns, tell)
 
 
 def _preference(columns: Columns, turn_columns: Mapping[str, str], tell: Tell) -> Pair:
-    """Two answers to one prompt: whole conversations that begin alike, or what completes a prompt of its own."""
+    """Two answers to one prompt: whole conversations with a common beginning, or completions of a separate prompt."""
     sides = [_said(name, "assistant", "no_response", columns, turn_columns, tell) for name in (CHOSEN, REJECTED)]
     if any(side[0]["role"] == "assistant" for side in sides):
         asked = _said("prompt", "user", "no_prompt", columns, turn_columns, tell)
@@ -162,7 +161,9 @@ def _preference(columns: Columns, turn_columns: Mapping[str, str], tell: Tell) -
 def _said(
     column: str, role: str, absent: str, columns: Columns, turn_columns: Mapping[str, str], tell: Tell
 ) -> list[Turn]:
-    """The turns in a column: its own, or one of this role that says its text; `absent` is why a row without drops."""
+    """The turns in a column: its own, or one turn of `role` with its text; `absent` is the drop reason for an empty
+    column.
+    """
     given = _turns_in(columns.get(column), turn_columns, tell)
     if not isinstance(given, list | dict):
         text = columns.text(column)
@@ -173,14 +174,14 @@ def _said(
 
 
 def _without_loss(turns: list[Turn], tell: Tell) -> list[Turn]:
-    """The turns of a prompt, whose answers are read, not learnt."""
+    """The turns of a prompt; its answers carry no loss."""
     if any(turn["role"] == "assistant" for turn in turns):
         tell("answers in a prompt carry no loss")
     return [{**turn, "train": False} if turn["role"] == "assistant" else turn for turn in turns]
 
 
 def _turns_in(value: Any, turn_columns: Mapping[str, str], tell: Tell) -> Any:
-    """A value, its turns where it is JSON text of a list of them (in CSV, say)."""
+    """A value, with turns parsed if it is JSON text of a list of them (in CSV, for example)."""
     if not isinstance(value, str) or not value.lstrip().startswith("["):
         return value
     told: list[str] = []
@@ -193,7 +194,7 @@ def _turns_in(value: Any, turn_columns: Mapping[str, str], tell: Tell) -> Any:
 
 
 def _conversation(turns: list[Turn], columns: Columns, tell: Tell) -> Conversation:
-    """Turns with the system prompt and the tools that stand in columns of their own."""
+    """Turns, with the system prompt and the tools taken from separate columns."""
     system = columns.text("system")
     if system.strip() and turns[0]["role"] != "system":
         turns = [{"role": "system", "content": system}, *turns]
@@ -214,7 +215,7 @@ def _codev(columns: Columns, turn_columns: Mapping[str, str], tell: Tell) -> Con
 
 
 class Form:
-    """One form of rows: the columns that tell it, what makes of them what they say, and which kind of rows it is of."""
+    """One form of rows: the columns that identify it, the function that reads it, and the kind of rows it gives."""
 
     def __init__(
         self,
@@ -236,4 +237,5 @@ FORMS = {
     "codev_r1": Form(("prompt",), _codev),
     "preference": Form((CHOSEN, REJECTED), _preference, PAIRS),
 }
-"""`data.format` → form, in the order in which `auto` tries those of a kind (CodeV-R1's by what its answers hold)."""
+"""`data.format` → form, in the order in which `auto` tries those of a kind (CodeV-R1's is recognised by its answers).
+"""

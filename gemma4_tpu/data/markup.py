@@ -1,6 +1,6 @@
 """Gemma 4's markup: the control tokens that open and close turns, thoughts and tool blocks.
 
-Everything here is linear in the length of a text, whatever stands in it.
+Every function is linear in the length of the text, whatever the text contains.
 """
 
 from __future__ import annotations
@@ -17,19 +17,19 @@ TOOL_CALL, TOOL_CALL_END = "<|tool_call>", "<tool_call|>"
 TOOL_RESPONSE, TOOL_RESPONSE_END = "<|tool_response>", "<tool_response|>"
 QUOTE = '<|"|>'
 IMAGE_START, IMAGE, IMAGE_END = "<|image>", "<|image|>", "<image|>"
-"""A picture: templates write `IMAGE` once; a server puts as many as it has soft tokens between the other two."""
+"""A picture: templates write `IMAGE` once; a server puts one per soft token between the other two."""
 
 MODEL_HEADER = f"{TURN}model\n"
 THOUGHT_HEADER = f"{CHANNEL}thought\n"
 
 
 def thought_channel(thought: str) -> str:
-    """A thought as the model writes it and the stock templates show it."""
+    """A thought as the model writes it and the original templates render it."""
     return f"{THOUGHT_HEADER}{thought}\n{CHANNEL_END}"
 
 
 def picture(soft_tokens: int) -> str:
-    """A picture of so many soft tokens, as a server shows it to the model."""
+    """A picture of `soft_tokens` soft tokens, as a server sends it to the model."""
     return f"{IMAGE_START}{IMAGE * soft_tokens}{IMAGE_END}"
 
 
@@ -42,10 +42,10 @@ def pictures_in_words(text: str) -> str:
 
 
 def split_thoughts(text: str) -> tuple[list[str], str]:
-    """(thoughts, rest): what stands inside the closed channels of `text`, and what stands outside them.
+    """(thoughts, rest): the contents of the closed channels of `text`, and the text outside them.
 
-    A thought is stripped of its channel's name and of white space; empty ones are left out. A channel that is never
-    closed stays in the rest, from its opening token on.
+    The channel's name and surrounding white space are stripped from a thought; empty thoughts are omitted. A channel
+    that is never closed stays in the rest, from its opening token on.
     """
     thoughts, rest, start = [], [], 0
     while (opened := text.find(CHANNEL, start)) >= 0:
@@ -59,24 +59,24 @@ def split_thoughts(text: str) -> tuple[list[str], str]:
 
 
 def without_thoughts(text: str) -> str:
-    """An answer without its thoughts, one that is cut off included."""
+    """An answer without its thoughts, including one that is cut off."""
     return split_thoughts(text)[1].partition(CHANNEL)[0]
 
 
 def control_tokens(tokenizer: Any) -> dict[str, int]:
-    """The texts that a tokenizer reads as one control token in the middle of other text, with their ids."""
+    """The strings that a tokenizer reads as a single control token inside other text, with their ids."""
     added = {str(token): number for number, token in tokenizer.added_tokens_decoder.items()}
     special = {str(token) for token in tokenizer.added_tokens_decoder.values() if token.special}
     return {text: number for text, number in added.items() if text in special or re.fullmatch(r"<\|.*>|<.*\|>", text)}
 
 
 def control_pattern(tokens: Any) -> re.Pattern[str]:
-    """Matches any of `tokens`, the longest first; its one group makes `split` keep them."""
+    """Matches any of `tokens`, longest first; the single group makes `split` keep them."""
     return re.compile(f"({'|'.join(map(re.escape, sorted(tokens, key=len, reverse=True)))})")
 
 
 def strings(value: Any) -> Iterator[str]:
-    """Every text inside a JSON value, keys included, at any depth (without recursion)."""
+    """Every string inside a JSON value, keys included, at any depth (without recursion)."""
     pending = [value]
     while pending:
         item = pending.pop()

@@ -1,4 +1,4 @@
-"""Rows in the forms that people have, to what they say in one normal form; and what was done to them, in numbers."""
+"""Converts rows in the usual forms to one normal form, and counts the changes."""
 
 from __future__ import annotations
 
@@ -32,51 +32,51 @@ from gemma4_tpu.data.readers import RawRow
 from gemma4_tpu.errors import UserError
 
 VERSION = 2
-"""Of what is made of rows; part of the examples' fingerprint."""
-NOTES_KEPT = 100  # different ones; rows with keys of their own each would have no end
+"""Version of this conversion; part of the examples' fingerprint."""
+NOTES_KEPT = 100  # distinct notes; rows that each have keys of their own would add notes without end
 IDENTITY = re.compile(r"(?:^|_)(?:id|uuid|hash|index|idx)$", re.IGNORECASE)
 MEDIA = ("image", "images", "audio", "audios", "video", "videos")
-"""Columns of what the texts of a row are about; without it they are not what somebody said."""
+"""Columns that a row's text refers to; without them the text is not what somebody said."""
 CHOICES = ("context", "choices", "options")
-"""What may belong to a question: a question beside it could be meant in several ways."""
+"""Columns that can belong to a question; their presence makes a plain question column ambiguous."""
 COLUMNS = (*NAMES, CHOSEN, REJECTED, *TURN_COLUMNS)
-"""What `data.columns` can name."""
+"""Names that `data.columns` accepts on our side."""
 OBJECTIVES = {CONVERSATIONS: "sft", PAIRS: "dpo"}
 """Kind of rows → an objective that takes them, for messages."""
 
 
 @dataclass
 class Normalised:
-    """What was done to the rows of one set, in numbers of rows."""
+    """Changes made to the rows of one set, counted in rows."""
 
     forms: Counter[str] = field(default_factory=Counter)
-    """Form → rows read as such."""
+    """Form → number of rows read in it."""
     notes: Counter[str] = field(default_factory=Counter)
-    """What was done, in words → rows that it was done to."""
+    """Change, in words → number of rows changed."""
 
     def add(self, form: str, notes: Iterable[str]) -> None:
-        """Count one row."""
+        """Counts one row."""
         self.forms[form] += 1
         for note in map(printable, notes):
             self.notes[note if note in self.notes or len(self.notes) < NOTES_KEPT else "(more of this kind)"] += 1
 
     def lines(self) -> list[str]:
-        """For logs and the preview, the most frequent first."""
+        """Lines for logs and the preview, most frequent first."""
         forms = ", ".join(f"{count} as {form}" for form, count in self.forms.most_common())
         return [f"rows read: {forms}"] * bool(forms) + [f"{note}: {n} rows" for note, n in self.notes.most_common()]
 
     def to_json(self) -> dict[str, Any]:
-        """For `data.json`."""
+        """Contents for `data.json`."""
         return {"forms": dict(self.forms), "normalised": dict(self.notes.most_common())}
 
 
 class Normaliser:
-    """Turns the rows of one source into what they say by `data.format` and `data.columns`; `done` counts what it did.
+    """Converts the rows of one source by `data.format` and `data.columns`; `done` counts the changes.
 
     Columns that the caller reads itself (`read_elsewhere`) are not counted as unused.
 
     Raises:
-      UserError: no such format among those of this kind of `rows`, or columns that no form has.
+      UserError: the format does not exist for this kind of `rows`, or no form has one of the columns.
     """
 
     def __init__(
@@ -85,12 +85,12 @@ class Normaliser:
     ):  # fmt: skip
         there = (AUTO, *(name for name, one in FORMS.items() if one.rows == rows))
         if form not in there:
-            raise UserError(f"data.format={form}: of {rows} there are {', '.join(there)}")
+            raise UserError(f"data.format={form}: the forms of {rows} are {', '.join(there)}")
         if unknown := [name for name in columns if name not in COLUMNS]:
             swapped = {own: name for name, own in columns.items()}
             advice = f"; did you mean {{{unknown[0]}: …}} the other way round?" if set(swapped) <= set(COLUMNS) else ""
             raise UserError(
-                f"data.columns: {unknown[0]} is no column of any form{advice} (write {{<ours>: <yours>}}; ours are "
+                f"data.columns: {unknown[0]} is not a column of any form{advice} (write {{<ours>: <yours>}}; ours are "
                 f"{', '.join(COLUMNS)})"
             )
         self._form, self._rows = form, rows
@@ -101,10 +101,10 @@ class Normaliser:
         self._pictures, self._read_elsewhere = pictures, read_elsewhere
 
     def begin(self, name: str, rows: Iterable[RawRow]) -> None:
-        """Looks at the first rows of the source `name` before any of them is taken.
+        """Inspects the first rows of the source `name` before any row is converted.
 
         Raises:
-          UserError: none of them is of a known form; says which words would tell.
+          UserError: none of them has a known form; the message gives overrides that would identify it.
         """
         read = [row for row in rows if row.problem is None]
         forms = {self.form_of(row) for row in read}
@@ -114,17 +114,17 @@ class Normaliser:
             self._pairs_are_codev = any(_is_codev(row.value) for row in read)
 
     def form_of(self, row: RawRow) -> str | None:
-        """The form of a row, by its keys; None: it has none of them."""
+        """The form of a row, judged by its keys; None if it matches none."""
         there = frozenset(self._own.get(key, key) for key, value in row.value.items() if value is not None)
         given = frozenset(row.value)
         form = recognised(there, self._form, self._rows) or recognised(given, self._form, self._rows)
         return "codev_r1" if form == "prompt_completion" and self._pairs_are_codev else form
 
     def __call__(self, row: RawRow) -> Said:
-        """What a row that was read says.
+        """Converts a row to normal form.
 
         Raises:
-          RowDropped: the row is of no known form, or what it holds can't be understood.
+          RowDropped: the row has no known form, or its contents cannot be understood.
         """
         form = self.form_of(row)
         if form is None:
@@ -132,10 +132,10 @@ class Normaliser:
         notes: dict[str, None] = {}
         value = {self._own.get(key, key): item for key, item in row.value.items()}
         if absent := [key for key, item in value.items() if _is_nan(item)]:
-            notes.setdefault("NaN in place of absent columns removed")  # pandas writes it for what is missing
+            notes.setdefault("NaN in place of absent columns removed")  # pandas writes NaN for missing values
             value = {key: item for key, item in value.items() if key not in absent}
-        if form == "prompt_completion" and value.get("label") is False:  # of unpaired preferences
-            raise RowDropped("no_target", "label: false, the completion is a bad one")
+        if form == "prompt_completion" and value.get("label") is False:  # TRL's unpaired preferences
+            raise RowDropped("no_target", "label: false marks a bad completion")
         read = COLUMNS_OF_PICTURES if self._pictures else ()
         if media := [key for key in MEDIA if key not in read and value.get(key)]:
             raise RowDropped(
@@ -168,7 +168,7 @@ class Normaliser:
 
 
 def without_nulls(value: Any, tell: Tell, depth: int = 0) -> Any:
-    """A value of a table without the nulls that stand for absent keys, at every depth; those in lists are the row's."""
+    """A value from a table without the nulls that stand for absent keys, at every depth; nulls in lists are kept."""
     if isinstance(value, dict):
         kept = {key: item for key, item in value.items() if item is not None and not _is_nan(item)}
         if depth and len(kept) < len(value):
@@ -185,7 +185,7 @@ def _is_nan(value: Any) -> bool:
 
 @cache
 def recognised(names: frozenset[str], wanted: str = AUTO, rows: str = CONVERSATIONS) -> str | None:
-    """The form of `rows` with these columns, if it is the wanted one; None: they are of no such form."""
+    """The form of `rows` with these columns, provided it is the wanted one; None if there is none."""
     for form, row in FORMS.items():
         if (
             row.rows != rows
@@ -195,8 +195,8 @@ def recognised(names: frozenset[str], wanted: str = AUTO, rows: str = CONVERSATI
             continue
         if wanted == AUTO and form == "codev_r1":
             continue
-        # Text beside other columns of ours (one turn of a conversation, say), or a question beside its context, could
-        # be meant in several ways.
+        # Text next to other known columns (a single turn of a conversation, say), or a question next to its context, is
+        # ambiguous.
         others = {*TURN_COLUMNS, "from", "value", *(name for n in NAMES if n != "text" for name in NAMES[n])}
         if wanted == AUTO and form == "text" and names & others:
             continue
@@ -207,31 +207,33 @@ def recognised(names: frozenset[str], wanted: str = AUTO, rows: str = CONVERSATI
 
 
 def _is_codev(row: Mapping[str, Any]) -> bool:
-    """Whether an answer has CodeV-R1's markup around Verilog: its columns are called as many others'."""
+    """Whether an answer has CodeV-R1's markup around Verilog; its column names alone do not tell."""
     return any(isinstance(text, str) and "<answer>" in text and "endmodule" in text for text in row.values())
 
 
 def unknown_form(name: str, row: Mapping[str, Any], wanted: str, rows: str = CONVERSATIONS) -> str:
-    """Why rows like `row` of the source `name` can't be read, and the words that would tell how."""
+    """Explains why rows like `row` of the source `name` cannot be read, and which overrides would make them
+    readable.
+    """
     there = [key for key, value in row.items() if value is not None]
     for other, objective in OBJECTIVES.items():
         if other != rows and wanted == AUTO and (form := recognised(frozenset(there), AUTO, other)):
-            return f"{name}: rows of the form {form} are {other}, this run takes {rows}; give objective={objective}"
+            return f"{name}: rows of the form {form} are {other}, but this run takes {rows}; use objective={objective}"
     if rows == PAIRS:
         guess = f"{{prompt: {name_of('prompt', there) or '…'}, {CHOSEN}: …, {REJECTED}: …}}"
         return (
-            f"{name}: rows with the keys {', '.join(map(str, row)) or '(none)'} are no pairs: they need {CHOSEN} and "
-            f"{REJECTED}, and a prompt where these do not begin with it; say which column is which, such as "
+            f"{name}: rows with the keys {', '.join(map(str, row)) or '(none)'} are not pairs: they need {CHOSEN} and "
+            f"{REJECTED}, and a prompt unless both begin with it; say which column is which, such as "
             f"data.columns='{guess}'"
         )
     known = {name: column for column in NAMES for name in NAMES[column]}
     lists = [key for key in there if isinstance(row[key], list | dict) and key not in known]
-    # A column that has a meaning already is not another's guess, and identities are nobody's words.
+    # A column that already has a meaning is not a candidate for another, and ids are not text.
     texts = [key for key in there if isinstance(row[key], str) and key not in known and not IDENTITY.search(key)]
     prompt, completion = name_of("prompt", there), name_of("completion", there)
     if prompt and completion and (beside := [key for key in there if key in CHOICES[1:]]):
         return (
-            f"{name}: rows have {beside[0]} beside {prompt}: write them into the question, or leave them out with "
+            f"{name}: rows have {beside[0]} as well as {prompt}: write both into the question, or drop the former with "
             "data.format=prompt_completion"
         )
     if "context" in there and prompt and completion:
@@ -251,6 +253,6 @@ def unknown_form(name: str, row: Mapping[str, Any], wanted: str, rows: str = CON
     needs = "; ".join(f"{form}: {', '.join(row.needs)}" for form, row in FORMS.items() if row.rows == rows)
     wanted = "" if wanted == AUTO else f" (data.format={wanted})"
     return (
-        f"{name}: rows with the keys {', '.join(map(str, row)) or '(none)'} are of no known form{wanted}; say which "
+        f"{name}: rows with the keys {', '.join(map(str, row)) or '(none)'} match no known form{wanted}; say which "
         f"column is which, such as data.columns='{guess}', or convert them ({needs})"
     )

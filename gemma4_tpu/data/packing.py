@@ -1,4 +1,4 @@
-"""Which examples share a row: best-fit packing and the choice of bucket lengths, on lengths alone."""
+"""Decides which examples share a row (best-fit packing) and chooses bucket lengths, from lengths alone."""
 
 from __future__ import annotations
 
@@ -7,25 +7,25 @@ from collections.abc import Sequence
 
 import numpy as np
 
-WINDOW = 16384  # examples packed at one time: rows of 4096 are 99.5% full at lengths with a mean of 900
-BUCKET_ALIGNMENT = 128  # TPU lanes: a length that is no multiple of this is padded up by the compiler anyway
-MAX_BUCKETS = 4  # every bucket length is one more program to compile
+WINDOW = 16384  # examples packed at a time: rows of 4096 are 99.5% full for lengths with a mean of 900
+BUCKET_ALIGNMENT = 128  # TPU lanes: the compiler pads any other length up to a multiple of this
+MAX_BUCKETS = 4  # each bucket length is another program to compile
 
 
 def pack(lengths: Sequence[int] | np.ndarray, capacity: int, window: int = WINDOW) -> list[list[int]]:
-    """Best-fit decreasing, window by window: the longest example first, each into the fullest bin with room.
+    """Best-fit decreasing, window by window: longest example first, each into the fullest bin that has room.
 
     Args:
       lengths: slots of each example, 1 ≤ length ≤ capacity.
       capacity: slots of a bin (T).
-      window: examples that may share bins; rows keep their place in an epoch up to a window.
+      window: number of examples that can share bins; a row moves within an epoch by at most one window.
 
     Returns:
-      For each bin the positions in `lengths` that share it, in rising order; bins in the order of their
-      longest member, whose place in a shuffled epoch says nothing of how many examples the bin has.
+      For each bin, the positions in `lengths` that share it, ascending. Bins are ordered by their longest member, whose
+      place in a shuffled epoch is independent of the number of examples in the bin.
 
     Raises:
-      ValueError: a length does not fit into a bin.
+      ValueError: a length exceeds the capacity.
     """
     lengths = np.asarray(lengths, dtype=np.int64)
     wrong = np.flatnonzero((lengths < 1) | (lengths > capacity))
@@ -35,30 +35,30 @@ def pack(lengths: Sequence[int] | np.ndarray, capacity: int, window: int = WINDO
     packed: list[list[int]] = []
     for start in range(0, len(lengths), window):
         bins: list[list[int]] = []
-        rooms: list[tuple[int, int]] = []  # (slots left, number of the bin), sorted
-        # By length inside a window only: rows are full, and an epoch's order stays random at the scale of windows.
+        rooms: list[tuple[int, int]] = []  # (free slots, bin number), sorted
+        # Sort by length only within a window: rows get full, yet the order of an epoch stays random beyond a window.
         for position in start + np.argsort(-lengths[start : start + window], kind="stable"):
             length = int(lengths[position])
-            # The first bin with at least `length` slots left is the fullest one that has room.
+            # The first bin with at least `length` free slots is the fullest one that has room.
             fit = bisect.bisect_left(rooms, (length, 0))
             room, number = rooms.pop(fit) if fit < len(rooms) else (capacity, len(bins))
             if number == len(bins):
                 bins.append([])
             bins[number].append(int(position))
             bisect.insort(rooms, (room - length, number))
-        packed += [sorted(members) for members in sorted(bins)]  # the longest came first into each
+        packed += [sorted(members) for members in sorted(bins)]  # each bin received its longest example first
     return packed
 
 
 def choose_buckets(lengths: np.ndarray, capacity: int) -> list[int]:
-    """At most `MAX_BUCKETS` static lengths, the last of them `capacity`, that waste the fewest padding slots.
+    """At most `MAX_BUCKETS` static lengths, the last of them `capacity`, that minimise padding.
 
-    Exact for candidates that are multiples of `BUCKET_ALIGNMENT` (or the capacity itself), by dynamic programming
-    over the histogram of `lengths`, which are slots per example.
+    Exact over candidates that are multiples of `BUCKET_ALIGNMENT` (or the capacity), by dynamic programming over the
+    histogram of `lengths`, in slots per example.
     """
     candidates = sorted({*range(BUCKET_ALIGNMENT, capacity, BUCKET_ALIGNMENT), capacity})
     below = np.searchsorted(np.sort(np.asarray(lengths)), candidates, side="right")  # examples that fit in each
-    # cost[j]: slots of padded rows when candidate j is the longest bucket so far; one round adds one bucket
+    # cost[j]: slots of the padded rows if candidate j is the longest bucket so far; each round adds one bucket
     cost = below * np.array(candidates, np.int64)
     chosen = [[j] for j in range(len(candidates))]
     for _ in range(min(MAX_BUCKETS, len(candidates)) - 1):

@@ -1,4 +1,6 @@
-"""From a plan to arrays: the batches of a run, read ahead by Grain, with a position that can be saved and restored."""
+"""Turns a plan into arrays: the batches of a run, prefetched by Grain, with a position that can be saved and
+restored.
+"""
 
 from __future__ import annotations
 
@@ -17,42 +19,45 @@ from gemma4_tpu.errors import UserError
 
 STATE_VERSION = 1
 FEATURES = "features"
-"""Name of the array of a batch that holds those of pictures."""
+"""Name of the batch array with the pictures' features."""
 READ_AHEAD_UPDATES = 4
 
 
 @dataclass(frozen=True)
 class Update:
-    """What one update trains on. Counts are global (over all processes), arrays hold this process's rows."""
+    """The data of one update. Counts are global (over all processes); arrays hold this process's rows."""
 
     arrays: dict[str, np.ndarray]
-    """`tokens`, `targets`, `segment_ids`, `positions` int32 and `target_mask` bool, each [M, B, T]; where pictures are
-    read, `features` [M, B, T, I]."""
+    """`tokens`, `targets`, `segment_ids`, `positions` int32 and `target_mask` bool, each [M, B, T]; with pictures, also
+    `features` [M, B, T, I].
+    """
     real_tokens: int
-    """Slots that hold no padding."""
+    """Slots that are not padding."""
     target_tokens: int
     """Slots with loss."""
     fill: float
-    """`real_tokens` by all slots."""
+    """`real_tokens` over all slots."""
     epoch: float
-    """Passes over the data once this update is done."""
+    """Passes over the data after this update."""
     rows: list[list[list[int]]]
     """[M][B over all processes]: the examples in each row."""
     examples: Examples
     figures: Mapping[str, float] = field(default_factory=dict)
-    """Measures of how it came about."""
+    """Measurements of how the update was made."""
 
     def origins(self, microbatch: int | None = None) -> list[list[Origin]]:
-        """Where the examples of each row came from, of one microbatch or of all, for messages."""
+        """Where the examples of each row came from, for one microbatch or for all; used in messages."""
         groups = self.rows if microbatch is None else [self.rows[microbatch]]
         return [[self.examples.origin(index) for index in row] for group in groups for row in group]
 
 
 class Source(Protocol):
-    """Where the loop gets its updates from: given rows, or answers of the policy that is trained."""
+    """Where the loop gets its updates from: given rows, or answers of the policy being trained."""
 
     fingerprint: dict[str, Any]
-    """What decides the content of every update; a saved position is valid for the same fingerprint only."""
+    """Everything that determines the content of the updates; a saved position is valid only for the same
+    fingerprint.
+    """
 
     @property
     def total_updates(self) -> int:
@@ -64,27 +69,27 @@ class Source(Protocol):
 
     @property
     def lengths(self) -> list[int]:
-        """Static row lengths T that updates may have."""
+        """Static row lengths T that updates can have."""
 
     def updates(self, trained: Callable[[], Any]) -> Iterator[Update]:
-        """The updates from the position on. `trained()` gives the values after the update before, as they are when
-        the next one is asked for.
+        """Yields updates from the current position on. `trained()` returns the values after the previous update, as
+        they are when the next update is requested.
         """
 
     def landed(self, update: int, loss: float) -> None:
-        """Called with the loss that the step found for `update`. Raises: UserError: it is not that of the batch."""
+        """Called with the loss of `update`. Raises: UserError: it does not match the batch."""
 
     def ready_to_save(self, trained: Any, update: int) -> None:
-        """Called with the values after `update`, before they are saved. Raises: UserError: they are not fit to be."""
+        """Called with the values after `update`, before they are saved. Raises: UserError: they must not be saved."""
 
     def get_state(self) -> dict[str, Any]:
-        """The position, ready for JSON."""
+        """The position, JSON-serialisable."""
 
     def set_state(self, state: dict[str, Any], allow: Collection[str] = ()) -> None:
-        """Continue where `get_state` was called. Raises: UserError: with other data or settings."""
+        """Continues where `get_state` was called. Raises: UserError: data or settings differ."""
 
     def close(self) -> None:
-        """Let go of what it holds."""
+        """Releases resources."""
 
 
 class Assembler:
@@ -94,7 +99,15 @@ class Assembler:
         self, examples: Examples, rows_per_update: int, microbatches: int, row_slice: tuple[int, int] | None,
         shown: Shown | None = None,
     ):  # fmt: skip
-        """`shown`: features of the examples' pictures; None: none are read."""
+        """Prepares the arrays of a plan.
+
+        Args:
+          examples: tokenised examples.
+          rows_per_update: rows over all processes and microbatches.
+          microbatches: M.
+          row_slice: (start, stop) of the rows of each microbatch that this process owns; None: all.
+          shown: features of the examples' pictures; None: there are none.
+        """
         if rows_per_update % microbatches:
             raise UserError(
                 f"{rows_per_update} rows per update do not divide into trainer.microbatches={microbatches} equal parts"
@@ -110,7 +123,8 @@ class Assembler:
 
     def __call__(self, planned: PlannedUpdate) -> Update:
         """The arrays of an update, padded with empty rows to its full size."""
-        # The last update of a run may have fewer rows; its shape stays, or the step would be compiled again for it.
+        # The last update of a run can have fewer rows; its shape stays the same, or the step would be recompiled for
+        # it.
         padded = planned.rows + [[]] * (self._microbatches * self._rows - len(planned.rows))
         rows = [padded[m * self._rows : (m + 1) * self._rows] for m in range(self._microbatches)]
         shape = (self._microbatches, self._stop - self._start, planned.length)
@@ -137,7 +151,7 @@ class Assembler:
         )
 
     def _write(self, views: dict[str, np.ndarray], row: list[int]) -> None:
-        """Write the examples of one row, one after the other, into views [T]; each sequence is a segment."""
+        """Writes the examples of one row consecutively into views [T]; each sequence is a segment."""
         start = 0
         sequences = (
             (self._examples.offsets[index], sequence) for index in row for sequence in self._examples.sequences(index)
@@ -201,7 +215,9 @@ class Pipeline:
             "seed": seed,
             "rows_per_update": rows_per_update,
         }
-        """What decides the content of every update; a saved position is valid for the same fingerprint only."""
+        """Everything that determines the content of the updates; a saved position is valid only for the same
+        fingerprint.
+        """
         self._iterator: Any = None
 
     @property
@@ -216,11 +232,11 @@ class Pipeline:
 
     @property
     def lengths(self) -> list[int]:
-        """Static row lengths T that updates may have; the step compiles once for each."""
+        """Static row lengths T that updates can have; the step is compiled once for each."""
         return list(self._plan.buckets)
 
     def updates(self, trained: Callable[[], Any]) -> Iterator[Update]:
-        """See `Source`: what is trained makes no difference here."""
+        """See `Source`; the trained values make no difference here."""
         return self
 
     def landed(self, update: int, loss: float) -> None:
@@ -236,14 +252,14 @@ class Pipeline:
         return next(self._reader())
 
     def get_state(self) -> dict[str, Any]:
-        """The position, ready for JSON: the same for every process count, mesh and number of microbatches."""
+        """The position, JSON-serialisable, independent of process count, mesh and number of microbatches."""
         return {"version": STATE_VERSION, "iterator": self._reader().get_state(), "fingerprint": self.fingerprint}
 
     def set_state(self, state: dict[str, Any], allow: Collection[str] = ()) -> None:
-        """Continue where `get_state` was called, in this process or another.
+        """Continues where `get_state` was called, in this process or another.
 
         Args:
-          state: what `get_state` returned.
+          state: the return value of `get_state`.
           allow: keys of the fingerprint that may differ (`checkpoint.resume_allow`).
 
         Raises:
@@ -253,13 +269,13 @@ class Pipeline:
         self._reader().set_state(state["iterator"])
 
     def close(self) -> None:
-        """Stop reading ahead."""
+        """Stops prefetching."""
         if self._iterator is not None:
             self._iterator.close()
             self._iterator = None
 
     def _reader(self) -> Any:
-        """Grain's iterator over the plan, made when first needed (Grain brings JAX along)."""
+        """Grain's iterator over the plan, created on first use because Grain imports JAX."""
         if self._iterator is None:
             import grain
 
@@ -270,10 +286,10 @@ class Pipeline:
 
 
 def check_position(state: dict[str, Any], fingerprint: dict[str, Any], allow: Collection[str]) -> None:
-    """Whether a saved position is one of a source with this fingerprint.
+    """Checks that a saved position belongs to a source with this fingerprint.
 
     Raises:
-      UserError: it is not, and `allow` does not name what differs.
+      UserError: it does not, and `allow` does not name the differences.
     """
     saved = {"version": state.get("version"), **state.get("fingerprint", {})}
     own = {"version": STATE_VERSION, **fingerprint}
@@ -282,7 +298,7 @@ def check_position(state: dict[str, Any], fingerprint: dict[str, Any], allow: Co
         lines = "".join(f"\n  {key}: saved {saved.get(key)!r}, now {own.get(key)!r}" for key in changed)
         raise UserError(
             f"the saved position belongs to another data pipeline:{lines}\n"
-            "Continue with the settings and files that the run began with, start a new run folder, or accept these "
+            "Resume with the settings and files that the run started with, start a new run folder, or accept these "
             f"differences: checkpoint.resume_allow=[{','.join(changed)}]"
         )
 
@@ -296,7 +312,7 @@ def heldout_batches(
     row_slice: tuple[int, int] | None = None,
     shown: Shown | None = None,
 ) -> Iterator[Update]:
-    """One pass over held-out examples in a fixed order, packed like training; empty rows fill up the last batch."""
+    """One pass over the held-out examples in a fixed order, packed as in training; empty rows fill the last batch."""
     fixed = replace(data, shuffle=False)
     plan = Updates(examples, fixed, rows_per_update=rows_per_update, seed=0, epochs=1)
     assemble = Assembler(examples, rows_per_update, microbatches, row_slice, shown=shown)

@@ -1,6 +1,6 @@
-"""`python -m gemma4_tpu.train preview=true`: look at what would be trained on before paying for it.
+"""`python -m gemma4_tpu.train preview=true`: shows what would be trained on before you pay for it.
 
-Shows rendered rows with the trained tokens marked, the lengths, the fill of a pass and the rows dropped.
+Prints rendered rows with the trained tokens marked, lengths, the fill of one pass, and the dropped rows.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ BINS = 16
 BAR_CELLS = 50
 PLOT = Path("outputs/preview/lengths.png")
 TRAINED_STYLE = "bold green"
-TRAINED_MARKS = "⟦", "⟧"  # where there is no colour
-UNPRINTABLE = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")  # what a row could steer the terminal with
+TRAINED_MARKS = "â¦", "â§"  # used without colour
+UNPRINTABLE = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")  # characters with which a row could control the terminal
 
 
 def preview(
@@ -47,7 +47,7 @@ def preview(
     colour = console.is_terminal and not console.no_color
     how = "in green" if colour else f"inside {'…'.join(TRAINED_MARKS)}"
     what = "examples" if train.second is None else "pairs"
-    console.print(Text(f"{len(train)} training {what}; what is trained on is {how}\n", "bold"))
+    console.print(Text(f"{len(train)} training {what}; tokens with loss are {how}\n", "bold"))
     for index in np.linspace(0, len(train) - 1, min(ROWS_SHOWN, len(train)), dtype=int).tolist():
         slots, targets = train.slots[index], train.targets[index]
         head = f"── {train.origin(index)} · {slots} tokens, {targets} with loss"
@@ -67,7 +67,7 @@ def preview(
 
 
 def rendered(ids: np.ndarray, flags: np.ndarray, tokenizer: Any, colour: bool) -> Text:
-    """One sequence as text, the tokens with loss in colour or between marks."""
+    """One sequence as text, with the tokens that carry loss in colour or between marks."""
     cuts = [0, *(np.flatnonzero(np.diff(flags)) + 1).tolist(), len(ids)]
     text = Text()
     for start, stop in itertools.pairwise(cuts):
@@ -82,7 +82,7 @@ def rendered(ids: np.ndarray, flags: np.ndarray, tokenizer: Any, colour: bool) -
 
 
 def histogram(slots: np.ndarray, capacity: int) -> str:
-    """Lengths up to `capacity` as lines of bars."""
+    """Histogram of lengths up to `capacity`, as lines of bars."""
     counts, edges = np.histogram(slots, bins=min(BINS, capacity), range=(0, capacity))
     bars = np.ceil(BAR_CELLS * counts / max(counts.max(), 1)).astype(int)
     width = len(str(capacity))
@@ -99,12 +99,12 @@ def plot_lengths(built: TrainingData, capacity: int, path: Path) -> None:
             if examples is not None:
                 axes.hist(examples.slots, bins=60, range=(0, capacity), label=f"{name} ({len(examples)})", alpha=0.8)
         axes.axvline(capacity, color="black", linestyle="--", label=f"sequence_length ({capacity})")
-        axes.set(xlabel="tokens of an example", ylabel="examples", yscale="log", title="Lengths of the examples")
+        axes.set(xlabel="tokens per example", ylabel="examples", yscale="log", title="Lengths of the examples")
         axes.legend()
 
 
 def _totals(built: TrainingData, data: DataConfig, rows_per_update: int, seed: int) -> list[str]:
-    """Fill and updates of one pass, held-out examples, drops."""
+    """Fill and number of updates of one pass, held-out examples, drops."""
     train = built.train
     plan = Updates(train, data, rows_per_update=rows_per_update, seed=seed, epochs=1)
     updates = [plan[update] for update in range(len(plan))]
@@ -127,7 +127,7 @@ def _totals(built: TrainingData, data: DataConfig, rows_per_update: int, seed: i
             )
             if report.rows_split:
                 lines.append(
-                    f"  {report.rows_split} rows have an example for each answer: the chat template renders past "
+                    f"  {report.rows_split} rows became one example per answer: the chat template renders earlier "
                     "answers differently from how they are generated"
                 )
             lines += [f"  {UNPRINTABLE.sub('?', line)}" for line in report.lines()]
@@ -137,20 +137,26 @@ def _totals(built: TrainingData, data: DataConfig, rows_per_update: int, seed: i
 
 
 def show(model: ModelConfig, data: DataConfig, rows_are: str, *, rows_per_update: int, seed: int) -> int:
-    """Builds the data of a training configuration and previews it; too many dropped rows are shown, not refused.
+    """Builds the data of a training configuration and previews it; too many dropped rows are shown instead of refused.
 
-    `rows_are`: of which kind of `forms.py`.
+    Args:
+      model: names the tokenizer.
+      data: sources, form, lengths and policies.
+      rows_are: the kind of rows (`forms.py`).
+      rows_per_update: rows over all processes and microbatches.
+      seed: shuffles the rows shown, as in training.
 
-    Returns the exit code, 0.
+    Returns:
+      The exit code, 0.
 
     Raises:
-      UserError: no base model or tokenizer, unreadable sources, or not a single row to train on.
+      UserError: there is no base model or tokenizer, a source is unreadable, or no row can be trained on.
     """
     from gemma4_tpu.data.seen import picture_reader
     from gemma4_tpu.data.tokenizer import load_tokenizer
     from gemma4_tpu.models.base import resolve_base
 
-    logging.getLogger("gemma4_tpu.data").addHandler(logging.NullHandler())  # the preview itself tells of drops
+    logging.getLogger("gemma4_tpu.data").addHandler(logging.NullHandler())  # the preview itself lists the drops
     base = resolve_base(model)
     tokenizer = load_tokenizer(base.tokenizer_folder, base.new_tokens)
     pictures = picture_reader(base, data)

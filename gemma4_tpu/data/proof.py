@@ -1,14 +1,14 @@
-"""The proof that an example is what its row says: read back from the token ids, message by message.
+"""Verifies that an example says what its row says, by reading it back from its token ids, message by message.
 
 An example is trained on only if
 
-1. every message stands in it once, in the order of the conversation, inside a turn (or a tool's block) of its own, and
-   nothing else opens, closes or imitates one;
-2. loss lies on exactly the trained answers, their thoughts and calls included, and on the token that ends each: the end
-   of the turn, or the one that hands over to a tool.
+1. every message appears in it once, in conversation order, inside its own turn (or tool block), and nothing else opens,
+   closes or imitates one;
+2. loss is on exactly the trained answers, including their thoughts and calls, and on the token that ends each: the end
+   of the turn, or the token that hands over to a tool.
 
-(That each answer continues the very ids of a server's prompt is seen to where examples are put together, in `chat`.)
-Nothing here knows a template: each message must find its own among the stretches between control tokens.
+(`chat` ensures that each answer continues exactly the ids of a server's prompt when it assembles examples.) Nothing
+here knows a template: each message must find its text among the stretches between control tokens.
 """
 
 from __future__ import annotations
@@ -33,19 +33,19 @@ _MARKS = set("{}[]:,")
 class Span(NamedTuple):
     """The ids of one answer that carry loss."""
 
-    message: int  # its number in the conversation
+    message: int  # its index in the conversation
     start: int
-    stop: int  # behind the token that ends it
+    stop: int  # one past the token that ends it
 
 
 class Prover:
-    """Proves examples made with one tokenizer.
+    """Verifies examples made with one tokenizer.
 
     Args:
       control: the tokenizer's control tokens and their ids.
       bos: the id that begins every example.
-      header: int32 ids of what opens the model's turn, behind the turn's own token.
-      words: what the template itself puts (before, behind) a message, by role.
+      header: int32 ids that open the model's turn, after the turn token itself.
+      words: text that the template itself adds (before, after) a message, by role.
     """
 
     def __init__(self, control: dict[str, int], bos: int, header: np.ndarray, words: dict[str, tuple[str, str]]):
@@ -56,17 +56,17 @@ class Prover:
     def check(
         self, ids: np.ndarray, text: str, messages: list[dict[str, Any]], tools: list[Any] | None, spans: list[Span]
     ) -> None:
-        """Proves one example.
+        """Verifies one example.
 
         Args:
           ids: int32 [n + 1].
-          text: what they encode.
-          messages: the conversation up to the last answer in it.
-          tools: the tools that are declared.
+          text: the text that they encode.
+          messages: the conversation up to its last answer.
+          tools: the declared tools.
           spans: the ids of every answer with loss.
 
         Raises:
-          RowDropped: `bad_rendering`, naming the message and what was found in its place.
+          RowDropped: `bad_rendering`, naming the message and what was found instead.
         """
         pieces = self._splitter.split(ids, text)
         _Reader(pieces, messages, tools or [], {span.message for span in spans}, self._words).read()
@@ -75,7 +75,7 @@ class Prover:
 
 
 class _Reader:
-    """Gives every piece to the message that it belongs to."""
+    """Assigns every stretch to the message that it belongs to."""
 
     def __init__(
         self, pieces: list[Stretch], messages: list[dict[str, Any]], tools: list[Any], answers: set[int],
@@ -87,10 +87,10 @@ class _Reader:
         self._tools = tools
         self._answers = answers
         self._at = 0
-        self._role: str | None = None  # of the open turn
+        self._role: str | None = None  # role of the open turn
 
     def read(self) -> None:
-        """Raises RowDropped unless every message is found and nothing is left."""
+        """Raises RowDropped unless every message is found and nothing is left over."""
         for number, message in enumerate(self._messages):
             if number == 0:
                 self._read_system(message)
@@ -103,19 +103,19 @@ class _Reader:
             elif message["role"] == "tool":
                 self._read_response(number, message)
         self._leave_turn()
-        # An answer may end by handing over to a tool, whose response is not there yet.
+        # An answer can end by handing over to a tool whose response has not come yet.
         if (rest := self._peek()) and rest.kind == markup.TOOL_RESPONSE and not rest.closed and not any(rest.texts):
             self._at += 1
         if rest := self._peek():
-            raise RowDropped("bad_rendering", f"behind the last message stands {shown(rest)}")
+            raise RowDropped("bad_rendering", f"the last message is followed by {shown(rest)}")
 
     def _read_system(self, first: dict[str, Any]) -> None:
-        """The turn in front: the system's message, the tools, or what the template itself has to say."""
+        """Reads the first turn: the system message, the tools, or the template's own text."""
         told = first["role"] == "system"
         piece = self._peek()
         if piece is None or piece.kind != markup.TURN or piece.texts[0] not in TURN_OF["system"]:
             if told or self._tools:
-                raise self._problem(0, "the system turn is not there")
+                raise self._problem(0, "the system turn is missing")
             return
         self._at += 1
         said, declared = [], []
@@ -154,11 +154,11 @@ class _Reader:
                 break
             piece.owner = number
             self._at += 1
-        lost = bool(thought) and number in self._answers  # templates may leave out those of the past
+        lost = bool(thought) and number in self._answers  # templates can omit the thoughts of earlier turns
         if calls or content or lost:
             missing = f"the call of {calls[0]['function']['name']!r}" if calls else "its content"
             missing = missing if calls or content else "its thought"
-            raise self._problem(number, f"in place of {missing} stands {shown(self._peek())}")
+            raise self._problem(number, f"instead of {missing}, found {shown(self._peek())}")
         self._leave_turn()
 
     def _read_response(self, number: int, message: dict[str, Any]) -> None:
@@ -166,9 +166,9 @@ class _Reader:
             self._open(number)
         piece = self._peek()
         if piece is None or piece.kind != markup.TOOL_RESPONSE or not piece.closed:
-            raise self._problem(number, f"in place of the tool's response stands {shown(piece)}")
+            raise self._problem(number, f"instead of the tool's response, found {shown(piece)}")
         content = _texts(message)
-        # In quotes of its own, or once among the template's words.
+        # Either in its own quotes, or once within the template's text.
         written = "".join(piece.texts)
         once = isinstance(message.get("content"), str) and content and written.count(content[0]) == 1
         if content and not once and not any(_is(text, content) for text in (written, *piece.texts)):
@@ -178,7 +178,7 @@ class _Reader:
         self._leave_turn()
 
     def _take_content(self, number: int) -> None:
-        """The texts and pictures of a message, in order."""
+        """Reads the texts and pictures of a message, in order."""
         for content in _content(self._messages[number]) or [[]]:
             if isinstance(content, Picture):
                 self._take_picture(number, content)
@@ -189,7 +189,7 @@ class _Reader:
         piece = self._peek()
         whole = piece is not None and piece.kind == markup.IMAGE_START and piece.closed and not any(piece.texts)
         if piece is None or not whole or piece.soft_tokens != picture.tokens:
-            raise self._problem(number, f"in place of a picture of {picture.tokens} tokens stands {shown(piece)}")
+            raise self._problem(number, f"instead of a picture of {picture.tokens} tokens, found {shown(piece)}")
         piece.owner = number
         self._at += 1
 
@@ -201,7 +201,7 @@ class _Reader:
             piece.owner = number
             self._at += 1
         elif content:
-            raise self._problem(number, f"in place of its content stands {shown(piece)}")
+            raise self._problem(number, f"instead of its content, found {shown(piece)}")
 
     def _says(self, role: str, found: str, content: list[str]) -> bool:
         before, behind = self._words.get(role, ("", ""))
@@ -211,7 +211,7 @@ class _Reader:
         piece = self._peek()
         role = self._messages[number]["role"]
         if self._role is not None or piece is None or piece.kind != markup.TURN or piece.texts[0] not in TURN_OF[role]:
-            raise self._problem(number, f"in place of its turn stands {shown(piece)}")
+            raise self._problem(number, f"instead of its turn, found {shown(piece)}")
         self._role = piece.texts[0]
         self._at += 1
 
@@ -220,7 +220,7 @@ class _Reader:
             raise self._problem(number, f"its turn continues with {shown(self._peek())}")
 
     def _leave_turn(self) -> bool:
-        """Steps over the end of a turn, if that is what comes."""
+        """Skips the end of a turn, if it comes next."""
         piece = self._peek()
         if piece is None or piece.kind != markup.TURN_END:
             return False
@@ -238,11 +238,11 @@ class _Reader:
 def _check_span(
     ids: np.ndarray, pieces: list[Stretch], span: Span, messages: list[dict[str, Any]], names: dict[int, str]
 ) -> None:
-    """The ids of an answer hold all of its message, nothing else, and the token that ends it."""
+    """Checks that the ids of an answer hold all of its message, nothing else, and the token that ends it."""
     last = span.stop - 1
     inside = [piece for piece in pieces if piece.stop > span.start and piece.start < last]
     own = [piece for piece in pieces if piece.owner == span.message]
-    # A thought may have been opened by the prompt already: its channel begins before the answer does.
+    # The prompt can have opened the thought already, so that its channel begins before the answer does.
     begun = [piece for piece in own if piece.start < span.start and piece.kind != markup.CHANNEL]
     foreign = [piece for piece in inside if piece.owner != span.message and not piece.space]
     cut = [piece for piece in own if piece.stop > last or piece.stop <= span.start]
@@ -255,14 +255,14 @@ def _check_span(
 
 
 def _texts(message: dict[str, Any]) -> list[str]:
-    """The texts of a message without the white space around them, empty ones left out."""
+    """The texts of a message, stripped of surrounding white space, without empty ones."""
     content = message.get("content") or ""
     parts = [content] if isinstance(content, str) else [part.get("text", "") for part in content]
     return [text for part in parts if (text := part.strip())]
 
 
 def _content(message: dict[str, Any]) -> list[list[str] | Picture]:
-    """The texts of a message as `_texts` has them, those between two pictures together, and its pictures, in order."""
+    """The texts of a message as in `_texts`, grouped between pictures, and its pictures, in order."""
     content = message.get("content") or ""
     content = [{"text": content}] if isinstance(content, str) else content
     found: list[list[str] | Picture] = []
@@ -276,7 +276,7 @@ def _content(message: dict[str, Any]) -> list[list[str] | Picture]:
 
 
 def _is(found: str, expected: list[str]) -> bool:
-    """Whether `found` is the `expected` texts in order, with nothing but white space between and around them."""
+    """Whether `found` is the `expected` texts in order, separated and surrounded by nothing but white space."""
     at = 0
     for text in expected:
         while at < len(found) and found[at].isspace() and not found.startswith(text, at):
@@ -292,14 +292,15 @@ def _thought(piece: Stretch) -> str:
 
 
 def _is_call(piece: Stretch, call: dict[str, Any]) -> bool:
-    """Whether a block is this very call: its name and all of its arguments, in Gemma 4's notation or in JSON."""
+    """Whether a block is exactly this call: its name and all its arguments, in Gemma 4's notation or in JSON."""
     function = call["function"]
     arguments = function.get("arguments") or {}
     head, _, rest = markup.QUOTE.join(piece.texts).partition("{")
     if not piece.closed or not re.search(rf"(?<![\w.-]){re.escape(function['name'])}$", head.strip()):
         return False
     written = "{" + rest.strip()
-    # A key is written without quotes: one that holds the notation's own marks would read as something else.
+    # Keys are written without quotes: a key that contains the notation's own delimiters would be read as something
+    # else.
     plain = not any(_MARKS & set(key) for key in _keys(arguments))
     if plain and written in (_notation(arguments, in_order) for in_order in (True, False)):
         return True
@@ -317,7 +318,7 @@ def _keys(value: Any) -> Iterator[str]:
 
 
 def _notation(value: Any, in_order: bool) -> str:
-    """A value in Gemma 4's notation, keys in alphabetical order or as they are given."""
+    """A value in Gemma 4's notation, with keys in alphabetical order or in the given order."""
     if isinstance(value, dict):
         items = sorted(value.items(), key=lambda item: str(item[0]).lower()) if in_order else value.items()
         return "{" + ",".join(f"{key}:{_notation(item, in_order)}" for key, item in items) + "}"

@@ -1,7 +1,7 @@
-"""Rows of one file, by its ending: JSON Lines, JSON, CSV, Parquet, Arrow, each also gzip- or Zstandard-compressed.
+"""Reads the rows of one file by its extension: JSON Lines, JSON, CSV, Parquet, Arrow, each also as gzip or Zstandard.
 
-A file that holds something else than its ending says is refused by what it is. A row that cannot be read is handed on
-with the reason, and the reader goes on behind it.
+A file whose content does not match its extension is refused, and the message says what it contains. A row that cannot
+be read is passed on with the reason, and reading continues after it.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from typing import IO, Any, NamedTuple
 from gemma4_tpu.data.drops import Origin, RowDropped
 from gemma4_tpu.errors import UserError
 
-MAX_LINE_BYTES = 16 * 2**20  # no example of any legal length comes near; keeps a binary file from filling memory
-MAX_JSON_BYTES = 2 * 2**30  # of a .json file, which is read whole
+MAX_LINE_BYTES = 16 * 2**20  # far beyond any example of a legal length; keeps a binary file from filling memory
+MAX_JSON_BYTES = 2 * 2**30  # limit for a .json file, which is read whole
 ARROW_BATCH_ROWS = 1024
 BUFFER_BYTES = 2**18
 UTF8_MARK = b"\xef\xbb\xbf"
@@ -34,29 +34,30 @@ MAGIC = {
     b"PK\x03\x04": ("a ZIP archive (or an Excel sheet)", None),
     b"BZh": ("bzip2-compressed", None),
     b"\xfd7zXZ": ("xz-compressed", None),
-    b"SQLite format 3": ("an SQLite data base", None),
+    b"SQLite format 3": ("an SQLite database", None),
     b"version https://git-lfs": ("a Git LFS pointer: the file itself was not fetched (git lfs pull)", None),
 }
-"""First bytes → (what such a file is, the ending it should have)."""
+"""First bytes → (file type, its usual extension)."""
 LINES = (".jsonl", ".ndjson")
 TABLES = {".parquet": "Parquet", ".arrow": "Arrow"}
 
 
 class RawRow(NamedTuple):
-    """A row as read: its value, or (with an empty one) why it could not be read."""
+    """A row as read: its value, or an empty value and the reason why it could not be read."""
 
     origin: Origin
     value: dict[str, Any]
     problem: RowDropped | None = None
     columnar: bool = False
-    """It comes from a table, whose every row has all columns: null stands for what the row did not have."""
+    """The row comes from a table, in which every row has all columns: null stands for an absent key."""
 
 
 def read_file(stream: IO[bytes], name: str) -> Iterator[RawRow]:
-    """Rows of an open, seekable file; `name` says by its ending what it holds, and is the file of their origins.
+    """Yields the rows of an open, seekable file; the extension of `name` gives its format, and `name` appears in
+    origins.
 
     Raises:
-      UserError: the ending is unknown, the file holds something else, or it is torn.
+      UserError: the extension is unknown, the content is of another format, or the file is truncated.
     """
     ending, compression = endings(name)
     if ending is None:
@@ -70,7 +71,7 @@ def read_file(stream: IO[bytes], name: str) -> Iterator[RawRow]:
 
 
 def endings(name: str) -> tuple[str | None, str]:
-    """(`.jsonl`, `.gz`) of `rows.jsonl.gz`: what a file holds and how it is compressed; None: no format of ours."""
+    """(`.jsonl`, `.gz`) for `rows.jsonl.gz`: format and compression; the format is None if unsupported."""
     lower = name.lower()
     compression = next((ending for ending in (".gz", ".zst") if lower.endswith(ending)), "")
     lower = lower.removesuffix(compression)
@@ -83,7 +84,7 @@ def _unpacked(stream: Any, name: str, compression: str) -> Any:
     head = stream.read(len(UTF8_MARK) + 1)
     stream.seek(0)
     if head and not any(head.startswith(magic) for magic, (_, ending) in MAGIC.items() if ending == compression):
-        raise UserError(f"{name}: is not compressed as {compression} files are; rename it to end in what it holds")
+        raise UserError(f"{name}: not a {compression} file; rename it so that its extension matches its content")
     if compression == ".gz":
         return gzip.GzipFile(fileobj=stream)
     import pyarrow
@@ -92,16 +93,16 @@ def _unpacked(stream: Any, name: str, compression: str) -> Any:
 
 
 def _refuse_another_format(head: bytes, name: str, ending: str) -> None:
-    """Refuses a file whose first bytes are those of another format, or of text that is not UTF-8."""
+    """Refuses a file whose first bytes belong to another format, or to text that is not UTF-8."""
     found = next(((what, right) for magic, (what, right) in MAGIC.items() if head.startswith(magic)), None)
     if ending in TABLES:
         if head and (found is None or found[1] != ending):
-            held = f"holds {found[0]}" if found else "is truncated at its start, or is something else"
+            held = f"holds {found[0]}" if found else "is truncated at its start, or is of another format"
             raise UserError(f"{name}: {held}, not {TABLES[ending]}; copy it again or rename it")
         return
     if found is not None:
         advice = f"; rename it to end in {found[1]}" if found[1] else ""
-        raise UserError(f"{name}: holds {found[0]}, no text{advice}")
+        raise UserError(f"{name}: is {found[0]}, not text{advice}")
     if head.startswith((b"\xff\xfe", b"\xfe\xff")) or max(head[::2].count(0), head[1::2].count(0)) > len(head) // 4:
         raise UserError(
             f"{name}: the text is UTF-16, not UTF-8; convert it: iconv -f UTF-16 -t UTF-8 {name} > <new file>"
@@ -117,13 +118,13 @@ def _refuse_another_format(head: bytes, name: str, ending: str) -> None:
 
 
 def _lines(stream: Any, name: str) -> Iterator[bytes | None]:
-    r"""Lines, split at \n alone; None in place of one that is too long."""
+    r"""Yields lines, split at \\n only; None stands for a line that is too long."""
     number = 0
     while True:
         try:
             line = stream.readline(MAX_LINE_BYTES + 1)
             whole = len(line) <= MAX_LINE_BYTES
-            while not whole and line and not line.endswith(b"\n"):  # skip what is left of a huge line
+            while not whole and line and not line.endswith(b"\n"):  # skip the rest of an overlong line
                 line = stream.readline(MAX_LINE_BYTES)
         except _TORN as error:
             raise _torn(name, number, error) from error
@@ -156,7 +157,7 @@ def _parsed(line: bytes, origin: Origin, decoder: json.JSONDecoder, twice: list[
 
 
 def _decoder() -> tuple[json.JSONDecoder, list[str]]:
-    """A decoder, and the keys that it met twice in one object: Python keeps the last value and says nothing."""
+    """A decoder, and the list of keys that it found twice in one object: Python silently keeps the last value."""
     twice: list[str] = []
 
     def to_object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -170,7 +171,7 @@ def _decoder() -> tuple[json.JSONDecoder, list[str]]:
 
 
 def _checked(value: Any, escapes: bool, origin: Origin, twice: list[str]) -> RawRow:
-    """The row of a parsed value: an object, no key of it there twice, no escape in it half of a surrogate pair."""
+    """The row of a parsed value, which must be an object without duplicate keys or halves of surrogate pairs."""
     if twice:
         return RawRow(origin, {}, RowDropped("invalid_json", f"the key {twice[0][:40]!r} appears twice in one object"))
     if escapes:
@@ -186,7 +187,7 @@ def _checked(value: Any, escapes: bool, origin: Origin, twice: list[str]) -> Raw
 
 
 def _read_json(stream: Any, name: str) -> Iterator[RawRow]:
-    """The elements of an array, or objects one after the other, with or without line breaks inside."""
+    """Yields the elements of an array, or objects one after the other, with or without line breaks inside."""
     try:
         content = stream.read(MAX_JSON_BYTES + 1)
     except _TORN as error:
@@ -210,7 +211,7 @@ def _read_json(stream: Any, name: str) -> Iterator[RawRow]:
         twice.clear()
         try:
             value, at = decoder.raw_decode(text, start)
-        except (ValueError, RecursionError) as error:  # where the next one begins can't be told
+        except (ValueError, RecursionError) as error:  # where the next one begins is unknown
             raise _torn(name, number - 1, error) from error
         yield _checked(value, "\\u" in text[start:at], Origin(name, number), twice)
     if array:
@@ -227,7 +228,9 @@ def _skipped(text: str, at: int, characters: str) -> int:
 
 
 def _read_csv(stream: Any, name: str) -> Iterator[RawRow]:
-    """Rows under a header line, which decides on the delimiter. An empty cell is a column that the row has not."""
+    """Yields rows under a header line, which determines the delimiter. An empty cell means that the row lacks the
+    column.
+    """
     csv.field_size_limit(MAX_LINE_BYTES)
     left_out: list[RowDropped] = []
 
@@ -282,7 +285,7 @@ def _read_parquet(stream: Any, name: str) -> Iterator[RawRow]:
 
 
 def _read_arrow(stream: Any, name: str) -> Iterator[RawRow]:
-    """Batches of an Arrow stream, as `datasets` saves them, or of an Arrow file."""
+    """Yields the batches of an Arrow stream, as `datasets` saves them, or of an Arrow file."""
     import pyarrow.ipc
 
     with _seekable(stream) as file:
@@ -298,7 +301,7 @@ def _read_arrow(stream: Any, name: str) -> Iterator[RawRow]:
 
 
 def _seekable(stream: Any) -> IO[bytes]:
-    """The file, unpacked to disk where it is compressed: tables are read by position."""
+    """The file itself, or a decompressed copy on disk: tables need random access."""
     if stream.seekable() and not isinstance(stream.raw, gzip.GzipFile):
         return stream
     unpacked = tempfile.TemporaryFile()  # noqa: SIM115 (the caller closes it)
@@ -321,11 +324,11 @@ def _batches(begin: Callable[[], Iterator[Any]], name: str) -> Iterator[RawRow]:
         raise _torn(name, number, error) from error
 
 
-_TORN = (EOFError, zlib.error, OSError)  # gzip.BadGzipFile and pyarrow's errors of streams are OSError
+_TORN = (EOFError, zlib.error, OSError)  # gzip.BadGzipFile and pyarrow's stream errors are OSErrors
 
 
 def _torn(name: str, row: int, error: object) -> UserError:
-    return UserError(f"{name}: the file is torn or unreadable after row {row} ({error}); copy it again")
+    return UserError(f"{name}: the file is truncated or unreadable after row {row} ({error}); copy it again")
 
 
 READERS: dict[str, Callable[[Any, str], Iterator[RawRow]]] = {
@@ -337,4 +340,4 @@ READERS: dict[str, Callable[[Any, str], Iterator[RawRow]]] = {
     ".parquet": _read_parquet,
     ".arrow": _read_arrow,
 }
-"""Ending → the rows of an open, decompressed file."""
+"""Extension → reader of an open, decompressed file."""

@@ -1,6 +1,6 @@
-"""Where rows come from: files, folders, saved and Hugging Face data sets, local or remote; and which split of them.
+"""Locates rows: files, folders, saved and Hugging Face data sets, local or remote; and selects their split.
 
-A place with splits gives its training rows to `data.train` and its validation (or else test) rows to held-out sources,
+A source with splits gives its training rows to `data.train` and its validation (else test) rows to held-out sources,
 never the other way round.
 """
 
@@ -22,7 +22,7 @@ from gemma4_tpu.errors import UserError
 from gemma4_tpu.storage import filesystem
 
 HUGGING_FACE_NAME = re.compile(r"hf:([^:]+)(?::([^:/]*))?(?::([^:/]+))?")  # hf:NAME[:SPLIT] or hf:NAME:SUBSET:SPLIT
-METADATA = ("dataset_dict.json", "dataset_info.json", "dataset_infos.json", "state.json")  # of `datasets`
+METADATA = ("dataset_dict.json", "dataset_info.json", "dataset_infos.json", "state.json")  # written by `datasets`
 
 TRAIN, VALIDATION, TEST = "train", "validation", "test"
 WORDS = {
@@ -30,7 +30,7 @@ WORDS = {
     VALIDATION: ("validation", "valid", "val", "dev", "heldout"),
     TEST: ("test", "testing", "eval", "evaluation"),
 }
-"""Kind of split → how people call it; as the Hugging Face Hub reads names of files and folders."""
+"""Kind of split → its usual names, as the Hugging Face Hub recognises them in file and folder names."""
 KIND_OF = {word: kind for kind, words in WORDS.items() for word in words}
 WORD = re.compile(rf"(?<![a-z])({'|'.join(sorted(KIND_OF, key=len, reverse=True))})(?![a-z])")
 SHARD = re.compile(r"(.+?)-\d{5}-of-\d{5}\b.*")
@@ -43,22 +43,22 @@ class SourcePlace:
     name: str
     """As the user wrote it."""
     split: str | None
-    """The split that is read; None: the place has none."""
+    """The selected split; None if the source has none."""
     others: dict[str, str | None]
     """The place's other splits, name → kind (`train`, `validation`, `test`)."""
     files: Mapping[str, str] = field(default_factory=dict)
     """Path in the file system → name as the user would write it; empty for Hugging Face data sets."""
     passed_over: Counter[str] = field(default_factory=Counter)
-    """Files of the folder that are not read, by ending."""
+    """Files of the folder that are not read, counted by extension."""
     store: Any = None
     hub: tuple[str, str | None] | None = None
-    """(name, sub-set) of a Hugging Face data set."""
+    """(name, subset) of a Hugging Face data set."""
 
     def rows(self) -> Iterator[RawRow]:
-        """The rows, in a fixed order: files by name, rows as they lie in the file.
+        """The rows in a fixed order: files by name, rows in file order.
 
         Raises:
-          UserError: a file is torn or not what it is called, or the data set can't be loaded.
+          UserError: a file is truncated or not of the format its name says, or the data set cannot be loaded.
         """
         if self.hub is not None:
             yield from _read_hugging_face(self)
@@ -67,7 +67,7 @@ class SourcePlace:
                 yield from read_file(stream, name)
 
     def heldout_splits(self) -> list[str]:
-        """The other splits that are for validation, or else for tests; of several those called like the one read."""
+        """The other validation splits, else the test splits; if several have that kind, the one whose name matches."""
         kinds = [[name for name, own in self.others.items() if own == kind] for kind in (VALIDATION, TEST)]
         found = next(filter(None, kinds), [])
         return [name for name in found if WORD.sub("", name) == WORD.sub("", self.split or "")] or found
@@ -90,20 +90,20 @@ def read_rows(path: str) -> Iterator[RawRow]:
 
 
 def find(source: DataSource, *, heldout: bool = False) -> SourcePlace:
-    """Looks at what a source names, and chooses the split.
+    """Looks up a source and selects its split.
 
     Args:
       source: `path` is a file (see `readers.READERS`), a folder of them, a folder saved by `datasets`,
         `hf:NAME[:SUBSET][:SPLIT]` or `embedded:FILE`; local or with a URL scheme such as gs:// or
         hf://datasets/NAME/FILE.
-      heldout: whether the rows are to be held out: without `source.split`, the validation (else test) split counts
-        then, otherwise the training split.
+      heldout: the rows are to be held out: without `source.split`, select the validation (else test) split instead of
+        the training split.
 
     Raises:
-      UserError: nothing is there, the format is unknown, the split is not there or can't be told.
+      UserError: nothing is there, the format is unknown, or the split is missing or ambiguous.
     """
     path = source.path
-    if path.startswith(HUGGING_FACE) and "://" not in path:  # hf://datasets/… is a file system's address
+    if path.startswith(HUGGING_FACE) and "://" not in path:  # hf://datasets/… is a file system path
         return _find_hugging_face(source, heldout)
     store, root = filesystem(assets.resolve(path))
     if source.subset:
@@ -134,7 +134,7 @@ def _find_in_folder(store: Any, root: str, path: str, source: DataSource, heldou
             splits.setdefault(_split_of(parts, source.split), []).append(file)
     if not splits:
         told = f" (it holds {', '.join(f'{n} × {ending}' for ending, n in passed_over.items())})" if passed_over else ""
-        raise UserError(f"{path}: the folder holds none of {', '.join(READERS)}, nor a .gz or .zst of them{told}")
+        raise UserError(f"{path}: the folder contains no {', '.join(READERS)} file, nor a .gz or .zst of one{told}")
     chosen = _choose(splits, source.split, heldout, path)
     others = {name: kind_of(name) for name in splits if name is not None and name != chosen}
     if chosen is not None and None in splits:
@@ -144,7 +144,7 @@ def _find_in_folder(store: Any, root: str, path: str, source: DataSource, heldou
 
 
 def _split_of(parts: list[str], wanted: str | None) -> str | None:
-    """The split of a file: the one that is wanted by name, else what the last part of its path that names one says."""
+    """The split of a file: the wanted one by name, else the one named by the last part of its path that names any."""
     shard = SHARD.match(parts[-1])
     if wanted and (wanted in parts[:-1] or (shard and shard[1] == wanted)):
         return wanted
@@ -156,13 +156,13 @@ def _split_of(parts: list[str], wanted: str | None) -> str | None:
 
 
 def kind_of(name: str | None) -> str | None:
-    """`train`, `validation` or `test`: what kind of split has this name; None: it can't be told."""
+    """`train`, `validation` or `test` for a split of this name; None if the name says nothing."""
     words = WORD.findall((name or "").lower())
     return KIND_OF[words[-1]] if words else None
 
 
 def _choose(names: Iterable[str | None], wanted: str | None, heldout: bool, path: str) -> str | None:
-    """The split to read: the one that is wanted, else by kind; names of no kind are training rows where none are."""
+    """Selects the wanted split, else one by kind; without training splits, names of no kind count as training rows."""
     of_kind: dict[str | None, list[str | None]] = {}
     for name in names:
         of_kind.setdefault(kind_of(name), []).append(name)
@@ -178,9 +178,7 @@ def _choose(names: Iterable[str | None], wanted: str | None, heldout: bool, path
         fitting = of_kind.get(TRAIN) or of_kind.get(None) or []
     if len(fitting) != 1:
         trouble = (
-            "several splits could be meant"
-            if fitting
-            else f"nothing is there to be {'held out' if heldout else 'trained on'}"
+            "several splits could be meant" if fitting else f"no split can be {'held out' if heldout else 'trained on'}"
         )
         raise UserError(
             f"{path}: {trouble} (there are: {listed}); name one next to the path: {{path: '{path}', split: <name>}}"
@@ -210,7 +208,7 @@ def _read_hugging_face(place: SourcePlace) -> Iterator[RawRow]:
     assert place.hub is not None
     with _hub_errors(place.name):
         dataset = datasets.load_dataset(place.hub[0], place.hub[1], split=place.split, trust_remote_code=False)
-        for name, feature in dataset.features.items():  # as files, whose limits and hashes are ours to see to
+        for name, feature in dataset.features.items():  # as files, so that our own limits and hashes apply
             kept = _undecoded(feature)
             dataset = dataset if kept is feature else dataset.cast_column(name, kept)
     for number, value in enumerate(dataset, start=1):
@@ -218,7 +216,7 @@ def _read_hugging_face(place: SourcePlace) -> Iterator[RawRow]:
 
 
 def _undecoded(feature: Any) -> Any:
-    """A column's type with pictures as their bytes and paths; the same where it holds none."""
+    """A column's type with pictures left as bytes and paths; unchanged if it has none."""
     import datasets
 
     if isinstance(feature, datasets.Image):
@@ -230,7 +228,7 @@ def _undecoded(feature: Any) -> Any:
 
 @contextmanager
 def _hub_errors(path: str) -> Iterator[None]:
-    """The hub client raises many kinds of errors; all mean that this name gives no rows."""
+    """The Hub client raises many kinds of errors; each means that this name gives no rows."""
     try:
         yield
     except Exception as error:

@@ -1,6 +1,6 @@
-"""The ids of an example, cut at its control tokens: turns, texts, and blocks of tools and thoughts.
+"""Splits the ids of an example at its control tokens: turns, texts, and blocks of tools and thoughts.
 
-Nothing here knows a template: whatever rendered the conversation, its control tokens say what stands where.
+Nothing here knows a template: whatever rendered the conversation, its control tokens determine its structure.
 """
 
 from __future__ import annotations
@@ -22,17 +22,17 @@ _CLOSED_BY = {
 _QUOTED_IN = (markup.TOOL, markup.TOOL_CALL, markup.TOOL_RESPONSE)
 TURN_OF = {"system": ("system", "developer"), "user": ("user",), "assistant": ("model",), "tool": ("model", "tool")}
 TEXT = "text"
-SHOWN = 60  # characters of a text in a message
+SHOWN = 60  # characters of a text that a message quotes
 
 
 @dataclass
 class Stretch:
-    """A stretch of ids between control tokens, or a block of tools or thoughts with its delimiters."""
+    """A run of ids between control tokens, or a block of tools or thoughts including its delimiters."""
 
-    kind: str  # "text", a block's opening token, or a turn's opening or closing one
+    kind: str  # "text", the token that opens a block, or one that opens or closes a turn
     start: int
     stop: int
-    texts: list[str]  # a block's texts between quotes; a turn's role
+    texts: list[str]  # the quoted texts of a block; the role of a turn
     closed: bool = True
     owner: int | None = None  # the message that it belongs to
     soft_tokens: int = 0  # of a picture
@@ -43,7 +43,7 @@ class Stretch:
 
     @property
     def blank(self) -> bool:
-        """White space, or an empty thought: belongs to nobody."""
+        """White space, or an empty thought: belongs to no message."""
         return self.space or (self.kind == markup.CHANNEL and "".join(self.texts).strip() in ("", "thought"))
 
 
@@ -53,7 +53,7 @@ class Splitter:
     Args:
       control: the tokenizer's control tokens and their ids.
       bos: the id that begins every example.
-      header: int32 ids of what opens the model's turn, behind the turn's own token.
+      header: int32 ids that open the model's turn, after the turn token itself.
     """
 
     def __init__(self, control: dict[str, int], bos: int, header: np.ndarray):
@@ -68,7 +68,7 @@ class Splitter:
 
         Args:
           ids: int32 [n + 1].
-          text: what they encode.
+          text: the text that they encode.
 
         Raises:
           RowDropped: `bad_rendering`, the markup does not nest.
@@ -77,9 +77,11 @@ class Splitter:
         parts = self._pattern.split(text)
         names = [self._names[number] for number in ids[places].tolist()]
         if parts[1::2] != names:
-            raise RowDropped("bad_rendering", "the tokenizer reads other control tokens than the text holds")
+            raise RowDropped("bad_rendering", "the token ids contain other control tokens than the text")
         if not names or ids[0] != self._bos or np.count_nonzero(ids == self._bos) != 1:
-            raise RowDropped("bad_rendering", f"{np.count_nonzero(ids == self._bos)} BOS tokens; one, in front, is due")
+            raise RowDropped(
+                "bad_rendering", f"{np.count_nonzero(ids == self._bos)} BOS tokens; expected one, at the start"
+            )
         pieces: list[Stretch] = []
         role: str | None = None
         block: Stretch | None = None
@@ -113,7 +115,7 @@ class Splitter:
                 pieces.append(block)
                 continue
             elif name != markup.THINK or role not in TURN_OF["system"]:
-                raise RowDropped("bad_rendering", f"{name} where it cannot stand")
+                raise RowDropped("bad_rendering", f"misplaced {name}")
             if after.strip() and role is None:
                 raise RowDropped("bad_rendering", f"text outside of turns: {after.strip()[:SHOWN]!r}")
             if after:
@@ -124,7 +126,7 @@ class Splitter:
 
 
 def shown(piece: Stretch | None) -> str:
-    """A stretch in a message; None: nothing is left."""
+    """A stretch as quoted in a message; None: the example has ended."""
     if piece is None:
         return "the end"
     if piece.kind == markup.TURN:

@@ -1,4 +1,4 @@
-"""A time limit for each row: a template may loop, a text may be made for slow patterns."""
+"""A time limit per row: a template can loop forever, and a text can be crafted to make patterns slow."""
 
 from __future__ import annotations
 
@@ -11,18 +11,18 @@ from typing import Any
 from gemma4_tpu.data.drops import RowDropped
 
 ROW_SECONDS = 10.0
-_AGAIN_SECONDS = 0.5  # where the first alarm was swallowed by somebody's bare `except`
+_AGAIN_SECONDS = 0.5  # in case third-party code swallowed the first alarm with a bare `except`
 
 
 class _Expired(BaseException):
-    """Not an Exception, so that code which takes any error for its own lets it through."""
+    """Not an Exception, so that code which catches every error lets it through."""
 
 
 @contextmanager
 def row_limit() -> Iterator[None]:
-    """Ends what takes longer than `ROW_SECONDS`, by the alarm signal; regular expressions heed it too.
+    """Interrupts what takes longer than `ROW_SECONDS`, by the alarm signal, which also interrupts regular expressions.
 
-    Signals reach Python's main thread only, which is where rows are read; elsewhere there is no limit.
+    Only Python's main thread receives signals; rows are read there. In other threads there is no limit.
 
     Raises:
       RowDropped: `too_slow`.

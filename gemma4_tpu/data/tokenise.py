@@ -1,4 +1,4 @@
-"""From the rows of several sources to tokenised examples; what is dropped on the way is counted."""
+"""Turns the rows of several sources into tokenised examples, and counts what is dropped."""
 
 from __future__ import annotations
 
@@ -29,17 +29,17 @@ from gemma4_tpu.data.timeout import row_limit
 
 logger = logging.getLogger(__name__)
 
-FIRST_ROWS = 64  # of each source, which tell its form
-CHUNK_ROWS = 512  # rows encoded by one call; enough to keep every core of the tokenizer busy
+FIRST_ROWS = 64  # rows of each source that determine its form
+CHUNK_ROWS = 512  # rows encoded per call; enough to keep every core of the tokenizer busy
 PROGRESS_SECONDS = 10.0
 
 
 Keep = Callable[[list[Picture]], None]
-"""Takes pictures that examples show, while they can be read."""
+"""Receives the pictures of examples while their bytes are in memory."""
 
 
 def let_go(pictures: list[Picture]) -> None:
-    """Keeps nothing: lengths are all that is asked for."""
+    """Keeps nothing; for callers that need only lengths."""
 
 
 class TokenisedRow(NamedTuple):
@@ -61,13 +61,21 @@ class _Taken(NamedTuple):
 
 
 class Tokeniser:
-    """Runs sources through normalising, rendering and encoding. `report` and `digest` belong to the latest run."""
+    """Normalises, renders and encodes the rows of sources. `report` and `digest` belong to the latest run."""
 
     def __init__(
         self, data: DataConfig, chat: ChatFormat, rows: str = CONVERSATIONS, pictures: PictureReader | None = None,
         keep: Keep = let_go,
     ):  # fmt: skip
-        """`pictures` reads those of rows; None: such rows are dropped. `keep` is given those of each chunk."""
+        """Prepares to read rows.
+
+        Args:
+          data: form, lengths and policies.
+          chat: renders conversations.
+          rows: the kind of rows (`forms.py`).
+          pictures: reads the pictures of rows; None drops rows that have any.
+          keep: receives the pictures of each chunk.
+        """
         self._data, self._rows = data, rows
         self._pictures, self._keep = pictures, keep
         self._chat = chat
@@ -79,9 +87,9 @@ class Tokeniser:
     def run(
         self, name: str, sources: list[DataSource], places: list[SourcePlace], max_rows: int | None = None
     ) -> Iterator[TokenisedRow]:
-        """The rows of all sources; refuses too many drops at the end.
+        """Yields the rows of all sources; refuses too many drops at the end.
 
-        Of `max_rows` rows, each source gives a share by its weight, the first ones, as long as it has any.
+        With `max_rows`, each source contributes its first rows in proportion to its weight, as long as it has any.
         """
         self.report = DropReport()
         digest = hashlib.sha256()
@@ -94,7 +102,7 @@ class Tokeniser:
             self.report.rows_read += len(chunk)
             taken = [self._take(number, row, normalisers[number], digest) for number, row in chunk]
             made = list(self._tokenise(self._that_compile([row for row in taken if row is not None])))
-            if self._pictures is not None:  # before the bytes of these rows are let go
+            if self._pictures is not None:  # before the bytes of these rows are released
                 self._keep([picture for row in made for example in row.examples for picture in example.pictures])
                 made = [row._replace(examples=list(map(_without_bytes, row.examples))) for row in made]
             yield from made
@@ -107,11 +115,11 @@ class Tokeniser:
         self.report.check(name, self._data.max_drop_fraction)
 
     def _take(self, number: int, row: RawRow, normaliser: Normaliser, digest: Any) -> _Taken | None:
-        """What a row says, whose content joins the digest of all; None: it is dropped."""
+        """The content of a row, added to the digest of all rows; None if the row is dropped."""
         problem = row.problem
         try:
             if problem is None:
-                # What identifies a row's content, whatever file format it came in.
+                # Identifies a row's content, whatever the file format it came in.
                 content = json.dumps(row.value, sort_keys=True, ensure_ascii=False, default=_in_words)
                 digest.update(content.encode("utf-8", "surrogatepass"))
                 with row_limit():
@@ -122,16 +130,16 @@ class Tokeniser:
             problem = dropped
         except UnicodeEncodeError as error:  # half of a surrogate pair, from JSON within JSON
             problem = RowDropped("invalid_utf8", error.reason)
-        except Exception as error:  # a row of a kind that nobody thought of is no reason to stop
+        except Exception as error:  # an unforeseen kind of row must not stop the run
             problem = unreadable(error)
         self.report.drop(problem, row.origin)
         return None
 
     def _that_compile(self, taken: list[_Taken]) -> list[_Taken]:
-        """The rows whose code the simulator's compiler takes, where that is asked for."""
+        """The rows whose code compiles, if `data.check_syntax` asks for it."""
         if not self._iverilog:
             return taken
-        with ThreadPoolExecutor(os.cpu_count()) as pool:  # each waits for a process
+        with ThreadPoolExecutor(os.cpu_count()) as pool:  # each thread waits for a process
             problems = list(pool.map(self._syntax_problem, taken))
         for row, problem in zip(taken, problems, strict=True):
             if problem is not None:
@@ -162,17 +170,17 @@ class Tokeniser:
 
 
 def _without_bytes(example: Example) -> Example:
-    """With pictures that can no longer be read: all rows stay in memory, and their pictures would not fit."""
+    """An example whose pictures' bytes are released: all rows stay in memory, where the bytes would not fit."""
     return example._replace(pictures=tuple(replace(picture, source="") for picture in example.pictures))
 
 
 def _in_words(value: Any) -> str:
-    """What JSON cannot say; of bytes, which can be a whole picture, their hash."""
+    """A representation of values that JSON lacks; for bytes, which can be a whole picture, their hash."""
     return hashlib.sha256(value).hexdigest() if isinstance(value, bytes) else str(value)
 
 
 def _begun(place: SourcePlace, normaliser: Normaliser) -> Iterator[RawRow]:
-    """The rows of a place, once the first ones have told their form."""
+    """The rows of a source, once the first ones have determined their form."""
     rows = place.rows()
     first = list(itertools.islice(rows, FIRST_ROWS))
     normaliser.begin(place.name, first)
@@ -185,10 +193,11 @@ def _in_turn(each: list[Iterator[RawRow]]) -> Iterator[tuple[int, RawRow]]:
 
 
 def _by_weight(each: list[Iterator[RawRow]], weights: list[float], limit: int) -> Iterator[tuple[int, RawRow]]:
-    """(source, row) of the first `limit` rows, taken from the sources in turns by weight."""
+    """Yields (source, row) for the first `limit` rows, taken from the sources in proportion to their weights."""
     taken = dict.fromkeys(range(len(each)), 0)
     while limit and taken:
-        # As seats are given to parties (D'Hondt): to whom has the fewest rows by its weight, the next one included.
+        # The D'Hondt method for allocating seats: the next row comes from the source with the lowest (rows + 1) /
+        # weight.
         number = min(taken, key=lambda source: (taken[source] + 1) / weights[source])
         row = next(each[number], None)
         if row is None:
@@ -200,7 +209,7 @@ def _by_weight(each: list[Iterator[RawRow]], weights: list[float], limit: int) -
 
 
 def _examples(chat: ChatFormat, said: list[Said]) -> list[list[Example] | RowDropped]:
-    """The proven examples of each row, or why there are none."""
+    """The verified examples of each row, or the reason for dropping it."""
     sides = [list(one.sides.values()) if isinstance(one, Pair) else [one] for one in said]
     rendered = [_rendered(chat, conversation) for row in sides for conversation in row]
     proven = iter(chat.examples([made for made in rendered if isinstance(made, Rendering)]))
@@ -209,7 +218,7 @@ def _examples(chat: ChatFormat, said: list[Said]) -> list[list[Example] | RowDro
 
 
 def _pair(sides: dict[str, list[Example] | RowDropped]) -> list[Example] | RowDropped:
-    """Both sides as one example; it is dropped where one of them is."""
+    """Both sides as one example; dropped if either side is."""
     whole: list[Example] = []
     for name, made in sides.items():
         if isinstance(made, RowDropped):

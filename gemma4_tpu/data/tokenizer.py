@@ -1,4 +1,4 @@
-"""The checkpoint's own Hugging Face tokenizer, from a local or remote folder, and what identifies it."""
+"""Loads the checkpoint's own Hugging Face tokenizer from a local or remote folder, and fingerprints it."""
 
 from __future__ import annotations
 
@@ -28,9 +28,9 @@ def load_tokenizer(folder: str, new_tokens: Sequence[str] = ()) -> Any:
     """The tokenizer in `folder` (local, gs://… or `embedded:NAME`), with its chat template and `model.new_tokens`.
 
     Raises:
-      UserError: no tokenizer is there, it has no chat template, or no room for the new tokens.
+      UserError: there is no tokenizer or chat template, or no room for the new tokens.
     """
-    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # that PyTorch is missing: tokenizers need none
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # about missing PyTorch, which is not needed
     from transformers import AutoTokenizer
 
     path = assets.resolve(folder)
@@ -39,21 +39,21 @@ def load_tokenizer(folder: str, new_tokens: Sequence[str] = ()) -> Any:
             _fetch(path, scratch, places(path, new_tokens).renamed if new_tokens else {})
             path = str(scratch)
         if not (Path(path) / "tokenizer.json").is_file():
-            raise UserError(f"{folder}: there is no tokenizer.json; model.tokenizer may name another folder")
+            raise UserError(f"{folder}: there is no tokenizer.json; set model.tokenizer to a folder that has one")
         try:
             tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True, trust_remote_code=False)
         except (OSError, ValueError, KeyError) as error:
             raise UserError(f"{folder}: the tokenizer cannot be loaded ({error})") from error
     if not tokenizer.chat_template:
         raise UserError(
-            f"{folder}: the tokenizer has no chat template; take an instruction-tuned checkpoint's tokenizer "
+            f"{folder}: the tokenizer has no chat template; use an instruction-tuned checkpoint's tokenizer "
             "(model.tokenizer=…), or put a chat_template.jinja next to it"
         )
     return tokenizer
 
 
 def _fetch(folder: str, target: Path, renamed: dict[str, str]) -> None:
-    """Copy the tokenizer's files, and nothing else, with new names for reserved tokens."""
+    """Copies only the tokenizer's files, renaming reserved tokens."""
     present = list_folder(folder)
     for name in FILES:
         if name in present:

@@ -1,8 +1,8 @@
-"""Turns of a conversation as people write them, in one normal form.
+"""Normalises the turns of a conversation.
 
-A turn in normal form has `role` (system, user, assistant, tool) and `content`; an assistant's content is one text, its
-thought stands under `reasoning`, its calls under `tool_calls`, and `train` is there where the row said whether the turn
-carries loss; a tool's turn may have `tool_call_id` and `name`.
+A normalised turn has `role` (system, user, assistant, tool) and `content`. An assistant's content is one text, with its
+thought in `reasoning` and its calls in `tool_calls`; `train` is set if the row said whether the turn carries loss. A
+tool's turn can have `tool_call_id` and `name`.
 """
 
 from __future__ import annotations
@@ -23,19 +23,21 @@ ROLES = {
     "function_call": "assistant", "tool_call": "assistant",
     "tool": "tool", "function": "tool", "observation": "tool", "tool_response": "tool", "ipython": "tool",
 }  # fmt: skip
-"""How people call who speaks → the four roles."""
+"""Names used for speakers → the four roles."""
 THOUGHT_KEYS = ("reasoning", "reasoning_content", "thinking")
 TEXT_PARTS = ("text", "input_text", "output_text", None)
 IMAGE_PART = "image"
-"""Type of a part in normal form that is a picture; `image` in it says which, None the next of the row's column."""
+"""Type of a normalised part that is a picture; its `image` names the picture, None stands for the next one in the row's
+column.
+"""
 IMAGE_PARTS = (IMAGE_PART, "image_url", "input_image")
 IMAGE_KEYS = ("image", "image_url", "url", "path", "base64", "bytes")
-"""What a part says of its picture by: a path, an address, bytes, or an object that does."""
+"""Keys by which a part gives its picture: a path, an address, bytes, or an object that holds one of these."""
 CALLS = ("tool_calls", "function_call")
 CALL_ROLES = ("function_call", "tool_call")
 """Roles whose content is a call."""
 RESPONSES = "tool_responses"
-"""Responses that stand in the turn of their calls, as Gemma's own documentation writes them."""
+"""Responses stored in the turn of their calls, as in Gemma's own documentation."""
 LOSS_KEYS = ("weight", "train")
 KNOWN = {
     "system": {*LOSS_KEYS, *CALLS},
@@ -43,7 +45,7 @@ KNOWN = {
     "assistant": {*LOSS_KEYS, *CALLS, *THOUGHT_KEYS, RESPONSES},
     "tool": {*LOSS_KEYS, *CALLS, "tool_call_id", "name"},
 }
-"""Keys of turns that mean something, besides who speaks and what is said."""
+"""Meaningful keys of turns, besides role and content."""
 THINK = re.compile(r"\s*(?:<(?:think|thinking|thought|reasoning)>|<\|begin_of_thought\|>)", re.IGNORECASE)
 THINK_END = re.compile(r"</(?:think|thinking|thought|reasoning)>|<\|end_of_thought\|>", re.IGNORECASE)
 OPENED = re.compile(THINK.pattern.removeprefix(r"\s*"), re.IGNORECASE)
@@ -53,15 +55,15 @@ CLOSED_ONLY = re.compile(r"</think>[ \t]*\n", re.IGNORECASE)
 
 
 def to_turns(messages: Any, columns: Mapping[str, str], tell: Tell) -> list[Turn]:
-    """The turns of a conversation in normal form.
+    """Normalises the turns of a conversation.
 
     Args:
       messages: a list of turns, a dict of lists, or either as JSON text.
-      columns: `role` and `content` → how this row calls them, where it has names of its own.
-      tell: takes note of what was done.
+      columns: `role` and `content` → this row's names for them, if they differ.
+      tell: records the changes made.
 
     Raises:
-      RowDropped: there are no turns, or one of them can't be understood.
+      RowDropped: there are no turns, or one of them cannot be understood.
     """
     messages = parsed(messages, "messages", tell)
     if isinstance(messages, dict) and messages and all(isinstance(value, list) for value in messages.values()):
@@ -72,14 +74,14 @@ def to_turns(messages: Any, columns: Mapping[str, str], tell: Tell) -> list[Turn
     elif isinstance(messages, dict):
         messages = [messages]
     if not isinstance(messages, list) or not messages:
-        detail = "a text that is no JSON (single quotes?)" if isinstance(messages, str) else type(messages).__name__
+        detail = "a text that is not JSON (single quotes?)" if isinstance(messages, str) else type(messages).__name__
         raise RowDropped("no_messages", detail)
     made = [_turn(parsed(turn, "turns", tell), position, columns, tell) for position, turn in enumerate(messages)]
     return with_identities([turn for turns in made for turn in turns], tell)
 
 
 def _turn(given: Any, position: int, columns: Mapping[str, str], tell: Tell) -> list[Turn]:
-    """The turn, or the several that stand in one where responses stand beside their calls."""
+    """The turn, or several if the given one also holds the responses to its calls."""
     if not isinstance(given, dict):
         raise RowDropped("bad_role", f"turn {position} is not an object but {type(given).__name__}")
     turn = {key: value for key, value in given.items() if value is not None}
@@ -113,7 +115,9 @@ def _turn(given: Any, position: int, columns: Mapping[str, str], tell: Tell) -> 
 
 
 def _apart(made: Turn, responses: Any, position: int, tell: Tell) -> list[Turn]:
-    """An answer whose turn holds the responses to its calls too: calls, responses, and what it says of them."""
+    """Splits an answer whose turn also holds the responses to its calls into calls, responses and the remaining
+    text.
+    """
     tell("responses to calls given turns of their own")
     responses = parsed(responses, RESPONSES, tell)
     results: list[Turn] = []
@@ -135,12 +139,12 @@ def _shown(turn: Turn) -> str:
 
 
 def _taken(turn: Turn, *keys: str) -> Any:
-    """The value of the first of these keys that is there, taken out."""
+    """Removes and returns the value of the first of these keys that is present."""
     return next((turn.pop(key) for key in keys if key in turn), None)
 
 
 def _train(turn: Turn, role: str, position: int) -> Turn:
-    """`{"train": …}` where the row says whether the turn carries loss."""
+    """`{"train": …}` if the row says whether the turn carries loss."""
     said = {key: turn[key] for key in LOSS_KEYS if key in turn}
     if not said:
         return {}
@@ -155,7 +159,7 @@ def _train(turn: Turn, role: str, position: int) -> Turn:
 
 
 def _content(content: Any, position: int, role: str, tell: Tell) -> str | list[Turn]:
-    """Text, or text parts, of a turn that the model reads."""
+    """The text, or text parts, of a turn that the model reads."""
     if isinstance(content, str):
         return content
     parts = _text_parts(content)
@@ -170,7 +174,7 @@ def _content(content: Any, position: int, role: str, tell: Tell) -> str | list[T
 
 
 def _text_parts(content: Any) -> list[Turn] | None:
-    """`[{"type": "text", "text": …}, …]`; None where something else is among the parts."""
+    """`[{"type": "text", "text": …}, …]`; None if there are parts of another type."""
     if not isinstance(content, list) or not content:
         return None
     texts = [part if isinstance(part, str) else part.get("text") if _is_text(part) else None for part in content]
@@ -178,7 +182,7 @@ def _text_parts(content: Any) -> list[Turn] | None:
 
 
 def _mixed_parts(content: Any, tell: Tell) -> list[Turn] | None:
-    """Texts and pictures; None where there are no pictures, or something else is among the parts."""
+    """Texts and pictures; None if there are no pictures, or parts of a third type."""
     if not isinstance(content, list):
         return None
     made, pictures = [], 0
@@ -194,12 +198,12 @@ def _mixed_parts(content: Any, tell: Tell) -> list[Turn] | None:
 
 
 def _meant(part: Turn, tell: Tell) -> Any:
-    """What a part says of its picture; None: nothing."""
+    """What a part says about its picture; None: nothing."""
     given = next((part[key] for key in IMAGE_KEYS if part.get(key)), None)
     if given is None and isinstance(part.get("source"), dict):  # Anthropic's; a text would say whence a picture comes
         given = part["source"]
     if isinstance(given, dict) and given.get("detail"):
-        tell("detail of pictures left out: each takes as many tokens as the processor says")
+        tell("detail of pictures ignored: the processor decides on the number of tokens")
     return {"base64": given} if given is not None and given is part.get("base64") else given
 
 
@@ -219,7 +223,7 @@ def _kinds(content: Any) -> str:
 
 
 def _answer(turn: Turn, content: Any, position: int, is_call: bool, tell: Tell) -> Turn:
-    """Content, reasoning and calls of an assistant's turn."""
+    """Content, reasoning and calls of an assistant turn."""
     calls = turn.get("tool_calls")
     if is_call:
         calls, content = content, ""
@@ -242,7 +246,7 @@ def _answer(turn: Turn, content: Any, position: int, is_call: bool, tell: Tell) 
         tell("thoughts taken out of the content")
     if TAGS.search(content):
         tell("tags of thoughts or calls left in an answer, as text")
-    # The same thought under two keys (servers send both `reasoning` and `reasoning_content`) is one.
+    # The same thought under two keys (servers send both `reasoning` and `reasoning_content`) counts once.
     reasoning = "\n".join(dict.fromkeys(thought for thought in [*thoughts, *found] if thought))
     return {
         "content": content,
@@ -258,7 +262,7 @@ def _thought(value: Any, key: str, position: int) -> str:
 
 
 def _joined(parts: list[Any], position: int, tell: Tell) -> tuple[str, list[str]]:
-    """(text, thoughts) of an answer's parts: texts trimmed and joined as Google's template does."""
+    """(text, thoughts) of an answer's parts, with texts trimmed and joined as Google's template does."""
     texts, thoughts = [], []
     for part in parts:
         kind = part.get("type") if isinstance(part, dict) else None
@@ -273,7 +277,7 @@ def _joined(parts: list[Any], position: int, tell: Tell) -> tuple[str, list[str]
 
 
 def take_thoughts(content: str) -> tuple[str, list[str]]:
-    """(what is left of an answer, its thoughts): `<think>…</think>` (or another's tags) at the head, and every
+    """(the rest of an answer, its thoughts): `<think>…</think>` (or similar tags) at the start, and every
     `<|channel>…<channel|>`.
 
     Raises:
@@ -287,7 +291,7 @@ def take_thoughts(content: str) -> tuple[str, list[str]]:
             raise RowDropped("unclosed_think")
         thoughts.append(content[opened.end() : closed.start()].strip())
         at = closed.end()
-    # Where it is only closed, the template of the model that wrote it had opened it.
+    # If it is only closed, the template of the model that wrote it had opened it.
     if not at and (closed := CLOSED_ONLY.search(content)) and not OPENED.search(content, 0, closed.start()):
         thoughts.append(content[: closed.start()].strip())
         at = closed.end()

@@ -1,4 +1,4 @@
-"""Which examples make up which update. Every process computes the same plan and reads only its own rows of it."""
+"""Assigns examples to updates. Every process computes the same plan and reads only its own rows of it."""
 
 from __future__ import annotations
 
@@ -13,19 +13,21 @@ from gemma4_tpu.data.examples import Examples
 from gemma4_tpu.data.packing import choose_buckets, pack
 from gemma4_tpu.errors import UserError
 
-PackedRow = list[int]  # the examples, by index, that share one row
-EPOCHS_KEPT = 2  # planned epochs held in memory; an earlier one is planned again when asked for
+PackedRow = list[int]  # indices of the examples that share one row
+EPOCHS_KEPT = 2  # planned epochs kept in memory; earlier ones are planned again on request
 
 
 @dataclass(frozen=True)
 class PlannedUpdate:
-    """The rows of one update, over all processes; fewer than `rows_per_update` only in the last update of a run."""
+    """The rows of one update, over all processes; only the last update of a run can have fewer than
+    `rows_per_update`.
+    """
 
     length: int
     """Static length T of its rows, in slots."""
     rows: list[PackedRow]
     epoch: float
-    """Passes over the data once this update is done."""
+    """Passes over the data after this update."""
 
 
 @dataclass(frozen=True)
@@ -36,11 +38,12 @@ class _Epoch:
 
 
 class Updates:
-    """Random access to the updates of a run: `plan[u]` depends on the examples, the data config and the seed alone.
+    """Random access to the updates of a run: `plan[u]` depends only on the examples, the data configuration and the
+    seed.
 
-    Epochs flow into each other: rows that do not fill an update lead the next epoch, and only the last update of the
-    whole run may be partial. A fraction of an epoch ends with the update that reaches it, so that a longer run begins
-    with exactly the updates of a shorter one.
+    Epochs are continuous: rows that do not fill an update lead the next epoch, and only the last update of the run can
+    be partial. A fractional epoch ends with the update that reaches it, so that a longer run begins with exactly the
+    updates of a shorter one.
 
     Raises:
       UserError: no limit is given, an example is longer than a row, or the sources' weights leave nothing to visit.
@@ -57,7 +60,7 @@ class Updates:
         max_updates: int | None = None,
     ):
         if epochs is None and max_updates is None:
-            raise UserError("neither trainer.epochs nor trainer.max_updates is set: give one of them")
+            raise UserError("neither trainer.epochs nor trainer.max_updates is set: set one of them")
         self._examples = examples
         self._slots = examples.slots
         self._data = data
@@ -69,9 +72,9 @@ class Updates:
             raise UserError(f"an example takes {self._slots.max()} slots, but rows have {self.buckets[-1]}")
         self._lock = threading.RLock()  # Grain reads from several threads
         self._starts = [0]  # first update of each epoch reached so far
-        self._rests: list[list[PackedRow]] = [[]]  # rows that lead each of them
+        self._rests: list[list[PackedRow]] = [[]]  # rows that lead each epoch
         self._kept: dict[int, _Epoch] = {}
-        self._last: PlannedUpdate | None = None  # the partial update that ends a run of `epochs`
+        self._last: PlannedUpdate | None = None  # the partial update at the end of a run of `epochs`
         limits = [] if epochs is None else [self._count_updates(epochs)]
         self._length = min([*limits, max_updates] if max_updates is not None else limits)
         if limits and self._length < limits[0]:
@@ -80,7 +83,7 @@ class Updates:
     def __len__(self) -> int:
         return self._length
 
-    def __repr__(self) -> str:  # Grain shows it in its messages
+    def __repr__(self) -> str:  # Grain prints it in its messages
         return f"Updates({len(self)} updates of {self._rows_per_update} rows, packing={self.packing})"
 
     def __getitem__(self, update: int) -> PlannedUpdate:
@@ -95,7 +98,9 @@ class Updates:
             return self._epoch(epoch).updates[update - self._starts[epoch]]
 
     def _count_updates(self, epochs: float) -> int:
-        """Updates in `epochs` passes, planning each of them; sets `_last` where the run ends in a partial update."""
+        """Number of updates in `epochs` passes, planning each of them; sets `_last` if the run ends in a partial
+        update.
+        """
         whole = math.floor(epochs)
         for epoch in range(whole):
             self._epoch(epoch)
@@ -111,15 +116,15 @@ class Updates:
         return updates
 
     def _epoch(self, epoch: int) -> _Epoch:
-        """Plan `epoch`, all earlier ones having been planned once, or take it from those kept."""
+        """Plans `epoch`, whose predecessors have all been planned once, or returns it from those kept."""
         if epoch in self._kept:
             return self._kept[epoch]
-        # Seeded by the epoch's own number, so that one that was forgotten is planned again with the same draws.
+        # Seeded by the epoch's own number, so that an evicted epoch is planned again with the same draws.
         rng = np.random.default_rng([self._seed, epoch])
         order = self._order(rng)
         lead = self._rests[epoch]
         filled, rest = self._fill(order, lead, rng)
-        # Rows that lead this epoch were visited, and counted, as part of the one before.
+        # Rows that lead this epoch were visited, and counted, as part of the previous one.
         visited = np.cumsum([sum(map(len, rows)) for _, rows in filled]) - sum(map(len, lead))
         planned = _Epoch(
             updates=[
@@ -128,7 +133,7 @@ class Updates:
             ],
             rest=rest,
         )
-        # Only the first time; an epoch planned again after it was forgotten starts where it started.
+        # Only the first time; an epoch that is planned again keeps its start.
         if epoch + 1 == len(self._starts):
             self._starts.append(self._starts[epoch] + len(planned.updates))
             self._rests.append(planned.rest)
@@ -138,7 +143,7 @@ class Updates:
         return planned
 
     def _order(self, rng: np.random.Generator) -> np.ndarray:
-        """int64: the examples that an epoch visits, in the order of the visits."""
+        """int64: the examples that an epoch visits, in order."""
         visits = []
         for source, weight in enumerate(self._examples.weights):
             members = np.flatnonzero(self._examples.source == source)
@@ -155,7 +160,7 @@ class Updates:
     def _fill(
         self, order: np.ndarray, lead: list[PackedRow], rng: np.random.Generator
     ) -> tuple[list[tuple[int, list[PackedRow]]], list[PackedRow]]:
-        """((T, rows) of each full update, rows left over) of one epoch that begins with the rows `lead`."""
+        """((T, rows) of each full update, leftover rows) of one epoch that begins with the rows `lead`."""
         if self.packing == "buckets":
             return self._fill_buckets(order, lead, rng)
         if self.packing == "true":
@@ -168,7 +173,7 @@ class Updates:
     def _fill_buckets(
         self, order: np.ndarray, lead: list[PackedRow], rng: np.random.Generator
     ) -> tuple[list[tuple[int, list[PackedRow]]], list[PackedRow]]:
-        """As `_fill`; what does not fill an update of one bucket is promoted to the next longer one."""
+        """Like `_fill`; rows that do not fill an update of their bucket are promoted to the next longer one."""
         visits = np.concatenate([np.array([row[0] for row in lead], np.int64), order])
         bucket = np.searchsorted(self.buckets, self._slots[visits])
         filled: list[tuple[int, list[PackedRow]]] = []
@@ -181,7 +186,7 @@ class Updates:
         return filled, rest
 
     def _split(self, rows: list[PackedRow]) -> tuple[list[list[PackedRow]], list[PackedRow]]:
-        """(full updates, the rest)."""
+        """(full updates, leftover rows)."""
         size = self._rows_per_update
         end = len(rows) - len(rows) % size
         return [rows[i : i + size] for i in range(0, end, size)], rows[end:]
@@ -196,6 +201,6 @@ class Updates:
             return choose_buckets(self._slots, capacity)
         if not all(0 < length <= capacity for length in self._data.buckets):
             raise UserError(
-                f"data.buckets={self._data.buckets}: lengths lie between 1 and data.sequence_length={capacity}"
+                f"data.buckets={self._data.buckets}: lengths must be between 1 and data.sequence_length={capacity}"
             )
         return sorted({*self._data.buckets, capacity})

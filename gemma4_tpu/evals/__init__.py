@@ -1,1 +1,1 @@
-"""Generation, judging and pass@k."""
+"""Evaluation: generation, judging and pass@k."""

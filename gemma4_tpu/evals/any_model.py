@@ -1,4 +1,4 @@
-"""What a path names as a model, a run folder or a checkpoint by itself: found first, loaded when it is needed."""
+"""Resolves a path to a model, a run or a plain checkpoint; finds it first and loads it when needed."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ from gemma4_tpu.storage import list_folder
 
 @dataclass(frozen=True)
 class AnyModel:
-    """A model that is there, but not loaded. Made by `find_model`."""
+    """A model that was found but not loaded. Made by `find_model`."""
 
     base: Base
     trained: Trained | None
-    """Of a run: what it trained."""
+    """For a run: what it trained."""
 
     @property
     def lora(self) -> LoraConfig:
@@ -37,7 +37,7 @@ class AnyModel:
 
     @property
     def identity(self) -> str:
-        """What tells it from any other."""
+        """Distinguishes it from any other model."""
         return self.base.fingerprint + (f" {self.trained.state.identity}" if self.trained else "")
 
     @cached_property
@@ -54,16 +54,16 @@ class AnyModel:
 
 
 def find_model(place: str, *, checkpoint: str = "latest", model: str | None = None, pictures: bool = False) -> AnyModel:
-    """Finds what commands take as `run=` or `model.path=`.
+    """Finds what commands accept as `run=` or `model.path=`.
 
     Args:
       place: a run folder, or a Hugging Face checkpoint, local or gs://; `embedded:NAME`, `random:SEED`.
       checkpoint: of a run: `latest`, `best` (lowest held-out loss) or the number of an update.
       model: the architecture by name; only random weights need it.
-      pictures: of a checkpoint: whether its prompts may have some. A run reads them if it was trained to.
+      pictures: of a checkpoint: whether prompts can contain any. A run reads them if it was trained to.
 
     Raises:
-      UserError: nothing of the kind is there, or its parts don't fit together.
+      UserError: nothing is there, or its parts do not fit together.
     """
     if not is_checkpoint(place):
         trained = open_trained(place, ExportConfig(checkpoint=checkpoint))
@@ -75,7 +75,7 @@ def find_model(place: str, *, checkpoint: str = "latest", model: str | None = No
 
 
 def is_checkpoint(place: str) -> bool:
-    """Whether it is one, or else a run. Raises: UserError: it is neither."""
+    """Whether it is a checkpoint rather than a run. Raises: UserError: it is neither."""
     if place.startswith((RANDOM, assets.PREFIX)):
         return True
     present = list_folder(place)

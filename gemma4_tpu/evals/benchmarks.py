@@ -1,4 +1,4 @@
-"""Which problem source belongs to `eval.benchmark`. Another benchmark is one file and one line here."""
+"""Maps `eval.benchmark` to problem sources. A new benchmark is one file and one line here."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Checks of `python -m gemma4_tpu.evaluate` before anything is loaded: one subject, its files, the problems. No JAX."""
+"""Checks of `python -m gemma4_tpu.evaluate` before anything is loaded: subject, files, problems. Imports no JAX."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ SAMPLES_FILE = "samples.jsonl"
 
 @dataclass(frozen=True)
 class EvaluateChecked:
-    """What the checks found out on the way."""
+    """What the checks found out along the way."""
 
     form: str
     """`selfcheck`, `compare`, `resimulate`, `harness`, `samples`, `endpoint`, `run` or `checkpoint`."""
@@ -62,7 +62,7 @@ def normalise_evaluate(root: EvaluateRoot) -> EvaluateRoot:
 
 
 def examine_evaluate(root: EvaluateRoot) -> tuple[EvaluateChecked | None, list[Refusal]]:
-    """Everything that can be checked without a model or a simulator; None when there are problems."""
+    """Checks everything that needs neither a model nor a simulator; None if there are problems."""
     form, messages = _form(root)
     messages += limit_problems(root, CHOICES) + whole_rows_problems(root.mesh.cp, "an evaluation decodes answers")
     match form:
@@ -90,7 +90,7 @@ def examine_evaluate(root: EvaluateRoot) -> tuple[EvaluateChecked | None, list[R
 
 
 def _form(root: EvaluateRoot) -> tuple[str | None, list[str]]:
-    """What the command line asks for, and what is wrong with that."""
+    """The form that the command line asks for, and its problems."""
     if root.selfcheck:
         simulated = root.eval.benchmark in SIMULATED
         return "selfcheck", [] if simulated else [f"selfcheck=true: eval={root.eval.benchmark} simulates nothing"]
@@ -106,11 +106,11 @@ def _form(root: EvaluateRoot) -> tuple[str | None, list[str]]:
     keys = {"run": "run", "checkpoint": "model.path", "endpoint": "eval.endpoint", "samples": "eval.samples"}
     if not given:
         return None, [
-            "run: what is to be evaluated? give run=<run folder>, model.path=<checkpoint folder>, eval.endpoint=<URL>"
+            "run: nothing to evaluate; set run=<run folder>, model.path=<checkpoint folder>, eval.endpoint=<URL>"
             " or eval.samples=<FILE.jsonl>"
         ]
     if len(given) > 1:
-        return None, [f"{' and '.join(keys[name] for name in given)} are given; an evaluation has one subject"]
+        return None, [f"{' and '.join(keys[name] for name in given)} are set; an evaluation has one subject"]
     if root.eval.benchmark == LM_EVAL:
         asked = given[0] == "endpoint"
         return "harness", [] if asked else [
@@ -137,7 +137,7 @@ def find_command() -> str | None:
 
 def _resimulated(run_dir: str | None) -> list[str]:
     if run_dir is None:
-        return ["eval.resimulate=true: which evaluation? give run_dir=<its folder>"]
+        return ["eval.resimulate=true: set run_dir=<the evaluation's folder>"]
     if not (Path(run_dir) / "config.yaml").is_file() or not (Path(run_dir) / SAMPLES_FILE).is_file():
         return [f"run_dir={run_dir}: not an evaluation with stored samples (config.yaml and {SAMPLES_FILE})"]
     return []
@@ -178,7 +178,7 @@ def _checkpoint(root: EvaluateRoot) -> list[str]:
 
 
 def problems_path_messages(evaluation: EvalConfig) -> list[str]:
-    """What is wrong with the place of the problems."""
+    """Problems with the location of the benchmark."""
     path = evaluation.problems_path
     if evaluation.benchmark == ACCURACY:
         found = source_problem("eval.problems_path", DataSource(path=path or ""))
@@ -195,7 +195,7 @@ def problems_path_messages(evaluation: EvalConfig) -> list[str]:
 
 
 def _accuracy(root: EvaluateRoot) -> list[str]:
-    """What is wrong with how answers are to be compared."""
+    """Problems with how answers are to be compared."""
     evaluation, answers = root.eval, root.eval.answers
     messages = []
     if answers.choices is None:
@@ -228,7 +228,7 @@ def _image_cache(evaluation: EvalConfig, form: str) -> list[str]:
 
 
 def _harness(root: EvaluateRoot) -> list[str]:
-    """What lm_eval needs, as far as this machine tells."""
+    """Problems with lm_eval, as far as this machine shows."""
     messages, harness = [], root.eval.lm_eval
     if not harness.tasks:
         messages.append("eval.tasks=[]: name tasks of lm_eval, such as eval.tasks=[arc_challenge,mmlu]")

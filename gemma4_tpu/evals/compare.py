@@ -1,4 +1,4 @@
-"""Two evaluations, problem by problem, and in words what can and can't be claimed from them."""
+"""Compares two evaluations, problem by problem, and states in words what can and cannot be claimed."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _DESCRIPTIVE = (
     "model",
     "seeds",
 )
-"""Settings that say which model it was, or how it was run: they may differ in a fair comparison."""
+"""Settings that identify the model, or how it was run: they can differ in a fair comparison."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,10 +35,10 @@ class Comparison:
     differences: list[ScoreDifference]
     """For each k."""
     only_a: int
-    """Problems that B does not have; they are left out."""
+    """Problems that B lacks; they are excluded."""
     only_b: int
     unlike: dict[str, tuple[Any, Any]]
-    """Settings that differ though they should not."""
+    """Settings that differ although they should not."""
     first_metric: str = "pass@1"
     """What the difference for k = 1 is of."""
     greedy: bool = False
@@ -64,14 +64,14 @@ class Comparison:
             lines.append(_about_categories(self.categories))
         lines.append(
             "Each side is one set of weights: what a second training run with another seed, other hardware or other"
-            " data would give is not in these numbers, so a gap cannot be put down to any of them."
+            " data would give is not in these numbers, so a gap cannot be attributed to any of them."
         )
         if self.unlike:
             listed = "; ".join(f"{key}: {a} against {b}" for key, (a, b) in sorted(self.unlike.items()))
             lines.append(f"Not a like-for-like comparison, {listed}: the gap is that of the whole setting.")
         if self.only_a or self.only_b:
             lines.append(
-                f"Left out: {self.only_a} problems that only {self.a} has, {self.only_b} that only {self.b} has."
+                f"Excluded: {self.only_a} problems that only {self.a} has, {self.only_b} that only {self.b} has."
             )
         return lines
 
@@ -84,25 +84,22 @@ def _about_categories(categories: Mapping[str, ScoreDifference]) -> str:
     listed = "; ".join(f"{name} {d.value:+.3f} [{d.low:+.3f}, {d.high:+.3f}]" for name, d in beyond.items())
     return (
         f"In {len(beyond)} of {len(categories)} categories the interval leaves out 0"
-        f"{f' ({listed})' if listed else ''}; without any difference chance does that in one of twenty."
+        f"{f' ({listed})' if listed else ''}; without any real difference, chance does that in one of twenty."
     )
 
 
 def _about_these(d: ScoreDifference, problems: int) -> str:
     if d.beyond_sampling is None:
-        return (
-            "With one sample per problem the sampling error is not known: whether drawing again would change the order"
-            " can't be said."
-        )
+        return "With one sample per problem the sampling error is unknown: drawing again might change the order."
     if d.beyond_sampling:
-        return f"On these {problems} problems the gap at k={d.k} is more than drawing the samples again would explain."
-    return f"On these {problems} problems the gap at k={d.k} is no more than drawing the samples again could give."
+        return f"On these {problems} problems the gap at k={d.k} is larger than redrawing the samples would explain."
+    return f"On these {problems} problems redrawing the samples could produce the gap at k={d.k}."
 
 
 def _about_new(d: ScoreDifference) -> str:
     if d.beyond_problems:
-        return "For new problems of the same kind it can be expected to have the same sign."
-    return "For new problems of the same kind it is undecided: the interval over problems contains 0."
+        return "On new problems of the same kind, expect the same sign."
+    return "On new problems of the same kind, either could be better: the interval over problems contains 0."
 
 
 def compare(a: EvaluationOutcome, b: EvaluationOutcome, names: tuple[str, str] | None = None) -> Comparison:
@@ -110,11 +107,11 @@ def compare(a: EvaluationOutcome, b: EvaluationOutcome, names: tuple[str, str] |
 
     Args:
       a: one evaluation.
-      b: another one, of the same benchmark.
+      b: another one, on the same benchmark.
       names: what to call them.
 
     Raises:
-      UserError: other benchmarks, or no common problem.
+      UserError: the benchmarks differ, or have no problem in common.
     """
     if a.benchmark != b.benchmark:
         raise UserError(f"compare: A is on {a.benchmark}, B on {b.benchmark}; there is nothing to pair")

@@ -1,7 +1,7 @@
 """An evaluation from problems to outcomes: judge ready → samples drawn and stored → verdicts → counts.
 
-The judge comes first, because a missing simulator should show before hours of generation. Everything is stored as it
-comes; a second start draws and judges only what is not there yet.
+The judge starts first, because a missing simulator should show before hours of generation. Everything is stored as it
+arrives; a second start draws and judges only what is missing.
 """
 
 from __future__ import annotations
@@ -71,16 +71,16 @@ class LoadModels(Protocol):
 
 
 def evaluate(config: EvalConfig, form: str, folder: Path, load_models: LoadModels) -> Evaluated:
-    """Runs an evaluation in `folder`, from where it was.
+    """Runs an evaluation in `folder`, or resumes it.
 
     Args:
-      config: what is generated, and how it is judged.
-      form: which subject counts: `run`, `checkpoint`, `endpoint`, `samples`, or `resimulate`.
+      config: what to generate, and how to judge it.
+      form: the kind of subject: `run`, `checkpoint`, `endpoint`, `samples`, or `resimulate`.
       folder: the record's.
-      load_models: called once there is a judge.
+      load_models: called once the judge is ready.
 
     Raises:
-      UserError: no simulator, no sandbox, no model, damaged files.
+      UserError: there is no simulator, sandbox or model, or a file is damaged.
     """
     opened: Court = AnswersCourt(config) if config.benchmark == ACCURACY else Simulation(config, folder)
     log.info("%s: %d problems, %d samples of each", config.benchmark, len(opened.problems), config.n)

@@ -282,7 +282,7 @@ def _json(response: httpx.Response) -> Any:
     try:
         return response.json()
     except (ValueError, RecursionError):
-        raise ValueError(f"{response.status_code} with a body that is no JSON: {_start(response)}") from None
+        raise ValueError(f"{response.status_code} with a body that is not JSON: {_start(response)}") from None
 
 
 def _answer(response: httpx.Response) -> tuple[str, str, int | None]:

@@ -1,7 +1,7 @@
-"""Completions from a model in this process: base and adapters, many problems and samples in one decoding step.
+"""Generates completions with a model in this process: base and adapters, many problems and samples per decoding step.
 
-Requests are sorted by the length of their prompts, so that a batch pads little, and every batch of a length has the
-same static shape: one compilation each. A sample's draws depend on its own seed only, whatever it shares a batch with.
+Requests are sorted by prompt length, so that batches have little padding, and every batch of a length has the same
+static shape: one compilation each. A sample's draws depend only on its own seed, whatever else is in its batch.
 """
 
 from __future__ import annotations
@@ -36,25 +36,26 @@ from gemma4_tpu.storage import join, list_folder, read_json
 log = logging.getLogger(__name__)
 
 TPU_PROMPT_MULTIPLE, PROMPT_MULTIPLE = 128, 32
-"""Prompts are padded to a multiple of this many tokens, on TPUs what the attention kernel takes; each is a
-compilation."""
+"""Prompts are padded to a multiple of this many tokens (on TPUs, one that the attention kernel accepts); each length is
+compiled.
+"""
 
 ANSWER_MULTIPLE = 8
-"""The longest of the answers that are scored is padded to a multiple of this."""
+"""The longest scored answer is padded to a multiple of this."""
 
 
 @dataclass(frozen=True)
 class SampleRequest:
-    """A sample to be drawn."""
+    """A sample to draw."""
 
     problem: str
     sample: int
     messages: tuple[Message, ...]
     seed: int
     tools: tuple[Any, ...] | None = None
-    """Functions that the model may call, as JSON schemas."""
+    """Functions that the model can call, as JSON schemas."""
     scored: tuple[str, ...] = ()
-    """Answers whose likelihoods are asked for, instead of one that is drawn."""
+    """Answers whose likelihoods are requested, instead of one that is drawn."""
 
 
 class Backend(Protocol):
@@ -65,10 +66,10 @@ class Backend(Protocol):
         """Model and parameters, for the report."""
 
     def generate(self, requests: Sequence[SampleRequest]) -> Iterator[Sample]:
-        """The samples as they come, in any order; one that cannot be had is logged and left out.
+        """Yields the samples in any order; one that cannot be obtained is logged and omitted.
 
         Raises:
-          UserError: answers are to be scored, and this backend can't do that.
+          UserError: answers are to be scored, and this backend cannot do that.
         """
 
     def example(self, request: SampleRequest) -> str:
@@ -88,7 +89,7 @@ def requests(problems: Sequence[Asked], config: EvalConfig) -> list[SampleReques
 
 
 def messages(problem: Asked, config: EvalConfig) -> tuple[Message, ...]:
-    """The conversation that the model is to answer."""
+    """The conversation to answer."""
     if not config.system:
         return problem.messages
     if problem.messages[0]["role"] == "system":
@@ -306,7 +307,7 @@ def on_mesh(x: np.ndarray, mesh: jax.sharding.Mesh | None) -> jax.Array:
 
 
 def visible(text: str, tokenizer: Any) -> str:
-    """What a user would see of an answer: without thoughts and control tokens."""
+    """An answer as a user would see it, without thoughts and control tokens."""
     text = without_thoughts(text)
     for token in tokenizer.all_special_tokens:
         text = text.replace(token, "")

@@ -1,7 +1,8 @@
 """pass@k and how far it can be trusted.
 
-Two uncertainties, never mixed: *sampling error*, what drawing the samples again would change with these problems; and
-the *interval over problems*, what other problems of the same kind would change (which contains the former).
+Two uncertainties, never mixed: *sampling error*, how much the score changes if the samples are drawn again for these
+problems; and the *interval over problems*, how much it changes for other problems of the same kind (which includes the
+former).
 """
 
 from __future__ import annotations

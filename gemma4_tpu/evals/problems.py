@@ -1,7 +1,7 @@
-"""What every benchmark has: problems, where they come from, and who judges the completions.
+"""Common to every benchmark: problems, their sources, and judges of completions.
 
-Another benchmark of Verilog is one file with a `ProblemSource`; see `verilog/resbench.py`. Rows with known answers need
-no code at all (`accuracy/`). This module imports nothing heavy.
+A new Verilog benchmark is one file with a `ProblemSource`; see `verilog/resbench.py`. Rows with known answers need no
+code at all (`accuracy/`). This module imports nothing heavy.
 """
 
 from __future__ import annotations
@@ -25,24 +25,24 @@ class Asked(Protocol):
 
     @property
     def name(self) -> str:
-        """No two problems of a benchmark share one."""
+        """Unique within a benchmark."""
 
     @property
     def messages(self) -> tuple[Message, ...]:
-        """The conversation that the model is to answer."""
+        """The conversation to answer."""
 
     @property
     def tools(self) -> tuple[Any, ...] | None:
-        """Functions that the model may call, as JSON schemas."""
+        """Functions that the model can call, as JSON schemas."""
 
     @property
     def scored(self) -> tuple[str, ...]:
-        """Answers whose likelihoods are asked for; empty: the model answers freely."""
+        """Answers whose likelihoods are requested; empty: the model answers freely."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Problem:
-    """One task: what the model is told, and the test bench that its answer has to pass."""
+    """One task: what the model is told, and the test bench that its answer must pass."""
 
     name: str
     prompt: str
@@ -150,7 +150,7 @@ HOW_TO_STOP_LEAKS = (
 
 
 class VerdictClass(StrEnum):
-    """What became of a completion."""
+    """Classes of verdicts."""
 
     PASS = "pass"
     MISMATCH = "mismatch"
@@ -178,15 +178,15 @@ class VerdictClass(StrEnum):
 
 @dataclass(frozen=True, kw_only=True)
 class Verdict:
-    """The strict verdict on one completion, and alongside it the benchmark's own."""
+    """The strict verdict on one completion, alongside the benchmark's own."""
 
     kind: VerdictClass
     detail: str = ""
     """Why, in one line."""
     official: bool | None
-    """What the benchmark's own rule says of the same code; null: not asked."""
+    """The benchmark's own verdict on the same code; null: not requested."""
     refused_by: str | None = None
-    """Which measure of the strict verdict refused; null for a pass."""
+    """The check of the strict verdict that refused it; null for a pass."""
     mismatches: int | None = None
     """Errors that the bench counted."""
     samples: int | None = None

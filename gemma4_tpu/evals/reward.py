@@ -1,4 +1,4 @@
-"""A judge as a reward, from Python: verdicts on batches of completions, while a model is trained.
+"""A judge as a reward, from Python: verdicts on batches of completions while a model is trained.
 
 ```python
 from gemma4_tpu.evals.reward import JudgeProcess
@@ -8,8 +8,8 @@ with JudgeProcess("eval=verilog_eval", "eval.problems_path=/data/verilog-eval") 
     rewards = [row["score"] for row in rows]               # or float(row["passed"])
 ```
 
-The judge is `python -m gemma4_tpu.judge` in a process of its own: callers need no `__main__` guard, may be called from
-many threads, and take no worker with them; the process ends with them, however they end. No JAX here.
+The judge is `python -m gemma4_tpu.judge` in a separate process: callers need no `__main__` guard, can call it from many
+threads, and inherit none of its workers; the process ends with its caller, however that ends. Imports no JAX.
 """
 
 from __future__ import annotations
@@ -31,18 +31,20 @@ END_SECONDS = 15.0
 
 
 class JudgeProcess:
-    """A judge that is started at once and serves until `close`. Thread-safe; a context manager.
+    """A judge that starts at once and serves until `close`. Thread-safe; a context manager.
 
     Rows have `problem`, `passed`, `score` (see `judge_server.graded`), `kind` (a verdict class), `mismatches` and
-    `samples` (null where the bench counted none), `refused_by` and `detail`.
+    `samples` (null if the bench counted none), `refused_by` and `detail`.
     """
 
     def __init__(self, *words: str):
-        """Args:
-        words: of the command line of `python -m gemma4_tpu.judge`.
+        """Starts the judge.
+
+        Args:
+          words: overrides of `python -m gemma4_tpu.judge`.
 
         Raises:
-          UserError: it does not start: no simulator, no sandbox, no problems, a canary that passes.
+          UserError: it does not start: no simulator, no sandbox, no problems, or a canary that passes.
         """
         self._errors = tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace")  # noqa: SIM115, until close()
         self._process = subprocess.Popen(
@@ -61,10 +63,10 @@ class JudgeProcess:
         self._client = httpx.Client(base_url=self.url, timeout=None)
 
     def __call__(self, samples: Sequence[tuple[str, str]]) -> list[dict[str, Any]]:
-        """A row for each (problem's name, completion), in their order.
+        """Judges each (problem's name, completion) and returns a row for each, in order.
 
         Raises:
-          UserError: a problem that the benchmark does not have, or the judge has ended.
+          UserError: the benchmark lacks a problem, or the judge has ended.
         """
         asked = [{"problem": problem, "completion": completion} for problem, completion in samples]
         try:
@@ -77,7 +79,7 @@ class JudgeProcess:
         return list(answer["verdicts"])
 
     def health(self) -> dict[str, Any]:
-        """Simulator, sandbox, problems that can't pass here, how much was judged."""
+        """Simulator, sandbox, problems that cannot be passed here, and the number of judged samples."""
         return dict(self._client.get("/health").json())
 
     def close(self) -> None:
@@ -96,7 +98,7 @@ class JudgeProcess:
         self._errors.close()
 
     def _said(self) -> str:
-        """Its refusal, or else the end of what it printed on stderr."""
+        """Its refusal, or else the end of its stderr."""
         self._errors.seek(0)
         return last_words(self._errors.read()) or f"exit code {self._process.poll()}"
 

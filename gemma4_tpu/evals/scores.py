@@ -1,4 +1,4 @@
-"""What came of an evaluation, problem by problem: the numbers that reports and comparisons are made from."""
+"""Results of an evaluation, problem by problem: the numbers behind reports and comparisons."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from gemma4_tpu.evals.store import LENGTH, Key, Sample
 from gemma4_tpu.tracking.records import EVALUATION, read_record, write_record
 
 MISSING = "missing"
-"""The class of samples that were never obtained; they count as failures."""
+"""Class of samples that were never obtained; they count as failures."""
 CLASSES = (*(str(kind) for kind in VerdictClass), MISSING)
 
 
@@ -24,17 +24,17 @@ class ProblemOutcome:
     """The samples of one problem."""
 
     n: int
-    """Asked for; those never obtained included."""
+    """Number requested, including those never obtained."""
     passed: int
     official: int | None
-    """Passed by the benchmark's own rule; null: it has none."""
+    """Passed by the benchmark's own rule; null if it has none."""
     classes: dict[str, int]
-    """Verdict class → samples."""
+    """Verdict class → number of samples."""
     truncated: int
     confirmed: int | None = None
-    """Passed, and no second opinion disagrees; null: none was asked for."""
+    """Passed, and no second opinion disagrees; null if none was requested."""
     category: str | None = None
-    """Its row's, if rows have any."""
+    """Category of its row, if rows have one."""
 
     @property
     def missing(self) -> int:
@@ -49,24 +49,25 @@ class EvaluationOutcome:
     """`run`, `base`, `model`, `endpoint` or `samples`."""
     benchmark: str
     settings: dict[str, Any]
-    """Everything that decides the samples: model, prompt, sampling."""
+    """Everything that determines the samples: model, prompt, sampling."""
     problems: dict[str, ProblemOutcome]
     selfcheck: dict[str, Any] = field(default_factory=dict)
-    """The judge's own row: simulator, sandbox; empty: nothing was simulated."""
+    """The judge's own row: simulator, sandbox; empty without simulation."""
     cannot_pass: dict[str, str] = field(default_factory=dict)
     """Problem → why its own reference fails here."""
     vacuous: dict[str, list[str]] = field(default_factory=dict)
     """Problem → designs that do nothing and pass its bench."""
     benches: list[str] = field(default_factory=list)
-    """How strong the benches are, in sentences."""
+    """Strength of the benches, in sentences."""
     second: dict[str, Any] = field(default_factory=dict)
     """Second opinions: the stimulus' `seed`, `without` (problem → why none), `disagreements` (rows)."""
     answers: dict[str, Any] = field(default_factory=dict)
-    """Of answers that were compared, not simulated: how (`compare` or `choose`, `extract`), the accuracy of choosing
-    blindly (`chance`), and `examples` that are not right (rows)."""
+    """For compared answers: how (`compare` or `choose`, `extract`), the accuracy of guessing (`chance`), and `examples`
+    that are wrong (rows).
+    """
     tokens: int | None = None
     generation_seconds: float | None = None
-    """Of this start; null: nothing was generated in it."""
+    """Of this start; null if nothing was generated in it."""
     judging_seconds: float | None = None
 
     def counts(self, rule: str = "strict", scope: str = "all") -> list[tuple[int, int]]:
@@ -90,7 +91,7 @@ class EvaluationOutcome:
         return all(getattr(problem, rule) is not None for problem in self.problems.values())
 
     def categories(self) -> dict[str, Score]:
-        """Strict pass@1 of each category, in the order of the problems; empty: there are none."""
+        """Strict pass@1 of each category, in the order of the problems; empty if there are none."""
         counts: dict[str, list[tuple[int, int]]] = {}
         for problem in self.problems.values():
             if problem.category is not None:
@@ -99,11 +100,11 @@ class EvaluationOutcome:
 
     @property
     def greedy(self) -> bool:
-        """Nothing was drawn; of samples from elsewhere that isn't known."""
+        """Whether nothing was drawn at random; unknown for samples from elsewhere."""
         return self.settings.get("temperature") == 0 and "samples" not in self.settings
 
     def metric(self, k: int) -> str:
-        """What the score for `k` is called."""
+        """Name of the score for `k`."""
         return "accuracy" if self.answers and k == 1 else f"pass@{k}"
 
     @property
@@ -161,9 +162,9 @@ def tally(
     opinions: Mapping[Key, Mapping[str, Any]] | None = None, *, official: bool = True,
     categories: Mapping[str, str] | None = None,
 ) -> dict[str, ProblemOutcome]:  # fmt: skip
-    """Counts of each problem; what is missing of `n` samples counts as failed.
+    """Counts per problem; missing ones of `n` samples count as failed.
 
-    `official`: whether the benchmark has a rule of its own; `categories`: problem → category.
+    `official`: whether the benchmark has its own rule; `categories`: problem → category.
 
     Raises:
       ValueError: more than n samples, or one without a verdict.

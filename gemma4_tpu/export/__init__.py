@@ -1,1 +1,1 @@
-"""A trained run as a model that others can load, merged or as a PEFT adapter, proven to be the one that was trained."""
+"""Exports a trained run for other tools, merged or as a PEFT adapter, verified to be the model that was trained."""

@@ -1,4 +1,6 @@
-"""Checks of `python -m gemma4_tpu.merge` before anything is read: choices, run folders, targets, the token. No JAX."""
+"""Checks of `python -m gemma4_tpu.merge` before anything is read: choices, run folders, targets, token. Imports
+no JAX.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +23,7 @@ QUANTISED = ("int8", "fp8", "int8_weight_only", "fp8_weight_only")
 
 @dataclass(frozen=True)
 class MergeChecked:
-    """What the checks found out on the way."""
+    """What the checks found out along the way."""
 
     runs: tuple[Path | str, ...]
     """The run folders to export, sorted; a str is one on gs://."""
@@ -42,7 +44,7 @@ def normalise_merge(root: MergeRoot) -> MergeRoot:
 
 
 def examine_merge(root: MergeRoot) -> tuple[MergeChecked | None, list[Refusal]]:
-    """Everything that can be checked without reading a tensor; `MergeChecked` is None when there are problems."""
+    """Checks everything that needs no tensor; `MergeChecked` is None if there are problems."""
     messages = limit_problems(root)
     runs, run_messages = _runs(root.run)
     messages += run_messages + _export(root.export, several=len(runs) > 1)
@@ -56,7 +58,7 @@ def examine_merge(root: MergeRoot) -> tuple[MergeChecked | None, list[Refusal]]:
 
 def _runs(run: str) -> tuple[list[Path] | list[str], list[str]]:
     if not run:
-        return [], ["run: which run? give run=<run folder>, such as run=outputs/train/<date>_<time>"]
+        return [], ["run is not set; set run=<run folder>, such as run=outputs/train/<date>_<time>"]
     if "://" in run:
         return [run], remote_problem(f"run={run}", run)
     folder = Path(run)
@@ -84,7 +86,7 @@ def _unfinished(folder: Path) -> dict[str, str]:
 
 
 def _natural(place: Path) -> list[tuple[int, str]]:
-    """Numbers in the names of a sweep's jobs count as such: rank-8 comes before rank-16."""
+    """Sorts numbers in job names numerically: rank-8 before rank-16."""
     return [(int(part), "") if part.isdecimal() else (-1, part) for part in re.split(r"(\d+)", place.name)]
 
 

@@ -1,4 +1,6 @@
-"""The files of a checkpoint besides its weights: tokenizer, chat template, stop ids, as bytes; `config.json`."""
+"""The files of a checkpoint besides its weights: tokenizer, chat template and stop ids, copied as bytes;
+`config.json`.
+"""
 
 from __future__ import annotations
 

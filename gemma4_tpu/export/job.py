@@ -1,4 +1,4 @@
-"""One run, exported: checked, written next to the target, compared, published."""
+"""Exports one run: checks, writes next to the target, compares, publishes."""
 
 from __future__ import annotations
 
@@ -38,9 +38,9 @@ KINDS = {
     "both": (MERGED, ADAPTER),
     **{name: (MERGED, name) for name in SCHEMES},
 }
-"""What each `export.format` writes, and so the names of the folders; a quantised model is made from the merged one."""
+"""Folders that each `export.format` writes; a quantised model is made from the merged one."""
 Shown = Callable[[Sequence[Delta], RunFolder, str], Path]
-"""Lays out what a merge added, for the record and under a title; returns the page."""
+"""Renders what a merge added, for the record and under a title; returns the page."""
 
 
 @dataclass(frozen=True)
@@ -54,9 +54,9 @@ class ExportJob:
 
     @contextmanager
     def reserved(self) -> Iterator[None]:
-        """Holds the staging folders; raises `UserError` where there is no space or another process is at work.
+        """Holds the staging folders; raises `UserError` if there is no space or another process is working there.
 
-        A refusal on the way removes them; after a full disk or a crash the same export resumes with what is there.
+        A refusal removes them; after a full disk or a crash, the same export resumes with what is there.
         """
         try:
             needed_bytes = 0
@@ -83,12 +83,12 @@ class ExportJob:
                 place.close()
 
     def run(self, record: RunFolder, show: Shown) -> dict[str, Any]:
-        """Exports into the staging folders, compares, publishes; returns what `result.json` holds.
+        """Exports into the staging folders, compares, publishes; returns the contents of `result.json`.
 
-        `show` is told what was added before it is compared.
+        `show` receives the deltas before the comparison.
 
         Raises:
-          UserError: a failed comparison, or values that are not finite; nothing is published then.
+          UserError: a comparison failed, or values are not finite; nothing is published then.
         """
         started = time.perf_counter()
         trained, result = self.trained, self._about()
@@ -126,7 +126,7 @@ def prepare(run: Path | str, export: ExportConfig, *, several: bool) -> ExportJo
     """Opens a run and checks it, its base and the targets; writes nothing.
 
     Raises:
-      UserError: anything that does not fit together, a target that exists, too little space.
+      UserError: something does not fit together, a target exists, or there is too little space.
     """
     trained = open_trained(run, export)
     if ADAPTER in KINDS[export.format]:
@@ -182,14 +182,14 @@ def _write_quantised(
     if export.verify != "false":
         off = within_half_a_step(written, merged, parts_of(arch, trained.prefix), SCHEMES[kind])
         if off is not None:
-            raise UserError(f"{off}: what was read back of {place.target} is not what was written; check the disk")
+            raise UserError(f"{off}: {place.target} reads back differently from what was written; check the disk")
         found = replace(found, passed=True)
     if export.verify == "true" and fits_in_memory(trained):
         from gemma4_tpu.export.logits import prompts_of
 
         found = replace(found, logits=compare_quantised(written, merged, arch, *prompts_of(trained, export.prompts)))
     elif export.verify == "true":
-        log.info("the model does not fit into memory: weights are compared, log-probabilities are not")
+        log.info("the model does not fit into memory: compared weights, but not log-probabilities")
     write_record(record.path / "quantised.json", QUANTISED, found)
     log.info("%s: %s", kind, found.told)
     if place.done("config.json") is None:

@@ -1,4 +1,4 @@
-"""Logits of base, LoRA and merged model on fixed prompts, in float32, by the forward pass that training ran."""
+"""Compares logits of base, LoRA and merged model on fixed prompts, in float32, with the forward pass of training."""
 
 from __future__ import annotations
 
@@ -41,11 +41,12 @@ FLOAT32_BOUND = 2e-3  # relative rms that two orders of summation in float32 exp
 
 @dataclass(frozen=True)
 class LogitParity:
-    """LoRA model against merged model, over real positions; differences are rms relative to the LoRA model's logits.
+    """LoRA model compared with merged model over real positions; differences are rms relative to the LoRA model's
+    logits.
 
-    Rounding the merged weights to the base's dtype moves the logits, and how far depends on the model (a router that
-    decides otherwise moves them a lot). So it is measured: `rounded` is the LoRA model with its weights merged and
-    rounded in memory, without any of the export's code. The file has to agree with that one.
+    Rounding the merged weights to the base's dtype moves the logits by an amount that depends on the model (a lot, if a
+    router decides differently). So it is measured: `rounded` is the LoRA model with its weights merged and rounded in
+    memory, without any of the export's code. The file must agree with that.
     """
 
     dtype: str
@@ -56,8 +57,9 @@ class LogitParity:
     merged_to_rounded: float
     """What the export is answerable for."""
     bound: float
-    """Largest `merged_to_rounded` that passes: float32 arithmetic, or a fifth of `rounded_to_lora`, as a value that
-    lies midway may round to either side."""
+    """Largest `merged_to_rounded` that passes: float32 arithmetic, or a fifth of `rounded_to_lora`, because a value
+    halfway between two roundings can go either way.
+    """
     merged_to_lora: float
     """What users of the merged model get."""
     rounded_to_lora: float

@@ -1,7 +1,8 @@
-"""The streaming merge: shard by shard, block of rows by block of rows, deltas in float32, the base's dtype out.
+"""The streaming merge: shard by shard, block of rows by block of rows, with deltas in float32 and output in the base's
+dtype.
 
-Only blocks are in memory. Everything else of a shard is copied as bytes, its header included, so that layout and index
-stay those of the base.
+Only blocks are in memory. Everything else in a shard is copied as bytes, including its header, so that layout and index
+stay the base's.
 """
 
 from __future__ import annotations
@@ -77,10 +78,10 @@ class Merger:
         self._factors = lru_cache(maxsize=4)(self._read_factors)
 
     def run(self, place: Place) -> list[Delta]:
-        """Writes every file of the merged checkpoint but `config.json` to the staging folder; returns all deltas.
+        """Writes every file of the merged checkpoint except `config.json` to the staging folder; returns all deltas.
 
         Raises:
-          UserError: NaN or infinity, a change that found no tensor, or no change at all.
+          UserError: NaN or infinity, a change without a matching tensor, or no change at all.
         """
         deltas: list[Delta] = []
         shards = sorted(self.trained.checkpoint.files.items())

@@ -1,4 +1,4 @@
-"""A run's LoRA as a PEFT adapter: `adapter_config.json` and `adapter_model.safetensors`, written tensor by tensor."""
+"""Writes a run's LoRA as a PEFT adapter, tensor by tensor: `adapter_config.json` and `adapter_model.safetensors`."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from gemma4_tpu.models.names import HEAD, PEFT_PREFIX, Tensor, full_name, peft_m
 log = logging.getLogger(__name__)
 
 VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
-"""What vLLM's --max-lora-rank takes."""
+"""Ranks that vLLM's --max-lora-rank accepts."""
 _EXPERT = re.compile(r"\bexperts\.")
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 _SERVING = {
@@ -37,11 +37,11 @@ _SERVING = {
 
 
 def check_peft(trained: Trained, experts: str) -> None:
-    """Raises `UserError` where there is no adapter to write; reports what servers do not take as it is.
+    """Raises `UserError` if there is no adapter to write; logs what servers do not accept unchanged.
 
     Args:
       trained: the run.
-      experts: the form of adapters of experts, `export.peft_experts`.
+      experts: the format of experts' adapters, `export.peft_experts`.
     """
     if not trained.lora.enabled:
         raise UserError(f"export=peft: {trained.run.path} trained every weight (lora=none); give export=merged")
@@ -79,9 +79,9 @@ def vllm_warning(rank: int) -> str | None:
 def write_peft(trained: Trained, place: Place, experts: str) -> None:
     """Writes the adapter's two files to the staging folder, in float32 as trained; the configuration comes last.
 
-    vLLM takes rank and alpha of the whole adapter for every module, and silently ignores patterns. So experts
-    have its scale in the file: where their own is another, B is multiplied. Other modules keep theirs (`lora.ranks`),
-    and bit-identical values.
+    vLLM applies the rank and alpha of the whole adapter to every module, and silently ignores patterns. So experts have
+    its scale in the file: if their own differs, B is multiplied. Other modules keep theirs (`lora.ranks`), and
+    bit-identical values.
     """
     with place.create(WEIGHTS) as out:
         out.write(_header(trained, experts))

@@ -1,9 +1,9 @@
-"""Where an export is written: a staging folder next to the target that becomes the target in one rename.
+"""The destination of an export: a staging folder next to the target, which becomes the target in one rename.
 
-The staging folder is `.<name>.partial`. Finished files are listed in its journal with their checksums, so that a killed
-export resumes with the file that it was writing. The journal stays in the target: it says what the model was made
-of, and the same export, started again, finds itself done. On gs:// a rename is a copy of each object; there
-`config.json`, without which nothing loads, comes last.
+The staging folder is `.<name>.partial`. Its journal lists finished files with their checksums, so that a killed export
+resumes with the file that it was writing. The journal stays in the target: it says what the model was made from, and
+the same export, started again, recognises that it is done. On gs:// a rename copies each object; there `config.json`,
+without which nothing loads, comes last.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Prompts on which the merged model and its base answer with different tokens, stored with the merged model.
 
-A server that is started with the model is asked them (`gemma4_tpu/serving/probe.py`), so that one that serves the base
-does not go unnoticed. They come from the logits that the comparison ran, else from the held-out answers of the training
+A server started with the model is asked these (`gemma4_tpu/serving/probe.py`), so that one that serves the base does
+not go unnoticed. They come from the logits of the comparison, else from the run's held-out answers
 (`trainer.sample_prompts`).
 """
 

@@ -1,9 +1,10 @@
-"""A merged checkpoint with its products in int8 or fp8, in the form of compressed-tensors, which vLLM and others load.
+"""Writes a merged checkpoint with its products in int8 or fp8, in the compressed-tensors format that vLLM and others
+load.
 
-Every matrix of attention, MLP and experts is rounded to nearest, with a scale for each of its rows (output channels):
-weight ≈ scale · stored. Embedding, norms, router and what belongs to other modalities are copied. Servers quantise the
-activations, for each token as it comes, or leave them as they are (`weight_only`), so that nothing is calibrated.
-Experts are stored as matrices of their own (`experts.7.gate_proj.weight`), as llm-compressor writes them.
+Every matrix of attention, MLP and experts is rounded to nearest, with a scale per row (output channel): weight â scale
+Â· stored. Embedding, norms, router and other modalities are copied. Servers quantise activations per token at run time,
+or leave them as they are (`weight_only`), so nothing is calibrated. Experts are stored as separate matrices
+(`experts.7.gate_proj.weight`), as llm-compressor does.
 
 Streamed like the merge: block of rows by block of rows, journalled, shard by shard.
 """

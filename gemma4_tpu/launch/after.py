@@ -1,4 +1,4 @@
-"""What follows a training on its slice: `merge …`, `evaluate …`, `serve …`, checked by their own configuration code."""
+"""Stages after training on its slice: `merge …`, `evaluate …`, `serve …`, checked by their own configuration code."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ _STAND_IN = f"{_KEY}embedded:verilog_smoke/heldout_problems.jsonl.gz"
 
 @dataclass(frozen=True)
 class FollowUp:
-    """One entry point that runs on the first host after the training."""
+    """An entry point that runs on the first host after training."""
 
     name: str
     words: list[str]

@@ -1,4 +1,4 @@
-"""Checks of a launch before anything is submitted: those of training, and of where and how it is to run. No JAX."""
+"""Checks of a launch before anything is submitted: those of training, and of where and how it runs. Imports no JAX."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def normalise_launch(root: Root) -> Root:
 
 
 def examine_tpu_vm(root: TpuVmRoot) -> tuple[Checked | None, list[Refusal]]:
-    """Everything that can be known before Google is asked: what was found out, or the problems."""
+    """Checks everything that can be known before Google is asked; returns the findings, or the problems."""
     launch = root.launch
     messages = _place(root)
     if launch.queue_for is not None and not re.fullmatch(r"\d+[smhd]", launch.queue_for):
@@ -70,7 +70,7 @@ def examine_tpu_vm(root: TpuVmRoot) -> tuple[Checked | None, list[Refusal]]:
         )
     if launch.git is None and CHECKOUT is None:
         messages.append(
-            "launch.git: which sources? the package is installed here without a checkout that could be uploaded; give"
+            "launch.git is not set: the package is installed here without a checkout that could be uploaded; set"
             " git=<URL>@<branch, tag or commit>"
         )
     messages += after_problems(
@@ -80,13 +80,13 @@ def examine_tpu_vm(root: TpuVmRoot) -> tuple[Checked | None, list[Refusal]]:
 
 
 def examine_gke(root: GkeRoot) -> tuple[Checked | None, list[Refusal]]:
-    """Everything that can be known before xpk is asked: what was found out, or the problems."""
+    """Checks everything that can be known before xpk is asked; returns the findings, or the problems."""
     launch = root.launch
     messages = _place(root)
     if not launch.cluster:
-        messages.append("launch.cluster: which cluster? give cluster=<name>, made by xpk cluster create")
+        messages.append("launch.cluster is not set; set cluster=<name>, created by xpk cluster create")
     if not launch.image:
-        messages.append("launch.image: which image? build launch/Dockerfile, push it, and give image=<registry>/<name>")
+        messages.append("launch.image is not set; build launch/Dockerfile, push it, and set image=<registry>/<name>")
     if launch.restarts < 0:
         messages.append(f"launch.restarts={launch.restarts}: give a number of at least 0")
     priorities = ("very-low", "low", "medium", "high", "very-high")
@@ -107,7 +107,7 @@ def _place(root: TpuVmRoot | GkeRoot) -> list[str]:
     slice_ = slice_of(root.hardware)
     if slice_ is None or slice_.topology is None:
         tpus = ", ".join(option_name(name) for name, s in SLICES.items() if s.topology)
-        messages.append(f"hardware.name={root.hardware.name}: which TPU slice? give hardware=<one of {tpus}>")
+        messages.append(f"hardware.name={root.hardware.name}: not a TPU slice; set hardware=<one of {tpus}>")
     if root.hardware.flex_start:
         messages.append(
             "hardware.flex_start=true: counts costs only; the launchers ask for capacity on demand or, with spot=true, "
@@ -120,7 +120,7 @@ def _place(root: TpuVmRoot | GkeRoot) -> list[str]:
     if root.launch.bucket is not None and not re.fullmatch(rf"{_BUCKET}(/[\w./=+-]+)?", root.launch.bucket):
         messages.append(f"launch.bucket={root.launch.bucket}: give gs://<bucket> or gs://<bucket>/<folder>")
     if root.run_dir is None and root.launch.bucket is None:
-        messages.append("launch.bucket: where does the run folder go? give bucket=gs://<bucket>, or run_dir=gs://…")
+        messages.append("launch.bucket is not set; set bucket=gs://<bucket> for run folders, or run_dir=gs://…")
     if root.run_dir is not None and not re.fullmatch(rf"{_BUCKET}/[\w./=+-]+", root.run_dir):
         given = f"run_dir={root.run_dir}"
         messages.append(f"{given}: a slice that is deleted takes its disk with it; give gs://<bucket>/<folder>")

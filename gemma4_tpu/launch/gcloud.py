@@ -1,4 +1,4 @@
-"""The Google Cloud CLI: the commands that launching takes, and its errors in one message that says what would work."""
+"""The Google Cloud CLI: the commands for launching, and its errors as one message that says what would work."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from gemma4_tpu.errors import UserError
 from gemma4_tpu.launch.record import PREFIX, Launch
 
 LABEL = "gemma4-tpu"
-"""Label of the nodes that were launched here; its value is the queued resource's id."""
+"""Label of nodes launched here; its value is the queued resource's id."""
 QUEUED = ("compute", "tpus", "queued-resources")
 
 _KINDS: tuple[tuple[str, str, str], ...] = (  # kind, what its message looks like, what would work
@@ -65,7 +65,7 @@ def gcloud(arguments: Sequence[str]) -> str:
 
 
 def explain(text: str, *, shown: str) -> GcloudError:
-    """What Google said, in one line, with what would work.
+    """Google's error, in one line, with what would work.
 
     Args:
       text: standard error of a command, or the error of a queued resource that failed.
@@ -80,7 +80,7 @@ def explain(text: str, *, shown: str) -> GcloudError:
 
 
 def create(launched: Launch, script: str) -> list[str]:
-    """Asks for the slice; `script` is the path of its start-up script."""
+    """Command that requests the slice; `script` is the path of its start-up script."""
     config, slice_ = launched.config, launched.hardware
     return [
         *QUEUED, "create", launched.id, f"--node-id={launched.id}",
@@ -94,7 +94,7 @@ def create(launched: Launch, script: str) -> list[str]:
 
 
 def delete(name: str, project: str, zone: str) -> list[str]:
-    """Deletes a queued resource and its slice."""
+    """Command that deletes a queued resource and its slice."""
     return [*QUEUED, "delete", name, f"--project={project}", f"--zone={zone}", "--force", "--quiet"]
 
 
@@ -120,7 +120,7 @@ def upload(source: str, target: str) -> list[str]:
 
 
 def read(address: str) -> str | None:
-    """A small file on gs://; None: there is none."""
+    """A small file on gs://; None if there is none."""
     try:
         return gcloud(["storage", "cat", address])
     except GcloudError as error:

@@ -1,7 +1,7 @@
-"""`python -m launch.gke`: a training on a GKE cluster, through xpk: a JobSet that Kueue starts when there is room.
+"""`python -m launch.gke`: trains on a GKE cluster, through xpk: a JobSet that Kueue starts when there is room.
 
-Every host of the slice runs the same command with the same run folder; JobSet starts all of them again after a
-preemption or a crash.
+Every host of the slice runs the same command with the same run folder; JobSet restarts all of them after a preemption
+or a crash.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ GKE: EntryPoint[GkeRoot, Checked] = LaunchEntry(
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Exit code: 0 submitted (or shown), 2 refused, 130 interrupted, else xpk's."""
+    """Returns 0 submitted (or shown), 2 refused, 130 interrupted, else xpk's exit code."""
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S", stream=sys.stderr)
     return exit_code(
         lambda: _run(load(list(sys.argv[1:] if argv is None else argv), GKE)),

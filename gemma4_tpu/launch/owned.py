@@ -1,4 +1,4 @@
-"""What was launched here: listed and deleted, nothing else. Ours is what bears our name and our label."""
+"""Lists and deletes what was launched here, and nothing else: resources with our name and our label."""
 
 from __future__ import annotations
 

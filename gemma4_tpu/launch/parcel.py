@@ -1,4 +1,4 @@
-"""The sources that a slice runs: this checkout as it stands, with its history, so that provenance is recorded there."""
+"""The sources that a slice runs: this checkout as it is, with its history, so that provenance is recorded there."""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""One launch: all that its commands and its script are made of, kept as a record to be watched and deleted by."""
+"""One launch: everything that its commands and its script are made from, recorded so that it can be watched and
+deleted.
+"""
 
 from __future__ import annotations
 
@@ -26,7 +28,7 @@ MODEL_IN_MEMORY = "/dev/shm/gemma4-tpu-model"
 
 @dataclass(frozen=True, kw_only=True)
 class Launch:
-    """One training on one slice."""
+    """One training run on one slice."""
 
     id: str
     """Name of the queued resource and of its node."""

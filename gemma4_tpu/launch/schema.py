@@ -1,4 +1,4 @@
-"""Types of the launchers' configurations: all that train takes, and where and how it is to run."""
+"""Types of the launchers' configurations: those of train, and where and how it runs."""
 
 from __future__ import annotations
 
@@ -18,7 +18,8 @@ class PlaceConfig:
     """Zone with such slices, as us-east5-a; null: CLOUDSDK_COMPUTE_ZONE. `zone=` for short."""
     bucket: str | None = None
     """gs://<bucket>[/<folder>] for new run folders (`<bucket>/<name>/<date>_<time>`), in the zone's region; not needed
-    with `run_dir=gs://…`. `bucket=` for short."""
+    with `run_dir=gs://…`. `bucket=` for short.
+    """
     dry_run: bool = False
     """Show the commands and the rendered files; submit nothing. `dry_run=` for short."""
 

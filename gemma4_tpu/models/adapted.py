@@ -1,4 +1,4 @@
-"""Which weights get an adapter, and how: what `lora` says, weight by weight. No JAX here."""
+"""Decides which weights get an adapter, and how: applies `lora` to each weight. Imports no JAX."""
 
 from __future__ import annotations
 
@@ -19,26 +19,27 @@ _LAYERS = re.compile(r"(?P<first>-?\d+)(?P<range>-(?P<last>-?\d+)?)?")
 
 @dataclass(frozen=True)
 class Adapted:
-    """The adapter of one weight of one layer: it adds scale · (x·A)·B."""
+    """The adapter of one weight of one layer, which adds scale · (x·A)·B."""
 
     rank: int
     """r, the inner dim of A and B."""
     scale: float
     pieces: tuple[int, ...] = (0,)
-    """Which of the weight's pieces on disk get it, by number: of keys and values perhaps only the values."""
+    """Indices of the weight's pieces on disk that get it; of keys and values, possibly only the values."""
     dora: bool = False
-    """The lengths of the weight's rows are trained too (see `dora.py`)."""
+    """Also train the lengths of the weight's rows (see `dora.py`)."""
 
 
 OfLayer = tuple[tuple[str, Adapted], ...]
-"""The adapted weights of a layer, by their names without `layers.N.`; two layers with equal ones are adapted alike."""
+"""The adapted weights of a layer, by name without `layers.N.`; layers with equal ones are adapted alike."""
 
 
 def adapted(arch: Architecture, lora: LoraConfig | None) -> tuple[OfLayer, ...]:
-    """Of each layer. The router has none, nor has what is trained in full.
+    """The adapters of each layer. The router gets none, nor do weights that are trained in full.
 
     Raises:
-      UserError: `lora.layers`, `lora.targets` or `lora.ranks` name what this model has not, or no weight is adapted.
+      UserError: `lora.layers`, `lora.targets` or `lora.ranks` name something that this model lacks, or no weight is
+        adapted.
     """
     if lora is None or not lora.enabled:
         return ((),) * arch.num_layers
@@ -55,8 +56,8 @@ def adapted(arch: Architecture, lora: LoraConfig | None) -> tuple[OfLayer, ...]:
         raise UserError(f"lora.targets=[{','.join(lora.targets)}] adapts no module{where}; use some of {known}")
     if idle := [pattern for pattern in lora.ranks if pattern not in ranks.used]:
         raise UserError(
-            f"lora.ranks: {', '.join(idle)}: no adapted module takes its rank from it; patterns are compared with names"
-            " such as layers.3.self_attn.q_proj or the end of them (q_proj, mlp.*), the first that fits counts"
+            f"lora.ranks: {', '.join(idle)}: matches no adapted module; patterns are compared with whole names"
+            " such as layers.3.self_attn.q_proj or with their ends (q_proj, mlp.*), and the first match counts"
         )
     return found
 
@@ -65,7 +66,7 @@ def adapted_layers(given: list[str] | None, num_layers: int) -> list[int]:
     """The layers that `lora.layers` names, such as `[0-11,24,-6-]`; None: all.
 
     Raises:
-      UserError: not a layer or a range of layers, or none of this model.
+      UserError: an item is not a layer or range of layers, or this model lacks them.
     """
     if given is None:
         return list(range(num_layers))
@@ -102,35 +103,39 @@ def _of_layer(arch: Architecture, lora: LoraConfig, ranks: _Ranks, layer: int) -
 
 
 def _most_ranks(arch: Architecture, layer: int, weight: Weight, pieces: int) -> int:
-    """The rank of a weight, or of so many of its pieces together."""
+    """The maximal rank of a weight, or of `pieces` of its pieces together."""
     size = sizes(arch, layer) | {"c": pieces}
     return min(math.prod(size[dim] for dim in dims) for dims in (weight.inputs, weight.outputs))
 
 
 def takes_part(lora: LoraConfig) -> bool:
-    """Whether adapters begin as a part of their weights (PiSSA, OLoRA), which the frozen weights then lack."""
+    """Whether adapters start as a part of their weights (PiSSA, OLoRA), which is then subtracted from the frozen
+    weights.
+    """
     return lora.enabled and lora.init != "default"
 
 
 def as_plain(lora: LoraConfig) -> LoraConfig:
-    """What such adapters are as plain ones beside whole weights: of twice the rank, at the same scale."""
+    """The equivalent plain adapters on unmodified weights: twice the rank, same scale."""
     ranks = {pattern: 2 * rank for pattern, rank in lora.ranks.items()}
     alpha = lora.alpha * scaled_by(2, lora.rslora)
     return replace(lora, init="default", rank=2 * lora.rank, alpha=alpha, ranks=ranks)
 
 
 def expert_rank(arch: Architecture, lora: LoraConfig) -> int:
-    """Of each expert's adapter; by default those that a token passes through have the rank of one product together."""
+    """Rank of each expert's adapter. By default, the ranks of the experts that a token passes through add up to
+    `lora.rank`.
+    """
     return lora.expert_rank or max(1, lora.rank // arch.experts_per_token)
 
 
 def scaled_by(rank: int, rslora: bool) -> float:
-    """What alpha is divided by: the rank, with rsLoRA its root."""
+    """The divisor of alpha: the rank, or its square root with rsLoRA."""
     return math.sqrt(rank) if rslora else rank
 
 
 class _Ranks:
-    """Ranks by `lora.ranks`, and which of its patterns were used."""
+    """Ranks by `lora.ranks`; records which of its patterns were used."""
 
     def __init__(self, lora: LoraConfig):
         self._lora = lora
@@ -141,7 +146,7 @@ class _Ranks:
         ranks = {name: self._of_module(name, otherwise) for name in names}
         if len(set(ranks.values())) > 1:
             told = ", ".join(f"{name} {rank}" for name, rank in ranks.items())
-            raise UserError(f"lora.ranks: {told}: these share A, so give both the same rank, or adapt one of them")
+            raise UserError(f"lora.ranks: {told}: these share A; give both the same rank, or adapt only one of them")
         return ranks[names[0]]
 
     def _of_module(self, name: str, otherwise: int) -> int:

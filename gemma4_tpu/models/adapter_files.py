@@ -1,6 +1,6 @@
-"""Reads an adapter in PEFT's form, as `peft`, TRL and Unsloth save it: safetensors only, nothing is unpickled.
+"""Reads adapters in PEFT's format, as saved by `peft`, TRL and Unsloth: safetensors only; nothing is unpickled.
 
-What `export/peft.py` writes, read back; and what others write. No JAX.
+Reads what `export/peft.py` writes, and what other tools write. Imports no JAX.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from gemma4_tpu.storage import join, list_folder, open_bytes, read_json
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 _DTYPES = ("float32", "bfloat16", "float16")
-_NAME = re.compile(r"\^?[\w.]+")  # of a module; PEFT takes regular expressions, which could be made to hang
+_NAME = re.compile(r"\^?[\w.]+")  # module names: PEFT also accepts regular expressions, which can hang
 _HASHED_AT_ONCE_BYTES = 32 << 20
 
 _WITHOUT_EFFECT = {
@@ -33,20 +33,23 @@ _WITHOUT_EFFECT = {
     "layers_pattern", "layers_to_transform", "lora_dropout", "megatron_core", "peft_version", "qalora_group_size",
     "revision", "runtime_config", "target_modules", "task_type",
 }  # fmt: skip
-"""Keys of PEFT's configuration that say nothing about what a saved adapter computes, beside those that are read. Any
-other key must be off, also one that a later version of PEFT brings."""
+"""Keys of PEFT's configuration that do not affect what a saved adapter computes, besides those that are read. Every
+other key must be off, including keys that later versions of PEFT add.
+"""
 _READ = {
     "peft_type", "r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern", "init_lora_weights",
     "modules_to_save", "target_parameters", "use_dora",
 }  # fmt: skip
 _OFF: tuple[Any, ...] = (None, False, "none", [], {})
 _ON_THE_SAME_BASE = (True, False, "gaussian", "eva", "orthogonal", "mica")
-"""Initialisations that leave the base weights as they are."""
+"""Initialisations that leave the base weights unchanged."""
 
 
 @dataclass(frozen=True)
 class Given:
-    """The trained adapter of one weight `[out, in]`: its delta is scale · B @ A. Of experts all dims follow theirs."""
+    """The trained adapter of one weight `[out, in]`, with delta scale · B @ A. For experts, all dims come after
+    theirs.
+    """
 
     a_shape: tuple[int, ...]
     """`[r, in]`"""
@@ -60,7 +63,7 @@ class Given:
 
     @property
     def adds_nothing(self) -> bool:
-        """The weight is the base's."""
+        """Whether the weight equals the base's."""
         return self.magnitude is None and not self.read()[1].any()
 
     @property
@@ -69,7 +72,7 @@ class Given:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Of the weight."""
+        """Shape of the weight."""
         return *self.a_shape[:-2], self.b_shape[-2], self.a_shape[-1]
 
 
@@ -78,19 +81,19 @@ class Whole:
     """A weight that was trained in full."""
 
     shape: tuple[int, ...]
-    """On disk."""
+    """Shape on disk."""
     read: Callable[[], np.ndarray]
     """Its values in float32, with the dims on disk."""
 
 
 @dataclass(frozen=True)
 class PeftAdapter:
-    """The two files of an adapter, read and checked as far as headers go."""
+    """The two files of an adapter, checked as far as headers allow."""
 
     weights: Mapping[str, Given]
     """By the weight's name without prefix: `layers.3.self_attn.q_proj.weight`."""
     whole: Mapping[str, Whole]
-    """Of modules that were saved themselves (`modules_to_save`), by the same names."""
+    """Modules that were saved whole (`modules_to_save`), by the same names."""
     base: str | None
     """The base model that it says it was trained on."""
     sha256: str
@@ -101,14 +104,14 @@ def read_peft(folder: str) -> PeftAdapter:
     """Opens the adapter in `folder`, local or remote.
 
     Raises:
-      UserError: not LoRA's plain form, pickled or damaged files, a tensor that belongs to no adapter of a weight.
+      UserError: not plain LoRA, pickled or damaged files, or a tensor that belongs to no adapter.
     """
     present = list_folder(folder)
     if WEIGHTS not in present:
         pickled = [name for name in present if name.endswith((".bin", ".pt", ".pth"))]
         if pickled:
             raise UserError(
-                f"{join(folder, pickled[0])}: pickled, which is never read; load the adapter with peft and save it"
+                f"{join(folder, pickled[0])}: pickled, and pickles are not read; load the adapter with peft and save it"
                 " again (as safetensors, its default)"
             )
         raise UserError(f"{folder}: has no {WEIGHTS}; found {', '.join(present[:10])}")
@@ -126,20 +129,20 @@ def read_peft(folder: str) -> PeftAdapter:
 
 def _check_config(config: Mapping[str, Any], where: str) -> None:
     problems = [
-        f"{key}={config[key]}: regular expressions; only names of modules are read"
+        f"{key}={config[key]}: contains regular expressions; only module names are read"
         for key in ("rank_pattern", "alpha_pattern")
         if not (isinstance(found := config.get(key) or {}, dict) and all(_NAME.fullmatch(name) for name in found))
     ]
     if str(config.get("peft_type")).upper() != "LORA":
-        problems.append(f"peft_type={config.get('peft_type')}: only LORA adapters can be continued")
+        problems.append(f"peft_type={config.get('peft_type')}: only LORA adapters can be used")
     problems += [
-        f"{key}={value}: changes more than A and B of plain LoRA do"
+        f"{key}={value}: changes more than plain LoRA does"
         for key, value in config.items()
         if key not in _READ | _WITHOUT_EFFECT and value not in _OFF
     ]
     if (initial := config.get("init_lora_weights", True)) not in _ON_THE_SAME_BASE:
         problems.append(
-            f"init_lora_weights={initial}: changed the base weights too; let peft convert it:"
+            f"init_lora_weights={initial}: changed the base weights too; convert it with peft:"
             " save_pretrained(path_initial_model_for_weight_conversion=…)"
         )
     if problems:
@@ -147,8 +150,8 @@ def _check_config(config: Mapping[str, Any], where: str) -> None:
 
 
 def _pairs(file: TensorFile) -> tuple[dict[str, dict[str, str]], dict[str, str], list[str]]:
-    """Weight → (`A`, `B`, with DoRA `magnitude_vector`) → name of the tensor; weight → the module's path as spelt;
-    tensors that are no factors.
+    """Weight → (`A`, `B`, with DoRA `magnitude_vector`) → tensor name; weight → the module's path as spelt; tensors
+    that are not factors.
     """
     pairs: dict[str, dict[str, str]] = {}
     modules: dict[str, str] = {}
@@ -159,16 +162,16 @@ def _pairs(file: TensorFile) -> tuple[dict[str, dict[str, str]], dict[str, str],
             continue
         weight, factor, modules[weight] = found[0], found[1], found[2]
         if (other := pairs.setdefault(weight, {}).setdefault(factor, name)) != name:
-            raise UserError(f"{file.path}: {other} and {name} are two adapters of one weight; save one of them alone")
+            raise UserError(f"{file.path}: {other} and {name} are two adapters of one weight; save only one of them")
     if half := [name for pair in pairs.values() for name in pair.values() if not {"A", "B"} <= pair.keys()]:
         raise UserError(f"{file.path}: {some(half)}: A without B, or B without A; save the adapter again")
     if not pairs:
-        raise UserError(f"{file.path}: holds no adapter")
+        raise UserError(f"{file.path}: contains no adapter")
     return pairs, modules, others
 
 
 def _check_magnitudes(file: TensorFile, pairs: Mapping[str, Mapping[str, str]], dora: bool) -> None:
-    """Raises `UserError` where some weights have DoRA's magnitudes and others not, or all against the configuration."""
+    """Raises `UserError` if only some weights have DoRA magnitudes, or if they contradict the configuration."""
     if other := [weight for weight, pair in pairs.items() if (MAGNITUDE in pair) != dora]:
         has = "no magnitudes" if dora else "magnitudes"
         raise UserError(
@@ -178,7 +181,7 @@ def _check_magnitudes(file: TensorFile, pairs: Mapping[str, Mapping[str, str]], 
 
 
 def _whole(file: TensorFile, names: list[str], modules_to_save: list[str] | None) -> dict[str, Whole]:
-    """The tensors that are no factors of adapters, if PEFT's configuration says that there are such."""
+    """The tensors that are not factors of adapters, provided that PEFT's configuration announces them."""
     found: dict[str, Whole] = {}
     for name in names:
         info = file.tensors[name]
@@ -191,11 +194,11 @@ def _whole(file: TensorFile, names: list[str], modules_to_save: list[str] | None
     head, embedding = found.get(HEAD), found.get(BY_NAME[EMBEDDING].on_disk)
     if (head or embedding) and not (head and embedding and np.array_equal(head.read(), embedding.read())):
         raise UserError(
-            f"{file.path}: embedding and output matrix are not the same, which Gemma 4's are; train them as one"
+            f"{file.path}: embedding and output matrix differ, but Gemma 4 ties them; train them as one"
             " (ensure_weight_tying=True)"
         )
     if absent := [m for m in modules_to_save or () if not any(n.removesuffix(".weight").endswith(m) for n in names)]:
-        raise UserError(f"{file.path}: {CONFIG} says modules_to_save={absent}, of which no tensor is here")
+        raise UserError(f"{file.path}: {CONFIG} says modules_to_save={absent}, but there is no tensor of it")
     return {name: one for name, one in found.items() if name != HEAD}
 
 
@@ -212,7 +215,7 @@ def _given(file: TensorFile, pair: Mapping[str, str], scale: tuple[float, int]) 
 
 
 def _matrix(file: TensorFile, name: str) -> tuple[int, ...]:
-    """The shape of a tensor that must be a matrix of floats."""
+    """The shape of a tensor, which must be a matrix of floats."""
     info = file.tensors[name]
     if info.dtype.name not in _DTYPES or len(info.shape) != 2:
         raise UserError(f"{file.path}: {name} is {info.dtype.name}{list(info.shape)}, not a matrix of floats")
@@ -229,7 +232,7 @@ def _apart(file: TensorFile, pair: Mapping[str, str], a: tuple[int, ...], b: tup
 def _experts(
     file: TensorFile, config: Mapping[str, Any], pairs: dict[str, dict[str, str]], names: Mapping[str, str]
 ) -> dict[str, Given]:
-    """The adapters of experts in both forms of `expert_files.py`; takes them out of `pairs`."""
+    """The adapters of experts in both formats of `expert_files.py`; removes them from `pairs`."""
     found = {}
     for weight in list(pairs):
         if own := parameter_of(names[weight], config.get("target_parameters") or []):
@@ -241,7 +244,7 @@ def _experts(
         grouped = by_parameter([weight.removesuffix(".weight") for weight in pairs])
     except ValueError as missing:
         raise UserError(
-            f"{file.path}: no adapter of {missing}, though other experts have one; save all of them"
+            f"{file.path}: no adapter for {missing}, although other experts have one; save all of them"
         ) from None
     for parameter, matrices in grouped.items():
         parts = [[pairs.pop(f"{module}.weight") for module in row] for row in matrices]
@@ -293,7 +296,7 @@ def _read(file: TensorFile, name: str) -> np.ndarray:
 
 
 def _scale(config: Mapping[str, Any], module: str) -> tuple[float, int]:
-    """(factor on B·A, rank) of a module, as PEFT finds them."""
+    """(factor of B·A, rank) of a module, as PEFT determines them."""
     rank = _of_pattern(config.get("rank_pattern"), module, config.get("r"))
     alpha = _of_pattern(config.get("alpha_pattern"), module, config.get("lora_alpha"))
     if not (isinstance(rank, int) and rank > 0 and isinstance(alpha, int | float) and 0 < alpha < math.inf):
@@ -302,7 +305,7 @@ def _scale(config: Mapping[str, Any], module: str) -> tuple[float, int]:
 
 
 def _of_pattern(patterns: Mapping[str, Any] | None, module: str, otherwise: Any) -> Any:
-    """The value for the first name that the module's path ends with (`^`: is)."""
+    """The value of the first pattern that the module's path ends with (or equals, with `^`)."""
     for name, value in (patterns or {}).items():
         if module == name.removeprefix("^") or (not name.startswith("^") and module.endswith(f".{name}")):
             return value

@@ -1,6 +1,6 @@
-"""What a checkpoint is, and what would go wrong with it, before weights are read: headers and small files. No JAX.
+"""Inspects a checkpoint and reports what would go wrong with it, from headers and small files only. Imports no JAX.
 
-`python -m gemma4_tpu.check` prints it; training, evaluating, planning and launching take it as a step.
+`python -m gemma4_tpu.check` prints the report; training, evaluation, planning and launching run it as a step.
 """
 
 from __future__ import annotations
@@ -34,9 +34,11 @@ log = logging.getLogger(__name__)
 
 END_OF_TURN = "<turn|>"
 _OTHER_PARAMETERS = {"gemma4_31b": 575_743_536, "gemma4_12b": 52_379_904}
-"""Of images and sound in the released checkpoints, where that is known; those of the text follow from the shapes."""
-_ROWS = 16  # of a stored output matrix that are compared with the embedding here; loading compares all of it
-_SECONDS = 30.0  # for a look at a checkpoint that may be out of reach
+"""Parameters of the image and audio parts of the released checkpoints, where known; those of the text model follow from
+its shapes.
+"""
+_ROWS = 16  # rows of a stored output matrix compared with the embedding here; loading compares all of it
+_SECONDS = 30.0  # limit for looking at a checkpoint that may be unreachable
 _CHILD = """
 import json, sys
 from dataclasses import asdict
@@ -48,25 +50,25 @@ print(json.dumps(asdict(look(ModelConfig(**json.loads(sys.argv[1]))))))
 
 @dataclass
 class Audit:
-    """What was found out."""
+    """The findings."""
 
     facts: dict[str, str] = field(default_factory=dict)
     """What the checkpoint is, by heading."""
     problems: list[str] = field(default_factory=list)
-    """Why training would be refused."""
+    """Reasons why training would be refused."""
     notes: list[str] = field(default_factory=list)
-    """What is worth knowing, but no reason to refuse."""
+    """Worth knowing, but no reason to refuse."""
 
     @contextmanager
     def collecting(self) -> Iterator[None]:
-        """A refusal inside becomes a problem."""
+        """Records a refusal inside the block as a problem."""
         try:
             yield
         except UserError as refusal:
             self.problems.append(str(refusal))
 
     def enforce(self) -> None:
-        """Logs the notes, and raises `UserError` with all problems where there are some."""
+        """Logs the notes, and raises one `UserError` with all problems if there are any."""
         for note in self.notes:
             log.warning("%s", note)
         if self.problems:
@@ -74,7 +76,7 @@ class Audit:
 
 
 def look(model: ModelConfig) -> Audit:
-    """The audit of the checkpoint that `model` names; with `model.name=auto` its size is recognised."""
+    """Audits the checkpoint that `model` names; `model.name=auto` detects its size."""
     found = Audit()
     with found.collecting():
         return audit(resolve_base(replace(model, name=_size(model)) if model.name == ANY_SIZE else model))
@@ -82,7 +84,7 @@ def look(model: ModelConfig) -> Audit:
 
 
 def _size(model: ModelConfig) -> str:
-    """The name of the architecture that a checkpoint has."""
+    """The name of a checkpoint's architecture."""
     path = model.path or ""
     if path.startswith(files.RANDOM):
         raise UserError(f"model.path={path}: random weights of which size? give model=<size>")
@@ -96,18 +98,18 @@ def _size(model: ModelConfig) -> str:
 
 
 def look_from_afar(model: ModelConfig) -> Audit:
-    """As `look`, from a machine that need not reach the checkpoint: what is remote is given half a minute."""
+    """Like `look`, from a machine that may be unable to reach the checkpoint: remote files get half a minute."""
     try:
         return look_within(model, _SECONDS)
     except UserError as error:
-        return Audit(notes=[f"{error}; training does, before it loads"])
+        return Audit(notes=[f"{error}; training checks it before loading"])
 
 
 def look_within(model: ModelConfig, seconds: float) -> Audit:
-    """As `look`, with a time limit on what is remote.
+    """Like `look`, with a time limit for remote files.
 
     Raises:
-      UserError: it can't be reached; says why, in whatever words its file system has.
+      UserError: the checkpoint cannot be reached; gives the file system's reason.
     """
     if not is_remote(model.path or ""):
         return look(model)
@@ -122,11 +124,11 @@ def look_within(model: ModelConfig, seconds: float) -> Audit:
         reason = done.stderr.strip().rpartition("\n")[2]
     except subprocess.TimeoutExpired:
         pass
-    raise UserError(f"model.path={model.path}: not looked at from here ({reason})")
+    raise UserError(f"model.path={model.path}: not checked from this machine ({reason})")
 
 
 def audit(base: Base) -> Audit:
-    """What a base model is and what would go wrong with it; of random weights, what their tokenizer is."""
+    """Audits a base model; of random weights, only the tokenizer."""
     found, arch = Audit(), base.arch
     if base.folder is None:
         found.facts["model"] = f"{arch.name}, random weights"
@@ -177,10 +179,10 @@ def _parameters(found: Audit, base: Base, fitting: Match) -> None:
     others = [name for name in fitting.passthrough if name != fitting.head and not name.startswith(layers)]
     count = sum(math.prod(checkpoint.shape(name)) for name in others)
     released = _OTHER_PARAMETERS.get(arch.name)
-    found.facts["parameters"] = f"{told}; {count:,} of images and sound" if count else f"{told}; text only"
+    found.facts["parameters"] = f"{told}; {count:,} for images and audio" if count else f"{told}; text only"
     if count and released and count != released:
         found.notes.append(
-            f"{base.folder}: {count:,} parameters of images and sound; {arch.name} as released has {released:,}"
+            f"{base.folder}: {count:,} parameters for images and audio; {arch.name} as released has {released:,}"
         )
 
 
@@ -190,13 +192,13 @@ def _head(found: Audit, base: Base, fitting: Match, config: dict[str, Any]) -> N
         if any(part.get("tie_word_embeddings") is False for part in (config, text_config(config))):
             raise UserError(
                 f"{base.folder}: config.json says tie_word_embeddings=false, but there is no lm_head.weight:"
-                " transformers would draw one at random; copy that tensor too, or write true if there never was one"
+                " transformers would initialise one at random; copy that tensor, or set it to true if none exists"
             )
         return
     rows = base.arch.vocab_size
     for row in range(0, rows, max(1, rows // _ROWS)):
         check_tied(base.checkpoint, fitting, (slice(row, row + 1), slice(None)))
-    found.facts["output matrix"] = f"{fitting.head}, a copy of the embedding as far as {_ROWS} rows tell"
+    found.facts["output matrix"] = f"{fitting.head}, a copy of the embedding, judging by {_ROWS} rows"
 
 
 def _rope(arch: Architecture) -> str:
@@ -215,17 +217,17 @@ def _pictures(config: dict[str, Any]) -> str:
 
 
 def _vocabulary(found: Audit, base: Base) -> dict[str, int]:
-    """Token → id of the tokenizer, each of which must have an embedding; and the chat template."""
+    """Checks the chat template, and that every token has an embedding; returns token → id of the tokenizer."""
     folder, arch = base.tokenizer_folder, base.arch
     if messages := files.no_tokenizer(folder, folder):
         raise UserError("\n".join(messages))
     template = files.chat_template(folder) or ""
     revision = templates.revision(template)
-    found.facts["chat template"] = revision or f"of none of the known revisions (sha256 {templates.sha256(template)})"
+    found.facts["chat template"] = revision or f"not a known revision (sha256 {templates.sha256(template)})"
     if revision is None:
-        found.notes.append(f"{folder}: the template is none of the known revisions; examples are verified all the same")
+        found.notes.append(f"{folder}: the template is not a known revision; examples are verified all the same")
         if wrong := templates.syntax_problem(template):
-            found.problems.append(f"{folder}: the chat template can't be read ({wrong}); take the stock one")
+            found.problems.append(f"{folder}: the chat template cannot be read ({wrong}); use the original one")
     ids = _token_ids(join(folder, files.TOKENIZER_NAME))
     size = arch.vocab_size
     if arch.per_layer_input_dim:
@@ -237,29 +239,29 @@ def _vocabulary(found: Audit, base: Base) -> dict[str, int]:
         named = ", ".join(f"{token!r} {number}" for number, token in beyond[:3])
         raise UserError(
             f"{join(folder, files.TOKENIZER_NAME)}: {len(beyond):,} of its tokens have ids beyond the {size:,} rows of"
-            f" the embedding ({named}{', …' if len(beyond) > 3 else ''}); give the checkpoint's own tokenizer"
+            f" the embedding ({named}{', …' if len(beyond) > 3 else ''}); use the checkpoint's own tokenizer"
             " (model.tokenizer=<folder>), or a checkpoint whose embedding was enlarged"
         )
     return ids
 
 
 def _token_ids(path: str) -> dict[str, int]:
-    """Token → id, of a `tokenizer.json`."""
+    """Token → id, from a `tokenizer.json`."""
     content = read_json(path)
     try:
         vocabulary = content["model"]["vocab"]
-        if isinstance(vocabulary, list):  # Unigram: [token, score] in the order of ids
+        if isinstance(vocabulary, list):  # Unigram: [token, score] in order of ids
             vocabulary = {token: number for number, (token, *_) in enumerate(vocabulary)}
         ids = {**vocabulary, **{str(token["content"]): token["id"] for token in content.get("added_tokens") or []}}
         if odd := [token for token, number in ids.items() if type(number) is not int]:
             raise ValueError(f"{odd[0]!r} has the id {ids[odd[0]]!r}")
         return ids
     except (KeyError, TypeError, ValueError) as error:
-        raise UserError(f"{path}: not a tokenizer that can be read ({error!r}); copy the file again") from None
+        raise UserError(f"{path}: not a readable tokenizer ({error!r}); copy the file again") from None
 
 
 def _stop_ids(found: Audit, folder: str, ids: dict[str, int]) -> None:
-    """Tokens at which servers and evaluations end an answer."""
+    """Checks the tokens at which servers and evaluations end an answer."""
     path = join(folder, files.GENERATION_NAME)
     given = read_json(path).get("eos_token_id") if files.GENERATION_NAME in list_folder(folder) else None
     stops = given if isinstance(given, list) else [] if given is None else [given]

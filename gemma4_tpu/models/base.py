@@ -1,6 +1,6 @@
-"""The base model that a configuration names: its architecture, where its weights and tokenizer are, what identifies it.
+"""Finds the base model that a configuration names: its architecture, weights, tokenizer and fingerprint.
 
-Reads `config.json` and headers only, local or gs://, and needs no JAX.
+Reads only `config.json` and headers, local or gs://, and imports no JAX.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from gemma4_tpu.models.tensorfile import Checkpoint
 from gemma4_tpu.new_tokens import NewTokens, places
 
 RANDOM_TOKENIZER = "embedded:tiny"
-"""Tokenizer of random weights unless `model.tokenizer` names another."""
+"""Tokenizer of random weights, unless `model.tokenizer` names another."""
 
 
 @dataclass(frozen=True)
@@ -40,23 +40,23 @@ class Base(BaseFound):
 
     @cached_property
     def token_places(self) -> NewTokens:
-        """Where the new tokens are. Raises `UserError` where the tokenizer has no room for them."""
+        """Where the new tokens go. Raises `UserError` if the tokenizer has no room for them."""
         return places(self.tokenizer_folder, self.new_tokens) if self.new_tokens else NewTokens({}, {})
 
     @cached_property
     def fingerprint(self) -> str:
-        """What tells this base from any other; see `Checkpoint.fingerprint`."""
+        """Distinguishes this base from any other; see `Checkpoint.fingerprint`."""
         if self.folder is not None:
             return self.checkpoint.fingerprint
         return hashlib.sha256(f"random {self.seed} {self.arch}".encode()).hexdigest()
 
 
 def resolve_base(model: ModelConfig, *, pictures: bool = False) -> Base:
-    """Finds the base model that `model` names; with `pictures`, its projector is one of its weights.
+    """Finds the base model that `model` names; with `pictures`, its weights include the projector.
 
     Raises:
-      UserError: no path, no checkpoint there (a PEFT adapter, other formats), one that contradicts `model.name`, or one
-        that reads no pictures where it should.
+      UserError: there is no path or no checkpoint (or a PEFT adapter, or another format), the checkpoint contradicts
+        `model.name`, or it cannot read pictures although it should.
     """
     found = find_base(model, remote=True)
     if pictures:

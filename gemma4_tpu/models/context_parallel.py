@@ -1,19 +1,20 @@
-"""Attention where the tokens of a row are split over the `cp` axis: what a chip needs of the others' tokens.
+"""Attention for rows whose tokens are split over the `cp` axis: what a chip needs of the other chips' tokens.
 
-All else in a layer works on each token by itself. Attention takes
+Everything else in a layer works on each token by itself. Attention needs
 
-- in sliding layers the keys and values of the `window - 1` tokens before a chip's own: its halo, sent by the chip
-  before it, or by several where a chip has fewer tokens than that;
-- in global layers those of the whole row, gathered for one layer at a time. Gemma 4 has few of them: one head of keys
-  for eight of queries, so that they take less memory than the residual streams that a run keeps (31B at 131,072 tokens:
-  1 GiB over tp), and the same kernel does all of a chip's queries in one call. A ring would keep a chip's share of it,
-  for as many bytes sent, but has to merge the softmax of its steps, and the kernel's backward pass does not offer that.
+- in sliding layers, the keys and values of the `window - 1` tokens before a chip's own: its halo, sent by the previous
+  chip, or by several if chips hold fewer tokens than that;
+- in global layers, those of the whole row, gathered for one layer at a time. Gemma 4 has few global layers, with one
+  key head per eight query heads, so this takes less memory than the residual streams that the step keeps (31B at
+  131,072 tokens: 1 GiB over tp), and one kernel call processes all queries of a chip. A ring would keep only a chip's
+  share, for the same number of bytes sent, but would have to merge the softmax of its steps, which the kernel's
+  backward pass does not support.
 
-With the tokens in order, the chip with a row's last tokens would work twice as long in a global layer as they do on the
-average. So each row is cut into 2·cp parts, and chip i works on the queries of part i and of part 2·cp - 1 - i: as many
-pairs of tokens for each chip. Queries travel there, the output back (`exchange`).
+If tokens stayed in order, the chip with the last tokens of a row would take twice the average time in a global layer.
+So each row is cut into 2·cp parts, and chip i processes the queries of parts i and 2·cp - 1 - i: every chip then has
+the same number of token pairs. Queries travel there, and the output travels back (`exchange`).
 
-These functions run inside `shard_map`: arrays are a chip's own. S: the tokens of a chip, T/cp.
+These functions run inside `shard_map`, on a chip's own arrays. S: tokens per chip, T/cp.
 """
 
 from __future__ import annotations
@@ -30,14 +31,14 @@ from gemma4_tpu.models.chunked import attention_of
 from gemma4_tpu.models.sharding import CP, TP, activation_spec
 
 NOBODYS = -1
-"""Segment of keys that are not there: of the halo before a row's first token. Padding is 0."""
+"""Segment of non-existent keys: those of the halo before a row's first token. Padding is 0."""
 
 Sent = list[tuple[int, int]]
-"""(from, to) among the chips of the axis."""
+"""(from, to) pairs of chips on the axis."""
 
 
 def with_halo(x: jax.Array, tokens: int, axis: int) -> jax.Array:
-    """[…, S, …] → […, tokens + S, …]; zeros where a row has not begun yet."""
+    """[…, S, …] → […, tokens + S, …], with zeros before the start of a row."""
     own, parts = x.shape[axis], jax.lax.axis_size(CP)
     pieces = []
     for distance in range(-(-tokens // own), 0, -1):
@@ -49,7 +50,7 @@ def with_halo(x: jax.Array, tokens: int, axis: int) -> jax.Array:
 
 
 def segments_with_halo(segment_ids: jax.Array, tokens: int) -> jax.Array:
-    """[B, S] → [B, tokens + S]; `NOBODYS` where a row has not begun yet."""
+    """[B, S] → [B, tokens + S], with `NOBODYS` before the start of a row."""
     return with_halo(segment_ids - NOBODYS, tokens, axis=1) + NOBODYS
 
 
@@ -59,7 +60,9 @@ def whole(x: jax.Array, axis: int) -> jax.Array:
 
 
 def exchange(x: jax.Array, axis: int, *, back: bool = False) -> jax.Array:
-    """[…, S, …] of a chip's own tokens → of those whose queries it works on in global layers; `back`: the inverse."""
+    """[…, S, …] of a chip's own tokens → of the tokens whose queries it processes in global layers; `back` inverts
+    this.
+    """
     halves = jnp.split(x, 2, axis=axis)
     moves = _moves(jax.lax.axis_size(CP))
     if back:
@@ -71,8 +74,8 @@ def exchange(x: jax.Array, axis: int, *, back: bool = False) -> jax.Array:
 
 
 def exchanged_places(length: int, parts: int) -> np.ndarray:
-    """int32 [T]: the place in its row of each token, chip after chip, as they lie once exchanged."""
-    order = np.empty((parts, 2), np.int32)  # which part of the row each chip has first and second
+    """int32 [T]: the position in its row of each token after the exchange, chip by chip."""
+    order = np.empty((parts, 2), np.int32)  # the first and second part of the row on each chip
     for half, sent in enumerate(_moves(parts)):
         for here, there in sent:
             order[there, half] = 2 * here + half
@@ -80,9 +83,10 @@ def exchanged_places(length: int, parts: int) -> np.ndarray:
 
 
 def _moves(parts: int) -> tuple[Sent, Sent]:
-    """Where the first and the second halves of all chips go: part p of 2·parts to chip p, or 2·parts - 1 - p.
+    """Destinations of the first and second halves of all chips: part p of 2·parts goes to chip p, or 2·parts - 1 - p.
 
-    Of two parts p and 2·parts - 1 - p one is even and one odd, so that each chip gets one first half and one second.
+    One of parts p and 2·parts - 1 - p is even and the other odd, so that each chip receives one first and one second
+    half.
     """
     first, second = (
         [(i, min(p, 2 * parts - 1 - p)) for i, p in enumerate(range(half, 2 * parts, 2))] for half in (0, 1)
@@ -93,7 +97,7 @@ def _moves(parts: int) -> tuple[Sent, Sent]:
 def blockwise_attention(
     q: jax.Array, k: jax.Array, v: jax.Array, segment_ids: jax.Array, window: int | None, *, mesh: Mesh
 ) -> jax.Array:
-    """As `chunked.chunked_attention`, for rows that are split over `cp`.
+    """Like `chunked.chunked_attention`, for rows split over `cp`.
 
     Queries stay where they are: in global layers the chip with a row's end works longest.
     """

@@ -1,10 +1,10 @@
-"""Text from a model: a KV cache over the same layers that training runs, many sequences per step, static shapes.
+"""Generates text with a KV cache over the layers that training uses: many sequences per step, static shapes.
 
 Tunix's sampler is not used: in 0.1.7 it draws a whole batch from one seed, so that a sample depends on its neighbours;
-its router of the mixture of experts is wrong (`tunix_bridge.py`); and it sees neither stacked layers nor our adapters.
+its mixture-of-experts router is wrong (`tunix_bridge.py`); and it supports neither stacked layers nor our adapters.
 
-Rows are padded on the left, so that all of them stand at the same place in every step. Sliding layers keep the last
-`window` keys and values only, in a ring: place t lies in slot t mod C. Dims as in `gemma4.py`, and P places of the
+Rows are padded on the left, so that all of them are at the same position in every step. Sliding layers keep only the
+last `window` keys and values, in a ring: position t is in slot t mod C. Dims as in `gemma4.py`, and P positions of the
 prompt, C slots of a cache.
 """
 
@@ -28,23 +28,23 @@ Cache = list[list[KV | None]]
 
 @dataclass(frozen=True)
 class Sampling:
-    """How the next token is drawn."""
+    """How to draw the next token."""
 
     temperature: float = 1.0
-    """0: the likeliest token."""
+    """0 takes the most likely token."""
     top_p: float = 1.0
-    """Draw from the smallest set of tokens that has this share of the probability."""
+    """Draw from the smallest set of tokens whose probabilities add up to at least this."""
 
 
 class Generated(NamedTuple):
-    """What came of a batch."""
+    """The result of a batch."""
 
     tokens: jax.Array
-    """[B, N]; after a sequence has ended, 0."""
+    """[B, N]; 0 after the end of a sequence."""
     counts: jax.Array
-    """[B] tokens generated, the one that ended the sequence included."""
+    """[B] tokens generated, including the one that ended the sequence."""
     stopped: jax.Array
-    """[B] False: cut off after N tokens."""
+    """[B] False if cut off after N tokens."""
 
 
 @partial(jax.jit, static_argnames=("model", "max_new_tokens", "sampling", "stop_ids"))
@@ -61,23 +61,23 @@ def generate(
     stop_ids: Sequence[int],
     features: jax.Array | None = None,
 ) -> Generated:
-    """Continues each row until one of `stop_ids` or for `max_new_tokens`. Compiled once per shape of `tokens`.
+    """Continues each row until one of `stop_ids` or for `max_new_tokens`. Compiles once per shape of `tokens`.
 
     Args:
       model: architecture and settings; adapters act without dropout.
       params: base weights as laid out by `Layout`.
-      lora: adapters, or None for the base model alone.
+      lora: adapters; None uses the base model alone.
       tokens: [B, P] int32 prompts, padded on the left.
-      lengths: [B] int32, real tokens of each; at least 1.
-      seeds: [B] uint32; a row's draws depend on its own seed and logits only, whatever else is in the batch.
+      lengths: [B] int32, real tokens of each prompt; at least 1.
+      seeds: [B] uint32; a row's draws depend only on its own seed and logits, whatever else is in the batch.
       max_new_tokens: N.
       sampling: how tokens are drawn.
       stop_ids: a tuple.
-      features: [B, P, I] of the prompts' pictures, as `hidden_states` takes them.
+      features: [B, P, I] of the prompts' pictures, as for `hidden_states`.
     """
     model = replace(model, remat="none", lora_dropout=0.0)
     b, p = tokens.shape
-    first = p - lengths  # [B] place of each row's first real token
+    first = p - lengths  # [B] position of each row's first real token
     places = jnp.arange(p)[None, :]
     segments = (places >= first[:, None]).astype(jnp.int32)
     forward = partial(through_layers, model, params, lora)
@@ -113,12 +113,12 @@ def generate(
 
 
 def sample(scores: jax.Array, keys: jax.Array, index: jax.Array, sampling: Sampling) -> jax.Array:
-    """The next token of each row, [B] int32.
+    """Draws the next token of each row, [B] int32.
 
     Args:
       scores: [B, V] float32 logits.
       keys: [B] keys, one per row.
-      index: of the token in its sequence, one for all rows or [B]; with the key it decides the draw.
+      index: of the token in its sequence, one for all rows or [B]; the draw depends on it and the key.
       sampling: temperature and top_p.
     """
     if sampling.temperature == 0:
@@ -127,36 +127,37 @@ def sample(scores: jax.Array, keys: jax.Array, index: jax.Array, sampling: Sampl
 
 
 def shaped(scores: jax.Array, sampling: Sampling) -> jax.Array:
-    """Logits [B, V] of the very distribution that tokens are drawn from, at a temperature above 0."""
+    """Logits [B, V] of exactly the distribution that tokens are drawn from, at a temperature above 0."""
     scores = scores / sampling.temperature
     if sampling.top_p < 1:
         probabilities = jax.nn.softmax(scores, axis=-1)
         ranked = jnp.sort(probabilities, axis=-1, descending=True)
-        before = jnp.cumsum(ranked, axis=-1) - ranked  # probability of everything likelier
+        before = jnp.cumsum(ranked, axis=-1) - ranked  # total probability of the more likely tokens
         least = jnp.min(jnp.where(before < sampling.top_p, ranked, jnp.inf), axis=-1, keepdims=True)
         scores = jnp.where(probabilities >= least, scores, MASKED)
     return scores
 
 
 def draw(scores: jax.Array, keys: jax.Array, index: jax.Array) -> jax.Array:
-    """A token of each row's distribution, whose logits are `scores`; see `sample`."""
+    """Draws a token from each row's distribution with logits `scores`; see `sample`."""
     of_row = jax.vmap(lambda key, i, row: jax.random.categorical(jax.random.fold_in(key, i), row))
     return of_row(keys, jnp.broadcast_to(index, keys.shape), scores).astype(jnp.int32)
 
 
 class DecodingPlace(NamedTuple):
-    """Where a decoding step stands."""
+    """The position of a decoding step."""
 
     place: jax.Array
-    """The new token's place: one for all rows, or [B]."""
+    """Position of the new token: one for all rows, or [B]."""
     first: jax.Array
-    """[B] place of each row's first real token."""
+    """[B] position of each row's first real token."""
 
 
 def decoding(at: DecodingPlace | None) -> Visit:
-    """What happens at a layer: its new keys and values [R, B, T, K, H] are collected, if it has its own.
+    """The visitor that decoding runs at each layer; it collects the new keys and values [R, B, T, K, H] of layers that
+    have their own.
 
-    `at` None: a prompt by itself; else T = 1, and the token sees what the cache beside the layer holds.
+    With `at` None, it processes a prompt; otherwise T = 1, and the token also sees the layer's cache.
     """
 
     def visit(
@@ -181,24 +182,24 @@ def _attend_past(
     _segment_ids: jax.Array,
     _window: int | None,
 ) -> jax.Array:
-    """Attention of one new token per row, q [B, 1, N, H], to the cache and itself.
+    """Attention of one new token per row, q [B, 1, N, H], to the cache and to itself.
 
-    `cache` None: a KV-shared layer, whose k and v are the whole cache of the layer that it shares.
+    `cache` is None for a KV-shared layer, whose k and v are the whole cache of the layer that it shares.
     """
     slots = (cache[0] if cache else k).shape[1]
     place = at.place[..., None]
-    places = place - (place - jnp.arange(slots)) % slots  # [C] or [B, C]: the last place that went into each slot
-    seen = places >= at.first[:, None]  # a ring no longer than the window holds nothing older than it
+    places = place - (place - jnp.arange(slots)) % slots  # [C] or [B, C]: the last position written to each slot
+    seen = places >= at.first[:, None]  # a ring no longer than the window holds nothing older than the window
     if cache is None:
         return attend(q, k, v, seen[:, None, :])
-    # The new token's slot holds one that has left the window, or nothing.
+    # The new token's slot holds a position that has left the window, or nothing.
     return _attend_beside(q, cache, (k, v), seen & (places != place))
 
 
 def _attend_beside(q: jax.Array, cache: KV, new: KV, seen: jax.Array) -> jax.Array:
-    """Attention of q [B, 1, N, H] to a cache [B, C, K, H], as far as `seen` [B, C], and to the new token [B, 1, K, H].
+    """Attention of q [B, 1, N, H] to a cache [B, C, K, H] where `seen` [B, C], and to the new token [B, 1, K, H].
 
-    The two stay apart, because to put the token into the cache for this would be a copy of the cache in each layer.
+    The two stay separate because inserting the token first would copy the cache in each layer.
     """
     b, _, n, h = q.shape
     kv = new[0].shape[2]
@@ -214,13 +215,13 @@ def _attend_beside(q: jax.Array, cache: KV, new: KV, seen: jax.Array) -> jax.Arr
 
 
 def _extend(cache: KV, new: KV, place: jax.Array) -> KV:
-    """Keys and values [B, C, K, H] with those of one more token [B, 1, K, H]."""
+    """Appends the keys and values of one token [B, 1, K, H] to [B, C, K, H]."""
     keys, values = (put(c[None], n[None], place)[0] for c, n in zip(cache, new, strict=True))
     return keys, values
 
 
 def put(cache: jax.Array, new: jax.Array, place: jax.Array) -> jax.Array:
-    """Keys or values [R, B, C, K, H] with those of a token [R, B, 1, K, H] at its `place`, one for all rows or [B]."""
+    """Writes a token's keys or values [R, B, 1, K, H] into [R, B, C, K, H] at `place`, one for all rows or [B]."""
     slot = place % cache.shape[2]
     if place.ndim == 0:
         return jax.lax.dynamic_update_slice_in_dim(cache, new, slot, axis=2)
@@ -228,7 +229,7 @@ def put(cache: jax.Array, new: jax.Array, place: jax.Array) -> jax.Array:
 
 
 def is_global(model: Model, kvs: Cache) -> Any:
-    """A tree like `kvs` that says of each array whether its layer is global."""
+    """A tree like `kvs` that says for each array whether its layer is global."""
     return [
         [own and (model.arch.is_global(n),) * len(own) for n, own in zip(stage.layers[0], kvs_of_stage, strict=True)]
         for stage, kvs_of_stage in zip(model.layout.stages, kvs, strict=True)
@@ -236,7 +237,7 @@ def is_global(model: Model, kvs: Cache) -> Any:
 
 
 def _to_cache(x: jax.Array, is_global: bool, *, total: int, window: int) -> jax.Array:
-    """A prompt's keys or values [R, B, P, K, H] as a cache [R, B, C, K, H] with each place in its slot."""
+    """Turns a prompt's keys or values [R, B, P, K, H] into a cache [R, B, C, K, H], each position in its slot."""
     slots = total if is_global else min(window, total)
     last = x.shape[2] - 1
     places = last - (last - np.arange(slots)) % slots

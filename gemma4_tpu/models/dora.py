@@ -1,7 +1,7 @@
-"""DoRA (arXiv 2402.09353): a weight's direction is adapted by A and B, the length of each of its rows is trained.
+"""DoRA (arXiv 2402.09353): A and B adapt a weight's direction, and the length of each of its rows is trained.
 
-A row is what one output of a product takes from its inputs. It becomes magnitude · (W + scale·A·B) / ‖W + scale·A·B‖,
-and the norm counts as a constant in the backward pass (section 4.3, as PEFT has it).
+A row holds the inputs' weights for one output. It becomes magnitude · (W + scale·A·B) / ‖W + scale·A·B‖, where the norm
+counts as a constant in the backward pass (section 4.3, as in PEFT).
 """
 
 from __future__ import annotations
@@ -15,22 +15,21 @@ from gemma4_tpu.models.weights import Weight
 
 
 def of_pieces(weight: Weight, x: jax.Array, pieces: tuple[int, ...]) -> jax.Array:
-    """The adapted ones [c', …] of the pieces [c, …] of a weight or of what it makes."""
+    """Selects the adapted pieces [c', …] from the pieces [c, …] of a weight, or of its output."""
     if len(pieces) == len(weight.hf_names):
         return x
     return jnp.stack([x[i] for i in pieces])
 
 
 def norms(weight: Weight, how: Adapted, base: jax.Array, lora_a: jax.Array, lora_b: jax.Array) -> jax.Array:
-    """‖W + scale·A·B‖ of each row, float32, with the dims `weight.outputs`, for the backward pass a constant.
+    """‖W + scale·A·B‖ of each row, float32, with the dims `weight.outputs`; a constant in the backward pass.
 
-    What magnitudes begin with.
-
-    The sum is never formed: its squared norm is ‖W‖² + 2·scale·W·(A·B) + scale²·‖A·B‖², and W·A has r columns only.
+    These are the initial magnitudes. The sum is never formed: its squared norm is ‖W‖² + 2·scale·W·(A·B) +
+    scale²·‖A·B‖², and W·A has only r columns.
 
     Args:
-      weight: its row.
-      how: it is adapted.
+      weight: its row in `weights.py`.
+      how: how it is adapted.
       base: W, dense, with its dims in memory.
       lora_a: A.
       lora_b: B, of the adapted pieces.
@@ -54,23 +53,25 @@ def squared_lengths(weight: Weight, base: jax.Array) -> jax.Array:
 
 
 def turned(weight: Weight, how: Adapted, magnitude: jax.Array, norm: jax.Array, y: jax.Array) -> jax.Array:
-    """Y = x·W + scale·x·A·B with its rows' lengths as trained.
+    """Returns y = x·W + scale·x·A·B, rescaled to the trained row lengths.
 
     Args:
-      weight: its row.
-      how: it is adapted.
+      weight: its row in `weights.py`.
+      how: how it is adapted.
       magnitude: with the dims `weight.outputs`, of the adapted pieces.
       norm: `norms`.
-      y: of all pieces, these first where there are several.
+      y: of all pieces, stacked along the first dim if there are several.
     """
     ratio = magnitude / norm
-    ratio = ratio[:, None, None] if "c" in weight.outputs else ratio  # [c, B, T, …]: rows and tokens come behind c
-    change = of_pieces(weight, y, how.pieces) * (ratio - 1).astype(y.dtype)  # near 1, a ratio would be rounded too far
+    ratio = ratio[:, None, None] if "c" in weight.outputs else ratio  # [c, B, T, …]: rows and tokens come after c
+    change = of_pieces(weight, y, how.pieces) * (ratio - 1).astype(
+        y.dtype
+    )  # a ratio near 1 would lose too much to rounding
     return y + change if len(change) == len(y) else y.at[jnp.asarray(how.pieces)].add(change)
 
 
 def scaled(weight: Weight, merged: np.ndarray, magnitude: np.ndarray) -> np.ndarray:
-    """W + scale·A·B [dims in memory] with the rows' lengths as trained."""
+    """W + scale·A·B [dims in memory], rescaled to the trained row lengths."""
     inputs = tuple(i for i, dim in enumerate(weight.dims) if dim in weight.inputs)
     norm = np.sqrt(np.sum(np.square(merged), axis=inputs))
     return merged * np.expand_dims(magnitude / norm, inputs)

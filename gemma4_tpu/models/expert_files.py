@@ -1,10 +1,10 @@
-"""The two forms in which files hold the adapters of experts, there and back. No JAX.
+"""Converts between the adapters of experts in memory and the two formats on disk. Imports no JAX.
 
 `fused`: PEFT adapts the parameters `experts.gate_up_proj` and `experts.down_proj` (its `target_parameters`) by wrapping
-their module once for each, so that the first one's pair is called `experts.base_layer.lora_A`. One matrix holds the A
-of all experts `[E·r, in]`, expert by expert; one their B `[out, r·E]`, rank by rank, with the expert fastest (as in
-`ParamWrapper.get_delta_weight` of PEFT 0.21). `per_expert`: a pair for each matrix of each expert, as if they were
-modules (`experts.7.gate_proj.lora_A`): what vLLM loads as it is.
+their module once for each, so that the first pair is called `experts.base_layer.lora_A`. One matrix holds the A of all
+experts `[E·r, in]`, expert by expert, and one their B `[out, r·E]`, rank by rank, with the expert index fastest (as in
+`ParamWrapper.get_delta_weight` of PEFT 0.21). `per_expert`: a pair for each matrix of each expert, as if it were a
+module (`experts.7.gate_proj.lora_A`), which vLLM loads without conversion.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import numpy as np
 
 FORMS = ("fused", "per_expert")
 PARTS = {"gate_up_proj": ("gate_proj", "up_proj"), "down_proj": ("down_proj",)}
-"""The matrices that a parameter of the module `experts` holds; the parameters in the order in which PEFT wraps them."""
+"""The matrices that each parameter of the module `experts` holds; parameters in the order in which PEFT wraps them."""
 _OF_ONE = re.compile(r"(?P<module>.*\bexperts)\.(?P<expert>\d+)\.(?P<part>gate_proj|up_proj|down_proj)")
 _INNER = ".base_layer"
 
@@ -25,7 +25,7 @@ Pair = tuple[np.ndarray, np.ndarray]
 
 
 def to_files(parameter: str, a: np.ndarray, b: np.ndarray, form: str) -> Iterator[tuple[str, Pair]]:
-    """Modules that a parameter's adapter is stored as, each with its A `[r, in]` and B `[out, r]`.
+    """Yields the modules in which a parameter's adapter is stored, each with its A `[r, in]` and B `[out, r]`.
 
     Args:
       parameter: `layers.3.experts.gate_up_proj`.
@@ -44,7 +44,7 @@ def to_files(parameter: str, a: np.ndarray, b: np.ndarray, form: str) -> Iterato
 
 
 def modules(parameter: str, experts: int) -> list[list[str]]:
-    """Of each expert, what the per-expert form calls the matrices of a parameter."""
+    """For each expert, the names of a parameter's matrices in the per-expert format."""
     module, _, own = parameter.rpartition(".")
     return [[f"{module}.{expert}.{part}" for part in PARTS[own]] for expert in range(experts)]
 
@@ -55,10 +55,10 @@ def from_fused(a: np.ndarray, b: np.ndarray, rank: int) -> Pair:
 
 
 def from_experts(parts: Sequence[Sequence[Pair]]) -> Pair:
-    """The inverse of the per-expert form, whether gate and up share A or have one each, which then adds up their ranks.
+    """Inverts the per-expert format. If gate and up have separate A matrices, their ranks add up.
 
     Args:
-      parts: the pairs of all experts, for each matrix of the parameter.
+      parts: for each matrix of the parameter, the pairs of all experts.
     """
     stacked = [tuple(np.stack(factors) for factors in zip(*pairs, strict=True)) for pairs in parts]
     (first, _), *others = stacked
@@ -74,7 +74,7 @@ def from_experts(parts: Sequence[Sequence[Pair]]) -> Pair:
 
 
 def parameter_of(module: str, targets: Sequence[str]) -> str | None:
-    """Which of `PARTS` a wrapped module of the fused form is about; None: it is a module of its own.
+    """Which of `PARTS` a wrapped module of the fused format refers to; None if it is a module of its own.
 
     Args:
       module: its path in the base model, `….experts.base_layer` or `….experts`.
@@ -90,10 +90,11 @@ def parameter_of(module: str, targets: Sequence[str]) -> str | None:
 
 
 def by_parameter(modules: Sequence[str]) -> Mapping[str, list[list[str]]]:
-    """Of the modules of the per-expert form: parameter → for each of its matrices the modules of all experts, in order.
+    """Groups the modules of the per-expert format: parameter → for each of its matrices, the modules of all experts in
+    order.
 
     Raises:
-      ValueError: an expert that lacks a matrix which others have; names it.
+      ValueError: an expert lacks a matrix that others have; names it.
     """
     found: dict[str, dict[tuple[int, str], str]] = {}
     for module in modules:

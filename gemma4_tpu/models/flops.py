@@ -1,8 +1,8 @@
-"""Analytic FLOP counts: what the model's mathematics needs, whatever a compiler makes of it. No JAX here.
+"""Analytic FLOP counts: what the model's mathematics requires, regardless of the compiler. Imports no JAX.
 
-A multiply-add counts as two. Backward passes: activation gradients cost as much as the forward pass; weight gradients
-as much again, but only for weights that are trained: 6 FLOPs per parameter and token, and 4 where it is frozen. LoRA
-trains almost none; and its layers before the first that is trained take 2, as no gradient goes back to them.
+A multiply-add counts as two FLOPs. In the backward pass, activation gradients cost as much as the forward pass, and
+weight gradients as much again, but only for trained weights: 6 FLOPs per parameter and token, and 4 for frozen ones.
+LoRA trains almost none, and the layers before the first trained one take 2, because no gradient reaches them.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from gemma4_tpu.models.weights import PER_LAYER_TABLE, rows
 def matmul_parameters(arch: Architecture, only: Callable[[Tensor], bool] = lambda _: True) -> int:
     """Parameters that each token is multiplied with: active experts only, the output table included.
 
-    `only` picks some of the weights.
+    `only` selects some of the weights.
     """
 
     def active(tensor: Tensor) -> int:
@@ -33,12 +33,14 @@ def matmul_parameters(arch: Architecture, only: Callable[[Tensor], bool] = lambd
 
 
 def lora_parameters(arch: Architecture, lora: LoraConfig) -> int:
-    """Trained parameters of the adapters: an A `[r, in]`; for each weight on disk a B `[out, r]` and DoRA's lengths."""
+    """Trained parameters of the adapters: an A `[r, in]`, and for each weight on disk a B `[out, r]` and DoRA's
+    lengths.
+    """
     return _lora_parameters(arch, lora, arch.num_experts)
 
 
 def _lora_parameters(arch: Architecture, lora: LoraConfig, experts: int) -> int:
-    """Those of so many experts of each layer, and of everything else."""
+    """Parameters of the adapters, counting `experts` experts per layer."""
     adapted, count = Layout.of(arch, lora).adapted, 0
     for tensor in adapted_tensors(arch, adapted).values():
         how, outputs = adapted[tensor.name], len(tensor.hf_names) * tensor.hf_shape[-2]
@@ -48,9 +50,9 @@ def _lora_parameters(arch: Architecture, lora: LoraConfig, experts: int) -> int:
 
 
 def attention_flops(arch: Architecture, length: float, before: int | None = None) -> float:
-    """Scores and weighted values of one forward pass, per token of a segment with `length` tokens (causal mean).
+    """FLOPs of scores and weighted values in one forward pass, per token of a segment of `length` tokens (causal mean).
 
-    `before`: of the layers before this one alone.
+    `before` counts only the layers before this one.
     """
     flops = 0.0
     for i in range(arch.num_layers if before is None else before):
@@ -69,14 +71,15 @@ def train_flops_per_token(
     token_rows: bool = False,
     beside: Architecture | None = None,
 ) -> float:
-    """Forward and backward of one real token in segments of `mean_length` tokens, without rematerialisation.
+    """FLOPs of the forward and backward passes per real token in segments of `mean_length` tokens, without
+    rematerialisation.
 
     Args:
       arch: the model.
-      lora: what is trained of it.
-      mean_length: of the segments that attention sees.
+      lora: what is trained.
+      mean_length: of the segments, in tokens.
       token_rows: some rows of the embedding are trained as well, see `token_rows.py`.
-      beside: a model whose forward pass goes with it, such as a teacher.
+      beside: another model whose forward pass runs along, such as a teacher.
     """
     layout = Layout.of(arch, lora)
     first = 0 if token_rows else _first_trained_layer(layout)
@@ -91,7 +94,9 @@ def train_flops_per_token(
 
 
 def _first_trained_layer(layout: Layout) -> int:
-    """Down to which gradients go: what is trained of the embedder, per-layer inputs included, is below all layers."""
+    """The layer down to which gradients flow; trained parts of the embedder, per-layer inputs included, are below all
+    layers.
+    """
     arch, in_full = layout.arch, layout.in_full
     if any(weight.path[0] == "embedder" and weight.name in in_full for weight in rows(arch)):
         return 0

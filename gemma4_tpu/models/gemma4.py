@@ -1,16 +1,16 @@
 """Gemma 4's forward pass as pure functions over parameter trees.
 
-Parameters carry Tunix's names and shapes (see `layout.py`), adapters Qwix's (see `lora.py`). Tunix's own modules are a
-reference that this is tested against, beside transformers; training does not run them because they discard segment
-ids, cannot scan over layers, and see adapters only through one intercepted method.
+Parameters have Tunix's names and shapes (see `layout.py`), adapters Qwix's (see `lora.py`). Tests compare this with
+Tunix's own modules and with transformers. Training does not run Tunix's modules because they discard segment ids,
+cannot scan over layers, and reach adapters only through one intercepted method.
 
-Dims: B rows, T tokens, D model, N query heads, K key/value heads, H head width, F hidden units, L layers,
-P per-layer embedding, V vocabulary, I features of a picture, r adapter rank, R repeats of a stage.
+Dims: B rows, T tokens, D model, N query heads, K key/value heads, H head width, F hidden units, L layers, P per-layer
+embedding, V vocabulary, I features of a picture, r adapter rank, R repeats of a stage.
 
-S is T split over the `tp` axis: each chip keeps the residual stream of its own tokens (sequence parallelism). Were it
-whole on every chip, all of them would do the same norms, residuals and first halves of adapters, and sums over heads
-and hidden units would be brought to all (all-reduce). Split, the sums are scattered, and gathered again before the
-next product: as many bytes, and the work in between is shared.
+S is T split over the `tp` axis: each chip keeps the residual stream of its own tokens (sequence parallelism). With the
+whole stream on every chip, all chips would repeat the same norms, residuals and first halves of adapters, and sums over
+heads and hidden units would need an all-reduce. Split, the sums are reduce-scattered and then gathered before the next
+product: the same number of bytes, with the work in between shared.
 """
 
 from __future__ import annotations
@@ -35,13 +35,14 @@ from gemma4_tpu.models.sharding import constrain
 Params = dict[str, Any]
 KV = tuple[jax.Array, jax.Array]
 Visit = Callable[["Layer", jax.Array, jax.Array | None, KV | None, Any], tuple[jax.Array, KV, Any]]
-"""`visit(layer, x, its per-layer input, the KV that it shares, what stands beside it)` → x, its KV for later layers,
-and what is to be collected."""
+"""`visit(layer, x, per-layer input, shared KV, the layer's extra state)` → x, its KV for later layers, and a value to
+collect.
+"""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Model:
-    """What is fixed while a program is compiled: the architecture, its adapters and how to run them."""
+    """Everything that is fixed at compile time: the architecture, its adapters and how to run them."""
 
     layout: Layout
     compute_dtype: Any = jnp.bfloat16
@@ -51,9 +52,9 @@ class Model:
     attention: Callable[..., jax.Array] = einsum_attention
     mesh: Mesh | None = None
     expert_kernel: bool = False
-    """Grouped products by a TPU kernel, which reads frozen experts where they lie, see `grouped.py`."""
+    """Grouped products use a TPU kernel that reads frozen experts in place, see `grouped.py`."""
     token_rows: tuple[int, ...] = ()
-    """Rows of the embedding that are trained alone, see `token_rows.py`."""
+    """Rows of the embedding that are trained by themselves, see `token_rows.py`."""
 
     @property
     def arch(self) -> Architecture:
@@ -62,24 +63,24 @@ class Model:
 
 @dataclass(frozen=True)
 class Layer:
-    """One layer at work: its weights and adapters, the rows it sees and its dropout key."""
+    """One layer while it runs: its weights and adapters, the rows it sees and its dropout key."""
 
     model: Model
     number: int
-    """A layer of the same structure (they differ only in weights)."""
+    """Number of a layer with the same structure (they differ only in weights)."""
     params: Params
     lora: Params
     segment_ids: jax.Array
     positions: jax.Array
     key: jax.Array | None
-    """Of this layer's dropout; None: there is none."""
+    """Of this layer's dropout; None: no dropout."""
     in_loop: bool
-    """It runs inside `lax.scan`."""
+    """The layer runs inside `lax.scan`."""
     apart: int
-    """Of what it keeps for the backward pass, see `remat.keep`."""
+    """Passed to `remat.keep` for what it keeps for the backward pass."""
 
     def keep(self, x: jax.Array, name: str) -> jax.Array:
-        """Marks what a remat policy may keep."""
+        """Marks an array that a remat policy can keep."""
         return keep(x, name, self.apart)
 
     @property
@@ -107,7 +108,7 @@ class Layer:
 
 
 def rms_norm(x: jax.Array, scale: jax.Array | None) -> jax.Array:
-    """X / rms(x) · scale, computed in float32, in x's dtype."""
+    """Returns x / rms(x) · scale, computed in float32, in x's dtype."""
     wide = x.astype(jnp.float32)
     wide = wide * jax.lax.rsqrt(jnp.mean(jnp.square(wide), axis=-1, keepdims=True) + 1e-6)
     if scale is not None:
@@ -116,7 +117,7 @@ def rms_norm(x: jax.Array, scale: jax.Array | None) -> jax.Array:
 
 
 def _attention(layer: Layer, x: jax.Array, shared_kv: KV | None) -> tuple[jax.Array, KV]:
-    """X [B, S, D] → output [B, S, D] and the keys and values used, [B, T, K, H] each."""
+    """Maps x [B, S, D] → output [B, S, D] and the keys and values used, [B, T, K, H] each."""
     model, arch, p = layer.model, layer.model.arch, layer.params["attn"]
     rotate = partial(rope, positions=layer.positions, base=arch.local_rope_base)
     if layer.is_global:
@@ -131,7 +132,7 @@ def _attention(layer: Layer, x: jax.Array, shared_kv: KV | None) -> tuple[jax.Ar
     if shared_kv is not None:
         k, v = shared_kv
     else:
-        if "k_einsum" in p:  # the key projection is the value projection too
+        if "k_einsum" in p:  # the key projection doubles as the value projection
             k = v = layer.keep(constrain(made[0], "BTNH", model.mesh), "key_value")
         else:
             k, v = layer.keep(constrain(made[0], "2BTNH", model.mesh), "key_value")
@@ -150,7 +151,7 @@ def _mlp(layer: Layer, x: jax.Array) -> jax.Array:
 
 
 def _of_experts(layer: Layer) -> Adapters:
-    """The adapters of a layer's experts."""
+    """Adapters of a layer's experts."""
     given, found = layer.lora.get("moe", {}), {}
     for name in ("gating_einsum", "linear"):
         if f"{name}_lora_a" in given:
@@ -162,14 +163,14 @@ def _of_experts(layer: Layer) -> Adapters:
 def decoder_layer(
     layer: Layer, x: jax.Array, per_layer_input: jax.Array | None, shared_kv: KV | None
 ) -> tuple[jax.Array, KV]:
-    """X [B, S, D], per_layer_input [B, S, P] → x [B, S, D] and this layer's keys and values."""
+    """Maps x [B, S, D], per_layer_input [B, S, P] → x [B, S, D] and this layer's keys and values."""
     p, model = layer.params, layer.model
 
     attended, kv = _attention(layer, rms_norm(x, p["pre_attention_norm"]["scale"]), shared_kv)
     x = x + rms_norm(attended, p["post_attention_norm"]["scale"])
 
     out = _mlp(layer, rms_norm(x, p["pre_ffw_norm"]["scale"]))
-    if model.arch.num_experts:  # beside the dense MLP, not instead of it; the router reads x itself
+    if model.arch.num_experts:  # in addition to the dense MLP; the router reads x itself
         out = rms_norm(out, p["dense_post_ffw_norm"]["scale"])
         normed = rms_norm(x, p["moe_pre_ffw_norm"]["scale"])
         mixed = moe(p["moe"], _of_experts(layer), x, normed, model.arch.experts_per_token, model.mesh)
@@ -188,15 +189,15 @@ def decoder_layer(
 def _embed(
     model: Model, p: Params, tokens: jax.Array, features: jax.Array | None
 ) -> tuple[jax.Array, jax.Array | None]:
-    """Tokens [B, T] → x [B, S, D] and, for E2B/E4B, per-layer inputs [L, B, S, P]."""
+    """Maps tokens [B, T] → x [B, S, D] and, for E2B/E4B, per-layer inputs [L, B, S, P]."""
     dtype, vision, soft = model.compute_dtype, model.arch.vision, None
     if features is not None and vision is not None:
         soft = (tokens == vision.image_token)[..., None]
         tokens = jnp.where(soft[..., 0], vision.pad_token, tokens)
-        # At every token: next to a layer, the projector costs nothing, and no index crosses chips.
+        # Applied at every token: the projector is cheap compared with a layer, and no index crosses chips.
         features = rms_norm(features.astype(dtype), None)
         seen = jnp.einsum("bti,id->btd", features, p["mm_input_projection"]["w"].astype(dtype))
-    # Factors are rounded to the compute dtype, as transformers does: √5376 is 73.5 in bfloat16.
+    # Factors are rounded to the compute dtype, as in transformers: √5376 is 73.5 in bfloat16.
     x = jnp.take(p["input_embedding"], tokens, axis=0).astype(dtype)
     x = constrain(x * jnp.sqrt(jnp.float32(x.shape[-1])).astype(dtype), "BSD", model.mesh)
     if soft is not None:
@@ -222,18 +223,18 @@ def hidden_states(
     dropout_key: jax.Array | None = None,
     features: jax.Array | None = None,
 ) -> jax.Array:
-    """Final hidden states of packed rows.
+    """Computes the final hidden states of packed rows.
 
     Args:
       model: architecture and settings.
       params: base weights as laid out by `Layout`.
-      lora: adapters, or None for the base model alone.
+      lora: adapters; None uses the base model alone.
       tokens: [B, T] int32.
       segment_ids: [B, T] int32; 0 is padding; tokens see only their own segment.
       positions: [B, T] int32, from 0 in each segment.
       dropout_key: None switches adapter dropout off (evaluation).
-      features: [B, T, I] of the vision tower; what stands at other tokens than `arch.vision.image_token` is not read.
-        None: there are no pictures.
+      features: [B, T, I] of the vision tower, read only at tokens `arch.vision.image_token`. None: there are no
+        pictures.
 
     Returns:
       [B, S, D] in `model.compute_dtype`, normalised, ready for `logits`.
@@ -260,10 +261,10 @@ def through_layers(
     beside: list[list[Any]] | None = None,
     features: jax.Array | None = None,
 ) -> tuple[jax.Array, list[list[Any]]]:
-    """As `hidden_states`, with `visit` run at each layer: training and decoding differ there and nowhere else.
+    """Like `hidden_states`, with `visit` run at each layer: the only place where training and decoding differ.
 
-    `beside` holds what `visit` gets with each layer, by stage and layer of its group, stacked like the weights. What it
-    hands back to be collected is returned, too, in the same form.
+    `beside` holds the extra state that `visit` gets with each layer, by stage and layer of its group, stacked like the
+    weights. The values that it collects are returned in the same form.
     """
     x, per_layer = _embed(model, params["embedder"], tokens, features)
     shared: dict[str, KV] = {}
@@ -291,7 +292,8 @@ def through_layers(
             kvs: dict[str, KV] = {}
             found = []
             for j, number in enumerate(stage.layers[0]):
-                # By the layer's own number, not by its place in a stage: a mask does not depend on the stacking.
+                # Keyed by the layer's own number, not by its place in a stage, so that a mask does not depend on the
+                # stacking.
                 key = None if dropout_key is None else jax.random.fold_in(dropout_key, numbers[j])
                 held = with_experts(weights[j], in_place[j], repeat, model.mesh)
                 layer = Layer(model, number, held, adapters[j], segment_ids, positions, key, in_loop, apart)
@@ -319,7 +321,7 @@ def _of_stage(lora: Params | None, s: int, layers: int) -> list[Params]:
 
 
 def logits(model: Model, params: Params, hidden: jax.Array) -> jax.Array:
-    """Hidden [B, T, D] → float32 logits [B, T, V]. For evaluation and tests; training never forms them whole."""
+    """Maps hidden [B, T, D] → float32 logits [B, T, V], for evaluation and tests; training never forms them all."""
     table = params["embedder"]["input_embedding"].astype(hidden.dtype)
     hidden = constrain(hidden, "BTD", model.mesh)
     scores = jnp.einsum("btd,vd->btv", hidden, table, preferred_element_type=jnp.float32)

@@ -1,9 +1,9 @@
-"""Products of rows that are sorted by expert, those of each expert with its own matrix.
+"""Grouped products: rows sorted by expert, each multiplied with its expert's matrix.
 
-XLA's `ragged_dot` on a TPU wants the matrices of one layer in an array of their own, with the contracted dim first.
-Where layers are stacked, and each matrix is used both ways round, forward and backward, it copies all experts of a
-layer six times an update (26B-A4B on a v5p-8: 127 or 254 MB a chip each time). JAX's kernel (megablox) takes them
-either way round, and from where they lie: a layer is so many experts further on in the stack.
+On a TPU, XLA's `ragged_dot` requires the matrices of one layer in a separate array, with the contracted dim first. For
+stacked layers, whose matrices are used in both orientations in the forward and backward pass, it copies all experts of
+a layer six times per update (26B-A4B on a v5p-8: 127 or 254 MB per chip each time). JAX's kernel (megablox) accepts
+either orientation and reads the matrices in place: a layer is an offset of so many experts in the stack.
 """
 
 from __future__ import annotations
@@ -18,43 +18,43 @@ from jax.experimental.pallas.ops.tpu.megablox.gmm import gmm
 from gemma4_tpu.models.quantize import dense
 
 TILE_ROWS = 128
-"""Rows that the kernel takes at a time; a tile with rows of several experts is computed for each of them."""
+"""Rows per kernel tile; a tile with rows of several experts is computed once for each of them."""
 TILE_VALUES = 2**20
-"""Of a matrix, in on-chip memory at a time, twice: 4 MB in bfloat16."""
+"""Values of a matrix in on-chip memory at a time, double-buffered: 4 MB in bfloat16."""
 _BY_LAST_DIM, _BY_FIRST_DIM = (
     jax.lax.RaggedDotDimensionNumbers(
         dot_dimension_numbers=(((1,), (dim,)), ((), ())), lhs_ragged_dimensions=[0], rhs_group_dimensions=[0]
     )
     for dim in (2, 1)
 )
-"""Rows [N, D] with matrices [E, F, D]; rows [N, F] with matrices [E, F, D]."""
+"""Rows [N, D] times matrices [E, F, D]; rows [N, F] times matrices [E, F, D]."""
 
 
 @partial(jax.tree_util.register_dataclass, data_fields=["stack", "layer"], meta_fields=["interpret"])
 @dataclass(frozen=True)
 class InStack:
-    """A frozen weight of one layer, left where it lies among those of others."""
+    """A frozen weight of one layer, left in place in its stack."""
 
     stack: Any
     """[R, E, …]"""
     layer: Any
-    """int32: which of the R."""
+    """int32: index into R."""
     interpret: bool
-    """Run the kernel in plain Python, on a CPU (tests)."""
+    """Run the kernel in plain Python, on a CPU (for tests)."""
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Of the layer's own."""
+        """Shape of the layer's own weight."""
         return self.stack.shape[1:]
 
 
 def grouped(rows: jax.Array, weight: Any, group_sizes: jax.Array, *, last: bool) -> jax.Array:
-    """Each row times the matrix of its expert, or times the transpose.
+    """Multiplies each row with its expert's matrix, or with the transpose.
 
     Args:
       rows: [N, D] (`last`) or [N, F], in expert order.
-      weight: [E, …, D], F being all dims between; quantised or `InStack`, too.
-      group_sizes: [E] int32, rows of each expert; N in all.
+      weight: [E, …, D], where F is all dims between; can be quantised or `InStack`.
+      group_sizes: [E] int32, rows of each expert; N in total.
       last: D is contracted.
 
     Returns:
@@ -83,7 +83,7 @@ def _kernel(
         group_sizes,
         rows.dtype,
         (TILE_ROWS, contracted, min(made, fitting)),
-        group_offset=-layer * experts,  # where the first matrix of the stack would be, counted from this layer's first
+        group_offset=-layer * experts,  # start of the stack, relative to this layer's first expert
         transpose_rhs=last,
         interpret=interpret,
     )

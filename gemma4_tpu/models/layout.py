@@ -1,10 +1,10 @@
-"""How layers are laid out in memory: those of equal structure are stacked, so that one `lax.scan` runs them all.
+"""How layers are laid out in memory: layers of equal structure are stacked, so that one `lax.scan` runs them all.
 
 Gemma 4 repeats a group of layers (five sliding, one global). A *stage* holds R repeats of one group as arrays with a
-leading dim R; the step compiles the group once instead of once per layer. They are stacked as they are loaded: stacked
-in the step, every weight would be copied there. Groups that are adapted otherwise (other ranks, say) are another stage,
-so that all of a stack have the same adapter. On disk every tensor keeps its own name (`layers.7.attn.q_einsum.w`), so a
-checkpoint does not depend on the layout.
+leading dim R; the step compiles the group once instead of once per layer. Layers are stacked while loading, because
+stacking them in the step would copy every weight. Groups that are adapted differently (other ranks, say) form another
+stage, so that all layers of a stack have the same adapter. On disk, every tensor keeps its own name
+(`layers.7.attn.q_einsum.w`), so a checkpoint does not depend on the layout.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ class LayerStage:
 
     layers: tuple[tuple[int, ...], ...]
     exports_kv: bool = False
-    """The last layers of each type leave their keys and values for KV-shared layers of later stages."""
+    """The last layers of each type export their keys and values to KV-shared layers of later stages."""
 
     @property
     def repeats(self) -> int:
@@ -49,15 +49,15 @@ class Leaf:
     """Shape of one tensor, without the leading dim R."""
     stacked: bool
     weight: Weight
-    """The row that it is of, or stands beside."""
+    """The row of `weights.py` that it stores, or belongs to."""
     dims: str
-    """Letters of its dims, those of `shape`."""
+    """Letters of the dims of `shape`."""
     adapted: Adapted | None = None
     """How these base weights are adapted; None: they are not."""
 
     @property
     def axes(self) -> tuple[Axes, ...]:
-        """Mesh axes of the dims of `shape`; `()`: it lies everywhere."""
+        """Mesh axes of the dims of `shape`; `()`: replicated."""
         return self.weight.axes_of(self.dims)
 
     @property
@@ -66,13 +66,13 @@ class Leaf:
 
     @property
     def matrix(self) -> tuple[tuple[int, ...], tuple[int, ...]] | None:
-        """Places, in the array, of the dims that its product contracts and of those that it makes; the other dims count
-        products: layers, experts, keys and values. None: it is a vector, or a table that is looked up.
+        """Positions, in the array, of the dims that its product contracts and of those that it produces; the other dims
+        count products: layers, experts, keys and values. None for vectors, and for tables that are only looked up.
         """
         if self.weight.name in (EMBEDDING, PER_LAYER_TABLE):
             return None
         inputs, outputs = self.weight.inputs, self.weight.outputs.replace("c", "")
-        if "r" in self.dims:  # A makes the rank, B contracts it
+        if "r" in self.dims:  # A produces the rank, B contracts it
             inputs, outputs = (inputs, "r") if any(dim in inputs for dim in self.dims) else ("r", outputs)
         ends = (tuple(i for i, dim in enumerate(self.dims, self.stacked) if dim in end) for end in (inputs, outputs))
         contracted, made = ends
@@ -80,7 +80,7 @@ class Leaf:
 
 
 def _stages(arch: Architecture, adapters: tuple[OfLayer, ...]) -> tuple[LayerStage, ...]:
-    """Cuts the layers into stages: repeats of the shortest period, split where KV sharing begins or adapters change."""
+    """Splits the layers into stages: repeats of the shortest period, cut where KV sharing begins or adapters change."""
     stages = []
     shared_from = arch.num_unshared_layers
     for start, stop in ((0, shared_from), (shared_from, arch.num_layers)):
@@ -92,7 +92,7 @@ def _stages(arch: Architecture, adapters: tuple[OfLayer, ...]) -> tuple[LayerSta
         repeats = [tuple(range(i, i + period)) for i in range(start, start + n - n % period, period)]
         rest = tuple(range(start + n - n % period, stop))
         exporting = bool(arch.num_kv_shared_layers) and start == 0
-        if exporting:  # the layers that KV-shared ones read stand in a stage of their own
+        if exporting:  # the layers that KV-shared ones read are in a separate stage
             first = min(arch.kv_origin(i) for i in range(shared_from, arch.num_layers))
             own = [r for r in repeats if r[-1] >= first]
             repeats = [r for r in repeats if r[-1] < first]
@@ -117,7 +117,7 @@ class Layout:
 
     @staticmethod
     def of(arch: Architecture, lora: LoraConfig | None = None) -> Layout:
-        """The layout of an architecture with these adapters; None: without any.
+        """The layout of an architecture with these adapters; None: without adapters.
 
         Raises:
           UserError: `lora` adapts no weight.
@@ -164,7 +164,8 @@ def _layout(arch: Architecture, adapters: tuple[OfLayer, ...], in_full: frozense
 def build_tree(items: Iterator[tuple[Path, Any]]) -> dict[str, Any]:
     """Nested dicts (lists where the path has numbers) from `(path, value)` pairs.
 
-    What has no pair before the last that has one is `{}`: a layer without adapters, in the tree of adapters.
+    Positions without a pair, before the last one that has a pair, become `{}`: in the tree of adapters, layers without
+    any.
     """
     root: dict[str | int, Any] = {}
     for path, value in items:

@@ -1,7 +1,7 @@
-"""The linear maps of a layer and what their adapters add to them: scale · (x·A)·B.
+"""The linear maps of a layer, and what their adapters add: scale · (x·A)·B.
 
-The products of an adapter have r columns or rows, too few to fill a matrix unit. So adapters of the same input share
-their first half, x · [A of each], and what travels of it between chips travels once.
+An adapter's products have r columns or rows, too few to fill a matrix unit. So adapters of the same input share their
+first half, x · [A of each], and the result travels between chips once.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from gemma4_tpu.models.weights import BY_NAME, Weight
 
 @dataclass(frozen=True)
 class _Adapter:
-    """One weight's adapter at work."""
+    """One weight's adapter while it runs."""
 
     weight: Weight
     how: Adapted
@@ -36,10 +36,10 @@ class _Adapter:
     b: jax.Array
     """[r, outputs…] of the adapted pieces."""
     magnitude: jax.Array | None
-    """Of DoRA."""
+    """DoRA's magnitudes."""
 
     def scaled_b(self, dtype: Any) -> jax.Array:
-        """Scale · B of all pieces of the weight: zeros for those without an adapter."""
+        """Returns scale · B of all pieces of the weight, with zeros for pieces without an adapter."""
         b, of = self.b * self.how.scale, len(self.weight.hf_names)
         if len(self.how.pieces) < of:
             own = dict(zip(self.how.pieces, jnp.moveaxis(b, 1, 0), strict=True))
@@ -54,18 +54,18 @@ class LinearMaps:
     params: Mapping[str, Any]
     lora: Mapping[str, Any]
     adapted: Mapping[str, Adapted]
-    """How this layer's weights are adapted, by their names."""
+    """How this layer's weights are adapted, by name."""
     in_full: frozenset[str]
     """Names of the weights that are trained themselves."""
     dtype: Any
-    """In which products are computed."""
+    """Dtype of the products."""
     mesh: Mesh | None
     dropout: float
     key: jax.Array | None
-    """Of this layer's dropout; None: there is none."""
+    """Of this layer's dropout; None: no dropout."""
 
     def plain(self, name: str, x: jax.Array) -> jax.Array:
-        """X · W, without an adapter."""
+        """Returns x · W, without an adapter."""
         weight = BY_NAME[name]
         held = self._held(weight)
         if isinstance(held, Int8Weight):
@@ -73,9 +73,9 @@ class LinearMaps:
         return jnp.einsum(weight.equations[0], x, dense(held, self.dtype))
 
     def from_model_dim(self, names: Sequence[str], x: jax.Array) -> list[jax.Array]:
-        """Maps of the same x [B, S, D] that make heads or hidden units of all tokens, [B, T, …] each.
+        """Maps the same x [B, S, D] to heads or hidden units of all tokens, [B, T, …] each.
 
-        Each chip of the `tp` axis holds its own tokens of the residual stream. First halves of adapters work on these,
+        Each chip of the `tp` axis holds its own tokens of the residual stream. First halves of adapters run on these,
         so that no chip repeats them; then x is gathered.
         """
         adapters = {name: found for name in names if (found := self._adapter(name))}
@@ -90,10 +90,10 @@ class LinearMaps:
         return [made[name] for name in names]
 
     def to_model_dim(self, name: str, x: jax.Array) -> jax.Array:
-        """The map of heads or hidden units [B, T, …] to the model dim, [B, S, D]."""
+        """Maps heads or hidden units [B, T, …] to the model dim, [B, S, D]."""
         adapter = self._adapter(name)
         if adapter is None:
-            return constrain(self.plain(name, x), "BSD", self.mesh)  # its sums are scattered, not added up whole
+            return constrain(self.plain(name, x), "BSD", self.mesh)  # reduce-scattered, not all-reduced
         weight, a = adapter.weight, adapter.a.astype(x.dtype)
         y = self._to_model_dim_alone(weight, x)
         low = jnp.einsum(weight.equations[1], self._dropped(weight, x), a)
@@ -101,11 +101,11 @@ class LinearMaps:
         return self._turned(adapter, y + jnp.einsum(weight.equations[2], low, adapter.scaled_b(x.dtype)))
 
     def per_token(self, name: str, x: jax.Array) -> jax.Array:
-        """A map whose weight is whole on each chip, of a chip's own tokens: [B, S, …] → [B, S, …]."""
+        """Applies a map whose weight is replicated to a chip's own tokens: [B, S, …] → [B, S, …]."""
         return self.plain(name, x) if self._adapter(name) is None else self.to_model_dim(name, x)
 
     def _first_halves(self, adapters: list[_Adapter], x: jax.Array) -> jax.Array:
-        """X · A of each, [B, S, Σr]; one product unless each drops other inputs."""
+        """Returns x · A of each adapter, [B, S, Σr]; one product unless dropout masks their inputs differently."""
         factors = [adapter.a.astype(x.dtype) for adapter in adapters]
         if not self._drops:
             return jnp.einsum("btd,dr->btr", x, jnp.concatenate(factors, axis=-1))
@@ -113,7 +113,7 @@ class LinearMaps:
         return jnp.concatenate([jnp.einsum("btd,dr->btr", *pair) for pair in zip(dropped, factors, strict=True)], -1)
 
     def _second_halves(self, adapters: list[_Adapter], x: jax.Array, low: jax.Array) -> list[jax.Array]:
-        """X · W + low · B of each."""
+        """Returns x · W + low · B of each."""
         weights = tuple(adapter.weight for adapter in adapters)
         ends = list(itertools.accumulate(adapter.how.rank for adapter in adapters))
         shares = jnp.split(constrain(low, "BTD", self.mesh), ends[:-1], axis=-1)
@@ -123,18 +123,18 @@ class LinearMaps:
         ]
 
     def _from_model_dim_alone(self, weights: tuple[Weight, ...], x: jax.Array) -> list[jax.Array]:
-        """X · W of adapted weights."""
+        """Returns x Â· W of adapted weights."""
         if all(isinstance(get(self.params, weight.path), Int8Weight) for weight in weights):
             return int8.products(weights, self.mesh, True, x, [self._held(weight) for weight in weights])
         whole = constrain(x, "BTD", self.mesh)
         return [self.plain(weight.name, whole) for weight in weights]
 
     def _to_model_dim_alone(self, weight: Weight, x: jax.Array) -> jax.Array:
-        """X · W of an adapted weight."""
+        """Returns x · W of an adapted weight."""
         return constrain(self.plain(weight.name, x), "BSD", self.mesh)
 
     def _turned(self, adapter: _Adapter, y: jax.Array) -> jax.Array:
-        """Y = x · W + scale · (x·A)·B, under DoRA with its rows' lengths as trained."""
+        """Returns y = x · W + scale · (x·A)·B, with DoRA rescaled to the trained row lengths."""
         if adapter.magnitude is None:
             return y
         weight, how = adapter.weight, adapter.how
@@ -146,7 +146,7 @@ class LinearMaps:
         return self.dropout > 0 and self.key is not None
 
     def _dropped(self, weight: Weight, x: jax.Array) -> jax.Array:
-        """The input of an adapter."""
+        """The input of an adapter, after dropout."""
         if self.key is None or not self.dropout:
             return x
         kept = jax.random.bernoulli(jax.random.fold_in(self.key, weight.fold), 1.0 - self.dropout, x.shape)
@@ -154,12 +154,12 @@ class LinearMaps:
 
     def _held(self, weight: Weight) -> Any:
         held = get(self.params, weight.path)
-        if self.lora and weight.role and weight.name not in self.in_full:  # a trained one's gradient would be gathered
+        if self.lora and weight.role and weight.name not in self.in_full:  # else its gradient would be gathered
             held = gathered(held, weight, self.mesh)
         return held
 
     def _adapter(self, name: str) -> _Adapter | None:
-        """None: the weight has none."""
+        """The adapter of a weight; None if it has none."""
         weight, beside = BY_NAME[name], self.lora
         *module, last = weight.path
         for part in module:

@@ -1,7 +1,7 @@
-"""Low-rank adapters: which modules get one, their shapes, initial values and how they act.
+"""Low-rank adapters: their modules, shapes and initial values, and how they act.
 
-Names and shapes are Qwix's (`layers.3.attn.q_einsum.w_lora_a`), so adapters move between this project and Tunix + Qwix.
-An adapter adds `scale · (x·A)·B` to its module's output; the product A·B never exists.
+Names and shapes are Qwix's (`layers.3.attn.q_einsum.w_lora_a`), so adapters are interchangeable with Tunix + Qwix. An
+adapter adds `scale · (x·A)·B` to its module's output; the product A·B is never materialised.
 """
 
 from __future__ import annotations
@@ -26,15 +26,15 @@ from gemma4_tpu.models.weights import Weight
 
 @dataclass(frozen=True)
 class Adapter:
-    """The arrays beside one (stacked) base weight."""
+    """The adapter arrays of one (stacked) base weight."""
 
     base: Leaf
     how: Adapted
-    """What its rank and scale are; the same for all of a stack."""
+    """Its rank and scale; the same for the whole stack."""
     a: Leaf
     b: Leaf
     magnitude: Leaf | None
-    """Of DoRA."""
+    """DoRA's magnitudes."""
     fan_in: int
 
     @property
@@ -49,7 +49,7 @@ def adapters(layout: Layout) -> list[Adapter]:
 
 
 def adapter_of(leaf: Leaf) -> Adapter | None:
-    """That of some base weights; None: they have none."""
+    """The adapter of some base weights; None if they have none."""
     if (how := leaf.adapted) is None:
         return None
     size = dict(zip(leaf.dims, leaf.shape, strict=True)) | {"r": how.rank}
@@ -68,7 +68,7 @@ def adapter_of(leaf: Leaf) -> Adapter | None:
 
 
 def product(weight: Weight, lora_a: np.ndarray, lora_b: np.ndarray) -> np.ndarray:
-    """A·B of one weight in its own layout in memory; of the pieces that B is of, of experts each one's own."""
+    """A·B of one weight in its in-memory layout: of B's pieces, or per expert."""
     a, b = weight.adapter_dims
     each = len(weight.each)
     made = lora_a.reshape(*lora_a.shape[:each], -1, lora_a.shape[-1]) @ lora_b.reshape(*lora_b.shape[: each + 1], -1)
@@ -78,7 +78,9 @@ def product(weight: Weight, lora_a: np.ndarray, lora_b: np.ndarray) -> np.ndarra
 
 
 def merged(weight: Weight, how: Adapted, base: np.ndarray, factors: Sequence[np.ndarray]) -> np.ndarray:
-    """A weight (its adapted pieces) with the adapter in it, in memory's layout; `factors`: A, B, DoRA's magnitudes."""
+    """A weight (its adapted pieces) with the adapter merged, in its in-memory layout; `factors`: A, B, DoRA's
+    magnitudes.
+    """
     lora_a, lora_b, *magnitude = factors
     whole = base + how.scale * product(weight, lora_a, lora_b)
     return dora.scaled(weight, whole, *magnitude) if magnitude else whole
@@ -96,7 +98,7 @@ def leaves(layout: Layout) -> Iterator[Leaf]:
 
 
 def trained_leaves(layout: Layout, new_tokens: int = 0) -> list[Leaf]:
-    """Every array that training changes: those of the adapters, weights that are trained in full, rows of tokens."""
+    """Every array that training changes: adapters, weights trained in full, token rows."""
     rows = len(token_rows.trained_alone(layout, range(new_tokens)))
     return [*leaves(layout), *layout.trained_in_full(), *([token_rows.leaf(layout, rows)] if rows else [])]
 
@@ -107,10 +109,10 @@ def shardings(layout: Layout, mesh: Mesh) -> dict[str, Any]:
 
 
 def init(layout: Layout, key: jax.Array, base: Any = None, begun: Any = None) -> dict[str, Any]:
-    """Initial adapters in float32: A uniform in ±√(1/fan_in) (PEFT's default), B zero, or both as `begun` has them.
+    """Initial adapters in float32: A uniform in ±√(1/fan_in) (PEFT's default) and B zero, or both as in `begun`.
 
-    DoRA's magnitudes are the lengths that rows of `base` have with A and B. Values depend on the key and each tensor's
-    own name only, not on mesh, stacking or the other tensors.
+    DoRA's magnitudes start as the row lengths of `base` with A and B. Values depend only on the key and each tensor's
+    own name, not on mesh, stacking or other tensors.
     """
 
     def tensor(name: str, shape: tuple[int, ...], bound: float) -> jax.Array:
@@ -132,7 +134,7 @@ def init(layout: Layout, key: jax.Array, base: Any = None, begun: Any = None) ->
 
 
 def magnitudes(adapter: Adapter, base: Any, lora_a: jax.Array, lora_b: jax.Array) -> jax.Array:
-    """What DoRA's begin with beside stacked weights (perhaps quantised) and these A and B; a layer at a time."""
+    """DoRA's initial magnitudes for stacked weights (possibly quantised) and these A and B; one layer at a time."""
 
     def of_layer(arrays: tuple[Any, jax.Array, jax.Array]) -> jax.Array:
         weight, a, b = arrays
@@ -142,7 +144,7 @@ def magnitudes(adapter: Adapter, base: Any, lora_a: jax.Array, lora_b: jax.Array
 
 
 def parameter_count(layout: Layout) -> int:
-    """Number of values of the adapters."""
+    """Number of adapter parameters."""
     return sum(math.prod(leaf.array_shape) for leaf in leaves(layout))
 
 

@@ -1,14 +1,14 @@
-"""PiSSA and OLoRA: adapters that begin as a part of their weight, which the frozen weight then lacks.
+"""PiSSA and OLoRA: adapters that start as a part of their weight, which is subtracted from the frozen weight.
 
-With W [out, in] as W·x, and s the scale of the adapter, training begins from A₀ and B₀ beside W - s·B₀·A₀:
+With W [out, in] applied as W·x, and s the scale of the adapter, training starts from A₀ and B₀ on W - s·B₀·A₀:
 
     PiSSA (arXiv 2404.02948)    B₀·A₀ = the largest r singular values of W, over s; half of each in A₀ and in B₀
     OLoRA (arXiv 2406.01775)    B₀ = Q, A₀ = R of the QR decomposition of W, their first r columns and rows
 
-as PEFT has them. Whatever A₀ and B₀ are, the model is the base at first, up to the rounding of what is left of W; so
-the singular values are found by subspace iteration, which takes a few products with W (a whole decomposition of a
-weight of 31B takes longer than loading the model). Factors are kept with the run's checkpoints: what was trained is
-W + s·(B·A - B₀·A₀). Weights are worked on where they lie, one layer at a time in float32.
+as in PEFT. Whatever A₀ and B₀ are, the model equals the base at first, up to rounding of the remainder of W. The
+singular values can therefore come from subspace iteration, which takes a few products with W (a full decomposition of
+one weight of 31B takes longer than loading the model). Factors are kept with the run's checkpoints: the trained weight
+is W + s·(B·A - B₀·A₀). Weights are processed in place, one layer at a time in float32.
 """
 
 from __future__ import annotations
@@ -32,34 +32,35 @@ from gemma4_tpu.models.lora import adapter_of
 from gemma4_tpu.models.weights import Weight
 
 ITERATIONS = 8
-"""Of the subspace: each takes two products. What is missed of a singular value falls with the 16th power of how much
-smaller the first one is that the subspace has no room for."""
+"""Iterations of the subspace, with two products each. The error of a singular value falls with the 16th power of its
+ratio to the first one that the subspace has no room for.
+"""
 SPARE = 16
 """Dims of the subspace beyond the rank."""
 
 
 class Parts:
-    """Takes the adapters' part out of weights as these are loaded, and keeps it."""
+    """Subtracts the adapters' part from weights as they are loaded, and keeps it."""
 
     def __init__(self, init: str, mesh: Mesh, key: jax.Array, saved: Callable[[str], np.ndarray] | None = None):
-        """Where a part comes from.
+        """Prepares for one of the two initialisations.
 
         Args:
           init: `lora.init`, `pissa` or `olora`.
-          mesh: where the weights lie.
-          key: of the random start of the search for singular values.
-          saved: A₀ and B₀ that the run began with, by name; None: it begins now.
+          mesh: where the weights are.
+          key: for the random start of the subspace iteration.
+          saved: A₀ and B₀ that the run started from, by name; None: it starts now.
         """
         self._init, self._mesh, self._key, self._saved = init, mesh, key, saved
         self._taken: dict[Path, jax.Array] = {}
 
     @property
     def factors(self) -> dict[str, Any]:
-        """A₀ and B₀ of all weights so far, as the tree of trained values has them."""
+        """A₀ and B₀ of all weights so far, in the tree of trained values."""
         return build_tree(iter(self._taken.items()))
 
     def take(self, leaf: Leaf, weight: jax.Array) -> jax.Array:
-        """What is left of stacked weights `[R, …]`; those without an adapter stay whole."""
+        """The remainder of stacked weights `[R, …]`; weights without an adapter are unchanged."""
         if (adapter := adapter_of(leaf)) is None:
             return weight
         places = tuple(sharding.named(self._mesh, factor) for factor in (adapter.a, adapter.b))
@@ -81,7 +82,7 @@ class Parts:
 
 @cache
 def _finder(row: Weight, how: Adapted, init: str, places: tuple[NamedSharding, ...]) -> Any:
-    """Compiled once for all positions of the layer pattern that are alike."""
+    """Compiled once for all identical positions of the layer pattern."""
     return jax.jit(partial(_factors, row, how, init), out_shardings=places)
 
 
@@ -105,14 +106,16 @@ def _factors(row: Weight, how: Adapted, init: str, weights: jax.Array, keys: jax
 
 
 class _Products:
-    """Products of one weight with slim matrices. It keeps its dims, so that a mesh splits them; the slim do not."""
+    """Products of one weight with slim matrices. It keeps its dims, so that a mesh can split them; slim matrices are
+    not split.
+    """
 
     def __init__(self, row: Weight, weight: jax.Array):
         size = dict(zip(row.dims, weight.shape, strict=True))
         self._row, self._weight = row, weight
         self.inputs, self.outputs = ([size[dim] for dim in dims] for dims in (row.inputs, row.outputs))
         self.shape = math.prod(self.outputs), math.prod(self.inputs)
-        """Of W: (out, in)."""
+        """Shape of W: (out, in)."""
 
     def out(self, slim: jax.Array) -> jax.Array:
         """W·x for x `[in, q]`."""
@@ -142,7 +145,7 @@ def _pissa(w: _Products, rank: int, scale: float, key: jax.Array) -> tuple[jax.A
 
 
 def _olora(w: _Products, rank: int, scale: float, key: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """A₀ᵀ `[in, r]` and B₀ `[out, r]`, whatever the scale. Q's first r columns follow from W's, and R is Qᵀ·W."""
+    """A₀ᵀ `[in, r]` and B₀ `[out, r]`, independent of the scale. Q's first r columns follow from W's, and R is Qᵀ·W."""
     left = jnp.linalg.qr(w.out(jnp.eye(w.shape[1], rank)))[0]
     return w.back(left), left
 

@@ -1,4 +1,4 @@
-"""Whether a checkpoint's tensors are those of an architecture. Headers say so, but for the output matrix. No JAX."""
+"""Whether a checkpoint's tensors match an architecture, from headers except for the output matrix. Imports no JAX."""
 
 from __future__ import annotations
 
@@ -16,17 +16,18 @@ from gemma4_tpu.models.tensorfile import Checkpoint, Index
 from gemma4_tpu.models.weights import BY_NAME, EMBEDDING
 
 PREFIXES = ("model.language_model.", "model.")
-"""What stands before `layers.N…`: as Gemma4ForConditionalGeneration and as Gemma4ForCausalLM write it."""
+"""What precedes `layers.N…` in Gemma4ForConditionalGeneration and in Gemma4ForCausalLM."""
 
 WEIGHT_DTYPES = ("float32", "bfloat16", "float16")
 
-# Tensors that text training leaves alone: other modalities, the tied output matrix, buffers computed from the config.
+# Tensors that text training leaves untouched: other modalities, the tied output matrix, buffers computed from the
+# config.
 _HEAD = re.compile(r"(model\.)?(language_model\.)?lm_head\.weight$")
 _PASSTHROUGH = re.compile(
     r"(model\.)?(vision_tower|vision_embedder|audio_tower|embed_vision|embed_audio|multi_modal_projector)\."
     r"|.*\brotary_emb\.|.*\bembed_scale$"
 )
-# What quantisers leave beside (or instead of) a weight, by the method's name.
+# Tensors that quantisers add next to a weight, or store instead of it, by method.
 _QUANTISED = {
     "bitsandbytes": re.compile(r"\.(absmax|quant_map|nested_\w+|quant_state\.[\w.]+|SCB|weight_format)$"),
     "GPTQ or AWQ": re.compile(r"\.(qweight|qzeros|g_idx)$"),
@@ -44,9 +45,9 @@ class Match:
     prefix: str
     """One of `PREFIXES`."""
     passthrough: tuple[str, ...]
-    """Full names of the tensors that text training leaves alone, sorted; `head` among them."""
+    """Full names of the tensors that text training leaves untouched, sorted; includes `head`."""
     head: str | None = None
-    """Full name of a stored output matrix [V, D]. Gemma 4's is the embedding: its values must be the same."""
+    """Full name of a stored output matrix [V, D]. Gemma 4 ties it to the embedding, so its values must be the same."""
 
     @property
     def embedding(self) -> str:
@@ -58,8 +59,8 @@ def match(arch: Architecture, shapes: Mapping[str, tuple[int, ...]], where: str)
     """Pairs a checkpoint's tensors (full name → shape) with those of `arch`.
 
     Raises:
-      UserError: tensors that are missing, unexpected or of another shape; names them all (the first ten of each kind),
-        and the method where they are those of a quantised checkpoint. `where` says which checkpoint.
+      UserError: tensors are missing, unexpected or misshapen; names them all (the first ten of each kind), and the
+        method if the checkpoint is quantised. `where` says which checkpoint.
     """
     prefixes = [p for p in PREFIXES if any(name.startswith(p + "layers.") for name in shapes)]
     if len(prefixes) != 1:
@@ -76,7 +77,7 @@ def match(arch: Architecture, shapes: Mapping[str, tuple[int, ...]], where: str)
     problems = {
         "missing": sorted(expected.keys() - shapes.keys()),
         "unexpected": sorted(rest - set(passthrough)),
-        "of another shape": [
+        "with another shape": [
             f"{name} {list(shapes[name])} instead of {list(shape)}"
             for name, shape in wanted.items()
             if name in shapes and tuple(shapes[name]) != shape
@@ -86,12 +87,12 @@ def match(arch: Architecture, shapes: Mapping[str, tuple[int, ...]], where: str)
         if told := _quantised(problems["unexpected"]):
             raise UserError(f"{where}: {told}; {UNQUANTISED}")
         found = "; ".join(f"{len(names)} {kind}: {some(names)}" for kind, names in problems.items() if names)
-        raise UserError(f"{where}: its tensors are not those of {arch.name}: {found}")
+        raise UserError(f"{where}: its tensors do not match {arch.name}: {found}")
     return Match(prefix, tuple(passthrough), heads[0] if heads else None)
 
 
 def _quantised(names: Sequence[str]) -> str | None:
-    """How the checkpoint with these unexpected tensors is quantised; None: they are none of a quantiser's."""
+    """The method by which a checkpoint with these unexpected tensors is quantised; None if it is not."""
     for method, pattern in _QUANTISED.items():
         if found := [name for name in names if pattern.search(name)]:
             return f"quantised with {method}, though config.json has no quantization_config ({some(found, 2)})"
@@ -109,7 +110,7 @@ def fit(arch: Architecture, checkpoint: Checkpoint) -> Match:
     """Pairs the tensors of a checkpoint with those of `arch`; reads no weights.
 
     Raises:
-      UserError: missing, unexpected, misshapen or quantised tensors; names them.
+      UserError: tensors are missing, unexpected, misshapen or quantised; names them.
     """
     found = match(arch, {name: checkpoint.shape(name) for name in checkpoint.names()}, checkpoint.folder)
     for name in (full_name(found.prefix, own) for tensor in name_map(arch).values() for own in tensor.hf_names):
@@ -122,15 +123,15 @@ def fit(arch: Architecture, checkpoint: Checkpoint) -> Match:
 
 
 def check_tied(checkpoint: Checkpoint, found: Match, index: Index, embedding: np.ndarray | None = None) -> None:
-    """Compares the stored output matrix, if there is one, with the embedding, as far as `index` [V, D] goes.
+    """Compares the stored output matrix, if any, with the embedding, over `index` [V, D].
 
-    transformers does not tie the two where a checkpoint holds both with different values, whatever its config says.
+    transformers does not tie the two if a checkpoint stores both with different values, whatever its config says.
 
     Args:
       checkpoint: the open checkpoint.
-      found: of `fit`.
+      found: the result of `fit`.
       index: which rows and columns.
-      embedding: those of the embedding, where they have been read already.
+      embedding: that part of the embedding, if it has been read already.
 
     Raises:
       UserError: they differ; names the tensors and the file.
@@ -142,5 +143,5 @@ def check_tied(checkpoint: Checkpoint, found: Match, index: Index, embedding: np
         raise UserError(
             f"{checkpoint.file_of(found.head).path}: {found.head} is not {found.embedding}: a separate output matrix"
             " (tie_word_embeddings=false), which Gemma 4 as released does not have and this project does not train;"
-            " give a checkpoint with tied weights"
+            " use a checkpoint with tied weights"
         )

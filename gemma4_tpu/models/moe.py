@@ -1,17 +1,18 @@
-"""The mixture-of-experts block of 26B-A4B: route each token to its experts, run them grouped, add up.
+"""The mixture-of-experts block of 26B-A4B: routes each token to its experts, runs them grouped, adds up the results.
 
-The router reads the raw residual; the experts read the normed input (as in transformers; Tunix 0.1.7 feeds the router
-the normed input).
+The router reads the raw residual, the experts the normed input (as in transformers; Tunix 0.1.7 feeds the router the
+normed input).
 
-On a mesh every chip holds a slice of the hidden units of *all* experts: tokens travel (some MB), experts stay where
-they are (1.5 GB a layer), and the work is the same on every chip whatever the router chooses.
+On a mesh, every chip holds a slice of the hidden units of *all* experts: tokens travel (some MB), experts stay in place
+(1.5 GB per layer), and the work is the same on every chip whatever the router chooses.
 
-Each expert can have an adapter of its own, `scale · (x·A)·B` of its rows. PEFT adds B·A to the weights instead, which
-needs the gradient of every whole expert. Here all experts' pairs stand side by side, E·r columns of one A and as many
-rows of one B: a row meets all of them, and a mask leaves what belongs to its own expert. That is E times the arithmetic
-of grouped products, and far faster: r is small enough that E·r is less than the model dim, grouped products of such
-matrices leave a matrix unit almost empty, and their gradients take the TPU compiler a product over all rows for each
-expert. At the model dim even the k experts of a token share one product, since tokens have not been repeated there yet.
+Each expert can have its own adapter, which adds `scale · (x·A)·B` to its rows. PEFT adds B·A to the weights instead,
+which needs the gradient of every whole expert. Here, all experts' pairs are concatenated: E·r columns of one A and as
+many rows of one B. A row is multiplied with all of them, and a mask keeps what belongs to its own expert. That is E
+times the arithmetic of grouped products, yet far faster: E·r is less than the model dim, grouped products of such small
+matrices leave a matrix unit almost empty, and the TPU compiler turns their gradients into one product over all rows per
+expert. At the model dim, even the k experts of a token share one product, because tokens have not been repeated there
+yet.
 """
 
 from __future__ import annotations
@@ -36,16 +37,16 @@ from gemma4_tpu.models.weights import BY_NAME, Weight
 
 Params = dict[str, Any]
 Adapters = dict[str, tuple[jax.Array, jax.Array]]
-"""A `[E, in, r]` and B `[E, r, out]`, scaled, of `gating_einsum` and `linear`; empty: the experts have none."""
+"""A `[E, in, r]` and B `[E, r, out]`, scaled, of `gating_einsum` and `linear`; empty if the experts have none."""
 
 SCOPE = "experts_lora"
-"""In the names of the adapters' products, by which a plan tells them from the experts' own."""
+"""Part of the names of the adapters' products, by which a plan distinguishes them from the experts' own."""
 
 
 def route(p: Params, residual: jax.Array, experts_per_token: int) -> tuple[jax.Array, jax.Array]:
-    """Experts of each token and their weights. residual [S, D] → ids [S, k], weights [S, k] float32.
+    """Selects the experts of each token and their weights. residual [S, D] → ids [S, k], weights [S, k] float32.
 
-    Scores are computed in float32: a tie broken otherwise picks another expert.
+    Scores are computed in float32: rounding could break ties differently and pick another expert.
     """
     x = residual.astype(jnp.float32)
     x = x * jax.lax.rsqrt(jnp.mean(jnp.square(x), axis=-1, keepdims=True) + 1e-6)
@@ -63,11 +64,11 @@ def run_experts(
 ) -> jax.Array:
     """Weighted sum of each token's experts. x [S, D], ids and weights [S, k] → [S, D].
 
-    Tokens are sorted by expert, so that a grouped product multiplies each expert's rows with its own matrix. `p` may
-    hold a slice of the hidden units, split over `hidden_axes`: the result is that slice's share of the sum.
+    Tokens are sorted by expert, so that a grouped product multiplies each expert's rows with its own matrix. `p` can
+    hold a slice of the hidden units, split over `hidden_axes`; the result is then that slice's share of the sum.
 
-    The ends of the adapters at the model dim are split over these axes, too (where they divide it), so that no chip
-    repeats another's products.
+    The adapters' model-dim ends are also split over these axes (if they divide it), so that no chip repeats another's
+    products.
     """
     experts, _, hidden, dim = p["gating_einsum"].shape
     k = ids.shape[1]
@@ -107,15 +108,15 @@ class _Chosen:
         return jax.nn.one_hot(self.ids, self.experts, dtype=dtype)
 
     def of_rows(self, dtype: Any) -> jax.Array:
-        """Of the tokens' vectors in expert order, [S*k, E]."""
+        """One row per token and chosen expert, in expert order, [S*k, E]."""
         return jax.nn.one_hot(self.ids.reshape(-1)[self.order], self.experts, dtype=dtype)
 
 
 def _from_model_dim(
     adapter: tuple[jax.Array, jax.Array], x: jax.Array, chosen: _Chosen, axes: tuple[str, ...]
 ) -> jax.Array:
-    """What the adapters of gate and up add. x [S, D] → [S*k, 2F] in expert order."""
-    a, b = (factor.astype(x.dtype) for factor in adapter)  # [E, D, r], [E, r, 2, F]; D perhaps split
+    """Output of the adapters of gate and up. x [S, D] → [S*k, 2F] in expert order."""
+    a, b = (factor.astype(x.dtype) for factor in adapter)  # [E, D, r], [E, r, 2, F]; D can be split
     low = jnp.einsum("td,edr->ter", _own(x, a.shape[1], axes), a)
     low = jnp.einsum("tke,ter->tkr", chosen.of_tokens(x.dtype), low).reshape(len(x), -1)
     low = keep(low if a.shape[1] == x.shape[1] else jax.lax.psum(low, axes), "low")  # [S, k*r]
@@ -127,7 +128,7 @@ def _from_model_dim(
 def _to_model_dim(
     adapter: tuple[jax.Array, jax.Array], act: jax.Array, chosen: _Chosen, dim: int, axes: tuple[str, ...]
 ) -> jax.Array:
-    """What the adapters of down add, this chip's columns of it where D = `dim` is split.
+    """Output of the adapters of down; this chip's columns of it if D = `dim` is split.
 
     act [S*k, F] in expert order → [S, D].
     """
@@ -147,14 +148,15 @@ def _own(x: jax.Array, width: int, axes: tuple[str, ...]) -> jax.Array:
 
 
 def _start(x: jax.Array, width: int, axes: tuple[str, ...]) -> jax.Array | int:
-    """Where these columns begin."""
+    """Start of these columns."""
     return 0 if width == x.shape[1] else jax.lax.axis_index(axes) * width
 
 
 def _sort(ids: jax.Array, experts: int) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Expert ids [N] → places in expert order [N], where each place went [N], and how many chose each expert [E].
+    """Expert ids [N] → indices in expert order [N], the position of each index in that order [N], and rows per expert
+    [E].
 
-    The second is the inverse of the first. It is counted, not sorted for: a sort takes the TPU compiler six seconds.
+    The second inverts the first. It is counted instead of sorted, because a sort takes the TPU compiler six seconds.
     """
     chosen = (ids[:, None] == jnp.arange(experts)).astype(jnp.float32)  # [N, E]; counts are exact below 2**24
     block = math.gcd(len(ids), 128)
@@ -175,14 +177,14 @@ def _repeat(k: int, x: jax.Array, order: jax.Array) -> jax.Array:
 
 
 def _add_up(k: int, rows: jax.Array, back: jax.Array) -> jax.Array:
-    # By the TPU compiler's cycles `sum` takes three times as long over [S, k, D], five over [k, S, D].
+    # By the TPU compiler's cycles, `sum` takes three times as long over [S, k, D], and five times over [k, S, D].
     each = rows[back.reshape(-1, k).T]  # [k, S, D]
     return sum((each[j].astype(jnp.float32) for j in range(1, k)), each[0].astype(jnp.float32)).astype(rows.dtype)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _dispatch(k: int, x: jax.Array, order: jax.Array, back: jax.Array) -> jax.Array:
-    """Each token's vector k times, in expert order. x [S, D] → [S*k, D]."""
+    """Repeats each token's vector k times, in expert order. x [S, D] → [S*k, D]."""
     return _repeat(k, x, order)
 
 
@@ -208,9 +210,9 @@ _permute.defvjp(lambda x, order, back: (x[order], back), lambda back, g: (g[back
 
 
 def frozen_experts(layers: list[Params], in_full: Collection[str]) -> tuple[list[Params], list[Params]]:
-    """Stacked layers without the experts that can be read where they lie, and these alone.
+    """Stacked layers without the experts that can be read in place, and these alone.
 
-    What is trained in full needs its gradient, and what is quantised is made anew in each layer.
+    Experts trained in full need gradients, and quantised ones are dequantised in each layer, so neither can.
     """
     names = [weight.path[-1] for weight in BY_NAME.values() if weight.each and weight.name not in in_full]
     stacks = [
@@ -221,7 +223,7 @@ def frozen_experts(layers: list[Params], in_full: Collection[str]) -> tuple[list
 
 
 def with_experts(layer: Params, stacks: Params, repeat: jax.Array, mesh: Mesh | None) -> Params:
-    """One layer's weights, with the experts of these stacks that are its."""
+    """One layer's weights, with its experts from these stacks."""
     if not stacks:
         return layer
     interpret = mesh is None or mesh.devices.flat[0].platform != "tpu"
@@ -232,13 +234,13 @@ def with_experts(layer: Params, stacks: Params, repeat: jax.Array, mesh: Mesh | 
 def moe(
     p: Params, lora: Adapters, residual: jax.Array, normed: jax.Array, experts_per_token: int, mesh: Mesh | None
 ) -> jax.Array:
-    """residual, normed [B, S, D] → [B, S, D]. `p` may hold quantised weights."""
+    """residual, normed [B, S, D] → [B, S, D]. `p` can hold quantised weights."""
     if mesh is None:
         return _share(p, lora, residual, normed, experts_per_token)
     tokens = activation_spec("BSD", residual.shape, mesh)
     rows = {name: BY_NAME[f"moe.{name}"] for name in p}
 
-    def places(row: Weight, dims: str, array: Any) -> Any:  # of a quantised weight: of its values and of its scales
+    def places(row: Weight, dims: str, array: Any) -> Any:  # of a quantised weight: for its values and its scales
         if isinstance(array, InStack):
             return replace(array, stack=P(None, *fit(row.axes_of(dims), array.shape, mesh)), layer=P())
         return jax.tree.map(lambda x: fit(row.axes_of(dims), x.shape, mesh), array)
@@ -246,7 +248,7 @@ def moe(
     weights = {name: places(row, row.dims, p[name]) for name, row in rows.items()}
     factors = {name: tuple(map(partial(places, rows[name]), rows[name].adapter_dims, ab)) for name, ab in lora.items()}
     hidden = axes_of(fit(rows["linear"].axes_of("x"), p["linear"].shape[1:2], mesh)[0])
-    if not hidden:  # a chip that has all hidden units works on its own tokens alone, and takes adapters whole
+    if not hidden:  # a chip that has all hidden units processes only its own tokens, and uses whole adapters
         factors = jax.tree.map(lambda _: P(), lora)
     gathered = tuple(a for dim in tokens[:2] for a in axes_of(dim) if a in hidden)
     block = partial(_share, experts_per_token=experts_per_token, hidden=hidden, gathered=gathered)
@@ -263,7 +265,7 @@ def _share(
     hidden: tuple[str, ...] = (),
     gathered: tuple[str, ...] = (),
 ) -> jax.Array:
-    """One chip's part: routes its own tokens, runs its slice of the experts on the tokens of all, and adds up.
+    """One chip's part: routes its own tokens, runs its slice of the experts on all tokens, and adds up.
 
     Args:
       p: the router, and a slice of the experts' hidden units.
@@ -271,8 +273,8 @@ def _share(
       residual: [B, S, D] this chip's tokens.
       normed: as residual.
       experts_per_token: k.
-      hidden: mesh axes that split hidden units: results are added up over them.
-      gathered: those of them that split tokens, too: tokens are gathered, results scattered over them.
+      hidden: mesh axes that split hidden units; results are summed over them.
+      gathered: those of them that also split tokens; tokens are gathered and results scattered over them.
     """
     shape = residual.shape
     ids, weights = route(p, residual.reshape(-1, shape[-1]), experts_per_token)

@@ -1,8 +1,8 @@
-"""The one map of names: how each tensor is called and laid out in memory (Tunix) and on disk (Hugging Face).
+"""The one map of names: how each tensor is named and laid out in memory (Tunix) and on disk (Hugging Face).
 
-It follows from the patterns of `weights.py`. Since a pattern only splits and reorders dims, any slice of one side is a
-slice of the other: a device's shard is read from disk without the rest. Loading, merging and PEFT export all go through
-this map; it needs NumPy only.
+It follows from the patterns of `weights.py`. A pattern only splits and reorders dims, so any slice of one side is a
+slice of the other: a device's shard is read from disk without the rest. Loading, merging and PEFT export all use this
+map; it needs NumPy only.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ from gemma4_tpu.models.weights import BESIDE_TEXT, Weight, rows, sizes
 HEAD = "lm_head.weight"
 """A stored output matrix, without prefix."""
 PEFT_PREFIX = "base_model.model."
-"""What PEFT writes before the names of the model that it wrapped."""
+"""What PEFT prepends to the names of the model that it wraps."""
 MAGNITUDE = "magnitude_vector"
-"""What PEFT calls DoRA's magnitudes, after `lora_`."""
-# What PEFT calls a factor, with the adapter's name (`.default`) in files that were not saved by PEFT itself, and what
-# stands in a module's path only because the model was wrapped: by PEFT, a class of transformers, DDP, FSDP,
+"""PEFT's name of DoRA's magnitudes, after `lora_`."""
+# PEFT's name of a factor, with the adapter's name (`.default`) in files that PEFT itself did not save; and the parts of
+# a module's path that exist only because the model was wrapped: by PEFT, a class of transformers, DDP, FSDP,
 # torch.compile or activation checkpointing.
 _PEFT_KEY = re.compile(rf"(?P<module>.+)\.lora_(?P<factor>[AB](?=.*\.weight)|{MAGNITUDE})(?:\.[^.]+)?(?:\.weight)?")
 _SAVED_MODULE = re.compile(r"\.modules_to_save\.[^.]+\.")
@@ -56,25 +56,25 @@ class Tensor:
     split: tuple[int, ...]
     """The dims on disk after splitting: `[K, H, D]`."""
     order: tuple[int, ...]
-    """Which split dim each dim in memory is (leading dim of several sources aside): `(0, 2, 1)`."""
+    """The split dim that each dim in memory corresponds to (ignoring a leading dim of several sources): `(0, 2, 1)`."""
 
     @property
     def several(self) -> bool:
-        """The leading dim in memory counts sources on disk."""
+        """Whether the leading dim in memory counts sources on disk."""
         return len(self.weight.hf_names) > 1
 
     def of_pieces(self, pieces: Sequence[int]) -> Tensor:
-        """The part of it that some of its sources on disk make."""
+        """The part of it that some of its sources on disk make up."""
         if not self.several:
             return self
         names = tuple(self.hf_names[i] for i in pieces)
         return replace(self, hf_names=names, shape=(len(pieces), *self.shape[1:]))
 
     def from_hf(self, read: Read, index: Index | None = None) -> np.ndarray:
-        """The slice `index` of the tensor in memory's layout (in the dtype on disk, often a view).
+        """The slice `index` of the tensor in its in-memory layout (in the dtype on disk, often a view).
 
         Args:
-          read: `read(hf_name, index, shape)` → that slice of the tensor `hf_name` (without prefix) seen with dims
+          read: `read(hf_name, index, shape)` → that slice of the tensor `hf_name` (without prefix) viewed with dims
             `shape`; `Checkpoint.read` does this.
           index: one slice per dim in memory; None: all of it.
         """
@@ -85,7 +85,7 @@ class Tensor:
         return np.stack(pieces) if self.several else pieces[0]
 
     def to_hf(self, array: np.ndarray) -> dict[str, np.ndarray]:
-        """The tensors on disk (without prefix) that `array`, in memory's layout, stands for."""
+        """The tensors on disk (without prefix) that `array`, in its in-memory layout, represents."""
         back = np.argsort(self.order)
         parts = array if self.several else [array]
         return {
@@ -93,12 +93,12 @@ class Tensor:
         }
 
     def in_memory(self, on_disk: Index, source: int) -> tuple[slice | int, ...]:
-        """Where the slice `on_disk` (one for each split dim) of the tensor on disk number `source` lies in memory."""
+        """Where the slice `on_disk` (one for each split dim) of the tensor on disk number `source` is in memory."""
         index = tuple(on_disk[dim] for dim in self.order)
         return (source, *index) if self.several else index
 
     def split_on_disk(self, block: np.ndarray) -> np.ndarray:
-        """A block taken at `in_memory`, with the dims on disk after splitting; a view."""
+        """A block taken at `in_memory`, as a view with the dims on disk after splitting."""
         return block.transpose(np.argsort(self.order))
 
     @property
@@ -118,11 +118,11 @@ class Tensor:
     def lora_factors(self, lora_a: np.ndarray, lora_b: np.ndarray) -> dict[str, tuple[np.ndarray, np.ndarray]]:
         """The adapter as pairs (A `[r, in]`, B `[out, r]`) by Hugging Face weight name, in float32, unscaled.
 
-        Of experts, A is `[E, r, in]` and B `[E, out, r]`. The delta of a weight `[out, in]` is scale · B @ A. K and V
+        For experts, A is `[E, r, in]` and B `[E, out, r]`. The delta of a weight `[out, in]` is scale · B @ A. K and V
         of a fused projection share A.
 
         Raises:
-          UserError: shapes that do not fit this weight or each other; names the tensor.
+          UserError: shapes do not match this weight or each other; names the tensor.
         """
         *each, out_size, in_size = self.hf_shape
         rank, copies = lora_a.shape[-1], math.prod(each)
@@ -139,13 +139,13 @@ class Tensor:
     def from_lora_factors(
         self, factors: Mapping[str, tuple[np.ndarray, np.ndarray]], rank: int
     ) -> tuple[np.ndarray, np.ndarray]:
-        """The inverse of `lora_factors`: A `[in, rank]` and B `[rank, sources, out]` in float32, zero in unused ranks;
-        of experts with a leading dim.
+        """Inverts `lora_factors`: A `[in, rank]` and B `[rank, sources, out]` in float32, zero in unused ranks; for
+        experts with a leading dim.
 
-        K and V of a fused projection share A, so that an A of each takes ranks of its own.
+        K and V of a fused projection share A, so separate A matrices use separate ranks.
 
         Args:
-          factors: pairs as `lora_factors` has them, of some of this tensor's weights.
+          factors: pairs as returned by `lora_factors`, of some of this tensor's weights.
           rank: of the result, at least `lora_rank(…)`.
         """
         *each, out_size, in_size = self.hf_shape
@@ -162,34 +162,34 @@ class Tensor:
 
     @staticmethod
     def lora_rank(factors: Mapping[str, tuple[np.ndarray, np.ndarray]]) -> int:
-        """What `from_lora_factors` needs: the rank of A where the weights share it, else the sum of their ranks."""
+        """The rank that `from_lora_factors` needs: that of A if the weights share it, else the sum of their ranks."""
         pairs = list(factors.values())
         return pairs[0][0].shape[-2] if _share_a(pairs) else sum(a.shape[-2] for a, _ in pairs)
 
 
 def full_name(prefix: str, hf_name: str) -> str:
-    """A name on disk with the checkpoint's prefix; the projector of pictures stands beside the text model."""
+    """A name on disk with the checkpoint's prefix; the projector of pictures is outside the text model."""
     return (prefix.removesuffix("language_model.") if hf_name.startswith(BESIDE_TEXT) else prefix) + hf_name
 
 
 def peft_names(hf_name: str, prefix: str) -> tuple[str, str]:
-    """What PEFT calls A and B of the weight `hf_name`, for a base checkpoint whose keys have `prefix`."""
+    """PEFT's names of A and B of the weight `hf_name`, for a base checkpoint whose keys have `prefix`."""
     module = f"{PEFT_PREFIX}{prefix}{hf_name.removesuffix('.weight')}"
     return f"{module}.lora_A.weight", f"{module}.lora_B.weight"
 
 
 def peft_magnitude_name(hf_name: str, prefix: str) -> str:
-    """What PEFT calls DoRA's magnitudes of the weight `hf_name`."""
+    """PEFT's name of DoRA's magnitudes of the weight `hf_name`."""
     return f"base_model.model.{prefix}{hf_name.removesuffix('.weight')}.lora_{MAGNITUDE}"
 
 
 def from_peft_name(name: str) -> tuple[str, str, str] | None:
-    """The inverse of `peft_names` for every spelling in use; None: not a factor of a weight's adapter.
+    """Inverts `peft_names` for every spelling in use; None if the name is not that of an adapter's factor.
 
     Returns:
-      (weight, factor, module): the weight's name without prefix (`layers.3.self_attn.q_proj.weight`; in other parts of
-      a model with their path), `A`, `B` or `magnitude_vector`, the module's path in the base model, as patterns of
-      PEFT's name it: before it was wrapped.
+      (weight, factor, module): the weight's name without prefix (`layers.3.self_attn.q_proj.weight`; with its path in
+      other parts of a model); `A`, `B` or `magnitude_vector`; and the module's path in the unwrapped base model, as
+      PEFT's patterns refer to it.
     """
     found = _PEFT_KEY.fullmatch(name)
     if found is None:
@@ -200,7 +200,7 @@ def from_peft_name(name: str) -> tuple[str, str, str] | None:
 
 
 def from_peft_module(name: str) -> str:
-    """The weight, without prefix, that a tensor of a module in PEFT's `modules_to_save` is."""
+    """The weight, without prefix, that a tensor of a module in PEFT's `modules_to_save` holds."""
     return _bare(_SAVED_MODULE.sub(".", name))
 
 
@@ -211,7 +211,9 @@ def _bare(module: str) -> str:
 def peft_tensors(
     tensor: Tensor, lora_a: np.ndarray, lora_b: np.ndarray, prefix: str, experts: str = "fused"
 ) -> dict[str, np.ndarray]:
-    """The adapter as PEFT names and stores it (A `[r, in]`, B `[out, r]`), unscaled; that of experts in this form."""
+    """The adapter with PEFT's names and shapes (A `[r, in]`, B `[out, r]`), unscaled; `experts`: the format for
+    experts.
+    """
     found: dict[str, np.ndarray] = {}
     for name, pair in tensor.lora_factors(lora_a, lora_b).items():
         for module, (a, b) in to_files(name, *pair, experts) if tensor.weight.each else [(name, pair)]:
@@ -233,7 +235,7 @@ def name_map(arch: Architecture) -> Mapping[str, Tensor]:
 
 
 def adapted_tensors(arch: Architecture, adapted: Mapping[str, Adapted]) -> dict[str, Tensor]:
-    """What is adapted of each tensor, by its Tunix name; `adapted` is that of a `Layout`."""
+    """The adapted part of each tensor, by its Tunix name; `adapted` is that of a `Layout`."""
     return {name: name_map(arch)[name].of_pieces(how.pieces) for name, how in adapted.items()}
 
 
@@ -251,5 +253,5 @@ def _tensor(prefix: str, weight: Weight, size: Mapping[str, int]) -> Tensor:
 
 
 def some(names: Sequence[str], limit: int = 10) -> str:
-    """The first of some names, and how many more there are."""
+    """The first few names, and how many more there are."""
     return ", ".join(names[:limit]) + (f" and {len(names) - limit} more" if len(names) > limit else "")

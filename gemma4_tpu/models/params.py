@@ -1,7 +1,7 @@
-"""Base weights onto the mesh: from safetensors, slice by slice, or drawn at random.
+"""Places base weights on the mesh: from safetensors, slice by slice, or drawn at random.
 
 Each process reads only what its own devices hold, one array at a time, every byte once. Host memory holds this
-process's part of one array (and one tensor under way per reader thread), whatever the size of the model.
+process's part of one array (and one tensor in transit per reader thread), whatever the size of the model.
 """
 
 from __future__ import annotations
@@ -30,17 +30,17 @@ from gemma4_tpu.models.weights import EMBEDDING
 logger = logging.getLogger(__name__)
 
 _READERS = min(4, os.cpu_count() or 1)
-_TILE = 256  # rows and columns that a transposing copy moves at a time: about what a core's cache holds
+_TILE = 256  # rows and columns per tile of a transposing copy: about what a core's cache holds
 _CHUNK = 1 << 20  # values checked at a time
 
 Box = tuple[tuple[int, int], ...]
 """(start, stop) per dim."""
 
 Source = Callable[[str, Box], np.ndarray]
-"""`source(tunix_name, box)` → that block of a tensor in memory's layout, in any dtype."""
+"""`source(tunix_name, box)` → that block of a tensor in its in-memory layout, in any dtype."""
 
 Then = Callable[[Leaf, jax.Array], Any]
-"""What becomes of an array as soon as it is there, before the next one is read (quantising, say)."""
+"""Applied to an array once it is loaded, before the next one is read (to quantise it, say)."""
 
 
 def _keep(leaf: Leaf, array: jax.Array) -> jax.Array:
@@ -51,7 +51,7 @@ def load_params(
     checkpoint: Checkpoint, arch: Architecture, layout: Layout, shardings: Any, dtype: Any, then: Then = _keep,
     float32: Collection[str] = (),
 ) -> Any:  # fmt: skip
-    """The base parameters of `arch` as sharded arrays, in the tree and the stacking of `layout`.
+    """Loads the base parameters of `arch` as sharded arrays, in the tree and stacking of `layout`.
 
     Args:
       checkpoint: an open checkpoint folder.
@@ -63,8 +63,8 @@ def load_params(
       float32: names of rows of `weights.py` whose arrays are float32 instead.
 
     Raises:
-      UserError: missing, unexpected, wrongly shaped or quantised tensors (before anything is read), an output matrix
-        that is not the embedding, or weights that hold NaN or infinity (on the processes that read them); names the
+      UserError: tensors are missing, unexpected, misshapen or quantised (before anything is read), an output matrix
+        differs from the embedding, or weights contain NaN or infinity (on the processes that read them); names the
         tensors.
     """
     started = time.perf_counter()
@@ -81,7 +81,7 @@ def load_params(
 
     params = _params(layout, shardings, _dtypes(dtype, float32), source, then, checkpoint.folder)
     logger.info(
-        "loaded %d tensors of %s as %s in %.1f s; left alone %d of other modalities, tied or unused",
+        "loaded %d tensors of %s as %s in %.1f s; skipped %d of other modalities, tied or unused",
         len(tensors), checkpoint.folder, np.dtype(dtype).name, time.perf_counter() - started, len(found.passthrough),
     )  # fmt: skip
     return params
@@ -93,7 +93,7 @@ def random_params(
 ) -> Any:  # fmt: skip
     """Random base parameters: matrices uniform around 0 with variance 1/fan_in, vectors (norms, scales) ones.
 
-    A tensor's values depend on the seed and its name only: not on mesh, stacking or the other tensors. Arguments as in
+    A tensor's values depend only on the seed and its name, not on mesh, stacking or other tensors. Arguments as for
     `load_params`.
     """
     tensors = name_map(arch)
@@ -128,7 +128,7 @@ def _params(
 def _array(
     leaf: Leaf, sharding: NamedSharding, dtype: np.dtype, source: Source, readers: ThreadPoolExecutor, where: str
 ) -> jax.Array:
-    """One array: host buffers for the distinct shards of this process, filled tensor by tensor, then sent."""
+    """One array: host buffers for the distinct shards of this process, filled tensor by tensor, then transferred."""
     shape = leaf.array_shape
     indices = sharding.addressable_devices_indices_map(shape).values()
     shards = {box: np.empty([stop - start for start, stop in box], dtype) for box in {_box(i, shape) for i in indices}}
@@ -136,7 +136,7 @@ def _array(
     if stack and any(box[0] != (0, shape[0]) for box in shards):
         raise ValueError(f"{leaf.path}: the stacked dim cannot be sharded: {sharding.spec}")
     own = [(box[stack:], buffer if stack else buffer[None]) for box, buffer in shards.items()]
-    # the smallest block of the tensor that covers every shard here, so that each byte is read once
+    # the smallest block of the tensor that covers every local shard, so that each byte is read once
     cover = tuple(
         (min(start for start, _ in dim), max(stop for _, stop in dim))
         for dim in zip(*(box for box, _ in own), strict=True)
@@ -153,7 +153,7 @@ def _array(
 
     list(readers.map(fill, range(len(leaf.tunix_names))))
     array = jax.make_array_from_callback(shape, sharding, lambda index: shards[_box(index, shape)], dtype=dtype)
-    return jax.block_until_ready(array)  # so that these buffers are free before the next ones are filled
+    return jax.block_until_ready(array)  # so that these buffers are freed before the next ones are filled
 
 
 def _slices(box: Box) -> tuple[slice, ...]:
@@ -165,8 +165,10 @@ def _box(index: tuple[slice, ...] | None, shape: tuple[int, ...]) -> Box:
 
 
 def _copy(target: np.ndarray, source: np.ndarray) -> None:
-    """`target[...] = source` with conversion; transposed matrices go in tiles, several times faster than as a whole."""
-    if target.dtype == source.dtype:  # plain integers of the same size move fastest, and without Python's lock
+    """`target[...] = source` with conversion; transposed matrices are copied in tiles, several times faster
+    than whole.
+    """
+    if target.dtype == source.dtype:  # copying as integers of the same size is fastest, and releases Python's lock
         bits = np.dtype(f"u{target.itemsize}")
         target, source = target.view(bits), source.view(bits)
     if source.ndim < 2 or source.strides[-1] == source.itemsize:
@@ -181,7 +183,7 @@ def _copy(target: np.ndarray, source: np.ndarray) -> None:
 
 
 def _is_finite(values: np.ndarray) -> bool:
-    """Whether no float is NaN or infinite: as integers, sign aside, those come after all others."""
+    """Whether no float is NaN or infinite: as integers, sign aside, these compare greater than all others."""
     kind = np.dtype(f"u{values.itemsize}")
     infinity = np.array(np.inf, values.dtype).view(kind)
     flat = values.reshape(-1).view(kind)

@@ -1,9 +1,9 @@
-"""QLoRA: the frozen base weights of the adapted modules in 4 or 8 bits, by Qwix.
+"""QLoRA: the frozen base weights of adapted modules in 4 or 8 bits, by Qwix.
 
-`int8` keeps one scale per output unit, `nf4` (NormalFloat-4) one per `NF4_TILE` input units of an output unit (of
-experts, whose hidden units are split among chips: per so many values along the model dim, which no chip splits, so that
-the values do not depend on the mesh). A weight is dequantised to the compute dtype where it is used and nowhere else;
-everything without an adapter stays as it is.
+`int8` keeps one scale per output unit, `nf4` (NormalFloat-4) one per `NF4_TILE` input units of an output unit (for
+experts, whose hidden units are split among chips, per the same number of values along the model dim, which no chip
+splits, so that values do not depend on the mesh). A weight is dequantised to the compute dtype only where it is used;
+weights without an adapter are not quantised.
 """
 
 from __future__ import annotations
@@ -28,11 +28,11 @@ NF4_VALUES = (
     -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224,
     0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0,
 )  # fmt: skip
-"""What the codes 0 to 15 stand for, before scaling (*quoted*: QLoRA, arXiv 2305.14314, appendix E)."""
+"""Values of the codes 0 to 15, before scaling (*quoted*: QLoRA, arXiv 2305.14314, appendix E)."""
 
 
 def is_quantized(leaf: Leaf, lora: LoraConfig) -> bool:
-    """Whether this base weight is held quantised under `lora.quantize`."""
+    """Whether this base weight is stored quantised under `lora.quantize`."""
     return lora.quantize is not None and leaf.adapted is not None
 
 
@@ -55,10 +55,10 @@ def dense(weight: Any, dtype: Any) -> jax.Array:
 
 
 def dequantize(weight: qwix.QArray, dtype: Any) -> jax.Array:
-    """The weight that a quantised array stands for; values as `qwix.dequantize` has them.
+    """The weight that a quantised array represents, equal to `qwix.dequantize`.
 
-    NF4 codes are looked up by their bits, so that XLA makes one elementwise loop of it. Qwix gathers from a table over
-    the flattened array, which a TPU turns into passes over copies: nine tenths of a 31B update's HBM traffic.
+    NF4 codes are decoded by their bits, which XLA fuses into one elementwise loop. Qwix gathers from a table over the
+    flattened array, which a TPU turns into passes over copies: nine tenths of a 31B update's HBM traffic.
     """
     if weight.qtype != "nf4":
         return qwix.dequantize(weight).astype(dtype)

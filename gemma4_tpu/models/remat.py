@@ -1,7 +1,7 @@
 """What the forward pass keeps for the backward pass, from most memory to most arithmetic.
 
-Frozen weights need no inputs of their products in the backward pass, so `products` keeps only what a matrix product
-made and what norms, activations and adapters read again: its backward pass repeats elementwise work alone.
+The products of frozen weights do not need their inputs in the backward pass, so `products` keeps only the outputs of
+matrix products that norms, activations and adapters read again; its backward pass recomputes elementwise work only.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ CONTEXT = "context"
 
 _ATTENTION = ("query", "key_value", CONTEXT, "attended", "low")
 _MLP = ("gate_up", "mlp_out", "experts_gate_up", "experts_out", "per_layer")
-_ALWAYS = ("routing",)  # small integers that take a sort to find again
+_ALWAYS = ("routing",)  # small integers that would take a sort to recompute
 _KEPT: dict[str, tuple[str, ...]] = {
     "products": (*_ALWAYS, *_ATTENTION, *_MLP),
     "attention": (*_ALWAYS, *_ATTENTION),
@@ -26,22 +26,23 @@ _KEPT: dict[str, tuple[str, ...]] = {
 
 
 def keep(x: jax.Array, name: str, apart: int = 0) -> jax.Array:
-    """Marks an array that a policy may keep.
+    """Marks an array that a policy can keep.
 
-    What a loop keeps is collected in arrays that `lax.scan` begins with zeros, of which the TPU compiler writes none if
-    the loop fills them all. If another loop has arrays of the same shape, both begin with the same zeros, and it writes
-    them (E4B, two loops of three rounds: 68 of 382 ms). So loops of as many rounds keep arrays of other shapes.
+    A loop collects what it keeps in arrays that `lax.scan` initialises with zeros, which the TPU compiler elides if the
+    loop fills them completely. If another loop has arrays of the same shape, both start from the same zeros, which are
+    then written (E4B, two loops of three rounds: 68 of 382 ms). So loops with the same number of rounds keep arrays of
+    different shapes.
 
     Args:
       x: the array.
-      name: by which policies know it.
-      apart: dims of one that it has in front while it is kept.
+      name: by which policies refer to it.
+      apart: number of leading dims of size one that it has while it is kept.
     """
     return _without(checkpoint_name(_with(x, apart), name), apart)
 
 
 def _with(x: jax.Array, dims: int) -> jax.Array:
-    """With so many dims of one in front."""
+    """Returns x with `dims` leading dims of size one."""
     return jnp.expand_dims(x, tuple(range(dims)))
 
 
@@ -54,16 +55,16 @@ def rematerialised(run: Callable, policy: str, *, in_loop: bool, apart: int = 0)
 
     Args:
       run: a function of x and other arrays.
-      policy: `none` keeps everything, `products` every matrix product, `attention` attention's products only (the MLP
-        runs again), `decoder` nothing.
+      policy: `none` keeps everything, `products` every matrix product, `attention` only attention's products (the MLP
+        is recomputed), `decoder` nothing.
       in_loop: the layer runs inside `lax.scan`, where XLA cannot undo the rematerialisation.
       apart: see `keep`.
     """
     if policy == "none":
         return run
     kept = jax.checkpoint_policies.save_only_these_names(*_KEPT[policy])
-    # In a loop nothing can be undone, but what runs again of all layers of a group would be ready at once, and kept
-    # until it is used: the barrier has each layer wait for the gradients behind it. Elementwise work fuses instead.
+    # XLA cannot undo it in a loop, but would recompute all layers of a group at once and keep the results until used:
+    # the barrier makes each layer wait for the gradients of the one after it. Elementwise work is fused instead.
     again = jax.checkpoint(
         lambda x, *rest: run(_without(x, apart), *rest), prevent_cse=policy != "products" or not in_loop, policy=kept
     )

@@ -1,9 +1,9 @@
-"""How every array is sharded on a mesh: the axes of its dims (for weights those of `weights.py`), as far as they fit.
+"""How every array is sharded on a mesh: the axes of its dims (for weights, those of `weights.py`), where they divide.
 
-Four axes. `dp` splits the rows of a batch only, every weight is there as often; `fsdp` splits the rows and one dim of
-each weight; `cp` splits the tokens of each row (`context_parallel.py`), every weight is there as often; `tp` splits
-heads, hidden units and the vocabulary. A dim that its axis does not divide is replicated over that axis, which is
-reported once by `replicated`.
+There are four axes. `dp` splits the rows of a batch, with weights replicated; `fsdp` splits the rows and one dim of
+each weight; `cp` splits the tokens of each row (`context_parallel.py`), with weights replicated; `tp` splits heads,
+hidden units and the vocabulary. A dim that its axis does not divide is replicated over that axis, which `replicated`
+reports once.
 """
 
 from __future__ import annotations
@@ -25,16 +25,16 @@ ROWS = (DP, FSDP)
 """The axes over which the rows of a microbatch are split."""
 
 # Dims of activations: B rows, T tokens, D model, N heads, H head width, F hidden units, V vocabulary, P per-layer
-# embedding, L layers, M microbatches; S: tokens split over tp, too (the residual stream). The others stay whole.
+# embedding, L layers, M microbatches; S: tokens split over tp, too (the residual stream). The others are not split.
 _ACTIVATION_AXES: dict[str, Axes] = {"B": ROWS, "T": CP, "S": (CP, TP), "N": TP, "F": TP, "V": TP}
 
 
 def make_mesh(fsdp: int, tp: int, devices: Sequence[Any] | None = None, *, dp: int = 1, cp: int = 1) -> Mesh:
     """A mesh with axes (`dp`, `fsdp`, `cp`, `tp`) over `devices` (default: all), in an order that suits the
-    interconnect. Where rows stay whole there is no axis `cp`, and the program does not know of one.
+    interconnect. Without context parallelism there is no axis `cp`, and the program is the same as before it existed.
 
-    Absent devices are laid out like real ones, so that a plan compiles the program that training runs. An axis may take
-    part of a torus axis: without that JAX refuses legal meshes, such as 2 × 2 × 4 on a v5p-32.
+    Devices described ahead of time are laid out like real ones, so that a plan compiles the program that training runs.
+    An axis can take part of a torus axis; without that, JAX refuses legal meshes such as 2 × 2 × 4 on a v5p-32.
     """
     sizes = {DP: dp, FSDP: fsdp, CP: cp, TP: tp}
     if cp == 1:
@@ -45,12 +45,12 @@ def make_mesh(fsdp: int, tp: int, devices: Sequence[Any] | None = None, *, dp: i
 
 
 def row_places(mesh: Mesh) -> int:
-    """Places among which the rows of a microbatch are split."""
+    """Number of parts into which the rows of a microbatch are split."""
     return _size(ROWS, mesh)
 
 
 def token_parts(mesh: Mesh | None) -> int:
-    """Parts into which the tokens of a row are split over `cp`."""
+    """Number of parts into which the tokens of a row are split over `cp`."""
     return mesh.shape.get(CP, 1) if mesh is not None else 1
 
 
@@ -60,7 +60,7 @@ def axes_of(axes: Axes) -> tuple[str, ...]:
 
 
 def fit(axes: Sequence[Axes], shape: Sequence[int], mesh: Mesh) -> P:
-    """PartitionSpec of `axes` where they divide their dim, of None (replicated) where they don't."""
+    """PartitionSpec of `axes` where they divide their dim, and None (replicated) elsewhere."""
     there = (tuple(a for a in axes_of(dim) if a in mesh.shape) for dim in axes)
     return P(*(a if a and size % _size(a, mesh) == 0 else None for a, size in zip(there, shape, strict=False)))
 
@@ -85,7 +85,7 @@ def places(layout: Layout, mesh: Mesh) -> dict[str, Any]:
 
 
 def replicated(mesh: Mesh, leaf: Leaf) -> list[str]:
-    """Axes larger than 1 that a leaf's dims should be split over and can't, as `name dim 3 (6) over tp=4`."""
+    """Axes larger than 1 that should split a leaf's dims but cannot, as `name dim 3 (6) over tp=4`."""
     return [
         f"{leaf.tunix_names[0]} dim {i} ({size}) over {'·'.join(axes_of(axes))}={_size(axes, mesh)}"
         for i, (axes, size) in enumerate(zip(leaf.axes, leaf.shape, strict=False))
@@ -104,10 +104,10 @@ def activation_spec(dims: str, shape: Sequence[int], mesh: Mesh) -> P:
 
 
 def gathered(array: Any, weight: Weight, mesh: Mesh | None) -> Any:
-    """Pins a layer's weight (a QArray: in its few bits) to its places with the `fsdp` axis left out: it is gathered.
+    """Pins a layer's weight (a QArray in its quantised form) to its sharding without the `fsdp` axis, which gathers it.
 
-    Left to itself, the TPU compiler passes pieces around and adds up a product for each of them: with eight chips on
-    the axis a small model's activations move eight times through HBM (E2B on v6e-8: 2.1 times the HBM traffic).
+    Otherwise, the TPU compiler passes pieces around and accumulates one product for each: with eight chips on the axis,
+    a small model's activations move through HBM eight times (E2B on v6e-8: 2.1 times the HBM traffic).
     """
     if mesh is None or mesh.shape[FSDP] == 1:
         return array
@@ -125,7 +125,7 @@ def whole(x: jax.Array, mesh: Mesh | None) -> jax.Array:
 
 
 def constrain(x: jax.Array, dims: str, mesh: Mesh | None) -> jax.Array:
-    """Pins an activation with these dims (`"BTD"`, `"BTNH"`, …) to the mesh; a dim that does not divide stays whole."""
+    """Pins an activation with these dims (`"BTD"`, `"BTNH"`, …) to the mesh; dims that do not divide are not split."""
     if mesh is None:
         return x
     return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, activation_spec(dims, x.shape, mesh)))

@@ -1,7 +1,7 @@
-"""Attention by JAX's splash kernels on TPU: no [T, T] scores in memory, blocks outside mask and window are skipped.
+"""Attention with JAX's splash kernels on TPU: no [T, T] scores in memory; blocks outside mask and window are skipped.
 
-Segment ids keep packed examples apart inside the kernel, and blocks that two examples don't share are skipped too;
-KV-shared layers hand in the keys they share like any others.
+Segment ids separate packed examples inside the kernel, and blocks without a pair of tokens of one example are skipped
+too. KV-shared layers pass the keys they share like any others.
 """
 
 from __future__ import annotations
@@ -34,13 +34,13 @@ from gemma4_tpu.models.remat import CONTEXT
 from gemma4_tpu.models.sharding import CP, ROWS, TP, token_parts
 
 LANES = 128
-"""The kernels want head widths and lengths in multiples of a TPU register's lanes."""
+"""The kernels require head widths and lengths in multiples of a TPU register's lanes."""
 BLOCK = 512
 """Tokens per block; 1024 does not compile for the backward pass at head width 512 (vector memory)."""
 EINSUM_TOKENS = 2048
 """Rows up to which a layer's scores are formed, where there is no kernel: 0.3 GB of them in a global layer of 31B."""
 FEW = 4
-"""Tokens per block of a mask that stands for longer rows."""
+"""Tokens per block of a mask that represents longer rows."""
 
 Attention = Callable[[jax.Array, jax.Array, jax.Array, jax.Array, int | None], jax.Array]
 
@@ -52,11 +52,11 @@ def make_attention(name: str, mesh: Mesh) -> Attention:
     chunked for longer ones.
 
     Raises:
-      UserError: splash is asked for on a machine that cannot run it.
+      UserError: splash is requested on a machine that cannot run it.
     """
     platform = mesh.devices.flat[0].platform
     if name == "splash" and platform not in ("tpu", "cpu"):
-        raise UserError(f"trainer.attention=splash: a TPU kernel, but this is {platform}; give trainer.attention=auto")
+        raise UserError(f"trainer.attention=splash: a TPU kernel, but this is {platform}; use trainer.attention=auto")
     parts = token_parts(mesh)
     whole_rows = {"einsum": einsum_attention, "chunked": chunked_attention}.get(name, _by_length)
     products = whole_rows if parts == 1 else partial(blockwise_attention, mesh=mesh)
@@ -90,10 +90,10 @@ def splash_attention(
     mesh: Mesh,
     interpret: bool = False,
 ) -> jax.Array:
-    """As `attention.einsum_attention`, by the TPU kernel; heads are split over `tp`, rows over `dp` and `fsdp`, tokens
-    over `cp`.
+    """Like `attention.einsum_attention`, with the TPU kernel; heads are split over `tp`, rows over `dp` and `fsdp`,
+    tokens over `cp`.
 
-    `interpret` runs the kernel in plain Python on a CPU (tests).
+    `interpret` runs the kernel in plain Python on a CPU (for tests).
     """
     t, heads = q.shape[1:3]
     tp, parts = mesh.shape[TP], token_parts(mesh)
@@ -126,19 +126,20 @@ def splash_attention(
 
 
 class _Grid(NamedTuple):
-    """What a kernel visits."""
+    """The blocks that a kernel visits."""
 
     mask: masks.LocalMask | masks.CausalMask
     blocks: splash.BlockSizes
     halo: int = 0
-    """Keys that a chip gets before its own."""
+    """Number of keys that a chip receives before its own."""
     exchanged: np.ndarray | None = None
-    """int32 [T]: places of the queries, chip after chip, where each chip has tables of its own of the blocks it visits.
-    `mask` then has as many blocks as the row, but of `FEW` tokens."""
+    """int32 [T]: positions of the queries, chip by chip, if each chip has its own tables of blocks to visit. `mask`
+    then has as many blocks as the row, but of `FEW` tokens.
+    """
 
 
 def _grid(length: int, parts: int, window: int | None) -> _Grid:
-    """Of rows of so many tokens, split over so many chips."""
+    """The grid for rows of `length` tokens, split over `parts` chips."""
     own = length // parts
     if window is not None:
         blocks = _blocks(own)
@@ -165,7 +166,8 @@ def _kernel(grid: _Grid, heads: int, head_shards: int, parts: int, interpret: bo
     )
     if whole_rows:
         return kernel
-    # A block is above, on or below the diagonal whatever its size, and all pairs of 131,072 tokens take a minute.
+    # A block is above, on or below the diagonal whatever its size, and enumerating all pairs of 131,072 tokens takes a
+    # minute.
     places = jnp.array(grid.exchanged)
     tables = kernel.fwd_mask_info, kernel.dq_mask_info, kernel.dkv_mask_info
     of_row = (info._replace(q_sequence=places) for info in tables if info is not None)
@@ -175,26 +177,27 @@ def _kernel(grid: _Grid, heads: int, head_shards: int, parts: int, interpret: bo
 def _brought(
     q: jax.Array, k: jax.Array, v: jax.Array, segments: jax.Array, window: int | None, halo: int
 ) -> tuple[jax.Array, ...]:
-    """Queries [B, N, S, H], keys and values [B, K, T or halo + S, H], and the segments of either, of one chip."""
+    """Queries [B, N, S, H], keys and values [B, K, T or halo + S, H], and the segments of both, on one chip."""
     if window is None:
         return exchange(q, 2), whole(k, 2), whole(v, 2), exchange(segments, 1), whole(segments, 1)
     return q, with_halo(k, halo, 2), with_halo(v, halo, 2), segments, segments_with_halo(segments, halo)
 
 
 def scope(window: int | None) -> str:
-    """What the kernels of a sliding (window in tokens) or global layer are called in the compiled program."""
+    """Name in the compiled program of the kernels of a sliding (window in tokens) or global layer."""
     return "attend_global" if window is None else f"attend_window_{window}"
 
 
 def _without_foreign_blocks(
     kernel: splash.SplashAttentionKernel, of_q: jax.Array, of_kv: jax.Array, length: int
 ) -> splash.SplashAttentionKernel:
-    """The kernel with the blocks left out that hold no pair of tokens of one segment.
+    """The kernel without the blocks that contain no pair of tokens of the same segment.
 
     `of_q` and `of_kv` [S]: segments of queries and keys, of one row of `length` tokens.
 
-    The mask is static and its tables name the blocks to visit; a zero in `block_mask` makes the kernel pass over one.
-    Segments rise along a row and padding (0) ends it, so two blocks share one exactly if their ranges meet.
+    The mask is static and its tables name the blocks to visit; a zero in `block_mask` makes the kernel skip one.
+    Segments increase along a row and padding (0) ends it, so two blocks share a segment exactly if their ranges
+    overlap.
     """
     rising_q = jnp.where(of_q == 0, length + 1, of_q)
     rising_kv = rising_q if of_kv is of_q else jnp.where(of_kv == 0, length + 1, of_kv)
@@ -224,15 +227,17 @@ def _without_foreign_blocks(
 
 
 def kernel_multiple(parts: int) -> int:
-    """Of what T must be a multiple for the kernel, where rows are split over so many chips (in two parts each)."""
+    """The number that T must be a multiple of for the kernel, if rows are split over `parts` chips (in two
+    parts each).
+    """
     return LANES if parts == 1 else 2 * LANES * parts
 
 
 def _blocks(length: int) -> splash.BlockSizes:
-    """The backward pass in two kernels, one for dq and one for dk and dv.
+    """Runs the backward pass in two kernels, one for dq and one for dk and dv.
 
-    One for all three would take two products of seven less, but leave a dq for every block of keys, sliding layers too,
-    [T / block, N, T, H]: its memory grows with the square of T, and summing it takes longer than the two products.
+    A single kernel would save two products of seven, but would write a dq for every block of keys, in sliding layers
+    too, [T / block, N, T, H]: its memory grows with the square of T, and summing it takes longer than the two products.
     """
     return _sizes(next(b for b in (BLOCK, 384, 256, LANES) if length % b == 0))
 

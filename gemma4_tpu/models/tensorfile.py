@@ -1,7 +1,7 @@
 """Reads tensors, or slices of them, from safetensors files: one file or a sharded checkpoint, local or gs://.
 
-A local read is a view into a memory map of just the bytes it needs: nothing is copied, and the pages leave this
-process with the view. A remote read fetches just those bytes.
+A local read is a view into a memory map of just the bytes it needs: nothing is copied, and the pages are released with
+the view. A remote read fetches just those bytes.
 """
 
 from __future__ import annotations
@@ -30,14 +30,14 @@ DTYPES: dict[str, np.dtype[Any]] = {
     "F8_E5M2": np.dtype(ml_dtypes.float8_e5m2),
 }  # fmt: skip
 _MAX_HEADER_BYTES = 100_000_000  # the format's own limit
-_SAMPLE_BYTES = 512  # of each tensor that go into a fingerprint
+_SAMPLE_BYTES = 512  # of each tensor, used for the fingerprint
 
 Index = Sequence[slice]
 
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """What a header says of one tensor; `start` and `stop` are byte offsets in the file."""
+    """A header's entry for one tensor; `start` and `stop` are byte offsets in the file."""
 
     dtype: np.dtype[Any]
     shape: tuple[int, ...]
@@ -46,10 +46,10 @@ class TensorInfo:
 
 
 class TensorFile:
-    """One safetensors file, its header read and checked.
+    """One safetensors file, with its header read and checked.
 
     Raises:
-      UserError: truncated or damaged; names the file and, where it is one tensor's fault, the tensor.
+      UserError: the file is truncated or damaged; names the file and, if a single tensor is at fault, the tensor.
     """
 
     def __init__(self, path: str):
@@ -111,7 +111,7 @@ class TensorFile:
         if code not in DTYPES:
             raise UserError(
                 f"{self.path}: tensor {name} has the unknown dtype {code!r} (known: {', '.join(DTYPES)}); if the"
-                " checkpoint is quantised, give the original one"
+                " checkpoint is quantised, use the original one"
             )
         size_bytes = math.prod(shape) * DTYPES[code].itemsize
         if stop - start != size_bytes:
@@ -127,7 +127,7 @@ class TensorFile:
         Args:
           name: of the tensor.
           index: one slice (step 1) per dim; None: all of it.
-          shape: dims to see the tensor in (same number of elements); `index` is in these. None: its own.
+          shape: dims to view the tensor with (same number of elements), to which `index` applies. None: its own.
 
         Returns:
           A strided view into the bytes that the slice spans; only those are mapped or fetched.
@@ -154,7 +154,7 @@ class TensorFile:
         return data
 
     def samples(self, names: Iterable[str]) -> list[bytes]:
-        """Some bytes from the middle of each tensor."""
+        """A few bytes from the middle of each tensor."""
         ranges = []
         for name in names:
             info = self.tensors[name]
@@ -164,10 +164,11 @@ class TensorFile:
 
 
 class Checkpoint:
-    """The tensors of a checkpoint folder: `model.safetensors`, or the shards that `model.safetensors.index.json` lists.
+    """The tensors of a checkpoint folder: `model.safetensors`, or the shards listed in `model.safetensors.index.json`.
 
     Raises:
-      UserError: no such folder, another kind of checkpoint, a missing or damaged shard; names the file and the tensor.
+      UserError: the folder does not exist, holds another kind of checkpoint, or a shard is missing or damaged; names
+        the file and the tensor.
     """
 
     def __init__(self, folder: str):
@@ -188,7 +189,7 @@ class Checkpoint:
         if not isinstance(weight_map, dict) or not weight_map:
             raise UserError(f"{path}: has no weight_map; copy the file again")
         if odd := [name for name, shard in weight_map.items() if not isinstance(shard, str)]:
-            raise UserError(f"{path}: places {odd[0]} in {weight_map[odd[0]]!r}, no file's name; copy the file again")
+            raise UserError(f"{path}: places {odd[0]} in {weight_map[odd[0]]!r}, not a file name; copy the file again")
         return weight_map
 
     def _open_shards(self, present: list[str]) -> dict[str, TensorFile]:
@@ -220,11 +221,11 @@ class Checkpoint:
         return self.files[self._home[name]]
 
     def shape(self, name: str) -> tuple[int, ...]:
-        """Of a tensor, as stored."""
+        """Shape of a tensor, as stored."""
         return self.file_of(name).tensors[name].shape
 
     def dtype(self, name: str) -> np.dtype[Any]:
-        """Of a tensor, as stored."""
+        """Dtype of a tensor, as stored."""
         return self.file_of(name).tensors[name].dtype
 
     def read(self, name: str, index: Index | None = None, shape: Sequence[int] | None = None) -> np.ndarray:
@@ -233,10 +234,11 @@ class Checkpoint:
 
     @cached_property
     def fingerprint(self) -> str:
-        """A sha256 that tells checkpoints apart without reading them whole.
+        """A sha256 that distinguishes checkpoints without reading them whole.
 
-        It covers every tensor's name, dtype and shape and 512 bytes from its middle, in order of names: it does not
-        depend on how the tensors are spread over shards. It identifies; it does not detect every flipped bit.
+        It covers every tensor's name, dtype and shape and 512 bytes from its middle, in order of names, so it does not
+        depend on how the tensors are distributed over shards. It identifies a checkpoint; it does not detect every
+        flipped bit.
         """
         samples: dict[str, bytes] = {}
         for file_name, file in self.files.items():

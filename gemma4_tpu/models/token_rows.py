@@ -1,6 +1,6 @@
-"""Rows of the embedding that are trained alone: those of `model.new_tokens`, alongside the adapters.
+"""Rows of the embedding that are trained by themselves: those of `model.new_tokens`, in addition to the adapters.
 
-As PEFT's `trainable_token_indices`: the rows of the table that the tokens are looked up in, and of the output matrix.
+Like PEFT's `trainable_token_indices`: the rows of the input table and of the output matrix.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ PATH = tuple(NAME.split("."))
 
 
 def trained_alone(layout: Layout, ids: Sequence[int]) -> tuple[int, ...]:
-    """Those of the rows `ids` that are trained by themselves: none where the whole table is trained."""
+    """Those of the rows `ids` that are trained by themselves; none if the whole table is trained."""
     return () if EMBEDDING in layout.in_full else tuple(ids)
 
 
 def leaf(layout: Layout, count: int) -> Leaf:
-    """The array of so many rows, [t, D]."""
+    """The array of `count` rows, [t, D]."""
     return Leaf(PATH, (NAME,), (count, layout.arch.embed_dim), False, BY_NAME[EMBEDDING], "td")
 
 

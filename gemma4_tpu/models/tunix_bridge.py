@@ -1,6 +1,6 @@
-"""Our base weights in Tunix's own Gemma 4 model, so that Tunix's sampler and trainers can run them.
+"""Loads our base weights into Tunix's own Gemma 4 model, so that Tunix's sampler and trainers can run them.
 
-Training itself does not go through here (see `gemma4.py`). Needs Tunix: the extra `tunix`.
+Training itself does not use this (see `gemma4.py`). Needs Tunix: the extra `tunix`.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from gemma4_tpu.models.weights import PER_LAYER_TABLE
 
 
 def tunix_config(arch: Architecture, dtype: Any = jnp.float32) -> tunix.ModelConfig:
-    """Tunix's configuration of `arch`; `dtype` holds for parameters and activations alike.
+    """Tunix's configuration of `arch`; `dtype` applies to parameters and activations.
 
     Raises:
       UserError: Tunix 0.1.7 cannot express this architecture.
@@ -35,8 +35,8 @@ def tunix_config(arch: Architecture, dtype: Any = jnp.float32) -> tunix.ModelCon
     shared = arch.num_kv_shared_layers
     fraction = shared / arch.num_layers
     if int(arch.num_layers - fraction * arch.num_layers) != arch.num_unshared_layers:
-        # Tunix 0.1.7 turns the fraction back into a number of layers by truncation, off by one for some pairs; half a
-        # layer less cannot be.
+        # Tunix 0.1.7 converts the fraction back to a number of layers by truncation, which is off by one for some
+        # pairs; adding half a layer avoids that.
         fraction = (shared - 0.5) / arch.num_layers
     origins = tunix.create_kv_cache_sharing_patterns(
         num_layers=arch.num_layers, frac_shared_layers=fraction, share_global=True, share_local=True,
@@ -44,8 +44,8 @@ def tunix_config(arch: Architecture, dtype: Any = jnp.float32) -> tunix.ModelCon
     )  # fmt: skip
     if origins != [arch.kv_origin(i) for i in range(arch.num_layers)]:
         raise UserError(
-            f"{arch.name}: Tunix expects the last unshared layers to be a sliding and then a global one, which this"
-            f" architecture's are not ({arch.layer_types[: arch.num_unshared_layers][-2:]})"
+            f"{arch.name}: Tunix expects the last unshared layers to be a sliding and then a global one; in this"
+            f" architecture they are {arch.layer_types[: arch.num_unshared_layers][-2:]}"
         )
     moe = arch.num_experts > 0
     return tunix.ModelConfig(
@@ -69,21 +69,22 @@ def to_tunix(params: Mapping[str, jax.Array], arch: Architecture, dtype: Any = j
 
     Args:
       params: by Tunix name (`params.by_name`).
-      arch: what they belong to.
+      arch: their architecture.
       dtype: of parameters and activations.
 
     Raises:
-      UserError: a mixture of experts, which Tunix 0.1.7 routes wrongly; ValueError: weights that do not fit.
+      UserError: the model is a mixture of experts, which Tunix 0.1.7 routes wrongly; ValueError: the weights do not
+        fit.
     """
     if arch.num_experts:
-        # Tunix 0.1.7 feeds the router the experts' normed input instead of the residual: logits off by more than ten.
-        # Fixed after 0.1.7; tests/models/test_tunix_bridge.py tells when this can go.
+        # Tunix 0.1.7 feeds the router the experts' normed input instead of the residual: logits are off by more than
+        # ten. Fixed after 0.1.7; tests/models/test_tunix_bridge.py tells when this check can go.
         raise UserError(f"{arch.name}: Tunix 0.1.7 routes experts wrongly; its sampler would not run this model")
     return fill(params, arch, dtype)
 
 
 def fill(params: Mapping[str, jax.Array], arch: Architecture, dtype: Any) -> tunix.Gemma4:
-    """As `to_tunix`, for any architecture. Keys and values that Tunix never reads (KV-shared layers) become zeros."""
+    """Like `to_tunix`, for any architecture. Keys and values that Tunix never reads (KV-shared layers) become zeros."""
     model = nnx.eval_shape(lambda: tunix.Gemma4(tunix_config(arch, dtype), rngs=nnx.Rngs(0)))
     graph, state = nnx.split(model)
     unused = set(params)

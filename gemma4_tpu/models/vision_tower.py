@@ -1,7 +1,7 @@
 """A checkpoint's own picture processor and frozen vision tower, run by transformers on the host's CPU.
 
-The processor is transformers' PIL one whatever else is installed: torchvision's resizes a little differently, and
-features would depend on the machine. Only the tower is loaded, never the text model.
+The processor is always transformers' PIL version: torchvision resizes slightly differently, and features would depend
+on the machine. Only the tower is loaded, never the text model.
 """
 
 from __future__ import annotations
@@ -21,24 +21,24 @@ from gemma4_tpu.models.tensorfile import Checkpoint
 from gemma4_tpu.storage import join, list_folder, read_json
 
 VERSION = 1
-"""Of what features are; part of `Tower.key`."""
+"""Version of the features; part of `Tower.key`."""
 PREFIX = "model.vision_tower."
 SETTINGS = ("processor_config.json", "preprocessor_config.json")
-"""Files that hold a processor's settings, the first of them under `image_processor`."""
+"""Files that can hold a processor's settings, the first one under `image_processor`."""
 
 
 @dataclass(frozen=True)
 class PictureProcessor:
-    """What makes patches of a picture, and so decides how many soft tokens it takes."""
+    """Splits a picture into patches, which determines its number of soft tokens."""
 
     settings: dict[str, Any]
 
     @classmethod
     def of(cls, folder: str) -> PictureProcessor:
-        """That of a checkpoint's folder, local or remote.
+        """The processor of a checkpoint's folder, local or remote.
 
         Raises:
-          UserError: its settings are not there, or transformers does not take them.
+          UserError: its settings are missing, or transformers rejects them.
         """
         present = list_folder(folder)
         for name in SETTINGS:
@@ -47,8 +47,8 @@ class PictureProcessor:
             if isinstance(found, dict) and found:
                 return cls(found)
         raise UserError(
-            f"{folder}: pictures need the checkpoint's processor, and neither {' nor '.join(SETTINGS)} says how it is"
-            " set; copy the file next to the weights"
+            f"{folder}: pictures need the checkpoint's processor, but neither {' nor '.join(SETTINGS)} is"
+            " there; copy the file next to the weights"
         )
 
     @cached_property
@@ -60,13 +60,13 @@ class PictureProcessor:
         try:
             return Gemma4ImageProcessorPil.from_dict(self.settings)
         except (TypeError, ValueError) as error:
-            raise UserError(f"the settings of the checkpoint's picture processor are not taken: {error}") from None
+            raise UserError(f"transformers rejects the checkpoint's picture settings: {error}") from None
 
     def tokens(self, width: int, height: int) -> int:
         """Soft tokens of a picture of this size in pixels.
 
         Raises:
-          ValueError: its sides differ too much, as the processor says.
+          ValueError: its aspect ratio is too large for the processor.
         """
         from transformers.models.gemma4.image_processing_pil_gemma4 import get_aspect_ratio_preserving_size
 
@@ -84,10 +84,10 @@ class PictureProcessor:
 
 
 class Tower:
-    """The tower of one checkpoint, in float32; features are rounded to the dtype that its weights are stored in.
+    """The tower of one checkpoint, in float32; features are rounded to the dtype in which its weights are stored.
 
     Raises:
-      UserError: the checkpoint has none, PyTorch is not installed, or its tensors are not those of its configuration.
+      UserError: the checkpoint has none, PyTorch is not installed, or its tensors do not match its configuration.
     """
 
     def __init__(self, checkpoint: Checkpoint, processor: PictureProcessor):
@@ -95,15 +95,17 @@ class Tower:
         self._config = read_config(checkpoint.folder).get("vision_config") or {}
         self._names = [name for name in checkpoint.names() if name.startswith(PREFIX)]
         if not self._names or not self._config:
-            raise UserError(f"{checkpoint.folder}: holds no vision tower ({PREFIX}…), so that it reads no pictures")
+            raise UserError(f"{checkpoint.folder}: contains no vision tower ({PREFIX}…), so it cannot read pictures")
         self.dtype = checkpoint.dtype(next(name for name in self._names if name.endswith("weight")))
-        """Of features, as stored."""
+        """Dtype of features, as stored."""
         self.dim: int = self._config.get("hidden_size", 768)
         """Width I of a feature."""
 
     @cached_property
     def key(self) -> str:
-        """A hash of all that features follow from besides the picture: weights, their configuration, the processor."""
+        """A hash of everything besides the picture that determines features: weights, their configuration, the
+        processor.
+        """
         digest = hashlib.sha256(json.dumps([VERSION, self._config, self._processor.settings], sort_keys=True).encode())
         for name in self._names:
             array = np.ascontiguousarray(self._checkpoint.read(name))

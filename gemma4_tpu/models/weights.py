@@ -1,17 +1,17 @@
-"""The weights of Gemma 4, one row each; all that the rest of the package knows about a weight follows from its row.
+"""The weights of Gemma 4, one row each; everything else that the package knows about a weight follows from its row.
 
-A row says what a weight is called in memory (as Tunix does) and on disk (as Hugging Face does), and by a pattern such
-as `(n h) d -> n d h` how its dims lie in both: on the left on disk, on the right in memory. A letter is a dim:
+A row says what a weight is called in memory (as in Tunix) and on disk (as in Hugging Face), and a pattern such as `(n
+h) d -> n d h` gives its dims: on the left on disk, on the right in memory. A letter is a dim:
 
     v vocabulary   d model   n query heads   k KV heads   h head width   f hidden units   l layers
     e experts   x hidden units of an expert   c keys and values, or gate and up   s a single number
     p width of a per-layer embedding   u, w rows and columns of the table of all of them
     i features of a picture
 
-Three letters stand for no dim of a weight: b and t, rows and tokens of an activation; r, the rank of an adapter.
+Three letters are not dims of weights: b and t, rows and tokens of an activation; r, the rank of an adapter.
 
-Hugging Face's products are `[out, in]`, those of experts `[expert, out, in]`. So the pattern also tells which dims a
-product contracts, hence its equation and the shapes of its adapter; and each letter has its mesh axis. No JAX here.
+Hugging Face's products are `[out, in]`, those of experts `[expert, out, in]`. So the pattern also says which dims a
+product contracts, hence its equation and the shapes of its adapter; and each letter has its mesh axis. Imports no JAX.
 """
 
 from __future__ import annotations
@@ -25,20 +25,21 @@ from gemma4_tpu.architectures import Architecture
 
 FSDP, TP = "fsdp", "tp"
 Axes = str | tuple[str, ...] | None
-"""Mesh axes that split a dim; None: it stays whole."""
+"""Mesh axes that split a dim; None: it is not split."""
 AXES: dict[str, Axes] = {"v": TP, "u": TP, "n": TP, "k": TP, "f": TP, "d": FSDP, "w": FSDP, "x": (FSDP, TP)}
-"""Of each dim that is split."""
+"""Mesh axes of each dim that is split."""
 
 EMBEDDING = "embedder.input_embedding"
-"""The table that is the output matrix too."""
+"""The table that doubles as the output matrix."""
 PER_LAYER_TABLE = "embedder.per_layer_input_embedding"
-"""Is only looked up, never multiplied with. Tunix has it as [V, L, P]; in whole rows a TPU neither pads it nor copies
-it for the lookup."""
+"""A lookup table, never a factor of a product. Tunix has it as [V, L, P]; stored in whole rows, a TPU neither pads it
+nor copies it for the lookup.
+"""
 
 PROJECTOR = "embedder.mm_input_projection.w"
-"""From a picture's features to embeddings."""
+"""Maps a picture's features to embeddings."""
 BESIDE_TEXT = "embed_vision."
-"""Begins names on disk of what stands beside the text model, not inside it."""
+"""Prefix on disk of what is next to the text model, not inside it."""
 
 
 def _always(arch: Architecture, layer: int) -> bool:
@@ -71,25 +72,28 @@ def _pictures(arch: Architecture, layer: int) -> bool:
 
 @dataclass(frozen=True, eq=False)
 class Weight:
-    """A row."""
+    """A row of the table."""
 
     name: str
-    """In memory, without `layers.N.`."""
+    """Name in memory, without `layers.N.`."""
     pattern: str
-    """Dims on disk → dims in memory. Brackets: one dim on disk. Only in memory: c, which counts several `on_disk`."""
+    """Dims on disk → dims in memory. Brackets group letters into one dim on disk. c exists only in memory and counts
+    the names in `on_disk`.
+    """
     on_disk: str
-    """Its name there, without `layers.N.`; where it is stored in several pieces, their names."""
+    """Name on disk, without `layers.N.`; if stored in several pieces, their names."""
     role: str | None = None
-    """The name in `lora.targets` that gives it an adapter; None: it gets none."""
+    """The name in `lora.targets` that gives it an adapter; None: it never gets one."""
     fold: int = -1
-    """What is folded into a layer's dropout key for its adapter. Each has its own, for good: with another one, runs
-    that go on from a checkpoint would draw other masks. -1: its adapter has no dropout (experts, as in PEFT)."""
+    """Folded into a layer's dropout key for its adapter. Each weight has its own number, which must never change:
+    resumed runs would draw other masks. -1: its adapter has no dropout (experts, as in PEFT).
+    """
     only: Callable[[Architecture, int], bool] = _always
-    """Which layers (or which models, where it is outside the layers) have it."""
+    """Which layers (or, outside the layers, which models) have it."""
     axes: Mapping[str, Axes] = field(default_factory=dict)
     """Exceptions from `AXES`."""
     adapter_axes: Mapping[str, Axes] = field(default_factory=dict)
-    """Exceptions from both for its adapter, which may be split where the weight must not be."""
+    """Exceptions from both for its adapter, which can be split where the weight must not be."""
 
     @property
     def path(self) -> tuple[str, ...]:
@@ -103,13 +107,13 @@ class Weight:
 
     @property
     def modules(self) -> tuple[str | None, ...]:
-        """What `lora.targets` calls each of its pieces by itself: `k`, `v`; None: only the role names it."""
+        """Names of its single pieces in `lora.targets`: `k`, `v`; None: only the role names it."""
         found = [re.search(r"(\w+)_proj\.weight$", name) for name in self.hf_names]
         return tuple(name[1] if name and self.role else None for name in found)
 
     @cached_property
     def groups(self) -> tuple[str, ...]:
-        """The dims on disk, each with the letters that it holds: `("nh", "d")`."""
+        """The dims on disk, each with the letters that it combines: `("nh", "d")`."""
         found = re.findall(r"\([^)]*\)|\w", self.pattern.split(" -> ")[0])
         return tuple(re.sub(r"\W", "", group) for group in found)
 
@@ -119,7 +123,7 @@ class Weight:
         return self.pattern.split(" -> ")[1].replace(" ", "")
 
     def shape(self, size: Mapping[str, int]) -> tuple[int, ...]:
-        """In memory, for these `sizes`."""
+        """Shape in memory, for these sizes."""
         return tuple(size[dim] for dim in self.dims)
 
     @cached_property
@@ -144,15 +148,17 @@ class Weight:
 
     @cached_property
     def equations(self) -> tuple[str, str, str]:
-        """Of y = x·W, low = x·A and y = low·B, for x [b, t, inputs]; c comes first in y. Experts: see `moe.py`."""
+        """Equations of y = x·W, low = x·A and y = low·B, for x [b, t, inputs]; c comes first in y. For experts, see
+        `moe.py`.
+        """
         (a, b), made = self.adapter_dims, self.outputs.replace("c", "")
         y = f"{'c' if 'c' in self.outputs else ''}bt{made}"
         return f"bt{self.inputs},{self.dims}->{y}", f"bt{self.inputs},{a}->btr", f"btr,{b}->{y}"
 
     def axes_of(self, dims: str) -> tuple[Axes, ...]:
-        """Mesh axes of the weight itself (`self.dims`) or of something beside it; `()`: it lies everywhere.
+        """Mesh axes of the weight itself (`self.dims`) or of its adapter; `()`: replicated.
 
-        Norms and scalars are small, and read whole by every chip.
+        Norms and scalars are small, and replicated.
         """
         own = self.axes if dims == self.dims else {**self.axes, **self.adapter_axes}
         found = tuple({**AXES, **own}.get(dim) for dim in dims)
@@ -190,7 +196,8 @@ LAYER = (
     Weight("moe_pre_ffw_norm.scale", "d -> d", "pre_feedforward_layernorm_2.weight", only=_experts),
     Weight("moe_post_ffw_norm.scale", "d -> d", "post_feedforward_layernorm_2.weight", only=_experts),
     Weight("dense_post_ffw_norm.scale", "d -> d", "post_feedforward_layernorm_1.weight", only=_experts),
-    # Every chip routes its own tokens, so each has the whole router; why experts are split by x alone: `moe.py`.
+    # Every chip routes its own tokens, so each has the whole router; `moe.py` explains why experts are split by x
+    # alone.
     Weight("moe.router_logits", "e d -> d e", "router.proj.weight", only=_experts, axes={"d": None}),
     Weight("moe.router_scale", "d -> d", "router.scale", only=_experts),
     Weight("moe.per_expert_scale", "e -> e", "router.per_expert_scale", only=_experts),
@@ -206,13 +213,13 @@ LAYER = (
 
 BY_NAME = {weight.name: weight for weight in (*OUTER, *LAYER)}
 ROLES = tuple(dict.fromkeys(weight.role for weight in LAYER if weight.role))
-"""What `lora.targets` can name: several weights each."""
+"""Names in `lora.targets` that stand for several weights each."""
 MODULES = {module: weight.role for weight in LAYER for module in weight.modules if module}
-"""What else it can name: single modules, and the role that each of them is of."""
+"""Single modules in `lora.targets`, and the role of each."""
 
 
 def sizes(arch: Architecture, layer: int = 0) -> dict[str, int]:
-    """Of every dim, by its letter; `layer` decides where layers differ."""
+    """Size of every dim, by its letter; `layer` selects where layers differ."""
     return {
         "v": arch.vocab_size, "d": arch.embed_dim, "n": arch.num_heads, "k": arch.layer_kv_heads(layer),
         "h": arch.layer_head_dim(layer), "f": arch.layer_hidden_dim(layer), "l": arch.num_layers,

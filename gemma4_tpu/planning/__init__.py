@@ -1,1 +1,1 @@
-"""Plans: the training step compiled without TPU hardware, and what the run will cost."""
+"""Plans: compiles the training step without TPU hardware, and estimates what the run will take and cost."""

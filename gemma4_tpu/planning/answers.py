@@ -1,4 +1,4 @@
-"""What the compiling process finds out: a plan's figures once memory is assigned, and its schedule at the end."""
+"""What the compiling process reports: a plan's figures once memory is assigned, and the schedule at the end."""
 
 from __future__ import annotations
 
@@ -23,8 +23,9 @@ from gemma4_tpu.training.recipe import Recipe
 
 Answer = tuple[str, dict[str, Any]]
 """A stage, and what is known then: `hbm_limit_bytes`, `versions`, and either `compiled` (`compile.Compiled`) or
-`out_of_memory` (`message`, `needed_bytes`); of an on-policy objective also `phases` (`phases.compiled`). What was
-compiled before is known at once, with its schedule."""
+`out_of_memory` (`message`, `needed_bytes`); for an on-policy objective also `phases` (`phases.compiled`). For a cached
+program, everything including its schedule is known at once.
+"""
 
 
 def answers(
@@ -33,11 +34,11 @@ def answers(
     """Compiles a step.
 
     Args:
-      recipe: with a remat policy, not `auto`.
+      recipe: with a remat policy other than `auto`.
       wanted: the slice.
-      dump: a folder to make, for the compiler's files.
+      dump: a folder to create for the compiler's files.
       to_the_end: generate code, for the schedule.
-      rollouts: of an on-policy objective: compile what comes before the update, too.
+      rollouts: for an on-policy objective: also compile what precedes the update.
 
     Raises:
       UserError: the compiler refuses it.
@@ -70,7 +71,7 @@ def answers(
 
 @dataclass(frozen=True)
 class _Work:
-    """A step to compile, unless that was done before."""
+    """A step to compile, unless it is cached."""
 
     given: compiling.Shapes
     grid: Grid
@@ -81,7 +82,7 @@ class _Work:
         return f"{self.key}_{kept_programs.readers()}"
 
     def kept(self) -> dict[str, Any] | None:
-        """What is known of the program that was compiled to the end before."""
+        """The cached program, compiled to the end."""
         found = kept_programs.get(self._read)
         if found is None and (program := kept_programs.get(self.key)) is not None:
             found = self._told(Program(**program["program"]), program["seconds"])
@@ -89,7 +90,7 @@ class _Work:
         return found
 
     def compiled(self, lowered: Any, dump: Path, limit_bytes: int, *, to_the_end: bool) -> Iterator[Answer]:
-        """Compiles: what is known once memory is assigned, and at the end, which is kept."""
+        """Compiles: reports once memory is assigned, and at the end, which is cached."""
         print("compiling", flush=True)
         started = time.perf_counter()
         under_way, stage = UnderWay(lowered, dump), ASSIGNED

@@ -1,4 +1,4 @@
-"""Compiles configurations in child processes, shows that it is under way, and turns answers into estimates."""
+"""Compiles configurations in child processes, shows progress, and turns answers into estimates."""
 
 from __future__ import annotations
 
@@ -27,22 +27,22 @@ SECONDS_BETWEEN_LINES = 30.0
 
 @dataclass
 class Attempt:
-    """A configuration whose memory is assigned; its compilation may be under way still. To be closed."""
+    """A configuration whose memory is assigned, possibly still compiling. Must be closed."""
 
     planned: Planned
     result: PlanResult
-    """Without the schedule, unless that is known already."""
+    """Without the schedule, unless it is already known."""
     walked: Walked | None
-    """The schedule's time, where it is known."""
+    """The schedule's time, if known."""
     compilation: Compilation
 
     @property
     def goes_on(self) -> bool:
-        """Whether the compiler works on the schedule."""
+        """Whether the compiler is still working on the schedule."""
         return self.result.fits and self.planned.config.plan.schedule and self.walked is None
 
     def finish(self) -> None:
-        """Waits for the schedule, showing that it is under way.
+        """Waits for the schedule, showing progress.
 
         Raises:
           RuntimeError: the compiler failed.
@@ -55,7 +55,8 @@ class Attempt:
 
 @contextmanager
 def attempted(planned: Planned) -> Iterator[Attempt]:
-    """Compiles one configuration until its memory is assigned; `trainer.remat=auto` policies until one fits.
+    """Compiles one configuration until its memory is assigned; with `trainer.remat=auto`, tries policies until one
+    fits.
 
     Raises:
       UserError: the compiler refused the configuration.
@@ -63,7 +64,7 @@ def attempted(planned: Planned) -> Iterator[Attempt]:
     with ExitStack() as open_:
 
         def attempt(policy: str) -> Attempt:
-            open_.close()  # the one before did not fit
+            open_.close()  # the previous policy did not fit
             trainer = replace(planned.config.trainer, remat=policy)
             return _attempt(replace(planned, config=replace(planned.config, trainer=trainer)), open_)
 
@@ -76,18 +77,18 @@ def attempted(planned: Planned) -> Iterator[Attempt]:
 
 
 def plan_one(planned: Planned) -> PlanResult:
-    """The result without a schedule (unless that is known already); see `attempted`."""
+    """The result without a schedule (unless it is already known); see `attempted`."""
     with attempted(planned) as attempt:
         return attempt.result
 
 
 def start(planned: Planned, stage: Callable[[str], None]) -> Compilation:
-    """Begins to compile a configuration."""
+    """Starts to compile a configuration."""
     return Compilation(CompilationRequest(planned.config), stage)
 
 
 def result_of(planned: Planned, answer: dict[str, Any]) -> tuple[PlanResult, Walked | None]:
-    """What the compiling process answered, as a result, and the time of its schedule where there is one."""
+    """Converts the compiling process's answer to a result, and the time of its schedule if there is one."""
     config, checked = planned.config, planned.checked
     if "out_of_memory" not in answer:
         walked, ops = None, answer["compiled"]["schedule"]
@@ -124,7 +125,7 @@ def _title(planned: Planned) -> str:
 
 @contextmanager
 def _shown(title: str, stage: str) -> Iterator[Callable[[str | None], None]]:
-    """A line that tells what is being compiled and for how long; a log line now and then where nobody watches."""
+    """Shows what is being compiled and for how long; off a terminal, logs a line now and then."""
     started = last = time.monotonic()
     bar = None
     if console().is_terminal:

@@ -1,4 +1,4 @@
-"""`trainer.remat=auto`: the policy that computes least again and still fits."""
+"""`trainer.remat=auto`: the policy that recomputes least and still fits."""
 
 from __future__ import annotations
 
@@ -18,10 +18,11 @@ log = logging.getLogger(__name__)
 AUTO = "auto"
 NONE = "none"
 POLICIES = tuple(policy for policy in CHOICES["trainer.remat"] if policy not in (AUTO, NONE))
-"""From most memory to most arithmetic. `none` is not among them: `products` computes no matrix product again and moves
-fewer bytes (31B on v5p-8: 0.64 TB of HBM traffic per update instead of 0.73), in a third of the memory."""
+"""From most memory to most arithmetic. `none` is excluded: `products` recomputes no matrix product either and moves
+fewer bytes (31B on v5p-8: 0.64 TB of HBM traffic per update instead of 0.73), in a third of the memory.
+"""
 HEADROOM = 0.03
-"""Share of HBM to leave free: other programs (evaluation, saving) and fragmentation."""
+"""Share of HBM to leave free for other programs (evaluation, saving) and fragmentation."""
 
 Result = TypeVar("Result")
 
@@ -29,14 +30,14 @@ Result = TypeVar("Result")
 def first_that_fits(
     attempt: Callable[[str], Result], memory: Callable[[Result], tuple[int | None, int | None]]
 ) -> Result:
-    """Tries policies from the least arithmetic on, and returns the first result that leaves `HEADROOM`.
+    """Tries policies in order of increasing arithmetic, and returns the first result that leaves `HEADROOM`.
 
-    Where none does, the one that comes nearest to fitting is returned: the last.
+    If none does, returns the last one, which comes closest.
 
     Args:
       attempt: compiles with a policy.
-      memory: (bytes needed, bytes there) of a result; what is not known is None: needed None does not fit, there None
-        fits.
+      memory: (bytes needed, bytes available) of a result. Unknown values are None: unknown needs do not fit, unknown
+        memory fits.
     """
     for policy in POLICIES:
         result = attempt(policy)
@@ -49,10 +50,10 @@ def first_that_fits(
 
 
 def resolve_remat(recipe: Recipe, mesh: Mesh) -> Recipe:
-    """The recipe with the policy that `remat=auto` stands for on this mesh.
+    """The recipe with the policy that `remat=auto` selects on this mesh.
 
-    Compiles for the devices of the mesh. The policy that fits is compiled once more by the run itself, which finds it
-    in the compilation cache. Where the memory is not known (CPUs), nothing is compiled and nothing is recomputed.
+    Compiles for the devices of the mesh. The run itself compiles the selected policy again, from the compilation cache.
+    If the memory is unknown (CPUs), nothing is compiled and nothing is recomputed.
     """
     if recipe.trainer.remat != AUTO:
         return recipe

@@ -1,4 +1,4 @@
-"""Estimates in words: the ends of a band, never a point."""
+"""Estimates in words: both ends of a band, never a point."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a schedule's time is multiplied by, and what is assumed where the compiler gives no cycles. No JAX."""
+"""The factor from scheduled to measured time, and assumptions where the compiler gives no cycles. Imports no JAX."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from gemma4_tpu.planning.links import link_bytes_per_second
 
 @dataclass(frozen=True)
 class Band:
-    """Measured over scheduled time of steps that somebody has timed."""
+    """Measured over scheduled time of steps that have been timed."""
 
     low: float
     high: float
@@ -23,25 +23,27 @@ BAND = Band(
     "the published recipe's step for 31B with LoRA on a v5p-8: 1.21 s measured; by its schedule 0.74 s at 3,072 tokens"
     " and 0.99 s at 4,096 (the paper names both lengths)",
 )  # fmt: skip
-"""The only published measurement of a LoRA step on a TPU that we know."""
+"""The only published measurement of a LoRA step on a TPU that we know of."""
 
 CLOCK_HERTZ = {"v5p": 1.75e9, "v5e": 1.5e9, "v6e": 1.75e9, "tpu7x": 2.2e9}
-"""Of the core whose cycles the compiler estimates. *Inferred*: the clock at which the published peak is so many matrix
-units of 128 × 128 (v5e, v5p) or 256 × 256 (v6e, tpu7x) at two FLOPs per cell and cycle. A plain product of
-4096 × 5376 × 5376 then takes 1.03 times what it would at peak on v5p and v5e, 1.13 on v6e, 1.26 on tpu7x."""
+"""Clock of the core whose cycles the compiler estimates. *Inferred*: the clock at which the published peak equals the
+number of matrix units of 128 × 128 (v5e, v5p) or 256 × 256 (v6e, tpu7x) at two FLOPs per cell and cycle. A plain
+product of 4096 × 5376 × 5376 then takes 1.03 times its time at peak on v5p and v5e, 1.13 on v6e, 1.26 on tpu7x.
+"""
 HBM_REACHED = 0.9
 LINK_REACHED = 0.9
-"""Shares of the published bandwidths that copies and collectives reach. *Assumed*."""
+"""Share of the published bandwidth that copies and collectives reach. *Assumed*."""
 KERNEL_REACHED = 0.5
-"""Share of the peak at which an attention kernel works on the blocks that it visits. *Assumed*."""
+"""Share of the peak at which an attention kernel processes the blocks that it visits. *Assumed*."""
 SYNCHRONOUS_SECONDS, ASYNCHRONOUS_SECONDS, OTHER_SECONDS = 2e-6, 1e-6, 0.5e-6
-"""Before the first byte of a collective that the core waits for, of one beside it, and of another operation without
-cycles. *Assumed*."""
+"""Latency of a collective that the core waits for, of one that overlaps with it, and of another operation without
+cycles. *Assumed*.
+"""
 
 
 @dataclass(frozen=True)
 class ScheduleRates:
-    """How fast a chip works through a schedule."""
+    """Speed at which a chip executes a schedule."""
 
     clock_hertz: float
     hbm_bytes_per_second: float

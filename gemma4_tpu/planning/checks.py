@@ -1,4 +1,6 @@
-"""Checks of `python -m gemma4_tpu.plan`: those of training, except that weights and data need not be there. No JAX."""
+"""Checks of `python -m gemma4_tpu.plan`: those of training, except that weights and data need not exist. Imports no
+JAX.
+"""
 
 from __future__ import annotations
 
@@ -26,13 +28,14 @@ from gemma4_tpu.training.recipe import Recipe, TeacherModel, rows_per_microbatch
 from gemma4_tpu.training.rollouts_checks import is_on_policy
 
 UPDATES = 1_000
-"""Of the run, as the program's learning rates see it: the same for all plans, so that a run with other rows or epochs
-is the same program. No figure depends on it."""
+"""Length of the run in the program's learning-rate schedule: the same for all plans, so that runs with other rows or
+epochs share a program. No figure depends on it.
+"""
 
 
 @dataclass(frozen=True)
 class PlanChecked:
-    """What the checks found out on the way."""
+    """What the checks found out along the way."""
 
     architecture: Architecture
     slice: Slice
@@ -40,13 +43,13 @@ class PlanChecked:
     data_here: bool
     """Tokenizer and rows are on this machine: lengths are measured, not assumed."""
     warnings: tuple[str, ...]
-    """To report; nothing was changed."""
+    """For the report; they changed nothing."""
     teacher: TeacherModel | None = None
-    """Of an objective that has one; without adapters, which weigh next to nothing."""
+    """For objectives that have one; without adapters, whose size is negligible."""
 
 
 def normalise_plan(root: PlanRoot) -> PlanRoot:
-    """As training; a batch that is not given is one row for each place on the axes dp and fsdp and microbatch."""
+    """As for training; an unset batch becomes one row per place on the axes dp and fsdp and per microbatch."""
     root = cast(PlanRoot, normalise(root))
     trainer = root.trainer
     if trainer.global_batch_sequences is None and trainer.global_batch_tokens is None:
@@ -56,7 +59,7 @@ def normalise_plan(root: PlanRoot) -> PlanRoot:
 
 
 def _row_places(root: PlanRoot) -> int:
-    """Places among which rows are split; 1 where slice, model or mesh are refused later."""
+    """Number of places among which rows are split; 1 if slice, model or mesh are refused later."""
     architecture, _ = _architecture(root)
     wanted = slice_of(root.hardware)
     if architecture is None or wanted is None:
@@ -68,7 +71,7 @@ def _row_places(root: PlanRoot) -> int:
 
 
 def examine_plan(root: PlanRoot) -> tuple[PlanChecked | None, list[Refusal]]:
-    """Everything that can be checked without compiling; `PlanChecked` is None when there are problems."""
+    """Checks everything that can be checked without compiling; `PlanChecked` is None if there are problems."""
     wanted = slice_of(root.hardware)
     messages = _compiler(root, wanted)
     if root.plan.utilization_low > root.plan.utilization_high:
@@ -86,7 +89,7 @@ def examine_plan(root: PlanRoot) -> tuple[PlanChecked | None, list[Refusal]]:
     architecture, missing = _architecture(root)
     teacher, unknown = _teacher(root)
     messages += unknown
-    # The rest by the checks of training, on a run whose files are no question.
+    # The rest is checked as for training, on a run whose files are assumed to exist.
     model = replace(root.model, path=f"{RANDOM}0", tokenizer=None)
     data = replace(root.data, train=[DataSource(path="hf:absent")], heldout=[])
     rollouts = replace(root.rollouts, reward="absent:absent")
@@ -103,7 +106,7 @@ def examine_plan(root: PlanRoot) -> tuple[PlanChecked | None, list[Refusal]]:
     if missing:
         warnings.append(f"{'; '.join(missing)}: planned with the numbers of {architecture.name}")
     if is_on_policy(root.objective) and root.rollouts.reward is not None:
-        warnings.append(f"objective={root.objective.kind}: planned without rewards, which are given while it decodes")
+        warnings.append(f"objective={root.objective.kind}: planned without rewards, computed while it decodes")
     return PlanChecked(architecture, wanted, checked.mesh, _data_here(root), tuple(warnings), teacher), []
 
 
@@ -130,16 +133,16 @@ def _compiler(root: PlanRoot, wanted: Slice | None) -> list[str]:
 
 
 def _architecture(root: PlanRoot) -> tuple[Architecture | None, list[str]]:
-    """The checkpoint's architecture where it can be read, else that of `model.name`, and what is missing."""
+    """The checkpoint's architecture if readable, else that of `model.name`; and what is missing."""
     model = root.model if root.model.path is not None else replace(root.model, path=f"{RANDOM}0")
     return checkpoint_architecture(model, pictures=root.data.image_cache is not None)
 
 
 def _teacher(root: PlanRoot) -> tuple[TeacherModel | None, list[str]]:
-    """The teacher's architecture: as named, else as its folder says; and what keeps it from being known."""
+    """The teacher's architecture, as named or as read from its folder; and why it is unknown, if it is."""
     objective, kind = root.objective, KINDS.get(root.objective.kind)
     if kind is None or not kind.taught or (objective.teacher is None and objective.teacher_model is None):
-        return None, []  # the checks of training ask for one, and know which names there are
+        return None, []  # the checks of training require one, and know the names
     if is_address(objective.teacher or ""):
         return None, []  # it takes no device of the run
     name, given = objective.teacher_model, f"objective.teacher={objective.teacher}"

@@ -1,6 +1,6 @@
 """The process of one compilation: `python -m gemma4_tpu.planning.child <folder>`.
 
-Reads `request.json` there and writes an answer for each stage; what it is doing goes to stdout, a line each.
+Reads `request.json` there and writes an answer for each stage; prints its progress to stdout, one line per step.
 """
 
 from __future__ import annotations
@@ -45,11 +45,11 @@ def main(folder: str) -> None:
     except UserError as refusal:
         _write(place / f"{ASSIGNED}.json", {"refused": str(refusal)})
     sys.stdout.flush()
-    os._exit(0)  # the compiler may still be generating code, which nobody waits for
+    os._exit(0)  # the compiler may still be generating code that nobody waits for
 
 
 def _end_with_parent(place: Path) -> None:
-    """A plan that is killed leaves neither this process nor its folder."""
+    """Ensures that a killed plan leaves neither this process nor its folder."""
     sys.stdin.read()
     shutil.rmtree(place, ignore_errors=True)
     os._exit(1)

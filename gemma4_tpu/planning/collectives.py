@@ -1,7 +1,8 @@
-"""Collectives in the text of a compiled program: who takes part, what a chip sends, and where one counts.
+"""Collectives in the text of a compiled program: their participants, the bytes that a chip sends, and where each
+counts.
 
-The TPU compiler may let a collective run beside products: it starts in one fusion, is handed on through others, and
-ends in a last one, each of which repeats its line.
+The TPU compiler can overlap a collective with products: it starts in one fusion, is passed on through others, and ends
+in a last one, each of which repeats its line.
 """
 
 from __future__ import annotations
@@ -24,14 +25,15 @@ _CONTINUATION = re.compile(
 
 
 def goes_on(one: Instruction) -> bool:
-    """Whether this line repeats a collective that started in an earlier fusion."""
+    """Whether this line continues a collective that started in an earlier fusion."""
     return _PIECE.search(one.attributes) is not None
 
 
 def only_sliced(fused: Computation) -> bool:
-    """Whether each chip keeps a slice only of what a fused computation's all-reduces add up.
+    """Whether each chip keeps only a slice of what a fused computation's all-reduces add up.
 
-    So the TPU compiler writes a reduce-scatter: `%fusion = … calls=%all-reduce-scatter`, an all-reduce and then slices.
+    The TPU compiler writes a reduce-scatter in this way: `%fusion = … calls=%all-reduce-scatter`, an all-reduce
+    followed by slices.
     """
     sums = [one for one in fused.instructions.values() if one.opcode == "all-reduce"]
     return bool(sums) and all(_sliced(fused, one) for one in sums)
@@ -65,15 +67,15 @@ def sent_bytes(kind: str, size: int, given: float) -> float:
 
 
 def group_size(one: Instruction, devices: int) -> int | None:
-    """Chips that take part in one group; None where the text says it in a way that we don't know."""
+    """Chips in one group; None if the text uses an unknown notation."""
     found = groups(one, devices)
     return None if found is None else devices if "source_target_pairs=" in one.attributes else len(found[0])
 
 
 def groups(one: Instruction, devices: int) -> list[tuple[int, ...]] | None:
-    """Who exchanges with whom, by the devices' numbers; None where the text says it in a way that we don't know.
+    """The groups that exchange data, by device number; None if the text uses an unknown notation.
 
-    We know pairs, `{}` (all), lists, `[groups,size]<=[…]T(…)`, and `mesh[…] {axes}` with or without `device_ids`.
+    Known are pairs, `{}` (all), lists, `[groups,size]<=[…]T(…)`, and `mesh[…] {axes}` with or without `device_ids`.
     """
     text = one.attributes
     if pairs := re.search(r"source_target_pairs=\{((?:\{\d+,\d+\},?)*)\}", text):
@@ -90,13 +92,13 @@ def groups(one: Instruction, devices: int) -> list[tuple[int, ...]] | None:
 
 
 def over(one: Instruction, grid: Grid, algorithm: str = "") -> tuple[float, tuple[str, ...]]:
-    """(links of its own over which each chip sends, the directions in which they lie) of a collective.
+    """(exclusive links over which each chip sends, their directions) of a collective.
 
     Args:
       one: the collective.
-      grid: on which the devices lie.
-      algorithm: attributes with `collective_algorithm_config`, known once code is generated: one ring has two links of
-        a chip, the algorithms for several dimensions have all that lie between the group's chips.
+      grid: the devices' positions.
+      algorithm: attributes with `collective_algorithm_config`, known once code is generated: one ring uses two links of
+        a chip, multi-dimensional algorithms use all links between the group's chips.
     """
     devices = len(grid.places)
     told = groups(one, devices) or [tuple(range(devices))]
@@ -116,7 +118,7 @@ def _tiled(text: str) -> np.ndarray:
 
 
 def _mesh_groups(sizes: str, device_ids: str | None, axes: str) -> list[tuple[int, ...]]:
-    """Groups along axes of a mesh; `'a':(2)4` is a part of an axis: of what follows the first 2, the next 4."""
+    """Groups along axes of a mesh; `'a':(2)4` is part of an axis: of what follows the first 2, the next 4."""
     shape = {name: int(size) for name, size in re.findall(r"'([^']+)'=(\d+)", sizes)}
     asked = {name: (int(before or 1), int(part or shape[name]))
              for name, before, part in re.findall(r"'([^']+)'(?::\((\d+)\)(\d+))?", axes)}  # fmt: skip
@@ -138,9 +140,9 @@ def _tuples(rows: np.ndarray) -> list[tuple[int, ...]]:
 
 
 def own_of_fusion(one: Instruction) -> tuple[slice, slice]:
-    """Which operands and results a fusion works on itself, not handing on a collective that runs alongside.
+    """The operands and results on which a fusion works itself, excluding those of a collective that it passes on.
 
-    The arrays of such a collective count where it starts: `(operand, result, …)`, the operand in its own place.
+    The arrays of such a collective count where it starts: `(operand, result, …)`, with the operand in its own place.
     """
     if one.name.startswith("async-collective-start"):
         return slice(None), slice(1, None)

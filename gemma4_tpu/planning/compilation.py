@@ -1,6 +1,6 @@
-"""One compilation in a process of its own: it can be stopped, its memory comes back, and several run at a time.
+"""One compilation in a separate process: it can be stopped, its memory is returned, and several can run concurrently.
 
-This is the side that waits; the process is `child.py`.
+This is the waiting side; the process is `child.py`.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ from gemma4_tpu.errors import UserError
 
 REQUEST, DUMP = "request.json", "dump"
 ASSIGNED, FINISHED = "assigned", "finished"
-"""Stages of a compilation, and of its answers: memory is assigned; code is generated, and the schedule is known."""
+"""Stages of a compilation and of its answers: memory is assigned; code is generated and the schedule is known."""
 WRITTEN = "written "
-"""Before a stage whose answer is there now, on stdout."""
+"""Printed on stdout before a stage whose answer is ready."""
 
 
 @dataclass(frozen=True)
@@ -32,11 +32,11 @@ class CompilationRequest:
     """What to compile."""
 
     config: PlanRoot
-    """With a remat policy, not `auto`."""
+    """With a remat policy other than `auto`."""
 
 
 class Compilation:
-    """A compilation under way."""
+    """A compilation in progress."""
 
     def __init__(self, request: CompilationRequest, stage: Callable[[str], None] = lambda name: None):
         self._folder = tempfile.TemporaryDirectory(prefix="gemma4-plan-")
@@ -66,13 +66,11 @@ class Compilation:
             event.set()
 
     def wait(self, seconds: float | None = None, stage: str = ASSIGNED) -> dict[str, Any] | None:
-        """The answer; None if it is not there after so many seconds.
-
-        What it holds: `answers.Answer`.
+        """The answer (`answers.Answer`); None if it is not ready after `seconds`.
 
         Raises:
           UserError: the compiler refused the configuration.
-          RuntimeError: it failed in another way; with the end of what it said.
+          RuntimeError: it failed in another way; contains the end of its output.
         """
         if not self._reached[stage].wait(seconds):
             return None
@@ -90,7 +88,7 @@ class Compilation:
         return self._errors.read()[-3000:].strip()
 
     def close(self) -> None:
-        """Stops it if it still runs, and removes its folder."""
+        """Stops it if it is still running, and removes its folder."""
         if self._process.poll() is None:
             self._process.kill()
             self._process.wait()

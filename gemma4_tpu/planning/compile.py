@@ -1,6 +1,6 @@
-"""Compiles the step that training runs, for devices that may not be there, from shapes alone.
+"""Compiles the step that training runs, for devices that need not exist, from shapes alone.
 
-`shapes` is to planning what `set_up` is to training: the same step, the same places, no weights.
+`shapes` is to planning what `set_up` is to training: the same step, the same shardings, no weights.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Shapes:
-    """A training step and everything that it takes, as shapes with shardings."""
+    """A training step and all its arguments, as shapes with shardings."""
 
     step: Step
     state: TrainState
@@ -42,7 +42,7 @@ class Shapes:
     batch: dict[str, jax.ShapeDtypeStruct]
 
     def bytes_per_chip(self) -> dict[str, int]:
-        """What each chip holds between updates, by kind: base, lora, weights trained in full, optimizer, average,
+        """Bytes that each chip holds between updates, by kind: base, lora, weights trained in full, optimizer, average,
         reference, teacher.
         """
         own = {leaf.path for leaf in self.step.model.layout.trained_in_full()}
@@ -63,7 +63,7 @@ class Shapes:
 
 @dataclass(frozen=True)
 class Compiled:
-    """The compiler's figures for one chip; plain values, so that they can cross to another process."""
+    """The compiler's figures for one chip, as plain values that can cross to another process."""
 
     argument_bytes: int
     """`Program.argument_bytes`."""
@@ -74,13 +74,13 @@ class Compiled:
     counts: dict[str, Any]
     """`counts.Counts.plain`."""
     schedule: list[dict[str, Any]]
-    """`schedule.plain`; empty before code is generated."""
+    """`schedule.plain`; empty until code is generated."""
     cost_analysis: dict[str, float]
     """`Program.cost_analysis`."""
 
 
 def shapes(recipe: Recipe, mesh: Mesh) -> Shapes:
-    """The step of a run and the shapes of what it takes, on a mesh of devices that are there or not."""
+    """The step of a run and the shapes of its arguments, on a mesh of real or described devices."""
     step, lora = make_step(recipe, mesh), recipe.lora
     layout = step.model.layout
 
@@ -105,7 +105,7 @@ def shapes(recipe: Recipe, mesh: Mesh) -> Shapes:
 
 
 def _weights(layout: Layout, lora: LoraConfig, dtype: Any, mesh: Mesh, float32: Collection[str] = ()) -> Any:
-    """Those of a model as they lie on the mesh; `float32` names rows of `weights.py` that have that dtype."""
+    """A model's weights as sharded on the mesh; `float32` names rows of `weights.py` with that dtype."""
 
     def shape(leaf: Leaf) -> Any:
         place = sharding.named(mesh, leaf)
@@ -120,7 +120,7 @@ def _weights(layout: Layout, lora: LoraConfig, dtype: Any, mesh: Mesh, float32: 
 
 
 def _teacher(teacher: TeacherModel, dtype: Any, mesh: Mesh) -> dict[str, Any]:
-    """What `rollouts.teacher.Teacher.weights` gives."""
+    """Same structure as `rollouts.teacher.Teacher.weights`."""
     layout = Layout.of(*teacher)
     params = _weights(layout, teacher.lora, dtype, mesh)
     own = jax.eval_shape(partial(adapters.init, layout), jax.eval_shape(lambda: jax.random.key(0)), params)
@@ -145,12 +145,12 @@ def _batch(recipe: Recipe, step: Step, mesh: Mesh) -> dict[str, jax.ShapeDtypeSt
 
 
 def read(program: Program, given: Shapes, grid: Grid) -> Compiled:
-    """What a plan takes from a compiled step; the schedule where its code is generated.
+    """What a plan reads from a compiled step, including the schedule if code is generated.
 
     Args:
-      program: of `given`.
+      program: compiled from `given`.
       given: step and shapes.
-      grid: where the mesh's devices lie.
+      grid: positions of the mesh's devices.
     """
     module = hlo.parse(program.text)
     ops = schedule.read(module, origins.read(program.text), grid) if program.cost_analysis else ()
@@ -170,7 +170,7 @@ def lower_step(given: Shapes) -> Any:
 
 
 def hbm_limit_bytes(device: Any) -> int:
-    """HBM of one chip that a program may use, as the compiler tells when a program asks for too much."""
+    """HBM of one chip that a program can use, as reported by the compiler when a program asks for too much."""
     place = jax.sharding.SingleDeviceSharding(device)
     absurd = jax.ShapeDtypeStruct((2**20, 2**20), jnp.float32, sharding=place)
     try:
@@ -178,7 +178,7 @@ def hbm_limit_bytes(device: Any) -> int:
     except OutOfMemory as error:
         if error.limit_bytes is not None:
             return error.limit_bytes
-    raise RuntimeError(f"{device.device_kind}: the compiler does not tell its HBM")
+    raise RuntimeError(f"{device.device_kind}: the compiler does not report its HBM")
 
 
 def on_one_chip(tree: Any) -> int:

@@ -1,9 +1,9 @@
 """FLOPs, bytes and collectives of a compiled program on one chip, corrected for loops and kernels.
 
-XLA's own `cost_analysis` counts the body of a loop once and does not see inside kernels. This walks the optimized
+XLA's own `cost_analysis` counts the body of a loop once and does not see inside kernels. This walks the optimised
 program from its entry and multiplies. Conventions are XLA's: a multiply-add is two FLOPs; an elementwise operation is
-one per element; transcendental functions are none; a fusion reads its operands and writes its results once; of an array
-that is only sliced, or updated in place, just the slice counts.
+one per element; transcendental functions are zero; a fusion reads its operands and writes its results once; of an array
+that is only sliced or updated in place, only the slice counts.
 """
 
 from __future__ import annotations
@@ -30,30 +30,30 @@ _ELEMENTWISE = {
 
 @dataclass
 class Counts:
-    """What one chip does in one run of a program (or a part of it)."""
+    """What one chip does in one run of a program, or of a part of it."""
 
     matmul_flops: float = 0.0
     kernel_flops: float = 0.0
     """Inside Pallas kernels."""
     attention_flops: Counter[kernels.Mask] = field(default_factory=Counter)
-    """Of them, in attention kernels."""
+    """Part of them, in attention kernels."""
     other_flops: float = 0.0
     """Elementwise operations and reductions."""
     traffic: Traffic = field(default_factory=Traffic)
     read_again: float = 0.0
     """HBM bytes beyond `traffic` that products read again, window by window; known once code is generated."""
     collectives: Counter[str] = field(default_factory=Counter)
-    """How often each kind runs."""
+    """Number of runs of each kind."""
     collective_bytes: Counter[str] = field(default_factory=Counter)
     """Bytes that a chip sends for each kind, by the usual ring algorithms."""
     link_bytes: Counter[str] = field(default_factory=Counter)
-    """Of them, bytes over each of the links that a collective has (`collectives.over`), by direction."""
+    """Of these, bytes over each of a collective's links (`collectives.over`), by direction."""
     unknown_kernels: Counter[str] = field(default_factory=Counter)
-    """Calls of kernels about which nothing is known: their FLOPs are missing."""
+    """Calls of kernels without a known cost, whose FLOPs are missing."""
     unknown_loops: int = 0
     """Loops without a readable trip count, counted once."""
     unknown_groups: Counter[str] = field(default_factory=Counter)
-    """Collectives by kind whose groups can't be read: counted as if all chips took part."""
+    """Collectives by kind whose groups cannot be read; counted as if all chips took part."""
 
     @property
     def flops(self) -> float:
@@ -97,12 +97,12 @@ class Counts:
 
 
 def count(module: Module, grid: Grid | None = None) -> Counts:
-    """Counts a whole program; with the `grid` on which its devices lie, also what goes over their links."""
+    """Counts a whole program; with the `grid` of its devices, also the traffic over their links."""
     return Counting(module, grid).computation(module.entry.name)
 
 
 class Counting:
-    """Walks computations, each of them once."""
+    """Walks each computation once."""
 
     def __init__(self, module: Module, grid: Grid | None = None):
         self.module = module
@@ -112,7 +112,9 @@ class Counting:
         self.fused: dict[str, Counts] = {}
 
     def computation(self, name: str, *, inside_fusion: bool = False) -> Counts:
-        """Everything in a computation; inside a fusion only arithmetic counts, traffic counts at its boundary."""
+        """Everything in a computation; inside a fusion only arithmetic counts, because traffic counts at its
+        boundary.
+        """
         known = self.fused if inside_fusion else self.known
         if name not in known:
             total = Counts()
@@ -123,7 +125,7 @@ class Counting:
         return known[name]
 
     def instruction(self, within: Computation, one: Instruction) -> Counts:
-        """One instruction outside fusions, with all that it calls."""
+        """One instruction outside fusions, with everything that it calls."""
         counts = Counts()
         self._instruction(counts, within, one, inside_fusion=False)
         return counts
@@ -135,7 +137,7 @@ class Counting:
             total.unknown_loops += trips is None
             for role in ("body", "condition"):
                 total.add(self.computation(called[role]), trips or 1)
-        elif one.opcode == "conditional":  # the dearest branch
+        elif one.opcode == "conditional":  # the most expensive branch
             total.add(max((self.computation(name) for name in called.values()), key=lambda counts: counts.flops))
         elif one.opcode in ("call", "async-start"):
             total.add(self.computation(called.get("calls") or called["to_apply"]))
@@ -167,7 +169,7 @@ class Counting:
         total.traffic += traffic
 
     def _fusion(self, one: Instruction) -> Counts:
-        """A fusion's arithmetic; an all-reduce of which each chip keeps a slice moves what a reduce-scatter does."""
+        """A fusion's arithmetic; an all-reduce of which each chip keeps a slice counts as a reduce-scatter."""
         counts = self.computation(one.called["calls"], inside_fusion=True)
         if counts.collectives["all-reduce"] and collectives.only_sliced(self.module.computations[one.called["calls"]]):
             renamed = Counts()
@@ -204,10 +206,10 @@ def _dot_flops(one: Instruction, operands: list[Array]) -> float:
 
 
 def _convolution_flops(one: Instruction, operands: list[Array]) -> float:
-    """2 · batch · output features · input features · places where window and input meet.
+    """2 · batch · output features · input features · positions where window and input overlap.
 
-    The TPU compiler writes every matrix product as a convolution, with heads as spatial dims and padding around them:
-    products with padding are not taken.
+    The TPU compiler writes every matrix product as a convolution, with heads as spatial dims and padding around them;
+    products with padding are not computed.
     """
     labels = re.search(r"dim_labels=(\w+)_(\w+)->(\w+)", one.attributes)
     assert labels is not None, one.name
@@ -237,7 +239,7 @@ def _convolution_flops(one: Instruction, operands: list[Array]) -> float:
 
 
 def _meetings(length: int, size: int, out: int, stride: int, pad: int, dilation: int, window_dilation: int) -> int:
-    """Pairs of an output place and a window place that fall onto an input element."""
+    """Pairs of an output position and a window position that fall onto an input element."""
     span = (length - 1) * dilation + 1
     if stride == dilation == 1:
         return sum(

@@ -1,4 +1,4 @@
-"""From the compiler's figures to seconds and dollars: rooflines, the schedule's band, prices. No JAX here."""
+"""Converts the compiler's figures to seconds and dollars: rooflines, the schedule's band, prices. Imports no JAX."""
 
 from __future__ import annotations
 
@@ -20,32 +20,34 @@ from gemma4_tpu.planning.walk import Walked
 from gemma4_tpu.step.objective_kinds import SFT
 
 TOP = 10
-"""Operations that a plan names."""
+"""Number of operations that a plan lists."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class PlanResult:
-    """`plan.json`. Everything but `hbm_limit_bytes_per_chip` is estimated; `estimated_by` says by what."""
+    """Contents of `plan.json`. Everything except `hbm_limit_bytes_per_chip` is estimated; `estimated_by` says
+    by what.
+    """
 
     fits: bool
-    """The compiler found room for the step in HBM."""
+    """Whether the compiler found room for the step in HBM."""
     slice: str
     """The slice planned for, such as `v5p-8`."""
     chips: int
     model: str
     trained: str
     """`lora r=64`, `qlora nf4 r=64`, `full`."""
-    objective: str = SFT  # of plans made before there were others
+    objective: str = SFT  # plans made before other objectives existed lack it
     """`objective.kind`."""
     teacher: str | None = None
-    """Architecture of its teacher, where it has one."""
+    """Architecture of the objective's teacher, if it has one."""
     lora_rank: int | None = None
-    """Of the adapters; None: full fine-tuning."""
+    """Rank of the adapters; None: full fine-tuning."""
     mesh: dict[str, int]
     """Sizes of the axes `dp`, `fsdp` and `tp`."""
     remat: str
-    """The policy that was compiled (what `auto` chose)."""
-    flags: str = "none"  # of plans made before there were any
+    """The compiled policy (the one that `auto` chose)."""
+    flags: str = "none"  # plans made before flags existed lack it
     """`hardware.flags`."""
     sequence_length: int
     """T, in tokens."""
@@ -53,100 +55,109 @@ class PlanResult:
     """Rows of T tokens, over all chips."""
     microbatches: int
     hbm_limit_bytes_per_chip: int
-    """What the compiler lets a program use."""
+    """HBM that the compiler lets a program use."""
     hbm_bytes_per_chip: int | None
-    """Arguments and temporaries at their peak, as the compiler holds it against the limit."""
+    """Arguments and temporaries at their peak, as the compiler compares them with the limit."""
     hbm_parts_bytes_per_chip: dict[str, int] = field(default_factory=dict)
     """`base` weights, `lora` (`weights` in full fine-tuning), `optimizer` state, `average` (with `trainer.ema_decay`),
-    an objective's `reference` or `teacher`, `batch` (tokens, counters and what layouts pad), `temporaries` (activations
-    and work space)."""
+    an objective's `reference` or `teacher`, `batch` (tokens, counters and layout padding), `temporaries` (activations
+    and work space).
+    """
     flops_per_chip: float | None = None
-    """Of one update: products, kernels and elementwise work, corrected for loops."""
+    """FLOPs of one update: products, kernels and elementwise work, corrected for loops."""
     flops_parts_per_chip: dict[str, float] = field(default_factory=dict)
-    """`matmul`, `kernel` (attention; in the blocks that are visited), `other` (elementwise)."""
+    """`matmul`, `kernel` (attention, in the blocks that it visits), `other` (elementwise)."""
     attention_blocks_visited: dict[str, float] = field(default_factory=dict)
-    """By mask, `global` or `window …`: of the blocks that it leaves, the share that hold a common example. The kernels
-    skip the others."""
+    """By mask, `global` or `window …`: the share of its blocks in which two tokens of one example meet. The kernels
+    skip the others.
+    """
     analytic_flops_per_chip: float | None = None
-    """What the model's mathematics needs for the real tokens of an update, without rematerialisation."""
+    """FLOPs that the model's mathematics needs for the real tokens of an update, without rematerialisation."""
     flops_over_analytic: float | None = None
     """Their ratio: padding, rematerialisation, and blocks of the attention kernels that no token needs."""
     hbm_traffic_bytes_per_chip: float | None = None
-    """Read from and written to HBM in one update, corrected for loops; arrays in on-chip memory left out, blocks that
-    kernels read again counted, and with a schedule what products read again."""
+    """Bytes read from and written to HBM in one update, corrected for loops; excludes arrays in on-chip memory,
+    includes blocks that kernels read again and, with a schedule, what products read again.
+    """
     hbm_read_again_bytes_per_chip: float | None = None
-    """Of them, what products read beyond once, window by window; known with a schedule."""
+    """Of these, what products read more than once, window by window; known with a schedule."""
     bytes_accessed_per_chip: float | None = None
     """By XLA's convention of `bytes accessed` (any memory, kernels once), corrected for loops."""
     collectives: dict[str, dict[str, float]] = field(default_factory=dict)
-    """Kind → `count` and `bytes` that a chip sends, in one update."""
+    """Kind → `count`, and `bytes` that a chip sends, in one update."""
     flops_per_real_token_and_chip: float | None = None
     hbm_traffic_bytes_per_real_token_and_chip: float | None = None
     bytes_accessed_per_real_token_and_chip: float | None = None
     real_tokens_per_update: float | None = None
     """Mean over the run, over all chips."""
     fill: float | None = None
-    """Real tokens as a share of the slots of an update."""
+    """Real tokens over the slots of an update."""
     updates: int | None = None
-    """Of the configured run."""
+    """Number of updates of the configured run."""
     data: str = ""
-    """Where the lengths come from: `measured: …` or `assumed: …`."""
+    """Source of the lengths: `measured: …` or `assumed: …`."""
     roofline_seconds: dict[str, float] = field(default_factory=dict)
-    """Of one update: `compute`, `hbm`, `interconnect`, each at its peak, and `update`, the largest of them: a lower
-    bound."""
+    """Lower bounds for one update: `compute`, `hbm`, `interconnect`, each at its peak, and `update`, the largest of
+    them.
+    """
     bound_by: str | None = None
-    """Which of the three is the largest."""
+    """The largest of the three."""
     step_seconds: float | None = None
-    """Of one update, by the compiler's schedule; None without one."""
+    """One update by the compiler's schedule; None without one."""
     step_seconds_low: float | None = None
     step_seconds_high: float | None = None
     """The schedule times the band of measured over scheduled time (`planning/calibration.py`)."""
     step_band: dict[str, Any] = field(default_factory=dict)
     """That band: `low`, `high`, `source`."""
     step_parts: dict[str, float] = field(default_factory=dict)
-    """Seconds of `step_seconds` by part (`schedule.PARTS`), which add up to it; and `collectives_hidden`, those beside
-    the core, which does not wait for them."""
+    """Seconds of `step_seconds` by part (`schedule.PARTS`), which add up to it; and `collectives_hidden`, which overlap
+    with the core.
+    """
     top_operations: list[dict[str, Any]] = field(default_factory=list)
     """The ten on which the core spends most: `seconds`, `share` of the step, `times`, `part`, `operation`, `source`."""
     utilization: dict[str, float] = field(default_factory=dict)
-    """Share of the binding roofline that is reached: `low`, `mid`, `high`, at the ends of the schedule's band and
-    between (without a schedule `plan.utilization_low` and `plan.utilization_high`); with a schedule also its own share
-    of the three peaks: `schedule_compute`, `schedule_hbm`, `schedule_interconnect`."""
+    """Share of the binding roofline that is reached: `low`, `mid`, `high`, at the ends of the schedule's band and in
+    between (without a schedule, `plan.utilization_low` and `plan.utilization_high`); with a schedule also its own share
+    of the three peaks: `schedule_compute`, `schedule_hbm`, `schedule_interconnect`.
+    """
     seconds_per_update: dict[str, float] = field(default_factory=dict)
-    """At each utilization; rows shorter than T in proportion; with the `rollouts` before it."""
+    """At each utilization; rows shorter than T in proportion; including the `rollouts` before it."""
     real_tokens_per_second: dict[str, float] = field(default_factory=dict)
     """At each utilization, over all chips."""
     hours: dict[str, float] = field(default_factory=dict)
     """All updates of the run, at each utilization; without compilation, evaluation and checkpoints."""
     usd_estimate: dict[str, dict[str, float]] = field(default_factory=dict)
-    """`on_demand`, `spot` and `flex_start` as far as such a price is known, or `configured`: dollars at each
-    utilization. Spot includes the preemptions to expect."""
+    """`on_demand`, `spot` and `flex_start` where a price is known, or `configured`: dollars at each utilization. Spot
+    includes the expected preemptions.
+    """
     rollouts: dict[str, Any] = field(default_factory=dict)
-    """Of an on-policy objective, what comes before each update: `phases` (`read`, `decode`, `score`; each with
-    `hbm_bytes_per_chip`, all that lies there included, `flops_per_chip`, `hbm_traffic_bytes_per_chip`,
-    `collective_bytes_per_chip`, `roofline_seconds`, `bound_by`; of `decode` for a token of every slot),
-    `kv_cache_bytes_per_chip`, `answer_tokens` (assumed), `decoding_steps` of an update, and `seconds` of each phase in
-    an update at each utilization that `plan` assumes; or `misfit`, in words. Judging is not in it."""
+    """For an on-policy objective, what precedes each update: `phases` (`read`, `decode`, `score`; each with
+    `hbm_bytes_per_chip`, including everything else in HBM, `flops_per_chip`, `hbm_traffic_bytes_per_chip`,
+    `collective_bytes_per_chip`, `roofline_seconds`, `bound_by`; for `decode`, per token of every slot),
+    `kv_cache_bytes_per_chip`, `answer_tokens` (assumed), `decoding_steps` per update, and `seconds` of each phase per
+    update at each utilization that `plan` assumes; or `misfit`, in words. Excludes judging.
+    """
     usd_per_million_real_tokens: float | None = None
     """At the middle utilization and the price that the configuration selects."""
     price: dict[str, Any] = field(default_factory=dict)
     """That price: `usd_per_hour`, `date`, `source`, `kind`, `region`."""
     preemptions: dict[str, float] = field(default_factory=dict)
-    """Assumed for spot capacity, in the longest of `hours`: how many are `expected`, and the `hours_lost` to them."""
+    """Assumed for spot capacity, over the longest of `hours`: the `expected` number, and the `hours_lost` to them."""
     lowering_seconds: float | None = None
     compile_seconds: float | None = None
-    """Measured, on this machine: until memory was assigned, with a schedule to the end."""
+    """Measured on this machine: until memory was assigned or, with a schedule, to the end."""
     compiled_before: bool = False
-    """The program was there already, from another plan; `compile_seconds` are of that time."""
+    """The program was cached by another plan, whose time `compile_seconds` gives."""
     cost_analysis: dict[str, float] = field(default_factory=dict)
-    """XLA's own `flops` and `bytes_accessed`, loops once and kernels not at all; with a schedule."""
+    """XLA's own `flops` and `bytes_accessed`, with loops counted once and kernels not at all; with a schedule."""
     not_counted: list[str] = field(default_factory=list)
-    """Kernels and loops that the counts know nothing about."""
+    """Kernels and loops that the counts could not interpret."""
     message: str = ""
     """Why it does not fit, in the compiler's figures."""
     alternatives: list[dict[str, Any]] = field(default_factory=list)
-    """When it does not fit, what was tried: `overrides`, `fits`, `hbm_bytes_per_chip`,
-    `usd_per_million_real_tokens`."""
+    """If it does not fit, the changes tried: `overrides`, `fits`, `hbm_bytes_per_chip`,
+    `usd_per_million_real_tokens`.
+    """
     estimated_by: dict[str, str] = field(default_factory=dict)
     """Group of keys → how they were obtained."""
     versions: dict[str, str] = field(default_factory=dict)
@@ -165,11 +176,11 @@ ESTIMATED_BY = {
 
 
 def estimate(planned: Planned, answer: dict[str, Any], walked: Walked | None = None) -> PlanResult:
-    """Everything about a step that fits.
+    """All figures of a step that fits.
 
     Args:
-      planned: configuration, slice and mesh, and what its data makes of it.
-      answer: of the compiling process (`answers.Answer`).
+      planned: configuration, slice, mesh, and the result of packing its data.
+      answer: from the compiling process (`answers.Answer`).
       walked: the time of its schedule.
     """
     compiled, fill = answer["compiled"], planned.fill
@@ -207,7 +218,7 @@ def estimate(planned: Planned, answer: dict[str, Any], walked: Walked | None = N
 
 
 def _counted(planned: Planned, counts: dict[str, Any]) -> dict[str, Any]:
-    """FLOPs, bytes and collectives of one update, kernels without the blocks that they skip."""
+    """FLOPs, bytes and collectives of one update, without the blocks that kernels skip."""
     recipe, fill, devices = planned.recipe, planned.fill, planned.checked.slice.devices
     masks = [(Mask(one["window"], one["block_q"], one["block_kv"]), one["flops"]) for one in counts["attention"]]
     visited = {mask: fill.share_visited(mask, recipe.length) for mask, _ in masks}
@@ -240,17 +251,17 @@ def _counted(planned: Planned, counts: dict[str, Any]) -> dict[str, Any]:
 
 
 def band_of(planned: Planned) -> Band:
-    """Of measured over scheduled time: of `plan.calibration` where runs are given, else the published one.
+    """The band of measured over scheduled time: from `plan.calibration` if given, else the published one.
 
     Raises:
-      UserError: those runs say nothing of this chip.
+      UserError: those runs say nothing about this chip.
     """
     own = planned.config.plan.calibration
     return BAND if own is None else band_of_runs(Path(own), planned.checked.slice.chip)
 
 
 def _by_schedule(walked: Walked, band: Band) -> dict[str, Any]:
-    """What a schedule tells of a step."""
+    """The figures that come from a schedule."""
     seconds = walked.seconds
     return {
         "step_seconds": seconds,
@@ -276,7 +287,7 @@ def _by_schedule(walked: Walked, band: Band) -> dict[str, Any]:
 
 
 def utilizations(planned: Planned, seconds: dict[str, float], walked: Walked | None) -> dict[str, float]:
-    """`low`, `mid` and `high`: shares of the binding roofline in `seconds` that an update reaches."""
+    """`low`, `mid` and `high`: shares of the binding roofline that an update reaches in `seconds`."""
     if walked is None:
         low, high = planned.config.plan.utilization_low, planned.config.plan.utilization_high
         return {"low": low, "mid": (low + high) / 2, "high": high}

@@ -1,7 +1,7 @@
 """How many real tokens an update of the configured run has, and how many updates there are.
 
-From the rows themselves where they can be read, else from stated lengths; both are packed by the code that training
-packs with.
+Lengths come from the rows themselves if readable, else from stated lengths; both are packed by the code that training
+uses.
 """
 
 from __future__ import annotations
@@ -24,16 +24,16 @@ from gemma4_tpu.training.recipe import rows_per_update
 
 log = logging.getLogger(__name__)
 ROWS_LOOKED_AT = 500
-"""For what attention skips."""
+"""Number of rows used to estimate what attention skips."""
 
 
 @dataclass(frozen=True)
 class Fill:
-    """What the data makes of a run."""
+    """The result of packing a run's data."""
 
     examples: int
     mean_tokens: float
-    """Of an example."""
+    """Per example."""
     segment_tokens: float
     """Mean of a segment: of an example, or of a side of a pair."""
     real_tokens_per_update: float
@@ -41,7 +41,7 @@ class Fill:
     fill: float
     """Real tokens as a share of the slots."""
     length_share: float
-    """Mean length of the updates' rows as a share of T; 1 unless rows have buckets."""
+    """Mean length of the updates' rows over T; 1 unless rows have buckets."""
     updates: int
     source: str
     """`measured` or `assumed`, and from what."""
@@ -49,9 +49,9 @@ class Fill:
     """Tokens of each segment, for some rows of T."""
 
     def share_visited(self, mask: Mask, length: int) -> float:
-        """Of the blocks that `mask` leaves in rows of so many tokens, the share that hold a common example.
+        """Share of the blocks that `mask` leaves, in rows of `length` tokens, in which two tokens of one example meet.
 
-        What `splash` skips at run time: ranges of examples that do not meet. Padding is an example of its own.
+        `splash` skips the others at run time: ranges of examples that do not overlap. Padding counts as one example.
         """
         if not self.rows:
             return 1.0
@@ -76,10 +76,10 @@ class Lengths:
 def lengths_of(
     model: ModelConfig, data: DataConfig, stated: PlanConfig, rows_are: str = CONVERSATIONS, *, data_here: bool
 ) -> Lengths:
-    """Measures the lengths of the training examples by tokenising them, or assumes those that are `stated`.
+    """Measures the lengths of the training examples by tokenising them, or assumes the `stated` ones.
 
     Raises:
-      UserError: the data is here, but cannot be read.
+      UserError: the data is here but cannot be read.
     """
     if data_here:
         return Lengths(
@@ -94,12 +94,12 @@ def lengths_of(
 
 
 def fill_of(lengths: Lengths, data: DataConfig, trainer: TrainerConfig) -> Fill:
-    """Lays the examples into rows and updates, as training does."""
+    """Packs the examples into rows and updates, as training does."""
     examples, rows = lengths.examples, rows_per_update(trainer, data)
     plan = Updates(
         examples, data, rows_per_update=rows, seed=trainer.seed, epochs=trainer.epochs, max_updates=trainer.max_updates
     )
-    # Each pass over the data packs alike, so the first ones stand for all of a long run.
+    # Each pass over the data packs alike, so the first ones represent a long run.
     looked_at = min(len(plan), 5000)
     slots, real, row_tokens = examples.slots, 0, 0
     whole: list[np.ndarray] = []

@@ -1,6 +1,6 @@
-"""Reads the text of an optimized HLO module: computations, instructions, shapes, and how often a loop runs.
+"""Parses the text of an optimised HLO module: computations, instructions, shapes, and trip counts of loops.
 
-Only what counting needs (see `counts.py`). Text of XLA's CPU and TPU compilers, of JAX 0.10 and 0.11.
+Covers only what counting needs (see `counts.py`), for the text of XLA's CPU and TPU compilers, of JAX 0.10 and 0.11.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ class Instruction:
     """The result; several for a tuple, flattened."""
     operands: tuple[str, ...]
     attributes: str
-    """All that follows the operands; for a constant its value leads."""
+    """Everything after the operands; for a constant, its value comes first."""
 
     @property
     def bytes(self) -> float:
@@ -65,7 +65,7 @@ class Instruction:
         return found
 
     def numbers(self, key: str) -> tuple[int, ...]:
-        """The list of an attribute such as `lhs_contracting_dims={1}`; empty where it is not given."""
+        """The list of an attribute such as `lhs_contracting_dims={1}`; empty if not given."""
         found = re.search(rf"\b{key}=\{{([0-9,]*)\}}", self.attributes)
         return tuple(int(n) for n in found[1].split(",") if n) if found else ()
 
@@ -85,7 +85,7 @@ class Computation:
 
     @cached_property
     def users(self) -> dict[str, list[Instruction]]:
-        """Which instructions read a result."""
+        """Instructions that read each result."""
         found: dict[str, list[Instruction]] = {}
         for instruction in self.instructions.values():
             for operand in dict.fromkeys(instruction.operands):
@@ -103,9 +103,9 @@ class Module:
     """Partitions that the program is compiled for."""
 
     def trip_count(self, loop: Instruction) -> int | None:
-        """How often a `while` runs its body; None where its text does not say.
+        """How often a `while` runs its body; None if its text does not say.
 
-        CPU programs tell it; TPU programs compare a counter, which starts at 0, with a constant.
+        CPU programs state it; TPU programs compare a counter, which starts at 0, with a constant.
         """
         told = re.search(r'"known_trip_count":\{"n":"(\d+)"\}', loop.attributes)
         if told:
@@ -122,7 +122,7 @@ class Module:
         return limits[0]
 
     def _all(self, computation: Computation, opcode: str) -> list[Instruction]:
-        """Instructions of this kind, those inside fusions too."""
+        """Instructions of this kind, including those inside fusions."""
         found = []
         for instruction in computation.instructions.values():
             found += [instruction] if instruction.opcode == opcode else []
@@ -160,7 +160,7 @@ def parse(text: str) -> Module:
             name = ""
         elif _INSTRUCTION.match(line):
             lines.append(line)
-        elif lines:  # attributes may hold line breaks
+        elif lines:  # attributes can contain line breaks
             lines[-1] += "\n" + line
     if entry is None:
         raise ValueError("no ENTRY computation in the HLO text")

@@ -1,7 +1,7 @@
-"""Compiled programs on disk, by their content: the second plan of the same program reads what the first one compiled.
+"""Caches compiled programs on disk by content: a second plan of the same program reads what the first one compiled.
 
-The key is a hash of the lowered program, the compiler's version, its options and the devices. Files are whole or
-absent, so that any number of plans can share the folder; what can't be read counts as absent.
+The key is a hash of the lowered program, the compiler's version, its options and the devices. Files are complete or
+absent, so that any number of plans can share the folder; unreadable files count as absent.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ from typing import Any
 log = logging.getLogger(__name__)
 
 FORMAT = 1
-"""Of what is kept of a program (`program.Program`): raised when its fields change."""
+"""Version of the cached data (`program.Program`); incremented when its fields change."""
 KEPT_BYTES = 2 * 2**30
-"""Beyond so much, the files that were not used for longest are removed."""
+"""Size limit; beyond it, the least recently used files are removed."""
 
 
 def folder() -> Path:
@@ -33,26 +33,26 @@ def folder() -> Path:
 
 
 def key(lowered: str, versions: Mapping[str, str], options: Mapping[str, Any], devices: list[str]) -> str:
-    """The name of a program.
+    """The cache key of a program.
 
     Args:
-      lowered: its text before the compiler, without debugging information.
-      versions: of what compiles it.
+      lowered: its text before compilation, without debugging information.
+      versions: of the compiler.
       options: for the compiler.
-      devices: what they are and where they lie, in the program's order.
+      devices: their kinds and positions, in the program's order.
     """
     rest = json.dumps([FORMAT, dict(versions), dict(options), devices], sort_keys=True)
     return hashlib.sha256(f"{rest}\n{lowered}".encode()).hexdigest()[:32]
 
 
 def readers() -> str:
-    """A hash of the modules that read programs: what was read by others is not taken."""
+    """A hash of the modules that read programs: results of other versions are not used."""
     here = sorted(Path(__file__).parent.glob("*.py"))
     return hashlib.sha256(b"".join(path.read_bytes() for path in here)).hexdigest()[:12]
 
 
 def get(name: str) -> Any:
-    """What was kept under a name; None where nothing is, or nothing that can be read."""
+    """The cached value for a key; None if there is none, or it is unreadable."""
     path = _path(name)
     try:
         found = json.loads(gzip.decompress(path.read_bytes()))
@@ -63,7 +63,7 @@ def get(name: str) -> Any:
 
 
 def put(name: str, value: Any) -> None:
-    """Keeps plain values under a name. Where the folder can't be written to, it says so and goes on."""
+    """Caches plain values under a key. If the folder is not writable, logs that and continues."""
     path = _path(name)
     part = path.with_name(f".{path.name}.{os.getpid()}.{threading.get_ident()}.part")
     try:
@@ -74,7 +74,7 @@ def put(name: str, value: Any) -> None:
     except OSError as error:
         with suppress(OSError):
             part.unlink()
-        log.warning("the compiled program is not kept: %s", error)
+        log.warning("cannot cache the compiled program: %s", error)
 
 
 def _path(name: str) -> Path:
@@ -82,7 +82,7 @@ def _path(name: str) -> Path:
 
 
 def _tidy(place: Path) -> None:
-    """Removes what was used longest ago, down to `KEPT_BYTES`; another plan may do the same at this moment."""
+    """Removes the least recently used files, down to `KEPT_BYTES`; another plan can do the same concurrently."""
     used = []
     for path in place.glob("*.json.gz"):
         with suppress(OSError):

@@ -1,7 +1,7 @@
-"""What Pallas kernels compute and move: the compiler does not look inside them.
+"""What Pallas kernels compute and move, because the compiler does not look inside them.
 
 Splash attention is counted from the blocks that its mask leaves, which is how it skips work; any other kernel by the
-estimate that its author gave the compiler (`cost_estimate`), and counted as unknown where there is none.
+estimate that its author gave the compiler (`cost_estimate`), or as unknown if there is none.
 """
 
 from __future__ import annotations
@@ -25,18 +25,20 @@ _SCOPE = re.compile(r"\battend_(?:global|window_(\d+))\b")
 
 @dataclass(frozen=True)
 class Mask:
-    """What decides which blocks an attention kernel visits; at run time it skips those without a common example."""
+    """Determines which blocks an attention kernel visits; at run time it skips those without two tokens of one
+    example.
+    """
 
     window: int | None
-    """In tokens; None: all that came before."""
+    """In tokens; None: everything before."""
     block_q: int
     block_kv: int
 
     def of_chip(self, queries: int, keys: int) -> float:
-        """Blocks that hold something unmasked of a chip's queries, where it may have more keys than queries.
+        """Number of blocks with unmasked entries among a chip's queries, where it can have more keys than queries.
 
-        In sliding layers they come before its queries. In global ones they are those of the whole row, of which every
-        chip works on an equal share (`models/context_parallel.py`).
+        In sliding layers, the extra keys precede its queries. In global layers, they are those of the whole row, of
+        which every chip processes an equal share (`models/context_parallel.py`).
         """
         if self.window is None:
             return len(self.visited(keys)) * queries / keys
@@ -44,7 +46,7 @@ class Mask:
         return sum(i >= first for i, _ in self.visited(keys))
 
     def visited(self, length: int) -> list[tuple[int, int]]:
-        """(block of queries, block of keys) that hold something unmasked, in a row of so many tokens."""
+        """(block of queries, block of keys) with unmasked entries, in a row of `length` tokens."""
         return [
             (i, j)
             for i in range(math.ceil(length / self.block_q))
@@ -68,7 +70,7 @@ class Work:
 
 
 def kernel_work(call: Instruction, operands: list[tuple[Array, ...]]) -> Work | None:
-    """The work of a kernel call; None where nothing is known about this kernel."""
+    """The work of a kernel call; None if nothing is known about the kernel."""
     if "splash_m" in call.name or "splash_m" in call.attributes:
         return _splash(call, [arrays[0] for arrays in operands])
     told = re.search(r'"cost_estimate":\{([^}]*)\}', call.attributes)
@@ -83,9 +85,10 @@ def kernel_work(call: Instruction, operands: list[tuple[Array, ...]]) -> Work | 
 
 
 def _grouped_bytes(call: Instruction, operands: list[tuple[Array, ...]]) -> float:
-    """Of a grouped product (`models/grouped.py`); its own estimate has a matrix read again for each tile of its rows.
+    """HBM bytes of a grouped product (`models/grouped.py`), whose own estimate assumes that a matrix is read again for
+    each tile of rows.
 
-    Operands: tables, of which the second is [groups + 1]; rows [N, D]; a stack of matrices, most of other layers'.
+    Operands: tables, of which the second is [groups + 1]; rows [N, D]; a stack of matrices, mostly of other layers.
     """
     (offsets, *_), (rows, *_), (stack, *_) = operands[1], operands[-2], operands[-1]
     return call.bytes + rows.bytes + (offsets.elements - 1) * stack.bytes / stack.dims[0]
@@ -94,8 +97,8 @@ def _grouped_bytes(call: Instruction, operands: list[tuple[Array, ...]]) -> floa
 def _splash(call: Instruction, operands: list[Array]) -> Work | None:
     """Splash attention, forward or backward.
 
-    Operands: block tables as small integers, then q [.., N, T, H], k and v [.., K, keys, H]. Only blocks that hold
-    something unmasked are visited; in each of them all products are taken.
+    Operands: block tables as small integers, then q [.., N, T, H], k and v [.., K, keys, H]. Only blocks with unmasked
+    entries are visited; in each of them, all products are computed.
     """
     kind = next((kind for kind in _MATMULS if f"_{kind}" in call.name + _op_name(call)), None)
     scope = _SCOPE.search(_op_name(call))
@@ -106,12 +109,12 @@ def _splash(call: Instruction, operands: list[Array]) -> Work | None:
     block_q, block_kv = mask.block_q, mask.block_kv
     length, width = q.dims[-2:]
     visited = mask.of_chip(length, k.dims[-2])
-    # A backward pass in one kernel leaves a dq for each block of keys: [kv blocks, N, T, H].
+    # A backward pass in one kernel writes a dq for each block of keys: [kv blocks, N, T, H].
     fused = kind == "dkv" and any(array.dims[-3:] == q.dims[-3:] and len(array.dims) > 3 for array in call.arrays)
     matmuls = _FUSED_BACKWARD_MATMULS if fused else _MATMULS[kind]
     heads = math.prod(q.dims[:-2])
     item = q.bytes / q.elements
-    # The side that stays is read once; the other side's blocks are read again for each visit.
+    # The stationary side is read once; blocks of the other side are read again for each visit.
     moved = 2 * block_q if kind == "dkv" else 2 * block_kv
     boundary = call.bytes + sum(array.bytes for array in operands)
     moving_once = 2 * (q.bytes if kind == "dkv" else k.bytes)
@@ -125,7 +128,7 @@ def _op_name(call: Instruction) -> str:
 
 
 def _blocks(call: Instruction, kind: str) -> tuple[int, int]:
-    """(tokens in a block of queries, of keys) as the kernel's own metadata tells them."""
+    """(tokens in a block of queries, of keys), from the kernel's own metadata."""
     suffix = "" if kind == "fwd" else f"_{kind}"
 
     def size(name: str) -> int:

@@ -1,8 +1,8 @@
-"""Which links of the interconnect a collective has: those between the chips that take part in it.
+"""The interconnect links of a collective: those between its own chips.
 
-Chips of a slice form a grid, two- or three-dimensional, whose ends are joined in large slices. A mesh axis has only
-the links along which its own chips lie: four chips in a square have two each, four in a row without joined ends have
-one at the ends, which decides how fast all are, however many links the slice has.
+Chips of a slice form a two- or three-dimensional grid, whose ends are joined in large slices. A mesh axis has only the
+links between its own chips: four chips in a square have two each; four in a row without joined ends have one at the
+ends, which limits all of them, however many links the slice has.
 """
 
 from __future__ import annotations
@@ -35,17 +35,17 @@ def links_of_chip(wanted: Slice) -> int:
 
 
 def link_bytes_per_second(wanted: Slice) -> float:
-    """Of one link in one direction; the published bandwidth of a chip counts both directions of all its links."""
+    """Of one link in one direction; a chip's published bandwidth counts both directions of all its links."""
     return wanted.chip.interconnect_bytes_per_second / 2 / links_of_chip(wanted)
 
 
 @dataclass(frozen=True)
 class Grid:
-    """A slice's chips: where each device of the program lies."""
+    """A slice's chips, and the position of each device of the program."""
 
     sizes: Place
     places: tuple[Place, ...]
-    """Of each device, in the order in which the program numbers them (that of the mesh)."""
+    """Of each device, in the program's order (that of the mesh)."""
 
     @staticmethod
     def of(wanted: Slice, places: Sequence[Sequence[int]]) -> Grid:
@@ -60,7 +60,7 @@ class Grid:
         return all(size % _JOINED_3D == 0 for size in self.sizes)
 
     def distance(self, a: int, b: int) -> int:
-        """Links on the way between two devices."""
+        """Number of links on the path between two devices."""
         steps = 0
         for dimension, size in enumerate(self.sizes):
             step = abs(self.places[a][dimension] - self.places[b][dimension])
@@ -68,10 +68,11 @@ class Grid:
         return steps
 
     def links(self, group: Sequence[int], most: int | None = None) -> float:
-        """Links over which each chip sends, of those between the group's own chips, `most` at most; 0 within a chip.
+        """Number of links over which each chip sends, among those between the group's own chips, at most `most`; 0
+        within a chip.
 
-        The chip with the fewest decides how fast all are. Where no two of them are neighbours, what they send passes
-        other chips on its way, whose own groups do the same: each link is shared by as many groups as there are steps.
+        The chip with the fewest links limits all. If no two chips are neighbours, their traffic passes through other
+        chips, whose own groups do the same: each link is shared by as many groups as the path has steps.
         """
         chips = sorted({self.places[device] for device in group})
         if len(chips) == 1:
@@ -85,7 +86,7 @@ class Grid:
     def lanes(self, group: Sequence[int]) -> tuple[str, ...]:
         """Directions such as `+x` in which a chip of a group sends: its own links, as seen from the first device.
 
-        What goes in one direction waits for what goes there already; programs are alike on all chips.
+        Transfers in the same direction queue up; programs are the same on all chips.
         """
         first = min(group)
         others = [device for device in group if self.places[device] != self.places[first]]
@@ -94,7 +95,9 @@ class Grid:
         return tuple(sorted(set(found)))
 
     def permuted(self, pairs: Sequence[tuple[int, ...]]) -> tuple[float, tuple[str, ...]]:
-        """(links, lanes) of pairs that send to each other: one link, shared by as many as its longest way has steps."""
+        """(links, lanes) of pairs that send to each other: one link, shared by as many as its longest path has
+        steps.
+        """
         steps = max((self.distance(a, b) for a, b in pairs), default=0)
         if not steps:
             return 0.0, ()

@@ -1,4 +1,4 @@
-"""What to change when a run does not fit: the nearest changes, cheapest first, each tried by compiling it."""
+"""Finds changes that make a run fit: the smallest first, each tried by compiling it."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ from gemma4_tpu.training.recipe import rows_per_update
 
 log = logging.getLogger(__name__)
 ENOUGH = 2
-"""Changes that fit, after which no more are tried."""
+"""Number of changes that fit, after which the search stops."""
 MARGIN = 1.15
-"""Temporaries don't shrink quite as the rows do."""
+"""Temporaries do not shrink quite in proportion to rows."""
 
 
 @dataclass(frozen=True)
@@ -33,26 +33,26 @@ class ConfigChange:
     """A change to the configuration."""
 
     overrides: tuple[str, ...]
-    """As given on the command line."""
+    """As on the command line."""
     config: PlanRoot
 
 
 def changes(planned: Planned, meshes: list[MeshSizes], last: Callable[[], PlanResult]) -> Iterator[ConfigChange]:
-    """Changes by what they cost: remat and microbatches cost time, then rows, mesh, quantised weights, the largest of
-    those that are trained in full, length.
+    """Yields changes by cost: remat and microbatches cost time, then rows, mesh, quantised weights, the largest fully
+    trained weights, length.
 
-    From the second on each comes with the most remat, so that it is the change itself that decides.
+    From the second on, each comes with the most remat, so that the change itself decides.
 
     Args:
       planned: what does not fit.
-      meshes: others to try.
-      last: what came of the change before; of `planned` itself at first.
+      meshes: other meshes to try.
+      last: the result of the previous change; initially of `planned` itself.
     """
     config, sizes = planned.config, planned.checked.mesh
     remat, saving = _most_remat(config.trainer)
     if remat:
         yield ConfigChange(remat, replace(config, trainer=saving))
-        if last().fits:  # less remat may do, and computes less
+        if last().fits:  # less remat may suffice, and recomputes less
             for policy in POLICIES[_place(config.trainer.remat) : -1]:
                 trainer = replace(config.trainer, remat=policy)
                 yield ConfigChange((f"trainer.remat={policy}",), replace(config, trainer=trainer))
@@ -92,7 +92,7 @@ def changes(planned: Planned, meshes: list[MeshSizes], last: Callable[[], PlanRe
 
 
 def _without_the_largest(lora: LoraConfig, arch: Architecture) -> LoraConfig:
-    """Without what takes most of the weights that are trained in full: 16 bytes of HBM per parameter with AdamW."""
+    """Excludes what takes most of the fully trained weights: 16 bytes of HBM per parameter with AdamW."""
 
     def parameters(module: str) -> int:
         leaves = Layout.of(arch, replace(lora, modules_to_train=[module])).trained_in_full()
@@ -103,19 +103,19 @@ def _without_the_largest(lora: LoraConfig, arch: Architecture) -> LoraConfig:
 
 
 def _place(policy: str) -> int:
-    """Where the policies begin that keep less than this one."""
+    """Index of the first policy that keeps less than this one."""
     return POLICIES.index(policy) + 1 if policy in POLICIES else 0
 
 
 def _most_remat(trainer: TrainerConfig) -> tuple[tuple[str, ...], TrainerConfig]:
-    """Overrides for the most remat (none where it is there already), and the trainer with it."""
+    """Overrides for the most remat (none if it is set already), and the trainer with it."""
     most = POLICIES[-1]
     words = () if trainer.remat in (most, AUTO) else (f"trainer.remat={most}",)
     return words, replace(trainer, remat=most)
 
 
 def _one_row_each(trainer: TrainerConfig, rows: int, places: int) -> tuple[tuple[str, ...], TrainerConfig]:
-    """About as many rows per update, one at a time on each place of the axes dp and fsdp."""
+    """About the same number of rows per update, one at a time on each place of the axes dp and fsdp."""
     microbatches = max(1, rows // places)
     words: tuple[str, ...] = (
         f"trainer.global_batch_sequences={places * microbatches}",
@@ -129,12 +129,14 @@ def _one_row_each(trainer: TrainerConfig, rows: int, places: int) -> tuple[tuple
 
 
 def _times_too_much(result: PlanResult) -> float:
-    """How many times the HBM a result needs; 1 where the compiler does not say."""
+    """Needed over available HBM of a result; 1 if the compiler does not say."""
     return max(1.0, (result.hbm_bytes_per_chip or 0) / result.hbm_limit_bytes_per_chip)
 
 
 def nearest_fits(planned: Planned, misfit: PlanResult, attempts: int) -> list[dict[str, Any]]:
-    """Tries changes until `ENOUGH` fit or `attempts` are spent; what was tried, as in `PlanResult.alternatives`."""
+    """Tries changes until `ENOUGH` fit or `attempts` are used up; returns what was tried, as in
+    `PlanResult.alternatives`.
+    """
     devices, arch = planned.checked.slice.devices, planned.checked.architecture
     splits = row_splits(planned.config.data.sequence_length, devices)
     meshes = [sizes for cp in splits for sizes in legal_meshes(arch, devices, cp) if sizes.dp == 1]

@@ -1,4 +1,4 @@
-"""From hours to dollars: prices by kind of capacity, and what preemptions are expected to add. No JAX here."""
+"""From hours to dollars: prices by kind of capacity, and the expected cost of preemptions. Imports no JAX."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ from gemma4_tpu.hardware import slice_of
 from gemma4_tpu.prices import FLEX_START, KINDS, SPOT, Price, flex_start_hours, kind_of, price_of, slice_price
 
 CONFIGURED = "configured"
-"""The kind of a price that the configuration gives."""
+"""Kind of a price that the configuration sets."""
 
 
 def usd_estimate(
     hardware: HardwareConfig, plan: PlanConfig, checkpoint: CheckpointConfig, hours: Mapping[str, float], updates: int
 ) -> dict[str, dict[str, float]]:
-    """Kind of capacity → dollars of a run, under the names of `hours`; spot with the preemptions to expect.
+    """Kind of capacity → dollars of a run, for each entry of `hours`; spot includes expected preemptions.
 
-    Where `hardware.usd_per_hour` is given, it alone counts, as `configured`. Flex-start is left out where the run may
-    take longer than such capacity stays.
+    If `hardware.usd_per_hour` is set, it is the only one, as `configured`. Flex-start is omitted if the run can exceed
+    its time limit.
     """
 
     def paid(price: Price, each: float) -> float:
@@ -36,21 +36,21 @@ def usd_estimate(
 
 
 def chosen_usd(hardware: HardwareConfig, estimates: Mapping[str, Mapping[str, float]]) -> Mapping[str, float]:
-    """Of `usd_estimate` that at the price which the configuration selects; empty where none is known."""
+    """The entry of `usd_estimate` at the price that the configuration selects; empty if none is known."""
     return estimates.get(CONFIGURED) or estimates.get(kind_of(hardware), {})
 
 
 def chosen_price(hardware: HardwareConfig) -> dict[str, Any]:
-    """The price that the configuration selects, as a record; empty where none is known."""
+    """The price that the configuration selects, as a record; empty if none is known."""
     price = price_of(hardware)
     return {} if price is None else asdict(price)
 
 
 def preemptions(plan: PlanConfig, checkpoint: CheckpointConfig, hours: float, updates: int) -> dict[str, float]:
-    """What to expect of spot capacity in a run of so many hours.
+    """Expected preemptions of spot capacity in a run of `hours` hours.
 
-    At a rate that is assumed (`plan.hours_between_preemptions`). Each costs a restart (`plan.restart_minutes`) and half
-    the time between two checkpoints. That is much: where the notice suffices to save, only the restart is lost.
+    The rate is assumed (`plan.hours_between_preemptions`). Each costs a restart (`plan.restart_minutes`) and half the
+    interval between checkpoints. This is pessimistic: if the notice suffices to save, only the restart is lost.
     """
     expected = hours / plan.hours_between_preemptions
     checkpoint_hours = min(checkpoint.every, updates) * hours / updates

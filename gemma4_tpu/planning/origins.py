@@ -1,4 +1,4 @@
-"""Where an operation of a compiled program comes from in our source, by the stack frames that its text carries."""
+"""Maps operations of a compiled program to our source, by the stack frames in its text."""
 
 from __future__ import annotations
 

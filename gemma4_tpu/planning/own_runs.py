@@ -1,4 +1,4 @@
-"""`plan.calibration`: the band of measured over planned time from one's own runs instead of others'. No JAX here."""
+"""`plan.calibration`: the band of measured over planned time from your own runs. Imports no JAX."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ from gemma4_tpu.tracking.result import Result
 log = logging.getLogger(__name__)
 
 MARGIN = 1.1
-"""Another configuration lies up to this factor beyond the runs that were measured. *Assumed*."""
+"""Factor by which another configuration can lie outside the measured band. *Assumed*."""
 
 
 def band_of_runs(place: Path, chip: Chip) -> Band:
-    """From the 10th to the 90th percentile of the updates of all runs on this chip, and a margin.
+    """From the 10th to the 90th percentile over the updates of all runs on this chip, plus a margin.
 
     Args:
       place: run folder, or a folder of them.
-      chip: that is planned for; runs on others say nothing of it.
+      chip: the chip planned for; runs on others do not count.
 
     Raises:
-      UserError: no run, or none on this chip whose step was both predicted and measured.
+      UserError: there is no run, or none on this chip whose step was both predicted and measured.
     """
     runs = sorted({path.parent for pattern in ("result.json", "*/result.json") for path in place.glob(pattern)})
     found = [ratios for run in runs if (ratios := _ratios(run, chip)) is not None]
@@ -42,7 +42,7 @@ def band_of_runs(place: Path, chip: Chip) -> Band:
 
 
 def _ratios(run: Path, chip: Chip) -> tuple[float, float] | None:
-    """(10th, 90th percentile) of measured over predicted time; None: another chip, or not both are known."""
+    """(10th, 90th percentile) of measured over predicted time; None: another chip, or one of them is unknown."""
     try:
         config = yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8"))
         result = Result.read(run / "result.json")

@@ -1,4 +1,4 @@
-"""From the figures of an on-policy update's phases to memory, seconds and what would fit. No JAX here."""
+"""Converts the figures of an on-policy update's phases to memory, seconds and what would fit. Imports no JAX."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from gemma4_tpu.planning.roofline import PEAKS, roofline
 
 PHASES = ("read", "decode", "score")
 SCORED_MORE = 2
-"""Passes over an update's answers, besides the one after it, whenever sampler and trainer are compared."""
+"""Additional passes over an update's answers whenever sampler and trainer are compared."""
 SHARE = 0.95
-"""Of the memory that is left, which a cache may take: programs of other shapes need other temporaries."""
+"""Share of the remaining memory that a cache can take: programs of other shapes need other temporaries."""
 
 
 def rollouts_of(planned: Planned, answer: dict[str, Any]) -> dict[str, Any]:
@@ -51,16 +51,16 @@ def rollouts_of(planned: Planned, answer: dict[str, Any]) -> dict[str, Any]:
 
 
 def decoding_steps(config: RolloutsConfig, tokens: int, segment: int) -> int:
-    """Tokens that each slot decodes in an update, if all answers have so many.
+    """Tokens that each slot decodes per update, if all answers have `tokens` tokens.
 
-    A slot waits half of a segment, on average, for the next answer.
+    A slot waits half a segment, on average, for the next answer.
     """
     answers = config.prompts * config.samples
     return max(math.ceil(answers * (tokens + segment / 2) / config.slots), tokens)
 
 
 def _phase(planned: Planned, told: dict[str, Any], tokens: int) -> dict[str, Any]:
-    """What one run of a phase takes of one chip; of decoding, a token of every slot."""
+    """What one run of a phase takes on one chip; for decoding, per token of every slot."""
     counts = told["counts"]
     seconds = roofline(
         planned.checked.slice, counts["flops"] / tokens, counts["hbm_traffic_bytes"] / tokens,

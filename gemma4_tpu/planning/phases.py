@@ -1,7 +1,7 @@
-"""What an on-policy update does before the update: prompts are read, answers decoded, and both scored.
+"""What precedes an on-policy update: prompts are read, answers decoded, and both scored.
 
-Each phase is compiled for the slice that is planned as the run would compile it: the same functions, shapes and places.
-Memory is what the compiler assigns; time is a roofline, since a step of decoding moves all weights for a token of each
+Each phase is compiled for the planned slice as the run would compile it: the same functions, shapes and shardings.
+Memory is what the compiler assigns; time is a roofline, because a decoding step moves all weights for one token per
 slot, and nothing hides that.
 """
 
@@ -31,21 +31,21 @@ READ, DECODE, SCORE = "read", "decode", "score"
 def compiled(
     given: Shapes, rollouts: RolloutsConfig, mesh: Mesh, grid: Grid, dump: Path, limit_bytes: int, kept_as: list[Any]
 ) -> dict[str, Any]:
-    """Figures of each phase, plain values.
+    """Figures of each phase, as plain values.
 
     Args:
       given: the step and its shapes.
       rollouts: slots, prompts and lengths.
-      mesh: of absent devices.
-      grid: where they lie.
-      dump: folder to make folders in, for the compiler's files.
+      mesh: of described devices.
+      grid: their positions.
+      dump: folder in which to create folders for the compiler's files.
       limit_bytes: HBM of a chip.
       kept_as: versions and places, for `kept_programs.key`.
 
     Returns:
-      Phase → `peak_bytes` of one chip, all that lies there between updates included, or `needed_bytes` where the
-      compiler refuses; `counts` (`Counts.plain`) of one run of it; and `kv_cache_bytes` and `tokens`, those of the
-      slots, and how many each row decodes in one run.
+      Phase → `peak_bytes` of one chip, including everything held between updates, or `needed_bytes` if the compiler
+      refuses; `counts` (`Counts.plain`) of one run; and `kv_cache_bytes` and `tokens`: the slots' cache, and the tokens
+      that each row decodes per run.
     """
     lowered, cache = _lowered(given, rollouts, mesh)
     held = given.bytes_per_chip()
@@ -54,7 +54,7 @@ def compiled(
         print(f"compiling what it {name}s", flush=True)
         told = _told(one, dump / name, limit_bytes, grid, kept_as)
         if "argument_bytes" in told:
-            # Optimizer, teacher and the like are no arguments of these programs, but lie beside them.
+            # Optimizer, teacher and so on are not arguments of these programs, but occupy memory.
             used = held["base"] + held.get("lora", 0) + held.get("weights", 0)
             told["peak_bytes"] += sum(held.values()) - held["batch"] - used
         found[name] = told

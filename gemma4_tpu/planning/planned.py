@@ -1,4 +1,4 @@
-"""A configuration that is planned, and what its data makes of it."""
+"""A configuration to plan, and the result of packing its data."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from gemma4_tpu.training.recipe import Recipe
 
 @dataclass(frozen=True)
 class Planned:
-    """A configuration that passed the checks, and what its data makes of it."""
+    """A configuration that passed the checks, and the result of packing its data."""
 
     config: PlanRoot
     checked: PlanChecked
@@ -23,7 +23,7 @@ class Planned:
 
     @staticmethod
     def of(config: PlanRoot, checked: PlanChecked, like: Planned | None = None) -> Planned:
-        """`like`: a plan whose lengths serve here too, if it has the same data."""
+        """`like`: a plan whose lengths can be reused if it has the same data."""
         if like is not None and (like.config.data, like.config.objective) == (config.data, config.objective):
             lengths = like.lengths
         else:

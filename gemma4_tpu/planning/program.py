@@ -1,8 +1,8 @@
-"""What a plan reads of a compiled program, and how to have most of it a tenth of the way through a compilation.
+"""What a plan reads from a compiled program, and how to get most of it after a tenth of the compilation.
 
-The compiler optimises a program, assigns memory and refuses what does not fit within seconds; the minutes that follow
-generate code, and tell how long it expects every instruction to take. With `DUMP_TO` it writes down what it has
-assigned, so that a plan can answer before.
+Within seconds, the compiler optimises a program, assigns memory and refuses what does not fit; in the following minutes
+it generates code, and estimates how long every instruction takes. With `DUMP_TO` it writes out what it has assigned, so
+that a plan can answer early.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ TEXT, ASSIGNED, USED = (
     "*after_optimizations-buffer-assignment.txt",
     "*after_optimizations-memory-usage-report.txt",
 )
-"""Files of a dump: the optimized program, every allocation, and their sum for each kind of memory."""
+"""Files of a dump: the optimised program, every allocation, and their sum per kind of memory."""
 SCHEDULED = "*after_codegen.txt"
-"""The program as its code was generated: the same instructions, with the cycles that the compiler expects of them."""
+"""The program after code generation: the same instructions, with expected cycles."""
 SECONDS_BETWEEN_LOOKS = 0.1
 
 
@@ -37,7 +37,7 @@ class OutOfMemory(Exception):
         on_chip = "vmem" in message.partition("\n")[0]  # a kernel asks for too much on-chip memory
         needed, limit = (None, None) if on_chip else (_SIZES.search(message), _LIMIT.search(message))
         self.needed_bytes = _bytes(needed) if needed else None
-        """What the compiler says that it would need; None: it does not say."""
+        """What the compiler says that it would need; None if it does not say."""
         self.limit_bytes = _bytes(limit) if limit else None
 
 
@@ -53,24 +53,27 @@ def _bytes(found: re.Match[str]) -> int:
 
 @dataclass(frozen=True)
 class Program:
-    """An optimized program of one chip."""
+    """An optimised program of one chip."""
 
     text: str
-    """HLO, as `compiled.as_text()` prints it; once code is generated with the compiler's cycles."""
+    """HLO, as `compiled.as_text()` prints it; after code generation with the compiler's cycles."""
     argument_bytes: int
-    """In HBM, with what layouts pad."""
+    """In HBM, including layout padding."""
     peak_bytes: int
-    """HBM that the program takes with its arguments: what the compiler holds against the chip's limit."""
+    """HBM that the program takes with its arguments: what the compiler compares with the chip's limit."""
     cost_analysis: dict[str, float]
-    """XLA's own `flops` and `bytes_accessed`, loops counted once and kernels not at all; empty before code is
-    generated."""
+    """XLA's own `flops` and `bytes_accessed`, with loops counted once and kernels not at all; empty before code
+    generation.
+    """
 
 
 class UnderWay:
-    """A compilation in a thread: what it assigns is there long before its end. End the process to stop it."""
+    """A compilation in a thread, whose memory assignment is available long before its end. End the process to
+    stop it.
+    """
 
     def __init__(self, lowered: Any, folder: Path):
-        """`lowered`: of `jax.jit`; `folder`: empty, files of some 30 MB are left there."""
+        """`lowered`: from `jax.jit`; `folder`: empty; receives about 30 MB of files."""
         self._folder = folder
         self._outcome: list[Any] = []
         self._thread = threading.Thread(target=self._compile, args=(lowered,), daemon=True)
@@ -83,7 +86,7 @@ class UnderWay:
             self._outcome.append(error)
 
     def until_assigned(self, limit_bytes: int) -> Program:
-        """The program with its memory assigned. Where the compiler writes no files that we know, this is `finish`.
+        """The program with its memory assigned. If the compiler writes no known files, this is `finish`.
 
         Args:
           limit_bytes: HBM of a chip; a program that takes more is left to the compiler's own judgement.
@@ -102,11 +105,11 @@ class UnderWay:
         return self.finish()
 
     def finish(self) -> Program:
-        """The program with its code generated.
+        """The program after code generation.
 
         Raises:
           OutOfMemory: it does not fit.
-          UserError: a compiler option that does not exist.
+          UserError: a compiler option does not exist.
         """
         self._thread.join()
         (outcome,) = self._outcome
@@ -126,7 +129,7 @@ def until_assigned(lowered: Any, folder: Path, limit_bytes: int) -> Program:
 
 
 def compile_lowered(lowered: Any, options: dict[str, Any] | None = None) -> Any:
-    """`lowered.compile` with the compiler's refusals as our own.
+    """`lowered.compile`, with the compiler's refusals as our own exceptions.
 
     Raises:
       OutOfMemory: see `finish`.
@@ -148,11 +151,11 @@ def compile_lowered(lowered: Any, options: dict[str, Any] | None = None) -> Any:
 def peak_bytes(compiled: Any) -> int:
     """HBM of one chip that a compiled program takes with its arguments.
 
-    Near `Program.peak_bytes`, but without fragmentation and with what is in on-chip memory (128 MiB at most).
+    Close to `Program.peak_bytes`, but without fragmentation and including on-chip memory (128 MiB at most).
     """
     told = compiled.memory_analysis()
     sizes = told.argument_size_in_bytes + told.temp_size_in_bytes + told.output_size_in_bytes
-    return told.peak_memory_in_bytes or sizes - told.alias_size_in_bytes  # not every compiler tells the peak
+    return told.peak_memory_in_bytes or sizes - told.alias_size_in_bytes  # not every compiler reports the peak
 
 
 def _finished(compiled: Any, folder: Path) -> Program:
@@ -169,7 +172,7 @@ def _finished(compiled: Any, folder: Path) -> Program:
 
 
 def dumped(folder: Path) -> Program | None:
-    """The program that a compilation wrote down in a folder; None until all of it is there, as far as one can see."""
+    """The program that a compilation dumped into a folder; None until it is complete, as far as can be seen."""
     found = [sorted(folder.glob(pattern)) for pattern in (TEXT, ASSIGNED, USED)]
     if not all(len(paths) == 1 for paths in found):
         return None
@@ -182,6 +185,6 @@ def dumped(folder: Path) -> Program | None:
 
 
 def used_bytes(report: str) -> int | None:
-    """HBM in a memory usage report; None where it does not say."""
+    """HBM in a memory usage report; None if it does not say."""
     found = re.search(r"Memory Space: default \(color=0\)\s+Total bytes: (\d+)", report)
     return int(found[1]) if found else None

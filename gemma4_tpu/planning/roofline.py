@@ -1,4 +1,4 @@
-"""The least time that a program can take: its counts over the peaks of a chip. No JAX here."""
+"""The least time that a program can take: its counts over the peaks of a chip. Imports no JAX."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ def roofline(
       flops: of one chip.
       traffic: HBM bytes of one chip.
       collectives: by kind, with the `bytes` that a chip sends.
-      link_bytes: over each link that a collective has, by direction (`Counts.link_bytes`). None, in records of old
-        counts: as if every collective had the links of the whole slice.
+      link_bytes: over each link of a collective, by direction (`Counts.link_bytes`). None, in old records: as if every
+        collective had the links of the whole slice.
     """
     chip = wanted.chip.device
     if link_bytes is None:

@@ -1,8 +1,8 @@
-"""The compiler's schedule of a program: what a chip's core does, in order, and what runs alongside.
+"""The compiler's schedule of a program: what a chip's core does, in order, and what overlaps with it.
 
-A program that is compiled to the end is written down with its instructions in the order in which they start, and with
-the cycles that the compiler expects of each fusion (`window_config.estimated_cycles`). `read` turns that text into
-operations of a few kinds; `walk.py` gives them time. No seconds here, and plain values only.
+A program compiled to the end is dumped with its instructions in order of their start, and with the compiler's expected
+cycles of each fusion (`window_config.estimated_cycles`). `read` parses that text into operations of a few kinds;
+`walk.py` assigns times. There are no seconds here, and only plain values.
 """
 
 from __future__ import annotations
@@ -22,12 +22,13 @@ from gemma4_tpu.planning.traffic import FREE
 BASE, LORA, ATTENTION, GLUE, ELEMENTWISE, OPTIMIZER, COLLECTIVES, COPIES = PARTS = (
     "base_products", "lora", "attention", "attention_glue", "elementwise", "optimizer", "collectives_exposed", "copies",
 )  # fmt: skip
-"""What a step's time goes to: products with base weights; LoRA's products; attention kernels; what is summed and
-reshaped around them; norms, activations, gathers and the like; the optimizer; collectives, and copies between HBM and
-on-chip memory, that the core waits for."""
+"""Parts of a step's time: products with base weights; LoRA's products; attention kernels; sums and reshapes around
+them; norms, activations, gathers and the like; the optimizer; collectives that the core waits for; copies between HBM
+and on-chip memory that the core waits for.
+"""
 
 LOOKED_AT = 40
-"""Instructions that take a result, in search of a name and a place for it."""
+"""Number of users of a result to search for a name and a source line."""
 _CYCLES = re.compile(r'"estimated_cycles":"(\d+)"')
 _EQUATION = re.compile(r"[a-z]+(?:,[a-z]+)+->[a-z]+")
 _OP_NAME = re.compile(r'op_name="([^"]*)"')
@@ -46,14 +47,14 @@ class Transfer:
     sent_bytes: float = 0.0
     """By a chip, to others."""
     links: float = 0.0
-    """Over so many links of its own; 0: within a chip."""
+    """Over this many exclusive links; 0: within a chip."""
     lanes: tuple[str, ...] = ()
     """The directions in which these lie, such as `+x`."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Op:
-    """One operation. Exactly one of `body`, `waits_for`, or what it does itself."""
+    """One operation, with exactly one of `body`, `waits_for`, or its own work."""
 
     name: str
     """Of the instruction."""
@@ -62,17 +63,17 @@ class Op:
     label: str = ""
     """What it computes: the end of its `op_name`."""
     place: str = ""
-    """Where in our source (`origins.Frames.place`)."""
+    """Source line (`origins.Frames.place`)."""
     cycles: int | None = None
     """Of the core; None: the compiler does not say."""
     kernel_flops: float = 0.0
     """Of a Pallas kernel."""
     mask: kernels.Mask | None = None
-    """Of an attention kernel: of what its mask leaves it skips what has no common example."""
+    """Of an attention kernel, which skips blocks of this mask without two tokens of one example."""
     transfer: Transfer | None = None
-    """Copies and collectives, and the traffic of what has no cycles."""
+    """Copies and collectives, and the traffic of operations without cycles."""
     starts: str = ""
-    """It only starts its transfer, which runs alongside the core under this name."""
+    """Only starts a transfer, which overlaps with the core under this name."""
     waits_for: str = ""
     """The transfer under this name must have ended."""
     trips: int = 1
@@ -81,7 +82,7 @@ class Op:
 
 
 def read(module: Module, frames: origins.Frames, grid: Grid) -> tuple[Op, ...]:
-    """The schedule of a module that was compiled to the end."""
+    """The schedule of a module compiled to the end."""
     return tuple(_Reading(module, frames, grid).ops(module.entry))
 
 
@@ -123,7 +124,7 @@ class _Reading:
             if one.opcode == "while":
                 body = tuple(self.ops(computations[one.called["body"]]))
                 yield Op(name=one.name, trips=self.module.trip_count(one) or 1, body=body)
-            elif one.opcode == "conditional":  # the dearest branch, as it is counted
+            elif one.opcode == "conditional":  # the most expensive branch, as in the counts
                 dearest = max(one.called.values(), key=lambda name: self.counting.computation(name).flops)
                 yield Op(name=one.name, body=tuple(self.ops(computations[dearest])))
             elif one.opcode == "call":
@@ -133,7 +134,7 @@ class _Reading:
                 yield Op(name=one.name, label=label, place=place, **what)
 
     def _what(self, within: Computation, one: Instruction) -> dict[str, Any]:
-        """What an instruction does, as fields of `Op`; empty: nothing that takes time."""
+        """What an instruction does, as fields of `Op`; empty if it takes no time."""
         if one.opcode.endswith("-done"):
             return {"waits_for": one.operands[0]}
         if one.opcode == "async-start":  # of a computation that holds one instruction
@@ -150,7 +151,7 @@ class _Reading:
         return self._work(one, counts)
 
     def _work(self, one: Instruction, counts: Counts) -> dict[str, Any]:
-        """What the core does itself."""
+        """Work of the core itself."""
         part, cycles = self._part(one, counts), _cycles(one)
         if counts.kernel_flops:
             mask = next(iter(counts.attention_flops), None)
@@ -162,7 +163,7 @@ class _Reading:
         return {}
 
     def _exchange(self, within: Computation, one: Instruction, inside: Instruction, counts: Counts) -> dict[str, Any]:
-        """A collective: the core waits for it, or it starts and ends alongside, perhaps in its own fusions."""
+        """A collective: the core waits for it, or it starts and ends alongside, possibly in its own fusions."""
         links, lanes = collectives.over(inside, self.grid, one.attributes)
         sent = sum(counts.collective_bytes.values())
         transfer = Transfer(hbm_bytes=counts.traffic.hbm, sent_bytes=sent, links=links, lanes=lanes)
@@ -171,7 +172,7 @@ class _Reading:
             return {"part": COLLECTIVES, "starts": one.name, "transfer": transfer}
         if _END in last:
             return {"waits_for": self._origin(within, one.operands[0])}
-        if collectives.goes_on(inside):  # handed on by a fusion that does work of its own
+        if collectives.goes_on(inside):  # passed on by a fusion that does its own work
             return self._work(one, counts)
         return {"part": COLLECTIVES, "transfer": transfer, "cycles": _cycles(one)}
 
@@ -192,7 +193,7 @@ class _Reading:
         return fused.instructions[fused.root].attributes
 
     def _origin(self, within: Computation, name: str) -> str:
-        """The fusion that started what others have handed on, each as some element of its result."""
+        """The fusion that started a collective which others passed on, each as some element of its result."""
         one = within.instructions[name]
         if one.opcode != "get-tuple-element":
             return name
@@ -203,7 +204,7 @@ class _Reading:
         return self._origin(within, source.operands[int(handed[1])])
 
     def _told(self, within: Computation, one: Instruction) -> tuple[str, str]:
-        """Label and place; of what the compiler added itself those of what takes its result."""
+        """Label and source line; for operations that the compiler added, those of their result's user."""
         takers = list(itertools.islice(_takers(within, one), LOOKED_AT))
         named = next((taker for taker in takers if _op_name(taker)), one)
         label = _op_name(named).removeprefix(_ROOT) or one.opcode
@@ -216,7 +217,7 @@ class _Reading:
         if counts.matmul_flops or counts.kernel_flops:
             if attending:
                 return ATTENTION
-            # In our equations r is the adapter's rank and nothing else (`models/gemma4.py`).
+            # In our equations, r is the adapter's rank and nothing else (`models/gemma4.py`).
             ranked = (told := _EQUATION.search(name)) and "r" in told[0]
             return LORA if ranked or _OF_EXPERTS in name else BASE
         if attending:
@@ -237,7 +238,7 @@ def _op_name(one: Instruction) -> str:
 
 
 def _takers(within: Computation, one: Instruction, steps: int = 4) -> Iterator[Instruction]:
-    """An instruction, and what takes its result, directly or handed on a few times."""
+    """Yields an instruction, and the users of its result, direct or passed on a few times."""
     yield one
     if steps:
         for user in within.users.get(one.name, []):

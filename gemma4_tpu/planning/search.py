@@ -1,7 +1,7 @@
-"""Meshes × remat policies × rows of a slice: every candidate compiled, and which of them are worth considering.
+"""Searches meshes × remat policies × rows of a slice: compiles every candidate and selects those worth considering.
 
-First all are compiled until memory is assigned; then those with the best rooflines to the end, with each set of
-compiler flags, and these are ranked by the compiler's schedule.
+First all are compiled until memory is assigned; then those with the best rooflines are compiled to the end, with each
+set of compiler flags, and ranked by the compiler's schedule.
 """
 
 from __future__ import annotations
@@ -28,9 +28,9 @@ from gemma4_tpu.training.meshes import legal_meshes, resolve_mesh, row_splits
 
 log = logging.getLogger(__name__)
 LEFT_OUT = "plan.max_candidates"
-"""With its value the reason of candidates beyond the number that a search may compile."""
+"""With its value, the reason given for candidates beyond the number that a search compiles."""
 COMPILATION_BYTES = 6 * 2**30
-"""Memory of this machine that one compilation of a large model may take."""
+"""Memory of this machine that one compilation of a large model can take."""
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ class Candidate:
 
     planned: Planned
     rows: int
-    """Rows for each place on the axes dp and fsdp and microbatch."""
+    """Rows per place on the axes dp and fsdp and per microbatch."""
 
     @property
     def overrides(self) -> tuple[str, ...]:
@@ -51,7 +51,7 @@ class Candidate:
         )
 
     def needs_more_than(self, other: Candidate) -> bool:
-        """As many chips share a weight's columns, no more its rows or their tokens; as much remat, no fewer rows."""
+        """Whether it certainly needs more: no more sharding of weights or tokens, no more remat, no fewer rows."""
         mesh, others = self.planned.checked.mesh, other.planned.checked.mesh
         same = mesh.tp == others.tp and self.planned.config.trainer.remat == other.planned.config.trainer.remat
         return same and mesh.fsdp <= others.fsdp and mesh.cp <= others.cp and self.rows >= other.rows
@@ -59,21 +59,22 @@ class Candidate:
 
 @dataclass
 class Found:
-    """What a search found; `search.json`."""
+    """Results of a search; `search.json`."""
 
     results: list[dict[str, Any]] = field(default_factory=list)
     """Every compiled candidate: `overrides` and `plan` (as in plan.json)."""
     front: list[PlanResult] = field(default_factory=list)
-    """Those that no other beats in both dollars per million real tokens and free HBM, cheapest first; of those with a
-    schedule, where there are such: a roofline does not compare with it."""
+    """Results that no other beats in both dollars per million real tokens and free HBM, cheapest first; if any have a
+    schedule, only those, because a roofline is not comparable.
+    """
     skipped: list[dict[str, str]] = field(default_factory=list)
     """Candidates that were not compiled: `candidate` and `reason`."""
 
 
 def search(planned: Planned) -> Found:
-    """Compiles the candidates, `plan.parallel` at a time as far as memory permits.
+    """Compiles the candidates, `plan.parallel` at a time as memory permits.
 
-    Where a candidate did not fit, those are not tried that need more for certain.
+    If a candidate does not fit, those that certainly need more are skipped.
     """
     found = Found()
     waiting = list(_candidates(planned, found))
@@ -118,7 +119,7 @@ def search(planned: Planned) -> Found:
 
 
 def _schedule(found: Found, fitting: list[tuple[PlanResult, Candidate]], plan: PlanConfig) -> None:
-    """Compiles the candidates with the best rooflines to the end, and lets the results take their places."""
+    """Compiles the candidates with the best rooflines to the end, and replaces their results."""
     best = sorted(fitting, key=lambda one: chip_seconds(one[0]))[: plan.search_schedules]
     for number, ((before, candidate), flags) in enumerate(itertools.product(best, plan.search_flags), 1):
         of = candidate.planned
@@ -143,20 +144,20 @@ def pareto(results: list[PlanResult]) -> list[PlanResult]:
 
 
 def cost(result: PlanResult) -> float:
-    """Dollars per million real tokens; chip-seconds where no price is known."""
+    """Dollars per million real tokens; chip-seconds if no price is known."""
     if result.usd_per_million_real_tokens is not None:
         return result.usd_per_million_real_tokens
     return result.chips * 1e6 / result.real_tokens_per_second["mid"]
 
 
 def chip_seconds(result: PlanResult) -> float:
-    """Per real token at the binding roofline: the least that it can take."""
+    """Per real token at the binding roofline: a lower bound."""
     assert result.real_tokens_per_update is not None
     return result.chips * result.roofline_seconds["update"] / result.real_tokens_per_update
 
 
 def free(result: PlanResult) -> float:
-    """Share of HBM that is left."""
+    """Share of HBM that is free."""
     return 1 - (result.hbm_bytes_per_chip or 0) / result.hbm_limit_bytes_per_chip
 
 
@@ -196,7 +197,7 @@ def _without_schedule(planned: Planned) -> Planned:
 
 
 def _room(running: int, parallel: int) -> bool:
-    """Whether another compilation may start: one always, more as the memory of this machine permits."""
+    """Whether another compilation can start: always one, and more as this machine's memory permits."""
     return running == 0 or (running < parallel and psutil.virtual_memory().available > COMPILATION_BYTES)
 
 

@@ -14,7 +14,7 @@ FREE = {
     "opt-barrier", "while", "conditional", "call", "copy-done", "async-start", "async-done", "async-update", "domain",
     "add-dependency",
 }  # fmt: skip
-"""What moves nothing itself."""
+"""Operations that move no data."""
 _IN_PLACE = ("dynamic-update-slice", "scatter")
 SLICES = ("dynamic-slice", "slice", "gather")
 _WINDOWS = re.compile(r'"iteration_bounds":\[([\d",]*)\]')
@@ -27,7 +27,7 @@ class Traffic:
     accessed: float = 0.0
     """In any memory."""
     hbm: float = 0.0
-    """Of them, in HBM: the compiler keeps some arrays in on-chip memory."""
+    """Of these, in HBM: the compiler keeps some arrays in on-chip memory."""
 
     def __add__(self, other: Traffic) -> Traffic:
         return Traffic(self.accessed + other.accessed, self.hbm + other.hbm)
@@ -77,12 +77,13 @@ class Reader:
         return total
 
     def read_again(self, within: Computation, one: Instruction) -> float:
-        """HBM bytes that a product reads beyond once, because its operands pass on-chip memory window by window.
+        """HBM bytes that a product reads more than once, because its operands pass through on-chip memory window by
+        window.
 
-        `iteration_bounds` are windows over the output's features, its rows and the contracted dim, the last innermost.
-        The rows' operand comes again for each window of features, the features' operand for each window of rows where
-        the contracted dim has several. Only in programs whose code is generated; products with more dims (heads) tell
-        no such order, and count once.
+        `iteration_bounds` are windows over the output's features, its rows and the contracted dim, innermost last. The
+        rows' operand is read again for each window of features, and the features' operand for each window of rows if
+        the contracted dim has several. Only known after code generation; products with more dims (heads) give no such
+        order, and count once.
         """
         told = _WINDOWS.search(one.attributes) if one.opcode == "fusion" else None
         bounds = [int(n) for n in re.findall(r"\d+", told[1])] if told else []
@@ -108,8 +109,8 @@ class Reader:
         return next(((fused, i) for i in fused.instructions.values() if i.opcode in ("convolution", "dot")), None)
 
     def _read(self, computation: Computation, value: Instruction) -> float:
-        """Bytes of `value`, a parameter of a fused computation, that are touched there."""
-        touched = value.bytes if value.name == computation.root else 0.0  # handed on whole
+        """Bytes of `value`, a parameter of a fused computation, that are accessed there."""
+        touched = value.bytes if value.name == computation.root else 0.0  # passed on whole
         for user in computation.users.get(value.name, []):
             if user.opcode in SLICES and user.operands[0] == value.name:
                 touched += user.bytes
@@ -144,7 +145,7 @@ class Reader:
 
 
 def _reached(computation: Computation, name: str) -> set[str]:
-    """Everything that a value is made from, itself included."""
+    """Everything that a value is computed from, itself included."""
     seen: set[str] = set()
     waiting = [name]
     while waiting:

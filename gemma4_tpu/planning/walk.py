@@ -1,8 +1,8 @@
-"""Gives a schedule time: a core that works in order, and separate queues for HBM and for the links.
+"""Assigns times to a schedule: a core that works in order, and separate queues for HBM and for the links.
 
-A queue takes one transfer after another; the core waits where a transfer must have ended. Loops run one round, times
-their trips. What is not modelled: that copies alongside the core slow down what it reads itself, and that the core does
-some of the work of transfers.
+A queue processes one transfer after another; the core waits where a transfer must have ended. Loops are walked for one
+round, times their trip count. Not modelled: that overlapping copies slow down the core's own reads, and that the core
+does some of the work of transfers.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ CORE = "core"
 
 @dataclass(frozen=True)
 class Event:
-    """A stretch of the core or of a queue."""
+    """An interval on the core or on a queue."""
 
     row: str
     """`CORE`, `HBM`, or the direction of the links in use."""
@@ -39,7 +39,7 @@ def _seconds() -> defaultdict[Any, float]:
 
 @dataclass
 class Walked:
-    """Where the time of a schedule, or of one round of a loop, goes."""
+    """Breakdown of the time of a schedule, or of one round of a loop."""
 
     seconds: float = 0.0
     parts: dict[str, float] = field(default_factory=_seconds)
@@ -47,18 +47,18 @@ class Walked:
     hidden: dict[str, float] = field(default_factory=_seconds)
     """Seconds of transfers during which the core did not wait, by part: collectives and copies."""
     operations: dict[tuple[str, str, str], float] = field(default_factory=_seconds)
-    """Seconds of the core by (part, label, place); waits count with what is waited for."""
+    """Seconds of the core by (part, label, source line); waits count with what is waited for."""
     times: Counter[tuple[str, str, str]] = field(default_factory=Counter)
     """How often each runs."""
     events: list[Event] = field(default_factory=list)
-    """Of this level alone; loops are one stretch."""
+    """Of this level alone; each loop is one interval."""
     own_seconds: float = 0.0
-    """Of `seconds`, outside inner loops."""
+    """Part of `seconds` outside inner loops."""
     rounds: list[tuple[float, Walked]] = field(default_factory=list)
-    """(own seconds of all rounds, one round) of each loop, inner ones too."""
+    """(own seconds of all rounds, one round) of each loop, inner ones included."""
 
     def add(self, other: Walked, times: int) -> None:
-        """Adds so many rounds of a loop."""
+        """Adds `times` rounds of a loop."""
         sums: tuple[tuple[Any, Any], ...] = (
             (self.parts, other.parts), (self.hidden, other.hidden), (self.operations, other.operations),
             (self.times, other.times),
@@ -74,9 +74,9 @@ def walk(ops: Sequence[Op], rates: ScheduleRates, visited: Callable[[Mask], floa
     """The time of a schedule.
 
     Args:
-      ops: in their order.
+      ops: in order.
       rates: of the chip.
-      visited: of the blocks that an attention mask leaves, the share that a kernel visits.
+      visited: maps an attention mask to the share of its blocks that a kernel visits.
     """
     return _Walk(rates, visited).run(ops)
 
@@ -87,7 +87,7 @@ class _Walk:
 
     def run(self, ops: Iterable[Op]) -> Walked:
         told = Walked()
-        free: dict[str, float] = _seconds()  # when each queue has done what it has
+        free: dict[str, float] = _seconds()  # when each queue becomes free
         under_way: dict[str, tuple[Op, float, float]] = {}  # name → its start, seconds, when it ends
         for op in ops:
             now = told.seconds
@@ -116,7 +116,7 @@ class _Walk:
         return told
 
     def _work(self, told: Walked, op: Op, free: dict[str, float]) -> None:
-        """What the core does itself; a collective that it waits for has its links to itself."""
+        """Work of the core itself; a collective that it waits for has its links to itself."""
         seconds = self._seconds(op)
         if op.transfer is not None and op.part == COLLECTIVES:
             queues = [queue for queue in _queues(op.transfer) if queue != HBM]
@@ -150,17 +150,17 @@ class _Walk:
 
     def _transfer(self, transfer: Transfer, before: float = 0.0) -> float:
         hbm = transfer.hbm_bytes / self.rates.hbm_bytes_per_second
-        if not transfer.sent_bytes:  # copies follow each other without a pause
+        if not transfer.sent_bytes:  # copies follow each other without a gap
             return hbm
         over = transfer.links * self.rates.link_bytes_per_second
         return max(transfer.sent_bytes / over if over else 0.0, hbm) + before
 
 
 def _queues(transfer: Transfer) -> list[str]:
-    """The queues that a transfer takes a place in: HBM's, or those of the links over which it goes."""
+    """The queues that a transfer occupies: HBM's, or those of its links."""
     return list(transfer.lanes) if transfer.sent_bytes else [HBM]
 
 
 def slowest_loop(told: Walked) -> Walked:
-    """One round of the loop that takes longest, inner ones aside: a group of layers as a rule. All, without a loop."""
+    """One round of the longest loop, without inner ones: usually a group of layers. Without a loop, everything."""
     return max(told.rounds, key=lambda one: one[0], default=(0.0, told))[1]

@@ -79,7 +79,7 @@ def nearest_to_ceiling(figures: Figures) -> Iterator[str]:
     nearest = max(judged, key=lambda one: one.share)
     yield from ["### Against the slice's ceiling", ""]
     by = BY[ESTIMATED]
-    yield f"Throughputs and latencies held against it ({by} from published peaks): {len(judged)}. The nearest:"
+    yield f"Throughputs and latencies compared with it ({by} from published peaks): {len(judged)}. The nearest:"
     yield f"{plain(nearest.figure.name)}, {nearest.quantity}, {nearest.told} where {nearest.limit} is the limit,"
     yield from [f"{nearest.share:.0%}: **{nearest.verdict}**.", ""]
     odd = [one for one in judged if one.verdict in (IMPOSSIBLE, DOUBTFUL)]

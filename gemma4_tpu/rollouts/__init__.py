@@ -1,1 +1,1 @@
-"""On-policy learning: what is sampled, how it is rewarded, and the batch that comes of it."""
+"""On-policy learning: draws samples, rewards them, and builds the batch that is trained on."""

@@ -1,4 +1,4 @@
-"""From rewards to what each sample weighs in the loss: groups, their means, and what is left out."""
+"""Converts rewards to the weight of each sample in the loss: groups, their means, and what is omitted."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from gemma4_tpu.config.rollouts import RolloutsConfig
 
 MEAN, STD = "mean", "std"
 _SMALLEST_STD = 1e-6
-"""A group's rewards that differ by less are the same."""
+"""Rewards of a group that differ by less count as equal."""
 
 
 @dataclass(frozen=True)
@@ -19,22 +19,23 @@ class Weighed:
     """A sample that is trained on."""
 
     sample: int
-    """Its place in the group; of several equal ones, the first."""
+    """Its index in the group; of several identical samples, the first."""
     advantage: float
-    """Of one of them."""
+    """Advantage of one copy."""
     copies: int
-    """How many samples of the group it stands for; each counts in the loss and in what it is divided by."""
+    """How many identical samples of the group it represents; each copy counts in the loss and in its denominator."""
 
 
 def is_live(rewards: np.ndarray) -> bool:
-    """Whether a group's rewards differ: one that has none to prefer carries no signal."""
+    """Whether a group's rewards differ; without differences there is no signal."""
     return float(rewards.std()) > _SMALLEST_STD
 
 
 def penalised(rewards: np.ndarray, lengths: np.ndarray, config: RolloutsConfig) -> np.ndarray:
-    """Rewards [G] less what answers of `lengths` [G] tokens lose in the last `overlong_tokens` before the limit.
+    """Rewards [G] minus the penalty for answers of `lengths` [G] tokens that reach into the last `overlong_tokens`
+    before the limit.
 
-    Nothing where that range begins, `overlong_penalty` at the limit, linear between; in tokens, as the limit is.
+    The penalty is zero where that range begins, `overlong_penalty` at the limit, and linear in between, in tokens.
     """
     if not config.overlong_tokens:
         return rewards
@@ -43,7 +44,7 @@ def penalised(rewards: np.ndarray, lengths: np.ndarray, config: RolloutsConfig) 
 
 
 def advantages(rewards: np.ndarray, kind: str) -> np.ndarray:
-    """[G] rewards less their mean, and by `std` over their standard deviation, too."""
+    """Rewards [G] minus their mean; with `std`, also divided by their standard deviation."""
     centred = rewards - rewards.mean()
     return centred / (rewards.std() + _SMALLEST_STD) if kind == STD else centred
 
@@ -51,14 +52,16 @@ def advantages(rewards: np.ndarray, kind: str) -> np.ndarray:
 def weighed(
     tokens: Sequence[np.ndarray], rewards: np.ndarray, stopped: Sequence[bool], config: RolloutsConfig
 ) -> list[Weighed]:
-    """What of a live group is trained on: equal samples once, with their number; cut-off ones not at all.
+    """Selects what to train on in a live group: identical samples once, with their count, and truncated ones not at
+    all.
 
-    The mean is over all samples of the group, cut-off ones included: their reward is what the policy got.
+    The mean covers all samples of the group, truncated ones included, because it estimates the policy's expected
+    reward.
 
     Args:
       tokens: [G] ids of each answer.
       rewards: [G] penalised.
-      stopped: [G] False: cut off.
+      stopped: [G] False: truncated.
       config: `advantages`, `mask_truncated`.
     """
     values = advantages(rewards, config.advantages)
@@ -67,7 +70,7 @@ def weighed(
     for i, ids in enumerate(tokens):
         if config.mask_truncated and not stopped[i]:
             continue
-        # Equal answers may be rewarded differently, by a reward that draws lots; then they are not one.
+        # A stochastic reward can differ between identical answers, which are then kept apart.
         at = first.setdefault((ids.tobytes(), float(values[i])), i)
         copies[at] = copies.get(at, 0) + 1
     return [Weighed(i, float(values[i]), n) for i, n in copies.items()]

@@ -1,4 +1,4 @@
-"""From a configuration to a source of on-policy updates: first what needs no weights, then what does."""
+"""Builds a source of on-policy updates from a configuration: first what needs no weights, then what does."""
 
 from __future__ import annotations
 
@@ -30,27 +30,27 @@ SELECTIONS: dict[str, Callable[[RolloutsConfig], Selection]] = {
     "expert_iteration": by_reward,
     "distill": lambda config: every_answer(),
 }
-"""Kind of objective → which answers it learns from."""
+"""Kind of objective → the answers it learns from."""
 
 
 def make_source(
     kind: str, config: RolloutsConfig, trainer: TrainerConfig, data: DataConfig, rows: int, train: Examples,
     tokenizer: Any, own: tuple[int, int] | None = None,
 ) -> OnPolicySource:  # fmt: skip
-    """The source of a run's updates, before there are weights.
+    """The source of a run's updates, before weights are loaded.
 
     Args:
       kind: of the objective.
-      config: what is sampled, and how it is rewarded.
+      config: what to sample, and how to reward it.
       trainer: length of the run and microbatches.
       data: length of the rows; thoughts.
-      rows: of one microbatch.
-      train: the training rows, whose prompts are asked where the reward brings no problems.
+      rows: rows per microbatch.
+      train: the training rows, whose prompts are used if the reward brings no problems.
       tokenizer: the checkpoint's own.
       own: (start, stop) of the rows of a microbatch that this process owns; None: all.
 
     Raises:
-      UserError: no prompts, or too few.
+      UserError: there are no prompts, or too few.
     """
     shape = BatchShape(trainer.microbatches, rows, data.sequence_length)
     trained_on, validated_on = asked(config, data, train, tokenizer)
@@ -62,10 +62,10 @@ def begin(
     seed: int, run: Path, resume_from: int | None, report: Callable[[dict[str, Any], int], None],
     show: Show, progress: Callable[[], None], hosts: Hosts = ALONE,
 ) -> None:  # fmt: skip
-    """Makes a source ready: the reward is started, sampler and certificate stand.
+    """Makes a source ready: starts the reward, and creates sampler and certificate.
 
     Args:
-      source: of `make_source`.
+      source: from `make_source`.
       config: as there.
       step: the trainer's own.
       base: the frozen weights.
@@ -73,16 +73,16 @@ def begin(
       stop_ids: tokens that end an answer.
       seed: of the run.
       run: the run folder.
-      resume_from: update that the run goes on from.
-      report: takes metrics of an update.
-      show: takes answers, as tables of a tracker.
+      resume_from: the update to resume from; None: a new run.
+      report: receives metrics of an update.
+      show: receives answers, as tables for a tracker.
       progress: called now and then.
       hosts: the processes of the run; the reward is started on process 0.
 
     Raises:
       UserError: the reward does not start.
     """
-    width = padded_width([range(config.prompt_tokens)])  # that attention's kernel takes
+    width = padded_width([range(config.prompt_tokens)])  # a width that attention's kernel accepts
     shapes = SamplerShapes(config.slots, config.prompts, width, config.new_tokens)
     with ExitStack() as opened:
         rewards: list[Reward | None] = []

@@ -1,4 +1,4 @@
-"""Answers in packed rows, as training on given answers has them, with what objectives want beside them."""
+"""Packs answers into rows, as training on given answers does, with the additional fields of objectives."""
 
 from __future__ import annotations
 
@@ -19,17 +19,17 @@ from gemma4_tpu.step.grpo import ADVANTAGES, COPIES, OLD_LOGPROBS
 
 @dataclass(frozen=True)
 class Placed:
-    """One answer, behind its prompt."""
+    """One answer after its prompt."""
 
     task: Task
     drawn: Drawn
     advantage: float = 0.0
     copies: int = 1
-    """Equal answers that it stands for."""
+    """Number of identical answers that it represents."""
 
     @property
     def slots(self) -> int:
-        """Of a packed row."""
+        """Slots that it takes in a packed row."""
         return len(self.task.ids) + len(self.drawn.tokens) - 1
 
 
@@ -48,7 +48,7 @@ class BatchShape:
 
 
 def that_fit(groups: Sequence[Sequence[Placed]], shape: BatchShape) -> list[Placed]:
-    """The answers of as many groups, from the first on, as have room in an update; at least some of the first."""
+    """The answers of the first groups that fit into an update together; at least some of the first group."""
     chosen: list[Placed] = []
     for group in groups:
         if _rows([*chosen, *group], shape) > shape.capacity:
@@ -66,7 +66,7 @@ def _rows(answers: Sequence[Placed], shape: BatchShape) -> int:
 
 
 def in_batches(answers: Sequence[Placed], shape: BatchShape) -> Iterator[Update]:
-    """All answers, in as many batches as they take."""
+    """Yields all answers, in as many batches as they need."""
     rows = pack([one.slots for one in answers], shape.length)
     for start in range(0, len(rows), shape.capacity):
         part = rows[start : start + shape.capacity]
@@ -79,8 +79,8 @@ def assembled(
 ) -> Update:
     """The arrays [M, B, T] of an update: those of every batch, and `old_logprobs`, `advantages` and `copies`.
 
-    Microbatches fill up from the first on; those that nothing is left for hold padding alone. `rows`: which answers
-    share one; None: as they fit best.
+    Microbatches are filled in order; those left over contain only padding. `rows`: which answers share a row; None:
+    best fit.
     """
     builder = ExamplesBuilder([1.0])
     beside: dict[str, list[np.ndarray]] = {OLD_LOGPROBS: [], ADVANTAGES: [], COPIES: []}

@@ -1,16 +1,16 @@
-"""Proof, update by update, that what is trained is what was sampled, and how far it goes.
+"""Proves, update by update, that the trained batch is what the policy sampled, and how far the update moved it.
 
-`certificate.json` says whether the run's batches came from the policy that they trained, and by which figures; the
-rows that it sums up are `certificate.jsonl`. A run whose certificate does not hold ends.
+`certificate.json` says whether the run's batches came from the policy that they trained, with the figures;
+`certificate.jsonl` holds the rows that it summarises. A run whose certificate does not hold ends.
 
-1. *Delivered*: the digest of the values that samples were drawn with is that of the values that are trained.
-2. *The same distribution*: the sampler's log-probabilities are the trainer's, on the same tokens.
-3. *Really drawn from it*: over many tokens −log p of what was drawn comes to the entropy, up to chance. What is drawn
-   from a part of it (top-p, another temperature) and told with probabilities of the whole agrees token by token, and
-   fails here: a sum of N differences with known variances, z of them far from 0.
-4. *One denominator*: the loss that the step found is that of the batch, summed over all tokens and divided once; known
-   beforehand, since on-policy every ratio is 1, or scored token by token with a teacher. A mean of the microbatches'
-   means is another.
+1. *Delivered*: the digest of the values used for sampling equals that of the values being trained.
+2. *Same distribution*: the sampler's log-probabilities match the trainer's, on the same tokens.
+3. *Really drawn from it*: over many tokens, −log p of the drawn tokens matches the entropy, up to chance. Samples drawn
+   from a part of the distribution (top-p, another temperature) but reported with probabilities of the whole agree token
+   by token, and fail here: z, the standardised sum of N differences with known variances, is far from 0.
+4. *One denominator*: the step's loss is that of the batch, summed over all tokens and divided once. It is known in
+   advance, because every ratio is 1 on-policy, or is scored token by token with a teacher. A mean of the microbatches'
+   means would differ.
 """
 
 from __future__ import annotations
@@ -37,14 +37,15 @@ log = logging.getLogger(__name__)
 
 ROWS_FILE = "certificate.jsonl"
 MAX_DIFFERENCE = {"float32": 1e-3, "bfloat16": 0.05}
-"""Mean |Δ log p| in nats per token. In float32 the two differ by 1e-6 (measured on `tiny`); quoted from
-halo#11, in bfloat16: 0.02 with the softcap, 0.5 to 1.2 without."""
+"""Mean |Δ log p| in nats per token. In float32 the two differ by 1e-6 (measured on `tiny`); quoted from halo#11, in
+bfloat16: 0.02 with the softcap, 0.5 to 1.2 without.
+"""
 ROUNDING = 1e-5
 """Of a loss, in nats: float32 sums of terms of about 1."""
 MAX_Z = 6.0
-"""Standard errors, which chance alone reaches about once in 10⁹."""
+"""In standard errors; chance alone exceeds this about once in 10⁹."""
 LEAST_TOKENS = 500
-"""Before the sum of so many differences is near enough to a normal one to be judged."""
+"""Minimal number of tokens before the sum of differences is close enough to normal to be judged."""
 
 
 class NotOnPolicy(UserError):
@@ -57,22 +58,24 @@ class Drifted(UserError):
 
 @dataclass(frozen=True)
 class Agreement:
-    """A sampler and a trainer on the same tokens."""
+    """How well sampler and trainer agree on the same tokens."""
 
     tokens: int
     mean_difference: float
-    """Of |Δ log p|, in nats per token."""
+    """Mean of |Δ log p|, in nats per token."""
     max_difference: float
     surprise: float
-    """Sum of −log p of the tokens less the entropies where they were drawn, in nats."""
+    """Sum of −log p of the tokens minus the entropies where they were drawn, in nats."""
     variance: float
-    """Of that sum, if they were drawn from the distribution whose entropies these are."""
+    """Variance of that sum, if the tokens were drawn from the distributions with these entropies."""
 
     @classmethod
     def of(
         cls, mask: np.ndarray, sampled: np.ndarray, trained: np.ndarray, entropy: np.ndarray, variance: np.ndarray
     ) -> Agreement:
-        """From arrays of one shape: targets, log-probabilities of both, and the trainer's distribution there."""
+        """Computes the agreement from arrays of one shape: target mask, log-probabilities of both, and mean and
+        variance of −log p under the trainer.
+        """
         gap = np.abs(sampled - trained)[mask].astype(np.float64)
         surprise = (-trained - entropy)[mask].sum(dtype=np.float64)
         total = variance[mask].sum(dtype=np.float64)
@@ -81,20 +84,22 @@ class Agreement:
 
 @dataclass(frozen=True)
 class ExpectedLoss:
-    """What the step has to find."""
+    """The loss that the step must report."""
 
     value: float
     per_nat: float
-    """By how much it may be off for each nat per token that sampler and trainer differ by."""
+    """Tolerance per nat per token of difference between sampler and trainer."""
 
 
 class Certificate:
-    """Takes what each update came of, and ends a run that is not on-policy or that leaves its bands."""
+    """Records how each update came about, and ends a run that is not on-policy or leaves its bands."""
 
     def __init__(
         self, run: Path, config: RolloutsConfig, dtype: Any, resume_from: int | None, hosts: Hosts = ALONE
     ):  # fmt: skip
-        """Of a policy computed in `dtype`. Goes on from the rows up to the update `resume_from`; None: a new run."""
+        """Opens the certificate of a policy computed in `dtype`. Keeps the rows up to the update `resume_from`; None: a
+        new run.
+        """
         self._hosts = hosts
         self._path, self._config = run / CERTIFICATE_FILE, config
         self._limit = config.max_logprob_difference or MAX_DIFFERENCE[np.dtype(dtype).name]
@@ -102,24 +107,25 @@ class Certificate:
         self._known: list[dict[str, Any]] = hosts.from_first(lambda: read_metrics(run / ROWS_FILE))
 
     def is_due(self, update: int, trained: str) -> bool:
-        """Whether the roll-outs of `update`, of the values with this digest, are to be compared: every so often, the
-        first ones, and the first ones of other values: until then a sampler that never gets any agrees.
+        """Whether to compare the roll-outs of `update`, drawn from the values with this digest: every `check_every`
+        updates, and at the first update of the first two distinct values, because a sampler that never receives new
+        values agrees until then.
         """
         compared = {row["adapter"] for row in self._known if "compared" in row}
         return update % self._config.check_every == 0 or (len(compared) < 2 and trained not in compared)
 
     def sampled(self, update: int, collected: Collected, live: int, trained: str, compared: Agreement | None) -> None:
-        """What an update is made of, before it is made.
+        """Records the roll-outs of an update, before it is made.
 
         Args:
           update: from 1.
           collected: its roll-outs.
           live: groups that had something to learn from.
           trained: digest of the trainer's values.
-          compared: where it is due.
+          compared: the agreement, if due.
 
         Raises:
-          NotOnPolicy: the roll-outs are not those of the policy.
+          NotOnPolicy: the roll-outs are not the policy's.
         """
         row = {
             **described(collected.groups), "live": live, "dead": len(collected.groups) - live,
@@ -129,16 +135,16 @@ class Certificate:
         self._check_bands(update, last_good=update - 2)
 
     def trained(self, update: int, loss: float, expected: ExpectedLoss) -> None:
-        """What the step made of the batch.
+        """Records the step's loss on the batch.
 
         Raises:
-          NotOnPolicy: not the loss of this batch.
+          NotOnPolicy: it is not the loss of this batch.
         """
         allowed = self._limit * expected.per_nat + ROUNDING
         self._take({"loss": loss, "expected_loss": expected.value, "allowed_error": allowed}, update)
 
     def moved(self, update: int, kl: float) -> None:
-        """How far `update` moved the policy, in nats per token.
+        """Records how far `update` moved the policy, in nats per token.
 
         Raises:
           Drifted: too far.
@@ -150,7 +156,7 @@ class Certificate:
             raise Drifted(_drifted(update, said, update - 1))
 
     def _check_bands(self, update: int, last_good: int) -> None:
-        """Entropy and form of what the policy says now, against what they were at first."""
+        """Compares entropy and form of the current answers with those at the start."""
         config, first, now = self._config, *(self._known[i] for i in (0, -1))
         told = []
         share = now["entropy"] / first["entropy"] if first["entropy"] else 1.0
@@ -182,7 +188,7 @@ class Certificate:
 
 
 def described(groups: Sequence[Group]) -> dict[str, Any]:
-    """Figures of an update's roll-outs, live and dead groups alike."""
+    """Figures of an update's roll-outs, over live and dead groups."""
     drawn = [one for group in groups for one in group.drawn]
     rewarded = [one for group in groups for one in group.rewarded]
     tokens = sum(len(one.tokens) for one in drawn)
@@ -208,7 +214,7 @@ def _of_rewards(rewarded: Sequence[Rewarded]) -> dict[str, Any]:
 
 
 def summed_up(rows: Sequence[Mapping[str, Any]], limit: float) -> dict[str, Any]:
-    """What `certificate.json` holds, from the rows of all updates; `limit` on the mean |Δ log p|."""
+    """The contents of `certificate.json`, from the rows of all updates; `limit` applies to the mean |Δ log p|."""
     sampled = [row for row in rows if "answers" in row]
     compared = [row["compared"] | {"update": row["update"]} for row in sampled if "compared" in row]
     losses = [row for row in rows if "expected_loss" in row]
@@ -217,8 +223,8 @@ def summed_up(rows: Sequence[Mapping[str, Any]], limit: float) -> dict[str, Any]
     broken = [*_misdelivered(sampled), *_disagreeing(compared, limit), *_other_losses(losses)]
     if tokens >= LEAST_TOKENS and not abs(z) <= MAX_Z:
         broken.append(
-            f"the samples were not drawn from the distribution whose log-probabilities are told: {tokens} tokens are"
-            f" {'less' if z < 0 else 'more'} surprising than it, by {abs(z):.1f} standard errors"
+            f"the samples were not drawn from the reported distribution: {tokens} tokens are"
+            f" {'less' if z < 0 else 'more'} surprising than its entropy, by {abs(z):.1f} standard errors"
         )
     kinds: Counter[str] = Counter()
     rewards: Counter[str] = Counter()
@@ -246,7 +252,7 @@ def summed_up(rows: Sequence[Mapping[str, Any]], limit: float) -> dict[str, Any]
 
 def _misdelivered(sampled: Sequence[Mapping[str, Any]]) -> list[str]:
     return [
-        f"the samples were not drawn with the values that are trained (update {row['update']})"
+        f"the samples were not drawn with the values being trained (update {row['update']})"
         for row in sampled
         if not row["delivered"]
     ]
@@ -263,7 +269,7 @@ def _disagreeing(compared: Sequence[Mapping[str, Any]], limit: float) -> list[st
 
 def _other_losses(losses: Sequence[Mapping[str, Any]]) -> list[str]:
     return [
-        f"the step's loss is {row['loss']:.6g}, and that of its batch, summed over all tokens and divided once,"
+        f"the step's loss is {row['loss']:.6g}, but that of its batch, summed over all tokens and divided once, is"
         f" {row['expected_loss']:.6g} (update {row['update']})"
         for row in losses
         if not abs(row["loss"] - row["expected_loss"]) <= row["allowed_error"]
@@ -271,7 +277,7 @@ def _other_losses(losses: Sequence[Mapping[str, Any]]) -> list[str]:
 
 
 def _surprise(compared: Sequence[Mapping[str, Any]]) -> float:
-    """By how many standard errors all compared tokens are more surprising than the distributions they are told of."""
+    """How many standard errors all compared tokens are more surprising than their distributions' entropies."""
     variance = sum(one["variance"] for one in compared)
     return sum(one["surprise"] for one in compared) / math.sqrt(variance) if variance else 0.0
 
@@ -281,5 +287,5 @@ def _state(row: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _drifted(update: int, said: str, last_good: int) -> str:
-    kept = f"checkpoints up to update {last_good} are from before" if last_good > 0 else "there is nothing from before"
+    kept = f"checkpoints up to update {last_good} are from before" if last_good > 0 else "there are none from before"
     return f"update {update} {said}; the run is ended, and {kept}. Lower optimizer.learning_rate, or widen the band"

@@ -1,5 +1,5 @@
-"""The roll-outs of one update: drawn, judged while further ones are drawn, stored, and asked for again until enough
-groups have something to learn from.
+"""Collects the roll-outs of one update: draws them, judges them while others are drawn, stores them, and asks further
+prompts until enough groups have something to learn from.
 """
 
 from __future__ import annotations
@@ -31,9 +31,9 @@ from gemma4_tpu.training.hosts import ALONE, Hosts
 log = logging.getLogger(__name__)
 
 LEAST_SHARE = 0.25
-"""Of live groups that is counted on at the least: a wave asks at most so many times more prompts than are missing."""
+"""Lower bound on the assumed share of live groups: a wave asks at most 1 / this times the missing prompts."""
 WITHOUT_ANY = 4
-"""Times `rollouts.resample` that are asked before an update without a single live group is given up."""
+"""Multiple of `rollouts.resample` that is asked before an update without any live group is abandoned."""
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ class Group:
     task: Task
     drawn: list[Drawn]
     rewarded: list[Rewarded]
-    """Empty where there is no reward."""
+    """Empty without a reward."""
 
     @cached_property
     def rewards(self) -> np.ndarray:
@@ -61,9 +61,9 @@ class Collected:
     """The roll-outs of an update."""
 
     groups: list[Group]
-    """All that were asked, in their order."""
+    """All groups asked, in order."""
     adapters: frozenset[str]
-    """Digests of the trained values that the sampler was given, or that stored samples were drawn with."""
+    """Digests of the trained values that the sampler received, or that stored samples were drawn with."""
 
 
 class Collector:
@@ -73,16 +73,18 @@ class Collector:
         self, sampler: Sampler, reward: Reward | None, tokenizer: Any, config: RolloutsConfig, *, seed: int, run: Path,
         is_live: Callable[[Group], bool], progress: Callable[[], None] = lambda: None, hosts: Hosts = ALONE,
     ):  # fmt: skip
-        """Args:
-        sampler: draws.
-        reward: judges; None: nobody does, or process 0 alone.
-        tokenizer: makes text of tokens.
-        config: how many of what.
-        seed: of the run.
-        run: the run folder.
-        is_live: whether a group has something to learn from.
-        progress: called now and then.
-        hosts: the processes of the run, all of which draw; process 0 judges and stores.
+        """Connects sampler and reward.
+
+        Args:
+          sampler: draws answers.
+          reward: judges them; None: they are not judged, or process 0 alone judges.
+          tokenizer: decodes tokens.
+          config: how many to draw.
+          seed: of the run.
+          run: the run folder.
+          is_live: whether a group has something to learn from.
+          progress: called now and then.
+          hosts: the processes of the run, all of which draw; process 0 judges and stores.
         """
         self._hosts = hosts
         self._recorded = Path(config.recorded) if config.recorded else None
@@ -90,10 +92,10 @@ class Collector:
         self._seed, self._run, self._is_live, self._progress = seed, run, is_live, progress
 
     def __call__(self, update: int, trained: Any, base: Any, tasks: Iterator[Task]) -> Collected:
-        """The roll-outs for `update`: of as many of `tasks` as are needed, within bounds.
+        """The roll-outs for `update`, from as many of `tasks` as needed, within bounds.
 
         Raises:
-          UserError: not one of many groups has anything to learn from.
+          UserError: none of many groups has anything to learn from.
         """
         config, live = self._config, 0
         groups: list[Group] = []
@@ -105,7 +107,7 @@ class Collector:
                 size = min(math.ceil((config.prompts - live) / share), config.prompts)
                 wave = list(islice(tasks, size))
                 if not wave:
-                    break  # all there are have been asked
+                    break  # every task has been asked
                 groups += self._wave(update, trained, base, wave, store, drawn_with)
                 live = sum(map(self._is_live, groups))
             if not live:
@@ -113,7 +115,7 @@ class Collector:
         return Collected(groups, frozenset(drawn_with))
 
     def validated(self, update: int, trained: Any, base: Any, tasks: Sequence[Task]) -> list[Group]:
-        """The policy's answers after `update` to prompts that it is not trained on, each time with the same seeds."""
+        """The policy's answers after `update` to prompts that are never trained on, always with the same seeds."""
         groups: list[Group] = []
         with StoredUpdate(self._run, update, digest(trained), "validation_", self._hosts, self._recorded) as store:
             for start in range(0, len(tasks), self._config.prompts):
@@ -125,9 +127,9 @@ class Collector:
         self, when: int | str, trained: Any, base: Any, tasks: Sequence[Task], store: StoredUpdate,
         drawn_with: set[str],
     ) -> list[Group]:  # fmt: skip
-        """The groups of some prompts; what is stored of them is neither drawn nor judged again.
+        """The groups of some prompts; stored answers and verdicts are reused.
 
-        `when`: an update, or what else its seeds follow from.
+        `when`: an update, or another value from which seeds are derived.
         """
         drawn: dict[Key, Drawn] = {}
         missing = []
@@ -172,7 +174,7 @@ class Collector:
 
 
 class _Judging:
-    """Has answers judged in a thread beside the decoding: while a batch is, the next one gathers."""
+    """Judges answers in a thread alongside decoding: while one batch is judged, the next one accumulates."""
 
     def __init__(self, reward: Reward | None, store: StoredUpdate, thread: ThreadPoolExecutor):
         self._reward, self._store, self._thread = reward, store, thread
@@ -182,7 +184,7 @@ class _Judging:
         self._under_way: Future[None] | None = None
 
     def add(self, answers: Sequence[tuple[Key, Answer]]) -> None:
-        """Answers to be judged, if anybody does."""
+        """Adds answers to judge, if there is a reward."""
         if self._reward is None:
             return
         self._gathered += answers
@@ -197,14 +199,14 @@ class _Judging:
 
     def _begin(self) -> None:
         if self._under_way is not None:
-            self._under_way.result()  # raises what went wrong
+            self._under_way.result()  # raises errors of the judge
             self._under_way = None
         if self._gathered:
             self._under_way = self._thread.submit(self._judge, self._gathered)
             self._gathered = []
 
     def _judge(self, answers: Sequence[tuple[Key, Answer]]) -> None:
-        """Those that are not stored; equal answers to a prompt once."""
+        """Judges those that are not stored; identical answers to a prompt once."""
         alike: dict[tuple[str, str, bool], list[tuple[Key, Answer]]] = {}
         for key, answer in answers:
             if (stored := self._store.rewarded(key)) is not None:
@@ -222,7 +224,7 @@ class _Judging:
 
 
 def sample_seed(seed: int, when: int | str, problem: str, sample: int) -> int:
-    """A sample's own seed, below 2**32: no state of a generator to be saved."""
+    """A sample's own seed, below 2**32, so that there is no generator state to save."""
     return zlib.crc32(f"{seed}/{when}/{problem}/{sample}".encode())
 
 
@@ -237,6 +239,6 @@ def _nothing_to_learn(update: int, groups: Sequence[Group]) -> str:
     return (
         f"update {update}: none of {len(groups)} prompts has answers with anything to learn from (mean reward"
         f" {rewards.mean():.3g}; {most}; {cut} of {len(rewards)} answers cut off at rollouts.new_tokens)."
-        " Begin from a policy that solves some (lora.start=<run>), or give other prompts, more rollouts.samples, or"
-        " a reward with degrees"
+        " Start from a policy that solves some (lora.start=<run>), or use other prompts, more rollouts.samples, or"
+        " a graded reward"
     )

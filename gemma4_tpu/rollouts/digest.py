@@ -1,4 +1,4 @@
-"""A digest of values on the devices: which policy a sample was drawn from, and whether that is the trained one."""
+"""A digest of values on the devices: identifies the policy that a sample was drawn from."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ import numpy as np
 
 
 def digest(values: Any) -> str:
-    """16 hex digits that tell a tree of arrays from any other, wherever its parts lie.
+    """16 hex digits that distinguish a tree of arrays from any other, however it is sharded.
 
-    Every bit counts, in its place: sums modulo 2³² over all values, which come out the same in any order. Only those
+    Every bit counts, in its place: sums modulo 2³² over all values, which are the same in any order. Only these sums
     leave the devices.
     """
     return hashlib.sha256(np.asarray(_sums(values)).tobytes()).hexdigest()[:16]

@@ -1,4 +1,4 @@
-"""What the policy is asked: the prompts of training rows, or the problems of a benchmark."""
+"""Prompts for the policy: those of training rows, or the problems of a benchmark."""
 
 from __future__ import annotations
 
@@ -28,13 +28,13 @@ class Task:
     """One prompt."""
 
     name: str
-    """Of the problem, or `file:row`; no two tasks share one."""
+    """Name of the problem, or `file:row`; unique among tasks."""
     ids: np.ndarray
     """int32 [n]: the prompt as a server with the checkpoint's template sends it."""
     prompt: str
     """The same as text."""
     reference: str
-    """The answer that the row has, as a user would see it; of a problem: its reference design."""
+    """The row's own answer, as a user would see it; for a problem, its reference design."""
 
 
 def asked(
@@ -59,7 +59,7 @@ def asked(
 
 
 def of_rows(examples: Examples, tokenizer: Any) -> list[Task]:
-    """The prompts of training rows: all that comes before a row's last answer, which is the reference."""
+    """The prompts of training rows: everything before a row's last answer, which is the reference."""
     pairs = [split(*examples.example(i)) for i in range(len(examples))]
     prompts, references = (
         tokenizer.batch_decode([pair[side] for pair in pairs], clean_up_tokenization_spaces=False) for side in (0, 1)
@@ -67,13 +67,15 @@ def of_rows(examples: Examples, tokenizer: Any) -> list[Task]:
     tasks: dict[str, Task] = {}
     for i, (ids, _) in enumerate(pairs):
         name = str(examples.origin(i))
-        name = name if name not in tasks else f"{name}#{i}"  # a row may be several examples
+        name = name if name not in tasks else f"{name}#{i}"  # several examples can come from one row
         tasks[name] = Task(name, ids, prompts[i], visible(references[i], tokenizer))
     return list(tasks.values())
 
 
 def of_problems(config: RolloutsConfig, chat: ChatFormat) -> list[Task]:
-    """The problems of a benchmark, rendered as an evaluation renders them. Raises: UserError: no such, or damaged."""
+    """The problems of a benchmark, rendered as an evaluation does. Raises: UserError: there are none, or they are
+    damaged.
+    """
     if config.benchmark not in SOURCES:
         raise UserError(f"rollouts.benchmark={config.benchmark}: not a choice (choices: {', '.join(SOURCES)})")
     problems = load_problems(EvalConfig(benchmark=config.benchmark, problems_path=config.problems_path))
@@ -86,7 +88,7 @@ def of_problems(config: RolloutsConfig, chat: ChatFormat) -> list[Task]:
 
 
 def that_fit(tasks: Sequence[Task], prompt_tokens: int) -> list[Task]:
-    """Those whose prompt is not too long; says how many are not.
+    """The tasks whose prompt is not too long; logs how many are.
 
     Raises:
       UserError: none is left.
@@ -95,7 +97,7 @@ def that_fit(tasks: Sequence[Task], prompt_tokens: int) -> list[Task]:
     longest = max((len(task.ids) for task in tasks), default=0)
     if dropped := len(tasks) - len(fitting):
         log.warning(
-            "%d of %d prompts are longer than rollouts.prompt_tokens=%d and left out (the longest has %d)",
+            "skipped %d of %d prompts that are longer than rollouts.prompt_tokens=%d (the longest has %d)",
             dropped, len(tasks), prompt_tokens, longest,
         )  # fmt: skip
     if not fitting:

@@ -1,4 +1,4 @@
-"""Rewards: how good a sampled answer is, and of which class; by the judge, or a function or server of yours."""
+"""Rewards: the value and the class of a sampled answer, from the judge, or from your own function or server."""
 
 from __future__ import annotations
 
@@ -20,22 +20,22 @@ from gemma4_tpu.evals.reward import JudgeProcess
 from gemma4_tpu.rollouts.policy_tasks import Task
 
 TRUNCATED, NO_FENCE, PASSED, OTHER = "truncated", "no fence", "pass", "scored"
-"""Classes of verdicts, besides those of the judge and of what functions and servers name."""
+"""Classes of verdicts, in addition to the judge's and to those that functions and servers name."""
 FENCE = "```"
 
 
 @dataclass(frozen=True)
 class Answer:
-    """A sampled answer, as it is rewarded."""
+    """A sampled answer, as the reward receives it."""
 
     task: Task
     text: str
-    """As a user would see it: without thoughts and control tokens."""
+    """As a user would see it, without thoughts and control tokens."""
     stopped: bool
-    """False: cut off."""
+    """False: truncated."""
 
     def to_row(self) -> dict[str, Any]:
-        """For functions and servers."""
+        """The dict for functions and servers."""
         task = self.task
         return {
             "problem": task.name, "prompt": task.prompt, "completion": self.text, "reference": task.reference,
@@ -45,28 +45,28 @@ class Answer:
 
 @dataclass(frozen=True)
 class Rewarded:
-    """What an answer is worth."""
+    """The value of an answer."""
 
     reward: float
     kind: str
-    """Class of the verdict, for the certificate: drift between classes shows what is learned."""
+    """Class of the verdict, for the certificate: drift between classes shows what is being learned."""
     detail: str = ""
     well_formed: bool = True
-    """Whether it has the form that answers are to have; where that share falls, form drifts."""
+    """Whether it has the required form; a falling share shows that form drifts."""
 
 
 class Reward(Protocol):
     """Rewards answers; called from one thread at a time."""
 
     def __call__(self, answers: Sequence[Answer]) -> list[Rewarded]:
-        """A reward for each answer, in their order. Raises: UserError: it can't give them."""
+        """A reward for each answer, in order. Raises: UserError: it cannot be determined."""
 
 
 class ByJudge:
-    """1 for an answer that passes its test bench, has come to its end, and opens with the fence; else 0.
+    """1 for an answer that passes its test bench, is complete, and opens with the fence; else 0.
 
-    The judge finds code wherever it stands; a policy that is rewarded for that drifts into prose before the code. So
-    the form is part of the reward, and what lacks it has a class of its own.
+    The judge finds code anywhere; a policy rewarded for that drifts into prose before the code. So form is part of the
+    reward, and answers without it have their own class.
     """
 
     def __init__(self, judge: JudgeProcess):
@@ -89,14 +89,16 @@ class ByJudge:
 
 
 class ByFunction:
-    """A Python function of a list of rows (`Answer.to_row`); gives a number, or (number, class), for each."""
+    """A Python function of a list of rows (`Answer.to_row`); returns a number, or (number, class), for each."""
 
     def __init__(self, name: str):
-        """Args:
-        name: `module:function`.
+        """Imports the function.
+
+        Args:
+          name: `module:function`.
 
         Raises:
-          UserError: there is none of that name.
+          UserError: there is no such function.
         """
         self._name, self._function = name, load_function(name)
 
@@ -107,12 +109,12 @@ class ByFunction:
         except (Exception, SystemExit) as error:  # whatever code of the user's may do
             *_, last = traceback.extract_tb(error.__traceback__)
             raise UserError(
-                f"rollouts.reward={self._name}: raised {error!r} ({last.filename}, line {last.lineno}); what was judged"
-                " is kept, the same command resumes"
+                f"rollouts.reward={self._name}: raised {error!r} ({last.filename}, line {last.lineno}); verdicts so far"
+                " are kept, and the same command resumes"
             ) from error
         if not isinstance(given, Sequence) or len(given) != len(answers):
             raise UserError(
-                f"rollouts.reward={self._name}: gave {_shown(given)} for {len(answers)} answers; give a list with a"
+                f"rollouts.reward={self._name}: gave {_shown(given)} for {len(answers)} answers; return a list with a"
                 " number, or (number, class), for each"
             )
         return [_rewarded(one, f"rollouts.reward={self._name}") for one in given]
@@ -121,7 +123,7 @@ class ByFunction:
 class ByEndpoint:
     """A server: POST {"samples": [row, …]} → {"verdicts": [{"score": number, "kind": class}, …]}, in this order.
 
-    `gemma4_tpu.judge` speaks so, too.
+    `gemma4_tpu.judge` uses the same protocol.
     """
 
     def __init__(self, url: str, timeout_seconds: float):
@@ -135,14 +137,14 @@ class ByEndpoint:
             response.raise_for_status()
         except (httpx.HTTPError, httpx.InvalidURL, ValueError) as error:  # ValueError: no name of a host
             raise UserError(
-                f"{where}: {str(error) or repr(error)}; what was judged is kept, the same command resumes"
+                f"{where}: {str(error) or repr(error)}; verdicts so far are kept, and the same command resumes"
             ) from None
         try:
             rows = response.json()["verdicts"]
             given = [(row["score"], row.get("kind", OTHER), row.get("detail", "")) for row in rows]
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise UserError(
-                f'{where}: answered something else than {{"verdicts": [{{"score": …}}, …]}}: {_shown(response.text)}'
+                f'{where}: answered something other than {{"verdicts": [{{"score": â¦}}, â¦]}}: {_shown(response.text)}'
                 f" ({error!r})"
             ) from None
         if len(given) != len(answers):
@@ -151,10 +153,10 @@ class ByEndpoint:
 
 
 def open_reward(config: RolloutsConfig) -> AbstractContextManager[Reward | None]:
-    """The reward that `rollouts.reward` names, ready; a context manager. None: it names none.
+    """A context manager of the reward that `rollouts.reward` names, ready to use; None if it names none.
 
     Raises:
-      UserError: no such function, or a judge that does not start.
+      UserError: there is no such function, or the judge does not start.
     """
     if config.reward is None:
         return nullcontext(None)
@@ -166,7 +168,7 @@ def open_reward(config: RolloutsConfig) -> AbstractContextManager[Reward | None]
 
 
 class _Judging:
-    """The judge's process, as long as it is needed."""
+    """The judge's process, for as long as it is needed."""
 
     def __init__(self, config: RolloutsConfig):
         self._words = [f"eval.benchmark={config.benchmark}", f'eval.problems_path="{config.problems_path}"']
@@ -180,18 +182,18 @@ class _Judging:
 
 
 def load_function(name: str) -> Callable[[list[dict[str, Any]]], Any]:
-    """The function `module:function`, the module found as Python finds it from the working folder.
+    """The function `module:function`, with the module imported from the working folder or the path.
 
     Raises:
-      UserError: the module can't be imported, or holds no such function.
+      UserError: the module cannot be imported, or has no such function.
     """
     module_name, _, function_name = name.partition(":")
     try:
         module = importlib.import_module(module_name)
     except (Exception, SystemExit) as error:  # whatever code of the user's may do
         raise UserError(
-            f"rollouts.reward={name}: the module {module_name} can't be imported ({error!r}); give module:function of"
-            " one on PYTHONPATH, a URL, or judge"
+            f"rollouts.reward={name}: the module {module_name} can't be imported ({error!r}); use an importable"
+            " module:function (see PYTHONPATH), a URL, or judge"
         ) from None
     function = getattr(module, function_name, None)
     if not callable(function):
@@ -207,7 +209,7 @@ def _rewarded(given: Any, where: str) -> Rewarded:
         if math.isfinite(reward := float(parts[0])):
             kind, detail = (str(part) for part in (parts + [OTHER, ""][len(parts) - 1 :])[1:3])
             return Rewarded(reward, kind, detail)
-    raise UserError(f"{where}: gave {_shown(given)} for an answer; give a finite number, or (number, class)")
+    raise UserError(f"{where}: returned {_shown(given)} for an answer; return a finite number, or (number, class)")
 
 
 def _shown(value: Any) -> str:

@@ -1,6 +1,6 @@
-"""Samples of the policy: token ids and the log-probability of each token in the distribution that it was drawn from.
+"""Samples from the policy: token ids, with each token's log-probability in the distribution that it was drawn from.
 
-The host fills slots (`slots.py`) and empties those whose sample has ended, every few tokens; compiled once.
+The host fills slots (`slots.py`) and empties those whose sample has ended, every few tokens; programs compile once.
 """
 
 from __future__ import annotations
@@ -20,8 +20,9 @@ from gemma4_tpu.rollouts.digest import digest
 from gemma4_tpu.step.train_step import Step
 
 SEGMENT_TOKENS = 16
-"""Tokens of every row between two looks of the host: a sample that ends wastes half as many on average, and filling
-slots costs about as much as one token."""
+"""Tokens per row between two interventions of the host: a sample that ends wastes half as many on average, and filling
+slots costs about as much as one token.
+"""
 
 
 @dataclass(frozen=True)
@@ -29,43 +30,43 @@ class SamplerShapes:
     """The static shapes of the sampler's programs."""
 
     slots: int
-    """Sequences in one decoding step."""
+    """Sequences per decoding step."""
     prompts: int
-    """Prompts that are read at a time."""
+    """Prompts read at a time."""
     prompt_tokens: int
-    """The longest prompt."""
+    """Maximal length of a prompt."""
     new_tokens: int
-    """The longest answer."""
+    """Maximal length of an answer."""
 
 
 @dataclass(frozen=True)
 class Wanted:
-    """A sample to be drawn."""
+    """A sample to draw."""
 
     prompt: int
-    """Its place among the prompts."""
+    """Index of its prompt."""
     sample: int
-    """Its number among the samples of its prompt."""
+    """Index among the samples of its prompt."""
     seed: int
     """Below 2**32."""
 
 
 @dataclass(frozen=True)
 class Drawn:
-    """A sample of the policy."""
+    """A sample from the policy."""
 
     wanted: Wanted
     tokens: np.ndarray
-    """int32 [n], the token that ended it included."""
+    """int32 [n], including the token that ended it."""
     logprobs: np.ndarray
-    """float32 [n]: of each token in the distribution that it was drawn from."""
+    """float32 [n]: of each token, in the distribution that it was drawn from."""
     stopped: bool
-    """False: cut off after `new_tokens`."""
+    """False: truncated after `new_tokens`."""
 
 
 @dataclass
 class _Row:
-    """A sample under way."""
+    """A sample in progress."""
 
     wanted: Wanted
     tokens: list[np.ndarray] = field(default_factory=list)
@@ -73,13 +74,15 @@ class _Row:
 
 
 class Sampler:
-    """Draws samples with whatever weights it is given; keeps none of its own."""
+    """Draws samples with the weights passed to it; keeps none of its own."""
 
     def __init__(self, step: Step, stop_ids: Sequence[int], shapes: SamplerShapes):
-        """Args:
-        step: the trainer's own, so that its model is the one that is sampled from.
-        stop_ids: tokens that end an answer.
-        shapes: static; the sampler's programs are compiled once.
+        """Prepares the programs.
+
+        Args:
+          step: the trainer's own, so that the sampled model is the trained one.
+          stop_ids: tokens that end an answer.
+          shapes: static; programs compile once.
         """
         self._shapes, self._stop_ids, self._mesh = shapes, np.array(stop_ids, np.int32), step.model.mesh
         model = step.model
@@ -90,18 +93,18 @@ class Sampler:
         self.drawn_from = ""
         """Digest of the trained values that the last samples were drawn with."""
         self.decoded_slots = 0
-        """Tokens decoded in all, those of rows without a sample and behind the end of one included."""
+        """Tokens decoded in total, including those of empty rows and after the end of a sample."""
 
     def __call__(
         self, trained: Any, base: Any, prompts: Sequence[np.ndarray], wanted: Sequence[Wanted]
     ) -> Iterator[Drawn]:
-        """The samples as they end.
+        """Yields the samples as they end.
 
         Args:
-          trained: the policy's trained values, as the next update will find them.
+          trained: the policy's trained values, as the next update will see them.
           base: the frozen weights.
-          prompts: token ids of each, at most `prompts` of them.
-          wanted: the samples, of any of them.
+          prompts: token ids of each prompt, at most `SamplerShapes.prompts` of them.
+          wanted: the samples, of any of these prompts.
         """
         self.drawn_from = digest(trained)
         read = self._prompts(trained, base, prompts)
@@ -117,7 +120,7 @@ class Sampler:
     def _prompts(self, trained: Any, base: Any, prompts: Sequence[np.ndarray]) -> decoding.Prompts:
         shapes = self._shapes
         tokens = np.zeros((shapes.prompts, shapes.prompt_tokens), np.int32)
-        lengths = np.ones(shapes.prompts, np.int32)  # those of rows that hold no prompt
+        lengths = np.ones(shapes.prompts, np.int32)  # 1 for rows without a prompt
         for row, ids in enumerate(prompts):
             tokens[row, : len(ids)], lengths[row] = ids, len(ids)
         return self._read(trained, base, self._placed(tokens), self._placed(lengths))
@@ -125,7 +128,7 @@ class Sampler:
     def _fill(
         self, state: decoding.Slots, read: decoding.Prompts, rows: list[_Row | None], waiting: deque[Wanted]
     ) -> decoding.Slots:
-        """Samples that wait take the rows that are free."""
+        """Puts waiting samples into free rows."""
         taken = np.zeros(len(rows), bool)
         which, seeds = np.zeros(len(rows), np.int32), np.zeros(len(rows), np.uint32)
         for b, row in enumerate(rows):
@@ -136,7 +139,7 @@ class Sampler:
         return self._admit(state, read, *map(self._placed, (taken, which, seeds)))
 
     def _ended(self, rows: list[_Row | None], tokens: np.ndarray, logprobs: np.ndarray) -> Iterator[Drawn]:
-        """Takes a segment [B, K] of every row's tokens, and the samples that end in it out of their rows."""
+        """Appends a segment [B, K] to every row, and removes and yields the samples that end in it."""
         for b, row in enumerate(rows):
             if row is None:
                 continue

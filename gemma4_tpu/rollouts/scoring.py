@@ -1,4 +1,4 @@
-"""What the trainer thinks of sampled tokens: their likelihoods, and how uncertain it was where they were drawn."""
+"""Scores sampled tokens with the trainer: their likelihoods, and its uncertainty where they were drawn."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from gemma4_tpu.step.train_step import Batch, Step
 
 
 class Scorer:
-    """Scores a batch [M, B, T], microbatch by microbatch, as far as there is something in them; compiled once each."""
+    """Scores a batch [M, B, T], skipping empty microbatches; each function compiles once."""
 
     def __init__(self, step: Step):
         self._step = step
@@ -26,14 +26,14 @@ class Scorer:
         )
 
     def logprobs(self, trained: Any, base: Any, arrays: Mapping[str, np.ndarray]) -> np.ndarray:
-        """float32 [M, B, T]: log-probability of every target by the trainer's own loss; 0 where there is none."""
+        """float32 [M, B, T]: log-probability of every target by the trainer's own loss; 0 elsewhere."""
         found = np.zeros(arrays["target_mask"].shape, np.float32)
         for m in _used(arrays):
             found[m] = -np.asarray(self._nll(trained, base, self._rows(arrays, m)))
         return np.where(arrays["target_mask"], found, 0.0)
 
     def spread(self, trained: Any, base: Any, arrays: Mapping[str, np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
-        """(mean, variance), float32 [M, B, T]: of −log p of a token drawn at this place; the mean is the entropy."""
+        """(mean, variance), float32 [M, B, T], of −log p of a token drawn at each position; the mean is the entropy."""
         mask = arrays["target_mask"]
         means, variances = np.zeros(mask.shape, np.float32), np.zeros(mask.shape, np.float32)
         for m in _used(arrays):
@@ -41,7 +41,7 @@ class Scorer:
         return np.where(mask, means, 0.0), np.where(mask, variances, 0.0)
 
     def divergences(self, trained: Any, base: Any, arrays: Mapping[str, np.ndarray]) -> np.ndarray:
-        """float32 [M, B, T]: from the teacher's distribution, at every target; 0 where there is none."""
+        """float32 [M, B, T]: divergence from the teacher's distribution at every target; 0 elsewhere."""
         found = np.zeros(arrays["target_mask"].shape, np.float32)
         for m in _used(arrays):
             found[m] = self._divergence(trained, base, self._rows(arrays, m))
@@ -66,7 +66,7 @@ def _used(arrays: Mapping[str, np.ndarray]) -> list[int]:
 
 
 def _spread(step: Step, trained: Any, base: Any, rows: Batch) -> tuple[jax.Array, jax.Array]:
-    """Entropy, and the variance of −log p, of the distribution at every place, [B, T]; chunks of T at a time."""
+    """Entropy, and the variance of −log p, of the distribution at every position, [B, T]; in chunks of T."""
     params, lora = step.weights(trained, base)
     hidden = hidden_states(step.model, params, lora, rows["tokens"], rows["segment_ids"], rows["positions"])
     b, t, d = hidden.shape

@@ -1,4 +1,4 @@
-"""Which answers of an update an objective learns from, with which weights, and what loss the step has to find."""
+"""Which answers of an update an objective learns from, with which weights, and which loss the step must report."""
 
 from __future__ import annotations
 
@@ -23,16 +23,17 @@ class Selection:
     is_live: Callable[[Group], bool]
     """Whether a group has any."""
     placed: Callable[[Group], list[Placed]]
-    """Those of a live group, each with its weight."""
+    """The answers of a live group to train on, each with its weight."""
     fields: Collection[str]
-    """What its batches hold besides the arrays of every batch."""
+    """Fields of its batches besides those of every batch."""
     loss: Callable[[Mapping[str, np.ndarray]], ExpectedLoss] | None
-    """What the step has to find for a batch if the policy is the one that drew it; None: the answers do not say, so
-    the trainer scores them token by token (`Scorer.divergences`) when it is compared with the sampler."""
+    """The loss that the step must report for a batch drawn from the current policy; None: the answers do not determine
+    it, so the trainer scores them token by token (`Scorer.divergences`) when it is compared with the sampler.
+    """
 
 
 def _policy_loss(arrays: Mapping[str, np.ndarray]) -> ExpectedLoss:
-    """Every ratio is 1: the mean advantage over all tokens, equal answers counted each."""
+    """With every ratio 1: the mean advantage over all tokens, counting identical answers separately."""
     copies = np.where(arrays["target_mask"], arrays[COPIES], 0.0).astype(np.float64)
     gains = arrays[ADVANTAGES].astype(np.float64)
     return ExpectedLoss(-(copies * gains).sum() / copies.sum(), (copies * np.abs(gains)).sum() / copies.sum())
@@ -44,7 +45,7 @@ def _cross_entropy(arrays: Mapping[str, np.ndarray]) -> ExpectedLoss:
 
 
 def by_advantage(config: RolloutsConfig, fields: Collection[str]) -> Selection:
-    """Answers by how much better than their group they are; groups whose rewards differ."""
+    """Weighs answers by how much better than their group they are; uses groups whose rewards differ."""
 
     def rewards(group: Group) -> np.ndarray:
         return advantages.penalised(group.rewards, group.lengths, config)
@@ -55,12 +56,12 @@ def by_advantage(config: RolloutsConfig, fields: Collection[str]) -> Selection:
         chosen = advantages.weighed(tokens, rewards(group), stopped, config)
         return [Placed(group.task, group.drawn[one.sample], one.advantage, one.copies) for one in chosen]
 
-    # A group of which masking leaves nothing has nothing to learn from either.
+    # A group that masking empties has nothing to learn from either.
     return Selection(lambda g: advantages.is_live(rewards(g)) and bool(placed(g)), placed, fields, _policy_loss)
 
 
 def by_reward(config: RolloutsConfig) -> Selection:
-    """Answers with a reward above 0, each distinct one once; groups that have some."""
+    """Uses answers with a reward above 0, each distinct one once; groups that have any."""
 
     def placed(group: Group) -> list[Placed]:
         good = [
@@ -74,7 +75,7 @@ def by_reward(config: RolloutsConfig) -> Selection:
 
 
 def every_answer() -> Selection:
-    """All answers of all groups, each distinct one once, with their number; cut-off ones, too."""
+    """Uses all answers of all groups, each distinct one once with its count, truncated ones included."""
 
     def placed(group: Group) -> list[Placed]:
         alike = Counter(one.tokens.tobytes() for one in group.drawn)

@@ -1,8 +1,9 @@
-"""Decoding in slots: each row of a static batch holds a sequence at its own place, and takes the next when it ends.
+"""Decodes in slots: each row of a static batch holds a sequence at its own position, and takes the next one when it
+ends.
 
-A prompt is read once, whatever the number of its samples. A place of a sequence lies in the same slot of the cache
-whenever and wherever it is decoded (place t in slot t mod C), and rows don't see each other: a sample depends on its
-weights, prompt, seed and these static shapes, to the bit, and on nothing that happens in other rows.
+A prompt is read once, whatever the number of its samples. A position of a sequence is in the same slot of the cache
+whenever and wherever it is decoded (position t in slot t mod C), and rows do not interact: a sample is determined, bit
+for bit, by its weights, prompt, seed and these static shapes, and by nothing in other rows.
 """
 
 from __future__ import annotations
@@ -21,10 +22,12 @@ from gemma4_tpu.step.train_step import Step
 
 
 class Prompts(NamedTuple):
-    """Prompts that have been read; Q of them."""
+    """Q prompts that have been read."""
 
     kvs: Cache
-    """Keys and values [R, Q, S, K, H], each place in its slot; S: what the prompt may take of a layer's cache."""
+    """Keys and values [R, Q, S, K, H], each position in its slot; S: the part of a layer's cache that a prompt
+    can use.
+    """
     scores: jax.Array
     """[Q, V] float32 logits of the first token of an answer."""
     lengths: jax.Array
@@ -32,14 +35,14 @@ class Prompts(NamedTuple):
 
 
 class Slots(NamedTuple):
-    """B sequences under way."""
+    """B sequences in progress."""
 
     cache: Cache
     """Keys and values [R, B, C, K, H]."""
     scores: jax.Array
     """[B, V] float32 logits of the next token."""
     places: jax.Array
-    """[B] int32: where the next token stands, from the beginning of its prompt."""
+    """[B] int32: position of the next token, counted from the start of its prompt."""
     drawn: jax.Array
     """[B] int32: tokens drawn so far."""
     keys: jax.Array
@@ -48,7 +51,8 @@ class Slots(NamedTuple):
 
 KV_DIMS, SCORE_DIMS = "LBTNH", "BV"
 """Dims of a cache's arrays and of scores, as `models.sharding` places them: rows over dp, KV heads and vocabulary over
-tp. Pinned at every program's end: what is left to the compiler may be a whole cache on every chip."""
+tp. Pinned at every program's end, because the compiler might otherwise put a whole cache on every chip.
+"""
 
 
 def _pinned(model: Model, cache: Cache) -> Cache:
@@ -56,7 +60,7 @@ def _pinned(model: Model, cache: Cache) -> Cache:
 
 
 def for_decoding(model: Model) -> Model:
-    """The trained model without what is for training only."""
+    """The trained model without its training-only settings."""
     return replace(model, remat="none", lora_dropout=0.0)
 
 
@@ -75,7 +79,9 @@ def read(step: Step, trained: Any, base: Any, tokens: jax.Array, lengths: jax.Ar
 
 
 def _in_slots(x: jax.Array, is_global: bool, *, last: jax.Array, window: int) -> jax.Array:
-    """A prompt's keys or values [R, Q, P, K, H], each place in its slot; `last` [Q] is the prompt's last place."""
+    """A prompt's keys or values [R, Q, P, K, H], each position in its slot; `last` [Q] is the prompt's last
+    position.
+    """
     length = x.shape[2]
     if is_global or length <= window:
         return x
@@ -84,7 +90,7 @@ def _in_slots(x: jax.Array, is_global: bool, *, last: jax.Array, window: int) ->
 
 
 def empty(prompts: Prompts, slots: int, new_tokens: int, model: Model) -> Slots:
-    """`slots` rows that hold nothing, with room for the longest prompt and `new_tokens`."""
+    """`slots` empty rows, with room for the longest prompt and `new_tokens`."""
     window = model.arch.sliding_window
 
     def rows(x: jax.Array, is_global: bool) -> jax.Array:
@@ -102,14 +108,14 @@ def empty(prompts: Prompts, slots: int, new_tokens: int, model: Model) -> Slots:
 def admit(
     slots: Slots, prompts: Prompts, taken: jax.Array, which: jax.Array, seeds: jax.Array, *, model: Model
 ) -> Slots:  # fmt: skip
-    """New samples in the rows `taken` [B] (bool): of the prompts `which` [B], with `seeds` [B] uint32."""
+    """Starts new samples in the rows `taken` [B] (bool): of the prompts `which` [B], with `seeds` [B] uint32."""
 
     def replaced(old: jax.Array, of_prompts: jax.Array) -> jax.Array:
         own = of_prompts[which]
         return jnp.where(taken.reshape(-1, *[1] * (own.ndim - 1)), own, old)
 
     def filled(cache: jax.Array, kv: jax.Array) -> jax.Array:
-        # What an earlier sample left in other slots lies behind the new one's place, so nothing looks at it.
+        # Whatever an earlier sample left in other slots is after the new one's position, so nothing attends to it.
         part = jnp.where(taken[None, :, None, None, None], kv[:, which], cache[:, :, : kv.shape[2]])
         return jax.lax.dynamic_update_slice_in_dim(cache, part, 0, axis=2)
 
@@ -123,7 +129,7 @@ def admit(
 
 
 def advance(step: Step, trained: Any, base: Any, slots: Slots, *, tokens: int) -> tuple[Slots, jax.Array, jax.Array]:
-    """The next `tokens` tokens K of every row, whether or not its sequence has ended: whoever calls knows.
+    """Decodes the next `tokens` tokens K of every row, whether or not its sequence has ended, which the caller knows.
 
     Returns:
       The slots; tokens [B, K] int32; their log-probabilities [B, K] float32 in the distribution they were drawn from.
@@ -151,4 +157,4 @@ def advance(step: Step, trained: Any, base: Any, slots: Slots, *, tokens: int) -
 
 
 SAMPLING = Sampling(temperature=1.0, top_p=1.0)
-"""Of roll-outs, and no key changes it: then what is drawn from is the policy that the trainer differentiates."""
+"""Fixed for roll-outs; no key changes it, so that samples come from the policy that the trainer differentiates."""

@@ -1,4 +1,4 @@
-"""Updates that the policy itself makes: ask it, have it judged, keep what there is to learn from, prove it, pack it."""
+"""Updates made by the policy itself: ask it, judge its answers, select what to learn from, certify it, pack it."""
 
 from __future__ import annotations
 
@@ -31,16 +31,16 @@ from gemma4_tpu.step.grpo import ADVANTAGES, COPIES, OLD_LOGPROBS
 log = logging.getLogger(__name__)
 
 Show = Callable[[str, Sequence[str], Sequence[Sequence[Any]], int], None]
-"""Takes a table, as trackers do: name, columns, rows, update."""
+"""Receives a table, as trackers do: name, columns, rows, update."""
 COLUMNS = ("prompt", "answer", "tokens", "stopped", "reward", "verdict")
-"""Of the answers that a tracker gets."""
+"""Columns of the table of answers for trackers."""
 SHOWN = 16
-"""Answers."""
+"""Number of answers in it."""
 
 
 @dataclass(frozen=True)
 class Making:
-    """What makes updates of roll-outs, once there are weights."""
+    """What turns roll-outs into updates, once weights are loaded."""
 
     collector: Collector
     scorer: Scorer
@@ -49,10 +49,10 @@ class Making:
     base: Any
     """The frozen weights."""
     report: Callable[[dict[str, Any], int], None]
-    """Takes metrics of an update."""
+    """Receives metrics of an update."""
     show: Show
     held: ExitStack
-    """What is closed at the end: the reward's process, open files."""
+    """Closed at the end: the reward's process, open files."""
 
 
 class OnPolicySource:
@@ -62,27 +62,29 @@ class OnPolicySource:
         self, tasks: Sequence[Task], config: RolloutsConfig, trainer: TrainerConfig, shape: BatchShape,
         selection: Selection, validated_on: Sequence[Task] = (), own: tuple[int, int] | None = None,
     ):  # fmt: skip
-        """Args:
-        tasks: the prompts.
-        config: how many of them, and of their answers.
-        trainer: length and seed of the run.
-        shape: of an update's arrays.
-        selection: what is learned from.
-        validated_on: other prompts, for validation.
-        own: (start, stop) of the rows of a microbatch that this process owns; None: all.
+        """Prepares a source without weights.
+
+        Args:
+          tasks: the prompts.
+          config: how many prompts and answers to use.
+          trainer: length and seed of the run.
+          shape: of an update's arrays.
+          selection: what to learn from.
+          validated_on: other prompts, for validation.
+          own: (start, stop) of the rows of a microbatch that this process owns; None: all.
 
         Raises:
-          UserError: fewer prompts than an update asks.
+          UserError: there are fewer prompts than an update needs.
         """
         if len(tasks) < config.prompts:
-            raise UserError(f"rollouts.prompts={config.prompts}: there are {len(tasks)} prompts; give at most so many")
+            raise UserError(f"rollouts.prompts={config.prompts}: there are only {len(tasks)} prompts; lower it")
         self._tasks, self._config, self._trainer, self._shape = list(tasks), config, trainer, shape
         self._own = slice(*own) if own else slice(None)
         self.selection = selection
-        """What is learned from."""
+        """What to learn from."""
         self.validated_on = validated_on
         """Prompts that are never trained on."""
-        self._asked = 0  # prompts, in all
+        self._asked = 0  # number of prompts so far
         self._update = 0
         self._made: Update | None = None
         self._old: np.ndarray | None = None
@@ -97,7 +99,7 @@ class OnPolicySource:
         }  # fmt: skip
 
     def begin(self, making: Making) -> None:
-        """From now on updates can be made."""
+        """Enables the source to make updates."""
         self._making = making
 
     @property
@@ -112,7 +114,7 @@ class OnPolicySource:
 
     @property
     def total_epochs(self) -> float:
-        """See `Source`; without the prompts that replace others."""
+        """See `Source`; does not count prompts that replace others."""
         return self.total_updates * self._config.prompts / len(self._tasks)
 
     @property
@@ -121,7 +123,7 @@ class OnPolicySource:
         return [self._shape.length]
 
     def updates(self, trained: Callable[[], Any]) -> Iterator[Update]:
-        """See `Source`; each update is made from the values as they are when it is asked for."""
+        """See `Source`; each update is made from the values at the time of the request."""
         while self._update < self.total_updates:
             values = trained()
             self.ready_to_save(values, self._update)
@@ -143,7 +145,7 @@ class OnPolicySource:
         answers = that_fit(placed, self._shape)
         if left_out := sum(map(len, placed)) - len(answers):
             log.warning(
-                "update %d: %d of %d answers have no room in %d rows of %d tokens and are left out; give more"
+                "update %d: omitted %d of %d answers, which do not fit in %d rows of %d tokens; increase"
                 " trainer.global_batch_sequences", update, left_out, left_out + len(answers), self._shape.capacity,
                 self._shape.length,
             )  # fmt: skip
@@ -155,7 +157,7 @@ class OnPolicySource:
         return replace(made, arrays=arrays, figures=_figures(collected, len(live), seconds))
 
     def _expected_loss(self, trained: Any, arrays: Mapping[str, np.ndarray], is_due: bool) -> ExpectedLoss | None:
-        """What the step has to find, as far as it is known or due to be found out."""
+        """The loss that the step must report, as far as it is known or due to be computed."""
         if self.selection.loss is not None:
             return self.selection.loss(arrays)
         if not is_due:
@@ -166,9 +168,7 @@ class OnPolicySource:
         return ExpectedLoss(float((copies * each).sum() / copies.sum()), 1.0)
 
     def _compared(self, trained: Any, collected: Collected) -> Agreement:
-        """Sampler and trainer on all answers: chosen by reward or length, they would not be as surprising as the
-        policy is.
-        """
+        """Compares sampler and trainer on all answers: a selection by reward or length would be biased in surprise."""
         assert self._making is not None
         scorer, base = self._making.scorer, self._making.base
         answers = [Placed(group.task, one) for group in collected.groups for one in group.drawn]
@@ -185,7 +185,7 @@ class OnPolicySource:
         self._expected = None
 
     def ready_to_save(self, trained: Any, update: int) -> None:
-        """See `Source`; measures how far the update moved the policy, and how good it is now, once each."""
+        """See `Source`; measures how far the update moved the policy, and validates it, once each."""
         if self._making is None:
             return
         if self._made is not None and update == self._update:
@@ -200,12 +200,12 @@ class OnPolicySource:
         moved = (self._making.scorer.logprobs(trained, self._making.base, arrays) - self._old)[mask]
         self._made = self._old = None
         kl = float(np.mean(np.expm1(moved.astype(np.float64)) - moved))  # never negative; its mean is KL(old ‖ new)
-        if math.isfinite(kl):  # else the loop ends the run by its loss
+        if math.isfinite(kl):  # otherwise the loop ends the run because of its loss
             self._making.report({"kl": kl}, update)
             self._making.certificate.moved(update, kl)
 
     def _ask(self) -> Iterator[Task]:
-        """Prompts from the position on, in an order of their own in each pass; none twice in an update."""
+        """Yields prompts from the current position on, reordered in each pass; none twice in an update."""
         seen: set[str] = set()
         while len(seen) < len(self._tasks):
             epoch, place = divmod(self._asked, len(self._tasks))
@@ -234,7 +234,7 @@ class OnPolicySource:
 
 
 def _shown(collected: Collected, collector: Collector) -> list[tuple[Any, ...]]:
-    """The first answers, as `COLUMNS` have them."""
+    """The first answers, with the columns `COLUMNS`."""
     rows = []
     for group in collected.groups:
         for one, found in zip_longest(group.drawn, group.rewarded):

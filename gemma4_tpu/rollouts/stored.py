@@ -1,4 +1,4 @@
-"""Roll-outs on disk, an update at a time: what was drawn, and what it was worth; each is written as it comes.
+"""Stores roll-outs on disk, one update at a time: samples and verdicts, each written as it arrives.
 
 ```
 rollouts/<update>.samples.jsonl    {"problem", "sample", "seed", "adapter", "ids", "logprobs", "stopped"}
@@ -10,8 +10,8 @@ Process 0 reads and writes them, and the others hear from it what there is.
 Those of prompts that are validated on are `<update>.validation_samples.jsonl` and `<update>.validation_verdicts.jsonl`,
 of the policy after that update.
 
-`logprobs` are float32 bits (base64, little-endian), so that a run that goes on trains on the very numbers. A verdict
-that was given is never asked for again: a judge may be slow, dear, or of two minds.
+`logprobs` are float32 bits (base64, little-endian), so that a resumed run trains on exactly the same numbers. A verdict
+is never requested twice: a judge can be slow, expensive, or inconsistent.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ class StoredUpdate:
 
         Args:
           run: the run folder.
-          update: the update that they are for, from 1.
+          update: from 1.
           adapter: digest of the policy's trained values.
           prefix: of the files' names behind the update: `validation_` for answers that are not trained on.
           hosts: the processes of the run.

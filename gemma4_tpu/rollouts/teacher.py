@@ -18,7 +18,7 @@ from gemma4_tpu.training.recipe import TeacherModel
 log = logging.getLogger(__name__)
 
 SHOWN = 3
-"""Differing tokens that a refusal names."""
+"""Number of differing tokens that a refusal names."""
 
 
 @dataclass(frozen=True)
@@ -29,11 +29,11 @@ class Teacher:
 
     @property
     def model(self) -> TeacherModel:
-        """What the step has to know of it."""
+        """What the step needs to know about it."""
         return TeacherModel(self.found.base.arch, self.found.lora)
 
     def weights(self, mesh: Mesh, compute_dtype: str) -> dict[str, Any]:
-        """As the step takes them, beside the frozen weights (`step.objective.TEACHER`)."""
+        """The teacher's weights as the step takes them, next to the frozen weights (`step.objective.TEACHER`)."""
         loaded = self.found.load(mesh, compute_dtype)
         return {"params": loaded.params} | ({} if loaded.lora is None else {"lora": loaded.lora})
 
@@ -42,7 +42,7 @@ def open_teacher(objective: ObjectiveConfig, student: Base, tokenizer: Any) -> T
     """Finds `objective.teacher`, and compares its vocabulary with the student's.
 
     Raises:
-      UserError: nothing that can be loaded is there, or another vocabulary; names tokens that differ.
+      UserError: nothing loadable is there, or the vocabulary differs; names differing tokens.
     """
     given = f"objective.teacher={objective.teacher}"
     try:
@@ -53,17 +53,17 @@ def open_teacher(objective: ObjectiveConfig, student: Base, tokenizer: Any) -> T
         raise UserError(f"{given}: {error}") from None
     if problem := _another_vocabulary(student, tokenizer, found):
         raise UserError(
-            f"{given}: {problem}; a teacher scores the student's own tokens, so give one with the same vocabulary"
+            f"{given}: {problem}; a teacher scores the student's own tokens, so it needs the same vocabulary"
         )
     own, its = (tokenizer_fingerprint(one)["chat_template"] for one in (tokenizer, found.tokenizer))
     if own != its:
-        log.warning("%s: its chat template is another; it reads what the student's template makes", given)
+        log.warning("%s: its chat template differs; it will read text rendered by the student's template", given)
     log.info("teacher: %s, %s", found.base.arch.name, objective.teacher)
     return Teacher(found)
 
 
 def _another_vocabulary(student: Base, tokenizer: Any, teacher: AnyModel) -> str | None:
-    """How the two differ, token by token; None: not at all."""
+    """How the vocabularies differ, token by token; None: not at all."""
     rows = student.arch.vocab_size, teacher.base.arch.vocab_size
     if rows[0] != rows[1]:
         return f"its output has {rows[1]:,} tokens, the student's {rows[0]:,}"
@@ -73,4 +73,4 @@ def _another_vocabulary(student: Base, tokenizer: Any, teacher: AnyModel) -> str
         return None
     named = ", ".join(f"{place} is {its.get(place)!r}, here {own.get(place)!r}" for place in differing[:SHOWN])
     more = f" and {len(differing) - SHOWN:,} more" if len(differing) > SHOWN else ""
-    return f"{len(differing):,} of its tokens are others: {named}{more}"
+    return f"{len(differing):,} of its tokens differ: {named}{more}"

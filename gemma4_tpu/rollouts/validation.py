@@ -1,8 +1,8 @@
-"""How good the policy is on prompts that are asked in training's way but never trained on: a part of its own prompts.
+"""Measures the policy on prompts that are set aside from the training prompts and never trained on.
 
-Never the held-out set, which is looked at once, at the end: what decides when to stop or which run is better has been
-tuned on. Every time the same prompts are answered with the same seeds, and the start's answers are taken off prompt by
-prompt, so that of two policies that draw alike nothing remains but their difference.
+This is never the held-out set, which is used once, at the end: a set that decides when to stop, or which run is better,
+has been tuned on. The same prompts are always answered with the same seeds, and the initial rewards are subtracted
+prompt by prompt, which leaves only the difference between the policies.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ from gemma4_tpu.training.hosts import ALONE, Hosts
 
 
 class Validation:
-    """Answers the same prompts now and then; rows of `validation.jsonl`.
+    """Answers the same prompts now and then; writes rows of `validation.jsonl`.
 
-    Each row: `update`, the mean `reward`, its `difference` to the first row's with its 95% interval over prompts
-    (`low`, `high`; the first row has none), and the `rewards` of the prompts, in their order.
+    Each row has `update`, the mean `reward`, its `difference` to the first row's with the 95% interval over prompts
+    (`low`, `high`; absent in the first row), and the `rewards` of the prompts, in order.
     """
 
     def __init__(
@@ -41,7 +41,7 @@ class Validation:
             self._known = hosts.from_first(lambda: read_metrics(path))
 
     def is_due(self, update: int) -> bool:
-        """Before the first update, every so many, and after the last one; not twice."""
+        """Before the first update, at intervals, and after the last one; never twice."""
         at = update % self._config.validation_every == 0 or update == self._updates
         return self._file is not None and at and update not in [row["update"] for row in self._known]
 

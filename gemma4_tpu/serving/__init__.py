@@ -1,1 +1,3 @@
-"""Serving: vLLM in its container, launched, followed, asked whether it is the trained model, stopped. No JAX here."""
+"""Serving: launches vLLM in its container, follows it, verifies that it serves the trained model, stops it. Imports no
+JAX.
+"""

@@ -1,4 +1,4 @@
-"""Checks of adapters that are served on one base: whole, of one base, of a kind that vLLM applies. No JAX."""
+"""Checks of adapters served on one base: complete, of the same base, of a kind that vLLM applies. Imports no JAX."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from gemma4_tpu.tracking.run import is_run
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
-"""What `--max-lora-rank` of vLLM 0.32 takes."""
+"""Values that `--max-lora-rank` of vLLM 0.32 accepts."""
 _WITH_TPUS = "serving.env.MODEL_IMPL_TYPE=vllm"
 _REFUSED = {
     "use_dora": "DoRA",
@@ -35,7 +35,7 @@ _PLAIN_INITS = ("gaussian", "eva", "orthogonal", "mica", "lora_ga")
 
 @dataclass(frozen=True)
 class ServedAdapter:
-    """An adapter and the name that clients ask for it by."""
+    """An adapter, and the name by which clients request it."""
 
     name: str
     folder: Path
@@ -45,14 +45,14 @@ class ServedAdapter:
 
 
 def lora_rank(adapters: Sequence[ServedAdapter]) -> int:
-    """`--max-lora-rank` for all of them."""
+    """`--max-lora-rank` that covers all of them."""
     return min(rank for rank in LORA_RANKS if rank >= max(adapter.rank for adapter in adapters))
 
 
 def find_adapters(
     folders: Sequence[str], run: str, serving: ServingConfig
 ) -> tuple[tuple[ServedAdapter, ...], str, list[str]]:
-    """The adapters, the folder of their base (`run`, if that is given), and what is wrong with them."""
+    """The adapters, the folder of their base (`run`, if given), and the problems found."""
     messages = [*_server_problems(serving)]
     found: list[tuple[Path, Path, dict[str, Any]]] = []  # the run, or else the adapter; the adapter; its configuration
     for given in folders:
@@ -76,37 +76,37 @@ def find_adapters(
     base = run or str(found[0][2].get("base_model_name_or_path") or "")
     if not messages and not Path(base).is_dir():
         messages.append(
-            f"run: the adapters' base is {base or 'unknown'}, no folder here; give run=<folder of the base>"
+            f"run: the adapters' base is {base or 'unknown'}, not a local folder; set run=<folder of the base>"
         )
     return adapters, base, messages
 
 
 def _server_problems(serving: ServingConfig) -> Iterator[str]:
-    """Servers that don't apply adapters."""
+    """Problems of servers that do not apply adapters."""
     if serving.runner == "embedded":
         yield "adapters: serving=local serves merged weights only; serving=vllm_cpu applies adapters on this CPU"
     if serving.slice in SLICES and platform_of(serving) == "tpu":
         if serving.env.get("MODEL_IMPL_TYPE") != "vllm":
             yield (
-                "adapters: tpu-inference 0.32, vLLM's JAX implementation, silently ignores adapters, so that the"
-                f" base would answer; {_WITH_TPUS} takes vLLM's PyTorch one, or serve merged weights"
+                "adapters: tpu-inference 0.32, vLLM's JAX implementation, silently ignores adapters, so the"
+                f" base would answer; {_WITH_TPUS} selects vLLM's PyTorch one, or serve merged weights"
             )
         if serving.data_parallel_size > 1:
             yield (
-                f"serving.data_parallel_size={serving.data_parallel_size}: not with adapters on TPUs; give"
+                f"serving.data_parallel_size={serving.data_parallel_size}: not supported with adapters on TPUs; set"
                 " serving.data_parallel_size=1"
             )
 
 
 def _read(given: str) -> tuple[Path | None, dict[str, Any] | None, str]:
-    """The adapter's folder and configuration, or what is wrong."""
+    """The adapter's folder and configuration, or the problem."""
     place = Path(given).absolute()
     folder = place / ADAPTER if is_run(place) else place
     if not place.is_dir():
         return None, None, f"adapters: {given}: no such folder"
     if not (folder / CONFIG).is_file() or not (folder / WEIGHTS).is_file():
         return None, None, (
-            f"adapters: {given}: no adapter in it; python -m gemma4_tpu.merge run={given} export=peft writes one"
+            f"adapters: {given}: contains no adapter; python -m gemma4_tpu.merge run={given} export=peft writes one"
         )  # fmt: skip
     try:
         config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
@@ -118,10 +118,10 @@ def _read(given: str) -> tuple[Path | None, dict[str, Any] | None, str]:
 
 
 def _unserved(config: dict[str, Any]) -> Iterator[str]:
-    """Why vLLM would refuse it or leave parts of it out (`peft_helper.py` and `lora_model.py` of 0.32)."""
+    """Reasons why vLLM would refuse it or ignore parts of it (`peft_helper.py` and `lora_model.py` of 0.32)."""
     merged = "serve merged weights"
     if config.get("peft_type") != "LORA" or not _is_rank(config.get("r")):
-        yield f"{CONFIG} describes no LoRA (peft_type, r)"
+        yield f"{CONFIG} does not describe LoRA (peft_type, r)"
         return
     for key, what in _REFUSED.items():
         if held := config.get(key):
@@ -136,13 +136,13 @@ def _unserved(config: dict[str, Any]) -> Iterator[str]:
         yield f"trained rows of tokens (trainable_token_indices), which vLLM silently ignores; {merged}"
     if config.get("target_parameters"):
         yield (
-            "adapters of experts in PEFT's form (target_parameters); on GPUs vLLM takes that of"
+            "adapters of experts in PEFT's format (target_parameters); on GPUs vLLM accepts that of"
             f" export.peft_experts=per_expert, elsewhere {merged}"
         )
     if (bias := config.get("bias", "none")) != "none":
         yield f"biases (bias={bias}), which vLLM refuses; {merged}"
     if (rank := _rank(config)) > LORA_RANKS[-1]:
-        yield f"rank {rank}: vLLM takes ranks up to {LORA_RANKS[-1]}; {merged}"
+        yield f"rank {rank}: vLLM accepts ranks up to {LORA_RANKS[-1]}; {merged}"
 
 
 def _is_rank(value: Any) -> bool:
@@ -154,7 +154,7 @@ def _rank(config: dict[str, Any]) -> int:
 
 
 def _bases(found: Sequence[tuple[Path, Path, dict[str, Any]]]) -> Iterator[str]:
-    """Whether they were trained on one base: by its fingerprint where the runs are here, else by its folder."""
+    """Whether all adapters have one base, judged by its fingerprint if the runs are here, else by its folder."""
     bases = {str(place): _base(place, config) for place, _, config in found}
     for key in ("fingerprint", "folder"):
         told = {name: base[key] for name, base in bases.items()}
@@ -171,7 +171,7 @@ def _bases(found: Sequence[tuple[Path, Path, dict[str, Any]]]) -> Iterator[str]:
 
 
 def _base(place: Path, config: dict[str, Any]) -> dict[str, str | None]:
-    """What tells the base from others: its fingerprint, by the run's record, and its folder."""
+    """Identifies the base: its fingerprint, from the run's record, and its folder."""
     try:
         text = (place / "provenance.json").read_text(encoding="utf-8")
         fingerprint = yaml.safe_load(text)["fingerprints"]["base"]
@@ -181,7 +181,7 @@ def _base(place: Path, config: dict[str, Any]) -> dict[str, str | None]:
 
 
 def _names(folders: Sequence[Path]) -> list[str]:
-    """The last part of each path, or as many as tell them apart."""
+    """The last part of each path, or enough parts to make the names distinct."""
     for count in range(1, max(len(folder.parts) for folder in folders) + 1):
         names = ["/".join(folder.parts[-count:]) for folder in folders]
         if len(set(names)) == len(names):

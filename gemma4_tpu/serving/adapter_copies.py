@@ -1,8 +1,8 @@
-"""A defect of vLLM 0.32, worked around: where V is K, it applies an adapter of `k_proj` to K alone.
+"""Works around a bug of vLLM 0.32: where V equals K, it applies an adapter of `k_proj` to K alone.
 
-The global layers of 12B, 26B-A4B and 31B make V of K's product. vLLM loads K's weight into the places of both, and each
-place takes an adapter of its own, so that V would stay the base's. Copies of such adapters say the same of `v_proj`,
-which vLLM then applies. tests/serving/test_vllm.py notices when that is needed no more.
+The global layers of 12B, 26B-A4B and 31B compute V with K's projection. vLLM loads K's weight into both places, and
+each place takes its own adapter, so V would be left unadapted. Copies of such adapters repeat K's factors under
+`v_proj`, which vLLM then applies. tests/serving/test_vllm.py notices when this is no longer needed.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ def copied(adapters: Sequence[ServedAdapter], arch: Architecture, place: Path) -
 
 
 def lacking_v(adapter: ServedAdapter, arch: Architecture) -> dict[str, str]:
-    """Tensors of K's adapters whose twins of V are not there: K's name → V's. Empty: it is served as it is."""
+    """K's adapter tensors without a counterpart for V: K's name → V's. Empty: the adapter is served unchanged."""
     present = set(TensorFile(str(adapter.folder / WEIGHTS)).tensors)
     matches = {name: found for name in present if arch.k_eq_v and (found := _K.fullmatch(name))}
     twins = {

@@ -1,4 +1,6 @@
-"""Checks of `python -m gemma4_tpu.serve` before a server starts: model folder, flags, machine, heads, port. No JAX."""
+"""Checks of `python -m gemma4_tpu.serve` before a server starts: model folder, flags, machine, heads, port. Imports no
+JAX.
+"""
 
 from __future__ import annotations
 
@@ -31,31 +33,31 @@ from gemma4_tpu.serving.model_checks import (
 from gemma4_tpu.tracking.run import is_run
 
 CPU_HEAD_WIDTHS = (32, 64, 80, 96, 112, 128, 160, 192, 224, 256, 512)
-"""Those of attention in vLLM 0.32's CPU build (`cpu_attn.py`)."""
+"""Head widths that attention in vLLM 0.32's CPU build supports (`cpu_attn.py`)."""
 
 
 @dataclass(frozen=True)
 class ServeChecked:
-    """What the checks found out on the way."""
+    """What the checks found out along the way."""
 
     model: Path
-    """The folder that vLLM loads: mounted into its container, if it has one."""
+    """The folder that vLLM loads, mounted into its container if there is one."""
     run: Path | None
-    """The run folder that it lies in, if any."""
+    """The run folder that contains it, if any."""
     architecture: Architecture
-    """By the folder's `config.json`."""
+    """From the folder's `config.json`."""
     notes: tuple[str, ...]
-    """To report; nothing was changed."""
+    """For the report; they changed nothing."""
     adapters: tuple[ServedAdapter, ...] = ()
     """Served on `model`, which is then their base."""
     quantised_bytes: int | None = None
-    """Of the weights' files, where they are quantised; None: they are not."""
+    """Bytes of the weight files if they are quantised; else None."""
     bucket: str | None = None
     """With `runner=gke`: the folder on gs:// that pods mount."""
 
 
 def name_of(model: Path) -> str:
-    """What clients ask for where `served_model_name` is null: the folder's name, for `<run>/merged` the run's, for
+    """The model name for clients if `served_model_name` is null: the folder's name, for `<run>/merged` the run's, for
     other folders in a run both.
     """
     folder = model.absolute()
@@ -65,13 +67,13 @@ def name_of(model: Path) -> str:
 
 
 def url_of(serving: ServingConfig) -> str:
-    """Where clients on the server's own machine reach it."""
+    """The URL for clients on the server's own machine."""
     everywhere = serving.host in ("", "0.0.0.0", "::")
     return f"http://{'127.0.0.1' if everywhere else serving.host}:{serving.port}"
 
 
 def normalise_serve(root: ServeRoot) -> ServeRoot:
-    """One spelling: `~` expanded, no slash at the end, flags with dashes and without those in front."""
+    """Canonical spelling: `~` expanded, no trailing slash, flags with dashes and without leading ones."""
     serving = root.serving
     flags = {name.lstrip("-").replace("_", "-"): value for name, value in serving.flags.items()}
     cache = folder_of(serving.compile_cache)
@@ -86,7 +88,9 @@ def normalise_serve(root: ServeRoot) -> ServeRoot:
 
 
 def examine_serve(root: ServeRoot) -> tuple[ServeChecked | None, list[Refusal]]:
-    """Everything that can be checked before anything is started; `ServeChecked` is None when there are problems."""
+    """Checks everything that can be checked before anything is started; `ServeChecked` is None if there are
+    problems.
+    """
     serving = root.serving
     messages = limit_problems(root) + _runner(root)
     messages += local_problems(serving) if serving.runner == "embedded" else vllm_problems(serving)
@@ -110,10 +114,10 @@ def examine_serve(root: ServeRoot) -> tuple[ServeChecked | None, list[Refusal]]:
                 notes += on_tpu(serving, found) if platform == "tpu" else []
     own = serving.served_model_name or (name_of(found.folder) if found else None)
     if own in [adapter.name for adapter in adapters]:
-        messages.append(f"serving.served_model_name={own}: the name of an adapter too; give the base another one")
+        messages.append(f"serving.served_model_name={own}: also the name of an adapter; rename the base")
     messages += name_problem(root.name)
     if root.run_dir is not None and "://" in root.run_dir:
-        messages.append(f"run_dir={root.run_dir}: the record of a server is local")
+        messages.append(f"run_dir={root.run_dir}: a server's record must be a local folder")
     if messages or found is None:
         return None, [Refusal(m) for m in messages]
     run = next((place for place in (Path(root.run), found.folder.parent) if is_run(place)), None)
@@ -130,49 +134,49 @@ def _model(root: ServeRoot, folder: str) -> tuple[FoundModel | None, list[str]]:
 
 
 def _runner(root: ServeRoot) -> list[str]:
-    """Keys that count with another runner only."""
+    """Keys that apply to another runner only."""
     serving = root.serving
     messages = gke_problems(serving, root.adapters) if serving.runner == GKE else []
     if serving.runner in ("docker", GKE) and serving.executable != ServingConfig().executable:
         messages.append(
-            f"serving.executable={serving.executable}: the container has its own; leave it out, or give"
+            f"serving.executable={serving.executable}: the container has its own; leave it out, or set"
             " serving.runner=process"
         )
     if serving.runner != GKE:
         given = {"architecture": (root.architecture, None), "serving.gke": (serving.gke, GkeServingConfig())}
         messages += [
-            f"{key}: for serving.runner=gke; leave it out" for key, (own, usual) in given.items() if own != usual
+            f"{key}: only for serving.runner=gke; leave it out" for key, (own, usual) in given.items() if own != usual
         ]
     return messages
 
 
 def _slice(serving: ServingConfig) -> list[str]:
-    """Whether there is such a machine, and whether what serves runs on it."""
+    """Whether the slice exists, and whether the server runs on it."""
     name, runner = serving.slice, serving.runner
     if name not in (LOCAL, *SLICES):
         hint = did_you_mean(name, (LOCAL, *SLICES), "serving.slice={}".format)
         return [f"serving.slice={name}: no such slice{hint} (there are: {LOCAL}, {', '.join(SLICES)})"]
     if name == LOCAL and runner == "docker":
         return [
-            f"serving.slice={LOCAL}: the container is for TPUs and GPUs; a CPU serves by serving=local (PyTorch in this"
+            f"serving.slice={LOCAL}: the container is for TPUs and GPUs; on a CPU, use serving=local (PyTorch in this"
             " process) or serving=vllm_cpu (vLLM's CPU build)"
         ]
     if name != LOCAL and runner == "embedded":
         return [f"serving.slice={name}: serving.runner=embedded serves on this machine's CPU: serving.slice={LOCAL}"]
     if name != LOCAL and serving.weight_dtype == "float32":
-        return [f"serving.weight_dtype=float32: for serving=local and serving=vllm_cpu; {name} takes bfloat16 or fp8"]
+        return [f"serving.weight_dtype=float32: only for serving=local and vllm_cpu; {name} takes bfloat16 or fp8"]
     return []
 
 
 def _on_cpu(serving: ServingConfig, arch: Architecture) -> list[str]:
-    """What vLLM's CPU build was seen to refuse, some of it with the first request only."""
+    """What vLLM's CPU build was observed to refuse, sometimes only at the first request."""
     if serving.runner == "embedded":
         return []
     messages = [
         f"serving.{key}={value}: {why}"
         for key, value, usual, why in (
-            ("tensor_parallel_size", serving.tensor_parallel_size, 1, "one CPU is not split; leave it out"),
-            ("data_parallel_size", serving.data_parallel_size, 1, "one CPU holds one copy; leave it out"),
+            ("tensor_parallel_size", serving.tensor_parallel_size, 1, "a CPU is not split; leave it out"),
+            ("data_parallel_size", serving.data_parallel_size, 1, "a CPU holds one copy; leave it out"),
         )
         if value != usual
     ]
@@ -181,8 +185,8 @@ def _on_cpu(serving: ServingConfig, arch: Architecture) -> list[str]:
     widths = {arch.layer_head_dim(layer) for layer in range(arch.num_layers)}
     if refused := sorted(widths - set(CPU_HEAD_WIDTHS)):
         messages.append(
-            f"run: heads of width {', '.join(map(str, refused))}: vLLM's attention on CPUs takes"
-            f" {', '.join(map(str, CPU_HEAD_WIDTHS))}, and ends at the first request otherwise; serving=local serves it"
+            f"run: heads of width {', '.join(map(str, refused))}: vLLM's attention on CPUs supports"
+            f" {', '.join(map(str, CPU_HEAD_WIDTHS))}, and crashes at the first request otherwise; use serving=local"
         )
     return messages
 
@@ -193,7 +197,7 @@ def _place(serving: ServingConfig) -> list[str]:
     cache_folder = serving.compile_cache or ""
     if "://" in cache_folder:
         messages.append(
-            f"serving.compile_cache={cache_folder}: give a folder on a local disk; on a bucket nothing was ever found"
+            f"serving.compile_cache={cache_folder}: use a folder on a local disk; on a bucket, nothing was ever found"
             " again"
         )
     if "," in cache_folder:
@@ -205,19 +209,19 @@ def _place(serving: ServingConfig) -> list[str]:
         try:
             probe.bind((serving.host, serving.port))
         except PermissionError:
-            messages.append(f"serving.port={serving.port}: not allowed to listen there; give one from 1024 on")
+            messages.append(f"serving.port={serving.port}: not permitted to listen there; use a port from 1024 on")
         except (socket.gaierror, UnicodeError):
-            messages.append(f"serving.host={serving.host}: not an address of this machine; give 127.0.0.1 or 0.0.0.0")
+            messages.append(f"serving.host={serving.host}: not an address of this machine; use 127.0.0.1 or 0.0.0.0")
         except OSError as error:
             messages.append(
                 f"serving.port={serving.port}: can't listen on {serving.host} ({error.strerror}); another server may be"
-                f" there (docker ps --filter name=gemma4-serve-{serving.port}): stop it, or give another serving.port"
+                f" there (docker ps --filter name=gemma4-serve-{serving.port}): stop it, or set another serving.port"
             )
     return messages
 
 
 def _split(serving: ServingConfig, arch: Architecture) -> tuple[list[str], list[str]]:
-    """Heads against chips: (refusals, notes)."""
+    """Problems and notes about dividing heads among chips: (refusals, notes)."""
     tp, dp = serving.tensor_parallel_size, serving.data_parallel_size
     slice_ = SLICES[serving.slice]
     refused, notes = [], []
@@ -228,13 +232,13 @@ def _split(serving: ServingConfig, arch: Architecture) -> tuple[list[str], list[
     if tp * dp > slice_.devices:
         refused.append(
             f"serving.tensor_parallel_size={tp} × serving.data_parallel_size={dp}: {slice_.name} has {slice_.devices}"
-            f" devices; tensor_parallel_size may be {', '.join(map(str, fitting))}"
+            f" devices; tensor_parallel_size can be {', '.join(map(str, fitting))}"
         )
     elif tp * dp < slice_.devices:
         notes.append(f"{slice_.devices - tp * dp} of the {slice_.devices} devices of {slice_.name} are left idle")
     if arch.num_heads % tp:
         refused.append(
-            f"serving.tensor_parallel_size={tp}: does not divide the model's {arch.num_heads} query heads; it may be"
+            f"serving.tensor_parallel_size={tp}: does not divide the model's {arch.num_heads} query heads; it can be"
             f" {', '.join(map(str, fitting))}"
         )
     for kind, heads in (("sliding", arch.num_kv_heads), ("global", arch.num_global_kv_heads)):
@@ -244,5 +248,5 @@ def _split(serving: ServingConfig, arch: Architecture) -> tuple[list[str], list[
                 " nor repeated"
             )
         elif tp > heads:
-            notes.append(f"{heads} KV heads of {kind} layers are repeated to {tp}: more cache for the same tokens")
+            notes.append(f"{heads} KV heads of {kind} layers are replicated to {tp}: more cache for the same tokens")
     return refused, notes

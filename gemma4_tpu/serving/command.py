@@ -1,4 +1,4 @@
-"""vLLM's command, word by word, in its container or on this machine. Secrets are named, never written."""
+"""Builds vLLM's command, for its container or for this machine. Secrets are passed by name, never by value."""
 
 from __future__ import annotations
 
@@ -20,18 +20,19 @@ MODEL_MOUNT, ADAPTER_MOUNT, DRAFTER_MOUNT, CACHE_MOUNT = "/model", "/adapters", 
 LABEL = "gemma4-tpu.serve"
 QWIX_FP8 = {"weight_qtype": "float8_e4m3fn", "act_qtype": "float8_e4m3fn"}
 NO_EXPERTS = r"^(?!.*(moe|expert)).*$"
-"""Qwix's rule leaves experts to `REQUANTIZE`, by which they are in fp8 before it sees them: it would refuse them
-(tpu-inference #3500, 2026-09-01)."""
+"""Excludes experts from Qwix's rule; `REQUANTIZE` converts them to fp8 first, which Qwix would refuse (tpu-inference
+#3500, 2026-09-01).
+"""
 REQUANTIZE = {"MOE_REQUANTIZE_WEIGHT_DTYPE": "float8_e4m3fn"}
 
 
 def container_name(serving: ServingConfig) -> str:
-    """One name for each port, so that two servers can't be there unnoticed."""
+    """One name per port, so that a second server on it is noticed."""
     return f"gemma4-serve-{serving.port}"
 
 
 def model_name(serving: ServingConfig, checked: ServeChecked) -> str:
-    """What clients ask for."""
+    """The model name for clients."""
     return serving.served_model_name or name_of(checked.model)
 
 
@@ -74,24 +75,24 @@ def _folders(checked: ServeChecked) -> list[str]:
 
 
 def _adapter_mounts(checked: ServeChecked) -> list[str]:
-    """Where the container sees the adapters' folders."""
+    """Mounts of the adapters' folders in the container."""
     return [f"{ADAPTER_MOUNT}/{number}" for number in range(len(checked.adapters))]
 
 
 def process_environment(serving: ServingConfig, checked: ServeChecked | None) -> dict[str, str]:
-    """What vLLM's process gets besides the environment of this one; `checked` is None for its client."""
+    """Additions to this process's environment for vLLM's process; `checked` is None for its client."""
     cache = cache_folder(serving)
     return environment(serving, checked, str(cache) if cache else None)
 
 
 def inherited() -> dict[str, str]:
-    """This process's environment, but for what would lay its packages over those of vLLM."""
+    """This process's environment, without variables that would shadow vLLM's packages."""
     return {name: value for name, value in os.environ.items() if name not in ("PYTHONHOME", "PYTHONPATH")}
 
 
 def environment(serving: ServingConfig, checked: ServeChecked | None, cache: str | None) -> dict[str, str]:
-    """Variables that vLLM is given; `checked` is None for its client, `cache` the folder for compiled programs as vLLM
-    sees it.
+    """Environment variables for vLLM; `checked` is None for its client, `cache` is the folder for compiled programs as
+    vLLM sees it.
     """
     own: dict[str, Any] = {"VLLM_ENGINE_READY_TIMEOUT_S": int(serving.ready_timeout_seconds) or 1}
     if cache:
@@ -104,7 +105,7 @@ def environment(serving: ServingConfig, checked: ServeChecked | None, cache: str
 def serve_words(
     serving: ServingConfig, checked: ServeChecked, model: str, adapters: Sequence[str] = (), drafter: str | None = None
 ) -> list[str]:
-    """What follows `vllm`: `serve /model …`; `model`, `adapters` and `drafter` are the folders as vLLM sees them."""
+    """What follows `vllm`: `serve /model …`; `model`, `adapters` and `drafter` are folders as vLLM sees them."""
     own: dict[str, Any] = {
         "host": serving.host, "port": serving.port, "served-model-name": model_name(serving, checked),
         "tensor-parallel-size": serving.tensor_parallel_size,
@@ -121,7 +122,7 @@ def serve_words(
 
 
 def _lora_words(checked: ServeChecked, folders: Sequence[str]) -> list[str]:
-    """All adapters stay loaded, so that requests for any of them share a batch."""
+    """Flags that keep all adapters loaded, so that requests for any of them share a batch."""
     named = zip(checked.adapters, folders, strict=True)
     modules = [_plain({"name": adapter.name, "path": folder}) for adapter, folder in named]
     flags = {"enable-lora": True, "max-lora-rank": lora_rank(checked.adapters), "max-loras": len(modules)}
@@ -129,7 +130,7 @@ def _lora_words(checked: ServeChecked, folders: Sequence[str]) -> list[str]:
 
 
 def _weights(serving: ServingConfig, checked: ServeChecked) -> dict[str, Any]:
-    """The flags that `serving.weight_dtype` stands for; checkpoints are in bfloat16 already."""
+    """The flags for `serving.weight_dtype`; checkpoints are already in bfloat16."""
     match serving.weight_dtype, platform_of(serving):
         case "fp8", "tpu":
             modules = NO_EXPERTS if checked.architecture.num_experts else ".*"
@@ -143,7 +144,7 @@ def _weights(serving: ServingConfig, checked: ServeChecked) -> dict[str, Any]:
 
 
 def shown(words: Sequence[str]) -> str:
-    """The command for a shell, a flag with its value on each line."""
+    """The command for a shell, with one flag and its value per line."""
     lines: list[list[str]] = []
     for word in words:
         if word.startswith("--") or not lines:

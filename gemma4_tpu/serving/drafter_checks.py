@@ -1,4 +1,4 @@
-"""Checks of `serving.drafter`: whether the folder holds a drafter, and one of this size. No JAX."""
+"""Checks of `serving.drafter`: whether the folder contains a drafter of the right size. Imports no JAX."""
 
 from __future__ import annotations
 
@@ -20,15 +20,15 @@ def speculation(serving: ServingConfig, drafter: str) -> dict[str, Any]:
 
 
 def drafter_problems(serving: ServingConfig, arch: Architecture) -> list[str]:
-    """What speaks against the drafter for a model."""
+    """Problems with the drafter for a model."""
     given = serving.flags.get(SPECULATION)
     if given is not None and not isinstance(given, dict):
         return [f"serving.flags.{SPECULATION}={given}: give a mapping, such as {{method: ngram, …}}"]
     if serving.drafter is None:
         if (given or {}).get("method") == MTP and "model" not in (given or {}):
             return [
-                "serving.drafter: which drafter? this recipe speculates with one: serving.drafter=<folder>, such as"
-                " that of google/gemma-4-31B-it-assistant"
+                "serving.drafter: this recipe needs a drafter: set serving.drafter=<folder>, such as"
+                " a copy of google/gemma-4-31B-it-assistant"
             ]
         return []
     if "model" in (given or {}):
@@ -42,10 +42,10 @@ def drafter_problems(serving: ServingConfig, arch: Architecture) -> list[str]:
     except (OSError, ValueError, AttributeError) as error:
         return [f"serving.drafter={folder}: no checkpoint with a config.json ({error})"]
     if kind not in KINDS:
-        return [f"serving.drafter={folder}: model_type={kind} is no drafter of Gemma 4 ({', '.join(KINDS)})"]
+        return [f"serving.drafter={folder}: model_type={kind} is not a Gemma 4 drafter ({', '.join(KINDS)})"]
     if width != arch.embed_dim:
         return [
-            f"serving.drafter={folder}: made for a model of width {width}, and this one has {arch.embed_dim}; take the"
+            f"serving.drafter={folder}: made for a model of width {width}, but this one has {arch.embed_dim}; use the"
             " drafter of the same size"
         ]
     return []

@@ -1,4 +1,4 @@
-"""The container engine's command line (Docker's, which Podman's follows)."""
+"""The container engine's command line (Docker's, which Podman follows)."""
 
 from __future__ import annotations
 
@@ -16,64 +16,64 @@ from gemma4_tpu.redact import redact
 
 STDERR = 2
 CLIENT_KEY = "OPENAI_API_KEY"
-"""Environment variable of clients; vLLM's own knows it too."""
+"""Environment variable for clients' API key; vLLM's own client reads it too."""
 ANSWER_SECONDS = 120.0
-"""For commands that should answer at once."""
+"""Time limit for commands that should return at once."""
 _REMEDIES = (
     ("cannot connect to the docker daemon", "is it running? sudo systemctl start docker"),
     ("permission denied", "may this user use it? sudo usermod -aG docker $USER and log in again, or"
      " serving.engine='sudo --preserve-env=HF_TOKEN docker'"),
-    ("is already in use by container", "a server is there already, or was left by one that was killed; stop it with"
-     " docker rm -f {name}, or give another serving.port"),
-    ("no such object", "no server of that port runs on this machine; python -m gemma4_tpu.serve starts one"),
-    ("could not select device driver", "GPUs reach containers through NVIDIA's container toolkit; install it"),
+    ("is already in use by container", "a server is running there, or was left behind; stop it with"
+     " docker rm -f {name}, or set another serving.port"),
+    ("no such object", "no server on that port runs on this machine; python -m gemma4_tpu.serve starts one"),
+    ("could not select device driver", "containers need NVIDIA's container toolkit to use GPUs; install it"),
     ("manifest unknown", "no such image; look for its tags and give serving.image=<name>:<version>"),
     ("not found", "no such image; look for its tags and give serving.image=<name>:<version>"),
     ("pull access denied", "no such image, or it is private (docker login)"),
-    ("no space left on device", "the disk is full; the image takes about 20 GB: docker system df shows what is there"),
+    ("no space left on device", "the disk is full; the image takes about 20 GB; see docker system df"),
     ("no such host", "this machine can't reach the registry"),
 )  # fmt: skip
-"""Part of a message in lower case → what to do."""
+"""Part of an error message, in lower case → what to do."""
 
 
 @dataclass(frozen=True)
 class State:
-    """What became of a container."""
+    """The state of a container."""
 
     running: bool
     exit_code: int
     out_of_memory: bool
-    """The kernel killed it for host memory (not HBM)."""
+    """The kernel killed it because host memory ran out (not HBM)."""
 
 
 def exec_words(container: str, words: Sequence[str]) -> list[str]:
-    """What follows the engine's name for a command in a running container; secrets are handed on by name."""
+    """What follows the engine's name to run a command in a container; secrets are passed by name."""
     return ["exec", *(["--env", CLIENT_KEY] if os.environ.get(CLIENT_KEY) else []), container, *words]
 
 
 class ContainerEngine:
-    """Runs one container; no process is left by any of its methods."""
+    """Runs one container; none of its methods leaves a process behind."""
 
     def __init__(self, command: str):
         self._words = shlex.split(command)
         self._command = command
 
     def check(self) -> None:
-        """Raises `UserError` where the engine is not installed or does not answer."""
+        """Raises `UserError` if the engine is not installed or does not respond."""
         if not self._words or shutil.which(self._words[0]) is None:
             raise UserError(
-                f"serving.engine={self._command}: no such command; install Docker, or give serving.engine=podman"
+                f"serving.engine={self._command}: no such command; install Docker, or set serving.engine=podman"
                 " (dry_run=true shows the command without one)"
             )
         self._ask("version")
 
     def digests(self, image: str) -> list[str] | None:
-        """`<name>@sha256:…` of an image that is here (none for one that was built here); None: it is not here."""
+        """`<name>@sha256:…` of a local image (empty if it was built here); None if there is no such image."""
         done = self._call("image", "inspect", "--format", "{{json .RepoDigests}}", image)
         return None if done.returncode else json.loads(done.stdout) or []
 
     def pull(self, image: str) -> None:
-        """Fetches the image; the engine's own progress goes to stderr."""
+        """Pulls the image; the engine's progress goes to stderr."""
         done = subprocess.run(
             [*self._words, "pull", image], stdin=subprocess.DEVNULL, stdout=STDERR,
             stderr=subprocess.PIPE, text=True, errors="replace", start_new_session=True,
@@ -82,7 +82,7 @@ class ContainerEngine:
             raise self._refusal("pull", done.stderr)
 
     def run(self, words: Sequence[str], name: str) -> str:
-        """Starts a container (`run --detach …`) and returns its id; where that fails, nothing of it is left."""
+        """Starts a container (`run --detach …`) and returns its id; on failure, nothing of it is left."""
         done = self._call(*words)
         made = done.stdout.strip().splitlines()
         if done.returncode == 0 and made:
@@ -92,7 +92,7 @@ class ContainerEngine:
         raise self._refusal("run", done.stderr, name)
 
     def logs(self, container: str) -> subprocess.Popen[bytes]:
-        """Follows what the container prints, from its beginning to its end."""
+        """Follows the container's output, from start to end."""
         return subprocess.Popen(
             [*self._words, "logs", "--follow", container], stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT, start_new_session=True,
@@ -104,9 +104,9 @@ class ContainerEngine:
         return State(bool(told["Running"]), int(told["ExitCode"]), bool(told.get("OOMKilled")))
 
     def execute(self, container: str, words: Sequence[str], output: Path) -> int:
-        """Runs a command in the container and appends what it prints to a file; returns its exit code.
+        """Runs a command in the container, appends its output to a file, and returns its exit code.
 
-        What ends this process does not end the command, which belongs to the container.
+        Ending this process does not end the command, which belongs to the container.
         """
         with open(output, "ab") as file:
             process = subprocess.Popen(
@@ -121,16 +121,16 @@ class ContainerEngine:
                 raise
 
     def ask_inside(self, container: str, words: Sequence[str]) -> str | None:
-        """What a short command in the container prints; None: it failed."""
+        """Output of a short command in the container; None if it failed."""
         done = self._call(*exec_words(container, words))
         return None if done.returncode else done.stdout
 
     def stop(self, container: str, seconds: int) -> None:
-        """Asks the container to end, and kills it after so many seconds."""
+        """Asks the container to stop, and kills it after `seconds`."""
         self._call("stop", "-t", str(seconds), container, timeout=seconds + ANSWER_SECONDS)
 
     def remove(self, container: str) -> None:
-        """Removes the container, running or not, and its volumes."""
+        """Removes the container, running or not, with its volumes."""
         self._call("rm", "--force", "--volumes", container)
 
     def _call(self, *words: str, timeout: float = ANSWER_SECONDS) -> subprocess.CompletedProcess[str]:
@@ -149,7 +149,7 @@ class ContainerEngine:
         return done.stdout
 
     def _refusal(self, verb: str, said: str, name: str = "<name>") -> UserError:
-        lines = [line for line in redact(said).splitlines() if line.strip()] or ["(it said nothing)"]
+        lines = [line for line in redact(said).splitlines() if line.strip()] or ["(no output)"]
         text = said.lower()
         remedy = next((advice for part, advice in _REMEDIES if part in text), None)
         advice = f"; {remedy.format(name=name)}" if remedy else ""

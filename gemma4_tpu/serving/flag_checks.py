@@ -1,6 +1,6 @@
-"""Checks of what vLLM is given: its image, flags and environment. No JAX.
+"""Checks of vLLM's image, flags and environment. Imports no JAX.
 
-The flags of `vllm serve` are those that version 0.32 prints with `--help=all` (`assets/vllm_0_32_flags.txt`).
+The known flags of `vllm serve` are those that version 0.32 prints with `--help=all` (`assets/vllm_0_32_flags.txt`).
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ from gemma4_tpu.config.keys import did_you_mean
 from gemma4_tpu.config.serving import ServingConfig
 
 KNOWN_IMAGES = r"(.*/)?vllm/vllm-(tpu|openai):v0\.32\.\d+(@sha256:[0-9a-f]{64})?"
-"""Those whose flags the list holds."""
-LORA_FLAGS = "adapters are served by adapters=[<run folder>, …], which checks them first"
+"""Images whose flags the list covers."""
+LORA_FLAGS = "serve adapters with adapters=[<run folder>, …], which checks them first"
 HANDED_ON = ("HF_TOKEN", "VLLM_API_KEY")
-"""Environment variables that vLLM gets by name, so that no command line or file shows their values."""
+"""Environment variables passed to vLLM by name, so that no command line or file contains their values."""
 OWN_FLAGS = {
     "model": "run", "host": "serving.host", "port": "serving.port", "served-model-name": "serving.served_model_name",
     "tensor-parallel-size": "serving.tensor_parallel_size", "data-parallel-size": "serving.data_parallel_size",
@@ -27,26 +27,26 @@ OWN_FLAGS = {
     "max-num-batched-tokens": "serving.max_num_batched_tokens", "kv-cache-dtype": "serving.kv_cache_dtype",
     "gpu-memory-utilization": "serving.gpu_memory_utilization",
 }  # fmt: skip
-"""Flags that have a key of their own."""
+"""Flags that have their own key."""
 _RENAMED = {"disable-log-requests": "no-enable-log-requests (it was renamed; requests are not logged by default)"}
 _SECRET = re.compile(r"(^|_)(token|key|secret|password)$", re.IGNORECASE)
 _LORA = re.compile(r"-{0,2}(no-)?(enable[-_]lora|lora[-_]\w+|max[-_]loras?\b.*|default[-_]mm[-_]loras)", re.IGNORECASE)
 _REMOTE_CODE = "trust-remote-code"
-_NO_REMOTE_CODE = "would run code that a checkpoint names; Gemma 4 needs none: leave it out"
+_NO_REMOTE_CODE = "would run code from a checkpoint, which Gemma 4 does not need: leave it out"
 _PARSERS = ("tool-call-parser", "reasoning-parser")
 _PARSER = "gemma4"
 _PINNED = re.compile(r"\d+\.\d+|20\d{6}|20\d\d-\d\d-\d\d|\b(?=[0-9a-f]*\d)[0-9a-f]{7,40}\b")
-"""What is in a tag that does not move: a version, a day or a commit. A digit alone is none: `gemma4` moves."""
+"""What makes a tag immutable: a version, a date or a commit. A digit alone does not: `gemma4` can move."""
 
 
 @cache
 def known_flags() -> frozenset[str]:
-    """Flags of `vllm serve` 0.32, without dashes in front."""
+    """Flags of `vllm serve` 0.32, without leading dashes."""
     return frozenset(Path(assets.ROOT, "vllm_0_32_flags.txt").read_text(encoding="utf-8").split())
 
 
 def vllm_problems(serving: ServingConfig) -> list[str]:
-    """What speaks against the image, flags and environment that vLLM is given."""
+    """Problems with the image, flags and environment for vLLM."""
     messages = [] if serving.runner == "process" else _image(serving)
     return messages + _flags(serving) + _environment(serving) + _told_secret(serving)
 
@@ -56,14 +56,14 @@ def _image(serving: ServingConfig) -> list[str]:
     name, _, digest = image.partition("@")
     tag = name.rsplit("/", 1)[-1].partition(":")[2]
     if not image:
-        return ["serving.image: which container image? give serving.image=<name>:<version> or <name>@sha256:<digest>"]
+        return ["serving.image is not set; set serving.image=<name>:<version> or <name>@sha256:<digest>"]
     if re.search(r"\s", image) or image.startswith("-"):
         return [f"serving.image={image}: not the name of an image"]
     if digest or _PINNED.search(tag):
         return []
     told = f"the tag {tag}" if tag else "no tag"
     return [
-        f"serving.image={image}: {told} can mean another image tomorrow; pin a version (vllm/vllm-tpu:v0.32.0) or a"
+        f"serving.image={image}: {told} can refer to another image tomorrow; pin a version (vllm/vllm-tpu:v0.32.0) or a"
         " digest (vllm/vllm-tpu@sha256:…)"
     ]
 
@@ -77,14 +77,14 @@ def _flags(serving: ServingConfig) -> list[str]:
             messages.append(f"{given}: {LORA_FLAGS}")
         elif name in ("api-key", "hf-token"):
             variable = {"api-key": "VLLM_API_KEY", "hf-token": "HF_TOKEN"}[name]
-            messages.append(f"{given}: would be on a command line that everyone can read; set {variable} instead")
+            messages.append(f"{given}: every user can read command lines; set {variable} in the environment instead")
         elif name == _REMOTE_CODE and value is not False:
             messages.append(f"{given}: {_NO_REMOTE_CODE}")
         elif name in OWN_FLAGS:
             messages.append(f"{given}: give {OWN_FLAGS[name]} instead")
         elif name in _PARSERS and value not in (None, _PARSER):
             messages.append(
-                f"{given}={value}: Gemma 4's is {_PARSER}, and a name that vLLM doesn't know fails only when the server"
+                f"{given}={value}: Gemma 4's is {_PARSER}, and an unknown name fails only when the server"
                 f" starts; serving.extra_args=[--{name},{value}] passes it unchecked"
             )
         elif checked and name not in known_flags():
@@ -99,24 +99,22 @@ def _flags(serving: ServingConfig) -> list[str]:
         elif word.partition("=")[0].lstrip("-").replace("_", "-") == _REMOTE_CODE:
             messages.append(f"serving.extra_args: {word}: {_NO_REMOTE_CODE}")
     if serving.weight_dtype == "fp8" and {"additional-config", "quantization"} & serving.flags.keys():
-        messages.append(
-            "serving.weight_dtype=fp8: give it, or serving.flags.additional-config or quantization, not both"
-        )
+        messages.append("serving.weight_dtype=fp8: set either this, or serving.flags.additional-config or quantization")
     return messages
 
 
 def _no_such_flag(name: str) -> str:
     if name in _RENAMED:
-        return f"no flag of vllm serve 0.32; did you mean {_RENAMED[name]}?"
+        return f"not a flag of vllm serve 0.32; did you mean {_RENAMED[name]}?"
     hint = did_you_mean(name, known_flags())
-    return f"no flag of vllm serve 0.32{hint} (serving.extra_args passes words unchecked)"
+    return f"not a flag of vllm serve 0.32{hint} (serving.extra_args passes words unchecked)"
 
 
 def _told_secret(serving: ServingConfig) -> list[str]:
-    """Whether a secret of this process's environment would stand on the command line."""
+    """Whether the value of a secret in this process's environment appears in the configuration."""
     words = json.dumps([serving.flags, serving.extra_args, serving.env, serving.engine], default=str)
     return [
-        f"serving: the value of {name} is in flags, extra_args or env, for all to read; it is handed on by name anyway"
+        f"serving: the value of {name} is in flags, extra_args or env; leave it out, it is passed on by name"
         for name in HANDED_ON
         if len(value := os.environ.get(name, "")) >= 8 and value in words
     ]
@@ -129,9 +127,9 @@ def _environment(serving: ServingConfig) -> list[str]:
             messages.append(f"serving.env.{name}: not the name of an environment variable")
         elif _SECRET.search(name):
             messages.append(
-                f"serving.env.{name}: no secrets in the configuration; HF_TOKEN and VLLM_API_KEY are handed on from the"
+                f"serving.env.{name}: no secrets in the configuration; HF_TOKEN and VLLM_API_KEY are passed on from the"
                 " environment, other names by serving.engine (docker's own configuration)"
             )
         elif isinstance(value, dict | list):
-            messages.append(f"serving.env.{name}: a text or a number is wanted")
+            messages.append(f"serving.env.{name}: must be a string or a number")
     return messages

@@ -1,4 +1,4 @@
-"""Checks of `serving.runner=gke`: what is served there, and where. No JAX."""
+"""Checks of `serving.runner=gke`: what it serves, and where. Imports no JAX."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _NAME = r"[a-z0-9]([-a-z0-9]{0,61}[a-z0-9])?"
 
 
 def in_a_pod(serving: ServingConfig, run: str) -> ServingConfig:
-    """As pods run it: open to the Service, and named as the folder is; `merged` as its run."""
+    """The configuration inside a pod: open to the Service, and named after the folder (`merged` after its run)."""
     place = PurePosixPath(run)
     named = place.parent.name if place.name == "merged" else place.name
     host = "0.0.0.0" if serving.host == ServingConfig().host else serving.host
@@ -25,11 +25,11 @@ def in_a_pod(serving: ServingConfig, run: str) -> ServingConfig:
 
 
 def gke_problems(serving: ServingConfig, adapters: list[str]) -> list[str]:
-    """What speaks against pods of this kind."""
+    """Problems with pods of this kind."""
     gke, messages = serving.gke, []
     slice_ = SLICES.get(serving.slice)
     if serving.slice == LOCAL or (slice_ is not None and slice_.chip.name not in ACCELERATORS):
-        messages.append(f"serving.slice={serving.slice}: serving.runner=gke knows TPU slices; give one, such as v6e-8")
+        messages.append(f"serving.slice={serving.slice}: serving.runner=gke needs a TPU slice, such as v6e-8")
     if adapters:
         messages.append("adapters: serving.runner=gke serves one merged folder; leave them out")
     if serving.drafter:
@@ -37,7 +37,7 @@ def gke_problems(serving: ServingConfig, adapters: list[str]) -> list[str]:
     if gke.min_replicas > gke.max_replicas:
         messages.append(f"serving.gke.min_replicas={gke.min_replicas}: more than max_replicas={gke.max_replicas}")
     messages += [
-        f"serving.gke.{key}={name}: lower-case letters, digits and dashes make a name in Kubernetes"
+        f"serving.gke.{key}={name}: names in Kubernetes consist of lower-case letters, digits and dashes"
         for key in ("namespace", "service_account", "secret")
         if (name := getattr(gke, key)) is not None and not re.fullmatch(_NAME, name)
     ]

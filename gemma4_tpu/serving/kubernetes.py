@@ -1,8 +1,8 @@
 """vLLM on GKE: the Kubernetes objects of a served model, for `kubectl apply -f -`.
 
-A Deployment whose pods are slices of one host each, the Service in front of them, and a HorizontalPodAutoscaler over
-the requests that wait in vLLM's queues, which Google's managed Prometheus scrapes (PodMonitoring) and its adapter for
-custom metrics hands to Kubernetes. The merged folder stays in its bucket: Cloud Storage FUSE mounts it.
+A Deployment whose pods are single-host slices, the Service in front of them, and a HorizontalPodAutoscaler driven by
+the number of requests waiting in vLLM's queues, which Google's managed Prometheus scrapes (PodMonitoring) and its
+custom-metrics adapter passes to Kubernetes. The merged folder stays in its bucket; Cloud Storage FUSE mounts it.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ def manifests(serving: ServingConfig, checked: ServeChecked) -> list[dict[str, A
             "scaleTargetRef": {"apiVersion": "apps/v1", "kind": "Deployment", "name": name},
             "minReplicas": serving.gke.min_replicas, "maxReplicas": serving.gke.max_replicas,
             "metrics": [{"type": "Pods", "pods": {"metric": waiting, "target": target}}],
-            # A slice that starts compiles for minutes: it is not given up for a lull.
+            # A new slice compiles for minutes, so a brief lull must not remove it.
             "behavior": {"scaleDown": {"stabilizationWindowSeconds": 3600}},
         },
     }  # fmt: skip
@@ -70,7 +70,7 @@ def rendered(serving: ServingConfig, checked: ServeChecked) -> str:
 
 
 def object_name(model: str) -> str:
-    """A model's name as Kubernetes takes names."""
+    """A model's name in Kubernetes' syntax."""
     return re.sub(r"[^a-z0-9]+", "-", f"vllm-{model}".lower()).strip("-")[:63].strip("-")
 
 

@@ -1,6 +1,6 @@
-"""The embedded server from start to end: PyTorch on the CPU behind OpenAI's endpoints, for small checkpoints.
+"""The embedded server: PyTorch on the CPU behind OpenAI's endpoints, for small checkpoints.
 
-Three threads: this one waits for signals, one speaks HTTP (uvicorn), one computes (`local_engine`).
+Three threads: this one waits for signals, one serves HTTP (uvicorn), one computes (`local_engine`).
 """
 
 from __future__ import annotations
@@ -31,12 +31,12 @@ log = logging.getLogger(__name__)
 
 POLL_SECONDS = 0.05
 STOP_SECONDS = 2
-"""Clients may take so long to hear the end of their answers."""
+"""Time for clients to receive the end of their answers."""
 
 
 @dataclass(kw_only=True)
 class LocalOutcome(ServerOutcome):
-    """What `result.json` holds of a server in this process."""
+    """Contents of `result.json` for a server in this process."""
 
     weight_bytes: int
     """Estimated: parameters × bytes."""
@@ -48,7 +48,7 @@ def weight_bytes(serving: ServingConfig, checked: ServeChecked) -> int:
 
 
 def check_host_memory(serving: ServingConfig, checked: ServeChecked) -> None:
-    """Raises `UserError` where this machine's free memory does not hold the weights."""
+    """Raises `UserError` if the weights do not fit into this machine's free memory."""
     wanted, there = weight_bytes(serving, checked), psutil.virtual_memory().available
     if wanted > there:
         raise UserError(
@@ -80,27 +80,27 @@ class LocalServer:
         )
 
     def run(self) -> int:
-        """Exit code: 0 stopped after it answered; 130 or 143 (128 + signal) stopped before.
+        """Returns 0 if stopped after it answered, 130 or 143 (128 + signal) if stopped before.
 
         Raises:
-          UserError: it does not start, or is not the trained model. Whatever ended the engine comes as it is.
+          UserError: it does not start, or does not serve the trained model. Errors of the engine are passed on.
         """
         return until_stopped(self.outcome, self._serve, "the server is stopped")
 
     @contextmanager
     def _threads(self, signals: Signals) -> Iterator[None]:
-        """HTTP and engine, both ended with the block."""
+        """HTTP and engine threads, both ended with the block."""
         http = threading.Thread(target=self._listen, name="http", daemon=True)
         http.start()
         try:
             while not self._http.started:
                 if not http.is_alive():
                     raise UserError(
-                        f"serving.port={self._serving.port}: can't listen on {self._serving.host}; another server took"
-                        " it meanwhile? give another serving.port"
+                        f"serving.port={self._serving.port}: cannot listen on {self._serving.host}; if a server took"
+                        " it in the meantime, set another serving.port"
                     )
                 time.sleep(POLL_SECONDS)
-            with signals.held():  # a thread that is half started can't be waited for
+            with signals.held():  # a half-started thread cannot be joined
                 self._engine.start()
             yield
         finally:
@@ -111,7 +111,7 @@ class LocalServer:
     def _listen(self) -> None:
         try:
             self._http.run()
-        except SystemExit:  # uvicorn's way to say that it can't listen; it has logged why
+        except SystemExit:  # uvicorn could not listen; it has logged why
             return
 
     def _serve(self, signals: Signals) -> None:
@@ -137,7 +137,7 @@ class LocalServer:
             if time.monotonic() > deadline:
                 raise UserError(
                     f"serving.ready_timeout_seconds={self._serving.ready_timeout_seconds:g}: the checkpoint is not"
-                    " loaded yet; give more"
+                    " loaded yet; allow more time"
                 )
             time.sleep(POLL_SECONDS)
         self._raise_error()

@@ -1,4 +1,4 @@
-"""The embedded server's HTTP side: OpenAI's endpoints by FastAPI, each request handed to the engine's thread."""
+"""HTTP side of the embedded server: OpenAI's endpoints in FastAPI; requests are passed to the engine's thread."""
 
 from __future__ import annotations
 
@@ -33,21 +33,21 @@ from gemma4_tpu.serving.local_reply import Reply
 from gemma4_tpu.serving.local_sampling import ABORT, ERROR, AnswerPiece, GeneratedAnswer
 
 GONE_SECONDS = 0.25
-"""Between looks whether a client is still there."""
+"""Interval between checks whether a client is still connected."""
 CHARACTERS_PER_TOKEN = 64
-"""A prompt with more characters than this for each token that fits is refused unread."""
+"""A prompt with more characters than this per token that fits is refused unread."""
 BODY_BYTES = 32 * 2**20
-"""Of a request, at most."""
+"""Limit for a request."""
 
 
 class _Prompt(NamedTuple):
     tokens: list[int]
     echo: str | None = None
-    """Its text, where that is told again."""
+    """Its text, if it is to be echoed."""
 
 
 class Api:
-    """The endpoints around one engine."""
+    """The endpoints of one engine."""
 
     def __init__(self, engine: LocalEngine, metrics: Metrics, model: str, max_model_len: int, key: str | None):
         self._engine, self._metrics, self._model, self._longest = engine, metrics, model, max_model_len
@@ -55,7 +55,7 @@ class Api:
         self._tokenizing = asyncio.Lock()
 
     def app(self) -> FastAPI:
-        """The application; its docs pages are left out, since they load scripts from elsewhere."""
+        """The application, without its docs pages, which load scripts from elsewhere."""
         app = FastAPI(title="gemma4-tpu", docs_url=None, redoc_url=None, openapi_url=None)
         app.add_middleware(CORSMiddleware, allow_origins=["*"], allow_methods=["GET", "POST"], allow_headers=["*"])
         app.add_exception_handler(ApiError, lambda _, error: _error(error))
@@ -101,7 +101,7 @@ class Api:
         }  # fmt: skip
 
     async def tokenize(self, request: Request) -> dict[str, Any]:
-        """`POST /tokenize`, as vLLM has it for texts: their ids."""
+        """`POST /tokenize`, as in vLLM, for texts: returns their ids."""
         self._authorise(request)
         body = read_request(TokenizeRequest, await whole_body(request))
         if body.model is not None:
@@ -113,7 +113,7 @@ class Api:
         return {"tokens": tokens, "count": len(tokens), "max_model_len": self._longest}
 
     async def completions(self, request: Request) -> Response:
-        """`POST /v1/completions`: texts or token ids are continued."""
+        """`POST /v1/completions`: continues texts or token ids."""
         self._authorise(request)
         body = read_request(CompletionRequest, await whole_body(request))
         self._admit(body)
@@ -157,7 +157,7 @@ class Api:
     def _authorise(self, request: Request) -> None:
         given = request.headers.get("authorization", "").removeprefix("Bearer ")
         if self._key and not hmac.compare_digest(given.encode(), self._key.encode()):
-            raise ApiError(401, "the API key is wrong", code="invalid_api_key")
+            raise ApiError(401, "invalid API key", code="invalid_api_key")
 
     def _check_model(self, name: str) -> None:
         if name != self._model:
@@ -202,19 +202,19 @@ class Api:
         try:
             return await asyncio.to_thread(self._engine.grammar, wanted.schema_wanted)
         except WorkRefused as error:
-            raise ApiError(400, f"response_format can't be kept: {error}", param="response_format") from None
+            raise ApiError(400, f"response_format cannot be satisfied: {error}", param="response_format") from None
 
     async def _answer(
         self, body: CompletionRequest | ChatRequest, request: Request, prompts: Sequence[_Prompt]
     ) -> Response:
-        """Every prompt `n` times, as one reply or a stream."""
+        """Answers every prompt `n` times, as one reply or a stream."""
         is_chat = isinstance(body, ChatRequest)
         if len(prompts) * body.n > self._longest:
             raise ApiError(400, f"{len(prompts)} prompts are too many", param="messages" if is_chat else "prompt")
         for tokens, _ in prompts:
             wanted = 1 if body.limit is None else body.limit
             if len(tokens) + wanted > self._longest:
-                told = f"the prompt has {len(tokens)} and {wanted} more are asked for"
+                told = f"the prompt has {len(tokens)} and {wanted} more are requested"
                 raise self._too_long(told, "messages" if is_chat else "prompt")
         self._check_tokens(body.logit_bias or (), "logit_bias")
         grammar = await self._grammar(body.response_format)
@@ -252,7 +252,7 @@ class Api:
         self, body: CompletionRequest | ChatRequest, request: Request, answers: list[GeneratedAnswer],
         queue: asyncio.Queue[tuple[int, AnswerPiece]], reply: Reply,
     ) -> AsyncIterator[str]:  # fmt: skip
-        """Server-sent events: a chunk per token, usage if wanted, `[DONE]`."""
+        """Server-sent events: one chunk per token, usage if requested, `[DONE]`."""
         wanted = body.stream_options
         begun: set[int] = set()
         async with self._under_way(request, answers):
@@ -272,7 +272,7 @@ class Api:
 
     @asynccontextmanager
     async def _under_way(self, request: Request, answers: list[GeneratedAnswer]) -> AsyncIterator[None]:
-        """Submits the answers; what is not finished at the end, or when the client goes, is given up."""
+        """Submits the answers; cancels those that are unfinished at the end, or when the client disconnects."""
 
         def give_up() -> None:
             for answer in answers:
@@ -296,7 +296,7 @@ class Api:
 async def _pieces(
     queue: asyncio.Queue[tuple[int, AnswerPiece]], answers: int
 ) -> AsyncIterator[tuple[int, AnswerPiece]]:
-    """What the engine tells, until every answer has ended."""
+    """Yields the engine's pieces until every answer has ended."""
     while answers:
         index, piece = await queue.get()
         answers -= piece.finish is not None
@@ -304,7 +304,7 @@ async def _pieces(
 
 
 def _hand_over(loop: asyncio.AbstractEventLoop, queue: asyncio.Queue[tuple[int, AnswerPiece]], item: Any) -> None:
-    """From the engine's thread to the loop's; one that is closed has nobody waiting."""
+    """Passes an item from the engine's thread to the loop; if the loop is closed, nobody is waiting."""
     if not loop.is_closed():
         loop.call_soon_threadsafe(queue.put_nowait, item)
 
@@ -318,17 +318,17 @@ def _error(error: ApiError, headers: Mapping[str, str] | None = None) -> JSONRes
 
 
 def _http_error(request: Request, error: Any) -> Response:
-    """No such page, or not by this method; who asks for a page's methods is told."""
+    """Error for an unknown page or method; requests for a page's methods are answered."""
     if request.method == "OPTIONS" and error.status_code == 405:
         return Response(status_code=204, headers=error.headers)
     return _error(ApiError(error.status_code, error.detail), error.headers)
 
 
 async def whole_body(request: Request) -> bytes:
-    """Raises `ApiError` where it isn't declared as JSON, or too large."""
+    """Raises `ApiError` if the body is not declared as JSON, or too large."""
     kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if kind != "application/json":
-        told = f"content-type is {kind}" if kind else "there is no content-type"
+        told = f"the content-type is {kind}" if kind else "there is no content-type"
         raise ApiError(415, f"{told}; send application/json")
     body = bytearray()
     async for piece in request.stream():
@@ -339,5 +339,5 @@ async def whole_body(request: Request) -> bytes:
 
 
 def api_key() -> str | None:
-    """The key that clients must bring, from the environment; None: everybody is let in."""
+    """The API key that clients must send, from the environment; None admits everyone."""
     return os.environ.get("VLLM_API_KEY") or None

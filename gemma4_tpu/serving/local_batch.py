@@ -1,4 +1,4 @@
-"""The answers that the embedded server's engine computes side by side, and their caches as one."""
+"""The answers that the embedded server's engine computes together, with a joint cache."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from gemma4_tpu.serving.local_sampling import GeneratedAnswer
 
 
 class DecodingBatch:
-    """Answers under way, a row each, and their cache: every row ends at the same column, shorter ones begin later.
+    """Answers in progress, one per row, and their cache: every row ends at the same column, shorter ones start later.
 
-    Every layer keeps the whole sequence; the model's mask makes windows of it.
+    Every layer keeps the whole sequence; the model's mask applies the windows.
     """
 
     def __init__(self) -> None:
         self.answers: list[GeneratedAnswer] = []
-        self._parts: list[DynamicCache] = []  # of one or more rows each, in the order of `answers`
+        self._parts: list[DynamicCache] = []  # each with one or more rows, in the order of `answers`
 
     @property
     def cache(self) -> DynamicCache:
@@ -30,7 +30,7 @@ class DecodingBatch:
         return self._parts[0]
 
     def mask(self) -> torch.Tensor:
-        """[B, cached tokens + 1]: what each row may look at, the token to come included."""
+        """[B, cached tokens + 1]: what each row can attend to, the next token included."""
         width = self.cache.get_seq_length() + 1
         lengths = torch.tensor([answer.length for answer in self.answers])
         return (torch.arange(width)[None] >= width - lengths[:, None]).long()
@@ -41,7 +41,7 @@ class DecodingBatch:
         self._parts.append(cache)
 
     def keep(self, rows: list[int]) -> None:
-        """Leaves the other rows out, and the columns that only they had."""
+        """Drops the other rows, and the columns that only they used."""
         if len(rows) == len(self.answers):
             return
         layers = _tensors(self.cache)
@@ -61,7 +61,7 @@ def _side_by_side(parts: Sequence[DynamicCache]) -> DynamicCache:
 
 def _tensors(cache: DynamicCache) -> list[tuple[torch.Tensor, torch.Tensor]]:
     """Keys and values of each layer, [B, KV heads, T, D]."""
-    layers: list[Any] = cache.layers  # by their type some could be without keys; Gemma 4 has none such
+    layers: list[Any] = cache.layers  # the type allows layers without keys, but Gemma 4 has none
     return [(layer.keys, layer.values) for layer in layers]
 
 

@@ -1,4 +1,4 @@
-"""Checks of `python -m gemma4_tpu.serve serving=local`: which keys count without a container, and the extra. No JAX."""
+"""Checks of `python -m gemma4_tpu.serve serving=local`: keys without effect, and the extra. Imports no JAX."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ VLLM_ONLY = (
     "engine", "executable", "image", "tensor_parallel_size", "data_parallel_size", "gpu_memory_utilization",
     "kv_cache_dtype", "flags", "drafter", "extra_args", "env", "compile_cache", "shm_size_gib",
 )  # fmt: skip
-"""Keys of vLLM and of its container."""
+"""Keys for vLLM and its container."""
 NEEDED = ("fastapi", "prometheus_client", "torch", "uvicorn")
-"""Modules of the extra `local-serving`."""
+"""Modules that the extra `local-serving` installs."""
 
 
 def local_problems(serving: ServingConfig) -> list[str]:
-    """What speaks against a server in this process."""
+    """Problems of a server in this process."""
     usual = ServingConfig()
     messages = [
-        f"serving.{key}={value}: of vLLM, which serving=local does without; leave it out"
+        f"serving.{key}={value}: for vLLM, which serving=local does not use; leave it out"
         for key in VLLM_ONLY
         if (value := getattr(serving, key)) != getattr(usual, key)
     ]

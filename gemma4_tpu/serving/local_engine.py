@@ -1,8 +1,8 @@
-"""The embedded server's engine: one thread in which Gemma 4 (transformers, PyTorch) answers many requests at once.
+"""The embedded server's engine: one thread in which Gemma 4 (transformers, PyTorch) serves many requests at once.
 
-Continuous batching: each step reads prompts of waiting requests, up to a budget of tokens, then makes one token for
-every request under way. Prompts are read one by one; after that the caches stand side by side, padded on the left, with
-a mask and positions of their own, so that an answer does not depend on its neighbours beyond rounding.
+Continuous batching: each step reads prompts of waiting requests, up to a budget of tokens, then generates one token for
+every request in progress. Prompts are read one by one; afterwards their caches are batched, padded on the left, each
+with its own mask and positions, so that an answer does not depend on its neighbours beyond rounding.
 """
 
 from __future__ import annotations
@@ -44,17 +44,17 @@ log = logging.getLogger(__name__)
 
 LOADING, READY, FAILED, STOPPED = "loading", "ready", "failed", "stopped"
 PROMPT_TOKENS = 1024
-"""Prompt tokens read per step, where the configuration says nothing: more hold up the answers under way."""
+"""Default number of prompt tokens read per step: more would delay the answers in progress."""
 SEQUENCES = 64
-"""Answers under way at a time, where the configuration says nothing."""
+"""Default number of simultaneous answers."""
 DEFAULTS = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
-"""What a checkpoint's `generation_config.json` may say for requests that don't."""
+"""Sampling settings that a checkpoint's `generation_config.json` can provide for requests without them."""
 SCORED_TOKENS = 128
-"""Prompt tokens whose own log-probabilities are told, per step: Gemma 4's logits of so many are 128 MiB."""
+"""Prompt tokens whose log-probabilities are computed per step: for this many, Gemma 4's logits take 128 MiB."""
 
 
 class LocalEngine:
-    """Loads a checkpoint and answers; every method may be called from any thread."""
+    """Loads a checkpoint and answers requests; every method can be called from any thread."""
 
     def __init__(self, folder: Path, dtype: str, metrics: Metrics, *, sequences: int | None, prompt_tokens: int | None):
         self._folder, self._dtype, self._metrics = folder, getattr(torch, dtype), metrics
@@ -67,17 +67,17 @@ class LocalEngine:
         self._templates: TemplateProcess | None = None
         self._grammars: Grammars | None = None
         self.template_arguments: frozenset[str] = frozenset()
-        """What the chat template takes besides the conversation."""
+        """Arguments of the chat template besides the conversation."""
         self.state = LOADING
         self.error: BaseException | None = None
-        """Why it failed."""
+        """The reason of a failure."""
 
     def start(self) -> None:
-        """Starts the thread that computes."""
+        """Starts the computing thread."""
         self._thread.start()
 
     def submit(self, answer: GeneratedAnswer) -> None:
-        """Its `tell` gets a piece per token, the last one with `finish`."""
+        """Calls `answer.tell` with one piece per token, the last one with `finish`."""
         with self._lock:
             if self.state != READY:
                 answer.tell(AnswerPiece("", (), ERROR, error=f"the engine is {self.state}"))
@@ -87,7 +87,7 @@ class LocalEngine:
             self._lock.notify()
 
     def stop(self) -> None:
-        """Ends every answer under way and waits for the thread, if it was started."""
+        """Ends every answer in progress and waits for the thread, if it was started."""
         with self._lock:
             if self.state != FAILED:
                 self.state = STOPPED
@@ -96,7 +96,7 @@ class LocalEngine:
         if self._thread.ident is None:
             return
         self._thread.join()
-        self._end_processes()  # those of a checkpoint which was still being loaded
+        self._end_processes()  # of a checkpoint that was still loading
 
     def _end_processes(self) -> None:
         if self._templates is not None:
@@ -110,7 +110,7 @@ class LocalEngine:
 
     @property
     def counts(self) -> tuple[int, int]:
-        """Answers (under way, waiting)."""
+        """Numbers of answers (in progress, waiting)."""
         return len(self._batch.answers), len(self._waiting)
 
     def _run(self) -> None:
@@ -127,7 +127,7 @@ class LocalEngine:
 
     def _load(self) -> None:
         if "OMP_NUM_THREADS" not in os.environ:
-            torch.set_num_threads(1)  # on a busy machine two threads wait for each other
+            torch.set_num_threads(1)  # on a busy machine, two threads wait for each other
         tokenizer = AutoTokenizer.from_pretrained(self._folder, local_files_only=True, trust_remote_code=False)
         model = AutoModelForCausalLM.from_pretrained(
             self._folder, dtype=self._dtype, local_files_only=True, use_safetensors=True, trust_remote_code=False
@@ -141,7 +141,7 @@ class LocalEngine:
                 self.state = READY
 
     def take_tokenizer(self, tokenizer: Any) -> None:
-        """The checkpoint's own, with its chat template."""
+        """Sets the checkpoint's own tokenizer, with its chat template."""
         self.tokenizer = tokenizer
         self._grammars = Grammars(tokenizer, self.vocabulary, self._eos)
         if tokenizer.chat_template is not None:
@@ -156,12 +156,12 @@ class LocalEngine:
 
         Args:
           messages: for the chat template.
-          tools: that the model may call, as OpenAI defines them.
+          tools: that the model can call, in OpenAI's format.
           options: some of `template_arguments`.
-          characters: that the rendered text may have.
+          characters: limit for the rendered text.
 
         Raises:
-          WorkRefused: the template does not take this, or there is none.
+          WorkRefused: the template refuses the conversation, or there is none.
         """
         if self._templates is None:
             raise WorkRefused("the checkpoint has none")
@@ -169,13 +169,13 @@ class LocalEngine:
         return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
 
     def grammar(self, schema: Mapping[str, Any] | bool) -> AnswerGrammar:
-        """For answers that are JSON of this schema; raises `WorkRefused`."""
-        assert self._grammars is not None  # it is ready
+        """A grammar for answers in JSON of this schema; raises `WorkRefused`."""
+        assert self._grammars is not None  # the engine is ready
         return self._grammars.of_schema(schema)
 
     @property
     def defaults(self) -> dict[str, float]:
-        """Sampling that the checkpoint's `generation_config.json` asks for, as vLLM takes it too."""
+        """Sampling settings from the checkpoint's `generation_config.json`, which vLLM also applies."""
         config = self._model.generation_config
         found = {name: getattr(config, name, None) for name in DEFAULTS}
         return {name: value for name, value in found.items() if value is not None}
@@ -185,7 +185,7 @@ class LocalEngine:
         return self._model.get_input_embeddings().num_embeddings
 
     def _wait(self) -> bool:
-        """Until there is something to do; False: stop."""
+        """Waits for work; False: stop."""
         with self._lock:
             while self.state == READY and not self._waiting and not self._batch.answers:
                 self._lock.wait()
@@ -205,7 +205,9 @@ class LocalEngine:
             return self._waiting[0] if self._waiting else None
 
     def _read(self, answer: GeneratedAnswer, budget: int) -> int:
-        """Reads up to `budget` tokens of the prompt; with its end comes the first token. Returns how many it were."""
+        """Reads up to `budget` tokens of the prompt, and generates the first token at its end. Returns the
+        number read.
+        """
         cache = self._partial if self._partial is not None and answer is self._partial_of else DynamicCache()
         start = cache.get_seq_length()
         end = min(len(answer.prompt), start + (min(budget, SCORED_TOKENS) if answer.scores_prompt else budget))
@@ -215,7 +217,7 @@ class LocalEngine:
             self._score(answer, logits[0], start)
         self._partial, self._partial_of = (cache, answer) if end < len(answer.prompt) else (None, None)
         if self._partial is None:
-            # Off the queue only once its prompt is read: until then `_next`, `_drop` and `_end_all` find it there.
+            # Leaves the queue only once its prompt is read: until then, `_next`, `_drop` and `_end_all` find it there.
             finish = self._add(answer, logits[0, -1])
             with self._lock:
                 self._waiting.popleft()
@@ -224,14 +226,14 @@ class LocalEngine:
         return end - start
 
     def _score(self, answer: GeneratedAnswer, logits: torch.Tensor, start: int) -> None:
-        """The prompt's own tokens behind those whose logits [T, V] these are; `start`: the place of the first."""
+        """Scores the prompt's own tokens after those whose logits [T, V] are given; `start`: position of the first."""
         count = answer.sampling.logprobs or 0
         told = answer.prompt_logprobs or [TokenLogprob(answer.prompt[0], None, ())]
         told += [logprob(row, token, count) for row, token in zip(logits, answer.prompt[start + 1 :], strict=False)]
         answer.prompt_logprobs = told
 
     def _begin(self, answer: GeneratedAnswer) -> AnswerPiece | None:
-        """The prompt is read. Tells it where it is wanted; returns it, if that is all."""
+        """Called when the prompt is read. Reports it if requested; returns it if nothing else is wanted."""
         self._metrics.read(answer)
         chat = answer.prompt if answer.chat else None
         answer.text = AnswerText(self.tokenizer, answer.sampling.stop, chat, most_calls=answer.most_calls)
@@ -246,7 +248,7 @@ class LocalEngine:
         return None
 
     def _placed(self, answer: GeneratedAnswer) -> Iterator[TokenLogprob]:
-        """The prompt's tokens with their places in its text, which the start token is no part of."""
+        """The prompt's tokens with their offsets in its text, which excludes the start token."""
         text = GrowingText(self.tokenizer, control=True)
         for place, one in enumerate(answer.prompt_logprobs):
             yield one._replace(offset=text.length)
@@ -254,11 +256,11 @@ class LocalEngine:
                 text.add(one.token)
 
     _partial: DynamicCache | None = None
-    """Cache of the first waiting answer, whose prompt is not read to its end yet."""
+    """Cache of the first waiting answer, whose prompt is only partly read."""
     _partial_of: GeneratedAnswer | None = None
 
     def _decode(self) -> None:
-        """One token for every answer of the batch."""
+        """Generates one token for every answer of the batch."""
         batch = self._batch
         tokens = [[answer.tokens[-1]] for answer in batch.answers]
         logits = self._forward(tokens, batch.cache, [a.length - 1 for a in batch.answers], batch.mask())
@@ -279,9 +281,9 @@ class LocalEngine:
         return found.logits.float()
 
     def _add(self, answer: GeneratedAnswer, logits: torch.Tensor) -> str | None:
-        """Draws a token and tells it, the prompt before the first; returns why the answer ended, if it did.
+        """Draws and reports a token, after the prompt if it is the first; returns why the answer ended, if it did.
 
-        What goes wrong with one answer ends that one alone.
+        A failure of one answer ends only that answer.
         """
         try:
             piece = (self._begin(answer) if answer.text is None else None) or self._drawn(answer, logits)
@@ -293,7 +295,7 @@ class LocalEngine:
         return piece.finish
 
     def _drawn(self, answer: GeneratedAnswer, logits: torch.Tensor) -> AnswerPiece:
-        """The next token, and what it adds."""
+        """Draws the next token, and decodes what it adds."""
         sampling, text = answer.sampling, answer.text
         assert text is not None
         grammar = None if text.is_apart else answer.grammar

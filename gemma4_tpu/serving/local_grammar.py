@@ -1,6 +1,7 @@
-"""`response_format`: answers that are JSON, or JSON of a schema, by llguidance's grammars.
+"""`response_format`: answers in JSON, or JSON of a schema, by llguidance's grammars.
 
-A schema comes from outside, and a few lines of one can take the library hours: a process of its own tries it first.
+Schemas come from outside, and a few lines of one can keep the library busy for hours: a separate process tries it
+first.
 """
 
 from __future__ import annotations
@@ -16,29 +17,31 @@ import numpy as np
 from gemma4_tpu.serving.local_process import LimitedProcess, Worker, WorkRefused
 
 CPU_SECONDS = 2.0
-"""For one schema; those in use take milliseconds."""
+"""Limit per schema; real ones take milliseconds."""
 SCHEMA_CHARACTERS = 65_536
-"""Of a schema, at most: the time for a token grows with it, to half a second or so."""
+"""Limit for a schema's length: time per token grows with it, to about half a second."""
 SPACE = r"( |\n[ \t]{0,40})?"
-"""Between JSON's parts: what people and programs write, and no end of it, in which small models lose themselves."""
+"""White space between JSON's parts: as people and programs write it, but bounded, because small models get lost
+in it.
+"""
 _SHOWN = 300  # characters of the library's own message
 
 
 class AnswerGrammar:
-    """Where one answer stands in its grammar."""
+    """The position of one answer in its grammar."""
 
     def __init__(self, matcher: Any):
         self._matcher = matcher
 
     def copy(self) -> AnswerGrammar:
-        """Another one that stands at the same place."""
+        """A copy at the same position."""
         return AnswerGrammar(self._matcher.deep_copy())
 
     def allowed(self, besides: Iterable[int] = ()) -> np.ndarray:
-        """[V] bool: the tokens that may come next, and those `besides`.
+        """[V] bool: the tokens that can come next, and those in `besides`.
 
         Raises:
-          WorkRefused: there is none, or the grammar takes too much time.
+          WorkRefused: there is none, or the grammar takes too long.
         """
         mask = np.frombuffer(self._matcher.compute_logit_bias(), np.uint8) > 0
         self._check()
@@ -46,13 +49,13 @@ class AnswerGrammar:
         return mask
 
     def take(self, token: int) -> None:
-        """The answer goes on with it."""
+        """Advances by one token of the answer."""
         self._matcher.consume_token(token)
         self._check()
 
     @property
     def is_over(self) -> bool:
-        """Whether nothing can come any more."""
+        """Whether nothing more can follow."""
         return bool(self._matcher.is_stopped())
 
     def _check(self) -> None:
@@ -61,13 +64,15 @@ class AnswerGrammar:
 
 
 class Grammars:
-    """Makes the grammars of one tokenizer; every method may be called from any thread."""
+    """Builds grammars for one tokenizer; every method can be called from any thread."""
 
     def __init__(self, tokenizer: Any, vocabulary: int, ends: Iterable[int]):
-        """Args:
-        tokenizer: the checkpoint's own.
-        vocabulary: tokens that the model knows.
-        ends: those with which an answer may end.
+        """Prepares grammars over a vocabulary.
+
+        Args:
+          tokenizer: the checkpoint's own.
+          vocabulary: number of tokens that the model knows.
+          ends: tokens that can end an answer.
         """
         self._tokenizer, self._vocabulary, self._ends = tokenizer, vocabulary, sorted(ends)
         self._lock = threading.Lock()
@@ -75,10 +80,10 @@ class Grammars:
         self._trial: LimitedProcess | None = None
 
     def of_schema(self, schema: Mapping[str, Any] | bool) -> AnswerGrammar:
-        """At its beginning.
+        """The grammar of a schema, at its start.
 
         Raises:
-          WorkRefused: no such schema can be kept, it takes too much, or the library is not installed.
+          WorkRefused: the schema is unsupported or too expensive, or the library is not installed.
         """
         if find_spec("llguidance") is None:
             raise WorkRefused("it needs llguidance: pip install 'gemma4-tpu[local-serving]'")
@@ -89,12 +94,12 @@ class Grammars:
             if self._trial is None:
                 self._trial = LimitedProcess(__name__, {}, cpu_seconds=CPU_SECONDS)
             if self._lexicon is None:
-                from llguidance.hf import from_tokenizer  # a second or so for Gemma 4's vocabulary
+                from llguidance.hf import from_tokenizer  # takes about a second for Gemma 4's vocabulary
 
                 self._lexicon = from_tokenizer(self._tokenizer, n_vocab=self._vocabulary, eos_token=self._ends)
         self._trial.ask({"schema": written})
         grammar = AnswerGrammar(_matcher(self._lexicon, written))
-        grammar.allowed()  # some allow nothing, which turns out here
+        grammar.allowed()  # schemas that allow nothing fail here
         return grammar
 
     def close(self) -> None:
@@ -111,7 +116,7 @@ def _matcher(lexicon: Any, schema: str) -> Any:
 
 
 def worker(about: Mapping[str, Any]) -> Worker:
-    """What the process does: make the grammar, with a vocabulary of bytes."""
+    """The process's task: build the grammar, over a vocabulary of bytes."""
     from llguidance import LLTokenizer
 
     lexicon = LLTokenizer("byte")

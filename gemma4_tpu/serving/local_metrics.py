@@ -1,4 +1,4 @@
-"""What the embedded server counts, in Prometheus' text format; names follow vLLM's where it has one."""
+"""The embedded server's metrics in Prometheus' text format, named like vLLM's where it has an equivalent."""
 
 from __future__ import annotations
 
@@ -13,20 +13,20 @@ _SECONDS = (0.001, 0.005, 0.01, 0.02, 0.04, 0.08, 0.16, 0.32, 0.64, 1.28, 2.56, 
 
 
 class Metrics:
-    """Counted by the engine's thread, read by requests to `/metrics`."""
+    """Updated by the engine's thread, read by requests to `/metrics`."""
 
     def __init__(self, model: str):
         self._registry = CollectorRegistry()
         self._model = model
         options: dict[str, Any] = {"labelnames": ["model_name"], "registry": self._registry}
-        self._running = Gauge("vllm:num_requests_running", "Answers under way.", **options).labels(model)
+        self._running = Gauge("vllm:num_requests_running", "Answers in progress.", **options).labels(model)
         self._waiting = Gauge("vllm:num_requests_waiting", "Requests that wait for their turn.", **options).labels(
             model
         )
         self._prompt = Counter("vllm:prompt_tokens", "Prompt tokens read.", **options).labels(model)
         self._generated = Counter("vllm:generation_tokens", "Tokens generated.", **options).labels(model)
         for kind, told in (("queries", "looked up in"), ("hits", "found in")):
-            # There is no prefix cache: both stay at 0, as those of a vLLM whose cache is off.
+            # There is no prefix cache: both counters stay at 0, as in a vLLM whose cache is off.
             Counter(f"vllm:prefix_cache_{kind}", f"Prompt tokens {told} the prefix cache.", **options).labels(model)
         self._ended = Counter(
             "vllm:request_success", "Answers ended, by reason.", ["model_name", "finished_reason"],
@@ -46,16 +46,16 @@ class Metrics:
         ).labels(model)
 
     def under_way(self, running: int, waiting: int) -> None:
-        """Answers that are computed, and that wait."""
+        """Sets the numbers of answers in progress and waiting."""
         self._running.set(running)
         self._waiting.set(waiting)
 
     def read(self, answer: GeneratedAnswer) -> None:
-        """The prompt was read."""
+        """Records that the prompt was read."""
         self._prompt.inc(len(answer.prompt))
 
     def token(self, answer: GeneratedAnswer, finish: str | None) -> None:
-        """A token was made; with `finish` it was the last one."""
+        """Records a generated token; `finish` marks the last one."""
         self._generated.inc()
         now = time.monotonic()
         if answer.last_token is None:
@@ -67,10 +67,10 @@ class Metrics:
             self.ended(answer, finish)
 
     def ended(self, answer: GeneratedAnswer, finish: str) -> None:
-        """An answer ended, for the reason `finish`."""
+        """Records that an answer ended, for the reason `finish`."""
         self._ended.labels(self._model, finish).inc()
         self._whole.observe(time.monotonic() - answer.arrived)
 
     def text(self) -> bytes:
-        """The exposition."""
+        """The metrics in text format."""
         return generate_latest(self._registry)

@@ -1,7 +1,7 @@
-"""A process of its own for work on what others wrote (chat templates, schemas), which may loop or fill the memory.
+"""A separate process for work on untrusted input (chat templates, schemas), which can loop or exhaust memory.
 
-`python -m gemma4_tpu.serving.local_process` is that process. It reads a line of JSON that says what it is for, then one
-for each piece of work, and answers each with a line; the kernel ends it where one takes too much CPU time.
+`python -m gemma4_tpu.serving.local_process` is that process. It reads one line of JSON that describes its task, then
+one line per piece of work, and answers each with a line; the kernel ends it if a piece takes too much CPU time.
 """
 
 from __future__ import annotations
@@ -18,27 +18,29 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 CPU_SECONDS = 5.0
-"""Of one piece of work; what is meant well takes a few milliseconds."""
+"""Per piece of work; legitimate ones take a few milliseconds."""
 MEMORY_MIB = 512
-"""Besides what the process holds when it is ready."""
-_SHOWN = 300  # characters of another's message
+"""In addition to what the process uses when it is ready."""
+_SHOWN = 300  # characters of a third-party message
 
 Worker = Callable[[Mapping[str, Any]], dict[str, Any]]
-"""Takes a piece of work, gives an answer; what it raises is a refusal."""
+"""Maps a piece of work to an answer; an exception refuses it."""
 
 
 class WorkRefused(Exception):
-    """The work can't be done; says why."""
+    """The work cannot be done; the message says why."""
 
 
 class LimitedProcess:
-    """Does one kind of work; every method may be called from any thread."""
+    """Does one kind of work; every method can be called from any thread."""
 
     def __init__(self, module: str, about: Mapping[str, Any], *, cpu_seconds: float = CPU_SECONDS):
-        """Args:
-        module: whose function `worker` makes a `Worker` of `about`.
-        about: what is the same for all work.
-        cpu_seconds: of one piece of work at most.
+        """Prepares a process for one kind of work.
+
+        Args:
+          module: its function `worker` makes a `Worker` from `about`.
+          about: common to all pieces of work.
+          cpu_seconds: limit per piece of work.
         """
         self._about = {"module": module, "about": dict(about), "cpu_seconds": cpu_seconds}
         self._lock = threading.Lock()
@@ -46,10 +48,10 @@ class LimitedProcess:
         self._start()
 
     def ask(self, asked: Mapping[str, Any]) -> dict[str, Any]:
-        """What the worker answers.
+        """Returns the worker's answer.
 
         Raises:
-          WorkRefused: it refuses this, or takes too much time or memory.
+          WorkRefused: the worker refuses, or takes too much time or memory.
         """
         with self._lock:
             answer = self._answer(asked)
@@ -61,14 +63,14 @@ class LimitedProcess:
         return found
 
     def close(self) -> None:
-        """Ends the process, whatever it does; who waits for it hears that it is refused."""
+        """Ends the process, whatever it is doing; waiting callers get a refusal."""
         self._closed = True
         self._process.kill()
         self._process.wait()
 
     def _start(self) -> None:
         command = [sys.executable, "-m", "gemma4_tpu.serving.local_process"]
-        self._process = subprocess.Popen(  # in a session of its own: Ctrl-C is for the server, which ends it
+        self._process = subprocess.Popen(  # in its own session: Ctrl-C is meant for the server, which ends it
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, bufsize=0, start_new_session=True
         )
         assert isinstance(self._process.stdout, io.FileIO)
@@ -89,7 +91,7 @@ class LimitedProcess:
             return b""
 
     def _ended(self) -> str:
-        """Why; another one is started for the next piece of work."""
+        """The reason why it ended; the next piece of work starts another process."""
         code = self._process.wait()
         if self._closed:
             return "the server is stopped"
@@ -103,16 +105,17 @@ def _main() -> None:
     about = json.loads(sys.stdin.buffer.readline())
     work: Worker = importlib.import_module(about["module"]).worker(about["about"])
     _limit_memory()
-    # What started this process may ignore or block the timer's signal (some libraries profile by it), and hand that on.
+    # The parent can ignore or block the timer's signal (some libraries use it for profiling), and children inherit
+    # that.
     signal.signal(signal.SIGPROF, signal.SIG_DFL)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGPROF})
     for line in sys.stdin.buffer:
-        signal.setitimer(signal.ITIMER_PROF, about["cpu_seconds"])  # nobody handles its signal: it ends the process
+        signal.setitimer(signal.ITIMER_PROF, about["cpu_seconds"])  # its signal has no handler, so it ends the process
         try:
             answer = work(json.loads(line))
         except MemoryError:
             answer = {"refused": f"it takes more than {MEMORY_MIB} MiB"}
-        except Exception as error:  # whatever others' code raises about this
+        except Exception as error:  # third-party code can raise anything
             answer = {"refused": (str(error) or type(error).__name__)[:_SHOWN]}
         signal.setitimer(signal.ITIMER_PROF, 0)
         sys.stdout.buffer.write(json.dumps(answer).encode() + b"\n")

@@ -1,6 +1,7 @@
-"""OpenAI's completions as the embedded server takes them: requests with their limits, and errors.
+"""OpenAI's completions as the embedded server accepts them: requests with their limits, and errors.
 
-Keys that OpenAI or vLLM know and this server does not honour are refused unless they say nothing (null, 0, false, …).
+Keys that OpenAI or vLLM define and this server does not support are refused, unless they have no effect (null, 0,
+false, …).
 """
 
 from __future__ import annotations
@@ -16,18 +17,18 @@ from gemma4_tpu.serving.local_sampling import AnswerSampling
 
 MOST_CHOICES = 64
 MOST_STOPS = 64
-"""Each is looked for after every token."""
+"""Each is searched for after every token."""
 MOST_LOGPROBS = 20
-"""Likeliest tokens that are told with each token, as OpenAI and vLLM limit them."""
+"""Maximal number of most likely tokens reported per token, as in OpenAI and vLLM."""
 DEEPEST = 100
-"""Levels of lists and objects in a body."""
+"""Maximal nesting of lists and objects in a body."""
 Form = TypeVar("Form", bound=BaseModel)
 _SILENT: tuple[Any, ...] = (None, False, 0, "", [], {}, "none", "auto", "text", {"type": "text"})
 _USUAL = {
     "best_of": 1, "length_penalty": 1, "skip_special_tokens": True, "spaces_between_special_tokens": True,
     "add_generation_prompt": True, "include_reasoning": True,
 }  # fmt: skip
-"""What other keys say that say nothing: these are not off where they are left out."""
+"""Values of other keys that have no effect: these keys are not off when omitted."""
 _NOTHING_TO_DO = ("user", "metadata", "request_id", "priority", "service_tier", "safety_identifier", "prompt_cache_key",
                   "store")  # fmt: skip
 
@@ -40,21 +41,21 @@ class ApiError(Exception):
         self.status, self.message, self.param, self.code = status, message, param, code
 
     def plain(self) -> dict[str, Any]:
-        """As OpenAI writes it."""
+        """In OpenAI's format."""
         kind = "invalid_request_error" if self.status < 500 else "server_error"
         return {"error": {"message": self.message, "type": kind, "param": self.param, "code": self.code}}
 
 
 def read_request(form: type[Form], body: bytes) -> Form:
-    """The request in the body of a POST.
+    """Parses the body of a POST.
 
     Raises:
-      ApiError: it is not JSON, holds text that is not Unicode, or is not such a request.
+      ApiError: it is not JSON, contains text that is not Unicode, or does not match the schema.
     """
     try:
         value = read_json(body)
     except ValueError as error:
-        raise ApiError(400, f"the body is not JSON that can be read: {error}") from None
+        raise ApiError(400, f"the body is not readable JSON: {error}") from None
     try:
         return form.model_validate(value)
     except ValidationError as error:
@@ -65,7 +66,7 @@ def read_request(form: type[Form], body: bytes) -> Form:
 
 
 def read_json(text: str | bytes) -> Any:
-    """Raises `ValueError` for what is not JSON, goes too deep or holds text that is not Unicode."""
+    """Raises `ValueError` for anything that is not JSON, nests too deeply, or contains text that is not Unicode."""
     try:
         value = json.loads(text, parse_constant=_no_number)
     except RecursionError:
@@ -76,33 +77,33 @@ def read_json(text: str | bytes) -> Any:
         level = [item for holder in holders for item in holder]
     if level:
         raise ValueError(f"more than {DEEPEST} levels")
-    try:  # half a surrogate pair is no text that a tokenizer could read
+    try:  # a tokenizer cannot read half of a surrogate pair
         json.dumps(value, ensure_ascii=False).encode()
     except UnicodeEncodeError:
-        raise ValueError("a lone surrogate, which is no character") from None
+        raise ValueError("a lone surrogate, which is not a character") from None
     return value
 
 
 def _no_number(name: str) -> None:
-    raise ValueError(f"{name} is no number of JSON")
+    raise ValueError(f"{name} is not a JSON number")
 
 
 class StreamOptions(BaseModel):
-    """`continuous_usage_stats` is vLLM's: usage with every chunk."""
+    """`continuous_usage_stats` is vLLM's: usage in every chunk."""
 
     include_usage: bool = False
     continuous_usage_stats: bool = False
 
 
 class NamedSchema(BaseModel):
-    """Of `response_format`; `strict` says nothing here, since every schema is kept or refused."""
+    """For `response_format`; `strict` has no effect, because every schema is either enforced or refused."""
 
     name: str | None = None
     content: dict[str, Any] | bool = Field(alias="schema")
 
 
 class ResponseFormat(BaseModel):
-    """What an answer's text has to be."""
+    """The required format of an answer's text."""
 
     type: Literal["text", "json_object", "json_schema"]
     json_schema: NamedSchema | None = None
@@ -115,7 +116,7 @@ class ResponseFormat(BaseModel):
 
     @property
     def schema_wanted(self) -> dict[str, Any] | bool | None:
-        """The schema; None: any text will do."""
+        """The schema; None: any text is allowed."""
         if self.type == "json_schema" and self.json_schema is not None:
             return self.json_schema.content
         return {"type": "object"} if self.type == "json_object" else None
@@ -146,7 +147,7 @@ class _Request(BaseModel):
 
     @property
     def limit(self) -> int | None:
-        """Tokens of an answer at most; None: not told."""
+        """Maximal number of tokens of an answer; None: not given."""
         return self.max_tokens
 
     @property
@@ -155,18 +156,18 @@ class _Request(BaseModel):
 
     @property
     def most_calls(self) -> float:
-        """Of tools, in an answer."""
+        """Maximal number of tool calls in an answer."""
         return 0
 
     def check_unknown(self) -> None:
-        """Raises `ApiError` for a key that would change the answer and is not honoured."""
+        """Raises `ApiError` for a key that would change the answer and is not supported."""
         for key, value in (self.model_extra or {}).items():
             silent = value in (None, _USUAL[key]) if key in _USUAL else value in _SILENT
             if key not in _NOTHING_TO_DO and not silent:
                 raise ApiError(400, f"{key} is not supported by this server", param=key, code="unsupported_parameter")
 
     def sampling(self, defaults: Mapping[str, float], room: int, choice: int) -> AnswerSampling:
-        """What the request says, else the checkpoint's `defaults`. `room`: tokens that fit after the prompt."""
+        """The request's settings, else the checkpoint's `defaults`. `room`: tokens that fit after the prompt."""
 
         def said(name: str, neutral: float) -> float:
             value = getattr(self, name)
@@ -220,7 +221,7 @@ class TokenizeRequest(BaseModel):
 
 
 class CalledFunction(BaseModel):
-    """Of a call; its arguments are written as JSON, and templates want the object."""
+    """The function in a call; its arguments are JSON text, but templates expect the object."""
 
     name: str
     arguments: dict[str, Any] = Field(default_factory=dict)
@@ -232,7 +233,7 @@ class CalledFunction(BaseModel):
 
 
 class MadeCall(BaseModel):
-    """A call of a tool, in a turn of the model."""
+    """A tool call in a turn of the model."""
 
     id: str | None = None
     type: Literal["function"] = "function"
@@ -240,7 +241,7 @@ class MadeCall(BaseModel):
 
 
 class ChatMessage(BaseModel):
-    """One turn; content as text or as parts of text, which the chat template joins."""
+    """One turn, with content as text or as parts of text, which the chat template joins."""
 
     model_config = ConfigDict(extra="allow")
     role: str
@@ -262,14 +263,14 @@ class ChatMessage(BaseModel):
 
 
 class ToolFunction(BaseModel):
-    """A function that the model may call; templates show what they know of its `parameters`."""
+    """A function that the model can call; templates render what they know of its `parameters`."""
 
     model_config = ConfigDict(extra="allow")
     name: str = Field(min_length=1)
 
 
 class Tool(BaseModel):
-    """`strict` of a function says nothing here: calls are read, not forced."""
+    """`strict` of a function has no effect: calls are parsed, not enforced."""
 
     model_config = ConfigDict(extra="allow")
     type: Literal["function"]
@@ -286,7 +287,7 @@ class ChatRequest(_Request):
     top_logprobs: int | None = Field(None, ge=0, le=MOST_LOGPROBS)
     tools: list[Tool] | None = None
     tool_choice: Literal["none", "auto"] | None = None
-    """By default as OpenAI's: `auto` where there are tools. A call can't be forced."""
+    """Default as in OpenAI: `auto` if there are tools. Calls cannot be forced."""
     parallel_tool_calls: bool | None = None
 
     @model_validator(mode="after")
@@ -305,7 +306,7 @@ class ChatRequest(_Request):
 
     @property
     def callable_tools(self) -> list[dict[str, Any]]:
-        """For the chat template; none where the model is not to call any."""
+        """For the chat template; empty if the model must not call any."""
         return [] if self.tool_choice == "none" else [tool.model_dump() for tool in self.tools or ()]
 
     @property

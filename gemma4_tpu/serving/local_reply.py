@@ -1,4 +1,4 @@
-"""OpenAI's completions as the embedded server gives them: answers as JSON, whole or in pieces."""
+"""OpenAI's completions as the embedded server sends them: answers as JSON, whole or in pieces."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from transformers.convert_slow_tokenizer import bytes_to_unicode
 from gemma4_tpu.serving.local_sampling import STOP, AnswerPiece, TokenLogprob
 
 LEAST_LOGPROB = -9999.0
-"""What stands for a chance of 0, whose logarithm JSON can't say; as in vLLM."""
-_HALF = "\ufffd"  # what a tokenizer makes of half a character
+"""Stands for probability 0, whose logarithm JSON cannot express; as in vLLM."""
+_HALF = "\ufffd"  # what a tokenizer decodes half of a character to
 _BYTE = re.compile(r"<0x([0-9A-F]{2})>")
 
 
 class Reply:
-    """Writes the answers to one request."""
+    """Formats the answers to one request."""
 
     def __init__(self, model: str, prompt_tokens: int, tokenizer: Any, *, is_chat: bool, as_ids: bool):
         self._is_chat, self._as_ids = is_chat, as_ids
@@ -28,7 +28,7 @@ class Reply:
         identifier = f"{'chatcmpl' if is_chat else 'cmpl'}-{uuid.uuid4().hex}"
         self._head = {"id": identifier, "created": int(time.time()), "model": model}
         self._prompt_tokens, self.completion_tokens = prompt_tokens, 0
-        self._calls: dict[int, int] = {}  # made so far by each choice
+        self._calls: dict[int, int] = {}  # number of calls so far, per choice
 
     def usage(self) -> dict[str, int]:
         """Tokens so far, as OpenAI counts them."""
@@ -43,7 +43,7 @@ class Reply:
         return {**self._head, "object": name, "choices": choices, **more}
 
     def delta(self, index: int, piece: AnswerPiece, *, first: bool) -> dict[str, Any]:
-        """A piece of one choice, in a stream. A call comes whole, in one piece."""
+        """A piece of one choice, in a stream. A call is sent whole, in one piece."""
         content: dict[str, Any] = {"text": piece.text}
         if self._is_chat:
             begun = self._calls.get(index, 0)
@@ -62,7 +62,7 @@ class Reply:
         }
 
     def whole(self, pieces: list[list[AnswerPiece]]) -> dict[str, Any]:
-        """The answer without a stream; `pieces`: those of each choice."""
+        """The non-streamed answer; `pieces`: those of each choice."""
         choices = []
         for index, parts in enumerate(pieces):
             text = "".join(piece.text for piece in parts)
@@ -109,7 +109,7 @@ class Reply:
         }
 
     def _top(self, one: TokenLogprob) -> dict[str, float] | None:
-        """The likeliest tokens, and the one that is there, as OpenAI says; nothing is told of the first of a text."""
+        """The most likely tokens and the actual one, as in OpenAI; nothing for the first token of a text."""
         if one.logprob is None:
             return None
         return {self._name(token): max(value, LEAST_LOGPROB) for token, value in (*one.top, (one.token, one.logprob))}
@@ -126,13 +126,13 @@ class Reply:
 
 
 class TokenNames:
-    """Tokens as OpenAI writes them."""
+    """Tokens in OpenAI's notation."""
 
     def __init__(self, tokenizer: Any):
         self._tokenizer = tokenizer
 
     def name(self, token: int) -> str:
-        """Its text; its bytes where that is half a character, so that no two have one name."""
+        """Its text, or its bytes if that is half of a character, so that no two tokens share a name."""
         text = self._tokenizer.decode([token])
         return "bytes:" + "".join(f"\\x{byte:02x}" for byte in self.bytes(token)) if _HALF in text else text
 
@@ -142,7 +142,7 @@ class TokenNames:
         if _HALF not in text:
             return text.encode()
         piece = self._tokenizer.convert_ids_to_tokens(token)
-        if byte := _BYTE.fullmatch(piece):  # as Gemma's tokenizer writes it
+        if byte := _BYTE.fullmatch(piece):  # as in Gemma's tokenizer
             return bytes([int(byte[1], 16)])
         known = _bytes_of_characters()
         return bytes(known[character] for character in piece) if all(c in known for c in piece) else text.encode()
@@ -150,7 +150,7 @@ class TokenNames:
 
 @cache
 def _bytes_of_characters() -> dict[str, int]:
-    """How tokenizers of bytes write them, the tiny models' among them."""
+    """The notation of byte-level tokenizers, among them those of the tiny models."""
     return {character: byte for byte, character in bytes_to_unicode().items()}
 
 

@@ -1,4 +1,4 @@
-"""What one request wants, and the next token of its answer: seeds, temperature and penalties of its own."""
+"""The state of one request, and the choice of its next token: per-request seeds, temperature and penalties."""
 
 from __future__ import annotations
 
@@ -12,50 +12,50 @@ from gemma4_tpu.serving.local_grammar import AnswerGrammar
 from gemma4_tpu.serving.local_text import AnswerText, ToolCall
 
 STOP, LENGTH, ABORT, ERROR = "stop", "length", "abort", "error"
-"""Why an answer ended; the first two as OpenAI calls them."""
+"""Why an answer ended; the first two as in OpenAI."""
 GREEDY_BELOW = 1e-5
-"""Temperatures under this one are 0, as in vLLM: dividing by them leaves the range of float32."""
+"""Temperatures below this count as 0, as in vLLM: dividing by them would leave the range of float32."""
 
 
 @dataclass(frozen=True)
 class AnswerSampling:
-    """How one answer is drawn. Names follow vLLM."""
+    """How to draw one answer. Names follow vLLM."""
 
     max_tokens: int
-    """0: none, the prompt alone is told."""
+    """0: nothing is generated, only the prompt is reported."""
     temperature: float = 1.0
-    """Under `GREEDY_BELOW`: the likeliest token, always."""
+    """Below `GREEDY_BELOW`, always take the most likely token."""
     top_p: float = 1.0
     top_k: int = 0
     """0: all."""
     min_p: float = 0.0
-    """Tokens with less than this part of the likeliest one's chance are not drawn."""
+    """Tokens with less than this fraction of the most likely one's probability are not drawn."""
     presence_penalty: float = 0.0
-    """Taken from the logit of every token that the answer has."""
+    """Subtracted from the logit of every token that the answer contains."""
     frequency_penalty: float = 0.0
-    """The same, as often as the answer has it."""
+    """The same, once per occurrence."""
     repetition_penalty: float = 1.0
-    """Logits of tokens that prompt or answer have are divided by it if positive, else multiplied."""
+    """Logits of tokens in the prompt or answer are divided by it if positive, else multiplied."""
     logit_bias: Mapping[int, float] = field(default_factory=dict)
-    """Token → what is added to its logit."""
+    """Token → value added to its logit."""
     seed: int | None = None
-    """None: another one each time."""
+    """None: a different one each time."""
     stop: tuple[str, ...] = ()
     stop_token_ids: frozenset[int] = frozenset()
     ignore_eos: bool = False
     logprobs: int | None = None
-    """So many likeliest tokens are told with each token; None: no log-probabilities at all."""
+    """Number of most likely tokens reported per token; None: no log-probabilities."""
 
 
 class TokenLogprob(NamedTuple):
-    """A token's log-probability by the model alone: before bias, penalties, temperature, top_k and so on."""
+    """A token's log-probability under the model alone, before bias, penalties, temperature, top_k and so on."""
 
     token: int
     logprob: float | None
-    """None: of the first token, which nothing is before."""
+    """None for the first token, which nothing precedes."""
     top: tuple[tuple[int, float], ...]
     offset: int = 0
-    """Characters of the text before it."""
+    """Characters of text before it."""
 
 
 @dataclass(frozen=True)
@@ -74,31 +74,31 @@ class AnswerPiece:
 
 @dataclass(eq=False)
 class GeneratedAnswer:
-    """One sequence under way: its prompt, its tokens so far, and who is told."""
+    """One sequence in progress: its prompt, its tokens so far, and its receiver."""
 
     prompt: list[int]
     sampling: AnswerSampling
     tell: Callable[[AnswerPiece], None]
     """Called from the engine's thread, once per token."""
     chat: bool = False
-    """Whether thoughts are told apart from the answer, as vLLM's `--reasoning-parser gemma4` does."""
+    """Separate thoughts from the answer, as vLLM's `--reasoning-parser gemma4` does."""
     most_calls: float = 0
-    """So many calls are told apart too, as its `--tool-call-parser gemma4` does, and the last one ends the answer."""
+    """Separate up to this many calls too, as its `--tool-call-parser gemma4` does; the last one ends the answer."""
     echo: str | None = None
-    """The prompt's text, told before the answer."""
+    """The prompt's text, reported before the answer."""
     grammar: AnswerGrammar | None = None
-    """What the answer has to be."""
+    """Constrains the answer."""
     prompt_logprobs: list[TokenLogprob] = field(default_factory=list)
-    """Of the part that is read, where both echo and log-probabilities are wanted."""
+    """For the part read so far, if both echo and log-probabilities are requested."""
     tokens: list[int] = field(default_factory=list)
     text: AnswerText | None = None
     generator: torch.Generator | None = None
     arrived: float = 0.0
     """`time.monotonic()`"""
     last_token: float | None = None
-    """When it was made; `time.monotonic()`."""
+    """Time of the last token, by `time.monotonic()`."""
     aborted: bool = False
-    """Set from any thread; the engine drops it at its next step."""
+    """Set from any thread; the engine drops the answer at its next step."""
 
     @property
     def length(self) -> int:
@@ -106,12 +106,12 @@ class GeneratedAnswer:
 
     @property
     def scores_prompt(self) -> bool:
-        """Whether log-probabilities of the prompt's own tokens are wanted."""
+        """Whether log-probabilities of the prompt's own tokens are requested."""
         return self.echo is not None and self.sampling.logprobs is not None
 
 
 def choose(logits: torch.Tensor, answer: GeneratedAnswer, allowed: torch.Tensor | None = None) -> int:
-    """The next token. `logits`: [V], float32. `allowed`: [V] bool, None: all. In the order of vLLM's sampler."""
+    """Draws the next token. `logits`: [V], float32. `allowed`: [V] bool, None: all. In the order of vLLM's sampler."""
     sampling = answer.sampling
     if allowed is not None:
         logits = logits.masked_fill(~allowed, -torch.inf)
@@ -128,9 +128,9 @@ def choose(logits: torch.Tensor, answer: GeneratedAnswer, allowed: torch.Tensor 
         scaled, tokens = scaled.sort(descending=True)
     chances = scaled.softmax(-1)
     if sampling.top_p < 1:
-        before = chances.cumsum(-1) - chances  # of likelier tokens
+        before = chances.cumsum(-1) - chances  # of more likely tokens
         kept = before < sampling.top_p
-        kept[0] = True  # also where top_p is too small for float32
+        kept[0] = True  # even if top_p is too small for float32
         chances = torch.where(kept, chances, 0.0)
     drawn = int(torch.multinomial(chances, 1, generator=answer.generator))
     return drawn if tokens is None else int(tokens[drawn])

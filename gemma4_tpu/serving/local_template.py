@@ -1,4 +1,4 @@
-"""Chat templates, rendered in a process of their own: they come with a checkpoint, and may loop or fill the memory."""
+"""Renders chat templates in a separate process: they come with a checkpoint, and can loop or exhaust memory."""
 
 from __future__ import annotations
 
@@ -9,13 +9,15 @@ from gemma4_tpu.serving.local_process import CPU_SECONDS, LimitedProcess, Worker
 
 
 class TemplateProcess:
-    """Renders one template; every method may be called from any thread."""
+    """Renders one template; every method can be called from any thread."""
 
     def __init__(self, template: str, tokens: Mapping[str, str], *, cpu_seconds: float = CPU_SECONDS):
-        """Args:
-        template: as the tokenizer has it.
-        tokens: special tokens by their names in templates, such as `bos_token`.
-        cpu_seconds: of one conversation at most.
+        """Prepares a process for a template.
+
+        Args:
+          template: the tokenizer's.
+          tokens: special tokens by their names in templates, such as `bos_token`.
+          cpu_seconds: limit per conversation.
         """
         about = {"template": template, "tokens": dict(tokens)}
         self._process = LimitedProcess(__name__, about, cpu_seconds=cpu_seconds)
@@ -28,21 +30,21 @@ class TemplateProcess:
         *,
         characters: int,
     ) -> str:
-        """The conversation as a text of `characters` at most.
+        """The conversation as a text of at most `characters`.
 
         Raises:
-          WorkRefused: the template doesn't take it, or takes too much time, memory or room.
+          WorkRefused: the template refuses it, or takes too much time, memory or space.
         """
         asked = {"messages": messages, "tools": tools, "options": options, "characters": characters}
         return str(self._process.ask(asked)["text"])
 
     def close(self) -> None:
-        """Ends the process, whatever it does; who waits for it hears that it is refused."""
+        """Ends the process, whatever it is doing; waiting callers get a refusal."""
         self._process.close()
 
 
 def worker(about: Mapping[str, Any]) -> Worker:
-    """What the process does: `TemplateProcess.render`."""
+    """The process's task: `TemplateProcess.render`."""
     from transformers.utils.chat_template_utils import render_jinja_template
 
     def render(asked: Mapping[str, Any]) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Tokens of an answer to text as it grows: stop strings, and in a chat thoughts and calls of tools apart from it."""
+"""Decodes an answer's tokens to text as it grows: finds stop strings and, in a chat, thoughts and tool calls."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from gemma4_tpu.data.calls import read_call
 from gemma4_tpu.data.markup import CHANNEL, CHANNEL_END, THINK, TOOL_CALL, TOOL_CALL_END, TOOL_RESPONSE
 
 THOUGHT_NAME = "thought\n"
-"""What a thought channel begins with."""
-_UNFINISHED = "\ufffd"  # what a tokenizer makes of half a character
+"""Start of a thought channel."""
+_UNFINISHED = "\ufffd"  # what a tokenizer decodes half of a character to
 
 
 class ToolCall(NamedTuple):
@@ -21,19 +21,19 @@ class ToolCall(NamedTuple):
 
 
 class Grown(NamedTuple):
-    """What is certain of an answer since it was last told."""
+    """The part of an answer that became final since the last report."""
 
     text: str = ""
     reasoning: str = ""
     calls: tuple[ToolCall, ...] = ()
 
     def followed_by(self, more: Grown) -> Grown:
-        """Both."""
+        """Concatenates both."""
         return Grown(self.text + more.text, self.reasoning + more.reasoning, self.calls + more.calls)
 
 
 class GrowingText:
-    """Tokens to text, piece by piece; what may yet become a stop string is held back.
+    """Decodes tokens piece by piece; holds back what could still become a stop string.
 
     Args:
       tokenizer: the checkpoint's own.
@@ -46,17 +46,17 @@ class GrowingText:
         self._stop = stop
         self._hold = max((len(text) for text in stop), default=1) - 1
         self._tokens: list[int] = []
-        self._start = self._read = 0  # the tokens from `_start` on are decoded together, those up to `_read` are told
-        self._text = ""  # not told yet
+        self._start = self._read = 0  # decode from `_start` on; those before `_read` are reported
+        self._text = ""  # not reported yet
         self.length = 0
-        """Characters so far, those held back included."""
+        """Characters so far, including those held back."""
         self.stopped = False
 
     def add(self, token: int) -> str:
-        """The text that is certain now; `stopped` where a stop string ended it."""
+        """Returns the text that is now final; sets `stopped` if a stop string ended it."""
         self._tokens.append(token)
-        # A token by itself may decode otherwise than in its place (half a character, a space that only stands between
-        # words), so the last ones are decoded with and without it, and the difference is what it adds.
+        # A token can decode differently by itself (half of a character, a space that only appears between words), so
+        # the last ones are decoded with and without it, and the difference is what it adds.
         known = self._plain(self._tokens[self._start : self._read])
         grown = self._plain(self._tokens[self._start :])
         if len(grown) > len(known) and not grown.endswith(_UNFINISHED):
@@ -65,14 +65,14 @@ class GrowingText:
         return self._told(self._hold)
 
     def end(self) -> str:
-        """The rest."""
+        """Returns the rest."""
         if not self.stopped:
             known = self._plain(self._tokens[self._start : self._read])
             self._take(self._plain(self._tokens[self._start :])[len(known) :])
         return self._told(0)
 
     def insert(self, text: str) -> str:
-        """The text that is certain now, after one that was not made of tokens here."""
+        """Returns the text that is now final, after text that was not decoded here."""
         rest = self.end()
         self._tokens, self._start, self._read = [], 0, 0
         self._take("" if self.stopped else text)
@@ -95,13 +95,14 @@ class GrowingText:
 
 
 class AnswerText:
-    """An answer's tokens to text; in a chat, what stands in thought channels is told as reasoning, and calls as calls.
+    """Decodes an answer's tokens; in a chat, separates thought channels as reasoning, and calls as calls.
 
     Args:
       tokenizer: the checkpoint's own.
       stop: texts that end the answer; thoughts and calls are not searched for them.
-      prompt: the ids before the answer, for a thought that they leave open; None: nothing is told apart.
-      most_calls: of tools, the last one of which ends the answer; 0: there are no tools, and no calls are told apart.
+      prompt: the ids before the answer, which can leave a thought open; None: nothing is separated.
+      most_calls: the number of tool calls after which the answer ends; 0: there are no tools, and no calls are
+        separated.
     """
 
     def __init__(
@@ -117,19 +118,19 @@ class AnswerText:
         self._apart = prompt is not None
         self._thought: GrowingText | None = None
         self._call: list[int] | None = None
-        self._named = False  # whether the channel's name is behind us
-        self._held = ""  # of the thought, not told yet
+        self._named = False  # whether the channel's name has been read
+        self._held = ""  # part of the thought, not reported yet
         self._calls_left, self._has_called, self._responds = most_calls, False, False
         given = list(prompt or ())
         channels = [token for token in given if token in (self._opens, self._closes)]
         if channels and channels[-1] == self._opens:
-            self._thought, self._named = GrowingText(tokenizer), True  # the prompt wrote the name, too
+            self._thought, self._named = GrowingText(tokenizer), True  # the prompt contains the name, too
         thinking = self._apart and thinks in given and given[-1] != self._closes
         self._openers = [mark for mark in (self._opens if thinking else None, self._calls) if mark is not None]
 
     @property
     def stopped(self) -> bool:
-        """By a stop string, the last call, or where a response would begin, which is not the model's to write."""
+        """Ended by a stop string, by the last call, or where a response would begin, which the model must not write."""
         return self._answer.stopped or self._responds
 
     @property
@@ -139,16 +140,16 @@ class AnswerText:
 
     @property
     def is_apart(self) -> bool:
-        """Whether what comes is not the answer's text: in a thought, in a call, behind a call."""
+        """Whether what follows is not the answer's text: inside a thought, inside a call, or after a call."""
         return self._thought is not None or self._call is not None or self._has_called
 
     @property
     def openers(self) -> list[int]:
-        """Tokens that may begin a thought or a call instead of the answer, as long as nothing of that is there."""
+        """Tokens that can begin a thought or a call instead of the answer, before any text of the answer."""
         return [] if self._answer.length else self._openers
 
     def add(self, token: int) -> Grown:
-        """What is certain now."""
+        """Returns what is now final."""
         if self._call is not None:
             self._call.append(token)
             return self._end_call() if token == self._called else Grown()
@@ -167,13 +168,13 @@ class AnswerText:
         return Grown()
 
     def end(self) -> Grown:
-        """The rest."""
+        """Returns the rest."""
         reasoning = self._end_thought() if self._thought is not None else ""
         begun = self._end_call() if self._call is not None else Grown()
         return Grown(begun.text + self._answer.end(), reasoning, begun.calls)
 
     def _end_call(self) -> Grown:
-        """A call that is none, or was cut off, is told as it was written."""
+        """Reports a malformed or truncated call as it was written."""
         written = self._tokenizer.decode(self._call, skip_special_tokens=False)
         self._call = None
         try:
@@ -191,7 +192,9 @@ class AnswerText:
         return (rest if self._named else rest.removeprefix(THOUGHT_NAME.strip())).removesuffix("\n")
 
     def _told(self, text: str) -> str:
-        """What of a thought is certain: not its channel's name, nor a line end, which may be the last."""
+        """The part of a thought that is final: without its channel's name, and without a line end that could be the
+        last.
+        """
         text = self._held + text
         if not self._named and THOUGHT_NAME.startswith(text):
             told = ""
@@ -203,7 +206,7 @@ class AnswerText:
 
 
 def _ids(tokenizer: Any, *marks: str) -> list[int | None]:
-    """Of control tokens; None for one that the tokenizer doesn't have."""
+    """Ids of control tokens; None for one that the tokenizer lacks."""
     found = tokenizer.convert_tokens_to_ids(list(marks))
     there = tokenizer.convert_ids_to_tokens([0 if token is None else token for token in found])
     return [token if name == mark else None for mark, token, name in zip(marks, found, there, strict=True)]

@@ -1,4 +1,4 @@
-"""What a starting server prints: followed, kept, and put in a few words."""
+"""The output of a starting server: followed, saved, and summarised."""
 
 from __future__ import annotations
 
@@ -27,11 +27,11 @@ _RAISED = re.compile(r"(?P<process>\((?!APIServer)\S+ pid=\d+\)) ERROR .*?\] (?P
 """The last line of a traceback in the log of one of vLLM's processes, which ends the server. The process that started
 it raises another one. `APIServer` also logs those of single requests."""
 LEAVE_SECONDS = 10.0
-"""The engine's `logs` ends by itself when the container has."""
+"""The engine's `logs` ends by itself after the container has ended."""
 
 
 class ServerLog:
-    """Follows a container's log: every line goes to a file at once, without secrets; use it as a context manager."""
+    """Follows a container's log: writes every line to a file at once, without secrets; use it as a context manager."""
 
     def __init__(self, process: subprocess.Popen[bytes], path: Path):
         self._process, self._path = process, path
@@ -60,7 +60,7 @@ class ServerLog:
         self._thread.join()
 
     def lines(self, seconds: float) -> Iterator[str]:
-        """The lines that come within so many seconds; ends early with the log."""
+        """Yields the lines that arrive within `seconds`; ends early with the log."""
         until = time.monotonic() + seconds
         while not self.ended and (left := until - time.monotonic()) > 0:
             try:
@@ -111,17 +111,17 @@ class ServerLog:
 
 
 class Stages:
-    """How far a server has come, by its log."""
+    """A server's progress, judged by its log."""
 
     def __init__(self) -> None:
         self.stage = "starting"
         """`starting`, `loading weights`, `compiling`, `answering soon`."""
         self.told = "starting"
-        """The stage, and how far it has come."""
+        """The stage, and the progress within it."""
         self._programs = 0
 
     def see(self, line: str) -> bool:
-        """Takes one line of the log; returns whether another stage has begun."""
+        """Processes one line of the log; returns whether a new stage has begun."""
         before = self.stage
         if found := re.search(r"Loading safetensors checkpoint shards:\s+\d+%.*?\| (\d+)/(\d+)", line):
             self._is("loading weights", f", {found[1]} of {found[2]} files")

@@ -1,4 +1,4 @@
-"""Whether weights and KV cache fit into the chips: an estimate with its arithmetic, before a container is started."""
+"""Estimates whether weights and KV cache fit into the chips, with the arithmetic, before a container is started."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from gemma4_tpu.serving.model_checks import platform_of
 
 @dataclass(frozen=True)
 class MemoryEstimate:
-    """Bytes per chip; weights and cache of the text model only: activations, programs and vision towers come on top."""
+    """Bytes per chip; weights and cache of the text model only. Activations, programs and vision towers come on top."""
 
     weight_bytes: float
     kv_bytes: float
@@ -27,11 +27,11 @@ class MemoryEstimate:
     room_bytes: float
     """Memory of a chip times `gpu_memory_utilization`."""
     sequences: int
-    """Sequences of full length that the cache has room for, on all copies together; 0: it does not fit."""
+    """Sequences of full length that fit into the cache, over all copies; 0: it does not fit."""
     longest_tokens: int
     """Longest single sequence that would fit."""
     formula: tuple[str, ...]
-    """How these numbers come about, a line each."""
+    """Derivation of these numbers, one per line."""
 
     @property
     def fits(self) -> bool:
@@ -46,7 +46,7 @@ def estimate(
 ) -> MemoryEstimate:
     """The estimate for a model, and adapters on it, on `serving.slice`.
 
-    `quantised_bytes`: what its files hold, where they are quantised.
+    `quantised_bytes`: size of its files, if they are quantised.
     """
     tp = serving.tensor_parallel_size
     windowed = _keeps_windows(serving)
@@ -67,7 +67,7 @@ def estimate(
     one = cache(serving.max_model_len)
     sequences = max(0, int((room - weights) // one)) * serving.data_parallel_size
     low, high = 0, 1 << 24
-    while high - low > 1:  # the longest sequence whose cache fits into what the weights leave
+    while high - low > 1:  # the longest sequence whose cache fits into the memory that the weights leave
         middle = (low + high) // 2
         low, high = (middle, high) if cache(middle) <= room - weights else (low, middle)
     formula = (
@@ -79,12 +79,12 @@ def estimate(
 
 
 def _adapter_slots(arch: Architecture, serving: ServingConfig, adapters: Sequence[ServedAdapter]) -> tuple[float, str]:
-    """Bytes on each chip that vLLM sets aside for adapters: for each of them A and B of every product, at the largest
-    rank; and these in words.
+    """Bytes that vLLM reserves on each chip for adapters: for each of them, A and B of every product at the largest
+    rank; and the same in words.
     """
     if not adapters:
         return 0.0, ""
-    sides = 0  # sizes of both sides of every product
+    sides = 0  # summed input and output sizes of all products
     for layer in range(arch.num_layers):
         width, hidden = arch.layer_head_dim(layer), arch.layer_hidden_dim(layer)
         outputs = [arch.num_heads * width, *[arch.layer_kv_heads(layer) * width] * 2, hidden, hidden]
@@ -95,7 +95,7 @@ def _adapter_slots(arch: Architecture, serving: ServingConfig, adapters: Sequenc
 
 
 def _memory(serving: ServingConfig) -> tuple[float, str]:
-    """Bytes that one device has, and whose they are."""
+    """Memory of one device in bytes, and its name."""
     if serving.slice == LOCAL:
         return psutil.virtual_memory().total, "this machine"
     chip = SLICES[serving.slice].chip
@@ -109,7 +109,7 @@ def check_memory(
     adapters: Sequence[ServedAdapter] = (),
     quantised_bytes: int | None = None,
 ) -> None:
-    """Raises `UserError` where the weights and one sequence of full length don't fit; says which changes would."""
+    """Raises `UserError` if the weights and one sequence of full length do not fit; says which changes would help."""
     if found.fits:
         return
     total = (found.weight_bytes + found.kv_bytes) / GIB
@@ -120,10 +120,10 @@ def check_memory(
         if not (quantised_bytes and "weight_dtype" in change)
         and estimate(arch, replace(serving, **change), adapters, quantised_bytes).fits
     ]
-    advice = f"what would fit: {'; '.join(ways)}" if ways else "no single change helps; take a larger slice"
+    advice = f"what would fit: {'; '.join(ways)}" if ways else "no single change helps; use a larger slice"
     raise UserError(
         f"serving.max_model_len={serving.max_model_len}: does not fit into {serving.slice}: per chip {total:.2f} GiB"
-        f" are needed, {found.room_bytes / GIB:.2f} GiB are there (estimated):{lines}\n{advice}"
+        f" are needed, {found.room_bytes / GIB:.2f} GiB are available (estimated):{lines}\n{advice}"
     )
 
 
@@ -141,10 +141,10 @@ def _changes(found: MemoryEstimate, arch: Architecture, serving: ServingConfig) 
 
 
 def _keeps_windows(serving: ServingConfig) -> bool:
-    """Whether sliding layers keep their window only.
+    """Whether sliding layers keep only their window.
 
-    vLLM's cache manager does that on GPUs and CPUs. On TPUs tpu-inference gives every layer of Gemma 4 the whole
-    sequence, since its layers' heads differ in width ("re-enable sliding_window once mixed dims … is supported",
+    vLLM's cache manager does that on GPUs and CPUs. On TPUs, tpu-inference keeps the whole sequence in every layer of
+    Gemma 4, because head widths differ between layers ("re-enable sliding_window once mixed dims … is supported",
     kv_cache_manager.py).
     """
     return platform_of(serving) != "tpu" and not serving.flags.get("disable-hybrid-kv-cache-manager")

@@ -1,4 +1,4 @@
-"""Checks of the folder that is served: a whole checkpoint, of a size that vLLM has a model for. No JAX."""
+"""Checks of the folder to serve: a complete checkpoint, of a size that vLLM supports. Imports no JAX."""
 
 from __future__ import annotations
 
@@ -18,25 +18,25 @@ from gemma4_tpu.storage import join, list_folder, open_bytes, read_json
 from gemma4_tpu.tracking.run import is_run
 
 MERGED, ADAPTER = "merged", "adapter"
-"""Folders in a run folder: what `merge` leaves."""
+"""Subfolders that `merge` writes into a run folder."""
 
 
 @dataclass(frozen=True)
 class FoundModel:
-    """The checkpoint that is served."""
+    """The checkpoint to serve."""
 
     folder: Path
-    """As vLLM's mount shows it, or where it lies."""
+    """Its real path, as needed for mounting."""
     architecture: Architecture
     config: Mapping[str, Any]
     """Its `config.json`."""
 
     quantised_bytes: int | None = None
-    """Of the weights' files, where they are quantised."""
+    """Bytes of the weight files if they are quantised; else None."""
 
     @property
     def quantised_by(self) -> str | None:
-        """The method that its weights are quantised by."""
+        """The method by which its weights are quantised."""
         return quantisation(self.config)
 
     @property
@@ -50,29 +50,29 @@ class FoundModel:
 
 
 def platform_of(serving: ServingConfig) -> str:
-    """What serves: `tpu`, `gpu` or `cpu`."""
+    """The serving platform: `tpu`, `gpu` or `cpu`."""
     return "cpu" if serving.slice == LOCAL else SLICES[serving.slice].chip.platform
 
 
 def find_model(run: str, *, mounted: bool) -> tuple[FoundModel | None, list[str]]:
-    """What is to be served, or what is wrong with it. `mounted`: into a container."""
+    """The model to serve, or the problems with it. `mounted`: into a container."""
     if not run:
-        return None, ["run: which model? give run=<merged folder>, or run=<run folder> with merged in it"]
+        return None, ["run is not set; set run=<merged folder>, or run=<run folder> that contains merged"]
     if "://" in run:
-        return None, [f"run={run}: copy it to a local disk first; vLLM is given a local folder"]
+        return None, [f"run={run}: copy it to a local disk first; vLLM needs a local folder"]
     folder = Path(run)
     if not folder.is_dir():
         advice = f"; download it first: hf download {run} --local-dir <folder>" if run.count("/") == 1 else ""
         return None, [f"run={run}: no such folder{advice}"]
     if is_run(folder) and not (folder / MERGED).is_dir():
-        there = f", but an adapter: adapters=[{run}] serves that" if (folder / ADAPTER).is_dir() else ""
+        there = f", but an adapter: serve it with adapters=[{run}]" if (folder / ADAPTER).is_dir() else ""
         return None, [
-            f"run={run}: a training without merged weights{there}; merge it first: python -m gemma4_tpu.merge run={run}"
+            f"run={run}: a run without merged weights{there}; merge it first: python -m gemma4_tpu.merge run={run}"
         ]
     model = folder / MERGED if is_run(folder) else folder
     present = sorted(entry.name for entry in model.iterdir())
     if "adapter_config.json" in present:
-        return None, [f"run={run}: an adapter; adapters=[{run}] serves it on its base"]
+        return None, [f"run={run}: an adapter; serve it on its base with adapters=[{run}]"]
     if "config.json" not in present or not {SINGLE_NAME, INDEX_NAME} & set(present):
         return None, [f"run={run}: {no_checkpoint(str(model), present)}"]
     try:
@@ -87,7 +87,7 @@ def find_model(run: str, *, mounted: bool) -> tuple[FoundModel | None, list[str]
 def find_in_bucket(run: str, architecture: str | None) -> tuple[FoundModel | None, list[str]]:
     """The same for a folder on gs://, which stays there."""
     if not run.startswith("gs://") or run.count("/") < 3:
-        return None, [f"run={run}: GKE reads the model from its bucket; give run=gs://<bucket>/<merged folder>"]
+        return None, [f"run={run}: GKE reads the model from a bucket; set run=gs://<bucket>/<merged folder>"]
     if architecture is not None:
         if architecture not in ARCHITECTURES:
             return None, [f"architecture={architecture}: no such size (there are: {', '.join(ARCHITECTURES)})"]
@@ -97,11 +97,11 @@ def find_in_bucket(run: str, architecture: str | None) -> tuple[FoundModel | Non
         config = read_json(join(run, "config.json"))
         return FoundModel(Path(run), from_hf_config(config), config, _quantised_bytes(config, run)), []
     except (UserError, OSError) as error:
-        return None, [f"run={run}: {error}; architecture=<size> does without reading it"]
+        return None, [f"run={run}: {error}; with architecture=<size> it need not be read"]
 
 
 def _quantised_bytes(config: Mapping[str, Any], folder: str) -> int | None:
-    """What the files of quantised weights hold; None: they are not quantised."""
+    """Bytes of the files of quantised weights; None if they are not quantised."""
     if quantisation(config) is None:
         return None
     names = (name for name in list_folder(folder) if name.endswith(".safetensors"))
@@ -109,7 +109,7 @@ def _quantised_bytes(config: Mapping[str, Any], folder: str) -> int | None:
 
 
 def _lacking(model: Path, present: list[str], *, mounted: bool) -> list[str]:
-    """What the server would not find in the folder, be it `mounted` into a container."""
+    """What the server would not find in the folder, if `mounted` inside a container."""
     messages = []
     if "tokenizer.json" not in present:
         messages.append("there is no tokenizer.json; copy the tokenizer's files there")
@@ -117,7 +117,7 @@ def _lacking(model: Path, present: list[str], *, mounted: bool) -> list[str]:
     outside = [n for n in present if (model / n).is_symlink() and inside not in (model / n).resolve().parents]
     if outside and mounted:
         messages.append(
-            f"{outside[0]} is a link to a place that the container doesn't see; copy the folder with cp -rL"
+            f"{outside[0]} is a link out of the folder, which the container cannot follow; copy the folder with cp -rL"
         )
     if mounted and "," in str(model.absolute()):
         messages.append("a folder with a comma in its path can't be mounted; move it")
@@ -125,12 +125,12 @@ def _lacking(model: Path, present: list[str], *, mounted: bool) -> list[str]:
         index = json.loads((model / INDEX_NAME).read_text(encoding="utf-8"))
         missing = sorted(set(index.get("weight_map", {}).values()) - set(present))
         if missing:
-            messages.append(f"{INDEX_NAME} names {missing[0]}, which is not there ({len(missing)} missing)")
+            messages.append(f"{INDEX_NAME} names {missing[0]}, which does not exist ({len(missing)} missing)")
     return messages
 
 
 def longest_problem(serving: ServingConfig, model: FoundModel) -> list[str]:
-    """Whether the model takes sequences of the wanted length."""
+    """Whether the model supports sequences of the requested length."""
     longest = model.config.get("text_config", model.config).get("max_position_embeddings")
     if isinstance(longest, int) and serving.max_model_len > longest:
         return [f"serving.max_model_len={serving.max_model_len}: the model's longest sequence is {longest} tokens"]
@@ -138,43 +138,41 @@ def longest_problem(serving: ServingConfig, model: FoundModel) -> list[str]:
 
 
 def quantised_problems(serving: ServingConfig, model: FoundModel) -> list[str]:
-    """What a quantised checkpoint leaves no choice about."""
+    """Settings that contradict a quantised checkpoint."""
     if (method := model.quantised_by) is None:
         return []
     messages = []
     if serving.runner == "embedded":
-        messages.append(
-            f"run: quantised by {method}: serving=local computes with plain weights; give the merged folder"
-        )
+        messages.append(f"run: quantised by {method}: serving=local needs plain weights; use the merged folder")
     elif model.weight_only and platform_of(serving) == "cpu":
         messages.append(
             "run: weight-only quantised: vLLM 0.32's CPU build has no kernel for 8 bits without quantised activations;"
-            " export=int8 has them"
+            " use export=int8, which has them"
         )
     if serving.weight_dtype == "fp8":
-        messages.append(f"serving.weight_dtype=fp8: the weights are quantised by {method} already; leave it out")
+        messages.append(f"serving.weight_dtype=fp8: the weights are already quantised by {method}; leave it out")
     return messages
 
 
 def on_tpu(serving: ServingConfig, model: FoundModel) -> list[str]:
-    """Checkpoints that vLLM's JAX implementation has no model for, or was seen to refuse."""
+    """Checkpoints that vLLM's JAX implementation does not support, or was observed to refuse."""
     config = model.config
     if serving.env.get("MODEL_IMPL_TYPE") == "vllm":
         return []
     if config.get("model_type") in UNIFIED:
         return [
-            f"config.json: model_type={config['model_type']} (12B) is none of the models of tpu-inference 0.32, vLLM's"
-            " JAX implementation; serving.env.MODEL_IMPL_TYPE=vllm takes vLLM's PyTorch one (as serving=v6e4_12b does)"
+            f"config.json: model_type={config['model_type']} (12B) is not in tpu-inference 0.32, vLLM's"
+            " JAX implementation; serving.env.MODEL_IMPL_TYPE=vllm selects its PyTorch one (as serving=v6e4_12b does)"
         ]
     notes = [] if "text_config" in config else [
-        "config.json is that of a text-only checkpoint (no text_config), which vLLM's JAX implementation of Gemma 4 was"
-        " seen to refuse; merge onto the multimodal checkpoint that Google publishes if it does"
+        "config.json describes a text-only checkpoint (no text_config), which vLLM's JAX implementation was"
+        " observed to refuse; if it does, merge onto Google's multimodal checkpoint"
     ]  # fmt: skip
     if model.weight_only:
         notes.append("weight-only quantised: whether tpu-inference 0.32 reads that is not known; export=fp8 is read")
     elif model.quantised_by and config["quantization_config"].get("format") == "int-quantized":
         notes.append(
             "int8 weights: vLLM's JAX implementation read fp8 (export=fp8) before int8, which came with tpu-inference"
-            " #3305; if this image's refuses them, serving.env.MODEL_IMPL_TYPE=vllm takes vLLM's PyTorch model"
+            " #3305; if this image refuses them, serving.env.MODEL_IMPL_TYPE=vllm selects vLLM's PyTorch model"
         )
     return notes

@@ -1,4 +1,4 @@
-"""What both kinds of server have in common: a result, an end on request, the question if it is the trained model."""
+"""Common to both kinds of server: the result, stopping on request, and the check that it serves the trained model."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ KEY = "VLLM_API_KEY"
 
 @dataclass(kw_only=True)
 class ServerOutcome:
-    """What `result.json` holds."""
+    """Contents of `result.json`."""
 
     status: str = "failed"
     """`stopped` (on request, after it had answered), `interrupted` (before) or `failed`."""
@@ -39,7 +39,7 @@ class ServerOutcome:
     """From the start to the first answer."""
     served_seconds: float | None = None
     probe: dict[str, Any] | None = None
-    """With adapters: of each, by name."""
+    """With adapters: one for each, by name."""
     error: str | None = None
 
     @staticmethod
@@ -51,7 +51,7 @@ class ServerOutcome:
         }  # fmt: skip
 
     def announce(self, ready_seconds: float, stopping: str) -> None:
-        """Tells that the server answers. `stopping`: what Ctrl-C does."""
+        """Logs that the server answers. `stopping`: the effect of Ctrl-C."""
         self.ready_seconds = ready_seconds
         log.info("ready after %s; Ctrl-C %s", format_seconds(ready_seconds), stopping)
         print(f"endpoint: {self.endpoint}\nmodel: {self.model}", flush=True)
@@ -61,9 +61,9 @@ def until_stopped(outcome: ServerOutcome, serve: Callable[[Signals], None], stop
     """Runs `serve` until a signal ends it; returns the exit code: 0 if it had answered, else 128 + signal.
 
     Args:
-      outcome: gets `status` and `error`; `ready_seconds` tells whether the server has answered.
-      serve: ends by a signal or an error, which goes on from here.
-      stopped: what has become of the server then.
+      outcome: receives `status` and `error`; its `ready_seconds` shows whether the server has answered.
+      serve: ends by a signal or by an error, which is passed on.
+      stopped: the state of the server afterwards, in words.
     """
     with Signals() as signals:
         try:
@@ -81,19 +81,19 @@ def until_stopped(outcome: ServerOutcome, serve: Callable[[Signals], None], stop
 
 
 def client_of(serving: ServingConfig) -> httpx.Client:
-    """A client of the server on this machine: plain HTTP, no proxies, no certificates to read."""
+    """A client of the server on this machine: plain HTTP, no proxies, no certificates."""
     headers = {"Authorization": f"Bearer {key}"} if (key := os.environ.get(KEY)) else {}
     return httpx.Client(base_url=url_of(serving), headers=headers, trust_env=False, verify=False)
 
 
 def confirm(client: httpx.Client, serving: ServingConfig, checked: ServeChecked, outcome: ServerOutcome) -> None:
-    """Asks whether it is the trained model, where the folder holds prompts for that.
+    """Verifies that it serves the trained model, if the folder contains prompts for that.
 
     Raises:
       UserError: it answers like the base model, or not at all.
     """
     if not serving.probe:
-        log.warning("serving.probe=false: nobody has asked whether this is the trained model")
+        log.warning("serving.probe=false: not verified that this is the trained model")
         return
     if not checked.adapters:
         outcome.probe = _confirmed(client, outcome.model, checked.model)
@@ -102,15 +102,15 @@ def confirm(client: httpx.Client, serving: ServingConfig, checked: ServeChecked,
 
 
 def _confirmed(client: httpx.Client, name: str, folder: Path) -> dict[str, Any] | None:
-    """How the server answers as `name`; None: the folder holds nothing to ask."""
+    """The server's answers as `name`; None if the folder contains no prompts."""
     found = probe(client, name, folder)
     if found is None:
         log.warning(
-            "%s holds no %s with prompts on which trained and base model differ, so the server was not asked which"
-            " of them it is; merge with verify=true (export=merged or both) stores some", folder, PROBE_NAME,
+            "%s contains no %s with prompts on which trained and base model differ, so it was not verified which"
+            " of them it serves; merge with verify=true (export=merged or both) stores some", folder, PROBE_NAME,
         )  # fmt: skip
         return None
     say = log.info if found.as_merged > found.prompts / 2 else log.warning
-    hint = "" if say == log.info else ": quantised weights may do that; is it another model?"
+    hint = "" if say == log.info else ": quantisation can cause that, or it is another model"
     say("%s: the server %s%s", name, found.told, hint)
     return found.plain()

@@ -1,7 +1,7 @@
-"""Whether a server that has started is the trained model: a few prompts on which merged and base model differ.
+"""Verifies that a running server serves the trained model, with prompts on which merged and base model differ.
 
-`merge` stores them in the merged folder (`probe.json`): the tokens of a prompt, and the likeliest next token of either
-model, in float32. A server answers with one token each; quantised weights may answer neither.
+`merge` stores them in the merged folder (`probe.json`): the tokens of a prompt, and each model's most likely next token
+in float32. The server answers with one token each; with quantised weights, it can match neither.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from gemma4_tpu.checkpoint_folder import PROBE_NAME
 from gemma4_tpu.errors import UserError
 
 ANSWER_SECONDS = 300.0
-"""For one token; a first request may compile."""
+"""For one token; a first request can trigger compilation."""
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ class ProbeResult:
 
 
 def probe(client: httpx.Client, name: str, folder: Path) -> ProbeResult | None:
-    """Asks the server behind `client`; None where nothing is stored in `folder` to ask.
+    """Asks the server behind `client`; None if `folder` contains no prompts.
 
     Raises:
       UserError: it answers like the base model, or not at all.
@@ -58,7 +58,7 @@ def probe(client: httpx.Client, name: str, folder: Path) -> ProbeResult | None:
 
 
 def _token(client: httpx.Client, body: dict[str, Any]) -> int:
-    """The id of the one token that the server answers with."""
+    """The id of the single token that the server answers with."""
     try:
         response = client.post("/v1/completions", json=body, timeout=ANSWER_SECONDS)
         response.raise_for_status()
@@ -67,11 +67,11 @@ def _token(client: httpx.Client, body: dict[str, Any]) -> int:
     except httpx.HTTPStatusError as error:
         said = " ".join(error.response.text.split())[:200]
         raise UserError(
-            f"the server refuses the probe ({error.response.status_code}: {said}); serving.probe=false leaves it out"
+            f"the server refuses the probe ({error.response.status_code}: {said}); serving.probe=false skips it"
         ) from None
     except (httpx.HTTPError, KeyError, IndexError, TypeError, ValueError) as error:
         raise UserError(
-            f"the server gives no answer to the probe ({error or repr(error)}); serving.probe=false leaves it out"
+            f"the server does not answer the probe ({error or repr(error)}); serving.probe=false skips it"
         ) from None
 
 
@@ -82,8 +82,8 @@ def _judge(name: str, stored: list[dict[str, Any]], answers: list[int]) -> Probe
     if as_base > len(stored) / 2:
         raise UserError(
             f"{name}: the server answers {as_base} of {count} like the base model and {as_merged} like the merged one:"
-            " it does not serve what was trained; is the folder whole and unchanged? (serving.probe=false leaves this"
-            " out)"
+            " it does not serve the trained model; is the folder unchanged? (serving.probe=false skips this"
+            " check)"
         )
     told = f"answers {as_merged} of {count} like the merged model, {as_base} like the base"
     return ProbeResult(len(stored), as_merged, as_base, told)

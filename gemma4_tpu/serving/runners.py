@@ -1,4 +1,4 @@
-"""Where vLLM runs: in its container, or as a process of this machine. To the launcher the two are alike."""
+"""Where vLLM runs: in its container, or as a process on this machine, behind one interface."""
 
 from __future__ import annotations
 
@@ -29,42 +29,42 @@ from gemma4_tpu.serving.engine import ContainerEngine, State
 log = logging.getLogger(__name__)
 
 _LEAVING_SECONDS = 5.0
-"""A process whose log has ended is gone soon."""
+"""A process whose log has ended exits soon after."""
 _PR_SET_PDEATHSIG = 1
 _prctl = ctypes.CDLL(None).prctl if sys.platform == "linux" else None
 
 
 class VllmRunner(Protocol):
-    """Runs one vLLM; nothing is left of it after `remove`."""
+    """Runs one vLLM; `remove` leaves nothing of it."""
 
     command: str
     """For a shell."""
     stopping: str
-    """What Ctrl-C does."""
+    """The effect of Ctrl-C."""
     stopped: str
-    """What it has done."""
+    """The state afterwards."""
 
     def prepare(self) -> str | None:
-        """Makes sure that vLLM is there; returns the digest of its image, where it has one."""
+        """Makes sure that vLLM is available; returns the digest of its image, if it has one."""
 
     def start(self) -> str:
-        """Starts it; returns what it is, in words."""
+        """Starts it; returns a description."""
 
     def follow(self) -> subprocess.Popen[bytes]:
-        """A process that prints what the server prints, and ends with it."""
+        """A process that prints the server's output, and ends with it."""
 
     def state(self) -> State:
         """Whether it runs, and how it ended."""
 
     def stop(self, seconds: int) -> None:
-        """Asks it to end, and kills it after so many seconds."""
+        """Asks it to stop, and kills it after `seconds`."""
 
     def remove(self) -> None:
-        """Leaves nothing of it, running or not."""
+        """Removes everything, running or not."""
 
 
 def runner_of(serving: ServingConfig, checked: ServeChecked) -> VllmRunner:
-    """The one that `serving.runner` names."""
+    """The runner that `serving.runner` names."""
     return ContainerRunner(serving, checked) if serving.runner == "docker" else ProcessRunner(serving, checked)
 
 
@@ -81,7 +81,7 @@ class ContainerRunner:
         self.command = f"{serving.engine} {shown(self._words)}"
 
     def prepare(self) -> str | None:
-        """Makes sure that engine and image are there."""
+        """Makes sure that engine and image are available."""
         self._engine.check()
         if (digests := self._engine.digests(self._image)) is None:
             log.info("fetching %s …", self._image)
@@ -90,7 +90,7 @@ class ContainerRunner:
         if not digests:
             return None
         if "@" not in self._image:
-            log.info("%s is %s; serving.image=<that> pins it for good", self._image, digests[0])
+            log.info("%s is %s; serving.image=<that> pins it permanently", self._image, digests[0])
         return digests[0]
 
     def start(self) -> str:
@@ -116,9 +116,9 @@ class ContainerRunner:
 
 
 class ProcessRunner:
-    """vLLM as a process of this machine, in a session of its own with all that it starts."""
+    """vLLM as a process on this machine, in its own session with everything that it starts."""
 
-    stopping, stopped = "stops the server", "the server and all that it started are stopped"
+    stopping, stopped = "stops the server", "the server and its processes are stopped"
 
     def __init__(self, serving: ServingConfig, checked: ServeChecked):
         self._executable, self._words = serving.executable, process_words(serving, checked)
@@ -128,15 +128,15 @@ class ProcessRunner:
         self._cache = cache_folder(serving)
 
     def prepare(self) -> None:
-        """Makes sure that the command is there."""
+        """Makes sure that the command exists."""
         if shutil.which(self._executable) is None:
             raise UserError(
-                f"serving.executable={self._executable}: no such command; it is vLLM's, in an environment of its own"
+                f"serving.executable={self._executable}: no such command; it must be vLLM's, in a separate environment"
                 " (make vllm installs the CPU build into .venv-vllm)"
             )
 
     def start(self) -> str:
-        """Starts vLLM. Where this process is killed, vLLM is asked to end too (on Linux)."""
+        """Starts vLLM. If this process is killed, vLLM ends too (on Linux)."""
         try:
             self._process = subprocess.Popen(
                 self._words, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
@@ -155,7 +155,7 @@ class ProcessRunner:
         return self._process
 
     def state(self) -> State:
-        """Waits a little: the log ends before the process does."""
+        """Waits briefly, because the log ends before the process does."""
         try:
             code = self._process.wait(_LEAVING_SECONDS)
         except subprocess.TimeoutExpired:
@@ -163,7 +163,7 @@ class ProcessRunner:
         return State(running=False, exit_code=code if code >= 0 else 128 - code, out_of_memory=False)
 
     def stop(self, seconds: int) -> None:
-        """SIGTERM to vLLM, which ends its own processes, and SIGKILL to all of them after so many seconds."""
+        """Sends SIGTERM to vLLM, which ends its own processes, and SIGKILL to all of them after `seconds`."""
         self._process.terminate()
         try:
             self._process.wait(seconds)
@@ -177,7 +177,7 @@ class ProcessRunner:
         self._reaper.join()
 
     def _reap(self) -> None:
-        """When vLLM has ended, what it left behind is killed, and so its log ends as well."""
+        """Kills what vLLM left behind after it ended, so that its log ends as well."""
         self._process.wait()
         self._kill()
 
@@ -189,6 +189,6 @@ class ProcessRunner:
 
 
 def end_with_parent() -> None:
-    """Has the kernel end this process with the one that started it; for `preexec_fn`."""
+    """Makes the kernel end this process together with its parent; for `preexec_fn`."""
     if _prctl is not None:
         _prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)

@@ -1,4 +1,4 @@
-"""One vLLM server: started, followed until it answers, asked whether it is the trained model, stopped."""
+"""One vLLM server: starts it, follows it until it answers, verifies its model, stops it."""
 
 from __future__ import annotations
 
@@ -28,11 +28,11 @@ log = logging.getLogger(__name__)
 
 POLL_SECONDS = 0.25
 LINE_SECONDS = 30.0
-"""Between lines about a server that is still starting, where there is no terminal."""
+"""Interval between progress lines of a starting server, without a terminal."""
 TROUBLE_SECONDS = 15.0
-"""A server that has printed a known error is given up after so long, if it has neither ended nor answered."""
+"""A server that has printed a known error is abandoned after this time, if it has neither ended nor answered."""
 STOP_SECONDS = 30
-"""A server may take so long to end before it is killed."""
+"""Time for a server to end before it is killed."""
 
 
 class ServerFailed(UserError):
@@ -41,17 +41,17 @@ class ServerFailed(UserError):
 
 @dataclass(kw_only=True)
 class VllmOutcome(ServerOutcome):
-    """What `result.json` holds of a vLLM server."""
+    """Contents of `result.json` for a vLLM server."""
 
     runner: str
     image: str | None
-    """None: without a container."""
+    """None: no container."""
     command: str
     memory: MemoryEstimate
     image_digest: str | None = None
     """`<name>@sha256:…`; None: the image was built here."""
     version: str | None = None
-    """vLLM's, as the server tells it."""
+    """vLLM's version, as reported by the server."""
 
 
 class Server:
@@ -68,10 +68,10 @@ class Server:
         )  # fmt: skip
 
     def run(self) -> int:
-        """Exit code: 0 stopped after it answered; 130 or 143 (128 + signal) stopped before.
+        """Returns 0 if stopped after it answered, 130 or 143 (128 + signal) if stopped before.
 
         Raises:
-          UserError: it did not start, is not the trained model, or ended by itself.
+          UserError: it did not start, does not serve the trained model, or ended by itself.
         """
         with self._client:
             return until_stopped(self.outcome, self._serve, self._runner.stopped)
@@ -133,7 +133,7 @@ class Server:
                     raise self._failure("will not start", follower, trouble[1])
                 if waited > serving.ready_timeout_seconds:
                     raise self._failure(
-                        f"does not answer after {format_seconds(waited)} ({stages.told}); give more time with"
+                        f"does not answer after {format_seconds(waited)} ({stages.told}); allow more time with"
                         " serving.ready_timeout_seconds, and keep serving.compile_cache", follower, None,
                     )  # fmt: skip
 
@@ -151,7 +151,7 @@ class Server:
             return False
 
     def _version(self) -> str | None:
-        """Of vLLM; None: the server doesn't tell."""
+        """The version of vLLM; None if the server does not report it."""
         try:
             return self._client.get("/version").json()["version"]
         except (httpx.HTTPError, ValueError, KeyError, TypeError):
@@ -171,13 +171,13 @@ class Server:
 
     def _ended(self, follower: ServerLog, trouble: Trouble | None, what: str) -> ServerFailed:
         state = self._runner.state()
-        if state.running:  # its log broke off
+        if state.running:  # its log was cut off
             return self._failure("can no longer be followed: its log ended", follower, trouble)
         # It has ended, so there is nothing to stop.
         self._stop_seconds = 0
         if state.out_of_memory or state.exit_code == 137:
             trouble = trouble or Trouble(
-                f"exit code {state.exit_code}", "the host's memory is exhausted; the model is loaded through it"
+                f"exit code {state.exit_code}", "host memory is exhausted; the model is loaded through it"
             )
         return self._failure(f"{what}: exit code {state.exit_code}", follower, trouble)
 
@@ -196,7 +196,7 @@ class Server:
         if not self._stop_seconds:
             return
         try:
-            log.info("stopping the server (at most %d s; Ctrl-C again for at once)", self._stop_seconds)
+            log.info("stopping the server (at most %d s; Ctrl-C again to kill it)", self._stop_seconds)
             self._runner.stop(self._stop_seconds)
         except Stopped:
             self._runner.remove()

@@ -1,4 +1,4 @@
-"""Ctrl-C, SIGTERM and a closed terminal: one way out, and never in the middle of starting a container."""
+"""Handles Ctrl-C, SIGTERM and a closed terminal alike, and never in the middle of starting a container."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _HANDLED = (signal.SIGINT, signal.SIGHUP, *TERMINATING)
 
 
 class Stopped(BaseException):
-    """A signal asked for the end; not an `Exception`, so that nothing takes it for a failure."""
+    """A signal requested the end; not an `Exception`, so that nothing treats it as a failure."""
 
     def __init__(self, number: int):
         super().__init__(signal.Signals(number).name)
@@ -21,7 +21,7 @@ class Stopped(BaseException):
 
 
 class Signals:
-    """While it is open, those signals raise `Stopped` in the main thread; what they did before is put back after."""
+    """While open, these signals raise `Stopped` in the main thread; afterwards, the previous handlers are restored."""
 
     def __init__(self) -> None:
         self._held = 0
@@ -43,7 +43,7 @@ class Signals:
 
     @contextmanager
     def held(self, *, drop: bool = False) -> Iterator[None]:
-        """Signals wait until the block is over; with `drop` they are forgotten."""
+        """Delays signals until the block ends; with `drop`, discards them."""
         self._held += 1
         try:
             yield

@@ -1,9 +1,9 @@
-"""Distillation: at every token the student's distribution is drawn towards a teacher's, over the whole vocabulary.
+"""Distillation: moves the student's distribution at every token towards a teacher's, over the whole vocabulary.
 
-The teacher runs forward in the same program, as the reference of `preference.py` does: nothing is stored, so nothing
-goes stale, and neither distribution exists for more than a chunk of tokens at a time. One number of a token, such as
-the log-ratio of the token that was drawn, would be an estimate of the same gradient with more noise and no less work,
-since what the teacher's pass over the vocabulary costs is paid in both.
+The teacher runs forward in the same program, like the reference in `preference.py`: nothing is stored, so nothing goes
+stale, and neither distribution is materialised for more than a chunk of tokens at a time. A single number per token,
+such as the log-ratio of the drawn token, would estimate the same gradient with more noise and no less work, because the
+teacher's pass over the vocabulary is needed for both.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ LEAST_OF_OTHERS = 1e-6
 
 @dataclass(frozen=True)
 class Divergence:
-    """A `Score` (`loss.py`): from the teacher's final hidden states [B, c, D'] and output matrix [V, D']."""
+    """A `Score` (`loss.py`) of the teacher's final hidden states [B, c, D'] and output matrix [V, D']."""
 
     kind: str
     """`reverse`: KL(student ‖ teacher), `forward`: KL(teacher ‖ student)."""
@@ -90,7 +90,7 @@ class Distill(Objective):
     """See `Divergence.kind`."""
 
     def loss(self, nll: jax.Array, rows: Mapping[str, jax.Array]) -> tuple[jax.Array, Stats]:
-        """See `Objective`, but that `nll` is the divergence at each token."""
+        """See `Objective`; `nll` is the divergence at each token."""
         return jnp.where(rows["target_mask"], nll, 0.0).sum(), {}
 
     def denominator(self, batch: Mapping[str, jax.Array]) -> jax.Array:
@@ -114,7 +114,7 @@ class DistillTop(Distill):
 
 @dataclass(frozen=True)
 class DistillOwn(Distill):
-    """The same over the student's own answers, equal ones once and counted each."""
+    """The same over the student's own answers; identical ones are computed once, and each copy counts."""
 
     fields: ClassVar[Mapping[str, Any]] = {COPIES: jnp.float32}
     on_policy: ClassVar[bool] = True
@@ -129,5 +129,5 @@ class DistillOwn(Distill):
         return jnp.where(rows["target_mask"], rows[COPIES] * nll, 0.0).sum(), {}
 
     def denominator(self, batch: Mapping[str, jax.Array]) -> jax.Array:
-        """Tokens of all answers, equal ones counted each."""
+        """Tokens of all answers, counting each copy."""
         return jnp.where(batch["target_mask"], batch[COPIES], 0.0).sum()

@@ -1,8 +1,9 @@
-"""GRPO and its kin: the policy's own answers, weighed by how much better than their group they were rewarded.
+"""GRPO and expert iteration: the policy's own answers, weighted by how much better than their group they were rewarded.
 
-Per token −min(r·A, clip(r)·A), with r the token's probability now over that at which it was drawn; summed over all
-tokens of the update and divided once by their number: an answer's tokens weigh the same, whatever its length (DAPO).
-No KL to a reference: the updates are on-policy, and how far each one moves is watched (`rollouts/certificate.py`).
+Per token −min(r·A, clip(r)·A), with r the ratio of the token's current probability to that at which it was drawn;
+summed over all tokens of the update and divided once by their number, so that every token has the same weight, whatever
+its answer's length (DAPO). There is no KL to a reference: updates are on-policy, and the certificate watches how far
+each one moves the policy (`rollouts/certificate.py`).
 """
 
 from __future__ import annotations
@@ -22,18 +23,21 @@ OLD_LOGPROBS, ADVANTAGES, COPIES = "old_logprobs", "advantages", "copies"
 
 @dataclass(frozen=True)
 class Grpo(Objective):
-    """Clipped policy gradient; its batches have `fields` besides those of every batch."""
+    """Clipped policy gradient; its batches have additional `fields`."""
 
     clip_low: float
-    """A token whose probability has fallen by more than this share gives no gradient that lowers it further."""
+    """A token whose probability has fallen by more than this share gets no gradient that lowers it further."""
     clip_high: float
-    """The same for tokens that rise."""
+    """The same for rising probabilities."""
     max_drift: float
-    """Answers with a negative advantage give no gradient once the policy has moved away from them by more than so many
-    nats per token, as it has when it is not the one that drew them."""
+    """Answers with a negative advantage get no gradient once the policy has moved away from them by more than this, in
+    nats per token, which happens if another policy drew them.
+    """
 
     fields: ClassVar[Mapping[str, Any]] = {OLD_LOGPROBS: jnp.float32, ADVANTAGES: jnp.float32, COPIES: jnp.float32}
-    """Log-probability at which the token was drawn; advantage of its answer; how many equal answers it stands for."""
+    """Log-probability at which the token was drawn; advantage of its answer; number of identical answers it
+    represents.
+    """
     on_policy: ClassVar[bool] = True
 
     def loss(self, nll: jax.Array, rows: Mapping[str, jax.Array]) -> tuple[jax.Array, Stats]:
@@ -53,13 +57,13 @@ class Grpo(Objective):
         }
 
     def denominator(self, batch: Mapping[str, jax.Array]) -> jax.Array:
-        """Tokens of all answers that are trained on, equal ones counted each."""
+        """Tokens of all trained answers, counting each copy."""
         return jnp.where(batch["target_mask"], batch[COPIES], 0.0).sum()
 
 
 @dataclass(frozen=True)
 class ExpertIteration(Objective):
-    """The cross-entropy of the policy's own answers that were rewarded: rejection-sampled fine-tuning."""
+    """Cross-entropy of the policy's own rewarded answers: rejection-sampled fine-tuning."""
 
     on_policy: ClassVar[bool] = True
 
@@ -68,12 +72,12 @@ class ExpertIteration(Objective):
         return jnp.where(rows["target_mask"], nll, 0.0).sum(), {}
 
     def denominator(self, batch: Mapping[str, jax.Array]) -> jax.Array:
-        """Tokens of the answers that are trained on."""
+        """Tokens of the trained answers."""
         return batch["target_mask"].sum(dtype=jnp.int32)
 
 
 def _sequence_mean(values: jax.Array, mask: jax.Array, segments: jax.Array) -> jax.Array:
-    """[B, T]: at each token the mean of `values` over the targets of its segment."""
+    """[B, T]: at each token, the mean of `values` over the targets of its segment."""
     sums = jax.vmap(partial(jax.ops.segment_sum, num_segments=values.shape[1] + 1))
     total, count = (sums(jnp.where(mask, x, 0.0), segments) for x in (values, jnp.ones_like(values)))
     return jnp.take_along_axis(total / jnp.maximum(count, 1.0), segments, axis=1)

@@ -1,10 +1,10 @@
-"""Cross-entropy over a vocabulary of 262,144 without ever holding [B, T, V]: summed, or of each token.
+"""Cross-entropy over a vocabulary of 262,144 without materialising [B, T, V]: summed, or per token.
 
-The loss is a *sum* over target tokens, so that microbatches add up exactly; whoever calls divides once by the count.
-The forward pass walks over chunks of T, and while a chunk's logits exist it takes the gradient with respect to the
-hidden states as well: two passes over the vocabulary in all (logits, gradient) where checkpointing would need three.
-`token_nll` keeps the tokens apart, for objectives that weigh them by what is known only once all of them are there.
-Other losses over the vocabulary than the cross-entropy plug in as a `Score` (`token_losses`).
+The loss is a *sum* over target tokens, so that microbatches add up exactly; the caller divides once by the count. The
+forward pass iterates over chunks of T, and computes the gradient with respect to the hidden states while a chunk's
+logits exist: two passes over the vocabulary (logits, gradient) where checkpointing would need three. `token_nll`
+returns the loss per token, for objectives whose weights are known only once all tokens are scored. Losses other than
+the cross-entropy plug in as a `Score` (`token_losses`).
 """
 
 from __future__ import annotations
@@ -21,8 +21,9 @@ from gemma4_tpu.models.gemma4 import softcap
 from gemma4_tpu.models.sharding import TP, constrain, token_parts
 
 Score = Callable[[jax.Array, Any, Any], tuple[jax.Array, jax.Array]]
-"""`score(logits [B, c, V] float32, a chunk of what stands beside each token, what is the same for all)` → loss [B, c]
-and its gradient with respect to the logits [B, c, V]."""
+"""`score(logits [B, c, V] float32, a chunk of per-token data, shared data)` → loss [B, c] and its gradient with respect
+to the logits [B, c, V].
+"""
 
 
 def cross_entropy(logits: jax.Array, targets: jax.Array, _: Any) -> tuple[jax.Array, jax.Array]:
@@ -30,7 +31,7 @@ def cross_entropy(logits: jax.Array, targets: jax.Array, _: Any) -> tuple[jax.Ar
     top = jax.lax.stop_gradient(logits.max(axis=-1, keepdims=True))
     exponentials = jnp.exp(logits - top)
     denominator = exponentials.sum(axis=-1, keepdims=True)
-    # [B, c, V], fused into the sums; a gather by target would cross the chips that the vocabulary is split over
+    # [B, c, V], fused into the sums; a gather by target would cross the chips that split the vocabulary
     is_target = jnp.arange(logits.shape[-1]) == targets[..., None]
     target_score = jnp.where(is_target, logits, 0.0).sum(axis=-1)
     nll = jnp.log(denominator[..., 0]) + top[..., 0] - target_score
@@ -43,7 +44,7 @@ def chunk_length(length: int, wanted: int) -> int:
 
 
 def _parts(length: int, mesh: Mesh | None) -> int:
-    """Into how many parts the `cp` and `tp` axes split T in the residual stream."""
+    """Number of parts into which the `cp` and `tp` axes split T in the residual stream."""
     parts = token_parts(mesh) * mesh.shape[TP] if mesh is not None else 1
     return parts if length % parts == 0 else 1
 
@@ -63,13 +64,13 @@ def summed_cross_entropy(
 
     Args:
       hidden: [B, T, D] final hidden states.
-      table: [V, D] embedding table, which is the output layer too.
+      table: [V, D] embedding table, which is also the output layer.
       targets: [B, T] int32 next tokens.
       target_mask: [B, T] bool; only these count.
       cap: softcap of the logits.
-      chunk_tokens: tokens per row, or per part of a row that `cp` splits, whose logits exist at one time (rounded down
-        to divide T evenly).
-      trained_rows: also take the gradient with respect to these rows of `table` (`()`: all); None: it is frozen.
+      chunk_tokens: tokens per row, or per part of a row that `cp` splits, whose logits are materialised at a time
+        (rounded down to divide T evenly).
+      trained_rows: also compute the gradient with respect to these rows of `table` (`()`: all); None: it is frozen.
       mesh: mesh for sharding constraints, or None.
 
     Returns:
@@ -89,7 +90,7 @@ def token_nll(
     trained_rows: tuple[int, ...] | None,
     mesh: Mesh | None,
 ) -> jax.Array:
-    """Negative log-likelihood of every target, in nats, float32 [B, T], of padding too; see `token_losses`."""
+    """Negative log-likelihood of every target in nats, float32 [B, T], including padding; see `token_losses`."""
     return token_losses(hidden, table, targets, None, cross_entropy, cap, chunk_tokens, trained_rows, mesh)
 
 
@@ -105,40 +106,41 @@ def token_losses(
     trained_rows: tuple[int, ...] | None,
     mesh: Mesh | None,
 ) -> jax.Array:
-    """A loss over the vocabulary of every token.
+    """A loss over the vocabulary for every token.
 
     A frozen table takes the same two passes over the vocabulary as `summed_cross_entropy`. The gradient of a trained
-    one is a product over tokens, whose weights only the backward pass knows: it walks over the chunks once more, four
-    passes in all.
+    table is a product over tokens whose weights only the backward pass knows, so it iterates over the chunks again:
+    four passes in total.
 
     Args:
-      hidden: as there; so are `table`, `cap`, `chunk_tokens`, `trained_rows` and `mesh`.
-      table: likewise.
-      beside: tree of [B, T, …], what the score takes of each token; no gradient goes there.
-      common: what it takes of all of them; nor there.
+      hidden: as for `summed_cross_entropy`.
+      table: as for `summed_cross_entropy`.
+      beside: tree of [B, T, â¦], per-token data for the score; gets no gradient.
+      common: shared data for the score; gets no gradient.
       score: the loss.
-      cap: likewise.
-      chunk_tokens: likewise.
-      trained_rows: likewise.
-      mesh: likewise.
+      cap: as for `summed_cross_entropy`.
+      chunk_tokens: as for `summed_cross_entropy`.
+      trained_rows: as for `summed_cross_entropy`.
+      mesh: as for `summed_cross_entropy`.
 
     Returns:
-      float32 [B, T], of padding too.
+      float32 [B, T], including padding.
     """
     return _forward(hidden, table, beside, common, None, score, cap, chunk_tokens, False, None, mesh)[0]
 
 
 def _forward(hidden, table, beside, common, target_mask, score, cap, chunk_tokens, hidden_grad, trained_rows, mesh):
-    """Loss and the gradients asked for, one chunk of T at a time; without a mask the loss of each token.
+    """Loss and the requested gradients, one chunk of T at a time; without a mask, the loss per token.
 
-    `target_mask` may hold weights where only gradients are asked for.
+    `target_mask` can hold weights if only gradients are requested.
     """
     b, t, _ = hidden.shape
     parts = _parts(t, mesh)
     c = chunk_length(t // parts, chunk_tokens * token_parts(mesh) // parts)
-    weights = constrain(table.astype(hidden.dtype), "VD", mesh)  # gathered over fsdp once, not in every chunk
+    weights = constrain(table.astype(hidden.dtype), "VD", mesh)  # gathered over fsdp once, not per chunk
 
-    # Each chunk takes c tokens of every chip's part of T: cut in order, T would lie on one chip after the other.
+    # Each chunk takes c tokens from every chip's part of T: consecutive chunks of T would be on one chip after the
+    # other.
     def split(x):  # [B, T, …] → [chunks, B, parts·c, …]
         x = x.reshape(b, parts, t // parts // c, c, *x.shape[2:])
         return jnp.moveaxis(x, 2, 0).reshape(t // parts // c, b, parts * c, *x.shape[4:])

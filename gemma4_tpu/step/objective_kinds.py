@@ -1,6 +1,6 @@
-"""What there is to `objective=`: the keys of each kind, the rows that it takes, its reference, what it tells.
+"""The kinds of `objective=`: their keys, the rows they take, their reference, and what they report.
 
-No JAX here: the checks ask, too.
+Imports no JAX, because the checks use it.
 """
 
 from __future__ import annotations
@@ -15,17 +15,17 @@ class Kind(NamedTuple):
     """One kind of objective."""
 
     keys: tuple[str, ...]
-    """Of `ObjectiveConfig`; every other one is null."""
+    """Keys of `ObjectiveConfig` that it uses; all others must be null."""
     rows: str
     """Of `data.forms`."""
     reference: bool = False
-    """Whether what the run begins as is part of the loss."""
+    """Whether the loss involves the model that the run starts from."""
     measures: tuple[str, ...] = ()
-    """What is told beside the loss; the first one also in lines of progress."""
+    """What it reports besides the loss; the first one also appears in progress lines."""
     on_policy: bool = False
-    """Whether it learns from its own answers (`rollouts=`); of the rows it takes their prompts."""
+    """Whether it learns from its own answers (`rollouts=`); it then uses only the prompts of rows."""
     taught: bool = False
-    """Whether a teacher (`objective.teacher`) says what to learn at each token."""
+    """Whether a teacher (`objective.teacher`) provides the target at each token."""
 
     @property
     def rewarded(self) -> bool:
@@ -40,9 +40,10 @@ _OF_REWARDS = ("reward", "malformed", "live_groups")
 _TEACHING = ("teacher", "teacher_model", "teacher_checkpoint", "divergence")
 REVERSE, FORWARD = "reverse", "forward"
 """KL(student ‖ teacher), which makes a student do only what the teacher does, and KL(teacher ‖ student), which makes it
-do all that the teacher does."""
+do everything that the teacher does.
+"""
 MAY_BE_NULL = ("teacher", "teacher_model")
-"""Keys that a kind may have without a value; a teacher is asked for with what would be one."""
+"""Keys that a kind can leave null; asking for a teacher without naming one is refused elsewhere."""
 KINDS = {
     SFT: Kind((), CONVERSATIONS),
     "dpo": Kind(("beta", "label_smoothing"), PAIRS, True, (*_OF_PAIRS, "chosen_reward", "rejected_reward")),
@@ -64,5 +65,5 @@ def rows_of(objective: ObjectiveConfig) -> str:
 
 
 def every_measure() -> list[str]:
-    """Of all kinds."""
+    """Measures of all kinds."""
     return list(dict.fromkeys(name for kind in KINDS.values() for name in kind.measures))

@@ -1,4 +1,4 @@
-"""The objective that a configuration asks for."""
+"""Builds the objective of a configuration."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from gemma4_tpu.step.preference import Dpo, Ipo, Orpo
 
 
 def make_objective(config: ObjectiveConfig) -> Objective | None:
-    """None: supervised tuning, which is the step's own (`Step.objective`)."""
+    """The objective; None: supervised fine-tuning, which the step does by itself (`Step.objective`)."""
     if config.kind == SFT:
         return None
     if config.kind == "grpo":
         assert config.clip_low is not None and config.clip_high is not None and config.max_drift is not None
-        return Grpo(config.clip_low, config.clip_high, config.max_drift)  # the checks: the keys of its kind are set
+        return Grpo(config.clip_low, config.clip_high, config.max_drift)  # the checks ensure that its keys are set
     if config.kind == "expert_iteration":
         return ExpertIteration()
     if (kind := KINDS[config.kind]).taught:

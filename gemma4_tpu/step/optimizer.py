@@ -1,7 +1,7 @@
-"""Optax's optimizer with a warm-up and a decay, built from the configuration, and averages of the trained values.
+"""Optax's optimizers with warm-up and decay, built from the configuration, and averages of the trained values.
 
-Trained arrays are stacks of layers, some of them of several products (K and V, experts). What an optimizer does to a
-matrix as a whole, it must do to each of them alone: Muon's orthogonalisation, Adafactor's rows and columns.
+Trained arrays are stacks of layers, some of them of several products (K and V, experts). Whatever an optimizer does to
+a matrix as a whole must be done to each of them separately: Muon's orthogonalisation, Adafactor's rows and columns.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ from gemma4_tpu.models.layout import Leaf, build_tree
 from gemma4_tpu.step.warmup import warmup_updates
 
 DECAY_FRACTION = 0.1
-"""Of a `wsd` schedule that does not say."""
+"""Default of a `wsd` schedule."""
 
 
 def make_schedule(config: OptimizerConfig, total_updates: int) -> optax.Schedule:
     """Learning rate of update u = 0, 1, … for a run of `total_updates`.
 
-    Warm-up rises linearly from 0; update 0 with a warm-up therefore changes nothing. After it, `cosine` and `linear`
+    Warm-up rises linearly from 0, so update 0 of a run with warm-up changes nothing. Afterwards, `cosine` and `linear`
     reach `end_fraction · learning_rate` at the last update; `wsd` stays at the peak until its last `decay_fraction`.
     """
     warmup = warmup_updates(config, total_updates)
@@ -47,10 +47,11 @@ def make_schedule(config: OptimizerConfig, total_updates: int) -> optax.Schedule
 def make_optimizer(
     config: OptimizerConfig, total_updates: int, leaves: Iterable[Leaf]
 ) -> optax.GradientTransformationExtraArgs | optax.GradientTransformation:
-    """Clip by global norm (if configured), then the optimizer. State has the dtype of the trained values (float32).
+    """Clips by global norm (if configured), then applies the optimizer. State has the dtype of the trained values
+    (float32).
 
     Args:
-      config: which, and its settings.
+      config: the optimizer and its settings.
       total_updates: of the run.
       leaves: what it trains.
     """
@@ -71,7 +72,9 @@ def make_optimizer(
 
 
 def _muon(config: OptimizerConfig, rate: optax.Schedule, leaves: list[Leaf]) -> optax.GradientTransformation:
-    """Each product of each layer is a matrix [inputs, outputs], whatever dims its array has; Adam takes the rest."""
+    """Treats each product of each layer as a matrix [inputs, outputs], whatever the dims of its array; Adam takes the
+    rest.
+    """
 
     def numbers(leaf: Leaf) -> MuonDimensionNumbers | None:
         ends = leaf.matrix
@@ -92,9 +95,9 @@ def _muon(config: OptimizerConfig, rate: optax.Schedule, leaves: list[Leaf]) -> 
 
 
 def _adafactor(config: OptimizerConfig, rate: optax.Schedule, leaves: list[Leaf]) -> optax.GradientTransformation:
-    """Of each layer (and expert) alone: rows and columns, the clipping of a step, and the size of the values.
+    """Treats each layer (and expert) separately: rows and columns, the clipping of a step, and the size of the values.
 
-    Optax does not multiply Adafactor's weight decay by the learning rate; here it is as everywhere else.
+    Optax does not multiply Adafactor's weight decay by the learning rate; here it is, as in every other optimizer.
     """
     decay = config.weight_decay
     one = optax.adafactor(
@@ -120,7 +123,7 @@ def _adafactor(config: OptimizerConfig, rate: optax.Schedule, leaves: list[Leaf]
 
 
 def _each(function: Callable[..., Any], depth: int) -> Callable[..., Any]:
-    """`function` for each item of the first `depth` dims of its arguments; scalars, which are counters, are for all."""
+    """Maps `function` over the first `depth` dims of its arguments; scalars (counters) are shared."""
     if not depth:
         return function
     inner = _each(function, depth - 1)
@@ -134,10 +137,10 @@ def _each(function: Callable[..., Any], depth: int) -> Callable[..., Any]:
 
 
 def next_average(average: Any, trained: Any, decay: float, update: jax.Array) -> Any:
-    """The exponential average after `update` (1, 2, …), which left these trained values.
+    """The exponential average after `update` (1, 2, …), which produced these trained values.
 
-    Weights are decay^age over their sum, so that the initial values have none: a plain average of 0.999 would after 300
-    updates still be three quarters what the run began with.
+    Weights are decay^age over their sum, so that the initial values have no weight: after 300 updates, a plain average
+    of 0.999 would still be three quarters initial values.
     """
     log_decay = jnp.log(jnp.float32(decay))
     share = jnp.minimum(jnp.expm1(log_decay) / jnp.expm1(log_decay * update), 1.0)  # (1 - decay) / (1 - decay^update)
@@ -145,7 +148,7 @@ def next_average(average: Any, trained: Any, decay: float, update: jax.Array) ->
 
 
 def schedule_free_average(optimizer: Any, trained: Any) -> Any | None:
-    """The average that a schedule-free optimizer stands for, from its state; None: it is another."""
+    """The average that a schedule-free optimizer evaluates with, from its state; None for other optimizers."""
 
     def is_it(node: Any) -> bool:
         return isinstance(node, ScheduleFreeState)

@@ -1,6 +1,7 @@
-"""Whatever state an optimizer of Optax keeps, array by array: what it is, and which trained array it belongs to.
+"""Describes the state of any Optax optimizer, array by array: its field, and the trained array that it belongs to.
 
-Optax's states are trees of named tuples around trees like the trained one. The names on the way to an array tell both.
+Optax's states are trees of named tuples around trees shaped like the trained one. The names on the path to an array
+identify both.
 """
 
 from __future__ import annotations
@@ -18,11 +19,11 @@ class Part(NamedTuple):
     field: str
     """Optax's name for it, such as `mu`, `v_row` or `count`."""
     path: Path | None
-    """Of the trained array that it belongs to; None: it belongs to all of them."""
+    """Path of the trained array that it belongs to; None: it belongs to all of them."""
 
 
 def parts(optimizer: Any, trained: Any) -> list[Part]:
-    """What each leaf of an optimizer's state is, in the order of `jax.tree.leaves`."""
+    """Describes each leaf of an optimizer's state, in the order of `jax.tree.leaves`."""
     known = {_names(path) for path, _ in jax.tree_util.tree_leaves_with_path(trained)}
     return [_part(path, known) for path, _ in jax.tree_util.tree_leaves_with_path(optimizer)]
 

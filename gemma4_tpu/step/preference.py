@@ -1,6 +1,6 @@
-"""Objectives over pairs of answers to one prompt, a chosen and a rejected one.
+"""Objectives over pairs of answers to one prompt, one chosen and one rejected.
 
-Both lie side by side in a row, as segments 2p - 1 (chosen) and 2p (rejected) of its p-th pair.
+Both are adjacent in a row, as segments 2p - 1 (chosen) and 2p (rejected) of its p-th pair.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ def pair_sums(values: jax.Array, segment_ids: jax.Array) -> jax.Array:
 
     Args:
       values: float32 [B, T].
-      segment_ids: int32 [B, T]; 0 is padding, whose values belong to no sum.
+      segment_ids: int32 [B, T]; 0 is padding, whose values count in no sum.
 
     Returns:
-      float32 [B, T // 2, 2]: of the chosen and the rejected side of each pair that a row has room for.
+      float32 [B, T // 2, 2]: the chosen and the rejected side of each pair that a row has room for.
     """
     rows, length = values.shape
     numbers = jnp.arange(1, 2 * (length // 2) + 1)[:, None]
-    # [B, S, T], which is never in memory: it is made while it is summed. Unlike a scatter it has one order everywhere.
+    # [B, S, T] is fused into the sum, never stored. Unlike a scatter, it has the same order of summation everywhere.
     own = jnp.where(segment_ids[:, None, :] == numbers, values[:, None, :], 0.0)
     return own.sum(axis=-1).reshape(rows, length // 2, 2)
 
@@ -38,7 +38,7 @@ def _sums_forward(values, segment_ids):
     return pair_sums(values, segment_ids), segment_ids
 
 
-def _sums_backward(segment_ids, g):  # without this the comparison [B, S, T] would be kept for it
+def _sums_backward(segment_ids, g):  # otherwise the comparison [B, S, T] would be kept for it
     g = g.reshape(len(g), -1)
     each = jnp.take_along_axis(g, jnp.clip(segment_ids - 1, 0, g.shape[1] - 1), axis=1)
     return jnp.where(segment_ids > 0, each, 0.0), None
@@ -48,16 +48,16 @@ pair_sums.defvjp(_sums_forward, _sums_backward)
 
 
 class Preference(Objective):
-    """What all objectives over pairs have in common: the mean is over pairs."""
+    """Base of all objectives over pairs: the mean is over pairs."""
 
     def denominator(self, batch: Mapping[str, jax.Array]) -> jax.Array:
-        """int32: pairs. A pair begins where its chosen side does."""
+        """int32: number of pairs, counted at the start of their chosen sides."""
         starts = (batch["positions"] == 0) & (batch["segment_ids"] % 2 == 1)
         return starts.sum(dtype=jnp.int32)
 
 
 class _Pairs:
-    """What all losses over pairs are made of; arrays [B, P, 2] hold the chosen and the rejected side of each pair."""
+    """Common quantities of losses over pairs; arrays [B, P, 2] hold the chosen and the rejected side of each pair."""
 
     def __init__(self, nll: jax.Array, rows: Mapping[str, jax.Array]):
         self._nll, self._rows = nll, rows
@@ -68,17 +68,17 @@ class _Pairs:
         self._there = self.tokens[..., 0] > 0
 
     def gained(self) -> jax.Array:
-        """[B, P, 2]: log-likelihood beyond the reference's, in nats."""
+        """[B, P, 2]: log-likelihood gained over the reference, in nats."""
         return self._summed(self._rows[REFERENCE_NLL] - self._nll)
 
     def total(self, each: jax.Array) -> jax.Array:
-        """Sum of a value [B, P] of each pair, as far as there are pairs."""
+        """Sum of a value [B, P] over the existing pairs."""
         return jnp.where(self._there, each, 0.0).sum()
 
     def told(self, margin: jax.Array, rewards: jax.Array | None = None) -> Stats:
-        """The figures that every objective over pairs has, from its margins [B, P], and those of its rewards."""
+        """The figures that every objective over pairs reports, from its margins [B, P] and, if any, its rewards."""
         each = {
-            "accuracy": (margin > 0) + 0.5 * (margin == 0),  # where both are as likely, no side has won
+            "accuracy": (margin > 0) + 0.5 * (margin == 0),  # a tie counts half
             "margin": margin,
             "chosen_logp": self.logp[..., 0],
             "rejected_logp": self.logp[..., 1],
@@ -111,13 +111,13 @@ class Dpo(Preference):
 
 @dataclass(frozen=True)
 class Ipo(Preference):
-    """Identity preference optimisation (arXiv 2310.12036), on log-likelihoods per target token as TRL has it."""
+    """Identity preference optimisation (arXiv 2310.12036), on log-likelihoods per target token, as in TRL."""
 
     beta: float
     reference: ClassVar[bool] = KINDS["ipo"].reference
 
     def loss(self, nll: jax.Array, rows: Mapping[str, jax.Array]) -> tuple[jax.Array, Stats]:
-        """(what chosen gained over rejected, in nats per token, - 1 / 2β)²; the margin is β times the former."""
+        """(nats per token that chosen gained over rejected - 1 / 2β)²; the margin is β times the gain."""
         pairs = _Pairs(nll, rows)
         gained = pairs.gained() / jnp.maximum(pairs.tokens, 1.0)
         gap = gained[..., 0] - gained[..., 1]
@@ -127,7 +127,9 @@ class Ipo(Preference):
 
 @dataclass(frozen=True)
 class Orpo(Preference):
-    """Odds-ratio preference optimisation (arXiv 2403.07691): tuning on the chosen answers and preference in one."""
+    """Odds-ratio preference optimisation (arXiv 2403.07691): fine-tuning on the chosen answers and preference in one
+    loss.
+    """
 
     beta: float
 
@@ -135,9 +137,9 @@ class Orpo(Preference):
         """Mean cross-entropy of the chosen answer - β · log σ(log of the ratio of both sides' odds), the margin."""
         pairs = _Pairs(nll, rows)
         there = pairs.tokens > 0
-        # Of a token on the mean, as the paper has it; a side that is not there has odds that no gradient minds.
+        # Per-token mean, as in the paper; a missing side has odds that get no gradient.
         logp = jnp.where(there, pairs.logp / jnp.maximum(pairs.tokens, 1.0), -1.0)
-        odds = logp - jnp.log(-jnp.expm1(jnp.minimum(logp, -1e-6)))  # finite where an answer is certain
+        odds = logp - jnp.log(-jnp.expm1(jnp.minimum(logp, -1e-6)))  # finite even if an answer is certain
         margin = odds[..., 0] - odds[..., 1]
         each = -logp[..., 0] - self.beta * jax.nn.log_sigmoid(margin)
         return pairs.total(each), pairs.told(margin)

@@ -1,8 +1,8 @@
 """The one train step: training runs it, planning compiles it without TPU hardware, benchmarks time it.
 
-An update is M microbatches. Each adds its summed loss and gradient; one division by the global number of target tokens
-(of an objective's own units: pairs, say) follows, so that 8 microbatches of 1 row equal 1 of 8, however unevenly the
-targets fall.
+An update is M microbatches. Each adds its summed loss and gradient; a single division by the global number of target
+tokens (or of an objective's own units, such as pairs) follows, so that 8 microbatches of 1 row equal 1 of 8, however
+unevenly targets are distributed.
 """
 
 from __future__ import annotations
@@ -28,27 +28,28 @@ from gemma4_tpu.step.objective import REFERENCE, REFERENCE_NLL, TEACHER, Objecti
 from gemma4_tpu.step.optimizer import next_average, schedule_free_average
 
 Batch = dict[str, jax.Array]
-"""tokens, targets, segment_ids, positions (int32), target_mask (bool) and an objective's own, each [M, B, T]; where
-pictures are read, their features [M, B, T, I]."""
+"""tokens, targets, segment_ids, positions (int32), target_mask (bool) and an objective's own fields, each [M, B, T];
+with pictures, also their features [M, B, T, I].
+"""
 
 
 class TrainState(NamedTuple):
     """Everything an update changes."""
 
     trained: Any
-    """Adapters, weights that are trained in full and rows of the embedding, in one tree; float32."""
+    """Adapters, weights trained in full and rows of the embedding, in one tree; float32."""
     optimizer: Any
     update: jax.Array
-    """int32: updates done."""
+    """int32: number of updates done."""
     key: jax.Array
-    """Dropout key of the run; folded with the update and the microbatch, never advanced."""
+    """Dropout key of the run; folded with update and microbatch, never advanced."""
     average: Any = None
-    """Exponential average of `trained`; None: none is kept."""
+    """Exponential average of `trained`; None: not kept."""
 
     def evaluated(self) -> Any:
-        """The values that the run stands for, shaped like `trained`: what is evaluated, exported and begun from.
+        """The values to evaluate, export and start from, shaped like `trained`.
 
-        An average where one is kept, by us or by a schedule-free optimizer; else `trained` itself.
+        This is the average if one is kept, by us or by a schedule-free optimizer; else `trained` itself.
         """
         if self.average is not None:
             return self.average
@@ -57,42 +58,42 @@ class TrainState(NamedTuple):
 
 
 class UpdateMetrics(NamedTuple):
-    """Scalars of one update, float32 unless said otherwise."""
+    """Scalars of one update, float32 unless stated otherwise."""
 
     loss: jax.Array
-    """Mean negative log-likelihood per target token, or what an objective takes the mean of."""
+    """Mean negative log-likelihood per target token, or the mean that an objective defines."""
     grad_norm: jax.Array
     """Global norm before clipping."""
     target_tokens: jax.Array
     """int32."""
     stats: Stats
-    """Of the objective."""
+    """Figures of the objective."""
 
 
 @dataclass(frozen=True)
 class Step:
-    """The compiled functions' definition: what is trained, how, and on which model."""
+    """Defines the compiled functions: what is trained, how, and on which model."""
 
     model: Model
     optimizer: optax.GradientTransformation
     chunk_tokens: int = 512
     compiler_options: Mapping[str, Any] | None = field(default=None, hash=False)
-    """Of `compiler_flags.py`."""
+    """See `compiler_flags.py`."""
     ema_decay: float | None = None
-    """Of the average of the trained values, per update; None: there is none."""
+    """Decay per update of the average of the trained values; None: no average."""
     objective: Objective | None = None
-    """None: the cross-entropy of the given answers, which needs no likelihoods of single tokens."""
+    """None: the cross-entropy of the given answers, which needs no per-token likelihoods."""
     teacher: Model | None = None
-    """Of an objective that has one; its weights are frozen ones, under `TEACHER`."""
+    """For objectives with a teacher; its weights are among the frozen ones, under `TEACHER`."""
 
     def init(self, trained: Any, key: jax.Array) -> TrainState:
-        """State before the first update."""
-        # A copy: an array may be donated only once.
+        """The state before the first update."""
+        # Copied, because an array can be donated only once.
         average = None if self.ema_decay is None else jax.tree.map(jnp.copy, trained)
         return TrainState(trained, self.optimizer.init(trained), jnp.zeros((), jnp.int32), key, average)
 
     def weights(self, trained: Any, base: Any) -> tuple[Params, Params | None]:
-        """Every weight, frozen or trained in full, and the adapters (None: there are none)."""
+        """All weights, frozen or trained in full, and the adapters (None: there are none)."""
         layout = self.model.layout
         own = {leaf.path for leaf in layout.trained_in_full()}
         params = layout.tree(lambda leaf: get(trained if leaf.path in own else base, leaf.path))
@@ -103,7 +104,9 @@ class Step:
         return params, lora if jax.tree.leaves(lora) else None
 
     def token_nll(self, trained: Any, base: Any, rows: Batch, key: jax.Array | None = None) -> jax.Array:
-        """float32 [B, T]: negative log-likelihood of every target of one microbatch (arrays [B, T]), padding too."""
+        """float32 [B, T]: negative log-likelihood of every target of one microbatch (arrays [B, T]), including
+        padding.
+        """
         return token_nll(*self._scored(trained, base, rows, key), rows["targets"], *self._scoring())
 
     def divergence(self, trained: Any, base: Any, rows: Batch, key: jax.Array | None = None) -> jax.Array:
@@ -122,7 +125,7 @@ class Step:
         return token_losses(*self._scored(trained, base, rows, key), hidden, table, score, *self._scoring())
 
     def summed_loss(self, trained: Any, base: Any, rows: Batch, key: jax.Array | None) -> tuple[jax.Array, Stats]:
-        """Summed loss of the rows of one microbatch, and what the objective tells of them; arrays are [B, T]."""
+        """Summed loss of one microbatch's rows, and the objective's figures; arrays are [B, T]."""
         if self.objective is None:
             hidden, table = self._scored(trained, base, rows, key)
             return summed_cross_entropy(hidden, table, rows["targets"], rows["target_mask"], *self._scoring()), {}
@@ -130,7 +133,7 @@ class Step:
             return self.objective.loss(self.divergence(trained, base, rows, key), rows)
         nll = self.token_nll(trained, base, rows, key)
         if self.objective.reference:
-            # In the same program, so that nothing has to be kept, found again or trusted when a run resumes.
+            # Computed in the same program, so nothing has to be stored, found again or trusted when a run resumes.
             rows = rows | {REFERENCE_NLL: self.token_nll(base.get(REFERENCE, {}), base, rows)}
         return self.objective.loss(nll, rows)
 
@@ -142,14 +145,14 @@ class Step:
         return hidden, params["embedder"]["input_embedding"]
 
     def _scoring(self) -> tuple[Any, ...]:
-        """What both losses of `loss.py` take last."""
+        """The trailing arguments of both losses in `loss.py`."""
         trained_rows = () if EMBEDDING in self.model.layout.in_full else self.model.token_rows or None
         return self.model.arch.final_logit_softcap, self.chunk_tokens, trained_rows, self.model.mesh
 
     def gradients(self, state: TrainState, base: Any, batch: Batch) -> tuple[jax.Array, Any, jax.Array, Stats]:
         """Mean loss and gradient, number of target tokens and the objective's sums, over all microbatches."""
-        # Dropout keys are folded, never advanced: the run's with update, microbatch, layer and weight, in this order.
-        # So a run that goes on draws what it would have drawn, and there is no generator's state to save.
+        # Dropout keys are folded, never advanced: the run's key with update, microbatch, layer and weight, in this
+        # order. So a resumed run draws what it would have drawn, and there is no generator state to save.
         update_key = jax.random.fold_in(state.key, state.update)
         differentiate = jax.value_and_grad(self.summed_loss, has_aux=True)
         if self.objective is not None and self.objective.on_policy:
@@ -173,7 +176,7 @@ class Step:
             zeros = jnp.zeros((), jnp.float32), jax.tree.map(jnp.zeros_like, state.trained)
             total, each = jax.lax.scan(microbatch, zeros, (jnp.arange(microbatches), batch))
             stats = jax.tree.map(lambda x: x.sum(axis=0), each)
-        # Rows without targets: 0, not NaN.
+        # Without targets, 0 instead of NaN.
         loss, grads = jax.tree.map(lambda x: x / jnp.maximum(denominator, 1), total)
         return loss, grads, count, stats
 
@@ -182,7 +185,7 @@ class Step:
     ) -> tuple[TrainState, UpdateMetrics]:
         """One update. Donate `state`.
 
-        A loss above `spike_limit` (float32 scalar) leaves values and moments as they are; the counters go on.
+        A loss above `spike_limit` (float32 scalar) leaves values and moments unchanged; counters advance.
         """
         loss, grads, count, stats = self.gradients(state, base, batch)
         changes, optimizer = self.optimizer.update(grads, state.optimizer, state.trained)
@@ -197,7 +200,7 @@ class Step:
         return TrainState(trained, optimizer, state.update + 1, state.key, average), metrics
 
     def evaluate(self, trained: Any, base: Any, batch: Batch) -> tuple[jax.Array, jax.Array, Stats]:
-        """Summed loss of an [M, B, T] batch, what to divide it by, and the objective's sums; dropout off."""
+        """Summed loss of an [M, B, T] batch, its denominator, and the objective's sums; without dropout."""
         if self.objective is not None and self.objective.on_policy:
             return replace(self, objective=self.objective.heldout).evaluate(trained, base, batch)
 
@@ -211,7 +214,7 @@ class Step:
 
 
 def _where_there_are_targets(differentiate: Callable[..., Any]) -> Callable[..., Any]:
-    """The same without work for a microbatch of nothing but padding, as the last ones of a batch of samples are."""
+    """Skips the work for a microbatch that is all padding, as the last ones of a batch of samples can be."""
 
     def of_rows(trained: Any, base: Any, rows: Batch, key: jax.Array | None) -> Any:
         def nothing() -> Any:
@@ -228,7 +231,7 @@ def _target_tokens(batch: Batch) -> jax.Array:
 
 
 def _unless(skipped: jax.Array, new: Any, old: Any) -> Any:
-    """The old values where an update is skipped; counters go on with the run's, so that the schedule does."""
+    """Keeps the old values if an update is skipped; counters advance with the run's, so that the schedule does."""
 
     def chosen(n: jax.Array, o: jax.Array) -> jax.Array:
         return n if jnp.issubdtype(n.dtype, jnp.integer) else jnp.where(skipped, o, n)
@@ -237,7 +240,7 @@ def _unless(skipped: jax.Array, new: Any, old: Any) -> Any:
 
 
 def compiled_functions(step: Step, state: TrainState) -> tuple[Wrapped, Wrapped]:
-    """(train, evaluate) under `jax.jit`; `train` donates its state and hands the new one back in the same places.
+    """(train, evaluate) under `jax.jit`; `train` donates its state and returns the new one with the same sharding.
 
     `state` holds arrays, or shapes with shardings (planning).
     """

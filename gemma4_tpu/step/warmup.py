@@ -1,4 +1,4 @@
-"""How long the learning rate rises. No JAX here: the checks ask, too."""
+"""Length of the learning rate's warm-up. Imports no JAX, because the checks use it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""Which devices each of several jobs at a time gets. Asks neither JAX nor a driver: the parent of a sweep has none."""
+"""Divides this machine's devices among concurrent jobs. Uses neither JAX nor a driver, because a sweep's parent must
+not.
+"""
 
 from __future__ import annotations
 
@@ -17,14 +19,14 @@ _KEY = "hydra.launcher.parallel"
 
 
 def shares(parallel: int, hardware: Iterable[HardwareConfig]) -> list[dict[str, str]]:
-    """The environment that each of `parallel` jobs at a time is given.
+    """The environment of each of `parallel` concurrent jobs.
 
     Args:
       parallel: `hydra.launcher.parallel`.
       hardware: of every job.
 
     Raises:
-      UserError: so many jobs would fight for an accelerator.
+      UserError: the jobs would compete for an accelerator.
     """
     if parallel < 1:
         raise UserError(f"{_KEY}={parallel}: must be at least 1")
@@ -34,19 +36,19 @@ def shares(parallel: int, hardware: Iterable[HardwareConfig]) -> list[dict[str, 
     tpus = [name for name, found in slices.items() if found.chip.platform == "tpu"]
     if tpus or tpu_here():
         named = f"hardware={tpus[0].replace('-', '')}" if tpus else "this machine"
-        raise UserError(f"{_KEY}={parallel}: {named} has a TPU, which one process at a time can hold; give {_KEY}=1")
+        raise UserError(f"{_KEY}={parallel}: {named} has a TPU, which one process at a time can hold; set {_KEY}=1")
     gpus = gpus_here()
     if not gpus:
-        log.info("%d jobs at a time share this machine's %d CPU cores", parallel, os.cpu_count() or 1)
+        log.info("%d concurrent jobs share this machine's %d CPU cores", parallel, os.cpu_count() or 1)
         return [{} for _ in range(parallel)]
     each = len(gpus) // parallel
     if each < 1:
-        raise UserError(f"{_KEY}={parallel}: there are {len(gpus)} GPUs for them; give at most {_KEY}={len(gpus)}")
+        raise UserError(f"{_KEY}={parallel}: there are only {len(gpus)} GPUs for them; set at most {_KEY}={len(gpus)}")
     for name, found in slices.items():
         if found.chips != each:
             raise UserError(
                 f"{_KEY}={parallel}: hardware={name} takes {found.chips} GPUs, but each job would get {each} of"
-                f" {len(gpus)}; give {_KEY}={max(1, len(gpus) // found.chips)}"
+                f" {len(gpus)}; set {_KEY}={max(1, len(gpus) // found.chips)}"
             )
-    log.info("%d jobs at a time, %d of %d GPUs each", parallel, each, len(gpus))
+    log.info("%d concurrent jobs, %d of %d GPUs each", parallel, each, len(gpus))
     return [{"CUDA_VISIBLE_DEVICES": ",".join(gpus[i * each : (i + 1) * each])} for i in range(parallel)]

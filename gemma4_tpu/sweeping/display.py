@@ -1,4 +1,4 @@
-"""What a person sees of a running sweep: a line for each running job on a terminal, now and then one elsewhere."""
+"""Progress of a running sweep: one line per running job on a terminal, occasional lines elsewhere."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class Display:
             self._bar.stop()
 
     def start(self, name: str) -> None:
-        """A process of this job was started."""
+        """Records that a process of this job was started."""
         self._facts[name], self._last_line[name] = {}, time.monotonic()
         if self._bar:
             self._tasks[name] = self._bar.add_task(f"{name}: starting", total=None)
@@ -55,7 +55,7 @@ class Display:
             log.info("%s: %s", name, self._told(name))
 
     def end(self, name: str) -> None:
-        """Its process ended."""
+        """Records that its process ended."""
         if self._bar:
             self._bar.remove_task(self._tasks.pop(name))
 

@@ -1,4 +1,4 @@
-"""Between Hydra's plugins (`hydra_plugins/gemma4_tpu_sweeps.py`) and the jobs: folder, signals, report, exit code."""
+"""Connects Hydra's plugins (`hydra_plugins/gemma4_tpu_sweeps.py`) to the jobs: folder, signals, report, exit code."""
 
 from __future__ import annotations
 
@@ -30,16 +30,16 @@ SOME_FAILED = 1
 
 @dataclass
 class OpenSweep:
-    """A sweep that this process runs."""
+    """A sweep run by this process."""
 
     sweep: Sweep
     entry: EntryPoint
-    """Of the jobs."""
+    """Entry point of the jobs."""
     stop: Stop
     monitor: Monitor = field(default=lambda job, row: None)
     """Set by a search that stops jobs."""
     launched: set[str] = field(default_factory=set)
-    """Names of the jobs that this process was given."""
+    """Names of the jobs given to this process."""
 
 
 @contextmanager
@@ -50,10 +50,10 @@ def sweeping(
     metric: str | None,
     direction: str | None = None,
 ) -> Iterator[OpenSweep]:
-    """The life of a sweep: folder and signals are held, at the end comes the `report` on its folder.
+    """Runs a sweep: holds its folder and signals, and finally calls `report` on its folder.
 
     Raises:
-      SystemExit: 1 some jobs failed or none finished, 2 refused, 42 SIGTERM, 130 Ctrl-C; nothing if all is well.
+      SystemExit: 1 if some jobs failed or none finished, 2 refused, 42 SIGTERM, 130 Ctrl-C; not raised if all is well.
     """
     setup_logging()
     folder = Path(str(config.hydra.sweep.dir)).absolute()
@@ -86,7 +86,7 @@ def launch(
     """Runs these jobs; each returns the value of the sweep's metric (NaN: there is none). A failing job does not raise.
 
     Raises:
-      UserError: `settings` that can't be, or no sweep is open: the sweeper is not one of ours.
+      UserError: `settings` are invalid, or no sweep is open because the sweeper is not one of ours.
     """
     if opened is None:
         raise UserError("hydra/launcher: processes and slurm work with hydra/sweeper=grid or hydra/sweeper=optuna")
@@ -109,7 +109,7 @@ def launch(
 
 
 def _blank_secrets(path: Path) -> None:
-    """Hydra has just written the command line there as it was given."""
+    """Removes secrets from the command line that Hydra has just written there."""
     if path.is_file():
         write_text(path, yaml.safe_dump(jsonable(yaml.safe_load(path.read_text(encoding="utf-8"))), sort_keys=False))
 

@@ -1,5 +1,5 @@
-"""A job under way: a process of its own (fresh JAX, its own flags, its own session, so that Ctrl-C reaches the parent
-alone), or one that an earlier parent left behind.
+"""A running job: a separate process (fresh JAX, its own flags and session, so that Ctrl-C reaches only the parent), or
+one that an earlier parent left behind.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from gemma4_tpu.tracking.records import RESULT, result_of
 log = logging.getLogger(__name__)
 
 _STOPPED_BY_SIGNAL = (PREEMPTED, TERMINATED, -signal.SIGTERM)
-"""Exit codes after a SIGTERM: saved; not waited for; before Python could take it."""
+"""Exit codes after a SIGTERM: saved; did not have to wait; before Python could handle it."""
 
 
 def command(entry: str, words: Sequence[str], run_dir: Path) -> list[str]:
@@ -34,12 +34,12 @@ def command(entry: str, words: Sequence[str], run_dir: Path) -> list[str]:
 
 
 class Child(ABC):
-    """A job under way. What it prints goes to the end of `log_path`."""
+    """A running job, whose output is appended to `log_path`."""
 
     def __init__(self, pid: int, log_path: Path, run_dir: Path):
         self.pid, self.log_path, self.run_dir = pid, log_path, run_dir
         self.asked: str | None = None
-        """Why it was told to save and stop, if it was."""
+        """Why it was asked to save and stop, if it was."""
         self.started = time.monotonic()
         self._metrics = Follower(run_dir / "metrics.jsonl")
         self._log_start = log_path.stat().st_size if log_path.is_file() else 0
@@ -50,28 +50,28 @@ class Child(ABC):
 
     @abstractmethod
     def terminate(self) -> None:
-        """SIGTERM: a training run saves at its next update and exits with code 42."""
+        """Sends SIGTERM: a training run saves at its next update and exits with code 42."""
 
     @abstractmethod
     def kill(self) -> None:
-        """Ends it at once, with all that it started."""
+        """Ends it at once, with everything that it started."""
 
     def new_rows(self) -> list[dict[str, Any]]:
         """Rows of `metrics.jsonl` since the last call."""
         return self._metrics.new_rows()
 
     def ask_to_stop(self, why: str) -> None:
-        """`terminate`, once."""
+        """Calls `terminate`, once."""
         if self.asked is None:
             self.asked = why
             self.terminate()
 
     def stopped_by_signal(self) -> bool:
-        """Whether it ended as after a SIGTERM: the same command goes on."""
+        """Whether it ended because of a SIGTERM; the same command resumes it."""
         return self.poll() in _STOPPED_BY_SIGNAL
 
     def error(self) -> str:
-        """One line on why it failed: its result's, else the refusal or the exception in its log, else its exit code."""
+        """One line on why it failed: from its result, else the refusal or exception in its log, else its exit code."""
         code = self.poll() or 0
         if code < 0:
             memory = " (was the machine out of memory?)" if code == -signal.SIGKILL else ""
@@ -85,7 +85,7 @@ class Child(ABC):
 
 
 class OwnChild(Child):
-    """A process of this one."""
+    """A child of this process."""
 
     def __init__(self, command: Sequence[str], log_path: Path, run_dir: Path, environment: Mapping[str, str]):
         log_path.parent.mkdir(parents=True, exist_ok=True)
@@ -112,7 +112,7 @@ class OwnChild(Child):
 
 
 class Orphan(Child):
-    """A job of a sweep whose process was killed: it goes on, and is followed by its pid and what it leaves."""
+    """A job whose parent was killed: it continues, and is followed by its pid and files."""
 
     def __init__(self, process: psutil.Process, log_path: Path, run_dir: Path):
         super().__init__(process.pid, log_path, run_dir)
@@ -130,12 +130,12 @@ class Orphan(Child):
         return cls(min(found, key=lambda each: each.info["create_time"]), log_path, run_dir) if found else None
 
     def poll(self) -> int | None:
-        """As `Child.poll`; an exit code is told to parents only, so that it is what its result says."""
+        """Like `Child.poll`; only parents learn an exit code, so it is derived from the result."""
         if self._process.is_running() and self._process.status() != psutil.STATUS_ZOMBIE:
             return None
         path = self.run_dir / RESULT
         if not path.is_file() or path.stat().st_mtime < self._process.create_time():
-            return PREEMPTED  # it was killed: the same command goes on
+            return PREEMPTED  # it was killed, and the same command resumes it
         return {"failed": 1, "preempted": PREEMPTED}.get(str(result_of(self.run_dir).values.get("status")), 0)
 
     def terminate(self) -> None:
@@ -150,7 +150,7 @@ class Orphan(Child):
 
 
 class Follower:
-    """Reads a growing `metrics.jsonl`. A resumed job drops rows that it makes again: those are told once."""
+    """Reads a growing `metrics.jsonl`. Rows that a resumed job writes again are returned once."""
 
     def __init__(self, path: Path):
         self._path, self._offset = path, 0
@@ -160,7 +160,7 @@ class Follower:
         """The complete rows since the last call."""
         try:
             with self._path.open("rb") as file:
-                # A resumed job drops rows behind its checkpoint by writing the file anew, which makes it shorter.
+                # A resumed job rewrites the file without the rows after its checkpoint, which makes it shorter.
                 if file.seek(0, os.SEEK_END) < self._offset:
                     self._offset = 0
                 file.seek(self._offset)

@@ -1,4 +1,6 @@
-"""Search by Optuna: trials are jobs of the sweep, the study is a journal in its folder, so that the search goes on."""
+"""Search by Optuna: trials are jobs of the sweep, and the study is a journal in its folder, so that a search
+resumes.
+"""
 
 from __future__ import annotations
 
@@ -37,12 +39,12 @@ log = logging.getLogger(__name__)
 
 JOURNAL = "optuna.journal"
 _OUTCOME = "outcome"
-"""Attribute of a trial that came to an end: its job's status. A trial without one was cut short, and runs again."""
+"""Attribute of a completed trial: its job's status. A trial without it was interrupted, and runs again."""
 _ENDED = (state.FINISHED, state.PRUNED, state.FAILED, state.PREEMPTED, state.REFUSED, state.MISFIT)
 
 
 class Search:
-    """Trials until there are `n_trials`, in batches of `hydra.launcher.parallel`."""
+    """Runs trials until there are `n_trials`, in batches of `hydra.launcher.parallel`."""
 
     def __init__(self, opened: OpenSweep, launcher: Any, settings: Mapping[str, Any]):
         self._opened, self._launcher = opened, launcher
@@ -50,10 +52,11 @@ class Search:
         self._running: dict[frozenset[str], optuna.Trial] = {}
 
     def run(self, arguments: list[str]) -> None:
-        """Runs what is left of the search.
+        """Runs the rest of the search.
 
         Raises:
-          UserError: nothing to search, a metric that no run has, a space that contradicts that of an earlier start.
+          UserError: there is nothing to search, no run has the metric, or the space contradicts that of an earlier
+            start.
         """
         self._check()
         fixed, space = self._space(arguments)
@@ -64,7 +67,7 @@ class Search:
             trials = [study.ask(space) for _ in range(min(left, self._launcher.settings["parallel"]))]
             words = [[*fixed, *(f"{key}={_text(trial.params[key])}" for key in space)] for trial in trials]
             self._running = {frozenset(w): trial for w, trial in zip(words, trials, strict=True)}
-            # Trials may draw the same values: they are one job, and each is told its outcome.
+            # Trials can draw the same values: they share one job, and each receives its outcome.
             self._launcher.launch([list(w) for w in dict.fromkeys(map(tuple, words))], 0)
             for trial, given in zip(trials, words, strict=True):
                 self._tell(study, trial, self._job(given))
@@ -87,12 +90,12 @@ class Search:
         if entry == "train" and settings.metric not in numbers:
             hint = did_you_mean(settings.metric, numbers)
             raise UserError(
-                f"hydra.sweeper.metric={settings.metric}: no key of result.json{hint} ({', '.join(numbers)})"
+                f"hydra.sweeper.metric={settings.metric}: not a key of result.json{hint} ({', '.join(numbers)})"
             )
 
     # ── the space ──────────────────────────────────────────────────────────────────────────────────────────────────
     def _space(self, arguments: list[str]) -> tuple[list[str], dict[str, BaseDistribution]]:
-        """(words that every trial shares, key → what it is drawn from)."""
+        """(words that every trial shares, key → distribution)."""
         expressions = {**self._file(), **self._settings.params}
         given = OverridesParser.create().parse_overrides([f"{key}={text}" for key, text in expressions.items()])
         self._check_words([override.input_line or "" for override in given])
@@ -122,7 +125,7 @@ class Search:
             raise UserError(f"hydra.sweeper.space={space}: no such file{hint} (conf/space has {', '.join(there)})")
         content = OmegaConf.load(path)
         if not isinstance(content, DictConfig):
-            raise UserError(f"hydra.sweeper.space={space}: holds a list; give one 'key: choice(…)' in each line")
+            raise UserError(f"hydra.sweeper.space={space}: is a list; write one 'key: choice(…)' per line")
         return {str(key): value for key, value in content.items()}
 
     def _check_words(self, words: list[str]) -> None:
@@ -135,14 +138,14 @@ class Search:
     def _study(self) -> optuna.Study:
         settings = self._settings
         backend = JournalFileBackend(str(self._opened.sweep.folder / JOURNAL))
-        optuna.logging.set_verbosity(optuna.logging.WARNING)  # the sweep has lines of its own
+        optuna.logging.set_verbosity(optuna.logging.WARNING)  # the sweep prints its own lines
         study = optuna.create_study(
             storage=JournalStorage(backend),
             study_name="sweep",
             direction=StudyDirection[settings.direction.upper()],
             load_if_exists=True,
         )
-        # Another start of the search must not draw the same again.
+        # Another start of the search must not repeat the same draws.
         seed = None if settings.seed is None else settings.seed + len(study.trials)
         study.sampler = _SAMPLERS[settings.sampler](seed=seed)
         study.pruner = optuna.pruners.MedianPruner(
@@ -151,12 +154,12 @@ class Search:
         if study.direction.name.lower() != settings.direction:
             raise UserError(
                 f"hydra.sweeper.direction={settings.direction}: the search in {self._opened.sweep.folder} has the other"
-                " one; give another hydra.sweep.dir"
+                " one; set another hydra.sweep.dir"
             )
         return study
 
     def _monitor(self, job: SweepJob, row: dict[str, Any]) -> str | None:
-        """Reports held-out losses of a running trial, and says when it is to be stopped."""
+        """Reports held-out losses of a running trial, and decides whether to stop it."""
         loss, update = row.get("heldout_loss"), row["update"]
         trial = next((trial for words, trial in self._running.items() if words <= set(job.words)), None)
         if not self._settings.prune or trial is None or not isinstance(loss, float) or not math.isfinite(loss):
@@ -171,7 +174,7 @@ class Search:
         return next(job for job in self._opened.sweep.jobs.values() if set(words) <= set(job.words))
 
     def _tell(self, study: optuna.Study, trial: optuna.Trial, job: SweepJob) -> None:
-        """The trial's state from its job's."""
+        """Sets the trial's state from its job's."""
         value = outcome_value(self._opened.sweep, job, self._settings.metric)
         if job.status not in _ENDED:
             study.tell(trial, state=TrialState.FAIL)
@@ -191,7 +194,7 @@ _SAMPLERS: dict[str, Any] = {"tpe": optuna.samplers.TPESampler, "random": optuna
 
 
 def _enqueue_cut_short(study: optuna.Study) -> None:
-    """Trials that were under way when the process was killed run again, in the same folders."""
+    """Enqueues trials that were running when the process was killed, in the same folders."""
     for trial in study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
         study.tell(trial.number, state=TrialState.FAIL)
         study.enqueue_trial(trial.params)
@@ -214,14 +217,14 @@ def _is_integer(schema: type, key: str) -> bool:
 
 
 def _distribution(override: Override, integer: bool) -> BaseDistribution:
-    """What a key is drawn from."""
+    """The distribution of a key."""
     value, name = override.value(), override.key_or_group
     try:
         if isinstance(value, RangeSweep):
-            bounds: list[Any] = [value.start, value.stop, value.step]  # one that is missing is a TypeError
+            bounds: list[Any] = [value.start, value.stop, value.step]  # a missing bound raises TypeError
             start, stop, step = bounds
             if integer:
-                last = int(stop) - 1 - (int(stop) - 1 - int(start)) % int(step)  # `stop` itself is not among them
+                last = int(stop) - 1 - (int(stop) - 1 - int(start)) % int(step)  # `stop` itself is excluded
                 return IntDistribution(int(start), last, step=int(step))
             return FloatDistribution(float(start), float(stop), step=float(step))
         if isinstance(value, IntervalSweep):
@@ -237,7 +240,7 @@ def _distribution(override: Override, integer: bool) -> BaseDistribution:
 
 
 def _text(value: Any) -> str:
-    """As a word's value; floats with the four digits that a folder's name can bear."""
+    """A value as a word; floats with the four digits that a folder's name has room for."""
     return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 

@@ -1,6 +1,6 @@
-"""Plan checks: which jobs can't fit into their TPU slice, found out before anything runs there.
+"""Plan checks: find the jobs that do not fit into their TPU slice before anything runs.
 
-Each distinct program is compiled in a process of its own, once: `python -m gemma4_tpu.sweeping.plan_check <config>
+Each distinct program is compiled once, in a separate process: `python -m gemma4_tpu.sweeping.plan_check <config>
 <answer>`.
 """
 
@@ -50,7 +50,7 @@ _COUNTS = {
         "compute_dtype", "ema_decay",
     ),
 }  # fmt: skip
-"""The keys that decide how much memory a step takes: jobs that differ in others share a plan."""
+"""The keys that determine a step's memory; jobs that differ in others share a plan."""
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,7 @@ class Fit:
     fits: bool | None
     """None: not checked."""
     told: str
-    """Memory that it takes, or why it does not fit, or why that was not checked."""
+    """The memory that it takes, why it does not fit, or why that was not checked."""
 
 
 def check_fit(config: TrainRoot, mode: str, folder: Path, stopped: Callable[[], bool]) -> Fit:
@@ -68,19 +68,19 @@ def check_fit(config: TrainRoot, mode: str, folder: Path, stopped: Callable[[], 
 
     Args:
       config: of the job.
-      mode: `hydra.launcher.plan`: `auto` checks what can be checked here, `true` insists on it, `false` doesn't.
-      folder: of the plans of this sweep.
-      stopped: asked while a compilation is under way; True ends it.
+      mode: `hydra.launcher.plan`: `auto` checks what can be checked here, `true` requires it, `false` skips it.
+      folder: of this sweep's plans.
+      stopped: polled during a compilation; True ends it.
 
     Raises:
-      UserError: `mode` is no choice, or it is `true` and this job can't be checked here.
+      UserError: `mode` is invalid, or it is `true` and this job cannot be checked here.
     """
     if str(mode).lower() not in MODES:
         raise UserError(f"{_KEY}={mode}: not a choice (choices: {', '.join(MODES)})")
     obstacle = _obstacle(config.hardware) if str(mode).lower() != "false" else f"{_KEY}=false"
     if obstacle:
         if str(mode).lower() == "true":
-            raise UserError(f"{_KEY}=true: a job can't be checked here ({obstacle}); give {_KEY}=auto")
+            raise UserError(f"{_KEY}=true: a job cannot be checked here ({obstacle}); use {_KEY}=auto")
         return Fit(None, f"not checked: {obstacle}")
     folder.mkdir(parents=True, exist_ok=True)
     answer = folder / f"{_key(config)}.json"
@@ -94,10 +94,10 @@ def check_fit(config: TrainRoot, mode: str, folder: Path, stopped: Callable[[], 
 
 
 def _obstacle(hardware: HardwareConfig) -> str | None:
-    """Why this job can't be planned here."""
+    """Why this job cannot be planned here."""
     wanted = slice_of(hardware)
     if wanted is None:
-        return "hardware=local is no slice that could be planned"
+        return "hardware=local is not a slice"
     if wanted.topology is None:
         return f"{wanted.name} has GPUs, for which there is no compiler here"
     if importlib.util.find_spec("libtpu") is None:
@@ -113,7 +113,7 @@ def _key(config: TrainRoot) -> str:
             counted[package] = version(package)
         except PackageNotFoundError:
             counted[package] = None
-    # Not sorted: the order of lora.ranks counts.
+    # Not sorted: the order of lora.ranks matters.
     return hashlib.sha256(json.dumps(counted).encode()).hexdigest()[:12]
 
 
@@ -136,7 +136,7 @@ def _compile(config: TrainRoot, answer: Path, stopped: Callable[[], bool]) -> No
                 return
             except subprocess.TimeoutExpired:
                 if stopped():
-                    os.killpg(process.pid, signal.SIGKILL)  # with the compiler's process
+                    os.killpg(process.pid, signal.SIGKILL)  # including the compiler's process
                     process.wait()
                     return
 
@@ -169,8 +169,8 @@ def main(request: Path, answer: Path) -> None:
 
 
 def _end_with_parent() -> None:
-    """A sweep that is killed leaves no compiler behind."""
-    while os.read(sys.stdin.fileno(), 4096):  # unbuffered: a lock on a buffer would be in the way at the end
+    """Ends the compiler when the sweep is killed."""
+    while os.read(sys.stdin.fileno(), 4096):  # unbuffered: a buffer's lock would cause trouble at exit
         pass
     os.killpg(os.getpgid(0), signal.SIGKILL)
 

@@ -1,4 +1,4 @@
-"""Runs a sweep's jobs, each as a process of its own: in order, or several at a time where devices allow."""
+"""Runs a sweep's jobs, each in its own process: one after the other, or concurrently if devices allow."""
 
 from __future__ import annotations
 
@@ -37,23 +37,23 @@ _SAME_RESULT = (
     "checkpoint.", "distributed.", "name", "preview", "run_dir", "storage.", "tracker.", "trainer.compile_cache",
     "trainer.log_every", "trainer.stall_seconds",
 )  # fmt: skip
-"""A finished job is not run again because of a difference in these."""
+"""A finished job is not rerun because of differences in these."""
 
 Monitor = Callable[[SweepJob, dict[str, Any]], str | None]
-"""Takes each new row of a job's `metrics.jsonl`; a text says why the job is to be stopped."""
+"""Receives each new row of a job's `metrics.jsonl`; returns a reason if the job is to be stopped."""
 
 
 class Stop:
-    """Counts SIGINT, SIGHUP, SIGTERM, SIGUSR1 and SIGUSR2 while it is open, as a context manager (main thread only).
+    """Counts SIGINT, SIGHUP, SIGTERM, SIGUSR1 and SIGUSR2 while open, as a context manager (main thread only).
 
-    The first is passed on to the jobs as a wish to save, the second kills them.
-    A signal that was ignored before, as `nohup` does with SIGHUP, stays ignored.
+    The first asks the jobs to save, the second kills them. A signal that was ignored before, as `nohup` does with
+    SIGHUP, stays ignored.
     """
 
     def __init__(self) -> None:
         self.count = 0
         self.exit_code = 0
-        """What the sweep ends with: 130 after Ctrl-C, 42 after SIGTERM (the same command goes on); 0: not stopped."""
+        """The sweep's exit code: 130 after Ctrl-C, 42 after SIGTERM (the same command resumes it); 0: not stopped."""
 
     def __enter__(self) -> Stop:
         self._before: dict[int, Any] = {}
@@ -79,7 +79,7 @@ class _Running:
 
 
 class Runner:
-    """The jobs of one sweep folder. `stop` tells whether the sweep is being stopped, and with which exit code."""
+    """The jobs of one sweep folder. `stop` says whether the sweep is being stopped, and with which exit code."""
 
     def __init__(
         self, sweep: Sweep, entry: EntryPoint, settings: Processes | Slurm, stop: Stop,
@@ -88,10 +88,10 @@ class Runner:
         self.sweep, self._entry, self.settings, self.stop, self._monitor = sweep, entry, settings, stop, monitor
 
     def run(self, jobs: Sequence[SweepJob]) -> None:
-        """Brings every job to an end, or to where it was stopped; its `status` tells. Saves the record as it goes.
+        """Runs every job until it ends or is stopped, and sets its `status`. Saves the record along the way.
 
         Raises:
-          UserError: `settings` that can't be, or so many jobs at a time would fight for an accelerator.
+          UserError: `settings` are invalid, or the jobs would compete for an accelerator.
         """
         if self.settings.max_restarts < 0:
             raise UserError(f"hydra.launcher.max_restarts={self.settings.max_restarts}: must be at least 0")
@@ -100,7 +100,7 @@ class Runner:
         self._site = site_of(self.sweep, self.settings)
         configs = self._checked(jobs)
         free = self._site.shares(list(configs.values()))
-        # What an earlier process of this sweep left running is taken over before anything new takes its place.
+        # Jobs that an earlier process of this sweep left running are taken over before new ones start.
         waiting = deque(sorted(self._prepared(jobs, configs), key=lambda job: self._site.running(job) is None))
         self.sweep.save()
         running: list[_Running] = []
@@ -111,7 +111,7 @@ class Runner:
                         running.append(self._start(waiting.popleft(), free.pop(0), display))
                     time.sleep(SECONDS_BETWEEN_LOOKS)
                     if self.stop.count and self._site.outlives_parent:
-                        log.warning("%d job(s) go on in SLURM's queue: the same command follows them", len(running))
+                        log.warning("%d job(s) continue in SLURM's queue: the same command follows them", len(running))
                         break
                     self._pass_stop_on(running)
                     for one in list(running):
@@ -130,7 +130,7 @@ class Runner:
 
     # ── before anything runs ───────────────────────────────────────────────────────────────────────────────────────
     def _checked(self, jobs: Sequence[SweepJob]) -> dict[str, Any]:
-        """Job → its configuration; those that the checks refuse are marked and left out."""
+        """Job → its configuration; jobs that the checks refuse are marked and left out."""
         configs = {}
         for job in jobs:
             try:
@@ -142,7 +142,7 @@ class Runner:
         return configs
 
     def _prepared(self, jobs: Sequence[SweepJob], configs: dict[str, Any]) -> list[SweepJob]:
-        """The jobs that are to run: not finished yet, and not known not to fit."""
+        """The jobs to run: not yet finished, and not known not to fit."""
         wanted, finished = [], 0
         for job in jobs:
             if job.name not in configs or self.stop.count:
@@ -177,7 +177,7 @@ class Runner:
         return wanted
 
     def _group(self, job: SweepJob, tracker: TrackerConfig) -> None:
-        """W&B's group of a sweep is its folder, unless the user named another."""
+        """Sets W&B's group of a sweep to its folder, unless the user named one."""
         if tracker.group is None and not any(word.startswith("tracker.group=") for word in job.words):
             job.words.append(f"tracker.group='{'/'.join(self.sweep.folder.parts[-2:])}'")
 
@@ -193,7 +193,7 @@ class Runner:
     def _start(self, job: SweepJob, share: dict[str, str], display: Display) -> _Running:
         job.status = state.RUNNING
         if (child := self._site.running(job)) is not None:
-            log.info("%s: still running (%d), taken over", job.name, child.pid)
+            log.info("%s: still running (pid %d), taken over", job.name, child.pid)
         else:
             job.starts += 1
             child = self._site.start(job, share)
@@ -214,7 +214,7 @@ class Runner:
     def _pass_stop_on(self, running: list[_Running]) -> None:
         """The first Ctrl-C or SIGTERM lets jobs save; a second one kills them."""
         if self.stop.count == 1 and any(one.child.asked is None for one in running):
-            log.warning("stopping: waiting for %d job(s) to save; once more kills them", len(running))
+            log.warning("stopping: waiting for %d job(s) to save; press again to kill them", len(running))
         for one in running:
             if self.stop.count > 1:
                 one.child.kill()
@@ -222,7 +222,7 @@ class Runner:
                 one.child.ask_to_stop(state.INTERRUPTED)
 
     def _end(self, one: _Running, waiting: deque[SweepJob], display: Display) -> None:
-        """What came of a process that ended: the job's status, or another start."""
+        """Handles a process that ended: sets the job's status, or starts it again."""
         self._follow(one, display)
         job, child = one.job, one.child
         display.end(job.name)
@@ -252,7 +252,7 @@ class Runner:
 
 @contextmanager
 def _beside_hydra() -> Iterator[None]:
-    """Puts the Hydra that runs the sweep aside, so that a job's configuration can be composed as its process will."""
+    """Suspends the Hydra that runs the sweep, so that a job's configuration can be composed as its process will."""
     outer = GlobalHydra.instance().hydra
     GlobalHydra.instance().clear()
     try:

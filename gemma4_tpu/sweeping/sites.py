@@ -1,4 +1,4 @@
-"""Where the jobs of a sweep run: as processes on this machine, or on a SLURM cluster."""
+"""Where a sweep's jobs run: as processes on this machine, or on a SLURM cluster."""
 
 from __future__ import annotations
 
@@ -17,25 +17,25 @@ class Site(ABC):
     """Starts the jobs of one sweep."""
 
     outlives_parent = False
-    """Whether jobs go on where the sweep's own process is stopped."""
+    """Whether jobs continue when the sweep's own process is stopped."""
     restarts_itself = False
-    """Whether a job that was preempted starts again without this process."""
+    """Whether a preempted job starts again without this process."""
 
     @abstractmethod
     def shares(self, configs: list[Any]) -> list[dict[str, str]]:
-        """As many sets of environment variables as there may be jobs at a time."""
+        """One set of environment variables per concurrent job."""
 
     @abstractmethod
     def start(self, job: SweepJob, share: dict[str, str]) -> Child:
-        """A new start of a job."""
+        """Starts a job."""
 
     @abstractmethod
     def running(self, job: SweepJob) -> Child | None:
-        """A start that an earlier process of the sweep left behind, and that still runs."""
+        """A start that an earlier process of the sweep left behind, if it still runs."""
 
 
 class Here(Site):
-    """Processes of this machine."""
+    """Processes on this machine."""
 
     def __init__(self, sweep: Sweep, settings: Processes):
         self._sweep, self._settings = sweep, settings
@@ -63,7 +63,7 @@ class Cluster(Site):
         self._sweep, self._settings, self._queue = sweep, settings, Queue()
 
     def shares(self, configs: list[Any]) -> list[dict[str, str]]:
-        """As `Site.shares`: SLURM shares out what there is."""
+        """As `Site.shares`: SLURM divides the resources."""
         return [{} for _ in range(self._settings.parallel)]
 
     def start(self, job: SweepJob, share: dict[str, str]) -> Child:
@@ -82,5 +82,5 @@ class Cluster(Site):
 
 
 def site_of(sweep: Sweep, settings: Processes | Slurm) -> Site:
-    """Where these settings send a sweep's jobs. Raises `UserError` where that is not possible here."""
+    """The site for these settings. Raises `UserError` if it is not available here."""
     return Cluster(sweep, settings) if isinstance(settings, Slurm) else Here(sweep, settings)

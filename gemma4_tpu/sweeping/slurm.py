@@ -1,7 +1,7 @@
-"""A job of a sweep on a SLURM cluster: a batch job that requeues itself where it was preempted or ran out of time.
+"""A sweep's job on a SLURM cluster: a batch job that requeues itself after a preemption or a time limit.
 
-The parent follows the files that a job leaves on the shared file system and asks `squeue` now and then. A job needs no
-parent: it goes on, and is requeued, whether or not one is there.
+The parent follows the files that a job writes on the shared file system and polls `squeue`. A job needs no parent: it
+continues, and is requeued, whether or not one is running.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ log = logging.getLogger(__name__)
 _SECONDS_BETWEEN_QUESTIONS = 5.0
 _ANSWER_SECONDS = 60
 _GONE_AFTER = 3
-"""Answers in which a job is missing, before it counts as gone: files take a while to show on a shared file system."""
+"""Number of polls without a job before it counts as gone: files take a while to appear on a shared file system."""
 _BODY = """
 srun --kill-on-bad-exit=1 {command} < /dev/null
 code=$?
@@ -40,7 +40,7 @@ class Queue:
     """SLURM's commands on this machine."""
 
     def __init__(self) -> None:
-        """Raises `UserError` where there are none."""
+        """Raises `UserError` if they are not installed."""
         if missing := [name for name in ("sbatch", "squeue", "scancel") if shutil.which(name) is None]:
             raise UserError(
                 f"hydra/launcher=slurm: there is no {missing[0]} on this machine; start the sweep on a node of the"
@@ -52,15 +52,15 @@ class Queue:
         self._asked_at = float("-inf")
 
     def submit(self, script: Path) -> int:
-        """The id of a new job. Raises `UserError` with what SLURM says against it."""
+        """Submits a script and returns the job's id. Raises `UserError` with SLURM's reason."""
         done = _run("sbatch", "--parsable", str(script))
         if done.returncode:
             raise UserError(f"hydra/launcher=slurm: {' '.join(done.stderr.split())} ({script})")
         return int(done.stdout.strip().partition(";")[0])
 
     def jobs(self) -> dict[int, tuple[str, str]]:
-        """Id → (state, name) of this user's jobs that are waiting or running, some seconds old; while SLURM's
-        controller does not answer: as it was.
+        """Id → (state, name) of this user's waiting and running jobs, some seconds old; unchanged while SLURM's
+        controller does not respond.
         """
         if time.monotonic() - self._asked_at > _SECONDS_BETWEEN_QUESTIONS:
             self._asked_at = time.monotonic()
@@ -91,12 +91,12 @@ class SlurmChild(Child):
         cls, name: str, command: Sequence[str], script: Path, log_path: Path, run_dir: Path, settings: Slurm,
         queue: Queue,
     ) -> SlurmChild:  # fmt: skip
-        """Hands a job to SLURM. Raises `UserError` where SLURM refuses it."""
+        """Submits a job. Raises `UserError` if SLURM refuses it."""
         for folder in (script.parent, log_path.parent):
             folder.mkdir(parents=True, exist_ok=True)
         for left in (_exit(script), _stop(script)):
             left.unlink(missing_ok=True)
-        script.touch(mode=0o700)  # its words may hold what others should not see
+        script.touch(mode=0o700)  # its words can contain secrets
         script.write_text(batch_script(name, command, script, log_path, settings), encoding="utf-8")
         return cls(queue.submit(script), script, log_path, run_dir, queue)
 
@@ -111,7 +111,7 @@ class SlurmChild(Child):
         return cls(number, script, log_path, run_dir, queue)
 
     def poll(self) -> int | None:
-        """As `Child.poll`; -9 where it has left the queue without an exit code."""
+        """As `Child.poll`; -9 if it has left the queue without an exit code."""
         if self._exit.is_file():
             return int(self._exit.read_text(encoding="utf-8"))
         if self.pid in self._queue.jobs():
@@ -122,7 +122,7 @@ class SlurmChild(Child):
         return -signal.SIGKILL if self._queue.asked - self._missing_since >= _GONE_AFTER else None
 
     def terminate(self) -> None:
-        """As `Child.terminate`; it is not requeued then."""
+        """As `Child.terminate`; the job is not requeued then."""
         self._stop.touch()
         state, _ = self._queue.jobs().get(self.pid, ("", ""))
         self._queue.cancel(self.pid, *(["--signal=TERM"] if state == "RUNNING" else []))
@@ -140,7 +140,7 @@ class SlurmChild(Child):
 
 
 def batch_script(name: str, command: Sequence[str], script: Path, log_path: Path, settings: Slurm) -> str:
-    """What `sbatch` is given: named after the job's overrides, told to save some time before its time is over."""
+    """The script for `sbatch`: named after the job's overrides, with a signal to save before the time limit."""
     place = [f"--partition={settings.partition}"] if settings.partition else []
     flags = [
         f"--job-name={name}", f"--output={str(log_path).replace('%', '%%')}", "--open-mode=append", "--requeue",

@@ -1,4 +1,4 @@
-"""`sweep.json`: what a sweep knows of its jobs beyond their run folders; written anew at every change.
+"""`sweep.json`: what a sweep records about its jobs beyond their run folders; rewritten at every change.
 
 ```
 <sweep folder>/
@@ -30,22 +30,23 @@ class SweepJob:
     """One job of a sweep."""
 
     name: str
-    """Of its run folder in the sweep folder."""
+    """Name of its run folder in the sweep folder."""
     values: dict[str, str]
     """Swept key → value, as written."""
     words: list[str]
     """Its whole command line, without `run_dir`."""
     status: str = WAITING
     """`waiting`, `running`; `finished`, `pruned`; `failed`, `preempted` (more often than allowed), `interrupted` (the
-    sweep was stopped; the same command goes on); never started: `refused`, `does not fit`."""
+    sweep was stopped; the same command resumes it); never started: `refused`, `does not fit`.
+    """
     error: str | None = None
-    """One line on why it is not finished."""
+    """One line on why it has not finished."""
     starts: int = 0
-    """Processes that were started for it, over all starts of the sweep."""
+    """Processes started for it, over all starts of the sweep."""
     restarts: int = 0
-    """Of these, starts after a preemption since the sweep was last started."""
+    """Of these, restarts after a preemption since the sweep was last started."""
     pid: int | None = None
-    """Of its last process."""
+    """Process id of its last process."""
     plan: str | None = None
     """What the plan check found, or why there was none."""
 
@@ -58,19 +59,19 @@ class Sweep:
     entry: str
     """Name of the entry point: `train`."""
     metric: str | None = None
-    """Key of `result.json` that the sweep was for, if it said so."""
+    """Key of `result.json` that the sweep optimises, if given."""
     direction: str | None = None
-    """`minimize` or `maximize`, if it said so."""
+    """`minimize` or `maximize`, if given."""
     jobs: dict[str, SweepJob] = field(default_factory=dict)
-    """By name, in the order of their first mention."""
+    """By name, in order of first mention."""
 
     @classmethod
     def open(cls, folder: Path, entry: str | None = None) -> Sweep:
-        """The record of a sweep folder; an empty one where there is none.
+        """Opens the record of a sweep folder, or an empty one.
 
         Args:
           folder: need not exist.
-          entry: name of the entry point that is to be run; None: whichever it was.
+          entry: name of the entry point to run; None accepts any.
 
         Raises:
           UserError: the folder belongs to a sweep of another entry point.
@@ -80,7 +81,7 @@ class Sweep:
             return cls(folder=folder, entry=entry or "train")
         told = read_record(path).values
         if entry and told["entry"] != entry:
-            raise UserError(f"hydra.sweep.dir={folder}: holds a sweep of {told['entry']}; give another folder")
+            raise UserError(f"hydra.sweep.dir={folder}: contains a sweep of {told['entry']}; use another folder")
         known = {f.name for f in dataclasses.fields(SweepJob)}
         jobs = [SweepJob(**{k: v for k, v in job.items() if k in known}) for job in told["jobs"]]
         given = {key: told.get(key) for key in ("metric", "direction")}
@@ -92,22 +93,22 @@ class Sweep:
         write_record(self.folder / RECORD, SWEEP, head | {"jobs": list(self.jobs.values())})
 
     def run_folder(self, job: SweepJob) -> Path:
-        """Where a job keeps its record."""
+        """The run folder of a job."""
         return self.folder / job.name
 
     def log_path(self, job: SweepJob) -> Path:
-        """What a job's processes printed."""
+        """The output of a job's processes."""
         return self.folder / "logs" / f"{job.name}.log"
 
 
 class SweepLock:
-    """The right to run a sweep's jobs; the kernel drops it when this process ends in any way."""
+    """The exclusive right to run a sweep's jobs; the kernel releases it when this process ends in any way."""
 
     def __init__(self, folder: Path):
-        """Takes it.
+        """Acquires the lock.
 
         Raises:
-          UserError: a running process has it.
+          UserError: a running process holds it.
         """
         folder.mkdir(parents=True, exist_ok=True)
         self._file = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT, 0o644)

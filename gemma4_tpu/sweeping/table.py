@@ -1,4 +1,4 @@
-"""A sweep as rows: what each job was given, and what came of it. Works on any folder of run folders."""
+"""A sweep as rows: the values of each job, and its results. Works on any folder of run folders."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ RESULTS = (
     "heldout_loss_last", "heldout_loss_best", "train_loss_last", "updates", "real_tokens", "seconds",
     "real_tokens_per_second", "mfu", "usd",
 )  # fmt: skip
-"""The keys of `result.json` that a table shows where some job has them."""
+"""Keys of `result.json` that a table shows if any job has them."""
 _HIGHER = ("fill", "mfu", "updates", "pass", "accuracy", "margin", "reward", "per_second")
 """Metrics with these in their name are better when higher, unless the sweep says otherwise."""
 
 
 @dataclass(frozen=True)
 class Metric:
-    """What the best run is best at."""
+    """What makes a run the best."""
 
     key: str
     """Of `result.json`."""
@@ -45,10 +45,10 @@ class JobRow:
     job: SweepJob
     folder: Path
     result: dict[str, Any]
-    """Its `result.json`, the objective's measures among its keys; empty where there is none."""
+    """Its `result.json`, with the objective's measures as keys; empty if there is none."""
 
     def value(self, key: str) -> float | None:
-        """A finite figure of a job that finished or was pruned; None: it has none."""
+        """A finite figure of a job that finished or was pruned; None if there is none."""
         value = self.result.get(key)
         if self.job.status not in (state.FINISHED, state.PRUNED):
             return None
@@ -59,23 +59,23 @@ class JobRow:
 
 @dataclass(frozen=True)
 class SweepTable:
-    """What reports are made from."""
+    """The input of reports."""
 
     folder: Path
     rows: list[JobRow]
-    """Every job: those of the folder's record, then run folders that the record does not know."""
+    """Every job: those of the folder's record, then run folders that the record does not list."""
     metric: Metric
 
     @classmethod
     def of(cls, folder: Path, metric: str | None) -> SweepTable:
-        """Of a sweep's folder, or of any folder of run folders.
+        """Reads a sweep's folder, or any folder of run folders.
 
         Args:
-          folder: its jobs' record, if there is one, and their run folders.
+          folder: contains run folders and, for a sweep, its record.
           metric: a key of `result.json`; None: the sweep's own.
 
         Raises:
-          UserError: no job there, or none has that metric while some have results.
+          UserError: there is no job, or some have results but none has that metric.
         """
         sweep = Sweep.open(folder)
         rows = _rows_of(sweep)
@@ -90,25 +90,25 @@ class SweepTable:
 
     @property
     def keys(self) -> list[str]:
-        """What was swept, in the order of first mention."""
+        """Swept keys, in order of first mention."""
         return list(dict.fromkeys(key for row in self.rows for key in row.job.values))
 
     @property
     def results(self) -> list[str]:
-        """Keys of `result.json` that some job has, the metric first."""
+        """Keys of `result.json` that any job has, the metric first."""
         wanted = dict.fromkeys([self.metric.key, *RESULTS])
         return [key for key in wanted if any(row.result.get(key) is not None for row in self.rows)]
 
     @property
     def best(self) -> JobRow | None:
-        """The finished job that is best; None where none has the metric."""
+        """The best finished job; None if none has the metric."""
         finished = [(row.value(self.metric.key), row) for row in self.rows if row.job.status == state.FINISHED]
         known = {value: row for value, row in reversed(finished) if value is not None}
         return known[self.metric.best(known)] if known else None
 
     @property
     def ranked(self) -> list[JobRow]:
-        """Best first; those without the metric last, in their order."""
+        """Best first; jobs without the metric last, in order."""
         sign = 1 if self.metric.direction == LOWER_IS_BETTER else -1
         values = {id(row): row.value(self.metric.key) for row in self.rows}
         return sorted(self.rows, key=lambda row: (values[id(row)] is None, sign * (values[id(row)] or 0.0)))
@@ -120,7 +120,7 @@ def _rows_of(sweep: Sweep) -> list[JobRow]:
     strangers = [place for place in inside if place.name not in sweep.jobs]
     jobs += _found(strangers)
     if not jobs:
-        raise UserError(f"sweep={sweep.folder}: holds neither sweep.json nor run folders; give the folder of a sweep")
+        raise UserError(f"sweep={sweep.folder}: has neither sweep.json nor run folders; pass a sweep's folder")
     rows = []
     for job in jobs:
         folder = sweep.run_folder(job)
@@ -129,13 +129,13 @@ def _rows_of(sweep: Sweep) -> list[JobRow]:
 
 
 def _figures(folder: Path) -> dict[str, Any]:
-    """`result.json` of a run, the measures of its objective among the others."""
+    """`result.json` of a run, with its objective's measures as keys."""
     values = result_of(folder).values
     return values | values.get("measures", {})
 
 
 def _found(folders: Sequence[Path]) -> list[SweepJob]:
-    """Run folders without a record: what differs between their overrides is what was swept."""
+    """Run folders without a record; the swept keys are those in which their overrides differ."""
     words = {}
     for folder in folders:
         given = overrides_of(folder) or []
@@ -153,7 +153,7 @@ def _found(folders: Sequence[Path]) -> list[SweepJob]:
 
 
 def best_metric(sweep: Sweep, wanted: str | None) -> Metric:
-    """The metric that decides: the one asked for, else the sweep's own, else the last held-out loss."""
+    """The metric that decides: the requested one, else the sweep's own, else the last held-out loss."""
     key = wanted or sweep.metric or DEFAULT_METRIC
     if sweep.direction and key == sweep.metric:
         return Metric(key, sweep.direction)
@@ -161,7 +161,7 @@ def best_metric(sweep: Sweep, wanted: str | None) -> Metric:
 
 
 def outcome_value(sweep: Sweep, job: SweepJob, key: str) -> float:
-    """The metric of a job; NaN where it has none."""
+    """The metric of a job; NaN if it has none."""
     folder = sweep.run_folder(job)
     value = JobRow(job, folder, _figures(folder)).value(key)
     return math.nan if value is None else value

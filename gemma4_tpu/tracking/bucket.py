@@ -1,7 +1,7 @@
-"""A run folder on gs://: small files are worked on in a local folder and copied, checkpoints are written directly.
+"""A run folder on gs://: small files are kept in a local folder and copied; checkpoints are written directly.
 
-The bucket holds the truth. A start copies the small files here, each checkpoint and the end of the run copy those that
-changed back, so that any machine can resume the run.
+The bucket holds the authoritative copy. A start copies the small files here; each checkpoint, and the end of the run,
+copies changed ones back, so that any machine can resume the run.
 """
 
 from __future__ import annotations
@@ -15,21 +15,21 @@ from gemma4_tpu.storage import Deadline, filesystem, join
 log = logging.getLogger(__name__)
 
 _SECONDS_AT_THE_ENDS = 60.0
-"""How long a command waits for its bucket when it starts and ends; `storage.deadline` counts while it trains."""
+"""How long a command waits for its bucket at its start and end; `storage.deadline` applies while it trains."""
 CHECKPOINTS = "checkpoints"
 PROFILE = "profile"
-"""Folder of traces, which are copied there but not back."""
+"""Folder of traces, which are copied to the bucket but not back."""
 
 
 class Bucket:
-    """The small files of one run folder, here and there."""
+    """The small files of one run folder, local and remote."""
 
     def __init__(self, remote: str, local: Path):
         self.remote = remote.rstrip("/")
         self.local = local
         self._copied: dict[str, tuple[int, int]] = {}
         self.gone = False
-        """It did not answer in time: nothing is copied there any more."""
+        """The bucket did not answer in time; nothing is copied to it any more."""
 
     @classmethod
     def of(cls, remote: str, root: Path) -> Bucket:
@@ -39,7 +39,7 @@ class Bucket:
         return cls(remote, root.expanduser().absolute() / scheme / place)
 
     def reach(self, call: Callable[[], None]) -> None:
-        """`pull` or `push`, tried again for a while.
+        """Runs `pull` or `push`, retrying for a while.
 
         Raises:
           StorageGone: the bucket does not answer.
@@ -70,7 +70,9 @@ class Bucket:
 
 
 def _is_small(name: str) -> bool:
-    """Everything but checkpoints, exports, hidden files such as locks, and what W&B keeps besides offline records."""
+    """Everything except checkpoints, exports, hidden files such as locks, and what W&B stores besides offline
+    records.
+    """
     parts = name.split("/")
     if "wandb" in parts and ("logs" in parts or not any(p.startswith("offline-run-") for p in parts)):
         return False

@@ -1,4 +1,4 @@
-"""Small files that are either whole or absent: atomic writes and strict JSON, without secrets."""
+"""Small files that are either complete or absent: atomic writes and strict JSON, without secrets."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ def _plain(value: Any, blank: Callable[[str], str]) -> Any:
 
 
 def from_jsonable(value: Any) -> Any:
-    """Turns the three strings for numbers that are not finite back into floats, at any depth."""
+    """Converts the three strings for non-finite numbers back to floats, at any depth."""
     match value:
         case str():
             return _NOT_FINITE.get(value, value)

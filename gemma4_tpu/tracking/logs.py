@@ -22,23 +22,22 @@ _handlers: list[logging.Handler] = []  # those that setup_logging added to the r
 
 @cache
 def console() -> Console:
-    """The console that log lines and progress bars share (stderr, so that a bar stays below the lines).
+    """The console shared by log lines and progress bars (stderr, so that a bar stays below the lines).
 
-    Rich leaves colour out where NO_COLOR is set or stderr is no terminal.
+    Rich omits colour if NO_COLOR is set or stderr is not a terminal.
     """
     return Console(stderr=True, highlight=False)
 
 
 def setup_logging(log_path: Path | None = None, *, process: int = 0) -> None:
-    """Sends log records to the console and, where given, to the run folder's `log.txt`.
+    """Sends log records to the console and, if given, to the run folder's `log.txt`.
 
-    Our own records count from INFO on; those of libraries from WARNING on. Python's warnings and the traceback of
-    an exception that nobody caught go to the file. Calling it again (once the run folder is known) replaces the
-    handlers of the call before.
+    Our own records are logged from INFO on, those of libraries from WARNING on. Python's warnings and tracebacks of
+    uncaught exceptions go to the file. A second call (once the run folder is known) replaces the handlers of the first.
 
     Args:
       log_path: `RunFolder.log_path`; None: console only.
-      process: index of this process; all but the first are silent on the console below WARNING.
+      process: index of this process; all except the first are silent on the console below WARNING.
     """
     root = logging.getLogger()
     while _handlers:
@@ -81,7 +80,7 @@ def _file_handler(log_path: Path) -> logging.Handler:
 
 
 class _File(logging.FileHandler):
-    """Says once that it can't write, instead of a traceback for each record, and goes on without."""
+    """Reports once that it cannot write, instead of a traceback per record, and continues without."""
 
     def handleError(self, record: logging.LogRecord) -> None:
         error = sys.exc_info()[1]
@@ -118,7 +117,7 @@ class _WarningsNamed(_Short):
 
 
 def log_refusal(error: Exception) -> None:
-    """Writes the message of an error that ends a run to its `log.txt`; the console is told by the entry point."""
+    """Writes the message of an error that ends a run to its `log.txt`; the entry point prints it."""
     logging.getLogger("gemma4_tpu.uncaught").error("%s: %s", type(error).__name__, error)
 
 

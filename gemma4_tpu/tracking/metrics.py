@@ -41,15 +41,15 @@ _KNOWN = (
 
 
 def measures_of(rows: Iterable[dict[str, Any]]) -> list[str]:
-    """Measures of the objective that rows hold, without `heldout_`, in the order in which they first come."""
+    """The objective's measures in the rows, without `heldout_`, in order of first appearance."""
     return list(dict.fromkeys(key.removeprefix(HELDOUT) for row in rows for key in row if key not in _KNOWN))
 
 
 class MetricsFile:
-    """Append-only writer of `metrics.jsonl`. Each row is on disk (as far as the process goes) when `log` returns.
+    """Append-only writer of `metrics.jsonl`. Each row is on disk (as far as the process can tell) when `log` returns.
 
-    A resumed run takes up its rows where its checkpoint left off, so that there is neither gap nor duplicate. For that
-    to hold, log all rows of an update before saving its checkpoint.
+    A resumed run continues the rows from its checkpoint, with neither gap nor duplicate. For this to hold, log all rows
+    of an update before saving its checkpoint.
     """
 
     def __init__(self, path: Path, *, after_update: int | None = None, write: bool = True):
@@ -86,7 +86,7 @@ class MetricsFile:
             self.rows += 1
 
     def compare(self, rows: int | None) -> None:
-        """Tells where fewer rows are left than the checkpoint counted; None: it is of a version that did not count."""
+        """Warns if fewer rows are left than the checkpoint counted; None: a version that did not count."""
         if rows is not None and self.rows < rows:
             log.warning(
                 "%s: %d of the %d rows up to update %d are left: curves and reports of this run will have a gap; the"

@@ -1,4 +1,4 @@
-"""What a person sees of a run: a bar on a terminal, now and then a line elsewhere, and a summary at the end."""
+"""Progress of a run as a person sees it: a bar on a terminal, occasional lines elsewhere, and a summary at the end."""
 
 from __future__ import annotations
 
@@ -117,7 +117,7 @@ def _bar() -> progress.Progress:
 
 
 def print_summary(run: RunFolder, result: Result, next_steps: Sequence[str] = ()) -> None:
-    """Prints what came of the run to stdout, and what to do next (commands or paths, one per line)."""
+    """Prints the run's result to stdout, and what to do next (commands or paths, one per line)."""
     rows = [("Run folder", shown(run.path)), ("Status", _ended(result))]
     if result.heldout_loss_last is not None:
         best = f"  (best {result.heldout_loss_best:.4f}" if result.heldout_loss_best is not None else ""

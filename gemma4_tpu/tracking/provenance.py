@@ -1,4 +1,4 @@
-"""Where a run comes from: code, packages, machine, seeds, data; and how two such records differ."""
+"""Provenance of a run: code, packages, machine, seeds, data; and how two such records differ."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ _PACKAGE_ROOT = Path(__file__).resolve().parent.parent
 
 @dataclass(kw_only=True)
 class Provenance:
-    """What one start of a run was made of. Holds no environment variable; secrets in arguments are blanked."""
+    """What one start of a run was made from. Contains no environment variables; secrets in arguments are blanked."""
 
     started: str
     """UTC, ISO 8601."""
@@ -55,13 +55,13 @@ class Provenance:
     platform: str
     """Operating system and processor architecture."""
     host: str
-    """The machine's name, hashed."""
+    """Hash of the machine's name."""
     hardware: dict[str, Any] = field(default_factory=dict)
-    """Devices, mesh, slice, as the caller found them."""
+    """Devices, mesh and slice, as the caller found them."""
     seeds: dict[str, int] = field(default_factory=dict)
     """Every seed of the run."""
     fingerprints: dict[str, str] = field(default_factory=dict)
-    """Hashes of what came in: data, tokenizer, base weights."""
+    """Hashes of inputs: data, tokenizer, base weights."""
 
 
 @dataclass(frozen=True)
@@ -86,7 +86,7 @@ def capture(
     fingerprints: dict[str, str],
     command: Sequence[str] | None = None,
 ) -> Provenance:
-    """Takes stock of this process; `command` is None for its own command line."""
+    """Captures this process; `command` None means its own command line."""
     return Provenance(
         started=datetime.now(UTC).isoformat(timespec="seconds"),
         command=redact_arguments(list(sys.orig_argv if command is None else command)),
@@ -102,7 +102,9 @@ def capture(
 
 
 def hardware_of(slice_name: str, mesh: Mesh) -> dict[str, Any]:
-    """The devices, and what about this machine and the compiler's settings can change the last bits of a result."""
+    """The devices, and everything about this machine and the compiler's settings that can change the last bits of a
+    result.
+    """
     device = mesh.devices.flat[0]
     found = {"slice": slice_name, "devices": mesh.size, "kind": device.device_kind}
     return found | _machine(device.platform)
@@ -142,7 +144,7 @@ def record(run: RunFolder, provenance: Provenance) -> list[RecordDifference]:
     first = read_record(run.provenance_path).values
     differences = compare(first, now)
     for difference in differences:
-        log.warning("changed since the run began: %s", difference)
+        log.warning("changed since the run started: %s", difference)
     start = {"started": now["started"], "command": now["command"], "differences": differences}
     write_record(run.provenance_path, PROVENANCE, {**first, "resumed": [*first["resumed"], start]})
     if any(difference.key.startswith("code.") for difference in differences):
@@ -151,7 +153,7 @@ def record(run: RunFolder, provenance: Provenance) -> list[RecordDifference]:
 
 
 def compare(recorded: dict[str, Any], now: dict[str, Any]) -> list[RecordDifference]:
-    """What could make a run come out differently: all but when, where and by which command it was started.
+    """Differences that could change a run's results: everything except when, where and by which command it was started.
 
     Takes records as in `provenance.json` (or `dataclasses.asdict(Provenance)`).
     """

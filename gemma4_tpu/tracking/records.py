@@ -1,7 +1,7 @@
-"""Records: the JSON files of a run folder, each with its `kind` and the `version` of its form.
+"""Records: the JSON files of a run folder, each with its `kind` and the `version` of its format.
 
-Readers ask for a kind. What was written before there were kinds, and what others write (`vllm bench serve`), is told by
-its form, here and nowhere else.
+Readers ask for a kind. Files from before kinds existed, and files of other tools (`vllm bench serve`), are recognised
+by their format, here and nowhere else.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from gemma4_tpu.tracking.files import jsonable, read_json, write_compact_json, w
 TRAINING, PLAN, MERGE, EVALUATION, HARNESS, SERVING, LOAD_TEST = WORK = (
     "training", "plan", "merge", "evaluation", "harness", "serving", "load_test",
 )  # fmt: skip
-"""What a run folder is of; its `result.json` (a plan's `plan.json`) has the same kind."""
+"""Kinds of run folders; their `result.json` (a plan's `plan.json`) has the same kind."""
 (
     CELL, CERTIFICATE, CROSS_CHECK, DATA, DELTAS, PARITY, PROVENANCE, QUANTISED, REPLAY, SEARCH, SELFCHECK, START,
     STIMULUS, SWEEP,
@@ -42,13 +42,13 @@ class Record:
     """One file."""
 
     kind: str | None
-    """None: of a form that isn't known here."""
+    """None: an unknown format."""
     values: dict[str, Any]
     """Without `kind` and `version`."""
 
     @property
     def failed(self) -> bool:
-        """It holds why the work failed, and nothing else that counts."""
+        """Whether it records only why the work failed."""
         return self.values.get("status") == "failed"
 
 
@@ -59,10 +59,10 @@ def write_record(path: Path, kind: str, values: Any, *, compact: bool = False) -
 
 
 def read_record(path: Path) -> Record:
-    """A record of this or an earlier version.
+    """Reads a record of this or an earlier version.
 
     Raises:
-      UserError: the file can't be read, or is of a later version.
+      UserError: the file cannot be read, or has a later version.
     """
     try:
         values = read_json(path)
@@ -80,7 +80,7 @@ def read_record(path: Path) -> Record:
 
 
 def result_of(folder: Path) -> Record:
-    """`result.json` of a run folder; without a value where there is none: it is under way, or was killed."""
+    """`result.json` of a run folder; without values if there is none because the run is in progress or was killed."""
     path = folder / RESULT
     if not path.is_file():
         return Record(None, {})
@@ -115,7 +115,7 @@ def _read_yaml(path: Path, form: type) -> Any:
 
 
 def kind_of(folder: Path) -> str | None:
-    """What a run folder is of, one of `WORK`; None: it is none."""
+    """The kind of a run folder, one of `WORK`; None if it is not one."""
     if (folder / FOLDER).is_file():
         return read_record(folder / FOLDER).kind
     if (folder / "metrics.jsonl").is_file():

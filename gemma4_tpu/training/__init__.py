@@ -1,1 +1,1 @@
-"""The loop, and what keeps a run alive: checkpoints, hosts, preemption."""
+"""The training loop, and what keeps a run alive: checkpoints, hosts, preemption."""

@@ -1,4 +1,4 @@
-"""From tokenised rows to this process's share of every update, and of the held-out batches, for one mesh."""
+"""Builds this process's share of every update, and of the held-out batches, from tokenised rows for one mesh."""
 
 from __future__ import annotations
 
@@ -21,15 +21,15 @@ log = logging.getLogger(__name__)
 
 
 class Batches(NamedTuple):
-    """What a run trains and is measured on, update by update."""
+    """The data that a run trains on and is evaluated on, update by update."""
 
     source: Source
     heldout: list[Update]
-    """In a fixed order; empty: there is no held-out set."""
+    """In a fixed order; empty without a held-out set."""
     rows: int
-    """Of a microbatch, over all processes."""
+    """Rows per microbatch, over all processes."""
     segment_tokens: float
-    """Mean of a segment of the rows: of an example, or of a side of a pair."""
+    """Mean length of a segment: of an example, or of one side of a pair."""
     shown: Shown | None = None
     """Features of the pictures."""
 
@@ -43,10 +43,10 @@ def make_batches(
     data: TrainingData, config: DataConfig, trainer: TrainerConfig, mesh: Mesh, on_policy: Source | None = None,
     shown: Shown | None = None,
 ) -> Batches:  # fmt: skip
-    """Packs the rows into updates, but where they come of the policy; the held-out ones into rows of the same lengths.
+    """Packs the rows into updates, unless the policy makes them, and the held-out rows into rows of the same lengths.
 
     Raises:
-      UserError: the rows of an update don't divide evenly over the mesh, or there is nothing to train on.
+      UserError: the rows of an update do not divide evenly over the mesh, or there is nothing to train on.
     """
     rows = rows_per_microbatch(trainer, config, row_places(mesh))
     shape: dict[str, Any] = {

@@ -1,15 +1,15 @@
-"""What adapters began as that began as a part of their weights (PiSSA, OLoRA), and what follows from it afterwards.
+"""The initial values of adapters that start as a part of their weights (PiSSA, OLoRA), and how they are used later.
 
-A run trains beside W - s·B₀·A₀, so that A and B by themselves belong to a base that nobody has. A₀ and B₀ are saved
-once, next to the checkpoints. With them a checkpoint is one of plain adapters beside W, of twice the rank:
+A run trains on W - s·B₀·A₀, so A and B by themselves fit a base that nobody has. A₀ and B₀ are saved once, next to the
+checkpoints. With them, a checkpoint is equivalent to plain adapters on W, of twice the rank:
 
     W - s·B₀·A₀ + s·B·A = W + s·[B, -B₀]·[A; A₀]
 
-which is what PEFT converts to, too (`path_initial_model_for_weight_conversion`). All that reads a run, but training
-itself, reads it so.
+which is also what PEFT converts to (`path_initial_model_for_weight_conversion`). Everything that reads a run, except
+training itself, reads it in this form.
 
-Where an objective holds the trained values against what they began as, and that is not the base alone, all of them are
-saved in the same way, in a folder of their own, which only training reads.
+If an objective compares the trained values with their initial values, and those are not just the base, all of them are
+saved in the same way, in a separate folder that only training reads.
 """
 
 from __future__ import annotations
@@ -27,22 +27,22 @@ from gemma4_tpu.training import checksums
 from gemma4_tpu.training.saved import SavedState
 
 FOLDER, REFERENCE_FOLDER = "initial", "reference"
-"""In `checkpoints/`."""
+"""Subfolders of `checkpoints/`."""
 
 
 @dataclass(frozen=True)
 class PlainState(SavedState):
-    """A checkpoint with its adapters as plain ones: A is [A, A₀], B is [B, -B₀], along the rank."""
+    """A checkpoint with its adapters in plain form: A is [A, A₀], B is [B, -B₀], along the rank."""
 
     began: SavedState
 
     @property
     def as_trained(self) -> SavedState:
-        """The checkpoint as it is."""
+        """The checkpoint as it was saved."""
         return SavedState(self.folder, self.update)
 
     def shape(self, name: str) -> tuple[int, ...]:
-        """Of an array."""
+        """Shape of an array."""
         own = super().shape(name)
         if name not in self.began.names:
             return own
@@ -74,16 +74,14 @@ def open_began(checkpoints: str) -> SavedState:
       checkpoints: its folder of checkpoints, local or gs://.
 
     Raises:
-      UserError: they are not there, or not as they were saved.
+      UserError: they are missing, or differ from what was saved.
     """
-    return _open(join(checkpoints, FOLDER), "what the adapters began as (lora.init)", "nothing can be made of")
+    return _open(join(checkpoints, FOLDER), "the initial adapters (lora.init)", "nothing can be made of")
 
 
 def open_reference(checkpoints: str) -> SavedState:
-    """What a run began as that an objective holds it against, verified; arguments and errors as of `open_began`."""
-    return _open(
-        join(checkpoints, REFERENCE_FOLDER), "what the run began as, its reference,", "no run can continue from"
-    )
+    """The run's initial values that an objective compares with, verified; arguments and errors as for `open_began`."""
+    return _open(join(checkpoints, REFERENCE_FOLDER), "the run's reference", "no run can continue from")
 
 
 def _open(folder: str, what: str, without: str) -> SavedState:
@@ -95,14 +93,14 @@ def _open(folder: str, what: str, without: str) -> SavedState:
 
 
 def open_plain(state: SavedState, lora: LoraConfig) -> tuple[SavedState, LoraConfig]:
-    """A checkpoint, and the configuration of its adapters, as those of plain adapters beside the original weights.
+    """A checkpoint, and the configuration of its adapters, in the form of plain adapters on the original weights.
 
     Args:
       state: the checkpoint.
       lora: the configuration that it was trained with.
 
     Raises:
-      UserError: what the adapters began as can't be read.
+      UserError: the initial adapters cannot be read.
     """
     if not takes_part(lora):
         return state, lora

@@ -1,4 +1,4 @@
-"""Whether disk and host memory can hold the run, asked before the weights are loaded."""
+"""Checks that disk and host memory can hold the run, before the weights are loaded."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _MIB = 2**20
 
 
 def check_disk(checkpoints: str, config: CheckpointConfig, one: int) -> None:
-    """Compares the checkpoints that the run will keep, and one under way, with the free space.
+    """Compares the checkpoints that the run will keep, plus one in progress, with the free space.
 
     Args:
       checkpoints: their folder, local or gs://.
@@ -26,7 +26,7 @@ def check_disk(checkpoints: str, config: CheckpointConfig, one: int) -> None:
       one: bytes of a checkpoint.
 
     Raises:
-      UserError: they don't fit; gs:// is never full.
+      UserError: they do not fit; gs:// is never full.
     """
     if is_remote(checkpoints):
         return
@@ -37,15 +37,15 @@ def check_disk(checkpoints: str, config: CheckpointConfig, one: int) -> None:
         raise UserError(
             f"checkpoint.keep={config.keep}: needs {_mib(wanted)} in {checkpoints} ({_mib(one)} each, one more while it"
             f" is saved{', and the best' if config.keep_best else ''}), but {_mib(free)} are free; free some space,"
-            " lower checkpoint.keep, or give a run_dir on a larger disk"
+            " lower checkpoint.keep, or use a run_dir on a larger disk"
         )
 
 
 def check_memory(platform: str, base: Iterable[Leaf], state_bytes: int, value_bytes: int) -> None:
-    """Compares what the host must hold at the least with its free memory.
+    """Compares the host memory that the run needs at least with what is free.
 
-    On CPUs that is the model and its training state; elsewhere this process's part of the largest array, which is on
-    its way to the devices.
+    On CPUs, that is the model and its training state; elsewhere, this process's part of the largest array, which passes
+    through the host on its way to the devices.
 
     Args:
       platform: of the devices.
@@ -54,14 +54,14 @@ def check_memory(platform: str, base: Iterable[Leaf], state_bytes: int, value_by
       value_bytes: of one weight on the devices.
 
     Raises:
-      UserError: it doesn't fit.
+      UserError: it does not fit.
     """
     sizes = [value_bytes * math.prod(leaf.array_shape) for leaf in base]
     wanted = sum(sizes) + state_bytes if platform == "cpu" else max(sizes, default=0)
     free = psutil.virtual_memory().available
     if wanted > free:
         raise UserError(
-            f"the model needs at least {_mib(wanted)} of this machine's memory, of which {_mib(free)} are free; give a"
+            f"the model needs at least {_mib(wanted)} of this machine's memory, of which {_mib(free)} are free; use a"
             " smaller model, or a machine with more memory"
         )
 

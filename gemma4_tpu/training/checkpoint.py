@@ -1,8 +1,8 @@
 """Checkpoints of a run: trained values, optimizer state, counters, dropout key and the data position, by Orbax.
 
-On disk every tensor has its own per-layer name (`layers.7.attn.q_einsum.w_lora_a`), whatever the mesh or the stacking
+On disk, every tensor has its own per-layer name (`layers.7.attn.q_einsum.w_lora_a`), whatever the mesh or the stacking
 in memory, so that a run can resume on another mesh and a merge can read one layer at a time. `trained` are the values
-that the run stands for; where those are an average, `current` are the ones that updates continue from.
+to evaluate and export; if those are an average, `current` are the ones that updates continue from.
 """
 
 from __future__ import annotations
@@ -31,30 +31,30 @@ from gemma4_tpu.training import checksums
 from gemma4_tpu.training.state_on_disk import from_disk, to_disk, unstack
 
 log = logging.getLogger(__name__)
-CHUNK_BYTES = 32 << 20  # large tensors are saved in pieces, so that a merge need not hold one whole
-_UNDER_WAY = ".orbax-checkpoint-tmp"  # ending of the folder of a save under way, until all of it is there
+CHUNK_BYTES = 32 << 20  # large tensors are saved in pieces, so that a merge never holds a whole one
+_UNDER_WAY = ".orbax-checkpoint-tmp"  # suffix of the folder of a save in progress, until it is complete
 _FULL_SAID = ("No space left", "Disk quota exceeded", "File too large")
 
 
 @dataclass
 class Refuge:
-    """Where a run on gs:// saves if its bucket is gone."""
+    """Where a run on gs:// saves if its bucket becomes unreachable."""
 
     folder: Path
     """The local folder of checkpoints."""
     deadline: Deadline
     flush: Callable[[], None]
-    """Copies the run's small files to the bucket: they are there before the checkpoint is."""
+    """Copies the run's small files to the bucket, so that they are there before the checkpoint."""
     bucket_gone: Callable[[], None]
-    """Told once nothing is to be copied there any more."""
+    """Called once, when nothing more is to be copied to the bucket."""
     taken: bool = False
-    """Something was saved there."""
+    """Whether something was saved there."""
 
 
 class Checkpoints:
     """The `checkpoints/` folder of a run.
 
-    Keeps the N latest checkpoints and, with `keep_best`, the one with the lowest held-out loss. Each holds the
+    Keeps the N latest checkpoints and, with `keep_best`, the one with the lowest held-out loss. Each contains the
     checksums of its files.
     """
 
@@ -62,7 +62,15 @@ class Checkpoints:
         self, folder: str | Path, config: CheckpointConfig, leaves: Iterable[Leaf], mesh: Mesh,
         refuge: Refuge | None = None,
     ):  # fmt: skip
-        """`refuge`: where to save if a folder on gs:// can't be reached; None: nobody waits with a deadline."""
+        """Opens the folder.
+
+        Args:
+          folder: local or gs://.
+          config: how often to save, and what to keep.
+          leaves: the trained arrays.
+          mesh: of the run.
+          refuge: where to save if a folder on gs:// becomes unreachable; None: saves wait without a deadline.
+        """
         self._config, self._refuge = config, refuge if is_remote(str(folder)) else None
         self._leaves = list(leaves)
         self._mesh = mesh
@@ -76,7 +84,7 @@ class Checkpoints:
             self.folder,
             options=ocp.CheckpointManagerOptions(
                 preservation_policy=policies.AnyPreservationPolicy(kept),
-                best_fn=_heldout_loss,  # without it Orbax 0.12 does not write the metrics, and forgets them on a resume
+                best_fn=_heldout_loss,  # without it, Orbax 0.12 does not write the metrics, and loses them on a resume
                 cleanup_tmp_directories=True,
                 async_options=ocp.AsyncOptions(post_finalization_callback=self._complete),
             ),
@@ -89,16 +97,16 @@ class Checkpoints:
         return sorted(self._manager.all_steps())
 
     def save(self, state: TrainState, position: dict[str, Any], heldout_loss: float | None = None) -> None:
-        """Saves the state after an update, asynchronously: the state may be donated as soon as this returns.
+        """Saves the state after an update, asynchronously: the state can be donated as soon as this returns.
 
         Args:
           state: the training state.
-          position: the pipeline's `get_state()`, JSON-able.
-          heldout_loss: if it was measured at this update; decides which checkpoint is the best.
+          position: the pipeline's `get_state()`, JSON-serialisable.
+          heldout_loss: if measured at this update; decides which checkpoint is the best.
 
         Raises:
-          UserError: the disk is full, now or while the checkpoint before was saved.
-          StorageGone: the bucket can't be reached; the state is in the refuge.
+          UserError: the disk is full, now or during the previous save.
+          StorageGone: the bucket is unreachable; the state is in the refuge.
         """
         if self._refuge is None:
             return self._save(state, position, heldout_loss)
@@ -108,7 +116,7 @@ class Checkpoints:
         update = int(state.update)
         if update in self._manager.all_steps():
             return
-        self._wait()  # for the save before
+        self._wait()  # for the previous save
         self._saving = update
         disk = to_disk(state, self._leaves)
         chunked = ocp.SaveArgs(chunk_byte_size=CHUNK_BYTES)
@@ -125,7 +133,7 @@ class Checkpoints:
         log.info("checkpoint at update %d", update)
 
     def save_initial(self, name: str, trained: Any, leaves: Iterable[Leaf]) -> None:
-        """Saves what some of the trained values are before the first update (see `began.py`), and waits for it.
+        """Saves some of the trained values before the first update (see `began.py`), and waits for it.
 
         Args:
           name: of the folder next to the checkpoints.
@@ -155,10 +163,10 @@ class Checkpoints:
             checksums.write(join(self.folder, name))
 
     def restore(self, update: int, state: TrainState) -> tuple[TrainState, dict[str, Any]]:
-        """The state and data position saved after `update`, on this mesh; `state` gives structure and types.
+        """The state and data position saved after `update`, on this mesh; `state` provides structure and types.
 
         Raises:
-          UserError: the checkpoint holds other tensors than this run trains.
+          UserError: the checkpoint contains other tensors than this run trains.
         """
         abstract = jax.eval_shape(partial(to_disk, leaves=self._leaves), state)
         axes = {name: leaf.axes for leaf in self._leaves for name in leaf.tunix_names}
@@ -166,25 +174,25 @@ class Checkpoints:
         targets = {
             group: {name: self._target(axes[name] if x.shape == shapes[name] else (), x) for name, x in value.items()}
             if isinstance(value, dict)
-            else self._target((), value)  # scalars and keys lie everywhere
+            else self._target((), value)  # scalars and keys are replicated
             for group, value in abstract.items()
         }
         wanted = ocp.args.Composite(state=ocp.args.StandardRestore(targets), position=ocp.args.JsonRestore())
         try:
             saved = self._manager.restore(update, args=wanted)
-        except (ValueError, KeyError, TypeError) as error:  # its bytes are sound: they have been verified
+        except (ValueError, KeyError, TypeError) as error:  # its bytes have been verified, so the structure must differ
             reason = str(error).strip().splitlines()[0][:300]
             raise UserError(
-                f"{self.folder}/{update}: does not hold what this run trains ({reason}); give the configuration that"
-                " the run began with, or another run_dir"
+                f"{self.folder}/{update}: does not match what this run trains ({reason}); use the configuration that"
+                " the run started with, or another run_dir"
             ) from error
         return from_disk(saved["state"], state, self._leaves), saved["position"]
 
     def close(self) -> None:
-        """Waits for saves under way."""
+        """Waits for saves in progress."""
         if self._refuge is None:
             self._close()
-        elif not self._refuge.taken:  # what is under way then never ends
+        elif not self._refuge.taken:  # otherwise the pending save would never end
             self._refuge.deadline.wait_for(self.folder, self._close)
 
     def _close(self) -> None:
@@ -192,18 +200,19 @@ class Checkpoints:
             self._manager.close()
 
     def wait(self, state: TrainState | None = None, position: dict[str, Any] | None = None) -> None:
-        """Waits for saves under way; the folder is complete afterwards. `state` and `position` are what was saved last.
+        """Waits for saves in progress; afterwards the folder is complete. `state` and `position` are what was saved
+        last.
 
         Raises:
           UserError: the disk is full.
-          StorageGone: the bucket can't be reached; what was saved last is in the refuge.
+          StorageGone: the bucket is unreachable; what was saved last is in the refuge.
         """
         if self._refuge is None or state is None or position is None:
             return self._wait()
         self._reach(self._wait, state, position)
 
     def _reach(self, call: Callable[[], None], state: TrainState, position: dict[str, Any]) -> None:
-        """Does what asks the bucket; where that can't be reached, saves in the refuge."""
+        """Runs a call that needs the bucket; if that is unreachable, saves in the refuge."""
         assert self._refuge is not None
         refuge = self._refuge
 
@@ -217,7 +226,7 @@ class Checkpoints:
             refuge.taken = True
             refuge.bucket_gone()
             if jax.process_count() > 1:
-                raise StorageGone(f"{gone}. Several processes have no folder in common without it: not saved") from gone
+                raise StorageGone(f"{gone}. Without it, the processes share no folder: not saved") from gone
             try:
                 local = Checkpoints(refuge.folder, self._config, self._leaves, self._mesh)
                 local.save(state, position)
@@ -235,7 +244,7 @@ class Checkpoints:
 
     @contextmanager
     def _telling_full_disks(self) -> Iterator[None]:
-        """Turns the many forms of a full disk into one message."""
+        """Converts the many errors of a full disk to one message."""
         try:
             yield
         except Exception as error:

@@ -1,8 +1,8 @@
-"""Checks across the fields of a training configuration: ranges, choices, files, batch sizes and the mesh. No JAX.
+"""Checks across the fields of a training configuration: ranges, choices, files, batch sizes and the mesh. Imports no
+JAX.
 
-`examine_train` finds everything that can be known before an accelerator runtime starts. `meshes.resolve_mesh` and
-`recipe.rows_per_microbatch` are asked again once JAX has said which devices there are, and
-`hardware_checks.check_devices`.
+`examine_train` finds everything that can be known before an accelerator runtime starts. Once JAX has reported its
+devices, `meshes.resolve_mesh`, `recipe.rows_per_microbatch` and `hardware_checks.check_devices` check again.
 """
 
 from __future__ import annotations
@@ -44,26 +44,26 @@ from gemma4_tpu.training.recipe import batch_key, check_lengths, count, rows_per
 from gemma4_tpu.training.rollouts_checks import check_decoding_mesh, is_on_policy, reward_of, rollouts_problems
 
 HIGH_LEARNING_RATE = 1e-3
-"""More than LoRA on a released size usually bears; reported, never changed."""
+"""Higher than LoRA on a released size usually tolerates; reported, never changed."""
 PARTS = ("code", "packages", "data", "tokenizer", "base", "hardware")
-"""What a replay compares with the record, and `replay_allow` names."""
+"""Parts that a replay compares with the record; `replay_allow` accepts these names."""
 
 
 @dataclass(frozen=True)
 class Checked:
-    """What the checks found out on the way."""
+    """What the checks found out along the way."""
 
     architecture: Architecture
-    """Of the checkpoint's `config.json` where it can be read, else of `model.name`."""
+    """From the checkpoint's `config.json` if readable, else from `model.name`."""
     mesh: MeshSizes | None
     """None with `hardware=local`, until JAX has counted its devices."""
     warnings: tuple[str, ...]
-    """To report; nothing was changed."""
+    """For the report; they changed nothing."""
 
 
 def normalise(root: TrainRoot) -> TrainRoot:
-    """One spelling for what can be written in several: `packing: false`, `quantize: none`, `~/rows.jsonl`; and the
-    reward that is meant by none.
+    """Canonical spelling of values with several spellings: `packing: false`, `quantize: none`, `~/rows.jsonl`; and the
+    default reward.
     """
     quantize = None if root.lora.quantize in ("none", "null") else root.lora.quantize
     train, heldout = (
@@ -94,7 +94,7 @@ def normalise(root: TrainRoot) -> TrainRoot:
 
 
 def examine_train(root: TrainRoot) -> tuple[Checked | None, list[Refusal]]:
-    """Everything that can be checked without JAX: what was found out, or the problems."""
+    """Checks everything that can be checked without JAX; returns the findings, or the problems."""
     messages = limit_problems(root, CHOICES)
     messages += _lengths(root.trainer) + _batch(root.trainer, root.data) + lora_problems(root.lora)
     messages += optimizer_problems(root.optimizer, root.trainer) + stop_problems(root.trainer)
@@ -127,7 +127,7 @@ def examine_train(root: TrainRoot) -> tuple[Checked | None, list[Refusal]]:
 
 
 def warmup_warning(optimizer: OptimizerConfig, updates: int) -> str | None:
-    """A line for a warm-up of more than a tenth of the run's updates; None: it is not."""
+    """A warning if the warm-up takes more than a tenth of the run's updates; else None."""
     warmup = warmup_updates(optimizer, updates)
     if warmup * 10 <= updates:
         return None
@@ -138,7 +138,7 @@ def warmup_warning(optimizer: OptimizerConfig, updates: int) -> str | None:
 
 def _lengths(trainer: TrainerConfig) -> list[str]:
     endless = trainer.max_updates is None and trainer.epochs is None
-    messages = ["trainer.max_updates, trainer.epochs: give one of them; both are null"] if endless else []
+    messages = ["trainer.max_updates, trainer.epochs: set one of them; both are null"] if endless else []
     tokens, sequences = trainer.global_batch_tokens, trainer.global_batch_sequences
     names = ("trainer.global_batch_tokens", "trainer.global_batch_sequences")
     if tokens is None and sequences is None:
@@ -176,7 +176,7 @@ def _row_lengths(data: DataConfig) -> list[int]:
 
 
 def _splash(architecture: Architecture, data: DataConfig, cp: int) -> list[str]:
-    """The TPU kernel wants whole registers of 128 lanes, in each of two parts of a row for each chip on the axis cp."""
+    """The TPU kernel needs multiples of 128 lanes, in each of two parts of a row per chip on the axis cp."""
     multiple = 128 if cp == 1 else 256 * cp
     widths = sorted({architecture.head_dim, architecture.global_head_dim})
     odd = [f"{architecture.name}'s head widths {widths}"] if any(width % 128 for width in widths) else []
@@ -221,7 +221,7 @@ def _folder(run_dir: str | None) -> list[str]:
 
 
 def _start(lora: LoraConfig) -> list[str]:
-    """What is wrong with `lora.start` and its checkpoint, as far as local files tell."""
+    """Problems with `lora.start` and its checkpoint, as far as local files show."""
     path, which = lora.start or "", lora.start_checkpoint
     messages = []
     if which not in ("best", "latest") and not which.isdecimal():
@@ -234,7 +234,7 @@ def _start(lora: LoraConfig) -> list[str]:
 
 
 def _replay(run: str | None, allow: list[str], run_dir: str | None) -> list[str]:
-    """What is wrong with `replay`, `replay_allow` and `run_dir` together, if anything."""
+    """Problems with the combination of `replay`, `replay_allow` and `run_dir`."""
     if run is None:
         return [f"replay_allow=[{','.join(allow)}]: only with replay=<run folder>"] if allow else []
     messages = [
@@ -253,7 +253,7 @@ def _place(folder: str) -> str:
 
 
 def _watched(trainer: TrainerConfig) -> list[str]:
-    """A range of updates to record that is none, and a plan that is not there."""
+    """An invalid range of updates to record, or a missing plan."""
     messages = []
     if trainer.profile is not None:
         last = trainer.max_updates or math.inf
@@ -268,7 +268,7 @@ def _watched(trainer: TrainerConfig) -> list[str]:
 
 
 def _below_one(mesh: MeshConfig) -> bool:
-    """Refused by its limits; no mesh to look for."""
+    """Refused by its limits already; there is no mesh to look for."""
     return any(size is not None and size < 1 for size in vars(mesh).values())
 
 
@@ -314,5 +314,5 @@ def _warnings(root: TrainRoot) -> list[str]:
 
 
 def _goes_on(run_dir: str | None) -> bool:
-    """Whether a local run folder holds a run that may go on; its adapters' origin need not be there any more."""
+    """Whether a local run folder holds a resumable run, which no longer needs the origin of its adapters."""
     return run_dir is not None and (Path(run_dir) / "config.yaml").is_file()

@@ -1,9 +1,9 @@
-"""Checksums over what a checkpoint holds: written when all of it is there, compared before anything is restored.
+"""Checksums over the contents of a checkpoint: written when it is complete, verified before anything is restored.
 
-They cover the items: every file in a folder of its own (`state/`, `position/`, `metrics/`). Those are final when Orbax
-calls `post_finalization_callback`. What is next to the folders is not: `_CHECKPOINT_METADATA` (types and times) is
-written by a thread of its own that Orbax waits for only afterwards, and `commit_success.txt` comes last. Nothing is
-restored from those two, and Orbax 0.12 reads checkpoints whose metadata is missing or damaged.
+They cover the items: every file in a subfolder (`state/`, `position/`, `metrics/`). Those are final when Orbax calls
+`post_finalization_callback`. Files next to the subfolders are excluded: Orbax writes `_CHECKPOINT_METADATA` (types and
+times) in a thread that it joins only later, and `commit_success.txt` last. Nothing is restored from those two, and
+Orbax 0.12 reads checkpoints whose metadata is missing or damaged.
 
 Works on local folders and gs://, without JAX.
 """
@@ -17,13 +17,13 @@ from typing import Any
 from gemma4_tpu.storage import filesystem, join
 
 FILE = "checksums.json"
-_COMMITTED = "commit_success.txt"  # Orbax writes it last of all
+_COMMITTED = "commit_success.txt"  # Orbax writes it last
 _ABOUT = "_CHECKPOINT_METADATA"
 _BLOCK_BYTES = 8 << 20
 
 
 def write(folder: str) -> None:
-    """Writes `checksums.json` into a checkpoint whose items are all there."""
+    """Writes `checksums.json` into a checkpoint whose items are complete."""
     fs, root = filesystem(folder)
     sums = {name: _sha256(fs, path) for name, path in _files(fs, root).items()}
     fs.pipe_file(join(root, FILE), json.dumps({"sha256": sums}, indent=1).encode())
@@ -36,7 +36,7 @@ def problem(folder: str) -> str | None:
     fs, root = filesystem(folder)
     try:
         expected: dict[str, str] = json.loads(fs.cat_file(join(root, FILE)))["sha256"]
-        names = [name for name in expected if name != _ABOUT]  # earlier versions noted it too, at times half written
+        names = [name for name in expected if name != _ABOUT]  # earlier versions listed it too, sometimes half-written
     except (ValueError, KeyError, TypeError, IsADirectoryError):
         return f"{FILE} is damaged"
     found = _files(fs, root)
@@ -44,18 +44,18 @@ def problem(folder: str) -> str | None:
         if name not in found:
             return f"{name} is missing"
         if _sha256(fs, found[name]) != expected[name]:
-            return f"{name} has other bytes than those saved"
+            return f"{name} differs from what was saved"
     return None
 
 
 def is_finished(folder: str) -> bool:
-    """Whether the save came to its end."""
+    """Whether the save was completed."""
     fs, root = filesystem(folder)
     return fs.exists(join(root, _COMMITTED)) and fs.exists(join(root, FILE))
 
 
 def recorded(folder: str) -> bytes:
-    """The checksums of a checkpoint as they were written: no other checkpoint has the same."""
+    """The checksums of a checkpoint as they were written; unique to it."""
     fs, root = filesystem(folder)
     return fs.cat_file(join(root, FILE))
 

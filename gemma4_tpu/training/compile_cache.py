@@ -1,4 +1,4 @@
-"""Compiled programs on disk: the next start of the same program reads it instead of compiling it again."""
+"""Compiled programs on disk: the next start of the same program reads it instead of compiling again."""
 
 from __future__ import annotations
 
@@ -27,10 +27,10 @@ jax.monitoring.register_event_listener(_count)
 
 
 def use_compile_cache(compile_cache: str | None) -> None:
-    """Sets JAX's compilation cache to `trainer.compile_cache`; call it before anything is compiled.
+    """Sets JAX's compilation cache to `trainer.compile_cache`; call this before anything is compiled.
 
     Raises:
-      UserError: the folder can't be made or written to.
+      UserError: the folder cannot be created or written to.
     """
     if compile_cache is None:
         jax.config.update("jax_enable_compilation_cache", False)
@@ -51,7 +51,7 @@ def use_compile_cache(compile_cache: str | None) -> None:
 
 
 def log_compile_cache() -> None:
-    """Says how many programs came from the cache; those that compile in under a second are not kept."""
+    """Logs how many programs came from the cache; those that compile in under a second are not cached."""
     log.info("compilation cache: %d hits, %d misses", _counts["hits"], _counts["misses"])
 
 

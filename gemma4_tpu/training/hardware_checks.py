@@ -1,4 +1,4 @@
-"""Checks of `hardware=`: the slice, its price, what it can hold, and whether JAX found it. No JAX here."""
+"""Checks of `hardware=`: the slice, its price, what it can hold, and whether JAX found it. Imports no JAX."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from gemma4_tpu.hardware import GB, LOCAL, SLICES, chip_of, option_name, slice_o
 from gemma4_tpu.prices import kind_of, price_of, regions, spoken
 
 LARGE = {"gemma4_31b": 31e9, "gemma4_26b_a4b": 26e9, "gemma4_12b": 12e9}
-"""Parameters of the sizes that only large slices train in full."""
+"""Parameters of the sizes that only large slices can train in full."""
 
 
 def hardware_problems(hardware: HardwareConfig) -> list[str]:
-    """A slice that there is not, kinds of capacity that exclude each other, a region without prices."""
+    """Problems: an unknown slice, contradictory kinds of capacity, a region without prices."""
     messages = []
     if hardware.name != LOCAL and hardware.name not in SLICES:
         hint = did_you_mean(hardware.name, SLICES, lambda name: f"hardware={option_name(name)}")
@@ -33,9 +33,9 @@ def hardware_problems(hardware: HardwareConfig) -> list[str]:
 
 
 def full_problems(hardware: HardwareConfig, lora: LoraConfig, model_name: str, value_bytes: int) -> list[str]:
-    """Full fine-tuning of a large size on a slice that is not known to have the memory for it.
+    """Full fine-tuning of a large size on a slice that may lack the memory.
 
-    `value_bytes`: of a weight and all that training keeps for it.
+    `value_bytes`: bytes that training keeps per weight.
     """
     if lora.enabled or model_name not in LARGE:
         return []
@@ -51,7 +51,7 @@ def full_problems(hardware: HardwareConfig, lora: LoraConfig, model_name: str, v
 
 
 def price_warning(hardware: HardwareConfig) -> str | None:
-    """A line where no price is known for a slice; None: one is, or there is no slice."""
+    """A warning if no price is known for a slice; None if one is, or if there is no slice."""
     if slice_of(hardware) is None or price_of(hardware) is not None:
         return None
     where = f" in {hardware.region}" if hardware.region else ""
@@ -60,17 +60,17 @@ def price_warning(hardware: HardwareConfig) -> str | None:
 
 
 def check_devices(hardware: HardwareConfig, platform: str, device_kind: str, count: int, slices: int = 1) -> None:
-    """Compares the slice that was asked for with what JAX found (all processes' devices).
+    """Compares the requested slice with what JAX found (over all processes).
 
     Args:
-      hardware: what was asked for.
+      hardware: what was requested.
       platform: of the devices, as JAX calls it.
       device_kind: of the devices, as JAX calls it.
       count: devices of all processes.
-      slices: TPU slices that they are on.
+      slices: number of TPU slices.
 
     Raises:
-      UserError: it is another one; says which, and what to give instead. Or there are several slices.
+      UserError: it is another slice (says which, and what to set instead), or there are several slices.
     """
     if slices > 1 and platform == "tpu":
         raise UserError(

@@ -1,4 +1,4 @@
-"""Several processes of one run, one on each host: how they start, agree and end. One process alone needs none of it."""
+"""The processes of one run, one per host: how they start, agree and end. A single process needs none of it."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from gemma4_tpu.redact import redact
 log = logging.getLogger(__name__)
 
 HEARTBEAT_TIMEOUT_SECONDS = 60
-"""A process that has not been heard of for this long ends the others."""
+"""A process without a heartbeat for this long ends the others."""
 AUTO = "auto"
 
 
@@ -38,10 +38,10 @@ class Hosts:
         return self.index == 0
 
     def from_first(self, make: Callable[[], Any]) -> Any:
-        """What `make()` returns on process 0 (JSON-able), on every process.
+        """The return value of `make()` on process 0 (JSON-serialisable), on every process.
 
         Raises:
-          UserError: `make` refused on process 0; on every process.
+          UserError: `make` refused on process 0; raised on every process.
         """
         if self.count == 1:
             return make()
@@ -60,7 +60,7 @@ class Hosts:
         """Compares values over all processes.
 
         Raises:
-          UserError: some differ; names them and the processes, on every process.
+          UserError: some differ; names them and the processes; raised on every process.
         """
         if self.count == 1:
             return
@@ -74,7 +74,7 @@ class Hosts:
         if differ.any():
             named = [name for name, column in zip(names, differ.T, strict=True) if column.any()]
             others = np.flatnonzero(differ.any(1)).tolist()
-            raise UserError(f"{', '.join(named)}: process {others} has others than process 0; {remedy}")
+            raise UserError(f"{', '.join(named)}: process {others} differs from process 0; {remedy}")
 
     def __enter__(self) -> Hosts:
         return self
@@ -82,7 +82,7 @@ class Hosts:
     def __exit__(self, kind: type | None, error: BaseException | None, traceback: object) -> None:
         """Ends together with the others; after a failure, at once and without them.
 
-        JAX would wait minutes for processes that wait for this one, whereas its absence tells them to stop.
+        JAX would wait minutes for processes that wait for this one; its absence tells them to stop.
         """
         if self.count == 1:
             return
@@ -108,10 +108,10 @@ ALONE = Hosts()
 
 
 def start_hosts(distributed: DistributedConfig, hardware: HardwareConfig) -> Hosts:
-    """Joins the processes of the run, where there are several; imports JAX only then.
+    """Joins the processes of the run if there are several; imports JAX only then.
 
     Raises:
-      UserError: the others can't be found, or the addresses don't fit together.
+      UserError: the processes do not find each other, or their addresses are inconsistent.
     """
     address = distributed.coordinator_address or os.environ.get("JAX_COORDINATOR_ADDRESS")
     slice_ = slice_of(hardware)
@@ -136,8 +136,8 @@ def start_hosts(distributed: DistributedConfig, hardware: HardwareConfig) -> Hos
         reason = str(error).strip().splitlines()[0][:300]
         raise UserError(
             f"distributed.coordinator_address={address}: the processes of the run did not find each other ({reason});"
-            " give distributed.coordinator_address=<host:port of process 0>, distributed.num_processes and"
-            " distributed.process_id, the first two alike on every host"
+            " set distributed.coordinator_address=<host:port of process 0>, distributed.num_processes and"
+            " distributed.process_id, the first two identical on every host"
         ) from error
     hosts = Hosts(jax.process_index(), jax.process_count())
     log.info("process %d of %d", hosts.index, hosts.count)

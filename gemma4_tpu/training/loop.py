@@ -39,7 +39,7 @@ class Diverged(UserError):
 
 
 class InFlight(NamedTuple):
-    """An update that the devices may still be working on."""
+    """An update that the devices may still be computing."""
 
     done: int
     update: Update
@@ -49,7 +49,7 @@ class InFlight(NamedTuple):
 
 @dataclass(frozen=True)
 class Loop:
-    """A run under way: what it trains, on what, and where it reports."""
+    """A run in progress: its data, its programs, and where it reports."""
 
     setup: Setup
     batches: Batches
@@ -61,40 +61,40 @@ class Loop:
     fingerprints: dict[str, Any]
     """Of data, tokenizer and base weights; saved with every checkpoint."""
     report: Callable[[dict[str, Any], int], None]
-    """Takes the metrics of an update: metrics.jsonl, tracker and progress bar."""
+    """Receives the metrics of an update: metrics.jsonl, tracker and progress bar."""
     preemption: Preemption
     time_limit: TimeLimit
     watchdog: Watchdog
     sample: Callable[[Any, int], None]
-    """Takes the trained values at each held-out evaluation: answers to held-out prompts."""
+    """Called with the trained values at each held-out evaluation, to answer held-out prompts."""
     profile: Profile
     prediction: Prediction | None = None
-    """The step time of the run's plan."""
+    """The step time predicted by the run's plan."""
     history: MetricsFile | None = None
-    """What was reported so far."""
+    """What has been reported so far."""
 
     def run(self, resume_from: int | None) -> Result:
-        """Trains to the last update, or to the one that something stops at, and returns the result.
+        """Trains until the last update, or until something stops the run, and returns the result.
 
         Args:
-          resume_from: the update whose checkpoint to continue from; None: from the start.
+          resume_from: the update whose checkpoint to resume from; None: from the start.
 
         Raises:
-          Diverged: NaN or infinity; the checkpoints before it are kept.
+          Diverged: NaN or infinity; earlier checkpoints are kept.
         """
         state, totals, spikes, patience = self._begin(resume_from)
         overhead_seconds = self.time_limit.elapsed_seconds() + self._undone_seconds(totals)
         tally = Tally(self.setup, self.rates, totals, self.prediction, overhead_seconds)
         done, last = int(state.update), self.batches.source.total_updates
         programs = Programs(self.setup.step, state, self.batches.lengths, self.watchdog.paused)
-        in_flight: list[InFlight] = []  # one at most
+        in_flight: list[InFlight] = []  # at most one
         preempted = timed_out = False
 
         def land() -> None:
             while in_flight:
                 self._finish(in_flight.pop(), tally, spikes)
 
-        def trained() -> Any:  # asked for where the next update is made of what the ones before led to
+        def trained() -> Any:  # called if the next update depends on the result of the previous ones
             land()
             return state.trained
 
@@ -107,7 +107,7 @@ class Loop:
         for update in () if patience.exhausted else self.batches.source.updates(trained):
             done += 1
             limit = spikes.limit(done)
-            if self.profile.starts(done):  # the trace holds whole updates only
+            if self.profile.starts(done):  # the trace contains whole updates only
                 land()
                 self.profile.start()
                 tally.start_lap()
@@ -144,7 +144,7 @@ class Loop:
         return tally.result("stopped", self.time_limit.told())
 
     def _begin(self, resume_from: int | None) -> tuple[TrainState, Totals, Spikes, Patience]:
-        """State, sums and losses to continue from: fresh, or those of a checkpoint."""
+        """State, sums and losses to continue from: fresh, or from a checkpoint."""
         state, totals, spikes = self.setup.state, Totals(), Spikes(self.trainer.spike_factor)
         patience = Patience(self.trainer)
         if resume_from is not None:
@@ -160,7 +160,7 @@ class Loop:
         return state, totals, spikes, patience
 
     def _undone_seconds(self, totals: Totals) -> float:
-        """Of updates that an earlier start made after the checkpoint that this one goes on from."""
+        """Seconds of updates that an earlier start made after the checkpoint resumed from."""
         reported = self.history.undone_at_seconds if self.history else None
         return max(0.0, reported - totals.seconds) if reported is not None else 0.0
 
@@ -180,7 +180,7 @@ class Loop:
         }
 
     def _finish(self, flight: InFlight, tally: Tally, spikes: Spikes) -> None:
-        """Waits for an update, checks and counts it, and reports it if it is due."""
+        """Waits for an update, checks and counts it, and reports it if due."""
         loss, grad_norm = float(flight.metrics.loss), float(flight.metrics.grad_norm)
         if not (math.isfinite(loss) and math.isfinite(grad_norm)):
             self._stop_diverged(flight.done, flight.update, loss, grad_norm)
@@ -192,7 +192,7 @@ class Loop:
         tally.count(flight.update, loss, measures, skipped=skipped)
         if skipped:
             log.warning(
-                "update %d skipped: loss %.4f is above %.4f (trainer.spike_factor=%g times the median); made from the"
+                "update %d skipped: loss %.4f is above %.4f (trainer.spike_factor=%g times the median); it used the"
                 " rows %s", flight.done, loss, flight.spike_limit, spikes.factor, ", ".join(_row_names(flight.update)),
             )  # fmt: skip
         if flight.done % self.trainer.log_every == 0 or flight.done == self.batches.source.total_updates:
@@ -204,7 +204,7 @@ class Loop:
     def _evaluate(
         self, programs: Programs, state: TrainState, tally: Tally, patience: Patience, update: int
     ) -> float | None:
-        """Mean loss over the held-out set, dropout off, of what the run stands for; reported and remembered."""
+        """Mean loss over the held-out set, without dropout, of the values to evaluate; reported and remembered."""
         if not self.batches.heldout:
             return None
         total, count, values = 0.0, 0.0, state.evaluated()
@@ -224,18 +224,18 @@ class Loop:
 
     def _stop_diverged(self, done: int, update: Update, loss: float, grad_norm: float) -> None:
         rows = _row_names(update)
-        log.error("update %d was made from the rows %s", done, ", ".join(rows))
+        log.error("update %d used the rows %s", done, ", ".join(rows))
         shown = ", ".join(rows[:8]) + (f" and {len(rows) - 8} more (log.txt lists them)" if len(rows) > 8 else "")
         kept = self.checkpoints.updates
         raise Diverged(
-            f"update {done}: loss {loss:g}, gradient norm {grad_norm:g}; made from the rows {shown}. "
+            f"update {done}: loss {loss:g}, gradient norm {grad_norm:g}; it used the rows {shown}. "
             + (f"The last good checkpoint is at update {kept[-1]}. " if kept else "There is no checkpoint yet. ")
-            + "Look at these rows, or lower optimizer.learning_rate."
+            + "Inspect these rows, or lower optimizer.learning_rate."
         )
 
 
 def _due(done: int, every: int) -> bool:
-    """Whether it is time for what happens every so many updates; 0: never."""
+    """Whether something that happens every `every` updates is due; 0: never."""
     return bool(every) and done % every == 0
 
 

@@ -1,4 +1,4 @@
-"""What is wrong with the adapters that a configuration asks for. No JAX here."""
+"""Problems with the requested adapters. Imports no JAX."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ LORA_TARGETS = (*ROLES, *MODULES)
 
 
 def lora_problems(lora: LoraConfig) -> list[str]:
-    """What does not go together under `lora`, whatever the model."""
+    """Contradictions within `lora`, whatever the model."""
     messages = []
     if not lora.enabled:
         if lora.start is not None:
@@ -63,7 +63,7 @@ def lora_problems(lora: LoraConfig) -> list[str]:
 
 
 def _kind_problems(lora: LoraConfig) -> list[str]:
-    """What DoRA and starts other than LoRA's do not go with."""
+    """What DoRA, and initialisations other than LoRA's, are incompatible with."""
     messages = []
     if lora.dora and lora.dropout:
         messages.append(
@@ -87,7 +87,7 @@ def _kind_problems(lora: LoraConfig) -> list[str]:
 
 
 def adapted_problems(lora: LoraConfig, architecture: Architecture) -> list[str]:
-    """Layers and ranks that this model has not."""
+    """Layers and ranks that this model lacks."""
     try:
         adapted(architecture, lora)
     except UserError as problem:

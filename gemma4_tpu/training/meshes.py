@@ -1,4 +1,4 @@
-"""Which meshes a model allows on a number of devices, and which of them a configuration means. No JAX here."""
+"""The meshes that a model allows on a number of devices, and the one that a configuration means. Imports no JAX."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ from gemma4_tpu.errors import UserError
 from gemma4_tpu.hardware import MeshSizes
 
 LEAST_TOKENS = 8192
-"""Of a part of a row that is worth splitting off: a search tries no shorter ones."""
+"""Smallest part of a row that is worth splitting off; a search tries no shorter ones."""
 
 
 def resolve_mesh(mesh: MeshConfig, architecture: Architecture, devices: int) -> MeshSizes:
     """Sizes of the axes on `devices` devices.
 
     Raises:
-      UserError: the sizes don't multiply to `devices`, or tp divides the heads unevenly; lists the legal meshes.
+      UserError: the sizes do not multiply to `devices`, or tp does not divide the heads evenly; lists the legal meshes.
     """
     legal = legal_meshes(architecture, devices, mesh.cp)
     sizes_given = {"dp": mesh.dp, "fsdp": mesh.fsdp, "tp": mesh.tp, "cp": mesh.cp}
@@ -36,7 +36,7 @@ def resolve_mesh(mesh: MeshConfig, architecture: Architecture, devices: int) -> 
 
 
 def legal_meshes(architecture: Architecture, devices: int, cp: int = 1) -> list[MeshSizes]:
-    """Every mesh of `devices` devices for this model with `cp` of them on that axis, by tp and then dp."""
+    """Every mesh of `devices` devices for this model with `cp` of them on that axis, sorted by tp and then dp."""
     if cp < 1 or devices % cp:
         return []
     rest = devices // cp
@@ -49,14 +49,14 @@ def legal_meshes(architecture: Architecture, devices: int, cp: int = 1) -> list[
 
 
 def row_splits(length: int, devices: int) -> list[int]:
-    """Sizes of the axis cp that are worth a try for rows of so many tokens, 1 first."""
+    """Sizes of the axis cp worth trying for rows of `length` tokens, 1 first."""
     most = max(1, length // LEAST_TOKENS)
     return [cp for cp in range(1, min(most, devices) + 1) if devices % cp == 0]
 
 
 def whole_rows_problems(cp: int, what: str) -> list[str]:
-    """What is wrong with an axis cp for something that needs whole rows."""
-    return [f"mesh.cp={cp}: {what}, for which rows are not split; give mesh.cp=1"] if cp > 1 else []
+    """Problems of an axis cp for something that needs whole rows."""
+    return [f"mesh.cp={cp}: {what}, which needs whole rows; set mesh.cp=1"] if cp > 1 else []
 
 
 def _heads(architecture: Architecture) -> str:

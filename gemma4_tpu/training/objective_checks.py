@@ -1,4 +1,4 @@
-"""What is wrong with `objective=`, by itself and with the rest of a training. No JAX here."""
+"""Problems with `objective=`, by itself and with the rest of a training run. Imports no JAX."""
 
 from __future__ import annotations
 
@@ -16,33 +16,33 @@ from gemma4_tpu.training.optimizer_checks import kind_problems
 def objective_problems(
     objective: ObjectiveConfig, data: DataConfig, lora: LoraConfig, trainer: TrainerConfig
 ) -> list[str]:
-    """Keys that a kind does not have, or lacks; rows, tuning and a loop that it does not go with."""
+    """Keys that a kind lacks or needs; rows, tuning and loop settings that are incompatible with it."""
     kind, name = KINDS.get(objective.kind), f"objective={objective.kind}"
-    if kind is None:  # its choices say so
+    if kind is None:  # reported as an invalid choice
         return []
     messages = kind_problems("objective", objective, {name: one.keys for name, one in KINDS.items()}, MAY_BE_NULL)
     form = FORMS.get(data.format)
     if form is not None and form.rows != kind.rows:
         others = [other for other, one in KINDS.items() if one.rows == form.rows]
         messages.append(
-            f"data.format={data.format}: its rows are {form.rows}, {name} takes {kind.rows}; give data=chat_jsonl"
+            f"data.format={data.format}: its rows are {form.rows}, but {name} takes {kind.rows}; set data=chat_jsonl"
             f" data.train=<your {kind.rows}>, or objective={' or '.join(others)}"
         )
     if kind.reference and not lora.enabled:
         messages.append(
-            f"lora.enabled=false: {name} compares the model with what it began as, of which full fine-tuning would need"
-            " a second copy; give lora.enabled=true, whose reference is the base without adapters"
+            f"lora.enabled=false: {name} compares the model with its initial values, so full fine-tuning would need"
+            " a second copy; set lora.enabled=true, whose reference is the base without adapters"
         )
     if objective.kind != SFT and trainer.spike_factor is not None:
         messages.append(
-            f"trainer.spike_factor={trainer.spike_factor}: losses of {name} have no baseline from which a spike stands"
-            " out; give trainer.spike_factor=null"
+            f"trainer.spike_factor={trainer.spike_factor}: losses of {name} have no baseline against which to detect"
+            " a spike; set trainer.spike_factor=null"
         )
     return messages + (_teacher(objective) if kind.taught else [])
 
 
 def _teacher(objective: ObjectiveConfig) -> list[str]:
-    """What is wrong with the teacher, as far as local files tell."""
+    """Problems with the teacher, as far as local files show."""
     path, which, name = objective.teacher, objective.teacher_checkpoint or "", objective.teacher_model
     if path and is_address(path):
         return _served(objective)
@@ -55,7 +55,7 @@ def _teacher(objective: ObjectiveConfig) -> list[str]:
     if not path:
         return [
             *messages,
-            f"objective.teacher: objective={objective.kind} learns from one; give a run folder or a checkpoint with the"
+            f"objective.teacher: objective={objective.kind} needs a teacher; set a run folder or a checkpoint with the"
             " same vocabulary (local, gs:// or embedded:NAME); for a plan objective.teacher_model=<its size> will do",
         ]
     if path.startswith(RANDOM):

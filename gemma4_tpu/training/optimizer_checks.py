@@ -1,4 +1,4 @@
-"""Checks of `optimizer=` and of what averages the trained values or ends a run early. No JAX here."""
+"""Checks of `optimizer=`, of averages of the trained values, and of early stopping. Imports no JAX."""
 
 from __future__ import annotations
 
@@ -13,21 +13,21 @@ KEYS = {
     "muon": ("b1", "b2", "eps", "beta", "ns_steps", "consistent_rms"),
     "schedule_free": ("b1", "b2", "eps"),
 }
-"""What each kind takes besides the schedule's keys, `weight_decay` and `max_grad_norm`, which all have."""
+"""Keys of each kind besides the schedule's keys, `weight_decay` and `max_grad_norm`, which all kinds have."""
 MAY_BE_NULL = ("clipping_threshold", "consistent_rms")
 SCHEDULE_FREE = "schedule_free"
 STATE_VALUES = {"adamw": 2, "adafactor": 0, "lion": 1, "muon": 1, "schedule_free": 2}
-"""float32 values that a kind keeps for each trained one, at the least."""
+"""Minimal number of float32 values that a kind keeps per trained value."""
 
 
 def trained_bytes(optimizer: OptimizerConfig, trainer: TrainerConfig) -> int:
-    """Of each trained value: itself, its gradient, the optimizer's state and the average, in float32."""
+    """Bytes per trained value: itself, its gradient, the optimizer state and the average, in float32."""
     return 4 * (2 + STATE_VALUES.get(optimizer.kind, 0) + (trainer.ema_decay is not None))
 
 
 def optimizer_problems(optimizer: OptimizerConfig, trainer: TrainerConfig) -> list[str]:
-    """Keys that a kind does not have, or lacks; a schedule or an average that it does not take; two warm-ups."""
-    if optimizer.kind not in KEYS:  # its choices say so
+    """Keys that a kind lacks or needs; an incompatible schedule or average; two warm-ups."""
+    if optimizer.kind not in KEYS:  # reported as an invalid choice
         return []
     messages = kind_problems("optimizer", optimizer, KEYS, MAY_BE_NULL)
     if optimizer.kind == SCHEDULE_FREE:
@@ -50,7 +50,7 @@ def kind_problems(
     group: str, config: OptimizerConfig | ObjectiveConfig, keys: Mapping[str, tuple[str, ...]],
     may_be_null: tuple[str, ...] = (),
 ) -> list[str]:  # fmt: skip
-    """Keys of a config group that its kind does not have, or lacks; `keys` says which ones each kind has."""
+    """Keys of a config group that its kind lacks or needs; `keys` lists those of each kind."""
     own, kind = keys[config.kind], f"{group}={config.kind}"
     every = dict.fromkeys(name for names in keys.values() for name in names)
     given = {name: value for name in every if (value := getattr(config, name)) is not None}
@@ -82,7 +82,7 @@ def _schedule_free(optimizer: OptimizerConfig, trainer: TrainerConfig) -> list[s
 
 
 def stop_problems(trainer: TrainerConfig) -> list[str]:
-    """`trainer.patience` that counts evaluations which are never made, and `trainer.min_delta` without it."""
+    """`trainer.patience` without evaluations to count, and `trainer.min_delta` without it."""
     if trainer.patience is None and trainer.min_delta:
         return [f"trainer.min_delta={trainer.min_delta}: only with trainer.patience=<evaluations>; give 0"]
     if trainer.patience is not None and not trainer.eval_every:

@@ -1,4 +1,4 @@
-"""What a plan says an update of this run takes, to be held against what it does take."""
+"""The step time that a plan predicts for this run, for comparison with the measured one."""
 
 from __future__ import annotations
 
@@ -21,38 +21,40 @@ _DESCRIBED = (
     "slice", "model", "trained", "objective", "teacher", "mesh", "remat", "sequence_length", "rows_per_update",
     "microbatches",
 )  # fmt: skip
-"""What a plan and a run must have in common."""
+"""Values in which a plan and a run must agree."""
 
 
 class Prediction(NamedTuple):
     """A planned step time."""
 
     step_seconds: float
-    """Of one update of rows of `length` tokens."""
+    """For one update of rows of `length` tokens."""
     length: int
     plan: str
     """The file that it comes from."""
 
     def ratio(self, seconds: float, length: int) -> float:
-        """Measured over predicted time of an update whose rows have `length` tokens; shorter ones in proportion."""
+        """Measured over predicted time of an update whose rows have `length` tokens, scaled in proportion if
+        shorter.
+        """
         return seconds / (self.step_seconds * length / self.length)
 
 
 def predict(recipe: Recipe, plan: str | None, run_folder: Path, plans: Path = PLANS) -> Prediction | None:
-    """The step time of the plan for this run; None where there is no slice, or no plan.
+    """The step time predicted for this run; None without a slice or a plan.
 
     Args:
-      recipe: of the run, with the remat policy that was chosen.
-      plan: `trainer.plan`, which must be the run's; None: the run folder's own, else the newest that fits is taken.
+      recipe: of the run, with the chosen remat policy.
+      plan: `trainer.plan`, which must match the run; None: use the run folder's own plan, else the newest that matches.
       run_folder: of the run.
       plans: folder of plans' folders.
 
     Raises:
-      UserError: `plan` is of another configuration, or says nothing of time.
+      UserError: `plan` has another configuration, or no step time.
     """
     if slice_of(recipe.hardware) is None:
         return None
-    if KINDS[recipe.objective.kind].on_policy:  # most of its time is roll-outs, which no schedule tells
+    if KINDS[recipe.objective.kind].on_policy:  # most of its time is roll-outs, which no schedule covers
         return None
     own = recipe.described()
     if plan is not None:
@@ -68,17 +70,17 @@ def _given(place: Path, own: dict[str, Any]) -> Prediction:
     path = place / PLAN if place.is_dir() else place
     plan = _read(path)
     if plan is None:
-        raise UserError(f"trainer.plan={place}: no plan that can be read ({path})")
+        raise UserError(f"trainer.plan={place}: not a readable plan ({path})")
     if differences := _differences(plan, own):
         lines = "".join(f"\n  {key}: planned {plan.get(key)}, this run has {own[key]}" for key in differences)
-        raise UserError(f"trainer.plan={place}: a plan of another configuration:{lines}\nplan this one, or give null")
+        raise UserError(f"trainer.plan={place}: a plan of another configuration:{lines}\nplan this one, or set null")
     if not plan.get("step_seconds"):
         raise UserError(f"trainer.plan={place}: it has no step_seconds; make it with plan.schedule=true")
     return Prediction(plan["step_seconds"], plan["sequence_length"], str(path))
 
 
 def _candidates(run_folder: Path, plans: Path) -> Iterator[Path]:
-    """The run folder's own plan, then others, the newest first."""
+    """The run folder's own plan, then others, newest first."""
     yield from (path for path in [run_folder / PLAN] if path.is_file())
     yield from sorted(plans.glob(f"*/{PLAN}"), key=lambda path: path.stat().st_mtime, reverse=True)
 
@@ -93,5 +95,5 @@ def _read(path: Path) -> dict[str, Any] | None:
 
 
 def _differences(plan: dict[str, Any], own: dict[str, Any]) -> list[str]:
-    plan = {"objective": SFT} | plan  # those made before there were others don't say
+    plan = {"objective": SFT} | plan  # earlier versions knew only this objective
     return [key for key in _DESCRIBED if plan.get(key) != own[key]]

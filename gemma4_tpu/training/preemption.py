@@ -1,7 +1,7 @@
 """SIGTERM, SIGUSR1, SIGUSR2: save at the next update boundary and exit with code 42; a second one exits at once.
 
-The signal is read by a thread of its own, so that it is met while the main thread compiles or loads. Until there is
-something to save, the first SIGTERM ends the process at once, with code 42 too: the same command starts again.
+A separate thread reads the signal, so that it is handled while the main thread compiles or loads. Until there is
+something to save, the first SIGTERM ends the process at once, also with code 42: the same command starts again.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ log = logging.getLogger(__name__)
 
 
 class Preemption:
-    """Watches for SIGTERM while it is open as a context manager, which only the main thread can do.
+    """Watches for SIGTERM while open as a context manager, which only the main thread can do.
 
-    With several processes JAX's preemption service takes the signal, whichever of them it reaches, and names the update
-    at which all of them stop; a start-up is then not cut short, but ends with the first update.
+    With several processes, JAX's preemption service takes the signal, whichever of them it reaches, and names the
+    update at which all of them stop; start-up is then not cut short, but ends after the first update.
     """
 
     def __init__(self, last_words: Callable[[], None] = lambda: None):
-        """`last_words` are called before an exit that has nothing to save."""
+        """`last_words` is called before an exit that has nothing to save."""
         self.last_words = last_words
         self._requested = threading.Event()
         self._something_to_save = False
@@ -49,17 +49,17 @@ class Preemption:
         os.close(self._write_end)  # ends the thread
 
     def listen(self) -> None:
-        """Takes the signals, also from JAX's preemption service, which has its own handler from its start on."""
+        """Installs the handlers, also over JAX's preemption service, which installs its own when it starts."""
         for number in TERMINATING:
             signal.signal(number, lambda *_: None)  # so that Python writes it to the pipe
 
     @property
     def requested(self) -> bool:
-        """Whether this process was asked to end; `reached` is what all of them agree on."""
+        """Whether this process was asked to end; `reached` is what all processes agree on."""
         return self._requested.is_set()
 
     def something_to_save(self) -> None:
-        """An update was made: from now on SIGTERM waits for a save."""
+        """Called after an update: from now on SIGTERM waits for a save."""
         self._something_to_save = True
 
     def reached(self, update: int) -> bool:
@@ -71,7 +71,7 @@ class Preemption:
         if several and multihost_utils.reached_preemption_sync_point(update):
             self._requested.set()
             self._signals = 1
-            self.listen()  # for the second
+            self.listen()  # for the second signal
         return self._requested.is_set()
 
     def _listen(self) -> None:
@@ -80,7 +80,7 @@ class Preemption:
                 if number[0] == signal.SIGTERM:
                     self._terminate()
                 elif number[0] in TERMINATING:
-                    os.kill(os.getpid(), signal.SIGTERM)  # which JAX's preemption service knows
+                    os.kill(os.getpid(), signal.SIGTERM)  # handled by JAX's preemption service
 
     def _terminate(self) -> None:
         self._signals += 1

@@ -1,4 +1,4 @@
-"""A trace of some updates for XProf and TensorBoard (`trainer.profile`): what each device did, and when."""
+"""Traces some updates for XProf and TensorBoard (`trainer.profile`): what each device did, and when."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ log = logging.getLogger(__name__)
 
 
 def check_profile(updates: list[int] | None, total_updates: int) -> None:
-    """Raises `UserError` where `trainer.profile` names updates that the run does not have."""
+    """Raises `UserError` if `trainer.profile` names updates that the run lacks."""
     if updates and updates[1] > total_updates:
         raise UserError(
             f"trainer.profile={updates}: the run has {total_updates} updates; give [first,last] within them"
@@ -25,13 +25,13 @@ def check_profile(updates: list[int] | None, total_updates: int) -> None:
 
 
 class Profile:
-    """Records the updates `first` to `last`, as far as this start comes by them; does nothing without a range.
+    """Records the updates `first` to `last`, as far as this start reaches them; does nothing without a range.
 
-    The devices are brought to rest before the trace begins and before it ends, so that it holds whole updates.
+    The devices are drained before the trace begins and before it ends, so that it contains whole updates.
     """
 
     def __init__(self, updates: list[int] | None, folder: Path | None):
-        """Nothing is recorded yet.
+        """Prepares a trace.
 
         Args:
           updates: [first, last], counted from 1; None: no trace.
@@ -50,13 +50,13 @@ class Profile:
         return self._recording and update == self._range[-1]
 
     def start(self) -> None:
-        """Begins the trace; nothing should be under way."""
+        """Begins the trace; nothing should be in flight."""
         assert self._folder is not None
         jax.profiler.start_trace(self._folder / PROFILE)
         self._recording = True
 
     def stop(self) -> None:
-        """Ends and writes the trace, if one is under way."""
+        """Ends and writes the trace, if one is in progress."""
         if self._recording:
             jax.profiler.stop_trace()
             self._recording = False
@@ -64,12 +64,12 @@ class Profile:
             log.info("trace: tensorboard --logdir %s/%s", self._folder, PROFILE)
 
     def annotation(self, update: int) -> Any:
-        """A context manager that marks what is dispatched in it as one update."""
+        """A context manager that marks everything dispatched in it as one update."""
         return jax.profiler.StepTraceAnnotation("update", step_num=update) if self._recording else nullcontext()
 
     @contextmanager
     def closing(self) -> Iterator[None]:
-        """A run that ends early leaves what was recorded."""
+        """Writes what was recorded even if the run ends early."""
         try:
             yield
         finally:

@@ -21,7 +21,7 @@ _this_thread = threading.local()
 
 
 def _count_compilation(event: str, duration_secs: float, **kwargs: str | int) -> None:
-    if event == "/jax/core/compile/backend_compile_duration":  # told in the thread that compiles
+    if event == "/jax/core/compile/backend_compile_duration":  # called in the compiling thread
         _this_thread.compilations = _compilations() + 1
 
 
@@ -38,9 +38,9 @@ class Recompilation(RuntimeError):
 
 
 class Programs:
-    """`train` and `evaluate`, each compiled at its first use for a row length.
+    """`train` and `evaluate`, each compiled on first use for a row length.
 
-    An update with other shapes, types or placements than its program was compiled for is an error, never a silent
+    An update with other shapes, types or shardings than its program was compiled for is an error, never a silent
     recompilation.
     """
 
@@ -51,7 +51,7 @@ class Programs:
         lengths: Sequence[int],
         compiling: Callable[[], AbstractContextManager] = nullcontext,
     ):
-        """`compiling()` is entered around each run of a program that has not been compiled yet."""
+        """`compiling()` is entered around the first run of each program."""
         self._compiling = compiling
         self._lengths = tuple(lengths)
         self._functions = dict(zip(("train", "evaluate"), compiled_functions(step, state), strict=True))
@@ -62,11 +62,11 @@ class Programs:
     def train(
         self, state: TrainState, base: Any, batch: Batch, spike_limit: Any = None
     ) -> tuple[TrainState, UpdateMetrics]:
-        """One update; `state` is donated. A `spike_limit` is given at every update, or at none."""
+        """One update; `state` is donated. Pass a `spike_limit` at every update, or at none."""
         return self._run("train", state, base, batch, *([] if spike_limit is None else [spike_limit]))
 
     def evaluate(self, trained: Any, base: Any, batch: Batch) -> tuple[jax.Array, jax.Array, Stats]:
-        """(summed loss, what to divide it by, the objective's sums) of a held-out batch."""
+        """(summed loss, its denominator, the objective's sums) of a held-out batch."""
         return self._run("evaluate", trained, base, batch)
 
     def _run(self, name: str, values: Any, base: Any, batch: Batch, *more: Any) -> Any:
@@ -85,7 +85,7 @@ class Programs:
         return result
 
     def _count(self, name: str, length: int, seconds: float) -> None:
-        """A program was compiled: expected once for each row length."""
+        """Records a compilation: expected once per row length."""
         self.compile_seconds += seconds
         log.info("compiled %s for rows of %d tokens in %.1f s", name, length, seconds)
         expected = (name, length) not in self._compiled

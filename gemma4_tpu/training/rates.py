@@ -1,4 +1,4 @@
-"""What an update costs in FLOPs and a second in dollars: for utilisation and cost in a run's metrics."""
+"""FLOPs per update and dollars per second, for utilisation and cost in a run's metrics."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ from gemma4_tpu.training.recipe import Recipe
 
 
 class Rates(NamedTuple):
-    """What turns tokens and seconds into utilisation and cost; None where the chip or the price is unknown."""
+    """Converts tokens and seconds to utilisation and cost; None where the chip or the price is unknown."""
 
     flops_per_token: float
     peak_flops_per_second: float | None
-    """Of all devices."""
+    """Over all devices."""
     usd_per_hour: float | None
 
     @staticmethod
     def of(recipe: Recipe, segment_tokens: float, mesh: Mesh) -> Rates:
-        """As far as the chip of the mesh and the price of the machine are known; `segment_tokens` on the mean."""
+        """As far as the mesh's chip and the machine's price are known; `segment_tokens` is a mean."""
         device = mesh.devices.flat[0]
         chip, price = chip_of(device.platform, device.device_kind), price_of(recipe.hardware)
         return Rates(
@@ -34,7 +34,7 @@ class Rates(NamedTuple):
         )
 
     def mfu(self, real_tokens_per_second: float | None) -> float | None:
-        """Model FLOP/s utilisation at this rate over all devices."""
+        """Model FLOP/s utilisation at this rate, over all devices."""
         if self.peak_flops_per_second is None or real_tokens_per_second is None:
             return None
         return real_tokens_per_second * self.flops_per_token / self.peak_flops_per_second

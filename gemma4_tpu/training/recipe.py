@@ -1,4 +1,4 @@
-"""What a training step is made of, and how a batch comes out on a mesh. No JAX here."""
+"""The ingredients of a training step, and how a batch divides over a mesh. Imports no JAX."""
 
 from __future__ import annotations
 
@@ -22,18 +22,18 @@ from gemma4_tpu.step.objective_kinds import KINDS
 
 
 class TeacherModel(NamedTuple):
-    """A model that a distillation runs forward beside its own."""
+    """A model that a distillation runs forward next to its own."""
 
     arch: Architecture
     lora: LoraConfig
-    """Its adapters; `enabled=False`: it has none."""
+    """Its adapters; `enabled=False`: none."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
     """A training step before there are devices: training runs it, planning compiles it without weights.
 
-    The mesh itself, of devices that are there or not, stands beside it.
+    The mesh, of real devices or not, is passed separately.
     """
 
     arch: Architecture
@@ -44,35 +44,35 @@ class Recipe:
     trainer: TrainerConfig
     mesh: MeshSizes
     rows: int
-    """Of one microbatch, over all devices."""
+    """Rows per microbatch, over all devices."""
     length: int
     """T, in tokens."""
     updates: int
-    """Of the whole run: a constant of the learning rate's schedule."""
+    """Number of updates of the whole run: a constant of the learning-rate schedule."""
     new_tokens: tuple[int, ...] = ()
     """Rows of `model.new_tokens`."""
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
     teacher: TeacherModel | None = None
-    """Of an objective that has one."""
+    """For objectives that have one."""
 
     @property
     def beside(self) -> Architecture | None:
-        """The model that runs forward in every update, too: a teacher, or the base as what the run began as."""
+        """The model that also runs forward in every update: a teacher, or the base as the reference."""
         if self.teacher is not None:
             return self.teacher.arch
         return self.arch if KINDS[self.objective.kind].reference else None
 
     @property
     def keeps_reference(self) -> bool:
-        """Whether the objective's reference takes a copy of the trained values as they began: not where the base alone
-        says the same.
+        """Whether the objective's reference needs a copy of the initial trained values, because the base alone does not
+        determine it.
         """
         lora = self.lora
         begins_as_base = not (lora.start or takes_part(lora) or lora.modules_to_train or self.new_tokens)
         return KINDS[self.objective.kind].reference and not begins_as_base
 
     def described(self) -> dict[str, Any]:
-        """What a plan and a run must have in common to be compared, under the keys of `plan.json`."""
+        """What must match for a plan and a run to be compared, under the keys of `plan.json`."""
         wanted = slice_of(self.hardware)
         return {
             "slice": self.hardware.name,
@@ -92,7 +92,9 @@ class Recipe:
 
 
 def trained_as(lora: LoraConfig, arch: Architecture) -> str:
-    """`lora r=64`, `qlora nf4 r=64` or `full`; and what else is not the default: `lora r=64 layers=0-11 + norms`."""
+    """`lora r=64`, `qlora nf4 r=64` or `full`, and whatever else is not the default: `lora r=64 layers=0-11 +
+    norms`.
+    """
     if not lora.enabled:
         return "full"
     kind = "dora" if lora.dora else "lora"
@@ -111,7 +113,7 @@ def rows_per_update(trainer: TrainerConfig, data: DataConfig) -> int:
     """Rows of T tokens in one update, over all devices."""
     if trainer.global_batch_sequences is not None:
         return trainer.global_batch_sequences
-    assert trainer.global_batch_tokens is not None  # the checks: exactly one is set
+    assert trainer.global_batch_tokens is not None  # the checks ensure that exactly one is set
     return trainer.global_batch_tokens // data.sequence_length
 
 
@@ -119,7 +121,7 @@ def rows_per_microbatch(trainer: TrainerConfig, data: DataConfig, places: int) -
     """Rows of T tokens in one microbatch, over all devices.
 
     Raises:
-      UserError: the rows don't divide evenly among the `places` of the axes dp and fsdp.
+      UserError: the rows do not divide evenly among the `places` of the axes dp and fsdp.
     """
     rows = rows_per_update(trainer, data) // trainer.microbatches
     if rows % places:
@@ -133,7 +135,7 @@ def rows_per_microbatch(trainer: TrainerConfig, data: DataConfig, places: int) -
 
 
 def check_lengths(lengths: Iterable[int], mesh: MeshSizes) -> None:
-    """Refuses (`UserError`) rows of so many tokens that can't be split over the axes cp and tp."""
+    """Refuses (`UserError`) row lengths that cannot be split over the axes cp and tp."""
     parts = mesh.cp * mesh.tp
     odd = [length for length in sorted(set(lengths)) if length % parts]
     if mesh.cp > 1 and odd:

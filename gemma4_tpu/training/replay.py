@@ -1,4 +1,4 @@
-"""A recorded run, repeated: differences from the record, and whether its losses come again."""
+"""Repeats a recorded run: reports differences from the record, and whether the losses are the same."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ _FINGERPRINTS = {
     "tokenizer": "tokenizer", "chat_template": "tokenizer", "base": "base", "start": "base", "teacher": "base",
     "rows": "data", "heldout": "data", "examples": "data", "prompts": "data",
 }  # fmt: skip
-"""Those that say what came in; the others repeat values of the configuration."""
+"""Fingerprints of inputs; the others repeat values of the configuration."""
 _SHOWN_CHARACTERS = 40
 
 
 @dataclass(frozen=True)
 class Unequal:
-    """A loss that came out otherwise, in nats per target token; None: there is none."""
+    """A loss that differs, in nats per target token; None: there is none."""
 
     update: int
     key: str
@@ -72,7 +72,7 @@ class Replay:
 
     @staticmethod
     def begin(run: str | None, allow: Sequence[str], folder: RunFolder, hosts: Hosts, now: Provenance) -> Replay | None:
-        """Process 0 compares with the record of `run`, if there is one to repeat; a refusal is everyone's."""
+        """Process 0 compares with the record of `run`, if a run is to be repeated; all processes raise its refusal."""
         begun: list[Replay] = []
 
         def compare() -> None:
@@ -84,14 +84,14 @@ class Replay:
         return begun[0] if begun else None
 
     def check(self, now: Provenance, allow: Sequence[str]) -> None:
-        """Tells what differs from the record.
+        """Reports differences from the record.
 
         Args:
-          now: what this run is made of.
+          now: provenance of this run.
           allow: parts that may differ (`replay_allow`).
 
         Raises:
-          UserError: others differ; names all that do.
+          UserError: others differ; names all of them.
         """
         log.info("repeats %s", self.run)
         for key, (before, given) in self._changed.items():
@@ -106,33 +106,35 @@ class Replay:
                 f"restore it, or accept the differences: replay_allow=[{','.join(self._parts)}]"
             )
         for line in lines:
-            log.warning("not as recorded: %s", line)
+            log.warning("differs from the record: %s", line)
 
     def watch(self, row: dict[str, Any], update: int) -> None:
-        """Takes the metrics of an update; warns of the first loss that is not the recorded one."""
+        """Receives the metrics of an update; warns at the first loss that differs from the recorded one."""
         for _, key, value in _losses([{**row, "update": update}]):
             recorded = self._losses.get((update, key))
             if self._agrees and recorded is not None and recorded != value:
                 self._agrees = False
-                log.warning("not the recorded losses from here on: %s", Unequal(update, key, recorded, value))
+                log.warning("losses differ from the record from here on: %s", Unequal(update, key, recorded, value))
 
     def finish(self) -> None:
-        """Compares all losses, those before a resume included; tells the outcome and writes `replay.json`."""
+        """Compares all losses, including those before a resume; logs the outcome and writes `replay.json`."""
         losses = compare_losses(self._metrics, read_metrics(self._folder.metrics_path))
         told = {"of": self.run, "config": self._changed, "differences": self._parts, "losses": losses}
         write_record(self._folder.path / FILE, REPLAY, told)
         first = losses["first_difference"]
         if not losses["compared"]:
-            log.warning("no loss of %s to compare with", self.run)
+            log.warning("%s has no losses to compare with", self.run)
         elif first is None:
-            log.info("the same losses as recorded, bit for bit: %d of %d", losses["compared"], losses["recorded"])
+            log.info("losses bit-identical to the recorded ones: %d of %d", losses["compared"], losses["recorded"])
         else:
-            log.warning("not the recorded losses: first at %s; at most %.3g apart", Unequal(**first), losses["largest"])
+            log.warning(
+                "losses differ from the record: first at %s; by at most %.3g", Unequal(**first), losses["largest"]
+            )
 
 
 def differing_parts(recorded: dict[str, Any], now: dict[str, Any]) -> dict[str, list[str]]:
-    """What differs between two records of provenance, by part (`code`, `packages`, `data`, `tokenizer`, `base`,
-    `hardware`), each difference on a line. Machine facts that the older record lacks are logged only.
+    """Differences between two records of provenance, by part (`code`, `packages`, `data`, `tokenizer`, `base`,
+    `hardware`), one per line. Machine facts that the older record lacks are only logged.
     """
     parts: dict[str, list[str]] = {}
     for difference in compare(recorded, now):
@@ -144,7 +146,7 @@ def differing_parts(recorded: dict[str, Any], now: dict[str, Any]) -> dict[str, 
             continue
         parts.setdefault(part, []).append(_told(difference))
     if "tokenizer" in parts and all(line.startswith("examples") for line in parts.get("data", ())):
-        parts.pop("data", None)  # the same rows, tokenised otherwise
+        parts.pop("data", None)  # the same rows, tokenised differently
     if "code" in parts and (recorded["code"].get("git_commit") != now["code"].get("git_commit")):
         commits = [str(record["code"].get("git_commit"))[:12] for record in (recorded, now)]
         parts["code"].append(f"commit {commits[0]} → {commits[1]}")
@@ -152,8 +154,8 @@ def differing_parts(recorded: dict[str, Any], now: dict[str, Any]) -> dict[str, 
 
 
 def compare_losses(recorded: Sequence[dict[str, Any]], now: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Losses of two `metrics.jsonl`, update by update, as far as both go: how many there were, how many could be
-    compared, the first that is not bitwise the same, and the largest difference (nats per target token).
+    """Compares the losses of two `metrics.jsonl`, update by update, as far as both go: their number, how many could be
+    compared, the first that is not bit-identical, and the largest difference (nats per target token).
     """
     before = {(update, key): value for update, key, value in _losses(recorded)}
     after = {(update, key): value for update, key, value in _losses(now)}
@@ -177,7 +179,7 @@ def _losses(rows: Sequence[dict[str, Any]]) -> Iterator[tuple[int, str, float]]:
 
 
 def _part(key: str) -> str | None:
-    """The part that an entry of the provenance belongs to; None: the configuration tells it, or it changes nothing."""
+    """The part that a provenance entry belongs to; None if the configuration determines it, or it changes nothing."""
     group, _, name = key.partition(".")
     if key in ("code.sha256", "packages.gemma4-tpu"):
         return "code"

@@ -1,4 +1,4 @@
-"""What a run tells while it goes on, and whom: `metrics.jsonl`, the tracker, a person, the record that it repeats."""
+"""Where a run reports its progress: `metrics.jsonl`, the tracker, a person, and the record that it repeats."""
 
 from __future__ import annotations
 
@@ -17,19 +17,19 @@ if TYPE_CHECKING:
 
 
 class Reports:
-    """Takes the metrics of each update; a context manager that closes what it told them to."""
+    """Receives the metrics of each update; as a context manager, it closes their destinations."""
 
     def __init__(
         self, folder: RunFolder, tracker: Tracker, replay: Replay | None, *, updates: int, resume_from: int | None,
         beside_loss: str | None = None,
     ):  # fmt: skip
-        """Of a run of so many `updates`; rows that were reported after the update `resume_from` are dropped.
+        """Prepares reports of a run of `updates` updates; drops rows reported after the update `resume_from`.
 
-        `beside_loss`: a measure for the line of progress.
+        `beside_loss`: another measure for progress lines.
         """
         self.tracker = tracker
         self.progress = Progress(updates, first_update=resume_from or 0, show=folder.write, beside_loss=beside_loss)
-        """A context manager too: on a terminal the bar is there while it is open."""
+        """Also a context manager: on a terminal, the bar is shown while it is open."""
         self.history = MetricsFile(folder.metrics_path, after_update=resume_from, write=folder.write)
         self._replay = replay
         self._status = "failed"
@@ -43,7 +43,7 @@ class Reports:
             self._replay.watch(row, update)
 
     def finish(self, result: Result, checkpoints: Checkpoints) -> None:
-        """What came of the run, and the checkpoints that are left of it."""
+        """Reports the run's result, and its remaining checkpoints."""
         if self._replay and result.status == "finished":
             self._replay.finish()
         for update in checkpoints.updates:

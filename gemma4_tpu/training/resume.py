@@ -1,4 +1,4 @@
-"""Which checkpoint a run resumes from: the newest that verifies. Damaged ones are set aside, never used."""
+"""Selects the checkpoint to resume from: the newest that verifies. Damaged ones are set aside, never used."""
 
 from __future__ import annotations
 
@@ -21,21 +21,21 @@ from gemma4_tpu.training.saved import saved_updates
 log = logging.getLogger(__name__)
 
 DAMAGED = ".damaged"
-"""Ending of the folder that a damaged checkpoint is renamed to."""
+"""Suffix of the folder that a damaged checkpoint is renamed to."""
 JUMP = 2.0
-"""By how much the learning rate may rise unasked where another schedule goes on."""
+"""Factor by which the learning rate can rise without permission if a run resumes with another schedule."""
 LEARNING_RATE = "learning_rate"
-"""What `checkpoint.resume_allow` calls such a rise."""
+"""Name of such a rise in `checkpoint.resume_allow`."""
 
 
 def newest_verified(checkpoints: str) -> int | None:
     """The update to resume from; None: there is no checkpoint yet.
 
-    What is newer and does not verify is cleared away: a save that did not come to its end is removed, a damaged
-    checkpoint is renamed to `<update>.damaged`.
+    Newer checkpoints that do not verify are cleared away: an incomplete save is removed, a damaged checkpoint is
+    renamed to `<update>.damaged`.
 
     Raises:
-      UserError: there are checkpoints, but none verifies; nothing is touched then.
+      UserError: there are checkpoints, but none verifies; nothing is changed then.
     """
     problems: dict[int, str] = {}
     there = saved_updates(checkpoints)
@@ -50,7 +50,7 @@ def newest_verified(checkpoints: str) -> int | None:
     if problems and found is None:
         listed = "".join(f"\n  update {update}: {problem}" for update, problem in problems.items())
         raise UserError(
-            f"{checkpoints}: no checkpoint verifies:{listed}\nrestore a good copy of one of them, or give another"
+            f"{checkpoints}: no checkpoint verifies:{listed}\nrestore a good copy of one of them, or use another"
             " run_dir to start afresh"
         )
     for update in unfinished:
@@ -80,8 +80,7 @@ def check(
     """Compares this start with the checkpoint after update `done` that it resumes from.
 
     Raises:
-      UserError: other data, another base, or a learning rate that would jump, and `checkpoint.resume_allow` does not
-        name it.
+      UserError: data, base or learning rate differ in a way that `checkpoint.resume_allow` does not name.
     """
     began = position(folder.checkpoints, done)
     refuse_differences(began["fingerprints"], fingerprints, checkpoint.resume_allow, folder.address)
@@ -89,7 +88,7 @@ def check(
 
 
 def refuse_differences(recorded: dict[str, Any], now: dict[str, Any], allow: Collection[str], run: str) -> None:
-    """Compares fingerprints of data, tokenizer and base with those that the checkpoint was made with.
+    """Compares fingerprints of data, tokenizer and base with those in the checkpoint.
 
     Raises:
       UserError: some differ that `allow` (`checkpoint.resume_allow`) does not name; shows them.
@@ -100,8 +99,8 @@ def refuse_differences(recorded: dict[str, Any], now: dict[str, Any], allow: Col
     if refused := [key for key in changed if key not in allow]:
         lines = "".join(f"\n  {_shown(key, now)} (the run has {recorded.get(key)})" for key in refused)
         raise UserError(
-            f"run_dir={run} holds a run with other data or another base model:{lines}\nrestore what the run began"
-            " with, give another run_dir to start afresh, or accept the differences:"
+            f"run_dir={run} contains a run with other data or another base model:{lines}\nrestore what the run started"
+            " with, use another run_dir to start afresh, or accept the differences:"
             f" checkpoint.resume_allow=[{','.join(refused)}]"
         )
 
@@ -109,11 +108,11 @@ def refuse_differences(recorded: dict[str, Any], now: dict[str, Any], allow: Col
 def refuse_jump(
     recorded: dict[str, Any] | None, optimizer: OptimizerConfig, done: int, updates: int, allow: Collection[str]
 ) -> None:
-    """Tells where another length or schedule leaves the learning rate; it must not jump upward unasked.
+    """Checks the learning rate after a change of length or schedule; it must not jump upward without permission.
 
     Args:
-      recorded: the checkpoint's `schedule`: `updates` of the run, `learning_rate` of the last one done; None: it is of
-        a version that did not record it.
+      recorded: the checkpoint's `schedule`: `updates` of the run, `learning_rate` of the last update; None: a version
+        that did not record it.
       optimizer: this start's.
       done: updates that are done.
       updates: of the run, by this start.
@@ -126,7 +125,7 @@ def refuse_jump(
         return
     schedule, last = make_schedule(optimizer, updates), recorded["learning_rate"]
     after = float(schedule(done))
-    # Another machine rounds a cosine otherwise: by parts in 10⁷ of the peak.
+    # Another machine can round a cosine differently, by parts in 10⁷ of the peak.
     moved = not math.isclose(last, float(schedule(done - 1)), rel_tol=0, abs_tol=1e-6 * optimizer.learning_rate)
     if not moved and recorded["updates"] == updates:
         return
@@ -136,16 +135,16 @@ def refuse_jump(
     )
     if moved and after > JUMP * last and LEARNING_RATE not in allow:
         raise UserError(
-            f"{told}: more than {JUMP:g} times as much; accept it: checkpoint.resume_allow=[{LEARNING_RATE}], or begin"
-            " a new run from these adapters, with a schedule of its own: lora.start=<this run>"
+            f"{told}: more than {JUMP:g} times as much; accept it: checkpoint.resume_allow=[{LEARNING_RATE}], or start"
+            " a new run, with a new schedule, from these adapters: lora.start=<this run>"
         )
     log.info(told)
 
 
 def nothing_left(folder: RunFolder, done: int | None, updates: int, trainer: TrainerConfig) -> str | None:
-    """Why there is nothing to do in a run that has done so many updates, in words; None: there is something.
+    """Why nothing is left to do in a run after `done` updates, in words; None: something is.
 
-    A run whose last update is done, by its length or `trainer.patience`, but not its result, has its result to do.
+    A run whose last update is done, by its length or `trainer.patience`, but without a result, still has to write it.
     """
     if done is None:
         return None
@@ -159,11 +158,11 @@ def nothing_left(folder: RunFolder, done: int | None, updates: int, trainer: Tra
     else:
         told = f"run_dir={folder.address}: {done} updates are done, and this command asks for {updates}"
         more = "more trainer.max_updates or trainer.epochs"
-    return f"{told}: nothing left to do, nothing changed; to train further, give {more}"
+    return f"{told}: nothing left to do, nothing changed; to train further, set {more}"
 
 
 def _finished(folder: RunFolder, done: int) -> bool:
-    """Whether the result of a run that ended after update `done` is there."""
+    """Whether a run that ended after update `done` has its result."""
     if not folder.result_path.exists():
         return False
     result = Result.read(folder.result_path)

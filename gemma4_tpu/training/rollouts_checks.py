@@ -1,4 +1,6 @@
-"""What is wrong with `rollouts=` for an on-policy objective, by itself and with the rest of a training. No JAX here."""
+"""Problems with `rollouts=` for an on-policy objective, by itself and with the rest of a training run. Imports
+no JAX.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +25,7 @@ def is_on_policy(objective: ObjectiveConfig) -> bool:
 
 
 def reward_of(objective: ObjectiveConfig, config: RolloutsConfig) -> str | None:
-    """`rollouts.reward`; where it is null, the judge for objectives that learn from rewards."""
+    """`rollouts.reward`; if null, the judge for objectives that learn from rewards."""
     kind = KINDS.get(objective.kind)
     return JUDGE if config.reward is None and kind is not None and kind.rewarded else config.reward
 
@@ -31,13 +33,13 @@ def reward_of(objective: ObjectiveConfig, config: RolloutsConfig) -> str | None:
 def rollouts_problems(
     objective: ObjectiveConfig, config: RolloutsConfig, data: DataConfig, lora: LoraConfig
 ) -> list[str]:
-    """Values that don't go together; none where no roll-outs are made."""
+    """Contradictory values; none without roll-outs."""
     if not is_on_policy(objective):
         return []
     messages = _lengths(config, data) + _reward(config) + _sampled_as_trained(lora, data)
     if data.image_cache is not None:
         messages.append(
-            f"data.image_cache={data.image_cache}: objective={objective.kind} samples answers to prompts of text alone;"
+            f"data.image_cache={data.image_cache}: objective={objective.kind} samples answers to text-only prompts;"
             " leave it out, or give objective=sft or one on pairs"
         )
     if objective.kind == "grpo" and config.samples < 2:
@@ -72,12 +74,12 @@ def _lengths(config: RolloutsConfig, data: DataConfig) -> list[str]:
 
 
 def _sampled_as_trained(lora: LoraConfig, data: DataConfig) -> list[str]:
-    """What would make the trainer's likelihoods others than the sampler's, or its programs more than one."""
+    """Settings under which trainer and sampler would disagree on likelihoods, or need several programs."""
     messages = []
     if lora.enabled and lora.dropout:
-        messages.append(f"lora.dropout={lora.dropout}: the policy is sampled without dropout, so train it without: 0")
+        messages.append(f"lora.dropout={lora.dropout}: the policy is sampled without dropout, so set 0")
     if data.packing != "true":
-        messages.append(f"data.packing={data.packing}: roll-outs are in packed rows of one length; give true")
+        messages.append(f"data.packing={data.packing}: roll-outs need packed rows of one length; set true")
     return messages
 
 

@@ -1,7 +1,7 @@
-"""Saved checkpoints as files: which there are, which is the best, and their tensors, whole or in slices.
+"""Saved checkpoints as files: which exist, which is the best, and their tensors, whole or in slices.
 
 Reads what `checkpoint.py` wrote (Orbax's OCDBT layout) through TensorStore alone: no JAX, no devices, and no more of a
-checkpoint in memory than is asked for.
+checkpoint in memory than requested.
 """
 
 from __future__ import annotations
@@ -39,19 +39,19 @@ class SavedState:
 
     @cached_property
     def identity(self) -> str:
-        """Tells this save from any other, one at the same update of the same run included."""
+        """Distinguishes this save from any other, including one at the same update of the same run."""
         return hashlib.sha256(checksums.recorded(self.folder)).hexdigest()
 
     def shape(self, name: str) -> tuple[int, ...]:
-        """Of a saved array."""
+        """Shape of a saved array."""
         return tuple(self._open(name).shape)
 
     def chunk_shape(self, name: str) -> tuple[int, ...]:
-        """What is read from disk at the least."""
+        """The smallest unit that is read from disk."""
         return tuple(self._open(name).chunk_layout.read_chunk.shape)
 
     def read(self, name: str, index: Sequence[slice | int] | None = None) -> np.ndarray:
-        """A tensor or a slice of it, in memory's layout.
+        """A tensor or a slice of it, in its in-memory layout.
 
         Raises:
           UserError: the files are damaged.
@@ -78,7 +78,7 @@ class SavedState:
 
     def _damaged(self, name: str, error: Exception | str) -> UserError:
         reason = str(error).splitlines()[0][:200]
-        return UserError(f"{self.folder}: a damaged checkpoint ({name}: {reason}); give another, checkpoint=<update>")
+        return UserError(f"{self.folder}: a damaged checkpoint ({name}: {reason}); use another, checkpoint=<update>")
 
 
 def _uri(folder: str) -> str:
@@ -106,17 +106,17 @@ def open_saved(run: str | Path, which: str, *, key: str = "run", which_key: str 
 
     Args:
       run: the run folder, local or gs://.
-      which: of its checkpoints.
-      key: the key of the configuration that names the run, for refusals.
-      which_key: the one that says which checkpoint.
+      which: one of its checkpoints.
+      key: the configuration key that names the run, for messages.
+      which_key: the one that selects the checkpoint.
 
     Raises:
-      UserError: there is none, or not that one (lists those there are), or its bytes are not those that were saved.
+      UserError: it does not exist (lists those that do), or its bytes differ from what was saved.
     """
     checkpoints = join(str(run), "checkpoints")
     there = [u for u in saved_updates(checkpoints) if checksums.is_finished(join(checkpoints, str(u)))]
     if not there:
-        raise UserError(f"{key}={run}: has no checkpoint; train it further: run_dir={run}")
+        raise UserError(f"{key}={run}: has no checkpoint; resume it with run_dir={run}")
     listed = ", ".join(map(str, there))
     if which == "latest":
         update = there[-1]
@@ -128,13 +128,13 @@ def open_saved(run: str | Path, which: str, *, key: str = "run", which_key: str 
             )
         if best not in there:
             raise UserError(
-                f"{which_key}=best: the best was at update {best}, of which no checkpoint is left; {listed} are"
+                f"{which_key}=best: the best was at update {best}, whose checkpoint is gone; there are {listed}"
             )
         update = best
     else:
         update = int(which)
         if update not in there:
-            raise UserError(f"{which_key}={which}: {run} has none of that update; there are {listed}, best and latest")
+            raise UserError(f"{which_key}={which}: {run} has no such checkpoint; there are {listed}, best and latest")
     state = SavedState(join(checkpoints, str(update)), update)
     if problem := checksums.problem(state.folder):
         raise state._damaged("checksums", problem)
@@ -142,7 +142,7 @@ def open_saved(run: str | Path, which: str, *, key: str = "run", which_key: str 
 
 
 def _best_update(latest: str) -> int | None:
-    """The update with the lowest held-out loss so far, as the latest checkpoint remembers it."""
+    """The update with the lowest held-out loss so far, as recorded by the latest checkpoint."""
     try:
         position = read_json(join(latest, "position/metadata"))
     except (OSError, ValueError):

@@ -1,4 +1,4 @@
-"""What a training loop needs, assembled on the devices: mesh, base weights, trained values, the step's definition."""
+"""Assembles what a training loop needs on the devices: mesh, base weights, trained values, the step's definition."""
 
 from __future__ import annotations
 
@@ -50,27 +50,28 @@ _TABLE = BY_NAME[EMBEDDING].path
 
 @dataclass(frozen=True)
 class Setup:
-    """A model on a mesh, ready to be trained."""
+    """A model on a mesh, ready to train."""
 
     step: Step
     mesh: Mesh
     base: Any
-    """The frozen weights, none in full fine-tuning; and, where the objective needs a copy of them, under `REFERENCE`
-    what the trained values began as; a teacher's come to stand there under `TEACHER`."""
+    """The frozen weights (none in full fine-tuning). If the objective needs them, `REFERENCE` holds the initial trained
+    values, and `TEACHER` the teacher's weights.
+    """
     state: TrainState
     """Before the first update."""
     trained_leaves: tuple[Leaf, ...]
     adapted_modules: int
     adapter_parameters: int
     in_full_parameters: int
-    """Of the weights that are trained themselves."""
+    """Parameters of the weights that are trained themselves."""
 
 
 def start_mesh(hardware: HardwareConfig, mesh: MeshConfig, arch: Architecture) -> Mesh:
     """Starts JAX, checks that it found what `hardware` names, and lays the mesh over all devices.
 
     Raises:
-      UserError: another machine than asked for, or a mesh that the devices or the heads do not allow.
+      UserError: the machine differs from the requested one, or the devices or heads do not allow the mesh.
     """
     if hardware.name == LOCAL and not jax.config.values["jax_platforms"] and only_cpus_here():
         jax.config.update("jax_platforms", "cpu")
@@ -83,7 +84,7 @@ def start_mesh(hardware: HardwareConfig, mesh: MeshConfig, arch: Architecture) -
 
 
 def compute_dtype(trainer: TrainerConfig, platform: str) -> Any:
-    """The dtype that `trainer.compute_dtype` means on this platform (`auto`: float32 on CPUs, else bfloat16)."""
+    """The dtype of `trainer.compute_dtype` on this platform (`auto`: float32 on CPUs, else bfloat16)."""
     if trainer.compute_dtype == "auto":
         return jnp.float32 if platform == "cpu" else jnp.bfloat16
     return jnp.dtype(trainer.compute_dtype)
@@ -126,7 +127,7 @@ def make_step(recipe: Recipe, mesh: Mesh) -> Step:
 
 
 def check_capacity(recipe: Recipe, checkpoint: CheckpointConfig, mesh: Mesh, checkpoints: str) -> None:
-    """Refuses (`UserError`) a run that this machine's disk or memory can't hold."""
+    """Refuses (`UserError`) a run that exceeds this machine's disk or memory."""
     platform = mesh.devices.flat[0].platform
     layout = Layout.of(recipe.arch, recipe.lora)
     frozen = [leaf for leaf in layout.leaves() if leaf.weight.name not in layout.in_full]
@@ -144,18 +145,17 @@ def set_up(
     base: Base, recipe: Recipe, mesh: Mesh, start: Start | None = None, initial: SavedState | None = None,
     reference: SavedState | None = None,
 ) -> Setup:  # fmt: skip
-    """Loads the base weights and makes the initial state, every array in its place on the mesh.
+    """Loads the base weights and creates the initial state, every array sharded on the mesh.
 
-    What is trained and the optimizer's state are float32; the frozen weights have the compute dtype, or are quantised
-    (QLoRA).
+    Trained values and optimizer state are float32; the frozen weights have the compute dtype, or are quantised (QLoRA).
 
     Args:
       base: the checkpoint.
       recipe: the step.
-      mesh: where everything lies.
-      start: adapters to begin from, where `lora.start` names some.
-      initial: for a resumed run whose adapters began as a part of their weights: what they began as.
-      reference: for a resumed run that keeps one (`Recipe.keeps_reference`): what it began as.
+      mesh: of the run.
+      start: adapters to start from, if `lora.start` names any.
+      initial: for a resumed run whose adapters started as a part of their weights: the initial adapters.
+      reference: for a resumed run that keeps one (`Recipe.keeps_reference`): its initial values.
     """
     step, lora = make_step(recipe, mesh), recipe.lora
     layout = step.model.layout
@@ -177,7 +177,7 @@ def set_up(
     if start is not None:
         trained = start.place(trained, layout, mesh, weights)
     leaves = tuple(adapters.trained_leaves(layout, len(recipe.new_tokens)))
-    if recipe.keeps_reference:  # of its own: the state's arrays are donated
+    if recipe.keeps_reference:  # a separate copy: the state's arrays are donated
         kept = jax.tree.map(jnp.copy, trained) if reference is None else _read(reference, leaves, trained)
         frozen = {**frozen, REFERENCE: kept}
     _log_replicated({leaf.path: leaf for leaf in (*layout.leaves(), *leaves)}.values(), mesh)
@@ -198,7 +198,7 @@ def _log_trained(setup: Setup, counts: dict[str, int]) -> None:
     if of_experts := [one for one in adapters.adapters(setup.step.model.layout) if one.base.weight.each]:
         size, how = sum(math.prod(leaf.array_shape) for one in of_experts for leaf in one.leaves), of_experts[0].how
         log.info(
-            "of these %s of experts: rank %d, scale %g, for each of %d in every layer",
+            "of these, %s for experts: rank %d, scale %g, for each of the %d in every layer",
             f"{size:,}", how.rank, how.scale, setup.step.model.arch.num_experts,
         )  # fmt: skip
     if setup.in_full_parameters:
@@ -209,7 +209,7 @@ def _log_trained(setup: Setup, counts: dict[str, int]) -> None:
 
 
 def _read(saved: SavedState, leaves: Iterable[Leaf], like: Any) -> Any:
-    """Saved values of all leaves, placed as those of `like`."""
+    """Saved values of all leaves, sharded like `like`."""
 
     def array(leaf: Leaf) -> jax.Array:
         parts = [saved.read(name) for name in leaf.tunix_names]
@@ -220,9 +220,9 @@ def _read(saved: SavedState, leaves: Iterable[Leaf], like: Any) -> Any:
 
 
 def _with_new_rows(weights: Any, ids: Sequence[int]) -> Any:
-    """The weights with the mean of the embedding in the rows that tokens took which were in reserve.
+    """The weights with the mean of the embedding in the rows of new tokens, which were in reserve.
 
-    As transformers begins tokens when it enlarges a table: a row that nothing has trained is far from all others.
+    transformers initialises tokens in the same way when it enlarges a table: an untrained row is far from all others.
     """
     if not ids:
         return weights
@@ -240,7 +240,7 @@ def load_weights(
     base: Base, layout: Layout, mesh: Mesh, dtype: Any, then: Callable[[Leaf, jax.Array], Any],
     float32: Collection[str] = (),
 ) -> Any:  # fmt: skip
-    """The base parameters on the mesh, array by array; `then` decides what becomes of each.
+    """Loads the base parameters on the mesh, array by array, applying `then` to each.
 
     `float32` names rows of `weights.py` whose arrays have that dtype instead.
     """
@@ -258,8 +258,8 @@ def init_state(step: Step, trained: Any, key: jax.Array, mesh: Mesh) -> TrainSta
 
 
 def state_places(step: Step, trained: Any, key: Any, mesh: Mesh) -> TrainState:
-    """Sharding of every array of the state: what is shaped like a trained value lies where it lies, all else
-    everywhere: counters, and the rows and columns that Adafactor keeps of a matrix.
+    """Sharding of every array of the state: arrays shaped like a trained value are sharded like it; all others
+    (counters, Adafactor's rows and columns) are replicated.
 
     `trained` and `key` are arrays, or shapes (`trained` with shardings).
     """
@@ -278,8 +278,8 @@ def state_places(step: Step, trained: Any, key: Any, mesh: Mesh) -> TrainState:
 
 
 def holding(lora: LoraConfig, mesh: Mesh, parts: Parts | None = None) -> Any:
-    """What becomes of a base weight once it is loaded: adapters take their part, and the rest is quantised where the
-    configuration says so.
+    """What to do with a base weight once it is loaded: subtract the adapters' part, and quantise the rest if
+    configured.
     """
 
     def then(leaf: Leaf, array: jax.Array) -> Any:
@@ -293,7 +293,7 @@ def holding(lora: LoraConfig, mesh: Mesh, parts: Parts | None = None) -> Any:
 
 
 def _log_replicated(leaves: Iterable[Leaf], mesh: Mesh) -> None:
-    """Names what the mesh would split and the shapes do not allow."""
+    """Logs the arrays that the mesh would split but cannot."""
     lines = [line for leaf in leaves for line in sharding.replicated(mesh, leaf)]
     for line in lines:
         log.debug("replicated: %s", line)

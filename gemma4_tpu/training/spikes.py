@@ -1,4 +1,4 @@
-"""Loss spikes: an update whose loss is far above the recent ones is skipped on the devices, and changes nothing."""
+"""Loss spikes: an update whose loss is far above recent ones is skipped on the devices, and changes nothing."""
 
 from __future__ import annotations
 
@@ -9,27 +9,27 @@ from dataclasses import dataclass, field
 import numpy as np
 
 WINDOW_UPDATES = 64
-"""Updates that the running median is taken over."""
+"""Updates in the running median."""
 WARMUP_UPDATES = 16
 """Losses that must be known before any update is skipped."""
 
 
 @dataclass
 class Spikes:
-    """The running median, saved with every checkpoint so that a resumed run skips the very same updates.
+    """The running median, saved with every checkpoint so that a resumed run skips exactly the same updates.
 
-    The limit of update u is made of the losses up to u - 2: while u is sent to the devices, u - 1 is still under way.
+    The limit for update u comes from the losses up to u - 2, because u - 1 is still running when u is dispatched.
     """
 
     factor: float | None
-    """`trainer.spike_factor`; None: never."""
+    """`trainer.spike_factor`; None: never skip."""
     losses: list[float] = field(default_factory=list)
-    """Of the latest updates that were not skipped, the newest last."""
+    """Of the latest updates that were not skipped, newest last."""
     newest_at: int = 0
-    """The update that the last loss was seen at."""
+    """The update of the last loss."""
 
     def limit(self, update: int) -> np.float32 | None:
-        """float32 scalar: a larger loss skips `update`; None: spikes are not looked for."""
+        """float32 scalar: a larger loss skips `update`; None: nothing is skipped."""
         if self.factor is None:
             return None
         known = self.losses[:-1] if self.newest_at == update - 1 else self.losses
@@ -37,7 +37,7 @@ class Spikes:
         return np.float32(self.factor * statistics.median(known) if len(known) >= WARMUP_UPDATES else math.inf)
 
     def add(self, update: int, loss: float, limit: np.float32 | None) -> bool:
-        """Takes the loss of a finished update; returns whether it was skipped."""
+        """Adds the loss of a finished update; returns whether it was skipped."""
         if limit is None:
             return False
         if skipped := bool(np.float32(loss) > limit):

@@ -1,10 +1,9 @@
-"""`lora.start`: the adapters that a new run begins from, a run's own or PEFT's, instead of fresh ones.
+"""`lora.start`: the adapters that a new run starts from, from another run or from PEFT, instead of fresh ones.
 
-What is given must be represented exactly, or the run is refused: every product scale · B @ A comes out as it was. A
-smaller rank is filled up with fresh ranks, which add nothing at first; K and V share A here, so that an A of each takes
-ranks of its own; a scale that is a power of two away goes into B. DoRA's magnitudes are taken over, and where there
-were none they begin as the lengths that rows have. What was given, where it went and what is fresh is logged and
-written to `start.json`.
+The given adapters must be represented exactly, or the run is refused: every product scale · B @ A is preserved. A
+smaller rank is filled up with fresh ranks, which add nothing at first. K and V share A here, so separate A matrices use
+separate ranks. A scale that differs by a power of two goes into B. DoRA's magnitudes are kept; where there were none,
+they start as the rows' lengths. What was given, where it went and what is fresh is logged and written to `start.json`.
 """
 
 from __future__ import annotations
@@ -48,32 +47,32 @@ Factors = dict[str, tuple[np.ndarray, np.ndarray]]
 
 @dataclass(frozen=True)
 class Start:
-    """Adapters to begin from, checked against what this run trains."""
+    """Adapters to start from, checked against what this run trains."""
 
     source: str
-    """What they are, in words: `update 40 of outputs/train/…`."""
+    """A description: `update 40 of outputs/train/…`."""
     sha256: str
-    """Tells them from any others."""
+    """Identifies them."""
     base: str | None
-    """Fingerprint of the base that they were trained on, where they are a run's."""
+    """Fingerprint of the base that they were trained on, if they are a run's."""
     lora: LoraConfig
     given: Mapping[str, Given]
     """By weight, those that add something."""
     whole: StartInFull
     idle: tuple[str, ...]
-    """Weights whose B is zero and that this run does not adapt: left out."""
+    """Weights whose B is zero and that this run does not adapt: omitted."""
     tensors: Mapping[str, Tensor]
-    """What this run adapts, by Tunix name."""
+    """The tensors that this run adapts, by Tunix name."""
     adapted: Mapping[str, Adapted]
-    """And how."""
+    """How it adapts them."""
 
     @cached_property
     def fresh(self) -> list[str]:
-        """Weights of this run that nothing was given for."""
+        """Weights of this run for which nothing was given."""
         return sorted({name for t in self.tensors.values() for name in t.hf_names} - self.given.keys())
 
     def factors(self, tensor: Tensor) -> Factors:
-        """(A, B) of what was given for a tensor, B scaled so that this run's scale makes the same product of them."""
+        """(A, B) given for a tensor, with B scaled so that this run's scale gives the same product."""
         ours, found = self.adapted[tensor.name].scale, {}
         for name in tensor.hf_names:
             if name in self.given:
@@ -84,9 +83,9 @@ class Start:
         return found
 
     def place(self, initial: dict[str, Any], layout: Layout, mesh: Mesh, base: Any = None) -> dict[str, Any]:
-        """The trained values on the mesh: what was given over the `initial` ones, which stay where nothing was.
+        """The trained values on the mesh: given ones over the `initial` ones.
 
-        DoRA's magnitudes begin as the rows' lengths in `base` with what was given, where none were.
+        DoRA's magnitudes that were not given start as the lengths of the rows of `base` with the given adapters.
         """
         places = adapters.shardings(layout, mesh)
 
@@ -107,7 +106,7 @@ class Start:
         return build_tree(chain(pairs, self.whole.place(initial, layout, mesh)))
 
     def _magnitudes(self, adapter: adapters.Adapter) -> np.ndarray:
-        """DoRA's of a stack, [layers, pieces, out]; NaN where none were given."""
+        """DoRA's magnitudes of a stack, [layers, pieces, out]; NaN where not given."""
         tensors = [self.tensors[name] for name in adapter.base.tunix_names]
         values = np.full((len(tensors), len(tensors[0].hf_names), tensors[0].hf_shape[0]), np.nan, np.float32)
         for of_layer, tensor in zip(values, tensors, strict=True):
@@ -119,30 +118,30 @@ class Start:
         return values
 
     def _values(self, tensor: Tensor) -> tuple[np.ndarray, np.ndarray, int]:
-        """A, B and how many ranks of A were given."""
+        """A, B and the number of given ranks of A."""
         factors = self.factors(tensor)
         a, b = tensor.from_lora_factors(factors, self.adapted[tensor.name].rank)
         return a, b, tensor.lora_rank(factors) if factors else 0
 
     def tell(self, folder: RunFolder, base: str) -> None:
         """Logs what went where, and writes it to `start.json`; `base` is the fingerprint of this run's base."""
-        log.info("lora.start: %s: all %d adapted weights taken over", self.source, len(self.given))
+        log.info("lora.start: %s: loaded all %d adapted weights", self.source, len(self.given))
         if self.whole.given:
-            log.info("lora.start: %d weights trained in full, taken over", len(self.whole.given))
+            log.info("lora.start: loaded %d weights trained in full", len(self.whole.given))
         if self.base not in (None, base):
             log.warning("lora.start: trained on another base (fingerprint %.12s, here %.12s)", self.base, base)
         if self.idle:
-            log.info("lora.start: left out, their B is zero: %d weights: %s", len(self.idle), some(self.idle))
+            log.info("lora.start: skipped %d weights whose B is zero: %s", len(self.idle), some(self.idle))
         if self.fresh:
             log.info(
-                "lora.start: nothing given for %d weights, which begin with B = 0: %s",
+                "lora.start: nothing given for %d weights, which start with B = 0: %s",
                 len(self.fresh),
                 some(self.fresh),
             )
         ours = {name: self.adapted[t.name].scale for t in self.tensors.values() for name in t.hf_names}
         scales = dict.fromkeys((given.scale, ours[name]) for name, given in self.given.items())
         if differing := [f"{there:g} there, {here:g} here" for there, here in scales if there != here]:
-            log.info("lora.start: scale %s: B is multiplied", some(differing))
+            log.info("lora.start: scale %s, by multiplying B", some(differing))
         if folder.write:
             record = {"source": self.source, "sha256": self.sha256, "base": self.base, "given": sorted(self.given)}
             ranks = dict(Counter(str(given.rank) for given in self.given.values()))
@@ -151,17 +150,18 @@ class Start:
 
 
 def open_start(lora: LoraConfig, arch: Architecture, resume_from: int | None = None) -> Start | None:
-    """The adapters that `lora.start` names, read as far as is needed to know that they can be represented exactly.
+    """Opens the adapters that `lora.start` names, reading as much as needed to know that they can be represented
+    exactly.
 
     None: it names none, or the run resumes from a checkpoint, which holds more.
 
     Raises:
-      UserError: no adapters there, or such as this run can't hold; says which and what would hold them.
+      UserError: there are no adapters, or this run cannot represent them; says which, and which settings would.
     """
     if lora.start is None:
         return None
     if resume_from is not None:
-        log.info("lora.start is not read again: the checkpoint at update %d holds what came of it", resume_from)
+        log.info("lora.start is not read again: the checkpoint at update %d supersedes it", resume_from)
         return None
     present = list_folder(lora.start)
     if CONFIG in present:
@@ -172,7 +172,7 @@ def open_start(lora: LoraConfig, arch: Architecture, resume_from: int | None = N
         run = read_run(lora, arch)
         source, sha256, base, given, whole = run.source, run.sha256, run.base, dict(run.weights), run.whole
     else:
-        found = f"it holds {some(present)}" if present else "no such folder, or an empty one"
+        found = f"it contains {some(present)}" if present else "no such folder, or an empty one"
         raise UserError(
             f"lora.start={lora.start}: neither a run folder (config.yaml) nor a PEFT adapter ({CONFIG}): {found}"
         )
@@ -187,12 +187,12 @@ def open_start(lora: LoraConfig, arch: Architecture, resume_from: int | None = N
     unfit = [*_unmatched(start, arch), *_lengths(start), *_shapes(start), *start.whole.problems(arch)]
     if problems := unfit or _unrepresentable(start):
         listed = "".join(f"\n  - {problem}" for problem in problems)
-        raise UserError(f"lora.start={lora.start}: this run can't begin from {source}:{listed}")
+        raise UserError(f"lora.start={lora.start}: this run can't start from {source}:{listed}")
     return start
 
 
 def start_fingerprint(start: Start | None, folder: RunFolder, resume_from: int | None) -> dict[str, str]:
-    """That of the adapters that a run began from, as provenance records it; empty: from fresh ones."""
+    """Fingerprint of the adapters that a run started from, for provenance; empty for fresh ones."""
     if start is not None:
         return {"start": start.sha256}
     if resume_from is None or not folder.provenance_path.exists():
@@ -225,7 +225,7 @@ def _unmatched(start: Start, arch: Architecture) -> list[str]:
         )
     if alien:
         lines.append(
-            f"{len(alien)} of its weights are none that get adapters on {arch.name} ({some(alien)}); give an adapter of"
+            f"{len(alien)} of its weights get no adapters on {arch.name} ({some(alien)}); use an adapter of"
             " the text model's attention, MLP and experts only, trained on this model"
         )
     return lines
@@ -234,7 +234,7 @@ def _unmatched(start: Start, arch: Architecture) -> list[str]:
 def _lengths(start: Start) -> list[str]:
     """DoRA's magnitudes that this run could not hold."""
     dora = any(given.magnitude for given in start.given.values())
-    return ["it trained lengths of rows, too (DoRA); give lora.dora=true"] if dora and not start.lora.dora else []
+    return ["it also trained row lengths (DoRA); set lora.dora=true"] if dora and not start.lora.dora else []
 
 
 def _shapes(start: Start) -> list[str]:
@@ -249,7 +249,7 @@ def _shapes(start: Start) -> list[str]:
 
 
 def _unrepresentable(start: Start) -> list[str]:
-    """Ranks and scales that would not come out exactly."""
+    """Ranks and scales that could not be preserved exactly."""
     lora, adapted = start.lora, start.adapted
     needed = {t.name: _rank_of(start, t) for t in start.tensors.values()}
     experts = [name for name in needed if start.tensors[name].weight.each]
@@ -275,7 +275,7 @@ def _unrepresentable(start: Start) -> list[str]:
 
 
 def _rank_of(start: Start, tensor: Tensor) -> int:
-    """The rank that a tensor needs; values are read only where K and V may share A."""
+    """The rank that a tensor needs; values are read only if K and V could share A."""
     names = [name for name in tensor.hf_names if name in start.given]
     if len(names) < 2:
         return max((start.given[name].rank for name in names), default=0)
@@ -283,7 +283,7 @@ def _rank_of(start: Start, tensor: Tensor) -> int:
 
 
 def _ratio(given: float, ours: float) -> float | None:
-    """`given / ours` where it is a power of two in float32, which multiplies without rounding; else None."""
+    """`given / ours` if it is a power of two in float32, which multiplies without rounding; else None."""
     power = 2.0 ** round(math.log2(given / ours))
     return power if np.float32(ours * power) == np.float32(given) else None
 
@@ -293,11 +293,11 @@ def _on_mesh(value: np.ndarray, leaf: Leaf, places: Any) -> jax.Array:
 
 
 def _fill(initial: jax.Array, given: jax.Array, used: jax.Array) -> jax.Array:
-    """A `[L, …, r]`: the first `used` [L] ranks of each layer as given, the others as they are initially."""
+    """A `[L, …, r]`: the first `used` [L] ranks of each layer as given, the others as initialised."""
     ranks = used.reshape(-1, *[1] * (given.ndim - 1))
     return jnp.where(jnp.arange(given.shape[-1]) < ranks, given, initial)
 
 
 def _begin(adapter: adapters.Adapter, given: jax.Array, base: Any, lora_a: jax.Array, lora_b: jax.Array) -> jax.Array:
-    """DoRA's magnitudes of a stack as given; where NaN is, the rows' lengths."""
+    """DoRA's magnitudes of a stack as given; where NaN, the rows' lengths."""
     return jnp.where(jnp.isnan(given), adapters.magnitudes(adapter, base, lora_a, lora_b), given)

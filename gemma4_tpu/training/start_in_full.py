@@ -1,6 +1,6 @@
 """The part of `lora.start` that was trained in full (`lora.modules_to_train`, PEFT's `modules_to_save`).
 
-These values take the place of the base's. What this run trains in full and was not given begins as in the base.
+These values replace the base's. Weights that this run trains in full and that were not given start as in the base.
 """
 
 from __future__ import annotations
@@ -27,14 +27,14 @@ from gemma4_tpu.training.saved import SavedState
 
 @dataclass(frozen=True)
 class StartInFull:
-    """Trained weights to begin from."""
+    """Fully trained weights to start from."""
 
     lora: LoraConfig
     given: Mapping[str, Whole]
-    """By their names on disk, without prefix."""
+    """By name on disk, without prefix."""
 
     def problems(self, arch: Architecture) -> list[str]:
-        """Why this run can't begin from them; empty: it can."""
+        """Why this run cannot start from them; empty: it can."""
         tensors = name_map(arch).values()
         every = {name: tensor for tensor in tensors for name in tensor.hf_names}
         there = {name: tensor for name, tensor in every.items() if name in self.given}
@@ -61,7 +61,7 @@ class StartInFull:
         return lines
 
     def place(self, initial: Any, layout: Layout, mesh: Mesh) -> Iterator[tuple[Path, jax.Array]]:
-        """Path and value of every array that is trained in full: what was given over the `initial` ones."""
+        """Yields path and value of every array that is trained in full: given layers over the `initial` ones."""
         tensors = name_map(layout.arch)
         for leaf in layout.trained_in_full():
             parts = [self._value(tensors[name]) for name in leaf.tunix_names]
@@ -71,7 +71,7 @@ class StartInFull:
             yield token_rows.PATH, rows
 
     def _value(self, tensor: Tensor) -> np.ndarray | None:
-        """What was given for a tensor, in memory's layout; None: nothing."""
+        """The given value of a tensor, in its in-memory layout; None: not given."""
         return tensor.from_hf(self._read) if tensor.hf_names[0] in self.given else None
 
     def _read(self, name: str, index: Index, shape: tuple[int, ...]) -> np.ndarray:
@@ -82,7 +82,7 @@ class StartInFull:
 
 
 def of_run(state: SavedState, arch: Architecture) -> dict[str, Whole]:
-    """What a run trained in full."""
+    """The weights that a run trained in full."""
     tensors, found = name_map(arch), {}
     for name in (name for name in state.names if not name.endswith(("_lora_a", "_lora_b", "_lora_magnitude"))):
         if (tensor := tensors.get(name)) is None or state.shape(name) != tensor.shape:
@@ -97,7 +97,7 @@ def _piece(state: SavedState, tensor: Tensor, hf_name: str) -> np.ndarray:
 
 
 def _over(initial: jax.Array, parts: list[np.ndarray | None], leaf: Leaf, mesh: Mesh) -> jax.Array:
-    """A stacked array `[R, …]` with the layers that were given (not None) over the initial ones."""
+    """A stacked array `[R, …]` with the given layers (not None) over the initial ones."""
     values = np.stack([np.zeros(leaf.shape, np.float32) if part is None else part for part in parts])
     given = np.array([part is not None for part in parts])
     values, given = (values, given) if leaf.stacked else (values[0], given[0])

@@ -1,4 +1,4 @@
-"""A run's adapters as `lora.start` takes them: by the weights' names on disk, those of PEFT's adapters."""
+"""A run's adapters in the form that `lora.start` takes: by the weights' names on disk, like PEFT's adapters."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ from gemma4_tpu.training.start_in_full import of_run
 
 @dataclass(frozen=True)
 class OfRun:
-    """What a checkpoint of a run trained."""
+    """The trained values of a run's checkpoint."""
 
     source: str
-    """In words."""
+    """A description."""
     sha256: str
     base: str | None
     """Fingerprint of its base."""
@@ -41,7 +41,7 @@ def read_run(lora: LoraConfig, arch: Architecture) -> OfRun:
     """The adapters of the run `lora.start`.
 
     Raises:
-      UserError: it has none, or not for this model.
+      UserError: it has none, or they do not fit this model.
     """
     run = RunFolder.existing(str(lora.start), key="lora.start")
     config = run.read_config()
@@ -94,6 +94,6 @@ def _of_tensor(state: SavedState, tensor: Tensor, scale: float) -> dict[str, Giv
 
 
 def _absent(state: SavedState, name: str) -> Given:
-    """Of a layer that this model has not, where its scale does not matter."""
+    """Of a layer that this model lacks, where its scale does not matter."""
     other = name.removesuffix("a") + "b"
     return Given(state.shape(name), state.shape(other), 1.0, lambda: (state.read(name), state.read(other)))

@@ -1,4 +1,4 @@
-"""What a run adds up, and the figures that follow: the row of a logged update, the result at the end."""
+"""Running totals of a run, and the figures derived from them: the row of a logged update, the final result."""
 
 from __future__ import annotations
 
@@ -28,35 +28,37 @@ class Window:
 
 
 class Tally:
-    """Tokens, time and losses of a run, earlier starts included."""
+    """Tokens, time and losses of a run, including earlier starts."""
 
     def __init__(
         self, setup: Setup, rates: Rates, totals: Totals, prediction: Prediction | None = None,
         overhead_seconds: float = 0.0,
     ):  # fmt: skip
-        """Continues from the `totals` of earlier starts; measured times are compared with a plan's `prediction`.
-        `overhead_seconds` are this start's up to here, and what earlier ones did in vain.
+        """Continues from the `totals` of earlier starts; compares measured times with a plan's `prediction`.
+        `overhead_seconds` is this start's time up to now, and what earlier starts spent in vain.
         """
         totals.overhead_seconds += overhead_seconds
         self._setup, self._rates, self._totals, self._prediction = setup, rates, totals, prediction
         self._update_seconds: list[float] = []
         self._ratios: list[float] = []
         self._window = Window()
-        self._compiles = True  # as the first update after a start does
+        self._compiles = True  # the first update after a start compiles
         self._lap_at = time.perf_counter()
         self._started_at = self._lap_at - totals.seconds
 
     def totals(self) -> Totals:
-        """As of now."""
+        """The totals as of now."""
         self._totals.seconds = time.perf_counter() - self._started_at
         return self._totals
 
     def start_lap(self) -> None:
-        """The time of the next update counts from now on; that since the last one is the run's, but no update's."""
+        """Starts timing the next update; the time since the last one counts for the run, but for no update."""
         self._lap_at = time.perf_counter()
 
     def count(self, update: Update, loss: float, measures: Mapping[str, float], *, skipped: bool) -> None:
-        """Adds an update that is finished, or was skipped because its loss was a spike; `measures` of its objective."""
+        """Adds an update that is finished, or was skipped because its loss was a spike; `measures` are its
+        objective's.
+        """
         totals, window = self._totals, self._window
         now = time.perf_counter()
         seconds, self._lap_at = now - self._lap_at, now
@@ -82,7 +84,7 @@ class Tally:
         totals.measures |= measures
 
     def count_heldout(self, loss: float, update: int, measures: Mapping[str, float]) -> None:
-        """Remembers the held-out loss after `update`, and what the objective reports with it."""
+        """Records the held-out loss after `update`, and the objective's measures."""
         totals = self._totals
         totals.measures |= measures
         if totals.heldout_loss_first is None:
@@ -92,7 +94,7 @@ class Tally:
             totals.heldout_loss_best, totals.heldout_update_best = loss, update
 
     def row(self, update: Update) -> dict[str, Any]:
-        """Figures of the update that was counted last; rates are means since the row before."""
+        """Figures of the last counted update; rates are means since the previous row."""
         window, self._window = self._window, Window()
         rate, seconds = window.real_tokens / window.seconds, self.totals().seconds
         return {
@@ -123,7 +125,7 @@ class Tally:
         }
 
     def result(self, status: str, ended: str | None = None) -> Result:
-        """What came of the run, and why it `ended` before its last update, if it did."""
+        """The run's result, and why it `ended` before its last update, if it did."""
         totals = self.totals()
         rate = totals.timed_tokens / totals.timed_seconds if totals.timed_seconds else None
         return Result(
@@ -144,7 +146,7 @@ class Tally:
 
 
 def _percentile(values: list[float], share: float) -> float | None:
-    """The nearest value that this share of them does not exceed; None of none."""
+    """The nearest value that this share of them does not exceed; None for an empty list."""
     return sorted(values)[round(share * (len(values) - 1))] if values else None
 
 
@@ -157,10 +159,10 @@ def _known(**figures: float | None) -> dict[str, float]:
 
 
 def hbm(devices: Iterable[Any]) -> dict[str, int]:
-    """Device memory, where the backend counts it (TPUs and GPUs do, CPUs don't).
+    """Device memory, where the backend reports it (TPUs and GPUs do, CPUs do not).
 
-    `hbm_bytes` (now) and `hbm_peak_bytes` (since the start) of the fullest of this process's devices; empty where none
-    is counted.
+    `hbm_bytes` (now) and `hbm_peak_bytes` (since the start) of the fullest of this process's devices; empty if not
+    reported.
     """
     counted = [stats for device in devices if (stats := device.memory_stats())]
     return {key: max(stats.get(name, 0) for stats in counted) for key, name in HBM_KEYS.items() if counted}

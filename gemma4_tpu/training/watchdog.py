@@ -1,4 +1,4 @@
-"""What ends a run that hangs: no progress for `trainer.stall_seconds` dumps every stack and exits."""
+"""Ends a run that hangs: without progress for `trainer.stall_seconds`, it dumps every stack and exits."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ log = logging.getLogger(__name__)
 
 
 class Watchdog:
-    """Counts the time since the last sign of progress; a context manager around the loop."""
+    """Measures the time since the last sign of progress; a context manager around the loop."""
 
     def __init__(
         self, stall_seconds: float | None, log_path: Path | None, last_words: Callable[[str], None] = lambda _: None
     ):
-        """`last_words` get the reason before the process ends; None as `stall_seconds` never ends it."""
+        """`last_words` receives the reason before the process ends; `stall_seconds` None never ends it."""
         self._stall_seconds = stall_seconds
         self._log_path = log_path
         self._last_words = last_words
@@ -40,12 +40,12 @@ class Watchdog:
         self._closed.set()
 
     def progress(self) -> None:
-        """Something was finished: an update, a batch of the held-out set, a restore."""
+        """Called when something is finished: an update, a held-out batch, a restore."""
         self._progress_at = time.monotonic()
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """Nothing counts as a stall inside: for compilation, which has no known length."""
+        """Suspends the watchdog inside: for compilation, whose length is unknown."""
         self._paused += 1
         try:
             yield

@@ -134,7 +134,7 @@ def test_without_a_container(bench, docker, tmp_path):
     told = {"serving": {"slice": "v6e-1", "host": "127.0.0.1", "port": 8765, "engine": "docker"}, "run": "m"}
     (folder / "config.yaml").write_text(yaml.safe_dump(told))
     code, _, _, err = bench(None, f"served={folder}", *CELLS)
-    assert code == 2 and "No such object: gemma4-serve-8765" in err and "no server of that port runs" in err
+    assert code == 2 and "No such object: gemma4-serve-8765" in err and "no server on that port runs" in err
     told["serving"]["slice"] = "local"
     (folder / "config.yaml").write_text(yaml.safe_dump(told))
     assert main([f"served={folder}", *CELLS]) == 2

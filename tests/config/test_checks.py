@@ -42,7 +42,7 @@ REFUSALS = [
     # rows that are split
     (["hardware=v5p8", "mesh.cp=3"], "mesh.cp=3: not possible for model=tiny_moe on 4 devices (dp × fsdp × cp × tp ="),
     (["hardware=v5p8", "mesh.cp=2", "mesh.tp=2", "data.sequence_length=4098"], "mesh.cp=2: rows of 4098 tokens"),
-    (["mesh.cp=2", "trainer.sample_prompts=1"], "trainer.sample_prompts=1 decodes answers, for which rows are not"),
+    (["mesh.cp=2", "trainer.sample_prompts=1"], "trainer.sample_prompts=1 decodes answers, which needs whole rows"),
     (["optimizer.schedule=cos"], "did you mean optimizer.schedule=cosine?"),
     # optimizers: keys of another kind, schedules, averages
     (["optimizer=lion", "optimizer.eps=1e-6"], "optimizer.eps=1e-06: not with optimizer=lion; give null, or"),
@@ -69,7 +69,7 @@ REFUSALS = [
     (["tracker.mode=disabled"], "choices: auto, online, offline"),
     (["checkpoint.resume=always"], "choices: auto, never"),
     # length of the run, size of an update
-    (["trainer.max_updates=null"], "trainer.max_updates, trainer.epochs: give one of them; both are null"),
+    (["trainer.max_updates=null"], "trainer.max_updates, trainer.epochs: set one of them; both are null"),
     (["trainer.global_batch_tokens=4096"], "add trainer.global_batch_sequences=null"),
     (["trainer.global_batch_sequences=null"], "set exactly one; both are null"),
     (
@@ -89,7 +89,7 @@ REFUSALS = [
     (["lora.layers=[3-9]"], "lora.layers: '3-9': not layers of this model, which are 0-5"),
     (["lora.layers=[first]"], "lora.layers: 'first': give layers (24; -1 is the last) and ranges"),
     (["lora.ranks={o:0}"], "lora.ranks.o=0: must be at least 1"),
-    (["lora.ranks={k:4}"], "these share A, so give both the same rank"),
+    (["lora.ranks={k:4}"], "these share A; give both the same rank"),
     (["lora.dora=true", "lora.dropout=0.1"], "lora.dropout=0.1: lora.dora=true scales the base's product too"),
     (
         ["model=tiny_moe", "lora.dora=true", "lora.targets=[mlp,experts]"],
@@ -119,13 +119,13 @@ REFUSALS = [
     ),
     (
         ["lora.modules_to_train=[norm_]"],
-        "lora.modules_to_train: 'norm_' is nothing that tiny_moe has; give norms, embeddings (projector only with",
+        "lora.modules_to_train: tiny_moe has no 'norm_'; use norms, embeddings (projector only with",
     ),
     (
         ["lora.modules_to_train=[k_proj]"],
         "self_attn.k_proj and self_attn.v_proj are one array here; name self_attn.v_proj",
     ),
-    (["lora.modules_to_train=[per_layer_projections]"], "'per_layer_projections' is nothing that tiny_moe has"),
+    (["lora.modules_to_train=[per_layer_projections]"], "tiny_moe has no 'per_layer_projections'"),
     (
         ["lora.targets=[mlp]", "lora.modules_to_train=[mlp.*]"],
         "adapts no module that lora.modules_to_train=[mlp.*] leaves; use some of attention",
@@ -153,7 +153,7 @@ REFUSALS = [
     (["trainer.profile=[3]"], "trainer.profile=[3]: give [first,last]"),
     (["hardware.region=us-centrl1"], "hardware.region=us-centrl1: no price is known there; did you mean"),
     # model
-    (["model=gemma4_31b"], "give model.path=<folder with the Hugging Face checkpoint> (local or gs://), or"),
+    (["model=gemma4_31b"], "set model.path=<folder with the Hugging Face checkpoint> (local or gs://), or"),
     (["model.name=tiny_mo"], "model.name=tiny_mo: no such architecture; did you mean model=tiny_moe"),
     (["model.path=random:x"], "model.path=random:x: write random:SEED, such as random:0"),
     (["model.path=/no/such/folder"], "model.path=/no/such/folder: no such folder (nor is there a folder /no/such)"),
@@ -227,7 +227,7 @@ def test_a_checkpoint_of_another_model_is_refused_and_the_right_name_given(refus
 
 def test_a_contradiction_is_named(refused, checkpoint):
     message = refused(f"model.path={checkpoint('tiny_moe', sliding_window=32)}")
-    assert "no architecture of this project fits it (sliding_window: model=tiny_moe has 64," in message
+    assert "it matches no architecture of this project (sliding_window: model=tiny_moe has 64," in message
 
 
 @pytest.mark.parametrize(

@@ -186,7 +186,7 @@ def test_a_load_by_context_length(load, caplog):
     (point,) = read([str(load)]).points
     assert (point.input_tokens, point.output_tokens, point.slice, point.sequences) == (384, 128, "v6e-8", 8)
     assert (point.ttft_seconds, point.tpot_seconds, point.whole) == (0.05, 0.01, True)
-    assert "1 cells without a completed request, or with failed ones, are left out: 1.json" in caplog.text
+    assert "skipped 1 cells with failed requests or without a completed one: 1.json" in caplog.text
     generated = 21.6 / 3.6  # 3.6 million tokens an hour
     assert total_usd_per_million(point, Prices(), "on_demand") == pytest.approx(generated / 4)
 
@@ -308,7 +308,7 @@ def test_a_plan_and_a_run_are_held_against_what_they_train(tmp_path):
 def test_a_plan_that_does_not_fit_costs_nothing(tmp_path, caplog):
     (tmp_path / "plan.json").write_text(json.dumps({"fits": False}))
     assert read([str(tmp_path)]) == Figures()
-    assert "the plan does not fit and is left out" in caplog.text
+    assert "skipped, the plan does not fit" in caplog.text
 
 
 def test_a_folder_without_a_record_is_refused(tmp_path):

@@ -35,7 +35,7 @@ def test_conversations_with_one_opening_are_told_apart_as_a_whole(caplog):
     train, heldout = sides([talk("Hi", f"a {n}") for n in range(200)] * 2, 0.1)
     assert train and heldout
     assert not {row.whole for row in train} & {row.whole for row in heldout}
-    assert "rows that begin with the same prompt are on both sides" in caplog.text
+    assert "rows with the same prompt are on both sides" in caplog.text
 
 
 def test_one_opening_of_most_rows_is_not_held_out():

@@ -87,7 +87,7 @@ def test_too_many_drops_are_an_error(tokenizer, write_jsonl):
 def test_nothing_left_is_an_error(tokenizer, write_jsonl):
     with pytest.raises(UserError, match=r"none of the 2 rows can be trained on(?s:.*)no_messages"):
         build_data(config(write_jsonl([{"messages": []}] * 2), max_drop_fraction=1.0), tokenizer)
-    with pytest.raises(UserError, match="the sources hold no rows"):
+    with pytest.raises(UserError, match="the sources contain no rows"):
         build_data(config(write_jsonl(["\n"])), tokenizer)
     with pytest.raises(UserError, match=r"data\.train is empty"):
         build_data(config(), tokenizer)
@@ -200,10 +200,10 @@ def test_thinking_without_thoughts_is_told(tokenizer, write_jsonl, caplog):
         chat_row("add", "<|channel>thought\nx\n<channel|>5"),
     )
     build_data(plain, tokenizer)
-    assert "no answer holds a thought" in caplog.text
+    assert "no answer contains a thought" in caplog.text
     caplog.clear()
     build_data(config(write_jsonl([thinking]), thoughts="train"), tokenizer)
-    assert "no answer holds a thought" not in caplog.text
+    assert "no answer contains a thought" not in caplog.text
 
 
 CODEV_ANSWER = "<think>x</think><answer>```sv\nmodule a;\nendmodule\n```</answer>"

@@ -56,7 +56,7 @@ def test_what_a_template_writes_is_read_back(template):
 )  # fmt: skip
 def test_calls_by_hand(written, arguments):
     if arguments is None:
-        with pytest.raises(ValueError, match=r"call|text|key|comma|nothing"):
+        with pytest.raises(ValueError, match=r"call|string|key|comma|value"):
             read_call(written)
     else:
         assert read_call(written) == ("f", arguments)

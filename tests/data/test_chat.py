@@ -103,7 +103,7 @@ def test_a_template_that_never_ends_is_refused_wherever_a_prompt_is_rendered(mon
 def test_bos_is_added_where_the_template_leaves_it_to_the_tokenizer(caplog):
     assert (whole := trained(make_tokenizer(), SINGLE)) and not caplog.text
     assert trained(make_tokenizer(TEMPLATE.replace("{{- bos_token -}}", "")), SINGLE) == whole
-    assert "put {{ bos_token }} at the head" in caplog.text
+    assert "put {{ bos_token }} at the start" in caplog.text
 
 
 def test_unfit_tokenizers_are_refused():
@@ -116,7 +116,7 @@ def test_unfit_tokenizers_are_refused():
             ChatFormat(make_tokenizer(broken))
     other = make_tokenizer()
     other.get_vocab = lambda: {"<start_of_turn>": 105, "<end_of_turn>": 106}
-    with pytest.raises(UserError, match="not one of Gemma 4"):
+    with pytest.raises(UserError, match="not a Gemma 4 tokenizer"):
         ChatFormat(other)
 
 

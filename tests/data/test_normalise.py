@@ -126,7 +126,7 @@ def test_what_cannot_be_recognised_is_refused_with_the_words_to_add(row, words):
 def test_columns_that_no_form_has_are_refused():
     with pytest.raises(UserError, match="the other way round"):
         Normaliser("auto", {"task": "prompt"}, Normalised())
-    with pytest.raises(UserError, match="question_text is no column of any form"):
+    with pytest.raises(UserError, match="question_text is not a column of any form"):
         Normaliser("auto", {"question_text": "q"}, Normalised())
 
 

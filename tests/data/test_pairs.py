@@ -117,10 +117,10 @@ def test_pairs_of_one_prompt_are_held_out_together(tokenizer, write_jsonl):
 def test_rows_of_another_kind_are_refused_with_the_objective_that_takes_them(tokenizer, write_jsonl):
     with pytest.raises(UserError, match=r"of the form preference are pairs, .* takes conversations; .*objective=dpo"):
         build(write_jsonl([{"chosen": [ASK, GOOD], "rejected": [ASK, BAD]}]), tokenizer, CONVERSATIONS)
-    with pytest.raises(UserError, match=r"of the form chat are conversations, this run takes pairs; .*objective=sft"):
+    with pytest.raises(UserError, match=r"of the form chat are conversations, but this run takes pairs.*objective=sft"):
         build(write_jsonl([chat_row("add x", "ok")]), tokenizer)
     rows = [{"task": "add x", "better": "ok", "worse": "why"}]
-    with pytest.raises(UserError, match=r"are no pairs: .*data.columns='\{prompt: …, chosen: …, rejected: …\}'"):
+    with pytest.raises(UserError, match=r"are not pairs: .*data.columns='\{prompt: …, chosen: …, rejected: …\}'"):
         build(write_jsonl(rows), tokenizer)
     named = build(write_jsonl(rows), tokenizer, columns={"prompt": "task", "chosen": "better", "rejected": "worse"})
     assert len(named.train) == 1

@@ -65,7 +65,7 @@ def test_command_line(monkeypatch, tmp_path, capsys, write_jsonl):
     model = "model.path=random:0"
     assert main(["preview=true", model]) == 0
     out = capsys.readouterr().out
-    assert "training examples; what is trained on is inside ⟦…⟧" in out
+    assert "training examples; tokens with loss are inside ⟦…⟧" in out
     assert "fill 9" in out
     assert (tmp_path / "outputs/preview/lengths.png").read_bytes().startswith(b"\x89PNG")
     bad = write_jsonl([chat_row("a", "b"), {}])

@@ -78,7 +78,7 @@ def test_splits_that_cannot_be_told_are_refused_until_named(write_jsonl, tmp_pat
     with pytest.raises(UserError, match="no split dev"):
         find(DataSource(path=folder, split="dev"))
     write_jsonl(ROWS, "only/test.jsonl")
-    with pytest.raises(UserError, match="nothing is there to be trained on"):
+    with pytest.raises(UserError, match="no split can be trained on"):
         find(DataSource(path=str(tmp_path / "only")))
 
 
@@ -167,13 +167,13 @@ def test_unreadable_lines_are_reported_with_their_number(tmp_path, monkeypatch):
 def test_a_torn_archive_is_refused(write_jsonl, tmp_path):
     whole = gzip.compress(b"".join(json.dumps(row).encode() + b"\n" for row in ROWS * 100))
     (tmp_path / "torn.jsonl.gz").write_bytes(whole[: len(whole) // 2])
-    with pytest.raises(UserError, match=r"torn\.jsonl\.gz: the file is torn or unreadable after row \d+"):
+    with pytest.raises(UserError, match=r"torn\.jsonl\.gz: the file is truncated or unreadable after row \d+"):
         values(str(tmp_path / "torn.jsonl.gz"))
     (tmp_path / "not.jsonl.gz").write_bytes(b"{}\n")
     with pytest.raises(UserError, match=r"not\.jsonl\.gz"):
         values(str(tmp_path / "not.jsonl.gz"))
     (tmp_path / "torn.parquet").write_bytes(b"PAR1 and no more")
-    with pytest.raises(UserError, match=r"torn\.parquet: the file is torn"):
+    with pytest.raises(UserError, match=r"torn\.parquet: the file is truncated"):
         values(str(tmp_path / "torn.parquet"))
 
 
@@ -181,7 +181,7 @@ def test_a_torn_archive_is_refused(write_jsonl, tmp_path):
     ("path", "message"),
     [
         ("{tmp}/nowhere.jsonl", "no such file or folder"),
-        ("{tmp}", "the folder holds none of"),
+        ("{tmp}", "the folder contains no"),
         ("{tmp}/notes.txt", "unknown format"),
         ("s9://bucket/rows.jsonl", "s9"),
         ("embedded:nothing.jsonl", "no such embedded asset"),

@@ -184,7 +184,7 @@ def test_an_expert_that_is_missing_and_a_rank_that_does_not_do_are_named(run_of,
     (tmp_path / "part").mkdir()
     save_file({n: x for n, x in tensors.items() if ".2.experts.5.up_proj." not in n}, tmp_path / "part" / WEIGHTS)
     (tmp_path / "part" / CONFIG).write_bytes((run / "adapter" / CONFIG).read_bytes())
-    with pytest.raises(UserError, match=r"no adapter of layers\.2\.experts\.5\.up_proj, though other experts have one"):
+    with pytest.raises(UserError, match=r"no adapter for layers\.2\.experts\.5\.up_proj, although other experts"):
         open_start(replace(LORA, start=str(tmp_path / "part")), arch_of(base))
     save_file({n: x * 2 if "up_proj.lora_A" in n else x for n, x in tensors.items()}, tmp_path / "part" / WEIGHTS)
     with pytest.raises(UserError, match=r"its experts need rank 4, lora\.expert_rank is 2"):  # gate and up share none

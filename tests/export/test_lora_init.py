@@ -203,5 +203,5 @@ def test_a_quantised_rest_is_evaluated_as_it_was_trained(run_of):
 def test_without_what_they_began_as_nothing_is_made_of_them(run_of, refused):
     run, _ = run_of(lora=LoraConfig(rank=4, init="olora"))
     told = refused(f"run={run}")
-    assert f"checkpoints/{FOLDER}: what the adapters began as (lora.init) can't be read" in told
+    assert f"checkpoints/{FOLDER}: the initial adapters (lora.init) can't be read" in told
     assert not (run / "merged").exists()

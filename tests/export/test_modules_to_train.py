@@ -165,9 +165,9 @@ REFUSALS = {
     "trained in full here": (
         {"modules_to_train": ["norms", "embeddings", "o_proj"]}, None, {}, "trains 12 of its adapted weights in full"
     ),
-    "a separate output matrix": ({}, tied_otherwise, {}, "embedding and output matrix are not the same"),
+    "a separate output matrix": ({}, tied_otherwise, {}, "embedding and output matrix differ"),
     "a module that is not there": (
-        {}, None, {"modules_to_save": ["score"]}, r"modules_to_save=\['score'\], of which no tensor"
+        {}, None, {"modules_to_save": ["score"]}, r"modules_to_save=\['score'\], but there is no tensor"
     ),
     "tensors that nothing explains": (
         {}, None, {"modules_to_save": None}, "modules_to_save=None; nothing here could take it"

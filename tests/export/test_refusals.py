@@ -118,7 +118,7 @@ def test_damaged_checkpoint(file, run_of, refused):
 
 
 def test_what_no_folder_is_right_for(refused_unwritten, tmp_path):
-    assert "run: which run?" in refused_unwritten()
+    assert "run is not set" in refused_unwritten()
     assert "no such folder" in refused_unwritten(f"run={tmp_path}/nowhere")
     assert "not the folder of a training run" in refused_unwritten(f"run={tmp_path}")
     assert "local or on gs://" in refused_unwritten("run=s3://bucket/run")

@@ -100,7 +100,7 @@ def test_dora_from_a_run_and_from_its_export_to_the_bit(run_of, merge):
         for leaf in adapters.leaves(trained.layout):
             for number, name in enumerate(leaf.tunix_names):
                 np.testing.assert_array_equal(np.asarray(get(tree, leaf.path))[number], trained.state.read(name))
-        with pytest.raises(UserError, match=r"lengths of rows, too \(DoRA\); give lora\.dora=true"):
+        with pytest.raises(UserError, match=r"also trained row lengths \(DoRA\); set lora\.dora=true"):
             open_start(replace(lora, dora=False, start=str(folder)), arch)
 
 
@@ -296,7 +296,7 @@ REFUSALS = {
     "PiSSA": ({}, {"init_lora_weights": "pissa"}, "init_lora_weights=pissa: changed the base weights"),
     "another method": ({}, {"peft_type": "LOHA"}, "peft_type=LOHA: only LORA"),
     "another rank in the configuration": ({}, {"r": 5}, "says rank 5"),
-    "a pattern": ({}, {"alpha_pattern": {"(a+)+b": 3}}, "regular expressions; only names of modules are read"),
+    "a pattern": ({}, {"alpha_pattern": {"(a+)+b": 3}}, "regular expressions; only module names are read"),
 }
 
 
@@ -315,7 +315,7 @@ def renamed(old, new):
 
 
 DAMAGE = {
-    "a trained tower": (lambda f, t: of_a_tower(f, t, trained=True), "none that get adapters.*vision_tower"),
+    "a trained tower": (lambda f, t: of_a_tower(f, t, trained=True), "get no adapters.*vision_tower"),
     "an expert": (
         lambda f, t: copy_with(f, t, **renamed("0.mlp.up_proj", "0.experts.base_layer")),
         "experts.base_layer",
@@ -348,7 +348,7 @@ def test_a_pickle_is_never_read(dense, tmp_path):
     base, folder = dense
     shutil.copy(folder / CONFIG, tmp_path / CONFIG)
     (tmp_path / "adapter_model.bin").write_bytes(b"\x80\x04cos\nsystem\n")
-    with pytest.raises(UserError, match=r"adapter_model\.bin: pickled, which is never read"):
+    with pytest.raises(UserError, match=r"adapter_model\.bin: pickled, and pickles are not read"):
         open_start(LoraConfig(start=str(tmp_path)), arch_of(base))
 
 
@@ -365,5 +365,5 @@ def test_which_checkpoint(run_of):
     arch, lora = arch_of(base), LoraConfig(rank=4, alpha=8.0, start=str(run))
     assert [open_start(replace(lora, start_checkpoint=which), arch).source.split()[1] for which in
             ("latest", "best", "3")] == ["5", "3", "3"]  # fmt: skip
-    with pytest.raises(UserError, match=r"lora\.start_checkpoint=4: .* has none of that update; there are 3, 5"):
+    with pytest.raises(UserError, match=r"lora\.start_checkpoint=4: .* has no such checkpoint; there are 3, 5"):
         open_start(replace(lora, start_checkpoint="4"), arch)

@@ -16,6 +16,7 @@ PAGES = sorted(
     for pattern in (
         "*.md",
         "docs/*.md",
+        "docs/concepts/*.md",
         "docs/site/*.md",
         "experiments/**/README.md",
         "examples/*.md",

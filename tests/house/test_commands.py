@@ -72,7 +72,8 @@ def reader(tmp_path_factory):
         (here / folder).mkdir(parents=True)
         (here / folder / "result.json").write_text("{}")
         (here / folder / "config.yaml").write_text("serving: {slice: v6e-8, host: 127.0.0.1, port: 8000}")
-    for file in ("evaluation/samples.jsonl", "samples.jsonl", "rows.jsonl", "test.jsonl", "test.csv", "test.parquet",
+    for file in ("evaluation/samples.jsonl", "samples.jsonl", "rows.jsonl", "rows.csv",
+                 "test.jsonl", "test.csv", "test.parquet",
                  "gsm8k.jsonl"):  # fmt: skip
         (here / file).touch()
     (here / "bin").mkdir()

@@ -44,7 +44,12 @@ def test_links_and_paths_of_a_page_lead_somewhere(page):
 
 @pytest.mark.parametrize(
     "target",
-    ["../data.md", "../../experiments/plans/README.md", "../data.md#why-rows-are-dropped", "../rewards.md"],
+    [
+        "../data.md#your-own-csv-in-three-steps",
+        "../../experiments/plans/README.md",
+        "../data.md#why-rows-are-dropped",
+        "../rewards.md",
+    ],
     ids=["train on my own CSV", "what a v6e-4 costs", "why a row was dropped", "how to write a reward"],
 )
 def test_the_index_of_the_site_answers_what_is_asked_most(target):

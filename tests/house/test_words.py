@@ -25,6 +25,13 @@ PHRASES = {
     r"likewise": "the number, the fact itself",
     r"without a word": "silently",
     r"passed over": "skipped",
+    r"(is|are) no (object|JSON|list|folder|number|name|record|text|plan|key|pair)s?": "is not a …",
+    r"(server|run|row|rows|file|function|model|problem)s? of (yours|theirs)": "your own …",
+    r"for good": "permanently",
+    r"held against": "compared with",
+    r"under way": "in progress",
+    r"the very (same|ids|numbers|values)": "exactly the same",
+    r"what (comes|came|becomes|became) of (it|them|this|that|the|a)": "the result of, what happened to",
     r"(text|data|answers?|tensors?|it) (is|are) told": "given, reported",
 }  # fmt: skip
 """Phrase → what to write instead; the longer list, for people, is in CONTRIBUTING.md."""

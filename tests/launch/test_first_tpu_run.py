@@ -120,5 +120,5 @@ def test_the_page_names_our_prices():
     assert f"${price.usd_per_hour:.2f} per hour" in PAGE and price.date in PAGE
     assert f"${3 * price.usd_per_hour:.2f}" in PAGE
     plans = (ROOT / "experiments/plans/README.md").read_text()
-    (estimated,) = re.findall(r"\| the training \| ([^|]+) \|", PAGE)
+    (estimated,) = re.findall(r"\| training \| ([^|]+) \|", PAGE)
     assert "for the same slice and job here: " in plans and estimated in plans

@@ -218,11 +218,11 @@ def test_kubernetes_takes_what_serves_on_gke(home, capsys):
 def test_gke_serving_refuses_what_can_not_work(capsys, tmp_path):
     given = ["serving.runner=gke", "architecture=gemma4_31b"]
     cases = {
-        "give run=gs://<bucket>/<merged folder>": ["serving=v6e8", f"run={tmp_path}"],
-        "serving.runner=gke knows TPU slices": ["serving=h100x2", "run=gs://b/r/merged"],
+        "set run=gs://<bucket>/<merged folder>": ["serving=v6e8", f"run={tmp_path}"],
+        "serving.runner=gke needs a TPU slice": ["serving=h100x2", "run=gs://b/r/merged"],
         "Kubernetes replaces $(…)": ["serving=v6e8", "run=gs://b/r/merged", "serving.env={X: '$(HOME)'}"],
         "more than max_replicas=2": ["run=gs://b/r", "serving.gke.min_replicas=3", "serving.gke.max_replicas=2"],
-        "make a name in Kubernetes": ["run=gs://b/r", "serving.gke.namespace=My_Space"],
+        "names in Kubernetes consist of": ["run=gs://b/r", "serving.gke.namespace=My_Space"],
         "has 4 hosts": ["run=gs://b/r", "serving.slice=v6e-16"],
     }
     for told, words in cases.items():

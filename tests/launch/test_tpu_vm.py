@@ -216,7 +216,7 @@ def test_without_gcloud_the_install_command_is_named(launch, monkeypatch):
     [
         (["lora.rnk=8"], "did you mean lora.rank?"),
         (["mesh.tp=3", "mesh.fsdp=null"], "legal meshes"),
-        (["hardware=h200"], "which TPU slice?"),
+        (["hardware=h200"], "not a TPU slice"),
         (["data=chat_jsonl", "data.train.0.path=rows.jsonl"], "gcloud storage cp"),
         (["model.path=/models/gemma"], "is on this machine"),
         (["run_dir=outputs/train/x"], "a slice that is deleted takes its disk with it"),

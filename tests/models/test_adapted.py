@@ -67,8 +67,8 @@ def test_alpha_is_the_same_for_all_ranks():
     ("settings", "told"),
     [
         ({"ranks": {"k": 4}}, r"lora\.ranks: layers\.0\.self_attn\.k_proj 4, .*v_proj 16: these share A"),
-        ({"ranks": {"experts.*": 4}}, r"lora\.ranks: experts\.\*: no adapted module takes its rank from it"),
-        ({"ranks": {"o": 4, "o_proj": 8}}, r"lora\.ranks: o_proj: no adapted module"),
+        ({"ranks": {"experts.*": 4}}, r"lora\.ranks: experts\.\*: matches no adapted module"),
+        ({"ranks": {"o": 4, "o_proj": 8}}, r"lora\.ranks: o_proj: matches no adapted module"),
         ({"layers": ["5"], "targets": ["v"]}, r"lora\.targets=\[v\] adapts no module in lora\.layers=\[5\]"),
     ],
 )

@@ -52,7 +52,7 @@ def test_parameters_of_images_are_counted_and_compared(tmp_path):
     assert re.search("1 unexpected: model.rest$", unknown.problems[0])
     del vision["model.rest"]
     other = found(write_skeleton(tmp_path / "other", "gemma4_12b", prefix=text, more=vision))
-    assert other.problems == [] and "; 26,542,080 of images and sound" in other.facts["parameters"]
+    assert other.problems == [] and "; 26,542,080 for images and audio" in other.facts["parameters"]
     assert "gemma4_12b as released has 52,379,904" in other.notes[0]
 
 
@@ -72,7 +72,7 @@ def test_quantised_tensors_are_named_as_such(tmp_path, method):
     without = ["model.layers.2.mlp.up_proj.weight"] if method in ("GPTQ or AWQ", "compressed-tensors") else []
     (problem,) = found(write_skeleton(tmp_path / "base", "tiny", more=more, without=without)).problems
     assert f"quantised with {method}, though config.json has no quantization_config (model.layers.2." in problem
-    assert "give the original weights" in problem
+    assert "use the original weights" in problem
 
 
 def test_a_weight_of_eight_bits_alone_is_refused(tmp_path):
@@ -97,7 +97,7 @@ def test_an_output_matrix_of_its_own_is_refused_and_a_copy_of_the_embedding_is_n
     assert "config.json says tie_word_embeddings=false, but there is no lm_head.weight" in problem
     wrong = {"lm_head.weight": ("BF16", (513, 128))}
     (problem,) = found(write_skeleton(tmp_path / "wrong", "tiny", more=wrong)).problems
-    assert problem.endswith("1 of another shape: lm_head.weight [513, 128] instead of [512, 128]")
+    assert problem.endswith("1 with another shape: lm_head.weight [513, 128] instead of [512, 128]")
 
 
 def test_tokens_without_an_embedding_are_named(tmp_path):
@@ -109,14 +109,14 @@ def test_tokens_without_an_embedding_are_named(tmp_path):
     assert "tokenizer.json: 1 of its tokens have ids beyond the 512 rows of the embedding ('<mine>' 512)" in problem
     assert found(folder, tokenizer="embedded:tiny").problems == []
     (folder / "tokenizer.json").write_text('{"model": 5}')
-    assert "tokenizer.json: not a tokenizer that can be read" in found(folder).problems[0]
+    assert "tokenizer.json: not a readable tokenizer" in found(folder).problems[0]
 
 
 @pytest.mark.parametrize(
     ("file", "content", "told"),
     [
-        ("tokenizer.json", {"model": {"vocab": {"a": "x"}}}, "not a tokenizer that can be read .*'a' has the id 'x'"),
-        ("model.safetensors.index.json", {"weight_map": {"a": ["b"]}}, r"places a in \['b'\], no file's name"),
+        ("tokenizer.json", {"model": {"vocab": {"a": "x"}}}, "not a readable tokenizer .*'a' has the id 'x'"),
+        ("model.safetensors.index.json", {"weight_map": {"a": ["b"]}}, r"places a in \['b'\], not a file name"),
     ],
 )
 def test_a_damaged_small_file_is_a_problem_and_no_traceback(tmp_path, file, content, told):
@@ -130,7 +130,7 @@ def test_a_damaged_small_file_is_a_problem_and_no_traceback(tmp_path, file, cont
 def test_a_template_with_a_mistake_is_refused_as_training_would(tmp_path):
     folder = write_skeleton(tmp_path / "base", "tiny")
     for text, told in (
-        ("a\n{% if %}", "the chat template can't be read (line 2: Expected an expression"),
+        ("a\n{% if %}", "the chat template cannot be read (line 2: Expected an expression"),
         ("{% for m in messages %}{% generation %}{{ m }}{% break %}{% endgeneration %}{% endfor %}", None),
     ):
         (folder / "chat_template.jinja").write_text(text)
@@ -156,13 +156,13 @@ def test_a_template_is_missing_unknown_or_known(tmp_path):
     text = place.read_text()
     assert found(folder).facts["chat template"] == "the embedded tiny model's" and not found(folder).notes
     place.write_text("{{ messages }}")
-    assert "of none of the known revisions (sha256 " in found(folder).facts["chat template"]
-    assert any("the template is none of the known revisions" in note for note in found(folder).notes)
+    assert "not a known revision (sha256 " in found(folder).facts["chat template"]
+    assert any("the template is not a known revision" in note for note in found(folder).notes)
     place.write_text("\n")
     assert "the tokenizer has no chat template" in found(folder).problems[0]
     place.unlink()
     (problem,) = found(folder).problems
-    assert "the tokenizer has no chat template (chat_template.jinja); take an instruction-tuned" in problem
+    assert "the tokenizer has no chat template (chat_template.jinja); use an instruction-tuned" in problem
     config = json.loads((folder / "tokenizer_config.json").read_text())
     for template in (text, [{"name": "tools", "template": "x"}, {"name": "default", "template": text}]):
         (folder / "tokenizer_config.json").write_text(json.dumps(config | {"chat_template": template}))
@@ -204,14 +204,14 @@ def test_a_remote_checkpoint_is_read_where_it_is(tmp_path):
 
 def test_what_is_out_of_reach_is_no_reason_to_refuse(tmp_path):
     unreachable = look_from_afar(ModelConfig(name="tiny", path="http://127.0.0.1:9/base"))
-    assert not unreachable.problems and "not looked at from here (" in unreachable.notes[0]
+    assert not unreachable.problems and "not checked from this machine (" in unreachable.notes[0]
     assert look_from_afar(ModelConfig(name="tiny", path="embedded:tiny")).facts["model"].startswith("tiny")
 
 
 def test_the_command_says_that_a_checkpoint_is_out_of_reach(capsys):
     assert main(["model.path=http://127.0.0.1:9/base"]) == 2
     told = capsys.readouterr().err
-    assert "model.path=http://127.0.0.1:9/base: not looked at from here (" in told and "Traceback" not in told
+    assert "model.path=http://127.0.0.1:9/base: not checked from this machine (" in told and "Traceback" not in told
 
 
 @pytest.mark.parametrize(
@@ -222,7 +222,7 @@ def test_the_command_says_that_a_checkpoint_is_out_of_reach(capsys):
             ["model=gemma4_12b", "model.path=embedded:tiny"],
             "not a checkpoint of gemma4_12b; give model=tiny (num_layers",
         ),
-        ([], "model.path: which checkpoint? give model.path=<folder"),
+        ([], "model.path is not set; set model.path=<folder"),
         (["model.path=nowhere"], "model.path=nowhere: no such folder"),
         (["model=gemma4_32b", "model.path=embedded:tiny"], "gemma4_32b"),
     ],
@@ -245,7 +245,7 @@ def test_a_rope_factor_makes_no_other_size(tmp_path):
 def test_a_checkpoint_of_no_size_is_compared_with_the_nearest(tmp_path):
     folder = write_skeleton(tmp_path / "base", "tiny", config={"sliding_window": 100})
     (problem,) = found(folder).problems
-    assert "no architecture of this project fits it; the nearest is tiny (sliding_window: model=tiny has 128" in problem
+    assert "matches no architecture of this project; the nearest is tiny (sliding_window: model=tiny has 128" in problem
 
 
 def test_training_is_refused_before_a_weight_is_read(tmp_path, monkeypatch, capsys):

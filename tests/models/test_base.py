@@ -68,7 +68,7 @@ def test_the_fingerprint_is_that_of_the_weights(tmp_path):
     ("model", "message"),
     [
         (ModelConfig(name="gemma3_27b"), "model.name=gemma3_27b: no such architecture.*there are: gemma4_31b, "),
-        (ModelConfig(name="gemma4_31b"), "model.path: gemma4_31b needs its checkpoint; give model.path=<folder"),
+        (ModelConfig(name="gemma4_31b"), "model.path: gemma4_31b needs its checkpoint; set model.path=<folder"),
         (ModelConfig(path="random:x"), "model.path=random:x: write random:SEED"),
         (
             ModelConfig(path="no/such/folder"),
@@ -98,7 +98,7 @@ def test_a_contradiction_names_the_fields_and_the_fitting_model(tiny_moe):
     ("change", "message"),
     [
         ({"model_type": "gemma3_text"}, "model_type is 'gemma3_text'"),
-        ({"quantization_config": {"quant_method": "gptq"}}, "a checkpoint quantised with gptq; give the original"),
+        ({"quantization_config": {"quant_method": "gptq"}}, "a checkpoint quantised with gptq; use the original"),
         ({"hidden_size": None}, "hidden_size is missing"),
     ],
 )

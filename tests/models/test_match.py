@@ -18,9 +18,9 @@ def test_missing_unexpected_and_misshapen_tensors_are_all_named():
     with pytest.raises(UserError) as refusal:
         match(arch, shapes, "some/folder")
     assert str(refusal.value) == (
-        "some/folder: its tensors are not those of checkpoint: 2 missing: model.embed_tokens.weight,"
+        "some/folder: its tensors do not match checkpoint: 2 missing: model.embed_tokens.weight,"
         " model.layers.3.self_attn.o_proj.weight; 1 unexpected: model.layers.5.self_attn.v_proj.weight;"
-        " 1 of another shape: model.layers.2.mlp.up_proj.weight [64, 96] instead of [96, 64]"
+        " 1 with another shape: model.layers.2.mlp.up_proj.weight [64, 96] instead of [96, 64]"
     )
 
 

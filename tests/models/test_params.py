@@ -125,7 +125,7 @@ def test_nothing_is_read_from_a_checkpoint_that_does_not_fit(monkeypatch):
     other = ARCHITECTURES["tiny"]
     monkeypatch.setattr(TensorFile, "read", lambda *_: pytest.fail("read a tensor"))
     layout = Layout.of(other)
-    with pytest.raises(UserError, match=r"its tensors are not those of tiny: .* unexpected: .* of another shape: "):
+    with pytest.raises(UserError, match=r"its tensors do not match tiny: .* unexpected: .* with another shape: "):
         load_params(Checkpoint(str(folder)), other, layout, sharding.places(layout, mesh_of(1, 1)), jnp.float32)
 
 

@@ -41,5 +41,5 @@ def test_larger_sizes_are_refused_by_what_they_need(model, tmp_path):
 
 def test_the_projector_is_named_only_where_pictures_are_read(tmp_path):
     words = ["model=tiny", "lora.modules_to_train=[projector]", f"run_dir={tmp_path}/run"]
-    with pytest.raises(UserError, match="'projector' is nothing that tiny has"):
+    with pytest.raises(UserError, match="tiny has no 'projector'"):
         load(words, TRAIN)

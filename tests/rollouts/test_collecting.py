@@ -87,7 +87,7 @@ def test_dead_groups_are_replaced_within_bounds(tmp_path):
 
 
 def test_without_a_single_live_group_the_run_says_why(tmp_path):
-    with pytest.raises(UserError, match=r"update 1: none of 6 prompts has .*18 x; 0 of 18 .*Begin from a policy"):
+    with pytest.raises(UserError, match=r"update 1: none of 6 prompts has .*18 x; 0 of 18 .*Start from a policy"):
         collect(tmp_path, Letters(), Judge(), [TASKS[i] for i in (1, 3, 5, 7, 9, 11)])
 
 

@@ -81,7 +81,7 @@ def test_another_vocabulary_is_refused_by_its_tokens(tmp_path):
     first, second = list(vocabulary)[-2:]
     vocabulary[first], vocabulary[second] = vocabulary[second], vocabulary[first]
     (other / "tokenizer.json").write_text(json.dumps(content))
-    said = rf"teacher=embedded:tiny: 2 of its tokens are others: \d+ is {re.escape(repr(first))}, here "
+    said = rf"teacher=embedded:tiny: 2 of its tokens differ: \d+ is {re.escape(repr(first))}, here "
     with pytest.raises(UserError, match=said):
         open_teacher(objective, student, load_tokenizer(str(other)))
 
@@ -89,7 +89,7 @@ def test_another_vocabulary_is_refused_by_its_tokens(tmp_path):
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        ("", r"objective\.teacher: objective=distill learns from one; give a run folder or a checkpoint"),
+        ("", r"objective\.teacher: objective=distill needs a teacher; set a run folder or a checkpoint"),
         ("objective.teacher=http://host/v1", r"servers tell of a few tokens; give the checkpoint.*distill_offline"),
         ("objective.teacher=absent", r"objective\.teacher=absent: no such folder"),
         ("objective.teacher=random:0", r"random weights of which model\? Give objective\.teacher_model="),

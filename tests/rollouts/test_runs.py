@@ -113,7 +113,7 @@ REFUSED = [
     ("rollouts.reward=nothing", r"rollouts\.reward=nothing: give judge, module:function, or a URL"),
     ("data.sequence_length=200", r"rollouts\.prompt_tokens=128 \+ rollouts\.new_tokens=128; give at least 255"),
     ("lora.dropout=0.1", r"lora\.dropout=0\.1: the policy is sampled without dropout"),
-    ("data.packing=false", r"data\.packing=false: roll-outs are in packed rows"),
+    ("data.packing=false", r"data\.packing=false: roll-outs need packed rows"),
     ("rollouts.samples=1", r"rollouts\.samples=1: must be at least 2, so that answers can be compared"),
     ("rollouts.overlong_tokens=500", r"rollouts\.overlong_tokens=500: more than the 128 tokens"),
     ("rollouts.recorded=/nowhere", r"rollouts\.recorded=/nowhere: no folder with rollouts/"),

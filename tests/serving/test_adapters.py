@@ -79,10 +79,10 @@ def test_names_are_as_long_as_they_must_be(adapted, dry_run):
         ({"modules_to_save": ["lm_head"]}, "whole modules alongside the adapter (modules_to_save=['lm_head'])"),
         ({"trainable_token_indices": {"embed_tokens": [3]}}, "trained rows of tokens"),
         ({"target_parameters": ["experts.down_proj"]}, "adapters of experts in PEFT's form"),
-        ({"r": 513}, "rank 513: vLLM takes ranks up to 512"),
-        ({"rank_pattern": {"o_proj": 600}}, "rank 600: vLLM takes"),
-        ({"peft_type": "IA3"}, "describes no LoRA"),
-        ({"base_model_name_or_path": "/nowhere/base"}, "base is /nowhere/base, no folder here; give run="),
+        ({"r": 513}, "rank 513: vLLM accepts ranks up to 512"),
+        ({"rank_pattern": {"o_proj": 600}}, "rank 600: vLLM accepts"),
+        ({"peft_type": "IA3"}, "does not describe LoRA"),
+        ({"base_model_name_or_path": "/nowhere/base"}, "base is /nowhere/base, not a local folder; set run="),
     ],
 )  # fmt: skip
 def test_adapters_that_vllm_does_not_apply(adapted, refused, changes, told):
@@ -93,7 +93,7 @@ def test_what_a_server_can_not_do(adapted, refused, tmp_path, base):
     run = adapted()
     assert "silently ignores adapters" in refused(given(run), "serving=v6e8")
     words = ["serving=v6e8_tuned", "serving.env={MODEL_IMPL_TYPE: vllm}"]
-    assert "data_parallel_size=2: not with adapters on TPUs" in refused(given(run), *words)
+    assert "data_parallel_size=2: not supported with adapters on TPUs" in refused(given(run), *words)
     assert "serving=vllm_cpu applies adapters" in refused(given(run), "serving=local")
     assert "nowhere: no such folder" in refused("adapters=[nowhere]", *GPU)
     assert f"merge run={base} export=peft" in refused(given(base), *GPU)
@@ -109,7 +109,7 @@ def test_what_a_server_can_not_do(adapted, refused, tmp_path, base):
 @pytest.mark.parametrize(
     ("modules", "words", "told"),
     [
-        ([MODULE, "base_model.model.model.embed_tokens"], GPU, "vLLM applies no adapter to base_model.model.model.emb"),
+        ([MODULE, "base_model.model.model.embed_tokens"], GPU, "vLLM does not apply adapters to base_model"),
         ([MODULE.replace("self_attn.q_proj", "experts.3.gate_proj")], ["serving=vllm_cpu"], "on GPUs only"),
     ],
 )  # fmt: skip

@@ -101,7 +101,7 @@ def test_a_process_gets_the_same_flags(merged, dry_run, port):
 
 
 def test_heads_that_vllm_on_cpus_does_not_take(merged, refused):
-    assert "heads of width 16: vLLM's attention on CPUs takes 32, 64" in refused(merged("tiny"), "serving=vllm_cpu")
+    assert "heads of width 16: vLLM's attention on CPUs supports 32, 64" in refused(merged("tiny"), "serving=vllm_cpu")
 
 
 def test_the_papers_command(merged, dry_run, port):
@@ -130,7 +130,7 @@ def test_that_tpus_have_no_jax_model_of_12b_is_told(words, told, merged, port):
     config = json.loads((model / "config.json").read_text())
     (model / "config.json").write_text(json.dumps(config | {"model_type": "gemma4_unified"}))
     notes = load([f"run={model}", f"serving.port={port}", *words], SERVE).checked.notes
-    assert any("model_type=gemma4_unified (12B) is none of" in note for note in notes) == told
+    assert any("model_type=gemma4_unified (12B) is not in" in note for note in notes) == told
 
 
 def test_flags_become_words(merged, dry_run, monkeypatch):
@@ -172,10 +172,10 @@ def test_a_drafter_is_a_second_mount(merged, dry_run, refused, tmp_path):
     assert json.loads(after(words, "--speculative-config")) == speculation
     words = dry_run(model, "serving=v6e4_mtp", f"serving.drafter={drafter}", "serving.runner=process")
     assert json.loads(after(words, "--speculative-config"))["model"] == str(drafter)
-    assert "serving.drafter: which drafter?" in refused(model, "serving=v6e4_mtp")
+    assert "serving.drafter: this recipe needs a drafter" in refused(model, "serving=v6e4_mtp")
     other = make_drafter(tmp_path / "other", 2816)
     assert "made for a model of width 2816" in refused(model, "serving=v6e4_mtp", f"serving.drafter={other}")
-    assert "is no drafter of Gemma 4" in refused(model, "serving=v6e8", f"serving.drafter={model}")
+    assert "is not a Gemma 4 drafter" in refused(model, "serving=v6e8", f"serving.drafter={model}")
 
 
 def test_a_quantised_folder_is_counted_and_named_as_what_it_is(merged, dry_run, refused, capsys, tmp_path, port):
@@ -191,7 +191,7 @@ def test_a_quantised_folder_is_counted_and_named_as_what_it_is(merged, dry_run, 
     shown = capsys.readouterr().out
     assert "weights 4.00 GiB = 32.00 GiB of quantised files / 8 chips" in shown and "my_run-int8" in shown
     assert "quantised by compressed-tensors already" in refused(quantised, "serving=v6e8_tuned")
-    assert "give the merged folder" in refused(quantised, "serving=local")
+    assert "use the merged folder" in refused(quantised, "serving=local")
     notes = load([f"run={quantised}", f"serving.port={port}", "serving=v6e8"], SERVE).checked.notes
     assert any("tpu-inference #3305" in note.replace("\n", " ") for note in notes)
     about["config_groups"] = {"group_0": {"weights": {"num_bits": 8}, "input_activations": None}}
@@ -210,11 +210,11 @@ def test_refusals_of_flags_name_key_and_remedy_all_at_once(merged, refused):
         "max-num-seq": (3, "did you mean max-num-seqs"),
         "disable-log-requests": ("true", "no-enable-log-requests"),
         "port": (3, "serving.flags.port: give serving.port instead"),
-        "enable_lora": ("true", "serving.flags.enable-lora: adapters are served by adapters=["),
+        "enable_lora": ("true", "serving.flags.enable-lora: serve adapters with adapters=["),
         "tool-call-parser": ("hermes", "Gemma 4's is gemma4"),
         "hf-token": ("x", "set HF_TOKEN instead"),
         "seed": ("false", "has no --no-seed"),
-        "trust-remote-code": ("true", "would run code that a checkpoint names"),
+        "trust-remote-code": ("true", "would run code from a checkpoint"),
     }
     given = ", ".join(f"{name}: {value}" for name, (value, _) in flags.items())
     words = [f"serving.flags={{{given}}}", "serving.extra_args=['--lora-modules=a=b']", "serving.env={HF_TOKEN: x}"]
@@ -232,20 +232,20 @@ def test_refusals_of_flags_name_key_and_remedy_all_at_once(merged, refused):
 @pytest.mark.parametrize(
     ("words", "told"),
     [
-        (["serving.image=vllm/vllm-tpu:nightly"], "the tag nightly can mean another image tomorrow"),
-        (["serving.image=vllm/vllm-tpu"], "no tag can mean another image"),
-        (["serving.image=vllm/vllm-tpu:latest"], "the tag latest can mean another image tomorrow"),
-        (["serving.image=vllm/vllm-tpu:gemma4"], "the tag gemma4 can mean another image tomorrow"),
-        (["serving.image=vllm/vllm-tpu:v0"], "the tag v0 can mean another image tomorrow"),
+        (["serving.image=vllm/vllm-tpu:nightly"], "the tag nightly can refer to another image tomorrow"),
+        (["serving.image=vllm/vllm-tpu"], "no tag can refer to another image"),
+        (["serving.image=vllm/vllm-tpu:latest"], "the tag latest can refer to another image tomorrow"),
+        (["serving.image=vllm/vllm-tpu:gemma4"], "the tag gemma4 can refer to another image tomorrow"),
+        (["serving.image=vllm/vllm-tpu:v0"], "the tag v0 can refer to another image tomorrow"),
         (["serving.executable=/opt/vllm"], "the container has its own; leave it out, or give serving.runner=process"),
-        (["serving=local", "serving.executable=/opt/vllm"], "of vLLM, which serving=local does without"),
+        (["serving=local", "serving.executable=/opt/vllm"], "for vLLM, which serving=local does not use"),
         (["serving.gke.max_replicas=2"], "serving.gke: for serving.runner=gke"),
-        (["serving.slice=local"], "a CPU serves by serving=local (PyTorch in this process) or serving=vllm_cpu"),
+        (["serving.slice=local"], "on a CPU, use serving=local (PyTorch in this process) or serving=vllm_cpu"),
         (["serving.runner=embedded", "serving.image=''"], "serving.runner=embedded serves on this machine's CPU"),
         (["serving=vllm_cpu", "serving.weight_dtype=fp8"], "a CPU takes float32 or bfloat16"),
-        (["serving=vllm_cpu", "serving.data_parallel_size=2"], "one CPU holds one copy"),
+        (["serving=vllm_cpu", "serving.data_parallel_size=2"], "a CPU holds one copy"),
         (["serving.weight_dtype=float32"], "v6e-8 takes bfloat16 or fp8"),
-        (["serving.tensor_parallel_size=3"], "does not divide the model's 32 query heads; it may be 1, 2, 4, 8"),
+        (["serving.tensor_parallel_size=3"], "does not divide the model's 32 query heads; it can be 1, 2, 4, 8"),
         (["serving.data_parallel_size=2"], "× serving.data_parallel_size=2: v6e-8 has 8 devices"),
         (["serving.slice=v6e-16"], "has 4 hosts"),
         (["serving.slice=v6e8"], "did you mean serving.slice=v6e-8"),
@@ -265,7 +265,7 @@ def test_an_image_of_another_version_brings_its_own_flags(merged, dry_run):
 def test_folders_that_are_not_a_merged_model(merged, refused, tmp_path):
     adapter = merged(folder="adapter")
     (adapter / "adapter_config.json").write_text("{}")
-    assert "an adapter; adapters=[" in refused(adapter)
+    assert "an adapter; serve it on its base with adapters=[" in refused(adapter)
     training = tmp_path / "training"
     (training / "checkpoints").mkdir(parents=True)
     (training / "config.yaml").write_text("{}")
@@ -279,7 +279,7 @@ def test_folders_that_are_not_a_merged_model(merged, refused, tmp_path):
     cut = merged(folder="cut")
     index = {"weight_map": {"a": "model-00001-of-00002.safetensors", "b": "model.safetensors"}}
     (cut / "model.safetensors.index.json").write_text(json.dumps(index))
-    assert "names model-00001-of-00002.safetensors, which is not there (1 missing)" in refused(cut)
+    assert "names model-00001-of-00002.safetensors, which does not exist (1 missing)" in refused(cut)
 
 
 def test_a_run_folder_stands_for_its_merged_model(merged, dry_run, tmp_path):

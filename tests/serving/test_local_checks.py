@@ -16,16 +16,16 @@ from tests.serving import TINY, free_port
     [
         (
             ["serving.image=vllm/vllm-tpu:v0.32.0"],
-            "serving.image=vllm/vllm-tpu:v0.32.0: of vLLM, which serving=local does without",
+            "serving.image=vllm/vllm-tpu:v0.32.0: for vLLM, which serving=local does not use",
         ),
         (
             ["serving.tensor_parallel_size=2"],
-            "serving.tensor_parallel_size=2: of vLLM, which serving=local does without",
+            "serving.tensor_parallel_size=2: for vLLM, which serving=local does not use",
         ),
         (["serving.weight_dtype=fp8"], "serving.weight_dtype=fp8: serving=local computes in float32 or bfloat16"),
         (["serving.max_model_len=200000"], "the model's longest sequence is 131072 tokens"),
         (["run=nowhere"], "run=nowhere: no such folder"),
-        (["serving=v6e8", "serving.weight_dtype=float32"], "serving.weight_dtype=float32: for serving=local"),
+        (["serving=v6e8", "serving.weight_dtype=float32"], "serving.weight_dtype=float32: only for serving=local"),
     ],
 )
 def test_one_message_says_what_is_wrong(words, told, capsys):

@@ -157,7 +157,7 @@ def test_a_port_that_is_taken(serve, merged, docker, capsys, port):
     assert docker.calls == []
     docker.play(lines=[[0.0, "OSError: [Errno 98] Address already in use"]], exit=1)  # taken after the check
     assert serve(merged(folder="again")) == 2
-    assert "give another serving.port" in capsys.readouterr().err
+    assert "set another serving.port" in capsys.readouterr().err
 
 
 def test_a_signal_while_it_compiles(process, merged, docker, tmp_path):

@@ -19,7 +19,7 @@ from gemma4_tpu.serving.troubles import trouble_in
          " Device or resource busy", "another process holds the TPU"),
         ("torch.OutOfMemoryError: CUDA out of memory. Tried to allocate 2.00 GiB.", "nvidia-smi"),
         ("OSError: [Errno 98] Address already in use", "another serving.port"),
-        ("huggingface_hub.errors.HFValidationError: Repo id must be in the form x", "not visible in the container"),
+        ("huggingface_hub.errors.HFValidationError: Repo id must be in the form x", "the container does not see it"),
         ("vllm: error: unrecognized arguments: --max-num-seq 3", "does not know --max-num-seq 3"),
         ("AttributeError: 'Gemma4TextConfig' object has no attribute 'text_config'", "multimodal base"),
         ("(APIServer pid=23354) ERROR 11-26 16:14:15 [registry.py:1120] ModuleNotFoundError: Could not import module"

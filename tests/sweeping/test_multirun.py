@@ -179,7 +179,7 @@ def test_jobs_that_do_not_fit_are_listed_before_anything_runs(sweep, monkeypatch
 
 def test_a_plan_check_that_is_insisted_on_but_impossible_is_refused(sweep, capsys):
     sweep("lora.rank=8,16", "hydra.launcher.plan=true", exit_code=2)
-    assert "hydra.launcher.plan=true: a job can't be checked here (hardware=local" in capsys.readouterr().err
+    assert "hydra.launcher.plan=true: a job cannot be checked here (hardware=local" in capsys.readouterr().err
 
 
 def test_the_names_of_sweep_and_jobs_follow_from_the_command():

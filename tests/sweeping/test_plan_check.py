@@ -61,7 +61,7 @@ def test_the_planner_decides(installed, monkeypatch, tmp_path, used_gib, fits, t
 @pytest.mark.parametrize(
     ("words", "told"),
     [
-        ([], "hardware=local is no slice that could be planned"),
+        ([], "hardware=local is not a slice"),
         (["hardware=h200"], "h200 has GPUs, for which there is no compiler here"),
         (["hardware=v6e1"], "libtpu is not installed (pip install 'gemma4-tpu[tpu]')"),
     ],

@@ -83,7 +83,7 @@ def test_a_bar_in_an_override_or_an_error_stays_in_its_cell(runs):
 
 def test_what_is_no_sweep_is_refused(tmp_path, capsys):
     assert main([f"sweep={tmp_path}"]) == 2
-    assert "holds neither sweep.json nor run folders" in capsys.readouterr().err
+    assert "has neither sweep.json nor run folders" in capsys.readouterr().err
     assert main([]) == 2
     assert "give exactly one of sweep=<folder>" in capsys.readouterr().err
     assert main([f"sweep={tmp_path}/absent"]) == 2

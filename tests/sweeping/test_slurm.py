@@ -33,7 +33,7 @@ def test_a_sweep_is_requeued_times_out_goes_on_without_its_parent_and_skips_what
     watch = when(lambda: len(sweep.starts) == 2, lambda: os.kill(os.getpid(), signal.SIGINT))
     left = sweep(*SWEPT, *limits, exit_code=130)
     watch.join()
-    assert "go on in SLURM's queue" in caplog.text
+    assert "continue in SLURM's queue" in caplog.text
     assert [job.status for job in left.jobs.values()] == ["running", "running"]
     numbers = {job.name: job.pid for job in left.jobs.values()}
     assert "lora.rank-8" in said_by("squeue", "--noheader", "--format=%j")

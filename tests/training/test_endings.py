@@ -57,7 +57,7 @@ def test_stopped_by_time_it_goes_on_and_ends_by_patience_with_the_very_bits(shal
     shallow(*words, f"run_dir={whole}", cwd=tmp_path)
     result = Result.read(whole / "result.json")
     assert (result.status, result.updates) == ("finished", 4)
-    assert "trainer.patience=2: 2 held-out evaluations in a row were not below" in result.ended
+    assert "trainer.patience=2: 2 consecutive held-out evaluations were not below" in result.ended
 
     told = shallow(*words, f"run_dir={broken}", "trainer.time_limit=1s", cwd=tmp_path)
     stopped = Result.read(broken / "result.json")
@@ -76,7 +76,7 @@ def test_stopped_by_time_it_goes_on_and_ends_by_patience_with_the_very_bits(shal
 
     once_more = shallow(*words, f"run_dir={broken}", cwd=tmp_path)
     assert "ended after update 4 of 8 by trainer.patience=2" in once_more.stderr
-    assert "nothing left to do, nothing changed; to train further, give a larger trainer.patience" in once_more.stderr
+    assert "nothing left to do, nothing changed; to train further, set a larger trainer.patience" in once_more.stderr
     (broken / "result.json").unlink()  # killed between checkpoint and result
     shallow(*words, f"run_dir={broken}", cwd=tmp_path)
     assert Result.read(broken / "result.json").ended == result.ended and rows(broken) == rows(whole)

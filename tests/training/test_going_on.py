@@ -41,7 +41,7 @@ def test_a_new_run_begins_where_the_adapters_were_and_repeats_and_goes_on(shallo
     assert record["sha256"] == fingerprints(run)["start"] and record["fresh"] == []
 
     repeated = shallow(f"replay={run}", f"run_dir={tmp_path / 'again'}", cwd=tmp_path)
-    assert "the same losses as recorded, bit for bit" in repeated.stderr
+    assert "losses bit-identical to the recorded ones" in repeated.stderr
     assert fingerprints(tmp_path / "again") == fingerprints(run)
 
     shutil.rmtree(origin)  # the checkpoint holds more

@@ -67,7 +67,7 @@ def test_a_given_plan_must_be_the_runs(tmp_path):
     with pytest.raises(UserError, match=r"no step_seconds; make it with plan\.schedule=true"):
         predict(recipe("decoder"), str(roofline / "plan.json"), tmp_path, tmp_path)
     (plan / "plan.json").write_text("{")
-    with pytest.raises(UserError, match="no plan that can be read"):
+    with pytest.raises(UserError, match="not a readable plan"):
         predict(recipe("decoder"), str(plan), tmp_path, tmp_path)
 
 

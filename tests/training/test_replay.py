@@ -56,7 +56,7 @@ def test_each_part_that_differs_is_named_and_refused_unless_allowed(part, tmp_pa
     for word in (str(SMOKE), f"\n  {part}: {key} ", f"replay_allow=[{part}]"):
         assert word in str(refusal.value)
     replay.check(Provenance(**now), ["code", part])
-    assert f"not as recorded: {part}: {key}" in caplog.text
+    assert f"differs from the record: {part}: {key}" in caplog.text
 
 
 def test_what_the_configuration_or_the_start_explains_is_no_difference():
@@ -206,7 +206,7 @@ def test_a_replay_has_the_same_bits_and_is_tracked(module, checked):
     words = [f"replay={checked}", f"run_dir={new}", "tracker=wandb", "tracker.group=study", "tracker.tags=[smoke]"]
     words.append("replay_allow=[code]")  # which somebody may be editing while the tests run
     done = module("gemma4_tpu.train", *words)
-    assert "the same losses as recorded, bit for bit: 7 of 7" in done.stderr
+    assert "losses bit-identical to the recorded ones: 7 of 7" in done.stderr
     kept = json.loads((new / "replay.json").read_text())
     assert set(kept["differences"]) <= {"code"} and kept["losses"]["first_difference"] is None
     assert kept["config"]["tracker.kind"] == ["none", "wandb"]

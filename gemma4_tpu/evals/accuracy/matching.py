@@ -1,6 +1,6 @@
-"""When an answer is the expected one: what is taken from the text, how it is read, and the verdict.
+"""Decides when an answer is the expected one: what is extracted from the text, how it is read, and the verdict.
 
-`READINGS` is the one place for that. No JAX here, nor NumPy: the checks name the readings, too.
+`READINGS` is the only place for that. Imports neither JAX nor NumPy, because the checks list the readings.
 """
 
 from __future__ import annotations
@@ -41,13 +41,13 @@ def _number(text: str) -> Decimal:
 
 
 def _json(text: str) -> str:
-    """The value in one spelling: 1 is 1.0, and neither "1" nor true. Raises: ValueError: it is no JSON."""
+    """The value in canonical form: 1 equals 1.0, but neither "1" nor true. Raises: ValueError: it is not JSON."""
     fenced = _FENCE.fullmatch(text)
     try:
         value = json.loads(fenced[1] if fenced else text, parse_int=Decimal, parse_float=Decimal)
         return json.dumps(value, sort_keys=True, default=lambda number: {"": str(number.normalize())})
     except (ValueError, RecursionError, ArithmeticError):
-        raise ValueError("is no JSON") from None
+        raise ValueError("is not JSON") from None
 
 
 READINGS: dict[str, Callable[[str], Any]] = {
@@ -68,12 +68,12 @@ class Matcher:
         self._extract = re.compile(config.extract, re.MULTILINE) if config.extract else None
 
     def expected(self, text: str) -> Any:
-        """What an answer is to be equal to. Raises: ValueError: the text holds nothing that could be compared."""
+        """The value that an answer must equal. Raises: ValueError: the text contains nothing to compare."""
         found = self._extracted(text)
         return self._read(text if found is None else found)
 
     def verdict(self, answer: str, expected: str) -> Verdict:
-        """On a free answer."""
+        """Judges a free answer."""
         found = self._found(answer)
         if isinstance(found, Verdict):
             return found
@@ -84,7 +84,7 @@ class Matcher:
         return verdict(read == self.expected(expected), found, expected)
 
     def letter(self, answer: str, choices: Sequence[str], right: int) -> Verdict:
-        """On a generated letter; a choice's own text is taken, too."""
+        """Judges a generated letter; a choice's own text is accepted, too."""
         found = self._found(answer)
         if isinstance(found, Verdict):
             return found
@@ -127,14 +127,14 @@ def _chosen(text: str, choices: Sequence[str]) -> int | None:
 
 
 def verdict(passed: bool, said: str, expected: str) -> Verdict:
-    """On an answer that could be read."""
+    """The verdict on a readable answer."""
     if passed:
         return Verdict(kind=VerdictClass.PASS, official=None)
     return Verdict(kind=VerdictClass.WRONG, official=None, detail=f"{_shown(said)}, expected {_shown(expected)}")
 
 
 def unanswered(said: str, why: str) -> Verdict:
-    """On an answer in which there is nothing to compare."""
+    """The verdict on an answer that contains nothing to compare."""
     return Verdict(kind=VerdictClass.UNANSWERED, official=None, detail=f"{_shown(said)} {why}")
 
 

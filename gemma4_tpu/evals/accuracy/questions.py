@@ -201,12 +201,12 @@ def _choices(row: Mapping[str, Any], column: str) -> tuple[tuple[str, ...], tupl
         try:
             given = json.loads(given)
         except (ValueError, RecursionError):
-            raise _Unfit(f"{column} is no list of choices") from None
+            raise _Unfit(f"{column} is not a list of choices") from None
     labels: Any = ()
     if isinstance(given, Mapping):
         given, labels = given.get("text"), given.get("label") or ()
     if not isinstance(given, list) or not isinstance(labels, list | tuple):
-        raise _Unfit(f"{column} is no list of choices")
+        raise _Unfit(f"{column} is not a list of choices")
     texts, labels = tuple(map(str, given)), tuple(map(str, labels))
     if not 2 <= len(texts) <= len(LETTERS):
         raise _Unfit(f"{column} has {len(texts)} choices; 2 to {len(LETTERS)} can be chosen from")

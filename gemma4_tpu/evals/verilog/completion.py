@@ -31,7 +31,7 @@ class VerilogEvalCompletion:
         problems = VerilogEval().load(folder)
         if missing := [p.name for p in problems if not (folder / f"{p.name}{HEADER_SUFFIX}").is_file()]:
             raise UserError(
-                f"eval.problems_path={path}: {missing[0]}{HEADER_SUFFIX} is missing; this is no folder of the"
+                f"eval.problems_path={path}: {missing[0]}{HEADER_SUFFIX} is missing; this is not a folder of the"
                 f" completion task ({DATASET})"
             )
         return [
