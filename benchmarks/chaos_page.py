@@ -105,12 +105,12 @@ def page(counts: Counts, tallies: dict[str, Tally], command: str) -> str:
         "",
         *table(
             ["command", "SIGINT", "SIGTERM", "SIGUSR2", "SIGKILL", "exit codes (times)", "series that ended as if never"
-             " touched", "SIGKILLs that left temporary files", "otherwise than documented"],
+             " touched", "SIGKILLs that left temporary files", "not as documented"],
             others,
         ),
     ]  # fmt: skip
     lines += ["## Found by it, and mended", "", *(f"- {found}" for found in FOUND), ""]
     wrong = [*counts.unrecoverable, *counts.different, *(line for tally in tallies.values() for line in tally.wrong)]
     if wrong:
-        lines += ["## Otherwise than documented", "", *(f"- {' '.join(line.split())[:500]}" for line in wrong), ""]
+        lines += ["## Not as documented", "", *(f"- {' '.join(line.split())[:500]}" for line in wrong), ""]
     return "\n".join(lines)
