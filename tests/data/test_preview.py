@@ -81,5 +81,5 @@ def test_of_an_on_policy_run_prompts_are_shown(capsys):
     assert main(["preview=true", "model.path=random:0", "objective=grpo", *words]) == 0
     out = " ".join(capsys.readouterr().out.split())
     assert "32 prompts; answers to each are drawn from the policy" in out and "⟦" not in out
-    assert "<|turn>model reference, which the policy does not see: ```verilog module TopModule" in out
+    assert "<|turn>model" in out and "reference, which the policy does not see: ```verilog module TopModule" in out
     assert "one pass: 2 updates of 16 prompts × 8 answers of at most 128 tokens; set aside for validation: 7" in out
