@@ -43,8 +43,9 @@ class Examples:
     picture_tokens: int = 0
     """Soft tokens of all pictures."""
     beside: Mapping[str, np.ndarray] = field(default_factory=dict)
-    """Further arrays of an update by name, each with a value for every token: [S], or [S, â¦]. A value is placed where its
-    token is the target. Only where examples are of one sequence each."""
+    """Further arrays of an update by name, each with a value for every token: [S], or [S, …]. A value is placed where
+    its token is the target. Only where examples are of one sequence each.
+    """
     fingerprint: dict[str, str] = field(default_factory=dict)
     """What the examples were made from (rows, tokenizer, template, policies), by name."""
 

@@ -119,7 +119,8 @@ def test_a_server_that_does_not_is_one_message(answer, said):
 def test_a_server_that_takes_too_long_or_is_none_is_one_message():
     answered = threading.Event()
     with server(lambda _: (answered.wait(10), (200, b""))[1]) as url:
-        with reward(url, timeout_seconds=0.2) as judge, pytest.raises(UserError, match="timed out; verdicts so far are"):
+        told = "timed out; verdicts so far are"
+        with reward(url, timeout_seconds=0.2) as judge, pytest.raises(UserError, match=told):
             judge(ANSWERS)
         answered.set()
     for url in ("http://[", "http://a:b/", "http://xn--/"):
