@@ -25,7 +25,7 @@ FOUND = (
     "SIGUSR2 in the middle of a call of OmegaConf's made it raise an error of its own, which ended the command with a"
     " traceback. An error that is raised while a signal unwinds is now that signal's end.",
 )
-"""What kills have found in earlier runs; it was mended, and a test added."""
+"""What kills have found in earlier runs, and is mended."""
 
 
 @dataclass
@@ -112,5 +112,11 @@ def page(counts: Counts, tallies: dict[str, Tally], command: str) -> str:
     lines += ["## Found by it, and mended", "", *(f"- {found}" for found in FOUND), ""]
     wrong = [*counts.unrecoverable, *counts.different, *(line for tally in tallies.values() for line in tally.wrong)]
     if wrong:
-        lines += ["## Not as documented", "", *(f"- {' '.join(line.split())[:500]}" for line in wrong), ""]
+        lines += ["## Not as documented", "", *(f"- {_shortened(line)}" for line in wrong), ""]
     return "\n".join(lines)
+
+
+def _shortened(said: str) -> str:
+    """How it begins, and the last line: no traceback, whose paths are those of one machine."""
+    first, *_, last = [" ".join(line.split()) for line in said.splitlines() if line.strip()] * 2
+    return first[:200] if first == last else f"{first[:80]} … {last[:200]}"
