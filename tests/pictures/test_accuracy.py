@@ -103,8 +103,8 @@ def test_a_model_of_text_refuses_pictures(tmp_path, evaluate, rows):
 
 
 @pytest.mark.slow
-def test_the_sampler_answers_by_what_it_sees(tmp_path, evaluate, base):
-    """As `Gemma4.generate` answers."""
+def test_the_sampler_answers_and_scores_by_what_it_sees(tmp_path, evaluate, base):
+    """As `Gemma4.generate` answers; likelihoods follow the picture; a second evaluation finds the features."""
     rng, names = np.random.default_rng(0), ["red circle", "blue square"]
     conversations, rows = [], []
     for number, name in enumerate(names):
@@ -112,7 +112,7 @@ def test_the_sampler_answers_by_what_it_sees(tmp_path, evaluate, base):
         Image.fromarray(rng.integers(0, 256, (96 * (number + 1), 96, 3), np.uint8)).save(path)
         question = {"role": "user", "content": [{"type": "image", "path": str(path)}, {"type": "text", "text": ASK}]}
         conversations.append([question])
-        rows.append({"messages": [question, {"role": "assistant", "content": name}]})
+        rows.append({"messages": [question, {"role": "assistant", "content": name}], "names": names})
     file = tmp_path / "rows.jsonl"
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
     words = [f"eval.problems_path={file}", "model=tiny_e2b", f"model.path={base}", f"eval.image_cache={tmp_path / 'c'}"]
@@ -127,3 +127,7 @@ def test_the_sampler_answers_by_what_it_sees(tmp_path, evaluate, base):
     assert "2 made" in said and "[picture of 64 tokens]" in (tmp_path / "free/report.md").read_text()
     model = Gemma4.load(base, pictures=True)
     assert [one["completion"] for one in answers] == model.generate(conversations, max_new_tokens=3)
+    said, scored = samples("scored", "eval.answers.choices=names", "eval.answers.choose=logprob")
+    assert "0 made" in said
+    first, second = ([choice["logprob"] for choice in one["choices"]] for one in scored)
+    assert np.abs(np.subtract(first, second)).min() > 0.01  # nats; the texts are the same, the pictures are not
