@@ -28,7 +28,7 @@ BINS = 16
 BAR_CELLS = 50
 PLOT = Path("outputs/preview/lengths.png")
 TRAINED_STYLE = "bold green"
-TRAINED_MARKS = "â¦", "â§"  # used without colour
+TRAINED_MARKS = "⟦", "⟧"  # used without colour
 UNPRINTABLE = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")  # characters with which a row could control the terminal
 
 

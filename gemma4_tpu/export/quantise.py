@@ -1,8 +1,8 @@
 """Writes a merged checkpoint with its products in int8 or fp8, in the compressed-tensors format that vLLM and others
 load.
 
-Every matrix of attention, MLP and experts is rounded to nearest, with a scale per row (output channel): weight â scale
-Â· stored. Embedding, norms, router and other modalities are copied. Servers quantise activations per token at run time,
+Every matrix of attention, MLP and experts is rounded to nearest, with a scale per row (output channel): weight ≈ scale
+· stored. Embedding, norms, router and other modalities are copied. Servers quantise activations per token at run time,
 or leave them as they are (`weight_only`), so nothing is calibrated. Experts are stored as separate matrices
 (`experts.7.gate_proj.weight`), as llm-compressor does.
 

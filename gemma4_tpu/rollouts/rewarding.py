@@ -144,7 +144,7 @@ class ByEndpoint:
             given = [(row["score"], row.get("kind", OTHER), row.get("detail", "")) for row in rows]
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise UserError(
-                f'{where}: answered something other than {{"verdicts": [{{"score": â¦}}, â¦]}}: {_shown(response.text)}'
+                f'{where}: answered something other than {{"verdicts": [{{"score": …}}, …]}}: {_shown(response.text)}'
                 f" ({error!r})"
             ) from None
         if len(given) != len(answers):

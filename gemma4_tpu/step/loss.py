@@ -115,7 +115,7 @@ def token_losses(
     Args:
       hidden: as for `summed_cross_entropy`.
       table: as for `summed_cross_entropy`.
-      beside: tree of [B, T, â¦], per-token data for the score; gets no gradient.
+      beside: tree of [B, T, …], per-token data for the score; gets no gradient.
       common: shared data for the score; gets no gradient.
       score: the loss.
       cap: as for `summed_cross_entropy`.

@@ -1,4 +1,4 @@
-"""What differs between two configurations, and what may differ where a run goes on in its folder."""
+"""Differences between two configurations, and which of them a resumed run may have."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ MAY_CHANGE = (
     "trainer.patience", "trainer.plan", "trainer.profile", "trainer.remat", "trainer.sample_prompts",
     "trainer.sample_tokens", "trainer.stall_seconds", "trainer.time_limit",
 )  # fmt: skip
-"""Keys (and groups) that a resumed run may give anew; any other would make it another run."""
+"""Keys and groups that a resumed run may change; changing any other would make it a different run."""
 
 
 def check_same_run(
     address: str, resume: str, recorded: dict[str, Any], given: dict[str, Any], allow: Sequence[str]
 ) -> None:
-    """Refuses to resume a run under a configuration that would make it another one.
+    """Refuses to resume a run with a configuration that would make it a different run.
 
     Args:
       address: of its folder.

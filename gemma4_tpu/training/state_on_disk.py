@@ -21,9 +21,9 @@ from gemma4_tpu.step.train_step import TrainState
 
 
 def to_disk(state: TrainState, leaves: list[Leaf]) -> dict[str, Any]:
-    """The state as flat dicts from tensor name to array; a field of the optimizer's that is a scalar as itself.
+    """The state as flat dicts from tensor name to array; scalar fields of the optimizer state as they are.
 
-    Counters are not saved: each of them counts the updates.
+    Counters are not saved, because each equals the number of updates.
     """
     evaluated = state.evaluated()
     disk: dict[str, Any] = {"trained": unstack(evaluated, leaves)}
