@@ -123,7 +123,7 @@ class LinearMaps:
         ]
 
     def _from_model_dim_alone(self, weights: tuple[Weight, ...], x: jax.Array) -> list[jax.Array]:
-        """Returns x Â· W of adapted weights."""
+        """Returns x · W of adapted weights."""
         if all(isinstance(get(self.params, weight.path), Int8Weight) for weight in weights):
             return int8.products(weights, self.mesh, True, x, [self._held(weight) for weight in weights])
         whole = constrain(x, "BTD", self.mesh)
