@@ -242,7 +242,7 @@ def test_a_contradiction_is_named(refused, checkpoint):
             lambda folder: (folder / "model.safetensors").unlink(),
             "has no model.safetensors or model.safetensors.index.json; found",
         ),
-        (lambda folder: (folder / "tokenizer.json").unlink(), "there is no tokenizer.json; give model.tokenizer="),
+        (lambda folder: (folder / "tokenizer.json").unlink(), "there is no tokenizer.json; set model.tokenizer="),
     ],
     ids=["no config", "half a config", "a list", "another model", "no sizes", "no weights", "no tokenizer"],
 )

@@ -64,7 +64,7 @@ def test_options_of_the_issue_are_there():
     assert set(GROUPS["model"]) == {*BIG, "tiny", "tiny_moe", "tiny_e2b"}
     assert set(GROUPS["lora"]) == {"default", "qlora_nf4", "qlora_int8", "none"}
     assert set(GROUPS["data"]) == {"verilog_smoke", "chat_jsonl", "codev_r1"}
-    assert set(GROUPS["tracker"]) == {"none", "wandb", "tensorboard", "jsonl"}
+    assert set(GROUPS["tracker"]) == {"none", "wandb", "mlflow", "trackio", "tensorboard", "jsonl"}
 
 
 def test_sources_in_short(load, tmp_path):

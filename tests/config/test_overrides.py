@@ -86,7 +86,7 @@ MISTAKES = [
     ("datasets=[a.jsonl,b.jsonl]", "here it is data.train=[a.jsonl,b.jsonl]"),
     # what our key could not hold is no hint
     ("save_strategy=epoch", "here it is checkpoint.every=… (counted in updates)"),
-    ("report_to=[wandb]", "here it is tracker=… (none, wandb, tensorboard or jsonl)"),
+    ("report_to=[wandb]", "here it is tracker=… (none, wandb, mlflow, trackio, tensorboard or jsonl)"),
     ("--config=mine.yaml", "--config-dir <folder> experiment=mine reads <folder>/experiment/mine.yaml"),
     ("conf/mine.yml", "--config-dir <folder> experiment=mine reads"),
     ("--multi", "--multi: no such flag"),

@@ -113,7 +113,7 @@ def test_damaged_checkpoint(file, run_of, refused):
     for path in [place] if place.is_file() else sorted((run / "checkpoints" / "3" / "state").rglob("d/*")):
         path.write_bytes(path.read_bytes()[:20])
     message = refused(f"run={run}")
-    assert "a damaged checkpoint" in message and "give another" in message
+    assert "a damaged checkpoint" in message and "use another" in message
     assert not (run / "merged").exists()
 
 

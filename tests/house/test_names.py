@@ -13,6 +13,7 @@ ROOTS_BELONG_TO = {
     "launch/tpu_vm.py": "a door",
     "launch/gke.py": "a door",
     "planning/planned.py": "holds the configuration that is planned",
+    "rollouts/shown_prompts.py": "previews a training: model, data, objective and roll-outs",
     "sweeping/plan_check.py": "makes a plan of a training",
 }
 """Beside the doors (`gemma4_tpu/*.py`) and the checks."""

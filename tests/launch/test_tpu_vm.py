@@ -229,7 +229,7 @@ def test_without_gcloud_the_install_command_is_named(launch, monkeypatch):
         (["after=[plan]"], "give merge, evaluate or serve"),
         (["after=[serve]"], "serves the merged model; put a merge before it"),
         (["after=[merge,'serve serving=v6e8']"], "is for a v6e-8, and the launch for a v5p-8"),
-        (["after=[merge,'serve serving.slice=v5p-8 serving.tensor_parallel_size=3']"], "may be 1, 2, 4"),
+        (["after=[merge,'serve serving.slice=v5p-8 serving.tensor_parallel_size=3']"], "can be 1, 2, 4"),
         (["after=['evaluate eval.n=5']"], "put a merge before it"),
         (["after=['merge checkpoint=bset']"], "give best, latest or the number of an update"),
         (["after=[merge,'evaluate eval.n=five']"], "eval.n=five"),

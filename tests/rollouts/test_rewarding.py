@@ -62,8 +62,8 @@ def test_a_function_gets_rows_and_gives_numbers_or_numbers_with_classes():
     ("name", "said"),
     [
         ("no_such_module:f", "can't be imported"), (f"{__name__}:nothing", "has no function 'nothing' (it has "),
-        (f"{__name__}:too_few", "for 2 answers"), (f"{__name__}:words", "gave 'good' for an answer"),
-        (f"{__name__}:endless", "finite"), (f"{__name__}:one_none", "gave None for an answer"),
+        (f"{__name__}:too_few", "for 2 answers"), (f"{__name__}:words", "returned 'good' for an answer"),
+        (f"{__name__}:endless", "finite"), (f"{__name__}:one_none", "returned None for an answer"),
         (f"{__name__}:failing", r"raised KeyError('missing') (" + __file__), (f"{__name__}:leaving", "SystemExit(0)"),
     ],
 )  # fmt: skip
@@ -106,9 +106,11 @@ def test_a_server_scores_what_it_is_sent():
 @pytest.mark.parametrize(
     ("answer", "said"),
     [
-        ((500, b""), "500"), ((200, b"[]"), "answered something else"), ((200, b"<p>\xff"), "something else.*<p>"),
-        ((200, b'{"verdicts": []}'), "0 verdicts for 2"), ((200, b'{"verdicts": ["a", "b"]}'), "something else"),
-        ((200, b'{"verdicts": [{"score": NaN}, {"score": 1}]}'), "gave .nan, 'scored', ''. for an answer"),
+        ((500, b""), "500"),
+        ((200, b"[]"), "answered something other than"),
+        ((200, b"<p>\xff"), "something other than.*<p>"),
+        ((200, b'{"verdicts": []}'), "0 verdicts for 2"), ((200, b'{"verdicts": ["a", "b"]}'), "something other"),
+        ((200, b'{"verdicts": [{"score": NaN}, {"score": 1}]}'), "returned .nan, 'scored', ''. for an answer"),
     ],
 )  # fmt: skip
 def test_a_server_that_does_not_is_one_message(answer, said):
@@ -124,7 +126,7 @@ def test_a_server_that_takes_too_long_or_is_none_is_one_message():
             judge(ANSWERS)
         answered.set()
     for url in ("http://[", "http://a:b/", "http://xn--/"):
-        with reward(url) as judge, pytest.raises(UserError, match=rf"rollouts\.reward={re.escape(url)}: .*is kept"):
+        with reward(url) as judge, pytest.raises(UserError, match=rf"rollouts\.reward={re.escape(url)}: .*are kept"):
             judge(ANSWERS)
 
 

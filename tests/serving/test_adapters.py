@@ -98,7 +98,7 @@ def test_what_a_server_can_not_do(adapted, refused, tmp_path, base):
     assert "nowhere: no such folder" in refused("adapters=[nowhere]", *GPU)
     assert f"merge run={base} export=peft" in refused(given(base), *GPU)
     assert "is listed twice" in refused(given(run, run / "adapter"), *GPU)
-    assert "the name of an adapter too" in refused(given(run), *GPU, "serving.served_model_name=a")
+    assert "also the name of an adapter" in refused(given(run), *GPU, "serving.served_model_name=a")
     assert "comma in its path can't be mounted" in refused(f"adapters=['{adapted('x,y')}']", *GPU)
     other = adapted("b", fingerprint="g")
     assert f"{other} was trained on another base" in refused(given(run, other), *GPU)

@@ -190,7 +190,7 @@ def test_a_quantised_folder_is_counted_and_named_as_what_it_is(merged, dry_run, 
     assert main([f"run={quantised}", f"serving.port={port}", "dry_run=true"]) == 0
     shown = capsys.readouterr().out
     assert "weights 4.00 GiB = 32.00 GiB of quantised files / 8 chips" in shown and "my_run-int8" in shown
-    assert "quantised by compressed-tensors already" in refused(quantised, "serving=v6e8_tuned")
+    assert "already quantised by compressed-tensors" in refused(quantised, "serving=v6e8_tuned")
     assert "use the merged folder" in refused(quantised, "serving=local")
     notes = load([f"run={quantised}", f"serving.port={port}", "serving=v6e8"], SERVE).checked.notes
     assert any("tpu-inference #3305" in note.replace("\n", " ") for note in notes)
@@ -212,7 +212,7 @@ def test_refusals_of_flags_name_key_and_remedy_all_at_once(merged, refused):
         "port": (3, "serving.flags.port: give serving.port instead"),
         "enable_lora": ("true", "serving.flags.enable-lora: serve adapters with adapters=["),
         "tool-call-parser": ("hermes", "Gemma 4's is gemma4"),
-        "hf-token": ("x", "set HF_TOKEN instead"),
+        "hf-token": ("x", "set HF_TOKEN in the environment instead"),
         "seed": ("false", "has no --no-seed"),
         "trust-remote-code": ("true", "would run code from a checkpoint"),
     }
@@ -222,7 +222,7 @@ def test_refusals_of_flags_name_key_and_remedy_all_at_once(merged, refused):
     told = [told for _, told in flags.values()]
     for part in (
         *told,
-        "serving.extra_args: --lora-modules: adapters are",
+        "serving.extra_args: --lora-modules=a=b: serve adapters with",
         "serving.env.HF_TOKEN: no secrets",
         "10 problems",
     ):
@@ -237,9 +237,9 @@ def test_refusals_of_flags_name_key_and_remedy_all_at_once(merged, refused):
         (["serving.image=vllm/vllm-tpu:latest"], "the tag latest can refer to another image tomorrow"),
         (["serving.image=vllm/vllm-tpu:gemma4"], "the tag gemma4 can refer to another image tomorrow"),
         (["serving.image=vllm/vllm-tpu:v0"], "the tag v0 can refer to another image tomorrow"),
-        (["serving.executable=/opt/vllm"], "the container has its own; leave it out, or give serving.runner=process"),
+        (["serving.executable=/opt/vllm"], "the container has its own; leave it out, or set serving.runner=process"),
         (["serving=local", "serving.executable=/opt/vllm"], "for vLLM, which serving=local does not use"),
-        (["serving.gke.max_replicas=2"], "serving.gke: for serving.runner=gke"),
+        (["serving.gke.max_replicas=2"], "serving.gke: only for serving.runner=gke"),
         (["serving.slice=local"], "on a CPU, use serving=local (PyTorch in this process) or serving=vllm_cpu"),
         (["serving.runner=embedded", "serving.image=''"], "serving.runner=embedded serves on this machine's CPU"),
         (["serving=vllm_cpu", "serving.weight_dtype=fp8"], "a CPU takes float32 or bfloat16"),

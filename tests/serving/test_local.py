@@ -188,7 +188,7 @@ def test_refusals_are_openais(url, changes, status, told):
 def test_what_is_no_request_is_refused(url, client):
     bad = httpx.post(f"{url}/v1/completions", content=b'{"prompt": ', headers={"content-type": "application/json"})
     assert (bad.status_code, bad.json()["error"]["type"]) == (400, "invalid_request_error")
-    assert "not JSON" in bad.json()["error"]["message"]
+    assert "not readable JSON" in bad.json()["error"]["message"]
     assert httpx.get(f"{url}/v1/nothing").status_code == 404
     assert httpx.get(f"{url}/v1/completions").status_code == 405
     with pytest.raises(openai.BadRequestError, match="reads text only"):

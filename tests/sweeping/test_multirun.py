@@ -150,7 +150,7 @@ def test_one_accelerator_is_not_fought_for(monkeypatch):
     monkeypatch.setattr(devices, "tpu_here", lambda: False)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,5")
     assert devices.shares(2, [HardwareConfig()]) == [{"CUDA_VISIBLE_DEVICES": "3"}, {"CUDA_VISIBLE_DEVICES": "5"}]
-    with pytest.raises(UserError, match=r"there are 2 GPUs.*at most hydra.launcher.parallel=2"):
+    with pytest.raises(UserError, match=r"there are only 2 GPUs.*at most hydra.launcher.parallel=2"):
         devices.shares(3, [HardwareConfig()])
     with pytest.raises(UserError, match=r"hardware=h100x2 takes 2 GPUs, but each job would get 1.*parallel=1"):
         devices.shares(2, [HardwareConfig(name="h100x2")])
