@@ -31,10 +31,12 @@ class MlflowTracker(Tracker):
         self._client, known = MlflowClient(tracking_uri=uri), identity(run, name)
         with suppress(MlflowException):  # it exists, or another job of the sweep was faster
             self._client.create_experiment(config.project, artifact_location=files if uri == local else None)
-        experiment = self._client.get_experiment_by_name(config.project).experiment_id
-        found = self._client.search_runs([experiment], f"tags.`{_ID}` = '{known['id']}'", max_results=1)
+        experiment = self._client.get_experiment_by_name(config.project)
+        assert experiment is not None
+        place = experiment.experiment_id
+        found = self._client.search_runs([place], f"tags.`{_ID}` = '{known['id']}'", max_results=1)
         about = {_ID: known["id"], "job": job, "group": config.group or "", "tags": ", ".join(config.tags)}
-        made = found[0] if found else self._client.create_run(experiment, tags=about, run_name=known["name"])
+        made = found[0] if found else self._client.create_run(place, tags=about, run_name=known["name"])
         self._run = made.info.run_id
         self._client.update_run(self._run, status="RUNNING")
         params = [] if found else [Param(key, str(value)) for key, value in _flat(resolved)]  # they never change

@@ -222,7 +222,7 @@ def test_refusals_of_flags_name_key_and_remedy_all_at_once(merged, refused):
     told = [told for _, told in flags.values()]
     for part in (
         *told,
-        "serving.extra_args: --lora-modules=a=b: serve adapters with",
+        "serving.extra_args: --lora-modules: serve adapters with",
         "serving.env.HF_TOKEN: no secrets",
         "10 problems",
     ):
