@@ -1,14 +1,22 @@
 """A run on pictures, from rows to a merged checkpoint that transformers loads: what it trains, and what it leaves."""
 
 import json
+import os
+import re
 import shutil
+import socket
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 
 from experiments.pictures_smoke.make_data import make_data
 from gemma4_tpu import Gemma4, api
+from gemma4_tpu.config.lists import as_word
 from gemma4_tpu.models.tensorfile import Checkpoint
+from tests.cpu_compiler import flags
 
 SETTINGS = {
     "model": "tiny_e2b", "data": "chat_jsonl", "data.sequence_length": 128, "lora.rank": 2,
@@ -73,6 +81,34 @@ def test_merged_and_peft_load_in_transformers_with_the_tower_as_it_was(run, base
     with torch.no_grad():
         ours, theirs = merged(ids, **pixels).logits, adapted(ids, **pixels).logits
     assert torch.allclose(ours, theirs, atol=1e-3)
+
+
+@pytest.mark.slow
+def test_two_processes_share_the_pictures_and_learn_the_same(run, tmp_path):
+    done, words, folder = run
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        address = f"localhost:{probe.getsockname()[1]}"
+    more = {
+        "data.image_cache": tmp_path / "cache", "run_dir": tmp_path / "run", "mesh.fsdp": 2, "mesh.tp": 1,
+        "trainer.max_updates": 2, "trainer.sample_prompts": 0, "distributed.num_processes": 2,
+        "distributed.coordinator_address": address,
+    }  # fmt: skip
+    command = [as_word(key, str(value) if isinstance(value, Path) else value) for key, value in (words | more).items()]
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-m", "gemma4_tpu.train", *command, f"distributed.process_id={index}"], text=True,
+            env=os.environ | {"XLA_FLAGS": flags(devices=1)}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+        ) for index in (0, 1)
+    ]  # fmt: skip
+    said = [process.communicate(timeout=300)[0] for process in processes]
+    assert [process.returncode for process in processes] == [0, 0], "\n".join(said)
+    alone, shared = (sorted(path.name for path in (where / "cache").glob("*/*")) for where in (folder, tmp_path))
+    assert shared == alone
+    assert 0 < int(re.search(r"features of pictures: (\d+) made", said[0])[1]) < len(alone) - 1  # beside tower.json
+    # The same sums of float32 in another order: rounding errors of 2^-24, some hundred of them.
+    several, one = _losses(tmp_path / "run"), _losses(done.folder)
+    assert [several[update] for update in (1, 2)] == pytest.approx([one[update] for update in (1, 2)], rel=1e-5)
 
 
 @pytest.mark.slow
