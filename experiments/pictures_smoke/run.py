@@ -18,7 +18,7 @@ from gemma4_tpu import Gemma4, api
 from gemma4_tpu.markdown import table
 
 SETTINGS = {
-    "data": "chat_jsonl", "data.sequence_length": 256, "lora.rank": 16, "lora.alpha": 32,
+    "data": "chat_jsonl", "data.sequence_length": 200, "lora.rank": 16, "lora.alpha": 32,
     "optimizer.learning_rate": 4e-3, "optimizer.warmup_updates": 20, "optimizer.weight_decay": 0.0,
     "trainer.global_batch_sequences": 8, "trainer.eval_every": 0, "trainer.sample_prompts": 0, "checkpoint.every": 1000,
 }  # fmt: skip
