@@ -102,7 +102,7 @@ def test_the_launchers_travel_too(script, tmp_path):
     place = ["model.path=gs://bucket/gemma-4-31b", "bucket=gs://bucket", "project=p", "zone=us-east5-a", "dry_run=true"]
     words = ["launch", "tpu_vm", "experiment=v5p8", *place]
     refused = run(script, *words, cwd=tmp_path)
-    assert refused.returncode == 2 and "give git=<URL>@<branch, tag or commit>" in refused.stderr
+    assert refused.returncode == 2 and "set git=<URL>@<branch, tag or commit>" in refused.stderr
     dry = run(script, *words, "git=https://example.org/gemma4-tpu.git@main", cwd=tmp_path)
     assert dry.returncode == 0, dry.stderr
     assert "queued-resources create" in dry.stdout and "gemma4-tpu launch tpu_vm" in dry.stdout

@@ -139,7 +139,7 @@ class FrozenAndLying(Frozen):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("kind", "said"), [(Frozen, "not drawn with the values that are trained"), (FrozenAndLying, "off the trainer's")]
+    ("kind", "said"), [(Frozen, "not drawn with the values being trained"), (FrozenAndLying, "off the trainer's")]
 )
 def test_adapters_that_never_reach_the_sampler(tmp_path, kind, said):
     with pytest.raises(NotOnPolicy, match="update 2: .*" + said):

@@ -25,7 +25,7 @@ def said_by(*command: str) -> str:
 def test_a_sweep_is_requeued_times_out_goes_on_without_its_parent_and_skips_what_is_done(
     sweep, cluster, monkeypatch, caplog  # noqa: F811
 ):  # fmt: skip
-    monkeypatch.setattr(slurm, "_SECONDS_BETWEEN_QUESTIONS", 0.5)
+    monkeypatch.setattr(slurm, "_SECONDS_BETWEEN_QUESTIONS", 2.0)
     sweep.behave(**{"lora.rank-4": {"preempted": 1}, "lora.rank-8": {"seconds": 50, "slow_starts": 1}})
     limits = ["hydra.launcher.timeout_min=1", "hydra.launcher.save_seconds=55", "hydra.launcher.sbatch=[--overcommit]"]
 

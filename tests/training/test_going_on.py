@@ -33,7 +33,7 @@ def test_a_new_run_begins_where_the_adapters_were_and_repeats_and_goes_on(shallo
     origin, run = shutil.copytree(first, tmp_path / "origin"), tmp_path / "run"
     words = [*SHORT, f"lora.start={origin}", f"run_dir={run}", "optimizer.schedule=constant"]
     begun = shallow(*words, cwd=tmp_path)
-    assert f"lora.start: update 2 of {origin}: all" in begun.stderr
+    assert f"lora.start: update 2 of {origin}: loaded all" in begun.stderr
     before = read_metrics(run / "metrics.jsonl")[0]
     assert before["update"] == 0
     assert before["heldout_loss"] == Result.read(first / "result.json").heldout_loss_last  # to the bit
