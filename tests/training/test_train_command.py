@@ -90,7 +90,7 @@ def test_a_run_that_diverges_stops_and_names_the_rows(shallow, tmp_path):
     assert "embedded:verilog_smoke/train.jsonl.gz:" in refused.stderr
     assert "last good checkpoint is at update" in refused.stderr
     assert "Traceback" not in refused.stderr
-    assert "was made from the rows" in (run / "log.txt").read_text()
+    assert "used the rows" in (run / "log.txt").read_text()
     result = Result.read(run / "result.json")
     assert result.status == "failed" and "update" in result.error
     good = [row["update"] for row in read_metrics(run / "metrics.jsonl") if "loss" in row]
