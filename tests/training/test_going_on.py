@@ -48,7 +48,7 @@ def test_a_new_run_begins_where_the_adapters_were_and_repeats_and_goes_on(shallo
     longer = shallow(*words, "trainer.max_updates=3", cwd=tmp_path)
     assert "lora.start is not read again: the checkpoint at update 2" in longer.stderr
     assert "3 updates (before: 2): the learning rate goes from" in longer.stderr  # and stays what it was
-    assert "changed since the run began" not in longer.stderr
+    assert "changed since the run started" not in longer.stderr
     assert Result.read(run / "result.json").updates == 3
 
 
