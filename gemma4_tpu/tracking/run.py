@@ -95,27 +95,33 @@ class RunFolder:
             path, bucket = _given_folder(run_dir), None
         run = cls(path, write=write, bucket=bucket)
         if write:
-            _make(path)
-            # Before anything is read: an earlier writer must be gone, or its record could change under our eyes.
-            run._take_lock()
-            if bucket:
-                bucket.reach(bucket.pull)
-            run.resumed = run.config_path.exists()
-            if run.resumed:
-                check_same_run(run.address, resume, run.read_config(), jsonable(config), resume_allow)
-                known = [path for path in (run.config_path, run.overrides_path, run.record_path) if path.exists()]
-                run._earlier = {path: path.read_bytes() for path in known}
-            write_text(run.config_path, yaml.safe_dump(jsonable(config), sort_keys=False, allow_unicode=True))
-            if kind != PLAN or not run.resumed:  # a plan can be in the folder of the run that it is for
-                write_record(run.record_path, kind, {})
-            write_text(run.overrides_path, yaml.safe_dump(redact_arguments(overrides), allow_unicode=True))
-            run.plots.mkdir(exist_ok=True)
-            run._ballast.write_bytes(bytes(_BALLAST_BYTES))
-            if bucket:
-                bucket.reach(bucket.push)
-            else:
-                Path(run.checkpoints).mkdir(exist_ok=True)
+            run._begin(resume, jsonable(config), kind, overrides, resume_allow)
         return run
+
+    def _begin(
+        self, resume: str, config: dict[str, Any], kind: str, overrides: Sequence[str], resume_allow: Sequence[str]
+    ) -> None:
+        """Takes the right to write and begins the record, with the arguments of `open`."""
+        _make(self.path)
+        # Before anything is read: an earlier writer must be gone, or its record could change under our eyes.
+        self._take_lock()
+        if self.bucket:
+            self.bucket.reach(self.bucket.pull)
+        self.resumed = self.config_path.exists()
+        if self.resumed:
+            check_same_run(self.address, resume, self.read_config(), config, resume_allow)
+            known = [path for path in (self.config_path, self.overrides_path, self.record_path) if path.exists()]
+            self._earlier = {path: path.read_bytes() for path in known}
+        write_text(self.config_path, yaml.safe_dump(config, sort_keys=False, allow_unicode=True))
+        if kind != PLAN or not self.resumed:  # a plan can be in the folder of the run that it is for
+            write_record(self.record_path, kind, {})
+        write_text(self.overrides_path, yaml.safe_dump(redact_arguments(overrides), allow_unicode=True))
+        self.plots.mkdir(exist_ok=True)
+        self._ballast.write_bytes(bytes(_BALLAST_BYTES))
+        if self.bucket:
+            self.bucket.reach(self.bucket.push)
+        else:
+            Path(self.checkpoints).mkdir(exist_ok=True)
 
     @classmethod
     def existing(cls, path: str | Path, key: str = "run") -> RunFolder:
