@@ -127,16 +127,11 @@ def build_data(
     """
     started = time.monotonic()
     chat = ChatFormat(tokenizer, data.thoughts, data.train_on)
-    made_of = {
-        **tokenizer_fingerprint(tokenizer), "thoughts": data.thoughts, "train_on": data.train_on,
-        "normaliser": json.dumps([VERSION, data.format, data.columns], sort_keys=True),
-    }  # fmt: skip
+    made_of = _made_of(data, tokenizer, pictures)
     places = _find("data.train", data.train)
     heldout_sources = data.heldout or _heldout_splits(data.train, places)
     heldout_places = _find("data.heldout", heldout_sources) if heldout_sources else []
 
-    if pictures is not None:
-        made_of["pictures"] = pictures.fingerprint
     tokeniser = Tokeniser(data, chat, rows_are, pictures, keep)
     rows = list(tokeniser.run("data.train", data.train, places, data.max_rows))
     made_of["rows"], train_report = tokeniser.digest, tokeniser.report
@@ -172,6 +167,15 @@ def build_data(
         logger.warning("data.thoughts=train, but no answer contains a thought: thinking prompts get plain answers")
     logger.info("train: %s; held out: %s; %.1f s", built.train, built.heldout or "none", built.seconds)
     return built
+
+
+def _made_of(data: DataConfig, tokenizer: Any, pictures: PictureReader | None) -> dict[str, str]:
+    """What examples follow from besides the rows."""
+    made_of = {
+        **tokenizer_fingerprint(tokenizer), "thoughts": data.thoughts, "train_on": data.train_on,
+        "normaliser": json.dumps([VERSION, data.format, data.columns], sort_keys=True),
+    }  # fmt: skip
+    return made_of if pictures is None else {**made_of, "pictures": pictures.fingerprint}
 
 
 def _tell(built: TrainingData, trained: int, heldout: int) -> None:
