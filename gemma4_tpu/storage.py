@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import itertools
 import json
+import logging
 import mmap
 import os
 import threading
@@ -78,6 +79,8 @@ class Deadline:
             return
         if failures and isinstance(failures[0], _NOT_GONE):
             raise failures[0]
+        if failures:  # for the log: it may be a defect of ours and not the bucket's
+            logging.getLogger("gemma4_tpu.uncaught").info("where it happened", exc_info=failures[0])
         reason = f"; last: {first_line(failures[0])[:300]}" if failures else ""
         by = f" ({self.key})" if self.key else ""
         raise StorageGone(f"{what}: no answer for {self.seconds:g} s{by}{reason}")
