@@ -44,11 +44,19 @@ DAEMONS = ("munged", "slurmctld", "slurmd")
 
 
 def _start_now(over: threading.Event) -> None:
-    """SLURM lets a requeued job wait for two minutes; these don't."""
+    """SLURM lets a requeued job wait for two minutes; these wait for two seconds.
+
+    Not less: the node takes what was signed in the second in which the job was revoked for the revoked start, and
+    SLURM then ends the job ("Job credential revoked").
+    """
+    waiting_since: dict[str, float] = {}
     while not over.wait(0.5):
         waiting = subprocess.run(["squeue", "-h", "-t", "PENDING", "-o", "%A"], capture_output=True, text=True)
-        for number in waiting.stdout.split():
-            subprocess.run(["scontrol", "update", f"JobId={number}", "StartTime=now"], capture_output=True)
+        now = time.monotonic()
+        waiting_since = {number: waiting_since.get(number, now) for number in waiting.stdout.split()}
+        for number, since in waiting_since.items():
+            if now - since >= 2:
+                subprocess.run(["scontrol", "update", f"JobId={number}", "StartTime=now"], capture_output=True)
 
 
 def free_ports(count: int) -> list[int]:
