@@ -1,6 +1,6 @@
 """Drawing the answers of an update: how many tokens a second, and how many that are decoded are of no answer.
 
-    python -m benchmarks.rollouts [--prompts 32] [--samples 8] [--slots 64] [--tokens 128] [--times 3]
+    python -m benchmarks.rollouts [--prompts 32] [--samples 8] [--slots 32] [--tokens 128] [--times 5]
 
 The sampler of `objective=grpo` with the trainer's own step, the embedded tiny model in float32 with adapters of rank
 16, prompts of the package's training rows. A draw is all of it: prompts are read once each, slots are filled again as
@@ -22,9 +22,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--prompts", type=int, default=32)
     parser.add_argument("--samples", type=int, default=8)
-    parser.add_argument("--slots", type=int, default=64)
+    parser.add_argument("--slots", type=int, default=32)
     parser.add_argument("--tokens", type=int, default=128, help="at most, per answer")
-    parser.add_argument("--times", type=int, default=3)
+    parser.add_argument("--times", type=int, default=5)
     args, stamp = parser.parse_args(), measured("jax")
 
     from gemma4_tpu.data.build import build_data

@@ -19,7 +19,7 @@ from gemma4_tpu.rollouts import slots as decoding
 from gemma4_tpu.rollouts.digest import digest
 from gemma4_tpu.step.train_step import Step
 
-SEGMENT_TOKENS = 16
+SEGMENT_TOKENS = 8
 """Tokens per row between two interventions of the host: a sample that ends wastes half as many on average, and filling
 slots costs about as much as one token.
 """
