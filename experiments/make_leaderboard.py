@@ -46,7 +46,8 @@ class Planned:
     usd: dict[str, float] | None
     hbm_gib: float
     """Of the run that takes most, per chip."""
-    scheduled: bool
+    share_of_roofline: str | None
+    """In percent, where a plan has no schedule: assumed."""
 
     def told(self, sweep: bool) -> str:
         """In words; `sweep`: the recipe is one of several runs."""
@@ -71,7 +72,7 @@ def planned(name: str) -> Planned | None:
         _sum([plan["hours"] for plan in plans], 60 * runs),
         _sum(usd, runs) if all(usd) else None,
         max(plan["hbm_bytes_per_chip"] for plan in plans) / GIB,
-        all(plan.get("step_seconds") for plan in plans),
+        None if all(plan.get("step_seconds") for plan in plans) else band(plans[0]["utilization"], times=100),
     )
 
 
@@ -139,7 +140,8 @@ def head(name: str) -> list[str]:
     else:
         lines.append("loss: nothing recorded yet.")
     if plan is not None:
-        by = "the compiler's schedule" if plan.scheduled else "40% to 60% of the roofline"
+        share = plan.share_of_roofline
+        by = f"{share}% of the roofline" if share else "the compiler's schedule"
         sweep = "sweeper:" in (CONF / f"{name}.yaml").read_text(encoding="utf-8")
         lines.append(f"time and cost: {plan.told(sweep)} (estimated by {by}: experiments/{name}).")
     elif own is not None:
@@ -174,7 +176,7 @@ def page() -> str:
     estimated = [
         [
             _link(name), one.slice, str(one.runs), f"{one.hbm_gib:.1f}", band(one.minutes),
-            band(one.usd, "{:.2f}") if one.usd else "no price", "schedule" if one.scheduled else "roofline",
+            band(one.usd, "{:.2f}") if one.usd else "no price", "roofline" if one.share_of_roofline else "schedule",
         ]
         for name, one in plans.items()
     ]  # fmt: skip

@@ -112,7 +112,7 @@ def section(recipe: Recipe, plans: dict[str, dict[str, Any]]) -> list[str]:
         *(
             ("are the band of measured over scheduled time (`docs/planning.md`), from the compiler's schedule.",)
             if all(told.get("step_seconds") for told in plans.values() if told["fits"])
-            else ("are those at 40% to 60% of the binding roofline.",)
+            else (f"are those at {band(first['utilization'], times=100)}% of the binding roofline (assumed).",)
         ),
         "",
     ]

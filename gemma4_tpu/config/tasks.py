@@ -242,10 +242,10 @@ class PlanConfig:
     """After the first answer, compile to the end and take the time from the compiler's schedule: minutes for the large
     models, once (compiled programs are kept). This also finds kernels that ask for too much on-chip memory, and adds
     XLA's own counts (`cost_analysis`)."""
-    utilization_low: float = 0.4
+    utilization_low: float = 0.2
     """Without a schedule: share of the binding roofline that a slow run reaches, the pessimistic end of the
-    estimates."""
-    utilization_high: float = 0.6
+    estimates. The defaults are those of the plans that have a schedule (`experiments/plans`): 19% to 46%."""
+    utilization_high: float = 0.45
     """Without a schedule: share that a fast run reaches, the optimistic end of the estimates."""
     hours_between_preemptions: float = 8.0
     """How long spot capacity lasts on average, for its costs; an assumption."""
