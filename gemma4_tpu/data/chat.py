@@ -26,7 +26,7 @@ from gemma4_tpu.data.drops import RowDropped, unreadable
 from gemma4_tpu.data.forms import Conversation
 from gemma4_tpu.data.pictures import Picture, pictures_of
 from gemma4_tpu.data.proof import Prover, Span
-from gemma4_tpu.data.timeout import row_limit
+from gemma4_tpu.data.timeout import memory_limit, row_limit
 from gemma4_tpu.errors import UserError
 
 logger = logging.getLogger(__name__)
@@ -299,7 +299,7 @@ class ChatFormat:
 
     def _apply(self, messages: list[Message], tools: list[Any] | None, **options: Any) -> str:
         try:
-            with row_limit():  # wherever it is rendered: a template comes with a checkpoint
+            with row_limit(), memory_limit():  # wherever it is rendered: a template comes with a checkpoint
                 text = self._tokenizer.apply_chat_template(
                     messages, tools=tools or None, tokenize=False, enable_thinking=self._keep_thoughts, **options
                 )

@@ -48,6 +48,7 @@ REASONS = {
     "syntax_error": "`iverilog -t null` rejects the code",
     "unreadable_row": "reading or rendering the row failed in a way that no other reason covers",
     "too_slow": "reading or rendering the row took longer than its time limit",
+    "too_much_memory": "rendering the row took more memory than its limit",
 }
 """Every reason for a drop → its meaning."""
 

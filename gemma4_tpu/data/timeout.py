@@ -1,16 +1,21 @@
-"""A time limit per row: a template can loop forever, and a text can be crafted to make patterns slow."""
+"""Limits per row: a template can loop forever or fill memory, and a text can be crafted to make patterns slow."""
 
 from __future__ import annotations
 
+import resource
 import signal
+import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 from gemma4_tpu.data.drops import RowDropped
 
 ROW_SECONDS = 10.0
+ROW_GIB = 2
+"""In addition to what the process uses before."""
 _AGAIN_SECONDS = 0.5  # in case third-party code swallowed the first alarm with a bare `except`
 
 
@@ -47,3 +52,27 @@ def row_limit() -> Iterator[None]:
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, before)
         signal.setitimer(signal.ITIMER_REAL, *others)
+
+
+@contextmanager
+def memory_limit() -> Iterator[None]:
+    """Refuses the process more than `ROW_GIB` in addition to what it uses, which stops templates that build huge texts.
+
+    Only on Linux and in Python's main thread, where rows are rendered: the limit is the whole process's.
+
+    Raises:
+      RowDropped: `too_much_memory`.
+    """
+    if sys.platform != "linux" or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = resource.getrlimit(resource.RLIMIT_AS)
+    used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    most = used + ROW_GIB * 2**30
+    resource.setrlimit(resource.RLIMIT_AS, (min([most, *(one for one in before if one >= 0)]), before[1]))
+    try:
+        yield
+    except MemoryError:
+        raise RowDropped("too_much_memory", f"more than {ROW_GIB} GiB") from None
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, before)

@@ -1,6 +1,7 @@
 """From sources to examples: drops, held-out rows, weights, limits, speed, and what the run folder gets to know."""
 
 import json
+import resource
 import shutil
 import subprocess
 import sys
@@ -165,6 +166,18 @@ def test_a_row_that_takes_too_long_is_dropped_and_the_next_ones_are_not(write_js
     )
     assert {reason: drop.count for reason, drop in built.train_report.dropped.items()} == {"too_slow": 2}
     assert len(built.train) == 3
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="limits memory on Linux only")
+def test_a_row_whose_rendering_fills_memory_is_dropped_and_the_next_ones_are_not(write_jsonl):
+    huge = "{% if 'x y' in messages[-1].content %}{{ 'a' * 3000000000 }}{% endif %}"
+    row = chat_row("add two", "is x y")
+    built = build_data(
+        config(write_jsonl([row, *rows(3), row]), max_drop_fraction=0.5), make_tokenizer(huge + TEMPLATE)
+    )
+    assert {reason: drop.count for reason, drop in built.train_report.dropped.items()} == {"too_much_memory": 2}
+    assert len(built.train) == 3
+    assert resource.getrlimit(resource.RLIMIT_AS)[0] == resource.RLIM_INFINITY
 
 
 def test_heldout_sources_and_shared_prompts(tokenizer, write_jsonl, caplog):
