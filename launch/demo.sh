@@ -47,10 +47,10 @@ done
 
 say "bench: load on the server"
 step bench "served=$run/servings/demo" "run_dir=$run/benchmarks/demo" \
-  'bench.lengths=[[64,32],[256,64]]' 'bench.rates=[2,4,8,16,inf]' bench.requests=16
+  'bench.lengths=[[64,32],[256,64]]' 'bench.rates=[4,16,inf]' bench.requests=16
 
 say "evaluate: the server's answers"
-step evaluate "eval.endpoint=http://127.0.0.1:$port/v1" "run_dir=$run/evaluations/served"
+step evaluate "eval.endpoint=http://127.0.0.1:$port/v1" eval.n=1 "run_dir=$run/evaluations/served"
 end
 
 say "report: everything on one page"
