@@ -14,16 +14,17 @@ from gemma4_tpu.config.rollouts import RolloutsConfig
 from gemma4_tpu.hardware import Slice
 from gemma4_tpu.models.sharding import make_mesh
 from gemma4_tpu.planning import compile as compiling
-from gemma4_tpu.planning import kept_programs, phases
+from gemma4_tpu.planning import kept_programs
 from gemma4_tpu.planning.compilation import ASSIGNED, FINISHED
 from gemma4_tpu.planning.links import Grid
+from gemma4_tpu.planning.phases import Phases
 from gemma4_tpu.planning.program import OutOfMemory, Program, UnderWay
 from gemma4_tpu.planning.topology import absent_devices
 from gemma4_tpu.training.recipe import Recipe
 
 Answer = tuple[str, dict[str, Any]]
 """A stage, and what is known then: `hbm_limit_bytes`, `versions`, and either `compiled` (`compile.Compiled`) or
-`out_of_memory` (`message`, `needed_bytes`); for an on-policy objective also `phases` (`phases.compiled`). For a cached
+`out_of_memory` (`message`, `needed_bytes`); for an on-policy objective also `phases` (`Phases.assigned`). For a cached
 program, everything including its schedule is known at once.
 """
 
@@ -58,14 +59,20 @@ def answers(
     places = [f"{device.device_kind} {device.coords}" for device in devices]
     key = kept_programs.key(lowered.as_text(), answer["versions"], compiler_options(recipe.hardware), places)
     grid = Grid.of(wanted, [device.coords for device in devices])
+    phases = None
     if rollouts is not None:
         kept_as = [answer["versions"], places]
-        answer["phases"] = phases.compiled(given, rollouts, mesh, grid, dump, answer["hbm_limit_bytes"], kept_as)
+        phases = Phases(given, rollouts, mesh, grid, dump, answer["hbm_limit_bytes"], kept_as)
+        answer["phases"] = phases.assigned()
     work = _Work(given, grid, key)
     if (known := work.kept()) is not None:
+        if phases is not None and to_the_end:
+            answer["phases"] = phases.finished()
         yield ASSIGNED, answer | known | {"kept": True}
     else:
         for stage, more in work.compiled(lowered, dump / "update", answer["hbm_limit_bytes"], to_the_end=to_the_end):
+            if phases is not None and stage == FINISHED:
+                answer["phases"] = phases.finished()
             yield stage, answer | more
 
 

@@ -133,9 +133,10 @@ class PlanResult:
     rollouts: dict[str, Any] = field(default_factory=dict)
     """For an on-policy objective, what precedes each update: `phases` (`read`, `decode`, `score`; each with
     `hbm_bytes_per_chip`, including everything else in HBM, `flops_per_chip`, `hbm_traffic_bytes_per_chip`,
-    `collective_bytes_per_chip`, `roofline_seconds`, `bound_by`; for `decode`, per token of every slot),
-    `kv_cache_bytes_per_chip`, `answer_tokens` (assumed), `decoding_steps` per update, and `seconds` of each phase per
-    update at each utilization that `plan` assumes; or `misfit`, in words. Excludes judging.
+    `collective_bytes_per_chip`, `roofline_seconds`, `bound_by` and, by the compiler's schedule, `schedule_seconds`; for
+    `decode`, per token of every slot), `kv_cache_bytes_per_chip`, `answer_tokens` (assumed), `decoding_steps` per
+    update, and `seconds` of each phase per update at both ends of the schedule's band and in between (without a
+    schedule, at each utilization that `plan` assumes); or `misfit`, in words. Excludes judging.
     """
     usd_per_million_real_tokens: float | None = None
     """At the middle utilization and the price that the configuration selects."""
@@ -167,8 +168,7 @@ class PlanResult:
 ESTIMATED_BY = {
     "hbm": "the memory that the TPU compiler assigns to the whole step, compiled without a TPU",
     "flops, traffic, collectives": "counted in the compiled program; attention kernels from the blocks that they visit",
-    "rollouts": "memory and counts of the compiled phases, their rooflines over the assumed utilization, an assumed"
-    " length of answers",
+    "rollouts": "memory and counts of the compiled phases; seconds like the update's; an assumed length of answers",
     "roofline": "the counts over the chip's published peaks; each collective over the links of its own mesh axis",
     "seconds, hours, dollars": "the compiler's schedule times a band of measured over scheduled time, or without a"
     " schedule the largest roofline over the assumed utilization; no measurement of this run on a TPU",
@@ -189,7 +189,8 @@ def estimate(planned: Planned, answer: dict[str, Any], walked: Walked | None = N
         planned.checked.slice, counted["flops_per_chip"], counted["hbm_traffic_bytes_per_chip"], counts["collectives"],
         counts["link_bytes"],
     )  # fmt: skip
-    rollouts = rollouts_of(planned, answer) if "phases" in answer else {}
+    band = band_of(planned) if walked is not None else None
+    rollouts = rollouts_of(planned, answer, band) if "phases" in answer else {}
     return PlanResult(
         fits="misfit" not in rollouts,
         rollouts=rollouts,
@@ -206,7 +207,7 @@ def estimate(planned: Planned, answer: dict[str, Any], walked: Walked | None = N
         data=fill.source,
         roofline_seconds=seconds,
         bound_by=max(PEAKS, key=lambda peak: seconds[peak]),
-        **(_by_schedule(walked, band_of(planned)) if walked is not None else {}),
+        **(_by_schedule(walked, band) if walked is not None and band is not None else {}),
         **_time_and_money(planned, seconds, walked, rollouts.get("seconds", {})),
         lowering_seconds=answer["lowering_seconds"],
         compile_seconds=answer["compile_seconds"],

@@ -7,8 +7,11 @@ from typing import Any
 
 from gemma4_tpu.config.rollouts import RolloutsConfig
 from gemma4_tpu.hardware import GIB
+from gemma4_tpu.planning.calibration import Band, ScheduleRates
 from gemma4_tpu.planning.planned import Planned
 from gemma4_tpu.planning.roofline import PEAKS, roofline
+from gemma4_tpu.planning.schedule import from_plain
+from gemma4_tpu.planning.walk import walk
 
 PHASES = ("read", "decode", "score")
 SCORED_MORE = 2
@@ -17,12 +20,13 @@ SHARE = 0.95
 """Share of the remaining memory that a cache can take: programs of other shapes need other temporaries."""
 
 
-def rollouts_of(planned: Planned, answer: dict[str, Any]) -> dict[str, Any]:
+def rollouts_of(planned: Planned, answer: dict[str, Any], band: Band | None = None) -> dict[str, Any]:
     """`PlanResult.rollouts`.
 
     Args:
       planned: the configuration.
       answer: of the compiling process (`answers.Answer`), with `phases`.
+      band: of measured over scheduled time; None: by the rooflines, even if there is a schedule.
     """
     config, plan, told = planned.config.rollouts, planned.config.plan, answer["phases"]
     limit, cache = answer["hbm_limit_bytes"], told["kv_cache_bytes"]
@@ -33,19 +37,24 @@ def rollouts_of(planned: Planned, answer: dict[str, Any]) -> dict[str, Any]:
     steps = decoding_steps(config, tokens, told["tokens"])
     runs = {
         "read": 1.0,
-        "decode": steps / told["tokens"],
+        "decode": float(steps),
         "score": planned.config.trainer.microbatches * (1 + SCORED_MORE / config.check_every),
     }
     phases = {name: _phase(planned, told[name], told["tokens"] if name == "decode" else 1) for name in PHASES}
-    bounds = {name: phases[name]["roofline_seconds"] * runs[name] for name in ("read", "score")}
-    bounds["decode"] = phases["decode"]["roofline_seconds"] * steps
-    reached = {"low": plan.utilization_low, "high": plan.utilization_high}
-    reached["mid"] = (reached["low"] + reached["high"]) / 2
+    scheduled = band is not None and all("schedule" in told[name] for name in PHASES)
+    by = "schedule_seconds" if scheduled else "roofline_seconds"
+    if band is not None and scheduled:
+        times = {"low": band.high, "high": band.low}
+        times["mid"] = (times["low"] + times["high"]) / 2
+    else:
+        times = {"low": 1 / plan.utilization_low, "high": 1 / plan.utilization_high}
+        times["mid"] = 2 / (plan.utilization_low + plan.utilization_high)
     return found | {
         "decoding_steps": steps,
         "phases": phases,
         "seconds": {
-            name: {phase: bound / reached[name] for phase, bound in bounds.items()} for name in ("low", "mid", "high")
+            name: {phase: one[by] * runs[phase] * times[name] for phase, one in phases.items()}
+            for name in ("low", "mid", "high")
         },
     }
 
@@ -61,7 +70,10 @@ def decoding_steps(config: RolloutsConfig, tokens: int, segment: int) -> int:
 
 def _phase(planned: Planned, told: dict[str, Any], tokens: int) -> dict[str, Any]:
     """What one run of a phase takes on one chip; for decoding, per token of every slot."""
-    counts = told["counts"]
+    counts, scheduled = told["counts"], {}
+    if "schedule" in told:
+        walked = walk(from_plain(told["schedule"]), ScheduleRates.of(planned.checked.slice))
+        scheduled["schedule_seconds"] = walked.seconds / tokens
     seconds = roofline(
         planned.checked.slice, counts["flops"] / tokens, counts["hbm_traffic_bytes"] / tokens,
         {kind: {key: value / tokens for key, value in one.items()} for kind, one in counts["collectives"].items()},
@@ -74,6 +86,7 @@ def _phase(planned: Planned, told: dict[str, Any], tokens: int) -> dict[str, Any
         "collective_bytes_per_chip": {kind: one["bytes"] / tokens for kind, one in counts["collectives"].items()},
         "roofline_seconds": seconds["update"],
         "bound_by": max(PEAKS, key=lambda peak: seconds[peak]),
+        **scheduled,
     }
 
 

@@ -1,12 +1,12 @@
 """What precedes an on-policy update: prompts are read, answers decoded, and both scored.
 
 Each phase is compiled for the planned slice as the run would compile it: the same functions, shapes and shardings.
-Memory is what the compiler assigns; time is a roofline, because a decoding step moves all weights for one token per
-slot, and nothing hides that.
+Memory is what the compiler assigns; time comes from the compiler's schedule, as for the update.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,47 +18,113 @@ from jax.sharding import Mesh, NamedSharding
 from gemma4_tpu.config.rollouts import RolloutsConfig
 from gemma4_tpu.evals.generate import TPU_PROMPT_MULTIPLE
 from gemma4_tpu.models.sharding import activation_spec
-from gemma4_tpu.planning import counts, hlo, kept_programs
+from gemma4_tpu.planning import counts, hlo, kept_programs, origins, schedule
 from gemma4_tpu.planning.compile import Shapes, on_one_chip
 from gemma4_tpu.planning.links import Grid
-from gemma4_tpu.planning.program import OutOfMemory, Program, until_assigned
+from gemma4_tpu.planning.program import OutOfMemory, Program, UnderWay
 from gemma4_tpu.rollouts import slots
 from gemma4_tpu.rollouts.sampler import SEGMENT_TOKENS
 
 READ, DECODE, SCORE = "read", "decode", "score"
 
 
-def compiled(
-    given: Shapes, rollouts: RolloutsConfig, mesh: Mesh, grid: Grid, dump: Path, limit_bytes: int, kept_as: list[Any]
-) -> dict[str, Any]:
-    """Figures of each phase, as plain values.
+class Phases:
+    """The phases of one configuration, being compiled. End the process to stop it."""
 
-    Args:
-      given: the step and its shapes.
-      rollouts: slots, prompts and lengths.
-      mesh: of described devices.
-      grid: their positions.
-      dump: folder in which to create folders for the compiler's files.
-      limit_bytes: HBM of a chip.
-      kept_as: versions and places, for `kept_programs.key`.
+    def __init__(
+        self, given: Shapes, rollouts: RolloutsConfig, mesh: Mesh, grid: Grid, dump: Path, limit_bytes: int,
+        kept_as: list[Any],
+    ):  # fmt: skip
+        """Lowers them.
 
-    Returns:
-      Phase → `peak_bytes` of one chip, including everything held between updates, or `needed_bytes` if the compiler
-      refuses; `counts` (`Counts.plain`) of one run; and `kv_cache_bytes` and `tokens`: the slots' cache, and the tokens
-      that each row decodes per run.
-    """
-    lowered, cache = _lowered(given, rollouts, mesh)
-    held = given.bytes_per_chip()
-    found: dict[str, Any] = {"kv_cache_bytes": on_one_chip(cache), "tokens": SEGMENT_TOKENS}
-    for name, one in lowered.items():
-        print(f"compiling what it {name}s", flush=True)
-        told = _told(one, dump / name, limit_bytes, grid, kept_as)
-        if "argument_bytes" in told:
-            # Optimizer, teacher and so on are not arguments of these programs, but occupy memory.
-            used = held["base"] + held.get("lora", 0) + held.get("weights", 0)
-            told["peak_bytes"] += sum(held.values()) - held["batch"] - used
-        found[name] = told
-    return found
+        Args:
+          given: the step and its shapes.
+          rollouts: slots, prompts and lengths.
+          mesh: of described devices.
+          grid: their positions.
+          dump: folder in which to create folders for the compiler's files.
+          limit_bytes: HBM of a chip.
+          kept_as: versions and places, for `kept_programs.key`.
+        """
+        lowered, cache = _lowered(given, rollouts, mesh)
+        versions, places = kept_as
+        self._phases = {
+            name: _Phase(
+                one, dump / name, limit_bytes, grid,
+                f"{kept_programs.key(one.as_text(), versions, {}, places)}_{kept_programs.readers()}",
+            )
+            for name, one in lowered.items()
+        }  # fmt: skip
+        self._about = {"kv_cache_bytes": on_one_chip(cache), "tokens": SEGMENT_TOKENS}
+        held = given.bytes_per_chip()
+        # Optimizer, teacher and so on are not arguments of these programs, but occupy memory.
+        self._beside = sum(held.values()) - held["batch"] - held["base"] - held.get("lora", 0) - held.get("weights", 0)
+
+    def assigned(self) -> dict[str, Any]:
+        """Figures once memory is assigned, as plain values.
+
+        Returns:
+          Phase → `peak_bytes` of one chip, including everything held between updates, or `needed_bytes` if the compiler
+          refuses; `counts` (`Counts.plain`) of one run and, if it was compiled to the end before, its `schedule`
+          (`schedule.plain`); and `kv_cache_bytes` and `tokens`: the slots' cache, and the tokens that each row decodes
+          per run.
+        """
+        return self._all("compiling what it {}s", _Phase.assigned)
+
+    def finished(self) -> dict[str, Any]:
+        """The same with every `schedule`, once code is generated."""
+        return self._all("compiling what it {}s to the end", _Phase.finished)
+
+    def _all(self, title: str, figures: Callable[[_Phase], dict[str, Any]]) -> dict[str, Any]:
+        found: dict[str, Any] = dict(self._about)
+        for name, phase in self._phases.items():
+            print(title.format(name), flush=True)
+            told = figures(phase)
+            more = {"peak_bytes": told["peak_bytes"] + self._beside} if "peak_bytes" in told else {}
+            found[name] = told | more
+        return found
+
+
+class _Phase:
+    """One program, unless it is cached."""
+
+    def __init__(self, lowered: Any, dump: Path, limit_bytes: int, grid: Grid, key: str):
+        self._lowered, self._dump, self._limit_bytes, self._grid, self._key = lowered, dump, limit_bytes, grid, key
+        self._under_way: UnderWay | None = None
+
+    def assigned(self) -> dict[str, Any]:
+        return self._kept() or self._figures(lambda: self._compiling().until_assigned(self._limit_bytes))
+
+    def finished(self) -> dict[str, Any]:
+        kept = self._kept()
+        if kept is not None and ("schedule" in kept or "needed_bytes" in kept):
+            return kept
+        return self._figures(lambda: self._compiling().finish())
+
+    def _kept(self) -> dict[str, Any] | None:
+        found = kept_programs.get(self._key)
+        return None if found is None else dict(found)
+
+    def _compiling(self) -> UnderWay:
+        if self._under_way is None:
+            self._under_way = UnderWay(self._lowered, self._dump)
+        return self._under_way
+
+    def _figures(self, compiled: Callable[[], Program]) -> dict[str, Any]:
+        told: dict[str, Any]
+        try:
+            program = compiled()
+            module = hlo.parse(program.text)
+            told = {
+                "argument_bytes": program.argument_bytes, "peak_bytes": program.peak_bytes,
+                "counts": counts.count(module, self._grid).plain(),
+            }  # fmt: skip
+            if program.cost_analysis:
+                told["schedule"] = schedule.plain(schedule.read(module, origins.read(program.text), self._grid))
+        except OutOfMemory as error:
+            told = {"needed_bytes": error.needed_bytes, "message": str(error).partition("\n")[0]}
+        kept_programs.put(self._key, told)
+        return told
 
 
 def _lowered(given: Shapes, rollouts: RolloutsConfig, mesh: Mesh) -> tuple[dict[str, Any], Any]:
@@ -92,23 +158,3 @@ def _lowered(given: Shapes, rollouts: RolloutsConfig, mesh: Mesh) -> tuple[dict[
         DECODE: decode.lower(trained, base, state),
         SCORE: jax.jit(step.token_nll).lower(trained, base, rows),
     }, state.cache
-
-
-def _told(lowered: Any, dump: Path, limit_bytes: int, grid: Grid, kept_as: list[Any]) -> dict[str, Any]:
-    versions, places = kept_as
-    key = f"{kept_programs.key(lowered.as_text(), versions, {}, places)}_{kept_programs.readers()}"
-    if (known := kept_programs.get(key)) is not None:
-        return dict(known)
-    try:
-        told = _figures(until_assigned(lowered, dump, limit_bytes), grid)
-    except OutOfMemory as error:
-        told = {"needed_bytes": error.needed_bytes, "message": str(error).partition("\n")[0]}
-    kept_programs.put(key, told)
-    return told
-
-
-def _figures(program: Program, grid: Grid) -> dict[str, Any]:
-    return {
-        "argument_bytes": program.argument_bytes, "peak_bytes": program.peak_bytes,
-        "counts": counts.count(hlo.parse(program.text), grid).plain(),
-    }  # fmt: skip

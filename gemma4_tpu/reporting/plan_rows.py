@@ -127,7 +127,8 @@ def _rollouts(result: PlanResult) -> list[tuple[str, str]]:
         rows.append((
             f"  {name}",
             f"{format_bytes(one['hbm_bytes_per_chip'])} HBM; {what}: {scaled(one['hbm_traffic_bytes_per_chip'])}B of"
-            f" traffic, {scaled(sent)}B sent, at least {format_time(one['roofline_seconds'])} ({one['bound_by']})",
+            f" traffic, {scaled(sent)}B sent, at least {format_time(one['roofline_seconds'])} ({one['bound_by']})"
+            + (f", {format_time(one['schedule_seconds'])} by the schedule" if "schedule_seconds" in one else ""),
         ))  # fmt: skip
     middle, whole = told["seconds"]["mid"], result.seconds_per_update
     parts = {**middle, "update": whole["mid"] - sum(middle.values())}
@@ -135,7 +136,8 @@ def _rollouts(result: PlanResult) -> list[tuple[str, str]]:
     spent = " to ".join(format_time(one) for one in sorted((whole["low"], whole["high"])))
     price = result.price.get("usd_per_hour")
     usd = f", ${whole['mid'] / 3600 * price:.3f}" if price else ""
-    rows.append(("  per update", f"{spent} (assumed utilization){usd}: {shares}; rewards not counted"))
+    by = "by the schedule's band" if result.step_seconds else "assumed utilization"
+    rows.append(("  per update", f"{spent} ({by}){usd}: {shares}; rewards not counted"))
     return rows
 
 

@@ -1,5 +1,6 @@
 """Roll-outs in a plan: the compiled phases of a small model on a mesh, and what follows from their figures."""
 
+import json
 from dataclasses import replace
 
 import pytest
@@ -13,11 +14,14 @@ from gemma4_tpu.models.kv_cache import kv_cache_bytes
 from gemma4_tpu.models.sharding import make_mesh
 from gemma4_tpu.plan import PLAN
 from gemma4_tpu.planning import compile as compiling
-from gemma4_tpu.planning import phases
+from gemma4_tpu.planning.calibration import BAND, ScheduleRates
 from gemma4_tpu.planning.links import Grid
 from gemma4_tpu.planning.phase_times import decoding_steps, rollouts_of
+from gemma4_tpu.planning.phases import Phases
 from gemma4_tpu.planning.planned import Planned
+from gemma4_tpu.planning.schedule import Op, from_plain, plain
 from gemma4_tpu.planning.topology import absent_devices
+from gemma4_tpu.planning.walk import walk
 from gemma4_tpu.training.recipe import Recipe, TeacherModel
 from tests.planning.test_tpu import ARCH, environment  # noqa: F401 (a fixture)
 from tests.tpu_compiler import needs_tpu_compiler
@@ -42,7 +46,8 @@ def test_decoding_on_tp_gathers_no_weights_and_all_that_lies_there_counts(tmp_pa
     assert held["teacher"] > held["base"]
     config = RolloutsConfig(prompts=4, samples=2, prompt_tokens=128, new_tokens=384, slots=16)
     grid = Grid.of(SLICES["v6e-4"], [device.coords for device in mesh.devices.flat])
-    told = phases.compiled(given, config, mesh, grid, tmp_path / "dump", 32 * GIB, [{}, ["here"]])
+    compiling_them = Phases(given, config, mesh, grid, tmp_path / "dump", 32 * GIB, [{}, ["here"]])
+    told = compiling_them.assigned()
     # 16 slots over 2 places, 4 (sliding) and 2 (global) KV heads over 2 chips; bfloat16
     assert told["kv_cache_bytes"] == 8 * kv_cache_bytes(ARCH, 512) / 2
     for name in ("read", "decode", "score"):
@@ -51,8 +56,14 @@ def test_decoding_on_tp_gathers_no_weights_and_all_that_lies_there_counts(tmp_pa
     each = 16 * held["base"]  # of 16 tokens, had they gathered the weights
     assert counted["collectives"].get("all-gather", {"bytes": 0})["bytes"] < 0.1 * each
     assert counted["hbm_traffic_bytes"] > 0.5 * each  # a token reads them all (small ones may stay on the chip)
-    again = phases.compiled(given, config, mesh, grid, tmp_path / "none", 32 * GIB, [{}, ["here"]])
-    assert again == told and not (tmp_path / "none").exists()  # it was kept
+    to_the_end = compiling_them.finished()
+    for name in ("read", "decode", "score"):
+        assert to_the_end[name]["counts"]["flops"] == told[name]["counts"]["flops"]
+        walked = walk(from_plain(to_the_end[name]["schedule"]), ScheduleRates.of(SLICES["v6e-4"]))
+        assert walked.seconds > 0
+    again = Phases(given, config, mesh, grid, tmp_path / "none", 32 * GIB, [{}, ["here"]])
+    kept = json.loads(json.dumps(to_the_end))
+    assert again.assigned() == again.finished() == kept and not (tmp_path / "none").exists()
 
 
 def planned(*words: str) -> Planned:
@@ -80,9 +91,24 @@ def test_seconds_follow_from_the_traffic_of_a_token_and_the_answers_of_an_update
     assert told["phases"]["decode"]["roofline_seconds"] == pytest.approx(8e9 / hbm)
     assert told["phases"]["decode"]["bound_by"] == "hbm"
     assert told["phases"]["decode"]["collective_bytes_per_chip"] == {"all-reduce": 1e6}
-    assert told["seconds"]["low"]["decode"] == pytest.approx(256 * 8e9 / hbm / 0.4)
-    assert told["seconds"]["mid"]["score"] == pytest.approx(1.2 * 2e10 / hbm / 0.5)
+    assert told["seconds"]["low"]["decode"] == pytest.approx(256 * 8e9 / hbm / 0.2)
+    assert told["seconds"]["mid"]["score"] == pytest.approx(1.2 * 2e10 / hbm / 0.325)
     assert "misfit" not in told
+
+
+def test_with_a_schedule_they_are_those_of_the_schedules_band():
+    told = answer()
+    ops = plain((Op(name="loop", trips=16, body=(Op(name="product", part="base_products", cycles=17_500_000),)),))
+    for name in ("read", "decode", "score"):
+        told["phases"][name]["schedule"] = ops  # 16 times 10 ms at 1.75 GHz
+    words = ("rollouts.prompts=16", "rollouts.slots=64", "plan.answer_tokens=120")
+    found = rollouts_of(planned(*words), told, BAND)
+    assert found["phases"]["decode"]["schedule_seconds"] == pytest.approx(0.010)
+    assert found["seconds"]["low"]["decode"] == pytest.approx(256 * 0.010 * BAND.high)
+    assert found["seconds"]["high"]["read"] == pytest.approx(0.160 * BAND.low)
+    assert found["seconds"]["mid"]["score"] == pytest.approx(1.2 * 0.160 * (BAND.low + BAND.high) / 2)
+    del told["phases"]["read"]["schedule"]  # not all of them
+    assert rollouts_of(planned(*words), told, BAND)["seconds"] == rollouts_of(planned(*words), told)["seconds"]
 
 
 def test_a_cache_that_does_not_fit_is_told_with_the_slots_that_would():
