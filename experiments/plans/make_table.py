@@ -42,15 +42,16 @@ COMMON = ("lora.rank=64", "lora.alpha=64", "data.sequence_length=4096", "trainer
 FITS, MISFIT = 0, 1
 
 INTRODUCTION = """\
-LoRA (and QLoRA, nf4) of rank 64 on packed rows of 4096 tokens, one row for each place on the axes dp and fsdp and
-update, remat chosen by what fits; of up to four meshes (weights split over all chips, or only as far as leaves four
-fifths or half of HBM free, and for 12B, E4B and E2B over tp = 2, too) the cheapest. All figures are *estimated*: memory
-by the TPU compiler, which compiles the whole training step without a TPU; time from the compiler's schedule, times a
-band of measured over scheduled time (`docs/planning.md`); dollars from the prices in `hardware.py`. A cell that was not
-compiled to the end yet has no time, only its roofline, which is a lower bound. Minutes are for the paper's job: 9,959
-rows of 922 tokens on average, one epoch. All were compiled before adapters of one input shared a product, by which a
-layer of 31B on a v5p-8 is *estimated* to be 0.7% faster ([`docs/step.md`](../../docs/step.md)). Nothing here ran on a
-TPU."""
+The table is for LoRA (and QLoRA, nf4) of rank 64 on packed rows of 4096 tokens. Each update has one row per position on
+the axes dp and fsdp; remat is the first policy that fits. Each cell is the cheapest of up to four meshes: weights split
+over all chips, or only far enough to leave four fifths or half of HBM free, and, for 12B, E4B and E2B, also over tp = 2.
+
+All figures are *estimated*: memory by the TPU compiler, which compiles the whole training step without a TPU; time from
+the compiler's schedule, times a band of measured over scheduled time (`docs/planning.md`); dollars from the prices in
+`hardware.py`. A cell that is not fully compiled yet has no time, only its roofline, which is a lower bound. Minutes are
+for the paper's job: 9,959 rows of 922 tokens on average, one epoch. All cells were compiled before adapters with the
+same input shared a product, which makes a layer of 31B on a v5p-8 an *estimated* 0.7% faster
+([`docs/step.md`](../../docs/step.md)). Nothing here ran on a TPU."""
 
 PAPER = {"seconds_per_sample": 1.21, "hours": 3.34, "usd": 56.11, "samples": 9959, "mean_tokens": 922}
 """Quoted: the paper's run of 31B with LoRA on a v5p-8; the tokens are those of its rows, padded to 3072."""

@@ -110,9 +110,9 @@ def section(recipe: Recipe, plans: dict[str, dict[str, Any]]) -> list[str]:
     lines = [
         f"*Estimated* by {by} ({versions}); nothing here has run on a TPU. Tokens, minutes and dollars",
         *(
-            ("are the band of measured over scheduled time (`docs/planning.md`), from the compiler's schedule.",)
+            ("are ranges: the compiler's schedule times the band of measured over scheduled time (`docs/planning.md`).",)
             if all(told.get("step_seconds") for told in plans.values() if told["fits"])
-            else ("are those at 40% to 60% of the binding roofline.",)
+            else ("are ranges: their values at 40% and at 60% of the binding roofline.",)
         ),
         "",
     ]
@@ -149,7 +149,7 @@ def section(recipe: Recipe, plans: dict[str, dict[str, Any]]) -> list[str]:
         times = f", each job {recipe.runs} times" if recipe.runs > 1 else ""
         lines += [
             "",
-            f"The whole sweep{times}: {band(hours, '{:.1f}')} h, ${band(usd, '{:.2f}')}, stopping nothing early.",
+            f"The whole sweep{times}: {band(hours, '{:.1f}')} h, ${band(usd, '{:.2f}')}, if no job stops early.",
         ]
     return [*lines, "", "![HBM per chip](hbm.png)"]
 
