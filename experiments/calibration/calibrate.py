@@ -126,7 +126,8 @@ def lines(found: list[Measured]) -> list[str]:
             one.name, f"{one.measured_seconds:g}", one.chips, *(f"{s:.3f}" for s in estimated),
             f"{ratio(one, told):.2f}",
         ])  # fmt: skip
-    band = [f"The steps that count took {min(ratios):.2f} to {max(ratios):.2f} times the estimate.", ""] if ratios else []
+    spread = f"The steps that count took {min(ratios):.2f} to {max(ratios):.2f} times the estimate." if ratios else ""
+    band = [spread, ""] if ratios else []
     band += [f"{one.name} does not count: {one.outside}.\n" for one in found if one.outside]
     if missing:
         band += [

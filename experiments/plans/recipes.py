@@ -110,7 +110,7 @@ def section(recipe: Recipe, plans: dict[str, dict[str, Any]]) -> list[str]:
     lines = [
         f"*Estimated* by {by} ({versions}); nothing here has run on a TPU. Tokens, minutes and dollars",
         *(
-            ("are ranges: the compiler's schedule times the band of measured over scheduled time (`docs/planning.md`).",)
+            ("are ranges: the schedule times the band of measured over scheduled time (`docs/planning.md`).",)
             if all(told.get("step_seconds") for told in plans.values() if told["fits"])
             else ("are ranges: their values at 40% and at 60% of the binding roofline.",)
         ),

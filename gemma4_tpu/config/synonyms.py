@@ -190,7 +190,7 @@ VALUES: dict[str, dict[str, str]] = {
 """Their words → their value → our word, where it is not simply the value: what `translate` takes."""
 SETTLEMENTS = {
     "train_on_inputs assistant_only_loss completion_only_loss sft_train_on_completion_only": "loss is on answers only",
-    "gradient_checkpointing gradient_checkpointing_kwargs remat_policy": "trainer.remat=auto recomputes only what does not fit",
+    "gradient_checkpointing gradient_checkpointing_kwargs remat_policy": "trainer.remat=auto recomputes as needed",
     "bf16 fp16 tf32 dtype torch_dtype weight_dtype": "bfloat16 on TPUs; adapters and optimizer are float32",
     "flash_attention attn_implementation attention": "trainer.attention=auto selects the kernel",
     "deepspeed fsdp fsdp_config fsdp_version": "mesh=auto shards over the slice; or set mesh.fsdp, mesh.tp, mesh.dp",

@@ -168,9 +168,9 @@ def _points(figures: Figures, prices: Prices, kinds: Sequence[str]) -> Iterator[
             row.append(_small_usd(total_usd_per_million(point, prices, kind)))
         rows.append(row)
     yield from table(heads, rows)
-    yield "Prices assume a server that is paid for around the clock and always as busy as in the load test. *Per million"
-    yield "generated* counts only answers; *in and out* spreads the same dollars over prompts and answers. The share of the"
-    yield "ceiling is that of the figure nearest to its ceiling, latencies included."
+    yield "Prices assume a server that is paid for around the clock and always as busy as in the load test."
+    yield "*Per million generated* counts only answers; *in and out* spreads the same dollars over prompts and answers."
+    yield "The share of the ceiling is that of the figure nearest to its ceiling, latencies included."
     yield ""
     yield from sources(figures.points)
 
@@ -197,8 +197,8 @@ def _evaluations(figures: Figures, prices: Prices, kinds: Sequence[str]) -> Iter
             by = found.by if found else by
         rows.append([*row, by])
     yield from table([*heads, "by"], rows)
-    yield "Dollars of all samples divided by those that pass: the cost of a solution if you sample until one passes, without"
-    yield "training."
+    yield "Dollars of all samples divided by those that pass: the cost of a solution if you sample until one passes,"
+    yield "without training."
     yield ""
     yield from sources(figures.evaluations)
 
