@@ -1,4 +1,4 @@
-"""Published step times beside those that our plans predict: the band that plans are given with.
+"""Published step times and those that our plans predict: the source of the plans' range.
 
     python experiments/calibration/calibrate.py              # plans what is missing in results/, then the table
     python experiments/calibration/calibrate.py --render     # only the table
@@ -31,30 +31,30 @@ FULL = ("lora=none", "mesh.tp=1", "hardware.usd_per_hour=0")
 """What full training adds. Nothing is costed here."""
 
 HEAD = """\
-# Predicted beside published step times
+# Predicted and published step times
 
 Made by:
 
     python experiments/calibration/calibrate.py
 
 *Quoted*: what others measured. *Estimated*: our step of the same model, slice, batch and length, by the compiler's
-schedule (`docs/planning.md`). Rows are taken to be full. Nothing here ran on a TPU.
+schedule (`docs/planning.md`). All rows are assumed to be full. Nothing here ran on a TPU.
 """
 
 DIFFERENCES = """\
 ## What differs
 
 - MaxText's steps: its own kernels (splash attention of tokamax, with a fused backward pass and larger blocks), its
-  remat policy (ours is `decoder`: each layer's input is kept, all else computed again), its compiler flags and
-  shardings, and its treatment of experts. Rows are synthetic and full there.
-- E4B in particular takes MaxText half of what the compiler expects of our step, so that this row says where our full
-  training on tpu7x loses, not how far schedules are off. Of its 1.76 s the core waits 415 ms for collectives: 255 for
-  the embedding, which the loss gathers anew for each of its chunks. Products take 842 ms, 60% of the peak, with the
-  on-chip memory that the compiler gives them by itself (there is no preset of flags for tpu7x). 59 ms go into sums over
-  the attention kernel's partial dq.
+  remat policy (ours is `decoder`: each layer's input is kept, everything else is recomputed), its compiler flags and
+  shardings, and its treatment of experts. Its rows are synthetic and full.
+- For E4B, MaxText takes half the time that the compiler expects of our step, so this row shows where our full training
+  on tpu7x loses time, not how accurate schedules are. Of our 1.76 s, the core waits 415 ms for collectives: 255 for the
+  embedding, which the loss gathers again for each of its chunks. Products take 842 ms, 60% of the peak, with the
+  compiler's default on-chip memory (there is no preset of flags for tpu7x). Sums over the attention kernel's partial dq
+  take 59 ms.
 - The paper's step: einsum attention over padded rows, Tunix's loss over all logits at once, LoRA without K of the
-  global layers. It names two lengths, and doesn't say which one was timed.
-- Cycles of tpu7x are turned into seconds by a clock that is inferred from the published peak.
+  global layers. The paper names two lengths and doesn't say which one was timed.
+- For tpu7x, cycles become seconds by a clock rate inferred from the published peak.
 """
 
 
@@ -126,13 +126,14 @@ def lines(found: list[Measured]) -> list[str]:
             one.name, f"{one.measured_seconds:g}", one.chips, *(f"{s:.3f}" for s in estimated),
             f"{ratio(one, told):.2f}",
         ])  # fmt: skip
-    band = [f"Those that count lie between {min(ratios):.2f} and {max(ratios):.2f}.", ""] if ratios else []
+    spread = f"The steps that count took {min(ratios):.2f} to {max(ratios):.2f} times the estimate." if ratios else ""
+    band = [spread, ""] if ratios else []
     band += [f"{one.name} does not count: {one.outside}.\n" for one in found if one.outside]
     if missing:
         band += [
             "Not compiled:",
             "",
-            *(f"- {one.name}: {one.failed or 'not compiled to the end yet'}" for one in missing),
+            *(f"- {one.name}: {one.failed or 'not fully compiled yet'}" for one in missing),
             "",
         ]
     sources = [f"- {one.name}: {one.source}. Planned with `{shlex.join(one.words)}`." for one in found]

@@ -42,15 +42,16 @@ COMMON = ("lora.rank=64", "lora.alpha=64", "data.sequence_length=4096", "trainer
 FITS, MISFIT = 0, 1
 
 INTRODUCTION = """\
-LoRA (and QLoRA, nf4) of rank 64 on packed rows of 4096 tokens, one row for each place on the axes dp and fsdp and
-update, remat chosen by what fits; of up to four meshes (weights split over all chips, or only as far as leaves four
-fifths or half of HBM free, and for 12B, E4B and E2B over tp = 2, too) the cheapest. All figures are *estimated*: memory
-by the TPU compiler, which compiles the whole training step without a TPU; time from the compiler's schedule, times a
-band of measured over scheduled time (`docs/planning.md`); dollars from the prices in `hardware.py`. A cell that was not
-compiled to the end yet has no time, only its roofline, which is a lower bound. Minutes are for the paper's job: 9,959
-rows of 922 tokens on average, one epoch. All were compiled before adapters of one input shared a product, by which a
-layer of 31B on a v5p-8 is *estimated* to be 0.7% faster ([`docs/step.md`](../../docs/step.md)). Nothing here ran on a
-TPU."""
+The table is for LoRA (and QLoRA, nf4) of rank 64 on packed rows of 4096 tokens. Each update has one row per position on
+the axes dp and fsdp; remat is the first policy that fits. Each cell is the cheapest of up to four meshes: weights split
+over all chips, or only far enough to leave four fifths or half of HBM free, and, for 12B, E4B and E2B, also tp = 2.
+
+All figures are *estimated*: memory by the TPU compiler, which compiles the whole training step without a TPU; time from
+the compiler's schedule, times a band of measured over scheduled time (`docs/planning.md`); dollars from the prices in
+`gemma4_tpu/prices.yaml`. A cell that is not fully compiled yet has no time, only its roofline, which is a lower bound.
+Minutes and dollars are for the paper's job: 9,959 rows of 922 tokens on average, one epoch. All cells were compiled
+before adapters with the same input shared a product, which makes a layer of 31B on a v5p-8 an *estimated* 0.7% faster
+([`docs/step.md`](../../docs/step.md)). Nothing here ran on a TPU."""
 
 PAPER = {"seconds_per_sample": 1.21, "hours": 3.34, "usd": 56.11, "samples": 9959, "mean_tokens": 922}
 """Quoted: the paper's run of 31B with LoRA on a v5p-8; the tokens are those of its rows, padded to 3072."""
@@ -141,7 +142,7 @@ def known() -> dict[tuple[str, str, str], dict[str, Any]]:
 
 HEADS = (
     "size", "slice", "trained", "dp × fsdp × tp", "remat", "rows", "fits", "GiB per chip", "bound by", "roofline ms",
-    "schedule ms", "real tokens/s", "minutes", "$ per million real tokens",
+    "schedule ms", "real tokens/s", "minutes", "$ for the job", "$ per million real tokens",
 )  # fmt: skip
 
 
@@ -153,14 +154,15 @@ def row(key: tuple[str, str, str], plan: dict[str, Any]) -> list[str]:
     memory = f"{needed / 2**30:.1f} of {plan['hbm_limit_bytes_per_chip'] / 2**30:.2f}" if needed else "too much"
     cells_ = [size, machine, kind, mesh, plan["remat"], str(plan["rows_per_update"]), "yes" if plan["fits"] else "no"]
     if not plan["fits"]:
-        return [*cells_, memory, *["–"] * 6]
+        return [*cells_, memory, *["–"] * 7]
     cells_ += [memory, plan["bound_by"], f"{plan['roofline_seconds']['update'] * 1e3:,.0f}"]
     if not plan.get("step_seconds"):
-        return [*cells_, *["–"] * 4]
+        return [*cells_, *["–"] * 5]
     cells_ += [
         f"{plan['step_seconds'] * 1e3:,.0f}",
         band(plan["real_tokens_per_second"]),
         band(plan["hours"], times=60),
+        band(usd, "{:.2f}") if (usd := plan["usd_estimate"].get("on_demand")) else "no price",
         _price(plan),
     ]
     return cells_
@@ -182,7 +184,8 @@ def cheapest(plans: dict[tuple[str, str, str], dict[str, Any]]) -> list[str]:
         ]
         if priced:
             _, machine, kind, told = min(priced)
-            lines.append(f"- {size}: {machine} ({kind}), ${told} per million real tokens, of {len(priced)} cells")
+            among = f"the lowest of {len(priced)} cells" if len(priced) > 1 else "the only cell"
+            lines.append(f"- {size}: {machine} ({kind}), ${told} per million real tokens, {among} with a schedule")
     return lines
 
 
@@ -192,7 +195,7 @@ def _missing(planned: int) -> list[str]:
 
 
 def render() -> str:
-    """The README: what was planned, the table, the cheapest slices, and the paper for comparison."""
+    """The README: what was planned, the cheapest slices, the paper for comparison, and the table."""
     plans = known()
     tokens = PAPER["samples"] * PAPER["mean_tokens"]
     paper_usd = PAPER["usd"] / tokens * 1e6
@@ -203,8 +206,6 @@ def render() -> str:
         "",
         "    python experiments/plans/make_table.py",
         "",
-        *_missing(len(plans)),
-        *table(HEADS, [row(key, plan) for key, plan in plans.items()]),
         "## Cheapest slice for each size",
         "",
         *(cheapest(plans) or ["Nothing planned yet."]),
@@ -224,6 +225,8 @@ def render() -> str:
             f" ${band(ours['usd_estimate']['on_demand'], '{:.2f}')},"
             f" ${_price(ours)} per million real tokens."
         )
+    lines += ["", "## All cells", "", *_missing(len(plans))]
+    lines += table(HEADS, [row(key, plan) for key, plan in plans.items()])
     return "\n".join(lines) + "\n"
 
 

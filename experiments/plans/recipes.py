@@ -105,14 +105,15 @@ HEADS = (
 def section(recipe: Recipe, plans: dict[str, dict[str, Any]]) -> list[str]:
     """The part of the README between the marks."""
     first = next(iter(plans.values()))
+    shares = [f"{first['utilization'][end]:.0%}" for end in ("low", "high")]
     versions = f"JAX {first['versions']['jax']}, libtpu {first['versions']['libtpu']}"
     by = "`python -m gemma4_tpu.plan`" if recipe.jobs.keys() == {""} else "`python -m gemma4_tpu.plan` for each job"
     lines = [
         f"*Estimated* by {by} ({versions}); nothing here has run on a TPU. Tokens, minutes and dollars",
         *(
-            ("are the band of measured over scheduled time (`docs/planning.md`), from the compiler's schedule.",)
+            ("are ranges: the schedule times the band of measured over scheduled time (`docs/planning.md`).",)
             if all(told.get("step_seconds") for told in plans.values() if told["fits"])
-            else (f"are those at {band(first['utilization'], times=100)}% of the binding roofline (assumed).",)
+            else (f"are ranges: their values at {' and at '.join(shares)} of the binding roofline (assumed).",)
         ),
         "",
     ]
@@ -149,7 +150,7 @@ def section(recipe: Recipe, plans: dict[str, dict[str, Any]]) -> list[str]:
         times = f", each job {recipe.runs} times" if recipe.runs > 1 else ""
         lines += [
             "",
-            f"The whole sweep{times}: {band(hours, '{:.1f}')} h, ${band(usd, '{:.2f}')}, stopping nothing early.",
+            f"The whole sweep{times}: {band(hours, '{:.1f}')} h, ${band(usd, '{:.2f}')}, if no job stops early.",
         ]
     return [*lines, "", "![HBM per chip](hbm.png)"]
 

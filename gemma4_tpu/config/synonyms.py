@@ -190,18 +190,18 @@ VALUES: dict[str, dict[str, str]] = {
 """Their words → their value → our word, where it is not simply the value: what `translate` takes."""
 SETTLEMENTS = {
     "train_on_inputs assistant_only_loss completion_only_loss sft_train_on_completion_only": "loss is on answers only",
-    "gradient_checkpointing gradient_checkpointing_kwargs remat_policy": "trainer.remat=auto recomputes what it must",
+    "gradient_checkpointing gradient_checkpointing_kwargs remat_policy": "trainer.remat=auto recomputes as needed",
     "bf16 fp16 tf32 dtype torch_dtype weight_dtype": "bfloat16 on TPUs; adapters and optimizer are float32",
-    "flash_attention attn_implementation attention": "trainer.attention=auto picks the kernel",
+    "flash_attention attn_implementation attention": "trainer.attention=auto selects the kernel",
     "deepspeed fsdp fsdp_config fsdp_version": "mesh=auto shards over the slice; or set mesh.fsdp, mesh.tp, mesh.dp",
     "trust_remote_code": "code from a checkpoint never runs",
-    "output_dir base_output_directory": "runs are in outputs/train; run_dir=<folder> names another place",
-    "load_parameters_path": "a converted checkpoint; give model.path=<folder> with the original safetensors",
+    "output_dir base_output_directory": "runs are written to outputs/train; run_dir=<folder> sets another folder",
+    "load_parameters_path": "names a converted checkpoint; set model.path=<folder> to the original safetensors",
     "chat_template": "the checkpoint's own template is used",
     "special_tokens": "the tokenizer's own are used; model.new_tokens adds more",
-    "dataset_config dataset_train_split": "belongs to the data set: data.train.0.subset, data.train.0.split",
+    "dataset_config dataset_train_split": "set for each data set: data.train.0.subset, data.train.0.split",
 }
-"""Their words → what is the case here, so that nothing is to be set, or nothing follows from their value."""
+"""Their words → why there is nothing to set here, or why their value has no effect."""
 BY_VALUE = {word: values for words, values in VALUES.items() for word in words.split()}
 SETTLED = {word: reason for words, reason in SETTLEMENTS.items() for word in words.split()}
 

@@ -59,7 +59,7 @@ def _why_not(figure: Training | Point) -> str:
     if figure.slice not in SLICES:
         return f"no peaks are known for {figure.slice}"
     if isinstance(figure, Training):
-        return "no throughput is told" if not figure.real_tokens_per_second else "the model's architecture is not known"
+        return "no throughput given" if not figure.real_tokens_per_second else "the model's architecture is not known"
     return "no model or slice given" if figure.serving is None else "no throughput or latency given"
 
 
@@ -105,7 +105,8 @@ def _rate(figure: Figure, what: str, rate: float, least: Ceiling) -> Judgement:
     told, limit = f"{rate:,.0f} tokens/s", f"{most:,.0f} tokens/s"
     return Judgement(
         figure=figure, quantity=what, told=told, limit=limit, share=share, bound_by=least.bound_by,
-        arithmetic=f"{least.arithmetic} for {least.tokens:,.7g} token(s), at most {limit}; {told} told is {share:.0%}",
+        arithmetic=f"{least.arithmetic} for {least.tokens:,.7g} token(s), at most {limit};"
+        f" {told} stated is {share:.0%}",
     )  # fmt: skip
 
 
@@ -114,8 +115,8 @@ def _latency(figure: Figure, what: str, seconds: float, shortest: float, least: 
     told, limit = f"{seconds * 1e3:,.4g} ms", f"{shortest * 1e3:,.3g} ms"
     return Judgement(
         figure=figure, quantity=what, told=told, limit=limit, share=share, bound_by=least.bound_by,
-        arithmetic=f"{least.arithmetic} for {least.tokens:,.7g} token(s), at least {limit}; {told} told is {share:.0%} "
-        "of peak speed",
+        arithmetic=f"{least.arithmetic} for {least.tokens:,.7g} token(s), at least {limit};"
+        f" {told} stated is {share:.0%} of peak speed",
     )  # fmt: skip
 
 

@@ -33,13 +33,13 @@ def plausibility_report(figures: Figures, *, command: str | None = None) -> str:
 
 def _ceiling_rules(judged: Sequence[Judgement]) -> Iterator[str]:
     above = sum(one.verdict == IMPOSSIBLE for one in judged)
-    yield f"{len(judged)} figures, {above} of them above what the slice could do: **impossible** as told. **Doubtful**"
-    yield f"is what lies above {DOUBTFUL_FROM:.0%} (an assumption: whole models seldom get so near to a chip's peaks)."
+    yield f"{len(judged)} figures, {above} of them above what the slice could do: **impossible** as stated. Figures"
+    yield f"above {DOUBTFUL_FROM:.0%} are **doubtful** (an assumption: whole models seldom get so near a chip's peaks)."
     yield ""
     yield "Ceilings are *estimated* from published peaks (`gemma4_tpu/hardware.py`) and the model's arithmetic, on the"
     yield "assumptions of `gemma4_tpu/costing/ceiling.py`, all of which favour speed: prompts cost FLOPs, generated"
-    yield "tokens reads of weights and KV cache, and nothing else costs anything. Prompts found in a prefix cache are"
-    yield "not processed and know no ceiling: a figure above 100% may be one of those."
+    yield "tokens cost reads of weights and KV cache, and nothing else costs anything. Prompts found in a prefix cache"
+    yield "are not processed and have no ceiling, which can explain a figure above 100%."
     yield ""
 
 
@@ -51,7 +51,7 @@ def _judged(judged: Sequence[Judgement]) -> Iterator[str]:
         rows.append(
             [one.figure.name, BY[one.figure.label], one.quantity, one.told, one.limit, one.bound_by, share, verdict]
         )
-    yield from table(["figure", "", "quantity", "told", "ceiling", "bound by", "share", "verdict"], rows)
+    yield from table(["figure", "", "quantity", "stated", "ceiling", "bound by", "share", "verdict"], rows)
     yield from sources([one.figure for one in judged])
 
 
@@ -86,4 +86,4 @@ def nearest_to_ceiling(figures: Figures) -> Iterator[str]:
     if odd:
         rows = [[plain(one.figure.name), BY[one.figure.label], one.quantity, one.told, one.limit,
                  f"{one.share:.0%}", one.verdict] for one in odd]  # fmt: skip
-        yield from table(["figure", "by", "quantity", "told", "ceiling", "share", "verdict"], rows)
+        yield from table(["figure", "by", "quantity", "stated", "ceiling", "share", "verdict"], rows)

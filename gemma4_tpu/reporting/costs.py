@@ -168,9 +168,9 @@ def _points(figures: Figures, prices: Prices, kinds: Sequence[str]) -> Iterator[
             row.append(_small_usd(total_usd_per_million(point, prices, kind)))
         rows.append(row)
     yield from table(heads, rows)
-    yield "A server that is paid for around the clock and always as busy as in the load. *Per million generated* counts"
-    yield "answers only; *in and out* spreads the same dollars over prompts and answers. The share of the ceiling is"
-    yield "that of the load's figure nearest to it, latencies included."
+    yield "Prices assume a server that is paid for around the clock and always as busy as in the load test."
+    yield "*Per million generated* counts only answers; *in and out* spreads the same dollars over prompts and answers."
+    yield "The share of the ceiling is that of the figure nearest to its ceiling, latencies included."
     yield ""
     yield from sources(figures.points)
 
@@ -197,8 +197,8 @@ def _evaluations(figures: Figures, prices: Prices, kinds: Sequence[str]) -> Iter
             by = found.by if found else by
         rows.append([*row, by])
     yield from table([*heads, "by"], rows)
-    yield "Dollars of all samples over those that pass: what a solution costs where one tries until it passes. Training"
-    yield "is not in it."
+    yield "Dollars of all samples divided by those that pass: the cost of a solution if you sample until one passes,"
+    yield "without training."
     yield ""
     yield from sources(figures.evaluations)
 
@@ -223,7 +223,7 @@ def _printed(found: Sequence[Compared]) -> Iterator[str]:
     kinds = {agrees: [one for one in found if one.agrees == agrees] for agrees in (YES, ROUNDED, NO)}
     yield from ["## What the source prints", ""]
     yield f"Of {len(found)} printed numbers {len(kinds[YES])} follow from the inputs above, {len(kinds[ROUNDED])} once"
-    yield f"tokens or prices on the way are rounded, {len(kinds[NO])} do not."
+    yield f"intermediate tokens or prices are rounded, {len(kinds[NO])} do not."
     yield ""
     words = {YES: "yes", ROUNDED: "once rounded", NO: "**no**"}
     rows = [[one.printed.where, one.printed.what, one.printed.printed, one.shown, words[one.agrees]] for one in found]

@@ -33,7 +33,7 @@ def test_the_blogs_peak_was_not_generated(judged):
     # 256 sequences choose all 128 experts: 25.2 B parameters in two bytes, 7.7 ms at 6.56 TB/s, 1,024 tokens in it.
     assert perfect.verdict == IMPOSSIBLE
     assert perfect.share == pytest.approx(468_736 * (25.23e9 * 2 / 6.56e12) / 1024, rel=0.02)
-    assert "50.5 GB of weights" in perfect.arithmetic and "468,736 tokens/s told is 355%" in perfect.arithmetic
+    assert "50.5 GB of weights" in perfect.arithmetic and "468,736 tokens/s stated is 355%" in perfect.arithmetic
     assert readings["468,736 as generated tokens, speculation in vain"].share == pytest.approx(
         4 * perfect.share, rel=0.01
     )
