@@ -160,7 +160,7 @@ def test_a_server_without_a_container_has_its_client_beside_it(docker, tmp_path,
     out = capsys.readouterr().out
     assert out.count("/v/bin/vllm bench serve") == 3 and f"--model {tmp_path / 'a'} " in out
     assert main([f"served={tmp_path}", "bench=vllm", f"run_dir={tmp_path / 'bench'}"]) == 2
-    assert "/v/bin/vllm: the command no longer exists" in capsys.readouterr().err
+    assert "/v/bin/vllm: the command is gone" in capsys.readouterr().err
 
 
 FIGURES = {

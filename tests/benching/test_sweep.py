@@ -128,7 +128,7 @@ def test_a_record_of_serve_says_where(played, bench, tmp_path):
 @pytest.mark.parametrize(
     ("words", "told"),
     [
-        ([], "endpoint: which server?"),
+        ([], "endpoint is not set; give endpoint="),
         (["endpoint=127.0.0.1:8000"], "endpoint=127.0.0.1:8000: not a server address"),
         (["bench.users=[1]"], "bench.rates=[1.0, 2.0"),
         (["bench.rates=[]"], "bench.rates=[], bench.users=[]: give one of them"),

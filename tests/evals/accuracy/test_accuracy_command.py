@@ -58,7 +58,7 @@ def test_answers_of_a_server_are_compared_stored_and_judged_anew(tmp_path, evalu
     assert {name: round(score.value, 3) for name, score in found.categories().items()} == {"up": 0, "down": 0.5}
     assert "accuracy  0.250" in said
     report = (folder / "report.md").read_text()
-    assert "then have to be equal" in report and "## By category" in report and "| official" not in report
+    assert "and must then be equal" in report and "## By category" in report and "| official" not in report
     assert "'Blue', expected 'blue'" in report
     assert (folder / "plots/categories.png").stat().st_size > 5000
     assert json.loads((folder / "result.json").read_text())["categories"]["down"]["problems"] == 2
