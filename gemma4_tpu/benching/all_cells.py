@@ -45,9 +45,7 @@ class CellRunner:
         """Results of all cells so far."""
         self._source = PromptSource(checked.vocabulary, self._text(config.prompts), config.shared_tokens, config.turns)
         if checked.vocabulary is None and config.prompts is None:
-            log.info(
-                "the model's vocabulary is unknown, so prompts use token ids 256 to 511; give architecture=<size>"
-            )
+            log.info("the model's vocabulary is unknown, so prompts use token ids 256 to 511; give architecture=<size>")
 
     def __call__(self, cell: Cell) -> dict[str, Any]:
         """Returns the cell's result, that of an earlier start unless it failed.

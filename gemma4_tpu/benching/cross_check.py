@@ -61,7 +61,7 @@ def cross_check(client: VllmClient, config: BenchConfig, results: Results, folde
 
 
 def _theirs(client: VllmClient, cell: Cell, model: str, place: Path) -> dict[str, Any]:
-    """vLLM's result of a cell, that of an earlier start if it is good."""
+    """Their result of a cell, that of an earlier start if it is good."""
     path = place / f"{cell.name}.json"
     before = read_record(path).values if path.is_file() else None
     if before and before["state"] == OK:

@@ -60,9 +60,7 @@ def test_one_page_from_plan_to_cost(everything, tmp_path, capsys):
     ):
         assert row in told.replace("\\_", "_").replace("\\#", "#"), row
     assert "run is 0.625 above base" in told
-    assert re.search(
-        r"real tokens trained, [\d,]+ tokens/s with a limit of [\d,]+ tokens/s, \d+%: \*\*possible", told
-    )
+    assert re.search(r"real tokens trained, [\d,]+ tokens/s with a limit of [\d,]+ tokens/s, \d+%: \*\*possible", told)
     assert "*estimated* by the TPU compiler" in told
 
 
