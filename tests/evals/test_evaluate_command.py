@@ -103,7 +103,7 @@ def test_two_evaluations_are_compared_in_words(judged, tmp_path, evaluate):
     code, said = evaluate(f"compare=[{other},{folder}]")
     assert code == 0
     assert f"A is {1 - 5 / 18:.3f} above B" in said
-    assert "cannot be attributed to any of them" in said
+    assert "cannot be attributed to any of these" in said
 
 
 def test_a_server_is_evaluated_and_what_never_came_counts_as_failed(tmp_path, evaluate):

@@ -82,7 +82,7 @@ def test_a_benchmark_without_references_is_judged(judge, resbench, tmp_path):
     forged = RIGHT.replace("~a;", 'a; initial $display("All tests passed");')
     assert not judge.judge(problem, fenced(forged)).passed
     strength = grade([problem], judge, {}, judge.config)[problem.name]
-    assert strength.ungraded == "the reference is not there"
+    assert strength.ungraded == "the reference is missing"
 
 
 CLOCKED = BENCH.replace("`timescale 1ns/1ps\n", "")
@@ -201,7 +201,7 @@ def made(problems):
         (lambda: None, "is not a class with a method load"),
         (NoSource, "is not a class with a method load"),
         (made(None), "load gave NoneType None"),
-        (made([]), "eval.problems_path=x: no problem of verilog_eval in it"),
+        (made([]), "eval.problems_path=x: contains no problem of verilog_eval"),
         (made([{"name": "x"}]), "problem 0 is a dict; a source makes `Problem`s"),
     ],
 )
@@ -215,10 +215,10 @@ def test_a_source_that_is_none_is_one_message(source, said, monkeypatch):
     ("changes", "said"),
     [
         ({"official_rule": lambda log: True}, "official_rule is <function .*lambda.*can't import"),
-        ({"official_rule": "Passed"}, "official_rule is 'Passed', no function"),
+        ({"official_rule": "Passed"}, "official_rule is 'Passed', not a function"),
         ({"testbench": b"module"}, "testbench must be text"),
-        ({"result_pattern": "("}, "no regular expression"),
-        ({"bench_needs_reference": True}, "needs a reference, and there is none"),
+        ({"result_pattern": "("}, "is not a regex"),
+        ({"bench_needs_reference": True}, "needs a reference, but there is none"),
     ],
 )
 def test_a_problem_that_cannot_be_judged_is_one_message(changes, said, resbench, monkeypatch):
@@ -227,5 +227,5 @@ def test_a_problem_that_cannot_be_judged_is_one_message(changes, said, resbench,
     with pytest.raises(UserError, match=said):
         benchmarks.load_problems(EvalConfig(problems_path="x"))
     monkeypatch.setitem(benchmarks.SOURCES, "verilog_eval", made([problem, problem]))
-    with pytest.raises(UserError, match="a second one of this name"):
+    with pytest.raises(UserError, match="a duplicate name"):
         benchmarks.load_problems(EvalConfig(problems_path="x"))
