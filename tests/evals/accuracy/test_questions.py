@@ -93,7 +93,7 @@ def test_rows_that_cannot_be_asked_are_named_and_refused(load):
     good = {"prompt": "1 + 1?", "completion": "2"}
     with pytest.raises(UserError, match=r"1 of 2 rows can't be used: .*rows\.jsonl:2: no_response"):
         load([good, {"prompt": "?", "completion": ""}])
-    with pytest.raises(UserError, match=r"rows\.jsonl:2: the expected answer 'two' holds no number"):
+    with pytest.raises(UserError, match=r"rows\.jsonl:2: the expected answer 'two' contains no number"):
         load([good, {"prompt": "1 + 1?", "completion": "two"}], compare="number")
     with pytest.raises(UserError, match=r"rows\.jsonl:1: ends with a user turn"):
         load([{"messages": [{"role": "user", "content": "?"}]}])
