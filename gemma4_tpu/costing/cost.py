@@ -67,7 +67,7 @@ class Solved:
 
     usd: float
     usd_per_pass: float | None
-    """Cost of all samples divided by the number that pass: what a solution costs by repeated sampling; None: none passes."""
+    """Cost of all samples divided by the number that pass: the cost of a solution by repeated sampling; None: none."""
     by: str
     """Basis of the cost."""
 

@@ -235,7 +235,7 @@ def test_a_contradiction_is_named(refused, checkpoint):
     [
         (lambda folder: (folder / "config.json").unlink(), "not all of config.json and model.safetensors or its index"),
         (lambda folder: (folder / "config.json").write_text("{"), "config.json: not valid JSON"),
-        (lambda folder: (folder / "config.json").write_text("[]"), "config.json: holds a JSON list"),
+        (lambda folder: (folder / "config.json").write_text("[]"), "config.json: contains a JSON list"),
         (lambda folder: (folder / "config.json").write_text('{"model_type": "llama"}'), "model_type is 'llama'"),
         (lambda folder: (folder / "config.json").write_text(json.dumps({"model_type": "gemma4"})), "is missing"),
         (
