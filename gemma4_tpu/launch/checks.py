@@ -109,8 +109,8 @@ def _place(root: TpuVmRoot | GkeRoot) -> list[str]:
         messages.append(f"hardware.name={root.hardware.name}: not a TPU slice; set hardware=<one of {tpus}>")
     if root.hardware.flex_start:
         messages.append(
-            "hardware.flex_start=true: for costs only; the launchers request capacity on demand, or spot with spot=true;"
-            " leave it out"
+            "hardware.flex_start=true: for costs only; the launchers request capacity on demand, or spot with spot=true"
+            "; leave it out"
         )
     if not root.launch.project or not re.fullmatch(r"[a-z][a-z0-9:.-]*", root.launch.project):
         messages.append(f"launch.project={root.launch.project or 'null'}: give project=<project id>, or set {PROJECT}")

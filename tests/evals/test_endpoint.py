@@ -77,7 +77,7 @@ def test_what_may_pass_is_tried_again(trouble):
 def test_malformed_answers_without_end_are_a_missing_sample(caplog):
     with Server(lambda *_: (200, {"choices": [{"message": "text"}]})) as server, caplog.at_level(logging.WARNING):
         assert ask(server, 1, retries=1) == []
-    assert "p0, sample 0 never came: 200 without choices[0].message.content" in caplog.text
+    assert "p0, sample 0 never arrived: 200 without choices[0].message.content" in caplog.text
 
 
 @pytest.mark.parametrize("usage", [None, [], "7", {"completion_tokens": "7"}, {"completion_tokens": None}])
@@ -133,7 +133,7 @@ def test_a_sample_that_never_comes_is_logged_and_left_out(caplog):
     with Server(answer) as server, caplog.at_level(logging.WARNING):
         samples = ask(server)
     assert [s.problem for s in samples] == ["p0", "p1", "p3"]
-    assert "p2, sample 0 never came: 500" in caplog.text
+    assert "p2, sample 0 never arrived: 500" in caplog.text
     assert sum(b["messages"][0]["content"] == "problem 2" for b in server.bodies) == 4  # once, and three retries
 
 

@@ -121,7 +121,7 @@ def test_what_no_folder_is_right_for(refused_unwritten, tmp_path):
     assert "run is not set" in refused_unwritten()
     assert "no such folder" in refused_unwritten(f"run={tmp_path}/nowhere")
     assert "not the folder of a training run" in refused_unwritten(f"run={tmp_path}")
-    assert "local or on gs://" in refused_unwritten("run=s3://bucket/run")
+    assert "give a local run folder, or one on gs://" in refused_unwritten("run=s3://bucket/run")
 
 
 def test_no_space(run_of, refused_unwritten, monkeypatch):

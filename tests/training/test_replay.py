@@ -153,7 +153,7 @@ def test_what_cannot_be_checked_is_refused(experiment):
     with pytest.raises(UserError, match="no such folder"):
         check_experiment(f"{experiment}/nowhere")
     (experiment / "check.yaml").write_text("loss_tolerance: some\n")
-    with pytest.raises(UserError, match=r"check.yaml: loss_tolerance=some: give the largest difference"):
+    with pytest.raises(UserError, match=r"check.yaml: loss_tolerance=some: give the largest accepted difference"):
         check_experiment(str(experiment))
     (experiment / "metrics.jsonl").unlink()
     with pytest.raises(UserError, match=r"no metrics.jsonl, so it records no run .*give one that does: experiment$"):

@@ -162,10 +162,10 @@ def test_rows_in_cvdps_form(tmp_path, caplog):
     (problem,) = Cvdp().load(cvdp(tmp_path / "rows.jsonl", PYTHON, CVDP))
     assert (problem.name, problem.top, problem.reference_top) == ("cvdp_inverter_0001", "inverter", "inverter")
     assert "Really." in problem.prompt and "An inverter." in problem.prompt and problem.reference == RIGHT
-    assert "1 of 2 rows have no Verilog test bench" in caplog.text
+    assert "skipped 1 of 2 rows without a Verilog test bench" in caplog.text
     with pytest.raises(UserError, match="none of 1 rows has a Verilog test bench"):
         Cvdp().load(cvdp(tmp_path / "python.jsonl", PYTHON))
-    with pytest.raises(UserError, match=r"rows\.jsonl, line 2: not of CVDP's form"):
+    with pytest.raises(UserError, match=r"rows\.jsonl, line 2: not in CVDP's format"):
         Cvdp().load(cvdp(tmp_path / "rows.jsonl", CVDP, {"id": "x"}))
 
 
