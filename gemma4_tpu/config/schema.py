@@ -124,7 +124,7 @@ class LoraConfig:
     """Start from trained adapters instead of fresh ones: a run folder or a PEFT adapter's folder, local or gs://. A run
     that resumes from a checkpoint does not read them again."""
     start_checkpoint: str = "latest"
-    """Which checkpoint of such a run: `latest`, `best` (lowest held-out loss) or an update number."""
+    """Which checkpoint of that run: `latest`, `best` (lowest held-out loss) or an update number."""
     quantize: str | None = None
     """QLoRA: store the frozen base weights of the adapted modules as `nf4` or `int8`; null: unquantised.
     `int8_compute`: like `int8`, with int8 × int8 products in the forward pass and activations quantised per token

@@ -87,4 +87,4 @@ def nearest_to_ceiling(figures: Figures) -> Iterator[str]:
     if odd:
         rows = [[plain(one.figure.name), BY[one.figure.label], one.quantity, one.told, one.limit,
                  f"{one.share:.0%}", one.verdict] for one in odd]  # fmt: skip
-        yield from table(["figure", "by", "quantity", "told", "ceiling", "share", "verdict"], rows)
+        yield from table(["figure", "by", "quantity", "reported", "ceiling", "share", "verdict"], rows)
