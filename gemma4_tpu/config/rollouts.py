@@ -52,7 +52,7 @@ class RolloutsConfig:
     advantages: str = "mean"
     """Rewards minus their group's `mean`, or also divided by its standard deviation (`std`)."""
     mask_truncated: bool = True
-    """Do not train on answers that were cut off; `distill` always does, since the teacher judges each of their
+    """Do not train on answers that were cut off. Does not apply to `distill`, where the teacher judges each of their
     tokens."""
     overlong_tokens: int = 0
     """Answers that end within this many tokens of `new_tokens` lose part of `overlong_penalty`; 0: none do."""
