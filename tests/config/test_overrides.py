@@ -65,7 +65,7 @@ MISTAKES = [
     ("max_steps=60", "here it is trainer.max_updates=60"),
     ("num_epochs=3", "here it is trainer.epochs=3"),
     ("num_train_epochs=3", "here it is trainer.epochs=3"),
-    ("gradient_accumulation_steps=8", "here it is trainer.microbatches=8 (an update's rows"),
+    ("gradient_accumulation_steps=8", "here it is trainer.microbatches=8 (splits an update's rows"),
     ("batch_size=4", "here it is trainer.global_batch_sequences=4 (rows of data.sequence_length tokens per update"),
     (
         "per_device_train_batch_size=4",
