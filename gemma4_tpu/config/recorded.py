@@ -53,7 +53,7 @@ def start_from(
     except (OmegaConfBaseException, YAMLError) as error:
         return None, [Refusal(f"{KEY}={run}: config.yaml can't be read ({' '.join(str(error).split())})")]
     if not isinstance(content, DictConfig) or "trainer" not in content:
-        return None, [Refusal(f"{KEY}={run}: not a training run (its config.yaml has no trainer); give one")]
+        return None, [Refusal(f"{KEY}={run}: not the folder of a training run (its config.yaml has no trainer)")]
     if problems := check_file(content, label=join(run, "config.yaml"), prefix="", schema=schema):
         return None, problems
     dropped = (*_OF_THE_FIRST_START, *(() if name == "train" else ("name",)))
