@@ -76,7 +76,7 @@ class ExportJob:
                     raise
                 targets = ", ".join(place.target for place in self.places.values())
                 raise Unfinished(
-                    f"target={targets}: the disk is full; free some space and repeat the command, which resumes"
+                    f"target={targets}: the disk is full; free some space, and the same command resumes"
                 ) from None
         finally:
             for place in self.places.values():
