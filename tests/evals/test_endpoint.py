@@ -181,7 +181,7 @@ def test_the_key_goes_into_the_header_only(monkeypatch, caplog):
 
 def test_the_model_has_to_be_named_where_there_are_several():
     with Server(echo, models=("a", "b")) as server:
-        with pytest.raises(UserError, match=r"it has a, b; give eval\.endpoint_model"):
+        with pytest.raises(UserError, match=r"serves a, b; give eval\.endpoint_model"):
             ask(server)
         assert len(ask(server, endpoint_model="b")) == 4
     assert {body["model"] for body in server.bodies} == {"b"}

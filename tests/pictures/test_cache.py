@@ -75,7 +75,7 @@ def test_torn_and_lost_features_are_refused(tmp_path):
     cache.ensure([picture])
     (file,) = (path for path in (tmp_path / "cache").rglob("*") if path.name == picture.key)
     file.write_bytes(b"12345")
-    with pytest.raises(UserError, match="torn"):
+    with pytest.raises(UserError, match="incomplete"):
         cache.read([picture.key])
     file.unlink()
     assert cache.missing([picture.key]) == [picture.key]

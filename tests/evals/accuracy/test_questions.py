@@ -85,7 +85,7 @@ def test_what_could_mean_two_choices_is_refused_until_it_is_said_which(load):
     with pytest.raises(UserError, match=r"rows\.jsonl:1: .*text and the index .*eval\.answers\.answer=text\|index"):
         load(rows, choices="choices")
     assert load(rows, choices="choices", answer="index")[0].answer == "2"
-    with pytest.raises(UserError, match="says 'newts', its choices are 'cat'"):
+    with pytest.raises(UserError, match="its answer is 'newts', its choices are 'cat'"):
         load([{"question": "?", "choices": ANIMALS, "answer": "newts"}], choices="choices")
 
 

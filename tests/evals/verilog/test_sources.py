@@ -125,7 +125,7 @@ def test_what_a_bench_drives_by_a_net_is_no_output_whatever_the_design_says(code
     judge.prepare([problem])
     assert judge.judge(problem, fenced(RIGHT)).passed
     verdict = judge.judge(problem, fenced(code))
-    assert verdict.kind is VerdictClass.ELABORATION and "calls a an output" in verdict.detail, verdict
+    assert verdict.kind is VerdictClass.ELABORATION and "declares a as output" in verdict.detail, verdict
 
 
 @needs_iverilog
