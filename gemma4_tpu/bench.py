@@ -1,7 +1,6 @@
 """`python -m gemma4_tpu.bench endpoint=<URL>`: load-tests a server; latency and throughput per cell. Imports no JAX.
 
-Configuration → the server's model → cells, each saved as a file → (the same with vLLM's own client) → tables, plots,
-page.
+Configuration → the server's model → cells, one file each → (the same with vLLM's own client) → tables, plots, page.
 """
 
 from __future__ import annotations
@@ -37,7 +36,7 @@ BENCH: EntryPoint[BenchRoot, BenchChecked] = EntryPoint(
     examine=examine_bench,
     summary=(
         "Load-test a server: latency and throughput by rate and length. Defined as in `vllm bench serve`: request"
-        " rates × lengths, or users × context, or the highest rate within limits on latency. Leaves raw results for"
+        " rates × lengths, or users × context, or the highest rate within limits on latency. Writes raw results of"
         " each cell, tables, plots and one HTML page."
     ),
     examples=(
@@ -46,7 +45,7 @@ BENCH: EntryPoint[BenchRoot, BenchChecked] = EntryPoint(
         ("endpoint=http://127.0.0.1:8000 'bench.lengths=[[1024,128]]' 'bench.rates=[2,inf]'", "your own cells"),
         (
             "endpoint=http://127.0.0.1:8000 bench=slo 'bench.slo={p99_ttft_ms: 500}'",
-            "the highest rate within that limit",
+            "find the highest rate within that limit",
         ),
         ("served=outputs/servings/<server> bench=vllm", "compared with `vllm bench serve` in the server's container"),
         ("endpoint=http://127.0.0.1:8000 run_dir=outputs/benchmarks/<run>", "resume; finished cells are kept"),
@@ -64,7 +63,7 @@ def _run(loaded: Loaded[BenchRoot, BenchChecked]) -> int:
 
 
 def _dry_run(loaded: Loaded[BenchRoot, BenchChecked]) -> int:
-    """Prints the cells as comments, and the commands of a cross-check, for a shell."""
+    """Prints the cells as comments, and the commands of a cross-check for a shell."""
     from gemma4_tpu.benching.cells import cells_of, is_search
 
     config, client = loaded.root.bench, _client(loaded)
@@ -90,7 +89,7 @@ def _client(loaded: Loaded[BenchRoot, BenchChecked]) -> VllmClient | None:
 
 
 def _bench(loaded: Loaded[BenchRoot, BenchChecked]) -> int:
-    """The benchmark and its record."""
+    """Runs the load test and keeps its record."""
     from gemma4_tpu.benching.all_cells import run_sweep, search_rates, slo_outcome
     from gemma4_tpu.benching.cells import is_search
     from gemma4_tpu.benching.cross_check import cross_check

@@ -1,6 +1,6 @@
-"""`python -m gemma4_tpu.evaluate run=<run folder>`: generates and judges answers; scores come with error bars.
+"""`python -m gemma4_tpu.evaluate run=<run folder>`: generates and judges answers; scores come with intervals.
 
-Configuration → judge ready → samples drawn and stored → verdicts → report. run_dir=… resumes a killed evaluation.
+Configuration → judge → samples, stored as they are drawn → verdicts → report. run_dir=… resumes a killed evaluation.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ EVALUATE: EntryPoint[EvaluateRoot, EvaluateChecked] = EntryPoint(
         ("run=outputs/train/<run> eval=verilog_eval eval.problems_path=<clone>", "on verilog-eval, 20 samples each"),
         ("model=gemma4_31b model.path=<checkpoint> eval=paper eval.problems_path=<clone>", "a checkpoint, 5 samples"),
         ("eval.endpoint=http://localhost:8000/v1 eval=verilog_eval eval.problems_path=<clone>", "a model on a server"),
-        ("run=outputs/train/<run> eval=accuracy eval.problems_path=test.jsonl", "on rows of your own"),
+        ("run=outputs/train/<run> eval=accuracy eval.problems_path=test.jsonl", "on your own rows"),
         (
             "eval=lm_eval eval.tasks=[arc_challenge] eval.endpoint=http://localhost:8000/v1 model.tokenizer=<base>",
             "tasks of lm-evaluation-harness",
@@ -72,7 +72,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def run(loaded: Loaded[EvaluateRoot, EvaluateChecked]) -> Ended:
-    """Runs the form of evaluation that the command line asks for."""
+    """Runs the form of evaluation that the command line requests."""
     match loaded.checked.form:
         case "selfcheck":
             return Ended(_selfcheck(loaded.root))
@@ -84,7 +84,7 @@ def run(loaded: Loaded[EvaluateRoot, EvaluateChecked]) -> Ended:
 
 
 def _evaluate(loaded: Loaded[EvaluateRoot, EvaluateChecked]) -> Ended:
-    """One evaluation and its record."""
+    """Runs one evaluation and keeps its record."""
     from gemma4_tpu.evals.draw_and_judge import evaluate
     from gemma4_tpu.tracking import records
     from gemma4_tpu.tracking.logs import setup_logging
@@ -109,7 +109,7 @@ def _evaluate(loaded: Loaded[EvaluateRoot, EvaluateChecked]) -> Ended:
 
 
 def _harness(loaded: Loaded[EvaluateRoot, EvaluateChecked]) -> Ended:
-    """Tasks of lm-evaluation-harness on a server, and their record."""
+    """Runs tasks of lm-evaluation-harness on a server, and keeps their record."""
     from gemma4_tpu.evals.harness_job import run_harness
     from gemma4_tpu.reporting.harness_tables import harness_summary, write_harness_report
     from gemma4_tpu.tracking import provenance, records
@@ -139,7 +139,7 @@ def _harness(loaded: Loaded[EvaluateRoot, EvaluateChecked]) -> Ended:
 
 
 def _models(config: EvaluateRoot, form: str, *, pictures: bool) -> Backends:
-    """The models to generate with; starts JAX. `pictures`: prompts have some."""
+    """Loads the models to generate with; starts JAX. `pictures`: whether prompts contain pictures."""
     from gemma4_tpu.evals.evaluated_models import of_checkpoint, of_run, on_server
 
     if form == "endpoint":
@@ -172,8 +172,8 @@ def _report(record: RunFolder, done: Evaluated, config: EvaluateRoot) -> None:
 
 
 def _recorded(config: EvaluateRoot, words: Sequence[str]) -> EvaluateRoot:
-    """The configuration of the evaluation in `run_dir`, judged as the command line says; unset answer settings are as
-    recorded.
+    """The configuration of the evaluation in `run_dir`, with the command line's settings for judging; unset answer
+    settings stay as recorded.
     """
     assert config.run_dir is not None  # ensured by the checks
     recorded: EvaluateRoot = from_yaml(Path(config.run_dir, "config.yaml").read_text(encoding="utf-8"), EvaluateRoot)
@@ -181,9 +181,7 @@ def _recorded(config: EvaluateRoot, words: Sequence[str]) -> EvaluateRoot:
     named = [key for key in JUDGED_ANEW if any(word.startswith(f"eval.answers.{key}=") for word in words)]
     answers = replace(recorded.eval.answers, **{key: getattr(given.answers, key) for key in named})
     if "letter" in {answers.choose, recorded.eval.answers.choose} and answers.choose != recorded.eval.answers.choose:
-        raise UserError(
-            f"eval.answers.choose={answers.choose}: the stored samples are for {recorded.eval.answers.choose}"
-        )
+        raise UserError(f"eval.answers.choose={answers.choose}: the stored samples need {recorded.eval.answers.choose}")
     evaluation = replace(
         recorded.eval, answers=answers, judge=given.judge, second_opinion=given.second_opinion,
         stimulus_seed=given.stimulus_seed, columns=given.columns,
@@ -192,7 +190,7 @@ def _recorded(config: EvaluateRoot, words: Sequence[str]) -> EvaluateRoot:
 
 
 def _selfcheck(config: EvaluateRoot) -> int:
-    """Reports what sandbox and simulator do here; returns 0 if everything works."""
+    """Prints how sandbox and simulator behave here; returns 0 if everything works."""
     from gemma4_tpu.evals.benchmarks import load_problems
     from gemma4_tpu.evals.verilog.strength import grade, sentences
     from gemma4_tpu.evals.verilog.verilog_judge import VerilogJudge
@@ -209,7 +207,7 @@ def _selfcheck(config: EvaluateRoot) -> int:
 
 
 def _compare(folders: Sequence[str]) -> int:
-    """Compares two evaluations, problem by problem, in words."""
+    """Prints a comparison of two evaluations, problem by problem."""
     from gemma4_tpu.evals.compare import compare
     from gemma4_tpu.evals.harness import compare_harness
     from gemma4_tpu.evals.scores import EvaluationOutcome
@@ -227,7 +225,7 @@ def _compare(folders: Sequence[str]) -> int:
 
 
 def _print_list(items: Iterable[str]) -> None:
-    """Whole words on a terminal; one line each elsewhere."""
+    """Prints items wrapped at words on a terminal, else one per line."""
     width = shutil.get_terminal_size().columns if sys.stdout.isatty() else sys.maxsize
     for item in items:
         print(textwrap.fill(f"- {item}", width, subsequent_indent="  ", break_on_hyphens=False))

@@ -1,6 +1,6 @@
-"""`python -m gemma4_tpu.merge run=<run folder>`: a trained run as a model that others can load.
+"""`python -m gemma4_tpu.merge run=<run folder>`: exports a trained run as a model that other tools can load.
 
-Configuration → runs, bases and targets checked → each written next to its target, compared, renamed.
+Configuration → checks of runs, bases and targets → each export is written next to its target, compared, renamed.
 """
 
 from __future__ import annotations
@@ -35,8 +35,8 @@ MERGE: EntryPoint[MergeRoot, MergeChecked] = EntryPoint(
     normalise=normalise_merge,
     examine=examine_merge,
     summary=(
-        "Export a run as a merged checkpoint, a PEFT adapter, or both. Written next to the target, compared with the"
-        " LoRA model, then renamed."
+        "Export a run as a merged checkpoint, a PEFT adapter, or both. Writes next to the target, compares with the"
+        " LoRA model, then renames."
     ),
     examples=(
         ("run=outputs/train/<run>", "the run's last checkpoint, to outputs/train/<run>/merged"),
@@ -51,8 +51,8 @@ MERGE: EntryPoint[MergeRoot, MergeChecked] = EntryPoint(
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Exit code: 0 published, 2 refused or failed the comparison (one message on stderr), 130 or 143 interrupted."""
-    os.environ["JAX_PLATFORMS"] = "cpu"  # an export leaves accelerators to others
-    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # blocks of rows are worked on in parallel instead
+    os.environ["JAX_PLATFORMS"] = "cpu"  # an export needs no accelerator
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # blocks of rows run in parallel instead
     return exit_code(
         lambda: run(load(list(sys.argv[1:] if argv is None else argv), MERGE)).code,
         interrupted="interrupted; the same command resumes at the file that it was writing",
@@ -60,13 +60,13 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def run(loaded: Loaded[MergeRoot, MergeChecked]) -> Ended:
-    """Exports every run; one that fails does not keep the others from being exported."""
+    """Exports every run; a failure does not stop the others."""
     from gemma4_tpu.export.job import prepare_all
     from gemma4_tpu.tracking.logs import setup_logging
 
     setup_logging()
     for told in loaded.checked.skipped:
-        log.warning("left out, not finished: %s", told)
+        log.warning("skipped, not finished: %s", told)
     jobs = prepare_all(loaded.checked.runs, loaded.root.export)
     folders, failures = [], []
     for job in jobs:
@@ -80,7 +80,9 @@ def run(loaded: Loaded[MergeRoot, MergeChecked]) -> Ended:
 
 
 def _export(job: ExportJob, loaded: Loaded[MergeRoot, MergeChecked], *, several: bool) -> Path:
-    """One export and its record: configuration, provenance, log, delta norms, parity, result; returns its folder."""
+    """Runs one export and keeps its record (configuration, provenance, log, delta norms, parity, result); returns its
+    folder.
+    """
     from gemma4_tpu.reporting.deltas import write_deltas
     from gemma4_tpu.tracking import provenance, records
     from gemma4_tpu.tracking.logs import setup_logging
@@ -100,7 +102,7 @@ def _export(job: ExportJob, loaded: Loaded[MergeRoot, MergeChecked], *, several:
             record.leave(result)
             _track(job, record, result, asdict(config))
         except Exception as error:
-            with suppress(OSError):  # a disk that is full takes no record either
+            with suppress(OSError):  # a full disk takes no record either
                 record.leave({"status": "failed", "error": first_line(error)})
             raise
         finally:
@@ -111,14 +113,14 @@ def _export(job: ExportJob, loaded: Loaded[MergeRoot, MergeChecked], *, several:
 
 
 def _track(job: ExportJob, record: RunFolder, result: dict[str, Any], config: dict[str, Any]) -> None:
-    """Tells the tracker that followed the training where its export lies."""
+    """Reports the export's location to the training run's tracker."""
     from gemma4_tpu.tracking.trackers import make_tracker
 
     trained = job.trained
     known = from_yaml(yaml.safe_dump({"tracker": trained.run.read_config().get("tracker", {})})).tracker
     try:
         tracker = make_tracker(known, record, config, name=f"merge of {trained.run.path.name}", job="merge")
-    except UserError as refusal:  # training had a key or a package that is not here
+    except UserError as refusal:  # training had a key or a package that is missing here
         log.warning("the export is not tracked: %s", refusal)
         return
     about: dict[str, Any] = {

@@ -1,7 +1,7 @@
-"""`python -m gemma4_tpu.plan`: will it fit, how fast can it be, what will it cost? Needs neither TPU nor weights.
+"""`python -m gemma4_tpu.plan`: whether a run fits, how fast it is, what it costs. Needs neither TPU nor weights.
 
-Configuration → lengths of the data → the step of training, compiled for the slice in a process of its own → estimates;
-then, some minutes later, the compiler's schedule → time.
+Configuration → row lengths → the training step, compiled for the slice in a separate process → estimates; a few minutes
+later, the compiler's schedule → time.
 """
 
 from __future__ import annotations
@@ -34,15 +34,15 @@ PLAN: EntryPoint[PlanRoot, PlanChecked] = EntryPoint(
     normalise=normalise_plan,
     examine=examine_plan,
     summary=(
-        "Say whether a run fits a slice, how long it takes, its cost. Compiles the training step for the"
-        " slice, without a TPU and without weights. Without arguments: 31B with LoRA on a v5p-8, in some minutes."
+        "Say whether a run fits a slice, how long it takes, and what it costs. Compiles the training step for the"
+        " slice, without a TPU and without weights. Without arguments: 31B with LoRA on a v5p-8, in a few minutes."
     ),
     examples=(
         ("hardware=v5p8 model=gemma4_31b lora.rank=64", "31B with LoRA of rank 64 on a v5p-8"),
         ("experiment=v5p8", "the run that `train experiment=v5p8` starts"),
         ("hardware=v6e4 lora=qlora_nf4 trainer.global_batch_sequences=2", "QLoRA on a v6e-4, two rows per update"),
-        ("hardware=v6e8 search=true", "meshes × remat × batch: dollars against headroom"),
-        ("experiment=v5p8 calibration=outputs/train", "time in the band of your own runs on such chips"),
+        ("hardware=v6e8 search=true", "meshes × remat × batch: cost and headroom of each"),
+        ("experiment=v5p8 calibration=outputs/train", "with a band from your own runs on such chips"),
         ("model=gemma4_e4b model.path=<checkpoint> data.train.0.path=rows.jsonl", "lengths of your own rows"),
     ),
     shorthands={"search": "plan.search", "calibration": "plan.calibration"},
@@ -55,7 +55,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def run(loaded: Loaded[PlanRoot, PlanChecked]) -> Ended:
-    """Opens the plan's folder and leaves plan.json (search.json) and pictures there."""
+    """Opens the plan's folder and writes plan.json (or search.json) and plots to it."""
     from gemma4_tpu.planning.planned import Planned
     from gemma4_tpu.tracking import records
     from gemma4_tpu.tracking.logs import setup_logging
@@ -80,7 +80,7 @@ def run(loaded: Loaded[PlanRoot, PlanChecked]) -> Ended:
 
 
 def _look_at_checkpoint(model: ModelConfig, told: Sequence[str]) -> None:
-    """What training will find wrong with the checkpoint, where there is one already; a plan needs none."""
+    """Logs what training would refuse in the checkpoint, if there is one already; a plan needs none."""
     from gemma4_tpu.models.audit import look_from_afar
 
     if model.path is None:
@@ -92,7 +92,7 @@ def _look_at_checkpoint(model: ModelConfig, told: Sequence[str]) -> None:
 
 
 def _plan(planned: Planned, folder: RunFolder) -> int:
-    """One configuration, first with its memory, then with its schedule; where it does not fit, others that do."""
+    """Plans one configuration, first its memory, then its schedule; if it does not fit, finds some that do."""
     from gemma4_tpu.planning.attempt import attempted
     from gemma4_tpu.planning.misfit import misfit_line, nearest_fits
     from gemma4_tpu.reporting.plans import print_alternatives, print_plan, print_schedule
@@ -107,7 +107,7 @@ def _plan(planned: Planned, folder: RunFolder) -> int:
         result, walked = attempt.result, attempt.walked
     if not result.fits:
         print(f"does not fit: {misfit_line(result)}", file=sys.stderr)
-        if "misfit" not in result.rollouts:  # which says what would fit
+        if "misfit" not in result.rollouts:  # that says what would fit
             tried = nearest_fits(planned, result, planned.config.plan.max_attempts)
             attempt.result = replace(result, alternatives=tried)
     _keep(attempt, folder)
@@ -117,7 +117,7 @@ def _plan(planned: Planned, folder: RunFolder) -> int:
 
 
 def _keep(attempt: Attempt, folder: RunFolder) -> None:
-    """Leaves plan.json and pictures."""
+    """Writes plan.json and plots."""
     from gemma4_tpu.reporting.memory_bars import plot_hbm
     from gemma4_tpu.reporting.timeline import plot_timeline
     from gemma4_tpu.tracking import records
@@ -126,12 +126,12 @@ def _keep(attempt: Attempt, folder: RunFolder) -> None:
     records.write_record(folder.path / records.PLAN_FILE, records.PLAN, result)
     plot_hbm([result], folder.path / "hbm.png")
     if attempt.walked is not None:
-        title = f"One round of the slowest loop: {result.model}, {result.trained}, on {result.slice}"
+        title = f"One iteration of the slowest loop: {result.model}, {result.trained}, on {result.slice}"
         plot_timeline(attempt.walked, title, folder.path / "timeline.png")
 
 
 def _search(planned: Planned, folder: RunFolder) -> int:
-    """Every candidate of the slice; which of them nothing else beats in both dollars and headroom."""
+    """Compiles every candidate for the slice; marks those that no other beats in both cost and headroom."""
     from gemma4_tpu.planning.search import search
     from gemma4_tpu.reporting.memory_bars import plot_hbm
     from gemma4_tpu.reporting.plans import print_search

@@ -1,7 +1,7 @@
-"""`python -m gemma4_tpu.serve run=<merged folder>`: a vLLM server, until Ctrl-C. No JAX here.
+"""`python -m gemma4_tpu.serve run=<merged folder>`: runs a vLLM server until Ctrl-C. Imports no JAX.
 
-Configuration → memory estimated → vLLM started in its container (or as a process, `serving.runner=process`), followed,
-asked if it is the trained model → stopped, removed. `serving=local` serves small checkpoints in this process instead.
+Configuration → memory estimate → vLLM starts in its container (or as a process, `serving.runner=process`), is followed
+and checked to be the trained model → stopped and removed. `serving=local` serves small checkpoints in this process.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ SERVE: EntryPoint[ServeRoot, ServeChecked] = EntryPoint(
     normalise=normalise_serve,
     examine=examine_serve,
     summary=(
-        "Serve a merged checkpoint or adapters with vLLM. In its container: checks first, follows the start, verifies"
+        "Serve a merged checkpoint or adapters with vLLM. Runs its container: checks first, follows the start, verifies"
         " that the server has the trained model, stops and removes the container on Ctrl-C. Needs Docker or Podman, or"
         " vLLM on this machine (serving.runner=process)."
     ),
@@ -47,13 +47,13 @@ SERVE: EntryPoint[ServeRoot, ServeChecked] = EntryPoint(
         ("serving=v6e4_moe run=<merged folder> 'serving.flags={seed: 0}'", "26B-A4B, with a flag of vllm serve"),
         (
             "serving=h100x2 'adapters=[outputs/train/<run>,outputs/train/<other run>]'",
-            "runs of one base, without merging them",
+            "several runs on one base, without merging them",
         ),
         (
             "serving=v6e8 serving.runner=gke run=gs://bucket/<run>/merged architecture=gemma4_31b",
             "Kubernetes objects for GKE, for kubectl apply -f -",
         ),
-        ("serving=vllm_cpu run=outputs/train/<run>", "a small checkpoint on this CPU, by what `make vllm` installs"),
+        ("serving=vllm_cpu run=outputs/train/<run>", "a small checkpoint on this CPU, by the vLLM of `make vllm`"),
         ("serving=local run=outputs/train/<run>", "a small checkpoint on this CPU, without vLLM"),
     ),
 )
@@ -115,7 +115,7 @@ def _told(memory: MemoryEstimate) -> list[str]:
 
 
 def _show_objects(loaded: Loaded[ServeRoot, ServeChecked], memory: MemoryEstimate) -> int:
-    """The estimate as comments, and Kubernetes' objects."""
+    """Prints the estimate as comments, and the Kubernetes objects."""
     from gemma4_tpu.serving.kubernetes import rendered
 
     for line in _told(memory):
@@ -125,7 +125,7 @@ def _show_objects(loaded: Loaded[ServeRoot, ServeChecked], memory: MemoryEstimat
 
 
 def _dry_run(loaded: Loaded[ServeRoot, ServeChecked], memory: MemoryEstimate) -> int:
-    """The estimate as comments and the command, for a shell."""
+    """Prints the estimate as comments, and the command, for a shell."""
     from gemma4_tpu.serving.runners import runner_of
 
     for line in _told(memory):
@@ -135,9 +135,7 @@ def _dry_run(loaded: Loaded[ServeRoot, ServeChecked], memory: MemoryEstimate) ->
 
         for adapter in loaded.checked.adapters:
             if lacking_v(adapter, loaded.checked.architecture):
-                print(
-                    f"# {adapter.name}: vLLM would apply K's adapter to K alone where V is K; a start gives it a copy"
-                )
+                print(f"# {adapter.name}: where V is K, vLLM would apply K's adapter to K alone; serve gives it a copy")
     print(runner_of(loaded.root.serving, loaded.checked).command)
     return 0
 
@@ -157,7 +155,7 @@ def _serve(loaded: Loaded[ServeRoot, ServeChecked], memory: MemoryEstimate) -> i
 
 
 def _recorded(loaded: Loaded[ServeRoot, ServeChecked], make: Callable[[RunFolder], Server | LocalServer]) -> int:
-    """A server and its record: configuration, log, result."""
+    """Runs a server and keeps its record: configuration, log, result."""
     from gemma4_tpu.tracking import provenance, records
     from gemma4_tpu.tracking.logs import setup_logging
     from gemma4_tpu.tracking.run import RunFolder

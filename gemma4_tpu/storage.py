@@ -1,4 +1,4 @@
-"""Reads files where they lie: local ones through memory maps, gs:// (anything fsspec knows) by ranges of bytes."""
+"""Reads files in place: local ones through memory maps, gs:// (anything fsspec supports) by byte ranges."""
 
 from __future__ import annotations
 
@@ -18,40 +18,40 @@ from typing import Any
 from gemma4_tpu.errors import STORAGE_GONE, UserError, first_line
 
 _FETCH_BYTES = 32 << 20  # size of one remote request
-_FETCHES = 8  # remote requests under way at a time
+_FETCHES = 8  # concurrent remote requests
 _ON_REQUEST_SECONDS = 15.0
-"""What is left of a deadline once the process was asked to end."""
+"""What remains of a deadline once the process is asked to end, in seconds."""
 _LOOK_SECONDS, _AGAIN_SECONDS = 0.2, 1.0
 _NOT_GONE = (UserError, FileNotFoundError, PermissionError, KeyboardInterrupt)
-"""What another try, or time, does not change."""
+"""Errors that neither a retry nor time changes."""
 
 
 class StorageGone(UserError):
-    """A bucket that did not answer in time."""
+    """A bucket did not answer in time."""
 
     exit_code = STORAGE_GONE
 
 
 @dataclass(frozen=True)
 class Deadline:
-    """How long anybody waits for a bucket."""
+    """How long to wait for a bucket."""
 
     seconds: float
     key: str | None = None
-    """That it was set by."""
+    """The configuration key that set it."""
     hurry: Callable[[], bool] = lambda: False
-    """Whether the process was asked to end."""
+    """Whether the process has been asked to end."""
 
     def wait_for(self, what: str, call: Callable[[], object], *, again: bool = False) -> None:
-        """Calls what asks a bucket, in a thread of its own, which may never come back.
+        """Makes a call to a bucket in its own thread, which may never return.
 
         Args:
           what: the bucket's address, for the message.
-          call: what is to be done.
-          again: it may be tried as often as there is time.
+          call: the call to make.
+          again: whether to retry as long as there is time.
 
         Raises:
-          StorageGone: it failed, or did not end in time; others: of `call`, where waiting does not help.
+          StorageGone: the call failed, or did not return in time; others: errors of `call` that waiting does not help.
         """
         failures: list[BaseException] = []
         ended, until = threading.Event(), time.monotonic() + self.seconds
@@ -79,7 +79,7 @@ class Deadline:
             return
         if failures and isinstance(failures[0], _NOT_GONE):
             raise failures[0]
-        if failures:  # for the log: it may be a defect of ours and not the bucket's
+        if failures:  # for the log, since the cause can be a bug of ours rather than the bucket
             logging.getLogger("gemma4_tpu.uncaught").info("where it happened", exc_info=failures[0])
         reason = f"; last: {first_line(failures[0])[:300]}" if failures else ""
         by = f" ({self.key})" if self.key else ""
@@ -92,7 +92,7 @@ def is_remote(path: str) -> bool:
 
 
 def join(folder: str, name: str) -> str:
-    """A name in a folder, local or remote."""
+    """Joins a folder, local or remote, and a name."""
     return f"{folder.rstrip('/')}/{name}"
 
 
@@ -108,10 +108,10 @@ def list_folder(folder: str) -> list[str]:
 
 
 def read_json(path: str) -> dict[str, Any]:
-    """A JSON object.
+    """Reads a JSON object.
 
     Raises:
-      UserError: there is no such file, or it holds no JSON object.
+      UserError: there is no such file, or it does not contain a JSON object.
     """
     try:
         file = open_bytes(path)
@@ -121,12 +121,12 @@ def read_json(path: str) -> dict[str, Any]:
     except ValueError as error:
         raise UserError(f"{path}: not valid JSON ({error}); copy the file again") from None
     if not isinstance(value, dict):
-        raise UserError(f"{path}: holds a JSON {type(value).__name__}, not an object")
+        raise UserError(f"{path}: contains a JSON {type(value).__name__}, not an object; copy the file again")
     return value
 
 
 def open_bytes(path: str) -> LocalBytes | RemoteBytes:
-    """The bytes of a file. Raises FileNotFoundError."""
+    """Opens the bytes of a file. Raises FileNotFoundError."""
     return RemoteBytes(path) if is_remote(path) else LocalBytes(path)
 
 
@@ -138,7 +138,7 @@ class LocalBytes:
         self.size_bytes = Path(path).stat().st_size
 
     def read(self, start: int, stop: int) -> memoryview:
-        """Bytes `[start, stop)` as a view into a map of the pages they lie on, which is dropped with the view."""
+        """Bytes `[start, stop)` as a view into a map of their pages, which is released with the view."""
         if start == stop:
             return memoryview(b"")
         skip = start % mmap.ALLOCATIONGRANULARITY
@@ -151,7 +151,7 @@ class LocalBytes:
         return [self.read(start, stop) for start, stop in ranges]
 
     def read_into(self, start: int, buffer: memoryview) -> None:
-        """Fills `buffer` with the bytes from `start` on. Raises OSError if the file ends before."""
+        """Fills `buffer` with the bytes from `start` on. Raises OSError if the file ends earlier."""
         with open(self.path, "rb", buffering=0) as file:
             while buffer:
                 count = os.preadv(file.fileno(), [buffer], start)
@@ -161,14 +161,14 @@ class LocalBytes:
 
 
 class RemoteBytes:
-    """Bytes of a file that fsspec knows."""
+    """Bytes of a remote file that fsspec can read."""
 
     def __init__(self, path: str):
         self._fs, self._path = filesystem(path)
         self.size_bytes = int(self._fs.size(self._path))
 
     def read(self, start: int, stop: int) -> memoryview:
-        """Bytes `[start, stop)`, fetched in several requests at a time."""
+        """Bytes `[start, stop)`, fetched by several concurrent requests."""
         whole = memoryview(bytearray(stop - start))
         cuts = [*range(start, stop, _FETCH_BYTES), stop]
         pieces = list(itertools.pairwise(cuts))
@@ -193,12 +193,12 @@ def filesystem(path: str) -> tuple[Any, str]:
     """(fsspec file system, path in it) of a local or remote path.
 
     Raises:
-      UserError: the package that reads such addresses is not installed, or nothing reads them.
+      UserError: the package for such addresses is not installed, or no package supports them.
     """
     import fsspec
 
     try:
-        # what other processes and libraries wrote must show at once
+        # files written by other processes and libraries must show at once
         return fsspec.core.url_to_fs(path, **({"use_listings_cache": False} if is_remote(path) else {}))
     except ImportError as error:
         raise UserError(f"{path}: {error}; gs:// paths need the extra: pip install 'gemma4-tpu[gcp]'") from None

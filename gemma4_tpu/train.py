@@ -1,6 +1,7 @@
-"""`python -m gemma4_tpu.train`: compose a configuration, check it, train, and leave a result.
+"""`python -m gemma4_tpu.train`: composes a configuration, checks it, trains, and writes a result.
 
-The door: configuration (JAX is not there yet) → hosts → run folder → `training_run.train` → result, plots, summary.
+The entry point: configuration (before JAX is imported) → hosts → run folder → `training_run.train` → result, plots,
+summary.
 """
 
 from __future__ import annotations
@@ -35,11 +36,11 @@ TRAIN: EntryPoint[TrainRoot, Checked] = EntryPoint(
     summary="Fine-tune Gemma 4 with LoRA, QLoRA or in full. Without arguments: a small run, minutes on a laptop.",
     examples=(
         ("", "the embedded tiny model on the embedded data"),
-        ("preview=true", "look at the rows: what is trained on, lengths, fill, drops"),
+        ("preview=true", "look at the rows: targets, lengths, fill, drops"),
         ("data=chat_jsonl data.train.0.path=rows.jsonl", "your own conversations"),
         ("lora.rank=8 trainer.max_updates=100", "other values"),
         ("experiment=v5p8 model.path=gs://bucket/gemma-4-31b", "31B on a v5p-8 slice"),
-        ("run_dir=outputs/train/<run>", "resume a run that was stopped"),
+        ("run_dir=outputs/train/<run>", "resume a stopped run"),
     ),
 )
 
@@ -57,7 +58,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def run(loaded: Loaded[TrainRoot, Checked]) -> Ended:
-    """Joins the other processes, trains, and ends this one so that the others notice where it fails alone."""
+    """Joins the other processes and trains; if this process fails alone, ends it so that the others notice."""
     config = loaded.root
     if config.preview and is_on_policy(config.objective):
         from gemma4_tpu.rollouts.shown_prompts import show_prompts
@@ -81,7 +82,7 @@ def run(loaded: Loaded[TrainRoot, Checked]) -> Ended:
 
 
 def _record(loaded: Loaded[TrainRoot, Checked], hosts: Hosts, preemption: Preemption) -> Ended:
-    """Opens the run folder, trains in it, and leaves a result, plots and a summary there."""
+    """Opens the run folder, trains, and writes result, plots and summary to it."""
     from gemma4_tpu.reporting.curves import plot_run
     from gemma4_tpu.tracking.logs import log_refusal, setup_logging
     from gemma4_tpu.tracking.progress import print_summary
@@ -94,7 +95,7 @@ def _record(loaded: Loaded[TrainRoot, Checked], hosts: Hosts, preemption: Preemp
     for warning in loaded.checked.warnings:
         log.warning(warning)
     try:
-        from gemma4_tpu.training_run import train  # with JAX: a refusal or Ctrl-C from here on leaves a result
+        from gemma4_tpu.training_run import train  # imports JAX; from here on, a refusal or Ctrl-C leaves a result
 
         result = train(loaded, folder, hosts, preemption)
         if result is None:
@@ -126,7 +127,7 @@ def _record(loaded: Loaded[TrainRoot, Checked], hosts: Hosts, preemption: Preemp
 
 
 def _open_folder(loaded: Loaded[TrainRoot, Checked], hosts: Hosts) -> RunFolder:
-    """Process 0 makes or opens the run folder; the others are told which it is."""
+    """Process 0 creates or opens the run folder; the others get its address."""
     from gemma4_tpu.tracking.run import RunFolder
 
     config, opened = loaded.root, []

@@ -1,3 +1,3 @@
-"""Entry points of a checkout to `gemma4_tpu/launch`: `python -m launch.tpu_vm`, `python -m launch.gke`. With them
-files to edit: `skypilot.yaml` (SkyPilot), `Dockerfile` (the image for GKE), `install.sh` (used by all), `demo.sh`.
+"""A checkout's entry points to `gemma4_tpu/launch`: `python -m launch.tpu_vm`, `python -m launch.gke`. Alongside, files
+to edit: `skypilot.yaml` (SkyPilot), `Dockerfile` (the image for GKE), `install.sh` (used by all), `demo.sh`.
 """

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # The whole path on this machine's CPU: train → merge → evaluate → serve → benchmark → evaluate the server → report.
-# `make demo` sets up and runs it; arguments are the training's, as in `make demo ARGS="trainer.max_updates=100"`.
-# Everything is left in one run folder: outputs/demo/<date>_<time>, or $DEMO_RUN.
+# `make demo` sets up and runs it; arguments are for train, as in `make demo ARGS="trainer.max_updates=100"`.
+# All results are in one run folder: outputs/demo/<date>_<time>, or $DEMO_RUN.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
@@ -9,10 +9,10 @@ python=${PYTHON:-.venv/bin/python}
 run=${DEMO_RUN:-outputs/demo/$(date +%Y-%m-%d_%H-%M-%S)}
 export JAX_PLATFORMS=cpu
 
-end() {  # of what still runs: at the end, after a failure, on Ctrl-C and SIGTERM nothing is left behind
+end() {  # stops running processes, so that nothing remains at the end, after a failure, on Ctrl-C or on SIGTERM
   local running
   running=$(jobs -p)
-  # shellcheck disable=SC2086  # one word for each process
+  # shellcheck disable=SC2086  # one word per process
   [ -z "$running" ] || kill $running 2> /dev/null || true
   wait
 }
@@ -21,7 +21,7 @@ trap 'exit 130' INT
 trap 'exit 143' TERM
 
 say() { printf '\n== %s (%d s)\n' "$1" "$SECONDS"; }
-step() {  # in the background, since bash hears no signal while it waits for a command in the foreground
+step() {  # in the background, since bash handles no signal while it waits for a foreground command
   "$python" -m "gemma4_tpu.$1" "${@:2}" &
   wait $!
 }

@@ -1,4 +1,4 @@
-"""`python -m launch.gke …`, in a checkout what `gemma4-tpu launch gke …` is everywhere."""
+"""`python -m launch.gke …`: in a checkout, equivalent to `gemma4-tpu launch gke …`."""
 
 import sys
 

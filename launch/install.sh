@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# launch/install.sh VENV: the locked dependencies, with their hashes, and this checkout into a new virtual environment.
-# Needs python3 with pip, or uv; fetches Python 3.11 or 3.12 where there is none. Used on TPU VMs, by SkyPilot and in
-# the container image.
+# launch/install.sh VENV: installs the locked dependencies, checking hashes, and this checkout into a new virtual
+# environment. Needs python3 with pip, or uv; fetches Python 3.11 or 3.12 if missing. Used on TPU VMs, by SkyPilot and
+# in the container image.
 set -euo pipefail
 
 venv=${1:?usage: launch/install.sh VENV}

@@ -1,4 +1,4 @@
-"""`python -m launch.tpu_vm …`, in a checkout what `gemma4-tpu launch tpu_vm …` is everywhere."""
+"""`python -m launch.tpu_vm …`: in a checkout, equivalent to `gemma4-tpu launch tpu_vm …`."""
 
 import sys
 

@@ -54,7 +54,7 @@ def test_answers_follow_from_seed_and_place(ours):
 
 
 def test_what_is_nothing_of_the_kind_is_refused(tmp_path):
-    with pytest.raises(UserError, match=r"neither a checkpoint \(it has no config.json\) nor a run folder"):
+    with pytest.raises(UserError, match=r"neither a checkpoint \(no config.json\) nor a run folder"):
         Gemma4.load(tmp_path)
     with pytest.raises(UserError, match="no such architecture"):
         Gemma4.load("random:0")

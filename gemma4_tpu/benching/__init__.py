@@ -1,1 +1,1 @@
-"""Load on a server of language models: requests, arrivals, cells, metrics as `vllm bench serve` defines them."""
+"""Load tests of a language-model server: requests, arrivals, cells, and metrics as `vllm bench serve` defines them."""

@@ -1,4 +1,4 @@
-"""All cells of a benchmark, one after the other; each leaves a file, and those that are done are not run again."""
+"""Runs all cells of a load test, one after the other; each writes a file, and finished cells do not run again."""
 
 from __future__ import annotations
 
@@ -30,30 +30,28 @@ log = logging.getLogger(__name__)
 STATES = (*MEASURED, INFEASIBLE, FAILED)
 
 Results = dict[Cell, dict[str, Any]]
-"""Cells that have run, in the order of the benchmark."""
+"""Result by cell, for the cells that have run, in the order of the load test."""
 
 
 class CellRunner:
-    """Runs cells that aren't there yet, one at a time; each leaves `cells/<cell>.json` in the benchmark's folder."""
+    """Runs missing cells, one at a time; each writes `cells/<cell>.json` in the load test's folder."""
 
     def __init__(self, config: BenchConfig, checked: BenchChecked, folder: Path, bar: _Bar):
-        """Raises `UserError` where the server can't be used."""
+        """Raises `UserError` if the server can't be used."""
         self._config, self._checked, self._folder, self._bar = config, checked, folder, bar
         self._target = asyncio.run(find_target(checked.endpoint, config.served_model_name))
         (folder / "cells").mkdir(exist_ok=True)
         self.results: Results = {}
-        """Of all cells so far."""
+        """Results of all cells so far."""
         self._source = PromptSource(checked.vocabulary, self._text(config.prompts), config.shared_tokens, config.turns)
         if checked.vocabulary is None and config.prompts is None:
-            log.info(
-                "the model's vocabulary is unknown: prompts use token ids 256 to 511 (architecture=<size> says it)"
-            )
+            log.info("the model's vocabulary is unknown, so prompts use token ids 256 to 511; give architecture=<size>")
 
     def __call__(self, cell: Cell) -> dict[str, Any]:
-        """The cell's result, from an earlier start if it did not fail.
+        """Returns the cell's result, that of an earlier start unless it failed.
 
         Raises:
-          UserError: the server is gone; cells that are done are kept.
+          UserError: the server is gone; finished cells are kept.
         """
         before = _read(self._folder, cell)
         result = before if before and before["state"] != FAILED else self._run(cell, before)
@@ -62,7 +60,7 @@ class CellRunner:
         return result
 
     def _text(self, path: str | None) -> np.ndarray | None:
-        """Ids of a file of text, as the server reads it."""
+        """Token ids of a text file, by the server's tokenizer."""
         return None if path is None else np.array(asyncio.run(tokens_of(self._target, path, read_text(path))))
 
     def _run(self, cell: Cell, before: dict[str, Any] | None) -> dict[str, Any]:
@@ -79,10 +77,10 @@ class CellRunner:
 
 
 def run_sweep(config: BenchConfig, checked: BenchChecked, folder: Path) -> Results:
-    """Runs all cells that the configuration lists.
+    """Runs all cells of the configuration.
 
     Raises:
-      UserError: the server can't be used, or is gone; cells that are done are kept.
+      UserError: the server can't be used, or is gone; finished cells are kept.
     """
     cells = cells_of(config)
     with _Bar(len(cells)) as bar:
@@ -97,7 +95,7 @@ def run_sweep(config: BenchConfig, checked: BenchChecked, folder: Path) -> Resul
 
 
 def search_rates(config: BenchConfig, checked: BenchChecked, folder: Path) -> tuple[Results, list[RateFound]]:
-    """Looks for the highest rate that keeps `bench.slo`, for each pair of lengths; raises as `run_sweep`."""
+    """Searches for the highest rate that keeps `bench.slo`, for each pair of lengths; raises as `run_sweep` does."""
     found = []
     with _Bar(None) as bar:
         run = CellRunner(config, checked, folder, bar)
@@ -110,13 +108,13 @@ def search_rates(config: BenchConfig, checked: BenchChecked, folder: Path) -> tu
 
 
 def coverage(results: Results) -> dict[str, int]:
-    """Cells by state."""
+    """Number of cells by state."""
     counts = Counter(result["state"] for result in results.values())
     return {"cells": len(results), **{state: counts[state] for state in STATES}}
 
 
 def coverage_line(results: Results) -> str:
-    """How much of what was asked for has been measured."""
+    """States how much of the load test has been measured."""
     counts = coverage(results)
     states = ", ".join(f"{counts[state]} {state}" for state in STATES if state != OK and counts[state])
     measured = sum(counts[state] for state in MEASURED)
@@ -130,7 +128,7 @@ def coverage_line(results: Results) -> str:
 def slo_outcome(
     config: BenchConfig, found: list[RateFound], results: Results, price: Price | None
 ) -> dict[str, Any] | None:
-    """What `result.json` says about searches of a rate; None: there was none. `price`: an hour of the server."""
+    """What `result.json` says about rate searches; None if there was none. `price`: an hour of the server."""
     if not found:
         return None
     hourly = price.usd_per_hour if price else None
@@ -142,11 +140,11 @@ def slo_outcome(
 
 
 def outcome_of(results: Results, compared: dict[str, Any] | None, searched: dict[str, Any] | None) -> dict[str, Any]:
-    """What `result.json` holds.
+    """The contents of `result.json`.
 
     Args:
-      results: of the cells.
-      compared: what `cross_check` returned, if it was asked for.
+      results: those of the cells.
+      compared: what `cross_check` returned, if requested.
       searched: what `slo_outcome` returned.
     """
     measured = {cell: result for cell, result in results.items() if result["state"] in MEASURED}
@@ -190,21 +188,21 @@ def _path(folder: Path, cell: Cell) -> Path:
 
 
 def _still_there(target: Target, folder: Path) -> None:
-    """Whether there is a server for the next cell."""
+    """Raises `UserError` if the server for the next cell is gone."""
     try:
         asyncio.run(find_target(target.endpoint, target.model))
     except UserError as gone:
-        raise UserError(f"{gone} (the same command with run_dir={folder} resumes when it is back)") from None
+        raise UserError(f"{gone} (once it is back, the same command with run_dir={folder} resumes)") from None
 
 
-# ── what a person sees ─────────────────────────────────────────────────────────────────────────────────────────────
+# ── on the terminal ────────────────────────────────────────────────────────────────────────────────────────────────
 
 
 class _Bar:
-    """Progress over cells and the requests of the one that runs; nothing where there is no terminal."""
+    """Progress over cells and over the requests of the running cell; shows nothing without a terminal."""
 
     def __init__(self, cells: int | None):
-        """`cells`: how many there will be; None: nobody knows yet."""
+        """`cells`: how many there will be; None: not known yet."""
         self._bar = progress.Progress(
             progress.BarColumn(bar_width=None),
             progress.MofNCompleteColumn(),
@@ -224,7 +222,7 @@ class _Bar:
         self._bar.stop()
 
     def cell(self, name: str, requests: int) -> Told:
-        """Begins a cell; the function that it returns is told of requests."""
+        """Begins a cell; returns the function to call after each request."""
         self._bar.reset(self._requests, total=requests, description=name)
 
         def told(done: int, failed: int) -> None:
@@ -234,12 +232,12 @@ class _Bar:
         return told
 
     def done(self) -> None:
-        """One more cell."""
+        """Counts one more finished cell."""
         self._bar.advance(self._cells)
 
 
 def _told_of(cell: Cell, result: dict[str, Any]) -> str:
-    """One line about a cell that has run."""
+    """One line about a finished cell."""
     if "reason" in result:
         return f"{cell.shown}: {result['state']}: {result['reason']}"
     facts = [f"{result['output_throughput']:,.1f} tok/s"]

@@ -1,4 +1,4 @@
-"""The cells of a benchmark, each with its own seed, and when their requests are sent."""
+"""The cells of a load test, each with its own seed, and the times at which their requests are sent."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ class Cell:
     input_tokens: int
     output_tokens: int
     rate: float | None = None
-    """Requests per second, `inf`: all at once; None: `users` decide."""
+    """Requests per second; `inf`: all at once; None: determined by `users`."""
     users: int | None = None
-    """Requests under way at a time; None: as many as come."""
+    """Concurrent requests; None: unlimited."""
     round: int = 1
-    """The same load may be measured several times, with other prompts and arrivals."""
+    """The same load can be measured several times, with other prompts and arrivals."""
 
     @property
     def name(self) -> str:
-        """Also that of its file."""
+        """The cell's name, and that of its file."""
         load = f"rate{self.rate:g}" if self.rate is not None else f"users{self.users}"
         again = f"_round{self.round}" if self.round > 1 else ""
         return f"in{self.input_tokens}_out{self.output_tokens}_{load}{again}"
@@ -37,19 +37,19 @@ class Cell:
 
     @property
     def load(self) -> str:
-        """How many requests, without their lengths."""
+        """The rate or the number of users, without lengths."""
         if self.rate is not None:
             again = f", round {self.round}" if self.round > 1 else ""
             return f"{rate_text(self.rate)} requests/s{again}"
         return f"{self.users:,} user{'s' * (self.users != 1)}"
 
     def requests(self, config: BenchConfig) -> int:
-        """How many there are altogether."""
+        """The total number of requests."""
         return config.requests * (self.users or 1)
 
 
 def cells_of(config: BenchConfig) -> list[Cell]:
-    """All cells in the order in which they run: from little load to much, for each pair of lengths."""
+    """All cells in the order in which they run: from light load to heavy, for each pair of lengths."""
     cells = []
     for input_tokens, output_tokens in config.lengths:
         cells += [Cell(input_tokens, output_tokens, rate=rate) for rate in sorted(config.rates)]
@@ -58,7 +58,7 @@ def cells_of(config: BenchConfig) -> list[Cell]:
 
 
 def is_search(config: BenchConfig) -> bool:
-    """Whether the cells are not listed, but the trials of a search of the highest rate that keeps `bench.slo`."""
+    """Whether the cells are not listed but are trials of a search for the highest rate that keeps `bench.slo`."""
     return bool(config.slo) and not config.rates and not config.users
 
 
@@ -68,12 +68,12 @@ def rate_text(rate: float) -> str:
 
 
 def generator(config: BenchConfig, cell: Cell, attempt: int) -> np.random.Generator:
-    """The cell's own randomness; a further attempt has another, so that a prefix cache doesn't know its prompts."""
+    """The cell's own random generator; another attempt gets another, so that its prompts are in no prefix cache."""
     return np.random.default_rng([config.seed, zlib.crc32(cell.name.encode()), attempt])
 
 
 def arrivals_seconds(rng: np.random.Generator, count: int, rate: float, kind: str) -> list[float]:
-    """When each request is sent, from the start of the cell; the last at `count / rate`, as in `vllm bench serve`."""
+    """Send times of the requests, from the start of the cell; the last at `count / rate`, as in `vllm bench serve`."""
     if math.isinf(rate):
         return [0.0] * count
     distances = np.ones(count) if kind == "fixed" else rng.exponential(size=count)

@@ -1,4 +1,4 @@
-"""Checks of `python -m gemma4_tpu.bench`: cells that make sense, an endpoint, a record of the server. No JAX."""
+"""Checks of `python -m gemma4_tpu.bench`: valid cells, an endpoint, a record of the server. Imports no JAX."""
 
 from __future__ import annotations
 
@@ -26,31 +26,31 @@ from gemma4_tpu.serving.model_checks import MERGED
 
 @dataclass(frozen=True)
 class BenchChecked:
-    """What the checks found out on the way."""
+    """What the checks found out along the way."""
 
     endpoint: str
     """Base URL without /v1."""
     slice: str
-    """Where the server runs; `local`: nowhere that is known."""
+    """Where the server runs; `local`: unknown."""
     vocabulary: int | None
-    """Token ids of the model; None: it isn't known."""
+    """Number of the model's token ids; None: unknown."""
     serving: ServingConfig | None
-    """How the server was started, by its record; None: there is no record."""
+    """How the server was started, according to its record; None: there is no record."""
     model: str | None
-    """The model's name on the server, as far as configuration and record say it."""
+    """The model's name on the server, if configuration or record contains it."""
     folder: Path | None
-    """The model's folder, as far as the record says it."""
+    """The model's folder, if the record contains it."""
 
 
 def normalise_bench(root: BenchRoot) -> BenchRoot:
-    """One spelling: no slash or /v1 at the end of the URL, `~` expanded."""
+    """Canonical spelling: no slash or /v1 at the end of the URL, `~` expanded."""
     endpoint = re.sub(r"(/v1)?/*$", "", root.endpoint) if root.endpoint else None
     served, run_dir = folder_of(root.served) or None, folder_of(root.run_dir) or None
     return replace(root, endpoint=endpoint, served=served, run_dir=run_dir)
 
 
 def examine_bench(root: BenchRoot) -> tuple[BenchChecked | None, list[Refusal]]:
-    """Everything that can be checked without asking the server."""
+    """Checks everything that can be checked without contacting the server."""
     serving: ServingConfig | None = None
     messages = [*limit_problems(root), *_cells(root.bench), *_names(root)]
     if root.served is not None:
@@ -63,7 +63,7 @@ def examine_bench(root: BenchRoot) -> tuple[BenchChecked | None, list[Refusal]]:
         ]
     endpoint = root.endpoint or (url_of(serving) if serving else "")
     if not endpoint and root.served is None:
-        messages.append("endpoint: which server? give endpoint=http://127.0.0.1:8000, or served=<record of serve>")
+        messages.append("endpoint is not set; give endpoint=http://127.0.0.1:8000, or served=<record of serve>")
     elif endpoint and (urlsplit(endpoint).scheme not in ("http", "https") or not urlsplit(endpoint).netloc):
         messages.append(f"endpoint={root.endpoint}: not a server address; give one such as http://127.0.0.1:8000")
     if root.bench.cross_check and (serving is None or serving.runner == "embedded"):
@@ -89,8 +89,8 @@ def _cells(bench: BenchConfig) -> Iterator[str]:
     if (bench.rates and bench.users) or (searched and not bench.slo):
         yield (
             f"bench.rates={bench.rates}, bench.users={bench.users}: give one of them, and [] for the other"
-            " (requests per second, or users at a time); or give limits, such as 'bench.slo={p99_ttft_ms: 500}', and"
-            " the highest rate that keeps them is looked for"
+            " (requests per second, or concurrent users); or give limits, such as 'bench.slo={p99_ttft_ms: 500}', to"
+            " search for the highest rate that keeps them"
         )
     yield from slo_problems(bench.slo, bench.requests, searched=searched)
     yield from (f"bench.rates: {rate} must be more than 0, or inf" for rate in bench.rates if not rate > 0)
@@ -101,7 +101,7 @@ def _cells(bench: BenchConfig) -> Iterator[str]:
             yield f"bench.{key}: {twice[0]} is listed twice"
     yield from _prompts(bench)
     if bench.arrivals == "fixed" and bench.users:
-        yield "bench.arrivals=fixed: only with bench.rates; users send when their last request is answered"
+        yield "bench.arrivals=fixed: only with bench.rates; a user sends once its last request is answered"
 
 
 def _prompts(bench: BenchConfig) -> Iterator[str]:
@@ -125,14 +125,14 @@ def _names(root: BenchRoot) -> Iterator[str]:
     ):
         if value is not None and value not in known:
             hint = did_you_mean(value, known, (key + "={}").format)
-            yield f"{key}={value}: there is no such {key}{hint} (there are: {', '.join(known)})"
+            yield f"{key}={value}: no such {key}{hint} (choices: {', '.join(known)})"
     yield from name_problem(root.name)
     if root.run_dir is not None and "://" in root.run_dir:
-        yield f"run_dir={root.run_dir}: the record of a benchmark is local"
+        yield f"run_dir={root.run_dir}: the record of a load test is local; give a local folder"
 
 
 def _record(folder: str) -> tuple[ServingConfig | None, list[str]]:
-    """`serving` of a server's record, or what is wrong with it. Keys of other versions are left out."""
+    """`serving` of a server's record, or the problems with it. Drops keys of other versions."""
     path = Path(folder, "config.yaml")
     try:
         told = yaml.safe_load(path.read_text(encoding="utf-8")).get("serving")
@@ -140,7 +140,7 @@ def _record(folder: str) -> tuple[ServingConfig | None, list[str]]:
         told = None
     if not isinstance(told, dict) or not {"slice", "host", "port"} <= told.keys():
         return None, [f"served={folder}: not the record of a server (python -m gemma4_tpu.serve writes one)"]
-    if told["slice"] == LOCAL:  # records from before there was a runner
+    if told["slice"] == LOCAL:  # a record from before the key `runner` existed
         told = {"runner": "embedded", **told}
     known = {field.name for field in fields(ServingConfig)}
     return ServingConfig(**{key: value for key, value in told.items() if key in known}), []
@@ -148,11 +148,11 @@ def _record(folder: str) -> tuple[ServingConfig | None, list[str]]:
 
 def _no_vllm(served: str | None) -> str:
     told = "the server of served= runs without vLLM" if served else "give served=<record of serve>"
-    return f"bench.cross_check=true: runs vLLM's own client next to the server; {told}"
+    return f"bench.cross_check=true: needs the server's vLLM to run vLLM's own client; {told}"
 
 
 def _run(served: str, serving: ServingConfig) -> Path | None:
-    """The folder that a server's record says it serves; with adapters, that of their base."""
+    """The folder that the server serves, according to its record; with adapters, that of their base."""
     told = yaml.safe_load(Path(served, "config.yaml").read_text(encoding="utf-8"))
     run = told.get("run")
     if not run and (adapters := told.get("adapters")):
@@ -161,7 +161,7 @@ def _run(served: str, serving: ServingConfig) -> Path | None:
 
 
 def _vocabulary(run: Path | None) -> int | None:
-    """Of the model in a folder, if it is on this machine."""
+    """Vocabulary size of the model in a folder, if the folder is on this machine."""
     for path in (run / "config.json", run / MERGED / "config.json") if run else ():
         if path.is_file():
             config = json.loads(path.read_text(encoding="utf-8"))

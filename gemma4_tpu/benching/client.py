@@ -1,6 +1,6 @@
-"""One streamed completion and when its chunks came; and what else a server is asked.
+"""One streamed completion and the arrival times of its chunks; and the other requests to a server.
 
-Times are those of `time.perf_counter`, in seconds, read when a chunk is there and before it is looked into.
+Times are seconds of `time.perf_counter`, read when a chunk arrives, before it is parsed.
 """
 
 from __future__ import annotations
@@ -22,31 +22,31 @@ KEY = "OPENAI_API_KEY"
 CONNECT_SECONDS = 60.0
 _TROUBLE = (aiohttp.ClientError, OSError, TimeoutError)
 _JSON = {"Content-Type": "application/json"}
-_PIECE = 50_000  # characters of a text that a server is given at a time
+_PIECE = 50_000  # characters of a text per request to the tokenizer
 _SHOWN = 300  # characters of a server's message
 _HITS = re.compile(r"^vllm:(?:gpu_)?prefix_cache_(hits|queries)(?:_total)?(?:\{[^}]*\})? ([-+.\deE]+)", re.MULTILINE)
 
 
 @dataclass
 class TimedAnswer:
-    """What came of one request."""
+    """The answer to one request, with its times."""
 
     prompt_tokens: int
     due_at: float
-    """When it was to be sent."""
+    """When the request was due."""
     sent_at: float = 0.0
     first_at: float | None = None
     """First chunk with choices."""
     last_at: float | None = None
     """Last chunk with choices."""
     gaps_seconds: list[float] = field(default_factory=list)
-    """Between one chunk with choices and the next."""
+    """Gaps between consecutive chunks with choices."""
     output_tokens: int = 0
-    """By the server's usage; without one, chunks are counted."""
+    """As reported in the server's usage; without usage, the number of chunks."""
     counted: bool = False
-    """The server told how many tokens it made."""
+    """Whether the server reported its number of tokens."""
     error: str | None = None
-    """Why it failed; None: it is complete."""
+    """Why the request failed; None: the answer is complete."""
 
     @property
     def chunks(self) -> int:
@@ -59,13 +59,13 @@ class TimedAnswer:
 
     @property
     def latency_seconds(self) -> float:
-        """To the last chunk with choices."""
+        """Time to the last chunk with choices."""
         assert self.last_at is not None
         return self.last_at - self.sent_at
 
     @property
     def tpot_seconds(self) -> float | None:
-        """Time per output token after the first; None: there is only one."""
+        """Time per output token after the first; None if there is only one."""
         if self.output_tokens < 2:
             return None
         return (self.latency_seconds - self.ttft_seconds) / (self.output_tokens - 1)
@@ -83,12 +83,12 @@ class Target:
 
 
 def session(timeout_seconds: float) -> aiohttp.ClientSession:
-    """As many connections as requests under way; a key from the environment, if any.
+    """A session with unlimited concurrent connections, and the key from the environment, if any.
 
-    aiohttp, as in `vllm bench serve`, since a client of more overhead would be part of what is measured.
+    It uses aiohttp, as `vllm bench serve` does, since a client with more overhead would distort the measurement.
     """
     least, most = resource.getrlimit(resource.RLIMIT_NOFILE)
-    if least != most:  # a thousand requests at once are as many files, about what a shell allows
+    if least != most:  # each concurrent request takes a file descriptor, and shells allow about a thousand
         resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
     headers = {"Authorization": f"Bearer {key}"} if (key := os.environ.get(KEY)) else {}
     timeout = aiohttp.ClientTimeout(total=None, sock_connect=CONNECT_SECONDS, sock_read=timeout_seconds)
@@ -96,10 +96,10 @@ def session(timeout_seconds: float) -> aiohttp.ClientSession:
 
 
 async def find_target(endpoint: str, name: str | None) -> Target:
-    """The model that is served, or the one of this name.
+    """Finds the served model, or the one with this name.
 
     Raises:
-      UserError: no server answers, it has no such model, or several and none was named.
+      UserError: no server answers, it lacks that model, or it has several and none was named.
     """
     given = f"endpoint={endpoint}"
     try:
@@ -114,19 +114,19 @@ async def find_target(endpoint: str, name: str | None) -> Target:
         raise UserError(f"{given}: lists no models ({str(error) or repr(error)}); is a server running there?") from None
     if name is None and len(models) != 1:
         raise UserError(
-            f"{given}: it has {', '.join(models) or 'no model'}; give bench.served_model_name=<one of them>"
+            f"{given}: serves {', '.join(models) or 'no model'}; give bench.served_model_name=<one of them>"
         )
     if name is not None and name not in models:
-        raise UserError(f"bench.served_model_name={name}: the server has {', '.join(models) or 'no model'}")
+        raise UserError(f"bench.served_model_name={name}: the server has {', '.join(models) or 'no model'}; give one")
     name = name or next(iter(models))
     return Target(endpoint, name, models[name].get("max_model_len"))
 
 
 async def tokens_of(target: Target, path: str, text: str) -> list[int]:
-    """Ids of the text in the file `path`, by the server's own tokenizer (vLLM's `/tokenize`).
+    """Token ids of the text in the file `path`, by the server's own tokenizer (vLLM's `/tokenize`).
 
     Raises:
-      UserError: the server doesn't say.
+      UserError: the server does not tokenize.
     """
     tokens: list[int] = []
     try:
@@ -140,15 +140,13 @@ async def tokens_of(target: Target, path: str, text: str) -> list[int]:
         return tokens
     except (*_TROUBLE, LookupError, TypeError, ValueError) as error:
         raise UserError(
-            f"bench.prompts={path}: the server at {target.endpoint} makes no tokens of it at /tokenize, as vLLM does"
+            f"bench.prompts={path}: the server at {target.endpoint} does not tokenize it at /tokenize, as vLLM would"
             f" ({str(error) or repr(error)}); leave it out for random token ids"
         ) from None
 
 
 async def prefix_cache_tokens(client: aiohttp.ClientSession, endpoint: str) -> tuple[float, float] | None:
-    """(prompt tokens found in the prefix cache, prompt tokens looked up) since the server started; None: it doesn't
-    tell.
-    """
+    """(prompt tokens found in the prefix cache, prompt tokens looked up) since the start; None: not reported."""
     try:
         async with client.get(f"{endpoint}/metrics") as response:
             text = await response.text() if response.status == 200 else ""
@@ -162,7 +160,7 @@ async def prefix_cache_tokens(client: aiohttp.ClientSession, endpoint: str) -> t
 
 
 async def ask(client: aiohttp.ClientSession, target: Target, body: bytes, answer: TimedAnswer) -> None:
-    """Sends one request and fills in the answer, or why it failed."""
+    """Sends one request and fills in the answer, or the reason why it failed."""
     try:
         answer.sent_at = time.perf_counter()
         async with client.post(f"{target.endpoint}/v1/completions", data=body, headers=_JSON) as response:
@@ -171,7 +169,7 @@ async def ask(client: aiohttp.ClientSession, target: Target, body: bytes, answer
                 return
             ended = await _follow(response, answer)
         if answer.error is None and answer.first_at is None:
-            answer.error = "the answer holds no token"
+            answer.error = "the answer contains no token"
         elif answer.error is None and not ended:
             answer.error = f"the answer broke off after {answer.chunks} chunks"
     except (*_TROUBLE, LookupError, TypeError, AttributeError, ValueError) as error:
@@ -179,7 +177,7 @@ async def ask(client: aiohttp.ClientSession, target: Target, body: bytes, answer
 
 
 async def _follow(response: aiohttp.ClientResponse, answer: TimedAnswer) -> bool:
-    """Notes when chunks come; returns whether the server said that it was done."""
+    """Records when chunks arrive; returns whether the server marked the end."""
     ended = False
     async for now, data in _events(response):
         if data == b"[DONE]":
@@ -204,7 +202,7 @@ async def _follow(response: aiohttp.ClientResponse, answer: TimedAnswer) -> bool
 
 
 async def _events(response: aiohttp.ClientResponse) -> AsyncIterator[tuple[float, bytes]]:
-    """(when it came, data) of each server-sent event."""
+    """(arrival time, data) of each server-sent event."""
     rest = b""
     async for piece in response.content.iter_any():
         now = time.perf_counter()
@@ -215,7 +213,7 @@ async def _events(response: aiohttp.ClientResponse) -> AsyncIterator[tuple[float
 
 
 def request_body(target: Target, prompt: list[int], output_tokens: int, temperature: float, seed: int | None) -> bytes:
-    """The JSON that is sent, made before the clock runs."""
+    """The JSON body, made before the clock starts."""
     body: dict[str, Any] = {
         "model": target.model, "prompt": prompt, "max_tokens": output_tokens, "temperature": temperature,
         "ignore_eos": True, "stream": True, "stream_options": {"include_usage": True},

@@ -1,8 +1,8 @@
-"""Ours against vLLM's: every measured cell once more by `vllm bench serve`, and where the two disagree.
+"""Our client compared with vLLM's: repeats every measured cell with `vllm bench serve`, and reports disagreements.
 
-Both clients have the same definitions, so their figures differ by what each client costs and by chance. The bounds are
-above what was seen between them on one server (throughput within 5%; median TTFT 16.7 and 18.9 ms here, 13.1 and 14.9
-there).
+Both clients use the same definitions, so their figures differ only by client overhead and chance. The bounds are above
+the differences measured between them on one server (throughput within 5%; median TTFT 16.7 and 18.9 ms here, 13.1 and
+14.9 there).
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from gemma4_tpu.tracking.records import CELL, CROSS_CHECK, read_record, write_re
 log = logging.getLogger(__name__)
 
 FOLDER = "cross_check"
-"""In a benchmark's folder: vLLM's result of each cell, what its client printed, and the comparison."""
+"""Subfolder of a load test's folder: vLLM's result of each cell, its client's output, and the comparison."""
 THROUGHPUT_BOUND = 0.10
 LATENCY_BOUND = 0.25
 COMPARED = {
@@ -31,18 +31,18 @@ COMPARED = {
     "median_ttft_ms": (LATENCY_BOUND, 5.0), "median_tpot_ms": (LATENCY_BOUND, 1.0),
     "median_itl_ms": (LATENCY_BOUND, 1.0), "median_e2el_ms": (LATENCY_BOUND, 5.0),
 }  # fmt: skip
-"""Key → (largest difference as a part of vLLM's figure, difference that is never one: a client's own time)."""
-_SHARE = 0.02  # of tokens: smaller differences explain nothing
+"""Key → (largest difference relative to vLLM's figure, difference that never counts: a client's own time)."""
+_SHARE = 0.02  # of tokens; smaller differences explain nothing
 
 
 def cross_check(client: VllmClient, config: BenchConfig, results: Results, folder: Path) -> dict[str, Any]:
-    """Runs what isn't there yet and compares; returns (and writes) what is in `cross_check/comparison.json`.
+    """Runs missing cells and compares; writes `cross_check/comparison.json` and returns its contents.
 
     Args:
-      client: vLLM's.
+      client: vLLM's client.
       config: the cells and how they are run.
-      results: ours.
-      folder: of the benchmark.
+      results: our client's.
+      folder: the load test's.
     """
     place = folder / FOLDER
     place.mkdir(exist_ok=True)
@@ -61,7 +61,7 @@ def cross_check(client: VllmClient, config: BenchConfig, results: Results, folde
 
 
 def _theirs(client: VllmClient, cell: Cell, model: str, place: Path) -> dict[str, Any]:
-    """Their result of a cell, from an earlier start if it is good."""
+    """Their result of a cell, that of an earlier start if it is good."""
     path = place / f"{cell.name}.json"
     before = read_record(path).values if path.is_file() else None
     if before and before["state"] == OK:
@@ -73,8 +73,8 @@ def _theirs(client: VllmClient, cell: Cell, model: str, place: Path) -> dict[str
 
 
 def compare(ours: dict[str, Any], theirs: dict[str, Any]) -> dict[str, Any]:
-    """`state`, `agrees`; for each key of `COMPARED` both figures, their ratio (ours / vLLM's) and `agrees`; where they
-    don't, the likely `causes`.
+    """Returns `state`, `agrees`, for each key of `COMPARED` both figures, their ratio (ours / vLLM's) and `agrees`, and
+    likely `causes` of disagreements.
     """
     if theirs["state"] == FAILED:
         return {"state": FAILED, "agrees": False, "figures": {}, "causes": [theirs["reason"]]}
@@ -100,7 +100,7 @@ def verdict(found: dict[str, Any]) -> str:
 
 
 def _causes(ours: dict[str, Any], theirs: dict[str, Any], figures: dict[str, Any]) -> list[str]:
-    """What is known to move such figures and did differ here; else what is left."""
+    """Known causes of such differences that apply here; if none does, what remains."""
     causes = []
     for what, key in (("answers", "total_output_tokens"), ("prompts", "total_input_tokens")):
         if abs(ours[key] - theirs[key]) > _SHARE * theirs[key]:
@@ -115,11 +115,11 @@ def _causes(ours: dict[str, Any], theirs: dict[str, Any], figures: dict[str, Any
     if gaps and not gaps["agrees"] and ours["chunks_per_token"] < 1 - _SHARE:
         causes.append(f"{ours['chunks_per_token']:.2f} chunks per token: gaps are between chunks, pooled")
     if not causes and ours["completed"] < P99_FROM:
-        causes.append(f"chance: {ours['completed']} requests each, at other times; more requests tell")
-    return causes or ["none that is known of; another load on this machine meanwhile?"]
+        causes.append(f"chance: {ours['completed']} requests each, at different times; use more requests")
+    return causes or ["no known cause; did this machine carry another load meanwhile?"]
 
 
 def _cached(result: dict[str, Any]) -> float | None:
-    """Share of prompt tokens that came from the prefix cache; None: the server doesn't tell."""
+    """Share of prompt tokens that came from the prefix cache; None: not reported."""
     hits, queries = result.get("prefix_cache_hit_tokens"), result.get("prefix_cache_query_tokens")
     return None if hits is None or queries is None else hits / queries if queries else 0.0

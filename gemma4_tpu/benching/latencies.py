@@ -1,4 +1,4 @@
-"""What a cell's answers amount to, under the key names of `vllm bench serve`, and with its definitions:
+"""Summarises a cell's answers under the key names of `vllm bench serve`, with its definitions:
 
 TTFT: from sending to the first chunk with choices. TPOT: (E2EL - TTFT) / (output tokens - 1) of each request. ITL: all
 gaps between chunks, pooled. E2EL: from sending to the last chunk with choices. Only complete answers count.
@@ -16,11 +16,11 @@ from gemma4_tpu.benching.client import TimedAnswer
 from gemma4_tpu.benching.slo import METRICS, Limit, limits_of
 
 P99_FROM = 100
-"""A 99th percentile of fewer values is that of the largest one or two; it is marked."""
+"""A 99th percentile of fewer values is just the largest one or two; it is marked."""
 LAG_MS = 10.0
-"""A client that sends later than this (median) has become part of what is measured."""
+"""A client that sends later than this (median) distorts the measurement."""
 OUTRUN = 0.05
-"""Latency may grow by so much per second of load: over a thousand requests that is chance, or a server at its limit."""
+"""Accepted growth of latency per second of load: over a thousand requests, chance or a server at its limit."""
 
 
 def summary(
@@ -29,10 +29,10 @@ def summary(
     """Counts, throughputs and latencies of one cell.
 
     Args:
-      answers: of all its requests.
-      duration_seconds: from the first request's turn to the last answer.
-      output_tokens: what each answer was asked to have.
-      slo: limits as in `bench.slo`; their percentiles are told, and how many requests keep them.
+      answers: those to all of its requests.
+      duration_seconds: from the first request's due time to the last answer.
+      output_tokens: requested length of each answer.
+      slo: limits as in `bench.slo`; adds their percentiles, and the number of requests that keep them.
     """
     done = [answer for answer in answers if answer.error is None]
     total_in, total_out = sum(a.prompt_tokens for a in done), sum(a.output_tokens for a in done)
@@ -69,10 +69,10 @@ def summary(
 
 
 def latency_growth(answers: Sequence[TimedAnswer]) -> float | None:
-    """Seconds that latency grows by in each second in which requests are sent; None: too few answers to tell.
+    """Growth of latency per second during which requests are sent, in seconds; None: too few answers.
 
-    A server that answers C requests per second of R > C that come falls behind, and latency grows by R / C - 1 per
-    second. Below its capacity latency does not depend on when a request came.
+    A server that completes C of R > C arriving requests per second falls behind, and latency grows by R / C - 1 per
+    second. Below capacity, latency does not depend on when a request arrived.
     """
     done = [answer for answer in answers if answer.error is None]
     sent, latencies = (np.array([getattr(a, name) for a in done]) for name in ("sent_at", "latency_seconds"))
@@ -83,14 +83,14 @@ def latency_growth(answers: Sequence[TimedAnswer]) -> float | None:
 
 
 def is_overloaded(growth: float | None, requests: int) -> bool:
-    """Whether arrivals outran completions, by more than chance: of a Poisson process that ends at its time, so many
-    requests may come early or late in a row, half of the root of their number at most, as a rule.
+    """Whether arrivals outpaced completions by more than chance: in a Poisson process with a fixed end, the number of
+    requests that are early or late in a row is typically at most half the square root of their number.
     """
     return growth is not None and growth > max(OUTRUN, 1 / math.sqrt(requests))
 
 
 def raw(answers: Sequence[TimedAnswer], started_at: float) -> dict[str, Any]:
-    """Each request's own figures (seconds), as `vllm bench serve --save-detailed` has them; none of failed ones."""
+    """Figures of each request (seconds), as in `vllm bench serve --save-detailed`; failed requests have none."""
     return {
         "input_lens": [a.prompt_tokens for a in answers],
         "output_lens": [a.output_tokens if a.error is None else 0 for a in answers],
@@ -114,7 +114,7 @@ def _statistics(name: str, seconds: Sequence[float]) -> dict[str, float | None]:
 
 
 def _goodput(done: Sequence[TimedAnswer], limits: Sequence[Limit]) -> int:
-    """Requests that keep every limit themselves, whatever percentile it is of. As in vLLM, gaps (ITL) don't count."""
+    """Number of requests that keep every limit themselves, whatever its percentile. As in vLLM, ITL does not count."""
 
     def keeps(answer: TimedAnswer) -> bool:
         own = {"ttft": answer.ttft_seconds, "tpot": answer.tpot_seconds, "e2el": answer.latency_seconds}
@@ -124,14 +124,14 @@ def _goodput(done: Sequence[TimedAnswer], limits: Sequence[Limit]) -> int:
 
 
 def _figure(limit: Limit, seconds: Sequence[float]) -> float | None:
-    """What is held against a limit, in ms."""
+    """The figure that is compared with a limit, in ms."""
     if not seconds:
         return None
     return 1000 * float(np.mean(seconds) if limit.percentile is None else np.percentile(seconds, limit.percentile))
 
 
 def _most_in_a_second(done: Sequence[TimedAnswer]) -> float:
-    """Output tokens in the best of the seconds that begin with the first request."""
+    """Most output tokens in one second, counting whole seconds from the first request."""
     if not done:
         return 0.0
     start = min(answer.sent_at for answer in done)
@@ -141,7 +141,7 @@ def _most_in_a_second(done: Sequence[TimedAnswer]) -> float:
 
 
 def _most_at_a_time(answers: Sequence[TimedAnswer]) -> int:
-    """Complete answers that were under way at the same moment, at most."""
+    """Most complete answers that were in progress at the same moment."""
     done = [a for a in answers if a.error is None and a.last_at is not None]
     turns = sorted([(a.sent_at, 1) for a in done] + [(a.last_at, -1) for a in done])
     return int(max(np.cumsum([change for _, change in turns]), default=0))

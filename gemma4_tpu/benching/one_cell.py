@@ -1,4 +1,4 @@
-"""One cell: warm-up, requests at their times or by users in turn, answers, metrics."""
+"""Runs one cell: warm-up, requests at their times or by users in turn, answers, metrics."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ from gemma4_tpu.config.serving import BenchConfig
 
 OK, OVERLOADED, INFEASIBLE, FAILED = "ok", "overloaded", "infeasible", "failed"
 MEASURED = (OK, OVERLOADED)
-"""Every request was answered. Latencies of an `overloaded` cell grow for as long as it lasts: they are none of the
-server's; its throughput is the most that the server does."""
+"""Every request was answered. Latencies of an `overloaded` cell grow for as long as it lasts, so they say nothing about
+the server; its throughput is the server's maximum."""
 _TOO_LONG = re.compile(r"^4\d\d: .*(context length|max_model_len|too long|longer than|maximum length)", re.IGNORECASE)
 
 
@@ -33,13 +33,13 @@ class Sent(NamedTuple):
 
 
 Told = Callable[[int, int], None]
-"""Is told after each request how many are done, and how many of those failed."""
+"""Called after each request with the number done, and the number of those that failed."""
 
 
 async def run_cell(
     config: BenchConfig, cell: Cell, target: Target, *, source: PromptSource, attempt: int, told: Told
 ) -> dict[str, Any]:
-    """The cell's result, with `state` and, if it isn't ok, `reason`."""
+    """Runs a cell; returns its result, with `state` and, if that isn't ok, `reason`."""
     about = _about(config, cell, target, attempt)
     longest = config.max_model_len or target.max_model_len
     needed = longest_sequence(config, cell.input_tokens, cell.output_tokens)
@@ -57,7 +57,7 @@ async def run_cell(
         warm = await _send(client, target, bodies[count:], [0.0] * warmup, lambda done, failed: None)
         if refused := next((a.error for a in warm[1] if a.error and _TOO_LONG.match(a.error)), None):
             return {**about, "state": INFEASIBLE, "reason": refused}
-        # Read behind the warm-up, whose prompts are not part of the cell.
+        # Read after the warm-up, whose prompts are not part of the cell.
         before = await prefix_cache_tokens(client, target.endpoint)
         if cell.users is not None:
             started, answers, seconds = await _take_turns(client, target, cell, bodies[:count], told)
@@ -78,13 +78,13 @@ async def run_cell(
 
 
 def measured(config: BenchConfig, cell: Cell, answers: Sequence[TimedAnswer], seconds: float) -> dict[str, Any]:
-    """State and figures of a cell that was run.
+    """State and figures of a cell after its run.
 
     Args:
-      config: with the limits that figures are held against.
-      cell: what was asked.
-      answers: of all its requests.
-      seconds: from the first request's turn to the last answer.
+      config: with the limits that figures are compared with.
+      cell: the load.
+      answers: those to all of its requests.
+      seconds: from the first request's due time to the last answer.
     """
     found = latencies.summary(answers, seconds, cell.output_tokens, config.slo)
     growth = latencies.latency_growth(answers) if cell.rate is not None and math.isfinite(cell.rate) else None
@@ -99,7 +99,7 @@ def measured(config: BenchConfig, cell: Cell, answers: Sequence[TimedAnswer], se
 
 
 def _about(config: BenchConfig, cell: Cell, target: Target, attempt: int) -> dict[str, Any]:
-    """What was asked, under vLLM's names where it has one."""
+    """What was requested, under vLLM's names where they exist."""
     return {
         "cell": cell.name,
         "date": datetime.now(UTC).strftime("%Y%m%d-%H%M%S"),
@@ -122,7 +122,7 @@ def _about(config: BenchConfig, cell: Cell, target: Target, attempt: int) -> dic
 async def _send(
     client: aiohttp.ClientSession, target: Target, bodies: Sequence[Sent], times: Sequence[float], told: Told
 ) -> tuple[float, list[TimedAnswer], float]:
-    """Each request at its time. Returns when that began, the answers, and seconds to the last of them."""
+    """Sends each request at its time. Returns the start time, the answers, and the seconds to the last of them."""
     started = time.perf_counter()
     answers = [
         TimedAnswer(sent.prompt_tokens, due_at=started + seconds) for sent, seconds in zip(bodies, times, strict=True)
@@ -135,7 +135,7 @@ async def _send(
 
     async with asyncio.TaskGroup() as tasks:
         for sent, answer in zip(bodies, answers, strict=True):
-            # An open loop: what is late is sent at once and says so (`sending_lag`); it pushes back nothing behind it.
+            # An open loop: a late request is sent at once, records its lag (`sending_lag`) and delays none after it.
             if (wait := answer.due_at - time.perf_counter()) > 0:
                 await asyncio.sleep(wait)
             tasks.create_task(one(sent, answer))
@@ -145,7 +145,7 @@ async def _send(
 async def _take_turns(
     client: aiohttp.ClientSession, target: Target, cell: Cell, bodies: Sequence[Sent], told: Told
 ) -> tuple[float, list[TimedAnswer], float]:
-    """As `_send`, but each user sends when its last request is answered."""
+    """Like `_send`, but each user sends when its last request is answered."""
     assert cell.users is not None
     started = time.perf_counter()
     answers: list[TimedAnswer] = []
@@ -165,7 +165,7 @@ async def _take_turns(
 
 
 class _Count:
-    """Requests that are done."""
+    """Counts finished requests."""
 
     def __init__(self, told: Told):
         self._told, self._done, self._failed = told, 0, 0

@@ -1,6 +1,6 @@
-"""The prompts of a cell: random token ids, or a text's own; with a beginning that all share; in sessions that grow.
+"""The prompts of a cell: random token ids, or those of a text; with a shared prefix; in growing sessions.
 
-None but those share a prefix, so that a server's prefix cache does what `bench` says and no more.
+Prompts share no other prefix, so a server's prefix cache finds what `bench` says and no more.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from gemma4_tpu.config.serving import BenchConfig
 from gemma4_tpu.errors import UserError
 
 _ORDINARY = (1000, 255_000)  # Gemma's vocabulary begins and ends with special tokens
-_ANYWHERE = (256, 512)  # in every vocabulary, the tiny models' too, and nothing special
+_ANYWHERE = (256, 512)  # ordinary tokens in every vocabulary, including the tiny models'
 MOST_TEXT_BYTES = 16 * 2**20
 
 
@@ -24,24 +24,24 @@ class PromptSource:
     """Where a benchmark's prompts come from."""
 
     vocabulary: int | None = None
-    """Token ids of the model; None: it isn't known."""
+    """Number of the model's token ids; None: unknown."""
     text: np.ndarray | None = None
-    """Ids of `bench.prompts`; None: random ones."""
+    """Token ids of `bench.prompts`; None: random ids."""
     shared_tokens: int = 0
     turns: int = 1
 
     def prompts(
         self, rng: np.random.Generator, count: int, warmup: int, input_tokens: int, output_tokens: int, users: int
     ) -> Iterator[list[int]]:
-        """`count` prompts, then `warmup` that belong to no session.
+        """Yields `count` prompts, then `warmup` prompts that belong to no session.
 
         Args:
           rng: the cell's own.
-          count: prompt i is of the user i mod `users`, whose sessions have `turns` each.
-          warmup: how many more.
-          input_tokens: of a first turn's prompt; each further one adds so many to the last prompt and its answer.
-          output_tokens: of an answer. What a server says is not known before, so other tokens stand for it.
-          users: at a time; 1 where there are none.
+          count: prompt i belongs to user i mod `users`, whose sessions have `turns` prompts each.
+          warmup: number of further prompts.
+          input_tokens: length of a first turn's prompt; later turns add this many to the last prompt and its answer.
+          output_tokens: length of an answer. Its tokens are not known beforehand, so others take their place.
+          users: concurrent users; 1 if there are none.
         """
         shared = self._drawn(rng, self.shared_tokens)
         firsts = self._firsts(rng)
@@ -63,7 +63,7 @@ class PromptSource:
         return rng.integers(*self._ids, tokens).tolist()
 
     def _firsts(self, rng: np.random.Generator) -> Iterator[int]:
-        """First tokens that are different as long as there are enough ids."""
+        """Yields first tokens, distinct while there are enough ids."""
         ids = rng.permutation(np.arange(*self._ids)).tolist()
         while True:
             yield from ids
@@ -82,15 +82,15 @@ def read_text(path: str) -> str:
     """The text of `bench.prompts`.
 
     Raises:
-      UserError: it is no text, or empty, or too large.
+      UserError: the file is not UTF-8 text, or empty, or too large.
     """
     place = Path(path)
     if place.stat().st_size > MOST_TEXT_BYTES:
-        raise UserError(f"bench.prompts={path}: more than {MOST_TEXT_BYTES:,} bytes; a part of it will do")
+        raise UserError(f"bench.prompts={path}: more than {MOST_TEXT_BYTES:,} bytes; give a part of it")
     try:
         text = place.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
         raise UserError(f"bench.prompts={path}: not UTF-8 (byte {error.start}); give a file of text") from None
     if not text.strip():
-        raise UserError(f"bench.prompts={path}: holds no text")
+        raise UserError(f"bench.prompts={path}: contains no text; give a file of text")
     return text

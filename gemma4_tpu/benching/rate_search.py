@@ -1,6 +1,6 @@
-"""The highest request rate at which the limits of `bench.slo` hold: bisection over trials, each a cell of its own.
+"""Finds the highest request rate that keeps the limits of `bench.slo`: bisection over trials, each its own cell.
 
-A trial's result depends on its cell alone, so a search that was cut off goes on by the trials that have their files.
+A trial's result depends on its cell alone, so an interrupted search resumes from the files of its finished trials.
 """
 
 from __future__ import annotations
@@ -18,38 +18,38 @@ from gemma4_tpu.benching.slo import Limit
 from gemma4_tpu.prices import usd_per_million_tokens
 
 PRECISION = 0.02
-"""The rate that is found holds, and one that is higher by so much doesn't."""
+"""The rate found keeps the limits, and one higher by this share does not."""
 ROUNDS = 3
-"""So many trials at the rate that is found, each with other prompts and arrivals, have to hold."""
+"""Number of trials at the rate found that must keep the limits, each with other prompts and arrivals."""
 GROWTH = 1.1
-"""From what all at once take, upwards; each step is the square of the one before."""
+"""Factor of the first step up from the saturation rate; each step is the square of the one before."""
 GIVE_UP = 16
-"""A limit that breaks at this part of the saturation is no matter of the rate."""
+"""A limit that still breaks at the saturation rate divided by this does not depend on the rate."""
 _THROUGHPUTS = ("request_throughput", "output_throughput", "total_token_throughput")
 
 Measure = Callable[[Cell], dict[str, Any]]
-"""Runs a cell, or knows its result."""
+"""Runs a cell, or returns its known result."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class RateFound:
-    """What a search comes to, for one pair of lengths."""
+    """The result of a search, for one pair of lengths."""
 
     input_tokens: int
     output_tokens: int
     rate: float | None = None
-    """Requests per second, the highest that hold; None: none does."""
+    """The highest rate that keeps the limits, in requests per second; None: none does."""
     cells: tuple[str, ...] = ()
     """Names of the trials at that rate."""
     breaks_at: float | None = None
-    """The lowest rate above it that was tried and doesn't hold."""
+    """The lowest rate tried above it, which breaks a limit."""
     breaks_by: str | None = None
-    """What doesn't hold there; without a rate: why there is none."""
+    """The limit that breaks there; without a rate: why there is none."""
     trials: int = 0
 
     @property
     def told(self) -> str:
-        """In a sentence."""
+        """The result in a sentence."""
         lengths = f"{self.input_tokens:,} in, {self.output_tokens:,} out"
         if self.rate is None:
             return f"{lengths}: no rate keeps the limits ({self.breaks_by})"
@@ -59,12 +59,12 @@ class RateFound:
 def figures_of(
     found: RateFound, results: Mapping[Cell, Mapping[str, Any]], usd_per_hour: float | None
 ) -> dict[str, Any]:
-    """What `result.json` holds of a search: means over the trials at its rate, and the most of any trial.
+    """What `result.json` contains about a search: means over the trials at its rate, and the maximum over all trials.
 
     Args:
-      found: what it came to.
-      results: of all trials.
-      usd_per_hour: what the server costs; None: nobody knows.
+      found: the search's result.
+      results: those of all trials.
+      usd_per_hour: price of the server; None: unknown.
     """
     own = {
         cell.name: result
@@ -89,11 +89,11 @@ def figures_of(
 
 
 def broken(result: dict[str, Any], limits: list[Limit]) -> str | None:
-    """What of a trial does not hold; None: all does."""
+    """Which limit a trial breaks; None: it keeps all."""
     if result["state"] not in MEASURED:
         return str(result["reason"])
     if result["state"] == OVERLOADED:
-        return "overloaded: arrivals outrun completions"
+        return "overloaded: arrivals outpace completions"
     if result["median_sending_lag_ms"] > LAG_MS:
         return f"this client sent {result['median_sending_lag_ms']:,.0f} ms late (median): it cannot send faster"
     for limit in limits:
@@ -104,17 +104,17 @@ def broken(result: dict[str, Any], limits: list[Limit]) -> str | None:
 
 
 class RateSearch:
-    """Looks for the highest rate with one pair of lengths."""
+    """Searches for the highest rate for one pair of lengths."""
 
     def __init__(self, measure: Measure, limits: list[Limit], input_tokens: int, output_tokens: int):
         self._measure, self._limits = measure, limits
         self._input_tokens, self._output_tokens = input_tokens, output_tokens
         self._results: dict[Cell, dict[str, Any]] = {}
-        self._held: list[float] = []  # rates whose trials hold, rising
-        self._broken: list[tuple[float, str]] = []  # rates that don't, falling, each with the reason
+        self._held: list[float] = []  # rates whose trials keep the limits, ascending
+        self._broken: list[tuple[float, str]] = []  # rates that don't, descending, each with the reason
 
     def run(self) -> RateFound:
-        """All trials, one after the other."""
+        """Runs all trials, one after the other."""
         burst = self._trial(math.inf)
         if not burst.get("completed"):
             return self._found(None, burst["reason"])
@@ -139,7 +139,7 @@ class RateSearch:
         rate = float(f"{rate:.4g}")
         result = self._trial(rate)
         why = broken(result, self._limits)
-        if why and result["state"] == OK:  # a server that stumbled once would send the search far below its rate
+        if why and result["state"] == OK:  # a single hiccup of the server would drive the search far below its rate
             why = broken(self._trial(rate, 2), self._limits)
         if why is None:
             self._held.append(rate)
@@ -147,7 +147,7 @@ class RateSearch:
             self._broken.append((rate, why))
 
     def _is_confirmed(self, rate: float) -> bool:
-        """Whether it holds in every round; a rate that doesn't is one that is broken."""
+        """Whether the rate keeps the limits in every round; if not, it counts as broken."""
         for number in range(1, ROUNDS + 1):
             if why := broken(self._trial(rate, number), self._limits):
                 self._held.pop()

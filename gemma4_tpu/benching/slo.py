@@ -1,4 +1,4 @@
-"""Limits on latency (`bench.slo`): each is a key of a cell, as `vllm bench serve` names them, and its highest value."""
+"""Limits on latency (`bench.slo`): a key of a cell's result, named as in `vllm bench serve`, and its maximum."""
 
 from __future__ import annotations
 
@@ -10,35 +10,35 @@ from dataclasses import dataclass
 METRICS = ("ttft", "tpot", "itl", "e2el")
 _KEY = re.compile(rf"(mean|median|p([1-9]\d?))_({'|'.join(METRICS)})_ms")
 _BEYOND = 10
-"""Requests that should lie beyond a percentile, for its figure to be more than that of the slowest few."""
+"""Requests that should be beyond a percentile, so that its figure is not just that of the slowest few."""
 
 
 @dataclass(frozen=True)
 class Limit:
-    """One of them."""
+    """One limit."""
 
     key: str
-    """Of the cell's result, such as `p99_ttft_ms`."""
+    """Key of the cell's result, such as `p99_ttft_ms`."""
     metric: str
     """One of `METRICS`."""
     percentile: int | None
     """None: the mean."""
     ms: float
-    """The figure may be so large."""
+    """Largest figure that keeps the limit."""
 
     @property
     def least_requests(self) -> int:
-        """Of fewer, one alone would lie beyond the percentile."""
+        """With fewer requests, only one would be beyond the percentile."""
         return 1 if self.percentile is None else math.ceil(round(100 / (100 - self.percentile), 6))
 
     @property
     def enough_requests(self) -> int:
-        """Of so many, ten lie beyond the percentile: a p99 of 1,000 is between p98.4 and p99.6 (19 times of 20)."""
+        """With this many, ten are beyond the percentile: a p99 of 1,000 is within p98.4 to p99.6 (19 times in 20)."""
         return _BEYOND * self.least_requests
 
 
 def limits_of(slo: Mapping[str, float]) -> list[Limit]:
-    """The limits of `bench.slo`; keys that are none are left out (the checks refuse them)."""
+    """The limits of `bench.slo`, without invalid keys (which the checks refuse)."""
     return [limit for key, ms in slo.items() if (limit := _read(str(key), ms))]
 
 
@@ -50,7 +50,7 @@ def _read(key: str, ms: float) -> Limit | None:
 
 
 def slo_problems(slo: Mapping[str, float], requests: int, *, searched: bool) -> Iterator[str]:
-    """What speaks against `bench.slo`. `searched`: the highest rate is, by trials of `requests` each."""
+    """Problems with `bench.slo`. `searched`: whether a rate is searched for, with trials of `requests` each."""
     for key, ms in slo.items():
         limit = _read(str(key), ms)
         if limit is None:
@@ -62,6 +62,6 @@ def slo_problems(slo: Mapping[str, float], requests: int, *, searched: bool) -> 
             yield f"bench.slo.{key}={ms}: must be a number of ms more than 0"
         elif searched and requests < limit.least_requests:
             yield (
-                f"bench.requests={requests}: {key} of so few is that of the slowest; give at least"
+                f"bench.requests={requests}: too few for {key}, which would be that of the slowest; give at least"
                 f" {limit.least_requests:,}, better {limit.enough_requests:,}"
             )

@@ -1,4 +1,4 @@
-"""`vllm bench serve`, run where the server's vLLM is: the same cells by another client, a cross-check."""
+"""Runs `vllm bench serve` where the server's vLLM is: the same cells by another client, as a cross-check."""
 
 from __future__ import annotations
 
@@ -18,23 +18,23 @@ from gemma4_tpu.config.serving import BenchConfig, ServingConfig
 log = logging.getLogger(__name__)
 
 _REASON = 300  # characters of a log's last line
-_FIXED = 1e6  # burstiness of arrivals at distances that are the same to one in a thousand
+_FIXED = 1e6  # burstiness at which intervals between arrivals are equal to one part in a thousand
 
 
 class VllmClient:
     """Runs cells, one at a time."""
 
     def __init__(self, serving: ServingConfig, bench: BenchConfig, endpoint: str, folder: Path | None):
-        """`folder`: of the model on this machine, which a client outside a container needs for its tokenizer."""
+        """`folder`: the model's, on this machine, which a client outside a container needs for its tokenizer."""
         self._bench, self._endpoint = bench, endpoint
         self._place: VllmPlace = InContainer(serving) if serving.runner == "docker" else OnThisMachine(serving, folder)
 
     def check(self) -> None:
-        """Raises `UserError` where vLLM can't be run."""
+        """Raises `UserError` if vLLM can't run."""
         self._place.check()
 
     def words(self, cell: Cell, model: str, attempt: int = 0) -> list[str]:
-        """What follows `vllm`, but for where the result goes."""
+        """The words after `vllm`, except those for the result's destination."""
         bench = self._bench
         seed = int(generator(bench, cell, attempt).integers(2**31))
         flags: dict[str, Any] = {
@@ -62,13 +62,13 @@ class VllmClient:
         return self._place.shown(self.words(cell, model))
 
     def run(self, cell: Cell, model: str, output: Path, attempt: int) -> dict[str, Any]:
-        """Its result under vLLM's own key names, with `state` and, if it isn't ok, `reason`.
+        """Runs a cell; returns its result under vLLM's own key names, with `state` and, if that isn't ok, `reason`.
 
         Args:
           cell: the load.
           model: name of the model on the server.
-          output: file for what it prints.
-          attempt: how many times this cell has failed before; another attempt has other prompts.
+          output: file for the client's output.
+          attempt: how many times this cell has failed before; each attempt uses other prompts.
         """
         about = {"cell": cell.name, "attempt": attempt}
         before = self._prefix_cache()
@@ -93,7 +93,7 @@ class VllmClient:
 
 
 def _judged(found: dict[str, Any], wanted: int) -> dict[str, str]:
-    """State and reason: vLLM's client exits with 0 whatever became of its requests."""
+    """State and reason: vLLM's client exits with 0 even if its requests failed."""
     failed = wanted - found["completed"]
     if not failed:
         return {"state": OK}

@@ -24,23 +24,23 @@ _RESULT = "result.json"
 
 
 class VllmPlace(Protocol):
-    """Runs vLLM's client once; leaves neither process nor file."""
+    """Runs vLLM's client once; leaves no process and no file behind."""
 
     model: str
-    """The model's folder, as vLLM sees it there."""
+    """The model's folder, as vLLM sees it."""
 
     def check(self) -> None:
-        """Raises `UserError` where it can't be run."""
+        """Raises `UserError` if the client can't run."""
 
     def shown(self, words: Sequence[str]) -> str:
         """The whole command, for a shell."""
 
     def run(self, words: Sequence[str], output: Path) -> tuple[int, str | None]:
-        """Exit code and the result's text, if there is one.
+        """Runs the client; returns its exit code and the result's text, if there is one.
 
         Args:
-          words: what follows `vllm`.
-          output: file that gets what it prints.
+          words: the words after `vllm`.
+          output: file for the client's output.
         """
 
 
@@ -49,7 +49,7 @@ def _result_words(folder: str) -> list[str]:
 
 
 class InContainer:
-    """By the `vllm` of a container."""
+    """Runs the `vllm` of a container."""
 
     model = MODEL_MOUNT
 
@@ -58,17 +58,17 @@ class InContainer:
         self._engine, self._command = ContainerEngine(serving.engine), serving.engine
 
     def check(self) -> None:
-        """Raises `UserError` where there is no such container, or it does not run."""
+        """Raises `UserError` if there is no such container, or it is not running."""
         self._engine.check()
         if not self._engine.state(self._container).running:
-            raise UserError(f"bench.cross_check=true: the container {self._container} does not run; is it starting?")
+            raise UserError(f"bench.cross_check=true: the container {self._container} is not running; start it")
 
     def shown(self, words: Sequence[str]) -> str:
-        """With the engine in front."""
+        """The command, with the container engine in front."""
         return f"{self._command} {shown(exec_words(self._container, self._words(words)))}"
 
     def run(self, words: Sequence[str], output: Path) -> tuple[int, str | None]:
-        """In the container, whose own folder it is cleared from."""
+        """Runs the client in the container, and removes its folder there."""
         try:
             code = self._engine.execute(self._container, self._words(words), output)
         except BaseException:
@@ -86,23 +86,23 @@ class InContainer:
 
 
 class OnThisMachine:
-    """By `serving.executable`."""
+    """Runs `serving.executable`."""
 
     def __init__(self, serving: ServingConfig, folder: Path | None):
         self._executable, self._environment = serving.executable, process_environment(serving, None)
         self.model = str(folder)
 
     def check(self) -> None:
-        """Raises `UserError` where there is no such command."""
+        """Raises `UserError` if there is no such command."""
         if shutil.which(self._executable) is None:
-            raise UserError(f"bench.cross_check=true: {self._executable}: the command no longer exists")
+            raise UserError(f"bench.cross_check=true: {self._executable}: the command is gone; install it again")
 
     def shown(self, words: Sequence[str]) -> str:
-        """As it is."""
+        """The command as it is."""
         return shown([self._executable, *words, *_result_words("<folder>")])
 
     def run(self, words: Sequence[str], output: Path) -> tuple[int, str | None]:
-        """With its result in a temporary folder."""
+        """Runs the client, with its result in a temporary folder."""
         with tempfile.TemporaryDirectory() as folder, open(output, "ab") as file:
             process = subprocess.Popen(
                 [self._executable, *words, *_result_words(folder)], stdin=subprocess.DEVNULL, stdout=file,

@@ -1,1 +1,1 @@
-"""The configuration: types, composition, checks. No JAX."""
+"""The configuration: types, composition, checks. Imports no JAX."""

@@ -1,4 +1,4 @@
-"""`conf/`, composed by Hydra: where it lies, its groups, and what a command's configuration is by itself."""
+"""`conf/`, composed by Hydra: its location, its groups, and the default configuration of a command."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ WITHOUT_FILES = {
     "hardware": {option_name(name): {"name": name} for name in (LOCAL, *SLICES)},
     "model": {name: {"name": name} for name in ARCHITECTURES},
 }
-"""Group → options that follow from a table: every slice, every size. A file of the same name in `conf/` comes first."""
+"""Group → options from a table: every slice, every size. A file of the same name in `conf/` takes precedence."""
 
 
 def config_dir() -> Path:
@@ -33,11 +33,11 @@ def config_dir() -> Path:
     for folder in (package / "conf", package.parent / "conf"):
         if (folder / "train.yaml").is_file():
             return folder.resolve()
-    raise FileNotFoundError(f"no conf/train.yaml next to or in {package}: the installation is damaged")
+    raise FileNotFoundError(f"no conf/train.yaml next to or in {package}: the installation is damaged; reinstall")
 
 
 def groups_of(entry: EntryPoint) -> dict[str, list[str]]:
-    """The config groups that `conf/<name>.yaml` composes, each with its options."""
+    """Config group → options, for the groups that `conf/<name>.yaml` composes."""
     chosen = OmegaConf.load(config_dir() / f"{entry.name}.yaml").defaults
     names = {str(group).split()[-1] for item in chosen if isinstance(item, DictConfig) for group in item}
     files = groups_in(config_dir())
@@ -46,8 +46,8 @@ def groups_of(entry: EntryPoint) -> dict[str, list[str]]:
 
 
 def register(entry: EntryPoint) -> None:
-    """Makes known to Hydra the root schema, under the name that `conf/<name>.yaml` starts from, and the options without
-    files; to OmegaConf what `${unless:…}` in conf/ means, and that `${oc.env:…}` hands out no secrets.
+    """Registers with Hydra the root schema, under the name that `conf/<name>.yaml` starts from, and the options without
+    files; with OmegaConf the resolver `${unless:…}` of conf/, and an `${oc.env:…}` that returns no secrets.
     """
     OmegaConf.register_new_resolver("oc.env", _environment_variable, replace=True)
     OmegaConf.register_new_resolver("unless", lambda given, value: value if given is None else None, replace=True)
@@ -60,25 +60,25 @@ def register(entry: EntryPoint) -> None:
 
 
 def _environment_variable(name: str, *default: str | None) -> str | None:
-    """OmegaConf's `oc.env`, but for secrets: a configuration is written to the run folder and shown by trackers."""
+    """OmegaConf's `oc.env`, except for secrets: configurations are written to run folders and shown by trackers."""
     value = env(name, *default)
     if is_secret_name(name) or (value is not None and redact(value) != value):
         raise UserError(
             f"${{oc.env:{name}}} would put a secret into the configuration, which run folder and trackers show; leave"
-            " it in the environment, where the libraries that need it (HF_TOKEN, WANDB_API_KEY, …) read it themselves"
+            " it in the environment, from which the libraries that need it (HF_TOKEN, WANDB_API_KEY, …) read it"
         )
     return value
 
 
 @contextmanager
 def composing(entry: EntryPoint) -> Iterator[Callable[..., DictConfig]]:
-    """Hydra's `compose`, with `conf/` and the command's schema where it looks for them."""
+    """Provides Hydra's `compose`, set up with `conf/` and the command's schema."""
     register(entry)
     with initialize_config_dir(str(config_dir()), version_base=VERSION_BASE):
         yield compose
 
 
 def defaults(entry: EntryPoint, words: list[str] | None = None) -> DictConfig:
-    """The composed configuration of a command line without arguments, or with sound `words`."""
+    """The composed configuration of a command line without arguments, or with valid `words`."""
     with composing(entry) as compose:
         return compose(entry.name, overrides=words)

@@ -1,4 +1,4 @@
-"""Lengths of time as people write them."""
+"""Durations as people write them."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ _WRITTEN = re.compile("".join(rf"(?:(?P<{unit}>{_NUMBER}){unit})?" for unit in _
 
 
 def seconds_of(text: str) -> float | None:
-    """Seconds of `2h30m` (units d, h, m, s in this order) or of a bare number, which counts minutes; None: neither."""
+    """Seconds in `2h30m` (units d, h, m, s in this order) or in a bare number of minutes; None for anything else."""
     plain = text.strip().lower().replace(" ", "")
     if re.fullmatch(_NUMBER, plain):
         return 60 * float(plain)

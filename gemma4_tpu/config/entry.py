@@ -1,4 +1,4 @@
-"""What a command is to the ground: its schema, its help and its checks. Each command defines its own, in its module."""
+"""What the base layer needs from a command: schema, help and checks. Each command defines them in its module."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ Checks = TypeVar("Checks")
 
 @dataclass(frozen=True)
 class Nothing:
-    """What checks found out that only let pass or refuse."""
+    """The findings of checks that only accept or refuse."""
 
 
 @dataclass(frozen=True)
@@ -24,15 +24,15 @@ class EntryPoint(Generic[Root, Checks]):
     name: str
     schema: type[Root]
     normalise: Callable[[Root], Root]
-    """One spelling for what can be written in several."""
+    """Brings values with several spellings into their canonical one."""
     examine: Callable[[Root], tuple[Checks | None, list[Refusal]]]
-    """Everything that can be checked without JAX: what was found out, or the problems."""
+    """Checks everything that can be checked without JAX; returns the findings, or the problems."""
     summary: str
     """Help's first paragraph; its first sentence is the command's line in the map of commands."""
     examples: tuple[tuple[str, str], ...]
     """(arguments, what they do)"""
     shorthands: Mapping[str, str] = field(default_factory=dict)
-    """Short name → key that it stands for on the command line."""
+    """Short form → key, for the command line."""
 
     @property
     def gist(self) -> str:
@@ -48,6 +48,6 @@ class EntryPoint(Generic[Root, Checks]):
         return f"python -m {self.module}"
 
     def in_full(self, word: str) -> str:
-        """A word of the command line with a shorthand written out."""
+        """A word of the command line, with a short form expanded."""
         key, equals, value = word.partition("=")
         return f"{self.shorthands.get(key, key)}{equals}{value}"

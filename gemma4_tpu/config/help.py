@@ -1,4 +1,4 @@
-"""`--help`: usage, groups with their options, every key with its meaning and default."""
+"""`--help`: usage, groups with their options, and every key with its meaning and default."""
 
 from __future__ import annotations
 
@@ -34,8 +34,8 @@ def help_text(entry: EntryPoint) -> str:
     lines += _keys(entry.schema, values, "")
     lines += [
         "",
-        "Lists are written 'key=[a,b]', no value is written null.",
-        *_wrapped("--cfg job prints the configuration instead of running it, --version prints the version."),
+        "Write lists as 'key=[a,b]', and no value as null.",
+        *_wrapped("--cfg job prints the configuration instead of running it; --version prints the version."),
         "",
         *_sweeps(entry),
     ]
@@ -43,7 +43,7 @@ def help_text(entry: EntryPoint) -> str:
 
 
 def _sweeps(entry: EntryPoint) -> list[str]:
-    """What `--multirun` does, and its keys."""
+    """The help on `--multirun` and its keys."""
     about = (
         "Sweeps: --multirun (-m) runs each combination of key=a,b,c in its own process, under"
         " multirun/<name>/<swept keys>_<hash of what all jobs share>; each job has a folder named after its values."
@@ -53,7 +53,7 @@ def _sweeps(entry: EntryPoint) -> list[str]:
     lines = _wrapped(about)
     if entry.name != "train":
         return lines
-    lines += ["  hydra.sweep.dir=<folder>  (str)", "      Another folder for the sweep."]
+    lines += ["  hydra.sweep.dir=<folder>  (str)", "      Use another folder for the sweep."]
     for group, schema in (("launcher", Processes), ("sweeper", GridSweep), ("sweeper", Optuna)):
         lines += ["", *_wrapped((schema.__doc__ or "").strip(), 2)]
         values = asdict(schema())
@@ -70,7 +70,7 @@ def _doc(schema: type, name: str) -> list[str]:
 
 
 def _width() -> int:
-    """Columns of the terminal, within reason; where there is none, as many as read well."""
+    """Columns of the terminal, within limits; without a terminal, a readable width."""
     return max(_NARROWEST, min(_WIDEST, shutil.get_terminal_size((_WIDEST, 24)).columns))
 
 
@@ -80,7 +80,7 @@ def _wrapped(text: str, indent: int = 0) -> list[str]:
 
 
 def _command(text: str) -> list[str]:
-    """A command that can be copied: lines that are too long go on behind a backslash."""
+    """A command for copying: lines that are too long are continued with a backslash."""
     lines = [" "]
     for word in _WORD.findall(text):
         if len(lines[-1]) + len(word) + 3 > _width() and lines[-1].strip():
@@ -105,7 +105,7 @@ def _keys(schema: type, values: Any, prefix: str) -> list[str]:
 
 
 def shown(value: Any) -> str:
-    """A value as the command line takes it."""
+    """A value in the command line's syntax."""
     if value is None:
         return "null"
     if isinstance(value, bool):

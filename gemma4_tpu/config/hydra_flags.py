@@ -1,7 +1,7 @@
 """Hydra's own flags and words: `--cfg`, `--info`, `--hydra-help`, `--shell-completion`, sweeps by `--multirun`, and
-what `--config-dir`, `hydra.run.dir` and `hydra.verbose` mean here.
+the meaning of `--config-dir`, `hydra.run.dir` and `hydra.verbose` here.
 
-A sweep is run by the plugins of `hydra_plugins/gemma4_tpu_sweeps.py`, unless the command line names others.
+The plugins of `hydra_plugins/gemma4_tpu_sweeps.py` run sweeps, unless the command line names others.
 """
 
 from __future__ import annotations
@@ -28,10 +28,10 @@ from gemma4_tpu.errors import UserError
 
 
 def serve(entry: EntryPoint, flags: list[str], overrides: list[str]) -> NoReturn:
-    """Hands the command line to Hydra and ends the process. A sweep runs each job as a process of its own.
+    """Hands the command line to Hydra and ends the process. A sweep runs each job in its own process.
 
     Raises:
-      UserError: something that can't be swept, or a launcher that is not installed.
+      UserError: something can't be swept, or a launcher is not installed.
     """
     if {"-m", "--multirun"} & set(flags):
         chosen = _chosen(entry, overrides)
@@ -42,7 +42,7 @@ def serve(entry: EntryPoint, flags: list[str], overrides: list[str]) -> NoReturn
 
     @hydra.main(version_base=VERSION_BASE, config_path=str(config_dir()), config_name=entry.name)
     def run_job(_: DictConfig) -> None:
-        """One job of a launcher from elsewhere, on the machine that it found."""
+        """Runs one job of a third-party launcher, on the machine that it chose."""
         job = HydraConfig.get()
         command = [sys.executable, "-m", entry.module, *job.overrides.task]
         command.append(f"run_dir='{job.runtime.output_dir}'")
@@ -54,16 +54,14 @@ def serve(entry: EntryPoint, flags: list[str], overrides: list[str]) -> NoReturn
 
 
 def with_config_dir(folder: str, words: list[str]) -> list[str]:
-    """The words with Hydra's `--config-dir` as a place on the search path, which the jobs of a sweep are handed on.
+    """The words with Hydra's `--config-dir` as an entry of the search path, which is passed on to the jobs of a sweep.
 
     Raises:
       UserError: there is no such folder.
     """
     place = Path(folder).expanduser().absolute()
     if not folder or not place.is_dir():
-        raise UserError(
-            f"--config-dir {folder}: no such folder; give one that holds groups, such as experiment/mine.yaml"
-        )
+        raise UserError(f"--config-dir {folder}: no such folder; give one with groups, such as experiment/mine.yaml")
     places, others = [f"file://{place}"], []
     for word in words:
         given = _value(word) if word.lstrip("+").startswith("hydra.searchpath=") else None
@@ -76,7 +74,7 @@ def with_config_dir(folder: str, words: list[str]) -> list[str]:
 
 
 def search_path(words: list[str]) -> list[Path | None]:
-    """The folders that the words add to Hydra's search path; None for one that can't be looked into (`pkg://…`)."""
+    """The folders that the words add to Hydra's search path; None for one that can't be listed (`pkg://…`)."""
     found: list[Path | None] = []
     for word in words:
         key, _, _ = word.lstrip("+").partition("=")
@@ -89,17 +87,18 @@ def search_path(words: list[str]) -> list[Path | None]:
 
 
 def of_one_run(words: list[str], schema: type) -> list[str]:
-    """The words of a single run, Hydra's in ours: `hydra.run.dir` is `run_dir`, `hydra.verbose` is done at once.
+    """The words of a single run, with Hydra's translated: `hydra.run.dir` to `run_dir`; applies `hydra.verbose` at
+    once.
 
     Raises:
-      UserError: both spellings of the run folder.
+      UserError: the run folder is given in both spellings.
     """
     ours = []
     for word in words:
         key, equals, value = word.lstrip("+").partition("=")
         if key == "hydra.run.dir" and equals and unknown_key(schema, "run_dir") is None:
             if twice := [other for other in words if other.lstrip("+").startswith("run_dir=")]:
-                raise UserError(f"{word} and {twice[0]}: the same folder twice; give run_dir only")
+                raise UserError(f"{word} and {twice[0]}: both set the run folder; give run_dir only")
             ours.append(f"run_dir={value}")
         elif key == "hydra.verbose" and equals:
             _be_verbose(word)
@@ -109,7 +108,7 @@ def of_one_run(words: list[str], schema: type) -> list[str]:
 
 
 def _be_verbose(word: str) -> None:
-    """`true`: our own debug records are logged, too; a name or a list of names: those of these loggers."""
+    """Logs debug records: our own for `true`, else those of the named logger or list of loggers."""
     value = _value(word)
     names = {True: ["gemma4_tpu"], False: []}.get(value) if isinstance(value, bool) else value
     names = [names] if isinstance(names, str) else names
@@ -127,15 +126,15 @@ def _value(word: str) -> Any:
 
 
 def _chosen(entry: EntryPoint, overrides: list[str]) -> dict[str, str]:
-    """Hydra's own groups, such as `hydra/sweeper`, with the option that Hydra, an experiment or a word chose."""
+    """Hydra's own groups, such as `hydra/sweeper` → the option chosen by Hydra, an experiment or a word."""
     parsed = OverridesParser.create().parse_overrides(overrides)
     words = {o.input_line or "": o.key_or_group for o in parsed if not o.is_sweep_override()}
-    # Values beneath `hydra.` belong to options that are not chosen yet.
+    # Values below `hydra.` belong to options that are not chosen yet.
     single = [word for word, key in words.items() if not key.startswith("hydra.") or key == "hydra.searchpath"]
     with composing(entry) as compose:
         try:
             return dict(compose(entry.name, overrides=single, return_hydra_config=True).hydra.runtime.choices)
         except MissingConfigException as error:
             raise UserError(" ".join(str(error).partition("Config search path")[0].split())) from None
-        except (HydraException, OmegaConfBaseException) as error:  # what no word does alone
+        except (HydraException, OmegaConfBaseException) as error:  # words that are only wrong together
             raise UserError(" ".join(str(error).split())) from None

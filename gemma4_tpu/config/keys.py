@@ -1,6 +1,6 @@
-"""What a key of the configuration may be: a walk over the schema, its documentation, and did-you-mean.
+"""Keys of the configuration: walks the schema, reads its documentation, and suggests corrections.
 
-Reads types from the dataclasses of `schema.py` and documentation from the strings beneath their fields.
+Types come from the dataclasses of `schema.py`, documentation from the strings below their fields.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ def field_types(schema: type) -> dict[str, Any]:
 
 @cache
 def field_docs(schema: type) -> dict[str, str]:
-    """Field name → the string beneath it, on one line; inherited fields too."""
+    """Field name → the string below it, on one line; includes inherited fields."""
     docs: dict[str, str] = {}
     for parent in reversed([base for base in schema.__mro__ if is_dataclass(base)]):
         docs |= _own_docs(parent)
@@ -46,12 +46,12 @@ def _own_docs(schema: type) -> dict[str, str]:
 
 
 def is_group(annotation: Any) -> bool:
-    """Whether a type of the schema has keys of its own."""
+    """Whether a type of the schema has its own keys."""
     return isinstance(annotation, type) and is_dataclass(annotation)
 
 
 def is_mapping(annotation: Any) -> bool:
-    """Whether a type holds names and values that the schema does not list, as `hardware.compiler_options` does."""
+    """Whether a type contains names and values that the schema does not list, as `hardware.compiler_options` does."""
     return typing.get_origin(annotation) is dict
 
 
@@ -64,7 +64,7 @@ def element_type(annotation: Any) -> Any | None:
 
 
 def type_name(annotation: Any) -> str:
-    """How the help writes a type: `int or null`, `list of str`."""
+    """A type as written in the help: `int or null`, `list of str`."""
     names = []
     for option in _options(annotation):
         element = element_type(option)
@@ -76,7 +76,7 @@ def type_name(annotation: Any) -> str:
 
 
 def leaf_keys(schema: type, prefix: str = "") -> list[str]:
-    """Every key that holds a value, dotted: `lora.rank`."""
+    """Every key that has a value, dotted: `lora.rank`."""
     keys = []
     for name, annotation in field_types(schema).items():
         if is_group(annotation):
@@ -87,7 +87,7 @@ def leaf_keys(schema: type, prefix: str = "") -> list[str]:
 
 
 def unknown_key(schema: type, key: str) -> str | None:
-    """None if `key` (dotted, list items by number) is in the schema, else what is wrong and what may be meant."""
+    """None if `key` (dotted, list items by number) is in the schema, else the problem with a suggestion."""
     where: Any = schema
     walked = ""
     for part in key.split("."):
@@ -98,9 +98,9 @@ def unknown_key(schema: type, key: str) -> str | None:
         elif element_type(where) is not None and part.isdecimal():
             where = element_type(where)
         elif is_mapping(where):
-            return f"no such key; {walked} is given whole: '{walked}={{{part}: …}}'"
+            return f"no such key; give {walked} as a whole: '{walked}={{{part}: …}}'"
         else:
-            return f"no such key; {walked} holds {type_name(where)}, nothing beneath it"
+            return f"no such key; {walked} is {type_name(where)} and has no keys"
         walked = f"{walked}.{part}" if walked else part
     return None
 
@@ -114,11 +114,11 @@ def type_at(schema: type, key: str) -> Any:
 
 
 MUCH_NEARER = 0.1
-"""In shares of letters: `rnk` is .86 like `rank` and .75 like `ranks`."""
+"""Least similarity for a suggestion: `rnk` has .86 with `rank` and .75 with `ranks`."""
 
 
 def nearest(given: str, candidates: Iterable[str]) -> list[str]:
-    """At most two candidates that `given` may have meant; one if it is much nearer than the next."""
+    """At most two candidates that `given` may mean; one if it is much closer than the next."""
     plain = {re.sub(r"[^a-z0-9.]", "", candidate.lower()): candidate for candidate in candidates}
     wanted = re.sub(r"[^a-z0-9.]", "", given.lower())
     if wanted in plain:
@@ -129,7 +129,7 @@ def nearest(given: str, candidates: Iterable[str]) -> list[str]:
 
 
 def did_you_mean(given: str, candidates: Iterable[str], write: Callable[[str], str] = str) -> str:
-    """`; did you mean X or Y?` for the nearest candidates, else an empty string."""
+    """`; did you mean X or Y?` for the closest candidates, else an empty string."""
     near = nearest(given, candidates)
     return f"; did you mean {' or '.join(write(name) for name in near)}?" if near else ""
 

@@ -1,4 +1,4 @@
-"""Choices and ranges of single values: what the types of `schema.py` can't say."""
+"""Choices and ranges of single values, which the types of `schema.py` can't express."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from gemma4_tpu.config.durations import FORMS, seconds_of
 from gemma4_tpu.config.keys import did_you_mean
 
 MAX_WEIGHT = 1000
-"""Visits of a row in an epoch."""
+"""Most visits of a row in an epoch."""
 
 CHOICES: dict[str, tuple[str, ...]] = {
     "hardware.flags": ("none", "tuned"),
@@ -126,11 +126,11 @@ RANGES: dict[str, tuple[Callable[[Any], bool], str]] = {
 
 
 def limit_problems(root: Any, more: Mapping[str, tuple[str, ...]] | None = None) -> list[str]:
-    """One message for each value of a root configuration that is no choice or out of range.
+    """One message for each value of a root configuration that is not a choice or is out of range.
 
     Args:
       root: the configuration.
-      more: choices that follow from what a room has, such as its benchmarks.
+      more: choices from a package's own table, such as its benchmarks.
     """
     messages = []
     for key, choices in {**(more or {}), **CHOICES}.items():
@@ -146,7 +146,7 @@ def limit_problems(root: Any, more: Mapping[str, tuple[str, ...]] | None = None)
 
 
 def _get(root: Any, key: str) -> Any:
-    """The value of a key; None where this entry point does not have the group."""
+    """The value of a key; None if this entry point does not have the group."""
     value = root
     for name in key.split("."):
         value = getattr(value, name, None)

@@ -1,7 +1,7 @@
-"""Short words about lists of groups, such as `data.train`, in the full form that Hydra takes.
+"""Expands short words about lists of groups, such as `data.train`, to the full form that Hydra requires.
 
-A string in such a list stands for the group's first field (`data.train=[a.jsonl,b.jsonl]`), and an item right behind
-the end of a list joins it (`data.heldout.0.path=…` where there is none).
+A string in such a list stands for the group's first field (`data.train=[a.jsonl,b.jsonl]`), and an item just past the
+end of a list is appended to it (`data.heldout.0.path=…` if there is none).
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from gemma4_tpu.config.keys import element_type, is_group, type_at, unknown_key
 
 
 def in_full(word: str, override: Override, schema: type) -> str:
-    """The word, with strings in a list of groups written out as the groups that they stand for."""
+    """The word, with strings in a list of groups expanded to the groups that they stand for."""
     if override.is_sweep_override() or override.is_delete():
         return word
     key, value = word.partition("=")[0], override.value()
@@ -37,12 +37,12 @@ def in_full(word: str, override: Override, schema: type) -> str:
 
 
 def extended(words: Sequence[str], schema: type, compose: Callable[[list[str]], DictConfig]) -> list[str]:
-    """The words, where those about items behind the end of a list are one word for the whole list.
+    """The words, with those about items past the end of a list replaced by one word for the whole list.
 
     Args:
-      words: sound words of a command line.
-      schema: of its root.
-      compose: the configuration that some of the words make, for the list as it is without the others.
+      words: valid words of a command line.
+      schema: that of its root.
+      compose: composes the configuration of some of the words, for the list without the others.
     """
     taken = [OverridesParser.create().parse_override(word) for word in words]
     for key in dict.fromkeys(filter(None, (_list_of(override, schema) for override in taken))):
@@ -50,7 +50,7 @@ def extended(words: Sequence[str], schema: type, compose: Callable[[list[str]], 
         others = [override for override in taken if override not in items]
         try:
             composed = compose([o.input_line or "" for o in others if not o.is_sweep_override()])
-        except (HydraException, OmegaConfBaseException):  # told where all words are composed
+        except (HydraException, OmegaConfBaseException):  # reported where all words are composed
             continue
         listed, length = OmegaConf.select(composed, key), len(OmegaConf.select(composed, key))
         behind = {int(override.key_or_group.removeprefix(f"{key}.").partition(".")[0]) for override in items}
@@ -66,13 +66,13 @@ def extended(words: Sequence[str], schema: type, compose: Callable[[list[str]], 
 
 
 def _group_of(schema: type, key: str) -> Any | None:
-    """The group that the list at `key` holds; None: there is no list of groups."""
+    """The group in the list at `key`; None if that is not a list of groups."""
     element = element_type(type_at(schema, key)) if unknown_key(schema, key) is None else None
     return element if is_group(element) else None
 
 
 def _list_of(override: Override, schema: type) -> str | None:
-    """`data.train` for a value of `data.train.0.path`; None: it is not about an item of a list of groups."""
+    """`data.train` for a value of `data.train.0.path`; None if the override is not about an item of such a list."""
     parts = override.key_or_group.split(".")
     index = next((i for i, part in enumerate(parts) if part.isdecimal()), None)
     if index is None or override.is_sweep_override() or unknown_key(schema, override.key_or_group) is not None:
@@ -82,7 +82,7 @@ def _list_of(override: Override, schema: type) -> str | None:
 
 
 def as_word(key: str, value: Any) -> str:
-    """`key=value` as a word of the command line."""
+    """A key and its value as a word of the command line."""
     return f"{key}={_written(value)}"
 
 

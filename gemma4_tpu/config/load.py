@@ -1,7 +1,7 @@
-"""From a command line to a typed, checked configuration, before JAX is imported.
+"""Turns a command line into a typed, checked configuration, before JAX is imported.
 
-Hydra composes `conf/` onto the dataclasses of `schema.py`. Every word of the command line is tried on its own first, so
-that all problems come in one message.
+Hydra composes `conf/` onto the dataclasses of `schema.py`. Every word of the command line is first tried on its own, so
+one message can list all problems.
 """
 
 from __future__ import annotations
@@ -48,14 +48,15 @@ class Loaded(Generic[Root, Checks]):
 def load(argv: list[str], entry: EntryPoint[Root, Checks]) -> Loaded[Root, Checks]:
     """Reads the command line of an entry point (without the program's name).
 
-    `--help`, `--version` and Hydra's own flags (`--cfg`, `--info`, `--multirun`, …) are served here and end it.
+    `--help`, `--version` and Hydra's own flags (`--cfg`, `--info`, `--multirun`, …) are served here and end the
+    process.
 
     Raises:
-      UserError: every problem of the command line, the files it selects and the values together.
+      UserError: lists every problem of the command line, the files it selects, and their values.
       SystemExit: a flag was served.
     """
     given, flags, passed_on = _split(argv, entry)
-    if flags is not None and flags.shell_completion:  # its words are no keys
+    if flags is not None and flags.shell_completion:  # its words are not keys
         serve(entry, ["--shell-completion"], flags.overrides)
     words = [entry.in_full(word) for word in given]
     if flags is None or not flags.multirun:
@@ -75,7 +76,7 @@ def load(argv: list[str], entry: EntryPoint[Root, Checks]) -> Loaded[Root, Check
 
 
 def compose_all(words: list[str], entry: EntryPoint, *, multirun: bool = False) -> tuple[Any, list[str], list[Refusal]]:
-    """Composes the words that are sound; returns (root dataclass or None, those words, problems of the others)."""
+    """Composes the valid words; returns (root dataclass or None, those words, problems of the others)."""
     options, folders = groups_of(entry), search_path(words)
     for folder in filter(None, folders):
         for group, added in groups_in(folder).items():
@@ -86,7 +87,7 @@ def compose_all(words: list[str], entry: EntryPoint, *, multirun: bool = False) 
     if multirun:
         return None, extended(good, entry.schema, lambda some: defaults(entry, some)), problems
     name, taken = entry.name, [*good, *one_length(good)]
-    # `good` is what the user said and what is recorded; `taken` is what Hydra composes for it.
+    # `good` is what the user wrote, which is recorded; `taken` is what Hydra composes for it.
     if (run := recorded.replayed(good, entry.schema)) is not None:
         started, found = recorded.start_from(run, entry.name, entry.schema, lambda: defaults(entry))
         taken, refused = recorded.over_recorded(taken, groups)
@@ -104,7 +105,7 @@ def compose_all(words: list[str], entry: EntryPoint, *, multirun: bool = False) 
 
 
 def to_yaml(root: Any) -> str:
-    """The resolved configuration as YAML, every key included."""
+    """The resolved configuration as YAML, with every key."""
     return OmegaConf.to_yaml(OmegaConf.structured(root))
 
 
@@ -112,14 +113,14 @@ def from_yaml(text: str, schema: type = TrainRoot) -> Any:
     """The inverse of `to_yaml`.
 
     Raises:
-      UserError: a key that the schema does not have, or a value of another type; names all of them.
+      UserError: keys are not in the schema, or values have another type; names all of them.
     """
     try:
         content = OmegaConf.create(text)
     except (YAMLError, RecursionError) as error:
         raise UserError(f"config.yaml: damaged, not valid YAML ({' '.join(str(error).split())})") from None
     if not isinstance(content, DictConfig):
-        raise UserError("config.yaml: holds a list, not keys")
+        raise UserError("config.yaml: contains a list instead of keys; copy the file again")
     problems = check_file(content, label="config.yaml", prefix="", schema=schema)
     if problems:
         raise refusal(problems)
@@ -127,7 +128,7 @@ def from_yaml(text: str, schema: type = TrainRoot) -> Any:
 
 
 def _split(argv: list[str], entry: EntryPoint) -> tuple[list[str], Any, list[str]]:
-    """(`key=value` words, flags for Hydra to serve or None, those as written); serves --help and --version itself."""
+    """(`key=value` words, flags for Hydra or None, the flags as written); serves --help and --version itself."""
     if not any(word.startswith("-") for word in argv):
         return argv, None, []
     if "--version" in argv:
@@ -135,7 +136,7 @@ def _split(argv: list[str], entry: EntryPoint) -> tuple[list[str], Any, list[str
     if "--help" in argv or "-h" in argv:
         _tell(help_text(entry))
     parser = get_args_parser()
-    parser.exit_on_error = parser.allow_abbrev = False  # `--multi` is a misspelling, `--config` is nothing of Hydra's
+    parser.exit_on_error = parser.allow_abbrev = False  # `--multi` is a misspelling, `--config` not a flag of Hydra
     argv = _joined(argv, {flag for action in parser._actions for flag in action.option_strings})
     try:
         flags, rest = parser.parse_known_args(argv)
@@ -148,13 +149,15 @@ def _split(argv: list[str], entry: EntryPoint) -> tuple[list[str], Any, list[str
         words = with_config_dir(flags.config_dir, words)
     if not (flags.multirun or flags.cfg or flags.info or flags.hydra_help or flags.shell_completion):
         if written:
-            raise UserError(f"{' '.join(written)}: not supported; conf/ is extended by --config-dir <folder>")
+            raise UserError(f"{' '.join(written)}: not supported; extend conf/ with --config-dir <folder>")
         return words, None, []
     return words, flags, written
 
 
 def _joined(argv: list[str], flags: Collection[str]) -> list[str]:
-    """The words, with `--lr 1e-4` as `--lr=1e-4`: one mistake, not two. `flags` are Hydra's, which may be followed."""
+    """The words, with `--lr 1e-4` as `--lr=1e-4`, so that it is one mistake, not two. `flags`: Hydra's, left as they
+    are.
+    """
     words: list[str] = []
     for word in argv:
         last = words[-1] if words else ""
@@ -167,13 +170,13 @@ def _joined(argv: list[str], flags: Collection[str]) -> list[str]:
 
 
 def _tell(text: str) -> NoReturn:
-    """Prints what was asked for and ends the process."""
+    """Prints the requested text and ends the process."""
     tell(text)
     raise SystemExit(0)
 
 
 def _file_problems(words: list[str], entry: EntryPoint, groups: Groups, folders: list[Path]) -> list[Refusal]:
-    """Looks into the files that the words select, when composing them failed."""
+    """Finds problems in the files that the words select, when composing them failed."""
     chosen = [("local", "default")]
     for word in words:
         override = OverridesParser.create().parse_override(word)
@@ -195,13 +198,13 @@ def _file_problems(words: list[str], entry: EntryPoint, groups: Groups, folders:
         if not isinstance(content, DictConfig):
             continue
         values = OmegaConf.create({key: value for key, value in content.items() if key != "defaults"})
-        prefix = group if group in field_types(schema) else ""  # experiment and local hold whole-tree deltas
+        prefix = group if group in field_types(schema) else ""  # experiment and local contain changes to the whole tree
         problems += check_file(values, label=label, prefix=prefix, schema=schema)
     return problems
 
 
 def _plain(error: Exception, schema: type) -> str:
-    """What Hydra or OmegaConf found wrong, on one line and without their internals."""
+    """An error of Hydra or OmegaConf on one line, without their internals."""
     text = str(error)
     item = re.search(r"Error merging override \+*((\S+?)\.(\d+)\S*)", text)
     if item:

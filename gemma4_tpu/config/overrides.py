@@ -1,4 +1,4 @@
-"""The command line's `key=value` words, each tried on its own, so that all problems are found at once."""
+"""Checks the command line's `key=value` words, each on its own, so that all problems are found at once."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from gemma4_tpu.config.synonyms import synonym
 from gemma4_tpu.config.values import bad_value
 
 ONE_OF = (("trainer.epochs", "trainer.max_updates"), ("optimizer.warmup_fraction", "optimizer.warmup_updates"))
-"""Keys that say the same in two ways."""
+"""Pairs of keys that set the same thing in two ways."""
 
 
 @dataclass(frozen=True)
@@ -39,11 +39,11 @@ class Groups:
     options: dict[str, list[str]]
     """Group → its options."""
     open: bool = False
-    """The user added a search path: options that are not listed may exist."""
+    """Whether the user added a search path, so that options can exist that are not listed."""
 
 
 def groups_in(folder: Path) -> dict[str, list[str]]:
-    """Group → options, from the folders of `folder`."""
+    """Group → options, from the subfolders of `folder`."""
     return {
         group.name: sorted((option.stem for option in group.glob("*.yaml")), key=naturally)
         for group in sorted(folder.iterdir())
@@ -59,10 +59,10 @@ def naturally(name: str) -> list[Any]:
 def check_overrides(
     words: list[str], *, schema: type, groups: Groups, multirun: bool = False
 ) -> tuple[list[str], list[Refusal]]:
-    """Splits the command line into words that compose and problems.
+    """Splits the command line into valid words and problems.
 
-    Short words about lists are written out. A `+` before a key or group that exists already is dropped (it means the
-    same), so that Hydra takes it.
+    Short words about lists are expanded. A `+` before an existing key or group makes no difference and is dropped,
+    since Hydra would refuse it.
     """
     good, problems = [], []
     for word in words:
@@ -82,13 +82,13 @@ def check_overrides(
             mapping = unknown_key(schema, override.key_or_group) is None and is_mapping(
                 type_at(schema, override.key_or_group)
             )
-            good.append(f"+{bare}" if mapping else bare)  # Hydra adds keys to a mapping only if told so
+            good.append(f"+{bare}" if mapping else bare)  # Hydra adds keys to a mapping only with +
     return good, problems
 
 
 def one_length(words: list[str]) -> list[str]:
-    """What one key of a pair in `ONE_OF` alone also says, such as `trainer.epochs=3`: that the other one, set in conf/,
-    is not meant. Both in these (sound) words are both meant.
+    """Words that unset the other key of a pair in `ONE_OF`, set in conf/, when (valid) words set only one of them, such
+    as `trainer.epochs=3`. If they set both, both count.
     """
     overrides = [OverridesParser.create().parse_override(word) for word in words]
     given = {o.key_or_group: o.value() for o in overrides if not o.is_sweep_override()}
@@ -100,7 +100,7 @@ def one_length(words: list[str]) -> list[str]:
 
 
 def check_file(content: DictConfig, *, label: str, prefix: str, schema: type) -> list[Refusal]:
-    """Problems of one YAML file; `prefix` is its group (empty for `# @package _global_`)."""
+    """Problems in one YAML file; `prefix` is its group (empty for `# @package _global_`)."""
     problems = []
     for name, value in content.items_ex(resolve=False):
         key = f"{prefix}.{name!s}" if prefix else str(name)
@@ -135,7 +135,7 @@ def _check_override(word: str, override: Override, schema: type, groups: Groups,
             message = f"no such key or group; did you mean {' or '.join(meant)}?"
         return Refusal(f"{word}: {message}", _meant(message))
     if override.is_delete():
-        return Refusal(f"{word}: every key keeps a value; write {name}=null where null is allowed")
+        return Refusal(f"{word}: keys can't be removed; give {name}=null if null is allowed")
     for value in _values(override):
         message = bad_value(schema, name, value)
         if message:
@@ -150,10 +150,10 @@ def _in_our_words(word: str, ours: str) -> Refusal:
 def _check_option(word: str, override: Override, schema: type, groups: Groups) -> Refusal | None:
     group, options = override.key_or_group, groups.options[override.key_or_group]
     if override.is_delete() and group in field_types(schema):
-        return Refusal(f"{word}: every group keeps an option; give {group}=<one of {', '.join(options)}>", (group,))
+        return Refusal(f"{word}: groups can't be removed; give {group}=<one of {', '.join(options)}>", (group,))
     if override.is_delete() or groups.open:
         return None
-    # An experiment may set anything: without it, nothing else can be judged.
+    # An experiment can set anything, so without it nothing else can be judged.
     doubtful = (group,) if group in field_types(schema) else tuple(groups.options)
     for value in _values(override):
         if not isinstance(value, str | int | float) or isinstance(value, bool):
@@ -166,7 +166,7 @@ def _check_option(word: str, override: Override, schema: type, groups: Groups) -
 
 
 def _values(override: Override) -> Iterator[Any]:
-    """The one value of an override, or each value of a sweep that lists its values."""
+    """The value of an override, or each value of an enumerated sweep."""
     if not override.is_sweep_override():
         yield override.value()
     elif override.is_discrete_sweep():
@@ -204,6 +204,6 @@ def _hydra_word(word: str, name: str) -> str:
 
 
 def _meant(message: str) -> tuple[str, ...]:
-    """The names that a message suggests: their values are in doubt."""
+    """The names that a message suggests, whose values are in doubt."""
     hint = message.partition("did you mean ")[2].rstrip("?")
     return tuple(hint.split(" or ")) if hint else ()

@@ -1,6 +1,6 @@
-"""Paths and names that a configuration gives: one spelling, where they lie, and what is wrong with them.
+"""Paths and names in a configuration: their canonical spelling, their location, and problems with them.
 
-Looks at local files only: what is on gs:// or in a Hugging Face data set shows when it is read.
+Checks local files only; problems on gs:// or in a Hugging Face data set show when these are read.
 """
 
 from __future__ import annotations
@@ -19,37 +19,37 @@ GCS = "gs://"
 
 
 def at_home(path: str | None) -> Any:
-    """A path with `~` written out; nothing stays nothing."""
+    """A path with `~` expanded; empty stays empty."""
     return str(Path(path).expanduser()) if path and path.startswith("~") else path
 
 
 def folder_of(path: str | None) -> Any:
-    """The same without a slash at the end."""
+    """A path with `~` expanded and without a slash at the end."""
     return at_home(path).rstrip("/") or "/" if path else path
 
 
 def name_problem(name: str) -> list[str]:
-    """What is wrong with `name=`, if anything."""
+    """Problems with `name=`."""
     if redact(name) != name:
-        return ["name: holds a secret, and a folder is called after it; give another name"]
+        return ["name: contains a secret, and names a folder; give another name"]
     if re.fullmatch(r"[\w.+-]*\w[\w.+-]*", name):
         return []
-    return [f"name={name}: part of a folder's name; letters, digits and . _ + - only"]
+    return [f"name={name}: part of a folder's name; give letters, digits and . _ + - only"]
 
 
 def secret_place(run_dir: str | None) -> list[str]:
-    """What is wrong with a run folder that is called after a secret."""
+    """Problems with a run folder whose name contains a secret."""
     return (
-        ["run_dir: holds a secret, and a folder's name is seen by all; give another"]
+        ["run_dir: contains a secret, and everyone can see a folder's name; give another"]
         if run_dir and redact(run_dir) != run_dir
         else []
     )
 
 
 def local_place(given: str, path: str) -> tuple[Path | None, list[str]]:
-    """Where a local or embedded path lies; None for gs:// and the like, whose files show when they are read."""
+    """Location of a local or embedded path; None for gs:// and the like, whose problems show on reading."""
     if path.startswith(GCS) and importlib.util.find_spec("gcsfs") is None:
-        return None, [f"{given}: gs:// needs gcsfs; pip install 'gemma4-tpu[gcp]'"]
+        return None, [f"{given}: gs:// needs gcsfs; run pip install 'gemma4-tpu[gcp]'"]
     if "://" in path:
         return None, []
     try:
@@ -59,7 +59,7 @@ def local_place(given: str, path: str) -> tuple[Path | None, list[str]]:
 
 
 def local_folder(given: str, path: str) -> tuple[Path | None, list[str]]:
-    """The local folder behind `path`; None for one that is not local."""
+    """The local folder of `path`; None if it is not local."""
     place, messages = local_place(given, path)
     if place is None or messages:
         return None, messages
@@ -73,14 +73,14 @@ def local_folder(given: str, path: str) -> tuple[Path | None, list[str]]:
 
 
 def remote_problem(given: str, path: str) -> list[str]:
-    """What is wrong with the address of a run folder that is not local, if anything."""
+    """Problems with the address of a remote run folder."""
     if not path.startswith(GCS) or not path.removeprefix(GCS).strip("/"):
-        return [f"{given}: a run folder is local or on gs://<bucket>/<folder>"]
+        return [f"{given}: give a local run folder, or one on gs://<bucket>/<folder>"]
     return local_place(given, path)[1]
 
 
 def sibling(place: Path) -> str:
-    """A hint at what is next to a place that does not exist."""
+    """A hint about the neighbours of a place that does not exist."""
     try:
         names = [entry.name for entry in place.parent.iterdir()]
     except OSError:

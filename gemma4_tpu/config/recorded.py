@@ -1,4 +1,4 @@
-"""`replay=<run folder>`: a recorded configuration as the one that the command line changes, instead of conf/'s."""
+"""`replay=<run folder>`: the command line changes a recorded configuration instead of conf/'s."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _OF_THE_FIRST_START = ("run_dir", KEY, "replay_allow", "preview")
 
 
 def replayed(words: list[str], schema: type) -> str | None:
-    """The run folder that these words (each of them sound) ask to repeat; None: they don't."""
+    """The run folder that these (valid) words ask to repeat; None if they don't."""
     run = None
     if KEY in field_types(schema):
         for word in words:
@@ -39,16 +39,16 @@ def start_from(
 
     Args:
       run: a run folder, local or gs://.
-      name: of the entry point; another's than `train` keeps its own `name`.
-      schema: of its root.
-      defaults: composes its configuration without arguments, for keys that the recorded version did not have.
+      name: the entry point's; entry points other than `train` keep their own `name`.
+      schema: that of its root.
+      defaults: composes its configuration without arguments, for keys that the recorded version lacks.
     """
     try:
         file = open_bytes(join(run, "config.yaml"))
         content = OmegaConf.create(bytes(file.read(0, file.size_bytes)).decode())
-    except (OSError, ValueError) as error:  # UserError, from the storage, among them
+    except (OSError, ValueError) as error:  # including UserError, from the storage
         missing = isinstance(error, FileNotFoundError | NotADirectoryError)
-        reason = "it has no config.yaml" if missing else str(error).splitlines()[0]
+        reason = "no config.yaml" if missing else str(error).splitlines()[0]
         return None, [Refusal(f"{KEY}={run}: not a run folder ({reason})")]
     except (OmegaConfBaseException, YAMLError) as error:
         return None, [Refusal(f"{KEY}={run}: config.yaml can't be read ({' '.join(str(error).split())})")]
@@ -65,11 +65,11 @@ def start_from(
 
 
 def over_recorded(words: list[str], groups: Groups) -> tuple[list[str], list[Refusal]]:
-    """The words as Hydra takes them over a recorded configuration, which chose no options of groups."""
+    """The words as Hydra needs them on a recorded configuration, which has no chosen options of groups."""
     taken, problems = [], []
     for word in words:
         key = OverridesParser.create().parse_override(word).key_or_group
         if key == "experiment":
-            problems.append(Refusal(f"{word}: {KEY} has a whole recipe already; give single keys or groups"))
+            problems.append(Refusal(f"{word}: {KEY} already has a whole recipe; give single keys or groups"))
         taken.append(f"+{word}" if key in groups.options else word)
     return taken, problems

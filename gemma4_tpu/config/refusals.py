@@ -1,4 +1,4 @@
-"""Problems of a configuration: collected, then refused together in one message."""
+"""Problems in a configuration, collected and then refused in one message."""
 
 from __future__ import annotations
 
@@ -11,20 +11,20 @@ from gemma4_tpu.errors import UserError
 
 @dataclass(frozen=True)
 class Refusal:
-    """Something for the user to put right."""
+    """A problem for the user to fix."""
 
     message: str
     """Names the key, what was given, and what would work."""
     doubt: tuple[str, ...] = ()
-    """Groups and keys whose values are not known because of it."""
+    """Groups and keys whose values are unknown because of it."""
 
     def clouds(self, message: str) -> bool:
-        """Whether `message`, about the values that are left, speaks of something in doubt."""
+        """Whether `message`, about the remaining values, concerns something in doubt."""
         return any(re.search(rf"\b{re.escape(name)}\b", message) for name in self.doubt)
 
 
 def refusal(problems: Sequence[Refusal]) -> UserError:
-    """One error that tells every problem."""
+    """One error that lists every problem."""
     messages = list(dict.fromkeys(problem.message for problem in problems))
     if len(messages) == 1:
         return UserError(messages[0])

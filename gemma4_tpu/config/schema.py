@@ -1,8 +1,8 @@
-"""Types of a training run's configuration: one dataclass per config group, values live in `conf/`.
+"""Types of a training run's configuration: one dataclass per config group; values are in `conf/`.
 
-This module is ground: it imports neither JAX nor Hydra, so that every process can read a configuration at once.
-A string that follows a field documents it; `null` in YAML is `None` here. Cross-field rules live in
-the checks of each room (`training/checks.py`); what other commands take in `tasks.py` and `serving.py`.
+This module is part of the base layer: it imports neither JAX nor Hydra, so every process can read a configuration
+quickly. The string after a field documents it; `null` in YAML is `None` here. Rules across fields are in the checks of
+each package (`training/checks.py`); the types of other commands in `tasks.py` and `serving.py`.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from gemma4_tpu.config.rollouts import RolloutsConfig
 
 @dataclass(kw_only=True)
 class HardwareConfig:
-    """The slice that the run targets (`hardware=`). Facts about chips live in `gemma4_tpu/hardware.py`."""
+    """The slice that the run targets (`hardware=`). Facts about chips are in `gemma4_tpu/hardware.py`."""
 
     name: str = "local"
     """Key of `hardware.SLICES`, such as `v5p-8`; `local` uses whatever JAX finds."""
@@ -27,7 +27,7 @@ class HardwareConfig:
     spot: bool = False
     """Spot capacity: cheaper, but can be preempted; launchers request it, and costs use its price."""
     flex_start: bool = False
-    """Flex-start capacity (Dynamic Workload Scheduler), which waits for capacity and keeps it for 7 days at most; for
+    """Flex-start capacity (Dynamic Workload Scheduler), which waits for capacity and keeps it for at most 7 days; for
     costs only."""
     flags: str = "tuned"
     """Compiler flags: `tuned`, the chip's preset (`compiler_flags.py`; GPUs and CPUs have none), or `none`. Planning
@@ -39,15 +39,15 @@ class HardwareConfig:
 
 @dataclass(kw_only=True)
 class DistributedConfig:
-    """Several processes of one run, one per host (`distributed=`); each of them is given the same command."""
+    """Several processes of one run, one per host (`distributed=`), all started with the same command."""
 
     coordinator_address: str | None = None
     """`host:port` of process 0; `auto`: JAX finds it (TPU slices, SLURM, Open MPI); null: `auto` if `hardware` has
     several hosts or TPU_WORKER_HOSTNAMES names several, else one process."""
     num_processes: int | None = None
-    """Number of processes in the run; with an explicit address."""
+    """Number of processes in the run, with an explicit address."""
     process_id: int | None = None
-    """Index of this process, from 0; with an explicit address."""
+    """Index of this process, from 0, with an explicit address."""
 
 
 @dataclass(kw_only=True)
@@ -64,7 +64,7 @@ class MeshConfig:
     """Devices on the `tp` axis; null: those that the other axes leave. If several are null: the largest legal tp, the
     rest fsdp."""
     cp: int = 1
-    """Devices on the `cp` axis, for rows that are too long for one chip; training only."""
+    """Devices on the `cp` axis, for rows too long for one chip; training only."""
 
 
 @dataclass(kw_only=True)
@@ -79,8 +79,8 @@ class ModelConfig:
     tokenizer: str | None = None
     """Folder of the tokenizer; null: the checkpoint folder (for random weights, the embedded tiny tokenizer)."""
     new_tokens: list[str] = field(default_factory=list)
-    """Your own tokens, such as `['<result>','<note>']`: each takes a row that the tokenizer holds in reserve
-    (`<unused0>`, …), or keeps the one it already has. Their embedding rows are trained along with the adapters."""
+    """Your own tokens, such as `['<result>','<note>']`: each takes one of the tokenizer's reserved rows (`<unused0>`,
+    …), or keeps the row it already has. Their embedding rows are trained along with the adapters."""
 
 
 @dataclass(kw_only=True)
@@ -124,11 +124,11 @@ class LoraConfig:
     """Start from trained adapters instead of fresh ones: a run folder or a PEFT adapter's folder, local or gs://. A run
     that resumes from a checkpoint does not read them again."""
     start_checkpoint: str = "latest"
-    """Which checkpoint of such a run: `latest`, `best` (lowest held-out loss) or an update number."""
+    """Which checkpoint of that run: `latest`, `best` (lowest held-out loss) or an update number."""
     quantize: str | None = None
     """QLoRA: store the frozen base weights of the adapted modules as `nf4` or `int8`; null: unquantised.
-    `int8_compute`: as `int8`, and their products are int8 × int8 forward, with activations quantised per token (not
-    those of experts)."""
+    `int8_compute`: like `int8`, with int8 × int8 products in the forward pass and activations quantised per token
+    (except for experts)."""
 
 
 @dataclass(kw_only=True)
@@ -156,8 +156,8 @@ class DataConfig:
     `alpaca` (`instruction`, `input`, `output`), `prompt_completion`, `text` (continued pre-training), `codev_r1` (the
     Verilog in `response`); for pairs `preference` (`chosen`, `rejected`, `prompt`)."""
     columns: dict[str, str] = field(default_factory=dict)
-    """The rows' own names for the columns of these formats, where they differ: `{prompt: task, completion: reply}`;
-    `role` and `content` are the names within turns."""
+    """The rows' own names for the columns of these formats, if they differ: `{prompt: task, completion: reply}`; `role`
+    and `content` are the names within turns."""
     train: list[DataSource] = field(default_factory=list)
     """Training sources."""
     heldout: list[DataSource] = field(default_factory=list)
@@ -179,8 +179,8 @@ class DataConfig:
     train_on: str = "all"
     """Which assistant turns of a conversation carry loss: `all`, or only the `last` one."""
     image_cache: str | None = None
-    """Train on pictures, too (E2B, E4B): folder, local or gs://, for the features that the frozen vision tower makes of
-    them before training, once for each picture and tower. null: text alone, and rows with pictures are dropped."""
+    """Also train on pictures (E2B, E4B): a folder, local or gs://, for their features, which the frozen vision tower
+    computes before training, once for each picture and tower. null: text only; rows with pictures are dropped."""
     max_drop_fraction: float = 0.05
     """Dropping more than this share of the rows is an error."""
     check_syntax: bool = False
@@ -191,51 +191,49 @@ class DataConfig:
 
 @dataclass(kw_only=True)
 class ObjectiveConfig:
-    """What is minimised, and therefore which rows are taken (`objective=`). Keys that a kind does not use are null."""
+    """What is minimised, and thus which rows are used (`objective=`). Keys that a kind does not use are null."""
 
     kind: str = "sft"
     """`sft`: trains on the answers of conversations; `dpo`, `ipo`, `orpo`: on pairs of a chosen and a rejected answer;
-    `grpo`: on the policy's own answers to the rows' prompts (or to problems), each weighted by how much better it was
-    rewarded than others to the same prompt; `expert_iteration`: on those of its own answers that were rewarded;
-    `distill`: draws its distribution towards a teacher's on its own answers, `distill_offline`: on those of the rows.
-    For `grpo`, `expert_iteration` and `distill` see `rollouts=`. `objective=<kind>` sets this and all keys of the
-    kind."""
+    `grpo`: on the policy's own answers to the rows' prompts (or to problems), each weighted by its reward compared with
+    other answers to the same prompt; `expert_iteration`: on its own rewarded answers; `distill`: moves its distribution
+    towards a teacher's on its own answers, `distill_offline`: on the rows' answers. For `grpo`, `expert_iteration` and
+    `distill` see `rollouts=`. `objective=<kind>` sets this and all keys of the kind."""
     beta: float | None = None
-    """`dpo`, `ipo`: how much a nat of log-likelihood gained over the reference counts; the smaller, the further a run
-    may move from where it started. `orpo`: weight of the preference term relative to the cross-entropy (its paper's
-    λ)."""
+    """`dpo`, `ipo`: weight of a nat of log-likelihood gained over the reference; the smaller it is, the further a run
+    can move from its start. `orpo`: weight of the preference term relative to the cross-entropy (its paper's λ)."""
     label_smoothing: float | None = None
     """`dpo`: share of the pairs assumed to be the wrong way round."""
     clip_low: float | None = None
-    """`grpo`: a token of a worse answer is pushed down until its probability has fallen by this share."""
+    """`grpo`: a token of a below-average answer is pushed down until its probability has fallen by this share."""
     clip_high: float | None = None
-    """`grpo`: a token of a better answer is pushed up until its probability has risen by this share."""
+    """`grpo`: a token of an above-average answer is pushed up until its probability has risen by this share."""
     max_drift: float | None = None
-    """`grpo`: worse answers are left out once the policy has moved away from them, since they were drawn, by more than
-    this many nats per token."""
+    """`grpo`: below-average answers are left out once the policy, since they were drawn, has moved away from them by
+    more than this many nats per token."""
     teacher: str | None = None
-    """`distill`, `distill_offline`: whose distribution is learnt: a run folder or a Hugging Face checkpoint (local or
-    gs://, `embedded:NAME`, `random:SEED`) with the same vocabulary. It is on the devices next to the model.
-    `distill_offline` also takes the address of an OpenAI-compatible server (`http://host:8000/v1`) that tells
-    log-probabilities of its prompt (vLLM, `gemma4_tpu.serve`): it is asked about all rows before the run begins."""
+    """`distill`, `distill_offline`: the teacher: a run folder or a Hugging Face checkpoint (local or gs://,
+    `embedded:NAME`, `random:SEED`) with the same vocabulary. It is kept on the devices alongside the model.
+    `distill_offline` also takes the address of an OpenAI-compatible server (`http://host:8000/v1`) that returns
+    log-probabilities of its prompt (vLLM, `gemma4_tpu.serve`); it is queried for all rows before the run begins."""
     teacher_model: str | None = None
-    """Its architecture, as `model.name`: for `random:SEED`, and for plans where the teacher is not there; null: its
-    `config.json` says. Of a server: which of its models; null: the only one."""
+    """The teacher's architecture, as `model.name`: for `random:SEED`, and for plans if the teacher is not available;
+    null: from its `config.json`. For a server: the model's name there; null: its only model."""
     teacher_checkpoint: str | None = None
-    """Which checkpoint of such a run: `latest`, `best` (lowest held-out loss) or an update number."""
+    """Which checkpoint of a teacher run: `latest`, `best` (lowest held-out loss) or an update number."""
     teacher_top: int | None = None
-    """Of a server: how many of its likeliest tokens it tells at each target; all others are compared as one. Servers
-    set a limit of their own, usually 20."""
+    """For a server: number of most likely tokens to request at each target; all others are compared as one. Servers
+    have their own limit, usually 20."""
     teacher_store: str | None = None
-    """Folder in which what a server has told is kept, for all runs: no row is asked about twice."""
+    """Folder that stores a server's responses for all runs, so that no row is requested twice."""
     divergence: str | None = None
-    """Mean over tokens of `reverse` KL(model ‖ teacher), which makes the model do only what its teacher does, or
-    `forward` KL(teacher ‖ model), which makes it do all that its teacher does."""
+    """Mean over tokens of `reverse` KL(model ‖ teacher), which makes the model do only what its teacher does, or of
+    `forward` KL(teacher ‖ model), which makes it do everything that its teacher does."""
 
 
 @dataclass(kw_only=True)
 class OptimizerConfig:
-    """The optimizer, one of Optax's, and its learning-rate schedule (`optimizer=`).
+    """The optimizer, from Optax, and its learning-rate schedule (`optimizer=`).
 
     Keys that a kind does not have are null there.
     """
@@ -307,7 +305,7 @@ class TrainerConfig:
     """Held-out prompts to answer greedily at each held-out evaluation; the answers go to `heldout_samples.jsonl` and
     the tracker. 0: none."""
     sample_tokens: int = 256
-    """These answers are cut off at this many tokens."""
+    """Cut these answers off at this many tokens."""
     log_every: int = 1
     """Updates between logged metrics."""
     remat: str = "auto"
@@ -319,7 +317,7 @@ class TrainerConfig:
     (any backend, a layer's scores in memory), or `auto`: `splash` on TPUs, elsewhere `einsum` up to rows of 2,048
     tokens and `chunked` beyond."""
     loss_chunk_tokens: int = 1024
-    """Number of tokens whose logits exist at one time while the loss is computed."""
+    """Number of tokens whose logits exist at one time while computing the loss."""
     compute_dtype: str = "auto"
     """dtype of activations and of the frozen base weights: `bfloat16`, `float32` or `auto` (bfloat16, but float32 on
     CPUs, which only emulate bfloat16). LoRA and optimizer are always float32."""
@@ -344,7 +342,8 @@ class TrainerConfig:
     """Save and end at the first update boundary this long after the start, including loading and compilation (exit code
     0; the same command resumes): `2h30m`, `1d`, `90s`, or a number of minutes. null: none."""
     stall_seconds: float | None = 1800
-    """No progress for this long (excluding compilation) dumps all stacks and ends the run with code 3; null: never."""
+    """Without progress for this long (excluding compilation), dump all stacks and end the run with code 3; null:
+    never."""
     compile_cache: str | None = "auto"
     """Local folder for compiled programs; `auto`: JAX_COMPILATION_CACHE_DIR, else `gemma4_tpu/xla` in the user's cache
     folder; null: none."""
@@ -361,7 +360,7 @@ class CheckpointConfig:
     keep_best: bool = True
     """Also keep the checkpoint with the lowest held-out loss."""
     resume: str = "auto"
-    """`auto`: continue from the newest checkpoint in the run folder that verifies; `never`: refuse a used folder."""
+    """`auto`: resume from the newest checkpoint in the run folder that verifies; `never`: refuse a used folder."""
     resume_allow: list[str] = field(default_factory=list)
     """Differences from the recorded run to accept when resuming, by the names that the refusal shows: keys or groups of
     the configuration, fingerprints of data, tokenizer and base, `learning_rate` for a jump upward."""
@@ -369,11 +368,11 @@ class CheckpointConfig:
 
 @dataclass(kw_only=True)
 class StorageConfig:
-    """What happens where a run folder on gs:// can't be reached (`storage=`)."""
+    """What to do if a run folder on gs:// can't be reached (`storage=`)."""
 
     deadline: str = "15m"
-    """How long a run waits for its bucket, as `30s`, `15m`, `2h` or a number of minutes. Then it saves on this machine
-    and ends with exit code 4; SIGTERM cuts the wait short."""
+    """How long a run waits for its bucket: `30s`, `15m`, `2h` or a number of minutes. After that it saves on this
+    machine and ends with exit code 4; SIGTERM shortens the wait."""
 
 
 @dataclass(kw_only=True)
@@ -384,20 +383,20 @@ class TrackerConfig:
     """`none`, `wandb`, `mlflow`, `trackio`, `tensorboard`, or `jsonl`: one JSON Lines file of everything that a tracker
     receives."""
     project: str = "gemma4-tpu"
-    """Project of W&B or Trackio, experiment of MLflow."""
+    """Project in W&B or Trackio, experiment in MLflow."""
     entity: str | None = None
     """W&B entity; null: the account's default."""
     group: str | None = None
-    """Group of runs at W&B and Trackio, a tag at MLflow; null: a sweep's own."""
+    """Group of runs in W&B and Trackio, a tag in MLflow; null: the sweep's, if any."""
     tags: list[str] = field(default_factory=list)
-    """Tags of the run at W&B, MLflow and Trackio."""
+    """Tags of the run in W&B, MLflow and Trackio."""
     mode: str = "auto"
     """W&B mode: `auto` (online if there is a key, else offline), `online`, `offline`."""
 
 
 @dataclass(kw_only=True)
 class TrainRoot:
-    """Everything `python -m gemma4_tpu.train` takes. Functions receive the group they need, never the root."""
+    """Everything that `python -m gemma4_tpu.train` takes. Functions receive the group they need, never the root."""
 
     hardware: HardwareConfig = field(default_factory=HardwareConfig)
     distributed: DistributedConfig = field(default_factory=DistributedConfig)
@@ -418,9 +417,9 @@ class TrainRoot:
     """Run folder (local or gs://); null: `outputs/<name>/<date>_<time>`. Giving the same folder again resumes the
     run."""
     preview: bool = False
-    """Show rendered rows, the length histogram, fill and drops, then stop."""
+    """Show rendered rows, the length histogram, fill and drops, then stop without training."""
     replay: str | None = None
-    """Run folder (local or gs://) to repeat: the other words override its recorded configuration, and the losses are
-    compared with its own. null: none."""
+    """Run folder (local or gs://) to repeat: other words override its recorded configuration, and losses are compared
+    with the recorded ones. null: none."""
     replay_allow: list[str] = field(default_factory=list)
     """Differences from the recorded run to accept: `code`, `packages`, `data`, `tokenizer`, `base`, `hardware`."""

@@ -1,4 +1,4 @@
-"""Types of a server and of the load on one: serve, bench. Ground: `schema.py`."""
+"""Types of servers and of load tests: serve, bench. Base layer, as `schema.py`."""
 
 from __future__ import annotations
 
@@ -13,37 +13,37 @@ class GkeServingConfig:
     namespace: str = "default"
     """Namespace of all objects."""
     service_account: str | None = None
-    """Kubernetes service account of the pods, which may read the bucket (Workload Identity); null: the namespace's
+    """Kubernetes service account of the pods, with read access to the bucket (Workload Identity); null: the namespace's
     default."""
     secret: str | None = None
     """Kubernetes secret with the keys HF_TOKEN and VLLM_API_KEY, both optional; null: neither is set."""
     min_replicas: int = 1
-    """Slices that always run."""
+    """Minimum number of slices, which always run."""
     max_replicas: int = 4
-    """Slices that run under load."""
+    """Maximum number of slices, under load."""
     waiting_requests: int = 8
-    """Another slice starts when more requests than this wait in a slice's queue, on average."""
+    """Start another slice when more requests than this wait in each slice's queue, on average."""
 
 
 @dataclass(kw_only=True)
 class ServingConfig:
-    """A vLLM server in its container or as a process, or an embedded one (`serving=local`). Names follow
+    """A vLLM server in its container or as a process, or an embedded server (`serving=local`). Names follow
     `vllm serve`.
     """
 
     runner: str = "docker"
     """`docker`: vLLM in its container, started by `engine`. `process`: vLLM's command on this machine, `executable`.
-    `embedded`: no vLLM; PyTorch serves in this process (`serving=local`). `gke`: nothing starts here; the Kubernetes
-    objects that serve `run=gs://…` on GKE are printed, for `kubectl apply -f -`."""
+    `embedded`: no vLLM; PyTorch serves in this process (`serving=local`). `gke`: starts nothing, but prints the
+    Kubernetes objects that serve `run=gs://…` on GKE, for `kubectl apply -f -`."""
     executable: str = "vllm"
     """With `runner=process`: vLLM's command, as a path or a name on the PATH."""
     engine: str = "docker"
-    """Command of the container engine: `docker`, `podman`, or one with words before it, such as `sudo
+    """Command of the container engine: `docker`, `podman`, or one with a prefix, such as `sudo
     --preserve-env=HF_TOKEN docker`."""
     image: str = ""
     """Container image with a version tag or a digest; moving tags (`latest`, `nightly`) are refused."""
     slice: str = "v6e-8"
-    """The machine that this runs on: key of `hardware.SLICES`. Determines memory, and how devices reach the container.
+    """The machine of the server: key of `hardware.SLICES`. Determines memory, and how the container gets its devices.
     `local`: this machine's CPU, with `runner=process` or `embedded`."""
     tensor_parallel_size: int = 1
     """Chips that each layer is split across."""
@@ -60,13 +60,13 @@ class ServingConfig:
     weight_dtype: str = "bfloat16"
     """`bfloat16`, or `fp8`: weights are quantised on load (by Qwix on TPUs). On a CPU: `float32` or `bfloat16`."""
     kv_cache_dtype: str = "auto"
-    """`auto` (the image decides; counted as bfloat16), `bfloat16` or `fp8`."""
+    """`auto` (the image decides; estimated as bfloat16), `bfloat16` or `fp8`."""
     flags: dict[str, Any] = field(default_factory=dict)
     """Further flags of `vllm serve` without dashes, such as `{enable-prefix-caching: true, seed: 0}`: true is `--flag`,
     false `--no-flag`, null omits it, lists and mappings become JSON. Checked against the image's flags."""
     drafter: str | None = None
-    """Folder of a drafter (such as gemma-4-31B-it-assistant), which guesses tokens that the model then checks. Becomes
-    `model` in `flags.speculative-config`, with `method: mtp` unless that names another one."""
+    """Folder of a drafter (such as gemma-4-31B-it-assistant), which drafts tokens that the model then verifies. Becomes
+    `model` in `flags.speculative-config`, with `method: mtp` unless that names another method."""
     extra_args: list[str] = field(default_factory=list)
     """Further words for `vllm serve`, passed through unchecked."""
     env: dict[str, Any] = field(default_factory=dict)
@@ -84,29 +84,29 @@ class ServingConfig:
     shm_size_gib: int = 16
     """Shared memory of the container, in GiB."""
     ready_timeout_seconds: float = 3600.0
-    """A server that has not answered within this time is stopped; compiling takes 8 to 30 minutes the first time."""
+    """Stop a server that has not answered within this time; the first start compiles for 8 to 30 minutes."""
     probe: bool = True
-    """After the start, ask the server a few stored prompts on which merged and base model differ."""
+    """After the start, send the server a few stored prompts on which merged and base model differ."""
     gke: GkeServingConfig = field(default_factory=GkeServingConfig)
     source: str | None = None
-    """Where this recipe is from, and of which day; shown before the start."""
+    """Source and date of this recipe; shown before the start."""
     warning: str | None = None
-    """What is known to go wrong with this recipe; shown before the start."""
+    """Known problems of this recipe; shown before the start."""
 
 
 @dataclass(kw_only=True)
 class ServeRoot:
-    """Everything `python -m gemma4_tpu.serve` takes."""
+    """Everything that `python -m gemma4_tpu.serve` takes."""
 
     serving: ServingConfig = field(default_factory=ServingConfig)
     run: str = ""
-    """Folder of a merged checkpoint, or a run folder that has `merged` in it. With `adapters`: their base; empty: the
-    one they were trained on. With `serving.runner=gke`: the merged folder on gs://."""
+    """Folder of a merged checkpoint, or a run folder with `merged` in it. With `adapters`: their base; empty: the one
+    they were trained on. With `serving.runner=gke`: the merged folder on gs://."""
     architecture: str | None = None
-    """With `serving.runner=gke`: the size in that folder, key of `architectures.ARCHITECTURES`, where the bucket can't
-    be read from this machine; null: its config.json says it."""
+    """With `serving.runner=gke`: the size in that folder, key of `architectures.ARCHITECTURES`, if this machine can't
+    read the bucket; null: from its config.json."""
     adapters: list[str] = field(default_factory=list)
-    """Run folders whose adapters (`merge export=peft`) are served on one base, each under its folder's name."""
+    """Run folders whose adapters (`merge export=peft`) to serve on one base, each under its folder's name."""
     dry_run: bool = False
     """Check, show the memory estimate and the container command, then stop."""
     name: str = "servings"
@@ -124,7 +124,7 @@ class BenchConfig:
     lengths: list[list[int]] = field(default_factory=lambda: [[512, 256]])
     """Pairs of token counts: prompt, answer. Answers are requested at exactly this length (`ignore_eos`)."""
     rates: list[float] = field(default_factory=list)
-    """Requests per second, sent whether or not earlier ones are answered; `inf`: all at once. Give either `rates` or
+    """Requests per second, sent whether or not earlier ones are answered; `inf`: all at once. Set either `rates` or
     `users`."""
     users: list[int] = field(default_factory=list)
     """Concurrent users; each sends its next request when the last one is answered."""
@@ -133,27 +133,27 @@ class BenchConfig:
     itl or e2el. Cells report how many requests keep them. Without `rates` and `users`, the highest rate that keeps them
     is searched for (`bench=slo`)."""
     requests: int = 30
-    """With `rates`: requests per cell. With `users`: per user. In a search for a rate: per trial; a p99 takes 1,000."""
+    """With `rates`: requests per cell. With `users`: per user. In a rate search: per trial; a p99 needs 1,000."""
     arrivals: str = "poisson"
     """At a rate, requests arrive as a `poisson` process, or at `fixed` intervals."""
     prompts: str | None = None
-    """File of UTF-8 text that prompts are cut from, at random places; the server tokenizes it (`/tokenize`, as vLLM has
-    it). null: random token ids, which no speculation guesses."""
+    """File of UTF-8 text from which prompts are cut at random places; the server tokenizes it (`/tokenize`, as in
+    vLLM). null: random token ids, which no drafter can predict."""
     shared_tokens: int = 0
-    """This many tokens at the beginning are the same in all prompts of a cell, like a system prompt: a prefix cache
-    finds them again."""
+    """Length of a common prefix of all prompts of a cell, in tokens, like a system prompt, which a prefix cache can
+    reuse."""
     turns: int = 1
-    """With `users`: requests per session. Each prompt after the first is the previous one, tokens that stand for its
-    answer, and as many more as `lengths` says."""
+    """With `users`: requests per session. Each prompt after the first consists of the previous one, tokens in place of
+    its answer, and as many new ones as `lengths` says."""
     warmup_requests: int = 2
-    """Requests sent all at once before each cell, and not counted."""
+    """Requests sent all at once before each cell; they do not count."""
     seed: int = 0
     """Each cell's own seed, for prompts and arrivals, is derived from this one and the cell's name. Repeated prompts
     can come from a prefix cache: restart the server, or give another seed."""
     temperature: float = 0.0
     """Sampling temperature; 0: greedy."""
     request_seeds: bool = False
-    """Send a seed with each request. vLLM refuses that on TPUs."""
+    """Send a seed with each request, which vLLM refuses on TPUs."""
     served_model_name: str | None = None
     """The model's name on the server; null: the only one that it lists."""
     max_model_len: int | None = None
@@ -161,24 +161,24 @@ class BenchConfig:
     request_timeout_seconds: float = 3600.0
     """A request fails when nothing arrives for this long."""
     cross_check: bool = False
-    """Also put the same cells under the load of `vllm bench serve`, run in the container of the server of `served`, and
-    compare its figures with ours."""
+    """Also run `vllm bench serve` on the same cells, in the container of the server of `served`, and compare its
+    figures with ours."""
 
 
 @dataclass(kw_only=True)
 class BenchRoot:
-    """Everything `python -m gemma4_tpu.bench` takes."""
+    """Everything that `python -m gemma4_tpu.bench` takes."""
 
     endpoint: str | None = None
     """Base URL of an OpenAI-compatible server, with or without /v1. A key is taken from OPENAI_API_KEY. null: the
     server of `served`."""
     served: str | None = None
-    """Folder of the record that `python -m gemma4_tpu.serve` keeps of the server: gives `slice` and the model."""
+    """Folder of the server's record by `python -m gemma4_tpu.serve`, which contains `slice` and the model."""
     slice: str = "local"
     """Where the server runs: key of `hardware.SLICES`, for costs and ceilings; `local`: neither."""
     architecture: str | None = None
-    """The size it serves: key of `architectures.ARCHITECTURES`, for ceilings, and for prompts from its whole
-    vocabulary. null: that of `served`; otherwise unknown, and prompts use the token ids 256 to 511."""
+    """The size that the server serves: key of `architectures.ARCHITECTURES`, for ceilings, and for prompts from its
+    whole vocabulary. null: that of `served`, else unknown, and prompts use token ids 256 to 511."""
     bench: BenchConfig = field(default_factory=BenchConfig)
     dry_run: bool = False
     """Check, show the cells and, with `bench.cross_check`, the commands in the container, then stop; no request is
@@ -186,5 +186,5 @@ class BenchRoot:
     name: str = "benchmarks"
     """Name of the records' folder in `outputs`."""
     run_dir: str | None = None
-    """Folder of this benchmark; null: `outputs/<name>/<date>_<time>`. Giving the same folder again resumes it: finished
+    """Folder of this load test; null: `outputs/<name>/<date>_<time>`. Giving the same folder again resumes it: finished
     cells are kept."""

@@ -1,7 +1,7 @@
-"""What a sweep's words mean before it starts: what is set about it, which keys are swept, how its folders are called.
+"""Interprets a sweep's words before it starts: its settings, its swept keys, the names of its folders.
 
-The folder of a sweep follows from its command line, and the folder of a job from the job's values, so that the same
-command finds again what it has done.
+A sweep's folder follows from its command line, and a job's folder from the job's values, so the same command finds its
+earlier results.
 """
 
 from __future__ import annotations
@@ -22,49 +22,49 @@ PLUGINS = "hydra_plugins.gemma4_tpu_sweeps"
 MULTIRUN = "multirun"
 SWEEPER, LAUNCHER = "hydra/sweeper", "hydra/launcher"
 _OURS = {SWEEPER: ("basic", "grid"), LAUNCHER: ("basic", "processes"), "hydra/hydra_logging": ("default", "none")}
-"""Group → (what Hydra chooses by itself, what takes its place)."""
+"""Group → (Hydra's default, its replacement)."""
 _OF_NO_ACCOUNT = ("hydra.launcher.", "hydra/launcher", "hydra/hydra_logging", "hydra.verbose", "hydra.sweeper.n_trials")
-"""Words that change how a sweep is run, not what it is."""
+"""Words that change how a sweep runs, not what it is."""
 _LONGEST_NAME = 120
 
 
-# ── `hydra.launcher.…` and `hydra.sweeper.…`, with the values that hold unless they are given ─────────────────────────
+# ── `hydra.launcher.…` and `hydra.sweeper.…`, with their defaults ─────────────────────────────────────────────────────
 
 
 @dataclass
 class Processes:
-    """`hydra/launcher=processes`: each job as a process of its own."""
+    """`hydra/launcher=processes`: each job in its own process."""
 
     parallel: int = 1
-    """Jobs at a time; on GPUs each gets its share, a TPU takes one."""
+    """Concurrent jobs; on GPUs each gets its share, a TPU runs one."""
     max_restarts: int = 3
-    """Further starts of a job that was preempted (exit code 42)."""
+    """Restarts of a preempted job (exit code 42)."""
     plan: str = "auto"
-    """Whether jobs that can't fit are left out: `auto` compiles for TPU slices where libtpu is installed, `true`
-    insists on it, `false` doesn't."""
+    """Whether to skip jobs that can't fit: `auto` compiles for TPU slices if libtpu is installed, `true` requires that,
+    `false` skips no jobs."""
     _target_: str = f"{PLUGINS}.ProcessesLauncher"
 
 
 @dataclass
 class Slurm:
-    """`hydra/launcher=slurm`: each job as a batch job of SLURM, named after its overrides."""
+    """`hydra/launcher=slurm`: each job as a SLURM batch job, named after its overrides."""
 
     partition: str | None = None
     """Partition; null: the cluster's default."""
     nodes: int = 1
     """Nodes of each job, with one process on each; they find each other by `distributed.coordinator_address=auto`."""
     timeout_min: int = 1440
-    """Minutes that a start may take; a run that needs more is requeued."""
+    """Time limit of a start, in minutes; a run that needs more is requeued."""
     save_seconds: int = 120
-    """Seconds before the end of that time at which a run is told to save (SIGUSR2)."""
+    """Seconds before the end of that time at which a run is signalled to save (SIGUSR2)."""
     max_restarts: int = 100
-    """Times that a job is requeued after it was preempted or out of time (exit code 42)."""
+    """How often a job is requeued after a preemption or the end of its time (exit code 42)."""
     parallel: int = 1000
-    """Jobs that are in SLURM's queue at a time."""
+    """Most jobs in SLURM's queue at a time."""
     sbatch: list[str] = field(default_factory=list)
     """Further flags of sbatch, such as [--account=me,--gres=gpu:1]."""
     plan: str = "auto"
-    """As of `processes`."""
+    """As for `processes`."""
     _target_: str = f"{PLUGINS}.SlurmLauncher"
 
 
@@ -73,11 +73,11 @@ class GridSweep:
     """`hydra/sweeper=grid`: every combination."""
 
     params: dict[str, Any] = field(default_factory=dict)
-    """Key → values such as `16,32,64`, in an experiment; the command line adds to them and wins."""
+    """Key → values such as `16,32,64`, in an experiment; the command line adds to them and takes precedence."""
     metric: str | None = None
     """Key of `result.json` that decides which run is best; null: `heldout_loss_last`."""
     max_batch_size: int | None = None
-    """Jobs that are checked, and then run, at a time; null: all of them."""
+    """Number of jobs that are checked and then run at a time; null: all."""
     _target_: str = f"{PLUGINS}.GridSweeper"
 
 
@@ -87,25 +87,25 @@ class Optuna:
 
     space: str | None = None
     """YAML file of `key: choice(…)`, `range(…)`, `interval(…)` or `tag(log, interval(…))`, or the name of one in
-    `conf/space`. Keys that hold integers are drawn as such."""
+    `conf/space`. Integer keys are drawn as integers."""
     params: dict[str, Any] = field(default_factory=dict)
-    """The same, in an experiment; the command line adds to both and wins."""
+    """The same, in an experiment; the command line adds to both and takes precedence."""
     n_trials: int = 20
-    """Trials in all, those of earlier starts included."""
+    """Total number of trials, including those of earlier starts."""
     metric: str = "heldout_loss_best"
-    """Key of `result.json` to be optimised."""
+    """Key of `result.json` to optimise."""
     direction: str = "minimize"
     """`minimize` or `maximize`."""
     sampler: str = "tpe"
     """`tpe` or `random`."""
     seed: int | None = 0
-    """Of the sampler; null: another one each time."""
+    """Seed of the sampler; null: a new one each time."""
     prune: bool = True
     """Stop a trial whose held-out loss is above the median of the earlier trials at the same update."""
     prune_after_trials: int = 4
-    """Trials to see through before any is stopped."""
+    """Trials to complete before any is stopped."""
     prune_after_updates: int = 1
-    """Updates of each trial during which it is not stopped."""
+    """Updates of each trial before it can be stopped."""
     _target_: str = f"{PLUGINS}.OptunaSweeper"
 
 
@@ -113,11 +113,11 @@ class Optuna:
 
 
 def complete(words: Sequence[str], chosen: Mapping[str, str]) -> list[str]:
-    """The words of a sweep with what they leave open: our sweeper and launcher, and a folder that follows from them.
+    """The words of a sweep, completed with our sweeper and launcher, and with the folder that follows from them.
 
     Args:
       words: the command line.
-      chosen: group → option, as composed from the words; an experiment may have chosen, too.
+      chosen: group → option, as composed from the words and experiments.
     """
     given = {override.key_or_group for override in _parse(words)}
     added = [
@@ -129,7 +129,7 @@ def complete(words: Sequence[str], chosen: Mapping[str, str]) -> list[str]:
 
 
 def sweep_problems(words: Sequence[str], chosen: Mapping[str, str]) -> list[Refusal]:
-    """What can't be swept; `chosen` as for `complete`."""
+    """Problems with what is swept; `chosen` as for `complete`."""
     problems = []
     for override in _parse(words):
         name, word = override.key_or_group, override.input_line
@@ -141,9 +141,9 @@ def sweep_problems(words: Sequence[str], chosen: Mapping[str, str]) -> list[Refu
 
 
 def sweep_name(words: Sequence[str]) -> str:
-    """`<swept keys>_<hash>`: the hash is of the words that all jobs share and of the swept keys, not of their values.
+    """`<swept keys>_<hash>`, with a hash of the words that all jobs share and of the swept keys, but not their values.
 
-    So the same command with more values goes on in the same folder.
+    So the same command with more values continues in the same folder.
     """
     overrides = [o for o in _parse(words) if not (o.input_line or "").startswith(_OF_NO_ACCOUNT)]
     keys = [o.key_or_group for o in overrides if o.is_sweep_override()]
@@ -154,19 +154,19 @@ def sweep_name(words: Sequence[str]) -> str:
 
 
 def fixed_keys(words: Sequence[str]) -> set[str]:
-    """The keys and groups that are given one value for all jobs."""
+    """The keys and groups with one value for all jobs."""
     return {o.key_or_group for o in _parse(words) if not o.is_sweep_override()}
 
 
 def swept(job: Sequence[str], fixed: set[str]) -> dict[str, str]:
-    """Key → value, as written, of a job's words whose keys are not `fixed`."""
+    """Key → value as written, for a job's words whose keys are not `fixed`."""
     return {o.key_or_group: _plain(o.get_value_string()) for o in _parse(job) if o.key_or_group not in fixed}
 
 
 def job_name(values: dict[str, str]) -> str:
-    """`lora.rank-16+mesh-tp`: a folder's name that can be typed unquoted after `run=`, the same for the same values.
+    """`lora.rank-16+mesh-tp`: a folder name that needs no quotes after `run=`, determined by the values.
 
-    What such a name can't hold becomes `_`, and a hash of the whole is added.
+    Characters that such a name can't contain become `_`, and a hash of the whole is added.
     """
     raw = redact("+".join(f"{key}-{value}" for key, value in values.items()))
     safe = re.sub(r"[^\w.+-]", "_", raw)
@@ -180,7 +180,7 @@ def _parse(words: Iterable[str]) -> list[Override]:
 
 
 def _plain(value: str) -> str:
-    """Without the quotes around a whole string."""
+    """A value without the quotes around a whole string."""
     return value[1:-1] if len(value) > 1 and value[0] == value[-1] and value[0] in "'\"" else value
 
 

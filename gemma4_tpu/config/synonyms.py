@@ -1,5 +1,5 @@
-"""Words that people bring from other trainers (Hugging Face's, TRL, PEFT, Unsloth, axolotl, nanoGPT), and what they are
-called here: data for hints. Nothing is taken as meant.
+"""Settings of other trainers (Hugging Face's, TRL, PEFT, Unsloth, axolotl, nanoGPT) and their names here: data for
+hints, which are never applied automatically.
 """
 
 from __future__ import annotations
@@ -13,15 +13,15 @@ from gemma4_tpu.config.values import bad_value
 
 _ROWS = "rows of data.sequence_length tokens per update, over all devices and microbatches"
 _TIMES = "{} times devices times accumulation, " + _ROWS
-_SPLIT = "an update's rows (trainer.global_batch_sequences) are split into so many, not multiplied"
-_ROLES = "attention is q, k, v, o; mlp is gate, up, down; or some of these, such as [q,v]; experts those of experts"
+_SPLIT = "splits an update's rows (trainer.global_batch_sequences) into this many instead of multiplying them"
+_ROLES = "attention is q, k, v, o; mlp is gate, up, down; or some of these, such as [q,v]; experts: those of experts"
 _FOLDER = "a folder with the Hugging Face checkpoint, local or gs://"
 _DATA = "a file, a folder, gs://… or hf:NAME"
 _HELDOUT = "its loss is measured every trainer.eval_every updates"
 _UPDATES = "counted in updates"
 
 MEANINGS: tuple[tuple[str, str, str], ...] = (
-    # words; our setting, {} for their value; what to know about the value
+    # their words; our setting, with {} for their value; remark about the value
     ("lr base_lr peak_lr max_lr", "optimizer.learning_rate={}", ""),
     ("lr_scheduler lr_scheduler_type lr_schedule scheduler", "optimizer.schedule={}", "cosine, linear, constant, wsd"),
     ("warmup_ratio warmup_steps_fraction", "optimizer.warmup_fraction={}", "of the run's updates"),
@@ -45,7 +45,7 @@ MEANINGS: tuple[tuple[str, str, str], ...] = (
     (
         "max_steps num_steps total_steps train_steps num_train_steps max_iters steps",
         "trainer.max_updates={}",
-        f"{_UPDATES}; null: as many as trainer.epochs takes",
+        f"{_UPDATES}; null: the length of trainer.epochs",
     ),
     ("num_epochs num_train_epochs n_epochs max_epochs train_epochs epoch", "trainer.epochs={}", ""),
     ("batch_size train_batch_size global_batch_size total_batch_size", "trainer.global_batch_sequences={}", _ROWS),
@@ -91,7 +91,7 @@ MEANINGS: tuple[tuple[str, str, str], ...] = (
     (
         "bf16 fp16 dtype torch_dtype precision mixed_precision",
         "trainer.compute_dtype=bfloat16",
-        "or float32, or auto; adapters and optimizer are float32 in any case",
+        "or float32, or auto; adapters and optimizer are always float32",
     ),
     ("random_seed random_state data_seed", "trainer.seed={}", ""),
     (
@@ -114,11 +114,11 @@ MEANINGS: tuple[tuple[str, str, str], ...] = (
     ("val_set_size validation_split eval_split test_size", "data.heldout_fraction={}", "a share of the training rows"),
     ("max_samples max_train_samples num_samples", "data.max_rows={}", ""),
     ("sample_packing", "data.packing={}", ""),
-    ("group_by_length", "data.packing=buckets", "instead of true, which packs and needs no groups"),
+    ("group_by_length", "data.packing=buckets", "instead of true, which packs and needs no grouping"),
     (
         "train_on_inputs train_on_responses_only completion_only_loss assistant_only_loss",
         "data.train_on=all",
-        "all or the last of the assistant's turns; loss lies nowhere else",
+        "all or the last of the assistant's turns; only these carry loss",
     ),
     ("r lora_r lora_rank lora_dim", "lora.rank={}", ""),
     ("lora_alpha", "lora.alpha={}", ""),
@@ -130,12 +130,12 @@ MEANINGS: tuple[tuple[str, str, str], ...] = (
     (
         "modules_to_save lora_modules_to_save additional_target additional_trainable_modules",
         "lora.modules_to_train=[embeddings]",
-        "or norms, per_layer_projections, names and patterns of modules; embeddings are the output matrix too",
+        "or norms, per_layer_projections, names and patterns of modules; embeddings include the output matrix",
     ),
     (
         "tokens add_tokens added_tokens new_special_tokens additional_special_tokens trainable_token_indices",
         "model.new_tokens=['<result>']",
-        "their rows of the embedding are trained; the whole table by lora.modules_to_train=[embeddings]",
+        "their embedding rows are trained; lora.modules_to_train=[embeddings] trains the whole table",
     ),
     ("use_rslora peft_use_rslora", "lora.rslora={}", ""),
     ("use_dora peft_use_dora", "lora.dora={}", ""),
@@ -166,14 +166,13 @@ MEANINGS: tuple[tuple[str, str, str], ...] = (
     (
         "num_gpus n_gpu num_devices device devices accelerator",
         "hardware=<slice>",
-        "such as v5p8; local takes what is there",
+        "such as v5p8; local uses this machine's devices",
     ),
 )
 BY_WORD = {word: (setting, remark) for words, setting, remark in MEANINGS for word in words.split()}
-"""Their word → (our setting, what to know about the value)."""
-
+"""Their word → (our setting, remark about the value)."""
 SAME = {"learning_rate": "optimizer", "weight_decay": "optimizer", "max_grad_norm": "optimizer", "seed": "trainer"}
-"""Their words that are ours, too → our group."""
+"""Their words that are also ours → our group."""
 VALUES: dict[str, dict[str, str]] = {
     "adapter": {"lora": "lora=default", "qlora": "lora=qlora_nf4"},
     "use_peft": {"true": "lora=default"},
@@ -187,7 +186,7 @@ VALUES: dict[str, dict[str, str]] = {
     | {kind: f"optimizer={kind}" for kind in ("adafactor", "lion", "muon")},
     "packing sample_packing": {"true": "data.packing=true", "false": "data.packing=false"},
 }
-"""Their words → their value → our word, where it is not simply the value: what `translate` takes."""
+"""Their words → their value → our word, unless it is simply the value; used by `translate`."""
 SETTLEMENTS = {
     "train_on_inputs assistant_only_loss completion_only_loss sft_train_on_completion_only": "loss is on answers only",
     "gradient_checkpointing gradient_checkpointing_kwargs remat_policy": "trainer.remat=auto recomputes as needed",
@@ -207,15 +206,15 @@ SETTLED = {word: reason for words, reason in SETTLEMENTS.items() for word in wor
 
 
 def synonym(schema: type, key: str, value: str) -> str | None:
-    """Our setting for a word of another trainer, bare or behind any group (`lora.r`), and what to know about its value.
+    """Our setting for a word of another trainer, bare or after any group (`lora.r`), with a remark about its value.
 
     Args:
-      schema: the command's root; a word that is a key of it, in whatever group, is no synonym.
+      schema: the command's root; a word that is one of its keys, in any group, is not a synonym.
       key: as typed, not a key of `schema`.
       value: as typed.
 
     Returns:
-      such as `trainer.max_updates=60 (counted in updates)`; None where nothing is known of the word.
+      such as `trainer.max_updates=60 (counted in updates)`; None for an unknown word.
     """
     plain = key.lower().replace("-", "_")
     ours = {leaf.rsplit(".", 1)[-1] for leaf in leaf_keys(schema)}
@@ -233,7 +232,7 @@ def synonym(schema: type, key: str, value: str) -> str | None:
 
 
 def _fits(schema: type, key: str, text: str) -> bool:
-    """Whether the command line takes `text` for our `key`: what it does not take is no hint."""
+    """Whether the command line accepts `text` for our `key`; a hint must not suggest what it refuses."""
     parser = OverridesParser.create()
     try:
         override = parser.parse_override(f"{key}={text}")

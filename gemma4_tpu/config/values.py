@@ -1,4 +1,4 @@
-"""Whether a value fits the type of a key."""
+"""Checks whether a value fits the type of a key."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ def bad_value(schema: type, key: str, value: Any) -> str | None:
                     return f"{key}.{index}.{name}: {message}"
     where, _, name = key.rpartition(".")
     group = type_at(schema, where) if where else schema
-    if not is_group(group):  # an item of a list, judged by what is set in it
+    if not is_group(group):  # an item of a list, judged by the keys set in it
         return None
-    try:  # in the group alone: to build a whole configuration for each key would take ten times as long
+    try:  # in the group alone, since building a whole configuration for each key takes ten times as long
         OmegaConf.update(OmegaConf.structured(group), name, value, merge=True)
     except (OmegaConfBaseException, ValueError, TypeError):
         shown = "null" if value is None else value
@@ -33,7 +33,7 @@ def bad_value(schema: type, key: str, value: Any) -> str | None:
 
 
 def _form_hint(key: str, kind: Any, element: Any, value: Any) -> str:
-    """How a list or a mapping is written."""
+    """A hint on the syntax of a list or a mapping."""
     if is_mapping(kind):
         return f"; write '{key}={{name: value}}'"
     if element is None or isinstance(value, list):

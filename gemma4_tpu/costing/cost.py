@@ -1,4 +1,4 @@
-"""Dollars: of a training run, per million real tokens, per million served tokens, per solved problem, and in total."""
+"""Cost of a training run, per million real tokens, per million served tokens, per solved problem, and in total."""
 
 from __future__ import annotations
 
@@ -12,19 +12,19 @@ from gemma4_tpu.prices import ON_DEMAND, SPOT, Price, slice_price, usd, usd_per_
 
 @dataclass(frozen=True, kw_only=True)
 class Prices:
-    """What an hour on each slice costs: given prices before configured ones before those of `prices.yaml`."""
+    """Hourly prices of slices: given prices take precedence over configured ones, and these over `prices.yaml`."""
 
     on_demand: Mapping[str, float] = field(default_factory=dict)
-    """Slice → USD per hour, given."""
+    """Slice → given USD per hour."""
     spot: Mapping[str, float] = field(default_factory=dict)
 
     def of(self, slice_: str, kind: str, training: Training | None = None) -> Price | None:
-        """The price of one kind; None: nobody says.
+        """The price of one kind; None: unknown.
 
         Args:
           slice_: key of `hardware.SLICES`, or `local`.
           kind: one of `prices.KINDS`.
-          training: whose own configuration may say, its region too.
+          training: a training run whose configuration may set price and region.
         """
         given = {ON_DEMAND: self.on_demand, SPOT: self.spot}.get(kind, {})
         if slice_ in given:
@@ -35,45 +35,45 @@ class Prices:
         return None if known is None else slice_price(known, kind, training.region if training else None)
 
     def hourly(self, slice_: str, kind: str, training: Training | None = None) -> float | None:
-        """The same in USD per hour."""
+        """The price in USD per hour."""
         price = self.of(slice_, kind, training)
         return None if price is None else price.usd_per_hour
 
 
 def training_usd(training: Training, prices: Prices, kind: str) -> float | None:
-    """The whole training."""
+    """Cost of the whole training run."""
     return usd(training.hours * 3600, prices.hourly(training.slice, kind, training))
 
 
 def training_usd_per_million(training: Training, prices: Prices, kind: str) -> float | None:
-    """Per million real tokens trained; None where price or tokens aren't known."""
+    """Cost per million real tokens trained; None if price or tokens are unknown."""
     total = training_usd(training, prices, kind)
     return None if total is None or not training.real_tokens else total / training.real_tokens * 1e6
 
 
 def generated_usd_per_million(point: Point, prices: Prices, kind: str) -> float | None:
-    """Per million generated tokens, at this rate around the clock; prompts are free of charge."""
+    """Cost per million generated tokens, at this rate around the clock; prompts count as free."""
     return usd_per_million_tokens(prices.hourly(point.slice, kind), point.output_tokens_per_second)
 
 
 def total_usd_per_million(point: Point, prices: Prices, kind: str) -> float | None:
-    """Per million tokens of prompts and answers together."""
+    """Cost per million tokens, prompts and answers together."""
     return usd_per_million_tokens(prices.hourly(point.slice, kind), point.total_tokens_per_second)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Solved:
-    """What an evaluation's samples cost."""
+    """Cost of an evaluation's samples."""
 
     usd: float
     usd_per_pass: float | None
-    """Dollars of all samples over those that pass: what one solution costs if tries are repeated; None: none passes."""
+    """Cost of all samples divided by the number that pass: the cost of a solution by repeated sampling; None: none."""
     by: str
-    """How the dollars come about."""
+    """Basis of the cost."""
 
 
 def _loads_of(evaluation: Evaluation, figures: Figures) -> list[Point]:
-    """The loads whose rates can be those of an evaluation: of its system, and of its model as far as they are known."""
+    """The loads whose rates can apply to an evaluation: those of its system, and of its model as far as it is known."""
     found = [p for p in figures.points if None in (p.system, evaluation.system) or p.system == evaluation.system]
     sizes = {p.serving.model.parameters for p in found if p.serving}
     if evaluation.model is None:
@@ -82,8 +82,8 @@ def _loads_of(evaluation: Evaluation, figures: Figures) -> list[Point]:
 
 
 def solved(evaluation: Evaluation, figures: Figures, prices: Prices, kind: str) -> Solved | None:
-    """By its slice's price and time, else by what its tokens cost at the cheapest load of its model; None: neither
-    known.
+    """The cost from the slice's price and the time, else from the tokens at the cheapest load of the model; None:
+    neither is known.
     """
     hourly = prices.hourly(evaluation.slice, kind)
     cost = None if evaluation.seconds is None else usd(evaluation.seconds, hourly)
@@ -104,22 +104,22 @@ def solved(evaluation: Evaluation, figures: Figures, prices: Prices, kind: str) 
 
 @dataclass(frozen=True, kw_only=True)
 class Together:
-    """One training, and serving on one slice."""
+    """One training run, and serving on one slice."""
 
     name: str
-    """The system's, else the training's."""
+    """Name of the system, else of the training run."""
     training: Training
     slice: str
 
     def usd(self, serving_hours: float, prices: Prices, kind: str) -> float | None:
-        """The training and so many hours of serving."""
+        """Cost of the training run plus this many hours of serving."""
         trained = training_usd(self.training, prices, kind)
         served = usd(serving_hours * 3600, prices.hourly(self.slice, kind))
         return None if trained is None or served is None else trained + served
 
 
 def together(figures: Figures, slices: Sequence[str] = ()) -> list[Together]:
-    """Every training with every slice of a load of its system, and with `slices`."""
+    """Every training run with every slice of its system's loads, and with `slices`."""
     pairs: dict[tuple[str, str], Together] = {}
     for training in figures.trainings:
         served = [p.slice for p in figures.points if None in (p.system, training.system) or p.system == training.system]
@@ -132,10 +132,10 @@ def together(figures: Figures, slices: Sequence[str] = ()) -> list[Together]:
 def named(
     figures: Figures, prices: Prices, hours: Sequence[float], slices: Sequence[str] = (), *, rounded: bool = False
 ) -> dict[str, float]:
-    """Every figure of the report under a name, on demand; dollars unless the name says otherwise.
+    """Every on-demand figure of the report by name; dollars unless the name says otherwise.
 
-    `rounded`: as people work with printed figures: trained tokens in millions with one decimal, tokens per hour in
-    millions with two, dollars per million in cents.
+    `rounded`: calculate with rounded figures, as people do with printed ones: trained tokens in millions with one
+    decimal, tokens per hour in millions with two, dollars per million in cents.
     """
     return {name: value for name, value in _named(figures, prices, hours, slices, rounded) if value is not None}
 
@@ -173,13 +173,13 @@ YES, ROUNDED, NO = "yes", "rounded", "no"
 
 @dataclass(frozen=True, kw_only=True)
 class Compared:
-    """A printed number beside what its inputs give."""
+    """A printed number and the value that follows from its inputs."""
 
     printed: Printed
     value: float | None
-    """None: the figure isn't there."""
+    """None: the figure is missing."""
     after_rounding: float | None
-    """From figures that were rounded on the way (see `named`)."""
+    """The value from figures rounded along the way (see `named`)."""
 
     @property
     def shown(self) -> str:
@@ -188,17 +188,17 @@ class Compared:
 
     @property
     def agrees(self) -> str:
-        """`YES`; `ROUNDED`: it follows once figures on the way are rounded; `NO`."""
+        """`YES`; `ROUNDED`: it follows if figures are rounded along the way; or `NO`."""
         if self.shown == self.printed.printed:
             return YES
         return ROUNDED if self._decimals(self.after_rounding) == self.printed.printed else NO
 
     def _decimals(self, value: float | None) -> str:
-        return "not known" if value is None else f"{value:.{len(self.printed.printed.partition('.')[2])}f}"
+        return "unknown" if value is None else f"{value:.{len(self.printed.printed.partition('.')[2])}f}"
 
 
 def compare(figures: Figures, prices: Prices, hours: Sequence[float], slices: Sequence[str] = ()) -> list[Compared]:
-    """Each number that the sources print, with its figure, from `named`."""
+    """Each number that the sources print, with its figure from `named`."""
     known, rounded = (named(figures, prices, hours, slices, rounded=rounded) for rounded in (False, True))
     return [Compared(printed=p, value=_value(p, known), after_rounding=_value(p, rounded)) for p in figures.printed]
 

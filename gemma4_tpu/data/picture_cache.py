@@ -1,7 +1,7 @@
-"""Features of pictures on disk, so that a frozen vision tower sees each picture once, whatever runs come after.
+"""Features of pictures on disk, so that a frozen vision tower encodes each picture once for all later runs.
 
-`<data.image_cache>/<key of the tower>/<sha256 of the picture's file>` holds the features [n, I] before the projector,
-in the tower's dtype, and nothing else; a file is whole or absent. `tower.json` beside them says what they are of.
+`<data.image_cache>/<key of the tower>/<sha256 of the picture's file>` is the features [n, I] before the projector, in
+the tower's dtype, and nothing else; a file is complete or absent. `tower.json` next to them describes the tower.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ from gemma4_tpu.storage import filesystem, is_remote, join, list_folder, open_by
 logger = logging.getLogger(__name__)
 
 DESCRIPTION = "tower.json"
-BATCH = 8  # pictures that the tower sees at a time: 150 MB of patches at 1120 soft tokens each
-READERS = 16  # files read at a time: those of a bucket wait for the network
+BATCH = 8  # pictures encoded at a time: 150 MB of patches at 1120 soft tokens each
+READERS = 16  # files read at a time, since those in a bucket wait for the network
 PROGRESS_SECONDS = 10.0
 
 
@@ -39,7 +39,7 @@ class Encoder(Protocol):
 
     @property
     def key(self) -> str:
-        """Of all that features follow from besides the picture."""
+        """Key of everything that determines features besides the picture."""
 
     def encode(self, images: Sequence[Any]) -> list[np.ndarray]:
         """Features [n, I] of each PIL image."""
@@ -49,12 +49,12 @@ class FeatureCache:
     """The features of one tower.
 
     Args:
-      place: `data.image_cache`, a folder, local or remote.
-      tower: makes the features that are not there yet.
+      place: `data.image_cache`, a local or remote folder.
+      tower: makes missing features.
       share: (index, count) of this process among those of the run, which divide the work by the pictures' keys.
 
     Raises:
-      UserError: the folder cannot be written to.
+      UserError: the folder can't be written to.
     """
 
     def __init__(self, place: str, tower: Encoder, share: tuple[int, int] = (0, 1)):
@@ -65,8 +65,8 @@ class FeatureCache:
             _write(join(self.folder, DESCRIPTION), _described(tower))
         except OSError as error:
             raise UserError(
-                f"{place}: features of pictures cannot be written there ({error}); give another folder as"
-                " data.image_cache, in an evaluation as eval.image_cache"
+                f"{place}: features of pictures can't be written there ({error}); give another folder as"
+                " data.image_cache, or in an evaluation as eval.image_cache"
             ) from None
         self._there = set(list_folder(self.folder))
         self._found: set[str] = set()
@@ -74,7 +74,7 @@ class FeatureCache:
         self._seconds, self._report_at = 0.0, time.monotonic() + PROGRESS_SECONDS
 
     def ensure(self, pictures: Sequence[Picture]) -> None:
-        """Makes the features of those that have none yet, this process's share of them."""
+        """Makes this process's share of the missing features of pictures."""
         self._found |= {picture.key for picture in pictures if picture.key in self._there}
         new = {picture.key: picture for picture in pictures if picture.key not in self._there}
         index, count = self._share
@@ -84,8 +84,8 @@ class FeatureCache:
             for picture, features in zip(batch, self._tower.encode(list(map(_image, batch))), strict=True):
                 if features.shape != (picture.tokens, self.dim):
                     raise UserError(
-                        f"picture {picture.key[:12]}: the vision tower makes {len(features)} tokens of it, the"
-                        f" processor {picture.tokens}; this transformers does not fit the checkpoint"
+                        f"picture {picture.key[:12]}: the vision tower makes {len(features)} tokens from it, the"
+                        f" processor {picture.tokens}; install a version of transformers that fits the checkpoint"
                     )
                 _write(join(self.folder, picture.key), features.astype(self.dtype).tobytes())
             self._there |= {picture.key for picture in batch}
@@ -96,12 +96,12 @@ class FeatureCache:
                 self._report_at = time.monotonic() + PROGRESS_SECONDS
 
     def told(self) -> str:
-        """What was made and what was there."""
+        """States how many features were made and how many were found."""
         rate = f" ({self._made / self._seconds:.2f} a second)" if self._seconds else ""
         return f"features of pictures: {self._made} made{rate}, {len(self._found)} found in {self.folder}"
 
     def missing(self, keys: Sequence[str]) -> list[str]:
-        """Those whose features are not there, whoever was to make them."""
+        """The keys without features, whichever process was to make them."""
         there = set(list_folder(self.folder))
         return [key for key in dict.fromkeys(keys) if key not in there]
 
@@ -109,7 +109,7 @@ class FeatureCache:
         """Features [n, I] of each picture.
 
         Raises:
-          UserError: some are not there, or torn.
+          UserError: some are missing or incomplete.
         """
         if len(keys) < 2 or not is_remote(self.folder):
             return [self._read(key) for key in keys]
@@ -126,12 +126,12 @@ class FeatureCache:
             ) from None
         row_bytes = self.dim * self.dtype.itemsize
         if not data or len(data) % row_bytes:
-            raise UserError(f"{join(self.folder, key)}: {len(data)} bytes, torn; delete it and start again")
+            raise UserError(f"{join(self.folder, key)}: incomplete ({len(data)} bytes); delete it and start again")
         return np.frombuffer(data, self.dtype).reshape(-1, self.dim)
 
 
 class Features(Protocol):
-    """Where features are read from: the cache, or a few in memory."""
+    """A source of features: the cache, or a few in memory."""
 
     @property
     def dim(self) -> int:
@@ -139,7 +139,7 @@ class Features(Protocol):
 
     @property
     def dtype(self) -> Any:
-        """As NumPy has it."""
+        """The NumPy dtype."""
 
     def read(self, keys: Sequence[str]) -> list[np.ndarray]:
         """Features [n, I] of each picture."""
@@ -147,7 +147,7 @@ class Features(Protocol):
 
 @dataclass(frozen=True)
 class Shown:
-    """The features of pictures, and where they go."""
+    """The features of pictures, and their places in rows."""
 
     features: Features
     image_token: int
@@ -165,23 +165,23 @@ class Shown:
         return features
 
     def lay(self, ids: np.ndarray, keys: Sequence[str], view: np.ndarray) -> None:
-        """Writes the features of pictures into view [n, I] where their soft tokens stand in ids [n], in order.
+        """Writes the features of pictures into view [n, I] at the positions of their soft tokens in ids [n], in order.
 
-        Further keys than there are pictures in `ids` are of what comes after.
+        Keys in excess of the pictures in `ids` belong to later tokens.
 
         Raises:
-          UserError: the tokens and the features of these pictures are not as many.
+          UserError: the numbers of soft tokens and features differ.
         """
         soft = ids == self.image_token
         if not soft.any():
             return
         places = np.flatnonzero(soft)
-        keys = keys[: int(np.count_nonzero(np.diff(places) > 1)) + 1]  # delimiters stand between two pictures
+        keys = keys[: int(np.count_nonzero(np.diff(places) > 1)) + 1]  # delimiters separate two pictures
         found = np.concatenate([self.empty((0,)), *self.features.read(keys)])
         if len(found) != len(places):
             raise UserError(
-                f"{len(places)} soft tokens for {len(found)} features of {len(keys)} pictures: data.image_cache does"
-                " not fit these rows; delete it and start again"
+                f"{len(places)} soft tokens but {len(found)} features of {len(keys)} pictures: data.image_cache does"
+                " not match these rows; delete it and start again"
             )
         view[places] = found
 
@@ -189,8 +189,8 @@ class Shown:
 def _image(picture: Picture) -> Any:
     try:
         return picture.image()
-    except RowDropped as problem:  # it was read a moment ago
-        raise UserError(f"a picture cannot be read any more ({problem.detail}); start again") from None
+    except RowDropped as problem:  # it was readable a moment ago
+        raise UserError(f"a picture can no longer be read ({problem.detail}); restore it and start again") from None
 
 
 def _described(tower: Encoder) -> bytes:
@@ -199,7 +199,7 @@ def _described(tower: Encoder) -> bytes:
 
 
 def _write(path: str, data: bytes) -> None:
-    """A file that is whole or absent, and its folder."""
+    """Writes a file atomically, and creates its folder."""
     if is_remote(path):
         store, inside = filesystem(path)
         store.makedirs(inside.rpartition("/")[0], exist_ok=True)
@@ -208,5 +208,5 @@ def _write(path: str, data: bytes) -> None:
     final = Path(path)
     final.parent.mkdir(parents=True, exist_ok=True)
     temporary = final.with_name(f".{final.name}.{os.getpid()}.tmp")
-    temporary.write_bytes(data)  # not synced: that takes as long as the tower; what a power cut tears is refused
+    temporary.write_bytes(data)  # not synced, which takes as long as the tower; incomplete files are refused on reading
     os.replace(temporary, final)

@@ -1,7 +1,7 @@
-"""Pictures in rows: where they stand among the parts of a conversation, and the files, addresses or bytes they are.
+"""Pictures in rows: their places among the parts of a conversation, and the files, addresses or bytes they come from.
 
-A part in normal form is `{"type": "image", "image": Picture}`. Pictures are identified by what their files hold, so
-that the same one under ten names is one. Pillow opens a fixed list of formats: some of its others start programs.
+A part in normal form is `{"type": "image", "image": Picture}`. Pictures are identified by the contents of their files,
+so one picture under ten names counts once. Pillow opens only a fixed list of formats, since some others start programs.
 """
 
 from __future__ import annotations
@@ -27,45 +27,45 @@ from gemma4_tpu.errors import UserError
 from gemma4_tpu.storage import is_remote, join, open_bytes
 
 COLUMNS = ("images", "image")
-"""Columns of a row's pictures, in the order of their places in its turns."""
+"""Columns with a row's pictures, in the order of their places in its turns."""
 PLACE = "<image>"
-"""Where a picture of the column stands in a text, as LLaVA's rows have it."""
+"""Placeholder in a text for a picture of the column, as in LLaVA's rows."""
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF")
-"""What is opened, as far as this Pillow can; of moving ones the first frame."""
+"""Formats that are opened, if this Pillow supports them; of animations, the first frame."""
 ENCODED = ("base64", "data")
-"""Keys of an object under which a picture stands as base64."""
+"""Keys of an object that contain a picture as base64."""
 MAX_BYTES = 64 * 2**20
 MAX_PIXELS = 2**26
-"""67 megapixels, 200 MB once unpacked; a model sees less than one of them."""
+"""67 megapixels, 200 MB once decoded; a model sees less than one megapixel."""
 
 
 @dataclass(frozen=True)
 class Picture:
-    """A picture that can be read."""
+    """A readable picture."""
 
     key: str
-    """sha256 of its file, in hexadecimal digits."""
+    """sha256 of its file, in hexadecimal."""
     tokens: int
-    """Soft tokens that it takes."""
+    """Number of its soft tokens."""
     source: str | bytes = field(repr=False, compare=False)
-    """Its file, by address or as bytes."""
+    """Its file, as an address or as bytes."""
 
     def __str__(self) -> str:
         return self.key
 
     def image(self) -> Any:
-        """A PIL image, RGB, turned as its file says.
+        """The picture as a PIL image in RGB, rotated as its file says.
 
         Raises:
-          RowDropped: it is no longer there, or no longer what it was.
+          RowDropped: the file is gone or has changed.
         """
         return _opened(self._file())
 
     def data_url(self) -> str:
-        """The picture for a server, whose pixels are those of `image` whatever it reads pictures with.
+        """The picture for a server, with the pixels of `image` whatever decoder the server uses.
 
         Raises:
-          RowDropped: as `image`.
+          RowDropped: as for `image`.
         """
         content = self._file()
         kind = _plain_kind(content)
@@ -83,14 +83,14 @@ class Picture:
 
 
 class TokenCounter(Protocol):
-    """Says how many soft tokens a picture takes."""
+    """Counts the soft tokens of a picture."""
 
     @property
     def settings(self) -> dict[str, Any]:
-        """What decides that."""
+        """The settings that determine the count."""
 
     def tokens(self, width: int, height: int) -> int:
-        """Of this size in pixels. Raises: ValueError: none that is read."""
+        """Soft tokens of a picture of this size in pixels. Raises: ValueError: the size is not supported."""
 
 
 class PictureReader:
@@ -99,26 +99,26 @@ class PictureReader:
     def __init__(self, processor: TokenCounter):
         self._processor = processor
         self.fingerprint = json.dumps(processor.settings, sort_keys=True)
-        """What decides how many tokens pictures take."""
+        """The settings that determine the pictures' token counts."""
 
     def within(self, conversation: Conversation, given: Any, origin: Origin, tell: Tell) -> Conversation:
-        """The conversation with its pictures read.
+        """Loads the pictures of a conversation; returns it with them.
 
         Args:
-          conversation: in normal form; its picture parts hold what the row says of each, or nothing.
-          given: the row's column of pictures: what the parts that hold nothing stand for, in order.
-          origin: of the row; paths are relative to its file.
-          tell: takes note of what was done.
+          conversation: in normal form; its picture parts contain what the row says about each, or nothing.
+          given: the row's column of pictures, for the empty parts, in order.
+          origin: the row's origin; paths are relative to its file.
+          tell: records what was done.
 
         Raises:
-          RowDropped: a picture is missing, unreadable, too large, or has no place.
+          RowDropped: a picture is missing, unreadable or too large, or has no place.
         """
         turns, rest = conversation.messages, _listed(given)
         parts = list(picture_parts(turns))
         if rest and not parts:
             turns = _placed(turns, len(rest), tell)
         elif rest and all(part["image"] is not None for part in parts):
-            tell("column of pictures not used: the turns have their own")
+            tell("column of pictures unused: the turns have their own")
             rest = []
         waiting = sum(part["image"] is None for part in picture_parts(turns))
         if waiting != len(rest):
@@ -137,10 +137,10 @@ class PictureReader:
         return Conversation(made, conversation.tools, conversation.text)
 
     def read(self, what: Any, origin: Origin) -> Picture:
-        """The picture that a row means by a path, an address, a data: URL, bytes, or a struct of these.
+        """Reads the picture that a row gives as a path, an address, a data: URL, bytes, or a struct of these.
 
         Raises:
-          RowDropped: it is missing, unreadable, too large, or would have to be fetched from the web.
+          RowDropped: it is missing, unreadable or too large, or would have to be fetched from the web.
         """
         source = _source(what, origin)
         content = _content(source) if isinstance(source, str) else source
@@ -157,7 +157,7 @@ class PictureReader:
 
 
 def _name(source: str | bytes) -> str:
-    """Of a picture's file, for details."""
+    """Name of a picture's file, for messages."""
     return f"{source.rpartition('/')[2][-60:]}: " if isinstance(source, str) else ""
 
 
@@ -180,12 +180,12 @@ def _in_parts(turn: Turn) -> bool:
 
 
 def _listed(given: Any) -> list[Any]:
-    """A column of pictures as a list; null entries in place of absent ones are left out."""
+    """A column of pictures as a list, without null entries for absent ones."""
     return [one for one in (given if isinstance(given, list) else [given]) if one is not None]
 
 
 def _placed(turns: list[Turn], count: int, tell: Tell) -> list[Turn]:
-    """Turns with places for `count` pictures: where `<image>` stands in users' texts, else before the first of them."""
+    """Turns with places for `count` pictures: at each `<image>` in users' texts, else before the first of these."""
     users = [turn for turn in turns if turn["role"] == "user"]
     found = sum(text.count(PLACE) for turn in users for text in _texts(turn))
     if found:
@@ -212,7 +212,7 @@ def _texts(turn: Turn) -> list[str]:
 
 
 def _cut(turn: Turn) -> list[Turn]:
-    """The parts of a turn, its texts cut at each `<image>`."""
+    """The parts of a turn, with its texts split at each `<image>`."""
     made: list[Turn] = []
     for part in _parts(turn):
         if part["type"] != "text":
@@ -226,7 +226,7 @@ def _cut(turn: Turn) -> list[Turn]:
 
 def _source(what: Any, origin: Origin) -> str | bytes:
     """The bytes of a picture, or the address of its file."""
-    if isinstance(what, Picture):  # it was read before
+    if isinstance(what, Picture):  # it is read already
         return what.source
     if isinstance(what, dict):  # as `datasets` stores pictures, and as parts of OpenAI's and Anthropic's nest them
         key = next((key for key in ("bytes", "url", "path", *ENCODED) if what.get(key)), None)
@@ -236,7 +236,7 @@ def _source(what: Any, origin: Origin) -> str | bytes:
     if isinstance(what, bytes | bytearray | memoryview):
         return bytes(what)
     if not isinstance(what, str) or not what:
-        raise RowDropped("missing_picture", f"no path, address or bytes but {type(what).__name__}")
+        raise RowDropped("missing_picture", f"{type(what).__name__} instead of a path, an address or bytes")
     if what.startswith("data:"):
         head, _, body = what.partition(",")
         return _unpacked(body if head.endswith(";base64") else "")
@@ -245,7 +245,7 @@ def _source(what: Any, origin: Origin) -> str | bytes:
         raise RowDropped("picture_on_the_web", what[:80])
     if origin.file.startswith(HUGGING_FACE) and not is_remote(origin.file):
         raise RowDropped(
-            "missing_picture", f"a path in a data set of the Hub ({what[:60]}), which holds bytes or nothing"
+            "missing_picture", f"a path ({what[:60]}) in a data set of the Hub, whose pictures must be bytes"
         )
     if scheme == "file":
         what = unquote(urlparse(what).path)
@@ -253,7 +253,7 @@ def _source(what: Any, origin: Origin) -> str | bytes:
         return what
     if is_remote(origin.file):
         if what.startswith("/"):
-            raise RowDropped("missing_picture", f"{what[:80]}: a path of this machine, in rows that are elsewhere")
+            raise RowDropped("missing_picture", f"{what[:80]}: a path on this machine, in rows that are elsewhere")
         return join(origin.file.rpartition("/")[0], what)
     return str(Path(origin.file).parent / Path(what).expanduser())
 
@@ -262,7 +262,7 @@ def _unpacked(text: str) -> bytes:
     try:
         return base64.b64decode(text, validate=True)
     except (binascii.Error, ValueError) as error:
-        raise RowDropped("unreadable_picture", f"no base64 ({error})") from None
+        raise RowDropped("unreadable_picture", f"not base64 ({error})") from None
 
 
 def _content(address: str) -> bytes:
@@ -271,39 +271,39 @@ def _content(address: str) -> bytes:
         if file.size_bytes > MAX_BYTES:
             raise RowDropped("picture_too_large", f"{address}: {file.size_bytes} bytes, more than {MAX_BYTES}")
         return bytes(file.read(0, file.size_bytes))
-    except (OSError, UserError, ValueError) as error:  # of an address that can be none, such as one with a null
+    except (OSError, UserError, ValueError) as error:  # ValueError: an invalid address, such as one with a null
         reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
         raise RowDropped("missing_picture", f"{address}: {reason}"[:160]) from None
 
 
 def _opened(content: bytes) -> Any:
-    """A decoded PIL image, RGB; its size is known, and refused, before any pixel is unpacked."""
+    """A decoded PIL image in RGB; its size is checked before any pixel is decoded."""
     try:
         from PIL import Image, ImageOps, UnidentifiedImageError
     except ImportError as error:
         raise UserError(f"pictures need the extra: pip install 'gemma4-tpu[pictures]' ({error})") from None
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of odd metadata; what matters raises
+            warnings.simplefilter("ignore")  # about odd metadata; real problems raise
             image = Image.open(io.BytesIO(content), formats=_formats())
             if image.width * image.height > MAX_PIXELS:
                 told = f"{image.width} × {image.height} pixels, more than {MAX_PIXELS} in all"
                 raise RowDropped("picture_too_large", told)
-            if image.mode.startswith(("I", "F")):  # its values would be cut off at 255, here and by servers
-                raise RowDropped("unreadable_picture", f"mode {image.mode}, more than 8 bits a channel: save it with 8")
+            if image.mode.startswith(("I", "F")):  # its values would be clipped at 255, here and in servers
+                raise RowDropped("unreadable_picture", f"mode {image.mode}, over 8 bits per channel: save it with 8")
             return ImageOps.exif_transpose(image).convert("RGB")
     except RowDropped:
         raise
     except Image.DecompressionBombError as error:
         raise RowDropped("picture_too_large", str(error)[:100]) from None
     except UnidentifiedImageError:
-        raise RowDropped("unreadable_picture", f"none of {', '.join(_formats())}") from None
-    except Exception as error:  # whatever a decoder makes of damaged bytes
+        raise RowDropped("unreadable_picture", f"not one of {', '.join(_formats())}") from None
+    except Exception as error:  # whatever a decoder raises for damaged bytes
         raise RowDropped("unreadable_picture", f"{type(error).__name__}: {error}"[:100]) from None
 
 
 def _formats() -> list[str]:
-    """Those that this Pillow knows: asked for others, it opens none that are listed behind them."""
+    """The formats that this Pillow supports: given an unknown one, it ignores all those listed after it."""
     from PIL import Image
 
     Image.init()
@@ -311,9 +311,9 @@ def _formats() -> list[str]:
 
 
 def _plain_kind(content: bytes) -> str | None:
-    """`png`, `jpeg` or `webp` of a file that every reader makes the same pixels of; None: it is another.
+    """`png`, `jpeg` or `webp` for a file that every decoder turns into the same pixels; None for any other.
 
-    Readers differ in what they do with transparency, palettes, inks, EXIF's turns and moving pictures.
+    Decoders differ in their handling of transparency, palettes, inks, EXIF rotation and animations.
     """
     from PIL import ExifTags, Image
 

@@ -1,4 +1,4 @@
-"""What a run needs to read pictures with: who counts their tokens, and where their features come from."""
+"""What a run needs in order to read pictures: a counter of their tokens, and a source of their features."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ logger = logging.getLogger(__name__)
 
 
 def picture_reader(base: Base, data: DataConfig) -> PictureReader | None:
-    """Reads the pictures of rows as the base does; None: rows with pictures are dropped.
+    """A reader for pictures in rows that matches the base; None: rows with pictures are dropped.
 
     Raises:
       UserError: the checkpoint has no processor.
@@ -34,10 +34,10 @@ def picture_reader(base: Base, data: DataConfig) -> PictureReader | None:
 
 
 def feature_cache(base: Base, data: DataConfig, share: tuple[int, int] = (0, 1)) -> FeatureCache | None:
-    """Where the features of the base's tower are kept; None: pictures are not read. `share`: as of `FeatureCache`.
+    """The cache for features of the base's tower; None: pictures are not read. `share`: as for `FeatureCache`.
 
     Raises:
-      UserError: the checkpoint has no tower or no processor, or the folder cannot be written to.
+      UserError: the checkpoint has no tower or no processor, or the folder can't be written to.
     """
     if data.image_cache is None:
         return None
@@ -45,7 +45,7 @@ def feature_cache(base: Base, data: DataConfig, share: tuple[int, int] = (0, 1))
 
 
 def shown_with(base: Base, cache: FeatureCache, data: TrainingData, processes: int) -> Shown:
-    """The features of all examples; call it once every process has made its share.
+    """The features of all examples; call it after every process has made its share.
 
     Raises:
       UserError: some are missing.
@@ -59,7 +59,7 @@ def shown_with(base: Base, cache: FeatureCache, data: TrainingData, processes: i
 
 
 def holds_pictures(messages: Sequence[Message]) -> bool:
-    """Whether a turn has a part that is a picture, in any of the forms of rows."""
+    """Whether any turn contains a picture, in any row format."""
     contents = [message.get("content") for message in messages]
     parts = (part for content in contents if isinstance(content, list) for part in content)
     return any(part.get("type") in IMAGE_PARTS for part in parts if isinstance(part, dict))
@@ -67,31 +67,31 @@ def holds_pictures(messages: Sequence[Message]) -> bool:
 
 @dataclass(frozen=True)
 class Sight:
-    """How a model in this process reads the pictures of prompts.
+    """Reads the pictures of prompts for a model in this process.
 
     Args:
-      base: its base; one that was resolved for text alone refuses them.
-      cache: folder where features are kept, as `data.image_cache`; None: they are made anew each time.
+      base: the model's base; one resolved for text alone refuses pictures.
+      cache: folder for features, as `data.image_cache`; None: they are recomputed each time.
     """
 
     base: Base
     cache: str | None = None
 
     def check(self) -> None:
-        """Raises: UserError: the model reads no pictures."""
+        """Raises: UserError: the model can't read pictures."""
         if self.base.arch.vision is None:
             raise UserError(
                 "a prompt with a picture, for a model that was loaded for text. A run reads pictures if it was trained"
-                " with data.image_cache, and an E2B or E4B checkpoint (also a merged one) with Gemma4.load(…,"
+                " with data.image_cache; an E2B or E4B checkpoint (also a merged one) does with Gemma4.load(…,"
                 " pictures=True) or in an evaluation"
             )
 
     def read(self, conversations: Sequence[Sequence[Message]]) -> list[tuple[Message, ...]]:
-        """Conversations with their pictures read. Paths are relative to the current folder; the tokens of pictures that
-        were read before are counted as this model does.
+        """Conversations with their pictures loaded. Paths are relative to the current folder; tokens of pictures that
+        were loaded already are recounted for this model.
 
         Raises:
-          UserError: the model reads none, or a turn or a picture is one that a row would be dropped for.
+          UserError: the model can't read pictures, or a row with such a turn or picture would be dropped.
         """
         if not any(map(holds_pictures, conversations)):
             return [tuple(messages) for messages in conversations]
@@ -107,7 +107,7 @@ class Sight:
         return made
 
     def shown(self, conversations: Sequence[Sequence[Message]]) -> Shown | None:
-        """The features of all pictures of conversations that were read; None: there are none."""
+        """The features of all pictures in conversations from `read`; None if there are none."""
         pictures = [picture for messages in conversations for picture in pictures_of(messages)]
         if not pictures:
             return None

@@ -1,4 +1,4 @@
-"""Resolves a path to a model, a run or a plain checkpoint; finds it first and loads it when needed."""
+"""Resolves a path to a model, from a run or a plain checkpoint; finds it first, and loads it when needed."""
 
 from __future__ import annotations
 
@@ -24,15 +24,15 @@ from gemma4_tpu.storage import list_folder
 
 @dataclass(frozen=True)
 class AnyModel:
-    """A model that was found but not loaded. Made by `find_model`."""
+    """A model that is found but not loaded. Made by `find_model`."""
 
     base: Base
     trained: Trained | None
-    """For a run: what it trained."""
+    """The run's trained values; None for a checkpoint."""
 
     @property
     def lora(self) -> LoraConfig:
-        """How its adapters are computed; without any, for a checkpoint."""
+        """The configuration of its adapters; for a checkpoint, one without adapters."""
         return as_computed(self.trained).lora if self.trained else LoraConfig(enabled=False)
 
     @property
@@ -42,11 +42,11 @@ class AnyModel:
 
     @cached_property
     def tokenizer(self) -> Any:
-        """Its own."""
+        """The model's tokenizer."""
         return load_tokenizer(self.base.tokenizer_folder, self.base.new_tokens)
 
     def load(self, mesh: Mesh, compute_dtype: str, *, adapters: bool = True) -> Weights:
-        """Its weights on the mesh; `adapters=False` leaves out what a run trained."""
+        """Loads its weights onto the mesh; `adapters=False` leaves out what a run trained."""
         config = replace(EvalConfig(), compute_dtype=compute_dtype)
         if self.trained is None:
             return weights_as_they_are(self.base, config, mesh)
@@ -54,16 +54,16 @@ class AnyModel:
 
 
 def find_model(place: str, *, checkpoint: str = "latest", model: str | None = None, pictures: bool = False) -> AnyModel:
-    """Finds what commands accept as `run=` or `model.path=`.
+    """Finds the model that commands accept as `run=` or `model.path=`.
 
     Args:
       place: a run folder, or a Hugging Face checkpoint, local or gs://; `embedded:NAME`, `random:SEED`.
-      checkpoint: of a run: `latest`, `best` (lowest held-out loss) or the number of an update.
-      model: the architecture by name; only random weights need it.
-      pictures: of a checkpoint: whether prompts can contain any. A run reads them if it was trained to.
+      checkpoint: for a run: `latest`, `best` (lowest held-out loss) or an update number.
+      model: name of the architecture; only random weights need it.
+      pictures: for a checkpoint: whether prompts can contain pictures. A run reads them if it was trained on them.
 
     Raises:
-      UserError: nothing is there, or its parts do not fit together.
+      UserError: there is no model, or its parts do not fit together.
     """
     if not is_checkpoint(place):
         trained = open_trained(place, ExportConfig(checkpoint=checkpoint))
@@ -80,5 +80,5 @@ def is_checkpoint(place: str) -> bool:
         return True
     present = list_folder(place)
     if "config.json" not in present and "config.yaml" not in present:
-        raise UserError(f"{place}: neither a checkpoint (it has no config.json) nor a run folder (no config.yaml)")
+        raise UserError(f"{place}: neither a checkpoint (no config.json) nor a run folder (no config.yaml); give one")
     return "config.json" in present

@@ -27,7 +27,7 @@ def load_problems(config: EvalConfig) -> list[Problem]:
     """The problems of the benchmark, or the first `max_problems` of them.
 
     Raises:
-      UserError: there are none at `problems_path`, one is damaged, or the source is none.
+      UserError: there are none at `problems_path`, one is damaged, or the source is not a `ProblemSource`.
     """
     source = SOURCES[config.benchmark]
     if not isinstance(source, type) or not callable(getattr(source, "load", None)):
@@ -36,7 +36,7 @@ def load_problems(config: EvalConfig) -> list[Problem]:
         )
     problems = source().load(assets.resolve(config.problems_path or ""))
     if problems == []:
-        raise UserError(f"eval.problems_path={config.problems_path}: no problem of {config.benchmark} in it")
+        raise UserError(f"eval.problems_path={config.problems_path}: contains no problem of {config.benchmark}")
     if not isinstance(problems, list):
         raise UserError(
             f"benchmark {config.benchmark}: load gave {type(problems).__name__} {problems!r}, not a list of `Problem`s"

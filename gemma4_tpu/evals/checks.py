@@ -24,7 +24,7 @@ from gemma4_tpu.training.meshes import whole_rows_problems
 ACCURACY, LM_EVAL = "accuracy", "lm_eval"
 SIMULATED = tuple(SOURCES)
 JUDGE_CHOICES = {"eval.benchmark": SIMULATED}
-"""Of the judge, whose verdicts come by simulation."""
+"""Choices of the keys of the judge, which simulates."""
 CHOICES: dict[str, tuple[str, ...]] = {
     "eval.benchmark": (*SIMULATED, ACCURACY, LM_EVAL),
     "eval.answers.format": (AUTO, *(name for name, form in FORMS.items() if form.rows == CONVERSATIONS)),
@@ -44,7 +44,7 @@ class EvaluateChecked:
 
 
 def normalise_evaluate(root: EvaluateRoot) -> EvaluateRoot:
-    """One spelling: `~` expanded, no slash at the end."""
+    """Canonical spelling of paths: `~` expanded, no slash at the end."""
     evaluation = replace(
         root.eval,
         checkpoint=root.eval.checkpoint.strip().lower(),
@@ -90,7 +90,7 @@ def examine_evaluate(root: EvaluateRoot) -> tuple[EvaluateChecked | None, list[R
 
 
 def _form(root: EvaluateRoot) -> tuple[str | None, list[str]]:
-    """The form that the command line asks for, and its problems."""
+    """The form that the command line requests, and its problems."""
     if root.selfcheck:
         simulated = root.eval.benchmark in SIMULATED
         return "selfcheck", [] if simulated else [f"selfcheck=true: eval={root.eval.benchmark} simulates nothing"]
@@ -106,15 +106,15 @@ def _form(root: EvaluateRoot) -> tuple[str | None, list[str]]:
     keys = {"run": "run", "checkpoint": "model.path", "endpoint": "eval.endpoint", "samples": "eval.samples"}
     if not given:
         return None, [
-            "run: nothing to evaluate; set run=<run folder>, model.path=<checkpoint folder>, eval.endpoint=<URL>"
-            " or eval.samples=<FILE.jsonl>"
+            "run is not set; set run=<run folder>, model.path=<checkpoint folder>, eval.endpoint=<URL> or"
+            " eval.samples=<FILE.jsonl>"
         ]
     if len(given) > 1:
-        return None, [f"{' and '.join(keys[name] for name in given)} are set; an evaluation has one subject"]
+        return None, [f"{' and '.join(keys[name] for name in given)} are set; an evaluation has one subject: set one"]
     if root.eval.benchmark == LM_EVAL:
         asked = given[0] == "endpoint"
         return "harness", [] if asked else [
-            f"{keys[given[0]]}: lm_eval asks a server; start one (python -m gemma4_tpu.serve) and give"
+            f"{keys[given[0]]}: lm_eval needs a server; start one (python -m gemma4_tpu.serve) and give"
             " eval.endpoint=<its URL>"
         ]  # fmt: skip
     return given[0], []
@@ -124,7 +124,7 @@ def _compared(folders: list[str]) -> list[str]:
     if len(folders) != 2:
         return [f"compare=[{','.join(folders)}]: give two folders of evaluations, compare=[A,B]"]
     return [
-        f"compare: {folder}: not an evaluation (it has no result.json)"
+        f"compare: {folder}: not an evaluation (no result.json)"
         for folder in folders
         if not (Path(folder) / "result.json").is_file()
     ]
@@ -159,7 +159,7 @@ def _endpoint(url: str | None) -> list[str]:
 def _run(root: EvaluateRoot) -> list[str]:
     messages = []
     if "://" in root.run:
-        messages.append(f"run={root.run}: a run folder is local; copy it here first")
+        messages.append(f"run={root.run}: the run folder must be local; copy it here first")
     elif not is_run(Path(root.run)):
         there = "not the folder of a training run (config.yaml and checkpoints/)" if Path(root.run).is_dir() else (
             "no such folder"
@@ -195,7 +195,7 @@ def problems_path_messages(evaluation: EvalConfig) -> list[str]:
 
 
 def _accuracy(root: EvaluateRoot) -> list[str]:
-    """Problems with how answers are to be compared."""
+    """Problems with the comparison of answers."""
     evaluation, answers = root.eval, root.eval.answers
     messages = []
     if answers.choices is None:
@@ -206,19 +206,19 @@ def _accuracy(root: EvaluateRoot) -> list[str]:
         ]
     elif answers.choose != LETTER:
         if evaluation.n > 1:
-            messages.append(f"eval.n={evaluation.n}: likelihoods are the same each time; give eval.n=1")
+            messages.append(f"eval.n={evaluation.n}: likelihoods do not vary between samples; give eval.n=1")
         if evaluation.endpoint and not root.model.tokenizer:
             messages.append(
-                f"eval.answers.choose={answers.choose}: a server scores tokens; give model.tokenizer=<folder with the"
+                f"eval.answers.choose={answers.choose}: a server scores token ids; give model.tokenizer=<folder of the"
                 " model's tokenizer>"
             )
     if evaluation.second_opinion:
-        messages.append(f"eval.second_opinion=true: only where designs are simulated, not with {ACCURACY}")
+        messages.append(f"eval.second_opinion=true: only for simulated designs, not with {ACCURACY}")
     return messages
 
 
 def _image_cache(evaluation: EvalConfig, form: str) -> list[str]:
-    """What is wrong with where features of pictures are to be kept."""
+    """Problems with the folder for features of pictures."""
     if evaluation.image_cache is None:
         return []
     said = f"eval.image_cache={evaluation.image_cache}"
@@ -231,18 +231,18 @@ def _harness(root: EvaluateRoot) -> list[str]:
     """Problems with lm_eval, as far as this machine shows."""
     messages, harness = [], root.eval.lm_eval
     if not harness.tasks:
-        messages.append("eval.tasks=[]: name tasks of lm_eval, such as eval.tasks=[arc_challenge,mmlu]")
+        messages.append("eval.tasks=[]: give tasks of lm_eval, such as eval.tasks=[arc_challenge,mmlu]")
     if harness.include is not None and not Path(harness.include).is_dir():
         messages.append(f"eval.lm_eval.include={harness.include}: no such folder")
     if not root.model.tokenizer:
-        messages.append("model.tokenizer: lm_eval renders questions itself; give the folder of the model's tokenizer")
+        messages.append("model.tokenizer is not set: lm_eval renders questions itself; give the tokenizer's folder")
     elif "://" in root.model.tokenizer:
         messages.append(f"model.tokenizer={root.model.tokenizer}: lm_eval reads local folders only; copy it here first")
     else:
         messages += tokenizer_problem(root.model)
     if find_command() is None:
         messages.append(
-            "eval=lm_eval: there is no command lm_eval here; pip install 'gemma4-tpu[lm-eval]', or put that of another"
+            "eval=lm_eval: no command lm_eval here; pip install 'gemma4-tpu[lm-eval]', or put that of another"
             " environment on the PATH"
         )
     return messages
@@ -251,5 +251,5 @@ def _harness(root: EvaluateRoot) -> list[str]:
 def _names(root: EvaluateRoot) -> list[str]:
     messages = name_problem(root.name)
     if root.run_dir is not None and "://" in root.run_dir:
-        messages.append(f"run_dir={root.run_dir}: the record of an evaluation is local")
+        messages.append(f"run_dir={root.run_dir}: the record of an evaluation is local; give a local folder")
     return messages

@@ -1,4 +1,4 @@
-"""Compares two evaluations, problem by problem, and states in words what can and cannot be claimed."""
+"""Compares two evaluations problem by problem, and states what can and cannot be claimed."""
 
 from __future__ import annotations
 
@@ -23,31 +23,31 @@ _DESCRIPTIVE = (
     "model",
     "seeds",
 )
-"""Settings that identify the model, or how it was run: they can differ in a fair comparison."""
+"""Settings that identify the model or how it was run; they can differ in a fair comparison."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Comparison:
-    """A minus B."""
+    """Evaluation A minus evaluation B."""
 
     a: str
     b: str
     differences: list[ScoreDifference]
-    """For each k."""
+    """One for each k."""
     only_a: int
-    """Problems that B lacks; they are excluded."""
+    """Number of problems that B lacks; they are excluded."""
     only_b: int
     unlike: dict[str, tuple[Any, Any]]
     """Settings that differ although they should not."""
     first_metric: str = "pass@1"
-    """What the difference for k = 1 is of."""
+    """Name of the metric for k = 1."""
     greedy: bool = False
-    """Neither side draws anything."""
+    """Whether both sides answer greedily."""
     categories: dict[str, ScoreDifference] = field(default_factory=dict)
-    """For k = 1, of the problems in each category; empty: there are none."""
+    """For k = 1, the difference by category; empty if there are none."""
 
     def claims(self) -> list[str]:
-        """Sentences for people, the cautious ones included."""
+        """The claims in sentences, with their caveats."""
         first = self.differences[0]
         problems = first.better + first.worse + first.equal
         lines = [
@@ -63,12 +63,12 @@ class Comparison:
         if self.categories:
             lines.append(_about_categories(self.categories))
         lines.append(
-            "Each side is one set of weights: what a second training run with another seed, other hardware or other"
-            " data would give is not in these numbers, so a gap cannot be attributed to any of them."
+            "Each side is one set of weights: these numbers do not include the variation between training runs with"
+            " different seeds, hardware or data, so a gap cannot be attributed to any of these."
         )
         if self.unlike:
-            listed = "; ".join(f"{key}: {a} against {b}" for key, (a, b) in sorted(self.unlike.items()))
-            lines.append(f"Not a like-for-like comparison, {listed}: the gap is that of the whole setting.")
+            listed = "; ".join(f"{key}: {a} and {b}" for key, (a, b) in sorted(self.unlike.items()))
+            lines.append(f"Not a like-for-like comparison ({listed}): the gap includes these differences.")
         if self.only_a or self.only_b:
             lines.append(
                 f"Excluded: {self.only_a} problems that only {self.a} has, {self.only_b} that only {self.b} has."
@@ -83,17 +83,17 @@ def _about_categories(categories: Mapping[str, ScoreDifference]) -> str:
     beyond = {name: d for name, d in categories.items() if d.beyond_problems}
     listed = "; ".join(f"{name} {d.value:+.3f} [{d.low:+.3f}, {d.high:+.3f}]" for name, d in beyond.items())
     return (
-        f"In {len(beyond)} of {len(categories)} categories the interval leaves out 0"
-        f"{f' ({listed})' if listed else ''}; without any real difference, chance does that in one of twenty."
+        f"In {len(beyond)} of {len(categories)} categories the interval excludes 0"
+        f"{f' ({listed})' if listed else ''}; without any real difference, it does so by chance in one of twenty."
     )
 
 
 def _about_these(d: ScoreDifference, problems: int) -> str:
     if d.beyond_sampling is None:
-        return "With one sample per problem the sampling error is unknown: drawing again might change the order."
+        return "With one sample per problem, the sampling error is unknown: new samples could reverse the order."
     if d.beyond_sampling:
-        return f"On these {problems} problems the gap at k={d.k} is larger than redrawing the samples would explain."
-    return f"On these {problems} problems redrawing the samples could produce the gap at k={d.k}."
+        return f"On these {problems} problems, the gap at k={d.k} is larger than redrawing the samples would explain."
+    return f"On these {problems} problems, redrawing the samples could produce the gap at k={d.k}."
 
 
 def _about_new(d: ScoreDifference) -> str:
@@ -103,12 +103,12 @@ def _about_new(d: ScoreDifference) -> str:
 
 
 def compare(a: EvaluationOutcome, b: EvaluationOutcome, names: tuple[str, str] | None = None) -> Comparison:
-    """Pairs the problems that both have.
+    """Compares on the problems that both have.
 
     Args:
       a: one evaluation.
       b: another one, on the same benchmark.
-      names: what to call them.
+      names: names for the two.
 
     Raises:
       UserError: the benchmarks differ, or have no problem in common.
@@ -137,7 +137,7 @@ def compare(a: EvaluationOutcome, b: EvaluationOutcome, names: tuple[str, str] |
 def _by_category(
     categories: Sequence[str | None], x: Sequence[tuple[int, int]], y: Sequence[tuple[int, int]]
 ) -> dict[str, ScoreDifference]:
-    """A minus B in each category; problems are in the same order everywhere."""
+    """A minus B in each category; all arguments list problems in the same order."""
     members: dict[str, list[int]] = {}
     for number, category in enumerate(categories):
         if category is not None:

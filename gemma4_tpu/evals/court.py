@@ -1,4 +1,4 @@
-"""What an evaluation needs of a benchmark, whatever its kind: problems, and verdicts on the answers to them."""
+"""What an evaluation needs from a benchmark of any kind: problems, and verdicts on their answers."""
 
 from __future__ import annotations
 
@@ -15,46 +15,46 @@ VERDICTS_FILE = "verdicts.jsonl"
 
 @dataclass(frozen=True)
 class Judged:
-    """On the samples of one subject."""
+    """Judgements on the samples of one subject."""
 
     verdicts: Mapping[Key, Verdict]
     opinions: Mapping[Key, Mapping[str, Any]] | None = None
-    """Second ones; None: none were asked for."""
+    """Second opinions; None if none were requested."""
     told: Mapping[str, Any] = field(default_factory=dict)
-    """Fields of `EvaluationOutcome` that follow from these samples."""
+    """Fields of `EvaluationOutcome` derived from these samples."""
 
 
 class Court(Protocol):
     """A benchmark, ready to judge; a context manager."""
 
     official: bool
-    """Whether the benchmark has a rule of its own, beside ours."""
+    """Whether the benchmark has its own rule in addition to ours."""
 
     @property
     def problems(self) -> Sequence[Asked]:
-        """In the benchmark's order."""
+        """The problems, in the benchmark's order."""
 
     def __enter__(self) -> Self:
-        """Gets ready. Raises: UserError: what judging needs is not there."""
+        """Prepares for judging. Raises: UserError: something that judging needs is missing."""
 
     def __exit__(self, *_: object) -> None:
-        """Ends what it started."""
+        """Stops what it started."""
 
     @property
     def fingerprint(self) -> str:
-        """sha256 of everything that the problems say."""
+        """sha256 of the problems' contents."""
 
     @property
     def settings(self) -> Mapping[str, Any]:
-        """What two evaluations must have in common to be compared, beyond sampling."""
+        """Settings besides sampling that two evaluations must share to be comparable."""
 
     @property
     def categories(self) -> Mapping[str, str]:
-        """Problem → category, where there are any."""
+        """Problem → category, for problems that have one."""
 
     @property
     def told(self) -> Mapping[str, Any]:
-        """Fields of `EvaluationOutcome` that are known before there are samples."""
+        """Fields of `EvaluationOutcome` that are known before any samples exist."""
 
     def judge(self, samples: Sequence[Sample], folder: Path, *, again: bool) -> Judged:
-        """Verdicts on the samples of the subject in `folder`, kept there; `again`: not those that are there already."""
+        """Judges the samples of the subject in `folder`, and stores verdicts there; `again`: ignores stored ones."""

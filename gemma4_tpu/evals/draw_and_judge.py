@@ -1,6 +1,6 @@
-"""An evaluation from problems to outcomes: judge ready → samples drawn and stored → verdicts → counts.
+"""An evaluation from problems to outcomes: prepare the judge → draw and store samples → verdicts → counts.
 
-The judge starts first, because a missing simulator should show before hours of generation. Everything is stored as it
+The judge starts first, so that a missing simulator is noticed before hours of generation. Everything is stored as it
 arrives; a second start draws and judges only what is missing.
 """
 
@@ -37,37 +37,37 @@ SETTINGS = ("n", "temperature", "top_p", "max_new_tokens", "seed", "system", "ma
 
 @dataclass
 class Subject:
-    """Something that has samples: a model, or a file of them."""
+    """A source of samples: a model, or a file."""
 
     name: str
     folder: Path
-    """Of its samples, verdicts and result."""
+    """Folder of its samples, verdicts and result."""
     backend: Backend | None
-    """None: the samples are there already."""
+    """None: the samples exist already."""
     n: int | None
-    """Samples asked for per problem; None: as many as the problem with the most has."""
+    """Samples requested per problem; None: the number of samples of the problem with the most."""
     settings: dict[str, Any] = field(default_factory=dict)
-    """What is known of samples that are there already; a backend describes itself."""
+    """Settings of existing samples; a backend describes itself."""
     fingerprints: dict[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class Evaluated:
-    """What the report is made from."""
+    """The input of the report."""
 
     outcomes: list[EvaluationOutcome]
-    """The subject first, then what it is compared with."""
+    """The subject's outcome, then those that it is compared with."""
     prompt: str | None
-    """An example, exactly as the model saw it."""
+    """An example prompt, exactly as the model saw it."""
     fingerprints: dict[str, str]
-    """Of problems, weights and tokenizer."""
+    """Fingerprints of problems, weights and tokenizer."""
 
 
 class LoadModels(Protocol):
     """Loads a run, a checkpoint or a server."""
 
     def __call__(self, *, pictures: bool) -> Backends:
-        """`pictures`: prompts have some."""
+        """`pictures`: whether prompts contain pictures."""
 
 
 def evaluate(config: EvalConfig, form: str, folder: Path, load_models: LoadModels) -> Evaluated:
@@ -75,7 +75,7 @@ def evaluate(config: EvalConfig, form: str, folder: Path, load_models: LoadModel
 
     Args:
       config: what to generate, and how to judge it.
-      form: the kind of subject: `run`, `checkpoint`, `endpoint`, `samples`, or `resimulate`.
+      form: kind of subject: `run`, `checkpoint`, `endpoint`, `samples` or `resimulate`.
       folder: the record's.
       load_models: called once the judge is ready.
 
@@ -95,7 +95,7 @@ def evaluate(config: EvalConfig, form: str, folder: Path, load_models: LoadModel
 def _subjects(
     config: EvalConfig, form: str, folder: Path, problems: Sequence[Asked], load_models: LoadModels
 ) -> list[Subject]:
-    """The subject in `folder` itself, what it is compared with in a folder of that name beneath."""
+    """The subjects: the first in `folder` itself, those that it is compared with in subfolders by name."""
     match form:
         case "run" | "checkpoint" | "endpoint":
             loaded = load_models(pictures=any(holds_pictures(problem.messages) for problem in problems))
@@ -119,7 +119,7 @@ def _place(folder: Path, index: int, name: str) -> Path:
 
 
 def _take_over(config: EvalConfig, folder: Path, problems: Sequence[Asked]) -> None:
-    """Foreign samples as our own `samples.jsonl`."""
+    """Copies samples from elsewhere into our own `samples.jsonl`."""
     with Samples(folder / SAMPLES_FILE) as store:
         for sample in read_foreign(config.samples or "", [problem.name for problem in problems]):
             if sample.key not in store.rows:
@@ -166,10 +166,10 @@ def _evaluate(subject: Subject, config: EvalConfig, court: Court, *, again: bool
 
 
 def _generate(subject: Subject, problems: Sequence[Asked], config: EvalConfig) -> float:
-    """Draws what is not stored yet; returns the seconds it took.
+    """Draws the samples that are not stored yet; returns the seconds it took.
 
     Raises:
-      UserError: no answer ever came, as from a server that does not read what it is asked.
+      UserError: no answer arrived, for example because the server can't read the requests.
     """
     assert subject.backend is not None
     started = time.perf_counter()
@@ -182,7 +182,7 @@ def _generate(subject: Subject, problems: Sequence[Asked], config: EvalConfig) -
                 store.add_sample(sample)
         if not store.rows:
             raise UserError(
-                f"{subject.name}: not one of {len(wanted)} answers came, so that there is nothing to score; the reasons"
-                " stand above and in the log"
+                f"{subject.name}: none of {len(wanted)} answers arrived, so there is nothing to score; see the reasons"
+                " above and in the log"
             )
     return time.perf_counter() - started

@@ -1,10 +1,10 @@
 """Completions from an OpenAI-compatible server: bounded concurrency, retries with back-off, a seed for each sample.
 
-Answers that are to be scored go to its other endpoint, `/completions`, as the tokens that a local tokenizer makes of
-prompt and answer; the server tells the log-probabilities of its prompt (`echo`), as vLLM and the embedded one do.
+Answers to be scored go to its other endpoint, `/completions`, as prompt and answer in tokens from a local tokenizer;
+the server returns the log-probabilities of its prompt (`echo`), as vLLM and the embedded server do.
 
-Whatever the server sends, a sample comes of it, another attempt, or in the end none; only a refusal of everything (a
-wrong key, no such model) ends an evaluation. The server renders the prompt by its own chat template. A key comes from
+Whatever the server sends leads to a sample, to another attempt, or finally to none; only a refusal of everything (a
+wrong key, no such model) ends an evaluation. The server renders the prompt with its own chat template. A key comes from
 OPENAI_API_KEY and is never shown.
 """
 
@@ -41,25 +41,25 @@ FIRST_WAIT_SECONDS, LONGEST_WAIT_SECONDS = 0.5, 30.0
 LONGEST_RETRY_AFTER_SECONDS = 300.0
 CONNECT_SECONDS = 10.0
 _TRY_AGAIN = (408, 409, 425, 429)
-"""And everything from 500 up."""
+"""Status codes that are retried, besides all from 500."""
 _SHOWN = 200  # characters of a server's message
 
 
 class RequestRefused(Exception):
-    """The server will not answer this request, however often it is asked."""
+    """The server will not answer this request, however often it is sent."""
 
 
 class Endpoint:
-    """Generates on a server.
+    """Generates with a server.
 
     Raises:
-      UserError: it does not answer, or it lists several models and `endpoint_model` names none.
+      UserError: the server does not answer, or it lists several models and `endpoint_model` names none.
     """
 
     def __init__(self, config: EvalConfig, tokenizer: Any = None):
         """Args:
-        config: which server, and sampling.
-        tokenizer: that of the model behind it, for answers that are to be scored.
+        config: server and sampling.
+        tokenizer: that of the server's model, for answers to be scored.
         """
         self._config = config
         self._chat = ChatFormat(tokenizer, config.thoughts or "drop") if tokenizer is not None else None
@@ -76,18 +76,18 @@ class Endpoint:
         return {"endpoint": self._config.endpoint, "model": self._model, "seeds": seeds, "thoughts": thoughts}
 
     def example(self, request: SampleRequest) -> str:
-        """The conversation; its markup is made by the server."""
+        """The conversation; the server adds the markup."""
         return "\n".join(f"[{message['role']}]\n{_in_words(message['content'])}" for message in request.messages)
 
     def generate(self, requests: Sequence[SampleRequest]) -> Iterator[Sample]:
-        """The samples as they come; one that fails after all attempts is logged and left out.
+        """Yields samples as they arrive; one that fails after all attempts is logged and left out.
 
         Raises:
-          UserError: the server refuses every request alike: a wrong key, no such model; a likelihood after a picture.
+          UserError: the server refuses every request (a wrong key, no such model), or a scored question has a picture.
         """
         if any(request.scored and pictures_of(request.messages) for request in requests):
             raise UserError(
-                "eval.answers.choose: a server scores tokens of text, and these questions have pictures; give"
+                "eval.answers.choose: a server scores text tokens only, and these questions have pictures; give"
                 " eval.answers.choose=letter, or the model itself (run= or model.path=) instead of eval.endpoint"
             )
         done: queue.SimpleQueue[Any] = queue.SimpleQueue()
@@ -117,7 +117,7 @@ class Endpoint:
             stop.set()
 
     async def _all(self, requests: Sequence[SampleRequest]) -> AsyncIterator[Sample]:
-        """Samples in the order in which they are finished."""
+        """Samples in order of completion."""
         gate, failures = asyncio.Semaphore(self._config.concurrency), 0
         async with httpx.AsyncClient(**self._options) as client:
             tasks = [asyncio.create_task(self._one(client, gate, request)) for request in requests]
@@ -128,13 +128,13 @@ class Endpoint:
                     if sample is not None:
                         yield sample
                     if number % 100 == 0 or number == len(tasks):
-                        log.info("%d of %d answers, %d never came", number, len(tasks), failures)
+                        log.info("%d of %d answers, %d never arrived", number, len(tasks), failures)
             finally:
                 for task in tasks:
                     task.cancel()
 
     async def _one(self, client: httpx.AsyncClient, gate: asyncio.Semaphore, request: SampleRequest) -> Sample | None:
-        """One sample, tried `retries` times more; None: it never came."""
+        """One sample, with up to `retries` further attempts; None: it never arrived."""
         async with gate:
             reason, asked_for = "", 0.0
             for attempt in range(self._config.retries + 1):
@@ -152,7 +152,7 @@ class Endpoint:
                     reason = str(error) or repr(error)
                     asked_for = _retry_after_seconds(error)
                     log.debug("%s %d, attempt %d: %s", request.problem, request.sample, attempt + 1, reason)
-        log.warning("%s, sample %d never came: %s", request.problem, request.sample, reason[:_SHOWN])
+        log.warning("%s, sample %d never arrived: %s", request.problem, request.sample, reason[:_SHOWN])
         return None
 
     async def _ask(self, client: httpx.AsyncClient, request: SampleRequest) -> Sample:
@@ -161,17 +161,17 @@ class Endpoint:
         Raises:
           UserError: the server refuses everything.
           RequestRefused: it refuses this one.
-          httpx.HTTPError, ValueError: no answer, or one that is none; it may work next time.
+          httpx.HTTPError, ValueError: no answer, or an invalid one; the next attempt may succeed.
         """
         if request.scored:
             return await self._score(client, request)
         with_seed = self._takes_seeds
         response = await client.post(f"{self._config.endpoint}/chat/completions", json=self._body(request, with_seed))
-        # Some servers refuse the key `seed` itself. Others of the requests under way may have found out first.
+        # Some servers refuse the key `seed` itself. Another request in flight may have found that out first.
         if response.status_code in (400, 422) and with_seed and "seed" in response.text.lower():
             if self._takes_seeds:
                 self._takes_seeds = False
-                log.warning("the server refuses seeds, so none are sent: samples can't be drawn again alike")
+                log.warning("the server refuses seeds, so none are sent: samples are not reproducible")
             return await self._ask(client, request)
         _check(response, self._config)
         text, finish, tokens = _answer(response)
@@ -181,7 +181,7 @@ class Endpoint:
         )  # fmt: skip
 
     async def _score(self, client: httpx.AsyncClient, request: SampleRequest) -> Sample:
-        """The sample of a request whose answers are to be scored; raises as `_ask`."""
+        """The sample of a request whose answers are to be scored; raises as `_ask` does."""
         assert self._chat is not None  # the checks
         (prompt,) = self._chat.encode([rendered(self._chat, request)])
         choices = []
@@ -210,7 +210,7 @@ class Endpoint:
 
 
 def _as_openai(messages: Sequence[Message]) -> list[Message]:
-    """Messages as OpenAI has them: a picture in normal form becomes a `data:` URL."""
+    """Messages in OpenAI's format: a picture in normal form becomes a `data:` URL."""
     return [
         {**message, "content": [_part_as_openai(part) for part in message["content"]]}
         if isinstance(message.get("content"), list)
@@ -225,7 +225,7 @@ def _part_as_openai(part: dict[str, Any]) -> dict[str, Any]:
     try:
         return {"type": "image_url", "image_url": {"url": part["image"].data_url()}}
     except RowDropped as problem:  # it was read when the evaluation began
-        raise UserError(f"a picture cannot be read any more ({problem.detail}); start again") from None
+        raise UserError(f"a picture can no longer be read ({problem.detail}); restore it and start again") from None
 
 
 def _in_words(content: Any) -> str:
@@ -235,10 +235,10 @@ def _in_words(content: Any) -> str:
 
 
 def served_model(config: EvalConfig) -> dict[str, Any]:
-    """What the server lists of the model that is asked: its `id`, and whatever else it tells.
+    """The server's entry for the requested model: its `id`, and whatever else it lists.
 
     Raises:
-      UserError: no server is there, it lists no such model, or several and `endpoint_model` names none.
+      UserError: there is no server, it lists no such model, or it lists several and `endpoint_model` names none.
     """
     given = f"eval.endpoint={config.endpoint}"
     try:
@@ -252,18 +252,18 @@ def served_model(config: EvalConfig) -> dict[str, Any]:
         raise UserError(f"{given}: lists no models ({error or repr(error)}); is a server running there?") from None
     asked = [model for name, model in listed.items() if config.endpoint_model in (None, name)]
     if len(asked) != 1:
-        raise UserError(f"{given}: it has {', '.join(listed) or 'no model'}; give eval.endpoint_model=<one of them>")
+        raise UserError(f"{given}: serves {', '.join(listed) or 'no model'}; give eval.endpoint_model=<one of them>")
     return asked[0]
 
 
 def _options(config: EvalConfig) -> dict[str, Any]:
-    """Of an HTTP client."""
+    """Options of an HTTP client."""
     headers = {"Authorization": f"Bearer {key}"} if (key := os.environ.get(KEY)) else {}
     return {"headers": headers, "timeout": httpx.Timeout(config.request_timeout_seconds, connect=CONNECT_SECONDS)}
 
 
 def _check(response: httpx.Response, config: EvalConfig) -> None:
-    """Sorts answers that report no success by whether asking again can help."""
+    """Raises for unsuccessful responses, by whether another attempt can help."""
     status = response.status_code
     if response.is_success:
         return
@@ -271,14 +271,14 @@ def _check(response: httpx.Response, config: EvalConfig) -> None:
     if status in (401, 403):
         raise UserError(f"eval.endpoint={config.endpoint}: {said}; is {KEY} in the environment right?")
     if status == 404:
-        raise UserError(f"eval.endpoint={config.endpoint}: {said}; the base URL ends in /v1, usually")
+        raise UserError(f"eval.endpoint={config.endpoint}: {said}; the base URL usually ends in /v1")
     if status >= 500 or status in _TRY_AGAIN:
         raise httpx.HTTPStatusError(said, request=response.request, response=response)
     raise RequestRefused(said)
 
 
 def _json(response: httpx.Response) -> Any:
-    """Raises: ValueError: the body is no JSON."""
+    """The body. Raises: ValueError: it is not JSON."""
     try:
         return response.json()
     except (ValueError, RecursionError):
@@ -286,10 +286,10 @@ def _json(response: httpx.Response) -> Any:
 
 
 def _answer(response: httpx.Response) -> tuple[str, str, int | None]:
-    """(text, finish, tokens generated) of a response; the text is empty where the model only thought.
+    """(text, finish, tokens generated) of a response; the text is empty if the model only thought.
 
     Raises:
-      ValueError: it is no chat completion.
+      ValueError: the response is not a chat completion.
     """
     match _json(response):
         case {"choices": [{"message": {**message}, **choice}, *_], **rest}:
@@ -301,10 +301,10 @@ def _answer(response: httpx.Response) -> tuple[str, str, int | None]:
 
 
 def _prompt_logprobs(response: httpx.Response, tokens: int) -> list[float]:
-    """Log-probabilities of the `tokens` of an echoed prompt, without what was generated behind it; of the first, 0.
+    """Log-probabilities of the `tokens` of an echoed prompt, without the generated token; 0 for the first.
 
     Raises:
-      ValueError: the answer holds none.
+      ValueError: the response contains none.
     """
     match _json(response):
         case {"choices": [{"logprobs": {"token_logprobs": [_, *found]}}, *_]}:
@@ -320,7 +320,7 @@ def _tokens(usage: Any) -> int | None:
 
 
 def _models(listed: Any) -> dict[str, dict[str, Any]]:
-    """By name. Raises: ValueError: no list of models."""
+    """Model name → entry. Raises: ValueError: the response is not a list of models."""
     match listed:
         case {"data": [*models]}:
             named = [model for model in models if isinstance(model, dict) and isinstance(model.get("id"), str)]
@@ -333,7 +333,7 @@ def _start(response: httpx.Response) -> str:
 
 
 def _retry_after_seconds(error: Exception) -> float:
-    """What the server asks to wait, in seconds or until a date, up to a limit; 0 where it asks for nothing."""
+    """Seconds that the server asks to wait (given in seconds or as a date), up to a limit; 0 if it does not ask."""
     header = error.response.headers.get("Retry-After", "") if isinstance(error, httpx.HTTPStatusError) else ""
     try:
         given = header.strip()
@@ -344,5 +344,5 @@ def _retry_after_seconds(error: Exception) -> float:
 
 
 def _wait_seconds(attempt: int, chance: float) -> float:
-    """Twice as long each time, between half and the whole of it, so that clients don't come back all at once."""
+    """Exponential back-off, times a random factor from a half to 1, so that clients don't all return at once."""
     return min(LONGEST_WAIT_SECONDS, FIRST_WAIT_SECONDS * 2 ** (attempt - 1)) * (0.5 + chance / 2)

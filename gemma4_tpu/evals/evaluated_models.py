@@ -1,4 +1,4 @@
-"""The models of an evaluation, loaded: a run and its base, or a checkpoint by itself."""
+"""Loads the models of an evaluation: a run and its base, or a checkpoint alone."""
 
 from __future__ import annotations
 
@@ -36,20 +36,20 @@ RUN, BASE, MODEL, ENDPOINT = "run", "base", "model", "endpoint"
 
 @dataclass(frozen=True)
 class Backends:
-    """What an evaluation generates with."""
+    """The backends with which an evaluation generates."""
 
     by_name: Mapping[str, Backend]
-    """By what they are: `run` and `base`, `model` or `endpoint`; the subject first."""
+    """By role: `run` and `base`, `model` or `endpoint`; the subject first."""
     fingerprints: dict[str, str]
 
 
 def of_run(
     run: str, config: EvalConfig, hardware: HardwareConfig, mesh_config: MeshConfig, *, pictures: bool = False
 ) -> Backends:
-    """What a run trained, its base, or both, as `eval.adapter` says; `pictures`: prompts have some.
+    """A run's trained model, its base, or both, as `eval.adapter` says; `pictures`: whether prompts contain pictures.
 
     Raises:
-      UserError: what is named can't be loaded or does not fit together.
+      UserError: something can't be loaded, or does not fit together.
     """
     trained = open_trained(run, ExportConfig(checkpoint=config.checkpoint))
     data = trained.run.read_config().get("data", {})
@@ -74,10 +74,10 @@ def of_run(
 def of_checkpoint(
     model: ModelConfig, config: EvalConfig, hardware: HardwareConfig, mesh_config: MeshConfig, *, pictures: bool = False
 ) -> Backends:
-    """The checkpoint `model.path` by itself; `pictures`: prompts have some.
+    """The checkpoint `model.path` alone; `pictures`: whether prompts contain pictures.
 
     Raises:
-      UserError: as `of_run`.
+      UserError: as for `of_run`.
     """
     base = resolve_base(model, pictures=pictures)
     audit(base).enforce()
@@ -90,10 +90,10 @@ def of_checkpoint(
 
 
 def on_server(model: ModelConfig, config: EvalConfig) -> Backends:
-    """What stands behind `eval.endpoint`; `model.tokenizer` is needed only where answers are scored.
+    """The model behind `eval.endpoint`; `model.tokenizer` is needed only for scored answers.
 
     Raises:
-      UserError: no server there, or no tokenizer.
+      UserError: no server answers, or there is no tokenizer.
     """
     if not model.tokenizer:
         return Backends({ENDPOINT: Endpoint(config)}, {})
@@ -102,16 +102,16 @@ def on_server(model: ModelConfig, config: EvalConfig) -> Backends:
 
 
 def weights_as_they_are(base: Base, config: EvalConfig, mesh: Mesh) -> Weights:
-    """A checkpoint's own, in the compute dtype."""
+    """A checkpoint's own weights, in the compute dtype."""
     model = make_model(base.arch, LoraConfig(enabled=False), _trainer(config), mesh)
     return Weights(model, load_weights(base, model.layout, mesh, model.compute_dtype, lambda _, array: array), None)
 
 
 def weights_of(trained: Trained, config: EvalConfig, mesh: Mesh) -> tuple[Weights, Weights]:
-    """(base, run), in the compute dtype, adapters in float32; a base trained on in quantised form is used in that.
+    """(base, run) in the compute dtype, with adapters in float32; a base that was quantised in training is used so.
 
-    Weights that are trained in full are the base's own in the one, the trained ones in the other. Where quantised
-    weights lack what adapters began as, the base is what training began with.
+    Weights trained in full have the base's values in the former and the trained values in the latter. If quantised
+    weights lack the adapters' initial values, the base is the model with which training started.
     """
     parts, given = None, trained
     if (trained := as_computed(given)) is not given:
@@ -131,12 +131,12 @@ def weights_of(trained: Trained, config: EvalConfig, mesh: Mesh) -> tuple[Weight
 
 
 def as_computed(trained: Trained) -> Trained:
-    """With the adapters that training had where quantised weights lack what those began as, else with plain ones."""
+    """With the adapters as in training if quantised weights lack their initial values, else with plain ones."""
     return trained.as_trained if trained.lora.quantize and isinstance(trained.state, PlainState) else trained
 
 
 def _on_mesh(trained: Trained, leaves: Iterable[Leaf], mesh: Mesh, dtype: Any) -> dict[Path, jax.Array]:
-    """The trained values by their path in the tree that the forward pass takes, each in its place."""
+    """The trained values by path in the tree that the forward pass takes, each sharded as there."""
 
     def array(leaf: Leaf) -> jax.Array:
         parts = [trained.state.read(name) for name in leaf.tunix_names]
@@ -155,5 +155,5 @@ def _backend(sight: Sight, weights: Weights, config: EvalConfig, policy: str, de
 
 
 def _trainer(config: EvalConfig) -> TrainerConfig:
-    """What `make_model` asks for; nothing is trained here."""
+    """The configuration that `make_model` requires; nothing is trained here."""
     return replace(TrainerConfig(), compute_dtype=config.compute_dtype, remat="none")

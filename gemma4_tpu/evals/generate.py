@@ -1,7 +1,7 @@
-"""Generates completions with a model in this process: base and adapters, many problems and samples per decoding step.
+"""Generates completions with a model in this process: base and adapters, many samples per decoding step.
 
-Requests are sorted by prompt length, so that batches have little padding, and every batch of a length has the same
-static shape: one compilation each. A sample's draws depend only on its own seed, whatever else is in its batch.
+Requests are sorted by prompt length, so batches have little padding, and all batches of one length have the same static
+shape and share a compilation. A sample's draws depend only on its own seed, whatever else is in its batch.
 """
 
 from __future__ import annotations
@@ -36,12 +36,12 @@ from gemma4_tpu.storage import join, list_folder, read_json
 log = logging.getLogger(__name__)
 
 TPU_PROMPT_MULTIPLE, PROMPT_MULTIPLE = 128, 32
-"""Prompts are padded to a multiple of this many tokens (on TPUs, one that the attention kernel accepts); each length is
-compiled.
+"""Prompts are padded to a multiple of this many tokens (on TPUs, one that the attention kernel accepts); each length
+compiles once.
 """
 
 ANSWER_MULTIPLE = 8
-"""The longest scored answer is padded to a multiple of this."""
+"""The longest scored answer is padded to a multiple of this many tokens."""
 
 
 @dataclass(frozen=True)
@@ -55,11 +55,11 @@ class SampleRequest:
     tools: tuple[Any, ...] | None = None
     """Functions that the model can call, as JSON schemas."""
     scored: tuple[str, ...] = ()
-    """Answers whose likelihoods are requested, instead of one that is drawn."""
+    """Answers whose likelihoods are requested, instead of a drawn answer."""
 
 
 class Backend(Protocol):
-    """Where completions come from."""
+    """A source of completions."""
 
     @property
     def description(self) -> dict[str, Any]:
@@ -69,7 +69,7 @@ class Backend(Protocol):
         """Yields the samples in any order; one that cannot be obtained is logged and omitted.
 
         Raises:
-          UserError: answers are to be scored, and this backend cannot do that.
+          UserError: the requests need scoring, which this backend does not support.
         """
 
     def example(self, request: SampleRequest) -> str:
@@ -77,7 +77,7 @@ class Backend(Protocol):
 
 
 def requests(problems: Sequence[Asked], config: EvalConfig) -> list[SampleRequest]:
-    """All samples of an evaluation. Raises: UserError: `eval.system` beside a problem's own system message."""
+    """All samples of an evaluation. Raises: UserError: both `eval.system` and a problem have a system message."""
     return [
         SampleRequest(
             problem.name, i, messages(problem, config), sample_seed(config.seed, problem.name, i), problem.tools,
@@ -93,12 +93,12 @@ def messages(problem: Asked, config: EvalConfig) -> tuple[Message, ...]:
     if not config.system:
         return problem.messages
     if problem.messages[0]["role"] == "system":
-        raise UserError(f"eval.system: problem {problem.name} has a system message of its own; leave one of them out")
+        raise UserError(f"eval.system: problem {problem.name} has its own system message; leave one of them out")
     return ({"role": "system", "content": config.system}, *problem.messages)
 
 
 def sample_seed(seed: int, problem: str, sample: int) -> int:
-    """A sample's own seed, below 2**31 (what servers take)."""
+    """A sample's own seed, below 2**31 (the limit of servers)."""
     return zlib.crc32(f"{seed}/{problem}/{sample}".encode()) >> 1
 
 
@@ -109,17 +109,17 @@ class Weights:
     model: Model
     params: Any
     lora: Any
-    """None: the base alone."""
+    """Adapters; None: the base alone."""
 
 
 class _ScoredRow(NamedTuple):
-    """A prompt with one of the answers that are to be scored."""
+    """A prompt with one of the answers to be scored."""
 
     request: int
-    """Its place among the requests."""
+    """Its index among the requests."""
     ids: np.ndarray
     answer: int
-    """Tokens of the answer, at the end of `ids`."""
+    """Number of the answer's tokens, at the end of `ids`."""
 
 
 class InProcess:
@@ -134,10 +134,10 @@ class InProcess:
         tokenizer: the checkpoint's own.
         stop_ids: tokens that end an answer.
         config: sampling and batch size.
-        policy: for thoughts, as in training (`drop` or `train`).
-        description: for the report.
+        policy: policy for thoughts, as in training (`drop` or `train`).
+        description: what the report says about the model.
         sight: how pictures in prompts are read.
-        whole: answers keep their thoughts and control tokens.
+        whole: whether answers keep their thoughts and control tokens.
         """
         self._whole, self._sight = whole, sight
         self._weights, self._tokenizer, self._stop_ids = weights, tokenizer, tuple(stop_ids)
@@ -162,7 +162,7 @@ class InProcess:
             yield from self._draw(drawn, [encoded[request.problem] for request in drawn], shown)
 
     def _read(self, requests: Sequence[SampleRequest]) -> list[SampleRequest]:
-        """The requests with their pictures read."""
+        """The requests with their pictures loaded."""
         given = {request.problem: request.messages for request in requests}
         read = dict(zip(given, self._sight.read(list(given.values())), strict=True))
         return [replace(request, messages=read[request.problem]) for request in requests]
@@ -170,7 +170,7 @@ class InProcess:
     def _draw(
         self, requests: Sequence[SampleRequest], ids: Sequence[np.ndarray], shown: Shown | None
     ) -> Iterator[Sample]:
-        """Samples of answers, batch by batch."""
+        """Yields drawn samples, batch by batch."""
         order = sorted(range(len(requests)), key=lambda i: (len(ids[i]), requests[i].problem, requests[i].sample))
         size = min(self._config.batch_size, -(-len(requests) // self._rows) * self._rows)
         tokens, started = 0, time.perf_counter()
@@ -188,11 +188,11 @@ class InProcess:
     def _score(
         self, requests: Sequence[SampleRequest], encoded: Mapping[str, np.ndarray], shown: Shown | None
     ) -> Iterator[Sample]:
-        """Samples with the log-probability of each answer, given the prompt as it is encoded."""
+        """Yields samples with the log-probability of each answer given its encoded prompt."""
         if self._policy == "train":
             raise UserError(
-                "eval.thoughts=train: an answer's likelihood would be that of answering without a thought; give"
-                " eval.thoughts=drop, or eval.answers.choose=letter"
+                "eval.thoughts=train: likelihoods are those of answers without thoughts; give eval.thoughts=drop, or"
+                " eval.answers.choose=letter"
             )
         answers = [answer_ids(self._chat, request.scored) for request in requests]
         rows = [
@@ -214,7 +214,7 @@ class InProcess:
             log.info("%d of %d answers scored", min(start + size, len(rows)), len(rows))
 
     def _logprobs(self, rows: Sequence[_ScoredRow], keys: list[list[str]], shown: Shown | None) -> np.ndarray:
-        """float32 [rows]; `keys`: of the pictures of each."""
+        """Log-probabilities, float32 [rows]; `keys`: those of each row's pictures."""
         width = padded_width([row.ids for row in rows])
         longest = max(row.answer for row in rows)
         most = min(-(-longest // ANSWER_MULTIPLE) * ANSWER_MULTIPLE, width - 1)
@@ -230,24 +230,24 @@ class InProcess:
         )
 
     def _features(self, tokens: np.ndarray, keys: list[list[str]], shown: Shown | None) -> jax.Array | None:
-        """[B, P, I] of the pictures in tokens [B, P]; None: there are none."""
+        """Features [B, P, I] of the pictures in tokens [B, P]; None if there are none."""
         return None if shown is None else on_mesh(shown.of_rows(tokens, keys), self._weights.model.mesh)
 
     @property
     def _rows(self) -> int:
-        """Batches are a multiple of this."""
+        """Batch sizes are a multiple of this."""
         mesh = self._weights.model.mesh
         return sharding.row_places(mesh) if mesh is not None else 1
 
     def _batch(
         self, requests: Sequence[SampleRequest], ids: Sequence[np.ndarray], size: int, shown: Shown | None
     ) -> Iterator[Sample]:
-        """The samples of at most `size` requests, which are filled up with repeats of the last."""
+        """The samples of at most `size` requests, padded with repeats of the last."""
         width = padded_width(ids)
         rows = [min(row, len(requests) - 1) for row in range(size)]
         tokens = np.zeros((size, width), np.int32)
         for row, i in enumerate(rows):
-            # Padded on the left: every row's next token stands in the same column, which one write to the cache needs.
+            # Padded on the left: every row's next token is in the same column, so one write to the cache suffices.
             tokens[row, width - len(ids[i]) :] = ids[i]
         features = self._features(tokens, _keys([requests[i] for i in rows]), shown)
         lengths = np.array([len(ids[i]) for i in rows], np.int32)
@@ -271,7 +271,7 @@ class InProcess:
 
 
 def _keys(requests: Sequence[SampleRequest]) -> list[list[str]]:
-    """Keys of the pictures of each, in order."""
+    """Keys of each request's pictures, in order."""
     return [[picture.key for picture in pictures_of(request.messages)] for request in requests]
 
 
@@ -284,14 +284,14 @@ def rendered(chat: ChatFormat, request: SampleRequest) -> str:
 
 
 def answer_ids(chat: ChatFormat, answers: Sequence[str]) -> list[np.ndarray]:
-    """Tokens of each answer as training has them, the end of the turn included: without it, an answer that begins
-    another would always be the likelier of the two.
+    """Tokens of each answer as in training, including the end of the turn: without it, an answer that is a prefix of
+    another would always be the more likely of the two.
     """
     return chat.encode([answer + TURN_END for answer in answers])
 
 
 def scored_sample(request: SampleRequest, choices: list[dict[str, float]]) -> Sample:
-    """The likeliest of the answers that were to be scored, with the likelihoods of all."""
+    """The most likely of the scored answers, with the likelihoods of all."""
     best = max(range(len(choices)), key=lambda i: choices[i]["logprob"])
     return Sample(
         problem=request.problem, sample=request.sample, completion=request.scored[best], choices=choices, tokens=0,
@@ -299,7 +299,7 @@ def scored_sample(request: SampleRequest, choices: list[dict[str, float]]) -> Sa
 
 
 def on_mesh(x: np.ndarray, mesh: jax.sharding.Mesh | None) -> jax.Array:
-    """An array of rows, split among devices where the rows are enough."""
+    """Puts an array of rows on the mesh, split across devices if there are enough rows."""
     if mesh is None:
         return jax.numpy.asarray(x)
     spec = jax.sharding.PartitionSpec(sharding.ROWS if x.shape[0] % sharding.row_places(mesh) == 0 else None)

@@ -1,8 +1,8 @@
-"""Scores of lm-evaluation-harness: read back from what it writes, kept as a record, and two of them compared.
+"""Scores by lm-evaluation-harness: reads its output, keeps it as a record, and compares two records.
 
 ```
-result.json      tasks, metrics, standard errors, versions     lm_eval.yaml   what lm_eval was told
-documents.jsonl  {"task", "metric", "document", "value"}       lm_eval/       what it wrote itself; lm_eval.log
+result.json      tasks, metrics, standard errors, versions     lm_eval.yaml   lm_eval's configuration
+documents.jsonl  {"task", "metric", "document", "value"}       lm_eval/       its own output; lm_eval.log
 ```
 """
 
@@ -36,7 +36,7 @@ class HarnessMetric:
 
     value: float
     stderr: float | None
-    """As lm_eval estimates it; null: it does not."""
+    """lm_eval's estimate; null if it makes none."""
     higher_is_better: bool | None
 
 
@@ -45,9 +45,9 @@ class HarnessTask:
     """A task or a group of them."""
 
     version: str
-    """The task's own."""
+    """The task's own version."""
     documents: int | None
-    """Scored; null: of a group."""
+    """Number of scored documents; null for a group."""
     shots: int | None
     metrics: dict[str, HarnessMetric]
     """By name and filter, as lm_eval writes them: `acc,none`."""
@@ -55,11 +55,11 @@ class HarnessTask:
 
 @dataclass(frozen=True, kw_only=True)
 class HarnessOutcome:
-    """What lm_eval says of one model."""
+    """lm_eval's results for one model."""
 
     model: str
     lm_eval: str
-    """Its version."""
+    """Version of lm_eval."""
     settings: dict[str, Any]
     """Server, limits, template."""
     tasks: dict[str, HarnessTask]
@@ -72,7 +72,7 @@ class HarnessOutcome:
 
     @classmethod
     def read(cls, folder: Path) -> HarnessOutcome:
-        """The inverse of `write`. Raises: UserError: no finished evaluation of this kind is there."""
+        """The inverse of `write`. Raises: UserError: there is no finished evaluation of this kind."""
         path = folder / RESULT
         record = read_record(path)
         if record.kind != HARNESS or record.failed:
@@ -91,7 +91,7 @@ def read_written(folder: Path) -> tuple[str, dict[str, HarnessTask], Values]:
     """(version of lm_eval, tasks, values of documents) of the newest results under `folder`.
 
     Raises:
-      UserError: there are none, or of another form.
+      UserError: there are none, or they have another format.
     """
     written = sorted(folder.rglob("results_*.json"), key=lambda path: path.name)
     if not written:
@@ -107,7 +107,7 @@ def read_written(folder: Path) -> tuple[str, dict[str, HarnessTask], Values]:
             _add_documents(values, task, place)
         return str(found.get("lm_eval_version")), tasks, values
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{path}: not of the form that lm_eval 0.4 writes ({error!r})") from None
+        raise UserError(f"{path}: not in the format of lm_eval 0.4 ({error!r})") from None
 
 
 def _task(name: str, scores: Mapping[str, Any], found: Mapping[str, Any]) -> HarnessTask:
@@ -127,7 +127,7 @@ def _task(name: str, scores: Mapping[str, Any], found: Mapping[str, Any]) -> Har
 
 
 def _add_documents(values: Values, task: str, place: Path) -> None:
-    """The values that each document of a task got."""
+    """Adds the value of each document of a task."""
     for line in place.read_text(encoding="utf-8").split("\n"):
         if not line:
             continue
@@ -139,7 +139,7 @@ def _add_documents(values: Values, task: str, place: Path) -> None:
 
 
 def _number(value: Any) -> float | None:
-    """A finite number; None: it is something else, such as the parts that a metric is made from at the end."""
+    """A finite number; None for anything else, such as the intermediate values of an aggregated metric."""
     return float(value) if isinstance(value, int | float) and math.isfinite(value) else None
 
 
@@ -154,7 +154,7 @@ def write_documents(folder: Path, values: Values) -> None:
 
 
 def read_documents(folder: Path) -> Values:
-    """The inverse of `write_documents`; empty where there are none."""
+    """The inverse of `write_documents`; empty if there are none."""
     path, values = folder / DOCUMENTS_FILE, Values()
     for line in path.read_text(encoding="utf-8").split("\n") if path.is_file() else ():
         if line:
@@ -172,10 +172,10 @@ class HarnessDifference:
     a: float
     b: float
     low: float | None
-    """95%; None: nothing is known of its error."""
+    """Lower end of the 95% interval; None: the error is unknown."""
     high: float | None
     by: str
-    """What the interval follows from: `PAIRED` or `BY_ERRORS`."""
+    """Basis of the interval: `PAIRED` or `BY_ERRORS`."""
     higher_is_better: bool | None
 
     @property
@@ -184,9 +184,9 @@ class HarnessDifference:
 
     @property
     def verdict(self) -> str:
-        """In words, whether A is worse."""
+        """States whether A is worse."""
         if self.low is None or self.high is None:
-            return "error not known"
+            return "error unknown"
         if self.low <= 0 <= self.high:
             return "no more than chance"
         if self.higher_is_better is None:
@@ -200,21 +200,21 @@ class HarnessComparison:
 
     differences: list[HarnessDifference]
     unlike: dict[str, tuple[Any, Any]] = field(default_factory=dict)
-    """Settings and versions that differ though they should not."""
+    """Settings and versions that differ although they should not."""
 
     def claims(self, a: str, b: str) -> Iterator[str]:
-        """Sentences for people."""
+        """The claims in sentences."""
         for d in self.differences:
             reach = "" if d.low is None else f" [{d.low:+.4f}, {d.high:+.4f}], {d.by}"
             yield f"{d.task}, {d.metric}: {a} {d.a:.4f}, {b} {d.b:.4f}: {d.value:+.4f}{reach}: {d.verdict}."
         worse = [d for d in self.differences if d.verdict == "worse"]
         yield (
             f"{a} is worse than {b} on {len(worse)} of {len(self.differences)} scores by more than chance; without any"
-            " difference that happens on one of forty."
+            " real difference, that happens on one of forty."
         )
         if self.unlike:
-            listed = "; ".join(f"{key}: {x} against {y}" for key, (x, y) in self.unlike.items())
-            yield f"Not a like-for-like comparison, {listed}."
+            listed = "; ".join(f"{key}: {x} and {y}" for key, (x, y) in self.unlike.items())
+            yield f"Not a like-for-like comparison ({listed})."
 
 
 _MAY_DIFFER = ("endpoint", "model", "tokenizer")
@@ -224,7 +224,7 @@ def compare_harness(a: Path, b: Path) -> HarnessComparison:
     """The evaluation in folder `a` minus that in `b`, on every metric that both have.
 
     Raises:
-      UserError: one is none, or they share no task.
+      UserError: one is not an evaluation, or they share no task.
     """
     x, y = HarnessOutcome.read(a), HarnessOutcome.read(b)
     of_a, of_b = read_documents(a), read_documents(b)
@@ -249,7 +249,7 @@ def _versions(outcome: HarnessOutcome) -> dict[str, Any]:
 def _difference(
     task: str, metric: str, x: HarnessOutcome, y: HarnessOutcome, of_a: dict[str, float], of_b: dict[str, float]
 ) -> HarnessDifference:
-    """Paired where both scored the same documents with values from 0 to 1, whose mean the score then is."""
+    """Paired if both scored the same documents with values from 0 to 1, of which the score is the mean."""
     a, b = x.tasks[task].metrics[metric], y.tasks[task].metrics[metric]
     gaps = np.array([of_a[document] - of_b[document] for document in of_a if document in of_b])
     bounded = all(0 <= value <= 1 for value in [*of_a.values(), *of_b.values()])

@@ -1,8 +1,8 @@
-"""lm-evaluation-harness as a child process: told by a file, its results read back.
+"""Runs lm-evaluation-harness as a child process, configured by a file, and reads back its results.
 
-It runs by its own command in its own environment, so that neither its packages nor its tasks' code get into ours. It
-asks the server's `/completions`, which scores and generates alike; the tokenizer puts questions into turns. What it was
-answered is cached, so a second start goes on.
+It runs as its own command in its own environment, so neither its packages nor its tasks' code enter ours. It uses the
+server's `/completions`, both to score and to generate; the tokenizer renders questions as turns. Answers are cached, so
+a second start resumes.
 """
 
 from __future__ import annotations
@@ -30,11 +30,11 @@ log = logging.getLogger(__name__)
 
 TOLD, LOG, WRITTEN, CACHE = "lm_eval.yaml", "lm_eval.log", "lm_eval", "responses"
 END_SECONDS = 10.0
-_BAR = "%|"  # in every line of a progress bar, which may come behind the last words
+_BAR = "%|"  # in every line of a progress bar, which can follow the last words
 
 
 def run_harness(config: EvalConfig, tokenizer: str, folder: Path) -> HarnessOutcome:
-    """Runs the tasks on `eval.endpoint` and leaves their scores in `folder`.
+    """Runs the tasks on `eval.endpoint` and writes their scores to `folder`.
 
     Args:
       config: server, tasks, limits.
@@ -42,7 +42,7 @@ def run_harness(config: EvalConfig, tokenizer: str, folder: Path) -> HarnessOutc
       folder: the record's.
 
     Raises:
-      UserError: no server there, or lm_eval ended with an error, whose last words it repeats.
+      UserError: no server answers, or lm_eval failed; repeats its last words.
     """
     model = served_model(config)
     told = arguments(config, tokenizer, folder, model)
@@ -68,7 +68,7 @@ def run_harness(config: EvalConfig, tokenizer: str, folder: Path) -> HarnessOutc
 
 
 def arguments(config: EvalConfig, tokenizer: str, folder: Path, model: dict[str, Any]) -> dict[str, Any]:
-    """What `lm_eval run --config` takes. `model`: what the server lists of it."""
+    """The configuration for `lm_eval run --config`. `model`: the server's entry for it."""
     longest = model.get("max_model_len")
     server = {
         "base_url": f"{config.endpoint}/completions", "model": model["id"], "tokenizer": assets.resolve(tokenizer),
@@ -85,7 +85,7 @@ def arguments(config: EvalConfig, tokenizer: str, folder: Path, model: dict[str,
 
 
 def _run(command: Sequence[str], log_path: Path) -> None:
-    """Waits for a command, which ends with this process, however that ends."""
+    """Runs a command and waits for it; it ends with this process, however that ends."""
     with log_path.open("w", encoding="utf-8") as printed:
         process = subprocess.Popen(
             command, stdin=subprocess.DEVNULL, stdout=printed, stderr=subprocess.STDOUT, preexec_fn=end_with_parent
@@ -103,4 +103,4 @@ def _run(command: Sequence[str], log_path: Path) -> None:
     if code:
         lines = log_path.read_text(encoding="utf-8", errors="replace").splitlines()
         said = last_words("\n".join(line for line in lines if _BAR not in line))
-        raise UserError(f"lm_eval ended with code {code}: {said}; all that it said: {log_path}")
+        raise UserError(f"lm_eval ended with code {code}: {said}; see its log: {log_path}")

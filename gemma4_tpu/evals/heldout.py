@@ -1,4 +1,4 @@
-"""Answers to a few held-out prompts while a run trains: to see what the loss does not show."""
+"""Answers a few held-out prompts while a run trains, to show what the loss does not."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ COLUMNS = ("prompt", "answer", "reference", "finish")
 
 
 class HeldoutAnswers:
-    """Greedy answers to the first `trainer.sample_prompts` held-out examples, each up to its last answer.
+    """Greedy answers to the first `trainer.sample_prompts` held-out examples, in place of each one's last answer.
 
     Rows of `heldout_samples.jsonl`: update, prompt, answer, reference, finish (`stop` or `length`).
     """
@@ -40,21 +40,21 @@ class HeldoutAnswers:
         resume_from: int | None, *, write: bool, shown: Shown | None = None,
     ):  # fmt: skip
         """Args:
-        examples: held-out; None: there are none.
-        base: for the tokens that end an answer.
-        tokenizer: its own.
-        trainer: how many prompts, and how long the answers may be.
+        examples: the held-out examples; None if there are none.
+        base: names the tokens that end an answer.
+        tokenizer: the base's.
+        trainer: number of prompts and maximum length of answers.
         folder: the run folder.
-        resume_from: update that the run resumes from; later rows are dropped.
+        resume_from: update from which the run resumes; later rows are dropped.
         write: False on every process but the first.
         shown: features of the examples' pictures.
         """
         count = min(trainer.sample_prompts, len(examples) if examples else 0)
         if count and jax.process_count() > 1:
-            log.warning("trainer.sample_prompts=%d: not with several processes; no samples are drawn", count)
+            log.warning("trainer.sample_prompts=%d: not supported with several processes; no samples are drawn", count)
             count = 0
         self._trainer, self._tokenizer = trainer, tokenizer
-        # Of pairs the chosen side, which comes first.
+        # Of a pair, the chosen side, which comes first.
         self._pairs = [split(*examples.sequences(i)[0]) for i in range(count)] if examples and count else []
         self._shown = shown if examples is not None and examples.pictures is not None else None
         self._keys = examples.pictures[:count] if self._shown and examples and examples.pictures else ()
@@ -62,7 +62,7 @@ class HeldoutAnswers:
         self._rows = MetricsFile(folder / FILE, after_update=resume_from, write=write) if count else None
 
     def __call__(self, setup: Setup, trained: Any, update: int, tracker: Tracker) -> None:
-        """Answers with the values as they are after `update`."""
+        """Answers with the values after `update`."""
         if self._rows is None:
             return
         rows = [(*row, finish) for row, finish in self._answers(setup, trained)]
@@ -102,7 +102,7 @@ class HeldoutAnswers:
 
 
 def split(ids: np.ndarray, flags: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """(prompt, reference): the last run of target tokens, and all that comes before it."""
+    """(prompt, reference): the last run of target tokens, and everything before it."""
     last = int(np.flatnonzero(flags)[-1])
     before = np.flatnonzero(~flags[: last + 1])
     start = int(before[-1]) + 1 if len(before) else 1

@@ -1,11 +1,11 @@
-"""The judge as a service on loopback: batches of (problem, completion) in, verdicts and graded scores out.
+"""The judge as a loopback service: takes batches of (problem, completion), returns verdicts and graded scores.
 
 ```
 POST /judge   {"samples": [{"problem": NAME, "completion": TEXT}, …]}  →  {"verdicts": [{…}, …]}, in this order
 GET /health   {"status": "ok", "problems", "simulator", "sandbox", "judged", "remembered"}
 ```
 
-What can't be read is answered with 400 and `{"error": …}`. No JAX here.
+Invalid requests are answered with 400 and `{"error": …}`. Imports no JAX.
 """
 
 from __future__ import annotations
@@ -27,47 +27,47 @@ from gemma4_tpu.evals.verilog.verilog_judge import VerilogJudge
 log = logging.getLogger(__name__)
 
 HOST = "127.0.0.1"
-REMEMBERED = 16_384  # verdicts, the latest
+REMEMBERED = 16_384  # latest verdicts kept
 LARGEST_BODY_BYTES = 64 << 20
 RAN, BUILT, AGREEING = 0.2, 0.1, 0.6
 
 
 def graded(verdict: Verdict) -> float:
-    """A score for rewards, from 0 to 1.
+    """A score for use as a reward, from 0 to 1.
 
-    1: it passes. 0.2 to 0.8: it ran to the end of its bench, and 0.6 of this by the share of comparisons without an
-    error. 0.1: it builds, and crashes or does not end. 0: all others. A design that does nothing agrees wherever the
-    reference does nothing, so learn from `passed` as soon as some samples do.
+    1: it passes. 0.2 to 0.8: it ran to the end of its bench; 0.6 of this is the share of comparisons without an error.
+    0.1: it builds, but crashes or does not end. 0: everything else. A design that does nothing agrees wherever the
+    reference does nothing, so learn from `passed` as soon as some samples pass.
     """
     if verdict.passed:
         return 1.0
     if verdict.kind is VerdictClass.MISMATCH:
         agreeing = 1 - verdict.mismatches / verdict.samples if verdict.mismatches and verdict.samples else 0.0
         return round(RAN + AGREEING * agreeing, 6)
-    ran = verdict.refused_by not in ("text", "build")  # a compiler may crash, too, or not end
+    ran = verdict.refused_by not in ("text", "build")  # a compiler can also crash or not end
     return BUILT if ran and verdict.kind in (VerdictClass.RUNTIME, VerdictClass.TIMEOUT) else 0.0
 
 
 class Service:
-    """Verdicts with a memory of the latest; equal samples are simulated once, also while they are. Thread-safe."""
+    """Verdicts, with the latest remembered; equal samples are simulated once, even at the same time. Thread-safe."""
 
     def __init__(self, problems: Sequence[Problem], judge: VerilogJudge, check: SelfCheck):
         """Args:
-        problems: prepared by `judge`.
-        judge: gives the verdicts.
-        check: what it found out about itself.
+        problems: problems prepared by `judge`.
+        judge: the judge.
+        check: its self-check.
         """
         self._problems = {problem.name: problem for problem in problems}
         self._judge, self._check = judge, check
-        self._lock = threading.RLock()  # a future that is done calls back at once
+        self._lock = threading.RLock()  # a finished future calls back at once
         self._known: OrderedDict[tuple[str, bytes], Future[Verdict]] = OrderedDict()
         self._judged = 0
 
     def verdicts(self, samples: Any) -> list[dict[str, Any]]:
-        """Rows in the order of the samples.
+        """One row per sample, in order.
 
         Raises:
-          ValueError: they are no list of `{"problem", "completion"}`, or name a problem that there is not.
+          ValueError: the samples are not a list of `{"problem", "completion"}`, or name an unknown problem.
         """
         if not isinstance(samples, list):
             raise ValueError('give {"samples": [{"problem": NAME, "completion": TEXT}, …]}')
@@ -76,7 +76,7 @@ class Service:
         return [_row(name, future.result()) for (name, _), future in zip(pairs, futures, strict=True)]
 
     def health(self) -> dict[str, Any]:
-        """For people and probes."""
+        """The service's state, for people and probes."""
         check = self._check
         return {
             "status": "ok", "problems": len(self._problems), "simulator": check.simulator, "sandbox": check.sandbox,
@@ -110,7 +110,7 @@ class Service:
             return future
 
     def _forget_failure(self, key: tuple[str, bytes], done: Future[Verdict]) -> None:
-        """What was no verdict (a full disk, say) is tried again when it is asked for again."""
+        """Forgets a failure without a verdict (such as a full disk), so that the next request tries again."""
         if done.cancelled() or done.exception():
             with self._lock:
                 self._known.pop(key, None)
@@ -123,7 +123,7 @@ def _row(name: str, verdict: Verdict) -> dict[str, Any]:
 
 
 def make_server(service: Service, port: int, broken: Callable[[], None]) -> ThreadingHTTPServer:
-    """A server on loopback, bound and not yet serving; `broken` is called when the workers have died.
+    """A loopback server, bound but not serving yet; `broken` is called when the workers have died.
 
     Raises:
       OSError: the port is taken.
@@ -131,7 +131,7 @@ def make_server(service: Service, port: int, broken: Callable[[], None]) -> Thre
 
     class Handler(BaseHTTPRequestHandler):
         protocol_version = "HTTP/1.1"
-        timeout = 600.0  # seconds that a connection may be idle
+        timeout = 600.0  # seconds for which a connection can be idle
 
         def do_GET(self) -> None:
             known = self.path == "/health"
@@ -141,7 +141,7 @@ def make_server(service: Service, port: int, broken: Callable[[], None]) -> Thre
             length = self.headers.get("Content-Length", "")
             if not length.isdecimal() or len(length) > 18 or int(length) > LARGEST_BODY_BYTES:
                 self.close_connection = True
-                self._send(413, {"error": f"a body of at most {LARGEST_BODY_BYTES} bytes, with its Content-Length"})
+                self._send(413, {"error": f"send at most {LARGEST_BODY_BYTES} bytes, with a Content-Length"})
                 return
             body = self.rfile.read(int(length))
             if self.path != "/judge":
@@ -151,20 +151,20 @@ def make_server(service: Service, port: int, broken: Callable[[], None]) -> Thre
                 asked = json.loads(body)
                 self._send(200, {"verdicts": service.verdicts(asked.get("samples") if isinstance(asked, dict) else 0)})
             except (ValueError, RecursionError) as error:
-                self._send(400, {"error": str(error) or "no JSON"})
+                self._send(400, {"error": str(error) or "not JSON"})
             except BrokenExecutor as error:
                 log.error("the judge's workers have died: %s", error)
                 self._send(500, {"error": "the judge's workers have died"})
                 broken()
             except CancelledError:
-                self._send(503, {"error": "the judge is ending"})
+                self._send(503, {"error": "the judge is shutting down"})
 
         def _send(self, status: int, body: dict[str, Any]) -> None:
             data = json.dumps(body).encode()
             self.send_response(status)
             self.send_header("Content-Type", "application/json")
             self.send_header("Content-Length", str(len(data)))
-            with contextlib.suppress(ConnectionError):  # who asked is gone
+            with contextlib.suppress(ConnectionError):  # the client is gone
                 self.end_headers()
                 self.wfile.write(data)
 

@@ -1,4 +1,4 @@
-"""How likely given answers are: log-probabilities of the last tokens of each row, in one forward pass."""
+"""Likelihoods of given answers: log-probabilities of the last tokens of each row, in one forward pass."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from gemma4_tpu.models.gemma4 import Model, Params, hidden_states
 from gemma4_tpu.step.loss import token_nll
 
 LOGITS_TOKENS = 1024
-"""Tokens of a batch whose logits exist at one time."""
+"""Number of a batch's tokens whose logits exist at one time."""
 
 
 @partial(jax.jit, static_argnames=("model", "most"))
@@ -20,17 +20,17 @@ def answer_logprobs(
     model: Model, params: Params, lora: Params | None, tokens: jax.Array, lengths: jax.Array, answers: jax.Array, *,
     most: int, features: jax.Array | None = None,
 ) -> jax.Array:  # fmt: skip
-    """Log-probability of each row's answer, given what comes before it: float32 [B], in nats.
+    """Log-probability of each row's answer given its prompt: float32 [B], in nats.
 
     Args:
-      model: architecture and settings; adapters act without dropout.
+      model: architecture and settings; adapters apply without dropout.
       params: base weights.
       lora: adapters, or None.
       tokens: [B, T] int32, prompt and answer, padded on the left.
-      lengths: [B] int32, real tokens of each row.
-      answers: [B] int32, tokens of its answer, from 1 to `most`.
-      most: less than T.
-      features: [B, T, I] of the pictures, as `hidden_states` takes them.
+      lengths: [B] int32, number of real tokens in each row.
+      answers: [B] int32, number of tokens in its answer, from 1 to `most`.
+      most: maximum length of an answer, less than T.
+      features: [B, T, I], those of the pictures, as `hidden_states` takes them.
     """
     model = replace(model, remat="none", lora_dropout=0.0)
     b, t = tokens.shape

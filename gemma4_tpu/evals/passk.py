@@ -1,8 +1,7 @@
-"""pass@k and how far it can be trusted.
+"""pass@k and its uncertainties.
 
-Two uncertainties, never mixed: *sampling error*, how much the score changes if the samples are drawn again for these
-problems; and the *interval over problems*, how much it changes for other problems of the same kind (which includes the
-former).
+There are two, never mixed: *sampling error*, how much the score changes if samples are redrawn for these problems; and
+the *interval over problems*, how much it changes for other problems of the same kind (which includes the former).
 """
 
 from __future__ import annotations
@@ -17,8 +16,8 @@ DRAWS = 10_000
 LEVEL = 0.95
 KS = (1, 5, 10)
 MOST_SEPARATE = 1000
-"""With more problems than this, equal values get their weight in one draw: gammas add up, so it is of the same law, and
-10,000 draws for each of as many problems would take a gigabyte."""
+"""With more problems than this, equal values get their weight in one draw. Gamma variables add up, so the distribution
+is the same, and 10,000 separate draws for each of this many problems would take a gigabyte."""
 
 
 def pass_at_k(n: int, c: int, k: int) -> float:
@@ -26,7 +25,7 @@ def pass_at_k(n: int, c: int, k: int) -> float:
     estimate of passing within k attempts.
 
     Raises:
-      ValueError: k > n, for which there is no unbiased estimate, or c outside 0…n.
+      ValueError: k > n, for which no unbiased estimate exists, or c outside 0…n.
     """
     if not 1 <= k <= n or not 0 <= c <= n:
         raise ValueError(f"pass@{k} of {c} passes in {n} samples")
@@ -35,7 +34,7 @@ def pass_at_k(n: int, c: int, k: int) -> float:
 
 def sampling_variance(n: int, c: int, k: int) -> float | None:
     """Variance of `pass_at_k` over redrawn samples of this problem, by the delete-one jackknife; for k = 1 that is
-    p(1 - p)/(n - 1). None where k = n leaves nothing to delete.
+    p(1 - p)/(n - 1). None if k = n, which leaves nothing to delete.
     """
     if k >= n:
         return None
@@ -52,10 +51,10 @@ class Score:
     k: int
     value: float
     low: float
-    """Interval over problems, 95%: see `interval`."""
+    """Lower end of the 95% interval over problems: see `interval`."""
     high: float
     sampling_error: float | None
-    """Standard error with the problems fixed, never below what one sample weighs; None: k = n, or one sample each."""
+    """Standard error for fixed problems, at least the weight of one sample; None: k = n, or one sample each."""
     problems: int
 
     def __str__(self) -> str:
@@ -68,8 +67,8 @@ def score(counts: Sequence[tuple[int, int]], k: int, seed: int = 0) -> Score:
 
     Args:
       counts: (n, c) of each problem.
-      k: at most the smallest n.
-      seed: of the interval's draws.
+      k: number of attempts, at most the smallest n.
+      seed: seed of the interval's draws.
     """
     values = np.array([pass_at_k(n, c, k) for n, c in counts])
     low, high = interval(values, (0.0, 1.0), seed)
@@ -97,22 +96,22 @@ class ScoreDifference:
     k: int
     value: float
     low: float
-    """Interval over problems of the paired differences, 95%."""
+    """Lower end of the 95% interval over problems of the paired differences."""
     high: float
     sampling_error: float | None
     better: int
-    """Problems where A's estimate is higher."""
+    """Number of problems with a higher estimate for A."""
     worse: int
     equal: int
 
     @property
     def beyond_sampling(self) -> bool | None:
-        """Whether drawing the samples again could hardly undo it (1.96 standard errors); None: not known."""
+        """Whether redrawing the samples is unlikely to undo it (1.96 standard errors); None: unknown."""
         return None if self.sampling_error is None else abs(self.value) > 1.96 * self.sampling_error
 
     @property
     def beyond_problems(self) -> bool:
-        """Whether the interval over problems leaves out 0."""
+        """Whether the interval over problems excludes 0."""
         return self.low > 0 or self.high < 0
 
 
@@ -131,9 +130,10 @@ def difference(a: Sequence[tuple[int, int]], b: Sequence[tuple[int, int]], k: in
 def interval(values: np.ndarray, limits: tuple[float, float], seed: int = 0) -> tuple[float, float]:
     """95% interval of the mean of `values` [problems] for other problems of the same kind.
 
-    The Bayesian bootstrap (Rubin 1981) with half an observation at each of the values' `limits`. Where all values are 0
-    or 1 that is exactly Jeffreys' interval of a proportion, so that 0 of 40 reaches up to 0.060 and not to 0; with
-    many problems it is the bootstrap's. As usual with Jeffreys' interval, an end is the limit where every value is.
+    The Bayesian bootstrap (Rubin 1981) with half an observation added at each of the values' `limits`. If all values
+    are 0 or 1, that is exactly Jeffreys' interval of a proportion, so for 0 of 40 it ends at 0.060 rather than 0; with
+    many problems it approaches the bootstrap's. As usual for Jeffreys' interval, an end is at the limit if every value
+    is.
     """
     rng = np.random.default_rng(seed)
     points, shapes = np.array([*values, *limits]), np.array([1.0] * len(values) + [0.5] * len(limits))
@@ -152,8 +152,8 @@ def interval(values: np.ndarray, limits: tuple[float, float], seed: int = 0) -> 
 def _sampling_error(counts: Sequence[tuple[int, int]], k: int) -> float | None:
     """Standard error of the mean over problems, whose samples are independent.
 
-    What one more pass among n would change, k/n on one problem, is added once: where every problem has 0 or n passes,
-    the jackknife sees no spread at all, and the true one can be of that size (0 of N: Jeffreys' 95% end is 2.5/N).
+    The effect of one more pass among n, k/n on one problem, is added once: if every problem has 0 or n passes, the
+    jackknife sees no spread, although the true one can be of that size (0 of N: Jeffreys' 95% end is 2.5/N).
     """
     variances = [sampling_variance(n, c, k) for n, c in counts]
     known = [v for v in variances if v is not None]

@@ -1,7 +1,7 @@
-"""Common to every benchmark: problems, their sources, and judges of completions.
+"""The parts common to all benchmarks: problems, their sources, and judges of completions.
 
 A new Verilog benchmark is one file with a `ProblemSource`; see `verilog/resbench.py`. Rows with known answers need no
-code at all (`accuracy/`). This module imports nothing heavy.
+code (`accuracy/`). This module has no heavy imports.
 """
 
 from __future__ import annotations
@@ -17,15 +17,15 @@ from typing import Any, Protocol
 from gemma4_tpu.errors import UserError
 
 Message = dict[str, Any]
-"""A turn: `role` and `content`."""
+"""A turn, with `role` and `content`."""
 
 
 class Asked(Protocol):
-    """What a model is asked, whoever judges its answer."""
+    """A question to a model, whoever judges its answer."""
 
     @property
     def name(self) -> str:
-        """Unique within a benchmark."""
+        """Its name, unique within a benchmark."""
 
     @property
     def messages(self) -> tuple[Message, ...]:
@@ -42,37 +42,37 @@ class Asked(Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class Problem:
-    """One task: what the model is told, and the test bench that its answer must pass."""
+    """One task: the prompt, and the test bench that the answer must pass."""
 
     name: str
     prompt: str
     reference: str
-    """Source of a design that fulfils the specification; defines `reference_top`. Empty: the benchmark has none, so
-    that its bench is not graded, a pass needs no number of comparisons, and there are no second opinions."""
+    """Source of a design that meets the specification; defines `reference_top`. Empty: the benchmark has none, so its
+    bench is not graded, a pass needs no particular number of comparisons, and there are no second opinions."""
     testbench: str
     """Source of the test bench; instantiates `top`."""
     top: str
-    """The module that an answer has to define."""
+    """The module that an answer must define."""
     reference_top: str
     """The module that `reference` defines, if there is one."""
     bench_top: str
     """The root module of `testbench`."""
     bench_needs_reference: bool
-    """Whether the bench instantiates the reference next to the answer, or holds what it expects itself."""
+    """Whether the bench instantiates the reference next to the answer, or contains the expected values itself."""
     result_marker: str
-    """Text inside a string of the bench's with which it announces its result. A nonce is put behind it."""
+    """Text inside one of the bench's strings that announces its result. A nonce is inserted after it."""
     result_pattern: str
-    """Regular expression of the whole line; `{marker}` stands for the marker with its nonce. Groups `errors` and
-    `samples`, where there are any."""
+    """Regular expression for the whole line; `{marker}` stands for the marker with its nonce. Groups: `errors` and
+    `samples`, if the line has them."""
     official_rule: Callable[[str], bool]
-    """The benchmark's own verdict from everything that compiler and simulation printed."""
+    """The benchmark's own verdict, from the complete output of compiler and simulation."""
     failure_pattern: str | None = None
-    """Regular expression of what a bench prints instead of its result when it counted errors; null: it always prints a
+    """Regular expression for what a bench prints instead of its result if it counted errors; null: it always prints a
     result."""
     files: Mapping[str, str] = field(default_factory=dict)
     """Data files that the bench reads, by name."""
     header: str = ""
-    """The head of the module `top`, where an answer may be its body alone."""
+    """The header of the module `top`, if an answer can be its body alone."""
 
     @property
     def messages(self) -> tuple[Message, ...]:
@@ -88,14 +88,14 @@ class Problem:
 
 
 def check_problems(problems: Sequence[Problem], benchmark: str) -> None:
-    """What a source made, before anything is judged by it.
+    """Checks a source's problems before anything is judged by them.
 
     Args:
-      problems: of the source.
+      problems: the source's problems.
       benchmark: its name, for messages.
 
     Raises:
-      UserError: they are no problems, share names, or hold what worker processes can't be given.
+      UserError: they are not problems, share names, or contain something that can't be sent to worker processes.
     """
     where = f"benchmark {benchmark}"
     names: set[str] = set()
@@ -104,26 +104,26 @@ def check_problems(problems: Sequence[Problem], benchmark: str) -> None:
             raise UserError(f"{where}: problem {number} is a {type(problem).__name__}; a source makes `Problem`s")
         said = f"{where}, problem {problem.name}"
         if problem.name in names:
-            raise UserError(f"{said}: a second one of this name")
+            raise UserError(f"{said}: a duplicate name; rename one")
         names.add(problem.name)
         if bad := [key for key in _TEXTS if not isinstance(getattr(problem, key), str)]:
             raise UserError(f"{said}: {', '.join(bad)} must be text")
         if problem.bench_needs_reference and not problem.reference:
-            raise UserError(f"{said}: its bench needs a reference, and there is none")
+            raise UserError(f"{said}: its bench needs a reference, but there is none; add one")
         try:
-            ForkingPickler.dumps(problem.official_rule)  # as the pool hands it to its workers
-        except Exception:  # it depends on Python's version which one
+            ForkingPickler.dumps(problem.official_rule)  # as the pool sends it to its workers
+        except Exception:  # which one depends on Python's version
             raise UserError(
                 f"{said}: official_rule is {problem.official_rule!r}, which worker processes can't import; write it as"
                 " a function of a module (no lambda, no function within a function)"
             ) from None
         if not callable(problem.official_rule):
-            raise UserError(f"{said}: official_rule is {problem.official_rule!r}, no function of what was printed")
+            raise UserError(f"{said}: official_rule is {problem.official_rule!r}, not a function of the printed text")
         try:
             re.compile(problem.result_pattern.replace("{marker}", "x"))
             re.compile(problem.failure_pattern or "")
         except re.error as error:
-            raise UserError(f"{said}: result_pattern or failure_pattern is no regular expression ({error})") from None
+            raise UserError(f"{said}: result_pattern or failure_pattern is not a regex ({error})") from None
 
 
 _TEXTS = (
@@ -133,10 +133,10 @@ _TEXTS = (
 
 
 def texts_of(row: Any, keys: Sequence[str], where: str) -> dict[str, str]:
-    """The texts that a row of a benchmark's file holds under `keys`.
+    """The texts under `keys` in a row of a benchmark's file.
 
     Raises:
-      UserError: it has not all of them; names those, behind `where`.
+      UserError: some are missing; names them, after `where`.
     """
     if missing := [key for key in keys if not (isinstance(row, Mapping) and isinstance(row.get(key), str))]:
         raise UserError(f"{where}: {', '.join(missing)} missing")
@@ -144,36 +144,36 @@ def texts_of(row: Any, keys: Sequence[str], where: str) -> dict[str, str]:
 
 
 HOW_TO_STOP_LEAKS = (
-    "The server takes the markup of thought channels away and leaves the thoughts: start it with its reasoning parser"
+    "The server strips the markup of thought channels but leaves the thoughts: start it with its reasoning parser"
     " (vLLM: --reasoning-parser gemma4; the presets of `serve` set it) and draw the samples again."
 )
 
 
 class VerdictClass(StrEnum):
-    """Classes of verdicts."""
+    """The classes of verdicts."""
 
     PASS = "pass"
     MISMATCH = "mismatch"
-    """The bench counted errors, or another number of samples than with the reference."""
+    """The bench counted errors, or made a different number of comparisons than with the reference."""
     SYNTAX = "syntax"
     ELABORATION = "elaboration"
-    """Read, but not built: unknown modules, ports or names, no module of the wanted name."""
+    """Parsed but not built: unknown modules, ports or names, or no module of the required name."""
     FORBIDDEN = "forbidden construct"
     RUNTIME = "runtime"
     """The simulation ended with an error, or printed too much."""
     TIMEOUT = "timeout"
-    """Compilation or simulation used up its CPU time."""
+    """Compilation or simulation exceeded its CPU time."""
     NO_RESULT = "no result"
-    """No module in the completion, no completion, or no result line; also where the reference itself fails."""
+    """No module in the completion, no completion, or no result line; also if the reference itself fails."""
     LEAKED = "leaked thought"
-    """The completion begins with a thought whose markup the server took away: no telling where the answer begins, so
-    nothing of it is judged."""
+    """The completion begins with a thought whose markup the server stripped: where the answer begins is unknown, so it
+    is not judged."""
     WRONG = "wrong"
-    """Another answer than the expected one."""
+    """An answer other than the expected one."""
     UNANSWERED = "unanswered"
-    """Nothing in it that could be compared with the expected answer."""
+    """Contains nothing that can be compared with the expected answer."""
     CUT_OFF = "cut off"
-    """The answer reached the token limit. What it would have said is not known, so none of it is compared."""
+    """The answer reached the token limit. Its rest is unknown, so none of it is compared."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -182,11 +182,11 @@ class Verdict:
 
     kind: VerdictClass
     detail: str = ""
-    """Why, in one line."""
+    """The reason, in one line."""
     official: bool | None
     """The benchmark's own verdict on the same code; null: not requested."""
     refused_by: str | None = None
-    """The check of the strict verdict that refused it; null for a pass."""
+    """The check of the strict verdict that failed; null for a pass."""
     mismatches: int | None = None
     """Errors that the bench counted."""
     samples: int | None = None
@@ -211,16 +211,16 @@ LEAKED = Verdict(
     kind=VerdictClass.LEAKED, detail="begins with a thought without its markup", official=False, refused_by="text"
 )  # fmt: skip
 THOUGHT = "thought"
-"""The name that Gemma 4 gives to its thought channels; it is ordinary text behind the token that opens one."""
+"""Gemma 4's name for its thought channels; it is ordinary text after the token that opens one."""
 
 
 def is_leaked_thought(completion: str) -> bool:
-    """Whether it begins with a thought channel's name: what is left of a channel without its control tokens."""
+    """Whether a completion begins with a thought channel's name, which remains if the control tokens are stripped."""
     return completion.lstrip().startswith(f"{THOUGHT}\n")
 
 
 class SelfCheck(Protocol):
-    """What a judge found out about itself before judging."""
+    """What a judge found out about itself and the problems before judging."""
 
     @property
     def simulator(self) -> str:
@@ -228,14 +228,14 @@ class SelfCheck(Protocol):
 
     @property
     def sandbox(self) -> str:
-        """Level of isolation."""
+        """The level of isolation."""
 
     @property
     def cannot_pass(self) -> dict[str, str]:
-        """Name → reason, of the problems whose own reference fails here."""
+        """Problem → reason, for problems whose own reference fails here."""
 
     def table(self) -> str:
-        """For people."""
+        """The self-check as a table for people."""
 
     def to_row(self) -> dict[str, Any]:
         """For JSON."""
@@ -252,10 +252,10 @@ class Judge(Protocol):
     """Gives verdicts; thread-safe, a context manager."""
 
     def prepare(self, problems: Sequence[Problem]) -> SelfCheck:
-        """Judges the references (or recalls what they did). Needed once before `judge`."""
+        """Judges the references (or recalls their results). Required once before `judge`."""
 
     def judge(self, problem: Problem, completion: str) -> Verdict:
         """The verdict on one completion."""
 
     def judge_all(self, samples: Iterable[tuple[Problem, str]]) -> Iterator[Verdict]:
-        """Verdicts in the order of the samples, several at work at one time."""
+        """Verdicts in the order of the samples; judges several at a time."""

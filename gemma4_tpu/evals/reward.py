@@ -1,4 +1,4 @@
-"""A judge as a reward, from Python: verdicts on batches of completions while a model is trained.
+"""A judge as a reward, from Python: verdicts on batches of completions while a model trains.
 
 ```python
 from gemma4_tpu.evals.reward import JudgeProcess
@@ -9,7 +9,7 @@ with JudgeProcess("eval=verilog_eval", "eval.problems_path=/data/verilog-eval") 
 ```
 
 The judge is `python -m gemma4_tpu.judge` in a separate process: callers need no `__main__` guard, can call it from many
-threads, and inherit none of its workers; the process ends with its caller, however that ends. Imports no JAX.
+threads, and inherit none of its workers. The process ends with its caller, however that ends. Imports no JAX.
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ import httpx
 from gemma4_tpu.errors import UserError, last_words
 
 ANNOUNCEMENT = "judging at "
-"""Begins the line on stdout that ends with the server's address."""
+"""Start of the line on stdout that ends with the server's address."""
 END_SECONDS = 15.0
 
 
 class JudgeProcess:
-    """A judge that starts at once and serves until `close`. Thread-safe; a context manager.
+    """A judge that starts on construction and serves until `close`. Thread-safe; a context manager.
 
     Rows have `problem`, `passed`, `score` (see `judge_server.graded`), `kind` (a verdict class), `mismatches` and
     `samples` (null if the bench counted none), `refused_by` and `detail`.
@@ -44,7 +44,7 @@ class JudgeProcess:
           words: overrides of `python -m gemma4_tpu.judge`.
 
         Raises:
-          UserError: it does not start: no simulator, no sandbox, no problems, or a canary that passes.
+          UserError: it can't start: no simulator, sandbox or problems, or a canary passes.
         """
         self._errors = tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace")  # noqa: SIM115, until close()
         self._process = subprocess.Popen(
@@ -79,7 +79,7 @@ class JudgeProcess:
         return list(answer["verdicts"])
 
     def health(self) -> dict[str, Any]:
-        """Simulator, sandbox, problems that cannot be passed here, and the number of judged samples."""
+        """Simulator, sandbox, the problems that can't be passed here, and the number of judged samples."""
         return dict(self._client.get("/health").json())
 
     def close(self) -> None:

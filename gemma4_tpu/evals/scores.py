@@ -34,7 +34,7 @@ class ProblemOutcome:
     confirmed: int | None = None
     """Passed, and no second opinion disagrees; null if none was requested."""
     category: str | None = None
-    """Category of its row, if rows have one."""
+    """Category of its row, if it has one."""
 
     @property
     def missing(self) -> int:
@@ -54,20 +54,20 @@ class EvaluationOutcome:
     selfcheck: dict[str, Any] = field(default_factory=dict)
     """The judge's own row: simulator, sandbox; empty without simulation."""
     cannot_pass: dict[str, str] = field(default_factory=dict)
-    """Problem → why its own reference fails here."""
+    """Problem → reason why its own reference fails here."""
     vacuous: dict[str, list[str]] = field(default_factory=dict)
     """Problem → designs that do nothing and pass its bench."""
     benches: list[str] = field(default_factory=list)
     """Strength of the benches, in sentences."""
     second: dict[str, Any] = field(default_factory=dict)
-    """Second opinions: the stimulus' `seed`, `without` (problem → why none), `disagreements` (rows)."""
+    """Second opinions: the stimulus' `seed`, `without` (problem → why there is none), `disagreements` (rows)."""
     answers: dict[str, Any] = field(default_factory=dict)
     """For compared answers: how (`compare` or `choose`, `extract`), the accuracy of guessing (`chance`), and `examples`
     that are wrong (rows).
     """
     tokens: int | None = None
     generation_seconds: float | None = None
-    """Of this start; null if nothing was generated in it."""
+    """Seconds in this start; null if nothing was generated in it."""
     judging_seconds: float | None = None
 
     def counts(self, rule: str = "strict", scope: str = "all") -> list[tuple[int, int]]:
@@ -79,7 +79,7 @@ class EvaluationOutcome:
     def scores(self) -> dict[str, dict[str, list[Score]]]:
         """pass@k by rule and scope.
 
-        Rules: `strict`; `official`, the benchmark's own; `confirmed`, strict and no second opinion against it. Scopes:
+        Rules: `strict`; `official`, the benchmark's own; `confirmed`, strict and no second opinion disagrees. Scopes:
         `all` problems; those that `can_pass` here; of these, the `strong` ones, whose bench no stub passes.
         """
         return {
@@ -109,7 +109,7 @@ class EvaluationOutcome:
 
     @property
     def classes(self) -> dict[str, int]:
-        """Verdict class → samples, over all problems."""
+        """Verdict class → number of samples, over all problems."""
         total: Counter[str] = Counter()
         for problem in self.problems.values():
             total.update(problem.classes)
@@ -146,7 +146,7 @@ class EvaluationOutcome:
         """The inverse of `write`.
 
         Raises:
-          UserError: the file is no finished evaluation.
+          UserError: the file is not the result of a finished evaluation.
         """
         try:
             row = read_record(path).values
@@ -162,12 +162,12 @@ def tally(
     opinions: Mapping[Key, Mapping[str, Any]] | None = None, *, official: bool = True,
     categories: Mapping[str, str] | None = None,
 ) -> dict[str, ProblemOutcome]:  # fmt: skip
-    """Counts per problem; missing ones of `n` samples count as failed.
+    """Counts per problem; samples missing from `n` count as failures.
 
     `official`: whether the benchmark has its own rule; `categories`: problem → category.
 
     Raises:
-      ValueError: more than n samples, or one without a verdict.
+      ValueError: there are more than n samples, or one has no verdict.
     """
     found: dict[str, list[Sample]] = {name: [] for name in names}
     for sample in samples:
@@ -197,20 +197,20 @@ def tally(
 
 
 def contradicts(opinion: Mapping[str, Any] | None) -> bool:
-    """Whether a second opinion says that the design is not the reference: by stimulus, or by proof."""
+    """Whether a second opinion, by stimulus or proof, says that the design differs from the reference."""
     return opinion is not None and (opinion["kind"] != VerdictClass.PASS or opinion["equivalent"] is False)
 
 
 def disagreements(
     samples: Iterable[Sample], verdicts: Mapping[Key, Verdict], opinions: Mapping[Key, Mapping[str, Any]]
 ) -> list[dict[str, Any]]:
-    """A row for each sample on which bench and second opinion differ."""
+    """One row for each sample on which bench and second opinion disagree."""
     rows = []
     for sample in samples:
         opinion = opinions.get(sample.key)
         if opinion is None or verdicts[sample.key].passed != contradicts(opinion):
             continue
-        proof = "yosys finds an input where it differs" if opinion["equivalent"] is False else opinion["detail"]
+        proof = "yosys finds an input on which it differs" if opinion["equivalent"] is False else opinion["detail"]
         rows.append({
             "problem": sample.problem, "sample": sample.sample, "verdict": str(verdicts[sample.key].kind),
             "second": "differs" if contradicts(opinion) else "agrees", "detail": proof,

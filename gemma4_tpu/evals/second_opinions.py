@@ -1,4 +1,4 @@
-"""Second opinions on the samples of an evaluation, besides verdicts: fresh random stimulus, proofs, lint and size.
+"""Second opinions on the samples of an evaluation, in addition to verdicts: random stimulus, proofs, lint and size.
 
 ```
 second_opinions.jsonl   {"problem", "sample", "kind", "mismatches", "samples", "equivalent", "lint", "cells", …}
@@ -37,24 +37,24 @@ LINT, SIZE = "lint", "size"
 
 @dataclass(frozen=True)
 class Second:
-    """The second opinion's problems, ready to judge by."""
+    """The problems of the second opinion, ready for judging."""
 
     seed: int
-    """Of the stimulus."""
+    """Seed of the stimulus."""
     problems: dict[str, Problem]
-    """By the name of the problem that they are about."""
+    """By the name of the original problem."""
     combinational: frozenset[str]
     without: dict[str, str]
     """Problem → why there is no second opinion."""
 
 
 def prepare(problems: Sequence[Problem], judge: VerilogJudge, seed: int | None, folder: Path) -> Second:
-    """Benches with fresh stimulus for all problems with a reference.
+    """Makes benches with fresh stimulus for all problems with a reference.
 
     Args:
-      problems: prepared by `judge`.
+      problems: problems prepared by `judge`.
       judge: judges the references under the new stimulus.
-      seed: of the stimulus; null: the one recorded in `folder`, or else a new one.
+      seed: seed of the stimulus; None: the one recorded in `folder`, or else a new one.
       folder: the record's.
     """
     recorded = folder / STIMULUS_FILE
@@ -81,15 +81,15 @@ def second_opinions(
     samples: Sequence[Sample], verdicts: Mapping[Key, Verdict], second: Second, judge: VerilogJudge,
     columns: Sequence[str], path: Path,
 ) -> dict[Key, dict[str, Any]]:  # fmt: skip
-    """A row for each sample that ran to its end before its own bench, passed or not; equal completions are run once.
+    """One row for each sample that ran to the end of its own bench, passed or not; equal completions run once.
 
     Args:
-      samples: of one subject.
-      verdicts: on them.
+      samples: the samples of one subject.
+      verdicts: the verdicts on them.
       second: see `prepare`.
       judge: runs everything in its sandbox.
-      columns: `lint`, `size`: also what verilator and yosys say of samples that pass.
-      path: rows are kept here; those that are there already are not made again.
+      columns: `lint`, `size`: also what verilator and yosys report about samples that pass.
+      path: file that keeps the rows; existing rows are not made again.
     """
     with Rows(path) as rows:
         fresh = [s for s in samples if s.problem in second.problems and s.key not in rows.rows]
@@ -119,7 +119,7 @@ def second_opinions(
 def _extras(
     second: Second, name: str, completion: str, judge: VerilogJudge, columns: Sequence[str]
 ) -> dict[str, Future[Any]]:
-    """What other tools are asked about a sample that passes, as far as they are installed."""
+    """Requests to other tools about a sample that passes, as far as they are installed."""
     problem = second.problems[name]
     code = extract(with_header(completion, problem), problem.top)
     yosys, verilator = synthesis.installed(synthesis.YOSYS), synthesis.installed(synthesis.VERILATOR)
@@ -136,7 +136,7 @@ def _extras(
 
 
 def columns(opinions: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
-    """Of lint warnings, cells and transistors: how many samples they are known of, and their median; proofs."""
+    """For lint warnings, cells and transistors: number of samples with a figure, and the median; and the proofs."""
     rows = list(opinions)
     known = {name: [row[name] for row in rows if row.get(name) is not None] for name in (LINT, "cells", "transistors")}
     proofs = Counter(row["equivalent"] for row in rows)

@@ -1,4 +1,4 @@
-"""Verilog problems, judged by simulation: the judge, what its benches are worth, and second opinions."""
+"""Verilog problems, judged by simulation: the judge, the strength of its benches, and second opinions."""
 
 from __future__ import annotations
 
@@ -34,11 +34,11 @@ class Simulation:
 
     def __init__(self, config: EvalConfig, folder: Path):
         """Args:
-        config: which benchmark, and how it is judged.
+        config: the benchmark, and how it is judged.
         folder: the record's.
 
         Raises:
-          UserError: no problems.
+          UserError: there are no problems.
         """
         self._config, self._folder = config, folder
         self.problems: list[Problem] = load_problems(config)
@@ -103,7 +103,7 @@ class Simulation:
 def _about(
     second: Second, samples: Sequence[Sample], verdicts: Mapping[Key, Verdict], opinions: Mapping[Key, Any]
 ) -> dict[str, Any]:
-    """What the report says of second opinions."""
+    """The report's fields about second opinions."""
     rows = disagreements(samples, verdicts, opinions)
     return {"seed": second.seed, "without": second.without, "disagreements": rows, **columns(opinions.values())}
 
@@ -120,7 +120,7 @@ def _judge(samples: Sequence[Sample], problems: Sequence[Problem], judge: Judge,
         if equal:
             log.info("judging %d samples, %d of them distinct", sum(map(len, equal.values())), len(equal))
         verdicts = judge.judge_all((by_name[problem], completion) for problem, completion in equal)
-        # Verdicts come in the order of the samples, and each is stored as it comes: a kill loses none that was given.
+        # Verdicts come in the order of the samples, and each is stored as it arrives, so a kill loses none.
         for same, verdict in zip(_reported(equal.values(), len(equal)), verdicts, strict=True):
             for sample in same:
                 rows.add_for(sample, verdict.to_row())
@@ -132,7 +132,7 @@ def _verdict(row: Mapping[str, Any]) -> Verdict:
 
 
 def _reported(groups: Iterable[list[Sample]], total: int) -> Iterable[list[Sample]]:
-    """Passes the groups on, and logs how far the judge is, now and then."""
+    """Passes the groups on, and periodically logs the judge's progress."""
     last = perf_counter()
     for done, group in enumerate(groups):
         if perf_counter() - last > PROGRESS_SECONDS:

@@ -1,4 +1,4 @@
-"""Samples and verdicts on disk: a JSON line each, written as they come, so that a killed evaluation goes on.
+"""Samples and verdicts on disk: one JSON line each, written as they arrive, so that a killed evaluation can resume.
 
 ```
 samples.jsonl    {"problem", "sample", "completion", "finish", "tokens", …}
@@ -21,7 +21,7 @@ from gemma4_tpu.tracking.files import write_text
 log = logging.getLogger(__name__)
 
 Key = tuple[str, int]
-"""(problem's name, number of the sample)."""
+"""(problem's name, sample's number)"""
 
 STOP, LENGTH = "stop", "length"
 
@@ -35,14 +35,14 @@ class Sample:
     """Its number, from 0."""
     completion: str
     finish: str = STOP
-    """`stop`, or `length`: cut off."""
+    """`stop`, or `length` if it was cut off."""
     tokens: int | None = None
-    """Generated, the one that ended it included; None: not known."""
+    """Number of generated tokens, including the one that ended it; None: unknown."""
     seed: int | None = None
-    """None: the server took none."""
+    """None: the server accepts no seeds."""
     choices: list[dict[str, float]] | None = None
-    """Of a problem whose answers are scored: `logprob` and `tokens` of each, the end of the turn included; then the
-    completion is the likeliest."""
+    """If answers are scored: `logprob` and `tokens` of each, including the end of the turn; the completion is then the
+    most likely one."""
 
     @property
     def key(self) -> Key:
@@ -50,10 +50,10 @@ class Sample:
 
 
 class Rows:
-    """An append-only JSONL file of rows with `problem` and `sample`; one row per key, the first one counts."""
+    """An append-only JSONL file of rows with `problem` and `sample`; one row per key, of which the first counts."""
 
     def __init__(self, path: Path):
-        """Reads what is there; a torn last line (the writer was killed) is cut off.
+        """Reads existing rows; an incomplete last line (the writer was killed) is cut off.
 
         Raises:
           UserError: another line is damaged.
@@ -74,17 +74,17 @@ class Rows:
         self._file = path.open("a", encoding="utf-8")
 
     def add(self, row: dict[str, Any]) -> None:
-        """Appends a row; it is on disk, as far as the process goes, when this returns."""
-        self._file.write(json.dumps(row) + "\n")  # ASCII: U+2028 and half surrogate pairs are safe in it
+        """Appends a row; when this returns, the row survives the end of the process."""
+        self._file.write(json.dumps(row) + "\n")  # ASCII, in which U+2028 and lone surrogates are safe
         self._file.flush()
         self.rows.setdefault((row["problem"], row["sample"]), row)
 
     def add_for(self, sample: Sample, found: dict[str, Any]) -> None:
-        """Appends what was found out about a sample."""
+        """Appends findings about a sample."""
         self.add({"problem": sample.problem, "sample": sample.sample, **found})
 
     def close(self) -> None:
-        """Closes the file; what was added is in it already."""
+        """Closes the file, which already contains every added row."""
         self._file.close()
 
     def __enter__(self) -> Self:
@@ -103,13 +103,13 @@ class Samples(Rows):
 
     @property
     def samples(self) -> list[Sample]:
-        """All there are, by problem and number."""
+        """All samples, by problem and number."""
         known = Sample.__dataclass_fields__
         return [Sample(**{k: v for k, v in self.rows[key].items() if k in known}) for key in sorted(self.rows)]
 
 
 def alike(samples: Iterable[Sample]) -> dict[tuple[str, str], list[Sample]]:
-    """(problem, completion) → the samples that have it: what is the same is worked on once."""
+    """(problem, completion) → the samples that have it, so that equal ones are processed once."""
     groups: dict[tuple[str, str], list[Sample]] = {}
     for sample in samples:
         groups.setdefault((sample.problem, sample.completion), []).append(sample)
@@ -117,10 +117,10 @@ def alike(samples: Iterable[Sample]) -> dict[tuple[str, str], list[Sample]]:
 
 
 def read_foreign(path: str, problems: Sequence[str]) -> list[Sample]:
-    """Samples that come from elsewhere: `{"problem": …, "completion": …}` per line, numbered as they come.
+    """Reads samples from elsewhere: `{"problem": …, "completion": …}` per line, numbered in order.
 
     Raises:
-      UserError: a line is no such object or names no problem of the benchmark; a few are shown.
+      UserError: a line is not such an object, or names no problem of the benchmark; shows a few.
     """
     samples: list[Sample] = []
     counts: dict[str, int] = dict.fromkeys(problems, 0)
@@ -140,12 +140,12 @@ def read_foreign(path: str, problems: Sequence[str]) -> list[Sample]:
         more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
         raise UserError(f"eval.samples={path}: {'; '.join(wrong[:3])}{more}; problems are named {_some(problems)}")
     if not samples:
-        raise UserError(f"eval.samples={path}: holds no sample")
+        raise UserError(f"eval.samples={path}: contains no sample; give a file with one per line")
     return samples
 
 
 def _text(path: str) -> str:
-    """A JSONL file's text. Lines end at line feeds only: `str.splitlines` would split at U+2028 in a string, too."""
+    """A JSONL file's text. Lines end only at line feeds: `str.splitlines` would also split at U+2028 in a string."""
     try:
         return Path(path).read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:

@@ -1,1 +1,1 @@
-"""Exports a trained run for other tools, merged or as a PEFT adapter, verified to be the model that was trained."""
+"""Exports a trained run for other tools, merged or as a PEFT adapter, and verifies that it is the trained model."""

@@ -18,7 +18,7 @@ from gemma4_tpu.tracking.run import is_run
 
 TOKEN = "HF_TOKEN"
 QUANTISED = ("int8", "fp8", "int8_weight_only", "fp8_weight_only")
-"""Formats that are made from the merged checkpoint."""
+"""Formats made from the merged checkpoint."""
 
 
 @dataclass(frozen=True)
@@ -28,11 +28,11 @@ class MergeChecked:
     runs: tuple[Path | str, ...]
     """The run folders to export, sorted; a str is one on gs://."""
     skipped: tuple[str, ...] = ()
-    """Of a sweep: jobs that did not finish, each with its status."""
+    """A sweep's unfinished jobs, each with its status."""
 
 
 def normalise_merge(root: MergeRoot) -> MergeRoot:
-    """One spelling: `~` expanded, no slash at the end, `verify: yes` as `true`."""
+    """Canonical spelling: `~` expanded, no slash at the end, `verify: yes` as `true`."""
     export = replace(
         root.export,
         checkpoint=root.export.checkpoint.strip().lower(),
@@ -50,7 +50,7 @@ def examine_merge(root: MergeRoot) -> tuple[MergeChecked | None, list[Refusal]]:
     messages += run_messages + _export(root.export, several=len(runs) > 1)
     messages += name_problem(root.name)
     if root.run_dir is not None and "://" in root.run_dir:
-        messages.append(f"run_dir={root.run_dir}: the record of an export is local; export.target may be gs://")
+        messages.append(f"run_dir={root.run_dir}: the record of an export is local; only export.target can be on gs://")
     if messages:
         return None, [Refusal(m) for m in messages]
     return MergeChecked(tuple(runs), tuple(_unfinished(Path(root.run)).values())), []
@@ -68,16 +68,16 @@ def _runs(run: str) -> tuple[list[Path] | list[str], list[str]]:
         return [folder], []
     inside = sorted((place for place in folder.iterdir() if place.is_dir() and is_run(place)), key=_natural)
     if not inside:
-        return [], [f"run={run}: not the folder of a training run (config.yaml and checkpoints/), nor a folder of some"]
+        return [], [f"run={run}: not the folder of a training run (config.yaml and checkpoints/), nor a parent of any"]
     unfinished = _unfinished(folder)
     finished = [place for place in inside if place.name not in unfinished]
     if not finished:
-        return [], [f"run={run}: no job of this sweep has finished; give the folder of one to export what it has"]
+        return [], [f"run={run}: no job of this sweep has finished; give the folder of one to export its checkpoint"]
     return finished, []
 
 
 def _unfinished(folder: Path) -> dict[str, str]:
-    """Job → `job: status` of the jobs of a sweep that did not finish; none where `folder` is no sweep's."""
+    """Job → `job: status` of a sweep's unfinished jobs; empty if `folder` is not a sweep's."""
     record = folder / "sweep.json"
     if not record.is_file():
         return {}
@@ -95,7 +95,7 @@ def _export(export: ExportConfig, *, several: bool) -> list[str]:
     if export.checkpoint not in ("best", "latest") and not export.checkpoint.isdecimal():
         messages.append(f"export.checkpoint={export.checkpoint}: give best, latest or the number of an update")
     if export.prompts is not None and export.format not in QUANTISED:
-        messages.append(f"export.prompts={export.prompts}: compares quantised models; give export=int8 or fp8 with it")
+        messages.append(f"export.prompts={export.prompts}: only for quantised models; add export=int8 or fp8")
     if (hub := export.push_to_hub) is not None:
         if not re.fullmatch(r"[\w.-]+/[\w.-]+", hub):
             messages.append(f"export.push_to_hub={hub}: give owner/name")
@@ -106,5 +106,5 @@ def _export(export: ExportConfig, *, several: bool) -> list[str]:
         if export.target is not None and "://" in export.target:
             messages.append(f"export.push_to_hub={hub}: uploads from a local folder; give a local export.target")
         if export.format == "both":
-            messages.append(f"export.push_to_hub={hub}: one repository holds one format; give another than export=both")
+            messages.append(f"export.push_to_hub={hub}: one repository holds one format; give one, not export=both")
     return messages

@@ -1,4 +1,4 @@
-"""The files of a checkpoint besides its weights: tokenizer, chat template and stop ids, copied as bytes;
+"""A checkpoint's files besides its weights: tokenizer, chat template and stop ids, copied byte for byte;
 `config.json`.
 """
 
@@ -14,7 +14,7 @@ from gemma4_tpu.models.tensorfile import INDEX_NAME
 from gemma4_tpu.new_tokens import rewritten
 from gemma4_tpu.storage import filesystem, join, list_folder, open_bytes, read_json
 
-COPY_BYTES = 16 << 20  # at a time
+COPY_BYTES = 16 << 20  # copied at a time
 _TOKENIZER = ("tokenizer", "chat_template", "special_tokens_map", "added_tokens", "vocab", "merges")
 _OTHER_WEIGHTS = (
     ".bin",
@@ -31,9 +31,9 @@ _OTHER_WEIGHTS = (
 
 
 def companions(trained: Trained) -> tuple[dict[str, str], list[str]]:
-    """Name → path of the files that belong to the checkpoint besides its weights, and what else is next to them.
+    """Name → path of the files that belong to the checkpoint besides its weights, and the names of unrelated ones.
 
-    The base's, but tokenizer and chat template from the folder that the run took them from.
+    They are the base's, except tokenizer and chat template, which come from the folder that the run used.
     """
     assert trained.base.folder is not None
     folder, tokenizer = trained.base.folder, trained.base.tokenizer_folder
@@ -41,7 +41,7 @@ def companions(trained: Trained) -> tuple[dict[str, str], list[str]]:
     for name in list_folder(folder):
         if name.startswith(".") or name in trained.checkpoint.files:
             continue
-        if name == PROBE_NAME:  # the base is a merged model itself; its own difference is another
+        if name == PROBE_NAME:  # the base is itself a merged model, whose probes tell it from its own base
             continue
         if (name.endswith(_OTHER_WEIGHTS) and name != INDEX_NAME) or not _is_file(join(folder, name)):
             left.append(name)
@@ -53,7 +53,7 @@ def companions(trained: Trained) -> tuple[dict[str, str], list[str]]:
 
 
 def copy_file(path: str, place: Place, name: str, renamed: dict[str, str]) -> None:
-    """A file, byte for byte; those of the tokenizer with the tokens that were `renamed`."""
+    """Copies a file byte for byte, except that tokenizer files get the `renamed` tokens."""
     data = open_bytes(path)
     with place.create(name) as out:
         if renamed and name.startswith(_TOKENIZER):
@@ -66,7 +66,7 @@ def copy_file(path: str, place: Place, name: str, renamed: dict[str, str]) -> No
 
 
 def write_config(path: str, place: Place) -> None:
-    """The base's `config.json`, with what transformers before 5.15 reads and what later versions do."""
+    """Writes the base's `config.json`, with the keys of transformers before 5.15 and those of later versions."""
     text = json.dumps(with_both_key_sets(read_json(path)), indent=2, ensure_ascii=False)
     with place.create("config.json") as out:
         out.write(f"{text}\n".encode())

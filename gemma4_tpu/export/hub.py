@@ -13,10 +13,10 @@ log = logging.getLogger(__name__)
 
 
 def push_to_hub(folder: str, repository: str) -> str:
-    """Uploads `folder` to `repository` (made private if it is new) with the token in `HF_TOKEN`; returns its address.
+    """Uploads `folder` to `repository` (private if new) with the token in `HF_TOKEN`; returns its address.
 
     Raises:
-      UserError: refused by the Hub, or not reached; the token is in no message.
+      UserError: the Hub refused or can't be reached; no message contains the token.
     """
     from huggingface_hub import HfApi
     from huggingface_hub.errors import HfHubHTTPError

@@ -38,25 +38,25 @@ KINDS = {
     "both": (MERGED, ADAPTER),
     **{name: (MERGED, name) for name in SCHEMES},
 }
-"""Folders that each `export.format` writes; a quantised model is made from the merged one."""
+"""`export.format` → the folders that it writes; a quantised model is made from the merged one."""
 Shown = Callable[[Sequence[Delta], RunFolder, str], Path]
-"""Renders what a merge added, for the record and under a title; returns the page."""
+"""Renders the deltas of a merge into the record, under a title; returns the page's path."""
 
 
 @dataclass(frozen=True)
 class ExportJob:
-    """An export that has passed every check that needs no writing."""
+    """An export that has passed every check possible without writing."""
 
     trained: Trained
     export: ExportConfig
     places: dict[str, Place]
-    """By the folders that `KINDS` names."""
+    """By the folder names in `KINDS`."""
 
     @contextmanager
     def reserved(self) -> Iterator[None]:
-        """Holds the staging folders; raises `UserError` if there is no space or another process is working there.
+        """Locks the staging folders; raises `UserError` if there is too little space or another process is using them.
 
-        A refusal removes them; after a full disk or a crash, the same export resumes with what is there.
+        A refusal removes them; after a full disk or a crash, the same export resumes from them.
         """
         try:
             needed_bytes = 0
@@ -76,7 +76,7 @@ class ExportJob:
                     raise
                 targets = ", ".join(place.target for place in self.places.values())
                 raise Unfinished(
-                    f"target={targets}: the disk is full; free some space, and the same command resumes where it was"
+                    f"target={targets}: the disk is full; free some space, and the same command resumes"
                 ) from None
         finally:
             for place in self.places.values():
@@ -88,7 +88,7 @@ class ExportJob:
         `show` receives the deltas before the comparison.
 
         Raises:
-          UserError: a comparison failed, or values are not finite; nothing is published then.
+          UserError: a comparison failed, or values are not finite; then nothing is published.
         """
         started = time.perf_counter()
         trained, result = self.trained, self._about()
@@ -97,7 +97,7 @@ class ExportJob:
             result |= _write_merged(trained, place, self.export.verify, record, show)
         if (place := self.places.get(ADAPTER)) and not place.published:
             write_probes(trained, place, result.get("parity"))
-            write_peft(trained, place, self.export.peft_experts)  # nothing loads before its configuration is there
+            write_peft(trained, place, self.export.peft_experts)  # its configuration, needed to load, is last
         result["targets"] = {kind: place.publish() for kind, place in self.places.items() if kind not in SCHEMES}
         for kind in SCHEMES.keys() & self.places.keys():
             place = self.places[kind]
@@ -106,7 +106,7 @@ class ExportJob:
         for kind, target in result["targets"].items():
             log.info("%s: %s", kind, target)
         if self.export.push_to_hub:
-            *_, target = result["targets"].values()  # the quantised one, where there is one
+            *_, target = result["targets"].values()  # the quantised one, if there is one
             result["hub"] = push_to_hub(target, self.export.push_to_hub)
         return result | {"seconds": time.perf_counter() - started}
 
@@ -151,7 +151,7 @@ def _targets(run: Path | str, export: ExportConfig, several: bool) -> dict[str, 
 
 
 def _write_merged(trained: Trained, place: Place, mode: str, record: RunFolder, show: Shown) -> dict[str, Any]:
-    """Merges into the staging folder and compares; all but the renaming."""
+    """Merges into the staging folder and compares: everything except the rename."""
     deltas = Merger(trained).run(place)
     shown = show(deltas, record, f"{trained.run.path.name}, update {trained.state.update}")
     log.info("delta norms: %s", shown)
@@ -171,7 +171,7 @@ def _write_merged(trained: Trained, place: Place, mode: str, record: RunFolder, 
 def _write_quantised(
     trained: Trained, kind: str, place: Place, merged_folder: str, export: ExportConfig, record: RunFolder
 ) -> dict[str, Any]:
-    """Quantises the merged model into the staging folder and compares; all but the renaming."""
+    """Quantises the merged model into the staging folder and compares: everything except the rename."""
     from gemma4_tpu.export.quantised_parity import about_errors, compare_quantised, dequantised, within_half_a_step
 
     merged, arch = Checkpoint(merged_folder), trained.base.arch
@@ -203,14 +203,14 @@ def _told(report: dict[str, Any]) -> str:
     if logits:
         lines.append(
             f"logits off by {logits['merged_to_lora']:.1e} ({logits['rounded_to_lora']:.1e} is rounding to"
-            f" {logits['dtype']}; the training's effect is {logits['base_to_lora']:.1e}), same first token at"
-            f" {logits['top1_agreement']:.1%}"
+            f" {logits['dtype']}; the effect of training is {logits['base_to_lora']:.1e}), same most likely token at"
+            f" {logits['top1_agreement']:.1%} of positions"
         )
     return "; ".join(lines)
 
 
 def _identity(trained: Trained, kind: str, export: ExportConfig) -> dict[str, Any]:
-    """Two exports of the same identity write the same bytes."""
+    """The identity of an export: two exports with the same identity write the same bytes."""
     return {
         "kind": kind,
         "state": trained.state.identity,
@@ -223,7 +223,7 @@ def _identity(trained: Trained, kind: str, export: ExportConfig) -> dict[str, An
 
 
 def _bytes(trained: Trained, kind: str, export: ExportConfig) -> int:
-    """What an export takes on disk."""
+    """Bytes that an export takes on disk."""
     if kind == ADAPTER:
         return adapter_bytes(trained, export.peft_experts)
     others = total_bytes(companions(trained)[0].values())

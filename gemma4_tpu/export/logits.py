@@ -35,39 +35,39 @@ PROMPTS = (
 )
 TOKENS = 48
 GIVEN_TOKENS = 512
-"""Of each prompt of a file."""
-FLOAT32_BOUND = 2e-3  # relative rms that two orders of summation in float32 explain; measured: under 1e-4
+"""Tokens compared of each prompt in a file."""
+FLOAT32_BOUND = 2e-3  # relative rms that a different order of summation in float32 explains; measured: under 1e-4
 
 
 @dataclass(frozen=True)
 class LogitParity:
-    """LoRA model compared with merged model over real positions; differences are rms relative to the LoRA model's
-    logits.
+    """Comparison of the LoRA model with the merged model over real positions; differences are rms relative to the LoRA
+    model's logits.
 
-    Rounding the merged weights to the base's dtype moves the logits by an amount that depends on the model (a lot, if a
-    router decides differently). So it is measured: `rounded` is the LoRA model with its weights merged and rounded in
-    memory, without any of the export's code. The file must agree with that.
+    Rounding the merged weights to the base's dtype changes the logits by an amount that depends on the model (a large
+    one if a router decides differently). So it is measured: `rounded` is the LoRA model with its weights merged and
+    rounded in memory, without any of the export's code. The exported file must agree with that.
     """
 
     dtype: str
-    """Of the merged weights; the comparison itself is in float32."""
+    """Dtype of the merged weights; the comparison itself is in float32."""
     tokens: int
     prompts: str
-    """`text`, or `random` tokens where there is no tokenizer."""
+    """`text`, or `random` tokens if there is no tokenizer."""
     merged_to_rounded: float
-    """What the export is answerable for."""
+    """The difference that the export itself causes."""
     bound: float
     """Largest `merged_to_rounded` that passes: float32 arithmetic, or a fifth of `rounded_to_lora`, because a value
-    halfway between two roundings can go either way.
+    halfway between two representable ones can be rounded either way.
     """
     merged_to_lora: float
-    """What users of the merged model get."""
+    """The difference that users of the merged model see."""
     rounded_to_lora: float
-    """The part of it that is rounding."""
+    """The part of it due to rounding."""
     base_to_lora: float
-    """The effect of the training."""
+    """The effect of training."""
     max_abs_difference: float
-    """Merged to LoRA."""
+    """Largest absolute difference of a logit, merged to LoRA."""
     mean_kl_nats: float
     """KL(LoRA ‖ merged) per position."""
     base_mean_kl_nats: float
@@ -75,14 +75,14 @@ class LogitParity:
     top1_agreement: float
     """Share of positions at which merged and LoRA model prefer the same token."""
     differs_from_base: bool
-    """The merged model's logits are not the base's."""
+    """Whether the merged model's logits differ from the base's."""
     passed: bool
     probes: tuple[dict[str, Any], ...]
     """Prompts on which merged and base model prefer different tokens (see `export/probe_prompts.py`)."""
 
 
 def compare_logits(trained: Trained, merged: Checkpoint) -> LogitParity:
-    """Runs the models one after the other; one of them is in memory at a time."""
+    """Runs the models one after the other, with one in memory at a time."""
     arch = trained.base.arch
     mesh = sharding.make_mesh(1, 1, jax.devices()[:1])
     model = Model(layout=trained.layout, compute_dtype=jnp.float32, mesh=mesh)
@@ -90,7 +90,7 @@ def compare_logits(trained: Trained, merged: Checkpoint) -> LogitParity:
     places = sharding.places(model.layout, mesh)
 
     def dtype(name: str) -> Any:
-        """Of a weight on disk; norms may have another than matrices."""
+        """Dtype of a weight on disk; that of norms can differ from that of matrices."""
         return merged.dtype(full_name(trained.prefix, trained.tensors[name].hf_names[0]))
 
     def run(params: Any, adapter: Any = None) -> np.ndarray:
@@ -120,7 +120,7 @@ def compare_logits(trained: Trained, merged: Checkpoint) -> LogitParity:
 
 
 def _merge_in_place(params: Any, trained: Trained, adapter: adapters.Adapter, dtype: Any) -> None:
-    """Replaces a stacked weight [R, …] of the tree by base and adapter, rounded to `dtype`."""
+    """Replaces a stacked weight [R, …] of the tree with base plus adapter, rounded to `dtype`."""
     leaf, how, read = adapter.base, adapter.how, trained.state.read
     whole = np.array(get(params, leaf.path))
     for of_layer, *names in zip(whole, *(part.tunix_names for part in adapter.leaves), strict=True):
@@ -141,7 +141,7 @@ def _compare(
     base: np.ndarray, tuned: np.ndarray, rounded: np.ndarray, final: np.ndarray, dtype: Any, kind: str,
     probes: tuple[dict[str, Any], ...],
 ) -> LogitParity:  # fmt: skip
-    """Logits [positions, V] of base, LoRA model, LoRA model rounded, and the merged model on disk."""
+    """Compares logits [positions, V] of base, LoRA model, rounded LoRA model, and the merged model on disk."""
     size = _rms(tuned)
     off, rounding = _rms(final - rounded) / size, _rms(rounded - tuned) / size
     bound = max(FLOAT32_BOUND, rounding / 5)
@@ -167,13 +167,13 @@ def _compare(
 
 @partial(jax.jit, static_argnums=0)
 def forward(model: Model, params: Any, lora: Any, tokens: Any, mask: Any) -> jax.Array:
-    """Logits [B, T, V] of tokens [B, T]; mask [B, T] is 1 where they are real."""
+    """Logits [B, T, V] of tokens [B, T]; mask [B, T] is 1 for real tokens."""
     positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
     return logits(model, params, hidden_states(model, params, lora, tokens, mask, positions))
 
 
 def stacked(trained: Trained, leaves: Any) -> Any:
-    """Trained values as the tree that the forward pass takes."""
+    """The trained values as the tree that the forward pass takes."""
     return build_tree((leaf.path, values(trained, leaf)) for leaf in leaves)
 
 
@@ -184,14 +184,14 @@ def values(trained: Trained, leaf: Leaf) -> jax.Array:
 
 
 def prompts_of(trained: Trained, path: str | None = None) -> tuple[np.ndarray, np.ndarray, str]:
-    """Tokens [B, T], segment ids [B, T] (1 = real), and what they are: `text`, `random` or the file.
+    """Tokens [B, T], segment ids [B, T] (1 = real), and their origin: `text`, `random` or the file.
 
     Args:
       trained: the run; without a tokenizer the tokens are random.
-      path: a file of prompts, one on each line; None: `PROMPTS`.
+      path: a file with one prompt per line; None: `PROMPTS`.
 
     Raises:
-      UserError: the file holds no prompt, or there is no tokenizer for it.
+      UserError: the file contains no prompt, or there is no tokenizer for it.
     """
     texts, length = (PROMPTS, TOKENS) if path is None else (given_prompts(path), GIVEN_TOKENS)
     tokenizer = Path(trained.base.tokenizer_folder) / "tokenizer.json"
@@ -201,7 +201,7 @@ def prompts_of(trained: Trained, path: str | None = None) -> tuple[np.ndarray, n
         encode = Tokenizer.from_file(str(tokenizer)).encode
         rows = [encode(text).ids[:length] for text in texts]
     elif path is not None:
-        raise UserError(f"export.prompts={path}: there is no {tokenizer} to read them with; leave it out")
+        raise UserError(f"export.prompts={path}: there is no {tokenizer} to tokenize them; leave it out")
     else:
         rng = np.random.default_rng(0)
         rows = [rng.integers(3, trained.base.arch.vocab_size, TOKENS - 4 * i).tolist() for i in range(len(texts))]
@@ -213,17 +213,17 @@ def prompts_of(trained: Trained, path: str | None = None) -> tuple[np.ndarray, n
 
 
 def given_prompts(path: str) -> list[str]:
-    """The lines of a file that are not empty.
+    """The non-empty lines of a file.
 
     Raises:
-      UserError: it can't be read, or has none.
+      UserError: the file can't be read, or has none.
     """
     try:
         lines = Path(path).read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"export.prompts={path}: can't be read ({error}); give a file of UTF-8 text") from None
     if not (found := [line for line in lines if line.strip()]):
-        raise UserError(f"export.prompts={path}: holds no prompt; give one on each line")
+        raise UserError(f"export.prompts={path}: contains no prompt; write one per line")
     return found
 
 
@@ -232,7 +232,7 @@ def _rms(values: np.ndarray) -> float:
 
 
 def _mean_kl(first: np.ndarray, second: np.ndarray) -> float:
-    """KL(first ‖ second) of the distributions that logits [positions, V] stand for, in nats per position."""
+    """Mean KL(first ‖ second) of the distributions given by logits [positions, V], in nats per position."""
     p, q = log_softmax(first), log_softmax(second)
     return float(np.mean(np.sum(np.exp(p) * (p - q), axis=-1)))
 

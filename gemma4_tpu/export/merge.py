@@ -1,7 +1,7 @@
 """The streaming merge: shard by shard, block of rows by block of rows, with deltas in float32 and output in the base's
 dtype.
 
-Only blocks are in memory. Everything else in a shard is copied as bytes, including its header, so that layout and index
+Only blocks are in memory. Everything else in a shard is copied byte for byte, including its header, so layout and index
 stay the base's.
 """
 
@@ -28,10 +28,10 @@ from gemma4_tpu.models.tensorfile import TensorFile
 
 log = logging.getLogger(__name__)
 
-BLOCK_VALUES = 4 << 20  # of a weight that are worked on at a time: 16 MiB in float32
-LORA_BYTES, FULL_BYTES = 12, 6  # per value of a block: base, result, and float32 copies (of LoRA's whole block)
-DORA_BYTES = LORA_BYTES + 8  # and what it differs by from the base
-PART_BYTES = 20  # per value of the part of a block that is read of a checkpoint at a time: float32 copies of it
+BLOCK_VALUES = 4 << 20  # values of a weight processed at a time: 16 MiB in float32
+LORA_BYTES, FULL_BYTES = 12, 6  # per value of a block: base, result, and float32 copies (of the whole block for LoRA)
+DORA_BYTES = LORA_BYTES + 8  # plus the difference from the base
+PART_BYTES = 20  # per value of the part of a block that is read from a checkpoint at a time: its float32 copies
 
 
 @dataclass(frozen=True)
@@ -39,13 +39,13 @@ class Delta:
     """What was added to one weight. Norms are Frobenius norms."""
 
     name: str
-    """On disk, with prefix."""
+    """Name on disk, with prefix."""
     tunix_name: str
     norm: float
     base_norm: float
     values: int
     changed_values: int
-    """How many values the rounding to the base's dtype let change."""
+    """Number of values that still differ from the base after rounding to its dtype."""
 
     @property
     def relative(self) -> float:
@@ -54,18 +54,18 @@ class Delta:
 
 @dataclass
 class Factors:
-    """The adapter of one weight on disk; of experts with a leading dim."""
+    """The adapter of one weight on disk; with a leading dim for experts."""
 
     a: np.ndarray
     """[r, in]."""
     b: np.ndarray
     """[out, r], scaled."""
     magnitude: np.ndarray | None
-    """[out], of DoRA."""
+    """[out], with DoRA."""
 
     @property
     def squared_norm(self) -> float:
-        """Of b @ a, by way of [r, r] matrices."""
+        """Squared norm of b @ a, from [r, r] matrices."""
         a, b = self.a.astype(np.float64), self.b.astype(np.float64)
         return float(np.sum((b.swapaxes(-1, -2) @ b) * (a @ a.swapaxes(-1, -2))))
 
@@ -81,7 +81,7 @@ class Merger:
         """Writes every file of the merged checkpoint except `config.json` to the staging folder; returns all deltas.
 
         Raises:
-          UserError: NaN or infinity, a change without a matching tensor, or no change at all.
+          UserError: values are NaN or infinite, a change has no matching tensor, or nothing changes.
         """
         deltas: list[Delta] = []
         shards = sorted(self.trained.checkpoint.files.items())
@@ -117,7 +117,7 @@ class Merger:
         return deltas
 
     def _pieces(self, file: TensorFile) -> Iterator[Piece]:
-        """A shard as consecutive pieces: the blocks of changed weights, and what lies between them, copied."""
+        """A shard as consecutive pieces: blocks of changed weights, and the bytes between them, copied."""
         copied_to = 0
         for name, info in sorted(file.tensors.items(), key=lambda item: (item[1].start, item[1].stop)):
             change = self.trained.changes.get(name)
@@ -138,7 +138,7 @@ class Merger:
         yield from copies(file, copied_to, file.size_bytes)
 
     def _block(self, name: str, change: Change, file: TensorFile) -> Callable[[int, int], Any]:
-        """What makes the rows [start, stop) of the first split dim of a changed weight."""
+        """Returns a function that makes the rows [start, stop) of a changed weight's first split dim."""
         if self.trained.is_in_full(change.tensor):
             return self._full_block(name, change, file)
         if self.trained.rows_of(change.tensor):
@@ -148,10 +148,11 @@ class Merger:
     def _delta(
         self, name: str, delta_squared: float, base_squared: float, changed: float, merged_squared: float
     ) -> Delta:
-        """What the sums over a weight's blocks say."""
+        """The delta, from the sums over a weight's blocks."""
         if not math.isfinite(merged_squared):
             raise UserError(
-                f"{name}: NaN or infinity after the merge: the training run diverged, or the base is damaged"
+                f"{name}: NaN or infinity after the merge: the training run diverged, or the base is damaged; give"
+                " another checkpoint"
             )
         change = self.trained.changes[name]
         tensor = change.tensor
@@ -161,7 +162,7 @@ class Merger:
         return Delta(name, tensor.name, norm, base_norm, math.prod(tensor.hf_shape), int(changed))
 
     def _rows_at_once(self, tensor: Tensor) -> int:
-        """Of the first split dim on disk: what a block holds, in whole chunks of the checkpoint."""
+        """Rows per block, along the first split dim on disk, in whole chunks of the checkpoint."""
         per_row = math.prod(tensor.hf_shape) // tensor.split[0]
         rows = max(1, BLOCK_VALUES // per_row)
         if not self.trained.is_in_full(tensor):
@@ -190,7 +191,7 @@ class Merger:
         }
 
     def _lora_block(self, name: str, change: Change, file: TensorFile) -> Callable[[int, int], Any]:
-        """Base + b @ a, with DoRA's lengths of rows, for rows [start, stop) of the first split dim."""
+        """Base + b @ a, with DoRA's row magnitudes, for rows [start, stop) of the first split dim."""
         tensor = change.tensor
         factors = self._factors(tensor.name)[tensor.hf_names[change.source]]
         height = tensor.hf_shape[0] // tensor.split[0]
@@ -213,7 +214,7 @@ class Merger:
     def _full_block(self, name: str, change: Change, file: TensorFile) -> Callable[[int, int], Any]:
         """The trained values themselves, for rows [start, stop) of the first split dim.
 
-        A chunk of the checkpoint holds part of many rows, so a block is put together from parts of its longest dim.
+        A chunk of the checkpoint contains parts of many rows, so a block is assembled from parts along its longest dim.
         """
         tensor, state = change.tensor, self.trained.state
         height = tensor.hf_shape[0] // tensor.split[0]
@@ -242,7 +243,7 @@ class Merger:
         return block
 
     def _rows_block(self, name: str, change: Change, file: TensorFile) -> Callable[[int, int], Any]:
-        """The base with the rows that were trained alone in their places, for rows [start, stop)."""
+        """The base with the individually trained rows replaced, for rows [start, stop)."""
         rows = dict(zip(self.trained.rows_of(change.tensor), self.trained.state.read(token_rows.NAME), strict=True))
 
         def block(start: int, stop: int) -> tuple[np.ndarray, np.ndarray]:
@@ -282,14 +283,15 @@ def _blocks(tensor: Tensor, rows: int) -> Iterator[tuple[int, int]]:
 
 
 def _check_applied(trained: Trained, deltas: list[Delta]) -> None:
-    """Every change was made exactly once, and together they change something."""
+    """Checks that every change was made exactly once, and that they change something."""
     names = [delta.name for delta in deltas]
     if len(set(names)) != len(names) or set(names) != set(trained.changes):
         wrong = sorted(set(trained.changes) ^ set(names)) or sorted({name for name in names if names.count(name) > 1})
         raise UserError(f"{trained.base.folder}: {', '.join(wrong[:5])}: not changed exactly once")
     if not any(delta.norm for delta in deltas):
         raise UserError(
-            f"{trained.state.folder}: every delta is zero: nothing was trained; the merged model would be the base"
+            f"{trained.state.folder}: every delta is zero: nothing was trained, and the merged model would be the base;"
+            " give another checkpoint"
         )
     if not any(delta.changed_values for delta in deltas):
         raise UserError(
@@ -300,7 +302,7 @@ def _check_applied(trained: Trained, deltas: list[Delta]) -> None:
         log.warning("%d of %d weights have a zero delta: %s …", len(still), len(deltas), ", ".join(still[:3]))
     lost = 1 - sum(d.changed_values for d in deltas) / sum(d.values for d in deltas)
     log.info(
-        "%d weights changed; rounding to the base's dtype left %.1f%% of their values as they were",
+        "%d weights changed; rounding to the base's dtype left %.1f%% of their values unchanged",
         len(deltas),
         100 * lost,
     )

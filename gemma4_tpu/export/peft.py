@@ -28,16 +28,16 @@ VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 _EXPERT = re.compile(r"\bexperts\.")
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 _SERVING = {
-    "fused": "adapters of experts: this form is PEFT's; vLLM on GPUs loads export.peft_experts=per_expert (this one"
+    "fused": "adapters of experts are in PEFT's form; vLLM on GPUs loads export.peft_experts=per_expert (and this form"
     " only with --enable-mixed-moe-lora-format and is_3d_lora_weight); on TPUs serve the merged model",
-    "per_expert": "adapters of experts: this form is vLLM's, on GPUs; PEFT would silently ignore them (it"
-    " takes export.peft_experts=fused); on TPUs serve the merged model",
+    "per_expert": "adapters of experts are in the form that vLLM loads on GPUs; PEFT would silently ignore them (it"
+    " loads export.peft_experts=fused); on TPUs serve the merged model",
 }
-"""What each form is for."""
+"""Form of experts' adapters → what it is for."""
 
 
 def check_peft(trained: Trained, experts: str) -> None:
-    """Raises `UserError` if there is no adapter to write; logs what servers do not accept unchanged.
+    """Raises `UserError` if there is no adapter to write; logs what servers reject.
 
     Args:
       trained: the run.
@@ -48,18 +48,18 @@ def check_peft(trained: Trained, experts: str) -> None:
     whole = _whole(trained)
     if parts := [name for name in whole if not name.endswith(".weight")]:
         raise UserError(
-            f"export=peft: {trained.run.path} trained {some(parts, 3)} in full: no modules of their own, and PEFT saves"
+            f"export=peft: {trained.run.path} trained {some(parts, 3)} in full, which are not modules, and PEFT saves"
             " whole modules only; give export=merged"
         )
     if whole or trained.token_rows:
-        log.warning("vLLM takes no adapter with whole modules or rows of tokens: serve the merged model")
+        log.warning("vLLM refuses adapters with whole modules or token rows; serve the merged model")
     if warning := vllm_warning(max(how.rank for how in trained.layout.adapted.values())):
         log.warning(warning)
     if trained.lora.dora:
         log.warning("lora.dora: vLLM refuses adapters with use_dora; serve the merged model")
     if len({how.rank for name, how in trained.layout.adapted.items() if not trained.tensors[name].weight.each}) > 1:
         log.warning(
-            "lora.ranks: vLLM 0.32 reads rank_pattern; one that does not would scale all adapters as those of rank %d",
+            "lora.ranks: vLLM 0.32 reads rank_pattern; others would scale all adapters as if of rank %d",
             trained.lora.rank,
         )
     if _parameters(trained):
@@ -67,7 +67,7 @@ def check_peft(trained: Trained, experts: str) -> None:
 
 
 def vllm_warning(rank: int) -> str | None:
-    """What to know about serving this rank with vLLM; None: nothing."""
+    """A warning about serving this rank with vLLM, or None."""
     if rank in VLLM_RANKS:
         return None
     larger = [known for known in VLLM_RANKS if known > rank]
@@ -79,9 +79,9 @@ def vllm_warning(rank: int) -> str | None:
 def write_peft(trained: Trained, place: Place, experts: str) -> None:
     """Writes the adapter's two files to the staging folder, in float32 as trained; the configuration comes last.
 
-    vLLM applies the rank and alpha of the whole adapter to every module, and silently ignores patterns. So experts have
-    its scale in the file: if their own differs, B is multiplied. Other modules keep theirs (`lora.ranks`), and
-    bit-identical values.
+    vLLM applies the rank and alpha of the whole adapter to every module, and silently ignores patterns. So experts'
+    adapters are written for that scale: if their own differs, B is multiplied. Other modules keep their own scale
+    (`lora.ranks`) and bit-identical values.
     """
     with place.create(WEIGHTS) as out:
         out.write(_header(trained, experts))
@@ -119,18 +119,18 @@ def peft_config(trained: Trained, experts: str) -> dict[str, Any]:
         "bias": "none",
         "fan_in_fan_out": False,
         "inference_mode": True,
-        # by their whole paths: PEFT takes every module that ends so, those of vision towers too
+        # by full paths: PEFT matches every module with such an ending, including those of vision towers
         "modules_to_save": [name.removesuffix(".weight") for name in _whole(trained)] or None,
         **({"ensure_weight_tying": True} if HEAD in _whole(trained) else {}),
         **({"trainable_token_indices": {trained.match.embedding.removesuffix(".weight"): rows}} if rows else {}),
     }
     if parameters := _parameters(trained) if experts == "fused" else []:
-        config |= {"target_parameters": parameters, "lora_dropout": 0.0}  # with dropout PEFT takes no parameters
+        config |= {"target_parameters": parameters, "lora_dropout": 0.0}  # PEFT refuses parameters with dropout
     return config
 
 
 def rank_pattern(trained: Trained, experts: str) -> dict[str, int]:
-    """The ranks that are not `lora.rank`, by the names of the modules; with their layers only where these differ."""
+    """Ranks that differ from `lora.rank`, by module name; with the layer only where layers differ."""
     found: dict[str, dict[str, int]] = {}
     for tensor in trained.adapted.values():
         for name in _modules(tensor, experts):
@@ -142,9 +142,9 @@ def rank_pattern(trained: Trained, experts: str) -> dict[str, int]:
 
 
 def target_modules(trained: Trained, experts: str) -> str | list[str]:
-    """A regular expression for the adapted modules of the text model only: a list would match vision towers too.
+    """A regular expression that matches only the text model's adapted modules: a list would match vision towers too.
 
-    PEFT takes `layers_to_transform` with a list alone, so that the layers are named here.
+    PEFT accepts `layers_to_transform` only with a list, so the expression names the layers.
     """
     wrapped = set(_parameters(trained)) if experts == "fused" else set()
     names = [name for tensor in trained.adapted.values() for name in _modules(tensor, experts)]
@@ -161,18 +161,18 @@ def target_modules(trained: Trained, experts: str) -> str | list[str]:
 
 
 def _whole(trained: Trained) -> list[str]:
-    """Names on disk of what was trained in full."""
+    """Names on disk of the weights trained in full."""
     return [name for t in trained.tensors.values() if trained.is_in_full(t) for name in _whole_names(trained, t)]
 
 
 def _whole_names(trained: Trained, tensor: Tensor) -> list[str]:
-    """With the embedding goes the output matrix: tied or not, PEFT would leave it as it was."""
+    """A tensor's names; the embedding's include the output matrix, which PEFT, tied or not, would leave unchanged."""
     names = [full_name(trained.prefix, name) for name in tensor.hf_names]
     return [*names, HEAD] if trained.match.embedding in names else names
 
 
 def _token_rows_name(trained: Trained) -> str:
-    """What PEFT calls the rows of the embedding that are trained alone; it ties the output matrix to them."""
+    """PEFT's name for the individually trained rows of the embedding; it ties the output matrix to them."""
     return f"{PEFT_PREFIX}{trained.match.embedding.removesuffix('.weight')}.token_adapter.trainable_tokens_delta"
 
 
@@ -192,7 +192,7 @@ def _tensors(trained: Trained, tensor: Tensor, experts: str) -> dict[str, np.nda
 
 
 def _named(trained: Trained, tensor: Tensor, experts: str, *factors: np.ndarray) -> dict[str, np.ndarray]:
-    """A, B and perhaps DoRA's lengths under their names in the file."""
+    """A, B and, with DoRA, magnitudes under their names in the file."""
     lora_a, lora_b, *magnitude = factors
     found = peft_tensors(tensor, lora_a, lora_b, trained.prefix, experts)
     for name, lengths in (tensor.magnitudes(*magnitude) if magnitude else {}).items():
@@ -207,7 +207,7 @@ def _parameters(trained: Trained) -> list[str]:
 
 
 def _modules(tensor: Tensor, experts: str) -> list[str]:
-    """What PEFT calls the weights of a tensor: `layers.5.self_attn.q_proj`."""
+    """PEFT's names for the weights of a tensor: `layers.5.self_attn.q_proj`."""
     names = list(tensor.hf_names)
     if tensor.weight.each and experts == "per_expert":
         names = [name for own in modules(names[0], tensor.hf_shape[0]) for name in own]
@@ -220,7 +220,7 @@ def _local(module: str) -> str:
 
 
 def _scale(lora: LoraConfig) -> float:
-    """Factor on B·A as a server has it, which reads no patterns."""
+    """The scale of B·A in a server that reads no patterns."""
     return lora.alpha / scaled_by(lora.rank, lora.rslora)
 
 
@@ -229,12 +229,12 @@ def _number(value: float) -> int | float:
 
 
 def adapter_bytes(trained: Trained, experts: str) -> int:
-    """What the weights' file holds."""
+    """Size of the weights' file."""
     return sum(4 * math.prod(shape) for _, shape in _shapes(trained, experts))
 
 
 def _header(trained: Trained, experts: str) -> bytes:
-    """The safetensors header: shapes are known before any value is read."""
+    """The safetensors header; shapes are known before any value is read."""
     entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     stop = 0
     for name, shape in _shapes(trained, experts):
@@ -246,7 +246,7 @@ def _header(trained: Trained, experts: str) -> bytes:
 
 
 def _shapes(trained: Trained, experts: str) -> Iterator[tuple[str, list[int]]]:
-    """Name and shape of every tensor, in the order in which they are written."""
+    """Name and shape of every tensor, in the order of writing."""
     for tensor in trained.tensors.values():
         if trained.is_in_full(tensor):
             yield from ((PEFT_PREFIX + name, list(tensor.hf_shape)) for name in _whole_names(trained, tensor))

@@ -1,4 +1,4 @@
-"""A big file made piece by piece: several threads make the pieces, one writes them in order, memory stays bounded."""
+"""Makes a big file piece by piece: several threads make pieces, one writes them in order, memory stays bounded."""
 
 from __future__ import annotations
 
@@ -14,23 +14,23 @@ import numpy as np
 from gemma4_tpu.export.companions import COPY_BYTES
 from gemma4_tpu.models.tensorfile import TensorFile
 
-MEMORY_BYTES = 512 << 20  # of all pieces under way
-WORKERS = min(8, 2 * (os.cpu_count() or 1))  # twice the cores: some of them wait for the disk
+MEMORY_BYTES = 512 << 20  # of all pieces in progress
+WORKERS = min(8, 2 * (os.cpu_count() or 1))  # twice the cores, because some wait for the disk
 
 
 class Piece(NamedTuple):
     """Consecutive bytes of a shard."""
 
     name: str | None
-    """The weight that they belong to; None: they are copied."""
+    """The weight to which they belong; None: they are copied."""
     memory_bytes: int
-    """What making them takes."""
+    """Memory needed to make them."""
     make: Callable[[], tuple[np.ndarray, Any]]
-    """Gives the bytes, and what else is to be known about them."""
+    """Returns the bytes, and further results about them."""
 
 
 def in_order(workers: ThreadPoolExecutor, pieces: Iterator[Piece]) -> Iterator[tuple[str | None, Any]]:
-    """Name and result of each piece, in order, with only so many under way that memory stays bounded."""
+    """Name and result of each piece, in order; limits the pieces in progress so that memory stays bounded."""
     under_way: deque[tuple[Piece, Future[Any]]] = deque()
     for piece in pieces:
         while under_way and piece.memory_bytes + sum(other.memory_bytes for other, _ in under_way) > MEMORY_BYTES:
@@ -43,7 +43,7 @@ def in_order(workers: ThreadPoolExecutor, pieces: Iterator[Piece]) -> Iterator[t
 
 
 def copies(file: TensorFile, start: int, stop: int) -> Iterator[Piece]:
-    """Bytes `[start, stop)` of a file as they are."""
+    """Bytes `[start, stop)` of a file, unchanged."""
 
     def copy(at: int) -> tuple[np.ndarray, None]:
         return file.read_bytes(at, min(at + COPY_BYTES, stop)), None
@@ -52,7 +52,7 @@ def copies(file: TensorFile, start: int, stop: int) -> Iterator[Piece]:
 
 
 def rows_of(file: TensorFile, name: str, rows: slice) -> np.ndarray:
-    """Rows of a tensor, in memory of this process."""
+    """Rows of a tensor, in this process's memory."""
     info = file.tensors[name]
     row_bytes = (info.stop - info.start) // info.shape[0]
     data = file.read_bytes(info.start + rows.start * row_bytes, info.start + rows.stop * row_bytes)

@@ -1,9 +1,9 @@
 """The destination of an export: a staging folder next to the target, which becomes the target in one rename.
 
-The staging folder is `.<name>.partial`. Its journal lists finished files with their checksums, so that a killed export
-resumes with the file that it was writing. The journal stays in the target: it says what the model was made from, and
-the same export, started again, recognises that it is done. On gs:// a rename copies each object; there `config.json`,
-without which nothing loads, comes last.
+The staging folder is `.<name>.partial`. Its journal lists finished files with their checksums, so a killed export
+resumes with the file that it was writing. The journal stays in the target: it records what the model was made from, and
+lets the same export, if started again, recognise that it is done. On gs:// a rename copies each object; there
+`config.json`, without which nothing loads, comes last.
 """
 
 from __future__ import annotations
@@ -27,11 +27,11 @@ log = logging.getLogger(__name__)
 
 JOURNAL, LOCK, PART = "gemma4_tpu.json", ".lock", ".part"
 LAST = "config.json"
-UPLOAD_BYTES = 32 << 20  # one request
+UPLOAD_BYTES = 32 << 20  # per request
 
 
 class Unfinished(UserError):
-    """Stopped halfway: what is finished stays in the staging folder, and the same command resumes with it."""
+    """Stopped halfway: finished files stay in the staging folder, and the same command resumes from them."""
 
 
 class Place:
@@ -45,11 +45,11 @@ class Place:
         self.remote = is_remote(target)
         self.journal: dict[str, Any] = {}
         self.published = False
-        """The target holds this very export already; nothing is written."""
+        """Whether the target already contains exactly this export; then nothing is written."""
         self._lock: int | None = None
 
     def check(self, identity: dict[str, Any], overwrite: bool) -> None:
-        """Raises `UserError` if the target exists, is not this very export, and may not be replaced."""
+        """Raises `UserError` if the target exists, is not exactly this export, and may not be replaced."""
         self._put_back()
         if overwrite or not self._exists():
             return
@@ -57,16 +57,16 @@ class Place:
         same = found.get("identity") == identity and set(list_folder(self.target)) == {JOURNAL, *found["files"]}
         if not same or self._whole(found["files"], self.target) != found["files"]:
             raise UserError(f"target={self.target}: exists; give overwrite=true to replace it, or another target")
-        log.info("%s: holds this export already, with the checksums that were noted", self.target)
+        log.info("%s: already contains this export, with matching checksums", self.target)
         self.journal, self.published = found, True
 
     def _exists(self) -> bool:
-        if self.remote:  # without config.json it is an upload that was interrupted
+        if self.remote:  # without config.json it is an interrupted upload
             return LAST in (names := list_folder(self.target)) or "adapter_config.json" in names
         return os.path.lexists(self.target)
 
     def open(self, identity: dict[str, Any], needed_bytes: int) -> None:
-        """Makes the staging folder, or resumes what an interrupted export of the same identity left.
+        """Creates the staging folder, or resumes from that of an interrupted export with the same identity.
 
         Raises:
           UserError: another process is writing there, or there is not enough space.
@@ -77,7 +77,7 @@ class Place:
             try:
                 os.makedirs(self.staging, exist_ok=True)
             except OSError as error:
-                raise UserError(f"target={self.target}: can't write there ({error.strerror})") from None
+                raise UserError(f"target={self.target}: can't write there ({error.strerror}); give another") from None
             self._take_lock()
         names = list_folder(self.staging)
         found = self._read_journal(self.staging)
@@ -86,13 +86,13 @@ class Place:
             self.journal["files"] = self._whole(found["files"], self.staging)
             log.info("resuming an interrupted export: %d files are done", len(self.journal["files"]))
         elif found:
-            log.info("%s: removing what another export left there", self.staging)
+            log.info("%s: removing the files of another export", self.staging)
         for name in set(names) - {LOCK, JOURNAL} - set(self.journal["files"]):
             self._remove(name)
         self._check_space(needed_bytes - sum(entry["bytes"] for entry in self.journal["files"].values()))
 
     def _read_journal(self, folder: str) -> dict[str, Any]:
-        """Empty where there is none, or a damaged one."""
+        """The folder's journal; empty if it is missing or damaged."""
         try:
             found = read_json(join(folder, JOURNAL)) if JOURNAL in list_folder(folder) else {}
         except ValueError:
@@ -100,18 +100,18 @@ class Place:
         return found if isinstance(found, dict) and isinstance(found.get("files"), dict) else {}
 
     def _whole(self, files: dict[str, Any], folder: str) -> dict[str, Any]:
-        """Those of a journal's files that still hold the bytes that were written."""
+        """Those of a journal's files whose bytes are still the ones written."""
         there = set(list_folder(folder))
         whole = {}
         for name, noted in files.items():
             if name in there and self._stamp(name, folder) == noted["stamp"]:
                 whole[name] = noted
             else:
-                log.warning("%s: its bytes are not those that were written", join(folder, name))
+                log.warning("%s: its bytes are not the ones written", join(folder, name))
         return whole
 
     def _stamp(self, name: str, folder: str) -> str:
-        """What would be another if a file's bytes were."""
+        """A stamp that changes with the file's bytes."""
         path = join(folder, name)
         if not self.remote:
             return checksum(path)
@@ -133,16 +133,16 @@ class Place:
             )
 
     def done(self, name: str) -> dict[str, Any] | None:
-        """What was noted with a finished file; None: it is still to be written."""
+        """The journal's notes about a finished file; None: it is not written yet."""
         return self.journal["files"].get(name)
 
     def create(self, name: str) -> Writer:
-        """A file to write from start to end, in a `with` block; `finish` it there."""
+        """Opens a file to write from start to end, in a `with` block; call `finish` inside it."""
         path = join(self.staging, name)
         return Writer(RemoteFile(path) if self.remote else DiskFile(path + PART))
 
     def finish(self, name: str, file: Writer, **notes: Any) -> None:
-        """Makes a file whole: stored, under its name, in the journal with `notes`."""
+        """Completes a file: stored, under its name, in the journal with `notes`."""
         stamp = file.finish()
         if self.remote:
             stamp = self._stamp(name, self.staging)
@@ -152,7 +152,7 @@ class Place:
         self.write(JOURNAL, json.dumps(self.journal, sort_keys=True))
 
     def write(self, name: str, text: str) -> None:
-        """A small file, at once."""
+        """Writes a small file at once."""
         if self.remote:
             fs, path = filesystem(join(self.staging, name))
             fs.pipe_file(path, text.encode())
@@ -160,7 +160,7 @@ class Place:
             write_text(Path(self.staging) / name, text)
 
     def publish(self) -> str:
-        """Renames the staging folder to the target (replacing an old one), and returns the target."""
+        """Renames the staging folder to the target (replacing an existing one), and returns the target."""
         if self.published:
             return self.target
         if self.remote:
@@ -177,7 +177,7 @@ class Place:
         return self.target
 
     def discard(self) -> None:
-        """Removes what was staged."""
+        """Removes the staging folder."""
         if self.published:
             return
         if self.remote:
@@ -188,7 +188,7 @@ class Place:
         self.close()
 
     def close(self) -> None:
-        """Gives up the right to write here."""
+        """Releases the lock on the staging folder."""
         if self._lock is not None:
             os.close(self._lock)
             self._lock = None
@@ -216,13 +216,13 @@ class Place:
             os.remove(join(self.staging, name))
 
     def _put_back(self) -> None:
-        """A kill between the two renames of a replacement left the old model aside: it returns."""
+        """Restores the old model if a kill between a replacement's two renames left it set aside."""
         if not self.remote and os.path.isdir(self._old):
             if os.path.lexists(self.target):
                 shutil.rmtree(self._old)
             else:
                 os.rename(self._old, self.target)
-                log.warning("%s: put back as it was before an interrupted replacement", self.target)
+                log.warning("%s: restored after an interrupted replacement", self.target)
 
     def _take_lock(self) -> None:
         self._lock = os.open(join(self.staging, LOCK), os.O_RDWR | os.O_CREAT, 0o644)
@@ -232,11 +232,11 @@ class Place:
             self.close()
             raise UserError(f"target={self.target}: another process is exporting there; wait for it") from None
         except OSError as error:
-            log.warning("%s: no file locks here (%s); do not run two exports there at once", self.staging, error)
+            log.warning("%s: no file locks here (%s); do not run two exports to it at once", self.staging, error)
 
 
 class RemoteFile:
-    """A new object, uploaded piece by piece; it is there once it is closed."""
+    """A new object, uploaded piece by piece; it exists once it is closed."""
 
     def __init__(self, path: str):
         fs, place = filesystem(path)
@@ -244,9 +244,9 @@ class RemoteFile:
         self.write, self.close = self._file.write, self._file.close
 
     def discard(self) -> None:
-        """Ends the upload so that nothing of it is published."""
+        """Aborts the upload, so that nothing is published."""
         self._file.discard()
-        self._file.closed = True  # or the end of the object's life would close, that is publish it
+        self._file.closed = True  # else its finalizer would close it, which publishes it
 
 
 def total_bytes(paths: Iterable[str]) -> int:

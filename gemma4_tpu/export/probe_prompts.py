@@ -1,8 +1,7 @@
 """Prompts on which the merged model and its base answer with different tokens, stored with the merged model.
 
-A server started with the model is asked these (`gemma4_tpu/serving/probe.py`), so that one that serves the base does
-not go unnoticed. They come from the logits of the comparison, else from the run's held-out answers
-(`trainer.sample_prompts`).
+A server started with the model is given these (`gemma4_tpu/serving/probe.py`), so that serving the base by mistake is
+noticed. They come from the logits of the comparison, else from the run's held-out answers (`trainer.sample_prompts`).
 """
 
 from __future__ import annotations
@@ -22,19 +21,19 @@ from gemma4_tpu.new_tokens import rewritten
 log = logging.getLogger(__name__)
 
 MIN_MARGIN = 0.1
-"""Logits by which each model must prefer its own token; bfloat16 rounds logits near 30 by 0.06 to 0.12."""
+"""Margin in logits by which each model must prefer its own token; bfloat16 rounds logits near 30 by 0.06 to 0.12."""
 MIN_CONTEXT = 4
-"""Tokens before the one that is asked for."""
+"""Tokens before the requested one."""
 MAX_PROMPTS = 4
 _SAMPLES = "heldout_samples.jsonl"
 
 
 def from_logits(tokens: np.ndarray, mask: np.ndarray, base: np.ndarray, merged: np.ndarray) -> list[dict[str, Any]]:
-    """One probe of each prompt that has a place where the models differ by `MIN_MARGIN`, the clearest place of each.
+    """One probe from each prompt in which the models differ by `MIN_MARGIN` somewhere: where they differ most clearly.
 
     Args:
       tokens: prompts [B, T].
-      mask: [B, T], 1 where they are real.
+      mask: [B, T], 1 for real tokens.
       base: the base's logits over real positions [positions, V].
       merged: the merged model's.
     """
@@ -55,9 +54,9 @@ def from_logits(tokens: np.ndarray, mask: np.ndarray, base: np.ndarray, merged: 
 
 
 def from_answers(trained: Trained) -> list[dict[str, Any]]:
-    """Probes from the answers to held-out prompts before the first update and after the exported one.
+    """Probes from the answers to held-out prompts, before the first update and after the exported one.
 
-    The tokens before the first at which they differ, as the tokenizer splits them again.
+    Each holds the tokens before the first difference, as the tokenizer splits them again.
     """
     path, tokenizer_path = trained.run.path / _SAMPLES, Path(trained.base.tokenizer_folder, "tokenizer.json")
     if not path.is_file() or not tokenizer_path.is_file():
@@ -81,13 +80,13 @@ def from_answers(trained: Trained) -> list[dict[str, Any]]:
 
 
 def write_probes(trained: Trained, place: Place, report: dict[str, Any] | None) -> None:
-    """Writes `probe.json` into the staging folder, where there is something to ask."""
+    """Writes `probe.json` into the staging folder, if there are probes."""
     logits = (report or {}).get("logits")
     probes = logits["probes"] if logits else from_answers(trained)
     if not probes:
         log.warning(
-            "no prompts are known on which merged model and base differ clearly, so a server can't be asked which of"
-            " them it serves (they come from verify=true, or from trainer.sample_prompts of the training)"
+            "no known prompt separates merged model and base clearly, so a server can't be checked for which of them it"
+            " serves (such prompts come from verify=true, or from trainer.sample_prompts of the training run)"
         )
         return
     if place.done(PROBE_NAME) is None and not place.published:

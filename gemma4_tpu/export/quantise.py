@@ -3,7 +3,7 @@ load.
 
 Every matrix of attention, MLP and experts is rounded to nearest, with a scale per row (output channel): weight ≈ scale
 · stored. Embedding, norms, router and other modalities are copied. Servers quantise activations per token at run time,
-or leave them as they are (`weight_only`), so nothing is calibrated. Experts are stored as separate matrices
+or not at all (`weight_only`), so no calibration is needed. Experts are stored as separate matrices
 (`experts.7.gate_proj.weight`), as llm-compressor does.
 
 Streamed like the merge: block of rows by block of rows, journalled, shard by shard.
@@ -37,8 +37,8 @@ from gemma4_tpu.storage import join, list_folder, read_json
 
 log = logging.getLogger(__name__)
 
-BLOCK_VALUES = 4 << 20  # of a matrix that are quantised at a time
-VALUE_BYTES = 16  # that a value takes meanwhile: as stored, in float32, scaled, its error, quantised
+BLOCK_VALUES = 4 << 20  # values of a matrix quantised at a time
+VALUE_BYTES = 16  # memory per value meanwhile: as stored, in float32, scaled, its error, quantised
 _SHAPE = np.dtype(np.int64)
 _CODES = {dtype: code for code, dtype in DTYPES.items()}
 
@@ -48,9 +48,9 @@ class Matrix:
     """A matrix `[rows, width]` that is stored quantised."""
 
     name: str
-    """Of its weights, with prefix; on disk too, unless they are packed."""
+    """Name of its weights, with prefix; also on disk, unless they are packed."""
     source: str
-    """The tensor of the merged checkpoint that holds it."""
+    """The tensor of the merged checkpoint that contains it."""
     start: int
     """Its first row there."""
     rows: int
@@ -58,12 +58,12 @@ class Matrix:
 
     @property
     def scale_name(self) -> str:
-        """Of its scales `[rows, 1]`."""
+        """Name of its scales `[rows, 1]`."""
         return f"{self.name}_scale"
 
     @property
     def shape_name(self) -> str:
-        """Of its rows and width, where it is packed."""
+        """Name of the tensor with its rows and width, if it is packed."""
         return f"{self.name}_shape"
 
     def read(self, file: TensorFile | Checkpoint, start: int, stop: int) -> np.ndarray:
@@ -73,13 +73,13 @@ class Matrix:
         return file.read(self.source, where, (math.prod(shape[:-1]), self.width)).astype(np.float32)
 
     def blocks(self) -> Iterator[tuple[int, int]]:
-        """Its rows, some at a time."""
+        """Ranges of its rows, block by block."""
         step = max(1, BLOCK_VALUES // self.width)
         return ((at, min(at + step, self.rows)) for at in range(0, self.rows, step))
 
 
 def parts_of(arch: Architecture, prefix: str) -> dict[str, list[Matrix]]:
-    """Tensor of the merged checkpoint → the matrices that it is stored as; tensors that stay as they are have none."""
+    """Tensor of the merged checkpoint → the matrices that it is stored as; unchanged tensors have none."""
     found: dict[str, list[Matrix]] = {}
     for tensor in name_map(arch).values():
         if tensor.weight.role is None:
@@ -97,26 +97,26 @@ def parts_of(arch: Architecture, prefix: str) -> dict[str, list[Matrix]]:
 
 @dataclass(frozen=True)
 class Shard:
-    """What one file of the quantised checkpoint holds, in order: shapes, copies, the matrices, their scales, and copies
-    of smaller numbers than the matrices'.
+    """Contents of one file of the quantised checkpoint, in order: shapes, copies, matrices, their scales, and copies of
+    numbers smaller than the matrices'.
 
-    Numbers become smaller from one to the next, but for the scales behind matrices, whose sizes are even: all of them
+    Element sizes decrease from one to the next, except for the scales after the matrices, whose sizes are even, so all
     stay aligned.
     """
 
     file: TensorFile
-    """Of the merged checkpoint."""
+    """File of the merged checkpoint."""
     parts: tuple[Matrix, ...]
     scheme: Scheme
 
     @classmethod
     def of(cls, file: TensorFile, parts: Mapping[str, Sequence[Matrix]], scheme: Scheme) -> Shard:
-        """What a file of the merged checkpoint becomes."""
+        """The shard made from a file of the merged checkpoint."""
         names = sorted(file.tensors.keys() & parts.keys(), key=lambda name: file.tensors[name].start)
         return cls(file, tuple(part for name in names for part in parts[name]), scheme)
 
     def _copied(self) -> tuple[list[tuple[str, TensorInfo]], list[tuple[str, TensorInfo]]]:
-        """Tensors that stay as they are, the largest numbers first: those before the matrices, and those behind."""
+        """Unchanged tensors, largest element size first: those before the matrices, and those after."""
         sources = {part.source for part in self.parts}
         kept = [item for item in self.file.tensors.items() if item[0] not in sources]
         kept.sort(key=lambda item: (-item[1].dtype.itemsize, item[1].start))
@@ -125,7 +125,7 @@ class Shard:
         return kept[:before], kept[before:]
 
     def scale_dtype(self, part: Matrix) -> np.dtype[Any]:
-        """That of the weights."""
+        """The dtype of the merged weights."""
         return self.file.tensors[part.source].dtype
 
     def entries(self) -> Iterator[tuple[str, np.dtype[Any], tuple[int, ...]]]:
@@ -141,7 +141,7 @@ class Shard:
         yield from ((name, info.dtype, info.shape) for name, info in smaller)
 
     def header(self) -> bytes:
-        """That of a safetensors file."""
+        """The safetensors header."""
         found: dict[str, Any] = {"__metadata__": {"format": "pt"}}
         stop = 0
         for name, dtype, shape in self.entries():
@@ -156,7 +156,7 @@ class Shard:
         return sum(dtype.itemsize * math.prod(shape) for _, dtype, shape in self.entries())
 
     def before_scales(self) -> Iterator[Piece]:
-        """The bytes up to the scales; a matrix's pieces come with its scales and errors."""
+        """The bytes up to the scales; each piece of a matrix comes with its scales and errors."""
         if self.scheme.packed:
             shapes = np.array([(part.rows, part.width) for part in self.parts], _SHAPE)
             yield Piece(None, shapes.nbytes, lambda: (as_bytes(shapes), None))
@@ -182,7 +182,7 @@ class Shard:
 
 
 class Quantiser:
-    """Writes a merged checkpoint anew, its products quantised."""
+    """Writes a merged checkpoint with its products quantised."""
 
     def __init__(self, merged: Checkpoint, arch: Architecture, prefix: str, scheme: Scheme):
         self._merged, self._scheme = merged, scheme
@@ -191,11 +191,11 @@ class Quantiser:
 
     @property
     def needed_bytes(self) -> int:
-        """What its weights take on disk."""
+        """Bytes that the weights take on disk."""
         return sum(shard.tensor_bytes + len(shard.header()) for shard in self._shards.values())
 
     def run(self, place: Place) -> dict[str, float]:
-        """Writes every file but `config.json` to the staging folder; returns the relative rms error of each tensor.
+        """Writes every file except `config.json` to the staging folder; returns the relative rms error of each tensor.
 
         Raises:
           UserError: NaN or infinity among the weights.
@@ -216,7 +216,7 @@ class Quantiser:
         return errors
 
     def write_config(self, place: Place) -> None:
-        """`config.json`, without which nothing loads."""
+        """Writes `config.json`, without which nothing loads."""
         config = read_json(join(self._merged.folder, LAST)) | {"quantization_config": self._config()}
         with place.create(LAST) as out:
             out.write(json.dumps(config, indent=2, ensure_ascii=False).encode() + b"\n")
@@ -249,13 +249,13 @@ class Quantiser:
         return {"metadata": {"total_size": total}, "weight_map": dict(sorted(homes.items()))}
 
     def _companions(self) -> list[str]:
-        """Tokenizer, template, probe: all that the merged folder holds besides weights and `config.json`."""
+        """Tokenizer, template, probe: everything in the merged folder besides weights and `config.json`."""
         own = {INDEX_NAME, JOURNAL, LAST, *self._merged.files}
         return [name for name in list_folder(self._merged.folder) if name not in own]
 
     def _config(self) -> dict[str, Any]:
-        """`quantization_config`, in the words of compressed-tensors. What is not quantised is named, module by module,
-        since `Linear` stands for all of them.
+        """The configuration with compressed-tensors' `quantization_config`, which names every unquantised module, since
+        the target `Linear` matches all of them.
         """
         numbers = {"num_bits": 8, "type": self._scheme.kind, "symmetric": True}
         activations = None if self._scheme.weight_only else numbers | {"strategy": "token", "dynamic": True}

@@ -1,6 +1,6 @@
-"""How far a quantised checkpoint is from the merged one: weight by weight, and by the log-probabilities of prompts.
+"""Measures how far a quantised checkpoint is from the merged one: by weights, and by log-probabilities of prompts.
 
-The weights are those on disk, read back; activations are not quantised here, which a server may add.
+Weights are read back from disk; activations are not quantised here, unlike in some servers.
 """
 
 from __future__ import annotations
@@ -23,18 +23,18 @@ from gemma4_tpu.models.layout import Layout
 from gemma4_tpu.models.params import load_params
 from gemma4_tpu.models.tensorfile import Checkpoint, Index
 
-SAMPLE_VALUES = 1 << 20  # of each tensor that are read back
+SAMPLE_VALUES = 1 << 20  # values of each tensor that are read back
 
 
 class Dequantised(Checkpoint):
-    """A quantised checkpoint with the names, shapes and dtypes of the one it was made from."""
+    """A quantised checkpoint that presents the names, shapes and dtypes of the one it was made from."""
 
     def __init__(self, folder: str, merged: Checkpoint, parts: Mapping[str, Sequence[Matrix]], scheme: Scheme):
         super().__init__(folder)
         self._merged, self._parts, self._scheme = merged, parts, scheme
 
     def names(self) -> list[str]:
-        """Those of the merged checkpoint, as are shapes and dtypes."""
+        """The merged checkpoint's names."""
         return self._merged.names()
 
     def shape(self, name: str) -> tuple[int, ...]:
@@ -67,11 +67,11 @@ class Dequantised(Checkpoint):
 
 @dataclass(frozen=True)
 class QuantisedLogits:
-    """Quantised against merged model at every position of the prompts, both in float32."""
+    """Quantised model compared with the merged one at every position of the prompts, both in float32."""
 
     tokens: int
     prompts: str
-    """Where they are from."""
+    """Their origin."""
     max_logprob_difference: float
     """Largest |Δ log p| of a prompt's own next token, in nats."""
     mean_logprob_difference: float
@@ -81,7 +81,7 @@ class QuantisedLogits:
 
 @dataclass(frozen=True)
 class QuantisedParity:
-    """What `quantised.json` holds."""
+    """Contents of `quantised.json`."""
 
     scheme: str
     tensors: int
@@ -90,25 +90,25 @@ class QuantisedParity:
     worst_error: float
     worst_tensor: str
     passed: bool | None
-    """Whether what was read back is within half a step of the merged weights; None: not read (verify=false)."""
+    """Whether the values read back are within half a step of the merged weights; None: not read (verify=false)."""
     logits: QuantisedLogits | None
-    """None: not compared (verify=stream or false, or no room in memory)."""
+    """None: not compared (verify=stream or false, or too little memory)."""
 
     @property
     def told(self) -> str:
-        """In words."""
+        """The result in words."""
         text = f"{self.tensors} tensors off by {self.mean_error:.2%} (rms; at most {self.worst_error:.2%})"
         if self.logits is None:
             return text
         return (
             f"{text}; log-probabilities of {self.logits.tokens} tokens off by at most"
-            f" {self.logits.max_logprob_difference:.2g} (mean {self.logits.mean_logprob_difference:.2g}), same first"
-            f" token at {self.logits.top1_agreement:.1%}"
+            f" {self.logits.max_logprob_difference:.2g} (mean {self.logits.mean_logprob_difference:.2g}), same most"
+            f" likely token at {self.logits.top1_agreement:.1%} of positions"
         )
 
 
 def about_errors(scheme: str, errors: Mapping[str, float]) -> QuantisedParity:
-    """What the writing itself found out."""
+    """The result of the writing itself."""
     worst = max(errors, key=errors.__getitem__)
     return QuantisedParity(scheme, len(errors), statistics.fmean(errors.values()), errors[worst], worst, None, None)
 
@@ -116,9 +116,9 @@ def about_errors(scheme: str, errors: Mapping[str, float]) -> QuantisedParity:
 def within_half_a_step(
     written: Dequantised, merged: Checkpoint, parts: Mapping[str, Sequence[Matrix]], scheme: Scheme
 ) -> str | None:
-    """The first tensor that is further from the merged one than rounding explains; None: there is none.
+    """The first tensor that is further from the merged one than rounding explains; None if there is none.
 
-    Some rows of one matrix of each tensor are read back.
+    Reads back some rows of one matrix of each tensor.
     """
     rng = np.random.default_rng(0)
     relative, least = scheme.half_step
@@ -137,12 +137,12 @@ def within_half_a_step(
 def compare_quantised(
     written: Dequantised, merged: Checkpoint, arch: Architecture, tokens: np.ndarray, mask: np.ndarray, prompts: str
 ) -> QuantisedLogits:
-    """Runs one model after the other on `tokens` [B, T] (`mask` [B, T]: 1 where they are real), prompt by prompt."""
+    """Runs one model after the other on `tokens` [B, T] (`mask` [B, T]: 1 for real tokens), prompt by prompt."""
     layout, mesh = Layout.of(arch), sharding.make_mesh(1, 1, jax.devices()[:1])
     model = Model(layout=layout, compute_dtype=jnp.float32, mesh=mesh)
 
     def answers(checkpoint: Checkpoint) -> tuple[np.ndarray, np.ndarray]:
-        """Log-probabilities of the next tokens, and the likeliest tokens, at real positions of all prompts."""
+        """Log-probabilities of the next tokens, and the most likely tokens, at real positions of all prompts."""
         params = load_params(checkpoint, arch, layout, sharding.places(layout, mesh), np.float32)
         own, best = [], []
         for row, real in zip(tokens, mask, strict=True):
@@ -160,5 +160,5 @@ def compare_quantised(
 
 
 def dequantised(folder: str, merged: Checkpoint, arch: Architecture, prefix: str, scheme: Scheme) -> Dequantised:
-    """The quantised checkpoint in `folder`, beside the one it was made from."""
+    """The quantised checkpoint in `folder`, paired with the one it was made from."""
     return Dequantised(folder, merged, parts_of(arch, prefix), scheme)

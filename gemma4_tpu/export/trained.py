@@ -47,16 +47,16 @@ class Trained:
     run: RunFolder
     state: SavedState
     lora: LoraConfig
-    """Of the adapters as plain ones on the base (see `began.py`)."""
+    """The configuration of the adapters as plain ones on the base (see `began.py`)."""
     recorded: LoraConfig
-    """As the run has it."""
+    """The run's own configuration."""
     base: Base
     match: Match
     """How the base checkpoint's names correspond to the architecture's."""
 
     @property
     def prefix(self) -> str:
-        """Of the base checkpoint's names."""
+        """Prefix of the base checkpoint's names."""
         return self.match.prefix
 
     @property
@@ -65,13 +65,13 @@ class Trained:
 
     @property
     def as_trained(self) -> Trained:
-        """With the adapters that training had, be it on weights that lack what these began as."""
+        """With the adapters as in training, possibly on weights without the adapters' initial values."""
         state = self.state.as_trained if isinstance(self.state, PlainState) else self.state
         return replace(self, lora=self.recorded, state=state)
 
     @cached_property
     def layout(self) -> Layout:
-        """Of the base, with this run's adapters."""
+        """Layout of the base with this run's adapters."""
         return Layout.of(self.base.arch, self.lora)
 
     def factor_names(self, tensor: Tensor) -> tuple[str, ...]:
@@ -81,31 +81,31 @@ class Trained:
 
     @cached_property
     def tensors(self) -> Mapping[str, Tensor]:
-        """Tunix name → the weights that were trained in full or in some rows, or what of them was adapted."""
+        """Tunix name → the weights trained in full or in some rows, or the adapted part of a weight."""
         others = {n: t for n, t in name_map(self.base.arch).items() if self.is_in_full(t) or self.rows_of(t)}
         return {**self.adapted, **others}
 
     @cached_property
     def adapted(self) -> Mapping[str, Tensor]:
-        """Those with adapters: what of them was adapted."""
+        """The weights with adapters: their adapted parts."""
         return adapted_tensors(self.base.arch, self.layout.adapted)
 
     def is_in_full(self, tensor: Tensor) -> bool:
-        """Whether a weight was trained itself, without an adapter."""
+        """Whether a weight was itself trained, without an adapter."""
         return tensor.weight.name in self.layout.in_full
 
     @cached_property
     def token_rows(self) -> tuple[int, ...]:
-        """Rows of the embedding that were trained alone: those of new tokens."""
+        """Individually trained rows of the embedding: those of new tokens."""
         return token_rows.trained_alone(self.layout, tuple(self.base.token_places.ids.values()))
 
     def rows_of(self, tensor: Tensor) -> tuple[int, ...]:
-        """Rows of a weight that were trained alone."""
+        """Individually trained rows of a weight."""
         return self.token_rows if tensor.name == EMBEDDING else ()
 
     @cached_property
     def changes(self) -> Mapping[str, Change]:
-        """Full name on disk → what changes it; a stored output matrix stays the same as a trained embedding."""
+        """Full name on disk → what changes it; a stored output matrix is kept equal to a trained embedding."""
         found = {
             full_name(self.prefix, name): Change(tensor, source)
             for tensor in self.tensors.values()
@@ -117,11 +117,11 @@ class Trained:
 
 
 def open_trained(run: str | Path, export: ExportConfig) -> Trained:
-    """Opens what a run folder holds, and checks that all of it fits together before anything is written.
+    """Opens a run folder, and checks that all of its parts fit together before anything is written.
 
     Raises:
-      UserError: no checkpoint, another base than the run's, damaged base files, a rank or a set of adapters that is not
-        the configuration's.
+      UserError: no checkpoint, a base other than the run's, damaged base files, or a rank or set of adapters other than
+      the configuration's.
     """
     folder = RunFolder.existing(run)
     config = folder.read_config()
@@ -151,7 +151,7 @@ def _base(folder: RunFolder, model: ModelConfig, export: ExportConfig, pictures:
     path = export.base or model.path
     if path and path.startswith(RANDOM):
         raise UserError(
-            f"run={folder.path}: trained on random weights (model.path={path}); there is no base to export with"
+            f"run={folder.path}: trained on random weights (model.path={path}), so there is no base; give another run"
         )
     try:
         return resolve_base(replace(model, path=path), pictures=pictures)
@@ -165,7 +165,7 @@ def _check_fingerprint(folder: RunFolder, base: Base) -> None:
     try:
         recorded = read_json(folder.provenance_path)["fingerprints"]["base"]
     except (OSError, ValueError, KeyError):
-        raise UserError(f"{folder.provenance_path}: does not say which base the run had; copy the file again") from None
+        raise UserError(f"{folder.provenance_path}: does not name the run's base; copy the file again") from None
     if recorded != base.fingerprint:
         raise UserError(
             f"{base.folder}: not the base that {folder.path} was trained on (fingerprint {base.fingerprint[:12]}, the"
@@ -174,7 +174,7 @@ def _check_fingerprint(folder: RunFolder, base: Base) -> None:
 
 
 def _check_values(trained: Trained) -> None:
-    """The checkpoint holds exactly the tensors that the configuration trains, in their shapes."""
+    """Checks that the checkpoint contains exactly the tensors that the configuration trains, in their shapes."""
     lora = trained.lora
     leaves = adapters.trained_leaves(trained.layout, len(trained.base.new_tokens))
     expected = {name: leaf.shape for leaf in leaves for name in leaf.tunix_names}
@@ -186,7 +186,7 @@ def _check_values(trained: Trained) -> None:
     for name, shape in expected.items():
         if (found := trained.state.shape(name)) != shape:
             rank = f" (lora.rank={lora.rank})" if lora.enabled else ""
-            raise UserError(f"{where}: {name} has shape {list(found)}, but config.yaml asks for {list(shape)}{rank}")
+            raise UserError(f"{where}: {name} has shape {list(found)}, but config.yaml requires {list(shape)}{rank}")
 
 
 def _some(names: list[str]) -> str:

@@ -1,7 +1,8 @@
-"""Is the merged model the one that was trained? Weight by weight, and by the logits where the model fits into memory.
+"""Verifies that the merged model is the one that was trained: weight by weight, and by logits if the model fits into
+memory.
 
-Both comparisons come from another direction than the merge: weights in memory's layout through the name map and the
-adapter as a tensor product; logits from the very forward pass that training ran.
+Both comparisons are independent of the merge: weights in the in-memory layout, through the name map and with the
+adapter as a tensor product; logits from exactly the forward pass that training ran.
 """
 
 from __future__ import annotations
@@ -24,9 +25,9 @@ from gemma4_tpu.models.tensorfile import Checkpoint
 
 log = logging.getLogger(__name__)
 
-SAMPLE_VALUES = 1 << 20  # of each weight that are compared; smaller weights are compared whole
-THREADS = min(4, os.cpu_count() or 1)  # a block takes some 40 MB at a time
-ROOM = 1.4  # times the parameters' float32 bytes that the logits need
+SAMPLE_VALUES = 1 << 20  # values of each weight that are compared; smaller weights are compared whole
+THREADS = min(4, os.cpu_count() or 1)  # each takes some 40 MB for its block
+ROOM = 1.4  # memory for the logits, as a multiple of the parameters' float32 bytes
 _FLOAT32_ROUNDING = 2.0**-24
 
 
@@ -47,7 +48,7 @@ class WeightParity:
 
 
 def compare_weights(trained: Trained, merged: Checkpoint) -> WeightParity:
-    """Compares a block of every changed weight, read in memory's layout."""
+    """Compares a block of every changed weight, read in the in-memory layout."""
     rng = np.random.default_rng(0)
     blocks = [(tensor, index) for tensor in trained.tensors.values() for index in _blocks(trained, tensor, rng)]
 
@@ -66,13 +67,13 @@ def compare_weights(trained: Trained, merged: Checkpoint) -> WeightParity:
 
 
 def _blocks(trained: Trained, tensor: Tensor, rng: np.random.Generator) -> list[tuple[slice, ...]]:
-    """What is compared of a weight: some of it, and every row that was trained alone."""
+    """The parts of a weight that are compared: a sample, and every individually trained row."""
     rows = [(slice(row, row + 1), slice(0, tensor.shape[1])) for row in trained.rows_of(tensor)]
     return [_some_block(tensor, rng), *rows]
 
 
 def _some_block(tensor: Tensor, rng: np.random.Generator) -> tuple[slice, ...]:
-    """A random run along the dim in memory that is contiguous on disk, of about `SAMPLE_VALUES` values."""
+    """A random range along the dim in memory that is contiguous on disk, of about `SAMPLE_VALUES` values."""
     dim = tensor.order.index(0) + (1 if tensor.several else 0)
     size = tensor.shape[dim]
     length = min(size, max(1, SAMPLE_VALUES * size // math.prod(tensor.shape)))
@@ -87,7 +88,7 @@ def _read(tensor: Tensor, checkpoint: Checkpoint, prefix: str, index: tuple[slic
 
 
 def _expected(trained: Trained, tensor: Tensor, index: tuple[slice, ...]) -> tuple[np.ndarray, float]:
-    """(float64 values in memory's layout, what float32 arithmetic may be off by)."""
+    """(float64 values in the in-memory layout, largest error of float32 arithmetic)."""
     if trained.is_in_full(tensor):
         return trained.state.read(tensor.name, index).astype(np.float64), 0.0
     if rows := trained.rows_of(tensor):
@@ -111,14 +112,14 @@ def _expected(trained: Trained, tensor: Tensor, index: tuple[slice, ...]) -> tup
 
 
 def _half_spacing(dtype: np.dtype) -> float:
-    """Largest relative error of rounding to a dtype (1/1000 more, for values at the bound), and its subnormals."""
+    """Largest relative error of rounding to a dtype, plus 1/1000 for values at the bound; covers subnormals too."""
     import ml_dtypes
 
     return 1.001 * 0.5 * float(ml_dtypes.finfo(dtype).eps)
 
 
 def fits_in_memory(trained: Trained) -> bool:
-    """Whether base, adapters and logits fit as float32."""
+    """Whether base, adapters and logits fit into memory in float32."""
     import psutil
 
     values = sum(math.prod(trained.checkpoint.shape(name)) for name in trained.checkpoint.names())
@@ -126,12 +127,12 @@ def fits_in_memory(trained: Trained) -> bool:
 
 
 def verify(trained: Trained, merged: Checkpoint, mode: str) -> dict[str, Any]:
-    """Compares a merged checkpoint with the run; returns what `parity.json` holds, `passed` among it.
+    """Compares a merged checkpoint with the run; returns the contents of `parity.json`, including `passed`.
 
     Args:
       trained: the run.
       merged: the staged checkpoint.
-      mode: `true` compares the logits too where the model fits into memory; `stream` the weights only.
+      mode: `true` also compares the logits if the model fits into memory; `stream` compares only the weights.
     """
     weights = compare_weights(trained, merged)
     report: dict[str, Any] = {"passed": weights.passed, "weights": asdict(weights), "logits": None}
@@ -149,7 +150,7 @@ def verify(trained: Trained, merged: Checkpoint, mode: str) -> dict[str, Any]:
 
 
 def refusal(report: dict[str, Any], where: str) -> ParityError:
-    """Why a merged model is not published."""
+    """The error that says why a merged model is not published."""
     weights, logits = report["weights"], report["logits"]
     if not weights["passed"]:
         reason = f"{weights['worst_weight']} is off by {weights['worst']:.3g} times what rounding explains"

@@ -1,7 +1,7 @@
 """One big file, written from start to end by a thread while the caller makes the next bytes.
 
-On local disks it goes past the page cache where the file system allows that: a checkpoint is larger than what is worth
-keeping there, and copying it through the cache takes several times the processor time of the write itself.
+On local disks it bypasses the page cache if the file system allows that: a checkpoint is too large to be worth caching,
+and copying it through the cache takes several times the CPU time of the write itself.
 """
 
 from __future__ import annotations
@@ -19,26 +19,26 @@ import numpy as np
 import xxhash
 
 BUFFER_BYTES = 16 << 20  # one write; a multiple of every disk's block
-BUFFERS = 3  # one is filled, one is written, one waits
+BUFFERS = 3  # one being filled, one being written, one waiting
 
 
 class Sink(Protocol):
-    """Where the bytes of one file go."""
+    """The destination of one file's bytes."""
 
     def write(self, data: memoryview) -> Any:
         """Appends all of `data`."""
 
     def close(self) -> Any:
-        """Returns when the file is stored for good."""
+        """Returns once the file is stored permanently."""
 
     def discard(self) -> Any:
-        """Gives the file up; nothing is left of it."""
+        """Abandons the file and leaves nothing behind."""
 
 
 class Writer:
-    """A file being written. As a context manager it is discarded if an error leaves the block.
+    """A file being written. As a context manager, it discards the file if an error leaves the block.
 
-    What goes wrong in the thread is raised by the next `write`, or by `finish`.
+    An error in the thread is raised by the next `write`, or by `finish`.
     """
 
     def __init__(self, sink: Sink):
@@ -47,7 +47,7 @@ class Writer:
         self._digest = xxhash.xxh3_128()
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="write")
         self._buffers = [np.frombuffer(mmap.mmap(-1, BUFFER_BYTES), np.uint8) for _ in range(BUFFERS)]
-        self._filled_bytes = 0  # of the first buffer
+        self._filled_bytes = 0  # in the first buffer
         self._under_way: deque[Future[None]] = deque()
 
     def __enter__(self) -> Writer:
@@ -59,7 +59,7 @@ class Writer:
             self._sink.discard()
 
     def write(self, data: Any) -> None:
-        """Appends the bytes of anything that has a buffer; it may be changed once this returns."""
+        """Appends the bytes of anything that has a buffer, which may be changed once this returns."""
         left = np.frombuffer(data, np.uint8)
         self.size_bytes += len(left)
         while len(left):
@@ -72,7 +72,7 @@ class Writer:
                 self._hand_over()
 
     def finish(self) -> str:
-        """Returns when every byte is stored: their checksum."""
+        """Waits until every byte is stored; returns the checksum."""
         self._hand_over()
         while self._under_way:
             self._under_way.popleft().result()
@@ -80,7 +80,7 @@ class Writer:
         return self._digest.hexdigest()
 
     def _hand_over(self) -> None:
-        """Gives the first buffer to the thread, and waits until the next one is free."""
+        """Hands the first buffer to the thread, and waits until the next one is free."""
         self._under_way.append(self._thread.submit(self._store, self._buffers[0][: self._filled_bytes]))
         self._buffers.append(self._buffers.pop(0))
         self._filled_bytes = 0
@@ -93,7 +93,7 @@ class Writer:
 
 
 class DiskFile:
-    """A new local file, past the page cache where that works."""
+    """A new local file that bypasses the page cache where that works."""
 
     def __init__(self, path: str):
         self._path = path
@@ -112,7 +112,7 @@ class DiskFile:
             except OSError as error:
                 if error.errno != errno.EINVAL or not self._direct:
                     raise
-                self._direct = False  # the end of a file, which fills no block
+                self._direct = False  # the end of a file, shorter than a block
                 flags = fcntl.fcntl(self._handle, fcntl.F_GETFL)
                 fcntl.fcntl(self._handle, fcntl.F_SETFL, flags & ~os.O_DIRECT)
 
@@ -122,7 +122,7 @@ class DiskFile:
         self._release()
 
     def discard(self) -> None:
-        """May come after `close`, as the note that the file is finished can find the disk full."""
+        """Removes the file; may follow `close`, since the disk can be full when the journal is written."""
         self._release()
         with suppress(FileNotFoundError):
             os.remove(self._path)
@@ -134,7 +134,7 @@ class DiskFile:
 
 
 def checksum(path: str) -> str:
-    """The checksum that `Writer.finish` gave for a local file."""
+    """The checksum of a local file, as `Writer.finish` returned it."""
     digest, buffer = xxhash.xxh3_128(), np.empty(BUFFER_BYTES, np.uint8)
     with open(path, "rb", buffering=0) as file:
         while count := file.readinto(buffer.data):

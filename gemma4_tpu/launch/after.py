@@ -1,4 +1,4 @@
-"""Stages after training on its slice: `merge …`, `evaluate …`, `serve …`, checked by their own configuration code."""
+"""Stages after training on its slice (`merge …`, `evaluate …`, `serve …`), checked by their own configuration code."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ from gemma4_tpu.serve import SERVE
 from gemma4_tpu.tracking.files import write_json
 
 PROBLEMS = "problems"
-"""Folder in which the slice finds what `eval.problems_path=gs://…` names."""
+"""Folder on the slice for the contents of `eval.problems_path=gs://…`."""
 SERVED = "served"
-"""Folder in which the slice finds the merged model that it serves."""
+"""Folder on the slice for the merged model that it serves."""
 _KEY = "eval.problems_path="
 _STAND_IN = f"{_KEY}embedded:verilog_smoke/heldout_problems.jsonl.gz"
 
@@ -38,18 +38,16 @@ class FollowUp:
 
 
 def after_problems(after: list[str], model: str, *, hosts: int, slice_name: str) -> list[str]:
-    """What is wrong with `launch.after`; each stage is checked by its entry point's own configuration code."""
+    """Problems with `launch.after`; each stage is checked by its entry point's own configuration code."""
     messages: list[str] = []
     for index, text in enumerate(after):
         try:
             stage = stages(after[: index + 1], "gs://bucket/run", model)[-1]
             if stage.name != "merge" and hosts > 1:
-                raise UserError(f"runs on one host, and this slice has {hosts}; merge only, and do it elsewhere")
+                raise UserError(f"runs on one host, and this slice has {hosts}; only merge here, and run it elsewhere")
             words = [_STAND_IN if stage.problems and word.startswith(_KEY) else word for word in stage.words]
             if local := [word for word in words if word.startswith(_KEY) and ":" not in word]:
-                raise UserError(
-                    f"{local[0]}: is on this machine, not on the slice; copy it to a bucket and give gs://…"
-                )
+                raise UserError(f"{local[0]}: on this machine, not on the slice; copy it to a bucket and give gs://…")
             if stage.name == "merge":
                 load(words, MERGE)
             elif stage.name == "serve":
@@ -62,10 +60,10 @@ def after_problems(after: list[str], model: str, *, hosts: int, slice_name: str)
 
 
 def _check_server(words: list[str], model: str, slice_name: str) -> None:
-    """Loads what the slice will load, with a folder that stands in for the merged model and a port that is free here.
+    """Loads what the slice will load, with a placeholder folder for the merged model and a port that is free here.
 
     Raises:
-      UserError: serve would refuse it there, or is told of another slice.
+      UserError: serve would refuse it there, or is configured for another slice.
     """
     with tempfile.TemporaryDirectory() as folder, socket.socket() as free:
         config = {"model_type": "gemma4", "text_config": to_hf_config(ARCHITECTURES[model])}
@@ -78,11 +76,11 @@ def _check_server(words: list[str], model: str, slice_name: str) -> None:
         serving = load([*words[:-1], f"run={folder}", f"serving.port={port}"], SERVE).root.serving
     if serving.slice != slice_name:
         raise UserError(
-            f"is for a {serving.slice}, and the launch for a {slice_name}; launch again with hardware=<that slice>, the"
-            " same run_dir and this stage: a run that is finished goes on to its stages"
+            f"is for a {serving.slice}, but the launch for a {slice_name}; launch again with hardware=<that slice>, the"
+            " same run_dir and this stage: a finished run continues with its stages"
         )
     if serving.runner != "docker":
-        raise UserError(f"serving.runner={serving.runner}: the slice has Docker, not vLLM; leave it out")
+        raise UserError(f"serving.runner={serving.runner}: the slice has Docker but no vLLM; leave it out")
 
 
 def stages(after: list[str], run_dir: str, model: str, *, base: str | None = None) -> list[FollowUp]:
@@ -90,12 +88,12 @@ def stages(after: list[str], run_dir: str, model: str, *, base: str | None = Non
 
     Args:
       after: `launch.after`.
-      run_dir: gs:// run folder of the training.
+      run_dir: gs:// run folder of the training run.
       model: `model.name`.
-      base: where the base checkpoint is on the slice, if not where the run's configuration says.
+      base: location of the base checkpoint on the slice, if not that in the run's configuration.
 
     Raises:
-      UserError: none of these, or one that needs a merged model without a merge before it.
+      UserError: an unknown stage, or one that needs a merged model without a merge before it.
       ValueError: an unbalanced quote.
     """
     found: list[FollowUp] = []
@@ -117,7 +115,7 @@ def stages(after: list[str], run_dir: str, model: str, *, base: str | None = Non
             found.append(FollowUp(name, [*words, f"run={SERVED}"], served=merged))
         elif name == "evaluate":
             if merged is None:
-                raise UserError("looks at the merged model; put a merge before it")
+                raise UserError("evaluates the merged model; put a merge before it")
             problems = next((w.removeprefix(_KEY) for w in words if w.startswith(f"{_KEY}gs://")), None)
             words = [f"{_KEY}{PROBLEMS}" if w == f"{_KEY}{problems}" else w for w in words]
             found.append(FollowUp(name, [*words, f"model={model}", f"model.path={merged}"], problems))

@@ -1,4 +1,4 @@
-"""Checks of a launch before anything is submitted: those of training, and of where and how it runs. Imports no JAX."""
+"""Checks of a launch before anything is submitted: those of training, and its place and settings. Imports no JAX."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ Root = TypeVar("Root", TpuVmRoot, GkeRoot)
 
 
 def normalise_launch(root: Root) -> Root:
-    """As for train; project and zone from the environment, no slash at the end of addresses."""
+    """As for train; takes project and zone from the environment, removes the slash at the end of addresses."""
     root = cast(Root, normalise(root))
     place = root.launch
     return replace(
@@ -39,11 +39,11 @@ def normalise_launch(root: Root) -> Root:
 
 
 def examine_tpu_vm(root: TpuVmRoot) -> tuple[Checked | None, list[Refusal]]:
-    """Checks everything that can be known before Google is asked; returns the findings, or the problems."""
+    """Checks everything that can be known without contacting Google; returns the findings, or the problems."""
     launch = root.launch
     messages = _place(root)
     if launch.queue_for is not None and not re.fullmatch(r"\d+[smhd]", launch.queue_for):
-        messages.append(f"launch.queue_for={launch.queue_for}: give a number and s, m, h or d, as 6h")
+        messages.append(f"launch.queue_for={launch.queue_for}: give a number and s, m, h or d, such as 6h")
     if launch.max_hours is not None and not launch.max_hours > 0:
         messages.append(f"launch.max_hours={launch.max_hours}: give more than 0, or null for no limit")
     for key in ("restarts", "recreations"):
@@ -56,21 +56,20 @@ def examine_tpu_vm(root: TpuVmRoot) -> tuple[Checked | None, list[Refusal]]:
     for name, secret in launch.secrets.items():
         if not re.fullmatch(r"[A-Z][A-Z0-9_]*", name) or not re.fullmatch(r"[\w-]+", str(secret)):
             messages.append(
-                f"launch.secrets: {name} is to be an environment variable, and its value the name of a secret in Secret"
-                " Manager (never the secret itself): secrets={WANDB_API_KEY: wandb-key}"
+                f"launch.secrets: {name}: give environment variables with the names of secrets in Secret Manager (never"
+                " the secrets themselves), such as secrets={WANDB_API_KEY: wandb-key}"
             )
     if launch.model_in_memory and not (root.model.path or "").startswith("gs://"):
-        messages.append(f"launch.model_in_memory=true: model.path={root.model.path} is not on gs://")
+        messages.append(f"launch.model_in_memory=true: model.path={root.model.path} is not on gs://; copy it there")
     messages += [f"launch.create_flags: {flag}: give --name=value" for flag in launch.create_flags if flag[:2] != "--"]
     slice_ = slice_of(root.hardware)
     if slice_ is not None and slice_.topology and slice_.runtime_version is None:
         messages.append(
-            f"hardware={option_name(slice_.name)}: {slice_.chip.name} is not offered as a TPU VM; "
-            f"{called('gke')} takes it"
+            f"hardware={option_name(slice_.name)}: {slice_.chip.name} is not available as a TPU VM; use {called('gke')}"
         )
     if launch.git is None and CHECKOUT is None:
         messages.append(
-            "launch.git is not set: the package is installed here without a checkout that could be uploaded; set"
+            "launch.git is not set: the package is installed without a checkout to upload; set"
             " git=<URL>@<branch, tag or commit>"
         )
     messages += after_problems(
@@ -80,7 +79,7 @@ def examine_tpu_vm(root: TpuVmRoot) -> tuple[Checked | None, list[Refusal]]:
 
 
 def examine_gke(root: GkeRoot) -> tuple[Checked | None, list[Refusal]]:
-    """Checks everything that can be known before xpk is asked; returns the findings, or the problems."""
+    """Checks everything that can be known without running xpk; returns the findings, or the problems."""
     launch = root.launch
     messages = _place(root)
     if not launch.cluster:
@@ -102,7 +101,7 @@ def _with_train(root: TpuVmRoot | GkeRoot, messages: list[str]) -> tuple[Checked
 
 
 def _place(root: TpuVmRoot | GkeRoot) -> list[str]:
-    """Slice, project, zone, run folder; files that the slice would not find."""
+    """Problems with slice, project, zone and run folder, and files that the slice would not find."""
     messages = []
     slice_ = slice_of(root.hardware)
     if slice_ is None or slice_.topology is None:
@@ -110,24 +109,22 @@ def _place(root: TpuVmRoot | GkeRoot) -> list[str]:
         messages.append(f"hardware.name={root.hardware.name}: not a TPU slice; set hardware=<one of {tpus}>")
     if root.hardware.flex_start:
         messages.append(
-            "hardware.flex_start=true: counts costs only; the launchers ask for capacity on demand or, with spot=true, "
-            "for spot"
+            "hardware.flex_start=true: for costs only; the launchers request capacity on demand, or spot with spot=true"
+            "; leave it out"
         )
     if not root.launch.project or not re.fullmatch(r"[a-z][a-z0-9:.-]*", root.launch.project):
         messages.append(f"launch.project={root.launch.project or 'null'}: give project=<project id>, or set {PROJECT}")
     if not root.launch.zone or not re.fullmatch(r"[a-z]+-[a-z]+\d+-[a-z]", root.launch.zone):
-        messages.append(f"launch.zone={root.launch.zone or 'null'}: give zone=<zone>, as us-east5-a, or set {ZONE}")
+        messages.append(f"launch.zone={root.launch.zone or 'null'}: give zone=<zone>, like us-east5-a, or set {ZONE}")
     if root.launch.bucket is not None and not re.fullmatch(rf"{_BUCKET}(/[\w./=+-]+)?", root.launch.bucket):
         messages.append(f"launch.bucket={root.launch.bucket}: give gs://<bucket> or gs://<bucket>/<folder>")
     if root.run_dir is None and root.launch.bucket is None:
         messages.append("launch.bucket is not set; set bucket=gs://<bucket> for run folders, or run_dir=gs://…")
     if root.run_dir is not None and not re.fullmatch(rf"{_BUCKET}/[\w./=+-]+", root.run_dir):
         given = f"run_dir={root.run_dir}"
-        messages.append(f"{given}: a slice that is deleted takes its disk with it; give gs://<bucket>/<folder>")
+        messages.append(f"{given}: a slice's disk is deleted with it; give gs://<bucket>/<folder>")
     if root.preview:
-        messages.append(
-            "preview=true: looks at rows, for which no slice is needed: python -m gemma4_tpu.train preview=true"
-        )
+        messages.append("preview=true: needs no slice; run python -m gemma4_tpu.train preview=true here")
     return messages + _local_files(root)
 
 
@@ -139,7 +136,7 @@ def _local_files(root: TrainRoot) -> list[str]:
     }
     named = {"model.path": root.model.path, "model.tokenizer": root.model.tokenizer, "replay": root.replay, **sources}
     return [
-        f"{key}={path}: is on this machine, not on the slice; gcloud storage cp -r it to a bucket and give gs://…"
+        f"{key}={path}: on this machine, not on the slice; gcloud storage cp -r it to a bucket and give gs://…"
         for key, path in named.items()
         if path and "://" not in path and not path.startswith(_NOT_FILES)
     ]

@@ -1,4 +1,4 @@
-"""What the launchers' doors have in common."""
+"""The common parts of the launchers' entry points."""
 
 from __future__ import annotations
 
@@ -21,16 +21,16 @@ class LaunchEntry(EntryPoint):
 
 
 def shorthands(*keys: str) -> dict[str, str]:
-    """Those of every launcher, and these keys beneath `launch.`."""
+    """The shorthands of every launcher, and those for these keys of `launch.`."""
     common = ("project", "zone", "bucket", "dry_run")
     return {"spot": "hardware.spot", **{key: f"launch.{key}" for key in (*common, *keys)}}
 
 
 def look_at_checkpoint(model: ModelConfig) -> list[str]:
-    """What is worth knowing about the checkpoint, as far as it can be reached from this machine.
+    """Notes on the checkpoint, as far as it can be reached from this machine.
 
     Raises:
-      UserError: training would refuse it, on a slice that costs money by then.
+      UserError: training would refuse it, by then on a slice that costs money.
     """
     from gemma4_tpu.models.audit import look_from_afar
 

@@ -1,4 +1,4 @@
-"""The Google Cloud CLI: the commands for launching, and its errors as one message that says what would work."""
+"""The Google Cloud CLI: the commands for launching, and its errors as one message with a fix."""
 
 from __future__ import annotations
 
@@ -16,18 +16,18 @@ LABEL = "gemma4-tpu"
 """Label of nodes launched here; its value is the queued resource's id."""
 QUEUED = ("compute", "tpus", "queued-resources")
 
-_KINDS: tuple[tuple[str, str, str], ...] = (  # kind, what its message looks like, what would work
+_KINDS: tuple[tuple[str, str, str], ...] = (  # kind, pattern of its message, fix
     ("login", r"have an active account|gcloud auth login|reauthentication", "run gcloud auth login"),
     ("api", r"has not been used in project|SERVICE_DISABLED|is disabled",
      "run gcloud services enable tpu.googleapis.com --project=<project>, wait a minute, and try again"),
     ("quota", r"quota|RESOURCE_EXHAUSTED.*limit|rate limit",
-     "quota is what the project is allowed, not what is free: list and delete slices and queued resources that are not"
-     " needed (waiting, failed and suspended ones count), use another zone or slice (spot=true has a quota of its own),"
-     " or ask for more at https://console.cloud.google.com/iam-admin/quotas (service Cloud TPU API)"),
+     "a quota limits what the project may use, whatever is free: list and delete slices and queued resources that you"
+     " don't need (waiting, failed and suspended ones count), use another zone or slice (spot=true has its own quota),"
+     " or request more at https://console.cloud.google.com/iam-admin/quotas (service Cloud TPU API)"),
     ("capacity", r"no more capacity|insufficient (reserved )?capacity|stockout|does not have enough resources"
      r"|ZONE_RESOURCE_POOL_EXHAUSTED|currently unavailable|RESOURCE_EXHAUSTED|valid.?until|not available within",
-     "nothing is free there now: try again later or with a longer queue_for, another zone, spot=true or false, or"
-     " another slice (python -m gemma4_tpu.plan says which others fit)"),
+     "nothing is free there now: try again later, or with a longer queue_for, another zone, spot=true or false, or"
+     " another slice (python -m gemma4_tpu.plan says which ones fit)"),
     ("permission", r"PERMISSION_DENIED|permission|forbidden|\b403\b",
      "the account needs roles/tpu.admin, roles/iam.serviceAccountUser and roles/storage.objectAdmin in the project, and"
      " billing must be on"),
@@ -50,7 +50,7 @@ def gcloud(arguments: Sequence[str]) -> str:
     """Runs `gcloud <arguments>`; returns its standard output.
 
     Raises:
-      GcloudError: it failed; says why and what would work.
+      GcloudError: the command failed; gives the reason and a fix.
       UserError: gcloud is not installed.
     """
     if shutil.which("gcloud") is None:
@@ -65,10 +65,10 @@ def gcloud(arguments: Sequence[str]) -> str:
 
 
 def explain(text: str, *, shown: str) -> GcloudError:
-    """Google's error, in one line, with what would work.
+    """Google's error in one line, with a fix.
 
     Args:
-      text: standard error of a command, or the error of a queued resource that failed.
+      text: standard error of a command, or the error of a failed queued resource.
       shown: what failed.
     """
     _, _, error = text.partition("ERROR:")  # warnings come before it
@@ -80,7 +80,7 @@ def explain(text: str, *, shown: str) -> GcloudError:
 
 
 def create(launched: Launch, script: str) -> list[str]:
-    """Command that requests the slice; `script` is the path of its start-up script."""
+    """The command that requests the slice; `script` is the path of its start-up script."""
     config, slice_ = launched.config, launched.hardware
     return [
         *QUEUED, "create", launched.id, f"--node-id={launched.id}",
@@ -94,12 +94,12 @@ def create(launched: Launch, script: str) -> list[str]:
 
 
 def delete(name: str, project: str, zone: str) -> list[str]:
-    """Command that deletes a queued resource and its slice."""
+    """The command that deletes a queued resource and its slice."""
     return [*QUEUED, "delete", name, f"--project={project}", f"--zone={zone}", "--force", "--quiet"]
 
 
 def describe(name: str, project: str, zone: str) -> dict[str, Any] | None:
-    """A queued resource as Google describes it; None: there is none of that name."""
+    """Google's description of a queued resource; None if there is none with that name."""
     try:
         text = gcloud([*QUEUED, "describe", name, f"--project={project}", f"--zone={zone}", "--format=json"])
     except GcloudError as error:
@@ -115,12 +115,12 @@ def queued(project: str, zone: str) -> list[dict[str, Any]]:
 
 
 def upload(source: str, target: str) -> list[str]:
-    """Words that copy a local file or folder to a bucket."""
+    """The command that copies a local file or folder to a bucket."""
     return ["storage", "cp", source, target, "--quiet"]
 
 
 def read(address: str) -> str | None:
-    """A small file on gs://; None if there is none."""
+    """The text of a small file on gs://; None if there is none."""
     try:
         return gcloud(["storage", "cat", address])
     except GcloudError as error:
@@ -141,12 +141,12 @@ def name_of(resource: dict[str, Any]) -> str:
 
 
 def node_of(resource: dict[str, Any]) -> dict[str, Any]:
-    """The node that a queued resource asks for."""
+    """The node that a queued resource requests."""
     specs = (resource.get("tpu") or {}).get("nodeSpec") or [{}]
     return specs[0].get("node") or {}
 
 
 def is_ours(resource: dict[str, Any]) -> bool:
-    """Whether a queued resource was launched here: by its name and its label."""
+    """Whether a queued resource was launched here, by its name and label."""
     name = name_of(resource)
     return name.startswith(PREFIX) and (node_of(resource).get("labels") or {}).get(LABEL) == name

@@ -1,4 +1,4 @@
-"""`python -m launch.gke`: trains on a GKE cluster, through xpk: a JobSet that Kueue starts when there is room.
+"""`python -m launch.gke`: trains on a GKE cluster through xpk, as a JobSet that Kueue starts when there is capacity.
 
 Every host of the slice runs the same command with the same run folder; JobSet restarts all of them after a preemption
 or a crash.
@@ -31,8 +31,8 @@ from gemma4_tpu.training.checks import Checked
 
 log = logging.getLogger(__name__)
 
-_NAME_LENGTH = 39  # xpk takes no more
-_CRASHED = 1  # also what the other hosts end with when one of them is gone
+_NAME_LENGTH = 39  # xpk's limit
+_CRASHED = 1  # also the exit code of the other hosts when one of them is gone
 _GRACE_SECONDS = 300  # for the save after a SIGTERM
 
 
@@ -64,7 +64,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S", stream=sys.stderr)
     return exit_code(
         lambda: _run(load(list(sys.argv[1:] if argv is None else argv), GKE)),
-        interrupted="interrupted; the workload may be there: xpk workload list shows it",
+        interrupted="interrupted; the workload may exist: xpk workload list shows it",
     )
 
 
@@ -92,7 +92,7 @@ def create(loaded: Loaded[GkeRoot, Checked]) -> tuple[list[str], str]:
     name, _ = name_and_folder(root.name[: _NAME_LENGTH - len(f"{PREFIX}-20260101-000000")], run_dir, config, now)
     train = shlex.join(["python", "-m", "gemma4_tpu.train", *train_words(loaded.overrides, run_dir)])
     if "$" in train or "\n" in train or redact(train) != train:
-        raise UserError("a setting holds $, a line break or a secret, which a JobSet would change or show")
+        raise UserError("a setting holds $, a line break or a secret, which a JobSet would change or show; remove it")
     slice_ = slice_of(root.hardware)
     assert slice_ is not None and slice_.accelerator_type is not None  # the checks
     command = [
@@ -120,7 +120,7 @@ def _submit(command: list[str], config: GkeConfig) -> int:
 
 
 def _shown(command: list[str], hardware: HardwareConfig) -> str:
-    """The command; where xpk is installed, also the JobSet that it would submit."""
+    """The command, and if xpk is installed, the JobSet that it would submit."""
     lines = ["# dry run: nothing is submitted. The command:", shlex.join(command), f"# {_cost(hardware)}"]
     if shutil.which("xpk") is None:
         return "\n".join([*lines, f"# xpk would show the JobSet; {_INSTALL}"])

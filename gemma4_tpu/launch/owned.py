@@ -1,4 +1,4 @@
-"""Lists and deletes what was launched here, and nothing else: resources with our name and our label."""
+"""Lists and deletes only what was launched here: resources with our name and our label."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _PRICED = "ACTIVE"
 
 
 def show(places: list[tuple[str, str]]) -> str:
-    """A table of the slices and queue places that were launched here, in these (project, zone)."""
+    """A table of the slices and queued resources that were launched here, in these (project, zone)."""
     launches = saved()
     lines = []
     for project, zone in places:
@@ -28,7 +28,7 @@ def show(places: list[tuple[str, str]]) -> str:
             if name in launches:
                 lines.append(f"    run folder {launches[name].run_dir}")
     looked = ", ".join(f"{project} {zone}" for project, zone in places)
-    return "\n".join(lines) if lines else f"nothing that was launched here is in {looked}"
+    return "\n".join(lines) if lines else f"nothing launched here is in {looked}"
 
 
 def remove(name: str, project: str, zone: str, *, dry_run: bool) -> str:
@@ -44,7 +44,7 @@ def remove(name: str, project: str, zone: str, *, dry_run: bool) -> str:
         return f"gcloud {' '.join(command)}"
     resource = gcloud.describe(name, project, zone)
     if resource is None:
-        return f"{name}: there is none in {project} {zone} (any more); nothing of it costs money"
+        return f"{name}: does not exist in {project} {zone} (any more), and costs nothing"
     if not gcloud.is_ours(resource):
         raise UserError(f"{name}: its label {gcloud.LABEL} is not ours; delete it with gcloud if you are sure")
     gcloud.gcloud(command)
@@ -55,13 +55,13 @@ def remove(name: str, project: str, zone: str, *, dry_run: bool) -> str:
 
 
 def places(project: str | None, zone: str | None) -> list[tuple[str, str]]:
-    """Where to look: the place that was given, else wherever something was launched from this folder."""
+    """Where to look: the given place, else all places to which this folder has launched something."""
     if project and zone:
         return [(project, zone)]
     known = sorted({(launched.project, launched.zone) for launched in saved().values()})
     found = [(p, z) for p, z in known if project in (None, p) and zone in (None, z)]
     if not found:
-        raise UserError("where? give project=<project id> zone=<zone>; nothing has been launched from this folder yet")
+        raise UserError("nothing has been launched from this folder yet; give project=<project id> zone=<zone>")
     return found
 
 

@@ -1,4 +1,4 @@
-"""The sources that a slice runs: this checkout as it is, with its history, so that provenance is recorded there."""
+"""The sources for a slice: this checkout as it is, with its history, so that the slice can record provenance."""
 
 from __future__ import annotations
 
@@ -15,22 +15,22 @@ log = logging.getLogger(__name__)
 ARCHIVE, BUNDLE = "source.tar.gz", "source.bundle"
 _ABOVE = Path(gemma4_tpu.__file__).resolve().parent.parent
 CHECKOUT = _ABOVE if (_ABOVE / "launch/install.sh").is_file() else None
-"""The checkout that holds this package; None: it is installed from a wheel."""
+"""The checkout that contains this package; None: it is installed from a wheel."""
 _LOCAL = "conf/local/default.yaml"
 _MAX_BYTES = 200 << 20
 
 
 def called(name: str) -> str:
-    """How the launcher of that name is called here: messages are commands to be copied."""
+    """The command that runs this launcher here, for messages from which commands are copied."""
     return f"python -m launch.{name}" if CHECKOUT else f"gemma4-tpu launch {name}"
 
 
 def pack(folder: Path, checkout: Path) -> list[Path]:
-    """Writes `source.bundle` (the commits) and `source.tar.gz` (the files as they are, but what git ignores; with
-    `conf/local/default.yaml`, so that the slice composes what this machine does) into `folder`; returns their paths.
+    """Writes `source.bundle` (the commits) and `source.tar.gz` (the files as they are, except what git ignores; plus
+    `conf/local/default.yaml`, so that the slice composes the same configuration) into `folder`; returns their paths.
 
     Raises:
-      UserError: not a git checkout, or it holds large files that git does not ignore.
+      UserError: not a git checkout, or one with large files that git does not ignore.
     """
     names = files(checkout)
     sizes = {name: (checkout / name).stat().st_size for name in names}
@@ -53,7 +53,7 @@ def pack(folder: Path, checkout: Path) -> list[Path]:
 
 
 def files(checkout: Path) -> list[str]:
-    """What is uploaded: every file that git does not ignore, as it stands."""
+    """The files to upload: all that git does not ignore, as they are."""
     listed = _git(checkout, "ls-files", "-z", "--cached", "--others", "--exclude-standard").split("\0")
     names = {name for name in [*listed, _LOCAL] if name and (checkout / name).is_file()}
     return sorted(names)
@@ -66,6 +66,6 @@ def _git(checkout: Path, *arguments: str) -> str:
     except (OSError, subprocess.CalledProcessError) as error:
         said = (getattr(error, "stderr", "") or str(error)).strip()
         raise UserError(
-            f"{checkout}: launching uploads a git checkout of gemma4-tpu, and git says: {said[:200]}; clone the"
+            f"{checkout}: launching uploads a git checkout of gemma4-tpu, but git says: {said[:200]}; clone the"
             " repository, or give git=<URL>@<ref>"
         ) from None

@@ -1,6 +1,4 @@
-"""One launch: everything that its commands and its script are made from, recorded so that it can be watched and
-deleted.
-"""
+"""One launch: everything from which its commands and script are made, recorded for watching and deleting it."""
 
 from __future__ import annotations
 
@@ -20,9 +18,9 @@ from gemma4_tpu.tracking.files import write_json
 from gemma4_tpu.train import load_train
 
 PREFIX = "gemma4-tpu-"
-"""Names of what is launched begin with it."""
+"""Prefix of the names of everything launched here."""
 RECORDS = Path("outputs/launches")
-"""One folder for each launch, named by its id."""
+"""Contains one folder for each launch, named by its id."""
 MODEL_IN_MEMORY = "/dev/shm/gemma4-tpu-model"
 
 
@@ -44,7 +42,7 @@ class Launch:
     train: list[str]
     """Command line of `python -m gemma4_tpu.train`."""
     after: list[dict[str, Any]]
-    """Stages that follow, as `after.FollowUp`."""
+    """Stages after training, as `after.FollowUp`."""
     model_source: str | None
     """gs:// checkpoint to copy to `MODEL_IN_MEMORY`."""
     launch: dict[str, Any]
@@ -93,7 +91,7 @@ def name_and_folder(name: str, run_dir: str | None, place: PlaceConfig, now: dat
 
 
 def train_words(overrides: list[str], run_dir: str) -> list[str]:
-    """The command line for train on the slice: without what is the launcher's, with the run folder.
+    """The command line for train on the slice: without the launcher's words, with the run folder.
 
     Raises:
       UserError: train refuses them.
@@ -104,14 +102,14 @@ def train_words(overrides: list[str], run_dir: str) -> list[str]:
 
 
 def cost(launched: Launch) -> str:
-    """What an hour costs, and what the limit makes of it, in words; all of it estimated."""
+    """The price of an hour and the most that the time limit allows, in words; estimated."""
     hours, what = launched.config.max_hours, "spot" if launched.spot else "on demand"
     given = next((w.partition("=")[2] for w in launched.train if w.startswith("hardware.usd_per_hour=")), None)
     price = price_in_zone(launched.hardware, SPOT if launched.spot else ON_DEMAND, launched.zone)
     if given not in (None, "null"):
         price = Price(usd_per_hour=float(given), date="this run", source="hardware.usd_per_hour")
     if price is None:
-        return "unknown: no price with a source is known for this slice; hardware.usd_per_hour=… sets one"
+        return "unknown: this slice has no price with a source; hardware.usd_per_hour=… sets one"
     limit = f", at most ${price.usd_per_hour * hours:,.2f} for one slice by launch.max_hours={hours:g}" if hours else ""
     where = f", {price.region}" if price.region else ""
     return f"${price.usd_per_hour:,.2f} per hour {what}{where} ({price.date}, {price.source}){limit}; estimated"

@@ -1,4 +1,4 @@
-"""The start-up script of a launch: what is particular to it, quoted, followed by `startup.sh`. Holds no secret."""
+"""The start-up script of a launch: its own settings, quoted, followed by `startup.sh`. Contains no secret."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ _MAX_BYTES = 256_000  # of one metadata value
 
 
 def render(launched: Launch) -> str:
-    """The script.
+    """Renders the script.
 
     Raises:
-      UserError: a setting holds a secret, or the script is too long for the VM's metadata.
+      UserError: a setting contains a secret, or the script is too long for the VM's metadata.
     """
     config = launched.config
     git_url, _, git_ref = (config.git or "").rpartition("@")
@@ -54,7 +54,7 @@ def render(launched: Launch) -> str:
     script = "\n".join(lines)
     if redact(script) != script:
         raise UserError(
-            "the start-up script would hold a secret, or the value of an environment variable that is named like one;"
+            "the start-up script would contain a secret, or the value of an environment variable with a name like one;"
             " put it into Secret Manager and give secrets={NAME: <name of the secret>}"
         )
     if len(script.encode()) > _MAX_BYTES:
@@ -68,10 +68,10 @@ def needs_simulator(launched: Launch) -> bool:
 
 
 def _after(launched: Launch) -> list[str]:
-    """`after`: each stage, and the upload of what it leaves on the slice; the next one waits for both."""
+    """The function `after`: each stage, and the upload of what it leaves on the slice; the next one waits for both."""
     lines = []
     for number, stage in enumerate(launched.stages, 1):
-        if stage.name == "merge":  # its record lies in the local copy of the run folder
+        if stage.name == "merge":  # its record is in the local copy of the run folder
             record = f"outputs/gs/{launched.run_dir.removeprefix('gs://')}/merges"
         else:
             record = {"serve": "outputs/servings"}.get(stage.name, "outputs/evaluations")

@@ -1,6 +1,6 @@
-# What every host of a slice does: install, train, again after a preemption or a crash, upload, delete the slice.
-# The lines above this one are rendered for one run (gemma4_tpu/launch/render.py); nothing below is. Run by the VM as root at each
-# start, without arguments; it then runs itself as a service ("job"), and as a timer on the first host ("expire").
+# What every host of a slice does: install, train (again after a preemption or a crash), upload, delete the slice.
+# The lines above are rendered for one run (gemma4_tpu/launch/render.py); none below is. The VM runs this as root at
+# each start, without arguments; it then runs itself as a service ("job"), and as a timer on the first host ("expire").
 set -uo pipefail
 
 ROOT=${GEMMA4_TPU_ROOT:-/opt/gemma4-tpu}
@@ -41,7 +41,7 @@ delete_slice() {
   upload_log
 }
 
-finish() {  # CODE REASON: the run is over, for good and on every host
+finish() {  # CODE REASON: the run is over, permanently and on every host
   say "$2 (exit code $1)"
   printf '{"code": %d, "host": %d, "reason": "%s"}\n' "$1" "$HOST" "$2" > "$ROOT/outcome.json"
   retry gcloud storage cp --quiet "$ROOT/outcome.json" "$OUTCOME"
@@ -93,7 +93,7 @@ read_secrets() {
   done
 }
 
-run() {  # MODULE WORD…: in the foreground, but a SIGTERM is handed on once and then waited for
+run() {  # MODULE WORD…: in the foreground, but passes a SIGTERM on once and then waits
   "$ROOT/venv/bin/python" -m "$@" &
   child=$!
   wait "$child"
@@ -126,7 +126,7 @@ train() {  # until it has finished or can't; returns its last exit code
     [[ -z $stopping ]] || return 42
     case $code in
       0 | 2 | 130) return "$code" ;;
-      42) say "saved: going on" ;;
+      42) say "saved: resuming" ;;
       *)
         crashes=$((crashes + 1))
         if ((crashes > RESTARTS)); then return "$code"; fi
@@ -156,23 +156,23 @@ job() {
   train
   local code=$?
   if [[ -n $stopping ]]; then
-    say "stopped by the VM; a new slice goes on from the last checkpoint"
+    say "stopped by the VM; a new slice resumes from the last checkpoint"
     upload_log
     exit 42
   fi
-  if [[ $HOST != 0 ]]; then  # the first host knows how it ended, and has work to do
+  if [[ $HOST != 0 ]]; then  # the first host reports the outcome, and runs the stages
     upload_log
     exit "$code"
   fi
   [[ $code == 0 ]] || finish "$code" "the training ended with exit code $code"
   if ! after && [[ -z $stopping ]]; then
-    finish 1 "trained, but what follows failed"
+    finish 1 "trained, but a later stage failed"
   fi
   [[ -z $stopping ]] || exit 42
   finish 0 "finished"
 }
 
-expire() {  # launch.max_hours are over, launch.keep or not
+expire() {  # launch.max_hours have passed, with launch.keep or without
   exec >> "$LOG" 2>&1
   systemctl stop gemma4-tpu  # saves first
   KEEP=false
@@ -187,10 +187,10 @@ boot() {
   mkdir -p "$ROOT"
   cp "${BASH_SOURCE[0]}" "$ROOT/job.sh"
   systemctl reset-failed gemma4-tpu 2> /dev/null
-  # Stopped by SIGTERM to this script alone, which hands it on once: a second one would not wait for the save.
+  # Stopped by SIGTERM to this script alone, which passes it on once: a second one would not wait for the save.
   systemd-run --unit=gemma4-tpu --property=KillMode=mixed --property=TimeoutStopSec=600 \
     --setenv=HOST="$HOST" bash "$ROOT/job.sh" job
-  if [[ -n $MAX_SECONDS ]]; then  # the first host before the others
+  if [[ -n $MAX_SECONDS ]]; then  # the first host ends before the others
     systemd-run --unit=gemma4-tpu-limit --on-active="$((MAX_SECONDS + 300 * HOST))s" --setenv=HOST="$HOST" \
       bash "$ROOT/job.sh" expire
   fi
@@ -198,7 +198,7 @@ boot() {
 
 HOST=${HOST:-$(metadata agent-worker-number)}
 if [[ -z $HOST ]]; then
-  [[ $HOSTS == 1 ]] || { say "this host's number is not known"; exit 1; }
+  [[ $HOSTS == 1 ]] || { say "this host's number is unknown"; exit 1; }
   HOST=0
 fi
 case ${1:-boot} in

@@ -1,6 +1,6 @@
-"""`python -m launch.tpu_vm`: one command from a checkout to a training on a Cloud TPU slice, and back to no costs.
+"""`python -m launch.tpu_vm`: one command from a checkout to a training run on a Cloud TPU slice that deletes itself.
 
-Configuration → script and commands → (dry_run=true ends here) → sources to the bucket → place in the queue → watching.
+Configuration → script and commands → (dry_run=true ends here) → sources to the bucket → queued resource → watching.
 """
 
 from __future__ import annotations
@@ -40,8 +40,8 @@ TPU_VM: EntryPoint[TpuVmRoot, Checked] = LaunchEntry(
     normalise=normalise_launch,
     examine=examine_tpu_vm,
     summary=(
-        "Train on a Cloud TPU slice that deletes itself afterwards. Requests it (queued resources), installs, runs what"
-        " python -m gemma4_tpu.train would with the same words, resumes after preemptions, uploads, deletes the slice."
+        "Train on a Cloud TPU slice that deletes itself afterwards. Requests it (queued resources), installs, runs"
+        " python -m gemma4_tpu.train with the same words, resumes after preemptions, uploads, deletes the slice."
     ),
     examples=(
         (
@@ -54,21 +54,21 @@ TPU_VM: EntryPoint[TpuVmRoot, Checked] = LaunchEntry(
         (
             "experiment=v5p8 model.path=gs://… hardware=v6e8 mesh=auto trainer.global_batch_sequences=4"
             " run_dir=gs://bucket/v5p8/<run> max_hours=8 \"after=[merge,'serve serving=v6e8']\"",
-            "serve a finished run on a slice of its own",
+            "serve a finished run on its own slice",
         ),
-        ("list", "what runs or waits, and what it costs"),
+        ("list", "show what runs or waits, and its cost"),
         ("watch <id>", "follow a run again, and restart it after preemptions"),
-        ("delete <id>", "delete a slice and its place in the queue"),
+        ("delete <id>", "delete a slice and its queued resource"),
     ),
     shorthands=shorthands("queue_for", "max_hours", "git", "secrets", "after", "keep", "watch"),
 )
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Exit code: the training's (0 finished, 42 to be resumed); 2 refused, 130 interrupted; 0 without watching."""
+    """Exit code: the training run's (0 finished, 42 to be resumed); 2 refused, 130 interrupted; 0 without watching."""
     words = list(sys.argv[1:] if argv is None else argv)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S", stream=sys.stderr)
-    return exit_code(lambda: _run(words), interrupted="interrupted; nothing was asked for")
+    return exit_code(lambda: _run(words), interrupted="interrupted; nothing was requested")
 
 
 def _run(words: list[str]) -> int:
@@ -87,7 +87,7 @@ def new_launch(loaded: Loaded[TpuVmRoot, Checked]) -> Launch:
     """The launch that a command line describes.
 
     Raises:
-      UserError: train would refuse the words that it is given on the slice.
+      UserError: train would refuse its words on the slice.
     """
     root, config = loaded.root, loaded.root.launch
     name, run_dir = name_and_folder(root.name, root.run_dir, config, now := datetime.now(UTC))
@@ -128,7 +128,7 @@ def _launch(launched: Launch, warnings: Sequence[str]) -> int:
 
 def _submit(launched: Launch) -> int:
     submit(launched)
-    log.info("%s is asked for; run folder %s", launched.id, launched.run_dir)
+    log.info("%s is requested; run folder %s", launched.id, launched.run_dir)
     if not launched.config.watch:
         print(still_there(launched))
         return 0
@@ -136,14 +136,14 @@ def _submit(launched: Launch) -> int:
 
 
 def _offline(root: TpuVmRoot) -> list[str]:
-    """W&B's key is not on the slice unless it is fetched."""
+    """A warning that W&B's key is not on the slice unless it is fetched."""
     if root.tracker.kind != "wandb" or "WANDB_API_KEY" in root.launch.secrets:
         return []
     return ["tracker=wandb without secrets={WANDB_API_KEY: <name in Secret Manager>}: W&B stays offline on the slice"]
 
 
 def _upload(launched: Launch) -> None:
-    """The sources to the bucket, where that is not git's part."""
+    """Uploads the sources to the bucket, unless they come from git."""
     if launched.config.git:
         return
     assert parcel.CHECKOUT is not None  # the checks
@@ -153,7 +153,7 @@ def _upload(launched: Launch) -> None:
 
 
 def _shown(launched: Launch, script: str) -> str:
-    """The commands and the script, as they would be."""
+    """The commands and the script of the launch."""
     commands = [] if launched.config.git else [
         gcloud.upload(name, f"{launched.launch_dir}/{name}") for name in (parcel.ARCHIVE, parcel.BUNDLE)
     ]  # fmt: skip
@@ -170,7 +170,7 @@ def _shown(launched: Launch, script: str) -> str:
 
 
 def _verb(verb: str, words: list[str]) -> int:
-    """`list`, `watch` and `delete`, with ids and project=, zone=, dry_run=."""
+    """Runs `list`, `watch` or `delete`, with ids and project=, zone=, dry_run=."""
     given = dict(word.split("=", 1) for word in words if "=" in word)
     names = [word for word in words if "=" not in word]
     if unknown := [word for word in [*given, *names] if word.startswith("-") or word in set(given) - _SETTINGS]:
@@ -180,14 +180,14 @@ def _verb(verb: str, words: list[str]) -> int:
         print(owned.show(owned.places(project, zone)))
         return 0
     if not names:
-        raise UserError(f"{verb}: which? give ids; {parcel.called('tpu_vm')} list shows them")
+        raise UserError(f"{verb}: give ids; {parcel.called('tpu_vm')} list shows them")
     if verb == "watch":
         return _watch_again(names)
     for name in names:
         launched = saved().get(name)
         where = [(launched.project, launched.zone)] if launched else owned.places(project, zone)
         if len(where) > 1:
-            raise UserError(f"{name}: in which zone? give project= and zone=")
+            raise UserError(f"{name}: its zone is unknown; give project= and zone=")
         print(owned.remove(name, *where[0], dry_run=given.get("dry_run") == "true"))
     return 0
 
@@ -209,7 +209,7 @@ def _follow(launched: Launch) -> int:
     try:
         return watch(launched)
     except GcloudError as error:
-        raise UserError(f"{error}\nif it is still there, {how_to_delete(launched)}") from None
+        raise UserError(f"{error}\nif it still exists, {how_to_delete(launched)}") from None
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Following a launch: what state it is in, a new slice after a preemption, the end. A preempted slice can't do that."""
+"""Follows a launch: its state, a new slice after a preemption, its end. A preempted slice can't do that itself."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from gemma4_tpu.launch.record import Launch, cost
 log = logging.getLogger(__name__)
 
 _SAID = {
-    "CREATING": "asked for",
+    "CREATING": "requested",
     "ACCEPTED": "in the queue",
     "WAITING_FOR_RESOURCES": "in the queue: there is no capacity yet; waiting costs nothing (another zone, spot=true or"
-    " another slice may be quicker)",
-    "PROVISIONING": "being made",
-    "ACTIVE": "up: from now on it costs",
+    " another slice can be faster)",
+    "PROVISIONING": "being created",
+    "ACTIVE": "up: from now on it costs money",
     "SUSPENDING": "preempted",
     "SUSPENDED": "preempted",
     "DELETING": "being deleted",
@@ -30,10 +30,10 @@ _GONE = ("SUSPENDING", "SUSPENDED")
 
 
 def watch(launched: Launch) -> int:
-    """Follows a launch to its end; returns the training's exit code (1: the slice is gone without an outcome).
+    """Follows a launch to its end; returns the training run's exit code (1: the slice is gone without an outcome).
 
     Raises:
-      GcloudError: the slice can't be had, or Google can't be asked; says what is left.
+      GcloudError: the slice is not available, or Google can't be reached; says what remains.
     """
     watcher = Watcher(launched)
     while (code := watcher.look()) is None:
@@ -52,11 +52,11 @@ class Watcher:
         self._failures = 0
 
     def look(self) -> int | None:
-        """Looks once and does what is to be done; returns the exit code when there is nothing left to follow."""
+        """Checks once and acts; returns the exit code if there is nothing left to follow."""
         launched = self.launched
         try:
             resource = gcloud.describe(launched.id, launched.project, launched.zone)
-            outcome = gcloud.read(f"{launched.launch_dir}/outcome.json")  # second: it is there before the slice goes
+            outcome = gcloud.read(f"{launched.launch_dir}/outcome.json")  # read second: it exists before the slice goes
         except GcloudError as error:
             self._unreachable(error)
             return None
@@ -91,17 +91,17 @@ class Watcher:
                 "launch.keep=true: %s is still up: %s; %s", launched.id, cost(launched), how_to_delete(launched)
             )
         if code == PREEMPTED:
-            log.warning("it is not finished: %s", again(launched))
+            log.warning("the run is not finished: %s", again(launched))
         return code
 
     def _failed(self, resource: dict) -> int | None:
-        """A place in the queue that came to nothing: it counts against the quota until it is deleted."""
+        """Deletes a failed queued resource, which would count against the quota."""
         error = json.dumps((resource.get("state") or {}).get("failedData") or {})
         failure = gcloud.explain(error, shown=f"{self.launched.id} failed")
-        if failure.kind == "capacity" and self._slices > 1:  # after a preemption: some time there will be one again
+        if failure.kind == "capacity" and self._slices > 1:  # after a preemption: capacity will return some time
             return self._next_slice("no capacity")
         self._delete()
-        raise GcloudError(f"{failure}\nnothing is left behind; {again(self.launched)}", failure.kind)
+        raise GcloudError(f"{failure}\nnothing remains; {again(self.launched)}", failure.kind)
 
     def _next_slice(self, reason: str) -> int | None:
         launched = self.launched
@@ -111,7 +111,7 @@ class Watcher:
                 "%s: %s after %d slices (launch.recreations); %s", launched.id, reason, self._slices, again(launched)
             )
             return PREEMPTED
-        log.warning("%s: %s; slice %d is asked for, which resumes from the last checkpoint", launched.id, reason,
+        log.warning("%s: %s; requesting slice %d, which resumes from the last checkpoint", launched.id, reason,
                     self._slices + 1)  # fmt: skip
         self._slices += 1
         self._state = ""
@@ -138,33 +138,33 @@ class Watcher:
             ) from None
 
     def _unreachable(self, error: GcloudError) -> None:
-        """A network that is gone for a moment is no reason to let go; one that stays away is told."""
+        """Tolerates a short network failure; raises for a lasting one."""
         self._failures += 1
         if error.kind in ("login", "permission", "api") or self._failures >= 10:
             raise GcloudError(f"{error}\n{still_there(self.launched)}", error.kind) from None
-        log.warning("%s; looking again", str(error).splitlines()[0])
+        log.warning("%s; trying again", str(error).splitlines()[0])
 
 
 def submit(launched: Launch) -> None:
-    """Asks for the slice of a launch, whose script is in its record.
+    """Requests the slice of a launch, whose script is in its record.
 
     Raises:
-      GcloudError: Google refuses; nothing that was asked for is left behind, or the message says so.
+      GcloudError: Google refuses; nothing requested remains, unless the message says otherwise.
     """
     try:
         gcloud.gcloud(gcloud.create(launched, str(launched.folder / "startup.sh")))
     except GcloudError as error:
-        try:  # what failed while it was being made counts against the quota
+        try:  # a resource that failed during creation counts against the quota
             if gcloud.describe(launched.id, launched.project, launched.zone) is not None:
                 gcloud.gcloud(gcloud.delete(launched.id, launched.project, launched.zone))
-            left = "nothing is left behind"
+            left = "nothing remains"
         except GcloudError:
-            left = f"whether {launched.id} is there can't be told; {how_to_delete(launched)}"
+            left = f"{launched.id} may exist; {how_to_delete(launched)}"
         raise GcloudError(f"{error}\n{left}", error.kind) from None
 
 
 def how_to_delete(launched: Launch) -> str:
-    """The command that deletes the slice, in a sentence."""
+    """A sentence with the command that deletes the slice."""
     return f"delete it: {called('tpu_vm')} delete {launched.id} project={launched.project} zone={launched.zone}"
 
 
@@ -174,10 +174,10 @@ def again(launched: Launch) -> str:
 
 
 def still_there(launched: Launch) -> str:
-    """What is there when nobody watches."""
+    """States what continues when nobody watches."""
     return (
         f"{launched.id} is still in the queue or up, and continues by itself: {cost(launched)}. It deletes itself when"
-        f" the run is over; after a preemption only a watcher asks for a new slice.\n"
+        f" the run is over; after a preemption, only a watcher requests a new slice.\n"
         f"  follow it: {called('tpu_vm')} watch {launched.id}\n"
         f"  {how_to_delete(launched)}"
     )

@@ -1,1 +1,1 @@
-"""One page about one or several runs: planned, trained, merged, evaluated, served, and what it cost. No JAX."""
+"""One page about one or more runs: plan, training, merge, evaluation, serving and cost. Imports no JAX."""

@@ -1,4 +1,4 @@
-"""What a report adds where answers were compared: how, by category, which were not right, and the picture."""
+"""Report sections for answers scored by comparison: the rule, scores by category, incorrect answers, the plot."""
 
 from __future__ import annotations
 
@@ -26,20 +26,20 @@ CHOSEN_BY = {
 
 
 def how(answers: Mapping[str, Any]) -> Iterator[str]:
-    """When an answer counts as right, in sentences."""
+    """States in sentences when an answer counts as correct."""
     if choose := answers.get("choose"):
         yield f"Answers are chosen {CHOSEN_BY[choose]} ({code(f'eval.answers.choose={choose}')})."
-        yield f"Choosing blindly would give {answers['chance']:.3f}."
+        yield f"Chance level: {answers['chance']:.3f}."
     else:
         compare = answers["compare"]
-        yield f"Both answers are read {READ_AS[compare]}, then have to be equal ({code(f'compare={compare}')})."
+        yield f"Both answers are read {READ_AS[compare]} and must then be equal ({code(f'compare={compare}')})."
     if answers.get("extract"):
-        yield f"What counts of a text is the last match of {code(answers['extract'])}."
-    yield "An answer that is cut off, empty or without anything to compare is not right."
+        yield f"Only the last match of {code(answers['extract'])} in a text counts."
+    yield "An answer that is cut off, empty or has nothing to compare counts as incorrect."
 
 
 def by_category(outcomes: Sequence[EvaluationOutcome], comparison: Comparison | None) -> Iterator[str]:
-    """A table of categories, with the paired difference where two are compared."""
+    """A table of scores by category, with the paired difference if two outcomes are compared."""
     found = [outcome.categories() for outcome in outcomes]
     if not found[0]:
         return
@@ -57,18 +57,18 @@ def by_category(outcomes: Sequence[EvaluationOutcome], comparison: Comparison | 
 
 
 def examples(outcome: EvaluationOutcome) -> Iterator[str]:
-    """Some answers that are not right."""
+    """Some of the incorrect answers."""
     shown = outcome.answers.get("examples")
     if not shown:
         return
-    yield from ["", f"## Not right: {outcome.name}, the first {len(shown)}", ""]
+    yield from ["", f"## Incorrect answers: {outcome.name}, the first {len(shown)}", ""]
     rows = [[plain(row["problem"]), row["kind"], plain(row["detail"])] for row in shown]
     yield from list(table(["row", "verdict", ""], rows))[:-1]
     yield from ["", "All verdicts are in verdicts.jsonl, all answers in samples.jsonl."]
 
 
 def plot_categories(outcomes: Sequence[EvaluationOutcome], path: Path) -> Path:
-    """Accuracy of each outcome with its interval, over all rows and by category."""
+    """Plots the accuracy of each outcome with its interval, over all rows and by category."""
     scores = [{ALL: outcome.scores()["strict"]["all"][0], **outcome.categories()} for outcome in outcomes]
     names = list(scores[0])
     with new_figure(path, (8, 1.2 + 0.32 * len(names) * len(outcomes))) as figure:

@@ -1,4 +1,4 @@
-"""Sections about what lies around a run: its plan, merged model, evaluations, servers, benchmarks, dollars."""
+"""Sections about what surrounds a run: its plan, merged model, evaluations, servers, load tests and cost."""
 
 from __future__ import annotations
 
@@ -55,13 +55,13 @@ def plans_of(records: Records) -> list[tuple[Path, PlanResult]]:
 
 
 def plan(records: Records, page: Path) -> Iterator[str]:
-    """What was expected before."""
+    """The section about plans: what was expected before the run."""
     yield from ["## Plan", ""]
     plans = plans_of(records)
     if not plans:
         run = shown(records.run.address)
         yield f"No plan was found; {code(f'python -m gemma4_tpu.plan replay={run} hardware=<slice>')} makes one, and"
-        yield from [f"{code('records=[<its folder>]')} adds one that is there.", ""]
+        yield from [f"{code('records=[<its folder>]')} adds an existing one.", ""]
     for folder, result in plans:
         if len(plans) > 1:
             yield from [f"### {plain(folder.name)}", ""]
@@ -75,7 +75,7 @@ def plan(records: Records, page: Path) -> Iterator[str]:
 
 
 def merge(records: Records, page: Path) -> Iterator[str]:
-    """Where the trained model lies, and whether it is that."""
+    """The section about the merged model: where it is, and whether it is the trained one."""
     yield from ["## Merged model", ""]
     if not records.by_kind[MERGE]:
         told = code(f"python -m gemma4_tpu.merge run={shown(records.run.address)}")
@@ -101,29 +101,29 @@ def merge(records: Records, page: Path) -> Iterator[str]:
 
 
 def _status(found: Mapping[str, Any]) -> str:
-    """How a record's work ended."""
+    """How the work of a record ended."""
     if not found:
         return "not finished (no `result.json`)"
     return plain(found.get("status", "")) + (f": {plain(found['error'])}" if found.get("error") else "")
 
 
 def _parity(parity: Mapping[str, Any] | None) -> list[list[str]]:
-    """How near the merged model is to base + LoRA."""
+    """Rows on how closely the merged model matches base + LoRA."""
     if not parity:
-        return [["Comparison with base + LoRA", "was not made", ""]]
+        return [["Comparison with base + LoRA", "not made", ""]]
     rows = [["Comparison with base + LoRA", "passed" if parity.get("passed") else "**failed**", _MEASURED]]
     if logits := parity.get("logits"):
         rows += [
             ["Logits off by", f"{logits['merged_to_lora']:.1e} ({logits['rounded_to_lora']:.1e} is rounding to"
              f" {plain(logits['dtype'])})", _MEASURED],
             ["Effect of training on logits", f"{logits['base_to_lora']:.1e}", _MEASURED],
-            ["Same likeliest token", f"{logits['top1_agreement']:.1%} of {logits['tokens']}", _MEASURED],
-        ]  # fmt: skip
+            ["Same most likely token", f"{logits['top1_agreement']:.1%} of {logits['tokens']}", _MEASURED],
+            ]  # fmt: skip
     return rows
 
 
 def _quantised(found: Mapping[str, Any] | None) -> list[list[str]]:
-    """How near the quantised model is to the merged one."""
+    """Rows on how closely the quantised model matches the merged one."""
     if not found:
         return []
     scheme = plain(found["scheme"])
@@ -132,7 +132,7 @@ def _quantised(found: Mapping[str, Any] | None) -> list[list[str]]:
         off = f"{logits['max_logprob_difference']:.2g} at most, {logits['mean_logprob_difference']:.2g} on average"
         rows += [
             [f"Log-probabilities in {scheme} off by", off, _MEASURED],
-            [f"Same likeliest token in {scheme}", f"{logits['top1_agreement']:.1%} of {logits['tokens']}", _MEASURED],
+            [f"Same most likely token in {scheme}", f"{logits['top1_agreement']:.1%} of {logits['tokens']}", _MEASURED],
         ]
     return rows
 
@@ -157,7 +157,7 @@ def _is_scored(found: Record) -> bool:
 
 
 def evaluation(records: Records, page: Path) -> Iterator[str]:
-    """Scores of all of them in one table, and what can be claimed against the base."""
+    """The section about evaluations: all scores in one table, and what can be claimed against the base."""
     yield from ["## Evaluation", ""]
     found = outcomes_of(records)
     for folder in records.by_kind[EVALUATION]:
@@ -168,9 +168,9 @@ def evaluation(records: Records, page: Path) -> Iterator[str]:
         yield from [f"Not evaluated: no record of it was found; {told} does it.", ""]
     if not found:
         return
-    yield f"{_MEASURED}: pass@k by simulation, accuracy by comparing answers; intervals (95%) are over problems, errors"
-    yield "those of sampling. Strict: in simulation, no errors, the reference's own number of comparisons, no way"
-    yield "around the test bench. Official: the benchmark's own rule."
+    yield f"{_MEASURED}: pass@k by simulation, accuracy by comparing answers; 95% intervals are over problems, errors"
+    yield "are sampling errors. Strict: no simulation errors, as many comparisons as the reference makes, no way around"
+    yield "the test bench. Official: the benchmark's own rule."
     yield ""
     heads = ["evaluation", "subject", "benchmark", "problems", "n", "rule", "score", "interval", "sampling error"]
     yield from table(heads, [row for folder, outcome in found for row in _scores(folder, outcome)], "lllrrllll")
@@ -197,7 +197,7 @@ def _scores(folder: Path, outcome: EvaluationOutcome) -> Iterator[list[str]]:
 
 
 def _claims(found: Sequence[tuple[Path, EvaluationOutcome]]) -> Iterator[str]:
-    """Each trained model compared with a base on the same benchmark, its own evaluation's before another's."""
+    """Each trained model compared with a base on the same benchmark, preferably the base of its own evaluation."""
     for folder, outcome in found:
         bases = [
             (place, base) for place, base in found if base.name == BASE and base.benchmark == outcome.benchmark
@@ -214,16 +214,16 @@ def _claims(found: Sequence[tuple[Path, EvaluationOutcome]]) -> Iterator[str]:
 
 
 def _answered(probe: Mapping[str, Any] | None) -> str:
-    """What a server answered when it was asked whether it is the trained model; of adapters each."""
+    """The result of the check whether a server serves the trained model; with adapters, of each."""
     if not probe:
-        return "was not asked"
+        return "not checked"
     if "told" in probe:
         return str(probe["told"])
     return "; ".join(f"{name}: {_answered(each)}" for name, each in probe.items())
 
 
 def serving(records: Records, page: Path) -> Iterator[str]:
-    """Servers, and what they did under load."""
+    """The section about servers and their load tests."""
     yield from ["## Serving", ""]
     rows = []
     for folder in records.by_kind[SERVING]:
@@ -257,7 +257,7 @@ def serving(records: Records, page: Path) -> Iterator[str]:
 
 
 def figures_of(records: Records) -> Figures:
-    """Of the run, if it has ended, and of the records about it that hold figures."""
+    """Figures of the run, if it has ended, and of the records about it that contain figures."""
     places = [records.run.path] if result_of(records.run.path).kind == TRAINING else []
     places += [folder for folder, _ in plans_of(records)]
     places += [folder for folder in records.by_kind[EVALUATION] if _is_scored(result_of(folder))]
@@ -266,7 +266,7 @@ def figures_of(records: Records) -> Figures:
 
 
 def cost(figures: Figures, terms: CostTerms) -> Iterator[str]:
-    """Dollars of everything that is recorded, as `report cost` gives them."""
+    """The section about cost: dollars for everything recorded, as in `report cost`."""
     yield from ["## Cost", ""]
     everything = [*figures.trainings, *figures.points, *figures.evaluations]
     slices = list(dict.fromkeys([*(figure.slice for figure in everything), *terms.serving_slices]))
@@ -274,8 +274,8 @@ def cost(figures: Figures, terms: CostTerms) -> Iterator[str]:
     if not configured and not any(terms.prices.of(name, kind) for name in slices for kind in KINDS):
         names = ", ".join(slices) or "these records"
         given = code(f"'prices={{{slices[0] if slices else 'local'}: <USD per hour>}}'")
-        yield from [f"No price is known for {plain(names)}, so nothing is said about dollars; give {given}.", ""]
+        yield from [f"No price is known for {plain(names)}, so no cost is shown; give {given}.", ""]
         return
-    yield f"{_ESTIMATED}: hours and rates as their rows say, times prices that are {BY[QUOTED]} below, dated."
+    yield f"{_ESTIMATED}: the hours and rates in each row, times the dated prices that are {BY[QUOTED]} below."
     yield ""
     yield from below(cost_report(figures, terms), 1)

@@ -1,4 +1,4 @@
-"""`python -m gemma4_tpu.report plausibility …`: throughputs and latencies beside what the slice could do at most."""
+"""`python -m gemma4_tpu.report plausibility …`: throughputs and latencies compared with the slice's ceilings."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from gemma4_tpu.markdown import plain, table
 from gemma4_tpu.reporting.costs import command_line, deliver, head, joined, remarks, sources
 
 MEASURED_WRONG = 1
-"""Exit code: a figure that is said to be measured here lies above its ceiling."""
+"""Exit code: a figure recorded as measured here is above its ceiling."""
 
 
 def show_plausibility(places: Sequence[str], out: str | None) -> int:
-    """Throughputs and latencies of all places compared with their ceilings. Returns `MEASURED_WRONG` or 0."""
+    """Compares throughputs and latencies of all places with their ceilings. Returns `MEASURED_WRONG` or 0."""
     figures = read(places)
     command = command_line("plausibility", places, {"out": out} if out else {})
     deliver(plausibility_report(figures, command=command), out)
@@ -25,7 +25,7 @@ def show_plausibility(places: Sequence[str], out: str | None) -> int:
 
 
 def plausibility_report(figures: Figures, *, command: str | None = None) -> str:
-    """Every throughput and latency compared with its ceiling, with the arithmetic."""
+    """The report: every throughput and latency compared with its ceiling, with the arithmetic."""
     judged, left = judge(figures)
     parts = [head("Throughputs and latencies compared with the slice's ceiling", command), _ceiling_rules(judged)]
     return joined([*parts, _judged(judged), _arithmetic(judged), _left(left), remarks(figures.remarks)])
@@ -70,17 +70,17 @@ def _left(left: Sequence[str]) -> Iterator[str]:
 
 
 def nearest_to_ceiling(figures: Figures) -> Iterator[str]:
-    """Whether the slice can have done what is told: what lies too near to its ceiling, or above."""
+    """Whether the slice can have done what is reported: figures too close to their ceiling, or above it."""
     judged, left = judge(figures)
     if not judged:
         reasons = "; ".join(dict.fromkeys(line.rpartition(": ")[2] for line in left)) or "no throughput is recorded"
-        yield from ["### Against the slice's ceiling", "", f"Not judged: {plain(reasons)}.", ""]
+        yield from ["### Compared with the slice's ceiling", "", f"Not judged: {plain(reasons)}.", ""]
         return
     nearest = max(judged, key=lambda one: one.share)
-    yield from ["### Against the slice's ceiling", ""]
+    yield from ["### Compared with the slice's ceiling", ""]
     by = BY[ESTIMATED]
-    yield f"Throughputs and latencies compared with it ({by} from published peaks): {len(judged)}. The nearest:"
-    yield f"{plain(nearest.figure.name)}, {nearest.quantity}, {nearest.told} where {nearest.limit} is the limit,"
+    yield f"Throughputs and latencies compared with it ({by} from published peaks): {len(judged)}. The closest:"
+    yield f"{plain(nearest.figure.name)}, {nearest.quantity}, {nearest.told} with a limit of {nearest.limit},"
     yield from [f"{nearest.share:.0%}: **{nearest.verdict}**.", ""]
     odd = [one for one in judged if one.verdict in (IMPOSSIBLE, DOUBTFUL)]
     if odd:

@@ -1,4 +1,4 @@
-"""Checks of `python -m gemma4_tpu.report`: one subject, and its folder is there. No JAX."""
+"""Checks of `python -m gemma4_tpu.report`: exactly one subject, whose folder exists. Imports no JAX."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from gemma4_tpu.config.tasks import ReportRoot
 from gemma4_tpu.hardware import LOCAL, SLICES
 
 SUBJECTS = ("sweep", "wandb", "check")
-"""Keys that each are a folder."""
+"""Keys that take a folder each."""
 LISTED = ("run", "cost", "plausibility")
-"""Keys that each are several folders (the last two: or files). Of all these exactly one is given."""
+"""Keys that take a list of folders (the last two also files). Exactly one of all these keys is given."""
 _FILES_TOO = ("cost", "plausibility")
 _WITH_COSTS = ("run", "cost")
 _ONLY_COSTS = ("serving_hours", "serving_slices", "prices", "spot_prices")
@@ -24,21 +24,21 @@ _ONLY_COSTS = ("serving_hours", "serving_slices", "prices", "spot_prices")
 
 @dataclass(frozen=True)
 class ReportChecked:
-    """What the checks found out on the way."""
+    """What the checks found out along the way."""
 
     subject: str
     """One of `SUBJECTS` or `LISTED`, or `price_list`."""
 
 
 def normalise_report(root: ReportRoot) -> ReportRoot:
-    """One spelling: `~` expanded, no slash at the end."""
+    """Canonical spelling of paths: `~` expanded, no slash at the end."""
     changed: dict[str, Any] = {name: folder_of(getattr(root, name)) for name in SUBJECTS}
     changed |= {name: [folder_of(path) for path in getattr(root, name)] for name in (*LISTED, "records")}
     return replace(root, **changed, out=folder_of(root.out) or None)
 
 
 def examine_report(root: ReportRoot) -> tuple[ReportChecked | None, list[Refusal]]:
-    """Everything that can be checked without reading the folder."""
+    """Checks everything that can be checked without reading the folder."""
     given = [name for name in (*SUBJECTS, *LISTED) if getattr(root, name)] + ["price_list"] * root.price_list
     if len(given) != 1:
         told = " ".join(f"{name}={getattr(root, name)}" for name in given) or "nothing"
@@ -60,7 +60,7 @@ def examine_report(root: ReportRoot) -> tuple[ReportChecked | None, list[Refusal
 
 
 def _places(root: ReportRoot, subject: str) -> Iterator[str]:
-    """Folders (for lists: or files) that aren't there, and a file that can't be written."""
+    """Folders (or files, in lists) that don't exist, and a file that can't be written."""
     given = getattr(root, subject)
     places = given if subject in LISTED else [given] if subject in SUBJECTS else []
     wanted = [(subject, place) for place in places]
@@ -83,7 +83,7 @@ def _places(root: ReportRoot, subject: str) -> Iterator[str]:
 
 
 def _costs(root: ReportRoot, subject: str) -> Iterator[str]:
-    """Prices and hours that make no sense, or that nothing asks for."""
+    """Prices and hours that make no sense, or that nothing uses."""
     if subject not in _WITH_COSTS:
         changed = [name for name in _ONLY_COSTS if getattr(root, name) != getattr(ReportRoot(), name)]
         yield from (f"{name}={getattr(root, name)}: only with {' or '.join(_WITH_COSTS)}" for name in changed)

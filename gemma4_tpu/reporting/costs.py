@@ -1,4 +1,4 @@
-"""`python -m gemma4_tpu.report cost …`: what everything costs, as Markdown; every figure says who says so."""
+"""`python -m gemma4_tpu.report cost …`: what everything costs, as Markdown; every figure names its source."""
 
 from __future__ import annotations
 
@@ -30,29 +30,29 @@ from gemma4_tpu.markdown import table
 from gemma4_tpu.prices import FLEX_START, ON_DEMAND, SPOT, spoken
 from gemma4_tpu.tracking.files import write_text
 
-UNKNOWN = "not known"
+UNKNOWN = "unknown"
 
 
 @dataclass(frozen=True, kw_only=True)
 class CostTerms:
-    """What dollars are worked out with, besides what is recorded."""
+    """What costs are calculated from, besides the records."""
 
     prices: Prices = field(default_factory=Prices)
-    """Given ones come before those of `prices.yaml`."""
+    """Given prices take precedence over those of `prices.yaml`."""
     serving_hours: Sequence[float]
-    """For the totals of training and serving."""
+    """Hours of serving in the totals of training and serving."""
     serving_slices: Sequence[str] = ()
-    """To serve on, besides those of the loads."""
+    """Slices to serve on, besides those of the load tests."""
 
 
 def show_costs(places: Sequence[str], terms: CostTerms, out: str | None, command: str) -> int:
-    """Costs of the records in `places`, to the file `out` or the terminal. Returns 0."""
+    """Writes the costs of the records in `places` to the file `out` or the terminal. Returns 0."""
     deliver(cost_report(read(places), terms, command), out)
     return 0
 
 
 def cost_report(figures: Figures, terms: CostTerms, command: str | None = None) -> str:
-    """What everything costs; `command` is what makes this report again."""
+    """The report on what everything costs; `command` reproduces it."""
     prices, hours, slices = terms.prices, terms.serving_hours, terms.serving_slices
     kinds = _kinds(figures, prices, slices)
     parts = [head("Costs", command), _prices(figures, prices, slices, kinds)]
@@ -75,14 +75,14 @@ def _usd(amount: float | None, places: int = 2) -> str:
 
 
 def _small_usd(amount: float | None) -> str:
-    """Dollars with as many decimals as make three digits, two at least."""
+    """Dollars to three significant digits, with at least two decimals."""
     if amount is None or amount >= 1 or amount == 0:
         return _usd(amount)
     return _usd(amount, max(2, 2 - math.floor(math.log10(amount))))
 
 
 def _span(training: Training, amount: float | None, told: Callable[[float], str], *, per_hour: bool = False) -> str:
-    """What grows with the hours of a training run (or, `per_hour`, shrinks): both ends where these are a band."""
+    """An amount that grows with a training run's hours (`per_hour`: shrinks): both ends if these are a band."""
     if amount is None or training.band is None:
         return UNKNOWN if amount is None else told(amount)
     low, high = (1 / training.band[1], 1 / training.band[0]) if per_hour else training.band
@@ -99,7 +99,7 @@ def _slices(figures: Figures, slices: Sequence[str]) -> list[str]:
 
 
 def _kinds(figures: Figures, prices: Prices, slices: Sequence[str]) -> list[str]:
-    """On demand; spot where the price of one of the slices is known; flex-start where something ran on it."""
+    """On demand; spot if the price of one of the slices is known; flex-start if something ran on it."""
     used = {training.kind for training in figures.trainings}
     if any(prices.of(name, SPOT) for name in _slices(figures, slices)):
         used.add(SPOT)
@@ -125,15 +125,15 @@ def _prices(figures: Figures, prices: Prices, slices: Sequence[str], kinds: Sequ
     yield from table(["slice", "", "USD per hour", "region", "date", "source"], rows)
     if SPOT not in kinds:
         first = _slices(figures, slices)[0]
-        yield f"No spot price with a source is known here; give today's: `'spot_prices={{{first}: …}}'`."
+        yield f"No spot price with a source is known; give today's: `'spot_prices={{{first}: …}}'`."
         yield ""
 
 
 def _trainings(figures: Figures, prices: Prices, kinds: Sequence[str]) -> Iterator[str]:
     yield from ["## Training", ""]
-    heads = ["training", "", "slice", "hours", "real tokens/s", "million real tokens"]
+    heads = ["run", "", "slice", "hours", "real tokens/s", "million real tokens"]
     for kind in kinds:
-        heads += [f"run, {spoken(kind)}", f"per million real tokens, {spoken(kind)}"]
+        heads += [f"whole run, {spoken(kind)}", f"per million real tokens, {spoken(kind)}"]
     rows = []
     for training in figures.trainings:
         tokens = training.real_tokens
@@ -237,35 +237,35 @@ def _printed(found: Sequence[Compared]) -> Iterator[str]:
             yield ""
 
 
-# ── what pages about figures have in common ────────────────────────────────────────────────────────────────────────
+# ── shared by the pages about figures ──────────────────────────────────────────────────────────────────────────────
 
 
 def head(title: str, command: str | None) -> Iterator[str]:
-    """The title, and the command that makes the page."""
+    """The title, and the command that produces the page."""
     yield from [f"# {title}", ""]
     if command:
         yield from ["Made by:", "", f"    {command}", ""]
 
 
 def sources(figures: Sequence[Figure]) -> Iterator[str]:
-    """Who says so, once each."""
+    """Each source of the figures, once."""
     yield from dict.fromkeys(f"- {BY[one.label]}: {one.source}" for one in figures)
     yield ""
 
 
 def remarks(told: Sequence[str]) -> Iterator[str]:
-    """A section of them, if there are any."""
+    """A section of remarks, if there are any."""
     if told:
         yield from ["## Remarks", "", *(f"- {remark}" for remark in dict.fromkeys(told)), ""]
 
 
 def joined(parts: Iterable[Iterable[str]]) -> str:
-    """The text of all lines."""
+    """All lines as one text."""
     return "\n".join(line for part in parts for line in part) + "\n"
 
 
 def deliver(text: str, out: str | None) -> None:
-    """To the file, else to the terminal."""
+    """Writes the text to the file `out`, else to the terminal."""
     if out is None:
         print(text, end="")
         return
@@ -274,7 +274,7 @@ def deliver(text: str, out: str | None) -> None:
 
 
 def command_line(subject: str, places: Sequence[str], changed: Mapping[str, Any]) -> str:
-    """The command line that asks for the same again."""
+    """The command line that produces the same report."""
     words = [f"{key}={_written(value)}" for key, value in changed.items()]
     return shlex.join(["python", "-m", "gemma4_tpu.report", subject, *places, *words])
 

@@ -1,4 +1,4 @@
-"""Curves over updates: those of a run folder's `plots/`, and those of a page, which are read on a telephone too."""
+"""Curves over updates: those of a run folder's `plots/`, and those of a page, which must be legible on a phone."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _INCHES = (5.0, 3.1)
 
 
 class Followed(NamedTuple):
-    """A run by its rows of `metrics.jsonl`."""
+    """A run and its rows of `metrics.jsonl`."""
 
     name: str
     rows: Sequence[dict[str, Any]]
@@ -34,7 +34,7 @@ class _Curve(NamedTuple):
 
 
 _PER_TOKEN = " (nats per target token)"
-"""Not of objectives that count something else; those have measures of their own."""
+"""Not for objectives that count something else; those have their own measures."""
 _CURVES = (
     _Curve("loss", f"training loss{_PER_TOKEN}", "loss", smooth=True),
     _Curve("heldout_loss", f"held-out loss{_PER_TOKEN}", "heldout_loss"),
@@ -44,21 +44,21 @@ _CURVES = (
 )
 NOT_RECORDED = {"heldout_loss": "held-out loss", "learning_rate": "learning rate", "hbm_bytes": "device memory",
                 "real_tokens_per_second": "throughput", "loss": "training loss"}  # fmt: skip
-"""Key of a row → its curve in words."""
+"""Key of a row → the name of its curve."""
 
 
 def draw_curves(runs: Sequence[Followed], folder: Path) -> list[Path]:
-    """One picture for each quantity that any run has recorded; a single run's losses share one.
+    """Draws a plot for each quantity that any run has recorded; a single run's losses share one plot.
 
     Returns:
-      Paths, in the order in which they are to be seen.
+      Paths, in display order.
     """
     drawn = []
     measures = measures_of(row for run in runs for row in run.rows)
     for curve in (*_CURVES, *map(_of_measure, measures), *(_of_measure(f"{HELDOUT}{name}") for name in measures)):
         own = curve.key.removeprefix(HELDOUT)
         if len(runs) == 1 and curve.key.startswith(HELDOUT) and own in _recorded(runs):
-            continue  # both in one picture
+            continue  # both in one plot
         lines = [(run.name, *points_of(run.rows, curve.key, curve.scale)) for run in runs]
         if any(updates for _, updates, _ in lines):
             drawn.append(_draw(curve, lines, runs, folder / f"{curve.file}.png"))
@@ -71,7 +71,7 @@ def _of_measure(key: str) -> _Curve:
 
 
 def missing(runs: Sequence[Followed]) -> list[str]:
-    """Curves, in words, that no run has recorded."""
+    """Names of the curves that no run has recorded."""
     return [words for key, words in NOT_RECORDED.items() if key not in _recorded(runs)]
 
 
@@ -82,7 +82,7 @@ def _recorded(runs: Sequence[Followed]) -> set[str]:
 def _draw(
     curve: _Curve, lines: Sequence[tuple[str, list[int], list[float]]], runs: Sequence[Followed], path: Path
 ) -> Path:
-    """One pair of axes."""
+    """Draws one plot."""
     from matplotlib.ticker import MaxNLocator
 
     with new_figure(path, _INCHES, _SMALL) as figure:
@@ -108,7 +108,7 @@ def _draw(
 
 
 def _line(axes: Any, updates: list[int], values: list[float], colour: str, label: str | None, smooth: bool) -> None:
-    """Many noisy points stand pale behind their running mean."""
+    """Draws a line; many noisy points are drawn pale, behind their running mean."""
     marker = "o" if len(values) == 1 else ""
     if not smooth or len(values) < SMOOTH_FROM_POINTS:
         axes.plot(updates, values, color=colour, linewidth=1.8, marker=marker, label=label)
@@ -140,7 +140,7 @@ def points_of(rows: Sequence[dict[str, Any]], key: str, scale: float = 1.0) -> t
 
 
 def plot_run(run: RunFolder) -> list[Path]:
-    """Draws `plots/loss.png` and `plots/throughput.png`; a plot without any point is left out. Returns their paths."""
+    """Draws `plots/loss.png` and `plots/throughput.png`, except plots without any point. Returns their paths."""
     rows = read_metrics(run.metrics_path)
     title = f"{run.path.parent.name} / {run.path.name}"
     drawn = []
@@ -201,7 +201,7 @@ def _throughput_of(rows: Sequence[dict[str, Any]], title: str, path: Path) -> Pa
 
 
 def _over_updates(draw: Callable[[Any], None], title: str, path: Path) -> Path:
-    """One pair of axes over updates."""
+    """Draws one plot over updates."""
     from matplotlib.ticker import MaxNLocator
 
     with new_figure(path, (7, 4)) as figure:
@@ -214,5 +214,5 @@ def _over_updates(draw: Callable[[Any], None], title: str, path: Path) -> Path:
 
 
 def _marker(values: Sequence[float]) -> str:
-    """A line through a single point would not be seen."""
+    """The marker: a line through a single point would be invisible."""
     return "o" if len(values) == 1 else ""

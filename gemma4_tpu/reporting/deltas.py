@@ -1,4 +1,4 @@
-"""What the merge added where: a table and a picture of the deltas' norms, by layer and module."""
+"""What the merge added, and where: a table and a plot of the deltas' norms, by layer and module."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def write_deltas(deltas: Sequence[Delta], record: RunFolder, title: str) -> Path
 
 def _lines(deltas: Sequence[Delta], title: str) -> Iterator[str]:
     yield from [f"# Delta norms: {title}", ""]
-    yield "Frobenius norm of each delta over that of its base weight; share of values that the dtype let change."
+    yield "Frobenius norm of each delta divided by that of its base weight; share of values that changed in this dtype."
     yield ""
     rows = []
     for module in _modules(deltas):
@@ -70,7 +70,7 @@ def _modules(deltas: Sequence[Delta]) -> list[str]:
 
 
 def _plot(deltas: Sequence[Delta], title: str, path: Path) -> None:
-    """A map of layers (across) and modules (down), coloured by relative norm; grey: no delta there."""
+    """Draws a heat map of layers (across) and modules (down), coloured by relative norm; grey: no delta."""
     from matplotlib.colors import LogNorm
     from matplotlib.ticker import MaxNLocator
 

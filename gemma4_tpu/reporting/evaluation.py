@@ -1,4 +1,4 @@
-"""`report.md` and its plot: everything that a reader needs to trust a score, or not to."""
+"""`report.md` and its plot: everything a reader needs to decide whether to trust a score."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ PAPER = (
     ("the paper's TPU run", "0.641 [0.574, 0.706]", "0.795"),
     ("the paper's GPU run", "0.697 [0.633, 0.760]", "0.814"),
 )
-"""Quoted: 31B, n = 5, temperature 0.8, top_p 0.95, by the paper's own rule, on 156 problems."""
+"""Quoted: 31B, n = 5, temperature 0.8, top_p 0.95, scored by the paper's own rule on 156 problems."""
 
 _COLORS = {
     "pass": "#4c9a5b", "mismatch": "#d9692c", "syntax": "#8d6cab", "elaboration": "#b79fd0",
@@ -30,7 +30,7 @@ _COLORS = {
 _SCOPES = {"all": "all", "can_pass": "that can pass here", "strong": "these without vacuous benches"}
 _MOST_DISAGREEMENTS = 20
 _MOST_PROBLEMS = 500
-_WIDEST_LIST = 60  # problems whose names fit under the bars
+_WIDEST_LIST = 60  # the most problems whose names fit under the bars
 
 
 def write_report(
@@ -41,11 +41,11 @@ def write_report(
 
     Args:
       path: the file.
-      outcomes: the subject first.
-      comparison: of the first two, where there are two.
-      prompt: an example, exactly as the model saw it.
+      outcomes: with the subject first.
+      comparison: of the first two outcomes, if there are two.
+      prompt: an example prompt, exactly as the model saw it.
       packages: name → version.
-      plots: next to the report.
+      plots: files next to the report.
     """
     lines = list(_report(outcomes, comparison, prompt, packages))
     shown = [f"![{plot.stem}]({plot.relative_to(path.parent)})" for plot in plots]
@@ -59,7 +59,7 @@ def summary(outcome: EvaluationOutcome) -> str:
     listed = ", ".join(f"{kind} {count}" for kind, count in outcome.classes.items())
     lines.append(f"  {listed}; cut off {outcome.truncated}")
     if against := sum(row["second"] == "differs" for row in outcome.second.get("disagreements", [])):
-        lines.append(f"  {against} samples pass and differ from the reference under fresh stimulus: see the report")
+        lines.append(f"  {against} samples pass but differ from the reference under fresh stimulus: see the report")
     lines += [f"  {said}" for said in outcome.benches if outcome.vacuous]
     return "\n".join(lines)
 
@@ -102,8 +102,8 @@ def _scores(outcomes: Sequence[EvaluationOutcome]) -> Iterator[str]:
         return
     yield from outcomes[0].benches
     if "confirmed" in outcomes[0].scores():
-        yield "Confirmed: strict, and no second opinion against it (see below)."
-    yield "Strict: no errors, the reference's own number of comparisons, and none of the ways around the test bench."
+        yield "Confirmed: strict, and no second opinion disagrees (see below)."
+    yield "Strict: no errors, as many comparisons as the reference makes, and no way around the test bench."
     yield "Official: the benchmark's own rule on the same code. The estimator is unbiased (1 − C(n−c, k)/C(n, k))."
     if outcomes[0].benchmark == "verilog_eval":
         yield ""
@@ -113,8 +113,8 @@ def _scores(outcomes: Sequence[EvaluationOutcome]) -> Iterator[str]:
 
 
 def score_cells(outcome: EvaluationOutcome, score: Score) -> list[str]:
-    """Score, interval over problems and sampling error, for a table."""
-    unknown = "none (greedy)" if outcome.greedy else "not known"
+    """Table cells: score, interval over problems and sampling error."""
+    unknown = "none (greedy)" if outcome.greedy else "unknown"
     error = unknown if score.sampling_error is None else f"{score.sampling_error:.4f}"
     name = outcome.metric(score.k).removeprefix("pass")
     return [f"{name} **{score.value:.3f}**", f"{score.low:.3f} to {score.high:.3f}", error]
@@ -137,14 +137,14 @@ def _samples(outcome: EvaluationOutcome) -> Iterator[str]:
 
 
 def _second_opinions(outcome: EvaluationOutcome) -> Iterator[str]:
-    """What fresh stimulus, proofs and other tools say of the samples."""
+    """The section on what fresh stimulus, proofs and other tools say about the samples."""
     second, rows = outcome.second, outcome.second["disagreements"]
     against = sum(row["second"] == "differs" for row in rows)
     yield from ["", f"## Second opinions: {outcome.name}", ""]
     yield (
         f"Every sample that ran, compared with the reference under random stimulus (seed {second['seed']}): of those"
-        f" that pass, {against} differ from it; of those that fail, {len(rows) - against} do not. One that passes and"
-        " differs may know the bench by heart, or do something else where the specification leaves it open."
+        f" that pass, {against} differ from it; of those that fail, {len(rows) - against} do not. A sample that passes"
+        " but differs may have memorised the bench, or may choose differently where the specification leaves a choice."
     )
     if any(second["proofs"].values()):
         yield f"By proof (yosys, combinational samples that pass): {_counts(second['proofs'])}."
@@ -196,14 +196,14 @@ def _problems(outcomes: Sequence[EvaluationOutcome]) -> Iterator[str]:
 
 
 def plot_outcomes(outcomes: Sequence[EvaluationOutcome], plots: Path) -> Path:
-    """The picture of an evaluation, in the folder `plots`."""
+    """Draws the plot of an evaluation, in the folder `plots`."""
     if outcomes[0].answers:
         return accuracy.plot_categories(outcomes, plots / "categories.png")
     return plot_problems(outcomes, plots / "problems.png")
 
 
 def plot_problems(outcomes: Sequence[EvaluationOutcome], path: Path) -> Path:
-    """A bar per problem, its samples by verdict: one panel per outcome, problems sorted by the subject's passes."""
+    """Draws a bar per problem, its samples by verdict; a panel per outcome, problems sorted by the subject's passes."""
     from matplotlib.patches import Patch
 
     names = sorted(

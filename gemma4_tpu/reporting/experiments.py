@@ -1,7 +1,7 @@
-"""`python -m gemma4_tpu.report check=experiments/<name>`: a recorded experiment, run again and compared.
+"""`python -m gemma4_tpu.report check=experiments/<name>`: runs a recorded experiment again and compares.
 
-Such a folder is what remains of a run folder: `config.yaml`, `provenance.json`, `metrics.jsonl`, `result.json`, and a
-`check.yaml` that says how far losses may differ on another machine.
+An experiment's folder is a run folder cut down to `config.yaml`, `provenance.json`, `metrics.jsonl` and `result.json`,
+plus a `check.yaml` that says how much losses may differ on another machine.
 """
 
 from __future__ import annotations
@@ -23,19 +23,19 @@ from gemma4_tpu.training.replay import FILE, Unequal
 
 NEEDED = ("config.yaml", "provenance.json", "metrics.jsonl", "result.json", "check.yaml")
 SAME = ("status", "updates", "real_tokens", "target_tokens", "slots", "lora_parameters", "adapted_modules")
-"""Keys of the result that no machine may change."""
+"""Keys of the result that must be equal on every machine."""
 
 
 def check_experiment(folder: str) -> int:
-    """Runs a recorded experiment again, in `outputs/checks`, and prints how it compares.
+    """Runs a recorded experiment again, in `outputs/checks`, and prints the comparison.
 
-    Losses are to be bitwise the same where code, packages, data and machine are as recorded, else within the
-    `loss_tolerance` (nats per target token) of the experiment's `check.yaml`.
+    Losses must be bit-identical if code, packages, data and machine are as recorded, else within the `loss_tolerance`
+    (nats per target token) of the experiment's `check.yaml`.
 
-    Returns the exit code: 0 it compares, 1 it doesn't, or that of the training, where it ended otherwise.
+    Returns the exit code: 0 if the results agree, 1 if not, or that of the training run if it ended with another.
 
     Raises:
-      UserError: nothing is recorded there, or it was on hardware that this machine has not.
+      UserError: nothing is recorded there, or the run was on hardware that this machine lacks.
     """
     place = Path(folder).expanduser()
     _refuse_unrecorded(folder, place)
@@ -55,7 +55,7 @@ def check_experiment(folder: str) -> int:
 
 
 def _compare(recorded: Path, now: Path, tolerance: float) -> list[str]:
-    """Prints what was compared; returns what is not as it should be."""
+    """Prints what was compared; returns the failures."""
     replay = read_json(now / FILE)
     before, after = (Result.read(folder / "result.json") for folder in (recorded, now))
     losses, parts = replay["losses"], replay["differences"]
@@ -68,11 +68,11 @@ def _compare(recorded: Path, now: Path, tolerance: float) -> list[str]:
         if getattr(before, key) != getattr(after, key)
     ]
     if losses["compared"] < max(1, losses["recorded"]):
-        failures.append(f"only {losses['compared']} of {losses['recorded']} recorded losses came again")
+        failures.append(f"only {losses['compared']} of {losses['recorded']} recorded losses were reproduced")
     first = losses["first_difference"]
     told = f"  {losses['compared']} losses compared: "
     if first is None:
-        print(f"{told}bitwise the same")
+        print(f"{told}bit-identical")
         return failures
     first = Unequal(**first)
     print(f"{told}at most {losses['largest']:.3g} apart (allowed: {tolerance:g}); first at {first}")
@@ -89,8 +89,8 @@ def _refuse_unrecorded(folder: str, place: Path) -> None:
     if missing := [name for name in NEEDED if not (place / name).is_file()]:
         recorded = sorted(p.parent.name for p in place.absolute().parent.glob("*/check.yaml"))
         raise UserError(
-            f"check={folder}: has no {', '.join(missing)}: no run is recorded there that could be repeated (a plan is"
-            f" an estimate). Recorded there: {', '.join(recorded) or 'none'}"
+            f"check={folder}: has no {', '.join(missing)}, so it records no run to repeat (a plan is an estimate); give"
+            f" one that does: {', '.join(recorded) or 'none here'}"
         )
 
 
@@ -99,14 +99,14 @@ def _tolerance(place: Path) -> float:
     tolerance = stated.get("loss_tolerance") if isinstance(stated, dict) else None
     if not isinstance(tolerance, int | float) or not tolerance >= 0:
         raise UserError(
-            f"{place / 'check.yaml'}: loss_tolerance={tolerance}: give the largest difference of a loss on another"
-            " machine, such as 1.0e-4 (nats per target token)"
+            f"{place / 'check.yaml'}: loss_tolerance={tolerance}: give the largest accepted difference of a loss on"
+            " another machine, such as 1.0e-4 (nats per target token)"
         )
     return float(tolerance)
 
 
 def _refuse_other_hardware(folder: str, recorded: dict[str, Any]) -> None:
-    """What was recorded on accelerators needs the same ones."""
+    """A run recorded on accelerators needs the same ones."""
     if recorded["kind"] == "cpu":
         return
     asked = "import jax; print(jax.device_count(), jax.devices()[0].device_kind)"
@@ -114,13 +114,13 @@ def _refuse_other_hardware(folder: str, recorded: dict[str, Any]) -> None:
     here = (found.stdout.strip().splitlines() or ["no device that JAX can use"])[-1]
     if here != f"{recorded['devices']} {recorded['kind']}":
         raise UserError(
-            f"check={folder}: recorded on {recorded['devices']} {recorded['kind']} ({recorded['slice']}); here is"
-            f" {here}. On such a machine: python -m gemma4_tpu.report check={folder}"
+            f"check={folder}: recorded on {recorded['devices']} {recorded['kind']} ({recorded['slice']}); this machine"
+            f" has {here}. On the recorded hardware: python -m gemma4_tpu.report check={folder}"
         )
 
 
 def _environment(recorded: dict[str, Any]) -> dict[str, str]:
-    """This process's, with the compiler's settings as recorded; on the CPU where it was one."""
+    """This process's environment with the compiler settings as recorded; on the CPU if the run was."""
     names = ("XLA_FLAGS", "LIBTPU_INIT_ARGS")
     flags = {name: recorded[name.lower()] for name in names if recorded.get(name.lower())}
     platform = {"JAX_PLATFORMS": "cpu"} if recorded["kind"] == "cpu" else {}

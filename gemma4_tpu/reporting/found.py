@@ -1,4 +1,4 @@
-"""Which records there are about a run: in its folder, under `outputs` where they name it, and those that are given."""
+"""Finds the records about a run: in its folder, under `outputs` if they name the run, and those given."""
 
 from __future__ import annotations
 
@@ -30,14 +30,14 @@ KINDS = {
     PLAN: "plan", MERGE: "merge", EVALUATION: "evaluation", SERVING: "serving", LOAD_TEST: "benchmark",
     HARNESS: "lm_eval record",
 }  # fmt: skip
-"""Kinds of records about a run, and what a person calls them."""
+"""Kinds of records about a run → what people call them."""
 OUTPUTS = "outputs"
-"""Where entry points leave records that have no run folder to go to, below the working folder."""
+"""Folder below the working folder, for records that belong to no run folder."""
 
 
 @dataclass(kw_only=True)
 class Records:
-    """A training and what came of it; each kind in the order of its folders' names."""
+    """A training run and the records about it; each kind in the order of its folders' names."""
 
     run: RunFolder
     name: str
@@ -46,21 +46,21 @@ class Records:
     """Kind → folders."""
 
     def add(self, kind: str, folder: Path) -> None:
-        """Takes a folder in, once."""
+        """Adds a folder, once."""
         if folder not in self.by_kind[kind]:
             self.by_kind[kind].append(folder)
 
 
 def find(runs: Sequence[str], further: Sequence[str] = ()) -> list[Records]:
-    """What is there about each run.
+    """Finds the records about each run.
 
     Args:
-      runs: their folders; of those on gs:// the small files are copied here.
-      further: folders of records, or of such folders. One that names none of the runs is taken for the only run's.
+      runs: their folders; for those on gs://, the small files are copied to this machine.
+      further: folders of records, or parents of such folders. With a single run, a record that names no run is its.
 
     Raises:
-      UserError: not the folder of a training run; a given folder without a record, or one of an unknown run; a damaged
-        file.
+      UserError: not the folder of a training run; a given folder without a record, or with one of an unknown run; a
+        damaged file.
     """
     several = [_of_run(run) for run in runs]
     for place in further:
@@ -87,7 +87,7 @@ def _of_run(run: str) -> Records:
 
 
 def _below(folder: Path, levels: int) -> Iterator[Path]:
-    """Folders down to so many levels, by name; checkpoints and models are not looked into."""
+    """Folders down to this many levels, by name; without those inside checkpoints and models."""
     if not folder.is_dir():
         return
     for path in sorted(folder.iterdir()):
@@ -98,8 +98,8 @@ def _below(folder: Path, levels: int) -> Iterator[Path]:
 
 
 def _elsewhere(run: Path) -> Iterator[Path]:
-    """Records under `outputs` that have the name of the run's folder somewhere in them."""
-    # A cheap look for the folder's name first; whether the record is about the run is asked of its keys.
+    """Records under `outputs` whose configuration mentions the name of the run's folder."""
+    # A cheap search for the folder's name first; the record's keys then decide whether it is about the run.
     for config in sorted(Path(OUTPUTS).absolute().glob("*/*/config.yaml")):
         folder = config.parent
         texts = (path for path in (config, folder / "result.json") if path.is_file())
@@ -108,8 +108,8 @@ def _elsewhere(run: Path) -> Iterator[Path]:
 
 
 def _is_about(folder: Path, kind: str, found: Records) -> bool:
-    """Whether a record names the run: a benchmark by `served`, a plan by `replay`, others by `run` or `model.path`, and
-    an evaluation of a server by the address and the model's name that a server of the run had.
+    """Whether a record names the run: a benchmark by `served`, a plan by `replay`, others by `run` or `model.path`; an
+    evaluation of a server by the address and model name of one of the run's servers.
     """
     config = config_of(folder)
     model = config.get("model")
@@ -135,7 +135,7 @@ def _is_in(run: RunFolder, place: str) -> bool:
 
 
 def _given(place: Path) -> list[tuple[str, Path]]:
-    """(kind, folder) of the record that it is, or of those in it."""
+    """(kind, folder) of the record at `place`, or of those in it."""
     found = [(kind, path) for path in (place, *_below(place, 1)) if (kind := kind_of(path)) in KINDS]
     if not found:
         raise UserError(

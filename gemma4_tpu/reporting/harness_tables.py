@@ -1,4 +1,4 @@
-"""Scores of lm-evaluation-harness: the report of one evaluation, and the section about a run's."""
+"""Scores by lm-evaluation-harness: the report of one evaluation, and the section of a run's page."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from gemma4_tpu.tracking.records import HARNESS, result_of
 
 _HEADS = ("task", "version", "shots", "documents", "metric", "score", "standard error")
 _ARROWS = {True: " ↑", False: " ↓", None: ""}
-"""Whether higher is better; null: lm_eval doesn't say."""
+"""Whether higher is better → arrow; None: lm_eval doesn't say."""
 
 
 def harness_summary(outcome: HarnessOutcome) -> str:
@@ -35,7 +35,7 @@ def write_harness_report(outcome: HarnessOutcome, path: Path) -> None:
         f"{BY[MEASURED]} by lm_eval {plain(outcome.lm_eval)} on {code(outcome.settings['endpoint'])}. Standard errors"
         " are lm_eval's own. ↑ means that higher is better.", "",
         *table(_HEADS, list(_rows(outcome)), "llrrlrr"), "## Settings", "", *table(["", ""], settings),
-        "What lm_eval was told is in lm_eval.yaml, what it said in lm_eval.log, its own results in lm_eval/.",
+        "lm_eval's configuration is in lm_eval.yaml, its output in lm_eval.log, its own results in lm_eval/.",
     ]  # fmt: skip
     write_text(path, "\n".join(lines) + "\n")
 
@@ -43,14 +43,14 @@ def write_harness_report(outcome: HarnessOutcome, path: Path) -> None:
 def _rows(outcome: HarnessOutcome) -> Iterator[list[str]]:
     for name, task in outcome.tasks.items():
         for metric, score in task.metrics.items():
-            error = "not known" if score.stderr is None else f"{score.stderr:.4f}"
+            error = "unknown" if score.stderr is None else f"{score.stderr:.4f}"
             counts = ["" if count is None else f"{count:,}" for count in (task.shots, task.documents)]
             named = f"{plain(metric)}{_ARROWS[score.higher_is_better]}"
             yield [plain(name), plain(task.version), *counts, named, f"{score.value:.4f}", error]
 
 
 def other_benchmarks(records: Records, page: Path) -> Iterator[str]:
-    """What a run's records say of benchmarks that it was not trained for; nothing where there are none."""
+    """The section of a run's page about lm_eval's benchmarks; nothing if there are none."""
     finished = [folder for folder in records.by_kind[HARNESS] if result_of(folder).values.get("status") == "finished"]
     if not finished:
         return

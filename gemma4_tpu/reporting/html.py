@@ -1,4 +1,4 @@
-"""A report's Markdown as one HTML file: pictures inside, nothing fetched, for wide and narrow, light and dark."""
+"""A report's Markdown as one HTML file: images embedded, nothing fetched; for wide or narrow screens, light or dark."""
 
 from __future__ import annotations
 
@@ -16,18 +16,18 @@ from markdown_it.token import Token
 from gemma4_tpu.costing.figures import LABELS
 
 _PNG = b"\x89PNG\r\n\x1a\n"
-_WIDE_PIXELS = 1100  # wider pictures scroll inside their own box on a narrow screen
+_WIDE_PIXELS = 1100  # on a narrow screen, wider images scroll inside their own box
 _BAD = r"\W*(failed|disagrees|impossible|doubtful)\b"
-"""What a cell begins with that a reader should not miss."""
+"""Starts of cells that a reader should not miss."""
 _TEMPLATE = Path(__file__).with_name("page.html")
 
 
 def html_page(markdown: str, folder: Path) -> str:
-    """One self-contained page.
+    """Renders one self-contained page.
 
     Args:
       markdown: with one title (`#`), which becomes the page's; HTML in it is shown as text.
-      folder: from where its pictures are found. One that isn't there is shown by its name.
+      folder: base of the images' paths. The name of a missing image is shown instead.
     """
     reader = MarkdownIt("commonmark", {"html": False}).enable("table")
     tokens = reader.parse(markdown)
@@ -74,7 +74,7 @@ def _text(inline: Token) -> str:
 
 
 def _anchor(name: str, taken: Sequence[tuple[str, str]]) -> str:
-    """A name for links, once on the page."""
+    """An anchor for links, unique on the page."""
     anchor = re.sub(r"\W+", "-", name.lower()).strip("-") or "section"
     return anchor if anchor not in dict(taken) else f"{anchor}-{len(taken)}"
 
@@ -85,7 +85,7 @@ def _only_pictures(inline: Token) -> bool:
 
 
 def _mark_labels(inline: Token) -> None:
-    """`*measured*` and its like get a class, to be seen at a glance."""
+    """Gives `*measured*` and the other labels a class, so that they stand out."""
     children = inline.children or []
     for place, child in enumerate(children[:-1]):
         if child.type == "em_open" and (word := children[place + 1].content) in LABELS:
@@ -93,11 +93,11 @@ def _mark_labels(inline: Token) -> None:
 
 
 def _inline(image: Token, folder: Path) -> None:
-    """Puts the file into the page; a wide one gets a class."""
+    """Embeds the file in the page; a wide image gets a class."""
     path = folder / unquote(str(image.attrGet("src") or ""))
     data = path.read_bytes() if path.is_file() else b""
     if not data.startswith(_PNG):
-        image.type, image.content = "text", f"(no picture: {_text(image)})"
+        image.type, image.content = "text", f"(no image: {_text(image)})"
         return
     image.attrSet("src", f"data:image/png;base64,{base64.b64encode(data).decode()}")
     width, height = struct.unpack(">II", data[16:24])

@@ -1,5 +1,5 @@
-"""Pictures of a benchmark: throughput and TTFT over the request rate; latency over throughput; heat maps of users ×
-context. Latencies of overloaded cells are in none of them.
+"""Plots of a load test: throughput and TTFT over the request rate; latency over throughput; heat maps of users ×
+context. None of them shows latencies of overloaded cells.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from gemma4_tpu.benching.cells import Cell, rate_text
 from gemma4_tpu.benching.one_cell import FAILED, INFEASIBLE, MEASURED, OK
 from gemma4_tpu.plotting import COLOURS, INK, draw_titled
 
-_QUANTITIES = (  # file, key, label, colours of a heat map: the brighter the better; states of cells that are shown
+_QUANTITIES = (  # file, key, label, colours of a heat map (brighter is better), states of the cells that are shown
     ("throughput", "output_throughput", "output tokens per second", "viridis", MEASURED),
     ("ttft", "median_ttft_ms", "median time to first token (ms)", "viridis_r", (OK,)),
 )
@@ -22,15 +22,15 @@ _CURVES = {"ttft": "time to first token (ms)", "tpot": "time per output token (m
 
 
 def plot_results(results: Results, folder: Path, title: str, searched: dict[str, Any] | None) -> list[Path]:
-    """Draws what there is to draw; returns the paths. `searched`: what `slo_outcome` returned, if rates were looked
-    for.
+    """Draws the plots for which there are figures; returns the paths. `searched`: what `slo_outcome` returned, if rates
+    were searched for.
     """
     folder.mkdir(exist_ok=True)
     drawn = [path for name in _CURVES if (path := _curve(results, name, title, folder, searched))]
     for name, key, label, colours, states in _QUANTITIES:
         known = {cell: r[key] for cell, r in results.items() if r["state"] in states and r[key] is not None}
         rates = {cell: value for cell, value in known.items() if cell.rate is not None}
-        if rates and not searched:  # whose rates are no list that one would read along
+        if rates and not searched:  # a search's trials bunch up around one rate: no curve over rates to read
             drawn.append(_over_rate(rates, label, title, folder / f"{name}.png", logarithmic=name == "ttft"))
         if any(cell.users is not None for cell in known):
             drawn.append(_matrix(results, key, label, colours, title, folder / f"{name}_matrix.png"))
@@ -38,7 +38,7 @@ def plot_results(results: Results, folder: Path, title: str, searched: dict[str,
 
 
 def _over_rate(values: dict[Cell, float], label: str, title: str, path: Path, *, logarithmic: bool) -> Path:
-    """One line for each pair of lengths; the unbounded rate stands apart at the right."""
+    """Draws one line for each pair of lengths; the unbounded rate is set apart on the right."""
     rates = sorted({cell.rate for cell in values if cell.rate is not None})
     places = {rate: place for place, rate in enumerate(rates)}
     lines: dict[str, list[tuple[int, float]]] = {}
@@ -66,9 +66,9 @@ def _over_rate(values: dict[Cell, float], label: str, title: str, path: Path, *,
 
 
 def _curve(results: Results, name: str, title: str, folder: Path, searched: dict[str, Any] | None) -> Path | None:
-    """Latency over throughput, median and p99: a line for each pair of lengths. Trials of a search, which crowd around
-    the rate that it finds, are points; that rate stands upright, and limits of `bench.slo` lie across. None: there are
-    no two points.
+    """Draws latency over throughput, median and p99: a line for each pair of lengths. A search's trials, which bunch up
+    around the rate that it finds, are points; that rate is a vertical line, the limits of `bench.slo` horizontal ones.
+    Returns None if there are fewer than two points.
     """
     keys = {f"median_{name}_ms": ("-", "o", "median"), f"p99_{name}_ms": ("--", "^", "p99")}
     lines: dict[str, list[dict[str, Any]]] = {}
@@ -112,7 +112,7 @@ def _curve(results: Results, name: str, title: str, folder: Path, searched: dict
 
 
 def _inches(entries: int) -> tuple[float, float]:
-    """Of a picture with so many entries in two columns below it: narrow enough to be read on a telephone."""
+    """Size of a plot with this many entries in two columns below it: narrow enough to be legible on a phone."""
     return 5.8, 3.6 + 0.2 * math.ceil(entries / 2)
 
 
@@ -121,7 +121,7 @@ def _lengths(input_tokens: int, output_tokens: int) -> str:
 
 
 def _scale(axes: Any, values: Collection[float], *, logarithmic: bool = True) -> None:
-    """Logarithmic, if that is wanted, where the values lie far apart, else from 0."""
+    """Sets a logarithmic scale if wanted and if the values are far apart, else one from 0."""
     from matplotlib.ticker import LogLocator, NullLocator
 
     if logarithmic and max(values) > 5 * min(values) > 0:
@@ -134,7 +134,7 @@ def _scale(axes: Any, values: Collection[float], *, logarithmic: bool = True) ->
 
 
 def _matrix(results: Results, key: str, label: str, colours: str, title: str, path: Path) -> Path:
-    """Users upwards, lengths to the right; each place holds its number, or why there is none."""
+    """Draws a heat map: users upwards, lengths to the right; each cell contains its number, or why there is none."""
     cells = [cell for cell in results if cell.users is not None]
     lengths = sorted({(cell.input_tokens, cell.output_tokens) for cell in cells})
     users = sorted({cell.users for cell in cells if cell.users is not None})

@@ -1,4 +1,4 @@
-"""The highest rates that keep limits on latency, for the page about a load test."""
+"""The highest rates that keep the latency limits, for the page about a load test."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from gemma4_tpu.benching.rate_search import PRECISION, ROUNDS
 
 RATE_COLUMNS = ("in", "out", "requests/s", "goodput", "output tok/s", "saturation requests/s", "saturation tok/s",
                 "USD per million generated", "USD per million in and out", "trials", "above it")  # fmt: skip
-"""Of the table."""
+"""Columns of the table."""
 
 
 def rate_rows(searched: dict[str, Any]) -> list[list[str]]:
-    """A row for each pair of lengths. `searched`: what `slo_outcome` returned."""
+    """One row for each pair of lengths. `searched`: what `slo_outcome` returned."""
     return [_row(found) for found in searched["searches"]]
 
 
@@ -30,7 +30,7 @@ def _row(found: dict[str, Any]) -> list[str]:
 
 
 def rate_facts(searched: dict[str, Any]) -> str:
-    """What was looked for, and what its dollars are."""
+    """States what was searched for, and how its cost is calculated."""
     limits = ", ".join(f"`{key}` ≤ {value:g}" for key, value in searched["limits"].items())
     price = searched["price"]
     told = (
@@ -40,7 +40,7 @@ def rate_facts(searched: dict[str, Any]) -> str:
         else "No price of the server is known."
     )
     return (
-        f"{limits}. The rate held in {ROUNDS} trials of {ROUNDS}; what stands as above it, by no more than"
-        f" {PRECISION:.0%}, did not. Goodput: requests/s that keep every limit themselves. Saturation: the most of any"
-        f" trial. {told}"
+        f"{limits}. The rate kept them in {ROUNDS} trials of {ROUNDS}; the rate under *above it*, at most"
+        f" {PRECISION:.0%} higher, did not. Goodput: requests/s that keep every limit themselves. Saturation: the"
+        f" highest of any trial. {told}"
     )

@@ -1,4 +1,4 @@
-"""The page about a load test: `report.md` and `report.html` in its folder, and the tables for the terminal."""
+"""The page about a load test: `report.md` and `report.html` in its folder, and tables for the terminal."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ _COMPARED = {  # column → key of `cross_check.COMPARED`
     "TPOT p50": "median_tpot_ms", "ITL p50": "median_itl_ms", "E2EL p50": "median_e2el_ms",
 }  # fmt: skip
 _WORDS = {"state", "notes", "verdict", "above it"}
-"""Columns of words; the others hold numbers."""
+"""Columns of words; the others contain numbers."""
 
 
 def write_report(
@@ -43,10 +43,10 @@ def write_report(
     """Writes `report.md`, `report.html` and `plots/`; returns the tables as Markdown.
 
     Args:
-      folder: of the benchmark.
-      results: of its cells.
-      compared: what `cross_check` returned, if it was asked for.
-      searched: what `slo_outcome` returned, if rates were looked for.
+      folder: the load test's.
+      results: those of its cells.
+      compared: what `cross_check` returned, if requested.
+      searched: what `slo_outcome` returned, if rates were searched for.
       checked: where the server is.
     """
     plots = plot_results(results, folder / "plots", f"{folder.parent.name} / {folder.name}", searched)
@@ -72,19 +72,19 @@ def _table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def _facts(results: Results, checked: BenchChecked) -> list[str]:
-    """What is to be known before the figures are read."""
+    """What a reader needs to know before reading the figures."""
     model = next((result["model_id"] for result in results.values()), "")
     return [
         f"Model `{model}` at `{checked.endpoint}` ({checked.slice}). Measured by this client;"
         " times in ms, definitions of `vllm bench serve`.",
         f"{coverage_line(results)}. {_prefix_cache(results)}",
-        "`overloaded`: arrivals outran completions, so that latencies grow for as long as the load lasts.",
-        f"{_MARK} of fewer than 100 values: that of the slowest one or two, not a 99th percentile to rely on.",
+        "`overloaded`: arrivals outpaced completions, so latencies grow for as long as the load lasts.",
+        f"{_MARK} of fewer than 100 values: the slowest one or two, not a reliable 99th percentile.",
     ]
 
 
 def _measured(results: Results) -> str:
-    """Our own client's figures; goodput where there are limits for it."""
+    """Figures of our own client; with goodput if there are limits."""
     rows = [dict(zip(_COLUMNS, _row(cell, result), strict=True)) for cell, result in results.items()]
     limited = any(result.get("request_goodput") is not None for result in results.values())
     columns = [column for column in _COLUMNS if limited or column != "goodput"]
@@ -92,14 +92,14 @@ def _measured(results: Results) -> str:
 
 
 def _prefix_cache(results: Results) -> str:
-    """What is known of it over all cells that ran."""
+    """Prefix-cache hits over all cells that ran, as far as known."""
     ran = [result for result in results.values() if result.get("completed")]
     known = [result for result in ran if result["prefix_cache_hit_tokens"] is not None]
     if not known:
-        return "Prefix-cache hits: unknown, the server's /metrics does not count them." if ran else ""
+        return "Prefix-cache hits: unknown; the server's /metrics does not count them." if ran else ""
     hits, queries = (sum(result[f"prefix_cache_{what}_tokens"] for result in known) for what in ("hit", "query"))
     if not queries:
-        return "Prefix-cache hits: none, the server looked nothing up (it has no prefix cache, or it is off)."
+        return "Prefix-cache hits: none; the server looked nothing up (it has no prefix cache, or it is off)."
     return f"Prefix-cache hits: {hits:,.0f} of {queries:,.0f} prompt tokens."
 
 
@@ -126,7 +126,7 @@ def _asked(cell: Cell) -> list[str]:
 
 
 def _notes(result: dict[str, Any]) -> list[str]:
-    """What makes a cell's figures mean something else."""
+    """What changes the meaning of a cell's figures."""
     notes = [result["reason"]] if "reason" in result else []
     if result["state"] == OVERLOADED:
         notes.append(f"each second of load adds {result['latency_growth']:.2f} s of latency")
@@ -136,9 +136,9 @@ def _notes(result: dict[str, Any]) -> list[str]:
     if result["median_sending_lag_ms"] > LAG_MS:
         notes.append(f"sent {result['median_sending_lag_ms']:,.0f} ms late (median)")
     if result["short_answers"]:
-        notes.append(f"{result['short_answers']} answers shorter than asked for")
+        notes.append(f"{result['short_answers']} answers shorter than requested")
     if result["tokens_counted_by"] == "chunks":
-        notes.append("no usage from the server: chunks counted as tokens")
+        notes.append("the server reports no usage: chunks counted as tokens")
     elif result["chunks_per_token"] < 0.95:
         notes.append(f"{result['chunks_per_token']:.2f} chunks per token")
     return notes
@@ -154,8 +154,8 @@ def _agreement(results: Results, compared: dict[str, Any]) -> str:
     more = f" {compared['not_run']} cells without a measurement of ours were left out." if compared["not_run"] else ""
     return (
         f"{agree} of {len(found)} cells agree.{more} Each figure is this client's / vLLM's = ratio. They agree within"
-        f" {THROUGHPUT_BOUND:.0%} of a throughput and {LATENCY_BOUND:.0%} of a median latency, or 5 ms of TTFT and E2EL"
-        " and 1 ms of TPOT and ITL, whichever is more."
+        f" {THROUGHPUT_BOUND:.0%} (throughput) or {LATENCY_BOUND:.0%} (median latency), or, if that is more, within"
+        " 5 ms (TTFT, E2EL) or 1 ms (TPOT, ITL)."
     )
 
 

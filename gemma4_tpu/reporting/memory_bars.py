@@ -1,4 +1,4 @@
-"""A picture of what fills HBM: `hbm.png` of plans."""
+"""The plot of what fills HBM: `hbm.png` of plans."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def _draw_bars(axes: Any, results: Sequence[PlanResult]) -> None:
 
 
 def _described(result: PlanResult) -> list[str]:
-    """What may differ between the bars of one picture."""
+    """What can differ between the bars of one plot."""
     rows, batches = result.rows_per_update // result.microbatches, result.microbatches
     return [
         result.model,

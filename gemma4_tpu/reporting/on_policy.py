@@ -1,4 +1,4 @@
-"""The section about a run that learned from its own answers: its certificate."""
+"""The section about the certificate of a run that learned from its own answers."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ _STATES = {
     "reward": ("reward", ".3f"), "mean_tokens": ("tokens", ".1f"), "entropy": ("entropy (nats per token)", ".3f"),
     "malformed": ("malformed", ".1%"),
 }  # fmt: skip
-"""Key of a state of the policy → its heading and format."""
+"""Key of a policy's state → its heading and format."""
 
 
 def on_policy(records: Records) -> Iterator[str]:
-    """Whether its batches came from the policy that they trained, by which figures; nothing for other runs."""
+    """Whether its batches came from the policy that they trained, with the evidence; nothing for other runs."""
     path = records.run.path / CERTIFICATE_FILE
     if not path.is_file():
         return
@@ -46,20 +46,20 @@ def on_policy(records: Records) -> Iterator[str]:
 
 
 def _validated(path: Path) -> Iterator[str]:
-    """The first, the last and the best of its validations, against the first."""
+    """The first, last and best of its validations, compared with the first."""
     rows = read_metrics(path) if path.is_file() else []
     if not rows:
         return
     best = max(rows, key=lambda row: row["reward"])
     shown = {row["update"]: row for row in (rows[0], best, rows[-1])}
-    yield from table(["validation, after update", "mean reward", "difference to the start (95% over prompts)"], [
+    yield from table(["validation, after update", "mean reward", "difference from the start (95% over prompts)"], [
         [f"{update}", f"{row['reward']:.3f}",
          f"{row['difference']:+.3f} [{row['low']:+.3f}, {row['high']:+.3f}]" if "difference" in row else ""]
         for update, row in sorted(shown.items())
     ])  # fmt: skip
-    yield f"On {len(rows[0]['rewards'])} prompts that were not trained on, the same seeds each time. {_MEASURED}."
+    yield f"On {len(rows[0]['rewards'])} prompts that were not trained on, same seeds each time. {_MEASURED}."
     if best is not rows[-1]:
-        yield f"The best of {len(rows)} looks is better by chance, too: the last row is the run's."
+        yield f"The best of {len(rows)} validations owes something to chance: the last row is the run's result."
     yield ""
 
 
@@ -67,16 +67,16 @@ def _proof(known: dict[str, Any]) -> Iterator[list[str]]:
     compared, groups, answers, kl = (known[key] for key in ("compared", "groups", "answers", "kl"))
     updates = ", ".join(map(str, compared["updates"][:6])) + (", …" if len(compared["updates"]) > 6 else "")
     if compared["tokens"]:
-        yield ["Sampler against trainer, mean |Δ log p| (worst update; limit)",
+        yield ["Sampler compared with trainer, mean |Δ log p| (worst update; limit)",
                f"{compared['mean_difference']:.2g} ({compared['limit']:g}), {compared['tokens']:,} tokens of updates"
                f" {updates}"]  # fmt: skip
-        yield ["The same, of one token at most", f"{compared['max_difference']:.2g}"]
+        yield ["The same, largest of any token", f"{compared['max_difference']:.2g}"]
         yield ["Surprise of the samples, standard errors (limit)",
                f"{compared['surprise_z']:+.1f} ({compared['surprise_limit']:g})"]  # fmt: skip
-    yield ["Policies sampled from and trained, told apart by digest", f"{known['adapters']:,}"]
+    yield ["Policies sampled from and trained, distinguished by digest", f"{known['adapters']:,}"]
     if known["max_loss_error"] is not None:
-        yield ["Loss of the step against its batch, off by at most", f"{known['max_loss_error']:.1g}"]
+        yield ["Loss of the step compared with its batch, off by at most", f"{known['max_loss_error']:.1g}"]
     yield ["Groups with and without something to learn from", f"{groups['live']:,} and {groups['dead']:,}"]
     yield ["Answers; distinct; cut off", f"{answers['answers']:,}; {answers['distinct']:,}; {answers['truncated']:,}"]
     if kl["max"] is not None:
-        yield ["KL per update, nats per token: mean, most", f"{kl['mean']:.2g}, {kl['max']:.2g}"]
+        yield ["KL per update, nats per token: mean, maximum", f"{kl['mean']:.2g}, {kl['max']:.2g}"]

@@ -1,4 +1,4 @@
-"""`python -m gemma4_tpu.report run=…`: at a glance, side by side if there are several runs, then each run's sections.
+"""`python -m gemma4_tpu.report run=…`: an overview, a comparison if there are several runs, then each run's sections.
 
 The page is written as Markdown, and as HTML next to it.
 """
@@ -29,13 +29,13 @@ _MEASURED, _ESTIMATED = BY[MEASURED], BY[ESTIMATED]
 
 
 def show_runs(runs: Sequence[str], others: Sequence[str], terms: CostTerms, out: str | None) -> int:
-    """Writes a page, and says where. Returns 0.
+    """Writes a page and prints its path. Returns 0.
 
     Args:
       runs: folders of training runs.
       others: records about them, besides those that are found.
-      terms: what dollars are worked out with.
-      out: the page; None: `report.md` in the run folder, of several runs in `outputs/reports`.
+      terms: what costs are calculated from.
+      out: the page; None: `report.md` in the run folder, or in `outputs/reports` for several runs.
 
     Raises:
       UserError: no run folder, a given folder without a record, a damaged record.
@@ -53,7 +53,7 @@ def show_runs(runs: Sequence[str], others: Sequence[str], terms: CostTerms, out:
 
 
 def _default(several: list[Records]) -> Path:
-    """In the run's folder; of several runs in one of its own."""
+    """The page in the run's folder; for several runs, in its own folder."""
     if len(several) == 1:
         return several[0].run.path / "report.md"
     return Path(OUTPUTS).absolute() / "reports" / datetime.now().strftime("%Y-%m-%d_%H-%M-%S") / "report.md"
@@ -68,11 +68,11 @@ def markdown_page(several: Sequence[Records], command: str, terms: CostTerms, pa
     """The whole page.
 
     Args:
-      several: one run, or several that are put side by side.
-      command: that makes it.
-      terms: what dollars are worked out with.
-      page: the file it will be written to; links and pictures are seen from its folder.
-      folder: for the pictures that are drawn here.
+      several: one run, or several to compare.
+      command: the command that produces the page.
+      terms: what costs are calculated from.
+      page: the file it will be written to; links and image paths are relative to its folder.
+      folder: receives the plots drawn for the page.
     """
     figures = [afterwards.figures_of(records) for records in several]
     lines = [*_head(several, command)]
@@ -99,8 +99,8 @@ def _head(several: Sequence[Records], command: str) -> Iterator[str]:
     now = datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC")
     yield from [f"# {plain(names)}", ""]
     yield from [f"Made on {now} by gemma4-tpu {gemma4_tpu.__version__}: {code(command)}", ""]
-    yield f"Every figure says where it is from. {_MEASURED}: by this program, on the machine that its record names;"
-    yield f"{_ESTIMATED}: worked out, from what its row says; {BY[QUOTED]}: from a source that is named."
+    yield f"Every figure states its origin. {_MEASURED}: by this program, on the machine that its record names;"
+    yield f"{_ESTIMATED}: calculated from what its row says; {BY[QUOTED]}: from a named source."
     yield ""
 
 
@@ -119,7 +119,7 @@ def _one(records: Records, figures: Figures, page: Path, folder: Path) -> Iterat
 
 
 def _last(several: Sequence[Records]) -> Iterator[str]:
-    """What one looks up: configuration and provenance of each run."""
+    """Reference material: configuration and provenance of each run."""
     for part in (training.configuration, training.provenance):
         if len(several) == 1:
             yield from part(several[0])
@@ -131,7 +131,7 @@ def _last(several: Sequence[Records]) -> Iterator[str]:
 
 
 def _glance(records: Records) -> Iterator[tuple[str, str, str]]:
-    """The figures that people ask for first; those that aren't known are told of in their sections."""
+    """The figures that people want first; their sections mention those that are missing."""
     result = training.result_of(records)
     if result is None:
         yield "Training", "has not ended", ""
@@ -144,7 +144,7 @@ def _glance(records: Records) -> Iterator[tuple[str, str, str]]:
         if result.real_tokens_per_second:
             yield "Real tokens per second, training", f"{result.real_tokens_per_second:,.0f}", _MEASURED
         if result.usd is not None:
-            yield "Cost of the training", format_usd(result.usd), _ESTIMATED
+            yield "Cost of the training run", format_usd(result.usd), _ESTIMATED
     yield from _planned(records)
     for folder in records.by_kind[MERGE]:
         if logits := (result_of(folder).values.get("parity") or {}).get("logits"):
@@ -171,13 +171,13 @@ def _scored(records: Records) -> Iterator[tuple[str, str, str]]:
 
 
 def _side_by_side(several: Sequence[Records], page: Path, folder: Path) -> Iterator[str]:
-    """Where the runs differ, and what came of each."""
+    """Where the runs differ, and the result of each."""
     yield from ["## Side by side", ""]
     names = [plain(records.name) for records in several]
     if rows := training.differences(several):
         yield from table(["configuration", *names], rows)
     else:
-        yield from ["Their configurations are alike.", ""]
+        yield from ["Their configurations are equal.", ""]
     results = [training.result_of(records) for records in several]
     known = [{what: (figure, by) for what, figure, by in training.facts(r)} if r else {} for r in results]
     rows = []

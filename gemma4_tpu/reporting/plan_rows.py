@@ -1,4 +1,4 @@
-"""A plan in words: what each line of its table says."""
+"""A plan in words: the rows of its table."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from gemma4_tpu.tracking.progress import format_seconds
 
 _CAPACITY = {"on_demand": "On demand", "spot": "Spot", "flex_start": "Flex-start, at best", "configured": "Cost"}
 HIDDEN = "collectives_hidden"
-"""Of `PlanResult.step_parts`: alongside the core."""
+"""Key of `PlanResult.step_parts`: time alongside the core."""
 MEMORY_PARTS = {
     "base": "base weights",
     "weights": "weights (trained)",
@@ -24,7 +24,7 @@ MEMORY_PARTS = {
     "batch": "batch and padding",
     "temporaries": "activations, temporaries",
 }
-"""Kind of `PlanResult.hbm_parts_bytes_per_chip` → what it is called."""
+"""Kind of `PlanResult.hbm_parts_bytes_per_chip` → its name."""
 
 
 def plan_rows(result: PlanResult) -> list[tuple[str, str]]:
@@ -43,7 +43,7 @@ def plan_rows(result: PlanResult) -> list[tuple[str, str]]:
     rows.append(
         ("Fits", f"yes: {format_bytes(used)} of {format_bytes(limit)} HBM per chip ({1 - used / limit:.0%} free)")
     )
-    parts = result.hbm_parts_bytes_per_chip.items()  # of an earlier version, some may have other names
+    parts = result.hbm_parts_bytes_per_chip.items()  # plans of earlier versions may use other names
     rows += [(f"  {MEMORY_PARTS.get(kind, kind)}", format_bytes(size)) for kind, size in parts]
     return [*rows, *_work(result), *schedule_rows(result), *_rollouts(result), *cost_rows(result)]
 
@@ -87,7 +87,7 @@ def _work(result: PlanResult) -> list[tuple[str, str]]:
 
 
 def schedule_rows(result: PlanResult) -> list[tuple[str, str]]:
-    """Time by the compiler's schedule; no rows without one."""
+    """Time according to the compiler's schedule; no rows without one."""
     if result.step_seconds is None:
         return []
     parts = {part: seconds for part, seconds in result.step_parts.items() if part != HIDDEN}
@@ -101,7 +101,7 @@ def schedule_rows(result: PlanResult) -> list[tuple[str, str]]:
             f" (measured over scheduled): {format_time(result.step_seconds_low or 0)} to "
             f"{format_time(result.step_seconds_high or 0)}",
         ),
-        ("  of it", told),
+        ("  of which", told),
         ("  alongside", f"collectives {format_time(result.step_parts[HIDDEN])}"),
         (
             "  utilization",
@@ -112,7 +112,7 @@ def schedule_rows(result: PlanResult) -> list[tuple[str, str]]:
 
 
 def _rollouts(result: PlanResult) -> list[tuple[str, str]]:
-    """What comes before the update; no rows for objectives that sample nothing."""
+    """The sampling before each update; no rows for objectives that sample nothing."""
     told = result.rollouts
     if not told:
         return []
@@ -142,7 +142,7 @@ def _rollouts(result: PlanResult) -> list[tuple[str, str]]:
 
 
 def cost_rows(result: PlanResult) -> list[tuple[str, str]]:
-    """Speed, length and price of the run."""
+    """Speed, duration and cost of the run."""
     share, rate, hours = result.utilization, result.real_tokens_per_second, result.hours
     by = "assumed" if result.step_seconds is None else "by the schedule's band"
     reached = f"at {share['low']:.0%} to {share['high']:.0%} of the roofline"
@@ -157,7 +157,7 @@ def cost_rows(result: PlanResult) -> list[tuple[str, str]]:
             line += f", with {result.preemptions['expected']:.2g} preemptions (assumed)"
         rows.append((_CAPACITY[kind], line))
     if not result.usd_estimate:
-        rows.append(("Cost", "no price is known for this slice; give hardware.usd_per_hour"))
+        rows.append(("Cost", "this slice has no known price; give hardware.usd_per_hour"))
     usd = usd_per_million(result.usd_per_million_real_tokens, result.seconds_per_update)
     if usd is not None:
         price = f"${result.price['usd_per_hour']:g}/h, {result.price['source']}"
@@ -173,7 +173,7 @@ def format_time(seconds: float) -> str:
 
 
 def scaled(amount: float) -> str:
-    """`1.23 T`, `45.6 G`, …: three digits and a prefix of a thousand, ready for a unit."""
+    """`1.23 T`, `45.6 G`, …: three digits and an SI prefix, ready for a unit."""
     for prefix, size in (("P", 1e15), ("T", 1e12), ("G", 1e9), ("M", 1e6), ("k", 1e3)):
         if amount >= size:
             return f"{amount / size:.3g} {prefix}" if amount < 999.5 * size else f"{amount / size:.0f} {prefix}"

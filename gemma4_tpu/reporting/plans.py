@@ -1,4 +1,4 @@
-"""What a plan and a search show on the terminal. `plan.json` is `estimate.PlanResult`."""
+"""What a plan and a search print on the terminal. `plan.json` is an `estimate.PlanResult`."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from gemma4_tpu.planning.search import LEFT_OUT, Found, cost, free
 from gemma4_tpu.reporting.plan_rows import cost_rows, format_time, plan_rows, schedule_rows
 
 _WIDEST = 200
-"""Columns where there is no terminal: enough for any row."""
+"""Columns when stdout is not a terminal: enough for any row."""
 
 
 def print_plan(result: PlanResult, folder: Path) -> None:
@@ -29,7 +29,7 @@ def print_plan(result: PlanResult, folder: Path) -> None:
 
 
 def print_schedule(result: PlanResult, folder: Path) -> None:
-    """Prints what the schedule adds to a plan that is printed already."""
+    """Prints what the schedule adds to an already printed plan."""
     out = _console()
     _print_rows(out, [*schedule_rows(result), *cost_rows(result)])
     _print_top(out, result)
@@ -48,7 +48,7 @@ def _print_rows(out: Console, rows: list[tuple[str, str]]) -> None:
 
 
 def _print_top(out: Console, result: PlanResult) -> None:
-    """The operations that take longest, with their place in our source."""
+    """Prints the operations that take longest, with their place in our source."""
     if not result.top_operations:
         return
     table = Table(box=None, padding=(0, 2, 0, 0))
@@ -66,19 +66,19 @@ def _print_top(out: Console, result: PlanResult) -> None:
 
 
 def _print_whole(out: Console, table: Table) -> None:
-    """A table of figures, a line for each row: on a narrower terminal lines run on, but no cell is broken up."""
+    """Prints a table with one line per row: a narrower terminal wraps lines, but no cell is split."""
     needed = Measurement.get(out, out.options.update(max_width=_WIDEST), table).maximum
     Console(highlight=False, width=max(out.width, needed)).print(table)
 
 
 def _console() -> Console:
-    """Stdout; where it is no terminal, lines are long enough for any row."""
+    """Stdout; if it is not a terminal, lines are long enough for any row."""
     console = Console(highlight=False)
     return console if console.is_terminal else Console(highlight=False, width=_WIDEST)
 
 
 def print_alternatives(result: PlanResult) -> None:
-    """Prints what was tried for a run that does not fit, those that fit first."""
+    """Prints the changes tried for a run that does not fit; those that fit come first."""
     if result.fits:
         return
     if not result.alternatives:
@@ -98,7 +98,7 @@ def print_alternatives(result: PlanResult) -> None:
 
 
 def print_search(found: Found, folder: Path) -> None:
-    """Prints every compiled candidate, the front marked, and what was skipped and why."""
+    """Prints every compiled candidate, with the front marked, and what was skipped and why."""
     out = _console()
     table = Table(box=None, padding=(0, 2, 0, 0))
     for title in ("", "mesh", "remat", "flags", "rows", "HBM per chip", "free", "roofline", "schedule",

@@ -1,4 +1,4 @@
-"""`python -m gemma4_tpu.report prices`: what an hour on each chip costs, by region and kind, and how old that is."""
+"""`python -m gemma4_tpu.report prices`: the price of an hour on each chip, by region and kind, and its age."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from gemma4_tpu.reporting.costs import UNKNOWN
 
 
 def show_price_list() -> int:
-    """Prints every price that is built in, and how old it is. Returns 0."""
+    """Prints every built-in price and its age. Returns 0."""
     print(price_list(datetime.date.today()), end="")
     return 0
 
 
 def price_list(today: datetime.date) -> str:
-    """The prices of `prices.yaml` as Markdown: a table of each generation, then the sources with their age."""
+    """The prices of `prices.yaml` as Markdown: a table for each generation, then the sources with their age."""
     return "\n".join(_lines(today)) + "\n"
 
 

@@ -1,4 +1,4 @@
-"""`sweep.csv`, `sweep.md` and plots of a sweep folder, made at the end of a sweep and at any other time."""
+"""`sweep.csv`, `sweep.md` and plots of a sweep folder, written at the end of a sweep or on request."""
 
 from __future__ import annotations
 
@@ -31,14 +31,14 @@ _MEANING = {
 
 
 def show_sweep(folder: str | Path, metric: str | None = None) -> int:
-    """Writes the table and the plots of a sweep folder, and prints what came of it. Returns 0.
+    """Writes the table and plots of a sweep folder, and prints a summary. Returns 0.
 
     Args:
-      folder: the sweep's, or any folder of run folders.
+      folder: the sweep's, or any parent of run folders.
       metric: key of `result.json`; None: the sweep's own.
 
     Raises:
-      UserError: no jobs there, or no job has that metric while some have results.
+      UserError: the folder contains no jobs, or some jobs have results but none has that metric.
     """
     sweep = SweepTable.of(Path(folder).absolute(), metric)
     write_text(sweep.folder / "sweep.csv", _csv(sweep))
@@ -49,7 +49,7 @@ def show_sweep(folder: str | Path, metric: str | None = None) -> int:
 
 
 def _csv(sweep: SweepTable) -> str:
-    """Overrides × results, figures in full."""
+    """Overrides × results, with unrounded figures."""
     text, keys, results = io.StringIO(), sweep.keys, sweep.results
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(["job", *keys, "status", "starts", *results, "plan", "error"])
@@ -62,7 +62,7 @@ def _csv(sweep: SweepTable) -> str:
 
 
 def _page(sweep: SweepTable, drawn: Sequence[Path]) -> Iterator[str]:
-    """For people: best first, figures rounded."""
+    """The table for people: best first, with rounded figures."""
     metric, best, keys, results = sweep.metric, sweep.best, sweep.keys, sweep.results
     yield from [f"# {sweep.title}", "", _counts(sweep), ""]
     if best is not None:
@@ -80,7 +80,7 @@ def _page(sweep: SweepTable, drawn: Sequence[Path]) -> Iterator[str]:
     yield from (f"![{path.stem}]({quote(path.relative_to(sweep.folder).as_posix())})" for path in drawn)
     plans = {row.job.name: row.job.plan for row in sweep.rows if row.job.plan}
     if len({*plans.values()}) == 1:
-        yield from ["", f"Plan check of every job: {next(iter(plans.values()))}."]
+        yield from ["", f"Plan check, the same for every job: {next(iter(plans.values()))}."]
     elif plans:
         yield from ["", "Plan checks before the start:", ""]
         yield from (f"- {code(name)}: {told}" for name, told in plans.items())

@@ -1,4 +1,4 @@
-"""Pictures of a sweep: parallel coordinates, the metric over each numeric key, held-out curves of all jobs."""
+"""Plots of a sweep: parallel coordinates, the metric over each numeric key, held-out curves of all jobs."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _MAX_TICKS = 9
 
 
 def plot_sweep(sweep: SweepTable, folder: Path) -> list[Path]:
-    """Draws what there is to draw; returns the paths of the pictures. Jobs without the metric are left out."""
+    """Draws the plots for which there are figures; returns their paths. Jobs without the metric are left out."""
     folder.mkdir(exist_ok=True)
     for old in folder.glob("*.png"):
         old.unlink()
@@ -38,7 +38,7 @@ def plot_sweep(sweep: SweepTable, folder: Path) -> list[Path]:
 
 # ── parallel coordinates ───────────────────────────────────────────────────────────────────────────────────────────
 class _Axis:
-    """One vertical line: a key's values, or the metric's, from 0 (bottom) to 1."""
+    """One vertical axis: the values of a key or of the metric, from 0 (bottom) to 1."""
 
     def __init__(self, label: str, values: Sequence[str | float | None], *, metric: bool = False):
         self.label = label
@@ -107,7 +107,7 @@ def _parallel(sweep: SweepTable, rows: Sequence[JobRow], keys: list[str], path: 
 
 # ── the metric over one key ────────────────────────────────────────────────────────────────────────────────────────
 def _over_key(sweep: SweepTable, rows: Sequence[JobRow], key: str, keys: list[str], path: Path) -> Path:
-    """One line for each combination of the other keys, as far as they can be told apart."""
+    """Draws one line for each combination of the other keys, as far as lines can be distinguished."""
     metric, best = sweep.metric, sweep.best
     others = [other for other in keys if other != key]
     groups: dict[str, list[tuple[float, float]]] = {}
@@ -136,7 +136,7 @@ def _over_key(sweep: SweepTable, rows: Sequence[JobRow], key: str, keys: list[st
 
 
 def _scale(axes: Any, values: list[float]) -> None:
-    """Powers apart: a logarithmic axis. Few values: each has its tick."""
+    """Sets a logarithmic axis if values are orders of magnitude apart; labels each of a few values."""
     from matplotlib.ticker import NullLocator
 
     if values[0] > 0 and values[-1] >= 4 * values[0]:
@@ -178,7 +178,7 @@ def _heldout(sweep: SweepTable, curves: dict[str, tuple[list[int], list[float]]]
 
 
 def _legend_beside(axes: Any) -> None:
-    """To the right of the axes, where it hides no line."""
+    """Places the legend to the right of the axes, where it hides no line."""
     if axes.get_legend_handles_labels()[0]:
         axes.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0))
 

@@ -1,4 +1,4 @@
-"""A picture of one round of the slowest loop, one group of layers: what core, HBM and links do at each moment."""
+"""The plot of one iteration of the slowest loop, one group of layers: what core, HBM and links do at each moment."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ _NAMES = {
 
 
 def plot_timeline(walked: Walked, title: str, path: Path) -> None:
-    """Draws the rows core, HBM (copies alongside the core) and interconnect, a row for each set of links in use.
+    """Draws rows for the core, for HBM (copies alongside the core) and for each set of interconnect links in use.
 
     Args:
-      walked: of the whole step.
-      title: of the picture.
-      path: to write, PNG.
+      walked: the whole step's events.
+      title: the plot's.
+      path: PNG file to write.
     """
     once = slowest_loop(walked)
     rows = [CORE, HBM, *sorted({event.row for event in once.events} - {CORE, HBM})]
@@ -53,7 +53,7 @@ def plot_timeline(walked: Walked, title: str, path: Path) -> None:
 
 
 def _spans(events: Iterable[Event]) -> list[tuple[float, float]]:
-    """(start, length) in ms; stretches that touch are one."""
+    """(start, length) in ms; adjacent spans are merged."""
     spans: list[tuple[float, float]] = []
     for event in sorted(events, key=lambda event: event.start):
         start, end = event.start * 1e3, event.end * 1e3

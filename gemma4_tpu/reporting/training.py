@@ -23,18 +23,18 @@ from gemma4_tpu.tracking.result import Result
 
 _MEASURED, _ESTIMATED = BY[MEASURED], BY[ESTIMATED]
 _THEIR_OWN = ("run_dir", "name", "replay")
-"""Keys in which runs differ that are alike."""
+"""Keys that differ even between equal runs."""
 Fact = tuple[str, str, str]
-"""(what, figure, who says so)"""
+"""(what, figure, its origin)"""
 
 
 def result_of(records: Records) -> Result | None:
-    """What came of the run; None while it has not ended."""
+    """The run's result; None until it has ended."""
     return Result.read(records.run.result_path) if records.run.result_path.is_file() else None
 
 
 def followed(records: Records) -> Followed:
-    """Its rows; raises UserError where they are damaged."""
+    """The run with its rows; raises UserError if they are damaged."""
     try:
         return Followed(records.name, read_metrics(records.run.metrics_path))
     except ValueError as error:
@@ -42,7 +42,7 @@ def followed(records: Records) -> Followed:
 
 
 def training(records: Records, page: Path, folder: Path) -> Iterator[str]:
-    """Curves, drawn into `folder`, result and data."""
+    """The section about training: curves (drawn into `folder`), result and data."""
     yield from ["## Training", ""]
     curves = followed(records)
     if curves.rows:
@@ -57,18 +57,18 @@ def training(records: Records, page: Path, folder: Path) -> Iterator[str]:
     yield from ["### Result", ""]
     result = result_of(records)
     if result is None:
-        yield from ["No `result.json`: the run has not ended, or was killed.", ""]
+        yield from ["No `result.json`: the run has not ended, or it was killed.", ""]
     else:
         yield from table(["", "figure", "by"], [list(fact) for fact in facts(result)])
     yield from _data(records)
 
 
 def _why(absent: Sequence[str]) -> str:
-    return " (this backend does not count its memory)" if absent == ["device memory"] else ""
+    return " (this backend does not report its memory)" if absent == ["device memory"] else ""
 
 
 def facts(result: Result) -> list[Fact]:
-    """Everything in `result.json` that is known."""
+    """All figures that `result.json` contains."""
     reason = result.error or result.ended
     ended = plain(result.status) + (f": {plain(reason)}" if reason else "")
     found: list[Fact] = [("Status", ended, ""), ("Updates", f"{result.updates:,}", _MEASURED)]
@@ -99,10 +99,10 @@ def facts(result: Result) -> list[Fact]:
         found.append(("An update", told, _MEASURED))
     if result.mfu is not None:
         found.append(("Model FLOP/s utilisation", f"{result.mfu:.1%}", f"{_ESTIMATED}: measured rate × counted FLOPs"))
-    peak = "not counted by this backend"
+    peak = "not reported by this backend"
     if result.hbm_peak_bytes is not None:
         peak = f"{result.hbm_peak_bytes / GIB:.2f} GiB"
-    found.append(("Most device memory", peak, _MEASURED if result.hbm_peak_bytes is not None else ""))
+    found.append(("Peak device memory", peak, _MEASURED if result.hbm_peak_bytes is not None else ""))
     if result.lora_parameters is not None:
         trained = f"{result.lora_parameters:,} on {result.adapted_modules} matrices"
         found.append(("LoRA parameters", trained if result.lora_parameters else "none: full fine-tuning", _MEASURED))
@@ -114,9 +114,9 @@ def facts(result: Result) -> list[Fact]:
 
 
 def _words(measure: str) -> str:
-    """What a key of `Result.measures` says of what."""
+    """A key of `Result.measures` in words."""
     name = measure.removeprefix(HELDOUT).replace("_", " ")
-    return f"Held-out {name}, at last" if measure.startswith(HELDOUT) else f"{name.capitalize()}, last update"
+    return f"Held-out {name}, at the end" if measure.startswith(HELDOUT) else f"{name.capitalize()}, last update"
 
 
 def heldout(result: Result) -> str:
@@ -131,7 +131,7 @@ def _pair(first: float | None, last: float | None) -> str:
 def _data(records: Records) -> Iterator[str]:
     yield from ["### Data", ""]
     if not records.run.data_path.is_file():
-        yield from ["No `data.json`: what it was trained on is not recorded.", ""]
+        yield from ["No `data.json`: the training data is not recorded.", ""]
         return
     data = read_record(records.run.data_path).values
     rows = []
@@ -152,28 +152,28 @@ def _number(value: Any) -> str:
 
 
 def configuration(records: Records) -> Iterator[str]:
-    """What was given on the command line, then everything."""
+    """The section about configuration: what was given on the command line, then all of it."""
     yield from ["## Configuration", ""]
     given = overrides_of(records.run.path)
     if given is None:
-        yield from ["No `overrides.yaml`: what was given on the command line is not recorded.", ""]
+        yield from ["No `overrides.yaml`: the command line is not recorded.", ""]
     elif given:
         yield from ["Given on the command line:", "", *(f"- {code(word)}" for word in given), ""]
     else:
-        yield from ["Nothing was given on the command line: the defaults.", ""]
+        yield from ["Nothing was given on the command line; all values are defaults.", ""]
     text = yaml.safe_dump(config_of(records.run.path), sort_keys=False, allow_unicode=True).rstrip()
     yield from ["The resolved configuration (`config.yaml`):", "", "~~~~yaml", *text.splitlines(), "~~~~", ""]
 
 
 def provenance(records: Records) -> Iterator[str]:
-    """Code, packages, machine, seeds, fingerprints."""
+    """The section about provenance: code, packages, machine, seeds, fingerprints."""
     yield from ["## Provenance", ""]
     if not records.run.provenance_path.is_file():
         yield from ["No `provenance.json`: code, packages and machine are not recorded.", ""]
         return
     told = read_record(records.run.provenance_path).values
     source = told.get("code", {})
-    changed = {True: ", with changes that are in `git.diff`", False: "", None: ""}[source.get("git_dirty")]
+    changed = {True: ", with the changes in `git.diff`", False: "", None: ""}[source.get("git_dirty")]
     commit = f"commit {code(source['git_commit'][:12])}{changed}; " if source.get("git_commit") else ""
     rows = [
         ["Started", plain(told.get("started", ""))],
@@ -190,7 +190,7 @@ def provenance(records: Records) -> Iterator[str]:
 
 
 def _listed(values: dict[str, Any]) -> str:
-    """`name value, name value`; hashes are cut to twelve characters."""
+    """`name value, name value`; hashes are shortened to twelve characters."""
     shown = {
         name: value[:12] if isinstance(value, str) and len(value) == 64 else value for name, value in values.items()
     }
@@ -198,9 +198,9 @@ def _listed(values: dict[str, Any]) -> str:
 
 
 def differences(several: Sequence[Records]) -> list[list[str]]:
-    """A row for each key of the configuration in which runs differ: key, then its value in each run.
+    """One row for each configuration key whose values differ between runs: the key, then its value in each run.
 
-    Keys that only some of them have (they come from another version) are left out.
+    Keys that only some of the runs have (because another version wrote them) are left out.
     """
     flat = [dict(leaves(config_of(records.run.path))) for records in several]
     rows = []

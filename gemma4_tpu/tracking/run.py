@@ -1,11 +1,11 @@
-"""The run folder: every entry point writes one, every later stage takes one.
+"""The run folder: every entry point writes one, every later stage accepts one.
 
 ```
 config.yaml      the resolved configuration       log.txt        all log records
 overrides.yaml   what was given on the command    metrics.jsonl  one row per logged update
 provenance.json  code, packages, seeds, data      result.json    the outcome
 data.json        rows, drops, fill                plots/  checkpoints/
-record.json      what kind of work it is of
+record.json      kind of work
 ```
 """
 
@@ -37,9 +37,9 @@ _BALLAST_BYTES = 32 << 10
 
 
 class RunFolder:
-    """Paths of one run, and the right to write there.
+    """Paths of one run, and the lock for writing to it.
 
-    Only process 0 of a run writes (`write=True`); the others are handed the path it chose. While a writer lives, no
+    Only process 0 of a run writes (`write=True`); the others get the path that it chose. While a writer lives, no
     second one can open the folder.
     """
 
@@ -47,9 +47,9 @@ class RunFolder:
         self.path = path
         self.write = write
         self.bucket = bucket
-        """Where the folder lives, if not here: `path` is then where its small files are worked on."""
+        """The bucket of a remote folder; `path` is then a local copy of its small files."""
         self.resumed = False
-        """The writer found an earlier start of this run here."""
+        """Whether the writer found an earlier start of this run."""
         self._lock: int | None = None
         self._earlier: dict[Path, bytes] = {}
 
@@ -67,25 +67,25 @@ class RunFolder:
         resume_allow: Sequence[str] = (),
         write: bool = True,
     ) -> RunFolder:
-        """Makes a new run folder, or opens the one that `run_dir` names again.
+        """Creates a new run folder, or reopens the one that `run_dir` names.
 
         Args:
-          root: where new folders go, such as `outputs`.
+          root: parent of new folders, such as `outputs`.
           name: `config.name`.
           run_dir: `config.run_dir`, local or gs://; None: `<root>/<name>/<date>_<time>`.
-          resume: `config.checkpoint.resume`: `auto` continues in a used folder, `never` refuses it.
+          resume: `config.checkpoint.resume`: `auto` resumes in a used folder, `never` refuses it.
           config: the resolved configuration as plain values; written to `config.yaml`.
-          kind: one of `records.WORK`: what the folder will be of.
+          kind: the folder's kind of work, one of `records.WORK`.
           overrides: the command line's overrides; written to `overrides.yaml`.
-          resume_allow: `config.checkpoint.resume_allow`: keys and groups that may differ, too.
-          write: False on every process but the first; they need `run_dir`, and touch nothing.
+          resume_allow: `config.checkpoint.resume_allow`: further keys and groups that may differ.
+          write: False on every process but the first; these need `run_dir` and write nothing.
 
         Raises:
-          UserError: a folder that is no run folder, is in use, may not be resumed, or holds a different run.
+          UserError: the folder is not a run folder, is in use, may not be resumed, or contains a different run.
         """
         if run_dir is None:
             if not write:
-                raise ValueError("run_dir: only process 0 may choose the run folder; hand its path to the others")
+                raise ValueError("run_dir: only process 0 may choose the run folder; pass its path to the others")
             path = _new_folder(Path(root).expanduser().absolute() / name)
             bucket = None
         elif is_remote(run_dir):
@@ -101,9 +101,9 @@ class RunFolder:
     def _begin(
         self, resume: str, config: dict[str, Any], kind: str, overrides: Sequence[str], resume_allow: Sequence[str]
     ) -> None:
-        """Takes the right to write and begins the record, with the arguments of `open`."""
+        """Takes the lock and begins the record, with the arguments of `open`."""
         _make(self.path)
-        # Before anything is read: an earlier writer must be gone, or its record could change under our eyes.
+        # Before anything is read: an earlier writer must be gone, or its record could change while we read it.
         self._take_lock()
         if self.bucket:
             self.bucket.reach(self.bucket.pull)
@@ -113,7 +113,7 @@ class RunFolder:
             known = [path for path in (self.config_path, self.overrides_path, self.record_path) if path.exists()]
             self._earlier = {path: path.read_bytes() for path in known}
         write_text(self.config_path, yaml.safe_dump(config, sort_keys=False, allow_unicode=True))
-        if kind != PLAN or not self.resumed:  # a plan can be in the folder of the run that it is for
+        if kind != PLAN or not self.resumed:  # a plan can be in the folder of its own run
             write_record(self.record_path, kind, {})
         write_text(self.overrides_path, yaml.safe_dump(redact_arguments(overrides), allow_unicode=True))
         self.plots.mkdir(exist_ok=True)
@@ -133,7 +133,7 @@ class RunFolder:
         else:
             run = cls(Path(path).expanduser().absolute())
         if not run.config_path.is_file():
-            raise UserError(f"{key}={path}: not a run folder (it has no config.yaml)")
+            raise UserError(f"{key}={path}: not a run folder (no config.yaml); give one")
         return run
 
     @property
@@ -146,7 +146,7 @@ class RunFolder:
 
     @property
     def kind(self) -> str:
-        """What it is of, one of `records.WORK`."""
+        """Its kind of work, one of `records.WORK`."""
         return kind_of(self.path) or TRAINING
 
     @property
@@ -179,7 +179,7 @@ class RunFolder:
 
     @property
     def address(self) -> str:
-        """What `run_dir=` or `run=` would name it by: a local path or gs://."""
+        """Its address for `run_dir=` or `run=`: a local path or gs://."""
         return self.bucket.remote if self.bucket else str(self.path)
 
     @property
@@ -187,12 +187,12 @@ class RunFolder:
         return join(self.address, CHECKPOINTS)
 
     def push(self) -> None:
-        """Copies what changed to the bucket, where the folder lives in one."""
+        """Copies changes to the bucket, if the folder is in one."""
         if self.bucket and self.write:
             self.bucket.push()
 
     def forget_bucket(self) -> None:
-        """It is gone: from here on this machine's copy of the folder is the run."""
+        """Gives up an unreachable bucket: from here on, this machine's copy of the folder is the run."""
         if self.bucket:
             self.bucket.gone = True
 
@@ -201,13 +201,13 @@ class RunFolder:
         return config_of(self.path)
 
     def begun(self) -> None:
-        """From here on the record is of this start."""
+        """Marks the record as that of this start from here on."""
         self._earlier.clear()
 
     def put_back(self) -> None:
-        """Where this start came to nothing before it had `begun`: leaves the record of the one before as it was."""
+        """If this start failed before it had `begun`, restores the record of the previous one."""
         for path, content in self._earlier.items():
-            if path.read_bytes() != content:  # a disk may have become full
+            if path.read_bytes() != content:  # the disk may be full
                 write_text(path, content.decode())
 
     def leave(self, outcome: Any) -> None:
@@ -216,8 +216,8 @@ class RunFolder:
         write_record(self.result_path, self.kind, outcome)
 
     def leave_result(self, result: Result) -> None:
-        """Writes `result.json`, where this process writes; an outcome worse than that of a finished run never replaces
-        it, and a full disk does not hide what went wrong before.
+        """Writes `result.json`, if this process writes. An outcome never replaces a better one of a finished run, and a
+        full disk does not hide an earlier error.
         """
         if not self.write:
             return
@@ -231,9 +231,9 @@ class RunFolder:
             log.warning("%s: can't be written (%s)", self.result_path, error)
 
     def work(self, job: Callable[[], int]) -> int:
-        """Does a job that resumes where it was, such as an evaluation, and closes the folder; returns its exit code.
+        """Runs a job that can resume, such as an evaluation, and closes the folder; returns the exit code.
 
-        Ctrl-C is exit code 130, SIGTERM 143, and a line that says how to go on. What fails leaves its reason in
+        Ctrl-C gives exit code 130, SIGTERM 143, both with a line on how to resume. A failure leaves its reason in
         `result.json`.
         """
         try:
@@ -248,7 +248,7 @@ class RunFolder:
             self.close()
 
     def close(self) -> None:
-        """Copies what changed to the bucket, if any, and gives up the right to write."""
+        """Copies changes to the bucket, if any, and releases the lock."""
         try:
             if self.write:
                 self._ballast.unlink(missing_ok=True)
@@ -259,7 +259,7 @@ class RunFolder:
 
     @property
     def _ballast(self) -> Path:
-        """What is thrown out for the result, which a full disk then still takes."""
+        """A file that is deleted to make room for the result on a full disk."""
         return self.path / ".ballast"
 
     def _unlock(self) -> None:
@@ -268,7 +268,7 @@ class RunFolder:
             self._lock = None
 
     def _take_lock(self) -> None:
-        """A POSIX record lock: the kernel drops it when this process ends in any way, and children don't inherit it."""
+        """Takes a POSIX record lock: the kernel releases it however this process ends; children don't inherit it."""
         self._lock = os.open(self.path / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
         try:
             fcntl.lockf(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -287,7 +287,7 @@ class RunFolder:
 
 
 def _new_folder(parent: Path) -> Path:
-    """Makes `<parent>/<date>_<time>`; runs that start in the same second get `_2`, `_3`, …"""
+    """Creates `<parent>/<date>_<time>`; runs that start in the same second get `_2`, `_3`, …"""
     stamp = datetime.now().strftime("%Y-%m-%d_%H-%M-%S")
     attempt = 1
     while True:
@@ -303,23 +303,23 @@ def _make(path: Path, exist_ok: bool = True) -> None:
     try:
         path.mkdir(parents=True, exist_ok=exist_ok)
     except (PermissionError, NotADirectoryError) as error:
-        raise UserError(f"run_dir={path}: can't make this folder ({error.strerror}); give another run_dir") from error
+        raise UserError(f"run_dir={path}: can't create this folder ({error.strerror}); give another run_dir") from error
 
 
 def _given_folder(run_dir: str) -> Path:
     path = Path(run_dir).expanduser().absolute()
     if path.exists() and not path.is_dir():
-        raise UserError(f"run_dir={run_dir}: there is a file of that name; give a folder")
+        raise UserError(f"run_dir={run_dir}: is a file; give a folder")
     if path.is_dir() and not (path / "config.yaml").exists():
         visible = sorted(entry.name for entry in path.iterdir() if not entry.name.startswith("."))
         if visible:
             raise UserError(
-                f"run_dir={run_dir}: not a run folder, and not empty (it holds {', '.join(visible[:3])}"
+                f"run_dir={run_dir}: not a run folder, and not empty (it contains {', '.join(visible[:3])}"
                 f"{', …' if len(visible) > 3 else ''}); give a new or an empty folder, or a run folder to resume"
             )
     return path
 
 
 def is_run(folder: Path) -> bool:
-    """Whether a folder is that of a training run."""
+    """Whether a folder is a training run's."""
     return (folder / "config.yaml").is_file() and (folder / "checkpoints").is_dir()

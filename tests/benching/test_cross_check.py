@@ -160,7 +160,7 @@ def test_a_server_without_a_container_has_its_client_beside_it(docker, tmp_path,
     out = capsys.readouterr().out
     assert out.count("/v/bin/vllm bench serve") == 3 and f"--model {tmp_path / 'a'} " in out
     assert main([f"served={tmp_path}", "bench=vllm", f"run_dir={tmp_path / 'bench'}"]) == 2
-    assert "/v/bin/vllm: the command no longer exists" in capsys.readouterr().err
+    assert "/v/bin/vllm: the command is gone" in capsys.readouterr().err
 
 
 FIGURES = {
@@ -178,7 +178,7 @@ FIGURES = {
         ({"output_throughput": 1099.0, "median_ttft_ms": 124.0}, {}, "agrees"),
         ({"median_ttft_ms": 14.0}, {"median_ttft_ms": 9.5}, "agrees"),  # a client's own milliseconds
         ({"median_tpot_ms": None}, {}, "agrees"),  # answers of one token
-        ({"output_throughput": 1101.0}, {}, "disagrees (output_throughput 1.10): none that is known of"),
+        ({"output_throughput": 1101.0}, {}, "disagrees (output_throughput 1.10): no known cause"),
         ({"completed": 30, "median_ttft_ms": 126.0}, {"completed": 30}, "chance: 30 requests each"),
         ({"median_ttft_ms": 130.0}, {"prefix_cache_hit_tokens": 80_000.0}, "0% and 40% of prompt tokens from the"),
         ({"median_ttft_ms": 130.0, "median_sending_lag_ms": 80.0}, {}, "this client sent 80 ms late"),

@@ -66,7 +66,7 @@ def test_a_server_without_tokenize_is_no_server_for_texts(bench, tmp_path, monke
     text.write_text("x")
     words = [f"bench.prompts={text}", "endpoint=http://127.0.0.1:1", "bench.lengths=[[16,4]]"]
     code, _, _, err = bench(None, *words)
-    assert code == 2 and "makes no tokens of it at /tokenize" in err
+    assert code == 2 and "does not tokenize it at /tokenize" in err
     text.write_bytes(b"a\xff")
     code, _, _, err = bench(None, *words, run_dir="b")
     assert code == 2 and "not UTF-8 (byte 1)" in err

@@ -210,7 +210,7 @@ def test_loads_come_as_numbers(played, bench):
         (["bench=slo", "bench.slo={p99_itl_ms: 0}"], "bench.slo.p99_itl_ms=0.0: must be a number of ms more than 0"),
         (
             ["bench=slo", "bench.slo={p99_ttft_ms: 500}", "bench.requests=99"],
-            "bench.requests=99: p99_ttft_ms of so few is that of the slowest; give at least 100, better 1,000",
+            "bench.requests=99: too few for p99_ttft_ms, which would be that of the slowest; give at least 100, better",
         ),
     ],
 )

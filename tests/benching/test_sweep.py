@@ -128,7 +128,7 @@ def test_a_record_of_serve_says_where(played, bench, tmp_path):
 @pytest.mark.parametrize(
     ("words", "told"),
     [
-        ([], "endpoint: which server?"),
+        ([], "endpoint is not set; give endpoint="),
         (["endpoint=127.0.0.1:8000"], "endpoint=127.0.0.1:8000: not a server address"),
         (["bench.users=[1]"], "bench.rates=[1.0, 2.0"),
         (["bench.rates=[]"], "bench.rates=[], bench.users=[]: give one of them"),
@@ -139,8 +139,8 @@ def test_a_record_of_serve_says_where(played, bench, tmp_path):
         (["bench.lengths=[[16]]"], "bench.lengths: [16] is not a pair"),
         (["bench.rates=[1,1]"], "bench.rates: 1.0 is listed twice"),
         (["bench.requests=0"], "bench.requests=0: must be at least 1"),
-        (["slice=v6e8"], "slice=v6e8: there is no such slice; did you mean slice=v6e-8?"),
-        (["architecture=gemma4"], "architecture=gemma4: there is no such architecture"),
+        (["slice=v6e8"], "slice=v6e8: no such slice; did you mean slice=v6e-8?"),
+        (["architecture=gemma4"], "architecture=gemma4: no such architecture"),
         (["served=nowhere"], "served=nowhere: not the record of a server"),
     ],
 )

@@ -176,7 +176,7 @@ REFUSALS = [
         "a TPU kernel, but h200 has GPUs",
     ),
     (["name=a/b"], "name=a/b: part of a folder's name"),
-    (["run_dir=s3://bucket/run"], "run_dir=s3://bucket/run: a run folder is local or on gs://"),
+    (["run_dir=s3://bucket/run"], "run_dir=s3://bucket/run: give a local run folder, or one on gs://"),
 ]
 
 
@@ -195,7 +195,7 @@ def test_every_limit_names_a_key():
 def test_gs_needs_gcsfs(refused, monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     message = refused("model.path=gs://bucket/model", "data.train.0.path=gs://bucket/rows.jsonl", "tracker=wandb")
-    assert "model.path=gs://bucket/model: gs:// needs gcsfs; pip install 'gemma4-tpu[gcp]'" in message
+    assert "model.path=gs://bucket/model: gs:// needs gcsfs; run pip install 'gemma4-tpu[gcp]'" in message
     assert "data.train.0.path=gs://bucket/rows.jsonl: gs:// needs gcsfs" in message
     assert "tracker.kind=wandb: the package wandb is not installed" in message
 
@@ -235,7 +235,7 @@ def test_a_contradiction_is_named(refused, checkpoint):
     [
         (lambda folder: (folder / "config.json").unlink(), "not all of config.json and model.safetensors or its index"),
         (lambda folder: (folder / "config.json").write_text("{"), "config.json: not valid JSON"),
-        (lambda folder: (folder / "config.json").write_text("[]"), "config.json: holds a JSON list"),
+        (lambda folder: (folder / "config.json").write_text("[]"), "config.json: contains a JSON list"),
         (lambda folder: (folder / "config.json").write_text('{"model_type": "llama"}'), "model_type is 'llama'"),
         (lambda folder: (folder / "config.json").write_text(json.dumps({"model_type": "gemma4"})), "is missing"),
         (

@@ -236,7 +236,7 @@ def test_durations(written, seconds):
 def test_hydras_word_for_the_run_folder(tmp_path):
     loaded = load_train(["model=tiny_moe", f"hydra.run.dir='{tmp_path}/a run'"])
     assert loaded.root.run_dir == f"{tmp_path}/a run"
-    with pytest.raises(UserError, match=r"hydra\.run\.dir=a and run_dir=b: the same folder twice"):
+    with pytest.raises(UserError, match=r"hydra\.run\.dir=a and run_dir=b: both set the run folder"):
         load_train(["hydra.run.dir=a", "run_dir=b"])
 
 

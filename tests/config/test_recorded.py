@@ -65,9 +65,9 @@ def test_a_recorded_run_can_be_planned(recorded):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["replay=nowhere"], r"replay=nowhere: not a run folder \(it has no config.yaml\)"),
+        (["replay=nowhere"], r"replay=nowhere: not a run folder \(no config.yaml\)"),
         (["replay="], "replay=: not a run folder"),
-        (["replay=HERE", "experiment=smoke"], "experiment=smoke: replay has a whole recipe already"),
+        (["replay=HERE", "experiment=smoke"], "experiment=smoke: replay already has a whole recipe"),
         (["replay=HERE", "replay_allow=[cod]"], r"'cod' is not a part that is compared; did you mean code\?"),
         (["replay=HERE", "run_dir=HERE"], "holds the run to repeat; give another run_dir"),
         (["replay=HERE", "lora.rnk=3"], r"lora.rnk=3: no such key; did you mean lora.rank\?"),

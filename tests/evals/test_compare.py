@@ -36,7 +36,7 @@ def test_a_clear_gap_is_claimed_for_these_and_for_new_problems_but_not_for_its_c
     assert "pass@1: run is 0.700 above base" in said
     assert "larger than redrawing the samples would explain" in said
     assert "expect the same sign" in said
-    assert "cannot be attributed to any of them" in said
+    assert "cannot be attributed to any of these" in said
     assert "like-for-like" not in said
 
 
@@ -62,7 +62,7 @@ def test_one_sample_each_leaves_the_sampling_error_unknown():
 def test_unlike_settings_and_unpaired_problems_are_told():
     a, b = outcome("a", [5] * 6, temperature=0.2), outcome("b", [5] * 6, first=2, temperature=0.8)
     said = claims(a, b)
-    assert "Not a like-for-like comparison, temperature: 0.2 against 0.8" in said
+    assert "Not a like-for-like comparison (temperature: 0.2 and 0.8)" in said
     assert "2 problems that only a has, 2 that only b has" in said
 
 

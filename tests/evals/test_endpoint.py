@@ -77,7 +77,7 @@ def test_what_may_pass_is_tried_again(trouble):
 def test_malformed_answers_without_end_are_a_missing_sample(caplog):
     with Server(lambda *_: (200, {"choices": [{"message": "text"}]})) as server, caplog.at_level(logging.WARNING):
         assert ask(server, 1, retries=1) == []
-    assert "p0, sample 0 never came: 200 without choices[0].message.content" in caplog.text
+    assert "p0, sample 0 never arrived: 200 without choices[0].message.content" in caplog.text
 
 
 @pytest.mark.parametrize("usage", [None, [], "7", {"completion_tokens": "7"}, {"completion_tokens": None}])
@@ -133,7 +133,7 @@ def test_a_sample_that_never_comes_is_logged_and_left_out(caplog):
     with Server(answer) as server, caplog.at_level(logging.WARNING):
         samples = ask(server)
     assert [s.problem for s in samples] == ["p0", "p1", "p3"]
-    assert "p2, sample 0 never came: 500" in caplog.text
+    assert "p2, sample 0 never arrived: 500" in caplog.text
     assert sum(b["messages"][0]["content"] == "problem 2" for b in server.bodies) == 4  # once, and three retries
 
 
@@ -181,7 +181,7 @@ def test_the_key_goes_into_the_header_only(monkeypatch, caplog):
 
 def test_the_model_has_to_be_named_where_there_are_several():
     with Server(echo, models=("a", "b")) as server:
-        with pytest.raises(UserError, match=r"it has a, b; give eval\.endpoint_model"):
+        with pytest.raises(UserError, match=r"serves a, b; give eval\.endpoint_model"):
             ask(server)
         assert len(ask(server, endpoint_model="b")) == 4
     assert {body["model"] for body in server.bodies} == {"b"}

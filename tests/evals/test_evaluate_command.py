@@ -103,7 +103,7 @@ def test_two_evaluations_are_compared_in_words(judged, tmp_path, evaluate):
     code, said = evaluate(f"compare=[{other},{folder}]")
     assert code == 0
     assert f"A is {1 - 5 / 18:.3f} above B" in said
-    assert "cannot be attributed to any of them" in said
+    assert "cannot be attributed to any of these" in said
 
 
 def test_a_server_is_evaluated_and_what_never_came_counts_as_failed(tmp_path, evaluate):
@@ -235,7 +235,7 @@ def test_second_opinions_stand_beside_the_score_and_name_who_differs(tmp_path, e
     report = (folder / "report.md").read_text()
     assert "1 of 1 benches accept a design that does nothing" in report
     assert "of those that pass, 1 differ from it" in report and "| confirmed |" in report
-    assert "1 samples pass and differ from the reference" in said
+    assert "1 samples pass but differ from the reference" in said
 
 
 def test_the_selfcheck_shows_simulator_sandbox_and_references(evaluate):

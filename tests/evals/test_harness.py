@@ -109,7 +109,7 @@ def test_documents_are_paired_where_both_have_them_else_errors_are_added(tmp_pat
     d = leave(tmp_path / "d", [1.0] * 6 + [0.0] * 4, documents=False, stderr=0.16)
     (added,) = compare_harness(c, d).differences
     assert added.by == "by standard errors" and added.high == pytest.approx(-0.1 + 1.96 * 0.16 * 2**0.5)
-    assert list(compare_harness(c, d).claims("c", "d"))[-1] == "Not a like-for-like comparison, limit: 10 against None."
+    assert list(compare_harness(c, d).claims("c", "d"))[-1] == "Not a like-for-like comparison (limit: 10 and None)."
     assert list(compare_harness(b, a).claims("b", "a"))[1].startswith("b is worse than a on 1 of 1 scores")
 
 
@@ -127,7 +127,7 @@ def test_what_lm_eval_needs_is_asked_for_before_it_starts(tmp_path, capsys, monk
     for told in ("eval.tasks=[]", "eval.lm_eval.include=absent", "model.tokenizer", "gemma4-tpu[lm-eval]"):
         assert told in said
     assert main(["eval=lm_eval", "eval.tasks=[arc]", "model.path=embedded:tiny"]) == 2
-    assert "lm_eval asks a server" in capsys.readouterr().err
+    assert "lm_eval needs a server" in capsys.readouterr().err
 
 
 def test_the_folder_of_the_tiny_tokenizer_is_where_lm_eval_looks():

@@ -183,7 +183,7 @@ def test_what_does_not_start_is_one_message():
 def test_a_canary_that_passes_ends_it(monkeypatch, judge_of_tests):
     canaries.try_canaries(judge_of_tests)
     monkeypatch.setitem(canaries.CHEATS, "is right", reference_as_answer(canaries.problem()))
-    with pytest.raises(UserError, match="lets a design pass that is right; it is not fit to serve"):
+    with pytest.raises(UserError, match="passes a design that is right; it is not fit to serve"):
         canaries.try_canaries(judge_of_tests)
 
 

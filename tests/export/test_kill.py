@@ -125,7 +125,7 @@ def test_a_finished_shard_that_holds_other_bytes_is_written_again(run_of, merge,
     with caplog.at_level(logging.INFO):
         merge(run, "verify=false")
     assert "resuming an interrupted export: 2 files are done" in caplog.text
-    assert f"{shard}: its bytes are not those that were written" in caplog.text
+    assert f"{shard}: its bytes are not the ones written" in caplog.text
     assert caplog.text.count("(done before)") == 2
     assert tree(run / "merged") == tree(run / "reference")
 

@@ -112,8 +112,8 @@ def test_it_starts_from_the_merged_model_that_is_there_and_replaces_nothing(run_
     assert (run / "int8" / kept).stat().st_mtime_ns == stamp
     (run / "int8/tokenizer_config.json").write_text("{}")
     assert "exists; give overwrite=true" in refused(f"run={run}", "export=int8", "verify=false")
-    assert "holds no prompt" in refused(f"run={run}", "export=fp8", f"export.prompts={_empty(tmp_path)}")
-    assert "give export=int8 or fp8 with it" in refused(f"run={run}", "export.prompts=x")
+    assert "contains no prompt" in refused(f"run={run}", "export=fp8", f"export.prompts={_empty(tmp_path)}")
+    assert "add export=int8 or fp8" in refused(f"run={run}", "export.prompts=x")
     assert not (run / "fp8").exists()
 
 

@@ -79,7 +79,7 @@ def test_wrong_rank(run_of, refused_unwritten):
     config = run / "config.yaml"
     config.write_text(config.read_text().replace("rank: 4", "rank: 8"))
     message = refused_unwritten(f"run={run}")
-    assert "has shape [64, 4], but config.yaml asks for [64, 8] (lora.rank=8)" in message
+    assert "has shape [64, 4], but config.yaml requires [64, 8] (lora.rank=8)" in message
 
 
 def test_parameters_that_would_not_be_used_and_that_are_missing(run_of, refused_unwritten):
@@ -121,7 +121,7 @@ def test_what_no_folder_is_right_for(refused_unwritten, tmp_path):
     assert "run is not set" in refused_unwritten()
     assert "no such folder" in refused_unwritten(f"run={tmp_path}/nowhere")
     assert "not the folder of a training run" in refused_unwritten(f"run={tmp_path}")
-    assert "local or on gs://" in refused_unwritten("run=s3://bucket/run")
+    assert "give a local run folder, or one on gs://" in refused_unwritten("run=s3://bucket/run")
 
 
 def test_no_space(run_of, refused_unwritten, monkeypatch):
@@ -148,7 +148,7 @@ def test_the_same_export_again_is_done_already_and_another_is_refused(run_of, re
     before = tree(run / "merged")
     with caplog.at_level("INFO"):
         merge(run, "verify=stream", "export=both", f"run_dir={run}/again")
-    assert caplog.text.count("holds this export already") == 2 and "parity" in caplog.text
+    assert caplog.text.count("already contains this export") == 2 and "parity" in caplog.text
     assert tree(run / "merged") == before
     assert "exists; give overwrite=true" in refused(f"run={run}", "verify=false", "export=peft", f"target={run}/merged")
     (shard,) = (run / "merged").glob("*.safetensors")

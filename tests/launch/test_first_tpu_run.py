@@ -104,7 +104,7 @@ def test_every_command_of_the_page_runs(played, tmp_path, monkeypatch):
     assert played.resources == []  # nothing is left that costs
     (run,) = [call for call in played.asked("queued-resources", "create") if "v5p8" in call[4]][:1]
     assert f"--accelerator-type={SLICES['v5p-8'].accelerator_type}" in run
-    assert "nothing that was launched here is in my-gemma-project us-east5-a" in said[0]
+    assert "nothing launched here is in my-gemma-project us-east5-a" in said[0]
 
 
 def _wake(listener: Listener) -> None:

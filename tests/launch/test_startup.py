@@ -143,7 +143,7 @@ def test_what_follows_runs_once_even_over_two_slices(host, played, tmp_path):
     merge, evaluate = first.ran[1][0], first.ran[2][0]
     assert {"export=both", f"run={first.job.run_dir}", f"export.target={first.job.run_dir}"} <= set(merge)
     assert f"model.path={first.job.run_dir}/merged" in evaluate and "eval.problems_path=problems" in evaluate
-    assert first.outcome()["reason"] == "trained, but what follows failed" and first.deletions == 1
+    assert first.outcome()["reason"] == "trained, but a later stage failed" and first.deletions == 1
 
     (played.folder / "gs" / first.job.launch_dir.removeprefix("gs://") / "outcome.json").unlink()
     played.exists(first.job.id)

@@ -74,7 +74,7 @@ def test_a_preempted_slice_is_replaced_and_the_run_goes_on(launch, played, messa
     creations = played.asked("create")
     assert len(creations) == 5
     assert all(creation == creations[0] for creation in creations)  # the same run folder, on every slice
-    assert "slice 5 is asked for" in messages.text
+    assert "requesting slice 5" in messages.text
     assert played.resources == []
 
 
@@ -90,9 +90,9 @@ def test_preemptions_end_somewhere(launch, played, messages):
 @pytest.mark.parametrize(
     ("creation", "kind", "remedy"),
     [
-        ({"error": QUOTA}, "quota", "has a quota of its own"),
+        ({"error": QUOTA}, "quota", "has its own quota"),
         ({"error": STOCKOUT}, "capacity", "another zone"),
-        ({"states": ["WAITING_FOR_RESOURCES", "FAILED"], "failure": STOCKOUT}, "capacity", "nothing is left behind"),
+        ({"states": ["WAITING_FOR_RESOURCES", "FAILED"], "failure": STOCKOUT}, "capacity", "nothing remains"),
         ({"states": ["FAILED"], "failure": "Quota 'TPUV6EPreemptible' exhausted. Limit 0 in region us-east5"}, "quota",
          "count"),
         ({"states": ["FAILED"], "failure": "Insufficient reserved capacity. Contact"}, "capacity", "spot="),
@@ -187,9 +187,9 @@ def test_lists_and_deletes_only_what_is_ours(launch, played, capsys):
     assert set(played.resources) == set(strangers)
     assert "its run folder stays" in capsys.readouterr().out
     assert tpu_vm.main(["delete", job.id]) == 0
-    assert "nothing of it costs money" in capsys.readouterr().out
+    assert "costs nothing" in capsys.readouterr().out
     assert tpu_vm.main(["list"]) == 0
-    assert "nothing that was launched here" in capsys.readouterr().out
+    assert "nothing launched here" in capsys.readouterr().out
 
 
 def test_verbs_say_what_is_missing(played, capsys):
@@ -218,26 +218,26 @@ def test_without_gcloud_the_install_command_is_named(launch, monkeypatch):
         (["mesh.tp=3", "mesh.fsdp=null"], "legal meshes"),
         (["hardware=h200"], "not a TPU slice"),
         (["data=chat_jsonl", "data.train.0.path=rows.jsonl"], "gcloud storage cp"),
-        (["model.path=/models/gemma"], "is on this machine"),
-        (["run_dir=outputs/train/x"], "a slice that is deleted takes its disk with it"),
+        (["model.path=/models/gemma"], "on this machine"),
+        (["run_dir=outputs/train/x"], "a slice's disk is deleted with it"),
         (["bucket=bk"], "give gs://<bucket>"),
         (["bucket=gs://b"], "give gs://<bucket>"),
         (["run_dir=gs://my-bucket"], "give gs://<bucket>/<folder>"),
-        (["zone=us-east5"], "give zone=<zone>, as us-east5-a"),
+        (["zone=us-east5"], "give zone=<zone>, like us-east5-a"),
         (["queue_for=long"], "as 6h"),
-        (["secrets={WANDB_API_KEY: 'a value!'}"], "never the secret itself"),
+        (["secrets={WANDB_API_KEY: 'a value!'}"], "never the secrets themselves"),
         (["after=[plan]"], "give merge, evaluate or serve"),
         (["after=[serve]"], "serves the merged model; put a merge before it"),
-        (["after=[merge,'serve serving=v6e8']"], "is for a v6e-8, and the launch for a v5p-8"),
+        (["after=[merge,'serve serving=v6e8']"], "is for a v6e-8, but the launch for a v5p-8"),
         (["after=[merge,'serve serving.slice=v5p-8 serving.tensor_parallel_size=3']"], "can be 1, 2, 4"),
         (["after=['evaluate eval.n=5']"], "put a merge before it"),
         (["after=['merge checkpoint=bset']"], "give best, latest or the number of an update"),
         (["after=[merge,'evaluate eval.n=five']"], "eval.n=five"),
-        (["after=[merge,'evaluate eval.problems_path=/ve']"], "is on this machine"),
+        (["after=[merge,'evaluate eval.problems_path=/ve']"], "on this machine"),
         (["after=[merge,evaluate]", "hardware=v5p16"], "runs on one host, and this slice has 2"),
         (["git=main"], "give <URL>@"),
         (["max_hours=0"], "null for no limit"),
-        (["preview=true"], "no slice is needed"),
+        (["preview=true"], "needs no slice"),
         (["--multirun", "lora.rank=4,8"], "one launch is one run"),
     ],
 )
@@ -277,9 +277,9 @@ def test_slices_of_every_kind_can_be_launched(launch):
 
 def test_what_is_no_tpu_vm_is_refused(launch):
     code, _, error = launch("hardware=tpu7x_8", "mesh=auto", "dry_run=true", "trainer.global_batch_sequences=8")
-    assert code == 2 and "tpu7x is not offered as a TPU VM; python -m launch.gke takes it" in error
+    assert code == 2 and "tpu7x is not available as a TPU VM; use python -m launch.gke" in error
     code, _, error = launch("hardware.flex_start=true", "dry_run=true")
-    assert code == 2 and "the launchers ask for capacity on demand or, with spot=true, for spot" in error
+    assert code == 2 and "the launchers request capacity on demand, or spot with spot=true" in error
 
 
 def test_help_lists_the_keys():

@@ -86,7 +86,7 @@ def test_a_server_is_sent_pictures_as_openai_has_them(tmp_path, evaluate, rows):
 def test_a_server_that_reads_no_pictures_ends_the_evaluation_with_one_message(tmp_path, evaluate, rows):
     with Server(lambda *_: (400, {"error": {"message": "At most 0 image(s) may be provided"}})) as server:
         code, said = evaluate(f"eval.problems_path={rows}", f"eval.endpoint={server.url}", f"run_dir={tmp_path / 'e'}")
-        assert code == 2 and "not one of 3 answers came" in said and "At most 0 image(s)" in said, said
+        assert code == 2 and "none of 3 answers arrived" in said and "At most 0 image(s)" in said, said
         likelihoods = ["eval.answers.choices=colours", "eval.answers.choose=logprob", "model.tokenizer=embedded:tiny"]
         asked = len(server.bodies)
         words = [f"eval.problems_path={rows}", f"eval.endpoint={server.url}", *likelihoods]

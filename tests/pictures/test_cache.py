@@ -65,7 +65,7 @@ def test_features_stand_at_the_soft_tokens_in_order(tmp_path, place):
     view = shown.empty(ids.shape)
     shown.lay(ids, [given[1].key, given[2].key], view)
     assert view[:, 0].tolist() == [0, 0, 1, 1, 0, 0, 0, 2, 2, 2, 0, 0]
-    with pytest.raises(UserError, match="5 soft tokens for 4 features"):
+    with pytest.raises(UserError, match="5 soft tokens but 4 features"):
         shown.lay(ids, [given[1].key, given[1].key], view)
 
 
@@ -75,7 +75,7 @@ def test_torn_and_lost_features_are_refused(tmp_path):
     cache.ensure([picture])
     (file,) = (path for path in (tmp_path / "cache").rglob("*") if path.name == picture.key)
     file.write_bytes(b"12345")
-    with pytest.raises(UserError, match="torn"):
+    with pytest.raises(UserError, match="incomplete"):
         cache.read([picture.key])
     file.unlink()
     assert cache.missing([picture.key]) == [picture.key]

@@ -72,5 +72,5 @@ def test_the_first_frame_of_a_moving_picture(read):
 
 def test_more_than_eight_bits_are_dropped_not_cut_off(read):
     deep = Image.fromarray(np.full((8, 12), 40_000, np.uint16))
-    with pytest.raises(RowDropped, match=r"deep\.png: mode I;16, more than 8 bits a channel"):
+    with pytest.raises(RowDropped, match=r"deep\.png: mode I;16, over 8 bits per channel"):
         read(deep, "deep.png")

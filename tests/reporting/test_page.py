@@ -60,9 +60,7 @@ def test_one_page_from_plan_to_cost(everything, tmp_path, capsys):
     ):
         assert row in told.replace("\\_", "_").replace("\\#", "#"), row
     assert "run is 0.625 above base" in told
-    assert re.search(
-        r"real tokens trained, [\d,]+ tokens/s where [\d,]+ tokens/s is the limit, \d+%: \*\*possible", told
-    )
+    assert re.search(r"real tokens trained, [\d,]+ tokens/s with a limit of [\d,]+ tokens/s, \d+%: \*\*possible", told)
     assert "*estimated* by the TPU compiler" in told
 
 
@@ -72,7 +70,7 @@ def test_each_figure_in_a_table_of_facts_says_who_says_so(everything):
     start = lines.index("### Result")
     rows = [line.split(" | ") for line in lines[start + 4 : lines.index("### Data")] if line.startswith("|")]
     unmarked = [row[0] for row in rows if not re.match(r"\*(measured|estimated|quoted)\*", row[2])]
-    assert unmarked == ["| Status", "| Most device memory"]  # `not counted by this backend`
+    assert unmarked == ["| Status", "| Peak device memory"]  # `not reported by this backend`
 
 
 def test_what_is_not_there_is_said_in_a_line(run, capsys):
@@ -99,7 +97,7 @@ def test_a_run_that_is_not_over_and_one_that_failed(run):
     (run / "result.json").unlink()
     report(f"run={run}")
     told = words_of(run / "report.md")
-    assert "No `result.json`: the run has not ended, or was killed." in told
+    assert "No `result.json`: the run has not ended, or it was killed." in told
     assert "| Training | has not ended |" in told
     failed = train(run.with_name("failed"), status="failed", error="update 3: loss nan | see log.txt")
     report(f"run={failed}")
@@ -218,7 +216,7 @@ def test_the_html_holds_its_pictures(run):
     assert page.count('src="data:image/png;base64,') == 3
     assert "default-src 'none'" in page
     made = html_page("# Title\n\n![gone](gone.png) ![net](http://127.0.0.1/x.png)\n\n*measured* and *so*\n", run)
-    assert "(no picture: gone)" in made and "(no picture: net)" in made and "127.0.0.1" not in made
+    assert "(no image: gone)" in made and "(no image: net)" in made and "127.0.0.1" not in made
     assert '<em class="by measured">measured</em> and <em>so</em>' in made
     assert "<title>Title</title>" in made
     assert html_page("| a |\n|---|\n| failed: x |\n| **impossible** |\n| ok |\n", run).count('<td class="bad">') == 2

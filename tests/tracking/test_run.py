@@ -73,7 +73,7 @@ def test_resume_never_takes_an_empty_folder(tmp_path):
 
 def test_a_folder_of_something_else_is_refused_untouched(tmp_path):
     (tmp_path / "thesis.tex").write_text("precious")
-    with pytest.raises(UserError, match=r"not a run folder, and not empty \(it holds thesis\.tex\)"):
+    with pytest.raises(UserError, match=r"not a run folder, and not empty \(it contains thesis\.tex\)"):
         open_again(tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
 

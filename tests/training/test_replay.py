@@ -136,7 +136,7 @@ def repeated(tmp_path, *, apart=0.0, parts=(), compared=7, **result) -> Path:
         ({"apart": 1e-6}, ["nothing has changed since it was recorded, but its losses have"]),
         ({"apart": 1e-2, "parts": ["hardware"]}, ["losses are up to 0.01 apart; 0.0001 is allowed"]),
         ({"apart": float("nan"), "parts": ["hardware"]}, ["losses are up to nan apart"]),
-        ({"compared": 6}, ["only 6 of 7 recorded losses came again"]),
+        ({"compared": 6}, ["only 6 of 7 recorded losses were reproduced"]),
         ({"compared": 0}, ["only 0 of 7"]),
         ({"real_tokens": 1}, ["real_tokens: 1 (recorded: "]),
     ],
@@ -153,10 +153,10 @@ def test_what_cannot_be_checked_is_refused(experiment):
     with pytest.raises(UserError, match="no such folder"):
         check_experiment(f"{experiment}/nowhere")
     (experiment / "check.yaml").write_text("loss_tolerance: some\n")
-    with pytest.raises(UserError, match=r"check.yaml: loss_tolerance=some: give the largest difference"):
+    with pytest.raises(UserError, match=r"check.yaml: loss_tolerance=some: give the largest accepted difference"):
         check_experiment(str(experiment))
     (experiment / "metrics.jsonl").unlink()
-    with pytest.raises(UserError, match=r"has no metrics.jsonl: no run is recorded .*Recorded there: experiment$"):
+    with pytest.raises(UserError, match=r"no metrics.jsonl, so it records no run .*give one that does: experiment$"):
         check_experiment(str(experiment))
 
 
@@ -165,7 +165,8 @@ def test_what_was_recorded_on_hardware_that_is_not_here_is_refused_by_name(exper
     recorded["hardware"] = {"slice": "v5p-8", "devices": 4, "kind": "TPU v5p"}
     (experiment / "provenance.json").write_text(json.dumps(recorded))
     monkeypatch.setenv("XLA_FLAGS", "")
-    with pytest.raises(UserError, match=r"recorded on 4 TPU v5p \(v5p-8\); here is 1 cpu\. On such a machine: python"):
+    said = r"recorded on 4 TPU v5p \(v5p-8\); this machine has 1 cpu\. On the recorded hardware: python"
+    with pytest.raises(UserError, match=said):
         check_experiment(str(experiment))
 
 

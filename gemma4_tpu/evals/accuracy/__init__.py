@@ -1,1 +1,1 @@
-"""Rows of your own as a benchmark: questions, choices, and answers that are compared."""
+"""Your own rows as a benchmark: questions, choices, and comparison of answers."""

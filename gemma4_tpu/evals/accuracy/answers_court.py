@@ -1,4 +1,4 @@
-"""Questions from rows, judged by comparing answers; see `matching.py` for when an answer is right."""
+"""Questions from rows, judged by comparing answers; `matching.py` decides when an answer is correct."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from gemma4_tpu.evals.problems import Verdict, VerdictClass
 from gemma4_tpu.evals.store import LENGTH, Key, Rows, Sample
 
 EXAMPLES_SHOWN = 20
-"""Answers that are not right, in the report."""
+"""Incorrect answers shown in the report."""
 
 
 class AnswersCourt:
@@ -62,7 +62,7 @@ class AnswersCourt:
         return {}
 
     def judge(self, samples: Sequence[Sample], folder: Path, *, again: bool) -> Judged:
-        """See `Court`. Comparing costs nothing, so verdicts are always made anew."""
+        """See `Court`. Comparing is cheap, so verdicts are always recomputed."""
         path = folder / VERDICTS_FILE
         path.unlink(missing_ok=True)
         verdicts: dict[Key, Verdict] = {}
@@ -79,7 +79,7 @@ class AnswersCourt:
 
     @property
     def _chance(self) -> float | None:
-        """The accuracy of choosing blindly; None: answers are free."""
+        """The chance level of accuracy; None if answers are free."""
         if not self._answers.choices:
             return None
         return statistics.fmean(1 / len(question.choices) for question in self.problems)
@@ -101,9 +101,9 @@ class AnswersCourt:
 
 
 def likeliest(choices: Sequence[Mapping[str, float]], *, per_token: bool) -> int:
-    """The number of the choice with the highest log-probability, or the highest per token; the first of equal ones.
+    """The index of the choice with the highest log-probability, in total or per token; the first one if several tie.
 
-    `choices`: `logprob` and `tokens` of each, the end of the turn included.
+    `choices`: `logprob` and `tokens` of each, including the end of the turn.
     """
     scores = [choice["logprob"] / (choice["tokens"] if per_token else 1) for choice in choices]
     return scores.index(max(scores))

@@ -1,4 +1,4 @@
-"""Decides when an answer is the expected one: what is extracted from the text, how it is read, and the verdict.
+"""Decides whether an answer is the expected one: what is extracted from the text, how it is read, and the verdict.
 
 `READINGS` is the only place for that. Imports neither JAX nor NumPy, because the checks list the readings.
 """
@@ -33,15 +33,15 @@ def _folded(text: str) -> str:
 
 
 def _number(text: str) -> Decimal:
-    """Raises: ValueError: the text holds no number, or several different ones."""
+    """The number in the text. Raises: ValueError: it contains no number, or several different ones."""
     found = {Decimal(number.replace(",", "").replace("−", "-")) for number in _NUMBER.findall(text)}
     if len(found) != 1:
-        raise ValueError(f"holds {len(found) or 'no'} number{'s' * (len(found) > 1)}")
+        raise ValueError(f"contains {len(found) or 'no'} number{'s' * (len(found) > 1)}")
     return found.pop()
 
 
 def _json(text: str) -> str:
-    """The value in canonical form: 1 equals 1.0, but neither "1" nor true. Raises: ValueError: it is not JSON."""
+    """The JSON value in canonical form: 1 equals 1.0, but not "1" or true. Raises: ValueError: the text is not JSON."""
     fenced = _FENCE.fullmatch(text)
     try:
         value = json.loads(fenced[1] if fenced else text, parse_int=Decimal, parse_float=Decimal)
@@ -57,11 +57,11 @@ READINGS: dict[str, Callable[[str], Any]] = {
     "number": _number,
     "json": _json,
 }
-"""`eval.answers.compare` → what of a text is compared, by equality; `ValueError` where the text holds nothing such."""
+"""`eval.answers.compare` → a function from a text to the value compared; it raises ValueError if there is none."""
 
 
 class Matcher:
-    """Judges answers as `eval.answers` says."""
+    """Judges answers as configured in `eval.answers`."""
 
     def __init__(self, config: AnswersConfig):
         self._read = READINGS[config.compare]
@@ -84,7 +84,7 @@ class Matcher:
         return verdict(read == self.expected(expected), found, expected)
 
     def letter(self, answer: str, choices: Sequence[str], right: int) -> Verdict:
-        """Judges a generated letter; a choice's own text is accepted, too."""
+        """Judges a generated letter; the text of a choice is accepted too."""
         found = self._found(answer)
         if isinstance(found, Verdict):
             return found
@@ -94,7 +94,7 @@ class Matcher:
         return verdict(chosen == right, f"{LETTERS[chosen]}. {choices[chosen]}", f"{LETTERS[right]}. {choices[right]}")
 
     def _found(self, answer: str) -> str | Verdict:
-        """The part of an answer that counts, or the verdict where there is none."""
+        """The part of an answer that counts, or a verdict if there is none."""
         if is_leaked_thought(answer):
             return LEAKED
         if not answer.strip():
@@ -107,7 +107,7 @@ class Matcher:
         return unanswered(answer, "has no match of eval.answers.extract") if found is None else found
 
     def _extracted(self, text: str) -> str | None:
-        """What `extract` finds, the last match; None: nothing. All of the text where nothing is to be extracted."""
+        """The last match of `extract`, or None; without `extract`, the whole text."""
         if self._extract is None:
             return text
         found = list(self._extract.finditer(text))
@@ -117,7 +117,7 @@ class Matcher:
 
 
 def _chosen(text: str, choices: Sequence[str]) -> int | None:
-    """The number of the choice that a text names, by its letter or by being it; None: none, or no telling."""
+    """The index of the choice that a text names by letter or by its text; None if none, or if ambiguous."""
     by_text = [number for number, choice in enumerate(choices) if _folded(choice) == _folded(text)]
     letter = _LETTER.match(text)
     number = LETTERS.index(letter[1].upper()) if letter else len(choices)

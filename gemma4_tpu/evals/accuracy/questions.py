@@ -1,7 +1,7 @@
-"""Rows as questions: what comes before the last answer is asked, the last answer is expected.
+"""Rows as questions: the question is everything before the last answer, which is the expected one.
 
-Rows are read as training reads them (`data.normalise`). A row that can't be asked is refused with its place: a
-benchmark without some of its rows would be another benchmark.
+Rows are read as in training (`data.normalise`). An unusable row is refused with its location: without some of its rows,
+a benchmark would be a different one.
 """
 
 from __future__ import annotations
@@ -31,24 +31,24 @@ from gemma4_tpu.evals.problems import Message
 log = logging.getLogger(__name__)
 
 FIRST_ROWS = 64
-"""Tell the form of the rows, as in training."""
+"""Number of rows that determine the format, as in training."""
 ASK_FOR_LETTER = "Answer with the letter of the right choice only."
-_SHOWN = 3  # rows that a refusal names
+_SHOWN = 3  # rows listed in a refusal
 
 
 @dataclass(frozen=True, kw_only=True)
 class Question:
-    """One row."""
+    """One row as a question."""
 
     name: str
-    """Its number and a hash of what it asks and expects: rows of two evaluations are paired if both are the same."""
+    """Its number and a hash of question and expected answer: rows of two evaluations are paired if both agree."""
     messages: tuple[Message, ...]
-    """What the model is asked; with letters, the choices too."""
+    """The prompt; with letters, it includes the choices."""
     answer: str
-    """The expected answer; with choices the text of the right one."""
+    """The expected answer; with choices, the text of the correct one."""
     choices: tuple[str, ...] = ()
     right: int = 0
-    """With choices: the number of the right one."""
+    """With choices: the index of the correct one."""
     scored: tuple[str, ...] = ()
     """The choices, if their likelihoods decide."""
     category: str | None = None
@@ -57,7 +57,7 @@ class Question:
 
 @dataclass(frozen=True)
 class _Row:
-    """A row that was understood, before it is known what its answers are."""
+    """A parsed row, before the meaning of its answer is known."""
 
     place: str
     messages: tuple[Message, ...]
@@ -69,14 +69,14 @@ class _Row:
 
 
 class _Unfit(Exception):
-    """Why a row can't be asked."""
+    """Why a row can't be used."""
 
 
 def load_questions(config: EvalConfig) -> list[Question]:
     """The questions in `eval.problems_path`, in its order, or the first `max_problems` of them.
 
     Raises:
-      UserError: there are none, or rows that can't be asked; names the first of them.
+      UserError: there are none, or some are unusable; names the first of them.
     """
     answers, path = config.answers, config.problems_path or ""
     place = find(DataSource(path=path), heldout=True)
@@ -86,7 +86,7 @@ def load_questions(config: EvalConfig) -> list[Question]:
     read.begin(place.name, first)
     rows: list[_Row] = _each(((str(row.origin), row) for row in itertools.chain(first, raw)), read, path)
     if not rows:
-        raise UserError(f"eval.problems_path={path}: holds no rows")
+        raise UserError(f"eval.problems_path={path}: contains no rows; give another file or folder")
     for line in [*place.told(), *read.done.lines()]:
         log.info("%s", line)
     question = _Asking(answers, _reading(answers, rows, path) if answers.choices else None)
@@ -94,10 +94,10 @@ def load_questions(config: EvalConfig) -> list[Question]:
 
 
 def _each(items: Iterable[tuple[str, Any]], make: Callable[[Any], Any], path: str) -> list[Any]:
-    """What is made of each item; items come with their place.
+    """Applies `make` to each item; items come with their location.
 
     Raises:
-      UserError: of some nothing can be made; tells how many, and of the first ones why.
+      UserError: `make` refused some; states how many, and why for the first ones.
     """
     made, wrong = [], []
     for place, item in items:
@@ -108,14 +108,14 @@ def _each(items: Iterable[tuple[str, Any]], make: Callable[[Any], Any], path: st
     if wrong:
         more = f"; and {len(wrong) - _SHOWN} more" if len(wrong) > _SHOWN else ""
         raise UserError(
-            f"eval.problems_path={path}: {len(wrong)} of {len(wrong) + len(made)} rows can't be asked:"
-            f" {'; '.join(wrong[:_SHOWN])}{more}. Mend them or leave them out"
+            f"eval.problems_path={path}: {len(wrong)} of {len(wrong) + len(made)} rows can't be used:"
+            f" {'; '.join(wrong[:_SHOWN])}{more}. Fix or remove them"
         )
     return made
 
 
 class _AnySize:
-    """Counts no tokens of pictures: which model is asked, and how it sees, is not known yet."""
+    """Counts no tokens for pictures, since the model, and with it its vision tower, is not known yet."""
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -126,7 +126,7 @@ class _AnySize:
 
 
 class _Reader:
-    """Rows to what they ask and expect."""
+    """Parses rows into question and expected answer."""
 
     def __init__(self, answers: AnswersConfig):
         self.done = Normalised()
@@ -138,7 +138,7 @@ class _Reader:
         self._answers = answers
 
     def begin(self, name: str, rows: Sequence[RawRow]) -> None:
-        """Tells the form of the rows by the first ones."""
+        """Determines the format of the rows from the first ones."""
         with _our_keys():
             self._normaliser.begin(name, [self._without_choices(row) for row in rows])
 
@@ -151,7 +151,7 @@ class _Reader:
                 said = self._normaliser(self._without_choices(row))
         except RowDropped as dropped:
             raise _Unfit(f"{dropped} ({REASONS[dropped.reason]})") from None
-        except Exception as error:  # a row of a kind that nobody thought of is named, too
+        except Exception as error:  # so that an unforeseen kind of row is named too
             raise _Unfit(str(unreadable(error))) from None
         assert isinstance(said, Conversation)  # the normaliser takes no other rows
         messages, answer = _asked(said)
@@ -165,25 +165,25 @@ class _Reader:
         return _Row(str(row.origin), messages, answer, tools, category, choices, labels)
 
     def _without_choices(self, row: RawRow) -> RawRow:
-        """A question beside choices could mean several things to the normaliser; here it is known what they are."""
+        """The row without its columns for choices, which could make its format ambiguous to the normaliser."""
         return row._replace(value={key: item for key, item in row.value.items() if key != self._answers.choices})
 
 
 @contextmanager
 def _our_keys() -> Iterator[None]:
-    """The normaliser's refusals name the keys of `data=`, which are called otherwise here."""
+    """Renames the keys of `data=` in the normaliser's refusals to those of `eval.answers`."""
     try:
         yield
     except UserError as refusal:
         told = str(refusal).replace("data.columns", "eval.answers.columns")
         told = told.replace("data.format", "eval.answers.format")
-        raise UserError(f"{told}; a column of choices is named by eval.answers.choices=<column>") from None
+        raise UserError(f"{told}; for a column of choices, give eval.answers.choices=<column>") from None
 
 
 def _asked(said: Conversation) -> tuple[tuple[Message, ...], str]:
     """(the conversation before the last answer, that answer)."""
     if not said.messages:
-        raise _Unfit("plain text asks nothing")
+        raise _Unfit("plain text contains no question")
     *before, last = said.messages
     if last["role"] != "assistant" or not before:
         raise _Unfit(f"ends with a {last['role']} turn: there is no expected answer")
@@ -209,9 +209,9 @@ def _choices(row: Mapping[str, Any], column: str) -> tuple[tuple[str, ...], tupl
         raise _Unfit(f"{column} is not a list of choices")
     texts, labels = tuple(map(str, given)), tuple(map(str, labels))
     if not 2 <= len(texts) <= len(LETTERS):
-        raise _Unfit(f"{column} has {len(texts)} choices; 2 to {len(LETTERS)} can be chosen from")
+        raise _Unfit(f"{column} has {len(texts)} choices instead of 2 to {len(LETTERS)}")
     if len({*texts}) < len(texts) or not all(text.strip() for text in texts) or len(labels) not in (0, len(texts)):
-        raise _Unfit(f"{column} holds the same choice twice, an empty one, or not a label for each")
+        raise _Unfit(f"{column} has duplicate or empty choices, or not a label for each")
     return texts, labels
 
 
@@ -222,7 +222,7 @@ def _by_letter(row: _Row) -> int | None:
 
 def _by_index(row: _Row) -> int | None:
     text = row.answer.strip()
-    if row.labels:  # which are what answers name then, be they numbers
+    if row.labels:  # then answers name labels, even numeric ones
         return None
     return int(text) if text.isdecimal() and len(text) < 3 and int(text) < len(row.choices) else None
 
@@ -233,11 +233,11 @@ def _by_text(row: _Row) -> int | None:
 
 
 _SAYS = dict(zip(ANSWERS, (_by_text, _by_letter, _by_index), strict=True))
-"""`eval.answers.answer` → the number of the choice that a row's answer says; None: none."""
+"""`eval.answers.answer` → a function from a row to the index of the choice that its answer names, or None."""
 
 
 def _reading(answers: AnswersConfig, rows: Sequence[_Row], path: str) -> Callable[[_Row], int | None]:
-    """How expected answers name a choice: as `eval.answers.answer` says, or the one way that fits every row.
+    """How expected answers name a choice: as set in `eval.answers.answer`, or the only way that fits every row.
 
     Raises:
       UserError: none fits, or several fit and name different choices.
@@ -251,21 +251,21 @@ def _reading(answers: AnswersConfig, rows: Sequence[_Row], path: str) -> Callabl
         closest = max(known, key=lambda name: known[name])
         row = rows[found[closest].index(None)]
         raise UserError(
-            f"eval.problems_path={path}: the answers of {known[closest]} of {len(rows)} rows are the {closest} of a"
-            f" choice, and no other reading fits more; {row.place} says {row.answer[:60]!r}, its choices are"
-            f" {', '.join(map(repr, row.choices))[:200]}"
+            f"eval.problems_path={path}: the answers of only {known[closest]} of {len(rows)} rows are the {closest} of"
+            f" a choice, and no other reading fits more; correct {row.place}: its answer is {row.answer[:60]!r}, its"
+            f" choices are {', '.join(map(repr, row.choices))[:200]}"
         )
     for row, *numbers in zip(rows, *fitting.values(), strict=True):
         if len({*numbers}) > 1:
             raise UserError(
-                f"{row.place}: the answer {row.answer!r} is the {' and the '.join(fitting)} of different choices; say"
-                f" which is meant: eval.answers.answer={'|'.join(fitting)}"
+                f"{row.place}: the answer {row.answer!r} is the {' and the '.join(fitting)} of different choices; give"
+                f" eval.answers.answer={'|'.join(fitting)}"
             )
     return _SAYS[next(iter(fitting))]
 
 
 class _Asking:
-    """Rows that were understood to questions; takes (number, row)."""
+    """Turns parsed rows into questions; takes (number, row)."""
 
     def __init__(self, answers: AnswersConfig, reading: Callable[[_Row], int | None] | None):
         self._answers, self._reading, self._matcher = answers, reading, Matcher(answers)
@@ -293,7 +293,7 @@ class _Asking:
 
 
 def with_choices(messages: Sequence[Message], choices: Sequence[str]) -> tuple[Message, ...]:
-    """The conversation, its last turn with the choices listed under it; of parts, a text part more."""
+    """The conversation with the choices listed under its last turn; in a turn of parts, as a further text part."""
     listed = "\n".join(f"{letter}. {choice}" for letter, choice in zip(LETTERS, choices, strict=False))
     text = f"\n\n{listed}\n\n{ASK_FOR_LETTER}"
     *before, last = messages

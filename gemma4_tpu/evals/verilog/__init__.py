@@ -1,1 +1,1 @@
-"""Verilog completions: extraction, sandboxed simulation with Icarus Verilog, verdicts."""
+"""Verilog completions: extracts the code, simulates it with Icarus Verilog in a sandbox, gives verdicts."""

@@ -1,4 +1,4 @@
-"""Benches that hold what they expect and announce in words that all was right; a reference is not needed."""
+"""Benches that contain the expected values and announce a pass in words; they need no reference."""
 
 from __future__ import annotations
 
@@ -20,20 +20,20 @@ def announcing_problem(
     """A problem whose bench prints a line such as `All tests passed`.
 
     Args:
-      name: of the problem.
-      prompt: what the model is told.
+      name: the problem's.
+      prompt: the problem's.
       top: the module that an answer defines.
       testbench: source of the bench.
       where: file and row, for messages.
-      reference: source of a right design that defines `top`, if there is one.
-      header: head of the module, where an answer may be its body alone.
+      reference: source of a correct design that defines `top`, if there is one.
+      header: header of the module, if an answer can be its body alone.
 
     Raises:
       UserError: the bench has no module, or announces nothing.
     """
     announced = [text for text in _STRING.findall(testbench) if _ALL_PASSED.search(text)]
     if not announced:
-        raise UserError(f'{where}: its test bench announces no pass (a text such as "All tests passed")')
+        raise UserError(f'{where}: its test bench announces no pass; print one, such as "All tests passed"')
     matched = _ALL_PASSED.search(announced[-1])
     assert matched is not None
     return Problem(
@@ -54,12 +54,12 @@ def announcing_problem(
 
 
 def official_rule(log: str) -> bool:
-    """The rule of such benchmarks' scripts: the announcement is somewhere in what was printed."""
+    """The rule of such benchmarks' scripts: the announcement is somewhere in the output."""
     return _ALL_PASSED.search(log) is not None
 
 
 def _root(testbench: str, where: str) -> str:
-    """The module of the bench that no other one of it instantiates."""
+    """The bench's module that no other module of it instantiates."""
     words = re.findall(r"[A-Za-z_]\w*", blank(testbench)[0])
     modules = defined_modules(testbench)
     if not modules:

@@ -1,7 +1,7 @@
-"""Simulations of benches: one after another in a sandbox that stays, in which no design ever runs.
+"""Simulates benches one after another in a persistent sandbox, in which no design ever runs.
 
-What starts each of them is a fork of a small shell; a sandbox of its own would take as long as the simulation. Of a
-design nothing gets there but its responses, checked line by line.
+Each starts as a fork of a small shell, because a new sandbox would take as long as the simulation. Only a design's
+responses, checked line by line, get in.
 """
 
 from __future__ import annotations
@@ -20,18 +20,18 @@ from gemma4_tpu.evals.verilog.running import OUT_OF_CPU_TIME, Finished, Running
 from gemma4_tpu.evals.verilog.sandbox import Sandbox, limit_cpu
 from gemma4_tpu.evals.verilog.work_folder import write
 
-_END = re.compile(r"([0-9a-f]{16}) (\d+)\n(?:\d+m[\d.]+s \d+m[\d.]+s\n){2}\Z")  # of the shell, of what it started
+_END = re.compile(r"([0-9a-f]{16}) (\d+)\n(?:\d+m[\d.]+s \d+m[\d.]+s\n){2}\Z")  # CPU times: shell, its children
 _TIME = re.compile(r"(\d+)m([\d.]+)s")
 _LONGEST_END = 200
 
 
 class Benches:
-    """Belongs to one worker and one sandbox, as this does to the worker."""
+    """The benches' simulations of one worker and its sandbox."""
 
     def __init__(self, sandbox: Sandbox, folder: Path):
         """Args:
-        sandbox: in which the shell is started when it is needed.
-        folder: empty, the sandbox's own.
+        sandbox: the sandbox in which the shell starts when first needed.
+        folder: an empty folder that belongs to the sandbox.
         """
         self._sandbox, self._folder = sandbox, folder
         self._seen = folder / stand_ins.SEEN
@@ -41,12 +41,12 @@ class Benches:
     def simulate(
         self, command: Sequence[str], program: Path, files: Mapping[str, str], cpu_seconds: float | None
     ) -> tuple[str, Finished]:
-        """What a bench wrote to `SEEN`, the one file that it may write to, and what it printed.
+        """Simulates a bench; returns what it wrote to `SEEN`, the only file that it may write, and its output.
 
         Args:
           command: simulates the program, by its name.
           program: the compiled bench.
-          files: that it reads.
+          files: the files that it reads.
           cpu_seconds: as for `Sandbox.run`.
         """
         if self._shell is None or self._shell.ended:
@@ -56,7 +56,7 @@ class Benches:
                 left.unlink()
         os.link(program, self._folder / program.name)
         write(self._folder, files)
-        with self._seen.open("r+b") as seen:  # read through this handle: the name could lead elsewhere by then
+        with self._seen.open("r+b") as seen:  # read through this handle, since the name could point elsewhere by then
             seen.truncate()
             done = self._run(command, self._sandbox.seconds(cpu_seconds))
             return seen.read().decode("ascii", "replace"), done
@@ -78,7 +78,7 @@ class Benches:
         shell, mark = self._shell, secrets.token_hex(8)
         assert shell is not None and shell.process.stdin is not None
         line = f"({limit_cpu(limit_seconds)} && exec {shlex.join(command)}) </dev/null"
-        with contextlib.suppress(BrokenPipeError):  # it has ended, which is seen below
+        with contextlib.suppress(BrokenPipeError):  # it has ended, which is noticed below
             shell.process.stdin.write(f"{line}; echo {mark} $?; times; echo {mark} >&2\n".encode())
             shell.process.stdin.flush()
         end_of_errors = f"{mark}\n".encode()

@@ -1,6 +1,6 @@
-"""Cheats that a judge is tried with before it serves: if one of them passes, no reward of this judge means anything.
+"""Cheats on which a judge is tested before it serves: if one passes, none of its rewards can be trusted.
 
-One of each kind that once fooled some judge of Verilog; the design that they stand for is wrong.
+There is one of each kind that once fooled some Verilog judge; the design that they cheat for is wrong.
 """
 
 from __future__ import annotations
@@ -66,21 +66,21 @@ CHEATS = {
 
 
 def problem() -> Problem:
-    """What the canaries are judged on."""
+    """The problem on which the canaries are judged."""
     return make_problem("canary", prompt="", reference=_REFERENCE, testbench=_BENCH)
 
 
 def try_canaries(judge: VerilogJudge) -> None:
-    """Has a right design and every cheat judged.
+    """Has a correct design and every cheat judged.
 
     Raises:
-      UserError: the right one fails, or a cheat passes.
+      UserError: the correct design fails, or a cheat passes.
     """
     canary = problem()
     failure = judge.prepare([canary], fresh=True, keep=False).cannot_pass.get(canary.name)
     right = judge.judge(canary, f"```verilog\n{reference_as_answer(canary)}```")
     if failure or not right.passed:
-        raise UserError(f"the judge refuses a right design ({failure or right.detail}); it is not fit to serve")
+        raise UserError(f"the judge refuses a correct design ({failure or right.detail}); it is not fit to serve")
     verdicts = judge.judge_all(((canary, f"```verilog\n{code}\n```") for code in CHEATS.values()), official=False)
     if passed := [name for name, verdict in zip(CHEATS, verdicts, strict=True) if verdict.passed]:
-        raise UserError(f"the judge lets a design pass that {'; one that '.join(passed)}; it is not fit to serve")
+        raise UserError(f"the judge passes a design that {'; one that '.join(passed)}; it is not fit to serve")

@@ -1,4 +1,4 @@
-"""verilog-eval v2, its other task: code completion. A prompt is the description in comments and the module's head."""
+"""The code-completion task of verilog-eval v2. A prompt is the description in comments and the module's header."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ INSTRUCTION = (  # quoted from the benchmark's script
 
 
 class VerilogEvalCompletion:
-    """The 156 problems of the task, from a clone of verilog-eval. An answer may be the whole module or its body."""
+    """The 156 problems of the task, from a clone of verilog-eval. An answer can be the whole module or its body."""
 
     def load(self, path: str | Path) -> list[Problem]:
         """The problems in `path`: the clone, or its folder `dataset_code-complete-iccad2023`.
@@ -31,8 +31,8 @@ class VerilogEvalCompletion:
         problems = VerilogEval().load(folder)
         if missing := [p.name for p in problems if not (folder / f"{p.name}{HEADER_SUFFIX}").is_file()]:
             raise UserError(
-                f"eval.problems_path={path}: {missing[0]}{HEADER_SUFFIX} is missing; this is not a folder of the"
-                f" completion task ({DATASET})"
+                f"eval.problems_path={path}: {missing[0]}{HEADER_SUFFIX} is missing; give a folder of the completion"
+                f" task ({DATASET})"
             )
         return [
             replace(problem, prompt=commented(problem.prompt), header=_read(folder / f"{problem.name}{HEADER_SUFFIX}"))
@@ -41,7 +41,7 @@ class VerilogEvalCompletion:
 
 
 def commented(prompt: str) -> str:
-    """The prompt as the benchmark's script makes it: the description in comments, then the head as it is."""
+    """The prompt as the benchmark's script makes it: the description in comments, then the header unchanged."""
     description, head, ports = prompt.partition(f"module {TOP}")
     lines = [f"// {line}" for line in description.rstrip("\n").split("\n")]
     return "\n".join([INSTRUCTION, *lines, "", f"{head}{ports}".rstrip(), ""])

@@ -1,7 +1,7 @@
-"""Problems in CVDP's form: JSONL of `id`, `input` (`prompt`, `context`), `output` (`context`), `harness` (`files`).
+"""Problems in CVDP's format: JSONL of `id`, `input` (`prompt`, `context`), `output` (`context`), `harness` (`files`).
 
-Only rows whose harness is a Verilog test bench can be judged here. CVDP's own code-generation rows test in Python
-(cocotb), with the design in one process: they are skipped, and counted.
+Only rows whose harness is a Verilog test bench can be judged here. CVDP's own code-generation rows test with Python
+(cocotb) in the same process as the design; they are skipped and counted.
 """
 
 from __future__ import annotations
@@ -24,38 +24,38 @@ _TOP = re.compile(r"^\s*TOPLEVEL\s*=\s*(\w+)\s*$", re.MULTILINE)
 
 
 class Cvdp:
-    """The rows of a JSONL file that can be judged by simulation."""
+    """The rows of a JSONL file that simulation can judge."""
 
     def load(self, path: str | Path) -> list[Problem]:
         """The problems in the file `path`.
 
         Raises:
-          UserError: a row is of another form, or none has a Verilog test bench.
+          UserError: a row has another format, or none has a Verilog test bench.
         """
         try:
             lines = Path(path).read_text(encoding="utf-8").split("\n")
         except (OSError, UnicodeDecodeError) as error:
-            raise UserError(f"eval.problems_path={path}: no JSONL file ({error})") from None
+            raise UserError(f"eval.problems_path={path}: can't be read ({error}); give a JSONL file") from None
         rows = [(f"{path}, line {number}", line) for number, line in enumerate(lines, 1) if line.strip()]
         problems = [problem for where, line in rows if (problem := _problem(line, where))]
         if not problems:
             raise UserError(
                 f"eval.problems_path={path}: none of {len(rows)} rows has a Verilog test bench in harness.files that"
-                " instantiates the design; tests in Python (cocotb) are not run here"
+                " instantiates the design; tests in Python (cocotb) do not run here"
             )
         if len(rows) > len(problems):
-            log.warning("%s: %d of %d rows have no Verilog test bench and are skipped (tests in Python don't run)",
+            log.warning("%s: skipped %d of %d rows without a Verilog test bench (tests in Python don't run here)",
                         path, len(rows) - len(problems), len(rows))  # fmt: skip
         return problems
 
 
 def _problem(line: str, where: str) -> Problem | None:
-    """The problem of a row; null where its harness is no Verilog."""
+    """The problem of a row; None if its harness is not Verilog."""
     match _parsed(line):
         case {"id": str(name), "input": {"prompt": str(prompt), **given}, "harness": {**harness}, **rest}:
             pass
         case _:
-            raise UserError(f"{where}: not of CVDP's form (id, input.prompt, harness)")
+            raise UserError(f"{where}: not in CVDP's format (id, input.prompt, harness)")
     files = _texts(harness.get("files", harness))
     context = _texts(given.get("context"))
     output = rest.get("output")
@@ -80,7 +80,7 @@ def _parsed(line: str) -> Any:
 
 
 def _texts(files: Any) -> dict[str, str]:
-    """Name → text of the files that have one."""
+    """Name → text of the files that are texts."""
     return {n: text for n, text in files.items() if isinstance(text, str)} if isinstance(files, Mapping) else {}
 
 

@@ -1,4 +1,4 @@
-"""The Verilog code in a completion."""
+"""Extracts the Verilog code from a completion."""
 
 from __future__ import annotations
 
@@ -44,13 +44,13 @@ _MENDED = re.compile(
 
 
 def extract(completion: str, top: str) -> str | None:
-    """The code of an answer; null where there is none.
+    """The code in an answer; None if there is none.
 
-    Thought channels do not count. Of the fences (however spelt, quoted or not, closed or not) that define `top` whole,
-    the last one counts, unless the words before it show it as a mistake or it is a head without a body; further fences
-    are added where they define what it uses. Where none is whole, the last that begins `top` is taken as it is: the
-    compiler will say what is wrong with it. Without a fence, it is what stands between the first words that begin like
-    code and the last `endmodule`.
+    Thought channels do not count. Of the fences (however spelt, quoted or not, closed or not) that contain a complete
+    `top`, the last one counts, unless the words before it present it as a mistake or it is a header without a body;
+    other fences are added if they define what it uses. If none is complete, the last one that begins `top` is taken as
+    it is, for the compiler to report what is wrong. Without a fence, the code extends from the first words that look
+    like code to the last `endmodule`.
     """
     *thoughts, last = completion.replace("\r\n", "\n").split(CHANNEL_END)
     if CHANNEL in last:
@@ -76,14 +76,14 @@ def extract(completion: str, top: str) -> str | None:
 
 
 def _fences(answer: str) -> list[tuple[str, str]]:
-    """(the line of prose before it, its inside) of each fence; the last one may be unclosed."""
+    """(line of prose before it, contents) of each fence; the last one may be unclosed."""
     found: list[tuple[str, str]] = []
-    prose, start = [], 0  # (where it begins, text) of each line with a word
+    prose, start = [], 0  # (start, text) of each line with a word
     for line in answer.split("\n"):
         if re.search(r"\w", line):
             prose.append((start, line))
         start += len(line) + 1
-    opened: tuple[int, int, str] | None = None  # (where the mark stands, where the inside begins, character)
+    opened: tuple[int, int, str] | None = None  # (position of the mark, start of the contents, character)
     for mark in _FENCE.finditer(answer):
         character, rest = mark["mark"].strip(" \t>")[0], mark["rest"].strip(" \t*`")
         if opened and character != opened[2]:
@@ -93,7 +93,7 @@ def _fences(answer: str) -> list[tuple[str, str]]:
             opened = None
             at_line_start = not answer[answer.rfind("\n", 0, mark.start()) + 1 : mark.start()].strip(" \t>*")
             if not (at_line_start and _INFO.fullmatch(rest)):
-                continue  # it closes; on its own line, with a language behind it, it also opens another one
+                continue  # it closes; on its own line and followed by a language, it also opens another one
         code = _CODE_ON_FENCE_LINE.search(mark["rest"])
         opened = (mark.start(), mark.start("rest") + code.start() if code else mark.end() + 1, character)
     if opened:
@@ -120,7 +120,7 @@ def _is_whole(code: str) -> bool:
 
 
 def _is_skeleton(code: str, top: str) -> bool:
-    """Whether the module is its head alone, as a reminder of the interface."""
+    """Whether the module is only a header, as a reminder of the interface."""
     bare, _ = blank(code)
     head = next((head for head in _HEAD.finditer(bare) if head[1] == top), None)
     if head is None:
@@ -130,7 +130,7 @@ def _is_skeleton(code: str, top: str) -> bool:
 
 
 def _without_prose(code: str) -> str:
-    """`code` without words behind its last `endmodule` that begin nothing that a file may hold."""
+    """`code` without text after its last `endmodule` that can't be part of a source file."""
     bare, trouble = blank(code)
     end = _LAST_END.match(bare)
     behind = bare[end.end() :].lstrip() if end else ""
@@ -146,7 +146,7 @@ def _is_warned_of(before: str, code: str) -> bool:
 
 
 def _with_what_it_uses(chosen: str, pieces: list[str]) -> str:
-    """`chosen` behind the other pieces that define a module, package or macro that it uses; later ones come first."""
+    """`chosen` after the other pieces that define a module, package or macro that it uses; later ones come first."""
     parts = [chosen]
     words = set(re.findall(r"\w+", blank(chosen)[0]))
     defined = _defined(chosen)
@@ -165,13 +165,13 @@ def _defined(code: str) -> set[str]:
 
 
 def _bare(answer: str) -> list[str]:
-    """Code without a fence, up to its last `endmodule`, or to the end where it was cut off."""
+    """Code without a fence, up to its last `endmodule`, or to the end if it was cut off."""
     begins = list(_BARE_BEGINS.finditer(answer))
     if not begins:
         return []
     heads = {head.start() for head in _HEAD.finditer(blank(answer)[0])}
     modules = [answer.find("module", begin.start(), begin.end()) for begin in begins]
-    # "The module x (as asked) has …" begins no code, where a module with a head comes behind it.
+    # "The module x (as asked) has …" does not begin the code if a module with a header follows.
     first = next((begin for begin, at in zip(begins, modules, strict=True) if at < 0 or at in heads), begins[0])
     code = answer[first.start() :]
     if code.lstrip(" \t").startswith(">"):

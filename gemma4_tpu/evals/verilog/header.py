@@ -1,4 +1,4 @@
-"""Answers that are the body of a module alone, as benchmarks for code completion ask for them."""
+"""Answers that consist of a module's body alone, as code-completion benchmarks request."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from gemma4_tpu.evals.problems import Problem
 
 
 def with_header(completion: str, problem: Problem) -> str:
-    """The completion, behind the problem's header where it has one and the answer does not begin the module itself."""
+    """The completion, after the problem's header if there is one and the answer does not begin the module itself."""
     if not problem.header or re.search(rf"\bmodule\s+{re.escape(problem.top)}\b", completion):
         return completion
     bodies = fenced_blocks(completion) or [completion]

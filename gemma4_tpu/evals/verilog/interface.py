@@ -1,4 +1,4 @@
-"""How a bench instantiates a design: ports, parameters, and the unit of time."""
+"""How a bench instantiates a design: ports, parameters, and the time unit."""
 
 from __future__ import annotations
 
@@ -25,15 +25,15 @@ class Interface:
 
     ports: tuple[BenchPort, ...]
     parameters: Mapping[str, str]
-    """What an instantiation may override, with the bits that it has there (none, where it is no vector)."""
+    """Parameters that an instantiation can override → their bits there (none if not a vector)."""
     overrides: str
-    """`#(…)` as the bench has it, or nothing."""
+    """`#(…)` as in the bench, or empty."""
     constants: tuple[str, ...]
-    """Declarations of what `overrides` may refer to."""
+    """Declarations of the names that `overrides` can refer to."""
     named: tuple[str, ...] | None
-    """Ports that the bench connects by name; null: by position."""
+    """Ports that the bench connects by name; None: by position."""
     precision: int
-    """Power of ten of a tick, in seconds."""
+    """Length of a tick as a power of ten, in seconds."""
 
     @property
     def inputs(self) -> list[BenchPort]:
@@ -45,7 +45,7 @@ class Interface:
 
     @property
     def response_bits(self) -> int:
-        """How many bits a line of responses has."""
+        """Number of bits in a line of responses."""
         return max(1, sum(port.width for port in self.outputs))
 
     @property

@@ -1,4 +1,4 @@
-"""Icarus Verilog: where it is, which version, and the commands that judging uses."""
+"""Icarus Verilog: its location, its version, and the commands that judging uses."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from gemma4_tpu.errors import UserError
 
 OLDEST_VERSION = 11
 LANGUAGE = "-g2012"
-WARNINGS = ("-Wall", "-Winfloop", "-Wno-timescale")  # as the benchmark's own Makefile has them
+WARNINGS = ("-Wall", "-Winfloop", "-Wno-timescale")  # as in the benchmark's own Makefile
 ASKING_SECONDS = 30.0
 _TOP, _OUTPUT = "top_asked_for", "output_asked_for"
 _NOT_NEEDED = re.compile(r"^(?:ivlpp:.*|module:.*vhdl\w*\.vpi)\n", re.MULTILINE)
@@ -33,16 +33,16 @@ HOW_TO_INSTALL = (
 
 @dataclass(frozen=True, kw_only=True)
 class Tools:
-    """An installed simulator. The commands take and make files by names relative to the work folder."""
+    """An installed simulator. Its commands read and write files named relative to the work folder."""
 
     iverilog: Path
     vvp: Path
     version: str
     """Such as `11.0`."""
     compiler: Path
-    """What the driver `iverilog` starts behind its preprocessor: a third of the driver's own time."""
+    """The program that the driver `iverilog` starts after its preprocessor; it takes a third of the driver's time."""
     compiler_settings: str
-    """What the driver hands to it."""
+    """The settings that the driver passes to it."""
 
     @property
     def name(self) -> str:
@@ -50,11 +50,11 @@ class Tools:
 
     @property
     def readable(self) -> tuple[Path, ...]:
-        """Where the programs and their parts lie: bin/ and lib/ share a folder."""
+        """Folders of the programs and their parts: bin/ and lib/ share a parent."""
         return tuple({program.resolve().parent.parent for program in (self.iverilog, self.vvp)})
 
     def preprocess(self, source: str, output: str) -> list[str]:
-        """Expands macros and includes into the file `output`."""
+        """Expands macros and includes, into the file `output`."""
         return [str(self.iverilog), LANGUAGE, "-E", "-o", output, source]
 
     def build(self, top: str, output: str, sources: list[str]) -> list[str]:
@@ -62,29 +62,29 @@ class Tools:
         return [str(self.iverilog), *WARNINGS, LANGUAGE, "-s", top, "-o", output, *sources]
 
     def settings(self, top: str, output: str) -> str:
-        """Content of the settings with which `compiler` does what the driver does in `build`."""
+        """Settings with which `compiler` does the same as the driver in `build`."""
         return self.compiler_settings.replace(_TOP, top).replace(_OUTPUT, output)
 
     def compile_and_simulate(self, settings: str, source: str, program: str, mark: str) -> str:
-        """As `build` and `simulate`, for a source without macros and a file with `settings`: a line for a shell.
+        """A shell line equivalent to `build` and `simulate`, for a source without macros and a file of `settings`.
 
-        Once it is built, a line `mark` is printed on both outputs.
+        After the build, it prints a line `mark` on both outputs.
         """
         compiled = shlex.join([str(self.compiler), f"-C{settings}", "--", source])
         return f"{compiled} && echo {mark} && echo {mark} >&2 && exec {shlex.join(self.simulate(program))}"
 
     @staticmethod
     def lightened(program: str) -> str:
-        """A compiled program without what only VHDL needs."""
+        """A compiled program without the parts that only VHDL needs."""
         return _FOR_VHDL.sub("", program)
 
     def simulate(self, program: str) -> list[str]:
-        """`-n`: `$stop` ends the simulation instead of asking."""
+        """Simulates a program; with `-n`, `$stop` ends the simulation instead of prompting."""
         return [str(self.vvp), "-n", program]
 
 
 def find_tools(folder: str | None) -> Tools:
-    """The simulator in `folder`, or on the PATH.
+    """Finds the simulator in `folder`, or on the PATH.
 
     Raises:
       UserError: it is missing or too old.
@@ -94,7 +94,7 @@ def find_tools(folder: str | None) -> Tools:
     if missing := [name for name, path in found.items() if path is None]:
         raise UserError(f"{' and '.join(missing)} not found ({where}): {HOW_TO_INSTALL}")
     iverilog, vvp = (Path(path).absolute() for path in found.values() if path)
-    with tempfile.TemporaryDirectory() as folder:  # it makes files there, even for this
+    with tempfile.TemporaryDirectory() as folder:  # even this makes it write files there
         said = subprocess.run([iverilog, "-V"], capture_output=True, text=True, timeout=30, env=_writing_to(folder))
     shown = said.stdout
     match = re.search(r"Icarus Verilog version (\d+)\.(\d+)", shown)
@@ -110,24 +110,24 @@ def find_tools(folder: str | None) -> Tools:
 
 
 def _writing_to(folder: str) -> dict[str, str]:
-    """The environment in which the driver's temporary files are in `folder`."""
+    """An environment in which the driver puts its temporary files into `folder`."""
     return {**os.environ, "TMP": folder, "TMPDIR": folder, "TEMP": folder}
 
 
 @functools.cache
 def _ask_driver(iverilog: Path) -> tuple[Path, str]:
-    """(the compiler that the driver starts, the settings that it hands to it for the options of `Tools.build`).
+    """(compiler that the driver starts, settings that the driver passes to it for the options of `Tools.build`).
 
-    The driver names both when asked to be verbose, and removes the settings in the end: so it is given a pipe to read.
-    Once the preprocessor reads this, the settings are written.
+    The verbose driver prints the names of both, but removes the settings at the end. So its source is a pipe: once the
+    preprocessor reads it, the settings have been written.
 
     Raises:
-      ValueError: the driver starts no compiler.
+      ValueError: the driver does not start a compiler.
     """
     with tempfile.TemporaryDirectory() as folder:
         source = Path(folder, "source.sv")
         os.mkfifo(source)
-        # Open at both ends: where this process is killed, whoever reads it has come to its end, and ends.
+        # Open at both ends: if this process is killed, the reader sees the end of the file, and ends.
         with open(os.open(source, os.O_RDWR), "wb", buffering=0) as pipe:
             pipe.write(b"\n")
             process = subprocess.Popen(
@@ -145,7 +145,7 @@ def _ask_driver(iverilog: Path) -> tuple[Path, str]:
                 process.wait()
     started = re.search(r"^translate: .*\|\s*(\S+)(.*)$", said, re.MULTILINE)
     if started is None:
-        raise ValueError(said.strip()[:200] or "it starts no compiler")
+        raise ValueError(said.strip()[:200] or "it does not start a compiler")
     files = re.findall(r'-C"([^"]+)"', started[2])
     settings = [written[file] if file in written else Path(file).read_text() for file in files]
     return Path(started[1]), _NOT_NEEDED.sub("", "".join(f"{part.rstrip()}\n" for part in settings))

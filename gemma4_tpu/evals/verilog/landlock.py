@@ -1,6 +1,6 @@
-"""Landlock: the kernel lets a process give up access to files, for itself and all its children (Linux 5.13 or newer).
+"""Landlock: a process gives up access to files, for itself and all its children (Linux 5.13 or newer).
 
-Three system calls and two structures, by the kernel's `landlock.h`; no privilege and no library is needed.
+Three system calls and two structures, as in the kernel's `landlock.h`; needs neither privileges nor a library.
 """
 
 from __future__ import annotations
@@ -12,20 +12,20 @@ import sys
 from collections.abc import Iterable
 from pathlib import Path
 
-_CREATE_RULESET, _ADD_RULE, _RESTRICT_SELF = 444, 445, 446  # the same on all architectures that Linux added since 2019
+_CREATE_RULESET, _ADD_RULE, _RESTRICT_SELF = 444, 445, 446  # the same on all architectures, as all since 2019
 _VERSION_FLAG, _PATH_BENEATH = 1, 1
 _PR_SET_NO_NEW_PRIVS = 38
 
 EXECUTE, WRITE_FILE, READ_FILE, READ_DIR = 1 << 0, 1 << 1, 1 << 2, 1 << 3
 REFER, TRUNCATE, IOCTL_DEV = 1 << 13, 1 << 14, 1 << 15
 _FIRST_RIGHTS = (1 << 13) - 1
-_RIGHTS_SINCE = {2: REFER, 3: TRUNCATE, 5: IOCTL_DEV}  # ABI version → what it added
+_RIGHTS_SINCE = {2: REFER, 3: TRUNCATE, 5: IOCTL_DEV}  # ABI version → right that it added
 READ = EXECUTE | READ_FILE | READ_DIR
 _FOR_FILES = EXECUTE | WRITE_FILE | READ_FILE | TRUNCATE
-_NETWORK = 0b11  # bind and connect by TCP, ABI 4
+_NETWORK = 0b11  # TCP bind and connect, ABI 4
 _SCOPES = 0b11  # abstract sockets and signals to processes outside, ABI 6
 
-# The C library's handle is taken before any fork: a child between fork and exec should only make system calls.
+# Load the C library before any fork: between fork and exec, a child should only make system calls.
 _libc = ctypes.CDLL(None, use_errno=True)
 
 
@@ -39,16 +39,16 @@ class _PathBeneathAttr(ctypes.Structure):
 
 
 def abi_version() -> int:
-    """The kernel's Landlock version; 0: it has none, or it is switched off."""
+    """The kernel's Landlock version; 0: missing or disabled."""
     if not sys.platform.startswith("linux"):
         return 0
     return max(0, _libc.syscall(_CREATE_RULESET, None, ctypes.c_size_t(0), _VERSION_FLAG))
 
 
 def make_ruleset(readable: Iterable[Path], writable: Iterable[Path]) -> int:
-    """A file descriptor of rules: read and execute beneath `readable`, everything beneath `writable`, nothing else.
+    """Makes a file descriptor of rules: read and execute below `readable`, everything below `writable`, nothing else.
 
-    Paths that do not exist are left out. The caller closes the descriptor.
+    Skips paths that do not exist. The caller closes the descriptor.
 
     Raises:
       OSError: the kernel refuses.
@@ -79,7 +79,7 @@ def _allow(ruleset: int, path: Path, allowed: int) -> None:
 
 
 def restrict_self(ruleset: int) -> None:
-    """Puts this thread, and all that it starts from now on, under the rules. There is no way back."""
+    """Applies the rules to this thread and everything that it starts from now on, irrevocably."""
     if _libc.prctl(_PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0):
         raise OSError(ctypes.get_errno(), "prctl(PR_SET_NO_NEW_PRIVS)")
     _call(_RESTRICT_SELF, ruleset, 0)

@@ -1,10 +1,10 @@
-"""Small mistakes in a correct module. A test bench that lets them pass is too weak."""
+"""Makes small mistakes in a correct module. A test bench that passes them is too weak."""
 
 from __future__ import annotations
 
 import re
 
-# (what to look for, what to put instead). Each match gives one mutant.
+# (pattern, replacement). Each match makes one mutant.
 _RULES = (
     (r" & ", " | "),
     (r" \| ", " & "),
@@ -39,7 +39,7 @@ _RULES = (
 
 
 def mutants(module: str) -> list[str]:
-    """Every module that one rule makes from `module` at one place of its body, without repeats."""
+    """Every module that results from `module` by applying one rule at one place of its body, without duplicates."""
     head, separator, body = module.partition(");\n")
     found = []
     for pattern, replacement in _RULES:

@@ -1,4 +1,4 @@
-"""The benchmark's own rule on the same code, for comparison with published figures. It can be fooled."""
+"""Applies the benchmark's own rule to the same code, for comparison with published figures. It can be fooled."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ from gemma4_tpu.evals.verilog.verdict import Findings, Golden, Refused, Trial
 from gemma4_tpu.evals.verilog.work_folder import write
 
 DESIGN, BENCH, REFERENCE = "design.sv", "bench.sv", "reference.sv"
-WAVES = "wave.vcd"  # the one file that a benchmark's bench may write
+WAVES = "wave.vcd"  # the only file that a benchmark's bench may write
 
 
 def passes_officially(trial: Trial, outcome: Findings, golden: Golden) -> bool:
-    """The benchmark's rule on the unchanged files in the benchmark's order, given what the measures found.
+    """The benchmark's rule on the unchanged files in the benchmark's order, given the findings of the measures.
 
-    Where the same simulation is known to come out, its log is judged instead: the bench builds unchanged, the design
-    ran to its count, has no macros that could change the bench, no delays whose unit the order of files decides, no
-    module that the bench has too, and was compiled as a whole.
+    If that simulation is known to give the same result, the existing log is judged instead: the bench builds unchanged,
+    and the design ran to its count, was compiled as a whole, and has no macros that could change the bench, no delays
+    whose unit depends on the order of files, and no module that the bench has too.
     """
     problem = trial.problem
     if outcome.kind is VerdictClass.TIMEOUT:
@@ -34,7 +34,7 @@ def passes_officially(trial: Trial, outcome: Findings, golden: Golden) -> bool:
 
 
 def builds_unchanged(trial: Trial) -> bool:
-    """Whether design and bench build by the benchmark's own command."""
+    """Whether design and bench build with the benchmark's own command."""
     try:
         return _build(trial)[1]
     except Refused:
@@ -42,7 +42,7 @@ def builds_unchanged(trial: Trial) -> bool:
 
 
 def _build(trial: Trial) -> tuple[str, bool]:
-    """(what the benchmark's own compilation printed, whether it succeeded)."""
+    """(output of the benchmark's own compilation, whether it succeeded)."""
     problem = trial.problem
     files = {DESIGN: trial.code, BENCH: problem.testbench}
     if problem.bench_needs_reference:
@@ -56,7 +56,7 @@ def _build(trial: Trial) -> tuple[str, bool]:
 
 
 def _simulate(trial: Trial) -> str:
-    """What the benchmark's own simulation prints."""
+    """The output of the benchmark's own simulation."""
     waves = trial.folder / WAVES
     waves.touch()
     trial.sandbox.adopt(waves)

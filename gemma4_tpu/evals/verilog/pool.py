@@ -1,6 +1,6 @@
-"""The judge: worker processes that stay, each with its own sandbox and its own folder in memory.
+"""The judge's persistent worker processes, each with its own sandbox and its own folder in memory.
 
-Workers are single-threaded and light, so that starting a simulation is a fork of little; no Python starts per sample.
+Workers are single-threaded and small, so a simulation starts with a cheap fork; no Python starts per sample.
 """
 
 from __future__ import annotations
@@ -57,21 +57,21 @@ class Pool:
         )
 
     def spy(self, level: Level) -> Future[str | None]:
-        """Why a level of isolation does not work here; null: it does."""
+        """Why a level of isolation does not work here; None: it works."""
         return self._executor.submit(_spy, level)
 
     def try_levels(self) -> dict[Level, str | None]:
-        """Each level, and why it does not work here (null: it works)."""
+        """Level → why it does not work here (None: it works)."""
         return {level: self.spy(level).result() for level in Level}
 
     def golden(self, problem: Problem, level: Level) -> Future[Golden]:
-        """What the reference does."""
+        """The reference's result."""
         return self._executor.submit(_golden, problem, level)
 
     def verdict(
         self, problem: Problem, code: str | None, golden: Golden, level: Level, official: bool
     ) -> Future[Verdict]:
-        """The verdict on extracted code, with the benchmark's own if `official`."""
+        """The verdict on extracted code, including the benchmark's own if `official`."""
         if code is None:
             future: Future[Verdict] = Future()
             future.set_result(NO_CODE)
@@ -79,7 +79,7 @@ class Pool:
         return self._executor.submit(_verdict, problem, code, golden, level, official)
 
     def task(self, function: Callable[..., T], level: Level, *arguments: Any) -> Future[T]:
-        """`function(tools, sandbox, folder, *arguments)` in a worker, in an empty folder of its own."""
+        """Runs `function(tools, sandbox, folder, *arguments)` in a worker, in its own empty folder."""
         return self._executor.submit(_task, function, level, arguments)
 
     def __enter__(self) -> Pool:
@@ -103,7 +103,7 @@ def _run_for_stage(sandbox: Sandbox, folder: Path, command: Sequence[str], *, wr
 
 @dataclass(frozen=True, kw_only=True)
 class _Worker:
-    """What a worker process holds."""
+    """The state of a worker process."""
 
     config: JudgeConfig
     tools: Tools
@@ -138,11 +138,11 @@ class _Worker:
             benches=self.benches[level],
             stage=functools.partial(self.stage, problem, sandbox) if judged else None,
             limit_seconds=max(1.0, CPU_FACTOR * golden.cpu_seconds) if golden and judged else None,
-            replays=self.replays if golden else Replays(),  # references are timed, and run anew
+            replays=self.replays if golden else Replays(),  # references are timed, so they always run
         )
 
     def stage(self, problem: Problem, sandbox: Sandbox, design: str) -> Stage:
-        """The problem's stage, made by the first worker that needs it; without a reference, for each design.
+        """The problem's stage, made by the first worker that needs it; without a reference, made for each design.
 
         Raises:
           NoStage: it can't be made.
@@ -154,7 +154,7 @@ class _Worker:
             build(problem, self.tools, functools.partial(_run_for_stage, sandbox, folder), folder, design)
             if not problem.reference:
                 return load(folder)
-            for path in (folder, *folder.iterdir()):  # they are the sandbox's user's
+            for path in (folder, *folder.iterdir()):  # they belong to the sandbox's user
                 os.chown(path, os.getuid(), os.getgid())
                 path.chmod(0o755 if path == folder else 0o644)
             with contextlib.suppress(OSError):  # another worker was faster
@@ -168,9 +168,9 @@ _worker: _Worker | None = None  # set once in each worker process
 def _start_worker(config: JudgeConfig, tools: Tools, root: Path, parent: int) -> None:
     global _worker
     _worker = _Worker(config=config, tools=tools, folder=root / str(os.getpid()))
-    signal.signal(signal.SIGINT, lambda *_: sys.exit(1))  # without a traceback; what runs is ended on the way out
+    signal.signal(signal.SIGINT, lambda *_: sys.exit(1))  # no traceback; stops running commands on the way out
     for number in TERMINATING:
-        signal.signal(number, lambda *_: _leave(root))  # sent to the group, it also ends who would tidy up
+        signal.signal(number, lambda *_: _leave(root))  # sent to the group, it also ends the process that cleans up
     signal.signal(signal.SIGALRM, lambda *_: _leave(root) if os.getppid() != parent else None)
     signal.setitimer(signal.ITIMER_REAL, ORPHAN_CHECK_SECONDS, ORPHAN_CHECK_SECONDS)
 
@@ -182,7 +182,7 @@ def _here() -> _Worker:
 
 
 def _leave(root: Path) -> None:
-    """Ends a worker whose parent was killed, or is about to be, and what it runs."""
+    """Ends a worker and its commands because its parent was or is being killed."""
     kill_commands()
     shutil.rmtree(root, ignore_errors=True)
     os._exit(1)

@@ -1,4 +1,4 @@
-"""The ports of a module, as the compiler sees them, and what they are for: clocks, resets, data."""
+"""The ports of a module, as the compiler sees them, and their roles: clocks, resets, data."""
 
 from __future__ import annotations
 
@@ -33,20 +33,20 @@ class Port:
 
     @property
     def written(self) -> str:
-        """As written in code: escaped where it has to be."""
+        """The name as written in code, escaped if necessary."""
         return self.name if _PLAIN_NAME.fullmatch(self.name) else f"\\{self.name} "
 
 
 def read_ports(tools: Tools, sandbox: Sandbox, folder: Path, source: str, top: str) -> list[Port] | str:
-    """The ports of the module `top` of `source`, in their order, or why they can't be had. Runs in a worker.
+    """The ports of the module `top` of `source`, in order, or why they are unavailable. Runs in a worker.
 
-    A compiled simulation lists them with the widths that parameters make.
+    A compiled simulation lists them with their widths, parameters applied.
     """
     (folder / SOURCE).write_text(source, encoding="utf-8", errors="replace")
     done = sandbox.run(tools.build(top, PROGRAM, [SOURCE]), folder, writable=[folder])
     program = folder / PROGRAM
     if done.returncode or not program.is_file():
-        return "does not build by itself"
+        return "does not build on its own"
     scopes = _SCOPE.split(program.read_text(encoding="utf-8", errors="replace"))
     found = next((_PORT.findall(scope) for scope in scopes if scope.startswith(f'module, "{top}" "{top}"')), [])
     ports = [Port(name=name, direction=direction, bits=int(bits)) for direction, bits, name in found]
@@ -59,21 +59,21 @@ def read_ports(tools: Tools, sandbox: Sandbox, folder: Path, source: str, top: s
 
 @dataclass(frozen=True, kw_only=True)
 class Roles:
-    """What the inputs of a module are for, by what the reference does with them and by their names."""
+    """The roles of a module's inputs, inferred from their names and their use in the reference."""
 
     clocks: tuple[str, ...]
-    """Empty: combinational, or with latches."""
+    """Clock inputs; empty: combinational, or with latches."""
     resets: dict[str, bool]
     """Name → the value that asserts it."""
     data: tuple[str, ...]
 
     @classmethod
     def of(cls, ports: Sequence[Port], reference: str) -> Roles:
-        """Of the inputs among `ports`.
+        """The roles of the inputs among `ports`.
 
-        Clocks are what the reference waits for edges of. Where it waits for several at once, that is the one with a
-        clock's name, or else the first, and the others are asynchronous resets. 1-bit inputs with a reset's name are
-        resets as well.
+        Clocks are the inputs whose edges the reference waits for. If it waits for several at once, the clock is the one
+        named like a clock, or else the first, and the others are asynchronous resets. 1-bit inputs named like a reset
+        are also resets.
         """
         bare = blank(reference)[0]
         single = [port.name for port in ports if port.direction == "INPUT" and port.bits == 1]
@@ -85,7 +85,7 @@ class Roles:
             ticking = [name for name in names if _CLOCK_NAME.search(name)] or names[:1]
             clocks |= {*ticking}
             asynchronous |= {name: edge == "posedge" for edge, name in edges if name not in ticking}
-        if events and not clocks & {*single}:  # edges of names inside of submodules
+        if events and not clocks & {*single}:  # edges of names inside submodules
             clocks = {name for name in single if _CLOCK_NAME.search(name)}
         resets = {
             name: asynchronous.get(name, not _low(name, bare))
@@ -98,5 +98,5 @@ class Roles:
 
 
 def _low(name: str, code: str) -> bool:
-    """Whether a reset is asserted by 0: by its name, or because `code` asks for its negation."""
+    """Whether a reset is active low: by its name, or because `code` tests its negation."""
     return bool(_LOW_NAME.search(name) or re.search(rf"\bif\s*\(\s*[!~]\s*{re.escape(name)}\b", code))

@@ -1,4 +1,4 @@
-"""What was found out about a benchmark's benches with one simulator version, kept in the cache folder."""
+"""Caches the results about a benchmark's benches, by simulator version."""
 
 from __future__ import annotations
 
@@ -17,37 +17,37 @@ from gemma4_tpu.evals.verilog.iverilog import Tools
 
 log = logging.getLogger(__name__)
 RULES_VERSION = 4
-"""Goes up with every change after which a reference, a stub or a mutant could do something else."""
+"""Increased with every change that could alter the result of a reference, a stub or a mutant."""
 
 
 def fingerprint(problem: Problem) -> str:
-    """Of everything that a reference's result depends on."""
+    """Fingerprint of everything on which a reference's result depends."""
     parts = {key: value for key, value in asdict(problem).items() if key not in ("name", "prompt", "official_rule")}
     text = json.dumps([RULES_VERSION, parts], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()
 
 
 class Memory:
-    """A file of rows by fingerprint. One that can't be read or written costs time, nothing else."""
+    """A file of rows by fingerprint. If it can't be read or written, only time is lost."""
 
     def __init__(self, what: str, config: JudgeConfig, tools: Tools):
         """Args:
-        what: part of the file's name: `references`, `benches`.
+        what: part of the file's name: `references` or `benches`.
         config: names the folder.
-        tools: results are kept by simulator version.
+        tools: the simulator; results are kept by its version.
         """
         cache = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "gemma4_tpu"
         self._file = Path(config.cache_dir or cache).expanduser() / f"{what}_iverilog_{tools.version}.json"
 
     def load(self) -> dict[str, dict[str, Any]]:
-        """The rows there are."""
+        """The stored rows."""
         try:
             rows = json.loads(self._file.read_text(encoding="utf-8"))
             return {key: row for key, row in rows.items() if isinstance(row, dict)}
         except FileNotFoundError:
             return {}
         except (OSError, ValueError, AttributeError) as error:
-            log.warning("%s is unreadable (%s): what it held is found out again", self._file, error)
+            log.warning("%s is unreadable (%s): its results are computed again", self._file, error)
             return {}
 
     def store(self, rows: Mapping[str, dict[str, Any]]) -> None:

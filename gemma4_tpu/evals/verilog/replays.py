@@ -1,4 +1,4 @@
-"""What benches did, remembered by what they were given."""
+"""Remembers what benches did, by the responses they were given."""
 
 from __future__ import annotations
 
@@ -10,27 +10,27 @@ from gemma4_tpu.evals.verilog.stage import Stage
 
 MOST_REMEMBERED = 2048
 LONGEST_REMEMBERED = 4096
-"""Characters that a bench printed: 8 MiB in all."""
+"""Longest output of a bench to remember, in characters: 8 MiB in all."""
 
 
 class Replays:
-    """What benches did with responses that gave their first stimulus back, the latest of them.
+    """The latest results of benches that gave their first stimulus again for some responses.
 
-    Designs of a problem often respond alike, and a bench that gets the same responses does the same.
+    Designs for a problem often respond alike, and a bench with the same responses does the same.
     """
 
     def __init__(self) -> None:
         self._known: OrderedDict[tuple[str, bytes], Finished] = OrderedDict()
 
     def get(self, stage: Stage, responses: str) -> Finished | None:
-        """What the bench did."""
+        """The bench's result, if remembered."""
         key = self._key(stage, responses)
         if key in self._known:
             self._known.move_to_end(key)
         return self._known.get(key)
 
     def put(self, stage: Stage, responses: str, done: Finished) -> None:
-        """Remembers it, unless it is long."""
+        """Remembers a result, unless its output is long."""
         if len(done.stdout) + len(done.stderr) > LONGEST_REMEMBERED:
             return
         self._known[self._key(stage, responses)] = done

@@ -1,4 +1,4 @@
-"""ResBench: `problems.json`, categories of problems without references, whose benches announce `All tests passed`."""
+"""ResBench: `problems.json` with categories of problems without references, whose benches print `All tests passed`."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ PROMPT = "{problem}\n\nThe module's head:\n\n```verilog\n{header}\n```\n\nGive m
 
 
 class ResBench:
-    """Problems from a clone of ResBench, or from a file of its form. Some of its headers hold the whole solution: the
-    model is shown them up to the end of the ports.
+    """Problems from a clone of ResBench, or from a file in its format. Some of its headers contain the whole solution,
+    so the model sees them only up to the end of the ports.
     """
 
     def load(self, path: str | Path) -> list[Problem]:
-        """The problems of `problems.json` in the folder `path`, or of the file `path`.
+        """The problems of `problems.json` in the folder `path`, or those of the file `path`.
 
         Raises:
-          UserError: there is no such file, or it is of another form.
+          UserError: there is no such file, or it has another format.
         """
         file = Path(path) / FILE if Path(path).is_dir() else Path(path)
         try:
@@ -34,8 +34,8 @@ class ResBench:
             listed = [row for rows in categories.values() for row in rows]
         except (OSError, ValueError, AttributeError, TypeError) as error:
             raise UserError(
-                f"eval.problems_path={path}: no {FILE} of the form {{category: [problem, …]}} ({error}); give a clone"
-                " of ResBench"
+                f"eval.problems_path={path}: no {FILE} in the format {{category: [problem, …]}} ({error}); give a"
+                " clone of ResBench"
             ) from None
         return [_problem(row, f"{file}, problem {number}") for number, row in enumerate(listed, 1)]
 

@@ -1,6 +1,6 @@
 """RTLLM: folders (at any depth) of `design_description.txt`, `testbench.v`, `verified_*.v` and the bench's data files.
 
-Its benches hold what they expect and announce a pass, without a count of what was compared.
+Its benches contain the expected values and announce a pass, without a number of comparisons.
 """
 
 from __future__ import annotations
@@ -27,10 +27,10 @@ def official_rule(log: str) -> bool:
 
 
 class RtllmFolders:
-    """Problems in folders as a clone of RTLLM has them; the folder's name is the problem's."""
+    """Problems in folders as in a clone of RTLLM; each folder's name is the problem's."""
 
     def load(self, path: str | Path) -> list[Problem]:
-        """The problems beneath `path`, sorted by their folders.
+        """The problems below `path`, sorted by folder.
 
         Raises:
           UserError: there are none, a file is missing, or two have the same name.
@@ -41,7 +41,7 @@ class RtllmFolders:
         problems: dict[str, Problem] = {}
         for folder in folders:
             if folder.name in problems:
-                raise UserError(f"{folder}: a second problem {folder.name}; give a folder that has each problem once")
+                raise UserError(f"{folder}: a duplicate problem {folder.name}; give a folder with each problem once")
             problems[folder.name] = _problem(folder)
         return list(problems.values())
 
@@ -49,7 +49,7 @@ class RtllmFolders:
 def _problem(folder: Path) -> Problem:
     references = sorted(folder.glob(REFERENCE))
     if not references or not (folder / TESTBENCH).is_file():
-        raise UserError(f"{folder}: {TESTBENCH} or {REFERENCE} is missing beside {DESCRIPTION}")
+        raise UserError(f"{folder}: {TESTBENCH} or {REFERENCE} is missing next to {DESCRIPTION}; clone RTLLM again")
     prompt, testbench, reference = (_read(file) for file in (folder / DESCRIPTION, folder / TESTBENCH, references[0]))
     named = _NAME.search(prompt)
     reference_top = _root_module(reference, folder)
@@ -73,7 +73,7 @@ def _problem(folder: Path) -> Problem:
 
 
 def _instantiated(testbench: str, named: list[str]) -> str:
-    """The module that the bench instantiates: the first of `named` that it does, or one whose ports it connects."""
+    """The module that the bench instantiates: the first match in `named`, or one whose ports it connects."""
     bare, own = blank(testbench)[0], set(defined_modules(testbench))
     for name in named:
         if name not in own and re.search(_INSTANCE.format(name=re.escape(name)), bare):
@@ -87,9 +87,9 @@ def _read(file: Path) -> str:
 
 
 def _root_module(code: str, folder: Path) -> str:
-    """The module that no other one of `code` instantiates."""
+    """The module that no other module of `code` instantiates."""
     words = re.findall(r"[A-Za-z_]\w*", blank(code)[0])
     modules = defined_modules(code)
     if not modules:
-        raise UserError(f"{folder}: a source file without a module")
+        raise UserError(f"{folder}: a source file has no module; clone RTLLM again")
     return next((name for name in modules if words.count(name) == 1), modules[-1])

@@ -1,7 +1,7 @@
-"""A hostile command that runs: what it prints, until when, and that nothing of it is left.
+"""A running hostile command: collects its output, limits its time, and leaves nothing of it behind.
 
-For a single-threaded process that adopts orphans (`PR_SET_CHILD_SUBREAPER`, see `sandbox.py`): all its children are
-commands, or what commands left behind.
+For use in a single-threaded process that adopts orphans (`PR_SET_CHILD_SUBREAPER`, see `sandbox.py`): all of its
+children are commands, or processes that commands left behind.
 """
 
 from __future__ import annotations
@@ -18,33 +18,33 @@ from pathlib import Path
 
 import psutil
 
-WALL_FACTOR, WALL_EXTRA_SECONDS = 6, 10  # on a busy machine CPU time is what counts; this ends what only sleeps
-OUT_OF_CPU_TIME = (-signal.SIGXCPU, 128 + signal.SIGXCPU)  # the command itself, or one that it waited for
+WALL_FACTOR, WALL_EXTRA_SECONDS = 6, 10  # CPU time is what counts on a busy machine; this stops commands that sleep
+OUT_OF_CPU_TIME = (-signal.SIGXCPU, 128 + signal.SIGXCPU)  # of the command itself, or of one that it waited for
 _staying: set[int] = set()  # process ids of commands that outlast others
 
 
 @dataclass(frozen=True, kw_only=True)
 class Finished:
-    """What a command did."""
+    """The result of a command."""
 
     returncode: int
-    """Negative or above 128: ended by a signal."""
+    """Exit code; negative or above 128: ended by a signal."""
     stdout: str
     stderr: str
     cpu_seconds: float
-    """Of all its processes."""
+    """CPU time of all its processes."""
     stopped: str | None
-    """Why it was stopped: `cpu`, `wall`, `output`; null: it ended by itself."""
+    """Why it was stopped: `cpu`, `wall`, `output`; None: it ended by itself."""
 
 
 class Running:
-    """A command that was started with pipes for what it prints."""
+    """A started command, with pipes for its output."""
 
     def __init__(self, process: subprocess.Popen[bytes], cap_bytes: int, *, stays: bool = False):
         """Args:
-        process: the first one of the command, and leader of a group.
-        cap_bytes: how much it may print on each of its outputs.
-        stays: other commands will run meanwhile, and their end is not its end.
+        process: the command's first process, and the leader of its group.
+        cap_bytes: maximum size of each of its outputs.
+        stays: it runs alongside other commands, and does not end with them.
         """
         assert process.stdout is not None and process.stderr is not None
         self.process, self._cap_bytes = process, cap_bytes
@@ -56,15 +56,15 @@ class Running:
 
     @property
     def ended(self) -> bool:
-        """Whether its first process has ended. It is not waited for, so that its number remains its own until `end`."""
+        """Whether its first process has ended. It is not reaped, so its process id stays reserved until `end`."""
         return os.waitid(os.P_PID, self.process.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
 
     def collect(
         self, limit_seconds: float, complete: Callable[[bytearray, bytearray], bool] | None = None
     ) -> str | None:
-        """Reads what it prints, until it ends or that is `complete`; or why it has to be stopped.
+        """Reads its output until it ends or the output is `complete`; returns why it has to be stopped, if it does.
 
-        `limit_seconds` is its limit on CPU time. On a busy machine, or asleep, it may take longer.
+        `limit_seconds` is its limit on CPU time. On a busy machine, or while it sleeps, it can take longer.
         """
         deadline = time.monotonic() + WALL_FACTOR * limit_seconds + WALL_EXTRA_SECONDS
         ended = os.pidfd_open(self.process.pid)
@@ -86,14 +86,14 @@ class Running:
             os.close(ended)
 
     def take(self) -> tuple[str, str]:
-        """What was printed on both outputs since the last time."""
+        """The text of both outputs since the last call."""
         texts = [bytes(text[: self._cap_bytes]).decode("utf-8", "replace") for text in self._printed.values()]
         for text in self._printed.values():
             text.clear()
         return texts[0], texts[1]
 
     def end(self, stopped: str | None) -> Finished:
-        """Kills all that is left of it, and tells what it did; `stopped` is what `collect` said."""
+        """Kills whatever is left of it, and returns its result; `stopped` is what `collect` returned."""
         _staying.discard(self.process.pid)
         returncode, cpu_seconds = _end_all(self.process)
         for pipe in self._printed:
@@ -116,7 +116,7 @@ class Running:
         return any(len(text) > self._cap_bytes for text in self._printed.values())
 
     def _drain(self, pipe) -> bool:
-        """Reads what the pipe holds, little more than the cap; false at the end of file."""
+        """Reads the pipe's contents, little beyond the cap; returns False at the end of the file."""
         text = self._printed[pipe]
         while len(text) <= self._cap_bytes:
             try:
@@ -130,18 +130,18 @@ class Running:
 
 
 def kill_commands() -> None:
-    """Kills the groups of all commands, those that stay as well, and waits for none: this process is about to end."""
+    """Kills the groups of all commands, including those that stay, without waiting: this process is about to end."""
     for pid in _children():
         with contextlib.suppress(ProcessLookupError):
             os.killpg(pid, signal.SIGKILL)
 
 
 def _end_all(process: subprocess.Popen[bytes]) -> tuple[int, float]:
-    """Kills the command's group and whatever became of its children: (return code, CPU seconds of all)."""
+    """Kills the command's group and all descendants; returns (return code, CPU seconds of all)."""
     cpu_seconds = 0.0
     with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
-    while children := _children() - _staying:  # whose parent dies becomes a child of this process
+    while children := _children() - _staying:  # orphans become children of this process
         for pid in children:
             os.kill(pid, signal.SIGKILL)
         for pid in children:
@@ -153,7 +153,7 @@ def _end_all(process: subprocess.Popen[bytes]) -> tuple[int, float]:
 
 
 def _children() -> set[int]:
-    """Of this process, with those that have ended and were not waited for."""
+    """Process ids of this process's children, including zombies."""
     try:
         return {int(pid) for pid in Path(f"/proc/self/task/{os.getpid()}/children").read_text().split()}
     except FileNotFoundError:  # a kernel without CONFIG_PROC_CHILDREN

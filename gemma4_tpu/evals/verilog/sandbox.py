@@ -1,13 +1,13 @@
-"""Runs hostile commands, confined and limited, one after another; when one ends, nothing of it is left (`running.py`).
+"""Runs hostile commands one after another, confined and limited; a command leaves nothing behind (`running.py`).
 
-A `Sandbox` belongs to one single-threaded worker process. Levels, from the strictest:
+A `Sandbox` belongs to one single-threaded worker process. Levels, strictest first:
 
-- `bubblewrap`: own namespaces (files, processes, network), only the simulator's files and the work folder are there;
-- `landlock`: the kernel refuses all other files (and, by its version, TCP, signals to others);
-- `none`: limits on resources alone; files can be read and written.
+- `bubblewrap`: separate namespaces (files, processes, network) with only the simulator's files and the work folder;
+- `landlock`: the kernel refuses access to other files (and, depending on its version, TCP and signals to others);
+- `none`: resource limits alone; files can be read and written.
 
-All of them: own session, no input, cleared environment, limits on CPU time, memory, file size, processes and output,
-another user where the worker is root, and every process that is left is killed.
+All levels: a separate session, no input, a cleared environment, limits on CPU time, memory, file size, processes and
+output, another user if the worker is root, and every remaining process is killed.
 """
 
 from __future__ import annotations
@@ -34,8 +34,8 @@ from gemma4_tpu.evals.verilog.running import Finished, Running
 
 SYSTEM_PATHS = tuple(Path(p) for p in ("/usr", "/bin", "/lib", "/lib32", "/lib64", "/nix/store", "/etc/ld.so.cache"))
 DEVICES = (Path("/dev/null"),)
-FIRST_UID, UIDS = 60706, 478  # a range that neither distributions nor systemd give to anyone
-OTHERS_HEADROOM = 4096  # the kernel counts all processes of an ordinary user: room for what else they start meanwhile
+FIRST_UID, UIDS = 60706, 478  # a range that neither distributions nor systemd assign
+OTHERS_HEADROOM = 4096  # the kernel counts all processes of an ordinary user: allowance for others started meanwhile
 
 _ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGALRM)  # see pool.py
 _PR_SET_PDEATHSIG, _PR_SET_CHILD_SUBREAPER = 1, 36
@@ -43,7 +43,7 @@ _libc = ctypes.CDLL(None, use_errno=True)
 
 
 class Level(StrEnum):
-    """How far a command is isolated."""
+    """Level of a command's isolation."""
 
     BUBBLEWRAP = "bubblewrap"
     LANDLOCK = "landlock"
@@ -52,9 +52,9 @@ class Level(StrEnum):
 
 @dataclass(kw_only=True)
 class Sandbox:
-    """How commands run in one worker.
+    """Runs commands in one worker.
 
-    `readable` are further paths that commands may read and execute.
+    `readable`: further paths that commands may read and execute.
     """
 
     level: Level
@@ -64,16 +64,16 @@ class Sandbox:
     max_processes: int = field(init=False)
 
     def __post_init__(self):
-        # Workers under root use different users, so that none of them counts or reaches another's processes.
+        # Workers under root use different users, so that none counts or reaches another's processes.
         self.uid = FIRST_UID + os.getpid() % UIDS if os.getuid() == 0 else None
         others = 0 if self.uid is not None else _own_threads() + OTHERS_HEADROOM
         self.max_processes = self.config.processes + others
-        # Grandchildren whose parent dies become children of this process, which ends them.
+        # Orphaned grandchildren become children of this process, which ends them.
         if _libc.prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0):
             raise OSError(ctypes.get_errno(), "prctl(PR_SET_CHILD_SUBREAPER)")
 
     def adopt(self, *paths: Path) -> None:
-        """Gives files to the user that commands run as."""
+        """Changes the owner of files to the user that runs commands."""
         if self.uid is not None:
             for path in paths:
                 os.chown(path, self.uid, self.uid)
@@ -86,9 +86,9 @@ class Sandbox:
         writable: Sequence[Path] = (),
         cpu_seconds: float | None = None,
     ) -> Finished:
-        """Runs `command` in `folder`, which it may read; it may write only beneath `writable`.
+        """Runs `command` in `folder`, which it may read; it may write only below `writable`.
 
-        `command` are words, or a line for a shell. `cpu_seconds` is a limit below that of the configuration.
+        `command` is a list of words or a shell line. `cpu_seconds` is a limit below that of the configuration.
         """
         limit_seconds = self.seconds(cpu_seconds)
         line = command if isinstance(command, str) else f"exec {shlex.join(command)}"
@@ -101,13 +101,13 @@ class Sandbox:
         return done
 
     def seconds(self, cpu_seconds: float | None) -> float:
-        """The limit on CPU time of a command that is given `cpu_seconds`."""
+        """The limit on CPU time of a command with `cpu_seconds`."""
         return min(self.config.cpu_seconds, cpu_seconds or self.config.cpu_seconds)
 
     def start(self, line: str, folder: Path, writable: Sequence[Path], *, stays: bool = False) -> Running:
-        """Starts a shell with a line. As `run`, but without a limit on CPU time, and the caller ends it.
+        """Starts a shell with a line. Like `run`, but without a limit on CPU time; the caller ends it.
 
-        If it `stays`, it has an input, and other commands run meanwhile.
+        If it `stays`, it has an input, and other commands can run meanwhile.
         """
         words = ["/bin/sh", "-c", f"{self._limits()} && {line}"]
         ruleset, confine = None, None
@@ -139,12 +139,12 @@ class Sandbox:
         arguments = [*self._system, "--ro-bind", str(folder), str(folder)]
         for path in writable:
             arguments += ["--bind", str(path), str(path)]
-        # What bubblewrap makes is in memory, without a limit: nothing may write there.
+        # bubblewrap's own file system is in memory, without a limit: nothing may write to it.
         return [*arguments, "--remount-ro", "/", "--chdir", str(folder), "--"]
 
     @functools.cached_property
     def _system(self) -> list[str]:
-        """What bubblewrap is told about everything but the work folder. Each mount takes time, so none is doubled."""
+        """Arguments of bubblewrap for all except the work folder. Each mount takes time, so there are no duplicates."""
         program = shutil.which("bwrap")
         if program is None:
             raise FileNotFoundError("bwrap is not on the PATH")
@@ -161,7 +161,7 @@ class Sandbox:
         return arguments
 
     def _limits(self) -> str:
-        """For a shell, and all that it starts. What bash calls -u is -p elsewhere."""
+        """Limits for a shell and everything it starts. bash's -u is -p elsewhere."""
         processes = self.max_processes
         return (
             f"ulimit -c 0 && ulimit -n 64 && ulimit -v {self.config.memory_mib << 10} && ulimit -f"
@@ -170,21 +170,21 @@ class Sandbox:
 
 
 def limit_cpu(limit_seconds: float) -> str:
-    """For a shell, which then becomes a command. The soft limit signals, the hard one kills."""
+    """A CPU limit for a shell that then becomes a command. The soft limit signals, the hard limit kills."""
     seconds = math.ceil(limit_seconds)
     return f"ulimit -S -t {seconds} && ulimit -H -t {seconds + 1}"
 
 
 @contextlib.contextmanager
 def _acting_as(uid: int | None) -> Iterator[None]:
-    """What root starts meanwhile is this user's, for good; null: nothing changes.
+    """Processes that root starts meanwhile belong to this user permanently; None: no change.
 
-    `Popen(user=…)` does the same, but forks the whole worker for it, which takes longer than bubblewrap itself.
+    `Popen(user=…)` does the same, but forks the whole worker, which takes longer than bubblewrap itself.
     """
     if uid is None:
         yield
         return
-    signals = signal.pthread_sigmask(signal.SIG_BLOCK, _ENDING)  # who tidies up has to be root
+    signals = signal.pthread_sigmask(signal.SIG_BLOCK, _ENDING)  # cleaning up requires root
     groups, gids = os.getgroups(), os.getresgid()
     try:
         os.setgroups([])
@@ -199,14 +199,14 @@ def _acting_as(uid: int | None) -> Iterator[None]:
 
 
 def _confine(ruleset: int | None) -> None:
-    """Between fork and exec of the command, as bubblewrap does it: it dies with its worker, its files are limited."""
+    """Confines a command between fork and exec, as bubblewrap does: it dies with its worker; its files are limited."""
     _libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
     if ruleset is not None:
         landlock.restrict_self(ruleset)
 
 
 def _own_threads() -> int:
-    """How many threads this user runs: what the kernel holds against the limit on processes."""
+    """The number of threads of this user, which the kernel counts towards the limit on processes."""
     mine = os.getuid()
     found = [process.info for process in psutil.process_iter(["uids", "num_threads"])]
     return sum(info["num_threads"] or 1 for info in found if info["uids"] and info["uids"].real == mine)

@@ -1,14 +1,14 @@
-"""What a design may contain, seen in its text without comments.
+"""Scans the text of a design, without comments, for constructs that it may not contain.
 
-The verdict does not hang on it (`docs/judging.md`): this is the second wall, and a clear word for what is refused.
+The verdict does not depend on it (`docs/judging.md`): this is a second line of defence, with clear messages.
 """
 
 from __future__ import annotations
 
 import re
 
-# Everything else that begins with `$` reaches files or names elsewhere. These end, seed, print or describe at most the
-# design's own simulation.
+# All other names that begin with `$` reach files or names elsewhere. These affect only the design's own simulation:
+# they end, seed, print or describe it.
 _SYSTEM_TASKS = """
     $display $displayb $displayh $displayo $write $writeb $writeh $writeo $strobe $strobeb $strobeh $strobeo
     $monitor $monitorb $monitorh $monitoro $monitoron $monitoroff $error $warning $info $fatal $finish $stop
@@ -32,11 +32,11 @@ _NOT_CODE = re.compile(
     r"""|(?P<open_string>".*)|\\(?P<escaped>[^ \t\n]+)""",
     re.DOTALL,
 )
-_UNREADABLE = re.compile(r"[^\n\t -~]")  # outside of comments and strings
+_UNREADABLE = re.compile(r"[^\n\t -~]")  # outside comments and strings
 _UNREADABLE_IN_STRING = re.compile(r"[\x00-\x08\x0b-\x1f\x7f]")
 _PLAIN_ESCAPED = re.compile(r"[\w$]+", re.ASCII)
-_READ_OTHERWISE = re.compile(r"[\"`]|//|/\*|[^!-~]")  # by a preprocessor, which knows no escaped names
-# A `$` within a name is a part of it. `#1$finish` is a delay and a task, `4'h A$finish` a number and a task.
+_READ_OTHERWISE = re.compile(r"[\"`]|//|/\*|[^!-~]")  # by a preprocessor, which does not support escaped names
+# A `$` within a name is part of it. `#1$finish` is a delay and a task, `4'h A$finish` a number and a task.
 _TOKEN = re.compile(
     r"\\[^ \t\n]+|'\w*(?:\s+[\w?]++(?=\$))?|\d[\w.]*"
     r"|`(?P<directive>\w*)|(?P<word>[A-Za-z_][\w$]*)|(?P<system>\$[\w$]+)",
@@ -53,19 +53,19 @@ def _spaces(text: str) -> str:
 
 
 def blank(code: str) -> tuple[str, str | None]:
-    """(`code` with comments and strings replaced by spaces of the same length, what is never closed or oddly named)."""
+    """(`code` with comments and strings replaced by spaces of the same length, what is unclosed or oddly named)."""
     return _without_comments(code, keep_strings=False)
 
 
 def canonical(code: str) -> tuple[str, str | None]:
-    """(the text that is scanned and compiled, what keeps it from being read in only one way).
+    """(text to scan and compile, what makes it ambiguous).
 
-    Lines end in a line feed, comments are spaces, and outside of strings there is nothing but printable ASCII.
+    Lines end in a line feed, comments become spaces, and everything outside strings is printable ASCII.
     """
     text, trouble = _without_comments(code.replace("\r\n", "\n").replace("\r", "\n"), keep_strings=True)
     bare, _ = blank(text)
     if trouble is None and (found := _UNREADABLE.search(bare)):
-        trouble = f"the character U+{ord(found[0]):04X} outside of comments and strings"
+        trouble = f"the character U+{ord(found[0]):04X} outside comments and strings"
     if trouble is None and re.search(r"`include\b", bare):
         trouble = "directive `include"
     return text, trouble
@@ -94,7 +94,7 @@ def _without_comments(code: str, *, keep_strings: bool) -> tuple[str, str | None
         trouble = trouble or found
         if keep_strings and (match["string"] or match["open_string"] or match["escaped"]):
             return match[0]
-        if match["escaped"]:  # no word in it is a word of the code
+        if match["escaped"]:  # words in it are not words of the code
             return match[0] if _PLAIN_ESCAPED.fullmatch(match["escaped"]) else "\\" + "_" * len(match["escaped"])
         return _spaces(match[0])
 
@@ -102,7 +102,7 @@ def _without_comments(code: str, *, keep_strings: bool) -> tuple[str, str | None
 
 
 def without_dumps(code: str) -> str:
-    """`code` without the statements that write a wave form: there is no file for one, and some simulators end there."""
+    """`code` without statements that dump waveforms: there is no file for them, and some simulators end there."""
     bare, _ = blank(code)
     kept, at = [], 0
     for task in _TOKEN.finditer(bare):
@@ -122,7 +122,7 @@ def has_macros(text: str) -> bool:
 
 
 def forbidden(expanded: str) -> str | None:
-    """The first construct that a design may not have, in text that went through the preprocessor."""
+    """The first forbidden construct in preprocessed text, or None."""
     bare, trouble = blank(expanded)
     if trouble:
         return trouble
@@ -140,14 +140,14 @@ def _refused(token: re.Match[str]) -> str | None:
 
 
 def defined_modules(code: str) -> list[str]:
-    """Names of the modules in `code`, in their order."""
+    """Names of the modules in `code`, in order."""
     return [match[1] for match in _MODULE.finditer(blank(code)[0]) if match[1]]
 
 
 def reachable(code: str, top: str) -> str:
-    """`code` without the modules that `top` does not lead to: an answer's own test bench is no part of the design.
+    """`code` without the modules that `top` does not use: an answer's own test bench is not part of the design.
 
-    What stands outside of modules stays. Unbalanced modules stay as they are, for the compiler to complain of.
+    Text outside modules stays. Unbalanced modules stay as they are, for the compiler to report.
     """
     bare = blank(code)[0]
     spans: dict[str, tuple[int, int]] = {}

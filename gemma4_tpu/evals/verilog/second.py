@@ -1,8 +1,8 @@
-"""A second opinion: the design compared with the reference under random stimulus that nobody has seen.
+"""A second opinion: compares the design with the reference under fresh random stimulus.
 
-It is a `Problem` like any other, with a bench of our own, so that the same judge runs it behind the same walls. A
-design that knows the benchmark's stimulus by heart passes there and fails here. It is an opinion and no verdict: random
-stimulus also does what a specification rules out, and what a reference does then is one answer of many.
+It is a `Problem` like any other, with our own bench, so the same judge runs it in the same sandbox. A design that has
+memorised the benchmark's stimulus passes there and fails here. It is an opinion, not a verdict: random stimulus also
+does what a specification rules out, where the reference's behaviour is one of many valid ones.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from gemma4_tpu.evals.verilog.stimulus import Row, stimulus
 
 STIMULUS = "stimulus.hex"
 BENCH_TOP, REFERENCE_TOP = "second_opinion", "second_reference"
-STEP = 1000  # time units between rows: delays inside a design are shorter
+STEP = 1000  # time units between rows; delays inside a design are shorter
 
 _BENCH = """`timescale 1ns/1ps
 module {bench};
@@ -51,12 +51,12 @@ endmodule
 
 
 def second_problem(problem: Problem, ports: Sequence[Port], seed: int) -> Problem:
-    """The comparison of an answer to `problem` with its reference.
+    """A problem that compares an answer to `problem` with its reference.
 
     Args:
-      problem: has a reference.
-      ports: of the reference.
-      seed: decides the stimulus, together with the problem's name.
+      problem: a problem with a reference.
+      ports: the reference's.
+      seed: determines the stimulus, together with the problem's name.
     """
     roles = Roles.of(ports, problem.reference)
     rows = stimulus(ports, roles, f"{seed}/{problem.name}")
@@ -77,12 +77,12 @@ def second_problem(problem: Problem, ports: Sequence[Port], seed: int) -> Proble
 
 
 def second_name(name: str) -> str:
-    """What the second opinion about a problem is called: a judge knows problems by their names."""
+    """The name of a problem's second opinion, since a judge identifies problems by name."""
     return f"{name} (second opinion)"
 
 
 def _renamed(problem: Problem) -> str:
-    """The reference with names that no answer has: its modules may be called as an answer's are."""
+    """The reference with its modules renamed, since an answer's modules can have the same names."""
     names = {name: f"second_{name}" for name in defined_modules(problem.reference)}
     names[problem.reference_top] = REFERENCE_TOP
     words = re.compile(rf"(?<![\w$.])(?:{'|'.join(map(re.escape, names))})(?![\w$])")
@@ -115,7 +115,7 @@ def _bench(problem: Problem, ports: Sequence[Port], rows: Sequence[Row]) -> str:
 
 
 def _file(ports: Sequence[Port], rows: Sequence[Row]) -> str:
-    """The rows for `$readmemh`: whether it is compared, then every input, from the highest bit."""
+    """The rows for `$readmemh`: whether outputs are compared, then every input, highest bit first."""
     lines = []
     for compared, row in rows:
         number = int(compared)

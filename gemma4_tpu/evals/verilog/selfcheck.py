@@ -1,6 +1,6 @@
-"""What the references do on this simulator: the sample counts that a pass needs, and which problems can't be passed.
+"""The references' results on this simulator: the sample counts that a pass needs, and problems that can't be passed.
 
-They are recalled from a file per simulator version; a changed problem, bench or rule is judged anew.
+They are cached in one file per simulator version; a changed problem, bench or rule is judged again.
 """
 
 from __future__ import annotations
@@ -29,21 +29,21 @@ class VerilogSelfCheck:
     simulator: str
     sandbox: str
     levels: dict[str, str | None]
-    """Each level of isolation, and why it does not work here (null: it works)."""
+    """Level of isolation → why it does not work here (null: it works)."""
     golden: dict[str, Golden]
     recalled: int
-    """How many results come from the file of an earlier check."""
+    """Number of results from the cache of an earlier check."""
     seconds: float
     workers: int
     limits: dict[str, Any]
 
     @property
     def cannot_pass(self) -> dict[str, str]:
-        """Name → reason, of the problems whose own reference fails here."""
+        """Problem → reason, for problems whose own reference fails here."""
         return {name: golden.failure for name, golden in self.golden.items() if golden.failure}
 
     def table(self) -> str:
-        """For people."""
+        """The self-check as a table for people."""
         levels = [f"  {level:<12}{reason or 'works'}" for level, reason in self.levels.items()]
         counts = [golden.samples for golden in self.golden.values() if golden.samples is not None]
         slowest = max(self.golden, key=lambda name: self.golden[name].cpu_seconds, default=None)
@@ -54,7 +54,7 @@ class VerilogSelfCheck:
             f"sandbox     {self.sandbox} (limits: {limits})",
             *levels,
             f"references  {len(self.golden) - len(failing)} of {len(self.golden)} pass"
-            f" ({self.seconds:.1f} s on {self.workers} workers, {self.recalled} recalled)",
+            f" ({self.seconds:.1f} s on {self.workers} workers, {self.recalled} from the cache)",
             *failing,
         ]
         if counts:
@@ -79,7 +79,7 @@ def check_references(
     fresh: bool,
     keep: bool = True,
 ) -> VerilogSelfCheck:
-    """Judges the references that no earlier check has judged with this simulator (all of them, if `fresh`)."""
+    """Judges the references that no earlier check has judged with this simulator (all of them if `fresh`)."""
     started = time.monotonic()
     memory = Memory("references", config, tools)
     known = {key: Golden(**row) for key, row in ({} if fresh else memory.load()).items()}
@@ -116,5 +116,5 @@ def check_references(
 
 
 def _by_chance(golden: Golden) -> bool:
-    """Whether a slow machine may be to blame: such a result is not kept."""
+    """Whether a slow machine can be the cause; such a result is not cached."""
     return (golden.failure or "").startswith(VerdictClass.TIMEOUT)

@@ -1,4 +1,4 @@
-"""The held-out synthetic problems that travel with the package (made by `experiments/verilog_smoke`)."""
+"""The held-out synthetic problems that ship with the package (made by `experiments/verilog_smoke`)."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ class VerilogSmoke:
     """Rows of `{"id", "prompt", "reference", "testbench"}`; the reference defines `TopModule`, as answers do."""
 
     def load(self, path: str | Path = EMBEDDED) -> list[Problem]:
-        """The problems in a JSONL file (.gz or not).
+        """The problems in a JSONL file (optionally .gz).
 
         Raises:
-          UserError: a line is no such row, or there is none.
+          UserError: a line is not such a row, or there is none.
         """
         data = Path(path).read_bytes()
         text = (gzip.decompress(data) if data[:2] == b"\x1f\x8b" else data).decode("utf-8")
@@ -38,8 +38,8 @@ class VerilogSmoke:
                 )
             except (json.JSONDecodeError, KeyError, TypeError) as error:
                 raise UserError(
-                    f"{path}:{number}: no problem ({error!r}); needed are id, prompt, reference and testbench"
+                    f"{path}:{number}: not a problem ({error!r}); give id, prompt, reference and testbench"
                 ) from None
         if not problems:
-            raise UserError(f"{path} holds no problem")
+            raise UserError(f"{path}: contains no problem; give another file")
         return problems

@@ -1,4 +1,4 @@
-"""Which sandbox works on this machine: a spy is simulated in each, and has to come back with empty hands."""
+"""Finds which sandbox works on this machine: a spy is simulated in each, and must come back empty-handed."""
 
 from __future__ import annotations
 
@@ -27,10 +27,10 @@ endmodule
 
 
 def spy(tools: Tools, sandbox: Sandbox, folder: Path) -> str | None:
-    """Why the sandbox does not work here; null: it does. Runs in a worker; `folder` is its work folder."""
+    """Why the sandbox does not work here; None: it works. Runs in a worker; `folder` is its work folder."""
     outside = folder.parent / f"outside_{folder.name}"
     outside.mkdir(exist_ok=True)
-    outside.chmod(0o777)  # the file system itself would let anyone in
+    outside.chmod(0o777)  # file permissions alone would let anyone in
     secret, target = outside / "secret", outside / "target"
     try:
         secret.write_text("secret")
@@ -39,7 +39,7 @@ def spy(tools: Tools, sandbox: Sandbox, folder: Path) -> str | None:
         program = folder / "spy.vvp"
         program.touch()
         sandbox.adopt(program)
-        command = tools.compile_and_simulate("settings", "spy.sv", program.name, "built")  # as designs are
+        command = tools.compile_and_simulate("settings", "spy.sv", program.name, "built")  # as for designs
         done = sandbox.run(command, folder, writable=[program])
         built, *lines = done.stdout.split("\n")
         if built != "built":
@@ -55,10 +55,10 @@ def spy(tools: Tools, sandbox: Sandbox, folder: Path) -> str | None:
 
 
 def choose_level(config: JudgeConfig, tried: dict[Level, str | None]) -> Level:
-    """The strictest level that works, among those that the configuration allows.
+    """The strictest working level among those that the configuration allows.
 
     Raises:
-      UserError: none of them does, and `unsafe` is false; or the simulator does not run at all.
+      UserError: none works, and `unsafe` is false; or the simulator does not run at all.
     """
     if tried[Level.NONE]:
         raise UserError(f"the simulator does not run on this machine: {tried[Level.NONE]}")
@@ -69,9 +69,9 @@ def choose_level(config: JudgeConfig, tried: dict[Level, str | None]) -> Level:
     reasons = "; ".join(f"{level}: {tried[level]}" for level in allowed)
     if not config.unsafe:
         raise UserError(
-            f"eval.judge.sandbox={config.sandbox}: no sandbox works on this machine ({reasons}). Samples are code that"
-            " can read and write your files: install bubblewrap (`sudo apt-get install bubblewrap`), use a Linux with"
-            " Landlock (5.13 or newer), or accept the risk with eval.unsafe=true"
+            f"eval.judge.sandbox={config.sandbox}: no sandbox works on this machine ({reasons}), and samples are code"
+            " that can read and write your files: install bubblewrap (`sudo apt-get install bubblewrap`), use a Linux"
+            " with Landlock (5.13 or newer), or accept the risk with eval.unsafe=true"
         )
     log.warning("no sandbox works on this machine (%s): eval.unsafe=true lets samples read and write files", reasons)
     return Level.NONE

@@ -1,6 +1,6 @@
-"""A problem made ready for judging: its bench with a stand-in for the design, and the stimulus that it gives.
+"""A problem prepared for judging: its bench with a stand-in for the design, and the stimulus that the bench gives.
 
-Made once per problem and simulator, from trusted files alone (bench and reference), and kept in the pool's folder.
+It is made once per problem and simulator, from trusted files only (bench and reference), and kept in the pool's folder.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ from gemma4_tpu.evals.verilog.scan import blank, defined_modules, without_dumps
 BENCH_SOURCE, BESIDE, PROGRAM = "bench.sv", "beside.sv", "program.vvp"
 PLAYER, SETTINGS, BENCH_PROGRAM, ABOUT = "player.sv", "compiler.conf", "bench.vvp", "stage.json"
 PATIENCE, PATIENCE_TICKS = 10, 10_000
-"""A bench that waits for its design gets this many times the reference's simulated time, and a little more."""
+"""A bench that waits for its design gets this multiple of the reference's simulated time, plus a little."""
 
 UNKNOWN_TICKS = 10**8
-"""The same where there is no reference."""
+"""The same if there is no reference."""
 
 _ELABORATION = ("during elaboration", "Elaboration failed", "root module")
 _PARAMETERS = r"(#\s*\((?:[^()]|\((?:[^()]|\([^()]*\))*\))*\)\s*)?"
@@ -33,16 +33,16 @@ _SCOPE = re.compile(r'^S_\w+ \.scope \w+, "([^"]+)" "([^"]+)" .*?(?=^S_|\Z)', re
 _PORT = re.compile(r'\.port_info \d+ /(\w+) (\d+) "([^"]+)"')
 _PARAMETER = re.compile(r'^P_\w+ \.param/\w+ "(\w+)".*? ([01]) \d+ \d+, (?:\+?C4<([01xz]+)>)?', re.MULTILINE)
 _PRECISION = re.compile(r"^:vpi_time_precision ([+-]) (\d+);", re.MULTILINE)
-_TIMESCALE = re.compile(r"`timescale\s+\w+\s*/\s*\w+")  # a tick is the bench's, not the design's
+_TIMESCALE = re.compile(r"`timescale\s+\w+\s*/\s*\w+")  # the bench decides the length of a tick, not the design
 
 
 class NoStage(Exception):
-    """The bench and its own reference can't be made ready here."""
+    """The bench and its own reference can't be prepared here."""
 
     def __init__(self, reason: str, kind: VerdictClass = VerdictClass.NO_RESULT):
         """Args:
-        reason: in one line.
-        kind: of what failed.
+        reason: the reason, in one line.
+        kind: class of the failure.
         """
         super().__init__(reason)
         self.kind = kind
@@ -50,21 +50,21 @@ class NoStage(Exception):
 
 @dataclass(frozen=True, kw_only=True)
 class Stage:
-    """What judging needs to know of a problem. Bench, player, compiler settings and stimulus are in its folder."""
+    """What judging needs to know about a problem. Bench, player, compiler settings and stimulus are in its folder."""
 
     folder: Path
     result_marker: str
-    """The text that announces the result, with a nonce: a bench may print what the design drives."""
+    """The text that announces the result, with a nonce, because a bench can print values that the design drives."""
     player_top: str
     build_log: str
-    """What the compiler said of the bench."""
+    """The compiler's output for the bench."""
     response_bits: int
-    """How many bits the design's outputs have."""
+    """Number of bits in the design's outputs."""
     unknown_bit_ticks: int
-    """How long, and how many, bits of the reference's own stimulus are X or Z."""
+    """X and Z bits in the reference's own stimulus, times the ticks for which they last."""
 
     def result(self, problem: Problem, stdout: str) -> re.Match[str] | str:
-        """The match of the only result line, or why there is none."""
+        """The match of the only result line, or the reason why there is none."""
         pattern = re.compile(problem.result_pattern.replace("{marker}", re.escape(self.result_marker)))
         lines = [line.strip() for line in stdout.split("\n")]
         matches = [match for line in lines if (match := pattern.fullmatch(line))]
@@ -74,15 +74,15 @@ class Stage:
 
 
 def load(folder: Path) -> Stage:
-    """The stage that `build` made in a folder."""
+    """Loads the stage that `build` made in a folder."""
     return Stage(folder=folder, **json.loads((folder / ABOUT).read_text()))
 
 
 def build(problem: Problem, tools: Tools, run: Callable[..., Finished], folder: Path, design: str = "") -> None:
-    """Makes a stage's files in `folder`. `run(command, writable=…)` runs a command there.
+    """Writes a stage's files to `folder`. `run(command, writable=…)` runs a command there.
 
-    Where a problem has no reference, the ports are those of `design` (as measure `text` leaves it), which is compiled
-    with the bench for that and not run; the first stimulus is what the bench gives to a design that does nothing.
+    If a problem has no reference, the ports are those of `design` (as measure `text` leaves it), which is compiled with
+    the bench for that purpose but not run; the first stimulus is what the bench gives to a design that does nothing.
 
     Raises:
       NoStage: bench and reference don't build, or the bench can't be given a stand-in.
@@ -114,7 +114,7 @@ def build(problem: Problem, tools: Tools, run: Callable[..., Finished], folder: 
     if not problem.reference:
         stimulus, driven = stand_ins.stimulus_of_observed(interface, stimulus)
         if driven:
-            reason = f"the design calls {', '.join(sorted(driven))} an output, which the bench drives"
+            reason = f"the design declares {', '.join(sorted(driven))} as output, which the bench drives"
             raise NoStage(reason, VerdictClass.ELABORATION)
     last_tick = PATIENCE * last + PATIENCE_TICKS if problem.reference else UNKNOWN_TICKS
     _write(folder, {BESIDE: stand_ins.stand_in(interface, problem.top, last_tick)})
@@ -137,7 +137,7 @@ def build(problem: Problem, tools: Tools, run: Callable[..., Finished], folder: 
 
 
 def _seen(tools: Tools, run: Callable[..., Finished], folder: Path) -> tuple[str, int]:
-    """(what the bench gives to what stands in the design's place, the tick of its end)."""
+    """(stimulus that the bench gives to the stand-in, tick of its end)."""
     seen = folder / stand_ins.SEEN
     seen.touch()
     seen.chmod(0o666)
@@ -150,7 +150,7 @@ def _seen(tools: Tools, run: Callable[..., Finished], folder: Path) -> tuple[str
 
 
 def unknown_bit_ticks(stimulus: str) -> int:
-    """Sum over the lines of a stimulus: bits that are X or Z, times the ticks until the next line."""
+    """Sum over the lines of a stimulus: number of X and Z bits, times the ticks until the next line."""
     if "x" not in stimulus and "z" not in stimulus:
         return 0
     total, since, unknown = 0, 0, 0
@@ -168,7 +168,7 @@ def read_interface(program: str, problem: Problem) -> Interface:
     """How the bench in a compiled program instantiates the design.
 
     Raises:
-      NoStage: not once, or with ports that can't be replayed.
+      NoStage: it is not instantiated exactly once, or has ports that can't be replayed.
     """
     scopes = list(_SCOPE.finditer(program))
     mine = [scope for scope in scopes if scope[2] == problem.top]
@@ -178,7 +178,7 @@ def read_interface(program: str, problem: Problem) -> Interface:
     for direction, width, name in _PORT.findall(mine[0][0]):
         if direction not in ("INPUT", "OUTPUT"):
             raise NoStage(f"the port {name} is {direction.lower()}, which can't be replayed")
-        if not re.fullmatch(r"[A-Za-z_]\w*", name, re.ASCII):  # it is written into what runs with the bench
+        if not re.fullmatch(r"[A-Za-z_]\w*", name, re.ASCII):  # it becomes part of the code that runs with the bench
             raise NoStage(f"the port {name!r} has an escaped name, which can't be replayed")
         ports.append(BenchPort(name=name, width=int(width), output=direction == "OUTPUT"))
     precision = _PRECISION.search(program)
@@ -200,18 +200,18 @@ def read_interface(program: str, problem: Problem) -> Interface:
 
 
 def _instantiation(problem: Problem) -> tuple[str, tuple[str, ...] | None]:
-    """(`#(…)`, names of the connected ports; `*` for all, null for connections by position)."""
+    """(`#(…)`, names of the connected ports: `*` for all, None for connections by position)."""
     bare = blank(problem.testbench)[0]
     found = re.search(rf"\b{re.escape(problem.top)}\s+{_PARAMETERS}[A-Za-z_]\w*\s*\(\s*([^;]*)\)\s*;", bare)
     if found is None:
-        raise NoStage(f"no instance of {problem.top} is found in the text of the bench")
+        raise NoStage(f"the text of the bench has no instance of {problem.top}")
     connected = found[2].lstrip()
     names = tuple(re.findall(r"\.\s*(\*|[A-Za-z_]\w*)", connected)) if connected.startswith(".") else None
     return found[1] or "", names
 
 
 def _private(reference: str, old: str, new: str) -> str:
-    """A copy of the reference whose modules don't collide with another copy's; its top is called `new`."""
+    """A copy of the reference whose modules don't clash with another copy's; its top module is named `new`."""
     for name in defined_modules(reference):
         replacement = new if name == old else f"{name}_{new}"
         reference = re.sub(rf"(?<![.\w$]){re.escape(name)}(?![\w$])", replacement, reference)
@@ -219,7 +219,7 @@ def _private(reference: str, old: str, new: str) -> str:
 
 
 def build_failure(done: Finished) -> VerdictClass:
-    """Syntax or elaboration: the compiler names the later phase when it fails there."""
+    """Syntax or elaboration: the compiler names the latter if it fails there."""
     text = done.stdout + done.stderr
     return VerdictClass.ELABORATION if any(words in text for words in _ELABORATION) else VerdictClass.SYNTAX
 

@@ -1,18 +1,19 @@
-"""The Verilog that stands between a bench and a design, so that the two never share a process.
+"""The Verilog between a bench and a design, so that the two never share a process.
 
-A bench is compiled with a *stand-in* under the design's name: it writes down what happens at its inputs (the stimulus)
-and drives its outputs as a file says (the responses). A design is compiled with a *player*: it drives the design's
-inputs as the stimulus says and writes down its responses. A *recorder* is a stand-in whose outputs come from the
-reference; it makes the first stimulus.
+A bench is compiled with a *stand-in* under the design's name: it records what happens at its inputs (the stimulus) and
+drives its outputs from a file (the responses). A design is compiled with a *player*: it drives the design's inputs from
+the stimulus and records its responses. A *recorder* is a stand-in whose outputs come from the reference; it makes the
+first stimulus.
 
 ```
 stimulus   "<time> <hop> <bits of all inputs>" …, then "stop <time>"
 responses  "<stimulus line> <time> <hop> <bits of all outputs>" …, then "stop"
 ```
 
-Times are in ticks of the bench's precision. Within one time a simulator works in batches: first what happens at once,
-then the nonblocking assignments that this made, and so on. `hop` says that a line belongs to the batch behind the line
-before it (1) or to the same one (0), so that a flip-flop on the other side samples what it would sample beside it.
+Times are in ticks of the bench's precision. Within one time step a simulator works in batches: first the active events,
+then the nonblocking assignments that these schedule, and so on. `hop` says whether a line belongs to the batch after
+that of the line before it (1) or to the same one (0), so that a flip-flop on the other side samples the same values as
+it would in one simulation.
 """
 
 from __future__ import annotations
@@ -26,16 +27,16 @@ STIMULUS, RESPONSES, SEEN = "stimulus.txt", "responses.txt", "seen.txt"
 END = "stop\n"
 """Last line of the responses."""
 CAPPED = "limit"
-"""Last line but one of `SEEN` where the stand-in ended a bench that would not end."""
+"""Last line but one of `SEEN` if the stand-in ended a bench that would not end."""
 
 
 def _joined(ports: Sequence[BenchPort]) -> str:
-    """A concatenation, which can be assigned to and read."""
+    """A concatenation that can be assigned and read."""
     return f"{{{', '.join(port.name for port in ports)}}}"
 
 
 def _changes(ports: Sequence[BenchPort]) -> str:
-    """Waits for a change of any of them; for ever, where there are none."""
+    """Waits for a change of any of the ports; forever if there are none."""
     return f"@({', '.join(port.name for port in ports) or 'judge_never'})"
 
 
@@ -48,7 +49,7 @@ def _value(ports: Sequence[BenchPort]) -> str:
 
 
 def _edges(ports: Sequence[BenchPort]) -> str:
-    """Whether there is an edge of a one-bit port between `judge_last` and `judge_now`: no edge leads from X to Z."""
+    """Whether a one-bit port has an edge between `judge_last` and `judge_now`; from X to Z there is none."""
     terms, mask, position = [], 0, sum(port.width for port in ports)
     for port in ports:
         position -= port.width
@@ -57,7 +58,7 @@ def _edges(ports: Sequence[BenchPort]) -> str:
             terms.append(f"(^{now} !== 1'bx || ^{last} !== 1'bx) && {now} !== {last}")
             mask |= 1 << position
     any_of_them = " || ".join(f"({term})" for term in terms) or "0"
-    changed = "(judge_now ^ judge_last)"  # where nothing is unknown, it tells all
+    changed = "(judge_now ^ judge_last)"  # sufficient if no bit is unknown
     return f"^{changed} === 1'bx ? {any_of_them} : |({changed} & {_bits(ports)}'h{mask:x})"
 
 
@@ -74,10 +75,10 @@ def _head(interface: Interface, top: str, output: str) -> str:
 
 
 def _watch(interface: Interface) -> str:
-    """Writes the stimulus. The first line is what the inputs were before anything that a waiting block would see.
+    """Records the stimulus. Its first line has the inputs before any change that a waiting block would see.
 
-    Blocks are woken in an order that benches with races depend on: so these have the form of a design's blocks, and
-    wait for the same edges. A change of a one-bit input is noted by the block that waits for its edge.
+    Benches with races depend on the order in which blocks wake. So these blocks have the form of a design's, and wait
+    for the same edges. The block that waits for the edge of a one-bit input records its change.
     """
     inputs = interface.inputs
     look = f"judge_now = {_value(inputs)};"
@@ -128,21 +129,21 @@ def _watch(interface: Interface) -> str:
 
 
 def recorder(interface: Interface, top: str, reference: str) -> str:
-    """A module `top` that passes everything to the module `reference` and writes `SEEN`."""
+    """A module `top` that passes everything on to the module `reference` and writes `SEEN`."""
     connections = ", ".join(f".{port.name}({port.name})" for port in interface.ports)
     inside = f"  {reference} {_overriding(interface)} judge_reference ({connections});"
     return f"{_head(interface, top, 'wire')}{_watch(interface)}{inside}\nendmodule\n"
 
 
 def observer(interface: Interface, top: str, last_tick: int) -> str:
-    """A module `top` that drives nothing, not even outputs, and writes what all ports are as `SEEN`."""
+    """A module `top` that drives nothing, not even its outputs, and writes the values of all ports to `SEEN`."""
     everything = replace(interface, ports=tuple(replace(port, output=False) for port in interface.ports))
     cap = f"  always @(judge_line) if ($time > {last_tick}) $finish;\n"
     return f"{_head(everything, top, 'wire')}{_watch(everything)}{cap}endmodule\n"
 
 
 def stimulus_of_observed(interface: Interface, observed: str) -> tuple[str, set[str]]:
-    """(the stimulus in what an `observer` wrote, names of outputs that something in the bench drives)."""
+    """(stimulus in an `observer`'s file, names of outputs that the bench drives)."""
     lines: list[str] = []
     driven: set[str] = set()
     for line in observed.splitlines():
@@ -153,7 +154,7 @@ def stimulus_of_observed(interface: Interface, observed: str) -> tuple[str, set[
             position += port.width
             if not port.output:
                 inputs += value
-            elif lines and value.strip("z"):  # the first line is what was before anything was driven
+            elif lines and value.strip("z"):  # the first line dates from before anything was driven
                 driven.add(port.name)
         lines.append(" ".join([*when, inputs or "0"]) if len(when) == 2 else line)
     return "".join(f"{line}\n" for line in lines), driven
@@ -165,7 +166,7 @@ def _overriding(interface: Interface) -> str:
 
 
 def stand_in(interface: Interface, top: str, last_tick: int) -> str:
-    """A module `top` whose outputs are as `RESPONSES` says. It writes `SEEN` and ends the bench behind `last_tick`."""
+    """A module `top` whose outputs follow `RESPONSES`. It writes `SEEN` and ends the bench after `last_tick`."""
     outputs = interface.outputs
     return f"""{_head(interface, top, "reg")}{_watch(interface)}  integer judge_responses = $fopen("{RESPONSES}", "r");
   integer judge_got = 4, judge_for = -1, judge_hop = 0, judge_answered = -1;
@@ -227,7 +228,7 @@ endmodule
 def player(interface: Interface, top: str, name: str, first: str) -> str:
     """A root module `name` that plays `STIMULUS` to the module `top` and writes `RESPONSES`.
 
-    `first` are the bits of the stimulus's first line: the inputs before anything happens.
+    `first`: the bits of the stimulus's first line, which are the inputs before anything happens.
     """
     inputs, outputs = interface.inputs, interface.outputs
     declared, position = [], 0
@@ -250,7 +251,7 @@ endmodule
 
 
 def _play(inputs: Sequence[BenchPort]) -> str:
-    """Drives the inputs line by line, and ends the simulation behind the last one."""
+    """Drives the inputs line by line, and ends the simulation after the last one."""
     return f"""  integer judge_stimulus, judge_responses, judge_got, judge_hop;
   reg [63:0] judge_at, judge_now;
   reg [{_bits(inputs) - 1}:0] judge_bits;
@@ -283,7 +284,7 @@ def _play(inputs: Sequence[BenchPort]) -> str:
 
 
 def _respond(outputs: Sequence[BenchPort]) -> str:
-    """Writes down what the outputs do, and behind which line of the stimulus."""
+    """Records the outputs' changes, each with its line of the stimulus."""
     return f"""  reg [{_bits(outputs) - 1}:0] judge_last;
   task judge_note;
     if (judge_known != judge_line) begin

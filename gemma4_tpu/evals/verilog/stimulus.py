@@ -1,8 +1,8 @@
-"""Random stimulus for a module: what stands at its inputs, row by row.
+"""Random stimulus for a module: the values of its inputs, row by row.
 
-A row that moves a clock moves nothing else, so that no input changes together with an edge. Inputs are not only drawn
-evenly: by episodes they are held, nearly always 0 or 1, one-hot, or equal to each other, so that counters wrap,
-comparisons are met and enables stay.
+A row that changes a clock changes nothing else, so no input changes together with an edge. Inputs are not just drawn
+uniformly: in episodes they are held, mostly 0 or mostly 1, one-hot, or equal to each other, so that counters wrap,
+comparisons become true and enables last.
 """
 
 from __future__ import annotations
@@ -13,21 +13,21 @@ from collections.abc import Iterator, Sequence
 from gemma4_tpu.evals.verilog.ports import Port, Roles
 
 EXHAUSTIVE_BITS = 10
-"""Combinational modules with at most this many input bits see every input."""
+"""Combinational modules with at most this many input bits get every input."""
 VECTORS, CYCLES, EPISODE = 1000, 500, 25
 AFTER_ALL = 100
-"""Random vectors after every input was there once: latches have a past."""
+"""Number of random vectors after every input has occurred once, since latches have a state."""
 RESET_CYCLES = 3
-"""At the start, without comparison, where there is a reset."""
+"""Cycles at the start, without comparison, if there is a reset."""
 RESET_RATES = (0.0, 0.02, 0.02, 0.2, 0.6)
-"""How often a reset is asserted in an episode; the last ones also serve where its polarity was taken wrongly."""
+"""Rates at which an episode asserts a reset; the last ones also cover a wrongly inferred polarity."""
 
 Row = tuple[bool, dict[str, int]]
 """(whether outputs are compared, value of each input)."""
 
 
 def stimulus(ports: Sequence[Port], roles: Roles, seed: str) -> list[Row]:
-    """Rows for a module with these `ports`; the same for the same `seed`."""
+    """Rows for a module with these `ports`; determined by `seed`."""
     inputs = {port.name: port.bits for port in ports if port.direction == "INPUT"}
     rng = random.Random(seed)
     if roles.clocks:
@@ -59,7 +59,7 @@ def _vectors(inputs: dict[str, int], rng: random.Random, count: int) -> Iterator
 
 
 def _clocked(inputs: dict[str, int], roles: Roles, rng: random.Random) -> Iterator[Row]:
-    """Cycles of every clock; other inputs move before rising edges, and now and then while the clock is high."""
+    """Cycles of every clock; other inputs change before rising edges, and occasionally while the clock is high."""
     data = {name: inputs[name] for name in roles.data}
     row = dict.fromkeys(inputs, 0) | {name: int(level) for name, level in roles.resets.items()}
     for cycle in range(-RESET_CYCLES if roles.resets else 0, CYCLES):

@@ -1,7 +1,7 @@
-"""How much a benchmark's benches ask for: which of them accept a design that does nothing, how many mistakes they find.
+"""How strict a benchmark's benches are: which accept a design that does nothing, and how many mistakes they find.
 
-A bench that accepts a stub is *vacuous*, unless the reference is no more than that stub (a benchmark may well ask for a
-constant): then the stub passes the second opinion, too.
+A bench that accepts a stub is *vacuous*, unless the reference does no more than the stub (a benchmark can request a
+constant): then the stub passes the second opinion too.
 """
 
 from __future__ import annotations
@@ -22,34 +22,34 @@ from gemma4_tpu.evals.verilog.stubs import stubs
 from gemma4_tpu.evals.verilog.verdict import reference_as_answer
 from gemma4_tpu.evals.verilog.verilog_judge import VerilogJudge
 
-SEED = 0  # of the second stimulus here: grades are kept, and should be the same tomorrow
+SEED = 0  # for the second stimulus here: grades are cached, and should be reproducible
 MOST_MUTANTS = 8  # of each reference
 
 
 @dataclass(frozen=True, kw_only=True)
 class Strength:
-    """What one bench is worth."""
+    """The strength of one bench."""
 
     ungraded: str | None = None
-    """Why nothing is known: no reference, ports that stubs can't have, a reference that fails here."""
+    """Why it is not graded: no reference, ports that stubs can't have, or a reference that fails here."""
     accepted: list[str] = field(default_factory=list)
-    """Stubs that pass though they are wrong."""
+    """Stubs that pass although they are wrong."""
     trivial: list[str] = field(default_factory=list)
     """Stubs that pass because the reference does no more under random stimulus."""
     mutants: int | None = None
-    """Mutants of the reference that build; null: not tried."""
+    """Number of the reference's mutants that build; null: not tried."""
     survivors: int = 0
-    """Those that pass."""
+    """Number of mutants that pass."""
     wrong_survivors: int = 0
-    """Those of them that differ from the reference under random stimulus."""
+    """Number of these that differ from the reference under random stimulus."""
 
 
 def reference_ports(
     problems: Sequence[Problem], judge: VerilogJudge
 ) -> tuple[dict[str, list[Port]], dict[str, str]]:  # fmt: skip
-    """(problem → the ports of its reference, problem → why they can't be had)."""
+    """(problem → ports of its reference, problem → why they are unavailable)."""
     asked = {p.name: judge.task(read_ports, p.reference, p.reference_top) for p in problems if p.reference}
-    found = {p.name: asked[p.name].result() if p.name in asked else "is not there" for p in problems}
+    found = {p.name: asked[p.name].result() if p.name in asked else "is missing" for p in problems}
     return (
         {name: ports for name, ports in found.items() if not isinstance(ports, str)},
         {name: f"the reference {reason}" for name, reason in found.items() if isinstance(reason, str)},
@@ -60,15 +60,15 @@ def grade(
     problems: Sequence[Problem], judge: VerilogJudge, cannot_pass: Mapping[str, str], config: JudgeConfig, *,
     with_mutants: bool = False, fresh: bool = False,
 ) -> dict[str, Strength]:  # fmt: skip
-    """The strength of each problem's bench; what is known of it from earlier is recalled, unless `fresh`.
+    """The strength of each problem's bench; earlier grades come from the cache, unless `fresh`.
 
     Args:
-      problems: prepared by `judge`.
+      problems: problems prepared by `judge`.
       judge: judges stubs and mutants as it would answers.
       cannot_pass: problems whose reference fails here.
       config: names the cache folder.
-      with_mutants: also count mutants (several times as long).
-      fresh: recall nothing.
+      with_mutants: also count mutants (takes several times as long).
+      fresh: ignore the cache.
     """
     memory = Memory("benches", config, judge.tools)
     known = {} if fresh else {key: Strength(**row) for key, row in memory.load().items()}
@@ -101,13 +101,13 @@ def _graded(
 
 _MUTANT = "mutant"
 _UNBUILT = ("text", "build")
-"""Measures that refuse a design before it runs."""
+"""Measures that can refuse a design before it runs."""
 Design = tuple[Problem, str, str]
-"""(problem, name of the stub or `mutant`, source)."""
+"""(problem, name of the stub or `mutant`, source)"""
 
 
 def _passing(designs: Sequence[Design], judge: VerilogJudge) -> tuple[list[Design], Counter[str]]:
-    """(those that pass, number of mutants that came to a result by problem)."""
+    """(designs that pass, problem → number of mutants with a result)."""
     answers = ((problem, f"```verilog\n{code}\n```") for problem, _, code in designs)
     verdicts = list(judge.judge_all(answers, official=False))
     came = [d for d, v in zip(designs, verdicts, strict=True) if v.passed or v.refused_by not in _UNBUILT]
@@ -131,18 +131,18 @@ def _strength(
 
 
 def _mutants(problem: Problem) -> list[str]:
-    """Some of the reference's mutants, always the same."""
+    """A fixed selection of the reference's mutants."""
     found = mutants(reference_as_answer(problem))
     return random.Random(problem.name).sample(found, min(MOST_MUTANTS, len(found)))
 
 
 def vacuous(grades: Mapping[str, Strength]) -> dict[str, list[str]]:
-    """Problem → stubs that its bench accepts, of the vacuous ones."""
+    """Problem → stubs that its bench accepts, for vacuous benches."""
     return {name: grade.accepted for name, grade in grades.items() if grade.accepted}
 
 
 def sentences(grades: Mapping[str, Strength]) -> list[str]:
-    """For people: how many benches accept which stub, how many mutants they find, what is not known."""
+    """Sentences for people: how many benches accept which stub, how many mutants they find, what is not graded."""
     graded = {name: grade for name, grade in grades.items() if not grade.ungraded}
     accepting = vacuous(graded)
     kinds = Counter(stub for accepted in accepting.values() for stub in accepted)

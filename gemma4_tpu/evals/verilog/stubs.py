@@ -1,4 +1,4 @@
-"""Designs that do nothing: a bench that lets one of them pass asks for nothing."""
+"""Designs that do nothing: a bench that passes one of them tests nothing."""
 
 from __future__ import annotations
 
@@ -28,5 +28,5 @@ def _module(top: str, ports: Sequence[Port], value: Callable[[Port], str] | None
 
 
 def _nearest(output: Port, inputs: Sequence[Port]) -> Port:
-    """The input nearest in width, the last of several: a clock comes first, usually."""
+    """The input closest in width, and the last of several, because a clock usually comes first."""
     return min(reversed(inputs), key=lambda port: abs(port.bits - output.bits))

@@ -1,6 +1,6 @@
-"""What other tools say of a design, where they are installed: lint (verilator), size and equivalence (yosys).
+"""What other installed tools say about a design: lint (verilator), size and equivalence (yosys).
 
-Each runs in the judge's sandbox. `None` is "not known": the tool does not read the design, gives up, or is not there.
+Each runs in the judge's sandbox. None means unknown: the tool can't read the design, gives up, or is not installed.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ _CELLS = re.compile(r"^\s*Number of cells:\s+(\d+)", re.MULTILINE)
 _TRANSISTORS = re.compile(r"Estimated number of transistors:\s+(\d+)")
 _WARNING = re.compile(r"^%Warning-\w+:", re.MULTILINE)
 
-# Neither flip-flops nor latches nor memories: what is left is a function of the inputs, which SAT decides.
+# Without flip-flops, latches and memories, the rest is a function of the inputs, which SAT decides.
 _EQUIVALENCE = """
 read_verilog -sv {reference}
 prep -top {reference_top} -flatten
@@ -40,7 +40,7 @@ sat -verify -prove trigger 0 -set-def-inputs -enable_undef -timeout {seconds} mi
 
 
 def level_for_yosys(judge: VerilogJudge) -> Level | None:
-    """Where yosys runs: it looks up its own path in /proc, which bubblewrap's sandbox does not have."""
+    """The level for yosys: it looks up its own path in /proc, which bubblewrap's sandbox does not have."""
     if judge.levels[Level.LANDLOCK] is None:
         return Level.LANDLOCK
     return Level.NONE if judge.level is Level.NONE else None
@@ -55,7 +55,9 @@ def installed(name: str) -> Path | None:
 def equivalent(
     tools: Tools, sandbox: Sandbox, folder: Path, yosys: Path, reference: str, reference_top: str, code: str, top: str
 ) -> bool | None:
-    """Whether a combinational design does what the reference does for every input; bits that it leaves open are."""
+    """Whether a combinational design matches the reference for every input, except in bits that the reference leaves
+    open.
+    """
     script = _EQUIVALENCE.format(
         reference=REFERENCE, design=DESIGN, reference_top=reference_top, top=top, seconds=SAT_SECONDS
     )
@@ -78,7 +80,7 @@ def size(
 
 
 def lint(tools: Tools, sandbox: Sandbox, folder: Path, verilator: Path, code: str, top: str) -> int | None:
-    """Number of warnings of `verilator --lint-only -Wall`, those about file names left out."""
+    """Number of warnings of `verilator --lint-only -Wall`, except those about file names."""
     command = [str(verilator), "--lint-only", "-Wall", "-Wno-DECLFILENAME", "-Wno-EOFNEWLINE", "-Wno-fatal"]
     done = _run(sandbox, folder, {DESIGN: code}, [*command, "--top-module", top, DESIGN])
     return len(_WARNING.findall(done.stderr)) if done.returncode == 0 else None

@@ -1,19 +1,19 @@
-"""The verdict on one design: measures, each of which can refuse it, and the benchmark's own rule beside.
+"""The verdict on one design: measures, each of which can refuse it, alongside the benchmark's own rule.
 
-The design is simulated alone, behind a player that gives it the bench's stimulus and writes down its responses. Then
-the bench runs, in a process without a line of the design, with a stand-in that gives it these responses
+The design is simulated alone, under a player that gives it the bench's stimulus and records its responses. Then the
+bench runs, in a process that contains no line of the design, with a stand-in that gives it these responses
 (`stand_ins.py`).
 
-1. `text`: nothing unterminated or unreadable, no system task or directive off the lists, in the source and in its
+1. `text`: nothing unterminated or unreadable, and only listed system tasks and directives, in the source and in its
    expansion;
-2. `build`: the design builds behind the player;
+2. `build`: the design builds with the player;
 3. `run`: its simulation lasts until the stimulus ends;
-4. `replay`: the bench, given the responses, gives the stimulus that they were made for, and one result;
+4. `replay`: given the responses, the bench gives the stimulus for which they were made, and one result;
 5. `count`: no errors, and as many samples as with the reference on this simulator.
 
-Where a bench waits for its design, the stimulus depends on the responses. It then differs from the reference's from
-some moment on; the design is simulated again with the new one, until both agree. Each round is right for at least one
-moment more, since nothing in a bench depends on what comes later.
+If a bench waits for its design, the stimulus depends on the responses, and differs from the reference's from some
+moment on. The design is then simulated again with the new stimulus, until both agree. Each round is correct for at
+least one moment more, since nothing in a bench depends on the future.
 """
 
 from __future__ import annotations
@@ -49,35 +49,35 @@ DESIGN, EXPANDED = "design.sv", "expanded.sv"
 PLAYED = "played.sv"  # player and design
 ROUNDS = 200  # of a bench that waits for its design
 CPU_FACTOR = 10
-"""A compilation or simulation gets this many times what judging the reference took, and at least a second."""
+"""A compilation or simulation gets this multiple of the time for judging the reference, but at least a second."""
 DETAIL_CHARACTERS = 200
 
 
 @dataclass(frozen=True, kw_only=True)
 class Golden:
-    """What the reference of a problem did on this simulator."""
+    """The result of a problem's reference on this simulator."""
 
     samples: int | None = None
-    """Comparisons that the bench made; null where its result has no count."""
+    """Number of comparisons that the bench made; null if its result has no count."""
     failure: str | None = None
-    """Why the reference itself does not pass; null: it does."""
+    """Why the reference itself does not pass; null: it passes."""
     builds_unchanged: bool = True
-    """Whether the bench builds as the benchmark has it (on Icarus 13, verilog-eval's don't)."""
+    """Whether the benchmark's bench builds unchanged (on Icarus 13, verilog-eval's don't)."""
     cpu_seconds: float = 0.0
 
 
 @dataclass(frozen=True, kw_only=True)
 class Findings:
-    """What the measures say of a design."""
+    """What the measures found about a design."""
 
     kind: VerdictClass
     measure: str | None = None
-    """Which one refused it."""
+    """The measure that refused it."""
     detail: str = ""
     mismatches: int | None = None
     samples: int | None = None
     log: str = ""
-    """Everything that building and running it printed."""
+    """The complete output of building and running it."""
 
 
 class Refused(Exception):
@@ -90,28 +90,28 @@ class Refused(Exception):
 
 @dataclass(kw_only=True)
 class Trial:
-    """One design before one bench, in an empty folder that is thrown away afterwards."""
+    """One design judged with one bench, in an empty folder that is discarded afterwards."""
 
     problem: Problem
     code: str
     tools: Tools
     sandbox: Sandbox
     folder: Path
-    """Where the design is compiled and simulated."""
+    """Folder in which the design is compiled and simulated."""
     benches: Benches
-    """Simulate the bench, where no design reads it."""
+    """Simulates the bench, out of reach of any design."""
     stage: Callable[[str], Stage] | None
-    """Makes the bench ready for the design's text, or raises `NoStage`; null: only the benchmark's own rule can be
-    asked."""
+    """Prepares the bench for the design's text, or raises `NoStage`; None: only the benchmark's own rule is
+    available."""
     limit_seconds: float | None = None
-    """CPU time of one program; null: as configured."""
+    """Limit on the CPU time of one program; None: as configured."""
     replays: Replays = field(default_factory=Replays)
     cpu_seconds: float = 0.0
     pruned: bool = field(default=False, init=False)
-    """Modules that the design does not use were left out."""
+    """Whether modules that the design does not use were left out."""
 
     def strict(self, golden: Golden | None) -> Findings:
-        """All measures; without `golden` the last one only asks for no errors."""
+        """Applies all measures; without `golden`, the last one only requires no errors."""
         assert self.stage is not None
         try:
             design = self._text()
@@ -123,12 +123,12 @@ class Trial:
         """Runs a command in the design's folder.
 
         Raises:
-          Refused: by `measure`, a command that had to be stopped.
+          Refused: the command had to be stopped; `measure` refuses.
         """
         return self._checked(self._run(command, writable), measure)
 
     def _text(self) -> str:
-        """Measure 1: the text that is compiled."""
+        """Measure 1: returns the text that is compiled."""
         code, found = scan.canonical(self.code)
         if found:
             raise Refused(VerdictClass.FORBIDDEN, "text", found)
@@ -140,7 +140,7 @@ class Trial:
         return scan.without_dumps(design)
 
     def _staged(self, stage: Callable[[str], Stage], design: str) -> Stage:
-        """The bench made ready. Where there is no reference, the design itself may be why it can't be."""
+        """The prepared bench. Without a reference, a failure to prepare it can be due to the design itself."""
         try:
             return stage(design)
         except NoStage as reason:
@@ -148,7 +148,7 @@ class Trial:
             raise Refused(reason.kind if blamed else VerdictClass.NO_RESULT, "build", str(reason)) from None
 
     def _expanded(self, code: str) -> str:
-        """The design as the preprocessor leaves it, without macros."""
+        """The design after the preprocessor, without macros."""
         write(self.folder, {DESIGN: code})
         done = self.run(self.tools.preprocess(DESIGN, EXPANDED), "text", writable=[self.folder])
         if done.returncode:
@@ -156,14 +156,14 @@ class Trial:
         try:
             text = read(self.folder / EXPANDED)
         except OSError as error:
-            raise Refused(VerdictClass.SYNTAX, "text", f"nothing was preprocessed: {error}") from None
+            raise Refused(VerdictClass.SYNTAX, "text", f"the preprocessor failed: {error}") from None
         text, found = scan.canonical(text)
         if found:
             raise Refused(VerdictClass.FORBIDDEN, "text", found)
         return text
 
     def _simulate(self, stage: Stage, design: str) -> tuple[Mapping[str, str], str]:
-        """Measures 2 to 4: (groups of the result line, log as the benchmark would have it)."""
+        """Measures 2 to 4: returns (groups of the result line, log as the benchmark would see it)."""
         first = read(stage.folder / stand_ins.STIMULUS)
         stimulus, build_log = first, None
         for _ in range(ROUNDS):
@@ -179,7 +179,7 @@ class Trial:
                 raise Refused(VerdictClass.MISMATCH, "replay", "the design made the reference's inputs unknown")
             stimulus = seen
         else:
-            raise Refused(VerdictClass.NO_RESULT, "replay", f"bench and design do not agree in {ROUNDS} rounds")
+            raise Refused(VerdictClass.NO_RESULT, "replay", f"bench and design do not agree after {ROUNDS} rounds")
         log = "".join([stage.build_log, build_log, played.stdout, played.stderr, bench.stdout, bench.stderr])
         log = log.replace(stage.result_marker, self.problem.result_marker)
         if f"\n{stand_ins.CAPPED}\n" in f"\n{seen}":
@@ -193,9 +193,9 @@ class Trial:
         return result.groupdict(), log
 
     def _built_and_played(self, stage: Stage, design: str) -> tuple[str, Finished, str]:
-        """Measures 2 and 3, in one sandbox: as `_played_again`, and what the compiler printed.
+        """Measures 2 and 3, in one sandbox: like `_played_again`, plus the compiler's output.
 
-        No directive of the design reaches the player, which stands first.
+        No directive of the design affects the player, which comes first.
         """
         (self.folder / SETTINGS).unlink(missing_ok=True)
         os.link(stage.folder / SETTINGS, self.folder / SETTINGS)
@@ -213,14 +213,14 @@ class Trial:
         return self._responses(stage, text, played), played, printed + complained
 
     def _played_again(self, stage: Stage) -> tuple[str, Finished]:
-        """Measure 3: what the design answers to the stimulus in its folder, and what it printed."""
+        """Measure 3: the design's responses to the stimulus in its folder, and its output."""
         text, done = self._written(self.tools.simulate(PROGRAM))
         return self._responses(stage, text, done), done
 
     def _responses(self, stage: Stage, text: str, done: Finished) -> str:
-        """The lines of responses in what a simulation wrote.
+        """The response lines in the file that a simulation wrote.
 
-        A design could write there what it likes. It would still be nothing but a claim about its outputs.
+        A design could write anything to it, but that would still be no more than a claim about its outputs.
         """
         if self._checked(done, "run").returncode:
             raise Refused(VerdictClass.RUNTIME, "run", f"exit code {done.returncode}: {_complaint(done)}")
@@ -232,7 +232,7 @@ class Trial:
         return lines[0]
 
     def _seen(self, stage: Stage, first: str, responses: str) -> tuple[str, Finished]:
-        """The stimulus that the bench gives to a design with these responses (`first`, often), and what it says."""
+        """The stimulus that the bench gives to a design with these responses (often `first`), and its output."""
         if known := self.replays.get(stage, responses):
             return first, known
         command, files = self.tools.simulate(BENCH_PROGRAM), {**self.problem.files, stand_ins.RESPONSES: responses}
@@ -244,17 +244,17 @@ class Trial:
         return seen, done
 
     def _written(self, command: Sequence[str] | str, writable: Sequence[Path] = ()) -> tuple[str, Finished]:
-        """The responses that a simulation wrote, and what it printed; it may write to no other file but `writable`."""
+        """The responses that a simulation wrote, and its output; it may write no other files than `writable`."""
         file = self.folder / stand_ins.RESPONSES
         file.unlink(missing_ok=True)
-        with file.open("x+b") as opened:  # read through this handle: the name could lead elsewhere by then
+        with file.open("x+b") as opened:  # read through this handle, since the name could point elsewhere by then
             self.sandbox.adopt(file)
             done = self._run(command, [file, *writable])
             opened.seek(0)
             return opened.read().decode("ascii", "replace"), done
 
     def _count(self, groups: Mapping[str, str], log: str, golden: Golden | None) -> Findings:
-        """Measure 5."""
+        """Measure 5: the count."""
         mismatches = int(groups.get("errors") or 0)
         samples = int(groups["samples"]) if "samples" in groups else None
         detail = ""
@@ -286,7 +286,7 @@ class Trial:
 
 
 def judge_code(trial: Trial, golden: Golden) -> Findings:
-    """The strict verdict. Where the reference itself fails here, nothing can pass."""
+    """The strict verdict. If the reference itself fails here, nothing can pass."""
     if golden.failure is None:
         return trial.strict(golden)
     detail = f"the reference itself fails with {trial.tools.name}: {golden.failure}"
@@ -294,12 +294,12 @@ def judge_code(trial: Trial, golden: Golden) -> Findings:
 
 
 def reference_as_answer(problem: Problem) -> str:
-    """The reference under the name that an answer has."""
+    """The reference under the name of an answer."""
     return re.sub(rf"\b{re.escape(problem.reference_top)}\b", problem.top, problem.reference)
 
 
 def _complaint(done: Finished) -> str:
-    """The first line of what a tool complained of, behind its warnings."""
+    """The first line of a tool's complaints, after its warnings."""
     lines = [line.strip() for line in (done.stderr + done.stdout).split("\n") if line.strip()]
     graver = [line for line in lines if "warning:" not in line]
     return (graver or lines or [f"exit code {done.returncode} and no output"])[0]

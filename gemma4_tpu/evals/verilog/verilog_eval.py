@@ -1,4 +1,4 @@
-"""verilog-eval v2, the task specification to RTL: a folder of `ProbNNN_name_{prompt.txt,ref.sv,test.sv}`."""
+"""The specification-to-RTL task of verilog-eval v2: a folder of `ProbNNN_name_{prompt.txt,ref.sv,test.sv}`."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ SUFFIXES = ("_prompt.txt", "_ref.sv", "_test.sv")
 DATASET = "dataset_spec-to-rtl"
 
 _OFFICIAL_RESULT = re.compile(r"^Mismatches: (\d+) in \d+ samples$")
-_OFFICIAL_REFUSALS = (  # any of them in a line ends the official analysis as a failure
+_OFFICIAL_REFUSALS = (  # the official analysis fails if a line contains any of these
     "syntax error",
     "warning: always_comb process has no sensitivities",
     "found no sensitivities so it will never trigger",
@@ -26,7 +26,7 @@ _OFFICIAL_REFUSALS = (  # any of them in a line ends the official analysis as a 
 
 
 def official_rule(log: str) -> bool:
-    """The rule of the benchmark's own script: a line with 0 mismatches, and no line that looks like trouble."""
+    """The rule of the benchmark's own script: a line with 0 mismatches, and no line that looks like an error."""
     passed = False
     for line in log.split("\n"):
         if "error" in line or "Unable to bind wire/reg" in line or any(word in line for word in _OFFICIAL_REFUSALS):
@@ -37,7 +37,7 @@ def official_rule(log: str) -> bool:
 
 
 def make_problem(name: str, *, prompt: str, reference: str, testbench: str) -> Problem:
-    """A problem in this benchmark's style: the bench compares `TopModule` with `RefModule`."""
+    """Makes a problem in this benchmark's style: the bench compares `TopModule` with `RefModule`."""
     return Problem(
         name=name,
         prompt=prompt,
@@ -54,7 +54,7 @@ def make_problem(name: str, *, prompt: str, reference: str, testbench: str) -> P
 
 
 class VerilogEval:
-    """The 156 problems of the benchmark, from a clone of it."""
+    """The benchmark's 156 problems, from a clone of it."""
 
     def load(self, path: str | Path) -> list[Problem]:
         """The problems in `path`: the clone, or its folder `dataset_spec-to-rtl`.
@@ -68,7 +68,7 @@ class VerilogEval:
         names = sorted(file.name.removesuffix(SUFFIXES[0]) for file in folder.glob(f"Prob*{SUFFIXES[0]}"))
         if not names:
             raise UserError(
-                f"eval.problems_path={path} holds no Prob*{SUFFIXES[0]}; give a clone of verilog-eval or its folder"
+                f"eval.problems_path={path}: contains no Prob*{SUFFIXES[0]}; give a clone of verilog-eval or its folder"
                 f" {DATASET}"
             )
         return [self._problem(folder, name) for name in names]

@@ -1,6 +1,6 @@
 """The Verilog judge: completions in, verdicts out.
 
-Made from a `JudgeConfig` as a context manager; `prepare(problems)` once, then `judge_all((problem, completion), …)`.
+Use it as a context manager: `prepare(problems)` once, then `judge_all([(problem, completion), …])`.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from gemma4_tpu.evals.verilog.spy import choose_level
 from gemma4_tpu.evals.verilog.verdict import Golden
 
 T = TypeVar("T")
-AHEAD = 4  # samples per worker that wait to be judged
+AHEAD = 4  # samples per worker that are queued
 
 
 class VerilogJudge:
@@ -39,7 +39,7 @@ class VerilogJudge:
 
     def __init__(self, config: JudgeConfig):
         if not sys.platform.startswith("linux"):
-            raise UserError(f"judging needs Linux, whose sandboxes it uses (this is {sys.platform}): use a container")
+            raise UserError(f"judging uses Linux sandboxes, and this is {sys.platform}: run it in a Linux container")
         self.config = config
         self.tools = find_tools(config.iverilog)
         self._pool = Pool(config, self.tools)
@@ -52,12 +52,12 @@ class VerilogJudge:
         self._golden: dict[str, Golden] = {}
 
     def prepare(self, problems: Sequence[Problem], *, fresh: bool = False, keep: bool = True) -> VerilogSelfCheck:
-        """Has the references judged, or recalls what they did with this simulator.
+        """Judges the references, or recalls their results with this simulator.
 
         Args:
-          problems: to be judged.
-          fresh: recall nothing.
-          keep: recall it next time; not for problems that there are only once.
+          problems: the problems to judge.
+          fresh: ignore cached results.
+          keep: cache the results; not useful for problems that occur only once.
         """
         check = check_references(
             problems, self._pool, self.config, self.tools,
@@ -67,12 +67,12 @@ class VerilogJudge:
         return check
 
     def submit(self, problem: Problem, completion: str, *, official: bool = True) -> Future[Verdict]:
-        """A verdict to come, while others are generated.
+        """Queues a verdict, while further samples are generated.
 
         Args:
-          problem: prepared.
-          completion: of a model.
-          official: also ask the benchmark's own rule, which may take another simulation.
+          problem: a prepared problem.
+          completion: a model's.
+          official: also apply the benchmark's own rule, which can take another simulation.
         """
         if problem.name not in self._golden:
             raise AssertionError(f"{problem.name}: prepare() has not seen this problem")
@@ -84,7 +84,7 @@ class VerilogJudge:
         return self.submit(problem, completion).result()
 
     def judge_all(self, samples: Iterable[tuple[Problem, str]], *, official: bool = True) -> Iterator[Verdict]:
-        """Verdicts in the order of the samples, on all workers; only a few samples are taken ahead."""
+        """Verdicts in the order of the samples, on all workers; takes only a few samples ahead."""
         waiting: deque[Future[Verdict]] = deque()
         samples = iter(samples)
         ahead = AHEAD * self._pool.workers
@@ -97,7 +97,9 @@ class VerilogJudge:
             yield verdict
 
     def task(self, function: Callable[..., T], *arguments: Any, level: Level | None = None) -> Future[T]:
-        """`function(tools, sandbox, folder, *arguments)` in a worker, for other tools; null: the judge's own level."""
+        """Runs `function(tools, sandbox, folder, *arguments)` in a worker, for other tools; `level` defaults to the
+        judge's.
+        """
         return self._pool.task(function, level or self.level, *arguments)
 
     def __enter__(self) -> VerilogJudge:

@@ -1,4 +1,4 @@
-"""Folders that judges work in, and files there that commands in a sandbox may have written to before."""
+"""Work folders of judges, and access to files in them that sandboxed commands may have written."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ PREFIX, _LOCK = "gemma4_tpu_judge_", "owner.lock"
 
 
 class WorkFolder:
-    """A judge's folder, in memory where there is room. It is locked as long as the judge lives, however it ends.
+    """A judge's folder, in memory if there is room. It is locked as long as the judge lives, however it ends.
 
-    A judge that is killed together with its workers leaves its folder: the next one to start takes it away.
+    A judge that is killed together with its workers leaves its folder behind; the next judge to start removes it.
     """
 
     def __init__(self, needed_bytes: int):
         """Args:
-        needed_bytes: what may be written there at one time.
+        needed_bytes: the most that can be written there at one time.
         """
         parent = None
-        # Containers often have 64 MiB.
+        # In containers, it often has only 64 MiB.
         if os.access(MEMORY_FOLDER, os.W_OK) and shutil.disk_usage(MEMORY_FOLDER).free >= needed_bytes:
             parent = MEMORY_FOLDER
         sweep()
@@ -36,20 +36,20 @@ class WorkFolder:
         taken = self.path / f"{_LOCK}.new"
         self._lock = os.open(taken, os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o600)
         fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        taken.rename(self.path / _LOCK)  # never to be seen unlocked while its owner lives
+        taken.rename(self.path / _LOCK)  # so that it is never seen unlocked while its owner lives
 
     def remove(self) -> None:
-        """With all that is in it."""
+        """Removes the folder and its contents."""
         remove_folder(self.path)
         os.close(self._lock)
 
 
 def sweep() -> None:
-    """Removes this user's folders of judges that are dead: nobody holds their locks."""
+    """Removes this user's folders of dead judges, whose locks nobody holds."""
     for folder in [
         found for place in {MEMORY_FOLDER, Path(tempfile.gettempdir())} for found in place.glob(f"{PREFIX}*")
     ]:
-        with contextlib.suppress(OSError):  # no lock, another user's, held, or gone meanwhile
+        with contextlib.suppress(OSError):  # no lock, another user's, held, or removed meanwhile
             lock = os.open(folder / _LOCK, os.O_RDWR | os.O_NOFOLLOW)
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -60,7 +60,7 @@ def sweep() -> None:
 
 
 def write(folder: Path, files: Mapping[str, str]) -> None:
-    """Writes new files, whatever a compiler in a sandbox left under their names."""
+    """Writes new files, whatever a sandboxed compiler left under their names."""
     for name, text in files.items():
         (folder / name).unlink(missing_ok=True)
         with (folder / name).open("x", encoding="utf-8", errors="replace", newline="") as file:
@@ -68,6 +68,6 @@ def write(folder: Path, files: Mapping[str, str]) -> None:
 
 
 def read(file: Path) -> str:
-    """The text of a file that a compiler may have written in a sandbox: no link, no pipe."""
+    """The text of a file that a sandboxed compiler may have written; refuses links and pipes."""
     with open(os.open(file, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK), "rb") as opened:
         return opened.read().decode("utf-8", "replace")

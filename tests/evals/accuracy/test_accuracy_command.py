@@ -58,7 +58,7 @@ def test_answers_of_a_server_are_compared_stored_and_judged_anew(tmp_path, evalu
     assert {name: round(score.value, 3) for name, score in found.categories().items()} == {"up": 0, "down": 0.5}
     assert "accuracy  0.250" in said
     report = (folder / "report.md").read_text()
-    assert "then have to be equal" in report and "## By category" in report and "| official" not in report
+    assert "and must then be equal" in report and "## By category" in report and "| official" not in report
     assert "'Blue', expected 'blue'" in report
     assert (folder / "plots/categories.png").stat().st_size > 5000
     assert json.loads((folder / "result.json").read_text())["categories"]["down"]["problems"] == 2
@@ -76,7 +76,7 @@ def test_answers_of_a_server_are_compared_stored_and_judged_anew(tmp_path, evalu
     code, said = evaluate(f"compare=[{other},{folder}]")
     assert code == 0
     assert "accuracy: A is 0.500 above B" in said and "so there is no sampling error" in said
-    assert "of 2 categories the interval leaves out 0" in said and "like-for-like" not in said
+    assert "of 2 categories the interval excludes 0" in said and "like-for-like" not in said
 
 
 def test_letters_are_generated_for_listed_choices(tmp_path, evaluate):
@@ -103,7 +103,7 @@ def test_letters_are_generated_for_listed_choices(tmp_path, evaluate):
         (["eval.answers.compare=numbers"], "did you mean eval.answers.compare=number?"),
         (["eval.answers.choose=logprob"], "only with eval.answers.choices=<column>"),
         (["eval.answers.choices=c", "eval.answers.choose=logprob"], "give model.tokenizer="),
-        (["eval.second_opinion=true"], "only where designs are simulated"),
+        (["eval.second_opinion=true"], "only for simulated designs"),
         (["selfcheck=true"], "simulates nothing"),
     ],
 )

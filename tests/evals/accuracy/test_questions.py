@@ -85,15 +85,15 @@ def test_what_could_mean_two_choices_is_refused_until_it_is_said_which(load):
     with pytest.raises(UserError, match=r"rows\.jsonl:1: .*text and the index .*eval\.answers\.answer=text\|index"):
         load(rows, choices="choices")
     assert load(rows, choices="choices", answer="index")[0].answer == "2"
-    with pytest.raises(UserError, match="says 'newts', its choices are 'cat'"):
+    with pytest.raises(UserError, match="its answer is 'newts', its choices are 'cat'"):
         load([{"question": "?", "choices": ANIMALS, "answer": "newts"}], choices="choices")
 
 
 def test_rows_that_cannot_be_asked_are_named_and_refused(load):
     good = {"prompt": "1 + 1?", "completion": "2"}
-    with pytest.raises(UserError, match=r"1 of 2 rows can't be asked: .*rows\.jsonl:2: no_response"):
+    with pytest.raises(UserError, match=r"1 of 2 rows can't be used: .*rows\.jsonl:2: no_response"):
         load([good, {"prompt": "?", "completion": ""}])
-    with pytest.raises(UserError, match=r"rows\.jsonl:2: the expected answer 'two' holds no number"):
+    with pytest.raises(UserError, match=r"rows\.jsonl:2: the expected answer 'two' contains no number"):
         load([good, {"prompt": "1 + 1?", "completion": "two"}], compare="number")
     with pytest.raises(UserError, match=r"rows\.jsonl:1: ends with a user turn"):
         load([{"messages": [{"role": "user", "content": "?"}]}])

@@ -293,7 +293,7 @@ def test_the_benchmarks_own_rule():
 
 
 def test_incomplete_problems_are_refused(tmp_path):
-    with pytest.raises(UserError, match=r"eval\.problems_path=.* holds no Prob\*_prompt\.txt"):
+    with pytest.raises(UserError, match=r"eval\.problems_path=.*: contains no Prob\*_prompt\.txt"):
         VerilogEval().load(tmp_path)
     (tmp_path / "Prob001_a_prompt.txt").write_text("x")
     with pytest.raises(UserError, match=r"Prob001_a_ref\.sv, Prob001_a_test\.sv missing"):

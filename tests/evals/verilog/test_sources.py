@@ -82,7 +82,7 @@ def test_a_benchmark_without_references_is_judged(judge, resbench, tmp_path):
     forged = RIGHT.replace("~a;", 'a; initial $display("All tests passed");')
     assert not judge.judge(problem, fenced(forged)).passed
     strength = grade([problem], judge, {}, judge.config)[problem.name]
-    assert strength.ungraded == "the reference is not there"
+    assert strength.ungraded == "the reference is missing"
 
 
 CLOCKED = BENCH.replace("`timescale 1ns/1ps\n", "")
@@ -125,7 +125,7 @@ def test_what_a_bench_drives_by_a_net_is_no_output_whatever_the_design_says(code
     judge.prepare([problem])
     assert judge.judge(problem, fenced(RIGHT)).passed
     verdict = judge.judge(problem, fenced(code))
-    assert verdict.kind is VerdictClass.ELABORATION and "calls a an output" in verdict.detail, verdict
+    assert verdict.kind is VerdictClass.ELABORATION and "declares a as output" in verdict.detail, verdict
 
 
 @needs_iverilog
@@ -162,10 +162,10 @@ def test_rows_in_cvdps_form(tmp_path, caplog):
     (problem,) = Cvdp().load(cvdp(tmp_path / "rows.jsonl", PYTHON, CVDP))
     assert (problem.name, problem.top, problem.reference_top) == ("cvdp_inverter_0001", "inverter", "inverter")
     assert "Really." in problem.prompt and "An inverter." in problem.prompt and problem.reference == RIGHT
-    assert "1 of 2 rows have no Verilog test bench" in caplog.text
+    assert "skipped 1 of 2 rows without a Verilog test bench" in caplog.text
     with pytest.raises(UserError, match="none of 1 rows has a Verilog test bench"):
         Cvdp().load(cvdp(tmp_path / "python.jsonl", PYTHON))
-    with pytest.raises(UserError, match=r"rows\.jsonl, line 2: not of CVDP's form"):
+    with pytest.raises(UserError, match=r"rows\.jsonl, line 2: not in CVDP's format"):
         Cvdp().load(cvdp(tmp_path / "rows.jsonl", CVDP, {"id": "x"}))
 
 
@@ -201,7 +201,7 @@ def made(problems):
         (lambda: None, "is not a class with a method load"),
         (NoSource, "is not a class with a method load"),
         (made(None), "load gave NoneType None"),
-        (made([]), "eval.problems_path=x: no problem of verilog_eval in it"),
+        (made([]), "eval.problems_path=x: contains no problem of verilog_eval"),
         (made([{"name": "x"}]), "problem 0 is a dict; a source makes `Problem`s"),
     ],
 )
@@ -215,10 +215,10 @@ def test_a_source_that_is_none_is_one_message(source, said, monkeypatch):
     ("changes", "said"),
     [
         ({"official_rule": lambda log: True}, "official_rule is <function .*lambda.*can't import"),
-        ({"official_rule": "Passed"}, "official_rule is 'Passed', no function"),
+        ({"official_rule": "Passed"}, "official_rule is 'Passed', not a function"),
         ({"testbench": b"module"}, "testbench must be text"),
-        ({"result_pattern": "("}, "no regular expression"),
-        ({"bench_needs_reference": True}, "needs a reference, and there is none"),
+        ({"result_pattern": "("}, "is not a regex"),
+        ({"bench_needs_reference": True}, "needs a reference, but there is none"),
     ],
 )
 def test_a_problem_that_cannot_be_judged_is_one_message(changes, said, resbench, monkeypatch):
@@ -227,5 +227,5 @@ def test_a_problem_that_cannot_be_judged_is_one_message(changes, said, resbench,
     with pytest.raises(UserError, match=said):
         benchmarks.load_problems(EvalConfig(problems_path="x"))
     monkeypatch.setitem(benchmarks.SOURCES, "verilog_eval", made([problem, problem]))
-    with pytest.raises(UserError, match="a second one of this name"):
+    with pytest.raises(UserError, match="a duplicate name"):
         benchmarks.load_problems(EvalConfig(problems_path="x"))
