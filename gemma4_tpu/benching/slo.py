@@ -15,7 +15,7 @@ _METRICS = {"ttft": "ttft", "tpot": "tpot", "itl": "itl", "e2e": "e2el"}
 """As limits name them."""
 _TAKEN = {**_METRICS, "e2el": "e2el"}
 _UNITS = {"ms": 1.0, "s": 1000.0}
-_ITEM = re.compile(r"\s*(?P<name>[^<>=≤≥]*?)\s*(?P<operator>[<>=≤≥]*)\s*(?P<value>[^<>=≤≥]*?)\s*")
+_ITEM = re.compile(r"\s*(?P<name>[^<>=≤≥]*)(?P<operator>[<>=≤≥]*)\s*(?P<value>[^<>=≤≥]*?)\s*")
 _VALUE = re.compile(r"(?P<number>\d+(\.\d*)?|\.\d+)\s*(?P<unit>.*)")
 _STATISTIC = re.compile(r"mean|median|p[1-9]\d?")
 _EXAMPLE = "ttft_p99<500ms"
@@ -75,9 +75,9 @@ def _items(slo: str) -> list[str]:
 
 def _read(item: str) -> Limit | str:
     """The limit, or what is wrong with it."""
-    if (parts := _ITEM.fullmatch(item)) is None or not parts["name"]:
+    if (parts := _ITEM.fullmatch(item)) is None or not parts["name"].strip():
         return f"not a limit; separate limits by commas and write each as {_EXAMPLE}"
-    name, operator, value = parts["name"].lower(), parts["operator"], parts["value"].lower()
+    name, operator, value = parts["name"].strip().lower(), parts["operator"], parts["value"].lower()
     metric, _, statistic = name.partition("_")
     if metric not in _TAKEN or not _STATISTIC.fullmatch(statistic):
         return _no_such_figure(name)

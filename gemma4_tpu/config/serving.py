@@ -106,7 +106,8 @@ class ServeRoot:
     """With `serving.runner=gke`: the size in that folder, key of `architectures.ARCHITECTURES`, where the bucket can't
     be read from this machine; null: its config.json says it."""
     adapters: list[str] = field(default_factory=list)
-    """Run folders whose adapters (`merge export=peft`) are served on one base, each under its folder's name."""
+    """Run folders whose adapters (`merge export=peft`) are served on one base, each under its folder's name; the folder
+    of a sweep stands for its runs."""
     dry_run: bool = False
     """Check, show the memory estimate and the container command, then stop."""
     name: str = "servings"

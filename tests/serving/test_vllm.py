@@ -109,6 +109,8 @@ def test_the_whole_way(run, served, tmp_path):
         json.loads((tmp_path / "bench" / folder / "in64_out32_rate4.json").read_text())
         for folder in ("cells", "cross_check")
     )
+    (compared,) = json.loads((tmp_path / "bench/cross_check/comparison.json").read_text())["cells"].values()
+    assert compared["state"] == "ok" and {len(f["rounds"]["ours"]) for f in compared["figures"].values()} == {3}
     for found in (ours, theirs):
         assert (found["state"], found["completed"], found["total_output_tokens"]) == ("ok", 40, 40 * 32)
     for key, value in _as_vllm_defines(ours).items():
