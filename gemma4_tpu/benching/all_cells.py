@@ -56,14 +56,13 @@ class CellRunner:
           UserError: the server is gone; cells that are done are kept.
         """
         self.results[cell] = self.measure(cell, self._folder)
+        self._bar.done()
         return self.results[cell]
 
     def measure(self, cell: Cell, folder: Path) -> dict[str, Any]:
         """The same with its file in `folder`, and not among the results."""
         before = _read(folder, cell)
-        result = before if before and before["state"] != FAILED else self._run(cell, before, folder)
-        self._bar.done()
-        return result
+        return before if before and before["state"] != FAILED else self._run(cell, before, folder)
 
     def _text(self, path: str | None) -> np.ndarray | None:
         """Ids of a file of text, as the server reads it."""
