@@ -192,7 +192,7 @@ FIGURES = {
         ({"median_itl_ms": 60.0, "chunks_per_token": 0.33}, {}, "0.33 chunks per token"),
         (
             {"median_e2el_ms": 2600.0, "total_output_tokens": 33_000}, {},
-            "answers of 33,000 tokens here, 25,600 there",
+            "answers of 99,000 tokens here, 76,800 there",
         ),
     ],
 )  # fmt: skip

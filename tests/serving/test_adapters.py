@@ -79,8 +79,8 @@ def test_a_sweeps_folder_stands_for_its_runs(adapted, dry_run, tmp_path, port):
     _, words = dry_run(given(tmp_path / "sweep"), *GPU)
     at = words.index("--lora-modules")
     assert [json.loads(word)["name"] for word in words[at + 1 : at + 3]] == ["r-8", "r-16"]
-    (note,) = load([given(tmp_path / "sweep"), f"serving.port={port}", *GPU], SERVE).checked.notes
-    assert note.endswith("1 of 3 runs have no adapter: r-32")
+    notes = load([given(tmp_path / "sweep"), f"serving.port={port}", *GPU], SERVE).checked.notes
+    assert notes[0].endswith("1 of 3 runs have no adapter: r-32")
 
 
 @pytest.mark.parametrize(
