@@ -115,8 +115,8 @@ def compare(ours: Rounds, theirs: Rounds) -> dict[str, Any]:
 
 def _median(rounds: Rounds, key: str) -> float | None:
     """None: one of them has no such figure."""
-    values = [one.get(key) for one in rounds]
-    return None if None in values else statistics.median(values)
+    values = [value for one in rounds if (value := one.get(key)) is not None]
+    return statistics.median(values) if len(values) == len(rounds) else None
 
 
 def verdict(found: dict[str, Any]) -> str:
@@ -152,5 +152,9 @@ def _causes(ours: Rounds, theirs: Rounds, figures: dict[str, Any]) -> list[str]:
 
 def _cached(rounds: Rounds) -> float | None:
     """Share of prompt tokens that came from the prefix cache; None: the server doesn't tell."""
-    hits, queries = ([one.get(f"prefix_cache_{what}_tokens") for one in rounds] for what in ("hit", "query"))
-    return None if None in hits or None in queries else sum(hits) / sum(queries) if sum(queries) else 0.0
+    counted = [(one.get("prefix_cache_hit_tokens"), one.get("prefix_cache_query_tokens")) for one in rounds]
+    told = [(hits, queries) for hits, queries in counted if hits is not None and queries is not None]
+    if len(told) < len(rounds):
+        return None
+    queries = sum(queries for _, queries in told)
+    return sum(hits for hits, _ in told) / queries if queries else 0.0
