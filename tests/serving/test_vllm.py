@@ -111,6 +111,8 @@ def test_the_whole_way(run, served, tmp_path):
     )
     (compared,) = json.loads((tmp_path / "bench/cross_check/comparison.json").read_text())["cells"].values()
     assert compared["state"] == "ok" and {len(f["rounds"]["ours"]) for f in compared["figures"].values()} == {3}
+    for what in ("request", "output", "total_token"):
+        assert compared["figures"][f"{what}_throughput"]["ratio"] == pytest.approx(1, abs=0.03), compared
     for found in (ours, theirs):
         assert (found["state"], found["completed"], found["total_output_tokens"]) == ("ok", 40, 40 * 32)
     for key, value in _as_vllm_defines(ours).items():
