@@ -44,12 +44,13 @@ BENCH: EntryPoint[BenchRoot, BenchChecked] = EntryPoint(
         ("served=outputs/servings/<server> bench=matrix", "1 to 2048 users, 16 to 16,256 tokens"),
         ("endpoint=http://127.0.0.1:8000 'bench.lengths=[[1024,128]]' 'bench.rates=[2,inf]'", "your own cells"),
         (
-            "endpoint=http://127.0.0.1:8000 bench=slo 'bench.slo={p99_ttft_ms: 500}'",
-            "find the highest rate within that limit",
+            "endpoint=http://127.0.0.1:8000 bench=slo bench.slo='ttft_p99<500ms,tpot_p50<30ms'",
+            "the highest rate within these limits",
         ),
         ("served=outputs/servings/<server> bench=vllm", "compared with `vllm bench serve` in the server's container"),
         ("endpoint=http://127.0.0.1:8000 run_dir=outputs/benchmarks/<run>", "resume; finished cells are kept"),
     ),
+    as_written=frozenset({"bench.slo"}),
 )
 
 
@@ -65,11 +66,14 @@ def _run(loaded: Loaded[BenchRoot, BenchChecked]) -> int:
 def _dry_run(loaded: Loaded[BenchRoot, BenchChecked]) -> int:
     """Prints the cells as comments, and the commands of a cross-check for a shell."""
     from gemma4_tpu.benching.cells import cells_of, is_search
+    from gemma4_tpu.benching.cross_check import ROUNDS
 
     config, client = loaded.root.bench, _client(loaded)
     if is_search(config):
         for prompt, answer in config.lengths:
             print(f"# {prompt:,} in, {answer:,} out: the highest rate, by trials of {config.requests:,} requests")
+    if client:
+        print(f"# {ROUNDS} rounds of each cell, by this client and by vLLM's in turn; commands of the first round:")
     for cell in cells_of(config):
         print(f"# {cell.shown}: {cell.requests(config):,} requests")
         if client:
@@ -92,7 +96,7 @@ def _bench(loaded: Loaded[BenchRoot, BenchChecked]) -> int:
     """Runs the load test and keeps its record."""
     from gemma4_tpu.benching.all_cells import run_sweep, search_rates, slo_outcome
     from gemma4_tpu.benching.cells import is_search
-    from gemma4_tpu.benching.cross_check import cross_check
+    from gemma4_tpu.benching.cross_check import CrossCheck
     from gemma4_tpu.tracking import provenance, records
     from gemma4_tpu.tracking.logs import setup_logging
     from gemma4_tpu.tracking.run import RunFolder
@@ -112,11 +116,12 @@ def _bench(loaded: Loaded[BenchRoot, BenchChecked]) -> int:
             hardware={"slice": checked.slice}, seeds={"bench": config.bench.seed}, fingerprints={}
         )
         provenance.record(record, captured)
+        check = CrossCheck(client, record.path) if client else None
         if is_search(config.bench):
             results, found = search_rates(config.bench, checked, record.path)
         else:
-            results, found = run_sweep(config.bench, checked, record.path), []
-        compared = cross_check(client, config.bench, results, record.path) if client else None
+            results, found = run_sweep(config.bench, checked, record.path, check), []
+        compared = check.compared(results) if check else None
         searched = slo_outcome(config.bench, found, results, _price(checked.slice))
         return _report(record, results, compared, searched, checked)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -40,7 +41,6 @@ class CellRunner:
         """Raises `UserError` if the server can't be used."""
         self._config, self._checked, self._folder, self._bar = config, checked, folder, bar
         self._target = asyncio.run(find_target(checked.endpoint, config.served_model_name))
-        (folder / "cells").mkdir(exist_ok=True)
         self.results: Results = {}
         """Results of all cells so far."""
         self._source = PromptSource(checked.vocabulary, self._text(config.prompts), config.shared_tokens, config.turns)
@@ -53,31 +53,44 @@ class CellRunner:
         Raises:
           UserError: the server is gone; finished cells are kept.
         """
-        before = _read(self._folder, cell)
-        result = before if before and before["state"] != FAILED else self._run(cell, before)
-        self.results[cell] = result
+        self.results[cell] = self.measure(cell, self._folder)
         self._bar.done()
-        return result
+        return self.results[cell]
+
+    def measure(self, cell: Cell, folder: Path) -> dict[str, Any]:
+        """The same with its file in `folder`, and not among the results."""
+        before = _read(folder, cell)
+        return before if before and before["state"] != FAILED else self._run(cell, before, folder)
 
     def _text(self, path: str | None) -> np.ndarray | None:
         """Token ids of a text file, by the server's tokenizer."""
         return None if path is None else np.array(asyncio.run(tokens_of(self._target, path, read_text(path))))
 
-    def _run(self, cell: Cell, before: dict[str, Any] | None) -> dict[str, Any]:
+    def _run(self, cell: Cell, before: dict[str, Any] | None, folder: Path) -> dict[str, Any]:
         attempt = before["attempt"] + 1 if before else 0
         told = self._bar.cell(cell.shown, cell.requests(self._config))
         result = asyncio.run(
             run_cell(self._config, cell, self._target, source=self._source, attempt=attempt, told=told)
         )
-        write_record(_path(self._folder, cell), CELL, result, compact=True)
+        path = _path(folder, cell)
+        path.parent.mkdir(exist_ok=True)
+        write_record(path, CELL, result, compact=True)
         log.log(logging.INFO if result["state"] == OK else logging.WARNING, "%s", _told_of(cell, result))
         if result["state"] == FAILED and not result["completed"]:
             _still_there(self._target, self._folder)
         return result
 
 
-def run_sweep(config: BenchConfig, checked: BenchChecked, folder: Path) -> Results:
-    """Runs all cells of the configuration.
+def run_sweep(
+    config: BenchConfig, checked: BenchChecked, folder: Path, after: Callable[[CellRunner, Cell], None] | None = None
+) -> Results:
+    """Runs all cells that the configuration lists.
+
+    Args:
+      config: with the cells.
+      checked: where the server is.
+      folder: of the benchmark.
+      after: is called after each cell.
 
     Raises:
       UserError: the server can't be used, or is gone; finished cells are kept.
@@ -91,6 +104,8 @@ def run_sweep(config: BenchConfig, checked: BenchChecked, folder: Path) -> Resul
             log.info("%d of %d cells are done%s", len(there) - failed, len(cells), again)
         for cell in cells:
             run(cell)
+            if after:
+                after(run, cell)
     return run.results
 
 
@@ -133,7 +148,7 @@ def slo_outcome(
         return None
     hourly = price.usd_per_hour if price else None
     return {
-        "limits": dict(config.slo),
+        "limits": {limit.key: limit.ms for limit in limits_of(config.slo)},
         "price": asdict(price) if price else None,
         "searches": [figures_of(one, results, hourly) for one in found],
     }
@@ -143,8 +158,8 @@ def outcome_of(results: Results, compared: dict[str, Any] | None, searched: dict
     """The contents of `result.json`.
 
     Args:
-      results: those of the cells.
-      compared: what `cross_check` returned, if requested.
+      results: of the cells.
+      compared: what `CrossCheck.compared` returned, if it was asked for.
       searched: what `slo_outcome` returned.
     """
     measured = {cell: result for cell, result in results.items() if result["state"] in MEASURED}

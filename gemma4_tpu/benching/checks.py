@@ -89,10 +89,12 @@ def _cells(bench: BenchConfig) -> Iterator[str]:
     if (bench.rates and bench.users) or (searched and not bench.slo):
         yield (
             f"bench.rates={bench.rates}, bench.users={bench.users}: give one of them, and [] for the other"
-            " (requests per second, or concurrent users); or give limits, such as 'bench.slo={p99_ttft_ms: 500}', to"
-            " search for the highest rate that keeps them"
+            " (requests per second, or users at a time); or give limits, such as bench.slo='ttft_p99<500ms', and the"
+            " highest rate that keeps them is looked for"
         )
     yield from slo_problems(bench.slo, bench.requests, searched=searched)
+    if bench.cross_check and searched and bench.slo:
+        yield "bench.cross_check=true: a search has no cells to repeat; give the rate that it finds as bench.rates"
     yield from (f"bench.rates: {rate} must be more than 0, or inf" for rate in bench.rates if not rate > 0)
     yield from (f"bench.users: {users} must be at least 1" for users in bench.users if users < 1)
     for key in ("lengths", "rates", "users"):

@@ -7,7 +7,7 @@ gaps between chunks, pooled. E2EL: from sending to the last chunk with choices. 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -23,9 +23,7 @@ OUTRUN = 0.05
 """Accepted growth of latency per second of load: over a thousand requests, chance or a server at its limit."""
 
 
-def summary(
-    answers: Sequence[TimedAnswer], duration_seconds: float, output_tokens: int, slo: Mapping[str, float]
-) -> dict[str, Any]:
+def summary(answers: Sequence[TimedAnswer], duration_seconds: float, output_tokens: int, slo: str) -> dict[str, Any]:
     """Counts, throughputs and latencies of one cell.
 
     Args:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Generic, TypeVar
@@ -32,7 +33,9 @@ class EntryPoint(Generic[Root, Checks]):
     examples: tuple[tuple[str, str], ...]
     """(arguments, what they do)"""
     shorthands: Mapping[str, str] = field(default_factory=dict)
-    """Short form → key, for the command line."""
+    """Short name → key that it stands for on the command line."""
+    as_written: frozenset[str] = frozenset()
+    """Keys of text that the command line takes as it is: characters such as `<` need no second pair of quotes."""
 
     @property
     def gist(self) -> str:
@@ -48,6 +51,9 @@ class EntryPoint(Generic[Root, Checks]):
         return f"python -m {self.module}"
 
     def in_full(self, word: str) -> str:
-        """A word of the command line, with a short form expanded."""
+        """A word of the command line with a shorthand written out, and text quoted for Hydra that is taken as it is."""
         key, equals, value = word.partition("=")
-        return f"{self.shorthands.get(key, key)}{equals}{value}"
+        key = self.shorthands.get(key, key)
+        if key in self.as_written and value and not re.fullmatch(r"""(["']).*\1""", value):
+            value = "'" + value.replace("'", r"\'") + "'"
+        return f"{key}{equals}{value}"

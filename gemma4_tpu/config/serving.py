@@ -106,7 +106,8 @@ class ServeRoot:
     """With `serving.runner=gke`: the size in that folder, key of `architectures.ARCHITECTURES`, if this machine can't
     read the bucket; null: from its config.json."""
     adapters: list[str] = field(default_factory=list)
-    """Run folders whose adapters (`merge export=peft`) to serve on one base, each under its folder's name."""
+    """Run folders whose adapters (`merge export=peft`) are served on one base, each under its folder's name; the folder
+    of a sweep stands for its runs."""
     dry_run: bool = False
     """Check, show the memory estimate and the container command, then stop."""
     name: str = "servings"
@@ -128,10 +129,10 @@ class BenchConfig:
     `users`."""
     users: list[int] = field(default_factory=list)
     """Concurrent users; each sends its next request when the last one is answered."""
-    slo: dict[str, float] = field(default_factory=dict)
-    """Limits on latency in ms, such as `{p99_ttft_ms: 500, p50_tpot_ms: 30}`: mean, median or p1 to p99 of ttft, tpot,
-    itl or e2el. Cells report how many requests keep them. Without `rates` and `users`, the highest rate that keeps them
-    is searched for (`bench=slo`)."""
+    slo: str = ""
+    """Limits on latency, such as `ttft_p99<500ms,e2e_p50<2s`: mean, median or p1 to p99 of ttft, tpot, itl or e2e, in
+    ms or s. Cells report how many requests keep them. Without `rates` and `users`, the highest rate that keeps them is
+    searched for (`bench=slo`)."""
     requests: int = 30
     """With `rates`: requests per cell. With `users`: per user. In a rate search: per trial; a p99 needs 1,000."""
     arrivals: str = "poisson"
@@ -161,8 +162,8 @@ class BenchConfig:
     request_timeout_seconds: float = 3600.0
     """A request fails when nothing arrives for this long."""
     cross_check: bool = False
-    """Also run `vllm bench serve` on the same cells, in the container of the server of `served`, and compare its
-    figures with ours."""
+    """Also put the same cells under the load of `vllm bench serve`, run in the container of the server of `served` or
+    by its command, three rounds of both clients in turn, and compare the medians."""
 
 
 @dataclass(kw_only=True)

@@ -9,7 +9,7 @@ from typing import Any
 from gemma4_tpu.benching.all_cells import Results, coverage_line
 from gemma4_tpu.benching.cells import Cell
 from gemma4_tpu.benching.checks import BenchChecked
-from gemma4_tpu.benching.cross_check import LATENCY_BOUND, THROUGHPUT_BOUND, verdict
+from gemma4_tpu.benching.cross_check import LATENCY_BOUND, ROUNDS, THROUGHPUT_BOUND, verdict
 from gemma4_tpu.benching.latencies import LAG_MS
 from gemma4_tpu.benching.one_cell import OVERLOADED
 from gemma4_tpu.markdown import table
@@ -43,10 +43,10 @@ def write_report(
     """Writes `report.md`, `report.html` and `plots/`; returns the tables as Markdown.
 
     Args:
-      folder: the load test's.
-      results: those of its cells.
-      compared: what `cross_check` returned, if requested.
-      searched: what `slo_outcome` returned, if rates were searched for.
+      folder: of the benchmark.
+      results: of its cells.
+      compared: what `CrossCheck.compared` returned, if it was asked for.
+      searched: what `slo_outcome` returned, if rates were looked for.
       checked: where the server is.
     """
     plots = plot_results(results, folder / "plots", f"{folder.parent.name} / {folder.name}", searched)
@@ -153,9 +153,10 @@ def _agreement(results: Results, compared: dict[str, Any]) -> str:
     agree = sum(one["agrees"] for one in found.values())
     more = f" {compared['not_run']} cells without a measurement of ours were left out." if compared["not_run"] else ""
     return (
-        f"{agree} of {len(found)} cells agree.{more} Each figure is this client's / vLLM's = ratio. They agree within"
-        f" {THROUGHPUT_BOUND:.0%} (throughput) or {LATENCY_BOUND:.0%} (median latency), or, if that is more, within"
-        " 5 ms (TTFT, E2EL) or 1 ms (TPOT, ITL)."
+        f"{agree} of {len(found)} cells agree.{more} Both clients ran each cell {ROUNDS} times, in turn; each figure is"
+        f" the median of this client's / of vLLM's = ratio. They agree within {THROUGHPUT_BOUND:.0%} of a throughput"
+        f" and {LATENCY_BOUND:.0%} of a median latency, or 5 ms of TTFT and E2EL and 1 ms of TPOT and ITL, whichever is"
+        " more."
     )
 
 

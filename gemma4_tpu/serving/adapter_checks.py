@@ -10,6 +10,7 @@ from typing import Any
 
 import yaml
 
+from gemma4_tpu.config.overrides import naturally
 from gemma4_tpu.config.serving import ServingConfig
 from gemma4_tpu.hardware import SLICES
 from gemma4_tpu.serving.model_checks import ADAPTER, platform_of
@@ -49,13 +50,30 @@ def lora_rank(adapters: Sequence[ServedAdapter]) -> int:
     return min(rank for rank in LORA_RANKS if rank >= max(adapter.rank for adapter in adapters))
 
 
+def of_sweeps(folders: Sequence[str]) -> tuple[list[str], list[str]]:
+    """The folders, with a folder of runs (a sweep) replaced by those that have an adapter; notes on those without."""
+    found, notes = [], []
+    for given in folders:
+        place = Path(given)
+        runs = sorted(filter(is_run, place.iterdir()), key=_naturally) if place.is_dir() and not is_run(place) else []
+        adapted = [str(run) for run in runs if (run / ADAPTER / CONFIG).is_file()]
+        found += adapted or [given]
+        if adapted and (lacking := [run.name for run in runs if str(run) not in adapted]):
+            notes.append(f"adapters: {given}: {len(lacking)} of {len(runs)} runs have no adapter: {', '.join(lacking)}")
+    return found, notes
+
+
+def _naturally(place: Path) -> list[Any]:
+    return naturally(place.name)
+
+
 def find_adapters(
     folders: Sequence[str], run: str, serving: ServingConfig
 ) -> tuple[tuple[ServedAdapter, ...], str, list[str]]:
     """The adapters, the folder of their base (`run`, if given), and the problems found."""
     messages = [*_server_problems(serving)]
     found: list[tuple[Path, Path, dict[str, Any]]] = []  # the run, or else the adapter; the adapter; its configuration
-    for given in folders:
+    for given in of_sweeps(folders)[0]:
         folder, config, problem = _read(given)
         if folder is None or config is None:
             messages.append(problem)

@@ -15,7 +15,7 @@ from gemma4_tpu.config.paths import at_home, folder_of, name_problem
 from gemma4_tpu.config.refusals import Refusal
 from gemma4_tpu.config.serving import GkeServingConfig, ServeRoot, ServingConfig
 from gemma4_tpu.hardware import LOCAL, SLICES
-from gemma4_tpu.serving.adapter_checks import ServedAdapter, find_adapters
+from gemma4_tpu.serving.adapter_checks import ServedAdapter, find_adapters, of_sweeps
 from gemma4_tpu.serving.drafter_checks import drafter_problems
 from gemma4_tpu.serving.flag_checks import vllm_problems
 from gemma4_tpu.serving.gke_checks import GKE, gke_problems, in_a_pod
@@ -101,7 +101,7 @@ def examine_serve(root: ServeRoot) -> tuple[ServeChecked | None, list[Refusal]]:
     if not refused:
         found, lacking = _model(root, folder)
         messages += lacking
-    notes: list[str] = []
+    notes = of_sweeps(root.adapters)[1]
     if found is not None and not messages:
         messages += longest_problem(serving, found) + quantised_problems(serving, found)
         messages += drafter_problems(serving, found.architecture)
@@ -109,8 +109,9 @@ def examine_serve(root: ServeRoot) -> tuple[ServeChecked | None, list[Refusal]]:
             case "cpu":
                 messages += _on_cpu(serving, found.architecture)
             case platform:
-                refused, notes = _split(serving, found.architecture)
+                refused, more = _split(serving, found.architecture)
                 messages += refused
+                notes += more
                 notes += on_tpu(serving, found) if platform == "tpu" else []
     own = serving.served_model_name or (name_of(found.folder) if found else None)
     if own in [adapter.name for adapter in adapters]:

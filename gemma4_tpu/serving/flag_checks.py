@@ -14,6 +14,8 @@ from pathlib import Path
 from gemma4_tpu import assets
 from gemma4_tpu.config.keys import did_you_mean
 from gemma4_tpu.config.serving import ServingConfig
+from gemma4_tpu.hardware import SLICES
+from gemma4_tpu.serving.model_checks import platform_of
 
 KNOWN_IMAGES = r"(.*/)?vllm/vllm-(tpu|openai):v0\.32\.\d+(@sha256:[0-9a-f]{64})?"
 """Images whose flags the list covers."""
@@ -35,8 +37,13 @@ _REMOTE_CODE = "trust-remote-code"
 _NO_REMOTE_CODE = "would run code from a checkpoint, which Gemma 4 does not need: leave it out"
 _PARSERS = ("tool-call-parser", "reasoning-parser")
 _PARSER = "gemma4"
-_PINNED = re.compile(r"\d+\.\d+|20\d{6}|20\d\d-\d\d-\d\d|\b(?=[0-9a-f]*\d)[0-9a-f]{7,40}\b")
-"""What makes a tag immutable: a version, a date or a commit. A digit alone does not: `gemma4` can move."""
+_DIGEST = re.compile(r"sha256:[0-9a-f]{64}")
+_VERSION = re.compile(r"(^v?|[-_]v)\d+\.\d+\.\d+")
+"""The image's own, complete: `v0.32` moves with 0.32.1, and `py3.12.1` or `cuda12.8.1` is of something in it."""
+_BUILD = re.compile(r"(?<![0-9a-z])(20\d{6}|20\d\d-\d\d-\d\d|(?=[0-9a-f]*\d)[0-9a-f]{7,40})(?![0-9a-z])")
+"""A day or a commit."""
+_MOVING = re.compile(r"(?<![a-z])(latest|nightly|stable|main|master|head|edge|dev|canary|rolling)(?![a-z])")
+"""Words of tags that are given to each new build: next to them a version pins nothing."""
 
 
 @cache
@@ -59,7 +66,9 @@ def _image(serving: ServingConfig) -> list[str]:
         return ["serving.image is not set; set serving.image=<name>:<version> or <name>@sha256:<digest>"]
     if re.search(r"\s", image) or image.startswith("-"):
         return [f"serving.image={image}: not the name of an image"]
-    if digest or _PINNED.search(tag):
+    if "@" in image and not _DIGEST.fullmatch(digest):
+        return [f"serving.image={image}: {digest or 'nothing'} is not a digest; it has the form sha256:<64 digits>"]
+    if digest or _BUILD.search(tag) or (_VERSION.search(tag) and not _MOVING.search(tag.lower())):
         return []
     told = f"the tag {tag}" if tag else "no tag"
     return [
@@ -100,6 +109,12 @@ def _flags(serving: ServingConfig) -> list[str]:
             messages.append(f"serving.extra_args: {word}: {_NO_REMOTE_CODE}")
     if serving.weight_dtype == "fp8" and {"additional-config", "quantization"} & serving.flags.keys():
         messages.append("serving.weight_dtype=fp8: set either this, or serving.flags.additional-config or quantization")
+    on_tpu = serving.slice in SLICES and platform_of(serving) == "tpu"
+    if serving.weight_dtype == "fp8" and on_tpu and serving.env.get("MODEL_IMPL_TYPE") == "vllm":
+        messages.append(
+            "serving.weight_dtype=fp8: Qwix quantises the JAX models of tpu-inference alone, so with"
+            " serving.env.MODEL_IMPL_TYPE=vllm weights would silently stay bfloat16; set serving.weight_dtype=bfloat16"
+        )
     return messages
 
 

@@ -6,6 +6,7 @@ Three threads: this one waits for signals, one serves HTTP (uvicorn), one comput
 from __future__ import annotations
 
 import logging
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -25,7 +26,7 @@ from gemma4_tpu.serving.local_api import Api, api_key
 from gemma4_tpu.serving.local_engine import LOADING, LocalEngine
 from gemma4_tpu.serving.local_metrics import Metrics
 from gemma4_tpu.serving.outcome import ServerOutcome, client_of, confirm, until_stopped
-from gemma4_tpu.serving.signals import Signals
+from gemma4_tpu.serving.signals import Signals, Stopped
 
 log = logging.getLogger(__name__)
 
@@ -105,7 +106,7 @@ class LocalServer:
             yield
         finally:
             self._http.should_exit = True
-            self._engine.stop()
+            self._engine.stop(wait=not isinstance(sys.exception(), Stopped))
             http.join(2 * STOP_SECONDS)
 
     def _listen(self) -> None:

@@ -86,17 +86,20 @@ class LocalEngine:
             self._waiting.append(answer)
             self._lock.notify()
 
-    def stop(self) -> None:
-        """Ends every answer in progress and waits for the thread, if it was started."""
+    def stop(self, *, wait: bool = True) -> None:
+        """Ends every answer in progress and waits for the thread, if it was started.
+
+        With `wait=False` a checkpoint that is being loaded is left to itself: it ends with the process, and until then
+        starts nothing.
+        """
         with self._lock:
+            loading = self.state == LOADING
             if self.state != FAILED:
                 self.state = STOPPED
             self._lock.notify()
         self._end_processes()
-        if self._thread.ident is None:
-            return
-        self._thread.join()
-        self._end_processes()  # of a checkpoint that was still loading
+        if self._thread.ident is not None and (wait or not loading):
+            self._thread.join()
 
     def _end_processes(self) -> None:
         if self._templates is not None:
@@ -124,6 +127,8 @@ class LocalEngine:
             self.error = error
             log.error("the engine failed: %s", error or repr(error))
             self._end_all(ERROR, f"the engine failed: {error or repr(error)}", state=FAILED)
+        finally:
+            self._end_processes()  # which loading may have started after it was stopped
 
     def _load(self) -> None:
         if "OMP_NUM_THREADS" not in os.environ:

@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import statistics
 import threading
 import time
 
@@ -55,22 +56,28 @@ def test_both_clients_see_the_same_server(record, bench, docker, port, monkeypat
     assert list(told) == ["in16_out6_rate20", "in16_out6_rateinf"]
     figures = told["in16_out6_rate20"]["figures"]
     assert figures["median_tpot_ms"]["ratio"] == pytest.approx(1, abs=0.25)  # chunks come every 10 ms for both
-    ours, theirs = cell(folder, "in16_out6_rate20"), json.loads(
-        (folder / "cross_check" / "in16_out6_rate20.json").read_text()
-    )  # fmt: skip
+    place, rounds = folder / "cross_check", [f"in16_out6_rate20{again}" for again in ("", "_round2", "_round3")]
+    theirs = [json.loads((place / f"{name}.json").read_text()) for name in rounds]
+    ours = [cell(folder, rounds[0]), *(cell(place, name) for name in rounds[1:])]
     for key, figure in figures.items():
-        assert (figure["ours"], figure["vllm"]) == (ours[key], theirs[key])
-        assert figure["ratio"] == ours[key] / theirs[key]
-    assert theirs["completed"] == 6 and "generated_texts" not in theirs
+        own = {"ours": [one[key] for one in ours], "vllm": [one[key] for one in theirs]}
+        assert figure["rounds"] == own
+        assert (figure["ours"], figure["vllm"]) == tuple(map(statistics.median, own.values()))
+        assert figure["ratio"] == figure["ours"] / figure["vllm"]
+    assert all(one["completed"] == 6 and "generated_texts" not in one for one in theirs)
+    assert [path.stem for path in sorted((folder / "cells").iterdir())] == list(told)  # further rounds are apart
+    written = [(place / f"{name}.json").stat().st_mtime_ns for name in rounds]
+    between = [(place / "cells" / f"{name}.json").stat().st_mtime_ns for name in rounds[1:]]
+    assert written[0] < between[0] < written[1] < between[1] < written[2]  # in turn
     report, page = (folder / "report.md").read_text(), (folder / "report.html").read_text()
     assert "## Cross-check by `vllm bench serve`" in report and out.split("\n\n")[1].splitlines()[2] in report
     assert page.count("<table>") == 2
     commands = [call for call in docker.calls if call[0] == "exec" and "vllm" in call]
-    assert len(commands) == 2
+    assert len(commands) == 6
     assert commands[0][:4] == ["exec", "--env", "OPENAI_API_KEY", f"gemma4-serve-{port}"]
     flags = commands[0][commands[0].index("serve") + 1 :]
     assert flags[flags.index("--request-rate") + 1] == "20.0" and flags[flags.index("--burstiness") + 1] == "1000000.0"
-    assert "--request-rate" not in commands[1]
+    assert ["--request-rate" in command for command in commands] == [True] * 3 + [False] * 3
     assert "s3cret" not in json.dumps(docker.calls)
     assert not list(docker.containers[0].glob("tmp-*"))  # nothing stays in the container
 
@@ -91,9 +98,9 @@ def test_users_and_failures_that_run_again(record, bench, docker):
     docker.play()
     assert bench(None, *words)[0] == 0
     asked = [call for call in docker.calls if call[0] == "exec" and "vllm" in call]
-    assert [call[call.index("--max-concurrency") + 1] for call in asked] == ["2"] * 3
-    assert [call[call.index("--num-prompts") + 1] for call in asked] == ["12"] * 3
-    assert len({call[call.index("--seed") + 1] for call in asked}) == 3  # other prompts each time
+    assert [call[call.index("--max-concurrency") + 1] for call in asked] == ["2"] * 5  # two that failed, three rounds
+    assert [call[call.index("--num-prompts") + 1] for call in asked] == ["12"] * 5
+    assert len({call[call.index("--seed") + 1] for call in asked}) == 5  # other prompts each time
 
 
 def test_one_that_is_interrupted_leaves_no_client_behind(record, bench, docker):
@@ -148,7 +155,7 @@ def test_the_commands_can_be_seen_before(docker, tmp_path, capsys):
     assert main([f"served={tmp_path}", "bench=vllm", "dry_run=true"]) == 0
     out = capsys.readouterr().out
     assert out.count("docker exec gemma4-serve-8765 sh -c") == 3
-    assert "# 1,024 in, 128 out, 8 requests/s: 100 requests" in out
+    assert "# 1,024 in, 128 out, 8 requests/s: 100 requests" in out and "# 3 rounds of each cell" in out
     assert "--served-model-name a " in out and "--base-url http://127.0.0.1:8765 " in out
     assert docker.calls == []
 
@@ -178,16 +185,30 @@ FIGURES = {
         ({"output_throughput": 1099.0, "median_ttft_ms": 124.0}, {}, "agrees"),
         ({"median_ttft_ms": 14.0}, {"median_ttft_ms": 9.5}, "agrees"),  # a client's own milliseconds
         ({"median_tpot_ms": None}, {}, "agrees"),  # answers of one token
-        ({"output_throughput": 1101.0}, {}, "disagrees (output_throughput 1.10): no known cause"),
-        ({"completed": 30, "median_ttft_ms": 126.0}, {"completed": 30}, "chance: 30 requests each"),
+        ({"output_throughput": 1101.0}, {}, "disagrees (output_throughput 1.10): none that is known of"),
+        ({"completed": 30, "median_ttft_ms": 126.0}, {"completed": 30}, "chance: 30 requests a round"),
         ({"median_ttft_ms": 130.0}, {"prefix_cache_hit_tokens": 80_000.0}, "0% and 40% of prompt tokens from the"),
         ({"median_ttft_ms": 130.0, "median_sending_lag_ms": 80.0}, {}, "this client sent 80 ms late"),
         ({"median_itl_ms": 60.0, "chunks_per_token": 0.33}, {}, "0.33 chunks per token"),
         (
             {"median_e2el_ms": 2600.0, "total_output_tokens": 33_000}, {},
-            "answers of 33,000 tokens here, 25,600 there",
+            "answers of 99,000 tokens here, 76,800 there",
         ),
     ],
 )  # fmt: skip
 def test_disagreement_is_told_with_its_likely_cause(ours, theirs, told):
-    assert told in verdict(compare(FIGURES | ours, FIGURES | theirs))
+    assert told in verdict(compare([FIGURES | ours] * 3, [FIGURES | theirs] * 3))
+
+
+def test_one_round_of_a_busy_machine_is_outvoted():
+    slow = FIGURES | {"output_throughput": 500.0, "median_ttft_ms": 900.0}
+    assert compare([FIGURES, slow, FIGURES], [FIGURES] * 3)["agrees"]
+    assert not compare([FIGURES, slow, slow], [FIGURES] * 3)["agrees"]
+    failed = {"state": "failed", "reason": "1 of 30 requests: reset"}
+    assert verdict(compare([FIGURES, failed], [FIGURES] * 2)) == "this client failed: 1 of 30 requests: reset"
+
+
+def test_a_search_is_no_list_of_cells(capsys):
+    words = ["served=nowhere", "bench=slo", "bench.slo=ttft_p99<1s", "bench.cross_check=true"]
+    assert main(words) == 2
+    assert "bench.cross_check=true: a search has no cells to repeat" in capsys.readouterr().err

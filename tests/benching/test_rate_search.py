@@ -62,7 +62,7 @@ def test_requests_at_even_distances_find_the_capacity_itself():
     10 / C above the service, where 0.99 n (1 / C - 1 / R) > 10 / C: from 1.0102 C on for n = 1000.
     """
     limit_ms = 1000 * (SERVICE + 10 / CAPACITY)
-    found, results = search(slo={"p99_e2el_ms": limit_ms}, requests=1000, arrivals="fixed")
+    found, results = search(slo=f"e2e_p99<{limit_ms}ms", requests=1000, arrivals="fixed")
     assert CAPACITY / (1 + PRECISION) <= found.rate <= CAPACITY * 1.0103
     assert found.rate < found.breaks_at <= found.rate * (1 + PRECISION) and "p99_e2el_ms" in found.breaks_by
     assert found.trials == len(results) <= 20
@@ -78,7 +78,7 @@ def test_a_poisson_process_finds_the_rate_of_a_long_run():
     trials have to hold, and bisection leaves 2%: by rates of a long run that is the band.
     """
     limit = SERVICE + 12 / CAPACITY
-    found, _ = search(slo={"p99_e2el_ms": limit * 1000, "median_tpot_ms": 1000 * SERVICE}, requests=1000)
+    found, _ = search(slo=f"e2e_p99<{limit}s,tpot_median<{SERVICE}s", requests=1000)
     times = np.cumsum(np.random.default_rng(5).exponential(size=20_000))
 
     def beyond(rate):
@@ -93,7 +93,7 @@ def test_a_poisson_process_finds_the_rate_of_a_long_run():
 
 def test_a_server_that_stumbles_once_is_found_all_the_same():
     """One trial far below the rate that it keeps says that it doesn't: the search would stay below that."""
-    config = BenchConfig(slo={"p90_e2el_ms": 1000 * (SERVICE + 0.1)}, requests=300)
+    config = BenchConfig(slo=f"e2e_p90<{SERVICE + 0.1}s", requests=300)
     calm, limits = simulated(config), limits_of(config.slo)
     stumbled = []
 
@@ -110,7 +110,7 @@ def test_a_server_that_stumbles_once_is_found_all_the_same():
 
 
 def test_limits_that_no_rate_keeps_say_so():
-    found, results = search(slo={"p99_ttft_ms": 1}, requests=100, arrivals="fixed")
+    found, results = search(slo="ttft_p99<1ms", requests=100, arrivals="fixed")
     assert found.rate is None and "p99_ttft_ms 200.0, more than 1" in found.told
     assert figures_of(found, results, 1.0)["usd_per_million_output_tokens"] is None
 
@@ -132,11 +132,11 @@ def test_a_burst_that_all_are_answered_in_time_is_no_overload():
 
 def test_goodput_and_the_best_second():
     answers = queue([0.0, 0.0, 0.0], slots=1, service=0.6)  # chunks at 0.3, 0.6; 0.9, 1.2; 1.5, 1.8
-    found = latencies.summary(answers, 1.8, 2, {"p99_ttft_ms": 1000, "mean_itl_ms": 1, "p90_e2el_ms": 1300})
+    found = latencies.summary(answers, 1.8, 2, "ttft_p99<1s,itl_mean<1ms,e2e_p90<1.3s")
     assert found["request_goodput"] == pytest.approx(2 / 1.8)  # 0.3 and 0.9; the third begins after 1.5
     assert found["max_output_tokens_per_s"] == 3
     assert found["p90_e2el_ms"] == pytest.approx(np.percentile([600, 1200, 1800], 90))
-    assert latencies.summary(answers, 1.8, 2, {})["request_goodput"] is None
+    assert latencies.summary(answers, 1.8, 2, "")["request_goodput"] is None
 
 
 @pytest.mark.slow
@@ -147,7 +147,7 @@ def test_a_server_of_known_capacity_is_found_within_5_percent(played, bench):
     """
     server = played(slots=4, first_seconds=0.02, chunk_seconds=0.02)
     words = ["bench=slo", "bench.lengths=[[16,2]]", "bench.requests=150", "bench.arrivals=fixed", "slice=v6e-8"]
-    words.append("bench.slo={p50_ttft_ms: 40}")
+    words.append("bench.slo=ttft_p50<40ms")
     rates = []
     for attempt in range(3):
         code, folder, out, err = bench(server, *words, run_dir=f"run{attempt}")
@@ -205,18 +205,71 @@ def test_loads_come_as_numbers(played, bench):
 @pytest.mark.parametrize(
     ("words", "told"),
     [
-        (["bench=slo"], "or give limits, such as 'bench.slo={p99_ttft_ms: 500}'"),
-        (["bench=slo", "bench.slo={ttft_p99: 500}"], "bench.slo.ttft_p99=500.0: not a limit; such as p99_ttft_ms=500"),
-        (["bench=slo", "bench.slo={p99_itl_ms: 0}"], "bench.slo.p99_itl_ms=0.0: must be a number of ms more than 0"),
+        (["bench=slo"], "or give limits, such as bench.slo='ttft_p99<500ms'"),
         (
-            ["bench=slo", "bench.slo={p99_ttft_ms: 500}", "bench.requests=99"],
-            "bench.requests=99: too few for p99_ttft_ms, which would be that of the slowest; give at least 100, better",
+            ["bench=slo", "bench.slo=ttft_p99<500ms", "bench.requests=99"],
+            "bench.requests=99: p99_ttft_ms of so few is that of the slowest; give at least 100, better 1,000",
         ),
     ],
 )
 def test_refusals(words, told):
     with pytest.raises(UserError, match=re.escape(told)):
         load(["endpoint=http://127.0.0.1:1", *words], BENCH)
+
+
+@pytest.mark.parametrize(
+    ("slo", "limits"),
+    [
+        ("ttft_p99<500ms,tpot_p50<30ms", {"p99_ttft_ms": 500, "median_tpot_ms": 30}),
+        (
+            " TTFT_p99 < .5 s , e2e_p99<2s,itl_mean<7.25MS ",
+            {"p99_ttft_ms": 500, "p99_e2el_ms": 2000, "mean_itl_ms": 7.25},
+        ),
+        ("'e2el_p5<1s'", {"p5_e2el_ms": 1000}),  # quoted twice, as for Hydra
+        ("", {}),
+    ],
+)
+def test_limits_are_read_as_written(slo, limits):
+    """As a shell hands it over, without a second pair of quotes for Hydra."""
+    root = load(["endpoint=http://127.0.0.1:1", f"bench.slo={slo}", "bench.rates=[1]"], BENCH).root
+    assert {limit.key: limit.ms for limit in limits_of(root.bench.slo)} == limits
+
+
+@pytest.mark.parametrize(
+    ("slo", "told"),
+    [
+        (
+            "p99_ttft_ms<500ms",
+            "no such figure; did you mean ttft_p99? (mean, median or p1 to p99 of ttft, tpot, itl, e2e",
+        ),
+        ("tfft_p99<500ms", "no such figure; did you mean ttft_p99"),
+        ("ttft<500ms", "ttft<500ms: no such figure"),
+        ("ttft_p100<1s", "no such figure"),
+        ("ttft_p99.9<1s", "no such figure"),
+        ("throughput<5s", "no such figure"),
+        ("ttft_p99>500ms", "> is not an operator here; latencies have upper limits: ttft_p99<500ms"),
+        ("ttft_p99<=500ms", "<= is not an operator here; latencies have upper limits: ttft_p99<500ms"),
+        ("ttft_p99=500ms", "= is not an operator here"),
+        ("ttft_p99", "bench.slo=ttft_p99: there is no limit; latencies have upper limits: ttft_p99<500ms"),
+        ("ttft_p99<", "nothing is not a time in ms or s; such as ttft_p99<500ms"),
+        ("ttft_p99<500", "500 is not a time in ms or s; write ttft_p99<500ms or ttft_p99<500s"),
+        ("ttft_p99<500us", "500us is not a time in ms or s; such as ttft_p99<500ms"),
+        ("ttft_p99<1e3ms", "1e3ms is not a time in ms or s"),
+        ("ttft_p99<-5ms", "-5ms is not a time in ms or s"),
+        ("ttft_p99<infs", "infs is not a time"),
+        ("ttft_p99<0s", "0s must be more than 0 and finite"),
+        (f"ttft_p99<{'9' * 400}s", "must be more than 0 and finite"),
+        ("ttft_p99<1s,", "nothing next to a comma: not a limit; separate limits by commas and write each as"),
+        ("ttft_p99<1s;tpot_p50<3ms", "not a limit; separate limits by commas and write each as ttft_p99<500ms"),
+        ("ttft_p50<1s,ttft_median<2s", "two limits for median_ttft_ms; give one"),
+        ("{p99_ttft_ms: 500}", "no such figure"),
+        ("it's", "bench.slo=it's: no such figure"),
+    ],
+)
+def test_what_is_no_limit_is_refused_in_one_message(slo, told):
+    with pytest.raises(UserError) as caught:
+        load(["endpoint=http://127.0.0.1:1", "bench=slo", f"bench.slo={slo}"], BENCH)
+    assert told in str(caught.value) and "problems" not in str(caught.value)
 
 
 def test_names_of_trials_are_apart():

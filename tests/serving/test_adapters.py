@@ -70,6 +70,19 @@ def test_names_are_as_long_as_they_must_be(adapted, dry_run):
     assert [json.loads(word)["name"] for word in words[at + 1 : at + 3]] == ["x/0", "y/0"]
 
 
+def test_a_sweeps_folder_stands_for_its_runs(adapted, dry_run, tmp_path, port):
+    for name in ("r-16", "r-8"):
+        adapted(f"sweep/{name}")
+    (tmp_path / "sweep/logs").mkdir()
+    (tmp_path / "sweep/r-32/checkpoints").mkdir(parents=True)  # a job that failed
+    (tmp_path / "sweep/r-32/config.yaml").write_text("{}")
+    _, words = dry_run(given(tmp_path / "sweep"), *GPU)
+    at = words.index("--lora-modules")
+    assert [json.loads(word)["name"] for word in words[at + 1 : at + 3]] == ["r-8", "r-16"]
+    notes = load([given(tmp_path / "sweep"), f"serving.port={port}", *GPU], SERVE).checked.notes
+    assert notes[0].endswith("1 of 3 runs have no adapter: r-32")
+
+
 @pytest.mark.parametrize(
     ("changes", "told"),
     [

@@ -84,7 +84,10 @@ def test_every_recipe_passes_the_checks_and_holds_flags_that_vllm_has(option, me
     assert after(words, "--reasoning-parser") == "gemma4"  # else thoughts get into the answers
 
 
-@pytest.mark.parametrize("tag", ["v0.32.0", "nightly-20261001", "0.32.0-cu130", "9f8e7d6c5b4a"])
+@pytest.mark.parametrize(
+    "tag",
+    ["v0.32.0", "nightly-20261001", "0.32.0-cu130", "9f8e7d6c5b4a", "nightly-2026-10-01-9f8e7d6", "tpu-v0.32.0rc1"],
+)
 def test_tags_that_stay(merged, dry_run, tag):
     assert f"vllm/vllm-tpu:{tag}" in dry_run(merged(), f"serving.image=vllm/vllm-tpu:{tag}")
 
@@ -237,6 +240,13 @@ def test_refusals_of_flags_name_key_and_remedy_all_at_once(merged, refused):
         (["serving.image=vllm/vllm-tpu:latest"], "the tag latest can refer to another image tomorrow"),
         (["serving.image=vllm/vllm-tpu:gemma4"], "the tag gemma4 can refer to another image tomorrow"),
         (["serving.image=vllm/vllm-tpu:v0"], "the tag v0 can refer to another image tomorrow"),
+        (["serving.image=vllm/vllm-tpu:v0.32"], "the tag v0.32 can refer to another image tomorrow"),
+        (["serving.image=vllm/vllm-tpu:latest-cuda12.8.1"], "the tag latest-cuda12.8.1 can refer to another image"),
+        (["serving.image=vllm/vllm-tpu:nightly-v0.32.0"], "the tag nightly-v0.32.0 can refer to another image"),
+        (["serving.image=vllm/vllm-tpu:py3.12.1"], "the tag py3.12.1 can refer to another image"),
+        (["serving.image=localhost:5000/vllm"], "no tag can refer to another image"),
+        (["serving.image=vllm/vllm-tpu@latest"], "latest is not a digest; it has the form sha256:<64 digits>"),
+        (["serving.image=vllm/vllm-tpu:v0.32.0@sha256:abc"], "sha256:abc is not a digest"),
         (["serving.executable=/opt/vllm"], "the container has its own; leave it out, or set serving.runner=process"),
         (["serving=local", "serving.executable=/opt/vllm"], "for vLLM, which serving=local does not use"),
         (["serving.gke.max_replicas=2"], "serving.gke: only for serving.runner=gke"),
@@ -244,6 +254,7 @@ def test_refusals_of_flags_name_key_and_remedy_all_at_once(merged, refused):
         (["serving.runner=embedded", "serving.image=''"], "serving.runner=embedded serves on this machine's CPU"),
         (["serving=vllm_cpu", "serving.weight_dtype=fp8"], "a CPU takes float32 or bfloat16"),
         (["serving=vllm_cpu", "serving.data_parallel_size=2"], "a CPU holds one copy"),
+        (["serving.weight_dtype=fp8", "serving.env={MODEL_IMPL_TYPE: vllm}"], "weights would silently stay bfloat16"),
         (["serving.weight_dtype=float32"], "v6e-8 takes bfloat16 or fp8"),
         (["serving.tensor_parallel_size=3"], "does not divide the model's 32 query heads; it can be 1, 2, 4, 8"),
         (["serving.data_parallel_size=2"], "× serving.data_parallel_size=2: v6e-8 has 8 devices"),

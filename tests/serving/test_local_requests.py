@@ -165,13 +165,14 @@ def test_a_template_that_loops_or_fills_the_memory_is_refused_and_the_next_one_r
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("moment", ["loading", "rendering"])
+@pytest.mark.parametrize("moment", ["loading", "loading for long", "rendering"])
 def test_sigterm_ends_the_server_while_it_loads_and_while_a_template_loops(moment, tmp_path):
     model, port = tmp_path / "model", free_port()
     shutil.copytree(TINY, model)
     (model / "chat_template.jinja").write_text(SPIN)
     words = ["serving=local", f"run={model}", f"serving.port={port}", f"run_dir={tmp_path / 'record'}"]
-    command = [sys.executable, "-m", "gemma4_tpu.serve", *words, "serving.probe=false", "serving.max_model_len=64"]
+    start = ["-c", SLOWLY] if moment == "loading for long" else ["-m", "gemma4_tpu.serve"]
+    command = [sys.executable, *start, *words, "serving.probe=false", "serving.max_model_len=64"]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     try:
         if moment == "rendering":
@@ -182,12 +183,23 @@ def test_sigterm_ends_the_server_while_it_loads_and_while_a_template_loops(momen
             while not _answers(port):
                 assert process.poll() is None
         process.send_signal(signal.SIGTERM)
-        assert process.wait(timeout=60) == (0 if moment == "rendering" else 128 + signal.SIGTERM)
+        assert process.wait(timeout=30) == (0 if moment == "rendering" else 128 + signal.SIGTERM)
     finally:
         process.kill()
         process.communicate()
     result = json.loads((tmp_path / "record" / "result.json").read_text())
     assert result["status"] == ("stopped" if moment == "rendering" else "interrupted")
+
+
+SLOWLY = """
+import time
+from transformers import AutoModelForCausalLM
+AutoModelForCausalLM.from_pretrained = lambda *a, **k: time.sleep(600)
+from gemma4_tpu.errors import leave
+from gemma4_tpu.serve import main
+leave(main())
+"""
+"""The server, with a checkpoint that takes minutes to load."""
 
 
 def _answers(port):
