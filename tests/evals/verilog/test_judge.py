@@ -299,5 +299,5 @@ def test_incomplete_problems_are_refused(tmp_path):
     with pytest.raises(UserError, match=r"Prob001_a_ref\.sv, Prob001_a_test\.sv missing"):
         VerilogEval().load(tmp_path)
     (tmp_path / "rows.jsonl").write_text('{"id": "x"}\n')
-    with pytest.raises(UserError, match=r"rows\.jsonl:1: no problem"):
+    with pytest.raises(UserError, match=r"rows\.jsonl:1: not a problem"):
         VerilogSmoke().load(tmp_path / "rows.jsonl")
