@@ -14,7 +14,7 @@ REASONS = {
     "invalid_utf8": "the line is not valid UTF-8, or holds half of a surrogate pair",
     "not_an_object": "the row is not a JSON object",
     "invalid_csv": "the row has more or fewer cells than the header, or a quote that is never closed",
-    "line_too_long": "the line is longer than any example could be",
+    "line_too_long": "the line is longer than 16 MiB; large pictures are given by their paths",
     "unknown_form": "the row's keys match no form, or several: `data.columns` says which column is which",
     "no_messages": "there are no turns, or no list of them",
     "bad_role": "a turn's role is unknown, or a system turn is not the first",

@@ -145,7 +145,9 @@ class Normaliser:
             value = without_nulls(value, lambda note: notes.setdefault(note))
         columns = Columns(value)
         made = FORMS[form].make(columns, self._turn_columns, lambda note: notes.setdefault(note))
-        given = next(iter(columns.take(name for name in read if value.get(name)).values()), None)
+        column = next((name for name in read if value.get(name)), None)
+        given = next(iter(columns.take([column] if column else []).values()), None)
+        columns.take(name for name in read if not value.get(name))  # of rows that have no pictures
         made = made.each(lambda conversation: self._with_pictures(conversation, given, row, notes))
         for key in value.keys() - columns.used - set(self._read_elsewhere):
             notes.setdefault(f"column {key[:40]!r} not used")

@@ -8,15 +8,17 @@ from __future__ import annotations
 
 import base64
 import binascii
+import errno
 import hashlib
 import io
 import json
+import re
 import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
-from urllib.parse import unquote, urlparse
+from urllib.parse import unquote, unquote_to_bytes, urlparse
 
 from gemma4_tpu.data.calls import Tell, Turn
 from gemma4_tpu.data.checks import HUGGING_FACE
@@ -34,6 +36,7 @@ FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF")
 """What is opened, as far as this Pillow can; of moving ones the first frame."""
 ENCODED = ("base64", "data")
 """Keys of an object under which a picture stands as base64."""
+_SAYS_BASE64 = re.compile(r";\s*base64\s*$", re.IGNORECASE)
 MAX_BYTES = 64 * 2**20
 MAX_PIXELS = 2**26
 """67 megapixels, 200 MB once unpacked; a model sees less than one of them."""
@@ -120,6 +123,8 @@ class PictureReader:
         elif rest and all(part["image"] is not None for part in parts):
             tell("column of pictures not used: the turns have their own")
             rest = []
+        elif not rest and any(PLACE in text for turn in turns if turn["role"] == "user" for text in _texts(turn)):
+            tell("<image> in texts left as text: there is no column of pictures")
         waiting = sum(part["image"] is None for part in picture_parts(turns))
         if waiting != len(rest):
             raise RowDropped("missing_picture", f"{len(rest)} in the column for {waiting} places in the turns")
@@ -231,15 +236,14 @@ def _source(what: Any, origin: Origin) -> str | bytes:
     if isinstance(what, dict):  # as `datasets` stores pictures, and as parts of OpenAI's and Anthropic's nest them
         key = next((key for key in ("bytes", "url", "path", *ENCODED) if what.get(key)), None)
         what = what.get(key)
-        if key in ENCODED and isinstance(what, str):
+        if key in ("bytes", *ENCODED) and isinstance(what, str):  # JSON has no bytes
             return _unpacked(what)
     if isinstance(what, bytes | bytearray | memoryview):
         return bytes(what)
     if not isinstance(what, str) or not what:
         raise RowDropped("missing_picture", f"no path, address or bytes but {type(what).__name__}")
-    if what.startswith("data:"):
-        head, _, body = what.partition(",")
-        return _unpacked(body if head.endswith(";base64") else "")
+    if _is_data(what):
+        return _of_data(what)
     scheme = what.partition("://")[0].lower() if is_remote(what) else ""
     if scheme in ("http", "https", "ftp"):
         raise RowDropped("picture_on_the_web", what[:80])
@@ -258,9 +262,26 @@ def _source(what: Any, origin: Origin) -> str | bytes:
     return str(Path(origin.file).parent / Path(what).expanduser())
 
 
+def _is_data(address: str) -> bool:
+    return address[:5].lower() == "data:"
+
+
+def _of_data(address: str) -> bytes:
+    """The bytes of a `data:` address (RFC 2397); its media type is ignored."""
+    head, _, body = address.partition(",")
+    if _SAYS_BASE64.search(head):
+        return _unpacked(unquote(body))
+    if "%" not in body:  # no picture is plain text
+        raise RowDropped("unreadable_picture", "a data: address that does not say ;base64")
+    return unquote_to_bytes(body)
+
+
 def _unpacked(text: str) -> bytes:
+    """The bytes of base64, which can be broken into lines; or of a `data:` address in its place."""
+    if _is_data(text):
+        return _of_data(text)
     try:
-        return base64.b64decode(text, validate=True)
+        return base64.b64decode("".join(text.split()), validate=True)
     except (binascii.Error, ValueError) as error:
         raise RowDropped("unreadable_picture", f"no base64 ({error})") from None
 
@@ -273,7 +294,14 @@ def _content(address: str) -> bytes:
         return bytes(file.read(0, file.size_bytes))
     except (OSError, UserError, ValueError) as error:  # of an address that can be none, such as one with a null
         reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
-        raise RowDropped("missing_picture", f"{address}: {reason}"[:160]) from None
+        if isinstance(error, OSError) and error.errno == errno.ENAMETOOLONG:
+            reason += " (base64 is read under the key `base64`, and in data: addresses)"
+        raise RowDropped("missing_picture", f"{_shortened(address)}: {reason[:100]}") from None
+
+
+def _shortened(address: str) -> str:
+    """An address for details, which can be megabytes of base64."""
+    return address if len(address) <= 100 else f"{address[:30]}…{address[-69:]}"
 
 
 def _opened(content: bytes) -> Any:
@@ -321,5 +349,6 @@ def _plain_kind(content: bytes) -> str | None:
         moves = getattr(image, "is_animated", False)
         upright = image.getexif().get(ExifTags.Base.Orientation, 1) == 1
         kind = (image.format or "").lower()
-        plain = kind in ("png", "jpeg", "webp") and image.mode in ("RGB", "L") and upright and not moves
+        opaque = image.mode in ("RGB", "L") and "transparency" not in image.info  # PNG: of a single colour
+        plain = kind in ("png", "jpeg", "webp") and opaque and upright and not moves
         return kind if plain else None
