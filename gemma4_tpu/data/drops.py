@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from gemma4_tpu.errors import UserError
 
 EXAMPLES_KEPT = 5
+_CONTROLS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 
 REASONS = {
     "invalid_json": "the line is not valid JSON (truncated or garbled), or an object in it has the same key twice",
@@ -63,7 +65,10 @@ class Origin(NamedTuple):
 
 
 def printable(text: str) -> str:
-    """Text made safe for logs and files: half of a surrogate pair becomes its escape."""
+    """Text made safe for logs and files: half of a surrogate pair, or a character with which a row could control the
+    terminal, becomes its escape.
+    """
+    text = _CONTROLS.sub(lambda found: f"\\x{ord(found[0]):02x}", text)
     return text.encode("utf-8", "backslashreplace").decode("utf-8")
 
 

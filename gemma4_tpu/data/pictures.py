@@ -12,6 +12,7 @@ import errno
 import hashlib
 import io
 import json
+import os
 import re
 import warnings
 from collections.abc import Iterator, Sequence
@@ -123,8 +124,8 @@ class PictureReader:
         elif rest and all(part["image"] is not None for part in parts):
             tell("column of pictures not used: the turns have their own")
             rest = []
-        elif not rest and any(PLACE in text for turn in turns if turn["role"] == "user" for text in _texts(turn)):
-            tell("<image> in texts left as text: there is no column of pictures")
+        if any(PLACE in text for turn in turns if turn["role"] == "user" for text in _texts(turn)):
+            tell("<image> in texts left as text: no picture of a column belongs there")
         waiting = sum(part["image"] is None for part in picture_parts(turns))
         if waiting != len(rest):
             raise RowDropped("missing_picture", f"{len(rest)} in the column for {waiting} places in the turns")
@@ -251,15 +252,18 @@ def _source(what: Any, origin: Origin) -> str | bytes:
         raise RowDropped(
             "missing_picture", f"a path in a data set of the Hub ({what[:60]}), which holds bytes or nothing"
         )
-    if scheme == "file":
-        what = unquote(urlparse(what).path)
+    if what[:6].lower() == "file:/":
+        address = urlparse(what)
+        if address.netloc not in ("", "localhost"):
+            raise RowDropped("missing_picture", f"{what[:80]}: names a host; write file:///<path>, or the path alone")
+        what = unquote(address.path)
     elif scheme:
         return what
     if is_remote(origin.file):
         if what.startswith("/"):
             raise RowDropped("missing_picture", f"{what[:80]}: a path of this machine, in rows that are elsewhere")
         return join(origin.file.rpartition("/")[0], what)
-    return str(Path(origin.file).parent / Path(what).expanduser())
+    return str(Path(origin.file).parent / os.path.expanduser(what))
 
 
 def _is_data(address: str) -> bool:
@@ -294,6 +298,7 @@ def _content(address: str) -> bytes:
         return bytes(file.read(0, file.size_bytes))
     except (OSError, UserError, ValueError) as error:  # of an address that can be none, such as one with a null
         reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+        reason = reason.removeprefix(f"{address}: ")
         if isinstance(error, OSError) and error.errno == errno.ENAMETOOLONG:
             reason += " (base64 is read under the key `base64`, and in data: addresses)"
         raise RowDropped("missing_picture", f"{_shortened(address)}: {reason[:100]}") from None

@@ -72,6 +72,7 @@ def test_every_spelling_of_a_picture_is_the_same_picture(read):
         said({"type": "image", "image": str(path)}, ASK),
         said({"type": "image_url", "image_url": {"url": url}}, ASK),
         said({"type": "image_url", "image_url": path.as_uri()}, ASK),
+        said({"type": "image_url", "image_url": {"url": f"file:{path}"}}, ASK),
         said({"type": "input_image", "image_url": url}, ASK),
         said({"type": "image_url", "image_url": {"url": f"data:;base64,{quote(data, safe='')}"}}, ASK),
         said({"type": "image_url", "image_url": {"url": f"DATA:image/jpeg; BASE64,{lines}"}}, ASK),
@@ -152,6 +153,21 @@ def test_dropped_by_reason(read, row, reason):
     assert list(built.train_report.dropped) == [reason]
 
 
+@pytest.mark.parametrize(
+    ("path", "told"),
+    [
+        ("file://a.png", "file://a.png: names a host; write file:///<path>"),
+        ("~nobody-of-this-name/a.png", "No such file"),
+        ("b", "Is a directory"),
+        ("\x1b[2Ja\0.png", "\\x1b[2Ja\\x00.png: embedded null byte"),
+        ("s3:/a.png", "No such file"),
+    ],
+)
+def test_what_is_told_of_a_path_that_is_none(read, path, told):
+    built, _ = read([said(ASK), said({"type": "image", "path": path}, ASK)])
+    assert told in built.train_report.dropped["missing_picture"].examples[0]
+
+
 def test_base64_in_place_of_a_path_is_dropped_with_what_to_do(read):
     data = base64.b64encode(np.random.default_rng(0).bytes(9000)).decode().replace("/", "a")
     built, _ = read([said(ASK), said({"type": "image", "image": data}, ASK)])
@@ -165,7 +181,7 @@ def test_rows_with_pictures_and_rows_without_in_one_file(read):
     built, soft = read([said(ASK), {**said(ASK), "images": []}, marks, both])
     assert soft[:3] == [0, 0, 0] and soft[3] > 64 and built.train.pictures[:3] == ((), (), ())
     notes = built.normalised.notes
-    assert notes["<image> in texts left as text: there is no column of pictures"] == 1
+    assert notes["<image> in texts left as text: no picture of a column belongs there"] == 1
     assert notes["column 'image' not used"] == 1 and "column 'images' not used" not in notes
 
 
