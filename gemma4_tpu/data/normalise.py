@@ -39,7 +39,7 @@ MEDIA = ("image", "images", "audio", "audios", "video", "videos")
 """Columns that a row's text refers to; without them the text is not what somebody said."""
 CHOICES = ("context", "choices", "options")
 """Columns that can belong to a question; their presence makes a plain question column ambiguous."""
-COLUMNS = (*NAMES, CHOSEN, REJECTED, *TURN_COLUMNS)
+COLUMNS = (*NAMES, CHOSEN, REJECTED, *TURN_COLUMNS, *COLUMNS_OF_PICTURES)
 """Names that `data.columns` accepts on our side."""
 OBJECTIVES = {CONVERSATIONS: "sft", PAIRS: "dpo"}
 """Kind of rows → an objective that takes them, for messages."""

@@ -75,7 +75,7 @@ class Picture:
         kind = _plain_kind(content)
         if kind is None:
             out = io.BytesIO()
-            _opened(content).save(out, "PNG")
+            _opened(content).save(out, "PNG", transparency=None)
             kind, content = "png", out.getvalue()
         return f"data:image/{kind};base64,{base64.b64encode(content).decode()}"
 

@@ -14,6 +14,7 @@ from gemma4_tpu.config.schema import DataConfig, DataSource, ModelConfig
 from gemma4_tpu.data.build import build_data
 from gemma4_tpu.data.markup import IMAGE
 from gemma4_tpu.data.seen import picture_reader
+from gemma4_tpu.data.sources import _undecoded
 from gemma4_tpu.data.tokenizer import load_tokenizer
 from gemma4_tpu.models.base import resolve_base
 
@@ -153,6 +154,24 @@ def test_dropped_by_reason(read, row, reason):
     assert list(built.train_report.dropped) == [reason]
 
 
+def test_columns_of_pictures_have_any_name(read):
+    named = {"messages": [{"role": "user", "content": "What is it?"}, ANSWER], "file_name": "a.png"}
+    built, soft = read([named], columns={"image": "file_name"})
+    assert soft == [64] and "column 'file_name' not used" not in built.normalised.notes
+    built, soft = read([named])
+    assert soft == [0] and built.normalised.notes["column 'file_name' not used"] == 1
+
+
+def test_pictures_inside_turns_of_a_data_set_of_the_hub_stay_files():
+    import datasets
+
+    part = {"type": datasets.Value("string"), "image": datasets.Image()}
+    kept = _undecoded(datasets.List({"role": datasets.Value("string"), "content": datasets.List(part)}))
+    assert kept.feature["content"].feature["image"] == datasets.Image(decode=False)
+    text = datasets.List({"role": datasets.Value("string")})
+    assert _undecoded(text) is text
+
+
 @pytest.mark.parametrize(
     ("path", "told"),
     [
@@ -179,7 +198,7 @@ def test_rows_with_pictures_and_rows_without_in_one_file(read):
     marks = {"messages": [{"role": "user", "content": "<image>\nWhat is it?"}, ANSWER]}
     both = {**said({"type": "image"}, ASK), "images": ["b/c d.png"], "image": "a.png"}
     built, soft = read([said(ASK), {**said(ASK), "images": []}, marks, both])
-    assert soft[:3] == [0, 0, 0] and soft[3] > 64 and built.train.pictures[:3] == ((), (), ())
+    assert soft[:3] == [0, 0, 0] and soft[3] > 0 and built.train.pictures[:3] == ((), (), ())
     notes = built.normalised.notes
     assert notes["<image> in texts left as text: no picture of a column belongs there"] == 1
     assert notes["column 'image' not used"] == 1 and "column 'images' not used" not in notes
