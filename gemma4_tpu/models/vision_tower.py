@@ -123,7 +123,13 @@ class Tower:
                 f"the vision tower runs in PyTorch: pip install 'gemma4-tpu[pictures]' ({error}); where all features"
                 " are in data.image_cache already, it is not needed"
             ) from None
-        model = Gemma4VisionModel(Gemma4VisionConfig.from_dict(self._config))
+        try:
+            model = Gemma4VisionModel(Gemma4VisionConfig.from_dict(self._config))
+        except (KeyError, TypeError, ValueError) as error:
+            raise UserError(
+                f"{self._checkpoint.folder}: this transformers cannot build its vision tower ({error!r}); config.json"
+                " says in transformers_version which one saved it: pip install -U transformers"
+            ) from None
         weights = {
             name.removeprefix(PREFIX): torch.from_numpy(np.array(self._checkpoint.read(name), np.float32))
             for name in self._names
