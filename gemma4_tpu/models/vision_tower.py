@@ -6,6 +6,7 @@ on the machine. Only the tower is loaded, never the text model.
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 from collections.abc import Sequence
@@ -124,7 +125,7 @@ class Tower:
                 " are in data.image_cache already, it is not needed"
             ) from None
         try:
-            model = Gemma4VisionModel(Gemma4VisionConfig.from_dict(self._config))
+            model = Gemma4VisionModel(Gemma4VisionConfig.from_dict(copy.deepcopy(self._config)))  # which changes it
         except (KeyError, TypeError, ValueError) as error:
             raise UserError(
                 f"{self._checkpoint.folder}: this transformers cannot build its vision tower ({error!r}); config.json"
