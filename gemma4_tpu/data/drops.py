@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from gemma4_tpu.errors import UserError
 
 EXAMPLES_KEPT = 5
+_CONTROLS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 
 REASONS = {
     "invalid_json": "the line is not valid JSON (truncated or garbled), or an object in it has the same key twice",
     "invalid_utf8": "the line is not valid UTF-8, or holds half of a surrogate pair",
     "not_an_object": "the row is not a JSON object",
     "invalid_csv": "the row has more or fewer cells than the header, or a quote that is never closed",
-    "line_too_long": "the line is longer than any example could be",
+    "line_too_long": "the line is longer than 16 MiB; large pictures are given by their paths",
     "unknown_form": "the row's keys match no form, or several: `data.columns` says which column is which",
     "no_messages": "there are no turns, or no list of them",
     "bad_role": "a turn's role is unknown, or a system turn is not the first",
@@ -64,7 +66,10 @@ class Origin(NamedTuple):
 
 
 def printable(text: str) -> str:
-    """Text made safe for logs and files: half of a surrogate pair becomes its escape."""
+    """Text made safe for logs and files: half of a surrogate pair, or a character with which a row could control the
+    terminal, becomes its escape.
+    """
+    text = _CONTROLS.sub(lambda found: f"\\x{ord(found[0]):02x}", text)
     return text.encode("utf-8", "backslashreplace").decode("utf-8")
 
 

@@ -39,7 +39,7 @@ MEDIA = ("image", "images", "audio", "audios", "video", "videos")
 """Columns that a row's text refers to; without them the text is not what somebody said."""
 CHOICES = ("context", "choices", "options")
 """Columns that can belong to a question; their presence makes a plain question column ambiguous."""
-COLUMNS = (*NAMES, CHOSEN, REJECTED, *TURN_COLUMNS)
+COLUMNS = (*NAMES, CHOSEN, REJECTED, *TURN_COLUMNS, *COLUMNS_OF_PICTURES)
 """Names that `data.columns` accepts on our side."""
 OBJECTIVES = {CONVERSATIONS: "sft", PAIRS: "dpo"}
 """Kind of rows → an objective that takes them, for messages."""
@@ -145,7 +145,9 @@ class Normaliser:
             value = without_nulls(value, lambda note: notes.setdefault(note))
         columns = Columns(value)
         made = FORMS[form].make(columns, self._turn_columns, lambda note: notes.setdefault(note))
-        given = next(iter(columns.take(name for name in read if value.get(name)).values()), None)
+        column = next((name for name in read if value.get(name)), None)
+        given = next(iter(columns.take([column] if column else []).values()), None)
+        columns.take(name for name in read if not value.get(name))  # of rows that have no pictures
         made = made.each(lambda conversation: self._with_pictures(conversation, given, row, notes))
         for key in value.keys() - columns.used - set(self._read_elsewhere):
             notes.setdefault(f"column {key[:40]!r} not used")

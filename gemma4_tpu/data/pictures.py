@@ -8,15 +8,18 @@ from __future__ import annotations
 
 import base64
 import binascii
+import errno
 import hashlib
 import io
 import json
+import os
+import re
 import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
-from urllib.parse import unquote, urlparse
+from urllib.parse import unquote, unquote_to_bytes, urlparse
 
 from gemma4_tpu.data.calls import Tell, Turn
 from gemma4_tpu.data.checks import HUGGING_FACE
@@ -34,6 +37,7 @@ FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF")
 """Formats that are opened, if this Pillow supports them; of animations, the first frame."""
 ENCODED = ("base64", "data")
 """Keys of an object that contain a picture as base64."""
+_SAYS_BASE64 = re.compile(r";\s*base64\s*$", re.IGNORECASE)
 MAX_BYTES = 64 * 2**20
 MAX_PIXELS = 2**26
 """67 megapixels, 200 MB once decoded; a model sees less than one megapixel."""
@@ -71,7 +75,7 @@ class Picture:
         kind = _plain_kind(content)
         if kind is None:
             out = io.BytesIO()
-            _opened(content).save(out, "PNG")
+            _opened(content).save(out, "PNG", transparency=None)
             kind, content = "png", out.getvalue()
         return f"data:image/{kind};base64,{base64.b64encode(content).decode()}"
 
@@ -120,6 +124,8 @@ class PictureReader:
         elif rest and all(part["image"] is not None for part in parts):
             tell("column of pictures unused: the turns have their own")
             rest = []
+        if any(PLACE in text for turn in turns if turn["role"] == "user" for text in _texts(turn)):
+            tell("<image> in texts left as text: no picture of a column belongs there")
         waiting = sum(part["image"] is None for part in picture_parts(turns))
         if waiting != len(rest):
             raise RowDropped("missing_picture", f"{len(rest)} in the column for {waiting} places in the turns")
@@ -231,15 +237,14 @@ def _source(what: Any, origin: Origin) -> str | bytes:
     if isinstance(what, dict):  # as `datasets` stores pictures, and as parts of OpenAI's and Anthropic's nest them
         key = next((key for key in ("bytes", "url", "path", *ENCODED) if what.get(key)), None)
         what = what.get(key)
-        if key in ENCODED and isinstance(what, str):
+        if key in ("bytes", *ENCODED) and isinstance(what, str):  # JSON has no bytes
             return _unpacked(what)
     if isinstance(what, bytes | bytearray | memoryview):
         return bytes(what)
     if not isinstance(what, str) or not what:
         raise RowDropped("missing_picture", f"{type(what).__name__} instead of a path, an address or bytes")
-    if what.startswith("data:"):
-        head, _, body = what.partition(",")
-        return _unpacked(body if head.endswith(";base64") else "")
+    if _is_data(what):
+        return _of_data(what)
     scheme = what.partition("://")[0].lower() if is_remote(what) else ""
     if scheme in ("http", "https", "ftp"):
         raise RowDropped("picture_on_the_web", what[:80])
@@ -247,20 +252,40 @@ def _source(what: Any, origin: Origin) -> str | bytes:
         raise RowDropped(
             "missing_picture", f"a path ({what[:60]}) in a data set of the Hub, whose pictures must be bytes"
         )
-    if scheme == "file":
-        what = unquote(urlparse(what).path)
+    if what[:6].lower() == "file:/":
+        address = urlparse(what)
+        if address.netloc not in ("", "localhost"):
+            raise RowDropped("missing_picture", f"{what[:80]}: names a host; write file:///<path>, or the path alone")
+        what = unquote(address.path)
     elif scheme:
         return what
     if is_remote(origin.file):
         if what.startswith("/"):
             raise RowDropped("missing_picture", f"{what[:80]}: a path on this machine, in rows that are elsewhere")
         return join(origin.file.rpartition("/")[0], what)
-    return str(Path(origin.file).parent / Path(what).expanduser())
+    return str(Path(origin.file).parent / os.path.expanduser(what))
+
+
+def _is_data(address: str) -> bool:
+    return address[:5].lower() == "data:"
+
+
+def _of_data(address: str) -> bytes:
+    """The bytes of a `data:` address (RFC 2397); its media type is ignored."""
+    head, _, body = address.partition(",")
+    if _SAYS_BASE64.search(head):
+        return _unpacked(unquote(body))
+    if "%" not in body:  # no picture is plain text
+        raise RowDropped("unreadable_picture", "a data: address that does not say ;base64")
+    return unquote_to_bytes(body)
 
 
 def _unpacked(text: str) -> bytes:
+    """The bytes of base64, which can be broken into lines; or of a `data:` address in its place."""
+    if _is_data(text):
+        return _of_data(text)
     try:
-        return base64.b64decode(text, validate=True)
+        return base64.b64decode("".join(text.split()), validate=True)
     except (binascii.Error, ValueError) as error:
         raise RowDropped("unreadable_picture", f"not base64 ({error})") from None
 
@@ -273,7 +298,15 @@ def _content(address: str) -> bytes:
         return bytes(file.read(0, file.size_bytes))
     except (OSError, UserError, ValueError) as error:  # ValueError: an invalid address, such as one with a null
         reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
-        raise RowDropped("missing_picture", f"{address}: {reason}"[:160]) from None
+        reason = reason.removeprefix(f"{address}: ")
+        if isinstance(error, OSError) and error.errno == errno.ENAMETOOLONG:
+            reason += " (base64 is read under the key `base64`, and in data: addresses)"
+        raise RowDropped("missing_picture", f"{_shortened(address)}: {reason[:100]}") from None
+
+
+def _shortened(address: str) -> str:
+    """An address for details, which can be megabytes of base64."""
+    return address if len(address) <= 100 else f"{address[:30]}…{address[-69:]}"
 
 
 def _opened(content: bytes) -> Any:
@@ -321,5 +354,6 @@ def _plain_kind(content: bytes) -> str | None:
         moves = getattr(image, "is_animated", False)
         upright = image.getexif().get(ExifTags.Base.Orientation, 1) == 1
         kind = (image.format or "").lower()
-        plain = kind in ("png", "jpeg", "webp") and image.mode in ("RGB", "L") and upright and not moves
+        opaque = image.mode in ("RGB", "L") and "transparency" not in image.info  # PNG: of a single colour
+        plain = kind in ("png", "jpeg", "webp") and opaque and upright and not moves
         return kind if plain else None

@@ -221,8 +221,12 @@ def _undecoded(feature: Any) -> Any:
 
     if isinstance(feature, datasets.Image):
         return datasets.Image(decode=False)
-    if isinstance(feature, datasets.List) and isinstance(feature.feature, datasets.Image):
-        return datasets.List(datasets.Image(decode=False))
+    if isinstance(feature, datasets.List | datasets.LargeList):
+        kept = _undecoded(feature.feature)
+        return feature if kept is feature.feature else type(feature)(kept)
+    if isinstance(feature, dict):
+        inside = {name: _undecoded(one) for name, one in feature.items()}
+        return feature if all(inside[name] is one for name, one in feature.items()) else inside
     return feature
 
 

@@ -199,12 +199,13 @@ def _mixed_parts(content: Any, tell: Tell) -> list[Turn] | None:
 
 def _meant(part: Turn, tell: Tell) -> Any:
     """What a part says about its picture; None: nothing."""
-    given = next((part[key] for key in IMAGE_KEYS if part.get(key)), None)
+    key = next((key for key in IMAGE_KEYS if part.get(key)), "")
+    given = part.get(key)
     if given is None and isinstance(part.get("source"), dict):  # Anthropic's; a text would say whence a picture comes
         given = part["source"]
     if isinstance(given, dict) and given.get("detail"):
         tell("detail of pictures ignored: the processor decides on the number of tokens")
-    return {"base64": given} if given is not None and given is part.get("base64") else given
+    return {key: given} if key in ("base64", "bytes") else given
 
 
 def _is_text(part: Any) -> bool:

@@ -17,6 +17,7 @@ import queue
 import random
 import threading
 import time
+from collections import Counter
 from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from email.utils import parsedate_to_datetime
 from typing import Any
@@ -64,6 +65,7 @@ class Endpoint:
         self._config = config
         self._chat = ChatFormat(tokenizer, config.thoughts or "drop") if tokenizer is not None else None
         self._takes_seeds = True
+        self._reasons: Counter[str] = Counter()  # why samples never arrived
         limits = httpx.Limits(max_connections=config.concurrency, max_keepalive_connections=config.concurrency)
         self._options = {**_options(config), "limits": limits}
         self._model = config.endpoint_model or served_model(config)["id"]
@@ -80,7 +82,7 @@ class Endpoint:
         return "\n".join(f"[{message['role']}]\n{_in_words(message['content'])}" for message in request.messages)
 
     def generate(self, requests: Sequence[SampleRequest]) -> Iterator[Sample]:
-        """Yields samples as they arrive; one that fails after all attempts is logged and left out.
+        """Yields samples as they arrive; those that fail after all attempts are left out, and logged by reason.
 
         Raises:
           UserError: the server refuses every request (a wrong key, no such model), or a scored question has a picture.
@@ -132,6 +134,9 @@ class Endpoint:
             finally:
                 for task in tasks:
                     task.cancel()
+                for reason, count in self._reasons.items():
+                    if count > 1:
+                        log.warning("%d samples in all never arrived: %s", count, reason)
 
     async def _one(self, client: httpx.AsyncClient, gate: asyncio.Semaphore, request: SampleRequest) -> Sample | None:
         """One sample, with up to `retries` further attempts; None: it never arrived."""
@@ -152,7 +157,9 @@ class Endpoint:
                     reason = str(error) or repr(error)
                     asked_for = _retry_after_seconds(error)
                     log.debug("%s %d, attempt %d: %s", request.problem, request.sample, attempt + 1, reason)
-        log.warning("%s, sample %d never arrived: %s", request.problem, request.sample, reason[:_SHOWN])
+        self._reasons[reason := reason[:_SHOWN]] += 1
+        level = logging.WARNING if self._reasons[reason] == 1 else logging.DEBUG  # the rest is counted at the end
+        log.log(level, "%s, sample %d never arrived: %s", request.problem, request.sample, reason)
         return None
 
     async def _ask(self, client: httpx.AsyncClient, request: SampleRequest) -> Sample:

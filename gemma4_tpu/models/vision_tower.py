@@ -6,6 +6,7 @@ on the machine. Only the tower is loaded, never the text model.
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 from collections.abc import Sequence
@@ -123,7 +124,13 @@ class Tower:
                 f"the vision tower runs in PyTorch: pip install 'gemma4-tpu[pictures]' ({error}); where all features"
                 " are in data.image_cache already, it is not needed"
             ) from None
-        model = Gemma4VisionModel(Gemma4VisionConfig.from_dict(self._config))
+        try:
+            model = Gemma4VisionModel(Gemma4VisionConfig.from_dict(copy.deepcopy(self._config)))  # which changes it
+        except (KeyError, TypeError, ValueError) as error:
+            raise UserError(
+                f"{self._checkpoint.folder}: this transformers cannot build its vision tower ({error!r}); config.json"
+                " says in transformers_version which one saved it: pip install -U transformers"
+            ) from None
         weights = {
             name.removeprefix(PREFIX): torch.from_numpy(np.array(self._checkpoint.read(name), np.float32))
             for name in self._names

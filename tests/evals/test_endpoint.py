@@ -137,6 +137,13 @@ def test_a_sample_that_never_comes_is_logged_and_left_out(caplog):
     assert sum(b["messages"][0]["content"] == "problem 2" for b in server.bodies) == 4  # once, and three retries
 
 
+def test_the_same_reason_is_logged_once_and_counted(caplog):
+    with Server(lambda *_: (400, {"error": "no pictures here"})) as server, caplog.at_level(logging.WARNING):
+        assert ask(server) == []
+    told = [record.getMessage() for record in caplog.records if "no pictures here" in record.getMessage()]
+    assert len(told) == 2 and told[1].startswith("4 samples in all never arrived: 400"), told
+
+
 def test_a_request_that_the_server_refuses_for_good_is_not_repeated():
     with Server(lambda *_: (400, {"error": "prompt too long"})) as server:
         assert ask(server, 1) == []

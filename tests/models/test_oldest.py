@@ -8,8 +8,10 @@ TESTS = (
     "tests/models/test_forward.py::test_logits_equal_transformers",
     "tests/assets/test_tiny_tokenizer.py",
     "tests/serving/test_local_engine.py",
+    "tests/pictures/test_forward.py",
 )
-"""What transformers computes, and what it is asked for: logits of its own checkpoints, templates, serving."""
+"""What transformers computes, and what it is asked for: logits of its own checkpoints, templates, serving, features of
+pictures."""
 
 
 @pytest.mark.slow

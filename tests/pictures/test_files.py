@@ -2,6 +2,7 @@
 
 import base64
 import io
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -61,6 +62,15 @@ def test_modes_and_turns_reach_a_server_as_they_are_seen_here(read, mode):
     image = picture.image()
     assert (image.mode, image.size) == ("RGB", (8, 12))
     assert np.array_equal(sent(picture), image)
+
+
+@pytest.mark.parametrize("mode", ["RGB", "L"])
+def test_a_transparent_colour_does_not_reach_a_server(read, mode):
+    image = NOISE.convert(mode)
+    picture = read(image, "picture.png", transparency=image.getpixel((3, 3)))
+    data = base64.b64decode(picture.data_url().partition(",")[2])
+    assert b"tRNS" in (picture.source if isinstance(picture.source, bytes) else Path(picture.source).read_bytes())
+    assert b"tRNS" not in data and np.array_equal(sent(picture), picture.image())
 
 
 def test_the_first_frame_of_a_moving_picture(read):

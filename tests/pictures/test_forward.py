@@ -1,18 +1,23 @@
 """Features that were cached, projected here and put among the tokens give the logits of transformers' whole model."""
 
+import json
+import shutil
 from dataclasses import replace
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 from gemma4_tpu.config.schema import ModelConfig
 from gemma4_tpu.data.markup import IMAGE, IMAGE_END, IMAGE_START
+from gemma4_tpu.errors import UserError
 from gemma4_tpu.models import sharding
 from gemma4_tpu.models.base import resolve_base
 from gemma4_tpu.models.gemma4 import Model, hidden_states, logits
 from gemma4_tpu.models.layout import Layout
 from gemma4_tpu.models.params import load_params
+from gemma4_tpu.models.tensorfile import Checkpoint
 from gemma4_tpu.models.vision_tower import PictureProcessor, Tower
 
 
@@ -34,6 +39,7 @@ def test_logits_equal_transformers(base):
     tower = Tower(found.checkpoint, processor)
     images = _pictures()
     features = tower.encode(images)
+    assert tower.key == Tower(found.checkpoint, processor).key  # transformers changes the configuration it is given
     assert [len(part) for part in features] == [processor.tokens(*image.size) for image in images]
     assert len({len(part) for part in features}) > 1
 
@@ -70,3 +76,13 @@ def test_logits_equal_transformers(base):
     assert Layout.of(blind).tree(lambda leaf: leaf.shape)["embedder"].keys() == (
         layout.tree(lambda leaf: leaf.shape)["embedder"].keys() - {"mm_input_projection"}
     )
+
+
+def test_a_tower_of_a_newer_transformers_is_refused_with_what_to_do(base, tmp_path):
+    shutil.copytree(base, tmp_path / "base")
+    config = json.loads((base / "config.json").read_text())
+    config["vision_config"]["rope_parameters"] = {"rope_type": "of_tomorrow", "rope_theta": 100.0}
+    (tmp_path / "base/config.json").write_text(json.dumps(config))
+    tower = Tower(Checkpoint(str(tmp_path / "base")), PictureProcessor.of(str(base)))
+    with pytest.raises(UserError, match=r"this transformers cannot build its vision tower .*of_tomorrow"):
+        tower.encode(_pictures())

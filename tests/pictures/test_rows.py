@@ -4,6 +4,7 @@ import base64
 import io
 import json
 from pathlib import Path
+from urllib.parse import quote
 
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ from gemma4_tpu.config.schema import DataConfig, DataSource, ModelConfig
 from gemma4_tpu.data.build import build_data
 from gemma4_tpu.data.markup import IMAGE
 from gemma4_tpu.data.seen import picture_reader
+from gemma4_tpu.data.sources import _undecoded
 from gemma4_tpu.data.tokenizer import load_tokenizer
 from gemma4_tpu.models.base import resolve_base
 
@@ -65,20 +67,27 @@ def said(*parts):
 
 def test_every_spelling_of_a_picture_is_the_same_picture(read):
     path, data = read.folder / "a.png", base64.b64encode(png()).decode()
-    url = f"data:image/png;base64,{data}"
+    url, lines = f"data:image/png;base64,{data}", base64.encodebytes(png()).decode()
     rows = [
         said({"type": "image", "path": "a.png"}, ASK),
         said({"type": "image", "image": str(path)}, ASK),
         said({"type": "image_url", "image_url": {"url": url}}, ASK),
         said({"type": "image_url", "image_url": path.as_uri()}, ASK),
+        said({"type": "image_url", "image_url": {"url": f"file:{path}"}}, ASK),
         said({"type": "input_image", "image_url": url}, ASK),
+        said({"type": "image_url", "image_url": {"url": f"data:;base64,{quote(data, safe='')}"}}, ASK),
+        said({"type": "image_url", "image_url": {"url": f"DATA:image/jpeg; BASE64,{lines}"}}, ASK),
+        said({"type": "image_url", "image_url": {"url": f"data:image/png,{quote(png())}"}}, ASK),
         said({"type": "image", "base64": data}, ASK),
+        said({"type": "image", "base64": url}, ASK),
+        said({"type": "image", "bytes": lines}, ASK),
         said({"type": "image", "source": {"type": "base64", "media_type": "image/png", "data": data}}, ASK),
         {**said({"type": "image"}, ASK), "images": ["a.png"]},
         {"messages": [{"role": "user", "content": "<image>\nWhat is it?"}, ANSWER], "images": ["a.png"]},
         {"conversations": [{"from": "human", "value": "What is it?"}, {"from": "gpt", "value": "1 red circle"}],
          "image": "a.png"},
         {"prompt": "What is it?", "completion": "1 red circle", "image": url},
+        {**said({"type": "image"}, ASK), "images": [{"bytes": data, "path": None}]},
     ]  # fmt: skip
     built, soft = read(rows)
     assert built.train_report.rows_dropped == 0
@@ -120,7 +129,22 @@ def test_parquet_as_datasets_writes_it(read):
         (said({"type": "image", "path": "torn.png"}, ASK), "unreadable_picture"),
         (said({"type": "image_url", "image_url": "data:image/png;base64,%%"}, ASK), "unreadable_picture"),
         (said({"type": "image", "path": "bomb.png"}, ASK), "picture_too_large"),
+        (said({"type": "image_url", "image_url": "data:image/png,iVBORw0KGgo="}, ASK), "unreadable_picture"),
+        (said({"type": "image_url", "image_url": "data:image/svg+xml,%3Csvg/%3E"}, ASK), "unreadable_picture"),
         (said({"type": "image_url", "image_url": {"url": "https://example.com/a.png"}}, ASK), "picture_on_the_web"),
+        (
+            {
+                "messages": [
+                    {"role": "user", "content": "Draw."},
+                    {"role": "assistant", "content": [{"type": "image", "path": "a.png"}]},
+                ]
+            },
+            "bad_content",
+        ),
+        (
+            {"messages": [{"role": "user", "content": "Draw."}, {"role": "assistant", "content": IMAGE}]},
+            "control_token",
+        ),
         (said({"type": "video", "path": "a.mp4"}, ASK), "bad_content"),
         (said(ASK, {"type": "text", "text": IMAGE}), "control_token"),
     ],
@@ -128,6 +152,62 @@ def test_parquet_as_datasets_writes_it(read):
 def test_dropped_by_reason(read, row, reason):
     built, _ = read([said({"type": "image", "path": "a.png"}, ASK), row])
     assert list(built.train_report.dropped) == [reason]
+
+
+def test_columns_of_pictures_have_any_name(read):
+    named = {"messages": [{"role": "user", "content": "What is it?"}, ANSWER], "file_name": "a.png"}
+    built, soft = read([named], columns={"image": "file_name"})
+    assert soft == [64] and "column 'file_name' not used" not in built.normalised.notes
+    built, soft = read([named])
+    assert soft == [0] and built.normalised.notes["column 'file_name' not used"] == 1
+
+
+def test_pictures_inside_turns_of_a_data_set_of_the_hub_stay_files():
+    import datasets
+
+    part = {"type": datasets.Value("string"), "image": datasets.Image()}
+    kept = _undecoded(datasets.List({"role": datasets.Value("string"), "content": datasets.List(part)}))
+    assert kept.feature["content"].feature["image"] == datasets.Image(decode=False)
+    text = datasets.List({"role": datasets.Value("string")})
+    assert _undecoded(text) is text
+
+
+@pytest.mark.parametrize(
+    ("path", "told"),
+    [
+        ("file://a.png", "file://a.png: names a host; write file:///<path>"),
+        ("~nobody-of-this-name/a.png", "No such file"),
+        ("b", "Is a directory"),
+        ("\x1b[2Ja\0.png", "\\x1b[2Ja\\x00.png: embedded null byte"),
+        ("s3:/a.png", "No such file"),
+    ],
+)
+def test_what_is_told_of_a_path_that_is_none(read, path, told):
+    built, _ = read([said(ASK), said({"type": "image", "path": path}, ASK)])
+    assert told in built.train_report.dropped["missing_picture"].examples[0]
+
+
+def test_base64_in_place_of_a_path_is_dropped_with_what_to_do(read):
+    data = base64.b64encode(np.random.default_rng(0).bytes(9000)).decode().replace("/", "a")
+    built, _ = read([said(ASK), said({"type": "image", "image": data}, ASK)])
+    (told,) = built.train_report.dropped["missing_picture"].examples
+    assert "base64 is read under the key `base64`" in told and len(told) < 400
+
+
+def test_rows_with_pictures_and_rows_without_in_one_file(read):
+    marks = {"messages": [{"role": "user", "content": "<image>\nWhat is it?"}, ANSWER]}
+    both = {**said({"type": "image"}, ASK), "images": ["b/c d.png"], "image": "a.png"}
+    built, soft = read([said(ASK), {**said(ASK), "images": []}, marks, both])
+    assert soft[:3] == [0, 0, 0] and soft[3] > 0 and built.train.pictures[:3] == ((), (), ())
+    notes = built.normalised.notes
+    assert notes["<image> in texts left as text: no picture of a column belongs there"] == 1
+    assert notes["column 'image' not used"] == 1 and "column 'images' not used" not in notes
+
+
+def test_a_picture_longer_than_a_row_is_dropped_by_its_tokens(read):
+    built, soft = read([said(ASK), said({"type": "image", "path": "a.png"}, ASK)], sequence_length=64)
+    assert soft == [0] and list(built.train_report.dropped) == ["too_long"]
+    assert built.told() and not built.train.picture_tokens
 
 
 def test_without_a_cache_rows_with_pictures_are_dropped_and_the_key_is_named(read):
