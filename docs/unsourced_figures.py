@@ -21,6 +21,7 @@ NEED_NONE = {
     ("benchmarking", "this client sent in time (median lag at most 10 ms)"): "a constant of the search",
     ("benchmarking", "its figure is between the true p98.4 and p99.6"): "arithmetic: the binomial law",
     ("benchmarking", "holds the search to within 5% of the capacity"): "the tolerance of the test that it names",
+    ("data", "the line is longer than 16 MiB"): "a limit that the code sets",
     ("evaluation", "(, in seconds or as a date, at most 300 s)"): "a limit that the code sets",
     ("evaluation", "*Interval over problems*: 95%"): "a definition",
     ("experts", "238 M at rank 8, which with gradient and moments take 3.81 GB"): "arithmetic: 238 M × 16 bytes",

@@ -34,7 +34,7 @@ PLAN: EntryPoint[PlanRoot, PlanChecked] = EntryPoint(
     normalise=normalise_plan,
     examine=examine_plan,
     summary=(
-        "Say whether a run fits a slice, how long it takes, and what it costs. Compiles the training step for the"
+        "Say whether a run fits, how long it takes, and what it costs. Compiles the training step for the"
         " slice, without a TPU and without weights. Without arguments: 31B with LoRA on a v5p-8, in a few minutes."
     ),
     examples=(

@@ -100,7 +100,7 @@ def _runs(process):
         return False
 
 
-def test_the_whole_way(run, served, tmp_path):
+def test_the_whole_way(wide, run, served, tmp_path):
     endpoint = served(f"run={run}")
     record = tmp_path / "record"
     words = ["bench=vllm", "bench.lengths=[[64,32]]", "bench.rates=[4]", "bench.requests=40", f"bench.slo={SLO}"]
@@ -123,6 +123,12 @@ def test_the_whole_way(run, served, tmp_path):
     words = [f"eval.endpoint={endpoint}", "eval.max_problems=4", f"run_dir={tmp_path / 'evaluation'}"]
     assert evaluate.main(words) == 0
     assert json.loads((tmp_path / "evaluation/result.json").read_text())["status"] == "finished"
+    words = ["objective=distill_offline", f"objective.teacher={endpoint}", "objective.teacher_top=8", "lora.rank=8"]
+    words += [f"objective.teacher_store={tmp_path / 'told'}", "data.max_rows=40", "trainer.max_updates=4"]
+    assert train.main([f"model.path={wide}", f"run_dir={tmp_path / 'taught'}", *words]) == 0
+    rows = [json.loads(line) for line in (tmp_path / "taught/metrics.jsonl").read_text().splitlines()]
+    heldout = [row["heldout_loss"] for row in rows if "heldout_loss" in row]
+    assert heldout[-1] < heldout[0]  # towards the server's model
 
 
 def test_int8_answers_nearly_as_the_merged_model(run, served, tmp_path):
