@@ -1,7 +1,7 @@
 """Does the model see? `python experiments/pictures_smoke/run.py OUT`.
 
 Trains the tiny base on pictures, and its twin on the same questions without them; asks both, and the base, about the
-held-out rows; writes `record.json` and prints a table. About six CPU minutes.
+held-out rows; writes `record.json` and prints a table. Under five CPU minutes.
 """
 
 from __future__ import annotations
@@ -104,7 +104,7 @@ def main() -> None:
     parser.add_argument("out", type=Path, help="folder to write to")
     parser.add_argument("--train", type=int, default=1024)
     parser.add_argument("--heldout", type=int, default=64)
-    parser.add_argument("--updates", type=int, default=300)
+    parser.add_argument("--updates", type=int, default=250)
     args = parser.parse_args()
     results = run(args.out, train=args.train, heldout=args.heldout, updates=args.updates)
     lines = [
