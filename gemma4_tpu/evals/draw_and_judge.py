@@ -83,7 +83,8 @@ def evaluate(config: EvalConfig, form: str, folder: Path, load_models: LoadModel
       UserError: there is no simulator, sandbox or model, or a file is damaged.
     """
     opened: Court = AnswersCourt(config) if config.benchmark == ACCURACY else Simulation(config, folder)
-    log.info("%s: %d problems, %d samples of each", config.benchmark, len(opened.problems), config.n)
+    samples = f"{config.n} sample{'s' * (config.n != 1)} of each"
+    log.info("%s: %d problems, %s", config.benchmark, len(opened.problems), samples)
     with opened as court:
         subjects = _subjects(config, form, folder, court.problems, load_models)
         outcomes = [_evaluate(subject, config, court, again=form == "resimulate") for subject in subjects]
