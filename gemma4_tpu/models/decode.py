@@ -5,7 +5,7 @@ its mixture-of-experts router is wrong (`tunix_bridge.py`); and it supports neit
 
 Rows are padded on the left, so that all of them are at the same position in every step. Sliding layers keep only the
 last `window` keys and values, in a ring: position t is in slot t mod C. Dims as in `gemma4.py`, and P positions of the
-prompt, C slots of a cache.
+prompt, C slots of a cache, S recent tokens, which the cache does not hold yet.
 """
 
 from __future__ import annotations
@@ -19,11 +19,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from gemma4_tpu.models.attention import MASKED, attend
+from gemma4_tpu.models.attention import MASKED
 from gemma4_tpu.models.gemma4 import KV, Layer, Model, Params, Visit, decoder_layer, logits, through_layers
 
 Cache = list[list[KV | None]]
-"""Per stage and layer of its group: keys and values [R, B, C, K, H]; None for KV-shared layers."""
+"""Per stage and layer of its group: keys and values [R, B, K, C, H]; None for KV-shared layers. Heads come before slots
+because products with a query read them in this order; in any other, the compiler copies the whole cache.
+"""
 
 
 @dataclass(frozen=True)
@@ -85,6 +87,7 @@ def generate(
     cache = jax.tree.map(
         partial(_to_cache, total=p + max_new_tokens, window=model.arch.sliding_window), kvs, is_global(model, kvs)
     )
+    recent = no_recent(cache, 1)
     keys = jax.vmap(jax.random.key)(seeds)
     stops = jnp.asarray(stop_ids, jnp.int32)
 
@@ -100,9 +103,9 @@ def generate(
         done = done | jnp.isin(token, stops)
         place = p + i
         positions = (place - first)[:, None]
-        visit = decoding(DecodingPlace(place, first))
-        hidden, kvs = forward(token[:, None], jnp.ones((b, 1), jnp.int32), positions, visit, beside=cache)
-        cache = jax.tree.map(partial(put, place=place), cache, kvs)
+        visit, past = decoding(DecodingPlace(place, first, 0)), jax.tree.map(Past, cache, recent)
+        hidden, kvs = forward(token[:, None], jnp.ones((b, 1), jnp.int32), positions, visit, beside=past)
+        cache = jax.tree.map(partial(_put, place=place), cache, kvs)
         return i + 1, logits(model, params, hidden)[:, 0], done, counts, out, cache
 
     scores = logits(model, params, hidden[:, -1:])[:, 0]
@@ -151,81 +154,127 @@ class DecodingPlace(NamedTuple):
     """Position of the new token: one for all rows, or [B]."""
     first: jax.Array
     """[B] position of each row's first real token."""
+    recent: jax.Array | int
+    """Index of the new token among the recent ones, which are the positions up to `place`."""
+
+
+class Past(NamedTuple):
+    """Keys or values that a new token attends to.
+
+    Recent tokens stay apart for some steps, because a cache that changes in every step is copied in every step.
+    """
+
+    cache: jax.Array
+    """[B, K, C, H], or [R, B, K, C, H] for all repeats of a stage."""
+    recent: jax.Array
+    """[B, K, S, H] or [R, B, K, S, H]."""
+
+
+def no_recent(cache: Cache, size: int) -> Cache:
+    """`Past.recent` after everything has been written to the cache, for `size` tokens."""
+    return jax.tree.map(lambda x: jnp.zeros((*x.shape[:3], size, x.shape[4]), x.dtype), cache)
 
 
 def decoding(at: DecodingPlace | None) -> Visit:
-    """The visitor that decoding runs at each layer; it collects the new keys and values [R, B, T, K, H] of layers that
-    have their own.
+    """The visitor that decoding runs at each layer that has keys and values of its own.
 
-    With `at` None, it processes a prompt; otherwise T = 1, and the token also sees the layer's cache.
+    With `at` None, it processes a prompt, and collects keys and values [R, B, K, T, H]. Otherwise T = 1, the token also
+    sees its layer's `Past` keys and values, and the visitor collects the recent ones with the new token's.
     """
 
     def visit(
-        layer: Layer, x: jax.Array, per_layer_input: jax.Array | None, shared_kv: KV | None, cache: Any
-    ) -> tuple[jax.Array, KV, KV | None]:
-        if at is not None:
-            layer = replace(layer, model=replace(layer.model, attention=partial(_attend_past, at, cache)))
+        layer: Layer, x: jax.Array, per_layer_input: jax.Array | None, shared_kv: Any, past: Any
+    ) -> tuple[jax.Array, Any, KV | None]:
+        if at is None:
+            x, kv = decoder_layer(layer, x, per_layer_input, shared_kv)
+            return x, kv, None if layer.is_kv_shared else (_heads_first(kv[0]), _heads_first(kv[1]))
+        extended = partial(_extended, at, None if layer.is_kv_shared else past)
+
+        def attention(q: jax.Array, k: Any, v: Any, _segment_ids: jax.Array, _window: int | None) -> jax.Array:
+            return _attend_past(at, q, *extended((k, v)))
+
+        layer = replace(layer, model=replace(layer.model, attention=attention))
         x, kv = decoder_layer(layer, x, per_layer_input, shared_kv)
-        if layer.is_kv_shared:
-            return x, kv, None
-        return x, kv if at is None else _extend(cache, kv, at.place), kv
+        keys, values = extended(kv)
+        return x, (keys, values), None if layer.is_kv_shared else (keys.recent, values.recent)
 
     return visit
 
 
-def _attend_past(
-    at: DecodingPlace,
-    cache: KV | None,
-    q: jax.Array,
-    k: jax.Array,
-    v: jax.Array,
-    _segment_ids: jax.Array,
-    _window: int | None,
-) -> jax.Array:
-    """Attention of one new token per row, q [B, 1, N, H], to the cache and to itself.
+def _heads_first(x: jax.Array) -> jax.Array:
+    return jnp.swapaxes(x, 1, 2)
 
-    `cache` is None for a KV-shared layer, whose k and v are the whole cache of the layer that it shares.
+
+def _extended(at: DecodingPlace, past: tuple[Past, Past] | None, kv: Any) -> tuple[Past, Past]:
+    """Adds the new token's keys and values [B, 1, K, H] to a layer's past; those of a KV-shared layer (None) come from
+    another layer, with that token.
     """
-    slots = (cache[0] if cache else k).shape[1]
-    place = at.place[..., None]
-    places = place - (place - jnp.arange(slots)) % slots  # [C] or [B, C]: the last position written to each slot
-    seen = places >= at.first[:, None]  # a ring no longer than the window holds nothing older than the window
-    if cache is None:
-        return attend(q, k, v, seen[:, None, :])
-    # The new token's slot holds a position that has left the window, or nothing.
-    return _attend_beside(q, cache, (k, v), seen & (places != place))
-
-
-def _attend_beside(q: jax.Array, cache: KV, new: KV, seen: jax.Array) -> jax.Array:
-    """Attention of q [B, 1, N, H] to a cache [B, C, K, H] where `seen` [B, C], and to the new token [B, 1, K, H].
-
-    The two stay separate because inserting the token first would copy the cache in each layer.
-    """
-    b, _, n, h = q.shape
-    kv = new[0].shape[2]
-    queries = q.reshape(b, kv, n // kv, h)
-    scores = jnp.einsum("bkgh,bskh->bkgs", queries, cache[0], preferred_element_type=jnp.float32)
-    scores = jnp.where(seen[:, None, None], scores, MASKED)
-    own = jnp.einsum("bkgh,bkh->bkg", queries, new[0][:, 0], preferred_element_type=jnp.float32)[..., None]
-    top = jnp.maximum(scores.max(axis=-1, keepdims=True), own)
-    weights, weight = jnp.exp(scores - top), jnp.exp(own - top)
-    out = jnp.einsum("bkgs,bskh->bkgh", weights.astype(q.dtype), cache[1]) + weight * new[1][:, 0, :, None]
-    out = out / (weights.sum(axis=-1, keepdims=True) + weight)
-    return out.reshape(b, 1, n, h).astype(new[1].dtype)
-
-
-def _extend(cache: KV, new: KV, place: jax.Array) -> KV:
-    """Appends the keys and values of one token [B, 1, K, H] to [B, C, K, H]."""
-    keys, values = (put(c[None], n[None], place)[0] for c, n in zip(cache, new, strict=True))
+    if past is None:
+        keys, values = kv
+        return keys, values
+    keys, values = (
+        Past(old.cache, jax.lax.dynamic_update_slice_in_dim(old.recent, _heads_first(new), at.recent, axis=2))
+        for old, new in zip(past, kv, strict=True)
+    )
     return keys, values
 
 
-def put(cache: jax.Array, new: jax.Array, place: jax.Array) -> jax.Array:
-    """Writes a token's keys or values [R, B, 1, K, H] into [R, B, C, K, H] at `place`, one for all rows or [B]."""
-    slot = place % cache.shape[2]
-    if place.ndim == 0:
-        return jax.lax.dynamic_update_slice_in_dim(cache, new, slot, axis=2)
-    return cache.at[:, jnp.arange(cache.shape[1]), slot].set(new[:, :, 0])
+def _attend_past(at: DecodingPlace, q: jax.Array, keys: Past, values: Past) -> jax.Array:
+    """Attention of one new token per row, q [B, 1, N, H], to its past and itself → [B, 1, N, H]."""
+    b, _, n, h = q.shape
+    kv, slots = keys.cache.shape[1:3]
+    queries = q.reshape(b, kv, n // kv, h)
+    scores = [
+        jnp.where(
+            seen[:, None, None],
+            jnp.einsum("bkgh,bksh->bkgs", queries, part, preferred_element_type=jnp.float32),
+            MASKED,
+        )
+        for part, seen in zip(keys, _seen(at, slots, keys.recent.shape[2]), strict=True)
+    ]
+    top = jnp.maximum(*(part.max(axis=-1, keepdims=True) for part in scores))
+    weights = [jnp.exp(part - top) for part in scores]
+    out = sum(
+        jnp.einsum("bkgs,bksh->bkgh", share.astype(q.dtype), part, preferred_element_type=jnp.float32)
+        for share, part in zip(weights, values, strict=True)
+    )
+    out = out / sum(share.sum(axis=-1, keepdims=True) for share in weights)
+    return out.reshape(b, 1, n, h).astype(q.dtype)
+
+
+def _seen(at: DecodingPlace, slots: int, recent: int) -> tuple[jax.Array, jax.Array]:
+    """Which of a cache's slots and of the recent tokens a new token sees: [B, C] and [1, S].
+
+    A ring is no longer than the window, so that the token sees C positions, including its own.
+    """
+    place = at.place[..., None]
+    last = place - at.recent - 1  # position that was last written to the cache
+    places = last - (last - jnp.arange(slots)) % slots  # [C] or [B, C]: the last position written to each slot
+    cached = (places >= at.first[:, None]) & (places > place - slots)
+    after = jnp.arange(recent)[None, :] - at.recent
+    return cached, (after <= 0) & (after > -slots)
+
+
+def _put(cache: jax.Array, new: jax.Array, place: jax.Array) -> jax.Array:
+    """Writes a token's keys or values [R, B, K, 1, H] to [R, B, K, C, H] at a position that is the same in all rows."""
+    return jax.lax.dynamic_update_slice_in_dim(cache, new, place % cache.shape[3], axis=3)
+
+
+def settle(cache: jax.Array, recent: jax.Array, places: jax.Array) -> jax.Array:
+    """Writes recent keys or values [R, B, K, S, H] to a cache [R, B, K, C, H].
+
+    Args:
+      cache: each position in its slot.
+      recent: of the S positions before `places`.
+      places: [B] position of each row's next token.
+    """
+    slots, size = cache.shape[3], recent.shape[3]
+    ago = (places[:, None] - 1 - jnp.arange(slots)) % slots  # [B, C]: steps since the last position of each slot
+    taken = jnp.arange(size) == (size - 1 - ago)[..., None]  # [B, C, S]: the recent token that belongs to a slot
+    # Products that pick a token are one pass over the cache; a scatter copies it into another layout and back.
+    taken = jnp.broadcast_to(taken.astype(cache.dtype)[None, :, None], (*cache.shape[:4], size))
+    picked = jnp.einsum("lbkcs,lbksh->lbkch", taken, recent, precision="highest")
+    return jnp.where((ago < size)[None, :, None, :, None], picked, cache)
 
 
 def is_global(model: Model, kvs: Cache) -> Any:
@@ -237,8 +286,8 @@ def is_global(model: Model, kvs: Cache) -> Any:
 
 
 def _to_cache(x: jax.Array, is_global: bool, *, total: int, window: int) -> jax.Array:
-    """Turns a prompt's keys or values [R, B, P, K, H] into a cache [R, B, C, K, H], each position in its slot."""
+    """Turns a prompt's keys or values [R, B, K, P, H] into a cache [R, B, K, C, H], each position in its slot."""
     slots = total if is_global else min(window, total)
-    last = x.shape[2] - 1
+    last = x.shape[3] - 1
     places = last - (last - np.arange(slots)) % slots
-    return jnp.where(places[:, None, None] >= 0, x[:, :, np.maximum(places, 0)], 0)
+    return jnp.where(places[:, None] >= 0, x[:, :, :, np.maximum(places, 0)], 0)

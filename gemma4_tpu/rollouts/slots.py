@@ -15,7 +15,18 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from gemma4_tpu.models.decode import Cache, DecodingPlace, Sampling, decoding, draw, is_global, put, shaped
+from gemma4_tpu.models.decode import (
+    Cache,
+    DecodingPlace,
+    Past,
+    Sampling,
+    decoding,
+    draw,
+    is_global,
+    no_recent,
+    settle,
+    shaped,
+)
 from gemma4_tpu.models.gemma4 import Model, logits, through_layers
 from gemma4_tpu.models.sharding import constrain, whole
 from gemma4_tpu.step.train_step import Step
@@ -25,7 +36,7 @@ class Prompts(NamedTuple):
     """Q prompts that have been read."""
 
     kvs: Cache
-    """Keys and values [R, Q, S, K, H], each position in its slot; S: the part of a layer's cache that a prompt
+    """Keys and values [R, Q, K, P, H], each position in its slot; P: the part of a layer's cache that a prompt
     can use.
     """
     scores: jax.Array
@@ -38,7 +49,7 @@ class Slots(NamedTuple):
     """B sequences in progress."""
 
     cache: Cache
-    """Keys and values [R, B, C, K, H]."""
+    """Keys and values [R, B, K, C, H]."""
     scores: jax.Array
     """[B, V] float32 logits of the next token."""
     places: jax.Array
@@ -49,7 +60,7 @@ class Slots(NamedTuple):
     """[B] keys of the samples."""
 
 
-KV_DIMS, SCORE_DIMS = "LBTNH", "BV"
+KV_DIMS, SCORE_DIMS = "LBNTH", "BV"
 """Dims of a cache's arrays and of scores, as `models.sharding` places them: rows over dp, KV heads and vocabulary over
 tp. Pinned at every program's end, because the compiler might otherwise put a whole cache on every chip.
 """
@@ -79,14 +90,14 @@ def read(step: Step, trained: Any, base: Any, tokens: jax.Array, lengths: jax.Ar
 
 
 def _in_slots(x: jax.Array, is_global: bool, *, last: jax.Array, window: int) -> jax.Array:
-    """A prompt's keys or values [R, Q, P, K, H], each position in its slot; `last` [Q] is the prompt's last
+    """A prompt's keys or values [R, Q, K, P, H], each position in its slot; `last` [Q] is the prompt's last
     position.
     """
-    length = x.shape[2]
+    length = x.shape[3]
     if is_global or length <= window:
         return x
     places = last[:, None] - (last[:, None] - jnp.arange(window)) % window  # [Q, C]
-    return jnp.take_along_axis(x, jnp.maximum(places, 0)[None, :, :, None, None], axis=2)
+    return jnp.take_along_axis(x, jnp.maximum(places, 0)[None, :, None, :, None], axis=3)
 
 
 def empty(prompts: Prompts, slots: int, new_tokens: int, model: Model) -> Slots:
@@ -94,9 +105,9 @@ def empty(prompts: Prompts, slots: int, new_tokens: int, model: Model) -> Slots:
     window = model.arch.sliding_window
 
     def rows(x: jax.Array, is_global: bool) -> jax.Array:
-        r, _, s, *dims = x.shape
-        total = s + new_tokens
-        return jnp.zeros((r, slots, total if is_global else min(total, window), *dims), x.dtype)
+        r, _, k, p, h = x.shape
+        total = p + new_tokens
+        return jnp.zeros((r, slots, k, total if is_global else min(total, window), h), x.dtype)
 
     nothing = jnp.zeros(slots, jnp.int32)
     scores = constrain(jnp.zeros((slots, prompts.scores.shape[1]), jnp.float32), SCORE_DIMS, model.mesh)
@@ -116,8 +127,8 @@ def admit(
 
     def filled(cache: jax.Array, kv: jax.Array) -> jax.Array:
         # Whatever an earlier sample left in other slots is after the new one's position, so nothing attends to it.
-        part = jnp.where(taken[None, :, None, None, None], kv[:, which], cache[:, :, : kv.shape[2]])
-        return jax.lax.dynamic_update_slice_in_dim(cache, part, 0, axis=2)
+        part = jnp.where(taken[None, :, None, None, None], kv[:, which], cache[:, :, :, : kv.shape[3]])
+        return jax.lax.dynamic_update_slice_in_dim(cache, part, 0, axis=3)
 
     return Slots(
         _pinned(model, jax.tree.map(filled, slots.cache, prompts.kvs)),
@@ -138,21 +149,23 @@ def advance(step: Step, trained: Any, base: Any, slots: Slots, *, tokens: int) -
     model, (params, lora) = for_decoding(step.model), step.weights(trained, base)
     b = slots.places.shape[0]
 
-    def one(slots: Slots, _: None) -> tuple[Slots, tuple[jax.Array, jax.Array]]:
-        scores = shaped(slots.scores, SAMPLING)
-        token = draw(scores, slots.keys, slots.drawn)
+    def one(carry: tuple[Any, ...], index: jax.Array) -> tuple[Any, tuple[jax.Array, jax.Array]]:
+        scores, places, drawn, recent = carry
+        scores = shaped(scores, SAMPLING)
+        token = draw(scores, slots.keys, drawn)
         chance = jnp.take_along_axis(jax.nn.log_softmax(scores, axis=-1), token[:, None], axis=-1)[:, 0]
-        at = DecodingPlace(slots.places, jnp.zeros_like(slots.places))
-        hidden, kvs = through_layers(
-            model, params, lora, token[:, None], jnp.ones((b, 1), jnp.int32), slots.places[:, None], decoding(at),
-            beside=slots.cache,
+        hidden, recent = through_layers(
+            model, params, lora, token[:, None], jnp.ones((b, 1), jnp.int32), places[:, None],
+            decoding(DecodingPlace(places, jnp.zeros_like(places), index)),
+            beside=jax.tree.map(Past, slots.cache, recent),
         )  # fmt: skip
-        cache = _pinned(model, jax.tree.map(partial(put, place=slots.places), slots.cache, kvs))
         after = constrain(logits(model, params, hidden)[:, 0], SCORE_DIMS, model.mesh)
-        new = Slots(cache, after, slots.places + 1, slots.drawn + 1, slots.keys)
-        return new, (token, chance)
+        return (after, places + 1, drawn + 1, _pinned(model, recent)), (token, chance)
 
-    slots, (drawn, chances) = jax.lax.scan(one, slots, None, length=tokens)
+    start = slots.scores, slots.places, slots.drawn, _pinned(model, no_recent(slots.cache, tokens))
+    (*rest, recent), (drawn, chances) = jax.lax.scan(one, start, jnp.arange(tokens))
+    cache = _pinned(model, jax.tree.map(partial(settle, places=rest[1]), slots.cache, recent))
+    slots = Slots(cache, *rest, slots.keys)
     return slots, whole(drawn.T, model.mesh), whole(chances.T, model.mesh)
 
 

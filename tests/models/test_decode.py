@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from gemma4_tpu.models import sharding
-from gemma4_tpu.models.decode import Sampling, generate, sample
+from gemma4_tpu.models.decode import Sampling, generate, sample, settle
 from tests.models.checkpoints import KINDS, UNIFIED, VOCAB_SIZE, load_hf, make_checkpoint
 from tests.models.test_forward import load
 
@@ -106,3 +106,17 @@ def test_tokens_are_drawn_with_their_probabilities(sampling, expected):
     drawn = np.bincount(np.asarray(sample(scores, keys, np.int32(3), sampling)), minlength=4) / n
     # standard error of a share of 4000 draws: at most 0.008; five of them
     np.testing.assert_allclose(drawn, expected, atol=0.04)
+
+
+@pytest.mark.parametrize("slots", [5, 8, 21])  # fewer than the recent tokens, as many, more
+@pytest.mark.parametrize("dtype", [np.float32, jax.numpy.bfloat16])
+def test_recent_tokens_go_to_their_slots_to_the_bit(slots, dtype):
+    rng = np.random.default_rng(0)
+    cache = rng.normal(size=(2, 3, 2, slots, 4)).astype(dtype)
+    recent = rng.normal(size=(2, 3, 2, 8, 4)).astype(dtype)
+    places = np.array([8, 19, 40], np.int32)  # of each row's next token
+    expected = cache.copy()
+    for b, place in enumerate(places):
+        for j in range(8):  # in order: the last one stays
+            expected[:, b, :, (place - 8 + j) % slots] = recent[:, b, :, j]
+    np.testing.assert_array_equal(np.asarray(jax.jit(settle)(cache, recent, places)), expected)

@@ -126,7 +126,7 @@ def test_on_a_mesh_each_chip_holds_its_heads_of_the_cache_and_log_probabilities_
     sampler = Sampler(step, STOPS, SHAPES)
     read = sampler._prompts(trained, base, PROMPTS)
     state = sampler._empty(read)
-    sizes = [x.shape[3] // x.sharding.shard_shape(x.shape)[3] for x in jax.tree.leaves(state.cache)]
+    sizes = [x.shape[2] // x.sharding.shard_shape(x.shape)[2] for x in jax.tree.leaves(state.cache)]
     assert set(sizes) <= {1, 2} and 2 in sizes  # a single KV head can't be split
     for sample in sampler(trained, base, PROMPTS, WANTED[2:6]):
         expected = trainer_logprobs(step, trained, base, PROMPTS[sample.wanted.prompt], sample.tokens)
