@@ -47,6 +47,10 @@ class Recipe:
         return folder / "plans" / f"{label.replace(' ', '_')}.json" if label else folder / "plan.json"
 
 
+TUNED = "plan.rows=87000", "plan.mean_tokens=3500", "plan.p99_tokens=8000"
+ANSWERED = (
+    "trainer.global_batch_sequences=128", "trainer.microbatches=64", "plan.answer_tokens=3000",
+)  # fmt: skip
 LONG = "plan.schedule=false", "plan.rows=1000", "plan.mean_tokens=131072", "plan.p99_tokens=131072"
 
 RECIPES = (
@@ -69,6 +73,22 @@ RECIPES = (
             )
             for tp, microbatches in ((4, 4), (4, 2), (4, 1), (2, 2), (2, 1), (1, 1))
         },
+    ),
+    Recipe(
+        "codev_r1_distill_rl",
+        "codev_r1_distill_rl",
+        {
+            "E4B tuned on v6e-4": TUNED,
+            "12B tuned on v6e-4": (*TUNED, "model=gemma4_12b", "mesh.tp=4"),
+            "E4B from 12B on v6e-4": (
+                "objective=distill", "objective.teacher_model=gemma4_12b", *ANSWERED, "trainer.max_updates=200",
+            ),
+            "E4B by rewards on v6e-4": ("objective=grpo", *ANSWERED, "trainer.max_updates=100"),
+            "12B by rewards on v6e-8": (
+                "objective=grpo", "model=gemma4_12b", "hardware=v6e8", "mesh.tp=4", *ANSWERED, "trainer.max_updates=100",
+            ),
+        },
+        runs=0,
     ),
     Recipe(
         "long_context",

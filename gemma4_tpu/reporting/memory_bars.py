@@ -21,7 +21,7 @@ _COLOURS = {
 
 def plot_hbm(results: Sequence[PlanResult], path: Path) -> None:
     """Draws one stacked bar of HBM per chip for each result, with the limit as a line."""
-    with new_figure(path, (8, 1.9 + 0.8 * len(results))) as figure:
+    with new_figure(path, (8, 1.8 + len(results))) as figure:
         _draw_bars(figure.subplots(), results)
 
 
@@ -40,8 +40,9 @@ def _draw_bars(axes: Any, results: Sequence[PlanResult]) -> None:
         limit = result.hbm_limit_bytes_per_chip / GIB
         axes.plot([limit, limit], [place - 0.4, place + 0.4], color="#333333", linewidth=2)
         axes.text(limit, place + 0.42, f"{limit:.1f} GiB", ha="center", va="bottom", fontsize=8)
-    labels = [", ".join(words for words in one if words not in common) for one in described]
-    axes.set_yticks(range(len(results)), labels)
+        label = ", ".join(words for words in described[place] if words not in common)
+        axes.text(0, place + 0.34, label, transform=axes.get_yaxis_transform(), ha="left", va="bottom", fontsize=9)
+    axes.set_yticks([])
     axes.set_ylim(-0.6, len(results) - 0.2)
     axes.set_xlabel("GiB of HBM per chip (estimated by the TPU compiler)")
     half = len(common) // 2
