@@ -16,6 +16,8 @@ from gemma4_tpu.config.tasks import ExportConfig
 from gemma4_tpu.errors import UserError
 from gemma4_tpu.export.trained import open_trained
 from gemma4_tpu.models.decode import Sampling, draw, shaped
+from gemma4_tpu.reporting.found import Records
+from gemma4_tpu.reporting.on_policy import on_policy
 from gemma4_tpu.rollouts import slots
 from gemma4_tpu.rollouts.batch import BatchShape
 from gemma4_tpu.rollouts.certificate import Agreement, Certificate, Drifted, NotOnPolicy, summed_up
@@ -31,6 +33,7 @@ from gemma4_tpu.rollouts.validation import Validation
 from gemma4_tpu.step.grpo import COPIES, Grpo
 from gemma4_tpu.step.train_step import Step
 from gemma4_tpu.tracking.records import write_record
+from gemma4_tpu.tracking.run import RunFolder
 from gemma4_tpu.training.start import open_start
 from tests.rollouts.test_collecting import Decoder
 from tests.step.test_train_step import make
@@ -262,3 +265,13 @@ def test_a_run_whose_certificate_does_not_hold_is_not_opened_silently(tmp_path, 
         open_start(LoraConfig(start=str(tmp_path)), ARCHITECTURES["tiny"])
     told = [record.getMessage() for record in caplog.records]
     assert len(told) == 2 and all(line.endswith("certificate does not hold: not its own") for line in told)
+
+
+def test_the_report_says_how_small_a_difference_its_validation_can_see(tmp_path):
+    write_record(tmp_path / "certificate.json", "certificate", summed_up([compared(1, 0.0)], 1e-3))
+    first = {"update": 0, "reward": 0.5, "rewards": [0.5] * 8}
+    rows = [first, {"update": 9, "reward": 0.6, "difference": 0.1, "low": -0.02, "high": 0.2, "rewards": [0.6] * 8}]
+    (tmp_path / "validation.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    page = "\n".join(on_policy(Records(run=RunFolder(tmp_path), name="run")))
+    assert "| 9 | 0.600 | +0.100 [-0.020, +0.200] |" in page
+    assert "a difference of less than about 0.11 cannot be told from chance" in page
