@@ -151,7 +151,7 @@ def test_a_band_that_the_start_is_outside_of_is_refused(words, said):
 def test_recorded_roll_outs_of_another_reward_or_length_are_refused(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     (tmp_path / "run/rollouts").mkdir(parents=True)
-    words = ["objective=grpo", "rollouts.reward=a.b:c", "rollouts.recorded=~/run/"]
+    words = ["objective=grpo", "rollouts.reward=a.b:c", "rollouts.recorded='~/run/'"]
     recorded = tmp_path / "run/config.yaml"
     recorded.write_text("rollouts: {reward: 'a.b:c', new_tokens: 128}\n")
     assert load_train(words).root.rollouts.recorded == str(tmp_path / "run")
