@@ -93,6 +93,7 @@ def test_seconds_follow_from_the_traffic_of_a_token_and_the_answers_of_an_update
     assert told["phases"]["decode"]["collective_bytes_per_chip"] == {"all-reduce": 1e6}
     assert told["seconds"]["low"]["decode"] == pytest.approx(256 * 8e9 / hbm / 0.2)
     assert told["seconds"]["mid"]["score"] == pytest.approx(1.2 * 2e10 / hbm / 0.325)
+    assert told["idle_slots"] == pytest.approx(1 - 120 / 128)  # 8 of 128 steps of each answer
     assert "misfit" not in told
 
 
