@@ -17,17 +17,11 @@ from gemma4_tpu.architectures import ARCHITECTURES, Architecture
 from gemma4_tpu.checkpoint_folder import checkpoint_architecture, tokenizer_problem
 from gemma4_tpu.config.keys import did_you_mean
 from gemma4_tpu.config.limits import limit_problems
+from gemma4_tpu.config.machines import MeshConfig
+from gemma4_tpu.config.outputs import TrackerConfig
 from gemma4_tpu.config.paths import at_home, folder_of, local_place, name_problem, remote_problem, sibling
 from gemma4_tpu.config.refusals import Refusal
-from gemma4_tpu.config.schema import (
-    DataConfig,
-    LoraConfig,
-    MeshConfig,
-    OptimizerConfig,
-    TrackerConfig,
-    TrainerConfig,
-    TrainRoot,
-)
+from gemma4_tpu.config.schema import DataConfig, LoraConfig, OptimizerConfig, TrainerConfig, TrainRoot
 from gemma4_tpu.data.checks import CHOICES, data_problems
 from gemma4_tpu.errors import UserError
 from gemma4_tpu.hardware import MeshSizes, slice_of

@@ -6,8 +6,9 @@ from dataclasses import replace
 import pytest
 
 from gemma4_tpu.config.load import load
+from gemma4_tpu.config.machines import HardwareConfig
 from gemma4_tpu.config.rollouts import RolloutsConfig
-from gemma4_tpu.config.schema import HardwareConfig, LoraConfig, ObjectiveConfig, OptimizerConfig, TrainerConfig
+from gemma4_tpu.config.schema import LoraConfig, ObjectiveConfig, OptimizerConfig, TrainerConfig
 from gemma4_tpu.errors import UserError
 from gemma4_tpu.hardware import GIB, SLICES, MeshSizes
 from gemma4_tpu.models.kv_cache import kv_cache_bytes
